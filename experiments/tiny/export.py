@@ -1,0 +1,47 @@
+"""Write the trained base model as a diffusers FluxPipeline folder in float16.
+
+python experiments/tiny/export.py --work work --out int8run/assets/tiny
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from data import caption, load_drawings
+from diffusers import FluxPipeline
+from pipeline import build
+from torch import nn
+from train import encode_pictures, load_vae
+
+# no single file of the repository should be larger
+MAX_SHARD = "15MB"
+
+
+def load_trained(work: Path) -> FluxPipeline:
+    """The pipeline with the EMA weights of `<work>/base.pt`."""
+    names, pictures = load_drawings(work)
+    vae = load_vae(work)
+    latents = encode_pictures(vae, pictures["flat"])
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    pipe = build([caption(n) for n in names], vae)
+    modules = nn.ModuleDict({n: getattr(pipe, n) for n in ("transformer", "text_encoder", "text_encoder_2")})
+    ema = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["ema"]
+    missing, unexpected = modules.load_state_dict(ema, strict=False)
+    parameters = {name for name, _ in modules.named_parameters()}
+    assert not unexpected and not parameters & set(missing), "base.pt does not fit the model; was pipeline.py changed?"
+    return pipe
+
+
+def export(work: Path, out: Path) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    load_trained(work).to(torch.float16).save_pretrained(out, safe_serialization=True, max_shard_size=MAX_SHARD)
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    print(f"{out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    export(**vars(parser.parse_args()))

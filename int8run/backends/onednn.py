@@ -1,0 +1,46 @@
+"""oneDNN through torch's own operators: weights packed once, activations as unsigned bytes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from int8run.backends.base import Limits
+from int8run.kernels.quantize_rowwise.reference import INT8_MAX, TINY
+from int8run.quant.weight import QuantizedWeight
+
+# signed activations fall to oneDNN's reference path, 800 times slower on AVX512-VNNI; q + 128 with zero point 128 does not
+ZERO_POINT = 128
+
+
+def quantize_unsigned(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-row symmetric int8 stored as `q + 128`. Four passes, all but the first in one buffer that stays in cache.
+
+    x: float [M, K] -> uint8 [M, K], float32 scale [M, 1].
+    """
+    x = x.float()
+    buffer = x.abs()
+    scale = buffer.amax(dim=-1, keepdim=True).div_(INT8_MAX).clamp_(min=TINY)
+    return torch.div(x, scale, out=buffer).round_().add_(ZERO_POINT).to(torch.uint8), scale
+
+
+@dataclass(frozen=True)
+class OneDnn:
+    """Prepacked u8 x s8 with the weight scales inside oneDNN and the token scales and bias in one pass after it."""
+
+    name: str = "onednn"
+    limits: Limits = Limits(devices=("cpu",), cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"))
+
+    def pack(self, weight: QuantizedWeight) -> Tensor:
+        """oneDNN's private blocked layout, [K, N]; opaque, so it cannot be saved."""
+        return torch.ops.onednn.qlinear_prepack(weight.qdata, None)
+
+    def linear(self, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+        """x: [M, K] -> [M, N]."""
+        q, x_scale = quantize_unsigned(x)
+        no_zero_points = torch.zeros(w_scale.shape[0], dtype=torch.int32)
+        y = torch.ops.onednn.qlinear_pointwise(
+            q, 1.0, ZERO_POINT, packed, w_scale, no_zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        y = y.mul_(x_scale) if bias is None else torch.addcmul(bias.float(), y, x_scale)
+        return y.to(x.dtype)

@@ -1,0 +1,40 @@
+"""`torch._int_mm`: torch's own int8 product, with the scales applied after it."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from int8run.backends.base import Limits
+from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
+from int8run.quant.weight import QuantizedWeight
+
+# cuBLASLt's int8 product wants more than 16 rows, and K and N in multiples of 8 (pytorch PR 178469)
+CUDA_MIN_ROWS, CUDA_MULTIPLE = 17, 8
+
+
+@dataclass(frozen=True)
+class TorchIntMM:
+    """Works wherever torch has an int8 product; repacks the weight at every call on CPUs."""
+
+    name: str = "torch_int_mm"
+    limits: Limits = Limits(cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"))
+
+    def pack(self, weight: QuantizedWeight) -> Tensor:
+        """The integers as they are; on CUDA padded with zeros to multiples of 8. [N, K]."""
+        if not weight.qdata.is_cuda:
+            return weight.qdata
+        n, k = weight.qdata.shape
+        return F.pad(weight.qdata, (0, -k % CUDA_MULTIPLE, 0, -n % CUDA_MULTIPLE))
+
+    def linear(self, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+        """x: [M, K] -> [M, N]."""
+        q, x_scale = quantize_rowwise(x)
+        rows, columns = q.shape[0], w_scale.shape[0]
+        if q.is_cuda:
+            q = F.pad(q, (0, packed.shape[1] - q.shape[1], 0, max(0, CUDA_MIN_ROWS - rows)))
+        accumulated = torch._int_mm(q, packed.T)[:rows, :columns]
+        y = accumulated.float().mul_(w_scale)
+        y = y.mul_(x_scale) if bias is None else torch.addcmul(bias.float(), y, x_scale)
+        return y.to(x.dtype)

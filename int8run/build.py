@@ -1,0 +1,181 @@
+"""Build what a run needs: the pipeline, its float denoiser, the INT8 denoiser beside it, and the LoRAs on both."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from int8run.errors import BackendError, ConfigError
+from int8run.generate.generate import unknown_arguments
+from int8run.generate.probe import record_call, watch_layers
+from int8run.generate.prompts import Sample
+from int8run.lora.apply import DynamicBranches, FloatMerge, Matches, match
+from int8run.lora.files import LoraFile, find_lora, read_lora, trigger_words
+from int8run.models.family import ModelFamily, Sampling
+from int8run.models.loader import find_denoiser, load_pipeline, pick_device, repeated_blocks
+from int8run.quantize import LayerPlan, install, plan_layers, quantized_layers, share_copy
+from int8run.report.terminal import Progress
+from int8run.spec import RunSpec
+from int8run.text_encoders.keep import find_text_encoders
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Built:
+    """A model ready to run. `denoisers` holds `float`, and `int8` where INT8 is enabled."""
+
+    pipe: DiffusionPipeline
+    component: str
+    family: ModelFamily
+    denoisers: dict[str, nn.Module]
+    plans: list[LayerPlan]
+    call: Mapping[str, Any]  # a real call of the denoiser, for measurements
+    lora_files: list[LoraFile]
+    matches: Matches
+    merge: FloatMerge | None
+    branches: DynamicBranches | None
+    text_encoders: dict[str, nn.Module]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def set_strengths(self, strengths: Sequence[float]) -> None:
+        """Bring both denoisers to these LoRA strengths; nothing is rebuilt."""
+        if self.merge is not None:
+            self.merge.set_strengths(strengths)
+        if self.branches is not None:
+            self.branches.set_strengths(strengths)
+
+
+def build(spec: RunSpec, probe: Sequence[Sample], progress: Progress) -> Built:
+    """Load, match the LoRAs, quantize, install.
+
+    Args:
+        probe: samples of one batch; the denoiser's call on them gives real shapes and activations.
+    """
+    device = pick_device(spec.device)
+    if spec.offload != "none" and device.type == "cpu":
+        raise BackendError(f"offload={spec.offload} needs a GPU, and none is in use here; set offload=none")
+    started = time.perf_counter()
+    with progress.step("load"):
+        pipe = load_pipeline(spec.model, device)
+        component = find_denoiser(pipe)
+        denoiser = getattr(pipe, component).eval().requires_grad_(False)
+        prepare(pipe, denoiser, spec)
+    seconds = {"load": time.perf_counter() - started}
+    sampling = spec.sampler.over(spec.model.sampling)
+    check_sampling(pipe, sampling)
+
+    linears = [name for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)]
+    family = spec.model_type.for_denoiser(type(denoiser).__name__, repeated_blocks(denoiser), linears)
+    files = [read_lora(find_lora(*a.source(spec.model.lora_base))) for a in spec.lora.adapters]
+    for file in files:
+        log.info("LoRA %s: %d modules, rank %s%s", file.path.name, len(file.pairs), file.ranks, trigger_note(file))
+    matches = match(denoiser, files, spec.lora.strict)
+    merge = FloatMerge(denoiser, matches) if files else None
+    if merge is not None and spec.lora.bakes:
+        merge.set_strengths(spec.lora.strengths)
+
+    with progress.step("look at one step"):
+        shapes = Sampling(2, sampling.guidance, sampling.height, sampling.width, sampling.batch, sampling.extra)
+        call = record_call(pipe, denoiser, probe, shapes)
+    plans = plan_layers(denoiser, family.why_float)
+    built = Built(
+        pipe, component, family, {"float": denoiser}, plans, call, files, matches, merge, None, find_text_encoders(pipe.components)
+    )
+    started = time.perf_counter()
+    if spec.int8.enable:
+        built.denoisers["int8"] = quantize(denoiser, plans, call, spec, progress)
+        if files and not spec.lora.bakes:
+            built.branches = DynamicBranches(built.denoisers["int8"], matches)
+    seconds["quantize"] = time.perf_counter() - started
+    built.seconds = seconds
+    compile_denoisers(built.denoisers, spec.compile)
+    if spec.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif spec.offload == "group":
+        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level")
+    return built
+
+
+def quantize(denoiser: nn.Module, plans: Sequence[LayerPlan], call: Mapping[str, Any], spec: RunSpec, progress: Progress) -> nn.Module:
+    """The INT8 denoiser: a copy of the module tree that shares every float tensor, with `Int8Linear`s in it.
+
+    Raises:
+        ConfigError: when no layer became INT8, with the reasons by count.
+    """
+    chosen = [p for p in plans if p.keep_float is None]
+    if not chosen:
+        reasons: dict[str, int] = {}
+        for plan in plans:
+            reasons[plan.keep_float or ""] = reasons.get(plan.keep_float or "", 0) + 1
+        counted = "; ".join(f"{n} × {why}" for why, n in reasons.items()) or "it has no Linear at all"
+        raise ConfigError(
+            f"{type(denoiser).__name__}: no layer became INT8 ({counted}); choose another model_type= or set int8.enable=false"
+        )
+    rows: dict[str, int] = {}
+    watch_layers(denoiser, call, [p.name for p in chosen], lambda name, x, y: rows.update({name: x.numel() // x.shape[-1]}))
+    target = share_copy(denoiser)
+    # layers that this call did not reach are measured at one row
+    expected = {p.name: rows.get(p.name, 1) for p in chosen}
+    with progress.count("quantize", len(chosen)) as advance:
+        layers = quantized_layers(denoiser, chosen, spec.outlier)
+        install(target, layers, spec.backend, spec.int8, expected, lambda plan: advance())
+    return target
+
+
+def prepare(pipe: DiffusionPipeline, denoiser: nn.Module, spec: RunSpec) -> None:
+    """Attention backend, and a check of its name."""
+    if spec.attention == "native":
+        return
+    try:
+        denoiser.set_attention_backend(spec.attention)
+    except (AttributeError, ValueError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"attention={spec.attention} cannot be used with {type(denoiser).__name__}: {reason}") from error
+
+
+def check_sampling(pipe: DiffusionPipeline, sampling: Sampling) -> None:
+    """Refuse sampler settings that the pipeline does not have."""
+    unknown = unknown_arguments(pipe, sampling)
+    if unknown:
+        raise ConfigError(f"sampler.extra.{unknown[0]} is no argument of {type(pipe).__name__}; see the pipeline's documentation")
+
+
+def compile_denoisers(denoisers: Mapping[str, nn.Module], mode: str) -> None:
+    """torch.compile: `blocks` compiles the repeated blocks, `full` the whole denoiser; float and INT8 alike."""
+    for denoiser in denoisers.values():
+        if mode == "blocks":
+            denoiser.compile_repeated_blocks(fullgraph=True)
+        elif mode == "full":
+            denoiser.compile(fullgraph=True)
+
+
+def trigger_note(file: LoraFile) -> str:
+    """`, trigger words: …` where the header names them."""
+    words = trigger_words(file.metadata)
+    return f", trigger words: {words}" if words else ""
+
+
+@torch.no_grad()
+def lora_overhead(built: Built, strengths: Sequence[float], rounds: int = 5) -> float:
+    """Time of one INT8 step with the LoRA branches over the time without, from interleaved calls; the median of each."""
+    import statistics
+
+    denoiser = built.denoisers["int8"]
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    assert built.branches is not None
+    for _ in range(rounds + 1):
+        for on in (True, False):
+            built.branches.set_strengths(strengths if on else [0.0] * len(strengths))
+            started = time.perf_counter()
+            denoiser(**built.call)
+            if built.pipe.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[on].append(time.perf_counter() - started)
+    built.branches.set_strengths(strengths)
+    return statistics.median(seconds[True][1:]) / statistics.median(seconds[False][1:])

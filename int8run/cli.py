@@ -1,0 +1,130 @@
+"""The command line: YAML and overrides in, one checked RunSpec per job out. The only file that knows hydra.
+
+Nothing heavy is imported before a job starts: `--help`, `--cfg job` and tab completion load hydra alone.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from int8run.errors import Int8RunError, suggest
+
+log = logging.getLogger(__name__)
+CONFIG = {"config_path": "pkg://int8run.conf", "config_name": "config", "version_base": "1.3"}
+DEBUG = ("INT8RUN_DEBUG", "HYDRA_FULL_ERROR")
+
+
+def main() -> None:
+    """Entry point of `int8run`. One line per error, exit codes of `int8run.errors`, tracebacks on request only."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        from int8run.help_page import help_page
+
+        sys.stdout.write(help_page())
+        return
+    debug = any(os.environ.get(name) for name in DEBUG)
+    # hydra prints its own report and exits unless it is told to raise
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    quiet_libraries()
+    try:
+        check_and_run()
+    except Exception as error:
+        message, code = explain(error)
+        if debug or message is None:
+            raise
+        sys.stderr.write(f"int8run: {message}\n")
+        sys.exit(code)
+    except KeyboardInterrupt:
+        sys.stderr.write("int8run: interrupted\n")
+        sys.exit(130)
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def quiet_libraries() -> None:
+    """Defaults for other programs' own switches, where the user set none: no telemetry, no advice in the output."""
+    for name, value in (
+        ("MLFLOW_DISABLE_TELEMETRY", "true"), ("MLFLOW_ENABLE_ASYNC_LOGGING", "false"), ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+    ):  # fmt: skip
+        os.environ.setdefault(name, value)
+
+
+def check_and_run() -> None:
+    """Compose and check every job first, then let hydra run them."""
+    from hydra import main as hydra_main
+    from hydra._internal.utils import get_args_parser
+
+    args = get_args_parser().parse_args()
+    starts_jobs = not (args.cfg or args.info or args.shell_completion or args.hydra_help or args.experimental_rerun)
+    if starts_jobs:
+        from int8run.precheck import check_all
+
+        check_all(args.config_dir, args.config_name or CONFIG["config_name"], list(args.overrides), args.multirun, announce)
+    hydra_main(**CONFIG)(job)()
+
+
+def announce(jobs: int, config: Any, choices: dict[str, str]) -> None:
+    """The first line, before anything heavy is imported."""
+    from rich import get_console
+
+    from int8run import __version__
+
+    words = " ".join(f"{g}={choices[g]}" for g in ("model", "outlier", "backend", "lora") if g in choices)
+    many = f", {jobs} jobs" if jobs > 1 else ""
+    get_console().print(f"[bold]int8run {__version__}[/bold] {choices.get('task', 'run')}{many}: {words}", highlight=False)
+
+
+def job(config: Any) -> float | None:
+    """One job: the composed config becomes a RunSpec, and its task is executed. Launchers call this in other processes too."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from int8run.precheck import plain_config, to_spec
+
+    hydra = HydraConfig.get()
+    settings = plain_config(config) | {
+        "choices": {group: option for group, option in hydra.runtime.choices.items() if "/" not in group and "@" not in group},
+        "overrides": list(hydra.overrides.task),
+        "sweep": Path(hydra.sweep.dir).as_posix() if hydra.mode and hydra.mode.name == "MULTIRUN" else None,
+    }
+    spec = to_spec(config)
+    try:
+        return spec.task.execute(spec, settings, hydra.runtime.output_dir)
+    except Int8RunError as error:
+        # in a sweep the other jobs go on; this one's reason must not get lost among them
+        log.error("%s", error)
+        raise
+
+
+def explain(error: BaseException) -> tuple[str | None, int]:
+    """One line and an exit code for an error; None when it is not one that a user can meet, so that it is shown whole."""
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+    if isinstance(error, Int8RunError):
+        return str(error), error.exit_code
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        known = sorted(error.options)
+        if not known:
+            return f"there is no group called {group!r}; `int8run --help` lists the groups", 2
+        return f"no {group} called {option!r}; {suggest(option, known)}choose from {', '.join(known)}", 2
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException | HydraException) else error
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        key = str(cause.full_key or cause.key)
+        parent = cause.parent_node
+        known = [str(k) for k in parent if k != "hydra" and not str(k).startswith("_")] if hasattr(parent, "keys") else []
+        return f"no setting called {key!r}; {suggest(key.rpartition('.')[2], known)}choose from {', '.join(sorted(known))}", 2
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        source = cause if isinstance(cause, OmegaConfBaseException) else error
+        return " ".join(str(source).split()), 2
+    return None, 1
+
+
+if __name__ == "__main__":
+    main()

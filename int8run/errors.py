@@ -1,0 +1,50 @@
+"""Every error a user can meet, each with the exit code that `int8run` ends with."""
+
+import difflib
+from collections.abc import Collection, Iterable
+
+
+class Int8RunError(Exception):
+    """Base of all errors of ours: one line that says what was wrong, what is allowed and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(Int8RunError):
+    """A setting that cannot work."""
+
+    exit_code = 2
+
+
+class FileError(Int8RunError):
+    """A missing or damaged file."""
+
+    exit_code = 3
+
+
+class LoraError(FileError):
+    """A LoRA that cannot be applied as asked."""
+
+
+class BackendError(Int8RunError):
+    """A device or backend that cannot run here."""
+
+    exit_code = 4
+
+
+def in_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError unless `value` is a number in low..high."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}; allowed is a number from {low:g} to {high:g}")
+
+
+def one_of(name: str, value: object, allowed: Collection[str]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; {suggest(str(value), allowed)}choose from {', '.join(sorted(allowed))}")
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'? ` for a near miss, else an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""

@@ -1,0 +1,59 @@
+"""Prompt sets: prompts times seeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from int8run.errors import ConfigError, FileError, in_range
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts from the config, or one per line of a file; each is generated with `seeds_per_prompt` seeds."""
+
+    prompts: Sequence[str] = ()
+    path: str | None = None
+    seeds_per_prompt: int = 1
+
+    def __post_init__(self) -> None:
+        in_range("prompts.seeds_per_prompt", self.seeds_per_prompt, 1, 10_000)
+        if bool(self.prompts) == bool(self.path):
+            raise ConfigError("prompts needs exactly one of prompts.prompts=[…] and prompts.path=<file, one prompt per line>")
+
+    def read(self) -> list[str]:
+        """The prompts.
+
+        Raises:
+            FileError: when the file is missing or holds none.
+        """
+        if not self.path:
+            return list(self.prompts)
+        path = Path(self.path).expanduser()
+        if not path.is_file():
+            raise FileError(f"prompts.path={self.path}: no such file (looked for {path.absolute()})")
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        prompts = [line for line in lines if line and not line.startswith("#")]
+        if not prompts:
+            raise FileError(f"prompts.path={self.path} holds no prompt; write one per line")
+        return prompts
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture to make."""
+
+    prompt: str
+    seed: int
+    key: str  # file name and tracker key, the same in every run with these prompts
+
+
+def samples(prompts: Sequence[str], seeds_per_prompt: int, seed: int) -> list[Sample]:
+    """Prompts × seeds; seed i of every prompt is `seed + i`, so that pictures of one seed share their noise."""
+    return [
+        Sample(prompt, seed + i, f"{n:03d}_{slug(prompt)}_s{seed + i}") for n, prompt in enumerate(prompts) for i in range(seeds_per_prompt)
+    ]
+
+
+def slug(text: str) -> str:
+    """A prompt as part of a file name."""
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower())[:40].strip("-") or "empty"

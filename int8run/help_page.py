@@ -1,0 +1,66 @@
+"""`int8run --help`, printed from the YAML files themselves: groups, options with their first comment line, keys.
+
+Hydra's own page composes its config once per group and takes several times as long.
+"""
+
+import re
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+
+KEY = re.compile(r"^(?P<indent> *)(?P<key>[a-z_]\w*):(?P<value>[^#]*)(?:#\s*(?P<comment>.*))?$")
+
+USAGE = """\
+int8run: build a diffusion model in INT8 (W8A8), generate, and measure it against the float model.
+
+  int8run                                             the tiny model in this package, offline
+  int8run model=flux lora=stack_a                     options of groups
+  int8run lora=stack_a lora.adapters.0.strength=0.5   any key of any option
+  int8run -m lora=stack_a lora.strength=0,0.5,1       a sweep: one job per value
+  int8run task=inspect task.path=FILE.safetensors     what a file is
+
+"""
+FLAGS = """\
+Flags
+  -m, --multirun           run a sweep over comma-separated values
+  --cfg job                print the composed config and stop
+  --config-dir FOLDER      look for options of yours there too: FOLDER/<group>/<name>.yaml
+  --hydra-help             hydra's own flags
+"""
+
+
+def help_page() -> str:
+    """The whole page."""
+    conf = files("int8run.conf")
+    root = conf.joinpath("config.yaml").read_text()
+    groups = re.findall(r"^  - ([a-z_]+): (\w+)$", root, flags=re.MULTILINE)
+    lines = ["Groups (default first)"]
+    for group, default in groups:
+        options = sorted((f.name.removesuffix(".yaml"), f) for f in conf.joinpath(group).iterdir() if f.name.endswith(".yaml"))
+        for name, file in sorted(options, key=lambda o: o[0] != default):
+            lines.append(f"  {group if name == default else '':<11} {name:<14} {first_comment(file)}")
+    lines += ["", "Keys"]
+    lines += key_lines(root, "", skip=("defaults", "hydra"))
+    for group, default in groups:
+        lines += key_lines(conf.joinpath(group, f"{default}.yaml").read_text(), f"{group}.", skip=("defaults",))
+    return USAGE + "\n".join(lines) + "\n\n" + FLAGS
+
+
+def first_comment(file: Traversable) -> str:
+    """The description of an option: the first comment line that is not a directive."""
+    comments = [line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#")]
+    return next((c for c in comments if not c.startswith("@")), "")
+
+
+def key_lines(text: str, prefix: str, skip: tuple[str, ...]) -> list[str]:
+    """`key = default   comment` for every commented key of a YAML text, nested keys with their path."""
+    lines, path = [], []
+    for line in text.splitlines():
+        found = KEY.match(line)
+        if not found:
+            continue
+        depth = len(found["indent"]) // 2
+        path = [*path[:depth], found["key"]]
+        if path[0] in skip or not found["comment"]:
+            continue
+        lines.append(f"  {prefix + '.'.join(path) + '=' + found['value'].strip():<46} {found['comment']}")
+    return lines

@@ -1,0 +1,40 @@
+"""Per-layer fidelity: each INT8 layer's output beside the float layer's, on real activations; and memory."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from int8run.generate.probe import watch_layers
+from int8run.quantize import LayerPlan, sqnr_db
+
+
+def measure_outputs(float_denoiser: nn.Module, int8_denoiser: nn.Module, call: Mapping[str, Any], plans: Sequence[LayerPlan]) -> None:
+    """Add `output_sqnr_db` to the plan of every INT8 layer: the same input through both layers."""
+    by_name = {p.name: p for p in plans if p.keep_float is None}
+
+    def see(name: str, x: Tensor, y: Tensor) -> None:
+        by_name[name].measured["output_sqnr_db"] = sqnr_db(y, int8_denoiser.get_submodule(name)(x))
+
+    watch_layers(float_denoiser, call, list(by_name), see)
+
+
+def layer_metrics(plans: Sequence[LayerPlan]) -> dict[str, float]:
+    """Counts, and mean and minimum of the per-layer ratios."""
+    int8 = [p for p in plans if p.keep_float is None]
+    values: dict[str, float] = {
+        "quant/layers_int8": len(int8),
+        "quant/layers_float": len(plans) - len(int8),
+        "quant/fallback_layers": sum(p.backend_asked != "auto" and p.backend_used != p.backend_asked for p in int8),
+    }
+    for name in ("weight_sqnr_db", "output_sqnr_db"):
+        measured = [p.measured[name] for p in int8 if name in p.measured]
+        if measured:
+            values[f"quant/{name}_mean"] = sum(measured) / len(measured)
+            values[f"quant/{name}_min"] = min(measured)
+    return values
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of parameters and buffers, each tensor once; opaque packed weights count their logical size."""
+    return sum(t.numel() * t.element_size() for t in {*module.parameters(), *module.buffers()})

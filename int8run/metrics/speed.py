@@ -1,0 +1,29 @@
+"""Speed of a generation, from step times that were taken device-synchronised."""
+
+import statistics
+
+from int8run.generate.generate import Generation
+
+
+def step_times(made: Generation) -> list[float]:
+    """All step times in milliseconds, the first step of each batch left out where there are others: it warms caches."""
+    return [1000 * s for batch in made.step_seconds for s in (batch[1:] or batch)]
+
+
+def speed(candidate: Generation, baseline: Generation | None) -> dict[str, float]:
+    """Percentiles of the candidate's steps, its images per second, and the median ratio to an interleaved baseline."""
+    ours = step_times(candidate)
+    values = {
+        "speed/step_ms_p50": statistics.median(ours),
+        "speed/step_ms_p90": percentile(ours, 0.9),
+        "speed/images_per_s": len(candidate.image_seconds) / sum(candidate.image_seconds),
+    }
+    if baseline is not None:
+        values["speed/ratio_vs_float"] = statistics.median(step_times(baseline)) / values["speed/step_ms_p50"]
+    return values
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The smallest value that at least `share` of all are not above."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

@@ -1,0 +1,126 @@
+"""What is known about a model: facts about an architecture family and about one checkpoint, both from YAML."""
+
+import fnmatch
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from int8run.errors import ConfigError, in_range, one_of
+
+log = logging.getLogger(__name__)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class KeepRule:
+    """Linears that stay float: fnmatch pattern on the module name, and the reason that `layers.csv` shows."""
+
+    pattern: str
+    why: str
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """One architecture family.
+
+    Args:
+        name: the word used for it everywhere.
+        denoisers: diffusers classes of the denoiser that belong to the family.
+        keep_float: rules for Linears that stay float; the first that matches counts.
+    """
+
+    name: str
+    denoisers: Sequence[str] = ()
+    keep_float: Sequence[KeepRule] = ()
+
+    def why_float(self, layer: str) -> str | None:
+        """The reason why a Linear stays float, or None when it becomes INT8."""
+        return next((rule.why for rule in self.keep_float if fnmatch.fnmatchcase(layer, rule.pattern)), None)
+
+    def for_denoiser(self, denoiser: str, blocks: Sequence[str], linears: Sequence[str]) -> "ModelFamily":
+        """The family to use for a denoiser class. A named family is taken at its word, but a mismatch is said."""
+        if self.denoisers and denoiser not in self.denoisers:
+            log.warning("model_type=%s is for %s, the denoiser is a %s", self.name, "/".join(self.denoisers), denoiser)
+        return self
+
+
+@dataclass(frozen=True)
+class AutoFamily:
+    """Decides by the denoiser's class; for an unknown one only Linears inside the repeated blocks become INT8."""
+
+    families: Mapping[str, ModelFamily]
+    name: str = "auto"
+
+    def for_denoiser(self, denoiser: str, blocks: Sequence[str], linears: Sequence[str]) -> ModelFamily:
+        """The family of a denoiser class, else the conservative rule with a warning.
+
+        Args:
+            blocks: names of the repeated block lists, with `.` at the end of each block's own prefix, in model order.
+            linears: names of the denoiser's Linears.
+        """
+        for family in self.families.values():
+            if denoiser in family.denoisers:
+                return family
+        log.warning(
+            "model_type=auto does not know %s; only Linears inside its repeated blocks become INT8, the first and the last "
+            "block stay float. Name one with model_type= (%s) or write one: docs in conf/model_type/",
+            denoiser, ", ".join(sorted(self.families)),
+        )  # fmt: skip
+        return conservative(blocks, linears)
+
+
+def conservative(blocks: Sequence[str], linears: Sequence[str]) -> ModelFamily:
+    """The rule for a denoiser that nobody described: the middle blocks of each repeated list, nothing else."""
+    middle = tuple(blocks[1:-1])
+    rules = [KeepRule(n, "unknown architecture: outside the middle blocks") for n in linears if not n.startswith(middle)]
+    return ModelFamily(name="unknown", keep_float=rules)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; a field that is None takes the checkpoint's own value."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    batch: int = 1
+    extra: Mapping[str, object] = field(default_factory=dict)  # passed to the pipeline as they are
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            in_range("sampler.steps", self.steps, 1, 1000)
+        if self.guidance is not None:
+            in_range("sampler.guidance", self.guidance, 0, 100)
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                in_range(f"sampler.{name}", getattr(self, name), 8, 16384)
+        in_range("sampler.batch", self.batch, 1, 1024)
+
+    def over(self, default: "Sampling") -> "Sampling":
+        """These settings, with the default's where None."""
+        pick = lambda name: getattr(default, name) if getattr(self, name) is None else getattr(self, name)  # noqa: E731
+        return Sampling(*(pick(n) for n in ("steps", "guidance", "height", "width")), self.batch, {**default.extra, **self.extra})
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """One checkpoint.
+
+    Args:
+        location: hub id, diffusers folder, or `shipped:NAME` for a model inside this package.
+        lora_base: the key of this checkpoint in a LoRA stack's sources.
+        dtype: dtype of the float model.
+        sampling: the checkpoint's own defaults.
+    """
+
+    location: str | None
+    lora_base: str
+    sampling: Sampling
+    revision: str | None = None
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        one_of("model.dtype", self.dtype, DTYPES)
+        if not self.location:
+            raise ConfigError("model has no location; set model.location=<hub id or diffusers folder>")

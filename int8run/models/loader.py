@@ -1,0 +1,97 @@
+"""Load a diffusers pipeline and find its denoiser."""
+
+import importlib.metadata
+import logging
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from int8run.errors import BackendError, ConfigError, FileError
+from int8run.models.family import ModelSource
+
+log = logging.getLogger(__name__)
+SHIPPED = Path(__file__).parents[1] / "assets"
+DENOISER_COMPONENTS = ("transformer", "unet")
+
+
+def pick_device(asked: str) -> torch.device:
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        BackendError: for a device that is not there.
+    """
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {asked!r}; choose from auto, cpu, cuda, cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"device={asked} asks for a GPU, but torch {torch.__version__} sees none; device=cpu works here")
+    return device
+
+
+def load_pipeline(source: ModelSource, device: torch.device) -> DiffusionPipeline:
+    """The float pipeline, every module in `source.dtype` on `device`. Only safetensors weights are read.
+
+    Raises:
+        FileError: when the location is missing, incomplete or cannot be had.
+    """
+    location = str(source.location)
+    if location.startswith("shipped:"):
+        path = SHIPPED / location.removeprefix("shipped:")
+    else:
+        path = Path(location).expanduser()
+    if path.suffix in (".safetensors", ".gguf", ".ckpt", ".pt"):
+        raise ConfigError(f"model.location={location} is a single file; this version reads hub ids and diffusers folders")
+    looks_local = location.startswith((".", "/", "~", "shipped:")) or path.is_dir()
+    if looks_local and not (path / "model_index.json").is_file():
+        raise FileError(f"{path.absolute()} is not a diffusers folder: it has no model_index.json")
+    # their bars write over ours
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(path) if looks_local else location,
+            revision=source.revision, dtype=getattr(torch, source.dtype), use_safetensors=True,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FileError(f"model {location!r} could not be loaded: {reason}; set model.location to a folder that has it") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def find_denoiser(pipeline: DiffusionPipeline) -> str:
+    """The name of the pipeline's denoiser component.
+
+    Raises:
+        ConfigError: when it has none.
+    """
+    for name in DENOISER_COMPONENTS:
+        if isinstance(getattr(pipeline, name, None), nn.Module):
+            return name
+    raise ConfigError(
+        f"{type(pipeline).__name__} has no denoiser: its components are {', '.join(sorted(pipeline.components))}; a denoiser "
+        f"is the module that is called once per step, in diffusers named {' or '.join(DENOISER_COMPONENTS)}"
+    )
+
+
+def repeated_blocks(denoiser: nn.Module) -> list[str]:
+    """Prefixes of the blocks in the denoiser's own block lists (`transformer_blocks.0.`), in order."""
+    return [
+        f"{name}.{i}."
+        for name, child in denoiser.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) > 1
+        for i in range(len(child))
+    ]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide a result."""
+    names = ("int8run", "torch", "diffusers", "transformers", "safetensors", "hydra-core", "mlflow", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}

@@ -1,0 +1,18 @@
+"""No outlier method: the weight and its input are rounded as they are."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from int8run.outlier.base import OutlierTransform
+
+
+@dataclass(frozen=True)
+class NoOutlier:
+    """Plain W8A8."""
+
+    name: str = "none"
+
+    def fit(self, weight: Tensor) -> OutlierTransform:
+        """The identity."""
+        return OutlierTransform()

@@ -1,0 +1,31 @@
+"""An int8 weight and how it is made."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from int8run.kernels.quantize_rowwise.reference import INT8_MAX, quantize_rowwise
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A symmetric int8 weight with one scale per output row: `weight ~ qdata * scale`."""
+
+    qdata: Tensor  # int8 [N, K]
+    scale: Tensor  # float32 [N, 1]
+
+    @property
+    def saturated_share(self) -> float:
+        """Share of codes at -127 or 127. Every row has at least one, so 1/K is the floor."""
+        return (self.qdata.abs() == INT8_MAX).float().mean().item()
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the integers stand for. Returns [N, K]."""
+        return (self.qdata.float() * self.scale).to(dtype)
+
+
+def quantize_weight(weight: Tensor) -> QuantizedWeight:
+    """Quantize per output row: `scale = absmax / 127`, ties to even. weight: [N, K], any float dtype."""
+    qdata, scale = quantize_rowwise(weight.detach())
+    return QuantizedWeight(qdata, scale)

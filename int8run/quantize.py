@@ -1,0 +1,128 @@
+"""The loops over a model's Linears: which ones, to what, and put in place."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from int8run.backends.auto import AutoBackend
+from int8run.backends.base import Backend
+from int8run.errors import BackendError, ConfigError, in_range, one_of
+from int8run.layers.linear import Int8Linear, QuantizedLayer
+from int8run.outlier.base import OutlierMethod, OutlierTransform
+from int8run.quant.weight import quantize_weight
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Int8Settings:
+    """Whether to quantize, and when a layer computes in float all the same.
+
+    Args:
+        enable: false runs the float model through the same path.
+        small_batch_fallback: which layers compute with the dequantized weight when a call has at most `max_rows` rows:
+            `only_small_layers` (at most `small_layer_params` weights), `always`, `never`.
+    """
+
+    enable: bool = True
+    small_batch_fallback: str = "only_small_layers"
+    max_rows: int = 16
+    small_layer_params: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        one_of("int8.small_batch_fallback", self.small_batch_fallback, ("only_small_layers", "always", "never"))
+        in_range("int8.max_rows", self.max_rows, 0, 4096)
+
+    def float_rows(self, params: int) -> int:
+        """Up to how many rows a layer with this many weights computes in float; 0: never."""
+        small = self.small_batch_fallback == "only_small_layers" and params <= self.small_layer_params
+        return self.max_rows if small or self.small_batch_fallback == "always" else 0
+
+
+@dataclass
+class LayerPlan:
+    """What happens to one Linear; a row of `layers.csv`."""
+
+    name: str
+    in_features: int
+    out_features: int
+    keep_float: str | None  # the reason, or None when it becomes INT8
+    outlier: str = ""
+    backend_asked: str = ""
+    backend_used: str = ""
+    measured: dict[str, float] = field(default_factory=dict)
+
+
+def plan_layers(model: nn.Module, why_float: Callable[[str], str | None]) -> list[LayerPlan]:
+    """Every Linear of the model, each exactly once; `why_float(name)` is the reason to keep one float, or None."""
+    return [
+        LayerPlan(name, module.in_features, module.out_features, why_float(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def quantized_layers(model: nn.Module, plans: Iterable[LayerPlan], outlier: OutlierMethod) -> Iterator[tuple[LayerPlan, QuantizedLayer]]:
+    """Quantize each planned Linear, one at a time, so that a consumer decides what stays in memory."""
+    for plan in plans:
+        linear = model.get_submodule(plan.name)
+        if not torch.isfinite(linear.weight).all():
+            raise ConfigError(f"{plan.name}: the weight holds NaN or infinity and cannot be quantized; check the checkpoint")
+        transform = outlier.fit(linear.weight)
+        plan.outlier = outlier.name
+        if transform is None:
+            log.warning("%s: %s cannot take in_features=%d; plain INT8", plan.name, outlier.name, plan.in_features)
+            transform, plan.outlier = OutlierTransform(), "none"
+        transform.to(linear.weight.device)
+        weight = quantize_weight(transform.transform_weight(linear.weight.detach()))
+        plan.measured["weight_sqnr_db"] = sqnr_db(transform.transform_weight(linear.weight.detach().float()), weight.dequantize())
+        plan.measured["saturated_share"] = weight.saturated_share
+        yield plan, QuantizedLayer(weight, transform, linear.bias)
+
+
+def install(
+    model: nn.Module,
+    layers: Iterable[tuple[LayerPlan, QuantizedLayer]],
+    backend: Backend,
+    settings: Int8Settings,
+    rows: Mapping[str, int],
+    on_layer: Callable[[LayerPlan], None] = lambda plan: None,
+) -> None:
+    """Put an `Int8Linear` in the place of each planned Linear.
+
+    Args:
+        rows: rows that each layer sees in this run, by name; `backend=auto` measures with them.
+        on_layer: called after each layer, for progress.
+
+    Raises:
+        BackendError: when the backend cannot run on the model's device.
+    """
+    parameter = next(model.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    reasons = backend.limits.refuse(device)
+    if reasons:
+        raise BackendError(f"backend {backend.name!r} cannot run here: {'; '.join(reasons)}")
+    chooser = backend.chooser(device, dtype) if isinstance(backend, AutoBackend) else None
+    for plan, layer in layers:
+        chosen = chooser.choose(rows[plan.name], plan.in_features, plan.out_features) if chooser else backend
+        plan.backend_asked, plan.backend_used = backend.name, chosen.name
+        float_rows = settings.float_rows(plan.in_features * plan.out_features)
+        parent, _, child = plan.name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Int8Linear(layer, chosen, dtype, float_rows))
+        on_layer(plan)
+
+
+def share_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree whose parameters and buffers are the same tensors: no memory until layers are replaced."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, memo={id(t): t for t in tensors})
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal to quantization noise, 10 log10(sum r^2 / sum (r - a)^2), in dB; infinity when equal."""
+    signal, noise = reference.double().pow(2).sum(), (reference - approximation).double().pow(2).sum()
+    return float("inf") if noise == 0 else 10 * torch.log10(signal / noise).item()

@@ -1,0 +1,208 @@
+"""One run on one screen: build, generate with both models in turn, measure, log."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL.Image import Image
+
+from int8run import memo
+from int8run.build import Built, build, lora_overhead
+from int8run.generate.generate import Generation, generate
+from int8run.generate.prompts import Sample, samples
+from int8run.metrics.layers import layer_metrics, measure_outputs, module_bytes
+from int8run.metrics.memory import peak_bytes, reset_peak
+from int8run.metrics.quality import mean_quality, per_image, trajectory_error
+from int8run.metrics.speed import speed, step_times
+from int8run.models.loader import library_versions
+from int8run.report.files import DIFFERENCE_GAIN, difference, environment, grid, write_json, write_layers, write_yaml
+from int8run.report.terminal import Progress, pairs_line, result_table, say
+from int8run.spec import RunSpec
+
+log = logging.getLogger(__name__)
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run measured and made."""
+
+    metrics: Mapping[str, float]
+    candidate: Generation
+    baseline: Generation | None
+    output_dir: Path
+
+
+def run(spec: RunSpec, config: dict[str, object], output_dir: str) -> RunResult:
+    """Everything that one job does, in order. Files are written before they are logged, so a lost tracker loses nothing."""
+    out = Path(output_dir)
+    write_yaml(config, out / "config.yaml")
+    progress = Progress(spec.progress)
+    wanted = samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
+    with spec.tracker.start(run_name(config), params(config), tags(config)):
+        spec.tracker.log_file(out / "config.yaml")
+        first = wanted[: spec.sampler.batch]
+        built, reused = memo.reuse(spec.build_key, lambda: build(spec, first, progress))
+        built.set_strengths(spec.lora.strengths)
+        candidate_name = "int8" if "int8" in built.denoisers else "float"
+        say(pairs_line(facts(spec, built, reused)))
+
+        reset_peak(built.pipe.device)
+        made = generate_all(spec, built, candidate_name, wanted, progress)
+        candidate, baseline = made[candidate_name], made.get("float")
+        metrics = measure(spec, built, candidate, baseline, reused)
+
+        write_outputs(spec, built, candidate, baseline, wanted, metrics, out)
+        log_outputs(spec, candidate, baseline, wanted, metrics, out)
+    ours = "INT8" if "int8" in built.denoisers else "float again"
+    title = f"{config_word(config, 'model')}: float ({spec.model.dtype}) and {ours} on {describe(environment_of(built))}"
+    say("", result_table(title, metrics, ours))
+    say(f"pictures: {out / 'grid.png'}", f"layers:   {out / 'layers.csv'}", f"numbers:  {out / 'metrics.json'}")
+    if spec.tracker.where():
+        say(str(spec.tracker.where()))
+    return RunResult(metrics, candidate, baseline, out)
+
+
+def generate_all(spec: RunSpec, built: Built, candidate: str, wanted: Sequence[Sample], progress: Progress) -> dict[str, Generation]:
+    """Float and INT8 in turn, batch by batch, after a short warm-up that is not timed."""
+    use = {name: built.denoisers[name] for name in ("float", candidate) if name == candidate or spec.metrics.baseline == "run"}
+    sampling = spec.sampler.over(spec.model.sampling)
+    warm = type(sampling)(WARM_UP_STEPS, sampling.guidance, sampling.height, sampling.width, sampling.batch, sampling.extra)
+    generate(built.pipe, built.component, use, wanted[: sampling.batch], warm)
+    with progress.count("generate", len(wanted) * len(use)) as advance:
+        return generate(built.pipe, built.component, use, wanted, sampling, lambda name, batch, made: [advance() for _ in batch] and None)
+
+
+def measure(spec: RunSpec, built: Built, candidate: Generation, baseline: Generation | None, reused: bool) -> dict[str, float]:
+    """All metrics under their public names."""
+    metrics = speed(candidate, baseline)
+    metrics["memory/peak_bytes"] = peak_bytes(built.pipe.device)
+    metrics["memory/text_encoder_bytes"] = sum(module_bytes(m) for m in built.text_encoders.values())
+    int8 = built.denoisers.get("int8")
+    float_bytes = module_bytes(built.denoisers["float"])
+    metrics["memory/denoiser_bytes"] = module_bytes(int8) if int8 else float_bytes
+    metrics["memory/denoiser_ratio"] = float_bytes / metrics["memory/denoiser_bytes"]
+    # a reused model cost this run nothing
+    metrics["build/load_s"] = 0.0 if reused else built.seconds["load"]
+    metrics["build/quantize_s"] = 0.0 if reused else built.seconds["quantize"]
+    metrics["float/denoiser_bytes"] = float_bytes
+    if baseline is not None:
+        base = speed(baseline, None)
+        metrics |= {name.replace("speed/", "float/"): value for name, value in base.items()}
+        metrics |= mean_quality(per_image(candidate, baseline))
+    if int8 is not None:
+        if spec.metrics.layers:
+            measure_outputs(built.denoisers["float"], int8, built.call, built.plans)
+        metrics |= layer_metrics(built.plans)
+    if built.lora_files:
+        metrics["lora/modules_matched"] = sum(len(pairs) for pairs in built.matches.by_module.values())
+        metrics["lora/modules_unmatched"] = len(built.matches.unmatched)
+        if built.branches is not None and any(spec.lora.strengths):
+            metrics["lora/overhead_ratio"] = lora_overhead(built, spec.lora.strengths)
+    return metrics
+
+
+def write_outputs(
+    spec: RunSpec, built: Built, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample],
+    metrics: Mapping[str, float], out: Path,
+) -> None:  # fmt: skip
+    """Pictures, grid, tables and facts into the output folder."""
+    folder = out / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[tuple[str, list[Image]]] = []
+    quality = per_image(candidate, baseline) if baseline else [{}] * len(wanted)
+    for i, sample in enumerate(wanted):
+        images = [candidate.images[i]]
+        if baseline is not None:
+            images = [baseline.images[i], candidate.images[i], difference(candidate.images[i], baseline.images[i])]
+            baseline.images[i].save(folder / f"{sample.key}_float.png")
+        candidate.images[i].save(folder / f"{sample.key}.png")
+        rows.append((f"{sample.prompt} · seed {sample.seed}", images))
+    ours = "INT8" if "int8" in built.denoisers else "float again"
+    columns = ["float", ours, f"difference x {DIFFERENCE_GAIN}"] if baseline else [ours]
+    grid(rows, columns).save(out / "grid.png")
+    write_layers(built.plans, out / "layers.csv")
+    per_sample = [{"prompt": s.prompt, "seed": s.seed, "file": f"images/{s.key}.png", **q} for s, q in zip(wanted, quality, strict=True)]
+    write_json({"metrics": metrics, "images": per_sample}, out / "metrics.json")
+    write_json(environment_of(built), out / "environment.json")
+
+
+def log_outputs(
+    spec: RunSpec, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample],
+    metrics: Mapping[str, float], out: Path,
+) -> None:  # fmt: skip
+    """The same to the tracker, with one value per step where there is one."""
+    tracker = spec.tracker
+    tracker.log_metrics(metrics)
+    tracker.log_series("series/step_ms", step_times(candidate))
+    if baseline is not None:
+        tracker.log_series("series/float_step_ms", step_times(baseline))
+        tracker.log_series("series/latent_rel_err", trajectory_error(candidate, baseline))
+    for sample, image in zip(wanted, candidate.images, strict=True):
+        tracker.log_image(f"sample/{sample.key}", image, step=0)
+    for name in ("grid.png", "layers.csv", "metrics.json", "environment.json"):
+        tracker.log_file(out / name)
+
+
+def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]:
+    """What was built, for the line before the bars."""
+    used = sorted({p.backend_used for p in built.plans if p.backend_used})
+    counts = f"{sum(p.keep_float is None for p in built.plans)} of {len(built.plans)} Linears INT8"
+    said = [("family", built.family.name), ("device", built.pipe.device), ("layers", counts if used else "all float")]
+    if used:
+        said += [("outlier", spec.outlier.name), ("backend", "+".join(used))]
+    if spec.lora.adapters:
+        strengths = ", ".join(f"{a.name} {s:g}" for a, s in zip(spec.lora.adapters, spec.lora.strengths, strict=True))
+        said.append(("lora", f"{strengths} ({'baked' if spec.lora.bakes else 'dynamic'})"))
+    if reused:
+        said.append(("model", "reused"))
+    return said
+
+
+def environment_of(built: Built) -> dict[str, object]:
+    """Facts about the machine and the libraries."""
+    return environment(built.pipe.device, library_versions())
+
+
+def describe(facts: Mapping[str, object]) -> str:
+    """The machine in a few words."""
+    return f"{facts.get('gpu') or facts.get('cpu')} ({facts['threads']} threads)"
+
+
+def config_word(config: Mapping[str, object], group: str) -> str:
+    """The option that was chosen for a group, as `conf/` names it."""
+    return str(config["choices"].get(group, "custom")) if isinstance(config.get("choices"), dict) else "custom"
+
+
+def params(config: Mapping[str, object]) -> dict[str, str]:
+    """The settings that one compares between runs, by the words of the command line."""
+    flat = {f"{group}": str(option) for group, option in dict(config["choices"]).items()}
+    flatten("", {k: v for k, v in config.items() if k not in ("choices", "overrides", "sweep")}, flat)
+    return flat
+
+
+def flatten(prefix: str, value: object, into: dict[str, str]) -> None:
+    """`{a: {b: 1}}` -> `a.b: 1`; targets, long texts and prompt lists stay in config.yaml."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            flatten(f"{prefix}{key}.", inner, into)
+    elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+        for index, inner in enumerate(value):
+            flatten(f"{prefix}{index}.", inner, into)
+    else:
+        name = prefix.rstrip(".")
+        kept = not name.endswith("_target_") and "keep_float" not in name and name not in ("prompts.prompts",)
+        if kept and name not in into and len(str(value)) <= 250:
+            into[name] = str(value)
+
+
+def run_name(config: Mapping[str, object]) -> str:
+    """What differs from the defaults, in the words of the command line."""
+    return " ".join(str(o) for o in config.get("overrides", [])) or "defaults"  # type: ignore[union-attr]
+
+
+def tags(config: Mapping[str, object]) -> dict[str, str]:
+    """The sweep that a job belongs to, and when it began."""
+    return {"sweep": str(config.get("sweep") or "none"), "started": time.strftime("%Y-%m-%dT%H:%M:%S")}

@@ -1,0 +1,63 @@
+"""What one run is: every setting, checked, as one frozen object."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from int8run.backends.base import Backend
+from int8run.errors import ConfigError, in_range, one_of
+from int8run.generate.prompts import PromptSet
+from int8run.lora.stack import LoraStack
+from int8run.metrics.base import Metrics
+from int8run.models.family import AutoFamily, ModelFamily, ModelSource, Sampling
+from int8run.outlier.base import OutlierMethod
+from int8run.quantize import Int8Settings
+from int8run.text_encoders.keep import KeepTextEncoders
+from int8run.tracking.base import Tracker
+
+
+class Task(Protocol):
+    """What a command does with its settings."""
+
+    def execute(self, spec: "RunSpec", config: dict[str, object], output_dir: str) -> float | None:
+        """Do it; a number is handed to sweepers."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One job. The fields are the groups and keys of the command line, in the words of `conf/`."""
+
+    task: Task
+    model: ModelSource
+    model_type: ModelFamily | AutoFamily
+    int8: Int8Settings
+    outlier: OutlierMethod
+    backend: Backend
+    lora: LoraStack
+    clip: KeepTextEncoders
+    sampler: Sampling
+    prompts: PromptSet
+    metrics: Metrics
+    tracker: Tracker
+    compile: str = "none"
+    offload: str = "none"
+    attention: str = "native"
+    seed: int = 0
+    device: str = "auto"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        one_of("compile", self.compile, ("none", "blocks", "full"))
+        one_of("offload", self.offload, ("none", "model", "group"))
+        in_range("seed", self.seed, 0, 2**63 - 1)
+        if self.offload != "none" and self.device == "cpu":
+            raise ConfigError(f"offload={self.offload} moves weights between a GPU and the CPU; with device=cpu set offload=none")
+
+    @property
+    def build_key(self) -> str:
+        """The part of the config that decides the built model, as text: equal keys, equal model."""
+        adapters = [(a.name, a.source(self.model.lora_base), a.strength if self.lora.bakes else None) for a in self.lora.adapters]
+        lora = (self.lora.bakes, self.lora.strength if self.lora.bakes else None, self.lora.strict, adapters)
+        parts = (self.model, self.model_type, self.int8, self.outlier, self.backend, lora, self.clip, self.compile,
+                 self.offload, self.attention, self.device)  # fmt: skip
+        return repr(parts)

@@ -1,0 +1,37 @@
+"""What `task=` chooses between. Each imports its work when it runs, so that composing a config stays cheap."""
+
+from dataclasses import dataclass
+
+from int8run.errors import ConfigError
+from int8run.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class Run:
+    """Build, generate, measure, log."""
+
+    def execute(self, spec: RunSpec, config: dict[str, object], output_dir: str) -> float | None:
+        """Returns the metric named by `metrics.objective`, for sweepers."""
+        from int8run.run import run
+
+        metrics = run(spec, config, output_dir).metrics
+        if spec.metrics.baseline != "none" and spec.metrics.objective not in metrics:
+            raise ConfigError(f"metrics.objective={spec.metrics.objective} was not measured; choose from {', '.join(sorted(metrics))}")
+        return metrics.get(spec.metrics.objective)
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Say what a `.safetensors` file is, from its header."""
+
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("task=inspect needs a file; set task.path=<file.safetensors>")
+
+    def execute(self, spec: RunSpec, config: dict[str, object], output_dir: str) -> None:
+        from int8run.inspect_file import inspect_file
+        from int8run.report.terminal import say
+
+        say(inspect_file(str(self.path)))

@@ -1,0 +1,31 @@
+"""Hadamard matrices for group rotations."""
+
+import torch
+from torch import Tensor
+
+
+def regular_hadamard(size: int) -> Tensor:
+    """The orthonormal regular Hadamard matrix of a power of 4: Kronecker powers of a 4x4 block, divided by sqrt(size).
+
+    Every row and column sums to the same value, so that a group with a large mean is not moved into one entry, which
+    Sylvester's all-ones row does (ConvRot; comfy-kitchen uses the same matrix). It is symmetric and its own inverse.
+
+    Returns:
+        float32 [size, size].
+
+    Raises:
+        ValueError: when size is not a power of 4.
+    """
+    if size < 4 or 4 ** round(torch.log2(torch.tensor(size)).item() / 2) != size:
+        raise ValueError(f"a regular Hadamard matrix needs a power of 4, not {size}")
+    block = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float32)
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.kron(matrix, block)
+    return matrix / size**0.5
+
+
+def rotate_groups(x: Tensor, matrix: Tensor) -> Tensor:
+    """Rotate each group of `matrix.shape[0]` neighbouring columns: `x_g @ matrix`. x: [..., K] -> [..., K]."""
+    group = matrix.shape[0]
+    return (x.unflatten(-1, (-1, group)) @ matrix).flatten(-2)
