@@ -1,9 +1,10 @@
 """Build what a run needs: the pipeline, its float denoiser, the INT8 denoiser beside it, and the LoRAs on both."""
 
 import logging
+import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def build(spec: RunSpec, probe: Sequence[Sample], progress: Progress) -> Built:
         pipe = load_pipeline(spec.model, device)
         component = find_denoiser(pipe)
         denoiser = getattr(pipe, component).eval().requires_grad_(False)
-        prepare(pipe, denoiser, spec)
+        set_attention(denoiser, spec.attention)
     seconds = {"load": time.perf_counter() - started}
     sampling = spec.sampler.over(spec.model.sampling)
     check_sampling(pipe, sampling)
@@ -81,8 +82,7 @@ def build(spec: RunSpec, probe: Sequence[Sample], progress: Progress) -> Built:
         merge.set_strengths(spec.lora.strengths)
 
     with progress.step("look at one step"):
-        shapes = Sampling(2, sampling.guidance, sampling.height, sampling.width, sampling.batch, sampling.extra)
-        call = record_call(pipe, denoiser, probe, shapes)
+        call = record_call(pipe, denoiser, probe, replace(sampling, steps=2))
     plans = plan_layers(denoiser, family.why_float)
     built = Built(
         pipe, component, family, {"float": denoiser}, plans, call, files, matches, merge, None, find_text_encoders(pipe.components)
@@ -124,19 +124,19 @@ def quantize(denoiser: nn.Module, plans: Sequence[LayerPlan], call: Mapping[str,
     expected = {p.name: rows.get(p.name, 1) for p in chosen}
     with progress.count("quantize", len(chosen)) as advance:
         layers = quantized_layers(denoiser, chosen, spec.outlier)
-        install(target, layers, spec.backend, spec.int8, expected, lambda plan: advance())
+        install(target, layers, spec.backend, spec.int8, expected, lambda plan: advance(1))
     return target
 
 
-def prepare(pipe: DiffusionPipeline, denoiser: nn.Module, spec: RunSpec) -> None:
-    """Attention backend, and a check of its name."""
-    if spec.attention == "native":
+def set_attention(denoiser: Any, name: str) -> None:
+    """diffusers' attention backend, and a check of its name."""
+    if name == "native":
         return
     try:
-        denoiser.set_attention_backend(spec.attention)
+        denoiser.set_attention_backend(name)
     except (AttributeError, ValueError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"attention={spec.attention} cannot be used with {type(denoiser).__name__}: {reason}") from error
+        raise ConfigError(f"attention={name} cannot be used with {type(denoiser).__name__}: {reason}") from error
 
 
 def check_sampling(pipe: DiffusionPipeline, sampling: Sampling) -> None:
@@ -146,7 +146,7 @@ def check_sampling(pipe: DiffusionPipeline, sampling: Sampling) -> None:
         raise ConfigError(f"sampler.extra.{unknown[0]} is no argument of {type(pipe).__name__}; see the pipeline's documentation")
 
 
-def compile_denoisers(denoisers: Mapping[str, nn.Module], mode: str) -> None:
+def compile_denoisers(denoisers: Mapping[str, Any], mode: str) -> None:
     """torch.compile: `blocks` compiles the repeated blocks, `full` the whole denoiser; float and INT8 alike."""
     for denoiser in denoisers.values():
         if mode == "blocks":
@@ -164,8 +164,6 @@ def trigger_note(file: LoraFile) -> str:
 @torch.no_grad()
 def lora_overhead(built: Built, strengths: Sequence[float], rounds: int = 5) -> float:
     """Time of one INT8 step with the LoRA branches over the time without, from interleaved calls; the median of each."""
-    import statistics
-
     denoiser = built.denoisers["int8"]
     seconds: dict[bool, list[float]] = {True: [], False: []}
     assert built.branches is not None

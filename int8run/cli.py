@@ -85,16 +85,19 @@ def job(config: Any) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from int8run.precheck import plain_config, to_spec
+    from int8run.spec import Job
 
     hydra = HydraConfig.get()
-    settings = plain_config(config) | {
-        "choices": {group: option for group, option in hydra.runtime.choices.items() if "/" not in group and "@" not in group},
-        "overrides": list(hydra.overrides.task),
-        "sweep": Path(hydra.sweep.dir).as_posix() if hydra.mode and hydra.mode.name == "MULTIRUN" else None,
-    }
+    about = Job(
+        settings=plain_config(config),
+        choices={group: option for group, option in hydra.runtime.choices.items() if "/" not in group and "@" not in group},
+        overrides=list(hydra.overrides.task),
+        sweep=str(hydra.sweep.dir) if hydra.mode and hydra.mode.name == "MULTIRUN" else None,
+        output_dir=Path(hydra.runtime.output_dir),
+    )
     spec = to_spec(config)
     try:
-        return spec.task.execute(spec, settings, hydra.runtime.output_dir)
+        return spec.task.execute(spec, about)
     except Int8RunError as error:
         # in a sweep the other jobs go on; this one's reason must not get lost among them
         log.error("%s", error)

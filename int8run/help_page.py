@@ -53,7 +53,8 @@ def first_comment(file: Traversable) -> str:
 
 def key_lines(text: str, prefix: str, skip: tuple[str, ...]) -> list[str]:
     """`key = default   comment` for every commented key of a YAML text, nested keys with their path."""
-    lines, path = [], []
+    lines: list[str] = []
+    path: list[str] = []
     for line in text.splitlines():
         found = KEY.match(line)
         if not found:

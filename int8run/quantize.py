@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from int8run.backends.auto import AutoBackend
 from int8run.backends.base import Backend
 from int8run.errors import BackendError, ConfigError, in_range, one_of
-from int8run.layers.linear import Int8Linear, QuantizedLayer
+from int8run.layers.linear import Int8Linear, QuantizedLayer, linear_at
 from int8run.outlier.base import OutlierMethod, OutlierTransform
 from int8run.quant.weight import quantize_weight
 
@@ -37,10 +37,15 @@ class Int8Settings:
         one_of("int8.small_batch_fallback", self.small_batch_fallback, ("only_small_layers", "always", "never"))
         in_range("int8.max_rows", self.max_rows, 0, 4096)
 
-    def float_rows(self, params: int) -> int:
-        """Up to how many rows a layer with this many weights computes in float; 0: never."""
+    def float_rows(self, params: int, rows: int) -> int:
+        """Up to how many rows a layer computes in float; 0: never, so that it need not keep its integers beside a packed copy.
+
+        Args:
+            params: weights of the layer.
+            rows: rows that it sees in this run.
+        """
         small = self.small_batch_fallback == "only_small_layers" and params <= self.small_layer_params
-        return self.max_rows if small or self.small_batch_fallback == "always" else 0
+        return self.max_rows if (small or self.small_batch_fallback == "always") and rows <= self.max_rows else 0
 
 
 @dataclass
@@ -69,7 +74,7 @@ def plan_layers(model: nn.Module, why_float: Callable[[str], str | None]) -> lis
 def quantized_layers(model: nn.Module, plans: Iterable[LayerPlan], outlier: OutlierMethod) -> Iterator[tuple[LayerPlan, QuantizedLayer]]:
     """Quantize each planned Linear, one at a time, so that a consumer decides what stays in memory."""
     for plan in plans:
-        linear = model.get_submodule(plan.name)
+        linear = linear_at(model, plan.name)
         if not torch.isfinite(linear.weight).all():
             raise ConfigError(f"{plan.name}: the weight holds NaN or infinity and cannot be quantized; check the checkpoint")
         transform = outlier.fit(linear.weight)
@@ -110,7 +115,7 @@ def install(
     for plan, layer in layers:
         chosen = chooser.choose(rows[plan.name], plan.in_features, plan.out_features) if chooser else backend
         plan.backend_asked, plan.backend_used = backend.name, chosen.name
-        float_rows = settings.float_rows(plan.in_features * plan.out_features)
+        float_rows = settings.float_rows(plan.in_features * plan.out_features, rows[plan.name])
         parent, _, child = plan.name.rpartition(".")
         setattr(model.get_submodule(parent), child, Int8Linear(layer, chosen, dtype, float_rows))
         on_layer(plan)

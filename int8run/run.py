@@ -1,9 +1,8 @@
 """One run on one screen: build, generate with both models in turn, measure, log."""
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL.Image import Image
@@ -19,7 +18,7 @@ from int8run.metrics.speed import speed, step_times
 from int8run.models.loader import library_versions
 from int8run.report.files import DIFFERENCE_GAIN, difference, environment, grid, write_json, write_layers, write_yaml
 from int8run.report.terminal import Progress, pairs_line, result_table, say
-from int8run.spec import RunSpec
+from int8run.spec import Job, RunSpec
 
 log = logging.getLogger(__name__)
 WARM_UP_STEPS = 2
@@ -35,13 +34,13 @@ class RunResult:
     output_dir: Path
 
 
-def run(spec: RunSpec, config: dict[str, object], output_dir: str) -> RunResult:
+def run(spec: RunSpec, job: Job) -> RunResult:
     """Everything that one job does, in order. Files are written before they are logged, so a lost tracker loses nothing."""
-    out = Path(output_dir)
-    write_yaml(config, out / "config.yaml")
+    out = job.output_dir
+    write_yaml(job.settings, out / "config.yaml")
     progress = Progress(spec.progress)
     wanted = samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
-    with spec.tracker.start(run_name(config), params(config), tags(config)):
+    with spec.tracker.start(job.name, job.params(), {"sweep": job.sweep or "none"}):
         spec.tracker.log_file(out / "config.yaml")
         first = wanted[: spec.sampler.batch]
         built, reused = memo.reuse(spec.build_key, lambda: build(spec, first, progress))
@@ -57,7 +56,7 @@ def run(spec: RunSpec, config: dict[str, object], output_dir: str) -> RunResult:
         write_outputs(spec, built, candidate, baseline, wanted, metrics, out)
         log_outputs(spec, candidate, baseline, wanted, metrics, out)
     ours = "INT8" if "int8" in built.denoisers else "float again"
-    title = f"{config_word(config, 'model')}: float ({spec.model.dtype}) and {ours} on {describe(environment_of(built))}"
+    title = f"{job.choices.get('model', 'model')}: float ({spec.model.dtype}) and {ours} on {describe(environment_of(built))}"
     say("", result_table(title, metrics, ours))
     say(f"pictures: {out / 'grid.png'}", f"layers:   {out / 'layers.csv'}", f"numbers:  {out / 'metrics.json'}")
     if spec.tracker.where():
@@ -69,10 +68,9 @@ def generate_all(spec: RunSpec, built: Built, candidate: str, wanted: Sequence[S
     """Float and INT8 in turn, batch by batch, after a short warm-up that is not timed."""
     use = {name: built.denoisers[name] for name in ("float", candidate) if name == candidate or spec.metrics.baseline == "run"}
     sampling = spec.sampler.over(spec.model.sampling)
-    warm = type(sampling)(WARM_UP_STEPS, sampling.guidance, sampling.height, sampling.width, sampling.batch, sampling.extra)
-    generate(built.pipe, built.component, use, wanted[: sampling.batch], warm)
+    generate(built.pipe, built.component, use, wanted[: sampling.batch], replace(sampling, steps=WARM_UP_STEPS))
     with progress.count("generate", len(wanted) * len(use)) as advance:
-        return generate(built.pipe, built.component, use, wanted, sampling, lambda name, batch, made: [advance() for _ in batch] and None)
+        return generate(built.pipe, built.component, use, wanted, sampling, lambda name, batch, made: advance(len(batch)))
 
 
 def measure(spec: RunSpec, built: Built, candidate: Generation, baseline: Generation | None, reused: bool) -> dict[str, float]:
@@ -169,40 +167,3 @@ def environment_of(built: Built) -> dict[str, object]:
 def describe(facts: Mapping[str, object]) -> str:
     """The machine in a few words."""
     return f"{facts.get('gpu') or facts.get('cpu')} ({facts['threads']} threads)"
-
-
-def config_word(config: Mapping[str, object], group: str) -> str:
-    """The option that was chosen for a group, as `conf/` names it."""
-    return str(config["choices"].get(group, "custom")) if isinstance(config.get("choices"), dict) else "custom"
-
-
-def params(config: Mapping[str, object]) -> dict[str, str]:
-    """The settings that one compares between runs, by the words of the command line."""
-    flat = {f"{group}": str(option) for group, option in dict(config["choices"]).items()}
-    flatten("", {k: v for k, v in config.items() if k not in ("choices", "overrides", "sweep")}, flat)
-    return flat
-
-
-def flatten(prefix: str, value: object, into: dict[str, str]) -> None:
-    """`{a: {b: 1}}` -> `a.b: 1`; targets, long texts and prompt lists stay in config.yaml."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            flatten(f"{prefix}{key}.", inner, into)
-    elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
-        for index, inner in enumerate(value):
-            flatten(f"{prefix}{index}.", inner, into)
-    else:
-        name = prefix.rstrip(".")
-        kept = not name.endswith("_target_") and "keep_float" not in name and name not in ("prompts.prompts",)
-        if kept and name not in into and len(str(value)) <= 250:
-            into[name] = str(value)
-
-
-def run_name(config: Mapping[str, object]) -> str:
-    """What differs from the defaults, in the words of the command line."""
-    return " ".join(str(o) for o in config.get("overrides", [])) or "defaults"  # type: ignore[union-attr]
-
-
-def tags(config: Mapping[str, object]) -> dict[str, str]:
-    """The sweep that a job belongs to, and when it began."""
-    return {"sweep": str(config.get("sweep") or "none"), "started": time.strftime("%Y-%m-%dT%H:%M:%S")}

@@ -1,7 +1,9 @@
 """What one run is: every setting, checked, as one frozen object."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from int8run.backends.base import Backend
 from int8run.errors import ConfigError, in_range, one_of
@@ -15,10 +17,45 @@ from int8run.text_encoders.keep import KeepTextEncoders
 from int8run.tracking.base import Tracker
 
 
+@dataclass(frozen=True)
+class Job:
+    """Where a RunSpec came from: the words of the command line, for the record."""
+
+    settings: Mapping[str, Any]  # the resolved config
+    choices: Mapping[str, str]  # group -> option
+    overrides: Sequence[str]
+    sweep: str | None  # the sweep's folder, when the job is part of one
+    output_dir: Path
+
+    def params(self) -> dict[str, str]:
+        """The settings that one compares between runs, flat: options by group, values by their key on the command line."""
+        flat = dict(self.choices)
+        flatten("", self.settings, flat)
+        return flat
+
+    @property
+    def name(self) -> str:
+        """What differs from the defaults, in the words of the command line."""
+        return " ".join(self.overrides) or "defaults"
+
+
+def flatten(prefix: str, value: object, into: dict[str, str]) -> None:
+    """`{a: {b: 1}}` -> `a.b: 1`; targets, rules and long texts stay in config.yaml."""
+    name = prefix.rstrip(".")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            flatten(f"{prefix}{key}.", inner, into)
+    elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+        for index, inner in enumerate(value):
+            flatten(f"{prefix}{index}.", inner, into)
+    elif not name.endswith("_target_") and ".keep_float." not in prefix and len(str(value)) <= 250:
+        into.setdefault(name, str(value))
+
+
 class Task(Protocol):
     """What a command does with its settings."""
 
-    def execute(self, spec: "RunSpec", config: dict[str, object], output_dir: str) -> float | None:
+    def execute(self, spec: "RunSpec", job: Job) -> float | None:
         """Do it; a number is handed to sweepers."""
         ...
 

@@ -3,18 +3,18 @@
 from dataclasses import dataclass
 
 from int8run.errors import ConfigError
-from int8run.spec import RunSpec
+from int8run.spec import Job, RunSpec
 
 
 @dataclass(frozen=True)
 class Run:
     """Build, generate, measure, log."""
 
-    def execute(self, spec: RunSpec, config: dict[str, object], output_dir: str) -> float | None:
+    def execute(self, spec: RunSpec, job: Job) -> float | None:
         """Returns the metric named by `metrics.objective`, for sweepers."""
         from int8run.run import run
 
-        metrics = run(spec, config, output_dir).metrics
+        metrics = run(spec, job).metrics
         if spec.metrics.baseline != "none" and spec.metrics.objective not in metrics:
             raise ConfigError(f"metrics.objective={spec.metrics.objective} was not measured; choose from {', '.join(sorted(metrics))}")
         return metrics.get(spec.metrics.objective)
@@ -30,7 +30,7 @@ class Inspect:
         if not self.path:
             raise ConfigError("task=inspect needs a file; set task.path=<file.safetensors>")
 
-    def execute(self, spec: RunSpec, config: dict[str, object], output_dir: str) -> None:
+    def execute(self, spec: RunSpec, job: Job) -> None:
         from int8run.inspect_file import inspect_file
         from int8run.report.terminal import say
 

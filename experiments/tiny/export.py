@@ -24,7 +24,7 @@ def load_trained(work: Path) -> FluxPipeline:
     vae = load_vae(work)
     latents = encode_pictures(vae, pictures["flat"])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
-    pipe = build([caption(n) for n in names], vae)
+    pipe = build([caption(n) for n in names], vae, work)
     modules = nn.ModuleDict({n: getattr(pipe, n) for n in ("transformer", "text_encoder", "text_encoder_2")})
     ema = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["ema"]
     missing, unexpected = modules.load_state_dict(ema, strict=False)

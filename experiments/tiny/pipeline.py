@@ -2,6 +2,7 @@
 
 import json
 import string
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -44,15 +45,24 @@ def t5_tokenizer(captions: list[str]) -> T5Tokenizer:
     return T5Tokenizer(vocab=[tuple(v) for v in learned], extra_ids=0, model_max_length=TOKENS)
 
 
-def build(captions: list[str], vae: AutoencoderKL, seed: int = 0) -> FluxPipeline:
+def tokenizers(captions: list[str], work: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
+    """Both tokenizers, learned once and kept in `<work>/tokenizers`: ties are broken differently at every learning."""
+    folder = work / "tokenizers"
+    if not folder.exists():
+        words = captions + [f"drawing, {trigger}" for trigger in TRIGGERS.values()] * 8
+        clip_tokenizer(words).save_pretrained(folder / "tokenizer")
+        t5_tokenizer(words).save_pretrained(folder / "tokenizer_2")
+    return CLIPTokenizer.from_pretrained(folder / "tokenizer"), T5Tokenizer.from_pretrained(folder / "tokenizer_2")
+
+
+def build(captions: list[str], vae: AutoencoderKL, work: Path, seed: int = 0) -> FluxPipeline:
     """A FluxPipeline with fresh text encoders and transformer around a trained VAE.
 
     The transformer is 384 wide (6 heads of 64) with 1 double and 4 single blocks, 15.0 M parameters: wide enough for
     INT8 to pay, and 64 image tokens for a 64x64 picture.
     """
     torch.manual_seed(seed)
-    words = captions + [f"drawing, {trigger}" for trigger in TRIGGERS.values()] * 8
-    tokenizer, tokenizer_2 = clip_tokenizer(words), t5_tokenizer(words)
+    tokenizer, tokenizer_2 = tokenizers(captions, work)
     clip = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=2 * TEXT_WIDTH, num_hidden_layers=2,

@@ -149,7 +149,7 @@ def train(work: Path, images: int, categories: tuple[str, ...], batch: int, lr: 
     latents = encode_pictures(vae, pictures["flat"])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     chosen = pick_names(work, names, categories)
-    pipe = build([caption(n) for n in names], vae).to(device)
+    pipe = build([caption(n) for n in names], vae, work).to(device)
     modules = nn.ModuleDict({n: getattr(pipe, n) for n in ("transformer", "text_encoder", "text_encoder_2")}).train()
     trainer = Trainer(work / "base.pt", modules, [names[i] for i in chosen], ema_half_life=20_000)
     x0 = pack(scale_latents(vae, latents[chosen])).to(device)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -31,8 +32,8 @@ class AutoBackend:
     candidates: Mapping[str, Backend]
     rounds: int = 7
     table: str | None = None  # file of measured choices; None: a file in the user's cache
-    name: str = "auto"
-    limits: Limits = Limits()
+    name: ClassVar[str] = "auto"
+    limits: ClassVar[Limits] = Limits()
 
     def chooser(self, device: torch.device, dtype: torch.dtype) -> "Chooser":
         """The choice for one device and dtype, with its own view of the table."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -40,8 +40,8 @@ def usable(backend: "Backend", device: torch.device) -> bool:
 class Backend(Protocol):
     """A frozen dataclass with the backend's settings. An `Int8Linear` holds the one that runs it."""
 
-    name: str
-    limits: Limits
+    name: ClassVar[str]
+    limits: ClassVar[Limits]
 
     def pack(self, weight: QuantizedWeight) -> Tensor:
         """The weight in the layout that `linear` wants; computed once per layer."""

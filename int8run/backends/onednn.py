@@ -1,6 +1,7 @@
 """oneDNN through torch's own operators: weights packed once, activations as unsigned bytes."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,12 +25,30 @@ def quantize_unsigned(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.div(x, scale, out=buffer).round_().add_(ZERO_POINT).to(torch.uint8), scale
 
 
+@torch.library.custom_op("int8run::onednn_linear", mutates_args=())
+def onednn_linear(x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The whole layer as one operator: Inductor wants a packed weight to be a constant of its graph, which this hides.
+
+    x: float [M, K], packed: oneDNN's layout of [N, K], w_scale: float32 [N] -> [M, N], x's dtype.
+    """
+    q, x_scale = quantize_unsigned(x)
+    no_zero_points = torch.zeros(w_scale.shape[0], dtype=torch.int32)
+    y = torch.ops.onednn.qlinear_pointwise(q, 1.0, ZERO_POINT, packed, w_scale, no_zero_points, None, 1.0, 0, torch.float32, "none", [], "")
+    y = y.mul_(x_scale) if bias is None else torch.addcmul(bias.float(), y, x_scale)
+    return y.to(x.dtype)
+
+
+@onednn_linear.register_fake
+def _(x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], w_scale.shape[0])
+
+
 @dataclass(frozen=True)
 class OneDnn:
     """Prepacked u8 x s8 with the weight scales inside oneDNN and the token scales and bias in one pass after it."""
 
-    name: str = "onednn"
-    limits: Limits = Limits(devices=("cpu",), cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"))
+    name: ClassVar[str] = "onednn"
+    limits: ClassVar[Limits] = Limits(devices=("cpu",), cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"))
 
     def pack(self, weight: QuantizedWeight) -> Tensor:
         """oneDNN's private blocked layout, [K, N]; opaque, so it cannot be saved."""
@@ -37,10 +56,4 @@ class OneDnn:
 
     def linear(self, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
         """x: [M, K] -> [M, N]."""
-        q, x_scale = quantize_unsigned(x)
-        no_zero_points = torch.zeros(w_scale.shape[0], dtype=torch.int32)
-        y = torch.ops.onednn.qlinear_pointwise(
-            q, 1.0, ZERO_POINT, packed, w_scale, no_zero_points, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        y = y.mul_(x_scale) if bias is None else torch.addcmul(bias.float(), y, x_scale)
-        return y.to(x.dtype)
+        return onednn_linear(x, packed, w_scale, bias)

@@ -1,6 +1,7 @@
 """The definition itself as a backend: exact, slow, runs everywhere."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,8 +15,8 @@ from int8run.quant.weight import QuantizedWeight
 class Reference:
     """What every other backend is tested against."""
 
-    name: str = "reference"
-    limits: Limits = Limits()
+    name: ClassVar[str] = "reference"
+    limits: ClassVar[Limits] = Limits()
 
     def pack(self, weight: QuantizedWeight) -> Tensor:
         """The integers as they are, [N, K]."""

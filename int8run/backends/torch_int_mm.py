@@ -1,6 +1,7 @@
 """`torch._int_mm`: torch's own int8 product, with the scales applied after it."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,8 @@ CUDA_MIN_ROWS, CUDA_MULTIPLE = 17, 8
 class TorchIntMM:
     """Works wherever torch has an int8 product; repacks the weight at every call on CPUs."""
 
-    name: str = "torch_int_mm"
-    limits: Limits = Limits(cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"))
+    name: ClassVar[str] = "torch_int_mm"
+    limits: ClassVar[Limits] = Limits(cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"))
 
     def pack(self, weight: QuantizedWeight) -> Tensor:
         """The integers as they are; on CUDA padded with zeros to multiples of 8. [N, K]."""

@@ -4,7 +4,6 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 
 import torch
 from diffusers import DiffusionPipeline
@@ -26,22 +25,16 @@ class Generation:
 
 
 class StepClock:
-    """Times the steps of one pipeline call: from the denoiser's first call, then from step end to step end."""
+    """Times the steps of one pipeline call from step end to step end, and keeps the latents of each.
 
-    def __init__(self, denoiser: nn.Module, device: torch.device):
-        self.device, self.marks, self.latents = device, [], []
-        self.denoiser = denoiser
+    The first step counts from the start of the call, text encoding included. A hook on the denoiser would separate the
+    two, but it cannot be compiled with it.
+    """
 
-    def __enter__(self) -> "StepClock":
-        self.handle = self.denoiser.register_forward_pre_hook(self.begin)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.handle.remove()
-
-    def begin(self, module: nn.Module, args: tuple[object, ...]) -> None:
-        if not self.marks:
-            self.marks.append(now(self.device))
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.marks = [now(device)]
+        self.latents: list[Tensor] = []
 
     def step_end(self, pipe: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """diffusers' `callback_on_step_end`."""
@@ -86,10 +79,9 @@ def generate(
         order = list(denoisers.items())
         for name, denoiser in order if number % 2 == 0 else reversed(order):
             pipe.register_modules(**{component: denoiser})
-            with StepClock(denoiser, device) as clock:
-                started = now(device)
-                images = call(pipe, batch, sampling, clock.step_end)
-                seconds = now(device) - started
+            clock = StepClock(device)
+            images = call(pipe, batch, sampling, clock.step_end)
+            seconds = now(device) - clock.marks[0]
             generation = made[name]
             generation.images += images
             generation.trajectories += list(torch.stack(clock.latents).unbind(dim=1))

@@ -37,6 +37,8 @@ def watch_layers(
 ) -> None:
     """Call the denoiser once; `see(name, input, output)` is called for each named layer that runs."""
     with ExitStack() as stack:
+        # hooks inside a compiled graph would break it
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name in names:
             hook = lambda _, args, out, name=name: see(name, args[0], out)  # noqa: E731
             stack.callback(denoiser.get_submodule(name).register_forward_hook(hook).remove)

@@ -12,6 +12,18 @@ from int8run.outlier.base import OutlierTransform
 from int8run.quant.weight import QuantizedWeight
 
 
+def linear_at(model: nn.Module, name: str) -> nn.Linear:
+    """The Linear of that name.
+
+    Raises:
+        TypeError: when the module is another kind.
+    """
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{name} is a {type(module).__name__}, not a Linear")
+    return module
+
+
 @dataclass(frozen=True)
 class QuantizedLayer:
     """One layer after quantization and before it is bound to a backend."""
@@ -54,9 +66,8 @@ class LowRankBranch(nn.Module):
         if not active:
             self.lora_A = self.lora_B = None
             return
-        where = {"device": self.device, "dtype": self.dtype}
-        self.lora_A = torch.cat([p.lora_A.float() for p, _ in active]).to(**where)
-        self.lora_B = torch.cat([p.lora_B.float() * (s * p.scale) for p, s in active], dim=1).to(**where)
+        self.lora_A = torch.cat([p.lora_A.float() for p, _ in active]).to(self.device, self.dtype)
+        self.lora_B = torch.cat([p.lora_B.float() * (s * p.scale) for p, s in active], dim=1).to(self.device, self.dtype)
 
     @property
     def rank(self) -> int:
@@ -79,6 +90,11 @@ class Int8Linear(nn.Module):
         dtype: dtype of the float model; the float fallback computes in it.
         float_rows: with at most this many rows, compute with the dequantized weight instead; 0: never.
     """
+
+    packed: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    qdata: Tensor | None
 
     def __init__(self, layer: QuantizedLayer, backend: Backend, dtype: torch.dtype, float_rows: int = 0):
         super().__init__()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from int8run.errors import LoraError
-from int8run.layers.linear import Int8Linear, LowRank, LowRankBranch
+from int8run.layers.linear import Int8Linear, LowRank, LowRankBranch, linear_at
 from int8run.lora.files import LoraFile
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,10 @@ class FloatMerge:
     """LoRAs added to float weights, with the originals kept: changing a strength starts from them, so undo is exact."""
 
     def __init__(self, model: nn.Module, matches: Matches):
-        self.pairs = {model.get_submodule(name).weight: pairs for name, pairs in matches.by_module.items()}
-        self.originals: dict[Tensor, Tensor] = {w: w.detach().clone() for w in self.pairs}
+        self.pairs: dict[Tensor, list[tuple[int, LowRank]]] = {
+            linear_at(model, name).weight: pairs for name, pairs in matches.by_module.items()
+        }
+        self.originals = {w: w.detach().clone() for w in self.pairs}
 
     @torch.no_grad()
     def set_strengths(self, strengths: Sequence[float]) -> None:

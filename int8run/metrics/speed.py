@@ -6,7 +6,7 @@ from int8run.generate.generate import Generation
 
 
 def step_times(made: Generation) -> list[float]:
-    """All step times in milliseconds, the first step of each batch left out where there are others: it warms caches."""
+    """All step times in milliseconds, the first step of each batch left out where there are others: it holds text encoding."""
     return [1000 * s for batch in made.step_seconds for s in (batch[1:] or batch)]
 
 

@@ -3,7 +3,8 @@
 import fnmatch
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from int8run.errors import ConfigError, in_range, one_of
 
@@ -85,7 +86,7 @@ class Sampling:
     height: int | None = None
     width: int | None = None
     batch: int = 1
-    extra: Mapping[str, object] = field(default_factory=dict)  # passed to the pipeline as they are
+    extra: Mapping[str, Any] = field(default_factory=dict)  # passed to the pipeline as they are
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -99,8 +100,9 @@ class Sampling:
 
     def over(self, default: "Sampling") -> "Sampling":
         """These settings, with the default's where None."""
-        pick = lambda name: getattr(default, name) if getattr(self, name) is None else getattr(self, name)  # noqa: E731
-        return Sampling(*(pick(n) for n in ("steps", "guidance", "height", "width")), self.batch, {**default.extra, **self.extra})
+        open_fields = [f.name for f in fields(self) if getattr(self, f.name) is None]
+        extra = {**default.extra, **self.extra}
+        return replace(self, **{name: getattr(default, name) for name in open_fields}, extra=extra)
 
 
 @dataclass(frozen=True)

@@ -42,13 +42,11 @@ def load_pipeline(source: ModelSource, device: torch.device) -> DiffusionPipelin
         FileError: when the location is missing, incomplete or cannot be had.
     """
     location = str(source.location)
-    if location.startswith("shipped:"):
-        path = SHIPPED / location.removeprefix("shipped:")
-    else:
-        path = Path(location).expanduser()
+    shipped = location.startswith("shipped:")
+    path = SHIPPED / location.removeprefix("shipped:") if shipped else Path(location).expanduser()
     if path.suffix in (".safetensors", ".gguf", ".ckpt", ".pt"):
         raise ConfigError(f"model.location={location} is a single file; this version reads hub ids and diffusers folders")
-    looks_local = location.startswith((".", "/", "~", "shipped:")) or path.is_dir()
+    looks_local = shipped or location.startswith((".", "/", "~")) or path.is_dir()
     if looks_local and not (path / "model_index.json").is_file():
         raise FileError(f"{path.absolute()} is not a diffusers folder: it has no model_index.json")
     # their bars write over ours

@@ -3,7 +3,7 @@
 Before rounding, `transform_input(x) @ transform_weight(W).T` equals `x @ W.T` (`tests/outlier/test_exact.py`).
 """
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ class OutlierTransform(nn.Module):
 class OutlierMethod(Protocol):
     """A frozen dataclass with the method's settings."""
 
-    name: str
+    name: ClassVar[str]
 
     def fit(self, weight: Tensor) -> OutlierTransform | None:
         """The transform for one layer, or None when the method cannot take a layer of this shape. weight: [N, K]."""

@@ -1,6 +1,7 @@
 """ConvRot: rotate groups of input features by a regular Hadamard matrix, so that no single feature sets the scale."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,6 +12,8 @@ from int8run.outlier.base import OutlierTransform
 
 class GroupRotation(OutlierTransform):
     """`W_g Hᵀ` offline, `x_g H` online; H is orthonormal, so the product does not change."""
+
+    matrix: Tensor
 
     def __init__(self, group_size: int):
         super().__init__()
@@ -35,7 +38,7 @@ class ConvRot:
     """Groups of `group_size`, or the largest power of 4 that divides the layer's input features."""
 
     group_size: int = 256
-    name: str = "convrot"
+    name: ClassVar[str] = "convrot"
 
     def __post_init__(self) -> None:
         if self.group_size not in (4, 16, 64, 256, 1024):

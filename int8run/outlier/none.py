@@ -1,6 +1,7 @@
 """No outlier method: the weight and its input are rounded as they are."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from int8run.outlier.base import OutlierTransform
 class NoOutlier:
     """Plain W8A8."""
 
-    name: str = "none"
+    name: ClassVar[str] = "none"
 
     def fit(self, weight: Tensor) -> OutlierTransform:
         """The identity."""

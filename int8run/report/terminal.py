@@ -20,17 +20,17 @@ class Progress:
         self.shown = enabled and get_console().is_terminal
 
     @contextmanager
-    def count(self, name: str, total: int) -> Iterator[Callable[[], None]]:
-        """A loop of known length; the yielded function advances it by one."""
+    def count(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A loop of known length; the yielded function advances it."""
         if not self.shown:
             if self.enabled:
                 log.info("%s (%d)", name, total)
-            yield lambda: None
+            yield lambda count: None
             return
         columns = (bars.TextColumn("{task.description:>18}"), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
         with bars.Progress(*columns, console=get_console(), transient=False) as bar:
             task = bar.add_task(name, total=total)
-            yield lambda: bar.advance(task)
+            yield lambda count: bar.advance(task, count)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:

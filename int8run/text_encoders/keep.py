@@ -1,6 +1,7 @@
 """`clip=keep`: the model's own text encoders, as they are."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -9,7 +10,7 @@ from torch import nn
 class KeepTextEncoders:
     """Leaves every text encoder in the float model's dtype."""
 
-    name: str = "keep"
+    name: ClassVar[str] = "keep"
 
 
 def find_text_encoders(components: dict[str, object]) -> dict[str, nn.Module]:
