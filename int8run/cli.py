@@ -66,7 +66,22 @@ def check_and_run() -> None:
         from int8run.precheck import check_all
 
         check_all(args.config_dir, args.config_name or CONFIG["config_name"], list(args.overrides), args.multirun, announce)
-    hydra_main(**CONFIG)(job)()
+    if args.multirun or not starts_jobs:
+        hydra_main(**CONFIG)(job)()
+        return
+    failures: list[Int8RunError] = []
+
+    def single(config: Any) -> float | None:
+        # raised after hydra has gone: it prints a line of its own about every error that passes through it
+        try:
+            return job(config)
+        except Int8RunError as error:
+            failures.append(error)
+            return None
+
+    hydra_main(**CONFIG)(single)()
+    if failures:
+        raise failures[0]
 
 
 def announce(jobs: int, config: Any, choices: dict[str, str]) -> None:
@@ -99,15 +114,16 @@ def job(config: Any) -> float | None:
     try:
         return spec.task.execute(spec, about)
     except Int8RunError as error:
-        # in a sweep the other jobs go on; this one's reason must not get lost among them
-        log.error("%s", error)
+        if about.sweep:  # the other jobs go on; this one's reason must not get lost among them
+            log.error("%s", error)
         raise
 
 
 def explain(error: BaseException) -> tuple[str | None, int]:
     """One line and an exit code for an error; None when it is not one that a user can meet, so that it is shown whole."""
     from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+    from omegaconf import ListConfig
+    from omegaconf.errors import ConfigAttributeError, ConfigIndexError, ConfigKeyError, OmegaConfBaseException
 
     if isinstance(error, Int8RunError):
         return str(error), error.exit_code
@@ -123,6 +139,11 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         parent = cause.parent_node
         known = [str(k) for k in parent if k != "hydra" and not str(k).startswith("_")] if hasattr(parent, "keys") else []
         return f"no setting called {key!r}; {suggest(key.rpartition('.')[2], known)}choose from {', '.join(sorted(known))}", 2
+    if isinstance(cause, ConfigIndexError):
+        key = str(cause.full_key)
+        there = len(cause.parent_node) if isinstance(cause.parent_node, list | ListConfig) else 0
+        stack = "; choose a stack that has it, such as lora=stack_a" if key.startswith("lora.") else ""
+        return f"no setting called {key!r}: the list has {there} entries{stack}", 2
     if isinstance(error, HydraException | OmegaConfBaseException):
         source = cause if isinstance(cause, OmegaConfBaseException) else error
         return " ".join(str(source).split()), 2

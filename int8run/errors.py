@@ -32,10 +32,11 @@ class BackendError(Int8RunError):
     exit_code = 4
 
 
-def in_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise ConfigError unless `value` is a number in low..high."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ConfigError(f"{name} is {value!r}; allowed is a number from {low:g} to {high:g}")
+def in_range(name: str, value: float, low: float, high: float, whole: bool = False) -> None:
+    """Raise ConfigError unless `value` is a number in low..high, a whole one if asked."""
+    kind = int if whole else int | float
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}; allowed is a {'whole ' if whole else ''}number from {low:g} to {high:g}")
 
 
 def one_of(name: str, value: object, allowed: Collection[str]) -> None:

@@ -13,7 +13,12 @@ def reuse(key: str, make: Callable[[], Any]) -> tuple[Any, bool]:
     """The last built value if its key is equal, else a new one; and whether it was reused. The old one is dropped first."""
     if key in _last:
         return _last[key], True
-    _last.clear()
+    forget()
     value = make()
     _last[key] = value
     return value, False
+
+
+def forget() -> None:
+    """Drop the last built value."""
+    _last.clear()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from int8run.backends.auto import AutoBackend
+from int8run.backends.auto import AutoBackend, Chooser
 from int8run.backends.base import Backend
 from int8run.errors import BackendError, ConfigError, in_range, one_of
 from int8run.layers.linear import Int8Linear, QuantizedLayer, linear_at
@@ -106,14 +106,17 @@ def install(
     Raises:
         BackendError: when the backend cannot run on the model's device.
     """
-    parameter = next(model.parameters())
-    device, dtype = parameter.device, parameter.dtype
+    device = next(model.parameters()).device
     reasons = backend.limits.refuse(device)
     if reasons:
         raise BackendError(f"backend {backend.name!r} cannot run here: {'; '.join(reasons)}")
-    chooser = backend.chooser(device, dtype) if isinstance(backend, AutoBackend) else None
+    choosers: dict[torch.dtype, Chooser] = {}
     for plan, layer in layers:
-        chosen = chooser.choose(rows[plan.name], plan.in_features, plan.out_features) if chooser else backend
+        dtype = linear_at(model, plan.name).weight.dtype
+        chosen = backend
+        if isinstance(backend, AutoBackend):
+            chooser = choosers.setdefault(dtype, backend.chooser(device, dtype))
+            chosen = chooser.choose(rows[plan.name], plan.in_features, plan.out_features)
         plan.backend_asked, plan.backend_used = backend.name, chosen.name
         float_rows = settings.float_rows(plan.in_features * plan.out_features, rows[plan.name])
         parent, _, child = plan.name.rpartition(".")

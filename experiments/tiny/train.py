@@ -138,7 +138,7 @@ def fit(trainer: Trainer, pipe: FluxPipeline, x0: Tensor, captions: list[str], i
             rate = (trainer.images - at_start) / (time.time() - started)
             print(f"images {trainer.images} loss {trainer.curve[-1][1]:.4f} {rate:.1f} images/s", flush=True)
             losses = []
-            if len(trainer.curve) % 5 == 0:
+            if len(trainer.curve) % 2 == 0:
                 trainer.save()
     trainer.save()
 

@@ -81,8 +81,6 @@ class Chooser:
         generator = torch.Generator().manual_seed(0)
         draw = lambda *shape: torch.randn(shape, generator=generator).to(self.device)  # noqa: E731
         weight, x = quantize_weight(draw(out_features, in_features)), draw(rows, in_features).to(self.dtype)
-        if len(self.able) == 1:
-            return self.able[0]
         runs = {b.name: (b, b.pack(weight)) for b in self.able if self.agrees(b, in_features)}
         if not runs:
             raise BackendError(f"no INT8 backend computes the right numbers on {self.where}")
@@ -107,7 +105,7 @@ class Chooser:
         weight = QuantizedWeight(
             torch.full((8, in_features), 127, dtype=torch.int8, device=self.device), torch.ones(8, 1, device=self.device)
         )
-        x = torch.ones(8, in_features, device=self.device, dtype=self.dtype)
+        x = torch.ones(8, in_features, device=self.device)
         run = lambda b: b.linear(x, b.pack(weight), weight.scale[:, 0], None).float()  # noqa: E731
         expected = run(Reference())
         right = bool(((run(backend) - expected).abs() <= MAX_REL_ERR * expected.abs()).all())
@@ -119,9 +117,10 @@ class Chooser:
 def read_table(table: Path) -> dict[str, str]:
     """Choices made before; an unreadable table counts as empty and is written anew."""
     try:
-        return dict(json.loads(table.read_text()))
-    except (FileNotFoundError, json.JSONDecodeError):
+        found = json.loads(table.read_text())
+    except (FileNotFoundError, ValueError):
         return {}
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
 
 
 def write_table(table: Path, key: str, name: str) -> None:

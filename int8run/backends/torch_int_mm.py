@@ -25,7 +25,8 @@ class TorchIntMM:
     def pack(self, weight: QuantizedWeight) -> Tensor:
         """The integers as they are; on CUDA padded with zeros to multiples of 8. [N, K]."""
         if not weight.qdata.is_cuda:
-            return weight.qdata
+            # with K = 1 the transpose has two strides of 1 and torch writes nothing
+            return F.pad(weight.qdata, (0, 1)) if weight.qdata.shape[1] == 1 else weight.qdata
         n, k = weight.qdata.shape
         return F.pad(weight.qdata, (0, -k % CUDA_MULTIPLE, 0, -n % CUDA_MULTIPLE))
 
@@ -35,6 +36,8 @@ class TorchIntMM:
         rows, columns = q.shape[0], w_scale.shape[0]
         if q.is_cuda:
             q = F.pad(q, (0, packed.shape[1] - q.shape[1], 0, max(0, CUDA_MIN_ROWS - rows)))
+        elif packed.shape[1] != q.shape[1]:
+            q = F.pad(q, (0, 1))
         accumulated = torch._int_mm(q, packed.T)[:rows, :columns]
         y = accumulated.float().mul_(w_scale)
         y = y.mul_(x_scale) if bias is None else torch.addcmul(bias.float(), y, x_scale)

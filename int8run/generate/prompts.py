@@ -16,7 +16,7 @@ class PromptSet:
     seeds_per_prompt: int = 1
 
     def __post_init__(self) -> None:
-        in_range("prompts.seeds_per_prompt", self.seeds_per_prompt, 1, 10_000)
+        in_range("prompts.seeds_per_prompt", self.seeds_per_prompt, 1, 10_000, whole=True)
         if bool(self.prompts) == bool(self.path):
             raise ConfigError("prompts needs exactly one of prompts.prompts=[…] and prompts.path=<file, one prompt per line>")
 
@@ -31,7 +31,10 @@ class PromptSet:
         path = Path(self.path).expanduser()
         if not path.is_file():
             raise FileError(f"prompts.path={self.path}: no such file (looked for {path.absolute()})")
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise FileError(f"prompts.path={self.path} is not UTF-8 text: {error}") from error
         prompts = [line for line in lines if line and not line.startswith("#")]
         if not prompts:
             raise FileError(f"prompts.path={self.path} holds no prompt; write one per line")

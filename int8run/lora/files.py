@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,23 +44,24 @@ def find_lora(source: str, weight_name: str | None) -> Path:
     Raises:
         LoraError: naming the path tried, the folder searched and the nearest names in it.
     """
+    name = Path(weight_name or source)
+    if name.suffix.lower() in (".pt", ".bin", ".ckpt", ".pth"):
+        raise LoraError(f"{name} is a pickled file, which can run code when opened; convert it to .safetensors first")
     if weight_name is not None:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
             return Path(hf_hub_download(source, weight_name))
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-            reason = str(error).splitlines()[0]
+        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise LoraError(f"LoRA {weight_name!r} of {source!r} could not be had from the hub: {reason}") from error
     path = Path(source).expanduser()
-    if path.suffix in (".pt", ".bin", ".ckpt", ".pth"):
-        raise LoraError(f"{path} is a pickled file, which can run code when opened; convert it to .safetensors first")
     shipped = SHIPPED / f"{source}.safetensors"
     for candidate in (path, shipped):
         if candidate.is_file():
             return candidate
-    folder = path.parent if path.suffix else SHIPPED
+    folder = path.parent if path.suffix or path.parent != Path() else SHIPPED
     there = sorted(p.name if path.suffix else p.stem for p in folder.glob("*.safetensors")) if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.0)
     nearest = f"; nearest there: {', '.join(near)}" if near else "; no .safetensors file there"
@@ -126,8 +128,14 @@ def scale_of(name: str, rank: int, alpha: torch.Tensor | None, metadata: Mapping
         peft = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except json.JSONDecodeError:
         return 1.0
-    by_name = {key.split(".", 1)[-1]: value for key, value in peft.items()}
-    value = by_name.get("alpha_pattern", {}).get(name, by_name.get("lora_alpha"))
+    if not isinstance(peft, dict):
+        return 1.0
+    by_name = {strip_prefixes(key): value for key, value in peft.items()}
+    patterns = by_name.get("alpha_pattern") or {}
+    try:
+        value = next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), by_name.get("lora_alpha"))
+    except re.error as error:
+        raise LoraError(f"the file's alpha_pattern is no regular expression: {error}") from error
     if value is None:
         return 1.0
     return value / math.sqrt(rank) if by_name.get("use_rslora") else value / rank

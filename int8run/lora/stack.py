@@ -44,6 +44,11 @@ class Adapter:
                 )
             chosen = chosen[lora_base]
         if isinstance(chosen, Mapping):
+            missing = [key for key in ("repo", "weight_name") if key not in chosen]
+            if missing:
+                raise ConfigError(
+                    f"LoRA {self.name!r}: its source for {lora_base!r} has no {missing[0]}; a hub source is repo and weight_name"
+                )
             return chosen["repo"], chosen["weight_name"]
         return chosen, self.weight_name
 

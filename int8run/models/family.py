@@ -71,7 +71,7 @@ class AutoFamily:
 
 
 def conservative(blocks: Sequence[str], linears: Sequence[str]) -> ModelFamily:
-    """The rule for a denoiser that nobody described: the middle blocks of each repeated list, nothing else."""
+    """The rule for a denoiser that nobody described: its repeated blocks but the very first and the very last, nothing else."""
     middle = tuple(blocks[1:-1])
     rules = [KeepRule(n, "unknown architecture: outside the middle blocks") for n in linears if not n.startswith(middle)]
     return ModelFamily(name="unknown", keep_float=rules)
@@ -90,13 +90,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.steps is not None:
-            in_range("sampler.steps", self.steps, 1, 1000)
+            in_range("sampler.steps", self.steps, 1, 1000, whole=True)
         if self.guidance is not None:
             in_range("sampler.guidance", self.guidance, 0, 100)
         for name in ("height", "width"):
             if getattr(self, name) is not None:
-                in_range(f"sampler.{name}", getattr(self, name), 8, 16384)
-        in_range("sampler.batch", self.batch, 1, 1024)
+                in_range(f"sampler.{name}", getattr(self, name), 8, 16384, whole=True)
+        in_range("sampler.batch", self.batch, 1, 1024, whole=True)
 
     def over(self, default: "Sampling") -> "Sampling":
         """These settings, with the default's where None."""

@@ -1,0 +1,166 @@
+"""`backend=auto`: which candidates take part, which one wins, what is remembered. Times are faked, so nothing depends on them."""
+
+import itertools
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from helpers import CPU, shipped
+
+from int8run.backends.auto import AutoBackend, Chooser
+from int8run.backends.base import Limits, usable
+from int8run.backends.reference import Reference
+from int8run.errors import BackendError
+from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
+
+
+@dataclass(frozen=True)
+class Exact(Reference):
+    """A second correct backend."""
+
+    name: ClassVar[str] = "exact"
+
+
+@dataclass(frozen=True)
+class Saturating(Reference):
+    """Sums in 16 bits, as byte products without VNNI do."""
+
+    name: ClassVar[str] = "saturating"
+
+    def linear(self, x, packed, w_scale, bias):
+        q, x_scale = quantize_rowwise(x)
+        y = (q.double() @ packed.double().T).clamp(-(2**15), 2**15 - 1).float() * w_scale * x_scale
+        return (y if bias is None else y + bias).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class GpuOnly(Reference):
+    name: ClassVar[str] = "gpu_only"
+    limits: ClassVar[Limits] = Limits(devices=("cuda",))
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """Seconds of each call by backend name; the last value repeats."""
+    table: dict[str, list[float]] = {}
+    calls: dict[str, itertools.count] = {}
+
+    def timed(self, backend, *args):
+        index = next(calls.setdefault(backend.name, itertools.count()))
+        return table[backend.name][min(index, len(table[backend.name]) - 1)]
+
+    monkeypatch.setattr(Chooser, "timed", timed)
+    return table
+
+
+def chooser(tmp_path, *backends, dtype=torch.float32, rounds=3):
+    return AutoBackend({b.name: b for b in backends}, rounds, str(tmp_path / "choices" / "table.json")).chooser(CPU, dtype)
+
+
+@pytest.mark.parametrize(
+    ("reference", "exact", "winner"),
+    [
+        ([2.0], [1.0], "exact"),
+        ([1.0], [2.0], "reference"),
+        ([0.0, 5.0], [9.0, 1.0], "exact"),
+        ([3.0, 3.0, 3.0, 3.0], [1.0, 1.0, 90.0, 1.0], "exact"),
+    ],
+    ids=["exact is faster", "reference is faster", "the warm-up does not count", "one slow round does not count"],
+)
+def test_the_least_median_wins(tmp_path, seconds, reference, exact, winner):
+    seconds.update(reference=reference, exact=exact)
+    assert chooser(tmp_path, Reference(), Exact()).choose(4, 16, 8).name == winner
+
+
+def test_a_saturating_backend_is_left_out_even_if_faster(tmp_path, seconds, caplog):
+    seconds.update(saturating=[0.001], reference=[9.0], exact=[8.0])
+    assert chooser(tmp_path, Saturating(), Reference(), Exact()).choose(4, 64, 8).name == "exact"
+    assert "backend saturating saturates on this CPU and is left out" in caplog.text
+
+
+def test_no_correct_backend_is_an_error(tmp_path):
+    other = type("Other", (Saturating,), {"name": "other"})()
+    with pytest.raises(BackendError, match=r"no INT8 backend computes the right numbers on .*\| float32"):
+        chooser(tmp_path, Saturating(), other).choose(4, 64, 8)
+
+
+def test_a_sole_candidate_is_checked_too(tmp_path):
+    with pytest.raises(BackendError, match="no INT8 backend computes the right numbers"):
+        chooser(tmp_path, Saturating()).choose(4, 64, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("in_features", [7, 1024])
+def test_correct_backends_agree_in_every_dtype(tmp_path, seconds, dtype, in_features):
+    # in float16 the full-range product passes 65504 from 516 features on
+    seconds.update(reference=[2.0], exact=[1.0])
+    assert chooser(tmp_path, Reference(), Exact(), dtype=dtype).choose(4, in_features, 8).name == "exact"
+
+
+def test_a_candidate_that_cannot_run_here_takes_no_part(tmp_path, seconds):
+    seconds.update(gpu_only=[0.0], reference=[2.0], exact=[1.0])
+    assert chooser(tmp_path, GpuOnly(), Reference(), Exact()).choose(4, 16, 8).name == "exact"
+
+
+def test_no_candidate_for_the_device(tmp_path):
+    with pytest.raises(BackendError, match=r"backend=auto has no candidate for cpu: gpu_only: runs on cuda, not on cpu$"):
+        chooser(tmp_path, GpuOnly())
+
+
+def test_a_second_chooser_reads_the_table_and_measures_nothing(tmp_path, seconds):
+    seconds.update(reference=[2.0], exact=[1.0])
+    first = chooser(tmp_path, Reference(), Exact())
+    assert first.choose(4, 16, 8) is first.choose(4, 16, 8) and first.measured == 1
+    # were it measured again, the other would win
+    seconds.update(reference=[1.0], exact=[2.0])
+    second = chooser(tmp_path, Reference(), Exact())
+    assert second.choose(4, 16, 8).name == "exact" and second.measured == 0
+
+
+@pytest.mark.parametrize("rows", [(5, 16, 8), (4, 17, 8), (4, 16, 9)], ids=["rows", "in_features", "out_features"])
+def test_another_shape_is_measured_on_its_own(tmp_path, seconds, rows):
+    seconds.update(reference=[2.0], exact=[1.0])
+    ours = chooser(tmp_path, Reference(), Exact())
+    ours.choose(4, 16, 8)
+    ours.choose(*rows)
+    assert ours.measured == 2
+
+
+def test_other_candidates_or_another_dtype_are_measured_anew(tmp_path, seconds):
+    seconds.update(reference=[2.0], exact=[1.0], saturating=[0.0])
+    chooser(tmp_path, Reference(), Exact()).choose(4, 16, 8)
+    for again in (chooser(tmp_path, Reference(), Exact(), Saturating()), chooser(tmp_path, Reference(), Exact(), dtype=torch.bfloat16)):
+        again.choose(4, 16, 8)
+        assert again.measured == 1
+    assert len(json.loads((tmp_path / "choices" / "table.json").read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b'{"a": "ref', b"null", b"[1, 2]", b'"words"', b"\xff\xfe\x00"],
+    ids=["empty", "cut", "null", "list", "string", "binary"],
+)
+def test_a_damaged_table_counts_as_empty_and_is_written_anew(tmp_path, seconds, damage):
+    seconds.update(reference=[2.0], exact=[1.0])
+    table = tmp_path / "choices" / "table.json"
+    table.parent.mkdir()
+    table.write_bytes(damage)
+    assert chooser(tmp_path, Reference(), Exact()).choose(4, 16, 8).name == "exact"
+    assert list(json.loads(table.read_text()).values()) == ["exact"]
+
+
+@pytest.mark.parametrize("choice", ["gone", ["exact"], None], ids=["unknown name", "list", "null"])
+def test_a_damaged_choice_is_measured_again(tmp_path, seconds, choice):
+    seconds.update(reference=[2.0], exact=[1.0])
+    chooser(tmp_path, Reference(), Exact()).choose(4, 16, 8)
+    table = tmp_path / "choices" / "table.json"
+    table.write_text(json.dumps(dict.fromkeys(json.loads(table.read_text()), choice)))
+    again = chooser(tmp_path, Reference(), Exact())
+    assert again.choose(4, 16, 8).name == "exact" and again.measured == 1
+
+
+def test_the_shipped_candidates_with_real_times(tmp_path):
+    able = [b for b in shipped("backend").values() if usable(b, CPU)]
+    assert chooser(tmp_path, *able, rounds=1).choose(4, 16, 8) in able

@@ -1,0 +1,49 @@
+"""What a backend refuses, and the words for it."""
+
+import pytest
+import torch
+from helpers import shipped
+
+from int8run.backends.base import Limits, has_cpu_feature, usable
+from int8run.backends.onednn import OneDnn
+from int8run.backends.reference import Reference
+from int8run.backends.torch_int_mm import TorchIntMM
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cpu_without_vnni(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_vnni": False, "architecture": "x86_64"})
+
+
+@pytest.mark.parametrize("backend", shipped("backend").values(), ids=lambda b: b.name)
+def test_no_backend_runs_on_meta(backend):
+    (reason,) = backend.limits.refuse(torch.device("meta"))
+    assert reason == f"runs on {' and '.join(backend.limits.devices)}, not on meta"
+
+
+def test_onednn_stays_on_the_cpu():
+    assert OneDnn.limits.refuse(torch.device("cuda")) == ["runs on cpu, not on cuda"]
+
+
+@pytest.mark.parametrize("backend", [OneDnn(), TorchIntMM()], ids=lambda b: b.name)
+def test_a_cpu_without_vnni_is_refused(backend, cpu_without_vnni):
+    (reason,) = backend.limits.refuse(CPU)
+    assert reason == "needs a CPU with one of avx512_vnni, avx_vnni, amx_int8: without, int8 products saturate"
+    assert not usable(backend, CPU)
+
+
+@pytest.mark.parametrize("feature", ["avx512_vnni", "avx_vnni", "amx_int8"])
+@pytest.mark.parametrize("backend", [OneDnn(), TorchIntMM()], ids=lambda b: b.name)
+def test_one_feature_is_enough(backend, feature, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {feature: True})
+    assert usable(backend, CPU) and has_cpu_feature([feature])
+
+
+def test_cpu_features_are_not_asked_of_a_gpu(cpu_without_vnni):
+    assert usable(TorchIntMM(), torch.device("cuda"))
+
+
+def test_the_reference_runs_on_any_cpu(cpu_without_vnni):
+    assert usable(Reference(), CPU) and Limits().refuse(CPU) == []

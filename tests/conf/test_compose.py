@@ -1,0 +1,134 @@
+"""Every option that ships composes and becomes a RunSpec, says what it is, and stands on the help page."""
+
+import re
+
+import pytest
+import yaml
+from helpers import CONF
+from hydra import compose, initialize_config_module
+
+from int8run.errors import ConfigError
+from int8run.help_page import first_comment, help_page, key_lines
+from int8run.precheck import to_spec
+from int8run.spec import RunSpec
+
+FILES = sorted(CONF.rglob("*.yaml"))
+OPTIONS = [tuple(f.relative_to(CONF).with_suffix("").as_posix().rsplit("/", 1)) for f in FILES if f.parent != CONF]
+GROUPS = sorted({group for group, _ in OPTIONS if not group.startswith("hydra/")})
+ROOT = yaml.safe_load((CONF / "config.yaml").read_text())
+# settings without which an option is refused, by design
+NEEDS = {"task=inspect": ["task.path=some.safetensors"], "prompts=file": ["prompts.path=some.txt"]}
+
+
+def composed(*overrides):
+    with initialize_config_module("int8run.conf", version_base="1.3"):
+        return compose("config", ["device=cpu", *overrides], return_hydra_config=True)
+
+
+def as_id(option):
+    return "=".join(option)
+
+
+def test_the_walk_finds_the_options():
+    assert {("task", "run"), ("model", "tiny"), ("hydra/job_logging", "int8run")} <= set(OPTIONS)
+    assert set(GROUPS) == {group for default in ROOT["defaults"] if isinstance(default, dict) for group in default if " " not in group}
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=as_id)
+def test_every_option_becomes_a_run_spec(option):
+    group, name = option
+    spec = to_spec(composed(f"{group}={name}", *NEEDS.get(as_id(option), [])))
+    assert isinstance(spec, RunSpec)
+    if group in GROUPS:
+        # a YAML without _target_ stays a dict and fails much later, in the middle of a run
+        assert type(getattr(spec, group)).__module__.startswith("int8run."), f"{group}={name} names no class of int8run"
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o[0] in ("backend", "outlier", "clip", "model_type")], ids=as_id)
+def test_an_option_and_its_class_use_the_same_word(option):
+    group, name = option
+    assert getattr(to_spec(composed(f"{group}={name}")), group).name == name
+
+
+@pytest.mark.parametrize("option", NEEDS)
+def test_the_options_that_need_a_value_need_it(option):
+    with pytest.raises(ConfigError, match=r"(task|prompts)\.path=<"):
+        to_spec(composed(option))
+
+
+def test_auto_family_knows_every_family():
+    families = {name for group, name in OPTIONS if group == "model_type"} - {"auto", "none"}
+    auto = to_spec(composed("model_type=auto")).model_type
+    assert {key: family.name for key, family in auto.families.items()} == {name: name for name in families}
+
+
+def test_auto_backend_tries_every_backend():
+    backends = {name for group, name in OPTIONS if group == "backend"} - {"auto"}
+    auto = to_spec(composed("backend=auto")).backend
+    assert {key: backend.name for key, backend in auto.candidates.items()} == {name: name for name in backends}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(CONF).as_posix())
+def test_every_file_begins_with_what_it_is(file):
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("# @")]
+    assert re.match(r"# \S+ \S+", lines[0]), f"{file} does not begin with a description"
+    assert first_comment(file) == lines[0].removeprefix("# ")
+    assert not lines[1].startswith("#"), f"{file}: the help page shows one line, the description has more"
+
+
+def uncommented(text):
+    """Keys with a value but without a comment beside or above them; parts that explain themselves by the key above are left out."""
+    missing, above, path = [], "", []
+    for line in text.splitlines():
+        found = re.match(r"^(?P<indent> *)(?P<key>[a-z_]\w*):(?P<rest>.*)$", line)
+        if found:
+            path = [*path[: len(found["indent"]) // 2], found["key"]]
+            inner = {"keep_float", "adapters", "sampling", "defaults", "hydra"} & {*path[:-1]} or path[0] in ("defaults", "hydra")
+            value = found["rest"].strip()
+            if value and "# " not in value and not above.startswith("#") and found["key"] != "_target_" and not inner:
+                missing.append(".".join(path))
+        above = line.strip()
+    return missing
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if "hydra" not in f.parts], ids=lambda f: f.relative_to(CONF).as_posix())
+def test_every_key_has_a_comment(file):
+    assert uncommented(file.read_text()) == []
+
+
+def test_uncommented_keys_are_found():
+    text = "# what\n_target_: a.B\nx: 1\n# why\ny: 2\nz: [a, b] # list\nsub:\n  deep: 3\nsampling:\n  steps: 4\n"
+    assert uncommented(text) == ["x", "sub.deep"]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_help_names_every_option_with_its_description(group):
+    section = re.search(rf"^  {group} .*\n(?:   .*\n)*", help_page(), flags=re.MULTILINE)
+    assert section is not None, f"{group} is not on the help page"
+    rows = {line[13:].split()[0]: line for line in section[0].splitlines()}
+    assert set(rows) == {name for g, name in OPTIONS if g == group}
+    for name, row in rows.items():
+        assert row.endswith(f" {first_comment(CONF / group / f'{name}.yaml')}")
+    default = next(d[group] for d in ROOT["defaults"] if group in d)
+    assert section[0].split()[1] == default, "the default comes first"
+
+
+def top_level_keys():
+    """`seed`, `int8.enable`, ...: what config.yaml itself sets."""
+    own = {key: value for key, value in ROOT.items() if key not in ("defaults", "hydra", "_target_")}
+    nested = [f"{key}.{inner}" for key, value in own.items() if isinstance(value, dict) for inner in value if inner != "_target_"]
+    return [key for key, value in own.items() if not isinstance(value, dict)] + nested
+
+
+@pytest.mark.parametrize("key", top_level_keys())
+def test_help_names_every_top_level_key_with_its_default(key):
+    value = ROOT
+    for part in key.split("."):
+        value = value[part]
+    shown = {True: "true", False: "false"}.get(value, value) if isinstance(value, bool) else value
+    assert re.search(rf"^  {re.escape(key)}={shown} +\S", help_page(), flags=re.MULTILINE)
+
+
+def test_help_shows_nested_keys_with_their_path():
+    text = "# a thing\nouter:\n  inner: 1 # how many\nbare: 2\nhidden:\n  x: 3 # no\n"
+    assert [line.split(maxsplit=1) for line in key_lines(text, "g.", skip=("hidden",))] == [["g.outer.inner=1", "how many"]]

@@ -1,0 +1,42 @@
+"""A job as the command line would start it, without a process of its own."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_module
+from safetensors.torch import save_file
+from torch import nn
+
+from int8run.precheck import plain_config, to_spec
+from int8run.run import RunResult, run
+from int8run.spec import Job, RunSpec
+
+
+def make_spec(overrides: list[str]) -> RunSpec:
+    """The RunSpec of these overrides."""
+    with initialize_config_module("int8run.conf", version_base="1.3"):
+        return to_spec(compose("config", overrides))
+
+
+def run_job(overrides: list[str], out: Path) -> RunResult:
+    """Run one job into `out`."""
+    with initialize_config_module("int8run.conf", version_base="1.3"):
+        config = compose("config", overrides)
+    out.mkdir(parents=True, exist_ok=True)
+    about = Job(plain_config(config), choices={"model": "tiny"}, overrides=overrides, sweep=None, output_dir=out)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return run(to_spec(config), about)
+
+
+def save_lora(path: Path, model: nn.Module, only: str = "to_", prefix: str = "transformer.", rank: int = 4) -> Path:
+    """A seeded LoRA in PEFT's layout on the Linears whose name holds `only`."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and only in name:
+            tensors[f"{prefix}{name}.lora_A.weight"] = torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5
+            tensors[f"{prefix}{name}.lora_B.weight"] = torch.randn(module.out_features, rank, generator=generator) * 0.3
+    save_file(tensors, path, metadata={"modelspec.trigger_phrase": "test style"})
+    return path

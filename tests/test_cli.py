@@ -1,0 +1,321 @@
+"""The command line: exit codes, one-line messages, did-you-mean, sweeps that are checked before they start."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cli_process import command_in
+from hydra.errors import MissingConfigException
+from safetensors.torch import save_file
+
+from int8run import __version__, cli
+from int8run.errors import ConfigError
+from int8run.tasks import Run
+
+# the command of this interpreter's environment
+INT8RUN = Path(sys.executable).with_name("int8run")
+NOTHING_TO_DO = ["tracker=none", "prompts=file", "prompts.path=absent.txt"]  # passes every check, fails without a model
+
+
+def assert_one_line(outcome, code, pattern):
+    """The code, and a message that matches, stands alone, and hides hydra's and python's own words."""
+    message = outcome.message
+    assert outcome.code == code, message
+    assert "\n" not in message
+    assert re.search(pattern, message), f"{message!r} does not match {pattern!r}"
+    for inner in ("full_key", "__init__", "TypeError", "object_type"):
+        assert inner not in message
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    with command_in(tmp_path / "work", monkeypatch, capsys) as run:
+        yield run
+
+
+REFUSED = {
+    # words
+    "misspelt option": (["model=tinny"], r"no model called 'tinny'; did you mean 'tiny'\? choose from .*flux, .*tiny"),
+    "option unlike any": (["outlier=zzz"], r"no outlier called 'zzz'; choose from .*convrot, .*none"),
+    "misspelt launcher": (["hydra/launcher=basik"], r"no hydra/launcher called 'basik'; did you mean 'basic'\? choose from basic"),
+    "misspelt group": (["bakend=auto"], r"no setting called 'bakend'; did you mean 'backend'\? choose from .*model, .*tracker"),
+    "misspelt group with plus": (["+bakend=auto"], r"no setting called 'bakend'; did you mean 'backend'\?"),
+    "misspelt key": (["lora.strenght=1"], r"no setting called 'lora.strenght'; did you mean 'strength'\? choose from .*mode, strength"),
+    "misspelt key with plus": (["+lora.strenght=1"], r"no setting called 'lora.strenght'; did you mean 'strength'\?"),
+    "misspelt top-level key": (["sed=1"], r"no setting called 'sed'; did you mean 'seed'\?"),
+    "group left out": (["~model"], r"\bmodel\b.*(missing|needs|required|choose from)"),
+    # values
+    "word": (["int8.small_batch_fallback=sometimes"], r"int8.small_batch_fallback is 'sometimes'; choose from always, never, only_small"),
+    "near word": (["int8.small_batch_fallback=newer"], r"int8.small_batch_fallback is 'newer'; did you mean 'never'\?"),
+    "max_rows": (["int8.max_rows=-1"], r"int8.max_rows is -1; allowed is a number from 0 to 4096"),
+    "compile": (["compile=yes"], r"compile is 'yes'; choose from blocks, full, none"),
+    "offload": (["offload=disk"], r"offload is 'disk'; choose from group, model, none"),
+    "offload on cpu": (["offload=model", "device=cpu"], r"offload=model moves weights .* with device=cpu set offload=none"),
+    "seed": (["seed=-1"], r"seed is -1; allowed is a number from 0 to "),
+    "steps": (["sampler.steps=0"], r"sampler.steps is 0; allowed is a number from 1 to 1000"),
+    "guidance": (["sampler.guidance=-1"], r"sampler.guidance is -1; allowed is a number from 0 to 100"),
+    "height": (["sampler.height=4"], r"sampler.height is 4; allowed is a number from 8 to 16384"),
+    "width": (["sampler.width=big"], r"sampler.width is 'big'; allowed is a number from 8 to 16384"),
+    "batch": (["sampler.batch=0"], r"sampler.batch is 0; allowed is a number from 1 to 1024"),
+    "dtype": (["model.dtype=bfloat"], r"model.dtype is 'bfloat'; did you mean 'bfloat16'\? choose from bfloat16, float16, float32"),
+    "group size": (["outlier=convrot", "outlier.group_size=100"], r"outlier.group_size is 100; convrot takes 4, 16, 64, 256 or 1024"),
+    "baseline": (["metrics.baseline=maybe"], r"metrics.baseline is 'maybe'; choose from none, run"),
+    "lora strength": (["lora.strength=99"], r"lora.strength is 99; allowed is a number from -20 to 20"),
+    "lora strength nan": (["lora.strength=nan"], r"lora.strength is nan; allowed is a number from -20 to 20"),
+    "adapter strength": (["lora=stack_a", "lora.adapters.0.strength=true"], r"strength of LoRA 'ink' is True; allowed is a number"),
+    "strengths multiplied": (
+        ["lora=stack_a", "lora.strength=5", "lora.adapters.1.strength=10"],
+        r"strength of LoRA 'gloss' times lora.strength is 50; allowed is a number from -20 to 20",
+    ),
+    "adapter name twice": (["lora=stack_a", "lora.adapters.1.name=ink"], r"lora.adapters has the name 'ink' twice; give each"),
+    "lora mode": (["lora.mode=merge"], r"lora.mode is 'merge'; choose from auto, bake, dynamic"),
+    "pictures per prompt": (["prompts.seeds_per_prompt=0"], r"prompts.seeds_per_prompt is 0; allowed is a number from 1 to 10000"),
+    # kinds of values, which yaml does not check
+    "steps not whole": (["sampler.steps=4.5"], r"sampler.steps is 4.5; "),
+    "seed not whole": (["seed=1.5"], r"seed is 1.5; "),
+    "max_rows not whole": (["int8.max_rows=1.5"], r"int8.max_rows is 1.5; "),
+    "rounds": (["backend.rounds=0"], r"backend.rounds is 0; "),
+    "switch": (["int8.enable=maybe"], r"int8.enable is 'maybe'; .*true.*false"),
+    "group of numbers": (["int8=5"], r"\bint8\b.*\b5\b"),
+    "extra": (["sampler.extra=5"], r"sampler.extra is 5; "),
+    "group null": (["model=null"], r"\bmodel\b.*choose from .*tiny"),
+    # missing values
+    "no location": (["model.location=null"], r"model has no location; set model.location=<hub id or diffusers folder>"),
+    "no file to inspect": (["task=inspect"], r"task=inspect needs a file; set task.path=<file.safetensors>"),
+    "no prompts": (["prompts=file"], r"prompts needs exactly one of prompts.prompts=\[…\] and prompts.path=<file, one prompt per line>"),
+    # grammar
+    "no equals sign": (["lora.strength"], r"lora.strength.*missing EQUAL"),
+    "open bracket": (["prompts.prompts=[a"], r"\[a"),
+    "sweep without -m": (["seed=0,1"], r"Ambiguous value for argument 'seed=0,1'.*add --multirun"),
+    "no such folder": (["--config-dir", "absent"], r"--config-dir absent: no such folder \(looked for /.*/work/absent\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_bad_setting_is_one_line_and_code_2(command, monkeypatch, arguments, message):
+    monkeypatch.setattr(Run, "execute", lambda *_: None)  # a setting that is not refused must not load a model here
+    assert_one_line(command("tracker=none", *arguments), 2, message)
+    assert command.made() == [], "nothing was started, so nothing is left behind"
+
+
+def test_the_first_line_says_what_is_built(command):
+    assert command("lora=stack_a", "outlier=convrot", *NOTHING_TO_DO).out.startswith(
+        f"int8run {__version__} run: model=tiny outlier=convrot backend=auto lora=stack_a\n"
+    )
+
+
+# -- while a job runs ---------------------------------------------------------------------------------------------------
+
+FAILING = {
+    "no prompts file": ([], 3, r"prompts.path=absent.txt: no such file \(looked for /.*/work/absent.txt\)"),
+    "folder without index": (["model.location=./empty"], 3, r"/work/empty is not a diffusers folder: it has no model_index.json"),
+    "shipped name": (["model.location=shipped:huge"], 3, r"assets/huge is not a diffusers folder: it has no model_index.json"),
+    "single file": (["model.location=x.safetensors"], 2, r"x.safetensors is a single file; this version reads hub ids"),
+    "no gpu": (["device=cuda"], 4, r"device=cuda asks for a GPU, but torch .* sees none; device=cpu works here"),
+    "device word": (["device=banana"], 2, r"device is 'banana'; choose from auto, cpu, cuda, cuda:N"),
+    "offload without gpu": (["offload=model"], 4, r"offload=model needs a GPU, and none is in use here; set offload=none"),
+    "nothing to inspect": (["task=inspect", "task.path=absent.safetensors"], 3, r"absent.safetensors: no such file \(looked for /"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), FAILING.values(), ids=FAILING)
+def test_a_run_that_fails_ends_with_one_line_and_its_code(command, monkeypatch, arguments, code, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (command.folder / "empty").mkdir()
+    given = NOTHING_TO_DO if not arguments else ["tracker=none", *arguments]
+    assert_one_line(command(*given), code, message)
+
+
+def test_a_failing_run_says_its_reason_once(command):
+    outcome = command(*NOTHING_TO_DO)
+    assert (outcome.out + outcome.err).count("no such file") == 1
+    assert outcome.err.startswith("int8run: ")
+
+
+def test_a_lora_without_a_source_for_the_model_is_found_before_anything_starts(command):
+    outcome = command("tracker=none", "lora=stack_a", "model.lora_base=sdxl")
+    assert_one_line(outcome, 2, r"LoRA 'ink' has no source for base model 'sdxl'; it has one for flux, tiny; .* choose another lora=")
+    assert command.made() == []
+
+
+def test_a_hub_error_is_one_line(command, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    outcome = command("tracker=none", "model.location=nobody/nothing", "device=cpu")
+    assert_one_line(outcome, 3, r"model 'nobody/nothing' could not be loaded: .*; set model.location to a folder that has it")
+
+
+# -- sweeps -------------------------------------------------------------------------------------------------------------
+
+
+def test_one_bad_job_of_a_sweep_stops_all_before_they_start(command):
+    outcome = command("-m", "tracker=none", "lora.strength=0,99,1")
+    assert (outcome.code, outcome.message) == (
+        2,
+        "1 of 3 jobs cannot run; none was started\n"
+        "  job 1 (tracker=none lora.strength=99): lora.strength is 99; allowed is a number from -20 to 20",
+    )
+    assert "3 jobs" in outcome.out and command.made() == []
+
+
+def test_every_bad_job_of_a_sweep_is_listed(command):
+    message = command("--multirun", "tracker=none", "seed=0,-1", "compile=none,yes").message.splitlines()
+    assert message[0] == "3 of 4 jobs cannot run; none was started"
+    assert [line.split(" (")[0] for line in message[1:]] == ["  job 1", "  job 2", "  job 3"]
+
+
+def test_a_misspelt_option_in_a_sweep_is_one_line(command):
+    assert_one_line(
+        command("-m", "tracker=none", "backend=reference,refrence"), 2, r"no backend called 'refrence'; did you mean 'reference'\?"
+    )
+    assert command.made() == []
+
+
+def test_a_job_that_fails_does_not_stop_the_others(command):
+    save_file({"w": torch.zeros(3)}, command.folder / "there.safetensors")
+    outcome = command("-m", "tracker=none", "task=inspect", "task.path=absent.safetensors,there.safetensors")
+    assert outcome.code == 3 and "absent.safetensors: no such file" in outcome.message
+    assert "plain weights" in outcome.out, "the second job ran"
+
+
+def test_both_reasons_of_two_failing_jobs_are_said(command):
+    outcome = command("-m", "tracker=none", "task=inspect", "task.path=a.safetensors,b.safetensors")
+    said = " ".join((outcome.out + outcome.err).split())
+    assert "a.safetensors: no such file" in said and "b.safetensors: no such file" in said
+
+
+def test_a_sweep_written_in_a_file_is_checked_as_well(command):
+    folder = command.folder / "mine" / "sweep"
+    folder.mkdir(parents=True)
+    (folder / "seeds.yaml").write_text("# @package _global_\n# seeds\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '0,-1'}}}\n")
+    message = command("--config-dir", "mine", "+sweep=seeds", *NOTHING_TO_DO).message
+    assert re.match(r"1 of 2 jobs cannot run; none was started\n  job 1 \(.*seed=-1.*\): seed is -1; ", message)
+    assert not (command.folder / "multirun").exists()
+
+
+# -- folders of the user's own ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mine(command):
+    """A folder with an outlier option `mine`; the returned function writes its text."""
+    folder = command.folder / "mine" / "outlier"
+    folder.mkdir(parents=True)
+    return (folder / "mine.yaml").write_text
+
+
+def test_a_user_folder_adds_an_option(command, mine):
+    mine("# my groups\n_target_: int8run.outlier.convrot.ConvRot\ngroup_size: 64\n")
+    shown = command("--config-dir", "mine", "outlier=mine", "--cfg", "job")
+    assert (shown.code, shown.err) == (0, "") and "group_size: 64" in shown.out
+    outcome = command("--config-dir", "mine", "outlier=mine", *NOTHING_TO_DO)
+    assert "outlier=mine" in outcome.out and "prompts.path" in outcome.message
+    outcome = command("--config-dir", "mine", "outlier=mien", *NOTHING_TO_DO)
+    assert_one_line(outcome, 2, r"no outlier called 'mien'; did you mean 'mine'\? choose from convrot, mine, none")
+
+
+BROKEN = {
+    "value out of range": ("_target_: int8run.outlier.convrot.ConvRot\ngroup_size: 5\n", r"outlier.group_size is 5; "),
+    "value missing": ("_target_: int8run.outlier.convrot.ConvRot\ngroup_size: ???\n", r"outlier.group_size"),
+    "unknown reference": ("_target_: int8run.outlier.convrot.ConvRot\ngroup_size: ${nope}\n", r"nope.* not found"),
+    "unknown field": ("_target_: int8run.outlier.convrot.ConvRot\ngroupsize: 4\n", r"groupsize.*did you mean 'group_size'\?"),
+    "unknown class": ("_target_: int8run.outlier.convrot.ConvRott\n", r"int8run.outlier.convrot.ConvRott"),
+    "no class": ("group_size: 4\n", r"outlier.*_target_"),
+    "a list": ("- 1\n", r"outlier"),
+    "no yaml": ("a: [1\n", r"mine/outlier/mine.yaml.*line"),
+    "unknown group inside": ("defaults: [nogroup: x]\n", r"no.*group.*'?nogroup"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_option_of_the_user_is_one_line(command, mine, text, message):
+    mine(text)
+    assert_one_line(command("--config-dir", "mine", "outlier=mine", *NOTHING_TO_DO), 2, message)
+    assert command.made() == ["mine", "mine/outlier", "mine/outlier/mine.yaml"]
+
+
+# -- the process --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [None, "0", "1"], ids=["unset", "0", "1"])
+@pytest.mark.parametrize("arguments", [["--cfg", "job"], ["model=tinny"]], ids=["success", "error"])
+def test_hydras_switch_is_put_back(command, monkeypatch, before, arguments):
+    if before is not None:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", before)
+    try:
+        command(*arguments)
+    except MissingConfigException:
+        assert before  # the switch asks for the traceback
+    assert os.environ.get("HYDRA_FULL_ERROR") == before
+
+
+@pytest.mark.parametrize("switch", ["INT8RUN_DEBUG", "HYDRA_FULL_ERROR"])
+def test_a_switch_asks_for_the_traceback(command, monkeypatch, switch):
+    monkeypatch.setenv(switch, "1")
+    with pytest.raises(MissingConfigException):
+        command("model=tinny")
+    with pytest.raises(ConfigError, match="seed is -1"):
+        command("seed=-1", "tracker=none")
+
+
+def test_a_switch_of_the_user_is_not_overwritten(command, monkeypatch):
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "debug")
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
+    command("--cfg", "job")
+    assert (os.environ["TRANSFORMERS_VERBOSITY"], os.environ["MLFLOW_DISABLE_TELEMETRY"]) == ("debug", "true")
+
+
+def test_an_error_that_is_not_the_users_is_shown_whole(command, monkeypatch):
+    monkeypatch.setattr(cli, "check_and_run", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command()
+
+
+def test_an_interrupt_is_one_line_and_code_130(command, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "check_and_run", interrupted)
+    outcome = command()
+    assert (outcome.code, outcome.err) == (130, "int8run: interrupted\n")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_does_not_look_at_the_rest(command, flag):
+    outcome = command("model=tinny", flag)
+    assert outcome.code == 0 and outcome.out.startswith("int8run: build a diffusion model in INT8") and command.made() == []
+
+
+def test_cfg_prints_the_composed_config_and_starts_nothing(command):
+    outcome = command("--cfg", "job", "seed=7", "outlier=convrot")
+    shown = yaml.safe_load(outcome.out)
+    assert (shown["seed"], shown["outlier"]["group_size"], shown["_target_"]) == (7, 256, "int8run.spec.RunSpec")
+    assert (outcome.code, outcome.err, command.made()) == (0, "", [])
+
+
+def test_a_flag_that_is_none_is_refused(command):
+    outcome = command("--nonsense")
+    assert outcome.code == 2 and "unrecognized arguments: --nonsense" in outcome.err
+
+
+def in_a_new_process(folder, *arguments, **environment):
+    kept = {k: v for k, v in os.environ.items() if k not in cli.DEBUG}
+    return subprocess.run([INT8RUN, *arguments], cwd=folder, env=kept | environment, capture_output=True, text=True)
+
+
+def test_the_installed_command_ends_with_the_code_and_the_message(tmp_path):
+    ended = in_a_new_process(tmp_path, "model=tinny")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert re.fullmatch(r"int8run: no model called 'tinny'; did you mean 'tiny'\? choose from [a-z0-9_, ]+\n", ended.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_installed_command_shows_a_traceback_on_request(tmp_path):
+    ended = in_a_new_process(tmp_path, "model=tinny", INT8RUN_DEBUG="1")
+    assert ended.returncode == 1 and "Traceback (most recent call last)" in ended.stderr and "MissingConfigException" in ended.stderr

@@ -1,0 +1,60 @@
+"""Multiruns through the real command, in this process."""
+
+from pathlib import Path
+
+import mlflow
+import pytest
+from cli_process import command_in
+from tiny_pipeline import save_random_pipeline
+
+from int8run import memo
+
+SMALL = ["sampler.height=16", "sampler.width=16", "sampler.steps=2", "prompts.prompts=[a]"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"model.location={save_random_pipeline(tmp_path_factory.mktemp('model'))}"
+
+
+def runs_in(folder: Path) -> list[mlflow.entities.Run]:
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    return client.search_runs([client.get_experiment_by_name("int8run").experiment_id], order_by=["attributes.start_time"])
+
+
+def test_strengths_of_the_shipped_stack_build_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memo.forget()
+    with command_in(tmp_path, monkeypatch, capsys) as int8run:
+        outcome = int8run("-m", "lora=stack_a", "lora.adapters.0.strength=0,0.5,1,2", "sampler.steps=2", "prompts.prompts=[fox]")
+    assert outcome.code == 0, outcome.err
+    logged = runs_in(tmp_path)
+    assert [r.data.params["lora.adapters.0.strength"] for r in logged] == ["0", "0.5", "1", "2"]
+    assert [r.data.metrics["build/load_s"] > 0 for r in logged] == [True, False, False, False]
+    assert len({r.data.tags["sweep"] for r in logged}) == 1
+    assert len(list((tmp_path / "multirun").rglob("grid.png"))) == 4
+
+
+def test_backends_in_one_sweep_keep_to_their_own(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with command_in(tmp_path, monkeypatch, capsys) as int8run:
+        outcome = int8run("-m", "backend=reference,onednn,torch_int_mm", model, *SMALL, "tracker=none")
+    assert outcome.code == 0, outcome.err
+    for path in (tmp_path / "multirun").rglob("layers.csv"):
+        used = {line.split(",")[7] for line in path.read_text().splitlines()[1:]} - {""}
+        asked = {line.split(",")[6] for line in path.read_text().splitlines()[1:]} - {""}
+        assert used == asked and len(used) == 1
+
+
+def test_one_failing_job_does_not_stop_the_others(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with command_in(tmp_path, monkeypatch, capsys) as int8run:
+        outcome = int8run("-m", f"model.location={tmp_path / 'missing'},{model.removeprefix('model.location=')}", *SMALL)
+    assert outcome.code == 3 and "is not a diffusers folder" in outcome.err
+    assert len(list((tmp_path / "multirun").rglob("grid.png"))) == 1
+    logged = runs_in(tmp_path)
+    assert [r.info.status for r in logged] == ["FAILED", "FINISHED"]
+    assert "is not a diffusers folder" in logged[0].data.tags["error"]
