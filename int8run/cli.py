@@ -84,15 +84,16 @@ def check_and_run() -> None:
         raise failures[0]
 
 
-def announce(jobs: int, config: Any, choices: dict[str, str]) -> None:
+def announce(jobs: int, choices: dict[str, str]) -> None:
     """The first line, before anything heavy is imported."""
     from rich import get_console
 
     from int8run import __version__
 
-    words = " ".join(f"{g}={choices[g]}" for g in ("model", "outlier", "backend", "lora") if g in choices)
-    many = f", {jobs} jobs" if jobs > 1 else ""
-    get_console().print(f"[bold]int8run {__version__}[/bold] {choices.get('task', 'run')}{many}: {words}", highlight=False)
+    task = choices.get("task", "run")
+    words = " ".join(f"{group}={choices[group]}" for group in ("model", "outlier", "backend", "lora")) if task == "run" else ""
+    many = f" {jobs} jobs" if jobs > 1 else ""
+    get_console().print(f"[bold]int8run {__version__}[/bold] {task}{many} {words}".rstrip(), highlight=False)
 
 
 def job(config: Any) -> float | None:

@@ -35,12 +35,12 @@ LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
 def check_all(
-    config_dir: str | None, config_name: str, overrides: list[str], multirun: bool, announce: Callable[[int, Any, dict[str, str]], None]
+    config_dir: str | None, config_name: str, overrides: list[str], multirun: bool, announce: Callable[[int, dict[str, str]], None]
 ) -> None:
     """Compose, target-check and range-check every job.
 
     Args:
-        announce: called with the number of jobs, the first config and its choices, before anything heavy is imported.
+        announce: called with the number of jobs and the choices of the first, before anything heavy is imported.
 
     Raises:
         ConfigError: one bad job: its message; several: one line for each.
@@ -55,7 +55,7 @@ def check_all(
         configs = [compose(config_name, [*job, *extra], return_hydra_config=True) for job in jobs]
     for config in configs:
         refuse_foreign_targets(config)
-    announce(len(jobs), configs[0], dict(configs[0].hydra.runtime.choices))
+    announce(len(jobs), dict(configs[0].hydra.runtime.choices))
     problems: list[tuple[int, Int8RunError]] = []
     for number, config in enumerate(configs):
         try:

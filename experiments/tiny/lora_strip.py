@@ -1,0 +1,37 @@
+"""Draw the shipped LoRAs at rising strength with the INT8 model, as one picture.
+
+    python experiments/tiny/lora_strip.py --out experiments/tiny/loras.png
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+
+from int8run.precheck import plain_config, to_spec
+from int8run.report.files import grid
+from int8run.run import run
+from int8run.spec import Job
+
+PROMPTS = ["strawberry", "fox", "octopus", "birthday cake"]
+STRENGTHS = (0, 0.5, 1)
+
+
+def pictures(style: str, strength: float) -> list:
+    """One INT8 picture per prompt; the model is built once for all strengths of a style."""
+    adapter = f"{{_target_: int8run.lora.stack.Adapter, name: {style}, path: {style}}}"
+    overrides = [f"prompts.prompts=[{','.join(PROMPTS)}]", f"lora.adapters=[{adapter}]", f"lora.strength={strength}", "tracker=none"]
+    with initialize_config_module("int8run.conf", version_base="1.3"):
+        config = compose("config", [*overrides, "metrics.baseline=none"])
+    with tempfile.TemporaryDirectory() as folder:
+        return run(to_spec(config), Job(plain_config(config), {"model": "tiny"}, overrides, None, Path(folder))).candidate.images
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    out = parser.parse_args().out
+    columns = {f"{style} {strength:g}": pictures(style, strength) for style in ("ink", "gloss") for strength in STRENGTHS}
+    rows = [(prompt, [images[i] for images in columns.values()]) for i, prompt in enumerate(PROMPTS)]
+    grid(rows, list(columns)).save(out)
