@@ -4,14 +4,14 @@ import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from int8run.errors import BackendError, ConfigError
+from int8run.errors import ConfigError
 from int8run.generate.generate import unknown_arguments
 from int8run.generate.probe import record_call, watch_layers
 from int8run.generate.prompts import Sample
@@ -36,7 +36,6 @@ class Built:
     family: ModelFamily
     denoisers: dict[str, nn.Module]
     plans: list[LayerPlan]
-    call: Mapping[str, Any]  # a real call of the denoiser, for measurements
     lora_files: list[LoraFile]
     matches: Matches
     merge: FloatMerge | None
@@ -59,8 +58,6 @@ def build(spec: RunSpec, probe: Sequence[Sample], progress: Progress) -> Built:
         probe: samples of one batch; the denoiser's call on them gives real shapes and activations.
     """
     device = pick_device(spec.device)
-    if spec.offload != "none" and device.type == "cpu":
-        raise BackendError(f"offload={spec.offload} needs a GPU, and none is in use here; set offload=none")
     started = time.perf_counter()
     with progress.step("load"):
         pipe = load_pipeline(spec.model, device)
@@ -82,11 +79,9 @@ def build(spec: RunSpec, probe: Sequence[Sample], progress: Progress) -> Built:
         merge.set_strengths(spec.lora.strengths)
 
     with progress.step("look at one step"):
-        call = record_call(pipe, denoiser, probe, replace(sampling, steps=2))
+        call = record_call(pipe, component, denoiser, probe, sampling)
     plans = plan_layers(denoiser, family.why_float)
-    built = Built(
-        pipe, component, family, {"float": denoiser}, plans, call, files, matches, merge, None, find_text_encoders(pipe.components)
-    )
+    built = Built(pipe, component, family, {"float": denoiser}, plans, files, matches, merge, None, find_text_encoders(pipe.components))
     started = time.perf_counter()
     if spec.int8.enable:
         built.denoisers["int8"] = quantize(denoiser, plans, call, spec, progress)
@@ -95,10 +90,6 @@ def build(spec: RunSpec, probe: Sequence[Sample], progress: Progress) -> Built:
     seconds["quantize"] = time.perf_counter() - started
     built.seconds = seconds
     compile_denoisers(built.denoisers, spec.compile)
-    if spec.offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif spec.offload == "group":
-        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level")
     return built
 
 
@@ -162,7 +153,7 @@ def trigger_note(file: LoraFile) -> str:
 
 
 @torch.no_grad()
-def lora_overhead(built: Built, strengths: Sequence[float], rounds: int = 5) -> float:
+def lora_overhead(built: Built, call: Mapping[str, Any], strengths: Sequence[float], rounds: int = 5) -> float:
     """Time of one INT8 step with the LoRA branches over the time without, from interleaved calls; the median of each."""
     denoiser = built.denoisers["int8"]
     seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -171,7 +162,7 @@ def lora_overhead(built: Built, strengths: Sequence[float], rounds: int = 5) -> 
         for on in (True, False):
             built.branches.set_strengths(strengths if on else [0.0] * len(strengths))
             started = time.perf_counter()
-            denoiser(**built.call)
+            denoiser(**call)
             if built.pipe.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[on].append(time.perf_counter() - started)

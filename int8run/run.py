@@ -4,12 +4,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL.Image import Image
 
 from int8run import memo
 from int8run.build import Built, build, lora_overhead
 from int8run.generate.generate import Generation, generate
+from int8run.generate.probe import record_call
 from int8run.generate.prompts import Sample, samples
 from int8run.metrics.layers import layer_metrics, measure_outputs, module_bytes
 from int8run.metrics.memory import peak_bytes, reset_peak
@@ -51,7 +53,8 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         reset_peak(built.pipe.device)
         made = generate_all(spec, built, candidate_name, wanted, progress)
         candidate, baseline = made[candidate_name], made.get("float")
-        metrics = measure(spec, built, candidate, baseline, reused)
+        call = record_call(built.pipe, built.component, built.denoisers["float"], first, spec.sampler.over(spec.model.sampling))
+        metrics = measure(spec, built, call, candidate, baseline, reused)
 
         write_outputs(spec, built, candidate, baseline, wanted, metrics, out)
         log_outputs(spec, candidate, baseline, wanted, metrics, out)
@@ -73,7 +76,9 @@ def generate_all(spec: RunSpec, built: Built, candidate: str, wanted: Sequence[S
         return generate(built.pipe, built.component, use, wanted, sampling, lambda name, batch, made: advance(len(batch)))
 
 
-def measure(spec: RunSpec, built: Built, candidate: Generation, baseline: Generation | None, reused: bool) -> dict[str, float]:
+def measure(
+    spec: RunSpec, built: Built, call: Mapping[str, Any], candidate: Generation, baseline: Generation | None, reused: bool
+) -> dict[str, float]:
     """All metrics under their public names."""
     metrics = speed(candidate, baseline)
     metrics["memory/peak_bytes"] = peak_bytes(built.pipe.device)
@@ -92,13 +97,13 @@ def measure(spec: RunSpec, built: Built, candidate: Generation, baseline: Genera
         metrics |= mean_quality(per_image(candidate, baseline))
     if int8 is not None:
         if spec.metrics.layers:
-            measure_outputs(built.denoisers["float"], int8, built.call, built.plans)
+            measure_outputs(built.denoisers["float"], int8, call, built.plans)
         metrics |= layer_metrics(built.plans)
     if built.lora_files:
         metrics["lora/modules_matched"] = sum(len(pairs) for pairs in built.matches.by_module.values())
         metrics["lora/modules_unmatched"] = len(built.matches.unmatched)
         if built.branches is not None and any(spec.lora.strengths):
-            metrics["lora/overhead_ratio"] = lora_overhead(built, spec.lora.strengths)
+            metrics["lora/overhead_ratio"] = lora_overhead(built, call, spec.lora.strengths)
     return metrics
 
 

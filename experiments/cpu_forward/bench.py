@@ -10,6 +10,8 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_module
@@ -17,6 +19,7 @@ from torch import nn
 
 from int8run.build import Built, build
 from int8run.errors import BackendError
+from int8run.generate.probe import record_call
 from int8run.generate.prompts import samples
 from int8run.metrics.layers import measure_outputs
 from int8run.models.loader import library_versions
@@ -27,16 +30,18 @@ from int8run.report.terminal import Progress
 BACKENDS = ("auto", "onednn", "torch_int_mm", "reference")
 
 
-def build_with(backend: str, outlier: str, batch: int) -> Built:
-    """The tiny model with one backend."""
+def build_with(backend: str, outlier: str, batch: int) -> tuple[Built, Mapping[str, Any]]:
+    """The tiny model with one backend, and a real call of its denoiser."""
     overrides = [f"backend={backend}", f"outlier={outlier}", f"sampler.batch={batch}", "tracker=none", "progress=false"]
     with initialize_config_module("int8run.conf", version_base="1.3"):
         spec = to_spec(compose("config", overrides))
-    return build(spec, samples(["red apple"] * batch, 1, 0), Progress(False))
+    wanted = samples(["red apple"] * batch, 1, 0)
+    built = build(spec, wanted, Progress(False))
+    return built, record_call(built.pipe, built.component, built.denoisers["float"], wanted, spec.sampler.over(spec.model.sampling))
 
 
 @torch.no_grad()
-def seconds(denoiser: nn.Module, call: dict[str, object]) -> float:
+def seconds(denoiser: nn.Module, call: Mapping[str, Any]) -> float:
     started = time.perf_counter()
     denoiser(**call)
     return time.perf_counter() - started
@@ -55,14 +60,14 @@ def bench(rounds: int, batches: list[int]) -> None:
                     built[backend, outlier] = build_with(backend, outlier, batch)
                 except BackendError as error:
                     print(f"{backend}: {error}", file=sys.stderr)
-        base = next(iter(built.values()))
+        base, call = next(iter(built.values()))
         times: dict[object, list[float]] = {key: [] for key in built} | {"float": []}
         for _ in range(rounds + 2):  # two rounds warm up
-            times["float"].append(seconds(base.denoisers["float"], base.call))
-            for key, one in built.items():
-                times[key].append(seconds(one.denoisers["int8"], base.call))
-        for (backend, outlier), one in built.items():
-            measure_outputs(one.denoisers["float"], one.denoisers["int8"], one.call, one.plans)
+            times["float"].append(seconds(base.denoisers["float"], call))
+            for key, (one, _) in built.items():
+                times[key].append(seconds(one.denoisers["int8"], call))
+        for (backend, outlier), (one, _) in built.items():
+            measure_outputs(one.denoisers["float"], one.denoisers["int8"], call, one.plans)
             sqnr = statistics.mean(p.measured["output_sqnr_db"] for p in one.plans if p.keep_float is None)
             pairs = list(zip(times["float"], times[backend, outlier], strict=True))[2:]
             low, middle, high = statistics.quantiles([f / i for f, i in pairs], n=4)

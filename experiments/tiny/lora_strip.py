@@ -1,6 +1,6 @@
 """Draw the shipped LoRAs at rising strength with the INT8 model, as one picture.
 
-    python experiments/tiny/lora_strip.py --out experiments/tiny/loras.png
+python experiments/tiny/lora_strip.py --out experiments/tiny/loras.png
 """
 
 import argparse

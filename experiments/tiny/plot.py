@@ -1,6 +1,6 @@
 """Draw the loss curves of all stages that are in the work folder.
 
-    python experiments/tiny/plot.py --work work --out experiments/tiny/loss.png
+python experiments/tiny/plot.py --work work --out experiments/tiny/loss.png
 """
 
 import argparse

@@ -76,9 +76,9 @@ def flow_loss(pipe: FluxPipeline, x0: Tensor, captions: list[str], generator: to
     return (velocity.float() - (noise - x0)).pow(2).mean()
 
 
-def learning_rate(done: int, images: int, peak: float, warmup: int = 20_000) -> float:
-    """Warm up, stay, and fall linearly to zero over the last quarter; counted in images."""
-    return peak * min(1.0, (done + 1) / warmup) * min(1.0, (images - done) / (0.25 * images))
+def learning_rate(done: int, images: int, peak: float) -> float:
+    """Warm up over the first twentieth, stay, and fall linearly to zero over the last quarter; counted in images."""
+    return peak * min(1.0, (done + 1) / (0.05 * images)) * min(1.0, (images - done) / (0.25 * images))
 
 
 class Trainer:
@@ -133,7 +133,7 @@ def fit(trainer: Trainer, pipe: FluxPipeline, x0: Tensor, captions: list[str], i
         loss = flow_loss(pipe, x0[pick], texts, g, train_text)
         trainer.step(loss, learning_rate(trainer.images, images, lr), len(pick))
         losses.append(loss.item())
-        if len(losses) == 100:
+        if len(losses) == 50:
             trainer.curve.append((trainer.images, sum(losses) / len(losses)))
             rate = (trainer.images - at_start) / (time.time() - started)
             print(f"images {trainer.images} loss {trainer.curve[-1][1]:.4f} {rate:.1f} images/s", flush=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from int8run.models.family import Sampling
 
 
 @torch.no_grad()
-def record_call(pipe: DiffusionPipeline, denoiser: nn.Module, batch: Sequence[Sample], sampling: Sampling) -> Mapping[str, Any]:
-    """Keyword arguments of the denoiser's call in the middle of a run: real activations for measurements."""
+def record_call(
+    pipe: DiffusionPipeline, component: str, denoiser: nn.Module, batch: Sequence[Sample], sampling: Sampling
+) -> Mapping[str, Any]:
+    """Keyword arguments of the denoiser's second call in a run of two steps: real activations for measurements."""
     calls: list[Mapping[str, Any]] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -23,12 +26,13 @@ def record_call(pipe: DiffusionPipeline, denoiser: nn.Module, batch: Sequence[Sa
             raise TypeError(f"{type(module).__name__} was called with positional arguments; the probe needs keywords")
         calls.append({k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()})
 
-    handle = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        call(pipe, batch, sampling, lambda *_: {})
-    finally:
-        handle.remove()
-    return calls[len(calls) // 2]
+    pipe.register_modules(**{component: denoiser})
+    with ExitStack() as stack:
+        stack.callback(denoiser.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        # hooks inside a compiled graph would break it
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        call(pipe, batch, replace(sampling, steps=2), lambda *_: {})
+    return calls[-1]
 
 
 @torch.no_grad()
