@@ -5,11 +5,12 @@ Nothing heavy is imported before a job starts: `--help`, `--cfg job` and tab com
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from int8run.errors import Int8RunError, suggest
+from int8run.errors import ConfigError, Int8RunError, suggest
 
 log = logging.getLogger(__name__)
 CONFIG = {"config_path": "pkg://int8run.conf", "config_name": "config", "version_base": "1.3"}
@@ -61,7 +62,11 @@ def check_and_run() -> None:
     from hydra._internal.utils import get_args_parser
 
     args = get_args_parser().parse_args()
-    starts_jobs = not (args.cfg or args.info or args.shell_completion or args.hydra_help or args.experimental_rerun)
+    if args.experimental_rerun:
+        raise ConfigError("--experimental-rerun opens a pickled file, which can run code; give the settings on the command line")
+    if args.config_path:
+        raise ConfigError("--config-path would replace int8run's own settings; --config-dir FOLDER adds yours to them")
+    starts_jobs = not (args.cfg or args.info or args.shell_completion or args.hydra_help)
     if starts_jobs:
         from int8run.precheck import check_all
 
@@ -91,9 +96,10 @@ def announce(jobs: int, choices: dict[str, str]) -> None:
     from int8run import __version__
 
     task = choices.get("task", "run")
-    words = " ".join(f"{group}={choices[group]}" for group in ("model", "outlier", "backend", "lora")) if task == "run" else ""
-    many = f" {jobs} jobs" if jobs > 1 else ""
-    get_console().print(f"[bold]int8run {__version__}[/bold] {task}{many} {words}".rstrip(), highlight=False)
+    words = " ".join(f"{group}={choices[group]}" for group in ("model", "outlier", "backend", "lora") if group in choices)
+    many = f", {jobs} jobs" if jobs > 1 else ""
+    said = f": {words}" if task == "run" else ""
+    get_console().print(f"[bold]int8run {__version__}[/bold] {task}{many}{said}", highlight=False)
 
 
 def job(config: Any) -> float | None:
@@ -125,6 +131,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
     from omegaconf import ListConfig
     from omegaconf.errors import ConfigAttributeError, ConfigIndexError, ConfigKeyError, OmegaConfBaseException
+    from yaml import YAMLError
 
     if isinstance(error, Int8RunError):
         return str(error), error.exit_code
@@ -147,7 +154,10 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         return f"no setting called {key!r}: the list has {there} entries{stack}", 2
     if isinstance(error, HydraException | OmegaConfBaseException):
         source = cause if isinstance(cause, OmegaConfBaseException) else error
-        return " ".join(str(source).split()), 2
+        # omegaconf appends the key and the container's type, each on a line of its own
+        return " ".join(re.sub(r"\n\s*(full_key|object_type|reference_type).*", "", str(source)).split()), 2
+    if isinstance(error, YAMLError):
+        return f"a YAML file of the config is damaged: {' '.join(str(error).split())}", 2
     return None, 1
 
 

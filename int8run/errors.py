@@ -39,6 +39,12 @@ def in_range(name: str, value: float, low: float, high: float, whole: bool = Fal
         raise ConfigError(f"{name} is {value!r}; allowed is a {'whole ' if whole else ''}number from {low:g} to {high:g}")
 
 
+def switch(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; choose true or false")
+
+
 def one_of(name: str, value: object, allowed: Collection[str]) -> None:
     """Raise ConfigError unless `value` is one of `allowed`."""
     if value not in allowed:

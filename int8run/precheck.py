@@ -6,6 +6,7 @@ composed tree is walked before hydra does.
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from int8run.errors import ConfigError, Int8RunError, suggest
 
+# called with the number of jobs and the choices of the first
+Announce = Callable[[int, dict[str, str]], None]
+GROUPS = (
+    "task", "model", "model_type", "outlier", "backend", "lora", "clip", "sampler", "prompts", "metrics", "tracker",
+)  # fmt: skip
+# a resolver such as oc.create makes mappings that are not in the tree yet when it is walked
+RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
+RESOLVERS = {"oc.env", "now", "hydra"}
 TARGET = re.compile(r"_target_: *([\w.]+)")
 # what hydra and its launcher plugins name themselves
 HYDRA_TARGETS = (
@@ -34,9 +43,7 @@ LOG_CLASSES = (
 LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
-def check_all(
-    config_dir: str | None, config_name: str, overrides: list[str], multirun: bool, announce: Callable[[int, dict[str, str]], None]
-) -> None:
+def check_all(config_dir: str | None, config_name: str, overrides: list[str], multirun: bool, announce: Announce) -> None:
     """Compose, target-check and range-check every job.
 
     Args:
@@ -50,8 +57,10 @@ def check_all(
         if not Path(config_dir).is_dir():
             raise ConfigError(f"--config-dir {config_dir}: no such folder (looked for {Path(config_dir).absolute()})")
         extra = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
+    for group in (o.removesuffix("=null") for o in overrides if o.endswith("=null") and o.removesuffix("=null") in GROUPS):
+        raise ConfigError(no_option(group, None))
     with initialize_config_module("int8run.conf", version_base="1.3", job_name="int8run"):
-        jobs = split_jobs(overrides) if multirun else [overrides]
+        jobs = split_jobs(overrides, extra, config_name, multirun)
         configs = [compose(config_name, [*job, *extra], return_hydra_config=True) for job in jobs]
     for config in configs:
         refuse_foreign_targets(config)
@@ -69,27 +78,63 @@ def check_all(
         raise ConfigError("\n".join([f"{len(problems)} of {len(jobs)} jobs cannot run; none was started", *lines]))
 
 
-def split_jobs(overrides: list[str]) -> list[list[str]]:
-    """The overrides of each job of a multirun, as hydra's basic sweeper makes them."""
+def split_jobs(overrides: list[str], extra: list[str], config_name: str, multirun: bool) -> list[list[str]]:
+    """The overrides of each job: as hydra's basic sweeper makes them, a sweep written in a file included."""
     parsed = OverridesParser.create().parse_overrides(overrides)
+    single = [text for text, o in zip(overrides, parsed, strict=True) if not o.is_sweep_override()]
+    shared = compose(config_name, [*single, *extra], return_hydra_config=True) if multirun or len(single) == len(overrides) else None
+    if not multirun and (shared is None or shared.hydra.mode is None or shared.hydra.mode.name != "MULTIRUN"):
+        return [overrides]
+    assert shared is not None
+    refuse_foreign_targets(shared)
+    written = [f"{key}={value}" for key, value in (shared.hydra.sweeper.get("params") or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*written, *overrides])
     if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in parsed):
-        # a sweeper other than the basic one decides; its jobs are checked as they come
-        return [[text for text, o in zip(overrides, parsed, strict=True) if not o.is_sweep_override()]]
+        return [single]  # another sweeper decides; its jobs are checked as they come
     return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
 
 
 def to_spec(config: DictConfig) -> Any:
     """The RunSpec of a composed config; checks of ours come out as they were raised."""
+    own = without_hydra(config)
+    require_classes(own)
     try:
-        return instantiate(without_hydra(config), _convert_="all")
+        return instantiate(own, _convert_="all")
     except InstantiationException as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, Int8RunError):
             cause = cause.__cause__
         if cause is not None:
             raise cause from None
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ConfigError(f"{str(error).splitlines()[-1]}: {reason}") from error
+        raise ConfigError(call_problem(error, own)) from error
+
+
+def require_classes(config: DictConfig) -> None:
+    """Refuse a group that was left out, set to a bare value, or whose option names no class."""
+    for group in (*GROUPS, "int8"):
+        node = config.get(group)
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise ConfigError(no_option(group, OmegaConf.to_container(node) if OmegaConf.is_config(node) else node))
+
+
+def no_option(group: str, value: object) -> str:
+    """The message for a group without an option."""
+    options = ", ".join(sorted(p.stem for p in (Path(str(files("int8run.conf"))) / group).glob("*.yaml")))
+    return f"{group} is {value!r}, which names no class in _target_" + (f"; choose from {options}" if options else "")
+
+
+def call_problem(error: InstantiationException, config: DictConfig) -> str:
+    """One line for a class of ours that could not be made: the key, and what was wrong with its settings."""
+    text = str(error)
+    where = text.rpartition("full_key: ")[2].strip() if "full_key: " in text else ""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
+    if unknown:
+        cls = get_class(OmegaConf.select(config, where)._target_)
+        known = [field.name for field in fields(cls)]
+        name = f"{where}.{unknown[1]}".lstrip(".")
+        return f"no setting called {name!r}; {suggest(unknown[1], known)}choose from {', '.join(sorted(known))}"
+    reason = " ".join(str(error.__cause__ or error).partition("\n    full_key")[0].split())
+    return f"{where or 'the config'}: {reason}"
 
 
 def plain_config(config: DictConfig) -> dict[str, Any]:
@@ -114,18 +159,24 @@ def refuse_foreign_targets(config: DictConfig) -> None:
     own = own_targets()
     for path, key, value in leaves(tree, ""):
         where = f"{path}{key}"
+        in_logging = where.startswith(("hydra.job_logging.", "hydra.hydra_logging."))
         if key == "_target_":
             allowed = HYDRA_TARGETS if where.startswith("hydra.") else own
             if value not in allowed:
-                raise ConfigError(
-                    f"{where} is {value!r}; {suggest(str(value), allowed)}a config may only name the classes that int8run's own "
-                    "YAML names, so that a shared file cannot run code"
-                )
-        in_logging = where.startswith(("hydra.job_logging.", "hydra.hydra_logging."))
-        if in_logging and key in ("class", "()", "factory") and value not in LOG_CLASSES:
+                near = suggest(str(value), allowed).replace("? ", "?") if str(value).startswith("int8run.") else ""
+                rule = "a config may only name classes of int8run, so that a shared file cannot run code"
+                raise ConfigError(f"{where} is {value!r}; {rule}" + (f"; {near}" if near else ""))
+        if in_logging and (key in ("class", "()", "factory") or (key != "filename" and "${" in str(value))) and value not in LOG_CLASSES:
             raise ConfigError(f"{where} is {value!r}; log handlers are limited to {', '.join(LOG_CLASSES)}")
         if in_logging and isinstance(value, str) and value.startswith(("ext://", "cfg://")) and value not in LOG_STREAMS:
             raise ConfigError(f"{where} is {value!r}; log streams are limited to {', '.join(LOG_STREAMS)}")
+        if isinstance(value, str) and set(RESOLVER.findall(value)) - RESOLVERS:
+            raise ConfigError(
+                f"{where} is {value!r}; its resolver could make any object, and a config may only name classes of int8run; "
+                f"resolvers are limited to {', '.join(sorted(RESOLVERS))}"
+            )
+        if path == "hydra.job.env_set.":
+            raise ConfigError(f"{where} sets an environment variable; set it in your shell, so that a shared file cannot change programs")
 
 
 def own_targets() -> frozenset[str]:

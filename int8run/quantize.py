@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from int8run.backends.auto import AutoBackend, Chooser
 from int8run.backends.base import Backend
-from int8run.errors import BackendError, ConfigError, in_range, one_of
+from int8run.errors import BackendError, ConfigError, in_range, one_of, switch
 from int8run.layers.linear import Int8Linear, QuantizedLayer, linear_at
 from int8run.outlier.base import OutlierMethod, OutlierTransform
 from int8run.quant.weight import quantize_weight
@@ -35,7 +35,9 @@ class Int8Settings:
 
     def __post_init__(self) -> None:
         one_of("int8.small_batch_fallback", self.small_batch_fallback, ("only_small_layers", "always", "never"))
-        in_range("int8.max_rows", self.max_rows, 0, 4096)
+        switch("int8.enable", self.enable)
+        in_range("int8.max_rows", self.max_rows, 0, 4096, whole=True)
+        in_range("int8.small_layer_params", self.small_layer_params, 0, 2**40, whole=True)
 
     def float_rows(self, params: int, rows: int) -> int:
         """Up to how many rows a layer computes in float; 0: never, so that it need not keep its integers beside a packed copy.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from int8run.backends.base import Backend
-from int8run.errors import in_range, one_of
+from int8run.errors import in_range, one_of, switch
 from int8run.generate.prompts import PromptSet
 from int8run.lora.stack import LoraStack
 from int8run.metrics.base import Metrics
@@ -85,6 +85,9 @@ class RunSpec:
     def __post_init__(self) -> None:
         one_of("compile", self.compile, ("none", "blocks", "full"))
         in_range("seed", self.seed, 0, 2**63 - 1, whole=True)
+        switch("progress", self.progress)
+        for adapter in self.lora.adapters:
+            adapter.source(self.model.lora_base)  # every adapter must have one for this model
 
     @property
     def build_key(self) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from int8run.backends.base import Backend, Limits, usable
 from int8run.backends.reference import Reference
-from int8run.errors import BackendError
+from int8run.errors import BackendError, in_range
 from int8run.quant.weight import QuantizedWeight, quantize_weight
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,9 @@ class AutoBackend:
     table: str | None = None  # file of measured choices; None: a file in the user's cache
     name: ClassVar[str] = "auto"
     limits: ClassVar[Limits] = Limits()
+
+    def __post_init__(self) -> None:
+        in_range("backend.rounds", self.rounds, 1, 1000, whole=True)
 
     def chooser(self, device: torch.device, dtype: torch.dtype) -> "Chooser":
         """The choice for one device and dtype, with its own view of the table."""

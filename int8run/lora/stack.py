@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from int8run.errors import ConfigError, in_range, one_of
+from int8run.errors import ConfigError, in_range, one_of, switch
 
 MODES = ("auto", "dynamic", "bake")
 STRENGTH_LIMIT = 20
@@ -71,6 +71,7 @@ class LoraStack:
 
     def __post_init__(self) -> None:
         one_of("lora.mode", self.mode, MODES)
+        switch("lora.strict", self.strict)
         in_range("lora.strength", self.strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
         names = [a.name for a in self.adapters]
         repeated = {n for n in names if names.count(n) > 1}

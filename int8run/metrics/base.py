@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from int8run.errors import one_of
+from int8run.errors import one_of, switch
 
 
 @dataclass(frozen=True)
@@ -15,3 +15,4 @@ class Metrics:
 
     def __post_init__(self) -> None:
         one_of("metrics.baseline", self.baseline, ("run", "none"))
+        switch("metrics.layers", self.layers)

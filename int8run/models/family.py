@@ -96,6 +96,8 @@ class Sampling:
         for name in ("height", "width"):
             if getattr(self, name) is not None:
                 in_range(f"sampler.{name}", getattr(self, name), 8, 16384, whole=True)
+        if not isinstance(self.extra, Mapping):
+            raise ConfigError(f"sampler.extra is {self.extra!r}; it takes names and values, such as {{max_sequence_length: 256}}")
         in_range("sampler.batch", self.batch, 1, 1024, whole=True)
 
     def over(self, default: "Sampling") -> "Sampling":
