@@ -16,6 +16,8 @@ from int8run.outlier.base import OutlierMethod, OutlierTransform
 from int8run.quant.weight import quantize_weight
 
 log = logging.getLogger(__name__)
+# what `layers.csv` names as the backend of a layer that small_batch_fallback sends to a float product
+FALLBACK = "float_fallback"
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Int8Settings:
 
     enable: bool = True
     small_batch_fallback: str = "only_small_layers"
-    max_rows: int = 16
+    max_rows: int = 8
     small_layer_params: int = 1_000_000
 
     def __post_init__(self) -> None:
@@ -119,8 +121,8 @@ def install(
         if isinstance(backend, AutoBackend):
             chooser = choosers.setdefault(dtype, backend.chooser(device, dtype))
             chosen = chooser.choose(rows[plan.name], plan.in_features, plan.out_features)
-        plan.backend_asked, plan.backend_used = backend.name, chosen.name
         float_rows = settings.float_rows(plan.in_features * plan.out_features, rows[plan.name])
+        plan.backend_asked, plan.backend_used = backend.name, FALLBACK if float_rows else chosen.name
         parent, _, child = plan.name.rpartition(".")
         setattr(model.get_submodule(parent), child, Int8Linear(layer, chosen, dtype, float_rows))
         on_layer(plan)

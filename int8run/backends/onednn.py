@@ -7,22 +7,11 @@ import torch
 from torch import Tensor
 
 from int8run.backends.base import Limits
-from int8run.kernels.quantize_rowwise.reference import INT8_MAX, TINY
+from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
 from int8run.quant.weight import QuantizedWeight
 
 # signed activations fall to oneDNN's reference path, 800 times slower on AVX512-VNNI; q + 128 with zero point 128 does not
 ZERO_POINT = 128
-
-
-def quantize_unsigned(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-row symmetric int8 stored as `q + 128`. Four passes, all but the first in one buffer that stays in cache.
-
-    x: float [M, K] -> uint8 [M, K], float32 scale [M, 1].
-    """
-    x = x.float()
-    buffer = x.abs()
-    scale = buffer.amax(dim=-1, keepdim=True).div_(INT8_MAX).clamp_(min=TINY)
-    return torch.div(x, scale, out=buffer).round_().add_(ZERO_POINT).to(torch.uint8), scale
 
 
 @torch.library.custom_op("int8run::onednn_linear", mutates_args=())
@@ -31,7 +20,7 @@ def onednn_linear(x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | Non
 
     x: float [M, K], packed: oneDNN's layout of [N, K], w_scale: float32 [N] -> [M, N], x's dtype.
     """
-    q, x_scale = quantize_unsigned(x)
+    q, x_scale = quantize_rowwise(x, ZERO_POINT)
     no_zero_points = torch.zeros(w_scale.shape[0], dtype=torch.int32)
     y = torch.ops.onednn.qlinear_pointwise(q, 1.0, ZERO_POINT, packed, w_scale, no_zero_points, None, 1.0, 0, torch.float32, "none", [], "")
     y = y.mul_(x_scale) if bias is None else torch.addcmul(bias.float(), y, x_scale)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from int8run.backends.base import Limits
-from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
+from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
 from int8run.quant.weight import QuantizedWeight
 
 # cuBLASLt's int8 product wants more than 16 rows, and K and N in multiples of 8 (pytorch PR 178469)

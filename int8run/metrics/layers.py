@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from int8run.generate.probe import watch_layers
-from int8run.quantize import LayerPlan, sqnr_db
+from int8run.quantize import FALLBACK, LayerPlan, sqnr_db
 
 
 def measure_outputs(float_denoiser: nn.Module, int8_denoiser: nn.Module, call: Mapping[str, Any], plans: Sequence[LayerPlan]) -> None:
@@ -25,7 +25,7 @@ def layer_metrics(plans: Sequence[LayerPlan]) -> dict[str, float]:
     values: dict[str, float] = {
         "quant/layers_int8": len(int8),
         "quant/layers_float": len(plans) - len(int8),
-        "quant/fallback_layers": sum(p.backend_asked != "auto" and p.backend_used != p.backend_asked for p in int8),
+        "quant/fallback_layers": sum(p.backend_used == FALLBACK for p in int8),
     }
     for name in ("weight_sqnr_db", "output_sqnr_db"):
         measured = [p.measured[name] for p in int8 if name in p.measured]

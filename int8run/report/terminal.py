@@ -73,6 +73,8 @@ def result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
     if "quant/layers_int8" in metrics:
         table.add_section()
         table.add_row("Linears", f"{metrics['quant/layers_float']:.0f} kept", f"{metrics['quant/layers_int8']:.0f}", "")
+        if metrics["quant/fallback_layers"]:
+            table.add_row("of these in float, few rows", "", f"{metrics['quant/fallback_layers']:.0f}", "")
         if "quant/output_sqnr_db_mean" in metrics:
             values = f"{metrics['quant/output_sqnr_db_mean']:.1f} / {metrics['quant/output_sqnr_db_min']:.1f} dB"
             table.add_row("layer SQNR, mean / min", "", values, "")
