@@ -146,7 +146,7 @@ def test_sampling_over_takes_the_default_where_none():
     ],
 )  # fmt: skip
 def test_sampling_ranges(setting, value, low, high):
-    with pytest.raises(ConfigError, match=rf"sampler\.{setting} is {value!r}; allowed is a number from {low} to {high}$"):
+    with pytest.raises(ConfigError, match=rf"sampler\.{setting} is {value!r}; allowed is a (whole )?number from {low} to {high}$"):
         Sampling(**{setting: value})
 
 

@@ -166,7 +166,7 @@ def test_two_backends_in_one_process():
     ],
 )  # fmt: skip
 def test_float_rows(fallback, params, rows, float_rows):
-    assert Int8Settings(small_batch_fallback=fallback, small_layer_params=100).float_rows(params, rows) == float_rows
+    assert Int8Settings(small_batch_fallback=fallback, max_rows=16, small_layer_params=100).float_rows(params, rows) == float_rows
 
 
 def test_the_fallback_setting_reaches_the_layers():

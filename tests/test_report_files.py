@@ -15,7 +15,16 @@ from rich.console import Console
 from int8run.quantize import LayerPlan
 from int8run.report import terminal
 from int8run.report.files import (
-    DIFFERENCE_GAIN, GRID_MIN_SIDE, LAYER_COLUMNS, difference, environment, git_revision, grid, write_json, write_layers, write_yaml,
+    DIFFERENCE_GAIN,
+    GRID_MIN_SIDE,
+    LAYER_COLUMNS,
+    difference,
+    environment,
+    git_revision,
+    grid,
+    write_json,
+    write_layers,
+    write_yaml,
 )  # fmt: skip
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -178,7 +187,7 @@ def console(monkeypatch):
 METRICS = {
     "speed/step_ms_p50": 20.0, "float/step_ms_p50": 50.0, "speed/step_ms_p90": 25.0, "float/step_ms_p90": 50.0,
     "speed/images_per_s": 3.0, "float/images_per_s": 2.0, "memory/denoiser_bytes": 10_000_000, "float/denoiser_bytes": 38_000_000,
-    "quality/psnr_db": 31.25, "quality/ssim": 0.98765, "quality/latent_rel_err": 0.0312, "quant/layers_int8": 32, "quant/layers_float": 14,
+    "quality/psnr_db": 31.25, "quality/ssim": 0.98765, "quality/latent_rel_err": 0.0312, "quant/layers_int8": 32, "quant/layers_float": 14, "quant/fallback_layers": 2,
     "quant/output_sqnr_db_mean": 33.3, "quant/output_sqnr_db_min": 21.1, "lora/modules_matched": 8, "lora/overhead_ratio": 1.07,
 }  # fmt: skip
 
@@ -186,7 +195,7 @@ METRICS = {
 def rows(console, metrics):
     """The result table as {first cell: other cells}."""
     console.print(terminal.result_table("tiny", metrics, "INT8"))
-    lines = [[cell.strip() for cell in line.strip("│┃ \n").replace("┃", "│").split("│")] for line in console.export_text().splitlines()]
+    lines = [[cell.strip() for cell in line.replace("┃", "│").strip()[1:-1].split("│")] for line in console.export_text().splitlines()]
     return {line[0]: line[1:] for line in lines if len(line) == 4}
 
 
@@ -201,6 +210,7 @@ def test_the_result_table(console):
         "SSIM to float": ["", "0.9877", ""],
         "latent error": ["", "3.12 %", ""],
         "Linears": ["14 kept", "32", ""],
+        "of these in float, few rows": ["", "2", ""],
         "layer SQNR, mean / min": ["", "33.3 / 21.1 dB", ""],
         "LoRA modules": ["", "8", ""],
         "LoRA branch, step time": ["", "1.07×", ""],
@@ -232,7 +242,7 @@ def test_elsewhere_than_on_a_terminal_there_is_a_line_per_step(console, caplog, 
     with caplog.at_level(logging.INFO, "int8run"):
         with progress.count("quantize", 3) as advance:
             for _ in range(3):
-                advance()
+                advance(1)
         with progress.step("load"):
             pass
     assert caplog.messages == said and console.export_text() == ""
@@ -245,7 +255,7 @@ def test_on_a_terminal_there_are_bars(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "int8run"):
         with progress.count("quantize", 3) as advance:
             for _ in range(3):
-                advance()
+                advance(1)
         with progress.step("load"):
             pass
     text = shown.export_text()
@@ -256,5 +266,5 @@ def test_switched_off_there_are_no_bars_on_a_terminal_either(monkeypatch):
     shown = Console(width=120, record=True, force_terminal=True)
     monkeypatch.setattr(terminal, "get_console", lambda: shown)
     with terminal.Progress(False).count("quantize", 3) as advance:
-        advance()
+        advance(1)
     assert shown.export_text() == ""

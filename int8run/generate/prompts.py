@@ -17,6 +17,8 @@ class PromptSet:
 
     def __post_init__(self) -> None:
         in_range("prompts.seeds_per_prompt", self.seeds_per_prompt, 1, 10_000, whole=True)
+        if isinstance(self.prompts, str):
+            raise ConfigError(f"prompts.prompts is {self.prompts!r}; it takes a list: prompts.prompts=[{self.prompts}]")
         if bool(self.prompts) == bool(self.path):
             raise ConfigError("prompts needs exactly one of prompts.prompts=[…] and prompts.path=<file, one prompt per line>")
 
@@ -32,7 +34,7 @@ class PromptSet:
         if not path.is_file():
             raise FileError(f"prompts.path={self.path}: no such file (looked for {path.absolute()})")
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         except UnicodeDecodeError as error:
             raise FileError(f"prompts.path={self.path} is not UTF-8 text: {error}") from error
         prompts = [line for line in lines if line and not line.startswith("#")]

@@ -25,7 +25,7 @@ def layer_metrics(plans: Sequence[LayerPlan]) -> dict[str, float]:
     values: dict[str, float] = {
         "quant/layers_int8": len(int8),
         "quant/layers_float": len(plans) - len(int8),
-        "quant/fallback_layers": sum(p.backend_used == FALLBACK for p in int8),
+        "quant/fallback_layers": sum(p.backend_asked not in ("auto", p.backend_used) or p.backend_used == FALLBACK for p in int8),
     }
     for name in ("weight_sqnr_db", "output_sqnr_db"):
         measured = [p.measured[name] for p in int8 if name in p.measured]

@@ -2,6 +2,8 @@
 
 import statistics
 
+import numpy as np
+
 from int8run.generate.generate import Generation
 
 
@@ -25,5 +27,4 @@ def speed(candidate: Generation, baseline: Generation | None) -> dict[str, float
 
 def percentile(values: list[float], share: float) -> float:
     """The smallest value that at least `share` of all are not above."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return float(np.quantile(values, share, method="inverted_cdf"))

@@ -1,4 +1,4 @@
-"""Prompt sets: where prompts come from, and the samples made of them."""
+"""Prompt sets: where prompts come from, and the seed and key of each picture."""
 
 import pytest
 
@@ -6,66 +6,104 @@ from int8run.errors import ConfigError, FileError
 from int8run.generate.prompts import PromptSet, Sample, samples, slug
 
 
-def test_prompts_from_the_config():
-    assert PromptSet(["a fox", "an apple"]).read() == ["a fox", "an apple"]
+@pytest.fixture
+def read(tmp_path):
+    """Write bytes to a file and read it as a prompt set."""
+
+    def write_and_read(data):
+        (tmp_path / "p.txt").write_bytes(data)
+        return PromptSet(path=str(tmp_path / "p.txt")).read()
+
+    return write_and_read
 
 
-def test_prompts_from_a_file(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("  a fox \n\n# a comment\nan apple # with a hash\nein Köder\n", encoding="utf-8")
-    assert PromptSet(path=str(path)).read() == ["a fox", "an apple # with a hash", "ein Köder"]
+FILES = {
+    "one per line": (b"a fox\na red apple\n", ["a fox", "a red apple"]),
+    "space around": (b"  a fox \n\t\n\n", ["a fox"]),
+    "comments": (b"# mine\na fox # not a comment\n  # another\n", ["a fox # not a comment"]),
+    "no line end": (b"a fox", ["a fox"]),
+    "windows": (b"a fox\r\nan owl\r\n", ["a fox", "an owl"]),
+    "utf-8": ("ein Fuchs über Bäumen\n狐\n".encode(), ["ein Fuchs über Bäumen", "狐"]),
+    "byte order mark": (b"\xef\xbb\xbfa fox\n", ["a fox"]),
+    "repeated": (b"a fox\na fox\n", ["a fox", "a fox"]),
+}
 
 
-@pytest.mark.parametrize("prompts", [{}, {"prompts": ["a fox"], "path": "prompts.txt"}, {"prompts": [], "path": ""}], ids=str)
-def test_exactly_one_source(prompts):
-    with pytest.raises(ConfigError, match=r"prompts needs exactly one of prompts\.prompts=\[…\] and prompts\.path="):
-        PromptSet(**prompts)
+@pytest.mark.parametrize(("data", "prompts"), FILES.values(), ids=FILES)
+def test_a_file_holds_one_prompt_per_line(read, data, prompts):
+    assert read(data) == prompts
 
 
-@pytest.mark.parametrize("seeds", [0, 10_001, "2", 1.5], ids=repr)
-def test_seeds_per_prompt(seeds):
-    with pytest.raises(ConfigError, match=rf"prompts\.seeds_per_prompt is {seeds!r}; allowed is "):
-        PromptSet(["a fox"], seeds_per_prompt=seeds)
+@pytest.mark.parametrize("data", [b"", b"\n\n", b"# only\n# comments\n"], ids=["empty", "blank", "comments"])
+def test_a_file_without_prompts_is_refused(read, data):
+    with pytest.raises(FileError, match=r"prompts\.path=/.*p\.txt holds no prompt; write one per line"):
+        read(data)
 
 
-def test_no_such_file(tmp_path, monkeypatch):
+def test_a_file_that_is_no_text_is_refused(read):
+    with pytest.raises(FileError, match=r"prompts\.path=/.*p\.txt.*UTF-8"):
+        read(b"\xff\xfe\x00a")
+
+
+def test_a_missing_file_names_the_place_that_was_searched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileError, match=rf"prompts\.path=gone\.txt: no such file \(looked for {tmp_path}/gone\.txt\)"):
-        PromptSet(path="gone.txt").read()
+    with pytest.raises(FileError, match=rf"prompts\.path=sub/p\.txt: no such file \(looked for {tmp_path}/sub/p\.txt\)"):
+        PromptSet(path="sub/p.txt").read()
 
 
-@pytest.mark.parametrize("text", ["", "\n \n", "# only a comment\n"], ids=["empty", "blank lines", "comments"])
-def test_a_file_without_prompts(tmp_path, text):
-    path = tmp_path / "prompts.txt"
-    path.write_text(text)
-    with pytest.raises(FileError, match=r"prompts\.txt holds no prompt; write one per line"):
-        PromptSet(path=str(path)).read()
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.txt").write_text("a fox\n")
+    assert PromptSet(path="~/p.txt").read() == ["a fox"]
 
 
-def test_a_file_that_is_no_text(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(FileError, match=r"prompts\.txt.*(UTF-8|utf-8|text)"):
-        PromptSet(path=str(path)).read()
+def test_prompts_of_the_config_are_taken_as_they_are():
+    assert PromptSet(prompts=("# a fox ", "b")).read() == ["# a fox ", "b"]
+
+
+@pytest.mark.parametrize("given", [{}, {"prompts": []}, {"prompts": ["a"], "path": "p.txt"}], ids=["neither", "empty list", "both"])
+def test_exactly_one_source_is_needed(given):
+    with pytest.raises(ConfigError, match=r"exactly one of prompts\.prompts=\[…\] and prompts\.path=<file"):
+        PromptSet(**given)
+
+
+def test_one_prompt_without_brackets_is_not_a_list_of_letters():
+    # int8run prompts.prompts=fox
+    with pytest.raises(ConfigError, match=r"prompts\.prompts is 'fox'.*\[fox\]"):
+        PromptSet(prompts="fox")
+
+
+@pytest.mark.parametrize("count", [0, -1, 10_001, "2", True], ids=repr)
+def test_pictures_per_prompt_have_a_range(count):
+    with pytest.raises(ConfigError, match=rf"prompts\.seeds_per_prompt is {count!r}; allowed is a whole number from 1 to 10000"):
+        PromptSet(prompts=("a",), seeds_per_prompt=count)
 
 
 def test_samples_are_prompts_times_seeds():
-    assert samples(["a fox", "an apple"], 2, seed=7) == [
-        Sample("a fox", 7, "000_a-fox_s7"),
-        Sample("a fox", 8, "000_a-fox_s8"),
-        Sample("an apple", 7, "001_an-apple_s7"),
-        Sample("an apple", 8, "001_an-apple_s8"),
+    assert samples(["A fox!", "an owl"], 2, seed=7) == [
+        Sample("A fox!", 7, "000_a-fox_s7"),
+        Sample("A fox!", 8, "000_a-fox_s8"),
+        Sample("an owl", 7, "001_an-owl_s7"),
+        Sample("an owl", 8, "001_an-owl_s8"),
     ]
 
 
-def test_equal_prompts_have_different_keys():
-    keys = [s.key for s in samples(["a fox", "a fox", "A FOX!"], 3, seed=0)]
-    assert len(set(keys)) == 9
+def test_keys_differ_even_where_prompts_do_not():
+    keys = [s.key for s in samples(["x" * 50, "x" * 50, "?", "狐"], 3, seed=0)]
+    assert len(set(keys)) == len(keys) == 12
 
 
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [("A Fox, red", "a-fox--red"), ("../../etc/passwd", "etc-passwd"), ("Köder", "k-der"), ("狐", "empty"), ("x" * 60, "x" * 40)],
-)
-def test_slug_is_safe_in_a_file_name(text, name):
+SLUGS = {
+    "plain": ("fox", "fox"),
+    "signs": ("A red, ripe apple?", "a-red--ripe-apple"),
+    "path": ("../../etc/passwd", "etc-passwd"),
+    "long": ("ab " * 40, "ab-" * 13 + "a"),
+    "other letters": ("Bär 狐", "b-r"),
+    "nothing left": ("狐", "empty"),
+    "none": ("", "empty"),
+}
+
+
+@pytest.mark.parametrize(("text", "name"), SLUGS.values(), ids=SLUGS)
+def test_a_prompt_becomes_part_of_a_file_name(text, name):
     assert slug(text) == name
