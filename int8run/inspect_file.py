@@ -20,7 +20,7 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
     Raises:
         FileError: missing, pickled, truncated, or not a safetensors file.
     """
-    if path.suffix in PICKLED:
+    if path.suffix.lower() in PICKLED:
         raise FileError(f"{path} is a pickled file, which can run code when opened; convert it to .safetensors first")
     if not path.is_file():
         raise FileError(f"{path}: no such file (looked for {path.absolute()})")
@@ -33,11 +33,21 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
             header = json.loads(file.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise FileError(f"{path} is not a safetensors file: its header is no JSON ({error})") from error
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
+    if not isinstance(header, dict) or not isinstance(metadata, dict) or not all(is_entry(entry) for entry in header.values()):
+        raise FileError(f"{path} is not a safetensors file: its header is no JSON object of tensors with dtype, shape and offsets")
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != 8 + length + end:
         raise FileError(f"{path} is damaged: the header describes {8 + length + end} bytes, the file has {size}")
     return header, metadata
+
+
+def is_entry(entry: object) -> bool:
+    """Whether a header entry has what the format asks for."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or not isinstance(entry.get("shape"), list):
+        return False
+    offsets = entry.get("data_offsets")
+    return isinstance(offsets, list) and len(offsets) == 2 and all(isinstance(o, int) for o in offsets)
 
 
 def inspect_file(location: str) -> Table:

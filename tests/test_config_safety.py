@@ -66,7 +66,9 @@ FOREIGN = {
     "class imported by ours": ("sampler/x.yaml", f"{SAMPLING}extra: {{a: {INNER_TOUCH}}}\n", ["sampler=x"]),
     "function of ours": (
         "sampler/x.yaml",
-        SAMPLING + "extra: {a: {_target_: int8run.report.files.write_json, data: 1, path: {_target_: int8run.cli.Path, _args_: [pwned]}}}\n",
+        SAMPLING
+        + "extra: {a: {_target_: int8run.report.files.write_json, data: 1, "
+        + "path: {_target_: int8run.cli.Path, _args_: [pwned]}}}\n",
         ["sampler=x"],
     ),
     # targets that are there only after hydra has resolved the config

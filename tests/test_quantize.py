@@ -180,7 +180,7 @@ def test_settings_are_checked():
     with pytest.raises(ConfigError, match=r"int8\.small_batch_fallback is 'alway'; did you mean 'always'\? choose from always, never"):
         Int8Settings(small_batch_fallback="alway")
     for rows in (-1, 4097, True, "16"):
-        with pytest.raises(ConfigError, match=rf"int8\.max_rows is {rows!r}; allowed is a number from 0 to 4096"):
+        with pytest.raises(ConfigError, match=rf"int8\.max_rows is {rows!r}; allowed is a whole number from 0 to 4096"):
             Int8Settings(max_rows=rows)
 
 
