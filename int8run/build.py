@@ -153,7 +153,7 @@ def trigger_note(file: LoraFile) -> str:
 
 
 @torch.no_grad()
-def lora_overhead(built: Built, call: Mapping[str, Any], strengths: Sequence[float], rounds: int = 5) -> float:
+def lora_overhead(built: Built, call: Mapping[str, Any], strengths: Sequence[float], rounds: int = 11) -> float:
     """Time of one INT8 step with the LoRA branches over the time without, from interleaved calls; the median of each."""
     denoiser = built.denoisers["int8"]
     seconds: dict[bool, list[float]] = {True: [], False: []}

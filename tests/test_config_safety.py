@@ -73,6 +73,11 @@ FOREIGN = {
     ),
     # targets that are there only after hydra has resolved the config
     "made by a resolver": ("x/x.yaml", globally(f'sampler: {{extra: {{a: "${{oc.create:{TOUCH}}}"}}}}'), ["+x=x"]),
+    "resolver named by another": (
+        "x/x.yaml",
+        globally(f'sampler: {{extra: {{name: create, a: "${{oc.${{.name}}:{TOUCH}}}"}}}}'),
+        ["+x=x"],
+    ),
     "callback made by a resolver": ("x/x.yaml", globally(f'hydra: {{callbacks: {{mine: "${{oc.create:{TOUCH}}}"}}}}'), ["+x=x"]),
     "override in a sweep file": (
         "x/x.yaml",
@@ -116,10 +121,26 @@ def test_a_log_handler_that_runs_code_is_refused(attack, part, text):
     assert made == [], "a job was started"
 
 
-def test_a_config_may_not_set_environment_variables(attack):
-    # git, which a run asks for the revision, runs whatever GIT_CONFIG_* names
-    text = globally("hydra: {job: {env_set: {GIT_CONFIG_COUNT: '1', GIT_CONFIG_KEY_0: core.fsmonitor, GIT_CONFIG_VALUE_0: touch pwned}}}")
-    outcome, made = attack("x/x.yaml", text, "+x=x")
+@pytest.mark.parametrize("part", ["job_logging", "hydra_logging"])
+def test_a_whole_logging_section_from_elsewhere_is_refused(attack, part):
+    section = f"{{version: 1, root: {{level: INFO, handlers: [x]}}, handlers: {{x: {{class: {LAZY_FILE}}}}}}}"
+    outcome, made = attack(
+        "x/x.yaml", globally(f"sampler: {{extra: {{log: {section}}}}}\nhydra: {{{part}: '${{sampler.extra.log}}'}}"), "+x=x"
+    )
+    assert outcome.code == 2 and f"hydra.{part} is " in outcome.message and made == []
+
+
+# git, which a run asks for the revision, runs whatever GIT_CONFIG_* names
+GIT = "{GIT_CONFIG_COUNT: '1', GIT_CONFIG_KEY_0: core.fsmonitor, GIT_CONFIG_VALUE_0: touch pwned}"
+ENVIRONMENT = {
+    "written": f"hydra: {{job: {{env_set: {GIT}}}}}",
+    "from elsewhere": f"hydra: {{job_logging: {{unused: {GIT}}}, job: {{env_set: '${{hydra.job_logging.unused}}'}}}}",
+}
+
+
+@pytest.mark.parametrize("text", ENVIRONMENT.values(), ids=ENVIRONMENT)
+def test_a_config_may_not_set_environment_variables(attack, text):
+    outcome, made = attack("x/x.yaml", globally(text), "+x=x")
     assert outcome.code == 2 and "hydra.job.env_set" in outcome.message and made == []
 
 
@@ -154,11 +175,22 @@ def test_a_pickled_job_is_refused(command):
     assert outcome.code == 2 and "pickle" in outcome.message
 
 
-@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--cfg", "hydra"], ["--info", "defaults"], ["--info", "config"]], ids=" ".join)
+LOOKS = ["--cfg job", "--cfg hydra", "--cfg all", "--info defaults", "--info config", "--info all", "--info plugins"]
+
+
+@pytest.mark.parametrize("flags", LOOKS)
 def test_looking_at_a_config_runs_nothing(attack, flags):
     text = globally(f"task: {TOUCH}\nhydra: {{callbacks: {{mine: {TOUCH}}}, hydra_logging: {{handlers: {{x: {{class: {LAZY_FILE}}}}}}}}}")
-    _, made = attack("x/x.yaml", text, "+x=x", *flags)
+    _, made = attack("x/x.yaml", text, "+x=x", *flags.split())
     assert made == []
+
+
+def test_hydras_own_help_runs_nothing(command):
+    folder = command.folder / "shared" / "x"
+    folder.mkdir(parents=True)
+    (folder / "x.yaml").write_text(globally(f"hydra: {{hydra_logging: {{handlers: {{x: {{class: {LAZY_FILE}}}}}}}}}"))
+    command("--config-dir", "shared", "+x=x", "--hydra-help")
+    assert command.made() == ["shared", "shared/x", "shared/x/x.yaml"]
 
 
 def test_an_attack_on_the_command_line_is_refused_too(command):
