@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
+from rich.markup import escape
 
 from int8run import memo
 from int8run.build import Built, build, lora_overhead
 from int8run.generate.generate import Generation, generate
 from int8run.generate.probe import record_call
 from int8run.generate.prompts import Sample, samples
+from int8run.machine import device_name
 from int8run.metrics.layers import layer_metrics, measure_outputs, module_bytes
 from int8run.metrics.memory import peak_bytes, reset_peak
 from int8run.metrics.quality import mean_quality, per_image, trajectory_error
@@ -58,12 +60,10 @@ def run(spec: RunSpec, job: Job) -> RunResult:
 
         write_outputs(spec, built, candidate, baseline, wanted, metrics, out)
         log_outputs(spec, candidate, baseline, wanted, metrics, out)
-    ours = "INT8" if "int8" in built.denoisers else "float again"
-    title = f"{job.choices.get('model', 'model')}: float ({spec.model.dtype}) and {ours} on {describe(environment_of(built))}"
-    say("", result_table(title, metrics, ours))
-    say(f"pictures: {out / 'grid.png'}", f"layers:   {out / 'layers.csv'}", f"numbers:  {out / 'metrics.json'}")
-    if spec.tracker.where():
-        say(str(spec.tracker.where()))
+    title = f"{job.choices.get('model', 'model')} on {device_name(built.pipe.device)}; float is {spec.model.dtype}"
+    say("", result_table(title, metrics, our_name(built)))
+    places = {"pictures": out / "grid.png", "layers": out / "layers.csv", "numbers": out / "metrics.json", "runs": spec.tracker.where()}
+    say(*(escape(f"{name + ':':<10}{place}") for name, place in places.items() if place))
     return RunResult(metrics, candidate, baseline, out)
 
 
@@ -95,6 +95,8 @@ def measure(
         base = speed(baseline, None)
         metrics |= {name.replace("speed/", "float/"): value for name, value in base.items()}
         metrics |= mean_quality(per_image(candidate, baseline))
+    for plan in built.plans:  # a reused model still has what an earlier job measured
+        plan.measured.pop("output_sqnr_db", None)
     if int8 is not None:
         if spec.metrics.layers:
             measure_outputs(built.denoisers["float"], int8, call, built.plans)
@@ -123,8 +125,7 @@ def write_outputs(
             baseline.images[i].save(folder / f"{sample.key}_float.png")
         candidate.images[i].save(folder / f"{sample.key}.png")
         rows.append((f"{sample.prompt} · seed {sample.seed}", images))
-    ours = "INT8" if "int8" in built.denoisers else "float again"
-    columns = ["float", ours, f"difference x {DIFFERENCE_GAIN}"] if baseline else [ours]
+    columns = ["float", our_name(built), f"difference x {DIFFERENCE_GAIN}"] if baseline else [our_name(built)]
     grid(rows, columns).save(out / "grid.png")
     write_layers(built.plans, out / "layers.csv")
     per_sample = [{"prompt": s.prompt, "seed": s.seed, "file": f"images/{s.key}.png", **q} for s, q in zip(wanted, quality, strict=True)]
@@ -169,6 +170,6 @@ def environment_of(built: Built) -> dict[str, object]:
     return environment(built.pipe.device, library_versions())
 
 
-def describe(facts: Mapping[str, object]) -> str:
-    """The machine in a few words."""
-    return f"{facts.get('gpu') or facts.get('cpu')} ({facts['threads']} threads)"
+def our_name(built: Built) -> str:
+    """What stands beside the float model; with INT8 disabled it is the float model itself."""
+    return "INT8" if "int8" in built.denoisers else "float (int8.enable=false)"

@@ -102,6 +102,8 @@ def test_a_foreign_target_is_refused_before_anything_starts(attack, file, text, 
 LOGGING = {
     "handler class": f"handlers: {{x: {{class: {LAZY_FILE}}}}}",
     "handler factory": f"handlers: {{x: {{(): {LAZY_FILE}}}}}",
+    # with a format of its own choosing it could write a line into a shell's start-up file
+    "file outside the output folder": "handlers: {x: {class: logging.FileHandler, filename: pwned}}",
     "formatter factory": "formatters: {x: {(): pathlib.Path.touch, self: pwned}}",
     "formatter class": "formatters: {x: {class: os.system}}",
     "filter factory": "filters: {x: {(): pathlib.Path.touch, self: pwned}}",

@@ -1,15 +1,36 @@
 """The MLflow tracker against SQLite, and the tracker that keeps nothing."""
 
+import os
+import shutil
 import sqlite3
 from pathlib import Path
 
 import mlflow
 import pytest
+import torch
+from cli_process import command_in
 from PIL import Image
 
 from int8run.errors import ConfigError
 from int8run.tracking.base import NoTracker
 from int8run.tracking.mlflow_tracker import MlflowTracker
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with its tables. Making them takes seconds; the first test does it, the others copy this one."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, empty_store: Path) -> Path:
+    """A folder with such a database, and two more in it."""
+    for place in (tmp_path, tmp_path / "a", tmp_path / "b"):
+        place.mkdir(exist_ok=True)
+        shutil.copy(empty_store, place)
+    return tmp_path
 
 
 def only_run(folder: Path) -> mlflow.entities.Run:
@@ -35,26 +56,47 @@ def test_a_run_holds_what_was_logged(tmp_path: Path) -> None:
     assert sqlite3.connect(tmp_path / "mlflow.db").execute("pragma journal_mode").fetchone() == ("wal",)
 
 
-def test_an_error_marks_the_run_failed_and_keeps_what_it_had(tmp_path: Path) -> None:
-    tracker = MlflowTracker(folder=str(tmp_path))
+def test_an_error_marks_the_run_failed_and_keeps_what_it_had(folder: Path) -> None:
+    tracker = MlflowTracker(folder=str(folder))
     with pytest.raises(ConfigError, match="broken"), tracker.start("x", {}, {}):
         tracker.log_metrics({"build/load_s": 1.0})
         raise ConfigError("broken on purpose")
-    run = only_run(tmp_path)
+    run = only_run(folder)
     assert (run.info.status, run.data.tags["error"], run.data.metrics["build/load_s"]) == ("FAILED", "broken on purpose", 1.0)
     assert mlflow.active_run() is None, "a run left open would break the next job"
 
 
-def test_two_trackers_in_one_process_write_to_their_own_places(tmp_path: Path) -> None:
+def test_two_trackers_in_one_process_write_to_their_own_places(folder: Path) -> None:
     for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        with MlflowTracker(folder=str(tmp_path / name)).start(name, {}, {}):
+        with MlflowTracker(folder=str(folder / name)).start(name, {}, {}):
             pass
-    assert [only_run(tmp_path / name).info.run_name for name in ("a", "b")] == ["a", "b"]
+    assert [only_run(folder / name).info.run_name for name in ("a", "b")] == ["a", "b"]
 
 
-def test_a_deleted_experiment_is_named(tmp_path: Path) -> None:
-    tracker = MlflowTracker(folder=str(tmp_path))
+def test_a_run_leaves_no_setting_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # mlflow exports its address for child processes; conf/tracker/mlflow.yaml reads it, and the next job of a sweep would too
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///of-the-user.db")
+    with MlflowTracker(folder=str(folder)).start("x", {}, {}):
+        pass
+    assert os.environ["MLFLOW_TRACKING_URI"] == "sqlite:///of-the-user.db"
+
+
+def test_failed_jobs_of_a_sweep_are_marked_in_their_own_folders(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with command_in(folder, monkeypatch, capsys) as command:
+        outcome = command("-m", "tracker.folder=a,b", "device=cuda", "seed=5")
+    assert outcome.code == 4 and "device=cuda asks for a GPU" in outcome.message
+    for name in ("a", "b"):
+        run = only_run(folder / name)
+        assert run.info.status == "FAILED" and run.data.tags["error"].startswith("device=cuda asks for a GPU, but torch ")
+        assert (run.info.run_name, run.data.params["seed"]) == (f"tracker.folder={name} device=cuda seed=5", "5")
+        assert run.data.tags["sweep"] == str(next((folder / "multirun").glob("*/*"))), "the jobs of a sweep are found by this tag"
+
+
+def test_a_deleted_experiment_is_named(folder: Path) -> None:
+    tracker = MlflowTracker(folder=str(folder))
     tracker.prepare()
     client = mlflow.MlflowClient(tracker.store)
     client.delete_experiment(client.get_experiment_by_name("int8run").experiment_id)
@@ -77,7 +119,7 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("uri", "line"),
-    [("http://host:5000", "runs: http://host:5000"), ("sqlite:////a/b.db", "runs: mlflow server --backend-store-uri sqlite:////a/b.db")],
+    [("http://host:5000", "http://host:5000"), ("sqlite:////a/b.db", "mlflow server --backend-store-uri sqlite:////a/b.db")],
 )
 def test_where_to_look(uri: str, line: str) -> None:
     assert MlflowTracker(uri=uri).where() == line

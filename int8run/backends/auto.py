@@ -6,7 +6,6 @@ instructions saturates. The choice is kept in a small file, so that the same con
 
 import json
 import logging
-import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 from int8run.backends.base import Backend, Limits, usable
 from int8run.backends.reference import Reference
 from int8run.errors import BackendError, in_range
+from int8run.machine import device_name
 from int8run.quant.weight import QuantizedWeight, quantize_weight
 
 log = logging.getLogger(__name__)
@@ -50,14 +50,6 @@ class AutoBackend:
 def default_table() -> Path:
     """Where measured choices are kept when the config names no file."""
     return Path.home() / ".cache" / "int8run" / "backend_choices.json"
-
-
-def device_name(device: torch.device) -> str:
-    """The name that a measurement belongs to: the GPU's, or the CPU's with its thread count."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
-    return f"{cpu}, {torch.get_num_threads()} threads"
 
 
 class Chooser:

@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from int8run.machine import cpu_capabilities
 from int8run.quant.weight import QuantizedWeight
 
 
@@ -28,7 +29,7 @@ class Limits:
 
 def has_cpu_feature(features: Sequence[str]) -> bool:
     """Whether this CPU has one of the named instruction sets, by torch's own names (`avx512_vnni`, `avx_vnni`, …)."""
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = cpu_capabilities()
     return any(capabilities.get(feature, False) for feature in features)
 
 

@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+from int8run.machine import cpu_name
 from int8run.quantize import LayerPlan
 
 # a picture smaller than this is enlarged in the grid, by a whole factor and without smoothing
@@ -99,7 +100,7 @@ def environment(device: torch.device, versions: Mapping[str, str]) -> dict[str, 
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
     else:
-        facts["cpu"] = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+        facts["cpu"] = cpu_name()
     return facts
 
 

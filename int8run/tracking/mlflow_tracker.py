@@ -83,5 +83,5 @@ class MlflowTracker:
 
     def where(self) -> str | None:
         if self.uri and self.uri.startswith("http"):
-            return f"runs: {self.uri}"
-        return f"runs: mlflow server --backend-store-uri {self.store}"
+            return self.uri
+        return f"mlflow server --backend-store-uri {self.store}"
