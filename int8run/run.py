@@ -23,6 +23,7 @@ from int8run.models.loader import library_versions
 from int8run.report.files import DIFFERENCE_GAIN, difference, environment, grid, write_json, write_layers, write_yaml
 from int8run.report.terminal import Progress, pairs_line, result_table, say
 from int8run.spec import Job, RunSpec
+from int8run.tracking.base import TrackedRun
 
 log = logging.getLogger(__name__)
 WARM_UP_STEPS = 2
@@ -44,8 +45,8 @@ def run(spec: RunSpec, job: Job) -> RunResult:
     write_yaml(job.settings, out / "config.yaml")
     progress = Progress(spec.progress)
     wanted = samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
-    with spec.tracker.start(job.name, job.params(), {"sweep": job.sweep or "none"}):
-        spec.tracker.log_file(out / "config.yaml")
+    with spec.tracker.start(job.name, job.params(), {"sweep": job.sweep or "none"}) as tracked:
+        tracked.log_file(out / "config.yaml")
         first = wanted[: spec.sampler.batch]
         built, reused = memo.reuse(spec.build_key, lambda: build(spec, first, progress))
         built.set_strengths(spec.lora.strengths)
@@ -59,7 +60,7 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         metrics = measure(spec, built, call, candidate, baseline, reused)
 
         write_outputs(spec, built, candidate, baseline, wanted, metrics, out)
-        log_outputs(spec, candidate, baseline, wanted, metrics, out)
+        log_outputs(tracked, candidate, baseline, wanted, metrics, out)
     title = f"{job.choices.get('model', 'model')} on {device_name(built.pipe.device)}; float is {spec.model.dtype}"
     say("", result_table(title, metrics, our_name(built)))
     places = {"pictures": out / "grid.png", "layers": out / "layers.csv", "numbers": out / "metrics.json", "runs": spec.tracker.where()}
@@ -134,20 +135,19 @@ def write_outputs(
 
 
 def log_outputs(
-    spec: RunSpec, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample],
+    tracked: TrackedRun, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample],
     metrics: Mapping[str, float], out: Path,
 ) -> None:  # fmt: skip
     """The same to the tracker, with one value per step where there is one."""
-    tracker = spec.tracker
-    tracker.log_metrics(metrics)
-    tracker.log_series("series/step_ms", step_times(candidate))
+    tracked.log_metrics(metrics)
+    tracked.log_series("series/step_ms", step_times(candidate))
     if baseline is not None:
-        tracker.log_series("series/float_step_ms", step_times(baseline))
-        tracker.log_series("series/latent_rel_err", trajectory_error(candidate, baseline))
+        tracked.log_series("series/float_step_ms", step_times(baseline))
+        tracked.log_series("series/latent_rel_err", trajectory_error(candidate, baseline))
     for sample, image in zip(wanted, candidate.images, strict=True):
-        tracker.log_image(f"sample/{sample.key}", image, step=0)
+        tracked.log_image(f"sample/{sample.key}", image)
     for name in ("grid.png", "layers.csv", "metrics.json", "environment.json"):
-        tracker.log_file(out / name)
+        tracked.log_file(out / name)
 
 
 def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]:

@@ -9,6 +9,8 @@ import torch
 from cli_process import Command, command_in
 from safetensors.torch import save_file
 
+from int8run.inspect_file import inspect_file
+
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -35,6 +37,43 @@ def test_a_lora(command: Command) -> None:
     assert shown["kind"] == "LoRA" and shown["LoRA"] == "2 modules, rank 2, 4" and shown["dtypes"] == "4 × F32"
     assert shown["trigger words"] == "oil [bold]paint" and shown["base model"] == "flux-1-dev/lora"
     assert command.made() == ["style.safetensors"], "looking leaves nothing behind"
+
+
+def test_a_lora_whose_header_says_nothing(command: Command) -> None:
+    pair = {"unet.x.lora_down.weight": torch.zeros(4, 8), "unet.x.lora_up.weight": torch.zeros(8, 4), "unet.x.alpha": torch.ones(())}
+    save_file(pair, command.folder / "a.safetensors")
+    shown = inspect(command, "a.safetensors")
+    assert (shown["LoRA"], shown["first module"]) == ("1 modules, rank 4", "x")
+    assert (shown["base model"], shown["trigger words"]) == ("not named", "not named")
+
+
+def test_a_loras_older_header_names(command: Command) -> None:
+    header = {"ss_base_model_version": "sdxl_base", "ss_trigger_words": "ohwx"}
+    save_file(
+        {"x.lora_A.weight": torch.zeros(1, 2), "x.lora_B.weight": torch.zeros(2, 1)}, command.folder / "a.safetensors", metadata=header
+    )
+    shown = inspect(command, "a.safetensors")
+    assert (shown["base model"], shown["trigger words"]) == ("sdxl_base", "ohwx")
+
+
+def test_a_long_header_value_is_cut_and_counted(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"short": "s" * 200, "long": "x" * 500})
+    table = inspect_file(str(tmp_path / "a.safetensors"))
+    cells = dict(zip(*(column.cells for column in table.columns), strict=True))
+    assert (cells["header: short"], cells["header: long"]) == ("s" * 200, "x" * 200 + "… (500 characters)")
+
+
+def test_the_files_own_name_is_shown_as_it_is(command: Command) -> None:
+    # square brackets are markup to the terminal
+    save_file({"a": torch.zeros(1)}, command.folder / "style[bold].safetensors")
+    outcome = command("task=inspect", "task.path='style[bold].safetensors'")
+    assert outcome.code == 0 and "style[bold].safetensors" in outcome.out
+
+
+def test_a_path_may_begin_with_the_home_folder(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(command.folder))
+    save_file({"a": torch.zeros(1)}, command.folder / "a.safetensors")
+    assert inspect(command, "'~/a.safetensors'")["kind"] == "plain weights"
 
 
 @pytest.mark.parametrize(
@@ -70,6 +109,11 @@ DAMAGED = {
     "longer than told": (container(ENTRY, b"\x00" * 9), "is damaged: the header describes"),
     "a list": (container(b"[1, 2]"), "its header is no JSON object of tensors"),
     "an entry without offsets": (container(b'{"a": {"dtype": "F32"}}'), "its header is no JSON object of tensors"),
+    "metadata that is no text": (container(b'{"__metadata__": {"steps": 3}}'), "its header is no JSON object of tensors"),
+    "a lora half without a shape": (
+        container(b'{"a.lora_A.weight": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}', b"\x00" * 4),
+        "a.lora_A.weight has shape []",
+    ),
     "a zip": (b"PK\x03\x04" + b"\x00" * 60, "not a safetensors file"),
 }
 

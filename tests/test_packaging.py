@@ -1,5 +1,7 @@
 """What ships: the package list, the wheel, the sdist, and the command after an installation into an empty environment."""
 
+import ast
+import re
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +27,26 @@ def test_the_package_list_equals_the_folders() -> None:
 def test_kernels_has_no_init_and_conf_has() -> None:
     # with one, a repository root on the import path would hide the library `kernels`
     assert not (ROOT / "kernels" / "__init__.py").exists() and (ROOT / "conf" / "__init__.py").exists()
+
+
+# what a dependency is imported as, where the two differ
+IMPORTED_AS = {"huggingface-hub": "huggingface_hub", "hydra-core": "hydra", "pillow": "PIL", "pyyaml": "yaml"}
+# not imported by us: diffusers and transformers need them to load the models that conf/ names
+FOR_OTHERS = {"accelerate", "sentencepiece", "protobuf"}
+
+
+def test_the_dependencies_are_what_the_package_imports() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.match(r"[\w-]+", text)[0].lower() for text in declared}
+    imported = set()
+    for file in [*(ROOT / "int8run").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    assert imported - set(sys.stdlib_module_names) - {"int8run"} == {IMPORTED_AS.get(n, n) for n in names - FOR_OTHERS}
+    assert names >= FOR_OTHERS | set(IMPORTED_AS), "a name that is not a dependency any more"
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +75,15 @@ def test_the_wheel_holds_everything_once(built: tuple[Path, Path]) -> None:
     expected |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "int8run").rglob("*.py")} | {"int8run/py.typed"}
     assert expected <= set(names), sorted(expected - set(names))
     assert {n.split("/")[0] for n in names} == {"int8run", next(n for n in names if "dist-info" in n).split("/")[0]}
+
+
+@pytest.mark.slow
+def test_a_wheel_from_the_tree_holds_the_same(built: tuple[Path, Path], tmp_path: Path) -> None:
+    # discovery through the links would lose conf and kernels in one of the two
+    source = built[0].parent / "source"
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(source)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert sorted(zipfile.ZipFile(wheel).namelist()) == sorted(zipfile.ZipFile(built[0]).namelist())
 
 
 @pytest.mark.slow
@@ -86,6 +117,8 @@ def test_an_installed_wheel_runs_from_another_folder(built: tuple[Path, Path], t
     where = run(python, "-c", "import int8run, int8run.kernels.hadamard.reference as k; print(int8run.__file__, k.__file__)")
     assert all(Path(p).is_relative_to(site) for p in where.split()), where
     int8run = tmp_path / "env" / "bin" / "int8run"
+    # -m puts the folder with the decoys at the front of sys.path
+    assert run(python, "-m", "int8run.cli", "--cfg", "job") == run(int8run, "--cfg", "job")
     assert "decoy" not in run(int8run, "--cfg", "job") and "flux_schnell" in run(int8run, "--help")
     shown = run(int8run, "prompts.prompts=[fox]", "sampler.steps=2", "tracker=none")
     assert "PSNR to float" in shown and len(list((elsewhere / "outputs").rglob("grid.png"))) == 1

@@ -1,7 +1,6 @@
 """The MLflow tracker against SQLite, and the tracker that keeps nothing."""
 
 import os
-import shutil
 import sqlite3
 from pathlib import Path
 
@@ -17,19 +16,21 @@ from int8run.tracking.mlflow_tracker import MlflowTracker
 
 
 @pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with its tables. Making them takes seconds; the first test does it, the others copy this one."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose database the tracker made from nothing. The tables take seconds, so the other tests copy this one."""
+    path = tmp_path_factory.mktemp("store")
+    MlflowTracker(folder=str(path), experiment="another").prepare()
     return path
 
 
 @pytest.fixture
-def folder(tmp_path: Path, empty_store: Path) -> Path:
-    """A folder with such a database, and two more in it."""
+def folder(tmp_path: Path, new_store: Path) -> Path:
+    """A folder with a copy of that database, and two such folders in it."""
     for place in (tmp_path, tmp_path / "a", tmp_path / "b"):
         place.mkdir(exist_ok=True)
-        shutil.copy(empty_store, place)
+        # not the file alone: what was written last may still be beside it
+        with sqlite3.connect(new_store / "mlflow.db") as source, sqlite3.connect(place / "mlflow.db") as target:
+            source.backup(target)
     return tmp_path
 
 
@@ -39,27 +40,33 @@ def only_run(folder: Path) -> mlflow.entities.Run:
     return run
 
 
-def test_a_run_holds_what_was_logged(tmp_path: Path) -> None:
-    tracker = MlflowTracker(folder=str(tmp_path))
-    (tmp_path / "layers.csv").write_text("name\n")
-    with tracker.start("a=1", {"model": "tiny"}, {"sweep": "none"}):
-        tracker.log_metrics({"quality/psnr_db": float("inf"), "speed/step_ms_p50": 2.5})
-        tracker.log_series("series/step_ms", [3.0, 2.0])
-        tracker.log_image("sample/000_fox_s0", Image.new("RGB", (4, 4), "red"), step=0)
-        tracker.log_file(tmp_path / "layers.csv")
-    run = only_run(tmp_path)
+def test_a_store_is_made_for_several_writers_and_keeps_files_beside_it(new_store: Path) -> None:
+    assert sqlite3.connect(new_store / "mlflow.db").execute("pragma journal_mode").fetchone() == ("wal",)
+    experiment = mlflow.MlflowClient(f"sqlite:///{new_store / 'mlflow.db'}").get_experiment_by_name("another")
+    assert experiment.artifact_location == (new_store / "mlartifacts" / "another").as_uri()
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_a_run_holds_what_was_logged(folder: Path) -> None:
+    tracker = MlflowTracker(folder=str(folder))
+    (folder / "layers.csv").write_text("name\n")
+    with tracker.start("a=1", {"model": "tiny"}, {"sweep": "none"}) as run:
+        run.log_metrics({"quality/psnr_db": float("inf"), "speed/step_ms_p50": 2.5})
+        run.log_series("series/step_ms", [3.0, 2.0])
+        run.log_image("sample/000_fox_s0", Image.new("RGB", (4, 4), "red"))
+        run.log_file(folder / "layers.csv")
+    run = only_run(folder)
     assert (run.info.status, run.info.run_name, run.data.params["model"], run.data.tags["sweep"]) == ("FINISHED", "a=1", "tiny", "none")
     assert run.data.metrics["speed/step_ms_p50"] == 2.5 and run.data.metrics["quality/psnr_db"] > 1e300
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     assert [m.value for m in client.get_metric_history(run.info.run_id, "series/step_ms")] == [3.0, 2.0]
     assert {a.path for a in client.list_artifacts(run.info.run_id)} == {"layers.csv", "images"}
-    assert sqlite3.connect(tmp_path / "mlflow.db").execute("pragma journal_mode").fetchone() == ("wal",)
 
 
 def test_an_error_marks_the_run_failed_and_keeps_what_it_had(folder: Path) -> None:
     tracker = MlflowTracker(folder=str(folder))
-    with pytest.raises(ConfigError, match="broken"), tracker.start("x", {}, {}):
-        tracker.log_metrics({"build/load_s": 1.0})
+    with pytest.raises(ConfigError, match="broken"), tracker.start("x", {}, {}) as run:
+        run.log_metrics({"build/load_s": 1.0})
         raise ConfigError("broken on purpose")
     run = only_run(folder)
     assert (run.info.status, run.data.tags["error"], run.data.metrics["build/load_s"]) == ("FAILED", "broken on purpose", 1.0)
@@ -92,7 +99,7 @@ def test_failed_jobs_of_a_sweep_are_marked_in_their_own_folders(
         run = only_run(folder / name)
         assert run.info.status == "FAILED" and run.data.tags["error"].startswith("device=cuda asks for a GPU, but torch ")
         assert (run.info.run_name, run.data.params["seed"]) == (f"tracker.folder={name} device=cuda seed=5", "5")
-        assert run.data.tags["sweep"] == str(next((folder / "multirun").glob("*/*"))), "the jobs of a sweep are found by this tag"
+        assert folder / run.data.tags["sweep"] == next((folder / "multirun").glob("*/*")), "the jobs of a sweep are found by this tag"
 
 
 def test_a_deleted_experiment_is_named(folder: Path) -> None:
@@ -128,9 +135,9 @@ def test_where_to_look(uri: str, line: str) -> None:
 def test_no_tracker_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tracker = NoTracker()
-    with tracker.start("x", {}, {}):
-        tracker.log_metrics({"a": 1.0})
-        tracker.log_series("s", [1.0])
-        tracker.log_image("k", Image.new("RGB", (1, 1)), 0)
-        tracker.log_file(tmp_path / "absent")
+    with tracker.start("x", {}, {}) as run:
+        run.log_metrics({"a": 1.0})
+        run.log_series("s", [1.0])
+        run.log_image("k", Image.new("RGB", (1, 1)))
+        run.log_file(tmp_path / "absent")
     assert tracker.where() is None and list(tmp_path.iterdir()) == []

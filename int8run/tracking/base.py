@@ -9,12 +9,8 @@ from typing import Protocol
 from PIL.Image import Image
 
 
-class Tracker(Protocol):
-    """A frozen dataclass with the tracker's settings; `start` opens one run, and all else belongs to that run."""
-
-    def start(self, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> AbstractContextManager[None]:
-        """Open a run; it ends as finished, or as failed when an error passes."""
-        ...
+class TrackedRun(Protocol):
+    """One open run."""
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Final values by name."""
@@ -24,7 +20,7 @@ class Tracker(Protocol):
         """One value per step."""
         ...
 
-    def log_image(self, key: str, image: Image, step: int) -> None:
+    def log_image(self, key: str, image: Image) -> None:
         """A picture; equal keys line up across runs."""
         ...
 
@@ -32,25 +28,39 @@ class Tracker(Protocol):
         """Keep a file with the run."""
         ...
 
+
+class Tracker(Protocol):
+    """A frozen dataclass with the tracker's settings."""
+
+    def start(self, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> AbstractContextManager[TrackedRun]:
+        """Open a run; it ends as finished, or as failed when an error passes."""
+        ...
+
     def where(self) -> str | None:
         """How to look at what was logged, in one line."""
         ...
+
+
+class UntrackedRun:
+    """Takes everything and keeps nothing."""
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None: ...
+
+    def log_series(self, name: str, values: Sequence[float]) -> None: ...
+
+    def log_image(self, key: str, image: Image) -> None: ...
+
+    def log_file(self, path: Path) -> None: ...
 
 
 @dataclass(frozen=True)
 class NoTracker:
     """`tracker=none`: the output folder is all there is."""
 
-    def start(self, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def log_metrics(self, metrics: Mapping[str, float]) -> None: ...
-
-    def log_series(self, name: str, values: Sequence[float]) -> None: ...
-
-    def log_image(self, key: str, image: Image, step: int) -> None: ...
-
-    def log_file(self, path: Path) -> None: ...
+    def start(self, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> AbstractContextManager[TrackedRun]:
+        """A run that keeps nothing."""
+        return nullcontext(UntrackedRun())
 
     def where(self) -> str | None:
+        """Nowhere."""
         return None
