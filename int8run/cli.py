@@ -67,6 +67,10 @@ def check_and_run() -> None:
     if args.config_path:
         raise ConfigError("--config-path would replace int8run's own settings; --config-dir FOLDER adds yours to them")
     starts_jobs = not (args.cfg or args.info or args.shell_completion or args.hydra_help)
+    if args.hydra_help:  # hydra sets up its logging from the config even for its help
+        from int8run.precheck import compose_all
+
+        compose_all(args.config_dir, args.config_name or CONFIG["config_name"], list(args.overrides), args.multirun)
     if starts_jobs:
         from int8run.precheck import check_all
 

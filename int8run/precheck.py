@@ -27,6 +27,7 @@ GROUPS = (
 )  # fmt: skip
 # a resolver such as oc.create makes mappings that are not in the tree yet when it is walked
 RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
+NESTED = re.compile(r"\$\{[^{}:]*\$\{")  # a name put together at run time
 RESOLVERS = {"oc.env", "now", "hydra"}
 TARGET = re.compile(r"_target_: *([\w.]+)")
 # what hydra and its launcher plugins name themselves
@@ -52,18 +53,7 @@ def check_all(config_dir: str | None, config_name: str, overrides: list[str], mu
     Raises:
         ConfigError: one bad job: its message; several: one line for each.
     """
-    extra = []
-    if config_dir is not None:
-        if not Path(config_dir).is_dir():
-            raise ConfigError(f"--config-dir {config_dir}: no such folder (looked for {Path(config_dir).absolute()})")
-        extra = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
-    for group in (o.removesuffix("=null") for o in overrides if o.endswith("=null") and o.removesuffix("=null") in GROUPS):
-        raise ConfigError(no_option(group, None))
-    with initialize_config_module("int8run.conf", version_base="1.3", job_name="int8run"):
-        jobs = split_jobs(overrides, extra, config_name, multirun)
-        configs = [compose(config_name, [*job, *extra], return_hydra_config=True) for job in jobs]
-    for config in configs:
-        refuse_foreign_targets(config)
+    jobs, configs = compose_all(config_dir, config_name, overrides, multirun)
     announce(len(jobs), dict(configs[0].hydra.runtime.choices))
     problems: list[tuple[int, Int8RunError]] = []
     for number, config in enumerate(configs):
@@ -76,6 +66,23 @@ def check_all(config_dir: str | None, config_name: str, overrides: list[str], mu
     if problems:
         lines = [f"  job {number} ({' '.join(jobs[number])}): {error}" for number, error in problems]
         raise ConfigError("\n".join([f"{len(problems)} of {len(jobs)} jobs cannot run; none was started", *lines]))
+
+
+def compose_all(config_dir: str | None, config_name: str, overrides: list[str], multirun: bool) -> tuple[list[list[str]], list[DictConfig]]:
+    """The overrides and the composed config of every job, each walked for what could run code."""
+    extra = []
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigError(f"--config-dir {config_dir}: no such folder (looked for {Path(config_dir).absolute()})")
+        extra = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
+    for group in (o.removesuffix("=null") for o in overrides if o.endswith("=null") and o.removesuffix("=null") in GROUPS):
+        raise ConfigError(no_option(group, None))
+    with initialize_config_module("int8run.conf", version_base="1.3", job_name="int8run"):
+        jobs = split_jobs(overrides, extra, config_name, multirun)
+        configs = [compose(config_name, [*job, *extra], return_hydra_config=True) for job in jobs]
+    for config in configs:
+        refuse_foreign_targets(config)
+    return jobs, configs
 
 
 def split_jobs(overrides: list[str], extra: list[str], config_name: str, multirun: bool) -> list[list[str]]:
@@ -159,7 +166,8 @@ def refuse_foreign_targets(config: DictConfig) -> None:
     own = own_targets()
     for path, key, value in leaves(tree, ""):
         where = f"{path}{key}"
-        in_logging = where.startswith(("hydra.job_logging.", "hydra.hydra_logging."))
+        # the dot makes `hydra.job_logging` itself, set to a reference, a part of it
+        in_logging = f"{where}.".startswith(("hydra.job_logging.", "hydra.hydra_logging."))
         if key == "_target_":
             allowed = HYDRA_TARGETS if where.startswith("hydra.") else own
             if value not in allowed:
@@ -170,12 +178,12 @@ def refuse_foreign_targets(config: DictConfig) -> None:
             raise ConfigError(f"{where} is {value!r}; log handlers are limited to {', '.join(LOG_CLASSES)}")
         if in_logging and isinstance(value, str) and value.startswith(("ext://", "cfg://")) and value not in LOG_STREAMS:
             raise ConfigError(f"{where} is {value!r}; log streams are limited to {', '.join(LOG_STREAMS)}")
-        if isinstance(value, str) and set(RESOLVER.findall(value)) - RESOLVERS:
+        if isinstance(value, str) and (set(RESOLVER.findall(value)) - RESOLVERS or NESTED.search(value)):
             raise ConfigError(
                 f"{where} is {value!r}; its resolver could make any object, and a config may only name classes of int8run; "
                 f"resolvers are limited to {', '.join(sorted(RESOLVERS))}"
             )
-        if path == "hydra.job.env_set.":
+        if f"{where}.".startswith("hydra.job.env_set."):
             raise ConfigError(f"{where} sets an environment variable; set it in your shell, so that a shared file cannot change programs")
 
 

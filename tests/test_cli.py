@@ -65,6 +65,10 @@ REFUSED = {
     "baseline": (["metrics.baseline=maybe"], r"metrics.baseline is 'maybe'; choose from none, run"),
     "lora strength": (["lora.strength=99"], r"lora.strength is 99; allowed is a number from -20 to 20"),
     "lora strength nan": (["lora.strength=nan"], r"lora.strength is nan; allowed is a number from -20 to 20"),
+    "adapter that is not there": (
+        ["lora.adapters.0.strength=0.5"],
+        r"no setting called 'lora.adapters\[0\]': the list has 0 entries; choose a stack that has it, such as lora=stack_a",
+    ),
     "adapter strength": (["lora=stack_a", "lora.adapters.0.strength=true"], r"strength of LoRA 'ink' is True; allowed is a number"),
     "strengths multiplied": (
         ["lora=stack_a", "lora.strength=5", "lora.adapters.1.strength=10"],

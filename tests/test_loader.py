@@ -1,0 +1,122 @@
+"""Loading: each way in which a folder can be wrong is a FileError with the folder's name and the reason."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from int8run.errors import BackendError, ConfigError, FileError
+from int8run.models.family import ModelSource, Sampling
+from int8run.models.loader import library_versions, load_pipeline, pick_device, repeated_blocks
+
+CPU = torch.device("cpu")
+INDEX = {"_class_name": "FluxPipeline", "_diffusers_version": "0.36.0", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+
+
+def load(location):
+    return load_pipeline(ModelSource(str(location), "x", Sampling()), CPU)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def write(index):
+        (tmp_path / "model_index.json").write_text(index if isinstance(index, str) else json.dumps(index))
+        return tmp_path
+
+    return write
+
+
+BROKEN = {
+    "no json": "{",
+    "a list": "[]",
+    "no class": {"transformer": INDEX["transformer"]},
+    "unknown class": INDEX | {"_class_name": "NoSuchPipeline"},
+    "component without a folder": INDEX,
+    "unknown component class": INDEX | {"transformer": ["diffusers", "NoSuchModel"]},
+    "unknown component library": INDEX | {"transformer": ["nosuchlibrary", "X"]},
+}
+
+
+@pytest.mark.parametrize("index", BROKEN.values(), ids=BROKEN)
+def test_a_broken_folder_is_one_line(folder, index):
+    place = folder(index)
+    with pytest.raises(FileError, match=rf"^model '{place}' could not be loaded: .+; set model\.location to a folder that has it$"):
+        load(place)
+
+
+def test_a_model_may_not_bring_its_own_code(folder):
+    place = folder(INDEX | {"_class_name": ["pipeline", "Mine"]})
+    (place / "pipeline.py").write_text("from pathlib import Path\nPath(__file__).with_name('pwned').touch()\nclass Mine: pass\n")
+    with pytest.raises(FileError, match=r"could not be loaded: .*(trust_remote_code|custom code)"):
+        load(place)
+    assert not (place / "pwned").exists()
+
+
+def test_pickled_weights_are_not_opened(folder):
+    place = folder(INDEX)
+    (place / "transformer").mkdir()
+    (place / "transformer" / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", "num_layers": 0}))
+    torch.save({"x": torch.zeros(1)}, place / "transformer" / "diffusion_pytorch_model.bin")
+    with pytest.raises(FileError, match=r"could not be loaded: .*safetensors"):
+        load(place)
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.gguf", "m.ckpt", "m.pt"])
+def test_a_single_file_is_refused(name):
+    with pytest.raises(ConfigError, match=rf"model\.location={name} is a single file; this version reads hub ids and diffusers folders"):
+        load(name)
+
+
+@pytest.mark.parametrize("place", ["./absent", "~/absent", "shipped:absent"])
+def test_a_folder_without_an_index_is_named_in_full(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(FileError, match=r"^/.*absent is not a diffusers folder: it has no model_index\.json$"):
+        load(place)
+
+
+def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
+    for there, kind in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert pick_device("auto").type == kind
+
+
+@pytest.mark.parametrize("asked", ["banana", "cuda:x", ""])
+def test_an_unknown_device_word(asked):
+    with pytest.raises(ConfigError, match=rf"device is '{asked}'; choose from auto, cpu, cuda, cuda:N"):
+        pick_device(asked)
+
+
+@pytest.mark.parametrize("asked", ["mps", "xpu", "meta"])
+def test_a_device_that_nothing_here_runs_on(asked):
+    with pytest.raises((ConfigError, BackendError), match=rf"device.*{asked}"):
+        pick_device(asked)
+
+
+@pytest.mark.parametrize("asked", ["cuda", "cuda:0"])
+def test_a_gpu_that_is_not_there(monkeypatch, asked):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match=rf"device={asked} asks for a GPU, but torch .* sees none; device=cpu works here"):
+        pick_device(asked)
+
+
+def test_a_gpu_number_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(BackendError, match=r"device=cuda:2.*\b2\b"):
+        pick_device("cuda:2")
+
+
+def test_repeated_blocks_are_those_of_lists_with_more_than_one():
+    model = nn.Module()
+    model.first, model.head = nn.ModuleList(nn.Linear(1, 1) for _ in range(2)), nn.Linear(1, 1)
+    model.alone, model.last = nn.ModuleList([nn.Linear(1, 1)]), nn.ModuleList(nn.Linear(1, 1) for _ in range(2))
+    assert repeated_blocks(model) == ["first.0.", "first.1.", "last.0.", "last.1."]
+
+
+def test_the_versions_that_decide_a_result_are_known():
+    versions = library_versions()
+    assert {"int8run", "torch", "diffusers", "transformers", "numpy"} <= set(versions)
+    assert versions["torch"] == torch.__version__
