@@ -41,6 +41,7 @@ HYDRA_TARGETS = (
 LOG_CLASSES = (
     "logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter", "rich.logging.RichHandler",
 )  # fmt: skip
+LOG_FILE = re.compile(r"\$\{hydra\.runtime\.output_dir\}/(\$\{hydra\.job\.name\}|[\w-]+)\.log")
 LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
@@ -176,6 +177,10 @@ def refuse_foreign_targets(config: DictConfig) -> None:
                 raise ConfigError(f"{where} is {value!r}; {rule}" + (f"; {near}" if near else ""))
         if in_logging and (key in ("class", "()", "factory") or (key != "filename" and "${" in str(value))) and value not in LOG_CLASSES:
             raise ConfigError(f"{where} is {value!r}; log handlers are limited to {', '.join(LOG_CLASSES)}")
+        if in_logging and key == "filename" and not LOG_FILE.fullmatch(str(value)):
+            raise ConfigError(
+                f"{where} is {value!r}; log files are limited to the job's own folder: ${{hydra.runtime.output_dir}}/NAME.log"
+            )
         if in_logging and isinstance(value, str) and value.startswith(("ext://", "cfg://")) and value not in LOG_STREAMS:
             raise ConfigError(f"{where} is {value!r}; log streams are limited to {', '.join(LOG_STREAMS)}")
         if isinstance(value, str) and (set(RESOLVER.findall(value)) - RESOLVERS or NESTED.search(value)):
