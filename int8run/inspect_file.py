@@ -34,12 +34,17 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise FileError(f"{path} is not a safetensors file: its header is no JSON ({error})") from error
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
-    if not isinstance(header, dict) or not isinstance(metadata, dict) or not all(is_entry(entry) for entry in header.values()):
+    if not isinstance(header, dict) or not is_text(metadata) or not all(is_entry(entry) for entry in header.values()):
         raise FileError(f"{path} is not a safetensors file: its header is no JSON object of tensors with dtype, shape and offsets")
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != 8 + length + end:
         raise FileError(f"{path} is damaged: the header describes {8 + length + end} bytes, the file has {size}")
     return header, metadata
+
+
+def is_text(metadata: object) -> bool:
+    """Whether metadata is a mapping of text to text, as the format asks for."""
+    return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
 
 
 def is_entry(entry: object) -> bool:
@@ -54,7 +59,7 @@ def inspect_file(location: str) -> Table:
     """A table of what the header says: kind, tensors, LoRA ranks and triggers, quantization marks, metadata."""
     path = Path(location).expanduser()
     header, metadata = read_header(path)
-    table = Table(title=path.name, title_justify="left", show_header=False)
+    table = Table(title=escape(path.name), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     add = lambda name, value: table.add_row(name, escape(str(value)))  # noqa: E731
@@ -64,6 +69,9 @@ def inspect_file(location: str) -> Table:
     add("dtypes", ", ".join(f"{n} × {dtype}" for dtype, n in dtypes.most_common()))
     pairs = {strip_prefixes(split_key(k)[0]): e["shape"] for k, e in header.items() if split_key(k)[1] == "down"}
     if pairs:
+        for name, shape in pairs.items():
+            if not shape:
+                raise FileError(f"{path}: {name}.lora_A has shape []; a low-rank pair has two dimensions")
         ranks = sorted({shape[0] for shape in pairs.values()})
         add("LoRA", f"{len(pairs)} modules, rank {', '.join(map(str, ranks))}")
         add("first module", next(iter(pairs)))

@@ -44,9 +44,9 @@ def run(spec: RunSpec, job: Job) -> RunResult:
     out = job.output_dir
     write_yaml(job.settings, out / "config.yaml")
     progress = Progress(spec.progress)
-    wanted = samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
     with spec.tracker.start(job.name, job.params(), {"sweep": job.sweep or "none"}) as tracked:
         tracked.log_file(out / "config.yaml")
+        wanted = samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
         first = wanted[: spec.sampler.batch]
         built, reused = memo.reuse(spec.build_key, lambda: build(spec, first, progress))
         built.set_strengths(spec.lora.strengths)

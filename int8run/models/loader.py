@@ -15,6 +15,7 @@ from int8run.models.family import ModelSource
 
 log = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parents[1] / "assets"
+DEVICES = ("cpu", "cuda")
 DENOISER_COMPONENTS = ("transformer", "unet")
 
 
@@ -30,8 +31,12 @@ def pick_device(asked: str) -> torch.device:
         device = torch.device(asked)
     except RuntimeError as error:
         raise ConfigError(f"device is {asked!r}; choose from auto, cpu, cuda, cuda:N") from error
+    if device.type not in DEVICES:
+        raise BackendError(f"device={asked}: this version runs on {' and '.join(DEVICES)}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device={asked} asks for a GPU, but torch {torch.__version__} sees none; device=cpu works here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackendError(f"device={asked} asks for a GPU that is not there; torch sees {torch.cuda.device_count()}, counted from 0")
     return device
 
 
@@ -57,8 +62,9 @@ def load_pipeline(source: ModelSource, device: torch.device) -> DiffusionPipelin
             str(path) if looks_local else location,
             revision=source.revision, dtype=getattr(torch, source.dtype), use_safetensors=True,
         )  # fmt: skip
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+    # diffusers reads a damaged index as it comes: a list, a missing key and an unknown class each raise their own kind
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: " * isinstance(error, KeyError | TypeError) + " ".join(str(error).split())[:300]
         raise FileError(f"model {location!r} could not be loaded: {reason}; set model.location to a folder that has it") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from rich import get_console
 from rich import progress as bars
+from rich.markup import escape
 from rich.table import Table
 
 log = logging.getLogger(__name__)
@@ -103,4 +104,4 @@ def say(*lines: object) -> None:
 
 def pairs_line(facts: Sequence[tuple[str, object]]) -> str:
     """`model tiny · backend auto · …` for the first line of a run."""
-    return " · ".join(f"{name} [bold]{value}[/bold]" for name, value in facts)
+    return " · ".join(f"{name} [bold]{escape(str(value))}[/bold]" for name, value in facts)
