@@ -67,11 +67,12 @@ def inspect_file(location: str) -> Table:
     add("kind", kind(header))
     add("size", f"{path.stat().st_size / 1e6:.1f} MB, {len(header)} tensors")
     add("dtypes", ", ".join(f"{n} × {dtype}" for dtype, n in dtypes.most_common()))
-    pairs = {strip_prefixes(split_key(k)[0]): e["shape"] for k, e in header.items() if split_key(k)[1] == "down"}
+    down = {key: entry["shape"] for key, entry in header.items() if split_key(key)[1] == "down"}
+    for key, shape in down.items():
+        if not shape:
+            raise FileError(f"{path}: {key} has shape []; a low-rank pair has two dimensions")
+    pairs = {strip_prefixes(split_key(key)[0]): shape for key, shape in down.items()}
     if pairs:
-        for name, shape in pairs.items():
-            if not shape:
-                raise FileError(f"{path}: {name}.lora_A has shape []; a low-rank pair has two dimensions")
         ranks = sorted({shape[0] for shape in pairs.values()})
         add("LoRA", f"{len(pairs)} modules, rank {', '.join(map(str, ranks))}")
         add("first module", next(iter(pairs)))
