@@ -39,9 +39,17 @@ def help_page() -> str:
         for name, file in sorted(options, key=lambda o: o[0] != default):
             lines.append(f"  {group if name == default else '':<11} {name:<14} {first_comment(file)}")
     lines += ["", "Keys"]
-    lines += key_lines(root, "", skip=("defaults", "hydra"))
+    shown: dict[str, str] = {}  # key -> its line; the default option comes first, others add what is their own
+    texts = [("", root)]
     for group, default in groups:
-        lines += key_lines(conf.joinpath(group, f"{default}.yaml").read_text(), f"{group}.", skip=("defaults",))
+        files_of_group = [f for f in conf.joinpath(group).iterdir() if f.name.endswith(".yaml")]
+        for file in sorted(files_of_group, key=lambda f: (f.name != f"{default}.yaml", f.name)):
+            text = file.read_text()
+            texts.append(("" if "@package _global_" in text else f"{group}.", text))
+    for prefix, text in texts:
+        for key, value, comment in key_lines(text, prefix):
+            shown.setdefault(key, f"  {f'{key}={value}':<46} {comment}")
+    lines += shown.values()
     return USAGE + "\n".join(lines) + "\n\n" + FLAGS
 
 
@@ -51,9 +59,9 @@ def first_comment(file: Traversable) -> str:
     return next((c for c in comments if not c.startswith("@")), "")
 
 
-def key_lines(text: str, prefix: str, skip: tuple[str, ...]) -> list[str]:
-    """`key = default   comment` for every commented key of a YAML text, nested keys with their path."""
-    lines: list[str] = []
+def key_lines(text: str, prefix: str) -> list[tuple[str, str, str]]:
+    """(key with its path, default, comment) for every commented key of a YAML text."""
+    lines: list[tuple[str, str, str]] = []
     path: list[str] = []
     for line in text.splitlines():
         found = KEY.match(line)
@@ -61,7 +69,7 @@ def key_lines(text: str, prefix: str, skip: tuple[str, ...]) -> list[str]:
             continue
         depth = len(found["indent"]) // 2
         path = [*path[:depth], found["key"]]
-        if path[0] in skip or not found["comment"]:
+        if path[0] in ("defaults", "hydra") or "adapters" in path[:-1] or not found["comment"]:
             continue
-        lines.append(f"  {prefix + '.'.join(path) + '=' + found['value'].strip():<46} {found['comment']}")
+        lines.append((prefix + ".".join(path), found["value"].strip(), found["comment"]))
     return lines

@@ -130,5 +130,5 @@ def test_help_names_every_top_level_key_with_its_default(key):
 
 
 def test_help_shows_nested_keys_with_their_path():
-    text = "# a thing\nouter:\n  inner: 1 # how many\nbare: 2\nhidden:\n  x: 3 # no\n"
-    assert [line.split(maxsplit=1) for line in key_lines(text, "g.", skip=("hidden",))] == [["g.outer.inner=1", "how many"]]
+    text = "# a thing\nouter:\n  inner: 1 # how many\nbare: 2\nhydra:\n  x: 3 # no\n"
+    assert key_lines(text, "g.") == [("g.outer.inner", "1", "how many")]
