@@ -127,8 +127,11 @@ def require_classes(config: DictConfig) -> None:
 
 def no_option(group: str, value: object) -> str:
     """The message for a group without an option."""
-    options = ", ".join(sorted(p.stem for p in (Path(str(files("int8run.conf"))) / group).glob("*.yaml")))
-    return f"{group} is {value!r}, which names no class in _target_" + (f"; choose from {options}" if options else "")
+    there = sorted((Path(str(files("int8run.conf"))) / group).glob("*.yaml"))
+    classes = sorted({target for p in there for target in TARGET.findall(p.read_text())[:1]})
+    choices = f"; choose from {', '.join(p.stem for p in there)}" if there else ""
+    own = f"; an option of yours begins with _target_: {' or '.join(classes)}" if classes and value is not None else ""
+    return f"{group} is {value!r}, which names no class in _target_{choices}{own}"
 
 
 def call_problem(error: InstantiationException, config: DictConfig) -> str:

@@ -1,7 +1,7 @@
 """A LoRA stack as configured: which files, how strong, and how they are applied."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from int8run.errors import ConfigError, in_range, one_of, switch
@@ -22,11 +22,13 @@ class Adapter:
     """
 
     name: str
-    path: str | Mapping[str, Any]
+    path: str | Mapping[str, Any] | None
     strength: float = 1.0
     weight_name: str | None = None
 
     def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError(f"LoRA {self.name!r} has no path; set lora.adapters.0.path=<file.safetensors> (or its place in the list)")
         in_range(f"strength of LoRA {self.name!r}", self.strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
 
     def source(self, lora_base: str) -> tuple[str, str | None]:
@@ -35,7 +37,7 @@ class Adapter:
         Raises:
             ConfigError: when the mapping has no entry for it; the message lists those that have one.
         """
-        chosen = self.path
+        chosen: Any = self.path
         if isinstance(chosen, Mapping):
             if lora_base not in chosen:
                 raise ConfigError(
@@ -64,12 +66,13 @@ class LoraStack:
         strict: unmatched keys are an error instead of a warning.
     """
 
-    adapters: Sequence[Adapter] = ()
+    adapters: Sequence[Adapter] = ()  # or mappings with an Adapter's fields, as a command line gives them
     mode: str = "auto"
     strength: float = 1.0
     strict: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "adapters", tuple(to_adapter(a) for a in self.adapters))
         one_of("lora.mode", self.mode, MODES)
         switch("lora.strict", self.strict)
         in_range("lora.strength", self.strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
@@ -92,3 +95,17 @@ class LoraStack:
     def strengths(self) -> list[float]:
         """The strength of each adapter with the stack's own strength multiplied in."""
         return [a.strength * self.strength for a in self.adapters]
+
+
+def to_adapter(given: object) -> Adapter:
+    """An Adapter as it is, or one made from a mapping with its fields.
+
+    Raises:
+        ConfigError: for anything else, or a mapping with other fields; the message lists them.
+    """
+    if isinstance(given, Adapter):
+        return given
+    known = [f.name for f in fields(Adapter)]
+    if not isinstance(given, Mapping) or not {"name", "path"} <= set(given) <= set(known):
+        raise ConfigError(f"an entry of lora.adapters is {given!r}; it takes name and path, and may have {', '.join(known[2:])}")
+    return Adapter(**given)

@@ -73,14 +73,14 @@ def result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
         table.add_row("latent error", "", f"{100 * metrics['quality/latent_rel_err']:.2f} %", "")
     if "quant/layers_int8" in metrics:
         table.add_section()
-        table.add_row("Linears", f"{metrics['quant/layers_float']:.0f} kept", f"{metrics['quant/layers_int8']:.0f}", "")
+        table.add_row("Linears kept / INT8", "", f"{metrics['quant/layers_float']:.0f} / {metrics['quant/layers_int8']:.0f}", "")
         if metrics["quant/fallback_layers"]:
             table.add_row("of these in float, few rows", "", f"{metrics['quant/fallback_layers']:.0f}", "")
         if "quant/output_sqnr_db_mean" in metrics:
             values = f"{metrics['quant/output_sqnr_db_mean']:.1f} / {metrics['quant/output_sqnr_db_min']:.1f} dB"
             table.add_row("layer SQNR, mean / min", "", values, "")
     if "lora/modules_matched" in metrics:
-        table.add_row("LoRA modules", "", f"{metrics['lora/modules_matched']:.0f}", "")
+        table.add_row("LoRA modules matched", "", f"{metrics['lora/modules_matched']:.0f}", "")
     if "lora/overhead_ratio" in metrics:
         table.add_row("LoRA branch, step time", "", f"{metrics['lora/overhead_ratio']:.2f}×", "")
     return table

@@ -17,7 +17,11 @@ OPTIONS = [tuple(f.relative_to(CONF).with_suffix("").as_posix().rsplit("/", 1)) 
 GROUPS = sorted({group for group, _ in OPTIONS if not group.startswith("hydra/")})
 ROOT = yaml.safe_load((CONF / "config.yaml").read_text())
 # settings without which an option is refused, by design
-NEEDS = {"task=inspect": ["task.path=some.safetensors"], "prompts=file": ["prompts.path=some.txt"]}
+NEEDS = {
+    "task=inspect": ["task.path=some.safetensors"],
+    "prompts=file": ["prompts.path=some.txt"],
+    "lora=file": ["lora.adapters.0.path=some.safetensors"],
+}
 
 
 def composed(*overrides):

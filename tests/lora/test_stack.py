@@ -70,3 +70,19 @@ def test_a_hub_source_needs_both_words(missing):
     entry = {key: value for key, value in HUB.items() if key != missing}
     with pytest.raises(ConfigError, match=rf"LoRA 'ink'.*{missing}"):
         Adapter("ink", {"flux": entry}).source("flux")
+
+
+def test_adapters_may_be_plain_mappings():
+    stack = LoraStack(adapters=[{"name": "a", "path": "a.safetensors", "strength": 0.5}])
+    assert stack.adapters == (Adapter("a", "a.safetensors", 0.5),)
+
+
+@pytest.mark.parametrize("entry", ["a.safetensors", {"name": "a"}, {"name": "a", "path": "b", "strenght": 1}], ids=repr)
+def test_an_adapter_of_another_form_is_named(entry):
+    with pytest.raises(ConfigError, match=r"an entry of lora\.adapters is .*; it takes name and path, and may have strength, weight_name"):
+        LoraStack(adapters=[entry])
+
+
+def test_an_adapter_without_a_path_is_named():
+    with pytest.raises(ConfigError, match=r"LoRA 'file' has no path; set lora\.adapters\.0\.path="):
+        Adapter("file", None)
