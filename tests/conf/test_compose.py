@@ -56,7 +56,7 @@ def test_an_option_and_its_class_use_the_same_word(option):
 
 @pytest.mark.parametrize("option", NEEDS)
 def test_the_options_that_need_a_value_need_it(option):
-    with pytest.raises(ConfigError, match=r"(task|prompts)\.path=<"):
+    with pytest.raises(ConfigError, match=r"(task|prompts|lora\.adapters\.0)\.path=<"):
         to_spec(composed(option))
 
 
