@@ -119,4 +119,5 @@ def test_repeated_blocks_are_those_of_lists_with_more_than_one():
 def test_the_versions_that_decide_a_result_are_known():
     versions = library_versions()
     assert {"int8run", "torch", "diffusers", "transformers", "numpy"} <= set(versions)
-    assert versions["torch"] == torch.__version__
+    # the build tag, +cpu or +cu130, is not always part of the installed version
+    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
