@@ -3,6 +3,7 @@
 import logging
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from int8run.errors import ConfigError
-from int8run.generate.generate import unknown_arguments
+from int8run.generate.generate import now, unknown_arguments
 from int8run.generate.probe import record_call, watch_layers
 from int8run.generate.prompts import Sample
 from int8run.lora.apply import DynamicBranches, FloatMerge, Matches, match
@@ -101,9 +102,7 @@ def quantize(denoiser: nn.Module, plans: Sequence[LayerPlan], call: Mapping[str,
     """
     chosen = [p for p in plans if p.keep_float is None]
     if not chosen:
-        reasons: dict[str, int] = {}
-        for plan in plans:
-            reasons[plan.keep_float or ""] = reasons.get(plan.keep_float or "", 0) + 1
+        reasons = Counter(plan.keep_float for plan in plans)
         counted = "; ".join(f"{n} × {why}" for why, n in reasons.items()) or "it has no Linear at all"
         raise ConfigError(
             f"{type(denoiser).__name__}: no layer became INT8 ({counted}); choose another model_type= or set int8.enable=false"
@@ -161,10 +160,8 @@ def lora_overhead(built: Built, call: Mapping[str, Any], strengths: Sequence[flo
     for _ in range(rounds + 1):
         for on in (True, False):
             built.branches.set_strengths(strengths if on else [0.0] * len(strengths))
-            started = time.perf_counter()
+            started = now(built.pipe.device)
             denoiser(**call)
-            if built.pipe.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[on].append(time.perf_counter() - started)
+            seconds[on].append(now(built.pipe.device) - started)
     built.branches.set_strengths(strengths)
     return statistics.median(seconds[True][1:]) / statistics.median(seconds[False][1:])

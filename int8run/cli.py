@@ -50,7 +50,7 @@ def main() -> None:
 def quiet_libraries() -> None:
     """Defaults for other programs' own switches, where the user set none: no telemetry, no advice in the output."""
     for name, value in (
-        ("MLFLOW_DISABLE_TELEMETRY", "true"), ("MLFLOW_ENABLE_ASYNC_LOGGING", "false"), ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("MLFLOW_DISABLE_TELEMETRY", "true"), ("HF_HUB_DISABLE_TELEMETRY", "1"),
         ("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
     ):  # fmt: skip
         os.environ.setdefault(name, value)

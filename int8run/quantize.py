@@ -87,8 +87,9 @@ def quantized_layers(model: nn.Module, plans: Iterable[LayerPlan], outlier: Outl
             log.warning("%s: %s cannot take in_features=%d; plain INT8", plan.name, outlier.name, plan.in_features)
             transform, plan.outlier = OutlierTransform(), "none"
         transform.to(linear.weight.device)
-        weight = quantize_weight(transform.transform_weight(linear.weight.detach()))
-        plan.measured["weight_sqnr_db"] = sqnr_db(transform.transform_weight(linear.weight.detach().float()), weight.dequantize())
+        transformed = transform.transform_weight(linear.weight.detach().float())
+        weight = quantize_weight(transformed)
+        plan.measured["weight_sqnr_db"] = sqnr_db(transformed, weight.dequantize())
         plan.measured["saturated_share"] = weight.saturated_share
         yield plan, QuantizedLayer(weight, transform, linear.bias)
 
@@ -119,8 +120,9 @@ def install(
         dtype = linear_at(model, plan.name).weight.dtype
         chosen = backend
         if isinstance(backend, AutoBackend):
-            chooser = choosers.setdefault(dtype, backend.chooser(device, dtype))
-            chosen = chooser.choose(rows[plan.name], plan.in_features, plan.out_features)
+            if dtype not in choosers:  # each reads the table of measured choices
+                choosers[dtype] = backend.chooser(device, dtype)
+            chosen = choosers[dtype].choose(rows[plan.name], plan.in_features, plan.out_features)
         float_rows = settings.float_rows(plan.in_features * plan.out_features, rows[plan.name])
         plan.backend_asked, plan.backend_used = backend.name, FALLBACK if float_rows else chosen.name
         parent, _, child = plan.name.rpartition(".")

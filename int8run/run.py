@@ -57,9 +57,10 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         made = generate_all(spec, built, candidate_name, wanted, progress)
         candidate, baseline = made[candidate_name], made.get("float")
         call = record_call(built.pipe, built.component, built.denoisers["float"], first, spec.sampler.over(spec.model.sampling))
-        metrics = measure(spec, built, call, candidate, baseline, reused)
+        quality = per_image(candidate, baseline) if baseline else []
+        metrics = measure(spec, built, call, candidate, baseline, reused) | (mean_quality(quality) if quality else {})
 
-        write_outputs(spec, built, candidate, baseline, wanted, metrics, out)
+        write_outputs(built, candidate, baseline, wanted, metrics, quality, out)
         log_outputs(tracked, candidate, baseline, wanted, metrics, out)
     title = f"{job.choices.get('model', 'model')} on {device_name(built.pipe.device)}; float is {spec.model.dtype}"
     say("", result_table(title, metrics, our_name(built)))
@@ -80,7 +81,7 @@ def generate_all(spec: RunSpec, built: Built, candidate: str, wanted: Sequence[S
 def measure(
     spec: RunSpec, built: Built, call: Mapping[str, Any], candidate: Generation, baseline: Generation | None, reused: bool
 ) -> dict[str, float]:
-    """All metrics under their public names."""
+    """All metrics but quality, under their public names."""
     metrics = speed(candidate, baseline)
     metrics["memory/peak_bytes"] = peak_bytes(built.pipe.device)
     metrics["memory/text_encoder_bytes"] = sum(module_bytes(m) for m in built.text_encoders.values())
@@ -95,7 +96,6 @@ def measure(
     if baseline is not None:
         base = speed(baseline, None)
         metrics |= {name.replace("speed/", "float/"): value for name, value in base.items()}
-        metrics |= mean_quality(per_image(candidate, baseline))
     for plan in built.plans:  # a reused model still has what an earlier job measured
         plan.measured.pop("output_sqnr_db", None)
     if int8 is not None:
@@ -111,14 +111,13 @@ def measure(
 
 
 def write_outputs(
-    spec: RunSpec, built: Built, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample],
-    metrics: Mapping[str, float], out: Path,
+    built: Built, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample],
+    metrics: Mapping[str, float], quality: Sequence[Mapping[str, float]], out: Path,
 ) -> None:  # fmt: skip
     """Pictures, grid, tables and facts into the output folder."""
     folder = out / "images"
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[str, list[Image]]] = []
-    quality = per_image(candidate, baseline) if baseline else [{}] * len(wanted)
     for i, sample in enumerate(wanted):
         images = [candidate.images[i]]
         if baseline is not None:
@@ -129,7 +128,10 @@ def write_outputs(
     columns = ["float", our_name(built), f"difference x {DIFFERENCE_GAIN}"] if baseline else [our_name(built)]
     grid(rows, columns).save(out / "grid.png")
     write_layers(built.plans, out / "layers.csv")
-    per_sample = [{"prompt": s.prompt, "seed": s.seed, "file": f"images/{s.key}.png", **q} for s, q in zip(wanted, quality, strict=True)]
+    per_sample = [
+        {"prompt": s.prompt, "seed": s.seed, "file": f"images/{s.key}.png", **q}
+        for s, q in zip(wanted, quality or [{}] * len(wanted), strict=True)
+    ]
     write_json({"metrics": metrics, "images": per_sample}, out / "metrics.json")
     write_json(environment_of(built), out / "environment.json")
 
