@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from int8run.errors import ConfigError
 from int8run.generate.generate import now, unknown_arguments
@@ -20,7 +20,7 @@ from int8run.lora.apply import DynamicBranches, FloatMerge, Matches, match
 from int8run.lora.files import LoraFile, find_lora, read_lora, trigger_words
 from int8run.models.family import ModelFamily, Sampling
 from int8run.models.loader import find_denoiser, load_pipeline, pick_device, repeated_blocks
-from int8run.quantize import LayerPlan, install, plan_layers, quantized_layers, share_copy
+from int8run.quantize import LayerPlan, check_backend, defer_gelu, install, plan_layers, quantized_layers, share_copy, share_inputs
 from int8run.report.terminal import Progress
 from int8run.spec import RunSpec
 from int8run.text_encoders.keep import find_text_encoders
@@ -85,7 +85,7 @@ def build(spec: RunSpec, probe: Sequence[Sample], progress: Progress) -> Built:
     built = Built(pipe, component, family, {"float": denoiser}, plans, files, matches, merge, None, find_text_encoders(pipe.components))
     started = time.perf_counter()
     if spec.int8.enable:
-        built.denoisers["int8"] = quantize(denoiser, plans, call, spec, progress)
+        built.denoisers["int8"] = quantize(denoiser, plans, call, spec, family, progress)
         if files and not spec.lora.bakes:
             built.branches = DynamicBranches(built.denoisers["int8"], matches)
     seconds["quantize"] = time.perf_counter() - started
@@ -94,11 +94,14 @@ def build(spec: RunSpec, probe: Sequence[Sample], progress: Progress) -> Built:
     return built
 
 
-def quantize(denoiser: nn.Module, plans: Sequence[LayerPlan], call: Mapping[str, Any], spec: RunSpec, progress: Progress) -> nn.Module:
+def quantize(
+    denoiser: nn.Module, plans: Sequence[LayerPlan], call: Mapping[str, Any], spec: RunSpec, family: ModelFamily, progress: Progress,
+) -> nn.Module:  # fmt: skip
     """The INT8 denoiser: a copy of the module tree that shares every float tensor, with `Int8Linear`s in it.
 
     Raises:
-        ConfigError: when no layer became INT8, with the reasons by count.
+        ConfigError: when no layer became INT8, with the reasons by count; or when the float model computes NaN.
+        BackendError: when the backend cannot run here or cannot take a layer.
     """
     chosen = [p for p in plans if p.keep_float is None]
     if not chosen:
@@ -107,15 +110,38 @@ def quantize(denoiser: nn.Module, plans: Sequence[LayerPlan], call: Mapping[str,
         raise ConfigError(
             f"{type(denoiser).__name__}: no layer became INT8 ({counted}); choose another model_type= or set int8.enable=false"
         )
+    check_backend(spec.backend, next(denoiser.parameters()).device, chosen)
     rows: dict[str, int] = {}
-    watch_layers(denoiser, call, [p.name for p in chosen], lambda name, x, y: rows.update({name: x.numel() // x.shape[-1]}))
+
+    def see(name: str, x: Tensor, y: Tensor) -> None:
+        rows[name] = x.numel() // x.shape[-1]
+        check_finite(name, x)
+
+    watch_layers(denoiser, call, [p.name for p in chosen], see)
     target = share_copy(denoiser)
     # layers that this call did not reach are measured at one row
     expected = {p.name: rows.get(p.name, 1) for p in chosen}
     with progress.count("quantize", len(chosen)) as advance:
         layers = quantized_layers(denoiser, chosen, spec.outlier)
         install(target, layers, spec.backend, spec.int8, expected, lambda plan: advance(1))
+    saved = share_inputs(target, family.same_input)
+    moved = sum(defer_gelu(target, g.activation, g.source, g.into) for g in family.deferred_gelu)
+    log.debug("layers with the same input share a quantization: %d fewer per step; %d GELUs moved into one", saved, moved)
     return target
+
+
+def check_finite(layer: str, x: Tensor) -> None:
+    """Refuse what no INT8 layer can take.
+
+    Raises:
+        ConfigError: naming the layer.
+    """
+    if not torch.isfinite(x).all():
+        count = int((~torch.isfinite(x)).sum())
+        raise ConfigError(
+            f"{layer}: {count} of {x.numel()} inputs are NaN or infinite in the first step of the float model; "
+            "check the checkpoint, or try model.dtype=bfloat16 or float32"
+        )
 
 
 def set_attention(denoiser: Any, name: str) -> None:
@@ -159,9 +185,9 @@ def lora_overhead(built: Built, call: Mapping[str, Any], strengths: Sequence[flo
     assert built.branches is not None
     for _ in range(rounds + 1):
         for on in (True, False):
-            built.branches.set_strengths(strengths if on else [0.0] * len(strengths))
+            built.branches.attach(on)
             started = now(built.pipe.device)
             denoiser(**call)
             seconds[on].append(now(built.pipe.device) - started)
-    built.branches.set_strengths(strengths)
+    built.branches.attach(True)
     return statistics.median(seconds[True][1:]) / statistics.median(seconds[False][1:])

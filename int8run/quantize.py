@@ -2,7 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from int8run.backends.auto import AutoBackend, Chooser
 from int8run.backends.base import Backend
 from int8run.errors import BackendError, ConfigError, in_range, one_of, switch
-from int8run.layers.linear import Int8Linear, QuantizedLayer, linear_at
+from int8run.layers.linear import Int8Linear, QuantizedLayer, SharedInput, linear_at
 from int8run.outlier.base import OutlierMethod, OutlierTransform
 from int8run.quant.weight import quantize_weight
 
@@ -79,6 +80,10 @@ def quantized_layers(model: nn.Module, plans: Iterable[LayerPlan], outlier: Outl
     """Quantize each planned Linear, one at a time, so that a consumer decides what stays in memory."""
     for plan in plans:
         linear = linear_at(model, plan.name)
+        if not linear.weight.numel():
+            raise ConfigError(
+                f"{plan.name}: the weight is {plan.out_features} x {plan.in_features}, nothing to quantize; keep the layer float"
+            )
         if not torch.isfinite(linear.weight).all():
             raise ConfigError(f"{plan.name}: the weight holds NaN or infinity and cannot be quantized; check the checkpoint")
         transform = outlier.fit(linear.weight)
@@ -94,6 +99,21 @@ def quantized_layers(model: nn.Module, plans: Iterable[LayerPlan], outlier: Outl
         yield plan, QuantizedLayer(weight, transform, linear.bias)
 
 
+def check_backend(backend: Backend, device: torch.device, plans: Iterable[LayerPlan]) -> None:
+    """Refuse a backend that cannot run here, or cannot take a layer, before anything is quantized.
+
+    Raises:
+        BackendError: with every reason, and every layer that it cannot take.
+    """
+    reasons = backend.limits.refuse(device)
+    if reasons:
+        raise BackendError(f"backend {backend.name!r} cannot run here: {'; '.join(reasons)}; backend=auto takes one that can")
+    refused = {p.name: why for p in plans if (why := backend.limits.refuse_layer(p.in_features, p.out_features))}
+    if refused:
+        listed = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused.items())
+        raise BackendError(f"backend {backend.name!r} cannot take {len(refused)} layers: {listed}; backend=auto gives them to another")
+
+
 def install(
     model: nn.Module,
     layers: Iterable[tuple[LayerPlan, QuantizedLayer]],
@@ -107,14 +127,8 @@ def install(
     Args:
         rows: rows that each layer sees in this run, by name; `backend=auto` measures with them.
         on_layer: called after each layer, for progress.
-
-    Raises:
-        BackendError: when the backend cannot run on the model's device.
     """
     device = next(model.parameters()).device
-    reasons = backend.limits.refuse(device)
-    if reasons:
-        raise BackendError(f"backend {backend.name!r} cannot run here: {'; '.join(reasons)}")
     choosers: dict[torch.dtype, Chooser] = {}
     for plan, layer in layers:
         dtype = linear_at(model, plan.name).weight.dtype
@@ -128,6 +142,61 @@ def install(
         parent, _, child = plan.name.rpartition(".")
         setattr(model.get_submodule(parent), child, Int8Linear(layer, chosen, dtype, float_rows))
         on_layer(plan)
+
+
+def in_blocks(names: Iterable[str], relative: str) -> Iterator[str]:
+    """Prefixes (with their final dot) of the blocks that hold a module of that relative name."""
+    return (name.removesuffix(relative) for name in names if name.endswith(f".{relative}"))
+
+
+def share_inputs(model: nn.Module, groups: Iterable[Sequence[str]]) -> int:
+    """Let INT8 layers of one block that read the same tensor quantize it once; layers that treat it differently do not share.
+
+    Args:
+        groups: names relative to a block.
+
+    Returns:
+        The number of quantizations saved per call of the model.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Int8Linear)}
+    saved = 0
+    for group in groups:
+        blocks = {block for name in group for block in in_blocks(layers, name)}
+        for block in sorted(blocks):
+            members = [layers[block + name] for name in group if block + name in layers]
+            while members:
+                first = members[0]
+                alike = [m for m in members if m.backend == first.backend and m.transform.same_input_as(first.transform)]
+                members = [m for m in members if m not in alike]
+                if len(alike) > 1:
+                    shared = SharedInput(len(alike))
+                    for member in alike:
+                        member.shared = shared
+                    saved += len(alike) - 1
+    return saved
+
+
+def defer_gelu(model: nn.Module, activation: str, source: str, into: str) -> int:
+    """In every block, take out a GELU (tanh) whose result an INT8 layer quantizes, and let that quantization compute it.
+
+    Returns:
+        The number of activations moved.
+    """
+    modules = dict(model.named_modules())
+    moved = 0
+    for block in list(in_blocks(modules, activation)):
+        found, layer = modules[block + activation], modules.get(block + into)
+        width = getattr(modules.get(block + source), "out_features", None)
+        if not isinstance(layer, Int8Linear) or width is None or getattr(found, "approximate", None) != "tanh":
+            continue
+        # a module that holds its projection as well keeps that, under its old name
+        held = source.removeprefix(f"{activation}.")
+        rest = nn.Identity() if held == source else nn.Sequential(OrderedDict({held: modules[block + source]}))
+        parent, _, child = (block + activation).rpartition(".")
+        setattr(model.get_submodule(parent), child, rest)
+        layer.gelu_from = layer.in_features - width
+        moved += 1
+    return moved
 
 
 def share_copy(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from int8run.backends.base import Backend
 from int8run.backends.reference import Reference
 from int8run.outlier.base import OutlierMethod
 from int8run.outlier.none import NoOutlier
-from int8run.quantize import Int8Settings, LayerPlan, install, plan_layers, quantized_layers, share_copy
+from int8run.quantize import Int8Settings, LayerPlan, check_backend, install, plan_layers, quantized_layers, share_copy
 
 CONF = Path(__file__).parents[1] / "conf"
 CPU = torch.device("cpu")
@@ -46,6 +46,11 @@ def shipped(group: str) -> dict[str, Any]:
     return {name: instantiate(config, _convert_="all") for name, config in configs.items() if "defaults" not in config}
 
 
+def usable(backend: Backend, device: torch.device) -> bool:
+    """Whether the backend's limits allow this device."""
+    return not backend.limits.refuse(device)
+
+
 class TinyModel(nn.Module):
     """Two blocks between two projections, named like a denoiser; one width is no multiple of 4."""
 
@@ -76,6 +81,7 @@ def to_int8(
     plans = plan_layers(model, lambda name: "kept by the test" if name in keep_float else None)
     chosen = [p for p in plans if p.keep_float is None]
     copy = share_copy(model)
+    check_backend(backend or Reference(), CPU, chosen)
     layers = quantized_layers(model, chosen, outlier or NoOutlier())
     install(copy, layers, backend or Reference(), settings, {p.name: 8 for p in chosen})
     return copy, plans

@@ -36,7 +36,9 @@ FOR_OTHERS = {"accelerate", "sentencepiece", "protobuf"}
 
 
 def test_the_dependencies_are_what_the_package_imports() -> None:
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    # torch for CUDA brings its own triton, and a CPU needs none
+    declared = project["dependencies"] + project["optional-dependencies"]["triton"]
     names = {re.match(r"[\w-]+", text)[0].lower() for text in declared}
     imported = set()
     for file in [*(ROOT / "int8run").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
@@ -70,7 +72,7 @@ def test_the_wheel_holds_everything_once(built: tuple[Path, Path]) -> None:
     names = zipfile.ZipFile(built[0]).namelist()
     assert len(names) == len(set(names))
     expected = {"int8run/" + p.relative_to(ROOT).as_posix() for top in ("conf", "kernels") for p in (ROOT / top).rglob("*.yaml")}
-    expected |= {"int8run/" + p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").rglob("*.py")}
+    expected |= {"int8run/" + p.relative_to(ROOT).as_posix() for kind in ("*.py", "*.cpp") for p in (ROOT / "kernels").rglob(kind)}
     expected |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "int8run" / "assets").rglob("*") if p.is_file()}
     expected |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "int8run").rglob("*.py")} | {"int8run/py.typed"}
     assert expected <= set(names), sorted(expected - set(names))

@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from int8run.backends.base import Limits
+from int8run.backends.base import FusedBranch, Limits, Quantized
 from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
+from int8run.kernels.quantize_rowwise.reference import transform_rows
 from int8run.quant.weight import QuantizedWeight
 
 # signed activations fall to oneDNN's reference path, 800 times slower on AVX512-VNNI; q + 128 with zero point 128 does not
@@ -15,21 +16,20 @@ ZERO_POINT = 128
 
 
 @torch.library.custom_op("int8run::onednn_linear", mutates_args=())
-def onednn_linear(x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The whole layer as one operator: Inductor wants a packed weight to be a constant of its graph, which this hides.
+def onednn_linear(q: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product as one operator: Inductor wants a packed weight to be a constant of its graph, which this hides.
 
-    x: float [M, K], packed: oneDNN's layout of [N, K], w_scale: float32 [N] -> [M, N], x's dtype.
+    q: uint8 [M, K], x_scale: float32 [M, 1], packed: oneDNN's layout of [N, K], w_scale: float32 [N] -> [M, N] of the dtype.
     """
-    q, x_scale = quantize_rowwise(x, ZERO_POINT)
     no_zero_points = torch.zeros(w_scale.shape[0], dtype=torch.int32)
     y = torch.ops.onednn.qlinear_pointwise(q, 1.0, ZERO_POINT, packed, w_scale, no_zero_points, None, 1.0, 0, torch.float32, "none", [], "")
-    y = y.mul_(x_scale) if bias is None else torch.addcmul(bias.float(), y, x_scale)
-    return y.to(x.dtype)
+    y = y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale)
+    return y.to(dtype)
 
 
 @onednn_linear.register_fake
-def _(x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], w_scale.shape[0])
+def _(q: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return w_scale.new_empty((q.shape[0], w_scale.shape[0]), dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,13 @@ class OneDnn:
         """oneDNN's private blocked layout, [K, N]; opaque, so it cannot be saved."""
         return torch.ops.onednn.qlinear_prepack(weight.qdata, None)
 
-    def linear(self, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    def quantize(self, x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int, down: Tensor | None) -> Quantized:
+        """x: [M, K] -> uint8 [M, K] and scales [M, 1]."""
+        return Quantized(*quantize_rowwise(transform_rows(x, factor, matrix, gelu_from), ZERO_POINT))
+
+    def linear(
+        self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+        branch: FusedBranch | None, strengths: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """x: [M, K] -> [M, N]."""
-        return onednn_linear(x, packed, w_scale, bias)
+        return onednn_linear(x.q, x.scale, packed, w_scale, bias, dtype)

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from int8run.backends.base import Limits
+from int8run.backends.base import FusedBranch, Limits, Quantized
 from int8run.kernels.int8_linear.reference import int8_linear
-from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
+from int8run.kernels.quantize_rowwise.reference import quantize_rowwise, transform_rows
 from int8run.quant.weight import QuantizedWeight
 
 
@@ -22,7 +23,13 @@ class Reference:
         """The integers as they are, [N, K]."""
         return weight.qdata
 
-    def linear(self, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    def quantize(self, x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int, down: Tensor | None) -> Quantized:
+        """x: [M, K] -> int8 [M, K] and scales [M, 1]."""
+        return Quantized(*quantize_rowwise(transform_rows(x, factor, matrix, gelu_from)))
+
+    def linear(
+        self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+        branch: FusedBranch | None, strengths: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """x: [M, K] -> [M, N]."""
-        q, x_scale = quantize_rowwise(x)
-        return int8_linear(q, x_scale, packed, w_scale, bias).to(x.dtype)
+        return int8_linear(x.q, x.scale, packed, w_scale, bias).to(dtype)

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8run.backends.base import Limits
+from int8run.backends.base import FusedBranch, Limits, Quantized
 from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
+from int8run.kernels.quantize_rowwise.reference import transform_rows
 from int8run.quant.weight import QuantizedWeight
 
 # cuBLASLt's int8 product wants more than 16 rows, and K and N in multiples of 8 (pytorch PR 178469)
@@ -30,15 +31,22 @@ class TorchIntMM:
         n, k = weight.qdata.shape
         return F.pad(weight.qdata, (0, -k % CUDA_MULTIPLE, 0, -n % CUDA_MULTIPLE))
 
-    def linear(self, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-        """x: [M, K] -> [M, N]."""
-        q, x_scale = quantize_rowwise(x)
-        rows, columns = q.shape[0], w_scale.shape[0]
+    def quantize(self, x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int, down: Tensor | None) -> Quantized:
+        """x: [M, K] -> int8 and scales [M, 1]; padded as `_int_mm` wants it, so M and K may be larger."""
+        q, scale = quantize_rowwise(transform_rows(x, factor, matrix, gelu_from))
+        rows, k = q.shape
         if q.is_cuda:
-            q = F.pad(q, (0, packed.shape[1] - q.shape[1], 0, max(0, CUDA_MIN_ROWS - rows)))
-        elif packed.shape[1] != q.shape[1]:
+            q = F.pad(q, (0, -k % CUDA_MULTIPLE, 0, max(0, CUDA_MIN_ROWS - rows)))
+        elif k == 1:
             q = F.pad(q, (0, 1))
-        accumulated = torch._int_mm(q, packed.T)[:rows, :columns]
+        return Quantized(q, scale)
+
+    def linear(
+        self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+        branch: FusedBranch | None, strengths: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """x: [M, K] -> [M, N]."""
+        accumulated = torch._int_mm(x.q, packed.T)[: x.scale.shape[0], : w_scale.shape[0]]
         y = accumulated.float().mul_(w_scale)
-        y = y.mul_(x_scale) if bias is None else torch.addcmul(bias.float(), y, x_scale)
-        return y.to(x.dtype)
+        y = y.mul_(x.scale) if bias is None else torch.addcmul(bias, y, x.scale)
+        return y.to(dtype)

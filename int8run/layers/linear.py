@@ -1,13 +1,14 @@
 """The INT8 layer that takes the place of an `nn.Linear`, and the low-rank branch beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from int8run.backends.base import Backend
+from int8run.backends.base import Backend, FusedBranch, FusesBranch, Quantized
+from int8run.kernels.quantize_rowwise.reference import gelu_columns
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.weight import QuantizedWeight
 
@@ -47,38 +48,73 @@ class LowRank:
 
 
 class LowRankBranch(nn.Module):
-    """The low-rank changes of one layer at run time, their ranks concatenated: `y += (x Aᵀ) Bᵀ`.
+    """The low-rank changes of one layer at run time, their ranks concatenated: `y += ((x Aᵀ) * strengths) Bᵀ`.
 
-    Strengths are folded into B; a part at strength 0 is left out, and with nothing left the branch is inactive.
+    The strengths are one vector on the device, an entry per rank. A change of strength writes that vector and nothing else, so
+    that a compiled model stays compiled. With all of them 0 the branch is skipped, except in compiled code.
     """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    strengths: Tensor
 
     def __init__(self, parts: Sequence[LowRank], dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.parts, self.dtype, self.device = tuple(parts), dtype, device
-        self.lora_A: Tensor | None
-        self.lora_B: Tensor | None
-        self.register_buffer("lora_A", None, persistent=False)
-        self.register_buffer("lora_B", None, persistent=False)
+        self.ranks = tuple(p.lora_A.shape[0] for p in parts)
+        self.idle = True
+        lora_A = torch.cat([p.lora_A.float() for p in parts])
+        lora_B = torch.cat([p.lora_B.float() * p.scale for p in parts], dim=1)
+        self.register_buffer("lora_A", lora_A.to(device, dtype), persistent=False)
+        self.register_buffer("lora_B", lora_B.to(device, dtype), persistent=False)
+        self.register_buffer("strengths", torch.zeros(sum(self.ranks), device=device), persistent=False)
+        self.fused: FusedBranch | None = None
 
     def set_strengths(self, strengths: Sequence[float]) -> None:
         """One strength per part, in their order."""
-        active = [(p, s) for p, s in zip(self.parts, strengths, strict=True) if s != 0]
-        if not active:
-            self.lora_A = self.lora_B = None
-            return
-        self.lora_A = torch.cat([p.lora_A.float() for p, _ in active]).to(self.device, self.dtype)
-        self.lora_B = torch.cat([p.lora_B.float() * (s * p.scale) for p, s in active], dim=1).to(self.device, self.dtype)
+        per_rank = [s for s, rank in zip(strengths, self.ranks, strict=True) for _ in range(rank)]
+        self.strengths.copy_(torch.tensor(per_rank))
+        self.idle = not any(strengths)
 
-    @property
-    def rank(self) -> int:
-        """Ranks at work; 0 when inactive."""
-        return 0 if self.lora_A is None else self.lora_A.shape[0]
+    def fuse(self, backend: Backend, transform: OutlierTransform) -> None:
+        """Let the backend compute the branch inside its own product, where it can. It then sees the transformed input."""
+        if isinstance(backend, FusesBranch):
+            self.fused = backend.fuse_branch(transform.transform_weight(self.lora_A.float()), self.lora_B.float(), self.lora_A.dtype)
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """y + low-rank product of x. x: [M, K], y: [M, N]; y may be overwritten."""
-        if self.lora_A is None or self.lora_B is None:
-            return y
-        return y.addmm_(F.linear(x, self.lora_A), self.lora_B.T)
+        t = F.linear(x.to(self.lora_A.dtype), self.lora_A) * self.strengths.to(self.lora_A.dtype)
+        return y.addmm_(t.to(y.dtype), self.lora_B.T.to(y.dtype))
+
+
+class SharedInput:
+    """One quantization for layers that read the same tensor, such as q, k and v of an attention.
+
+    Holds the last input and what became of it until every layer of the group has come for it. An input that changed in
+    between, or is another tensor, is quantized anew: sharing never depends on the order in which a model calls its layers.
+    """
+
+    def __init__(self, layers: int):
+        self.layers = layers
+        self.left = 0
+        self.x: Tensor | None = None
+        self.version = 0
+        self.quantized: Quantized | None = None
+
+    def get(self, x: Tensor, quantize: Callable[[], Quantized]) -> Quantized:
+        """What `quantize()` returns for x, computed by the first layer that asks."""
+        # a graph has no versions, and a tensor of inference mode none either: the latter cannot be shared safely
+        version = 0 if torch.compiler.is_compiling() else -1 if x.is_inference() else x._version
+        if self.x is x and self.quantized is not None and version == self.version:
+            found = self.quantized
+            self.left -= 1
+        else:
+            found = quantize()
+            if version < 0:
+                return found
+            self.x, self.version, self.quantized, self.left = x, version, found, self.layers - 1
+        if self.left == 0:
+            self.x = self.quantized = None
+        return found
 
 
 class Int8Linear(nn.Module):
@@ -94,30 +130,43 @@ class Int8Linear(nn.Module):
     packed: Tensor
     scale: Tensor
     bias: Tensor | None
-    qdata: Tensor | None
+    float_weight: Tensor | None
 
     def __init__(self, layer: QuantizedLayer, backend: Backend, dtype: torch.dtype, float_rows: int = 0):
         super().__init__()
         self.out_features, self.in_features = layer.weight.qdata.shape
         self.backend, self.transform, self.dtype, self.float_rows = backend, layer.transform, dtype, float_rows
         self.adapter: LowRankBranch | None = None
+        self.shared: SharedInput | None = None
+        self.gelu_from = -1  # columns from here on arrive before their GELU, which the quantization computes on the way
         self.register_buffer("packed", backend.pack(layer.weight), persistent=False)
         self.register_buffer("scale", layer.weight.scale[:, 0].contiguous())
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
-        # the packed layout may be opaque, so the integers stay only where the fallback needs them
-        self.register_buffer("qdata", layer.weight.qdata if float_rows else None)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
+        # dequantized once: a fallback that did it at every call would cost more than it saves
+        self.register_buffer("float_weight", layer.weight.dequantize(dtype) if float_rows else None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., K] -> [..., N], in x's dtype."""
+        return self.compute(x, self.gelu_from, self.shared)
+
+    def compute(self, x: Tensor, gelu_from: int, shared: SharedInput | None) -> Tensor:
+        """`forward` with the GELU and the sharing named, so that a measurement can leave them out."""
         rows = x.reshape(-1, self.in_features)
-        h = self.transform.transform_input(rows)
-        if self.qdata is not None and rows.shape[0] <= self.float_rows:
-            y = F.linear(h.to(self.dtype), QuantizedWeight(self.qdata, self.scale[:, None]).dequantize(self.dtype), self.bias)
-            y = y.to(x.dtype)
+        # idle is asked for outside compiled code only: a graph that knew it would be built again when it changes
+        branch = None if self.adapter is None or (not torch.compiler.is_compiling() and self.adapter.idle) else self.adapter
+        if self.float_weight is not None and rows.shape[0] <= self.float_rows:
+            h = self.transform.transform_input(gelu_columns(rows, gelu_from))
+            y = F.linear(h.to(self.dtype), self.float_weight, None if self.bias is None else self.bias.to(self.dtype)).to(x.dtype)
+            fused = None
         else:
-            y = self.backend.linear(h, self.packed, self.scale, self.bias)
-        if self.adapter is not None:  # the branch sees the untransformed input
-            y = self.adapter.add_to(y, rows)
+            fused = None if branch is None else branch.fused
+            down = None if fused is None else fused.down_with_input
+            quantize = lambda: self.backend.quantize(rows, self.transform.factor, self.transform.matrix, gelu_from, down)  # noqa: E731
+            quantized = quantize() if shared is None or down is not None else shared.get(x, quantize)
+            strengths = None if fused is None or branch is None else branch.strengths
+            y = self.backend.linear(quantized, self.packed, self.scale, self.bias, x.dtype, fused, strengths)
+        if branch is not None and fused is None:  # two products of its own, from the untransformed input
+            y = branch.add_to(y, gelu_columns(rows, gelu_from))
         return y.unflatten(0, x.shape[:-1]) if x.dim() > 1 else y.squeeze(0)
 
     def extra_repr(self) -> str:

@@ -84,14 +84,21 @@ class DynamicBranches:
     """Low-rank branches beside the INT8 layers of a model."""
 
     def __init__(self, model: nn.Module, matches: Matches):
-        self.branches: list[tuple[LowRankBranch, list[int]]] = []
+        self.branches: list[tuple[Int8Linear, LowRankBranch, list[int]]] = []
         for name, pairs in matches.by_module.items():
             layer = model.get_submodule(name)
             if isinstance(layer, Int8Linear):  # layers that stayed float carry the merge
-                layer.adapter = LowRankBranch([pair for _, pair in pairs], layer.dtype, layer.scale.device)
-                self.branches.append((layer.adapter, [index for index, _ in pairs]))
+                branch = LowRankBranch([pair for _, pair in pairs], layer.dtype, layer.scale.device)
+                branch.fuse(layer.backend, layer.transform)
+                self.branches.append((layer, branch, [index for index, _ in pairs]))
+        self.attach(True)
+
+    def attach(self, on: bool) -> None:
+        """Put the branches on their layers, or take them off."""
+        for layer, branch, _ in self.branches:
+            layer.adapter = branch if on else None
 
     def set_strengths(self, strengths: Sequence[float]) -> None:
-        """Fold new strengths into the branches; a branch whose strengths are all 0 is switched off."""
-        for branch, indices in self.branches:
+        """Write new strengths; nothing else changes."""
+        for _, branch, indices in self.branches:
             branch.set_strengths([strengths[i] for i in indices])

@@ -21,6 +21,21 @@ class KeepRule:
 
 
 @dataclass(frozen=True)
+class DeferredGelu:
+    """A GELU (tanh) that the quantization of the next layer can compute on the way; names are relative to a block.
+
+    Args:
+        activation: the module that computes it.
+        source: the Linear whose output it takes.
+        into: the Linear that reads the result, as the last of its input columns.
+    """
+
+    activation: str
+    source: str
+    into: str
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """One architecture family.
 
@@ -28,11 +43,15 @@ class ModelFamily:
         name: the word used for it everywhere.
         denoisers: diffusers classes of the denoiser that belong to the family.
         keep_float: rules for Linears that stay float; the first that matches counts.
+        same_input: groups of Linears, relative to a block, that read the same tensor: it is quantized once for all.
+        deferred_gelu: activations that move into the quantization of the next layer.
     """
 
     name: str
     denoisers: Sequence[str] = ()
     keep_float: Sequence[KeepRule] = ()
+    same_input: Sequence[Sequence[str]] = ()
+    deferred_gelu: Sequence[DeferredGelu] = ()
 
     def why_float(self, layer: str) -> str | None:
         """The reason why a Linear stays float, or None when it becomes INT8."""

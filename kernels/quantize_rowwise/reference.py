@@ -1,7 +1,10 @@
 """Per-row symmetric int8 quantization, written to be read."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from int8run.kernels.hadamard.reference import rotate_groups
 
 INT8_MAX = 127
 # keeps the division finite for an all-zero row; far below any scale that occurs
@@ -20,3 +23,26 @@ def quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     scale = (x.abs().amax(dim=-1, keepdim=True) / INT8_MAX).clamp(min=TINY)
     return (x / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
+
+
+def gelu_columns(x: Tensor, start: int) -> Tensor:
+    """GELU (tanh) on the columns from `start` on; -1: none. x: [..., K]."""
+    if start < 0:
+        return x
+    gelu = F.gelu(x[..., start:], approximate="tanh")
+    return gelu if start == 0 else torch.cat([x[..., :start], gelu], dim=-1)
+
+
+def transform_rows(x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int) -> Tensor:
+    """What may happen to rows before rounding, in this order: GELU, a factor per column, a rotation of each group of columns.
+
+    Args:
+        x: [..., K].
+        factor: [K] or None.
+        matrix: [g, g], or None for no rotation.
+        gelu_from: first column that goes through GELU; -1: none.
+    """
+    x = gelu_columns(x, gelu_from)
+    if factor is not None:
+        x = (x.float() * factor).to(x.dtype)
+    return x if matrix is None else rotate_groups(x, matrix.to(x.dtype))

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import assert_close, full_range, randn, shipped
+from helpers import assert_close, full_range, randn, shipped, usable
 
-from int8run.backends.base import usable
+from int8run.backends.base import run_layer
 from int8run.backends.reference import Reference
 from int8run.quant.weight import QuantizedWeight, quantize_weight
 
@@ -25,13 +25,13 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-3}
 def run(backend, device, x, weight, bias):
     weight = QuantizedWeight(weight.qdata.to(device), weight.scale.to(device))
     x, bias = x.to(device), None if bias is None else bias.to(device)
-    y = backend.linear(x, backend.pack(weight), weight.scale[:, 0].contiguous(), bias)
+    y = run_layer(backend, x, backend.pack(weight), weight.scale[:, 0].contiguous(), None if bias is None else bias.float())
     assert y.dtype == x.dtype
     return y.cpu()
 
 
 def expect_agreement(backend, device, x, weight, bias):
-    expected = Reference().linear(x, weight.qdata, weight.scale[:, 0], bias)
+    expected = run_layer(Reference(), x, weight.qdata, weight.scale[:, 0], bias)
     assert_close(backend.name, run(backend, device, x, weight, bias), expected, TOLERANCE[x.dtype])
 
 
@@ -47,7 +47,7 @@ def test_awkward_shapes(backend, device, m, n, k, with_bias, dtype):
 @pytest.mark.parametrize(("backend", "device"), ABLE)
 def test_float16(backend, device):
     x, weight, bias = randn(5, 40, dtype=torch.float16), quantize_weight(randn(6, 40, seed=1)), randn(6, seed=2, dtype=torch.float16)
-    expected = Reference().linear(x, weight.qdata, weight.scale[:, 0], bias)
+    expected = run_layer(Reference(), x, weight.qdata, weight.scale[:, 0], bias)
     assert_close(backend.name, run(backend, device, x, weight, bias), expected, 5e-4)
 
 

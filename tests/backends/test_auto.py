@@ -7,13 +7,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers import CPU, shipped
+from helpers import CPU, shipped, usable
 
 from int8run.backends.auto import AutoBackend, Chooser
-from int8run.backends.base import Limits, usable
+from int8run.backends.base import Limits
 from int8run.backends.reference import Reference
 from int8run.errors import BackendError
-from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,9 @@ class Saturating(Reference):
 
     name: ClassVar[str] = "saturating"
 
-    def linear(self, x, packed, w_scale, bias):
-        q, x_scale = quantize_rowwise(x)
-        y = (q.double() @ packed.double().T).clamp(-(2**15), 2**15 - 1).float() * w_scale * x_scale
-        return (y if bias is None else y + bias).to(x.dtype)
+    def linear(self, x, packed, w_scale, bias, dtype, branch, strengths):
+        y = (x.q.double() @ packed.double().T).clamp(-(2**15), 2**15 - 1).float() * w_scale * x.scale
+        return (y if bias is None else y + bias).to(dtype)
 
 
 @dataclass(frozen=True)

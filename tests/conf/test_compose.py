@@ -69,7 +69,8 @@ def test_auto_family_knows_every_family():
 def test_auto_backend_tries_every_backend():
     backends = {name for group, name in OPTIONS if group == "backend"} - {"auto"}
     auto = to_spec(composed("backend=auto")).backend
-    assert {key: backend.name for key, backend in auto.candidates.items()} == {name: name for name in backends}
+    assert {key: backend.name for key, backend in auto.candidates.items()} == {name: name for name in backends - {"reference"}}
+    assert auto.last_resort.name == "reference"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(CONF).as_posix())

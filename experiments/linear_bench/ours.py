@@ -1,0 +1,91 @@
+"""Our layers, built as the runner builds them. What the benchmarks know about int8run's own interfaces is in this file."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from case import Case
+from torch import Tensor, nn
+
+from int8run.backends.base import Backend
+from int8run.errors import BackendError
+from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
+from int8run.layers.linear import LowRank
+from int8run.lora.apply import DynamicBranches, Matches
+from int8run.outlier.convrot import ConvRot
+from int8run.outlier.none import NoOutlier
+from int8run.quant.weight import quantize_weight
+from int8run.quantize import Int8Settings, check_backend, install, plan_layers, quantized_layers
+
+CPU_BACKENDS = {"reference": "Reference", "torch_int_mm": "TorchIntMM", "onednn": "OneDnn", "vnni": "Vnni"}
+OUTLIERS = {"none": NoOutlier(), "convrot": ConvRot(256)}
+
+
+def backend(name: str, class_name: str, **settings: Any) -> Backend:
+    """The backend `int8run.backends.NAME.CLASS`.
+
+    Raises:
+        BackendError: when this int8run has no such backend.
+    """
+    try:
+        module = importlib.import_module(f"int8run.backends.{name}")
+    except ModuleNotFoundError as error:
+        raise BackendError(f"this int8run has no backend {name}") from error
+    return getattr(module, class_name)(**settings)
+
+
+def int8_layer(case: Case, chosen: Backend, outlier: str = "none") -> nn.Module:
+    """An `Int8Linear` through the runner's own loops, with its default settings.
+
+    Raises:
+        BackendError: when the backend cannot run on the case's device.
+    """
+    model = case.linear()
+    plans = plan_layers(model, lambda name: None)
+    check_backend(chosen, case.x.device, plans)
+    install(model, quantized_layers(model, plans, OUTLIERS[outlier]), chosen, Int8Settings(), {"0": case.x.shape[0]})
+    return model[0]
+
+
+def with_branch(case: Case, layer: nn.Module) -> nn.Module:
+    """The layer with the case's LoRA beside it, attached as the runner attaches a stack."""
+    assert case.lora_A is not None and case.lora_B is not None
+    matches = Matches({"0": [(0, LowRank(case.lora_A, case.lora_B, 1.0))]}, ())
+    DynamicBranches(nn.Sequential(layer), matches).set_strengths([1.0])
+    return layer
+
+
+@dataclass
+class NaiveBranch:
+    """The layer with the case's LoRA as two float products and a sum."""
+
+    layer: nn.Module
+    lora_A: Tensor
+    lora_B: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.layer(x) + F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+def triton_backend(tile: Any = None) -> Backend:
+    """The Triton backend, with its own choice of tile or a given one."""
+    return backend("triton", "Triton", **({} if tile is None else {"tile": tile}))
+
+
+def triton_tiles(case: Case) -> list[Any]:
+    """What a tuner should try for this case."""
+    from int8run.kernels.int8_linear.tile import candidates
+
+    return list(candidates(torch.cuda.get_device_capability(case.x.device), case.x.shape[0]))
+
+
+def triton_product(case: Case) -> Callable[[Any], Tensor]:
+    """The product of the Triton kernel alone, x quantized before: from a tile to y."""
+    from int8run.kernels.int8_linear.kernel import int8_linear
+
+    weight, (q, x_scale) = quantize_weight(case.weight), quantize_rowwise(case.x)
+    w_scale = weight.scale[:, 0].contiguous()
+    return lambda tile: int8_linear(q, x_scale, weight.qdata, w_scale, 0, case.bias, None, None, case.x.dtype, tile)

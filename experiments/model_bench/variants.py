@@ -1,0 +1,83 @@
+"""Every variant of the CPU table: one small function each, from a model and its call to the model that is timed."""
+
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flux
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "linear_bench"))
+from case import Case
+from methods import compiled, sdnq
+from toolkit import GROUP, ToolkitLinear
+
+BACKENDS = ("reference", "torch_int_mm", "onednn", "vnni", "auto")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a model is made; `compile` puts the whole of it through Inductor, `env` is its process's environment."""
+
+    build: Callable[[nn.Module, Mapping[str, Any], str], nn.Module]
+    compile: bool = False
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def fp32(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
+    """The base of all ratios."""
+    return model
+
+
+def swap(model: nn.Module, names: list[str], make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """Put `make(linear)` in the place of each named Linear."""
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, make(model.get_submodule(name)))
+    return model
+
+
+def torchao(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
+    """torchao's W8A8 on the same layers."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    names = set(flux.chosen(model, layers))
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda module, name: name in names)
+    return model
+
+
+def sdnq_layers(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
+    """sdnq on the same layers, one at a time: its own name patterns also match others."""
+    return swap(model, flux.chosen(model, layers), lambda linear: sdnq(Case(linear.weight, linear.weight, linear.bias))[0])
+
+
+def toolkit(model: nn.Module, call: Mapping[str, Any], layers: str, group: int = 0) -> nn.Module:
+    """ComfyUI-INT8-Toolkit's torch_int_mm path, restated."""
+    return swap(model, flux.chosen(model, layers), lambda linear: ToolkitLinear(linear, group))
+
+
+def ours(model: nn.Module, call: Mapping[str, Any], layers: str, backend: str, outlier: str = "none") -> nn.Module:
+    """int8run; backend=auto measures anew instead of reading the user's table."""
+    table = [f"backend.table={tempfile.mkdtemp()}/choices.json"] if backend == "auto" else []
+    return flux.int8run(model, call, layers, backend, outlier, *table)
+
+
+VARIANTS = {
+    "fp32 eager": Variant(fp32),
+    "fp32 compiled": Variant(fp32, compile=True),
+    "torchao eager": Variant(torchao),
+    "torchao compiled": Variant(torchao, compile=True),
+    "sdnq eager": Variant(sdnq_layers, env=compiled("0")),
+    "sdnq with its own compile": Variant(sdnq_layers, env=compiled("1")),
+    "Toolkit torch_int_mm eager": Variant(toolkit),
+    "Toolkit torch_int_mm, hadamard 128 eager": Variant(partial(toolkit, group=GROUP)),
+}
+for backend in BACKENDS:
+    for outlier in ("none", "convrot"):
+        label = f"int8run {backend}{'' if outlier == 'none' else ', convrot'}"
+        VARIANTS[f"{label} eager"] = Variant(partial(ours, backend=backend, outlier=outlier))
+        VARIANTS[f"{label} compiled"] = Variant(partial(ours, backend=backend, outlier=outlier), compile=True)

@@ -1,0 +1,52 @@
+"""int8run's own CPU kernels: one walk over the input, one product with everything else in its registers."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from int8run.backends.base import FusedBranch, Limits, Quantized
+from int8run.errors import BackendError
+from int8run.kernels.cpu import vnni
+from int8run.kernels.cpu.library import BuildError, library
+from int8run.quant.weight import QuantizedWeight, quantize_weight
+
+
+@dataclass(frozen=True)
+class Vnni:
+    """AVX512-VNNI: quantization with GELU and rotation in one pass; scales, bias and an int8 low-rank branch in registers."""
+
+    name: ClassVar[str] = "vnni"
+    limits: ClassVar[Limits] = Limits(devices=("cpu",), cpu_features=("avx512_vnni",), compiler=True)
+
+    def pack(self, weight: QuantizedWeight) -> Tensor:
+        """Panels of 64 output columns, with their compensations; may be saved. int8 [ceil(N / 64), 1 + ceil(K / 4), 256].
+
+        Raises:
+            BackendError: when the kernels cannot be built.
+        """
+        try:
+            library()
+        except BuildError as error:
+            raise BackendError(f"backend vnni: {error}; backend=auto takes the next best") from error
+        return vnni.pack(weight.qdata)
+
+    def quantize(self, x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int, down: Tensor | None) -> Quantized:
+        """x: [M, K] -> uint8 [M, K] and scales [M]."""
+        return Quantized(*vnni.quantize(x, factor, 0 if matrix is None else matrix.shape[0], gelu_from))
+
+    def linear(
+        self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+        branch: FusedBranch | None, strengths: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """x: [M, K] -> [M, N]."""
+        if branch is None or branch.down_scale is None or strengths is None:
+            return vnni.linear(x.q, x.scale, packed, w_scale, bias, dtype)
+        down_scale = branch.down_scale * strengths
+        return vnni.linear(x.q, x.scale, packed, w_scale, bias, dtype, branch.down, down_scale, branch.up, branch.up_scale)
+
+    def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch:
+        """Both factors int8 with a scale per row, so that the branch uses the quantized x and the same instructions."""
+        down, up = quantize_weight(lora_A), quantize_weight(lora_B)
+        return FusedBranch(vnni.pack(down.qdata), vnni.pack(up.qdata), down.scale[:, 0].contiguous(), up.scale[:, 0].contiguous())

@@ -1,0 +1,419 @@
+// W8A8 linear layer for CPUs with AVX512-VNNI: quantize rows, multiply, scale; a plain C interface, no torch headers.
+//
+// The product instruction (vpdpbusd) multiplies unsigned by signed bytes, so activations are stored as q + 128 and each
+// output column is corrected by 128 times the sum of its weights ("compensation"), which the packed weight carries.
+//
+// Packed weight: panels of 64 output columns, [ceil(N / 64)][1 + ceil(K / 4)][256 bytes]. Row 0 of a panel is its 64
+// compensations (int32); row 1 + k holds, for each column, the four weights 4k..4k+3. Columns and weights beyond N, K are 0.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#define INLINED __attribute__((always_inline))
+#define INLINE static inline INLINED
+
+namespace {
+
+// f(0), f(1), ... f(N - 1) with constants: arrays indexed by them live in registers. Loops that the compiler unrolls later do not
+// promise that: GCC 12 then stored every sum at every step.
+template <class F, int... I>
+INLINE void each(F f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+INLINE void each(F f) {
+  each(f, std::make_integer_sequence<int, N>{});
+}
+template <int N, int M, class F>
+INLINE void each(F f) {
+  each<N>([&](auto i) INLINED { each<M>([&](auto j) INLINED { f(i, j); }); });
+}
+
+constexpr int64_t PANEL = 64;        // output columns of a tile: four registers of 16 sums
+constexpr int64_t TILE_ROWS = 6;     // 6 x 4 sums and their operands fill the 32 registers
+constexpr int64_t ROW_BLOCK = 192;   // rows that share a pass over the weights; with K_BLOCK they fit a 1 MB L2 cache
+constexpr int64_t K_BLOCK = 2048;    // above twice this, a panel is walked in pieces that stay in L2
+constexpr float TINY = 1e-30f;       // the scale of a row of zeros, as in quantize_rowwise/reference.py
+constexpr int64_t ALIGN = 64;
+
+enum Dtype { F32 = 0, BF16 = 1, F16 = 2 };
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+__mmask16 first(int64_t n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1); }
+
+// --- 16 numbers of each dtype to float32 and back, under a mask
+
+struct Float32 {
+  using T = float;
+  INLINE __m512 load(const T* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
+  INLINE void store(T* p, __mmask16 m, __m512 v) { _mm512_mask_storeu_ps(p, m, v); }
+};
+struct BFloat16 {
+  using T = uint16_t;
+  INLINE __m512 load(const T* p, __mmask16 m) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
+  }
+  INLINE void store(T* p, __mmask16 m, __m512 v) {
+    __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));  // to nearest, ties to even
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);                     // a carry would turn it into infinity
+    bits = _mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7FC00000));
+    _mm256_mask_storeu_epi16(p, m, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+  }
+};
+struct Float16 {
+  using T = uint16_t;
+  INLINE __m512 load(const T* p, __mmask16 m) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)); }
+  INLINE void store(T* p, __mmask16 m, __m512 v) {
+    _mm256_mask_storeu_epi16(p, m, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+};
+
+// --- what may happen to a row before rounding
+
+// e^x; x is clamped to where float32 is finite. Cody-Waite reduction and a polynomial of degree 6 (error about 1 ulp).
+INLINE __m512 exp512(__m512 x) {
+  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.3f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.0f / 720);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+// GELU by tanh, written with one exponential: x / (1 + exp(-2 sqrt(2/pi) (x + 0.044715 x^3)))
+INLINE __m512 gelu(__m512 x) {
+  const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f)), x, x);
+  const __m512 e = exp512(_mm512_mul_ps(cubic, _mm512_set1_ps(-1.5957691216f)));
+  const __m512 y = _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);  // the clamp in exp512 would hide it
+  return _mm512_mask_mov_ps(y, nan, x);
+}
+
+// One radix-4 step of the regular Hadamard matrix on neighbouring numbers: y_i = sum(x) - 2 x_(3-i)
+INLINE __m512 step_within_4(__m512 v) {
+  __m512 sum = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1));
+  sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4E));
+  return _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), _mm512_permute_ps(v, 0x1B), sum);
+}
+// The same across the four quarters of a register
+INLINE __m512 step_within_16(__m512 v) {
+  __m512 sum = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xB1));
+  sum = _mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0x4E));
+  return _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), _mm512_shuffle_f32x4(v, v, 0x1B), sum);
+}
+// The same across four registers
+INLINE void step_across(__m512& a, __m512& b, __m512& c, __m512& d) {
+  const __m512 sum = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)), two = _mm512_set1_ps(2.0f);
+  const __m512 a0 = a, b0 = b;
+  a = _mm512_fnmadd_ps(two, d, sum);
+  b = _mm512_fnmadd_ps(two, c, sum);
+  c = _mm512_fnmadd_ps(two, b0, sum);
+  d = _mm512_fnmadd_ps(two, a0, sum);
+}
+// A whole group of 16 * R numbers in registers, in place. R: 1, 4 or 16
+template <int R>
+INLINE void rotate_in_registers(float* row, __m512 norm) {
+  __m512 r[R];
+  each<R>([&](auto i) INLINED { r[i] = step_within_16(step_within_4(_mm512_loadu_ps(row + 16 * i))); });
+  if constexpr (R >= 4) each<R / 4>([&](auto i) INLINED { step_across(r[4 * i], r[4 * i + 1], r[4 * i + 2], r[4 * i + 3]); });
+  if constexpr (R == 16) each<4>([&](auto i) INLINED { step_across(r[i], r[i + 4], r[i + 8], r[i + 12]); });
+  each<R>([&](auto i) INLINED { _mm512_storeu_ps(row + 16 * i, _mm512_mul_ps(r[i], norm)); });
+}
+// Rotate each group of a row by the orthonormal regular Hadamard matrix, in place. The row is readable to a multiple of 16.
+void rotate(float* row, int64_t K, int64_t group) {
+  const __m512 norm = _mm512_set1_ps(1.0f / std::sqrt(static_cast<float>(group)));
+  if (group == 4)
+    for (int64_t k = 0; k < K; k += 16) _mm512_storeu_ps(row + k, _mm512_mul_ps(step_within_4(_mm512_loadu_ps(row + k)), norm));
+  else if (group == 16)
+    for (int64_t k = 0; k < K; k += 16) rotate_in_registers<1>(row + k, norm);
+  else if (group == 64)
+    for (int64_t k = 0; k < K; k += 64) rotate_in_registers<4>(row + k, norm);
+  else {
+    for (int64_t k = 0; k < K; k += 256) rotate_in_registers<16>(row + k, norm);
+    for (int64_t span = 256; span < group; span *= 4)  // larger groups: the remaining steps over memory
+      for (int64_t k = 0; k < K; k += 4 * span)
+        for (int64_t i = 0; i < span; i += 16) {
+          float* p = row + k + i;
+          __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + span), c = _mm512_loadu_ps(p + 2 * span), d = _mm512_loadu_ps(p + 3 * span);
+          step_across(a, b, c, d);
+          _mm512_storeu_ps(p, a);
+          _mm512_storeu_ps(p + span, b);
+          _mm512_storeu_ps(p + 2 * span, c);
+          _mm512_storeu_ps(p + 3 * span, d);
+        }
+  }
+}
+
+// --- rows to unsigned bytes
+
+// The largest |x| as integers: NaN and infinity have the largest bit patterns, so they reach the scale and the output.
+INLINE __m512i larger_magnitude(__m512i m, __m512 v) { return _mm512_max_epi32(m, _mm512_castps_si512(_mm512_abs_ps(v))); }
+
+template <class X>
+float absmax(const typename X::T* x, int64_t K) {
+  __m512i m[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+  int64_t k = 0;
+  for (; k + 64 <= K; k += 64)
+    each<4>([&](auto i) INLINED { m[i] = larger_magnitude(m[i], X::load(x + k + 16 * i, 0xFFFF)); });
+  for (; k < K; k += 16) m[0] = larger_magnitude(m[0], X::load(x + k, first(K - k)));
+  const int32_t bits = _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_max_epi32(m[0], m[1]), _mm512_max_epi32(m[2], m[3])));
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// One row: its scale, and q + 128; bytes from K to a multiple of 4 are written too (their weights are 0).
+template <class X>
+float quantize_row(const typename X::T* x, int64_t K, uint8_t* q) {
+  float scale = absmax<X>(x, K) / 127.0f;
+  if (scale < TINY) scale = TINY;
+  const __m512 divisor = _mm512_set1_ps(scale);
+  const __m512i zero_point = _mm512_set1_epi32(128);
+  for (int64_t k = 0; k < K; k += 16) {
+    const __mmask16 m = first(K - k);
+    const __m512i i = _mm512_cvtps_epi32(_mm512_div_ps(X::load(x + k, m), divisor));  // ties to even
+    const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(_mm512_add_epi32(i, zero_point), _mm512_setzero_si512()));
+    _mm_mask_storeu_epi8(q + k, first(round_up(K, 4) - k), bytes);
+  }
+  return scale;
+}
+
+struct Rows {
+  const void* x;
+  int64_t M, K, stride;  // numbers from one row to the next
+  const float* factor;   // [K] or null
+  int64_t rotation, gelu_from;
+};
+
+template <class X>
+void load_row(const Rows& in, const typename X::T* x, float* row) {
+  for (int64_t k = 0; k < in.K; k += 16) {
+    const __mmask16 m = first(in.K - k);
+    __m512 v = X::load(x + k, m);
+    if (in.gelu_from >= 0 && k + 16 > in.gelu_from) {
+      const __mmask16 plain = first(in.gelu_from - k);
+      v = _mm512_mask_mov_ps(gelu(v), plain, v);
+    }
+    if (in.factor) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(m, in.factor + k));
+    _mm512_storeu_ps(row + k, v);
+  }
+  if (in.rotation) rotate(row, in.K, in.rotation);
+}
+
+template <class X>
+void quantize_rows(const Rows& in, uint8_t* q, int64_t q_stride, float* scale, int threads) {
+  const auto* x = static_cast<const typename X::T*>(in.x);
+  const bool plain = !in.factor && !in.rotation && in.gelu_from < 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<float> row(plain ? 0 : round_up(in.K, 16));
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < in.M; i++) {
+      if (plain) {
+        scale[i] = quantize_row<X>(x + i * in.stride, in.K, q + i * q_stride);
+      } else {
+        load_row<X>(in, x + i * in.stride, row.data());
+        scale[i] = quantize_row<Float32>(row.data(), in.K, q + i * q_stride);
+      }
+    }
+  }
+}
+
+// --- the product
+
+// MR rows by one panel: sums of steps * 4 products each.
+template <int MR>
+INLINE void accumulate(__m512i (&c)[MR][4], const uint8_t* q, int64_t q_stride, const int8_t* w, int64_t steps) {
+  for (int64_t k = 0; k < steps; k++, w += 4 * PANEL) {
+    __m512i b[4];
+    each<4>([&](auto j) INLINED {
+      b[j] = _mm512_loadu_si512(w + 64 * j);
+      _mm_prefetch(reinterpret_cast<const char*>(w + 1024 + 64 * j), _MM_HINT_T0);
+    });
+    each<MR>([&](auto i) INLINED {
+      int32_t four;
+      std::memcpy(&four, q + i * q_stride + 4 * k, sizeof four);
+      const __m512i a = _mm512_set1_epi32(four);
+      each<4>([&](auto j) INLINED { c[i][j] = _mm512_dpbusd_epi32(c[i][j], a, b[j]); });
+    });
+  }
+  // a new value each, after the loop: what the scaling below cannot keep in a register is then spilled here, not at every step
+  each<MR, 4>([&](auto i, auto j) INLINED { asm volatile("" : "+v"(c[i][j])); });
+}
+
+struct Weight {
+  const int8_t* packed;
+  const float* scale;  // [N]
+  int64_t steps;       // ceil(K / 4)
+  const int8_t* panel(int64_t p) const { return packed + p * (steps + 1) * 4 * PANEL; }
+};
+struct Quantized {
+  const uint8_t* q;
+  int64_t stride;
+  const float* scale;
+};
+
+// (sum - compensation) * w_scale * x_scale of one tile, added to what `base` gives
+template <int MR, class Base, class Out>
+INLINE void finish(const __m512i (&c)[MR][4], const int8_t* compensation, const float* w_scale, const float* x_scale, int64_t columns,
+                   Base base, Out out) {
+  each<4>([&](auto j) INLINED {
+    const __mmask16 m = first(columns - 16 * j);
+    const __m512 ws = _mm512_maskz_loadu_ps(m, w_scale + 16 * j);
+    const __m512i correction = _mm512_loadu_si512(compensation + 64 * j);
+    each<MR>([&](auto i) INLINED {
+      const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(c[i][j], correction)), ws);
+      out(i, j, m, _mm512_fmadd_ps(y, _mm512_set1_ps(x_scale[i]), base(i, j, m)));
+    });
+  });
+}
+
+struct Product {
+  Quantized x;
+  Weight w;
+  const float* bias;  // [N] or null
+  Quantized t;        // low-rank branch: x A, scaled by the strengths and quantized per row; q is null without a branch
+  Weight up;
+  void* y;
+  int64_t M, N;
+};
+
+// Add the low-rank branch to one tile and store it. Not inlined: with both products in one function GCC 12 keeps sums in memory.
+template <int MR, class Y>
+__attribute__((noinline)) void finish_with_branch(const Product& p, int64_t row, int64_t panel, const float* held) {
+  __m512i c[MR][4];
+  each<MR, 4>([&](auto i, auto j) INLINED { c[i][j] = _mm512_setzero_si512(); });
+  const int8_t* up = p.up.panel(panel);
+  accumulate<MR>(c, p.t.q + row * p.t.stride, p.t.stride, up + 4 * PANEL, p.up.steps);
+  const int64_t column = panel * PANEL;
+  auto* y = static_cast<typename Y::T*>(p.y) + row * p.N + column;
+  finish<MR>(
+      c, up, p.up.scale + column, p.t.scale + row, p.N - column,
+      [&](int i, int j, __mmask16) INLINED { return _mm512_loadu_ps(held + i * PANEL + 16 * j); },
+      [&](int i, int j, __mmask16 m, __m512 v) INLINED { Y::store(y + i * p.N + 16 * j, m, v); });
+}
+
+// One tile of MR rows x 64 columns: products from step `from` to step `to`; `sums` holds those before. Scaled and stored at the end.
+template <int MR, class Y>
+INLINE void tile(const Product& p, int64_t row, int64_t panel, int64_t from, int64_t to, int32_t* sums) {
+  __m512i c[MR][4];
+  each<MR, 4>([&](auto i, auto j) INLINED { c[i][j] = from ? _mm512_loadu_si512(sums + i * PANEL + 16 * j) : _mm512_setzero_si512(); });
+  const int8_t* w = p.w.panel(panel);
+  accumulate<MR>(c, p.x.q + row * p.x.stride + 4 * from, p.x.stride, w + (1 + from) * 4 * PANEL, to - from);
+  if (to < p.w.steps) {
+    each<MR, 4>([&](auto i, auto j) INLINED { _mm512_storeu_si512(sums + i * PANEL + 16 * j, c[i][j]); });
+    return;
+  }
+  const int64_t column = panel * PANEL, columns = p.N - column;
+  auto bias = [&](int, int j, __mmask16 m) INLINED {
+    return p.bias ? _mm512_maskz_loadu_ps(m, p.bias + column + 16 * j) : _mm512_setzero_ps();
+  };
+  if (p.t.q) {
+    float held[MR * PANEL];  // the layer's own result, in L1 until the branch is added
+    finish<MR>(c, w, p.w.scale + column, p.x.scale + row, columns, bias,
+               [&](int i, int j, __mmask16, __m512 v) INLINED { _mm512_storeu_ps(held + i * PANEL + 16 * j, v); });
+    finish_with_branch<MR, Y>(p, row, panel, held);
+  } else {
+    auto* y = static_cast<typename Y::T*>(p.y) + row * p.N + column;
+    finish<MR>(c, w, p.w.scale + column, p.x.scale + row, columns, bias,
+               [&](int i, int j, __mmask16 m, __m512 v) INLINED { Y::store(y + i * p.N + 16 * j, m, v); });
+  }
+}
+
+template <class Y>
+void tiles(const Product& p, int64_t row, int64_t end, int64_t panel, int64_t from, int64_t to, int32_t* sums) {
+  for (int64_t start = row; row < end; row += TILE_ROWS) {
+    int32_t* s = sums + (row - start) * PANEL;
+    switch (std::min(TILE_ROWS, end - row)) {
+      case 6: tile<6, Y>(p, row, panel, from, to, s); break;
+      case 5: tile<5, Y>(p, row, panel, from, to, s); break;
+      case 4: tile<4, Y>(p, row, panel, from, to, s); break;
+      case 3: tile<3, Y>(p, row, panel, from, to, s); break;
+      case 2: tile<2, Y>(p, row, panel, from, to, s); break;
+      default: tile<1, Y>(p, row, panel, from, to, s);
+    }
+  }
+}
+
+template <class Y>
+void multiply(const Product& p, int threads) {
+  if (p.M == 0) return;
+  const int64_t panels = ceil_div(p.N, PANEL), blocks = ceil_div(p.M, ROW_BLOCK);
+  const int64_t k_block = p.w.steps > 2 * K_BLOCK / 4 ? K_BLOCK / 4 : p.w.steps;
+  // enough tasks for every thread to end at about the same time, few enough that a row block stays in cache over many panels
+  const int64_t chunks = std::clamp<int64_t>(ceil_div(8 * threads, blocks), 1, panels), width = ceil_div(panels, chunks);
+  const int64_t tasks = blocks * ceil_div(panels, width);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::unique_ptr<int32_t[]> sums(k_block < p.w.steps ? new int32_t[ROW_BLOCK * PANEL] : nullptr);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < tasks; task++) {
+      const int64_t block = task % blocks, chunk = task / blocks;
+      const int64_t row = block * ROW_BLOCK, end = std::min(p.M, row + ROW_BLOCK);
+      for (int64_t panel = chunk * width; panel < std::min(panels, (chunk + 1) * width); panel++)
+        for (int64_t k = 0; k < p.w.steps; k += k_block) tiles<Y>(p, row, end, panel, k, std::min(p.w.steps, k + k_block), sums.get());
+    }
+  }
+}
+
+void multiply(const Product& p, int dtype, int threads) {
+  switch (dtype) {
+    case BF16: return multiply<BFloat16>(p, threads);
+    case F16: return multiply<Float16>(p, threads);
+    default: return multiply<Float32>(p, threads);
+  }
+}
+
+void quantize_rows(const Rows& in, int dtype, uint8_t* q, int64_t q_stride, float* scale, int threads) {
+  switch (dtype) {
+    case BF16: return quantize_rows<BFloat16>(in, q, q_stride, scale, threads);
+    case F16: return quantize_rows<Float16>(in, q, q_stride, scale, threads);
+    default: return quantize_rows<Float32>(in, q, q_stride, scale, threads);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// x [M, K] with `stride` -> q + 128: uint8 [M, round_up(K, 4)], scale [M].
+// In this order: GELU on columns >= gelu_from (-1: none), factor [K] (or null), rotation by the regular Hadamard matrix in
+// groups of `rotation` (0: none; 4, 16, 64, 256, 1024, ... dividing K).
+void int8run_quantize(const void* x, int dtype, int64_t M, int64_t K, int64_t stride, const float* factor, int64_t rotation,
+                      int64_t gelu_from, uint8_t* q, float* scale, int threads) {
+  quantize_rows({x, M, K, stride, factor, rotation, gelu_from}, dtype, q, round_up(K, 4), scale, threads);
+}
+
+// y [M, N] = q . w * w_scale * x_scale + bias + low-rank branch; q and x_scale as int8run_quantize writes them.
+// Branch (rank 0: none): t = q . down * down_scale * x_scale * strengths, quantized per row, then t . up * up_scale on top.
+void int8run_linear(const uint8_t* q, const float* x_scale, int64_t M, int64_t K, int64_t N, const int8_t* packed, const float* w_scale,
+                    const float* bias, int64_t rank, const int8_t* down, const float* down_scale, const int8_t* up,
+                    const float* up_scale, void* y, int dtype, int threads) {
+  const int64_t stride = round_up(K, 4), rank4 = round_up(rank, 4);
+  Product p{{q, stride, x_scale}, {packed, w_scale, ceil_div(K, 4)}, bias, {nullptr, rank4, nullptr}, {up, up_scale, rank4 / 4}, y, M, N};
+  if (!rank) return multiply(p, dtype, threads);
+  std::unique_ptr<float[]> t(new float[M * rank]), t_scale(new float[M]);
+  std::unique_ptr<uint8_t[]> t_q(new uint8_t[M * rank4]);
+  Product inner{p.x, {down, down_scale, p.w.steps}, nullptr, {nullptr, 0, nullptr}, {nullptr, nullptr, 0}, t.get(), M, rank};
+  multiply(inner, F32, threads);
+  quantize_rows({t.get(), M, rank, rank, nullptr, 0, -1}, F32, t_q.get(), rank4, t_scale.get(), threads);
+  p.t = {t_q.get(), rank4, t_scale.get()};
+  multiply(p, dtype, threads);
+}
+}

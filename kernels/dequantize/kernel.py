@@ -1,0 +1,177 @@
+"""The same as the reference in Triton: one read of the codes, one store. Results are equal bit for bit.
+
+Every format is decoded by integer arithmetic: native fp8 conversions begin at sm_89, and these are exact on any device.
+"""
+
+from math import ceil
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from int8run.kernels.dequantize.reference import (
+    FP8,
+    MXFP8_BLOCK,
+    NVFP4_BLOCK,
+    check_codes,
+    check_global_scale,
+    scale_blocks,
+    scale_bytes,
+)
+
+# columns of a program: 16 bytes of codes for each of 128 threads
+TILE = 2048
+FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+
+
+@triton.jit
+def decode(codes, FORMAT: tl.constexpr):  # Triton reads annotations
+    """The values of codes, float32 of the same shape."""
+    if FORMAT == "int8" or FORMAT == "float32":
+        values = codes.to(tl.float32)
+    elif FORMAT == "e8m0":
+        # an exponent of float32, whose 0 and 255 mean something else
+        bits = codes.to(tl.int32) << 23
+        bits = tl.where(codes == 0, 0x00400000, tl.where(codes == 255, 0x7FC00000, bits))
+        values = bits.to(tl.float32, bitcast=True)
+    else:
+        # the bits become those of a float16, subnormals included; what remains is the difference of the two biases
+        bits = codes.to(tl.int32)
+        if FORMAT == "e2m1":
+            bits, power = (bits & 8) << 12 | (bits & 7) << 9, 1 << 14
+        elif FORMAT == "e4m3":
+            bits, power = (bits & 128) << 8 | (bits & 127) << 7, 1 << 8
+        else:
+            bits, power = bits << 8, 1
+        values = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * power
+        if FORMAT == "e4m3":
+            values = tl.where((codes & 127) == 127, float("nan"), values)
+    return values
+
+
+@triton.jit
+def dequantize(
+    codes,  # [N, K], for e2m1 [N, K / 2]
+    scale,  # one for height x width entries of the weight
+    global_scale,
+    out,  # [N, K]
+    K,
+    columns,
+    height,
+    width,
+    FORMAT: tl.constexpr,
+    SCALE: tl.constexpr,
+    SWIZZLED: tl.constexpr,
+    HIGH_FIRST: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """GROUPS * GROUP columns of one row; a group lies within one block, so that its scale is read once."""
+    n = tl.program_id(0).to(tl.int64)
+    group = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)) * GROUP
+    k = group[:, None] + tl.arange(0, GROUP)[None, :]  # [GROUPS, GROUP]
+
+    r, c = n // height, group // width
+    rowwise = r * columns + c
+    tiled = (r // 128 * tl.cdiv(columns, 4) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4
+    s = decode(tl.load(scale + (tiled if SWIZZLED else rowwise), mask=group < K, other=0), SCALE)
+
+    if FORMAT == "e2m1":
+        byte = group[:, None] // 2 + tl.arange(0, GROUP // 2)[None, :]
+        pair = tl.load(codes + n * (K // 2) + byte, mask=byte < K // 2, other=0)
+        code = tl.interleave(pair >> 4, pair & 15) if HIGH_FIRST else tl.interleave(pair & 15, pair >> 4)
+    else:
+        code = tl.load(codes + n * K + k, mask=k < K, other=0)
+    w = decode(code, FORMAT) * s[:, None]
+    if FORMAT == "e2m1":
+        w = w * tl.load(global_scale).to(tl.float32)
+    tl.store(out + n * K + k, w.to(out.dtype.element_ty), mask=k < K)
+
+
+def launch(
+    codes: Tensor, scale: Tensor, out: Tensor, blocks: tuple[int, int], code_format: str, scale_format: str, **options: Any
+) -> Tensor:
+    """Run the kernel over a weight and return it. codes: [N, K] or, two in a byte, [N, K / 2]; out: [N, K]."""
+    n, k = out.shape
+    height, width = blocks
+    options = {"global_scale": None, "SWIZZLED": False, "HIGH_FIRST": False} | options
+    group = TILE if width >= k else min(width & -width, TILE)  # the largest power of two that divides the width
+    grid = (n, ceil(k / TILE))
+    with torch.cuda.device_of(codes):
+        dequantize[grid](
+            codes.contiguous(),
+            scale.contiguous(),
+            out=out,
+            K=k,
+            columns=ceil(k / width),
+            height=height,
+            width=width,
+            FORMAT=code_format,
+            SCALE=scale_format,
+            GROUPS=TILE // group,
+            GROUP=group,
+            **options,
+        )
+    return out
+
+
+@torch.library.custom_op("int8run::triton_dequantize_int8", mutates_args=())
+def dequantize_int8(qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See the reference."""
+    check_codes(qdata, torch.int8)
+    blocks = scale_blocks(qdata.shape, scale.shape, block)
+    out = qdata.new_empty(qdata.shape, dtype=dtype)
+    return launch(qdata, scale.float(), out, blocks, "int8", "float32")
+
+
+@torch.library.custom_op("int8run::triton_dequantize_fp8", mutates_args=())
+def dequantize_fp8(qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See the reference."""
+    check_codes(qdata, *FP8)
+    blocks = scale_blocks(qdata.shape, scale.shape, block)
+    out = qdata.new_empty(qdata.shape, dtype=dtype)
+    return launch(qdata.view(torch.uint8), scale.float(), out, blocks, FORMATS[qdata.dtype], "float32")
+
+
+@torch.library.custom_op("int8run::triton_dequantize_mxfp8", mutates_args=())
+def dequantize_mxfp8(qdata: Tensor, scale: Tensor, *, swizzled: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See the reference."""
+    check_codes(qdata, *FP8)
+    n, k = qdata.shape
+    scale = scale_bytes(scale, torch.float8_e8m0fnu, n, ceil(k / MXFP8_BLOCK), swizzled)
+    out = qdata.new_empty(n, k, dtype=dtype)
+    return launch(qdata.view(torch.uint8), scale, out, (1, MXFP8_BLOCK), FORMATS[qdata.dtype], "e8m0", SWIZZLED=swizzled)
+
+
+@torch.library.custom_op("int8run::triton_dequantize_nvfp4", mutates_args=())
+def dequantize_nvfp4(
+    qdata: Tensor, scale: Tensor, global_scale: Tensor, *, swizzled: bool, high_first: bool, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """See the reference."""
+    check_codes(qdata, torch.uint8)
+    check_global_scale(global_scale)
+    n, k = qdata.shape[0], 2 * qdata.shape[1]
+    scale = scale_bytes(scale, torch.float8_e4m3fn, n, ceil(k / NVFP4_BLOCK), swizzled)
+    out = qdata.new_empty(n, k, dtype=dtype)
+    options = {"global_scale": global_scale, "SWIZZLED": swizzled, "HIGH_FIRST": high_first}
+    return launch(qdata, scale, out, (1, NVFP4_BLOCK), "e2m1", "e4m3", **options)
+
+
+@dequantize_int8.register_fake
+@dequantize_fp8.register_fake
+def _(qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    return qdata.new_empty(qdata.shape, dtype=dtype)
+
+
+@dequantize_mxfp8.register_fake
+def _(qdata: Tensor, scale: Tensor, *, swizzled: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    return qdata.new_empty(qdata.shape, dtype=dtype)
+
+
+@dequantize_nvfp4.register_fake
+def _(
+    qdata: Tensor, scale: Tensor, global_scale: Tensor, *, swizzled: bool, high_first: bool, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    return qdata.new_empty(qdata.shape[0], 2 * qdata.shape[1], dtype=dtype)

@@ -1,0 +1,144 @@
+"""Cases for test_triton_quantize_rowwise.py, which runs this file in a process of its own."""
+
+import pytest
+import torch
+from helpers import assert_close, randn
+from triton_process import case_device
+
+from int8run.kernels.hadamard.reference import regular_hadamard, rotate_groups
+from int8run.kernels.quantize_rowwise import reference
+from int8run.kernels.quantize_rowwise.kernel import quantize_rowwise
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+DEVICE = case_device()
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+
+
+def transformed(x, factor, rotation, gelu_from):
+    """The definition in float32; what enters a rotation has x's dtype."""
+    y = reference.transform_rows(x.float(), factor, None, gelu_from)
+    return rotate_groups(y.to(x.dtype).float(), regular_hadamard(rotation).to(y.device)) if rotation else y
+
+
+def check(x, factor=None, rotation=0, gelu_from=-1, down=None):
+    """Compare everything that comes out with the reference."""
+    q, scale, h = quantize_rowwise(x, factor, rotation, gelu_from, down)
+    y = transformed(x, factor, rotation, gelu_from)
+    expected, expected_scale = reference.quantize_rowwise(y)
+    assert q.dtype == torch.int8 and scale.dtype == h.dtype == torch.float32
+    assert_close("scale", scale, expected_scale, 1e-5)
+    difference = (q.int() - expected.int()).abs()
+    # ties, and what a last bit of the GELU or of 1 / scale moves across one
+    assert difference.max() <= 1 and difference.float().mean() <= 0.005
+    assert (q == -128).sum() == 0
+    if down is None:
+        assert h.shape == (x.shape[0], 0)
+    else:
+        # the reference's rounding to x's dtype may fall the other way for single values
+        assert_close("h", h, y.to(x.dtype).float() @ down.float().T, {FULL: 1e-5, HALF: 1e-3, BRAIN: 4e-3}[x.dtype])
+
+
+def tensor(*shape, seed=0, dtype=FULL):
+    return randn(*shape, seed=seed, dtype=dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, HALF, FULL], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (17, 130), (2, 4096), (1, 16385), (2, 20000)], ids=str)
+def test_plain_rows(shape, dtype):
+    check(tensor(*shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, FULL], ids=str)
+@pytest.mark.parametrize("rotation", [4, 16, 64, 256, 1024])
+def test_rotations(rotation, dtype):
+    # a width that the kernel's blocks do not divide where the group allows it
+    columns = 3 * rotation if rotation >= 256 else 192 + rotation
+    check(tensor(19, columns, dtype=dtype), rotation=rotation)
+
+
+@pytest.mark.parametrize("gelu_from", [0, 5, 129])
+@pytest.mark.parametrize(("rotation", "columns"), [(0, 130), (4, 132), (256, 512)])
+def test_gelu_from_a_column_on(rotation, columns, gelu_from):
+    check(3 * tensor(5, columns, dtype=BRAIN), rotation=rotation, gelu_from=gelu_from)
+
+
+@pytest.mark.parametrize("rotation", [0, 16])
+@pytest.mark.parametrize("rank", [1, 16, 33, 256])
+def test_low_rank_product(rank, rotation):
+    check(tensor(17, 144, dtype=HALF), rotation=rotation, down=tensor(rank, 144, seed=1, dtype=HALF))
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, HALF, FULL], ids=str)
+@pytest.mark.parametrize("rows", [1, 16, 33])
+def test_everything_at_once(rows, dtype):
+    factor = tensor(1024, seed=1).abs() + 0.5
+    check(tensor(rows, 1024, dtype=dtype), factor, 256, 100, tensor(20, 1024, seed=2, dtype=dtype))
+
+
+def test_a_factor_alone():
+    check(tensor(5, 130, dtype=BRAIN), factor=tensor(130, seed=1))
+
+
+def test_rows_that_lie_apart():
+    wide = tensor(7, 300, dtype=BRAIN)
+    check(wide[:, :130])
+    check(wide[:, 100:292], rotation=64)
+    check(wide[::2, :1])
+
+
+def test_ties_go_to_even():
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, 126.5, -0.5, -1.5, -2.5, -126.5]], device=DEVICE)
+    assert quantize_rowwise(x)[0].tolist() == [[127, 0, 2, 2, 126, 0, -2, -2, -126]]
+
+
+@pytest.mark.parametrize("rotation", [0, 4])
+def test_zero_rows_and_tiny_rows(rotation):
+    x = tensor(3, 8)
+    x[1], x[2] = 0, 1e-37
+    q, scale, _ = quantize_rowwise(x, rotation=rotation)
+    assert (q[1:] == 0).all() and (scale[1:] == torch.tensor(1e-30)).all()
+
+
+@pytest.mark.parametrize("rotation", [0, 4])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_stay_visible(bad, rotation):
+    x = tensor(3, 132)
+    x[1, 77] = bad
+    scale = quantize_rowwise(x, rotation=rotation)[1]
+    assert scale[:, 0].isfinite().tolist() == [True, False, True]
+
+
+def test_the_largest_entry_becomes_127():
+    x = -tensor(500, 3).abs()
+    q = quantize_rowwise(x)[0]
+    assert (q.amin(dim=1) == -127).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": torch.zeros(3)}, r"x must be \[M, K\]"),
+        ({"x": torch.zeros(8, 4).T}, "neighbouring columns"),
+        ({"x": torch.zeros(4, 8, dtype=torch.float64)}, "not torch.float64"),
+        ({"factor": torch.zeros(7)}, r"float32 \[8\]"),
+        ({"rotation": 8}, "one of .* not 8"),
+        ({"rotation": 16}, "divide 8 columns, not 16"),
+        ({"down": torch.zeros(2, 8, dtype=HALF)}, "contiguous torch.float32"),
+        ({"down": torch.zeros(257, 8)}, "1 to 256 rows, not 257"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_rowwise(**{"x": torch.zeros(4, 8), **arguments})
+
+
+def test_the_operator_is_sound():
+    op = torch.ops.int8run.triton_quantize_rowwise.default
+    x = tensor(5, 32)
+    tests = ("test_schema", "test_faketensor")
+    for arguments in [(x, None, 0, -1, None), (x, x[0].clone(), 16, 3, tensor(2, 32))]:
+        torch.library.opcheck(op, arguments, test_utils=tests)
+    compiled = torch.compile(lambda x: quantize_rowwise(x, rotation=4)[0], backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (5, 9):
+        x = tensor(rows, 32)
+        assert torch.equal(compiled(x), quantize_rowwise(x, rotation=4)[0])
