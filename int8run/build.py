@@ -52,12 +52,20 @@ class Built:
             self.branches.set_strengths(strengths)
 
 
-def build(spec: RunSpec, probe: Sequence[Sample], progress: Progress) -> Built:
-    """Load, match the LoRAs, quantize, install.
+@dataclass(frozen=True)
+class Loaded:
+    """The float model as it comes, and what is known about it."""
 
-    Args:
-        probe: samples of one batch; the denoiser's call on them gives real shapes and activations.
-    """
+    pipe: DiffusionPipeline
+    component: str
+    denoiser: nn.Module
+    family: ModelFamily
+    sampling: Sampling
+    seconds: float
+
+
+def load(spec: RunSpec, progress: Progress) -> Loaded:
+    """Load the pipeline and recognise its family."""
     device = pick_device(spec.device)
     started = time.perf_counter()
     with progress.step("load"):
@@ -65,12 +73,22 @@ def build(spec: RunSpec, probe: Sequence[Sample], progress: Progress) -> Built:
         component = find_denoiser(pipe)
         denoiser = getattr(pipe, component).eval().requires_grad_(False)
         set_attention(denoiser, spec.attention)
-    seconds = {"load": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
     sampling = spec.sampler.over(spec.model.sampling)
     check_sampling(pipe, sampling)
-
     linears = [name for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)]
     family = spec.model_type.for_denoiser(type(denoiser).__name__, repeated_blocks(denoiser), linears)
+    return Loaded(pipe, component, denoiser, family, sampling, seconds)
+
+
+def build(spec: RunSpec, probe: Sequence[Sample], progress: Progress) -> Built:
+    """Load, match the LoRAs, quantize, install.
+
+    Args:
+        probe: samples of one batch; the denoiser's call on them gives real shapes and activations.
+    """
+    loaded = load(spec, progress)
+    pipe, component, denoiser, family = loaded.pipe, loaded.component, loaded.denoiser, loaded.family
     files = [read_lora(find_lora(*a.source(spec.model.lora_base))) for a in spec.lora.adapters]
     for file in files:
         log.info("LoRA %s: %d modules, rank %s%s", file.path.name, len(file.pairs), file.ranks, trigger_note(file))
@@ -80,7 +98,7 @@ def build(spec: RunSpec, probe: Sequence[Sample], progress: Progress) -> Built:
         merge.set_strengths(spec.lora.strengths)
 
     with progress.step("look at one step"):
-        call = record_call(pipe, component, denoiser, probe, sampling)
+        call = record_call(pipe, component, denoiser, probe, loaded.sampling)
     plans = plan_layers(denoiser, family.why_float)
     built = Built(pipe, component, family, {"float": denoiser}, plans, files, matches, merge, None, find_text_encoders(pipe.components))
     started = time.perf_counter()
@@ -88,8 +106,7 @@ def build(spec: RunSpec, probe: Sequence[Sample], progress: Progress) -> Built:
         built.denoisers["int8"] = quantize(denoiser, plans, call, spec, family, progress)
         if files and not spec.lora.bakes:
             built.branches = DynamicBranches(built.denoisers["int8"], matches)
-    seconds["quantize"] = time.perf_counter() - started
-    built.seconds = seconds
+    built.seconds = {"load": loaded.seconds, "quantize": time.perf_counter() - started}
     compile_denoisers(built.denoisers, spec.compile)
     return built
 
@@ -111,23 +128,31 @@ def quantize(
             f"{type(denoiser).__name__}: no layer became INT8 ({counted}); choose another model_type= or set int8.enable=false"
         )
     check_backend(spec.backend, next(denoiser.parameters()).device, chosen)
-    rows: dict[str, int] = {}
+    rows = layer_rows(denoiser, chosen, call)
+    target = share_copy(denoiser)
+    with progress.count("quantize", len(chosen)) as advance:
+        layers = quantized_layers(denoiser, chosen, spec.outlier)
+        install(target, layers, spec.backend, spec.int8, rows, lambda plan: advance(1))
+    saved = share_inputs(target, family.same_input)
+    moved = sum(defer_gelu(target, g.activation, g.source, g.into) for g in family.deferred_gelu)
+    log.debug("layers with the same input share a quantization: %d fewer per step; %d GELUs moved into one", saved, moved)
+    return target
+
+
+def layer_rows(denoiser: nn.Module, plans: Sequence[LayerPlan], call: Mapping[str, Any]) -> dict[str, int]:
+    """How many rows each planned layer sees in one call of the float model; 1 where the call does not reach it.
+
+    Raises:
+        ConfigError: when a layer is given NaN or infinity.
+    """
+    rows = {p.name: 1 for p in plans}
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
         rows[name] = x.numel() // x.shape[-1]
         check_finite(name, x)
 
-    watch_layers(denoiser, call, [p.name for p in chosen], see)
-    target = share_copy(denoiser)
-    # layers that this call did not reach are measured at one row
-    expected = {p.name: rows.get(p.name, 1) for p in chosen}
-    with progress.count("quantize", len(chosen)) as advance:
-        layers = quantized_layers(denoiser, chosen, spec.outlier)
-        install(target, layers, spec.backend, spec.int8, expected, lambda plan: advance(1))
-    saved = share_inputs(target, family.same_input)
-    moved = sum(defer_gelu(target, g.activation, g.source, g.into) for g in family.deferred_gelu)
-    log.debug("layers with the same input share a quantization: %d fewer per step; %d GELUs moved into one", saved, moved)
-    return target
+    watch_layers(denoiser, call, list(rows), see)
+    return rows
 
 
 def check_finite(layer: str, x: Tensor) -> None:

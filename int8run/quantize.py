@@ -19,6 +19,8 @@ from int8run.quant.weight import quantize_weight
 log = logging.getLogger(__name__)
 # what `layers.csv` names as the backend of a layer that small_batch_fallback sends to a float product
 FALLBACK = "float_fallback"
+# a call with at most this many rows may be faster in float; what task=bench measured takes its place
+DEFAULT_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -29,28 +31,33 @@ class Int8Settings:
         enable: false runs the float model through the same path.
         small_batch_fallback: which layers compute with the dequantized weight when a call has at most `max_rows` rows:
             `only_small_layers` (at most `small_layer_params` weights), `always`, `never`.
+        max_rows: None: what `task=bench` measured for the layer, where it has, else DEFAULT_ROWS.
     """
 
     enable: bool = True
     small_batch_fallback: str = "only_small_layers"
-    max_rows: int = 8
+    max_rows: int | None = None
     small_layer_params: int = 1_000_000
 
     def __post_init__(self) -> None:
         one_of("int8.small_batch_fallback", self.small_batch_fallback, ("only_small_layers", "always", "never"))
         switch("int8.enable", self.enable)
-        in_range("int8.max_rows", self.max_rows, 0, 4096, whole=True)
+        if self.max_rows is not None:
+            in_range("int8.max_rows", self.max_rows, 0, 4096, whole=True)
         in_range("int8.small_layer_params", self.small_layer_params, 0, 2**40, whole=True)
 
-    def float_rows(self, params: int, rows: int) -> int:
+    def float_rows(self, params: int, rows: int, measured: int | None = None) -> int:
         """Up to how many rows a layer computes in float; 0: never, so that it need not keep its integers beside a packed copy.
 
         Args:
             params: weights of the layer.
             rows: rows that it sees in this run.
+            measured: up to how many rows float was faster for this layer on this machine, where that is known.
         """
         small = self.small_batch_fallback == "only_small_layers" and params <= self.small_layer_params
-        return self.max_rows if (small or self.small_batch_fallback == "always") and rows <= self.max_rows else 0
+        default = DEFAULT_ROWS if measured is None else measured
+        limit = default if self.max_rows is None else self.max_rows
+        return limit if (small or self.small_batch_fallback == "always") and rows <= limit else 0
 
 
 @dataclass
@@ -132,12 +139,13 @@ def install(
     choosers: dict[torch.dtype, Chooser] = {}
     for plan, layer in layers:
         dtype = linear_at(model, plan.name).weight.dtype
-        chosen = backend
+        chosen, measured = backend, None
         if isinstance(backend, AutoBackend):
             if dtype not in choosers:  # each reads the table of measured choices
                 choosers[dtype] = backend.chooser(device, dtype)
             chosen = choosers[dtype].choose(rows[plan.name], plan.in_features, plan.out_features)
-        float_rows = settings.float_rows(plan.in_features * plan.out_features, rows[plan.name])
+            measured = choosers[dtype].float_rows(plan.in_features, plan.out_features)
+        float_rows = settings.float_rows(plan.in_features * plan.out_features, rows[plan.name], measured)
         plan.backend_asked, plan.backend_used = backend.name, FALLBACK if float_rows else chosen.name
         parent, _, child = plan.name.rpartition(".")
         setattr(model.get_submodule(parent), child, Int8Linear(layer, chosen, dtype, float_rows))

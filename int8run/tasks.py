@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from int8run.errors import ConfigError
+from int8run.errors import ConfigError, in_range
 from int8run.spec import Job, RunSpec
 
 
@@ -35,3 +35,18 @@ class Inspect:
         from int8run.report.terminal import say
 
         say(inspect_file(str(self.path)))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Time every backend on the model's own layer shapes and keep the answers for `backend=auto`."""
+
+    rounds: int = 21
+
+    def __post_init__(self) -> None:
+        in_range("task.rounds", self.rounds, 1, 1000, whole=True)
+
+    def execute(self, spec: RunSpec, job: Job) -> None:
+        from int8run.bench import bench
+
+        bench(spec, job, self.rounds)

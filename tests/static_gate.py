@@ -30,7 +30,7 @@ DIVISIBLE = [["tt.divisibility", 16]]
 TYPES = {
     **dict.fromkeys(("M", "N", "K", "R", "stride_xm", "gelu_from"), "i32"),
     **dict.fromkeys(("q_ptr", "qdata_ptr"), "*i8"),
-    **dict.fromkeys(("x_scale_ptr", "w_scale_ptr", "scale_ptr", "factor_ptr", "h_ptr"), "*fp32"),
+    **dict.fromkeys(("x_scale_ptr", "w_scale_ptr", "scale_ptr", "factor_ptr", "h_ptr", "strengths_ptr"), "*fp32"),
     **dict.fromkeys(("x_ptr", "down_ptr", "bias_ptr", "up_ptr", "y_ptr"), "*bf16"),
 }
 FLOAT32 = dict.fromkeys(("x_ptr", "down_ptr"), "*fp32")

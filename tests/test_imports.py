@@ -35,7 +35,8 @@ RULES = {
     "build": FOLDERS | {"quantize", "spec"},
     "run": FOLDERS | {"quantize", "spec", "build", "memo", "machine"},
     "inspect_file": {"lora"},
-    "tasks": {"spec", "run", "inspect_file", "report"},
+    "tasks": {"spec", "run", "bench", "inspect_file", "report"},
+    "bench": FOLDERS | {"quantize", "spec", "build", "machine"},
     "precheck": set(),
     "cli": {"__init__", "help_page", "precheck", "spec"},
 }
@@ -60,7 +61,8 @@ LIBRARIES = {
     "huggingface_hub": {"lora", "models"},
     "torchmetrics": {"metrics"},
     "triton": {"kernels"},
-    "rich": {"report", "cli", "inspect_file", "run"},
+    "comfy_kitchen": {"backends"},
+    "rich": {"report", "cli", "inspect_file", "run", "bench"},
     "peft": set(),
 }
 

@@ -30,7 +30,13 @@ def test_kernels_has_no_init_and_conf_has() -> None:
 
 
 # what a dependency is imported as, where the two differ
-IMPORTED_AS = {"huggingface-hub": "huggingface_hub", "hydra-core": "hydra", "pillow": "PIL", "pyyaml": "yaml"}
+IMPORTED_AS = {
+    "comfy-kitchen": "comfy_kitchen",
+    "huggingface-hub": "huggingface_hub",
+    "hydra-core": "hydra",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+}
 # not imported by us: diffusers and transformers need them to load the models that conf/ names
 FOR_OTHERS = {"accelerate", "sentencepiece", "protobuf"}
 
@@ -38,7 +44,7 @@ FOR_OTHERS = {"accelerate", "sentencepiece", "protobuf"}
 def test_the_dependencies_are_what_the_package_imports() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     # torch for CUDA brings its own triton, and a CPU needs none
-    declared = project["dependencies"] + project["optional-dependencies"]["triton"]
+    declared = project["dependencies"] + project["optional-dependencies"]["triton"] + project["optional-dependencies"]["comfy-kitchen"]
     names = {re.match(r"[\w-]+", text)[0].lower() for text in declared}
     imported = set()
     for file in [*(ROOT / "int8run").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:

@@ -4,22 +4,20 @@ A candidate takes part only if its result agrees with the reference on full-rang
 instructions saturates. The choice is kept in a small file, so that the same config gives the same result the next time.
 """
 
-import importlib.metadata
-import json
 import logging
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from int8run.backends.base import Backend, Limits, run_layer
 from int8run.backends.reference import Reference
+from int8run.backends.table import ChoiceTable
 from int8run.errors import BackendError, in_range
-from int8run.machine import device_name
 from int8run.quant.weight import QuantizedWeight, quantize_weight
 
 log = logging.getLogger(__name__)
@@ -49,65 +47,68 @@ class AutoBackend:
             raise BackendError(f"backend=auto has no candidate for {device}: {left_out}")
         if not able and self.last_resort is not None:
             log.warning("backend=auto uses %s, the slow definition: %s", self.last_resort.name, left_out)
-        elif left_out:
-            log.info("backend=auto leaves out %s", left_out)
-        table = Path(self.table) if self.table else default_table()
+        for b in self.candidates.values():
+            if b.name in refused and device.type in b.limits.devices:  # it could run on such a device, so somebody may miss it
+                log.info("backend=auto goes without %s: it %s", b.name, ", ".join(refused[b.name]))
+        table = ChoiceTable(Path(self.table) if self.table else None, device, dtype)
         return Chooser(able, self.rounds, table, device, dtype, self.last_resort)
-
-
-def default_table() -> Path:
-    """Where measured choices are kept when the config names no file."""
-    return Path.home() / ".cache" / "int8run" / "backend_choices.json"
 
 
 class Chooser:
     """Measures each new layer shape once and remembers, in memory and in the table."""
 
     def __init__(
-        self, able: Sequence[Backend], rounds: int, table: Path, device: torch.device, dtype: torch.dtype,
+        self, able: Sequence[Backend], rounds: int, table: ChoiceTable, device: torch.device, dtype: torch.dtype,
         last_resort: Backend | None = None,
     ):  # fmt: skip
         self.able, self.rounds, self.table, self.device, self.dtype = list(able), rounds, table, device, dtype
         self.last_resort = last_resort
-        self.where = " | ".join([device_name(device), *library_stamp(device), str(dtype).removeprefix("torch.")])
-        self.known = read_table(table)
         self.measured = 0
-        self.milliseconds: dict[tuple[int, int, int], dict[str, float]] = {}  # of the shapes measured by this object
 
     def choose(self, rows: int, in_features: int, out_features: int) -> Backend:
         """The fastest correct backend for `[rows, in_features] x [out_features, in_features]`."""
         names = {b.name: b for b in self.able if not b.limits.refuse_layer(in_features, out_features)}
-        key = f"{self.where} | {','.join(sorted(names))} | {rows}x{in_features}x{out_features}"
-        if self.known.get(key) not in names:
-            best = self.measure(list(names.values()), rows, in_features, out_features)
-            if best is self.last_resort:  # not remembered: what is missing may be there tomorrow
-                return best
-            self.known[key] = best.name
-            write_table(self.table, key, self.known[key])
-        return names[self.known[key]]
-
-    def measure(self, candidates: Sequence[Backend], rows: int, in_features: int, out_features: int) -> Backend:
-        """Time every candidate that computes the right numbers, interleaved; the least median wins."""
-        self.measured += 1
-        generator = torch.Generator().manual_seed(0)
-        draw = lambda *shape: torch.randn(shape, generator=generator).to(self.device)  # noqa: E731
-        weight, x = quantize_weight(draw(out_features, in_features)), draw(rows, in_features).to(self.dtype)
-        runs = {b.name: (b, b.pack(weight)) for b in candidates if self.agrees(b, in_features)}
-        if not runs:
+        known = self.table.get(question(list(names.values()), (rows, in_features, out_features)))
+        if known in names:
+            return names[known]
+        seconds = self.measure(self.correct(names.values(), in_features), rows, in_features, out_features)
+        if not seconds:  # not remembered: what is missing may be there tomorrow
             if self.last_resort is None:
-                raise BackendError(f"no INT8 backend computes the right numbers on {self.where}")
+                raise BackendError(f"no INT8 backend computes the right numbers on {self.table.where}")
             log.warning(
                 "%dx%dx%d: no candidate of backend=auto can run it; %s does", rows, in_features, out_features, self.last_resort.name
             )
             return self.last_resort
+        best = min(seconds, key=seconds.__getitem__)
+        self.keep(list(names.values()), (rows, in_features, out_features), best)
+        return names[best]
+
+    def keep(self, candidates: Sequence[Backend], shape: tuple[int, int, int], best: str) -> None:
+        """Remember the choice among these candidates for a shape (rows, in_features, out_features)."""
+        self.table.put(question(candidates, shape), best)
+
+    def float_rows(self, in_features: int, out_features: int) -> int | None:
+        """Up to how many rows `task=bench` found float to be faster, or None."""
+        found = self.table.get(f"float_rows | {in_features}x{out_features}")
+        return None if found is None or not found.isdigit() else int(found)
+
+    def measure(self, backends: Iterable[Backend], rows: int, in_features: int, out_features: int) -> dict[str, float]:
+        """Seconds of each backend on random numbers, by its name: the median of interleaved calls."""
+        self.measured += 1
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(shape, generator=generator).to(self.device)  # noqa: E731
+        weight, x = quantize_weight(draw(out_features, in_features)), draw(rows, in_features).to(self.dtype)
+        runs = [(b, b.pack(weight)) for b in backends]
         scale, bias = weight.scale[:, 0].contiguous(), draw(out_features)
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        seconds: dict[str, list[float]] = {b.name: [] for b, _ in runs}
         for _ in range(self.rounds + 1):  # the first round warms up
-            for name, (backend, packed) in runs.items():
-                seconds[name].append(self.timed(backend, packed, x, scale, bias))
-        medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-        self.milliseconds[rows, in_features, out_features] = {name: 1000 * t for name, t in medians.items()}
-        return runs[min(medians, key=medians.__getitem__)][0]
+            for backend, packed in runs:
+                seconds[backend.name].append(self.timed(backend, packed, x, scale, bias))
+        return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+    def correct(self, backends: Iterable[Backend], in_features: int) -> list[Backend]:
+        """Those that compute the right numbers; the others are named in the log with the reason."""
+        return [b for b in backends if self.agrees(b, in_features)]
 
     def timed(self, backend: Backend, packed: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> float:
         """Seconds of one call, device-synchronised."""
@@ -139,28 +140,6 @@ class Chooser:
         return right
 
 
-def library_stamp(device: torch.device) -> list[str]:
-    """Versions that a measured choice depends on: int8run, torch and, on a GPU, CUDA and its driver."""
-    stamp = [f"int8run {importlib.metadata.version('int8run')}", f"torch {torch.__version__}"]
-    if device.type == "cuda":
-        runtime: Any = torch._C  # typed by builds with CUDA only
-        stamp.append(f"CUDA {torch.version.cuda}, driver {runtime._cuda_getDriverVersion()}")
-    return stamp
-
-
-def read_table(table: Path) -> dict[str, str]:
-    """Choices made before; an unreadable table counts as empty and is written anew."""
-    try:
-        found = json.loads(table.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
-
-
-def write_table(table: Path, key: str, name: str) -> None:
-    """Add one choice. Written whole to a new name and moved, so that a reader never sees half a file."""
-    table.parent.mkdir(parents=True, exist_ok=True)
-    merged = {**read_table(table), key: name}
-    fresh = table.with_suffix(f".{time.time_ns()}")
-    fresh.write_text(json.dumps(merged, indent=1, sort_keys=True))
-    fresh.replace(table)
+def question(candidates: Sequence[Backend], shape: tuple[int, int, int]) -> str:
+    """What the table is asked: which of these candidates for this shape."""
+    return f"{','.join(sorted(b.name for b in candidates))} | {'x'.join(map(str, shape))}"

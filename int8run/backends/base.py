@@ -2,16 +2,20 @@
 
 import importlib.util
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from int8run.backends.table import ChoiceTable
 from int8run.kernels.cpu.library import COMPILERS
 from int8run.machine import cpu_capabilities
 from int8run.quant.weight import QuantizedWeight
+
+# 32-bit sums hold this many products of the largest codes: signed by signed, and unsigned activations by signed weights
+SIGNED_SUMS, UNSIGNED_SUMS = 2**31 // (128 * 127), 2**31 // (255 * 127)
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Limits:
     compiler: bool = False  # a C++ compiler on the PATH
     modules: tuple[str, ...] = ()  # Python packages
     cuda_capability: tuple[int, int] = (0, 0)  # at least
-    multiple: tuple[int, int] = (1, 1)  # in_features and out_features must be multiples of these
+    max_in_features: int | None = None  # beyond, 32-bit sums overflow
 
     def refuse(self, device: torch.device) -> list[str]:
         """Every reason why this device cannot run it; empty when it can."""
@@ -45,9 +49,9 @@ class Limits:
 
     def refuse_layer(self, in_features: int, out_features: int) -> list[str]:
         """Every reason why it cannot take a layer of this shape."""
-        sizes = {"in_features": in_features, "out_features": out_features}
-        wanted = zip(sizes.items(), self.multiple, strict=True)
-        return [f"{name}={size} is no multiple of {multiple}" for (name, size), multiple in wanted if size % multiple]
+        if self.max_in_features is None or in_features <= self.max_in_features:
+            return []
+        return [f"in_features={in_features} overflows its 32-bit sums, which hold {self.max_in_features}"]
 
 
 def version(numbers: tuple[int, int]) -> str:
@@ -67,6 +71,7 @@ class Quantized(NamedTuple):
     q: Tensor  # [M, K], int8 or uint8, K possibly padded
     scale: Tensor  # float32, one per row
     h: Tensor | None = None  # float32 [M, r]: the branch's down-projection, where the backend computes it from x in passing
+    rotation: int = 0  # group still to be rotated, by a backend that quantizes inside its product
 
 
 class FusedBranch(NamedTuple):
@@ -117,11 +122,38 @@ class Backend(Protocol):
 class FusesBranch(Protocol):
     """What a backend may offer besides: the low-rank branch inside its own product."""
 
-    def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch:
-        """The branch in the backend's own layout.
+    def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch | None:
+        """The branch in the backend's own layout; None where its rank is too large for that.
 
         lora_A: float32 [r, K], for the transformed input; lora_B: float32 [N, r]; dtype of the float model.
         """
+        ...
+
+
+class Timer(Protocol):
+    """What a tunable backend is timed by."""
+
+    @property
+    def table(self) -> ChoiceTable:
+        """Where answers are kept."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it measures."""
+        ...
+
+    def measure(self, backends: Iterable[Backend], rows: int, in_features: int, out_features: int) -> dict[str, float]:
+        """Seconds of each backend."""
+        ...
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """What a backend may offer besides: settings of its own that `task=bench` chooses per shape."""
+
+    def tune(self, timer: Timer, rows: int, in_features: int, out_features: int) -> None:
+        """Time its settings for a shape and keep the best in the timer's table."""
         ...
 
 

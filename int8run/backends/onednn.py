@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from int8run.backends.base import FusedBranch, Limits, Quantized
+from int8run.backends.base import UNSIGNED_SUMS, FusedBranch, Limits, Quantized
 from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
 from int8run.kernels.quantize_rowwise.reference import transform_rows
 from int8run.quant.weight import QuantizedWeight
@@ -37,7 +37,7 @@ class OneDnn:
     """Prepacked u8 x s8 with the weight scales inside oneDNN and the token scales and bias in one pass after it."""
 
     name: ClassVar[str] = "onednn"
-    limits: ClassVar[Limits] = Limits(devices=("cpu",), cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"))
+    limits: ClassVar[Limits] = Limits(devices=("cpu",), cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"), max_in_features=UNSIGNED_SUMS)
 
     def pack(self, weight: QuantizedWeight) -> Tensor:
         """oneDNN's private blocked layout, [K, N]; opaque, so it cannot be saved."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8run.backends.base import FusedBranch, Limits, Quantized
+from int8run.backends.base import SIGNED_SUMS, FusedBranch, Limits, Quantized
 from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
 from int8run.kernels.quantize_rowwise.reference import transform_rows
 from int8run.quant.weight import QuantizedWeight
@@ -21,7 +21,7 @@ class TorchIntMM:
     """Works wherever torch has an int8 product; repacks the weight at every call on CPUs."""
 
     name: ClassVar[str] = "torch_int_mm"
-    limits: ClassVar[Limits] = Limits(cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"))
+    limits: ClassVar[Limits] = Limits(cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"), max_in_features=SIGNED_SUMS)
 
     def pack(self, weight: QuantizedWeight) -> Tensor:
         """The integers as they are; on CUDA padded with zeros to multiples of 8. [N, K]."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from int8run.backends.base import FusedBranch, Limits, Quantized
+from int8run.backends.base import UNSIGNED_SUMS, FusedBranch, Limits, Quantized
 from int8run.errors import BackendError
 from int8run.kernels.cpu import vnni
 from int8run.kernels.cpu.library import BuildError, library
@@ -18,7 +18,7 @@ class Vnni:
     """AVX512-VNNI: quantization with GELU and rotation in one pass; scales, bias and an int8 low-rank branch in registers."""
 
     name: ClassVar[str] = "vnni"
-    limits: ClassVar[Limits] = Limits(devices=("cpu",), cpu_features=("avx512_vnni",), compiler=True)
+    limits: ClassVar[Limits] = Limits(devices=("cpu",), cpu_features=("avx512_vnni",), compiler=True, max_in_features=UNSIGNED_SUMS)
 
     def pack(self, weight: QuantizedWeight) -> Tensor:
         """Panels of 64 output columns, with their compensations; may be saved. int8 [ceil(N / 64), 1 + ceil(K / 4), 256].

@@ -14,7 +14,7 @@ ABLE = [
     pytest.param(backend, device, id=f"{name}-{device}", marks=[pytest.mark.gpu] if device.type == "cuda" else [])
     for name, backend in shipped("backend").items()
     for device in DEVICES
-    if usable(backend, device)
+    if usable(backend, device) and name != "comfy_kitchen"  # it rounds otherwise: test_comfy_kitchen.py
 ]
 # K = 1 is on its own: the transposed weight then has two strides of 1, and torch 2.13's _int_mm writes nothing
 SHAPES = [(1, 1, 1), (2, 8, 1), (17, 33, 1), (1, 5, 7), (3, 5, 7), (16, 1, 33), (17, 33, 130), (31, 64, 20), (80, 384, 1536)]

@@ -19,8 +19,25 @@ def cpu_without_vnni(monkeypatch):
 
 @pytest.mark.parametrize("backend", shipped("backend").values(), ids=lambda b: b.name)
 def test_no_backend_runs_on_meta(backend):
-    (reason,) = backend.limits.refuse(torch.device("meta"))
+    reason = backend.limits.refuse(torch.device("meta"))[0]
     assert reason == f"runs on {' and '.join(backend.limits.devices)}, not on meta"
+
+
+@pytest.mark.parametrize("backend", shipped("backend").values(), ids=lambda b: b.name)
+def test_a_layer_too_wide_for_32_bit_sums_is_refused(backend):
+    limit = backend.limits.max_in_features
+    if backend.name == "reference":
+        assert limit is None and backend.limits.refuse_layer(2**24, 8) == []
+        return
+    assert backend.limits.refuse_layer(limit, 8) == []
+    (reason,) = backend.limits.refuse_layer(limit + 1, 8)
+    assert reason == f"in_features={limit + 1} overflows its 32-bit sums, which hold {limit}"
+
+
+def test_a_missing_compiler_or_package_is_named(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert Limits(compiler=True).refuse(CPU) == ["needs a C++ compiler on the PATH (g++, clang++, c++)"]
+    assert Limits(modules=("no_such_package",)).refuse(CPU) == ["needs the Python package no_such_package"]
 
 
 def test_onednn_stays_on_the_cpu():

@@ -130,7 +130,7 @@ def test_help_names_every_top_level_key_with_its_default(key):
     value = ROOT
     for part in key.split("."):
         value = value[part]
-    shown = {True: "true", False: "false"}.get(value, value) if isinstance(value, bool) else value
+    shown = {True: "true", False: "false", None: "null"}.get(value, value) if value is None or isinstance(value, bool) else value
     assert re.search(rf"^  {re.escape(key)}={shown} +\S", help_page(), flags=re.MULTILINE)
 
 

@@ -80,6 +80,17 @@ def test_low_rank_branch(tile, rank, dtype):
     assert_close("y", y, expected, ROUNDING[dtype])
 
 
+def test_strengths_scale_each_rank():
+    arguments, (h, up) = inputs(17, 63, 130), low_rank(17, 63, 20, FULL)
+    strengths = randn(20, seed=9).to(DEVICE)
+    y = int8_linear(*arguments, 0, None, h, up, FULL, SMALL, strengths)
+    assert_close("y", y, reference(*arguments, None) + (h * strengths) @ up.T, ROUNDING[FULL])
+    # what a branch at strength 0 leaves is the layer itself
+    assert torch.equal(
+        int8_linear(*arguments, 0, None, h, up, FULL, SMALL, 0 * strengths), int8_linear(*arguments, 0, None, None, None, FULL, SMALL)
+    )
+
+
 def test_everything_at_once():
     q, x_scale, qdata, _ = inputs(33, 130, 256)
     w_scale, bias, (h, up) = randn(5, 8, seed=5).to(DEVICE) / 100, randn(130, seed=2, dtype=HALF).to(DEVICE), low_rank(33, 130, 20, BRAIN)
@@ -133,7 +144,7 @@ def test_what_does_not_fit_is_refused(changed, message):
 
 def test_the_operator_is_sound():
     q, x_scale, qdata, w_scale = inputs(5, 6, 32)
-    rest = (0, None, *low_rank(5, 6, 3, HALF), HALF, FEW.as_list())
+    rest = (0, None, *low_rank(5, 6, 3, HALF), None, HALF, FEW.as_list())
     op = torch.ops.int8run.triton_int8_linear.default
     torch.library.opcheck(op, (q, x_scale, qdata, w_scale, *rest), test_utils=("test_schema", "test_faketensor"))
 

@@ -1,0 +1,45 @@
+"""comfy-kitchen's INT8 linear layer, what ComfyUI runs: for comparison, and for those who have it tuned."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from int8run.backends.base import SIGNED_SUMS, FusedBranch, Limits, Quantized
+from int8run.kernels.quantize_rowwise.reference import transform_rows
+from int8run.quant.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class ComfyKitchen:
+    """Quantizes inside its product, so that layers with the same input share nothing but GELU and factors.
+
+    On CPUs it runs its portable path over `torch._int_mm`, with the same need for VNNI.
+    """
+
+    name: ClassVar[str] = "comfy_kitchen"
+    limits: ClassVar[Limits] = Limits(
+        modules=("comfy_kitchen",), cuda_capability=(7, 5), cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"),
+        max_in_features=SIGNED_SUMS,
+    )  # fmt: skip
+
+    def pack(self, weight: QuantizedWeight) -> Tensor:
+        """The integers as they are, [N, K]."""
+        return weight.qdata.contiguous()
+
+    def quantize(self, x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int, down: Tensor | None) -> Quantized:
+        """x: [M, K], not quantized yet; the rotation is left to the product."""
+        return Quantized(transform_rows(x, factor, None, gelu_from), x, rotation=0 if matrix is None else matrix.shape[0])
+
+    def linear(
+        self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+        branch: FusedBranch | None, strengths: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """x: [M, K] -> [M, N]."""
+        # an optional package, imported where it runs
+        from comfy_kitchen import int8_linear
+
+        bias = None if bias is None else bias.to(dtype)
+        rotation = {"convrot": True, "convrot_groupsize": x.rotation} if x.rotation else {}
+        return int8_linear(x.q.contiguous(), packed, w_scale, bias, out_dtype=dtype, **rotation)

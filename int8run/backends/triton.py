@@ -1,0 +1,124 @@
+"""The Triton kernels: two per layer, without torch.compile: one walk over the input, one product with everything else in it."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from int8run.backends.base import SIGNED_SUMS, FusedBranch, Limits, Quantized, Timer
+from int8run.backends.table import ChoiceTable
+from int8run.errors import ConfigError
+from int8run.kernels.int8_linear.tile import Tile, bucket, candidates, default_tile
+from int8run.quant.weight import QuantizedWeight
+
+# the tensor-core product of the branch takes whole 16s; zeros fill up
+RANK_MULTIPLE, MAX_RANK = 16, 256
+
+
+@dataclass(frozen=True)
+class Triton:
+    """INT8 tensor cores; scales, bias and the low-rank branch in the product's registers.
+
+    Args:
+        tile: one tile for all shapes; None: what `task=bench` found for the shape on this GPU, else a default for its generation.
+        table: file of measured tiles; None: the one that `backend=auto` uses.
+    """
+
+    tile: Tile | None = None
+    table: str | None = None
+    name: ClassVar[str] = "triton"
+    limits: ClassVar[Limits] = Limits(devices=("cuda",), cuda_capability=(8, 0), modules=("triton",), max_in_features=SIGNED_SUMS)
+
+    def pack(self, weight: QuantizedWeight) -> Tensor:
+        """The integers as they are, [N, K]: one copy, K contiguous as the tensor cores want it."""
+        return weight.qdata.contiguous()
+
+    def quantize(self, x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int, down: Tensor | None) -> Quantized:
+        """x: [M, K] -> int8 [M, K], scales [M, 1] and, with `down`, its product with the transformed x."""
+        # imported where it runs: a CPU has no use for Triton
+        from int8run.kernels.quantize_rowwise.kernel import quantize_rowwise
+
+        if x.shape[0] == 0:  # an empty grid cannot be launched
+            return Quantized(x.new_empty(x.shape, dtype=torch.int8), x.new_empty((0, 1), dtype=torch.float32))
+        x = x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
+        q, scale, h = quantize_rowwise(x, factor, 0 if matrix is None else matrix.shape[0], gelu_from, down)
+        return Quantized(q, scale, None if down is None else h)
+
+    def linear(
+        self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+        branch: FusedBranch | None, strengths: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """x: [M, K] -> [M, N]."""
+        from int8run.kernels.int8_linear.kernel import int8_linear
+
+        if x.q.shape[0] == 0:
+            return x.q.new_empty((0, packed.shape[0]), dtype=dtype)
+        up = None if branch is None or x.h is None else branch.up
+        if strengths is not None and up is not None:
+            strengths = F.pad(strengths, (0, up.shape[1] - strengths.shape[0])) if up.shape[1] != strengths.shape[0] else strengths
+        tile = self.tile or self.tile_for(x.q.device, dtype, x.q.shape[0], packed.shape[1], packed.shape[0])
+        h = None if up is None else x.h
+        return int8_linear(x.q, x.scale, packed, w_scale, 0, bias, h, up, dtype, tile, None if up is None else strengths)
+
+    def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch | None:
+        """Both factors in the model's dtype, ranks filled up with zeros; None beyond the rank that the kernel's registers hold."""
+        if lora_A.shape[0] > MAX_RANK:
+            return None
+        missing = -lora_A.shape[0] % RANK_MULTIPLE
+        down, up = F.pad(lora_A, (0, 0, 0, missing)), F.pad(lora_B, (0, missing))
+        return FusedBranch(down.to(dtype).contiguous(), up.to(dtype).contiguous(), with_input=True)
+
+    @cached_property
+    def known(self) -> dict[tuple[str, torch.dtype, int, int, int], Tile]:
+        """Tiles looked up so far, by device, dtype, bucket of rows, K and N."""
+        return {}
+
+    def tile_for(self, device: torch.device, dtype: torch.dtype, rows: int, k: int, n: int) -> Tile:
+        """The tile for a shape; looked up once per bucket of rows."""
+        key = (str(device), dtype, bucket(rows), k, n)
+        if key not in self.known:
+            table = ChoiceTable(Path(self.table) if self.table else None, device, dtype)
+            found = table.get(tile_question(rows, k, n))
+            capability = torch.cuda.get_device_capability(device)
+            self.known[key] = Tile(*map(int, found.split(","))) if found else default_tile(capability, rows)
+        return self.known[key]
+
+    def tune(self, timer: Timer, rows: int, in_features: int, out_features: int) -> None:
+        """Time every candidate tile and keep the fastest. A tile asked for by name is left alone."""
+        if self.tile is not None:
+            return
+        tiles = candidates(torch.cuda.get_device_capability(timer.device), rows)
+        seconds = [timer.measure([replace(self, tile=t)], rows, in_features, out_features)[self.name] for t in tiles]
+        best = tiles[seconds.index(min(seconds))]
+        timer.table.put(tile_question(rows, in_features, out_features), ",".join(map(str, best.as_list())))
+        self.known.clear()
+
+
+def tile_question(rows: int, k: int, n: int) -> str:
+    """What the table of choices is asked."""
+    return f"triton tile | up to {bucket(rows)} rows | {k}x{n}"
+
+
+def tile(
+    block_m: int | None, block_n: int | None, block_k: int | None, group_m: int | None, warps: int | None, stages: int | None
+) -> Tile | None:
+    """The tile that a config names; None when it names none.
+
+    Raises:
+        ConfigError: when it names some fields and not others, or a value that the kernel does not take.
+    """
+    fields = {"block_m": block_m, "block_n": block_n, "block_k": block_k, "group_m": group_m, "warps": warps, "stages": stages}
+    given = {name: value for name, value in fields.items() if value is not None}
+    if not given:
+        return None
+    if len(given) < len(fields):
+        missing = ", ".join(f"backend.tile.{name}" for name in fields if name not in given)
+        raise ConfigError(f"backend.tile needs all of its fields or none; missing: {missing}")
+    try:
+        return Tile(**given)
+    except ValueError as error:
+        raise ConfigError(f"backend.{error}") from error

@@ -1,0 +1,209 @@
+"""The INT8 linear layer on the GPU in one Triton kernel: integer product, scales, bias and LoRA's second half in one store.
+
+The weight stays [N, K], K contiguous, and its tile is loaded as [BLOCK_N, BLOCK_K] and transposed with `tl.trans`: loaded
+through a [K, N] view, Triton 3.9 shuffles bytes and spills registers in the k loop (tests/static_gate.py counts both).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from int8run.kernels.int8_linear.tile import Tile
+
+MAX_K = 131072  # int32 holds that many products of -128 * 127
+
+
+def int8_linear(
+    q: Tensor,
+    x_scale: Tensor,
+    qdata: Tensor,
+    w_scale: Tensor,
+    group: int,
+    bias: Tensor | None,
+    h: Tensor | None,
+    up: Tensor | None,
+    out_dtype: torch.dtype,
+    tile: Tile,
+    strengths: Tensor | None = None,
+) -> Tensor:
+    """`y = (q · qdataᵀ) · w_scale · x_scale + bias + (h · strengths) · upᵀ`, exact up to the scales.
+
+    M is no part of what is compiled: another resolution runs the same code. With at most 16 rows choose a tile with block_m 16;
+    it leaves rows that do not exist unread, so that the weight is all that moves.
+
+    Args:
+        q: int8 [M, K]; x_scale: float32 [M, 1].
+        qdata: int8 [N, K].
+        w_scale: float32, [N] per row; [N, ceil(K / group)] per group; or [ceil(N / group), ceil(K / group)] for square blocks.
+        group: 0 for scales per row, otherwise the group or block size, a multiple of 32. Sums of a group are scaled in float32.
+        bias: [N], any float dtype, or None.
+        h: float32 [M, R] and up: [N, R], both or neither. The product uses tensor cores in up's dtype, float32 sums.
+        out_dtype: bfloat16, float16 or float32.
+        tile: see `tile.py`. block_k becomes smaller where a group asks for it.
+        strengths: float32 [R], a factor for each column of h; None: 1.
+
+    Returns:
+        [M, N] in out_dtype.
+
+    Raises:
+        ValueError: for shapes, dtypes or strides that do not fit each other, or K above 131072.
+    """
+    op = torch.ops.int8run.triton_int8_linear.default
+    return op(q, x_scale, qdata, w_scale, group, bias, h, up, strengths, out_dtype, tile.as_list())
+
+
+def _launch(
+    q: Tensor, x_scale: Tensor, qdata: Tensor, w_scale: Tensor, group: int, bias: Tensor | None,
+    h: Tensor | None, up: Tensor | None, strengths: Tensor | None, out_dtype: torch.dtype, tile: list[int],
+) -> Tensor:  # fmt: skip
+    _check(q, x_scale, qdata, w_scale, group, bias, h, up, strengths, out_dtype)
+    t = Tile(*tile)
+    (m, k), n = q.shape, qdata.shape[0]
+    rank = 0 if h is None else h.shape[1]
+    block_k = group_depth(t.block_k, group)
+    y = torch.empty(m, n, dtype=out_dtype, device=q.device)
+    _int8_linear[(triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n),)](
+        q, x_scale, qdata, w_scale, bias, h, up, strengths, y, m, n, k, rank,
+        group, group if group and w_scale.shape[0] != n else 1,
+        bias is not None, rank_block(rank), n % t.block_n == 0, k % block_k == 0,
+        t.block_m, t.block_n, block_k, t.group_m, num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return y
+
+
+def _fake(
+    q: Tensor, x_scale: Tensor, qdata: Tensor, w_scale: Tensor, group: int, bias: Tensor | None,
+    h: Tensor | None, up: Tensor | None, strengths: Tensor | None, out_dtype: torch.dtype, tile: list[int],
+) -> Tensor:  # fmt: skip
+    return q.new_empty((q.shape[0], qdata.shape[0]), dtype=out_dtype)
+
+
+def group_depth(block_k: int, group: int) -> int:
+    """block_k, or the largest power of two in the group where that is less: no step may reach into the next group."""
+    return min(block_k, group & -group) if group else block_k
+
+
+def rank_block(rank: int) -> int:
+    """How many columns of h and up the kernel multiplies at a time; 0 without any. More than 32 spill beside a full tile."""
+    return 0 if rank == 0 else 16 if rank <= 16 else 32
+
+
+def _check(
+    q: Tensor, x_scale: Tensor, qdata: Tensor, w_scale: Tensor, group: int, bias: Tensor | None,
+    h: Tensor | None, up: Tensor | None, strengths: Tensor | None, out_dtype: torch.dtype,
+) -> None:  # fmt: skip
+    if q.dim() != 2 or qdata.dim() != 2 or q.shape[1] != qdata.shape[1] or 0 in (*q.shape, *qdata.shape):
+        raise ValueError(f"q must be [M, K] and qdata [N, K], not {list(q.shape)} and {list(qdata.shape)}")
+    (m, k), n = q.shape, qdata.shape[0]
+    if k > MAX_K:
+        raise ValueError(f"K is {k}; int32 sums hold at most {MAX_K} products")
+    if group < 0 or group % 32:
+        raise ValueError(f"group must be 0 or a multiple of 32, not {group}")
+    allowed: list[tuple[int, ...]] = [(n,)]
+    if group:
+        groups = triton.cdiv(k, group)
+        allowed = [(n, groups), (triton.cdiv(n, group), groups)]
+    if tuple(w_scale.shape) not in allowed:
+        raise ValueError(f"w_scale must be {' or '.join(str(list(s)) for s in allowed)} for group {group}, not {list(w_scale.shape)}")
+    if (h is None) != (up is None):
+        raise ValueError("h and up come together")
+    if h is not None and up is not None and (h.dim() != 2 or h.shape[1] == 0 or h.shape[0] != m or up.shape != (n, h.shape[1])):
+        raise ValueError(f"h must be [{m}, R] and up [{n}, R], not {list(h.shape)} and {list(up.shape)}")
+    rank = 0 if h is None else h.shape[1]
+    floats = (torch.bfloat16, torch.float16, torch.float32)
+    wanted = {
+        "q": (q, (m, k), (torch.int8,)),
+        "x_scale": (x_scale, (m, 1), (torch.float32,)),
+        "qdata": (qdata, (n, k), (torch.int8,)),
+        "w_scale": (w_scale, w_scale.shape, (torch.float32,)),
+        "bias": (bias, (n,), floats),
+        "h": (h, (m, rank), (torch.float32,)),
+        "up": (up, (n, rank), floats),
+        "strengths": (strengths, (rank,), (torch.float32,)),
+    }
+    for name, (tensor, shape, dtypes) in wanted.items():
+        if tensor is not None and (tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous()):
+            names = " or ".join(str(d) for d in dtypes)
+            raise ValueError(f"{name} must be contiguous {names} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
+    if out_dtype not in floats:
+        raise ValueError(f"out_dtype must be bfloat16, float16 or float32, not {out_dtype}")
+
+
+@triton.jit(do_not_specialize=["M"])
+def _int8_linear(
+    q_ptr, x_scale_ptr, qdata_ptr, w_scale_ptr, bias_ptr, h_ptr, up_ptr, strengths_ptr, y_ptr, M, N, K, R,
+    GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One tile [BLOCK_M, BLOCK_N] of y. GROUP: columns that share a weight scale, 0: all; SCALE_ROWS: rows that share one."""
+    # GROUP_M row blocks go through all column blocks together: the weight tile of one serves the others from L2
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    first_m = pid // (GROUP_M * blocks_n) * GROUP_M
+    group_m = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)
+    pid_m = first_m + pid % (GROUP_M * blocks_n) % group_m
+    pid_n = pid % (GROUP_M * blocks_n) // group_m
+
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # past the end, the last row or column again: never stored, so the k loop needs no mask for them
+    safe_rows = tl.minimum(rows, M - 1)
+    safe_cols = cols if EVEN_N else tl.minimum(cols, N - 1)
+    ks = tl.arange(0, BLOCK_K)
+    q_ptrs = q_ptr + safe_rows.to(tl.int64)[:, None] * K + ks[None, :]
+    qdata_ptrs = qdata_ptr + safe_cols.to(tl.int64)[:, None] * K + ks[None, :]
+    # with few rows, reading the last one 16 times would cost more than the mask
+    FEW_ROWS: tl.constexpr = BLOCK_M == 16
+    row_mask = (rows < M)[:, None]
+
+    if GROUP:
+        w_scale_ptrs = w_scale_ptr + safe_cols // SCALE_ROWS * tl.cdiv(K, GROUP)
+        y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            q = tl.load(q_ptrs, mask=row_mask, other=0) if FEW_ROWS else tl.load(q_ptrs)
+            qdata = tl.load(qdata_ptrs)
+        else:
+            inside = (ks < K - k)[None, :]
+            q = tl.load(q_ptrs, mask=inside & row_mask if FEW_ROWS else inside, other=0)
+            qdata = tl.load(qdata_ptrs, mask=inside, other=0)
+        if GROUP:
+            part = tl.dot(q, tl.trans(qdata), out_dtype=tl.int32)
+            y += part.to(tl.float32) * tl.load(w_scale_ptrs + k // GROUP)[None, :]
+        else:
+            acc = tl.dot(q, tl.trans(qdata), acc, out_dtype=tl.int32)
+        q_ptrs += BLOCK_K
+        qdata_ptrs += BLOCK_K
+
+    if not GROUP:
+        y = acc.to(tl.float32) * tl.load(w_scale_ptr + safe_cols)[None, :]
+    y *= tl.load(x_scale_ptr + safe_rows)[:, None]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + safe_cols).to(tl.float32)[None, :]
+    if BLOCK_R:
+        # not pipelined: it would ask for more shared memory than the tiles, which are done with
+        for r in tl.range(0, R, BLOCK_R, num_stages=1):
+            ranks = r + tl.arange(0, BLOCK_R)
+            rank_mask = (ranks < R)[None, :]
+            h = tl.load(h_ptr + safe_rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=rank_mask, other=0.0)
+            if strengths_ptr is not None:
+                h *= tl.load(strengths_ptr + ranks, mask=ranks < R, other=0.0)[None, :]
+            up = tl.load(up_ptr + safe_cols[:, None] * R + ranks[None, :], mask=rank_mask, other=0.0)
+            y = tl.dot(h.to(up.dtype), tl.trans(up), y, input_precision="tf32x3")
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
+    mask = row_mask if EVEN_N else row_mask & (cols < N)[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+# registered by hand: `custom_op` adds 12 microseconds to every call, this 3
+ops = torch.library.Library("int8run", "FRAGMENT")
+ops.define(
+    "triton_int8_linear(Tensor q, Tensor x_scale, Tensor qdata, Tensor w_scale, int group, Tensor? bias, Tensor? h, Tensor? up, "
+    "Tensor? strengths, ScalarType out_dtype, int[] tile) -> Tensor"
+)
+ops.impl("triton_int8_linear", _launch, "CompositeExplicitAutograd")
+torch.library.register_fake("int8run::triton_int8_linear", _fake, lib=ops)

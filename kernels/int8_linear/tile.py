@@ -1,0 +1,117 @@
+"""Tile sizes of the Triton kernel: what is allowed, what each GPU starts with, and what a tuner should try. Needs no Triton."""
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, replace
+from itertools import product
+
+# what one program may use of a multiprocessor's shared memory, in bytes, by compute capability
+SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, 121: 101376}
+
+# M falls into one of these buckets, named by its largest number of rows; a tuner measures once per bucket, not once per M
+FEW, MANY = 16, 2**31 - 1
+BUCKETS = (FEW, 128, 1024, MANY)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the output [M, N] is cut up, and how one program walks along K."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int = 8  # row blocks that run side by side, so that they find the same weight in L2
+    warps: int = 8
+    stages: int = 3  # tiles of K in flight; 1: no pipeline
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "block_m": (16, 32, 64, 128, 256),
+            "block_n": (16, 32, 64, 128, 256),
+            # 32: the depth of one int8 tensor-core instruction
+            "block_k": (32, 64, 128, 256, 512),
+            "group_m": range(1, 65),
+            "warps": (1, 2, 4, 8, 16),
+            "stages": range(1, 9),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                text = f"1 to {values[-1]}" if isinstance(values, range) else f"one of {', '.join(map(str, values))}"
+                raise ValueError(f"tile.{name} is {getattr(self, name)}; it must be {text}")
+        if self.sums_per_thread > 128:
+            raise ValueError(
+                f"a tile of {self.block_m}x{self.block_n} needs more than {self.warps} warps: its sums spill from the registers"
+            )
+
+    @property
+    def sums_per_thread(self) -> int:
+        """Registers that hold sums, of the 255 that a thread can have."""
+        return self.block_m * self.block_n // (32 * self.warps)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of the operand tiles in flight, at most; the compiler adds up to a few kilobytes."""
+        return (self.block_m + self.block_n) * self.block_k * self.stages
+
+    def as_list(self) -> list[int]:
+        """The fields in order, as the operator takes them."""
+        return list(astuple(self))
+
+
+# Compute capability -> a tile for each bucket. None of them spills registers, and on 8.x the largest leaves room for two
+# programs on one multiprocessor (tests/static_gate.py); which is fastest is for a tuner to find out.
+_AMPERE = (Tile(16, 64, 256, 1, 4, 4), Tile(64, 64, 128, 8, 4, 4), Tile(64, 128, 64, 8, 4, 4), Tile(128, 128, 64, 8, 8, 4))
+_HOPPER = (Tile(16, 64, 256, 1, 4, 5), Tile(64, 64, 128, 8, 4, 4), Tile(64, 128, 128, 8, 4, 4), Tile(128, 256, 128, 8, 8, 3))
+_BLACKWELL = (*_HOPPER[:3], Tile(128, 128, 128, 8, 8, 4))
+DEFAULTS = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 120: _AMPERE}
+# sums per thread beyond which the kernel spills; scales per group keep two sums
+MOST_SUMS = {80: 128, 90: 128, 100: 64, 120: 128}
+
+
+def bucket(rows: int) -> int:
+    """The bucket that a number of rows falls into."""
+    return next(b for b in BUCKETS if rows <= b)
+
+
+def default_tile(capability: tuple[int, int], rows: int, grouped: bool = False) -> Tile:
+    """The tile to start with.
+
+    Args:
+        capability: of the GPU, as `torch.cuda.get_device_capability` gives it.
+        rows: M.
+        grouped: whether the weight has scales per group; those need twice the sums.
+
+    Raises:
+        ValueError: below compute capability 8.0.
+    """
+    tiles = DEFAULTS[_newest(DEFAULTS, capability)]
+    tile = tiles[BUCKETS.index(bucket(rows))]
+    return replace(tile, block_n=tile.block_n // 2) if tile.sums_per_thread > _most_sums(capability, grouped) else tile
+
+
+def candidates(capability: tuple[int, int], rows: int, grouped: bool = False) -> list[Tile]:
+    """What a tuner should measure for a bucket of rows, the default first. Arguments and errors as for `default_tile`."""
+    shapes = {
+        FEW: ((16, 32, 4), (16, 64, 4), (16, 128, 4)),
+        128: ((32, 64, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4)),
+        1024: ((64, 64, 4), (64, 128, 4), (128, 128, 8), (64, 256, 8), (128, 128, 4), (128, 64, 8)),
+        MANY: ((64, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 64, 8)),
+    }[bucket(rows)]
+    depths = (128, 256, 512) if rows <= FEW else (64, 128)
+    first = default_tile(capability, rows, grouped)
+    limit = SHARED_MEMORY[_newest(SHARED_MEMORY, capability)]
+    tried = [Tile(m, n, k, first.group_m, warps, stages) for (m, n, warps), k, stages in product(shapes, depths, (3, 4, 5))]
+    fitting = [t for t in tried if t.shared_bytes <= limit - 4096 and t.sums_per_thread <= _most_sums(capability, grouped)]
+    return [first, *(t for t in fitting if t != first)]
+
+
+def _most_sums(capability: tuple[int, int], grouped: bool) -> int:
+    return MOST_SUMS[_newest(MOST_SUMS, capability)] // (2 if grouped else 1)
+
+
+def _newest(table: Mapping[int, object], capability: tuple[int, int]) -> int:
+    """The newest entry that this GPU is not older than."""
+    number = 10 * capability[0] + capability[1]
+    known = [entry for entry in table if entry <= number]
+    if not known:
+        raise ValueError(f"the kernel needs compute capability 8.0 or newer, not {capability[0]}.{capability[1]}")
+    return max(known)

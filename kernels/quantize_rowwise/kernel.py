@@ -1,0 +1,263 @@
+"""Per-row int8 quantization on the GPU, fused with what comes before it: GELU, scaling, group rotation, LoRA's first half.
+
+Two Triton kernels. `_resident` holds a whole row in registers; `_walking` takes a block of rows, walks along them twice, and
+uses tensor cores for the rotation and the low-rank product. x comes from memory once: the second walk finds it in cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+RESIDENT_K = 16384  # the longest row that stays in registers
+MAX_RANK = 256
+ROTATIONS = (0, 4, 16, 64, 256, 1024)
+
+TINY = tl.constexpr(1e-30)  # the reference's
+PART = tl.constexpr(64)  # columns that the walking kernel handles as one matrix
+BLOCK_M = tl.constexpr(16)  # its rows; the smallest tensor-core product, so that few rows still fill the GPU
+
+
+def quantize_rowwise(
+    x: Tensor, factor: Tensor | None = None, rotation: int = 0, gelu_from: int = -1, down: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Transform each row, then round it to int8 with its own scale; ties to even.
+
+    The order is GELU (tanh approximation), factor, rotation, `scale = absmax / 127`. The arithmetic is float32; what enters the
+    rotation is rounded to x's dtype, as it would be between separate operators, and so is what enters the product with `down`.
+    A row with NaN or infinity gets such a scale, so that it stays visible in the result.
+
+    Args:
+        x: bfloat16, float16 or float32 [M, K]; rows may lie apart, columns may not.
+        factor: float32 [K] or None.
+        rotation: 0 for none, or the group size of a regular Hadamard matrix (`kernels/hadamard`), a divisor of K.
+        gelu_from: columns from this one on pass through GELU first; -1: none.
+        down: [R, K] in x's dtype or None; it takes the transformed x.
+
+    Returns:
+        q: int8 [M, K]; scale: float32 [M, 1]; h = x' downᵀ: float32 [M, R], or [M, 0] without `down`.
+
+    Raises:
+        ValueError: for a shape, stride, dtype, rotation or rank that the kernels do not take.
+    """
+    return torch.ops.int8run.triton_quantize_rowwise.default(x, factor, rotation, gelu_from, down)
+
+
+def _launch(x: Tensor, factor: Tensor | None, rotation: int, gelu_from: int, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, factor, rotation, down)
+    q, scale, h = _empty_outputs(x, down)
+    rows, columns = x.shape
+    rank = h.shape[1]
+    if columns <= RESIDENT_K and not rotation and not rank:
+        block_k = triton.next_power_of_2(columns)
+        _resident[(rows,)](
+            x, factor, q, scale, columns, x.stride(0), gelu_from, factor is not None, gelu_from >= 0, block_k,
+            num_warps=resident_warps(block_k), enable_fp_fusion=True,
+        )  # fmt: skip
+        return q, scale, h
+    parts, block_r = max(rotation // PART.value, 4), rank_block(rank)
+    _walking[(triton.cdiv(rows, BLOCK_M.value),)](
+        x, factor, down, q, scale, h, rows, columns, rank, x.stride(0), gelu_from,
+        factor is not None, gelu_from >= 0, rotation, block_r, columns % (parts * PART.value) == 0, parts,
+        num_warps=walking_warps(rotation, block_r), num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return q, scale, h
+
+
+def resident_warps(block_k: int) -> int:
+    """32 values a thread."""
+    return min(max(block_k // 1024, 1), 16)
+
+
+def rank_block(rank: int) -> int:
+    """Rank as the walking kernel computes it; 0 without any.
+
+    At least twice BLOCK_M: Triton spreads both of two chained products over the warps along the rows where the second is not
+    wider than high, and 16 rows do not divide; every warp would then compute the whole rotation, with spilled registers.
+    """
+    return max(2 * BLOCK_M.value, triton.next_power_of_2(rank)) if rank else 0
+
+
+def walking_warps(rotation: int, block_r: int) -> int:
+    """As few warps as hold the sums in registers (tests/static_gate.py). float32 spills beyond rank 32 or group 256."""
+    if block_r == 256:
+        return 16
+    return 8 if block_r or rotation == 1024 else 4
+
+
+def _fake(x: Tensor, factor: Tensor | None, rotation: int, gelu_from: int, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_outputs(x, down)
+
+
+def _empty_outputs(x: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = x.shape
+    q = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    return q, scale, torch.empty(rows, 0 if down is None else down.shape[0], dtype=torch.float32, device=x.device)
+
+
+def _check(x: Tensor, factor: Tensor | None, rotation: int, down: Tensor | None) -> None:
+    if x.dim() != 2 or 0 in x.shape or (x.shape[1] > 1 and x.stride(1) != 1):
+        raise ValueError(f"x must be [M, K] with neighbouring columns, not {list(x.shape)} with strides {x.stride()}")
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"x must be bfloat16, float16 or float32, not {x.dtype}")
+    columns = x.shape[1]
+    if factor is not None and (factor.shape != (columns,) or factor.dtype != torch.float32 or not factor.is_contiguous()):
+        raise ValueError(f"factor must be contiguous float32 [{columns}], not {factor.dtype} {list(factor.shape)}")
+    if rotation not in ROTATIONS or (rotation and columns % rotation):
+        raise ValueError(f"rotation must be one of {ROTATIONS} and divide {columns} columns, not {rotation}")
+    if down is None:
+        return
+    if down.dim() != 2 or down.shape[1] != columns or down.dtype != x.dtype or not down.is_contiguous():
+        raise ValueError(f"down must be contiguous {x.dtype} [R, {columns}], not {down.dtype} {list(down.shape)}")
+    if not 1 <= down.shape[0] <= MAX_RANK:
+        raise ValueError(f"down may have 1 to {MAX_RANK} rows, not {down.shape[0]}; merge a larger LoRA into the weight")
+
+
+@triton.jit
+def _magnitude(x):
+    """The bits of |x|, which sort like |x| with NaN above infinity; a float maximum would drop NaN."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _scale_of(magnitude):
+    """absmax / 127 and its inverse from the largest magnitude. NaN stays NaN, which `tl.maximum` would replace."""
+    scale = tl.div_rn(magnitude.to(tl.float32, bitcast=True), 127.0)
+    scale = tl.where(scale < TINY, TINY, scale)
+    return scale, tl.div_rn(1.0, scale)
+
+
+@triton.jit
+def _to_int8(x):
+    """Round |x| <= 127 to the nearest, ties to even: adding 1.5 * 2**23 leaves the integer in float32's lowest bits."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _gelu_and_factor(x, cols, factor_ptr, mask, gelu_from, HAS_FACTOR: tl.constexpr, GELU: tl.constexpr):
+    """x: float32 [..., columns]; cols and mask: [columns]."""
+    if GELU:
+        # x * sigmoid(2u), which is x * (1 + tanh(u)) / 2
+        gelu = x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        x = tl.where(cols >= gelu_from, gelu, x)
+    if HAS_FACTOR:
+        x *= tl.load(factor_ptr + cols, mask=mask, other=0.0)
+    return x
+
+
+@triton.jit(do_not_specialize=["gelu_from"])
+def _resident(
+    x_ptr, factor_ptr, q_ptr, scale_ptr, K, stride_xm, gelu_from,
+    HAS_FACTOR: tl.constexpr, GELU: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One row per program."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_K)
+    mask = cols < K
+    x = tl.load(x_ptr + row * stride_xm + cols, mask=mask, other=0.0).to(tl.float32)
+    x = _gelu_and_factor(x, cols, factor_ptr, mask, gelu_from, HAS_FACTOR, GELU)
+    scale, inverse = _scale_of(tl.max(_magnitude(x), axis=0))
+    tl.store(scale_ptr + row, scale)
+    tl.store(q_ptr + row * K + cols, _to_int8(x * inverse), mask=mask)
+
+
+@triton.jit
+def _signs(ROTATION: tl.constexpr, dtype: tl.constexpr):
+    """[64, 64]: the regular Hadamard matrix times 8; for a smaller group its signs in blocks along the diagonal.
+
+    The 4x4 block is -1 where the base-4 digits of row and column add up to 3, that is, where both their bits differ; its
+    Kronecker power counts such digits.
+    """
+    differ = tl.arange(0, PART)[:, None] ^ tl.arange(0, PART)[None, :]
+    minus = differ & (differ >> 1)
+    odd = (minus ^ (minus >> 2) ^ (minus >> 4)) & 1
+    return tl.where(differ < ROTATION, 1.0 - 2.0 * odd, 0.0).to(dtype)
+
+
+@triton.jit
+def _combine(a, b, c, d):
+    """The 4x4 block applied to four matrices: row i is the sum of all, with the sign of the i-th from the end turned."""
+    total = (a + b) + (c + d)
+    return total - 2 * d, total - 2 * c, total - 2 * b, total - 2 * a
+
+
+@triton.jit
+def _transformed(
+    x_ptr, row_offsets, factor_ptr, k, K, gelu_from, signs,
+    HAS_FACTOR: tl.constexpr, GELU: tl.constexpr, ROTATION: tl.constexpr, EVEN_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Columns k .. k + 64 * PARTS after GELU, factor and rotation: PARTS float32 matrices [BLOCK_M, 64]."""
+    parts = ()
+    for i in tl.static_range(PARTS):
+        cols = k + i * PART + tl.arange(0, PART)
+        mask = cols < K
+        if EVEN_K:
+            x = tl.load(x_ptr + row_offsets + cols[None, :])
+        else:
+            x = tl.load(x_ptr + row_offsets + cols[None, :], mask=mask[None, :], other=0.0)
+        part = _gelu_and_factor(x.to(tl.float32), cols, factor_ptr, mask, gelu_from, HAS_FACTOR, GELU)
+        if ROTATION:
+            part = tl.dot(part.to(x.dtype), signs, input_precision="tf32x3")
+        parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
+    # a large group is 4x4 blocks between matrices; each round works on one base-4 digit and moves it to the other end
+    ROUNDS: tl.constexpr = 2 if ROTATION == 1024 else 1 if ROTATION == 256 else 0
+    for _ in tl.static_range(ROUNDS):
+        mixed = ()
+        for i in tl.static_range(PARTS // 4):
+            mixed = mixed + _combine(parts[i], parts[i + PARTS // 4], parts[i + PARTS // 2], parts[i + 3 * PARTS // 4])
+        parts = mixed
+    # the only normalisation, by a power of two
+    NORM: tl.constexpr = ROTATION**-0.5 if ROTATION else 1.0
+    normalised = ()
+    for i in tl.static_range(PARTS):
+        normalised = normalised + (parts[i] * NORM,)  # type: ignore[assignment]  # noqa: RUF005
+    return normalised
+
+
+@triton.jit(do_not_specialize=["M", "gelu_from"])
+def _walking(
+    x_ptr, factor_ptr, down_ptr, q_ptr, scale_ptr, h_ptr, M, K, R, stride_xm, gelu_from,
+    HAS_FACTOR: tl.constexpr, GELU: tl.constexpr, ROTATION: tl.constexpr, BLOCK_R: tl.constexpr,
+    EVEN_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows per program: one walk for absmax and h, one for q."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # past the end, the last row or rank again: never stored, so the walks need no mask for them
+    row_offsets = tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_xm
+    ranks = tl.arange(0, BLOCK_R if BLOCK_R else 32)
+    safe_ranks = tl.minimum(ranks, R - 1)
+    signs = _signs(ROTATION, x_ptr.dtype.element_ty)
+
+    magnitude = tl.zeros([BLOCK_M, PART], tl.int32)
+    h = tl.zeros([BLOCK_M, BLOCK_R if BLOCK_R else 32], tl.float32)
+    for k in range(0, K, PARTS * PART):
+        parts = _transformed(x_ptr, row_offsets, factor_ptr, k, K, gelu_from, signs, HAS_FACTOR, GELU, ROTATION, EVEN_K, PARTS)
+        for i in tl.static_range(PARTS):
+            magnitude = tl.maximum(magnitude, _magnitude(parts[i]))
+            if BLOCK_R:
+                cols = k + i * PART + tl.arange(0, PART)
+                down_ptrs = down_ptr + safe_ranks[:, None] * K + cols[None, :]
+                down = tl.load(down_ptrs) if EVEN_K else tl.load(down_ptrs, mask=(cols < K)[None, :], other=0.0)
+                h = tl.dot(parts[i].to(down.dtype), tl.trans(down), h, input_precision="tf32x3")
+
+    scale, inverse = _scale_of(tl.max(magnitude, axis=1))
+    tl.store(scale_ptr + rows, scale, mask=rows < M)
+    if BLOCK_R:
+        h_offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
+        tl.store(h_ptr + h_offsets, h, mask=(rows < M)[:, None] & (ranks < R)[None, :])
+
+    for k in range(0, K, PARTS * PART):
+        parts = _transformed(x_ptr, row_offsets, factor_ptr, k, K, gelu_from, signs, HAS_FACTOR, GELU, ROTATION, EVEN_K, PARTS)
+        for i in tl.static_range(PARTS):
+            cols = k + i * PART + tl.arange(0, PART)
+            q = _to_int8(parts[i] * inverse[:, None])
+            mask = (rows < M)[:, None] if EVEN_K else (rows < M)[:, None] & (cols < K)[None, :]
+            tl.store(q_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], q, mask=mask)
+
+
+# registered by hand: `custom_op` adds 12 microseconds to every call, this 3
+ops = torch.library.Library("int8run", "FRAGMENT")
+ops.define("triton_quantize_rowwise(Tensor x, Tensor? factor, int rotation, int gelu_from, Tensor? down) -> (Tensor, Tensor, Tensor)")
+ops.impl("triton_quantize_rowwise", _launch, "CompositeExplicitAutograd")
+torch.library.register_fake("int8run::triton_quantize_rowwise", _fake, lib=ops)

@@ -1,0 +1,36 @@
+"""`backend=comfy_kitchen`: the optional package computes our layer, with its own roundings."""
+
+import pytest
+import torch
+from helpers import CPU, assert_close, randn, usable
+
+from int8run.backends.base import run_layer
+from int8run.backends.comfy_kitchen import ComfyKitchen
+from int8run.layers.linear import Int8Linear, QuantizedLayer
+from int8run.outlier.convrot import ConvRot
+from int8run.outlier.none import NoOutlier
+from int8run.quant.weight import quantize_weight
+
+needs_package = pytest.mark.skipif(not usable(ComfyKitchen(), CPU), reason="; ".join(ComfyKitchen.limits.refuse(CPU)))
+
+
+@needs_package
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("outlier", [NoOutlier(), ConvRot()], ids=lambda m: m.name)
+def test_close_to_the_float_layer(outlier, dtype):
+    x, weight, bias = randn(20, 256, dtype=dtype), randn(40, 256, seed=1), randn(40, seed=2)
+    transform = outlier.fit(weight)
+    layer = Int8Linear(QuantizedLayer(quantize_weight(transform.transform_weight(weight)), transform, bias), ComfyKitchen(), dtype)
+    assert_close("layer", layer(x).float(), x.float() @ weight.T + bias, 0.02)
+
+
+@needs_package
+def test_close_to_the_definition():
+    x, weight = randn(5, 40), quantize_weight(randn(16, 40, seed=1))
+    expected = (x @ weight.dequantize().T).float()
+    assert_close("product", run_layer(ComfyKitchen(), x, weight.qdata, weight.scale[:, 0].contiguous(), None), expected, 0.02)
+
+
+def test_without_the_package_the_reason_is_said(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "needs the Python package comfy_kitchen" in ComfyKitchen.limits.refuse(CPU)

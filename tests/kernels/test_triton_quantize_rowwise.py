@@ -1,0 +1,19 @@
+"""The Triton version of quantize_rowwise against the reference: interpreted on the CPU, compiled on a GPU."""
+
+from pathlib import Path
+
+import pytest
+from triton_process import needs_gpu, run_cases
+
+pytest.importorskip("triton", reason="Triton is not installed")
+CASES = Path(__file__).with_name("cases_triton_quantize_rowwise.py")
+
+
+def test_interpreted():
+    run_cases(CASES, interpret=True)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_the_gpu():
+    run_cases(CASES, interpret=False)
