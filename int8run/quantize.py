@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from int8run.backends.auto import AutoBackend, Chooser
 from int8run.backends.base import Backend
+from int8run.backends.shipped import usable_here
 from int8run.errors import BackendError, ConfigError, in_range, one_of, switch
 from int8run.layers.linear import Int8Linear, QuantizedLayer, SharedInput, linear_at
 from int8run.outlier.base import OutlierMethod, OutlierTransform
@@ -114,7 +115,8 @@ def check_backend(backend: Backend, device: torch.device, plans: Iterable[LayerP
     """
     reasons = backend.limits.refuse(device)
     if reasons:
-        raise BackendError(f"backend {backend.name!r} cannot run here: {'; '.join(reasons)}; backend=auto takes one that can")
+        able = ", ".join(usable_here(device))
+        raise BackendError(f"backend {backend.name!r} cannot run here: {'; '.join(reasons)}; these can: {able}")
     refused = {p.name: why for p in plans if (why := backend.limits.refuse_layer(p.in_features, p.out_features))}
     if refused:
         listed = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused.items())

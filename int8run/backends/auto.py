@@ -48,7 +48,7 @@ class AutoBackend:
         if not able and self.last_resort is not None:
             log.warning("backend=auto uses %s, the slow definition: %s", self.last_resort.name, left_out)
         for b in self.candidates.values():
-            if b.name in refused and device.type in b.limits.devices:  # it could run on such a device, so somebody may miss it
+            if b.name in refused and device.type in b.limits.devices and not b.limits.extra:  # somebody may miss its speed
                 log.info("backend=auto goes without %s: it %s", b.name, ", ".join(refused[b.name]))
         table = ChoiceTable(Path(self.table) if self.table else None, device, dtype)
         return Chooser(able, self.rounds, table, device, dtype, self.last_resort)

@@ -9,7 +9,6 @@ from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from int8run.backends.table import ChoiceTable
 from int8run.kernels.cpu.library import COMPILERS
 from int8run.machine import cpu_capabilities
 from int8run.quant.weight import QuantizedWeight
@@ -28,6 +27,7 @@ class Limits:
     modules: tuple[str, ...] = ()  # Python packages
     cuda_capability: tuple[int, int] = (0, 0)  # at least
     max_in_features: int | None = None  # beyond, 32-bit sums overflow
+    extra: bool = False  # for those who ask for it: backend=auto says nothing when it is missing
 
     def refuse(self, device: torch.device) -> list[str]:
         """Every reason why this device cannot run it; empty when it can."""
@@ -134,11 +134,6 @@ class Timer(Protocol):
     """What a tunable backend is timed by."""
 
     @property
-    def table(self) -> ChoiceTable:
-        """Where answers are kept."""
-        ...
-
-    @property
     def device(self) -> torch.device:
         """Where it measures."""
         ...
@@ -153,7 +148,7 @@ class Tunable(Protocol):
     """What a backend may offer besides: settings of its own that `task=bench` chooses per shape."""
 
     def tune(self, timer: Timer, rows: int, in_features: int, out_features: int) -> None:
-        """Time its settings for a shape and keep the best in the timer's table."""
+        """Time its settings for a shape and keep the best."""
         ...
 
 

@@ -21,7 +21,7 @@ class ComfyKitchen:
     name: ClassVar[str] = "comfy_kitchen"
     limits: ClassVar[Limits] = Limits(
         modules=("comfy_kitchen",), cuda_capability=(7, 5), cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"),
-        max_in_features=SIGNED_SUMS,
+        max_in_features=SIGNED_SUMS, extra=True,
     )  # fmt: skip
 
     def pack(self, weight: QuantizedWeight) -> Tensor:

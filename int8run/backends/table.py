@@ -17,14 +17,17 @@ def default_path() -> Path:
 
 
 class ChoiceTable:
-    """Choices for one device and dtype, each under what was asked: which backend, which tile, up to how many rows float is faster.
+    """Choices for one device, each under what was asked: which backend, which tile, up to how many rows float is faster.
+
+    Args:
+        dtype: of the float model, where the answer depends on it.
 
     Entries of other devices, drivers and versions stay in the file and are not seen.
     """
 
-    def __init__(self, path: Path | None, device: torch.device, dtype: torch.dtype):
+    def __init__(self, path: Path | None, device: torch.device, dtype: torch.dtype | None = None):
         self.path = path or default_path()
-        self.where = " | ".join([device_name(device), *library_stamp(device), str(dtype).removeprefix("torch.")])
+        self.where = " | ".join([device_name(device), *library_stamp(device), *([str(dtype).removeprefix("torch.")] if dtype else [])])
         self.known = read_table(self.path)
 
     def get(self, question: str) -> str | None:

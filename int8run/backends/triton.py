@@ -12,7 +12,7 @@ from torch import Tensor
 from int8run.backends.base import SIGNED_SUMS, FusedBranch, Limits, Quantized, Timer
 from int8run.backends.table import ChoiceTable
 from int8run.errors import ConfigError
-from int8run.kernels.int8_linear.tile import Tile, bucket, candidates, default_tile
+from int8run.kernels.int8_linear.tile import BUCKETS, Tile, bucket, candidates, default_tile
 from int8run.quant.weight import QuantizedWeight
 
 # the tensor-core product of the branch takes whole 16s; zeros fill up
@@ -35,6 +35,9 @@ class Triton:
 
     def pack(self, weight: QuantizedWeight) -> Tensor:
         """The integers as they are, [N, K]: one copy, K contiguous as the tensor cores want it."""
+        n, k = weight.qdata.shape
+        if self.tile is None and (k, n) not in self.tiles:  # here, because a compiled graph cannot read a file
+            self.tiles[k, n] = self.tiles_for(weight.qdata.device, k, n)
         return weight.qdata.contiguous()
 
     def quantize(self, x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int, down: Tensor | None) -> Quantized:
@@ -60,7 +63,8 @@ class Triton:
         up = None if branch is None or x.h is None else branch.up
         if strengths is not None and up is not None:
             strengths = F.pad(strengths, (0, up.shape[1] - strengths.shape[0])) if up.shape[1] != strengths.shape[0] else strengths
-        tile = self.tile or self.tile_for(x.q.device, dtype, x.q.shape[0], packed.shape[1], packed.shape[0])
+        n, k = packed.shape
+        tile = self.tile or self.tiles[k, n][BUCKETS.index(bucket(x.q.shape[0]))]
         h = None if up is None else x.h
         return int8_linear(x.q, x.scale, packed, w_scale, 0, bias, h, up, dtype, tile, None if up is None else strengths)
 
@@ -73,19 +77,19 @@ class Triton:
         return FusedBranch(down.to(dtype).contiguous(), up.to(dtype).contiguous(), with_input=True)
 
     @cached_property
-    def known(self) -> dict[tuple[str, torch.dtype, int, int, int], Tile]:
-        """Tiles looked up so far, by device, dtype, bucket of rows, K and N."""
+    def tiles(self) -> dict[tuple[int, int], tuple[Tile, ...]]:
+        """For each (K, N) packed so far, a tile per bucket of rows. One backend serves one kind of device."""
         return {}
 
-    def tile_for(self, device: torch.device, dtype: torch.dtype, rows: int, k: int, n: int) -> Tile:
-        """The tile for a shape; looked up once per bucket of rows."""
-        key = (str(device), dtype, bucket(rows), k, n)
-        if key not in self.known:
-            table = ChoiceTable(Path(self.table) if self.table else None, device, dtype)
-            found = table.get(tile_question(rows, k, n))
-            capability = torch.cuda.get_device_capability(device)
-            self.known[key] = Tile(*map(int, found.split(","))) if found else default_tile(capability, rows)
-        return self.known[key]
+    def choices(self, device: torch.device) -> ChoiceTable:
+        """What was measured on this GPU."""
+        return ChoiceTable(Path(self.table) if self.table else None, device)
+
+    def tiles_for(self, device: torch.device, k: int, n: int) -> tuple[Tile, ...]:
+        """A tile for each bucket of rows."""
+        table, capability = self.choices(device), torch.cuda.get_device_capability(device)
+        found = [table.get(tile_question(rows, k, n)) for rows in BUCKETS]
+        return tuple(Tile(*map(int, f.split(","))) if f else default_tile(capability, rows) for f, rows in zip(found, BUCKETS, strict=True))
 
     def tune(self, timer: Timer, rows: int, in_features: int, out_features: int) -> None:
         """Time every candidate tile and keep the fastest. A tile asked for by name is left alone."""
@@ -94,8 +98,8 @@ class Triton:
         tiles = candidates(torch.cuda.get_device_capability(timer.device), rows)
         seconds = [timer.measure([replace(self, tile=t)], rows, in_features, out_features)[self.name] for t in tiles]
         best = tiles[seconds.index(min(seconds))]
-        timer.table.put(tile_question(rows, in_features, out_features), ",".join(map(str, best.as_list())))
-        self.known.clear()
+        self.choices(timer.device).put(tile_question(rows, in_features, out_features), ",".join(map(str, best.as_list())))
+        self.tiles.pop((in_features, out_features), None)
 
 
 def tile_question(rows: int, k: int, n: int) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from int8run.backends.base import UNSIGNED_SUMS, FusedBranch, Limits, Quantized
-from int8run.errors import BackendError
+from int8run.errors import BackendError, switch
 from int8run.kernels.cpu import vnni
 from int8run.kernels.cpu.library import BuildError, library
 from int8run.quant.weight import QuantizedWeight, quantize_weight
@@ -15,10 +15,18 @@ from int8run.quant.weight import QuantizedWeight, quantize_weight
 
 @dataclass(frozen=True)
 class Vnni:
-    """AVX512-VNNI: quantization with GELU and rotation in one pass; scales, bias and an int8 low-rank branch in registers."""
+    """AVX512-VNNI: quantization with GELU and rotation in one pass; scales, bias and an int8 low-rank branch in registers.
 
+    Args:
+        int8_branch: compute LoRA branches in int8 inside the product; false: as two float products beside it.
+    """
+
+    int8_branch: bool = True
     name: ClassVar[str] = "vnni"
     limits: ClassVar[Limits] = Limits(devices=("cpu",), cpu_features=("avx512_vnni",), compiler=True, max_in_features=UNSIGNED_SUMS)
+
+    def __post_init__(self) -> None:
+        switch("backend.int8_branch", self.int8_branch)
 
     def pack(self, weight: QuantizedWeight) -> Tensor:
         """Panels of 64 output columns, with their compensations; may be saved. int8 [ceil(N / 64), 1 + ceil(K / 4), 256].
@@ -46,7 +54,9 @@ class Vnni:
         down_scale = branch.down_scale * strengths
         return vnni.linear(x.q, x.scale, packed, w_scale, bias, dtype, branch.down, down_scale, branch.up, branch.up_scale)
 
-    def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch:
+    def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch | None:
         """Both factors int8 with a scale per row, so that the branch uses the quantized x and the same instructions."""
+        if not self.int8_branch:
+            return None
         down, up = quantize_weight(lora_A), quantize_weight(lora_B)
         return FusedBranch(vnni.pack(down.qdata), vnni.pack(up.qdata), down.scale[:, 0].contiguous(), up.scale[:, 0].contiguous())

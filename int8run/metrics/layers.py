@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from int8run.errors import ConfigError
 from int8run.generate.probe import watch_layers
 from int8run.layers.linear import Int8Linear
 from int8run.quantize import FALLBACK, LayerPlan, sqnr_db
@@ -18,6 +20,11 @@ def measure_outputs(float_denoiser: nn.Module, int8_denoiser: nn.Module, call: M
         layer = int8_denoiser.get_submodule(name)
         # the float model's activation has run already
         ours = layer.compute(x, gelu_from=-1, shared=None) if isinstance(layer, Int8Linear) else layer(x)
+        if not torch.isfinite(ours).all():
+            raise ConfigError(
+                f"{name}: the INT8 layer computes NaN or infinity where the float layer does not, in the first step; "
+                f"choose another backend= or keep the layer float"
+            )
         by_name[name].measured["output_sqnr_db"] = sqnr_db(y, ours)
 
     watch_layers(float_denoiser, call, list(by_name), see)

@@ -68,14 +68,18 @@ def built(cache: Path) -> Path:
     target = cache / f"vnni-{digest}.so"
     if target.exists():
         return target
+    fresh = cache / f"vnni-{digest}.{os.getpid()}"  # renamed when whole: another process may build at the same time
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        fresh.touch()
     except OSError as error:
         raise BuildError(f"cannot write the built library to {cache}: {error.strerror}") from error
-    fresh = cache / f"vnni-{digest}.{os.getpid()}"  # renamed when whole: another process may build at the same time
     done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
+        fresh.unlink(missing_ok=True)
+        # the linker says "cannot find ...", and only then that there was an error
+        telling = (line for line in done.stderr.splitlines() if "error" in line or "cannot" in line)
+        reason = next(telling, done.stderr.strip()[-300:])
         raise BuildError(f"{found} could not build the VNNI kernels: {reason}")
     fresh.replace(target)
     return target

@@ -1,0 +1,80 @@
+"""Cases for test_triton_backend.py, which runs this file in a process of its own."""
+
+import pytest
+import torch
+from helpers import assert_close, randn
+from triton_process import case_device
+
+from int8run.backends.base import run_layer
+from int8run.backends.reference import Reference
+from int8run.backends.triton import Triton
+from int8run.kernels.int8_linear.tile import Tile
+from int8run.layers.linear import Int8Linear, LowRank, LowRankBranch, QuantizedLayer
+from int8run.outlier.convrot import ConvRot
+from int8run.outlier.none import NoOutlier
+from int8run.quant.weight import quantize_weight
+
+DEVICE = case_device()
+BACKEND = Triton(tile=Tile(32, 32, 64, 1, 4, 2))
+K, N = 320, 72  # ConvRot takes groups of 64
+
+
+def layer(backend, outlier):
+    weight = randn(N, K, seed=1).to(DEVICE)
+    transform = outlier.fit(weight).to(DEVICE)
+    quantized = QuantizedLayer(quantize_weight(transform.transform_weight(weight)), transform, randn(N, seed=2).to(DEVICE))
+    return Int8Linear(quantized, backend, torch.float32)
+
+
+def branch_on(module, rank, strengths):
+    parts = [LowRank(randn(rank, K, seed=s) / K**0.5, randn(N, rank, seed=s + 1), 0.5) for s in range(3, 3 + 2 * len(strengths), 2)]
+    branch = LowRankBranch(parts, torch.float32, DEVICE)
+    branch.fuse(module.backend, module.transform)
+    branch.set_strengths(strengths)
+    module.adapter = branch
+    return module
+
+
+@pytest.mark.parametrize("gelu_from", [-1, 0, 100])
+@pytest.mark.parametrize("outlier", [NoOutlier(), ConvRot()], ids=lambda m: m.name)
+def test_the_layer_is_the_reference_layer(outlier, gelu_from):
+    x, ours, theirs = randn(2, 9, K).to(DEVICE), layer(BACKEND, outlier), layer(Reference(), outlier)
+    ours.gelu_from = theirs.gelu_from = gelu_from
+    assert_close("layer", ours(x), theirs(x), 2e-3)
+
+
+@pytest.mark.parametrize("outlier", [NoOutlier(), ConvRot()], ids=lambda m: m.name)
+def test_a_fused_branch_is_the_branch_beside_the_product(outlier):
+    x = randn(9, K).to(DEVICE)
+    ours, theirs = (branch_on(layer(b, outlier), 5, [0.8, -0.3]) for b in (BACKEND, Reference()))
+    assert ours.adapter.fused is not None and theirs.adapter.fused is None
+    assert ours.adapter.fused.down.shape == (16, K), "ranks are filled up to 16"
+    assert_close("layer", ours(x), theirs(x), 2e-3)
+
+
+def test_strength_0_is_no_branch_to_the_bit_in_compiled_code_too():
+    x = randn(9, K).to(DEVICE)
+    adapted = branch_on(layer(BACKEND, NoOutlier()), 5, [1.0])
+    compiled = torch.compile(adapted, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        assert_close("compiled", compiled(x), adapted(x), 1e-6)
+        adapted.adapter.set_strengths([0.0])
+        assert torch.equal(compiled(x), layer(BACKEND, NoOutlier())(x))
+        adapted.adapter.set_strengths([-2.0])
+        assert_close("another strength", compiled(x), adapted(x), 1e-6)
+
+
+def test_a_rank_beyond_the_registers_is_left_beside_the_product():
+    x, adapted = randn(4, K).to(DEVICE), branch_on(layer(BACKEND, NoOutlier()), 257, [1.0])
+    assert adapted.adapter.fused is None
+    assert_close("layer", adapted(x), branch_on(layer(Reference(), NoOutlier()), 257, [1.0])(x), 2e-3)
+
+
+def test_no_rows():
+    assert layer(BACKEND, NoOutlier())(torch.zeros(0, K, device=DEVICE)).shape == (0, N)
+
+
+def test_one_input_column():
+    weight = quantize_weight(randn(5, 1).to(DEVICE))
+    x, scale = randn(3, 1).to(DEVICE), weight.scale[:, 0].contiguous()
+    assert_close("y", run_layer(BACKEND, x, BACKEND.pack(weight), scale, None), run_layer(Reference(), x, weight.qdata, scale, None), 1e-6)

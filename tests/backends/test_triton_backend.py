@@ -1,0 +1,79 @@
+"""`backend=triton`: layers interpreted on the CPU and compiled on a GPU, its tiles, and what a config may say about them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CPU
+from triton_process import needs_gpu, run_cases
+
+from int8run.backends.table import ChoiceTable
+from int8run.backends.triton import Triton, tile, tile_question
+from int8run.errors import ConfigError
+from int8run.kernels.int8_linear.tile import BUCKETS, Tile, default_tile
+from int8run.quant.weight import quantize_weight
+
+CASES = Path(__file__).with_name("cases_triton_backend.py")
+HOPPER = (9, 0)
+
+
+def test_interpreted():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    run_cases(CASES, interpret=True)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_the_gpu():
+    run_cases(CASES, interpret=False)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
+
+
+def test_tiles_come_from_the_table_and_else_from_the_defaults(tmp_path, hopper):
+    table, best = tmp_path / "choices.json", Tile(64, 128, 128, 4, 4, 3)
+    ChoiceTable(table, CPU).put(tile_question(4096, 48, 24), ",".join(map(str, best.as_list())))
+    backend = Triton(table=str(table))
+    backend.pack(quantize_weight(torch.ones(24, 48)))
+    assert backend.tiles[48, 24] == (*(default_tile(HOPPER, rows) for rows in BUCKETS[:-1]), best)
+
+
+class FakeTimer:
+    """Finds one tile faster than the others."""
+
+    device = CPU
+
+    def __init__(self, best):
+        self.best, self.tried = best, []
+
+    def measure(self, backends, rows, k, n):
+        self.tried.append(backends[0].tile)
+        return {"triton": 1.0 if backends[0].tile == self.best else 2.0}
+
+
+def test_tuning_keeps_the_fastest_tile(tmp_path, hopper):
+    backend, timer = Triton(table=str(tmp_path / "choices.json")), FakeTimer(Tile(128, 128, 128, 8, 8, 4))
+    backend.pack(quantize_weight(torch.ones(24, 48)))
+    backend.tune(timer, 4096, 48, 24)
+    backend.pack(quantize_weight(torch.ones(24, 48)))
+    assert timer.best in timer.tried and len(timer.tried) > 5
+    assert backend.tiles[48, 24][-1] == timer.best
+
+
+def test_a_tile_that_was_asked_for_is_not_tuned(tmp_path, hopper):
+    timer = FakeTimer(None)
+    Triton(tile=Tile(64, 64, 64), table=str(tmp_path / "choices.json")).tune(timer, 4096, 48, 24)
+    assert timer.tried == []
+
+
+def test_a_config_names_all_fields_of_a_tile_or_none():
+    assert tile(None, None, None, None, None, None) is None
+    assert tile(128, 64, 64, 8, 4, 3) == Tile(128, 64, 64, 8, 4, 3)
+    with pytest.raises(ConfigError, match=re.escape("backend.tile needs all of its fields or none; missing: backend.tile.block_n, ")):
+        tile(128, None, 64, 8, 4, None)
+    with pytest.raises(ConfigError, match=re.escape("backend.tile.block_m is 100; it must be one of 16, 32, 64, 128, 256")):
+        tile(100, 64, 64, 8, 4, 3)

@@ -1,0 +1,160 @@
+"""Building the CPU kernels: what happens without a compiler, with a failing one, and the second time. The compilers here are fake."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CPU
+
+from int8run.backends.vnni import Vnni
+from int8run.errors import BackendError
+from int8run.kernels.cpu import library as module
+from int8run.kernels.cpu.library import BuildError, built, library
+from int8run.quant.weight import quantize_weight
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="the fake compilers are shell scripts")
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    """An empty folder that is the whole PATH; the library loaded by other tests stays theirs."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    library.cache_clear()
+    yield folder
+    library.cache_clear()
+
+
+WRITE = 'for last; do :; done; echo "whole" > "$last"'
+
+
+def compiler(path, run=WRITE, name="g++", version="g++ 12"):
+    """A script that answers --version, notes each call and does what it is told. Only what the shell has itself: the PATH is empty."""
+    script = path / name
+    calls = path.parent / f"{name}.calls"
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "{version}" && exit\necho "$@" >> "{calls}"\n{run}\n')
+    script.chmod(0o755)
+    return lambda: calls.read_text().splitlines() if calls.exists() else []
+
+
+def test_no_compiler(path, tmp_path):
+    words = r"^no C\+\+ compiler on the PATH \(g\+\+, clang\+\+, c\+\+\); install one$"
+    with pytest.raises(BuildError, match=words):
+        built(tmp_path / "cache")
+    with pytest.raises(BuildError, match=words):
+        library()
+    assert Vnni().limits.refuse(CPU)[-1] == "needs a C++ compiler on the PATH (g++, clang++, c++)"
+
+
+@pytest.mark.parametrize("name", module.COMPILERS)
+def test_any_of_the_compilers_will_do(path, tmp_path, name):
+    calls = compiler(path, name=name)
+    assert built(tmp_path / "cache").read_text() == "whole\n" and len(calls()) == 1
+
+
+def test_the_first_of_the_compilers_is_taken(path, tmp_path):
+    calls = {name: compiler(path, name=name) for name in module.COMPILERS}
+    built(tmp_path / "cache")
+    assert {name: len(of()) for name, of in calls.items()} == {"g++": 1, "clang++": 0, "c++": 0}
+
+
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        ("v.cpp:1: note: x\nv.cpp:9: fatal error: immintrin.h: No such file\ncompilation ended.", "v.cpp:9: fatal error"),
+        ("/usr/bin/ld: cannot find -lgomp: No such file\ncollect2: error: ld returned 1 exit status", "/usr/bin/ld: cannot find -lgomp"),
+        ("Killed", "Killed$"),
+    ],
+    ids=["source", "linker", "no word of an error"],
+)  # fmt: skip
+def test_a_compiler_that_fails_is_quoted(path, tmp_path, stderr, reason):
+    compiler(path, f"echo '{stderr}' >&2; exit 1")
+    with pytest.raises(BuildError, match=rf"^{re.escape(str(path))}/g\+\+ could not build the VNNI kernels: {reason}"):
+        built(tmp_path / "cache")
+
+
+def test_the_backend_says_what_to_do(path):
+    compiler(path, "echo 'vnni.cpp:1: error: no such flag' >&2; exit 1")
+    weight = quantize_weight(torch.ones(2, 4))
+    with pytest.raises(BackendError, match=r"^backend vnni: .*: vnni\.cpp:1: error: no such flag; backend=auto takes the next best$"):
+        Vnni().pack(weight)
+
+
+def test_a_failure_is_not_remembered(path, tmp_path):
+    compiler(path, "exit 1")
+    for _ in range(2):
+        with pytest.raises(BuildError):
+            library(tmp_path / "cache")
+    calls = compiler(path)
+    assert built(tmp_path / "cache").exists() and len(calls()) == 3
+
+
+def test_the_second_time_nothing_is_built(path, tmp_path):
+    calls = compiler(path)
+    first = built(tmp_path / "cache")
+    assert built(tmp_path / "cache") == first and len(calls()) == 1
+    assert [f.name for f in (tmp_path / "cache").iterdir()] == [first.name]
+
+
+def test_another_compiler_source_or_runtime_is_another_library(path, tmp_path, monkeypatch):
+    calls = compiler(path)
+    names = [built(tmp_path / "cache")]
+    compiler(path, version="g++ 13")
+    names.append(built(tmp_path / "cache"))
+    source = tmp_path / "vnni.cpp"
+    monkeypatch.setattr(module, "SOURCE", source)
+    for text in ("int a;", "int b;"):
+        source.write_text(text)
+        names.append(built(tmp_path / "cache"))
+    monkeypatch.setattr(module, "openmp_runtime", lambda: ["/elsewhere/libgomp.so.1"])
+    names.append(built(tmp_path / "cache"))
+    assert len(set(names)) == len(calls()) == 5
+    assert "/elsewhere/libgomp.so.1" in calls()[-1] and str(source) in calls()[-1]
+
+
+def test_the_instructions_are_named_one_by_one(path, tmp_path):
+    # a cache may be shared by machines that differ
+    calls = compiler(path)
+    built(tmp_path / "cache")
+    assert "-mavx512vnni" in calls()[0] and "-march=native" not in calls()[0] and "-ffast-math" not in calls()[0]
+
+
+def test_half_a_file_never_gets_the_final_name(path, tmp_path):
+    compiler(path, 'for last; do :; done; echo "half" > "$last"; echo "error: disk full" >&2; exit 1')
+    with pytest.raises(BuildError, match="disk full"):
+        built(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    # while it is being written it has another name, and a reader of the cache does not take it
+    compiler(path, f'for last; do :; done; echo "$last" > "{tmp_path}/written"; {WRITE}')
+    target = built(tmp_path / "cache")
+    assert (tmp_path / "written").read_text().strip() == str(target.with_suffix(f".{os.getpid()}")) and target.suffix == ".so"
+
+
+def test_a_cache_that_is_a_file(path, tmp_path):
+    calls = compiler(path)
+    (tmp_path / "file").write_text("")
+    for cache, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "below", "Not a directory")):
+        with pytest.raises(BuildError, match=rf"^cannot write the built library to {re.escape(str(cache))}: {why}$"):
+            built(cache)
+    assert calls() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self is a folder that even root cannot write to")
+def test_a_cache_that_cannot_be_written_to(path):
+    calls = compiler(path)
+    with pytest.raises(BuildError, match=r"^cannot write the built library to /proc/self: "):
+        built(Path("/proc/self"))
+    assert calls() == []
+
+
+def test_the_cache_is_in_the_users_home(path, tmp_path):
+    compiler(path)
+    # the fake library cannot be loaded
+    with pytest.raises(OSError, match="vnni-"):
+        library()
+    assert [f.suffix for f in (tmp_path / "home" / ".cache" / "int8run").iterdir()] == [".so"]
