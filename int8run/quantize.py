@@ -176,7 +176,8 @@ def share_inputs(model: nn.Module, groups: Iterable[Sequence[str]]) -> int:
             members = [layers[block + name] for name in group if block + name in layers]
             while members:
                 first = members[0]
-                alike = [m for m in members if m.backend == first.backend and m.transform.same_input_as(first.transform)]
+                alike = [m for m in members if (m.backend, m.float_rows) == (first.backend, first.float_rows)]
+                alike = [m for m in alike if m.transform.same_input_as(first.transform)]
                 members = [m for m in members if m not in alike]
                 if len(alike) > 1:
                     shared = SharedInput(len(alike))

@@ -42,7 +42,12 @@ RULES = {
 }
 
 # what conf/ chooses between; everything that serves all options alike names none of them
-CONCRETE = {"backends": {"base", "shipped"}, "outlier": {"base"}, "tracking": {"base"}, "text_encoders": {"base"}}  # folder -> modules that are none
+CONCRETE = {
+    "backends": {"base", "shipped"},
+    "outlier": {"base"},
+    "tracking": {"base"},
+    "text_encoders": {"base"},
+}  # folder -> modules that are none
 SERVES_ALL = {"spec", "build", "run", "quantize", "layers", "lora", "generate", "metrics", "report", "cli", "precheck", "tasks"}
 EXCEPTIONS = {
     # `backend=auto` is a choice per layer, and install() is where layers get theirs

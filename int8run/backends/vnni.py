@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from int8run.backends.base import UNSIGNED_SUMS, FusedBranch, Limits, Quantized
+from int8run.backends.base import SIGNED_SUMS, FusedBranch, Limits, Quantized
 from int8run.errors import BackendError, switch
 from int8run.kernels.cpu import vnni
 from int8run.kernels.cpu.library import BuildError, library
@@ -23,7 +23,8 @@ class Vnni:
 
     int8_branch: bool = True
     name: ClassVar[str] = "vnni"
-    limits: ClassVar[Limits] = Limits(devices=("cpu",), cpu_features=("avx512_vnni",), compiler=True, max_in_features=UNSIGNED_SUMS)
+    # unsigned activations may wrap the sums around; taking 128 times the weights' sum away wraps them back
+    limits: ClassVar[Limits] = Limits(devices=("cpu",), cpu_features=("avx512_vnni",), compiler=True, max_in_features=SIGNED_SUMS)
 
     def __post_init__(self) -> None:
         switch("backend.int8_branch", self.int8_branch)

@@ -91,6 +91,8 @@ class SharedInput:
 
     Holds the last input and what became of it until every layer of the group has come for it. An input that changed in
     between, or is another tensor, is quantized anew: sharing never depends on the order in which a model calls its layers.
+    Compiled code cannot ask for a tensor's version and goes by identity alone: a model that changes a tensor in place between
+    two layers that read it must not share there. None of the families in `conf/model_type/` does.
     """
 
     def __init__(self, layers: int):

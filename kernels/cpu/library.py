@@ -12,7 +12,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import torch  # noqa: F401 - loads the OpenMP runtime that openmp_runtime() looks for
+import torch
 
 SOURCE = Path(__file__).with_name("vnni.cpp")
 COMPILERS = ("g++", "clang++", "c++")
@@ -30,12 +30,11 @@ def compiler() -> str | None:
 
 
 def openmp_runtime() -> list[str]:
-    """The GNU OpenMP library of this process, if it has one: linked by its file name, it is the one that torch uses."""
-    try:
-        mapped = Path("/proc/self/maps").read_text().split()
-    except FileNotFoundError:
-        return []
-    return sorted({path for path in mapped if Path(path).name.startswith("libgomp")})[:1]
+    """The GNU OpenMP library that torch brought, if it did: linked by its file name, the two share one pool of threads.
+
+    Other packages bring copies of their own, so a library that is merely loaded may be the wrong one.
+    """
+    return sorted(str(path) for path in Path(torch.__file__).parent.rglob("libgomp*.so*"))[:1]
 
 
 @functools.lru_cache(maxsize=1)

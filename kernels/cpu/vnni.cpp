@@ -105,6 +105,15 @@ INLINE __m512 gelu(__m512 x) {
   return _mm512_mask_mov_ps(y, nan, x);
 }
 
+// The largest |x| as integers: NaN and infinity have the largest bit patterns, so they reach the scale and the output.
+INLINE __m512i larger_magnitude(__m512i m, __m512 v) { return _mm512_max_epi32(m, _mm512_castps_si512(_mm512_abs_ps(v))); }
+INLINE float largest(__m512i m) {
+  const int32_t bits = _mm512_reduce_max_epi32(m);
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // One radix-4 step of the regular Hadamard matrix on neighbouring numbers: y_i = sum(x) - 2 x_(3-i)
 INLINE __m512 step_within_4(__m512 v) {
   __m512 sum = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1));
@@ -126,44 +135,54 @@ INLINE void step_across(__m512& a, __m512& b, __m512& c, __m512& d) {
   c = _mm512_fnmadd_ps(two, b0, sum);
   d = _mm512_fnmadd_ps(two, a0, sum);
 }
-// A whole group of 16 * R numbers in registers, in place. R: 1, 4 or 16
-template <int R>
-INLINE void rotate_in_registers(float* row, __m512 norm) {
+// A whole group of 16 * R numbers in registers, not normalised, and the largest magnitude among them. R: 1, 4 or 16
+template <class X, int R>
+INLINE __m512i rotate_in_registers(const typename X::T* x, float* row, __m512i m) {
   __m512 r[R];
-  each<R>([&](auto i) INLINED { r[i] = step_within_16(step_within_4(_mm512_loadu_ps(row + 16 * i))); });
+  each<R>([&](auto i) INLINED { r[i] = step_within_16(step_within_4(X::load(x + 16 * i, 0xFFFF))); });
   if constexpr (R >= 4) each<R / 4>([&](auto i) INLINED { step_across(r[4 * i], r[4 * i + 1], r[4 * i + 2], r[4 * i + 3]); });
   if constexpr (R == 16) each<4>([&](auto i) INLINED { step_across(r[i], r[i + 4], r[i + 8], r[i + 12]); });
-  each<R>([&](auto i) INLINED { _mm512_storeu_ps(row + 16 * i, _mm512_mul_ps(r[i], norm)); });
+  each<R>([&](auto i) INLINED {
+    m = larger_magnitude(m, r[i]);
+    _mm512_storeu_ps(row + 16 * i, r[i]);
+  });
+  return m;
 }
-// Rotate each group of a row by the orthonormal regular Hadamard matrix, in place. The row is readable to a multiple of 16.
-void rotate(float* row, int64_t K, int64_t group) {
-  const __m512 norm = _mm512_set1_ps(1.0f / std::sqrt(static_cast<float>(group)));
+// Rotate each group of x by the regular Hadamard matrix of signs into `row` (which may be x); returns the largest magnitude of
+// the result. Dividing by sqrt(group), a power of two, is left to the scale. `row` has room up to a multiple of 16.
+template <class X>
+float rotate(const typename X::T* x, float* row, int64_t K, int64_t group) {
+  __m512i m = _mm512_setzero_si512();
   if (group == 4)
-    for (int64_t k = 0; k < K; k += 16) _mm512_storeu_ps(row + k, _mm512_mul_ps(step_within_4(_mm512_loadu_ps(row + k)), norm));
+    for (int64_t k = 0; k < K; k += 16) {
+      const __m512 v = step_within_4(X::load(x + k, first(K - k)));
+      m = larger_magnitude(m, v);
+      _mm512_storeu_ps(row + k, v);
+    }
   else if (group == 16)
-    for (int64_t k = 0; k < K; k += 16) rotate_in_registers<1>(row + k, norm);
+    for (int64_t k = 0; k < K; k += 16) m = rotate_in_registers<X, 1>(x + k, row + k, m);
   else if (group == 64)
-    for (int64_t k = 0; k < K; k += 64) rotate_in_registers<4>(row + k, norm);
-  else {
-    for (int64_t k = 0; k < K; k += 256) rotate_in_registers<16>(row + k, norm);
-    for (int64_t span = 256; span < group; span *= 4)  // larger groups: the remaining steps over memory
-      for (int64_t k = 0; k < K; k += 4 * span)
-        for (int64_t i = 0; i < span; i += 16) {
-          float* p = row + k + i;
-          __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + span), c = _mm512_loadu_ps(p + 2 * span), d = _mm512_loadu_ps(p + 3 * span);
-          step_across(a, b, c, d);
-          _mm512_storeu_ps(p, a);
-          _mm512_storeu_ps(p + span, b);
-          _mm512_storeu_ps(p + 2 * span, c);
-          _mm512_storeu_ps(p + 3 * span, d);
-        }
+    for (int64_t k = 0; k < K; k += 64) m = rotate_in_registers<X, 4>(x + k, row + k, m);
+  else
+    for (int64_t k = 0; k < K; k += 256) m = rotate_in_registers<X, 16>(x + k, row + k, m);
+  for (int64_t span = 256; span < group; span *= 4) {  // larger groups: the remaining steps over memory
+    m = _mm512_setzero_si512();
+    for (int64_t k = 0; k < K; k += 4 * span)
+      for (int64_t i = 0; i < span; i += 16) {
+        float* p = row + k + i;
+        __m512 r[4];
+        each<4>([&](auto j) INLINED { r[j] = _mm512_loadu_ps(p + j * span); });
+        step_across(r[0], r[1], r[2], r[3]);
+        each<4>([&](auto j) INLINED {
+          m = larger_magnitude(m, r[j]);
+          _mm512_storeu_ps(p + j * span, r[j]);
+        });
+      }
   }
+  return largest(m);
 }
 
 // --- rows to unsigned bytes
-
-// The largest |x| as integers: NaN and infinity have the largest bit patterns, so they reach the scale and the output.
-INLINE __m512i larger_magnitude(__m512i m, __m512 v) { return _mm512_max_epi32(m, _mm512_castps_si512(_mm512_abs_ps(v))); }
 
 template <class X>
 float absmax(const typename X::T* x, int64_t K) {
@@ -172,25 +191,24 @@ float absmax(const typename X::T* x, int64_t K) {
   for (; k + 64 <= K; k += 64)
     each<4>([&](auto i) INLINED { m[i] = larger_magnitude(m[i], X::load(x + k + 16 * i, 0xFFFF)); });
   for (; k < K; k += 16) m[0] = larger_magnitude(m[0], X::load(x + k, first(K - k)));
-  const int32_t bits = _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_max_epi32(m[0], m[1]), _mm512_max_epi32(m[2], m[3])));
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+  return largest(_mm512_max_epi32(_mm512_max_epi32(m[0], m[1]), _mm512_max_epi32(m[2], m[3])));
 }
 
 // One row: its scale, and q + 128; bytes from K to a multiple of 4 are written too (their weights are 0).
+// x is `unit` times too large, a power of two: dividing by it is exact.
 template <class X>
-float quantize_row(const typename X::T* x, int64_t K, uint8_t* q) {
-  float scale = absmax<X>(x, K) / 127.0f;
+float quantize_row(const typename X::T* x, int64_t K, float absmax, float unit, uint8_t* q) {
+  float scale = absmax / unit / 127.0f;
   if (scale < TINY) scale = TINY;
-  const __m512 divisor = _mm512_set1_ps(scale);
+  const __m512 divisor = _mm512_set1_ps(scale * unit);
   const __m512i zero_point = _mm512_set1_epi32(128);
-  for (int64_t k = 0; k < K; k += 16) {
-    const __mmask16 m = first(K - k);
-    const __m512i i = _mm512_cvtps_epi32(_mm512_div_ps(X::load(x + k, m), divisor));  // ties to even
-    const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(_mm512_add_epi32(i, zero_point), _mm512_setzero_si512()));
-    _mm_mask_storeu_epi8(q + k, first(round_up(K, 4) - k), bytes);
-  }
+  auto bytes = [&](__m512 v) INLINED {  // ties to even; what is not a number becomes 0 here and shows in the scale
+    const __m512i i = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_div_ps(v, divisor)), zero_point);
+    return _mm512_cvtusepi32_epi8(_mm512_max_epi32(i, _mm512_setzero_si512()));
+  };
+  int64_t k = 0;
+  for (; k + 16 <= K; k += 16) _mm_storeu_si128(reinterpret_cast<__m128i*>(q + k), bytes(X::load(x + k, 0xFFFF)));
+  if (k < K) _mm_mask_storeu_epi8(q + k, first(round_up(K, 4) - k), bytes(X::load(x + k, first(K - k))));
   return scale;
 }
 
@@ -201,36 +219,41 @@ struct Rows {
   int64_t rotation, gelu_from;
 };
 
+// GELU and factor on one row, to float32; returns the largest magnitude.
 template <class X>
-void load_row(const Rows& in, const typename X::T* x, float* row) {
+float load_row(const Rows& in, const typename X::T* x, float* row) {
+  __m512i m = _mm512_setzero_si512();
   for (int64_t k = 0; k < in.K; k += 16) {
-    const __mmask16 m = first(in.K - k);
-    __m512 v = X::load(x + k, m);
-    if (in.gelu_from >= 0 && k + 16 > in.gelu_from) {
-      const __mmask16 plain = first(in.gelu_from - k);
-      v = _mm512_mask_mov_ps(gelu(v), plain, v);
-    }
-    if (in.factor) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(m, in.factor + k));
+    const __mmask16 inside = first(in.K - k);
+    __m512 v = X::load(x + k, inside);
+    if (in.gelu_from >= 0 && k + 16 > in.gelu_from) v = _mm512_mask_mov_ps(gelu(v), first(in.gelu_from - k), v);
+    if (in.factor) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(inside, in.factor + k));
+    m = larger_magnitude(m, v);
     _mm512_storeu_ps(row + k, v);
   }
-  if (in.rotation) rotate(row, in.K, in.rotation);
+  return largest(m);
 }
 
 template <class X>
 void quantize_rows(const Rows& in, uint8_t* q, int64_t q_stride, float* scale, int threads) {
   const auto* x = static_cast<const typename X::T*>(in.x);
-  const bool plain = !in.factor && !in.rotation && in.gelu_from < 0;
+  const bool changed = in.factor || in.gelu_from >= 0;
+  const float unit = in.rotation ? std::sqrt(static_cast<float>(in.rotation)) : 1.0f;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<float> row(plain ? 0 : round_up(in.K, 16));
+    std::vector<float> buffer(changed || in.rotation ? round_up(in.K, 16) : 0);
+    float* row = buffer.data();
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < in.M; i++) {
-      if (plain) {
-        scale[i] = quantize_row<X>(x + i * in.stride, in.K, q + i * q_stride);
-      } else {
-        load_row<X>(in, x + i * in.stride, row.data());
-        scale[i] = quantize_row<Float32>(row.data(), in.K, q + i * q_stride);
+      const auto* from = x + i * in.stride;
+      uint8_t* to = q + i * q_stride;
+      if (!changed && !in.rotation) {
+        scale[i] = quantize_row<X>(from, in.K, absmax<X>(from, in.K), unit, to);
+        continue;
       }
+      float magnitude = changed ? load_row<X>(in, from, row) : 0.0f;
+      if (in.rotation) magnitude = changed ? rotate<Float32>(row, row, in.K, in.rotation) : rotate<X>(from, row, in.K, in.rotation);
+      scale[i] = quantize_row<Float32>(row, in.K, magnitude, unit, to);
     }
   }
 }

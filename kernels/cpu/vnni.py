@@ -85,6 +85,10 @@ def _quantize(x: Tensor, factor: Tensor | None, rotation: int, gelu_from: int) -
     if x.stride(1) != 1:
         x = x.contiguous()
     m, k = x.shape
+    if rotation and (k % rotation or rotation & (rotation - 1) or rotation.bit_length() % 2 == 0):
+        raise ValueError(f"rotation must be 0 or a power of 4 that divides {k} columns, not {rotation}")
+    if factor is not None and (factor.shape != (k,) or factor.dtype != torch.float32 or not factor.is_contiguous()):
+        raise ValueError(f"factor must be contiguous float32 [{k}], not {factor.dtype} {list(factor.shape)}")
     q, scale = x.new_empty((m, -(-k // 4) * 4), dtype=torch.uint8), x.new_empty(m, dtype=torch.float32)
     library().int8run_quantize(
         x.data_ptr(), DTYPES[x.dtype], m, k, x.stride(0), _pointer(factor), rotation, gelu_from,

@@ -327,3 +327,12 @@ def test_torchs_own_check_of_an_operator():
     torch.library.opcheck(torch.ops.int8run.vnni_linear.default, (*operands, None, None, None, None, dtype))
     parts = (branch.down, branch.down_scale, branch.up, branch.up_scale)
     torch.library.opcheck(torch.ops.int8run.vnni_linear.default, (*operands, *parts, torch.bfloat16))
+
+
+def test_arguments_that_would_reach_past_the_rows_are_refused():
+    x = randn(3, 48)
+    for rotation in (3, 8, 64, 128):
+        with pytest.raises(ValueError, match=f"rotation must be 0 or a power of 4 that divides 48 columns, not {rotation}"):
+            vnni.quantize(x, rotation=rotation)
+    with pytest.raises(ValueError, match=r"factor must be contiguous float32 \[48\], not torch.float64 \[48\]"):
+        vnni.quantize(x, factor=torch.ones(48, dtype=torch.float64))

@@ -192,11 +192,11 @@ def test_memory_is_let_go_after_the_last_layer():
     assert seen() is None and quantized() is None and attn.to_q.shared.quantized is None
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_no_order_of_calls_gives_a_wrong_result(seed):
     shared, plain = both(Reference())
     tensors, chance = [randn(5, 64, seed=i) for i in range(3)], random.Random(seed)
-    for step in range(150):
+    for step in range(100):
         x, name = chance.choice(tensors), chance.choice(NAMES)
         what = chance.random()
         if what < 0.15:
