@@ -221,8 +221,9 @@ def test_a_layer_that_stays_away_costs_a_quantization_and_nothing_else():
 def test_a_layer_that_computes_in_float_does_not_come_for_the_quantized():
     settings = Int8Settings(small_batch_fallback="only_small_layers", max_rows=8, small_layer_params=64 * 24)
     model, plain = attention(settings=settings), attention(settings=settings).blocks[0]["attn"]
-    attn = share(model)
+    attn = share(model, saved=1)
     assert [getattr(attn, name).float_rows for name in NAMES] == [8, 0, 0]
+    assert attn.to_q.shared is None
     for rows in (5, 9, 8, 20):
         expect_equal(attn(randn(rows, 64)), plain(randn(rows, 64)))
 
