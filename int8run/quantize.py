@@ -200,6 +200,8 @@ def defer_gelu(model: nn.Module, activation: str, source: str, into: str) -> int
         width = getattr(modules.get(block + source), "out_features", None)
         if not isinstance(layer, Int8Linear) or width is None or getattr(found, "approximate", None) != "tanh":
             continue
+        if not layer.backend.limits.fuses_gelu:
+            continue
         # a module that holds its projection as well keeps that, under its old name
         held = source.removeprefix(f"{activation}.")
         rest = nn.Identity() if held == source else nn.Sequential(OrderedDict({held: modules[block + source]}))

@@ -27,7 +27,7 @@ from int8run.precheck import to_spec
 from int8run.report.files import environment
 from int8run.report.terminal import Progress
 
-BACKENDS = ("auto", "onednn", "torch_int_mm", "reference")
+BACKENDS = ("auto", "vnni", "onednn", "torch_int_mm", "reference")
 
 
 def build_with(backend: str, outlier: str, batch: int) -> tuple[Built, Mapping[str, Any]]:

@@ -1,7 +1,7 @@
 """A FluxTransformer2DModel with random weights, its input, and which of its layers become INT8."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,9 +92,11 @@ def chosen(model: nn.Module, layers: str) -> list[str]:
     return [p.name for p in plan_layers(model, family(model, layers).why_float) if p.keep_float is None]
 
 
-def int8run(model: nn.Module, call: Mapping[str, Any], layers: str, backend: str, outlier: str = "none", *more: str) -> nn.Module:
-    """The INT8 copy as the runner makes it; it shares the float tensors."""
-    rules = family(model, layers)
+def int8run(
+    model: nn.Module, call: Mapping[str, Any], layers: str, backend: str, outlier: str = "none", *more: str, without: Sequence[str] = ()
+) -> nn.Module:
+    """The INT8 copy as the runner makes it; it shares the float tensors. `without`: facts of the family that are left out."""
+    rules = replace(family(model, layers), **dict.fromkeys(without, ()))
     plans = plan_layers(model, rules.why_float)
     return quantize(model, plans, call, spec(backend, outlier, *more), rules, Progress(False))
 

@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -60,10 +60,12 @@ def toolkit(model: nn.Module, call: Mapping[str, Any], layers: str, group: int =
     return swap(model, flux.chosen(model, layers), lambda linear: ToolkitLinear(linear, group))
 
 
-def ours(model: nn.Module, call: Mapping[str, Any], layers: str, backend: str, outlier: str = "none") -> nn.Module:
+def ours(
+    model: nn.Module, call: Mapping[str, Any], layers: str, backend: str, outlier: str = "none", without: Sequence[str] = ()
+) -> nn.Module:
     """int8run; backend=auto measures anew instead of reading the user's table."""
     table = [f"backend.table={tempfile.mkdtemp()}/choices.json"] if backend == "auto" else []
-    return flux.int8run(model, call, layers, backend, outlier, *table)
+    return flux.int8run(model, call, layers, backend, outlier, *table, without=without)
 
 
 VARIANTS = {
@@ -81,3 +83,7 @@ for backend in BACKENDS:
         label = f"int8run {backend}{'' if outlier == 'none' else ', convrot'}"
         VARIANTS[f"{label} eager"] = Variant(partial(ours, backend=backend, outlier=outlier))
         VARIANTS[f"{label} compiled"] = Variant(partial(ours, backend=backend, outlier=outlier), compile=True)
+# what the family's facts are worth: each input quantized by every layer that reads it, GELUs left where they are
+for name, without in {"no sharing": ["same_input"], "no moved GELU": ["deferred_gelu"]}.items():
+    VARIANTS[f"int8run vnni, {name} eager"] = Variant(partial(ours, backend="vnni", without=without))
+    VARIANTS[f"int8run vnni, {name} compiled"] = Variant(partial(ours, backend="vnni", without=without), compile=True)

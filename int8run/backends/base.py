@@ -27,6 +27,7 @@ class Limits:
     modules: tuple[str, ...] = ()  # Python packages
     cuda_capability: tuple[int, int] = (0, 0)  # at least
     max_in_features: int | None = None  # beyond, 32-bit sums overflow
+    fuses_gelu: bool = False  # a GELU before the layer costs next to nothing inside its quantization
     extra: bool = False  # for those who ask for it: backend=auto says nothing when it is missing
 
     def refuse(self, device: torch.device) -> list[str]:

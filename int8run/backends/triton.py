@@ -31,7 +31,9 @@ class Triton:
     tile: Tile | None = None
     table: str | None = None
     name: ClassVar[str] = "triton"
-    limits: ClassVar[Limits] = Limits(devices=("cuda",), cuda_capability=(8, 0), modules=("triton",), max_in_features=SIGNED_SUMS)
+    limits: ClassVar[Limits] = Limits(
+        devices=("cuda",), cuda_capability=(8, 0), modules=("triton",), fuses_gelu=True, max_in_features=SIGNED_SUMS
+    )
 
     def pack(self, weight: QuantizedWeight) -> Tensor:
         """The integers as they are, [N, K]: one copy, K contiguous as the tensor cores want it."""

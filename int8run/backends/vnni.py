@@ -24,7 +24,9 @@ class Vnni:
     int8_branch: bool = True
     name: ClassVar[str] = "vnni"
     # unsigned activations may wrap the sums around; taking 128 times the weights' sum away wraps them back
-    limits: ClassVar[Limits] = Limits(devices=("cpu",), cpu_features=("avx512_vnni",), compiler=True, max_in_features=SIGNED_SUMS)
+    limits: ClassVar[Limits] = Limits(
+        devices=("cpu",), cpu_features=("avx512_vnni",), compiler=True, fuses_gelu=True, max_in_features=SIGNED_SUMS
+    )
 
     def __post_init__(self) -> None:
         switch("backend.int8_branch", self.int8_branch)

@@ -79,6 +79,9 @@ class LowRankBranch(nn.Module):
         """Let the backend compute the branch inside its own product, where it can. It then sees the transformed input."""
         if isinstance(backend, FusesBranch):
             self.fused = backend.fuse_branch(transform.transform_weight(self.lora_A.float()), self.lora_B.float(), self.lora_A.dtype)
+            for name, operand in (self.fused._asdict() if self.fused else {}).items():
+                if isinstance(operand, Tensor):  # as a buffer it counts as the model's memory
+                    self.register_buffer(f"fused_{name}", operand, persistent=False)
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """y + low-rank product of x. x: [M, K], y: [M, N]; y may be overwritten."""
