@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, randn
+from helpers import CPU, assert_close, randn, shipped, usable
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from int8run.backends.base import run_layer
 from int8run.backends.reference import Reference
@@ -135,3 +136,20 @@ def test_the_branch_sees_the_untransformed_input(outlier):
     layer = linear()
     adapted = with_branch(int8(layer, outlier), part, strengths=[1.0])
     assert_close(outlier.name, adapted(x), layer(x) + x @ part.delta().T, INT8_ERR)
+
+
+@pytest.mark.parametrize(
+    "backend", [b for b in shipped("backend").values() if usable(b, CPU) and b.name != "comfy_kitchen"], ids=lambda b: b.name
+)
+def test_another_batch_compiles_once_more_and_then_never_again(backend):
+    layer = linear()
+    quantized = QuantizedLayer(quantize_weight(layer.weight), NoOutlier().fit(layer.weight), layer.bias)
+    ours = Int8Linear(quantized, backend, torch.float32)
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(ours, backend=graphs, fullgraph=True)
+    with torch.no_grad():
+        for batch in (2, 3, 5, 9, 40):
+            x = randn(batch, 7, K)
+            assert torch.equal(compiled(x), ours(x))
+    assert graphs.frame_count <= 2, "the first shape and, from the second on, any"
