@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from int8run.backends.base import Backend
+from int8run.backends.onednn import OneDnn
 from int8run.backends.reference import Reference
 from int8run.outlier.base import OutlierMethod
 from int8run.outlier.none import NoOutlier
@@ -49,6 +50,11 @@ def shipped(group: str) -> dict[str, Any]:
 def usable(backend: Backend, device: torch.device) -> bool:
     """Whether the backend's limits allow this device."""
     return not backend.limits.refuse(device)
+
+
+def without_vnni() -> bool:
+    """Whether this CPU has none of the int8 instructions that the fast CPU backends need."""
+    return bool(OneDnn.limits.refuse(CPU))
 
 
 class TinyModel(nn.Module):

@@ -1,5 +1,6 @@
 """What INT8 does inside a block: shared inputs, GELUs moved into a quantization, refusals that name every layer, strengths that change."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,6 +29,14 @@ DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
 DEFERRED = {f"{DOUBLE}.ff.net.2": 0, f"{DOUBLE}.ff_context.net.2": 0, f"{SINGLE}.proj_out": 32}
 
 
+@dataclass(frozen=True)
+class Fusing(Reference):
+    """A backend for which a GELU inside the quantization is free."""
+
+    name: ClassVar[str] = "fusing"
+    limits: ClassVar[Limits] = Limits(fuses_gelu=True)
+
+
 @pytest.fixture(scope="module")
 def flux():
     """diffusers' own class, one double and one single block, and the arguments of a call."""
@@ -49,7 +58,7 @@ def flux():
 def int8(model, backend=None, deferred=True, outlier=None, settings=NEVER_FLOAT, why_float=FLUX.why_float):
     """The INT8 model as a run builds it, and its plan; without the two steps inside the blocks where not `deferred`."""
     keep = tuple(p.name for p in plan_layers(model, why_float) if p.keep_float is not None)
-    copy, plans = to_int8(model, backend, outlier, settings, keep)
+    copy, plans = to_int8(model, backend or Fusing(), outlier, settings, keep)
     if deferred:
         share_inputs(copy, FLUX.same_input)
         for gelu in FLUX.deferred_gelu:
@@ -144,7 +153,7 @@ class FeedForward(nn.Module):
 
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU(), nn.Identity()], ids=lambda a: type(a).__name__)
 def test_only_a_tanh_gelu_moves(activation):
-    model, _ = to_int8(nn.Sequential(FeedForward(activation)))
+    model, _ = to_int8(nn.Sequential(FeedForward(activation)), Fusing())
     x = randn(5, 8)
     before = model(x)
     assert defer_gelu(model, "ff.act", "ff.up", "ff.down") == 0 and model[0].ff["act"].__class__ is activation.__class__
@@ -152,15 +161,20 @@ def test_only_a_tanh_gelu_moves(activation):
 
 
 def test_a_tanh_gelu_moves():
-    model, _ = to_int8(nn.Sequential(FeedForward(nn.GELU(approximate="tanh")), FeedForward(nn.GELU(approximate="tanh"))))
+    model, _ = to_int8(nn.Sequential(FeedForward(nn.GELU(approximate="tanh")), FeedForward(nn.GELU(approximate="tanh"))), Fusing())
     x = randn(5, 8)
     before = model(x)
     assert defer_gelu(model, "ff.act", "ff.up", "ff.down") == 2 and isinstance(model[1].ff["act"], nn.Identity)
     assert torch.equal(model(x), before)
 
 
+def test_a_gelu_stays_where_the_backend_would_pay_for_it():
+    model, _ = to_int8(nn.Sequential(FeedForward(nn.GELU(approximate="tanh"))), Reference())
+    assert defer_gelu(model, "ff.act", "ff.up", "ff.down") == 0
+
+
 def test_names_that_a_block_does_not_have_move_nothing():
-    model, _ = to_int8(nn.Sequential(FeedForward(nn.GELU(approximate="tanh"))))
+    model, _ = to_int8(nn.Sequential(FeedForward(nn.GELU(approximate="tanh"))), Fusing())
     for names in (("ff.gone", "ff.up", "ff.down"), ("ff.act", "ff.gone", "ff.down"), ("ff.act", "ff.up", "ff.gone")):
         assert defer_gelu(model, *names) == 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import without_vnni
 from jobs import make_spec, run_job, save_lora
 from PIL import Image
 from tiny_pipeline import random_pipeline, save_random_pipeline
@@ -77,6 +78,7 @@ def test_the_second_identical_run_gives_the_same_bits(small: list[str], tmp_path
     assert image_bytes(tmp_path / "a") == image_bytes(tmp_path / "b")
 
 
+@pytest.mark.skipif(without_vnni(), reason="needs a CPU with VNNI")
 def test_two_backends_in_one_process_do_not_see_each_other(small: list[str]) -> None:
     first, second = (
         build(make_spec([*small, f"backend={name}"]), samples(["a"], 1, 0), Progress(False)) for name in ("reference", "torch_int_mm")
@@ -86,6 +88,7 @@ def test_two_backends_in_one_process_do_not_see_each_other(small: list[str]) -> 
         assert used == {name}
 
 
+@pytest.mark.skipif(without_vnni(), reason="needs a CPU with VNNI")
 def test_runs_with_different_backends_are_built_anew(small: list[str], tmp_path: Path) -> None:
     run_job([*small, "backend=reference"], tmp_path / "a")
     second = run_job([*small, "backend=onednn"], tmp_path / "b")
@@ -201,8 +204,9 @@ def test_unknown_sampler_argument(small: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(without_vnni(), reason="needs a CPU with VNNI")
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
-@pytest.mark.parametrize("backend", ["onednn", "torch_int_mm"])
+@pytest.mark.parametrize("backend", ["vnni", "onednn", "torch_int_mm"])
 def test_compiled_blocks_give_the_same_pictures(small: list[str], tmp_path: Path, backend: str) -> None:
     result = run_job([*small, "compile=blocks", f"backend={backend}"], tmp_path)
     assert result.metrics["quality/latent_rel_err"] < 0.02

@@ -5,6 +5,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from cli_process import command_in
+from helpers import without_vnni
 from tiny_pipeline import save_random_pipeline
 
 from int8run import memo
@@ -36,6 +37,7 @@ def test_strengths_of_the_shipped_stack_build_once(
     assert len(list((tmp_path / "multirun").rglob("grid.png"))) == 4
 
 
+@pytest.mark.skipif(without_vnni(), reason="needs a CPU with VNNI")
 def test_backends_in_one_sweep_keep_to_their_own(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
