@@ -77,13 +77,20 @@ def bench(spec: RunSpec, job: Job, rounds: int) -> None:
     chooser.rounds = rounds
     float_layer = FloatProduct(dtype)
     times: dict[Shape, dict[str, float]] = {}
+    unsteady = 0
     with progress.count("bench", len(shapes)) as advance:
         for shape in sorted(shapes):
             times[shape] = measure_shape(chooser, float_layer, shape)
+            unsteady += not chooser.steady
             advance(1)
     fallback = {(k, n): measure_fallback(chooser, float_layer, k, n) for k, n in sorted({shape[1:] for shape in shapes})}
 
     say("", result_table(f"{job.choices.get('model', 'model')} on {device_name(device)}; float is {spec.model.dtype}", shapes, times))
+    for b in auto.candidates.values():
+        if reasons := b.limits.refuse(device):
+            say(f"not here: {b.name} {'; '.join(reasons)}")
+    if unsteady:
+        log.warning("%d of %d shapes scatter by more than twice: other work runs here; their choices are not kept", unsteady, len(shapes))
     few = ", ".join(f"{k}x{n}: {limit}" for (k, n), limit in fallback.items())
     say(f"float is faster up to this many rows (int8.small_batch_fallback): {few}")
     record = {
@@ -106,21 +113,23 @@ def measure_shape(chooser: Chooser, float_layer: Backend, shape: Shape) -> dict[
     correct = chooser.correct(able, k)
     seconds = chooser.measure([float_layer, *correct], rows, k, n)
     best = min((b.name for b in correct), key=seconds.__getitem__, default=None)
-    if best is not None:
+    if best is not None and chooser.steady:
         chooser.keep(able, shape, best)
     return seconds
 
 
 def measure_fallback(chooser: Chooser, float_layer: Backend, k: int, n: int) -> int:
     """The largest of FEW_ROWS up to which float is faster than every backend at each count; 0 when it never is."""
-    limit = 0
+    limit, steady = 0, True
     for rows in FEW_ROWS:
         able = [b for b in chooser.able if not b.limits.refuse_layer(k, n)]
         seconds = chooser.measure([float_layer, *chooser.correct(able, k)], rows, k, n)
+        steady &= chooser.steady
         if min(seconds, key=seconds.__getitem__) != float_layer.name:
             break
         limit = rows
-    chooser.table.put(f"float_rows | {k}x{n}", str(limit))
+    if steady:
+        chooser.table.put(f"float_rows | {k}x{n}", str(limit))
     return limit
 
 

@@ -67,6 +67,8 @@ class Loaded:
 def load(spec: RunSpec, progress: Progress) -> Loaded:
     """Load the pipeline and recognise its family."""
     device = pick_device(spec.device)
+    if spec.int8.enable:
+        check_backend(spec.backend, device, ())  # before anything is loaded
     started = time.perf_counter()
     with progress.step("load"):
         pipe = load_pipeline(spec.model, device)

@@ -150,6 +150,11 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         key = str(cause.full_key or cause.key)
         parent = cause.parent_node
         known = [str(k) for k in parent if k != "hydra" and not str(k).startswith("_")] if hasattr(parent, "keys") else []
+        from int8run.help_page import options_with
+
+        owners = options_with(key)
+        if owners:
+            return f"no setting called {key!r} in this config; {' and '.join(owners)} has it", 2
         return f"no setting called {key!r}; {suggest(key.rpartition('.')[2], known)}choose from {', '.join(sorted(known))}", 2
     if isinstance(cause, ConfigIndexError):
         key = str(cause.full_key)

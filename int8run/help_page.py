@@ -38,19 +38,33 @@ def help_page() -> str:
         options = sorted((f.name.removesuffix(".yaml"), f) for f in conf.joinpath(group).iterdir() if f.name.endswith(".yaml"))
         for name, file in sorted(options, key=lambda o: o[0] != default):
             lines.append(f"  {group if name == default else '':<11} {name:<14} {first_comment(file)}")
-    lines += ["", "Keys"]
-    shown: dict[str, str] = {}  # key -> its line; the default option comes first, others add what is their own
-    texts = [("", root)]
+    lines += ["", "Keys (in brackets the option that has them, where it is not the default)"]
+    shown = {key: f"  {f'{key}={value}':<46} {comment}" for key, value, comment in key_lines(root, "")}
     for group, default in groups:
-        files_of_group = [f for f in conf.joinpath(group).iterdir() if f.name.endswith(".yaml")]
-        for file in sorted(files_of_group, key=lambda f: (f.name != f"{default}.yaml", f.name)):
-            text = file.read_text()
-            texts.append(("" if "@package _global_" in text else f"{group}.", text))
-    for prefix, text in texts:
-        for key, value, comment in key_lines(text, prefix):
-            shown.setdefault(key, f"  {f'{key}={value}':<46} {comment}")
+        for name, keys in option_keys(group, default).items():
+            owner = "" if name == default else f" [{group}={name}]"
+            for key, value, comment in keys:  # the default option comes first, others add what is their own
+                shown.setdefault(key, f"  {f'{key}={value}':<46} {comment}{owner}")
     lines += shown.values()
     return USAGE + "\n".join(lines) + "\n\n" + FLAGS
+
+
+def option_keys(group: str, default: str = "") -> dict[str, list[tuple[str, str, str]]]:
+    """The keys of each shipped option of a group, the default option first; empty for an unknown group."""
+    folder = files("int8run.conf").joinpath(group)
+    options = [f for f in folder.iterdir() if f.name.endswith(".yaml")] if folder.is_dir() else []
+    found = {}
+    for file in sorted(options, key=lambda f: (f.name != f"{default}.yaml", f.name)):
+        text = file.read_text()
+        found[file.name.removesuffix(".yaml")] = key_lines(text, "" if "@package _global_" in text else f"{group}.")
+    return found
+
+
+def options_with(key: str) -> list[str]:
+    """Options, as one types them, that have a key which the composed config lacks: `backend.tile` -> `backend=triton`."""
+    group = key.partition(".")[0]
+    has = lambda keys: any(k == key or k.startswith(f"{key}.") for k, _, _ in keys)  # noqa: E731
+    return [f"{group}={name}" for name, keys in option_keys(group).items() if has(keys)]
 
 
 def first_comment(file: Traversable) -> str:

@@ -64,6 +64,8 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         log_outputs(tracked, candidate, baseline, wanted, metrics, out)
     title = f"{job.choices.get('model', 'model')} on {device_name(built.pipe.device)}; float is {spec.model.dtype}"
     say("", result_table(title, metrics, our_name(built)))
+    if scattered(metrics):
+        log.warning("step times scatter by more than twice: other work runs here, and the speeds above say little")
     places = {"pictures": out / "grid.png", "layers": out / "layers.csv", "numbers": out / "metrics.json", "runs": spec.tracker.where()}
     say(*(escape(f"{name + ':':<10}{place}") for name, place in places.items() if place))
     return RunResult(metrics, candidate, baseline, out)
@@ -152,6 +154,11 @@ def log_outputs(
         tracked.log_file(out / name)
 
 
+def scattered(metrics: Mapping[str, float]) -> bool:
+    """Whether one step in ten took more than twice the median: a busy machine."""
+    return any(metrics.get(f"{who}/step_ms_p90", 0) > 2 * metrics.get(f"{who}/step_ms_p50", 0) for who in ("speed", "float"))
+
+
 def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]:
     """What was built, for the line before the bars."""
     used = sorted({p.backend_used for p in built.plans if p.backend_used})
@@ -162,6 +169,8 @@ def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]
     if spec.lora.adapters:
         strengths = ", ".join(f"{a.name} {s:g}" for a, s in zip(spec.lora.adapters, spec.lora.strengths, strict=True))
         said.append(("lora", f"{strengths} ({'baked' if spec.lora.bakes else 'dynamic'})"))
+    if spec.compile != "none":
+        said.append(("compile", spec.compile))
     if reused:
         said.append(("model", "reused"))
     return said

@@ -47,6 +47,8 @@ REFUSED = {
     "misspelt group with plus": (["+bakend=auto"], r"no setting called 'bakend'; did you mean 'backend'\?"),
     "misspelt key": (["lora.strenght=1"], r"no setting called 'lora.strenght'; did you mean 'strength'\? choose from .*mode, strength"),
     "misspelt key with plus": (["+lora.strenght=1"], r"no setting called 'lora.strenght'; did you mean 'strength'\?"),
+    "key of another option": (["backend.tile.block_m=64"], r"no setting called 'backend.tile' in this config; backend=triton has it"),
+    "key of another task": (["task.rounds=5"], r"no setting called 'task.rounds' in this config; task=bench has it"),
     "misspelt top-level key": (["sed=1"], r"no setting called 'sed'; did you mean 'seed'\?"),
     "group left out": (["~model"], r"\bmodel\b.*(missing|needs|required|choose from)"),
     # values

@@ -239,9 +239,9 @@ def test_every_layer_that_a_backend_refuses_is_named_at_once():
 def test_a_device_is_refused_with_all_reasons_and_what_can_run_there():
     class Elsewhere(Reference):
         name: ClassVar[str] = "elsewhere"
-        limits: ClassVar[Limits] = Limits(devices=("cuda",), modules=("no_such_package",))
+        limits: ClassVar[Limits] = Limits(cpu_features=("no_such_feature",), modules=("no_such_package",))
 
-    words = r"^backend 'elsewhere' cannot run here: runs on cuda, not on cpu; needs the Python package no_such_package; .*\breference\b"
+    words = r"^backend 'elsewhere' cannot run here: needs a CPU with no_such_feature.*; needs the Python package no_such.*\breference\b"
     with pytest.raises(BackendError, match=words):
         check_backend(Elsewhere(), CPU, [])
 

@@ -19,6 +19,7 @@ from int8run.generate.prompts import samples
 from int8run.layers.linear import Int8Linear
 from int8run.models.loader import find_denoiser
 from int8run.report.terminal import Progress
+from int8run.run import scattered
 
 CONTRACT = {
     "speed/step_ms_p50", "speed/step_ms_p90", "speed/images_per_s", "speed/ratio_vs_float", "build/load_s", "build/quantize_s",
@@ -210,3 +211,9 @@ def test_unknown_sampler_argument(small: list[str], tmp_path: Path) -> None:
 def test_compiled_blocks_give_the_same_pictures(small: list[str], tmp_path: Path, backend: str) -> None:
     result = run_job([*small, "compile=blocks", f"backend={backend}"], tmp_path)
     assert result.metrics["quality/latent_rel_err"] < 0.02
+
+
+def test_a_busy_machine_is_named():
+    steady = {"speed/step_ms_p50": 5.0, "speed/step_ms_p90": 9.0, "float/step_ms_p50": 10.0, "float/step_ms_p90": 12.0}
+    assert not scattered(steady) and not scattered({})
+    assert scattered(steady | {"speed/step_ms_p90": 11.0}) and scattered(steady | {"float/step_ms_p90": 21.0})

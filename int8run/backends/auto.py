@@ -22,6 +22,8 @@ from int8run.quant.weight import QuantizedWeight, quantize_weight
 
 log = logging.getLogger(__name__)
 MAX_REL_ERR = 1e-3
+# median over the shortest time, beyond which a measurement says more about the machine's other work than about a backend
+MOST_SCATTER = 2.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Chooser:
         self.able, self.rounds, self.table, self.device, self.dtype = list(able), rounds, table, device, dtype
         self.last_resort = last_resort
         self.measured = 0
+        self.steady = True  # whether the last measurement can be trusted
 
     def choose(self, rows: int, in_features: int, out_features: int) -> Backend:
         """The fastest correct backend for `[rows, in_features] x [out_features, in_features]`."""
@@ -80,7 +83,8 @@ class Chooser:
             )
             return self.last_resort
         best = min(seconds, key=seconds.__getitem__)
-        self.keep(list(names.values()), (rows, in_features, out_features), best)
+        if self.steady:
+            self.keep(list(names.values()), (rows, in_features, out_features), best)
         return names[best]
 
     def keep(self, candidates: Sequence[Backend], shape: tuple[int, int, int], best: str) -> None:
@@ -94,6 +98,8 @@ class Chooser:
 
     def measure(self, backends: Iterable[Backend], rows: int, in_features: int, out_features: int) -> dict[str, float]:
         """Seconds of each backend on random numbers, by its name: the median of interleaved calls."""
+        if not self.measured:
+            log.info("timing the backends on this machine, once for each layer shape")
         self.measured += 1
         generator = torch.Generator().manual_seed(0)
         draw = lambda *shape: torch.randn(shape, generator=generator).to(self.device)  # noqa: E731
@@ -104,7 +110,10 @@ class Chooser:
         for _ in range(self.rounds + 1):  # the first round warms up
             for backend, packed in runs:
                 seconds[backend.name].append(self.timed(backend, packed, x, scale, bias))
-        return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+        medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+        # a quiet machine repeats itself; one that others use gives some calls several times as long as others
+        self.steady = all(median <= MOST_SCATTER * min(seconds[name][1:]) for name, median in medians.items())
+        return medians
 
     def correct(self, backends: Iterable[Backend], in_features: int) -> list[Backend]:
         """Those that compute the right numbers; the others are named in the log with the reason."""

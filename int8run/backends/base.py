@@ -32,10 +32,10 @@ class Limits:
 
     def refuse(self, device: torch.device) -> list[str]:
         """Every reason why this device cannot run it; empty when it can."""
-        reasons = []
         if device.type not in self.devices:
-            reasons.append(f"runs on {' and '.join(self.devices)}, not on {device.type}")
-        elif device.type == "cpu" and self.cpu_features and not has_cpu_feature(self.cpu_features):
+            return [f"runs on {' and '.join(self.devices)}, not on {device.type}"]
+        reasons = []
+        if device.type == "cpu" and self.cpu_features and not has_cpu_feature(self.cpu_features):
             reasons.append(f"needs a CPU with {' or '.join(self.cpu_features)}: without, int8 products saturate")
         elif (
             device.type == "cuda"
@@ -45,7 +45,8 @@ class Limits:
             reasons.append(f"needs compute capability {version(self.cuda_capability)}, this GPU has {version(have)}")
         if self.compiler and not any(map(shutil.which, COMPILERS)):
             reasons.append(f"needs a C++ compiler on the PATH ({', '.join(COMPILERS)})")
-        reasons += [f"needs the Python package {m}" for m in self.modules if importlib.util.find_spec(m) is None]
+        missing = [m for m in self.modules if importlib.util.find_spec(m) is None]
+        reasons += [f"needs the Python package {m} (pip install {m.replace('_', '-')})" for m in missing]
         return reasons
 
     def refuse_layer(self, in_features: int, out_features: int) -> list[str]:

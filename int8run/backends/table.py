@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from int8run.machine import device_name
+
+log = logging.getLogger(__name__)
 
 
 def default_path() -> Path:
@@ -29,6 +32,7 @@ class ChoiceTable:
         self.path = path or default_path()
         self.where = " | ".join([device_name(device), *library_stamp(device), *([str(dtype).removeprefix("torch.")] if dtype else [])])
         self.known = read_table(self.path)
+        self.writable = True
 
     def get(self, question: str) -> str | None:
         """The answer found before, or None."""
@@ -38,11 +42,16 @@ class ChoiceTable:
         """Keep an answer, here and in the file. Written whole to a new name and moved, so that a reader never sees half a file."""
         key = f"{self.where} | {question}"
         self.known[key] = answer
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         merged = {**read_table(self.path), key: answer}
         fresh = self.path.with_suffix(f".{time.time_ns()}")
-        fresh.write_text(json.dumps(merged, indent=1, sort_keys=True))
-        fresh.replace(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fresh.write_text(json.dumps(merged, indent=1, sort_keys=True))
+            fresh.replace(self.path)
+        except OSError as error:
+            if self.writable:
+                log.warning("measured choices cannot be kept in %s (%s); every run measures anew", self.path, error.strerror)
+            self.writable = False
 
 
 def library_stamp(device: torch.device) -> list[str]:
@@ -58,6 +67,6 @@ def read_table(path: Path) -> dict[str, str]:
     """Choices made before; an unreadable table counts as empty and is written anew."""
     try:
         found = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return {}
     return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}

@@ -7,6 +7,7 @@ loaded: two of them would be two pools of threads that fight for the same cores.
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("vnni.cpp")
 COMPILERS = ("g++", "clang++", "c++")
 # named one by one and not -march=native: a cache may be shared by machines that differ
@@ -73,6 +75,7 @@ def built(cache: Path) -> Path:
         fresh.touch()
     except OSError as error:
         raise BuildError(f"cannot write the built library to {cache}: {error.strerror}") from error
+    log.info("building the VNNI kernels with %s into %s, once", found, cache)
     done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=False)
     if done.returncode:
         fresh.unlink(missing_ok=True)

@@ -162,3 +162,22 @@ def test_a_damaged_choice_is_measured_again(tmp_path, seconds, choice):
 def test_the_shipped_candidates_with_real_times(tmp_path):
     able = [b for b in shipped("backend").values() if usable(b, CPU)]
     assert chooser(tmp_path, *able, rounds=1).choose(4, 16, 8) in able
+
+
+def test_a_measurement_that_scatters_is_used_but_not_kept(tmp_path, seconds):
+    # medians three times the shortest time: other work ran here
+    seconds.update(reference=[1.0, 1.0, 3.0, 3.0], exact=[1.0, 1.0, 2.5, 2.5])
+    ours = chooser(tmp_path, Reference(), Exact())
+    assert ours.choose(4, 16, 8).name == "exact" and not ours.steady
+    assert not (tmp_path / "choices" / "table.json").exists()
+    seconds.update(reference=[1.0], exact=[2.0])
+    assert chooser(tmp_path, Reference(), Exact()).choose(4, 16, 8).name == "reference"
+
+
+def test_a_table_that_cannot_be_written_is_said_once_and_costs_no_run(tmp_path, seconds, caplog):
+    seconds.update(reference=[2.0], exact=[1.0])
+    (tmp_path / "choices").write_text("a file where the folder should be")
+    ours = chooser(tmp_path, Reference(), Exact())
+    assert ours.choose(4, 16, 8).name == "exact" and ours.choose(4, 32, 8).name == "exact"
+    assert ours.choose(4, 16, 8).name == "exact" and ours.measured == 2, "remembered for this run"
+    assert caplog.text.count("measured choices cannot be kept in") == 1

@@ -33,4 +33,4 @@ def test_close_to_the_definition():
 
 def test_without_the_package_the_reason_is_said(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "needs the Python package comfy_kitchen" in ComfyKitchen.limits.refuse(CPU)
+    assert "needs the Python package comfy_kitchen (pip install comfy-kitchen)" in ComfyKitchen.limits.refuse(CPU)

@@ -19,7 +19,7 @@ def cpu_without_vnni(monkeypatch):
 
 @pytest.mark.parametrize("backend", shipped("backend").values(), ids=lambda b: b.name)
 def test_no_backend_runs_on_meta(backend):
-    reason = backend.limits.refuse(torch.device("meta"))[0]
+    (reason,) = backend.limits.refuse(torch.device("meta"))
     assert reason == f"runs on {' and '.join(backend.limits.devices)}, not on meta"
 
 
@@ -37,7 +37,7 @@ def test_a_layer_too_wide_for_32_bit_sums_is_refused(backend):
 def test_a_missing_compiler_or_package_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert Limits(compiler=True).refuse(CPU) == ["needs a C++ compiler on the PATH (g++, clang++, c++)"]
-    assert Limits(modules=("no_such_package",)).refuse(CPU) == ["needs the Python package no_such_package"]
+    assert Limits(modules=("no_such_package",)).refuse(CPU) == ["needs the Python package no_such_package (pip install no-such-package)"]
 
 
 def test_onednn_stays_on_the_cpu():
