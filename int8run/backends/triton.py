@@ -50,6 +50,8 @@ class Triton:
         if x.shape[0] == 0:  # an empty grid cannot be launched
             return Quantized(x.new_empty(x.shape, dtype=torch.int8), x.new_empty((0, 1), dtype=torch.float32))
         x = x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
+        if down is not None and down.dtype != x.dtype:  # an input that is not in the model's dtype
+            down = down.to(x.dtype)
         q, scale, h = quantize_rowwise(x, factor, 0 if matrix is None else matrix.shape[0], gelu_from, down)
         return Quantized(q, scale, None if down is None else h)
 

@@ -78,3 +78,10 @@ def test_one_input_column():
     weight = quantize_weight(randn(5, 1).to(DEVICE))
     x, scale = randn(3, 1).to(DEVICE), weight.scale[:, 0].contiguous()
     assert_close("y", run_layer(BACKEND, x, BACKEND.pack(weight), scale, None), run_layer(Reference(), x, weight.qdata, scale, None), 1e-6)
+
+
+def test_an_input_in_another_dtype_than_the_model():
+    x, adapted = randn(9, K).to(DEVICE), branch_on(layer(BACKEND, NoOutlier()), 5, [1.0])
+    half = adapted(x.to(torch.float16))
+    assert half.dtype == torch.float16
+    assert_close("layer", half.float(), adapted(x), 5e-3)
