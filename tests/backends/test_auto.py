@@ -174,6 +174,13 @@ def test_a_measurement_that_scatters_is_used_but_not_kept(tmp_path, seconds):
     assert chooser(tmp_path, Reference(), Exact()).choose(4, 16, 8).name == "reference"
 
 
+def test_a_slow_backend_may_scatter(tmp_path, seconds):
+    seconds.update(reference=[5.0, 4.0, 9.0, 9.0], exact=[1.0])
+    ours = chooser(tmp_path, Reference(), Exact())
+    assert ours.choose(4, 16, 8).name == "exact" and ours.steady
+    assert (tmp_path / "choices" / "table.json").exists()
+
+
 def test_a_table_that_cannot_be_written_is_said_once_and_costs_no_run(tmp_path, seconds, caplog):
     seconds.update(reference=[2.0], exact=[1.0])
     (tmp_path / "choices").write_text("a file where the folder should be")
