@@ -106,7 +106,7 @@ def bench(spec: RunSpec, job: Job, rounds: int) -> None:
 def measure_shape(chooser: Chooser, float_layer: Backend, shape: Shape) -> dict[str, float]:
     """Seconds of the float layer and of every backend that can take this shape; the best backend is kept."""
     rows, k, n = shape
-    able = [b for b in chooser.able if not b.limits.refuse_layer(k, n)]
+    able = chooser.takers(k, n)
     for backend in able:
         if isinstance(backend, Tunable):
             backend.tune(chooser, rows, k, n)
@@ -114,16 +114,16 @@ def measure_shape(chooser: Chooser, float_layer: Backend, shape: Shape) -> dict[
     seconds = chooser.measure([float_layer, *correct], rows, k, n)
     best = min((b.name for b in correct), key=seconds.__getitem__, default=None)
     if best is not None and chooser.steady:
-        chooser.keep(able, shape, best)
+        chooser.keep((b.name for b in able), shape, best)
     return seconds
 
 
 def measure_fallback(chooser: Chooser, float_layer: Backend, k: int, n: int) -> int:
     """The largest of FEW_ROWS up to which float is faster than every backend at each count; 0 when it never is."""
     limit, steady = 0, True
+    correct = chooser.correct(chooser.takers(k, n), k)
     for rows in FEW_ROWS:
-        able = [b for b in chooser.able if not b.limits.refuse_layer(k, n)]
-        seconds = chooser.measure([float_layer, *chooser.correct(able, k)], rows, k, n)
+        seconds = chooser.measure([float_layer, *correct], rows, k, n)
         steady &= chooser.steady
         if min(seconds, key=seconds.__getitem__) != float_layer.name:
             break

@@ -48,7 +48,7 @@ class Int8Settings:
         in_range("int8.small_layer_params", self.small_layer_params, 0, 2**40, whole=True)
 
     def float_rows(self, params: int, rows: int, measured: int | None = None) -> int:
-        """Up to how many rows a layer computes in float; 0: never, so that it need not keep its integers beside a packed copy.
+        """Up to how many rows a layer computes in float; 0: never, so that it need not keep a float weight.
 
         Args:
             params: weights of the layer.

@@ -70,8 +70,8 @@ class Chooser:
 
     def choose(self, rows: int, in_features: int, out_features: int) -> Backend:
         """The fastest correct backend for `[rows, in_features] x [out_features, in_features]`."""
-        names = {b.name: b for b in self.able if not b.limits.refuse_layer(in_features, out_features)}
-        known = self.table.get(question(list(names.values()), (rows, in_features, out_features)))
+        names = {b.name: b for b in self.takers(in_features, out_features)}
+        known = self.table.get(question(names, (rows, in_features, out_features)))
         if known in names:
             return names[known]
         seconds = self.measure(self.correct(names.values(), in_features), rows, in_features, out_features)
@@ -84,10 +84,14 @@ class Chooser:
             return self.last_resort
         best = min(seconds, key=seconds.__getitem__)
         if self.steady:
-            self.keep(list(names.values()), (rows, in_features, out_features), best)
+            self.keep(names, (rows, in_features, out_features), best)
         return names[best]
 
-    def keep(self, candidates: Sequence[Backend], shape: tuple[int, int, int], best: str) -> None:
+    def takers(self, in_features: int, out_features: int) -> list[Backend]:
+        """The candidates that can take a layer of this shape."""
+        return [b for b in self.able if not b.limits.refuse_layer(in_features, out_features)]
+
+    def keep(self, candidates: Iterable[str], shape: tuple[int, int, int], best: str) -> None:
         """Remember the choice among these candidates for a shape (rows, in_features, out_features)."""
         self.table.put(question(candidates, shape), best)
 
@@ -152,6 +156,6 @@ class Chooser:
         return right
 
 
-def question(candidates: Sequence[Backend], shape: tuple[int, int, int]) -> str:
-    """What the table is asked: which of these candidates for this shape."""
-    return f"{','.join(sorted(b.name for b in candidates))} | {'x'.join(map(str, shape))}"
+def question(candidates: Iterable[str], shape: tuple[int, int, int]) -> str:
+    """What the table is asked: which of these candidates, by their names, for this shape."""
+    return f"{','.join(sorted(candidates))} | {'x'.join(map(str, shape))}"

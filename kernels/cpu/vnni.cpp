@@ -41,7 +41,6 @@ constexpr int64_t TILE_ROWS = 6;     // 6 x 4 sums and their operands fill the 3
 constexpr int64_t ROW_BLOCK = 192;   // rows that share a pass over the weights; with K_BLOCK they fit a 1 MB L2 cache
 constexpr int64_t K_BLOCK = 2048;    // above twice this, a panel is walked in pieces that stay in L2
 constexpr float TINY = 1e-30f;       // the scale of a row of zeros, as in quantize_rowwise/reference.py
-constexpr int64_t ALIGN = 64;
 
 enum Dtype { F32 = 0, BF16 = 1, F16 = 2 };
 
@@ -100,9 +99,7 @@ INLINE __m512 exp512(__m512 x) {
 INLINE __m512 gelu(__m512 x) {
   const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f)), x, x);
   const __m512 e = exp512(_mm512_mul_ps(cubic, _mm512_set1_ps(-1.5957691216f)));
-  const __m512 y = _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
-  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);  // the clamp in exp512 would hide it
-  return _mm512_mask_mov_ps(y, nan, x);
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));  // NaN, which the clamp in exp512 hides, is still in x
 }
 
 // The largest |x| as integers: NaN and infinity have the largest bit patterns, so they reach the scale and the output.
