@@ -76,14 +76,17 @@ def linear_build(architecture: int, tile: Tile, rank: int = 0, group: int = 0, e
     return Build(architecture, f"linear {size}{options}", linear._int8_linear, constants, tile.warps, tile.stages)
 
 
-def rowwise_build(architecture: int, rotation: int, rank: int, before: bool, dtype: torch.dtype = torch.bfloat16) -> Build:
+def rowwise_build(
+    architecture: int, rotation: int, rank: int, before: bool, sylvester: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> Build:
     """The walking quantize kernel. `before`: with GELU and factor."""
     block_r = rowwise.rank_block(rank)
     constants = {
-        "HAS_FACTOR": before, "GELU": before, "ROTATION": rotation, "BLOCK_R": block_r, "EVEN_K": True,
+        "HAS_FACTOR": before, "GELU": before, "ROTATION": rotation, "SYLVESTER": sylvester, "BLOCK_R": block_r, "EVEN_K": True,
         "PARTS": max(rotation // 64, 4),
     }  # fmt: skip
-    name = f"quantize rotation {rotation} rank {rank}{' gelu factor' if before else ''}{' float32' if dtype == torch.float32 else ''}"
+    kind = "sylvester" if sylvester else "rotation"
+    name = f"quantize {kind} {rotation} rank {rank}{' gelu factor' if before else ''}{' float32' if dtype == torch.float32 else ''}"
     warps = rowwise.walking_warps(rotation, block_r)
     return Build(architecture, name, rowwise._walking, constants, warps, 1, FLOAT32 if dtype == torch.float32 else {})
 
@@ -107,12 +110,14 @@ def linear_builds(architecture: int) -> Iterator[Build]:
 
 
 def rowwise_builds(architecture: int) -> Iterator[Build]:
-    """What FLUX needs: plain rows, GELU before ff.net.2, rotation, LoRA of small and large rank."""
+    """What FLUX needs: plain rows, GELU before ff.net.2, both kinds of rotation, LoRA of small and large rank."""
     yield resident_build(architecture, 4096)
     yield resident_build(architecture, 16384)
     yield rowwise_build(architecture, 256, 0, before=False)
     yield rowwise_build(architecture, 256, 16, before=True)
     yield rowwise_build(architecture, 256, 64, before=False)
+    yield rowwise_build(architecture, 128, 0, before=False, sylvester=True)
+    yield rowwise_build(architecture, 128, 16, before=True, sylvester=True)
     yield rowwise_build(architecture, 0, 256, before=True)
     if architecture in (80, 90):
         yield rowwise_build(architecture, 1024, 16, before=False)

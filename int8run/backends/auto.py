@@ -115,11 +115,9 @@ class Chooser:
             for backend, packed in runs:
                 seconds[backend.name].append(self.timed(backend, packed, x, scale, bias))
         medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-        # a quiet machine repeats itself; where others use it, some calls take several times as long. That matters for the fastest,
-        # and for those that were as fast once
-        quickest = {name: min(times[1:]) for name, times in seconds.items()}
-        rivals = [name for name in medians if quickest[name] <= min(medians.values(), default=0.0)]
-        self.steady = all(medians[name] <= MOST_SCATTER * quickest[name] for name in rivals)
+        # what scatters matters for the fastest, and for those that were as fast once
+        rivals = [times[1:] for times in seconds.values() if min(times[1:]) <= min(medians.values())]
+        self.steady = all(map(steady, rivals))
         return medians
 
     def correct(self, backends: Iterable[Backend], in_features: int) -> list[Backend]:
@@ -159,3 +157,8 @@ class Chooser:
 def question(candidates: Iterable[str], shape: tuple[int, int, int]) -> str:
     """What the table is asked: which of these candidates, by their names, for this shape."""
     return f"{','.join(sorted(candidates))} | {'x'.join(map(str, shape))}"
+
+
+def steady(times: Sequence[float]) -> bool:
+    """Whether a machine that repeats itself measured these; where others use it, some calls take several times as long."""
+    return statistics.median(times) <= MOST_SCATTER * min(times)

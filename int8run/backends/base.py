@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from int8run.kernels.cpu.library import COMPILERS
+from int8run.kernels.hadamard.reference import Rotation
 from int8run.machine import cpu_capabilities
 from int8run.quant.weight import QuantizedWeight
 
@@ -101,13 +102,13 @@ class Backend(Protocol):
         """The weight in the layout that `linear` wants; computed once per layer."""
         ...
 
-    def quantize(self, x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int, down: Tensor | None) -> Quantized:
-        """Quantize each row: GELU on the columns from `gelu_from` (-1: none), times `factor`, groups rotated by `matrix`, rounded.
+    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
+        """Quantize each row: GELU on the columns from `gelu_from` (-1: none), times `factor`, groups rotated, rounded.
 
         Args:
             x: float [M, K].
             factor: float32 [K] or None.
-            matrix: regular Hadamard [g, g] or None.
+            rotation: of groups of g columns, where g divides K; or None.
             down: the fused branch's down-projection, where it wants the input.
         """
         ...

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from int8run.backends.base import SIGNED_SUMS, FusedBranch, Limits, Quantized
+from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.quantize_rowwise.reference import transform_rows
 from int8run.quant.weight import QuantizedWeight
 
@@ -28,9 +29,11 @@ class ComfyKitchen:
         """The integers as they are, [N, K]."""
         return weight.qdata.contiguous()
 
-    def quantize(self, x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int, down: Tensor | None) -> Quantized:
-        """x: [M, K], not quantized yet; the rotation is left to the product."""
-        return Quantized(transform_rows(x, factor, None, gelu_from), x, rotation=0 if matrix is None else matrix.shape[0])
+    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
+        """x: [M, K], not quantized yet; a regular rotation is left to the product, which knows no other."""
+        inside = rotation if rotation and not rotation.sylvester else None
+        before = transform_rows(x, factor, None if inside else rotation, gelu_from)
+        return Quantized(before, x, rotation=inside.group if inside else 0)
 
     def linear(
         self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,

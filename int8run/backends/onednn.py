@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from int8run.backends.base import UNSIGNED_SUMS, FusedBranch, Limits, Quantized
+from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
 from int8run.kernels.quantize_rowwise.reference import transform_rows
 from int8run.quant.weight import QuantizedWeight
@@ -43,9 +44,9 @@ class OneDnn:
         """oneDNN's private blocked layout, [K, N]; opaque, so it cannot be saved."""
         return torch.ops.onednn.qlinear_prepack(weight.qdata, None)
 
-    def quantize(self, x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int, down: Tensor | None) -> Quantized:
+    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
         """x: [M, K] -> uint8 [M, K] and scales [M, 1]."""
-        return Quantized(*quantize_rowwise(transform_rows(x, factor, matrix, gelu_from), ZERO_POINT))
+        return Quantized(*quantize_rowwise(transform_rows(x, factor, rotation, gelu_from), ZERO_POINT))
 
     def linear(
         self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from int8run.backends.base import FusedBranch, Limits, Quantized
+from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.int8_linear.reference import int8_linear
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise, transform_rows
 from int8run.quant.weight import QuantizedWeight
@@ -23,9 +24,9 @@ class Reference:
         """The integers as they are, [N, K]."""
         return weight.qdata
 
-    def quantize(self, x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int, down: Tensor | None) -> Quantized:
+    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
         """x: [M, K] -> int8 [M, K] and scales [M, 1]."""
-        return Quantized(*quantize_rowwise(transform_rows(x, factor, matrix, gelu_from)))
+        return Quantized(*quantize_rowwise(transform_rows(x, factor, rotation, gelu_from)))
 
     def linear(
         self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from int8run.backends.base import SIGNED_SUMS, FusedBranch, Limits, Quantized
+from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
 from int8run.kernels.quantize_rowwise.reference import transform_rows
 from int8run.quant.weight import QuantizedWeight
@@ -31,9 +32,9 @@ class TorchIntMM:
         n, k = weight.qdata.shape
         return F.pad(weight.qdata, (0, -k % CUDA_MULTIPLE, 0, -n % CUDA_MULTIPLE))
 
-    def quantize(self, x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int, down: Tensor | None) -> Quantized:
+    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
         """x: [M, K] -> int8 and scales [M, 1]; padded as `_int_mm` wants it, so M and K may be larger."""
-        q, scale = quantize_rowwise(transform_rows(x, factor, matrix, gelu_from))
+        q, scale = quantize_rowwise(transform_rows(x, factor, rotation, gelu_from))
         rows, k = q.shape
         if q.is_cuda:
             q = F.pad(q, (0, -k % CUDA_MULTIPLE, 0, max(0, CUDA_MIN_ROWS - rows)))

@@ -12,6 +12,7 @@ from torch import Tensor
 from int8run.backends.base import SIGNED_SUMS, FusedBranch, Limits, Quantized, Timer
 from int8run.backends.table import ChoiceTable
 from int8run.errors import ConfigError
+from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.int8_linear.tile import BUCKETS, Tile, bucket, candidates, default_tile
 from int8run.quant.weight import QuantizedWeight
 
@@ -42,7 +43,7 @@ class Triton:
             self.tiles[k, n] = self.tiles_for(weight.qdata.device, k, n)
         return weight.qdata.contiguous()
 
-    def quantize(self, x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int, down: Tensor | None) -> Quantized:
+    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
         """x: [M, K] -> int8 [M, K], scales [M, 1] and, with `down`, its product with the transformed x."""
         # imported where it runs: a CPU has no use for Triton
         from int8run.kernels.quantize_rowwise.kernel import quantize_rowwise
@@ -52,7 +53,7 @@ class Triton:
         x = x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
         if down is not None and down.dtype != x.dtype:  # an input that is not in the model's dtype
             down = down.to(x.dtype)
-        q, scale, h = quantize_rowwise(x, factor, 0 if matrix is None else matrix.shape[0], gelu_from, down)
+        q, scale, h = quantize_rowwise(x, factor, *((rotation.group, rotation.sylvester) if rotation else (0, False)), gelu_from, down)
         return Quantized(q, scale, None if down is None else h)
 
     def linear(

@@ -10,6 +10,7 @@ from int8run.backends.base import SIGNED_SUMS, FusedBranch, Limits, Quantized
 from int8run.errors import BackendError, switch
 from int8run.kernels.cpu import vnni
 from int8run.kernels.cpu.library import BuildError, library
+from int8run.kernels.hadamard.reference import Rotation
 from int8run.quant.weight import QuantizedWeight, quantize_weight
 
 
@@ -43,9 +44,9 @@ class Vnni:
             raise BackendError(f"backend vnni: {error}; backend=auto takes the next best") from error
         return vnni.pack(weight.qdata)
 
-    def quantize(self, x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int, down: Tensor | None) -> Quantized:
+    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
         """x: [M, K] -> uint8 [M, K] and scales [M]."""
-        return Quantized(*vnni.quantize(x, factor, 0 if matrix is None else matrix.shape[0], gelu_from))
+        return Quantized(*vnni.quantize(x, factor, rotation.group if rotation else 0, bool(rotation and rotation.sylvester), gelu_from))
 
     def linear(
         self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,

@@ -52,7 +52,7 @@ def library(cache: Path | None = None) -> ctypes.CDLL:
     path = built(cache or Path.home() / ".cache" / "int8run")
     lib = ctypes.CDLL(str(path))
     p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    lib.int8run_quantize.argtypes = [p, i, n, n, n, p, n, n, p, p, i]
+    lib.int8run_quantize.argtypes = [p, i, n, n, n, p, n, i, n, p, p, i]
     lib.int8run_linear.argtypes = [p, p, n, n, n, p, p, p, n, p, p, p, p, p, i, i]
     lib.int8run_quantize.restype = lib.int8run_linear.restype = None
     return lib

@@ -111,71 +111,101 @@ INLINE float largest(__m512i m) {
   return value;
 }
 
-// One radix-4 step of the regular Hadamard matrix on neighbouring numbers: y_i = sum(x) - 2 x_(3-i)
-INLINE __m512 step_within_4(__m512 v) {
-  __m512 sum = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1));
-  sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4E));
-  return _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), _mm512_permute_ps(v, 0x1B), sum);
+// The two kinds of Hadamard matrices, as what the rotation needs of them: `within` multiplies each W neighbouring numbers of a
+// register by the matrix of W (1: not at all), `step` the registers r[0], r[apart], ... by the matrix of RADIX. Signs only.
+
+// The regular one, Kronecker powers of a 4x4 block: y_i = sum(x) - 2 x_(3-i)
+struct Regular {
+  static constexpr int RADIX = 4;
+  template <int W>
+  INLINE __m512 within(__m512 v) {
+    if constexpr (W >= 4) {
+      __m512 sum = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1));
+      sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4E));
+      v = _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), _mm512_permute_ps(v, 0x1B), sum);
+    }
+    if constexpr (W >= 16) {  // the same across the four quarters
+      __m512 sum = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xB1));
+      sum = _mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0x4E));
+      v = _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), _mm512_shuffle_f32x4(v, v, 0x1B), sum);
+    }
+    return v;
+  }
+  INLINE void step(__m512* r, int apart) {
+    const __m512 a = r[0], b = r[apart], c = r[2 * apart], d = r[3 * apart];
+    const __m512 sum = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)), two = _mm512_set1_ps(2.0f);
+    r[0] = _mm512_fnmadd_ps(two, d, sum);
+    r[apart] = _mm512_fnmadd_ps(two, c, sum);
+    r[2 * apart] = _mm512_fnmadd_ps(two, b, sum);
+    r[3 * apart] = _mm512_fnmadd_ps(two, a, sum);
+  }
+};
+// Sylvester's, Kronecker powers of [[1, 1], [1, -1]]: y_0 = x_0 + x_1, y_1 = x_0 - x_1
+struct Sylvester {
+  static constexpr int RADIX = 2;
+  template <int W>
+  INLINE __m512 within(__m512 v) {
+    if constexpr (W >= 2) v = plus_or_minus(_mm512_permute_ps(v, 0xB1), v, 0xAAAA);
+    if constexpr (W >= 4) v = plus_or_minus(_mm512_permute_ps(v, 0x4E), v, 0xCCCC);
+    if constexpr (W >= 8) v = plus_or_minus(_mm512_shuffle_f32x4(v, v, 0xB1), v, 0xF0F0);
+    if constexpr (W >= 16) v = plus_or_minus(_mm512_shuffle_f32x4(v, v, 0x4E), v, 0xFF00);
+    return v;
+  }
+  INLINE void step(__m512* r, int apart) {
+    const __m512 a = r[0], b = r[apart];
+    r[0] = _mm512_add_ps(a, b);
+    r[apart] = _mm512_sub_ps(a, b);
+  }
+  // other + v, under the mask other - v; as a product, since a masked subtraction would be one instruction more
+  INLINE __m512 plus_or_minus(__m512 other, __m512 v, __mmask16 minus) {
+    return _mm512_fmadd_ps(v, _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), minus, _mm512_set1_ps(-1.0f)), other);
+  }
+};
+
+// Multiply R registers by the matrix of R, in steps over registers that lie 1, RADIX, RADIX * RADIX, ... apart
+template <class H, int R, int APART = 1>
+INLINE void across(__m512 (&r)[R]) {
+  if constexpr (APART < R) {
+    each<R / H::RADIX>([&](auto i) INLINED {
+      constexpr int start = i / APART * APART * H::RADIX + i % APART;
+      H::step(r + start, APART);
+    });
+    across<H, R, APART * H::RADIX>(r);
+  }
 }
-// The same across the four quarters of a register
-INLINE __m512 step_within_16(__m512 v) {
-  __m512 sum = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xB1));
-  sum = _mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0x4E));
-  return _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), _mm512_shuffle_f32x4(v, v, 0x1B), sum);
-}
-// The same across four registers
-INLINE void step_across(__m512& a, __m512& b, __m512& c, __m512& d) {
-  const __m512 sum = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)), two = _mm512_set1_ps(2.0f);
-  const __m512 a0 = a, b0 = b;
-  a = _mm512_fnmadd_ps(two, d, sum);
-  b = _mm512_fnmadd_ps(two, c, sum);
-  c = _mm512_fnmadd_ps(two, b0, sum);
-  d = _mm512_fnmadd_ps(two, a0, sum);
-}
-// A whole group of 16 * R numbers in registers, not normalised, and the largest magnitude among them. R: 1, 4 or 16
-template <class X, int R>
-INLINE __m512i rotate_in_registers(const typename X::T* x, float* row, __m512i m) {
-  __m512 r[R];
-  each<R>([&](auto i) INLINED { r[i] = step_within_16(step_within_4(X::load(x + 16 * i, 0xFFFF))); });
-  if constexpr (R >= 4) each<R / 4>([&](auto i) INLINED { step_across(r[4 * i], r[4 * i + 1], r[4 * i + 2], r[4 * i + 3]); });
-  if constexpr (R == 16) each<4>([&](auto i) INLINED { step_across(r[i], r[i + 4], r[i + 8], r[i + 12]); });
-  each<R>([&](auto i) INLINED {
-    m = larger_magnitude(m, r[i]);
-    _mm512_storeu_ps(row + 16 * i, r[i]);
-  });
+// One walk over a row: rotate within registers (W numbers) and across R of them that lie `span` numbers apart; returns the largest
+// magnitudes of the result. A row may end inside a register only where groups are smaller than one, and then R is 1.
+template <class X, class H, int W, int R>
+__m512i rotate_walk(const typename X::T* x, float* row, int64_t K, int64_t span) {
+  __m512i m = _mm512_setzero_si512();
+  for (int64_t group = 0; group < K; group += R * span)
+    for (int64_t k = group; k < group + span; k += 16) {
+      __m512 r[R];
+      each<R>([&](auto i) INLINED { r[i] = H::template within<W>(X::load(x + k + i * span, R == 1 ? first(K - k) : 0xFFFF)); });
+      across<H>(r);
+      each<R>([&](auto i) INLINED {
+        m = larger_magnitude(m, r[i]);
+        _mm512_storeu_ps(row + k + i * span, r[i]);
+      });
+    }
   return m;
 }
-// Rotate each group of x by the regular Hadamard matrix of signs into `row` (which may be x); returns the largest magnitude of
-// the result. Dividing by sqrt(group), a power of two, is left to the scale. `row` has room up to a multiple of 16.
-template <class X>
+// The walk for groups of at most G numbers: of a register or less, or of up to 16 registers
+template <class X, class H, int G>
+__m512i rotate_in_registers(const typename X::T* x, float* row, int64_t K, int64_t group) {
+  if constexpr (G > H::RADIX)
+    if (group < G) return rotate_in_registers<X, H, G / H::RADIX>(x, row, K, group);
+  return rotate_walk<X, H, std::min(G, 16), std::max(G / 16, 1)>(x, row, K, 16);
+}
+// Rotate each group of x by the matrix of signs into `row` (which may be x); returns the largest magnitude of the result. Dividing
+// by sqrt(group) is left to the scale. `row` has room up to a multiple of 16.
+template <class X, class H>
 float rotate(const typename X::T* x, float* row, int64_t K, int64_t group) {
-  __m512i m = _mm512_setzero_si512();
-  if (group == 4)
-    for (int64_t k = 0; k < K; k += 16) {
-      const __m512 v = step_within_4(X::load(x + k, first(K - k)));
-      m = larger_magnitude(m, v);
-      _mm512_storeu_ps(row + k, v);
-    }
-  else if (group == 16)
-    for (int64_t k = 0; k < K; k += 16) m = rotate_in_registers<X, 1>(x + k, row + k, m);
-  else if (group == 64)
-    for (int64_t k = 0; k < K; k += 64) m = rotate_in_registers<X, 4>(x + k, row + k, m);
-  else
-    for (int64_t k = 0; k < K; k += 256) m = rotate_in_registers<X, 16>(x + k, row + k, m);
-  for (int64_t span = 256; span < group; span *= 4) {  // larger groups: the remaining steps over memory
-    m = _mm512_setzero_si512();
-    for (int64_t k = 0; k < K; k += 4 * span)
-      for (int64_t i = 0; i < span; i += 16) {
-        float* p = row + k + i;
-        __m512 r[4];
-        each<4>([&](auto j) INLINED { r[j] = _mm512_loadu_ps(p + j * span); });
-        step_across(r[0], r[1], r[2], r[3]);
-        each<4>([&](auto j) INLINED {
-          m = larger_magnitude(m, r[j]);
-          _mm512_storeu_ps(p + j * span, r[j]);
-        });
-      }
-  }
+  int64_t span = 256;
+  __m512i m = rotate_in_registers<X, H, 256>(x, row, K, group);
+  for (; 4 * span <= group; span *= 4) m = rotate_walk<Float32, H, 1, 4>(row, row, K, span);  // larger groups: over memory
+  if constexpr (H::RADIX == 2)
+    if (span < group) m = rotate_walk<Float32, H, 1, 2>(row, row, K, span);
   return largest(m);
 }
 
@@ -192,7 +222,7 @@ float absmax(const typename X::T* x, int64_t K) {
 }
 
 // One row: its scale, and q + 128; bytes from K to a multiple of 4 are written too (their weights are 0).
-// x is `unit` times too large, a power of two: dividing by it is exact.
+// x is `unit` times too large, which the scale makes up for: exactly where `unit` is a power of two, else to a last bit.
 template <class X>
 float quantize_row(const typename X::T* x, int64_t K, float absmax, float unit, uint8_t* q) {
   float scale = absmax / unit / 127.0f;
@@ -213,7 +243,9 @@ struct Rows {
   const void* x;
   int64_t M, K, stride;  // numbers from one row to the next
   const float* factor;   // [K] or null
-  int64_t rotation, gelu_from;
+  int64_t rotation;      // numbers of a group; 0: none
+  bool sylvester;
+  int64_t gelu_from;
 };
 
 // GELU and factor on one row, to float32; returns the largest magnitude.
@@ -229,6 +261,11 @@ float load_row(const Rows& in, const typename X::T* x, float* row) {
     _mm512_storeu_ps(row + k, v);
   }
   return largest(m);
+}
+
+template <class X>
+float rotate_row(const Rows& in, const typename X::T* x, float* row) {
+  return in.sylvester ? rotate<X, Sylvester>(x, row, in.K, in.rotation) : rotate<X, Regular>(x, row, in.K, in.rotation);
 }
 
 template <class X>
@@ -249,7 +286,7 @@ void quantize_rows(const Rows& in, uint8_t* q, int64_t q_stride, float* scale, i
         continue;
       }
       float magnitude = changed ? load_row<X>(in, from, row) : 0.0f;
-      if (in.rotation) magnitude = changed ? rotate<Float32>(row, row, in.K, in.rotation) : rotate<X>(from, row, in.K, in.rotation);
+      if (in.rotation) magnitude = changed ? rotate_row<Float32>(in, row, row) : rotate_row<X>(in, from, row);
       scale[i] = quantize_row<Float32>(row, in.K, magnitude, unit, to);
     }
   }
@@ -413,11 +450,11 @@ void quantize_rows(const Rows& in, int dtype, uint8_t* q, int64_t q_stride, floa
 extern "C" {
 
 // x [M, K] with `stride` -> q + 128: uint8 [M, round_up(K, 4)], scale [M].
-// In this order: GELU on columns >= gelu_from (-1: none), factor [K] (or null), rotation by the regular Hadamard matrix in
-// groups of `rotation` (0: none; 4, 16, 64, 256, 1024, ... dividing K).
+// In this order: GELU on columns >= gelu_from (-1: none), factor [K] (or null), rotation in groups of `rotation` that divide K
+// (0: none), by Sylvester's Hadamard matrix (2, 4, 8, 16, ...) or else by the regular one (4, 16, 64, 256, ...).
 void int8run_quantize(const void* x, int dtype, int64_t M, int64_t K, int64_t stride, const float* factor, int64_t rotation,
-                      int64_t gelu_from, uint8_t* q, float* scale, int threads) {
-  quantize_rows({x, M, K, stride, factor, rotation, gelu_from}, dtype, q, round_up(K, 4), scale, threads);
+                      int sylvester, int64_t gelu_from, uint8_t* q, float* scale, int threads) {
+  quantize_rows({x, M, K, stride, factor, rotation, sylvester != 0, gelu_from}, dtype, q, round_up(K, 4), scale, threads);
 }
 
 // y [M, N] = q . w * w_scale * x_scale + bias + low-rank branch; q and x_scale as int8run_quantize writes them.
@@ -432,7 +469,7 @@ void int8run_linear(const uint8_t* q, const float* x_scale, int64_t M, int64_t K
   std::unique_ptr<uint8_t[]> t_q(new uint8_t[M * rank4]);
   Product inner{p.x, {down, down_scale, p.w.steps}, nullptr, {nullptr, 0, nullptr}, {nullptr, nullptr, 0}, t.get(), M, rank};
   multiply(inner, F32, threads);
-  quantize_rows({t.get(), M, rank, rank, nullptr, 0, -1}, F32, t_q.get(), rank4, t_scale.get(), threads);
+  quantize_rows({t.get(), M, rank, rank, nullptr, 0, false, -1}, F32, t_q.get(), rank4, t_scale.get(), threads);
   p.t = {t_q.get(), rank4, t_scale.get()};
   multiply(p, dtype, threads);
 }

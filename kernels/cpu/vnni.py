@@ -14,7 +14,7 @@ PANEL = 64  # output columns of a panel, as in vnni.cpp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 ops = torch.library.Library("int8run", "FRAGMENT")
-ops.define("vnni_quantize(Tensor x, Tensor? factor, int rotation, int gelu_from) -> (Tensor, Tensor)")
+ops.define("vnni_quantize(Tensor x, Tensor? factor, int rotation, bool sylvester, int gelu_from) -> (Tensor, Tensor)")
 ops.define(
     "vnni_linear(Tensor q, Tensor x_scale, Tensor packed, Tensor w_scale, Tensor? bias, "
     "Tensor? down, Tensor? down_scale, Tensor? up, Tensor? up_scale, ScalarType dtype) -> Tensor"
@@ -44,19 +44,22 @@ def unpack(packed: Tensor, n: int, k: int) -> Tensor:
     return packed[:, 1:].view(panels, rows - 1, PANEL, 4).transpose(1, 2).reshape(panels * PANEL, -1)[:n, :k].contiguous()
 
 
-def quantize(x: Tensor, factor: Tensor | None = None, rotation: int = 0, gelu_from: int = -1) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, factor: Tensor | None = None, rotation: int = 0, sylvester: bool = False, gelu_from: int = -1
+) -> tuple[Tensor, Tensor]:
     """Rows to unsigned bytes: `scale = absmax / 127`, `q = round(x / scale) + 128`, in one walk over each row.
 
     Args:
         x: float [M, K].
         factor: float32 [K], multiplied first.
-        rotation: group of the regular Hadamard rotation, a power of 4 that divides K; 0: none.
+        rotation: columns of a rotated group, a divisor of K; 0: none.
+        sylvester: by Sylvester's matrix (a power of 2), else by the regular Hadamard matrix (a power of 4).
         gelu_from: columns from here on go through GELU (tanh) before all else; -1: none.
 
     Returns:
         q: uint8 [M, K rounded up to 4], scale: float32 [M].
     """
-    return torch.ops.int8run.vnni_quantize.default(x, factor, rotation, gelu_from)
+    return torch.ops.int8run.vnni_quantize.default(x, factor, rotation, sylvester, gelu_from)
 
 
 def linear(
@@ -79,19 +82,20 @@ def linear(
     return torch.ops.int8run.vnni_linear.default(q, x_scale, packed, w_scale, bias, down, down_scale, up, up_scale, dtype)
 
 
-def _quantize(x: Tensor, factor: Tensor | None, rotation: int, gelu_from: int) -> tuple[Tensor, Tensor]:
+def _quantize(x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int) -> tuple[Tensor, Tensor]:
     if x.dtype not in DTYPES:
         x = x.float()
     if x.stride(1) != 1:
         x = x.contiguous()
     m, k = x.shape
-    if rotation and (k % rotation or rotation & (rotation - 1) or rotation.bit_length() % 2 == 0):
-        raise ValueError(f"rotation must be 0 or a power of 4 that divides {k} columns, not {rotation}")
+    base = 2 if sylvester else 4
+    if rotation and (rotation < base or k % rotation or rotation & (rotation - 1) or (base == 4 and rotation.bit_length() % 2 == 0)):
+        raise ValueError(f"rotation must be 0 or a power of {base} that divides {k} columns, not {rotation}")
     if factor is not None and (factor.shape != (k,) or factor.dtype != torch.float32 or not factor.is_contiguous()):
         raise ValueError(f"factor must be contiguous float32 [{k}], not {factor.dtype} {list(factor.shape)}")
     q, scale = x.new_empty((m, -(-k // 4) * 4), dtype=torch.uint8), x.new_empty(m, dtype=torch.float32)
     library().int8run_quantize(
-        x.data_ptr(), DTYPES[x.dtype], m, k, x.stride(0), _pointer(factor), rotation, gelu_from,
+        x.data_ptr(), DTYPES[x.dtype], m, k, x.stride(0), _pointer(factor), rotation, sylvester, gelu_from,
         q.data_ptr(), scale.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return q, scale
@@ -117,7 +121,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _fake_quantize(x: Tensor, factor: Tensor | None, rotation: int, gelu_from: int) -> tuple[Tensor, Tensor]:
+def _fake_quantize(x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int) -> tuple[Tensor, Tensor]:
     m, k = x.shape
     return x.new_empty((m, (k + 3) // 4 * 4), dtype=torch.uint8), x.new_empty((m,), dtype=torch.float32)
 

@@ -1,7 +1,21 @@
 """Hadamard matrices for group rotations."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Rotation(NamedTuple):
+    """How groups of neighbouring columns are rotated."""
+
+    matrix: Tensor  # float32 [g, g]: symmetric, orthonormal, its own inverse
+    sylvester: bool = False  # Sylvester's construction; else the regular one
+
+    @property
+    def group(self) -> int:
+        """Columns of a group."""
+        return self.matrix.shape[0]
 
 
 def regular_hadamard(size: int) -> Tensor:
@@ -22,6 +36,25 @@ def regular_hadamard(size: int) -> Tensor:
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.kron(matrix, block)
+    return matrix / size**0.5
+
+
+def sylvester_hadamard(size: int) -> Tensor:
+    """The orthonormal Hadamard matrix of a power of 2 by Sylvester: Kronecker powers of [[1, 1], [1, -1]], divided by sqrt(size).
+
+    What QuaRot and the INT8-Toolkit rotate by. Symmetric and its own inverse.
+
+    Returns:
+        float32 [size, size].
+
+    Raises:
+        ValueError: when size is not a power of 2.
+    """
+    if size < 2 or size & (size - 1):
+        raise ValueError(f"Sylvester's matrix needs a power of 2, not {size}")
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
     return matrix / size**0.5
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 RESIDENT_K = 16384  # the longest row that stays in registers
 MAX_RANK = 256
 ROTATIONS = (0, 4, 16, 64, 256, 1024)
+SYLVESTER_ROTATIONS = (0, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 TINY = tl.constexpr(1e-30)  # the reference's
 PART = tl.constexpr(64)  # columns that the walking kernel handles as one matrix
@@ -19,8 +20,9 @@ BLOCK_M = tl.constexpr(16)  # its rows; the smallest tensor-core product, so tha
 
 
 def quantize_rowwise(
-    x: Tensor, factor: Tensor | None = None, rotation: int = 0, gelu_from: int = -1, down: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, factor: Tensor | None = None, rotation: int = 0, sylvester: bool = False, gelu_from: int = -1,
+    down: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Transform each row, then round it to int8 with its own scale; ties to even.
 
     The order is GELU (tanh approximation), factor, rotation, `scale = absmax / 127`. The arithmetic is float32; what enters the
@@ -30,7 +32,8 @@ def quantize_rowwise(
     Args:
         x: bfloat16, float16 or float32 [M, K]; rows may lie apart, columns may not.
         factor: float32 [K] or None.
-        rotation: 0 for none, or the group size of a regular Hadamard matrix (`kernels/hadamard`), a divisor of K.
+        rotation: columns of a rotated group, a divisor of K; 0: none.
+        sylvester: by Sylvester's Hadamard matrix (a power of 2), else by the regular one (a power of 4; `kernels/hadamard`).
         gelu_from: columns from this one on pass through GELU first; -1: none.
         down: [R, K] in x's dtype or None; it takes the transformed x.
 
@@ -40,11 +43,13 @@ def quantize_rowwise(
     Raises:
         ValueError: for a shape, stride, dtype, rotation or rank that the kernels do not take.
     """
-    return torch.ops.int8run.triton_quantize_rowwise.default(x, factor, rotation, gelu_from, down)
+    return torch.ops.int8run.triton_quantize_rowwise.default(x, factor, rotation, sylvester, gelu_from, down)
 
 
-def _launch(x: Tensor, factor: Tensor | None, rotation: int, gelu_from: int, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, factor, rotation, down)
+def _launch(
+    x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int, down: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, factor, rotation, sylvester, down)
     q, scale, h = _empty_outputs(x, down)
     rows, columns = x.shape
     rank = h.shape[1]
@@ -58,7 +63,7 @@ def _launch(x: Tensor, factor: Tensor | None, rotation: int, gelu_from: int, dow
     parts, block_r = max(rotation // PART.value, 4), rank_block(rank)
     _walking[(triton.cdiv(rows, BLOCK_M.value),)](
         x, factor, down, q, scale, h, rows, columns, rank, x.stride(0), gelu_from,
-        factor is not None, gelu_from >= 0, rotation, block_r, columns % (parts * PART.value) == 0, parts,
+        factor is not None, gelu_from >= 0, rotation, sylvester, block_r, columns % (parts * PART.value) == 0, parts,
         num_warps=walking_warps(rotation, block_r), num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return q, scale, h
@@ -85,7 +90,9 @@ def walking_warps(rotation: int, block_r: int) -> int:
     return 8 if block_r or rotation == 1024 else 4
 
 
-def _fake(x: Tensor, factor: Tensor | None, rotation: int, gelu_from: int, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int, down: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_outputs(x, down)
 
 
@@ -96,7 +103,7 @@ def _empty_outputs(x: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor, Tens
     return q, scale, torch.empty(rows, 0 if down is None else down.shape[0], dtype=torch.float32, device=x.device)
 
 
-def _check(x: Tensor, factor: Tensor | None, rotation: int, down: Tensor | None) -> None:
+def _check(x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, down: Tensor | None) -> None:
     if x.dim() != 2 or 0 in x.shape or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(f"x must be [M, K] with neighbouring columns, not {list(x.shape)} with strides {x.stride()}")
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -104,8 +111,9 @@ def _check(x: Tensor, factor: Tensor | None, rotation: int, down: Tensor | None)
     columns = x.shape[1]
     if factor is not None and (factor.shape != (columns,) or factor.dtype != torch.float32 or not factor.is_contiguous()):
         raise ValueError(f"factor must be contiguous float32 [{columns}], not {factor.dtype} {list(factor.shape)}")
-    if rotation not in ROTATIONS or (rotation and columns % rotation):
-        raise ValueError(f"rotation must be one of {ROTATIONS} and divide {columns} columns, not {rotation}")
+    rotations = SYLVESTER_ROTATIONS if sylvester else ROTATIONS
+    if rotation not in rotations or (rotation and columns % rotation):
+        raise ValueError(f"rotation must be one of {rotations} and divide {columns} columns, not {rotation}")
     if down is None:
         return
     if down.dim() != 2 or down.shape[1] != columns or down.dtype != x.dtype or not down.is_contiguous():
@@ -163,14 +171,19 @@ def _resident(
 
 
 @triton.jit
-def _signs(ROTATION: tl.constexpr, dtype: tl.constexpr):
-    """[64, 64]: the regular Hadamard matrix times 8; for a smaller group its signs in blocks along the diagonal.
+def _signs(ROTATION: tl.constexpr, SYLVESTER: tl.constexpr, dtype: tl.constexpr):
+    """[64, 64]: the Hadamard matrix times 8; for a smaller group its signs in blocks along the diagonal.
 
-    The 4x4 block is -1 where the base-4 digits of row and column add up to 3, that is, where both their bits differ; its
-    Kronecker power counts such digits.
+    The regular one's 4x4 block is -1 where the base-4 digits of row and column add up to 3, that is, where both their bits differ;
+    its Kronecker power counts such digits. Sylvester's 2x2 block is -1 where both bits are set; `minus` counts two such digits at a time.
     """
-    differ = tl.arange(0, PART)[:, None] ^ tl.arange(0, PART)[None, :]
-    minus = differ & (differ >> 1)
+    row, column = tl.arange(0, PART)[:, None], tl.arange(0, PART)[None, :]
+    differ = row ^ column
+    if SYLVESTER:
+        both = row & column & (ROTATION - 1)
+        minus = both ^ (both >> 1)
+    else:
+        minus = differ & (differ >> 1)
     odd = (minus ^ (minus >> 2) ^ (minus >> 4)) & 1
     return tl.where(differ < ROTATION, 1.0 - 2.0 * odd, 0.0).to(dtype)
 
@@ -183,9 +196,20 @@ def _combine(a, b, c, d):
 
 
 @triton.jit
+def _combine_pairs(parts, digit: tl.constexpr, PARTS: tl.constexpr):
+    """The 2x2 block applied to all pairs of matrices whose places differ in one base-2 digit."""
+    mixed = ()
+    for i in tl.static_range(PARTS):
+        other = parts[i ^ (1 << digit)]
+        mixed = mixed + (other - parts[i] if i & (1 << digit) else other + parts[i],)  # type: ignore[assignment]  # noqa: RUF005
+    return mixed
+
+
+@triton.jit
 def _transformed(
     x_ptr, row_offsets, factor_ptr, k, K, gelu_from, signs,
-    HAS_FACTOR: tl.constexpr, GELU: tl.constexpr, ROTATION: tl.constexpr, EVEN_K: tl.constexpr, PARTS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr, GELU: tl.constexpr, ROTATION: tl.constexpr, SYLVESTER: tl.constexpr, EVEN_K: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Columns k .. k + 64 * PARTS after GELU, factor and rotation: PARTS float32 matrices [BLOCK_M, 64]."""
     parts = ()
@@ -200,14 +224,20 @@ def _transformed(
         if ROTATION:
             part = tl.dot(part.to(x.dtype), signs, input_precision="tf32x3")
         parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
-    # a large group is 4x4 blocks between matrices; each round works on one base-4 digit and moves it to the other end
-    ROUNDS: tl.constexpr = 2 if ROTATION == 1024 else 1 if ROTATION == 256 else 0
-    for _ in tl.static_range(ROUNDS):
-        mixed = ()
-        for i in tl.static_range(PARTS // 4):
-            mixed = mixed + _combine(parts[i], parts[i + PARTS // 4], parts[i + PARTS // 2], parts[i + 3 * PARTS // 4])
-        parts = mixed
-    # the only normalisation, by a power of two
+    if SYLVESTER:
+        # a large group is 2x2 blocks between matrices; each round works on one base-2 digit
+        for digit in tl.static_range(4):
+            if PART << digit < ROTATION:
+                parts = _combine_pairs(parts, digit, PARTS)
+    else:
+        # a large group is 4x4 blocks between matrices; each round works on one base-4 digit and moves it to the other end
+        ROUNDS: tl.constexpr = 2 if ROTATION == 1024 else 1 if ROTATION == 256 else 0
+        for _ in tl.static_range(ROUNDS):
+            mixed = ()
+            for i in tl.static_range(PARTS // 4):
+                mixed = mixed + _combine(parts[i], parts[i + PARTS // 4], parts[i + PARTS // 2], parts[i + 3 * PARTS // 4])
+            parts = mixed
+    # the only normalisation
     NORM: tl.constexpr = ROTATION**-0.5 if ROTATION else 1.0
     normalised = ()
     for i in tl.static_range(PARTS):
@@ -218,7 +248,7 @@ def _transformed(
 @triton.jit(do_not_specialize=["M", "gelu_from"])
 def _walking(
     x_ptr, factor_ptr, down_ptr, q_ptr, scale_ptr, h_ptr, M, K, R, stride_xm, gelu_from,
-    HAS_FACTOR: tl.constexpr, GELU: tl.constexpr, ROTATION: tl.constexpr, BLOCK_R: tl.constexpr,
+    HAS_FACTOR: tl.constexpr, GELU: tl.constexpr, ROTATION: tl.constexpr, SYLVESTER: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows per program: one walk for absmax and h, one for q."""
@@ -227,12 +257,14 @@ def _walking(
     row_offsets = tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_xm
     ranks = tl.arange(0, BLOCK_R if BLOCK_R else 32)
     safe_ranks = tl.minimum(ranks, R - 1)
-    signs = _signs(ROTATION, x_ptr.dtype.element_ty)
+    signs = _signs(ROTATION, SYLVESTER, x_ptr.dtype.element_ty)
 
     magnitude = tl.zeros([BLOCK_M, PART], tl.int32)
     h = tl.zeros([BLOCK_M, BLOCK_R if BLOCK_R else 32], tl.float32)
     for k in range(0, K, PARTS * PART):
-        parts = _transformed(x_ptr, row_offsets, factor_ptr, k, K, gelu_from, signs, HAS_FACTOR, GELU, ROTATION, EVEN_K, PARTS)
+        parts = _transformed(
+            x_ptr, row_offsets, factor_ptr, k, K, gelu_from, signs, HAS_FACTOR, GELU, ROTATION, SYLVESTER, EVEN_K, PARTS
+        )  # fmt: skip
         for i in tl.static_range(PARTS):
             magnitude = tl.maximum(magnitude, _magnitude(parts[i]))
             if BLOCK_R:
@@ -248,7 +280,9 @@ def _walking(
         tl.store(h_ptr + h_offsets, h, mask=(rows < M)[:, None] & (ranks < R)[None, :])
 
     for k in range(0, K, PARTS * PART):
-        parts = _transformed(x_ptr, row_offsets, factor_ptr, k, K, gelu_from, signs, HAS_FACTOR, GELU, ROTATION, EVEN_K, PARTS)
+        parts = _transformed(
+            x_ptr, row_offsets, factor_ptr, k, K, gelu_from, signs, HAS_FACTOR, GELU, ROTATION, SYLVESTER, EVEN_K, PARTS
+        )  # fmt: skip
         for i in tl.static_range(PARTS):
             cols = k + i * PART + tl.arange(0, PART)
             q = _to_int8(parts[i] * inverse[:, None])
@@ -258,6 +292,9 @@ def _walking(
 
 # registered by hand: `custom_op` adds 12 microseconds to every call, this 3
 ops = torch.library.Library("int8run", "FRAGMENT")
-ops.define("triton_quantize_rowwise(Tensor x, Tensor? factor, int rotation, int gelu_from, Tensor? down) -> (Tensor, Tensor, Tensor)")
+ops.define(
+    "triton_quantize_rowwise(Tensor x, Tensor? factor, int rotation, bool sylvester, int gelu_from, Tensor? down) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 ops.impl("triton_quantize_rowwise", _launch, "CompositeExplicitAutograd")
 torch.library.register_fake("int8run::triton_quantize_rowwise", _fake, lib=ops)

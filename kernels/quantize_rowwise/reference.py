@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8run.kernels.hadamard.reference import rotate_groups
+from int8run.kernels.hadamard.reference import Rotation, rotate_groups
 
 INT8_MAX = 127
 # keeps the division finite for an all-zero row; far below any scale that occurs
@@ -33,16 +33,16 @@ def gelu_columns(x: Tensor, start: int) -> Tensor:
     return gelu if start == 0 else torch.cat([x[..., :start], gelu], dim=-1)
 
 
-def transform_rows(x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int) -> Tensor:
+def transform_rows(x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int) -> Tensor:
     """What may happen to rows before rounding, in this order: GELU, a factor per column, a rotation of each group of columns.
 
     Args:
         x: [..., K].
         factor: [K] or None.
-        matrix: [g, g], or None for no rotation.
+        rotation: of groups of g columns, where g divides K; or None.
         gelu_from: first column that goes through GELU; -1: none.
     """
     x = gelu_columns(x, gelu_from)
     if factor is not None:
         x = (x.float() * factor).to(x.dtype)
-    return x if matrix is None else rotate_groups(x, matrix.to(x.dtype))
+    return x if rotation is None else rotate_groups(x, rotation.matrix.to(x.dtype))

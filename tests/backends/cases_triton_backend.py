@@ -8,15 +8,17 @@ from triton_process import case_device
 from int8run.backends.base import run_layer
 from int8run.backends.reference import Reference
 from int8run.backends.triton import Triton
+from int8run.kernels.hadamard.reference import Rotation, sylvester_hadamard
 from int8run.kernels.int8_linear.tile import Tile
 from int8run.layers.linear import Int8Linear, LowRank, LowRankBranch, QuantizedLayer
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
+from int8run.outlier.quarot import QuaRot
 from int8run.quant.weight import quantize_weight
 
 DEVICE = case_device()
 BACKEND = Triton(tile=Tile(32, 32, 64, 1, 4, 2))
-K, N = 320, 72  # ConvRot takes groups of 64
+K, N = 384, 72  # ConvRot takes groups of 64, QuaRot of 128
 
 
 def layer(backend, outlier):
@@ -36,14 +38,21 @@ def branch_on(module, rank, strengths):
 
 
 @pytest.mark.parametrize("gelu_from", [-1, 0, 100])
-@pytest.mark.parametrize("outlier", [NoOutlier(), ConvRot()], ids=lambda m: m.name)
+@pytest.mark.parametrize("outlier", [NoOutlier(), ConvRot(), QuaRot()], ids=lambda m: m.name)
 def test_the_layer_is_the_reference_layer(outlier, gelu_from):
     x, ours, theirs = randn(2, 9, K).to(DEVICE), layer(BACKEND, outlier), layer(Reference(), outlier)
     ours.gelu_from = theirs.gelu_from = gelu_from
     assert_close("layer", ours(x), theirs(x), 2e-3)
 
 
-@pytest.mark.parametrize("outlier", [NoOutlier(), ConvRot()], ids=lambda m: m.name)
+def test_gelu_factor_and_sylvesters_rotation_together():
+    x, factor = randn(9, K).to(DEVICE), (randn(K, seed=1).abs() + 0.5).to(DEVICE)
+    rotation = Rotation(sylvester_hadamard(128).to(DEVICE), sylvester=True)
+    ours, theirs = (backend.quantize(x, factor, rotation, 100, None) for backend in (BACKEND, Reference()))
+    assert_close("rows", ours.q * ours.scale, theirs.q * theirs.scale, 2e-3)
+
+
+@pytest.mark.parametrize("outlier", [NoOutlier(), ConvRot(), QuaRot()], ids=lambda m: m.name)
 def test_a_fused_branch_is_the_branch_beside_the_product(outlier):
     x = randn(9, K).to(DEVICE)
     ours, theirs = (branch_on(layer(b, outlier), 5, [0.8, -0.3]) for b in (BACKEND, Reference()))

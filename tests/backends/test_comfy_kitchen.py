@@ -6,9 +6,12 @@ from helpers import CPU, assert_close, randn, usable
 
 from int8run.backends.base import run_layer
 from int8run.backends.comfy_kitchen import ComfyKitchen
+from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
+from int8run.kernels.quantize_rowwise.reference import transform_rows
 from int8run.layers.linear import Int8Linear, QuantizedLayer
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
+from int8run.outlier.quarot import QuaRot
 from int8run.quant.weight import quantize_weight
 
 needs_package = pytest.mark.skipif(not usable(ComfyKitchen(), CPU), reason="; ".join(ComfyKitchen.limits.refuse(CPU)))
@@ -16,7 +19,7 @@ needs_package = pytest.mark.skipif(not usable(ComfyKitchen(), CPU), reason="; ".
 
 @needs_package
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("outlier", [NoOutlier(), ConvRot()], ids=lambda m: m.name)
+@pytest.mark.parametrize("outlier", [NoOutlier(), ConvRot(), QuaRot()], ids=lambda m: m.name)
 def test_close_to_the_float_layer(outlier, dtype):
     x, weight, bias = randn(20, 256, dtype=dtype), randn(40, 256, seed=1), randn(40, seed=2)
     transform = outlier.fit(weight)
@@ -29,6 +32,14 @@ def test_close_to_the_definition():
     x, weight = randn(5, 40), quantize_weight(randn(16, 40, seed=1))
     expected = (x @ weight.dequantize().T).float()
     assert_close("product", run_layer(ComfyKitchen(), x, weight.qdata, weight.scale[:, 0].contiguous(), None), expected, 0.02)
+
+
+def test_the_product_is_left_a_regular_rotation_and_no_other():
+    x, factor = randn(5, 256), randn(256, seed=1)
+    regular, sylvester = Rotation(regular_hadamard(64)), Rotation(sylvester_hadamard(128), sylvester=True)
+    left, done = (ComfyKitchen().quantize(x, factor, rotation, 0, None) for rotation in (regular, sylvester))
+    assert left.rotation == 64 and torch.equal(left.q, transform_rows(x, factor, None, 0))
+    assert done.rotation == 0 and torch.equal(done.q, transform_rows(x, factor, sylvester, 0))
 
 
 def test_without_the_package_the_reason_is_said(monkeypatch):

@@ -5,25 +5,28 @@ import torch
 from helpers import assert_close, randn
 from triton_process import case_device
 
-from int8run.kernels.hadamard.reference import regular_hadamard, rotate_groups
+from int8run.kernels.hadamard.reference import regular_hadamard, rotate_groups, sylvester_hadamard
 from int8run.kernels.quantize_rowwise import reference
-from int8run.kernels.quantize_rowwise.kernel import quantize_rowwise
+from int8run.kernels.quantize_rowwise.kernel import ROTATIONS, SYLVESTER_ROTATIONS, quantize_rowwise
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = case_device()
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 
 
-def transformed(x, factor, rotation, gelu_from):
+def transformed(x, factor, rotation, sylvester, gelu_from):
     """The definition in float32; what enters a rotation has x's dtype."""
     y = reference.transform_rows(x.float(), factor, None, gelu_from)
-    return rotate_groups(y.to(x.dtype).float(), regular_hadamard(rotation).to(y.device)) if rotation else y
+    if not rotation:
+        return y
+    matrix = (sylvester_hadamard if sylvester else regular_hadamard)(rotation)
+    return rotate_groups(y.to(x.dtype).float(), matrix.to(y.device))
 
 
-def check(x, factor=None, rotation=0, gelu_from=-1, down=None):
+def check(x, factor=None, rotation=0, sylvester=False, gelu_from=-1, down=None):
     """Compare everything that comes out with the reference."""
-    q, scale, h = quantize_rowwise(x, factor, rotation, gelu_from, down)
-    y = transformed(x, factor, rotation, gelu_from)
+    q, scale, h = quantize_rowwise(x, factor, rotation, sylvester, gelu_from, down)
+    y = transformed(x, factor, rotation, sylvester, gelu_from)
     expected, expected_scale = reference.quantize_rowwise(y)
     assert q.dtype == torch.int8 and scale.dtype == h.dtype == torch.float32
     assert_close("scale", scale, expected_scale, 1e-5)
@@ -49,30 +52,39 @@ def test_plain_rows(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, FULL], ids=str)
-@pytest.mark.parametrize("rotation", [4, 16, 64, 256, 1024])
-def test_rotations(rotation, dtype):
+@pytest.mark.parametrize(("sylvester", "rotation"), [(False, r) for r in ROTATIONS if r] + [(True, r) for r in SYLVESTER_ROTATIONS if r])
+def test_rotations(sylvester, rotation, dtype):
     # a width that the kernel's blocks do not divide where the group allows it
-    columns = 3 * rotation if rotation >= 256 else 192 + rotation
-    check(tensor(19, columns, dtype=dtype), rotation=rotation)
+    columns = 3 * rotation if rotation >= 128 else 192 + rotation
+    check(tensor(19, columns, dtype=dtype), rotation=rotation, sylvester=sylvester)
+
+
+def test_one_group_is_rotated_by_sylvesters_matrix_entry_for_entry():
+    for rotation in (2, 64, 128, 512):
+        q, scale, _ = quantize_rowwise(torch.eye(rotation, device=DEVICE), rotation=rotation, sylvester=True)
+        torch.testing.assert_close((q * scale).cpu(), sylvester_hadamard(rotation))
 
 
 @pytest.mark.parametrize("gelu_from", [0, 5, 129])
-@pytest.mark.parametrize(("rotation", "columns"), [(0, 130), (4, 132), (256, 512)])
-def test_gelu_from_a_column_on(rotation, columns, gelu_from):
-    check(3 * tensor(5, columns, dtype=BRAIN), rotation=rotation, gelu_from=gelu_from)
+@pytest.mark.parametrize(
+    ("sylvester", "rotation", "columns"), [(False, 0, 130), (False, 4, 132), (False, 256, 512), (True, 2, 130), (True, 128, 384)]
+)
+def test_gelu_from_a_column_on(sylvester, rotation, columns, gelu_from):
+    check(3 * tensor(5, columns, dtype=BRAIN), rotation=rotation, sylvester=sylvester, gelu_from=gelu_from)
 
 
-@pytest.mark.parametrize("rotation", [0, 16])
+@pytest.mark.parametrize(("sylvester", "rotation"), [(False, 0), (False, 16), (True, 8)])
 @pytest.mark.parametrize("rank", [1, 16, 33, 256])
-def test_low_rank_product(rank, rotation):
-    check(tensor(17, 144, dtype=HALF), rotation=rotation, down=tensor(rank, 144, seed=1, dtype=HALF))
+def test_low_rank_product(rank, sylvester, rotation):
+    check(tensor(17, 144, dtype=HALF), rotation=rotation, sylvester=sylvester, down=tensor(rank, 144, seed=1, dtype=HALF))
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF, FULL], ids=str)
 @pytest.mark.parametrize("rows", [1, 16, 33])
-def test_everything_at_once(rows, dtype):
-    factor = tensor(1024, seed=1).abs() + 0.5
-    check(tensor(rows, 1024, dtype=dtype), factor, 256, 100, tensor(20, 1024, seed=2, dtype=dtype))
+@pytest.mark.parametrize(("sylvester", "rotation", "columns"), [(False, 256, 1024), (True, 128, 1024), (True, 128, 640)])
+def test_everything_at_once(sylvester, rotation, columns, rows, dtype):
+    factor = tensor(columns, seed=1).abs() + 0.5
+    check(tensor(rows, columns, dtype=dtype), factor, rotation, sylvester, 100, tensor(20, columns, seed=2, dtype=dtype))
 
 
 def test_a_factor_alone():
@@ -83,6 +95,7 @@ def test_rows_that_lie_apart():
     wide = tensor(7, 300, dtype=BRAIN)
     check(wide[:, :130])
     check(wide[:, 100:292], rotation=64)
+    check(wide[:, 100:228], rotation=128, sylvester=True)
     check(wide[::2, :1])
 
 
@@ -91,20 +104,20 @@ def test_ties_go_to_even():
     assert quantize_rowwise(x)[0].tolist() == [[127, 0, 2, 2, 126, 0, -2, -2, -126]]
 
 
-@pytest.mark.parametrize("rotation", [0, 4])
-def test_zero_rows_and_tiny_rows(rotation):
+@pytest.mark.parametrize(("sylvester", "rotation"), [(False, 0), (False, 4), (True, 8)])
+def test_zero_rows_and_tiny_rows(sylvester, rotation):
     x = tensor(3, 8)
     x[1], x[2] = 0, 1e-37
-    q, scale, _ = quantize_rowwise(x, rotation=rotation)
+    q, scale, _ = quantize_rowwise(x, rotation=rotation, sylvester=sylvester)
     assert (q[1:] == 0).all() and (scale[1:] == torch.tensor(1e-30)).all()
 
 
-@pytest.mark.parametrize("rotation", [0, 4])
+@pytest.mark.parametrize(("sylvester", "rotation"), [(False, 0), (False, 4), (True, 4), (True, 128)])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_infinity_stay_visible(bad, rotation):
-    x = tensor(3, 132)
+def test_nan_and_infinity_stay_visible(bad, sylvester, rotation):
+    x = tensor(3, 256 if rotation == 128 else 132)
     x[1, 77] = bad
-    scale = quantize_rowwise(x, rotation=rotation)[1]
+    scale = quantize_rowwise(x, rotation=rotation, sylvester=sylvester)[1]
     assert scale[:, 0].isfinite().tolist() == [True, False, True]
 
 
@@ -123,6 +136,9 @@ def test_the_largest_entry_becomes_127():
         ({"factor": torch.zeros(7)}, r"float32 \[8\]"),
         ({"rotation": 8}, "one of .* not 8"),
         ({"rotation": 16}, "divide 8 columns, not 16"),
+        ({"rotation": 1, "sylvester": True}, "one of .* not 1$"),
+        ({"rotation": 16, "sylvester": True}, "divide 8 columns, not 16"),
+        ({"rotation": 2048, "sylvester": True}, "one of .* not 2048"),
         ({"down": torch.zeros(2, 8, dtype=HALF)}, "contiguous torch.float32"),
         ({"down": torch.zeros(257, 8)}, "1 to 256 rows, not 257"),
     ],
@@ -136,7 +152,7 @@ def test_the_operator_is_sound():
     op = torch.ops.int8run.triton_quantize_rowwise.default
     x = tensor(5, 32)
     tests = ("test_schema", "test_faketensor")
-    for arguments in [(x, None, 0, -1, None), (x, x[0].clone(), 16, 3, tensor(2, 32))]:
+    for arguments in [(x, None, 0, False, -1, None), (x, x[0].clone(), 16, False, 3, tensor(2, 32)), (x, None, 8, True, -1, None)]:
         torch.library.opcheck(op, arguments, test_utils=tests)
     compiled = torch.compile(lambda x: quantize_rowwise(x, rotation=4)[0], backend="aot_eager", fullgraph=True, dynamic=True)
     for rows in (5, 9):

@@ -1,12 +1,13 @@
-"""Regular Hadamard matrices and the rotation of groups by them."""
+"""Regular and Sylvester's Hadamard matrices and the rotation of groups by them."""
 
 import pytest
 import torch
 from helpers import randn
 
-from int8run.kernels.hadamard.reference import regular_hadamard, rotate_groups
+from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, rotate_groups, sylvester_hadamard
 
 SIZES = [4, 16, 64, 256, 1024]
+POWERS_OF_2 = [2**n for n in range(1, 11)]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -29,16 +30,46 @@ def test_only_powers_of_4(size):
         regular_hadamard(size)
 
 
-def test_each_group_is_rotated_on_its_own():
-    x, matrix = randn(2, 3, 48), regular_hadamard(16)
+@pytest.mark.parametrize("size", POWERS_OF_2)
+def test_sylvesters_matrix_is_orthonormal_symmetric_and_of_one_magnitude(size):
+    matrix = sylvester_hadamard(size)
+    assert matrix.dtype == torch.float32 and matrix.shape == (size, size)
+    # the root of an odd power of 2 is rounded
+    torch.testing.assert_close(matrix @ matrix, torch.eye(size), rtol=0, atol=1e-6)
+    assert torch.equal(matrix, matrix.T) and (matrix.abs() == matrix[0, 0]).all()
+
+
+def test_sylvesters_construction():
+    signs = sylvester_hadamard(2).sign()
+    assert torch.equal(signs, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    for size in POWERS_OF_2[1:]:
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
+        torch.testing.assert_close(sylvester_hadamard(size), signs / size**0.5)
+
+
+@pytest.mark.parametrize("size", [-2, 0, 1, 3, 6, 12, 127, 384])
+def test_sylvester_only_powers_of_2(size):
+    with pytest.raises(ValueError, match=rf"Sylvester's matrix needs a power of 2, not {size}$"):
+        sylvester_hadamard(size)
+
+
+def test_a_rotation_knows_its_group_and_is_regular_unless_said():
+    assert Rotation(regular_hadamard(64)).group == 64 and not Rotation(regular_hadamard(64)).sylvester
+    assert Rotation(sylvester_hadamard(128), sylvester=True).group == 128
+
+
+@pytest.mark.parametrize("matrix", [regular_hadamard(16), sylvester_hadamard(8), sylvester_hadamard(16)], ids=["regular", "8", "16"])
+def test_each_group_is_rotated_on_its_own(matrix):
+    x, size = randn(2, 3, 48), matrix.shape[0]
     y = rotate_groups(x, matrix)
-    for g in range(3):
-        part = slice(16 * g, 16 * (g + 1))
+    for g in range(48 // size):
+        part = slice(size * g, size * (g + 1))
         torch.testing.assert_close(y[..., part], x[..., part] @ matrix)
 
 
-def test_rotating_twice_gives_the_input_back():
-    x, matrix = torch.arange(-32, 32).float().reshape(2, 32), regular_hadamard(16)
+@pytest.mark.parametrize("matrix", [regular_hadamard(16), sylvester_hadamard(16)], ids=["regular", "Sylvester"])
+def test_rotating_twice_gives_the_input_back(matrix):
+    x = torch.arange(-32, 32).float().reshape(2, 32)
     assert torch.equal(rotate_groups(rotate_groups(x, matrix), matrix), x)
 
 
@@ -47,5 +78,6 @@ def test_one_large_feature_is_spread_and_a_large_mean_stays_spread():
     spike, flat = torch.zeros(1, 64), torch.full((1, 64), 3.0)
     spike[0, 5] = 8
     assert (rotate_groups(spike, matrix).abs() == 1).all()
-    # Sylvester's matrix would move this one into a single entry
     assert torch.equal(rotate_groups(flat, matrix), flat)
+    # Sylvester's matrix moves this one into a single entry
+    assert rotate_groups(flat, sylvester_hadamard(64)).tolist() == [[24.0] + 63 * [0.0]]

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from int8run.backends.vnni import Vnni
 from int8run.kernels.cpu import vnni
-from int8run.kernels.hadamard.reference import regular_hadamard
+from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
 from int8run.kernels.int8_linear.reference import int8_linear
 from int8run.kernels.quantize_rowwise.reference import TINY, quantize_rowwise, transform_rows
 from int8run.quant.weight import quantize_weight
@@ -40,12 +40,12 @@ def expect_same_bits(x):
     assert torch.equal(signed(q, x.shape[1]), wanted) and torch.equal(scale, wanted_scale[:, 0])
 
 
-def expect_ties_only(x, factor=None, rotation=0, gelu_from=-1):
+def expect_ties_only(x, factor=None, rotation=0, sylvester=False, gelu_from=-1):
     """Integers differ only where x / scale is half way between two; float64 is the judge."""
-    matrix = regular_hadamard(rotation) if rotation else None
-    exact = transform_rows(x.double(), None if factor is None else factor.double(), matrix, gelu_from)
+    by = Rotation((sylvester_hadamard if sylvester else regular_hadamard)(rotation), sylvester) if rotation else None
+    exact = transform_rows(x.double(), None if factor is None else factor.double(), by, gelu_from)
     wanted, wanted_scale = quantize_rowwise(exact)
-    q, scale = vnni.quantize(x, factor, rotation, gelu_from)
+    q, scale = vnni.quantize(x, factor, rotation, sylvester, gelu_from)
     torch.testing.assert_close(scale, wanted_scale[:, 0], rtol=1e-6, atol=0)
     steps = exact / wanted_scale.double()
     differ = signed(q, x.shape[1]).short() - wanted.short()
@@ -91,11 +91,16 @@ def test_extremes_of_a_dtype(size, dtype):
     expect_same_bits(torch.tensor([[peak, -peak, 0.0, peak / 2], [0.0, 0, 0, -peak]]).to(dtype))
 
 
+REGULAR = [(g, k) for g in (4, 16, 64, 256) for k in (g, 3 * g)] + [(4, 36), (16, 400), (1024, 2048)]
+# widths that end inside a register, and groups that leave one step or two to memory
+SYLVESTER = [(2**n, k * 2**n) for n in range(1, 10) for k in (1, 3)] + [(2, 34), (4, 36), (8, 40), (16, 400), (1024, 2048), (2048, 4096)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("group", "k"), [(g, k) for g in (4, 16, 64, 256) for k in (g, 3 * g)] + [(4, 36), (16, 400), (1024, 2048)])
-def test_rotation(group, k, dtype):
+@pytest.mark.parametrize(("sylvester", "group", "k"), [(False, *shape) for shape in REGULAR] + [(True, *shape) for shape in SYLVESTER])
+def test_rotation(sylvester, group, k, dtype):
     for m in (1, 5):
-        expect_ties_only(randn(m, k, seed=m, dtype=dtype), rotation=group)
+        expect_ties_only(randn(m, k, seed=m, dtype=dtype), rotation=group, sylvester=sylvester)
 
 
 @pytest.mark.parametrize("k", [1, 15, 16, 17, 63, 9000])
@@ -122,23 +127,31 @@ def test_gelu_of_tiny_and_huge_numbers(size, sign):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sylvester", [False, True], ids=["regular", "Sylvester"])
 @pytest.mark.parametrize(("group", "k"), [(4, 20), (16, 48), (64, 192), (256, 768), (1024, 1024)])
-def test_gelu_factor_and_rotation_in_this_order(group, k, dtype):
+def test_gelu_factor_and_rotation_in_this_order(group, k, sylvester, dtype):
     for gelu_from in (0, 11, k - 3):
-        expect_ties_only(2 * randn(7, k, dtype=dtype), randn(k, seed=1), group, gelu_from)
+        expect_ties_only(2 * randn(7, k, dtype=dtype), randn(k, seed=1), group, sylvester, gelu_from)
+        if sylvester:  # and the groups that are no power of 4
+            expect_ties_only(2 * randn(7, k, dtype=dtype), randn(k, seed=1), group // 2, True, gelu_from)
 
 
-STEPS = {"plain": (0, False, -1), "factor": (0, True, -1), "rotated": (16, False, -1), "GELU": (0, False, 0), "all": (16, True, 3)}
+# rotation, sylvester, whether there is a factor, gelu_from
+STEPS = {
+    "plain": (0, False, False, -1), "factor": (0, False, True, -1), "GELU": (0, False, False, 0),
+    "rotated": (16, False, False, -1), "rotated by Sylvester": (8, True, False, -1),
+    "all": (16, False, True, 3), "all, by Sylvester": (8, True, True, 3),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 def test_a_row_that_is_not_finite_shows_and_leaves_the_others_alone(value, steps, dtype):
-    rotation, with_factor, gelu_from = STEPS[steps]
+    rotation, sylvester, with_factor, gelu_from = STEPS[steps]
     factor = randn(80, seed=1) if with_factor else None
     x, weight = randn(5, 80, dtype=dtype), quantize_weight(randn(70, 80, seed=2))
-    run = lambda x: vnni.quantize(x, factor, rotation, gelu_from)  # noqa: E731
+    run = lambda x: vnni.quantize(x, factor, rotation, sylvester, gelu_from)  # noqa: E731
     finite_q, finite_scale = run(x)
     for column in (0, 37, 79):
         bad = x.clone()
@@ -153,10 +166,10 @@ def test_a_row_that_is_not_finite_shows_and_leaves_the_others_alone(value, steps
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_zero_rows_stay_zero(steps):
-    rotation, with_factor, gelu_from = STEPS[steps]
+    rotation, sylvester, with_factor, gelu_from = STEPS[steps]
     x = randn(4, 48)
     x[[0, 2]] = 0
-    q, scale = vnni.quantize(x, randn(48, seed=1) if with_factor else None, rotation, gelu_from)
+    q, scale = vnni.quantize(x, randn(48, seed=1) if with_factor else None, rotation, sylvester, gelu_from)
     assert (q[[0, 2]] == 128).all() and (scale[[0, 2]] == torch.tensor(TINY)).all() and (q[[1, 3]] != 128).any()
 
 
@@ -264,7 +277,8 @@ def test_any_number_of_threads_gives_the_same_bits(threads, rank):
     for count in (1, 2, 5):
         threads(count)
         y = with_branch(plain, branch, torch.ones(rank)) if rank else vnni.linear(*plain)
-        results.append((y, *vnni.quantize(x, randn(4224, seed=7), 64, 100)))
+        rotated = [t for sylvester in (False, True) for t in vnni.quantize(x, randn(4224, seed=7), 64, sylvester, 100)]
+        results.append((y, *rotated))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -288,7 +302,7 @@ def test_a_weight_that_is_not_contiguous_packs_to_the_same():
 
 
 def test_no_rows_at_all():
-    q, scale = vnni.quantize(torch.zeros(0, 12), torch.ones(12), 4, 3)
+    q, scale = vnni.quantize(torch.zeros(0, 12), torch.ones(12), 4, False, 3)
     assert q.shape == (0, 12) and scale.shape == (0,)
     plain, branch, *_ = layer(0, 12, 5, 3)
     assert vnni.linear(*plain).shape == with_branch(plain, branch, torch.ones(3)).shape == (0, 5)
@@ -298,18 +312,20 @@ def test_the_arguments_are_left_as_they_were():
     plain, branch, x, *_ = layer(7, 64, 66, 3)
     tensors = [x, *(t for t in (*plain, *branch) if isinstance(t, torch.Tensor))]
     before = [t.clone() for t in tensors]
-    vnni.quantize(x, torch.full((64,), 2.0), 16, 0)
+    vnni.quantize(x, torch.full((64,), 2.0), 16, False, 0)
+    vnni.quantize(x, None, 64, True)
     with_branch(plain, branch, torch.ones(3))
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
+@pytest.mark.parametrize("sylvester", [False, True], ids=["regular", "Sylvester"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_compiled_in_one_graph_for_any_number_of_rows(dtype):
+def test_compiled_in_one_graph_for_any_number_of_rows(dtype, sylvester):
     torch._dynamo.reset()
     (_, _, packed, w_scale, bias, _), branch, *_ = layer(7, 80, 66, 3, dtype)
 
     def run(x):
-        q, scale = vnni.quantize(x, factor, 16, 70)
+        q, scale = vnni.quantize(x, factor, 16, sylvester, 70)
         return vnni.linear(q, scale, packed, w_scale, bias, dtype, branch.down, branch.down_scale, branch.up, branch.up_scale)
 
     factor = randn(80, seed=1)
@@ -321,8 +337,9 @@ def test_compiled_in_one_graph_for_any_number_of_rows(dtype):
 
 def test_torchs_own_check_of_an_operator():
     plain, branch, x, *_ = layer(5, 66, 70, 3)
-    torch.library.opcheck(torch.ops.int8run.vnni_quantize.default, (x, None, 0, -1))
-    torch.library.opcheck(torch.ops.int8run.vnni_quantize.default, (x[:, :64].bfloat16(), randn(64), 16, 3))
+    torch.library.opcheck(torch.ops.int8run.vnni_quantize.default, (x, None, 0, False, -1))
+    torch.library.opcheck(torch.ops.int8run.vnni_quantize.default, (x[:, :64].bfloat16(), randn(64), 16, False, 3))
+    torch.library.opcheck(torch.ops.int8run.vnni_quantize.default, (x, None, 2, True, -1))
     *operands, dtype = plain
     torch.library.opcheck(torch.ops.int8run.vnni_linear.default, (*operands, None, None, None, None, dtype))
     parts = (branch.down, branch.down_scale, branch.up, branch.up_scale)
@@ -331,8 +348,11 @@ def test_torchs_own_check_of_an_operator():
 
 def test_arguments_that_would_reach_past_the_rows_are_refused():
     x = randn(3, 48)
-    for rotation in (3, 8, 64, 128):
-        with pytest.raises(ValueError, match=f"rotation must be 0 or a power of 4 that divides 48 columns, not {rotation}"):
+    for rotation in (-4, 1, 2, 3, 8, 64, 128):
+        with pytest.raises(ValueError, match=f"rotation must be 0 or a power of 4 that divides 48 columns, not {rotation}$"):
             vnni.quantize(x, rotation=rotation)
+    for rotation in (-2, 1, 3, 12, 32, 64, 128):
+        with pytest.raises(ValueError, match=f"rotation must be 0 or a power of 2 that divides 48 columns, not {rotation}$"):
+            vnni.quantize(x, rotation=rotation, sylvester=True)
     with pytest.raises(ValueError, match=r"factor must be contiguous float32 \[48\], not torch.float64 \[48\]"):
         vnni.quantize(x, factor=torch.ones(48, dtype=torch.float64))
