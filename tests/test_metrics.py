@@ -35,42 +35,46 @@ def made(*images, latents=None):
     return Generation(images=list(images), trajectories=latents or [torch.ones(1, 4)] * len(images))
 
 
+def rows(candidate, baseline):
+    return per_image(candidate, baseline, ["a"] * len(candidate.images))
+
+
 # -- quality ------------------------------------------------------------------------------------------------------------
 
 
 def test_equal_pictures_have_no_noise():
-    (row,) = per_image(made(noise()), made(noise()))
+    (row,) = rows(made(noise()), made(noise()))
     assert row == {"psnr_db": math.inf, "ssim": pytest.approx(1, abs=1e-5), "latent_rel_err": 0}
 
 
 @pytest.mark.parametrize(("a", "b", "decibel"), [(0, 255, 0.0), (100, 110, 28.13), (0, 1, 48.13)])
 def test_psnr_of_a_known_difference(a, b, decibel):
     # 20 log10(255 / |a - b|)
-    (row,) = per_image(made(flat(a)), made(flat(b)))
+    (row,) = rows(made(flat(a)), made(flat(b)))
     assert row["psnr_db"] == pytest.approx(20 * math.log10(255 / abs(a - b)), abs=1e-3) == pytest.approx(decibel, abs=5e-3)
 
 
 def test_ssim_of_flat_pictures():
     # without variance only the luminance term is left: (2 m n + c) / (m^2 + n^2 + c), c = 0.01^2
-    (row,) = per_image(made(flat(51)), made(flat(102)))
+    (row,) = rows(made(flat(51)), made(flat(102)))
     assert row["ssim"] == pytest.approx((2 * 0.2 * 0.4 + 1e-4) / (0.2**2 + 0.4**2 + 1e-4), abs=1e-4)
 
 
 def test_ssim_falls_with_structure_and_not_with_brightness():
     picture = noise()
     brighter = picture.point(lambda v: min(255, v + 3))
-    (same,), (other,) = per_image(made(brighter), made(picture)), per_image(made(noise(1)), made(picture))
+    (same,), (other,) = rows(made(brighter), made(picture)), rows(made(noise(1)), made(picture))
     assert same["ssim"] > 0.99 and abs(other["ssim"]) < 0.1
 
 
 def test_a_row_per_picture_in_order():
-    rows = per_image(made(flat(0), flat(0)), made(flat(0), flat(255)))
-    assert [row["psnr_db"] for row in rows] == [math.inf, pytest.approx(0)]
+    quality = rows(made(flat(0), flat(0)), made(flat(0), flat(255)))
+    assert [row["psnr_db"] for row in quality] == [math.inf, pytest.approx(0)]
 
 
 def test_the_last_latents_count():
     latents = torch.tensor([[1.0, 1.0], [3.0, 4.0]])
-    (row,) = per_image(made(flat(0), latents=[latents + torch.tensor([[9.0, 9.0], [0.0, 0.5]])]), made(flat(0), latents=[latents]))
+    (row,) = rows(made(flat(0), latents=[latents + torch.tensor([[9.0, 9.0], [0.0, 0.5]])]), made(flat(0), latents=[latents]))
     assert row["latent_rel_err"] == pytest.approx(0.1)
 
 
@@ -87,7 +91,7 @@ def test_every_mode_of_a_picture_is_compared_in_rgb():
 
 def test_a_missing_picture_is_an_error():
     with pytest.raises(ValueError, match="zip"):
-        per_image(made(flat(0), flat(0)), made(flat(0)))
+        rows(made(flat(0), flat(0)), made(flat(0)))
 
 
 def test_relative_error():

@@ -1,8 +1,11 @@
 """Which measurements a run makes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from int8run.errors import one_of, switch
+from int8run.errors import ConfigError, one_of, switch
+
+PERCEPTUAL = ("ms_ssim", "lpips", "effnet_distance", "clip_score")
 
 
 @dataclass(frozen=True)
@@ -11,8 +14,21 @@ class Metrics:
 
     baseline: str = "run"
     layers: bool = True  # per-layer output SQNR on real activations: one float step with hooks
+    perceptual: Sequence[str] = ()  # metrics of PERCEPTUAL wanted besides PSNR, SSIM and latent error
     objective: str = "quality/psnr_db"  # the metric that a sweeper gets
 
     def __post_init__(self) -> None:
         one_of("metrics.baseline", self.baseline, ("run", "none"))
         switch("metrics.layers", self.layers)
+        if isinstance(self.perceptual, str) or not isinstance(self.perceptual, Sequence):
+            raise ConfigError(f"metrics.perceptual is {self.perceptual!r}; give a list of {', '.join(PERCEPTUAL)}, such as [lpips]")
+        object.__setattr__(self, "perceptual", tuple(self.perceptual))
+        for name in self.perceptual:
+            one_of("an entry of metrics.perceptual", name, PERCEPTUAL)
+            if self.perceptual.count(name) > 1:
+                raise ConfigError(f"metrics.perceptual has {name!r} twice; name each metric once")
+        if self.perceptual and self.baseline == "none":
+            raise ConfigError(
+                f"metrics.perceptual={list(self.perceptual)} compares with the float model's pictures, and metrics.baseline=none "
+                "makes none; set metrics.baseline=run, or metrics=basic"
+            )

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from int8run.errors import ConfigError
 from int8run.generate.probe import watch_layers
 from int8run.layers.linear import Int8Linear
-from int8run.quantize import FALLBACK, LayerPlan, sqnr_db
+from int8run.quant.weight import sqnr_db
+from int8run.quantize import FALLBACK, LayerPlan
 
 
 def measure_outputs(float_denoiser: nn.Module, int8_denoiser: nn.Module, call: Mapping[str, Any], plans: Sequence[LayerPlan]) -> None:

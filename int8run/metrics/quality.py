@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from int8run.generate.generate import Generation
+from int8run.metrics.perceptual import MS_SSIM_SIDE, measures
 
 
 def to_tensor(image: Image) -> Tensor:
@@ -17,28 +18,41 @@ def to_tensor(image: Image) -> Tensor:
     return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)[None]
 
 
-def per_image(candidate: Generation, baseline: Generation) -> list[dict[str, float]]:
+@torch.no_grad()
+def per_image(
+    candidate: Generation, baseline: Generation, prompts: Sequence[str], perceptual: Sequence[str] = ()
+) -> list[dict[str, float]]:
     """One row per picture.
 
     `psnr_db` has data range 1 and is infinite for equal pictures. `ssim` is Wang et al. 2004 with a Gaussian window of
-    11x11, sigma 1.5. `latent_rel_err` is `|a - b| / |b|` of the last latents.
+    11x11, sigma 1.5. `latent_rel_err` is `|a - b| / |b|` of the last latents. `ms_ssim` comes with every picture that is
+    large enough for it.
+
+    Args:
+        prompts: one per picture.
+        perceptual: names of metrics in `metrics.perceptual` to add; each that cannot be had is named in the log and left out.
     """
+    side = min(min(image.size) for image in (*candidate.images, *baseline.images))
+    always = ["ms_ssim"] if side >= MS_SSIM_SIDE else []
+    extra = measures(dict.fromkeys([*always, *perceptual]), side)
     rows = []
-    for a, b, la, lb in zip(candidate.images, baseline.images, candidate.trajectories, baseline.trajectories, strict=True):
+    images, latents = (candidate.images, baseline.images), (candidate.trajectories, baseline.trajectories)
+    for a, b, la, lb, prompt in zip(*images, *latents, prompts, strict=True):
         x, y = to_tensor(a), to_tensor(b)
-        rows.append(
-            {
-                "psnr_db": math.inf if torch.equal(x, y) else peak_signal_noise_ratio(x, y, data_range=1.0).item(),
-                "ssim": structural_similarity_index_measure(x, y, data_range=1.0, gaussian_kernel=True, sigma=1.5).item(),
-                "latent_rel_err": relative_error(la[-1], lb[-1]),
-            }
-        )
+        row = {
+            "psnr_db": math.inf if torch.equal(x, y) else peak_signal_noise_ratio(x, y, data_range=1.0).item(),
+            "ssim": structural_similarity_index_measure(x, y, data_range=1.0, gaussian_kernel=True, sigma=1.5).item(),
+            "latent_rel_err": relative_error(la[-1], lb[-1]),
+        }
+        for measure in extra:
+            row |= measure(x, y, prompt)
+        rows.append(row)
     return rows
 
 
 def mean_quality(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean over pictures of each column, under its public name."""
-    return {f"quality/{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    """The mean over pictures of each column, under its public name; `float/…` is one already."""
+    return {name if "/" in name else f"quality/{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
 def trajectory_error(candidate: Generation, baseline: Generation) -> list[float]:
@@ -46,6 +60,11 @@ def trajectory_error(candidate: Generation, baseline: Generation) -> list[float]
     pairs = zip(candidate.trajectories, baseline.trajectories, strict=True)
     per_sample = [[relative_error(a, b) for a, b in zip(x, y, strict=True)] for x, y in pairs]
     return [float(np.mean(step)) for step in zip(*per_sample, strict=True)]
+
+
+def half_error_step(errors: Sequence[float]) -> int:
+    """The first step, counted from 1, after which half of the last step's error is there; 0 when there is no error."""
+    return next((i for i, error in enumerate(errors, 1) if 2 * error >= errors[-1] > 0), 0)
 
 
 def relative_error(actual: Tensor, reference: Tensor) -> float:
