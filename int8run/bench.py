@@ -13,10 +13,12 @@ from torch import Tensor
 
 from int8run.backends.auto import AutoBackend, Chooser
 from int8run.backends.base import Backend, FusedBranch, Limits, Quantized, Tunable
-from int8run.build import layer_rows, load
+from int8run.build import load
+from int8run.convert import layer_rows
 from int8run.errors import ConfigError
 from int8run.generate.probe import record_call
 from int8run.generate.prompts import samples
+from int8run.kernels.hadamard.reference import Rotation
 from int8run.machine import device_name
 from int8run.quant.weight import QuantizedWeight
 from int8run.quantize import check_backend, plan_layers
@@ -42,7 +44,7 @@ class FloatProduct:
         """The dequantized weight, [N, K]."""
         return weight.dequantize(self.dtype)
 
-    def quantize(self, x: Tensor, factor: Tensor | None, matrix: Tensor | None, gelu_from: int, down: Tensor | None) -> Quantized:
+    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
         """x as it is."""
         return Quantized(x, x)
 

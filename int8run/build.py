@@ -3,24 +3,25 @@
 import logging
 import statistics
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
+from int8run.budget import Budget
+from int8run.convert import to_int8
 from int8run.errors import ConfigError
 from int8run.generate.generate import now, unknown_arguments
-from int8run.generate.probe import record_call, watch_layers
+from int8run.generate.probe import record_call
 from int8run.generate.prompts import Sample
 from int8run.lora.apply import DynamicBranches, FloatMerge, Matches, match
 from int8run.lora.files import LoraFile, find_lora, read_lora, trigger_words
 from int8run.models.family import ModelFamily, Sampling
-from int8run.models.loader import find_denoiser, load_pipeline, pick_device, repeated_blocks
-from int8run.quantize import LayerPlan, check_backend, defer_gelu, install, plan_layers, quantized_layers, share_copy, share_inputs
+from int8run.models.loader import Loaded, find_denoiser, load_pipeline, pick_device, repeated_blocks
+from int8run.quantize import LayerPlan, check_backend, plan_layers
 from int8run.report.terminal import Progress
 from int8run.spec import RunSpec
 from int8run.text_encoders.keep import find_text_encoders
@@ -42,6 +43,7 @@ class Built:
     merge: FloatMerge | None
     branches: DynamicBranches | None
     text_encoders: dict[str, nn.Module]
+    budget: Budget | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def set_strengths(self, strengths: Sequence[float]) -> None:
@@ -50,18 +52,6 @@ class Built:
             self.merge.set_strengths(strengths)
         if self.branches is not None:
             self.branches.set_strengths(strengths)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The float model as it comes, and what is known about it."""
-
-    pipe: DiffusionPipeline
-    component: str
-    denoiser: nn.Module
-    family: ModelFamily
-    sampling: Sampling
-    seconds: float
 
 
 def load(spec: RunSpec, progress: Progress) -> Loaded:
@@ -105,70 +95,12 @@ def build(spec: RunSpec, probe: Sequence[Sample], progress: Progress) -> Built:
     built = Built(pipe, component, family, {"float": denoiser}, plans, files, matches, merge, None, find_text_encoders(pipe.components))
     started = time.perf_counter()
     if spec.int8.enable:
-        built.denoisers["int8"] = quantize(denoiser, plans, call, spec, family, progress)
+        built.denoisers["int8"], built.budget = to_int8(loaded, plans, call, spec, progress)
         if files and not spec.lora.bakes:
             built.branches = DynamicBranches(built.denoisers["int8"], matches)
     built.seconds = {"load": loaded.seconds, "quantize": time.perf_counter() - started}
     compile_denoisers(built.denoisers, spec.compile)
     return built
-
-
-def quantize(
-    denoiser: nn.Module, plans: Sequence[LayerPlan], call: Mapping[str, Any], spec: RunSpec, family: ModelFamily, progress: Progress,
-) -> nn.Module:  # fmt: skip
-    """The INT8 denoiser: a copy of the module tree that shares every float tensor, with `Int8Linear`s in it.
-
-    Raises:
-        ConfigError: when no layer became INT8, with the reasons by count; or when the float model computes NaN.
-        BackendError: when the backend cannot run here or cannot take a layer.
-    """
-    chosen = [p for p in plans if p.keep_float is None]
-    if not chosen:
-        reasons = Counter(plan.keep_float for plan in plans)
-        counted = "; ".join(f"{n} × {why}" for why, n in reasons.items()) or "it has no Linear at all"
-        raise ConfigError(
-            f"{type(denoiser).__name__}: no layer became INT8 ({counted}); choose another model_type= or set int8.enable=false"
-        )
-    check_backend(spec.backend, next(denoiser.parameters()).device, chosen)
-    rows = layer_rows(denoiser, chosen, call)
-    target = share_copy(denoiser)
-    with progress.count("quantize", len(chosen)) as advance:
-        layers = quantized_layers(denoiser, chosen, spec.outlier)
-        install(target, layers, spec.backend, spec.int8, rows, lambda plan: advance(1))
-    saved = share_inputs(target, family.same_input)
-    moved = sum(defer_gelu(target, g.activation, g.source, g.into) for g in family.deferred_gelu)
-    log.debug("layers with the same input share a quantization: %d fewer per step; %d GELUs moved into one", saved, moved)
-    return target
-
-
-def layer_rows(denoiser: nn.Module, plans: Sequence[LayerPlan], call: Mapping[str, Any]) -> dict[str, int]:
-    """How many rows each planned layer sees in one call of the float model; 1 where the call does not reach it.
-
-    Raises:
-        ConfigError: when a layer is given NaN or infinity.
-    """
-    rows = {p.name: 1 for p in plans}
-
-    def see(name: str, x: Tensor, y: Tensor) -> None:
-        rows[name] = x.numel() // x.shape[-1]
-        check_finite(name, x)
-
-    watch_layers(denoiser, call, list(rows), see)
-    return rows
-
-
-def check_finite(layer: str, x: Tensor) -> None:
-    """Refuse what no INT8 layer can take.
-
-    Raises:
-        ConfigError: naming the layer.
-    """
-    if not torch.isfinite(x).all():
-        count = int((~torch.isfinite(x)).sum())
-        raise ConfigError(
-            f"{layer}: {count} of {x.numel()} inputs are NaN or infinite in the first step of the float model; "
-            "check the checkpoint, or try model.dtype=bfloat16 or float32"
-        )
 
 
 def set_attention(denoiser: Any, name: str) -> None:

@@ -39,14 +39,24 @@ def help_page() -> str:
         for name, file in sorted(options, key=lambda o: o[0] != default):
             lines.append(f"  {group if name == default else '':<11} {name:<14} {first_comment(file)}")
     lines += ["", "Keys (in brackets the option that has them, where it is not the default)"]
-    shown = {key: f"  {f'{key}={value}':<46} {comment}" for key, value, comment in key_lines(root, "")}
+    lines += [key_line(*found, "") for found in key_lines(root, "")]
     for group, default in groups:
-        for name, keys in option_keys(group, default).items():
-            owner = "" if name == default else f" [{group}={name}]"
-            for key, value, comment in keys:  # the default option comes first, others add what is their own
-                shown.setdefault(key, f"  {f'{key}={value}':<46} {comment}{owner}")
-    lines += shown.values()
+        found = option_keys(group, default)
+        own = found.pop(default)
+        lines += [key_line(*key, "") for key in own]
+        plain = {key for key, _, _ in own}
+        others: dict[tuple[str, str, str], list[str]] = {}
+        for name, keys in found.items():  # others add what is their own
+            for key in keys:
+                if key[0] not in plain:
+                    others.setdefault(key, []).append(name)
+        lines += [key_line(*key, f" [{group}={','.join(names)}]") for key, names in others.items()]
     return USAGE + "\n".join(lines) + "\n\n" + FLAGS
+
+
+def key_line(key: str, value: str, comment: str, owner: str) -> str:
+    """One line of the list of keys."""
+    return f"  {f'{key}={value}':<46} {comment}{owner}"
 
 
 def option_keys(group: str, default: str = "") -> dict[str, list[tuple[str, str, str]]]:

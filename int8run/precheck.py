@@ -23,7 +23,7 @@ from int8run.errors import ConfigError, Int8RunError, suggest
 # called with the number of jobs and the choices of the first
 Announce = Callable[[int, dict[str, str]], None]
 GROUPS = (
-    "task", "model", "model_type", "outlier", "backend", "lora", "clip", "sampler", "prompts", "metrics", "tracker",
+    "task", "model", "model_type", "outlier", "rounding", "backend", "lora", "clip", "sampler", "prompts", "metrics", "tracker",
 )  # fmt: skip
 # a resolver such as oc.create makes mappings that are not in the tree yet when it is walked
 RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")

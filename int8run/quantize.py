@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,8 +14,10 @@ from int8run.backends.base import Backend
 from int8run.backends.shipped import usable_here
 from int8run.errors import BackendError, ConfigError, in_range, one_of, switch
 from int8run.layers.linear import Int8Linear, QuantizedLayer, SharedInput, linear_at
-from int8run.outlier.base import OutlierMethod, OutlierTransform
-from int8run.quant.weight import quantize_weight
+from int8run.models.family import ModelFamily
+from int8run.outlier.base import LayerStatistics, OutlierMethod, OutlierTransform
+from int8run.quant.rounding import Rounding
+from int8run.quant.weight import sqnr_db
 
 log = logging.getLogger(__name__)
 # what `layers.csv` names as the backend of a layer that small_batch_fallback sends to a float product
@@ -33,12 +35,14 @@ class Int8Settings:
         small_batch_fallback: which layers compute with the dequantized weight when a call has at most `max_rows` rows:
             `only_small_layers` (at most `small_layer_params` weights), `always`, `never`.
         max_rows: None: what `task=bench` measured for the layer, where it has, else DEFAULT_ROWS.
+        checkpoint: file of INT8 layers, as `save=` writes it; they are taken as they are. None: quantize.
     """
 
     enable: bool = True
     small_batch_fallback: str = "only_small_layers"
     max_rows: int | None = None
     small_layer_params: int = 1_000_000
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         one_of("int8.small_batch_fallback", self.small_batch_fallback, ("only_small_layers", "always", "never"))
@@ -69,10 +73,17 @@ class LayerPlan:
     in_features: int
     out_features: int
     keep_float: str | None  # the reason, or None when it becomes INT8
-    outlier: str = ""
+    outlier: str = ""  # method and settings
+    outlier_why_not: str = ""  # the reason why the method that was asked for is not the one
+    rounding: str = ""
     backend_asked: str = ""
     backend_used: str = ""
     measured: dict[str, float] = field(default_factory=dict)
+
+    def keep(self, why: str) -> None:
+        """The layer stays float after all."""
+        self.keep_float, self.outlier, self.outlier_why_not, self.rounding, self.backend_asked, self.backend_used = why, "", "", "", "", ""
+        self.measured.clear()
 
 
 def plan_layers(model: nn.Module, why_float: Callable[[str], str | None]) -> list[LayerPlan]:
@@ -84,27 +95,79 @@ def plan_layers(model: nn.Module, why_float: Callable[[str], str | None]) -> lis
     ]
 
 
-def quantized_layers(model: nn.Module, plans: Iterable[LayerPlan], outlier: OutlierMethod) -> Iterator[tuple[LayerPlan, QuantizedLayer]]:
-    """Quantize each planned Linear, one at a time, so that a consumer decides what stays in memory."""
+def same_input_groups(names: Iterable[str], groups: Iterable[Sequence[str]]) -> list[list[str]]:
+    """Layers that read the same tensor, by full name; a layer that shares its input with none is a group of its own.
+
+    Args:
+        groups: names relative to a block.
+    """
+    left = dict.fromkeys(names)
+    found = []
+    for group in groups:
+        for block in sorted({block for name in group for block in in_blocks(left, name)}):
+            members = [block + name for name in group if block + name in left]
+            found.append(members)
+            for name in members:
+                del left[name]
+    return found + [[name] for name in left]
+
+
+def check_outlier(outlier: OutlierMethod, plans: Sequence[LayerPlan]) -> None:
+    """Note in the plan which layers the method cannot take; they are quantized without it.
+
+    Raises:
+        ConfigError: when it can take none.
+    """
+    for plan in plans:
+        plan.outlier_why_not = outlier.refuse(plan.in_features) or ""
+    refused = [plan for plan in plans if plan.outlier_why_not]
+    reasons = "; ".join(f"{n} × {why}" for why, n in Counter(plan.outlier_why_not for plan in refused).items())
+    if len(refused) == len(plans):
+        raise ConfigError(f"outlier={outlier.name} can take none of the {len(plans)} layers ({reasons}); choose another outlier=")
+    if refused:
+        log.warning("outlier=%s cannot take %d of %d layers (%s); these are plain INT8", outlier.name, len(refused), len(plans), reasons)
+
+
+def quantized_layers(
+    model: nn.Module, plans: Iterable[LayerPlan], methods: Mapping[str, OutlierMethod], rounding: Rounding,
+    statistics: Mapping[str, LayerStatistics],
+) -> Iterator[tuple[LayerPlan, QuantizedLayer]]:  # fmt: skip
+    """Quantize each planned Linear, one at a time, so that a consumer decides what stays in memory.
+
+    Args:
+        methods: outlier method of each layer; one without is quantized as it is.
+        statistics: of the layers that a calibration reached, where a method or the rounding needs one.
+    """
     for plan in plans:
         linear = linear_at(model, plan.name)
-        if not linear.weight.numel():
-            raise ConfigError(
-                f"{plan.name}: the weight is {plan.out_features} x {plan.in_features}, nothing to quantize; keep the layer float"
-            )
-        if not torch.isfinite(linear.weight).all():
-            raise ConfigError(f"{plan.name}: the weight holds NaN or infinity and cannot be quantized; check the checkpoint")
-        transform = outlier.fit(linear.weight)
-        plan.outlier = outlier.name
-        if transform is None:
-            log.warning("%s: %s cannot take in_features=%d; plain INT8", plan.name, outlier.name, plan.in_features)
-            transform, plan.outlier = OutlierTransform(), "none"
+        check_weight(plan, linear.weight)
+        seen = statistics.get(plan.name)
+        method = methods.get(plan.name)
+        if seen is None and (rounding.needs_calibration or (method is not None and method.needs_calibration)):
+            raise ConfigError(f"{plan.name}: the calibration never reached it; keep the layer float, or take other calibration.prompts")
+        transform = OutlierTransform() if method is None else method.fit(linear.weight.detach(), seen)
         transform.to(linear.weight.device)
         transformed = transform.transform_weight(linear.weight.detach().float())
-        weight = quantize_weight(transformed)
+        inputs = None
+        if rounding.needs_calibration and seen is not None:
+            inputs = transform.rounded_input(seen.sample.to(linear.weight.device)).flatten(0, -2)
+        weight = rounding.round(transformed, inputs)
+        plan.outlier, plan.rounding = transform.label, rounding.name
         plan.measured["weight_sqnr_db"] = sqnr_db(transformed, weight.dequantize())
         plan.measured["saturated_share"] = weight.saturated_share
         yield plan, QuantizedLayer(weight, transform, linear.bias)
+
+
+def check_weight(plan: LayerPlan, weight: Tensor) -> None:
+    """Refuse a weight that cannot be quantized.
+
+    Raises:
+        ConfigError: naming the layer.
+    """
+    if not weight.numel():
+        raise ConfigError(f"{plan.name}: the weight is {plan.out_features} x {plan.in_features}, nothing to quantize; keep the layer float")
+    if not torch.isfinite(weight).all():
+        raise ConfigError(f"{plan.name}: the weight holds NaN or infinity and cannot be quantized; check the checkpoint")
 
 
 def check_backend(backend: Backend, device: torch.device, plans: Iterable[LayerPlan]) -> None:
@@ -123,23 +186,27 @@ def check_backend(backend: Backend, device: torch.device, plans: Iterable[LayerP
         raise BackendError(f"backend {backend.name!r} cannot take {len(refused)} layers: {listed}; backend=auto gives them to another")
 
 
-def install(
+def int8_layers(
     model: nn.Module,
     layers: Iterable[tuple[LayerPlan, QuantizedLayer]],
     backend: Backend,
     settings: Int8Settings,
     rows: Mapping[str, int],
     on_layer: Callable[[LayerPlan], None] = lambda plan: None,
-) -> None:
-    """Put an `Int8Linear` in the place of each planned Linear.
+) -> dict[str, Int8Linear]:
+    """The `Int8Linear` of each quantized layer, bound to a backend, by the name of the Linear whose place it can take.
 
     Args:
+        model: the float model.
         rows: rows that each layer sees in this run, by name; `backend=auto` measures with them.
         on_layer: called after each layer, for progress.
     """
     device = next(model.parameters()).device
     choosers: dict[torch.dtype, Chooser] = {}
+    matrices: dict[tuple[int, bool], Tensor | None] = {}  # one of each kind serves all layers
+    made = {}
     for plan, layer in layers:
+        layer.transform.matrix = matrices.setdefault((layer.transform.group_size, layer.transform.sylvester), layer.transform.matrix)
         dtype = linear_at(model, plan.name).weight.dtype
         chosen, measured = backend, None
         if isinstance(backend, AutoBackend):
@@ -149,9 +216,25 @@ def install(
             measured = choosers[dtype].float_rows(plan.in_features, plan.out_features)
         float_rows = settings.float_rows(plan.in_features * plan.out_features, rows[plan.name], measured)
         plan.backend_asked, plan.backend_used = backend.name, FALLBACK if float_rows else chosen.name
-        parent, _, child = plan.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, Int8Linear(layer, chosen, dtype, float_rows))
+        made[plan.name] = Int8Linear(layer, chosen, dtype, float_rows)
         on_layer(plan)
+    return made
+
+
+def assemble(model: nn.Module, layers: Mapping[str, Int8Linear], family: ModelFamily) -> nn.Module:
+    """An INT8 model: a copy of the module tree with these layers in it, sharing every tensor with both.
+
+    Layers that read the same tensor share its quantization, and GELUs between INT8 layers move into the second one's, as the family
+    says.
+    """
+    target = share_copy(model)
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(target.get_submodule(parent), child, share_copy(layer))
+    saved = share_inputs(target, family.same_input)
+    moved = sum(defer_gelu(target, g.activation, g.source, g.into) for g in family.deferred_gelu)
+    log.debug("layers with the same input share a quantization: %d fewer per step; %d GELUs moved into one", saved, moved)
+    return target
 
 
 def in_blocks(names: Iterable[str], relative: str) -> Iterator[str]:
@@ -170,20 +253,18 @@ def share_inputs(model: nn.Module, groups: Iterable[Sequence[str]]) -> int:
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Int8Linear)}
     saved = 0
-    for group in groups:
-        blocks = {block for name in group for block in in_blocks(layers, name)}
-        for block in sorted(blocks):
-            members = [layers[block + name] for name in group if block + name in layers]
-            while members:
-                first = members[0]
-                alike = [m for m in members if (m.backend, m.float_rows) == (first.backend, first.float_rows)]
-                alike = [m for m in alike if m.transform.same_input_as(first.transform)]
-                members = [m for m in members if m not in alike]
-                if len(alike) > 1:
-                    shared = SharedInput(len(alike))
-                    for member in alike:
-                        member.shared = shared
-                    saved += len(alike) - 1
+    for group in same_input_groups(layers, groups):
+        members = [layers[name] for name in group]
+        while members:
+            first = members[0]
+            alike = [m for m in members if (m.backend, m.float_rows) == (first.backend, first.float_rows)]
+            alike = [m for m in alike if m.transform.same_input_as(first.transform)]
+            members = [m for m in members if m not in alike]
+            if len(alike) > 1:
+                shared = SharedInput(len(alike))
+                for member in alike:
+                    member.shared = shared
+                saved += len(alike) - 1
     return saved
 
 
@@ -200,7 +281,7 @@ def defer_gelu(model: nn.Module, activation: str, source: str, into: str) -> int
         width = getattr(modules.get(block + source), "out_features", None)
         if not isinstance(layer, Int8Linear) or width is None or getattr(found, "approximate", None) != "tanh":
             continue
-        if not layer.backend.limits.fuses_gelu:
+        if not layer.backend.limits.fuses_gelu or layer.transform.centered:  # the mean is that of what the GELU gives
             continue
         # a module that holds its projection as well keeps that, under its old name
         held = source.removeprefix(f"{activation}.")
@@ -213,12 +294,6 @@ def defer_gelu(model: nn.Module, activation: str, source: str, into: str) -> int
 
 
 def share_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree whose parameters and buffers are the same tensors: no memory until layers are replaced."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, memo={id(t): t for t in tensors})
-
-
-def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
-    """Signal to quantization noise, 10 log10(sum r^2 / sum (r - a)^2), in dB; infinity when equal."""
-    signal, noise = reference.double().pow(2).sum(), (reference - approximation).double().pow(2).sum()
-    return float("inf") if noise == 0 else 10 * torch.log10(signal / noise).item()
+    """A copy of the module tree whose tensors and backends are the same: no memory until layers are replaced."""
+    same = [*model.parameters(), *model.buffers(), *(m.backend for m in model.modules() if isinstance(m, Int8Linear))]
+    return copy.deepcopy(model, memo={id(s): s for s in same})

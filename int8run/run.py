@@ -1,7 +1,8 @@
 """One run on one screen: build, generate with both models in turn, measure, log."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from int8run.generate.prompts import Sample, samples
 from int8run.machine import device_name
 from int8run.metrics.layers import layer_metrics, measure_outputs, module_bytes
 from int8run.metrics.memory import peak_bytes, reset_peak
-from int8run.metrics.quality import mean_quality, per_image, trajectory_error
+from int8run.metrics.quality import half_error_step, mean_quality, per_image, trajectory_error
 from int8run.metrics.speed import speed, step_times
 from int8run.models.loader import library_versions
 from int8run.report.files import DIFFERENCE_GAIN, difference, environment, grid, write_json, write_layers, write_yaml
@@ -51,14 +52,16 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         built, reused = memo.reuse(spec.build_key, lambda: build(spec, first, progress))
         built.set_strengths(spec.lora.strengths)
         candidate_name = "int8" if "int8" in built.denoisers else "float"
-        say(pairs_line(facts(spec, built, reused)))
+        say(pairs_line(facts(spec, built, reused)), *([str(built.budget)] if built.budget else []))
 
         reset_peak(built.pipe.device)
         made = generate_all(spec, built, candidate_name, wanted, progress)
         candidate, baseline = made[candidate_name], made.get("float")
         call = record_call(built.pipe, built.component, built.denoisers["float"], first, spec.sampler.over(spec.model.sampling))
-        quality = per_image(candidate, baseline) if baseline else []
-        metrics = measure(spec, built, call, candidate, baseline, reused) | (mean_quality(quality) if quality else {})
+        metrics = measure(spec, built, call, candidate, baseline, reused)
+        # after the peak of the memory was read: perceptual metrics load networks of their own
+        quality = per_image(candidate, baseline, [s.prompt for s in wanted], spec.metrics.perceptual) if baseline else []
+        metrics |= mean_quality(quality) if quality else {}
 
         write_outputs(built, candidate, baseline, wanted, metrics, quality, out)
         log_outputs(tracked, candidate, baseline, wanted, metrics, out)
@@ -98,12 +101,16 @@ def measure(
     if baseline is not None:
         base = speed(baseline, None)
         metrics |= {name.replace("speed/", "float/"): value for name, value in base.items()}
+        if int8 is not None:
+            metrics["quality/half_error_step"] = half_error_step(trajectory_error(candidate, baseline))
     for plan in built.plans:  # a reused model still has what an earlier job measured
         plan.measured.pop("output_sqnr_db", None)
     if int8 is not None:
         if spec.metrics.layers:
             measure_outputs(built.denoisers["float"], int8, call, built.plans)
         metrics |= layer_metrics(built.plans)
+    if built.budget is not None:
+        metrics |= built.budget.metrics
     if built.lora_files:
         metrics["lora/modules_matched"] = sum(len(pairs) for pairs in built.matches.by_module.values())
         metrics["lora/modules_unmatched"] = len(built.matches.unmatched)
@@ -134,7 +141,8 @@ def write_outputs(
         {"prompt": s.prompt, "seed": s.seed, "file": f"images/{s.key}.png", **q}
         for s, q in zip(wanted, quality or [{}] * len(wanted), strict=True)
     ]
-    write_json({"metrics": metrics, "images": per_sample}, out / "metrics.json")
+    steps = [{"latent_rel_err": error} for error in trajectory_error(candidate, baseline)] if baseline else []
+    write_json({"metrics": metrics, "images": per_sample, "steps": steps}, out / "metrics.json")
     write_json(environment_of(built), out / "environment.json")
 
 
@@ -165,7 +173,9 @@ def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]
     counts = f"{sum(p.keep_float is None for p in built.plans)} of {len(built.plans)} Linears INT8"
     said = [("family", built.family.name), ("device", built.pipe.device), ("layers", counts if used else "all float")]
     if used:
-        said += [("outlier", spec.outlier.name), ("backend", "+".join(used))]
+        int8 = [p for p in built.plans if p.keep_float is None]
+        said += [("outlier", counted(p.outlier.partition(" ")[0] for p in int8)), ("rounding", counted(p.rounding for p in int8))]
+        said.append(("backend", "+".join(used)))
     if spec.lora.adapters:
         strengths = ", ".join(f"{a.name} {s:g}" for a, s in zip(spec.lora.adapters, spec.lora.strengths, strict=True))
         said.append(("lora", f"{strengths} ({'baked' if spec.lora.bakes else 'dynamic'})"))
@@ -174,6 +184,12 @@ def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]
     if reused:
         said.append(("model", "reused"))
     return said
+
+
+def counted(words: Iterable[str]) -> str:
+    """One word for all, or each with its count: `convrot 20, none 12`."""
+    counts = Counter(words).most_common()
+    return counts[0][0] if len(counts) == 1 else ", ".join(f"{word} {n}" for word, n in counts)
 
 
 def environment_of(built: Built) -> dict[str, object]:

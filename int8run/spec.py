@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from int8run.backends.base import Backend
-from int8run.errors import in_range, one_of, switch
+from int8run.errors import ConfigError, in_range, one_of, switch
+from int8run.generate.calibration import Calibration
 from int8run.generate.prompts import PromptSet
 from int8run.lora.stack import LoraStack
 from int8run.metrics.base import Metrics
 from int8run.models.family import AutoFamily, ModelFamily, ModelSource, Sampling
+from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
+from int8run.quant.rounding import Rounding
 from int8run.quantize import Int8Settings
 from int8run.text_encoders.keep import KeepTextEncoders
 from int8run.tracking.base import Tracker
@@ -48,7 +51,7 @@ def flatten(prefix: str, value: object, into: dict[str, str]) -> None:
     elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
         for index, inner in enumerate(value):
             flatten(f"{prefix}{index}.", inner, into)
-    elif not name.endswith("_target_") and ".keep_float." not in prefix and len(str(value)) <= 250:
+    elif not name.endswith("_target_") and ".float_layers." not in prefix and len(str(value)) <= 250:
         into.setdefault(name, str(value))
 
 
@@ -68,7 +71,9 @@ class RunSpec:
     model: ModelSource
     model_type: ModelFamily | AutoFamily
     int8: Int8Settings
-    outlier: OutlierMethod
+    outlier: OutlierMethod | AutoOutlier
+    rounding: Rounding
+    calibration: Calibration
     backend: Backend
     lora: LoraStack
     clip: KeepTextEncoders
@@ -76,6 +81,8 @@ class RunSpec:
     prompts: PromptSet
     metrics: Metrics
     tracker: Tracker
+    quality_db: float | None = None
+    save: str | None = None
     compile: str = "none"
     attention: str = "native"
     seed: int = 0
@@ -86,8 +93,26 @@ class RunSpec:
         one_of("compile", self.compile, ("none", "blocks", "full"))
         in_range("seed", self.seed, 0, 2**63 - 1, whole=True)
         switch("progress", self.progress)
+        automatic = self.model_type.keep_float == "auto"
+        if self.quality_db is not None:
+            in_range("quality_db", self.quality_db, 0, 200)
+        if automatic != (self.quality_db is not None):
+            raise ConfigError(
+                "model_type.keep_float=auto keeps layers float until quality_db is met; set both, such as "
+                "model_type.keep_float=auto quality_db=40, or neither"
+            )
+        if not self.int8.enable and (automatic or self.save is not None or self.int8.checkpoint is not None):
+            raise ConfigError("int8.enable=false makes no INT8 layer; quality_db, save and int8.checkpoint need some")
+        if self.save is not None and not str(self.save).endswith(".safetensors"):
+            raise ConfigError(f"save={self.save} names no .safetensors file; nothing else is written")
         for adapter in self.lora.adapters:
             adapter.source(self.model.lora_base)  # every adapter must have one for this model
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the float model draws the calibration pictures."""
+        fitted = self.int8.checkpoint is None and (self.outlier.needs_calibration or self.rounding.needs_calibration)
+        return self.int8.enable and (fitted or self.model_type.keep_float == "auto")
 
     @property
     def build_key(self) -> str:
@@ -95,6 +120,8 @@ class RunSpec:
         adapters = [(a.name, a.source(self.model.lora_base), a.strength if self.lora.bakes else None) for a in self.lora.adapters]
         lora = (self.lora.bakes, self.lora.strength if self.lora.bakes else None, self.lora.strict, adapters)
         shape = (self.sampler.height, self.sampler.width, self.sampler.batch)  # backend=auto measures with the rows that they give
-        parts = (self.model, self.model_type, self.int8, self.outlier, self.backend, lora, self.clip, self.compile,
-                 self.attention, self.device, shape)  # fmt: skip
+        # calibration pictures are drawn with all of the sampler
+        calibration = (self.calibration, self.sampler, self.quality_db) if self.needs_calibration else None
+        parts = (self.model, self.model_type, self.int8, self.outlier, self.rounding, calibration, self.save, self.backend, lora, self.clip,
+                 self.compile, self.attention, self.device, shape)  # fmt: skip
         return repr(parts)

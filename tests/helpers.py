@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from int8run.backends.base import Backend
 from int8run.backends.onednn import OneDnn
 from int8run.backends.reference import Reference
-from int8run.outlier.base import OutlierMethod
+from int8run.models.family import ModelFamily
+from int8run.outlier.base import LayerStatistics, OutlierMethod
 from int8run.outlier.none import NoOutlier
-from int8run.quantize import Int8Settings, LayerPlan, check_backend, install, plan_layers, quantized_layers, share_copy
+from int8run.quant.rounding import AbsMax, Rounding
+from int8run.quantize import Int8Settings, LayerPlan, assemble, check_backend, check_outlier, int8_layers, plan_layers, quantized_layers
 
 CONF = Path(__file__).parents[1] / "conf"
 CPU = torch.device("cpu")
@@ -82,12 +84,16 @@ def to_int8(
     outlier: OutlierMethod | None = None,
     settings: Int8Settings = NEVER_FLOAT,
     keep_float: tuple[str, ...] = (),
+    rounding: Rounding | None = None,
+    statistics: dict[str, LayerStatistics] | None = None,
 ) -> tuple[nn.Module, list[LayerPlan]]:
     """An INT8 copy of a model and its plan, by the same steps as a run whose calls have 8 rows."""
     plans = plan_layers(model, lambda name: "kept by the test" if name in keep_float else None)
     chosen = [p for p in plans if p.keep_float is None]
-    copy = share_copy(model)
     check_backend(backend or Reference(), CPU, chosen)
-    layers = quantized_layers(model, chosen, outlier or NoOutlier())
-    install(copy, layers, backend or Reference(), settings, {p.name: 8 for p in chosen})
-    return copy, plans
+    method = outlier or NoOutlier()
+    check_outlier(method, chosen)
+    methods = {p.name: method for p in chosen if not p.outlier_why_not}
+    layers = quantized_layers(model, chosen, methods, rounding or AbsMax(), statistics or {})
+    made = int8_layers(model, layers, backend or Reference(), settings, {p.name: 8 for p in chosen})
+    return assemble(model, made, ModelFamily("test")), plans

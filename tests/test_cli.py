@@ -64,6 +64,31 @@ REFUSED = {
     "batch": (["sampler.batch=0"], r"sampler.batch is 0; allowed is a whole number from 1 to 1024"),
     "dtype": (["model.dtype=bfloat"], r"model.dtype is 'bfloat'; did you mean 'bfloat16'\? choose from bfloat16, float16, float32"),
     "group size": (["outlier=convrot", "outlier.group_size=100"], r"outlier.group_size is 100; convrot takes 4, 16, 64, 256 or 1024"),
+    "group size of quarot": (["outlier=quarot", "outlier.group_size=100"], r"outlier.group_size is 100; choose a power of 2 from 2 to"),
+    "alpha": (["outlier=smoothquant", "outlier.alpha=1.5"], r"outlier.alpha is 1.5; allowed is a number from 0 to 1"),
+    "cost": (["outlier=auto", "outlier.max_cost=-1"], r"outlier.max_cost is -1; allowed is a number from 0 to 10"),
+    "damping": (["rounding=gptq", "rounding.damping=0"], r"rounding.damping is 0; allowed is a number from 1e-06 to 1"),
+    "scales tried": (["rounding=mse", "rounding.candidates=1"], r"rounding.candidates is 1; allowed is a whole number from 2 to 1000"),
+    "rounding": (["rounding=gtpq"], r"no rounding called 'gtpq'; did you mean 'gptq'\? choose from absmax, gptq, mse"),
+    "no calibration prompts": (["calibration.prompts=[]"], r"calibration.prompts is \[\]; it takes a list with at least one prompt: "),
+    "calibration prompt of spaces": (["calibration.prompts=[' ']"], r"calibration.prompts is \[' '\]; it takes a list with at least"),
+    "calibration prompts in a word": (["calibration.prompts=owl"], r"calibration.prompts is 'owl'; it takes a list with at least one"),
+    "calibration moments": (["calibration.moments=0"], r"calibration.moments is 0; allowed is a whole number from 1 to 1000"),
+    "calibration rows": (["calibration.rows=0"], r"calibration.rows is 0; allowed is a whole number from 1 to "),
+    "calibration seed": (["calibration.seed=-1"], r"calibration.seed is -1; allowed is a whole number from 0 to "),
+    "budget alone": (["quality_db=40"], r"^model_type.keep_float=auto keeps layers float until quality_db is met; set both, .* or neither"),
+    "no budget": (["model_type.keep_float=auto"], r"^model_type.keep_float=auto keeps .*; set both, .* or neither"),
+    "budget out of range": (["model_type.keep_float=auto", "quality_db=-1"], r"quality_db is -1; allowed is a number from 0 to 200"),
+    "budget in words": (["model_type.keep_float=auto", "quality_db=high"], r"quality_db is 'high'; allowed is a number from 0 to 200"),
+    "rules where they used to be": (["model_type.keep_float=[x]"], r"model_type.keep_float is \['x'\]; choose from auto, listed"),
+    "save without int8": (["int8.enable=false", "save=m.safetensors"], r"int8.enable=false makes no INT8 layer; quality_db, save and"),
+    "checkpoint without int8": (["int8.enable=false", "int8.checkpoint=m.safetensors"], r"int8.enable=false makes no INT8 layer; "),
+    "budget without int8": (
+        ["int8.enable=false", "model_type.keep_float=auto", "quality_db=40"],
+        r"int8.enable=false makes no INT8 layer; quality_db, save and",
+    ),
+    "save to another kind": (["save=m.pt"], r"save=m.pt names no .safetensors file; nothing else is written"),
+    "save to a switch": (["save=true"], r"save=True names no .safetensors file; nothing else is written"),
     "baseline": (["metrics.baseline=maybe"], r"metrics.baseline is 'maybe'; choose from none, run"),
     "lora strength": (["lora.strength=99"], r"lora.strength is 99; allowed is a number from -20 to 20"),
     "lora strength nan": (["lora.strength=nan"], r"lora.strength is nan; allowed is a number from -20 to 20"),
@@ -86,6 +111,9 @@ REFUSED = {
     "rounds": (["backend.rounds=0"], r"backend.rounds is 0; "),
     "switch": (["int8.enable=maybe"], r"int8.enable is 'maybe'; .*true.*false"),
     "group of numbers": (["int8=5"], r"\bint8\b.*\b5\b"),
+    "node of numbers": (["calibration=5"], r"\bcalibration\b.*\b5\b"),
+    "node null": (["calibration=null"], r"\bcalibration\b.*None"),
+    "node left out": (["~calibration"], r"\bcalibration\b"),
     "extra": (["sampler.extra=5"], r"sampler.extra is 5; "),
     "group null": (["model=null"], r"\bmodel\b.*choose from .*tiny"),
     # missing values
@@ -220,7 +248,7 @@ def test_a_user_folder_adds_an_option(command, mine):
     outcome = command("--config-dir", "mine", "outlier=mine", *NOTHING_TO_DO)
     assert "outlier=mine" in outcome.out and "prompts.path" in outcome.message
     outcome = command("--config-dir", "mine", "outlier=mien", *NOTHING_TO_DO)
-    assert_one_line(outcome, 2, r"no outlier called 'mien'; did you mean 'mine'\? choose from convrot, mine, none")
+    assert_one_line(outcome, 2, r"no outlier called 'mien'; did you mean 'mine'\? choose from auto, .*mine, .*smoothquant")
 
 
 BROKEN = {

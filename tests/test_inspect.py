@@ -9,7 +9,12 @@ import torch
 from cli_process import Command, command_in
 from safetensors.torch import save_file
 
+from int8run.checkpoints.native import write_checkpoint
 from int8run.inspect_file import inspect_file
+from int8run.layers.linear import QuantizedLayer
+from int8run.outlier.none import NoOutlier
+from int8run.outlier.quarot import QuaRot
+from int8run.quant.weight import quantize_weight
 
 
 @pytest.fixture
@@ -95,6 +100,18 @@ def test_kinds(command: Command, tensors: dict[str, torch.Tensor], kind: str) ->
     assert inspect(command, "m.safetensors")["kind"] == kind
 
 
+def test_a_file_that_save_wrote(command: Command) -> None:
+    weight = torch.ones(4, 8)
+    layers = {
+        name: QuantizedLayer(quantize_weight(weight), method.fit(weight), None) for name, method in (("a", NoOutlier()), ("b", QuaRot(8)))
+    }
+    write_checkpoint(str(command.folder / "m.safetensors"), layers, {"norm.weight": torch.ones(3)}, {"model": "shipped:tiny", "seed": 3})
+    shown = inspect(command, "m.safetensors")
+    assert shown["kind"] == "quantized checkpoint with ComfyUI markers"
+    assert shown["dtypes"] in ("3 × F32, 2 × I8, 2 × U8", "3 × F32, 2 × U8, 2 × I8")
+    assert shown["header: int8run"] == '{"model": "shipped:tiny", "seed": 3}'
+
+
 def container(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
     return (len(header) if length is None else length).to_bytes(8, "little") + header + data
 
@@ -105,6 +122,8 @@ DAMAGED = {
     "no header": (b"\x00" * 8, "its first 8 bytes give no possible header length"),
     "length beyond the end": (container(ENTRY, b"\x00" * 8, length=10_000), "its first 8 bytes give no possible header length"),
     "not json": (container(b"{not json}"), "its header is no JSON"),
+    "brackets without an end": (container(b"[" * 100_000), "its header is no JSON"),
+    "a number without an end": (container(b"1" * 10_000), "its header is no JSON"),
     "truncated": (container(ENTRY, b"\x00" * 5), "is damaged: the header describes"),
     "longer than told": (container(ENTRY, b"\x00" * 9), "is damaged: the header describes"),
     "a list": (container(b"[1, 2]"), "its header is no JSON object of tensors"),

@@ -12,14 +12,15 @@ from torch import nn
 
 from int8run.backends.base import Limits
 from int8run.backends.reference import Reference
-from int8run.build import check_finite
 from int8run.errors import BackendError, ConfigError
+from int8run.generate.probe import check_finite
 from int8run.layers.linear import Int8Linear, LowRank
 from int8run.lora.apply import DynamicBranches, match
 from int8run.lora.files import LoraFile
 from int8run.metrics.layers import measure_outputs
 from int8run.outlier.convrot import ConvRot
-from int8run.quantize import Int8Settings, check_backend, defer_gelu, install, plan_layers, quantized_layers, share_copy, share_inputs
+from int8run.outlier.hadanorm import HadaNorm
+from int8run.quantize import Int8Settings, check_backend, defer_gelu, plan_layers, share_inputs
 
 FLUX = shipped("model_type")["flux"]
 ABLE = [pytest.param(backend, id=name) for name, backend in shipped("backend").items() if usable(backend, CPU)]
@@ -94,7 +95,7 @@ def test_counts_in_a_flux_transformer(flux):
     assert [defer_gelu(model, g.activation, g.source, g.into) for g in FLUX.deferred_gelu] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("outlier", [None, ConvRot()], ids=["none", "convrot"])
+@pytest.mark.parametrize("outlier", [None, ConvRot(), HadaNorm(16)], ids=["none", "convrot", "hadanorm"])
 @pytest.mark.parametrize("backend", ABLE)
 def test_the_model_computes_what_it_did(flux, backend, outlier):
     model, call = flux
@@ -165,6 +166,14 @@ def test_a_tanh_gelu_moves():
     x = randn(5, 8)
     before = model(x)
     assert defer_gelu(model, "ff.act", "ff.up", "ff.down") == 2 and isinstance(model[1].ff["act"], nn.Identity)
+    assert torch.equal(model(x), before)
+
+
+def test_a_gelu_stays_before_a_layer_that_takes_the_mean_of_its_result():
+    model, _ = to_int8(nn.Sequential(FeedForward(nn.GELU(approximate="tanh"))), Fusing(), HadaNorm(8))
+    x = randn(2, 5, 8)
+    before = model(x)
+    assert defer_gelu(model, "ff.act", "ff.up", "ff.down") == 0 and isinstance(model[0].ff["act"], nn.GELU)
     assert torch.equal(model(x), before)
 
 
@@ -250,19 +259,18 @@ def test_a_device_is_refused_with_all_reasons_and_what_can_run_there():
 @pytest.mark.parametrize(("n", "k"), [(3, 0), (0, 3)])
 def test_an_empty_weight_is_refused(n, k):
     model = nn.Sequential(nn.Linear(k, n).requires_grad_(False))
-    plans = plan_layers(model, lambda name: None)
     with pytest.raises(ConfigError, match=rf"^0: the weight is {n} x {k}, nothing to quantize; keep the layer float$"):
-        install(share_copy(model), quantized_layers(model, plans, ConvRot()), Reference(), NEVER_FLOAT, {"0": 8})
+        to_int8(model)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_inputs_that_are_not_finite_are_counted(value):
     x = randn(3, 4)
-    check_finite("blocks.0.ff", x)
+    check_finite("blocks.0.ff", x, "the first step")
     x[0, 1] = x[2, 3] = value
     words = r"^blocks\.0\.ff: 2 of 12 inputs are NaN or infinite in the first step of the float model; check the checkpoint, or try model\."
     with pytest.raises(ConfigError, match=words):
-        check_finite("blocks.0.ff", x)
+        check_finite("blocks.0.ff", x, "the first step")
 
 
 @pytest.mark.parametrize("backend", ABLE)

@@ -104,22 +104,24 @@ def test_layers_csv_has_a_row_for_every_linear(tmp_path):
     measured = {"weight_sqnr_db": 41.23456789, "output_sqnr_db": math.inf, "saturated_share": 0.015625}
     write_layers(
         [
-            LayerPlan("blocks.0.q", 96, 64, None, "convrot", "auto", "onednn", measured),
+            LayerPlan("blocks.0.q", 96, 64, None, "convrot group_size=64", "", "gptq", "auto", "onednn", measured),
             LayerPlan("x_embedder", 7, 64, "input embedder, tiny"),
+            LayerPlan("blocks.0.k", 96, 7, None, "none", "in_features=7 is not a multiple of 4", "absmax"),
         ],
         tmp_path / "layers.csv",
     )
     with (tmp_path / "layers.csv").open(newline="") as file:
-        first, second = csv.DictReader(file)
+        first, second, third = csv.DictReader(file)
     assert tuple(first) == LAYER_COLUMNS == tuple(second)
     assert first == {
-        "name": "blocks.0.q", "out_features": "64", "in_features": "96", "quantized": "true", "why_not": "", "outlier": "convrot",
-        "backend_asked": "auto", "backend_used": "onednn",
+        "name": "blocks.0.q", "out_features": "64", "in_features": "96", "quantized": "true", "why_not": "",
+        "outlier": "convrot group_size=64", "outlier_why_not": "", "rounding": "gptq", "backend_asked": "auto", "backend_used": "onednn",
         "weight_sqnr_db": "41.2346", "output_sqnr_db": "inf",
         "saturated_share": "0.015625",
     }  # fmt: skip
     assert (second["quantized"], second["why_not"], second["in_features"]) == ("false", "input embedder, tiny", "7")
-    assert {second[c] for c in ("outlier", "backend_used", "weight_sqnr_db", "output_sqnr_db", "saturated_share")} == {""}
+    assert {second[column] for column in LAYER_COLUMNS[5:]} == {""}
+    assert (third["outlier"], third["outlier_why_not"]) == ("none", "in_features=7 is not a multiple of 4")
 
 
 def test_a_measurement_without_a_column_is_an_error(tmp_path):

@@ -2,19 +2,25 @@
 
 import csv
 import json
+import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from helpers import without_vnni
+from cli_process import Command, command_in
+from helpers import CONF, without_vnni
 from jobs import make_spec, run_job, save_lora
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_pipeline import random_pipeline, save_random_pipeline
 
 from int8run import memo
 from int8run.build import build
-from int8run.errors import BackendError, ConfigError, LoraError
+from int8run.checkpoints.header import read_header
+from int8run.errors import BackendError, ConfigError, FileError, LoraError
 from int8run.generate.prompts import samples
 from int8run.layers.linear import Int8Linear
 from int8run.models.loader import find_denoiser
@@ -33,6 +39,15 @@ CONTRACT = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """`model.location=…` of a random pipeline, with small settings that every test shares."""
     return str(save_random_pipeline(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Layers this small wait for a second thread longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -133,7 +148,7 @@ def test_model_type_none_quantizes_everything(small: list[str], tmp_path: Path) 
 
 
 def test_nothing_converted_is_an_error(small: list[str], tmp_path: Path) -> None:
-    keep = "model_type.keep_float=[{_target_: int8run.models.family.KeepRule, pattern: '*', why: asked}]"
+    keep = "model_type.float_layers=[{_target_: int8run.models.family.KeepRule, pattern: '*', why: asked}]"
     with pytest.raises(ConfigError, match=r"no layer became INT8 \(48 × asked\).*model_type=.*int8.enable=false"):
         run_job([*small, "model_type=flux", keep], tmp_path)
 
@@ -211,6 +226,270 @@ def test_unknown_sampler_argument(small: list[str], tmp_path: Path) -> None:
 def test_compiled_blocks_give_the_same_pictures(small: list[str], tmp_path: Path, backend: str) -> None:
     result = run_job([*small, "compile=blocks", f"backend={backend}"], tmp_path)
     assert result.metrics["quality/latent_rel_err"] < 0.02
+
+
+# -- outlier methods and roundings --------------------------------------------------------------------------------------
+
+OUTLIERS, ROUNDINGS = (sorted(file.stem for file in (CONF / group).glob("*.yaml")) for group in ("outlier", "rounding"))
+
+
+@pytest.fixture
+def least(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One picture of one step by the INT8 model alone; what is measured is remembered in the test's own folder."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return [
+        *small, "sampler.steps=1", "prompts.prompts=[a]", "calibration.prompts=[b]", "calibration.moments=1", "metrics.baseline=none",
+        "backend=reference", "progress=false",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    with command_in(tmp_path / "work", monkeypatch, capsys) as run:
+        yield run
+
+
+def int8_rows(out: Path) -> list[dict[str, str]]:
+    return [row for row in read_layers(out) if row["quantized"] == "true"]
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("outlier", OUTLIERS)
+def test_every_outlier_method_runs_with_every_rounding(least: list[str], tmp_path: Path, outlier: str, rounding: str) -> None:
+    run_job([*least, f"outlier={outlier}", f"rounding={rounding}"], tmp_path)
+    rows = int8_rows(tmp_path)
+    assert len(rows) == 34
+    for row in rows:
+        assert row["rounding"] == rounding and float(row["output_sqnr_db"]) > 20
+        if outlier != "auto":
+            assert row["outlier"].split()[0] == ("none" if row["outlier_why_not"] else outlier)
+    assert any(row["outlier"].split()[0] == outlier for row in rows) or outlier == "auto"
+
+
+TOO_NARROW = {width: ("none", f"in_features={width} is not a multiple of 128") for width in (8, 16, 32, 160)}
+TREATED = {
+    "none": dict.fromkeys((8, 16, 32, 128, 160, 256), ("none", "")),
+    "convrot": {n: (f"convrot group_size={group}", "") for n, group in {8: 4, 16: 16, 32: 16, 128: 64, 160: 16, 256: 256}.items()},
+    "quarot": TOO_NARROW | dict.fromkeys((128, 256), ("quarot group_size=128", "")),
+    "hadanorm": TOO_NARROW | dict.fromkeys((128, 256), ("hadanorm group_size=128 alpha=0.5", "")),
+    "smoothquant": dict.fromkeys((8, 16, 32, 128, 160, 256), ("smoothquant alpha=0.5", "")),
+}
+
+
+@pytest.mark.parametrize("outlier", TREATED)
+def test_layers_csv_says_how_each_layer_is_treated_and_why_not(least: list[str], tmp_path: Path, outlier: str) -> None:
+    run_job([*least, "model_type=none", f"outlier={outlier}"], tmp_path)
+    found = {(int(row["in_features"]), (row["outlier"], row["outlier_why_not"])) for row in read_layers(tmp_path)}
+    assert found == set(TREATED[outlier].items())
+
+
+def test_the_treatment_of_every_shipped_method_is_tested() -> None:
+    assert set(TREATED) == set(OUTLIERS) - {"auto"}
+
+
+def test_layers_that_stay_float_are_treated_in_no_way(least: list[str], tmp_path: Path) -> None:
+    run_job([*least, "outlier=quarot"], tmp_path)
+    for row in read_layers(tmp_path):
+        if row["quantized"] == "false":
+            assert row["why_not"] and {row[c] for c in ("outlier", "outlier_why_not", "rounding", "backend_used", "weight_sqnr_db")} == {""}
+
+
+@pytest.mark.parametrize("outlier", ["quarot", "hadanorm"])
+def test_layers_that_a_method_cannot_take_are_counted_once(
+    least: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, outlier: str
+) -> None:
+    run_job([*least, f"outlier={outlier}"], tmp_path)
+    (said,) = (r for r in caplog.records if "cannot take" in r.getMessage())
+    assert said.levelname == "WARNING" and said.getMessage() == (
+        f"outlier={outlier} cannot take 30 of 34 layers (28 × in_features=32 is not a multiple of 128; 2 × in_features=160 is not a "
+        "multiple of 128); these are plain INT8"
+    )
+
+
+def test_a_method_that_can_take_no_layer_is_one_line_and_code_2(least: list[str], command: Command) -> None:
+    outcome = command(*least, "outlier=quarot", "outlier.group_size=256")
+    assert (outcome.code, outcome.message) == (
+        2,
+        "outlier=quarot can take none of the 34 layers (28 × in_features=32 is not a multiple of 256; 4 × in_features=128 is not a "
+        "multiple of 256; 2 × in_features=160 is not a multiple of 256); choose another outlier=",
+    )
+
+
+def test_costs_of_automatic_methods_are_kept_in_the_backends_table(least: list[str], tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    run_job([*least, "outlier=auto", "backend=auto", f"backend.table={table}"], tmp_path)
+    known = json.loads(table.read_text())
+    costs = [key for key in known if " | cost of " in key]
+    assert any("cost of factor |" in key for key in costs) and any("cost of regular rotation of 16 |" in key for key in costs)
+    assert all(float(known[key]) > 0 for key in costs)
+    assert not (tmp_path / "home").exists()
+
+
+# -- save and int8.checkpoint -------------------------------------------------------------------------------------------
+
+
+def files_in(out: Path) -> dict[str, bytes]:
+    """The pictures as they lie there."""
+    return {p.name: p.read_bytes() for p in sorted((out / "images").iterdir())}
+
+
+@pytest.mark.parametrize(("outlier", "rounding"), [*((name, "mse") for name in OUTLIERS), ("smoothquant", "gptq")])
+def test_a_saved_model_draws_the_same_pictures(least: list[str], tmp_path: Path, outlier: str, rounding: str) -> None:
+    saved = tmp_path / "m.safetensors"
+    run_job([*least, f"outlier={outlier}", f"rounding={rounding}", f"save={saved}"], tmp_path / "a")
+    run_job([*least, f"outlier={outlier}", f"int8.checkpoint={saved}"], tmp_path / "b")
+    assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
+    assert read_layers(tmp_path / "a") == read_layers(tmp_path / "b")
+
+
+@pytest.fixture(scope="module")
+def rotated(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with outlier=convrot, as a file."""
+    folder = tmp_path_factory.mktemp("rotated")
+    memo.forget()
+    small = [f"model.location={model}", "sampler.height=16", "sampler.width=16", "sampler.steps=1", "prompts.prompts=[a]", "tracker=none"]
+    run_job([*small, "outlier=convrot", "backend=reference", "metrics.baseline=none", f"save={folder / 'm.safetensors'}"], folder)
+    return folder / "m.safetensors"
+
+
+def test_a_saved_file_holds_the_whole_denoiser_and_how_it_was_made(rotated: Path, model: str) -> None:
+    expected, tensors = random_pipeline().transformer.state_dict(), load_file(rotated)
+    int8 = {key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")}
+    assert len(int8) == 34 and set(tensors) == set(expected) | {
+        f"{name}.{part}" for name in int8 for part in ("weight_scale", "comfy_quant")
+    }
+    for key, tensor in expected.items():
+        if key.rpartition(".")[0] in int8 and key.endswith(".weight"):
+            assert tensors[key].dtype == torch.int8
+        else:
+            assert torch.equal(tensors[key], tensor) and tensors[key].dtype == tensor.dtype
+    note = json.loads(read_header(rotated)[1]["int8run"])
+    assert (note["model"], note["family"], note["outlier"], note["rounding"]) == (model, "flux", "convrot", "absmax")
+    assert (note["loras"], note["calibration"], note["quality_db"], len(note["kept_float"])) == ([], None, None, 14)
+    assert note["kept_float"]["x_embedder"] == "input embedder"
+
+
+def test_a_model_in_half_precision_is_saved_in_it(least: list[str], tmp_path: Path) -> None:
+    saved, half = tmp_path / "m.safetensors", [*least, "model.dtype=bfloat16", "outlier=hadanorm"]
+    run_job([*half, f"save={saved}"], tmp_path / "a")
+    run_job([*half, f"int8.checkpoint={saved}"], tmp_path / "b")
+    assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
+    found = {key.rpartition(".")[2]: set() for key in load_file(saved)}
+    for key, tensor in load_file(saved).items():
+        found[key.rpartition(".")[2]].add(tensor.dtype)
+    assert found["bias"] == {torch.bfloat16} and found["weight"] == {torch.int8, torch.bfloat16}
+    assert found["weight_scale"] == found["pre_quant_scale"] == {torch.float32}, "what the integers need is never rounded to half"
+
+
+def test_a_checkpoint_can_be_saved_again(least: list[str], rotated: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.safetensors"
+    run_job([*least, "outlier=auto", f"int8.checkpoint={rotated}", f"save={again}"], tmp_path)
+    one, two = load_file(rotated), load_file(again)
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert json.loads(read_header(again)[1]["int8run"])["rounding"] == f"as in {rotated}"
+
+
+def test_a_model_may_be_saved_in_place_of_its_own_checkpoint(least: list[str], rotated: Path, tmp_path: Path) -> None:
+    place = tmp_path / "m.safetensors"
+    place.write_bytes(rotated.read_bytes())
+    run_job([*least, "outlier=auto", f"int8.checkpoint={place}", f"save={place}"], tmp_path)
+    one, two = load_file(rotated), load_file(place)
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_checkpoint_treated_otherwise_than_asked_is_one_line_and_code_3(least: list[str], rotated: Path, command: Command) -> None:
+    outcome = command(*least, "outlier=none", f"int8.checkpoint={rotated}")
+    assert (outcome.code, outcome.message) == (
+        3,
+        f"{rotated} contradicts outlier=none in 34 of 34 layers (transformer_blocks.0.attn.to_q is 'convrot group_size=16' there); set "
+        "outlier=auto to take what the file has, or quantize again",
+    )
+
+
+def test_a_checkpoint_that_is_not_there_is_one_line_and_code_3(least: list[str], command: Command) -> None:
+    outcome = command(*least, "int8.checkpoint=absent.safetensors")
+    assert outcome.code == 3 and outcome.message.startswith("absent.safetensors: no such file (looked for /")
+
+
+def test_a_place_that_cannot_be_written_is_one_line_and_code_3(least: list[str], command: Command) -> None:
+    (command.folder / "m.safetensors").mkdir()
+    outcome = command(*least, "save=m.safetensors")
+    assert outcome.code == 3 and outcome.message.startswith("save=m.safetensors cannot be written: Is a directory; choose a folder")
+
+
+def test_a_checkpoint_of_another_models_weights_is_refused(least: list[str], rotated: Path, tmp_path: Path) -> None:
+    other = save_random_pipeline(tmp_path / "other", seed=1)
+    with pytest.raises(FileError, match=r"does not hold this model's weight \(SQNR -\d.* dB"):
+        run_job([*least, f"model.location={other}", "outlier=convrot", f"int8.checkpoint={rotated}"], tmp_path)
+
+
+def test_the_layers_of_a_checkpoint_are_int8_whatever_the_family_says(least: list[str], rotated: Path, tmp_path: Path) -> None:
+    run_job([*least, "model_type=none", "outlier=convrot", f"int8.checkpoint={rotated}"], tmp_path)
+    assert len(int8_rows(tmp_path)) == 34
+    assert {row["why_not"] for row in read_layers(tmp_path)} == {"", "float in int8.checkpoint"}
+
+
+class TestBudget:
+    """model_type.keep_float=auto, on calibration pictures that are also those of the run."""
+
+    @pytest.fixture
+    def budget(self, least: list[str]) -> list[str]:
+        return [
+            *least, "model_type.keep_float=auto", "sampler.steps=2", "prompts.prompts=[b]", "seed=1000", "metrics.baseline=run",
+        ]  # fmt: skip
+
+    def test_layers_stay_float_until_the_pictures_are_as_close_as_asked(self, budget: list[str], tmp_path: Path) -> None:
+        free = run_job([*budget, "quality_db=1"], tmp_path / "free").metrics
+        assert (free["budget/layers_kept"], free["quant/layers_int8"]) == (0, 34)
+        assert free["budget/reached_db"] == free["budget/without_db"] == pytest.approx(decibels(free), abs=1e-3)
+        asked = free["budget/without_db"] + 3
+        saved = tmp_path / "m.safetensors"
+        met = run_job([*budget, f"quality_db={asked}", f"save={saved}"], tmp_path / "met").metrics
+        assert met["budget/without_db"] == free["budget/without_db"] and met["budget/asked_db"] == asked
+        # the run draws the calibration's own pictures, so that it must measure what the budget promised
+        assert asked <= met["budget/reached_db"] == pytest.approx(decibels(met), abs=1e-3)
+        kept = [row for row in read_layers(tmp_path / "met") if row["why_not"].startswith("quality budget: alone it makes ")]
+        assert len(kept) == met["budget/layers_kept"] > 0 and met["quant/layers_int8"] == 34 - len(kept)
+        assert all(row["why_not"].endswith("% of all layers' error") and row["backend_used"] == row["outlier"] == "" for row in kept)
+        assert met["budget/memory_ratio"] > 1
+        # in the file these layers are float, too
+        run_job([*budget, "model_type.keep_float=listed", f"int8.checkpoint={saved}"], tmp_path / "read")
+        assert files_in(tmp_path / "met") == files_in(tmp_path / "read")
+        assert {row["name"] for row in int8_rows(tmp_path / "read")} == {row["name"] for row in int8_rows(tmp_path / "met")}
+
+    def test_a_checkpoint_can_be_brought_within_a_budget(self, budget: list[str], rotated: Path, tmp_path: Path) -> None:
+        metrics = run_job([*budget, "outlier=auto", f"int8.checkpoint={rotated}", "quality_db=70"], tmp_path).metrics
+        assert metrics["budget/reached_db"] >= 70 and metrics["budget/layers_kept"] > 0
+        assert {row["outlier"].split()[0] for row in int8_rows(tmp_path)} == {"convrot"}
+
+    def test_what_the_budget_paid_is_said(self, budget: list[str], command: Command) -> None:
+        outcome = command(*budget, "quality_db=1")
+        assert outcome.code == 0 and "\nquality budget 1 dB: met at " in outcome.out
+
+    def test_a_budget_beyond_reach_is_one_line_and_code_2(self, budget: list[str], command: Command) -> None:
+        outcome = command(*budget, "quality_db=200")
+        assert outcome.code == 2 and outcome.message.startswith("quality_db=200 is met by the float model alone: ")
+
+
+def decibels(metrics: dict[str, float]) -> float:
+    return -20 * math.log10(metrics["quality/latent_rel_err"])
+
+
+def test_a_checkpoint_takes_dynamic_loras_and_no_other_baked_ones(least: list[str], rotated: Path, tmp_path: Path) -> None:
+    file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer)
+    lora = f"lora.adapters=[{{_target_: int8run.lora.stack.Adapter, name: style, path: {file}, strength: 0.01}}]"
+    run_job([*least, "outlier=convrot", lora], tmp_path / "made")
+    run_job([*least, "outlier=convrot", lora, f"int8.checkpoint={rotated}"], tmp_path / "read")
+    assert files_in(tmp_path / "made") == files_in(tmp_path / "read")
+    # so weak a LoRA could not be told from rounding by the weights
+    with pytest.raises(
+        FileError, match=r"was made with these LoRAs baked in: \[\], this run bakes \[\['style', 0\.01\]\]; set the same lora="
+    ):
+        run_job([*least, "outlier=convrot", lora, "lora.mode=bake", f"int8.checkpoint={rotated}"], tmp_path / "bake")
+    baked = tmp_path / "baked.safetensors"
+    run_job([*least, "outlier=convrot", lora, "lora.mode=bake", f"save={baked}"], tmp_path / "bake")
+    run_job([*least, "outlier=convrot", lora, "lora.mode=bake", f"int8.checkpoint={baked}"], tmp_path / "again")
+    assert files_in(tmp_path / "bake") == files_in(tmp_path / "again")
 
 
 def test_a_busy_machine_is_named():

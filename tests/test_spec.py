@@ -1,5 +1,6 @@
 """What of a config decides the built model, and what of it the tracker records."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ OTHER_BUILD = {
     "fallback": ["int8.small_batch_fallback=never"],
     "outlier": ["outlier=convrot"],
     "outlier field": ["outlier=convrot", "outlier.group_size=64"],
+    "rounding": ["rounding=mse"],
+    "rounding field": ["rounding=mse", "rounding.candidates=8"],
+    "what calibration is needed for": ["rounding=gptq"],
+    "quality budget": ["model_type.keep_float=auto", "quality_db=40"],
+    "another budget": ["model_type.keep_float=auto", "quality_db=41"],
+    "checkpoint": ["int8.checkpoint=m.safetensors"],
+    "save": ["save=m.safetensors"],
     "backend": ["backend=reference"],
     "lora file": ["lora.adapters.0.path=other.safetensors"],
     "lora mode": ["lora.mode=bake"],
@@ -59,6 +67,45 @@ def test_a_baked_strength_is_part_of_the_build(override):
     assert make_spec([*baked, override]).build_key != make_spec(baked).build_key
 
 
+NEEDS_CALIBRATION = {
+    "method": ["outlier=smoothquant"],
+    "choice of methods": ["outlier=auto"],
+    "rounding": ["rounding=gptq"],
+    "budget": ["model_type.keep_float=auto", "quality_db=40"],
+    "budget of a checkpoint": ["model_type.keep_float=auto", "quality_db=40", "int8.checkpoint=m.safetensors"],
+}
+NEEDS_NONE = {
+    "nothing": [],
+    "method": ["outlier=hadanorm"],
+    "rounding": ["rounding=mse"],
+    "checkpoint": ["outlier=smoothquant", "rounding=gptq", "int8.checkpoint=m.safetensors"],
+    "float": ["outlier=smoothquant", "rounding=gptq", "int8.enable=false"],
+}
+DRAWN_BY = {
+    "calibration": [{"prompts": ["fox"]}, {"seed": 5}, {"moments": 1}, {"rows": 9}],
+    "sampler": [{"steps": 3}, {"guidance": 2.0}],
+}
+
+
+def drawn_otherwise(spec):
+    """The same run with other calibration pictures, in every way that there is."""
+    for part, changes in DRAWN_BY.items():
+        yield from (replace(spec, **{part: replace(getattr(spec, part), **change)}) for change in changes)
+
+
+@pytest.mark.parametrize("overrides", NEEDS_CALIBRATION.values(), ids=NEEDS_CALIBRATION)
+def test_calibration_counts_where_something_is_fitted_to_it(overrides):
+    spec = make_spec(overrides)
+    keys = {other.build_key for other in drawn_otherwise(spec)}
+    assert spec.needs_calibration and len(keys) == 6 and spec.build_key not in keys
+
+
+@pytest.mark.parametrize("overrides", NEEDS_NONE.values(), ids=NEEDS_NONE)
+def test_calibration_does_not_count_where_nothing_looks_at_it(overrides):
+    spec = make_spec(overrides)
+    assert not spec.needs_calibration and {other.build_key for other in drawn_otherwise(spec)} == {spec.build_key}
+
+
 def test_a_job_is_named_by_what_differs_from_the_defaults():
     assert Job({}, {}, ["seed=1", "lora=stack_a"], None, Path()).name == "seed=1 lora=stack_a"
     assert Job({}, {}, [], None, Path()).name == "defaults"
@@ -70,7 +117,7 @@ def test_parameters_are_the_words_of_the_command_line():
         "model": {"_target_": "int8run.models.family.ModelSource", "location": None, "sampling": {"steps": 4}},
         "lora": {"adapters": [{"name": "ink", "strength": 0.8}, {"name": "gloss"}]},
         "prompts": {"prompts": ["a", "b"]},
-        "families": {"flux": {"keep_float": [{"pattern": "x"}]}},
+        "families": {"flux": {"float_layers": [{"pattern": "x"}]}},
         "note": "x" * 251,
     }
     assert Job(settings, {"model": "tiny", "outlier": "none"}, [], None, Path()).params() == {

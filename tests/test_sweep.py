@@ -1,12 +1,15 @@
 """Multiruns through the real command, in this process."""
 
+import csv
+import json
 from pathlib import Path
 
 import mlflow
 import pytest
 from cli_process import command_in
 from helpers import without_vnni
-from tiny_pipeline import save_random_pipeline
+from jobs import save_lora
+from tiny_pipeline import random_pipeline, save_random_pipeline
 
 from int8run import memo
 
@@ -23,6 +26,11 @@ def runs_in(folder: Path) -> list[mlflow.entities.Run]:
     return client.search_runs([client.get_experiment_by_name("int8run").experiment_id], order_by=["attributes.start_time"])
 
 
+def layers_in(folder: Path) -> list[list[dict[str, str]]]:
+    """`layers.csv` of each job, in order."""
+    return [list(csv.DictReader(path.read_text().splitlines())) for path in sorted((folder / "multirun").rglob("layers.csv"))]
+
+
 def test_strengths_of_the_shipped_stack_build_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -37,6 +45,21 @@ def test_strengths_of_the_shipped_stack_build_once(
     assert len(list((tmp_path / "multirun").rglob("grid.png"))) == 4
 
 
+def test_a_sweep_builds_once_for_each_way_to_quantize_and_not_for_a_strength(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memo.forget()
+    file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer)
+    lora = f"lora.adapters=[{{_target_: int8run.lora.stack.Adapter, name: style, path: {file}}}]"
+    with command_in(tmp_path, monkeypatch, capsys) as int8run:
+        outcome = int8run("-m", "outlier=none,convrot", "lora.strength=0,1", "backend=reference", model, *SMALL, "tracker=none", lora)
+    assert outcome.code == 0, outcome.err
+    measured = [json.loads(path.read_text())["metrics"] for path in sorted((tmp_path / "multirun").rglob("metrics.json"))]
+    assert [m["build/load_s"] > 0 for m in measured] == [True, False, True, False]
+    methods = [{row["outlier"].split()[0] for row in rows if row["outlier"]} for rows in layers_in(tmp_path)]
+    assert methods == [{"none"}, {"none"}, {"convrot"}, {"convrot"}]
+
+
 @pytest.mark.skipif(without_vnni(), reason="needs a CPU with VNNI")
 def test_backends_in_one_sweep_keep_to_their_own(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -44,10 +67,9 @@ def test_backends_in_one_sweep_keep_to_their_own(
     with command_in(tmp_path, monkeypatch, capsys) as int8run:
         outcome = int8run("-m", "backend=reference,onednn,torch_int_mm", model, *SMALL, "tracker=none")
     assert outcome.code == 0, outcome.err
-    for path in (tmp_path / "multirun").rglob("layers.csv"):
-        used = {line.split(",")[7] for line in path.read_text().splitlines()[1:]} - {""}
-        asked = {line.split(",")[6] for line in path.read_text().splitlines()[1:]} - {""}
-        assert used == asked and len(used) == 1
+    used = [{row["backend_used"] for row in rows} - {""} for rows in layers_in(tmp_path)]
+    asked = [{row["backend_asked"] for row in rows} - {""} for rows in layers_in(tmp_path)]
+    assert used == asked == [{"reference"}, {"onednn"}, {"torch_int_mm"}]
 
 
 def test_one_failing_job_does_not_stop_the_others(

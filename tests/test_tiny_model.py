@@ -69,6 +69,19 @@ def test_the_second_identical_run_gives_the_same_bits(tmp_path: Path) -> None:
     assert pixels[0] == pixels[1]
 
 
+def test_the_calibrated_model_is_saved_and_draws_the_same_again(tmp_path: Path) -> None:
+    shared = [
+        "prompts.prompts=[fox]", "sampler.steps=2", "tracker=none", "outlier=smoothquant", "backend=reference", "metrics.baseline=none",
+        "calibration.prompts=[owl]", "calibration.moments=1",
+    ]  # fmt: skip
+    saved = tmp_path / "m.safetensors"
+    made, read = run_job([*shared, f"save={saved}"], tmp_path / "a"), run_job([*shared, f"int8.checkpoint={saved}"], tmp_path / "b")
+    assert made.candidate.images[0].tobytes() == read.candidate.images[0].tobytes()
+    assert (tmp_path / "a" / "layers.csv").read_text() == (tmp_path / "b" / "layers.csv").read_text()
+    # int8 in place of the float weights, and the rest as it was
+    assert saved.stat().st_size < made.metrics["float/denoiser_bytes"] / 1.8
+
+
 @pytest.mark.parametrize("style", ["ink", "gloss"])
 def test_shipped_loras_change_the_style_more_with_more_strength(style: str, tmp_path: Path) -> None:
     adapter = f"{{_target_: int8run.lora.stack.Adapter, name: {style}, path: {style}}}"

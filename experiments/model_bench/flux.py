@@ -84,7 +84,7 @@ def family(model: nn.Module, layers: str) -> ModelFamily:
     if layers == "family":
         return own
     outside = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks." not in n]
-    return replace(own, keep_float=[KeepRule(n, "outside the blocks") for n in outside])
+    return replace(own, float_layers=[KeepRule(n, "outside the blocks") for n in outside])
 
 
 def chosen(model: nn.Module, layers: str) -> list[str]:

@@ -9,16 +9,24 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from int8run.errors import ConfigError
 from int8run.generate.generate import call
 from int8run.generate.prompts import Sample
 from int8run.models.family import Sampling
 
 
-@torch.no_grad()
 def record_call(
     pipe: DiffusionPipeline, component: str, denoiser: nn.Module, batch: Sequence[Sample], sampling: Sampling
 ) -> Mapping[str, Any]:
-    """Keyword arguments of the denoiser's second call in a run of two steps: real activations for measurements."""
+    """Keyword arguments of the denoiser's last call in a run of two steps: real activations for measurements."""
+    return record_calls(pipe, component, denoiser, batch, replace(sampling, steps=2))[-1]
+
+
+@torch.no_grad()
+def record_calls(
+    pipe: DiffusionPipeline, component: str, denoiser: nn.Module, batch: Sequence[Sample], sampling: Sampling
+) -> list[Mapping[str, Any]]:
+    """Keyword arguments of each of the denoiser's calls."""
     calls: list[Mapping[str, Any]] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -31,8 +39,8 @@ def record_call(
         stack.callback(denoiser.register_forward_pre_hook(keep, with_kwargs=True).remove)
         # hooks inside a compiled graph would break it
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        call(pipe, batch, replace(sampling, steps=2), lambda *_: {})
-    return calls[-1]
+        call(pipe, batch, sampling, lambda *_: {})
+    return calls
 
 
 @torch.no_grad()
@@ -47,3 +55,17 @@ def watch_layers(
             hook = lambda _, args, out, name=name: see(name, args[0], out)  # noqa: E731
             stack.callback(denoiser.get_submodule(name).register_forward_hook(hook).remove)
         denoiser(**arguments)
+
+
+def check_finite(layer: str, x: Tensor, where: str) -> None:
+    """Refuse what no INT8 layer can take.
+
+    Raises:
+        ConfigError: naming the layer.
+    """
+    if not torch.isfinite(x).all():
+        count = int((~torch.isfinite(x)).sum())
+        raise ConfigError(
+            f"{layer}: {count} of {x.numel()} inputs are NaN or infinite in {where} of the float model; "
+            "check the checkpoint, or try model.dtype=bfloat16 or float32"
+        )

@@ -122,6 +122,13 @@ class SharedInput:
         return found
 
 
+def centered_rows(x: Tensor) -> Tensor:
+    """Every token without the mean over its picture's tokens, and then the means. x: [..., T, K] -> float32 [B T + B, K]."""
+    x = x.float()  # in half precision the difference would be rounded once more
+    mean = x.mean(-2, keepdim=True)
+    return torch.cat([(x - mean).flatten(0, -2), mean.flatten(0, -2)])
+
+
 class Int8Linear(nn.Module):
     """`nn.Linear` in W8A8 on one backend, chosen when the layer is built and held by it.
 
@@ -159,20 +166,32 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         # idle is asked for outside compiled code only: a graph that knew it would be built again when it changes
         branch = None if self.adapter is None or (not torch.compiler.is_compiling() and self.adapter.idle) else self.adapter
+        fused = None
         if self.float_weight is not None and rows.shape[0] <= self.float_rows:
             h = self.transform.transform_input(gelu_columns(rows, gelu_from))
             y = F.linear(h.to(self.dtype), self.float_weight, None if self.bias is None else self.bias.to(self.dtype)).to(x.dtype)
-            fused = None
         else:
             fused = None if branch is None else branch.fused
             down = None if fused is None else fused.down_with_input
-            quantize = lambda: self.backend.quantize(rows, self.transform.factor, self.transform.matrix, gelu_from, down)  # noqa: E731
+            # without a token axis there is no mean over tokens; one over a batch would mix pictures
+            centered = self.transform.centered and x.dim() > 2
+            quantize = lambda: self.backend.quantize(  # noqa: E731
+                centered_rows(x) if centered else rows, self.transform.factor, self.transform.rotation, gelu_from, down
+            )
             quantized = quantize() if shared is None or down is not None else shared.get(x, quantize)
             strengths = None if fused is None or branch is None else branch.strengths
-            y = self.backend.linear(quantized, self.packed, self.scale, self.bias, x.dtype, fused, strengths)
+            bias = None if centered else self.bias
+            y = self.backend.linear(quantized, self.packed, self.scale, bias, x.dtype, fused, strengths)
+            y = self.with_mean(y, x.shape) if centered else y
         if branch is not None and fused is None:  # two products of its own, from the untransformed input
             y = branch.add_to(y, gelu_columns(rows, gelu_from))
         return y.unflatten(0, x.shape[:-1]) if x.dim() > 1 else y.squeeze(0)
+
+    def with_mean(self, y: Tensor, shape: torch.Size) -> Tensor:
+        """The products of `centered_rows`, put together. y: [B T + B, N] -> [B T, N]; shape: [..., T, K], where B counts `...`."""
+        rows, tokens = shape[:-1].numel(), shape[-2]
+        mean = y[rows:] if self.bias is None else y[rows:] + self.bias.to(y.dtype)
+        return y[:rows].add_(mean.repeat_interleave(tokens, dim=0))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, backend={self.backend.name}"

@@ -35,6 +35,9 @@ class DeferredGelu:
     into: str
 
 
+KEEP_FLOAT = ("listed", "auto")
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """One architecture family.
@@ -42,20 +45,25 @@ class ModelFamily:
     Args:
         name: the word used for it everywhere.
         denoisers: diffusers classes of the denoiser that belong to the family.
-        keep_float: rules for Linears that stay float; the first that matches counts.
+        keep_float: `listed`: the layers that the rules name; `auto`: besides, the most sensitive ones until `quality_db` is met.
+        float_layers: rules for Linears that stay float; the first that matches counts.
         same_input: groups of Linears, relative to a block, that read the same tensor: it is quantized once for all.
         deferred_gelu: activations that move into the quantization of the next layer.
     """
 
     name: str
     denoisers: Sequence[str] = ()
-    keep_float: Sequence[KeepRule] = ()
+    keep_float: str = "listed"
+    float_layers: Sequence[KeepRule] = ()
     same_input: Sequence[Sequence[str]] = ()
     deferred_gelu: Sequence[DeferredGelu] = ()
 
+    def __post_init__(self) -> None:
+        one_of("model_type.keep_float", self.keep_float, KEEP_FLOAT)
+
     def why_float(self, layer: str) -> str | None:
         """The reason why a Linear stays float, or None when it becomes INT8."""
-        return next((rule.why for rule in self.keep_float if fnmatch.fnmatchcase(layer, rule.pattern)), None)
+        return next((rule.why for rule in self.float_layers if fnmatch.fnmatchcase(layer, rule.pattern)), None)
 
     def for_denoiser(self, denoiser: str, blocks: Sequence[str], linears: Sequence[str]) -> "ModelFamily":
         """The family to use for a denoiser class. A named family is taken at its word, but a mismatch is said."""
@@ -69,7 +77,11 @@ class AutoFamily:
     """Decides by the denoiser's class; for an unknown one only Linears inside the repeated blocks become INT8."""
 
     families: Mapping[str, ModelFamily]
+    keep_float: str = "listed"
     name: str = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("model_type.keep_float", self.keep_float, KEEP_FLOAT)
 
     def for_denoiser(self, denoiser: str, blocks: Sequence[str], linears: Sequence[str]) -> ModelFamily:
         """The family of a denoiser class, else the conservative rule with a warning.
@@ -80,20 +92,20 @@ class AutoFamily:
         """
         for family in self.families.values():
             if denoiser in family.denoisers:
-                return family
+                return replace(family, keep_float=self.keep_float)
         log.warning(
             "model_type=auto does not know %s; only Linears inside its repeated blocks become INT8, the first and the last "
             "block stay float. Name one with model_type= (%s) or write one: docs in conf/model_type/",
             denoiser, ", ".join(sorted(self.families)),
         )  # fmt: skip
-        return conservative(blocks, linears)
+        return replace(conservative(blocks, linears), keep_float=self.keep_float)
 
 
 def conservative(blocks: Sequence[str], linears: Sequence[str]) -> ModelFamily:
     """The rule for a denoiser that nobody described: its repeated blocks but the very first and the very last, nothing else."""
     middle = tuple(blocks[1:-1])
     rules = [KeepRule(n, "unknown architecture: outside the middle blocks") for n in linears if not n.startswith(middle)]
-    return ModelFamily(name="unknown", keep_float=rules)
+    return ModelFamily(name="unknown", float_layers=rules)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -11,12 +12,24 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from int8run.errors import BackendError, ConfigError, FileError
-from int8run.models.family import ModelSource
+from int8run.models.family import ModelFamily, ModelSource, Sampling
 
 log = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parents[1] / "assets"
 DEVICES = ("cpu", "cuda")
 DENOISER_COMPONENTS = ("transformer", "unet")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The float model as it comes, and what is known about it."""
+
+    pipe: DiffusionPipeline
+    component: str
+    denoiser: nn.Module
+    family: ModelFamily
+    sampling: Sampling
+    seconds: float
 
 
 def pick_device(asked: str) -> torch.device:

@@ -3,41 +3,83 @@
 Before rounding, `transform_input(x) @ transform_weight(W).T` equals `x @ W.T` (`tests/outlier/test_exact.py`).
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from int8run.kernels.quantize_rowwise.reference import transform_rows
+from int8run.kernels.hadamard.reference import Rotation
+from int8run.kernels.quantize_rowwise.reference import quantize_rowwise, transform_rows
+
+NONE = "none"  # the method of a layer that is rounded as it is
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What a calibration saw of one Linear."""
+
+    sample: Tensor  # [S, T, K]: T tokens of each of S inputs
+    input_absmax: Tensor  # float32 [K], over every row that was seen
+    weight_absmax: Tensor  # float32 [K], over all Linears that read the same tensor, so that they can treat it alike
 
 
 class OutlierTransform(nn.Module):
     """The two sides of one layer's transform; this one changes nothing. Buffers move with the layer.
 
     The input's side is data, so that a backend can compute it inside its quantization: a factor per column, then a rotation.
+
+    Args:
+        method: name of the method that made it.
+        settings: of that method, as far as this layer uses them.
+        factor: float32 [K], multiplied to the input; the weight is divided by it.
+        rotation: of groups of columns, on both sides.
+        centered: the mean over tokens is quantized on its own (see `Int8Linear`).
     """
 
-    factor: Tensor | None  # float32 [K]
-    matrix: Tensor | None  # float32 [g, g]: regular Hadamard matrix of a group
+    factor: Tensor | None
+    matrix: Tensor | None
 
-    def __init__(self, factor: Tensor | None = None, matrix: Tensor | None = None):
+    def __init__(
+        self, method: str = NONE, settings: Mapping[str, float] | None = None,
+        factor: Tensor | None = None, rotation: Rotation | None = None, centered: bool = False,
+    ):  # fmt: skip
         super().__init__()
+        self.method, self.settings, self.centered = method, dict(settings or {}), centered
+        self.sylvester = rotation is not None and rotation.sylvester
         self.register_buffer("factor", factor)
-        self.register_buffer("matrix", matrix, persistent=False)  # rebuilt from its size
+        self.register_buffer("matrix", None if rotation is None else rotation.matrix, persistent=False)  # rebuilt from its size
 
     @property
-    def group_size(self) -> int:
-        """Columns that are rotated together; 0 without a rotation."""
-        return 0 if self.matrix is None else self.matrix.shape[0]
+    def rotation(self) -> Rotation | None:
+        """The rotation, on the device where the layer is."""
+        return None if self.matrix is None else Rotation(self.matrix, self.sylvester)
 
     def transform_weight(self, weight: Tensor) -> Tensor:
         """Offline, once, in float32. weight: [N, K] -> [N, K]."""
         # the matrix is symmetric and its own inverse
-        return transform_rows(weight if self.factor is None else weight / self.factor, None, self.matrix, -1)
+        return transform_rows(weight if self.factor is None else weight / self.factor, None, self.rotation, -1)
+
+    def restore_weight(self, weight: Tensor) -> Tensor:
+        """The inverse of `transform_weight`."""
+        plain = transform_rows(weight, None, self.rotation, -1)
+        return plain if self.factor is None else plain * self.factor
 
     def transform_input(self, x: Tensor) -> Tensor:
         """Online, at every call; the definition of what backends do on the way. x: [..., K] -> [..., K]."""
-        return transform_rows(x, self.factor, self.matrix, -1)
+        return transform_rows(x, self.factor, self.rotation, -1)
+
+    def rounded_input(self, x: Tensor) -> Tensor:
+        """The transformed input as the integers give it back, in float32: what an INT8 layer really multiplies.
+
+        x: [..., T, K] -> [..., T, K].
+        """
+        x = x.float()
+        if not self.centered:
+            return round_rows(self.transform_input(x))
+        mean = x.mean(-2, keepdim=True)
+        return round_rows(self.transform_input(x - mean)) + round_rows(self.transform_input(mean))
 
     def same_input_as(self, other: "OutlierTransform") -> bool:
         """Whether both do the same to their input, so that one quantization can serve both layers."""
@@ -45,17 +87,48 @@ class OutlierTransform(nn.Module):
             (self.factor is None) == (other.factor is None)
             and (self.factor is None or other.factor is None or torch.equal(self.factor, other.factor))
             and self.group_size == other.group_size
+            and (self.sylvester, self.centered) == (other.sylvester, other.centered)
         )
 
+    @property
+    def group_size(self) -> int:
+        """Columns that are rotated together; 0 without a rotation."""
+        return 0 if self.matrix is None else self.matrix.shape[0]
+
+    @property
+    def label(self) -> str:
+        """Method and settings for people: `convrot group_size=256`."""
+        return " ".join([self.method, *(f"{name}={value:g}" for name, value in self.settings.items())])
+
     def extra_repr(self) -> str:
-        return f"group_size={self.group_size}" if self.group_size else ""
+        return self.label
+
+
+def round_rows(x: Tensor) -> Tensor:
+    """Each row rounded to int8 and back. x: float32 [..., K]."""
+    q, scale = quantize_rowwise(x)
+    return q.float() * scale
 
 
 class OutlierMethod(Protocol):
     """A frozen dataclass with the method's settings."""
 
     name: ClassVar[str]
+    needs_calibration: ClassVar[bool]
 
-    def fit(self, weight: Tensor) -> OutlierTransform | None:
-        """The transform for one layer, or None when the method cannot take a layer of this shape. weight: [N, K]."""
+    def refuse(self, in_features: int) -> str | None:
+        """Why it cannot take a layer of this width; None when it can."""
+        ...
+
+    def settings_for(self, in_features: int) -> Mapping[str, float]:
+        """Its settings as a layer of this width uses them."""
+        ...
+
+    def fit(self, weight: Tensor, statistics: LayerStatistics | None) -> OutlierTransform:
+        """The transform for one layer that it does not refuse.
+
+        Args:
+            weight: [N, K].
+            statistics: what calibration saw of the layer; a method that needs it is given it.
+        """
         ...

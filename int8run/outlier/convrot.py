@@ -6,8 +6,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from int8run.errors import ConfigError
-from int8run.kernels.hadamard.reference import regular_hadamard
-from int8run.outlier.base import OutlierTransform
+from int8run.kernels.hadamard.reference import Rotation, regular_hadamard
+from int8run.outlier.base import LayerStatistics, OutlierTransform
+
+GROUPS = (4, 16, 64, 256, 1024)
 
 
 @dataclass(frozen=True)
@@ -16,14 +18,25 @@ class ConvRot:
 
     group_size: int = 256
     name: ClassVar[str] = "convrot"
+    needs_calibration: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.group_size not in (4, 16, 64, 256, 1024):
-            raise ConfigError(f"outlier.group_size is {self.group_size}; convrot takes 4, 16, 64, 256 or 1024")
+        if not isinstance(self.group_size, int) or self.group_size not in GROUPS:
+            *smaller, largest = map(str, GROUPS)
+            raise ConfigError(f"outlier.group_size is {self.group_size!r}; convrot takes {', '.join(smaller)} or {largest}")
 
-    def fit(self, weight: Tensor) -> OutlierTransform | None:
-        """A rotation for this width, or None when it is not a multiple of 4. weight: [N, K]."""
+    def refuse(self, in_features: int) -> str | None:
+        """It takes multiples of 4."""
+        return f"in_features={in_features} is not a multiple of 4" if in_features % 4 else None
+
+    def settings_for(self, in_features: int) -> dict[str, int]:
+        """The group that divides the width."""
         group = self.group_size
-        while group >= 4 and weight.shape[1] % group:
+        while in_features % group:
             group //= 4
-        return OutlierTransform(matrix=regular_hadamard(group)) if group >= 4 else None
+        return {"group_size": group}
+
+    def fit(self, weight: Tensor, statistics: LayerStatistics | None = None) -> OutlierTransform:
+        """A rotation for this width. weight: [N, K]."""
+        settings = self.settings_for(weight.shape[1])
+        return OutlierTransform(self.name, settings, rotation=Rotation(regular_hadamard(settings["group_size"]).to(weight.device)))

@@ -5,15 +5,24 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from int8run.outlier.base import OutlierTransform
+from int8run.outlier.base import NONE, LayerStatistics, OutlierTransform
 
 
 @dataclass(frozen=True)
 class NoOutlier:
     """Plain W8A8."""
 
-    name: ClassVar[str] = "none"
+    name: ClassVar[str] = NONE
+    needs_calibration: ClassVar[bool] = False
 
-    def fit(self, weight: Tensor) -> OutlierTransform:
+    def refuse(self, in_features: int) -> str | None:
+        """It takes every layer."""
+        return None
+
+    def settings_for(self, in_features: int) -> dict[str, float]:
+        """None."""
+        return {}
+
+    def fit(self, weight: Tensor, statistics: LayerStatistics | None = None) -> OutlierTransform:
         """The identity."""
         return OutlierTransform()

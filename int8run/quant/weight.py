@@ -29,3 +29,9 @@ def quantize_weight(weight: Tensor) -> QuantizedWeight:
     """Quantize per output row: `scale = absmax / 127`, ties to even. weight: [N, K], any float dtype."""
     qdata, scale = quantize_rowwise(weight.detach())
     return QuantizedWeight(qdata, scale)
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal to quantization noise, 10 log10(sum r^2 / sum (r - a)^2), in dB; infinity when equal."""
+    signal, noise = reference.double().pow(2).sum(), (reference - approximation).double().pow(2).sum()
+    return float("inf") if noise == 0 else 10 * torch.log10(signal / noise).item()

@@ -19,8 +19,8 @@ from int8run.quantize import LayerPlan
 GRID_MIN_SIDE = 192
 DIFFERENCE_GAIN = 8
 LAYER_COLUMNS = (
-    "name", "out_features", "in_features", "quantized", "why_not", "outlier", "backend_asked", "backend_used",
-    "weight_sqnr_db", "output_sqnr_db", "saturated_share",
+    "name", "out_features", "in_features", "quantized", "why_not", "outlier", "outlier_why_not", "rounding",
+    "backend_asked", "backend_used", "weight_sqnr_db", "output_sqnr_db", "saturated_share",
 )  # fmt: skip
 
 
@@ -60,6 +60,7 @@ def write_layers(plans: Sequence[LayerPlan], path: Path) -> None:
                 {
                     "name": p.name, "out_features": p.out_features, "in_features": p.in_features,
                     "quantized": str(p.keep_float is None).lower(), "why_not": p.keep_float or "", "outlier": p.outlier,
+                    "outlier_why_not": p.outlier_why_not, "rounding": p.rounding,
                     "backend_asked": p.backend_asked, "backend_used": p.backend_used,
                     **{name: f"{value:.6g}" for name, value in p.measured.items()},
                 }

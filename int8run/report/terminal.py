@@ -70,7 +70,16 @@ def result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
         table.add_section()
         table.add_row("PSNR to float", "", decibel(metrics["quality/psnr_db"]), "")
         table.add_row("SSIM to float", "", f"{metrics['quality/ssim']:.4f}", "")
+        if "quality/ms_ssim" in metrics:
+            table.add_row("MS-SSIM to float", "", f"{metrics['quality/ms_ssim']:.4f}", "")
+        if "quality/lpips" in metrics:
+            table.add_row("LPIPS to float", "", f"{metrics['quality/lpips']:.4f}", "")
+        if "quality/effnet_distance" in metrics:
+            table.add_row("EfficientNet distance", "", f"{metrics['quality/effnet_distance']:.5f}", "")
+        row("CLIP score", "float/clip_score", "quality/clip_score", lambda v: f"{v:.2f}", None)
         table.add_row("latent error", "", f"{100 * metrics['quality/latent_rel_err']:.2f} %", "")
+        if metrics.get("quality/half_error_step"):
+            table.add_row("half of it by step", "", f"{metrics['quality/half_error_step']:.0f}", "")
     if "quant/layers_int8" in metrics:
         table.add_section()
         table.add_row("Linears kept / INT8", "", f"{metrics['quant/layers_float']:.0f} / {metrics['quant/layers_int8']:.0f}", "")

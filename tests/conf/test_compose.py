@@ -48,7 +48,7 @@ def test_every_option_becomes_a_run_spec(option):
         assert type(getattr(spec, group)).__module__.startswith("int8run."), f"{group}={name} names no class of int8run"
 
 
-@pytest.mark.parametrize("option", [o for o in OPTIONS if o[0] in ("backend", "outlier", "clip", "model_type")], ids=as_id)
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o[0] in ("backend", "outlier", "rounding", "clip", "model_type")], ids=as_id)
 def test_an_option_and_its_class_use_the_same_word(option):
     group, name = option
     assert getattr(to_spec(composed(f"{group}={name}")), group).name == name
@@ -73,6 +73,13 @@ def test_auto_backend_tries_every_backend():
     assert auto.last_resort.name == "reference"
 
 
+def test_auto_outlier_tries_every_method_and_the_plainest_first():
+    methods = {name for group, name in OPTIONS if group == "outlier"} - {"auto"}
+    candidates = to_spec(composed("outlier=auto")).outlier.candidates
+    assert {method.name for method in candidates.values()} == methods and next(iter(candidates)) == "none"
+    assert len({repr(method) for method in candidates.values()}) == len(candidates), "the same candidate twice"
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(CONF).as_posix())
 def test_every_file_begins_with_what_it_is(file):
     lines = [line for line in file.read_text().splitlines() if not line.startswith("# @")]
@@ -88,7 +95,8 @@ def uncommented(text):
         found = re.match(r"^(?P<indent> *)(?P<key>[a-z_]\w*):(?P<rest>.*)$", line)
         if found:
             path = [*path[: len(found["indent"]) // 2], found["key"]]
-            inner = {"keep_float", "adapters", "sampling", "defaults", "hydra"} & {*path[:-1]} or path[0] in ("defaults", "hydra")
+            explained = {"float_layers", "adapters", "sampling", "candidates", "defaults", "hydra"}
+            inner = explained & {*path[:-1]} or path[0] in ("defaults", "hydra")
             value = found["rest"].strip()
             if value and "# " not in value and not above.startswith("#") and found["key"] != "_target_" and not inner:
                 missing.append(".".join(path))
@@ -131,7 +139,9 @@ def test_help_names_every_top_level_key_with_its_default(key):
     for part in key.split("."):
         value = value[part]
     shown = {True: "true", False: "false", None: "null"}.get(value, value) if value is None or isinstance(value, bool) else value
-    assert re.search(rf"^  {re.escape(key)}={shown} +\S", help_page(), flags=re.MULTILINE)
+    shown = f"[{', '.join(value)}]" if isinstance(value, list) else shown
+    (line,) = (line for line in help_page().splitlines() if line.startswith(f"  {key}={shown} "))
+    assert line.removeprefix(f"  {key}={shown} ").strip(), "no description"
 
 
 def test_help_shows_nested_keys_with_their_path():

@@ -11,10 +11,13 @@ from int8run.backends.base import run_layer
 from int8run.backends.reference import Reference
 from int8run.layers.linear import Int8Linear, LowRank, LowRankBranch, QuantizedLayer
 from int8run.outlier.convrot import ConvRot
+from int8run.outlier.hadanorm import HadaNorm
 from int8run.outlier.none import NoOutlier
+from int8run.outlier.quarot import QuaRot
 from int8run.quant.weight import quantize_weight
 
-METHODS = [NoOutlier(), ConvRot()]
+METHODS = [NoOutlier(), ConvRot(), QuaRot(64), HadaNorm(16)]
+ABLE = [backend for backend in shipped("backend").values() if usable(backend, CPU)]
 INT8_ERR = 0.02
 K, N = 64, 40
 
@@ -27,10 +30,10 @@ def linear(bias=True, dtype=torch.float32):
     return layer
 
 
-def int8(layer, outlier=METHODS[0], float_rows=0):
+def int8(layer, outlier=METHODS[0], float_rows=0, backend=None):
     transform = outlier.fit(layer.weight)
     weight = quantize_weight(transform.transform_weight(layer.weight))
-    return Int8Linear(QuantizedLayer(weight, transform, layer.bias), Reference(), layer.weight.dtype, float_rows)
+    return Int8Linear(QuantizedLayer(weight, transform, layer.bias), backend or Reference(), layer.weight.dtype, float_rows)
 
 
 def low_rank(rank, seed, scale=0.5):
@@ -130,21 +133,29 @@ def test_every_part_needs_a_strength():
         branch.set_strengths([1.0])
 
 
+@pytest.mark.parametrize("shape", [(5, K), (2, 3, K)], ids=str)
 @pytest.mark.parametrize("outlier", METHODS, ids=lambda m: m.name)
-def test_the_branch_sees_the_untransformed_input(outlier):
-    part, x = low_rank(4, seed=3, scale=0.2), randn(5, K)
+def test_the_branch_sees_the_untransformed_input(outlier, shape):
+    part, x = low_rank(4, seed=3, scale=0.2), randn(*shape)
     layer = linear()
     adapted = with_branch(int8(layer, outlier), part, strengths=[1.0])
     assert_close(outlier.name, adapted(x), layer(x) + x @ part.delta().T, INT8_ERR)
 
 
-@pytest.mark.parametrize(
-    "backend", [b for b in shipped("backend").values() if usable(b, CPU) and b.name != "comfy_kitchen"], ids=lambda b: b.name
-)
-def test_another_batch_compiles_once_more_and_then_never_again(backend):
+@pytest.mark.parametrize("backend", ABLE, ids=lambda b: b.name)
+@pytest.mark.parametrize("outlier", METHODS, ids=lambda m: m.name)
+def test_a_branch_inside_the_product_takes_part_in_the_transform(outlier, backend):
+    part, x = low_rank(4, seed=3, scale=0.2), randn(2, 9, K) + 3 * randn(2, 1, K, seed=7)
     layer = linear()
-    quantized = QuantizedLayer(quantize_weight(layer.weight), NoOutlier().fit(layer.weight), layer.bias)
-    ours = Int8Linear(quantized, backend, torch.float32)
+    adapted = with_branch(int8(layer, outlier, backend=backend), part, strengths=[0.8])
+    adapted.adapter.fuse(backend, adapted.transform)
+    assert_close(f"{outlier.name} on {backend.name}", adapted(x), layer(x) + 0.8 * x @ part.delta().T, INT8_ERR)
+
+
+@pytest.mark.parametrize("backend", [b for b in ABLE if b.name != "comfy_kitchen"], ids=lambda b: b.name)
+@pytest.mark.parametrize("outlier", [NoOutlier(), HadaNorm(16)], ids=lambda m: m.name)
+def test_another_batch_compiles_once_more_and_then_never_again(outlier, backend):
+    ours = int8(linear(), outlier, backend=backend)
     torch._dynamo.reset()
     graphs = CompileCounter()
     compiled = torch.compile(ours, backend=graphs, fullgraph=True)

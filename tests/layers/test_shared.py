@@ -16,6 +16,8 @@ from int8run.backends.reference import Reference
 from int8run.layers.linear import Int8Linear, LowRank, LowRankBranch
 from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
+from int8run.outlier.hadanorm import HadaNorm
+from int8run.outlier.quarot import QuaRot
 from int8run.quantize import Int8Settings, share_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -111,7 +113,7 @@ def expect_equal(actual, expected):
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("outlier", [None, ConvRot()], ids=["none", "convrot"])
+@pytest.mark.parametrize("outlier", [None, ConvRot(), QuaRot(16)], ids=["none", "convrot", "quarot"])
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (5, 64), (2, 3, 64), (0, 64)], ids=str)
 @pytest.mark.parametrize("backend", ABLE)
 def test_the_same_bits_as_without_sharing(backend, shape, outlier, branch):
@@ -278,6 +280,31 @@ def test_only_layers_that_do_the_same_to_their_input_share():
     assert [getattr(layer, "shared", None) is not None for layer in layers] == [1, 1, 0, 1, 0, 0, 0, 1, 1, 1]
     assert layers[0].shared is layers[7].shared is not layers[1].shared is layers[8].shared
     assert layers[3].shared is layers[9].shared is not layers[0].shared
+
+
+def test_layers_that_differ_in_the_matrix_or_in_centering_do_not_share():
+    regular, sylvester = ConvRot(64).fit(torch.zeros(1, 64)), QuaRot(64).fit(torch.zeros(1, 64))
+    centered = OutlierTransform(rotation=sylvester.rotation, centered=True)
+    layers = [int8(regular), int8(sylvester), int8(centered), int8(copy.deepcopy(sylvester)), int8(copy.deepcopy(centered))]
+    assert share_inputs(Group(*layers), [[f"l{i}" for i in range(5)]]) == 2
+    assert layers[0].shared is None and layers[1].shared is layers[3].shared is not layers[2].shared is layers[4].shared
+
+
+def test_centered_layers_that_share_give_the_same_bits():
+    centered = OutlierTransform(rotation=QuaRot(16).fit(torch.zeros(1, 64)).rotation, centered=True)
+    backend = Counting()
+    layers = [int8(copy.deepcopy(centered), backend) for _ in range(2)]
+    x = randn(2, 5, 64)
+    wanted = [layer(x) for layer in layers]
+    assert share_inputs(Group(*layers), [["l0", "l1"]]) == 1
+    backend.calls = 0
+    expect_equal([layer(x) for layer in layers], wanted)
+    assert backend.calls == 1
+
+
+def test_under_hadanorm_every_layer_treats_the_input_by_its_own_weight():
+    assert share_inputs(attention(outlier=HadaNorm(16)), [GROUP]) == 0
+    assert share_inputs(attention(outlier=QuaRot(16)), [GROUP]) == 2
 
 
 def test_blocks_do_not_share_with_each_other():

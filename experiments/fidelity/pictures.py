@@ -1,0 +1,60 @@
+"""PSNR, SSIM and top-1 retrieval of every job of a sweep over the tiny model, as a table.
+
+    int8run -m outlier=none,convrot,quarot,hadanorm,smoothquant,auto rounding=absmax,mse,gptq \
+        prompts=file prompts.path=experiments/fidelity/names.txt sampler.batch=10
+    python experiments/fidelity/pictures.py --sweep multirun/<date>/<time>
+
+Retrieval: the share of pictures whose nearest of all 374 training drawings, by pixel MSE, is the one that the prompt names.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from plots import jobs, method_of
+
+DRAWINGS = Path(__file__).parents[2] / "tests" / "data" / "drawings.png"
+CELL = 64
+
+
+def drawings() -> tuple[list[str], np.ndarray]:
+    """Names, and pixels [D, 64 * 64 * 3], of everything that the model was trained on."""
+    names = DRAWINGS.with_suffix(".txt").read_text().split()
+    sheet = np.asarray(Image.open(DRAWINGS).convert("RGB"), dtype=np.float32)
+    columns = sheet.shape[1] // CELL
+    cells = [sheet[i // columns * CELL :, i % columns * CELL :][:CELL, :CELL] for i in range(len(names))]
+    return names, np.stack(cells).reshape(len(names), -1)
+
+
+def top1(files: list[Path], prompts: list[str], names: list[str], known: np.ndarray) -> float:
+    """Share of pictures whose nearest drawing has the prompt's name."""
+    found = []
+    for file in files:
+        pixels = np.asarray(Image.open(file).convert("RGB"), dtype=np.float32).reshape(1, -1)
+        found.append(names[int(((known - pixels) ** 2).mean(1).argmin())])
+    return sum(f == p.replace(" ", "-") for f, p in zip(found, prompts, strict=True)) / len(files)
+
+
+def table(sweep: Path) -> None:
+    names, known = drawings()
+    print("| outlier | rounding | PSNR, dB | worst picture, dB | SSIM | latent error, % | layer SQNR, dB | top-1, INT8 | top-1, float |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for job in jobs(sweep):
+        metrics, images = job["metrics"], job["images"]
+        prompts = [image["prompt"] for image in images]
+        files = [job["folder"] / image["file"] for image in images]
+        floats = [f.with_name(f"{f.stem}_float.png") for f in files]
+        rounding = str(job["config"]["rounding"]["_target_"]).rsplit(".", 1)[1].lower()
+        worst = min(float(image["psnr_db"]) for image in images)
+        print(
+            f"| {method_of(job['config'])} | {rounding} | {metrics['quality/psnr_db']:.2f} | {worst:.1f} | {metrics['quality/ssim']:.4f} "
+            f"| {100 * metrics['quality/latent_rel_err']:.3f} | {metrics['quant/output_sqnr_db_mean']:.2f} "
+            f"| {top1(files, prompts, names, known):.2f} | {top1(floats, prompts, names, known):.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweep", type=Path, required=True)
+    table(parser.parse_args().sweep)

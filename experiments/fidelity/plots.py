@@ -1,0 +1,132 @@
+"""The pictures of the README.
+
+python experiments/fidelity/plots.py layers --results experiments/fidelity/results
+python experiments/fidelity/plots.py pareto --sweep multirun/<date>/<time> --out experiments/fidelity/pareto.png
+python experiments/fidelity/plots.py drift --sweep multirun/<date>/<time> --out experiments/fidelity/drift.png
+"""
+
+import argparse
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import yaml
+
+METHODS = ("none", "convrot", "quarot", "hadanorm", "smoothquant", "auto")
+COLOURS = dict(zip(METHODS, ("#7f7f7f", "#1f77b4", "#17becf", "#9467bd", "#ff7f0e", "#d62728"), strict=True))
+TITLES = {
+    "gaussian": "Gaussian layers", "planted": "planted outlier channels (channels × size)",
+    "tiny": "tiny model, real inputs", "minilm": "MiniLM-L6, real inputs",
+}  # fmt: skip
+
+
+def layers(results: Path) -> None:
+    """A panel per source: output SQNR of every layer by method, absmax rounding."""
+    found: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    with (results / "layers.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["rounding"] == "absmax" and row["outlier"] in METHODS:
+                found[row["source"]][row["outlier"]][row["layer"]] = float(row["output_sqnr_db"])
+    figure, panels = plt.subplots(len(TITLES), 1, figsize=(11, 15), height_ratios=[1, 2, 3, 3])
+    for (source, title), panel in zip(TITLES.items(), panels, strict=True):
+        for method in METHODS:
+            values = found[source][method]
+            marker = {"auto": "x", "none": "_"}.get(method, "o")
+            panel.plot(list(values.values()), range(len(values)), marker, color=COLOURS[method], label=method, markersize=5, alpha=0.85)
+        names = [short(name) for name in found[source]["none"]]
+        panel.set_yticks(range(len(names)), names, fontsize=6 if len(names) > 20 else 8)
+        panel.invert_yaxis()
+        panel.grid(axis="x", alpha=0.3)
+        panel.set_title(title, loc="left", fontsize=10)
+    panels[0].legend(ncols=len(METHODS), fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.25), frameon=False)
+    panels[-1].set_xlabel("output SQNR on inputs that nothing was fitted to, dB")
+    figure.tight_layout()
+    figure.savefig(results.parent / "layers.png", dpi=110)
+
+
+def short(layer: str) -> str:
+    """A layer's name without what all of them share."""
+    for long, brief in (
+        ("single_transformer_blocks.", "single."),
+        ("transformer_blocks.", "double."),
+        ("encoder.layer.", ""),
+        ("attention.self.", ""),
+    ):
+        layer = layer.replace(long, brief)
+    return layer
+
+
+def jobs(sweep: Path) -> list[dict[str, Any]]:
+    """Settings and results of the jobs of a multirun."""
+    read = []
+    for folder in sorted((f for f in sweep.iterdir() if (f / "metrics.json").is_file()), key=lambda f: int(f.name)):
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        read.append({"folder": folder, "config": config, **json.loads((folder / "metrics.json").read_text())})
+    return read
+
+
+def method_of(config: dict[str, Any]) -> str:
+    """The outlier option of a job, from the class it named."""
+    return str(config["outlier"]["_target_"]).rsplit(".", 2)[1]
+
+
+def pareto(sweep: Path, out: Path) -> None:
+    """PSNR against speed: a line per method through its budgets, the front marked."""
+    points = [
+        (method_of(j["config"]), j["config"]["quality_db"], j["metrics"]["speed/ratio_vs_float"], j["metrics"]["quality/psnr_db"],
+         int(j["metrics"].get("budget/layers_kept", 0)))
+        for j in jobs(sweep)
+    ]  # fmt: skip
+    figure, panel = plt.subplots(figsize=(9, 6))
+    for method in METHODS:
+        own = sorted((p for p in points if p[0] == method), key=lambda p: p[4])
+        panel.plot([p[2] for p in own], [p[3] for p in own], "o-", color=COLOURS[method], label=method, linewidth=1, markersize=5)
+        for _, _, speed, psnr, kept in own:
+            panel.annotate(str(kept), (speed, psnr), textcoords="offset points", xytext=(5, 4), fontsize=7, color=COLOURS[method])
+    front = [p for p in points if not any(q[2] >= p[2] and q[3] >= p[3] and q != p for q in points)]
+    front.sort(key=lambda p: p[2])
+    panel.plot([p[2] for p in front], [p[3] for p in front], color="black", linewidth=6, alpha=0.12, label="Pareto front", zorder=0)
+    panel.set_xlabel("step time of float / INT8 (faster to the right)")
+    panel.set_ylabel("PSNR to float, dB")
+    panel.set_title("tiny model: outlier methods × quality budgets; numbers: layers kept float for the budget", loc="left", fontsize=10)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
+def drift(sweep: Path, out: Path) -> None:
+    """Latent error after each step, a line per method."""
+    figure, panel = plt.subplots(figsize=(9, 5))
+    for job in jobs(sweep):
+        if str(job["config"]["rounding"]["_target_"]).endswith("AbsMax"):
+            errors = [100 * step["latent_rel_err"] for step in job["steps"]]
+            method = method_of(job["config"])
+            panel.plot(range(1, len(errors) + 1), errors, "o-", color=COLOURS[method], label=method, linewidth=1, markersize=4)
+    panel.set_xlabel("step")
+    panel.set_ylabel("latent error to float, %")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("layers")
+    one.add_argument("--results", type=Path, required=True)
+    one.set_defaults(draw=layers)
+    for name, draw in (("pareto", pareto), ("drift", drift)):
+        other = commands.add_parser(name)
+        other.add_argument("--sweep", type=Path, required=True)
+        other.add_argument("--out", type=Path, required=True)
+        other.set_defaults(draw=draw)
+    arguments = vars(parser.parse_args())
+    arguments.pop("draw")(**arguments)

@@ -1,0 +1,44 @@
+"""SmoothQuant: move a part of each input feature's range into the weight."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from int8run.errors import in_range
+from int8run.outlier.base import LayerStatistics, OutlierTransform
+
+SMALLEST = 1e-5
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """`s = max|x|^alpha / max|W|^(1 - alpha)` per column; x is divided by s, W multiplied (Xiao et al. 2023, equation 4).
+
+    max|x| comes from a calibration. Layers that read the same tensor get the same s, so that they go on sharing its quantization.
+    """
+
+    alpha: float = 0.5
+    name: ClassVar[str] = "smoothquant"
+    needs_calibration: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        in_range("outlier.alpha", self.alpha, 0, 1)
+
+    def refuse(self, in_features: int) -> str | None:
+        """It takes every layer."""
+        return None
+
+    def settings_for(self, in_features: int) -> dict[str, float]:
+        """Alpha."""
+        return {"alpha": self.alpha}
+
+    def fit(self, weight: Tensor, statistics: LayerStatistics | None = None) -> OutlierTransform:
+        """The factors. weight: [N, K]."""
+        assert statistics is not None, "smoothquant is fitted to calibration statistics"
+        x_max, w_max = statistics.input_absmax.to(weight.device), statistics.weight_absmax.to(weight.device)
+        s = x_max.clamp(min=SMALLEST).pow(self.alpha) / w_max.clamp(min=SMALLEST).pow(1 - self.alpha)
+        # a column that was always 0 in the calibration says nothing about its range
+        s = torch.where(x_max > 0, s, 1.0)
+        return OutlierTransform(self.name, self.settings_for(weight.shape[1]), factor=1 / s)
