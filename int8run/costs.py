@@ -30,9 +30,18 @@ class TransformCosts:
         self.chooser = backend.chooser(device, dtype) if isinstance(backend, AutoBackend) else None
         self.measured: dict[str, float] = {}
 
+    def of(self, transform: OutlierTransform, shape: tuple[int, int, int], sharing: int = 1) -> float:
+        """The ratio for a layer; it depends on what the transform does, not on its numbers.
+
+        Args:
+            shape: rows, in and out features.
+            sharing: layers that read the same tensor. One transform serves them all, except centering with the weight's own factors.
+        """
+        return 1 + (self.alone(transform, shape) - 1) / (1 if transform.centered else sharing)
+
     @torch.no_grad()
-    def of(self, transform: OutlierTransform, shape: tuple[int, int, int]) -> float:
-        """The ratio for a layer; it depends on what the transform does, not on its numbers. shape: rows, in and out features."""
+    def alone(self, transform: OutlierTransform, shape: tuple[int, int, int]) -> float:
+        """The ratio for a layer that shares its input with none."""
         steps = describe(transform)
         if not steps:
             return 1.0

@@ -36,7 +36,8 @@ def in_range(name: str, value: float, low: float, high: float, whole: bool = Fal
     """Raise ConfigError unless `value` is a number in low..high, a whole one if asked."""
     kind = int if whole else int | float
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-        raise ConfigError(f"{name} is {value!r}; allowed is a {'whole ' if whole else ''}number from {low:g} to {high:g}")
+        span = f"whole number from {low} to {high}" if whole else f"number from {low:g} to {high:g}"
+        raise ConfigError(f"{name} is {value!r}; allowed is a {span}")
 
 
 def switch(name: str, value: object) -> None:

@@ -119,7 +119,7 @@ def to_spec(config: DictConfig) -> Any:
 
 def require_classes(config: DictConfig) -> None:
     """Refuse a group that was left out, set to a bare value, or whose option names no class."""
-    for group in (*GROUPS, "int8"):
+    for group in (*GROUPS, "int8", "calibration"):
         node = config.get(group)
         if not isinstance(node, DictConfig) or "_target_" not in node:
             raise ConfigError(no_option(group, OmegaConf.to_container(node) if OmegaConf.is_config(node) else node))

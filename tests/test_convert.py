@@ -21,7 +21,7 @@ from int8run.backends.reference import Reference
 from int8run.budget import Budget, lone_errors, meet_budget, step_seconds
 from int8run.calibrate import record_calibration
 from int8run.checkpoints.native import Checkpoint, open_checkpoint, write_checkpoint
-from int8run.convert import baked_loras, check_loras, checkpoint_layers, follow_checkpoint
+from int8run.convert import baked_loras, check_loras, checkpoint_layers, follow_checkpoint, outlier_methods
 from int8run.costs import TransformCosts
 from int8run.errors import ConfigError, FileError
 from int8run.generate.calibration import Calibration
@@ -171,6 +171,18 @@ def test_a_column_that_the_input_hardly_uses_does_not_make_a_weight_look_wrong(t
     assert plan.measured["weight_sqnr_db"] == plans[0].measured["weight_sqnr_db"] > 30
 
 
+def test_a_wide_layer_with_a_huge_weight_in_each_row_is_recognised(tmp_path: Path) -> None:
+    model, other = (nn.Sequential(nn.Linear(16384, 4, bias=False)) for _ in range(2))
+    for seed, made in enumerate((model, other)):
+        made[0].weight.data = randn(4, 16384, seed=seed) * 0.02
+        made[0].weight.data[:, 0] = 4 * (-1) ** seed
+    checkpoint, plans = saved(model, NoOutlier(), tmp_path / "m.safetensors")
+    assert plans[0].measured["weight_sqnr_db"] < 15, "what the check asks for elsewhere"
+    list(checkpoint_layers(model, plans, checkpoint))
+    with pytest.raises(FileError, match=r"0 does not hold this model's weight \(SQNR -\d\.\d dB, at least [56] expected\)"):
+        list(checkpoint_layers(other, plans, checkpoint))
+
+
 def test_other_loras_in_the_weights_are_a_contradiction(tmp_path: Path) -> None:
     checkpoint, _ = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors", note={"loras": [["ink", 0.1]]})
     check_loras(checkpoint, [["ink", 0.1]])
@@ -190,6 +202,50 @@ def test_only_baked_loras_with_a_strength_count() -> None:
     for bakes, expected in ((True, [["gloss", 0.5]]), (False, [])):
         lora = SimpleNamespace(adapters=adapters, strengths=strengths, bakes=bakes)
         assert baked_loras(SimpleNamespace(lora=lora)) == expected
+
+
+# -- which method a layer gets ------------------------------------------------------------------------------------------
+
+
+def chosen_for(
+    outlier: OutlierMethod | AutoOutlier, seen: dict[str, LayerStatistics], folder: Path, groups: Sequence[Sequence[str]] = ()
+) -> tuple[dict[str, OutlierMethod], list[LayerPlan]]:
+    """The method of each layer of the small model, and the plan."""
+    model = TinyModel()
+    plans = planned(model)
+    backend = AutoBackend({"reference": Reference()}, 1, str(folder / "t.json"))
+    spec: Any = SimpleNamespace(outlier=outlier, backend=backend, model=SimpleNamespace(dtype="float32"))
+    alone = [[name] for name in LINEARS]
+    return outlier_methods(model, plans, spec, dict.fromkeys(LINEARS, 4), groups or alone, seen, QUIET), plans
+
+
+def test_a_method_that_was_asked_for_goes_to_all_layers_that_take_it(tmp_path: Path) -> None:
+    methods, _ = chosen_for(ConvRot(), {}, tmp_path)
+    assert methods == dict.fromkeys(LINEARS, ConvRot())
+
+
+def test_layers_for_which_no_method_is_found_say_why(tmp_path: Path, timed: list[str]) -> None:
+    # half a second more than a plain layer's one is too much for max_cost
+    seen = {p.name: statistics(p.in_features, seed=1) for p in planned(TinyModel()) if p.name != "proj_out"}
+    methods, plans = chosen_for(AutoOutlier({"convrot": ConvRot()}, max_cost=0.1), seen, tmp_path)
+    assert methods == {} and [p.outlier_why_not for p in plans] == [
+        *["no candidate of outlier=auto takes it at that cost"] * 5,
+        "not seen in the calibration",
+    ]
+    assert "convrot" not in (known := (tmp_path / "t.json").read_text()) and "rotation of 64 | reference | 4x64x96" in known
+    methods, plans = chosen_for(AutoOutlier({"convrot": ConvRot()}, max_cost=0.5), seen, tmp_path)
+    # proj_in is too narrow for it
+    assert list(methods) == LINEARS[1:5] and [bool(p.outlier_why_not) for p in plans] == [True, *[False] * 4, True]
+
+
+def test_layers_that_share_their_input_share_the_cost_of_its_treatment(tmp_path: Path, timed: list[str]) -> None:
+    seen = {p.name: statistics(p.in_features, seed=1) for p in planned(TinyModel())}
+    together = ["blocks.0.1", "blocks.1.1", "proj_out"]
+    groups = [together, *([name] for name in LINEARS if name not in together)]
+    # half a second is a sixth of three plain layers
+    for max_cost, expected in ((0.17, together), (0.16, [])):
+        methods, _ = chosen_for(AutoOutlier({"convrot": ConvRot()}, max_cost=max_cost), seen, tmp_path, groups)
+        assert list(methods) == expected
 
 
 # -- one set of layers, several models ----------------------------------------------------------------------------------
@@ -315,9 +371,10 @@ def test_no_hook_is_left_when_a_layer_fails() -> None:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten dB for each layer that is float; nothing is generated."""
+    floats = lambda denoiser: sum(isinstance(m, nn.Linear) for m in denoiser.modules())  # noqa: E731
     monkeypatch.setattr(budgets, "generate", lambda pipe, component, denoisers, pictures, sampling: denoisers)
-    monkeypatch.setattr(budgets, "latents_db", lambda made, exact: 10.0 * sum(isinstance(m, nn.Linear) for m in made.modules()))
-    monkeypatch.setattr(budgets, "step_seconds", lambda denoisers, call, device: [3.0, 2.0])
+    monkeypatch.setattr(budgets, "latents_db", lambda made, exact: 10.0 * floats(made))
+    monkeypatch.setattr(budgets, "step_seconds", lambda denoisers, call, device: [2.0 + floats(d) for d in denoisers])
 
 
 def counted_budget(
@@ -345,7 +402,7 @@ def test_no_more_layers_are_kept_than_needed_and_the_worst_per_multiplication_fi
     assert list(budget.kept.values()) == [errors[name] / sum(errors.values()) for name in budget.kept]
     assert (budget.asked_db, budget.reached_db, budget.without_db) == (asked, 10.0 * count, 0.0)
     assert {n for n, m in target.named_modules() if isinstance(m, nn.Linear)} == set(order[:count])
-    assert budget.step_ratio == (1.5 if count else 1.0) and (budget.memory_ratio > 1) == (count > 0)
+    assert budget.step_ratio == 1 + count / 2 and (budget.memory_ratio > 1) == (count > 0)
 
 
 @pytest.mark.parametrize("asked", [50.1, 200.0])
@@ -365,11 +422,21 @@ def test_a_layer_that_makes_no_error_is_no_reason_to_divide_by_zero(monkeypatch:
 
 
 def test_steps_are_timed_in_turn_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[int] = []
-    clock = iter(range(1000))
-    monkeypatch.setattr(budgets, "now", lambda device: next(clock) if len(order) != 3 else 500 + next(clock))
-    found = step_seconds([lambda **_: order.append(0), lambda **_: order.append(1)], {}, CPU)
-    assert order == [0, 1] * (budgets.ROUNDS + 1) and found == [1, 1]
+    clock, order = [0.0], []
+
+    def taking(name: str, seconds: Sequence[float]) -> Any:
+        durations = iter(seconds)
+
+        def step(**_: Any) -> None:
+            order.append(name)
+            clock[0] += next(durations)
+
+        return step
+
+    monkeypatch.setattr(budgets, "now", lambda device: clock[0])
+    # the first call of each warms up
+    denoisers = [taking("a", [100, *range(1, 12)]), taking("b", [100, *[7] * 5, 999, *[7] * 5])]
+    assert step_seconds(denoisers, {}, CPU) == [6, 7] and order == ["a", "b"] * 12
 
 
 FLUX: ModelFamily = shipped("model_type")["flux"]
@@ -460,7 +527,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def seconds(self: TransformCosts, layer: Int8Linear, x: Tensor) -> float:
         seen.append(layer.transform.label)
-        assert x.shape == (1, 3, 16) and layer.out_features == 8
+        assert x.shape[::2] == (1, layer.in_features)
         return 1.0 if layer.transform.label == "none" else 1.5
 
     monkeypatch.setattr(TransformCosts, "timed", seconds)
@@ -487,6 +554,13 @@ def test_a_backend_of_ones_own_choice_is_measured_itself(monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", str(tmp_path))
     assert TransformCosts(Reference(), CPU, torch.float32).of(ROTATED, SHAPE) == 1.5
     assert "| reference | 3x16x8" in (tmp_path / ".cache" / "int8run" / "backend_choices.json").read_text()
+
+
+def test_one_transform_serves_all_layers_that_share_it_but_not_with_factors_of_their_own(backend: AutoBackend, timed: list[str]) -> None:
+    costs = TransformCosts(backend, CPU, torch.float32)
+    assert [costs.of(ROTATED, SHAPE, sharing) for sharing in (1, 2, 4)] == [1.5, 1.25, 1.125]
+    assert [costs.of(TRANSFORMS["centered"], SHAPE, sharing) for sharing in (1, 4)] == [1.5, 1.5]
+    assert costs.of(OutlierTransform(), SHAPE, 4) == 1.0
 
 
 def test_nothing_costs_nothing(backend: AutoBackend, timed: list[str]) -> None:

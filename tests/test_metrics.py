@@ -144,7 +144,7 @@ def test_percentile_is_the_smallest_value_that_the_share_does_not_exceed(values,
 
 
 def plan(name, keep_float=None, asked="triton", used="triton", **measured):
-    return LayerPlan(name, 4, 4, keep_float, "none", asked, used, measured)
+    return LayerPlan(name, 4, 4, keep_float, "none", backend_asked=asked, backend_used=used, measured=measured)
 
 
 def test_layers_are_counted_and_averaged():

@@ -36,11 +36,11 @@ def top1(files: list[Path], prompts: list[str], names: list[str], known: np.ndar
     return sum(f == p.replace(" ", "-") for f, p in zip(found, prompts, strict=True)) / len(files)
 
 
-def table(sweep: Path) -> None:
+def table(sweeps: list[Path]) -> None:
     names, known = drawings()
     print("| outlier | rounding | PSNR, dB | worst picture, dB | SSIM | latent error, % | layer SQNR, dB | top-1, INT8 | top-1, float |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for job in jobs(sweep):
+    for job in [job for sweep in sweeps for job in jobs(sweep)]:
         metrics, images = job["metrics"], job["images"]
         prompts = [image["prompt"] for image in images]
         files = [job["folder"] / image["file"] for image in images]
@@ -56,5 +56,5 @@ def table(sweep: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sweep", type=Path, required=True)
+    parser.add_argument("--sweep", type=Path, nargs="+", required=True)
     table(parser.parse_args().sweep)

@@ -5,12 +5,14 @@ format name of ours, which ComfyUI refuses: it would otherwise load them as if n
 """
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from int8run.layers.linear import QuantizedLayer
 from int8run.outlier.base import NONE, OutlierTransform
 from int8run.quant.weight import QuantizedWeight
 
+log = logging.getLogger(__name__)
 COMFY, OURS = "int8_tensorwise", "int8run_transformed"
 CONVROT = "convrot"
 MARKER, SCALE, FACTOR = "comfy_quant", "weight_scale", "pre_quant_scale"
@@ -55,19 +58,40 @@ def write_checkpoint(location: str, layers: Mapping[str, QuantizedLayer], rest: 
     places = {t.data_ptr(): key for key, t in tensors.items()}
     # the format has no tensor under two names
     tensors = {key: t if places[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}
-    path = Path(location).expanduser().absolute()
+    path = prepare_folder(location)
     fresh = path.with_name(f".{time.time_ns()}.safetensors")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            log.warning("save=%s replaces a file that is there", location)
         save_file(tensors, fresh, {"format": "pt", NOTE: json.dumps(note)})
         fresh.replace(path)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise FileError(f"save={location} cannot be written: {reason}; choose a folder that you may write to") from error
+        raise unwritable(location, error) from error
     finally:
         with suppress(OSError):  # where no file can be there is none to remove
             fresh.unlink(missing_ok=True)
     return path
+
+
+def prepare_folder(location: str) -> Path:
+    """Make the folder of a file to be, and try whether it can be written to. Returns the file's absolute path.
+
+    Raises:
+        FileError: when it cannot.
+    """
+    path = Path(location).expanduser().absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise unwritable(location, error) from error
+    return path
+
+
+def unwritable(location: str, error: Exception) -> FileError:
+    """The error for a place that cannot be written to."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return FileError(f"save={location} cannot be written: {reason}; choose a folder that you may write to")
 
 
 def marker(transform: OutlierTransform) -> dict[str, object]:
@@ -149,7 +173,7 @@ class Checkpoint:
 
     def group(self, name: str, size: object) -> int:
         """A group size out of a marker."""
-        if not isinstance(size, int) or isinstance(size, bool) or not 2 <= size <= 4096:
+        if not isinstance(size, int) or not 2 <= size <= 4096:  # `true` is 1
             raise FileError(f"{self.path}: {name} is rotated in groups of {size!r}, which is no group size")
         return size
 

@@ -26,7 +26,7 @@ class AutoOutlier:
     """
 
     candidates: Mapping[str, OutlierMethod]
-    max_cost: float | None = 0.1
+    max_cost: float | None = 0.15
     tolerance_db: float = 0.1
     name: ClassVar[str] = "auto"
     needs_calibration: ClassVar[bool] = True
