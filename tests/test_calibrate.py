@@ -36,9 +36,9 @@ def test_prompts_are_a_list_of_texts(prompts):
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        *[("seed", value, r"0 to 9\.22337e\+18") for value in (-1, 2**63, 1.5, "7")],
+        *[("seed", value, r"0 to 9223372036854775807") for value in (-1, 2**63, 1.5, "7")],
         *[("moments", value, "1 to 1000") for value in (0, 1001, True)],
-        *[("rows", value, r"1 to 1\.04858e\+06") for value in (0, 2**20 + 1, 64.0, None)],
+        *[("rows", value, r"1 to 1048576") for value in (0, 2**20 + 1, 64.0, None)],
     ],
 )
 def test_ranges(key, value, allowed):
