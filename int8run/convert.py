@@ -60,6 +60,12 @@ def to_int8(
         checkpoint = open_checkpoint(spec.int8.checkpoint, {p.name: (p.out_features, p.in_features) for p in plans})
         follow_checkpoint(checkpoint, plans, spec.outlier)
         check_loras(checkpoint, baked_loras(spec))
+        log.info(
+            "%d INT8 layers from %s, rounded by %s there; rounding= has no say",
+            len(checkpoint.markers),
+            checkpoint.path,
+            checkpoint.rounding,
+        )
     chosen = [p for p in plans if p.keep_float is None]
     if not chosen:
         reasons = Counter(plan.keep_float for plan in plans)
