@@ -1,3 +1,18 @@
 """int8run: INT8 (W8A8) diffusion models, declared in YAML, measured against the float model."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from int8run.library import LoraStack, quantize_
+
 __version__ = "0.1.0"
+__all__ = ["LoraStack", "__version__", "quantize_"]
+
+
+def __getattr__(name: str) -> object:
+    """The library form, imported when it is asked for: the command line must start without torch."""
+    if name in ("LoraStack", "quantize_"):
+        from int8run import library
+
+        return getattr(library, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError
-from int8run.generate.generate import Generation, generate, now
+from int8run.generate.generate import Generation, generate
 from int8run.generate.prompts import Sample
 from int8run.layers.linear import Int8Linear
 from int8run.metrics.layers import module_bytes
 from int8run.metrics.quality import relative_error
 from int8run.models.family import Sampling
 from int8run.report.terminal import Progress
+from int8run.timing import medians
 
 log = logging.getLogger(__name__)
 ROUNDS = 11
@@ -99,7 +101,8 @@ def meet_budget(
         )
     total = sum(errors.values()) or 1.0
     denoiser = assemble(order[enough:])
-    with_budget, without = step_seconds([denoiser, whole], calls[0], pipe.device)
+    with torch.no_grad():
+        with_budget, without = medians([partial(d, **calls[0]) for d in (denoiser, whole)], pipe.device, ROUNDS)
     kept = {name: errors[name] / total for name in order[:enough]}
     memory_ratio = module_bytes(denoiser) / module_bytes(whole)
     return denoiser, Budget(asked_db, reached[enough], reached[0], kept, with_budget / without, memory_ratio)
@@ -133,15 +136,3 @@ def lone_errors(
 def output(returned: Any) -> Tensor:
     """What a denoiser computed, out of the tuple or the object that diffusers returns."""
     return returned[0].float()
-
-
-@torch.no_grad()
-def step_seconds(denoisers: Sequence[nn.Module], call: Mapping[str, Any], device: torch.device) -> list[float]:
-    """Median time of one call of each, interleaved."""
-    seconds: list[list[float]] = [[] for _ in denoisers]
-    for _ in range(ROUNDS + 1):  # the first round warms up
-        for denoiser, times in zip(denoisers, seconds, strict=True):
-            started = now(device)
-            denoiser(**call)
-            times.append(now(device) - started)
-    return [statistics.median(times[1:]) for times in seconds]

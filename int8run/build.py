@@ -1,10 +1,10 @@
 """Build what a run needs: the pipeline, its float denoiser, the INT8 denoiser beside it, and the LoRAs on both."""
 
 import logging
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,19 +12,22 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from int8run.budget import Budget
-from int8run.convert import to_int8
+from int8run.convert import layer_rows, to_int8
+from int8run.costs import BranchCosts
 from int8run.errors import ConfigError
-from int8run.generate.generate import now, unknown_arguments
+from int8run.generate.generate import TextCache, unknown_arguments
 from int8run.generate.probe import record_call
 from int8run.generate.prompts import Sample
-from int8run.lora.apply import DynamicBranches, FloatMerge, Matches, match
-from int8run.lora.files import LoraFile, find_lora, read_lora, trigger_words
+from int8run.lora.files import read_lora
+from int8run.lora.heads import Head
+from int8run.lora.stack import Entry, LoraStack
 from int8run.models.family import ModelFamily, Sampling
-from int8run.models.loader import Loaded, find_denoiser, load_pipeline, pick_device, repeated_blocks
+from int8run.models.loader import Loaded, find_denoiser, load_pipeline, pick_device, repeated_blocks, use_scheduler
 from int8run.quantize import LayerPlan, check_backend, plan_layers
 from int8run.report.terminal import Progress
 from int8run.spec import RunSpec
 from int8run.text_encoders.keep import find_text_encoders
+from int8run.timing import medians, now
 
 log = logging.getLogger(__name__)
 
@@ -37,21 +40,23 @@ class Built:
     component: str
     family: ModelFamily
     denoisers: dict[str, nn.Module]
+    scheduler: Any  # as the checkpoint has it; a sampling may name another
     plans: list[LayerPlan]
-    lora_files: list[LoraFile]
-    matches: Matches
-    merge: FloatMerge | None
-    branches: DynamicBranches | None
+    loras: LoraStack
     text_encoders: dict[str, nn.Module]
     budget: Budget | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    text_strengths: list[float] | None = None  # that the text encoders have now
 
-    def set_strengths(self, strengths: Sequence[float]) -> None:
-        """Bring both denoisers to these LoRA strengths; nothing is rebuilt."""
-        if self.merge is not None:
-            self.merge.set_strengths(strengths)
-        if self.branches is not None:
-            self.branches.set_strengths(strengths)
+    def set_strengths(self, strengths: Sequence[float], text_strengths: Sequence[float]) -> float:
+        """Bring both denoisers and the text encoders to these LoRA strengths; nothing is rebuilt. Returns the seconds it took."""
+        started = now(self.pipe.device)
+        changed = list(text_strengths) != self.text_strengths
+        self.loras.set_strengths(strengths, text_strengths if changed else None)
+        self.text_strengths = list(text_strengths)
+        if changed:
+            TextCache.of(self.pipe).clear()
+        return now(self.pipe.device) - started
 
 
 def load(spec: RunSpec, progress: Progress) -> Loaded:
@@ -66,41 +71,59 @@ def load(spec: RunSpec, progress: Progress) -> Loaded:
         denoiser = getattr(pipe, component).eval().requires_grad_(False)
         set_attention(denoiser, spec.attention)
     seconds = time.perf_counter() - started
-    sampling = spec.sampler.over(spec.model.sampling)
+    sampling = spec.sampling
     check_sampling(pipe, sampling)
+    scheduler = pipe.scheduler
+    use_scheduler(pipe, scheduler, sampling)
     linears = [name for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)]
     family = spec.model_type.for_denoiser(type(denoiser).__name__, repeated_blocks(denoiser), linears)
-    return Loaded(pipe, component, denoiser, family, sampling, seconds)
+    return Loaded(pipe, component, denoiser, scheduler, family, sampling, seconds)
 
 
-def build(spec: RunSpec, probe: Sequence[Sample], progress: Progress) -> Built:
+def build(spec: RunSpec, probe: Sequence[Sample], heads: Sequence[Head], progress: Progress) -> Built:
     """Load, match the LoRAs, quantize, install.
 
     Args:
         probe: samples of one batch; the denoiser's call on them gives real shapes and activations.
+        heads: the LoRA files of the stack, in its order.
     """
+    entries = [Entry(h.name, read_lora(h.path), components=a.components) for h, a in zip(heads, spec.lora.adapters, strict=True)]
     loaded = load(spec, progress)
     pipe, component, denoiser, family = loaded.pipe, loaded.component, loaded.denoiser, loaded.family
-    files = [read_lora(find_lora(*a.source(spec.model.lora_base))) for a in spec.lora.adapters]
-    for file in files:
-        log.info("LoRA %s: %d modules, rank %s%s", file.path.name, len(file.pairs), file.ranks, trigger_note(file))
-    matches = match(denoiser, files, spec.lora.strict)
-    merge = FloatMerge(denoiser, matches) if files else None
-    if merge is not None and spec.lora.bakes:
-        merge.set_strengths(spec.lora.strengths)
+    text_encoders = find_text_encoders(pipe.components)
+    loras = LoraStack(denoiser, text_encoders, spec.lora.mode, spec.lora.strict, spec.seed)
+    loras.put(entries, loras.matched(entries))
+    for line in loras.report():
+        log.info("%s", line)
+    if spec.lora.bakes:
+        loras.set_strengths(spec.lora.strengths)
 
     with progress.step("look at one step"):
         call = record_call(pipe, component, denoiser, probe, loaded.sampling)
     plans = plan_layers(denoiser, family.why_float)
-    built = Built(pipe, component, family, {"float": denoiser}, plans, files, matches, merge, None, find_text_encoders(pipe.components))
+    built = Built(pipe, component, family, {"float": denoiser}, loaded.scheduler, plans, loras, text_encoders)
     started = time.perf_counter()
     if spec.int8.enable:
         built.denoisers["int8"], built.budget = to_int8(loaded, plans, call, spec, progress)
-        if files and not spec.lora.bakes:
-            built.branches = DynamicBranches(built.denoisers["int8"], matches)
+        if entries and not spec.lora.bakes:
+            attach_loras(built, spec, call)
     built.seconds = {"load": loaded.seconds, "quantize": time.perf_counter() - started}
     compile_denoisers(built.denoisers, spec.compile)
     return built
+
+
+def attach_loras(built: Built, spec: RunSpec, call: Mapping[str, Any]) -> None:
+    """Bring the LoRAs to the INT8 layers, each by the mode that it can have."""
+    int8 = built.denoisers["int8"]
+    costs = BranchCosts(spec.backend, built.pipe.device, getattr(torch, spec.model.dtype))
+    rows = layer_rows(built.denoisers["float"], built.plans, call)
+    built.loras.attach(
+        int8, float_weights=spec.int8.checkpoint is None, rounding=spec.rounding, scheduled=spec.lora.scheduled,
+        overhead=lambda name, layer, rank: costs.of(layer, rank, rows[name]), max_overhead=spec.lora.max_overhead,
+    )  # fmt: skip
+    for index in range(len(built.loras.entries)):
+        if (line := built.loras.size_line(index)) is not None:
+            log.info("%s", line)
 
 
 def set_attention(denoiser: Any, name: str) -> None:
@@ -130,23 +153,16 @@ def compile_denoisers(denoisers: Mapping[str, Any], mode: str) -> None:
             denoiser.compile(fullgraph=True)
 
 
-def trigger_note(file: LoraFile) -> str:
-    """`, trigger words: …` where the header names them."""
-    words = trigger_words(file.metadata)
-    return f", trigger words: {words}" if words else ""
-
-
 @torch.no_grad()
-def lora_overhead(built: Built, call: Mapping[str, Any], strengths: Sequence[float], rounds: int = 11) -> float:
+def lora_overhead(built: Built, call: Mapping[str, Any], rounds: int = 11) -> float:
     """Time of one INT8 step with the LoRA branches over the time without, from interleaved calls; the median of each."""
     denoiser = built.denoisers["int8"]
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    assert built.branches is not None
-    for _ in range(rounds + 1):
-        for on in (True, False):
-            built.branches.attach(on)
-            started = now(built.pipe.device)
-            denoiser(**call)
-            seconds[on].append(now(built.pipe.device) - started)
-    built.branches.attach(True)
-    return statistics.median(seconds[True][1:]) / statistics.median(seconds[False][1:])
+
+    def step(on: bool) -> None:
+        for layer in built.loras.dynamic:
+            layer.attach(on)
+        denoiser(**call)
+
+    # putting branches on and off takes a few microseconds each, both times the same
+    without, with_branches = medians([partial(step, False), partial(step, True)], built.pipe.device, rounds)
+    return with_branches / without

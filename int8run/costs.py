@@ -1,27 +1,28 @@
-"""What an outlier transform costs a layer, measured on this machine and remembered."""
+"""What a transform or a LoRA branch costs a layer, measured on this machine and remembered."""
 
 import logging
 import math
 import statistics
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from int8run.backends.auto import AutoBackend, steady
+from int8run.backends.auto import AutoBackend
 from int8run.backends.base import Backend
 from int8run.backends.table import ChoiceTable
-from int8run.generate.generate import now
-from int8run.layers.linear import Int8Linear, QuantizedLayer
+from int8run.layers.linear import Int8Linear, LowRankBranch, QuantizedLayer
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.weight import quantize_weight
+from int8run.timing import in_turns, steady
 
 log = logging.getLogger(__name__)
 ROUNDS = 15
 
 
-class TransformCosts:
-    """Time of an INT8 layer with a transform over its time without, by the backend that runs the layer."""
+class Costs:
+    """Times of a changed layer over those of the plain one, each question measured once."""
 
     def __init__(self, backend: Backend, device: torch.device, dtype: torch.dtype):
         path = getattr(backend, "table", None)
@@ -29,6 +30,31 @@ class TransformCosts:
         self.backend, self.device, self.dtype = backend, device, dtype
         self.chooser = backend.chooser(device, dtype) if isinstance(backend, AutoBackend) else None
         self.measured: dict[str, float] = {}
+
+    def known(self, question: str) -> float | None:
+        """The answer of this process or of one before."""
+        return self.measured.get(question) or number(self.table.get(question))
+
+    def draw(self, *shape: int) -> Tensor:
+        """Normal numbers, the same ones for every question."""
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+
+    @torch.no_grad()
+    def measure(self, question: str, plain: Int8Linear, changed: Int8Linear, rows: int) -> float:
+        """The ratio, from calls that take turns; kept for later runs where the machine was quiet."""
+        x = self.draw(1, rows, plain.in_features).to(self.dtype)
+        seconds = in_turns([partial(plain, x), partial(changed, x)], self.device, ROUNDS)
+        without, with_change = map(statistics.median, seconds)
+        self.measured[question] = round(with_change / without, 3)
+        if all(map(steady, seconds)):
+            self.table.put(question, str(self.measured[question]))
+        else:
+            log.warning("%s: times scatter by more than twice: other work runs here; measured anew next time", question)
+        return self.measured[question]
+
+
+class TransformCosts(Costs):
+    """Time of an INT8 layer with an outlier transform over its time without, by the backend that runs the layer."""
 
     def of(self, transform: OutlierTransform, shape: tuple[int, int, int], sharing: int = 1) -> float:
         """The ratio for a layer; it depends on what the transform does, not on its numbers.
@@ -39,7 +65,6 @@ class TransformCosts:
         """
         return 1 + (self.alone(transform, shape) - 1) / (1 if transform.centered else sharing)
 
-    @torch.no_grad()
     def alone(self, transform: OutlierTransform, shape: tuple[int, int, int]) -> float:
         """The ratio for a layer that shares its input with none."""
         steps = describe(transform)
@@ -48,32 +73,38 @@ class TransformCosts:
         rows, in_features, out_features = shape
         backend = self.chooser.choose(rows, in_features, out_features) if self.chooser else self.backend
         question = f"cost of {steps} | {backend.name} | {rows}x{in_features}x{out_features}"
-        if (known := number(self.table.get(question))) is not None:
+        if (known := self.known(question)) is not None:
             return known
-        if question not in self.measured:
-            generator = torch.Generator().manual_seed(0)
-            draw = lambda *shape: torch.randn(shape, generator=generator).to(self.device)  # noqa: E731
-            weight, x = quantize_weight(draw(out_features, in_features)), draw(1, rows, in_features).to(self.dtype)
-            layers = [
-                Int8Linear(QuantizedLayer(weight, t, None), backend, self.dtype) for t in (OutlierTransform(), transform.to(self.device))
-            ]
-            seconds: list[list[float]] = [[], []]
-            for _ in range(ROUNDS + 1):  # the first round warms up
-                for layer, times in zip(layers, seconds, strict=True):
-                    times.append(self.timed(layer, x))
-            plain, changed = (statistics.median(times[1:]) for times in seconds)
-            self.measured[question] = round(changed / plain, 3)
-            if all(steady(times[1:]) for times in seconds):
-                self.table.put(question, str(self.measured[question]))
-            else:
-                log.warning("%s: times scatter by more than twice: other work runs here; measured anew next time", question)
-        return self.measured[question]
+        weight = quantize_weight(self.draw(out_features, in_features))
+        plain, changed = (
+            Int8Linear(QuantizedLayer(weight, t, None), backend, self.dtype) for t in (OutlierTransform(), transform.to(self.device))
+        )
+        return self.measure(question, plain, changed, rows)
 
-    def timed(self, layer: Int8Linear, x: Tensor) -> float:
-        """Seconds of one call."""
-        started = now(self.device)
-        layer(x)
-        return now(self.device) - started
+
+class BranchCosts(Costs):
+    """Time of an INT8 layer with a low-rank branch over its time without."""
+
+    def of(self, layer: Int8Linear, rank: int, rows: int) -> float:
+        """The ratio for a layer of this shape and backend; the branch's numbers have no say.
+
+        Args:
+            layer: any of that shape, on the backend that runs it.
+            rank: of all LoRAs together.
+            rows: that it sees in one call.
+        """
+        shape = f"{rows}x{layer.in_features}x{layer.out_features}"
+        # settings of a backend change what a branch costs it
+        question = f"cost of a branch of rank {rank} | {layer.backend!r} | {shape}"
+        if (known := self.known(question)) is not None:
+            return known
+        weight = quantize_weight(self.draw(layer.out_features, layer.in_features))
+        plain, changed = (Int8Linear(QuantizedLayer(weight, OutlierTransform(), None), layer.backend, self.dtype) for _ in range(2))
+        branch = LowRankBranch([(self.draw(rank, layer.in_features), self.draw(layer.out_features, rank))], self.dtype, self.device)
+        branch.fuse(layer.backend, changed.transform)
+        branch.set_strengths([1.0])
+        changed.adapter = branch
+        return self.measure(question, plain, changed, rows)
 
 
 def number(text: str | None) -> float | None:

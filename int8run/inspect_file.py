@@ -1,6 +1,7 @@
 """`task=inspect`: what a safetensors file is, told from its header alone."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.markup import escape
@@ -8,7 +9,10 @@ from rich.table import Table
 
 from int8run.checkpoints.header import read_header
 from int8run.errors import FileError
-from int8run.lora.files import split_key, strip_prefixes, trigger_words
+from int8run.lora import few_step
+from int8run.lora.bases import base_of
+from int8run.lora.keys import split_key
+from int8run.lora.metadata import all_triggers, describe
 
 
 def inspect_file(location: str) -> Table:
@@ -23,25 +27,59 @@ def inspect_file(location: str) -> Table:
     add("kind", kind(header))
     add("size", f"{path.stat().st_size / 1e6:.1f} MB, {len(header)} tensors")
     add("dtypes", ", ".join(f"{n} × {dtype}" for dtype, n in dtypes.most_common()))
-    down = {key: entry["shape"] for key, entry in header.items() if split_key(key)[1] == "down"}
-    for key, shape in down.items():
-        if not shape:
-            raise FileError(f"{path}: {key} has shape []; a low-rank pair has two dimensions")
-    pairs = {strip_prefixes(split_key(key)[0]): shape for key, shape in down.items()}
-    if pairs:
-        ranks = sorted({shape[0] for shape in pairs.values()})
-        add("LoRA", f"{len(pairs)} modules, rank {', '.join(map(str, ranks))}")
-        add("first module", next(iter(pairs)))
-        add("base model", metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version") or "not named")
-        add("trigger words", trigger_words(metadata) or "not named")
+    if kind(header) == "LoRA":
+        for name, value in lora_rows(path, header, metadata):
+            add(name, value)
     for key, value in sorted(metadata.items()):
         add(f"header: {key[:60]}", value if len(value) <= 200 else f"{value[:200]}… ({len(value)} characters)")
     return table
 
 
+def lora_rows(path: Path, header: dict[str, dict], metadata: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """What is worth knowing of a LoRA file, as name and text.
+
+    Raises:
+        FileError: for a shape that no LoRA has.
+    """
+    keys = {key: split_key(key) for key in header}
+    ranks: Counter[int] = Counter()
+    for key, (_, _, part, _) in keys.items():
+        if part == "down":
+            if not header[key]["shape"]:
+                raise FileError(f"{path}: {key} has shape []; a low-rank pair has two dimensions")
+            ranks[header[key]["shape"][0]] += 1
+    modules = Counter(component for component, _ in {(k.component, k.name) for k in keys.values() if k.part is not None})
+    listed = f", rank {', '.join(map(str, sorted(ranks)))}" if ranks else ""
+    yield "LoRA", f"{', '.join(f'{component} {n} modules' for component, n in modules.items())}{listed}"
+    kinds = Counter(KINDS[k.part] for k in keys.values() if k.part in KINDS)
+    yield "kinds", ", ".join(f"{n} × {name}" for name, n in kinds.items())
+    unknown = Counter(k.reason for k in keys.values() if k.part is None)
+    if unknown:
+        yield "cannot be applied", "; ".join(f"{n} keys: {reason}" for reason, n in unknown.items())
+    yield "first module", next(k.name for k in keys.values() if k.part is not None)
+    base = base_of(header, metadata)
+    yield "base model", str(base) if base else metadata.get("modelspec.architecture", "not told by names, shapes or tags")[:200]
+    triggers = list(all_triggers(path, metadata))
+    for found in triggers[:3]:
+        yield "trigger words", f"{', '.join(found.words)} ({found.source}{', from its training data' if found.guessed else ''})"
+    if not triggers:
+        yield "trigger words", "not named"
+    preset = few_step.detect(path, metadata)
+    if preset is not None:
+        yield "few steps", f"looks like preset {preset}: set few_step: {preset} at its adapter"
+    yield from describe(path, metadata, header).items()
+
+
+# the part that stands for each kind of change
+KINDS = {
+    "down": "LoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "diff": "diff", "diff_b": "bias", "on_input": "IA3",
+    "w_norm": "norm", "dora_scale": "DoRA", "magnitude": "DoRA",
+}  # fmt: skip
+
+
 def kind(header: dict[str, dict]) -> str:
     """LoRA, quantized checkpoint or plain weights, by key suffixes and dtypes."""
-    if any(split_key(key)[1] == "down" for key in header):
+    if any(split_key(key).part in KINDS for key in header):
         return "LoRA"
     dtypes = {entry["dtype"] for entry in header.values()}
     if any(key.endswith(".comfy_quant") for key in header):

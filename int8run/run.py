@@ -15,12 +15,14 @@ from int8run.build import Built, build, lora_overhead
 from int8run.generate.generate import Generation, generate
 from int8run.generate.probe import record_call
 from int8run.generate.prompts import Sample, samples
+from int8run.lora.heads import Head, few_step_advice, read_heads, with_triggers
 from int8run.machine import device_name
 from int8run.metrics.layers import layer_metrics, measure_outputs, module_bytes
 from int8run.metrics.memory import peak_bytes, reset_peak
 from int8run.metrics.quality import half_error_step, mean_quality, per_image, trajectory_error
 from int8run.metrics.speed import speed, step_times
-from int8run.models.loader import library_versions
+from int8run.models.family import OWN_STEPS
+from int8run.models.loader import library_versions, use_scheduler
 from int8run.report.files import DIFFERENCE_GAIN, difference, environment, grid, write_json, write_layers, write_yaml
 from int8run.report.terminal import Progress, pairs_line, result_table, say
 from int8run.spec import Job, RunSpec
@@ -47,24 +49,31 @@ def run(spec: RunSpec, job: Job) -> RunResult:
     progress = Progress(spec.progress)
     with spec.tracker.start(job.name, job.params(), {"sweep": job.sweep or "none"}) as tracked:
         tracked.log_file(out / "config.yaml")
-        wanted = samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
+        heads = read_heads(spec.lora, spec.model.lora_base)
+        wanted = with_triggers(samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed), heads, spec.lora)
         first = wanted[: spec.sampler.batch]
-        built, reused = memo.reuse(spec.build_key, lambda: build(spec, first, progress))
-        built.set_strengths(spec.lora.strengths)
+        built, reused = memo.reuse(spec.build_key, lambda: build(spec, first, heads, progress))
+        use_scheduler(built.pipe, built.scheduler, spec.sampling)
+        for line in [*spec.lora.unusual(), *few_step_lines(spec, built, heads)]:
+            log.warning("%s", line)
+        change_s = built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
         candidate_name = "int8" if "int8" in built.denoisers else "float"
         say(pairs_line(facts(spec, built, reused)), *([str(built.budget)] if built.budget else []))
 
         reset_peak(built.pipe.device)
         made = generate_all(spec, built, candidate_name, wanted, progress)
         candidate, baseline = made[candidate_name], made.get("float")
-        call = record_call(built.pipe, built.component, built.denoisers["float"], first, spec.sampler.over(spec.model.sampling))
-        metrics = measure(spec, built, call, candidate, baseline, reused)
+        call = record_call(built.pipe, built.component, built.denoisers["float"], first, spec.sampling)
+        errors = trajectory_error(candidate, baseline) if baseline else []
+        metrics = measure(spec, built, call, candidate, baseline, errors, reused)
+        if spec.lora.adapters:
+            metrics["lora/change_ms"] = 1000 * change_s
         # after the peak of the memory was read: perceptual metrics load networks of their own
         quality = per_image(candidate, baseline, [s.prompt for s in wanted], spec.metrics.perceptual) if baseline else []
         metrics |= mean_quality(quality) if quality else {}
 
-        write_outputs(built, candidate, baseline, wanted, metrics, quality, out)
-        log_outputs(tracked, candidate, baseline, wanted, metrics, out)
+        write_outputs(built, candidate, baseline, wanted, metrics, quality, errors, out)
+        log_outputs(tracked, candidate, baseline, wanted, metrics, errors, out)
     title = f"{job.choices.get('model', 'model')} on {device_name(built.pipe.device)}; float is {spec.model.dtype}"
     say("", result_table(title, metrics, our_name(built)))
     if scattered(metrics):
@@ -76,17 +85,46 @@ def run(spec: RunSpec, job: Job) -> RunResult:
 
 def generate_all(spec: RunSpec, built: Built, candidate: str, wanted: Sequence[Sample], progress: Progress) -> dict[str, Generation]:
     """Float and INT8 in turn, batch by batch, after a short warm-up that is not timed."""
-    use = {name: built.denoisers[name] for name in ("float", candidate) if name == candidate or spec.metrics.baseline == "run"}
-    sampling = spec.sampler.over(spec.model.sampling)
-    generate(built.pipe, built.component, use, wanted[: sampling.batch], replace(sampling, steps=WARM_UP_STEPS))
+    sampling, stack = spec.sampling, spec.lora
+    names = ["float", candidate] if spec.metrics.baseline == "run" else [candidate]
+    key = repr((spec.float_key, wanted))
+    known = memo.recall(key) if "float" in names and candidate != "float" else None
+    if known is not None:
+        log.info("the float pictures are those of an earlier job with the same settings; the speed ratio compares two moments")
+        names = [candidate]
+    use = {name: built.denoisers[name] for name in names}
+    warm_up = replace(sampling, steps=WARM_UP_STEPS, extra={k: v for k, v in sampling.extra.items() if k not in OWN_STEPS})
+    generate(built.pipe, built.component, use, wanted[: sampling.batch], warm_up)
+
+    def on_fraction(fraction: float) -> None:
+        if stack.scheduled:
+            built.set_strengths(stack.strengths_at(fraction), stack.text_strengths)
+
     with progress.count("generate", len(wanted) * len(use)) as advance:
-        return generate(built.pipe, built.component, use, wanted, sampling, lambda name, batch, made: advance(len(batch)))
+        made = generate(built.pipe, built.component, use, wanted, sampling, lambda name, batch, made: advance(len(batch)), on_fraction)
+    built.set_strengths(stack.strengths, stack.text_strengths)
+    if known is not None:
+        return {"float": known, **made}
+    if "float" in made:
+        memo.remember(key, made["float"], made["float"].bytes)
+    return made
+
+
+def few_step_lines(spec: RunSpec, built: Built, heads: Sequence[Head]) -> list[str]:
+    """What of this run speaks against its few-step LoRAs."""
+    scheduler = type(built.pipe.scheduler).__name__
+    return few_step_advice(heads, spec.lora, spec.model.lora_base, str(spec.model.location), spec.sampling, scheduler)
 
 
 def measure(
-    spec: RunSpec, built: Built, call: Mapping[str, Any], candidate: Generation, baseline: Generation | None, reused: bool
-) -> dict[str, float]:
-    """All metrics but quality, under their public names."""
+    spec: RunSpec, built: Built, call: Mapping[str, Any], candidate: Generation, baseline: Generation | None, errors: Sequence[float],
+    reused: bool,
+) -> dict[str, float]:  # fmt: skip
+    """All metrics but quality, under their public names.
+
+    Args:
+        errors: relative error of the latents after each step.
+    """
     metrics = speed(candidate, baseline)
     metrics["memory/peak_bytes"] = peak_bytes(built.pipe.device)
     metrics["memory/text_encoder_bytes"] = sum(module_bytes(m) for m in built.text_encoders.values())
@@ -102,7 +140,7 @@ def measure(
         base = speed(baseline, None)
         metrics |= {name.replace("speed/", "float/"): value for name, value in base.items()}
         if int8 is not None:
-            metrics["quality/half_error_step"] = half_error_step(trajectory_error(candidate, baseline))
+            metrics["quality/half_error_step"] = half_error_step(errors)
     for plan in built.plans:  # a reused model still has what an earlier job measured
         plan.measured.pop("output_sqnr_db", None)
     if int8 is not None:
@@ -111,17 +149,20 @@ def measure(
         metrics |= layer_metrics(built.plans)
     if built.budget is not None:
         metrics |= built.budget.metrics
-    if built.lora_files:
-        metrics["lora/modules_matched"] = sum(len(pairs) for pairs in built.matches.by_module.values())
-        metrics["lora/modules_unmatched"] = len(built.matches.unmatched)
-        if built.branches is not None and any(spec.lora.strengths):
-            metrics["lora/overhead_ratio"] = lora_overhead(built, call, spec.lora.strengths)
+    if spec.lora.adapters:
+        loras = built.loras
+        metrics["lora/modules_matched"] = loras.matches.matched
+        metrics["lora/modules_unmatched"] = len(loras.matches.unmatched)
+        metrics["lora/clipped_share"] = loras.clipped_share
+        metrics |= {f"lora/layers_{mode}": count for mode, count in loras.modes.items()}
+        if loras.dynamic and any(spec.lora.strengths):
+            metrics["lora/overhead_ratio"] = lora_overhead(built, call)
     return metrics
 
 
 def write_outputs(
     built: Built, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample],
-    metrics: Mapping[str, float], quality: Sequence[Mapping[str, float]], out: Path,
+    metrics: Mapping[str, float], quality: Sequence[Mapping[str, float]], errors: Sequence[float], out: Path,
 ) -> None:  # fmt: skip
     """Pictures, grid, tables and facts into the output folder."""
     folder = out / "images"
@@ -141,21 +182,21 @@ def write_outputs(
         {"prompt": s.prompt, "seed": s.seed, "file": f"images/{s.key}.png", **q}
         for s, q in zip(wanted, quality or [{}] * len(wanted), strict=True)
     ]
-    steps = [{"latent_rel_err": error} for error in trajectory_error(candidate, baseline)] if baseline else []
+    steps = [{"latent_rel_err": error} for error in errors]
     write_json({"metrics": metrics, "images": per_sample, "steps": steps}, out / "metrics.json")
     write_json(environment_of(built), out / "environment.json")
 
 
 def log_outputs(
     tracked: TrackedRun, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample],
-    metrics: Mapping[str, float], out: Path,
+    metrics: Mapping[str, float], errors: Sequence[float], out: Path,
 ) -> None:  # fmt: skip
     """The same to the tracker, with one value per step where there is one."""
     tracked.log_metrics(metrics)
     tracked.log_series("series/step_ms", step_times(candidate))
     if baseline is not None:
         tracked.log_series("series/float_step_ms", step_times(baseline))
-        tracked.log_series("series/latent_rel_err", trajectory_error(candidate, baseline))
+        tracked.log_series("series/latent_rel_err", errors)
     for sample, image in zip(wanted, candidate.images, strict=True):
         tracked.log_image(f"sample/{sample.key}", image)
     for name in ("grid.png", "layers.csv", "metrics.json", "environment.json"):
@@ -178,7 +219,9 @@ def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]
         said.append(("backend", "+".join(used)))
     if spec.lora.adapters:
         strengths = ", ".join(f"{a.name} {s:g}" for a, s in zip(spec.lora.adapters, spec.lora.strengths, strict=True))
-        said.append(("lora", f"{strengths} ({'baked' if spec.lora.bakes else 'dynamic'})"))
+        modes = built.loras.modes
+        how = "baked" if spec.lora.bakes else counted(Counter(modes).elements()) if modes else "merged"
+        said.append(("lora", f"{strengths} ({how})"))
     if spec.compile != "none":
         said.append(("compile", spec.compile))
     if reused:

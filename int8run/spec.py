@@ -9,9 +9,9 @@ from int8run.backends.base import Backend
 from int8run.errors import ConfigError, in_range, one_of, switch
 from int8run.generate.calibration import Calibration
 from int8run.generate.prompts import PromptSet
-from int8run.lora.stack import LoraStack
+from int8run.lora.settings import LoraSettings
 from int8run.metrics.base import Metrics
-from int8run.models.family import AutoFamily, ModelFamily, ModelSource, Sampling
+from int8run.models.family import OWN_STEPS, AutoFamily, ModelFamily, ModelSource, Sampling
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
 from int8run.quant.rounding import Rounding
@@ -75,7 +75,7 @@ class RunSpec:
     rounding: Rounding
     calibration: Calibration
     backend: Backend
-    lora: LoraStack
+    lora: LoraSettings
     clip: KeepTextEncoders
     sampler: Sampling
     prompts: PromptSet
@@ -105,8 +105,23 @@ class RunSpec:
             raise ConfigError("int8.enable=false makes no INT8 layer; quality_db, save and int8.checkpoint need some")
         if self.save is not None and not str(self.save).endswith(".safetensors"):
             raise ConfigError(f"save={self.save} names no .safetensors file; nothing else is written")
-        for adapter in self.lora.adapters:
-            adapter.source(self.model.lora_base)  # every adapter must have one for this model
+        object.__setattr__(self, "lora", self.lora.for_base(self.model.lora_base))
+        self.lora.preset_for(self.model.lora_base)  # at most one
+
+    @property
+    def sampling(self) -> Sampling:
+        """What was asked for, else what a few-step LoRA was made for, else the checkpoint's own."""
+        made_for = self.lora.preset_for(self.model.lora_base)
+        default = self.model.sampling
+        if made_for is not None:
+            extra = dict(made_for.extra)
+            if self.sampler.steps not in (None, made_for.steps):  # a list of noise levels is one of so many steps
+                extra = {name: value for name, value in extra.items() if name not in OWN_STEPS}
+            default = Sampling(
+                steps=made_for.steps, guidance=made_for.guidance, scheduler=made_for.scheduler,
+                scheduler_settings=made_for.scheduler_settings, extra=extra,
+            ).over(default)  # fmt: skip
+        return self.sampler.over(default)
 
     @property
     def needs_calibration(self) -> bool:
@@ -115,13 +130,27 @@ class RunSpec:
         return self.int8.enable and (fitted or self.model_type.keep_float == "auto")
 
     @property
+    def float_key(self) -> str:
+        """The part of the config that decides what the float model draws, as text, without the prompts."""
+        stack = self.lora
+        loras = [(a.source(self.model.lora_base), a.components, a.schedule) for a in stack.adapters]
+        strengths = (stack.strength, stack.text_strengths, stack.strict, stack.folder)
+        return repr((self.model, self.sampling, loras, strengths, self.clip, self.compile, self.attention, self.device))
+
+    @property
     def build_key(self) -> str:
         """The part of the config that decides the built model, as text: equal keys, equal model."""
-        adapters = [(a.name, a.source(self.model.lora_base), a.strength if self.lora.bakes else None) for a in self.lora.adapters]
-        lora = (self.lora.bakes, self.lora.strength if self.lora.bakes else None, self.lora.strict, adapters)
-        shape = (self.sampler.height, self.sampler.width, self.sampler.batch)  # backend=auto measures with the rows that they give
+        stack = self.lora
+        adapters = [(a.name, a.source(self.model.lora_base), a.components) for a in stack.adapters]
+        # of the strengths, only baked ones and whether they change on the way decide what is built
+        strengths = stack.strengths if stack.bakes else stack.scheduled
+        # only weights that are rounded at random have a seed: they all, or with auto those of a checkpoint
+        rounds = stack.adapters and (stack.mode == "stochastic" or stack.mode == "auto" and self.int8.checkpoint is not None)
+        lora = (stack.mode, strengths, stack.strict, stack.folder, stack.max_overhead, self.seed if rounds else None, adapters)
+        sampling = self.sampling
+        shape = (sampling.height, sampling.width, sampling.batch)  # backend=auto measures with the rows that they give
         # calibration pictures are drawn with all of the sampler
-        calibration = (self.calibration, self.sampler, self.quality_db) if self.needs_calibration else None
+        calibration = (self.calibration, sampling, self.quality_db) if self.needs_calibration else None
         parts = (self.model, self.model_type, self.int8, self.outlier, self.rounding, calibration, self.save, self.backend, lora, self.clip,
                  self.compile, self.attention, self.device, shape)  # fmt: skip
         return repr(parts)

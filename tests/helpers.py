@@ -1,5 +1,6 @@
 """What several tests share: a comparison, seeded tensors, a small model, and the classes that conf/ names."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 from int8run.backends.base import Backend
 from int8run.backends.onednn import OneDnn
 from int8run.backends.reference import Reference
+from int8run.lora.files import LoraFile
+from int8run.lora.keys import DENOISER
+from int8run.lora.kinds import Change
+from int8run.lora.stack import Entry, LoraStack
 from int8run.models.family import ModelFamily
 from int8run.outlier.base import LayerStatistics, OutlierMethod
 from int8run.outlier.none import NoOutlier
@@ -97,3 +102,19 @@ def to_int8(
     layers = quantized_layers(model, chosen, methods, rounding or AbsMax(), statistics or {})
     made = int8_layers(model, layers, backend or Reference(), settings, {p.name: 8 for p in chosen})
     return assemble(model, made, ModelFamily("test")), plans
+
+
+def lora_file(changes: Mapping[str, Change], name: str = "style", unknown: Sequence[tuple[str, str]] = ()) -> LoraFile:
+    """A LoRA file that lies nowhere, with these changes of the denoiser."""
+    file = LoraFile(Path("/loras") / f"{name}.safetensors", {DENOISER: dict(changes)}, tuple(unknown), {})
+    file.__dict__["identity"] = name  # the hash of its bytes, had it any
+    return file
+
+
+def on_int8(model: nn.Module, int8: nn.Module, stack: Sequence[Mapping[str, Change]], mode: str = "dynamic", **options: Any) -> LoraStack:
+    """LoRAs on a float model and on its INT8 copy, at strength 0; options are those of `LoraStack.attach`."""
+    loras = LoraStack(model, mode=mode)
+    entries = [Entry(f"lora{i}", lora_file(changes, f"lora{i}")) for i, changes in enumerate(stack)]
+    loras.put(entries, loras.matched(entries))
+    loras.attach(int8, **{"float_weights": True, **options})
+    return loras

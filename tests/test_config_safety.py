@@ -51,7 +51,7 @@ FOREIGN = {
     "a function that hydra allows": ("outlier/x.yaml", f"_target_: int8run.outlier.convrot.ConvRot\ngroup_size: {TOUCH}\n", ["outlier=x"]),
     "in a list": (
         "lora/x.yaml",
-        f"_target_: int8run.lora.stack.LoraStack\nadapters: [{{_target_: int8run.lora.stack.Adapter, name: a, path: {TOUCH}}}]\n",
+        f"_target_: int8run.lora.settings.LoraSettings\nadapters: [{{_target_: int8run.lora.settings.Adapter, name: a, path: {TOUCH}}}]\n",
         ["lora=x"],
     ),
     "in a mapping of anything": ("sampler/x.yaml", f"{SAMPLING}extra: {{deep: [{{er: {TOUCH}}}]}}\n", ["sampler=x"]),

@@ -39,8 +39,8 @@ def test_a_lora(command: Command) -> None:
     header = {"modelspec.trigger_phrase": "oil [bold]paint", "modelspec.architecture": "flux-1-dev/lora", "long": "x" * 500}
     save_file(tensors, command.folder / "style.safetensors", metadata=header)
     shown = inspect(command, "style.safetensors")
-    assert shown["kind"] == "LoRA" and shown["LoRA"] == "2 modules, rank 2, 4" and shown["dtypes"] == "4 × F32"
-    assert shown["trigger words"] == "oil [bold]paint" and shown["base model"] == "flux-1-dev/lora"
+    assert shown["kind"] == "LoRA" and shown["LoRA"] == "denoiser 2 modules, rank 2, 4" and shown["dtypes"] == "4 × F32"
+    assert shown["trigger words"].startswith("oil [bold]paint") and shown["base model"] == "FLUX.1 (by its tag)"
     assert command.made() == ["style.safetensors"], "looking leaves nothing behind"
 
 
@@ -48,8 +48,8 @@ def test_a_lora_whose_header_says_nothing(command: Command) -> None:
     pair = {"unet.x.lora_down.weight": torch.zeros(4, 8), "unet.x.lora_up.weight": torch.zeros(8, 4), "unet.x.alpha": torch.ones(())}
     save_file(pair, command.folder / "a.safetensors")
     shown = inspect(command, "a.safetensors")
-    assert (shown["LoRA"], shown["first module"]) == ("1 modules, rank 4", "x")
-    assert (shown["base model"], shown["trigger words"]) == ("not named", "not named")
+    assert (shown["LoRA"], shown["first module"]) == ("denoiser 1 modules, rank 4", "x")
+    assert (shown["base model"], shown["trigger words"]) == ("not told by names, shapes or tags", "not named")
 
 
 def test_a_loras_older_header_names(command: Command) -> None:
@@ -58,7 +58,7 @@ def test_a_loras_older_header_names(command: Command) -> None:
         {"x.lora_A.weight": torch.zeros(1, 2), "x.lora_B.weight": torch.zeros(2, 1)}, command.folder / "a.safetensors", metadata=header
     )
     shown = inspect(command, "a.safetensors")
-    assert (shown["base model"], shown["trigger words"]) == ("sdxl_base", "ohwx")
+    assert (shown["base model"], shown["trigger words"]) == ("SDXL (by its tag)", "ohwx (ss_trigger_words)")
 
 
 def test_a_long_header_value_is_cut_and_counted(tmp_path: Path) -> None:

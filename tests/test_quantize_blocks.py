@@ -1,22 +1,20 @@
 """What INT8 does inside a block: shared inputs, GELUs moved into a quantization, refusals that name every layer, strengths that change."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from helpers import CPU, NEVER_FLOAT, TinyModel, assert_close, randn, shipped, to_int8, usable
+from helpers import CPU, NEVER_FLOAT, TinyModel, assert_close, on_int8, randn, shipped, to_int8, usable
 from torch import nn
 
 from int8run.backends.base import Limits
 from int8run.backends.reference import Reference
 from int8run.errors import BackendError, ConfigError
 from int8run.generate.probe import check_finite
-from int8run.layers.linear import Int8Linear, LowRank
-from int8run.lora.apply import DynamicBranches, match
-from int8run.lora.files import LoraFile
+from int8run.layers.linear import Int8Linear
+from int8run.lora.kinds import Change, LoRA
 from int8run.metrics.layers import measure_outputs
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.hadanorm import HadaNorm
@@ -192,27 +190,26 @@ def flux_lora(model, rank=3):
     """A LoRA for every Linear of the blocks."""
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks.0." in name]
     sizes = [model.get_submodule(name).weight.shape for name in names]
-    pairs = {
-        name: LowRank(randn(rank, k, seed=2 * i), randn(n, rank, seed=2 * i + 1), 0.05)
+    return {
+        name: Change(LoRA(randn(rank, k, seed=2 * i), randn(n, rank, seed=2 * i + 1), 0.05))
         for i, (name, (n, k)) in enumerate(zip(names, sizes, strict=True))
     }
-    return LoraFile(Path("style.safetensors"), pairs, (), {})
 
 
 @pytest.mark.parametrize("backend", ABLE)
 def test_loras_find_their_layers_under_the_old_names(flux, backend):
     model, call = flux
-    matches = match(model, [flux_lora(model)], strict=True)
     results = []
     for deferred in (False, True):
         ours, plans = int8(model, backend, deferred)
         wanted = [p.name for p in plans if p.keep_float is None]
         assert f"{DOUBLE}.ff.net.0.proj" in wanted
-        branches = DynamicBranches(ours, matches)
-        assert len(branches.branches) == len(wanted)
+        branches = on_int8(model, ours, [flux_lora(model)])
+        assert len(branches.dynamic) == len(wanted)
         plain = run(ours, call)
         branches.set_strengths([1.0])
         results.append(run(ours, call))
+        branches.set_strengths([0.0])  # the float model is used again
         assert (results[-1] - plain).norm() > 0.05 * plain.norm()
     assert_close(backend.name, results[1], results[0], 1e-3 if backend.name == "vnni" else 1e-5)
 
@@ -278,7 +275,7 @@ def test_a_new_strength_compiles_nothing_anew(flux, backend):
     model, call = flux
     torch._dynamo.reset()
     ours, _ = int8(model, backend)
-    branches = DynamicBranches(ours, match(model, [flux_lora(model)], strict=True))
+    branches = on_int8(model, ours, [flux_lora(model)])
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     branches.set_strengths([0.0])
     run(compiled, call)

@@ -97,7 +97,7 @@ def test_the_second_identical_run_gives_the_same_bits(small: list[str], tmp_path
 @pytest.mark.skipif(without_vnni(), reason="needs a CPU with VNNI")
 def test_two_backends_in_one_process_do_not_see_each_other(small: list[str]) -> None:
     first, second = (
-        build(make_spec([*small, f"backend={name}"]), samples(["a"], 1, 0), Progress(False)) for name in ("reference", "torch_int_mm")
+        build(make_spec([*small, f"backend={name}"]), samples(["a"], 1, 0), [], Progress(False)) for name in ("reference", "torch_int_mm")
     )
     for built, name in ((first, "reference"), (second, "torch_int_mm")):
         used = {m.backend.name for m in built.denoisers["int8"].modules() if isinstance(m, Int8Linear)}
@@ -159,7 +159,7 @@ class TestLora:
     @pytest.fixture
     def lora(self, small: list[str], tmp_path: Path) -> list[str]:
         file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer)
-        adapter = f"{{_target_: int8run.lora.stack.Adapter, name: style, path: {file}, strength: 1.0}}"
+        adapter = f"{{_target_: int8run.lora.settings.Adapter, name: style, path: {file}, strength: 1.0}}"
         return [*small, f"lora.adapters=[{adapter}]"]
 
     def test_strength_moves_without_a_rebuild_and_back(self, lora: list[str], tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ class TestLora:
 
     def test_a_lora_on_a_layer_that_stayed_float_works(self, small: list[str], tmp_path: Path) -> None:
         file = save_lora(tmp_path / "float_only.safetensors", random_pipeline().transformer, only="norm1.linear")
-        adapter = f"{{_target_: int8run.lora.stack.Adapter, name: style, path: {file}, strength: 3.0}}"
+        adapter = f"{{_target_: int8run.lora.settings.Adapter, name: style, path: {file}, strength: 3.0}}"
         run_job(small, tmp_path / "plain")
         result = run_job([*small, f"lora.adapters=[{adapter}]"], tmp_path / "on")
         assert result.metrics["lora/modules_matched"] == 2 and result.metrics["quality/latent_rel_err"] < 0.02
@@ -191,7 +191,7 @@ class TestLora:
 
     def test_zero_matches_are_an_error(self, small: list[str], tmp_path: Path) -> None:
         file = save_lora(tmp_path / "other.safetensors", random_pipeline().transformer, prefix="transformer.elsewhere.")
-        adapter = f"{{_target_: int8run.lora.stack.Adapter, name: other, path: {file}}}"
+        adapter = f"{{_target_: int8run.lora.settings.Adapter, name: other, path: {file}}}"
         with pytest.raises(LoraError, match=r"none of its .* modules is in the model.*another architecture"):
             run_job([*small, f"lora.adapters=[{adapter}]"], tmp_path)
 
@@ -479,7 +479,7 @@ def decibels(metrics: dict[str, float]) -> float:
 
 def test_a_checkpoint_takes_dynamic_loras_and_no_other_baked_ones(least: list[str], rotated: Path, tmp_path: Path) -> None:
     file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer)
-    lora = f"lora.adapters=[{{_target_: int8run.lora.stack.Adapter, name: style, path: {file}, strength: 0.01}}]"
+    lora = f"lora.adapters=[{{_target_: int8run.lora.settings.Adapter, name: style, path: {file}, strength: 0.01}}]"
     run_job([*least, "outlier=convrot", lora], tmp_path / "made")
     run_job([*least, "outlier=convrot", lora, f"int8.checkpoint={rotated}"], tmp_path / "read")
     assert files_in(tmp_path / "made") == files_in(tmp_path / "read")

@@ -50,7 +50,7 @@ def test_a_sweep_builds_once_for_each_way_to_quantize_and_not_for_a_strength(
 ) -> None:
     memo.forget()
     file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer)
-    lora = f"lora.adapters=[{{_target_: int8run.lora.stack.Adapter, name: style, path: {file}}}]"
+    lora = f"lora.adapters=[{{_target_: int8run.lora.settings.Adapter, name: style, path: {file}}}]"
     with command_in(tmp_path, monkeypatch, capsys) as int8run:
         outcome = int8run("-m", "outlier=none,convrot", "lora.strength=0,1", "backend=reference", model, *SMALL, "tracker=none", lora)
     assert outcome.code == 0, outcome.err

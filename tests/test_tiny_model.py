@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from int8run import memo
-from int8run.lora.files import SHIPPED, read_lora, trigger_words
+from int8run.lora.files import SHIPPED, read_lora
+from int8run.lora.metadata import trigger_words
 
 DRAWINGS = Path(__file__).parent / "data" / "drawings.png"
 ASSETS = SHIPPED.parent
@@ -84,7 +85,7 @@ def test_the_calibrated_model_is_saved_and_draws_the_same_again(tmp_path: Path) 
 
 @pytest.mark.parametrize("style", ["ink", "gloss"])
 def test_shipped_loras_change_the_style_more_with_more_strength(style: str, tmp_path: Path) -> None:
-    adapter = f"{{_target_: int8run.lora.stack.Adapter, name: {style}, path: {style}}}"
+    adapter = f"{{_target_: int8run.lora.settings.Adapter, name: {style}, path: {style}}}"
     shared = ["prompts.prompts=[strawberry]", "tracker=none", f"lora.adapters=[{adapter}]"]
     pixels = {}
     for strength in (0, 0.5, 1):
@@ -97,7 +98,7 @@ def test_shipped_loras_change_the_style_more_with_more_strength(style: str, tmp_
 
 
 def test_ink_is_black_on_white(tmp_path: Path) -> None:
-    adapter = "{_target_: int8run.lora.stack.Adapter, name: ink, path: ink}"
+    adapter = "{_target_: int8run.lora.settings.Adapter, name: ink, path: ink}"
     result = run_job(["prompts.prompts=[strawberry,fox]", "tracker=none", f"lora.adapters=[{adapter}]"], tmp_path)
     for image in result.candidate.images:
         hsv = np.asarray(image.convert("HSV"), dtype=np.float32) / 255
@@ -108,8 +109,9 @@ def test_ink_is_black_on_white(tmp_path: Path) -> None:
 @pytest.mark.parametrize("style", ["ink", "gloss"])
 def test_shipped_loras_say_what_they_are(style: str) -> None:
     file = read_lora(SHIPPED / f"{style}.safetensors")
-    assert trigger_words(file.metadata) == f"{style} style" and file.metadata["ss_base_model_version"] == "int8run-tiny"
-    assert file.ranks == [8] and not file.unknown
+    assert trigger_words(file.path, file.metadata).words == (f"{style} style",)
+    assert file.metadata["ss_base_model_version"] == "int8run-tiny"
+    assert list(file.ranks) == [8] and not file.unknown
     with safe_open(file.path, framework="pt") as opened:
         assert all(opened.get_slice(key).get_dtype() == "F16" for key in opened.keys())  # noqa: SIM118 - not a dict
 

@@ -36,8 +36,8 @@ def build_with(backend: str, outlier: str, batch: int) -> tuple[Built, Mapping[s
     with initialize_config_module("int8run.conf", version_base="1.3"):
         spec = to_spec(compose("config", overrides))
     wanted = samples(["red apple"] * batch, 1, 0)
-    built = build(spec, wanted, Progress(False))
-    return built, record_call(built.pipe, built.component, built.denoisers["float"], wanted, spec.sampler.over(spec.model.sampling))
+    built = build(spec, wanted, [], Progress(False))
+    return built, record_call(built.pipe, built.component, built.denoisers["float"], wanted, spec.sampling)
 
 
 @torch.no_grad()

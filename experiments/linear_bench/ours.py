@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from int8run.backends.base import Backend
 from int8run.errors import BackendError
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
-from int8run.layers.linear import LowRank
-from int8run.lora.apply import DynamicBranches, Matches
+from int8run.layers.linear import LowRankBranch
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
+from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import quantize_weight
-from int8run.quantize import Int8Settings, check_backend, install, plan_layers, quantized_layers
+from int8run.quantize import Int8Settings, check_backend, int8_layers, plan_layers, quantized_layers
 
 CPU_BACKENDS = {"reference": "Reference", "torch_int_mm": "TorchIntMM", "onednn": "OneDnn", "vnni": "Vnni"}
 OUTLIERS = {"none": NoOutlier(), "convrot": ConvRot(256)}
@@ -46,15 +46,17 @@ def int8_layer(case: Case, chosen: Backend, outlier: str = "none") -> nn.Module:
     model = case.linear()
     plans = plan_layers(model, lambda name: None)
     check_backend(chosen, case.x.device, plans)
-    install(model, quantized_layers(model, plans, OUTLIERS[outlier]), chosen, Int8Settings(), {"0": case.x.shape[0]})
-    return model[0]
+    layers = quantized_layers(model, plans, {"0": OUTLIERS[outlier]}, AbsMax(), {})
+    return int8_layers(model, layers, chosen, Int8Settings(), {"0": case.x.shape[0]})["0"]
 
 
-def with_branch(case: Case, layer: nn.Module) -> nn.Module:
+def with_branch(case: Case, layer: Any) -> nn.Module:
     """The layer with the case's LoRA beside it, attached as the runner attaches a stack."""
     assert case.lora_A is not None and case.lora_B is not None
-    matches = Matches({"0": [(0, LowRank(case.lora_A, case.lora_B, 1.0))]}, ())
-    DynamicBranches(nn.Sequential(layer), matches).set_strengths([1.0])
+    branch = LowRankBranch([(case.lora_A, case.lora_B)], case.x.dtype, case.x.device)
+    branch.fuse(layer.backend, layer.transform)
+    branch.set_strengths([1.0])
+    layer.adapter = branch
     return layer
 
 

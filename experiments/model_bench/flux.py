@@ -10,8 +10,9 @@ from diffusers import FluxTransformer2DModel
 from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 
-from int8run.build import quantize
-from int8run.models.family import KeepRule, ModelFamily
+from int8run.convert import to_int8
+from int8run.models.family import KeepRule, ModelFamily, Sampling
+from int8run.models.loader import Loaded
 from int8run.precheck import to_spec
 from int8run.quantize import plan_layers
 from int8run.report.terminal import Progress
@@ -98,7 +99,9 @@ def int8run(
     """The INT8 copy as the runner makes it; it shares the float tensors. `without`: facts of the family that are left out."""
     rules = replace(family(model, layers), **dict.fromkeys(without, ()))
     plans = plan_layers(model, rules.why_float)
-    return quantize(model, plans, call, spec(backend, outlier, *more), rules, Progress(False))
+    # a pipeline draws the pictures of a calibration; none is asked for here
+    loaded = Loaded(pipe=None, component="", denoiser=model, scheduler=None, family=rules, sampling=Sampling(), seconds=0.0)
+    return to_int8(loaded, plans, call, spec(backend, outlier, *more), Progress(False))[0]
 
 
 def relative_error(y: Tensor, reference: Tensor) -> float:

@@ -6,9 +6,9 @@ instructions saturates. The choice is kept in a small file, so that the same con
 
 import logging
 import statistics
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,11 +19,10 @@ from int8run.backends.reference import Reference
 from int8run.backends.table import ChoiceTable
 from int8run.errors import BackendError, in_range
 from int8run.quant.weight import QuantizedWeight, quantize_weight
+from int8run.timing import in_turns, steady
 
 log = logging.getLogger(__name__)
 MAX_REL_ERR = 1e-3
-# median over the shortest time, beyond which a measurement says more about the machine's other work than about a backend
-MOST_SCATTER = 2.0
 
 
 @dataclass(frozen=True)
@@ -108,29 +107,19 @@ class Chooser:
         generator = torch.Generator().manual_seed(0)
         draw = lambda *shape: torch.randn(shape, generator=generator).to(self.device)  # noqa: E731
         weight, x = quantize_weight(draw(out_features, in_features)), draw(rows, in_features).to(self.dtype)
-        runs = [(b, b.pack(weight)) for b in backends]
+        runs = {b.name: (b, b.pack(weight)) for b in backends}
         scale, bias = weight.scale[:, 0].contiguous(), draw(out_features)
-        seconds: dict[str, list[float]] = {b.name: [] for b, _ in runs}
-        for _ in range(self.rounds + 1):  # the first round warms up
-            for backend, packed in runs:
-                seconds[backend.name].append(self.timed(backend, packed, x, scale, bias))
-        medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+        calls = [partial(run_layer, b, x, packed, scale, bias) for b, packed in runs.values()]
+        seconds = dict(zip(runs, in_turns(calls, self.device, self.rounds), strict=True))
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
         # what scatters matters for the fastest, and for those that were as fast once
-        rivals = [times[1:] for times in seconds.values() if min(times[1:]) <= min(medians.values())]
+        rivals = [times for times in seconds.values() if min(times) <= min(medians.values())]
         self.steady = all(map(steady, rivals))
         return medians
 
     def correct(self, backends: Iterable[Backend], in_features: int) -> list[Backend]:
         """Those that compute the right numbers; the others are named in the log with the reason."""
         return [b for b in backends if self.agrees(b, in_features)]
-
-    def timed(self, backend: Backend, packed: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> float:
-        """Seconds of one call, device-synchronised."""
-        started = time.perf_counter()
-        run_layer(backend, x, packed, scale, bias)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - started
 
     def agrees(self, backend: Backend, in_features: int) -> bool:
         """Whether full-range integers come out right: +127 everywhere makes the largest sums there are.
@@ -157,8 +146,3 @@ class Chooser:
 def question(candidates: Iterable[str], shape: tuple[int, int, int]) -> str:
     """What the table is asked: which of these candidates, by their names, for this shape."""
     return f"{','.join(sorted(candidates))} | {'x'.join(map(str, shape))}"
-
-
-def steady(times: Sequence[float]) -> bool:
-    """Whether a machine that repeats itself measured these; where others use it, some calls take several times as long."""
-    return statistics.median(times) <= MOST_SCATTER * min(times)

@@ -1,17 +1,19 @@
 """Generate with one denoiser or several in turn, and keep what the metrics need: pictures, latents, step times."""
 
 import inspect
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from int8run.errors import ConfigError
 from int8run.generate.prompts import Sample
 from int8run.models.family import Sampling
+from int8run.timing import now
 
 
 @dataclass
@@ -23,36 +25,88 @@ class Generation:
     step_seconds: list[list[float]] = field(default_factory=list)  # per batch, per step
     image_seconds: list[float] = field(default_factory=list)  # per image, text encoding and decoding included
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the pictures and latents."""
+        return sum(t.nbytes for t in self.trajectories) + sum(3 * im.width * im.height for im in self.images)
+
+
+# encoded prompts that are remembered; of FLUX, each takes 4 MB on the device
+MOST_PROMPTS = 64
+# called with the fraction of the steps that is done, before the step that comes next
+OnFraction = Callable[[float], None]
+
 
 class StepClock:
     """Times the steps of one pipeline call from step end to step end, and keeps the latents of each.
 
     The first step counts from the start of the call, text encoding included. A hook on the denoiser would separate the
     two, but it cannot be compiled with it.
+
+    Args:
+        between: called between two steps; its time is nobody's.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.marks = [now(device)]
+    def __init__(self, device: torch.device, between: OnFraction = lambda fraction: None):
+        self.device, self.between = device, between
+        self.started = self.last = now(device)
+        self.seconds: list[float] = []
+        self.paused = 0.0
         self.latents: list[Tensor] = []
 
     def step_end(self, pipe: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """diffusers' `callback_on_step_end`."""
-        self.marks.append(now(self.device))
+        ended = now(self.device)
+        self.seconds.append(ended - self.last)
         self.latents.append(tensors["latents"].detach().float().cpu())
+        self.between((step + 1) / pipe.num_timesteps)
+        self.last = now(self.device)
+        self.paused += self.last - ended
         return {}
 
-    @property
-    def seconds(self) -> list[float]:
-        """Seconds of each step."""
-        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
 
+class TextCache:
+    """A pipeline's `encode_prompt` that remembers: equal prompts are encoded once, for both denoisers and all jobs of a sweep.
 
-def now(device: torch.device) -> float:
-    """A device-synchronised clock, in seconds."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    What was saved is counted, so that speeds stay those of a pipeline that encodes every time.
+    """
+
+    def __init__(self, encode: Callable[..., Any], device: torch.device):
+        self.encode, self.device = encode, device
+        self.known: dict[str, tuple[Any, float]] = {}
+        self.saved = 0.0
+
+    @staticmethod
+    def of(pipe: DiffusionPipeline) -> "TextCache":
+        """The pipeline's cache, put in place at the first call; a pipeline without `encode_prompt` is left as it is."""
+        encode = getattr(pipe, "encode_prompt", None)
+        if isinstance(encode, TextCache):
+            return encode
+        cache = TextCache(encode or (lambda: None), pipe.device)
+        if encode is not None:
+            pipe.encode_prompt = cache
+        return cache
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`encode_prompt` itself; a call that brings tensors of its own is not remembered."""
+        given = [*args, *kwargs.values()]
+        if any(isinstance(value, Tensor) for value in given):
+            return self.encode(*args, **kwargs)
+        key = repr((args, sorted(kwargs.items())))
+        if key in self.known:
+            found, seconds = self.known[key]
+            self.saved += seconds
+            return found
+        started = now(self.device)
+        found = self.encode(*args, **kwargs)
+        self.known[key] = (found, now(self.device) - started)
+        if len(self.known) > MOST_PROMPTS:  # the oldest goes first
+            del self.known[next(iter(self.known))]
+        return found
+
+    def clear(self) -> None:
+        """Forget all: the text encoders have changed."""
+        self.known.clear()
 
 
 def generate(
@@ -62,6 +116,7 @@ def generate(
     samples: Sequence[Sample],
     sampling: Sampling,
     on_batch: Callable[[str, Sequence[Sample], "Generation"], None] = lambda name, batch, made: None,
+    on_fraction: OnFraction = lambda fraction: None,
 ) -> dict[str, Generation]:
     """Run every batch of samples through each denoiser in turn, so that both meet the same machine.
 
@@ -71,6 +126,7 @@ def generate(
         component: name of the pipeline's denoiser component.
         denoisers: by name, modules that can take that component's place.
         on_batch: called after each batch with the denoiser's name, the samples and the Generation so far.
+        on_fraction: called before each step with the fraction of the steps that is done.
     """
     made = {name: Generation() for name in denoisers}
     device = pipe.device
@@ -79,9 +135,13 @@ def generate(
         order = list(denoisers.items())
         for name, denoiser in order if number % 2 == 0 else reversed(order):
             pipe.register_modules(**{component: denoiser})
-            clock = StepClock(device)
+            texts = TextCache.of(pipe)
+            saved = texts.saved
+            on_fraction(0.0)
+            clock = StepClock(device, on_fraction)
             images = call(pipe, batch, sampling, clock.step_end)
-            seconds = now(device) - clock.marks[0]
+            # as if every call had encoded its own text
+            seconds = now(device) - clock.started - clock.paused + texts.saved - saved
             generation = made[name]
             generation.images += images
             generation.trajectories += list(torch.stack(clock.latents).unbind(dim=1))
@@ -101,11 +161,19 @@ def call(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, s
         "width": sampling.width,
         **sampling.extra,
     }
-    return pipe(
-        **{k: v for k, v in arguments.items() if v is not None},
-        generator=[torch.Generator().manual_seed(s.seed) for s in batch],
-        callback_on_step_end=step_end,
-    ).images
+    try:
+        return pipe(
+            **{k: v for k, v in arguments.items() if v is not None},
+            generator=[torch.Generator().manual_seed(s.seed) for s in batch],
+            callback_on_step_end=step_end,
+        ).images
+    except ValueError as error:
+        if sampling.scheduler is None:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"sampler.scheduler={sampling.scheduler} cannot be used with {type(pipe).__name__}: {reason}; choose another one"
+        ) from error
 
 
 def unknown_arguments(pipe: DiffusionPipeline, sampling: Sampling) -> list[str]:

@@ -12,6 +12,9 @@ from int8run.kernels.quantize_rowwise.reference import gelu_columns
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.weight import QuantizedWeight
 
+# unit vectors that are multiplied at a time to read a weight back
+UNIT_ROWS = 1024
+
 
 def linear_at(model: nn.Module, name: str) -> nn.Linear:
     """The Linear of that name.
@@ -34,36 +37,27 @@ class QuantizedLayer:
     bias: Tensor | None
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """One low-rank change of a layer: `delta W = strength * scale * lora_B @ lora_A`."""
-
-    lora_A: Tensor  # [r, K]
-    lora_B: Tensor  # [N, r]
-    scale: float  # alpha / r
-
-    def delta(self) -> Tensor:
-        """The change at strength 1, in float32. Returns [N, K]."""
-        return self.scale * (self.lora_B.float() @ self.lora_A.float())
-
-
 class LowRankBranch(nn.Module):
     """The low-rank changes of one layer at run time, their ranks concatenated: `y += ((x Aᵀ) * strengths) Bᵀ`.
 
     The strengths are one vector on the device, an entry per rank. A change of strength writes that vector and nothing else, so
     that a compiled model stays compiled. With all of them 0 the branch is skipped, except in compiled code.
+
+    Args:
+        parts: (lora_A [r, K], lora_B [N, r]) of each LoRA, its alpha / r multiplied in.
+        dtype: dtype of the float model.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     strengths: Tensor
 
-    def __init__(self, parts: Sequence[LowRank], dtype: torch.dtype, device: torch.device):
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.ranks = tuple(p.lora_A.shape[0] for p in parts)
+        self.ranks = tuple(lora_A.shape[0] for lora_A, _ in parts)
         self.idle = True
-        lora_A = torch.cat([p.lora_A.float() for p in parts])
-        lora_B = torch.cat([p.lora_B.float() * p.scale for p in parts], dim=1)
+        lora_A = torch.cat([lora_A.float() for lora_A, _ in parts])
+        lora_B = torch.cat([lora_B.float() for _, lora_B in parts], dim=1)
         self.register_buffer("lora_A", lora_A.to(device, dtype), persistent=False)
         self.register_buffer("lora_B", lora_B.to(device, dtype), persistent=False)
         self.register_buffer("strengths", torch.zeros(sum(self.ranks), device=device), persistent=False)
@@ -156,6 +150,28 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
         # dequantized once: a fallback that did it at every call would cost more than it saves
         self.register_buffer("float_weight", layer.weight.dequantize(dtype) if float_rows else None, persistent=False)
+
+    def set_weight(self, weight: QuantizedWeight) -> None:
+        """Put another weight of the same shape in place, in the transform's basis; a compiled model stays compiled."""
+        self.packed, self.scale = self.backend.pack(weight), weight.scale[:, 0].contiguous()
+        if self.float_weight is not None:
+            self.float_weight = weight.dequantize(self.dtype)
+
+    @torch.no_grad()
+    def integers(self) -> Tensor:
+        """The weight's integers out of the backend's own layout: its products with the unit vectors, exact. Returns int8 [N, K]."""
+        ones = torch.ones_like(self.scale)
+        columns = []
+        for start in range(0, self.in_features, UNIT_ROWS):
+            unit = torch.zeros(min(UNIT_ROWS, self.in_features - start), self.in_features, device=self.scale.device)
+            unit[:, start:].fill_diagonal_(1.0)
+            quantized = self.backend.quantize(unit, None, None, -1, None)
+            columns.append(self.backend.linear(quantized, self.packed, ones, None, torch.float32, None, None).round().to(torch.int8))
+        return torch.cat(columns).T.contiguous()
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """Integers and scales of the weight, in the transform's basis."""
+        return QuantizedWeight(self.integers(), self.scale[:, None].clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., K] -> [..., N], in x's dtype."""

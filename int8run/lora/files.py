@@ -1,51 +1,95 @@
-"""Find and read LoRA files: names to low-rank pairs, header facts to show."""
+"""Find and read LoRA files: tensors to changes of modules, under the names that the file gives them."""
 
 import difflib
+import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from int8run.errors import LoraError
-from int8run.layers.linear import LowRank
+from int8run.lora.keys import DENOISER, TEXT, TEXT_2, TEXT_3, split_key
+from int8run.lora.kinds import IA3, Change, Core, Diff, DoRA, LoHa, LoKr, LoRA, Pair
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "lora"
-# suffixes of the two halves in the PEFT, diffusers and ComfyUI layouts
-DOWN = (".lora_A.default.weight", ".lora_A.weight", ".lora_down.weight")
-UP = (".lora_B.default.weight", ".lora_B.weight", ".lora_up.weight")
-ALPHA = ".alpha"
-DENOISER_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "unet.")
-TRIGGER_KEYS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_phrase", "instance_prompt")
+PICKLED = (".pt", ".bin", ".ckpt", ".pth")
+# beyond these a file is told of: a scale that is often a mistake, a value that no training ends at
+USUAL_SCALES = (0.05, 4.0)
+USUAL_VALUE = 1e3
+# how messages name the parts of a low-rank pair
+WORDS = {"down": "lora_A (down)", "up": "lora_B (up)"}
+# parts that say how a change is meant and are none themselves
+BESIDE = {"alpha", "dora_scale", "magnitude", "down_scale", "up_scale", "on_input"}
+BIASES = {"diff_b", "b_norm", "up_bias"}
+# components by their names in the header that diffusers writes
+HEADER_COMPONENTS = {"transformer": DENOISER, "unet": DENOISER} | {name: name for name in (TEXT, TEXT_2, TEXT_3)}
+
+Parts = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What a file holds: low-rank pairs by module name, keys of no known kind, and the header's own words."""
+    """What a file holds.
+
+    Args:
+        changes: component -> module name as in the file, without prefixes -> what is done to that module.
+        unknown: keys that nothing is done with, each with the reason.
+        metadata: the header's own words, untrusted.
+        notes: what a user should know of the file before using it.
+    """
 
     path: Path
-    pairs: Mapping[str, LowRank]
-    unknown: tuple[str, ...]
+    changes: Mapping[str, Mapping[str, Change]]
+    unknown: tuple[tuple[str, str], ...]
     metadata: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     @property
-    def ranks(self) -> list[int]:
-        """The different ranks in the file."""
-        return sorted({p.lora_A.shape[0] for p in self.pairs.values()})
+    def all_changes(self) -> list[Change]:
+        """Of all components."""
+        return [change for by_name in self.changes.values() for change in by_name.values()]
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """How many modules each kind changes."""
+        return Counter(change.kind for change in self.all_changes)
+
+    @property
+    def ranks(self) -> Counter[int]:
+        """How many modules have each rank."""
+        return Counter(c.core.rank for c in self.all_changes if c.core is not None and c.core.rank is not None)
+
+    @property
+    def scales(self) -> Counter[float]:
+        """How many modules have each alpha / rank."""
+        return Counter(c.core.scale for c in self.all_changes if c.core is not None and c.core.rank is not None)
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the tensors' bytes: equal for copies of a file, whatever their names and headers say."""
+        with self.path.open("rb") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_lora(source: str, weight_name: str | None) -> Path:
-    """The file of a source: a path, a shipped name, or a hub id with `weight_name`.
+def find_lora(source: str, weight_name: str | None, folder: Path | None = None) -> Path:
+    """The file of a source: a path, a name in `folder`, a shipped name, or a hub id with `weight_name`.
+
+    Names may leave `.safetensors` out.
 
     Raises:
-        LoraError: naming the path tried, the folder searched and the nearest names in it.
+        LoraError: naming the path tried, the folders searched and the nearest names in them.
     """
     name = Path(weight_name or source)
-    if name.suffix.lower() in (".pt", ".bin", ".ckpt", ".pth"):
+    if name.suffix.lower() in PICKLED:
         raise LoraError(f"{name} is a pickled file, which can run code when opened; convert it to .safetensors first")
     if weight_name is not None:
         from huggingface_hub import hf_hub_download
@@ -57,90 +101,346 @@ def find_lora(source: str, weight_name: str | None) -> Path:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise LoraError(f"LoRA {weight_name!r} of {source!r} could not be had from the hub: {reason}") from error
     path = Path(source).expanduser()
-    shipped = SHIPPED / f"{source}.safetensors"
-    for candidate in (path, shipped):
+    named = path.suffix.lower() == ".safetensors"
+    file = path if named else Path(f"{path}.safetensors")
+    bare = path.parent == Path()
+    homes = [] if path.is_absolute() else [home for home in (folder, SHIPPED if bare else None) if home is not None]
+    for candidate in (path, *(home.expanduser() / file for home in homes)):
         if candidate.is_file():
             return candidate
-    folder = path.parent if path.suffix or path.parent != Path() else SHIPPED
-    there = sorted(p.name if path.suffix else p.stem for p in folder.glob("*.safetensors")) if folder.is_dir() else []
+    places = ([path.parent] if named or not bare else []) + [(home.expanduser() / file).parent for home in homes]
+    there = sorted({p.name if named else p.stem for place in places if place.is_dir() for p in place.glob("*.safetensors")})
     near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.0)
     nearest = f"; nearest there: {', '.join(near)}" if near else "; no .safetensors file there"
-    raise LoraError(f"LoRA file not found: {path}; searched {folder.resolve()}{nearest}")
+    raise LoraError(f"LoRA file not found: {path}; searched {', '.join(str(p.resolve()) for p in places)}{nearest}")
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read the low-rank pairs of the denoiser from a PEFT, diffusers or ComfyUI style file.
+    """Read every change in a file, and check what can be told without the model it is for.
 
     The scale is `alpha / rank`, from `<module>.alpha` or the PEFT header (`lora_adapter_metadata`), else 1.
 
     Raises:
-        LoraError: for a damaged file, a half pair, or shapes that do not fit each other.
+        LoraError: for a damaged file, a module with parts missing or that do not fit each other, integers without their scale,
+            a name that is there twice, or values that are not finite.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            return read_modules(path, list(file.keys()), file.get_tensor, metadata)
     except (SafetensorError, OSError) as error:
         raise LoraError(f"{path} is not a readable safetensors file: {error}") from error
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        name, part = split_key(key)
+
+
+def read_modules(path: Path, keys: Iterable[str], get_tensor: Callable[[str], Tensor], metadata: Mapping[str, str]) -> LoraFile:
+    """`read_lora` of an open file: its keys by module, then one module after the other."""
+    modules: dict[tuple[str, str], dict[str, str]] = {}
+    unknown: dict[str, str] = {}
+    unsupported: dict[tuple[str, str], str] = {}
+    for key in keys:
+        component, name, part, reason = split_key(key)
         if part is None:
-            unknown.append(key)
-        else:
-            halves.setdefault(strip_prefixes(name), {})[part] = tensor
-    pairs = {}
-    for name, half in halves.items():
-        if "down" not in half or "up" not in half:
-            missing = "lora_B (up)" if "down" in half else "lora_A (down)"
-            raise LoraError(f"{path}: {name} has no {missing}; the file is incomplete")
-        down, up = half["down"], half["up"]
-        if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
-            shapes = f"lora_A {list(down.shape)}, lora_B {list(up.shape)}"
-            raise LoraError(f"{path}: {name} has {shapes}; a pair is [rank, in] and [out, rank]")
-        pairs[name] = LowRank(down, up, scale_of(name, down.shape[0], half.get("alpha"), metadata))
-    return LoraFile(path, pairs, tuple(unknown), metadata)
+            unknown[key] = reason
+            if reason.startswith("unsupported"):
+                unsupported[component, name] = reason
+        elif (twice := modules.setdefault((component, name), {}).setdefault(part, key)) != key:
+            raise LoraError(f"{path}: {name} is in the file twice, as {twice} and {key}; which one is meant cannot be told")
+    header, survey = PeftHeader(metadata), Survey()
+    changes: dict[str, dict[str, Change]] = {}
+    for (component, name), by_part in modules.items():
+        # without a part that is not applied, the rest would be another LoRA
+        why_not = unsupported.get((component, name)) or pointless(by_part.keys())
+        if why_not:
+            unknown |= dict.fromkeys(by_part.values(), why_not)
+            continue
+        try:
+            parts = dequantized({part: readable(part, get_tensor(key)) for part, key in by_part.items()})
+            peaks = finite_peaks(parts)
+            change = build(parts, partial(header.scale, component, name, parts.get("alpha")))
+        except LoraError as error:
+            raise LoraError(f"{path}: {name} {error}") from error
+        survey.add(name, peaks, change)
+        changes.setdefault(component, {})[name] = change
+    return LoraFile(path, changes, tuple(unknown.items()), metadata, survey.notes())
 
 
-def split_key(key: str) -> tuple[str, str | None]:
-    """`a.b.lora_A.weight` -> (`a.b`, `down`); part is None for a key of no known kind."""
-    for suffixes, part in ((DOWN, "down"), (UP, "up"), ((ALPHA,), "alpha")):
-        for suffix in suffixes:
-            if key.endswith(suffix):
-                return key.removesuffix(suffix), part
-    return key, None
+def pointless(parts: Iterable[str]) -> str | None:
+    """Why a module's parts do nothing; None: they do something."""
+    if set(parts) == {"alpha"}:
+        return "an alpha without a change"
+    if "weight" in parts and "on_input" not in parts:
+        return "a weight of a model, not a change of one"
+    return None
 
 
-def strip_prefixes(name: str) -> str:
-    """Remove component prefixes, which may nest, until none is left."""
-    for prefix in DENOISER_PREFIXES:
-        if name.startswith(prefix):
-            return strip_prefixes(name.removeprefix(prefix))
-    return name
+def readable(part: str, tensor: Tensor) -> Tensor:
+    """The tensor in a dtype that PyTorch computes in: 8-bit floats become bfloat16, which has all their values."""
+    if tensor.numel() == 0:
+        raise LoraError(f"has an empty {WORDS.get(part, part)}; the file is broken")
+    if tensor.is_complex():
+        raise LoraError(f"has a {WORDS.get(part, part)} of {dtype_name(tensor)}; the file is broken")
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
-def scale_of(name: str, rank: int, alpha: torch.Tensor | None, metadata: Mapping[str, str]) -> float:
-    """alpha / rank; an `.alpha` tensor wins over the header; alpha 0 means rank, as in kohya's files."""
-    if alpha is not None:
-        return (alpha.item() or rank) / rank
-    try:
-        peft = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except json.JSONDecodeError:
-        return 1.0
-    if not isinstance(peft, dict):
-        return 1.0
-    by_name = {strip_prefixes(key): value for key, value in peft.items()}
-    patterns = by_name.get("alpha_pattern") or {}
-    try:
-        value = next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), by_name.get("lora_alpha"))
-    except re.error as error:
-        raise LoraError(f"the file's alpha_pattern is no regular expression: {error}") from error
-    if value is None:
-        return 1.0
-    return value / math.sqrt(rank) if by_name.get("use_rslora") else value / rank
+def finite_peaks(parts: Parts) -> dict[str, float]:
+    """The largest magnitude of each part.
+
+    Raises:
+        LoraError: for NaN or infinity.
+    """
+    peaks = {part: tensor.abs().max().item() for part, tensor in parts.items() if part != "on_input"}
+    for part, peak in peaks.items():
+        if not math.isfinite(peak):
+            raise LoraError(f"has values that are not finite numbers in its {WORDS.get(part, part)}; the file is broken")
+    return peaks
 
 
-def trigger_words(metadata: Mapping[str, str]) -> str | None:
-    """The first trigger words that the header names, at most 200 characters of them."""
-    return next((metadata[key][:200] for key in TRIGGER_KEYS if metadata.get(key)), None)
+def dequantized(parts: Parts) -> dict[str, Tensor]:
+    """The parts with quantized halves multiplied out.
+
+    Raises:
+        LoraError: integers without their scales, or packed ones.
+    """
+    floats = dict(parts)
+    for half in ("down", "up"):
+        scale = floats.pop(f"{half}_scale", None)
+        if scale is not None:
+            (tensor,) = need(parts, half)
+            if tensor.dtype != torch.int8 and not tensor.is_floating_point():
+                raise LoraError(f"has a {WORDS[half]} of {dtype_name(tensor)}; only int8 and floats are multiplied by a scale")
+            if scale.numel() not in (1, tensor.shape[0]):
+                raise LoraError(f"has {scale.numel()} scales for the {tensor.shape[0]} rows of its {WORDS[half]}; the file is broken")
+            floats[half] = tensor.float() * scale.float().reshape(-1, *[1] * (tensor.dim() - 1))
+    for part, tensor in floats.items():
+        if part not in BESIDE and not tensor.is_floating_point():
+            raise LoraError(
+                f"has a {WORDS.get(part, part)} of {dtype_name(tensor)} without a scale (scale_weight); "
+                "the file was quantized and its scales are gone: take the unquantized one"
+            )
+    return floats
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """torch.int8 -> int8."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def build(parts: Parts, scale_of: Callable[[int], float]) -> Change:
+    """The change that a module's parts make together. `scale_of`: rank -> alpha / rank.
+
+    Raises:
+        LoraError: parts missing, of several kinds, or that do not fit each other.
+    """
+    kinds = [recipe for marks, recipe in RECIPES if marks & parts.keys()]
+    if len(kinds) > 1:
+        raise LoraError(f"has parts of several kinds: {', '.join(sorted(parts.keys() - BESIDE))}; one kind a module can be applied")
+    core = kinds[0](parts, scale_of) if kinds else None
+    biases = [parts[part].float().flatten() for part in ("diff_b", "b_norm") if part in parts]
+    if core is not None and "up_bias" in parts:
+        biases.append(core.scale * parts["up_bias"].float().flatten())
+    norms = [parts[part] for part in ("dora_scale", "magnitude") if part in parts]
+    if norms:
+        core = with_norms(core, norms[0], per_row="magnitude" in parts)
+        if "up_bias" in parts:
+            raise LoraError("has DoRA norms and a bias of lora_B; PEFT trains no such LoRA, and no rule says what it does")
+    if len({bias.shape for bias in biases}) > 1:
+        raise LoraError("has biases of several lengths; the file is broken")
+    return Change(core, sum(biases[1:], biases[0]) if biases else None)
+
+
+def missing(part: str) -> LoraError:
+    """The error for a part that is not there."""
+    return LoraError(f"has no {WORDS.get(part, part)}; the file is incomplete")
+
+
+def need(parts: Parts, *names: str) -> list[Tensor]:
+    """The named parts.
+
+    Raises:
+        LoraError: for the first that is not there.
+    """
+    for name in names:
+        if name not in parts:
+            raise missing(name)
+    return [parts[name] for name in names]
+
+
+def lora(parts: Parts, scale_of: Callable[[int], float]) -> LoRA:
+    """A low-rank pair."""
+    down, up = need(parts, "down", "up")
+    return LoRA(down, up, scale_of(rank_of(("lora_A", down), ("lora_B", up), parts.get("mid"))), parts.get("mid"))
+
+
+def rank_of(down: tuple[str, Tensor], up: tuple[str, Tensor], mid: Tensor | None) -> int:
+    """The rank of a pair `up @ down`, with a Tucker core between them where there is one.
+
+    Raises:
+        LoraError: when they are no pair.
+    """
+    (down_name, a), (up_name, b) = down, up
+    fits = a.dim() >= 2 and b.dim() >= 2 and math.prod(b.shape[2:]) == 1
+    if fits and mid is None and a.shape[0] == b.shape[1]:
+        return a.shape[0]
+    if fits and mid is not None and mid.dim() >= 2 and mid.shape[:2] == (b.shape[1], a.shape[0]) and math.prod(a.shape[2:]) == 1:
+        return a.shape[0]
+    middle = "" if mid is None else f", core {list(mid.shape)}"
+    ranks = f"rank {a.shape[0]} and rank {b.shape[1]}: " if fits and a.shape[0] != b.shape[1] else ""
+    raise LoraError(
+        f"has {down_name} {list(a.shape)}, {up_name} {list(b.shape)}{middle}; "
+        f"{ranks}a pair is [rank, in] and [out, rank], and the file is broken"
+    )
+
+
+def pair(parts: Parts, up: str, down: str, mid: str) -> Pair:
+    """A low-rank factor of LyCORIS. Beside a core its first half is stored the other way round, [rank, out]."""
+    core = parts.get(mid)
+    a, b = need(parts, up, down)
+    a = a.T if core is not None and a.dim() == 2 else a
+    rank_of((down, b), (up, a), core)
+    return Pair(a, b, core)
+
+
+def loha(parts: Parts, scale_of: Callable[[int], float]) -> LoHa:
+    """Two low-rank factors, multiplied elementwise."""
+    first, second = pair(parts, "hada_w1_a", "hada_w1_b", "hada_t1"), pair(parts, "hada_w2_a", "hada_w2_b", "hada_t2")
+    if first.shape != second.shape:
+        raise LoraError(f"has LoHa factors of {list(first.shape)} and {list(second.shape)}; they must be equal, the file is broken")
+    return LoHa(first, second, scale_of(first.down.shape[0]))
+
+
+def lokr(parts: Parts, scale_of: Callable[[int], float]) -> LoKr:
+    """Two factors of a Kronecker product. Two full ones have scale 1, whatever the file's alpha says."""
+    factors: list[Tensor | Pair] = []
+    for name in ("lokr_w1", "lokr_w2"):
+        halves = {f"{name}_a", f"{name}_b"} & parts.keys()
+        if name in parts and halves:
+            raise LoraError(f"has {name} both whole and as {' and '.join(sorted(halves))}; the file is broken")
+        if not halves and parts.get(name) is None:
+            raise missing(name)
+        factors.append(pair(parts, f"{name}_a", f"{name}_b", name.replace("w", "t")) if halves else parts[name])
+    w1, w2 = factors
+    if len(w1.shape) != 2 or len(w2.shape) < 2:
+        raise LoraError(f"has LoKr factors of {list(w1.shape)} and {list(w2.shape)}; two matrices are needed, the file is broken")
+    made = LoKr(w1, w2)
+    return made if made.rank is None else LoKr(w1, w2, scale_of(made.rank))
+
+
+def diff(parts: Parts, scale_of: Callable[[int], float]) -> Diff:
+    """The change itself."""
+    return Diff(parts["diff"])
+
+
+def norm(parts: Parts, scale_of: Callable[[int], float]) -> Diff:
+    """The change of a norm's weight."""
+    return Diff(parts["w_norm"], "norm")
+
+
+def ia3(parts: Parts, scale_of: Callable[[int], float]) -> IA3:
+    """A factor per row or column; convolutions store it with dimensions of 1."""
+    weight, on_input = need(parts, "weight", "on_input")
+    return IA3(weight.flatten(), bool(on_input.flatten()[0]))
+
+
+# parts that only one kind has -> its recipe
+RECIPES: tuple[tuple[set[str], Callable[[Parts, Callable[[int], float]], Core]], ...] = (
+    ({"down", "up", "mid", "up_bias"}, lora),
+    ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}, loha),
+    ({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}, lokr),
+    ({"diff"}, diff),
+    ({"w_norm"}, norm),
+    ({"weight", "on_input"}, ia3),
+)
+
+
+def with_norms(core: Core | None, norms: Tensor, per_row: bool) -> DoRA:
+    """DoRA around a low-rank kind. Row norms are [out, 1, ...], column norms [1, in, ...]; PEFT's (`per_row`) are always of rows."""
+    if not isinstance(core, LoRA | LoHa | LoKr):
+        raise LoraError("has DoRA norms without a low-rank change; the file is incomplete")
+    on_input = not per_row and norms.dim() > 1 and norms.shape[0] == 1 and norms.numel() > 1
+    if max(norms.shape, default=0) != norms.numel():
+        raise LoraError(f"has DoRA norms of shape {list(norms.shape)}; they are [out, 1] or [1, in], the file is broken")
+    if not on_input and norms.numel() != core.rows:
+        raise LoraError(f"has {norms.numel()} DoRA norms for {core.rows} rows; the file is broken")
+    return DoRA(core, norms.flatten(), on_input)
+
+
+class PeftHeader:
+    """Settings of the adapters as diffusers writes them into the header, by component."""
+
+    def __init__(self, metadata: Mapping[str, str]):
+        try:
+            settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        except (json.JSONDecodeError, RecursionError):
+            settings = None
+        self.by_component: dict[str | None, dict[str, object]] = {}
+        for key, value in settings.items() if isinstance(settings, dict) else ():
+            first, _, rest = key.partition(".")
+            component, setting = (HEADER_COMPONENTS[first], rest) if first in HEADER_COMPONENTS and rest else (None, key)
+            self.by_component.setdefault(component, {})[setting] = value
+
+    def scale(self, component: str, name: str, alpha: Tensor | None, rank: int) -> float:
+        """alpha / rank, or alpha / sqrt(rank) where the header says rsLoRA. An `.alpha` tensor wins; 0 means rank, as in kohya's files.
+
+        Raises:
+            LoraError: an alpha that is no number, or a pattern that is no regular expression.
+        """
+        if alpha is not None:
+            if alpha.numel() != 1:
+                raise LoraError(f"has an alpha of shape {list(alpha.shape)}; it is one number, the file is broken")
+            return (alpha.item() or rank) / rank
+        settings = self.by_component.get(None, {}) | self.by_component.get(component, {})
+        patterns = settings.get("alpha_pattern")
+        try:
+            matching = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)) if isinstance(patterns, dict) else iter(())
+            value = next(matching, settings.get("lora_alpha"))
+        except re.error as error:
+            raise LoraError(f"cannot be scaled: the file's alpha_pattern is no regular expression: {error}") from error
+        if value is None:
+            return 1.0
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise LoraError(f"cannot be scaled: the file's lora_alpha is {value!r}, which is no number")
+        return value / math.sqrt(rank) if settings.get("use_rslora") else value / rank
+
+
+class Survey:
+    """What is odd about a file's modules, gathered for one line each."""
+
+    def __init__(self) -> None:
+        self.modules = 0
+        self.idle: list[str] = []
+        self.scaled: list[tuple[str, float]] = []
+        self.large: list[tuple[str, float]] = []
+
+    def add(self, name: str, peaks: Mapping[str, float], change: Change) -> None:
+        """Look at one module; `peaks` are the largest magnitudes of its parts."""
+        self.modules += 1
+        peaks = {part: value for part, value in peaks.items() if part not in BESIDE}
+        factors = [value for part, value in peaks.items() if part not in BIASES]
+        moves_bias = any(peaks.get(part) for part in BIASES)
+        # a product with a factor of zeros is zero; DoRA's norms change a weight even then
+        if not isinstance(change.core, DoRA) and not moves_bias and not all(factors or [0.0]):
+            self.idle.append(name)
+        if (largest := max(peaks.values())) > USUAL_VALUE:
+            self.large.append((name, largest))
+        low, high = USUAL_SCALES
+        if change.core is not None and change.core.rank is not None and not low <= change.core.scale <= high:
+            self.scaled.append((name, change.core.scale))
+
+    def notes(self) -> tuple[str, ...]:
+        """One line for each thing worth knowing."""
+        notes = []
+        if self.idle and len(self.idle) == self.modules:
+            notes.append(f"the LoRA has no effect (B = 0 in {self.modules}/{self.modules} modules): untrained or zero-initialised file")
+        elif self.idle:
+            notes.append(f"{len(self.idle)} of {self.modules} modules have no effect (B = 0; first: {self.idle[0]})")
+        if self.scaled:
+            name, scale = self.scaled[0]
+            low, high = USUAL_SCALES
+            notes.append(
+                f"alpha / rank is {scale:g} in {name} (and so unusual in {len(self.scaled)} of {self.modules} modules); "
+                f"usual is {low:g} to {high:g}: the LoRA may need another strength"
+            )
+        if self.large:
+            name, value = max(self.large, key=lambda pair: pair[1])
+            notes.append(f"values up to {value:.3g} in {name} ({len(self.large)} modules above {USUAL_VALUE:g}): the file may be damaged")
+        return tuple(notes)

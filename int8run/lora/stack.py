@@ -1,111 +1,333 @@
-"""A LoRA stack as configured: which files, how strong, and how they are applied."""
+"""LoRAs on a model: put on together, moved by a strength each, taken off without a trace."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+import logging
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
-from int8run.errors import ConfigError, in_range, one_of, switch
+from torch import Tensor, nn
 
-MODES = ("auto", "dynamic", "bake")
-STRENGTH_LIMIT = 20
+from int8run.errors import ConfigError, LoraError, in_range, one_of
+from int8run.layers.linear import Int8Linear
+from int8run.lora.files import LoraFile, find_lora, read_lora
+from int8run.lora.keys import DENOISER
+from int8run.lora.kinds import Dynamic
+from int8run.lora.match import Matches, Wanted, match
+from int8run.lora.modes import BakedLayer, Changes, DynamicLayer, FloatMerge, Int8Mode, StochasticLayer, dynamic_forms, total_rank
+from int8run.lora.settings import MODES, STRENGTH_LIMIT
+from int8run.quant.rounding import AbsMax, Rounding
+
+log = logging.getLogger(__name__)
+# share of a weight that a LoRA usually stays well below
+MOST_SHARE = 0.5
+# time of a layer with a branch of this rank over its time without; by the layer's name
+Overhead = Callable[[str, Int8Linear, int], float]
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """One LoRA of a stack.
-
-    Args:
-        name: what the tracker and the messages call it.
-        path: a `.safetensors` file, the name of a shipped LoRA, a hub id with `weight_name`, or a mapping from a
-            model's `lora_base` to one of these.
-        strength: −20…20; 0 leaves the LoRA out.
-    """
+@dataclass
+class Entry:
+    """One LoRA of the stack and how strong it is."""
 
     name: str
-    path: str | Mapping[str, Any] | None
-    strength: float = 1.0
-    weight_name: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ConfigError(f"LoRA {self.name!r} has no path; set lora.adapters.0.path=<file.safetensors> (or its place in the list)")
-        in_range(f"strength of LoRA {self.name!r}", self.strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
-
-    def source(self, lora_base: str) -> tuple[str, str | None]:
-        """The path and weight name for a base model.
-
-        Raises:
-            ConfigError: when the mapping has no entry for it; the message lists those that have one.
-        """
-        chosen: Any = self.path
-        if isinstance(chosen, Mapping):
-            if lora_base not in chosen:
-                raise ConfigError(
-                    f"LoRA {self.name!r} has no source for base model {lora_base!r}; it has one for "
-                    f"{', '.join(sorted(chosen))}; add an entry under lora.adapters…path or choose another lora="
-                )
-            chosen = chosen[lora_base]
-        if isinstance(chosen, Mapping):
-            missing = [key for key in ("repo", "weight_name") if key not in chosen]
-            if missing:
-                raise ConfigError(
-                    f"LoRA {self.name!r}: its source for {lora_base!r} has no {missing[0]}; a hub source is repo and weight_name"
-                )
-            return chosen["repo"], chosen["weight_name"]
-        return chosen, self.weight_name
+    file: LoraFile
+    strength: float = 0.0
+    text_strength: float = 0.0
+    components: Sequence[str] | None = None
 
 
-@dataclass(frozen=True)
 class LoraStack:
-    """Adapters in order, with one mode for all.
+    """Any number of LoRAs on one denoiser and its text encoders.
+
+        stack = LoraStack(pipe.transformer).add("style.safetensors", 0.8)
+        stack.set_strength("style", 0.4)
+
+    Layers that are float get the sum of all changes added to their weights; INT8 layers get it by `mode` (see `LoraSettings`). Whatever
+    the mode, every strength starts from the untouched model, so that 0 is the model itself.
 
     Args:
-        mode: `dynamic` keeps a low-rank branch beside each INT8 layer, so that a strength changes without a rebuild;
-            `bake` adds the LoRAs to the float weights before quantization; `auto` is `dynamic`.
-        strength: scales every adapter of the stack.
-        strict: unmatched keys are an error instead of a warning.
+        denoiser: with or without INT8 layers in it.
+        text_encoders: by component name (`text_encoder`, `text_encoder_2`, …), where a LoRA's part for them is to be applied.
+        mode: `auto`, `dynamic`, `bake`, `stochastic`.
+        strict: keys without a place are an error.
+        seed: of the random rounding.
+        folder: where names without a folder are looked for, besides the shipped LoRAs.
     """
 
-    adapters: Sequence[Adapter] = ()  # or mappings with an Adapter's fields, as a command line gives them
-    mode: str = "auto"
-    strength: float = 1.0
-    strict: bool = True
+    def __init__(
+        self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module] | None = None, mode: str = "auto", strict: bool = True,
+        seed: int = 0, folder: Path | None = None,
+    ):  # fmt: skip
+        one_of("lora.mode", mode, MODES)
+        self.denoiser, self.parts = denoiser, {DENOISER: denoiser, **(text_encoders or {})}
+        self.mode, self.strict, self.seed, self.folder = mode, strict, seed, folder
+        self.entries: list[Entry] = []
+        self.matches = Matches({}, ())
+        self.merges: dict[str, FloatMerge] = {}
+        self.layers: dict[str, Int8Mode] = {}
+        self.sizes: dict[int, list[Size]] = {}  # of each LoRA, by INT8 layer
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "adapters", tuple(to_adapter(a) for a in self.adapters))
-        one_of("lora.mode", self.mode, MODES)
-        switch("lora.strict", self.strict)
-        in_range("lora.strength", self.strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
-        names = [a.name for a in self.adapters]
-        repeated = {n for n in names if names.count(n) > 1}
-        if repeated:
-            raise ConfigError(f"lora.adapters has the name {sorted(repeated)[0]!r} twice; give each adapter its own name")
-        for adapter in self.adapters:
-            in_range(
-                f"strength of LoRA {adapter.name!r} times lora.strength", adapter.strength * self.strength,
-                -STRENGTH_LIMIT, STRENGTH_LIMIT,
-            )  # fmt: skip
+    # -- for a program of one's own ----------------------------------------------------------------------------------------
+
+    def add(
+        self, source: str | Path, strength: float = 1.0, name: str | None = None, text_strength: float | None = None,
+        weight_name: str | None = None,
+    ) -> "LoraStack":  # fmt: skip
+        """Put one more LoRA on the model. Returns the stack.
+
+        Args:
+            source: a `.safetensors` file, a shipped name, a name in `folder`, or a hub id with `weight_name`.
+            name: for `set_strength`; None: the file's name without its suffix.
+
+        Raises:
+            LoraError: when the file cannot be read or does not fit; the model is as it was.
+        """
+        path = find_lora(str(source), weight_name, self.folder)
+        name = name or path.stem
+        if name in self.names:
+            raise ConfigError(f"the stack has a LoRA called {name!r} already; set_strength({name!r}, …) moves it, or give another name=")
+        check_strength(name, strength, text_strength)
+        entry = Entry(name, read_lora(path), strength, strength if text_strength is None else text_strength)
+        before, found = self.entries, self.matches
+        matches = self.matched([*before, entry])
+        self.take_off()
+        self.put([*before, entry], matches)
+        try:
+            self.attach(self.denoiser)
+        except LoraError:
+            self.take_off()
+            self.put(before, found)
+            self.attach(self.denoiser)
+            self.apply()
+            raise
+        self.apply()
+        return self
+
+    def set_strength(self, name: str, strength: float, text_strength: float | None = None) -> None:
+        """Move one LoRA; in dynamic mode that writes a few numbers per layer."""
+        if name not in self.names:
+            raise ConfigError(f"the stack has no LoRA called {name!r}; it has {', '.join(self.names) or 'none'}")
+        check_strength(name, strength, text_strength)
+        entry = self.entries[self.names.index(name)]
+        entry.strength, entry.text_strength = strength, strength if text_strength is None else text_strength
+        self.apply()
 
     @property
-    def bakes(self) -> bool:
-        """Whether strengths are part of the build."""
-        return self.mode == "bake"
+    def names(self) -> list[str]:
+        """Names of the LoRAs, in order."""
+        return [entry.name for entry in self.entries]
+
+    # -- steps of a run ----------------------------------------------------------------------------------------------------
+
+    def matched(self, entries: Sequence[Entry]) -> Matches:
+        """Where these LoRAs land; the model is not touched.
+
+        Raises:
+            LoraError: when one does not fit.
+        """
+        warn_duplicates(entries)
+        return match(self.parts, [Wanted(e.file, e.components) for e in entries], self.strict)
+
+    def put(self, entries: Sequence[Entry], matches: Matches) -> None:
+        """Take these LoRAs in hand, at strength 0."""
+        self.entries, self.matches = list(entries), matches
+        self.merges = {component: FloatMerge(self.parts[component], found) for component, found in matches.by_component.items() if found}
+
+    def attach(
+        self, int8: nn.Module, float_weights: bool = False, rounding: Rounding | None = None, scheduled: bool = False,
+        overhead: Overhead | None = None, max_overhead: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Choose for every INT8 layer how it gets its LoRAs.
+
+        Args:
+            int8: the denoiser with the INT8 layers.
+            float_weights: whether the float denoiser holds the weights that they were made from.
+            rounding: of baked weights.
+            scheduled: strengths will change from step to step, which only dynamic layers can follow.
+            overhead, max_overhead: what a branch costs, and may cost, with mode=auto; None: any cost will do.
+
+        Raises:
+            LoraError: when a layer cannot have the mode that was asked for.
+        """
+        plain = AbsMax() if rounding is None or rounding.needs_calibration else rounding
+        whys: Counter[str] = Counter()
+        for name, changes in self.matches.denoiser.items():
+            layer = int8.get_submodule(name)
+            if not isinstance(layer, Int8Linear):
+                continue  # it carries the merge
+            weight = self.weight_reader(name, layer, float_weights)
+            for index, change in changes:
+                if change.core is not None:
+                    self.sizes.setdefault(index, []).append(Size.of(change.core.delta(weight()), weight(), layer))
+            mode, why, forms = self.choose(name, layer, changes, weight, float_weights, scheduled, overhead, max_overhead)
+            if why:
+                whys[f"{mode}: {why}"] += 1
+            if mode == "dynamic":
+                self.layers[name] = DynamicLayer(layer, changes, forms)
+            elif mode == "bake":
+                self.layers[name] = BakedLayer(layer, changes, weight(), plain)
+            else:
+                identity = [self.entries[index].file.identity for index, _ in changes]
+                self.layers[name] = StochasticLayer(layer, changes, weight, (self.seed, name, "lora", *identity))
+        for why, count in whys.items():
+            log.info("LoRAs on %d layers by lora.mode=%s", count, why)
+
+    def choose(
+        self, name: str, layer: Int8Linear, changes: Changes, weight: Callable[[], Tensor], float_weights: bool, scheduled: bool,
+        overhead: Overhead | None, max_overhead: float,
+    ) -> tuple[str, str, list[tuple[int, Dynamic]]]:  # fmt: skip
+        """The mode of one layer, why it is not dynamic, and its dynamic form.
+
+        Raises:
+            LoraError: when the mode that was asked for cannot be.
+        """
+        written = "bake" if float_weights else "stochastic"
+        if self.mode == "bake" and not float_weights:
+            raise LoraError(
+                f"lora.mode=bake needs the float weight of {name}, and there is none beside a checkpoint or a model quantized before; "
+                "set lora.mode=dynamic, stochastic or auto"
+            )
+        if self.mode in ("bake", "stochastic"):
+            return self.mode, "", []
+        forms = dynamic_forms(changes, weight)
+        if isinstance(forms, str):
+            if self.mode == "dynamic" or scheduled:
+                need = "lora.mode=dynamic" if self.mode == "dynamic" else "a schedule of strengths needs lora.mode=dynamic, which"
+                raise LoraError(f"{name}: {need} cannot be: {forms}; set lora.mode=auto and one strength for all steps")
+            return written, forms, []
+        rank = total_rank(forms)
+        if self.mode == "auto" and not scheduled and rank:
+            if rank >= min(layer.in_features, layer.out_features):
+                return written, f"a branch of rank {rank} would be more work than the layer", []
+            if overhead is not None and overhead(name, layer, rank) > 1 + max_overhead:
+                return written, f"a branch of rank {rank} would take more than lora.max_overhead={max_overhead:g} of a layer's time", []
+        return "dynamic", "", forms
+
+    def weight_reader(self, name: str, layer: Int8Linear, float_weights: bool) -> Callable[[], Tensor]:
+        """The weight that an INT8 layer stands for, computed when it is asked for."""
+        if float_weights:
+            return lambda: self.merges[DENOISER].original(name)
+        known: list[Tensor] = []
+
+        def read() -> Tensor:
+            if not known:
+                known.append(layer.transform.restore_weight(layer.quantized_weight().dequantize()))
+            return known[0]
+
+        return read
+
+    def apply(self) -> None:
+        """Bring the model to the entries' strengths."""
+        self.set_strengths([e.strength for e in self.entries], [e.text_strength for e in self.entries])
+
+    def set_strengths(self, strengths: Sequence[float], text_strengths: Sequence[float] | None = None) -> None:
+        """Bring every part to these strengths, one per LoRA; nothing is rebuilt but the weights of layers that are not dynamic.
+
+        Args:
+            text_strengths: of the text encoders; None: as they are.
+        """
+        for component, merge in self.merges.items():
+            if component == DENOISER:
+                merge.set_strengths(strengths)
+            elif text_strengths is not None:
+                merge.set_strengths(text_strengths)
+        for layer in self.layers.values():
+            layer.set_strengths(strengths)
+
+    def take_off(self) -> None:
+        """Leave the model as it was found."""
+        off = [0.0] * len(self.entries)
+        self.set_strengths(off, off)
+        for layer in self.dynamic:
+            layer.attach(False)
+        self.layers, self.merges, self.sizes = {}, {}, {}
 
     @property
-    def strengths(self) -> list[float]:
-        """The strength of each adapter with the stack's own strength multiplied in."""
-        return [a.strength * self.strength for a in self.adapters]
+    def dynamic(self) -> list[DynamicLayer]:
+        """The layers with a branch."""
+        return [layer for layer in self.layers.values() if isinstance(layer, DynamicLayer)]
+
+    @property
+    def modes(self) -> dict[str, int]:
+        """How many INT8 layers get their LoRAs by each mode."""
+        kinds = {DynamicLayer: "dynamic", BakedLayer: "bake", StochasticLayer: "stochastic"}
+        return dict(Counter(kinds[type(layer)] for layer in self.layers.values()))
+
+    @property
+    def clipped_share(self) -> float:
+        """Of the weights that were rounded at random, the share that the old scales would have clipped."""
+        written = [layer for layer in self.layers.values() if isinstance(layer, StochasticLayer)]
+        numbers = [layer.layer.in_features * layer.layer.out_features for layer in written]
+        return sum(n * w.clipped_share for n, w in zip(numbers, written, strict=True)) / sum(numbers) if numbers else 0.0
+
+    def report(self) -> list[str]:
+        """A line for each LoRA: what is in the file, and where it landed."""
+        return [self.describe(index) for index in range(len(self.entries))]
+
+    def describe(self, index: int) -> str:
+        """What is in one LoRA's file, and where it landed."""
+        entry = self.entries[index]
+        landed = {c: sum(i == index for found in modules.values() for i, _ in found) for c, modules in self.matches.by_component.items()}
+        where = ", ".join(f"{component} {count}" for component, count in landed.items() if count)
+        lost = sum(i == index for i, _, _ in self.matches.unmatched)
+        missing = f"; {lost} not applied" if lost else ""
+        notes = "".join(f"; {note}" for note in entry.file.notes)
+        return f"LoRA {entry.name!r} ({entry.file.path.name}): {summary(entry.file)}; modules changed: {where}{missing}{notes}"
+
+    def median_steps(self, index: int) -> float | None:
+        """Size of a LoRA at strength 1: the median over INT8 layers of its change's rms, in steps of the layer's grid."""
+        found = self.sizes.get(index)
+        return statistics.median(size.steps for size in found) if found else None
+
+    def size_line(self, index: int) -> str | None:
+        """Size of a LoRA at strength 1, for people; None where no INT8 layer has it."""
+        if index not in self.sizes:
+            return None
+        shares = [size.share for size in self.sizes[index]]
+        name, typical, most = self.entries[index].name, statistics.median(shares), max(shares)
+        warning = "; above 50 % pictures often break" if most > MOST_SHARE else ""
+        return (
+            f"LoRA {name!r} at strength 1: {self.median_steps(index):.2f} steps of the int8 grid, {typical:.1%} of the weights' size "
+            f"(medians over INT8 layers), at most {most:.1%}{warning}"
+        )
 
 
-def to_adapter(given: object) -> Adapter:
-    """An Adapter as it is, or one made from a mapping with its fields.
+class Size(NamedTuple):
+    """How large a change of an INT8 layer is."""
 
-    Raises:
-        ConfigError: for anything else, or a mapping with other fields; the message lists them.
-    """
-    if isinstance(given, Adapter):
-        return given
-    known = [f.name for f in fields(Adapter)]
-    if not isinstance(given, Mapping) or not {"name", "path"} <= set(given) <= set(known):
-        raise ConfigError(f"an entry of lora.adapters is {given!r}; it takes name and path, and may have {', '.join(known[2:])}")
-    return Adapter(**given)
+    steps: float  # rms in steps of the layer's grid
+    share: float  # norm over the weight's norm
+
+    @classmethod
+    def of(cls, delta: Tensor, weight: Tensor, layer: Int8Linear) -> "Size":
+        """Of a change at strength 1 and the weight that it changes, both [N, K]."""
+        rms = layer.transform.transform_weight(delta.float()).square().mean().sqrt()
+        return cls((rms / layer.scale.mean()).item(), (delta.norm() / weight.float().norm()).item())
+
+
+def summary(file: LoraFile) -> str:
+    """Kinds, ranks and scales in a file: `40 × LoRA, rank 8, alpha/rank 1`."""
+    kinds = ", ".join(f"{n} × {kind}" for kind, n in file.kinds.most_common())
+    ranks, scales = (
+        "" if not found else f", {name} {min(found):g}" if len(found) == 1 else f", {name} {min(found):g} to {max(found):g}"
+        for name, found in (("rank", file.ranks), ("alpha/rank", file.scales))
+    )
+    return kinds + ranks + scales
+
+
+def check_strength(name: str, strength: float, text_strength: float | None) -> None:
+    """Refuse a strength outside of the range."""
+    in_range(f"strength of LoRA {name!r}", strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
+    if text_strength is not None:
+        in_range(f"text_strength of LoRA {name!r}", text_strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
+
+
+def warn_duplicates(entries: Sequence[Entry]) -> None:
+    """Say which two LoRAs are the same file."""
+    first: dict[str, str] = {}
+    for entry in entries:
+        twin = first.setdefault(entry.file.identity, entry.name)
+        if twin != entry.name:
+            log.warning("LoRA %r holds the same weights as %r; together they act like one with both strengths added", entry.name, twin)

@@ -1,9 +1,11 @@
 """Load a diffusers pipeline and find its denoiser."""
 
 import importlib.metadata
+import inspect
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -11,7 +13,7 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from int8run.errors import BackendError, ConfigError, FileError
+from int8run.errors import BackendError, ConfigError, FileError, suggest
 from int8run.models.family import ModelFamily, ModelSource, Sampling
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ class Loaded:
     pipe: DiffusionPipeline
     component: str
     denoiser: nn.Module
+    scheduler: Any  # as the checkpoint has it
     family: ModelFamily
     sampling: Sampling
     seconds: float
@@ -81,6 +84,37 @@ def load_pipeline(source: ModelSource, device: torch.device) -> DiffusionPipelin
         raise FileError(f"model {location!r} could not be loaded: {reason}; set model.location to a folder that has it") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def use_scheduler(pipe: DiffusionPipeline, original: Any, sampling: Sampling) -> None:
+    """Give the pipeline the scheduler that the sampling names, made from its original one's config.
+
+    Raises:
+        ConfigError: for a class that diffusers does not have, or a setting that the class does not have.
+    """
+    if sampling.scheduler is None and not sampling.scheduler_settings:
+        pipe.register_modules(scheduler=original)
+        return
+    name = sampling.scheduler or type(original).__name__
+    if not is_scheduler(name):
+        known = sorted(n for n in dir(diffusers) if n.endswith("Scheduler") and is_scheduler(n))
+        reason = "needs a library that is not there" if name in dir(diffusers) else "is no scheduler of diffusers"
+        raise ConfigError(f"sampler.scheduler={name} {reason}; {suggest(name, known)}choose from {', '.join(known)}")
+    cls: Any = getattr(diffusers, name)
+    settings = inspect.signature(cls).parameters
+    unknown = [key for key in sampling.scheduler_settings if key not in settings]
+    if unknown:
+        raise ConfigError(f"sampler.scheduler_settings.{unknown[0]} is no setting of {name}; choose from {', '.join(sorted(settings))}")
+    try:
+        pipe.register_modules(scheduler=cls.from_config(original.config, **sampling.scheduler_settings))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(f"sampler.scheduler={name} does not take these settings: {' '.join(str(error).split())[:300]}") from error
+
+
+def is_scheduler(name: str) -> bool:
+    """Whether diffusers has a scheduler of that name that can be made from a config here."""
+    cls = getattr(diffusers, name, None)  # in the place of one whose library is missing stands another class
+    return isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin) and issubclass(cls, diffusers.ConfigMixin)
 
 
 def find_denoiser(pipeline: DiffusionPipeline) -> str:

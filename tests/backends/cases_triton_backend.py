@@ -10,7 +10,7 @@ from int8run.backends.reference import Reference
 from int8run.backends.triton import Triton
 from int8run.kernels.hadamard.reference import Rotation, sylvester_hadamard
 from int8run.kernels.int8_linear.tile import Tile
-from int8run.layers.linear import Int8Linear, LowRank, LowRankBranch, QuantizedLayer
+from int8run.layers.linear import Int8Linear, LowRankBranch, QuantizedLayer
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.quarot import QuaRot
@@ -29,7 +29,7 @@ def layer(backend, outlier):
 
 
 def branch_on(module, rank, strengths):
-    parts = [LowRank(randn(rank, K, seed=s) / K**0.5, randn(N, rank, seed=s + 1), 0.5) for s in range(3, 3 + 2 * len(strengths), 2)]
+    parts = [(randn(rank, K, seed=s) / K**0.5, 0.5 * randn(N, rank, seed=s + 1)) for s in range(3, 3 + 2 * len(strengths), 2)]
     branch = LowRankBranch(parts, torch.float32, DEVICE)
     branch.fuse(module.backend, module.transform)
     branch.set_strengths(strengths)

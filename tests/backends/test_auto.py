@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import CPU, shipped, usable
 
-from int8run.backends.auto import AutoBackend, Chooser
+from int8run.backends import auto
+from int8run.backends.auto import AutoBackend
 from int8run.backends.base import Limits
 from int8run.backends.reference import Reference
 from int8run.errors import BackendError
@@ -45,11 +46,15 @@ def seconds(monkeypatch):
     table: dict[str, list[float]] = {}
     calls: dict[str, itertools.count] = {}
 
-    def timed(self, backend, *args):
-        index = next(calls.setdefault(backend.name, itertools.count()))
-        return table[backend.name][min(index, len(table[backend.name]) - 1)]
+    def timed(call):
+        name = call.args[0].name
+        index = next(calls.setdefault(name, itertools.count()))
+        return table[name][min(index, len(table[name]) - 1)]
 
-    monkeypatch.setattr(Chooser, "timed", timed)
+    def in_turns(runs, device, rounds):
+        return list(zip(*([timed(call) for call in runs] for _ in range(rounds + 1)), strict=True))
+
+    monkeypatch.setattr(auto, "in_turns", lambda *args: [times[1:] for times in in_turns(*args)])
     return table
 
 

@@ -21,6 +21,8 @@ NEEDS = {
     "task=inspect": ["task.path=some.safetensors"],
     "prompts=file": ["prompts.path=some.txt"],
     "lora=file": ["lora.adapters.0.path=some.safetensors"],
+    "lora=turbo": ["model=flux"],
+    "lora=hyper": ["model=flux"],
 }
 
 
@@ -56,7 +58,7 @@ def test_an_option_and_its_class_use_the_same_word(option):
 
 @pytest.mark.parametrize("option", NEEDS)
 def test_the_options_that_need_a_value_need_it(option):
-    with pytest.raises(ConfigError, match=r"(task|prompts|lora\.adapters\.0)\.path=<"):
+    with pytest.raises(ConfigError, match=r"(task|prompts|lora\.adapters\.0)\.path=<|has no source for base model 'tiny'; it has one for flux"):
         to_spec(composed(option))
 
 

@@ -13,7 +13,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from int8run.backends.base import FusedBranch
 from int8run.backends.reference import Reference
-from int8run.layers.linear import Int8Linear, LowRank, LowRankBranch
+from int8run.layers.linear import Int8Linear, LowRankBranch
 from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.hadanorm import HadaNorm
@@ -100,7 +100,7 @@ def adapted(model, branch):
     """With a low-rank branch on each layer."""
     for i, name in enumerate(NAMES if branch != "no branch" else ()):
         layer = getattr(model.blocks[0]["attn"], name)
-        part = LowRank(randn(3, 64, seed=10 + i), randn(layer.out_features, 3, seed=20 + i), 0.3)
+        part = randn(3, 64, seed=10 + i), 0.3 * randn(layer.out_features, 3, seed=20 + i)
         layer.adapter = LowRankBranch([part], layer.dtype, CPU)
         layer.adapter.set_strengths([0.5 + i])
         if branch == "fused branch":

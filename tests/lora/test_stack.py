@@ -1,88 +1,365 @@
-"""A LoRA stack as configured: ranges, names, modes, sources."""
+"""LoRAs on a model: merged in float, beside INT8 layers, in their integers; strengths that move and can be undone."""
+
+from pathlib import Path
 
 import pytest
+import torch
+from helpers import CPU, TinyModel, assert_close, lora_file, on_int8, randn, shipped, to_int8, usable
+from safetensors.torch import save_file
+from torch import nn
 
-from int8run.errors import ConfigError
-from int8run.lora.stack import Adapter, LoraStack
+from int8run.errors import ConfigError, LoraError
+from int8run.layers.linear import Int8Linear
+from int8run.lora.kinds import IA3, Change, Core, Diff, DoRA, LoHa, LoKr, LoRA, Pair
+from int8run.lora.modes import balanced
+from int8run.lora.stack import Entry, LoraStack
+from int8run.outlier.base import OutlierMethod
+from int8run.outlier.convrot import ConvRot
+from int8run.outlier.hadanorm import HadaNorm
+from int8run.outlier.none import NoOutlier
+from int8run.outlier.quarot import QuaRot
 
-HUB = {"repo": "user/style", "weight_name": "style.safetensors"}
-
-
-@pytest.mark.parametrize("strength", [-20.01, 21, float("nan"), True, "1.0"], ids=repr)
-def test_strength_of_an_adapter(strength):
-    with pytest.raises(ConfigError, match=r"strength of LoRA 'ink' is .*; allowed is a number from -20 to 20"):
-        Adapter("ink", "ink.safetensors", strength)
-
-
-@pytest.mark.parametrize("strength", [-20.01, 21, float("inf"), False], ids=repr)
-def test_strength_of_the_stack(strength):
-    with pytest.raises(ConfigError, match=r"lora\.strength is .*; allowed is a number from -20 to 20"):
-        LoraStack([Adapter("ink", "ink")], strength=strength)
-
-
-def test_strengths_times_the_stacks_own():
-    with pytest.raises(ConfigError, match=r"strength of LoRA 'gloss' times lora\.strength is -25\.0; allowed is a number from -20 to 20"):
-        LoraStack([Adapter("ink", "ink"), Adapter("gloss", "gloss", -5.0)], strength=5.0)
-    assert LoraStack([Adapter("ink", "ink", 0.5), Adapter("gloss", "gloss", -20)], strength=0.5).strengths == [0.25, -10.0]
+LINEARS = ["proj_in", "blocks.0.1", "blocks.0.3", "blocks.1.1", "blocks.1.3", "proj_out"]
+X = randn(9, 7)
 
 
-def test_the_ends_of_the_range_are_allowed():
-    assert LoraStack([Adapter("ink", "ink", -20), Adapter("gloss", "gloss", 20)]).strengths == [-20, 20]
+def lora(model: nn.Module, names: list[str], seed: int = 10, rank: int = 3) -> dict[str, Change]:
+    """A LoRA for these layers, strong enough to be seen over INT8's rounding."""
+    changes = {}
+    for i, name in enumerate(names):
+        n, k = model.get_submodule(name).weight.shape
+        changes[name] = Change(LoRA(randn(rank, k, seed=seed + 2 * i), randn(n, rank, seed=seed + 2 * i + 1), 0.02))
+    return changes
 
 
-def test_names_are_given_once():
-    with pytest.raises(ConfigError, match=r"lora\.adapters has the name 'ink' twice; give each adapter its own name"):
-        LoraStack([Adapter("ink", "a"), Adapter("gloss", "b"), Adapter("ink", "c")])
+def merged(model: nn.Module, *stack: dict[str, Change]) -> LoraStack:
+    """LoRAs on a float model."""
+    loras = LoraStack(model)
+    entries = [Entry(f"lora{i}", lora_file(changes, f"lora{i}")) for i, changes in enumerate(stack)]
+    loras.put(entries, loras.matched(entries))
+    return loras
 
 
-@pytest.mark.parametrize(("mode", "hint"), [("dynamik", r"did you mean 'dynamic'\? "), ("zzz", "")])
-def test_unknown_mode(mode, hint):
-    with pytest.raises(ConfigError, match=rf"lora\.mode is '{mode}'; {hint}choose from .*auto, bake, dynamic"):
-        LoraStack(mode=mode)
+# -- in float ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mode", "bakes"), [("auto", False), ("dynamic", False), ("bake", True)])
-def test_only_bake_makes_strengths_part_of_the_build(mode, bakes):
-    assert LoraStack(mode=mode).bakes is bakes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merge_adds_up_in_float32_and_rounds_once(dtype: torch.dtype) -> None:
+    model = TinyModel(dtype=dtype)
+    before = {name: model.get_submodule(name).weight.clone() for name in LINEARS}
+    first, second = lora(model, LINEARS[:3]), lora(model, LINEARS[2:5], seed=30)
+    merged(model, first, second).set_strengths([0.8, -0.5])
+    for name in LINEARS:
+        wanted = before[name].float()
+        for changes, strength in ((first, 0.8), (second, -0.5)):
+            if name in changes:
+                wanted = wanted + strength * changes[name].core.delta(before[name])
+        assert torch.equal(model.get_submodule(name).weight, wanted.to(dtype)), name
+        assert torch.equal(model.get_submodule(name).weight, before[name]) == (name == "proj_out")
 
 
-@pytest.mark.parametrize(
-    ("path", "weight_name", "source"),
-    [
-        ("ink", None, ("ink", None)),
-        ("user/style", "style.safetensors", ("user/style", "style.safetensors")),
-        ({"tiny": "ink", "flux": HUB}, None, ("user/style", "style.safetensors")),
-        ({"tiny": HUB, "flux": "style.safetensors"}, None, ("style.safetensors", None)),
-    ],
-    ids=["path", "hub", "mapping to hub", "mapping to path"],
-)
-def test_source(path, weight_name, source):
-    assert Adapter("ink", path, weight_name=weight_name).source("flux") == source
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merge_is_undone_exactly_and_does_not_drift(dtype: torch.dtype) -> None:
+    model = TinyModel(dtype=dtype)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    loras = merged(model, lora(model, LINEARS))
+    loras.set_strengths([0.7])
+    once = {name: weight.clone() for name, weight in model.named_parameters()}
+    for strength in (20.0, -0.3, 0.7):
+        loras.set_strengths([strength])
+    assert all(torch.equal(weight, once[name]) for name, weight in model.named_parameters())
+    loras.set_strengths([0])
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
-def test_a_base_model_without_a_source_is_told_which_have_one():
-    with pytest.raises(ConfigError, match=r"LoRA 'ink' has no source for base model 'sdxl'; it has one for flux, tiny; add an entry under"):
-        Adapter("ink", {"tiny": "ink", "flux": HUB}).source("sdxl")
+def test_a_bias_is_made_where_there_is_none() -> None:
+    model = TinyModel()
+    plain = model(X)
+    loras = merged(model, {"proj_out": Change(None, torch.ones(12)), "proj_in": Change(None, torch.full((64,), 0.0))})
+    assert torch.equal(model(X), plain), "a bias of zeros changes nothing"
+    loras.set_strengths([0.5])
+    assert_close("bias", model(X), plain + 0.5, 1e-6)
+    loras.set_strengths([0])
+    assert torch.equal(model(X), plain)
 
 
-@pytest.mark.parametrize("missing", ["repo", "weight_name"])
-def test_a_hub_source_needs_both_words(missing):
-    entry = {key: value for key, value in HUB.items() if key != missing}
-    with pytest.raises(ConfigError, match=rf"LoRA 'ink'.*{missing}"):
-        Adapter("ink", {"flux": entry}).source("flux")
+def test_norms_get_their_changes() -> None:
+    model = TinyModel()
+    norm = model.blocks[0][0]
+    merged(model, {"blocks.0.0": Change(Diff(torch.full((64,), 0.5), "norm"), torch.full((64,), 0.25))}).set_strengths([2.0])
+    assert torch.equal(norm.weight, torch.full((64,), 2.0)) and torch.equal(norm.bias, torch.full((64,), 0.5))
 
 
-def test_adapters_may_be_plain_mappings():
-    stack = LoraStack(adapters=[{"name": "a", "path": "a.safetensors", "strength": 0.5}])
-    assert stack.adapters == (Adapter("a", "a.safetensors", 0.5),)
+# -- beside and in INT8 layers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("entry", ["a.safetensors", {"name": "a"}, {"name": "a", "path": "b", "strenght": 1}], ids=repr)
-def test_an_adapter_of_another_form_is_named(entry):
-    with pytest.raises(ConfigError, match=r"an entry of lora\.adapters is .*; it takes name and path, and may have strength, weight_name"):
-        LoraStack(adapters=[entry])
+@pytest.mark.parametrize("mode", ["dynamic", "bake", "stochastic"])
+@pytest.mark.parametrize("outlier", [NoOutlier(), ConvRot(), QuaRot(32), HadaNorm(32)], ids=lambda m: m.name)
+@pytest.mark.parametrize("strengths", [[0.8, 0.4], [1.0, 0.0], [-1.5, 1.0]], ids=str)
+def test_every_mode_agrees_with_the_merged_float_model(outlier: OutlierMethod, strengths: list[float], mode: str) -> None:
+    model = TinyModel()
+    stack = [lora(model, LINEARS), lora(model, LINEARS[1:4], seed=30)]
+    int8, _ = to_int8(model, outlier=outlier)
+    plain = model(X)
+    loras = on_int8(model, int8, stack, mode)
+    loras.set_strengths(strengths)
+    assert loras.modes == {mode: 6}
+    # the LoRA is far outside the tolerance
+    assert (model(X) - plain).norm() > 0.3 * plain.norm()
+    assert_close(mode, int8(X), model(X), 0.05)
 
 
-def test_an_adapter_without_a_path_is_named():
-    with pytest.raises(ConfigError, match=r"LoRA 'file' has no path; set lora\.adapters\.0\.path="):
-        Adapter("file", None)
+@pytest.mark.parametrize("mode", ["dynamic", "bake", "stochastic"])
+def test_strengths_move_without_a_rebuild_and_back(mode: str) -> None:
+    model = TinyModel()
+    int8, _ = to_int8(model, outlier=ConvRot())
+    plain, layers = int8(X), dict(int8.named_modules())
+    loras = on_int8(model, int8, [lora(model, LINEARS)], mode)
+    assert torch.equal(int8(X), plain)
+    loras.set_strengths([1.0])
+    strong = int8(X)
+    assert not torch.equal(strong, plain)
+    loras.set_strengths([0.0])
+    assert torch.equal(int8(X), plain), "undone to the bit"
+    loras.set_strengths([-2.0])
+    loras.set_strengths([1.0])
+    assert torch.equal(int8(X), strong), "the way there has no say"
+    assert all(int8.get_submodule(name) is module for name, module in layers.items())
+
+
+@pytest.mark.parametrize("mode", ["bake", "stochastic"])
+def test_the_order_of_a_stack_has_no_say_in_written_weights(mode: str) -> None:
+    results = []
+    for order in ((0, 1), (1, 0)):
+        model = TinyModel()
+        int8, _ = to_int8(model)
+        stack, strengths = [lora(model, LINEARS), lora(model, LINEARS, seed=30)], [0.8, -0.4]
+        loras = on_int8(model, int8, [stack[i] for i in order], mode)
+        loras.set_strengths([strengths[i] for i in order])
+        results.append([m.integers() for m in int8.modules() if isinstance(m, Int8Linear)])
+    differing = [(a != b).float().mean().item() for a, b in zip(*results, strict=True)]
+    # sums in another order move a number over the edge of a step now and then
+    assert max(differing) < 0.002, differing
+
+
+def test_the_same_lora_twice_is_one_with_both_strengths(caplog: pytest.LogCaptureFixture) -> None:
+    model = TinyModel()
+    once, twice = to_int8(model)[0], to_int8(model)[0]
+    changes = lora(model, LINEARS)
+    on_int8(model, once, [changes]).set_strengths([0.75])
+    loras = LoraStack(model, mode="dynamic")
+    entries = [Entry("a", lora_file(changes)), Entry("b", lora_file(changes))]
+    loras.put(entries, loras.matched(entries))
+    loras.attach(twice)
+    loras.set_strengths([0.5, 0.25])
+    assert_close("twice", twice(X), once(X), 1e-5)
+    assert "LoRA 'b' holds the same weights as 'a'; together they act like one with both strengths added" in caplog.text
+
+
+def test_layers_that_stay_float_carry_the_merge() -> None:
+    model = TinyModel()
+    int8, _ = to_int8(model, keep_float=("proj_in", "proj_out"))
+    loras = on_int8(model, int8, [lora(model, LINEARS)])
+    assert loras.modes == {"dynamic": 4}
+    for strength in (1.0, -0.5):
+        # the copy shares the float weights, so the merge reaches them; the INT8 ones were made before it
+        loras.set_strengths([strength])
+        assert_close(f"strength {strength}", int8(X), model(X), 0.04)
+
+
+def kinds(n: int, k: int) -> dict[str, Change]:
+    """One change of each kind for an [n, k] weight."""
+    pair = lambda rank, seed: Pair(randn(n, rank, seed=seed), randn(rank, k, seed=seed + 1) * 0.05)  # noqa: E731
+    plain = LoRA(randn(3, k, seed=1), randn(n, 3, seed=2), 0.02)
+    cores: dict[str, Core] = {
+        "LoHa": LoHa(pair(2, 3), pair(2, 5), 3.0),
+        "LoKr": LoKr(randn(4, 4, seed=7) * 0.1, Pair(randn(n // 4, 2, seed=8), randn(2, k // 4, seed=9) * 0.2), 1.0),
+        "diff": Diff(randn(n, k, seed=10) * 0.05),
+        "IA3": IA3(randn(n, seed=11) * 0.3),
+        "IA3 on inputs": IA3(randn(k, seed=12) * 0.3, on_input=True),
+        "DoRA": DoRA(plain, randn(n, seed=13).abs() + 0.3),
+        "DoRA by columns": DoRA(plain, randn(k, seed=14).abs() + 0.3, on_input=True),
+    }
+    return {name: Change(core, randn(n, seed=15) * 0.1) for name, core in cores.items()}
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+@pytest.mark.parametrize("kind", kinds(8, 8))
+@pytest.mark.parametrize("mode", ["auto", "bake", "stochastic"])
+def test_every_kind_arrives_at_int8_layers(mode: str, kind: str, strength: float) -> None:
+    model = TinyModel()
+    changes = {name: kinds(*model.get_submodule(name).weight.shape)[kind] for name in ("blocks.0.1", "blocks.1.3")}
+    int8, _ = to_int8(model, outlier=ConvRot())
+    plain_int8, plain = int8(X), model(X)
+    loras = on_int8(model, int8, [changes], mode)
+    loras.set_strengths([strength])
+    effect = (model(X) - plain).norm() / plain.norm()
+    assert effect > 0.05
+    assert_close(kind, int8(X), model(X), max(0.04, 0.1 * effect))
+    loras.set_strengths([0.0])
+    assert torch.equal(int8(X), plain_int8)
+    full = kind in ("diff", "IA3 on inputs", "DoRA by columns")
+    assert loras.modes == ({mode: 2} if mode != "auto" else {"bake": 2} if full else {"dynamic": 2})
+
+
+@pytest.mark.parametrize("kind", ["diff", "IA3 on inputs", "DoRA by columns"])
+def test_dynamic_refuses_what_has_no_low_rank_form(kind: str) -> None:
+    model = TinyModel()
+    int8, _ = to_int8(model)
+    word = kind.partition(" ")[0]
+    message = rf"^blocks\.0\.1: lora\.mode=dynamic cannot be: a {word} that has no low-rank form; set lora\.mode=auto and one strength"
+    with pytest.raises(LoraError, match=message):
+        on_int8(model, int8, [{"blocks.0.1": kinds(96, 64)[kind]}], "dynamic")
+    with pytest.raises(LoraError, match=r"^blocks\.0\.1: a schedule of strengths needs lora\.mode=dynamic, which cannot be: a"):
+        on_int8(model, int8, [{"blocks.0.1": kinds(96, 64)[kind]}], "auto", scheduled=True)
+
+
+def test_without_float_weights_auto_rounds_at_random_and_bake_is_refused() -> None:
+    model = TinyModel()
+    changes = {"blocks.0.1": kinds(96, 64)["diff"], "blocks.1.1": lora(model, ["blocks.1.1"])["blocks.1.1"]}
+    int8, _ = to_int8(model)
+    assert on_int8(model, int8, [changes], "auto", float_weights=False).modes == {"stochastic": 1, "dynamic": 1}
+    with pytest.raises(
+        LoraError, match=r"lora\.mode=bake needs the float weight of blocks\.0\.1.*set lora\.mode=dynamic, stochastic or auto"
+    ):
+        on_int8(model, to_int8(model)[0], [changes], "bake", float_weights=False)
+
+
+def test_auto_asks_what_a_branch_costs() -> None:
+    model = TinyModel()
+    int8, _ = to_int8(model)
+    asked = []
+
+    def overhead(name: str, layer: Int8Linear, rank: int) -> float:
+        asked.append((name, rank))
+        return 1.6 if name == "blocks.0.1" else 1.5
+
+    stack = [lora(model, LINEARS[1:3]), lora(model, LINEARS[1:3], seed=40, rank=5)]
+    loras = on_int8(model, int8, stack, "auto", overhead=overhead, max_overhead=0.5)
+    assert loras.modes == {"bake": 1, "dynamic": 1} and asked == [("blocks.0.1", 8), ("blocks.0.3", 8)]
+
+
+def test_a_branch_wider_than_its_layer_is_none() -> None:
+    model = TinyModel()
+    int8, _ = to_int8(model)
+    assert on_int8(model, int8, [lora(model, ["blocks.0.1"], rank=64)], "auto").modes == {"bake": 1}
+    assert on_int8(model, to_int8(model)[0], [lora(model, ["blocks.0.1"], rank=64)], "dynamic").modes == {"dynamic": 1}
+
+
+def test_a_schedule_makes_any_cost_worth_it() -> None:
+    model = TinyModel()
+    int8, _ = to_int8(model)
+    loras = on_int8(model, int8, [lora(model, LINEARS)], "auto", scheduled=True, overhead=lambda *_: 99.0, max_overhead=0.0)
+    assert loras.modes == {"dynamic": 6}
+
+
+def test_clipped_weights_are_counted_and_scales_grow() -> None:
+    model = TinyModel()
+    int8, _ = to_int8(model)
+    weight = model.blocks[0][1].weight
+    loras = on_int8(model, int8, [{"blocks.0.1": Change(Diff(weight.clone()))}], "stochastic")
+    loras.set_strengths([1.0])
+    assert 0.05 < loras.clipped_share < 0.8
+    assert_close("doubled", int8.blocks[0][1](randn(5, 64)), model.blocks[0][1](randn(5, 64)), 0.03)
+    loras.set_strengths([0.0])
+    assert loras.clipped_share == 0.0
+
+
+def test_random_rounding_has_a_seed_for_each_layer_lora_and_run() -> None:
+    def integers(seed: int, names: list[str]) -> list[torch.Tensor]:
+        model = TinyModel()
+        int8, _ = to_int8(model)
+        loras = LoraStack(model, mode="stochastic", seed=seed)
+        entries = [Entry("a", lora_file({n: Change(LoRA(torch.full((1, 64), 0.001), torch.ones(96, 1))) for n in names}))]
+        loras.put(entries, loras.matched(entries))
+        loras.attach(int8)
+        before = [int8.get_submodule(n).integers() for n in names]
+        loras.set_strengths([1.0])
+        return [int8.get_submodule(n).integers() - b for n, b in zip(names, before, strict=True)]
+
+    first, again, other = integers(0, ["blocks.0.1", "blocks.1.1"]), integers(0, ["blocks.0.1", "blocks.1.1"]), integers(1, ["blocks.0.1"])
+    assert all(map(torch.equal, first, again)) and not torch.equal(first[0], first[1]) and not torch.equal(first[0], other[0])
+
+
+def test_sizes_are_told_in_steps_of_the_grid() -> None:
+    model = TinyModel()
+    int8, _ = to_int8(model)
+    layer = int8.get_submodule("blocks.0.1")
+    loras = on_int8(model, int8, [{"blocks.0.1": Change(Diff(0.3 * layer.scale.mean() * torch.ones(96, 64)))}], "bake")
+    assert loras.median_steps(0) == pytest.approx(0.3) and loras.median_steps(1) is None
+
+
+def test_balanced_factors_make_the_same_product_from_equal_parts() -> None:
+    lora_A, lora_B = randn(8, 64) * torch.logspace(0, 3, 8)[:, None], randn(48, 8, seed=1)
+    a, b = balanced(lora_A, lora_B)
+    assert a.shape == (8, 64) and b.shape == (48, 8)
+    assert_close("product", b @ a, lora_B @ lora_A, 1e-5)
+    norms = a.norm(dim=1)
+    assert norms.max() < 50 * norms.min() and lora_A.norm(dim=1).max() > 500 * lora_A.norm(dim=1).min()
+
+
+def test_integers_come_back_out_of_every_backend() -> None:
+    model = TinyModel()
+    expected, _ = to_int8(model)
+    for backend in [b for b in shipped("backend").values() if usable(b, CPU)]:
+        int8, _ = to_int8(model, backend)
+        for name in LINEARS:
+            layer = int8.get_submodule(name)
+            assert torch.equal(layer.integers(), expected.get_submodule(name).packed), (backend.name, name)
+
+
+# -- in a program of one's own -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Two LoRA files for the tiny model."""
+    paths = []
+    for seed, name in ((10, "style"), (30, "other")):
+        tensors = {}
+        for key, change in lora(TinyModel(), LINEARS, seed=seed).items():
+            tensors |= {f"{key}.lora_A.weight": change.core.lora_A, f"{key}.lora_B.weight": 0.02 * change.core.lora_B}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        paths.append(tmp_path / f"{name}.safetensors")
+    return paths
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "INT8"])
+def test_a_stack_on_a_model_that_is_there(files: list[Path], quantized: bool) -> None:
+    model = TinyModel()
+    target = to_int8(model, outlier=ConvRot())[0] if quantized else TinyModel()
+    plain = target(X)
+    stack = LoraStack(target).add(files[0], 0.8).add(files[1], -0.5, name="second")
+    reference = merged(model, lora(model, LINEARS), lora(model, LINEARS, seed=30))
+    reference.set_strengths([0.8, -0.5])
+    assert stack.names == ["style", "second"]
+    assert_close("both", target(X), model(X), 0.05 if quantized else 1e-5)
+    stack.set_strength("style", 0.0)
+    reference.set_strengths([0.0, -0.5])
+    assert_close("one", target(X), model(X), 0.05 if quantized else 1e-5)
+    stack.set_strength("second", 0.0)
+    assert torch.equal(target(X), plain)
+
+
+def test_a_lora_that_does_not_fit_leaves_the_stack_as_it_was(files: list[Path], tmp_path: Path) -> None:
+    model = TinyModel()
+    stack = LoraStack(model).add(files[0], 0.8)
+    before = model(X)
+    save_file({"proj_in.lora_A.weight": randn(2, 9), "proj_in.lora_B.weight": randn(64, 2)}, tmp_path / "wrong.safetensors")
+    with pytest.raises(LoraError, match=r"wrong\.safetensors: proj_in changes a 64x9 weight, the model's is 64x7"):
+        stack.add(tmp_path / "wrong.safetensors")
+    assert stack.names == ["style"] and torch.equal(model(X), before)
+    stack.set_strength("style", 0.0)
+    assert torch.equal(model(X), TinyModel()(X))
+
+
+def test_names_and_strengths_are_checked(files: list[Path]) -> None:
+    stack = LoraStack(TinyModel()).add(files[0])
+    with pytest.raises(ConfigError, match=r"^the stack has a LoRA called 'style' already; set_strength\('style', …\) moves it, or give"):
+        stack.add(files[0])
+    with pytest.raises(ConfigError, match=r"^the stack has no LoRA called 'ink'; it has style$"):
+        stack.set_strength("ink", 1.0)
+    with pytest.raises(ConfigError, match=r"^strength of LoRA 'style' is 21; allowed is a number from -20 to 20$"):
+        stack.set_strength("style", 21)
+    with pytest.raises(ConfigError, match=r"^lora\.mode is 'dynamik'; did you mean 'dynamic'\? "):
+        LoraStack(TinyModel(), mode="dynamik")

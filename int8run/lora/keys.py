@@ -1,0 +1,162 @@
+"""Names of tensors in LoRA files: which part of which change they are, of which component, under which module name.
+
+Read the suffix first, then the prefix; what is left is the module's name in the file's own dialect. Names that a tool wrote with
+underscores for dots (`lora_unet_...`, `lora_te_...`, `lycoris_...`) stay so: only a list of real modules can tell the dots.
+"""
+
+import re
+from typing import NamedTuple
+
+DENOISER, TEXT, TEXT_2, TEXT_3 = "denoiser", "text_encoder", "text_encoder_2", "text_encoder_3"
+
+# PEFT puts the adapter's name into the key, unless a file was saved without it
+ADAPTER_NAMES = ("", ".default", ".default_0")
+
+# suffix -> part of a change; the first that ends a key wins
+PARTS = {
+    # a low-rank pair: PEFT, diffusers
+    **{f".lora_A{adapter}.weight": "down" for adapter in ADAPTER_NAMES},
+    **{f".lora_B{adapter}.weight": "up" for adapter in ADAPTER_NAMES},
+    **{f".lora_B{adapter}.bias": "up_bias" for adapter in ADAPTER_NAMES},
+    **{f".lora_magnitude_vector{adapter}{rest}": "magnitude" for adapter in ADAPTER_NAMES for rest in (".weight", "")},
+    # kohya, ComfyUI, OneTrainer, LyCORIS
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora_mid.weight": "mid",
+    # numbers that the integers of a quantized file are multiplied by
+    ".lora_down.scale_weight": "down_scale",
+    ".lora_up.scale_weight": "up_scale",
+    ".lora_A.scale_weight": "down_scale",
+    ".lora_B.scale_weight": "up_scale",
+    # diffusers before PEFT: attention processors, other layers, text encoders
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    # Mochi
+    ".lora_A": "down",
+    ".lora_B": "up",
+    # LyCORIS
+    **{f".{part}": part for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
+    **{f".{part}": part for part in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
+    **{f".{part}": part for part in ("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "on_input")},
+}
+
+# suffix -> a kind that is not applied, with all its module's parts
+UNSUPPORTED = {
+    **{f".{part}.weight": "GLoRA" for part in ("a1", "a2", "b1", "b2", "bm")},
+    ".oft_blocks": "OFT or BOFT",
+    ".rescale": "OFT or BOFT",
+    ".oft_R.weight": "OFT or BOFT",
+    ".oft_r": "OFT or BOFT",
+    ".bias_indices": "sparse bias",
+    ".bias_values": "sparse bias",
+    ".bias_size": "sparse bias",
+    ".set_weight": "whole replacement (set_weight)",
+    ".reshape_weight": "whole replacement (reshape_weight)",
+    ".lora_embedding_A": "LoRA of an embedding",
+    ".lora_embedding_B": "LoRA of an embedding",
+    ".ia3_l": "IA3 as PEFT stores it",
+    ".vera_lambda_b": "VeRA",
+    ".vera_lambda_d": "VeRA",
+    ".lokr_t1": "LoKr with lokr_t1",
+    ".scalar": "LyCORIS change with its scalar left outside",
+}
+BUNDLED = ("bundle_emb.", "emb_params", "string_to_param", "string_to_token")
+
+# xlabs' attention processors bring q, k and v in one pair; their own names stay, because the model has no such modules
+XLABS = re.compile(r"(.+)\.processor\.((?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
+
+# prefix -> component of names with underscores for dots; nothing is stripped after them
+FLAT_PREFIXES = {
+    "lora_unet__": DENOISER,
+    "lora_unet_": DENOISER,
+    "lora_transformer_": DENOISER,
+    "lora_prior_unet_": DENOISER,
+    "lycoris_": DENOISER,
+    "lora_prior_te_": TEXT,
+    "lora_te1_": TEXT,
+    "lora_te2_": TEXT_2,
+    "lora_te3_": TEXT_3,  # T5; a pipeline with two text encoders has it as its second
+    "lora_te_": TEXT,
+}
+# ComfyUI's words for text encoders, after `text_encoders.`; any other encoder is a model's only one
+COMFY_ENCODERS = {"clip_l": TEXT, "clip_g": TEXT_2, "t5xxl": TEXT_3}
+# wrappers around dotted names, in any nesting
+DENOISER_PREFIXES = (
+    "base_model.model.model.",
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "unet.",
+)
+# a language model's own names may begin with `model.`, so that less is taken off
+TEXT_PREFIXES = ("base_model.model.",)
+
+
+class Key(NamedTuple):
+    """A tensor's name taken apart.
+
+    Args:
+        component: `denoiser`, `text_encoder`, `text_encoder_2` or `text_encoder_3`.
+        name: module name in the file's dialect, without prefixes.
+        part: what of the change it is, a value of `PARTS` or `weight`; None: nothing that can be applied.
+        reason: where `part` is None, why.
+    """
+
+    component: str
+    name: str
+    part: str | None
+    reason: str = ""
+
+
+def split_key(key: str) -> Key:
+    """`transformer.a.b.lora_A.weight` -> Key("denoiser", "a.b", "down")."""
+    if key.startswith(BUNDLED):
+        return Key(DENOISER, key, None, "textual inversion, not a LoRA")
+    if found := XLABS.fullmatch(key):
+        block, name, half = found.groups()
+        return Key(*split_prefix(f"{block}.{name}"), half)
+    for suffix, kind in UNSUPPORTED.items():
+        if key.endswith(suffix):
+            return Key(*split_prefix(key.removesuffix(suffix)), None, f"unsupported kind: {kind}")
+    for suffix, part in PARTS.items():
+        if key.endswith(suffix):
+            return Key(*split_prefix(key.removesuffix(suffix)), part)
+    if key.endswith(".weight"):  # of an IA3, when its module also has `on_input`
+        return Key(*split_prefix(key.removesuffix(".weight")), "weight")
+    return Key(*split_prefix(key), None, "unknown suffix")
+
+
+def split_prefix(name: str) -> tuple[str, str]:
+    """Component of a module name, and the name without prefixes and without `.processor`."""
+    component, inner = component_of(strip(name, TEXT_PREFIXES))
+    if component is None:  # a denoiser, whose wrappers may hold a flattened name
+        component, inner = component_of(strip(name, DENOISER_PREFIXES))
+    return component or DENOISER, inner.replace(".processor.", ".").removesuffix(".processor")
+
+
+def component_of(name: str) -> tuple[str | None, str]:
+    """The component that a name's beginning says, and the name after it; None where it says none."""
+    for prefix, component in FLAT_PREFIXES.items():
+        if name.startswith(prefix):
+            return component, name.removeprefix(prefix)
+    first, _, rest = name.partition(".")
+    if first == "text_encoders" and rest:
+        encoder, _, inner = rest.partition(".")
+        name = rest if encoder == "transformer" else inner
+        return COMFY_ENCODERS.get(encoder, TEXT), strip(name, ("transformer.",))
+    if first in (TEXT, TEXT_2, TEXT_3) and rest:
+        return first, strip(rest, TEXT_PREFIXES)
+    return None, name
+
+
+def strip(name: str, prefixes: tuple[str, ...]) -> str:
+    """Without the prefixes, which may nest."""
+    for prefix in prefixes:
+        if name.startswith(prefix):
+            return strip(name.removeprefix(prefix), prefixes)
+    return name

@@ -1,0 +1,184 @@
+"""Where the changes of LoRA files land in a model: every name looked up, every shape checked, nothing changed yet."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from int8run.errors import LoraError
+from int8run.lora.files import LoraFile
+from int8run.lora.keys import DENOISER, split_key
+from int8run.lora.kinds import Change
+from int8run.lora.names import NameTable, Place, rows_in_file, weight_shape
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Per component and module, which LoRA of the stack brings which change; and what found no place."""
+
+    by_component: Mapping[str, Mapping[str, Sequence[tuple[int, Change]]]]
+    unmatched: Sequence[tuple[int, str, str]]  # LoRA, key or module name, reason
+
+    @property
+    def denoiser(self) -> Mapping[str, Sequence[tuple[int, Change]]]:
+        """Changes of the denoiser's modules."""
+        return self.by_component.get(DENOISER, {})
+
+    @property
+    def matched(self) -> int:
+        """Pairs of a LoRA and a module that it changes."""
+        return sum(len(entries) for modules in self.by_component.values() for entries in modules.values())
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One LoRA of a stack, as far as matching asks."""
+
+    file: LoraFile
+    components: Sequence[str] | None = None  # None: all that the file has
+
+    def takes(self, component: str) -> bool:
+        """Whether a part of the file is to be applied."""
+        return self.components is None or component in self.components
+
+
+def match(parts: Mapping[str, nn.Module], stack: Sequence[Wanted], strict: bool) -> Matches:
+    """Find the module of every change and check the shapes.
+
+    Args:
+        parts: `denoiser`, and text encoders by their component's name.
+
+    Raises:
+        LoraError: no match at all, a wrong shape, or, when strict, any key without a place.
+    """
+    tables = {component: NameTable.of(module) for component, module in parts.items()}
+    found: dict[str, dict[str, list[tuple[int, Change]]]] = {component: {} for component in parts}
+    unmatched: list[tuple[int, str, str]] = []
+    for index, wanted in enumerate(stack):
+        file = wanted.file
+        has = set(file.changes) | {split_key(key).component for key, _ in file.unknown}
+        if wanted.components is not None and not has & set(wanted.components):
+            raise LoraError(
+                f"{file.path.name}: components={list(wanted.components)} leaves nothing of it; it has {', '.join(sorted(has)) or 'none'}"
+            )
+        lost = [(key, why) for key, why in file.unknown if wanted.takes(split_key(key).component)]
+        landed = 0
+        for component, changes in file.changes.items():
+            if not wanted.takes(component):
+                continue
+            places, missing = locate(component, changes, parts, tables)
+            lost += missing
+            for name, (target, spots) in places.items():
+                landed += 1
+                check_rows(file, name, changes[name], spots)
+                for spot in spots:
+                    change = placed(file, changes[name], spot, parts[target])
+                    found[target].setdefault(spot.module, []).append((index, change))
+        report(file, landed, lost, strict)
+        unmatched += [(index, key, why) for key, why in lost]
+    return Matches(found, unmatched)
+
+
+def locate(
+    component: str, changes: Mapping[str, Change], parts: Mapping[str, nn.Module], tables: Mapping[str, NameTable]
+) -> tuple[dict[str, tuple[str, tuple[Place, ...]]], list[tuple[str, str]]]:
+    """The places of one component's changes: in the part of that name, for text encoders else in another one that has such modules.
+
+    A file's `te2` is CLIP-G for some trainers and T5 for others; the names inside tell.
+    """
+    candidates = [component] if component == DENOISER else [component, *(p for p in parts if p not in (component, DENOISER))]
+    places: dict[str, tuple[str, tuple[Place, ...]]] = {}
+    for candidate in candidates:
+        if candidate in tables:
+            spots = tables[candidate].find_all([name for name in changes if name not in places])
+            places |= {
+                name: (candidate, found)
+                for name, found in spots.items()
+                if found and (candidate == component or fits(changes[name], found, parts[candidate]))
+            }
+    reason = "no such module" if component in parts or (component != DENOISER and len(parts) > 1) else f"the model has no {component}"
+    return places, [(f"{component}: {name}" if component != DENOISER else name, reason) for name in changes if name not in places]
+
+
+def fits(change: Change, spots: Sequence[Place], part: nn.Module) -> bool:
+    """Whether a change has the shapes of the modules at its places."""
+    if not has_rows(change, spots):
+        return False
+    try:
+        return all(at_place(change, spot).misfit(weight_shape(part.get_submodule(spot.module))) is None for spot in spots)
+    except LoraError:  # its rows cannot be cut that way
+        return False
+
+
+def has_rows(change: Change, spots: Sequence[Place]) -> bool:
+    """Whether a matrix that is cut into parts has as many rows as the parts together."""
+    wanted = rows_in_file(spots)
+    return wanted is None or change.rows is None or change.rows == wanted
+
+
+def check_rows(file: LoraFile, name: str, change: Change, spots: Sequence[Place]) -> None:
+    """Refuse a matrix that would lose rows when it is cut.
+
+    Raises:
+        LoraError: with both numbers.
+    """
+    if not has_rows(change, spots):
+        modules = ", ".join(spot.module for spot in spots)
+        raise LoraError(
+            f"{file.path.name}: {name} has {change.rows} rows, the model's {modules} have {rows_in_file(spots)} together; "
+            "the LoRA was made for another base model"
+        )
+
+
+def placed(file: LoraFile, change: Change, spot: Place, part: nn.Module) -> Change:
+    """The part of a change that belongs to a place, its shape checked.
+
+    Raises:
+        LoraError: when it does not fit, with both shapes.
+    """
+    try:
+        change = at_place(change, spot)
+    except LoraError as error:
+        raise LoraError(f"{file.path.name}: {spot.module} {error}") from error
+    if why := change.misfit(weight_shape(part.get_submodule(spot.module))):
+        raise LoraError(f"{file.path.name}: {spot.module} {why}; the LoRA was made for another base model")
+    return change
+
+
+def at_place(change: Change, spot: Place) -> Change:
+    """The part of a change that belongs to a place."""
+    if spot.take is not None:
+        change = change.take_rows(spot.take)
+    if spot.swap_halves:
+        change = change.swap_halves()
+    if spot.start is not None and spot.total is not None:
+        change = change.place_rows(spot.start, spot.total)
+    return change
+
+
+def report(file: LoraFile, landed: int, lost: Sequence[tuple[str, str]], strict: bool) -> None:
+    """Say what of a file found no place.
+
+    Raises:
+        LoraError: when nothing did, or, when strict, anything did not.
+    """
+    total = landed + len(lost)
+    reasons = "; ".join(f"{n} × {why}" for why, n in Counter(why for _, why in lost).items())
+    first = f" (first: {lost[0][0]})" if lost else ""
+    if not landed:
+        raise LoraError(
+            f"{file.path.name}: none of its {total} modules and keys is in the model{first}{f': {reasons}' if reasons else ''}; "
+            "the LoRA was made for another architecture, or its kind is not supported"
+        )
+    if lost and strict:
+        raise LoraError(
+            f"{file.path.name}: {len(lost)} of {total} modules and keys have no place in the model: {reasons}{first}; "
+            "lora.strict=false applies the rest"
+        )
+    if lost:
+        left_out = f"{len(lost)} of {total} modules and keys have no place in the model and are left out: {reasons}{first}"
+        log.warning("%s: %s", file.path.name, left_out)

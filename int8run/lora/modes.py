@@ -1,0 +1,218 @@
+"""The ways of bringing LoRAs to weights: added in float, beside an INT8 layer, or into its integers. Each can be undone exactly."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from int8run.layers.linear import Int8Linear, LowRankBranch
+from int8run.lora.kinds import Change, Dynamic
+from int8run.quant.rounding import Rounding
+from int8run.quant.stochastic import add_rounded, seeded
+from int8run.quant.weight import QuantizedWeight
+
+# of one module: which LoRA of the stack brings which change
+Changes = Sequence[tuple[int, Change]]
+
+
+class FloatMerge:
+    """LoRAs added to float weights and biases, with the originals kept: changing a strength starts from them."""
+
+    def __init__(self, model: nn.Module, changes: Mapping[str, Changes]):
+        self.strengths: list[float] | None = None
+        self.weights: dict[str, tuple[nn.Parameter, Tensor, list[tuple[int, Change]]]] = {}
+        self.biases: dict[str, tuple[nn.Parameter, Tensor, list[tuple[int, Tensor]]]] = {}
+        for name, entries in changes.items():
+            module = model.get_submodule(name)
+            if isinstance(module, Int8Linear):
+                continue
+            if (weighing := [(i, c) for i, c in entries if c.core is not None]) and isinstance(module.weight, nn.Parameter):
+                self.weights[name] = (module.weight, module.weight.detach().clone(), weighing)
+            if biasing := [(i, c.bias) for i, c in entries if c.bias is not None]:
+                bias = bias_of(module)
+                self.biases[name] = (bias, bias.detach().clone(), biasing)
+
+    def original(self, name: str) -> Tensor:
+        """The weight of a module without any LoRA."""
+        return self.weights[name][1]
+
+    @torch.no_grad()
+    def set_strengths(self, strengths: Sequence[float]) -> None:
+        """`W = W0 + sum of strength * delta(W0)`, summed in float32 and rounded once, so that the order says nothing."""
+        if list(strengths) == self.strengths:
+            return
+        self.strengths = list(strengths)
+        for weight, original, changes in self.weights.values():
+            merged = original.float()
+            for index, change in changes:
+                if strengths[index] != 0 and change.core is not None:
+                    merged = merged + strengths[index] * change.core.delta(original).to(merged.device)
+            weight.copy_(merged)
+        for bias, original, added in self.biases.values():
+            merged = original.float()
+            for index, part in added:
+                merged = merged + strengths[index] * part.to(merged)
+            bias.copy_(merged)
+
+
+def bias_of(module: nn.Module) -> nn.Parameter:
+    """The bias of a module, made of zeros where it has none."""
+    if module.bias is None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        module.bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=False)
+    assert isinstance(module.bias, nn.Parameter)
+    return module.bias
+
+
+class Int8Bias:
+    """Bias changes of one INT8 layer; biases are float in every mode."""
+
+    def __init__(self, layer: Int8Linear, changes: Changes):
+        self.parts = [(index, c.bias.to(layer.scale)) for index, c in changes if c.bias is not None]
+        self.original = torch.zeros_like(layer.scale) if layer.bias is None else layer.bias.clone()
+        if self.parts and layer.bias is None:
+            layer.bias = self.original.clone()
+        self.bias = layer.bias
+
+    def set_strengths(self, strengths: Sequence[float]) -> None:
+        """Write the bias anew."""
+        if self.parts and self.bias is not None:
+            self.bias.copy_(self.original)
+            for index, part in self.parts:
+                self.bias.add_(part, alpha=strengths[index])
+
+
+def dynamic_forms(changes: Changes, weight: Callable[[], Tensor]) -> list[tuple[int, Dynamic]] | str:
+    """What each change is beside its layer, or the reason why one of them cannot be that.
+
+    Args:
+        weight: the layer's float weight; only kinds that read it (DoRA) ask for it.
+    """
+    forms = []
+    for index, change in changes:
+        if change.core is not None:
+            form = change.core.dynamic(weight() if change.core.reads_weight else None)
+            if form is None:
+                return f"a {change.core.kind} that has no low-rank form"
+            forms.append((index, form))
+    return forms
+
+
+def balanced(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product from factors whose ranks are alike, so that a backend may round them: of `lora_B A = U S V`, `U Q` and `Qᵀ S V`.
+
+    As a file has them, a few strong ranks set the scale of all others; turned by an orthogonal Q, each is a mixture of all.
+    """
+    q, triangle = torch.linalg.qr(lora_A.T)  # A = triangleᵀ qᵀ, so that the SVD is one of r columns
+    u, s, v = torch.linalg.svd(lora_B @ triangle.T, full_matrices=False)
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(len(s), len(s), generator=generator)).Q.to(u.device)
+    return turn.T @ (s[:, None] * v) @ q.T, u @ turn
+
+
+def total_rank(forms: Sequence[tuple[int, Dynamic]]) -> int:
+    """Ranks of all of them, one after the other."""
+    return sum(form.lora_A.shape[0] for _, form in forms if form.lora_A is not None)
+
+
+class DynamicLayer:
+    """LoRAs beside one INT8 layer: a low-rank branch, and a factor per row where the kind has one (DoRA, IA3)."""
+
+    def __init__(self, layer: Int8Linear, changes: Changes, forms: Sequence[tuple[int, Dynamic]]):
+        self.layer = layer
+        self.bias = Int8Bias(layer, changes)
+        self.scale = layer.scale.clone()
+        self.factors = [(index, f.row_factor.to(layer.scale)) for index, f in forms if f.row_factor is not None]
+        parts = [(index, (f.lora_A, f.lora_B)) for index, f in forms if f.lora_A is not None and f.lora_B is not None]
+        self.indices = [index for index, _ in parts]
+        self.branch = None
+        if parts:
+            self.branch = LowRankBranch([balanced(*pair) for _, pair in parts], layer.dtype, layer.scale.device)
+            self.branch.fuse(layer.backend, layer.transform)
+        if self.factors:  # a second copy of the weight would have to follow every strength
+            layer.float_weight = None
+        self.attach(True)
+
+    def attach(self, on: bool) -> None:
+        """Put the branch beside its layer, or take it off."""
+        self.layer.adapter = self.branch if on else None
+
+    @torch.no_grad()
+    def set_strengths(self, strengths: Sequence[float]) -> None:
+        """Write the strengths; where a kind scales rows, those scales, and biases."""
+        if self.branch is not None:
+            self.branch.set_strengths([strengths[i] for i in self.indices])
+        if self.factors:
+            factors = torch.ones_like(self.scale)
+            for index, factor in self.factors:
+                factors.add_(factor, alpha=strengths[index])
+            self.layer.scale.copy_(self.scale * factors)
+        self.bias.set_strengths(strengths)
+
+
+class WrittenLayer:
+    """LoRAs written into one INT8 layer's weight; the layer as it was is kept, so that every strength starts from it."""
+
+    def __init__(self, layer: Int8Linear, changes: Changes):
+        self.layer, self.changes = layer, [(i, c) for i, c in changes if c.core is not None]
+        self.bias = Int8Bias(layer, changes)
+        self.original = layer.quantized_weight()
+        self.written: list[float] = [0.0 for _ in self.changes]
+        self.clipped_share = 0.0
+
+    def set_strengths(self, strengths: Sequence[float]) -> None:
+        """Write the weight for these strengths, unless it is there already; without any, the original comes back bit for bit."""
+        wanted = [strengths[index] for index, _ in self.changes]
+        if wanted != self.written:
+            self.layer.set_weight(self.weight(wanted) if any(wanted) else self.original)
+            self.written = wanted
+        self.clipped_share = self.clipped_share if any(wanted) else 0.0
+        self.bias.set_strengths(strengths)
+
+    def weight(self, strengths: Sequence[float]) -> QuantizedWeight:
+        """The layer's weight with its LoRAs at these strengths."""
+        raise NotImplementedError
+
+
+class BakedLayer(WrittenLayer):
+    """The sum in float, transformed and rounded like any weight: the error is that of a fresh quantization."""
+
+    def __init__(self, layer: Int8Linear, changes: Changes, original: Tensor, rounding: Rounding):
+        super().__init__(layer, changes)
+        self.float_weight, self.rounding = original, rounding
+
+    @torch.no_grad()
+    def weight(self, strengths: Sequence[float]) -> QuantizedWeight:
+        merged = self.float_weight.float()
+        for strength, (_, change) in zip(strengths, self.changes, strict=True):
+            if strength and change.core is not None:
+                merged = merged + strength * change.core.delta(self.float_weight).to(merged.device)
+        return self.rounding.round(self.layer.transform.transform_weight(merged), None)
+
+
+class StochasticLayer(WrittenLayer):
+    """The sum of all changes added to the integers with random rounding; no float weight is needed.
+
+    Args:
+        weight: the float weight or what the integers stand for; kinds that read it (DoRA, IA3) ask for it.
+        seed: words of the generator's seed: the run's, the layer's name, the LoRA files.
+    """
+
+    def __init__(self, layer: Int8Linear, changes: Changes, weight: Callable[[], Tensor], seed: Sequence[object]):
+        super().__init__(layer, changes)
+        self.read, self.seed = weight, tuple(seed)
+
+    @torch.no_grad()
+    def weight(self, strengths: Sequence[float]) -> QuantizedWeight:
+        original = self.read()
+        change = torch.zeros(original.shape, device=original.device)
+        for strength, (_, part) in zip(strengths, self.changes, strict=True):
+            if strength and part.core is not None:
+                change += strength * part.core.delta(original).to(change.device)
+        rounded = add_rounded(self.original, self.layer.transform.transform_weight(change), seeded(*self.seed))
+        self.clipped_share = rounded.clipped_share
+        return rounded.weight
+
+
+Int8Mode = DynamicLayer | BakedLayer | StochasticLayer

@@ -1,0 +1,80 @@
+"""Every layout and kind of file, read and matched: each module of the model gets the change that `lora_files.py` works out by itself."""
+
+import re
+
+import pytest
+import torch
+from helpers import assert_close
+from lora import lora_files
+from lora.lora_files import LAYOUTS, MISTAKES
+
+from int8run.errors import LoraError
+from int8run.lora.files import read_lora
+from int8run.lora.match import Wanted, match
+
+
+@pytest.fixture(scope="module")
+def models():
+    return lora_files.tiny_models()
+
+
+def deltas(sample, models):
+    """Component -> module -> changes of weight and bias, of a file as int8run reads it."""
+    parts = models[sample.base]
+    found = match(parts, [Wanted(read_lora(sample.path))], strict=True)
+    made = {}
+    for component, modules in found.by_component.items():
+        for name, entries in modules.items():
+            weight = parts[component].get_submodule(name).weight
+            cores = [c.core.delta(weight) for _, c in entries if c.core is not None]
+            biases = [c.bias for _, c in entries if c.bias is not None]
+            made[component, name] = (sum(cores) if cores else None), (sum(biases) if biases else None)
+    return made
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_file_does_what_its_formulas_say(name, models, tmp_path):
+    sample = lora_files.write(lora_files.make(name, models), tmp_path)
+    made = deltas(sample, models)
+    expected = {(component, module): e for component, modules in sample.expected.items() for module, e in modules.items()}
+    assert made.keys() == expected.keys()
+    for place, (weight, bias) in made.items():
+        for what, actual, wanted in (("weight", weight, expected[place].weight), ("bias", bias, expected[place].bias)):
+            assert (actual is None) == (wanted is None), f"{place}: {what}"
+            if wanted is not None:
+                assert_close(f"{place} {what}", actual, wanted, 2e-6)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_file_with_a_mistake_is_told_of(mistake, models, tmp_path):
+    sample = lora_files.make(mistake.layout, models)
+    mistake.spoil(sample.tensors)
+    lora_files.write(sample, tmp_path)
+    before = {c: {k: v.clone() for k, v in m.state_dict().items()} for c, m in models[sample.base].items()}
+    if mistake.when == "note":
+        assert any(re.search(mistake.words, note) for note in read_lora(sample.path).notes)
+    elif mistake.when == "reading":
+        with pytest.raises(LoraError, match=mistake.words) as caught:
+            read_lora(sample.path)
+        assert str(sample.path) in str(caught.value)
+    else:
+        file = read_lora(sample.path)
+        with pytest.raises(LoraError, match=mistake.words) as caught:
+            match(models[sample.base], [Wanted(file)], strict=True)
+        assert sample.path.name in str(caught.value)
+    assert all(torch.equal(v, before[c][k]) for c, m in models[sample.base].items() for k, v in m.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [name for name, (base, _) in LAYOUTS.items() if base == "flux"])
+def test_the_file_is_refused_by_a_model_of_another_family(name, models, tmp_path):
+    sample = lora_files.write(lora_files.make(name, models), tmp_path)
+    unet = {"denoiser": models["sdxl"]["denoiser"]}
+    with pytest.raises(LoraError, match=r"none of its \d+ modules is in the model|is for|has no place|changes a|no such module"):
+        match(unet, [Wanted(read_lora(sample.path))], strict=True)
+
+
+def test_the_list_covers_every_family_and_kind(models, tmp_path):
+    kinds = set()
+    for name in LAYOUTS:
+        kinds |= read_lora(lora_files.write(lora_files.make(name, models), tmp_path).path).kinds.keys()
+    assert kinds == {"LoRA", "LoCon", "LoHa", "LoKr", "diff", "norm", "IA3", "DoRA", "bias"} and len(LAYOUTS) >= 20

@@ -1,0 +1,334 @@
+"""Trigger words and other facts from headers and sidecar files, whatever strangers wrote into them."""
+
+import json
+import random
+import string
+
+import pytest
+
+from int8run.lora.metadata import (
+    MAX_JSON,
+    MAX_SIDECAR,
+    MAX_WORD,
+    MAX_WORDS,
+    Triggers,
+    all_triggers,
+    describe,
+    insert_triggers,
+    missing_triggers,
+    shown,
+    trainer,
+    trigger_words,
+)
+
+
+@pytest.fixture
+def lora(tmp_path):
+    path = tmp_path / "style.v2.safetensors"
+    path.write_bytes(b"")
+    return path
+
+
+# -- where trigger words stand -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_phrase", "instance_prompt", "activation_text"],
+)
+def test_header_keys(lora, key):
+    assert trigger_words(lora, {key: "stlz style, TOK"}) == Triggers(("stlz style", "TOK"), key)
+
+
+def test_a_list_in_a_header(lora):
+    assert trigger_words(lora, {"trigger_words": '["ink style", "a fox, drawn", 3, null]'}).words == ("ink style", "a fox", "drawn")
+    assert trigger_words(lora, {"trigger_words": "[broken"}).words == ("[broken",)
+
+
+@pytest.mark.parametrize(
+    "hint", ["Use keyword 'example'", 'Trigger: "example".', "Use `example` to trigger the style", "Activate by 'example'"]
+)
+def test_words_in_quotes_in_a_hint(lora, hint):
+    assert trigger_words(lora, {"modelspec.usage_hint": hint}) == Triggers(("example",), "modelspec.usage_hint")
+    assert trigger_words(lora, {"modelspec.description": hint}) == Triggers(("example",), "modelspec.description")
+
+
+@pytest.mark.parametrize("hint", ["Works 'best' at 0.8", "It's a trigger for many artists' work", "use strength 0.8"])
+def test_a_hint_without_trigger_words(lora, hint):
+    assert trigger_words(lora, {"modelspec.usage_hint": hint}) is None
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".json", {"activation text": "ink style", "preferred weight": 0.8}),
+        (".civitai.info", {"trainedWords": ["ink style"]}),
+        (".metadata.json", {"trainedWords": ["ink style"]}),
+        (".metadata.json", {"civitai": {"trainedWords": ["ink style"]}}),
+    ],
+)
+def test_sidecar_files(lora, suffix, content):
+    lora.with_name(f"style.v2{suffix}").write_text(json.dumps(content))
+    assert trigger_words(lora, {}) == Triggers(("ink style",), f"style.v2{suffix}")
+
+
+@pytest.mark.parametrize(
+    "line", ["instance_prompt: ink style", "instance_prompt: 'ink style'", 'license: mit\ninstance_prompt:   "ink style"  ']
+)
+def test_front_matter_of_a_readme(lora, line):
+    lora.with_name("README.md").write_text(f"---\ntags:\n- lora\n{line}\n---\n# instance_prompt: not this\n")
+    assert trigger_words(lora, {}) == Triggers(("ink style",), "README.md")
+
+
+def test_a_readme_that_says_nothing(lora):
+    readme = lora.with_name("README.md")
+    for text in (
+        "---\ninstance_prompt: null\n---\n",
+        "# x\ninstance_prompt: ink\n",
+        "---\ninstance_prompt:\n---\n",
+        "---\ntags: []\n---\ninstance_prompt: ink\n",
+    ):
+        readme.write_text(text)
+        assert trigger_words(lora, {}) is None
+    readme.write_text("---\ninstance_prompt: ink\n---\n")
+    lora.with_name("other.safetensors").write_bytes(b"")
+    assert trigger_words(lora, {}) is None, "which of the two is meant?"
+
+
+def test_kohyas_data_sets(lora):
+    subsets = [
+        {"class_tokens": "sks dog", "is_reg": False, "caption_prefix": "photo of"},
+        {"class_tokens": "dog", "is_reg": True},
+        {"class_tokens": None},
+        "no subset",
+    ]
+    value = json.dumps([{"subsets": subsets}, {"subsets": None}, 5])
+    assert trigger_words(lora, {"ss_datasets": value}) == Triggers(("sks dog", "photo of"), "ss_datasets", guessed=True)
+
+
+def test_folder_names(lora):
+    value = json.dumps({"10_sks dog": {"n_repeats": 10, "img_count": 5}, "images": {}, "5_ink_style": 1})
+    assert trigger_words(lora, {"ss_dataset_dirs": value}) == Triggers(("sks dog", "ink_style"), "ss_dataset_dirs", guessed=True)
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ({"tree": 18, "solo": 12, "inkstyle": 20, "fox": 19, "sun": 18, "sea": 17}, ("inkstyle", "fox", "tree")),
+        ({"inkstyle": 1}, ("inkstyle",)),  # ai-toolkit
+        ({"a": 1, "b": 1}, None),
+        ({"a": True, "b": "3", "c": 2.5, "d": None, "e": -1}, None),
+        ([], None),
+    ],
+)
+def test_tags_of_almost_every_caption(lora, counts, words):
+    found = trigger_words(lora, {"ss_tag_frequency": json.dumps({"10_x": counts})})
+    assert found == (words and Triggers(words, "ss_tag_frequency", guessed=True))
+
+
+def test_the_number_of_pictures_says_what_almost_every_means(lora):
+    metadata = {"ss_tag_frequency": json.dumps({"x": {"fox": 8, "ink": 20}}), "ss_dataset_dirs": json.dumps({"x": {"img_count": 30}})}
+    assert trigger_words(lora, metadata) is None
+    metadata["ss_dataset_dirs"] = json.dumps({"x": {"img_count": 21}})
+    assert trigger_words(lora, metadata).words == ("ink",)
+
+
+def test_the_first_place_counts_and_all_are_told(lora):
+    lora.with_name("style.v2.json").write_text('{"activation text": "from sidecar"}')
+    metadata = {
+        "ss_tag_frequency": '{"1_x": {"tag": 1}}',
+        "ss_dataset_dirs": '{"1_folder": {}}',
+        "ss_datasets": '[{"subsets": [{"class_tokens": "class"}]}]',
+        "instance_prompt": "instance",
+        "modelspec.usage_hint": "trigger 'hint'",
+        "modelspec.trigger_phrase": "phrase",
+    }
+    words = [found.words[0] for found in all_triggers(lora, metadata)]
+    assert words == ["phrase", "hint", "instance", "from sidecar", "class", "folder", "tag"]
+    assert trigger_words(lora, metadata).words == ("phrase",)
+
+
+@pytest.mark.parametrize("value", ["", " ", "None", "null", ",,", "\n", "\x00", "False", "[]"])
+def test_an_empty_place_is_passed_over(lora, value):
+    found = trigger_words(lora, {"modelspec.trigger_phrase": value, "trigger_words": "ink"})
+    assert found == Triggers(("ink",), "trigger_words")
+
+
+# -- what strangers write ----------------------------------------------------------------------------------------------
+
+
+def test_control_characters_and_lengths(lora):
+    bad = "ink\x1b[31m\u202estyle\u2028now\ud800\r" + "x" * 1000
+    (word,) = trigger_words(lora, {"trigger_words": bad}).words
+    assert word.startswith("ink [31m style now xxx") and len(word) == MAX_WORD and word.isprintable()
+    many = trigger_words(lora, {"trigger_words": ",".join(f"w{i}" for i in range(1000))})
+    assert len(many.words) == MAX_WORDS
+    assert trigger_words(lora, {"trigger_words": "a, b, a"}).words == ("a", "b")
+    assert shown(True, 10) == "" and shown(10**5000, 10) == "" and shown(3, 10) == "3"
+    assert shown("x" * 50, 10) == "x" * 9 + "…" and shown("x" * 10, 10) == "x" * 10
+
+
+KEYS = [
+    "modelspec.trigger_phrase", "modelspec.usage_hint", "modelspec.description", "modelspec.title", "modelspec.license", "ss_trigger_words",
+    "ss_datasets", "ss_dataset_dirs", "ss_tag_frequency", "software", "ss_network_args", "ss_network_module", "ss_network_dim",
+    "lora_adapter_metadata", "instance_prompt",
+]  # fmt: skip
+EVIL = [
+    "", "null", "true", "0", "[]", "{}", '""', "[" * 100_000, '{"a":' * 100_000, "9" * 10_000, "NaN", '{"x": Infinity}', "[[[[]]]]",
+    '{"x": {"y": NaN}}', '[{"subsets": {"class_tokens": []}}]', '[{"subsets": [[], 1, {"class_tokens": {"a": 1}}]}]', '{"1_a": [1]}',
+    '{"1_a": {"b": 1e400}}', '{"1_a": {"b": ' + "9" * 4000 + "}}", '{"name": {"name": "x"}}', '{"name": 5}', "\x00" * 100, "\ud800",
+    '{"r": [1], "lora_alpha": {}}', '{"transformer.r": "' + "x" * 10_000 + '"}', '"\\ud800"', '["\\ud83d"]', "\u202e" * 300, "'" * 10_000,
+    "trigger " + "'a" * 10_000, "🦊" * 5000, "a\n" * 10_000, "[" + "0," * 100_000 + "0]",
+    "{" + ",".join(f'"{i}_t": {{"t": {i}}}' for i in range(5000)) + "}",
+]  # fmt: skip
+
+
+def check(lora, metadata):
+    found = list(all_triggers(lora, metadata))
+    for triggers in found:
+        assert 0 < len(triggers.words) <= MAX_WORDS
+        assert all(0 < len(w) <= MAX_WORD and w == " ".join(w.split()) and w.isprintable() for w in triggers.words)
+        assert not missing_triggers(insert_triggers("a fox", triggers.words), triggers.words)
+    for name, text in describe(lora, metadata, ["x.lora_A.weight"]).items():
+        assert name and 0 < len(text) <= 200 and "\n" not in text and text.isprintable()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_evil_values(lora, key):
+    for value in EVIL:
+        check(lora, {key: value})
+
+
+@pytest.mark.parametrize("suffix", [".json", ".civitai.info", ".metadata.json"])
+def test_evil_sidecar_files(lora, suffix):
+    for value in EVIL:
+        lora.with_name(f"style.v2{suffix}").write_bytes(value.encode("utf-8", "surrogatepass"))
+        check(lora, {})
+    lora.with_name(f"style.v2{suffix}").write_bytes(random.Random(0).randbytes(1000))
+    check(lora, {})
+    for key in ("activation text", "trainedWords", "civitai", "preferred weight"):
+        for value in EVIL:
+            lora.with_name(f"style.v2{suffix}").write_text(json.dumps({key: value}))
+            check(lora, {})
+
+
+def test_evil_readmes(lora):
+    for value in EVIL:
+        for text in (f"---\n{value}", f"---\ninstance_prompt: {value}\n---", f"---\nlicense: {value}\n"):
+            lora.with_name("README.md").write_bytes(text.encode("utf-8", "surrogatepass"))
+            check(lora, {})
+
+
+def test_random_headers(lora):
+    chance = random.Random(1)
+    alphabet = string.printable + '{}[]",:' * 20 + "\u202e\x00é狐\ud800"
+
+    def value(depth=0):
+        kind = chance.randrange(7 if depth < 4 else 4)
+        if kind == 4:
+            return [value(depth + 1) for _ in range(chance.randrange(4))]
+        if kind > 4:
+            names = ["subsets", "class_tokens", "caption_prefix", "img_count", "10_fox", "name", "algo", "r", "is_reg"]
+            return {chance.choice(names): value(depth + 1) for _ in range(chance.randrange(4))}
+        return [None, chance.choice([True, 10**30, -1, 2.5, float("nan")]), "".join(chance.choices(alphabet, k=9)), chance.randrange(9)][
+            kind
+        ]
+
+    for _ in range(1500):
+        raw = "".join(chance.choices(alphabet, k=chance.randrange(200)))
+        check(lora, {key: json.dumps(value()) if chance.random() < 0.8 else raw for key in chance.sample(KEYS, 4)})
+
+
+def test_what_is_too_large_is_not_read(lora):
+    words = json.dumps({"1_ink": {"ink": 1}})
+    assert trigger_words(lora, {"ss_tag_frequency": words + " " * MAX_JSON}) is None
+    lora.with_name("style.v2.json").write_text(json.dumps({"activation text": "ink"}) + " " * MAX_SIDECAR)
+    assert trigger_words(lora, {}) is None
+
+
+def test_a_folder_in_the_place_of_a_sidecar(lora):
+    lora.with_name("style.v2.json").mkdir()
+    assert trigger_words(lora, {}) is None
+
+
+# -- in a prompt -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word"),
+    [
+        ("a fox, ink style", "ink style"), ("A fox in INK  STYLE.", "ink style"), ("(sks:1.2) dog", "sks"), ("sks", "sks"),
+        ("a fox <s0><s1>", "<s0><s1>"), ("水墨风格的狐狸", "水墨"), ("a.b", "a.b"), ("ink\nstyle", "ink style"), ("Écran", "écran"),
+    ],
+)  # fmt: skip
+def test_words_that_are_there(prompt, word):
+    assert missing_triggers(prompt, [word]) == () and insert_triggers(prompt, [word]) == prompt
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word"),
+    [("a pink styled fox", "ink style"), ("tasks", "sks"), ("sks2", "sks"), ("my_sks", "sks"), ("axb", "a.b"), ("", "sks")],
+)
+def test_words_that_are_not_there(prompt, word):
+    assert missing_triggers(prompt, [word]) == (word,)
+
+
+def test_insertion():
+    assert insert_triggers("a fox", ("ink style", "FOX", "TOK")) == "a fox, ink style, TOK"
+    assert insert_triggers("a fox, ", ("ink",)) == "a fox, ink"
+    assert insert_triggers("", ("ink", "TOK")) == "ink, TOK"
+    assert insert_triggers("a fox, ", ()) == "a fox, " and insert_triggers("a fox", (" ", "")) == "a fox"
+
+
+# -- other facts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metadata", "keys", "name"),
+    [
+        ({"ss_network_module": "networks.lora_flux"}, [], "kohya (networks.lora_flux)"),
+        ({"ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo": "lokr"}'}, [], "LyCORIS (lokr)"),
+        ({"ss_network_module": "lycoris.kohya"}, [], "LyCORIS"),
+        ({"software": '{"name": "ai-toolkit", "version": "0.7"}', "ss_output_name": "x"}, [], "ai-toolkit"),
+        ({"software": "broken", "ot_branch": "master"}, [], "OneTrainer"),
+        ({"ot_config": "{}"}, [], "OneTrainer"),
+        ({"lora_adapter_metadata": "{}"}, ["transformer.x.lora_A.weight"], "diffusers / PEFT"),
+        ({}, ["transformer.x.lora_A.weight"], "diffusers / PEFT layout"),
+        ({}, ["diffusion_model.x.lora_A.weight"], "ComfyUI / ai-toolkit layout"),
+        ({}, ["lora_unet_x.lora_down.weight"], "kohya layout"),
+        ({}, ["lora_te1_x.alpha"], "kohya layout"),
+        ({}, ["lora_transformer_x.lora_down.weight"], "OneTrainer layout"),
+        ({}, ["lora_unet_x.hada_w1_a"], "LyCORIS layout"),
+        ({}, ["lycoris_x.lokr_w1"], "LyCORIS layout"),
+        ({}, ["double_blocks.0.processor.qkv_lora1.down.weight"], "diffusers layout, old or xlabs"),
+        ({}, ["x.weight"], None),
+    ],
+)
+def test_trainers(metadata, keys, name):
+    assert trainer(metadata, iter(keys)) == name
+
+
+def test_facts(lora):
+    lora.with_name("style.v2.json").write_text('{"preferred weight": 0.80}')
+    facts = describe(
+        lora,
+        {
+            "modelspec.title": "Ink\nstyle", "modelspec.author": "me", "modelspec.license": "MIT", "modelspec.resolution": "1024x1024",
+            "ss_network_dim": "16", "ss_network_alpha": "8.0", "modelspec.usage_hint": "None", "modelspec.tags": "ink, line",
+        },
+        ["lora_unet_x.alpha"],
+    )  # fmt: skip
+    assert facts == {
+        "title": "Ink style", "author": "me", "trainer": "kohya layout", "rank and alpha": "rank 16, alpha 8.0", "resolution": "1024x1024",
+        "license": "MIT", "tags": "ink, line", "advised strength": "0.8",
+    }  # fmt: skip
+    assert describe(lora.with_name("bare.safetensors"), {}, []) == {}
+
+
+def test_facts_from_other_places(lora):
+    lora.with_name("README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    peft = json.dumps({"transformer.r": 32, "transformer.lora_alpha": 16, "transformer.use_rslora": False})
+    facts = describe(lora, {"lora_adapter_metadata": peft, "ss_resolution": "(512, 512)"}, [])
+    assert facts == {
+        "trainer": "diffusers / PEFT", "rank and alpha": "rank 32, alpha 16", "resolution": "(512, 512)", "license": "apache-2.0"
+    }  # fmt: skip
