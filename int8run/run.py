@@ -49,7 +49,7 @@ def run(spec: RunSpec, job: Job) -> RunResult:
     progress = Progress(spec.progress)
     with spec.tracker.start(job.name, job.params(), {"sweep": job.sweep or "none"}) as tracked:
         tracked.log_file(out / "config.yaml")
-        heads = read_heads(spec.lora, spec.model.lora_base)
+        heads = read_heads(spec.lora, spec.model.lora_base, None if spec.lora_dir is None else Path(spec.lora_dir).expanduser())
         wanted = with_triggers(samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed), heads, spec.lora)
         first = wanted[: spec.sampler.batch]
         built, reused = memo.reuse(spec.build_key, lambda: build(spec, first, heads, progress))

@@ -83,6 +83,7 @@ class RunSpec:
     tracker: Tracker
     quality_db: float | None = None
     save: str | None = None
+    lora_dir: str | None = None
     compile: str = "none"
     attention: str = "native"
     seed: int = 0
@@ -134,7 +135,7 @@ class RunSpec:
         """The part of the config that decides what the float model draws, as text, without the prompts."""
         stack = self.lora
         loras = [(a.source(self.model.lora_base), a.components, a.schedule) for a in stack.adapters]
-        strengths = (stack.strength, stack.text_strengths, stack.strict, stack.folder)
+        strengths = (stack.strength, stack.text_strengths, stack.strict, self.lora_dir)
         return repr((self.model, self.sampling, loras, strengths, self.clip, self.compile, self.attention, self.device))
 
     @property
@@ -145,8 +146,8 @@ class RunSpec:
         # of the strengths, only baked ones and whether they change on the way decide what is built
         strengths = stack.strengths if stack.bakes else stack.scheduled
         # only weights that are rounded at random have a seed: they all, or with auto those of a checkpoint
-        rounds = stack.adapters and (stack.mode == "stochastic" or stack.mode == "auto" and self.int8.checkpoint is not None)
-        lora = (stack.mode, strengths, stack.strict, stack.folder, stack.max_overhead, self.seed if rounds else None, adapters)
+        rounds = stack.adapters and (stack.mode == "stochastic" or (stack.mode == "auto" and self.int8.checkpoint is not None))
+        lora = (stack.mode, strengths, stack.strict, self.lora_dir, stack.max_overhead, self.seed if rounds else None, adapters)
         sampling = self.sampling
         shape = (sampling.height, sampling.width, sampling.batch)  # backend=auto measures with the rows that they give
         # calibration pictures are drawn with all of the sampler

@@ -19,6 +19,9 @@ SAME_BUILD = {
     "progress": ["progress=false"],
     "strength of the stack": ["lora.strength=0.5"],
     "strength of one": ["lora.adapters.0.strength=2"],
+    "text strength": ["+lora.adapters.0.text_strength=0.3"],
+    "scheduler": ["sampler.scheduler=FlowMatchHeunDiscreteScheduler"],
+    "trigger words": ["lora.insert_triggers=true"],
 }
 OTHER_BUILD = {
     "model": ["model=flux"],
@@ -39,6 +42,13 @@ OTHER_BUILD = {
     "lora file": ["lora.adapters.0.path=other.safetensors"],
     "lora mode": ["lora.mode=bake"],
     "lora strict": ["lora.strict=false"],
+    "stochastic": ["lora.mode=stochastic"],
+    "another seed of random rounding": ["lora.mode=stochastic", "seed=9"],
+    "what a branch may cost": ["lora.max_overhead=0.1"],
+    "a schedule": ["lora.adapters.0.strength=[[0,1],[0.5,0]]"],
+    "components": ["+lora.adapters.0.components=[denoiser]"],
+    "lora folder": ["lora_dir=loras"],
+    "one lora": ["+lora.adapters.1.enabled=false"],
     "no lora": ["lora=none"],
     "compile": ["compile=blocks"],
     "attention": ["attention=flash"],

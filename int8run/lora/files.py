@@ -136,20 +136,18 @@ def read_modules(path: Path, keys: Iterable[str], get_tensor: Callable[[str], Te
     """`read_lora` of an open file: its keys by module, then one module after the other."""
     modules: dict[tuple[str, str], dict[str, str]] = {}
     unknown: dict[str, str] = {}
-    unsupported: dict[tuple[str, str], str] = {}
+    left_out: dict[tuple[str, str], str] = {}
     for key in keys:
         component, name, part, reason = split_key(key)
         if part is None:
-            unknown[key] = reason
-            if reason.startswith("unsupported"):
-                unsupported[component, name] = reason
+            unknown[key] = left_out[component, name] = reason
         elif (twice := modules.setdefault((component, name), {}).setdefault(part, key)) != key:
             raise LoraError(f"{path}: {name} is in the file twice, as {twice} and {key}; which one is meant cannot be told")
     header, survey = PeftHeader(metadata), Survey()
     changes: dict[str, dict[str, Change]] = {}
     for (component, name), by_part in modules.items():
         # without a part that is not applied, the rest would be another LoRA
-        why_not = unsupported.get((component, name)) or pointless(by_part.keys())
+        why_not = left_out.get((component, name)) or pointless(by_part.keys())
         if why_not:
             unknown |= dict.fromkeys(by_part.values(), why_not)
             continue

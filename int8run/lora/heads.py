@@ -30,7 +30,7 @@ class Head:
     triggers: Triggers | None
 
 
-def read_heads(stack: LoraSettings, lora_base: str) -> list[Head]:
+def read_heads(stack: LoraSettings, lora_base: str, lora_dir: Path | None = None) -> list[Head]:
     """Find the files of a stack and read their headers.
 
     Raises:
@@ -38,7 +38,7 @@ def read_heads(stack: LoraSettings, lora_base: str) -> list[Head]:
     """
     heads = []
     for adapter in stack.adapters:
-        path = find_lora(*adapter.source(lora_base), stack.search_folder)
+        path = find_lora(*adapter.source(lora_base), lora_dir)
         header, metadata = read_header(path)
         base = base_of(header, metadata)
         if (doubt := refuse_base(path, base, lora_base)) is not None:

@@ -25,7 +25,7 @@ class Adapter:
 
     Args:
         name: what the tracker and the messages call it.
-        path: a `.safetensors` file, a name in `lora.folder`, the name of a shipped LoRA, a hub id with `weight_name`, or a mapping
+        path: a `.safetensors` file, a name in `lora_dir`, the name of a shipped LoRA, a hub id with `weight_name`, or a mapping
             from a model's `lora_base` to one of these.
         strength: −20…20; 0 leaves the LoRA out; a list of [fraction of the steps, strength from there on] changes it on the way.
             None: 1, or what the few-step preset says.
@@ -109,7 +109,6 @@ class LoraSettings:
             takes, layer by layer, the first of dynamic, bake and stochastic that the LoRA's kind, `max_overhead` and the weights allow.
         strength: scales every adapter of the stack, text encoders included.
         strict: unmatched keys are an error instead of a warning.
-        folder: where adapters named without a folder are looked for, besides the shipped ones.
         insert_triggers: add the trigger words that a file names to every prompt that lacks them.
         max_overhead: with `auto`, the share of a layer's time that its branch may cost, measured on this machine.
     """
@@ -118,7 +117,6 @@ class LoraSettings:
     mode: str = "auto"
     strength: float = 1.0
     strict: bool = True
-    folder: str | None = None
     insert_triggers: bool = False
     max_overhead: float = 0.5
 
@@ -219,11 +217,6 @@ class LoraSettings:
             if odd:
                 lines.append(f"LoRA {adapter.name!r} has strength {odd[0]:g}; usual are {low} to {high}, beyond them pictures often break")
         return lines
-
-    @property
-    def search_folder(self) -> Path | None:
-        """`folder` as a path."""
-        return None if self.folder is None else Path(self.folder).expanduser()
 
 
 def check_schedule(name: str, entries: Schedule) -> None:

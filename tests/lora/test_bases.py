@@ -194,6 +194,13 @@ def test_kinds(parts):
         assert base_of(wrong, {}) is None
 
 
+@pytest.mark.parametrize(
+    "parts", [dict(hada_w1_a=[4, 18432], hada_w1_b=[4, 3072], hada_t1=[4, 4]), dict(lokr_w1=[8, 8], lokr_w2_a=[4, 16], lokr_t2=[4, 4])]
+)
+def test_a_core_tensor_hides_the_size(parts):
+    assert base_of(entries(**{f"{NAME}.{part}": shape for part, shape in parts.items()} | {f"{NAME}.lokr_w2_b": [4, 8]}), {}).name == "flux"
+
+
 @pytest.mark.parametrize("shape", [[], [4], ["x", "y"], [[4], [4]], [None, None], [4, True], [4, 10**30]])
 def test_shapes_that_are_none(shape):
     for part in ("lora_down.weight", "hada_w1_a", "lokr_w1", "diff", "weight"):
@@ -227,6 +234,13 @@ def test_blocks_beyond_the_last():
     assert base_of(peft({"double_blocks.18.img_attn.qkv": (9216, 3072)}), {}).name == "flux"
     assert base_of(peft({"double_blocks.19.img_attn.qkv": (9216, 3072)}), {}).name == "hunyuan_video"
     assert base_of(peft({"double_blocks.20.img_attn.qkv": (9216, 3072)}), {}) is None
+    falling = {f"double_blocks.{n}.img_attn.qkv": (9216, 3072) for n in (19, 0)}
+    assert base_of(peft(falling), {}).name == "hunyuan_video"
+
+
+def test_one_deep_layer_is_enough():
+    name = "down_blocks.1.attentions.0.transformer_blocks.{}.attn1.to_q"
+    assert base_of(peft({name.format(n): (640, 640) for n in range(2)}), {}) == Base("sdxl", "shapes", "text width 2048")
 
 
 # -- tags --------------------------------------------------------------------------------------------------------------

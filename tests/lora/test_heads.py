@@ -46,13 +46,13 @@ def test_heads_say_what_the_headers_do(tmp_path: Path) -> None:
     assert read_heads(LoraSettings(), "tiny") == []
 
 
-def test_files_are_found_in_the_stacks_folder(tmp_path: Path) -> None:
+def test_files_are_found_in_the_users_folder(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     save(tmp_path / "mine" / "style.safetensors")
-    stack = LoraSettings([Adapter("a", "style")], folder=str(tmp_path / "mine"))
-    assert read_heads(stack, "tiny")[0].path == tmp_path / "mine" / "style.safetensors"
+    stack = LoraSettings([Adapter("a", "style")])
+    assert read_heads(stack, "tiny", tmp_path / "mine")[0].path == tmp_path / "mine" / "style.safetensors"
     with pytest.raises(LoraError, match=r"LoRA file not found: styl; searched .*/mine, .*nearest there: style"):
-        read_heads(LoraSettings([Adapter("a", "styl")], folder=str(tmp_path / "mine")), "tiny")
+        read_heads(LoraSettings([Adapter("a", "styl")]), "tiny", tmp_path / "mine")
 
 
 def test_a_tag_that_contradicts_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

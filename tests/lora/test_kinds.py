@@ -173,6 +173,7 @@ def test_beside_the_layer_it_is_the_same_change(case, weight):
         made = torch.zeros(w.flatten(1).shape)
         if form.lora_A is not None:
             assert form.lora_A.dtype == form.lora_B.dtype == torch.float32
+            assert len(form.lora_A) < min(case.shape[:2]), "narrower than the weight, or it is no gain"
             made = made + form.lora_B @ form.lora_A
         if form.row_factor is not None:
             made = made + form.row_factor[:, None] * w.flatten(1)

@@ -212,12 +212,6 @@ def test_unusual_strengths_are_told_once_for_each_lora():
     assert LoraSettings([Adapter("a", "a", 0.8)], strength=3).unusual() == [f"LoRA 'a' has strength 2.4; {tell}"]
 
 
-def test_the_folder_may_be_in_the_users_home(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert str(LoraSettings(folder="~/loras").search_folder) == "/home/somebody/loras"
-    assert LoraSettings().search_folder is None
-
-
 # -- for one base model ------------------------------------------------------------------------------------------------------------
 
 

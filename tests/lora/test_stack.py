@@ -308,6 +308,20 @@ def test_integers_come_back_out_of_every_backend() -> None:
             assert torch.equal(layer.integers(), expected.get_submodule(name).packed), (backend.name, name)
 
 
+@pytest.mark.parametrize("mode", ["dynamic", "bake", "stochastic"])
+def test_a_new_strength_compiles_nothing_anew(mode: str) -> None:
+    torch._dynamo.reset()
+    model = TinyModel()
+    int8, _ = to_int8(model, outlier=ConvRot())
+    loras = on_int8(model, int8, [lora(model, LINEARS)], mode)
+    compiled = torch.compile(int8, fullgraph=True, backend="aot_eager")
+    compiled(X)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for strength in (1.0, 0.0, -0.5):
+            loras.set_strengths([strength])
+            assert_close(f"strength {strength}", compiled(X), int8(X), 1e-5)
+
+
 # -- in a program of one's own -----------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,196 @@
+"""Generation with a pipeline of our own making: whose time counts, what strengths hear of, which prompts are encoded."""
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import CPU
+from PIL import Image
+from torch import nn
+
+from int8run.errors import ConfigError
+from int8run.generate import generate as module
+from int8run.generate.generate import StepClock, TextCache, call, generate, unknown_arguments
+from int8run.generate.prompts import samples
+from int8run.models.family import Sampling
+
+SAMPLES = samples(["a", "b", "c"], 1, 5)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Seconds that only the test moves."""
+    seconds = [100.0]
+    monkeypatch.setattr(module, "now", lambda device: seconds[0])
+    yield seconds
+
+
+class Pipe:
+    """A pipeline: text takes 8 seconds, a step 1, decoding 2. Latents hold the denoiser's number."""
+
+    device = CPU
+
+    def __init__(self, clock: list[float]):
+        self.clock, self.num_timesteps, self.encoded, self.arguments = clock, 0, [], []
+        self.denoiser: Any = None
+
+    def register_modules(self, **modules: Any) -> None:
+        self.denoiser = modules["denoiser"]
+
+    def encode_prompt(self, prompt: list[str], scale: float | None = None) -> torch.Tensor:
+        self.clock[0] += 8
+        self.encoded.append(prompt)
+        return torch.tensor([ord(p[0]) for p in prompt])
+
+    def __call__(self, prompt: list[str], num_inference_steps: int, callback_on_step_end: Callable, generator: list, **rest: Any) -> Any:
+        self.arguments.append(rest)
+        text = self.encode_prompt(prompt, scale=None)
+        self.num_timesteps = num_inference_steps
+        for step in range(num_inference_steps):
+            self.clock[0] += 1
+            noise = torch.stack([torch.rand(1, generator=g) for g in generator])
+            callback_on_step_end(self, step, None, {"latents": self.denoiser.number * text[:, None] + noise})
+        self.clock[0] += 2
+        return SimpleNamespace(images=[Image.new("RGB", (2, 2)) for _ in prompt])
+
+
+class Denoiser(nn.Module):
+    def __init__(self, number: float):
+        super().__init__()
+        self.number = number
+
+
+def run(pipe: Pipe, steps: int = 4, batch: int = 1, **options: Any) -> dict[str, Any]:
+    return generate(pipe, "denoiser", {"float": Denoiser(1), "int8": Denoiser(2)}, SAMPLES, Sampling(steps=steps, batch=batch), **options)
+
+
+def test_each_denoiser_draws_every_sample_and_they_take_turns(clock: list[float]) -> None:
+    order: list[tuple[str, int]] = []
+    made = run(Pipe(clock), on_batch=lambda name, batch, made: order.append((name, len(made.images))))
+    assert order == [("float", 1), ("int8", 1), ("int8", 2), ("float", 2), ("float", 3), ("int8", 3)]
+    for number, found in enumerate(made.values(), 1):
+        assert len(found.images) == 3 and [t.shape for t in found.trajectories] == [(4, 1)] * 3
+        noise = [torch.rand(4, generator=torch.Generator().manual_seed(s.seed))[:, None] for s in SAMPLES]
+        for sample, latents, drawn in zip(SAMPLES, found.trajectories, noise, strict=True):
+            assert torch.equal(latents, number * ord(sample.prompt) + drawn)
+        assert found.bytes == 3 * (4 * 4 + 3 * 4)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_saved_encodings_count_as_if_they_had_been_done(clock: list[float], batch: int) -> None:
+    pipe = Pipe(clock)
+    made = run(pipe, batch=batch)
+    assert pipe.encoded == [["a"], ["b"], ["c"]] if batch == 1 else [["a", "b"], ["c"]], "once for both denoisers"
+    for found in made.values():
+        assert found.image_seconds == ([14.0] * 3 if batch == 1 else [7.0, 7.0, 14.0])  # 8 text, 4 steps, 2 decoding
+    clock[0] += 1000
+    again = run(pipe, batch=batch)
+    assert len(pipe.encoded) == (3 if batch == 1 else 2) and again["int8"].image_seconds == made["int8"].image_seconds
+    assert all([1.0] * 4 == steps for found in again.values() for steps in found.step_seconds)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_strengths_hear_of_every_fraction_and_their_time_is_nobodys(clock: list[float], steps: int) -> None:
+    heard: list[float] = []
+
+    def on_fraction(fraction: float) -> None:
+        heard.append(fraction)
+        clock[0] += 50
+
+    made = run(Pipe(clock), steps, on_fraction=on_fraction)
+    # the one after the last step changes nothing; the next picture begins at 0 again
+    assert heard == [i / steps for i in range(steps + 1)] * 6
+    for found in made.values():
+        # the first step holds the text where it was encoded
+        assert all(s in ([1.0] * steps, [9.0] + [1.0] * (steps - 1)) for s in found.step_seconds)
+        assert found.image_seconds == [10.0 + steps] * 3
+
+
+def test_a_step_clock_alone_times_from_end_to_end(clock: list[float]) -> None:
+    timed = StepClock(CPU)
+    pipe = SimpleNamespace(num_timesteps=2)
+    for step, seconds in enumerate((3.0, 4.0)):
+        clock[0] += seconds
+        assert timed.step_end(pipe, step, torch.tensor(0), {"latents": torch.ones(1, 2, dtype=torch.bfloat16)}) == {}
+    assert timed.seconds == [3.0, 4.0] and timed.paused == 0 and [x.dtype for x in timed.latents] == [torch.float32] * 2
+
+
+# -- text ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_equal_prompts_are_encoded_once_until_the_encoders_change(clock: list[float]) -> None:
+    pipe = Pipe(clock)
+    texts = TextCache.of(pipe)
+    assert TextCache.of(pipe) is texts and pipe.encode_prompt is texts
+    first = pipe.encode_prompt(["a"], scale=1.0)
+    assert pipe.encode_prompt(["a"], scale=1.0) is first and texts.saved == 8.0
+    pipe.encode_prompt(["a"], scale=2.0)
+    pipe.encode_prompt(prompt=["a"], scale=1.0)
+    assert len(pipe.encoded) == 3 and texts.saved == 8.0, "other arguments"
+    texts.clear()
+    assert pipe.encode_prompt(["a"], scale=1.0) is not first and len(pipe.encoded) == 4
+
+
+def test_the_order_of_named_arguments_has_no_say() -> None:
+    calls: list[dict] = []
+    texts = TextCache(lambda **given: calls.append(given), CPU)
+    texts(prompt=["a"], scale=1)
+    texts(scale=1, prompt=["a"])
+    assert len(calls) == 1
+
+
+def test_tensors_of_the_callers_own_are_not_remembered(clock: list[float]) -> None:
+    pipe = Pipe(clock)
+    texts = TextCache.of(pipe)
+    for _ in range(2):
+        pipe.encode_prompt(["a"], scale=torch.ones(1))
+        pipe.encode_prompt(["a"], torch.ones(1))
+    assert len(pipe.encoded) == 4 and texts.known == {} and texts.saved == 0
+
+
+def test_only_the_latest_prompts_are_kept(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_PROMPTS", 2)
+    pipe = Pipe(clock)
+    TextCache.of(pipe)
+    for prompt in "abca":
+        pipe.encode_prompt([prompt])
+    assert pipe.encoded == [["a"], ["b"], ["c"], ["a"]]
+    pipe.encode_prompt(["c"])
+    assert len(pipe.encoded) == 4
+
+
+def test_a_pipeline_that_encodes_in_its_own_way_is_left_alone() -> None:
+    pipe = SimpleNamespace(device=CPU)
+    TextCache.of(pipe).clear()
+    assert vars(pipe) == {"device": CPU} and TextCache.of(pipe).saved == 0
+
+
+# -- one call ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_settings_that_nobody_set_are_left_to_the_pipeline(clock: list[float]) -> None:
+    pipe = Pipe(clock)
+    pipe.register_modules(denoiser=Denoiser(1))
+    call(pipe, SAMPLES[:2], Sampling(steps=1), lambda *_: {})
+    call(pipe, SAMPLES[:2], Sampling(steps=1, guidance=0.0, height=16, extra={"eta": 0.3, "none": None}), lambda *_: {})
+    assert pipe.arguments == [{}, {"guidance_scale": 0.0, "height": 16, "eta": 0.3}]
+
+
+def test_a_scheduler_that_the_pipeline_cannot_use_is_named() -> None:
+    class Fussy:
+        def __call__(self, **_: Any) -> None:
+            raise ValueError("The scheduler does\nnot support sigmas.")
+
+    message = r"^sampler\.scheduler=DDIMScheduler cannot be used with Fussy: The scheduler does not support sigmas\.; choose another one$"
+    with pytest.raises(ConfigError, match=message):
+        call(Fussy(), SAMPLES, Sampling(steps=1, scheduler="DDIMScheduler"), lambda *_: {})
+    with pytest.raises(ValueError, match="does\nnot support"):  # of the model's own scheduler nobody chose anything
+        call(Fussy(), SAMPLES, Sampling(steps=1), lambda *_: {})
+
+
+def test_arguments_that_a_pipeline_does_not_have(clock: list[float]) -> None:
+    assert unknown_arguments(Pipe(clock), Sampling(extra={"prompt": 1, "generator": 2})) == []
+    fussy = SimpleNamespace()
+    assert unknown_arguments(fussy, Sampling(extra={"frames": 3})) == ["frames"]
