@@ -44,9 +44,9 @@ class Built:
     plans: list[LayerPlan]
     loras: LoraStack
     text_encoders: dict[str, nn.Module]
+    text_strengths: list[float]  # that the text encoders have now
     budget: Budget | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    text_strengths: list[float] | None = None  # that the text encoders have now
 
     def set_strengths(self, strengths: Sequence[float], text_strengths: Sequence[float]) -> float:
         """Bring both denoisers and the text encoders to these LoRA strengths; nothing is rebuilt. Returns the seconds it took."""
@@ -101,7 +101,8 @@ def build(spec: RunSpec, probe: Sequence[Sample], heads: Sequence[Head], progres
     with progress.step("look at one step"):
         call = record_call(pipe, component, denoiser, probe, loaded.sampling)
     plans = plan_layers(denoiser, family.why_float)
-    built = Built(pipe, component, family, {"float": denoiser}, loaded.scheduler, plans, loras, text_encoders)
+    off = [0.0] * len(entries)
+    built = Built(pipe, component, family, {"float": denoiser}, loaded.scheduler, plans, loras, text_encoders, off)
     started = time.perf_counter()
     if spec.int8.enable:
         built.denoisers["int8"], built.budget = to_int8(loaded, plans, call, spec, progress)

@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_module, version
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from int8run.errors import ConfigError
+from int8run.cli import explain
+from int8run.errors import ConfigError, in_range
 from int8run.lora.stack import LoraStack
 from int8run.models.loader import repeated_blocks
 from int8run.precheck import to_spec
@@ -46,6 +49,7 @@ def quantize_(
         ConfigError: for an option that is not there or needs a calibration, or a model of which no layer becomes INT8.
         BackendError: for a backend that cannot run here.
     """
+    in_range("rows", rows, 1, 2**31, whole=True)
     words = {"outlier": outlier, "backend": backend, "rounding": rounding, "model_type": model_type}
     spec = composed([f"{group}={option}" for group, option in words.items()] + list(overrides))
     if spec.save or spec.int8.checkpoint or not spec.int8.enable or spec.quality_db is not None or spec.lora.adapters:
@@ -76,10 +80,13 @@ def quantize_(
 
 def composed(overrides: list[str]) -> Any:
     """The RunSpec of a command line; a hydra application of the caller's own is left as it is."""
-    held = GlobalHydra.instance().hydra
+    held, base = GlobalHydra.instance().hydra, version.VersionBase.instance().getbase()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("int8run.conf", version_base="1.3"):
             return to_spec(compose("config", overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)[0]) from error
     finally:
         GlobalHydra.instance().hydra = held
+        version.VersionBase.instance().version_base = base

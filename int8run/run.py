@@ -112,8 +112,7 @@ def generate_all(spec: RunSpec, built: Built, candidate: str, wanted: Sequence[S
 
 def few_step_lines(spec: RunSpec, built: Built, heads: Sequence[Head]) -> list[str]:
     """What of this run speaks against its few-step LoRAs."""
-    scheduler = type(built.pipe.scheduler).__name__
-    return few_step_advice(heads, spec.lora, spec.model.lora_base, str(spec.model.location), spec.sampling, scheduler)
+    return few_step_advice(heads, spec.lora, spec.model.lora_base, str(spec.model.location), spec.sampling, built.pipe.scheduler)
 
 
 def measure(

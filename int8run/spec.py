@@ -1,7 +1,7 @@
 """What one run is: every setting, checked, as one frozen object."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,13 +115,10 @@ class RunSpec:
         made_for = self.lora.preset_for(self.model.lora_base)
         default = self.model.sampling
         if made_for is not None:
-            extra = dict(made_for.extra)
-            if self.sampler.steps not in (None, made_for.steps):  # a list of noise levels is one of so many steps
-                extra = {name: value for name, value in extra.items() if name not in OWN_STEPS}
-            default = Sampling(
-                steps=made_for.steps, guidance=made_for.guidance, scheduler=made_for.scheduler,
-                scheduler_settings=made_for.scheduler_settings, extra=extra,
-            ).over(default)  # fmt: skip
+            wanted = made_for.sampling
+            if self.sampler.steps not in (None, wanted.steps):  # a list of noise levels is one of so many steps
+                wanted = replace(wanted, extra={name: value for name, value in wanted.extra.items() if name not in OWN_STEPS})
+            default = wanted.over(default)
         return self.sampler.over(default)
 
     @property

@@ -107,9 +107,7 @@ def test_a_busy_machine_is_asked_again_by_the_next_run(
     assert not (tmp_path / "table.json").exists()
 
 
-def test_a_single_backend_keeps_its_costs_in_the_users_table(
-    timed: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_single_backend_keeps_its_costs_in_the_users_table(timed: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     BranchCosts(Reference(), CPU, torch.float32).of(layer(), 4, 5)
     assert "cost of a branch of rank 4" in (tmp_path / ".cache" / "int8run" / "backend_choices.json").read_text()

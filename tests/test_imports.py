@@ -46,7 +46,7 @@ RULES = {
     "tasks": {"spec", "run", "bench", "inspect_file", "report"},
     "bench": FOLDERS | {"quantize", "spec", "build", "convert", "machine", "kernels"},
     "precheck": set(),
-    "library": FOLDERS | {"quantize", "precheck"},
+    "library": FOLDERS | {"quantize", "precheck", "cli"},
     "cli": {"__init__", "help_page", "precheck", "spec"},
 }
 
@@ -72,7 +72,7 @@ EXCEPTIONS = {
 
 LIBRARIES = {
     "hydra": {"cli", "precheck", "library"},
-    "omegaconf": {"cli", "precheck"},
+    "omegaconf": {"cli", "precheck", "library"},
     "mlflow": {"tracking"},
     "diffusers": {"models", "generate", "build", "calibrate", "budget"},
     "transformers": {"models", "metrics"},

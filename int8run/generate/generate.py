@@ -152,7 +152,11 @@ def generate(
 
 
 def call(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, step_end: Callable[..., object]) -> list[Image]:
-    """One pipeline call; each sample has its own generator, so that a picture does not depend on its batch."""
+    """One pipeline call; each sample has its own generator, so that a picture does not depend on its batch.
+
+    Schedulers that add noise on the way (LCM) take it from torch's own generator, which the pipelines give them no other way: it is
+    seeded by the first sample for the call, so that both denoisers meet the same noise, and left as it was.
+    """
     arguments = {
         "prompt": [s.prompt for s in batch],
         "num_inference_steps": sampling.steps,
@@ -161,12 +165,15 @@ def call(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, s
         "width": sampling.width,
         **sampling.extra,
     }
+    devices = [pipe.device] if pipe.device.type == "cuda" else []
     try:
-        return pipe(
-            **{k: v for k, v in arguments.items() if v is not None},
-            generator=[torch.Generator().manual_seed(s.seed) for s in batch],
-            callback_on_step_end=step_end,
-        ).images
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(batch[0].seed)
+            return pipe(
+                **{k: v for k, v in arguments.items() if v is not None},
+                generator=[torch.Generator().manual_seed(s.seed) for s in batch],
+                callback_on_step_end=step_end,
+            ).images
     except ValueError as error:
         if sampling.scheduler is None:
             raise

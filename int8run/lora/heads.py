@@ -49,9 +49,12 @@ def read_heads(stack: LoraSettings, lora_base: str, lora_dir: Path | None = None
 
 def with_triggers(samples: Sequence[Sample], heads: Sequence[Head], stack: LoraSettings) -> list[Sample]:
     """The samples with the trigger words that their prompts lack, if the stack inserts them; else one warning for each LoRA."""
-    told = {head.name: head.triggers.words for head, on in zip(heads, stack.used, strict=True) if on and head.triggers is not None}
-    for name, words in told.items():
-        listed = ", ".join(words)
+    told = {head.name: head.triggers for head, on in zip(heads, stack.used, strict=True) if on and head.triggers is not None}
+    for name, triggers in told.items():
+        words, listed = triggers.words, ", ".join(triggers.words)
+        if triggers.guessed:  # nobody named them: they are frequent in the captions that it was trained on
+            log.info("LoRA %r names no trigger words; frequent in its training captions: %s", name, listed)
+            continue
         lacking = sum(bool(missing_triggers(sample.prompt, words)) for sample in samples)
         if not lacking:
             log.info("LoRA %r has trigger words, and every prompt has them: %s", name, listed)
@@ -67,13 +70,20 @@ def with_triggers(samples: Sequence[Sample], heads: Sequence[Head], stack: LoraS
 
 
 def few_step_advice(
-    heads: Sequence[Head], stack: LoraSettings, lora_base: str, location: str, sampling: Sampling, scheduler: str
+    heads: Sequence[Head], stack: LoraSettings, lora_base: str, location: str, sampling: Sampling, scheduler: Any
 ) -> list[str]:
-    """What of a run speaks against its few-step LoRA, chosen by name or recognised by the file's words: a line each."""
+    """What of a run speaks against its few-step LoRA, chosen by name or recognised by the file's words: a line each.
+
+    Args:
+        location: of the model.
+        scheduler: that the pipeline has.
+    """
     lines = []
     strengths = dict(zip((a.name for a in stack.adapters), stack.strengths, strict=True))
     for adapter, head, on in zip(stack.adapters, heads, stack.used, strict=True):
         name = adapter.few_step or few_step.detect(head.path, head.metadata)
+        if on and few_step.for_training_only(head.path, head.metadata):
+            lines.append(f"LoRA {adapter.name!r} says that it serves training; pictures drawn with it are usually worse")
         if not on or name is None:
             continue
         if (distilled := few_step.already_distilled(name, location)) is not None:
@@ -83,7 +93,7 @@ def few_step_advice(
             continue
         preset = few_step.preset(name, lora_base, few_step.steps_in_name(head.path))
         others = {other: s for other, s in strengths.items() if other != adapter.name and s}
-        told = few_step.advice(preset, sampling, scheduler, strengths[adapter.name], others)
+        told = few_step.advice(preset, sampling, type(scheduler).__name__, strengths[adapter.name], others, scheduler.config)
         wish = "" if adapter.few_step else f"; few_step: {name} at the adapter sets steps, scheduler and guidance"
         lines += [f"LoRA {adapter.name!r}: {line}{wish}" for line in told]
     return lines

@@ -13,10 +13,10 @@ from torch import nn
 from int8run.errors import ConfigError
 from int8run.generate import generate as module
 from int8run.generate.generate import StepClock, TextCache, call, generate, unknown_arguments
-from int8run.generate.prompts import samples
+from int8run.generate.prompts import Sample
 from int8run.models.family import Sampling
 
-SAMPLES = samples(["a", "b", "c"], 1, 5)
+SAMPLES = [Sample(prompt, seed, prompt) for seed, prompt in enumerate("abc", 5)]
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_saved_encodings_count_as_if_they_had_been_done(clock: list[float], batc
     clock[0] += 1000
     again = run(pipe, batch=batch)
     assert len(pipe.encoded) == (3 if batch == 1 else 2) and again["int8"].image_seconds == made["int8"].image_seconds
-    assert all([1.0] * 4 == steps for found in again.values() for steps in found.step_seconds)
+    assert all(steps == [1.0] * 4 for found in again.values() for steps in found.step_seconds)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4])
@@ -115,6 +115,28 @@ def test_a_step_clock_alone_times_from_end_to_end(clock: list[float]) -> None:
         clock[0] += seconds
         assert timed.step_end(pipe, step, torch.tensor(0), {"latents": torch.ones(1, 2, dtype=torch.bfloat16)}) == {}
     assert timed.seconds == [3.0, 4.0] and timed.paused == 0 and [x.dtype for x in timed.latents] == [torch.float32] * 2
+
+
+def test_noise_that_a_scheduler_draws_itself_is_the_same_for_both_and_the_programs_own_is_left_alone(clock: list[float]) -> None:
+    drawn: list[float] = []
+
+    class Noisy(Pipe):
+        """With a scheduler such as LCM's, which asks torch for noise."""
+
+        def __call__(self, **given: Any) -> Any:
+            drawn.append(torch.randn(1).item())
+            return super().__call__(**given)
+
+    torch.manual_seed(1)
+    expected = torch.randn(3)
+    torch.manual_seed(1)
+    own = torch.randn(1)
+    run(Noisy(clock), 1)
+    assert torch.equal(torch.cat([own, torch.randn(2)]), expected)
+    # in the order of calls: float int8, int8 float, float int8
+    assert drawn[0] == drawn[1] != drawn[2] == drawn[3] != drawn[4] == drawn[5] != drawn[0]
+    run(Noisy(clock), 1)
+    assert drawn[6:] == drawn[:6]
 
 
 # -- text ------------------------------------------------------------------------------------------------------------------------
@@ -180,6 +202,8 @@ def test_settings_that_nobody_set_are_left_to_the_pipeline(clock: list[float]) -
 
 def test_a_scheduler_that_the_pipeline_cannot_use_is_named() -> None:
     class Fussy:
+        device = CPU
+
         def __call__(self, **_: Any) -> None:
             raise ValueError("The scheduler does\nnot support sigmas.")
 

@@ -593,6 +593,10 @@ class TestFolder:
             find_lora(name, None, folder)
         assert str(caught.value).startswith(f"LoRA file not found: {name}; searched {places}; nearest there: {nearest}")
 
+    def test_a_whole_path_is_looked_for_nowhere_else(self, folder, tmp_path):
+        with pytest.raises(LoraError, match=f"searched {tmp_path}/cwd; no .safetensors file there"):
+            find_lora(str(tmp_path / "cwd" / "ink.safetensors"), None, folder)
+
     def test_pickled_files_are_refused_there(self, folder):
         (folder / "old.pt").write_bytes(b"x")
         with pytest.raises(LoraError, match=r"old\.pt is a pickled file"):

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from cli_process import Command, command_in
@@ -80,8 +81,8 @@ def test_a_lora_of_another_base_model_is_refused_before_anything_is_loaded(tmp_p
     outcome = command("lora=file", f"lora.adapters.0.path={file}", "tracker=none")
     assert outcome.code == 3
     assert re.fullmatch(
-        r"big\.safetensors was made for FLUX\.1 or .* \(.*\), the model is the tiny model of int8run \(hidden 384\); choose a LoRA made for "
-        r"the tiny model of int8run, or the model that this one was made for",
+        r"big\.safetensors was made for FLUX\.1 or .* \(.*\), the model is the tiny model of int8run \(hidden 384\); choose a LoRA made "
+        r"for the tiny model of int8run, or the model that this one was made for",
         outcome.message,
     )
 
@@ -142,7 +143,7 @@ TINY = ("tiny", "shipped:tiny")
 
 def advice(stack: LoraSettings, sampling: Sampling, scheduler: str, base: str = "tiny", location: str = "shipped:tiny") -> list[str]:
     """Lines about a stack on the tiny model, or on another one of its shapes."""
-    return few_step_advice(read_heads(stack, "tiny"), stack, base, location, sampling, scheduler)
+    return few_step_advice(read_heads(stack, "tiny"), stack, base, location, sampling, getattr(diffusers, scheduler)())
 
 
 def lcm(path: Path, strength: float | None = 1.0, preset: str | None = "lcm", others: Sequence[Adapter] = ()) -> LoraSettings:
@@ -184,6 +185,12 @@ def test_a_few_step_lora_is_recognised_without_its_preset(tmp_path: Path) -> Non
 def test_the_number_of_steps_in_the_files_name_counts(tmp_path: Path) -> None:
     stack = lcm(save(tmp_path / "lcm-6steps.safetensors"))
     assert advice(stack, FOUR, "FlowMatchLCMScheduler") == ["LoRA 'fast': sampler.steps is 4; lcm on tiny is made for 6"]
+
+
+def test_a_file_that_serves_training_is_said(tmp_path: Path) -> None:
+    stack = LoraSettings([Adapter("a", str(save(tmp_path / "zimage_turbo_training_adapter_v1.safetensors")), 1.0)])
+    (line,) = advice(stack, FOUR, "FlowMatchLCMScheduler")
+    assert line == "LoRA 'a' says that it serves training; pictures drawn with it are usually worse"
 
 
 def test_a_base_model_that_nothing_is_known_of_is_said(tmp_path: Path) -> None:
