@@ -106,13 +106,13 @@ class RunSpec:
             raise ConfigError("int8.enable=false makes no INT8 layer; quality_db, save and int8.checkpoint need some")
         if self.save is not None and not str(self.save).endswith(".safetensors"):
             raise ConfigError(f"save={self.save} names no .safetensors file; nothing else is written")
-        object.__setattr__(self, "lora", self.lora.for_base(self.model.lora_base))
+        object.__setattr__(self, "lora", self.lora.for_base(self.model.lora_base, self.sampler.steps))
         self.lora.preset_for(self.model.lora_base)  # at most one
 
     @property
     def sampling(self) -> Sampling:
         """What was asked for, else what a few-step LoRA was made for, else the checkpoint's own."""
-        made_for = self.lora.preset_for(self.model.lora_base)
+        made_for = self.lora.preset_for(self.model.lora_base, self.sampler.steps)
         default = self.model.sampling
         if made_for is not None:
             wanted = made_for.sampling

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_close
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize_config_dir, version
 from hydra.core.global_hydra import GlobalHydra
 from jobs import make_spec, save_lora
 from tiny_pipeline import random_pipeline, save_random_pipeline
@@ -117,12 +117,18 @@ def test_what_needs_a_calibration_is_refused_with_the_command_to_use(group: str,
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"outlier": "konvrot"}, Exception, "konvrot"),
+        ({"outlier": "konvrot"}, ConfigError, r"konvrot.*convrot"),
+        ({"overrides": ["int8.maxrows=1"]}, ConfigError, r"int8\.maxrows"),
+        ({"overrides": ["nonsense"]}, ConfigError, "nonsense"),
+        ({"rows": 0}, ConfigError, r"^rows is 0; allowed is a whole number from 1 to "),
+        *(({"overrides": words.split()}, ConfigError, r"^quantize_ takes no save, int8\.checkpoint, int8\.enable=false, quality_db or lora")
+          for words in ("save=a.safetensors", "int8.checkpoint=a.safetensors", "int8.enable=false", "lora=stack_a",
+                        "model_type.keep_float=auto quality_db=40")),
         ({"backend": "triton"}, BackendError, "backend 'triton' cannot run here"),
         ({"overrides": ["int8.max_rows=-1"]}, ConfigError, r"int8\.max_rows is -1; allowed is a whole number from 0 to 4096"),
         ({"overrides": [KEEP_ALL], "model_type": "flux"}, ConfigError, "FluxTransformer2DModel: no layer became INT8; choose another"),
     ],
-    ids=["option", "backend", "range", "nothing left"],
+    ids=["option", "key", "form", "rows", "save", "checkpoint", "float", "lora", "budget", "backend", "range", "nothing left"],
 )  # fmt: skip
 def test_what_cannot_be_leaves_the_model_as_it_was(options: dict, error: type[Exception], message: str) -> None:
     model = random_pipeline().transformer
@@ -135,12 +141,12 @@ def test_what_cannot_be_leaves_the_model_as_it_was(options: dict, error: type[Ex
 
 def test_a_hydra_application_of_the_callers_own_goes_on(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("a: 1\n")
-    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+    with initialize_config_dir(str(tmp_path), version_base="1.2"):
         mine = GlobalHydra.instance().hydra
         quantize_(random_pipeline().transformer, backend="reference")
         with pytest.raises(ConfigError):
             quantize_(random_pipeline().transformer, rounding="gptq")
-        assert GlobalHydra.instance().hydra is mine and compose("mine") == {"a": 1}
+        assert GlobalHydra.instance().hydra is mine and compose("mine") == {"a": 1} and version.getbase() == version.Version("1.2")
     assert not GlobalHydra.instance().is_initialized()
     quantize_(random_pipeline().transformer, backend="reference")
     assert not GlobalHydra.instance().is_initialized(), "none is left behind where there was none"

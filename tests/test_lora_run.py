@@ -20,6 +20,7 @@ from int8run import run as run_module
 from int8run.build import Built
 from int8run.errors import ConfigError
 from int8run.generate.prompts import PromptSet
+from int8run.lora import few_step
 from int8run.lora.settings import Adapter, LoraSettings
 from int8run.models.family import Sampling
 from int8run.models.loader import use_scheduler
@@ -127,6 +128,10 @@ def test_both_models_follow_a_schedule(plain: RunSpec, files: dict[str, str], dr
             assert torch.equal(picture[:first], with_lora[:first]) and not torch.equal(picture[0], without[0]), name
             for step in range(first, steps):
                 assert not torch.equal(picture[step], with_lora[step]) and not torch.equal(picture[step], without[step]), (name, step)
+    branches = [layer.branch.strengths for layer in built().loras.dynamic]
+    assert len(branches) == 16 and all(s.eq(1).all() for s in branches), (
+        "what is measured after it, and the next job, have the first strength"
+    )
     assert switched.metrics["quality/latent_rel_err"] < 0.02 and switched.metrics["speed/images_per_s"] > 0
     again = draw(spec, lora=stack(files["style"], SWITCH))
     assert again.metrics["build/load_s"] == 0 and same(again, switched), "strengths begin again at the first"
@@ -246,7 +251,8 @@ def test_prompts_are_encoded_once_for_all_jobs_of_a_build(
     monkeypatch.setattr(FluxPipeline, "encode_prompt", counted)
     spec = replace(plain, prompts=PromptSet(["a", "b", "a b"]))
     first = draw(spec, lora=both(files, 0.0))
-    assert sorted(set(encoded)) == ["a", "a b", "b"] and len(encoded) <= 4, "the first also when the model is looked at"
+    # once when the model is looked at; then the warm-up and both models share one encoding
+    assert encoded == ["a", "a", "b", "a b"]
     encoded.clear()
     other = draw(spec, lora=both(files, 0.0), seed=7)
     assert encoded == [] and not same(other, first)
@@ -332,25 +338,37 @@ def test_a_build_is_another_for_other_files_modes_and_parts_but_not_for_strength
 # -- few-step LoRAs and schedulers -------------------------------------------------------------------------------------------------
 
 
-def fast(path: str, **adapter: Any) -> LoraSettings:
-    return LoraSettings([Adapter("fast", path, few_step="lcm", **adapter)], mode="dynamic")
+@pytest.fixture
+def preset(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A preset for the tiny model whose numbers do not depend on what the shipped LoRA was trained for."""
+    row = {
+        "steps": 4,
+        "steps_range": [2, 8],
+        "guidance": None,
+        "scheduler": "FlowMatchLCMScheduler",
+        "strength": 0.75,
+        "source": "community",
+    }
+    table = {**few_step.table(), "presets": {"made_up": {"words": [["made_up"]], "bases": {"tiny": row}}}}
+    monkeypatch.setattr(few_step, "table", lambda: table)
+    return "made_up"
 
 
 def test_a_preset_brings_scheduler_steps_and_strength(
-    plain: RunSpec, files: dict[str, str], draw: Callable, caplog: pytest.LogCaptureFixture
+    plain: RunSpec, files: dict[str, str], draw: Callable, preset: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spec = replace(plain, sampler=replace(plain.sampler, steps=None), lora=fast(files["style"]))
+    spec = replace(plain, sampler=replace(plain.sampler, steps=None), lora=stack(files["style"], None, few_step=preset))
     result = draw(spec)
-    assert type(built().pipe.scheduler).__name__ == "FlowMatchLCMScheduler" and spec.lora.strengths == [1.0]
+    assert type(built().pipe.scheduler).__name__ == "FlowMatchLCMScheduler" and spec.lora.strengths == [0.75]
     assert [len(t) for t in (*result.candidate.trajectories, *result.baseline.trajectories)] == [4, 4]
     assert "made for" not in caplog.text and result.metrics["quality/latent_rel_err"] < 0.05, "both met the noise that LCM adds"
     # what is asked for wins, and is told
     longer = draw(spec, sampler=replace(spec.sampler, steps=10))
     assert len(longer.candidate.trajectories[0]) == 10
-    assert "LoRA 'fast': sampler.steps is 10; lcm on tiny is made for 4 (2 to 8)" in caplog.messages
+    assert "LoRA 'a': sampler.steps is 10; made_up on tiny is made for 4 (2 to 8)" in caplog.messages
     own = draw(spec, sampler=replace(spec.sampler, scheduler="FlowMatchEulerDiscreteScheduler"))
     assert type(built().pipe.scheduler) is FlowMatchEulerDiscreteScheduler and len(own.candidate.trajectories[0]) == 4
-    message = "LoRA 'fast': the scheduler is FlowMatchEulerDiscreteScheduler; lcm on tiny is made for FlowMatchLCMScheduler"
+    message = "LoRA 'a': the scheduler is FlowMatchEulerDiscreteScheduler; made_up on tiny is made for FlowMatchLCMScheduler"
     assert message in caplog.messages and not same(own, result)
 
 
@@ -424,19 +442,20 @@ def test_noise_levels_of_a_preset_are_for_its_own_number_of_steps(plain: RunSpec
 
 
 def test_lora_lcm_is_made_for_the_shipped_model() -> None:
-    spec = make_spec(["lora=lcm"])
-    assert (spec.sampling.steps, spec.sampling.guidance, spec.sampling.scheduler) == (4, None, "FlowMatchLCMScheduler")
-    assert spec.sampling.height == 64 and spec.lora.strengths == [1.0] and spec.lora.adapters[0].source("tiny") == ("few_step", None)
+    spec, best = make_spec(["lora=lcm"]), few_step.preset("lcm", "tiny")
+    assert (spec.sampling.steps, spec.sampling.guidance, spec.sampling.scheduler) == (best.steps, best.guidance, best.scheduler)
+    assert spec.sampling.height == 64 and spec.lora.strengths == [best.strength] and spec.sampling.steps <= 4
+    assert spec.lora.adapters[0].source("tiny") == ("few_step", None)
     asked = make_spec(["lora=lcm", "sampler.steps=28", "lora.adapters.0.strength=0.9"])
-    assert asked.sampling.steps == 28 and asked.sampling.scheduler == "FlowMatchLCMScheduler" and asked.lora.strengths == [0.9]
-    assert make_spec(["lora=lcm", "+lora.adapters.0.enabled=false"]).sampling.steps == 16
+    assert asked.sampling.steps == 28 and asked.sampling.scheduler == best.scheduler and asked.lora.strengths == [0.9]
+    assert make_spec(["lora=lcm", "lora.adapters.0.enabled=false"]).sampling.steps == 16
 
 
 @pytest.mark.skipif(not FEW_STEP.is_file(), reason="int8run/assets/lora/few_step.safetensors is not trained yet")
 def test_the_shipped_few_step_lora_draws_in_few_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     words = ["prompts.prompts=[fox]", "tracker=none", "backend=reference", "metrics.layers=false", "progress=false"]
     result = run_job([*words, "lora=lcm"], tmp_path)
-    assert len(result.candidate.trajectories[0]) == 4 and result.metrics["lora/modules_unmatched"] == 0
+    assert len(result.candidate.trajectories[0]) <= 4 and result.metrics["lora/modules_unmatched"] == 0
     assert "made for" not in caplog.text
 
 

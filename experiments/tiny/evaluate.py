@@ -4,12 +4,20 @@
 
 For evenly spread trained names, one seed each: generate, and find the nearest of *all* trained drawings by pixel MSE. The
 score is the share whose nearest drawing is the right one. With --lora the drawings of that style are the candidates.
+
+    python experiments/tiny/evaluate.py --work work --model int8run/assets/tiny --count 374 --seeds 3 --steps 4 2 1 --reference \
+        --few-step int8run/assets/lora/few_step.safetensors
+
+With --reference the pictures are also compared, name by name and seed by seed, with those of 16 Euler steps without the few-step
+LoRA. With --untrained the names are such that neither the model nor the few-step LoRA has seen; they have no drawings that the
+model could know, and the candidates are their own pictures of 16 steps.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+import diffusers
 import torch
 from data import STYLES, caption, load_drawings
 from diffusers import FluxPipeline
@@ -19,13 +27,14 @@ from pipeline import TOKENS, TRIGGERS
 STEPS = 16
 
 
-def generate(pipe: FluxPipeline, prompts: list[str], seed: int) -> torch.Tensor:
+def generate(pipe: FluxPipeline, prompts: list[str], seed: int, steps: int = STEPS) -> torch.Tensor:
     """Pictures of the prompts, all from the same seed. Returns uint8 [N, 3, H, W]."""
     pictures = []
+    torch.manual_seed(seed)  # a sampler that adds noise between steps takes it from here
     for start in range(0, len(prompts), 25):
         batch = prompts[start : start + 25]
         made = pipe(
-            batch, height=64, width=64, num_inference_steps=STEPS, max_sequence_length=TOKENS, output_type="pt",
+            batch, height=64, width=64, num_inference_steps=steps, max_sequence_length=TOKENS, output_type="pt",
             generator=[torch.Generator().manual_seed(seed) for _ in batch],
         ).images  # fmt: skip
         pictures.append((made.float().cpu() * 255).round().to(torch.uint8))
@@ -46,27 +55,68 @@ def sheet(pictures: torch.Tensor, drawings: torch.Tensor, columns: int = 10) -> 
     return image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST)
 
 
-def evaluate(work: Path, model: Path, count: int, seed: int, lora: Path | None, style: str, strength: float, out: Path | None) -> float:
+def untrained(names: list[str], trained: list[str]) -> list[str]:
+    """The names that the model was not trained on, in order. The few-step LoRA learns from the even ones of them."""
+    seen = set(trained)
+    return [n for n in names if n not in seen]
+
+
+def apply(pipe: FluxPipeline, lora: Path, strength: float) -> None:
+    """Add a LoRA to the weights for good."""
+    pipe.load_lora_weights(lora)
+    pipe.fuse_lora(lora_scale=strength)
+    pipe.unload_lora_weights()
+
+
+def psnr(pictures: torch.Tensor, others: torch.Tensor) -> float:
+    """Mean PSNR in dB over pairs of uint8 pictures; an error below rounding counts as rounding."""
+    mse = (pictures.float() - others.float()).square().flatten(1).mean(dim=1).clamp(min=1 / 12)
+    return (10 * torch.log10(255**2 / mse)).mean().item()
+
+
+def evaluate(
+    work: Path, model: Path, count: int, seed: int, seeds: int, steps: list[int], scheduler: str | None, shift: float | None,
+    reference: bool, unseen: bool, lora: Path | None, style: str, strength: float, few_step: Path | None, few_step_strength: float,
+    out: Path | None,
+) -> list[float]:  # fmt: skip
     names, drawings = load_drawings(work)
-    trained = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["names"]
-    index = [names.index(n) for n in trained]
+    asked = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["names"]
+    if unseen:
+        asked = untrained(names, asked)[1::2]
+    index = [names.index(n) for n in asked]
     pipe = FluxPipeline.from_pretrained(model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     suffix = ""
     if lora is not None:
-        pipe.load_lora_weights(lora)
-        pipe.fuse_lora(lora_scale=strength)
+        apply(pipe, lora, strength)
         suffix = f", {TRIGGERS[style]}"
-    chosen = [int(i) for i in torch.linspace(0, len(trained) - 1, min(count, len(trained)))]
-    pictures = generate(pipe, [caption(trained[i]) + suffix for i in chosen], seed)
-    found = nearest(pictures, drawings[style][index])
-    score = (found == torch.tensor(chosen)).float().mean().item()
-    wrong = [f"{trained[i]} -> {trained[f]}" for i, f in zip(chosen, found.tolist(), strict=True) if i != f]
-    print(json.dumps({"style": style, "strength": strength, "names": len(chosen), "of": len(trained), "top1": score, "wrong": wrong[:12]}))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        sheet(pictures, drawings[style][[index[i] for i in chosen]]).save(out)
-    return score
+    chosen = [int(i) for i in torch.linspace(0, len(asked) - 1, min(count, len(asked)))]
+    prompts = [caption(asked[i]) + suffix for i in chosen]
+    all_seeds = range(seed, seed + seeds)
+    references = {s: generate(pipe, prompts, s) for s in all_seeds} if reference or unseen else {}
+    if scheduler is not None:
+        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **({} if shift is None else {"shift": shift}))
+    if few_step is not None:
+        apply(pipe, few_step, few_step_strength)
+    scores = []
+    for n in steps:
+        right, wrong, closeness = 0, [], 0.0
+        for s in all_seeds:
+            pictures = generate(pipe, prompts, s, n)
+            found = nearest(pictures, references[s] if unseen else drawings[style][index]).tolist()
+            found = [chosen[f] for f in found] if unseen else found
+            wrong += [f"{asked[i]} -> {asked[f]}" for i, f in zip(chosen, found, strict=True) if i != f]
+            right += sum(i == f for i, f in zip(chosen, found, strict=True))
+            closeness += psnr(pictures, references[s]) / seeds if references else 0.0
+            if out is not None and s == seed:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                sheet(pictures, drawings[style][[index[i] for i in chosen]]).save(out)
+        scores.append(right / (len(chosen) * seeds))
+        line = {"style": style, "strength": strength, "names": len(chosen), "of": len(chosen if unseen else asked), "seeds": seeds}
+        line |= {"scheduler": type(pipe.scheduler).__name__, "steps": n, "top1": scores[-1]}
+        line |= {"psnr": round(closeness, 2)} if references else {}
+        print(json.dumps(line | {"wrong": wrong[:12]}), flush=True)
+    return scores
 
 
 if __name__ == "__main__":
@@ -75,8 +125,16 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, required=True, help="the exported pipeline folder")
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lora", type=Path)
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from --seed on")
+    parser.add_argument("--steps", type=int, nargs="+", default=[STEPS])
+    parser.add_argument("--scheduler", help="a class of diffusers, such as FlowMatchLCMScheduler")
+    parser.add_argument("--shift", type=float, help="the scheduler's shift, where --scheduler names one")
+    parser.add_argument("--reference", action="store_true", help="also the PSNR to 16 Euler steps without the few-step LoRA")
+    parser.add_argument("--untrained", action="store_true", dest="unseen", help="ask for names that were not trained on")
+    parser.add_argument("--lora", type=Path, help="a style LoRA")
     parser.add_argument("--style", choices=STYLES, default="flat")
     parser.add_argument("--strength", type=float, default=1.0)
+    parser.add_argument("--few-step", type=Path, help="a few-step LoRA, beside the style LoRA")
+    parser.add_argument("--few-step-strength", type=float, default=1.0)
     parser.add_argument("--sheet", type=Path, dest="out")
     evaluate(**vars(parser.parse_args()))

@@ -20,7 +20,7 @@ STRENGTHS = (0, 0.5, 1)
 
 def pictures(style: str, strength: float) -> list:
     """One INT8 picture per prompt; the model is built once for all strengths of a style."""
-    adapter = f"{{_target_: int8run.lora.stack.Adapter, name: {style}, path: {style}}}"
+    adapter = f"{{_target_: int8run.lora.settings.Adapter, name: {style}, path: {style}}}"
     overrides = [f"prompts.prompts=[{','.join(PROMPTS)}]", f"lora.adapters=[{adapter}]", f"lora.strength={strength}", "tracker=none"]
     with initialize_config_module("int8run.conf", version_base="1.3"):
         config = compose("config", [*overrides, "metrics.baseline=none"])

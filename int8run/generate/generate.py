@@ -1,6 +1,7 @@
 """Generate with one denoiser or several in turn, and keep what the metrics need: pictures, latents, step times."""
 
 import inspect
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -168,7 +169,8 @@ def call(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, s
     devices = [pipe.device] if pipe.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
-            torch.manual_seed(batch[0].seed)
+            # not the seed itself: that is the noise which the picture begins with
+            torch.manual_seed(random.Random(f"noise between steps {batch[0].seed}").getrandbits(63))
             return pipe(
                 **{k: v for k, v in arguments.items() if v is not None},
                 generator=[torch.Generator().manual_seed(s.seed) for s in batch],

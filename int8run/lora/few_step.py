@@ -14,7 +14,7 @@ from int8run.errors import ConfigError, in_range, one_of
 from int8run.models.family import Sampling
 
 TABLE = Path(__file__).with_name("few_step.yaml")
-SOURCES = ("model card", "community")
+SOURCES = ("model card", "community", "measured")
 TITLES = ("modelspec.title", "modelspec.usage_hint", "ss_output_name")
 MAX_TEXT = 500
 WITHOUT = "without "

@@ -91,7 +91,7 @@ def few_step_advice(
         if lora_base not in few_step.table()["presets"][name]["bases"]:
             lines.append(f"LoRA {adapter.name!r} looks like a few-step LoRA ({name}), and nothing is known of it on {lora_base}")
             continue
-        preset = few_step.preset(name, lora_base, few_step.steps_in_name(head.path))
+        preset = few_step.preset(name, lora_base, few_step.steps_in_name(head.path) or sampling.steps)
         others = {other: s for other, s in strengths.items() if other != adapter.name and s}
         told = few_step.advice(preset, sampling, type(scheduler).__name__, strengths[adapter.name], others, scheduler.config)
         wish = "" if adapter.few_step else f"; few_step: {name} at the adapter sets steps, scheduler and guidance"

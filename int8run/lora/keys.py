@@ -133,9 +133,7 @@ def split_key(key: str) -> Key:
 
 def split_prefix(name: str) -> tuple[str, str]:
     """Component of a module name, and the name without prefixes and without `.processor`."""
-    component, inner = component_of(strip(name, TEXT_PREFIXES))
-    if component is None:  # a denoiser, whose wrappers may hold a flattened name
-        component, inner = component_of(strip(name, DENOISER_PREFIXES))
+    component, inner = component_of(strip(name, DENOISER_PREFIXES))  # a wrapper may hold a flattened name
     return component or DENOISER, inner.replace(".processor.", ".").removesuffix(".processor")
 
 
@@ -147,8 +145,7 @@ def component_of(name: str) -> tuple[str | None, str]:
     first, _, rest = name.partition(".")
     if first == "text_encoders" and rest:
         encoder, _, inner = rest.partition(".")
-        name = rest if encoder == "transformer" else inner
-        return COMFY_ENCODERS.get(encoder, TEXT), strip(name, ("transformer.",))
+        return COMFY_ENCODERS.get(encoder, TEXT), strip(inner, ("transformer.",))
     if first in (TEXT, TEXT_2, TEXT_3) and rest:
         return first, strip(rest, TEXT_PREFIXES)
     return None, name

@@ -57,8 +57,11 @@ class Adapter:
         for component in self.components or ():
             one_of(f"a component of LoRA {self.name!r}", component, COMPONENTS)
 
-    def preset_for(self, lora_base: str) -> FewStep | None:
+    def preset_for(self, lora_base: str, steps: int | None = None) -> FewStep | None:
         """The settings that the LoRA was made for on a base model; the number of steps that its file's name says wins.
+
+        Args:
+            steps: that were asked for; None: the preset's own.
 
         Raises:
             ConfigError: when there is no such preset for it.
@@ -66,7 +69,7 @@ class Adapter:
         if self.few_step is None:
             return None
         source, weight_name = self.source(lora_base)
-        return preset(self.few_step, lora_base, steps_in_name(Path(weight_name or source)))
+        return preset(self.few_step, lora_base, steps_in_name(Path(weight_name or source)) or steps)
 
     @property
     def schedule(self) -> Schedule:
@@ -136,13 +139,13 @@ class LoraSettings:
                 in_range(
                     f"strength of LoRA {adapter.name!r} times lora.strength", strength * self.strength, -STRENGTH_LIMIT, STRENGTH_LIMIT
                 )
-        scheduled = [a.name for a in self.adapters if len(a.schedule) > 1]
+        scheduled = [a.name for a in self.adapters if a.enabled and len(a.schedule) > 1]
         if scheduled and self.mode in ("bake", "stochastic"):
             raise ConfigError(
                 f"LoRA {scheduled[0]!r} has a schedule of strengths, which lora.mode={self.mode} cannot follow; set lora.mode=dynamic"
             )
 
-    def for_base(self, lora_base: str) -> "LoraSettings":
+    def for_base(self, lora_base: str, steps: int | None = None) -> "LoraSettings":
         """The adapters that are enabled, with strengths that nobody set taken from their few-step presets.
 
         Raises:
@@ -151,18 +154,18 @@ class LoraSettings:
         enabled = [a for a in self.adapters if a.enabled]
         for adapter in enabled:
             adapter.source(lora_base)
-        presets = [(a, a.preset_for(lora_base)) for a in enabled]
+        presets = [(a, a.preset_for(lora_base, steps)) for a in enabled]
         return replace(
             self, adapters=[replace(a, strength=1.0 if p is None else p.strength) if a.strength is None else a for a, p in presets]
         )
 
-    def preset_for(self, lora_base: str) -> FewStep | None:
+    def preset_for(self, lora_base: str, steps: int | None = None) -> FewStep | None:
         """The preset of the adapter that brings one and is in use.
 
         Raises:
             ConfigError: when two do.
         """
-        found = {a.name: p for a, on in zip(self.adapters, self.used, strict=True) if on and (p := a.preset_for(lora_base)) is not None}
+        found = {a.name: p for a, on in zip(self.adapters, self.used, strict=True) if on and (p := a.preset_for(lora_base, steps)) is not None}
         if len(found) > 1:
             raise ConfigError(f"LoRAs {' and '.join(map(repr, found))} both bring few-step settings; leave one of them out")
         return next(iter(found.values()), None)

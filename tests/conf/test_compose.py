@@ -58,7 +58,8 @@ def test_an_option_and_its_class_use_the_same_word(option):
 
 @pytest.mark.parametrize("option", NEEDS)
 def test_the_options_that_need_a_value_need_it(option):
-    with pytest.raises(ConfigError, match=r"(task|prompts|lora\.adapters\.0)\.path=<|has no source for base model 'tiny'; it has one for flux"):
+    message = r"(task|prompts|lora\.adapters\.0)\.path=<|has no source for base model 'tiny'; it has one for flux"
+    with pytest.raises(ConfigError, match=message):
         to_spec(composed(option))
 
 

@@ -68,7 +68,7 @@ def test_what_model_cards_say():
     assert (hyper.strength, hyper.guidance, hyper.scheduler) == (0.125, 3.5, "FlowMatchEulerDiscreteScheduler")
     assert preset("dmd2", "sdxl").extra == {"timesteps": [999, 749, 499, 249]}
     assert preset("lightning", "sdxl").scheduler_settings == {"timestep_spacing": "trailing"}
-    assert preset("lcm", "tiny").steps == 4 and preset("lcm", "tiny").strength == 1.0
+    assert preset("lcm", "tiny").steps == 4 and preset("lcm", "tiny").strength == 0.5 and preset("lcm", "tiny", 1).strength == 1.0
 
 
 def test_a_file_for_a_number_of_steps():
@@ -100,7 +100,7 @@ def test_a_base_that_a_preset_is_not_made_for():
     [
         (dict(steps=0), "steps of few-step preset 'fast' for 'tiny' is 0; allowed is a whole number from 1"),
         (dict(strength=30), "strength of few-step preset 'fast' for 'tiny' is 30; allowed"),
-        (dict(source="hearsay"), "source of .* is 'hearsay'; choose from community, model card"),
+        (dict(source="hearsay"), "source of .* is 'hearsay'; choose from community, measured, model card"),
         (dict(steps_range=(5, 8)), r"has steps_range \[5, 8\] and steps 4; a range is \[lowest, highest\] around it"),
         (dict(guidance=3.0, guidance_range=(0, 2)), r"has guidance_range \[0, 2\] and guidance 3.0"),
         (dict(guidance_range=(0, 2)), "has a guidance_range and no guidance; give both or none"),

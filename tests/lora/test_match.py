@@ -110,6 +110,24 @@ def test_parts_that_are_not_wanted_are_not_missed(parts: dict[str, nn.Module]) -
     assert found.matched == 2 and found.unmatched == [(0, "text_encoder: nowhere", "no such module")]
 
 
+def test_keys_of_parts_that_are_not_wanted_are_not_missed_either(parts: dict[str, nn.Module]) -> None:
+    keys = (("lora_te1_text_model_encoder_layers_0_mlp_fc1.oft_blocks", "unsupported kind: OFT or BOFT"),)
+    wanted = file({"denoiser": {TO_Q: change(32, 32)}}, keys).file
+    assert not match(parts, [Wanted(wanted, ["denoiser"])], strict=True).unmatched
+    for components in (None, ["denoiser", "text_encoder"]):
+        with pytest.raises(LoraError, match=r"1 of 2 modules and keys have no place in the model: 1 × unsupported kind: OFT or BOFT"):
+            match(parts, [Wanted(wanted, components)], strict=True)
+
+
+@pytest.mark.parametrize("components", [["text_encoder_2"], ["text_encoder_2", "text_encoder_3"], []], ids=repr)
+@pytest.mark.parametrize("strict", [True, False])
+def test_parts_that_a_file_does_not_have_are_told(parts: dict[str, nn.Module], components: list[str], strict: bool) -> None:
+    wanted = file({"denoiser": {TO_Q: change(32, 32)}, "text_encoder": {CLIP_Q: change(16, 16)}}).file
+    with pytest.raises(LoraError) as error:
+        match(parts, [Wanted(wanted, components)], strict)
+    assert str(error.value) == f"style.safetensors: components={components} leaves nothing of it; it has denoiser, text_encoder"
+
+
 # -- what has no place ---------------------------------------------------------------------------------------------------------------
 
 LOST = (("a.oft_blocks", "unsupported kind: OFT or BOFT"), ("b.x", "unknown suffix"), ("c.x", "unknown suffix"))

@@ -232,21 +232,21 @@ def test_a_strength_that_nobody_set_is_the_presets():
 
 def test_the_file_name_may_say_the_steps():
     stack = LoraSettings([Adapter("fast", "somewhere/lcm-6steps.safetensors", few_step="lcm")])
-    assert stack.preset_for("tiny").steps == 6
-    hub = LoraSettings([Adapter("fast", {"tiny": {"repo": "user/lcm", "weight_name": "lcm_3-steps.safetensors"}}, few_step="lcm")])
-    assert hub.preset_for("tiny").steps == 3
+    assert stack.preset_for("sd15").steps == 6
+    hub = LoraSettings([Adapter("fast", {"sd15": {"repo": "user/lcm", "weight_name": "lcm_3-steps.safetensors"}}, few_step="lcm")])
+    assert hub.preset_for("sd15").steps == 3
 
 
 def test_two_presets_at_once_are_refused():
     first, second = Adapter("a", "a", few_step="lcm"), Adapter("b", "b", few_step="lcm")
     with pytest.raises(ConfigError, match=r"^LoRAs 'a' and 'b' both bring few-step settings; leave one of them out$"):
-        LoraSettings([first, second]).preset_for("tiny")
+        LoraSettings([first, second]).preset_for("sd15")
     for other in (replace(second, enabled=False), replace(second, strength=0.0), replace(second, strength=0.0, few_step=None)):
-        assert LoraSettings([first, other]).for_base("tiny").preset_for("tiny").name == "lcm"
+        assert LoraSettings([first, other]).for_base("sd15").preset_for("sd15").name == "lcm"
     # one that begins later is in use
     with pytest.raises(ConfigError, match="both bring few-step settings"):
-        LoraSettings([first, replace(second, strength=[[0, 0], [0.5, 1]])]).preset_for("tiny")
-    assert LoraSettings([replace(first, strength=0)]).preset_for("tiny") is None
+        LoraSettings([first, replace(second, strength=[[0, 0], [0.5, 1]])]).preset_for("sd15")
+    assert LoraSettings([replace(first, strength=0)]).preset_for("sd15") is None
 
 
 PRESETS = [("lcmm", r"few_step is 'lcmm'; did you mean 'lcm'\?"), ("turbo_alpha", "is not made for 'tiny'")]
