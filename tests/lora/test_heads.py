@@ -137,8 +137,7 @@ def test_a_lora_that_is_left_out_has_no_trigger_words(styles: list[Path], caplog
 
 # -- few-step LoRAs ----------------------------------------------------------------------------------------------------------------
 
-FOUR = Sampling(steps=4, scheduler="DDIMScheduler")
-TINY = ("tiny", "shipped:tiny")
+FOUR = Sampling(steps=4, guidance=1.0, scheduler="LCMScheduler")
 
 
 def advice(stack: LoraSettings, sampling: Sampling, scheduler: str, base: str = "sd15", location: str = "somebody/model") -> list[str]:
@@ -152,61 +151,68 @@ def lcm(path: Path, strength: float | None = None, preset: str | None = "lcm", o
 
 
 def test_a_run_that_a_few_step_lora_was_made_for_needs_no_advice(tmp_path: Path) -> None:
-    assert advice(lcm(save(tmp_path / "a.safetensors")), FOUR, "DDIMScheduler") == []
+    assert advice(lcm(save(tmp_path / "a.safetensors")), FOUR, "LCMScheduler") == []
 
 
 def test_every_setting_that_speaks_against_it_is_a_line(tmp_path: Path) -> None:
     other = Adapter("style", str(save(tmp_path / "b.safetensors")), 0.9)
     off = Adapter("off", str(save(tmp_path / "c.safetensors")), 3.0, enabled=False)
-    stack = lcm(save(tmp_path / "a.safetensors"), 0.8, others=[other, off])
+    stack = lcm(save(tmp_path / "a.safetensors"), 0.5, others=[other, off])
     made_for = "lcm on sd15 is made for"
-    assert advice(stack, Sampling(steps=28), "LCMScheduler") == [
-        f"LoRA 'fast': sampler.steps is 28; {made_for} 4 (1 to 4)",
-        f"LoRA 'fast': the scheduler is LCMScheduler; {made_for} DDIMScheduler",
-        f"LoRA 'fast': its strength is 0.8; {made_for} 0.5",
-        "LoRA 'fast': LoRA 'style' has strength 0.9; beside lcm at most 0.5 is advised",
+    assert advice(stack, Sampling(steps=28), "DDIMScheduler") == [
+        f"LoRA 'fast': sampler.steps is 28; {made_for} 4 (2 to 8)",
+        f"LoRA 'fast': the scheduler is DDIMScheduler; {made_for} LCMScheduler",
+        f"LoRA 'fast': its strength is 0.5; {made_for} 1",
+        "LoRA 'fast': LoRA 'style' has strength 0.9; beside lcm at most 0.45 is advised",
     ]
 
 
 def test_the_stacks_own_strength_counts(tmp_path: Path) -> None:
-    stack = LoraSettings([Adapter("fast", str(save(tmp_path / "a.safetensors")), 0.5, few_step="lcm")], strength=0.5)
-    assert advice(stack, FOUR, "DDIMScheduler") == ["LoRA 'fast': its strength is 0.25; lcm on sd15 is made for 0.5"]
+    stack = LoraSettings([Adapter("fast", str(save(tmp_path / "a.safetensors")), 1.0, few_step="lcm")], strength=0.5)
+    assert advice(stack, FOUR, "LCMScheduler") == ["LoRA 'fast': its strength is 0.5; lcm on sd15 is made for 1"]
 
 
 def test_a_few_step_lora_is_recognised_without_its_preset(tmp_path: Path) -> None:
-    stack = lcm(save(tmp_path / "my_lcm_lora.safetensors"), 0.5, preset=None)
+    stack = lcm(save(tmp_path / "my_lcm_lora.safetensors"), 1.0, preset=None)
     wish = "; few_step: lcm at the adapter sets steps, scheduler and guidance"
-    assert advice(stack, Sampling(steps=28), "DDIMScheduler") == [
-        f"LoRA 'fast': sampler.steps is 28; lcm on sd15 is made for 4 (1 to 4){wish}"
+    assert advice(stack, Sampling(steps=28), "LCMScheduler") == [
+        f"LoRA 'fast': sampler.steps is 28; lcm on sd15 is made for 4 (2 to 8){wish}"
     ]
-    assert advice(stack, FOUR, "DDIMScheduler") == []
+    assert advice(stack, FOUR, "LCMScheduler") == []
+
+
+def test_settings_of_the_scheduler_that_runs_are_compared(tmp_path: Path) -> None:
+    stack = lcm(save(tmp_path / "a.safetensors"), preset="pcm")
+    assert advice(stack, FOUR, "DDIMScheduler")[0] == (
+        "LoRA 'fast': the scheduler's timestep_spacing is leading; pcm on sd15 is made for trailing"
+    )
 
 
 def test_the_number_of_steps_in_the_files_name_counts(tmp_path: Path) -> None:
     stack = lcm(save(tmp_path / "lcm-2steps.safetensors"))
-    assert advice(stack, FOUR, "DDIMScheduler") == ["LoRA 'fast': sampler.steps is 4; lcm on sd15 is made for 2"]
+    assert advice(stack, FOUR, "LCMScheduler") == ["LoRA 'fast': sampler.steps is 4; lcm on sd15 is made for 2"]
 
 
 def test_a_file_that_serves_training_is_said(tmp_path: Path) -> None:
     stack = LoraSettings([Adapter("a", str(save(tmp_path / "zimage_turbo_training_adapter_v1.safetensors")), 1.0)])
-    (line,) = advice(stack, FOUR, "DDIMScheduler")
+    (line,) = advice(stack, FOUR, "LCMScheduler")
     assert line == "LoRA 'a' says that it serves training; pictures drawn with it are usually worse"
 
 
 def test_a_base_model_that_nothing_is_known_of_is_said(tmp_path: Path) -> None:
-    stack = lcm(save(tmp_path / "my_lcm_lora.safetensors"), 0.5, preset=None)
+    stack = lcm(save(tmp_path / "my_lcm_lora.safetensors"), 1.0, preset=None)
     line = "LoRA 'fast' looks like a few-step LoRA (lcm), and nothing is known of it on flux"
-    assert advice(stack, Sampling(steps=28), "LCMScheduler", base="flux") == [line]
+    assert advice(stack, Sampling(steps=28), "DDIMScheduler", base="flux") == [line]
 
 
 def test_a_model_that_is_fast_by_itself_is_said(tmp_path: Path) -> None:
     stack = lcm(save(tmp_path / "a.safetensors"))
-    (line,) = advice(stack, FOUR, "DDIMScheduler", location="someone/sd-turbo")
-    assert line == ("LoRA 'fast': someone/sd-turbo is made for few steps already; a few-step LoRA (lcm) on top of it overcooks the picture")
+    (line,) = advice(stack, FOUR, "LCMScheduler", location="someone/sd-turbo")
+    assert line == "LoRA 'fast': someone/sd-turbo is made for few steps already; a few-step LoRA (lcm) on top of it overcooks the picture"
 
 
 @pytest.mark.parametrize("out", [{"strength": 0.0}, {"enabled": False}], ids=str)
 def test_nothing_is_said_of_a_few_step_lora_that_is_left_out(tmp_path: Path, out: dict[str, object]) -> None:
     file = save(tmp_path / "lcm.safetensors")
     stack = LoraSettings([Adapter("fast", str(file), few_step="lcm", **{"strength": 1.0, **out})]).for_base("sd15")
-    assert advice(stack, Sampling(steps=28), "LCMScheduler") == []
+    assert advice(stack, Sampling(steps=28), "DDIMScheduler") == []

@@ -147,6 +147,7 @@ def test_written_weights_cannot_follow_a_schedule(mode):
     with pytest.raises(ConfigError, match=message):
         LoraSettings([Adapter("a", "a"), Adapter("b", "b", [[0, 1], [0.5, 0]])], mode=mode)
     LoraSettings([Adapter("b", "b", [[0, 1]])], mode=mode)  # one entry is a strength like any other
+    LoraSettings([Adapter("b", "b", [[0, 1], [0.5, 0]], enabled=False)], mode=mode)
 
 
 def test_a_schedule_times_the_stacks_own_strength():
