@@ -18,3 +18,12 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all() and (torch.empty_like(torch.zeros(3, dtype=torch.int8)) == 127).all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small layers wait for a second thread longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,8 @@ from int8run.quant.rounding import AbsMax, Mse
 from int8run.quantize import LayerPlan, assemble, int8_layers, plan_layers, quantized_layers
 from int8run.report.terminal import Progress
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LINEARS = ["proj_in", "blocks.0.1", "blocks.0.3", "blocks.1.1", "blocks.1.3", "proj_out"]
 QUIET = Progress(False)
 AUTO = AutoOutlier({"none": NoOutlier()})
@@ -65,15 +67,6 @@ def saved(
 def statistics(width: int, seed: int) -> LayerStatistics:
     sample = randn(2, 8, width, seed=seed)
     return LayerStatistics(sample, sample.abs().amax((0, 1)), torch.ones(width))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Layers this small wait for a second thread longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # -- int8.checkpoint ----------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ from int8run.outlier.convrot import ConvRot
 from int8run.run import RunResult, run
 from int8run.spec import Job, RunSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FEW_STEP = Path(int8run.__file__).parent / "assets" / "lora" / "few_step.safetensors"
 SWITCH = ((0, 1), (0.5, 0))
 
@@ -48,15 +50,6 @@ def small(model: Path) -> list[str]:
 def plain(small: list[str]) -> RunSpec:
     """The same as a RunSpec, which the tests change a field of."""
     return make_spec(small)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Layers this small wait for a second thread longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,8 @@ from int8run.models.loader import find_denoiser
 from int8run.report.terminal import Progress
 from int8run.run import scattered
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONTRACT = {
     "speed/step_ms_p50", "speed/step_ms_p90", "speed/images_per_s", "speed/ratio_vs_float", "build/load_s", "build/quantize_s",
     "memory/denoiser_bytes", "memory/denoiser_ratio", "memory/text_encoder_bytes", "memory/peak_bytes", "quality/psnr_db",
@@ -39,15 +41,6 @@ CONTRACT = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """`model.location=…` of a random pipeline, with small settings that every test shares."""
     return str(save_random_pipeline(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Layers this small wait for a second thread longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -77,8 +77,14 @@ class LowRankBranch(nn.Module):
                 if isinstance(operand, Tensor):  # as a buffer it counts as the model's memory
                     self.register_buffer(f"fused_{name}", operand, persistent=False)
 
+    def release(self) -> None:
+        """Give up the float factors of a fused branch whose layer has no float fallback, which alone would use them."""
+        assert self.fused is not None
+        self.lora_A, self.lora_B = self.lora_A[:0].clone(), self.lora_B[:, :0].clone()
+
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """y + low-rank product of x. x: [M, K], y: [M, N]; y may be overwritten."""
+        assert self.lora_A.shape[0] or not self.ranks, "released"
         t = F.linear(x.to(self.lora_A.dtype), self.lora_A) * self.strengths.to(self.lora_A.dtype)
         return y.addmm_(t.to(y.dtype), self.lora_B.T.to(y.dtype))
 

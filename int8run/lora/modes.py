@@ -132,6 +132,8 @@ class DynamicLayer:
             self.branch.fuse(layer.backend, layer.transform)
         if self.factors:  # a second copy of the weight would have to follow every strength
             layer.float_weight = None
+        if self.branch is not None and self.branch.fused is not None and layer.float_weight is None:
+            self.branch.release()
         self.attach(True)
 
     def attach(self, on: bool) -> None:
