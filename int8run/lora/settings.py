@@ -165,7 +165,8 @@ class LoraSettings:
         Raises:
             ConfigError: when two do.
         """
-        found = {a.name: p for a, on in zip(self.adapters, self.used, strict=True) if on and (p := a.preset_for(lora_base, steps)) is not None}
+        used = [a for a, on in zip(self.adapters, self.used, strict=True) if on]
+        found = {a.name: p for a in used if (p := a.preset_for(lora_base, steps)) is not None}
         if len(found) > 1:
             raise ConfigError(f"LoRAs {' and '.join(map(repr, found))} both bring few-step settings; leave one of them out")
         return next(iter(found.values()), None)

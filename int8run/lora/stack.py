@@ -159,7 +159,7 @@ class LoraStack:
                 continue  # it carries the merge
             weight = self.weight_reader(name, layer, float_weights)
             for index, change in changes:
-                if change.core is not None:
+                if change.core is not None and float_weights:  # reading integers back for a number to show would take long
                     self.sizes.setdefault(index, []).append(Size.of(change.core.delta(weight()), weight(), layer))
             mode, why, forms = self.choose(name, layer, changes, weight, float_weights, scheduled, overhead, max_overhead)
             if why:
@@ -167,6 +167,8 @@ class LoraStack:
             if mode == "dynamic":
                 self.layers[name] = DynamicLayer(layer, changes, forms)
             elif mode == "bake":
+                if rounding is not None and rounding.needs_calibration:
+                    whys[f"bake: rounded by {plain.name}, for {rounding.name} needs what only a build sees"] += 1
                 self.layers[name] = BakedLayer(layer, changes, weight(), plain)
             else:
                 identity = [self.entries[index].file.identity for index, _ in changes]

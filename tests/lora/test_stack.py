@@ -18,6 +18,7 @@ from int8run.outlier.convrot import ConvRot
 from int8run.outlier.hadanorm import HadaNorm
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.quarot import QuaRot
+from int8run.quant.rounding import Gptq, Mse
 
 LINEARS = ["proj_in", "blocks.0.1", "blocks.0.3", "blocks.1.1", "blocks.1.3", "proj_out"]
 X = randn(9, 7)
@@ -244,6 +245,17 @@ def test_a_branch_wider_than_its_layer_is_none() -> None:
     int8, _ = to_int8(model)
     assert on_int8(model, int8, [lora(model, ["blocks.0.1"], rank=64)], "auto").modes == {"bake": 1}
     assert on_int8(model, to_int8(model)[0], [lora(model, ["blocks.0.1"], rank=64)], "dynamic").modes == {"dynamic": 1}
+
+
+def test_a_rounding_that_needs_a_calibration_gives_way_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "int8run")
+    model = TinyModel()
+    changes = {"blocks.0.1": kinds(96, 64)["diff"]}
+    for rounding, said in ((Mse(), False), (Gptq(), True)):
+        caplog.clear()
+        on_int8(model, to_int8(model)[0], [changes], "auto", rounding=rounding).set_strengths([1.0])
+        line = "LoRAs on 1 layers by lora.mode=bake: rounded by absmax, for gptq needs what only a build sees"
+        assert (line in caplog.messages) == said
 
 
 def test_a_schedule_makes_any_cost_worth_it() -> None:
