@@ -97,6 +97,8 @@ def build(spec: RunSpec, probe: Sequence[Sample], heads: Sequence[Head], progres
         log.info("%s", line)
     if spec.lora.bakes:
         loras.set_strengths(spec.lora.strengths)
+    elif entries and spec.save is not None:
+        log.warning("%s will hold the model without its LoRAs; lora.mode=bake writes them into it", spec.save)
 
     with progress.step("look at one step"):
         call = record_call(pipe, component, denoiser, probe, loaded.sampling)

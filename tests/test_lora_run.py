@@ -457,3 +457,12 @@ def test_the_users_folder_may_be_in_the_home(plain: RunSpec, draw: Callable, tmp
     save_lora(tmp_path / "home" / "loras" / "mine.safetensors", random_pipeline().transformer)
     result = draw(plain, lora=stack("mine"), lora_dir="~/loras", sampler=replace(plain.sampler, steps=1))
     assert result.metrics["lora/modules_matched"] == 16
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "bake", "stochastic"])
+def test_a_saved_model_without_its_loras_is_said_to_be_so(
+    plain: RunSpec, files: dict[str, str], draw: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    draw(plain, lora=stack(files["style"], mode=mode), save=str(tmp_path / "m.safetensors"))
+    said = f"{tmp_path / 'm.safetensors'} will hold the model without its LoRAs; lora.mode=bake writes them into it"
+    assert (said in caplog.messages) == (mode != "bake")
