@@ -27,10 +27,14 @@ def inspect_file(location: str) -> Table:
     add("kind", kind(header))
     add("size", f"{path.stat().st_size / 1e6:.1f} MB, {len(header)} tensors")
     add("dtypes", ", ".join(f"{n} × {dtype}" for dtype, n in dtypes.most_common()))
+    told = set()
     if kind(header) == "LoRA":
         for name, value in lora_rows(path, header, metadata):
             add(name, value)
+            told.add(value)
     for key, value in sorted(metadata.items()):
+        if value in told:
+            continue
         add(f"header: {key[:60]}", value if len(value) <= 200 else f"{value[:200]}… ({len(value)} characters)")
     return table
 
