@@ -97,7 +97,7 @@ def test_a_table_that_somebody_edited_is_measured_over(backend: AutoBackend, tim
 def test_a_busy_machine_is_asked_again_by_the_next_run(
     backend: AutoBackend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(costs_module, "in_turns", lambda calls, device, rounds: [[1.0, 3.0, 3.0], [6.0, 6.0, 6.0]])
+    monkeypatch.setattr(costs_module, "in_turns", lambda calls, device, rounds: [[3.0, 9.0, 9.0], [6.0, 6.0, 6.0]])
     costs = BranchCosts(backend, CPU, torch.float32)
     with caplog.at_level(logging.WARNING):
         assert [costs.of(layer(), 4, 5), costs.of(layer(), 4, 5)] == [2.0, 2.0]

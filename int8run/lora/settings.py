@@ -121,7 +121,7 @@ class LoraSettings:
     strength: float = 1.0
     strict: bool = True
     insert_triggers: bool = False
-    max_overhead: float = 0.5
+    max_overhead: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapters", tuple(to_adapter(a) for a in self.adapters))
