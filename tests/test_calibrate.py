@@ -83,6 +83,8 @@ class Step(nn.Module):
 class Pipe:
     """As much of a pipeline as a calibration uses; what a picture starts from is its prompt's length and its seed."""
 
+    device = torch.device("cpu")
+
     def __init__(self):
         self.batches = []
 
