@@ -95,6 +95,9 @@ def build(spec: RunSpec, probe: Sequence[Sample], heads: Sequence[Head], progres
     loras.put(entries, loras.matched(entries))
     for line in loras.report():
         log.info("%s", line)
+    for index, adapter in enumerate(spec.lora.adapters):
+        if adapter.text_strength is not None and not loras.changes_text(index):
+            log.warning("LoRA %r has a text_strength and no part for a text encoder; it has no effect", adapter.name)
     if spec.lora.bakes:
         loras.set_strengths(spec.lora.strengths)
     elif entries and spec.save is not None:

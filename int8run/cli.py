@@ -155,6 +155,11 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         owners = options_with(key)
         if owners:
             return f"no setting called {key!r} in this config; {' and '.join(owners)} has it", 2
+        if re.fullmatch(r"lora\.adapters\[\d+\]\.\w+", key) and (left_out := adapter_field(key)):
+            return (
+                f"{left_out} is a setting that this stack leaves out; give it with a plus: +{key.replace('[', '.').replace(']', '')}=…",
+                2,
+            )
         return f"no setting called {key!r}; {suggest(key.rpartition('.')[2], known)}choose from {', '.join(sorted(known))}", 2
     if isinstance(cause, ConfigIndexError):
         key = str(cause.full_key)
@@ -165,9 +170,21 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         source = cause if isinstance(cause, OmegaConfBaseException) else error
         # omegaconf appends the key and the container's type, each on a line of its own
         return " ".join(re.sub(r"\n\s*(full_key|object_type|reference_type).*", "", str(source)).split()), 2
+    if isinstance(error, TypeError) and "is not an int" in str(error):  # omegaconf's, for a name where a list wants a number
+        return f"{error}: entries of a list are counted from 0, such as lora.adapters.0.strength=0.5", 2
     if isinstance(error, YAMLError):
         return f"a YAML file of the config is damaged: {' '.join(str(error).split())}", 2
     return None, 1
+
+
+def adapter_field(key: str) -> str | None:
+    """The last word of a key, if an entry of a LoRA stack has such a setting."""
+    from dataclasses import fields
+
+    from int8run.lora.settings import Adapter
+
+    word = key.rpartition(".")[2]
+    return word if word in {field.name for field in fields(Adapter)} else None
 
 
 if __name__ == "__main__":

@@ -56,11 +56,11 @@ def lora_rows(path: Path, header: dict[str, dict], metadata: dict[str, str]) -> 
     listed = f", rank {', '.join(map(str, sorted(ranks)))}" if ranks else ""
     yield "LoRA", f"{', '.join(f'{component} {n} modules' for component, n in modules.items())}{listed}"
     kinds = Counter(KINDS[k.part] for k in keys.values() if k.part in KINDS)
-    yield "kinds", ", ".join(f"{n} × {name}" for name, n in kinds.items())
+    yield "kinds", ", ".join(f"{n} × {name}" for name, n in kinds.items()) or "none that can be applied"
     unknown = Counter(k.reason for k in keys.values() if k.part is None)
     if unknown:
         yield "cannot be applied", "; ".join(f"{n} keys: {reason}" for reason, n in unknown.items())
-    yield "first module", next(k.name for k in keys.values() if k.part is not None)
+    yield "first module", next(k.name for k in keys.values())
     base = base_of(header, metadata)
     yield "base model", str(base) if base else metadata.get("modelspec.architecture", "not told by names, shapes or tags")[:200]
     triggers = list(all_triggers(path, metadata))
@@ -68,9 +68,12 @@ def lora_rows(path: Path, header: dict[str, dict], metadata: dict[str, str]) -> 
         yield "trigger words", f"{', '.join(found.words)} ({found.source}{', from its training data' if found.guessed else ''})"
     if not triggers:
         yield "trigger words", "not named"
-    preset = few_step.detect(path, metadata)
+    preset = few_step.detect(path, metadata, base.name if base else None)
+    other = few_step.detect(path, metadata)
     if preset is not None:
         yield "few steps", f"looks like preset {preset}: set few_step: {preset} at its adapter"
+    elif other is not None:
+        yield "few steps", f"its words are those of preset {other}, which is not made for this base model"
     yield from describe(path, metadata, header).items()
 
 
@@ -83,7 +86,7 @@ KINDS = {
 
 def kind(header: dict[str, dict]) -> str:
     """LoRA, quantized checkpoint or plain weights, by key suffixes and dtypes."""
-    if any(split_key(key).part in KINDS for key in header):
+    if any(split_key(key).part in KINDS or split_key(key).reason.startswith("unsupported kind") for key in header):
         return "LoRA"
     dtypes = {entry["dtype"] for entry in header.values()}
     if any(key.endswith(".comfy_quant") for key in header):

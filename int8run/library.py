@@ -20,6 +20,7 @@ from torch import nn
 
 from int8run.cli import explain
 from int8run.errors import ConfigError, in_range
+from int8run.layers.linear import Int8Linear
 from int8run.lora.stack import LoraStack
 from int8run.models.loader import repeated_blocks
 from int8run.precheck import to_spec
@@ -64,6 +65,8 @@ def quantize_(
     family = spec.model_type.for_denoiser(type(model).__name__, repeated_blocks(model), linears)
     plans = plan_layers(model, family.why_float)
     chosen = [plan for plan in plans if plan.keep_float is None]
+    if any(isinstance(m, Int8Linear) for m in model.modules()):
+        raise ConfigError(f"{type(model).__name__} has INT8 layers already; load it anew to quantize it otherwise")
     if not chosen:
         raise ConfigError(f"{type(model).__name__}: no layer became INT8; choose another model_type")
     check_backend(spec.backend, next(model.parameters()).device, chosen)

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from int8run.metrics.layers import layer_metrics, measure_outputs, module_bytes
 from int8run.metrics.memory import peak_bytes, reset_peak
 from int8run.metrics.quality import half_error_step, mean_quality, per_image, trajectory_error
 from int8run.metrics.speed import speed, step_times
-from int8run.models.family import OWN_STEPS
+from int8run.models.family import OWN_STEPS, Sampling
 from int8run.models.loader import library_versions, use_scheduler
 from int8run.report.files import DIFFERENCE_GAIN, difference, environment, grid, write_json, write_layers, write_yaml
 from int8run.report.terminal import Progress, pairs_line, result_table, say
@@ -72,7 +72,7 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         quality = per_image(candidate, baseline, [s.prompt for s in wanted], spec.metrics.perceptual) if baseline else []
         metrics |= mean_quality(quality) if quality else {}
 
-        write_outputs(built, candidate, baseline, wanted, metrics, quality, errors, out)
+        write_outputs(built, candidate, baseline, wanted, spec.sampling, metrics, quality, errors, out)
         log_outputs(tracked, candidate, baseline, wanted, metrics, errors, out)
     title = f"{job.choices.get('model', 'model')} on {device_name(built.pipe.device)}; float is {spec.model.dtype}"
     say("", result_table(title, metrics, our_name(built)))
@@ -160,7 +160,7 @@ def measure(
 
 
 def write_outputs(
-    built: Built, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample],
+    built: Built, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample], sampling: Sampling,
     metrics: Mapping[str, float], quality: Sequence[Mapping[str, float]], errors: Sequence[float], out: Path,
 ) -> None:  # fmt: skip
     """Pictures, grid, tables and facts into the output folder."""
@@ -182,7 +182,7 @@ def write_outputs(
         for s, q in zip(wanted, quality or [{}] * len(wanted), strict=True)
     ]
     steps = [{"latent_rel_err": error} for error in errors]
-    write_json({"metrics": metrics, "images": per_sample, "steps": steps}, out / "metrics.json")
+    write_json({"metrics": metrics, "sampling": asdict(sampling), "images": per_sample, "steps": steps}, out / "metrics.json")
     write_json(environment_of(built), out / "environment.json")
 
 
@@ -217,10 +217,14 @@ def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]
         said += [("outlier", counted(p.outlier.partition(" ")[0] for p in int8)), ("rounding", counted(p.rounding for p in int8))]
         said.append(("backend", "+".join(used)))
     if spec.lora.adapters:
-        strengths = ", ".join(f"{a.name} {s:g}" for a, s in zip(spec.lora.adapters, spec.lora.strengths, strict=True))
+        stack = spec.lora
+        strengths = ", ".join(f"{a.name} {'→'.join(f'{s * stack.strength:g}' for _, s in a.schedule)}" for a in stack.adapters)
         modes = built.loras.modes
         how = "baked" if spec.lora.bakes else counted(Counter(modes).elements()) if modes else "merged"
         said.append(("lora", f"{strengths} ({how})"))
+    preset = spec.lora.preset_for(spec.model.lora_base, spec.sampler.steps)
+    if preset is not None:
+        said.append(("few steps", f"{preset.name}: {spec.sampling.steps} steps, {type(built.pipe.scheduler).__name__}"))
     if spec.compile != "none":
         said.append(("compile", spec.compile))
     if reused:

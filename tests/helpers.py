@@ -15,7 +15,7 @@ from int8run.backends.reference import Reference
 from int8run.lora.files import LoraFile
 from int8run.lora.keys import DENOISER
 from int8run.lora.kinds import Change
-from int8run.lora.stack import Entry, LoraStack
+from int8run.lora.stack import HOLDER, Entry, LoraStack
 from int8run.models.family import ModelFamily
 from int8run.outlier.base import LayerStatistics, OutlierMethod
 from int8run.outlier.none import NoOutlier
@@ -113,6 +113,7 @@ def lora_file(changes: Mapping[str, Change], name: str = "style", unknown: Seque
 
 def on_int8(model: nn.Module, int8: nn.Module, stack: Sequence[Mapping[str, Change]], mode: str = "dynamic", **options: Any) -> LoraStack:
     """LoRAs on a float model and on its INT8 copy, at strength 0; options are those of `LoraStack.attach`."""
+    model.__dict__.pop(HOLDER, None)  # tests put one stack after another on a model, each at strength 0 by then
     loras = LoraStack(model, mode=mode)
     entries = [Entry(f"lora{i}", lora_file(changes, f"lora{i}")) for i, changes in enumerate(stack)]
     loras.put(entries, loras.matched(entries))

@@ -101,6 +101,14 @@ REFUSED = {
         ["lora=stack_a", "lora.strength=5", "lora.adapters.1.strength=10"],
         r"strength of LoRA 'gloss' times lora.strength is 50; allowed is a number from -20 to 20",
     ),
+    "an adapter by its name": (
+        ["lora=stack_a", "lora.adapters.ink.strength=1"],
+        r"Index 'ink' \(str\) is not an int: entries of a list are counted from 0, such as lora.adapters.0.strength=0.5",
+    ),
+    "a setting that a stack leaves out": (
+        ["lora=stack_a", "lora.adapters.0.weight_name=a"],
+        r"weight_name is a setting that this stack leaves out; give it with a plus: \+lora.adapters.0.weight_name=…",
+    ),
     "adapter name twice": (["lora=stack_a", "lora.adapters.1.name=ink"], r"lora.adapters has the name 'ink' twice; give each"),
     "lora mode": (["lora.mode=merge"], r"lora.mode is 'merge'; choose from auto, bake, dynamic"),
     "pictures per prompt": (["prompts.seeds_per_prompt=0"], r"prompts.seeds_per_prompt is 0; allowed is a whole number from 1 to 10000"),

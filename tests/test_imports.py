@@ -47,7 +47,7 @@ RULES = {
     "bench": FOLDERS | {"quantize", "spec", "build", "convert", "machine", "kernels"},
     "precheck": set(),
     "library": FOLDERS | {"quantize", "precheck", "cli"},
-    "cli": {"__init__", "help_page", "precheck", "spec"},
+    "cli": {"__init__", "help_page", "precheck", "spec", "lora"},
 }
 
 # what conf/ chooses between; everything that serves all options alike names none of them

@@ -112,6 +112,10 @@ def find_lora(source: str, weight_name: str | None, folder: Path | None = None) 
     there = sorted({p.name if named else p.stem for place in places if place.is_dir() for p in place.glob("*.safetensors")})
     near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.0)
     nearest = f"; nearest there: {', '.join(near)}" if near else "; no .safetensors file there"
+    if bare and folder is None:
+        nearest += "; lora_dir=FOLDER adds a folder of yours"
+    if not named and not path.is_absolute() and len(path.parts) == 2:
+        nearest += "; a repository on the hub needs weight_name as well"
     raise LoraError(f"LoRA file not found: {path}; searched {', '.join(str(p.resolve()) for p in places)}{nearest}")
 
 

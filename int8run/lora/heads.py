@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from int8run.checkpoints.header import read_header
+from int8run.errors import LoraError
 from int8run.generate.prompts import Sample
 from int8run.lora import few_step
 from int8run.lora.bases import Base, base_of, refuse_base
@@ -37,6 +38,8 @@ def read_heads(stack: LoraSettings, lora_base: str, lora_dir: Path | None = None
         LoraError: a file that is not there, is damaged, or was surely made for another base model.
     """
     heads = []
+    if lora_dir is not None and not lora_dir.is_dir():
+        raise LoraError(f"lora_dir={lora_dir}: no such folder (looked for {lora_dir.absolute()})")
     for adapter in stack.adapters:
         path = find_lora(*adapter.source(lora_base), lora_dir)
         header, metadata = read_header(path)
@@ -81,7 +84,7 @@ def few_step_advice(
     lines = []
     strengths = dict(zip((a.name for a in stack.adapters), stack.strengths, strict=True))
     for adapter, head, on in zip(stack.adapters, heads, stack.used, strict=True):
-        name = adapter.few_step or few_step.detect(head.path, head.metadata)
+        name = adapter.few_step or few_step.detect(head.path, head.metadata, lora_base) or few_step.detect(head.path, head.metadata)
         if on and few_step.for_training_only(head.path, head.metadata):
             lines.append(f"LoRA {adapter.name!r} says that it serves training; pictures drawn with it are usually worse")
         if not on or name is None:
@@ -89,7 +92,10 @@ def few_step_advice(
         if (distilled := few_step.already_distilled(name, location)) is not None:
             lines.append(f"LoRA {adapter.name!r}: {distilled}")
         if lora_base not in few_step.table()["presets"][name]["bases"]:
-            lines.append(f"LoRA {adapter.name!r} looks like a few-step LoRA ({name}), and nothing is known of it on {lora_base}")
+            lines.append(
+                f"LoRA {adapter.name!r} looks like a few-step LoRA ({name}), and nothing is known of it on {lora_base}; "
+                "set sampler.steps, sampler.guidance and sampler.scheduler as its author says"
+            )
             continue
         preset = few_step.preset(name, lora_base, few_step.steps_in_name(head.path) or sampling.steps)
         others = {other: s for other, s in strengths.items() if other != adapter.name and s}

@@ -54,6 +54,8 @@ class Adapter:
             in_range(f"strength of LoRA {self.name!r}", self.strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
         if self.text_strength is not None:
             in_range(f"text_strength of LoRA {self.name!r}", self.text_strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
+        if isinstance(self.components, str):
+            raise ConfigError(f"components of LoRA {self.name!r} is {self.components!r}; it takes a list: [{self.components}]")
         for component in self.components or ():
             one_of(f"a component of LoRA {self.name!r}", component, COMPONENTS)
 
@@ -89,7 +91,7 @@ class Adapter:
             if lora_base not in chosen:
                 raise ConfigError(
                     f"LoRA {self.name!r} has no source for base model {lora_base!r}; it has one for "
-                    f"{', '.join(sorted(chosen))}; add an entry under lora.adapters…path or choose another lora="
+                    f"{', '.join(sorted(chosen))}; add an entry under the path of that adapter, or choose another lora="
                 )
             chosen = chosen[lora_base]
         if isinstance(chosen, Mapping):

@@ -21,6 +21,8 @@ from int8run.lora.settings import MODES, STRENGTH_LIMIT
 from int8run.quant.rounding import AbsMax, Rounding
 
 log = logging.getLogger(__name__)
+# attribute of a denoiser that tells which stack has it in hand
+HOLDER = "_int8run_loras"
 # share of a weight that a LoRA usually stays well below
 MOST_SHARE = 0.5
 # time of a layer with a branch of this rank over its time without; by the layer's name
@@ -61,6 +63,10 @@ class LoraStack:
         seed: int = 0, folder: Path | None = None,
     ):  # fmt: skip
         one_of("lora.mode", mode, MODES)
+        if not isinstance(denoiser, nn.Module):
+            raise ConfigError(
+                f"a LoraStack is put on a denoiser, such as pipe.transformer or pipe.unet, not on a {type(denoiser).__name__}"
+            )
         self.denoiser, self.parts = denoiser, {DENOISER: denoiser, **(text_encoders or {})}
         self.mode, self.strict, self.seed, self.folder = mode, strict, seed, folder
         self.entries: list[Entry] = []
@@ -105,6 +111,12 @@ class LoraStack:
         self.apply()
         return self
 
+    def clear(self) -> None:
+        """Take all LoRAs off; the model is as it was found, and free for another stack."""
+        self.take_off()
+        self.entries, self.matches = [], Matches({}, ())
+        self.denoiser.__dict__.pop(HOLDER, None)
+
     def set_strength(self, name: str, strength: float, text_strength: float | None = None) -> None:
         """Move one LoRA; in dynamic mode that writes a few numbers per layer."""
         if name not in self.names:
@@ -131,7 +143,14 @@ class LoraStack:
         return match(self.parts, [Wanted(e.file, e.components) for e in entries], self.strict)
 
     def put(self, entries: Sequence[Entry], matches: Matches) -> None:
-        """Take these LoRAs in hand, at strength 0."""
+        """Take these LoRAs in hand, at strength 0.
+
+        Raises:
+            ConfigError: when another stack has the model in hand: each would undo the other's changes.
+        """
+        # a number, for a copy of the model must not copy the stack with it
+        if entries and self.denoiser.__dict__.setdefault(HOLDER, id(self)) != id(self):
+            raise ConfigError("this model has a LoraStack already; add the LoRA to that one")
         self.entries, self.matches = list(entries), matches
         self.merges = {component: FloatMerge(self.parts[component], found) for component, found in matches.by_component.items() if found}
 
@@ -264,6 +283,11 @@ class LoraStack:
         numbers = [layer.layer.in_features * layer.layer.out_features for layer in written]
         return sum(n * w.clipped_share for n, w in zip(numbers, written, strict=True)) / sum(numbers) if numbers else 0.0
 
+    def changes_text(self, index: int) -> bool:
+        """Whether a LoRA changes a text encoder."""
+        texts = [modules for component, modules in self.matches.by_component.items() if component != DENOISER]
+        return any(i == index for modules in texts for entries in modules.values() for i, _ in entries)
+
     def report(self) -> list[str]:
         """A line for each LoRA: what is in the file, and where it landed."""
         return [self.describe(index) for index in range(len(self.entries))]
@@ -289,10 +313,10 @@ class LoraStack:
             return None
         shares = [size.share for size in self.sizes[index]]
         name, typical, most = self.entries[index].name, statistics.median(shares), max(shares)
-        warning = "; above 50 % pictures often break" if most > MOST_SHARE else ""
+        large = "; that is a lot: usual are a few percent, and beyond 50 % pictures often break" if most > MOST_SHARE else ""
         return (
-            f"LoRA {name!r} at strength 1: {self.median_steps(index):.2f} steps of the int8 grid, {typical:.1%} of the weights' size "
-            f"(medians over INT8 layers), at most {most:.1%}{warning}"
+            f"LoRA {name!r} at strength 1 changes its INT8 layers by {typical:.1%} of their weights' size (median; at most {most:.1%}), "
+            f"{self.median_steps(index):.2f} times what one integer stands for{large}"
         )
 
 

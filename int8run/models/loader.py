@@ -97,7 +97,7 @@ def use_scheduler(pipe: DiffusionPipeline, original: Any, sampling: Sampling) ->
         return
     name = sampling.scheduler or type(original).__name__
     if not is_scheduler(name):
-        known = sorted(n for n in dir(diffusers) if n.endswith("Scheduler") and is_scheduler(n))
+        known = alike(original)
         reason = "needs a library that is not there" if name in dir(diffusers) else "is no scheduler of diffusers"
         raise ConfigError(f"sampler.scheduler={name} {reason}; {suggest(name, known)}choose from {', '.join(known)}")
     cls: Any = getattr(diffusers, name)
@@ -109,6 +109,17 @@ def use_scheduler(pipe: DiffusionPipeline, original: Any, sampling: Sampling) ->
         pipe.register_modules(scheduler=cls.from_config(original.config, **sampling.scheduler_settings))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(f"sampler.scheduler={name} does not take these settings: {' '.join(str(error).split())[:300]}") from error
+
+
+def alike(original: Any) -> list[str]:
+    """Schedulers whose steps are asked for in the same way, so that a pipeline made for the original can use them."""
+    wanted = set(inspect.signature(original.set_timesteps).parameters) & {"sigmas", "timesteps"}
+    names = [n for n in dir(diffusers) if n.endswith("Scheduler") and is_scheduler(n) and hasattr(getattr(diffusers, n), "set_timesteps")]
+    flow = type(original).__name__.startswith("FlowMatch")
+    return [
+        n for n in sorted(names)
+        if wanted <= set(inspect.signature(getattr(diffusers, n).set_timesteps).parameters) and n.startswith("FlowMatch") == flow
+    ]  # fmt: skip
 
 
 def is_scheduler(name: str) -> bool:

@@ -542,7 +542,9 @@ def test_shipped_names(write, monkeypatch, tmp_path):
     path = write(PEFT, name="ink.safetensors")
     monkeypatch.setattr(files, "SHIPPED", tmp_path)
     assert find_lora("ink", None) == path
-    with pytest.raises(LoraError, match=rf"LoRA file not found: inc; searched {tmp_path}; nearest there: ink$"):
+    with pytest.raises(
+        LoraError, match=rf"LoRA file not found: inc; searched {tmp_path}; nearest there: ink; lora_dir=FOLDER adds a folder of yours$"
+    ):
         find_lora("inc", None)
 
 

@@ -135,6 +135,11 @@ def test_a_lora_that_is_left_out_has_no_trigger_words(styles: list[Path], caplog
     assert [m.partition(" has ")[0] for m in caplog.messages] == ([] if insert else ["LoRA 'ink'"])
 
 
+def test_a_folder_that_is_not_there_is_said() -> None:
+    with pytest.raises(LoraError, match=r"^lora_dir=nowhere: no such folder \(looked for /.*/nowhere\)$"):
+        read_heads(LoraSettings([Adapter("a", "ink")]), "tiny", Path("nowhere"))
+
+
 # -- few-step LoRAs ----------------------------------------------------------------------------------------------------------------
 
 FOUR = Sampling(steps=4, guidance=1.0, scheduler="LCMScheduler")
@@ -201,7 +206,8 @@ def test_a_file_that_serves_training_is_said(tmp_path: Path) -> None:
 
 def test_a_base_model_that_nothing_is_known_of_is_said(tmp_path: Path) -> None:
     stack = lcm(save(tmp_path / "my_lcm_lora.safetensors"), 1.0, preset=None)
-    line = "LoRA 'fast' looks like a few-step LoRA (lcm), and nothing is known of it on flux"
+    line = "LoRA 'fast' looks like a few-step LoRA (lcm), and nothing is known of it on flux; "
+    line += "set sampler.steps, sampler.guidance and sampler.scheduler as its author says"
     assert advice(stack, Sampling(steps=28), "DDIMScheduler", base="flux") == [line]
 
 

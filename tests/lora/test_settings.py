@@ -273,3 +273,8 @@ def test_a_preset_that_is_not_there(name, message):
 def test_whether_a_lora_is_in_use(adapter, used):
     assert LoraSettings([Adapter("other", "b"), adapter]).used == [True, used]
     assert LoraSettings([Adapter("other", "b"), adapter], strength=0).used == [False, False]
+
+
+def test_components_are_a_list():
+    with pytest.raises(ConfigError, match=r"^components of LoRA 'a' is 'denoiser'; it takes a list: \[denoiser\]$"):
+        Adapter("a", "a", components="denoiser")

@@ -148,7 +148,7 @@ def test_the_same_lora_twice_is_one_with_both_strengths(caplog: pytest.LogCaptur
     once, twice = to_int8(model)[0], to_int8(model)[0]
     changes = lora(model, LINEARS)
     on_int8(model, once, [changes]).set_strengths([0.75])
-    loras = LoraStack(model, mode="dynamic")
+    loras = LoraStack(TinyModel(), mode="dynamic")
     entries = [Entry("a", lora_file(changes)), Entry("b", lora_file(changes))]
     loras.put(entries, loras.matched(entries))
     loras.attach(twice)
@@ -377,6 +377,26 @@ def test_a_lora_that_does_not_fit_leaves_the_stack_as_it_was(files: list[Path], 
     assert stack.names == ["style"] and torch.equal(model(X), before)
     stack.set_strength("style", 0.0)
     assert torch.equal(model(X), TinyModel()(X))
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "INT8"])
+def test_a_model_has_one_stack_until_it_is_cleared(files: list[Path], quantized: bool) -> None:
+    target = to_int8(TinyModel())[0] if quantized else TinyModel()
+    plain = target(X)
+    first, second = LoraStack(target).add(files[0]), LoraStack(target)
+    with_first = target(X)
+    with pytest.raises(ConfigError, match=r"^this model has a LoraStack already; add the LoRA to that one$"):
+        second.add(files[1])
+    assert second.names == [] and torch.equal(target(X), with_first)
+    first.clear()
+    assert first.names == [] and torch.equal(target(X), plain)
+    second.add(files[1])
+    assert not torch.equal(target(X), plain) and not torch.equal(target(X), with_first)
+
+
+def test_a_pipeline_is_no_denoiser() -> None:
+    with pytest.raises(ConfigError, match=r"^a LoraStack is put on a denoiser, such as pipe\.transformer or pipe\.unet, not on a dict$"):
+        LoraStack({})
 
 
 def test_names_and_strengths_are_checked(files: list[Path]) -> None:
