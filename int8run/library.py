@@ -18,8 +18,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from int8run.cli import explain
 from int8run.errors import ConfigError, in_range
+from int8run.explain import explain
 from int8run.layers.linear import Int8Linear
 from int8run.lora.stack import LoraStack
 from int8run.models.loader import repeated_blocks

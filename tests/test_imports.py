@@ -46,8 +46,9 @@ RULES = {
     "tasks": {"spec", "run", "bench", "inspect_file", "report"},
     "bench": FOLDERS | {"quantize", "spec", "build", "convert", "machine", "kernels"},
     "precheck": set(),
-    "library": FOLDERS | {"quantize", "precheck", "cli"},
-    "cli": {"__init__", "help_page", "precheck", "spec", "lora"},
+    "explain": {"help_page", "lora"},
+    "library": FOLDERS | {"quantize", "precheck", "explain"},
+    "cli": {"__init__", "help_page", "precheck", "spec", "explain"},
 }
 
 # what conf/ chooses between; everything that serves all options alike names none of them
@@ -71,8 +72,8 @@ EXCEPTIONS = {
 }
 
 LIBRARIES = {
-    "hydra": {"cli", "precheck", "library"},
-    "omegaconf": {"cli", "precheck", "library"},
+    "hydra": {"cli", "precheck", "library", "explain"},
+    "omegaconf": {"cli", "precheck", "library", "explain"},
     "mlflow": {"tracking"},
     "diffusers": {"models", "generate", "build", "calibrate", "budget"},
     "transformers": {"models", "metrics"},
