@@ -21,6 +21,7 @@ from int8run.report.files import (
     LAYER_COLUMNS,
     difference,
     environment,
+    fitting,
     git_revision,
     grid,
     write_json,
@@ -272,3 +273,15 @@ def test_switched_off_there_are_no_bars_on_a_terminal_either(monkeypatch):
     with terminal.Progress(False).count("quantize", 3) as advance:
         advance(1)
     assert shown.export_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "found"),
+    [
+        ("a fox · seed 0", 14, "a fox · seed 0"),
+        ("a very long prompt about a fox · seed 12", 24, "a very long p… · seed 12"),
+        ("a very long prompt about a fox · seed 12", 11, "a… · seed 12"[-10:]),
+    ],
+)
+def test_a_caption_keeps_its_beginning_and_its_seed(text: str, width: int, found: str) -> None:
+    assert fitting(text, width, len) == found and len(found) <= max(width, 10)

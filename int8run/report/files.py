@@ -5,7 +5,7 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from int8run.quantize import LayerPlan
 # a picture smaller than this is enlarged in the grid, by a whole factor and without smoothing
 GRID_MIN_SIDE = 192
 DIFFERENCE_GAIN = 8
+# characters at the end of a caption that are never cut: ` · seed 12`
+CAPTION_END = 10
 LAYER_COLUMNS = (
     "name", "out_features", "in_features", "quantized", "why_not", "outlier", "outlier_why_not", "rounding",
     "backend_asked", "backend_used", "weight_sqnr_db", "output_sqnr_db", "saturated_share",
@@ -43,11 +45,19 @@ def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[st
         draw.text((gap + c * (width + gap), gap // 2), heading, fill="black", font=font)
     for r, (caption, images) in enumerate(rows):
         top = line + gap + r * (height + line + gap)
-        draw.text((gap, top - 2), caption, fill="#555", font=font)
+        draw.text((gap, top - 2), fitting(caption, sheet.width - 2 * gap, font.getlength), fill="#555", font=font)
         for c, image in enumerate(images):
             resized = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(resized, (gap + c * (width + gap), top + line - 4))
     return sheet
+
+
+def fitting(text: str, width: float, length: Callable[[str], float]) -> str:
+    """A text that is no longer than a width: its beginning, `…` and its end, where the seed stands."""
+    if length(text) <= width:
+        return text
+    end = text[-CAPTION_END:]
+    return next((cut for n in range(len(text), 0, -1) if length(cut := f"{text[:n].rstrip()}…{end}") <= width), end)
 
 
 def write_layers(plans: Sequence[LayerPlan], path: Path) -> None:
