@@ -20,7 +20,7 @@ from int8run.generate.probe import record_call
 from int8run.generate.prompts import Sample
 from int8run.lora.files import read_lora
 from int8run.lora.heads import Head
-from int8run.lora.stack import Entry, LoraStack
+from int8run.lora.stack import Entry, LoraStack, Overhead
 from int8run.models.family import ModelFamily, Sampling
 from int8run.models.loader import Loaded, find_denoiser, load_pipeline, pick_device, repeated_blocks, use_scheduler
 from int8run.quantize import LayerPlan, check_backend, plan_layers
@@ -120,12 +120,14 @@ def build(spec: RunSpec, probe: Sequence[Sample], heads: Sequence[Head], progres
 
 def attach_loras(built: Built, spec: RunSpec, call: Mapping[str, Any]) -> None:
     """Bring the LoRAs to the INT8 layers, each by the mode that it can have."""
-    int8 = built.denoisers["int8"]
-    costs = BranchCosts(spec.backend, built.pipe.device, getattr(torch, spec.model.dtype))
-    rows = layer_rows(built.denoisers["float"], built.plans, call)
+    overhead: Overhead | None = None
+    if spec.lora.mode == "auto" and not spec.lora.scheduled:
+        costs = BranchCosts(spec.backend, built.pipe.device, getattr(torch, spec.model.dtype))
+        rows = layer_rows(built.denoisers["float"], built.plans, call)
+        overhead = lambda name, layer, rank: costs.of(layer, rank, rows[name])  # noqa: E731
     built.loras.attach(
-        int8, float_weights=spec.int8.checkpoint is None, rounding=spec.rounding, scheduled=spec.lora.scheduled,
-        overhead=lambda name, layer, rank: costs.of(layer, rank, rows[name]), max_overhead=spec.lora.max_overhead,
+        built.denoisers["int8"], float_weights=spec.int8.checkpoint is None, rounding=spec.rounding, scheduled=spec.lora.scheduled,
+        overhead=overhead, max_overhead=spec.lora.max_overhead,
     )  # fmt: skip
     for index in range(len(built.loras.entries)):
         if (line := built.loras.size_line(index)) is not None:

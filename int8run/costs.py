@@ -2,13 +2,13 @@
 
 import logging
 import math
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from int8run.backends.auto import AutoBackend
+from int8run.backends.auto import AutoBackend, Chooser
 from int8run.backends.base import Backend
 from int8run.backends.table import ChoiceTable
 from int8run.layers.linear import Int8Linear, LowRankBranch, QuantizedLayer
@@ -27,7 +27,6 @@ class Costs:
         path = getattr(backend, "table", None)
         self.table = ChoiceTable(Path(path) if path else None, device, dtype)
         self.backend, self.device, self.dtype = backend, device, dtype
-        self.chooser = backend.chooser(device, dtype) if isinstance(backend, AutoBackend) else None
         self.measured: dict[str, float] = {}
 
     def known(self, question: str) -> float | None:
@@ -57,6 +56,11 @@ class Costs:
 
 class TransformCosts(Costs):
     """Time of an INT8 layer with an outlier transform over its time without, by the backend that runs the layer."""
+
+    @cached_property
+    def chooser(self) -> Chooser | None:
+        """What names the backend of a shape, where `backend=auto` does."""
+        return self.backend.chooser(self.device, self.dtype) if isinstance(self.backend, AutoBackend) else None
 
     def of(self, transform: OutlierTransform, shape: tuple[int, int, int], sharing: int = 1) -> float:
         """The ratio for a layer; it depends on what the transform does, not on its numbers.

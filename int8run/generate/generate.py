@@ -177,7 +177,7 @@ def call(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, s
                 callback_on_step_end=step_end,
             ).images
     except ValueError as error:
-        if sampling.scheduler is None:
+        if sampling.scheduler is None or "scheduler" not in str(error):
             raise
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(

@@ -1,12 +1,13 @@
 """The ways of bringing LoRAs to weights: added in float, beside an INT8 layer, or into its integers. Each can be undone exactly."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from int8run.layers.linear import Int8Linear, LowRankBranch
-from int8run.lora.kinds import Change, Dynamic
+from int8run.lora.kinds import Change, Core, Dynamic
 from int8run.quant.rounding import Rounding
 from int8run.quant.stochastic import add_rounded, seeded
 from int8run.quant.weight import QuantizedWeight
@@ -15,19 +16,38 @@ from int8run.quant.weight import QuantizedWeight
 Changes = Sequence[tuple[int, Change]]
 
 
+def cores_of(changes: Changes) -> list[tuple[int, Core]]:
+    """The changes of the weight, without those of the bias alone."""
+    return [(index, change.core) for index, change in changes if change.core is not None]
+
+
+def added_up(start: Tensor, cores: Sequence[tuple[int, Core]], strengths: Sequence[float], original: Tensor) -> Tensor:
+    """`start + sum of strength * delta(original)` in float32, so that the order of the LoRAs says nothing.
+
+    Args:
+        strengths: one per LoRA of the stack.
+        original: the weight without any LoRA.
+    """
+    total = start.float()
+    for index, core in cores:
+        if strengths[index] != 0:
+            total = total + strengths[index] * core.delta(original)
+    return total
+
+
 class FloatMerge:
     """LoRAs added to float weights and biases, with the originals kept: changing a strength starts from them."""
 
     def __init__(self, model: nn.Module, changes: Mapping[str, Changes]):
         self.strengths: list[float] | None = None
-        self.weights: dict[str, tuple[nn.Parameter, Tensor, list[tuple[int, Change]]]] = {}
+        self.weights: dict[str, tuple[nn.Parameter, Tensor, list[tuple[int, Core]]]] = {}
         self.biases: dict[str, tuple[nn.Parameter, Tensor, list[tuple[int, Tensor]]]] = {}
         for name, entries in changes.items():
             module = model.get_submodule(name)
             if isinstance(module, Int8Linear):
                 continue
-            if (weighing := [(i, c) for i, c in entries if c.core is not None]) and isinstance(module.weight, nn.Parameter):
-                self.weights[name] = (module.weight, module.weight.detach().clone(), weighing)
+            if (cores := cores_of(entries)) and isinstance(module.weight, nn.Parameter):
+                self.weights[name] = (module.weight, module.weight.detach().clone(), cores)
             if biasing := [(i, c.bias) for i, c in entries if c.bias is not None]:
                 bias = bias_of(module)
                 self.biases[name] = (bias, bias.detach().clone(), biasing)
@@ -38,16 +58,12 @@ class FloatMerge:
 
     @torch.no_grad()
     def set_strengths(self, strengths: Sequence[float]) -> None:
-        """`W = W0 + sum of strength * delta(W0)`, summed in float32 and rounded once, so that the order says nothing."""
+        """`W = W0 + sum of strength * delta(W0)`, summed in float32 and rounded once."""
         if list(strengths) == self.strengths:
             return
         self.strengths = list(strengths)
-        for weight, original, changes in self.weights.values():
-            merged = original.float()
-            for index, change in changes:
-                if strengths[index] != 0 and change.core is not None:
-                    merged = merged + strengths[index] * change.core.delta(original).to(merged.device)
-            weight.copy_(merged)
+        for weight, original, cores in self.weights.values():
+            weight.copy_(added_up(original, cores, strengths, original))
         for bias, original, added in self.biases.values():
             merged = original.float()
             for index, part in added:
@@ -90,12 +106,11 @@ def dynamic_forms(changes: Changes, weight: Callable[[], Tensor]) -> list[tuple[
         weight: the layer's float weight; only kinds that read it (DoRA) ask for it.
     """
     forms = []
-    for index, change in changes:
-        if change.core is not None:
-            form = change.core.dynamic(weight() if change.core.reads_weight else None)
-            if form is None:
-                return f"a {change.core.kind} that has no low-rank form"
-            forms.append((index, form))
+    for index, core in cores_of(changes):
+        form = core.dynamic(weight() if core.reads_weight else None)
+        if form is None:
+            return f"a {core.kind} that has no low-rank form"
+        forms.append((index, form))
     return forms
 
 
@@ -120,7 +135,7 @@ class DynamicLayer:
     """LoRAs beside one INT8 layer: a low-rank branch, and a factor per row where the kind has one (DoRA, IA3)."""
 
     def __init__(self, layer: Int8Linear, changes: Changes, forms: Sequence[tuple[int, Dynamic]]):
-        self.layer = layer
+        self.layer, self.float_weight = layer, layer.float_weight
         self.bias = Int8Bias(layer, changes)
         self.scale = layer.scale.clone()
         self.factors = [(index, f.row_factor.to(layer.scale)) for index, f in forms if f.row_factor is not None]
@@ -130,15 +145,15 @@ class DynamicLayer:
         if parts:
             self.branch = LowRankBranch([balanced(*pair) for _, pair in parts], layer.dtype, layer.scale.device)
             self.branch.fuse(layer.backend, layer.transform)
-        if self.factors:  # a second copy of the weight would have to follow every strength
-            layer.float_weight = None
+        self.attach(True)
         if self.branch is not None and self.branch.fused is not None and layer.float_weight is None:
             self.branch.release()
-        self.attach(True)
 
     def attach(self, on: bool) -> None:
         """Put the branch beside its layer, or take it off."""
         self.layer.adapter = self.branch if on else None
+        # a second copy of the weight would have to follow every strength of a kind that scales rows
+        self.layer.float_weight = None if on and self.factors else self.float_weight
 
     @torch.no_grad()
     def set_strengths(self, strengths: Sequence[float]) -> None:
@@ -153,28 +168,28 @@ class DynamicLayer:
         self.bias.set_strengths(strengths)
 
 
-class WrittenLayer:
+class WrittenLayer(ABC):
     """LoRAs written into one INT8 layer's weight; the layer as it was is kept, so that every strength starts from it."""
 
     def __init__(self, layer: Int8Linear, changes: Changes):
-        self.layer, self.changes = layer, [(i, c) for i, c in changes if c.core is not None]
+        self.layer, self.cores = layer, cores_of(changes)
         self.bias = Int8Bias(layer, changes)
         self.original = layer.quantized_weight()
-        self.written: list[float] = [0.0 for _ in self.changes]
+        self.written: list[float] = [0.0 for _ in self.cores]
         self.clipped_share = 0.0
 
     def set_strengths(self, strengths: Sequence[float]) -> None:
         """Write the weight for these strengths, unless it is there already; without any, the original comes back bit for bit."""
-        wanted = [strengths[index] for index, _ in self.changes]
+        wanted = [strengths[index] for index, _ in self.cores]
         if wanted != self.written:
-            self.layer.set_weight(self.weight(wanted) if any(wanted) else self.original)
+            self.layer.set_weight(self.weight(strengths) if any(wanted) else self.original)
             self.written = wanted
         self.clipped_share = self.clipped_share if any(wanted) else 0.0
         self.bias.set_strengths(strengths)
 
+    @abstractmethod
     def weight(self, strengths: Sequence[float]) -> QuantizedWeight:
-        """The layer's weight with its LoRAs at these strengths."""
-        raise NotImplementedError
+        """The layer's weight with the stack's LoRAs at these strengths."""
 
 
 class BakedLayer(WrittenLayer):
@@ -186,10 +201,7 @@ class BakedLayer(WrittenLayer):
 
     @torch.no_grad()
     def weight(self, strengths: Sequence[float]) -> QuantizedWeight:
-        merged = self.float_weight.float()
-        for strength, (_, change) in zip(strengths, self.changes, strict=True):
-            if strength and change.core is not None:
-                merged = merged + strength * change.core.delta(self.float_weight).to(merged.device)
+        merged = added_up(self.float_weight, self.cores, strengths, self.float_weight)
         return self.rounding.round(self.layer.transform.transform_weight(merged), None)
 
 
@@ -208,10 +220,7 @@ class StochasticLayer(WrittenLayer):
     @torch.no_grad()
     def weight(self, strengths: Sequence[float]) -> QuantizedWeight:
         original = self.read()
-        change = torch.zeros(original.shape, device=original.device)
-        for strength, (_, part) in zip(strengths, self.changes, strict=True):
-            if strength and part.core is not None:
-                change += strength * part.core.delta(original).to(change.device)
+        change = added_up(torch.zeros(original.shape, device=original.device), self.cores, strengths, original)
         rounded = add_rounded(self.original, self.layer.transform.transform_weight(change), seeded(*self.seed))
         self.clipped_share = rounded.clipped_share
         return rounded.weight

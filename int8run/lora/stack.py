@@ -353,7 +353,7 @@ def check_strength(name: str, strength: float, text_strength: float | None) -> N
 def warn_duplicates(entries: Sequence[Entry]) -> None:
     """Say which two LoRAs are the same file."""
     first: dict[str, str] = {}
-    for entry in entries:
+    for entry in entries if len(entries) > 1 else ():  # a hash reads the whole file
         twin = first.setdefault(entry.file.identity, entry.name)
         if twin != entry.name:
             log.warning("LoRA %r holds the same weights as %r; together they act like one with both strengths added", entry.name, twin)

@@ -19,6 +19,7 @@ from int8run.outlier.hadanorm import HadaNorm
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.quarot import QuaRot
 from int8run.quant.rounding import Gptq, Mse
+from int8run.quantize import Int8Settings
 
 LINEARS = ["proj_in", "blocks.0.1", "blocks.0.3", "blocks.1.1", "blocks.1.3", "proj_out"]
 X = randn(9, 7)
@@ -392,6 +393,19 @@ def test_a_model_has_one_stack_until_it_is_cleared(files: list[Path], quantized:
     assert first.names == [] and torch.equal(target(X), plain)
     second.add(files[1])
     assert not torch.equal(target(X), plain) and not torch.equal(target(X), with_first)
+
+
+def test_a_layer_gets_its_float_fallback_back() -> None:
+    model = TinyModel()
+    int8, _ = to_int8(model, settings=Int8Settings(max_rows=16, small_batch_fallback="always"))
+    plain, layer = int8(X), int8.get_submodule("blocks.0.1")
+    assert layer.float_weight is not None
+    loras = on_int8(model, int8, [{"blocks.0.1": kinds(96, 64)["IA3"]}])
+    loras.set_strengths([1.0])
+    assert layer.float_weight is None, "it would not follow the strength"
+    assert_close("INT8", int8(X), model(X), 0.04)
+    loras.clear()
+    assert layer.float_weight is not None and torch.equal(int8(X), plain)
 
 
 def test_a_pipeline_is_no_denoiser() -> None:
