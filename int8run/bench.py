@@ -13,15 +13,15 @@ from torch import Tensor
 
 from int8run.backends.auto import AutoBackend, Chooser
 from int8run.backends.base import Backend, FusedBranch, Limits, Quantized, Tunable
-from int8run.build import load
 from int8run.convert import layer_rows
 from int8run.errors import ConfigError
-from int8run.generate.probe import record_call
+from int8run.generate.probe import record_step
 from int8run.generate.prompts import samples
 from int8run.kernels.hadamard.reference import Rotation
+from int8run.load import load
 from int8run.machine import device_name
 from int8run.quant.weight import QuantizedWeight
-from int8run.quantize import check_backend, plan_layers
+from int8run.quantize import check_backend
 from int8run.report.files import write_json
 from int8run.report.terminal import Progress, say
 from int8run.spec import Job, RunSpec
@@ -65,14 +65,14 @@ def bench(spec: RunSpec, job: Job, rounds: int) -> None:
     progress = Progress(spec.progress)
     loaded = load(spec, progress)
     wanted = samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)[: spec.sampler.batch]
-    call = record_call(loaded.pipe, loaded.component, loaded.denoiser, wanted, loaded.sampling)
-    plans = [p for p in plan_layers(loaded.denoiser, loaded.family.why_float) if p.keep_float is None]
+    calls = record_step(loaded.pipe, loaded.component, loaded.denoiser, wanted, loaded.sampling)
+    plans = [p for p in loaded.plans() if p.keep_float is None]
     if not plans:
         raise ConfigError(f"{type(loaded.denoiser).__name__}: no Linear would become INT8; choose another model_type=")
-    rows = layer_rows(loaded.denoiser, plans, call)
+    rows = layer_rows(loaded.denoiser, plans, calls)
     shapes = Counter((rows[p.name], p.in_features, p.out_features) for p in plans)
 
-    device, dtype = next(loaded.denoiser.parameters()).device, getattr(torch, spec.model.dtype)
+    device, dtype = loaded.device, getattr(torch, spec.model.dtype)
     check_backend(spec.backend, device, plans)
     auto = spec.backend if isinstance(spec.backend, AutoBackend) else AutoBackend({spec.backend.name: spec.backend})
     chooser = auto.chooser(device, dtype)

@@ -135,4 +135,7 @@ def lone_errors(
 
 def output(returned: Any) -> Tensor:
     """What a denoiser computed, out of the tuple or the object that diffusers returns."""
-    return returned[0].float()
+    first = returned[0]
+    if isinstance(first, list):  # Z-Image's gives a tensor for each picture
+        return torch.cat([t.float().flatten() for t in first])
+    return first.float()

@@ -1,5 +1,6 @@
 """`task=inspect`: what a safetensors file is, told from its header alone."""
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,16 +9,51 @@ from rich.markup import escape
 from rich.table import Table
 
 from int8run.checkpoints.header import read_header
-from int8run.errors import FileError
+from int8run.checkpoints.native import NOTE, read_note
+from int8run.checkpoints.stored import stored_layers
+from int8run.checkpoints.tensors import TensorFiles
+from int8run.errors import ConfigError, FileError
 from int8run.lora import few_step
 from int8run.lora.bases import base_of
 from int8run.lora.keys import split_key
 from int8run.lora.metadata import all_triggers, describe
+from int8run.models.detect import denoiser_of
+from int8run.models.family import shipped_families
+from int8run.models.layout import strip_prefix
+from int8run.store import Store
+
+
+def inspect_cache(store: Store) -> Table:
+    """What is kept on disk for later runs."""
+    kept = store.entries()
+    total = sum(entry.bytes for entry in kept)
+    table = Table(title=escape(f"{store.path}: {total / 1e9:.2f} of {store.limit_gb:g} GB"), title_justify="left")
+    for column in ("kind", "made from", "size", "last used"):
+        table.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
+    for entry in reversed(kept):
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+        table.add_row(entry.path.parent.name, escape(about(entry.path)), f"{entry.bytes / 1e6:.1f} MB", used)
+    return table
+
+
+def about(path: Path) -> str:
+    """One line on a file of the cache, from its header."""
+    try:
+        note = read_note(path, read_header(path)[1])
+    except FileError:
+        return f"{path.name}, damaged"
+    if not note:
+        return path.name
+    drawn = f"{note['drawings']} drawings" if "drawings" in note else None
+    facts = [note.get("model"), note.get("outlier"), note.get("rounding"), drawn, *(name for name, *_ in note.get("loras", []))]
+    return f"{', '.join(str(fact) for fact in facts if fact)} ({path.name})"
 
 
 def inspect_file(location: str) -> Table:
-    """A table of what the header says: kind, tensors, LoRA ranks and triggers, quantization marks, metadata."""
+    """A table of what the header says: kind, tensors, LoRA ranks and triggers, quantized layers, metadata."""
     path = Path(location).expanduser()
+    if path.is_dir():
+        return inspect_folder(path)
     header, metadata = read_header(path)
     table = Table(title=escape(path.name), title_justify="left", show_header=False)
     table.add_column(style="bold")
@@ -32,11 +68,55 @@ def inspect_file(location: str) -> Table:
         for name, value in lora_rows(path, header, metadata):
             add(name, value)
             told.add(value)
+    else:
+        with TensorFiles.open(path) as files:
+            for name, value in checkpoint_rows(files):
+                add(name, value)
     for key, value in sorted(metadata.items()):
-        if value in told:
+        if value in told or key == NOTE:
             continue
         add(f"header: {key[:60]}", value if len(value) <= 200 else f"{value[:200]}… ({len(value)} characters)")
     return table
+
+
+def inspect_folder(path: Path) -> Table:
+    """The same of a checkpoint in several files."""
+    with TensorFiles.open(path) as files:
+        table = Table(title=escape(str(path)), title_justify="left", show_header=False)
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        size = sum(info.nbytes for info in files.values())
+        table.add_row("size", f"{size / 1e6:.1f} MB, {len(files)} tensors in {len(files.files)} files")
+        for name, value in checkpoint_rows(files):
+            table.add_row(name, escape(value))
+    return table
+
+
+def checkpoint_rows(files: TensorFiles) -> Iterator[tuple[str, str]]:
+    """What is worth knowing of a checkpoint: its family, how each layer is stored, and how int8run made it. What is wrong is said."""
+    prefix = strip_prefix(files)
+    yield "prefix", prefix or "none"
+    try:
+        layers = stored_layers(files, prefix)
+    except FileError as error:
+        yield "cannot be read", str(error)
+        return
+    beside = {key for layer in layers.values() for key in layer.side_keys}
+    shapes = {key.removeprefix(prefix): info.shape for key, info in files.items() if key.startswith(prefix) and key not in beside}
+    try:
+        found = denoiser_of(shapes, shipped_families().values(), shapes)
+        yield "family", f"{found[0].name} ({found[1]})" if found else "unknown: no fingerprint in conf/model_type matches"
+    except ConfigError as error:
+        yield "family", str(error)
+    for label, count in Counter(layer.label for layer in layers.values()).most_common():
+        yield "layers", f"{count} × {label}"
+    note = read_note(files.path, files.metadata)
+    if note:
+        yield "made by", f"int8run {note.get('int8run')} from {note.get('model')}"
+        facts = {name: note.get(name) for name in ("outlier", "rounding", "loras", "seed")}
+        yield "settings", ", ".join(f"{name} {value}" for name, value in facts.items() if value not in (None, []))
+        reasons = Counter(map(str, note["kept_float"].values())) if isinstance(note.get("kept_float"), dict) else Counter()
+        yield "kept float", "; ".join(f"{n} × {why}" for why, n in reasons.items()) or "none"
 
 
 def lora_rows(path: Path, header: dict[str, dict], metadata: dict[str, str]) -> Iterator[tuple[str, str]]:

@@ -61,7 +61,7 @@ def quantize_(
                 f"{name}={words[name]} is fitted to activations, which quantize_ does not see; use the command `int8run {name}="
                 f"{words[name]} save=FILE`, or another option"
             )
-    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    linears = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     family = spec.model_type.for_denoiser(type(model).__name__, repeated_blocks(model), linears)
     plans = plan_layers(model, family.why_float)
     chosen = [plan for plan in plans if plan.keep_float is None]

@@ -22,6 +22,11 @@ def reuse(key: str, make: Callable[[], Any]) -> tuple[Any, bool]:
     return value, False
 
 
+def forget_build() -> None:
+    """Drop the last built value."""
+    _last.clear()
+
+
 def recall(key: str) -> Any | None:
     """What was remembered under an equal key, or None."""
     return _drawn[key][0] if key in _drawn else None
@@ -37,5 +42,5 @@ def remember(key: str, value: Any, size: int) -> None:
 
 def forget() -> None:
     """Drop everything."""
-    _last.clear()
+    forget_build()
     _drawn.clear()

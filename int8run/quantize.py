@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +14,12 @@ from int8run.backends.auto import AutoBackend, Chooser
 from int8run.backends.base import Backend
 from int8run.backends.shipped import usable_here
 from int8run.errors import BackendError, ConfigError, in_range, one_of, switch
+from int8run.kernels.cpu.rows import quantize_weight_rows
 from int8run.layers.linear import Int8Linear, QuantizedLayer, SharedInput, linear_at
 from int8run.models.family import ModelFamily
 from int8run.outlier.base import LayerStatistics, OutlierMethod, OutlierTransform
-from int8run.quant.rounding import Rounding
-from int8run.quant.weight import sqnr_db
+from int8run.quant.rounding import AbsMax, Rounding
+from int8run.quant.weight import QuantizedWeight, sqnr_db
 
 log = logging.getLogger(__name__)
 # what `layers.csv` names as the backend of a layer that small_batch_fallback sends to a float product
@@ -35,14 +37,14 @@ class Int8Settings:
         small_batch_fallback: which layers compute with the dequantized weight when a call has at most `max_rows` rows:
             `only_small_layers` (at most `small_layer_params` weights), `always`, `never`.
         max_rows: None: what `task=bench` measured for the layer, where it has, else DEFAULT_ROWS.
-        checkpoint: file of INT8 layers, as `save=` writes it; they are taken as they are. None: quantize.
+        checkpoint: file or folder of INT8 layers, by component where there are two denoisers; they are taken as they are. None: quantize.
     """
 
     enable: bool = True
     small_batch_fallback: str = "only_small_layers"
     max_rows: int | None = None
     small_layer_params: int = 1_000_000
-    checkpoint: str | None = None
+    checkpoint: str | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         one_of("int8.small_batch_fallback", self.small_batch_fallback, ("only_small_layers", "always", "never"))
@@ -130,32 +132,58 @@ def check_outlier(outlier: OutlierMethod, plans: Sequence[LayerPlan]) -> None:
 
 def quantized_layers(
     model: nn.Module, plans: Iterable[LayerPlan], methods: Mapping[str, OutlierMethod], rounding: Rounding,
-    statistics: Mapping[str, LayerStatistics],
+    statistics: Mapping[str, LayerStatistics], read: Callable[[str], Tensor] | None = None,
 ) -> Iterator[tuple[LayerPlan, QuantizedLayer]]:  # fmt: skip
     """Quantize each planned Linear, one at a time, so that a consumer decides what stays in memory.
 
     Args:
+        read: gives the float weight of a Linear by its name; None: the model has them all.
         methods: outlier method of each layer; one without is quantized as it is.
         statistics: of the layers that a calibration reached, where a method or the rounding needs one.
     """
     for plan in plans:
         linear = linear_at(model, plan.name)
-        check_weight(plan, linear.weight)
+        original = linear.weight.detach() if read is None else read(plan.name)
+        if not original.numel():
+            check_weight(plan, original)
         seen = statistics.get(plan.name)
         method = methods.get(plan.name)
         if seen is None and (rounding.needs_calibration or (method is not None and method.needs_calibration)):
             raise ConfigError(f"{plan.name}: the calibration never reached it; keep the layer float, or take other calibration.prompts")
-        transform = OutlierTransform() if method is None else method.fit(linear.weight.detach(), seen)
-        transform.to(linear.weight.device)
-        transformed = transform.transform_weight(linear.weight.detach().float())
+        transform = OutlierTransform() if method is None else method.fit(original, seen)
+        transform.to(original.device)
+        if type(rounding) is AbsMax and original.device.type == "cpu":  # by kernels of our own, many times as fast
+            weight = rounded_rows(plan, original, transform)
+            plan.outlier, plan.rounding = transform.label, rounding.name
+            yield plan, QuantizedLayer(weight, transform, linear.bias)
+            continue
+        check_weight(plan, original)
+        transformed = transform.transform_weight(original.float())
         inputs = None
         if rounding.needs_calibration and seen is not None:
-            inputs = transform.rounded_input(seen.sample.to(linear.weight.device)).flatten(0, -2)
+            inputs = transform.rounded_input(seen.sample.to(original.device)).flatten(0, -2)
         weight = rounding.round(transformed, inputs)
         plan.outlier, plan.rounding = transform.label, rounding.name
         plan.measured["weight_sqnr_db"] = sqnr_db(transformed, weight.dequantize())
         plan.measured["saturated_share"] = weight.saturated_share
         yield plan, QuantizedLayer(weight, transform, linear.bias)
+
+
+def rounded_rows(plan: LayerPlan, original: Tensor, transform: OutlierTransform) -> QuantizedWeight:
+    """A weight in the transform's basis, rounded by `absmax`, and in the plan what that cost.
+
+    Raises:
+        ConfigError: for a weight that is not finite.
+    """
+    q = torch.empty(original.shape, dtype=torch.int8)
+    scale = torch.empty(len(original), 1)
+    sums = quantize_weight_rows(original.contiguous(), q, scale, transform.factor, transform.rotation)
+    if not sums.finite:
+        check_weight(plan, original)
+        raise ConfigError(f"{plan.name}: the weight overflows under {transform.label}; keep the layer float, or set outlier=none")
+    plan.measured["weight_sqnr_db"] = 10 * math.log10(sums.signal / sums.noise) if sums.signal and sums.noise else math.inf
+    plan.measured["saturated_share"] = sums.saturated / q.numel()
+    return QuantizedWeight(q, scale)
 
 
 def check_weight(plan: LayerPlan, weight: Tensor) -> None:
@@ -193,6 +221,7 @@ def int8_layers(
     settings: Int8Settings,
     rows: Mapping[str, int],
     on_layer: Callable[[LayerPlan], None] = lambda plan: None,
+    device: torch.device | None = None,
 ) -> dict[str, Int8Linear]:
     """The `Int8Linear` of each quantized layer, bound to a backend, by the name of the Linear whose place it can take.
 
@@ -200,8 +229,9 @@ def int8_layers(
         model: the float model.
         rows: rows that each layer sees in this run, by name; `backend=auto` measures with them.
         on_layer: called after each layer, for progress.
+        device: where the layers will run; None: where the model is.
     """
-    device = next(model.parameters()).device
+    device = next(p.device for p in model.parameters() if not p.is_meta) if device is None else device
     choosers: dict[torch.dtype, Chooser] = {}
     matrices: dict[tuple[int, bool], Tensor | None] = {}  # one of each kind serves all layers
     made = {}

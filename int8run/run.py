@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,20 @@ from PIL.Image import Image
 from rich.markup import escape
 
 from int8run import memo
+from int8run.baseline import cached_baseline
 from int8run.build import Built, build, lora_overhead
-from int8run.generate.generate import Generation, generate
-from int8run.generate.probe import record_call
+from int8run.generate.generate import Generation, frame_rate, generate
+from int8run.generate.probe import record_step
 from int8run.generate.prompts import Sample, samples
 from int8run.lora.heads import Head, few_step_advice, read_heads, with_triggers
 from int8run.machine import device_name
-from int8run.metrics.layers import layer_metrics, measure_outputs, module_bytes
+from int8run.metrics.layers import int8_shares, layer_metrics, measure_outputs, module_bytes
 from int8run.metrics.memory import peak_bytes, reset_peak
-from int8run.metrics.quality import half_error_step, mean_quality, per_image, trajectory_error
+from int8run.metrics.quality import SampleQuality, frame_series, half_error_step, key_frames, mean_quality, per_image, trajectory_error
 from int8run.metrics.speed import speed, step_times
 from int8run.models.family import OWN_STEPS, Sampling
 from int8run.models.loader import library_versions, use_scheduler
-from int8run.report.files import DIFFERENCE_GAIN, difference, environment, grid, write_json, write_layers, write_yaml
+from int8run.report.files import DIFFERENCE_GAIN, difference, environment, grid, save_sample, write_json, write_layers, write_yaml
 from int8run.report.terminal import Progress, pairs_line, result_table, say
 from int8run.spec import Job, RunSpec
 from int8run.tracking.base import TrackedRun
@@ -52,6 +54,10 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         heads = read_heads(spec.lora, spec.model.lora_base, None if spec.lora_dir is None else Path(spec.lora_dir).expanduser())
         wanted = with_triggers(samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed), heads, spec.lora)
         first = wanted[: spec.sampler.batch]
+        kept = None
+        if spec.metrics.baseline == "cached" and spec.int8.enable:
+            memo.forget_build()  # a model of an earlier job would stand beside the float one
+            kept = cached_baseline(spec, heads, wanted, partial(draw_float, heads=heads, wanted=wanted, progress=progress))
         built, reused = memo.reuse(spec.build_key, lambda: build(spec, first, heads, progress))
         use_scheduler(built.pipe, built.scheduler, spec.sampling)
         for line in [*spec.lora.unusual(), *few_step_lines(spec, built, heads)]:
@@ -60,12 +66,14 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         candidate_name = "int8" if "int8" in built.denoisers else "float"
         say(pairs_line(facts(spec, built, reused)), *([str(built.budget)] if built.budget else []))
 
-        reset_peak(built.pipe.device)
+        reset_peak(built.device)
         made = generate_all(spec, built, candidate_name, wanted, progress)
-        candidate, baseline = made[candidate_name], made.get("float")
-        call = record_call(built.pipe, built.component, built.denoisers["float"], first, spec.sampling)
+        candidate, baseline = made[candidate_name], kept or made.get("float")
+        calls = record_step(
+            built.pipe, built.component, built.denoisers.get("float", built.denoisers[candidate_name]), first, spec.sampling
+        )
         errors = trajectory_error(candidate, baseline) if baseline else []
-        metrics = measure(spec, built, call, candidate, baseline, errors, reused)
+        metrics = measure(spec, built, calls, candidate, baseline, errors, reused)
         if spec.lora.adapters:
             metrics["lora/change_ms"] = 1000 * change_s
         # after the peak of the memory was read: perceptual metrics load networks of their own
@@ -73,8 +81,8 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         metrics |= mean_quality(quality) if quality else {}
 
         write_outputs(built, candidate, baseline, wanted, spec.sampling, metrics, quality, errors, out)
-        log_outputs(tracked, candidate, baseline, wanted, metrics, errors, out)
-    title = f"{job.choices.get('model', 'model')} on {device_name(built.pipe.device)}; float is {spec.model.dtype}"
+        log_outputs(tracked, candidate, baseline, wanted, metrics, quality, errors, out)
+    title = f"{job.choices.get('model', 'model')} on {device_name(built.device)}; float is {spec.model.dtype}"
     say("", result_table(title, metrics, our_name(built)))
     if scattered(metrics):
         log.warning("step times scatter by more than twice: other work runs here, and the speeds above say little")
@@ -110,14 +118,22 @@ def generate_all(spec: RunSpec, built: Built, candidate: str, wanted: Sequence[S
     return made
 
 
+def draw_float(spec: RunSpec, heads: Sequence[Head], wanted: Sequence[Sample], progress: Progress) -> Generation:
+    """What the float model draws, built for it alone."""
+    built = build(spec, wanted[: spec.sampler.batch], heads, progress)
+    use_scheduler(built.pipe, built.scheduler, spec.sampling)
+    built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
+    return generate_all(spec, built, "float", wanted, progress)["float"]
+
+
 def few_step_lines(spec: RunSpec, built: Built, heads: Sequence[Head]) -> list[str]:
     """What of this run speaks against its few-step LoRAs."""
     return few_step_advice(heads, spec.lora, spec.model.lora_base, str(spec.model.location), spec.sampling, built.pipe.scheduler)
 
 
 def measure(
-    spec: RunSpec, built: Built, call: Mapping[str, Any], candidate: Generation, baseline: Generation | None, errors: Sequence[float],
-    reused: bool,
+    spec: RunSpec, built: Built, calls: Sequence[Mapping[str, Any]], candidate: Generation, baseline: Generation | None,
+    errors: Sequence[float], reused: bool,
 ) -> dict[str, float]:  # fmt: skip
     """All metrics but quality, under their public names.
 
@@ -125,16 +141,15 @@ def measure(
         errors: relative error of the latents after each step.
     """
     metrics = speed(candidate, baseline)
-    metrics["memory/peak_bytes"] = peak_bytes(built.pipe.device)
+    metrics["memory/peak_bytes"] = peak_bytes(built.device)
     metrics["memory/text_encoder_bytes"] = sum(module_bytes(m) for m in built.text_encoders.values())
     int8 = built.denoisers.get("int8")
-    float_bytes = module_bytes(built.denoisers["float"])
-    metrics["memory/denoiser_bytes"] = module_bytes(int8) if int8 else float_bytes
-    metrics["memory/denoiser_ratio"] = float_bytes / metrics["memory/denoiser_bytes"]
+    metrics["memory/denoiser_bytes"] = module_bytes(int8) if int8 else built.float_bytes
+    metrics["memory/denoiser_ratio"] = built.float_bytes / metrics["memory/denoiser_bytes"]
     # a reused model cost this run nothing
     metrics["build/load_s"] = 0.0 if reused else built.seconds["load"]
     metrics["build/quantize_s"] = 0.0 if reused else built.seconds["quantize"]
-    metrics["float/denoiser_bytes"] = float_bytes
+    metrics["float/denoiser_bytes"] = built.float_bytes
     if baseline is not None:
         base = speed(baseline, None)
         metrics |= {name.replace("speed/", "float/"): value for name, value in base.items()}
@@ -143,9 +158,9 @@ def measure(
     for plan in built.plans:  # a reused model still has what an earlier job measured
         plan.measured.pop("output_sqnr_db", None)
     if int8 is not None:
-        if spec.metrics.layers:
-            measure_outputs(built.denoisers["float"], int8, call, built.plans)
-        metrics |= layer_metrics(built.plans)
+        if spec.metrics.layers and "float" in built.denoisers:
+            measure_outputs(built.denoisers["float"], int8, calls, built.plans)
+        metrics |= layer_metrics(built.plans) | int8_shares(built.plans, built.work, built.params)
     if built.budget is not None:
         metrics |= built.budget.metrics
     if spec.lora.adapters:
@@ -155,32 +170,41 @@ def measure(
         metrics["lora/clipped_share"] = loras.clipped_share
         metrics |= {f"lora/layers_{mode}": count for mode, count in loras.modes.items()}
         if loras.dynamic and any(spec.lora.strengths):
-            metrics["lora/overhead_ratio"] = lora_overhead(built, call)
+            metrics["lora/overhead_ratio"] = lora_overhead(built, calls)
     return metrics
 
 
 def write_outputs(
     built: Built, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample], sampling: Sampling,
-    metrics: Mapping[str, float], quality: Sequence[Mapping[str, float]], errors: Sequence[float], out: Path,
+    metrics: Mapping[str, float], quality: Sequence[SampleQuality], errors: Sequence[float], out: Path,
 ) -> None:  # fmt: skip
-    """Pictures, grid, tables and facts into the output folder."""
+    """Pictures or videos, grid, tables and facts into the output folder."""
     folder = out / "images"
     folder.mkdir(parents=True, exist_ok=True)
+    rate = frame_rate(built.pipe, sampling)
     rows: list[tuple[str, list[Image]]] = []
+    per_sample: list[dict[str, object]] = []
     for i, sample in enumerate(wanted):
-        images = [candidate.images[i]]
-        if baseline is not None:
-            images = [baseline.images[i], candidate.images[i], difference(candidate.images[i], baseline.images[i])]
-            baseline.images[i].save(folder / f"{sample.key}_float.png")
-        candidate.images[i].save(folder / f"{sample.key}.png")
-        rows.append((f"{sample.prompt} · seed {sample.seed}", images))
+        ours, floats = candidate.frames[i], baseline.frames[i] if baseline else []
+        shown = key_frames(len(ours))
+        file, *stills = (f"images/{name}" for name in save_sample(ours, shown, folder, sample.key, rate))
+        if floats:
+            save_sample(floats, shown, folder, f"{sample.key}_float", rate)
+        caption = f"{sample.prompt} · seed {sample.seed}"
+        if stills:
+            rows.append((caption, []))
+        for number in shown.values():
+            a, b = ours[number], floats[number : number + 1]
+            rows.append((f"frame {number + 1} of {len(ours)}" if stills else caption, [*b, a, *(difference(a, f) for f in b)]))
+        about = {"prompt": sample.prompt, "seed": sample.seed, "file": file, **(quality[i].values if quality else {})}
+        if stills:
+            about |= {"stills": stills, **({"frames": quality[i].frames} if quality else {})}
+        per_sample.append(about)
     columns = ["float", our_name(built), f"difference x {DIFFERENCE_GAIN}"] if baseline else [our_name(built)]
     grid(rows, columns).save(out / "grid.png")
+    if candidate.sound:
+        log.info("%s makes sound with its videos; it is neither compared nor kept", type(built.pipe).__name__)
     write_layers(built.plans, out / "layers.csv")
-    per_sample = [
-        {"prompt": s.prompt, "seed": s.seed, "file": f"images/{s.key}.png", **q}
-        for s, q in zip(wanted, quality or [{}] * len(wanted), strict=True)
-    ]
     steps = [{"latent_rel_err": error} for error in errors]
     write_json({"metrics": metrics, "sampling": asdict(sampling), "images": per_sample, "steps": steps}, out / "metrics.json")
     write_json(environment_of(built), out / "environment.json")
@@ -188,16 +212,21 @@ def write_outputs(
 
 def log_outputs(
     tracked: TrackedRun, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample],
-    metrics: Mapping[str, float], errors: Sequence[float], out: Path,
+    metrics: Mapping[str, float], quality: Sequence[SampleQuality], errors: Sequence[float], out: Path,
 ) -> None:  # fmt: skip
-    """The same to the tracker, with one value per step where there is one."""
+    """The same to the tracker, with one value per step or frame where there is one."""
     tracked.log_metrics(metrics)
     tracked.log_series("series/step_ms", step_times(candidate))
     if baseline is not None:
         tracked.log_series("series/float_step_ms", step_times(baseline))
         tracked.log_series("series/latent_rel_err", errors)
-    for sample, image in zip(wanted, candidate.images, strict=True):
-        tracked.log_image(f"sample/{sample.key}", image)
+        if candidate.is_video:
+            tracked.log_series("series/frame_psnr_db", frame_series(quality, "psnr_db"))
+    for sample, frames in zip(wanted, candidate.frames, strict=True):
+        for which, number in key_frames(len(frames)).items():
+            tracked.log_image(f"sample/{sample.key}" + f"_{which}" * (len(frames) > 1), frames[number])
+    for animation in sorted((out / "images").glob("*.webp")):
+        tracked.log_file(animation)
     for name in ("grid.png", "layers.csv", "metrics.json", "environment.json"):
         tracked.log_file(out / name)
 
@@ -210,10 +239,11 @@ def scattered(metrics: Mapping[str, float]) -> bool:
 def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]:
     """What was built, for the line before the bars."""
     used = sorted({p.backend_used for p in built.plans if p.backend_used})
-    counts = f"{sum(p.keep_float is None for p in built.plans)} of {len(built.plans)} Linears INT8"
-    said = [("family", built.family.name), ("device", built.pipe.device), ("layers", counts if used else "all float")]
+    share = int8_shares(built.plans, built.work, built.params)["quant/macs_int8_share"]
+    int8 = [p for p in built.plans if p.keep_float is None]
+    counts = f"{len(int8)} of {len(built.plans)} Linears INT8, {share:.1%} of the multiply-adds"
+    said = [("family", built.family.name), ("device", built.device), ("layers", counts if used else "all float")]
     if used:
-        int8 = [p for p in built.plans if p.keep_float is None]
         said += [("outlier", counted(p.outlier.partition(" ")[0] for p in int8)), ("rounding", counted(p.rounding for p in int8))]
         said.append(("backend", "+".join(used)))
     if spec.lora.adapters:
@@ -240,7 +270,7 @@ def counted(words: Iterable[str]) -> str:
 
 def environment_of(built: Built) -> dict[str, object]:
     """Facts about the machine and the libraries."""
-    return environment(built.pipe.device, library_versions())
+    return environment(built.device, library_versions())
 
 
 def our_name(built: Built) -> str:

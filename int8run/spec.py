@@ -1,7 +1,7 @@
 """What one run is: every setting, checked, as one frozen object."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +16,11 @@ from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
 from int8run.quant.rounding import Rounding
 from int8run.quantize import Int8Settings
+from int8run.store import Store
 from int8run.text_encoders.keep import KeepTextEncoders
 from int8run.tracking.base import Tracker
+
+SAFE = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,20 @@ class RunSpec:
     prompts: PromptSet
     metrics: Metrics
     tracker: Tracker
+    cache: Store = field(default_factory=Store)
     quality_db: float | None = None
     save: str | None = None
     lora_dir: str | None = None
     compile: str = "none"
     attention: str = "native"
+    offload: str = "none"
     seed: int = 0
     device: str = "auto"
     progress: bool = True
 
     def __post_init__(self) -> None:
         one_of("compile", self.compile, ("none", "blocks", "full"))
+        one_of("offload", self.offload, ("none", "model", "group"))
         in_range("seed", self.seed, 0, 2**63 - 1, whole=True)
         switch("progress", self.progress)
         automatic = self.model_type.keep_float == "auto"
@@ -104,8 +110,13 @@ class RunSpec:
             )
         if not self.int8.enable and (automatic or self.save is not None or self.int8.checkpoint is not None):
             raise ConfigError("int8.enable=false makes no INT8 layer; quality_db, save and int8.checkpoint need some")
-        if self.save is not None and not str(self.save).endswith(".safetensors"):
-            raise ConfigError(f"save={self.save} names no .safetensors file; nothing else is written")
+        if self.save is not None and Path(str(self.save)).suffix not in ("", SAFE):
+            raise ConfigError(f"save={self.save} is neither a {SAFE} file nor a folder (a name without a suffix); nothing else is written")
+        if self.offload != "none" and self.metrics.baseline == "run" and self.int8.enable:
+            raise ConfigError(
+                f"offload={self.offload} moves one denoiser, and metrics.baseline=run holds two; set metrics.baseline=cached (float first, "
+                "then INT8) or none"
+            )
         object.__setattr__(self, "lora", self.lora.for_base(self.model.lora_base, self.sampler.steps))
         self.lora.preset_for(self.model.lora_base)  # at most one
 
@@ -120,6 +131,11 @@ class RunSpec:
                 wanted = replace(wanted, extra={name: value for name, value in wanted.extra.items() if name not in OWN_STEPS})
             default = wanted.over(default)
         return self.sampler.over(default)
+
+    @property
+    def needs_float(self) -> bool:
+        """Whether the whole float denoiser is in memory."""
+        return not self.int8.enable or self.metrics.baseline == "run" or self.needs_calibration
 
     @property
     def needs_calibration(self) -> bool:
@@ -142,13 +158,14 @@ class RunSpec:
         adapters = [(a.name, a.source(self.model.lora_base), a.components) for a in stack.adapters]
         # of the strengths, only baked ones and whether they change on the way decide what is built
         strengths = stack.strengths if stack.bakes else stack.scheduled
-        # only weights that are rounded at random have a seed: they all, or with auto those of a checkpoint
-        rounds = stack.adapters and (stack.mode == "stochastic" or (stack.mode == "auto" and self.int8.checkpoint is not None))
+        # only weights that are rounded at random have a seed: they all, or with auto those whose float weight is not there
+        integers = self.int8.checkpoint is not None or not self.needs_float
+        rounds = stack.adapters and (stack.mode == "stochastic" or (stack.mode == "auto" and integers))
         lora = (stack.mode, strengths, stack.strict, self.lora_dir, stack.max_overhead, self.seed if rounds else None, adapters)
         sampling = self.sampling
         shape = (sampling.height, sampling.width, sampling.batch)  # backend=auto measures with the rows that they give
         # calibration pictures are drawn with all of the sampler
         calibration = (self.calibration, sampling, self.quality_db) if self.needs_calibration else None
-        parts = (self.model, self.model_type, self.int8, self.outlier, self.rounding, calibration, self.save, self.backend, lora, self.clip,
-                 self.compile, self.attention, self.device, shape)  # fmt: skip
+        parts = (self.needs_float, self.model, self.model_type, self.int8, self.outlier, self.rounding, calibration, self.save,
+                 self.backend, lora, self.clip, self.compile, self.attention, self.offload, self.device, shape)  # fmt: skip
         return repr(parts)

@@ -22,19 +22,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a `.safetensors` file is, from its header."""
+    """Say what a `.safetensors` file or a folder of them is, from the headers; without a path, what the cache holds."""
 
     path: str | None = None
 
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ConfigError("task=inspect needs a file; set task.path=<file.safetensors>")
-
     def execute(self, spec: RunSpec, job: Job) -> None:
-        from int8run.inspect_file import inspect_file
+        from int8run.inspect_file import inspect_cache, inspect_file
         from int8run.report.terminal import say
 
-        say(inspect_file(str(self.path)))
+        if self.path:
+            say(inspect_file(str(self.path)))
+        else:
+            say(inspect_cache(spec.cache), "task.path=<file.safetensors> looks at a file")
 
 
 @dataclass(frozen=True)
@@ -50,3 +49,19 @@ class Bench:
         from int8run.bench import bench
 
         bench(spec, job, self.rounds)
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Write a checkpoint as INT8 without running it or holding it in memory.
+
+    Args:
+        component: of a pipeline with several denoisers the one that is meant.
+    """
+
+    component: str | None = None
+
+    def execute(self, spec: RunSpec, job: Job) -> None:
+        from int8run.quantize_file import quantize_file
+
+        quantize_file(spec, job, self.component)

@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from int8run import cli
+from int8run.store import Store
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def command_in(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     """A command whose working folder is `folder`; environment, logging and hydra's singletons are put back at the end."""
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
+    cache = folder.parent / f"{folder.name}-cache"  # where commands keep things for each other, in place of the user's own
+    monkeypatch.setattr(Store, "path", property(lambda self: cache if self.folder is None else Path(self.folder).expanduser()))
     for name in ("INT8RUN_DEBUG", "HYDRA_FULL_ERROR", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     environment, root = dict(os.environ), logging.getLogger()

@@ -22,8 +22,7 @@ from int8run.backends.base import Limits
 from int8run.backends.reference import Reference
 from int8run.budget import Budget, lone_errors, meet_budget
 from int8run.calibrate import record_calibration
-from int8run.checkpoints.native import Checkpoint, open_checkpoint, write_checkpoint
-from int8run.convert import baked_loras, check_loras, checkpoint_layers, follow_checkpoint, outlier_methods
+from int8run.convert import Taken, baked_loras, checkpoint_paths, facts_by_layer, find_taken, follow, outlier_methods, taken_layers
 from int8run.costs import TransformCosts
 from int8run.errors import ConfigError, FileError
 from int8run.generate.calibration import Calibration
@@ -39,6 +38,9 @@ from int8run.outlier.smoothquant import SmoothQuant
 from int8run.quant.rounding import AbsMax, Mse
 from int8run.quantize import LayerPlan, assemble, int8_layers, plan_layers, quantized_layers
 from int8run.report.terminal import Progress
+from int8run.save import own_names, write_tensors
+from int8run.store import Store
+from int8run.weights import DenoiserWeights, FileWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,17 +53,38 @@ def planned(model: nn.Module, keep_float: Sequence[str] = ()) -> list[LayerPlan]
     return plan_layers(model, lambda name: "kept by the test" if name in keep_float else None)
 
 
+def opened(path: Path, model: nn.Module) -> Taken:
+    """A file of INT8 layers for this model."""
+    weights = DenoiserWeights({"": FileWeights(path, model, partial=True)})
+    return Taken(weights, weights.int8_layers(), weights.note())
+
+
 def saved(
     model: nn.Module, method: OutlierMethod, path: Path, keep_float: Sequence[str] = (), note: dict[str, object] | None = None
-) -> tuple[Checkpoint, list[LayerPlan]]:
-    """A checkpoint of the model, opened, and the plan that it was made by."""
+) -> tuple[Taken, list[LayerPlan]]:
+    """INT8 layers of the model in a file, opened, and the plan that they were made by."""
     plans = planned(model, keep_float)
     chosen = [p for p in plans if p.keep_float is None]
     methods = {p.name: method for p in chosen if method.refuse(p.in_features) is None}
     seen = {p.name: statistics(p.in_features, seed=n) for n, p in enumerate(chosen)}
-    layers = {plan.name: layer for plan, layer in quantized_layers(model, chosen, methods, AbsMax(), seen)}
-    write_checkpoint(str(path), layers, {}, note or {"rounding": "absmax"})
-    return open_checkpoint(str(path), {p.name: (p.out_features, p.in_features) for p in plans}), plans
+    write_layers(path, quantized_layers(model, chosen, methods, AbsMax(), seen), {"rounding": "absmax"} if note is None else note)
+    return opened(path, model), plans
+
+
+def write_layers(path: Path, layers: Any, note: dict[str, object]) -> None:
+    """A file of these layers alone."""
+    made = {plan.name: Int8Linear(layer, Reference(), torch.float32) for plan, layer in layers}
+    write_tensors(path, own_names(f"{name}.weight" for name in made), made, {}, note)
+
+
+def follow_by(taken: Taken, plans: list[LayerPlan], outlier: OutlierMethod | AutoOutlier) -> None:
+    follow(taken, plans, SimpleNamespace(outlier=outlier))  # type: ignore[arg-type]
+
+
+def layers_of(model: nn.Module, plans: list[LayerPlan], taken: Taken) -> list[tuple[LayerPlan, Any]]:
+    """What is taken for this model, compared with its weights."""
+    loaded: Any = SimpleNamespace(denoiser=model, device=CPU, files=None)
+    return list(taken_layers(loaded, plans, taken, lambda name: model.get_submodule(name).weight))
 
 
 def statistics(width: int, seed: int) -> LayerStatistics:
@@ -73,85 +96,175 @@ def statistics(width: int, seed: int) -> LayerStatistics:
 
 
 def test_a_checkpoint_without_the_method_that_is_asked_for_is_refused(tmp_path: Path) -> None:
-    checkpoint, _ = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors", keep_float=["proj_out"])
+    taken, _ = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors", keep_float=["proj_out"])
     # proj_in is too narrow to be rotated: plain is what outlier=convrot would have made of it
-    message = r"m\.safetensors contradicts outlier=convrot in 4 of 5 layers \(blocks\.0\.1 is 'none' there\); set outlier=auto to take what"
+    message = r"m\.safetensors contradicts outlier=convrot in 4 of 5 layers \(blocks\.0\.1 is '.*' there, 'convrot 64' was asked for\); "
     with pytest.raises(FileError, match=message):
-        follow_checkpoint(checkpoint, planned(TinyModel()), ConvRot())
+        follow_by(taken, planned(TinyModel()), ConvRot())
 
 
 def test_the_same_method_with_other_settings_is_a_contradiction(tmp_path: Path) -> None:
-    checkpoint, _ = saved(TinyModel(), ConvRot(16), tmp_path / "m.safetensors")
-    with pytest.raises(FileError, match=r"contradicts outlier=convrot in 5 of 6 layers \(blocks\.0\.1 is 'convrot group_size=16' there\)"):
-        follow_checkpoint(checkpoint, planned(TinyModel()), ConvRot(4))
-    with pytest.raises(FileError, match=r"contradicts outlier=none in 5 of 6 layers \(blocks\.0\.1 is 'convrot group_size=16' there\)"):
-        follow_checkpoint(checkpoint, planned(TinyModel()), NoOutlier())
+    taken, _ = saved(TinyModel(), ConvRot(16), tmp_path / "m.safetensors")
+    message = (
+        r"contradicts outlier=convrot in 5 of 6 layers \(blocks\.0\.1 is '.*convrot.* 16' there, 'convrot 4' was asked for\); set outlier="
+    )
+    with pytest.raises(FileError, match=message):
+        follow_by(taken, planned(TinyModel()), ConvRot(4))
+    with pytest.raises(FileError, match=r"contradicts outlier=smoothquant in 6 of 6 layers"):
+        follow_by(taken, planned(TinyModel()), SmoothQuant(0.5))
     # blocks.0.3 and blocks.1.3 have 96 inputs, which 64 does not divide
     with pytest.raises(FileError, match="contradicts outlier=convrot in 3 of 6 layers"):
-        follow_checkpoint(checkpoint, planned(TinyModel()), ConvRot(64))
+        follow_by(taken, planned(TinyModel()), ConvRot(64))
 
 
-@pytest.mark.parametrize("asked", [ConvRot(16), AUTO], ids=["the same", "auto"])
+@pytest.mark.parametrize("asked", [ConvRot(16), AUTO, NoOutlier()], ids=["the same", "auto", "none"])
 def test_what_the_file_has_is_taken(asked: OutlierMethod | AutoOutlier, tmp_path: Path) -> None:
-    checkpoint, _ = saved(TinyModel(), ConvRot(16), tmp_path / "m.safetensors")
+    taken, _ = saved(TinyModel(), ConvRot(16), tmp_path / "m.safetensors")
     plans = planned(TinyModel())
-    follow_checkpoint(checkpoint, plans, asked)
+    follow_by(taken, plans, asked)
     assert [p.keep_float for p in plans] == [None] * 6
-    assert [bool(p.outlier_why_not) for p in plans] == [asked is not AUTO, *[False] * 5]
-    list(checkpoint_layers(TinyModel(), plans, checkpoint))
+    assert [bool(p.outlier_why_not) for p in plans] == [asked == ConvRot(16), *[False] * 5]
+    layers_of(TinyModel(), plans, taken)
     assert [p.outlier for p in plans] == ["none", *["convrot group_size=16"] * 5]
     assert {p.rounding for p in plans} == {"absmax"}
 
 
 def test_layers_that_are_float_in_the_file_stay_float(tmp_path: Path) -> None:
-    checkpoint, _ = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors", keep_float=["blocks.0.1", "proj_out"])
+    taken, _ = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors", keep_float=["blocks.0.1", "proj_out"])
     plans = planned(TinyModel(), keep_float=["proj_in", "proj_out"])
-    follow_checkpoint(checkpoint, plans, NoOutlier())
+    follow_by(taken, plans, NoOutlier())
     # the file decides; a reason that was there before says more than that
-    assert [p.keep_float for p in plans] == [None, "float in int8.checkpoint", None, None, None, "kept by the test"]
+    assert [p.keep_float for p in plans] == [None, "float in the file", None, None, None, "kept by the test"]
+
+
+def test_the_file_itself_says_best_why_a_layer_is_float(tmp_path: Path) -> None:
+    note = {"kept_float": {"proj_out": "budget", "blocks.0.1": 3, "gone": "x"}}
+    taken, _ = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors", keep_float=["blocks.0.1", "proj_out"], note=note)
+    plans = planned(TinyModel(), keep_float=["proj_out"])
+    follow_by(taken, plans, NoOutlier())
+    assert [p.keep_float for p in plans] == [None, "3", None, None, None, "budget"]
+    taken, _ = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors", keep_float=["proj_out"], note={"kept_float": [], "layers": "x"})
+    plans = planned(TinyModel())
+    follow_by(taken, plans, NoOutlier())
+    assert plans[5].keep_float == "float in the file" and facts_by_layer(taken.note, "layers") == {}
+    layers_of(TinyModel(), plans[:5], taken)
+
+
+def test_a_file_of_int8run_itself_is_not_compared_and_may_contradict(tmp_path: Path) -> None:
+    taken, _ = saved(TinyModel(), ConvRot(16), tmp_path / "m.safetensors")
+    cached, plans = replace(taken, cached=True), planned(TinyModel())
+    follow_by(cached, plans, SmoothQuant(0.5))
+    loaded: Any = SimpleNamespace(denoiser=TinyModel(), device=CPU, files=None)
+    list(taken_layers(loaded, plans, cached, lambda name: pytest.fail("a float weight was read")))
+
+
+def test_the_models_own_integers_are_not_compared_with_themselves(tmp_path: Path) -> None:
+    taken, _ = saved(TinyModel(), ConvRot(16), tmp_path / "m.safetensors")
+    plans = planned(TinyModel())
+    loaded: Any = SimpleNamespace(denoiser=TinyModel(), device=CPU, files=taken.weights)
+    list(taken_layers(loaded, plans, taken, lambda name: pytest.fail("a float weight was read")))
+
+
+# -- where the layers come from -----------------------------------------------------------------------------------------
+
+
+def found(spec: Any, files: Any = None, key: str | None = None, names: Sequence[str] = ("transformer",)) -> Taken | None:
+    """What is found for the small model."""
+    loaded: Any = SimpleNamespace(
+        denoiser=TinyModel(), device=CPU, files=files, source=SimpleNamespace(denoisers=[SimpleNamespace(component=n) for n in names])
+    )
+    return find_taken(loaded, planned(TinyModel()), spec, key)
+
+
+def settings(checkpoint: Any = None, cache: Store | None = None, enable: bool = True, adapters: Sequence[Any] = ()) -> Any:
+    return SimpleNamespace(
+        int8=SimpleNamespace(enable=enable, checkpoint=checkpoint), outlier=NoOutlier(), cache=cache or Store(None, 0),
+        lora=SimpleNamespace(adapters=adapters, strengths=[a.strength for a in adapters], bakes=True),
+    )  # fmt: skip
+
+
+def test_a_checkpoint_goes_before_the_models_own_file_and_that_before_the_cache(tmp_path: Path) -> None:
+    note: dict[str, object] = {"rounding": "absmax", "layers": {name: {} for name in LINEARS}}
+    one, _ = saved(TinyModel(), NoOutlier(), tmp_path / "one.safetensors", note=note)
+    two, _ = saved(TinyModel(), ConvRot(), tmp_path / "two.safetensors")
+    cache = Store(str(tmp_path / "cache"))
+    cache.put("int8", "k", 1, lambda path: path.write_bytes((tmp_path / "one.safetensors").read_bytes()))
+    given = found(settings(str(tmp_path / "two.safetensors"), cache), one.weights, "k")
+    assert given is not None and given.where == str(tmp_path / "two.safetensors") and not given.cached
+    own = found(settings(cache=cache), two.weights, "k")
+    assert own is not None and own.weights is two.weights and not own.cached
+    kept = found(settings(cache=cache), None, "k")
+    assert kept is not None and kept.cached and kept.where == str(tmp_path / "cache" / "int8" / "k.safetensors")
+    assert found(settings(cache=cache), None, "other") is None and found(settings(cache=cache), None, None) is None
+    assert found(settings(cache=cache, enable=False), one.weights, "k") is None
+
+
+def test_a_file_of_floats_alone_holds_nothing_to_take(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "m.safetensors", own_names(["proj_in.weight"]), {}, {"proj_in.weight": randn(64, 7)}, {})
+    with pytest.raises(FileError, match=r"m\.safetensors holds no INT8 layer that can be taken as it is; set model\.location to it, or"):
+        found(settings(str(tmp_path / "m.safetensors")))
+
+
+def test_a_file_for_each_denoiser_or_a_folder_of_both(tmp_path: Path) -> None:
+    two = ["transformer", "transformer_2"]
+    assert checkpoint_paths({"transformer_2": "~/b", "transformer": "a"}, two) == {
+        "transformer_2": Path("~/b").expanduser(),
+        "transformer": Path("a"),
+    }
+    with pytest.raises(ConfigError, match=r"^int8\.checkpoint names transformer; the model has transformer, transformer_2$"):
+        checkpoint_paths({"transformer": "a"}, two)
+    message = r"x is one file, the model has 2 denoisers; set 'int8\.checkpoint=\{transformer: <file>, transformer_2: <file>\}'$"
+    with pytest.raises(ConfigError, match=message):
+        checkpoint_paths("x", two)
+    for name in two:
+        (tmp_path / name).mkdir()
+    assert checkpoint_paths(str(tmp_path), two) == {name: tmp_path / name for name in two}
+    assert checkpoint_paths(str(tmp_path), two[:1]) == {"transformer": tmp_path / "transformer"}
+    assert checkpoint_paths("x", two[:1]) == {"transformer": Path("x")}
 
 
 @pytest.mark.parametrize("name", shipped("outlier"))
 def test_the_layers_of_a_file_are_those_that_were_written(name: str, tmp_path: Path) -> None:
     method = shipped("outlier")[name]
-    checkpoint, made = saved(TinyModel(), method, tmp_path / "m.safetensors")
+    taken, made = saved(TinyModel(), method, tmp_path / "m.safetensors")
     plans = planned(TinyModel())
-    follow_checkpoint(checkpoint, plans, method)
-    assert [plan.name for plan, _ in checkpoint_layers(TinyModel(), plans, checkpoint)] == LINEARS
-    assert [(p.outlier, p.rounding, p.measured) for p in plans] == [(p.outlier, p.rounding, p.measured) for p in made]
+    follow_by(taken, plans, method)
+    assert [plan.name for plan, _ in layers_of(TinyModel(), plans, taken)] == LINEARS
+    assert [(p.outlier, p.rounding) for p in plans] == [(p.outlier, p.rounding) for p in made]
+    assert [p.measured for p in plans] == [pytest.approx(p.measured, rel=1e-6) for p in made]
 
 
 def test_the_bias_comes_from_the_float_model(tmp_path: Path) -> None:
-    checkpoint, _ = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors")
+    taken, _ = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors")
     model = TinyModel()
     plans = planned(model)
-    for plan, layer in checkpoint_layers(model, plans, checkpoint):
+    for plan, layer in layers_of(model, plans, taken):
         assert layer.bias is model.get_submodule(plan.name).bias
 
 
 def test_a_checkpoint_of_another_models_weights_is_refused(tmp_path: Path) -> None:
-    checkpoint, plans = saved(TinyModel(), ConvRot(), tmp_path / "m.safetensors")
+    taken, plans = saved(TinyModel(), ConvRot(), tmp_path / "m.safetensors")
     message = (
         r"m\.safetensors: proj_in does not hold this model's weight \(SQNR -\d\.\d dB, at least 15 expected\); it was made from another"
     )
     with pytest.raises(FileError, match=message):
-        list(checkpoint_layers(TinyModel(seed=1), plans, checkpoint))
+        layers_of(TinyModel(seed=1), plans, taken)
 
 
 def test_one_layer_of_another_weight_is_found(tmp_path: Path) -> None:
-    checkpoint, plans = saved(TinyModel(), ConvRot(), tmp_path / "m.safetensors")
+    taken, plans = saved(TinyModel(), ConvRot(), tmp_path / "m.safetensors")
     other = TinyModel()
     other.blocks[1][3].weight.mul_(1.3)
     with pytest.raises(FileError, match=r"blocks\.1\.3 does not hold this model's weight \(SQNR 1\d\.\d dB"):
-        list(checkpoint_layers(other, plans, checkpoint))
+        layers_of(other, plans, taken)
 
 
 def test_a_float_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
-    checkpoint, plans = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors")
+    taken, plans = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors")
     damaged = TinyModel()
     damaged.blocks[0][1].weight[2, 3] = float("nan")
     with pytest.raises(ConfigError, match=r"^blocks\.0\.1: the weight holds NaN or infinity"):
-        list(checkpoint_layers(damaged, plans, checkpoint))
+        layers_of(damaged, plans, taken)
 
 
 def test_a_column_that_the_input_hardly_uses_does_not_make_a_weight_look_wrong(tmp_path: Path) -> None:
@@ -159,11 +272,13 @@ def test_a_column_that_the_input_hardly_uses_does_not_make_a_weight_look_wrong(t
     model, plans = TinyModel(), planned(TinyModel(), LINEARS[1:])
     seen = LayerStatistics(randn(2, 8, 7), torch.tensor([1e-4, 1, 1, 1, 1, 1, 1.0]), torch.ones(7))
     ((_, layer),) = quantized_layers(model, plans[:1], {"proj_in": SmoothQuant(1.0)}, AbsMax(), {"proj_in": seen})
-    path = write_checkpoint(str(tmp_path / "m.safetensors"), {"proj_in": layer}, {}, {})
+    write_layers(tmp_path / "m.safetensors", [(plans[0], layer)], {})
     again = planned(model)
-    checkpoint = open_checkpoint(str(path), {"proj_in": (64, 7)})
-    ((plan, _),) = checkpoint_layers(model, again[:1], checkpoint)
-    assert plan.measured["weight_sqnr_db"] == plans[0].measured["weight_sqnr_db"] > 30
+    ((plan, _),) = layers_of(model, again[:1], opened(tmp_path / "m.safetensors", model))
+    assert (
+        plan.measured["weight_sqnr_db"] == pytest.approx(plans[0].measured["weight_sqnr_db"], rel=1e-6)
+        and plan.measured["weight_sqnr_db"] > 30
+    )
 
 
 def test_a_wide_layer_with_a_huge_weight_in_each_row_is_recognised(tmp_path: Path) -> None:
@@ -171,25 +286,25 @@ def test_a_wide_layer_with_a_huge_weight_in_each_row_is_recognised(tmp_path: Pat
     for seed, made in enumerate((model, other)):
         made[0].weight.data = randn(4, 16384, seed=seed) * 0.02
         made[0].weight.data[:, 0] = 4 * (-1) ** seed
-    checkpoint, plans = saved(model, NoOutlier(), tmp_path / "m.safetensors")
+    taken, plans = saved(model, NoOutlier(), tmp_path / "m.safetensors")
     assert plans[0].measured["weight_sqnr_db"] < 15, "what the check asks for elsewhere"
-    list(checkpoint_layers(model, plans, checkpoint))
+    layers_of(model, plans, taken)
     with pytest.raises(FileError, match=r"0 does not hold this model's weight \(SQNR -\d\.\d dB, at least [56] expected\)"):
-        list(checkpoint_layers(other, plans, checkpoint))
+        layers_of(other, plans, taken)
 
 
 def test_other_loras_in_the_weights_are_a_contradiction(tmp_path: Path) -> None:
-    checkpoint, _ = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors", note={"loras": [["ink", 0.1]]})
-    check_loras(checkpoint, [["ink", 0.1]])
-    with pytest.raises(
-        FileError, match=r"m\.safetensors was made with these LoRAs baked in: \[\['ink', 0\.1\]\], this run bakes \[\]; set"
-    ):
-        check_loras(checkpoint, [])
-    plain, _ = saved(TinyModel(), NoOutlier(), tmp_path / "plain.safetensors", note={"loras": []})
-    with pytest.raises(FileError, match=r"baked in: \[\], this run bakes \[\['ink', 0\.2\]\]; set the same lora= and lora\.mode=bake"):
-        check_loras(plain, [["ink", 0.2]])
-    foreign, _ = saved(TinyModel(), NoOutlier(), tmp_path / "foreign.safetensors")
-    check_loras(foreign, [["ink", 0.2]])
+    place, ink = tmp_path / "m.safetensors", SimpleNamespace(name="ink", strength=0.1)
+    saved(TinyModel(), NoOutlier(), place, note={"loras": [["ink", 0.1]]})
+    assert found(settings(str(place), adapters=[ink])) is not None
+    message = r"m\.safetensors was made with these LoRAs baked in: \[\['ink', 0\.1\]\], this run bakes \[\]; set the same"
+    with pytest.raises(FileError, match=message):
+        found(settings(str(place)))
+    saved(TinyModel(), NoOutlier(), place, note={"loras": []})
+    with pytest.raises(FileError, match=r"baked in: \[\], this run bakes \[\['ink', 0\.1\]\]; set the same"):
+        found(settings(str(place), adapters=[ink]))
+    saved(TinyModel(), NoOutlier(), place, note={})  # of another program, which says nothing
+    assert found(settings(str(place), adapters=[ink])) is not None
 
 
 def test_only_baked_loras_with_a_strength_count() -> None:
@@ -210,8 +325,9 @@ def chosen_for(
     plans = planned(model)
     backend = AutoBackend({"reference": Reference()}, 1, str(folder / "t.json"))
     spec: Any = SimpleNamespace(outlier=outlier, backend=backend, model=SimpleNamespace(dtype="float32"))
+    loaded: Any = SimpleNamespace(denoiser=model, device=CPU, weight=lambda name: model.get_submodule(name).weight)
     alone = [[name] for name in LINEARS]
-    return outlier_methods(model, plans, spec, dict.fromkeys(LINEARS, 4), groups or alone, seen, QUIET), plans
+    return outlier_methods(loaded, plans, spec, dict.fromkeys(LINEARS, 4), groups or alone, seen, QUIET), plans
 
 
 def test_a_method_that_was_asked_for_goes_to_all_layers_that_take_it(tmp_path: Path) -> None:
@@ -617,7 +733,6 @@ def test_mse_layers_are_close_enough_to_be_recognised(tmp_path: Path) -> None:
     # a rounding that clips must not be taken for another model's weight
     model = TinyModel()
     plans = planned(model)
-    layers = {p.name: layer for p, layer in quantized_layers(model, plans, {}, Mse(smallest=0.1), {})}
-    write_checkpoint(str(tmp_path / "m.safetensors"), layers, {}, {})
-    checkpoint = open_checkpoint(str(tmp_path / "m.safetensors"), {p.name: (p.out_features, p.in_features) for p in plans})
-    assert all(plan.measured["weight_sqnr_db"] > 30 for plan, _ in checkpoint_layers(model, planned(model), checkpoint))
+    write_layers(tmp_path / "m.safetensors", quantized_layers(model, plans, {}, Mse(smallest=0.1), {}), {})
+    taken = opened(tmp_path / "m.safetensors", model)
+    assert all(plan.measured["weight_sqnr_db"] > 30 for plan, _ in layers_of(model, planned(model), taken))

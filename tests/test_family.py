@@ -1,19 +1,29 @@
 """What is known about models: which Linears stay float, how a family is chosen, sampling and its ranges."""
 
+import re
+
 import pytest
 import torch
-from helpers import CONF, shipped
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from helpers import shipped
 from torch import nn
 
 from int8run.errors import ConfigError
-from int8run.models.family import AutoFamily, KeepRule, ModelFamily, ModelSource, Sampling, conservative
+from int8run.models.family import (
+    AutoFamily,
+    DeferredGelu,
+    Fingerprint,
+    KeepRule,
+    ModelFamily,
+    ModelSource,
+    Sampling,
+    conservative,
+    shipped_families,
+)
 from int8run.models.loader import repeated_blocks
 
-FAMILIES = shipped("model_type")
+FAMILIES = {name: family for name, family in shipped("model_type").items() if name != "auto"}
 FLUX = FAMILIES["flux"]
-AUTO = AutoFamily({name: family for name, family in FAMILIES.items() if family.denoisers})
+AUTO = AutoFamily()
 
 FLUX_FLOAT = {
     "x_embedder": "input embedder",
@@ -69,40 +79,88 @@ def test_the_first_matching_rule_gives_the_reason():
 
 
 def test_none_keeps_nothing_float(caplog):
-    none = FAMILIES["none"].for_denoiser("SomethingElse", [], ["x_embedder"])
+    none = FAMILIES["none"].for_denoiser("SomethingElse", [], {"x_embedder": 64})
     assert none.why_float("x_embedder") is None and not caplog.records
 
 
 def test_auto_picks_by_class(caplog):
-    assert AUTO.for_denoiser("FluxTransformer2DModel", [], []).name == "flux" and not caplog.records
+    assert AUTO.for_denoiser("FluxTransformer2DModel", [], {}).name == "flux" and not caplog.records
 
 
 @pytest.mark.parametrize("denoiser", ["FluxTransformer2DModel", "Unknown"])
 @pytest.mark.parametrize("keep_float", ["listed", "auto"])
 def test_auto_passes_on_how_layers_are_kept(denoiser, keep_float):
-    auto = AutoFamily(AUTO.families, keep_float)
-    found = auto.for_denoiser(denoiser, ["a.0.", "a.1.", "a.2."], ["a.0.q", "a.1.q"])
+    auto = AutoFamily(keep_float)
+    found = auto.for_denoiser(denoiser, ["a.0.", "a.1.", "a.2."], {"a.0.q": 8, "a.1.q": 8})
     assert found.keep_float == keep_float
     # the layers that are listed stay float besides
     assert found.why_float({"FluxTransformer2DModel": "x_embedder", "Unknown": "a.0.q"}[denoiser])
 
 
-@pytest.mark.parametrize("family", [lambda value: ModelFamily("x", keep_float=value), lambda value: AutoFamily({}, keep_float=value)])
+@pytest.mark.parametrize("family", [lambda value: ModelFamily("x", keep_float=value), lambda value: AutoFamily(value)])
 @pytest.mark.parametrize("value", ["automatic", [], [KeepRule("a", "b")], None, True])
 def test_keep_float_is_a_word(family, value):
     with pytest.raises(ConfigError, match=r"^model_type\.keep_float is .*choose from auto, listed$"):
         family(value)
 
 
-def test_the_shipped_auto_knows_every_shipped_family():
-    auto = OmegaConf.load(CONF / "model_type" / "auto.yaml")
-    listed = {entry.rpartition(".")[2] for entry in auto.pop("defaults")}
-    assert listed == set(AUTO.families) and isinstance(instantiate(auto, families={}), AutoFamily)
+def test_auto_knows_every_shipped_family_as_its_own_file_makes_it():
+    assert shipped_families() == {name: family for name, family in FAMILIES.items() if family.denoisers or family.fingerprints}
+
+
+def test_the_rows_of_a_table_may_be_mappings():
+    given = {"pattern": "a", "why": "b"}
+    assert ModelFamily("x", float_layers=[given]) == ModelFamily("x", float_layers=[KeepRule("a", "b")])
+    printed = Fingerprint("C", ["a.weight"], ["b.*"])
+    assert ModelFamily("x", fingerprints=[{"denoiser": "C", "all": ["a.weight"], "none": ["b.*"]}]).fingerprints == (printed,)
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "message"),
+    [
+        ("float_layers", {"patern": "a", "why": "b"}, "no setting called 'model_type.float_layers.1.patern'; did you mean"),
+        ("float_layers", "a", "model_type.float_layers.1 is 'a'; it takes pattern, why"),
+        ("deferred_gelu", {"activation": "a"}, "model_type.deferred_gelu.1 is {'activation': 'a'}; it needs activation, source, into"),
+        ("fingerprints", {"all": ["a"]}, "model_type.fingerprints.1 is {'all': ['a']}; it needs denoiser, all, none"),
+    ],
+)
+def test_a_row_that_is_none(table, row, message):
+    good = {"float_layers": KeepRule("a", "b"), "deferred_gelu": DeferredGelu("a", "b", "c"), "fingerprints": Fingerprint("C", ["a"])}
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        ModelFamily("x", **{table: [good[table], row]})
 
 
 def test_a_named_family_is_taken_at_its_word_but_a_mismatch_is_said(caplog):
-    assert FLUX.for_denoiser("UNet2DConditionModel", [], []) is FLUX
+    assert FLUX.for_denoiser("UNet2DConditionModel", [], {}) is FLUX
     assert "model_type=flux is for FluxTransformer2DModel, the denoiser is a UNet2DConditionModel" in caplog.text
+
+
+NARROW = ModelFamily("narrow", denoisers=["Shared"], inputs={"*.to_k": 768}, float_layers=[KeepRule("narrow", "")])
+WIDE = ModelFamily("wide", denoisers=["Shared"], inputs={"*.to_k": 2048, "add.in": 16}, float_layers=[KeepRule("wide", "")])
+
+
+@pytest.mark.parametrize(
+    ("linears", "name"),
+    [
+        ({"a.to_k": 768, "a.to_q": 5}, "narrow"),
+        ({"a.to_k": 2048, "b.to_k": 2048, "add.in": 16}, "wide"),
+        ({"a.to_k": 2048, "b.to_k": 768, "add.in": 16}, "unknown"),  # all that match are this wide
+        ({"a.to_k": 2048}, "unknown"),  # each pattern matches
+        ({}, "unknown"),
+    ],
+)
+def test_families_of_one_class_are_told_apart_by_their_inputs(linears, name):
+    assert AutoFamily(families={"narrow": NARROW, "wide": WIDE}).for_denoiser("Shared", [], linears).name == name
+
+
+def test_a_named_family_with_other_inputs_is_said(caplog):
+    assert WIDE.for_denoiser("Shared", [], {"a.to_k": 768, "b.to_k": 2048, "add.in": 16}) is WIDE
+    assert "model_type=wide does not fit this Shared: *.to_k takes 2048 inputs, the denoiser has 768/2048" in caplog.text
+    NARROW.for_denoiser("Shared", [], {"a": 768})
+    assert "model_type=narrow does not fit this Shared: *.to_k takes 768 inputs, the denoiser has none" in caplog.text
+    caplog.clear()
+    NARROW.for_denoiser("Shared", [], {"a.to_k": 768})
+    assert not caplog.records
 
 
 class Unknown(nn.Module):
@@ -118,13 +176,13 @@ class Unknown(nn.Module):
 
 def test_an_unknown_denoiser_gets_the_conservative_rule_with_a_warning(caplog):
     model = Unknown()
-    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    linears = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     family = AUTO.for_denoiser("Unknown", repeated_blocks(model), linears)
     int8 = [name for name in linears if family.why_float(name) is None]
     assert int8 == [f"blocks.{i}.to_q" for i in range(1, 11)]
-    assert {family.why_float(n) for n in set(linears) - set(int8)} == {"unknown architecture: outside the middle blocks"}
+    assert {family.why_float(n) for n in linears.keys() - set(int8)} == {"unknown architecture: outside the middle blocks"}
     assert family.name == "unknown"
-    assert "model_type=auto does not know Unknown;" in caplog.text and "Name one with model_type= (flux)" in caplog.text
+    assert "model_type=auto does not know Unknown;" in caplog.text and "Name one with model_type= (" in caplog.text
 
 
 def test_block_1_does_not_stand_for_block_10():

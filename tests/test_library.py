@@ -15,14 +15,14 @@ import int8run
 from int8run import LoraStack, quantize_
 from int8run.build import Built, build
 from int8run.errors import BackendError, ConfigError
-from int8run.generate.probe import record_call
+from int8run.generate.probe import record_step
 from int8run.generate.prompts import samples
 from int8run.layers.linear import Int8Linear
 from int8run.lora.stack import LoraStack as TheStack
 from int8run.models.family import Sampling
 from int8run.report.terminal import Progress
 
-KEEP_ALL = "model_type.float_layers=[{_target_: int8run.models.family.KeepRule, pattern: '*', why: asked}]"
+KEEP_ALL = "model_type.float_layers=[{pattern: '*', why: asked}]"
 NEVER = "int8.small_batch_fallback=never"
 PROBE = samples(["a"], 1, 0)
 SMALL = Sampling(steps=2, height=16, width=16)
@@ -60,7 +60,7 @@ def int8_layers(model: nn.Module) -> list[str]:
 )  # fmt: skip
 def test_a_model_is_quantized_as_by_the_command(location: str, options: dict, words: list[str]) -> None:
     built = built_by_the_command(location, *words)
-    call = record_call(built.pipe, built.component, built.denoisers["float"], PROBE, SMALL)
+    (call,) = record_step(built.pipe, built.component, built.denoisers["float"], PROBE, SMALL)
     model = random_pipeline().transformer
     plans = quantize_(model, backend="reference", **options, rows=64)
     assert int8_layers(model) == int8_layers(built.denoisers["int8"]) and len(int8_layers(model)) >= 34
@@ -82,7 +82,7 @@ def test_the_callers_object_is_changed_and_gives_its_float_weights_up() -> None:
 
 def test_a_lora_goes_onto_a_quantized_model_and_off_again(tmp_path: Path) -> None:
     pipe = random_pipeline()
-    call = record_call(pipe, "transformer", pipe.transformer, PROBE, SMALL)
+    (call,) = record_step(pipe, "transformer", pipe.transformer, PROBE, SMALL)
     file = save_lora(tmp_path / "style.safetensors", pipe.transformer)
     model = random_pipeline().transformer
     quantize_(model, outlier="convrot", backend="reference")

@@ -4,18 +4,18 @@ import json
 
 import pytest
 import torch
+from tiny_pipeline import random_pipeline, save_random_pipeline
 from torch import nn
 
 from int8run.errors import BackendError, ConfigError, FileError
-from int8run.models.family import ModelSource, Sampling
 from int8run.models.loader import library_versions, load_pipeline, pick_device, repeated_blocks
 
 CPU = torch.device("cpu")
 INDEX = {"_class_name": "FluxPipeline", "_diffusers_version": "0.36.0", "transformer": ["diffusers", "FluxTransformer2DModel"]}
 
 
-def load(location):
-    return load_pipeline(ModelSource(str(location), "x", Sampling()), CPU)
+def load(location, **denoisers):
+    return load_pipeline(location, denoisers, torch.float32, CPU)
 
 
 @pytest.fixture
@@ -62,18 +62,23 @@ def test_pickled_weights_are_not_opened(folder):
         load(place)
 
 
-@pytest.mark.parametrize("name", ["m.safetensors", "m.gguf", "m.ckpt", "m.pt"])
-def test_a_single_file_is_refused(name):
-    with pytest.raises(ConfigError, match=rf"model\.location={name} is a single file; this version reads hub ids and diffusers folders"):
-        load(name)
+def test_denoisers_that_are_there_are_taken_as_they_are(tmp_path):
+    save_random_pipeline(tmp_path)
+    for file in (tmp_path / "transformer").glob("*.safetensors"):
+        file.unlink()  # nobody reads them
+    mine = random_pipeline().transformer.to("meta")
+    pipe = load(tmp_path, transformer=mine)
+    assert pipe.transformer is mine and all(p.is_meta for p in mine.parameters())
+    assert not any(p.is_meta for p in pipe.vae.parameters()) and pipe.device.type == "cpu"
+    with pytest.raises(FileError, match=rf"^model '{tmp_path}' could not be loaded: "):
+        load(tmp_path)
 
 
-@pytest.mark.parametrize("place", ["./absent", "~/absent", "shipped:absent"])
-def test_a_folder_without_an_index_is_named_in_full(tmp_path, monkeypatch, place):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(FileError, match=r"^/.*absent is not a diffusers folder: it has no model_index\.json$"):
-        load(place)
+def test_every_module_has_the_dtype_that_is_asked_for(tmp_path):
+    save_random_pipeline(tmp_path)
+    pipe = load_pipeline(tmp_path, {}, torch.bfloat16, CPU)
+    for module in (pipe.transformer, pipe.vae, pipe.text_encoder):
+        assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
 
 
 def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):

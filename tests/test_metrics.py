@@ -15,7 +15,16 @@ from int8run.generate.generate import Generation
 from int8run.metrics.base import Metrics
 from int8run.metrics.layers import layer_metrics, measure_outputs, module_bytes
 from int8run.metrics.memory import peak_bytes, reset_peak
-from int8run.metrics.quality import mean_quality, per_image, relative_error, to_tensor, trajectory_error
+from int8run.metrics.quality import (
+    SampleQuality,
+    frame_series,
+    key_frames,
+    mean_quality,
+    per_image,
+    relative_error,
+    to_tensor,
+    trajectory_error,
+)  # fmt: skip
 from int8run.metrics.speed import percentile, speed, step_times
 from int8run.quantize import LayerPlan
 
@@ -32,11 +41,16 @@ def noise(seed=0):
 
 
 def made(*images, latents=None):
-    return Generation(images=list(images), trajectories=latents or [torch.ones(1, 4)] * len(images))
+    return Generation(frames=[[image] for image in images], trajectories=latents or [torch.ones(1, 4)] * len(images))
+
+
+def video(*samples):
+    return Generation(frames=[list(frames) for frames in samples], trajectories=[torch.ones(1, 4)] * len(samples))
 
 
 def rows(candidate, baseline):
-    return per_image(candidate, baseline, ["a"] * len(candidate.images))
+    """The values of each sample."""
+    return [row.values for row in per_image(candidate, baseline, ["a"] * len(candidate.frames))]
 
 
 # -- quality ------------------------------------------------------------------------------------------------------------
@@ -79,9 +93,10 @@ def test_the_last_latents_count():
 
 
 def test_means_have_their_public_names():
-    rows = [{"psnr_db": 30.0, "ssim": 0.8, "latent_rel_err": 0.1}, {"psnr_db": 40.0, "ssim": 1.0, "latent_rel_err": 0.3}]
-    assert mean_quality(rows) == pytest.approx({"quality/psnr_db": 35, "quality/ssim": 0.9, "quality/latent_rel_err": 0.2})
-    assert mean_quality([rows[0] | {"psnr_db": math.inf}, rows[1]])["quality/psnr_db"] == math.inf
+    values = [{"psnr_db": 30.0, "ssim": 0.8, "latent_rel_err": 0.1}, {"psnr_db": 40.0, "ssim": 1.0, "latent_rel_err": 0.3}]
+    mean = lambda *values: mean_quality([SampleQuality(v, []) for v in values])  # noqa: E731
+    assert mean(*values) == pytest.approx({"quality/psnr_db": 35, "quality/ssim": 0.9, "quality/latent_rel_err": 0.2})
+    assert mean(values[0] | {"psnr_db": math.inf}, values[1])["quality/psnr_db"] == math.inf
 
 
 def test_every_mode_of_a_picture_is_compared_in_rgb():
@@ -92,6 +107,46 @@ def test_every_mode_of_a_picture_is_compared_in_rgb():
 def test_a_missing_picture_is_an_error():
     with pytest.raises(ValueError, match="zip"):
         rows(made(flat(0), flat(0)), made(flat(0)))
+
+
+def test_a_picture_is_a_video_of_one_frame():
+    (row,) = per_image(made(flat(100)), made(flat(110)), ["a"])
+    assert row.frames == [{name: row.values[name] for name in ("psnr_db", "ssim")}] and "latent_rel_err" in row.values
+    assert (made(flat(0)).is_video, video([flat(0)]).is_video, video([flat(0)], [flat(0), flat(1)]).is_video) == (False, False, True)
+
+
+def test_frames_are_compared_one_by_one_and_their_mean_is_the_samples():
+    # the differences of each sample, in levels of 255; the first frames differ by the value alone
+    differences = [(1, 2, 4), (10, 20, 40)]
+    ours = video(*([flat(100 + d) for d in row] for row in differences))
+    floats = video(*([flat(100)] * 3 for _ in differences))
+    found = per_image(ours, floats, ["a", "b"])
+    for row, levels in zip(found, differences, strict=True):
+        alone = [rows(made(flat(100 + d)), made(flat(100)))[0] for d in levels]
+        assert row.frames == [{name: values[name] for name in ("psnr_db", "ssim")} for values in alone]
+        assert row.values["psnr_db"] == pytest.approx(np.mean([20 * math.log10(255 / d) for d in levels]), abs=1e-3)
+        assert row.values["ssim"] == pytest.approx(np.mean([values["ssim"] for values in alone]))
+    expected = [np.mean([20 * math.log10(255 / sample[i]) for sample in differences]) for i in range(3)]
+    assert frame_series(found, "psnr_db") == pytest.approx(expected, abs=1e-3)
+    assert mean_quality(found)["quality/psnr_db"] == pytest.approx(np.mean(expected), abs=1e-3)
+
+
+def test_a_missing_frame_is_an_error():
+    with pytest.raises(ValueError, match="zip"):
+        per_image(video([flat(0), flat(0)]), video([flat(0)]), ["a"])
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (1, {"first": 0}),
+        (2, {"first": 0, "last": 1}),
+        (3, {"first": 0, "middle": 1, "last": 2}),
+        (81, {"first": 0, "middle": 40, "last": 80}),
+    ],
+)
+def test_frames_that_stand_for_a_video(count, expected):
+    assert key_frames(count) == expected
 
 
 def test_relative_error():
@@ -125,6 +180,12 @@ def test_speed_of_known_times():
     assert values == pytest.approx(
         {"speed/step_ms_p50": 55, "speed/step_ms_p90": 90, "speed/images_per_s": 1.5, "speed/ratio_vs_float": 110 / 55}
     )
+
+
+def test_a_video_counts_once_and_so_does_each_of_its_frames():
+    ours = Generation(frames=[[flat(0)] * 5, [flat(0)] * 5], step_seconds=[[1.0]], image_seconds=[2.0, 2.0])
+    values = speed(ours, None)
+    assert values["speed/images_per_s"] == 0.5 and values["speed/frames_per_s"] == 2.5
 
 
 def test_without_a_baseline_there_is_no_ratio():
@@ -190,7 +251,7 @@ class Net(nn.Module):
 
 def test_outputs_are_compared_on_the_same_input():
     plans = [plan("used"), plan("unused"), plan("kept", keep_float="embedder")]
-    measure_outputs(Net(0.0), Net(0.01), {"x": torch.ones(2, 3)}, plans)
+    measure_outputs(Net(0.0), Net(0.01), [{"x": torch.ones(2, 3)}], plans)
     # 1 % error is 40 dB
     assert plans[0].measured["output_sqnr_db"] == pytest.approx(40, abs=0.01)
     assert plans[1].measured == {} == plans[2].measured, "a layer that does not run is not measured"
@@ -216,5 +277,5 @@ def test_peak_memory_of_the_process():
 
 @pytest.mark.parametrize("baseline", ["yes", True], ids=repr)
 def test_the_baseline_is_a_word(baseline):
-    with pytest.raises(ConfigError, match=rf"metrics\.baseline is {baseline!r}; choose from none, run"):
+    with pytest.raises(ConfigError, match=rf"metrics\.baseline is {baseline!r}; choose from cached, none, run"):
         Metrics(baseline=baseline)

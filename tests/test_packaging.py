@@ -40,7 +40,7 @@ IMPORTED_AS = {
     "pyyaml": "yaml",
 }
 # not imported by us: diffusers and transformers need them to load the models that conf/ names
-FOR_OTHERS = {"accelerate", "sentencepiece", "protobuf"}
+FOR_OTHERS = {"sentencepiece", "protobuf"}
 # used where it is there: it must match the torch build that the user chose, and pip would take any
 UNDECLARED = {"torchvision"}
 

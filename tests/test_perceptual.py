@@ -28,7 +28,7 @@ from int8run.generate.generate import Generation
 from int8run.metrics import perceptual
 from int8run.metrics.base import PERCEPTUAL, Metrics
 from int8run.metrics.perceptual import LOADERS, UnavailableError, cosine_distance, effnet_features, measures, require_answer
-from int8run.metrics.quality import mean_quality, per_image, to_tensor
+from int8run.metrics.quality import SampleQuality, mean_quality, per_image, to_tensor
 from int8run.report.terminal import result_table
 
 DRAWINGS = Path(__file__).parent / "data" / "drawings.png"
@@ -46,12 +46,12 @@ def noisy(image, sigma, seed=0):
 
 
 def made(*images):
-    return Generation(images=list(images), trajectories=[torch.ones(1, 4)] * len(images))
+    return Generation(frames=[[image] for image in images], trajectories=[torch.ones(1, 4)] * len(images))
 
 
 def row(candidate, baseline, *perceptual, prompt="a"):
     (only,) = per_image(made(candidate), made(baseline), [prompt], perceptual)
-    return only
+    return only.values
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_ms_ssim_comes_with_every_picture_that_is_large_enough(lines):
 def test_small_pictures_have_no_ms_ssim_and_who_asked_is_told_once(lines):
     small = made(noise(175), noise(175, seed=1))
     rows = per_image(small, small, ["a", "b"], ["ms_ssim"])
-    assert ["ms_ssim" in r for r in rows] == [False, False] and "quality/ms_ssim" not in mean_quality(rows)
+    assert ["ms_ssim" in r.values for r in rows] == [False, False] and "quality/ms_ssim" not in mean_quality(rows)
     (line,) = lines()
     assert line.startswith("quality/ms_ssim left out: it needs at least 176 px on the shorter side, these pictures have 175; ")
     assert "sampler.height" in line
@@ -240,8 +240,8 @@ def test_lpips_is_its_definition_and_reads_its_weights_once(alexnet, asked, line
     a, b = made(noise(64), noise(64, seed=2)), made(noise(64, seed=1), noise(64, seed=2))
     first, second = per_image(a, b, ["a", "b"], ["lpips"])
     assert len(networks) == 1
-    assert first["lpips"] == pytest.approx(lpips(networks[0], a.images[0], b.images[0]), rel=1e-4)
-    assert first["lpips"] > 0.01 and second["lpips"] == 0
+    assert first.values["lpips"] == pytest.approx(lpips(networks[0], a.images[0], b.images[0]), rel=1e-4)
+    assert first.values["lpips"] > 0.01 and second.values["lpips"] == 0
     assert lines() == [] and asked == []
 
 
@@ -365,7 +365,7 @@ def test_effnet_is_read_once_and_is_not_training(one_convolution, lines):
         made(color(255, 127, 127), color(9, 9, 9)), made(color(127, 255, 127), color(9, 9, 9)), ["a", "b"], ["effnet_distance"]
     )
     # features (1, 0, 0, 1) and (0, 1, 0, 1)
-    assert [r["effnet_distance"] for r in rows] == [pytest.approx(0.5, abs=1e-6), 0]
+    assert [r.values["effnet_distance"] for r in rows] == [pytest.approx(0.5, abs=1e-6), 0]
     assert network.made == 1 and lines() == []
 
 
@@ -393,7 +393,7 @@ class RunsCode:
 def test_weights_of_effnet_run_no_code(one_convolution, tmp_path, lines):
     _, file = one_convolution
     torch.save(RunsCode(tmp_path / "ran"), file)
-    assert measures(["effnet_distance"], 64) == [] and len(lines()) == 1
+    assert measures(["effnet_distance"], 64) == {} and len(lines()) == 1
     assert not (tmp_path / "ran").exists()
 
 
@@ -423,7 +423,7 @@ class TestRealEffnet:
         drawings = [sheet.crop((64 * i, 64, 64 * i + 64, 128)) for i in range(6)]
         moved = [Image.fromarray(np.roll(np.asarray(d), 1, axis=1)) for d in drawings]
         for i, one in enumerate(moved):
-            distances = [r["effnet_distance"] for r in per_image(made(*[one] * 6), made(*drawings), ["a"] * 6, ["effnet_distance"])]
+            distances = [r.values["effnet_distance"] for r in per_image(made(*[one] * 6), made(*drawings), ["a"] * 6, ["effnet_distance"])]
             assert min(range(6), key=distances.__getitem__) == i
 
     @pytest.mark.parametrize("size", [(8, 8), (9, 200), (1024, 600)], ids=str)
@@ -478,15 +478,25 @@ def test_clip_score_is_its_definition(clip, asked, lines):
     prompts = ["a b", "d c b a", "c"]
     rows = per_image(made(*(a for a, _ in pairs)), made(*(a for a, _ in pairs)), prompts, ["clip_score"])
     expected = [score(clip, a, prompt) for (a, _), prompt in zip(pairs, prompts, strict=True)]
-    assert [r["clip_score"] for r in rows] == pytest.approx(expected, abs=1e-3) and len({round(e, 1) for e in expected}) == 3
+    assert [r.values["clip_score"] for r in rows] == pytest.approx(expected, abs=1e-3) and len({round(e, 1) for e in expected}) == 3
     small, flat = pairs[0][0], pairs[0][1].resize((40, 40))
     only = row(small, flat, "clip_score", prompt="d a")
     assert (only["clip_score"], only["float/clip_score"]) == pytest.approx((score(clip, small, "d a"), score(clip, flat, "d a")), abs=1e-3)
     assert abs(only["clip_score"] - only["float/clip_score"]) > 1, "the float picture has a score of its own"
-    assert mean_quality([only]).keys() >= {"quality/clip_score", "float/clip_score"} and "quality/float/clip_score" not in mean_quality(
-        [only]
-    )
+    public = mean_quality([SampleQuality(only, [])])
+    assert public.keys() >= {"quality/clip_score", "float/clip_score"} and "quality/float/clip_score" not in public
     assert lines() == [] and asked == [], "what is in the cache asks nobody"
+
+
+def test_of_a_video_clip_looks_at_three_frames(clip):
+    ours, floats = [noise(32, seed=s) for s in range(7)], [noise(32, seed=s) for s in range(7, 14)]
+    made_of = lambda frames: Generation(frames=[frames], trajectories=[torch.ones(1, 4)])  # noqa: E731
+    (found,) = per_image(made_of(ours), made_of(floats), ["a b"], ["clip_score"])
+    assert [("clip_score" in frame, "psnr_db" in frame) for frame in found.frames] == [(i in (0, 3, 6), True) for i in range(7)]
+    for name, frames in (("clip_score", ours), ("float/clip_score", floats)):
+        expected = [score(clip, frames[i], "a b") for i in (0, 3, 6)]
+        assert [found.frames[i][name] for i in (0, 3, 6)] == pytest.approx(expected, abs=1e-3)
+        assert found.values[name] == pytest.approx(np.mean(expected), abs=1e-3)
 
 
 def test_a_prompt_longer_than_clip_reads_is_cut_with_its_end_token(clip):
@@ -533,7 +543,7 @@ def test_in_offline_mode_nobody_is_asked(asked, lines, monkeypatch):
     calls = []
     monkeypatch.setattr(CLIPModel, "from_pretrained", nothing_cached(calls))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert measures(["clip_score"], 64) == [] and asked == [] and calls == [True]
+    assert measures(["clip_score"], 64) == {} and asked == [] and calls == [True]
     (line,) = lines()
     assert "could not be had (OSError: We couldn't connect to the hub, and couldn't find the files in the cache.); " in line
 
@@ -549,7 +559,7 @@ def test_with_network_clip_is_fetched(lines, monkeypatch):
 
 def test_a_damaged_clip_is_named(clip, lines):
     Path(perceptual.CLIP, "model.safetensors").write_bytes(b"hello")
-    assert measures(["clip_score"], 64) == []
+    assert measures(["clip_score"], 64) == {}
     (line,) = lines()
     assert "could not be had (SafetensorError: " in line
 

@@ -24,6 +24,7 @@ from int8run.report.files import (
     fitting,
     git_revision,
     grid,
+    save_sample,
     write_json,
     write_layers,
     write_yaml,
@@ -96,6 +97,49 @@ def test_words_are_written_above(part):
     assert empty.crop(above).getextrema() == ((255, 255),) * 3
     assert written.crop(above).getextrema()[0][0] < 128, "nothing dark above the picture"
     assert written.crop((0, picture[1], *written.size)).tobytes() == empty.crop((0, picture[1], *empty.size)).tobytes()
+
+
+def test_a_row_without_pictures_is_a_caption_of_the_rows_below():
+    plain = grid([("1", [flat(RED), flat(GREEN)])], ["float", "INT8"])
+    sheet = grid([("a fox", []), ("1", [flat(RED), flat(GREEN)]), ("2", [flat(BLUE), flat(RED)])], ["float", "INT8"])
+    (_, green), (_, blue), (_, alone) = pixels_of(sheet, GREEN), pixels_of(sheet, BLUE), pixels_of(plain, GREEN)
+    line = green[1] - alone[1]  # the height of the one line
+    assert 16 <= line <= 32 and blue[1] - green[3] > line and sheet.height - blue[3] == plain.height - alone[3]
+    above = sheet.crop((0, alone[1] - line, sheet.width, alone[1]))
+    assert above.getextrema()[0][0] < 128 and pixels_of(sheet, RED)[0] == 2 * GRID_MIN_SIDE**2
+
+
+@pytest.mark.parametrize(("side", "line"), [(64, 24), (384, 24), (480, 28), (960, 48)])
+def test_words_grow_with_large_pictures(side, line):
+    sheet = grid([("", [flat(RED, side)])], [""])
+    _, box = pixels_of(sheet, RED)
+    assert sheet.height - (box[3] - box[1]) - 2 * 12 == 2 * line, "a heading and a caption"
+
+
+def test_a_picture_is_saved_as_it_is(tmp_path):
+    assert save_sample([flat(RED)], {"first": 0}, tmp_path, "fox", 16) == ["fox.png"]
+    assert [p.name for p in tmp_path.iterdir()] == ["fox.png"] and Image.open(tmp_path / "fox.png").tobytes() == flat(RED).tobytes()
+
+
+def test_a_video_is_saved_as_an_animation_and_some_exact_frames(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    frames = [Image.fromarray(noise[i]).resize((64, 48), Image.Resampling.BICUBIC) for i in range(5)]
+    names = save_sample(frames, {"first": 0, "middle": 2, "last": 4}, tmp_path, "fox", 16)
+    assert names == ["fox.webp", "fox_first.png", "fox_middle.png", "fox_last.png"]
+    assert {p.name for p in tmp_path.iterdir()} == set(names)
+    for name, number in zip(names[1:], (0, 2, 4), strict=True):
+        assert Image.open(tmp_path / name).tobytes() == frames[number].tobytes()
+    animation = Image.open(tmp_path / "fox.webp")
+    assert (animation.n_frames, animation.info["loop"]) == (5, 0)
+    times = []
+    for number in range(5):
+        animation.seek(number)
+        shown = np.asarray(animation.convert("RGB"), dtype=np.float32)
+        times.append(animation.info["duration"])
+        # lossy, but nearer to its own frame by far than to any other
+        errors = [float(np.abs(shown - np.asarray(other, dtype=np.float32)).mean()) for other in frames]
+        assert min(errors) == errors[number] < 8 < sorted(errors)[1] / 4, errors
+    assert sum(times) == round(5000 / 16) and set(times) == {62, 63}, "16 frames a second are 62.5 ms each"
 
 
 # -- tables and facts ---------------------------------------------------------------------------------------------------

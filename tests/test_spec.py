@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from jobs import make_spec
 
+from int8run.errors import ConfigError
 from int8run.spec import Job, flatten
 
 STACK = ["lora=stack_a"]
@@ -15,7 +16,8 @@ SAME_BUILD = {
     "seed": ["seed=9"],
     "prompts": ["prompts.prompts=[fox]"],
     "tracker": ["tracker=none"],
-    "metrics": ["metrics.baseline=none"],
+    "what is measured": ["metrics.layers=false", "metrics.objective=x"],
+    "the cache": ["cache.limit_gb=1", "cache.folder=elsewhere"],
     "progress": ["progress=false"],
     "strength of the stack": ["lora.strength=0.5"],
     "strength of one": ["lora.adapters.0.strength=2"],
@@ -53,6 +55,11 @@ OTHER_BUILD = {
     "compile": ["compile=blocks"],
     "attention": ["attention=flash"],
     "device": ["device=cuda"],
+    "no float model beside it": ["metrics.baseline=none"],
+    "one that drew before": ["metrics.baseline=cached", "seed=1"],
+    "offload": ["metrics.baseline=none", "offload=model"],
+    "offload of blocks": ["metrics.baseline=none", "offload=group"],
+    "a base": ["++model.base=shipped:tiny"],
 }
 
 
@@ -140,3 +147,68 @@ def test_an_option_is_not_overwritten_by_a_value_of_the_same_name():
     flat = {"compile": "chosen"}
     flatten("", {"compile": "none"}, flat)
     assert flat == {"compile": "chosen"}
+
+
+# -- settings that cannot be together ------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "two models to move": (["offload=model"], r"^offload=model moves one denoiser, and metrics\.baseline=run holds two; set "),
+    "two models to move by blocks": (["offload=group"], r"^offload=group moves one denoiser, .* or none$"),
+    "unknown offload": (["offload=disk"], r"^offload is 'disk'; choose from group, model, none$"),
+    "unknown baseline": (["metrics.baseline=never"], r"^metrics\.baseline is 'never'; .*choose from cached, none, run$"),
+    "a file of another kind": (["save=m.ckpt"], r"^save=m\.ckpt is neither a \.safetensors file nor a folder \(a name "),
+    "no INT8 to save": (["save=m.safetensors", "int8.enable=false"], r"^int8\.enable=false makes no INT8 layer; quality_db, save and"),
+    "a checkpoint of nothing": (["int8.checkpoint=m.safetensors", "int8.enable=false"], r"^int8\.enable=false makes no INT8 layer"),
+    "nothing to compare with": (["metrics.baseline=none", "metrics=perceptual"], r"^metrics\.perceptual=.* compares with the "),
+    "a cache below nothing": (["cache.limit_gb=-1"], r"^cache\.limit_gb is -1; allowed is a number from 0 to"),
+    "a budget without keep_float": (["quality_db=40"], r"^model_type\.keep_float=auto keeps layers float until quality_db is met"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED.values(), ids=REFUSED)
+def test_settings_that_cannot_be_together_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        make_spec(overrides)
+
+
+@pytest.mark.parametrize("baseline", ["cached", "none"])
+def test_one_model_can_be_moved(baseline):
+    assert make_spec(["offload=model", f"metrics.baseline={baseline}"]).offload == "model"
+    assert make_spec(["offload=group", "int8.enable=false"]).offload == "group", "the float model alone is one"
+
+
+NEEDS_FLOAT = {
+    "a run beside it": [],
+    "float alone": ["int8.enable=false", "metrics.baseline=none"],
+    "calibration": ["outlier=smoothquant", "metrics.baseline=none"],
+    "budget": [*NEEDS_CALIBRATION["budget"], "metrics.baseline=cached"],
+}
+STREAMED = {
+    "none": ["metrics.baseline=none"],
+    "cached": ["metrics.baseline=cached"],
+    "hadanorm": ["metrics.baseline=none", "outlier=hadanorm"],
+    "checkpoint": ["metrics.baseline=none", "outlier=smoothquant", "int8.checkpoint=m.safetensors"],
+}
+
+
+@pytest.mark.parametrize("overrides", NEEDS_FLOAT.values(), ids=NEEDS_FLOAT)
+def test_the_float_model_is_held_where_it_draws(overrides):
+    assert make_spec(overrides).needs_float
+
+
+@pytest.mark.parametrize("overrides", STREAMED.values(), ids=STREAMED)
+def test_the_float_model_is_not_held_otherwise(overrides):
+    assert not make_spec(overrides).needs_float
+
+
+@pytest.mark.parametrize("override", ["offload=model", "cache.limit_gb=3", "outlier=convrot", "save=m.safetensors", "backend=reference"])
+def test_what_the_float_model_draws_does_not_depend_on_int8(override):
+    words = ["metrics.baseline=cached"]
+    assert make_spec([*words, override]).float_key == make_spec(words).float_key
+
+
+@pytest.mark.parametrize(
+    "override", ["model.dtype=bfloat16", "sampler.steps=3", "attention=flash", "compile=blocks", "lora=stack_a", "device=cuda"]
+)
+def test_what_the_float_model_draws_depends_on_the_rest(override):
+    assert make_spec([override]).float_key != make_spec([]).float_key

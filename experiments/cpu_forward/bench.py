@@ -19,7 +19,7 @@ from torch import nn
 
 from int8run.build import Built, build
 from int8run.errors import BackendError
-from int8run.generate.probe import record_call
+from int8run.generate.probe import record_step
 from int8run.generate.prompts import samples
 from int8run.metrics.layers import measure_outputs
 from int8run.models.loader import library_versions
@@ -37,7 +37,7 @@ def build_with(backend: str, outlier: str, batch: int) -> tuple[Built, Mapping[s
         spec = to_spec(compose("config", overrides))
     wanted = samples(["red apple"] * batch, 1, 0)
     built = build(spec, wanted, [], Progress(False))
-    return built, record_call(built.pipe, built.component, built.denoisers["float"], wanted, spec.sampling)
+    return built, record_step(built.pipe, built.component, built.denoisers["float"], wanted, spec.sampling)[0]
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ import torch
 from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 
-from int8run.build import load
 from int8run.calibrate import layer_statistics, record_calibration
 from int8run.generate.calibration import Calibration
 from int8run.generate.probe import watch_layers
 from int8run.generate.prompts import samples
+from int8run.load import load
 from int8run.outlier.base import LayerStatistics
 from int8run.precheck import to_spec
 from int8run.quantize import LayerPlan, linear_at, plan_layers, same_input_groups

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 
 from int8run.convert import to_int8
+from int8run.load import Loaded
+from int8run.lora.stack import LoraStack
 from int8run.models.family import KeepRule, ModelFamily, Sampling
-from int8run.models.loader import Loaded
+from int8run.models.source import Source
 from int8run.precheck import to_spec
 from int8run.quantize import plan_layers
 from int8run.report.terminal import Progress
@@ -100,8 +103,9 @@ def int8run(
     rules = replace(family(model, layers), **dict.fromkeys(without, ()))
     plans = plan_layers(model, rules.why_float)
     # a pipeline draws the pictures of a calibration; none is asked for here
-    loaded = Loaded(pipe=None, component="", denoiser=model, scheduler=None, family=rules, sampling=Sampling(), seconds=0.0)
-    return to_int8(loaded, plans, call, spec(backend, outlier, *more), Progress(False))[0]
+    device = next(model.parameters()).device
+    loaded = Loaded(None, "", model, None, rules, Sampling(), device, Source(Path(), (), False), None, 0.0)
+    return to_int8(loaded, plans, [call], spec(backend, outlier, *more), None, LoraStack(model), None, Progress(False))[0]
 
 
 def relative_error(y: Tensor, reference: Tensor) -> float:

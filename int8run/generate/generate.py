@@ -1,9 +1,11 @@
-"""Generate with one denoiser or several in turn, and keep what the metrics need: pictures, latents, step times."""
+"""Generate with one denoiser or several in turn, and keep what the metrics need: pictures or videos, latents, step times."""
 
 import inspect
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from int8run.errors import ConfigError
+from int8run.errors import ConfigError, one_of
 from int8run.generate.prompts import Sample
+from int8run.models.experts import use_denoiser
 from int8run.models.family import Sampling
 from int8run.timing import now
 
@@ -21,21 +24,40 @@ from int8run.timing import now
 class Generation:
     """What one denoiser made. Latents are float32 on the CPU, one [steps, ...] tensor per sample."""
 
-    images: list[Image] = field(default_factory=list)
+    frames: list[list[Image]] = field(default_factory=list)  # per sample; a picture is a video of one frame
     trajectories: list[Tensor] = field(default_factory=list)
     step_seconds: list[list[float]] = field(default_factory=list)  # per batch, per step
-    image_seconds: list[float] = field(default_factory=list)  # per image, text encoding and decoding included
+    image_seconds: list[float] = field(default_factory=list)  # per picture or video, text encoding and decoding included
+    sound: bool = False  # the pipeline made sound as well, which is not kept
+
+    @property
+    def images(self) -> list[Image]:
+        """The picture of each sample; of a video the first frame."""
+        return [frames[0] for frames in self.frames]
+
+    @property
+    def is_video(self) -> bool:
+        """Whether any sample has more than one frame."""
+        return any(len(frames) > 1 for frames in self.frames)
 
     @property
     def bytes(self) -> int:
-        """Memory of the pictures and latents."""
-        return sum(t.nbytes for t in self.trajectories) + sum(3 * im.width * im.height for im in self.images)
+        """Memory of the frames and latents."""
+        return sum(t.nbytes for t in self.trajectories) + sum(3 * im.width * im.height for frames in self.frames for im in frames)
 
 
 # encoded prompts that are remembered; of FLUX, each takes 4 MB on the device
 MOST_PROMPTS = 64
 # called with the fraction of the steps that is done, before the step that comes next
 OnFraction = Callable[[float], None]
+# what a call may be asked for: pictures, or no decoding at all
+OUTPUT_TYPES = ("pil", "latent")
+# arguments of a call that are a prompt: one for each sample of a batch
+PROMPT_ARGUMENT = re.compile(r"(negative_)?prompt(_\d+)?")
+# frames per second of a video whose pipeline says nothing else: that of Wan
+FRAME_RATE = 16.0
+# encoded prompts are remembered by such arguments alone, or by lists of them: two equal ones mean the same text
+PLAIN = (str, int, float, NoneType, torch.device, torch.dtype)
 
 
 class StepClock:
@@ -59,8 +81,9 @@ class StepClock:
         """diffusers' `callback_on_step_end`."""
         ended = now(self.device)
         self.seconds.append(ended - self.last)
-        self.latents.append(tensors["latents"].detach().float().cpu())
-        self.between((step + 1) / pipe.num_timesteps)
+        self.latents.append(tensors["latents"].detach().to("cpu", torch.float32, copy=True))
+        # not every pipeline counts its steps; those that do may stop before the scheduler's last one
+        self.between((step + 1) / (getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)))
         self.last = now(self.device)
         self.paused += self.last - ended
         return {}
@@ -83,15 +106,14 @@ class TextCache:
         encode = getattr(pipe, "encode_prompt", None)
         if isinstance(encode, TextCache):
             return encode
-        cache = TextCache(encode or (lambda: None), pipe.device)
+        cache = TextCache(encode or (lambda: None), device_of(pipe))
         if encode is not None:
             pipe.encode_prompt = cache
         return cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`encode_prompt` itself; a call that brings tensors of its own is not remembered."""
-        given = [*args, *kwargs.values()]
-        if any(isinstance(value, Tensor) for value in given):
+        """`encode_prompt` itself; a call that brings tensors or pictures of its own is not remembered."""
+        if not all(map(is_plain, [*args, *kwargs.values()])):
             return self.encode(*args, **kwargs)
         key = repr((args, sorted(kwargs.items())))
         if key in self.known:
@@ -110,6 +132,11 @@ class TextCache:
         self.known.clear()
 
 
+def is_plain(value: object) -> bool:
+    """Whether a value's text says all about it."""
+    return all(map(is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, PLAIN)
+
+
 def generate(
     pipe: DiffusionPipeline,
     component: str,
@@ -125,26 +152,27 @@ def generate(
 
     Args:
         component: name of the pipeline's denoiser component.
-        denoisers: by name, modules that can take that component's place.
+        denoisers: by name, modules that can take that component's place, or Experts that take several.
         on_batch: called after each batch with the denoiser's name, the samples and the Generation so far.
         on_fraction: called before each step with the fraction of the steps that is done.
     """
     made = {name: Generation() for name in denoisers}
-    device = pipe.device
+    device = device_of(pipe)
     batches = [samples[i : i + sampling.batch] for i in range(0, len(samples), sampling.batch)]
     for number, batch in enumerate(batches):
         order = list(denoisers.items())
         for name, denoiser in order if number % 2 == 0 else reversed(order):
-            pipe.register_modules(**{component: denoiser})
+            use_denoiser(pipe, denoiser, component)
             texts = TextCache.of(pipe)
             saved = texts.saved
             on_fraction(0.0)
             clock = StepClock(device, on_fraction)
-            images = call(pipe, batch, sampling, clock.step_end)
+            output = call(pipe, batch, sampling, clock.step_end)
             # as if every call had encoded its own text
             seconds = now(device) - clock.started - clock.paused + texts.saved - saved
             generation = made[name]
-            generation.images += images
+            generation.frames += frames_of(output)
+            generation.sound |= getattr(output, "audio", None) is not None
             generation.trajectories += list(torch.stack(clock.latents).unbind(dim=1))
             generation.step_seconds.append(clock.seconds)
             generation.image_seconds += [seconds / len(batch)] * len(batch)
@@ -152,30 +180,42 @@ def generate(
     return made
 
 
-def call(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, step_end: Callable[..., object]) -> list[Image]:
+def call(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, step_end: Callable[..., object]) -> Any:
     """One pipeline call; each sample has its own generator, so that a picture does not depend on its batch.
 
     Schedulers that add noise on the way (LCM) take it from torch's own generator, which the pipelines give them no other way: it is
     seeded by the first sample for the call, so that both denoisers meet the same noise, and left as it was.
+
+    Returns:
+        what the pipeline returns, for `frames_of`.
+
+    Raises:
+        ConfigError: when the pipeline cannot use the scheduler, or is asked for arrays in place of pictures.
     """
-    arguments = {
-        "prompt": [s.prompt for s in batch],
+    common = {
         "num_inference_steps": sampling.steps,
         "guidance_scale": sampling.guidance,
         "height": sampling.height,
         "width": sampling.width,
-        **sampling.extra,
     }
-    devices = [pipe.device] if pipe.device.type == "cuda" else []
+    arguments = {
+        "prompt": [s.prompt for s in batch],
+        "output_type": "pil",  # pipelines of videos give arrays otherwise
+        **{k: v for k, v in common.items() if v is not None},
+        **{k: [v] * len(batch) if PROMPT_ARGUMENT.fullmatch(k) and isinstance(v, str) else v for k, v in sampling.extra.items()},
+        **step_arguments(pipe, step_end),
+    }
+    one_of("sampler.extra.output_type", arguments["output_type"], OUTPUT_TYPES)
+    device = device_of(pipe)
+    devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
             # not the seed itself: that is the noise which the picture begins with
             torch.manual_seed(random.Random(f"noise between steps {batch[0].seed}").getrandbits(63))
             return pipe(
-                **{k: v for k, v in arguments.items() if v is not None},
+                **arguments,
                 generator=[torch.Generator().manual_seed(s.seed) for s in batch],
-                callback_on_step_end=step_end,
-            ).images
+            )
     except ValueError as error:
         if sampling.scheduler is None or "scheduler" not in str(error):
             raise
@@ -183,6 +223,36 @@ def call(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, s
         raise ConfigError(
             f"sampler.scheduler={sampling.scheduler} cannot be used with {type(pipe).__name__}: {reason}; choose another one"
         ) from error
+
+
+def device_of(pipe: DiffusionPipeline) -> torch.device:
+    """Where a pipeline computes; offloaded modules lie elsewhere between their turns, and so would the pipeline's `device`."""
+    return getattr(pipe, "_execution_device", pipe.device)
+
+
+def step_arguments(pipe: DiffusionPipeline, step_end: Callable[..., object]) -> dict[str, Callable[..., object]]:
+    """The argument by which this pipeline tells of the end of each step.
+
+    PixArt's pipelines have only diffusers' older one, whose function is given `(step, timestep, latents)`.
+    """
+    known = inspect.signature(type(pipe).__call__).parameters
+    if "callback" in known and "callback_on_step_end" not in known:
+        return {"callback": lambda step, timestep, latents: step_end(pipe, step, timestep, {"latents": latents})}
+    return {"callback_on_step_end": step_end}
+
+
+def frames_of(output: Any) -> list[list[Image]]:
+    """The frames of each sample, from what a pipeline returned; none where it was asked for latents alone."""
+    made = output.frames if hasattr(output, "frames") else output.images
+    if isinstance(made, Tensor):
+        return []
+    return [list(sample) if isinstance(sample, list) else [sample] for sample in made]
+
+
+def frame_rate(pipe: DiffusionPipeline, sampling: Sampling) -> float:
+    """Frames per second of this pipeline's videos."""
+    argument = inspect.signature(type(pipe).__call__).parameters.get("frame_rate")
+    return float(sampling.extra.get("frame_rate") or (argument.default if argument else FRAME_RATE))
 
 
 def unknown_arguments(pipe: DiffusionPipeline, sampling: Sampling) -> list[str]:

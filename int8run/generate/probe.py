@@ -1,5 +1,6 @@
 """One denoising step of the float model, looked into: what the denoiser is called with, and what each layer sees."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,35 +13,52 @@ from torch import Tensor, nn
 from int8run.errors import ConfigError
 from int8run.generate.generate import call
 from int8run.generate.prompts import Sample
+from int8run.models.experts import denoiser_parts, use_denoiser
 from int8run.models.family import Sampling
 
 
-def record_call(
+def record_step(
     pipe: DiffusionPipeline, component: str, denoiser: nn.Module, batch: Sequence[Sample], sampling: Sampling
-) -> Mapping[str, Any]:
-    """Keyword arguments of the denoiser's last call in a run of two steps: real activations for measurements."""
-    return record_calls(pipe, component, denoiser, batch, replace(sampling, steps=2))[-1]
+) -> list[Mapping[str, Any]]:
+    """The denoiser's last call in a run of two steps, and of two experts the last of each: real activations for measurements."""
+    last = {made.get("expert"): made for made in record_calls(pipe, component, denoiser, batch, replace(sampling, steps=2))}
+    return list(last.values())
 
 
 @torch.no_grad()
 def record_calls(
     pipe: DiffusionPipeline, component: str, denoiser: nn.Module, batch: Sequence[Sample], sampling: Sampling
 ) -> list[Mapping[str, Any]]:
-    """Keyword arguments of each of the denoiser's calls."""
+    """Arguments of each of the denoiser's calls, all by name: some pipelines pass the first ones by position.
+
+    Of two experts `expert` says which was called (see `Experts.forward`).
+    """
     calls: list[Mapping[str, Any]] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args:
-            raise TypeError(f"{type(module).__name__} was called with positional arguments; the probe needs keywords")
-        calls.append({k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()})
-
-    pipe.register_modules(**{component: denoiser})
+    use_denoiser(pipe, denoiser, component)
     with ExitStack() as stack:
-        stack.callback(denoiser.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        for prefix, part in denoiser_parts(denoiser).items():
+            which = {"expert": prefix.removesuffix(".")} if prefix else {}
+            names = list(inspect.signature(part.forward).parameters)
+
+            def keep(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], which: dict[str, str] = which, names: list[str] = names
+            ) -> None:
+                calls.append({**which, **{k: copied(v) for k, v in {**dict(zip(names, args, strict=False)), **kwargs}.items()}})
+
+            stack.callback(part.register_forward_pre_hook(keep, with_kwargs=True).remove)
         # hooks inside a compiled graph would break it
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         call(pipe, batch, sampling, lambda *_: {})
     return calls
+
+
+def copied(value: Any) -> Any:
+    """A value that later steps cannot change; some denoisers take lists of tensors (Z-Image) or tensors by name (SDXL)."""
+    if isinstance(value, list):
+        return [copied(v) for v in value]
+    if isinstance(value, dict):
+        return {k: copied(v) for k, v in value.items()}
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 @torch.no_grad()

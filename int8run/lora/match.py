@@ -2,8 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -12,8 +12,11 @@ from int8run.lora.files import LoraFile
 from int8run.lora.keys import DENOISER, split_key
 from int8run.lora.kinds import Change
 from int8run.lora.names import NameTable, Place, rows_in_file, weight_shape
+from int8run.models.experts import denoiser_parts
 
 log = logging.getLogger(__name__)
+# components that are one of two denoisers
+EXPERTS = ("transformer", "transformer_2")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,34 @@ class Wanted:
 
     def takes(self, component: str) -> bool:
         """Whether a part of the file is to be applied."""
-        return self.components is None or component in self.components
+        return self.components is None or component in self.components or (component == DENOISER and bool(self.experts))
+
+    @property
+    def experts(self) -> list[str]:
+        """Of two denoisers, those that it is for; none named: both."""
+        return [c for c in self.components or () if c in EXPERTS]
+
+
+class Tables:
+    """The names of a part's modules in files; the denoisers of one pipeline have the same names, and a name means all of them."""
+
+    def __init__(self, part: nn.Module):
+        self.by_prefix = {prefix: NameTable.of(module) for prefix, module in denoiser_parts(part).items()}
+
+    def find_all(self, names: Iterable[str], experts: Sequence[str] = ()) -> dict[str, tuple[Place, ...] | None]:
+        """The places of several names, see `NameTable.find`.
+
+        Args:
+            experts: of two denoisers, those that are meant; empty: both.
+        """
+        names = list(names)
+        found: dict[str, tuple[Place, ...] | None] = dict.fromkeys(names)
+        for prefix, table in self.by_prefix.items():
+            if not prefix or not experts or prefix.removesuffix(".") in experts:
+                for name, places in table.find_all(names).items():
+                    if places:
+                        found[name] = (*(found[name] or ()), *(replace(place, module=prefix + place.module) for place in places))
+        return found
 
 
 def match(parts: Mapping[str, nn.Module], stack: Sequence[Wanted], strict: bool) -> Matches:
@@ -55,13 +85,18 @@ def match(parts: Mapping[str, nn.Module], stack: Sequence[Wanted], strict: bool)
     Raises:
         LoraError: no match at all, a wrong shape, or, when strict, any key without a place.
     """
-    tables = {component: NameTable.of(module) for component, module in parts.items()}
+    tables = {component: Tables(module) for component, module in parts.items()}
     found: dict[str, dict[str, list[tuple[int, Change]]]] = {component: {} for component in parts}
     unmatched: list[tuple[int, str, str]] = []
     for index, wanted in enumerate(stack):
         file = wanted.file
+        for expert in wanted.experts:
+            known = [prefix.removesuffix(".") for prefix in tables[DENOISER].by_prefix if prefix]
+            if expert not in known:
+                there = f"has {', '.join(known)}" if known else "has one denoiser: components=[denoiser]"
+                raise LoraError(f"{file.path.name}: components={list(wanted.components or ())} names {expert}, this model {there}")
         has = set(file.changes) | {split_key(key).component for key, _ in file.unknown}
-        if wanted.components is not None and not has & set(wanted.components):
+        if wanted.components is not None and not any(map(wanted.takes, has)):
             raise LoraError(
                 f"{file.path.name}: components={list(wanted.components)} leaves nothing of it; it has {', '.join(sorted(has)) or 'none'}"
             )
@@ -70,7 +105,7 @@ def match(parts: Mapping[str, nn.Module], stack: Sequence[Wanted], strict: bool)
         for component, changes in file.changes.items():
             if not wanted.takes(component):
                 continue
-            places, missing = locate(component, changes, parts, tables)
+            places, missing = locate(component, changes, parts, tables, wanted.experts)
             lost += missing
             for name, (target, spots) in places.items():
                 landed += 1
@@ -84,7 +119,7 @@ def match(parts: Mapping[str, nn.Module], stack: Sequence[Wanted], strict: bool)
 
 
 def locate(
-    component: str, changes: Mapping[str, Change], parts: Mapping[str, nn.Module], tables: Mapping[str, NameTable]
+    component: str, changes: Mapping[str, Change], parts: Mapping[str, nn.Module], tables: Mapping[str, Tables], experts: Sequence[str]
 ) -> tuple[dict[str, tuple[str, tuple[Place, ...]]], list[tuple[str, str]]]:
     """The places of one component's changes: in the part of that name, for text encoders else in another one that has such modules.
 
@@ -94,7 +129,7 @@ def locate(
     places: dict[str, tuple[str, tuple[Place, ...]]] = {}
     for candidate in candidates:
         if candidate in tables:
-            spots = tables[candidate].find_all([name for name in changes if name not in places])
+            spots = tables[candidate].find_all([name for name in changes if name not in places], experts)
             places |= {
                 name: (candidate, found)
                 for name, found in spots.items()

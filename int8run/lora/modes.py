@@ -36,25 +36,39 @@ def added_up(start: Tensor, cores: Sequence[tuple[int, Core]], strengths: Sequen
 
 
 class FloatMerge:
-    """LoRAs added to float weights and biases, with the originals kept: changing a strength starts from them."""
+    """LoRAs added to float weights and biases, with the originals kept: changing a strength starts from them.
+
+    Weights that are not in memory are left to `merged`, which adds to them when they are read.
+    """
 
     def __init__(self, model: nn.Module, changes: Mapping[str, Changes]):
         self.strengths: list[float] | None = None
         self.weights: dict[str, tuple[nn.Parameter, Tensor, list[tuple[int, Core]]]] = {}
         self.biases: dict[str, tuple[nn.Parameter, Tensor, list[tuple[int, Tensor]]]] = {}
+        self.unread: dict[str, list[tuple[int, Core]]] = {}
+        device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
         for name, entries in changes.items():
             module = model.get_submodule(name)
             if isinstance(module, Int8Linear):
                 continue
-            if (cores := cores_of(entries)) and isinstance(module.weight, nn.Parameter):
+            cores = cores_of(entries)
+            if cores and isinstance(module.weight, nn.Parameter) and module.weight.is_meta:
+                self.unread[name] = cores
+            elif cores and isinstance(module.weight, nn.Parameter):
                 self.weights[name] = (module.weight, module.weight.detach().clone(), cores)
             if biasing := [(i, c.bias) for i, c in entries if c.bias is not None]:
-                bias = bias_of(module)
+                bias = bias_of(module, device)
                 self.biases[name] = (bias, bias.detach().clone(), biasing)
 
     def original(self, name: str) -> Tensor:
         """The weight of a module without any LoRA."""
         return self.weights[name][1]
+
+    @torch.no_grad()
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """A weight that was just read, with the LoRAs at the strengths of now added."""
+        cores, strengths = self.unread.get(name, []), self.strengths or []
+        return added_up(weight, cores, strengths, weight).to(weight.dtype) if cores and any(strengths) else weight
 
     @torch.no_grad()
     def set_strengths(self, strengths: Sequence[float]) -> None:
@@ -71,12 +85,12 @@ class FloatMerge:
             bias.copy_(merged)
 
 
-def bias_of(module: nn.Module) -> nn.Parameter:
-    """The bias of a module, made of zeros where it has none."""
+def bias_of(module: nn.Module, device: torch.device) -> nn.Parameter:
+    """The bias of a module, made of zeros on the device where it has none."""
     if module.bias is None:
         weight = module.weight
         assert isinstance(weight, Tensor)
-        module.bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=False)
+        module.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype, device=device), requires_grad=False)
     assert isinstance(module.bias, nn.Parameter)
     return module.bias
 

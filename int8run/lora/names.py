@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from int8run.errors import LoraError
-from int8run.models.native import NamingRule, captures, fill, rules_for
+from int8run.models.native import NamingRule, captures, fill, greatest, rules_for
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,6 @@ def spell(modules: Mapping[str, tuple[Rows, ...]], rules: Sequence[NamingRule]) 
         used |= found
         newest = list(found)
     return known
-
-
-def greatest(pattern: str, names: Iterable[str]) -> int:
-    """The greatest number that the first `*` of a pattern stands for in names; -1 when none matches."""
-    return max((int(values[0][0]) for name in names if (values := captures(pattern, name))), default=-1)
 
 
 def join(rows: Iterable[Rows]) -> tuple[Rows, ...]:

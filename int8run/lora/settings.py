@@ -14,7 +14,8 @@ from int8run.lora.few_step import FewStep, preset, steps_in_name
 MODES = ("auto", "dynamic", "bake", "stochastic")
 STRENGTH_LIMIT = 20
 USUAL_STRENGTHS = (-1, 2)
-COMPONENTS = ("denoiser", "text_encoder", "text_encoder_2", "text_encoder_3")
+# `transformer` and `transformer_2`: of a pipeline with two denoisers, one alone
+COMPONENTS = ("denoiser", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 # fraction of the steps -> strength from there on
 Schedule = Sequence[Sequence[float]]
 

@@ -239,6 +239,10 @@ class LoraStack:
 
         return read
 
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """A weight of the denoiser that was just read, with the LoRAs at the strengths of now added."""
+        return self.merges[DENOISER].merged(name, weight) if DENOISER in self.merges else weight
+
     def apply(self) -> None:
         """Bring the model to the entries' strengths."""
         self.set_strengths([e.strength for e in self.entries], [e.text_strength for e in self.entries])

@@ -5,12 +5,18 @@ from dataclasses import dataclass
 
 from int8run.errors import ConfigError, one_of, switch
 
+BASELINES = ("run", "cached", "none")
 PERCEPTUAL = ("ms_ssim", "lpips", "effnet_distance", "clip_score")
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """`baseline=run` generates with the float model too, interleaved; `none` measures the INT8 model alone."""
+    """What is measured, and against what.
+
+    Args:
+        baseline: `run`: the float model draws too, in turn with the INT8 model. `cached`: it draws first and alone, unless an earlier run
+            kept its pictures. `none`: there is no float model.
+    """
 
     baseline: str = "run"
     layers: bool = True  # per-layer output SQNR on real activations: one float step with hooks
@@ -18,7 +24,7 @@ class Metrics:
     objective: str = "quality/psnr_db"  # the metric that a sweeper gets
 
     def __post_init__(self) -> None:
-        one_of("metrics.baseline", self.baseline, ("run", "none"))
+        one_of("metrics.baseline", self.baseline, BASELINES)
         switch("metrics.layers", self.layers)
         if isinstance(self.perceptual, str) or not isinstance(self.perceptual, Sequence):
             raise ConfigError(f"metrics.perceptual is {self.perceptual!r}; give a list of {', '.join(PERCEPTUAL)}, such as [lpips]")

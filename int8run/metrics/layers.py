@@ -1,5 +1,6 @@
 """Per-layer fidelity: each INT8 layer's output beside the float layer's, on real activations; and memory."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,12 @@ from int8run.layers.linear import Int8Linear
 from int8run.quant.weight import sqnr_db
 from int8run.quantize import FALLBACK, LayerPlan
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-def measure_outputs(float_denoiser: nn.Module, int8_denoiser: nn.Module, call: Mapping[str, Any], plans: Sequence[LayerPlan]) -> None:
+
+def measure_outputs(
+    float_denoiser: nn.Module, int8_denoiser: nn.Module, calls: Sequence[Mapping[str, Any]], plans: Sequence[LayerPlan]
+) -> None:
     """Add `output_sqnr_db` to the plan of every INT8 layer: the same input through both layers."""
     by_name = {p.name: p for p in plans if p.keep_float is None}
 
@@ -28,7 +33,36 @@ def measure_outputs(float_denoiser: nn.Module, int8_denoiser: nn.Module, call: M
             )
         by_name[name].measured["output_sqnr_db"] = sqnr_db(y, ours)
 
-    watch_layers(float_denoiser, call, list(by_name), see)
+    for call in calls:
+        watch_layers(float_denoiser, call, list(by_name), see)
+
+
+def multiply_adds(denoiser: nn.Module, calls: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Multiply-adds of every Linear and convolution in these calls, by name. Attention's products are not counted."""
+    found: Counter[str] = Counter()
+    layers = [n for n, m in denoiser.named_modules() if hasattr(m, "in_features") or isinstance(m, CONVOLUTIONS)]
+
+    def see(name: str, x: Tensor, y: Tensor) -> None:
+        layer: Any = denoiser.get_submodule(name)
+        found[name] += y.numel() * (layer.in_features if hasattr(layer, "in_features") else layer.weight[0].numel())
+
+    for call in calls:
+        watch_layers(denoiser, call, layers, see)
+    return dict(found)
+
+
+def int8_shares(plans: Sequence[LayerPlan], work: Mapping[str, int], params: int) -> dict[str, float]:
+    """How much of the denoiser is INT8.
+
+    Args:
+        work: multiply-adds by layer.
+        params: numbers in the denoiser's parameters.
+    """
+    int8 = [p for p in plans if p.keep_float is None]
+    return {
+        "quant/macs_int8_share": sum(work.get(p.name, 0) for p in int8) / max(1, sum(work.values())),
+        "quant/params_int8_share": sum(p.in_features * p.out_features for p in int8) / max(1, params),
+    }
 
 
 def layer_metrics(plans: Sequence[LayerPlan]) -> dict[str, float]:

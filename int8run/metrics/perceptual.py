@@ -19,7 +19,7 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 
 log = logging.getLogger(__name__)
 
-# candidate and baseline, each [1, 3, H, W] in 0..1 on the CPU, and the prompt -> columns of the picture's row
+# candidate and baseline, each [1, 3, H, W] in 0..1 on the CPU, and the prompt -> columns of the picture's or frame's row
 Measure = Callable[[Tensor, Tensor, str], dict[str, float]]
 
 MS_SSIM_SIDE = 176  # four halvings leave the 11 px that the window of the last scale covers
@@ -27,6 +27,9 @@ LPIPS_SIDE = 31  # less, and AlexNet's second pooling has nothing left to pool
 EFFNET_SIDE = 224
 CLIP = "openai/clip-vit-large-patch14"
 ANSWER_SECONDS = 10  # a server that is silent for longer counts as not there
+
+# metrics of a whole picture against words: of a video, which keeps its subject, three frames say as much as all, and cost less
+KEY_FRAMES_ONLY = ("clip_score",)
 
 # what fetching or reading weights raises: no network or file, a broken transfer, a wrong checksum, a damaged file
 LOADING_ERRORS = (OSError, HTTPException, RuntimeError, UnpicklingError, EOFError, LookupError)
@@ -36,17 +39,17 @@ class UnavailableError(Exception):
     """A metric that cannot be had here: why, and what would give it."""
 
 
-def measures(wanted: Iterable[str], side: int) -> list[Measure]:
-    """The wanted metrics that can be had, in order, with one warning for each of the others.
+def measures(wanted: Iterable[str], side: int) -> dict[str, Measure]:
+    """The wanted metrics that can be had, by name and in order, with one warning for each of the others.
 
     Args:
         wanted: names from `metrics.base.PERCEPTUAL`.
         side: the shorter side of the smallest picture.
     """
-    found = []
+    found = {}
     for name in wanted:
         try:
-            found.append(LOADERS[name](side))
+            found[name] = LOADERS[name](side)
         except UnavailableError as error:
             log.warning("quality/%s left out: %s", name, error)
     return found

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,7 +11,15 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from int8run.generate.generate import Generation
-from int8run.metrics.perceptual import MS_SSIM_SIDE, measures
+from int8run.metrics.perceptual import KEY_FRAMES_ONLY, MS_SSIM_SIDE, measures
+
+
+@dataclass(frozen=True)
+class SampleQuality:
+    """One picture or video beside the float model's."""
+
+    values: dict[str, float]  # each metric once: of a video the mean over those frames that have it
+    frames: list[dict[str, float]]  # the metrics of each frame; of a picture there is one
 
 
 def to_tensor(image: Image) -> Tensor:
@@ -19,40 +28,54 @@ def to_tensor(image: Image) -> Tensor:
 
 
 @torch.no_grad()
-def per_image(
-    candidate: Generation, baseline: Generation, prompts: Sequence[str], perceptual: Sequence[str] = ()
-) -> list[dict[str, float]]:
-    """One row per picture.
+def per_image(candidate: Generation, baseline: Generation, prompts: Sequence[str], perceptual: Sequence[str] = ()) -> list[SampleQuality]:
+    """One row per picture or video; the frames of a video are compared one by one.
 
     `psnr_db` has data range 1 and is infinite for equal pictures. `ssim` is Wang et al. 2004 with a Gaussian window of
-    11x11, sigma 1.5. `latent_rel_err` is `|a - b| / |b|` of the last latents. `ms_ssim` comes with every picture that is
-    large enough for it.
+    11x11, sigma 1.5. `latent_rel_err` is `|a - b| / |b|` of the last latents, all frames together. `ms_ssim` comes with
+    every picture that is large enough for it. `clip_score` looks at the first, the middle and the last frame.
 
     Args:
-        prompts: one per picture.
+        prompts: one per picture or video.
         perceptual: names of metrics in `metrics.perceptual` to add; each that cannot be had is named in the log and left out.
     """
-    side = min(min(image.size) for image in (*candidate.images, *baseline.images))
+    side = min(min(frame.size) for made in (candidate, baseline) for frames in made.frames for frame in frames)
     always = ["ms_ssim"] if side >= MS_SSIM_SIDE else []
     extra = measures(dict.fromkeys([*always, *perceptual]), side)
     rows = []
-    images, latents = (candidate.images, baseline.images), (candidate.trajectories, baseline.trajectories)
-    for a, b, la, lb, prompt in zip(*images, *latents, prompts, strict=True):
-        x, y = to_tensor(a), to_tensor(b)
-        row = {
-            "psnr_db": math.inf if torch.equal(x, y) else peak_signal_noise_ratio(x, y, data_range=1.0).item(),
-            "ssim": structural_similarity_index_measure(x, y, data_range=1.0, gaussian_kernel=True, sigma=1.5).item(),
-            "latent_rel_err": relative_error(la[-1], lb[-1]),
-        }
-        for measure in extra:
-            row |= measure(x, y, prompt)
-        rows.append(row)
+    samples = zip(candidate.frames, baseline.frames, candidate.trajectories, baseline.trajectories, prompts, strict=True)
+    for ours, floats, our_latents, float_latents, prompt in samples:
+        shown = key_frames(len(ours)).values()
+        frames = []
+        for number, (a, b) in enumerate(zip(ours, floats, strict=True)):
+            x, y = to_tensor(a), to_tensor(b)
+            frame = {
+                "psnr_db": math.inf if torch.equal(x, y) else peak_signal_noise_ratio(x, y, data_range=1.0).item(),
+                "ssim": structural_similarity_index_measure(x, y, data_range=1.0, gaussian_kernel=True, sigma=1.5).item(),
+            }
+            for name, measure in extra.items():
+                if name not in KEY_FRAMES_ONLY or number in shown:
+                    frame |= measure(x, y, prompt)
+            frames.append(frame)
+        values = {name: float(np.mean([frame[name] for frame in frames if name in frame])) for name in frames[0]}
+        rows.append(SampleQuality(values | {"latent_rel_err": relative_error(our_latents[-1], float_latents[-1])}, frames))
     return rows
 
 
-def mean_quality(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean over pictures of each column, under its public name; `float/…` is one already."""
-    return {name if "/" in name else f"quality/{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
+def key_frames(count: int) -> dict[str, int]:
+    """The frames that stand for a video, by what they are called; of a picture the only one."""
+    return {"first": 0, "middle": count // 2, "last": count - 1} if count > 2 else dict(zip(("first", "last"), range(count), strict=False))
+
+
+def mean_quality(rows: Sequence[SampleQuality]) -> dict[str, float]:
+    """The mean over samples of each metric, under its public name; `float/…` is one already."""
+    names = rows[0].values
+    return {name if "/" in name else f"quality/{name}": float(np.mean([row.values[name] for row in rows])) for name in names}
+
+
+def frame_series(rows: Sequence[SampleQuality], name: str) -> list[float]:
+    """A metric of the first frame, the second and so on, each the mean over samples."""
+    return [float(np.mean([frame[name] for frame in frames])) for frames in zip(*(row.frames for row in rows), strict=True)]
 
 
 def trajectory_error(candidate: Generation, baseline: Generation) -> list[float]:

@@ -13,13 +13,18 @@ def step_times(made: Generation) -> list[float]:
 
 
 def speed(candidate: Generation, baseline: Generation | None) -> dict[str, float]:
-    """Percentiles of the candidate's steps, its images per second, and the median ratio to an interleaved baseline."""
+    """Percentiles of the candidate's steps, its pictures or videos per second, and the median ratio to an interleaved baseline.
+
+    `speed/frames_per_s` comes with videos.
+    """
     ours = step_times(candidate)
     values = {
         "speed/step_ms_p50": statistics.median(ours),
         "speed/step_ms_p90": percentile(ours, 0.9),
         "speed/images_per_s": len(candidate.image_seconds) / sum(candidate.image_seconds),
     }
+    if candidate.is_video:
+        values["speed/frames_per_s"] = sum(map(len, candidate.frames)) / sum(candidate.image_seconds)
     if baseline is not None:
         values["speed/ratio_vs_float"] = statistics.median(step_times(baseline)) / values["speed/step_ms_p50"]
     return values

@@ -1,12 +1,16 @@
 """What is known about a model: facts about an architecture family and about one checkpoint, both from YAML."""
 
 import fnmatch
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
-from int8run.errors import ConfigError, in_range, one_of
+import yaml
+
+from int8run.errors import ConfigError, in_range, one_of, suggest
 
 log = logging.getLogger(__name__)
 # arguments of a pipeline that fix the number of its steps
@@ -37,12 +41,31 @@ class DeferredGelu:
     into: str
 
 
+@dataclass(frozen=True)
+class Fingerprint:
+    """How the weights of a denoiser are known by their names in a file, without the prefix that a file may put before all of them.
+
+    Args:
+        denoiser: the diffusers class that such weights belong to.
+        all: fnmatch patterns; each matches some key.
+        none: fnmatch patterns; none matches any key.
+    """
+
+    denoiser: str
+    all: Sequence[str]
+    none: Sequence[str] = ()
+
+
 KEEP_FLOAT = ("listed", "auto")
+# the files that say what is known about each family
+FAMILIES = Path(__file__).parents[1] / "conf" / "model_type"
+# fields of a family that are rows of a table, and what a row is
+ROWS: Mapping[str, type] = {"float_layers": KeepRule, "deferred_gelu": DeferredGelu, "fingerprints": Fingerprint}
 
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """One architecture family.
+    """One architecture family. The rows of its tables may be given as mappings, as YAML has them.
 
     Args:
         name: the word used for it everywhere.
@@ -51,6 +74,12 @@ class ModelFamily:
         float_layers: rules for Linears that stay float; the first that matches counts.
         same_input: groups of Linears, relative to a block, that read the same tensor: it is quantized once for all.
         deferred_gelu: activations that move into the quantization of the next layer.
+        inputs: in_features of Linears by fnmatch pattern, where families share a class: each pattern matches some Linear, and all
+            that it matches are this wide.
+        fingerprints: files whose weights belong to the family.
+        blocks: names of the lists of repeated blocks.
+        lora_prefixes: words before the layer names in LoRA files made for it.
+        hardware: the smallest that it makes sense on, in one sentence.
     """
 
     name: str
@@ -59,51 +88,108 @@ class ModelFamily:
     float_layers: Sequence[KeepRule] = ()
     same_input: Sequence[Sequence[str]] = ()
     deferred_gelu: Sequence[DeferredGelu] = ()
+    inputs: Mapping[str, int] = field(default_factory=dict)
+    fingerprints: Sequence[Fingerprint] = ()
+    blocks: Sequence[str] = ()
+    lora_prefixes: Sequence[str] = ()
+    hardware: str = ""
 
     def __post_init__(self) -> None:
         one_of("model_type.keep_float", self.keep_float, KEEP_FLOAT)
+        for name, kind in ROWS.items():
+            rows = [row_of(kind, row, f"model_type.{name}.{i}") for i, row in enumerate(getattr(self, name))]
+            object.__setattr__(self, name, tuple(rows))  # the class is frozen
 
     def why_float(self, layer: str) -> str | None:
         """The reason why a Linear stays float, or None when it becomes INT8."""
         return next((rule.why for rule in self.float_layers if fnmatch.fnmatchcase(layer, rule.pattern)), None)
 
-    def for_denoiser(self, denoiser: str, blocks: Sequence[str], linears: Sequence[str]) -> "ModelFamily":
+    def wrong_inputs(self, linears: Mapping[str, int]) -> str | None:
+        """What speaks against the family in the widths of a denoiser's Linears (name -> in_features), or None where they fit."""
+        for pattern, width in self.inputs.items():
+            found = {linears[name] for name in linears if fnmatch.fnmatchcase(name, pattern)}
+            if found != {width}:
+                widths = "/".join(map(str, sorted(found))) or "none"
+                return f"{pattern} takes {width} inputs, the denoiser has {widths}"
+        return None
+
+    def for_denoiser(self, denoiser: str, blocks: Sequence[str], linears: Mapping[str, int]) -> "ModelFamily":
         """The family to use for a denoiser class. A named family is taken at its word, but a mismatch is said."""
         if self.denoisers and denoiser not in self.denoisers:
             log.warning("model_type=%s is for %s, the denoiser is a %s", self.name, "/".join(self.denoisers), denoiser)
+        elif wrong := self.wrong_inputs(linears):
+            log.warning("model_type=%s does not fit this %s: %s", self.name, denoiser, wrong)
         return self
+
+
+def row_of(kind: type, row: Any, where: str) -> Any:
+    """A row of a family's table: one that is made already, or the mapping that YAML has.
+
+    Raises:
+        ConfigError: for a key that such a row does not have, or one that is missing.
+    """
+    if isinstance(row, kind):
+        return row
+    known = [f.name for f in fields(kind)]
+    if not isinstance(row, Mapping):
+        raise ConfigError(f"{where} is {row!r}; it takes {', '.join(known)}")
+    for key in row:
+        if key not in known:
+            raise ConfigError(f"no setting called '{where}.{key}'; {suggest(str(key), known)}choose from {', '.join(known)}")
+    try:
+        return kind(**row)
+    except TypeError as error:
+        raise ConfigError(f"{where} is {dict(row)}; it needs {', '.join(known)}") from error
+
+
+@functools.cache
+def shipped_families() -> Mapping[str, ModelFamily]:
+    """The families of `conf/model_type` that name what belongs to them, by name. Read when a job needs them, not by every one."""
+    found = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(FAMILIES.glob("*.yaml"))}
+    return {
+        name: ModelFamily(**{key: value for key, value in family.items() if key != "_target_"})
+        for name, family in found.items()
+        if family.get("denoisers") or family.get("fingerprints")
+    }
 
 
 @dataclass(frozen=True)
 class AutoFamily:
-    """Decides by the denoiser's class; for an unknown one only Linears inside the repeated blocks become INT8."""
+    """Decides by the denoiser's class and the inputs that a family names.
 
-    families: Mapping[str, ModelFamily]
+    For an unknown one only Linears inside the repeated blocks become INT8.
+
+    Args:
+        families: to choose from; None: all that ship.
+    """
+
     keep_float: str = "listed"
+    families: Mapping[str, ModelFamily] | None = None
     name: str = "auto"
 
     def __post_init__(self) -> None:
         one_of("model_type.keep_float", self.keep_float, KEEP_FLOAT)
 
-    def for_denoiser(self, denoiser: str, blocks: Sequence[str], linears: Sequence[str]) -> ModelFamily:
-        """The family of a denoiser class, else the conservative rule with a warning.
+    def for_denoiser(self, denoiser: str, blocks: Sequence[str], linears: Mapping[str, int]) -> ModelFamily:
+        """The family of a denoiser, else the conservative rule with a warning.
 
         Args:
             blocks: names of the repeated block lists, with `.` at the end of each block's own prefix, in model order.
-            linears: names of the denoiser's Linears.
+            linears: in_features of the denoiser's Linears by name.
         """
-        for family in self.families.values():
-            if denoiser in family.denoisers:
+        families = shipped_families() if self.families is None else self.families
+        for family in families.values():
+            if denoiser in family.denoisers and family.wrong_inputs(linears) is None:
                 return replace(family, keep_float=self.keep_float)
         log.warning(
             "model_type=auto does not know %s; only Linears inside its repeated blocks become INT8, the first and the last "
             "block stay float. Name one with model_type= (%s) or write one: docs in conf/model_type/",
-            denoiser, ", ".join(sorted(self.families)),
+            denoiser, ", ".join(sorted(families)),
         )  # fmt: skip
         return replace(conservative(blocks, linears), keep_float=self.keep_float)
 
 
-def conservative(blocks: Sequence[str], linears: Sequence[str]) -> ModelFamily:
+def conservative(blocks: Sequence[str], linears: Iterable[str]) -> ModelFamily:
     """The rule for a denoiser that nobody described: its repeated blocks but the very first and the very last, nothing else."""
     middle = tuple(blocks[1:-1])
     rules = [KeepRule(n, "unknown architecture: outside the middle blocks") for n in linears if not n.startswith(middle)]
@@ -161,10 +247,12 @@ class ModelSource:
     """One checkpoint.
 
     Args:
-        location: hub id, diffusers folder, or `shipped:NAME` for a model inside this package.
+        location: hub id, diffusers folder, `shipped:NAME` for a model inside this package, or a single .safetensors file with the
+            denoiser alone: a path, or `org/repo/path.safetensors` on the hub.
         lora_base: the key of this checkpoint in a LoRA stack's sources.
         dtype: dtype of the float model.
         sampling: the checkpoint's own defaults.
+        base: hub id or diffusers folder of everything but the denoiser, when the location is a single file.
     """
 
     location: str | None
@@ -172,6 +260,7 @@ class ModelSource:
     sampling: Sampling
     revision: str | None = None
     dtype: str = "bfloat16"
+    base: str | None = None
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, DTYPES)

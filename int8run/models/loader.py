@@ -3,7 +3,7 @@
 import importlib.metadata
 import inspect
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from int8run.errors import BackendError, ConfigError, FileError, suggest
-from int8run.models.family import ModelFamily, ModelSource, Sampling
+from int8run.models.family import Sampling
+from int8run.models.source import read_index, unloadable
 
 log = logging.getLogger(__name__)
-SHIPPED = Path(__file__).parents[1] / "assets"
 DEVICES = ("cpu", "cuda")
-DENOISER_COMPONENTS = ("transformer", "unet")
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The float model as it comes, and what is known about it."""
-
-    pipe: DiffusionPipeline
-    component: str
-    denoiser: nn.Module
-    scheduler: Any  # as the checkpoint has it
-    family: ModelFamily
-    sampling: Sampling
-    seconds: float
 
 
 def pick_device(asked: str) -> torch.device:
@@ -56,34 +42,34 @@ def pick_device(asked: str) -> torch.device:
     return device
 
 
-def load_pipeline(source: ModelSource, device: torch.device) -> DiffusionPipeline:
-    """The float pipeline, every module in `source.dtype` on `device`. Only safetensors weights are read.
+def load_pipeline(folder: Path, denoisers: Mapping[str, nn.Module], dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+    """The pipeline of a diffusers folder, every module in `dtype` on `device`. Only safetensors weights are read.
+
+    Args:
+        denoisers: components that are there already, such as skeletons; they are taken as they are. The others are read.
 
     Raises:
-        FileError: when the location is missing, incomplete or cannot be had.
+        FileError: when the folder is incomplete.
     """
-    location = str(source.location)
-    shipped = location.startswith("shipped:")
-    path = SHIPPED / location.removeprefix("shipped:") if shipped else Path(location).expanduser()
-    if path.suffix in (".safetensors", ".gguf", ".ckpt", ".pt"):
-        raise ConfigError(f"model.location={location} is a single file; this version reads hub ids and diffusers folders")
-    looks_local = shipped or location.startswith((".", "/", "~")) or path.is_dir()
-    if looks_local and not (path / "model_index.json").is_file():
-        raise FileError(f"{path.absolute()} is not a diffusers folder: it has no model_index.json")
     # their bars write over ours
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    # the base class forgets components that a pipeline calls optional, and reads them itself
+    named = getattr(diffusers, str(read_index(folder, str(folder)).get("_class_name")), None)
+    cls: Any = named if isinstance(named, type) and issubclass(named, DiffusionPipeline) else DiffusionPipeline
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(path) if looks_local else location,
-            revision=source.revision, dtype=getattr(torch, source.dtype), use_safetensors=True,
-        )  # fmt: skip
+        pipeline = cls.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, **denoisers)
     # diffusers reads a damaged index as it comes: a list, a missing key and an unknown class each raise their own kind
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: " * isinstance(error, KeyError | TypeError) + " ".join(str(error).split())[:300]
-        raise FileError(f"model {location!r} could not be loaded: {reason}; set model.location to a folder that has it") from error
+        raise unloadable(str(folder), error) from error
+    for name, denoiser in denoisers.items():
+        if getattr(pipeline, name) is not denoiser:
+            raise FileError(f"{cls.__name__} of diffusers {diffusers.__version__} takes no {name} from outside; use a diffusers folder")
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    for name, module in pipeline.components.items():
+        if isinstance(module, nn.Module) and name not in denoisers:
+            module.to(device)
+    return pipeline
 
 
 def use_scheduler(pipe: DiffusionPipeline, original: Any, sampling: Sampling) -> None:
@@ -128,23 +114,8 @@ def is_scheduler(name: str) -> bool:
     return isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin) and issubclass(cls, diffusers.ConfigMixin)
 
 
-def find_denoiser(pipeline: DiffusionPipeline) -> str:
-    """The name of the pipeline's denoiser component.
-
-    Raises:
-        ConfigError: when it has none.
-    """
-    for name in DENOISER_COMPONENTS:
-        if isinstance(getattr(pipeline, name, None), nn.Module):
-            return name
-    raise ConfigError(
-        f"{type(pipeline).__name__} has no denoiser: its components are {', '.join(sorted(pipeline.components))}; a denoiser "
-        f"is the module that is called once per step, in diffusers named {' or '.join(DENOISER_COMPONENTS)}"
-    )
-
-
 def repeated_blocks(denoiser: nn.Module) -> list[str]:
-    """Prefixes of the blocks in the denoiser's own block lists (`transformer_blocks.0.`), in order."""
+    """Prefixes of the blocks in a denoiser's own block lists (`transformer_blocks.0.`), in order."""
     return [
         f"{name}.{i}."
         for name, child in denoiser.named_children()

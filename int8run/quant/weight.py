@@ -17,8 +17,8 @@ class QuantizedWeight:
 
     @property
     def saturated_share(self) -> float:
-        """Share of codes at -127 or 127. Every row has at least one, so 1/K is the floor."""
-        return (self.qdata.abs() == INT8_MAX).float().mean().item()
+        """Share of codes at -127 or 127 (or -128, which other programs write). Every row has at least one, so 1/K is the floor."""
+        return ((self.qdata >= INT8_MAX) | (self.qdata <= -INT8_MAX)).float().mean().item()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the integers stand for. Returns [N, K]."""

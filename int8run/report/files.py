@@ -6,6 +6,7 @@ import math
 import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ GRID_MIN_SIDE = 192
 DIFFERENCE_GAIN = 8
 # characters at the end of a caption that are never cut: ` · seed 12`
 CAPTION_END = 10
+# of WebP; lossless, a noisy video takes seven times the bytes, and the PNGs beside it are exact
+ANIMATION_QUALITY = 95
+ANIMATION_EFFORT = 2  # half the time of WebP's usual 4 for as many bytes
 LAYER_COLUMNS = (
     "name", "out_features", "in_features", "quantized", "why_not", "outlier", "outlier_why_not", "rounding",
     "backend_asked", "backend_used", "weight_sqnr_db", "output_sqnr_db", "saturated_share",
@@ -32,24 +36,52 @@ def difference(a: Image.Image, b: Image.Image) -> Image.Image:
 
 
 def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str]) -> Image.Image:
-    """Pictures in rows with a caption above each row and a heading above each column."""
+    """Pictures in rows with a caption above each row and a heading above each column.
+
+    A row without pictures is a caption for the rows below it: those of one video.
+    """
     side = max(im.width for _, images in rows for im in images)
     factor = max(1, -(-GRID_MIN_SIDE // side))
-    width, height = (d * factor for d in rows[0][1][0].size)
-    gap, text = 12, 16
+    width, height = (d * factor for d in next(images[0].size for _, images in rows if images))
+    # words grow with the pictures: a large sheet is looked at from further away
+    gap, text = 12, max(16, width // 24)
     font = ImageFont.load_default(size=text)
     line = text + 8
-    sheet = Image.new("RGB", (len(columns) * (width + gap) + gap, line + len(rows) * (height + line + gap) + gap), "white")
+    heights = [line + (height + gap if images else 0) for _, images in rows]
+    sheet = Image.new("RGB", (len(columns) * (width + gap) + gap, line + sum(heights) + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for c, heading in enumerate(columns):
         draw.text((gap + c * (width + gap), gap // 2), heading, fill="black", font=font)
-    for r, (caption, images) in enumerate(rows):
-        top = line + gap + r * (height + line + gap)
+    for top, (caption, images) in zip(accumulate(heights, initial=line + gap), rows, strict=False):
         draw.text((gap, top - 2), fitting(caption, sheet.width - 2 * gap, font.getlength), fill="#555", font=font)
         for c, image in enumerate(images):
             resized = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(resized, (gap + c * (width + gap), top + line - 4))
     return sheet
+
+
+def save_sample(frames: Sequence[Image.Image], shown: Mapping[str, int], folder: Path, name: str, frames_per_second: float) -> list[str]:
+    """A picture as PNG; a video as an animation, and some of its frames as PNG.
+
+    Args:
+        shown: numbers of these frames, by what they are called.
+
+    Returns:
+        names of the files in `folder`; the first is the whole sample.
+    """
+    if len(frames) == 1:
+        frames[0].save(folder / f"{name}.png")
+        return [f"{name}.png"]
+    # when each frame ends, to the millisecond, so that no error adds up
+    ends = [round(1000 * i / frames_per_second) for i in range(len(frames) + 1)]
+    times = [b - a for a, b in pairwise(ends)]
+    first, *others = frames
+    animation = folder / f"{name}.webp"
+    first.save(animation, save_all=True, append_images=others, duration=times, loop=0, quality=ANIMATION_QUALITY, method=ANIMATION_EFFORT)
+    stills = {f"{name}_{which}.png": frames[number] for which, number in shown.items()}
+    for file, frame in stills.items():
+        frame.save(folder / file)
+    return [animation.name, *stills]
 
 
 def fitting(text: str, width: float, length: Callable[[str], float]) -> str:

@@ -1,7 +1,8 @@
 """MLflow: SQLite in the working folder, or the server that the user names. The only file that imports mlflow.
 
 Everything goes through a client that belongs to one run. The fluent functions would be shorter, but they keep the address
-in the process and export it to the environment, where the next job of a sweep would find it.
+in the process and export it to the environment, where the next job of a sweep would find it. mlflow takes a second and 125 MB to import,
+so it is imported by a run and not by its settings: task=quantize has no use for it.
 """
 
 import sqlite3
@@ -10,32 +11,39 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunStatus, ViewType
-from mlflow.exceptions import MlflowException
 from PIL.Image import Image
 
 from int8run.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 class MlflowRun:
     """One open MLflow run."""
 
-    def __init__(self, client: MlflowClient, run_id: str):
+    def __init__(self, client: "MlflowClient", run_id: str):
         self.client, self.run_id = client, run_id
 
     def log_params(self, params: Mapping[str, str]) -> None:
         """Settings, all in one call."""
+        from mlflow.entities import Param
+
         self.client.log_batch(self.run_id, params=[Param(name, value) for name, value in params.items()])
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Final values, all in one call."""
+        from mlflow.entities import Metric
+
         now = milliseconds()
         self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
 
     def log_series(self, name: str, values: Sequence[float]) -> None:
         """One value per step, all in one call."""
+        from mlflow.entities import Metric
+
         now = milliseconds()
         self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for step, value in enumerate(values)])
 
@@ -67,7 +75,7 @@ class MlflowTracker:
         """The tracking URI, absolute."""
         return self.uri or f"sqlite:///{Path(self.folder).absolute() / 'mlflow.db'}"
 
-    def prepare(self) -> tuple[MlflowClient, str]:
+    def prepare(self) -> tuple["MlflowClient", str]:
         """Create database and experiment where they are missing.
 
         Returns:
@@ -76,6 +84,10 @@ class MlflowTracker:
         Raises:
             ConfigError: when the store does not answer, or the experiment was deleted.
         """
+        from mlflow import MlflowClient
+        from mlflow.entities import ViewType
+        from mlflow.exceptions import MlflowException
+
         try:
             client = MlflowClient(self.store)
             known = client.search_experiments(view_type=ViewType.ALL, filter_string=f"name = '{self.experiment}'")
@@ -98,6 +110,8 @@ class MlflowTracker:
     @contextmanager
     def start(self, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> Iterator[MlflowRun]:
         """Open a run; an error marks it FAILED, with the message as tag `error`, an interruption KILLED."""
+        from mlflow.entities import RunStatus
+
         client, experiment_id = self.prepare()
         run = MlflowRun(client, client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id)
         status = RunStatus.FINISHED

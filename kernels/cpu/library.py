@@ -1,6 +1,6 @@
-"""Builds `vnni.cpp` into the user's cache on first use and loads it.
+"""Builds the C++ files of this folder into the user's cache on first use and loads them.
 
-No torch headers are involved, so any g++ or clang++ does it in seconds. The library uses the OpenMP runtime that torch has
+No torch headers are involved, so any g++ or clang++ does it in seconds. The libraries use the OpenMP runtime that torch has
 loaded: two of them would be two pools of threads that fight for the same cores.
 """
 
@@ -16,14 +16,20 @@ from pathlib import Path
 import torch
 
 log = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_name("vnni.cpp")
+VNNI, ROWS = (Path(__file__).with_name(name) for name in ("vnni.cpp", "rows.cpp"))
 COMPILERS = ("g++", "clang++", "c++")
-# named one by one and not -march=native: a cache may be shared by machines that differ
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-w")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-w")
+# instructions are named one by one and not -march=native: a cache may be shared by machines that differ
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+VNNI_FLAGS = (*AVX512, "-mavx512vnni")
+# what rows.cpp promises, equal bits everywhere, holds only where products and sums stay apart
+ROWS_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+# what torch says of the CPU -> how far loops are vectorized; other CPUs get what their compiler takes for granted
+VECTORS = {"AVX512": (*AVX512, "-mprefer-vector-width=512"), "AVX2": ("-mavx2",)}
 
 
 class BuildError(RuntimeError):
-    """The library could not be built; the message says what was missing."""
+    """A library could not be built; the message says what was missing."""
 
 
 def compiler() -> str | None:
@@ -41,7 +47,7 @@ def openmp_runtime() -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def library(cache: Path | None = None) -> ctypes.CDLL:
-    """The loaded library; built if the cache has none for this source, compiler and runtime.
+    """The loaded VNNI kernels; built if the cache has none for this source, compiler and runtime.
 
     Args:
         cache: folder for the built library; None: `~/.cache/int8run`.
@@ -49,8 +55,7 @@ def library(cache: Path | None = None) -> ctypes.CDLL:
     Raises:
         BuildError: no compiler, or it failed.
     """
-    path = built(cache or Path.home() / ".cache" / "int8run")
-    lib = ctypes.CDLL(str(path))
+    lib = ctypes.CDLL(str(built(cache or default_cache(), VNNI, VNNI_FLAGS)))
     p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     lib.int8run_quantize.argtypes = [p, i, n, n, n, p, n, i, n, p, p, i]
     lib.int8run_linear.argtypes = [p, p, n, n, n, p, p, p, n, p, p, p, p, p, i, i]
@@ -58,30 +63,56 @@ def library(cache: Path | None = None) -> ctypes.CDLL:
     return lib
 
 
-def built(cache: Path) -> Path:
-    """The library's file, compiled if it is not there yet; the name holds a hash of all that it depends on."""
+@functools.lru_cache(maxsize=1)
+def rows_library(cache: Path | None = None) -> ctypes.CDLL:
+    """The loaded `rows.cpp`, which any CPU can run; built for the vector instructions of this one.
+
+    Args:
+        cache: as for `library`.
+
+    Raises:
+        BuildError: no compiler, it failed, or what it built cannot be loaded.
+    """
+    path = built(cache or default_cache(), ROWS, (*ROWS_FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())))
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} cannot be loaded: {error}") from error
+    p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    lib.int8run_quantize_weight_rows.argtypes = [p, i, n, n, p, n, p, n, ctypes.c_float, p, p, p, i]
+    lib.int8run_quantize_weight_rows.restype = n
+    return lib
+
+
+def default_cache() -> Path:
+    """The user's folder for built libraries."""
+    return Path.home() / ".cache" / "int8run"
+
+
+def built(cache: Path, source: Path = VNNI, flags: tuple[str, ...] = VNNI_FLAGS) -> Path:
+    """A source's library, compiled if it is not there yet; the name holds a hash of all that it depends on."""
     found = compiler()
     if found is None:
         raise BuildError(f"no C++ compiler on the PATH ({', '.join(COMPILERS)}); install one")
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
-    command = [found, *FLAGS, str(SOURCE), *openmp_runtime(), "-Wl,--as-needed"]
-    digest = hashlib.sha256("\0".join([SOURCE.read_text(), version, *command]).encode()).hexdigest()[:16]
-    target = cache / f"vnni-{digest}.so"
+    command = [found, *FLAGS, *flags, str(source), *openmp_runtime(), "-Wl,--as-needed"]
+    digest = hashlib.sha256("\0".join([source.read_text(), version, *command]).encode()).hexdigest()[:16]
+    target = cache / f"{source.stem}-{digest}.so"
     if target.exists():
         return target
-    fresh = cache / f"vnni-{digest}.{os.getpid()}"  # renamed when whole: another process may build at the same time
+    fresh = cache / f"{source.stem}-{digest}.{os.getpid()}"  # renamed when whole: another process may build at the same time
     try:
         cache.mkdir(parents=True, exist_ok=True)
         fresh.touch()
     except OSError as error:
         raise BuildError(f"cannot write the built library to {cache}: {error.strerror}") from error
-    log.info("building the VNNI kernels with %s into %s, once", found, cache)
+    log.info("building %s with %s into %s, once", source.name, found, cache)
     done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=False)
     if done.returncode:
         fresh.unlink(missing_ok=True)
         # the linker says "cannot find ...", and only then that there was an error
         telling = (line for line in done.stderr.splitlines() if "error" in line or "cannot" in line)
         reason = next(telling, done.stderr.strip()[-300:])
-        raise BuildError(f"{found} could not build the VNNI kernels: {reason}")
+        raise BuildError(f"{found} could not build {source.name}: {reason}")
     fresh.replace(target)
     return target

@@ -9,7 +9,8 @@ from hydra import compose, initialize_config_module
 
 from int8run.errors import ConfigError
 from int8run.help_page import first_comment, help_page, key_lines
-from int8run.precheck import to_spec
+from int8run.models.family import AutoFamily, shipped_families
+from int8run.precheck import compose_all, to_spec
 from int8run.spec import RunSpec
 
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -18,7 +19,6 @@ GROUPS = sorted({group for group, _ in OPTIONS if not group.startswith("hydra/")
 ROOT = yaml.safe_load((CONF / "config.yaml").read_text())
 # settings without which an option is refused, by design
 NEEDS = {
-    "task=inspect": ["task.path=some.safetensors"],
     "prompts=file": ["prompts.path=some.txt"],
     "lora=file": ["lora.adapters.0.path=some.safetensors"],
     "lora=turbo": ["model=flux"],
@@ -58,15 +58,24 @@ def test_an_option_and_its_class_use_the_same_word(option):
 
 @pytest.mark.parametrize("option", NEEDS)
 def test_the_options_that_need_a_value_need_it(option):
-    message = r"(task|prompts|lora\.adapters\.0)\.path=<|has no source for base model 'tiny'; it has one for flux"
+    message = r"(prompts|lora\.adapters\.0)\.path=<|has no source for base model 'tiny'; it has one for flux"
     with pytest.raises(ConfigError, match=message):
         to_spec(composed(option))
 
 
 def test_auto_family_knows_every_family():
     families = {name for group, name in OPTIONS if group == "model_type"} - {"auto", "none"}
-    auto = to_spec(composed("model_type=auto")).model_type
-    assert {key: family.name for key, family in auto.families.items()} == {name: name for name in families}
+    assert to_spec(composed("model_type=auto")).model_type == AutoFamily()
+    assert {key: family.name for key, family in shipped_families().items()} == {name: name for name in families}
+
+
+def test_a_family_of_the_users_own_is_chosen_by_its_name(tmp_path):
+    (tmp_path / "model_type").mkdir()
+    rows = "float_layers:\n  - { pattern: head, why: final projection }\ninputs:\n  'blocks.*.to_k': 64\n"
+    (tmp_path / "model_type" / "mine.yaml").write_text(f"_target_: int8run.models.family.ModelFamily\nname: mine\n{rows}")
+    _, (config,) = compose_all(str(tmp_path), "config", ["device=cpu", "model_type=mine"], False)
+    family = to_spec(config).model_type
+    assert family.why_float("head") == "final projection" and family.inputs == {"blocks.*.to_k": 64}
 
 
 def test_auto_backend_tries_every_backend():
@@ -98,7 +107,7 @@ def uncommented(text):
         found = re.match(r"^(?P<indent> *)(?P<key>[a-z_]\w*):(?P<rest>.*)$", line)
         if found:
             path = [*path[: len(found["indent"]) // 2], found["key"]]
-            explained = {"float_layers", "adapters", "sampling", "candidates", "defaults", "hydra"}
+            explained = {"float_layers", "deferred_gelu", "fingerprints", "adapters", "sampling", "candidates", "defaults", "hydra"}
             inner = explained & {*path[:-1]} or path[0] in ("defaults", "hydra")
             value = found["rest"].strip()
             if value and "# " not in value and not above.startswith("#") and found["key"] != "_target_" and not inner:

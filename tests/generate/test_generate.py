@@ -12,7 +12,7 @@ from torch import nn
 
 from int8run.errors import ConfigError
 from int8run.generate import generate as module
-from int8run.generate.generate import StepClock, TextCache, call, generate, unknown_arguments
+from int8run.generate.generate import StepClock, TextCache, call, device_of, frame_rate, frames_of, generate, unknown_arguments
 from int8run.generate.prompts import Sample
 from int8run.models.family import Sampling
 
@@ -163,13 +163,23 @@ def test_the_order_of_named_arguments_has_no_say() -> None:
     assert len(calls) == 1
 
 
-def test_tensors_of_the_callers_own_are_not_remembered(clock: list[float]) -> None:
+@pytest.mark.parametrize("own", [torch.ones(1), [torch.ones(1)], Image.new("RGB", (1, 1)), [[Image.new("RGB", (1, 1))]]])
+def test_tensors_and_pictures_of_the_callers_own_are_not_remembered(clock: list[float], own: Any) -> None:
     pipe = Pipe(clock)
     texts = TextCache.of(pipe)
     for _ in range(2):
-        pipe.encode_prompt(["a"], scale=torch.ones(1))
-        pipe.encode_prompt(["a"], torch.ones(1))
+        pipe.encode_prompt(["a"], scale=own)
+        pipe.encode_prompt(["a"], own)
     assert len(pipe.encoded) == 4 and texts.known == {} and texts.saved == 0
+
+
+def test_devices_dtypes_and_lists_of_words_are_remembered(clock: list[float]) -> None:
+    pipe = Pipe(clock)
+    TextCache.of(pipe)
+    for scale in (CPU, torch.bfloat16, ["say", ("a", 1, None)], True):
+        pipe.encode_prompt(["a"], scale)
+        pipe.encode_prompt(["a"], scale)
+    assert len(pipe.encoded) == 4
 
 
 def test_only_the_latest_prompts_are_kept(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +193,12 @@ def test_only_the_latest_prompts_are_kept(clock: list[float], monkeypatch: pytes
     assert len(pipe.encoded) == 4
 
 
+def test_the_device_is_where_an_offloaded_pipeline_computes() -> None:
+    meta = torch.device("meta")
+    assert device_of(SimpleNamespace(device=CPU)) == CPU and device_of(SimpleNamespace(device=CPU, _execution_device=meta)) == meta
+    assert TextCache.of(SimpleNamespace(device=CPU, _execution_device=meta)).device == meta
+
+
 def test_a_pipeline_that_encodes_in_its_own_way_is_left_alone() -> None:
     pipe = SimpleNamespace(device=CPU)
     TextCache.of(pipe).clear()
@@ -192,12 +208,96 @@ def test_a_pipeline_that_encodes_in_its_own_way_is_left_alone() -> None:
 # -- one call ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_settings_that_nobody_set_are_left_to_the_pipeline(clock: list[float]) -> None:
+def test_settings_that_nobody_set_are_left_to_the_pipeline_and_further_ones_are_passed_as_they_are(clock: list[float]) -> None:
     pipe = Pipe(clock)
     pipe.register_modules(denoiser=Denoiser(1))
     call(pipe, SAMPLES[:2], Sampling(steps=1), lambda *_: {})
     call(pipe, SAMPLES[:2], Sampling(steps=1, guidance=0.0, height=16, extra={"eta": 0.3, "none": None}), lambda *_: {})
-    assert pipe.arguments == [{}, {"guidance_scale": 0.0, "height": 16, "eta": 0.3}]
+    given = {"output_type": "pil", "guidance_scale": 0.0, "height": 16, "eta": 0.3, "none": None}
+    assert pipe.arguments == [{"output_type": "pil"}, given]
+
+
+def test_one_text_in_the_settings_is_for_every_sample_of_a_batch(clock: list[float]) -> None:
+    pipe = Pipe(clock)
+    pipe.register_modules(denoiser=Denoiser(1))
+    texts = {"negative_prompt": "blurred", "prompt_2": "b", "negative_prompt_3": "c", "prompt_4": ["d", "e"]}
+    others = {"system_prompt": "draw", "negative_prompt_scale": "x"}
+    call(pipe, SAMPLES[:2], Sampling(steps=1, extra={**texts, **others}), lambda *_: {})
+    (given,) = pipe.arguments
+    assert [given[name] for name in texts] == [["blurred"] * 2, ["b"] * 2, ["c"] * 2, ["d", "e"]]
+    assert [given[name] for name in others] == ["draw", "x"]
+
+
+@pytest.mark.parametrize("kind", ["np", "pt", None])
+def test_arrays_in_place_of_pictures_are_refused(clock: list[float], kind: str | None) -> None:
+    with pytest.raises(ConfigError, match=rf"^sampler\.extra\.output_type is {kind!r}; .*choose from latent, pil$"):
+        call(Pipe(clock), SAMPLES, Sampling(steps=1, extra={"output_type": kind}), lambda *_: {})
+
+
+class OldPipe(Pipe):
+    """Tells of its steps as diffusers did at first, and does not count them."""
+
+    def __init__(self, clock: list[float]):
+        super().__init__(clock)
+        self.scheduler = SimpleNamespace(timesteps=[])
+
+    def __call__(self, *, callback: Callable[[int, Any, torch.Tensor], None], **given: Any) -> Any:
+        self.scheduler.timesteps = list(range(given["num_inference_steps"]))
+
+        def step_end(pipe: Pipe, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> None:
+            del pipe.num_timesteps
+            callback(step, timestep, tensors["latents"])
+            pipe.num_timesteps = 0
+
+        return super().__call__(callback_on_step_end=step_end, **given)
+
+
+def test_an_older_pipeline_is_timed_and_watched_as_a_new_one(clock: list[float]) -> None:
+    heard: dict[type, list[float]] = {Pipe: [], OldPipe: []}
+    new, old = (run(kind(clock), on_fraction=fractions.append)["int8"] for kind, fractions in heard.items())
+    assert heard[OldPipe] == heard[Pipe] and 0.25 in heard[Pipe]
+    assert (old.step_seconds, old.image_seconds) == (new.step_seconds, new.image_seconds)
+    assert all(map(torch.equal, old.trajectories, new.trajectories))
+
+
+# -- what a pipeline returns -------------------------------------------------------------------------------------------------------
+
+
+def frame(level: int, width: int = 2) -> Image.Image:
+    return Image.new("L", (width, 2), level)
+
+
+def test_frames_of_pictures_videos_and_latents() -> None:
+    a, b, c, d = map(frame, range(4))
+    assert frames_of(SimpleNamespace(images=[a, b])) == [[a], [b]]
+    assert frames_of(SimpleNamespace(frames=[[a, b], [c, d]], audio=torch.ones(1))) == [[a, b], [c, d]]
+    assert frames_of(SimpleNamespace(images=torch.ones(2, 3))) == [] == frames_of(SimpleNamespace(frames=torch.ones(2, 3)))
+
+
+def test_a_generation_of_videos_holds_every_frame(clock: list[float]) -> None:
+    class Filming(Pipe):
+        def __call__(self, prompt: list[str], **given: Any) -> Any:
+            super().__call__(prompt, **given)
+            return SimpleNamespace(frames=[[frame(ord(p[0]) + i, width=5) for i in range(3)] for p in prompt], audio=self.sound)
+
+    filming = Filming(clock)
+    for filming.sound in (None, torch.ones(2)):
+        made = run(filming, batch=2)["int8"]
+        assert [[f.getpixel((0, 0)) for f in frames] for frames in made.frames] == [[ord(p) + i for i in range(3)] for p in "abc"]
+        assert [f.getpixel((0, 0)) for f in made.images] == list(map(ord, "abc"))
+        assert made.bytes == 3 * 4 * 4 + 3 * 3 * (3 * 5 * 2) and made.is_video and len(made.image_seconds) == 3
+        assert made.sound == (filming.sound is not None)
+
+
+def test_the_frame_rate_is_asked_for_or_the_pipelines_own_or_wans() -> None:
+    class Own:
+        def __call__(self, frame_rate: int = 25) -> None: ...
+
+    class Silent:
+        def __call__(self) -> None: ...
+
+    assert frame_rate(Own(), Sampling()) == 25 and frame_rate(Silent(), Sampling()) == 16
+    assert frame_rate(Own(), Sampling(extra={"frame_rate": 12.5})) == 12.5
 
 
 def test_a_scheduler_that_the_pipeline_cannot_use_is_named() -> None:

@@ -12,7 +12,7 @@ from helpers import CPU
 from int8run.backends.vnni import Vnni
 from int8run.errors import BackendError
 from int8run.kernels.cpu import library as module
-from int8run.kernels.cpu.library import BuildError, built, library
+from int8run.kernels.cpu.library import BuildError, built, library, rows_library
 from int8run.quant.weight import quantize_weight
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the fake compilers are shell scripts")
@@ -26,8 +26,10 @@ def path(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     library.cache_clear()
+    rows_library.cache_clear()
     yield folder
     library.cache_clear()
+    rows_library.cache_clear()
 
 
 WRITE = 'for last; do :; done; echo "whole" > "$last"'
@@ -74,7 +76,7 @@ def test_the_first_of_the_compilers_is_taken(path, tmp_path):
 )  # fmt: skip
 def test_a_compiler_that_fails_is_quoted(path, tmp_path, stderr, reason):
     compiler(path, f"echo '{stderr}' >&2; exit 1")
-    with pytest.raises(BuildError, match=rf"^{re.escape(str(path))}/g\+\+ could not build the VNNI kernels: {reason}"):
+    with pytest.raises(BuildError, match=rf"^{re.escape(str(path))}/g\+\+ could not build vnni.cpp: {reason}"):
         built(tmp_path / "cache")
 
 
@@ -106,14 +108,15 @@ def test_another_compiler_source_or_runtime_is_another_library(path, tmp_path, m
     names = [built(tmp_path / "cache")]
     compiler(path, version="g++ 13")
     names.append(built(tmp_path / "cache"))
-    source = tmp_path / "vnni.cpp"
-    monkeypatch.setattr(module, "SOURCE", source)
+    source = tmp_path / "other.cpp"
     for text in ("int a;", "int b;"):
         source.write_text(text)
-        names.append(built(tmp_path / "cache"))
+        names.append(built(tmp_path / "cache", source))
+    names.append(built(tmp_path / "cache", source, ("-O1",)))
     monkeypatch.setattr(module, "openmp_runtime", lambda: ["/elsewhere/libgomp.so.1"])
-    names.append(built(tmp_path / "cache"))
-    assert len(set(names)) == len(calls()) == 5
+    names.append(built(tmp_path / "cache", source))
+    assert len(set(names)) == len(calls()) == 6
+    assert [name.name.split("-")[0] for name in names] == ["vnni"] * 2 + ["other"] * 4
     assert "/elsewhere/libgomp.so.1" in calls()[-1] and str(source) in calls()[-1]
 
 
@@ -122,6 +125,19 @@ def test_the_instructions_are_named_one_by_one(path, tmp_path):
     calls = compiler(path)
     built(tmp_path / "cache")
     assert "-mavx512vnni" in calls()[0] and "-march=native" not in calls()[0] and "-ffast-math" not in calls()[0]
+
+
+@pytest.mark.parametrize(("capability", "there", "not_there"), [
+    ("AVX512", "-mavx512f", "-mavx512vnni"), ("AVX2", "-mavx2", "-mavx512f"), ("DEFAULT", "-O3", "-mavx"),
+])  # fmt: skip
+def test_rows_are_vectorized_as_far_as_the_cpu_goes(path, tmp_path, monkeypatch, capability, there, not_there):
+    calls = compiler(path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    with pytest.raises(BuildError, match=r"rows-\w+\.so cannot be loaded: "):  # what the fake compiler writes is no library
+        rows_library(tmp_path / "cache")
+    assert there in calls()[0] and not_there not in calls()[0]
+    assert "-ffp-contract=off" in calls()[0] and "-ffast-math" not in calls()[0] and "-march=native" not in calls()[0]
+    assert [f.name[:5] for f in (tmp_path / "cache").iterdir()] == ["rows-"]
 
 
 def test_half_a_file_never_gets_the_final_name(path, tmp_path):

@@ -1,5 +1,6 @@
 """Base models told from headers: every dialect, parts of models, kinds of changes, and what is refused with which words."""
 
+import re
 from pathlib import Path
 
 import diffusers
@@ -12,8 +13,11 @@ from int8run.checkpoints.header import read_header
 from int8run.errors import LoraError
 from int8run.lora.bases import Base, base_of, number, refuse_base, table, tagged
 from int8run.lora.files import SHIPPED
+from int8run.models.layout import to_native
+from int8run.models.native import names_of
 
 RANK = 4
+STYLE = Path("loras/style.safetensors")
 SD3 = dict(num_layers=24, num_attention_heads=24, attention_head_dim=64, caption_projection_dim=1536, pos_embed_max_size=192)
 SD35 = SD3 | dict(dual_attention_layers=tuple(range(13)))
 SD35_LARGE = SD3 | dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432)
@@ -26,6 +30,13 @@ SDXL = dict(
 KLEIN_4B = dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680)
 KLEIN_9B = dict(num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288)
 ANIMA = dict(num_attention_heads=16, num_layers=28)
+SANA_600M = dict(
+    num_layers=28, num_attention_heads=36, num_cross_attention_heads=16, cross_attention_head_dim=72, cross_attention_dim=1152
+)  # fmt: skip
+HIDREAM = dict(
+    patch_size=2, in_channels=16, axes_dims_rope=(64, 32, 32), caption_channels=[4096, 4096], llama_layers=[*range(32), *[31] * 16]
+)  # fmt: skip
+ERNIE_IMAGE = dict(hidden_size=4096, num_attention_heads=32, num_layers=36, ffn_hidden_size=12288, text_in_dim=3072)
 # base -> class in diffusers and what differs from its own defaults; the sizes are those of the released checkpoints
 MODELS = {
     "flux": ("FluxTransformer2DModel", dict(guidance_embeds=True)),
@@ -52,7 +63,17 @@ MODELS = {
     "ltx": ("LTXVideoTransformer3DModel", {}),
     "ltx_13b": ("LTXVideoTransformer3DModel", dict(num_layers=48, attention_head_dim=128, cross_attention_dim=4096)),
     "ltx2": ("LTX2VideoTransformer3DModel", {}),
+    "pixart": ("PixArtTransformer2DModel", dict(caption_channels=4096, sample_size=128)),
+    "sana": ("SanaTransformer2DModel", {}),
+    "sana_600m": ("SanaTransformer2DModel", SANA_600M),
+    "sana_4_8b": ("SanaTransformer2DModel", dict(num_layers=60, qk_norm="rms_norm_across_heads")),
+    "hidream": ("HiDreamImageTransformer2DModel", HIDREAM),
+    "ernie_image": ("ErnieImageTransformer2DModel", ERNIE_IMAGE),
+    "krea2": ("Krea2Transformer2DModel", {}),
 }
+# a LoRA on all layers of the first could be one of the second as well: SD3.5 medium has all layers of SD3 medium and more of them,
+# Sana 4.8B those of Sana 1.6B
+PARTS_OF = {"sd3": ("sd35_medium",), "sana": ("sana_4_8b",)}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +109,14 @@ def kohya(modules, prefix="lora_unet_"):
     return down | {f"{n}.lora_up.weight": {"shape": [s[0], RANK]} for n, s in flat.items()} | {f"{n}.alpha": {"shape": []} for n in flat}
 
 
+def native(modules, base):
+    """The matrices under the names of the model's authors, those that are one there with their rows together."""
+    shapes = {f"{name}.weight": tuple(shape) for name, shape in modules.items()}
+    kind = MODELS[base][0]
+    keys = {key.removeprefix(names_of(kind).prefix): parts for key, parts in to_native(shapes, kind).items()}
+    return {key.removesuffix(".weight"): (sum(shapes[p.key][0] for p in parts), shapes[parts[0].key][1]) for key, parts in keys.items()}
+
+
 # -- every base --------------------------------------------------------------------------------------------------------
 
 
@@ -100,8 +129,31 @@ def test_every_base_is_tested():
 def test_a_lora_on_all_layers(layers, base, layout):
     found = base_of(layout(layers(base)), {})
     assert found.name == base and found.by == "shapes" and found.tag is None
-    # SD3 medium is a part of SD3.5 medium, LTX-Video 13B of LTX-2
-    assert found.others == {"sd3": ("sd35_medium",), "ltx_13b": ()}.get(base, ())
+    assert found.others == PARTS_OF.get(base, ())
+
+
+@pytest.mark.parametrize("base", [base for base in MODELS if MODELS[base][0] != "UNet2DConditionModel"])
+@pytest.mark.parametrize("layout", [peft, kohya])
+def test_a_lora_on_all_layers_under_the_authors_names(layers, base, layout):
+    found = base_of(layout(native(layers(base), base)), {})
+    assert (found.name, found.by, found.others) == (base, "shapes", PARTS_OF.get(base, ()))
+
+
+@pytest.mark.parametrize("base", MODELS)
+def test_the_number_of_a_sequential_may_be_left_out(layers, base):
+    found = base_of(peft({name.replace("to_out.0", "to_out"): shape for name, shape in layers(base).items()}), {})
+    assert (found.name, found.by, found.others) == (base, "shapes", PARTS_OF.get(base, ()))
+
+
+@pytest.mark.parametrize("base", MODELS)
+def test_a_lora_on_all_layers_is_refused_by_every_other_base(layers, base):
+    found = base_of(peft(layers(base)), {})
+    for other in set(table()["bases"]) - {base, *PARTS_OF.get(base, ())}:
+        if other in table()["partly_fits"].get(base, {}):
+            assert refuse_base(STYLE, found, other).startswith("style.safetensors was made for ")
+        else:
+            with pytest.raises(LoraError, match=r"^style\.safetensors was made for "):
+                refuse_base(STYLE, found, other)
 
 
 @pytest.mark.parametrize("base", MODELS)
@@ -118,6 +170,19 @@ def test_each_single_layer_fits_its_base(layers, base):
     for name, shape in layers(base).items():
         found = base_of(peft({name: shape}), {})
         assert found is None or base in (found.name, *found.others), name
+
+
+CONVOLUTIONS = {"transformer_blocks.19.ff.conv_inverted": (11200, 2240), "transformer_blocks.0.ff.conv_depth": (11200, 1)}
+NATIVE_CONVOLUTIONS = {"blocks.19.mlp.inverted_conv.conv": (11200, 2240), "blocks.0.mlp.depth_conv.conv": (11200, 1)}
+
+
+@pytest.mark.parametrize("base", ["pixart", "sana", "hidream", "ernie_image", "krea2"])
+def test_each_layer_of_a_block_is_enough(layers, base):
+    convolutions = CONVOLUTIONS | NATIVE_CONVOLUTIONS if base == "sana" else {}
+    for name, shape in (layers(base) | native(layers(base), base) | convolutions).items():
+        if re.search(r"(blocks|layers|caption_projection)\.\d+\.|^p_embedder", name):
+            found = base_of(peft({name: shape}), {})
+            assert found is not None and base in (found.name, *found.others), name
 
 
 def test_the_shipped_loras():
@@ -151,6 +216,13 @@ NATIVE = {
     "anima": {"blocks.0.self_attn.q_proj": (2048, 2048), "blocks.0.cross_attn.k_proj": (2048, 1024)},
     "qwen_image": {"transformer_blocks.0.img_mlp.net.0.proj": (12288, 3072)},
     "ltx2": {"transformer_blocks.0.audio_attn1.to_q": (2048, 2048)},
+    "pixart": {"blocks.27.cross_attn.kv_linear": (2304, 1152), "blocks.0.mlp.fc1": (4608, 1152)},
+    "sana": {"blocks.19.attn.qkv": (6720, 2240), "blocks.0.mlp.inverted_conv.conv": (11200, 2240)},
+    "sana_600m": {"blocks.0.attn.proj": (1152, 1152), "blocks.0.mlp.point_conv.conv": (1152, 2880)},
+    "sana_4_8b": {"blocks.20.cross_attn.q_linear": (2240, 2240)},
+    "hidream": {"double_stream_blocks.0.block.ff_i.experts.3.w1": (6912, 2560)},
+    "ernie_image": {"layers.35.self_attention.to_out": (4096, 4096), "layers.0.mlp.linear_fc2": (4096, 12288)},
+    "krea2": {"blocks.0.attn.wq": (6144, 6144), "txtfusion.refiner_blocks.1.attn.wk": (2560, 2560)},
 }
 
 
@@ -166,6 +238,28 @@ def test_xlabs():
     shapes = {"double_blocks.0.processor.qkv_lora1.down.weight": [16, 3072], "double_blocks.0.processor.qkv_lora1.up.weight": [9216, 16]}
     assert base_of(entries(**shapes), {}).name == "flux"
     assert base_of(entries(**{key: [s if s != 3072 else 3584 for s in shape] for key, shape in shapes.items()}), {}) is None
+
+
+def test_what_shapes_cannot_tell_apart(layers):
+    def attention(base, last="attn"):
+        return {name: shape for name, shape in layers(base).items() if last in name and name.startswith("transformer_blocks.0.")}
+
+    def found(modules, **metadata):
+        base = base_of(peft(modules), metadata)
+        return (base.name, *base.others)
+
+    # alike but for the feed-forward and the width of the text
+    assert found(attention("pixart")) == found(attention("sana_600m")) == ("pixart", "sana_600m")
+    assert found(attention("pixart"), ss_base_model_version="sana") == ("sana_600m", "pixart")
+    with pytest.raises(LoraError, match=r"made for PixArt or Sana 0\.6B \(hidden 1152\), the model is LTX-Video 2B"):
+        refuse_base(STYLE, base_of(peft(attention("pixart")), {}), "ltx")
+    # one in the first 20 blocks
+    assert found(attention("sana")) == found(attention("sana_4_8b")) == ("sana", "sana_4_8b")
+    # queries of the same width; keys and values are narrower in Krea 2
+    assert found(attention("krea2", "to_q")) == ("flux2_dev", "krea2")
+    assert found(attention("krea2")) == ("krea2",) and found(attention("flux2_dev")) == ("flux2_dev",)
+    # one name in two architectures; the size is not PixArt's
+    assert found({"adaln_single.linear": (12288, 2048)}) == ("ltx", "ltx_13b", "ltx2")
 
 
 # -- kinds of changes --------------------------------------------------------------------------------------------------
@@ -258,7 +352,9 @@ def test_one_deep_layer_is_enough():
         ("lumina-2/lora", "lumina2"), ("zimage", "z_image"), ("Z-Image", "z_image"), ("qwen_image", "qwen_image"),
         ("Qwen-Image-Edit-2511", "qwen_image"), ("qwen-image-2.1", "qwen_image_21"), ("wan_2.2_14b", "wan_14b"),
         ("hunyuan-video/lora", "hunyuan_video"), ("hunyuan-image-2.1", "hunyuan_image"), ("anima-preview/lora", "anima"),
-        ("ltx2", "ltx2"), ("int8run-tiny/lora", "tiny"),
+        ("ltx2", "ltx2"), ("int8run-tiny/lora", "tiny"), ("pixart-alpha/lora", "pixart"), ("pixart-sigma/lora", "pixart"),
+        ("hidream_i1", "hidream"), ("hidream-i1/lora", "hidream"), ("ernie_image", "ernie_image"), ("Ernie/lora", "ernie_image"),
+        ("krea2", "krea2"), ("Krea-2/lora", "krea2"),
     ],
 )  # fmt: skip
 def test_tags(tag, base):
@@ -268,6 +364,7 @@ def test_tags(tag, base):
 def test_tags_of_several_bases():
     assert base_of({}, {"ss_base_model_version": "wan2.1"}) == Base("wan_14b", "tag", "", ("wan_1_3b",))
     assert base_of({}, {"ss_base_model_version": "stable-diffusion-3"}).others == ("sd35_medium", "sd35_large")
+    assert base_of({}, {"modelspec.architecture": "sana/lora"}) == Base("sana", "tag", "", ("sana_600m", "sana_4_8b"))
 
 
 @pytest.mark.parametrize("tag", ["", "None", "animatediff", "flux3", "sd_v", "x" * 10_000, "\x1b[31m", "{}", "狐"])
@@ -299,8 +396,6 @@ def test_shapes_win_over_tags():
 
 
 # -- refusing ----------------------------------------------------------------------------------------------------------
-
-STYLE = Path("loras/style.safetensors")
 
 
 def test_another_base_is_refused():

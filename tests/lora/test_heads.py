@@ -71,7 +71,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def never(*_: object) -> None:
         raise AssertionError("a model is loaded for a LoRA that cannot be used")
 
-    monkeypatch.setattr(build, "load_pipeline", never)
+    monkeypatch.setattr(build, "load", never)
     with command_in(tmp_path / "work", monkeypatch, capsys) as run:
         yield run
 

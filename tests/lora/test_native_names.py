@@ -1,156 +1,27 @@
 """The naming rules: their files, and every family's names against diffusers' own checkpoint converter."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import diffusers
 import pytest
 import torch
 import transformers
 from diffusers.loaders import lora_conversion_utils as lora_converters
-from diffusers.loaders import single_file_utils as converters
+from native_families import FAMILIES, HIDDEN, Family, tiny
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError
 from int8run.lora.names import NameTable, Place, flatten, rows_in_file
-from int8run.models.native import FOLDER, NamingRule, captures, fill, read_folder, read_rules, rules_for
+from int8run.models.layout import to_native
+from int8run.models.native import FOLDER, Names, NamingRule, captures, fill, names_of, read_folder, read_rules, rules_for
 
-# the converters of these families have the width of the real model written into them: on the meta device it costs nothing
-HIDDEN = {"attention_head_dim": 128, "num_attention_heads": 24}
-FLUX = {**HIDDEN, "in_channels": 4, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": 8}
-WAN = {
-    "in_channels": 4, "out_channels": 4, "text_dim": 8, "freq_dim": 8, "ffn_dim": 16, "num_layers": 2, "attention_head_dim": 12,
-    "num_attention_heads": 2, "image_dim": 8, "added_kv_proj_dim": 24,
-}  # fmt: skip
-HUNYUAN = {
-    **HIDDEN, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 2, "text_embed_dim": 8,
-    "pooled_projection_dim": 6,
-}  # fmt: skip
-LTX = {
-    "in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 2, "cross_attention_dim": 8,
-    "caption_channels": 6,
-}  # fmt: skip
-UNET = {"norm_num_groups": 4, "cross_attention_dim": 8, "attention_head_dim": 4}
-DOWN, UP, DOWN_ATTENTION, UP_ATTENTION = "DownBlock2D", "UpBlock2D", "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+NEEDS_ALL = {"krea2", "pixart", "sana", "sana_sprint", "wan_first_last"}
 
 
-@dataclass(frozen=True)
-class Family:
-    """One architecture: the diffusers class with a small configuration, and how diffusers converts its authors' checkpoints."""
-
-    cls: str
-    config: dict
-    convert: Callable[..., dict]
-    prefix: str = ""
-    besides: tuple[str, ...] = ()  # parameters that a converter demands and that belong to no module
-    left_out: str = r"$^"  # modules that have no rules
-    unchanged: str = r"$^"  # modules whose authors' names are those of diffusers
-
-
-FAMILIES = {
-    "flux": Family(
-        "FluxTransformer2DModel", {**FLUX, "pooled_projection_dim": 6, "guidance_embeds": True},
-        converters.convert_flux_transformer_checkpoint_to_diffusers,
-    ),
-    "chroma": Family(
-        "ChromaTransformer2DModel", {**FLUX, "approximator_layers": 2, "approximator_hidden_dim": 8, "approximator_num_channels": 8},
-        converters.convert_chroma_transformer_checkpoint_to_diffusers, unchanged=r"distilled_guidance_layer\.(in_proj|out_proj|norms\.\d+)",
-    ),
-    "flux2": Family("Flux2Transformer2DModel", FLUX, converters.convert_flux2_transformer_checkpoint_to_diffusers),
-    "sd3": Family(
-        "SD3Transformer2DModel",
-        {
-            "sample_size": 4, "in_channels": 4, "out_channels": 4, "num_layers": 3, "attention_head_dim": 4, "num_attention_heads": 2,
-            "joint_attention_dim": 8, "caption_projection_dim": 8, "pooled_projection_dim": 6, "dual_attention_layers": (0,),
-            "qk_norm": "rms_norm", "pos_embed_max_size": 4,
-        },
-        converters.convert_sd3_transformer_checkpoint_to_diffusers, besides=("pos_embed",), unchanged="context_embedder",
-    ),
-    "qwen_image": Family(
-        "QwenImageTransformer2DModel",
-        {"in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 2, "joint_attention_dim": 8},
-        dict, unchanged=".*",
-    ),
-    "qwen_image_21": Family(
-        "QwenImage21Transformer2DModel",
-        {"in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 2, "context_in_dim": 8},
-        converters.convert_qwen_image21_transformer_checkpoint_to_diffusers, unchanged=r"(?!.*img_mlp\.(gate_layer|proj)$).*",
-    ),
-    "z_image": Family(
-        "ZImageTransformer2DModel",
-        {
-            "in_channels": 4, "dim": 16, "n_layers": 2, "n_refiner_layers": 2, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 8,
-            "axes_dims": [2, 2, 4],
-        },
-        converters.convert_z_image_transformer_checkpoint_to_diffusers,
-        unchanged=r"(cap_embedder|t_embedder)\..*|.*\.(attention_norm|ffn_norm)\d|.*\.feed_forward\.w\d|(layers|noise_refiner)\.\d\.adaLN_modulation\.0",
-    ),
-    "lumina2": Family(
-        "Lumina2Transformer2DModel",
-        {"in_channels": 4, "hidden_size": 2304, "num_layers": 2, "num_attention_heads": 24, "num_kv_heads": 8, "cap_feat_dim": 8},
-        converters.convert_lumina2_to_diffusers, unchanged=r"x_embedder|.*\.ffn_norm\d",
-    ),
-    "wan": Family("WanTransformer3DModel", WAN, converters.convert_wan_transformer_to_diffusers, unchanged="patch_embedding"),
-    "wan_vace": Family(
-        "WanVACETransformer3DModel", {**WAN, "vace_layers": [0, 1], "vace_in_channels": 4},
-        converters.convert_wan_transformer_to_diffusers, unchanged="(vace_)?patch_embedding",
-    ),
-    "wan_animate": Family(
-        "WanAnimateTransformer3DModel",
-        {
-            **WAN, "in_channels": 12, "latent_channels": 4, "face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2,
-            "inject_face_latents_blocks": 1, "motion_encoder_size": 8, "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
-        },
-        converters.convert_wan_transformer_to_diffusers, left_out=r"motion_encoder\.(conv|res_blocks)",
-        unchanged=r"(pose_)?patch_embedding|face_encoder\.out_proj",
-    ),
-    "skyreels": Family("SkyReelsV2Transformer3DModel", WAN, converters.convert_wan_transformer_to_diffusers, unchanged="patch_embedding"),
-    "chronoedit": Family("ChronoEditTransformer3DModel", WAN, converters.convert_wan_transformer_to_diffusers, unchanged="patch_embedding"),
-    "hunyuan_video": Family("HunyuanVideoTransformer3DModel", HUNYUAN, converters.convert_hunyuan_video_transformer_to_diffusers),
-    "framepack": Family("HunyuanVideoFramepackTransformer3DModel", HUNYUAN, converters.convert_hunyuan_video_transformer_to_diffusers),
-    "ltx": Family(
-        "LTXVideoTransformer3DModel", LTX, converters.convert_ltx_transformer_checkpoint_to_diffusers,
-        unchanged=r"caption_projection\..*|proj_out|transformer_blocks\.(?!.*norm).*",
-    ),
-    "ltx2": Family(
-        "LTX2VideoTransformer3DModel",
-        {
-            **LTX, "audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 2, "audio_attention_head_dim": 4,
-            "audio_cross_attention_dim": 8,
-        },
-        converters.convert_ltx2_transformer_to_diffusers,
-        unchanged=r"(audio_)?(caption_projection\..*|proj_out)|transformer_blocks\.(?!.*norm).*",
-    ),
-    "sd15": Family(
-        "UNet2DConditionModel",
-        {
-            **UNET, "block_out_channels": (4, 8, 8, 12), "down_block_types": (DOWN_ATTENTION, DOWN_ATTENTION, DOWN_ATTENTION, DOWN),
-            "up_block_types": (UP, UP_ATTENTION, UP_ATTENTION, UP_ATTENTION),
-        },
-        converters.convert_ldm_unet_checkpoint, prefix="model.diffusion_model.",
-    ),
-    "sdxl": Family(
-        "UNet2DConditionModel",
-        {
-            **UNET, "block_out_channels": (4, 8, 12), "down_block_types": (DOWN, DOWN_ATTENTION, DOWN_ATTENTION),
-            "up_block_types": (UP_ATTENTION, UP_ATTENTION, UP), "transformer_layers_per_block": (1, 2, 3), "use_linear_projection": True,
-            "addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 24,
-        },
-        converters.convert_ldm_unet_checkpoint, prefix="model.diffusion_model.",
-    ),
-}  # fmt: skip
-
-
-def tiny(family: Family) -> nn.Module:
-    """The real class, on the meta device."""
-    with torch.device("meta"):
-        return getattr(diffusers, family.cls)(**family.config)
-
-
-def weighted(model: nn.Module, left_out: str = r"$^") -> dict[str, nn.Module]:
+def weighted(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that have a weight of their own."""
-    return {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor) and not re.match(left_out, n)}
+    return {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
 
 
 def row_numbers(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -164,8 +35,8 @@ def row_numbers(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def authors_rules(family: Family) -> tuple[NamingRule, ...]:
-    """The rules of a family without the names that XLabs gave to FLUX."""
-    return tuple(rule for rule in read_folder(FOLDER)[family.cls] if "_lora" not in rule.native)
+    """The rules of a family without the names that only LoRA files use, such as XLabs' for FLUX."""
+    return names_of(family.cls).names
 
 
 def authors_names(table: NameTable, rules: tuple[NamingRule, ...]) -> list[str]:
@@ -190,12 +61,13 @@ def authors_checkpoint(table: NameTable, rules: tuple[NamingRule, ...], numbers:
     return checkpoint
 
 
-@pytest.mark.parametrize("key", FAMILIES)
+# the other converters want parameters of no module as well: tests/models/test_layout.py checks them with all there is
+@pytest.mark.parametrize("key", [key for key in FAMILIES if key not in NEEDS_ALL])
 def test_names_are_those_of_diffusers_own_converter(key):
     family = FAMILIES[key]
     model = tiny(family)
     rules = authors_rules(family)
-    modules = weighted(model, family.left_out)
+    modules = weighted(model)
     numbers = row_numbers(modules)
     table = NameTable(modules, rules)
     assert {n for n in authors_names(table, rules) if n in modules} == {n for n in modules if re.fullmatch(family.unchanged, n)}
@@ -208,6 +80,19 @@ def test_names_are_those_of_diffusers_own_converter(key):
     assert not wrong, f"other rows in {wrong[:5]}"
     # nothing else came out, but for names that the converter passed through unread
     assert set(converted) - set(numbers) <= {"pos_embed.pos_embed"} | set(checkpoint)
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_names_are_those_of_files(key):
+    family = FAMILIES[key]
+    model = tiny(family)
+    table = NameTable.of(model)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for native, parts in to_native(shapes, family.cls).items():
+        name, _, parameter = native.removeprefix(family.prefix).rpartition(".")
+        if parameter == "weight" and {part.key.removesuffix(".weight") for part in parts} <= set(table.spellings):
+            places = table.find(name)
+            assert [(p.module, p.swap_halves) for p in places] == [(p.key.removesuffix(".weight"), p.swap_halves) for p in parts]
 
 
 @pytest.mark.parametrize("key", FAMILIES)
@@ -233,7 +118,7 @@ def test_every_dialect_covers_every_row_of_every_module_once(key):
                     covered.add(place.module)
                 assert rows_in_file(places) == (None if len(places) == 1 else first)
             assert covered == set(modules)
-    assert len(rules) > 6 and all(len(meanings) == 1 for meanings in table.flat.values())
+    assert rules and all(len(meanings) == 1 for meanings in table.flat.values())
 
 
 def test_names_of_xlabs_are_those_of_diffusers_own_converter():
@@ -301,7 +186,7 @@ def test_no_rule_is_idle():
         for rule in rules_for(type(model).__name__)
         if any(captures(rule.targets[0], name) for name in names)
     }
-    assert not {rule for rules in read_folder(FOLDER).values() for rule in rules} - used
+    assert not {rule for rules in read_folder(FOLDER).values() for rule in rules.names + rules.lora_names} - used
 
 
 def text_encoders() -> dict[str, nn.Module]:
@@ -404,11 +289,37 @@ GOOD = "classes: [Model]\nnames: {a.*: b.*}\n"
     "text, message",
     [
         ("a: [", "x.yaml is no readable YAML"),
-        ("- a", "a file of naming rules is a mapping with classes and names, nothing else"),
-        (GOOD + "more: 1", "a mapping with classes and names, nothing else"),
+        ("- a", "x.yaml: a file .* is a mapping with classes and names, and may have drop, lacks, lora_names, needs, parameters, prefix$"),
+        (GOOD + "more: 1", "a mapping with classes and names, and may have"),
+        ("names: {a: b}", "a mapping with classes and names, and may have"),
         ("classes: Model\nnames: {a: b}", "classes is 'Model'; it takes a list of class names"),
         ("classes: []\nnames: {a: b}", "classes is \\[\\]; it takes a list"),
         ("classes: [1]\nnames: {a: b}", "classes is \\[1\\]; it takes a list"),
+        (GOOD + "prefix: net", "prefix is 'net'; it takes the beginning of a name up to a dot, such as 'net.'"),
+        (GOOD + "prefix: '*.'", "prefix is '[*].'"),
+        (GOOD + "prefix: ''", "prefix is ''"),
+        (GOOD + "prefix: [net.]", "prefix is \\['net.'\\]"),
+        (GOOD + "needs: a", "needs is 'a'; it takes a list of module names"),
+        (GOOD + "lacks: [a..b]", "lacks is \\['a..b'\\]; it takes a list of module names"),
+        (GOOD + "drop: [a]", "drop is \\['a'\\]; it takes a mapping of a key's pattern to the reason"),
+        (GOOD + "drop: {a: }", "drop is {'a': None}; it takes a mapping"),
+        (GOOD + "drop: {a: 3}", "drop is {'a': 3}; it takes a mapping"),
+        (GOOD + "drop: {a.b*: c}", "drop has the pattern 'a.b[*]'; it takes a key with [*] for numbers and one [*][*] at most"),
+        (GOOD + "drop: {3: c}", "drop has the pattern 3; it takes a key"),
+        (GOOD + "lora_names: [a]", "lora_names is \\['a'\\]; it takes a mapping"),
+        (GOOD + "lora_names: {a: 3}", "rule 'a' points to 3"),
+        (GOOD + "parameters: a", "parameters is 'a'; it takes a mapping"),
+        (GOOD + "parameters: {a: [b, c]}", "rule 'a' points to 2 parameters; it takes one, rows of several are a rule of names"),
+        (GOOD + "parameters: {a: {to: b, swap_halves: true}}", "rule 'a' has the fields to, swap_halves; it takes to, and may have shape"),
+        (GOOD + "parameters: {a: {to: b, shape: 3}}", "rule 'a' has the shape 3; it takes a list of whole numbers above 0, and -1 for one"),
+        (GOOD + "parameters: {a: {to: b, shape: []}}", "has the shape \\[\\]"),
+        (GOOD + "parameters: {a: {to: b, shape: }}", "has the shape None"),
+        (GOOD + "parameters: {a: {to: b, shape: [-1, -1]}}", "has the shape \\[-1, -1\\]"),
+        (GOOD + "parameters: {a: {to: b, shape: [0]}}", "has the shape \\[0\\]"),
+        (GOOD + "parameters: {a: {to: b, shape: [true]}}", "has the shape \\[True\\]"),
+        ("classes: [Model]\nnames: {a: {to: b, shape: [-1]}}", "has the fields to, shape; it takes to, and may have swap_halves or w"),
+        ("classes: [Model]\nnames: {a: {to: b, without: 3}}", "rule 'a' has without 3; it takes the pattern of a module name"),
+        ("classes: [Model]\nnames: {a: {to: b, without: a.b*}}", "has without 'a.b[*]'"),
         ("classes: [Model]\nnames: [a]", "names is \\['a'\\]; it takes a mapping"),
         ("classes: [Model]\nnames: {a: b, a: c}", "no readable YAML: the key 'a' is given twice"),
         ("classes: [Model]\nnames: {a: 3}", "rule 'a' points to 3; it takes a module name or a list of them"),
@@ -435,10 +346,16 @@ def test_a_malformed_file_of_rules_is_refused(tmp_path, text, message):
 
 
 def test_rules_of_a_class(tmp_path):
-    (tmp_path / "x.yaml").write_text("classes: [One, Two]\nnames: {a.*: b.*, c: [d, e], f: {to: g, swap_halves: true}}")
+    text = "classes: [One, Two]\nnames: {a.*: b.*, c: [d, e], f: {to: g, swap_halves: true}}\nlora_names: {j: {to: k, without: l.**}}\n"
+    text += "parameters: {m.*: {to: n.*, shape: [1, -1]}}\nprefix: p.\ndrop: {q.**: r}\nneeds: [s]\nlacks: [t]"
+    (tmp_path / "x.yaml").write_text(text)
     (tmp_path / "y.yaml").write_text("classes: ['*']\nnames: {h: i}")
     own = (NamingRule("a.*", ("b.*",)), NamingRule("c", ("d", "e")), NamingRule("f", ("g",), True))
-    assert rules_for("Two", tmp_path) == (*own, NamingRule("h", ("i",)))
+    lora = NamingRule("j", ("k",), without="l.**")
+    assert rules_for("Two", tmp_path) == (*own, lora, NamingRule("h", ("i",)))
+    parameters = (NamingRule("m.*", ("n.*",), shape=(1, -1), whole_key=True),)
+    assert names_of("Two", tmp_path) == Names(own, (lora,), parameters, {"q.**": "r"}, "p.", ("s",), ("t",))
+    assert names_of("Three", tmp_path) == Names()
     assert rules_for("Three", tmp_path) == (NamingRule("h", ("i",)),)
 
 

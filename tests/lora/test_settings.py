@@ -176,9 +176,13 @@ def test_text_strength_times_the_stacks_own():
 
 
 def test_parts_are_named_as_in_the_pipeline():
-    with pytest.raises(ConfigError, match=r"^a component of LoRA 'ink' is 'transformer'; .*choose from denoiser, text_encoder, "):
-        Adapter("ink", "ink", components=["denoiser", "transformer"])
+    choices = "denoiser, text_encoder, text_encoder_2, text_encoder_3, transformer, transformer_2"
+    with pytest.raises(ConfigError, match=rf"^a component of LoRA 'ink' is 'unet'; .*choose from {choices}$"):
+        Adapter("ink", "ink", components=["denoiser", "unet"])
     assert Adapter("ink", "ink", components=["denoiser", "text_encoder_3"]).components == ["denoiser", "text_encoder_3"]
+    # of a pipeline with two denoisers one alone
+    for name in ("transformer", "transformer_2"):
+        assert Adapter("ink", "ink", components=[name]).components == [name]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,166 @@
+"""What INT8 reaches in each family's denoiser at full size: one forward on torch's meta device, where nothing is computed or stored."""
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import diffusers
+import torch
+import yaml
+from diffusers.models.transformers import transformer_cosmos, transformer_ernie_image, transformer_hidream_image, transformer_lumina2
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from int8run.models.family import shipped_families
+
+HERE = Path(__file__).parent
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Numbers of one model.
+
+    Args:
+        linears: INT8 and float Linears.
+        parameters: weights of INT8 Linears, float Linears, convolutions, and all others.
+        work: multiply-adds of the same, and of attention's two products.
+    """
+
+    linears: Counter
+    parameters: Counter
+    work: Counter
+
+
+def argument(value: Any) -> Any:
+    """A forward's argument from its YAML: "1x77x768" and "1 int64" are tensors on the meta device."""
+    if isinstance(value, dict):
+        return {key: argument(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [argument(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    shape, _, dtype = value.partition(" ")
+    return torch.empty([int(n) for n in shape.split("x")], dtype=getattr(torch, dtype or "float32"), device="meta")
+
+
+def even_experts(moe: nn.Module, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """In place of HiDream's choice by value, which a meta tensor does not have: every expert gets as many tokens."""
+    tokens = len(indices) // len(moe.experts)
+    for expert in moe.experts:
+        expert(x[:tokens])
+    return torch.empty_like(x)
+
+
+def lumina_positions(rope: nn.Module, hidden_states: Tensor, attention_mask: Tensor) -> tuple[Any, ...]:
+    """In place of Lumina 2's positions, which it finds by the values of the mask: every text token counts."""
+    batch, channels, height, width = hidden_states.shape
+    text, image = attention_mask.shape[1], height * width // rope.patch_size**2
+    angles = lambda tokens: torch.empty(batch, tokens, sum(rope.axes_dim) // 2, dtype=torch.complex64, device="meta")  # noqa: E731
+    patches = hidden_states.reshape(batch, image, channels * rope.patch_size**2)
+    return patches, angles(text), angles(image), angles(text + image), [text] * batch, [text + image] * batch
+
+
+def ernie_angles(positions: Tensor, dim: int, theta: int) -> Tensor:
+    """In place of ERNIE-Image's angles: they switch autocast off, which the meta device does not have."""
+    return torch.empty(*positions.shape, dim // 2, device="meta")
+
+
+def cosmos_mask(mask: Tensor, size: list[int], interpolation: object) -> Tensor:
+    """In place of torchvision's resize, which need not be installed."""
+    return torch.empty(*mask.shape[:-2], *size, device="meta")
+
+
+TORCHVISION = SimpleNamespace(functional=SimpleNamespace(resize=cosmos_mask), InterpolationMode=SimpleNamespace(NEAREST="nearest"))
+# where a forward cannot run on meta: who does it there, under which name, and the same by formula
+BY_FORMULA: Sequence[tuple[Any, str, Any]] = (
+    (transformer_hidream_image.MOEFeedForwardSwiGLU, "moe_infer", even_experts),
+    # puts the output together by sizes that it has as tensors
+    (diffusers.HiDreamImageTransformer2DModel, "unpatchify", lambda model, x, sizes, training: x),
+    (transformer_lumina2.Lumina2RotaryPosEmbed, "forward", lumina_positions),
+    (transformer_ernie_image, "rope", ernie_angles),
+    (transformer_cosmos, "transforms", TORCHVISION),
+)
+
+
+def macs_of(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:
+    """Multiply-adds of a Linear, rows x K x N, or of a convolution."""
+    if isinstance(module, nn.Linear):
+        return inputs[0].numel() * module.out_features
+    per_output = module.in_channels // module.groups * math.prod(module.kernel_size)
+    return output.numel() * per_output
+
+
+def shares(entry: Mapping[str, Any]) -> Shares:
+    """Build one model on the meta device, call it once, and count."""
+    with torch.device("meta"):
+        model = getattr(diffusers, entry["class"])(**entry["config"]).eval()
+    linears = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    family = shipped_families()[entry["family"]]
+    assert not family.wrong_inputs(linears), family.wrong_inputs(linears)
+    kinds = {name: "float" if family.why_float(name) else "int8" for name in linears}
+    kinds |= {name: "convolution" for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
+    work: Counter = Counter()
+    for name, kind in kinds.items():
+        count = lambda module, inputs, output, kind=kind: work.update({kind: macs_of(module, inputs, output)})  # noqa: E731
+        model.get_submodule(name).register_forward_hook(count)
+    with ExitStack() as stack:
+        for owner, name, formula in BY_FORMULA:
+            stack.enter_context(mock.patch.object(owner, name, formula, create=True))
+        flops = stack.enter_context(FlopCounterMode(display=False))
+        stack.enter_context(torch.no_grad())
+        model(**argument(entry["inputs"]), return_dict=False)
+    # attention is what torch counts besides; two operations are one multiply-add
+    work["attention"] = flops.get_total_flops() // 2 - work.total()
+    parameters = Counter(dict.fromkeys(("int8", "float", "convolution"), 0))
+    for name, kind in kinds.items():
+        parameters[kind] += sum(p.numel() for p in model.get_submodule(name).parameters(recurse=False))
+    parameters["other"] = sum(p.numel() for p in model.parameters()) - parameters.total()
+    return Shares(Counter(kinds.values()), parameters, work)
+
+
+def percent(part: float, whole: float) -> str:
+    """A share as the table has it."""
+    return f"{100 * part / whole:.1f}"
+
+
+def row(entry: Mapping[str, Any]) -> str:
+    """The model's row of the table."""
+    found = shares(entry)
+    work, matrices = found.work, found.work.total() - found.work["attention"]
+    cells = [
+        entry["family"], entry["model"], entry["size"], f"{found.linears['int8']} / {found.linears['float']}",
+        f"{found.parameters.total() / 1e9:.2f}", percent(found.parameters["int8"], found.parameters.total()),
+        f"{work.total() / 1e12:.2f}", percent(work["int8"], matrices), percent(work["float"], matrices),
+        percent(work["convolution"], matrices), percent(work["attention"], work.total()), percent(work["int8"], work.total()),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+HEAD = (
+    "| family | model | at | Linears INT8 / float | parameters, 10⁹ | in INT8, % | multiply-adds, 10¹² "
+    "| of layers: INT8, % | float Linears, % | convolutions, % | attention, % of all | INT8, % of all |"
+)
+
+
+def main() -> None:
+    """Print the table, or what is asked for of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", help="parts of model names; none: all")
+    asked = parser.parse_args().models
+    print(HEAD)
+    print("|" + "---|" * (HEAD.count("|") - 1))
+    for entry in yaml.safe_load((HERE / "models.yaml").read_text()):
+        if not asked or any(part in entry["model"] for part in asked):
+            print(row(entry), flush=True)
+
+
+if __name__ == "__main__":
+    main()

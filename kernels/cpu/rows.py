@@ -1,0 +1,157 @@
+"""Rows of a weight to int8 as they stream by, with the sums that tell how good they are: `rows.cpp`, or the same in torch.
+
+Both give the same integers and scales, bit for bit. Without a rotation these are those of `quantize_rowwise/reference.py`; with one, a
+sum may be rounded otherwise than in a product with the whole matrix, so that a number half way between two integers may go to the
+other one.
+"""
+
+import functools
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from int8run.kernels.cpu.library import BuildError, rows_library
+from int8run.kernels.hadamard.reference import Rotation
+from int8run.kernels.quantize_rowwise.reference import INT8_MAX, quantize_rowwise
+
+log = logging.getLogger(__name__)
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LANES = 16  # numbers that are rotated in one step, as in rows.cpp
+TORCH_NUMBERS = 2**20  # that the version in torch works on at a time
+
+
+class RowSums(NamedTuple):
+    """What is known of quantized rows besides their integers and scales."""
+
+    finite: bool  # false: some number is NaN or infinity, and the integers mean nothing
+    signal: float  # sum of the squares of the transformed weight
+    noise: float  # the same of what rounding changed
+    saturated: int  # integers that are -127 or 127
+
+
+def quantize_weight_rows(
+    weight: Tensor, q: Tensor, scale: Tensor, factor: Tensor | None = None, rotation: Rotation | None = None
+) -> RowSums:
+    """Quantize each row with its own scale, `scale = absmax / 127`, ties to even, after dividing its columns and rotating them.
+
+    Args:
+        weight: [N, K], contiguous, float32, bfloat16 or float16; any other float dtype is read as float32.
+        q: int8 [N, K], contiguous; written.
+        scale: float32 [N, 1], contiguous; written.
+        factor: float32 [K]; each column is divided by its own.
+        rotation: of groups that divide K.
+    """
+    if weight.dtype not in DTYPES:
+        weight = weight.float()
+    rows, columns = weight.shape
+    check(weight, q, scale, factor, rotation)
+    if not compiled():
+        return by_torch(weight, q, scale, factor, rotation)
+    signs = None if rotation is None else lane_signs(rotation)
+    sums = torch.empty(rows, 3, dtype=torch.float64)
+    refused = rows_library().int8run_quantize_weight_rows(
+        weight.data_ptr(), DTYPES[weight.dtype], rows, columns, None if factor is None else factor.data_ptr(),
+        0 if rotation is None else rotation.group, None if signs is None else signs.data_ptr(), radix(rotation), norm(rotation),
+        q.data_ptr(), scale.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    signal, noise, saturated = sums.sum(0).tolist()  # the same for any number of threads
+    return RowSums(refused == 0, signal, noise, int(saturated))
+
+
+@functools.lru_cache(maxsize=1)
+def compiled() -> bool:
+    """Whether `rows.cpp` does the work here; the answer is logged once."""
+    try:
+        rows_library()
+    except BuildError as error:
+        log.warning("weights are quantized by torch, at a fraction of the speed: %s", error)
+        return False
+    log.debug("weights are quantized by rows.cpp")
+    return True
+
+
+def by_torch(weight: Tensor, q: Tensor, scale: Tensor, factor: Tensor | None = None, rotation: Rotation | None = None) -> RowSums:
+    """The same in torch, a few rows at a time."""
+    finite, signal, noise, saturated = True, 0.0, 0.0, 0
+    step = max(1, TORCH_NUMBERS // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        x = weight[rows].float()
+        finite &= bool(x.isfinite().all())
+        x = transform(x, factor, rotation)
+        finite &= bool(x.isfinite().all())
+        q[rows], scale[rows] = quantize_rowwise(x)
+        signal += x.double().square().sum().item()
+        noise += (x - q[rows] * scale[rows]).double().square().sum().item()
+        saturated += int((q[rows].abs() == INT8_MAX).sum())
+    return RowSums(finite, signal, noise, saturated)
+
+
+def transform(x: Tensor, factor: Tensor | None, rotation: Rotation | None) -> Tensor:
+    """Columns divided by their factors, then rotated, each sum in the order of `rows.cpp`. x: float32 [N, K] -> [N, K]."""
+    if factor is not None:
+        x = x / factor
+    if rotation is None:
+        return x
+    lanes = min(rotation.group, LANES)
+    signs = lane_signs(rotation)[:lanes, :lanes]
+    parts = x.unflatten(1, (-1, lanes))
+    total = torch.zeros_like(parts)
+    for i in range(lanes):
+        total += parts[..., i : i + 1] * signs[i]
+    x, span = total.flatten(1), lanes
+    while span < rotation.group:
+        parts = x.unflatten(1, (-1, radix(rotation), span))
+        x = torch.stack((join2 if rotation.sylvester else join4)(*parts.unbind(2)), 2).flatten(1)
+        span *= radix(rotation)
+    return x * norm(rotation)
+
+
+def join2(a: Tensor, b: Tensor) -> list[Tensor]:
+    """Two rotated parts joined by Sylvester's matrix of 2."""
+    return [a + b, a - b]
+
+
+def join4(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> list[Tensor]:
+    """Four rotated parts joined by the regular matrix of 4."""
+    total, difference, total2, difference2 = a + b, a - b, c + d, c - d
+    return [total + difference2, total - difference2, total2 + difference, total2 - difference]
+
+
+def lane_signs(rotation: Rotation) -> Tensor:
+    """The signs that 16 neighbouring columns are multiplied by: [16, 16], for a smaller group several times along the diagonal."""
+    lanes = min(rotation.group, LANES)
+    # both kinds are Kronecker powers whose first entry is positive: the matrix of `lanes` stands in the corner of the larger one
+    return torch.block_diag(*[rotation.matrix[:lanes, :lanes].sign()] * (LANES // lanes)).contiguous()
+
+
+def radix(rotation: Rotation | None) -> int:
+    """How many rotated parts are joined at a time."""
+    return 2 if rotation is not None and rotation.sylvester else 4
+
+
+def norm(rotation: Rotation | None) -> float:
+    """What the sums of a rotation are multiplied by."""
+    return 1.0 if rotation is None else rotation.group**-0.5
+
+
+def check(weight: Tensor, q: Tensor, scale: Tensor, factor: Tensor | None, rotation: Rotation | None) -> None:
+    """Refuse what would be read or written past its end.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    rows, columns = weight.shape
+    given = {"weight": weight, "q": q, "scale": scale, "factor": factor}
+    wanted = {
+        "weight": (weight.dtype, (rows, columns)), "q": (torch.int8, (rows, columns)), "scale": (torch.float32, (rows, 1)),
+        "factor": (torch.float32, (columns,)),
+    }  # fmt: skip
+    for name, t in given.items():
+        if t is not None and ((t.dtype, tuple(t.shape)) != wanted[name] or not t.is_contiguous() or t.device.type != "cpu"):
+            dtype, shape = wanted[name]
+            raise ValueError(f"{name} must be contiguous {dtype} {list(shape)} on the CPU, not {t.dtype} {list(t.shape)} on {t.device}")
+    if rotation is not None and columns % rotation.group:
+        raise ValueError(f"groups of {rotation.group} do not divide {columns} columns")

@@ -1,0 +1,370 @@
+"""Every family on a tiny instance of its real pipeline: recognised, its facts true, quantized and sampled."""
+
+import fnmatch
+import functools
+import inspect
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import diffusers
+import pytest
+import torch
+import yaml
+from families import instances, instances_b
+from families.instances import OTHERS
+from helpers import CONF, NEVER_FLOAT
+from torch import nn
+
+from int8run.backends.base import Limits
+from int8run.backends.reference import Reference
+from int8run.generate.generate import generate
+from int8run.generate.prompts import Sample
+from int8run.layers.linear import Int8Linear
+from int8run.models.family import AutoFamily, ModelFamily, shipped_families
+from int8run.quant.rounding import AbsMax
+from int8run.quantize import assemble, int8_layers, plan_layers, quantized_layers, same_input_groups
+
+INSTANCES = {**instances.INSTANCES, **instances_b.INSTANCES}
+FAMILIES = shipped_families()
+COMPONENTS = "transformer", "unet"
+# families that no pipeline of diffusers runs
+NO_PIPELINE = {"anima"}
+
+
+@functools.cache
+def built(name):
+    """The pipeline, the name of its denoiser, and the denoiser in float."""
+    pipe = INSTANCES[name].build()
+    component = next(c for c in COMPONENTS if isinstance(pipe.components.get(c), nn.Module))
+    return pipe, component, getattr(pipe, component).eval().requires_grad_(False)
+
+
+def linears_of(model):
+    return {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+@functools.cache
+def denoisers_of(family):
+    """Every denoiser that stands for a family here."""
+    parts = [built(name)[2] for name, instance in INSTANCES.items() if instance.family == family]
+    return [*parts, *(make() for make in OTHERS.get(family, ()))]
+
+
+@dataclass(frozen=True)
+class Counting(Reference):
+    """Counts how often an input is quantized, and takes a GELU into that."""
+
+    limits: ClassVar[Limits] = Limits(fuses_gelu=True)
+    counted: Counter = field(default_factory=Counter, compare=False)
+
+    def quantize(self, x, factor, rotation, gelu_from, down):
+        self.counted["inputs"] += 1
+        return super().quantize(x, factor, rotation, gelu_from, down)
+
+
+def to_int8(model, family, backend):
+    """All layers that the family leaves to INT8, as a run makes them."""
+    chosen = [plan for plan in plan_layers(model, family.why_float) if plan.keep_float is None]
+    layers = quantized_layers(model, chosen, {}, AbsMax(), {})
+    made = int8_layers(model, layers, backend, NEVER_FLOAT, {plan.name: 8 for plan in chosen})
+    return assemble(model, made, family)
+
+
+def sampled(name, denoisers):
+    pipe, component, _ = built(name)
+    return generate(pipe, component, denoisers, [Sample(INSTANCES[name].prompt, 7, "0")], INSTANCES[name].sampling)
+
+
+def test_every_family_has_an_instance():
+    assert {instance.family for instance in INSTANCES.values()} | NO_PIPELINE == set(FAMILIES)
+    assert {cls for family in FAMILIES.values() for cls in family.denoisers} == {
+        type(model).__name__ for family in set(FAMILIES) - NO_PIPELINE for model in denoisers_of(family)
+    }
+
+
+@pytest.mark.parametrize("name", INSTANCES)
+def test_a_denoiser_is_recognised_as_its_family_and_no_other(name, caplog):
+    model = built(name)[2]
+    linears = linears_of(model)
+    assert AutoFamily().for_denoiser(type(model).__name__, [], linears).name == INSTANCES[name].family and not caplog.records
+    fitting = [f.name for f in FAMILIES.values() if type(model).__name__ in f.denoisers and f.wrong_inputs(linears) is None]
+    assert fitting == [INSTANCES[name].family]
+
+
+def exported_models():
+    """Every model class of diffusers that is usable here."""
+    return [n for n in dir(diffusers) if inspect.isclass(cls := getattr(diffusers, n)) and issubclass(cls, diffusers.ModelMixin)]
+
+
+def test_every_other_class_of_diffusers_is_unknown():
+    exported = exported_models()
+    known = {cls for family in FAMILIES.values() for cls in family.denoisers}
+    assert known <= set(exported) and len(exported) > 150
+    found = {cls: AutoFamily().for_denoiser(cls, [], {"a": 1}).name for cls in set(exported) - known}
+    assert set(found.values()) == {"unknown"}, found
+
+
+def test_a_denoiser_of_a_shared_class_with_other_inputs_is_unknown():
+    shared = Counter(cls for family in FAMILIES.values() for cls in family.denoisers)
+    for family in FAMILIES.values():
+        for cls in family.denoisers:
+            if shared[cls] > 1:
+                assert family.inputs, f"{family.name} shares {cls} and names no inputs"
+                assert AutoFamily().for_denoiser(cls, [], {"a": 1}).name == "unknown"
+
+
+def test_cosmos_is_no_anima():
+    (cosmos,) = denoisers_of("anima")
+    assert AutoFamily().for_denoiser(type(cosmos).__name__, [], linears_of(cosmos)).name == "unknown"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_rule_is_dead_and_every_rule_has_a_reason(family):
+    # a file does not say which weight is a Linear's: rules for others of two dimensions count as well
+    parameters = [item for model in denoisers_of(family) for item in model.named_parameters()]
+    names = [name.removesuffix(".weight") for name, p in parameters if p.dim() == 2 and name.endswith(".weight")]
+    for rule in FAMILIES[family].float_layers:
+        alone = ModelFamily("alone", float_layers=[rule])
+        assert any(alone.why_float(name) for name in names), f"{family}: {rule.pattern} matches no Linear"
+        assert rule.why
+        others = ModelFamily("others", float_layers=[r for r in FAMILIES[family].float_layers if r is not rule])
+        assert any(alone.why_float(name) and not others.why_float(name) for name in names), f"{family}: {rule.pattern} is said twice"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_layers_of_the_repeated_blocks_become_int8(family):
+    for model in denoisers_of(family):
+        blocks = [f"{name}." for name in FAMILIES[family].blocks]
+        int8 = [name for name in linears_of(model) if FAMILIES[family].why_float(name) is None]
+        assert int8
+        assert [name for name in int8 if not name.startswith(tuple(blocks))] == []
+
+
+# the layers that become INT8, all of them and no others
+DOUBLE = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|{ff}{net}|{context}{net})"
+FLUX_DOUBLE = DOUBLE.format(ff="ff", context="ff_context", net=r"\.net\.(0\.proj|2)")
+FLUX_SINGLE = r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)"
+INT8_LAYERS = {
+    "flux": f"{FLUX_DOUBLE}|{FLUX_SINGLE}",
+    "chroma": f"{FLUX_DOUBLE}|{FLUX_SINGLE}",
+    "flux2": DOUBLE.format(ff="ff", context="ff_context", net=r"\.linear_(in|out)")
+    + r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
+    "z_image": r"layers\.[12]\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123])",
+    "qwen_image": DOUBLE.format(ff="img_mlp", context="txt_mlp", net=r"\.net\.(0\.proj|2)")
+    + r"|transformer_blocks\.\d+\.((img|txt)_mod\.1|img_mlp\.(proj|gate_layer|out))",
+    "ernie_image": r"layers\.\d+\.(self_attention\.(to_[qkv]|to_out\.0)|mlp\.(gate_proj|up_proj|linear_fc2))",
+    "krea2": r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_gate|to_out\.0)|ff\.(gate|up|down))",
+    "anima": r"transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))",
+}
+
+
+@pytest.mark.parametrize("family", INT8_LAYERS)
+def test_which_layers_become_int8(family):
+    names = {name for model in denoisers_of(family) for name in linears_of(model)}
+    int8 = {name for name in names if FAMILIES[family].why_float(name) is None}
+    assert int8 == {name for name in names if re.fullmatch(INT8_LAYERS[family], name)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_block_lists_exist(family):
+    for name in FAMILIES[family].blocks:
+        found = [m for model in denoisers_of(family) for n, m in model.named_modules() if n == name]
+        assert found and all(isinstance(m, nn.ModuleList) for m in found), f"{family}: no list {name}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_named_beside_the_rules(family):
+    facts = FAMILIES[family]
+    assert facts.hardware and facts.lora_prefixes and facts.fingerprints
+    for model in denoisers_of(family):
+        if facts.denoisers:
+            assert facts.wrong_inputs(linears_of(model)) is None
+
+
+def relative_names(family):
+    """Every name that a fact gives, relative to a block."""
+    facts = FAMILIES[family]
+    return {name for group in facts.same_input for name in group} | {g.into for g in facts.deferred_gelu}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_name_in_a_fact_is_an_int8_layer(family):
+    int8 = [name for model in denoisers_of(family) for name in linears_of(model) if FAMILIES[family].why_float(name) is None]
+    assert {n for n in relative_names(family) if not any(name.endswith(f".{n}") for name in int8)} == set()
+
+
+def count(calls, layer, *_):
+    calls[layer] += 1
+
+
+@functools.cache
+def with_and_without_facts(name):
+    """(denoiser, generation, quantized inputs) with what the family says about its blocks, and without."""
+    family = FAMILIES[INSTANCES[name].family]
+    found = []
+    for facts in (family, replace(family, same_input=(), deferred_gelu=())):
+        backend = Counting()
+        int8 = to_int8(built(name)[2], facts, backend)
+        calls = Counter()
+        for layer, module in int8.named_modules():
+            if isinstance(module, Int8Linear):
+                module.register_forward_hook(functools.partial(count, calls, layer))
+        found.append((int8, sampled(name, {"int8": int8})["int8"], backend.counted["inputs"], calls))
+    return found
+
+
+@pytest.mark.parametrize("name", INSTANCES)
+def test_the_facts_change_no_bit(name):
+    (_, fast, *_), (_, plain, *_) = with_and_without_facts(name)
+    assert torch.equal(fast.trajectories[0], plain.trajectories[0])
+
+
+@pytest.mark.parametrize("name", INSTANCES)
+def test_layers_with_the_same_input_are_served_by_one_quantization(name):
+    (int8, _, shared, calls), (_, _, alone, _) = with_and_without_facts(name)
+    groups = same_input_groups(calls, FAMILIES[INSTANCES[name].family].same_input)
+    assert alone == calls.total() and set(calls) == {n for n, m in int8.named_modules() if isinstance(m, Int8Linear)}
+    # a group whose layers read different tensors, or the same one at other times, would be quantized more often
+    assert shared == sum(max(calls[layer] for layer in group) for group in groups)
+
+
+def tanh_gelus(model, family):
+    """Modules in the repeated blocks that compute a GELU (tanh) before an INT8 layer."""
+    blocks = tuple(f"{block}." for block in family.blocks)
+    found = [n for n, m in model.named_modules() if getattr(m, "approximate", None) == "tanh" and n.startswith(blocks)]
+    return [n for n in found if not family.why_float(f"{n}.proj")]
+
+
+@pytest.mark.parametrize("name", INSTANCES)
+def test_every_tanh_gelu_before_an_int8_layer_is_deferred(name):
+    family, (float_model, int8) = FAMILIES[INSTANCES[name].family], (built(name)[2], with_and_without_facts(name)[0][0])
+    moved = [n for n, m in int8.named_modules() if isinstance(m, Int8Linear) and m.gelu_from >= 0]
+    assert tanh_gelus(int8, family) == [] and len(moved) == len(tanh_gelus(float_model, family))
+
+
+@pytest.mark.parametrize("name", INSTANCES)
+def test_int8_comes_close_to_float_in_two_steps(name):
+    plain = sampled(name, {"float": built(name)[2]})["float"]
+    int8 = with_and_without_facts(name)[0][1]
+    (reference,), (latents,) = plain.trajectories, int8.trajectories
+    assert reference.shape == latents.shape and len(latents) == INSTANCES[name].sampling.steps
+    assert torch.isfinite(latents).all() and latents[-1].std() > 0.01
+    error = (latents[-1] - reference[-1]).norm() / reference[-1].norm()
+    assert 0 < error < 0.03  # 0.0001 to 0.012 here
+
+
+def fingerprint_of(keys):
+    """(family, class) of every fingerprint that the names of a file fit."""
+    matches = lambda pattern: bool(fnmatch.filter(keys, pattern))  # noqa: E731
+    return {
+        (family.name, f.denoiser)
+        for family in FAMILIES.values()
+        for f in family.fingerprints
+        if all(map(matches, f.all)) and not any(map(matches, f.none))
+    }
+
+
+@pytest.mark.parametrize("name", INSTANCES)
+def test_a_file_with_the_names_of_diffusers_is_recognised(name):
+    model = built(name)[2]
+    assert fingerprint_of(list(model.state_dict())) == {(INSTANCES[name].family, type(model).__name__)}
+
+
+# names of the authors' own files that others do not have, as ComfyUI and diffusers look for them
+KEY_NORM = "double_blocks.0.img_attn.norm.key_norm.scale"
+AUTHORS = {
+    "flux": [KEY_NORM, "img_in.weight", "vector_in.in_layer.weight", "guidance_in.in_layer.bias"],
+    "flux2": [KEY_NORM, "img_in.weight", "double_stream_modulation_img.lin.weight", "single_stream_modulation.lin.weight"],
+    "chroma": [KEY_NORM, "img_in.weight", "distilled_guidance_layer.in_proj.weight"],
+    "z_image": ["cap_embedder.1.weight", "layers.0.adaLN_modulation.0.weight", "layers.0.attention.qkv.weight"],
+    "krea2": ["txtfusion.projector.weight", "blocks.0.attn.wq.weight"],
+    "anima": ["blocks.0.mlp.layer1.weight", "blocks.0.self_attn.q_proj.weight", "llm_adapter.out_proj.weight"],
+}
+FOREIGN = {
+    "radiance": [KEY_NORM, "distilled_guidance_layer.in_proj.weight", "nerf_blocks.0.param_generator.weight"],
+    "cosmos": ["blocks.0.mlp.layer1.weight", "blocks.0.self_attn.q_proj.weight", "x_embedder.proj.1.weight"],
+    "hunyuan_video": ["txt_in.individual_token_refiner.blocks.0.norm1.weight", "double_blocks.0.img_attn_qkv.weight", "img_in.proj.weight"],
+    "auraflow": ["double_layers.0.attn.w1q.weight", "cond_seq_linear.weight", "t_embedder.mlp.0.weight"],
+}
+
+
+@pytest.mark.parametrize(("family", "keys"), AUTHORS.items())
+def test_a_file_with_the_authors_names_is_recognised(family, keys):
+    assert [name for name, _ in fingerprint_of(keys)] == [family]
+
+
+@pytest.mark.parametrize(("name", "keys"), FOREIGN.items())
+def test_a_file_of_another_model_is_not(name, keys):
+    assert fingerprint_of(keys) == set()
+
+
+# they have the very names of another family's class; their own class, where a pipeline has one, is unknown all the same
+SAME_NAMES = {
+    "AudioLDM2UNet2DConditionModel": "sd15", "ChronoEditTransformer3DModel": "wan", "SkyReelsV2Transformer3DModel": "wan",
+    "SanaWMLTX2RefinerTransformer3DModel": "ltx2",
+}  # fmt: skip
+
+
+def recognised(cls):
+    """What a file of a class with its default sizes is taken for; None where it has no such sizes."""
+    try:
+        with torch.device("meta"):
+            model = getattr(diffusers, cls)()
+    except (TypeError, ValueError, AssertionError):
+        return None
+    return {family for family, _ in fingerprint_of(list(model.state_dict()))}
+
+
+@pytest.mark.parametrize(
+    "cls",
+    ["FluxControlNetModel", "HunyuanVideoTransformer3DModel", "NucleusMoEImageTransformer2DModel", "QwenImageControlNetModel"],
+)
+def test_a_model_that_is_built_alike_is_not_taken_for_a_family(cls):
+    assert recognised(cls) == set()
+
+
+@pytest.mark.slow
+def test_no_file_of_another_class_is_taken_for_a_family():
+    owners = {cls: family.name for family in FAMILIES.values() for cls in family.denoisers}
+    for cls in exported_models():
+        assert (recognised(cls) or set()) <= {SAME_NAMES.get(cls), owners.get(cls)} | (
+            {"sd15", "sdxl"} if "UNet2DCondition" in cls else set()
+        )
+
+
+MODELS = {file.stem: yaml.safe_load(file.read_text()) for file in sorted((CONF / "model").glob("*.yaml"))}
+# checkpoints that are not named after an instance
+CALLED = {"tiny": "flux", "anima": None, "anima_preview": None}
+
+
+def instance_of(model):
+    """The instance with the pipeline of a checkpoint: by name, the longest that fits."""
+    if model in CALLED:
+        return CALLED[model]
+    return max((name for name in INSTANCES if model.startswith(name)), key=len, default="")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_checkpoint_asks_its_pipeline_for_nothing_that_it_does_not_know(model):
+    name = instance_of(model)
+    assert name != "", f"model={model}: name the instance with its pipeline in CALLED"
+    if name is not None:
+        sampling = MODELS[model]["sampling"]
+        known = inspect.signature(type(built(name)[0]).__call__).parameters
+        asked = {"num_inference_steps", "height", "width", *sampling.get("extra", {})}
+        assert asked | ({"guidance_scale"} if "guidance" in sampling else set()) <= set(known)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_single_file_says_where_the_rest_is(model):
+    location, base = MODELS[model]["location"], MODELS[model]["base"]
+    # a folder's own place, so that a file can be put in its stead
+    assert (base == location) is not location.endswith(".safetensors")
+    assert (base is None) == (instance_of(model) is None)
+
+
+def test_every_family_has_two_checkpoints():
+    counted = Counter(INSTANCES[name].family if (name := instance_of(model)) else "anima" for model in MODELS)
+    assert set(counted) == set(FAMILIES) and {f: n for f, n in counted.items() if n < 2} == {}

@@ -1,0 +1,279 @@
+"""Files of other programs as the model: every kind of numbers, mixtures, LoRAs onto them; and files of other models."""
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from families.trips import (
+    DENOISERS,
+    FAMILIES,
+    INSTANCES,
+    Case,
+    Tensors,
+    assert_same,
+    contents,
+    float_weights,
+    int8_layers,
+    made,
+    made_lora,
+    native_linears,
+    native_state,
+    rounded,
+    stored,
+    write,
+)
+from torch import Tensor, nn
+
+from int8run.build import Built
+from int8run.errors import ConfigError, FileError
+from int8run.lora.settings import Adapter
+from int8run.weights import FileWeights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A weight as another program writes it.
+
+    Args:
+        tensors: what stands in the file for it, by suffix.
+        real: the weight that it stands for, float32 [N, K].
+        codes, scale: int8 [N, K] and float32 [N, 1], where they can be taken as they are.
+    """
+
+    tensors: Tensors
+    real: Tensor
+    codes: Tensor | None = None
+    scale: Tensor | None = None
+
+
+def text(**fields: object) -> Tensor:
+    """A marker."""
+    return torch.frombuffer(bytearray(json.dumps(fields).encode()), dtype=torch.uint8)
+
+
+def fp8_native(weight: Tensor) -> Foreign:
+    scale = weight.abs().max() / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn)
+    return Foreign({"weight": codes, "weight_scale": scale, "comfy_quant": text(format="float8_e4m3fn")}, codes.float() * scale)
+
+
+def fp8_legacy(weight: Tensor) -> Foreign:
+    scale = weight.abs().max()[None] / 57344
+    codes = (weight / scale).to(torch.float8_e5m2)
+    return Foreign({"weight": codes, "scale_weight": scale, "scale_input": torch.ones(1)}, codes.float() * scale)
+
+
+def fp8_rows(weight: Tensor) -> Foreign:
+    scale = weight.abs().amax(1) / 448
+    codes = (weight / scale[:, None]).to(torch.float8_e4m3fn)
+    return Foreign({"weight": codes, "weight_scale": scale}, codes.float() * scale[:, None])
+
+
+def fp8_cast(weight: Tensor) -> Foreign:
+    codes = weight.to(torch.float8_e4m3fn)
+    return Foreign({"weight": codes}, codes.float())
+
+
+def int8_grid(weight: Tensor, block: int = 16) -> Foreign:
+    n, k = weight.shape
+    scale = weight.view(n // block, block, k // block, block).abs().amax((1, 3)) / 127
+    wide = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)
+    codes = (weight / wide).round().to(torch.int8)
+    marker = text(format="int8_blockwise", group_size=block)
+    return Foreign({"weight": codes, "weight_scale": scale, "comfy_quant": marker}, codes.float() * wide)
+
+
+def int8_block3d(weight: Tensor, block: int = 16) -> Foreign:
+    n, k = weight.shape
+    scale = weight.view(n, k // block, block).abs().amax(2, keepdim=True) / 127
+    wide = scale[..., 0].repeat_interleave(block, 1)
+    codes = (weight / wide).round().to(torch.int8)
+    return Foreign({"weight": codes, "scale": scale}, codes.float() * wide)
+
+
+def lightx2v(weight: Tensor) -> Foreign:
+    scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16()
+    codes = (weight / scale.float()).round().clamp(-128, 127).to(torch.int8)
+    return Foreign({"weight": codes, "weight_scale": scale}, codes * scale.float(), codes, scale.float())
+
+
+def lightx2v_comfy(weight: Tensor) -> Foreign:
+    scale = weight.abs().max() / 127
+    codes = (weight / scale).round().to(torch.int8)
+    return Foreign({"weight": codes, "scale_weight": scale}, codes * scale, codes, scale.expand(len(weight), 1))
+
+
+def rotated(weight: Tensor, **marker: object) -> Foreign:
+    """In groups of 16; H4 has its minus signs on the other diagonal."""
+    base = 1 - 2 * torch.eye(4).flip(0)
+    matrix = torch.kron(base, base) / 4
+    turned = (weight.view(len(weight), -1, 16) @ matrix.T).view_as(weight)
+    codes, scale = rounded(turned)
+    real = ((codes * scale).view(len(weight), -1, 16) @ matrix).view_as(weight)
+    return Foreign({"weight": codes, "weight_scale": scale, "comfy_quant": text(**marker)}, real, codes, scale)
+
+
+def pre_native(weight: Tensor) -> Foreign:
+    return rotated(weight, convrot=True, convrot_groupsize=16, per_row=True)
+
+
+def first_node(weight: Tensor) -> Foreign:
+    return rotated(weight, quarot=True, quarot_groupsize=16)
+
+
+MARK = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+BARE, FULL = "", "model.diffusion_model."
+# how a weight is written, the prefix of all keys, what else is in the file, what the log says of the kind
+PROGRAMS = {
+    "fp8 scaled": (fp8_native, BARE, {}, "float8_e4m3fn scaled, tensor"),
+    "fp8 scaled, legacy": (fp8_legacy, FULL, MARK, "float8_e5m2 scaled, tensor"),
+    "fp8 by rows": (fp8_rows, BARE, {}, "float8_e4m3fn scaled, row"),
+    "fp8 cast": (fp8_cast, FULL, {}, "float8_e4m3fn cast"),
+    "int8 in square blocks": (int8_grid, BARE, {}, "int8_blockwise, grid 16"),
+    "Wan-INT8": (int8_block3d, BARE, {}, "int8, block3d 16"),
+    "lightx2v": (lightx2v, BARE, {}, ""),
+    "lightx2v for ComfyUI": (lightx2v_comfy, FULL, MARK, ""),
+    "INT8-Fast": (pre_native, FULL, {}, ""),
+    "INT8-Fast's first": (first_node, FULL, {}, ""),
+}
+
+
+@pytest.fixture(scope="module", params=["flux", "wan"])
+def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    """A family whose authors keep q, k and v in one layer, and one whose authors do not."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield made(request.param, tmp_path_factory.mktemp(request.param), patch)
+
+
+def of_another_program(case: Case, how: Callable[[Tensor], Foreign], prefix: str, others: Tensors, path: Path) -> dict[str, Foreign]:
+    """Write the denoiser so, with every layer of its blocks and the last modulation quantized.
+
+    Returns:
+        What each Linear of the model has to become.
+    """
+    file, found = native_state(case.denoiser, ""), {}
+    for name, parts in native_linears(case.denoiser).items():
+        weight = file[f"{name}.weight"]
+        if not re.search(r"blocks|final_layer\.adaLN", name) or weight.shape[0] % 16:
+            continue
+        written = how(weight)
+        del file[f"{name}.weight"]
+        file |= {f"{name}.{suffix}": value for suffix, value in written.tensors.items()}
+        first = 0
+        for part in parts:
+            last = first + case.denoiser.get_submodule(part.key).out_features
+            turn = (last - first) // 2 if part.swap_halves else 0
+            rows = [t if t is None else t[first:last].roll(turn, 0) for t in (written.codes, written.scale)]
+            found[part.key] = Foreign({}, written.real[first:last].roll(turn, 0), *rows)
+            first = last
+    write({prefix + key: value.contiguous() for key, value in (file | others).items()}, path)
+    return found
+
+
+def check_contents(named: Case, built: Built, expected: Mapping[str, Foreign]) -> None:
+    """Integers that can be taken are, all else is what the file stands for, rounded where the family has INT8."""
+    held, layers, floats = contents(built), int8_layers(built), float_weights(named)
+    family = FAMILIES[named.name]
+    for name, foreign in expected.items():
+        if foreign.codes is not None and foreign.scale is not None:
+            assert torch.equal(held[f"{name}.q"], foreign.codes) and torch.equal(held[f"{name}.scale"], foreign.scale)
+            layer = layers[name]
+            torch.testing.assert_close(layer.transform.restore_weight(layer.quantized_weight().dequantize()), foreign.real)
+        elif family.why_float(name) is None:
+            q, scale = rounded(foreign.real)
+            assert torch.equal(held[f"{name}.q"], q) and torch.equal(held[f"{name}.scale"], scale)
+        else:
+            assert torch.equal(held[f"{name}.weight"], foreign.real)
+    assert len(expected) > 15 and set(layers) == {n for n, f in expected.items() if f.codes is not None or family.why_float(n) is None}
+    same = [name for name in floats if name.removesuffix(".weight") not in expected]
+    assert_same({name: held[name] for name in same}, {name: floats[name] for name in same})
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_a_file_of_another_program_is_the_model(named: Case, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    how, prefix, others, said = PROGRAMS[kind]
+    path = named.home / f"{kind}.safetensors"
+    expected = of_another_program(named, how, prefix, others, path)
+    with caplog.at_level("INFO"):
+        built = named.build(path)
+    check_contents(named, built, expected)
+    assert named.latents(built).isfinite().all()
+    if said:
+        layers = {key for key, value in stored(path).items() if value.dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)}
+        assert f"{len(layers - {'model.diffusion_model.scaled_fp8'})} × {said}" in caplog.text
+    else:
+        assert f"{len(expected)} INT8 layers from {path}" in caplog.text
+    # from file to file it becomes the same
+    named.quantize(path, named.home / "new.safetensors")
+    assert_same(contents(named.build(named.home / "new.safetensors")), contents(built))
+
+
+def test_a_file_of_two_kinds(named: Case) -> None:
+    """Every second layer can be taken as it is."""
+    path, turns = named.home / "mixed.safetensors", itertools.count()
+
+    def either(weight: Tensor) -> Foreign:
+        return fp8_native(weight) if next(turns) % 2 else rotated(weight, format="int8_tensorwise", convrot=True, convrot_groupsize=16)
+
+    expected = of_another_program(named, either, BARE, {}, path)
+    built = named.build(path)
+    check_contents(named, built, expected)
+    assert {name for name, layer in int8_layers(built).items() if layer.transform.method == "none"} == {
+        name for name, foreign in expected.items() if foreign.codes is None and FAMILIES[named.name].why_float(name) is None
+    }
+
+
+def test_a_lora_cannot_be_baked_into_integers(named: Case) -> None:
+    lora = made_lora(named.denoiser, named.name).in_authors_words(named.home / "lora.safetensors")
+    trip = named.saved("file")
+    with pytest.raises(ConfigError, match=r"dynamic.*stochastic"):
+        named.build(trip.location, loras=[Adapter("a", str(lora))], mode="bake")
+    beside = named.build(trip.location, loras=[Adapter("a", str(lora))])
+    assert beside.loras.modes == {"dynamic": len(int8_layers(beside))}
+    assert not torch.equal(named.latents(beside), trip.drawn)
+
+
+def test_a_lora_is_baked_into_what_is_rounded_anew(named: Case) -> None:
+    path, changes = named.home / "fp8.safetensors", made_lora(named.denoiser, named.name)
+    expected = of_another_program(named, fp8_native, BARE, {}, path)
+    built = named.build(path, loras=[Adapter("a", str(changes.in_authors_words(named.home / "lora.safetensors")))], mode="bake")
+    held = contents(built)
+    for name in int8_layers(built):
+        weight = expected[name].real + changes.change(name)
+        error = (held[f"{name}.q"] * held[f"{name}.scale"] - weight).abs()
+        assert (error <= 0.5001 * weight.abs().amax(1, keepdim=True) / 127).all()
+
+
+# -- the wrong file -----------------------------------------------------------------------------------------------------
+
+STRANGERS = ["flux", "chroma", "z_image", "lumina2", "wan", "ltx", "sd3", "sd15", "sdxl"]
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Module, Path]]:
+    """Denoisers, and files with their float weights that are all called the same."""
+    found = {}
+    for name in STRANGERS:
+        pipe = INSTANCES[name].build()
+        model = next(pipe.components[c] for c in DENOISERS if isinstance(pipe.components.get(c), nn.Module))
+        found[name] = model, write(native_state(model), tmp_path_factory.mktemp("stranger") / "x.safetensors")
+    return found
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_file_of_another_family_is_refused_by_name(strangers: dict[str, tuple[nn.Module, Path]], name: str) -> None:
+    for other in STRANGERS:
+        if other != name:
+            with pytest.raises(FileError) as refused:
+                FileWeights(strangers[other][1], strangers[name][0])
+            words, wanted = str(refused.value).replace(str(strangers[other][1]), ""), type(strangers[name][0]).__name__
+            assert wanted in words
+            if type(strangers[other][0]).__name__ != wanted:  # of one class only the sizes differ
+                assert re.search(rf"are those of a {type(strangers[other][0]).__name__} \({other}\)", words)

@@ -1,0 +1,316 @@
+"""What the round trips share: a family's tiny pipeline on disk, builds of it without a run around them, and what a denoiser holds."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from families import instances, instances_b
+from families.instances import Instance
+from jobs import make_spec
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from int8run import load
+from int8run.build import Built, build
+from int8run.generate.generate import generate
+from int8run.generate.prompts import Sample
+from int8run.layers.linear import Int8Linear, linear_at
+from int8run.lora.heads import read_heads
+from int8run.lora.settings import Adapter, LoraSettings
+from int8run.models.family import ModelSource, shipped_families
+from int8run.models.layout import Part, to_native
+from int8run.outlier.convrot import ConvRot
+from int8run.outlier.none import NoOutlier
+from int8run.quantize_file import quantize_file
+from int8run.report.terminal import Progress
+from int8run.spec import Job, RunSpec
+
+INSTANCES: dict[str, Instance] = {**instances.INSTANCES, **instances_b.INSTANCES}
+FAMILIES = shipped_families()
+DENOISERS = "transformer", "transformer_2", "unet"
+FILE = "diffusion_pytorch_model.safetensors"
+# everything is exact and streamed, and nothing is kept from one build to the next
+SETTINGS = [
+    "backend=reference", "int8.small_batch_fallback=never", "metrics.baseline=none", "tracker=none", "cache.limit_gb=0", "device=cpu",
+    "progress=false",
+]  # fmt: skip
+Tensors = dict[str, Tensor]
+
+
+# what is saved: whether the authors' names are used, and how outliers are treated
+SAVED = {"folder": (False, NoOutlier()), "file": (True, NoOutlier()), "rotated file": (True, ConvRot(16))}
+
+
+@dataclass(frozen=True)
+class Trip:
+    """A denoiser that was streamed, drawn with and saved.
+
+    Args:
+        location: of the INT8 denoiser; of two a mapping.
+    """
+
+    built: Built
+    held: Tensors
+    drawn: Tensor
+    location: Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny pipeline and its folder.
+
+    Args:
+        name: of the instance.
+        pipe: float, as it was made.
+        home: an empty folder.
+    """
+
+    name: str
+    pipe: DiffusionPipeline
+    home: Path
+    spec: RunSpec
+
+    @property
+    def instance(self) -> Instance:
+        """Family, sampling, prompt."""
+        return INSTANCES[self.name]
+
+    @property
+    def folder(self) -> Path:
+        """The diffusers folder."""
+        return self.home / "pipeline"
+
+    @cached_property
+    def base(self) -> Path:
+        """The folder without the denoisers' weights, as it is fetched for a single file."""
+        folder = self.home / "base"
+        if not folder.exists():
+            shutil.copytree(self.folder, folder)
+            for name in self.denoisers:
+                (folder / name / FILE).unlink()
+        return folder
+
+    @cached_property
+    def denoisers(self) -> dict[str, nn.Module]:
+        """The denoisers by component name."""
+        parts = {name: self.pipe.components.get(name) for name in DENOISERS}
+        return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The first."""
+        return next(iter(self.denoisers.values()))
+
+    def source(self, location: object = None, base: object = None) -> ModelSource:
+        """The diffusers folder, or weights elsewhere."""
+        place: Any = {k: str(v) for k, v in location.items()} if isinstance(location, Mapping) else str(location or self.folder)
+        return ModelSource(
+            place, "none", self.instance.sampling, dtype="float32", base=None if location is None else str(base or self.base)
+        )
+
+    def build(
+        self, location: object = None, base: object = None, loras: Sequence[Adapter] = (), mode: str = "dynamic", **changes: Any
+    ) -> Built:
+        """A build of these weights; streamed, if no change of the spec asks for the float model."""
+        stack = LoraSettings(mode=mode, adapters=loras)
+        spec = replace(self.spec, model=self.source(location, base), lora=stack, **changes)
+        built = build(spec, self.samples, read_heads(spec.lora, "none"), Progress(False))
+        built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
+        return built
+
+    def quantize(self, location: object, save: Path, component: str | None = None) -> dict[str, Any]:
+        """`task=quantize` of these weights; what its metrics.json says."""
+        return quantized(replace(self.spec, model=self.source(location), save=str(save)), component, self.home)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The one picture that is drawn."""
+        return [Sample(self.instance.prompt, 7, "0")]
+
+    def latents(self, built: Built) -> Tensor:
+        """Of two steps. [steps, ...]"""
+        (name,) = built.denoisers
+        made = generate(built.pipe, built.component, built.denoisers, self.samples, self.instance.sampling)[name]
+        return made.trajectories[0]
+
+    @cached_property
+    def trips(self) -> dict[str, Trip]:
+        return {}
+
+    def saved(self, kind: str) -> Trip:
+        """One of SAVED."""
+        if kind not in self.trips:
+            native, outlier = SAVED[kind]
+            save = (self.home / kind).with_suffix(".safetensors" if native else "")
+            location: Any = save
+            if len(self.denoisers) > 1:
+                location = {name: self.home / f"{kind}_{name}.safetensors" if native else save / name for name in self.denoisers}
+            built = self.build(save=str(save), outlier=outlier)
+            self.trips[kind] = Trip(built, contents(built), self.latents(built), location)
+        return self.trips[kind]
+
+
+def made(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    """Build an instance and write it to a folder."""
+    pipe, folder = INSTANCES[name].build(), home / "pipeline"
+    # classes of the tests, which transformers cannot read again: in the folder stands what they are made from
+    ours = {name: part for name, part in pipe.components.items() if type(part).__module__ == instances.__name__}
+    for part in ours.values():
+        monkeypatch.setattr(part, "save_pretrained", lambda *_, **__: None)
+    pipe.save_pretrained(folder)
+    if ours:
+        index, read = json.loads((folder / "model_index.json").read_text()), load.load_pipeline
+        index |= {name: ["transformers", type(part).__bases__[0].__name__] for name, part in ours.items()}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        monkeypatch.setattr(load, "load_pipeline", lambda folder, parts, *where: read(folder, {**parts, **ours}, *where))
+    return Case(name, pipe, home, make_spec(SETTINGS))
+
+
+def quantized(spec: RunSpec, component: str | None, out: Path) -> dict[str, Any]:
+    """`task=quantize`; what its metrics.json says."""
+    quantize_file(spec, Job({}, {}, [], None, out), component)
+    return json.loads((out / "metrics.json").read_text())
+
+
+def quantize_alone(location: Path, save: Path, out: Path) -> dict[str, Any]:
+    """`task=quantize` of weights without a pipeline."""
+    return quantized(make_spec([*SETTINGS, f"model.location={location}", "model.dtype=float32", f"save={save}"]), None, out)
+
+
+def int8_layers(built: Built) -> dict[str, Int8Linear]:
+    """Every INT8 layer by its name."""
+    return {name: m for name, m in built.denoisers["int8"].named_modules() if isinstance(m, Int8Linear)}
+
+
+def contents(built: Built) -> Tensors:
+    """All that an INT8 denoiser holds: integers, scales, what was done to the outliers, and every float tensor."""
+    found: Tensors = {}
+    layers = int8_layers(built)
+    for name, layer in layers.items():
+        weight, transform = layer.quantized_weight(), layer.transform
+        found |= {f"{name}.q": weight.qdata, f"{name}.scale": weight.scale}
+        if transform.rotation is not None:
+            found[f"{name}.rotation"] = transform.rotation.matrix
+        if transform.factor is not None:
+            found[f"{name}.factor"] = transform.factor
+        if layer.bias is not None:
+            found[f"{name}.bias"] = layer.bias
+    state = built.denoisers["int8"].state_dict()
+    return found | {name: value for name, value in state.items() if not name.startswith(tuple(f"{layer}." for layer in layers))}
+
+
+def assert_same(ours: Tensors, others: Tensors) -> None:
+    """Bit for bit, dtypes included."""
+    assert ours.keys() == others.keys()
+    assert [name for name in ours if ours[name].dtype != others[name].dtype or not torch.equal(ours[name], others[name])] == []
+
+
+def native_state(model: nn.Module, prefix: str | None = None) -> Tensors:
+    """The float weights under the names of the model's authors.
+
+    Args:
+        prefix: before each name, in the place of the family's own.
+    """
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    names = to_native({name: tuple(value.shape) for name, value in state.items()}, type(model).__name__)
+    values = {
+        key: torch.cat([p.cut(state[p.key]) for p in parts]) if len(parts) > 1 else parts[0].cut(state[parts[0].key])
+        for key, parts in names.items()
+    }
+    own = next((p for p in ("model.diffusion_model.", "net.") if all(key.startswith(p) for key in values)), "")
+    return {(own if prefix is None else prefix) + key.removeprefix(own): value.contiguous().clone() for key, value in values.items()}
+
+
+def write(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> Path:
+    """A file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), path, metadata=dict(metadata or {}))
+    return path
+
+
+def write_shards(tensors: Tensors, folder: Path, count: int = 3) -> Path:
+    """The same in several files with an index, dealt like cards. Returns the index."""
+    names, shards = list(tensors), {}
+    for i in range(count):
+        shards[f"model-{i + 1:05}-of-{count:05}.safetensors"] = names[i::count]
+    for file, held in shards.items():
+        write({name: tensors[name] for name in held}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {name: file for file, held in shards.items() for name in held}}))
+    return index
+
+
+def stored(path: Path) -> Tensors:
+    """A file's tensors as the safetensors library reads them."""
+    return load_file(path)
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes and one scale a row: absmax / 127, the nearest integer, ties to even. weight: [N, K] float32."""
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scale).round().to(torch.int8), scale
+
+
+def float_weights(case: Case) -> Tensors:
+    """Every parameter and buffer of the float denoisers, by the names that they have in a build."""
+    single = len(case.denoisers) == 1
+    return {
+        (key if single else f"{name}.{key}"): value for name, part in case.denoisers.items() for key, value in part.state_dict().items()
+    }
+
+
+def native_linears(model: nn.Module) -> dict[str, tuple[Part, ...]]:
+    """Authors' name of a layer -> the Linears that it is made of."""
+    state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    linears = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found = {}
+    for key, parts in to_native(state, type(model).__name__).items():
+        if {part.key for part in parts} <= linears and key.endswith(".weight") and all(part.shape is None for part in parts):
+            name = key.removeprefix("model.diffusion_model.").removesuffix(".weight")
+            found[name] = tuple(replace(part, key=part.key.removesuffix(".weight")) for part in parts)
+    return found
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank changes of every Linear. Layers that are one to the authors read the input through the same matrix."""
+
+    down: Tensors
+    up: Tensors
+    native: dict[str, tuple[Part, ...]]
+
+    def change(self, name: str) -> Tensor:
+        """What is added to a weight."""
+        return self.up[name] @ self.down[name]
+
+    def in_diffusers_words(self, path: Path, component: str = "transformer") -> Path:
+        tensors = {f"{component}.{name}.lora_A.weight": value for name, value in self.down.items()}
+        return write(tensors | {f"{component}.{name}.lora_B.weight": value for name, value in self.up.items()}, path)
+
+    def in_authors_words(self, path: Path) -> Path:
+        tensors = {}
+        for name, parts in self.native.items():
+            tensors[f"diffusion_model.{name}.lora_A.weight"] = self.down[parts[0].key].clone()
+            tensors[f"diffusion_model.{name}.lora_B.weight"] = torch.cat([part.cut(self.up[part.key]) for part in parts])
+        return write(tensors, path)
+
+
+def made_lora(model: nn.Module, family: str) -> Lora:
+    """Rank 4, on every Linear that has an authors' name; those that stay float change less, so that they do not hide the others."""
+    generator, native = torch.Generator().manual_seed(3), native_linears(model)
+    down, up = {}, {}
+    for parts in native.values():
+        width = linear_at(model, parts[0].key).in_features
+        shared = torch.randn(4, width, generator=generator) / width**0.5
+        for part in parts:
+            strength = 0.1 if FAMILIES[family].why_float(part.key) is None else 0.001
+            down[part.key] = shared.clone()
+            up[part.key] = strength * torch.randn(linear_at(model, part.key).out_features, 4, generator=generator)
+    return Lora(down, up, native)
