@@ -13,7 +13,7 @@ from torch import nn
 
 from int8run.budget import Budget
 from int8run.checkpoints.native import prepare_folder
-from int8run.convert import cache_key, find_taken, layer_rows, to_int8
+from int8run.convert import cache_key, layer_rows, to_int8
 from int8run.costs import BranchCosts
 from int8run.generate.generate import TextCache
 from int8run.generate.probe import record_step
@@ -28,6 +28,7 @@ from int8run.models.family import ModelFamily
 from int8run.quantize import LayerPlan
 from int8run.report.terminal import Progress
 from int8run.spec import RunSpec
+from int8run.taken import find_taken
 from int8run.text_encoders.keep import find_text_encoders
 from int8run.timing import medians, now
 

@@ -22,7 +22,7 @@ from int8run.backends.base import Limits
 from int8run.backends.reference import Reference
 from int8run.budget import Budget, lone_errors, meet_budget
 from int8run.calibrate import record_calibration
-from int8run.convert import Taken, baked_loras, checkpoint_paths, facts_by_layer, find_taken, follow, outlier_methods, taken_layers
+from int8run.convert import outlier_methods
 from int8run.costs import TransformCosts
 from int8run.errors import ConfigError, FileError
 from int8run.generate.calibration import Calibration
@@ -40,6 +40,7 @@ from int8run.quantize import LayerPlan, assemble, int8_layers, plan_layers, quan
 from int8run.report.terminal import Progress
 from int8run.save import own_names, write_tensors
 from int8run.store import Store
+from int8run.taken import Taken, baked_loras, checkpoint_paths, facts_by_layer, find_taken, follow, taken_layers
 from int8run.weights import DenoiserWeights, FileWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")

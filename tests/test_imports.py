@@ -40,14 +40,15 @@ RULES = {
     "weights": {"checkpoints", "layers", "models", "quant"},
     "save": {"checkpoints", "layers", "models"},
     "load": {"generate", "layers", "models", "quantize", "report", "spec", "store", "weights"},
+    "taken": {"checkpoints", "layers", "load", "models", "outlier", "quant", "quantize", "spec", "weights"},
     "baseline": {"generate", "load", "lora", "machine", "models", "spec", "store"},
     "stream": {"checkpoints", "kernels", "models", "outlier", "quant", "quantize"},
     "quantize_file": FOLDERS | {"spec", "store", "quantize", "stream"},
     "calibrate": {"outlier", "layers", "models", "generate", "quantize", "report"},
     "costs": {"quant", "outlier", "backends", "layers", "timing"},
     "budget": {"layers", "models", "generate", "metrics", "report", "timing"},
-    "convert": FOLDERS | {"quantize", "spec", "calibrate", "costs", "budget", "load", "save", "store", "weights"},
-    "build": FOLDERS | {"quantize", "spec", "convert", "budget", "costs", "load", "timing"},
+    "convert": FOLDERS | {"quantize", "spec", "calibrate", "costs", "budget", "load", "save", "store", "taken"},
+    "build": FOLDERS | {"quantize", "spec", "convert", "budget", "costs", "load", "taken", "timing"},
     "run": FOLDERS | {"quantize", "spec", "baseline", "build", "memo", "machine"},
     "inspect_file": {"lora", "checkpoints", "models", "store"},
     "tasks": {"spec", "run", "bench", "quantize_file", "inspect_file", "report"},
@@ -66,8 +67,8 @@ CONCRETE = {
     "text_encoders": {"base"},
 }  # folder -> modules that are none
 SERVES_ALL = {
-    "spec", "build", "convert", "calibrate", "costs", "budget", "run", "quantize", "layers", "checkpoints", "lora", "generate", "metrics",
-    "report", "cli", "precheck", "tasks",
+    "spec", "build", "convert", "taken", "load", "calibrate", "costs", "budget", "run", "quantize", "layers", "checkpoints", "lora",
+    "generate", "metrics", "report", "cli", "precheck", "tasks",
 }  # fmt: skip
 EXCEPTIONS = {
     # `backend=auto` is a choice per layer, and int8_layers() is where layers get theirs; a transform costs what it costs there

@@ -11,14 +11,11 @@ own `memory/peak_bytes` counts what torch allocated there.
 import argparse
 import json
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from measure import memory
+from measure import watch
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from int8run.machine import device_name
@@ -77,22 +74,14 @@ def main() -> None:
         "~model.sampling.extra", "+model.sampling.extra={max_sequence_length: 16}", "tracker=none", "progress=false", "cache.limit_gb=0",
         f"hydra.run.dir={out}", *words,
     ]  # fmt: skip
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    peak = anonymous = 0
-    while process.poll() is None:
-        resident, own = memory(process.pid)
-        peak, anonymous = max(peak, resident), max(anonymous, own)
-        time.sleep(0.02)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)} ended with {process.returncode}")
+    watched = watch(command)
     metrics = json.loads((out / "metrics.json").read_text())["metrics"]
     size = sum(os.path.getsize(file) for file in arguments.checkpoint.glob("*.safetensors"))
     print(
         json.dumps(
             {
                 "device": device_name(torch.device(arguments.device)), "torch": torch.__version__, "checkpoint_bytes": size,
-                "seconds": time.perf_counter() - started, "peak_rss": peak, "peak_anonymous": anonymous,
+                **watched,
                 **{name: metrics[name] for name in sorted(metrics) if name.startswith(("build/", "memory/", "speed/step", "quant/layers"))},
             },
             indent=2,

@@ -62,13 +62,8 @@ def memory(pid: int) -> tuple[int, int]:
     return facts.get("VmRSS", 0), facts.get("RssAnon", 0)
 
 
-def quantize(source: Path, out: Path, method: str) -> dict[str, float]:
-    """Seconds, peak memory and size of `int8run task=quantize`."""
-    target = out / f"{method}.safetensors"
-    command = [
-        "int8run", "task=quantize", f"model.location={source}", f"save={target}", f"outlier={method}", "tracker=none", "progress=false",
-        f"hydra.run.dir={out / method}",
-    ]  # fmt: skip
+def watch(command: list[str]) -> dict[str, float]:
+    """Seconds and peak memory of a process."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = anonymous = 0
@@ -76,13 +71,23 @@ def quantize(source: Path, out: Path, method: str) -> dict[str, float]:
         resident, own = memory(process.pid)
         peak, anonymous = max(peak, resident), max(anonymous, own)
         time.sleep(0.02)
-    seconds = time.perf_counter() - started
     if process.returncode:
         sys.exit(f"{' '.join(command)} ended with {process.returncode}")
+    return {"seconds": time.perf_counter() - started, "peak_rss": peak, "peak_anonymous": anonymous}
+
+
+def quantize(source: Path, out: Path, method: str) -> dict[str, float]:
+    """Seconds, peak memory and size of `int8run task=quantize`."""
+    target = out / f"{method}.safetensors"
+    command = [
+        "int8run", "task=quantize", f"model.location={source}", f"save={target}", f"outlier={method}", "tracker=none", "progress=false",
+        f"hydra.run.dir={out / method}",
+    ]  # fmt: skip
+    watched = watch(command)
     metrics = json.loads((out / method / "metrics.json").read_text())["metrics"]
     return {
-        "seconds": seconds, "quantize_seconds": metrics["build/quantize_s"], "written": target.stat().st_size, "peak_rss": peak,
-        "peak_anonymous": anonymous, "sqnr_mean": metrics["quant/weight_sqnr_db_mean"], "sqnr_min": metrics["quant/weight_sqnr_db_min"],
+        **watched, "quantize_seconds": metrics["build/quantize_s"], "written": target.stat().st_size,
+        "sqnr_mean": metrics["quant/weight_sqnr_db_mean"], "sqnr_min": metrics["quant/weight_sqnr_db_min"],
     }  # fmt: skip
 
 
