@@ -15,7 +15,7 @@ from int8run.generate.generate import unknown_arguments
 from int8run.layers.linear import linear_at
 from int8run.models.experts import Experts, denoiser_parts
 from int8run.models.family import ModelFamily, Sampling
-from int8run.models.loader import load_pipeline, pick_device, repeated_blocks, use_scheduler
+from int8run.models.loader import load_parts, load_pipeline, pick_device, repeated_blocks, use_scheduler
 from int8run.models.source import Source, find_source
 from int8run.quantize import LayerPlan, check_backend, plan_layers, share_copy
 from int8run.report.terminal import Progress
@@ -104,7 +104,8 @@ def load(spec: RunSpec, progress: Progress, whole: bool = True) -> Loaded:
             parts = {d.component: FileWeights(d.weights, skeletons[d.component]) for d in source.denoisers}
             files = DenoiserWeights({"" if single else f"{name}.": part for name, part in parts.items()})
         # parts that are moved to the GPU when they are needed wait in memory
-        pipe = load_pipeline(source.folder, skeletons, dtype, torch.device("cpu") if spec.offload != "none" else device)
+        place = torch.device("cpu") if spec.offload != "none" else device
+        pipe = load_pipeline(source.folder, skeletons, dtype, place, load_parts(source.folder, spec.model.parts, dtype))
         modules = {d.component: getattr(pipe, d.component).eval().requires_grad_(False) for d in source.denoisers}
         component, denoiser = next(iter(modules.items()))
         first = denoiser

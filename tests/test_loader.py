@@ -1,6 +1,7 @@
 """Loading: each way in which a folder can be wrong is a FileError with the folder's name and the reason."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from tiny_pipeline import random_pipeline, save_random_pipeline
 from torch import nn
 
 from int8run.errors import BackendError, ConfigError, FileError
-from int8run.models.loader import library_versions, load_pipeline, pick_device, repeated_blocks
+from int8run.models.family import ModelSource, Sampling
+from int8run.models.loader import library_versions, load_parts, load_pipeline, pick_device, repeated_blocks
 
 CPU = torch.device("cpu")
 INDEX = {"_class_name": "FluxPipeline", "_diffusers_version": "0.36.0", "transformer": ["diffusers", "FluxTransformer2DModel"]}
@@ -126,3 +128,32 @@ def test_the_versions_that_decide_a_result_are_known():
     assert {"int8run", "torch", "diffusers", "transformers", "numpy"} <= set(versions)
     # the build tag, +cpu or +cu130, is not always part of the installed version
     assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_a_component_that_a_repository_lacks_comes_from_elsewhere(tmp_path):
+    pipe = random_pipeline()
+    pipe.text_encoder_2.save_pretrained(tmp_path / "t5")
+    elsewhere = {"text_encoder_2": ["T5EncoderModel", str(tmp_path / "t5")]}
+    folder = tmp_path / "pipe"
+    pipe.save_pretrained(folder)
+    assert load_parts(folder, elsewhere, torch.float32) == {}, "the folder has its own"
+    shutil.rmtree(folder / "text_encoder_2")
+    with pytest.raises(FileError, match="could not be loaded"):
+        load_pipeline(folder, {}, torch.float32, CPU)
+    parts = load_parts(folder, elsewhere, torch.float32)
+    made = load_pipeline(folder, {}, torch.float32, CPU, parts)
+    assert made.text_encoder_2 is parts["text_encoder_2"]
+    for name, tensor in pipe.text_encoder_2.state_dict().items():
+        assert torch.equal(made.text_encoder_2.state_dict()[name], tensor), name
+
+
+def test_a_part_that_cannot_be_had_says_what_to_set(tmp_path):
+    folder = save_random_pipeline(tmp_path / "pipe")
+    shutil.rmtree(folder / "tokenizer")
+    words = rf"^tokenizer could not be loaded from {tmp_path}/no: .*; set 'model\.parts\.tokenizer=\[CLIPTokenizer, FOLDER\]' to one that"
+    with pytest.raises(FileError, match=words):
+        load_parts(folder, {"tokenizer": ["CLIPTokenizer", f"{tmp_path}/no"]}, torch.float32)
+    with pytest.raises(ConfigError, match=r"model\.parts\.tokenizer is of class NoSuch, which transformers .* does not have"):
+        load_parts(folder, {"tokenizer": ["NoSuch", "x/y"]}, torch.float32)
+    with pytest.raises(ConfigError, match=r"model\.parts\.a is 'x'; it takes \[class of transformers, hub id or folder\]"):
+        ModelSource("x", "x", Sampling(), parts={"a": "x"})

@@ -253,6 +253,7 @@ class ModelSource:
         dtype: dtype of the float model.
         sampling: the checkpoint's own defaults.
         base: hub id or diffusers folder of everything but the denoiser, when the location is a single file.
+        parts: components that the repository lacks: by name, the class of transformers and where it is.
     """
 
     location: str | None
@@ -261,8 +262,12 @@ class ModelSource:
     revision: str | None = None
     dtype: str = "bfloat16"
     base: str | None = None
+    parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, DTYPES)
         if not self.location:
             raise ConfigError("model has no location; set model.location=<hub id or diffusers folder>")
+        for name, part in self.parts.items():
+            if isinstance(part, str) or len(part) != 2:
+                raise ConfigError(f"model.parts.{name} is {part!r}; it takes [class of transformers, hub id or folder]")

@@ -3,7 +3,7 @@
 import importlib.metadata
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,44 @@ def pick_device(asked: str) -> torch.device:
     return device
 
 
-def load_pipeline(folder: Path, denoisers: Mapping[str, nn.Module], dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+def load_parts(folder: Path, parts: Mapping[str, Sequence[str]], dtype: torch.dtype) -> dict[str, Any]:
+    """Components that a pipeline's folder lacks; one that the folder has is left to it.
+
+    Args:
+        parts: by name, the class of transformers and its hub id or folder.
+
+    Raises:
+        FileError: when one cannot be had.
+        ConfigError: for a class that transformers does not have.
+    """
+    index, found = read_index(folder, str(folder)), {}
+    for name, (class_name, location) in parts.items():
+        if None not in (index.get(name) or [None]) and (folder / name).is_dir():
+            continue
+        named = getattr(transformers, class_name, None)
+        if not isinstance(named, type):
+            raise ConfigError(f"model.parts.{name} is of class {class_name}, which transformers {transformers.__version__} does not have")
+        options = {"dtype": dtype, "use_safetensors": True} if issubclass(named, nn.Module) else {}
+        cls: Any = named
+        place = Path(location).expanduser()
+        try:
+            found[name] = cls.from_pretrained(str(place) if place.is_dir() else location, **options)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            advice = f"set 'model.parts.{name}=[{class_name}, FOLDER]' to one that you have"
+            raise FileError(f"{name} could not be loaded from {location}: {reason}; {advice}") from error
+        log.info("%s comes from %s", name, location)
+    return found
+
+
+def load_pipeline(
+    folder: Path, denoisers: Mapping[str, nn.Module], dtype: torch.dtype, device: torch.device, parts: Mapping[str, Any] | None = None
+) -> DiffusionPipeline:
     """The pipeline of a diffusers folder, every module in `dtype` on `device`. Only safetensors weights are read.
 
     Args:
         denoisers: components that are there already, such as skeletons; they are taken as they are. The others are read.
+        parts: further components that are there.
 
     Raises:
         FileError: when the folder is incomplete.
@@ -58,7 +91,7 @@ def load_pipeline(folder: Path, denoisers: Mapping[str, nn.Module], dtype: torch
     named = getattr(diffusers, str(read_index(folder, str(folder)).get("_class_name")), None)
     cls: Any = named if isinstance(named, type) and issubclass(named, DiffusionPipeline) else DiffusionPipeline
     try:
-        pipeline = cls.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, **denoisers)
+        pipeline = cls.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, **denoisers, **(parts or {}))
     # diffusers reads a damaged index as it comes: a list, a missing key and an unknown class each raise their own kind
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise unloadable(str(folder), error) from error
