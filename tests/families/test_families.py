@@ -88,7 +88,8 @@ def test_every_family_has_an_instance():
 def test_a_denoiser_is_recognised_as_its_family_and_no_other(name, caplog):
     model = built(name)[2]
     linears = linears_of(model)
-    assert AutoFamily().for_denoiser(type(model).__name__, [], linears).name == INSTANCES[name].family and not [r for r in caplog.records if r.name.startswith("int8run")]
+    assert AutoFamily().for_denoiser(type(model).__name__, [], linears).name == INSTANCES[name].family
+    assert not [record for record in caplog.records if record.name.startswith("int8run")]  # diffusers may say something of its own
     fitting = [f.name for f in FAMILIES.values() if type(model).__name__ in f.denoisers and f.wrong_inputs(linears) is None]
     assert fitting == [INSTANCES[name].family]
 
