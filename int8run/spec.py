@@ -110,7 +110,7 @@ class RunSpec:
             )
         if not self.int8.enable and (automatic or self.save is not None or self.int8.checkpoint is not None):
             raise ConfigError("int8.enable=false makes no INT8 layer; quality_db, save and int8.checkpoint need some")
-        if self.save is not None and Path(str(self.save)).suffix not in ("", SAFE):
+        if self.save is not None and (not isinstance(self.save, str) or Path(self.save).suffix not in ("", SAFE)):
             raise ConfigError(f"save={self.save} is neither a {SAFE} file nor a folder (a name without a suffix); nothing else is written")
         if self.offload != "none" and self.metrics.baseline == "run" and self.int8.enable:
             raise ConfigError(

@@ -198,7 +198,7 @@ def taken_layers(
             plan.measured |= {name: v for name, v in known.items() if isinstance(v, float)}
         if not taken.cached and taken.weights is not loaded.files:
             compare(plan, layer, read(plan.name), taken)
-        plan.measured["saturated_share"] = weight.saturated_share
+        plan.measured.setdefault("saturated_share", weight.saturated_share)
         yield plan, layer
 
 
@@ -225,7 +225,7 @@ def compare(plan: LayerPlan, layer: QuantizedLayer, original: Tensor, taken: Tak
             f"{taken.where}: {plan.name} does not hold this model's weight (SQNR {sqnr:.1f} dB, at least {least:.0f} "
             "expected); it was made from another checkpoint, or with LoRAs baked in"
         )
-    plan.measured["weight_sqnr_db"] = sqnr
+    plan.measured.setdefault("weight_sqnr_db", sqnr)  # the note's own was summed in another order
 
 
 def baked_loras(spec: RunSpec) -> list[list[Any]]:

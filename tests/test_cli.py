@@ -87,9 +87,9 @@ REFUSED = {
         ["int8.enable=false", "model_type.keep_float=auto", "quality_db=40"],
         r"int8.enable=false makes no INT8 layer; quality_db, save and",
     ),
-    "save to another kind": (["save=m.pt"], r"save=m.pt names no .safetensors file; nothing else is written"),
-    "save to a switch": (["save=true"], r"save=True names no .safetensors file; nothing else is written"),
-    "baseline": (["metrics.baseline=maybe"], r"metrics.baseline is 'maybe'; choose from none, run"),
+    "save to another kind": (["save=m.pt"], r"save=m.pt is neither a .safetensors file nor a folder \(a name without a suffix\)"),
+    "save to a switch": (["save=true"], r"save=True is neither a .safetensors file nor a folder \(a name without a suffix\)"),
+    "baseline": (["metrics.baseline=maybe"], r"metrics.baseline is 'maybe'; choose from cached, none, run"),
     "lora strength": (["lora.strength=99"], r"lora.strength is 99; allowed is a number from -20 to 20"),
     "lora strength nan": (["lora.strength=nan"], r"lora.strength is nan; allowed is a number from -20 to 20"),
     "adapter that is not there": (
@@ -126,7 +126,6 @@ REFUSED = {
     "group null": (["model=null"], r"\bmodel\b.*choose from .*tiny"),
     # missing values
     "no location": (["model.location=null"], r"model has no location; set model.location=<hub id or diffusers folder>"),
-    "no file to inspect": (["task=inspect"], r"task=inspect needs a file; set task.path=<file.safetensors>"),
     "no prompts": (["prompts=file"], r"prompts needs exactly one of prompts.prompts=\[…\] and prompts.path=<file, one prompt per line>"),
     # grammar
     "no equals sign": (["lora.strength"], r"lora.strength.*missing EQUAL"),
@@ -155,7 +154,7 @@ FAILING = {
     "no prompts file": ([], 3, r"prompts.path=absent.txt: no such file \(looked for /.*/work/absent.txt\)"),
     "folder without index": (["model.location=./empty"], 3, r"/work/empty is not a diffusers folder: it has no model_index.json"),
     "shipped name": (["model.location=shipped:huge"], 3, r"assets/huge is not a diffusers folder: it has no model_index.json"),
-    "single file": (["model.location=x.safetensors"], 2, r"x.safetensors is a single file; this version reads hub ids"),
+    "single file": (["model.location=x.safetensors"], 3, r"x.safetensors: no such file; on the hub a file is org/repository/name"),
     "no gpu": (["device=cuda"], 4, r"device=cuda asks for a GPU, but torch .* sees none; device=cpu works here"),
     "device word": (["device=banana"], 2, r"device is 'banana'; choose from auto, cpu, cuda, cuda:N"),
     "nothing to inspect": (["task=inspect", "task.path=absent.safetensors"], 3, r"absent.safetensors: no such file \(looked for /"),

@@ -220,7 +220,7 @@ def test_measuring_a_layer_leaves_out_the_gelu_and_the_sharing(flux, backend):
     measured = []
     for deferred in (False, True):
         ours, plans = int8(model, backend, deferred)
-        measure_outputs(model, ours, call, plans)
+        measure_outputs(model, ours, [call], plans)
         measured.append({p.name: p.measured["output_sqnr_db"] for p in plans if p.keep_float is None})
     assert measured[0].keys() == measured[1].keys() and min(measured[0].values()) > 25
     assert measured[1] == pytest.approx(measured[0], abs=0.2)

@@ -59,7 +59,7 @@ OTHER_BUILD = {
     "one that drew before": ["metrics.baseline=cached", "seed=1"],
     "offload": ["metrics.baseline=none", "offload=model"],
     "offload of blocks": ["metrics.baseline=none", "offload=group"],
-    "a base": ["++model.base=shipped:tiny"],
+    "a base": ["model.base=elsewhere"],
 }
 
 
