@@ -73,7 +73,8 @@ def test_the_second_identical_run_gives_the_same_bits(tmp_path: Path) -> None:
 def test_the_calibrated_model_is_saved_and_draws_the_same_again(tmp_path: Path) -> None:
     shared = [
         "prompts.prompts=[fox]", "sampler.steps=2", "tracker=none", "outlier=smoothquant", "backend=reference", "metrics.baseline=none",
-        "calibration.prompts=[owl]", "calibration.moments=1", "metrics.layers=false",  # the second run has no float model to measure outputs by
+        # the second run has no float model to measure outputs by
+        "calibration.prompts=[owl]", "calibration.moments=1", "metrics.layers=false",
     ]  # fmt: skip
     saved = tmp_path / "m.safetensors"
     made, read = run_job([*shared, f"save={saved}"], tmp_path / "a"), run_job([*shared, f"int8.checkpoint={saved}"], tmp_path / "b")
