@@ -22,8 +22,10 @@ from int8run.store import key_of
 log = logging.getLogger(__name__)
 
 
-def cached_baseline(spec: RunSpec, heads: Sequence[Head], wanted: Sequence[Sample], draw: Callable[[RunSpec], Generation]) -> Generation:
-    """What the float model draws for these samples, out of the cache or drawn now.
+def cached_baseline(
+    spec: RunSpec, heads: Sequence[Head], wanted: Sequence[Sample], draw: Callable[[RunSpec], Generation]
+) -> tuple[Generation, bool]:
+    """What the float model draws for these samples, out of the cache or drawn now; and whether it was now.
 
     Args:
         draw: builds the float model that a spec asks for and lets it draw. The model is dropped afterwards.
@@ -37,8 +39,8 @@ def cached_baseline(spec: RunSpec, heads: Sequence[Head], wanted: Sequence[Sampl
     if path is not None:
         try:
             found = load_generation(path)
-            log.info("float pictures of an earlier run: %s; the speed ratio compares two moments", path)
-            return found
+            log.info("float pictures of an earlier run: %s; its speed then says nothing of now and is left out", path)
+            return found, False
         except FileError as error:
             spec.cache.drop(path, error)
     made = draw(float_spec(spec))
@@ -47,7 +49,7 @@ def cached_baseline(spec: RunSpec, heads: Sequence[Head], wanted: Sequence[Sampl
         torch.cuda.empty_cache()
     note = {"model": str(spec.model.location), "drawings": len(made.frames), "loras": [[head.name] for head in heads]}
     spec.cache.put("float", key, made.bytes, lambda path: save_generation(made, path, note))
-    return made
+    return made, True
 
 
 def float_spec(spec: RunSpec) -> RunSpec:

@@ -34,7 +34,7 @@ from int8run.quantize import (
     same_input_groups,
 )
 from int8run.report.terminal import Progress
-from int8run.save import own_names, save_denoiser, write_tensors
+from int8run.save import fused_layers, own_names, save_denoiser, write_tensors
 from int8run.spec import RunSpec
 from int8run.store import key_of
 from int8run.taken import Taken, baked_loras, taken_layers
@@ -106,14 +106,14 @@ def to_int8(
         if taken is not None and taken.cached and taken.note.get("budget"):
             budget = Budget(**taken.note["budget"])
     written = {p.name: made[p.name] for p in chosen if p.keep_float is None}
-    if spec.save is not None:
-        save_int8(spec, loaded, written, plans, taken)
     if taken is None and key is not None:
         size = sum(p.in_features * p.out_features + 4 * p.out_features + 512 for p in chosen)
         note = note_of(spec, loaded, plans, taken) | {"budget": None if budget is None else asdict(budget)}
         spec.cache.put(
             "int8", key, size, lambda path: write_tensors(path, own_names(f"{name}.weight" for name in written), written, {}, note)
         )
+    if spec.save is not None:  # after the cache: what was fitted is not lost where it cannot be written
+        save_int8(spec, loaded, written, plans, taken)
     return target, budget
 
 
@@ -136,7 +136,11 @@ def outlier_methods(
                 scores[plan.name] = auto.score(weight, seen[plan.name], partial(costs.of, shape=shape, sharing=sharing[plan.name]))
             advance(1)
     compared = [[name for name in group if name in scores] for group in groups]
-    chosen = auto.choose(scores, [group for group in compared if group])
+    joined: list[list[str]] = []
+    if spec.save is not None and Path(spec.save).suffix:  # a file with the authors' names
+        fused = [[prefix + n for n in names] for prefix, part in denoiser_parts(loaded.denoiser).items() for names in fused_layers(part)]
+        joined = [names for group in fused if (names := [name for name in group if name in scores])]
+    chosen = auto.choose(scores, [group for group in compared if group], joined)
     for plan in plans:
         candidate = chosen.get(plan.name)
         if candidate is None:

@@ -45,8 +45,15 @@ def about(path: Path) -> str:
     if not note:
         return path.name
     drawn = f"{note['drawings']} drawings" if "drawings" in note else None
-    facts = [note.get("model"), note.get("outlier"), note.get("rounding"), drawn, *(name for name, *_ in note.get("loras", []))]
-    return f"{', '.join(str(fact) for fact in facts if fact)} ({path.name})"
+    facts = [
+        note.get("model"),
+        note.get("family"),
+        note.get("outlier"),
+        note.get("rounding"),
+        drawn,
+        *(name for name, *_ in note.get("loras", [])),
+    ]
+    return ", ".join(str(fact) for fact in facts if fact)
 
 
 def inspect_file(location: str) -> Table:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from int8run.checkpoints.native import NOTE
+from int8run.checkpoints.native import NOTE, prepare_folder
 from int8run.checkpoints.stored import StoredLayer, stored_layers
 from int8run.checkpoints.tensors import TensorFiles
 from int8run.checkpoints.writer import unwritable
@@ -80,6 +80,7 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
         FileError: when the source cannot be read or the result not be written.
     """
     outlier = streamable(spec)
+    prepare_folder(str(spec.save))  # before the work whose result it is to hold
     location, component = chosen(spec.model.location, component)
     located = locate(location, spec.model.revision, component)
     recipe = Recipe(outlier, spec.rounding, getattr(torch, spec.model.dtype))

@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL.Image import Image
 from rich.markup import escape
 
 from int8run import memo
 from int8run.baseline import cached_baseline
 from int8run.build import Built, build, lora_overhead
+from int8run.errors import FileError
 from int8run.generate.generate import Generation, frame_rate, generate
 from int8run.generate.probe import record_step
 from int8run.generate.prompts import Sample, samples
@@ -54,10 +56,10 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         heads = read_heads(spec.lora, spec.model.lora_base, None if spec.lora_dir is None else Path(spec.lora_dir).expanduser())
         wanted = with_triggers(samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed), heads, spec.lora)
         first = wanted[: spec.sampler.batch]
-        kept = None
+        kept, fresh = None, True
         if spec.metrics.baseline == "cached" and spec.int8.enable:
             memo.forget_build()  # a model of an earlier job would stand beside the float one
-            kept = cached_baseline(spec, heads, wanted, partial(draw_float, heads=heads, wanted=wanted, progress=progress))
+            kept, fresh = cached_baseline(spec, heads, wanted, partial(draw_float, heads=heads, wanted=wanted, progress=progress))
         built, reused = memo.reuse(spec.build_key, lambda: build(spec, first, heads, progress))
         use_scheduler(built.pipe, built.scheduler, spec.sampling)
         for line in [*spec.lora.unusual(), *few_step_lines(spec, built, heads)]:
@@ -69,11 +71,12 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         reset_peak(built.device)
         made = generate_all(spec, built, candidate_name, wanted, progress)
         candidate, baseline = made[candidate_name], kept or made.get("float")
+        check_pictures(candidate, our_name(built))
         calls = record_step(
             built.pipe, built.component, built.denoisers.get("float", built.denoisers[candidate_name]), first, spec.sampling
         )
         errors = trajectory_error(candidate, baseline) if baseline else []
-        metrics = measure(spec, built, calls, candidate, baseline, errors, reused)
+        metrics = measure(spec, built, calls, candidate, baseline, errors, reused, fresh)
         if spec.lora.adapters:
             metrics["lora/change_ms"] = 1000 * change_s
         # after the peak of the memory was read: perceptual metrics load networks of their own
@@ -118,6 +121,20 @@ def generate_all(spec: RunSpec, built: Built, candidate: str, wanted: Sequence[S
     return made
 
 
+def check_pictures(made: Generation, who: str) -> None:
+    """Refuse pictures that are none.
+
+    Raises:
+        FileError: when a model computed NaN or infinity.
+    """
+    broken = sum(not bool(torch.isfinite(latents).all()) for latents in made.trajectories)
+    if broken:
+        raise FileError(
+            f"the latents of {broken} of {len(made.trajectories)} drawings of the {who} model are NaN or infinite; its weights are "
+            "damaged, or model.dtype=float16 is too narrow for them"
+        )
+
+
 def draw_float(spec: RunSpec, heads: Sequence[Head], wanted: Sequence[Sample], progress: Progress) -> Generation:
     """What the float model draws, built for it alone."""
     built = build(spec, wanted[: spec.sampler.batch], heads, progress)
@@ -133,14 +150,15 @@ def few_step_lines(spec: RunSpec, built: Built, heads: Sequence[Head]) -> list[s
 
 def measure(
     spec: RunSpec, built: Built, calls: Sequence[Mapping[str, Any]], candidate: Generation, baseline: Generation | None,
-    errors: Sequence[float], reused: bool,
+    errors: Sequence[float], reused: bool, fresh: bool,
 ) -> dict[str, float]:  # fmt: skip
     """All metrics but quality, under their public names.
 
     Args:
         errors: relative error of the latents after each step.
+        fresh: the float model drew in this run; speeds of another day are not compared.
     """
-    metrics = speed(candidate, baseline)
+    metrics = speed(candidate, baseline if fresh else None)
     metrics["memory/peak_bytes"] = peak_bytes(built.device)
     metrics["memory/text_encoder_bytes"] = sum(module_bytes(m) for m in built.text_encoders.values())
     int8 = built.denoisers.get("int8")
@@ -151,7 +169,7 @@ def measure(
     metrics["build/quantize_s"] = 0.0 if reused else built.seconds["quantize"]
     metrics["float/denoiser_bytes"] = built.float_bytes
     if baseline is not None:
-        base = speed(baseline, None)
+        base = speed(baseline, None) if fresh else {}
         metrics |= {name.replace("speed/", "float/"): value for name, value in base.items()}
         if int8 is not None:
             metrics["quality/half_error_step"] = half_error_step(errors)

@@ -60,6 +60,12 @@ def save_denoiser(
     return path / FILE
 
 
+def fused_layers(model: nn.Module) -> list[list[str]]:
+    """Modules that are one layer in a file with the authors' names."""
+    names = to_native({name: tuple(t.shape) for name, t in model.state_dict().items()}, type(model).__name__)
+    return [[part.key.removesuffix(WEIGHT) for part in parts] for key, parts in names.items() if len(parts) > 1 and key.endswith(WEIGHT)]
+
+
 def write_tensors(
     path: Path, names: Names, layers: Mapping[str, Int8Linear], state: Mapping[str, Tensor], note: Mapping[str, object]
 ) -> None:

@@ -184,6 +184,17 @@ class Block:
     last: bool
 
 
+def check_float(path: Path, key: str, data: Tensor) -> None:
+    """Refuse NaN and infinity, which would be passed on.
+
+    Raises:
+        FileError: naming the tensor.
+    """
+    # a sum is quicker than a look at each number, and finite if they all are, but for overflow
+    if data.dtype in WORDS and not math.isfinite(data.sum(dtype=torch.float32).item()) and not data.isfinite().all():
+        raise FileError(f"{path}: {key} holds NaN or infinity; the file is damaged")
+
+
 def blocks_of(target: Target, files: TensorFiles, stored: Mapping[str, StoredLayer]) -> Iterator[Block]:
     """The blocks of a target, in the order in which they are written."""
     spans = [span for part in target.parts for span in spans_of(part, files, stored)]
@@ -291,6 +302,7 @@ class Streamer:
             self.quantize(block, data)
             self.sources.append(buffer)
         else:
+            check_float(self.files.path, block.key, data)
             dtype = getattr(torch, DTYPES[target.dtype][1] or "uint8", torch.uint8)  # bytes of what torch does not know stay bytes
             self.write(target.key, data.to(dtype), self.sources, buffer)
         if block.last and target.int8:

@@ -74,6 +74,12 @@ def find_taken(loaded: Loaded, plans: Sequence[LayerPlan], spec: RunSpec, key: s
             raise FileError(f"{location} holds no INT8 layer that can be taken as it is; set model.location to it, or quantize anew")
     elif loaded.files is not None and loaded.files.int8_layers():
         taken = Taken(loaded.files, loaded.files.int8_layers(), loaded.files.note())
+        if spec.metrics.baseline != "none":
+            log.warning(
+                "the float model is what the INT8 numbers of %s stand for: what they lost when they were made is not measured", taken.where
+            )
+        if taken.note.get("loras"):
+            log.info("baked in there: %s", told(taken.note["loras"]))
         if baked_loras(spec) and (lost := set(changed) & set(taken.layers)):
             raise ConfigError(
                 f"lora.mode=bake adds LoRAs to float weights, and {len(lost)} of the layers that they change are INT8 in {taken.where}; "
@@ -93,8 +99,8 @@ def find_taken(loaded: Loaded, plans: Sequence[LayerPlan], spec: RunSpec, key: s
     baked = baked_loras(spec)
     if location is not None and taken.note and held != baked:
         raise FileError(
-            f"{taken.where} was made with these LoRAs baked in: {held}, this run bakes {baked}; set the same lora= and lora.mode=bake, or "
-            "quantize again"
+            f"{taken.where} was made with {told(held)} baked in, this run bakes {told(baked)}; for LoRAs on top of it set "
+            "lora.mode=dynamic or stochastic, to take all from it model.location in place of int8.checkpoint"
         )
     said = "%d INT8 layers from %s, kept by an earlier run" if taken.cached else "%d INT8 layers from %s; rounding= has no say"
     log.info(said, len(taken.layers), taken.where)
@@ -173,6 +179,12 @@ def follow(taken: Taken, plans: Sequence[LayerPlan], spec: RunSpec) -> None:
             f"{taken.where} contradicts outlier={spec.outlier.name} in {len(wrong)} of {len(taken.layers)} layers ({wrong[0]}); set "
             "outlier=auto to take what the file has, or quantize again"
         )
+
+
+def told(loras: object) -> str:
+    """LoRAs of a note for people: `ink 0.8, gloss 0.4`; a note that somebody changed may hold anything."""
+    named = [lora for lora in loras if isinstance(lora, list) and len(lora) == 2] if isinstance(loras, list) else []
+    return ", ".join(f"{name} {strength}" for name, strength in named) or "no LoRA"
 
 
 def taken_layers(

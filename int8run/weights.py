@@ -207,6 +207,8 @@ class DenoiserWeights:
             module = model.get_submodule(parent)
             old = getattr(module, child)
             value = self.tensor(name)
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise FileError(f"{self.find(name)[0].path}: {name} holds NaN or infinity; the file is damaged")
             value = value.to(device, old.dtype if old.is_floating_point() else value.dtype)
             if child in module._parameters:
                 module._parameters[child] = nn.Parameter(value, requires_grad=False)

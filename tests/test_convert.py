@@ -179,7 +179,8 @@ def found(spec: Any, files: Any = None, key: str | None = None, names: Sequence[
 
 def settings(checkpoint: Any = None, cache: Store | None = None, enable: bool = True, adapters: Sequence[Any] = ()) -> Any:
     return SimpleNamespace(
-        int8=SimpleNamespace(enable=enable, checkpoint=checkpoint), outlier=NoOutlier(), cache=cache or Store(None, 0),
+        int8=SimpleNamespace(enable=enable, checkpoint=checkpoint), metrics=SimpleNamespace(baseline="run"),
+        outlier=NoOutlier(), cache=cache or Store(None, 0),
         lora=SimpleNamespace(adapters=adapters, strengths=[a.strength for a in adapters], bakes=True),
     )  # fmt: skip
 
@@ -298,11 +299,13 @@ def test_other_loras_in_the_weights_are_a_contradiction(tmp_path: Path) -> None:
     place, ink = tmp_path / "m.safetensors", SimpleNamespace(name="ink", strength=0.1)
     saved(TinyModel(), NoOutlier(), place, note={"loras": [["ink", 0.1]]})
     assert found(settings(str(place), adapters=[ink])) is not None
-    message = r"m\.safetensors was made with these LoRAs baked in: \[\['ink', 0\.1\]\], this run bakes \[\]; set the same"
+    message = r"m\.safetensors was made with ink 0\.1 baked in, this run bakes no LoRA; for LoRAs on top of it set lora\.mode=dynamic"
     with pytest.raises(FileError, match=message):
         found(settings(str(place)))
     saved(TinyModel(), NoOutlier(), place, note={"loras": []})
-    with pytest.raises(FileError, match=r"baked in: \[\], this run bakes \[\['ink', 0\.1\]\]; set the same"):
+    with pytest.raises(
+        FileError, match=r"was made with no LoRA baked in, this run bakes ink 0\.1; for LoRAs on top of it set lora\.mode=dynamic or"
+    ):
         found(settings(str(place), adapters=[ink]))
     saved(TinyModel(), NoOutlier(), place, note={})  # of another program, which says nothing
     assert found(settings(str(place), adapters=[ink])) is not None
@@ -325,7 +328,7 @@ def chosen_for(
     model = TinyModel()
     plans = planned(model)
     backend = AutoBackend({"reference": Reference()}, 1, str(folder / "t.json"))
-    spec: Any = SimpleNamespace(outlier=outlier, backend=backend, model=SimpleNamespace(dtype="float32"))
+    spec: Any = SimpleNamespace(save=None, outlier=outlier, backend=backend, model=SimpleNamespace(dtype="float32"))
     loaded: Any = SimpleNamespace(denoiser=model, device=CPU, weight=lambda name: model.get_submodule(name).weight)
     alone = [[name] for name in LINEARS]
     return outlier_methods(loaded, plans, spec, dict.fromkeys(LINEARS, 4), groups or alone, seen, QUIET), plans

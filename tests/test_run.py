@@ -22,11 +22,12 @@ from int8run import memo
 from int8run.build import build
 from int8run.checkpoints.header import read_header
 from int8run.errors import BackendError, ConfigError, FileError, LoraError
+from int8run.generate.generate import Generation
 from int8run.generate.prompts import samples
 from int8run.layers.linear import Int8Linear
 from int8run.models.source import denoiser_names
 from int8run.report.terminal import Progress
-from int8run.run import scattered
+from int8run.run import check_pictures, scattered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -484,7 +485,7 @@ def test_a_checkpoint_takes_dynamic_loras_and_no_other_baked_ones(least: list[st
     assert files_in(tmp_path / "made") == files_in(tmp_path / "read")
     # so weak a LoRA could not be told from rounding by the weights
     with pytest.raises(
-        FileError, match=r"was made with these LoRAs baked in: \[\], this run bakes \[\['style', 0\.01\]\]; set the same lora="
+        FileError, match=r"was made with no LoRA baked in, this run bakes style 0\.01; for LoRAs on top of it set lora\.mode=dynamic"
     ):
         run_job([*least, "outlier=convrot", lora, "lora.mode=bake", f"int8.checkpoint={rotated}"], tmp_path / "bake")
     baked = tmp_path / "baked.safetensors"
@@ -497,3 +498,10 @@ def test_a_busy_machine_is_named():
     steady = {"speed/step_ms_p50": 5.0, "speed/step_ms_p90": 9.0, "float/step_ms_p50": 10.0, "float/step_ms_p90": 12.0}
     assert not scattered(steady) and not scattered({})
     assert scattered(steady | {"speed/step_ms_p90": 11.0}) and scattered(steady | {"float/step_ms_p90": 21.0})
+
+
+def test_drawings_that_are_no_numbers_are_refused() -> None:
+    good, bad = torch.zeros(2, 3), torch.tensor([[0.0, 1.0], [float("nan"), 1.0]])
+    check_pictures(Generation(trajectories=[good]), "INT8")
+    with pytest.raises(FileError, match=r"^the latents of 1 of 2 drawings of the INT8 model are NaN or infinite; its weights are damaged"):
+        check_pictures(Generation(trajectories=[good, bad]), "INT8")

@@ -520,3 +520,20 @@ def test_methods_without_a_calibration_look_at_the_largest_number_of_each_column
     method, weight = shipped("outlier")[name], randn(40, 256)
     by_weight, by_columns = method.fit(weight), method.fit(weight.abs().amax(0)[None])
     assert by_weight.same_input_as(by_columns) and by_weight.label == by_columns.label
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_float_tensor_that_is_not_finite_is_not_passed_on(tmp_path, bad):
+    odd = randn(3, 5)
+    odd[2, 4] = bad
+    path = save(tmp_path, "s", {"layer.weight": randn(8, 32), "table": odd})
+    with pytest.raises(FileError, match=r"s\.safetensors: table holds NaN or infinity; the file is damaged"):
+        run(path, tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_large_numbers_are_no_infinity(tmp_path):
+    # their sum leaves the range of float32
+    path = save(tmp_path, "s", {"layer.weight": randn(8, 32), "table": torch.full((4, 4), 3e38)})
+    run(path, tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").exists()

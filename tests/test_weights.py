@@ -174,3 +174,13 @@ def test_filling_takes_the_models_dtype(tmp_path: Path) -> None:
         wanted = {"count": torch.int64, "table": torch.float16}.get(name, torch.bfloat16)
         assert tensor.dtype == wanted and torch.equal(tensor, held[name].to(wanted))
     assert isinstance(made.a.weight, nn.Parameter) and "count" in dict(made.named_buffers())
+
+
+def test_a_float_tensor_that_is_not_finite_is_named(tmp_path):
+    model = random_pipeline().transformer
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    state["x_embedder.weight"][1, 2] = float("inf")
+    save_file(state, tmp_path / "m.safetensors")
+    weights = DenoiserWeights({"": FileWeights(tmp_path / "m.safetensors", model)})
+    with pytest.raises(FileError, match=r"m\.safetensors: x_embedder\.weight holds NaN or infinity; the file is damaged"):
+        weights.fill(model, ["x_embedder.bias", "x_embedder.weight"], torch.device("cpu"))

@@ -95,7 +95,7 @@ def find_source(source: ModelSource) -> Source:
             f"model.location={location} holds a denoiser alone; set model.base=<hub id or diffusers folder> that the text encoders, "
             "the VAE, the scheduler and the denoiser's config come from"
         )
-    folder = pipeline_folder(source.base, None, without=COMPONENTS)
+    folder = pipeline_folder(source.base, None, without=COMPONENTS, setting="model.base")
     index = read_index(folder, source.base)
     names = denoiser_names(index, str(folder))
     if ONLY in files:
@@ -121,11 +121,12 @@ def is_denoiser_folder(path: Path) -> bool:
     return path.is_dir() and not (path / INDEX).is_file() and any(path.glob(f"*{SAFE}"))
 
 
-def pipeline_folder(location: str, revision: str | None, without: tuple[str, ...] = ()) -> Path:
+def pipeline_folder(location: str, revision: str | None, without: tuple[str, ...] = (), setting: str = "model.location") -> Path:
     """The diffusers folder behind a path or a hub id, which is fetched.
 
     Args:
         without: components whose weights are not wanted.
+        setting: what it was given as.
 
     Raises:
         FileError: when it is not there or cannot be fetched.
@@ -143,7 +144,7 @@ def pipeline_folder(location: str, revision: str | None, without: tuple[str, ...
         for name in denoiser_names(index, str(folder)) if without else ():
             hf_hub_download(location, CONFIG, subfolder=name, revision=revision)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise unloadable(location, error) from error
+        raise unfetched(location, setting, error) from error
     return folder
 
 
@@ -162,11 +163,20 @@ def weight_file(location: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=revision))
     except (OSError, ValueError) as error:
-        raise unloadable(location, error) from error
+        raise unfetched(location, "model.location", error) from error
+
+
+def unfetched(location: str, setting: str, error: Exception) -> FileError:
+    """The error for what neither this machine nor the hub gave."""
+    reason = " ".join(str(error).split()).split(". ")[0][:160]
+    return FileError(
+        f"{setting}={location} is not on this machine and could not be fetched ({type(error).__name__}: {reason}); set {setting} to a "
+        "folder that you have, or log in where the model is gated: hf auth login"
+    )
 
 
 def unloadable(location: str, error: Exception) -> FileError:
-    """The error for a model that diffusers or the hub's library could not give."""
+    """The error for a model that diffusers could not read."""
     reason = f"{type(error).__name__}: " * isinstance(error, KeyError | TypeError) + " ".join(str(error).split())[:300]
     return FileError(f"model {location!r} could not be loaded: {reason}; set model.location to a folder that has it")
 

@@ -53,18 +53,26 @@ class AutoOutlier:
             if self.max_cost is None or cost(method.fit(weight, statistics)) <= 1 + self.max_cost
         }
 
-    def choose(self, scores: Mapping[str, Mapping[str, float]], groups: Iterable[Sequence[str]]) -> dict[str, str | None]:
+    def choose(
+        self, scores: Mapping[str, Mapping[str, float]], groups: Iterable[Sequence[str]], joined: Iterable[Sequence[str]] = ()
+    ) -> dict[str, str | None]:
         """The candidate of each layer, by name; None where no candidate could take it.
 
         Args:
             scores: of each layer.
             groups: layers that read the same tensor; each layer stands in one group.
+            joined: layers that must have the same, because they are one in the file to be: the best in the mean.
         """
         chosen: dict[str, str | None] = {}
         for group in groups:
             good = {layer: self.good_enough(scores[layer]) for layer in group}
             shared = [name for name in self.candidates if all(name in names for names in good.values())]
             chosen |= {layer: next(iter(shared or good[layer]), None) for layer in group}
+        for layers in joined:
+            if len({chosen[layer] for layer in layers}) > 1:
+                able = [name for name in self.candidates if all(name in scores[layer] for layer in layers)]
+                best = max(able, key=lambda name: sum(scores[layer][name] for layer in layers), default=None)
+                chosen |= dict.fromkeys(layers, best)
         return chosen
 
     def good_enough(self, scores: Mapping[str, float]) -> list[str]:

@@ -304,3 +304,18 @@ def test_ranges(key, value):
 def test_a_tolerance_cannot_be_left_out():
     with pytest.raises(ConfigError, match=r"^outlier\.tolerance_db is None; allowed"):
         replace(AUTO, tolerance_db=None)
+
+
+def test_layers_that_are_one_in_a_file_get_the_same():
+    auto = AutoOutlier({"none": NoOutlier(), "convrot": ConvRot(16), "quarot": QuaRot(16)}, tolerance_db=0.1)
+    scores = {
+        "q": {"none": 40.0, "convrot": 45.0, "quarot": 44.0},
+        "k": {"none": 40.0, "convrot": 41.0, "quarot": 46.0},
+        "v": {"none": 50.0},
+    }
+    apart = [["q"], ["k"], ["v"]]
+    assert auto.choose(scores, apart) == {"q": "convrot", "k": "quarot", "v": "none"}
+    # 90 dB together against 86
+    assert auto.choose(scores, apart, [["q", "k"]]) == {"q": "quarot", "k": "quarot", "v": "none"}
+    assert auto.choose(scores, apart, [["q", "k", "v"]]) == dict.fromkeys("qkv", "none")
+    assert auto.choose({"a": {"none": 1.0}, "b": {"convrot": 1.0}}, [["a"], ["b"]], [["a", "b"]]) == {"a": None, "b": None}
