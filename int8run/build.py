@@ -112,9 +112,10 @@ def build(spec: RunSpec, probe: Sequence[Sample], heads: Sequence[Head], progres
     )  # fmt: skip
     started = time.perf_counter()
     if spec.int8.enable:
-        denoisers["int8"], built.budget = to_int8(loaded, plans, calls, spec, taken, loras, key, progress)
+        rows = layer_rows(blank, [p for p in plans if p.keep_float is None], calls)
+        denoisers["int8"], built.budget = to_int8(loaded, plans, rows, spec, taken, loras, key, progress)
         if entries and not spec.lora.bakes:
-            attach_loras(built, spec, layer_rows(blank, plans, calls))
+            attach_loras(built, spec, rows)
         use_denoiser(pipe, denoisers["int8"], component)
         set_offload(pipe, spec.offload, loaded.device)
     built.seconds = {"load": load_seconds, "quantize": time.perf_counter() - started}

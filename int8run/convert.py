@@ -19,7 +19,7 @@ from int8run.costs import TransformCosts
 from int8run.errors import ConfigError
 from int8run.generate.probe import check_finite, watch_layers
 from int8run.layers.linear import Int8Linear
-from int8run.load import Blank, Loaded, file_hashes, with_blanks
+from int8run.load import Blank, Loaded, file_hashes
 from int8run.lora.stack import Entry, LoraStack
 from int8run.models.experts import denoiser_parts
 from int8run.outlier.auto import AutoOutlier
@@ -43,13 +43,13 @@ log = logging.getLogger(__name__)
 
 
 def to_int8(
-    loaded: Loaded, plans: Sequence[LayerPlan], calls: Sequence[Mapping[str, Any]], spec: RunSpec, taken: Taken | None, loras: LoraStack,
+    loaded: Loaded, plans: Sequence[LayerPlan], rows: Mapping[str, int], spec: RunSpec, taken: Taken | None, loras: LoraStack,
     key: str | None, progress: Progress,
 ) -> tuple[nn.Module, Budget | None]:  # fmt: skip
     """The INT8 denoiser, a copy of the module tree that shares every float tensor; and what a quality budget did to it.
 
     Args:
-        calls: arguments of the denoiser in one step, of each expert.
+        rows: that each layer which becomes INT8 sees in one step.
         taken: layers that are there already.
         loras: adds baked LoRAs to weights that are read here.
         key: of the cache; None: nothing is kept.
@@ -73,7 +73,6 @@ def to_int8(
     old, new = [p for p in chosen if p.name in there], [p for p in chosen if p.name not in there]
     if new and not isinstance(spec.outlier, AutoOutlier):
         check_outlier(spec.outlier, new)
-    rows = layer_rows(with_blanks(denoiser), chosen, calls)
     groups = same_input_groups([p.name for p in new], family.same_input)
     seen: dict[str, LayerStatistics] = {}
     pictures: Sequence[Mapping[str, Any]] = []

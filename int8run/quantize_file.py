@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from int8run.checkpoints.native import NOTE, prepare_folder
+from int8run.checkpoints.native import NOTE, WEIGHT, prepare_folder
 from int8run.checkpoints.stored import StoredLayer, stored_layers
 from int8run.checkpoints.tensors import TensorFiles
 from int8run.checkpoints.writer import unwritable
@@ -23,7 +23,7 @@ from int8run.metrics.memory import peak_bytes
 from int8run.models.detect import denoiser_of
 from int8run.models.family import AutoFamily, ModelFamily, shipped_families
 from int8run.models.layout import Part, strip_prefix, targets, to_native, why_dropped
-from int8run.models.locate import CONFIG, Located, locate
+from int8run.models.locate import CONFIG, FILE, Located, locate
 from int8run.models.native import captures, names_of
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
@@ -31,10 +31,9 @@ from int8run.quantize import LayerPlan, check_outlier
 from int8run.report.files import write_json, write_layers
 from int8run.report.terminal import Progress, megabytes, pairs_line, say
 from int8run.spec import Job, RunSpec
-from int8run.stream import WEIGHT, Names, Recipe, Target, own_names, plan_targets, stream
+from int8run.stream import Names, Recipe, Target, own_names, plan_targets, stream
 
 log = logging.getLogger(__name__)
-FILE = "diffusion_pytorch_model.safetensors"  # as diffusers names it in a folder
 SAMPLED = 4096  # bytes of each tensor that tell one checkpoint from another of the same shapes
 BLOCK = re.compile(r"(\w+\.)\d+\.")
 

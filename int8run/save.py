@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int8run.checkpoints.native import FACTOR, MARKER, NOTE, SCALE, marker
+from int8run.checkpoints.native import FACTOR, MARKER, NOTE, SCALE, WEIGHT, beside, int8_entries, marker_bytes
 from int8run.checkpoints.writer import Entry, StreamWriter
 from int8run.errors import ConfigError
 from int8run.layers.linear import Int8Linear
 from int8run.models.layout import Part, joined_shape, to_native
+from int8run.models.locate import CONFIG, FILE
 
-WEIGHT = ".weight"
-CONFIG, FILE = "config.json", "diffusion_pytorch_model.safetensors"  # what diffusers names them
 WORDS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
     torch.uint8: "U8", torch.bool: "BOOL", torch.int8: "I8",
@@ -83,10 +82,7 @@ def write_tensors(
         made = int8_parts(key, parts, layers)
         if made:
             rows, columns = sum(layer.out_features for layer in made), made[0].in_features
-            entries += [(key, "I8", (rows, columns)), (beside(key, SCALE), "F32", (rows, 1))]
-            entries += [(beside(key, MARKER), "U8", (len(marker_bytes(made[0])),))]
-            if made[0].transform.factor is not None:
-                entries.append((beside(key, FACTOR), "F32", (columns,)))
+            entries += int8_entries(key, (rows, columns), made[0].transform)
         else:
             entries.append((key, WORDS[joined_dtype(parts, state)], joined_shape(parts, shapes) or ()))
     with StreamWriter(path, entries, {"format": "pt", NOTE: json.dumps(note)}) as writer:
@@ -108,7 +104,7 @@ def pieces(key: str, parts: tuple[Part, ...], layers: Mapping[str, Int8Linear], 
         weight = layer.quantized_weight()
         yield key, part.cut(weight.qdata.cpu()).contiguous()
         yield beside(key, SCALE), part.cut(weight.scale.float().cpu()).contiguous()
-    yield beside(key, MARKER), marker_bytes(made[0])
+    yield beside(key, MARKER), marker_bytes(made[0].transform)
     if made[0].transform.factor is not None:
         yield beside(key, FACTOR), made[0].transform.factor.float().cpu().contiguous()
 
@@ -135,13 +131,3 @@ def int8_parts(key: str, parts: tuple[Part, ...], layers: Mapping[str, Int8Linea
 def joined_dtype(parts: tuple[Part, ...], state: Mapping[str, Tensor]) -> torch.dtype:
     """The dtype of one tensor that holds several."""
     return functools.reduce(torch.promote_types, [state[part.key].dtype for part in parts])
-
-
-def beside(key: str, part: str) -> str:
-    """The key of what stands beside a weight."""
-    return f"{key.removesuffix(WEIGHT)}.{part}"
-
-
-def marker_bytes(layer: Int8Linear) -> bytes:
-    """The marker of a layer as it stands in the file."""
-    return json.dumps(marker(layer.transform)).encode()

@@ -3,7 +3,6 @@
 What is written is planned from the headers alone. Then one thread reads, one quantizes and one writes.
 """
 
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from int8run.checkpoints.header import DTYPES
-from int8run.checkpoints.native import FACTOR, MARKER, SCALE, marker
+from int8run.checkpoints.native import FACTOR, MARKER, SCALE, WEIGHT, beside, int8_entries, marker_bytes
 from int8run.checkpoints.stored import FLOAT, StoredLayer, is_file_marker
 from int8run.checkpoints.tensors import TensorFiles
 from int8run.checkpoints.writer import Entry, StreamWriter
@@ -28,7 +27,6 @@ from int8run.outlier.base import OutlierMethod, OutlierTransform
 from int8run.quant.rounding import AbsMax, Rounding
 from int8run.quantize import LayerPlan, check_weight
 
-WEIGHT = ".weight"
 BLOCK_BYTES = 4 * 2**20  # of a weight that are read at a time
 BUFFERS = 3  # one that is read into, one that is quantized, one that is written
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -73,22 +71,9 @@ class Target:
         """Whether it is written as INT8."""
         return self.plan is not None and self.plan.keep_float is None
 
-    def beside(self, suffix: str) -> str:
-        """The key of what stands beside the weight."""
-        return f"{self.key.removesuffix(WEIGHT)}.{suffix}"
-
-    def marker(self) -> bytes:
-        """The marker of an INT8 weight as it stands in the file."""
-        return json.dumps(marker(self.transform)).encode()
-
     def entries(self) -> list[Entry]:
         """What it adds to the new file."""
-        if not self.int8:
-            return [(self.key, self.dtype, self.shape)]
-        rows, columns = self.shape
-        found: list[Entry] = [(self.key, "I8", self.shape), (self.beside(SCALE), "F32", (rows, 1))]
-        found.append((self.beside(MARKER), "U8", (len(self.marker()),)))
-        return found + ([(self.beside(FACTOR), "F32", (columns,))] if self.transform.factor is not None else [])
+        return int8_entries(self.key, self.shape, self.transform) if self.int8 else [(self.key, self.dtype, self.shape)]
 
 
 def own_names(files: TensorFiles, stored: Mapping[str, StoredLayer]) -> Names:
@@ -297,7 +282,7 @@ class Streamer:
         data, target = reading.result(), block.target
         if target.copied:
             self.write(target.key, data, self.sources, buffer)
-            self.write(target.beside(SCALE), self.copied_scales(block), self.sources)
+            self.write(beside(target.key, SCALE), self.copied_scales(block), self.sources)
         elif target.int8:
             self.quantize(block, data)
             self.sources.append(buffer)
@@ -306,9 +291,9 @@ class Streamer:
             dtype = getattr(torch, DTYPES[target.dtype][1] or "uint8", torch.uint8)  # bytes of what torch does not know stay bytes
             self.write(target.key, data.to(dtype), self.sources, buffer)
         if block.last and target.int8:
-            self.write(target.beside(MARKER), target.marker(), self.sources)
+            self.write(beside(target.key, MARKER), marker_bytes(target.transform), self.sources)
             if target.transform.factor is not None:
-                self.write(target.beside(FACTOR), target.transform.factor, self.sources)
+                self.write(beside(target.key, FACTOR), target.transform.factor, self.sources)
             self.judge(target)
         self.on_bytes(self.files.span(block.key, self.held(block))[1])
 
@@ -332,7 +317,7 @@ class Streamer:
             raise ConfigError(f"{target.plan.name}: the weight holds numbers too large for float32 arithmetic; check the checkpoint")
         self.sums.append(sums)
         self.write(target.key, q, self.results, buffer if buffer.numel() == BLOCK_BYTES // 2 else None)
-        self.write(target.beside(SCALE), scale, self.results)
+        self.write(beside(target.key, SCALE), scale, self.results)
 
     def round(self, data: Tensor, q: Tensor, scale: Tensor, transform: OutlierTransform) -> RowSums:
         """Transform and round rows into `q` and `scale`."""

@@ -72,8 +72,8 @@ def find_taken(loaded: Loaded, plans: Sequence[LayerPlan], spec: RunSpec, key: s
         taken = open_taken(loaded, checkpoint_paths(location, names))
         if not taken.layers:
             raise FileError(f"{location} holds no INT8 layer that can be taken as it is; set model.location to it, or quantize anew")
-    elif loaded.files is not None and loaded.files.int8_layers():
-        taken = Taken(loaded.files, loaded.files.int8_layers(), loaded.files.note())
+    elif loaded.files is not None and (own := loaded.files.int8_layers()):
+        taken = Taken(loaded.files, own, loaded.files.note())
         if spec.metrics.baseline != "none":
             log.warning(
                 "the float model is what the INT8 numbers of %s stand for: what they lost when they were made is not measured", taken.where

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int8run.checkpoints.native import read_note
+from int8run.checkpoints.native import WEIGHT, read_note
 from int8run.checkpoints.stored import FLOAT, StoredLayer, is_file_marker, stored_layers
 from int8run.checkpoints.tensors import TensorFiles
 from int8run.errors import ConfigError, FileError
@@ -21,7 +21,6 @@ from int8run.models.layout import Part, Shape, strip_prefix, targets, to_model
 from int8run.quant.weight import QuantizedWeight
 
 log = logging.getLogger(__name__)
-WEIGHT = ".weight"
 
 
 class FileWeights:

@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 
-from int8run.convert import to_int8
+from int8run.convert import layer_rows, to_int8
 from int8run.load import Loaded
 from int8run.lora.stack import LoraStack
 from int8run.models.family import KeepRule, ModelFamily, Sampling
@@ -105,7 +105,8 @@ def int8run(
     # a pipeline draws the pictures of a calibration; none is asked for here
     device = next(model.parameters()).device
     loaded = Loaded(None, "", model, None, rules, Sampling(), device, Source(Path(), (), False), None, 0.0)
-    return to_int8(loaded, plans, [call], spec(backend, outlier, *more), None, LoraStack(model), None, Progress(False))[0]
+    rows = layer_rows(model, [p for p in plans if p.keep_float is None], [call])
+    return to_int8(loaded, plans, rows, spec(backend, outlier, *more), None, LoraStack(model), None, Progress(False))[0]
 
 
 def relative_error(y: Tensor, reference: Tensor) -> float:

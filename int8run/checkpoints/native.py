@@ -11,12 +11,14 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from int8run.checkpoints.writer import Entry
 from int8run.errors import FileError
 from int8run.outlier.base import NONE, OutlierTransform
 
 COMFY, OURS = "int8_tensorwise", "int8run_transformed"
 CONVROT = "convrot"
 MARKER, SCALE, FACTOR = "comfy_quant", "weight_scale", "pre_quant_scale"
+WEIGHT = ".weight"
 NOTE = "int8run"  # the key of our note in the header's metadata
 
 
@@ -58,6 +60,24 @@ def marker(transform: OutlierTransform) -> dict[str, object]:
         "format": OURS, "outlier": transform.method, "settings": transform.settings, **(kind if transform.group_size else {}),
         "centered": transform.centered, "factor": transform.factor is not None,
     }  # fmt: skip
+
+
+def marker_bytes(transform: OutlierTransform) -> bytes:
+    """A marker as it stands in the file."""
+    return json.dumps(marker(transform)).encode()
+
+
+def beside(key: str, suffix: str) -> str:
+    """The key of what stands beside a weight."""
+    return f"{key.removesuffix(WEIGHT)}.{suffix}"
+
+
+def int8_entries(key: str, shape: tuple[int, ...], transform: OutlierTransform) -> list[Entry]:
+    """What an INT8 weight adds to a file: its integers [N, K], a scale per row, its marker, and a factor per column where it has one."""
+    rows, columns = shape
+    found: list[Entry] = [(key, "I8", shape), (beside(key, SCALE), "F32", (rows, 1))]
+    found.append((beside(key, MARKER), "U8", (len(marker_bytes(transform)),)))
+    return found + ([(beside(key, FACTOR), "F32", (columns,))] if transform.factor is not None else [])
 
 
 def read_note(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ SAFE = ".safetensors"
 # of pipelines; a single name is the denoiser, of two each has its own part of the steps
 COMPONENTS = ("transformer", "transformer_2", "unet")
 CONFIG, INDEX = "config.json", "model_index.json"
+FILE = "diffusion_pytorch_model.safetensors"  # as diffusers names weights in a folder
 PICKLED = "a pickled file, which can run code when opened; convert it to .safetensors first"
 OTHERS = {".gguf": "a GGUF file; ComfyUI-GGUF and diffusers' GGUFQuantizationConfig read it"}
 OTHERS |= dict.fromkeys((".ckpt", ".pt", ".pth", ".bin"), PICKLED)
