@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from int8run.library import LoraStack, quantize_
+    from int8run.text_encoders.load import build_text_encoder, load_text_encoder
 
 __version__ = "0.1.0"
-__all__ = ["LoraStack", "__version__", "quantize_"]
+__all__ = ["LoraStack", "__version__", "build_text_encoder", "load_text_encoder", "quantize_"]
 
 
 def __getattr__(name: str) -> object:
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> object:
         from int8run import library
 
         return getattr(library, name)
+    if name in ("build_text_encoder", "load_text_encoder"):
+        from int8run.text_encoders import load
+
+        return getattr(load, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

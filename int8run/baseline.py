@@ -18,6 +18,7 @@ from int8run.models.loader import library_versions, pick_device
 from int8run.models.source import find_source
 from int8run.spec import RunSpec
 from int8run.store import key_of
+from int8run.text_encoders.base import TextEncoders
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,6 @@ def cached_baseline(
 def float_spec(spec: RunSpec) -> RunSpec:
     """The same job with the float model alone."""
     return replace(
-        spec, int8=replace(spec.int8, enable=False, checkpoint=None), save=None, quality_db=None,
+        spec, int8=replace(spec.int8, enable=False, checkpoint=None), clip=TextEncoders(), save=None, quality_db=None,
         model_type=replace(spec.model_type, keep_float="listed"), metrics=replace(spec.metrics, baseline="none", perceptual=()),
     )  # fmt: skip

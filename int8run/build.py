@@ -15,21 +15,22 @@ from int8run.budget import Budget
 from int8run.checkpoints.native import prepare_folder
 from int8run.convert import cache_key, layer_rows, to_int8
 from int8run.costs import BranchCosts
-from int8run.generate.generate import TextCache
+from int8run.encoders import QuantizedEncoders, fill_encoders
+from int8run.generate.generate import TextCache, use_text_encoders
 from int8run.generate.probe import record_step
 from int8run.generate.prompts import Sample
 from int8run.load import load, set_offload, with_blanks
 from int8run.lora.files import read_lora
 from int8run.lora.heads import Head
 from int8run.lora.stack import Entry, LoraStack, Overhead
-from int8run.metrics.layers import multiply_adds
+from int8run.metrics.layers import module_bytes, multiply_adds
 from int8run.models.experts import denoiser_parts, use_denoiser
 from int8run.models.family import ModelFamily
 from int8run.quantize import LayerPlan
 from int8run.report.terminal import Progress
 from int8run.spec import RunSpec
 from int8run.taken import find_taken
-from int8run.text_encoders.keep import find_text_encoders
+from int8run.text_encoders.base import find_text_encoders
 from int8run.timing import medians, now
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Built:
-    """A model ready to run. `denoisers` holds `float` where the run needs it, and `int8` where INT8 is enabled."""
+    """A model ready to run.
+
+    Args:
+        denoisers: by the name of who draws: `float` where the run needs it, and what is compared with it, `int8` or `clip`; the latter
+            is the float denoiser once more.
+        text_encoders: by the same names, the components that are not the same for both.
+    """
 
     pipe: DiffusionPipeline
     component: str
@@ -50,7 +57,9 @@ class Built:
     device: torch.device
     plans: list[LayerPlan]
     loras: LoraStack
-    text_encoders: dict[str, nn.Module]
+    encoders: QuantizedEncoders
+    text_encoders: dict[str, dict[str, nn.Module]]
+    float_text_bytes: int  # of the float text encoders, whether they are there or not
     text_strengths: list[float]  # that the text encoders have now
     budget: Budget | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -62,6 +71,7 @@ class Built:
         self.loras.set_strengths(strengths, text_strengths if changed else None)
         self.text_strengths = list(text_strengths)
         if changed:
+            self.encoders.set_strengths(text_strengths)
             TextCache.of(self.pipe).clear()
         return now(self.device) - started
 
@@ -88,7 +98,11 @@ def build(spec: RunSpec, probe: Sequence[Sample], heads: Sequence[Head], progres
     with progress.step("load float layers"):
         loaded.fill(but=[p.name for p in plans if p.keep_float is None])
     load_seconds = loaded.seconds + time.perf_counter() - started
-    loras.put(entries, matches)
+    loras.put(entries, matches, leave=loaded.left_encoders)
+    float_text_bytes = sum(map(module_bytes, text_encoders.values()))
+    encoders = fill_encoders(loaded.encoders, spec.clip, loaded.device, loaded.sampling, matches, progress)
+    if not spec.needs_float_encoders:
+        pipe.register_modules(**encoders.modules)
     for line in loras.report():
         log.info("%s", line)
     for index, adapter in enumerate(spec.lora.adapters):
@@ -105,10 +119,13 @@ def build(spec: RunSpec, probe: Sequence[Sample], heads: Sequence[Head], progres
         set_offload(pipe, spec.offload, loaded.device)
         calls = record_step(pipe, component, blank, probe, loaded.sampling)
     denoisers = {"float": denoiser} if spec.needs_float else {}
+    if spec.candidate == "clip":
+        denoisers["clip"] = denoiser
+    in_turn = {"float": {name: text_encoders[name] for name in encoders.modules}} if spec.needs_float_encoders else {}
     off = [0.0] * len(entries)
     built = Built(
         pipe, component, family, denoisers, loaded.float_bytes, sum(p.numel() for p in denoiser.parameters()), multiply_adds(blank, calls),
-        loaded.scheduler, loaded.device, plans, loras, text_encoders, off,
+        loaded.scheduler, loaded.device, plans, loras, encoders, in_turn | {spec.candidate: encoders.modules}, float_text_bytes, off,
     )  # fmt: skip
     started = time.perf_counter()
     if spec.int8.enable:
@@ -116,8 +133,9 @@ def build(spec: RunSpec, probe: Sequence[Sample], heads: Sequence[Head], progres
         denoisers["int8"], built.budget = to_int8(loaded, plans, rows, spec, taken, loras, key, progress)
         if entries and not spec.lora.bakes:
             attach_loras(built, spec, rows)
-        use_denoiser(pipe, denoisers["int8"], component)
-        set_offload(pipe, spec.offload, loaded.device)
+    use_denoiser(pipe, denoisers[spec.candidate], component)
+    use_text_encoders(pipe, spec.candidate, encoders.modules)
+    set_offload(pipe, spec.offload, loaded.device)
     built.seconds = {"load": load_seconds, "quantize": time.perf_counter() - started}
     compile_denoisers(denoisers, spec.compile)
     return built
@@ -142,7 +160,7 @@ def attach_loras(built: Built, spec: RunSpec, rows: Mapping[str, int]) -> None:
 def compile_denoisers(denoisers: Mapping[str, nn.Module], mode: str) -> None:
     """torch.compile: `blocks` compiles the repeated blocks, `full` the whole denoiser; float and INT8 alike."""
     parts: list[Any] = [part for whole in denoisers.values() for part in denoiser_parts(whole).values()]
-    for part in parts:
+    for part in dict.fromkeys(parts):  # with quantized text encoders alone both denoisers are one
         if mode == "blocks":
             part.compile_repeated_blocks(fullgraph=True)
         elif mode == "full":

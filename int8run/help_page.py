@@ -36,8 +36,9 @@ def help_page() -> str:
     lines = ["Groups (default first)"]
     for group, default in groups:
         options = sorted((f.name.removesuffix(".yaml"), f) for f in conf.joinpath(group).iterdir() if f.name.endswith(".yaml"))
+        width = max(14, *(len(name) for name, _ in options))
         for name, file in sorted(options, key=lambda o: o[0] != default):
-            lines.append(f"  {group if name == default else '':<11} {name:<14} {first_comment(file)}")
+            lines.append(f"  {group if name == default else '':<11} {name:<{width}} {first_comment(file)}")
     lines += ["", "Keys (in brackets the option that has them, where it is not the default)"]
     lines += [key_line(*found, "") for found in key_lines(root, "")]
     for group, default in groups:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.markup import escape
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from int8run.checkpoints.header import read_header
 from int8run.checkpoints.native import NOTE, read_note
-from int8run.checkpoints.stored import stored_layers
+from int8run.checkpoints.stored import StoredLayer, real_shapes, stored_layers
 from int8run.checkpoints.tensors import TensorFiles
 from int8run.errors import ConfigError, FileError
 from int8run.lora import few_step
@@ -19,8 +19,9 @@ from int8run.lora.keys import split_key
 from int8run.lora.metadata import all_triggers, describe
 from int8run.models.detect import denoiser_of
 from int8run.models.family import shipped_families
-from int8run.models.layout import strip_prefix
+from int8run.models.layout import denoiser_keys, strip_prefix
 from int8run.store import Store
+from int8run.text_encoders.encoders import Found, identify
 
 
 def inspect_cache(store: Store) -> Table:
@@ -101,20 +102,19 @@ def inspect_folder(path: Path) -> Table:
 
 def checkpoint_rows(files: TensorFiles) -> Iterator[tuple[str, str]]:
     """What is worth knowing of a checkpoint: its family, how each layer is stored, and how int8run made it. What is wrong is said."""
-    prefix = strip_prefix(files)
+    encoder = encoder_in(files)
+    prefix = encoder.prefix if encoder else strip_prefix(files)
     yield "prefix", prefix or "none"
     try:
         layers = stored_layers(files, prefix)
     except FileError as error:
         yield "cannot be read", str(error)
         return
-    beside = {key for layer in layers.values() for key in layer.side_keys}
-    shapes = {key.removeprefix(prefix): info.shape for key, info in files.items() if key.startswith(prefix) and key not in beside}
-    try:
-        found = denoiser_of(shapes, shipped_families().values(), shapes)
-        yield "family", f"{found[0].name} ({found[1]})" if found else "unknown: no fingerprint in conf/model_type matches"
-    except ConfigError as error:
-        yield "family", str(error)
+    if encoder:
+        yield "text encoder", f"{encoder.encoder.name} ({' or '.join(encoder.encoder.classes)})"
+        yield "to use it", f"clip=auto clip.path={files.path}"
+    else:
+        yield from family_rows(files, prefix, layers)
     for label, count in Counter(layer.label for layer in layers.values()).most_common():
         yield "layers", f"{count} × {label}"
     note = read_note(files.path, files.metadata)
@@ -124,6 +124,27 @@ def checkpoint_rows(files: TensorFiles) -> Iterator[tuple[str, str]]:
         yield "settings", ", ".join(f"{name} {value}" for name, value in facts.items() if value not in (None, []))
         reasons = Counter(map(str, note["kept_float"].values())) if isinstance(note.get("kept_float"), dict) else Counter()
         yield "kept float", "; ".join(f"{n} × {why}" for why, n in reasons.items()) or "none"
+
+
+def encoder_in(files: TensorFiles) -> Found | None:
+    """The text encoder that a file without a denoiser holds."""
+    shapes = {key: info.shape for key, info in files.items()}
+    try:
+        return None if denoiser_of(denoiser_keys(shapes), shipped_families().values()) else identify(shapes)
+    except (ConfigError, FileError):  # none, or one that the rows below tell more about
+        return None
+
+
+def family_rows(files: TensorFiles, prefix: str, layers: Mapping[str, StoredLayer]) -> Iterator[tuple[str, str]]:
+    """The denoiser that a file holds."""
+    beside = {key for layer in layers.values() for key in layer.side_keys}
+    known = real_shapes(files, layers)
+    shapes = {key.removeprefix(prefix): shape for key, shape in known.items() if key.startswith(prefix) and key not in beside}
+    try:
+        found = denoiser_of(shapes, shipped_families().values(), shapes)
+        yield "family", f"{found[0].name} ({found[1]})" if found else "unknown: no fingerprint in conf/model_type matches"
+    except ConfigError as error:
+        yield "family", str(error)
 
 
 def lora_rows(path: Path, header: dict[str, dict], metadata: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -171,13 +192,16 @@ KINDS = {
 }  # fmt: skip
 
 
+QUANTIZED = {"I8", "F8_E4M3", "F8_E5M2", "U8"}  # dtypes of weights
+
+
 def kind(header: dict[str, dict]) -> str:
     """LoRA, quantized checkpoint or plain weights, by key suffixes and dtypes."""
     if any(split_key(key).part in KINDS or split_key(key).reason.startswith("unsupported kind") for key in header):
         return "LoRA"
-    dtypes = {entry["dtype"] for entry in header.values()}
+    dtypes = {entry["dtype"] for key, entry in header.items() if key.endswith(".weight")} & QUANTIZED
     if any(key.endswith(".comfy_quant") for key in header):
         return "quantized checkpoint with ComfyUI markers"
-    if dtypes & {"I8", "F8_E4M3", "F8_E5M2"} and any(key.endswith(("_scale", ".scale_weight", "_scale_inv")) for key in header):
-        return f"quantized checkpoint ({', '.join(sorted(dtypes & {'I8', 'F8_E4M3', 'F8_E5M2'}))} with scales)"
+    if dtypes and any(key.endswith(("_scale", ".scale_weight", "_scale_inv")) for key in header):
+        return f"quantized checkpoint ({', '.join(sorted(dtypes))} with scales)"
     return "plain weights"

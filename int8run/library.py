@@ -53,8 +53,17 @@ def quantize_(
     in_range("rows", rows, 1, 2**31, whole=True)
     words = {"outlier": outlier, "backend": backend, "rounding": rounding, "model_type": model_type}
     spec = composed([f"{group}={option}" for group, option in words.items()] + list(overrides))
-    if spec.save or spec.int8.checkpoint or not spec.int8.enable or spec.quality_db is not None or spec.lora.adapters:
-        raise ConfigError("quantize_ takes no save, int8.checkpoint, int8.enable=false, quality_db or lora; the command `int8run` does")
+    if (
+        spec.save
+        or spec.int8.checkpoint
+        or not spec.int8.enable
+        or spec.quality_db is not None
+        or spec.lora.adapters
+        or spec.clip.quantizes
+    ):
+        raise ConfigError(
+            "quantize_ takes no save, int8.checkpoint, int8.enable=false, quality_db, lora or clip; the command `int8run` does"
+        )
     for name, choice in (("outlier", spec.outlier), ("rounding", spec.rounding)):
         if choice.needs_calibration:
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from int8run.encoders import Opened, open_encoders
 from int8run.errors import BackendError, ConfigError
 from int8run.generate.generate import unknown_arguments
 from int8run.layers.linear import linear_at
@@ -37,6 +38,7 @@ class Loaded:
         denoiser: the float model, or a skeleton.
         scheduler: as the checkpoint has it; a sampling may name another.
         files: the denoiser's weights; None where diffusers has read them.
+        encoders: the text encoders that `clip=` changes, opened.
     """
 
     pipe: DiffusionPipeline
@@ -48,7 +50,13 @@ class Loaded:
     device: torch.device
     source: Source
     files: DenoiserWeights | None
+    encoders: Mapping[str, Opened]
     seconds: float
+
+    @property
+    def left_encoders(self) -> tuple[str, ...]:
+        """Text encoders of the pipeline that are skeletons, to be replaced by quantized ones."""
+        return tuple(name for name, opened in self.encoders.items() if getattr(self.pipe, name) is opened.skeleton)
 
     def plans(self) -> list[LayerPlan]:
         """What the family says of every Linear."""
@@ -97,15 +105,19 @@ def load(spec: RunSpec, progress: Progress, whole: bool = True) -> Loaded:
     dtype = getattr(torch, spec.model.dtype)
     with progress.step("load"):
         source = find_source(spec.model)
-        skeletons, files = {}, None
+        skeletons: dict[str, nn.Module] = {}
+        files = None
         if source.single or not whole:
             skeletons = {d.component: d.skeleton(dtype) for d in source.denoisers}
             single = len(skeletons) == 1
-            parts = {d.component: FileWeights(d.weights, skeletons[d.component]) for d in source.denoisers}
-            files = DenoiserWeights({"" if single else f"{name}.": part for name, part in parts.items()})
+            weights = {d.component: FileWeights(d.weights, skeletons[d.component]) for d in source.denoisers}
+            files = DenoiserWeights({"" if single else f"{name}.": part for name, part in weights.items()})
         # parts that are moved to the GPU when they are needed wait in memory
         place = torch.device("cpu") if spec.offload != "none" else device
-        pipe = load_pipeline(source.folder, skeletons, dtype, place, load_parts(source.folder, spec.model.parts, dtype))
+        encoders = open_encoders(spec.clip, source.folder, spec.model.parts, dtype)
+        empty = {} if spec.needs_float_encoders else {name: opened.skeleton for name, opened in encoders.items()}
+        parts = load_parts(source.folder, {n: part for n, part in spec.model.parts.items() if n not in empty}, dtype)
+        pipe = load_pipeline(source.folder, skeletons | empty, dtype, place, parts)
         modules = {d.component: getattr(pipe, d.component).eval().requires_grad_(False) for d in source.denoisers}
         component, denoiser = next(iter(modules.items()))
         first = denoiser
@@ -119,7 +131,7 @@ def load(spec: RunSpec, progress: Progress, whole: bool = True) -> Loaded:
         use_scheduler(pipe, scheduler, sampling)
         linears = {name: m.in_features for name, m in first.named_modules() if isinstance(m, nn.Linear)}
         family = spec.model_type.for_denoiser(type(first).__name__, repeated_blocks(first), linears)
-        loaded = Loaded(pipe, component, denoiser, scheduler, family, sampling, device, source, files, 0.0)
+        loaded = Loaded(pipe, component, denoiser, scheduler, family, sampling, device, source, files, encoders, 0.0)
         if whole and files is not None:
             loaded.fill()
     loaded.seconds = time.perf_counter() - started

@@ -15,7 +15,7 @@ from int8run.backends.base import Backend
 from int8run.backends.shipped import usable_here
 from int8run.errors import BackendError, ConfigError, in_range, one_of, switch
 from int8run.kernels.cpu.rows import quantize_weight_rows
-from int8run.layers.linear import Int8Linear, QuantizedLayer, SharedInput, linear_at
+from int8run.layers.linear import Int8Linear, KeepsDtypes, QuantizedLayer, SharedInput, linear_at
 from int8run.models.family import ModelFamily
 from int8run.outlier.base import LayerStatistics, OutlierMethod, OutlierTransform
 from int8run.quant.rounding import AbsMax, Rounding
@@ -325,5 +325,6 @@ def defer_gelu(model: nn.Module, activation: str, source: str, into: str) -> int
 
 def share_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree whose tensors and backends are the same: no memory until layers are replaced."""
-    same = [*model.parameters(), *model.buffers(), *(m.backend for m in model.modules() if isinstance(m, Int8Linear))]
+    backends = [m.backend for m in model.modules() if isinstance(m, KeepsDtypes) and hasattr(m, "backend")]
+    same = [*model.parameters(), *model.buffers(), *backends]
     return copy.deepcopy(model, memo={id(s): s for s in same})

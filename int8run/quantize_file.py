@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from int8run.checkpoints.native import NOTE, WEIGHT, prepare_folder
-from int8run.checkpoints.stored import StoredLayer, stored_layers
+from int8run.checkpoints.stored import StoredLayer, real_shapes, stored_layers
 from int8run.checkpoints.tensors import TensorFiles
 from int8run.checkpoints.writer import unwritable
 from int8run.errors import ConfigError
@@ -132,6 +132,11 @@ def streamable(spec: RunSpec) -> OutlierMethod:
                 f"{setting} needs calibration pictures, and task=quantize looks at weights alone; set task=run save={spec.save}, which "
                 "draws them"
             )
+    if spec.clip.quantizes:
+        raise ConfigError(
+            "task=quantize writes one component, here the denoiser, and clip= is about text encoders; leave it out, or set "
+            "task.component=text_encoder to write one"
+        )
     if spec.lora.adapters:
         raise ConfigError(f"task=quantize leaves LoRAs out; set lora=none, or task=run lora.mode=bake save={spec.save}")
     if spec.int8.checkpoint is not None:
@@ -162,7 +167,8 @@ def recognise(
     keys = [key.removeprefix(prefix) for key in own_names(files, stored) if key.startswith(prefix)]
     automatic = isinstance(asked, AutoFamily)
     families = [asked] if isinstance(asked, ModelFamily) else [*(asked.families or shipped_families()).values()]
-    shapes = {key: files[prefix + key].shape for key in keys}
+    known = real_shapes(files, stored)
+    shapes = {key: known[prefix + key] for key in keys}
     found = None if located.class_name else denoiser_of(keys, families, shapes if automatic else None)
     fallback = asked.denoisers[0] if isinstance(asked, ModelFamily) and len(asked.denoisers) == 1 else ""
     class_name = located.class_name or (found[1] if found else fallback)
@@ -252,8 +258,7 @@ def new_names(files: TensorFiles, stored: Mapping[str, StoredLayer], known: Reco
     own = own_names(files, stored)
     if known.native or (not known.class_name and not to_folder):
         return own
-    shapes = {key: files[key].shape for key in own}
-    shapes |= {layer.key: (layer.rows, layer.columns) for layer in stored.values() if len(layer.shape) == 2}
+    shapes = real_shapes(files, stored)
     prefix, inside = known.prefix, [key for key in own if key.startswith(known.prefix)]
     rest = {key: parts for key, parts in own.items() if not key.startswith(prefix)}
     if to_folder:
@@ -326,26 +331,37 @@ class Steps:
         self.advance(whole)
 
 
-def measured(plans: Sequence[LayerPlan], read: int, written: int, seconds: float) -> dict[str, float]:
-    """The numbers of the job."""
+def measured(
+    plans: Sequence[LayerPlan], read: int, written: int, seconds: float, group: str = "quant", made: str = "int8"
+) -> dict[str, float]:
+    """The numbers of the job.
+
+    Args:
+        group, made: words of the metrics' names.
+    """
     sqnr = [plan.measured["weight_sqnr_db"] for plan in plans if "weight_sqnr_db" in plan.measured]
     int8 = [plan for plan in plans if plan.keep_float is None]
     return {
-        "quant/layers_int8": len(int8), "quant/layers_float": len(plans) - len(int8),
-        **({"quant/weight_sqnr_db_mean": sum(sqnr) / len(sqnr), "quant/weight_sqnr_db_min": min(sqnr)} if sqnr else {}),
+        f"{group}/layers_{made}": len(int8), f"{group}/layers_float": len(plans) - len(int8),
+        **({f"{group}/weight_sqnr_db_mean": sum(sqnr) / len(sqnr), f"{group}/weight_sqnr_db_min": min(sqnr)} if sqnr else {}),
         "build/quantize_s": seconds, "build/read_bytes": read, "build/written_bytes": written, "build/read_bytes_per_s": read / seconds,
         "memory/peak_bytes": peak_bytes(torch.device("cpu")),
     }  # fmt: skip
 
 
-def summary(plans: Sequence[LayerPlan], metrics: Mapping[str, float]) -> list[str]:
-    """What was done, in a few lines."""
+def summary(plans: Sequence[LayerPlan], metrics: Mapping[str, float], name: str = "INT8") -> list[str]:
+    """What was done, in a few lines.
+
+    Args:
+        name: what layers became.
+    """
     read, written = metrics["build/read_bytes"], metrics["build/written_bytes"]
     kept = "; ".join(f"{n} × {why}" for why, n in reasons(plans).items())
-    layers: list[tuple[str, object]] = [("INT8", f"{metrics['quant/layers_int8']:.0f} layers")]
-    layers.append(("float", f"{metrics['quant/layers_float']:.0f}{f' ({kept})' if kept else ''}"))
-    if "quant/weight_sqnr_db_mean" in metrics:
-        layers.append(("SQNR, mean / min", f"{metrics['quant/weight_sqnr_db_mean']:.1f} / {metrics['quant/weight_sqnr_db_min']:.1f} dB"))
+    made = sum(plan.keep_float is None for plan in plans)
+    layers: list[tuple[str, object]] = [(name, f"{made} layers"), ("float", f"{len(plans) - made}{f' ({kept})' if kept else ''}")]
+    sqnr = {key.rpartition("_")[2]: value for key, value in metrics.items() if "weight_sqnr_db" in key}
+    if sqnr:
+        layers.append(("SQNR, mean / min", f"{sqnr['mean']:.1f} / {sqnr['min']:.1f} dB"))
     size = f"{megabytes(read)} → {megabytes(written)}, {written / read:.2f}×" if read else megabytes(written)
     speed = f"{metrics['build/quantize_s']:.1f} s, {megabytes(metrics['build/read_bytes_per_s'])}/s read"
     return [pairs_line(layers), pairs_line([("size", size), ("time", speed), ("peak memory", megabytes(metrics["memory/peak_bytes"]))])]

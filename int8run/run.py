@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,20 +16,22 @@ from int8run import memo
 from int8run.baseline import cached_baseline
 from int8run.build import Built, build, lora_overhead
 from int8run.errors import FileError
-from int8run.generate.generate import Generation, frame_rate, generate
+from int8run.generate.generate import Generation, TextCache, frame_rate, generate, use_text_encoders
 from int8run.generate.probe import record_step
 from int8run.generate.prompts import Sample, samples
 from int8run.lora.heads import Head, few_step_advice, read_heads, with_triggers
 from int8run.machine import device_name
+from int8run.metrics.embeddings import encoder_metrics
 from int8run.metrics.layers import int8_shares, layer_metrics, measure_outputs, module_bytes
 from int8run.metrics.memory import peak_bytes, reset_peak
 from int8run.metrics.quality import SampleQuality, frame_series, half_error_step, key_frames, mean_quality, per_image, trajectory_error
 from int8run.metrics.speed import speed, step_times
-from int8run.models.family import OWN_STEPS, Sampling
+from int8run.models.family import OWN_STEPS
 from int8run.models.loader import library_versions, use_scheduler
 from int8run.report.files import DIFFERENCE_GAIN, difference, environment, grid, save_sample, write_json, write_layers, write_yaml
 from int8run.report.terminal import Progress, pairs_line, result_table, say
 from int8run.spec import Job, RunSpec
+from int8run.text_encoders.base import find_text_encoders
 from int8run.tracking.base import TrackedRun
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         wanted = with_triggers(samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed), heads, spec.lora)
         first = wanted[: spec.sampler.batch]
         kept, fresh = None, True
-        if spec.metrics.baseline == "cached" and spec.int8.enable:
+        if spec.metrics.baseline == "cached" and spec.differs:
             memo.forget_build()  # a model of an earlier job would stand beside the float one
             kept, fresh = cached_baseline(spec, heads, wanted, partial(draw_float, heads=heads, wanted=wanted, progress=progress))
         built, reused = memo.reuse(spec.build_key, lambda: build(spec, first, heads, progress))
@@ -65,16 +67,14 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         for line in [*spec.lora.unusual(), *few_step_lines(spec, built, heads)]:
             log.warning("%s", line)
         change_s = built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
-        candidate_name = "int8" if "int8" in built.denoisers else "float"
         say(pairs_line(facts(spec, built, reused)), *([str(built.budget)] if built.budget else []))
 
         reset_peak(built.device)
-        made = generate_all(spec, built, candidate_name, wanted, progress)
-        candidate, baseline = made[candidate_name], kept or made.get("float")
-        check_pictures(candidate, our_name(built))
-        calls = record_step(
-            built.pipe, built.component, built.denoisers.get("float", built.denoisers[candidate_name]), first, spec.sampling
-        )
+        made = generate_all(spec, built, spec.candidate, wanted, progress)
+        candidate, baseline = made[spec.candidate], kept or made.get("float")
+        check_pictures(candidate, our_name(spec))
+        denoiser = built.denoisers.get("float", built.denoisers[spec.candidate])
+        calls = record_step(built.pipe, built.component, denoiser, first, spec.sampling)
         errors = trajectory_error(candidate, baseline) if baseline else []
         metrics = measure(spec, built, calls, candidate, baseline, errors, reused, fresh)
         if spec.lora.adapters:
@@ -83,10 +83,10 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         quality = per_image(candidate, baseline, [s.prompt for s in wanted], spec.metrics.perceptual) if baseline else []
         metrics |= mean_quality(quality) if quality else {}
 
-        write_outputs(built, candidate, baseline, wanted, spec.sampling, metrics, quality, errors, out)
+        write_outputs(spec, built, candidate, baseline, wanted, metrics, quality, errors, out)
         log_outputs(tracked, candidate, baseline, wanted, metrics, quality, errors, out)
     title = f"{job.choices.get('model', 'model')} on {device_name(built.device)}; float is {spec.model.dtype}"
-    say("", result_table(title, metrics, our_name(built)))
+    say("", result_table(title, metrics, our_name(spec)))
     if scattered(metrics):
         log.warning("step times scatter by more than twice: other work runs here, and the speeds above say little")
     places = {"pictures": out / "grid.png", "layers": out / "layers.csv", "numbers": out / "metrics.json", "runs": spec.tracker.where()}
@@ -104,15 +104,25 @@ def generate_all(spec: RunSpec, built: Built, candidate: str, wanted: Sequence[S
         log.info("the float pictures are those of an earlier job with the same settings; the speed ratio compares two moments")
         names = [candidate]
     use = {name: built.denoisers[name] for name in names}
+    TextCache.of(built.pipe).asked.clear()  # of earlier jobs
     warm_up = replace(sampling, steps=WARM_UP_STEPS, extra={k: v for k, v in sampling.extra.items() if k not in OWN_STEPS})
-    generate(built.pipe, built.component, use, wanted[: sampling.batch], warm_up)
+    generate(built.pipe, built.component, use, wanted[: sampling.batch], warm_up, text_encoders=built.text_encoders)
 
     def on_fraction(fraction: float) -> None:
         if stack.scheduled:
             built.set_strengths(stack.strengths_at(fraction), stack.text_strengths)
 
     with progress.count("generate", len(wanted) * len(use)) as advance:
-        made = generate(built.pipe, built.component, use, wanted, sampling, lambda name, batch, made: advance(len(batch)), on_fraction)
+        made = generate(
+            built.pipe,
+            built.component,
+            use,
+            wanted,
+            sampling,
+            lambda name, batch, made: advance(len(batch)),
+            on_fraction,
+            built.text_encoders,
+        )
     built.set_strengths(stack.strengths, stack.text_strengths)
     if known is not None:
         return {"float": known, **made}
@@ -160,7 +170,12 @@ def measure(
     """
     metrics = speed(candidate, baseline if fresh else None)
     metrics["memory/peak_bytes"] = peak_bytes(built.device)
-    metrics["memory/text_encoder_bytes"] = sum(module_bytes(m) for m in built.text_encoders.values())
+    encoders = find_text_encoders(built.pipe.components) | built.text_encoders.get(spec.candidate, {})
+    metrics["memory/text_encoder_bytes"] = sum(map(module_bytes, encoders.values()))
+    metrics["float/text_encoder_bytes"] = built.float_text_bytes
+    if spec.clip.quantizes:
+        metrics |= encoder_metrics(built.encoders.plans, list(embeddings(built, spec.candidate)))
+        metrics["memory/text_encoder_ratio"] = built.float_text_bytes / metrics["memory/text_encoder_bytes"]
     int8 = built.denoisers.get("int8")
     metrics["memory/denoiser_bytes"] = module_bytes(int8) if int8 else built.float_bytes
     metrics["memory/denoiser_ratio"] = built.float_bytes / metrics["memory/denoiser_bytes"]
@@ -192,14 +207,23 @@ def measure(
     return metrics
 
 
+@torch.no_grad()
+def embeddings(built: Built, candidate: str) -> Iterator[tuple[Any, Any]]:
+    """What the float text encoders, where they are, make of the prompts that were drawn, and what the quantized ones made of them."""
+    if built.text_encoders.get("float"):
+        use_text_encoders(built.pipe, "float", built.text_encoders["float"])
+        yield from TextCache.of(built.pipe).compared(candidate)
+        use_text_encoders(built.pipe, candidate, built.text_encoders[candidate])
+
+
 def write_outputs(
-    built: Built, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample], sampling: Sampling,
+    spec: RunSpec, built: Built, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample],
     metrics: Mapping[str, float], quality: Sequence[SampleQuality], errors: Sequence[float], out: Path,
 ) -> None:  # fmt: skip
     """Pictures or videos, grid, tables and facts into the output folder."""
     folder = out / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    rate = frame_rate(built.pipe, sampling)
+    rate = frame_rate(built.pipe, spec.sampling)
     rows: list[tuple[str, list[Image]]] = []
     per_sample: list[dict[str, object]] = []
     for i, sample in enumerate(wanted):
@@ -218,13 +242,15 @@ def write_outputs(
         if stills:
             about |= {"stills": stills, **({"frames": quality[i].frames} if quality else {})}
         per_sample.append(about)
-    columns = ["float", our_name(built), f"difference x {DIFFERENCE_GAIN}"] if baseline else [our_name(built)]
+    columns = ["float", our_name(spec), f"difference x {DIFFERENCE_GAIN}"] if baseline else [our_name(spec)]
     grid(rows, columns).save(out / "grid.png")
     if candidate.sound:
         log.info("%s makes sound with its videos; it is neither compared nor kept", type(built.pipe).__name__)
     write_layers(built.plans, out / "layers.csv")
+    if spec.clip.quantizes:
+        write_layers(built.encoders.plans, out / "text_encoders.csv")
     steps = [{"latent_rel_err": error} for error in errors]
-    write_json({"metrics": metrics, "sampling": asdict(sampling), "images": per_sample, "steps": steps}, out / "metrics.json")
+    write_json({"metrics": metrics, "sampling": asdict(spec.sampling), "images": per_sample, "steps": steps}, out / "metrics.json")
     write_json(environment_of(built), out / "environment.json")
 
 
@@ -245,8 +271,9 @@ def log_outputs(
             tracked.log_image(f"sample/{sample.key}" + f"_{which}" * (len(frames) > 1), frames[number])
     for animation in sorted((out / "images").glob("*.webp")):
         tracked.log_file(animation)
-    for name in ("grid.png", "layers.csv", "metrics.json", "environment.json"):
-        tracked.log_file(out / name)
+    for name in ("grid.png", "layers.csv", "text_encoders.csv", "metrics.json", "environment.json"):
+        if (out / name).is_file():
+            tracked.log_file(out / name)
 
 
 def scattered(metrics: Mapping[str, float]) -> bool:
@@ -270,6 +297,10 @@ def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]
         modes = built.loras.modes
         how = "baked" if spec.lora.bakes else counted(Counter(modes).elements()) if modes else "merged"
         said.append(("lora", f"{strengths} ({how})"))
+    for component, encoder in built.encoders.built.items():
+        quantized = counted(plan.rounding for plan in encoder.plans if plan.keep_float is None)
+        kept = sum(plan.keep_float is not None for plan in encoder.plans)
+        said.append((component, f"{quantized}{f', float {kept}' if kept else ''}"))
     preset = spec.lora.preset_for(spec.model.lora_base, spec.sampler.steps)
     if preset is not None:
         said.append(("few steps", f"{preset.name}: {spec.sampling.steps} steps, {type(built.pipe.scheduler).__name__}"))
@@ -291,6 +322,7 @@ def environment_of(built: Built) -> dict[str, object]:
     return environment(built.device, library_versions())
 
 
-def our_name(built: Built) -> str:
-    """What stands beside the float model; with INT8 disabled it is the float model itself."""
-    return "INT8" if "int8" in built.denoisers else "float (int8.enable=false)"
+def our_name(spec: RunSpec) -> str:
+    """What stands beside the float model; with INT8 disabled and nothing else changed it is the float model itself."""
+    names = {"int8": "INT8", "clip": f"clip={spec.clip.format}", "float": "float (int8.enable=false)"}
+    return names[spec.candidate]

@@ -17,7 +17,7 @@ from int8run.outlier.base import OutlierMethod
 from int8run.quant.rounding import Rounding
 from int8run.quantize import Int8Settings
 from int8run.store import Store
-from int8run.text_encoders.keep import KeepTextEncoders
+from int8run.text_encoders.base import TextEncoders
 from int8run.tracking.base import Tracker
 
 SAFE = ".safetensors"
@@ -79,7 +79,7 @@ class RunSpec:
     calibration: Calibration
     backend: Backend
     lora: LoraSettings
-    clip: KeepTextEncoders
+    clip: TextEncoders
     sampler: Sampling
     prompts: PromptSet
     metrics: Metrics
@@ -112,9 +112,9 @@ class RunSpec:
             raise ConfigError("int8.enable=false makes no INT8 layer; quality_db, save and int8.checkpoint need some")
         if self.save is not None and (not isinstance(self.save, str) or Path(self.save).suffix not in ("", SAFE)):
             raise ConfigError(f"save={self.save} is neither a {SAFE} file nor a folder (a name without a suffix); nothing else is written")
-        if self.offload != "none" and self.metrics.baseline == "run" and self.int8.enable:
+        if self.offload != "none" and self.metrics.baseline == "run" and self.differs:
             raise ConfigError(
-                f"offload={self.offload} moves one denoiser, and metrics.baseline=run holds two; set metrics.baseline=cached (float first, "
+                f"offload={self.offload} moves one model, and metrics.baseline=run holds two; set metrics.baseline=cached (float first, "
                 "then INT8) or none"
             )
         object.__setattr__(self, "lora", self.lora.for_base(self.model.lora_base, self.sampler.steps))
@@ -133,6 +133,21 @@ class RunSpec:
         return self.sampler.over(default)
 
     @property
+    def candidate(self) -> str:
+        """What is compared with the float model: `int8`, or with a float denoiser `clip`; `float` is the float model alone."""
+        return "int8" if self.int8.enable else "clip" if self.clip.quantizes else "float"
+
+    @property
+    def differs(self) -> bool:
+        """Whether there is anything to compare with the float model."""
+        return self.candidate != "float"
+
+    @property
+    def needs_float_encoders(self) -> bool:
+        """Whether the float text encoders are in memory: where no others are, for the float pictures, and for the calibration's."""
+        return not self.clip.quantizes or self.metrics.baseline == "run" or self.needs_calibration
+
+    @property
     def needs_float(self) -> bool:
         """Whether the whole float denoiser is in memory."""
         return not self.int8.enable or self.metrics.baseline == "run" or self.needs_calibration
@@ -149,7 +164,7 @@ class RunSpec:
         stack = self.lora
         loras = [(a.source(self.model.lora_base), a.components, a.schedule) for a in stack.adapters]
         strengths = (stack.strength, stack.text_strengths, stack.strict, self.lora_dir)
-        return repr((self.model, self.sampling, loras, strengths, self.clip, self.compile, self.attention, self.device))
+        return repr((self.model, self.sampling, loras, strengths, self.compile, self.attention, self.device))
 
     @property
     def build_key(self) -> str:
@@ -166,6 +181,7 @@ class RunSpec:
         shape = (sampling.height, sampling.width, sampling.batch)  # backend=auto measures with the rows that they give
         # calibration pictures are drawn with all of the sampler
         calibration = (self.calibration, sampling, self.quality_db) if self.needs_calibration else None
-        parts = (self.needs_float, self.model, self.model_type, self.int8, self.outlier, self.rounding, calibration, self.save,
-                 self.backend, lora, self.clip, self.compile, self.attention, self.offload, self.device, shape)  # fmt: skip
+        parts = (self.needs_float, self.needs_float_encoders, self.model, self.model_type, self.int8, self.outlier, self.rounding,
+                 calibration, self.save, self.backend, lora,
+                 self.clip, self.compile, self.attention, self.offload, self.device, shape)  # fmt: skip
         return repr(parts)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from int8run.checkpoints.header import DTYPES
 from int8run.checkpoints.native import FACTOR, MARKER, SCALE, WEIGHT, beside, int8_entries, marker_bytes
-from int8run.checkpoints.stored import FLOAT, StoredLayer, is_file_marker
+from int8run.checkpoints.stored import FLOAT, StoredLayer, is_file_marker, real_shapes
 from int8run.checkpoints.tensors import TensorFiles
 from int8run.checkpoints.writer import Entry, StreamWriter
 from int8run.errors import ConfigError, FileError
@@ -99,8 +99,7 @@ def plan_targets(
     Raises:
         FileError: when tensors that are to be one do not go together.
     """
-    shapes = {key: info.shape for key, info in files.items()}
-    shapes |= {layer.key: (layer.rows, layer.columns) for layer in stored.values() if len(layer.shape) == 2}
+    shapes = real_shapes(files, stored)
     transforms: dict[int, OutlierTransform] = {}  # by width: what a method does to any weight of it
     targets = []
     for key, parts in names.items():

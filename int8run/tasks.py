@@ -53,15 +53,19 @@ class Bench:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Write a checkpoint as INT8 without running it or holding it in memory.
+    """Write a quantized checkpoint without running it or holding it in memory.
 
     Args:
-        component: of a pipeline with several denoisers the one that is meant.
+        component: of a pipeline with several denoisers the one that is meant; or a text encoder, which is written as `clip=` says.
     """
 
     component: str | None = None
 
     def execute(self, spec: RunSpec, job: Job) -> None:
+        from int8run.quantize_encoder import quantize_encoder
         from int8run.quantize_file import quantize_file
 
-        quantize_file(spec, job, self.component)
+        if str(self.component).startswith("text_encoder"):
+            quantize_encoder(spec, job, str(self.component))
+        else:
+            quantize_file(spec, job, self.component)

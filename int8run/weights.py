@@ -46,8 +46,8 @@ class FileWeights:
         for name, layer in self.stored.items():
             if len(layer.shape) == 2:
                 meant = targets([name + WEIGHT], type(model).__name__)[name + WEIGHT]
-                known = held.get(meant[0]) if layer.padded and len(meant) == 1 else None
-                shapes[name + WEIGHT] = known or (layer.rows, layer.columns)
+                known = held.get(meant[0]) if len(meant) == 1 else None
+                shapes[name + WEIGHT] = known if known is not None and layer.fits(known) else (layer.rows, layer.columns)
         self.shapes = shapes
         self.class_name = type(model).__name__
         try:

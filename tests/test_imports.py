@@ -14,7 +14,7 @@ FOLDERS = {
     "quant", "outlier", "backends", "layers", "lora", "models", "text_encoders", "generate", "metrics", "tracking", "report", "checkpoints",
 }  # fmt: skip
 RULES = {
-    "__init__": {"library"},  # when one of its names is asked for
+    "__init__": {"library", "text_encoders"},  # when one of its names is asked for
     "conf": set(),
     "errors": set(),
     "kernels": set(),
@@ -29,7 +29,7 @@ RULES = {
     "quantize": {"kernels", "quant", "outlier", "backends", "layers", "models"},
     "lora": {"layers", "quant", "models", "generate", "checkpoints"},
     "models": set(),
-    "text_encoders": set(),
+    "text_encoders": {"backends", "checkpoints", "kernels", "layers", "models", "outlier", "quant", "quantize"},
     "generate": {"models", "timing"},
     "checkpoints": {"quant", "outlier", "layers", "kernels"},
     "metrics": {"quant", "generate", "layers", "quantize"},
@@ -39,19 +39,21 @@ RULES = {
     "spec": FOLDERS | {"quantize", "store"},
     "weights": {"checkpoints", "layers", "models", "quant"},
     "save": {"checkpoints", "layers", "models"},
-    "load": {"generate", "layers", "models", "quantize", "report", "spec", "store", "weights"},
+    "encoders": {"checkpoints", "lora", "models", "quant", "quantize", "report", "text_encoders"},
+    "load": {"encoders", "generate", "layers", "models", "quantize", "report", "spec", "store", "weights"},
     "taken": {"checkpoints", "layers", "load", "models", "outlier", "quant", "quantize", "spec", "weights"},
-    "baseline": {"generate", "load", "lora", "machine", "models", "spec", "store"},
+    "baseline": {"generate", "load", "lora", "machine", "models", "spec", "store", "text_encoders"},
     "stream": {"checkpoints", "kernels", "models", "outlier", "quant", "quantize"},
     "quantize_file": FOLDERS | {"spec", "store", "quantize", "stream"},
+    "quantize_encoder": FOLDERS | {"spec", "encoders", "quantize", "quantize_file"},
     "calibrate": {"outlier", "layers", "models", "generate", "quantize", "report"},
     "costs": {"quant", "outlier", "backends", "layers", "timing"},
     "budget": {"layers", "models", "generate", "metrics", "report", "timing"},
     "convert": FOLDERS | {"quantize", "spec", "calibrate", "costs", "budget", "load", "save", "store", "taken"},
-    "build": FOLDERS | {"quantize", "spec", "convert", "budget", "costs", "load", "taken", "timing"},
+    "build": FOLDERS | {"quantize", "spec", "convert", "encoders", "budget", "costs", "load", "taken", "timing"},
     "run": FOLDERS | {"quantize", "spec", "baseline", "build", "memo", "machine"},
-    "inspect_file": {"lora", "checkpoints", "models", "store"},
-    "tasks": {"spec", "run", "bench", "quantize_file", "inspect_file", "report"},
+    "inspect_file": {"lora", "checkpoints", "models", "store", "text_encoders"},
+    "tasks": {"spec", "run", "bench", "quantize_file", "quantize_encoder", "inspect_file", "report"},
     "bench": FOLDERS | {"quantize", "spec", "convert", "load", "machine", "kernels"},
     "precheck": set(),
     "explain": {"help_page", "lora"},
@@ -64,7 +66,6 @@ CONCRETE = {
     "backends": {"base", "shipped", "table"},
     "outlier": {"base", "auto"},  # `outlier=auto` is a choice among the others
     "tracking": {"base"},
-    "text_encoders": {"base"},
 }  # folder -> modules that are none
 SERVES_ALL = {
     "spec", "build", "convert", "taken", "load", "calibrate", "costs", "budget", "run", "quantize", "layers", "checkpoints", "lora",
@@ -74,9 +75,6 @@ EXCEPTIONS = {
     # `backend=auto` is a choice per layer, and int8_layers() is where layers get theirs; a transform costs what it costs there
     ("quantize", "backends.auto"),
     ("costs", "backends.auto"),
-    # the only option of its group so far; a Protocol comes with the second one
-    ("spec", "text_encoders.keep"),
-    ("build", "text_encoders.keep"),
 }
 
 LIBRARIES = {
@@ -84,9 +82,9 @@ LIBRARIES = {
     "omegaconf": {"cli", "precheck", "library", "explain"},
     "mlflow": {"tracking"},
     "diffusers": {"models", "generate", "load", "build", "calibrate", "budget"},
-    "transformers": {"models", "metrics"},
-    "accelerate": {"models"},
-    "huggingface_hub": {"lora", "models", "metrics"},
+    "transformers": {"models", "metrics", "text_encoders"},
+    "accelerate": {"models", "text_encoders"},
+    "huggingface_hub": {"lora", "models", "metrics", "quantize_encoder", "text_encoders"},
     "safetensors": {"checkpoints", "lora", "metrics", "generate"},
     "torchmetrics": {"metrics"},
     "torchvision": {"metrics"},

@@ -121,14 +121,14 @@ def test_what_needs_a_calibration_is_refused_with_the_command_to_use(group: str,
         ({"overrides": ["int8.maxrows=1"]}, ConfigError, r"int8\.maxrows"),
         ({"overrides": ["nonsense"]}, ConfigError, "nonsense"),
         ({"rows": 0}, ConfigError, r"^rows is 0; allowed is a whole number from 1 to "),
-        *(({"overrides": words.split()}, ConfigError, r"^quantize_ takes no save, int8\.checkpoint, int8\.enable=false, quality_db or lora")
+        *(({"overrides": words.split()}, ConfigError, r"^quantize_ takes no save, int8\.checkpoint, int8\.enable=false, quality_db, lora or clip")
           for words in ("save=a.safetensors", "int8.checkpoint=a.safetensors", "int8.enable=false", "lora=stack_a",
-                        "model_type.keep_float=auto quality_db=40")),
+                        "model_type.keep_float=auto quality_db=40", "clip=nvfp4")),
         ({"backend": "triton"}, BackendError, "backend 'triton' cannot run here"),
         ({"overrides": ["int8.max_rows=-1"]}, ConfigError, r"int8\.max_rows is -1; allowed is a whole number from 0 to 4096"),
         ({"overrides": [KEEP_ALL], "model_type": "flux"}, ConfigError, "FluxTransformer2DModel: no layer became INT8; choose another"),
     ],
-    ids=["option", "key", "form", "rows", "save", "checkpoint", "float", "lora", "budget", "backend", "range", "nothing left"],
+    ids=["option", "key", "form", "rows", "save", "checkpoint", "float", "lora", "budget", "clip", "backend", "range", "nothing left"],
 )  # fmt: skip
 def test_what_cannot_be_leaves_the_model_as_it_was(options: dict, error: type[Exception], message: str) -> None:
     model = random_pipeline().transformer
@@ -152,7 +152,8 @@ def test_a_hydra_application_of_the_callers_own_goes_on(tmp_path: Path) -> None:
     assert not GlobalHydra.instance().is_initialized(), "none is left behind where there was none"
 
 
-def test_the_package_has_three_names() -> None:
-    assert LoraStack is TheStack and int8run.LoraStack is TheStack and set(int8run.__all__) == {"LoraStack", "__version__", "quantize_"}
+def test_the_package_has_five_names() -> None:
+    names = {"LoraStack", "__version__", "build_text_encoder", "load_text_encoder", "quantize_"}
+    assert LoraStack is TheStack and int8run.LoraStack is TheStack and set(int8run.__all__) == names
     with pytest.raises(AttributeError, match=r"^module 'int8run' has no attribute 'quantise_'$"):
         int8run.quantise_  # noqa: B018

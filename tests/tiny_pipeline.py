@@ -7,23 +7,25 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 
-def random_pipeline(seed: int = 0) -> FluxPipeline:
-    """Seeded; 32x32 pictures at most make sense (latents 16x16, packed 8x8)."""
+def random_pipeline(seed: int = 0, text: int = 16) -> FluxPipeline:
+    """Seeded; 32x32 pictures at most make sense (latents 16x16, packed 8x8). text: width of the text encoders."""
     torch.manual_seed(seed)
     vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3}
     clip = CLIPTextConfig(
-        vocab_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=8,
-        projection_dim=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        vocab_size=4, hidden_size=text, intermediate_size=text, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=8,
+        projection_dim=text, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
-    t5 = T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, is_encoder_decoder=False, use_cache=False)
+    t5 = T5Config(
+        vocab_size=8, d_model=text, d_kv=text // 2, d_ff=text, num_layers=1, num_heads=2, is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
     vae = AutoencoderKL(
         latent_channels=2, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.0, scaling_factor=1.0,
         use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
     transformer = FluxTransformer2DModel(
-        in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
-        pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
+        in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=text,
+        pooled_projection_dim=text, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=CLIPTextModel(clip),
@@ -32,7 +34,7 @@ def random_pipeline(seed: int = 0) -> FluxPipeline:
     )  # fmt: skip
 
 
-def save_random_pipeline(folder: Path, seed: int = 0) -> Path:
+def save_random_pipeline(folder: Path, seed: int = 0, text: int = 16) -> Path:
     """The same as a diffusers folder."""
-    random_pipeline(seed).save_pretrained(folder)
+    random_pipeline(seed, text).save_pretrained(folder)
     return folder

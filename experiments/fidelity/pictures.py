@@ -10,30 +10,8 @@ Retrieval: the share of pictures whose nearest of all 374 training drawings, by 
 import argparse
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from plots import jobs, method_of
-
-DRAWINGS = Path(__file__).parents[2] / "tests" / "data" / "drawings.png"
-CELL = 64
-
-
-def drawings() -> tuple[list[str], np.ndarray]:
-    """Names, and pixels [D, 64 * 64 * 3], of everything that the model was trained on."""
-    names = DRAWINGS.with_suffix(".txt").read_text().split()
-    sheet = np.asarray(Image.open(DRAWINGS).convert("RGB"), dtype=np.float32)
-    columns = sheet.shape[1] // CELL
-    cells = [sheet[i // columns * CELL :, i % columns * CELL :][:CELL, :CELL] for i in range(len(names))]
-    return names, np.stack(cells).reshape(len(names), -1)
-
-
-def top1(files: list[Path], prompts: list[str], names: list[str], known: np.ndarray) -> float:
-    """Share of pictures whose nearest drawing has the prompt's name."""
-    found = []
-    for file in files:
-        pixels = np.asarray(Image.open(file).convert("RGB"), dtype=np.float32).reshape(1, -1)
-        found.append(names[int(((known - pixels) ** 2).mean(1).argmin())])
-    return sum(f == p.replace(" ", "-") for f, p in zip(found, prompts, strict=True)) / len(files)
+from plots import method_of
+from sweeps import drawings, jobs, top1
 
 
 def table(sweeps: list[Path]) -> None:

@@ -7,7 +7,6 @@ python experiments/fidelity/plots.py drift --sweep multirun/<date>/<time> --out 
 
 import argparse
 import csv
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-import yaml
+from sweeps import jobs
 
 METHODS = ("none", "convrot", "quarot", "hadanorm", "smoothquant", "auto")
 COLOURS = dict(zip(METHODS, ("#7f7f7f", "#1f77b4", "#17becf", "#9467bd", "#ff7f0e", "#d62728"), strict=True))
@@ -60,15 +59,6 @@ def short(layer: str) -> str:
     ):
         layer = layer.replace(long, brief)
     return layer
-
-
-def jobs(sweep: Path) -> list[dict[str, Any]]:
-    """Settings and results of the jobs of a multirun."""
-    read = []
-    for folder in sorted((f for f in sweep.iterdir() if (f / "metrics.json").is_file()), key=lambda f: int(f.name)):
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        read.append({"folder": folder, "config": config, **json.loads((folder / "metrics.json").read_text())})
-    return read
 
 
 def method_of(config: dict[str, Any]) -> str:

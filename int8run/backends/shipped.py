@@ -1,21 +1,50 @@
-"""The backends that ship, read from their YAML: what an error message can recommend."""
+"""The backends that ship, read from their YAML: for those who name one by a word, and for messages that recommend one."""
 
 import importlib
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
+from typing import Any
 
 import torch
 import yaml
 
-from int8run.backends.base import Limits
+from int8run.backends.base import Backend
+
+TARGET, DEFAULTS = "_target_", "defaults"
+
+
+def shipped_names() -> Iterator[str]:
+    """The options of `backend=`."""
+    for option in files("int8run.conf").joinpath("backend").iterdir():
+        if option.name.endswith(".yaml"):
+            yield option.name.removesuffix(".yaml")
+
+
+def shipped_backend(name: str) -> Backend:
+    """A backend with the settings of its YAML, as `backend=<name>` would make it."""
+    settings = dict(read_option(name))
+    for place in settings.pop(DEFAULTS, ()):  # `vnni@candidates.vnni`: that option, in that place
+        option, _, path = place.partition("@")
+        field, _, key = path.partition(".")
+        made = shipped_backend(option)
+        if key:
+            settings.setdefault(field, {})[key] = made
+        else:
+            settings[field] = made
+    return backend_class(settings.pop(TARGET))(**settings)
 
 
 def usable_here(device: torch.device) -> list[str]:
     """Names of the backends that can run on this device, as the command line knows them."""
-    usable = []
-    for option in sorted(files("int8run.conf").joinpath("backend").iterdir(), key=lambda f: f.name):
-        if option.name.endswith(".yaml"):
-            module, _, name = yaml.safe_load(option.read_text())["_target_"].rpartition(".")
-            limits: Limits = getattr(importlib.import_module(module), name).limits
-            if not limits.refuse(device):
-                usable.append(option.name.removesuffix(".yaml"))
-    return usable
+    return [name for name in sorted(shipped_names()) if not backend_class(read_option(name)[TARGET]).limits.refuse(device)]
+
+
+def read_option(name: str) -> Mapping[str, Any]:
+    """The YAML of one option."""
+    return yaml.safe_load(files("int8run.conf").joinpath("backend", f"{name}.yaml").read_text())
+
+
+def backend_class(target: str) -> Any:
+    """The class that an option names."""
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)

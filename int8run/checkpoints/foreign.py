@@ -1,6 +1,7 @@
 """Quantized files that are recognised and refused, each by its name and with the program that reads it."""
 
 import json
+from typing import Any
 
 from int8run.checkpoints.tensors import TensorFiles
 from int8run.errors import FileError
@@ -13,9 +14,6 @@ READERS = {
     "asym_w4a8_int8": "ComfyUI",
     "awq_w4a16": "ComfyUI",
     "svdquant_w4a4": "ComfyUI",
-    "nvfp4": "ComfyUI",
-    "mxfp8": "ComfyUI",
-    "hybrid_mxfp8": "convert_to_quant's loader",
     "lightx2v nvfp4": "LightX2V",
     "nunchaku": "nunchaku",
     "SDNQ": "diffusers with sdnq",
@@ -31,13 +29,12 @@ SUFFIXES = {
     "qweight": "nunchaku", "wscales": "nunchaku",
     "_weight_qdata": "torchao",
     "weight_packed": "compressed-tensors", "weight_zero_point": "compressed-tensors",
-    "weight_scale_2": "nvfp4",
     "weight_global_scale": "lightx2v nvfp4",
     "weight_s_rel": "asym_w4a8_int8", "weight_s_channel": "asym_w4a8_int8",
     "weight_zeros": "awq_w4a16", "weight_zero": "awq_w4a16",
     "weight_proj_down": "svdquant_w4a4", "proj_down": "svdquant_w4a4", "smooth_factor": "svdquant_w4a4",
-    "weight_scalar": "hybrid_mxfp8",
     "zero_point": "SDNQ", "svd_up": "SDNQ", "svd_down": "SDNQ", "scale_2": "SDNQ",
+    "_scale": "modelopt", "_double_scale": "modelopt",  # of its quantizers, which diffusers keeps
 }  # fmt: skip
 # `quant_method` in a config.json beside the file; `fp8` and `bfl` are told by their tensors and read
 METHODS = {
@@ -45,6 +42,8 @@ METHODS = {
     "torchao": "torchao", "nunchaku_lite": "nunchaku", "nunchaku": "nunchaku", "modelopt": "modelopt", "quanto": "quanto",
     "auto-round": "auto-round", "gguf": "gguf",
 }  # fmt: skip
+MODELOPT = "modelopt"
+MODELOPT_NOTE = "hf_quant_config.json"  # what it leaves beside the weights of transformers' models
 WHOLE = ("F64", "F32", "F16", "BF16")
 COPY = "weight_packed"  # beside an int8 weight: the INT8-Toolkit's transposed copy of it
 
@@ -65,23 +64,41 @@ def refuse_foreign(files: TensorFiles, prefix: str) -> None:
     # a config beside a float file describes another
     if any(key.endswith(".weight") and files[key].dtype not in WHOLE for key in keys):
         method = quant_method(files)
-        if method in METHODS:
+        if method in METHODS and not (METHODS[method] == MODELOPT and readable_modelopt(files, keys)):
             raise refused(files, METHODS[method], f"the config beside it says quant_method {method}")
+
+
+def readable_modelopt(files: TensorFiles, keys: list[str]) -> bool:
+    """Whether ModelOpt's weights are all float, nvfp4 or fp8 with scales."""
+    scale_of = {"U8": "weight_scale_2", "F8_E4M3": "weight_scale"}
+    weights = [key for key in keys if key.endswith(".weight") and files[key].dtype not in WHOLE]
+    return all(f"{key.removesuffix('weight')}{scale_of.get(files[key].dtype, '?')}" in files for key in weights)
+
+
+def is_modelopt(files: TensorFiles) -> bool:
+    """Whether the folder of the file says that ModelOpt made it."""
+    producer = beside(files, MODELOPT_NOTE).get("producer")
+    return quant_method(files) == MODELOPT or (isinstance(producer, dict) and producer.get("name") == MODELOPT)
 
 
 def quant_method(files: TensorFiles) -> str:
     """What the config.json in the folder of the file says; empty without one."""
     for name in ("config.json", "quantization_config.json"):
-        file = files.files[0].with_name(name)
-        try:
-            found = json.loads(file.read_bytes())
-        except (OSError, ValueError, RecursionError):  # none, or of something else: the tensors have to tell
-            continue
-        settings = found.get("quantization_config", found) if isinstance(found, dict) else {}
+        found = beside(files, name)
+        settings = found.get("quantization_config", found)
         method = settings.get("quant_method") if isinstance(settings, dict) else None
         if isinstance(method, str):
             return method
     return ""
+
+
+def beside(files: TensorFiles, name: str) -> dict[str, Any]:
+    """A JSON object in the folder of the file; empty where there is none, or something else: then the tensors have to tell."""
+    try:
+        found = json.loads(files.files[0].with_name(name).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def refused(files: TensorFiles, name: str, evidence: str) -> FileError:

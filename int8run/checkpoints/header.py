@@ -54,7 +54,10 @@ def open_header(path: Path) -> Header:
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
     if first.startswith(b"GGUF"):
-        raise FileError(f"{path} is not a safetensors file but GGUF, which is not read here; take the .safetensors checkpoint")
+        raise FileError(
+            f"{path} is not a safetensors file but a GGUF file, which ComfyUI-GGUF, or diffusers with gguf can read and int8run cannot; "
+            "take the .safetensors checkpoint"
+        )
     if MAX_HEADER_BYTES < length <= size - 8:
         raise FileError(f"{path} is not a safetensors file: its header would have {length} bytes, {MAX_HEADER_BYTES} are allowed")
     if not text:

@@ -22,6 +22,10 @@ ROTATIONS = {"convrot": "convrot_groupsize", "quarot": "quarot_groupsize"}
 DEFAULT_GROUP, LARGEST_GROUP = 256, 4096
 # one of these makes an object without `format` a marker of INT8-Fast or comfy-quants
 PRE_NATIVE = {*ROTATIONS, "per_row", "group_size"}
+# QuantOps' first markers were no JSON: their first byte is the format
+CODES = {
+    0: "float8_e4m3fn", 1: "float8_e4m3fn_rowwise", 2: "float8_e4m3fn_blockwise", 3: "float8_e4m3fn_block3d", 10: "int8_blockwise",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,10 @@ def marker_tensor(files: TensorFiles, key: str) -> Marker:
     where = f"{info.file}: the marker {key}"
     if info.dtype != "U8" or len(info.shape) != 1 or info.nbytes > MAX_MARKER_BYTES:
         raise FileError(f"{info.file}: {key} is {info.dtype} {list(info.shape)}; a marker is a short row of bytes, U8")
-    return Marker(where, checked(where, parse(where, bytes(files.read(key).tolist()))))
+    text = bytes(files.read(key).tolist())
+    if text and text[0] in CODES and b"{" not in text:
+        return Marker(where, {"format": CODES[text[0]]})
+    return Marker(where, checked(where, parse(where, text)))
 
 
 def merged(header: Marker, tensor: Marker) -> Marker:

@@ -5,7 +5,6 @@ from math import prod
 
 import torch
 
-from int8run.checkpoints.foreign import refused
 from int8run.checkpoints.markers import Marker
 from int8run.checkpoints.tensors import TensorFiles, TensorInfo
 from int8run.errors import FileError
@@ -18,12 +17,9 @@ def granularity_of(files: TensorFiles, info: TensorInfo, key: str, marker: Marke
     """Which numbers share a scale, by the shapes, and the size of a block; every scale is finite and above 0.
 
     Raises:
-        FileError: no known shape, a scale that is no float (fp8 and e8m0 scales are of 4-bit formats and of mxfp8), a block size in
-            the marker that contradicts the shape.
+        FileError: no known shape, a scale that is no float, a block size in the marker that contradicts the shape.
     """
     scale = files[key]
-    if info.dtype.startswith("F8") and scale.dtype in ("U8", "F8_E8M0"):
-        raise refused(files, "mxfp8", f"{key} is {scale.dtype}")
     if scale.dtype not in SCALES:
         raise FileError(f"{scale.file}: {key} is {scale.dtype}, and {info.key} is {info.dtype}; its scales are {', '.join(SCALES)}")
     found = granularity(info.shape, scale.shape, info.dtype == "I8")

@@ -1,4 +1,4 @@
-"""The layers of a checkpoint as they lie in the file: float, fp8 or INT8 of any maker, told from names, shapes and markers.
+"""The layers of a checkpoint as they lie in the file: float, fp8, mxfp8, nvfp4 or INT8 of any maker, told from names, shapes and markers.
 
 Everything that decides what the numbers mean is checked before any weight is read. What is found is named or refused; nothing is
 guessed, padded or cut. Where a maker's label and the shape of the scale disagree the shape counts, because labels are often wrong.
@@ -7,14 +7,15 @@ guessed, padded or cut. Where a maker's label and the shape of the scale disagre
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
 
 import torch
 from torch import Tensor
 
-from int8run.checkpoints import quip
+from int8run.checkpoints import blocks, quip
+from int8run.checkpoints.blocks import BLOCKS, MXFP8, NVFP4
 from int8run.checkpoints.foreign import READERS, refuse_foreign, refused
 from int8run.checkpoints.header import DTYPES
 from int8run.checkpoints.markers import OURS, Marker, is_power_of_4, read_markers
@@ -24,12 +25,13 @@ from int8run.errors import FileError
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
 from int8run.layers.linear import QuantizedLayer
 from int8run.outlier.base import NONE, OutlierTransform
+from int8run.quant.coded import CodedWeight
 from int8run.quant.weight import QuantizedWeight
 
 log = logging.getLogger(__name__)
 FLOAT, INT8, FP8 = "float", "int8", "fp8"
 KINDS = {
-    "F64": FLOAT, "F32": FLOAT, "F16": FLOAT, "BF16": FLOAT, "I8": INT8, "F8_E4M3": FP8, "F8_E5M2": FP8,
+    "F64": FLOAT, "F32": FLOAT, "F16": FLOAT, "BF16": FLOAT, "I8": INT8, "F8_E4M3": FP8, "F8_E5M2": FP8, "U8": NVFP4,
 }  # fmt: skip
 # what a tensor beside `L.weight` is for -> its names, `L.` in front
 PARTS = {
@@ -37,6 +39,7 @@ PARTS = {
     "input": ("input_scale", "scale_input", "act_scale", "input.scale", "input.input_scale"),
     "marker": ("comfy_quant",),
     "factor": ("pre_quant_scale",),
+    "global": ("weight_scale_2",), "scalar": ("weight_scalar",),  # nvfp4; hybrid_mxfp8
     "matrix": ("quarot_hadamard",), "sigma": ("hadanorm_sigma",), "copy": ("weight_packed",),  # INT8-Toolkit
     **{name: (name,) for name in quip.PARTS},
 }  # fmt: skip
@@ -46,7 +49,10 @@ COMMON = ("scale", "weight.scale", "input.scale")
 ALLOWED = {
     FLOAT: {"scale", "input"},  # a scale of 1, which ComfyUI's own conversion leaves
     FP8: {"scale", "input", "marker", "factor"},
-    INT8: set(PARTS),
+    INT8: set(PARTS) - {"global", "scalar"},
+    NVFP4: {"scale", "input", "marker", "factor", "global"},
+    # the scalar is for cards that have no products in mxfp8, and less exact than the scales of the blocks
+    MXFP8: {"scale", "input", "marker", "factor", "scalar"},
 }
 # format of a marker -> kind of weight, and the granularities that its name promises
 FORMATS = {
@@ -59,7 +65,20 @@ FORMATS = {
     "float8_e4m3fn_rowwise": (FP8, ("row",)),
     "float8_e4m3fn_blockwise": (FP8, ("grid",)),
     "float8_e4m3fn_block3d": (FP8, ("block3d",)),
+    "nvfp4": (NVFP4, ("block",)),
+    "mxfp8": (MXFP8, ("block",)),
+    "hybrid_mxfp8": (MXFP8, ("block",)),
 }
+# dtype in the file and granularity -> the word for the format of such a layer, where there is one
+CONVROT = "int8_convrot"
+WORDS = {
+    ("I8", "tensor"): "int8_tensorwise", ("I8", "row"): "int8_rowwise", ("I8", "transposed"): "int8_rowwise",
+    ("I8", "grid"): "int8_blockwise", ("I8", "block3d"): "int8_block3d",
+    ("F8_E4M3", ""): "float8_e4m3fn_cast", ("F8_E4M3", "tensor"): "float8_e4m3fn", ("F8_E4M3", "row"): "float8_e4m3fn_rowwise",
+    ("F8_E4M3", "grid"): "float8_e4m3fn_blockwise", ("F8_E4M3", "block3d"): "float8_e4m3fn_block3d",
+    ("F8_E5M2", ""): "float8_e5m2_cast", ("F8_E5M2", "tensor"): "float8_e5m2",
+}  # fmt: skip
+USUAL_GROUPS = (256, 64, 16)  # of a rotation that a file does not describe: the first that divides K
 WHOLE_FILE = "scaled_fp8"  # a tensor that says: the fp8 weights below its prefix have scales. lightx2v writes it into int8 files too
 LARGEST_EXACT_GROUP = 1024  # the kernels rotate no larger ones
 
@@ -70,10 +89,10 @@ class StoredLayer:
 
     Args:
         name: the weight's key without `.weight`.
-        kind: float, int8 or fp8.
+        kind: float, int8, fp8, mxfp8 or nvfp4.
         granularity: which numbers share a scale: tensor, row, group (of a row), grid (square blocks), block3d (groups with a scale of
-            3 dimensions) or transposed (rows of a weight that is stored as [K, N]); empty: no scale.
-        rows, columns: N and K of the weight; of a padded one (see `padded`) those of the file.
+            3 dimensions), transposed (rows of a weight that is stored as [K, N]) or block (of mxfp8 and nvfp4); empty: no scale.
+        rows, columns: N and K of the weight; of a padded one (see `padded`) as far as the file tells.
         label: for people.
         method, settings: the outlier method that the numbers were made by, as far as the file tells.
         side_keys: all other keys of the file that belong to this weight; not its bias.
@@ -82,6 +101,8 @@ class StoredLayer:
         block: numbers that share a scale, of granularities with blocks.
         keys: what for -> key, of the tensors beside the weight.
         group, sylvester: of the rotation; group 0: none.
+        format: the word for how it is stored; empty: float, or stored in a way that has no word.
+        told: whether the file tells N, and K, of a weight in mxfp8 or nvfp4, which may be padded.
     """
 
     name: str
@@ -99,6 +120,8 @@ class StoredLayer:
     sylvester: bool = False
     centered: bool = False
     side_keys: tuple[str, ...] = ()
+    format: str = ""
+    told: tuple[bool, bool] = (True, True)
 
     @property
     def key(self) -> str:
@@ -116,9 +139,25 @@ class StoredLayer:
         )
 
     @property
+    def codable(self) -> bool:
+        """Whether the stored numbers can stay as they are, so that the layer is as small in memory as in the file."""
+        transformed = quip.is_transformed(self.keys) or self.group > LARGEST_EXACT_GROUP
+        return self.kind != FLOAT and len(self.shape) == 2 and not transformed and 0 not in self.shape
+
+    @property
     def padded(self) -> bool:
-        """Whether the file's shape is larger than the weight's, so that reading needs the model's shape (QuIP by Hadamard matrices)."""
-        return quip.HADAMARD in self.keys
+        """Whether the weight may be smaller than rows and columns, which only the model's shape tells."""
+        return quip.HADAMARD in self.keys or not all(self.told)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a model's layer of this shape can have the weight."""
+        own = self.rows, self.columns
+        if not self.padded or len(shape) != 2:
+            return shape == own
+        if quip.HADAMARD in self.keys:
+            return quip.fits((shape[0], shape[1]), own)
+        sizes = zip(shape, own, self.told, strict=True)
+        return all(n == size or (not told and blocks.is_padded_from((n,), (size,), BLOCKS[self.kind].multiple)) for n, size, told in sizes)
 
     def transform(self, files: TensorFiles) -> OutlierTransform:
         """What was done to the weight, for an INT8 layer that takes the integers as they are."""
@@ -135,7 +174,7 @@ class StoredLayer:
 
         Args:
             rows: of the weight; None: all. Of a transposed or a QuIP weight everything is read for any row.
-            shape: [N, K] of the model's layer, for padded weights.
+            shape: [N, K] of the model's layer, for padded weights; of mxfp8 and nvfp4 the file's is taken without it.
 
         Returns:
             float32 [rows, K]; of a weight with another number of dimensions [rows, ...].
@@ -143,36 +182,48 @@ class StoredLayer:
         Raises:
             FileError: a padded weight without `shape`, another shape than the file's, or a damaged file.
         """
-        if shape is None and self.padded:
-            raise FileError(
-                f"{files.path}: {self.name} is padded to [{self.rows}, {self.columns}] and does not say to what shape it is cut; "
-                "the model that it is for must be known"
-            )
-        n, k = shape or (self.rows, self.columns)
-        if (n, k) != (self.rows, self.columns) and not (self.padded and quip.fits((n, k), (self.rows, self.columns))):
-            raise FileError(
-                f"{files.path}: {self.name} has the shape [{self.rows}, {self.columns}], the model's [{n}, {k}]; it is for another"
-            )
+        n, k = self.real_shape(files, shape)
         start, stop = row_range(self.key, n, rows)
         if self.granularity == "transposed":
             read = (files.read(self.key).float() * files.read(self.keys["scale"]).float()).T[start:stop]
         elif quip.is_transformed(self.keys):
             read = quip.restore(files, self.keys, self.scaled(files, 0, self.rows))[start:stop, :k]
         else:
-            read = self.scaled(files, start, stop)
+            read = self.scaled(files, start, stop)[:, :k]
         if self.group or "factor" in self.keys or "sigma" in self.keys:
             read = self.transform(files).restore_weight(read)
         return read.reshape(stop - start, *self.shape[1:]) if len(self.shape) != 2 else read
 
+    def real_shape(self, files: TensorFiles, shape: tuple[int, int] | None) -> tuple[int, int]:
+        """N and K without padding, given the model's if it is known.
+
+        Raises:
+            FileError: nobody knows them, or the model's cannot be this weight's.
+        """
+        if shape is None and quip.HADAMARD in self.keys:
+            raise FileError(
+                f"{files.path}: {self.name} is padded to [{self.rows}, {self.columns}] and does not say to what shape it is cut; "
+                "the model that it is for must be known"
+            )
+        n, k = shape or (self.rows, self.columns)
+        if shape is not None and not self.fits(shape):
+            raise FileError(
+                f"{files.path}: {self.name} has the shape [{self.rows}, {self.columns}], the model's [{n}, {k}]; it is for another"
+            )
+        return n, k
+
     def scaled(self, files: TensorFiles, start: int, stop: int) -> Tensor:
         """Stored numbers times scales. Returns float32 [stop - start, columns of the file]."""
         count = stop - start
+        if self.kind in BLOCKS:
+            rows = blocks.read_rows(files, self.key, self.format, self.keys, start, stop)
+            return rows.dequantize() if count else torch.empty(rows.shape)
         codes = files.read(self.key, slice(start, stop)).float().reshape(count, prod(self.shape[1:]))
         if "scale" not in self.keys:
             return codes
         scale = self.scales(files, start, stop)  # [rows, blocks of a row]
-        blocks = codes.view(count, scale.shape[1], codes.shape[1] // scale.shape[1])
-        return blocks.mul_(scale[..., None]).view(codes.shape)
+        groups = codes.view(count, scale.shape[1], codes.shape[1] // scale.shape[1])
+        return groups.mul_(scale[..., None]).view(codes.shape)
 
     def scales(self, files: TensorFiles, start: int, stop: int) -> Tensor:
         """The scales of some rows. Returns float32 [rows, blocks of a row]."""
@@ -195,6 +246,28 @@ class StoredLayer:
         weight = QuantizedWeight(files.read(self.key, slice(start, stop)), self.scales(files, start, stop).contiguous())
         return QuantizedLayer(weight, self.transform(files), None)
 
+    def coded(self, files: TensorFiles, shape: tuple[int, int] | None = None) -> tuple[CodedWeight, OutlierTransform]:
+        """The stored numbers with their scales, and what was done to the weight before; only of a codable layer.
+
+        Args:
+            shape: [N, K] of the model's layer, for padded weights.
+
+        Raises:
+            ValueError: for another.
+            FileError: another shape than the file's, or a damaged file.
+        """
+        if not self.codable:
+            raise ValueError(f"{files.path}: the numbers of {self.name} ({self.label}) cannot stay as they are; read `weight`")
+        real = self.real_shape(files, shape)
+        if self.kind in BLOCKS:
+            return blocks.read_whole(files, self.key, self.format, self.keys, real), self.transform(files)
+        codes = files.read(self.key)
+        scale = files.read(self.keys["scale"]) if "scale" in self.keys else None
+        if self.granularity == "transposed":
+            assert scale is not None
+            codes, scale = codes.T.contiguous(), scale.T.contiguous()
+        return CodedWeight(codes, scale, real), self.transform(files)
+
 
 @cache
 def hadamard(group: int, sylvester: bool) -> Tensor:
@@ -202,10 +275,15 @@ def hadamard(group: int, sylvester: bool) -> Tensor:
     return sylvester_hadamard(group) if sylvester else regular_hadamard(group)
 
 
-def stored_layers(files: TensorFiles, prefix: str = "") -> dict[str, StoredLayer]:
+def stored_layers(files: TensorFiles, prefix: str = "", asked: str | None = None) -> dict[str, StoredLayer]:
     """Every weight below a prefix: all with 2 dimensions, and fp8 ones with any. By name, in the file's order.
 
     Only headers, markers and scales are read. What lies outside of the prefix (a full checkpoint's text encoders and VAE) is not looked at.
+
+    Args:
+        asked: the word of a format. It settles what the file leaves open and nothing else: `int8_convrot` that INT8 rows are rotated,
+            where no INT8 layer of the file says anything of itself; of nvfp4 and mxfp8 whose they are, where neither markers nor shapes
+            tell.
 
     Raises:
         FileError: a weight that cannot be read, with its name and the reason; scales and markers without a weight.
@@ -214,11 +292,21 @@ def stored_layers(files: TensorFiles, prefix: str = "") -> dict[str, StoredLayer
     markers = read_markers(files, prefix)
     refuse_orphans(files, prefix)
     names = [key.removesuffix(".weight") for key in files if key.startswith(prefix) and key.endswith(".weight")]
-    found = {name: classify(files, name, markers.get(name)) for name in names}
+    rotated = asked == CONVROT and not any(files[f"{name}.weight"].dtype == "I8" for name in names if name in markers)
+    found = {name: classify(files, name, markers.get(name), rotated) for name in names}
     layers = {name: layer for name, layer in found.items() if layer is not None}
+    layers |= settled(files, layers, markers, asked)
     refuse_mixtures(files, prefix, layers, markers)
     tell_wrong_labels(files, layers, markers)
+    if scalars := sum("scalar" in layer.keys for layer in layers.values()):
+        log.info("%s: %d mxfp8 layers have one scale more for the whole weight; those of their blocks are used", files.path, scalars)
     return layers
+
+
+def real_shapes(files: TensorFiles, layers: Mapping[str, StoredLayer]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor as a model has it, as far as the file tells: of a weight with two numbers a byte [N, K], not [N, K / 2]."""
+    shapes = {key: info.shape for key, info in files.items()}
+    return shapes | {layer.key: (layer.rows, layer.columns) for layer in layers.values() if len(layer.shape) == 2}
 
 
 def refuse_orphans(files: TensorFiles, prefix: str) -> None:
@@ -234,8 +322,8 @@ def refuse_orphans(files: TensorFiles, prefix: str) -> None:
             raise FileError(f"{files[key].file}: {key} is I8 and no layer's weight; int8run reads int8 weights of layers")
 
 
-def classify(files: TensorFiles, name: str, marker: Marker | None) -> StoredLayer | None:
-    """One weight; None for a float one that is no matrix."""
+def classify(files: TensorFiles, name: str, marker: Marker | None, rotated: bool) -> StoredLayer | None:
+    """One weight; None for a float one that is no matrix. rotated: INT8 rows that say nothing of themselves are."""
     info = files[f"{name}.weight"]
     kind = KINDS.get(info.dtype)
     if marker is not None and marker.format in READERS:
@@ -243,6 +331,8 @@ def classify(files: TensorFiles, name: str, marker: Marker | None) -> StoredLaye
     if kind is None:
         raise FileError(f"{info.file}: {info.key} is {info.dtype}; int8run reads weights of {', '.join(KINDS)}")
     keys = parts_of(files, name, kind)
+    if kind == FP8 and "scale" in keys and files[keys["scale"]].dtype in BLOCKS[MXFP8].scales:
+        kind = MXFP8
     strangers = [key for part, key in keys.items() if part not in ALLOWED[kind]]
     if strangers or (kind == FLOAT and marker is not None):
         what = strangers[0] if strangers else f"an entry in the header ({marker.format if marker else ''})"
@@ -250,8 +340,10 @@ def classify(files: TensorFiles, name: str, marker: Marker | None) -> StoredLaye
     if kind == FLOAT:
         return float_layer(files, info, name, keys)
     if marker is not None:
-        check_format(info, name, kind, marker)
-    return int8_layer(files, info, name, keys, marker) if kind == INT8 else fp8_layer(files, info, name, keys, marker)
+        check_format(files, info, kind, keys, marker)
+    if kind in BLOCKS:
+        return block_layer(files, info, name, kind, keys, marker)
+    return int8_layer(files, info, name, keys, marker, rotated) if kind == INT8 else fp8_layer(files, info, name, keys, marker)
 
 
 def parts_of(files: TensorFiles, name: str, kind: str) -> dict[str, str]:
@@ -270,14 +362,15 @@ def parts_of(files: TensorFiles, name: str, kind: str) -> dict[str, str]:
     return found
 
 
-def check_format(info: TensorInfo, name: str, kind: str, marker: Marker) -> None:
+def check_format(files: TensorFiles, info: TensorInfo, kind: str, keys: Mapping[str, str], marker: Marker) -> None:
     """Refuse a marker that is unknown or is of another kind of weight."""
     if marker.format not in FORMATS and not (marker.format == "" and kind == INT8):
         raise FileError(f"{marker.where} names the format {marker.format!r}; int8run reads {', '.join(FORMATS)}")
     if marker.format and FORMATS[marker.format][0] != kind:
+        scale = f"a scale in {files[keys['scale']].dtype}" if "scale" in keys else "no scale"
         raise FileError(
-            f"{marker.where} names the format {marker.format!r}, and {info.key} is {info.dtype}; they contradict each other, nobody knows "
-            "what the scale is for"
+            f"{marker.where} names the format {marker.format!r}, and {info.key} is {info.dtype} with {scale}; they contradict each other, "
+            "nobody knows which is true"
         )
     if marker.fields.get("num_experts") is not None:
         raise FileError(f"{marker.where} describes a bank of experts; int8run reads layers with a matrix each")
@@ -307,17 +400,52 @@ def fp8_layer(files: TensorFiles, info: TensorInfo, name: str, keys: dict[str, s
     granularity, block = "", 0
     if "scale" in keys:
         granularity, block = granularity_of(files, info, keys["scale"], marker)
+    elif marker is not None and "tensor" not in FORMATS[marker.format][1]:
+        # a label for one scale may stand without it: it is 1
+        raise FileError(
+            f"{marker.where} names the format {marker.format!r}, and {name} has no weight_scale; the file is incomplete, download it again"
+        )
     if "factor" in keys:
         check_numbers(files, keys["factor"], (columns,))
     word = DTYPES[info.dtype][1]
     label = f"{word} scaled, {granularity}{f' {block}' if block else ''}" if granularity else f"{word} cast"
     return StoredLayer(
         name, FP8, granularity, rows, columns, label, info.shape, block=block, keys=keys, side_keys=tuple(keys.values()),
+        format=WORDS.get((info.dtype, told_granularity(rows, columns, granularity or ("" if marker is None else "tensor"), marker)), ""),
     )  # fmt: skip
 
 
-def int8_layer(files: TensorFiles, info: TensorInfo, name: str, keys: dict[str, str], marker: Marker | None) -> StoredLayer:
-    """An INT8 weight."""
+def block_layer(files: TensorFiles, info: TensorInfo, name: str, kind: str, keys: dict[str, str], marker: Marker | None) -> StoredLayer:
+    """A weight in mxfp8 or nvfp4; of which flavour is `settled` when all layers are known."""
+    real = blocks.check(files, info, name, kind, keys, marker)
+    if "factor" in keys:
+        check_numbers(files, keys["factor"], (real.columns,))
+    return StoredLayer(
+        name, kind, "block", real.rows, real.columns, kind, info.shape, block=BLOCKS[kind].block, keys=keys,
+        side_keys=tuple(keys.values()), told=real.told,
+    )  # fmt: skip
+
+
+def settled(
+    files: TensorFiles, layers: Mapping[str, StoredLayer], markers: Mapping[str, Marker], asked: str | None
+) -> dict[str, StoredLayer]:
+    """The layers in mxfp8 and nvfp4 among these, with the word that says how their scales lie.
+
+    Raises:
+        FileError: nobody can tell, or scales that are none.
+    """
+    found = {}
+    for kind in BLOCKS:
+        own = {name: layer for name, layer in layers.items() if layer.kind == kind}
+        word = blocks.settle(files, kind, own, markers, asked) if own else ""
+        for name, layer in own.items():
+            blocks.check_scales(files, files[layer.key], word, layer.keys["scale"])
+            found[name] = replace(layer, format=word, label=word)
+    return found
+
+
+def int8_layer(files: TensorFiles, info: TensorInfo, name: str, keys: dict[str, str], marker: Marker | None, rotated: bool) -> StoredLayer:
+    """An INT8 weight. rotated: without a word in the file, if it has a scale a row."""
     if len(info.shape) != 2 or 0 in info.shape:
         raise FileError(f"{info.file}: {info.key} is I8 {list(info.shape)}; int8run reads int8 weights [N, K]")
     if "scale" not in keys:
@@ -326,8 +454,10 @@ def int8_layer(files: TensorFiles, info: TensorInfo, name: str, keys: dict[str, 
         )
     granularity, block = granularity_of(files, info, keys["scale"], marker)
     rows, columns = info.shape if granularity != "transposed" else info.shape[::-1]
-    told = rotation_of(files, info, name, keys, marker)
-    method, group, sylvester, centered = told
+    method, group, sylvester, centered = rotation_of(files, info, name, keys, marker)
+    if rotated and granularity == "row" and not quip.is_transformed(keys) and not {"matrix", "sigma"} & set(keys):
+        group = next((size for size in USUAL_GROUPS if columns % size == 0), 0)
+        method = "convrot" if group else method
     if group and columns % group:
         raise FileError(
             f"{info.file}: {name} is rotated in groups of {group}, which do not divide its {columns} inputs; the file is damaged"
@@ -343,12 +473,34 @@ def int8_layer(files: TensorFiles, info: TensorInfo, name: str, keys: dict[str, 
     settings: Mapping[str, float] = {"group_size": group} if group else {}
     if marker is not None and marker.format == OURS:
         settings = marker.fields["settings"]
+    strange = sylvester or centered or quip.is_transformed(keys)
+    word = word_of(info.dtype, told_granularity(rows, columns, granularity, marker), group, strange)
     words = [marker.format if marker and marker.format else "int8", f"{granularity}{f' {block}' if block else ''}"]
     words += [] if method == NONE else [f"{method}{f' {group}' if group else ''}"]
     return StoredLayer(
         name, INT8, granularity, rows, columns, ", ".join(words), info.shape, method, settings, block, keys, group, sylvester, centered,
-        tuple(keys.values()),
+        tuple(keys.values()), word,
     )  # fmt: skip
+
+
+def word_of(dtype: str, granularity: str, group: int, strange: bool) -> str:
+    """The word for an INT8 layer. strange: changed by more than a regular rotation and a factor."""
+    if strange:
+        return ""
+    if group:
+        return CONVROT if granularity in ("tensor", "row") else ""
+    return WORDS.get((dtype, granularity), "")
+
+
+def told_granularity(rows: int, columns: int, granularity: str, marker: Marker | None) -> str:
+    """What a marker says of a scale of one number where it is that: a row's, if there is one row, or that of one block of this size."""
+    if granularity != "tensor" or marker is None:
+        return granularity
+    promised = FORMATS[marker.format][1] if marker.format else ("tensor", "row")
+    if "tensor" in promised and not marker.fields.get("per_row"):
+        return granularity
+    possible = {"row": rows == 1, "grid": rows == columns == marker.block, "block3d": rows == 1 and columns == marker.block}
+    return next((name for name in promised if possible.get(name)), granularity)
 
 
 def rotation_of(
@@ -413,10 +565,10 @@ def tell_wrong_labels(files: TensorFiles, layers: Mapping[str, StoredLayer], mar
         if marker is None or not layer.granularity:
             continue
         promised = FORMATS[marker.format][1] if marker.format else ("tensor", "row")
-        per_row = marker.fields.get("per_row")
-        if layer.granularity not in promised:
-            wrong[marker.format or "int8", layer.granularity] += 1
-        elif per_row is not None and per_row != (layer.granularity == "row"):
-            wrong[f"per_row={per_row}", layer.granularity] += 1
+        per_row, granularity = marker.fields.get("per_row"), told_granularity(layer.rows, layer.columns, layer.granularity, marker)
+        if granularity not in promised:
+            wrong[marker.format or "int8", granularity] += 1
+        elif per_row is not None and per_row != (granularity == "row"):
+            wrong[f"per_row={per_row}", granularity] += 1
     for (label, shape), count in wrong.items():
         log.warning("%s: %d layers are labelled %s and have scales by %s; the shape of the scales counts", files.path, count, label, shape)

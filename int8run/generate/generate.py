@@ -3,10 +3,10 @@
 import inspect
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import NoneType
-from typing import Any
+from types import MappingProxyType, NoneType
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -48,6 +48,7 @@ class Generation:
 
 # encoded prompts that are remembered; of FLUX, each takes 4 MB on the device
 MOST_PROMPTS = 64
+NO_ENCODERS: Mapping[str, Mapping[str, nn.Module]] = MappingProxyType({})
 # called with the fraction of the steps that is done, before the step that comes next
 OnFraction = Callable[[float], None]
 # what a call may be asked for: pictures, or no decoding at all
@@ -89,15 +90,27 @@ class StepClock:
         return {}
 
 
+class Encoded(NamedTuple):
+    """One answer of a pipeline's `encode_prompt`, and what it was asked."""
+
+    made: Any
+    seconds: float
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class TextCache:
     """A pipeline's `encode_prompt` that remembers: equal prompts are encoded once, for both denoisers and all jobs of a sweep.
 
-    What was saved is counted, so that speeds stay those of a pipeline that encodes every time.
+    What was saved is counted, so that speeds stay those of a pipeline that encodes every time. `which` names the text encoders that
+    the pipeline has now, where it has some in turn.
     """
 
     def __init__(self, encode: Callable[..., Any], device: torch.device):
         self.encode, self.device = encode, device
-        self.known: dict[str, tuple[Any, float]] = {}
+        self.which = ""
+        self.known: dict[str, dict[str, Encoded]] = {}  # by text encoders, by arguments
+        self.asked: set[str] = set()  # arguments, since somebody emptied it
         self.saved = 0.0
 
     @staticmethod
@@ -116,16 +129,22 @@ class TextCache:
         if not all(map(is_plain, [*args, *kwargs.values()])):
             return self.encode(*args, **kwargs)
         key = repr((args, sorted(kwargs.items())))
-        if key in self.known:
-            found, seconds = self.known[key]
-            self.saved += seconds
-            return found
+        self.asked.add(key)
+        known = self.known.setdefault(self.which, {})
+        if key in known:
+            self.saved += known[key].seconds
+            return known[key].made
         started = now(self.device)
         found = self.encode(*args, **kwargs)
-        self.known[key] = (found, now(self.device) - started)
-        if len(self.known) > MOST_PROMPTS:  # the oldest goes first
-            del self.known[next(iter(self.known))]
+        known[key] = Encoded(found, now(self.device) - started, args, kwargs)
+        if len(known) > MOST_PROMPTS:  # the oldest goes first
+            del known[next(iter(known))]
         return found
+
+    def compared(self, other: str) -> Iterator[tuple[Any, Any]]:
+        """What the text encoders of now and others make of the prompts that were asked for."""
+        for encoded in [found for key, found in self.known.get(other, {}).items() if key in self.asked]:
+            yield self(*encoded.args, **encoded.kwargs), encoded.made
 
     def clear(self) -> None:
         """Forget all: the text encoders have changed."""
@@ -145,6 +164,7 @@ def generate(
     sampling: Sampling,
     on_batch: Callable[[str, Sequence[Sample], "Generation"], None] = lambda name, batch, made: None,
     on_fraction: OnFraction = lambda fraction: None,
+    text_encoders: Mapping[str, Mapping[str, nn.Module]] = NO_ENCODERS,
 ) -> dict[str, Generation]:
     """Run every batch of samples through each denoiser in turn, so that both meet the same machine.
 
@@ -155,6 +175,7 @@ def generate(
         denoisers: by name, modules that can take that component's place, or Experts that take several.
         on_batch: called after each batch with the denoiser's name, the samples and the Generation so far.
         on_fraction: called before each step with the fraction of the steps that is done.
+        text_encoders: by the name of a denoiser the components that go with it, where they are not the same for all.
     """
     made = {name: Generation() for name in denoisers}
     device = device_of(pipe)
@@ -163,6 +184,7 @@ def generate(
         order = list(denoisers.items())
         for name, denoiser in order if number % 2 == 0 else reversed(order):
             use_denoiser(pipe, denoiser, component)
+            use_text_encoders(pipe, name, text_encoders.get(name, {}))
             texts = TextCache.of(pipe)
             saved = texts.saved
             on_fraction(0.0)
@@ -178,6 +200,15 @@ def generate(
             generation.image_seconds += [seconds / len(batch)] * len(batch)
             on_batch(name, batch, generation)
     return made
+
+
+def use_text_encoders(pipe: DiffusionPipeline, which: str, encoders: Mapping[str, nn.Module]) -> None:
+    """Let the pipeline read prompts by these; without any it keeps those that it has."""
+    for name, encoder in encoders.items():
+        if getattr(pipe, name, None) is not encoder:  # one that is there may have hooks for its offloading
+            pipe.register_modules(**{name: encoder})
+    if encoders:
+        TextCache.of(pipe).which = which
 
 
 def call(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, step_end: Callable[..., object]) -> Any:

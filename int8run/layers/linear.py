@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +130,21 @@ def centered_rows(x: Tensor) -> Tensor:
     return torch.cat([(x - mean).flatten(0, -2), mean.flatten(0, -2)])
 
 
-class Int8Linear(nn.Module):
+class KeepsDtypes(nn.Module):
+    """A layer whose tensors `model.to(dtype)` moves and does not convert: as other numbers, codes and scales mean nothing."""
+
+    # transformers asks some layers for the dtype of their weight, and passes over those that have none
+    weight = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class Int8Linear(KeepsDtypes):
     """`nn.Linear` in W8A8 on one backend, chosen when the layer is built and held by it.
 
     Args:

@@ -3,7 +3,7 @@
 import logging
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -142,8 +142,11 @@ class LoraStack:
         warn_duplicates(entries)
         return match(self.parts, [Wanted(e.file, e.components) for e in entries], self.strict)
 
-    def put(self, entries: Sequence[Entry], matches: Matches) -> None:
+    def put(self, entries: Sequence[Entry], matches: Matches, leave: Container[str] = ()) -> None:
         """Take these LoRAs in hand, at strength 0.
+
+        Args:
+            leave: components whose weights are somebody else's to change.
 
         Raises:
             ConfigError: when another stack has the model in hand: each would undo the other's changes.
@@ -152,7 +155,8 @@ class LoraStack:
         if entries and self.denoiser.__dict__.setdefault(HOLDER, id(self)) != id(self):
             raise ConfigError("this model has a LoraStack already; add the LoRA to that one")
         self.entries, self.matches = list(entries), matches
-        self.merges = {component: FloatMerge(self.parts[component], found) for component, found in matches.by_component.items() if found}
+        changed = {component: found for component, found in matches.by_component.items() if found and component not in leave}
+        self.merges = {component: FloatMerge(self.parts[component], found) for component, found in changed.items()}
 
     def attach(
         self, int8: nn.Module, float_weights: bool = False, rounding: Rounding | None = None, scheduled: bool = False,

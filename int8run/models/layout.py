@@ -30,12 +30,14 @@ class Part:
         rows: rows of it; None: all.
         swap_halves: the two halves of these rows change places.
         shape: what the values are reshaped to, -1 for the number that follows from the rest; None: they keep their shape.
+        transposed: the matrix is turned: its columns are the rows of the tensor.
     """
 
     key: str
     rows: slice | None = None
     swap_halves: bool = False
     shape: Shape | None = None
+    transposed: bool = False
 
     def cut(self, tensor: Tensor) -> Tensor:
         """This part of `key`'s tensor, or of one with as many rows ([N], [N, 1] scales); a single value belongs to every row."""
@@ -44,6 +46,8 @@ class Part:
         rows = tensor if self.rows is None else tensor[self.rows]
         if self.swap_halves:
             rows = rows.roll(len(rows) // 2, 0)
+        if self.transposed:
+            rows = rows.T
         return rows if self.shape is None else rows.reshape(self.shape)
 
 
@@ -142,7 +146,7 @@ def cut_up(key: str, shape: Shape, meant: tuple[Part, ...], parameters: Mapping[
     for part in meant:
         own = tuple(parameters[part.key])
         rows = None if len(meant) == 1 else slice(first, first + own[0])
-        yield part.key, Part(key, rows, part.swap_halves, None if part.shape is None else own)
+        yield part.key, Part(key, rows, part.swap_halves, None if part.shape is None else own, part.transposed)
         first += own[0] if own else 0
 
 
@@ -156,8 +160,8 @@ def joined_shape(parts: Iterable[Part], shapes: Mapping[str, Shape]) -> Shape | 
     parts = list(parts)
     joined = [tuple(shapes[part.key]) for part in parts]
     if len(parts) == 1:
-        shape = parts[0].shape
-        return joined[0] if shape is None else filled(shape, prod(joined[0]))
+        shape, own = parts[0].shape, joined[0][::-1] if parts[0].transposed else joined[0]
+        return own if shape is None else filled(shape, prod(own))
     if any(len(shape) == 0 or shape[1:] != joined[0][1:] for shape in joined):
         return None
     return (sum(shape[0] for shape in joined), *joined[0][1:])
@@ -211,7 +215,7 @@ def to_native(parameters: Mapping[str, Shape], class_name: str) -> dict[str, tup
         if native in pool or native in found:
             other = (pool | found)[native][0].key
             raise ConfigError(f"{parts[0].key} and {other} of this {class_name} would both be called {native}{NO_NATIVE_NAMES}")
-        pool[native] = tuple(replace(p, swap_halves=p.swap_halves != swap, shape=rule.shape or p.shape) for p in parts)
+        pool[native] = tuple(changed(p, rule, swap) for p in parts)
         used[native] = used[key] | {rule}
     place = {name: i for i, name in enumerate(parameters)}
     ordered = sorted(found.items(), key=lambda item: place[item[1][0].key])
@@ -263,8 +267,14 @@ def meaning(
             continue
         swap = rule.swap_halves is True or (rule.swap_halves == "last" and int(values[0][0]) == last.get(rule))
         inner = (meaning(rule.completed(fill(t, values), key), names, last, known, used | {rule}) for t in rule.targets)
-        return tuple(replace(p, swap_halves=p.swap_halves != swap, shape=rule.shape or p.shape) for parts in inner for p in parts)
+        return tuple(changed(p, rule, swap) for parts in inner for p in parts)
     return (Part(key),)
+
+
+def changed(part: Part, rule: NamingRule, swap: bool) -> Part:
+    """A part after one more rule."""
+    transposed = part.transposed != rule.transposed
+    return replace(part, swap_halves=part.swap_halves != swap, shape=rule.shape or part.shape, transposed=transposed)
 
 
 def spelled(

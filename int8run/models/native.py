@@ -2,7 +2,7 @@
 
 A file of rules:
 
-    classes: [FluxTransformer2DModel] # classes of models that the rules are for; "*": all
+    classes: [FluxTransformer2DModel] # classes of models that the rules are for; "*": all; a text encoder's own name: names in files of it
     prefix: "net." # what files written for other programs put before every name; without this field nothing
     needs: [down.0.resnets.1.conv1] # modules of every model that has these names; one without them cannot be written under them
     lacks: [down.0.resnets.2.conv1] # modules that no such model has
@@ -17,6 +17,8 @@ A file of rules:
     parameters: # the same for whole keys, where the last word differs or stands for no module
       "**.key_norm.scale": "**.key_norm.weight"
       blocks.*.mod.lin: { to: transformer_blocks.*.scale_shift_table, shape: [-1] } # its shape there; the values stay in their order
+      text_projection: { to: text_projection.weight, transposed: true } # a matrix there, its transpose here
+      "**.attn.in_proj_weight": ["**.self_attn.q_proj.weight", ...] # rows of several, as with names
     drop: # keys of such files that the model has no place for: the reason
       norm_final.weight: never used by its authors
 
@@ -42,7 +44,7 @@ SWAPS = (False, True, "last")
 SECTIONS = ("names", "lora_names", "parameters")
 MODULES = ("needs", "lacks")
 FIELDS = {"classes", "prefix", "drop", *SECTIONS, *MODULES}
-OPTIONS = {"names": ("swap_halves", "without"), "lora_names": ("swap_halves", "without"), "parameters": ("shape",)}
+OPTIONS = {"names": ("swap_halves", "without"), "lora_names": ("swap_halves", "without"), "parameters": ("shape", "transposed")}
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class NamingRule:
         swap_halves: exchange the halves of the rows: True, False, or `last`: only where the first `*` is the greatest.
         shape: the shape of the values outside diffusers, -1 for the number that follows from the rest; None: the same on both sides.
         without: this name is given only by models in which no module has a name of this pattern.
+        transposed: the matrix outside is the transpose of the one in the model.
         whole_key: the names are whole keys, parameters; else modules.
     """
 
@@ -64,6 +67,7 @@ class NamingRule:
     shape: tuple[int, ...] | None = None
     without: str = ""
     whole_key: bool = False
+    transposed: bool = False
 
     def subject(self, key: str) -> str:
         """What of a key the rule is about: all of it, or its module."""
@@ -190,9 +194,10 @@ def read_rule(file: str, native: object, value: Any, kind: str = "names") -> Nam
     patterns = [native, *targets]
     if not targets or not all(map(is_pattern, patterns)):
         raise ConfigError(f"{where} points to {options['to']!r}; it takes a module name or a list of them")
-    if kind == "parameters" and len(targets) > 1:
-        raise ConfigError(f"{where} points to {len(targets)} parameters; it takes one, rows of several are a rule of names")
     swap, shape, without = options.get("swap_halves", False), options.get("shape"), options.get("without", "")
+    transposed = options.get("transposed", False)
+    if len(targets) > 1 and ("shape" in options or transposed):
+        raise ConfigError(f"{where} changes the shape of several parameters; only a rule with one can")
     if swap not in SWAPS or (isinstance(swap, int) and not isinstance(swap, bool)):
         raise ConfigError(f"{where} has swap_halves {swap!r}; choose true, false or last")
     if swap and len(targets) > 1:
@@ -201,11 +206,14 @@ def read_rule(file: str, native: object, value: Any, kind: str = "names") -> Nam
         raise ConfigError(f"{where} swaps halves in the last block but has no * for its number")
     if "shape" in options and not is_shape(shape):
         raise ConfigError(f"{where} has the shape {shape!r}; it takes a list of whole numbers above 0, and -1 for one of them")
+    if not isinstance(transposed, bool):
+        raise ConfigError(f"{where} has transposed {transposed!r}; choose true or false")
     if "without" in options and (not is_pattern(without) or wildcards(without)[1] > 1):
         raise ConfigError(f"{where} has without {without!r}; it takes the pattern of a module name")
     if len(set(map(wildcards, patterns))) > 1 or wildcards(str(native))[1] > 1:
         raise ConfigError(f"{where}: both sides need the same number of *, and the same ** (one at most)")
-    return NamingRule(str(native), tuple(targets), swap, None if shape is None else tuple(shape), without, kind == "parameters")
+    shape = None if shape is None else tuple(shape)
+    return NamingRule(str(native), tuple(targets), swap, shape, without, kind == "parameters", transposed)
 
 
 def is_pattern(pattern: object) -> bool:

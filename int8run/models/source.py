@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 
 from int8run.errors import ConfigError, FileError, suggest
@@ -164,6 +164,21 @@ def weight_file(location: str, revision: str | None) -> Path:
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=revision))
     except (OSError, ValueError) as error:
         raise unfetched(location, "model.location", error) from error
+
+
+def part_folder(name: str, location: str) -> Path:
+    """The folder of one component that lies elsewhere; what a hub id names is fetched, without what is pickled.
+
+    Raises:
+        FileError: when it cannot be had.
+    """
+    path = local(location)
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(location, allow_patterns=["*.json", f"*{SAFE}"]))
+    except (OSError, ValueError) as error:
+        raise unfetched(location, f"model.parts.{name}", error) from error
 
 
 def unfetched(location: str, setting: str, error: Exception) -> FileError:

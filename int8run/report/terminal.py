@@ -68,6 +68,12 @@ def result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
     row(f"{'videos' if video else 'images'} per second", "float/images_per_s", "speed/images_per_s", lambda v: f"{v:.2f}", more)
     row("frames per second", "float/frames_per_s", "speed/frames_per_s", lambda v: f"{v:.2f}", more)
     row("denoiser memory", "float/denoiser_bytes", "memory/denoiser_bytes", megabytes, faster)
+    if "memory/text_encoder_ratio" in metrics:
+        row("text encoder memory", "float/text_encoder_bytes", "memory/text_encoder_bytes", megabytes, faster)
+    if "clip/cosine_mean" in metrics:
+        table.add_section()
+        table.add_row("embedding cosine, mean / min", "", f"{metrics['clip/cosine_mean']:.5f} / {metrics['clip/cosine_min']:.5f}", "")
+        table.add_row("embedding error", "", f"{100 * metrics['clip/rel_err']:.2f} %", "")
     if "quality/psnr_db" in metrics:
         table.add_section()
         table.add_row("PSNR to float", "", decibel(metrics["quality/psnr_db"]), "")

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,10 @@ def fp8_value(byte: int, exponent_bits: int) -> float:
     if exponent == 0:
         return sign * mantissa * 2.0 ** (1 - bias - mantissa_bits)
     return sign * (1 + mantissa / (1 << mantissa_bits)) * 2.0 ** (exponent - bias)
+
+
+def fp8_values(codes: NDArray[Any], exponent_bits: int) -> Array:
+    return np.array([fp8_value(byte, exponent_bits) for byte in range(256)])[codes]
 
 
 FP8 = {"F8_E4M3": 4, "F8_E5M2": 5}
@@ -106,7 +111,7 @@ class Draft:
         """Add finite fp8 numbers."""
         codes = self.chance.integers(0, LAST_FINITE[dtype] + 1, shape) | self.chance.integers(0, 2, shape) << 7
         self.tensors[key] = dtype, tuple(shape), codes.astype("u1").tobytes()
-        return np.vectorize(lambda byte: fp8_value(int(byte), FP8[dtype]), otypes=[np.float64])(codes)
+        return fp8_values(codes, FP8[dtype])
 
     def scale(self, key: str, *shape: int, dtype: str = "F32") -> Array:
         """Add scales."""
@@ -283,6 +288,84 @@ def smoothed_fp8() -> Draft:
     return draft
 
 
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def up_to(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def in_tiles(scale: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The same scales where cuBLAS wants them, and rubbish where it wants none."""
+    rows, columns = scale.shape
+    shape = up_to(rows, 128), up_to(columns, 4)
+    flat = np.full(shape, 0xFF, np.uint8).reshape(-1)
+    r, c = np.indices(scale.shape)
+    flat[(r // 128 * (shape[1] // 4) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4] = scale
+    return flat.reshape(shape)
+
+
+def block_scales(draft: Draft, scale: NDArray[np.uint8], tiles: bool, dtype: str) -> None:
+    found = in_tiles(scale) if tiles else scale
+    draft.tensors[f"{LAYER}.weight_scale"] = dtype, found.shape, found.tobytes()
+
+
+def blocks(
+    kind: str, n: int = N, k: int = 40, *, marker: object = None, tiles: bool = True, dtype: str = "", rows: int | None = None,
+    header: object = None, bias: bool = True, word: str = "", told: tuple[bool, bool] | None = None, scalar: bool = False,
+) -> Draft:  # fmt: skip
+    """mxfp8 or nvfp4 with random numbers, also in the padding.
+
+    Args:
+        n, k: of the weight.
+        rows: in the file; None: padded as ComfyUI pads.
+        told: which of them the file tells.
+    """
+    draft = Draft()
+    nvfp4 = kind == "nvfp4"
+    multiple = 16 if nvfp4 else 32
+    padded = rows or up_to(n, multiple), up_to(k, multiple)
+    if nvfp4:
+        codes = draft.chance.integers(0, 256, (padded[0], padded[1] // 2)).astype("u1")
+        draft.tensors[f"{LAYER}.weight"] = "U8", codes.shape, codes.tobytes()
+        halves = (codes >> 4, codes & 15) if tiles else (codes & 15, codes >> 4)
+        real = E2M1[np.stack(halves, -1).reshape(padded)]
+        scale = draft.chance.integers(0, 0x7F, (padded[0], padded[1] // 16)).astype("u1")
+        real = real * blocked(fp8_values(scale, 4), 1, 16)
+        real = real * draft.scale(f"{LAYER}.weight_scale_2")
+    else:
+        real = draft.fp8(f"{LAYER}.weight", "F8_E4M3", *padded)
+        scale = draft.chance.integers(100, 140, (padded[0], padded[1] // 32)).astype("u1")
+        real = real * blocked(2.0 ** (scale - 127.0), 1, 32)
+    block_scales(draft, scale, tiles, dtype or ("F8_E4M3" if nvfp4 else "U8"))
+    if scalar:
+        draft.scale(f"{LAYER}.weight_scalar")
+    if marker is not None:
+        draft.text(f"{LAYER}.comfy_quant", marker)
+    if header is not None:
+        draft.header({LAYER: header})
+    if bias:
+        draft.put(f"{LAYER}.bias", "F32", np.zeros(n))
+    word = word or kind
+    expect(draft, real[:n, :k], kind, "block", word, format=word, exact=False, method="none", codable=True)
+    told = told or (bias, False)
+    sizes = {"rows": n if told[0] else padded[0], "columns": k if told[1] else padded[1]}
+    draft.expected |= {"told": told, "padded": told != (True, True), "block": multiple, **sizes}
+    return draft
+
+
+def smoothed_blocks(kind: str) -> Draft:
+    """The factors tell K."""
+    draft = blocks(kind, marker={"format": kind}, told=(True, True))
+    draft.real[LAYER] = draft.real[LAYER] * draft.put(f"{LAYER}.pre_quant_scale", "F32", draft.chance.uniform(0.5, 2, 40))
+    return draft
+
+
+def unsure(kind: str, n: int = 128, k: int = 128) -> Draft:
+    """Scales of a shape that they have in tiles and in rows."""
+    return blocks(kind, n, k, bias=False)
+
+
 def lightx2v_comfy() -> Draft:
     """int8 with the marker of fp8 files."""
     draft = int8((), "tensor", name="scale_weight", label="int8")
@@ -414,6 +497,23 @@ KINDS: dict[str, Callable[[], Draft]] = {
     "fp8 smoothed": smoothed_fp8,
     "fp8 cast": lambda: fp8(None, ""),
     "fp8 cast e5m2": lambda: fp8(None, "", dtype="F8_E5M2"),
+    # blocks with small scales
+    "nvfp4": lambda: blocks("nvfp4", marker={"format": "nvfp4"}),
+    "nvfp4 in the header": lambda: blocks("nvfp4", header={"format": "nvfp4"}, dtype="U8"),
+    "nvfp4 with its shape": lambda: blocks("nvfp4", marker={"format": "nvfp4", "orig_shape": [N, 40]}, bias=False, told=(True, True)),
+    "nvfp4 without a marker": lambda: blocks("nvfp4", 16, 64, bias=False),
+    "nvfp4 of many tiles": lambda: blocks("nvfp4", 272, 160, marker={"format": "nvfp4", "group_size": 16}),
+    "nvfp4 smoothed": lambda: smoothed_blocks("nvfp4"),
+    "nvfp4 by ModelOpt": lambda: blocks("nvfp4", 16, 64, tiles=False, word="nvfp4_modelopt"),
+    "nvfp4 by ModelOpt, wide": lambda: blocks("nvfp4", 130, 48, tiles=False, word="nvfp4_modelopt", rows=130, bias=False),
+    "mxfp8": lambda: blocks("mxfp8", marker={"format": "mxfp8", "group_size": 32, "orig_dtype": "torch.bfloat16"}),
+    "mxfp8 in the header": lambda: blocks("mxfp8", header={"format": "mxfp8", "orig_shape": [N, 40]}, told=(True, True)),
+    "mxfp8 in e8m0": lambda: blocks("mxfp8", dtype="F8_E8M0"),
+    "mxfp8 with all its rows": lambda: blocks("mxfp8", N, 64, marker={"format": "mxfp8"}, rows=N),
+    "mxfp8 of many tiles": lambda: blocks("mxfp8", 272, 320, bias=False),
+    "mxfp8 smoothed": lambda: smoothed_blocks("mxfp8"),
+    "mxfp8 in rows": lambda: blocks("mxfp8", 32, 320, tiles=False, word="mxfp8_rows"),
+    "hybrid mxfp8": lambda: blocks("mxfp8", marker={"format": "hybrid_mxfp8"}, scalar=True),
     # floats
     "bf16": lambda: floats("BF16", "bfloat16"),
     "f16": lambda: floats("F16", "float16"),
@@ -473,6 +573,16 @@ def beside(suffix: str, dtype: str = "F32", draft: Draft | None = None) -> Draft
 def headed(layers: object, draft: Draft | None = None) -> Draft:
     draft = draft or row()
     draft.metadata["_quantization_metadata"] = layers if isinstance(layers, str) else json.dumps({"layers": layers})
+    return draft
+
+
+def with_block_scale(kind: str, byte: int, tiles: bool = True) -> Draft:
+    """One scale of many is another; nvfp4 of [16, 48], mxfp8 of [32, 64]."""
+    draft = blocks(kind, tiles=tiles)
+    dtype, shape, data = draft.tensors[f"{LAYER}.weight_scale"]
+    changed = bytearray(data)
+    changed[16 if tiles else 3] = byte  # that of row 1, block 0
+    draft.tensors[f"{LAYER}.weight_scale"] = dtype, shape, bytes(changed)
     return draft
 
 
@@ -569,6 +679,14 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: raw(fp8(None, ""), "scaled_fp8", "F8_E4M3", 2),
         r"scaled_fp8 says that fp8 weights have scales, and none has one \(blocks.0.q\)",
     ),
+    "row scales of fp8 lost": (
+        lambda: fp8(None, "", marker={"format": "float8_e4m3fn_rowwise"}),
+        "names the format 'float8_e4m3fn_rowwise', and blocks.0.q has no weight_scale; the file is incomplete, download it again",
+    ),
+    "block scales of fp8 lost": (
+        lambda: fp8(None, "", header={"format": "float8_e4m3fn_block3d"}),
+        "names the format 'float8_e4m3fn_block3d', and blocks.0.q has no weight_scale",
+    ),
     # weights
     "int8 of 3 dimensions": (
         lambda: raw(row(), f"{LAYER}.weight", "I8", 2, N, K),
@@ -599,11 +717,11 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
     "block of nothing": (lambda: said({**TENSOR, "group_size": 0}), r"has a strange group_size: "),
     "fp8 label on int8": (
         lambda: said({"format": "float8_e4m3fn"}),
-        r"names the format 'float8_e4m3fn', and blocks.0.q.weight is I8; they contradict each other",
+        r"names the format 'float8_e4m3fn', and blocks.0.q.weight is I8 with a scale in F32; they contradict each other",
     ),
     "int8 label on fp8": (
         lambda: said(TENSOR, fp8((), "tensor")),
-        r"names the format 'int8_tensorwise', and blocks.0.q.weight is F8_E4M3; they contradict",
+        r"names the format 'int8_tensorwise', and blocks.0.q.weight is F8_E4M3 with a scale in F32; they contradict",
     ),
     "no format on fp8": (lambda: said({"convrot": False}, fp8((), "tensor")), r"names the format ''; int8run reads"),
     "label on a float": (
@@ -779,6 +897,139 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: but(quip(12, 24, True), lambda d: d.put(f"{LAYER}.smooth_factors", "F32", np.zeros(24))),
         "24 of 24 numbers of blocks.0.q.smooth_factors",
     ),
+    # mxfp8 and nvfp4
+    "nvfp4's scale for int8": (
+        lambda: beside("weight_scale_2"),
+        "is I8 and has blocks.0.q.weight_scale_2, which such a weight cannot have",
+    ),
+    "hybrid mxfp8's scale for fp8": (
+        lambda: beside("weight_scalar", draft=fp8((), "tensor")),
+        "is F8_E4M3 and has blocks.0.q.weight_scalar, which such a weight cannot have",
+    ),
+    "nvfp4's label on int8": (
+        lambda: said({"format": "nvfp4"}),
+        "names the format 'nvfp4', and blocks.0.q.weight is I8 with a scale in F32; they contradict",
+    ),
+    "mxfp8's label on fp8": (
+        lambda: said({"format": "mxfp8"}, fp8((), "tensor")),
+        "names the format 'mxfp8', and blocks.0.q.weight is F8_E4M3 with a scale in F32; they contradict",
+    ),
+    "mxfp8's label on a cast": (
+        lambda: said({"format": "mxfp8"}, fp8(None, "")),
+        "names the format 'mxfp8', and blocks.0.q.weight is F8_E4M3 with no scale; they contradict",
+    ),
+    "fp8's label on mxfp8": (
+        lambda: said({"format": "float8_e4m3fn"}, blocks("mxfp8")),
+        "names the format 'float8_e4m3fn', and blocks.0.q.weight is F8_E4M3 with a scale in U8; they contradict",
+    ),
+    "pre-native label on nvfp4": (lambda: said({"convrot": False}, blocks("nvfp4")), "names the format ''; int8run reads"),
+    "nvfp4 rotated": (lambda: said({"format": "nvfp4", "convrot": True}, blocks("nvfp4")), "says that a weight in nvfp4 is rotated"),
+    "nvfp4 of other blocks": (
+        lambda: said({"format": "nvfp4", "group_size": 32}, blocks("nvfp4")),
+        "names blocks of 32; nvfp4 has blocks of 16",
+    ),
+    "mxfp8 of other blocks": (
+        lambda: said({"format": "mxfp8", "group_size": 16}, blocks("mxfp8")),
+        "names blocks of 16; mxfp8 has blocks of 32",
+    ),
+    "mxfp8 of experts": (lambda: said({"format": "mxfp8", "num_experts": 8}, blocks("mxfp8")), "describes a bank of experts"),
+    "nvfp4 without scales": (
+        lambda: without(blocks("nvfp4"), "weight_scale"),
+        "blocks.0.q.weight is U8 and has no blocks.0.q.weight_scale; int8run reads such weights of nvfp4",
+    ),
+    "nvfp4 without its second scale": (
+        lambda: without(blocks("nvfp4"), "weight_scale_2"),
+        "blocks.0.q.weight is U8 and has no blocks.0.q.weight_scale_2; int8run reads such weights of nvfp4",
+    ),
+    "nvfp4 with two second scales": (
+        lambda: but(blocks("nvfp4"), lambda d: d.scale(f"{LAYER}.weight_scale_2", 2)),
+        r"weight_scale_2 has the shape \[2\]; it is one number for the whole weight",
+    ),
+    "nvfp4 with a second scale of zero": (
+        lambda: but(blocks("nvfp4"), lambda d: d.put(f"{LAYER}.weight_scale_2", "F32", 0)),
+        "1 of 1 numbers of blocks.0.q.weight_scale_2 are not finite and above 0",
+    ),
+    "nvfp4 with a whole second scale": (
+        lambda: but(blocks("nvfp4"), lambda d: d.put(f"{LAYER}.weight_scale_2", "I32", 1)),
+        "weight_scale_2 is I32; it takes F32",
+    ),
+    "nvfp4 with float scales": (
+        lambda: but(blocks("nvfp4"), lambda d: d.scale(f"{LAYER}.weight_scale", 128, 4)),
+        "weight_scale is F32; the scales of nvfp4 are F8_E4M3 or U8",
+    ),
+    "nvfp4 of 3 dimensions": (
+        lambda: raw(blocks("nvfp4"), f"{LAYER}.weight", "U8", 2, 8, 24),
+        r"weight is U8 \[2, 8, 24\]; weights in nvfp4 are U8 \[N, K / 2\], K a multiple of 16",
+    ),
+    "nvfp4 of no rows": (lambda: raw(blocks("nvfp4"), f"{LAYER}.weight", "U8", 0, 24), r"weight is U8 \[0, 24\]; weights in nvfp4"),
+    "nvfp4 of half a block": (lambda: raw(blocks("nvfp4"), f"{LAYER}.weight", "U8", 16, 20), r"weight is U8 \[16, 20\]; weights in nvfp4"),
+    "mxfp8 of half a block": (
+        lambda: raw(blocks("mxfp8"), f"{LAYER}.weight", "F8_E4M3", 32, 48),
+        r"weight is F8_E4M3 \[32, 48\]; weights in mxfp8 are F8_E4M3 \[N, K\], K a multiple of 32",
+    ),
+    "mxfp8 of e5m2": (
+        lambda: raw(blocks("mxfp8"), f"{LAYER}.weight", "F8_E5M2", 32, 64),
+        r"weight is F8_E5M2 \[32, 64\]; weights in mxfp8",
+    ),
+    "nvfp4's scales of another shape": (
+        lambda: raw(blocks("nvfp4"), f"{LAYER}.weight_scale", "F8_E4M3", 128, 8),
+        r"weight_scale has the shape \[128, 8\]; of blocks.0.q.weight \[16, 24\] in nvfp4 it is \[128, 4\] in tiles, \[16, 3\] in rows",
+    ),
+    "mxfp8's scales of another shape": (
+        lambda: raw(blocks("mxfp8"), f"{LAYER}.weight_scale", "U8", 64, 2),
+        r"weight_scale has the shape \[64, 2\]; of blocks.0.q.weight \[32, 64\] in mxfp8 it is \[128, 4\] in tiles, \[32, 2\] in rows",
+    ),
+    "ComfyUI's label on scales in rows": (
+        lambda: said({"format": "nvfp4"}, blocks("nvfp4", 16, 64, tiles=False)),
+        "says 'nvfp4', whose scales lie in tiles, and blocks.0.q.weight_scale has the shape of scales in rows; they contradict",
+    ),
+    "tiles beside rows": (
+        lambda: two_layers(blocks("mxfp8"), blocks("mxfp8", 32, 64, tiles=False)),
+        "the scales of blocks.0.q lie in tiles as ComfyUI has them, those of blocks.1.q in rows as ModelOpt has them; a file has one",
+    ),
+    "nvfp4 of nobody": (
+        lambda: unsure("nvfp4"),
+        "1 weights are nvfp4 .first: blocks.0.q. by ComfyUI or by ModelOpt, and neither shapes nor markers tell which; for a text encoder "
+        "set clip=nvfp4 or clip=nvfp4_modelopt (quant_format in a program), else take a file with comfy_quant markers",
+    ),
+    "mxfp8 of nobody": (lambda: unsure("mxfp8"), "clip=mxfp8 or clip=mxfp8_rows"),
+    "mxfp8 of nobody beside nvfp4": (lambda: two_layers(blocks("nvfp4"), unsure("mxfp8")), "1 weights are mxfp8 .first: blocks.1.q. by"),
+    "nvfp4's scale is nan": (lambda: with_block_scale("nvfp4", 0x7F), "1 of 48 numbers of blocks.0.q.weight_scale are NaN or negative"),
+    "nvfp4's scale is negative": (lambda: with_block_scale("nvfp4", 0x81), "1 of 48 numbers of blocks.0.q.weight_scale are NaN or neg"),
+    "ModelOpt's scale is negative": (lambda: with_block_scale("nvfp4", 0xB8, False), "1 of 48 numbers of blocks.0.q.weight_scale are NaN"),
+    "mxfp8's scale is nan": (lambda: with_block_scale("mxfp8", 0xFF), "1 of 64 numbers of blocks.0.q.weight_scale are NaN or negative"),
+    "shape that is none": (
+        lambda: said({"format": "mxfp8", "orig_shape": "12x40"}, blocks("mxfp8")),
+        r"names the shape 12x40, and blocks.0.q.weight has \[32, 64\], which is not padded from it",
+    ),
+    "shape of one number": (lambda: said({"format": "mxfp8", "orig_shape": [12]}, blocks("mxfp8")), r"names the shape \[12\], and"),
+    "shape of fractions": (
+        lambda: said({"format": "mxfp8", "orig_shape": [12.0, 40]}, blocks("mxfp8")),
+        r"names the shape \[12.0, 40\], and",
+    ),
+    "shape of another weight": (
+        lambda: said({"format": "mxfp8", "orig_shape": [12, 65]}, blocks("mxfp8")),
+        r"names the shape \[12, 65\], and",
+    ),
+    "shape without end": (lambda: said({"format": "nvfp4", "orig_shape": [10**400, 40]}, blocks("nvfp4")), r"names the shape \[1000"),
+    "shape of nothing": (lambda: said({"format": "nvfp4", "orig_shape": [0, 40]}, blocks("nvfp4")), r"names the shape \[0, 40\], and"),
+    "bias of another weight": (
+        lambda: but(blocks("nvfp4"), lambda d: d.put(f"{LAYER}.bias", "F32", np.ones(17))),
+        r"blocks.0.q.bias has the shape \[17\], and blocks.0.q.weight has \[16, 48\], which is not padded from it",
+    ),
+    "bias of two dimensions": (
+        lambda: but(blocks("nvfp4"), lambda d: d.put(f"{LAYER}.bias", "F32", np.ones((12, 1)))),
+        r"blocks.0.q.bias has the shape \[12, 1\], and",
+    ),
+    "factor of another width of nvfp4": (
+        lambda: but(blocks("nvfp4"), lambda d: d.put(f"{LAYER}.pre_quant_scale", "F32", np.ones(30))),
+        r"blocks.0.q.pre_quant_scale has the shape \[30\], and blocks.0.q.weight has \[16, 48\], which is not padded from it",
+    ),
+    "factor of another width than said": (
+        lambda: beside("pre_quant_scale", draft=said({"format": "mxfp8", "orig_shape": [12, 40]}, blocks("mxfp8"))),
+        r"pre_quant_scale has the shape \[64\], its weight wants \[40\]",
+    ),
+    "sigma for nvfp4": (lambda: beside("hadanorm_sigma", draft=blocks("nvfp4")), "is U8 and has blocks.0.q.hadanorm_sigma, which such a"),
     # formats of others
     "bitsandbytes": (
         lambda: beside("SCB"),
@@ -801,15 +1052,7 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: but(raw(bare(), "q._weight_qdata_", "I8", 2, 2), lambda d: d.metadata.update(tensor_names="[]")),
         "is a torchao file .the header of",
     ),
-    "nvfp4": (lambda: beside("weight_scale_2"), "is a nvfp4 file .*, which ComfyUI can read"),
-    "nvfp4 by its marker": (lambda: said({"format": "nvfp4"}), "is a nvfp4 file .blocks.0.q says so."),
-    "mxfp8": (lambda: raw(fp8(None, ""), f"{LAYER}.weight_scale", "U8", 128, 4), "is a mxfp8 file .blocks.0.q.weight_scale is U8."),
-    "mxfp8 in e8m0": (
-        lambda: raw(fp8(None, ""), f"{LAYER}.weight_scale", "F8_E8M0", 128, 4),
-        "is a mxfp8 file .blocks.0.q.weight_scale is F8_E8M0.",
-    ),
-    "mxfp8 by its marker": (lambda: said({"format": "mxfp8"}), "is a mxfp8 file"),
-    "hybrid mxfp8": (lambda: beside("weight_scalar"), "is a hybrid_mxfp8 file"),
+    "modelopt's quantizers": (lambda: beside("weight_quantizer._scale"), "is a modelopt file .*, which diffusers with nvidia-modelopt"),
     "lightx2v nvfp4": (lambda: beside("weight_global_scale"), "is a lightx2v nvfp4 file"),
     "w4a4": (lambda: said({"format": "convrot_w4a4"}), "is a convrot_w4a4 file"),
     "w4a8": (lambda: beside("weight_s_rel"), "is a asym_w4a8_int8 file"),

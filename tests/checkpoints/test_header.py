@@ -111,7 +111,10 @@ FILES = {
     "no json": (lambda folder: write(folder, b"{nothing"), "its header is no JSON"),
     "longer than the file": (lambda folder: write(folder, GOOD, length=10**6), "or it is cut off: its first 8 bytes give no possible"),
     "cut in its length": (lambda folder: write(folder, b"", b"", 0), "or it is cut off"),
-    "gguf": (lambda folder: write(folder, GOOD, length=int.from_bytes(b"GGUF\3", "little")), "but GGUF, which is not read here; take the"),
+    "gguf": (
+        lambda folder: write(folder, GOOD, length=int.from_bytes(b"GGUF\3", "little")),
+        "but a GGUF file, which ComfyUI-GGUF, or diffusers with gguf can read and int8run cannot; take the .safetensors",
+    ),
 }
 
 

@@ -106,6 +106,7 @@ def test_the_kinds_are_what_the_table_says() -> None:
     assert {(e["kind"], e["granularity"]) for e in expected} == {
         *(("int8", granularity) for granularity in ("tensor", "row", "group", "grid", "block3d", "transposed")),
         *(("fp8", granularity) for granularity in ("tensor", "row", "grid", "block3d", "")), ("float", ""),
+        ("nvfp4", "block"), ("mxfp8", "block"),
     }  # fmt: skip
     assert {e["method"] for e in expected if e["exact"]} == {"none", "convrot", "quarot", "hadanorm", "smoothquant"}
 

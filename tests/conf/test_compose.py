@@ -11,6 +11,7 @@ from int8run.errors import ConfigError
 from int8run.help_page import first_comment, help_page, key_lines
 from int8run.models.family import AutoFamily, shipped_families
 from int8run.precheck import compose_all, to_spec
+from int8run.quant.formats import FORMATS
 from int8run.spec import RunSpec
 
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -21,6 +22,8 @@ ROOT = yaml.safe_load((CONF / "config.yaml").read_text())
 NEEDS = {
     "prompts=file": ["prompts.path=some.txt"],
     "lora=file": ["lora.adapters.0.path=some.safetensors"],
+    "clip=nvfp4_modelopt": ["clip.path=some.safetensors"],
+    "clip=mxfp8_rows": ["clip.path=some.safetensors"],
     "lora=turbo": ["model=flux"],
     "lora=hyper": ["model=flux"],
 }
@@ -53,12 +56,13 @@ def test_every_option_becomes_a_run_spec(option):
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o[0] in ("backend", "outlier", "rounding", "clip", "model_type")], ids=as_id)
 def test_an_option_and_its_class_use_the_same_word(option):
     group, name = option
-    assert getattr(to_spec(composed(f"{group}={name}")), group).name == name
+    chosen = getattr(to_spec(composed(f"{group}={name}", *NEEDS.get(as_id(option), []))), group)
+    assert (chosen.format if group == "clip" else chosen.name) == name
 
 
 @pytest.mark.parametrize("option", NEEDS)
 def test_the_options_that_need_a_value_need_it(option):
-    message = r"(prompts|lora\.adapters\.0)\.path=<|has no source for base model 'tiny'; it has one for flux"
+    message = r"(prompts|lora\.adapters\.0)\.path=<|has no source for base model 'tiny'; it has one for flux|, or set clip\.path$"
     with pytest.raises(ConfigError, match=message):
         to_spec(composed(option))
 
@@ -83,6 +87,10 @@ def test_auto_backend_tries_every_backend():
     auto = to_spec(composed("backend=auto")).backend
     assert {key: backend.name for key, backend in auto.candidates.items()} == {name: name for name in backends - {"reference"}}
     assert auto.last_resort.name == "reference"
+
+
+def test_every_format_of_text_encoders_is_an_option():
+    assert {name for group, name in OPTIONS if group == "clip"} == {"keep", "auto", *FORMATS}
 
 
 def test_auto_outlier_tries_every_method_and_the_plainest_first():

@@ -254,6 +254,37 @@ def test_rules_after_a_change_of_shape_keep_it(monkeypatch):
     assert to_model({"outer.x.flat": (6,)}, shapes, "Any").parts == {"inner.x.table": (Part("outer.x.flat", shape=(2, 3)),)}
 
 
+def test_turned_matrices_and_rows_of_several_parameters(monkeypatch):
+    turned = NamingRule("projection", ("projection.weight",), whole_key=True, transposed=True)
+    rows = NamingRule("*.in_proj_weight", ("*.q.weight", "*.k.weight"), whole_key=True)
+    monkeypatch.setattr(layout, "names_of", lambda name: Names(parameters=(turned, rows)))
+    shapes = {"projection.weight": (2, 3), "0.q.weight": (4, 5), "0.k.weight": (2, 5)}
+    file = {"projection": (Part("projection.weight", transposed=True),), "0.in_proj_weight": (Part("0.q.weight"), Part("0.k.weight"))}
+    assert to_native(shapes, "Any") == file
+    assert {key: joined_shape(parts, shapes) for key, parts in file.items()} == {"projection": (3, 2), "0.in_proj_weight": (6, 5)}
+    found = to_model({"projection": (3, 2), "0.in_proj_weight": (6, 5)}, shapes, "Any")
+    key = "0.in_proj_weight"
+    assert found.parts == {
+        "projection.weight": (Part("projection", transposed=True),), "0.q.weight": (Part(key, slice(0, 4)),),
+        "0.k.weight": (Part(key, slice(4, 6)),),
+    }  # fmt: skip
+    tensor = torch.arange(6).reshape(3, 2)
+    assert torch.equal(Part("projection", transposed=True).cut(tensor), tensor.T)
+    assert targets(file, "Any") == {"projection": ("projection.weight",), key: ("0.q.weight", "0.k.weight")}
+    with pytest.raises(
+        FileError, match=r"projection of the file has the shape \[2, 3\], but projection.weight \[2, 3\] of the Any need \[3, 2\]"
+    ):
+        to_model({"projection": (2, 3)}, shapes, "Any")
+
+
+def test_a_matrix_that_is_turned_twice_is_as_it_was(monkeypatch):
+    rules = tuple(NamingRule(a, (b,), whole_key=True, transposed=True) for a, b in (("a", "b"), ("b", "c")))
+    monkeypatch.setattr(layout, "names_of", lambda name: Names(parameters=rules))
+    assert to_native({"c": (2, 3)}, "Any") == {"a": (Part("c"),)} and to_model({"a": (2, 3)}, {"c": (2, 3)}, "Any").parts == {
+        "c": (Part("a"),)
+    }
+
+
 def test_rules_that_undo_each_other_end():
     name = "encoder.layers.0.self_attn.q_proj.weight"
     assert to_native({name: (2, 2)}, "CLIPTextModel") and targets([name], "CLIPTextModel")

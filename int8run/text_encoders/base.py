@@ -1,0 +1,65 @@
+"""What becomes of a model's text encoders: the settings behind `clip=`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from int8run.backends.shipped import shipped_names
+from int8run.errors import ConfigError, one_of
+from int8run.quant.formats import FORMATS
+
+KEEP, AUTO = "keep", "auto"
+# kernels besides the INT8 backends: float products with weights that are read from their codes at every call; fp8 products
+DEQUANTIZE, SCALED_MM = "dequantize", "scaled_mm"
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """Which text encoders are quantized, and how their layers run.
+
+    Args:
+        format: `keep`: the model's own, as they are; `auto`: what `path` holds; else one of FORMATS. Without a path the model's own
+            encoders are quantized to it; with one it is the format that the file must have.
+        path: a quantized encoder: a file or a folder; of several a mapping from their components (`text_encoder_2`) to one each. The
+            others stay as they are.
+        kernel_backend: `auto`, an INT8 backend, `dequantize` (float products for every format) or `scaled_mm` (fp8 products).
+        components: the encoders to quantize; None: all.
+    """
+
+    format: str = KEEP
+    path: str | Mapping[str, str] | None = None
+    kernel_backend: str = "auto"
+    components: Sequence[str] | None = None
+    name: ClassVar[str] = "clip"
+
+    def __post_init__(self) -> None:
+        one_of("clip.format", self.format, (KEEP, AUTO, *FORMATS))
+        one_of("clip.kernel_backend", self.kernel_backend, kernel_backends())
+        if self.format == KEEP and self.path is not None:
+            raise ConfigError(f"clip=keep leaves the text encoders as they are, and clip.path={self.path} names another; set clip=auto")
+        if self.components is not None and (isinstance(self.components, str) or not self.components):
+            raise ConfigError(f"clip.components is {self.components!r}; it takes a list, such as [text_encoder_2]; null: all")
+        if isinstance(self.path, Mapping) and not self.path:
+            raise ConfigError("clip.path is {}; it takes a file, or a mapping from components to one each; null: none")
+        if self.path is not None and self.components is not None:
+            raise ConfigError("clip.components says which of the model's own encoders are quantized, and clip.path names files; set one")
+        if self.path is None and self.format in FORMATS and FORMATS[self.format].read_only:
+            written = ", ".join(name for name, form in FORMATS.items() if not form.read_only)
+            raise ConfigError(f"clip={self.format} is a format that is read and not written; choose from {written}, or set clip.path")
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any encoder differs from the float model's."""
+        return self.format != KEEP and (self.path is not None or self.format != AUTO)
+
+
+def kernel_backends() -> tuple[str, ...]:
+    """What `clip.kernel_backend` may be."""
+    return (*sorted(shipped_names()), DEQUANTIZE, SCALED_MM)
+
+
+def find_text_encoders(components: Mapping[str, object]) -> dict[str, nn.Module]:
+    """A pipeline's text encoders by component name."""
+    return {n: m for n, m in components.items() if n.startswith("text_encoder") and isinstance(m, nn.Module)}

@@ -1,0 +1,386 @@
+"""A text encoder with quantized layers in the place of its Linears and embeddings."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from int8run.backends.auto import AutoBackend
+from int8run.backends.base import Backend
+from int8run.backends.shipped import shipped_backend
+from int8run.checkpoints.native import WEIGHT
+from int8run.errors import BackendError, FileError
+from int8run.kernels.dequantize.reference import scale_blocks
+from int8run.layers.coded import BlockInt8Linear, CodedEmbedding, CodedLayer, CodedLinear, int8_weight, is_rowwise, scaled_mm_refuses
+from int8run.layers.linear import QuantizedLayer
+from int8run.models.layout import Layout, Part
+from int8run.outlier.base import OutlierTransform
+from int8run.outlier.convrot import ConvRot
+from int8run.quant.coded import CodedWeight
+from int8run.quant.formats import FORMATS, Format, format_for
+from int8run.quant.weight import sqnr_db
+from int8run.quantize import Int8Settings, LayerPlan, check_backend, check_weight, int8_layers, rounded_rows, share_copy
+from int8run.text_encoders.base import DEQUANTIZE, SCALED_MM
+from int8run.text_encoders.encoders import Encoder, encoder_layout, take_out_spare
+from int8run.text_encoders.weights import EncoderWeights, check_finite, naming
+
+log = logging.getLogger(__name__)
+# weights stay as they are stored: a float copy for few rows would cost what they save
+NO_FALLBACK = Int8Settings(small_batch_fallback="never")
+ROWWISE = "int8_rowwise"
+EMBED_SCALE = "embed_scale"  # what Gemma's embeddings multiply to their rows
+# a layer's name and its weight, to be read if it is wanted -> the weight with what is added to it; None: nothing is
+Merged = Callable[[str, Callable[[], Tensor]], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How quantized layers run.
+
+    Args:
+        word: `auto`, an INT8 backend, `dequantize` or `scaled_mm`.
+        rows: tokens of a call, which `auto` measures with.
+    """
+
+    word: str
+    device: torch.device
+    rows: int
+
+    @cached_property
+    def backend(self) -> Backend | None:
+        """What runs INT8 layers; None: float products."""
+        return None if self.word in (DEQUANTIZE, SCALED_MM) else shipped_backend(self.word)
+
+    @property
+    def reader(self) -> str:
+        """What reads codes as floats."""
+        if self.word == "reference":
+            return self.word
+        return "triton" if self.device.type == "cuda" and self.word in ("auto", "triton", DEQUANTIZE) else "eager"
+
+
+@dataclass
+class BuiltEncoder:
+    """One text encoder with quantized layers.
+
+    Args:
+        module: what a pipeline calls.
+        skeleton: the float module; it shares what is float with `module`, and has no weights where that is quantized.
+        plans: what became of each Linear and embedding; `rounding` is the format.
+    """
+
+    module: nn.Module
+    skeleton: nn.Module
+    plans: list[LayerPlan]
+    weights: EncoderWeights
+    layout: Layout
+    to: Format | None
+    kernels: Kernels
+    merged: Merged
+
+    def refresh(self, names: Iterable[str]) -> None:
+        """Make layers anew from the source, with what `merged` adds to their weights now. Float layers are left alone."""
+        wanted = set(names)
+        plans = [plan for plan in self.plans if plan.name in wanted and plan.keep_float is None]
+        for name, layer in quantized_modules(self, plans).items():
+            put(self.module, name, layer)
+
+
+def build_encoder(
+    skeleton: nn.Module, weights: EncoderWeights, to: Format | None, kernels: Kernels, adopt: Callable[[nn.Module], Merged] | None = None
+) -> BuiltEncoder:  # fmt: skip
+    """Fill a skeleton.
+
+    Args:
+        skeleton: without weights, its buffers are there.
+        weights: what to fill it with. Layers that are quantized there stay so.
+        to: what other layers become, as far as the encoder's family allows; None: float.
+        adopt: called with the skeleton when its float parts are there; gives what is added to weights that are read (LoRAs).
+
+    Raises:
+        FileError: when the weights are of another model, are incomplete, or hold NaN.
+        BackendError: when the kernels cannot run here, or cannot run any of the layers.
+    """
+    layout = fitted(weights, skeleton)
+    tell_unused(weights, layout)
+    plans = plan_encoder(skeleton, weights, layout, to)
+    check_kernels(kernels, plans, weights, to)
+    fill(skeleton, weights, layout, {plan.name for plan in plans if plan.keep_float is None}, kernels.device)
+    merged = adopt(skeleton) if adopt is not None else lambda name, read: None
+    built = BuiltEncoder(share_copy(skeleton), skeleton, plans, weights, layout, to, kernels, merged)
+    for name, layer in quantized_modules(built, [plan for plan in plans if plan.keep_float is None]).items():
+        put(built.module, name, layer)
+    tell_counts(built)
+    return built
+
+
+def fitted(weights: EncoderWeights, model: nn.Module) -> Layout:
+    """Where a model's parameters are; what no text needs and the weights lack is taken out of the model.
+
+    Raises:
+        FileError: when they are not of one size.
+    """
+    with naming(weights.where):
+        weights.cut_to(model)
+        take_out_spare(weights.encoder, weights.shapes, model)
+        return encoder_layout(weights.encoder, weights.shapes, model)
+
+
+def tell_unused(weights: EncoderWeights, layout: Layout) -> None:
+    """Refuse a file that lacks something, and say what of it has no place.
+
+    Raises:
+        FileError: naming the first of each.
+    """
+    if layout.missing:
+        raise FileError(
+            f"{weights.where}: {len(layout.missing)} parameters of the {weights.encoder.name} encoder are not there (first: "
+            f"{layout.missing[0]}); the file is incomplete or of another size"
+        )
+    if layout.unused:
+        log.warning("%s: %d tensors have no place in the encoder (first: %s)", weights.where, len(layout.unused), layout.unused[0])
+
+
+def plan_encoder(skeleton: nn.Module, weights: EncoderWeights, layout: Layout, to: Format | None) -> list[LayerPlan]:
+    """What becomes of each Linear and embedding."""
+    plans = []
+    for name, module in skeleton.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, nn.Linear | nn.Embedding) or weight is None:
+            continue
+        rows, columns = weight.shape
+        plan = LayerPlan(name, columns, rows, None)
+        parts = layout.parts[name + WEIGHT]
+        stored = source_of(parts)
+        word = "" if stored is None else weights.format_of(stored)
+        if to is not None and stored is not None and word != to.name:
+            plan_format(plan, module, weights.encoder, stored, to)
+        elif to is not None and stored is None:
+            plan.keep_float = "several tensors of the file make it"
+        elif not word:
+            plan.keep_float = "float in the file"
+        if word and stored is not None and not plan.rounding:
+            plan.keep_float = None
+            keep_stored(plan, module, word, weights.coded(stored), weights.encoder.wants_table(stored))
+        plans.append(plan)
+    return plans
+
+
+def source_of(parts: tuple[Part, ...]) -> str | None:
+    """The layer of the source that is this one as it is; None where rows are cut or turned."""
+    whole = len(parts) == 1 and parts[0] == Part(parts[0].key) and parts[0].key.endswith(WEIGHT)
+    return parts[0].key.removesuffix(WEIGHT) if whole else None
+
+
+def keep_stored(plan: LayerPlan, module: nn.Module, word: str, layer: CodedLayer | None, table: bool) -> None:
+    """A weight that is quantized in the source.
+
+    Args:
+        table: the model asks for the weight itself.
+    """
+    if layer is None:
+        plan.keep_float = f"{word}, which is read as float"
+    elif table:
+        plan.keep_float = f"{word}, read as float: the model asks for the table itself"
+    elif type(module) not in (nn.Linear, nn.Embedding) and not hasattr(module, EMBED_SCALE):
+        plan.keep_float = f"{word}, read as float: a {type(module).__name__} does more than look up or multiply"
+    else:
+        plan.rounding, plan.outlier = word, layer.transform.label
+
+
+def plan_format(plan: LayerPlan, module: nn.Module, encoder: Encoder, stored: str, to: Format) -> None:
+    """A float weight on its way to a format."""
+    why = encoder.why_float(stored)
+    if why is not None or type(module) is not nn.Linear:
+        plan.keep_float = why or f"a {type(module).__name__}"
+        return
+    form = format_for(to.name, plan.out_features, plan.in_features)
+    plan.rounding = form.name
+    plan.outlier_why_not = (to.refuse(plan.out_features, plan.in_features) or "") if form is not to else ""
+
+
+def fill(skeleton: nn.Module, weights: EncoderWeights, layout: Layout, but: set[str], device: torch.device) -> None:
+    """Bring a skeleton to the device and read every parameter and buffer that has no value, except the weights of these layers; tied
+    ones once."""
+    left = {name + WEIGHT for name in but}
+    known: dict[Any, nn.Parameter] = {}  # of tied ones each module has the same
+    for prefix, module in skeleton.named_modules():
+        for store in (module._parameters, module._buffers):
+            for word, empty in list(store.items()):
+                name = f"{prefix}.{word}".removeprefix(".")
+                if empty is not None and not empty.is_meta:
+                    store[word] = empty.to(device)
+                if empty is None or not empty.is_meta or name in left:
+                    continue
+                parts = layout.parts[name]
+                if (parts, empty.dtype) not in known:
+                    tensor = read_float(weights, parts, empty).to(device)
+                    known[parts, empty.dtype] = nn.Parameter(tensor, requires_grad=False)
+                parameter = known[parts, empty.dtype]
+                store[word] = parameter if store is module._parameters else parameter.data
+
+
+def read_float(weights: EncoderWeights, parts: tuple[Part, ...], like: Tensor) -> Tensor:
+    """One float parameter out of its parts."""
+    read = [part.cut(check_finite(weights.where, part.key, weights.tensor(part.key))) for part in parts]
+    return torch.cat(read).to(like.dtype) if len(read) > 1 else read[0].to(like.dtype).reshape(like.shape).contiguous()
+
+
+def check_kernels(kernels: Kernels, plans: Iterable[LayerPlan], weights: EncoderWeights, to: Format | None) -> None:
+    """Refuse kernels that cannot run here, or that have nothing to run.
+
+    Raises:
+        BackendError: naming what would work.
+    """
+    words = Counter(plan.rounding for plan in plans if plan.keep_float is None)
+    backend = kernels.backend
+    if backend is not None:
+        check_backend(backend, kernels.device, ())
+        if words and kernels.word not in ("auto", "triton", "reference") and not any(word.startswith("int8") for word in words):
+            raise BackendError(
+                f"clip.kernel_backend={kernels.word} runs INT8 layers, and {weights.where} gives {listed(words)}; choose auto, "
+                f"{DEQUANTIZE} or {SCALED_MM}"
+            )
+
+
+def quantized_modules(built: BuiltEncoder, plans: Iterable[LayerPlan]) -> dict[str, nn.Module]:
+    """The quantized layer of each plan, by name, made one after the other; INT8 ones with a scale per row by the denoiser's own loop."""
+    plans, made, backend = list(plans), {}, built.kernels.backend
+    tables: dict[tuple[Part, ...], nn.Module] = {}  # tied ones are one
+
+    def int8_rows() -> Iterator[tuple[LayerPlan, QuantizedLayer]]:
+        for plan in plans:
+            parts = built.layout.parts[plan.name + WEIGHT]
+            if not is_linear(built, plan):
+                made[plan.name] = tables[parts] = tables.get(parts) or bound(built, plan, coded_layer(built, plan))
+                continue
+            layer = coded_layer(built, plan)
+            if backend is not None and is_rows(layer.weight):
+                yield plan, QuantizedLayer(int8_weight(layer.weight), layer.transform, layer.bias)
+            else:
+                made[plan.name] = bound(built, plan, layer)
+
+    if backend is None:
+        rest = list(int8_rows())
+        assert not rest, "without a backend no layer is left to it"
+        return made
+    tokens = dict.fromkeys((plan.name for plan in plans), built.kernels.rows)
+    return int8_layers(built.skeleton, int8_rows(), backend, NO_FALLBACK, tokens, device=built.kernels.device) | made
+
+
+def is_linear(built: BuiltEncoder, plan: LayerPlan) -> bool:
+    """Whether the layer multiplies; else it is an embedding."""
+    return isinstance(built.skeleton.get_submodule(plan.name), nn.Linear)
+
+
+def is_rows(weight: CodedWeight) -> bool:
+    """Whether a weight is what `Int8Linear` takes: int8 with one scale, or one per row."""
+    return weight.kind == "int8" and is_rowwise(weight)
+
+
+def coded_layer(built: BuiltEncoder, plan: LayerPlan) -> CodedLayer:
+    """One layer's codes, on the device: as the source has them, else quantized now; with its bias as it is now."""
+    module, weights = built.skeleton.get_submodule(plan.name), built.weights
+    stored = source_of(built.layout.parts[plan.name + WEIGHT])
+    assert stored is not None, "layers that are made of several tensors stay float"
+    bias = getattr(module, "bias", None)
+    read = lambda: weights.tensor(stored + WEIGHT)  # noqa: E731
+    changed = built.merged(plan.name, read)
+    found = weights.coded(stored) if changed is None and plan.rounding == weights.format_of(stored) else None
+    if found is None:  # a way of storing that has no word is one of int8's
+        form = format_for(plan.rounding if plan.rounding in FORMATS else ROWWISE, plan.out_features, plan.in_features)
+        found = quantized(plan, read() if changed is None else changed, form)
+    device = built.kernels.device
+    return CodedLayer(found.weight.to(device), found.transform.to(device), bias)
+
+
+def quantized(plan: LayerPlan, weight: Tensor, form: Format) -> CodedLayer:
+    """A float weight in a format. What that cost goes into the plan."""
+    check_weight(plan, weight)
+    transform = ConvRot().fit(weight, None) if form.rotated else OutlierTransform()
+    plan.outlier = transform.label
+    if form.codes == torch.int8 and form.granularity == "row" and weight.device.type == "cpu":  # by a kernel, many times as fast
+        rounded = rounded_rows(plan, weight, transform)
+        return CodedLayer(CodedWeight(rounded.qdata, rounded.scale, (plan.out_features, plan.in_features)), transform, None)
+    x = transform.transform_weight(weight.float())
+    made = form.quantize(x)
+    plan.measured["weight_sqnr_db"] = sqnr_db(x, made.dequantize())
+    return CodedLayer(made, transform, None)
+
+
+def bound(built: BuiltEncoder, plan: LayerPlan, layer: CodedLayer) -> nn.Module:
+    """The module of a layer that is no `Int8Linear`."""
+    module: Any = built.skeleton.get_submodule(plan.name)
+    kernels = built.kernels
+    plan.backend_asked = kernels.word
+    if isinstance(module, nn.Embedding):
+        plan.backend_used = "look-up"
+        scale = float(getattr(module, EMBED_SCALE, 1.0))
+        return CodedEmbedding(layer.weight, layer.transform, module.weight.dtype, module.padding_idx, scale)
+    dtype = module.weight.dtype
+    backend = kernels.backend
+    if backend is not None and layer.weight.kind == "int8":
+        if isinstance(backend, AutoBackend):
+            backend = backend.chooser(kernels.device, dtype).choose(kernels.rows, block_of(layer.weight), plan.out_features)
+        plan.backend_used = f"{backend.name}, in blocks"
+        return BlockInt8Linear(layer, backend)
+    if kernels.word == SCALED_MM and scaled_mm_refuses(layer.weight, kernels.device) is None:
+        plan.backend_used = SCALED_MM
+        return CodedLinear(layer, dtype, SCALED_MM)
+    plan.backend_used = f"{DEQUANTIZE}, {kernels.reader}"
+    return CodedLinear(layer, dtype, kernels.reader)
+
+
+def put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of one of that name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer.eval())
+
+
+def tell_counts(built: BuiltEncoder) -> None:
+    """Say what is other than asked: layers in another format, read as float, or not run by the kernel that was named.
+
+    Raises:
+        BackendError: when the named kernel runs none.
+    """
+    chosen = [plan for plan in built.plans if plan.keep_float is None]
+    where = built.weights.where
+    if built.to is not None:
+        others = Counter(f"{plan.rounding}: {plan.outlier_why_not}" for plan in chosen if plan.outlier_why_not)
+        if others:
+            log.warning("%s: %d layers cannot be %s: %s", where, others.total(), built.to.name, listed(others))
+        words = [(built.weights.format_of(source_of(built.layout.parts[plan.name + WEIGHT]) or ""), plan.rounding) for plan in chosen]
+        again = Counter(word for word, now in words if word not in ("", now))
+        if again:
+            log.warning("%s: quantized layers are rounded once more, from what they stand for: %s", where, listed(again))
+    floats = Counter(plan.keep_float for plan in built.plans if plan.keep_float and "read as float" in plan.keep_float)
+    if floats:
+        log.warning("%s: %d quantized layers are floats in memory: %s", where, floats.total(), listed(floats))
+    if built.kernels.word == SCALED_MM:
+        whys = [scaled_mm_refuses(weight, built.kernels.device) for weight in coded_weights(built)]
+        refused = Counter(why for why in whys if why is not None)
+        if refused and refused.total() == len(whys):
+            raise BackendError(f"clip.kernel_backend={SCALED_MM} can run none of the layers of {where}: {listed(refused)}; choose auto")
+        if refused:
+            log.warning("clip.kernel_backend=%s: %d layers of %s are dequantized: %s", SCALED_MM, refused.total(), where, listed(refused))
+
+
+def coded_weights(built: BuiltEncoder) -> list[CodedWeight]:
+    """Of the layers that multiply codes as floats or as fp8."""
+    return [module.coded for module in built.module.modules() if isinstance(module, CodedLinear)]
+
+
+def block_of(weight: CodedWeight) -> int:
+    """Columns that share scales, of a weight with several scales in a row."""
+    assert weight.scale is not None
+    return scale_blocks(weight.qdata.shape, weight.scale.shape, weight.block or None)[1]
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """`3 × this, 1 × that`."""
+    return ", ".join(f"{n} × {what}" for what, n in counts.items())

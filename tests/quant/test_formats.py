@@ -1,0 +1,408 @@
+"""Formats of weights: every code and scale as the definitions say, worked out here once more in NumPy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import randn
+from torch import Tensor
+
+from int8run.errors import ConfigError
+from int8run.kernels.dequantize.reference import swizzled_offsets
+from int8run.quant import formats
+from int8run.quant.coded import CodedWeight
+from int8run.quant.formats import FORMATS, Format, format_for, swizzled
+from int8run.quant.weight import quantize_weight
+
+WRITTEN = [form for form in FORMATS.values() if not form.read_only]
+F32 = np.float32
+# the magnitudes that codes stand for, in the order of the codes
+INT8 = np.arange(128.0)
+E4M3 = np.array([m * 2.0**-9 if e == 0 else (8 + m) * 2.0 ** (e - 10) for e in range(16) for m in range(8)][:-1])  # 0x7F is NaN
+E5M2 = np.array([m * 2.0**-16 if e == 0 else (4 + m) * 2.0 ** (e - 17) for e in range(31) for m in range(4)])
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+MAGNITUDES = {torch.int8: INT8, torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
+
+# -- the definitions ----------------------------------------------------------------------------------------------------
+
+
+def nearest(x, magnitudes):
+    """Code and sign of the nearest numbers; of two as near the one with the even code. x: float32, taken as exact."""
+    size = np.minimum(np.abs(x.astype(np.float64)), magnitudes[-1])
+    above = np.searchsorted(magnitudes, size)
+    below = np.maximum(above - 1, 0)
+    up, down = magnitudes[above] - size, size - magnitudes[below]
+    code = np.where((up < down) | ((up == down) & (above % 2 == 0)), above, below)
+    return code.astype(np.uint8), np.signbit(x).astype(np.uint8)
+
+
+def absmax(w, height, width):
+    """Of each block, and which block each number is in."""
+    n, k = np.arange(w.shape[0])[:, None] // height, np.arange(w.shape[1])[None] // width
+    largest = np.zeros((w.shape[0] // height, w.shape[1] // width), F32)
+    np.maximum.at(largest, (n, k), np.abs(w))
+    return largest, (n, k)
+
+
+def in_tiles(scale):
+    """Bytes in cuBLAS's layout, by the published offsets; the rest is 0."""
+    rows, columns = math.ceil(scale.shape[0] / 128) * 128, math.ceil(scale.shape[1] / 4) * 4
+    tiles = np.zeros(rows * columns, np.uint8)
+    for r, c in np.ndindex(*scale.shape):
+        tiles[(r // 128 * (columns // 4) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4] = scale[r, c]
+    return tiles.reshape(rows, columns)
+
+
+def expected(form: Format, weight: Tensor):
+    """Codes as bytes, scales (int8 and fp8: float32, else bytes), global scale."""
+    w = weight.double().numpy().astype(F32)
+    n, k = w.shape
+    if form.kind in ("mxfp8", "nvfp4"):
+        multiple = form.block
+        w = np.pad(w, ((0, -n % multiple), (0, -k % multiple)))
+        return (expected_mxfp8 if form.kind == "mxfp8" else expected_nvfp4)(w)
+    magnitudes = MAGNITUDES[form.codes]
+    largest = F32(magnitudes[-1])
+    b = form.block
+    height, width = {"tensor": (n, k), "row": (1, k), "grid": (b, b), "block3d": (1, b), "": (n, k)}[form.granularity]
+    size, where = absmax(w, height, width)
+    if form.codes == torch.int8:
+        scale = np.maximum(size / largest, F32(1e-30))
+    else:
+        scale = np.where(size == 0, F32(1), np.maximum(size / largest, F32(1e-12)))
+    code, sign = nearest(w / scale[where] if form.granularity else w, magnitudes)
+    codes = np.where(sign, -code.astype(np.int8), code.astype(np.int8)).view(np.uint8) if form.codes == torch.int8 else code | sign << 7
+    shape = {
+        "tensor": (), "row": (n, 1) if form.codes == torch.int8 else (n,), "grid": (n // max(b, 1), k // max(b, 1)),
+        "block3d": (n, k // max(b, 1), 1),
+    }  # fmt: skip
+    return codes, scale.reshape(shape[form.granularity]) if form.granularity else None, None
+
+
+def expected_mxfp8(w):
+    size, where = absmax(w, 1, 32)
+    mantissa, exponent = np.frexp((size / F32(448)).astype(np.float64))
+    needed = np.where(mantissa == 0.5, exponent - 1, exponent)  # the least power of 2 that is not smaller
+    stored = np.where(size == 0, 0, np.clip(needed + 127, 0, 254))
+    quotient = w / np.ldexp(F32(1), stored - 127)[where]
+    code, sign = nearest(np.where(size[where] == 0, F32(0), quotient.astype(F32)), E4M3)
+    return code | sign << 7, in_tiles(stored.astype(np.uint8)), None
+
+
+def expected_nvfp4(w):
+    size, where = absmax(w, 1, 16)
+    whole = max(size.max() / F32(2688), F32(1e-30))
+    scale, _ = nearest(size / F32(6) / whole, E4M3)
+    total = (whole * E4M3[scale].astype(F32))[where]
+    quotient = np.divide(w, total, out=np.zeros_like(w), where=total != 0)
+    code, sign = nearest(quotient, E2M1)
+    code |= sign << 3
+    return code[:, ::2] << 4 | code[:, 1::2], in_tiles(scale), whole
+
+
+def check(form: Format, weight: Tensor) -> CodedWeight:
+    """Bit for bit."""
+    made = form.quantize(weight)
+    codes, scale, whole = expected(form, weight)
+    assert made.shape == tuple(weight.shape) and made.qdata.dtype == form.codes and made.kind == form.kind
+    assert tuple(made.qdata.shape) == codes.shape == form.codes_shape(*weight.shape)
+    np.testing.assert_array_equal(made.qdata.view(torch.uint8).numpy(), codes)
+    assert (made.scale is None) == (scale is None) == (form.scale_shape(*weight.shape) is None)
+    if made.scale is not None:
+        assert tuple(made.scale.shape) == scale.shape == form.scale_shape(*weight.shape)
+        held = made.scale.view(torch.uint8) if form.kind in ("mxfp8", "nvfp4") else made.scale
+        assert held.dtype == (torch.uint8 if form.kind in ("mxfp8", "nvfp4") else torch.float32)
+        np.testing.assert_array_equal(held.numpy(), scale)
+        if held.dtype == torch.float32:
+            assert bool((made.scale.isfinite() & (made.scale > 0)).all())
+        # what a piece was cut from is not kept in memory
+        assert made.scale.untyped_storage().nbytes() == made.scale.nbytes
+    assert made.block == (form.block if form.kind in ("int8", "fp8") else 0)
+    assert (made.global_scale is None) == (whole is None)
+    if made.global_scale is not None:
+        assert made.global_scale.shape == () and made.global_scale.item() == whole > 0
+    back = made.dequantize()
+    assert back.shape == weight.shape and back.isfinite().all()
+    return made
+
+
+# -- inputs -------------------------------------------------------------------------------------------------------------
+
+
+def awkward() -> Tensor:
+    """[128, 256]: every eighth row is of another kind, so that blocks of 64 and 128 hold mixtures; the last 64 rows are calm."""
+    w = randn(128, 256)
+    kinds = [
+        torch.zeros(256), -torch.zeros(256), torch.full((256,), -0.3), 1e-36 * randn(256, seed=1), 1e-41 * randn(256, seed=2),
+        1e30 * randn(256, seed=3), torch.linspace(-127, 127, 255).repeat(2)[:256] / 2, torch.arange(256) / 8 - 16,
+    ]  # fmt: skip
+    for i, row in enumerate(kinds):
+        w[8 * i] = row
+    w[33, 7] = 1000  # one huge value
+    w[40, ::3] = -0.0
+    w[64:, :] *= 0.01
+    w[64:, 64:128] = 0  # a block of zeros
+    return w
+
+
+def ties() -> Tensor:
+    """[128, 256] halves between codes: rows whose scale is a power of 2 in int8, fp8 and in blocks."""
+    w = torch.zeros(128, 256)
+    w[:, ::16] = 127
+    w[:64, 1::2] = torch.randint(-127, 127, (64, 128), generator=torch.Generator().manual_seed(0)) + 0.5
+    w[64:96, ::16] = 448
+    halves = torch.tensor((E4M3[1:] + E4M3[:-1]) / 2, dtype=torch.float32)  # 126
+    w[64:96, 1:16], w[64:96, 17:32], w[64:96, 33:48] = halves[:15], -halves[15:30], halves[30:45]
+    w[64:96, 129:144], w[64:96, 161:176], w[64:96, 193:208] = halves[90:105], -halves[105:120], halves[106:121]
+    w[96:, ::16] = 6
+    w[96:, 1:8], w[96:, 17:24] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5]), -torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5])
+    w[96, 0] = 2688  # the global scale of nvfp4 is 1 then
+    return w
+
+
+def small_blocks() -> Tensor:
+    """[32, 64]: blocks whose scales in nvfp4 are of its smallest, which are rounded by up to a half of themselves."""
+    w = randn(32, 64, seed=13).clamp(-1, 1) * torch.arange(32)[:, None] / 1000
+    w[:, ::16] = torch.arange(32)[:, None] / 1000
+    w[0, 0] = 2688  # the global scale is 1 then
+    return w
+
+
+INPUTS = {
+    "normal": lambda: randn(128, 256),
+    "awkward": awkward,
+    "ties": ties,
+    "half of the ties": lambda: ties()[:64],
+    "fp4's ties": lambda: ties()[96:],
+    "small blocks": small_blocks,
+    "bfloat16": lambda: randn(128, 256, seed=4).bfloat16(),
+    "half": lambda: randn(128, 256, seed=5).half(),
+    "float64": lambda: randn(128, 256, seed=6).double() / 3,
+    "zeros": lambda: torch.zeros(128, 128),
+    "one column": lambda: randn(35, 1),
+    "one row": lambda: randn(1, 37, seed=1),
+    "one number": lambda: torch.tensor([[-3.0]]),
+    "many tiles": lambda: randn(257, 200, seed=8),
+    "multiples of 64": lambda: randn(192, 320, seed=7),
+    "one block": lambda: randn(128, 128, seed=9),
+    "tiny": lambda: 1e-42 * randn(128, 128, seed=10),
+    "huge": lambda: 3e37 * randn(128, 128, seed=11).clamp(-9, 9),
+    "rows in between": lambda: randn(128, 512, seed=12)[:, ::2].T[:128],
+}
+
+
+@pytest.mark.parametrize("weight", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
+def test_codes_and_scales_are_the_definitions(form: Format, weight) -> None:
+    w = weight()
+    if form.refuse(*w.shape):
+        with pytest.raises(ValueError, match=r"cannot be quantized: .* (them )?divides? "):
+            form.quantize(w)
+        form = format_for(form.name, *w.shape)
+    check(form, w)
+
+
+@pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
+def test_pieces_change_nothing(form: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = randn(384, 256, seed=3)
+    whole = form.quantize(w)
+    for numbers in (1, 100_000):
+        monkeypatch.setattr(formats, "WORKING_NUMBERS", numbers)
+        made = form.quantize(w)
+        assert torch.equal(made.qdata.view(torch.uint8), whole.qdata.view(torch.uint8))
+        assert made.scale is None or torch.equal(made.scale.float(), whole.scale.float())
+
+
+def test_pieces_are_small_and_whole_blocks() -> None:
+    sizes = [len(piece) for piece in formats.pieces(torch.empty(1000, 10240, device="meta"), 128)]
+    assert sizes == [128] * 7 + [104]
+    assert max(len(piece) for piece in formats.pieces(torch.empty(10**4, 1024, device="meta"), 1)) == 1024
+
+
+@pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
+def test_the_weight_itself_stays_as_it_is(form: Format) -> None:
+    w = torch.nn.Parameter(randn(128, 128))
+    before = w.detach().clone()
+    made = form.quantize(w)
+    assert torch.equal(w, before) and not made.qdata.requires_grad and (made.scale is None or not made.scale.requires_grad)
+
+
+@pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused(form: Format, wrong: float) -> None:
+    w = randn(128, 128)
+    w[77, 3] = wrong
+    with pytest.raises(ValueError, match=r"\[128, 128\] with NaN or infinity cannot be quantized"):
+        form.quantize(w)
+
+
+def test_an_empty_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a weight \[0, 128\] cannot be quantized: it is empty"):
+        FORMATS["mxfp8"].quantize(torch.empty(0, 128))
+
+
+# -- published vectors --------------------------------------------------------------------------------------------------
+
+
+def test_int8_row() -> None:
+    made = FORMATS["int8_rowwise"].quantize(torch.tensor([[1, -2, 0.5, 0]]))
+    assert made.qdata.tolist() == [[64, -127, 32, 0]] and made.scale.tolist() == [[torch.tensor(2 / 127).item()]]
+
+
+def test_nvfp4_byte() -> None:
+    """1 and -6 are 0x2F: with a block maximum of 6, block scale 448 and global scale 1 / 448."""
+    w = torch.zeros(16, 16)
+    w[0, :2] = torch.tensor([1.0, -6.0])
+    made = FORMATS["nvfp4"].quantize(w)
+    assert made.qdata[0, 0].item() == 0x2F and not made.qdata[1:].any()
+    assert made.scale[0, 0].item() == 448 and made.global_scale.item() == torch.tensor(6 / 2688).item()
+    assert made.high_first and made.swizzled
+
+
+def test_mxfp8_exponent() -> None:
+    """448 * 2**-7 needs the exponent 120."""
+    w = torch.full((32, 32), 448 / 128)
+    made = FORMATS["mxfp8"].quantize(w)
+    assert made.scale[0, 0].item() == 120 and made.scale.dtype == torch.uint8 and made.qdata[0, 0].item() == 448
+    assert torch.equal(made.dequantize(), w)
+
+
+def test_just_above_a_power_of_2_the_exponent_is_that_of_the_power() -> None:
+    """The logarithm is rounded; what does not fit is the largest code, wrong by less than a millionth."""
+    w = torch.full((32, 32), 448 / 128)
+    w[0, 0] = w[0, 0].nextafter(torch.tensor(9.0))
+    made = FORMATS["mxfp8"].quantize(w)
+    assert made.scale[0, 0].item() == 120 and made.qdata[0, 0].item() == 448
+    w[0, 0] *= 1 + 2.0**-8
+    assert FORMATS["mxfp8"].quantize(w).scale[0, 0].item() == 121
+
+
+PLACES = {(0, 0): 0, (0, 3): 3, (1, 0): 16, (32, 0): 4, (64, 0): 8, (96, 0): 12, (0, 4): 512, (128, 0): 6144}
+
+
+@pytest.mark.parametrize(("place", "offset"), PLACES.items())
+def test_where_a_scale_lies(place: tuple[int, int], offset: int) -> None:
+    scale = torch.zeros(256, 48, dtype=torch.uint8)
+    scale[place] = 1
+    assert swizzled(scale).flatten().nonzero().item() == offset
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (128, 4), (129, 5), (300, 12)])
+def test_tiles_are_those_that_are_read(shape: tuple[int, int]) -> None:
+    scale = torch.randint(1, 256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    tiles = swizzled(scale)
+    assert torch.equal(tiles.flatten()[swizzled_offsets(*shape)], scale) and int((tiles != 0).sum()) == scale.numel()
+
+
+def test_int8_rows_are_those_of_the_denoisers() -> None:
+    w = awkward()
+    made, other = FORMATS["int8_rowwise"].quantize(w), quantize_weight(w)
+    assert torch.equal(made.qdata, other.qdata) and torch.equal(made.scale, other.scale)
+
+
+def test_a_cast_of_what_is_too_large_is_the_largest_number() -> None:
+    w = torch.tensor([[1e9, -1e9, 464, 500, -460, 3.3]])
+    assert FORMATS["float8_e4m3fn_cast"].quantize(w).qdata.float().tolist() == [[448, -448, 448, 448, -448, 3.25]]
+    assert FORMATS["float8_e5m2_cast"].quantize(w).qdata.float().tolist() == [[57344, -57344, 448, 512, -448, 3.5]]
+
+
+# -- comfy-kitchen ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kitchen():
+    return pytest.importorskip("comfy_kitchen")
+
+
+# comfy-kitchen divides 0 by 0 where a block is below the smallest exponent, and of a weight of zeros
+KITCHEN_INPUTS = {name: make for name, make in INPUTS.items() if name not in ("tiny", "zeros")}
+
+
+@pytest.mark.parametrize("weight", KITCHEN_INPUTS.values(), ids=KITCHEN_INPUTS)
+def test_blocks_are_comfy_kitchens(kitchen, weight) -> None:
+    w = weight().float()
+    w[w.abs() < 1e-35] = 0
+    made = FORMATS["mxfp8"].quantize(w)
+    codes, scale = kitchen.quantize_mxfp8(w, pad_32x=True)
+    assert torch.equal(made.qdata.view(torch.uint8), codes.view(torch.uint8)) and torch.equal(made.scale, scale.view(torch.uint8))
+    made = FORMATS["nvfp4"].quantize(w)
+    codes, params = kitchen.tensor.TensorCoreNVFP4Layout.quantize(w)
+    assert torch.equal(made.qdata, codes) and torch.equal(made.global_scale, params.scale)
+    assert torch.equal(made.scale.view(torch.uint8), params.block_scale.view(torch.uint8))
+
+
+@pytest.mark.parametrize("weight", INPUTS.values(), ids=INPUTS)
+def test_int8_is_comfy_kitchens(kitchen, weight) -> None:
+    w = weight().float()
+    for name, function in {"int8_tensorwise": "quantize_int8_tensorwise", "int8_rowwise": "quantize_int8_rowwise"}.items():
+        made = FORMATS[name].quantize(w)
+        codes, scale = getattr(kitchen, function)(w)
+        assert torch.equal(made.qdata, codes) and torch.equal(made.scale, scale.reshape(made.scale.shape))
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_fp8_is_comfy_kitchens_but_for_its_rounded_reciprocal(kitchen, name: str) -> None:
+    w = randn(512, 512)
+    made = FORMATS[name].quantize(w)
+    codes = kitchen.quantize_per_tensor_fp8(w, made.scale, made.qdata.dtype)
+    other = codes.view(torch.uint8) != made.qdata.view(torch.uint8)
+    assert other.float().mean() < 1e-4
+    assert ((codes.float() - made.qdata.float()).abs() <= 0.26 * made.qdata.float().abs()).all()
+
+
+# -- which format for which shape ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "taken", "reason"),
+    [
+        ("int8_blockwise", (256, 384), "int8_blockwise", ""),
+        ("int8_blockwise", (256, 192), "int8_rowwise", "int8_blockwise has blocks of 128 x 128; they do not divide 256 x 192"),
+        ("int8_blockwise", (192, 256), "int8_rowwise", "int8_blockwise has blocks of 128 x 128; they do not divide 192 x 256"),
+        ("int8_block3d", (3, 256), "int8_block3d", ""),
+        ("int8_block3d", (256, 192), "int8_rowwise", "int8_block3d has blocks of 128 columns; they do not divide 192"),
+        ("float8_e4m3fn_blockwise", (64, 192), "float8_e4m3fn_blockwise", ""),
+        ("float8_e4m3fn_blockwise", (64, 32), "float8_e4m3fn_rowwise", "has blocks of 64 x 64; they do not divide 64 x 32"),
+        ("float8_e4m3fn_block3d", (5, 192), "float8_e4m3fn_block3d", ""),
+        ("float8_e4m3fn_block3d", (64, 32), "float8_e4m3fn_rowwise", "has blocks of 64 columns; they do not divide 32"),
+        ("int8_convrot", (3, 48), "int8_convrot", ""),
+        ("int8_convrot", (16, 40), "int8_rowwise", "int8_convrot rotates groups of 256, 64, 16 columns; none of them divides 40"),
+        ("mxfp8", (3, 5), "mxfp8", ""),
+        ("nvfp4", (3, 5), "nvfp4", ""),
+        ("int8_tensorwise", (3, 5), "int8_tensorwise", ""),
+    ],
+)
+def test_who_takes_a_shape(name: str, shape: tuple[int, int], taken: str, reason: str) -> None:
+    assert format_for(name, *shape) is FORMATS[taken]
+    said = FORMATS[name].refuse(*shape)
+    assert (said is None) == (not reason) and reason in (said or "")
+
+
+@pytest.mark.parametrize(("columns", "group"), [(4096, 256), (2560, 256), (320, 64), (48, 16), (40, 0), (4, 0)])
+def test_the_group_that_is_rotated(columns: int, group: int) -> None:
+    assert FORMATS["int8_convrot"].rotated_group(columns) == group
+    assert FORMATS["int8_rowwise"].rotated_group(columns) == 0
+
+
+def test_an_unknown_format_is_refused_with_the_choices() -> None:
+    with pytest.raises(
+        ConfigError, match=r"format is 'int8_row'; did you mean 'int8_rowwise'\? choose from float8_e4m3fn, .*nvfp4_modelopt$"
+    ):
+        format_for("int8_row", 4, 4)
+
+
+@pytest.mark.parametrize(("name", "written"), [("nvfp4_modelopt", "nvfp4"), ("mxfp8_rows", "mxfp8")])
+def test_what_is_only_read_is_never_written(name: str, written: str) -> None:
+    assert FORMATS[name].refuse(16, 16) == f"{name} is read and never written" and format_for(name, 16, 16) is FORMATS[written]
+    with pytest.raises(ValueError, match=f"{name} is read and never written"):
+        FORMATS[name].quantize(randn(16, 16))
+
+
+def test_every_name_and_every_substitute_is_in_the_table() -> None:
+    assert all(name == form.name for name, form in FORMATS.items())
+    for form in WRITTEN:
+        other = None if form.otherwise is None else FORMATS[form.otherwise]
+        # the substitute takes every shape
+        assert other is None or (other.codes == form.codes and other.refuse(1, 1) is None)
+        assert other is not None or form.refuse(1, 1) is None

@@ -1,0 +1,505 @@
+"""What a safetensors file of quantized weights stands for, read a second time: in numpy and float64, from the published formats alone.
+
+Nothing of int8run is used here, and no tensor library. A file has one reading or none: where the formats leave two open, or the file
+contradicts itself, `Unreadable` is raised, and a reader that returns numbers for such a file returns noise.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+# dtype of a file -> bits, numpy's word for the bytes
+DTYPES = {
+    "F64": (64, "<f8"), "F32": (32, "<f4"), "F16": (16, "<f2"), "BF16": (16, "<u2"), "I64": (64, "<i8"), "I32": (32, "<i4"),
+    "I16": (16, "<i2"), "I8": (8, "i1"), "U64": (64, "<u8"), "U32": (32, "<u4"), "U16": (16, "<u2"), "U8": (8, "u1"), "BOOL": (8, "u1"),
+    "C64": (64, "<u8"), "F8_E4M3": (8, "u1"), "F8_E5M2": (8, "u1"), "F8_E8M0": (8, "u1"), "F8_E4M3FNUZ": (8, "u1"),
+    "F8_E5M2FNUZ": (8, "u1"), "F6_E2M3": (6, ""), "F6_E3M2": (6, ""), "F4": (4, ""),
+}  # fmt: skip
+FLOATS, FP8 = ("F64", "F32", "F16", "BF16"), ("F8_E4M3", "F8_E5M2")
+SCALES = ("weight_scale", "scale_weight", "weight_scale_inv", "scale", "weight.scale", "weight.weight_scale")
+FACTORS = ("pre_quant_scale", "hadanorm_sigma", "quarot_hadamard")
+QUIP = ("hadamard_quip", "hadamard_size_out", "hadamard_size_in", "sign_row", "sign_col")
+OLD_QUIP = ("quip_s_u", "quip_s_v")
+BESIDE = (*SCALES[:3], *FACTORS, *QUIP, *OLD_QUIP, "weight_scale_2", "weight_scalar", "comfy_quant", "smooth_factors")
+FOREIGN = (
+    "SCB", "weight_format", "absmax", "quant_map", "qweight", "wscales", "_weight_qdata", "weight_zero_point", "weight_global_scale",
+    "weight_s_rel", "weight_s_channel", "weight_zeros", "weight_zero", "weight_proj_down", "proj_down", "smooth_factor", "zero_point",
+    "svd_up", "svd_down", "scale_2",
+)  # fmt: skip
+# format of a marker -> the dtypes that its weight may have
+FORMATS = {
+    **dict.fromkeys(("int8_tensorwise", "int8_axiswise", "int8_blockwise"), ("I8",)),
+    **dict.fromkeys(("float8_e4m3fn", "float8_e5m2"), FP8),
+    **dict.fromkeys((f"float8_e4m3fn_{x}" for x in ("rowwise", "blockwise", "block3d")), FP8),
+    **dict.fromkeys(("mxfp8", "hybrid_mxfp8"), ("F8_E4M3",)),
+    "nvfp4": ("U8",),
+}
+CODES = {0: "float8_e4m3fn", 1: "float8_e4m3fn_rowwise", 2: "float8_e4m3fn_blockwise", 3: "float8_e4m3fn_block3d", 10: "int8_blockwise"}
+TURNED = "rows of a weight that is stored as [in, out]"
+WORDS = ("float8_e5m2", *(f"float8_e4m3fn{x}" for x in ("", "_rowwise", "_blockwise", "_block3d")))
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+class Unreadable(Exception):  # noqa: N818
+    """No reading of the file follows from the formats."""
+
+
+class Tensor(NamedTuple):
+    """As it lies in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    @property
+    def one(self) -> bool:
+        """Whether it is one number."""
+        return math.prod(self.shape) == 1
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A weight.
+
+    Args:
+        weight: float64 [N, K] with the file's padding.
+        word: of the format, as settings call it; empty where they have none.
+        products: factors of each number that are rounded one after the other in float32; 1: a reader is exact to the last bit.
+    """
+
+    weight: Array
+    word: str
+    products: int = 1
+
+
+# -- the container ------------------------------------------------------------------------------------------------------
+
+
+def tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file that keeps the container's rules."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    need(len(raw) >= 8 and 2 <= length <= len(raw) - 8, "the header's length")
+    try:
+        header = json.loads(raw[8 : 8 + length], object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable("the header is no JSON") from error
+    need(isinstance(header, dict), "the header is no object")
+    metadata = header.pop("__metadata__", {})
+    need(isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values()), "metadata")
+    found, data, end = {}, raw[8 + length :], 0
+    for entry in header.values():
+        need(isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= set(entry), "an entry")
+        need(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES, "a dtype")
+        need(whole(entry["shape"]) and whole(entry["data_offsets"]) and len(entry["data_offsets"]) == 2, "a shape or offsets")
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        need(start == end and stop >= start, f"offsets of {key}")
+        need(DTYPES[entry["dtype"]][0] * math.prod(entry["shape"]) == 8 * (stop - start), f"bytes of {key}")
+        found[key], end = Tensor(entry["dtype"], tuple(entry["shape"]), data[start:stop]), stop
+    need(end == len(data), "bytes at the end")
+    return found, metadata
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different."""
+    need(len(dict(pairs)) == len(pairs), "a key twice")
+    return dict(pairs)
+
+
+def whole(numbers: object) -> bool:
+    """Whether these are sizes."""
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+
+
+def need(true: object, what: str) -> None:
+    """Raise Unreadable unless it is true."""
+    if not true:
+        raise Unreadable(what)
+
+
+# -- numbers ------------------------------------------------------------------------------------------------------------
+
+
+def fp8_table(exponent_bits: int, finite: bool) -> Array:
+    """The values of all bytes: sign, exponent, mantissa. finite: e4m3fn, whose only NaN is all ones; else with infinities."""
+    mantissa_bits = 7 - exponent_bits
+    bias, top = 2 ** (exponent_bits - 1) - 1, 2**exponent_bits - 1
+    values = np.zeros(256)
+    for byte in range(128):
+        exponent, mantissa = divmod(byte, 2**mantissa_bits)
+        if exponent == 0:
+            values[byte] = mantissa * 2.0 ** (1 - bias - mantissa_bits)
+        else:
+            values[byte] = (1 + mantissa / 2**mantissa_bits) * 2.0 ** (exponent - bias)
+        if exponent == top and not finite:
+            values[byte] = np.nan if mantissa else np.inf
+    if finite:
+        values[127] = np.nan
+    values[128:] = -values[:128]
+    return values
+
+
+TABLES = {
+    "F8_E4M3": fp8_table(4, True),
+    "F8_E5M2": fp8_table(5, False),
+    "F8_E8M0": np.append(2.0 ** (np.arange(255) - 127.0), np.nan),
+}
+
+
+def numbers(tensor: Tensor) -> Array:
+    """A tensor as float64."""
+    need(DTYPES[tensor.dtype][1], f"numbers of {tensor.dtype}")
+    stored = np.frombuffer(tensor.data, DTYPES[tensor.dtype][1])
+    if tensor.dtype in TABLES:
+        values = TABLES[tensor.dtype][stored]
+    else:
+        single = (stored.astype("<u4") << 16).view("<f4") if tensor.dtype == "BF16" else stored
+        with np.errstate(invalid="ignore"):
+            values = single.astype(np.float64)
+    return values.reshape(tensor.shape)
+
+
+def positive(tensor: Tensor, what: str) -> Array:
+    """Scales: floats, finite and above 0, also as float32, in which everybody multiplies."""
+    need(tensor.dtype in FLOATS, f"{what} is {tensor.dtype}")
+    values = numbers(tensor)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        single = values.astype(np.float32)
+    need(np.isfinite(single).all() and (single > 0).all(), f"{what} is not finite and above 0")
+    return single.astype(np.float64)
+
+
+def hadamard(size: int, sylvester: bool) -> Array:
+    """Orthonormal; regular of a power of 4, or Sylvester's."""
+    base = np.array([[1, 1], [1, -1]]) if sylvester else 1 - 2 * np.eye(4)[::-1]
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.kron(matrix, base)
+    need(len(matrix) == size, f"a Hadamard matrix of {size}")
+    return matrix / size**0.5
+
+
+def rows_of(buffer: NDArray[np.uint8], rows: int, columns: int) -> NDArray[np.uint8]:
+    """Block scales out of cuBLAS's tiles of 128 x 4, in which four rows of 32 lie beside each other."""
+    high, wide = -(-rows // 128), -(-columns // 4)
+    tiles = buffer.reshape(high, wide, 32, 4, 4)
+    return tiles.transpose(0, 3, 2, 1, 4).reshape(128 * high, 4 * wide)[:rows, :columns]
+
+
+# -- what the file says -------------------------------------------------------------------------------------------------
+
+
+def json_object(text: bytes) -> dict[str, Any]:
+    """An object, with doubled braces and zeros at its end if need be."""
+    text = text.strip(b"\0 \t\r\n")
+    if text[:2] == b"{{" and text[-2:] == b"}}":
+        text = text[1:-1]
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"no JSON: {text[:40]!r}") from error
+    need(isinstance(found, dict), "no JSON object")
+    return found
+
+
+def flat(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a marker, those in `params` among them."""
+    inner = found.get("params")
+    return {**(inner if isinstance(inner, dict) else {}), **{key: value for key, value in found.items() if key != "params"}}
+
+
+def marker_fields(tensor: Tensor) -> dict[str, Any]:
+    """JSON, or in early files a byte."""
+    need(tensor.dtype == "U8" and len(tensor.shape) == 1 and tensor.data, "a marker's bytes")
+    if b"{" not in tensor.data and tensor.data[0] in CODES:
+        return {"format": CODES[tensor.data[0]]}
+    return flat(json_object(tensor.data))
+
+
+def said(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Fields by layer: the header's, and of what it does not mention the marker's."""
+    found = {key.removesuffix(".comfy_quant"): marker_fields(t) for key, t in tensors.items() if key.endswith(".comfy_quant")}
+    if "_quantization_metadata" in metadata:
+        layers = json_object(metadata["_quantization_metadata"].encode(errors="surrogatepass")).get("layers", {})
+        need(isinstance(layers, dict) and all(isinstance(x, dict) for x in layers.values()), "the header's layers")
+        for name, entry in layers.items():
+            need(f"{name}.weight" in tensors, f"the header describes {name}")
+            header, marker = flat(entry), found.get(name, {})
+            need(not clash(header, marker), f"header and marker of {name}")
+            found[name] = {**marker, **header}
+            if any(fields.get(flag) is True for fields in (header, marker) for flag in ("convrot", "quarot")):
+                found[name]["convrot"] = True
+    for name, fields in found.items():
+        check_fields(name, fields)
+    return found
+
+
+def clash(header: Mapping[str, Any], marker: Mapping[str, Any]) -> bool:
+    """Whether two carriers name different groups."""
+    names = ("convrot_groupsize", "quarot_groupsize")
+    return any(key in header and key in marker and header[key] != marker[key] for key in names)
+
+
+def check_fields(name: str, fields: Mapping[str, Any]) -> None:
+    """Refuse fields of kinds that no writer makes."""
+    need(all(isinstance(fields.get(key, False), bool) for key in ("convrot", "quarot", "per_row")), f"flags of {name}")
+    need(fields.get("format", "") in ("", *FORMATS), f"format of {name}")
+    need(fields.get("num_experts") is None, f"experts of {name}")
+
+
+def group_of(fields: Mapping[str, Any]) -> int:
+    """Columns that were rotated together; 0: none."""
+    if not (fields.get("convrot") or fields.get("quarot")):
+        return 0
+    sizes = {json.dumps(fields[key]) for key in ("convrot_groupsize", "quarot_groupsize") if key in fields} or {"256"}
+    need(len(sizes) == 1, "two groups")
+    size = json.loads(sizes.pop())
+    need(type(size) is int and size >= 2 and size & (size - 1) == 0, f"groups of {size}")
+    return size
+
+
+# -- layers -------------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path, prefix: str = "") -> dict[str, Reading]:
+    """Every matrix of a file, and every fp8 weight, by layer; of an encoder in a larger file those below its prefix.
+
+    Raises:
+        Unreadable
+    """
+    tensors, metadata = tensors_of(path)
+    everything, tensors = tensors, {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    for key, tensor in tensors.items():
+        layer, _, suffix = key.rpartition(".")
+        need(suffix not in FOREIGN, f"{key} is another program's")
+        beside = suffix in BESIDE and not (layer.endswith(".weight") and layer in tensors)
+        need(not beside or f"{layer}.weight" in tensors, f"{key} without its weight")
+        need(tensor.dtype != "I8" or suffix in ("weight", "weight_packed", "hadamard_quip"), f"{key} is I8")
+    need("tensor_names" not in metadata or not any("_weight_qdata" in key for key in tensors), "torchao")
+    need("svdquant" not in metadata.get("quantization_config", ""), "nunchaku")
+    fields = {name: told for name, told in said(everything, metadata).items() if name.startswith(prefix)}
+    names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
+    refuse_lost(tensors, fields, names)
+    swizzled = {dtype: told_layout(tensors, fields, names, dtype) for dtype in ("U8", "F8_E4M3")}
+    found = {name: reading_of(tensors, name, fields.get(name), swizzled) for name in names}
+    return {name: reading for name, reading in found.items() if reading is not None}
+
+
+def refuse_lost(tensors: Mapping[str, Tensor], fields: Mapping[str, Mapping[str, Any]], names: list[str]) -> None:
+    """Refuse files that lost markers or scales of some layers."""
+    int8 = [name for name in names if tensors[f"{name}.weight"].dtype == "I8"]
+    need(all(name in fields for name in int8) or not any(group_of(fields[name]) for name in int8 if name in fields), "a marker was lost")
+    for mark in (key for key in tensors if key.rpartition(".")[2] == "scaled_fp8"):
+        fp8 = [n for n in names if n.startswith(mark.removesuffix("scaled_fp8")) and tensors[f"{n}.weight"].dtype in FP8]
+        need(not fp8 or any(f"{n}.{suffix}" in tensors for n in fp8 for suffix in SCALES), "the scales were lost")
+
+
+def blocks_of(weight: Tensor) -> tuple[int, int]:
+    """Rows and blocks of a row, of nvfp4 and mxfp8."""
+    need(len(weight.shape) == 2 and math.prod(weight.shape), "a weight with blocks is a matrix")
+    rows, columns = weight.shape
+    return rows, -(-2 * columns // 16) if weight.dtype == "U8" else -(-columns // 32)
+
+
+def has_blocks(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a layer's scales are 8 bits wide: nvfp4 and mxfp8."""
+    scale = scale_of(tensors, name)
+    return scale is not None and scale.dtype in ("U8", "F8_E8M0", "F8_E4M3")
+
+
+def told_layout(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], names: list[str], dtype: str) -> set[bool]:
+    """Whether the block scales lie in tiles, as far as markers and shapes tell: of all layers of a kind together."""
+    found = set()
+    for name in names:
+        weight, scale = tensors[f"{name}.weight"], scale_of(tensors, name)
+        if weight.dtype != dtype or scale is None or not has_blocks(tensors, name):
+            continue
+        rows, columns = blocks_of(weight)
+        tiles = scale.shape == (-(-rows // 128) * 128, -(-columns // 4) * 4)
+        plain = scale.shape == (rows, columns)
+        need(tiles or plain, f"the shape of the scales of {name}")
+        if name in fields and fields[name].get("format") in ("nvfp4", "mxfp8", "hybrid_mxfp8"):
+            need(tiles, f"{name} has ComfyUI's marker and scales in rows")
+            found.add(True)
+        elif tiles != plain:
+            found.add(tiles)
+    need(len(found) < 2, "two layouts of block scales in one file")
+    return found
+
+
+def scale_of(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """The one scale of a weight. `scale` and the like are weights of norms as well."""
+    keys = [f"{name}.{suffix}" for suffix in SCALES if f"{name}.{suffix}" in tensors]
+    if tensors[f"{name}.weight"].dtype in FLOATS:
+        keys = [key for key in keys if not key.endswith((".scale", "weight.weight_scale"))]
+    need(len(keys) < 2, f"two scales of {name}")
+    return tensors[keys[0]] if keys else None
+
+
+def reading_of(
+    tensors: Mapping[str, Tensor], name: str, fields: Mapping[str, Any] | None, swizzled: Mapping[str, set[bool]]
+) -> Reading | None:
+    """One weight; None for a float that is no matrix."""
+    weight, scale = tensors[f"{name}.weight"], scale_of(tensors, name)
+    beside = {suffix: tensors[f"{name}.{suffix}"] for suffix in BESIDE if f"{name}.{suffix}" in tensors}
+    if weight.dtype in FLOATS:
+        need(fields is None and not set(beside) - set(SCALES), f"{name} is a float and has a quantized weight's tensors")
+        need(scale is None or (positive(scale, name) == 1).all(), f"{name} is a float and has a scale")
+        return Reading(numbers(weight), "") if len(weight.shape) == 2 else None
+    word = (fields or {}).get("format", "")
+    need(not word or weight.dtype in FORMATS[word], f"{name} has another kind's marker")
+    need(fields is None or word or weight.dtype == "I8", f"{name}'s marker names no format")
+    if weight.dtype == "I8":
+        return int8(weight, scale, beside, fields or {})
+    need(weight.dtype in (*FP8, "U8"), f"{name} is {weight.dtype}")
+    need(not group_of(fields or {}), f"{name} is rotated and not int8")
+    need(not set(beside) & {*QUIP, *OLD_QUIP, *FACTORS[1:], "smooth_factors"}, f"{name} has another kind's tensors")
+    if weight.dtype == "U8":
+        read = nvfp4(weight, scale, beside, swizzled["U8"])
+    else:
+        need("weight_scale_2" not in beside, f"{name} has two scales")
+        if scale is not None and scale.dtype in ("U8", "F8_E8M0"):
+            read = mxfp8(weight, scale, swizzled["F8_E4M3"])
+        else:
+            need(word not in ("mxfp8", "hybrid_mxfp8") and "weight_scalar" not in beside, f"{name} is mxfp8 and has no such scale")
+            read = fp8(weight, scale, word)
+    if "pre_quant_scale" not in beside or read is None:
+        return read
+    factor = positive(beside["pre_quant_scale"], "a factor")
+    need(factor.shape == (math.prod(read.weight.shape[1:]),), "a factor's width")
+    return Reading(read.weight * factor.reshape(read.weight.shape[1:]), read.word, 2)
+
+
+def int8(weight: Tensor, scale: Tensor | None, beside: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Reading:
+    """Rows, groups, blocks, rotated or not, and what other programs make of them."""
+    need(scale is not None and len(weight.shape) == 2 and math.prod(weight.shape), "an int8 weight is a matrix and has a scale")
+    need(not {"weight_scale_2", "weight_scalar"} & set(beside), "an int8 weight with a second scale")
+    codes, group = numbers(weight), group_of(fields)
+    real, word = scaled(codes, positive(scale, "a scale"), "int8")
+    sylvester = group > 0 and group.bit_length() % 2 == 0
+    if set(beside) & {*QUIP, *OLD_QUIP}:
+        need(not group and not set(beside) & set(FACTORS), "transformed twice")
+        real = unquip(real, beside)
+        return Reading(real, "", 99)
+    need("quarot_hadamard" not in beside or not group, "rotated twice")
+    if "quarot_hadamard" in beside:
+        matrix = numbers(beside["quarot_hadamard"])
+        group, sylvester = len(matrix) if matrix.ndim == 2 else 0, True
+        need(matrix.shape == (group, group) and group & (group - 1) == 0 and group > 1, "a matrix")
+        if not np.allclose(matrix, hadamard(group, True), atol=0.02 / group**0.5):
+            sylvester = False
+            need(group.bit_length() % 2 == 1 and np.allclose(matrix, hadamard(group, False), atol=0.02 / group**0.5), "a Hadamard matrix")
+    if group:
+        need(real.shape[1] % group == 0, f"groups of {group}")
+        matrix = hadamard(group, sylvester)
+        real = np.concatenate([real[:, at : at + group] @ matrix for at in range(0, real.shape[1], group)], axis=1)
+        word = "int8_convrot" if word in ("int8_rowwise", "int8_tensorwise") and not sylvester else ""
+    need(not ({"pre_quant_scale"} < {*beside} & {*FACTORS}), "two kinds of factors")
+    for part, power in (("pre_quant_scale", 1), ("hadanorm_sigma", -1)):
+        if part in beside:
+            factor = positive(beside[part], "a factor")
+            need(factor.shape == (real.shape[1],), "a factor's width")
+            real = real * factor**power
+    word = "int8_rowwise" if word == TURNED else word
+    return Reading(real, word, 99 if group else 1 + len(set(beside) & set(FACTORS)))
+
+
+def unquip(real: Array, beside: Mapping[str, Tensor]) -> Array:
+    """QuIP undone: by signs and Sylvester's matrices, or in the older form by vectors or matrices."""
+    new, old = set(beside) & set(QUIP), set(beside) & set(OLD_QUIP)
+    need((len(new) == len(QUIP) and not old) or (len(old) == 2 and not new), "a part of QuIP is missing")
+    (n, k) = real.shape
+    if new:
+        sizes = [numbers(beside[part]) for part in QUIP[1:3]]
+        signs = [numbers(beside[part]) for part in QUIP[3:]]
+        need([x.tolist() for x in sizes] == [n, k], "QuIP's sizes")
+        need([x.shape for x in signs] == [(n,), (k,)] and all((abs(x) == 1).all() for x in signs), "QuIP's signs")
+        real = signs[0][:, None] * (hadamard(n, True) @ real @ hadamard(k, True)) * signs[1]
+    else:
+        u, v = (numbers(beside[part]) for part in OLD_QUIP)
+        need(u.shape in ((n,), (n, n)) and v.shape in ((k,), (k, k)) and np.isfinite(u).all() and np.isfinite(v).all(), "QuIP's u and v")
+        real = u[:, None] * real if u.ndim == 1 else u @ real
+        real = real * v if v.ndim == 1 else real @ v.T
+    if "smooth_factors" in beside:
+        factors = positive(beside["smooth_factors"], "a factor")
+        need(factors.ndim == 1 and len(factors) <= k, "a factor's width")
+        real = real[:, : len(factors)] / factors
+    return real
+
+
+def scaled(codes: Array, scale: Array, kind: str) -> tuple[Array, str]:
+    """Codes times scales, told apart by the shapes of the two, and the format's word."""
+    n, k = codes.shape
+    if scale.size == 1:
+        return codes * scale.item(), f"{kind}_tensorwise" if kind == "int8" else kind
+    if scale.shape in ((n,), (n, 1)):
+        return codes * scale.reshape(n, 1), f"{kind}_rowwise"
+    need(0 not in scale.shape, "a scale of no numbers")
+    if scale.ndim == 3 and scale.shape[::2] == (n, 1) and k % scale.shape[1] == 0:
+        return codes * np.repeat(scale[:, :, 0], k // scale.shape[1], axis=1), f"{kind}_block3d"
+    need(scale.ndim == 2, "a scale's shape")
+    a, b = scale.shape
+    if kind == "int8" and (a, b) == (1, k):  # stored as [in, out]
+        return (codes * scale).T, TURNED
+    need(n % a == 0 and k % b == 0, "a scale's shape")
+    need((a == n and b < k) or n // a == k // b > 1, "a scale's shape")
+    word = "" if a == n else f"{kind}_blockwise"
+    return codes * np.repeat(np.repeat(scale, n // a, axis=0), k // b, axis=1), word
+
+
+def fp8(weight: Tensor, scale: Tensor | None, word: str) -> Reading | None:
+    """A plain cast, or times a scale. Weights of convolutions and norms are read as matrices by rows."""
+    if not weight.shape:
+        return None
+    kind = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}[weight.dtype]
+    codes = numbers(weight)
+    if scale is None:
+        need(word in ("", "float8_e4m3fn", "float8_e5m2"), "a scale was lost")
+        return Reading(codes, kind if word else f"{kind}_cast")
+    if codes.ndim == 2:
+        real, found = scaled(codes, positive(scale, "a scale"), kind)
+    else:
+        values, ones = positive(scale, "a scale"), (1,) * (codes.ndim - 1)
+        need(values.size == 1 or values.shape in (codes.shape[:1], (*codes.shape[:1], *ones)), "a scale of no matrix")
+        real = codes * (values.reshape(-1, *ones) if values.size > 1 else values.item())
+        found = kind if values.size == 1 else f"{kind}_rowwise"
+    return Reading(real, found if found in WORDS else "")
+
+
+def mxfp8(weight: Tensor, scale: Tensor, swizzled: set[bool]) -> Reading:
+    """A power of 2 for 32 numbers of a row."""
+    rows, columns = blocks_of(weight)
+    need(weight.dtype == "F8_E4M3" and len(swizzled) == 1, "mxfp8 of an unknown layout")
+    exponents = np.frombuffer(scale.data, "u1")
+    tiles = True in swizzled
+    exponents = rows_of(exponents, rows, columns) if tiles else exponents.reshape(rows, columns)
+    need((exponents != 255).all(), "an exponent that is NaN")
+    spread = np.repeat(2.0 ** (exponents - 127.0), 32, axis=1)[:, : weight.shape[1]]
+    return Reading(numbers(weight) * spread, "mxfp8" if tiles else "mxfp8_rows")
+
+
+def nvfp4(weight: Tensor, scale: Tensor | None, beside: Mapping[str, Tensor], swizzled: set[bool]) -> Reading:
+    """Codes of 4 bits, a scale of 8 bits for 16 numbers of a row, and one for all."""
+    need(scale is not None and "weight_scale_2" in beside and beside["weight_scale_2"].one, "nvfp4 has two scales")
+    need("weight_scalar" not in beside and scale.dtype in ("U8", "F8_E4M3"), "nvfp4 has other scales")
+    rows, columns = blocks_of(weight)
+    need(len(swizzled) == 1, "nvfp4 of an unknown flavour")
+    tiles = True in swizzled
+    stored = np.frombuffer(scale.data, "u1")
+    stored = rows_of(stored, rows, columns) if tiles else stored.reshape(rows, columns)
+    blocks = TABLES["F8_E4M3"][stored]
+    need(np.isfinite(blocks).all() and (blocks >= 0).all(), "a block's scale")
+    packed = np.frombuffer(weight.data, "u1").reshape(weight.shape)
+    halves = (packed >> 4, packed & 15) if tiles else (packed & 15, packed >> 4)
+    codes = np.stack(halves, axis=-1).reshape(rows, -1)
+    spread = np.repeat(blocks, 16, axis=1)[:, : codes.shape[1]]
+    total = positive(beside["weight_scale_2"], "the second scale").item()
+    return Reading(E2M1[codes] * spread * total, "nvfp4" if tiles else "nvfp4_modelopt")
