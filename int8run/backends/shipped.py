@@ -31,12 +31,20 @@ def shipped_backend(name: str) -> Backend:
             settings.setdefault(field, {})[key] = made
         else:
             settings[field] = made
-    return backend_class(settings.pop(TARGET))(**settings)
+    return made_of(settings)
+
+
+def made_of(value: Any) -> Any:
+    """What a mapping with a target stands for, inner ones first; other values as they are."""
+    if not isinstance(value, Mapping):
+        return value
+    settings = {key: made_of(inner) for key, inner in value.items()}
+    return named(settings.pop(TARGET))(**settings) if TARGET in settings else settings
 
 
 def usable_here(device: torch.device) -> list[str]:
     """Names of the backends that can run on this device, as the command line knows them."""
-    return [name for name in sorted(shipped_names()) if not backend_class(read_option(name)[TARGET]).limits.refuse(device)]
+    return [name for name in sorted(shipped_names()) if not named(read_option(name)[TARGET]).limits.refuse(device)]
 
 
 def read_option(name: str) -> Mapping[str, Any]:
@@ -44,7 +52,7 @@ def read_option(name: str) -> Mapping[str, Any]:
     return yaml.safe_load(files("int8run.conf").joinpath("backend", f"{name}.yaml").read_text())
 
 
-def backend_class(target: str) -> Any:
-    """The class that an option names."""
+def named(target: str) -> Any:
+    """The class or function of that name."""
     module, _, name = target.rpartition(".")
     return getattr(importlib.import_module(module), name)

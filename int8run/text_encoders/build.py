@@ -148,27 +148,35 @@ def tell_unused(weights: EncoderWeights, layout: Layout) -> None:
 
 def plan_encoder(skeleton: nn.Module, weights: EncoderWeights, layout: Layout, to: Format | None) -> list[LayerPlan]:
     """What becomes of each Linear and embedding."""
+    layers = {name: m for name, m in skeleton.named_modules() if isinstance(m, nn.Linear | nn.Embedding) and m.weight is not None}
+    usual = Counter(module.weight.dtype for module in layers.values()).most_common(1)
     plans = []
-    for name, module in skeleton.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, nn.Linear | nn.Embedding) or weight is None:
-            continue
-        rows, columns = weight.shape
+    for name, module in layers.items():
+        rows, columns = module.weight.shape
         plan = LayerPlan(name, columns, rows, None)
-        parts = layout.parts[name + WEIGHT]
-        stored = source_of(parts)
+        stored = source_of(layout.parts[name + WEIGHT])
         word = "" if stored is None else weights.format_of(stored)
-        if to is not None and stored is not None and word != to.name:
-            plan_format(plan, module, weights.encoder, stored, to)
-        elif to is not None and stored is None:
+        if module.weight.dtype != usual[0][0]:  # T5's `wo` beside float16, whose range its outputs leave
+            why = f"transformers keeps it in {str(module.weight.dtype).removeprefix('torch.')}"
+            plan.keep_float = f"{word}, read as float: {why}" if word else why
+        elif stored is None:
             plan.keep_float = "several tensors of the file make it"
-        elif not word:
-            plan.keep_float = "float in the file"
-        if word and stored is not None and not plan.rounding:
-            plan.keep_float = None
-            keep_stored(plan, module, word, weights.coded(stored), weights.encoder.wants_table(stored))
+        else:
+            plan_layer(plan, module, weights, stored, to)
         plans.append(plan)
     return plans
+
+
+def plan_layer(plan: LayerPlan, module: nn.Module, weights: EncoderWeights, stored: str, to: Format | None) -> None:
+    """A layer that is one tensor of the source."""
+    word = weights.format_of(stored)
+    if to is not None and word != to.name:
+        plan_format(plan, module, weights.encoder, stored, to)
+    elif not word:
+        plan.keep_float = "float in the file"
+    if word and not plan.rounding:  # quantized in the source, and nothing else is wanted
+        plan.keep_float = None
+        keep_stored(plan, module, word, weights.coded(stored), weights.encoder.wants_table(stored))
 
 
 def source_of(parts: tuple[Part, ...]) -> str | None:
@@ -195,7 +203,7 @@ def keep_stored(plan: LayerPlan, module: nn.Module, word: str, layer: CodedLayer
 
 def plan_format(plan: LayerPlan, module: nn.Module, encoder: Encoder, stored: str, to: Format) -> None:
     """A float weight on its way to a format."""
-    why = encoder.why_float(stored)
+    why = encoder.why_float(stored, to.name)
     if why is not None or type(module) is not nn.Linear:
         plan.keep_float = why or f"a {type(module).__name__}"
         return

@@ -28,7 +28,7 @@ from torch import nn
 
 from int8run.errors import ConfigError, FileError, suggest
 from int8run.models.detect import among, denoiser_of
-from int8run.models.family import KeepRule, row_of, shipped_families
+from int8run.models.family import row_of, shipped_families
 from int8run.models.layout import Layout, Part, Shape, denoiser_keys, meaning, to_model, why_dropped
 from int8run.models.native import Names, names_of
 
@@ -91,6 +91,21 @@ class Spare:
 
 
 @dataclass(frozen=True)
+class FloatRule:
+    """Layers that stay float when weights are quantized here.
+
+    Args:
+        pattern: fnmatch pattern of canonical layer names.
+        why: the reason, for people.
+        formats: in which they do; none: in all.
+    """
+
+    pattern: str
+    why: str
+    formats: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Variant:
     """What of a configuration depends on sizes.
 
@@ -104,7 +119,7 @@ class Variant:
 
 
 # fields of an encoder that are rows of a table, and what a row is
-ROWS: Mapping[str, type] = {"fingerprints": Mark, "float_layers": KeepRule, "spare": Spare, "variants": Variant}
+ROWS: Mapping[str, type] = {"fingerprints": Mark, "float_layers": FloatRule, "spare": Spare, "variants": Variant}
 
 
 @dataclass(frozen=True)
@@ -129,7 +144,7 @@ class Encoder:
     name: str
     classes: Sequence[str] = ()
     fingerprints: Sequence[Mark] = ()
-    float_layers: Sequence[KeepRule] = ()
+    float_layers: Sequence[FloatRule] = ()
     tables: Sequence[str] = ()
     spare: Sequence[Spare] = ()
     twins: Mapping[str, str] = field(default_factory=dict)
@@ -158,14 +173,16 @@ class Encoder:
         name = self.canonical(f"{layer}.weight")[0].key.removesuffix(".weight")
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.tables)
 
-    def why_float(self, layer: str) -> str | None:
+    def why_float(self, layer: str, form: str) -> str | None:
         """The reason why a layer stays float, or None when it is quantized.
 
         Args:
             layer: its name in a file or in the model, without `.weight`.
+            form: the format of `clip=`.
         """
         names = [part.key.removesuffix(".weight") for part in self.canonical(f"{layer}.weight")]
-        return next((rule.why for rule in self.float_layers if any(fnmatch.fnmatchcase(name, rule.pattern) for name in names)), None)
+        rules = [rule for rule in self.float_layers if not rule.formats or form in rule.formats]
+        return next((rule.why for rule in rules if any(fnmatch.fnmatchcase(name, rule.pattern) for name in names)), None)
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def fields_of(draft: Draft, layer: str) -> dict[str, Any]:
     stored = draft.file.tensors.get(f"{layer}.comfy_quant")
     try:
         found = json.loads(stored.data) if stored else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         found = {}
     return found if isinstance(found, dict) else {}
 
@@ -284,6 +284,24 @@ def shifted(draft: Draft, chance: Random) -> None:
     draft.entries.append(change)
 
 
+def shared(draft: Draft, chance: Random) -> None:
+    """Two tensors on the same bytes."""
+    if (key := draft.key(chance)) and (other := draft.key(chance)) and key != other:
+        draft.file.tensors[key] = draft.file.tensors[other]._replace(data=b"")
+
+        def point(header: dict[str, Any]) -> None:
+            if key in header and other in header:
+                header[key]["data_offsets"] = header[other]["data_offsets"]
+
+        draft.entries.append(point)
+
+
+def unclaimed(draft: Draft, chance: Random) -> None:
+    """Bytes of no tensor."""
+    if key := draft.key(chance):
+        draft.entries.append(lambda header: header.pop(key, None))
+
+
 def file_bytes(draft: Draft, chance: Random) -> None:
     """Cut off, longer, another length of the header, or another byte of it."""
     cut = chance.choice((0, 1, 7, 8, 9, -1, -4, 100))
@@ -359,5 +377,5 @@ def smoothed(draft: Draft, chance: Random) -> None:
 MUTATIONS: tuple[Callable[[Draft, Random], None], ...] = (
     half_scales, old_names, reshape_scale, marker_field, header_field, smoothed, numbers, swap, drop_scales, same_width, reshape, resize,
     new_suffix, drop, copy_tensor, new_marker, marker_bytes, scale_number, add, header_text, new_layer, swap_any, other_dtype, empty, twice,
-    other_metadata, lying_entry, shifted, file_bytes,
+    other_metadata, lying_entry, shifted, shared, unclaimed, file_bytes,
 )  # fmt: skip

@@ -123,6 +123,14 @@ def test_a_rotation_without_a_size_has_groups_of_256(tmp_path: Path) -> None:
     refused(with_marker(encoder("clip_l", "int8_convrot"), two), tmp_path, "two sizes of rotated groups")
 
 
+@pytest.mark.parametrize("size", [4, 32, 64])
+def test_groups_of_a_power_of_4_are_regular_and_others_are_sylvesters(size: int, tmp_path: Path) -> None:
+    file = encoder("clip_l", "int8_rowwise")  # read as rotated the numbers are others, and the oracle's
+    for layer in file.words:
+        file.text(f"{layer}.comfy_quant", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size})
+    check(file, tmp_path)
+
+
 def test_doubled_braces(tmp_path: Path) -> None:
     file = encoder("clip_l", "int8_convrot", carrier="header")
     file.metadata["_quantization_metadata"] = "{" + file.metadata["_quantization_metadata"] + "}"
@@ -305,6 +313,31 @@ def test_nibbles_that_only_the_user_can_tell(word: str, tmp_path: Path) -> None:
     found = weights_of(path, quant_format=word)
     for layer in (f"{T5}1.DenseReluDense.wi_{x}" for x in (0, 1)):
         assert np.allclose(found[layer], file.real[layer], rtol=1e-6)
+
+
+def test_a_marker_of_comfyui_and_scales_in_rows(tmp_path: Path) -> None:
+    file = encoder("t5", "nvfp4_modelopt")
+    for layer in file.words:
+        file.text(f"{layer}.comfy_quant", {"format": "nvfp4"})
+    refused(file, tmp_path, "lie in tiles, and .* in rows; they contradict each other")
+
+
+def test_a_weight_that_is_stored_turned(tmp_path: Path) -> None:
+    file = encoder("clip_l", "int8_rowwise", carrier="none")
+    for layer in file.words:
+        codes = np.frombuffer(file.tensors[f"{layer}.weight"].data, "i1").reshape(file.tensors[f"{layer}.weight"].shape)
+        file.put(f"{layer}.weight", "I8", codes.T)
+        rescaled(file, layer, (1, len(codes)))
+    check(file, tmp_path)
+    check(file, tmp_path, "reference")
+    assert np.allclose(weights_of(tmp_path / "x.safetensors")[bare(FC1)], file.real[FC1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("word", ["int8_rowwise", "int8_convrot", "float8_e4m3fn", "nvfp4", "mxfp8"])
+def test_factors_of_the_inputs(word: str, tmp_path: Path) -> None:
+    file = encoder("clip_l", word)
+    file.put(f"{Q}.pre_quant_scale", "F32", np.linspace(0.5, 2, 64))
+    check(file, tmp_path)
 
 
 def test_two_flavours_in_one_file(tmp_path: Path) -> None:
