@@ -167,7 +167,10 @@ def fitting(files: Sequence[EncoderFile], there: Mapping[str, Slot], dtype: torc
                 f"clip.path={weights.where} fits {', '.join(opened.component for opened in places)}; say which: "
                 f"'clip.path={{{places[0].component}: FILE}}'"
             )
-        found |= {opened.component: opened for opened in places}
+        for opened in places:
+            if opened.component in found:
+                raise ConfigError(f"clip.path={weights.where} holds two encoders that fit {opened.component}; take a file with one of them")
+            found[opened.component] = opened
     if not found:
         raise ConfigError(f"clip.path={files[0].where} fits none of the model's text encoders: {'; '.join(whys)}")
     return found

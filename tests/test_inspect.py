@@ -8,6 +8,7 @@ import pytest
 import torch
 from cli_process import Command, command_in
 from safetensors.torch import save_file
+from text_encoders.files import File, encoder
 
 from int8run.backends.reference import Reference
 from int8run.inspect_file import inspect_file
@@ -113,6 +114,30 @@ def test_a_file_that_save_wrote(command: Command) -> None:
     assert shown["kind"] == "quantized checkpoint with ComfyUI markers"
     assert shown["dtypes"] in ("3 × F32, 2 × I8, 2 × U8", "3 × F32, 2 × U8, 2 × I8")
     assert any("shipped:tiny" in value for value in shown.values())
+
+
+def test_text_encoders(command: Command) -> None:
+    path = (
+        encoder("t5", words=["int8_convrot", "nvfp4"]).prefixed("text_encoders.t5xxl.transformer.").write(command.folder / "t5.safetensors")
+    )
+    shown = command("task=inspect", f"task.path={path}").out
+    cells = [tuple(cell.strip() for cell in line.split("│")[1:3]) for line in shown.splitlines() if line.startswith("│")]
+    rows = dict(cells)
+    assert rows["text encoder"] == "t5 (T5EncoderModel)" and rows["prefix"] == "text_encoders.t5xxl.transformer."
+    assert rows["to use it"].startswith("clip=auto") and "clip.path=" in shown and "family" not in rows
+    assert rows["kind"] == "quantized checkpoint with ComfyUI markers"
+    layers = " ".join(text for name, text in cells if name in ("layers", ""))
+    assert "4 × int8_tensorwise, row, convrot 16" in layers and "3 × nvfp4" in layers
+
+
+def test_a_checkpoint_with_two_text_encoders_and_a_file_with_none(command: Command) -> None:
+    file = File()
+    for prefix, name in (("clip_l", "clip_l"), ("t5xxl", "t5")):
+        file.tensors |= encoder(name).prefixed(f"text_encoders.{prefix}.transformer.").tensors
+    file.write(command.folder / "m.safetensors")
+    assert command("task=inspect", "task.path=m.safetensors").code == 0
+    save_file({"a.weight": torch.zeros(2, 2)}, command.folder / "n.safetensors")
+    assert "text encoder" not in inspect(command, "n.safetensors")
 
 
 def container(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:

@@ -60,6 +60,10 @@ OTHER_BUILD = {
     "offload": ["metrics.baseline=none", "offload=model"],
     "offload of blocks": ["metrics.baseline=none", "offload=group"],
     "a base": ["model.base=elsewhere"],
+    "text encoders": ["clip=int8_rowwise"],
+    "their kernels": ["clip=nvfp4", "clip.kernel_backend=dequantize"],
+    "a text encoder's file": ["clip=auto", "clip.path=a.safetensors"],
+    "text encoders alone": ["clip=nvfp4", "int8.enable=false"],
 }
 
 
@@ -152,8 +156,8 @@ def test_an_option_is_not_overwritten_by_a_value_of_the_same_name():
 # -- settings that cannot be together ------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "two models to move": (["offload=model"], r"^offload=model moves one denoiser, and metrics\.baseline=run holds two; set "),
-    "two models to move by blocks": (["offload=group"], r"^offload=group moves one denoiser, .* or none$"),
+    "two models to move": (["offload=model"], r"^offload=model moves one model, and metrics\.baseline=run holds two; set "),
+    "two models to move by blocks": (["offload=group"], r"^offload=group moves one model, .* or none$"),
     "unknown offload": (["offload=disk"], r"^offload is 'disk'; choose from group, model, none$"),
     "unknown baseline": (["metrics.baseline=never"], r"^metrics\.baseline is 'never'; .*choose from cached, none, run$"),
     "a file of another kind": (["save=m.ckpt"], r"^save=m\.ckpt is neither a \.safetensors file nor a folder \(a name "),
@@ -201,7 +205,9 @@ def test_the_float_model_is_not_held_otherwise(overrides):
     assert not make_spec(overrides).needs_float
 
 
-@pytest.mark.parametrize("override", ["offload=model", "cache.limit_gb=3", "outlier=convrot", "save=m.safetensors", "backend=reference"])
+@pytest.mark.parametrize(
+    "override", ["offload=model", "cache.limit_gb=3", "outlier=convrot", "save=m.safetensors", "backend=reference", "clip=nvfp4"]
+)
 def test_what_the_float_model_draws_does_not_depend_on_int8(override):
     words = ["metrics.baseline=cached"]
     assert make_spec([*words, override]).float_key == make_spec(words).float_key
@@ -212,3 +218,21 @@ def test_what_the_float_model_draws_does_not_depend_on_int8(override):
 )
 def test_what_the_float_model_draws_depends_on_the_rest(override):
     assert make_spec([override]).float_key != make_spec([]).float_key
+
+
+@pytest.mark.parametrize(("overrides", "held"), [
+    ([], True), (["clip=auto", "metrics.baseline=none"], True), (["clip=nvfp4"], True), (["clip=nvfp4", "metrics.baseline=none"], False),
+    (["clip=nvfp4", "metrics.baseline=cached"], False), (["clip=nvfp4", "metrics.baseline=none", "outlier=smoothquant"], True),
+    (["clip=auto", "clip.path=a.safetensors", "metrics.baseline=none", "int8.enable=false"], False),
+])  # fmt: skip
+def test_float_text_encoders_are_held_where_somebody_reads_with_them(overrides, held):
+    assert make_spec(overrides).needs_float_encoders == held
+
+
+@pytest.mark.parametrize(("overrides", "candidate"), [
+    ([], "int8"), (["clip=nvfp4"], "int8"), (["int8.enable=false"], "float"), (["int8.enable=false", "clip=auto"], "float"),
+    (["int8.enable=false", "clip=nvfp4"], "clip"), (["int8.enable=false", "clip=auto", "clip.path=a.safetensors"], "clip"),
+])  # fmt: skip
+def test_what_is_compared_with_the_float_model(overrides, candidate):
+    spec = make_spec(overrides)
+    assert spec.candidate == candidate and spec.differs == (candidate != "float")

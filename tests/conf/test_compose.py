@@ -142,6 +142,8 @@ def test_help_names_every_option_with_its_description(group):
     assert set(rows) == {name for g, name in OPTIONS if g == group}
     for name, row in rows.items():
         assert row.endswith(f" {first_comment(CONF / group / f'{name}.yaml')}")
+    starts = {row.index(f" {first_comment(CONF / group / f'{name}.yaml')}") for name, row in rows.items()}
+    assert len(starts) == 1, "all descriptions begin in one column"
     default = next(d[group] for d in ROOT["defaults"] if group in d)
     assert section[0].split()[1] == default, "the default comes first"
 

@@ -155,6 +155,21 @@ def test_equal_prompts_are_encoded_once_until_the_encoders_change(clock: list[fl
     assert pipe.encode_prompt(["a"], scale=1.0) is not first and len(pipe.encoded) == 4
 
 
+def test_text_encoders_in_turn_have_their_own_answers(clock: list[float]) -> None:
+    pipe = Pipe(clock)
+    texts = TextCache.of(pipe)
+    first = pipe.encode_prompt(["a"])
+    texts.which = "other"
+    second = pipe.encode_prompt(["a"])
+    assert second is not first and pipe.encode_prompt(["a"]) is second and len(pipe.encoded) == 2
+    texts.which = ""
+    assert pipe.encode_prompt(["a"]) is first and len(pipe.encoded) == 2
+    texts.clear()
+    texts.which = "other"
+    pipe.encode_prompt(["a"])
+    assert len(pipe.encoded) == 3, "clear forgets both"
+
+
 def test_the_order_of_named_arguments_has_no_say() -> None:
     calls: list[dict] = []
     texts = TextCache(lambda **given: calls.append(given), CPU)

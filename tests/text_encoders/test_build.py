@@ -142,7 +142,9 @@ def test_fp8_products_are_for_fp8(mixed: Path, caplog: pytest.LogCaptureFixture)
 
 def test_kernels_for_nothing(tmp_path: Path) -> None:
     path = encoder("t5", "nvfp4").write(tmp_path / "x.safetensors")
-    with pytest.raises(BackendError, match=rf"scaled_mm can run none of the layers of {path}: 7 × scaled_mm takes fp8 weights .* this one is nvfp4"):
+    with pytest.raises(
+        BackendError, match=rf"scaled_mm can run none of the layers of {path}: 7 × scaled_mm takes fp8 weights .* this one is nvfp4"
+    ):
         built(path, "scaled_mm")
     with pytest.raises(BackendError, match=r"backend 'triton' cannot run here: runs on cuda, not on cpu"):
         built(path, "triton")
@@ -208,7 +210,7 @@ def test_a_quantized_table_that_is_looked_at_in_other_ways_is_float_in_memory(tm
 def test_what_is_float_is_there_once(tmp_path: Path) -> None:
     weights, model = opened("t5", "", tmp_path, dtype="F32")
     made = build_encoder(model, weights, FORMATS["nvfp4"], Kernels("dequantize", CPU, 8))
-    assert sum(plan.keep_float is None for plan in made.plans) == 6
+    assert sum(plan.keep_float is None for plan in made.plans) == 7
     left = {name for name, part in made.skeleton.named_parameters() if part.is_meta}
     assert left == {f"{plan.name}.weight" for plan in made.plans if plan.keep_float is None}
     assert not any(part.is_meta for part in [*made.module.parameters(), *made.module.buffers()])
@@ -222,7 +224,7 @@ def test_refreshed_layers_are_the_same(tmp_path: Path) -> None:
     made = build_encoder(model, weights, FORMATS["int8_convrot"], Kernels("reference", CPU, 8))
     before, modules = answer(made.module), dict(made.module.named_modules())
     names = [plan.name for plan in made.plans]
-    made.refresh(names[:3] + ["no such layer"])
+    made.refresh([*names[:3], "no such layer"])
     assert torch.equal(answer(made.module), before)
     changed = {name for name, module in made.module.named_modules() if module is not modules[name] and isinstance(module, Int8Linear)}
     assert changed == {plan.name for plan in made.plans[:3] if plan.keep_float is None}

@@ -34,7 +34,7 @@ def test_the_package_gives_both() -> None:
 
 def test_tensors_are_the_files(tmp_path: Path) -> None:
     path = written(encoder("t5", words=WORDS), tmp_path)
-    state, metadata = load_text_encoder(path)
+    state, _ = load_text_encoder(path)
     held = load_file(path)
     markers = {key for key in held if key.endswith(".comfy_quant")}
     assert state.keys() == held.keys() - markers
@@ -77,7 +77,8 @@ def test_casts_beside_scales_are_of_one_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "asked"), [
-    (["int8_rowwise"], "int8_tensorwise"), (["int8_convrot"], "int8_tensorwise"), (["float8_e4m3fn", "float8_e4m3fn_cast"], "float8_e4m3fn"),
+    (["int8_rowwise"], "int8_tensorwise"), (["int8_convrot"], "int8_tensorwise"),
+    (["float8_e4m3fn", "float8_e4m3fn_cast"], "float8_e4m3fn"),
     (["int8_blockwise", "int8_rowwise"], "int8_blockwise"), (["int8_rowwise", "int8_convrot"], "int8_convrot"),
     (["float8_e4m3fn_block3d", "float8_e4m3fn_rowwise"], "float8_e4m3fn_block3d"),
 ])  # fmt: skip
@@ -96,26 +97,40 @@ def test_and_not_the_other_way_round(word: str, asked: str, tmp_path: Path) -> N
         load_text_encoder(written(encoder("t5", word), tmp_path), asked)
 
 
+def test_one_of_two_formats(tmp_path: Path) -> None:
+    path = written(encoder("t5", words=["int8_rowwise", "nvfp4"]), tmp_path)
+    for asked in ("int8_rowwise", "nvfp4"):
+        with pytest.raises(ConfigError, match=f"holds 4 layers int8_rowwise, 3 layers nvfp4, and {asked} was asked for"):
+            load_text_encoder(path, asked)
+
+
 def test_one_encoder_of_a_full_checkpoint(tmp_path: Path) -> None:
-    parts = {"text_encoders.clip_l.transformer.": encoder("clip_l", "int8_rowwise"), "text_encoders.t5xxl.transformer.": encoder("t5", "nvfp4")}
+    parts = {
+        "text_encoders.clip_l.transformer.": encoder("clip_l", "int8_rowwise"),
+        "text_encoders.t5xxl.transformer.": encoder("t5", "nvfp4"),
+    }
     file = File()
     for prefix, part in parts.items():
         file.tensors |= part.prefixed(prefix).tensors
     path = written(file, tmp_path)
-    with pytest.raises(FileError, match=r"several text encoders: .*clip \(text_encoders\.clip_l\.transformer\.\).*say which it is to be: t5 or clip"):
+    with pytest.raises(
+        FileError, match=r"several text encoders: .*clip \(text_encoders\.clip_l\.transformer\.\).*say which it is to be: t5 or clip"
+    ):
         load_text_encoder(path)
     for which, prefix, word in (("clip_l", "clip_l", "int8_rowwise"), ("t5", "t5xxl", "nvfp4"), ("t5xxl", "t5xxl", "nvfp4")):
         state, metadata = load_text_encoder(path, which=which)
         assert metadata["prefix"] == f"text_encoders.{prefix}.transformer." and set(metadata["formats"]) == {word}
         alone, _ = load_text_encoder(encoder("clip_l" if word[0] == "i" else "t5", word).write(tmp_path / "alone.safetensors"))
-        assert state.keys() == alone.keys() and all(torch.equal(state[k].view(torch.uint8), alone[k].view(torch.uint8)) for k in state if state[k].dim())
+        assert state.keys() == alone.keys() and all(
+            torch.equal(state[k].view(torch.uint8), alone[k].view(torch.uint8)) for k in state if state[k].dim()
+        )
 
 
 def test_words_that_are_none(tmp_path: Path) -> None:
     path = written(encoder("t5", "nvfp4"), tmp_path)
-    with pytest.raises(ConfigError, match="kernel_backend is 'cuda'; choose from auto, .*dequantize, .*vnni"):
+    with pytest.raises(ConfigError, match=r"kernel_backend is 'cuda'; choose from auto, .*dequantize, .*vnni"):
         load_text_encoder(path, kernel_backend="cuda")
-    with pytest.raises(ConfigError, match="quant_format is 'int4'; choose from auto, .*nvfp4"):
+    with pytest.raises(ConfigError, match=r"quant_format is 'int4'; choose from auto, .*nvfp4"):
         load_text_encoder(path, "int4")
     state, metadata = load_text_encoder(path)
     with pytest.raises(ConfigError, match="class_name is 'CLIPTextModel'; choose from T5EncoderModel"):
@@ -156,12 +171,14 @@ def test_a_configuration_of_ones_own(tmp_path: Path) -> None:
 def test_pairs_that_do_not_belong_together(tmp_path: Path) -> None:
     state, metadata = load_text_encoder(written(encoder("t5", "int8_rowwise"), tmp_path))
     other, _ = load_text_encoder(encoder("clip_l").write(tmp_path / "y.safetensors"))
-    with pytest.raises(ConfigError, match=r"the metadata describes .*, and the state_dict has no weight of it; pass what was loaded together"):
+    with pytest.raises(
+        ConfigError, match=r"the metadata describes .*, and the state_dict has no weight of it; pass what was loaded together"
+    ):
         build_text_encoder(other, metadata)
     lacking = {key: tensor for key, tensor in state.items() if key != "encoder.final_layer_norm.weight"}
     with pytest.raises(FileError, match=r"1 parameters of the t5 encoder are not there \(first: encoder\.final_layer_norm\.weight\)"):
         build_text_encoder(lacking, metadata)
-    with pytest.raises(ConfigError, match="no text encoder called 't6'; .*choose from .*t5"):
+    with pytest.raises(ConfigError, match=r"no text encoder called 't6'; .*choose from .*t5"):
         build_text_encoder(state, metadata | {"encoder": "t6"})
 
 
