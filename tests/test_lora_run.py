@@ -265,9 +265,9 @@ def test_float_pictures_are_drawn_once_for_equal_settings(
     drew: list[list[str]] = []
     generate = run_module.generate
 
-    def counted(pipe: Any, component: str, denoisers: dict[str, Any], *args: Any) -> Any:
+    def counted(pipe: Any, component: str, denoisers: dict[str, Any], *args: Any, **options: Any) -> Any:
         drew.append(sorted(denoisers))
-        return generate(pipe, component, denoisers, *args)
+        return generate(pipe, component, denoisers, *args, **options)
 
     monkeypatch.setattr(run_module, "generate", counted)
     lora = stack(files["style"])

@@ -990,7 +990,7 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
     "nvfp4 of nobody": (
         lambda: unsure("nvfp4"),
         "1 weights are nvfp4 .first: blocks.0.q. by ComfyUI or by ModelOpt, and neither shapes nor markers tell which; for a text encoder "
-        "set clip=nvfp4 or clip=nvfp4_modelopt (quant_format in a program), else take a file with comfy_quant markers",
+        "set clip=nvfp4 or clip=nvfp4_modelopt .quant_format in a program., else take a file with comfy_quant markers",
     ),
     "mxfp8 of nobody": (lambda: unsure("mxfp8"), "clip=mxfp8 or clip=mxfp8_rows"),
     "mxfp8 of nobody beside nvfp4": (lambda: two_layers(blocks("nvfp4"), unsure("mxfp8")), "1 weights are mxfp8 .first: blocks.1.q. by"),

@@ -237,7 +237,8 @@ def test_no_rows_with_one_scale_for_all():
 
 def test_rows_of_a_transposed_input_are_only_rows():
     layer, x = CodedLinear(layer_of(CASES["int8 rows"]()), torch.float32), randn(2, 3, K)
-    assert torch.equal(layer(x.transpose(0, 1)), layer(x).transpose(0, 1))
+    # products of several threads may differ in their last bits
+    torch.testing.assert_close(layer(x.transpose(0, 1)), layer(x).transpose(0, 1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["int8 rows", "int8 block3d", "e4m3 rows"])

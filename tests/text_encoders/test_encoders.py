@@ -17,6 +17,7 @@ from int8run.errors import ConfigError, FileError
 from int8run.models.family import shipped_families
 from int8run.models.layout import Part
 from int8run.models.native import captures
+from int8run.quant.formats import FORMATS
 from int8run.text_encoders.encoders import (
     Encoder,
     Mark,
@@ -775,8 +776,14 @@ def test_sizes_that_cannot_be_told(name, change, message):
     ],
 )
 def test_what_stays_float(name, layer, why):
-    found = encoder_named(name).why_float(layer)
+    found = encoder_named(name).why_float(layer, "int8_rowwise")
     assert found is None if why is None else why in found
+
+
+@pytest.mark.parametrize("name", ["t5", "umt5", "t5_old"])
+def test_wo_stays_float_where_nothing_takes_its_outliers(name):
+    why = {form: encoder_named(name).why_float("encoder.block.0.layer.1.DenseReluDense.wo", form) for form in FORMATS}
+    assert {form for form in why if why[form]} == {"int8_tensorwise", "int8_rowwise", "int8_blockwise", "int8_block3d"}
 
 
 def test_every_encoder_is_complete():
