@@ -85,6 +85,8 @@ def build(spec: RunSpec, probe: Sequence[Sample], heads: Sequence[Head], progres
     """
     entries = [Entry(h.name, read_lora(h.path), components=a.components) for h, a in zip(heads, spec.lora.adapters, strict=True)]
     if spec.save is not None:
+        if spec.clip.quantizes:
+            log.info("save= holds the denoiser; task=quantize task.component=text_encoder writes a text encoder")
         prepare_folder(spec.save)  # before the work whose result it is to hold
     loaded = load(spec, progress, whole=spec.needs_float)
     pipe, component, denoiser, family = loaded.pipe, loaded.component, loaded.denoiser, loaded.family

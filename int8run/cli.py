@@ -100,10 +100,11 @@ def announce(jobs: int, choices: dict[str, str]) -> None:
     from int8run import __version__
 
     task = choices.get("task", "run")
-    words = " ".join(f"{group}={choices[group]}" for group in ("model", "outlier", "backend", "lora") if group in choices)
+    groups = ("model", "outlier", "backend", "lora", *(["clip"] if choices.get("clip") != "keep" else []))
+    words = " ".join(f"{group}={choices[group]}" for group in groups if group in choices)
     many = f", {jobs} jobs" if jobs > 1 else ""
     said = f": {words}" if task == "run" else ""
-    get_console().print(f"[bold]int8run {__version__}[/bold] {task}{many}{said}", highlight=False)
+    get_console().print(f"[bold]int8run {__version__}[/bold] {task}{many}{said}", highlight=False, soft_wrap=True)
 
 
 def job(config: Any) -> float | None:

@@ -19,7 +19,7 @@ from int8run.models.source import part_folder, read_config, read_index
 from int8run.quant.formats import FORMATS, Format
 from int8run.quantize import LayerPlan
 from int8run.report.terminal import Progress
-from int8run.text_encoders.base import TextEncoders
+from int8run.text_encoders.base import KEEP, TextEncoders
 from int8run.text_encoders.build import BuiltEncoder, Kernels, Merged, build_encoder, fitted
 from int8run.text_encoders.encoders import encoders_in, skeleton
 from int8run.text_encoders.weights import EncoderFile
@@ -104,6 +104,8 @@ def open_encoders(clip: TextEncoders, folder: Path, parts: Mapping[str, Sequence
         FileError: when a file cannot be read.
     """
     if not clip.quantizes:
+        if clip.format != KEEP:
+            log.info("clip=%s without clip.path leaves the text encoders as they are", clip.format)
         return {}
     there = slots(folder, parts)
     if not there:
@@ -120,7 +122,10 @@ def open_encoders(clip: TextEncoders, folder: Path, parts: Mapping[str, Sequence
         return {c: fitting(open_files(path, clip.format), {c: there[c]}, dtype)[c] for c, path in named.items()}
     opened = fitting(open_files(str(clip.path), clip.format), there, dtype)
     others = [component for component in there if component not in opened]
-    log.info("clip.path is %s%s", " and ".join(opened), f"; {', '.join(others)} stay as they are" if others else "")
+    log.info("clip.path is %s%s", " and ".join(opened), f"; not changed: {', '.join(others)}" if others else "")
+    for component, one in opened.items():
+        if not one.weights.counts:
+            log.warning("clip.path=%s: no layer of %s is quantized; it is a float encoder", one.weights.where, component)
     return opened
 
 
@@ -159,7 +164,7 @@ def fitting(files: Sequence[EncoderFile], there: Mapping[str, Slot], dtype: torc
             model = slot.skeleton(dtype)
             why = misfit(weights, slot, model)
             if why:
-                whys.append(f"{weights.encoder.name} is not {component}: {why}")
+                whys.append(f"{component} {why}")
             else:
                 places.append(Opened(component, model, weights, None))
         if len(places) > 1:
@@ -172,19 +177,20 @@ def fitting(files: Sequence[EncoderFile], there: Mapping[str, Slot], dtype: torc
                 raise ConfigError(f"clip.path={weights.where} holds two encoders that fit {opened.component}; take a file with one of them")
             found[opened.component] = opened
     if not found:
-        raise ConfigError(f"clip.path={files[0].where} fits none of the model's text encoders: {'; '.join(whys)}")
+        held = " and ".join(dict.fromkeys(weights.encoder.name for weights in files))
+        raise ConfigError(f"clip.path={files[0].where} holds {held}, which fits no place: {'; '.join(whys)}")
     return found
 
 
 def misfit(weights: EncoderFile, slot: Slot, model: nn.Module) -> str:
     """Why a file cannot be a pipeline's encoder; empty where it can."""
     if slot.class_name not in weights.encoder.classes:
-        return f"that is a {slot.class_name}"
+        return f"is a {slot.class_name}"
     try:
         layout = fitted(weights, model)
     except FileError as error:
-        return str(error)
-    return f"that needs {layout.missing[0]}" if layout.missing else ""
+        return f"has another size ({error})"
+    return f"needs {layout.missing[0]}" if layout.missing else ""
 
 
 def fill_encoders(
@@ -208,7 +214,7 @@ def fill_encoders(
             made.merges[component] = FloatMerge(model, changes)
             return adding(made.merges[component])
 
-        with progress.step(f"quantize {component}"), one.weights.files:
+        with progress.step(f"{'load' if one.to is None else 'quantize'} {component}"), one.weights.files:
             made.built[component] = build_encoder(one.skeleton, one.weights, one.to, kernels, adopt)
     return made
 

@@ -55,6 +55,9 @@ def check_all(config_dir: str | None, config_name: str, overrides: list[str], mu
         ConfigError: one bad job: its message; several: one line for each.
     """
     jobs, configs = compose_all(config_dir, config_name, overrides, multirun)
+    several = next((group for group in GROUPS if any(o.startswith(f"{group}=[") for o in overrides)), None)
+    if several is not None:  # hydra merges them, and the last one wins
+        raise ConfigError(f"{several}=[…] names several options, and a run has one; for a job each: -m {several}=a,b")
     announce(len(jobs), dict(configs[0].hydra.runtime.choices))
     problems: list[tuple[int, Int8RunError]] = []
     for number, config in enumerate(configs):

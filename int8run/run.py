@@ -36,6 +36,7 @@ from int8run.tracking.base import TrackedRun
 
 log = logging.getLogger(__name__)
 WARM_UP_STEPS = 2
+MOST_EMBEDDING_ERROR = 0.4  # twice that of nvfp4, the coarsest format
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def run(spec: RunSpec, job: Job) -> RunResult:
     say("", result_table(title, metrics, our_name(spec)))
     if scattered(metrics):
         log.warning("step times scatter by more than twice: other work runs here, and the speeds above say little")
-    places = {"pictures": out / "grid.png", "layers": out / "layers.csv", "numbers": out / "metrics.json", "runs": spec.tracker.where()}
+    tables = {"layers": out / "layers.csv", **({"encoders": out / "text_encoders.csv"} if spec.clip.quantizes else {})}
+    places = {"pictures": out / "grid.png", **tables, "numbers": out / "metrics.json", "runs": spec.tracker.where()}
     say(*(escape(f"{name + ':':<10}{place}") for name, place in places.items() if place))
     return RunResult(metrics, candidate, baseline, out)
 
@@ -175,6 +177,13 @@ def measure(
     metrics["float/text_encoder_bytes"] = built.float_text_bytes
     if spec.clip.quantizes:
         metrics |= encoder_metrics(built.encoders.plans, list(embeddings(built, spec.candidate)))
+        if "clip/rel_err" not in metrics:
+            log.info("metrics.baseline=%s has no float text encoders in memory; embeddings are not compared", spec.metrics.baseline)
+        elif metrics["clip/rel_err"] > MOST_EMBEDDING_ERROR:
+            log.warning(
+                "the embeddings are %.0f %% from the float encoders', more than any format costs: the file is of another model, or is read "
+                "otherwise than it was written", 100 * metrics["clip/rel_err"],
+            )  # fmt: skip
         metrics["memory/text_encoder_ratio"] = built.float_text_bytes / metrics["memory/text_encoder_bytes"]
     int8 = built.denoisers.get("int8")
     metrics["memory/denoiser_bytes"] = module_bytes(int8) if int8 else built.float_bytes
@@ -298,9 +307,8 @@ def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]
         how = "baked" if spec.lora.bakes else counted(Counter(modes).elements()) if modes else "merged"
         said.append(("lora", f"{strengths} ({how})"))
     for component, encoder in built.encoders.built.items():
-        quantized = counted(plan.rounding for plan in encoder.plans if plan.keep_float is None)
-        kept = sum(plan.keep_float is not None for plan in encoder.plans)
-        said.append((component, f"{quantized}{f', float {kept}' if kept else ''}"))
+        words = [plan.rounding if plan.keep_float is None else "float" for plan in encoder.plans]
+        said.append((component, ", ".join(f"{word} {n}" for word, n in Counter(words).most_common())))
     preset = spec.lora.preset_for(spec.model.lora_base, spec.sampler.steps)
     if preset is not None:
         said.append(("few steps", f"{preset.name}: {spec.sampling.steps} steps, {type(built.pipe.scheduler).__name__}"))

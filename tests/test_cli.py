@@ -123,6 +123,7 @@ REFUSED = {
     "node null": (["calibration=null"], r"\bcalibration\b.*None"),
     "node left out": (["~calibration"], r"\bcalibration\b"),
     "extra": (["sampler.extra=5"], r"sampler.extra is 5; "),
+    "two options": (["clip=[int8_rowwise,nvfp4]"], r"clip=\[…\] names several options, and a run has one; for a job each: -m clip=a,b"),
     "group null": (["model=null"], r"\bmodel\b.*choose from .*tiny"),
     # missing values
     "no location": (["model.location=null"], r"model has no location; set model.location=<hub id or diffusers folder>"),

@@ -161,7 +161,9 @@ def test_the_command_writes_a_file_that_a_run_takes(model: Path, tmp_path: Path,
         done = command("clip=auto", "clip.path=t5.safetensors", *small, *size)
         assert done.code == 0, done.err
         words = " ".join(done.out.split())
-        assert "clip.path is text_encoder_2; text_encoder stay" in words and "text_encoder_2 int8_blockwise, float 4" in words, words
+        assert "clip.path is text_encoder_2; not changed: text_encoder" in words and "text_encoder_2 int8_blockwise 5, float 4" in words, (
+            words
+        )
 
 
 # -- sources ---------------------------------------------------------------------------------------------------------------------------

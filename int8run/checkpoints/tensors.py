@@ -230,7 +230,8 @@ def choose(folder: Path) -> Path:
                 sets[name] = file
     if not sets:
         whole = (folder / "model_index.json").is_file()
-        where = "name the folder of its denoiser, `transformer` or `unet`, in it" if whole else "name a .safetensors file or its folder"
+        inside = "name the folder of one component in it, such as `transformer`, `unet` or `text_encoder`"
+        where = inside if whole else "name a .safetensors file or its folder"
         raise FileError(f"{folder} holds no safetensors file; {where}")
     if len(sets) == 1:
         return next(iter(sets.values()))

@@ -41,6 +41,8 @@ class TextEncoders:
             raise ConfigError(f"clip=keep leaves the text encoders as they are, and clip.path={self.path} names another; set clip=auto")
         if self.components is not None and (isinstance(self.components, str) or not self.components):
             raise ConfigError(f"clip.components is {self.components!r}; it takes a list, such as [text_encoder_2]; null: all")
+        if self.path is not None and not isinstance(self.path, str | Mapping):
+            raise ConfigError(f"clip.path is {self.path!r}; of several files it takes {{text_encoder: FILE, text_encoder_2: FILE}}")
         if isinstance(self.path, Mapping) and not self.path:
             raise ConfigError("clip.path is {}; it takes a file, or a mapping from components to one each; null: none")
         if self.path is not None and self.components is not None:

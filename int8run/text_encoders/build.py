@@ -131,17 +131,40 @@ def fitted(weights: EncoderWeights, model: nn.Module) -> Layout:
         return encoder_layout(weights.encoder, weights.shapes, model)
 
 
-def tell_unused(weights: EncoderWeights, layout: Layout) -> None:
-    """Refuse a file that lacks something, and say what of it has no place.
+def check_whole(weights: EncoderWeights, layout: Layout) -> None:
+    """Refuse weights that lack something, and those of a file whose sizes were read from it and that holds more.
 
     Raises:
-        FileError: naming the first of each.
+        FileError: naming the first.
+    """
+    check_missing(weights, layout)
+    if layout.unused:
+        raise FileError(
+            f"{weights.where}: {len(layout.unused)} tensors have no place in the {weights.encoder.name} encoder that the others make "
+            f"(first: {layout.unused[0]}); the file is damaged, incomplete or of another encoder"
+        )
+
+
+def check_missing(weights: EncoderWeights, layout: Layout) -> None:
+    """Refuse weights that lack something.
+
+    Raises:
+        FileError: naming the first.
     """
     if layout.missing:
         raise FileError(
             f"{weights.where}: {len(layout.missing)} parameters of the {weights.encoder.name} encoder are not there (first: "
             f"{layout.missing[0]}); the file is incomplete or of another size"
         )
+
+
+def tell_unused(weights: EncoderWeights, layout: Layout) -> None:
+    """Refuse weights that lack something, and say what of them has no place.
+
+    Raises:
+        FileError: naming the first.
+    """
+    check_missing(weights, layout)
     if layout.unused:
         log.warning("%s: %d tensors have no place in the encoder (first: %s)", weights.where, len(layout.unused), layout.unused[0])
 
@@ -248,11 +271,14 @@ def check_kernels(kernels: Kernels, plans: Iterable[LayerPlan], weights: Encoder
     words = Counter(plan.rounding for plan in plans if plan.keep_float is None)
     backend = kernels.backend
     if backend is not None:
-        check_backend(backend, kernels.device, ())
+        try:
+            check_backend(backend, kernels.device, ())
+        except BackendError as error:
+            raise BackendError(f"clip.kernel_backend={kernels.word}: {error}; {DEQUANTIZE} runs everywhere") from error
         if words and kernels.word not in ("auto", "triton", "reference") and not any(word.startswith("int8") for word in words):
             raise BackendError(
-                f"clip.kernel_backend={kernels.word} runs INT8 layers, and {weights.where} gives {listed(words)}; choose auto, "
-                f"{DEQUANTIZE} or {SCALED_MM}"
+                f"clip.kernel_backend={kernels.word} runs INT8 layers, and {weights.where} gives {listed(words)}; choose auto "
+                f"or {DEQUANTIZE}"
             )
 
 

@@ -17,7 +17,7 @@ from int8run.checkpoints.native import WEIGHT
 from int8run.errors import one_of
 from int8run.models.locate import CONFIG, read_json
 from int8run.text_encoders.base import kernel_backends
-from int8run.text_encoders.build import Kernels, build_encoder
+from int8run.text_encoders.build import Kernels, build_encoder, check_whole, fitted
 from int8run.text_encoders.encoders import canonical_names, config_of, encoder_named, skeleton, supported
 from int8run.text_encoders.weights import EncoderFile, EncoderState, check_finite, described, naming, tensors_of
 
@@ -55,7 +55,8 @@ def load_text_encoder(
     with source.files:
         with naming(source.where):
             config = config or config_of(source.encoder, source.shapes)
-            source.cut_to(skeleton(classes[0], config, torch.bfloat16))
+            layout = fitted(source, skeleton(classes[0], config, torch.bfloat16))
+            check_whole(source, layout)
             names, dropped = canonical_names(source.encoder, source.shapes)
         state: dict[str, Tensor] = {}
         layers: dict[str, Any] = {}

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from int8run.checkpoints.native import FACTOR, SCALE, WEIGHT
+from int8run.checkpoints.markers import HEADER
+from int8run.checkpoints.native import FACTOR, SCALE, WEIGHT, read_note
 from int8run.checkpoints.stored import FLOAT, StoredLayer, hadamard, is_file_marker, stored_layers
 from int8run.checkpoints.tensors import TensorFiles
 from int8run.errors import ConfigError, FileError, one_of
@@ -89,6 +90,7 @@ class EncoderFile:
         empty = [key for key, shape in self.shapes.items() if 0 in shape]
         if empty:
             raise FileError(f"{self.where}: {empty[0]} has the shape {list(self.shapes[empty[0]])}, it is empty; the file is damaged")
+        self.check_note()
         self.check_asked()
 
     @property
@@ -112,6 +114,20 @@ class EncoderFile:
         words = {word for word in self.counts if word.removesuffix("_cast") == word or word.removesuffix("_cast") not in self.counts}
         return words.pop() if len(words) == 1 else MIXED if words else NO_FORMAT
 
+    def check_note(self) -> None:
+        """Refuse a file of ours that lost what says how its layers were made: a rotation is in no shape.
+
+        Raises:
+            FileError: with the format that it had.
+        """
+        made = FORMATS.get(str(read_note(self.files.path, self.files.metadata).get("format")))
+        told = HEADER in self.files.metadata or any("marker" in layer.keys for layer in self.layers.values())
+        if made is not None and made.marker and self.counts and not told:
+            raise FileError(
+                f"{self.where} was made as {made.name}, and the comfy_quant markers of its layers are not there, so nobody knows how to "
+                "read them; make it again"
+            )
+
     def check_asked(self) -> None:
         """Refuse a format that the file does not have.
 
@@ -124,9 +140,14 @@ class EncoderFile:
         # beside them casts, and layers whose shape it refuses
         allowed = {*meant, f"{self.asked}_cast", FORMATS[self.asked].otherwise}
         if not any(word in self.counts for word in meant) or any(word not in allowed for word in self.counts):
-            held = ", ".join(f"{n} layers {word}" for word, n in self.counts.items()) or "no quantized layer"
+            if not self.counts:
+                raise ConfigError(
+                    f"{self.where} holds no quantized layer, and {self.asked} was asked for; `int8run task=quantize "
+                    f"task.component=text_encoder clip={self.asked} model.location=FILE save=NEW` quantizes it"
+                )
+            held = ", ".join(f"{n} layers {word}" for word, n in self.counts.items())
             raise ConfigError(
-                f"{self.where} holds {held}, and {self.asked} was asked for; quant_format=auto (clip=auto) takes what there is"
+                f"{self.where} holds {held}, and {self.asked} was asked for; clip=auto (quant_format in a program) takes what there is"
             )
 
     def format_of(self, name: str) -> str:

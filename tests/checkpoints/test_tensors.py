@@ -280,7 +280,10 @@ def test_a_place_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"holds no safetensors file; name a .safetensors file or its folder"):
         TensorFiles.open(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(FileError, match=r"holds no safetensors file; name the folder of its denoiser, `transformer` or `unet`, in it"):
+    with pytest.raises(
+        FileError,
+        match=r"holds no safetensors file; name the folder of one component in it, such as `transformer`, `unet` or `text_encoder`",
+    ):
         TensorFiles.open(tmp_path)
     for name in ("absent.safetensors", "absent.safetensors.index.json", "m-00001-of-00002.safetensors"):
         with pytest.raises(FileError, match=rf"{name}: no such file"):

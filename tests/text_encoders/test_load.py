@@ -93,7 +93,8 @@ def test_words_that_hold_for_others_too(words: list[str], asked: str, tmp_path: 
 ])  # fmt: skip
 def test_and_not_the_other_way_round(word: str, asked: str, tmp_path: Path) -> None:
     held = f"7 layers {word}" if word else "no quantized layer"
-    with pytest.raises(ConfigError, match=f"x.safetensors holds {held}, and {asked} was asked for; quant_format=auto"):
+    advice = "clip=auto" if word else f"`int8run task=quantize task.component=text_encoder clip={asked} model.location=FILE save=NEW`"
+    with pytest.raises(ConfigError, match=f"x.safetensors holds {held}, and {asked} was asked for; {advice}"):
         load_text_encoder(written(encoder("t5", word), tmp_path), asked)
 
 
@@ -182,14 +183,23 @@ def test_pairs_that_do_not_belong_together(tmp_path: Path) -> None:
         build_text_encoder(state, metadata | {"encoder": "t6"})
 
 
-def test_tensors_without_a_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensors_without_a_place(tmp_path: Path) -> None:
+    """Sizes are read from the file: what they leave out is no part of another encoder that is silently made smaller."""
     file = encoder("t5", "int8_rowwise")
-    file.put("encoder.block.0.layer.0.SelfAttention.bonus.weight", "F32", np.ones((64, 64)))
-    build_text_encoder(*load_text_encoder(written(file, tmp_path)))
-    assert "1 tensors have no place in the encoder (first: encoder.block.0.layer.0.SelfAttention.bonus.weight)" in caplog.text
-    caplog.clear()
     with pytest.raises(FileError, match=r"encoder\.final_layer_norm\.weight"):
-        build_text_encoder(*load_text_encoder(written(file.drop("final_layer_norm.weight"), tmp_path)))
+        load_text_encoder(written(encoder("t5", "int8_rowwise").drop("final_layer_norm.weight"), tmp_path))
+    file.put("encoder.block.0.layer.0.SelfAttention.bonus.weight", "F32", np.ones((64, 64)))
+    with pytest.raises(FileError, match=r"1 tensors have no place in the t5 encoder .*first: encoder\.block\.0\..*bonus\.weight"):
+        load_text_encoder(written(file, tmp_path))
+
+
+def test_a_file_of_ours_without_its_markers(tmp_path: Path) -> None:
+    """The shapes of a rotated layer are those of any other; the header still tells what it was."""
+    file = encoder("t5", "int8_convrot", carrier="none")
+    assert load_text_encoder(written(file, tmp_path))[1]["formats"] == {"int8_rowwise": 7}
+    file.metadata["int8run"] = json.dumps({"format": "int8_convrot"})
+    with pytest.raises(FileError, match="was made as int8_convrot, and the comfy_quant markers of its layers are not there"):
+        load_text_encoder(written(file, tmp_path))
 
 
 def test_what_is_loaded_can_be_saved_as_it_is(tmp_path: Path) -> None:
