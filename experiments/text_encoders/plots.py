@@ -1,0 +1,99 @@
+"""The plots of the README, from the CSVs: python experiments/text_encoders/plots.py [--device cuda]"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from tables import EMBEDDINGS, read
+
+HERE = Path(__file__).parent
+COLOURS = ("#1f77b4", "#17becf", "#d62728", "#ff7f0e", "#7f7f7f", "#9467bd")
+MARKERS = ("o", "s", "D", "d", "^", "v")
+TIMED = {"minilm": "MiniLM-L6, 16 × 64 tokens", "clip_l": "CLIP-L, 77 tokens", "t5_xxl": "one T5-XXL layer, 512 tokens"}
+
+
+def quality(device: str) -> None:
+    """Left: bytes of the quantized layers; right: error of the embeddings, a marker for each encoder."""
+    rows = read("quality", device)
+    variants = list(dict.fromkeys((row["format"], row["kernels"]) for row in rows))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 8), width_ratios=[1, 3], sharey=True)
+    found = {(row["format"], row["kernels"], row["case"]): row for row in rows}
+    for y, variant in enumerate(variants):
+        share = next((float(r["layers_vs_bf16"]) for r in rows if (r["format"], r["kernels"]) == variant and r["layers_vs_bf16"] and
+                      r["case"] == "clip_l"), 1.0)  # fmt: skip
+        left.barh(y, share, color="#b0c4de", height=0.7)
+        left.text(share - 0.02, y, f"{share:.2f}", va="center", ha="right", fontsize=8)
+    for (title, case, prefix), colour, marker in zip(EMBEDDINGS, COLOURS, MARKERS, strict=True):
+        points = [(float(found[*v, case][f"{prefix}rel_err"]), y) for y, v in enumerate(variants) if (*v, case) in found]
+        right.plot([100 * x for x, _ in points], [y for _, y in points], marker, color=colour, label=title, markersize=6, alpha=0.85)
+    labels = [label(*variant) for variant in variants]
+    left.set_yticks(range(len(variants)), labels, fontsize=9)
+    left.invert_yaxis()
+    left.set_xlabel("bytes of the quantized layers\n(CLIP-L; bfloat16 = 1)")
+    right.set_xscale("log")
+    ticks = (0.2, 0.5, 1, 2, 5, 10, 20, 50)
+    right.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    right.set_xlabel("relative error of the embeddings to float32, %")
+    right.grid(alpha=0.3, which="both")
+    for y in range(1, len(variants)):
+        if variants[y][0] != variants[y - 1][0]:
+            for panel in (left, right):
+                panel.axhline(y - 0.5, color="black", linewidth=0.4, alpha=0.4)
+    right.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.tight_layout()
+    figure.savefig(HERE / f"quality{suffix(device)}.png", dpi=100)
+
+
+def speed(device: str) -> None:
+    """How many times as fast as the float model of the same dtype, a panel for each encoder."""
+    rows = [row for row in read("time", device) if row["case"] in TIMED]
+    variants = list(dict.fromkeys((row["format"], row["kernels"]) for row in rows))
+    if not variants:
+        return
+    figure, panels = plt.subplots(1, len(TIMED), figsize=(12, 7.5), sharex=True, sharey=True)
+    for panel, (case, title) in zip(panels, TIMED.items(), strict=True):
+        for dtype, colour, marker in (("float32", "#1f77b4", "o"), ("bfloat16", "#ff7f0e", "D")):
+            own = [row for row in rows if row["case"] == case and row["dtype"] == dtype]
+            points = [(float(row[f"vs_{dtype}"]), variants.index((row["format"], row["kernels"]))) for row in own]
+            panel.plot(
+                [x for x, _ in points], [y for _, y in points], marker, color=colour, label=f"{dtype} / the same in {dtype}", alpha=0.85
+            )
+        dress(panel, title)
+    panels[0].set_yticks(range(len(variants)), [label(*variant) for variant in variants], fontsize=9)
+    panels[0].invert_yaxis()
+    panels[1].set_xlabel("time of the float model / time of the quantized one (faster to the right)")
+    panels[1].legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.05), frameon=False)
+    figure.tight_layout()
+    figure.savefig(HERE / f"speed{suffix(device)}.png", dpi=100)
+
+
+def label(name: str, kernels: str) -> str:
+    """A format; below it the same with other kernels."""
+    return name if kernels in ("", "auto") else f"… {kernels}"
+
+
+def dress(panel: Axes, title: str) -> None:
+    """Title, a line where nothing is won, and a logarithmic axis."""
+    panel.axvline(1, color="black", linewidth=0.8)
+    panel.set_xscale("log")
+    panel.set_xticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
+    panel.set_title(title, loc="left", fontsize=10)
+
+
+def suffix(device: str) -> str:
+    """Of files for another device than the CPU."""
+    return "" if device == "cpu" else f"_{device}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    chosen = parser.parse_args().device
+    quality(chosen)
+    speed(chosen)
