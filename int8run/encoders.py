@@ -114,8 +114,8 @@ def open_encoders(clip: TextEncoders, folder: Path, parts: Mapping[str, Sequence
         chosen = list(there) if clip.components is None else [str(component) for component in clip.components]
         check_components("clip.components", chosen, there)
         form = FORMATS[clip.format]
-        encoders = {c: (there[c], EncoderFile(there[c].folder, class_name=there[c].class_name), form) for c in chosen}
-        return {c: Opened(c, slot.skeleton(dtype), weights, to) for c, (slot, weights, to) in encoders.items()}
+        own = {c: EncoderFile(there[c].folder, class_name=there[c].class_name) for c in chosen}
+        return {c: Opened(c, there[c].skeleton(dtype), weights, form) for c, weights in own.items()}
     if isinstance(clip.path, Mapping):
         check_components("clip.path", [str(component) for component in clip.path], there)
         named = {str(component): str(path) for component, path in clip.path.items()}

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,11 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from int8run.checkpoints.coded import coded_entries, coded_tensors
-from int8run.checkpoints.header import DTYPES
+from int8run.checkpoints.coded import TORCH, coded_entries, coded_tensors
 from int8run.checkpoints.native import NOTE, WEIGHT, prepare_folder
 from int8run.checkpoints.writer import Entry, StreamWriter
 from int8run.encoders import Slot, slots
 from int8run.errors import ConfigError, suggest
-from int8run.layers.coded import CodedLayer
 from int8run.models.layout import Part, joined_shape
 from int8run.models.locate import CONFIG, INDEX, SAFE, local
 from int8run.models.source import read_config, unfetched
@@ -50,7 +48,8 @@ class Target:
         dtype: safetensors' word, of what stays float.
         form: of a weight that is quantized.
         plan: of a Linear or an embedding.
-        copied: its codes are taken as they are in the source.
+        copied: the layer of the source whose codes are taken as they are.
+        transform: what is done to the weight; known before its numbers are.
     """
 
     key: str
@@ -59,15 +58,8 @@ class Target:
     dtype: str
     form: Format | None = None
     plan: LayerPlan | None = None
-    copied: CodedLayer | None = None
-
-    @property
-    def transform(self) -> OutlierTransform:
-        """What is done to the weight; known before its numbers are."""
-        if self.copied is not None:
-            return self.copied.transform
-        rotated = self.form is not None and self.form.rotated
-        return ConvRot().fit(torch.ones(1, self.shape[1]), None) if rotated else OutlierTransform()
+    copied: str | None = None
+    transform: OutlierTransform = field(default_factory=OutlierTransform)
 
     def entries(self) -> list[Entry]:
         """What it adds to the new file."""
@@ -208,10 +200,12 @@ def plan_layer(target: Target, weights: EncoderFile, source: str, module: nn.Mod
     plan_format(plan, module, weights.encoder, source, form)
     word = weights.format_of(source)
     if word and word == (plan.rounding or form.name):  # in this format already, embeddings included
-        target.copied, target.form = weights.coded(source), form
+        target.copied, target.form, target.transform = source, form, weights.layers[source].transform(weights.files)
         plan.keep_float, plan.rounding = None, f"{word}, as in the source"
     elif plan.keep_float is None:
         target.form = FORMATS[plan.rounding]
+        if target.form.rotated:
+            target.transform = ConvRot().fit(torch.ones(1, columns), None)
 
 
 def tell_plans(weights: EncoderFile, targets: Sequence[Target], form: Format) -> None:
@@ -244,19 +238,14 @@ def write(writer: StreamWriter, weights: EncoderFile, target: Target) -> None:
             tensor = (
                 weights.files.read(weights.prefix + part.key) if blob else check_finite(weights.where, part.key, weights.tensor(part.key))
             )
-            writer.write(target.key, part.cut(tensor).to(torch_dtype(target.dtype)).contiguous())
+            writer.write(target.key, part.cut(tensor).to(TORCH[target.dtype]).contiguous())
         return
-    layer = target.copied
+    layer = None if target.copied is None else weights.coded(target.copied)
     if layer is None:
         assert target.plan is not None
         layer = quantized(target.plan, weights.tensor(target.parts[0].key), target.form)
     for key, data in coded_tensors(target.key, layer.weight, target.form, layer.transform).items():
         writer.write(key, data)
-
-
-def torch_dtype(word: str) -> torch.dtype:
-    """torch's dtype for safetensors' word."""
-    return getattr(torch, DTYPES[word][1])
 
 
 def header_metadata(weights: EncoderFile, spec: RunSpec, plans: Sequence[LayerPlan]) -> dict[str, str]:

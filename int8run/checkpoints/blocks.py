@@ -18,9 +18,10 @@ from int8run.checkpoints.tensors import TensorFiles, TensorInfo
 from int8run.errors import FileError
 from int8run.kernels.dequantize.reference import MXFP8_BLOCK, NVFP4_BLOCK, swizzled_offsets
 from int8run.quant.coded import CodedWeight, padded_to
+from int8run.quant.formats import TILE
 
 NVFP4, MXFP8 = "nvfp4", "mxfp8"
-TILE_ROWS, TILE_COLUMNS = 128, 4
+TILE_ROWS, TILE_COLUMNS = TILE
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def build_encoder(
     layout = fitted(weights, skeleton)
     tell_unused(weights, layout)
     plans = plan_encoder(skeleton, weights, layout, to)
-    check_kernels(kernels, plans, weights, to)
+    check_kernels(kernels, plans, weights)
     fill(skeleton, weights, layout, {plan.name for plan in plans if plan.keep_float is None}, kernels.device)
     merged = adopt(skeleton) if adopt is not None else lambda name, read: None
     built = BuiltEncoder(share_copy(skeleton), skeleton, plans, weights, layout, to, kernels, merged)
@@ -199,7 +199,7 @@ def plan_layer(plan: LayerPlan, module: nn.Module, weights: EncoderWeights, stor
         plan.keep_float = "float in the file"
     if word and not plan.rounding:  # quantized in the source, and nothing else is wanted
         plan.keep_float = None
-        keep_stored(plan, module, word, weights.coded(stored), weights.encoder.wants_table(stored))
+        keep_stored(plan, module, word, weights.codable(stored), weights.encoder.wants_table(stored))
 
 
 def source_of(parts: tuple[Part, ...]) -> str | None:
@@ -208,20 +208,21 @@ def source_of(parts: tuple[Part, ...]) -> str | None:
     return parts[0].key.removesuffix(WEIGHT) if whole else None
 
 
-def keep_stored(plan: LayerPlan, module: nn.Module, word: str, layer: CodedLayer | None, table: bool) -> None:
+def keep_stored(plan: LayerPlan, module: nn.Module, word: str, codable: bool, table: bool) -> None:
     """A weight that is quantized in the source.
 
     Args:
+        codable: its numbers can stay as they are.
         table: the model asks for the weight itself.
     """
-    if layer is None:
+    if not codable:
         plan.keep_float = f"{word}, which is read as float"
     elif table:
         plan.keep_float = f"{word}, read as float: the model asks for the table itself"
     elif type(module) not in (nn.Linear, nn.Embedding) and not hasattr(module, EMBED_SCALE):
         plan.keep_float = f"{word}, read as float: a {type(module).__name__} does more than look up or multiply"
     else:
-        plan.rounding, plan.outlier = word, layer.transform.label
+        plan.rounding = word
 
 
 def plan_format(plan: LayerPlan, module: nn.Module, encoder: Encoder, stored: str, to: Format) -> None:
@@ -262,7 +263,7 @@ def read_float(weights: EncoderWeights, parts: tuple[Part, ...], like: Tensor) -
     return torch.cat(read).to(like.dtype) if len(read) > 1 else read[0].to(like.dtype).reshape(like.shape).contiguous()
 
 
-def check_kernels(kernels: Kernels, plans: Iterable[LayerPlan], weights: EncoderWeights, to: Format | None) -> None:
+def check_kernels(kernels: Kernels, plans: Iterable[LayerPlan], weights: EncoderWeights) -> None:
     """Refuse kernels that cannot run here, or that have nothing to run.
 
     Raises:
@@ -329,6 +330,7 @@ def coded_layer(built: BuiltEncoder, plan: LayerPlan) -> CodedLayer:
     if found is None:  # a way of storing that has no word is one of int8's
         form = format_for(plan.rounding if plan.rounding in FORMATS else ROWWISE, plan.out_features, plan.in_features)
         found = quantized(plan, read() if changed is None else changed, form)
+    plan.outlier = found.transform.label
     device = built.kernels.device
     return CodedLayer(found.weight.to(device), found.transform.to(device), bias)
 

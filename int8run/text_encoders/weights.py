@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from int8run.checkpoints.coded import GLOBAL_SCALE
 from int8run.checkpoints.markers import HEADER
 from int8run.checkpoints.native import FACTOR, SCALE, WEIGHT, read_note
 from int8run.checkpoints.stored import FLOAT, StoredLayer, hadamard, is_file_marker, stored_layers
@@ -22,7 +23,6 @@ from int8run.quant.formats import FORMATS
 from int8run.text_encoders.encoders import Encoder, encoder_of_class, identify, supported
 
 AUTO, NO_FORMAT, MIXED = "auto", "none", "mixed"
-GLOBAL_SCALE = "weight_scale_2"
 # ComfyUI's word for all INT8 layers with a scale for the layer or for each row
 TENSORWISE = ("int8_tensorwise", "int8_rowwise", "int8_convrot")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -51,6 +51,10 @@ class EncoderWeights(Protocol):
 
     def format_of(self, name: str) -> str:
         """The format of a layer's weight, for people; empty for a float one."""
+        ...
+
+    def codable(self, name: str) -> bool:
+        """Whether a quantized layer can stay as it is stored; nothing is read."""
         ...
 
     def coded(self, name: str) -> CodedLayer | None:
@@ -164,10 +168,13 @@ class EncoderFile:
             if shape is not None and layer.fits(shape):
                 self.shapes[name + WEIGHT] = shape
 
+    def codable(self, name: str) -> bool:
+        return name in self.layers and self.layers[name].codable
+
     def coded(self, name: str) -> CodedLayer | None:
-        layer = self.layers.get(name)
-        if layer is None or layer.kind == FLOAT or not layer.codable:
+        if not self.codable(name):
             return None
+        layer = self.layers[name]
         weight, transform = layer.coded(self.files, self.shape_of(layer, name))
         if is_fp8(weight.qdata) and bool((weight.qdata.view(torch.uint8) & 0x7F >= NOT_FINITE[weight.qdata.dtype]).any()):
             raise FileError(f"{self.where}: {name + WEIGHT} holds NaN or infinity; the file is damaged")
@@ -184,12 +191,10 @@ class EncoderFile:
 
     def shape_of(self, layer: StoredLayer, name: str) -> tuple[int, int] | None:
         """N and K of a padded weight; None for others, which have their own."""
-        rows, columns = self.shapes[name + WEIGHT][:2] if layer.padded else (0, 0)
-        return (rows, columns) if layer.padded else None
-
-    def close(self) -> None:
-        """Close the files; a later read opens them again."""
-        self.files.close()
+        if not layer.padded:
+            return None
+        rows, columns = self.shapes[name + WEIGHT]
+        return rows, columns
 
 
 def told(files: TensorFiles, class_name: str, which: str | None) -> tuple[Encoder, str]:
@@ -232,6 +237,9 @@ class EncoderState:
 
     def format_of(self, name: str) -> str:
         return self.layers[name]["format"] if name in self.layers else ""
+
+    def codable(self, name: str) -> bool:
+        return name in self.layers
 
     def coded(self, name: str) -> CodedLayer | None:
         return read_back(self.state, name, self.layers[name]) if name in self.layers else None
