@@ -14,7 +14,7 @@ demo: $(RUN)
 	$(BIN)/int8run
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

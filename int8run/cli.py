@@ -38,7 +38,8 @@ def main() -> None:
         sys.stderr.write(f"int8run: {message}\n")
         sys.exit(code)
     except KeyboardInterrupt:
-        sys.stderr.write("int8run: interrupted\n")
+        going_on = "; the same command with resume=true goes on" if {"-m", "--multirun"} & set(sys.argv) else ""
+        sys.stderr.write(f"int8run: interrupted{going_on}\n")
         sys.exit(130)
     finally:
         if before is None:
@@ -48,10 +49,14 @@ def main() -> None:
 
 
 def quiet_libraries() -> None:
-    """Defaults for other programs' own switches, where the user set none: no telemetry, no advice in the output."""
+    """Defaults for other programs' own switches, where the user set none: no telemetry, no advice in the output, no long waits."""
     for name, value in (
-        ("MLFLOW_DISABLE_TELEMETRY", "true"), ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("MLFLOW_DISABLE_TELEMETRY", "true"), ("RAY_USAGE_STATS_ENABLED", "0"), ("HF_HUB_DISABLE_TELEMETRY", "1"),
         ("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"), ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+        ("MLFLOW_LOGGING_LEVEL", "CRITICAL"),
+        # a server that is away costs seconds, not minutes
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"), ("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
     ):  # fmt: skip
         os.environ.setdefault(name, value)
 
@@ -66,15 +71,19 @@ def check_and_run() -> None:
         raise ConfigError("--experimental-rerun opens a pickled file, which can run code; give the settings on the command line")
     if args.config_path:
         raise ConfigError("--config-path would replace int8run's own settings; --config-dir FOLDER adds yours to them")
+    from int8run.precheck import check_all, compose_all, prefer_own_launchers
+    from int8run.sweeps.launcher import register
+    from int8run.sweeps.resume import resumed
+
+    register()
+    prefer_own_launchers()
+    config_name = args.config_name or CONFIG["config_name"]
     starts_jobs = not (args.cfg or args.info or args.shell_completion or args.hydra_help)
     if args.hydra_help:  # hydra sets up its logging from the config even for its help
-        from int8run.precheck import compose_all
-
-        compose_all(args.config_dir, args.config_name or CONFIG["config_name"], list(args.overrides), args.multirun)
+        compose_all(args.config_dir, config_name, list(args.overrides), args.multirun)
     if starts_jobs:
-        from int8run.precheck import check_all
-
-        check_all(args.config_dir, args.config_name or CONFIG["config_name"], list(args.overrides), args.multirun, announce)
+        configs = check_all(args.config_dir, config_name, list(args.overrides), args.multirun, announce)
+        sys.argv += resumed(configs, args.multirun)
     if args.multirun or not starts_jobs:
         hydra_main(**CONFIG)(job)()
         return
@@ -111,24 +120,26 @@ def job(config: Any) -> float | None:
     """One job: the composed config becomes a RunSpec, and its task is executed. Launchers call this in other processes too."""
     from hydra.core.hydra_config import HydraConfig
 
-    from int8run.precheck import plain_config, to_spec
-    from int8run.spec import Job
+    from int8run.execute import execute
+    from int8run.precheck import to_spec
+    from int8run.sweeps.job import job_of
 
+    quiet_libraries()
     hydra = HydraConfig.get()
-    about = Job(
-        settings=plain_config(config),
-        choices={group: option for group, option in hydra.runtime.choices.items() if "/" not in group and "@" not in group},
-        overrides=list(hydra.overrides.task),
-        sweep=str(hydra.sweep.dir) if hydra.mode and hydra.mode.name == "MULTIRUN" else None,
-        output_dir=Path(hydra.runtime.output_dir),
-    )
+    about = job_of(config, hydra, Path(hydra.runtime.output_dir))
+    if about.sweep:
+        quiet_console()
     spec = to_spec(config)
-    try:
-        return spec.task.execute(spec, about)
-    except Int8RunError as error:
-        if about.sweep:  # the other jobs go on; this one's reason must not get lost among them
-            log.error("%s", error)
-        raise
+    return execute(spec, about)
+
+
+def quiet_console() -> None:
+    """A sweep's job writes to its log file alone: the parent says how each ended, and at the end each warning once."""
+    from rich.logging import RichHandler
+
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, RichHandler):
+            handler.setLevel(logging.CRITICAL)
 
 
 if __name__ == "__main__":

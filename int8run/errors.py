@@ -32,6 +32,18 @@ class BackendError(Int8RunError):
     exit_code = 4
 
 
+class TrackingError(Int8RunError):
+    """The store of the tracker does not answer. Whatever was to be logged is in the output folder."""
+
+
+def our_error(error: BaseException) -> Int8RunError | None:
+    """The error of ours that another one was made of: hydra wraps what a class says of its settings."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, Int8RunError):
+        cause = cause.__cause__
+    return cause
+
+
 def in_range(name: str, value: float, low: float, high: float, whole: bool = False) -> None:
     """Raise ConfigError unless `value` is a number in low..high, a whole one if asked."""
     kind = int if whole else int | float

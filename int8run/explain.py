@@ -2,7 +2,7 @@
 
 import re
 
-from int8run.errors import Int8RunError, suggest
+from int8run.errors import our_error, suggest
 
 
 def explain(error: BaseException) -> tuple[str | None, int]:
@@ -12,8 +12,9 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     from omegaconf.errors import ConfigAttributeError, ConfigIndexError, ConfigKeyError, OmegaConfBaseException
     from yaml import YAMLError
 
-    if isinstance(error, Int8RunError):
-        return str(error), error.exit_code
+    ours = our_error(error)
+    if ours is not None:
+        return str(ours), ours.exit_code
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         known = sorted(error.options)

@@ -7,6 +7,7 @@ import re
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
+LAUNCHER = ("hydra/launcher", "basic")  # hydra's own group, with our options
 KEY = re.compile(r"^(?P<indent> *)(?P<key>[a-z_]\w*):(?P<value>[^#]*)(?:#\s*(?P<comment>.*))?$")
 
 USAGE = """\
@@ -15,7 +16,7 @@ int8run: build a diffusion model in INT8 (W8A8), generate, and measure it agains
   int8run                                             the tiny model in this package, offline
   int8run model=flux lora=stack_a                     options of groups
   int8run lora=stack_a lora.adapters.0.strength=0.5   any key of any option
-  int8run -m lora=stack_a lora.strength=0,0.5,1       a sweep: one job per value
+  int8run -m lora=stack_a lora.strength=0,0.5,1       a sweep: one job per value, one page that compares them
   int8run task=inspect task.path=FILE.safetensors     what a file is
 
 """
@@ -32,13 +33,13 @@ def help_page() -> str:
     """The whole page."""
     conf = files("int8run.conf")
     root = conf.joinpath("config.yaml").read_text()
-    groups = re.findall(r"^  - ([a-z_]+): (\w+)$", root, flags=re.MULTILINE)
+    groups = [*re.findall(r"^  - ([a-z_]+): (\w+)$", root, flags=re.MULTILINE), LAUNCHER]
     lines = ["Groups (default first)"]
     for group, default in groups:
         options = sorted((f.name.removesuffix(".yaml"), f) for f in conf.joinpath(group).iterdir() if f.name.endswith(".yaml"))
         width = max(14, *(len(name) for name, _ in options))
         for name, file in sorted(options, key=lambda o: o[0] != default):
-            lines.append(f"  {group if name == default else '':<11} {name:<{width}} {first_comment(file)}")
+            lines.append(f"  {group if name == default else '':<14} {name:<{width}} {first_comment(file)}")
     lines += ["", "Keys (in brackets the option that has them, where it is not the default)"]
     lines += [key_line(*found, "") for found in key_lines(root, "")]
     for group, default in groups:
@@ -67,13 +68,13 @@ def option_keys(group: str, default: str = "") -> dict[str, list[tuple[str, str,
     found = {}
     for file in sorted(options, key=lambda f: (f.name != f"{default}.yaml", f.name)):
         text = file.read_text()
-        found[file.name.removesuffix(".yaml")] = key_lines(text, "" if "@package _global_" in text else f"{group}.")
+        found[file.name.removesuffix(".yaml")] = key_lines(text, "" if "@package _global_" in text else f"{group.replace('/', '.')}.")
     return found
 
 
 def options_with(key: str) -> list[str]:
     """Options, as one types them, that have a key which the composed config lacks: `backend.tile` -> `backend=triton`."""
-    group = key.partition(".")[0]
+    group = LAUNCHER[0] if key.startswith("hydra.launcher.") else key.partition(".")[0]
     has = lambda keys: any(k == key or k.startswith(f"{key}.") for k, _, _ in keys)  # noqa: E731
     return [f"{group}={name}" for name, keys in option_keys(group).items() if has(keys)]
 

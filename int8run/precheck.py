@@ -13,12 +13,14 @@ from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from int8run.errors import ConfigError, Int8RunError, suggest
+from int8run.errors import ConfigError, Int8RunError, our_error, suggest
 
 # called with the number of jobs and the choices of the first
 Announce = Callable[[int, dict[str, str]], None]
@@ -30,14 +32,11 @@ RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 NESTED = re.compile(r"\$\{[^{}:]*\$\{")  # a name put together at run time
 RESOLVERS = {"oc.env", "now", "hydra"}
 TARGET = re.compile(r"_target_: *([\w.]+)")
-# what hydra and its launcher plugins name themselves
+# hydra's own, and our launchers under the name that hydra wants
 HYDRA_TARGETS = (
-    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
-    "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
-    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
-    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
-)
+    "hydra_plugins.int8run.InProcess", "hydra_plugins.int8run.Processes", "hydra_plugins.int8run.RayCluster", "hydra_plugins.int8run.Slurm",
+)  # fmt: skip
 LOG_CLASSES = (
     "logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter", "rich.logging.RichHandler",
 )  # fmt: skip
@@ -45,11 +44,14 @@ LOG_FILE = re.compile(r"\$\{hydra\.runtime\.output_dir\}/(\$\{hydra\.job\.name\}
 LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
-def check_all(config_dir: str | None, config_name: str, overrides: list[str], multirun: bool, announce: Announce) -> None:
+def check_all(config_dir: str | None, config_name: str, overrides: list[str], multirun: bool, announce: Announce) -> list[DictConfig]:
     """Compose, target-check and range-check every job.
 
     Args:
         announce: called with the number of jobs and the choices of the first, before anything heavy is imported.
+
+    Returns:
+        the composed config of every job, hydra's part included.
 
     Raises:
         ConfigError: one bad job: its message; several: one line for each.
@@ -70,6 +72,7 @@ def check_all(config_dir: str | None, config_name: str, overrides: list[str], mu
     if problems:
         lines = [f"  job {number} ({' '.join(jobs[number])}): {error}" for number, error in problems]
         raise ConfigError("\n".join([f"{len(problems)} of {len(jobs)} jobs cannot run; none was started", *lines]))
+    return configs
 
 
 def compose_all(config_dir: str | None, config_name: str, overrides: list[str], multirun: bool) -> tuple[list[list[str]], list[DictConfig]]:
@@ -81,12 +84,21 @@ def compose_all(config_dir: str | None, config_name: str, overrides: list[str], 
         extra = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
     for group in (o.removesuffix("=null") for o in overrides if o.endswith("=null") and o.removesuffix("=null") in GROUPS):
         raise ConfigError(no_option(group, None))
+    prefer_own_launchers()
     with initialize_config_module("int8run.conf", version_base="1.3", job_name="int8run"):
         jobs = split_jobs(overrides, extra, config_name, multirun)
         configs = [compose(config_name, [*job, *extra], return_hydra_config=True) for job in jobs]
     for config in configs:
         refuse_foreign_targets(config)
     return jobs, configs
+
+
+def prefer_own_launchers() -> None:
+    """Let `hydra/launcher=` choose between the files in conf/: hydra and its plugins have a `basic` and a `joblib` of their own."""
+    Plugins.instance()  # finds them
+    theirs = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
+    for file in files("int8run.conf").joinpath("hydra", "launcher").iterdir():
+        theirs.pop(file.name, None)
 
 
 def split_jobs(overrides: list[str], extra: list[str], config_name: str, multirun: bool) -> list[list[str]]:
@@ -112,11 +124,9 @@ def to_spec(config: DictConfig) -> Any:
     try:
         return instantiate(own, _convert_="all")
     except InstantiationException as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, Int8RunError):
-            cause = cause.__cause__
-        if cause is not None:
-            raise cause from None
+        ours = our_error(error)
+        if ours is not None:
+            raise ours from None
         raise ConfigError(call_problem(error, own)) from error
 
 
@@ -201,7 +211,7 @@ def refuse_foreign_targets(config: DictConfig) -> None:
 def own_targets() -> frozenset[str]:
     """Every class that the shipped YAML names. A prefix would not do: `int8run.cli.os.system` has it too."""
     conf = Path(str(files("int8run.conf")))
-    return frozenset(t for file in conf.rglob("*.yaml") for t in TARGET.findall(file.read_text()))
+    return frozenset(t for file in conf.rglob("*.yaml") for t in TARGET.findall(file.read_text()) if t.startswith("int8run."))
 
 
 def leaves(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:

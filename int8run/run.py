@@ -28,11 +28,10 @@ from int8run.metrics.quality import SampleQuality, frame_series, half_error_step
 from int8run.metrics.speed import speed, step_times
 from int8run.models.family import OWN_STEPS
 from int8run.models.loader import library_versions, use_scheduler
-from int8run.report.files import DIFFERENCE_GAIN, difference, environment, grid, save_sample, write_json, write_layers, write_yaml
+from int8run.report.files import DIFFERENCE_GAIN, difference, environment, grid, save_sample, write_json, write_layers
 from int8run.report.terminal import Progress, pairs_line, result_table, say
 from int8run.spec import Job, RunSpec
 from int8run.text_encoders.base import find_text_encoders
-from int8run.tracking.base import TrackedRun
 
 log = logging.getLogger(__name__)
 WARM_UP_STEPS = 2
@@ -50,49 +49,47 @@ class RunResult:
 
 
 def run(spec: RunSpec, job: Job) -> RunResult:
-    """Everything that one job does, in order. Files are written before they are logged, so a lost tracker loses nothing."""
+    """Everything that one job does, in order. It leaves files, which a tracker copies afterwards: a lost tracker loses nothing."""
     out = job.output_dir
-    write_yaml(job.settings, out / "config.yaml")
     progress = Progress(spec.progress)
-    with spec.tracker.start(job.name, job.params(), {"sweep": job.sweep or "none"}) as tracked:
-        tracked.log_file(out / "config.yaml")
-        heads = read_heads(spec.lora, spec.model.lora_base, None if spec.lora_dir is None else Path(spec.lora_dir).expanduser())
-        wanted = with_triggers(samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed), heads, spec.lora)
-        first = wanted[: spec.sampler.batch]
-        kept, fresh = None, True
-        if spec.metrics.baseline == "cached" and spec.differs:
-            memo.forget_build()  # a model of an earlier job would stand beside the float one
-            kept, fresh = cached_baseline(spec, heads, wanted, partial(draw_float, heads=heads, wanted=wanted, progress=progress))
-        built, reused = memo.reuse(spec.build_key, lambda: build(spec, first, heads, progress))
-        use_scheduler(built.pipe, built.scheduler, spec.sampling)
-        for line in [*spec.lora.unusual(), *few_step_lines(spec, built, heads)]:
-            log.warning("%s", line)
-        change_s = built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
+    heads = read_heads(spec.lora, spec.model.lora_base, None if spec.lora_dir is None else Path(spec.lora_dir).expanduser())
+    wanted = with_triggers(samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed), heads, spec.lora)
+    first = wanted[: spec.sampler.batch]
+    kept, fresh = None, True
+    if spec.metrics.baseline == "cached" and spec.differs:
+        memo.forget_build()  # a model of an earlier job would stand beside the float one
+        kept, fresh = cached_baseline(spec, heads, wanted, partial(draw_float, heads=heads, wanted=wanted, progress=progress))
+    built, reused = memo.reuse(spec.build_key, lambda: build(spec, first, heads, progress))
+    use_scheduler(built.pipe, built.scheduler, spec.sampling)
+    for line in [*spec.lora.unusual(), *few_step_lines(spec, built, heads)]:
+        log.warning("%s", line)
+    change_s = built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
+    if job.sweep is None:
         say(pairs_line(facts(spec, built, reused)), *([str(built.budget)] if built.budget else []))
 
-        reset_peak(built.device)
-        made = generate_all(spec, built, spec.candidate, wanted, progress)
-        candidate, baseline = made[spec.candidate], kept or made.get("float")
-        check_pictures(candidate, our_name(spec))
-        denoiser = built.denoisers.get("float", built.denoisers[spec.candidate])
-        calls = record_step(built.pipe, built.component, denoiser, first, spec.sampling)
-        errors = trajectory_error(candidate, baseline) if baseline else []
-        metrics = measure(spec, built, calls, candidate, baseline, errors, reused, fresh)
-        if spec.lora.adapters:
-            metrics["lora/change_ms"] = 1000 * change_s
-        # after the peak of the memory was read: perceptual metrics load networks of their own
-        quality = per_image(candidate, baseline, [s.prompt for s in wanted], spec.metrics.perceptual) if baseline else []
-        metrics |= mean_quality(quality) if quality else {}
+    reset_peak(built.device)
+    made = generate_all(spec, built, spec.candidate, wanted, progress)
+    candidate, baseline = made[spec.candidate], kept or made.get("float")
+    check_pictures(candidate, our_name(spec))
+    denoiser = built.denoisers.get("float", built.denoisers[spec.candidate])
+    calls = record_step(built.pipe, built.component, denoiser, first, spec.sampling)
+    errors = trajectory_error(candidate, baseline) if baseline else []
+    metrics = measure(spec, built, calls, candidate, baseline, errors, reused, fresh)
+    if spec.lora.adapters:
+        metrics["lora/change_ms"] = 1000 * change_s
+    # after the peak of the memory was read: perceptual metrics load networks of their own
+    quality = per_image(candidate, baseline, [s.prompt for s in wanted], spec.metrics.perceptual) if baseline else []
+    metrics |= mean_quality(quality) if quality else {}
 
-        write_outputs(spec, built, candidate, baseline, wanted, metrics, quality, errors, out)
-        log_outputs(tracked, candidate, baseline, wanted, metrics, quality, errors, out)
-    title = f"{job.choices.get('model', 'model')} on {device_name(built.device)}; float is {spec.model.dtype}"
-    say("", result_table(title, metrics, our_name(spec)))
+    write_outputs(spec, built, candidate, baseline, wanted, metrics, quality, errors, out)
     if scattered(metrics):
-        log.warning("step times scatter by more than twice: other work runs here, and the speeds above say little")
-    tables = {"layers": out / "layers.csv", **({"encoders": out / "text_encoders.csv"} if spec.clip.quantizes else {})}
-    places = {"pictures": out / "grid.png", **tables, "numbers": out / "metrics.json", "runs": spec.tracker.where()}
-    say(*(escape(f"{name + ':':<10}{place}") for name, place in places.items() if place))
+        log.warning("step times scatter by more than twice: other work runs here, and the speeds say little")
+    if job.sweep is None:
+        title = f"{job.choices.get('model', 'model')} on {device_name(built.device)}; float is {spec.model.dtype}"
+        say("", result_table(title, metrics, our_name(spec)))
+        tables = {"layers": out / "layers.csv", **({"encoders": out / "text_encoders.csv"} if spec.clip.quantizes else {})}
+        places = {"pictures": out / "grid.png", **tables, "numbers": out / "metrics.json"}
+        say(*(escape(f"{name + ':':<10}{place}") for name, place in places.items()))
     return RunResult(metrics, candidate, baseline, out)
 
 
@@ -239,17 +236,20 @@ def write_outputs(
         ours, floats = candidate.frames[i], baseline.frames[i] if baseline else []
         shown = key_frames(len(ours))
         file, *stills = (f"images/{name}" for name in save_sample(ours, shown, folder, sample.key, rate))
-        if floats:
-            save_sample(floats, shown, folder, f"{sample.key}_float", rate)
+        float_file, *float_stills = (
+            (f"images/{name}" for name in save_sample(floats, shown, folder, f"{sample.key}_float", rate)) if floats else [None]
+        )
         caption = f"{sample.prompt} · seed {sample.seed}"
         if stills:
             rows.append((caption, []))
         for number in shown.values():
             a, b = ours[number], floats[number : number + 1]
             rows.append((f"frame {number + 1} of {len(ours)}" if stills else caption, [*b, a, *(difference(a, f) for f in b)]))
-        about = {"prompt": sample.prompt, "seed": sample.seed, "file": file, **(quality[i].values if quality else {})}
+        about = {"key": sample.key, "prompt": sample.prompt, "seed": sample.seed, "file": file, **(quality[i].values if quality else {})}
+        if float_file:
+            about["float"] = float_file
         if stills:
-            about |= {"stills": stills, **({"frames": quality[i].frames} if quality else {})}
+            about |= {"stills": stills, "float_stills": float_stills, **({"frames": quality[i].frames} if quality else {})}
         per_sample.append(about)
     columns = ["float", our_name(spec), f"difference x {DIFFERENCE_GAIN}"] if baseline else [our_name(spec)]
     grid(rows, columns).save(out / "grid.png")
@@ -258,31 +258,22 @@ def write_outputs(
     write_layers(built.plans, out / "layers.csv")
     if spec.clip.quantizes:
         write_layers(built.encoders.plans, out / "text_encoders.csv")
-    steps = [{"latent_rel_err": error} for error in errors]
-    write_json({"metrics": metrics, "sampling": asdict(spec.sampling), "images": per_sample, "steps": steps}, out / "metrics.json")
     write_json(environment_of(built), out / "environment.json")
+    series = series_of(candidate, baseline, quality, errors)
+    # the last file: what has it is whole
+    write_json({"metrics": metrics, "series": series, "sampling": asdict(spec.sampling), "images": per_sample}, out / "metrics.json")
 
 
-def log_outputs(
-    tracked: TrackedRun, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample],
-    metrics: Mapping[str, float], quality: Sequence[SampleQuality], errors: Sequence[float], out: Path,
-) -> None:  # fmt: skip
-    """The same to the tracker, with one value per step or frame where there is one."""
-    tracked.log_metrics(metrics)
-    tracked.log_series("series/step_ms", step_times(candidate))
+def series_of(
+    candidate: Generation, baseline: Generation | None, quality: Sequence[SampleQuality], errors: Sequence[float]
+) -> dict[str, list[float]]:  # fmt: skip
+    """One value per step or frame, where there is one."""
+    series: dict[str, Sequence[float]] = {"series/step_ms": step_times(candidate)}
     if baseline is not None:
-        tracked.log_series("series/float_step_ms", step_times(baseline))
-        tracked.log_series("series/latent_rel_err", errors)
+        series |= {"series/float_step_ms": step_times(baseline), "series/latent_rel_err": errors}
         if candidate.is_video:
-            tracked.log_series("series/frame_psnr_db", frame_series(quality, "psnr_db"))
-    for sample, frames in zip(wanted, candidate.frames, strict=True):
-        for which, number in key_frames(len(frames)).items():
-            tracked.log_image(f"sample/{sample.key}" + f"_{which}" * (len(frames) > 1), frames[number])
-    for animation in sorted((out / "images").glob("*.webp")):
-        tracked.log_file(animation)
-    for name in ("grid.png", "layers.csv", "text_encoders.csv", "metrics.json", "environment.json"):
-        if (out / name).is_file():
-            tracked.log_file(out / name)
+            series["series/frame_psnr_db"] = frame_series(quality, "psnr_db")
+    return {name: list(values) for name, values in series.items()}
 
 
 def scattered(metrics: Mapping[str, float]) -> bool:

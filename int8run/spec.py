@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from int8run.backends.base import Backend
 from int8run.errors import ConfigError, in_range, one_of, switch
@@ -16,6 +16,7 @@ from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
 from int8run.quant.rounding import Rounding
 from int8run.quantize import Int8Settings
+from int8run.record import UNHASHED
 from int8run.store import Store
 from int8run.text_encoders.base import TextEncoders
 from int8run.tracking.base import Tracker
@@ -30,19 +31,23 @@ class Job:
     settings: Mapping[str, Any]  # the resolved config
     choices: Mapping[str, str]  # group -> option
     overrides: Sequence[str]
-    sweep: str | None  # the sweep's folder, when the job is part of one
     output_dir: Path
+    sweep: str | None = None  # its identity, when the job is part of one
+    number: int = 0  # in the sweep
+    varying: Sequence[str] = ()  # keys that the sweep varies
+    jobs_at_once: int = 1  # jobs of the sweep that share this machine
 
     def params(self) -> dict[str, str]:
         """The settings that one compares between runs, flat: options by group, values by their key on the command line."""
         flat = dict(self.choices)
-        flatten("", self.settings, flat)
+        flatten("", {key: value for key, value in self.settings.items() if key not in UNHASHED}, flat)
         return flat
 
     @property
     def name(self) -> str:
-        """What differs from the defaults, in the words of the command line."""
-        return " ".join(self.overrides) or "defaults"
+        """What differs from the other jobs of the sweep, else from the defaults, in the words of the command line."""
+        differing = [word for word in self.overrides if word.lstrip("+~").partition("=")[0] in self.varying]
+        return " ".join(differing or self.overrides) or "defaults"
 
 
 def flatten(prefix: str, value: object, into: dict[str, str]) -> None:
@@ -59,7 +64,10 @@ def flatten(prefix: str, value: object, into: dict[str, str]) -> None:
 
 
 class Task(Protocol):
-    """What a command does with its settings."""
+    """What a command does with its settings. A recorded one leaves status.json in its output folder, a tracked one is logged, too."""
+
+    recorded: ClassVar[bool]
+    tracked: ClassVar[bool]
 
     def execute(self, spec: "RunSpec", job: Job) -> float | None:
         """Do it; a number is handed to sweepers."""
@@ -94,12 +102,15 @@ class RunSpec:
     seed: int = 0
     device: str = "auto"
     progress: bool = True
+    resume: bool = False
+    sync: str | None = None
 
     def __post_init__(self) -> None:
         one_of("compile", self.compile, ("none", "blocks", "full"))
         one_of("offload", self.offload, ("none", "model", "group"))
         in_range("seed", self.seed, 0, 2**63 - 1, whole=True)
         switch("progress", self.progress)
+        switch("resume", self.resume)
         automatic = self.model_type.keep_float == "auto"
         if self.quality_db is not None:
             in_range("quality_db", self.quality_db, 0, 200)

@@ -1,6 +1,7 @@
 """What `task=` chooses between. Each imports its work when it runs, so that composing a config stays cheap."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from int8run.errors import ConfigError, in_range
 from int8run.spec import Job, RunSpec
@@ -9,6 +10,9 @@ from int8run.spec import Job, RunSpec
 @dataclass(frozen=True)
 class Run:
     """Build, generate, measure, log."""
+
+    recorded: ClassVar[bool] = True
+    tracked: ClassVar[bool] = True
 
     def execute(self, spec: RunSpec, job: Job) -> float | None:
         """Returns the metric named by `metrics.objective`, for sweepers."""
@@ -23,6 +27,9 @@ class Run:
 @dataclass(frozen=True)
 class Inspect:
     """Say what a `.safetensors` file or a folder of them is, from the headers; without a path, what the cache holds."""
+
+    recorded: ClassVar[bool] = False
+    tracked: ClassVar[bool] = False
 
     path: str | None = None
 
@@ -39,6 +46,9 @@ class Inspect:
 @dataclass(frozen=True)
 class Bench:
     """Time every backend on the model's own layer shapes and keep the answers for `backend=auto`."""
+
+    recorded: ClassVar[bool] = True
+    tracked: ClassVar[bool] = False
 
     rounds: int = 21
 
@@ -59,6 +69,9 @@ class Quantize:
         component: of a pipeline with several denoisers the one that is meant; or a text encoder, which is written as `clip=` says.
     """
 
+    recorded: ClassVar[bool] = True
+    tracked: ClassVar[bool] = False
+
     component: str | None = None
 
     def execute(self, spec: RunSpec, job: Job) -> None:
@@ -69,3 +82,24 @@ class Quantize:
             quantize_encoder(spec, job, str(self.component))
         else:
             quantize_file(spec, job, self.component)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One page that compares logged runs, out of their output folders.
+
+    Args:
+        path: a folder with runs in it, at any depth; None: `sync`, else the newest sweep below `multirun`.
+        sweep: identity of a sweep in the tracker; its runs are fetched into `path` first.
+    """
+
+    recorded: ClassVar[bool] = False
+    tracked: ClassVar[bool] = False
+
+    path: str | None = None
+    sweep: str | None = None
+
+    def execute(self, spec: RunSpec, job: Job) -> None:
+        from int8run.report_runs import report_runs
+
+        report_runs(spec.tracker, self.path, self.sweep, spec.sync)

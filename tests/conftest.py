@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,25 @@ import torch
 
 # --import-mode=importlib leaves sys.path alone; at the end, so that no folder here hides a package
 sys.path.append(str(Path(__file__).parent))
+
+
+def pytest_collection_finish() -> None:
+    """Millions of objects of the libraries and of the collected tests stay to the end: `gc.collect` need not look at them every time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """The libraries' own clean-up at exit finds everything as it would be."""
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_launchers() -> None:
+    """Tests compose the config as the command does: without hydra's own launchers of the same names."""
+    from int8run.precheck import prefer_own_launchers
+
+    prefer_own_launchers()
 
 
 @pytest.fixture

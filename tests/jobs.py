@@ -30,7 +30,7 @@ def run_job(overrides: list[str], out: Path) -> RunResult:
     with initialize_config_module("int8run.conf", version_base="1.3"):
         config = compose("config", uncached(overrides))
     out.mkdir(parents=True, exist_ok=True)
-    about = Job(plain_config(config), choices={"model": "tiny"}, overrides=overrides, sweep=None, output_dir=out)
+    about = Job(plain_config(config), choices={"model": "tiny"}, overrides=overrides, output_dir=out)
     with contextlib.redirect_stdout(io.StringIO()):
         return run(to_spec(config), about)
 

@@ -672,7 +672,7 @@ def test_the_denoisers_file_has_no_text_encoder(model: Path, tmp_path: Path) -> 
     spec = make_spec(["task=quantize", f"model.location={model}", "clip=nvfp4", f"save={tmp_path / 'x.safetensors'}", "tracker=none"])
     message = r"task=quantize writes one component, here the denoiser, and clip= is about text encoders; .*task\.component=text_encoder"
     with pytest.raises(ConfigError, match=message):
-        quantize_file(spec, Job({}, {}, [], None, tmp_path), None)
+        quantize_file(spec, Job({}, {}, [], tmp_path), None)
     assert not (tmp_path / "x.safetensors").exists()
 
 

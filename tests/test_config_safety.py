@@ -220,8 +220,8 @@ def test_one_bad_job_of_a_sweep_is_refused_before_the_first(command):
 
 ALLOWED = {
     "classes of ours": {"outlier": {"_target_": "int8run.outlier.convrot.ConvRot"}, "list": [{"_target_": "int8run.tasks.Run"}]},
-    "a launcher of hydra": {"hydra": {"launcher": {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}}},
-    "the joblib launcher": {"hydra": {"launcher": {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"}}},
+    "hydra's sweeper": {"hydra": {"sweeper": {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"}}},
+    "a launcher of ours": {"hydra": {"launcher": {"_target_": "hydra_plugins.int8run.Processes"}}},
     "plain log handlers": {
         "hydra": {
             "job_logging": {
@@ -241,9 +241,9 @@ def test_what_a_config_needs_passes(config):
     refuse_foreign_targets(OmegaConf.create({"hydra": {"runtime": {"output_dir": "o"}, "job": {"name": "n"}}} | config))
 
 
-def test_a_launcher_of_hydra_is_no_part_of_ours():
-    config = OmegaConf.create({"task": {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}})
-    with pytest.raises(ConfigError, match=r"task\._target_ is 'hydra\..*may only name classes of int8run"):
+def test_a_launcher_is_no_part_of_the_rest():
+    config = OmegaConf.create({"task": {"_target_": "hydra_plugins.int8run.Processes"}})
+    with pytest.raises(ConfigError, match=r"task\._target_ is 'hydra_plugins\..*may only name classes of int8run"):
         refuse_foreign_targets(config)
 
 

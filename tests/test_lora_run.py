@@ -80,7 +80,7 @@ def draw(tmp_path: Path) -> Callable[..., RunResult]:
 
     def draw(spec: RunSpec, **changes: Any) -> RunResult:
         (tmp_path / "out").mkdir(exist_ok=True)
-        return run(replace(spec, **changes), Job({}, {"model": "random"}, [], None, tmp_path / "out"))
+        return run(replace(spec, **changes), Job({}, {"model": "random"}, [], tmp_path / "out"))
 
     return draw
 

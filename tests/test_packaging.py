@@ -41,15 +41,15 @@ IMPORTED_AS = {
 }
 # not imported by us: diffusers and transformers need them to load the models that conf/ names
 FOR_OTHERS = {"sentencepiece", "protobuf"}
-# used where it is there: it must match the torch build that the user chose, and pip would take any
-UNDECLARED = {"torchvision"}
+# used where they are there: torchvision must match the torch build that the user chose, and pip would take any; pynvml is for GPUs alone
+UNDECLARED = {"torchvision", "pynvml"}
 
 
 def test_the_dependencies_are_what_the_package_imports() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     # torch for CUDA brings its own triton, and a CPU needs none
     extras = project["optional-dependencies"]
-    declared = project["dependencies"] + extras["triton"] + extras["comfy-kitchen"] + extras["perceptual"]
+    declared = project["dependencies"] + extras["triton"] + extras["comfy-kitchen"] + extras["perceptual"] + extras["ray"] + extras["slurm"]
     names = {re.match(r"[\w-]+", text)[0].lower() for text in declared}
     imported = set()
     for file in [*(ROOT / "int8run").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:

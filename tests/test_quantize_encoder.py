@@ -64,7 +64,7 @@ def quantize(tmp_path: Path) -> Quantize:
         with initialize_config_module("int8run.conf", version_base="1.3"):
             config = compose("config", overrides)
         (tmp_path / "out").mkdir(exist_ok=True)
-        job = Job(plain_config(config), choices={}, overrides=overrides, sweep=None, output_dir=tmp_path / "out")
+        job = Job(plain_config(config), choices={}, overrides=overrides, output_dir=tmp_path / "out")
         return module.quantize_encoder(to_spec(config), job, component)
 
     return run

@@ -41,7 +41,7 @@ def run(folder, *overrides, component=None):
         config = compose("config", ["task=quantize", "model=tiny", NO_TRACKER, "progress=false", *overrides])
     out = folder / "out"
     out.mkdir(exist_ok=True)
-    job = Job(plain_config(config), choices={}, overrides=list(overrides), sweep=None, output_dir=out)
+    job = Job(plain_config(config), choices={}, overrides=list(overrides), output_dir=out)
     return quantize_file(to_spec(config), job, component)
 
 
@@ -66,7 +66,7 @@ def test_from_the_command_line(command, tiny):
     done = command("task=quantize", "model=tiny", "save=x.safetensors", NO_TRACKER)
     assert done.code == 0, done.err
     (folder,) = (command.folder / "outputs").glob("*/*")
-    assert sorted(p.name for p in folder.iterdir() if p.is_file()) == ["int8run.log", "layers.csv", "metrics.json"]
+    assert sorted(p.name for p in folder.iterdir() if p.is_file()) == ["config.yaml", "int8run.log", "layers.csv", "metrics.json", "status.json"]
     words = " ".join(done.out.split())
     assert re.search(r"read .*tiny/transformer · files 3 · size 30\.2 MB · family flux", words)
     assert re.search(r"write .*x\.safetensors · INT8 layers 16 · outlier none · rounding absmax", words)

@@ -63,11 +63,14 @@ def image_bytes(out: Path) -> dict[str, bytes]:
 def test_a_run_leaves_everything(small: list[str], tmp_path: Path) -> None:
     metrics = run_job(small, tmp_path).metrics
     assert set(metrics) >= CONTRACT
-    assert {p.name for p in tmp_path.iterdir()} == {"config.yaml", "environment.json", "grid.png", "images", "layers.csv", "metrics.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"environment.json", "grid.png", "images", "layers.csv", "metrics.json"}
     assert len(list((tmp_path / "images").iterdir())) == 4  # two prompts, float and INT8
     saved = json.loads((tmp_path / "metrics.json").read_text())
     assert saved["metrics"]["quality/psnr_db"] == metrics["quality/psnr_db"] and len(saved["images"]) == 2
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["location"] == small[0].removeprefix("model.location=")
+    assert [len(values) for values in saved["series"].values()] == [4, 4, 3]  # two drawings of three steps, the first unmeasured; the error after each
+    assert [(i["key"], i["file"], i["float"]) for i in saved["images"]] == [
+        (f"00{n}_{word}_s0", f"images/00{n}_{word}_s0.png", f"images/00{n}_{word}_s0_float.png") for n, word in enumerate("ab")
+    ]
     assert json.loads((tmp_path / "environment.json").read_text())["versions"]["torch"]
 
 

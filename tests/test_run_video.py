@@ -13,7 +13,7 @@ from PIL import Image
 
 from int8run import memo
 from int8run.metrics.quality import key_frames, per_image
-from int8run.run import RunResult, log_outputs
+from int8run.run import RunResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAMES = {"wan": 5, "ltx": 9, "ltx2": 9}
@@ -88,49 +88,15 @@ def test_metrics_are_those_of_the_frames(runs: dict[str, RunResult], name: str) 
         assert metrics[f"{who}/frames_per_s"] == pytest.approx(count * metrics[f"{who}/images_per_s"])
 
 
-class Recorder:
-    """A tracked run that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.series: dict[str, list[float]] = {}
-        self.images: dict[str, Image.Image] = {}
-        self.files: list[str] = []
-
-    def log_metrics(self, metrics: object) -> None: ...
-
-    def log_series(self, name: str, values: Sequence[float]) -> None:
-        self.series[name] = list(values)
-
-    def log_image(self, key: str, image: Image.Image) -> None:
-        self.images[key] = image
-
-    def log_file(self, path: Path) -> None:
-        self.files.append(path.name)
-
-
-def logged(result: RunResult, samples: Sequence[object]) -> Recorder:
-    recorder = Recorder()
-    quality = per_image(result.candidate, result.baseline, ["a"] * len(samples))
-    log_outputs(recorder, result.candidate, result.baseline, samples, result.metrics, quality, [0.1, 0.2], result.output_dir)
-    return recorder
-
-
-class Named:
-    def __init__(self, key: str):
-        self.key = key
-
-
-def test_a_tracker_gets_a_value_per_frame_three_pictures_and_the_animations(runs: dict[str, RunResult]) -> None:
-    result = runs["ltx"]
-    recorder = logged(result, [Named("x"), Named("y")])
-    saved = json.loads((result.output_dir / "metrics.json").read_text())["images"]
-    expected = [np.mean([image["frames"][i]["psnr_db"] for image in saved]) for i in range(9)]
-    assert recorder.series["series/frame_psnr_db"] == pytest.approx(expected)
-    assert list(recorder.images) == [f"sample/{key}_{which}" for key in "xy" for which in ("first", "middle", "last")]
-    assert recorder.images["sample/y_middle"] is result.candidate.frames[1][4]
-    assert [f for f in recorder.files if f.endswith(".webp")] == [
-        f"{key}{who}.webp" for key in ("000_a-b_s0", "001_b_s0") for who in ("", "_float")
-    ]
+def test_a_record_has_a_value_per_frame_and_names_the_stills_of_both_models(runs: dict[str, RunResult]) -> None:
+    saved = json.loads((runs["ltx"].output_dir / "metrics.json").read_text())
+    expected = [np.mean([image["frames"][i]["psnr_db"] for image in saved["images"]]) for i in range(9)]
+    assert saved["series"]["series/frame_psnr_db"] == pytest.approx(expected)
+    for image in saved["images"]:
+        assert image["stills"] == [f"images/{image['key']}_{which}.png" for which in ("first", "middle", "last")]
+        assert image["float_stills"] == [f"images/{image['key']}_float_{which}.png" for which in ("first", "middle", "last")]
+        assert (image["file"], image["float"]) == (f"images/{image['key']}.webp", f"images/{image['key']}_float.webp")
+        assert all((runs["ltx"].output_dir / name).is_file() for name in (*image["stills"], *image["float_stills"], image["float"]))
 
 
 def test_a_video_of_one_frame_is_a_picture(runs: dict[str, RunResult], tmp_path: Path) -> None:
@@ -142,9 +108,8 @@ def test_a_video_of_one_frame_is_a_picture(runs: dict[str, RunResult], tmp_path:
     (image,) = json.loads((tmp_path / "metrics.json").read_text())["images"]
     assert image["file"] == "images/000_a_s0.png" and not {"frames", "stills"} & set(image)
     assert "speed/frames_per_s" not in result.metrics
-    recorder = logged(result, [Named("x")])
-    assert list(recorder.images) == ["sample/x"] and "series/frame_psnr_db" not in recorder.series
-    assert not [f for f in recorder.files if f.endswith(".webp")]
+    assert image["float"] == "images/000_a_s0_float.png" and "float_stills" not in image
+    assert "series/frame_psnr_db" not in json.loads((tmp_path / "metrics.json").read_text())["series"]
 
 
 def test_sound_is_left_out_with_one_line(runs: dict[str, RunResult], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """What of a config decides the built model, and what of it the tracker records."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,18 +68,24 @@ OTHER_BUILD = {
 }
 
 
+@functools.cache
+def composed(*overrides):
+    """The RunSpec of these overrides, which several tests look at; composing costs more than the rest of a test."""
+    return make_spec([*overrides])
+
+
 @pytest.mark.parametrize("overrides", SAME_BUILD.values(), ids=SAME_BUILD)
 def test_what_does_not_change_the_model_reuses_it(overrides):
-    assert make_spec([*STACK, *overrides]).build_key == make_spec(STACK).build_key
+    assert composed(*STACK, *overrides).build_key == composed(*STACK).build_key
 
 
 @pytest.mark.parametrize("overrides", OTHER_BUILD.values(), ids=OTHER_BUILD)
 def test_what_changes_the_model_builds_it_anew(overrides):
-    assert make_spec([*STACK, *overrides]).build_key != make_spec(STACK).build_key
+    assert composed(*STACK, *overrides).build_key != composed(*STACK).build_key
 
 
 def test_all_builds_differ():
-    keys = [make_spec([*STACK, *overrides]).build_key for overrides in OTHER_BUILD.values()]
+    keys = [composed(*STACK, *overrides).build_key for overrides in OTHER_BUILD.values()]
     assert len(set(keys)) == len(keys)
 
 
@@ -128,8 +135,15 @@ def test_calibration_does_not_count_where_nothing_looks_at_it(overrides):
 
 
 def test_a_job_is_named_by_what_differs_from_the_defaults():
-    assert Job({}, {}, ["seed=1", "lora=stack_a"], None, Path()).name == "seed=1 lora=stack_a"
-    assert Job({}, {}, [], None, Path()).name == "defaults"
+    assert Job({}, {}, ["seed=1", "lora=stack_a"], Path()).name == "seed=1 lora=stack_a"
+    assert Job({}, {}, [], Path()).name == "defaults"
+
+
+def test_a_job_of_a_sweep_is_named_by_what_differs_from_the_others():
+    words = ["seed=1", "lora=stack_a", "+a.b=2", "~c"]
+    assert Job({}, {}, words, Path(), varying=["a.b", "lora"]).name == "lora=stack_a +a.b=2"
+    assert Job({}, {}, words, Path(), varying=["c"]).name == "~c"
+    assert Job({}, {}, words, Path(), varying=[]).name == "seed=1 lora=stack_a +a.b=2 ~c"
 
 
 def test_parameters_are_the_words_of_the_command_line():
@@ -140,8 +154,9 @@ def test_parameters_are_the_words_of_the_command_line():
         "prompts": {"prompts": ["a", "b"]},
         "families": {"flux": {"float_layers": [{"pattern": "x"}]}},
         "note": "x" * 251,
+        "tracker": {"uri": "http://x"}, "cache": {"folder": "y"}, "resume": True, "sync": "z", "progress": False,  # say nothing of a result
     }
-    assert Job(settings, {"model": "tiny", "outlier": "none"}, [], None, Path()).params() == {
+    assert Job(settings, {"model": "tiny", "outlier": "none"}, [], Path()).params() == {
         "model": "tiny", "outlier": "none", "seed": "3", "model.location": "None", "model.sampling.steps": "4",
         "lora.adapters.0.name": "ink", "lora.adapters.0.strength": "0.8", "lora.adapters.1.name": "gloss", "prompts.prompts": "['a', 'b']",
     }  # fmt: skip
@@ -210,14 +225,14 @@ def test_the_float_model_is_not_held_otherwise(overrides):
 )
 def test_what_the_float_model_draws_does_not_depend_on_int8(override):
     words = ["metrics.baseline=cached"]
-    assert make_spec([*words, override]).float_key == make_spec(words).float_key
+    assert make_spec([*words, override]).float_key == composed(*words).float_key
 
 
 @pytest.mark.parametrize(
     "override", ["model.dtype=bfloat16", "sampler.steps=3", "attention=flash", "compile=blocks", "lora=stack_a", "device=cuda"]
 )
 def test_what_the_float_model_draws_depends_on_the_rest(override):
-    assert make_spec([override]).float_key != make_spec([]).float_key
+    assert make_spec([override]).float_key != composed().float_key
 
 
 @pytest.mark.parametrize(("overrides", "held"), [

@@ -79,7 +79,7 @@ def write(case: Case, name: str, work: Path) -> Path:
     with initialize_config_module("int8run.conf", version_base="1.3"):
         spec = to_spec(compose("config", [*words, "tracker=none", "progress=false"]))
     with get_console().capture():
-        quantize_encoder(spec, Job({}, {}, [], None, work), "text_encoder")
+        quantize_encoder(spec, Job({}, {}, [], work), "text_encoder")
     return path
 
 

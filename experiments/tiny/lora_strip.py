@@ -25,7 +25,7 @@ def pictures(style: str, strength: float) -> list:
     with initialize_config_module("int8run.conf", version_base="1.3"):
         config = compose("config", [*overrides, "metrics.baseline=none"])
     with tempfile.TemporaryDirectory() as folder:
-        return run(to_spec(config), Job(plain_config(config), {"model": "tiny"}, overrides, None, Path(folder))).candidate.images
+        return run(to_spec(config), Job(plain_config(config), {"model": "tiny"}, overrides, Path(folder))).candidate.images
 
 
 if __name__ == "__main__":

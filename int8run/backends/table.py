@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from int8run.machine import device_name
 
@@ -42,12 +43,12 @@ class ChoiceTable:
         """Keep an answer, here and in the file. Written whole to a new name and moved, so that a reader never sees half a file."""
         key = f"{self.where} | {question}"
         self.known[key] = answer
-        merged = {**read_table(self.path), key: answer}
         fresh = self.path.with_suffix(f".{time.time_ns()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps(merged, indent=1, sort_keys=True))
-            fresh.replace(self.path)
+            with FileLock(f"{self.path}.lock"):  # jobs of one sweep in several processes keep each other's answers
+                fresh.write_text(json.dumps({**read_table(self.path), key: answer}, indent=1, sort_keys=True))
+                fresh.replace(self.path)
         except OSError as error:
             if self.writable:
                 log.warning("measured choices cannot be kept in %s (%s); every run measures anew", self.path, error.strerror)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from int8run.errors import ConfigError, one_of, switch
+from int8run.errors import ConfigError, in_range, one_of, switch
 
 BASELINES = ("run", "cached", "none")
 PERCEPTUAL = ("ms_ssim", "lpips", "effnet_distance", "clip_score")
@@ -21,11 +21,13 @@ class Metrics:
     baseline: str = "run"
     layers: bool = True  # per-layer output SQNR on real activations: one float step with hooks
     perceptual: Sequence[str] = ()  # metrics of PERCEPTUAL wanted besides PSNR, SSIM and latent error
-    objective: str = "quality/psnr_db"  # the metric that a sweeper gets
+    objective: str = "quality/psnr_db"  # the metric that a sweeper gets, and that the best job of a sweep is the best in
+    system_s: float = 10  # seconds between samples of the machine's load in system.csv; 0: none
 
     def __post_init__(self) -> None:
         one_of("metrics.baseline", self.baseline, BASELINES)
         switch("metrics.layers", self.layers)
+        in_range("metrics.system_s", self.system_s, 0, 3600)
         if isinstance(self.perceptual, str) or not isinstance(self.perceptual, Sequence):
             raise ConfigError(f"metrics.perceptual is {self.perceptual!r}; give a list of {', '.join(PERCEPTUAL)}, such as [lpips]")
         object.__setattr__(self, "perceptual", tuple(self.perceptual))

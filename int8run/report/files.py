@@ -111,7 +111,9 @@ def write_layers(plans: Sequence[LayerPlan], path: Path) -> None:
 
 def write_json(data: object, path: Path) -> None:
     """JSON for people; values that JSON has no number for become the strings `inf`, `-inf`, `nan`."""
-    path.write_text(json.dumps(plain(data), indent=2) + "\n")
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(plain(data), indent=2) + "\n")
+    new.replace(path)  # a job that is killed meanwhile leaves no half of it
 
 
 def plain(value: object) -> object:

@@ -2,15 +2,23 @@
 
 import logging
 import math
+import textwrap
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from rich import get_console
+from rich import box, get_console
 from rich import progress as bars
 from rich.markup import escape
 from rich.table import Table
 
+from int8run.record import FINISHED, Record
+
 log = logging.getLogger(__name__)
+ERROR_WIDTH = 100  # of a job's error while the sweep goes on; its last line has it whole
+SMALLER = ("_err", "_ms", "_s", "_ms_p50", "_ms_p90", "_bytes", "lpips", "_distance", "_share", "overhead_ratio", "fallback_layers")
 
 
 class Progress:
@@ -46,6 +54,103 @@ class Progress:
             task = bar.add_task(name, total=1)
             yield
             bar.advance(task)
+
+
+class SweepProgress:
+    """A line for every job of a sweep: which of how many, how long it took and what is left, what is best so far."""
+
+    def __init__(self, total: int, finished: int, objective: str, enabled: bool):
+        self.total, self.finished, self.objective, self.enabled = total, finished, objective, enabled
+        self.began = time.monotonic()
+        self.ran = 0  # in this process and its workers
+        self.best: Record | None = None
+
+    def started(self, number: int, name: str) -> None:
+        """On a terminal, before the job's own bars."""
+        if self.enabled and get_console().is_terminal:
+            say(f"[bold]job {number}[/bold] {escape(name)} …")
+
+    def ended(self, record: Record) -> None:
+        """What a job came to, and what is left."""
+        self.ran += 1
+        self.finished += 1
+        self.best = better(self.best, record, self.objective)
+        if not self.enabled:
+            return
+        gone = time.monotonic() - self.began
+        left = gone / self.ran * (self.total - self.finished)
+        words = [f"job {record.number} ({record.name}) {outcome_words(record)}", f"{self.finished} of {self.total}, {clock(gone)} gone"]
+        if self.finished < self.total:
+            words.append(f"about {clock(left)} left")
+        if self.best is not None and self.finished > 1:
+            words.append(f"best {measured(self.best, self.objective)}: {self.best.name}")
+        if get_console().is_terminal:
+            say(escape(" · ".join(words)))
+        else:
+            log.log(logging.INFO if record.state == FINISHED else logging.ERROR, "%s", " · ".join(words))
+
+
+def outcome_words(record: Record) -> str:
+    """How a job ended, in its most telling numbers."""
+    if record.state != FINISHED:
+        return textwrap.shorten(f"{record.state}: {record.error}", ERROR_WIDTH, placeholder=" …")
+    shown = (("quality/psnr_db", decibel), ("speed/ratio_vs_float", times), ("speed/step_ms_p50", milliseconds))
+    return ", ".join(form(record.metrics[name]) for name, form in shown if name in record.metrics) or "finished"
+
+
+def measured(record: Record, name: str) -> str:
+    """One metric for a person."""
+    value = record.metrics[name]
+    return decibel(value) if name.endswith("_db") else f"{name} {value:.4g}"
+
+
+def better(best: Record | None, record: Record, objective: str) -> Record | None:
+    """The better of two jobs; errors, times and sizes are better when they are smaller."""
+    value = record.metrics.get(objective) if record.state == FINISHED else None
+    if value is None or math.isnan(value):
+        return best
+    if best is None:
+        return record
+    held = best.metrics[objective]
+    return record if (value < held if smaller_is_better(objective) else value > held) else best
+
+
+def smaller_is_better(metric: str) -> bool:
+    """Whether a metric counts something that one has too much of."""
+    return metric.endswith(SMALLER)
+
+
+def clock(seconds: float) -> str:
+    """`1:05:09` or `0:42`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def sweep_table(records: Sequence[Record], varying: Sequence[str]) -> Table:
+    """The jobs of a sweep beside each other, one line each."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("job", justify="right")
+    for key in varying:
+        table.add_column(key.rpartition(".")[2], style="bold", overflow="fold")
+    shown = [column for column in SWEEP_COLUMNS if any(column.metric in r.metrics for r in records)]
+    for column in shown:
+        table.add_column(column.title, justify="right", no_wrap=True)
+    ended = all(record.state == FINISHED for record in records)
+    if not ended:
+        table.add_column("", style="red")
+    for record in records:
+        words = dict(word.lstrip("+~").partition("=")[::2] for word in record.overrides)
+        cells = [column.form(record.metrics[column.metric]) if column.metric in record.metrics else "–" for column in shown]
+        state = [] if ended else ["" if record.state == FINISHED else record.state]
+        table.add_row(str(record.number), *(escape(words.get(key, "")) for key in varying), *cells, *state)
+    return table
+
+
+def warnings_of(records: Sequence[Record]) -> list[str]:
+    """Each warning of some jobs once, with the number of jobs that had it."""
+    counts = Counter(line for record in records for line in dict.fromkeys(record.warnings))
+    return [f"{line}" + (f" ({count} of {len(records)} jobs)" if len(records) > 1 else "") for line, count in counts.items()]
 
 
 def result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
@@ -103,6 +208,16 @@ def result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
     return table
 
 
+def times(value: float) -> str:
+    """A ratio of speeds or sizes."""
+    return f"{value:.2f}×"
+
+
+def milliseconds(value: float) -> str:
+    """A time for a person."""
+    return f"{value:.1f} ms"
+
+
 def megabytes(count: float) -> str:
     """Bytes for a person, in MB of 10^6."""
     return f"{count / 1e6:.1f} MB"
@@ -122,3 +237,21 @@ def say(*lines: object) -> None:
 def pairs_line(facts: Sequence[tuple[str, object]]) -> str:
     """`model tiny · backend auto · …` for the first line of a run."""
     return " · ".join(f"{name} [bold]{escape(str(value))}[/bold]" for name, value in facts)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number of every job."""
+
+    title: str
+    metric: str
+    form: Callable[[float], str]
+
+
+SWEEP_COLUMNS = (
+    Column("step ms", "speed/step_ms_p50", "{:.1f}".format),
+    Column("× float", "speed/ratio_vs_float", "{:.2f}".format),
+    Column("MB", "memory/denoiser_bytes", lambda v: f"{v / 1e6:.1f}"),
+    Column("PSNR dB", "quality/psnr_db", lambda v: "equal" if math.isinf(v) else f"{v:.1f}"),
+    Column("latent err %", "quality/latent_rel_err", lambda v: f"{100 * v:.2f}"),
+)

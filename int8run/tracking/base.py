@@ -1,66 +1,121 @@
-"""What a tracker is, and the one that keeps nothing."""
+"""What a tracker is, and the one that keeps nothing. A job is logged from its output folder: a store that is away loses nothing."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from PIL.Image import Image
-
-
-class TrackedRun(Protocol):
-    """One open run."""
-
-    def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Final values by name."""
-        ...
-
-    def log_series(self, name: str, values: Sequence[float]) -> None:
-        """One value per step."""
-        ...
-
-    def log_image(self, key: str, image: Image) -> None:
-        """A picture; equal keys line up across runs."""
-        ...
-
-    def log_file(self, path: Path) -> None:
-        """Keep a file with the run."""
-        ...
+from int8run.record import Record
 
 
 class Tracker(Protocol):
-    """A frozen dataclass with the tracker's settings."""
+    """A frozen dataclass with the tracker's settings. All but `place` and `where` may raise TrackingError: the store does not answer."""
 
-    def start(self, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> AbstractContextManager[TrackedRun]:
-        """Open a run; it ends as finished, or as failed when an error passes."""
+    def prepare(self) -> None:
+        """Make what is missing in the store, and close the runs of this machine whose process is gone. Once per command, before any job.
+
+        Raises:
+            ConfigError: a store that these settings cannot use.
+        """
         ...
 
-    def where(self) -> str | None:
+    def begin(self, record: Record) -> str | None:
+        """Open a run for a job that starts.
+
+        Returns:
+            the run's id.
+        """
+        ...
+
+    def upload(self, record: Record) -> str | None:
+        """Log everything that the record's folder holds; the run ends as the record did. What is there already is not logged again.
+
+        Returns:
+            the run's id: the record's own, or that of a new run.
+        """
+        ...
+
+    def finished(self, hashes: Iterable[str]) -> dict[str, str]:
+        """Which jobs are done: hash of the config -> id of the newest run of it that finished."""
+        ...
+
+    def running(self, sweep: str) -> dict[str, int]:
+        """Open runs of a sweep: id -> number of the job."""
+        ...
+
+    def mark(self, run_id: str, state: str, error: str) -> None:
+        """End a run whose worker can no longer do it. A run that has ended stays as it is."""
+        ...
+
+    def runs_of(self, sweep: str) -> list[str]:
+        """Ids of a sweep's runs, in the order in which they started."""
+        ...
+
+    def fetch(self, run_id: str, folder: Path) -> None:
+        """Bring the files of a run back, as its output folder had them; `read_record` reads it."""
+        ...
+
+    def share(self, sweep: str, records: Sequence[Record]) -> str | None:
+        """Keep a view of a sweep.
+
+        Returns:
+            its link.
+        """
+        ...
+
+    def attach(self, run_id: str, path: Path) -> None:
+        """Keep one more file with a run."""
+        ...
+
+    def place(self) -> dict[str, str]:
+        """What a record keeps of where its run is: address of the store, name of the experiment."""
+        ...
+
+    def where(self, sweep: str | None = None) -> str | None:
         """How to look at what was logged, in one line."""
         ...
-
-
-class UntrackedRun:
-    """Takes everything and keeps nothing."""
-
-    def log_metrics(self, metrics: Mapping[str, float]) -> None: ...
-
-    def log_series(self, name: str, values: Sequence[float]) -> None: ...
-
-    def log_image(self, key: str, image: Image) -> None: ...
-
-    def log_file(self, path: Path) -> None: ...
 
 
 @dataclass(frozen=True)
 class NoTracker:
     """`tracker=none`: the output folder is all there is."""
 
-    def start(self, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> AbstractContextManager[TrackedRun]:
-        """A run that keeps nothing."""
-        return nullcontext(UntrackedRun())
+    def prepare(self) -> None: ...
 
-    def where(self) -> str | None:
+    def begin(self, record: Record) -> str | None:
+        """No run."""
+        return None
+
+    def upload(self, record: Record) -> str | None:
+        """No run."""
+        return None
+
+    def finished(self, hashes: Iterable[str]) -> dict[str, str]:
+        """None is known."""
+        return {}
+
+    def running(self, sweep: str) -> dict[str, int]:
+        """None is known."""
+        return {}
+
+    def mark(self, run_id: str, state: str, error: str) -> None: ...
+
+    def runs_of(self, sweep: str) -> list[str]:
+        """None is known."""
+        return []
+
+    def fetch(self, run_id: str, folder: Path) -> None: ...
+
+    def share(self, sweep: str, records: Sequence[Record]) -> str | None:
+        """No view."""
+        return None
+
+    def attach(self, run_id: str, path: Path) -> None: ...
+
+    def place(self) -> dict[str, str]:
+        """Nowhere."""
+        return {}
+
+    def where(self, sweep: str | None = None) -> str | None:
         """Nowhere."""
         return None

@@ -1,59 +1,35 @@
-"""MLflow: SQLite in the working folder, or the server that the user names. The only file that imports mlflow.
+"""MLflow: SQLite in the working folder, or the server that the user names. This folder is the only place that imports mlflow.
 
-Everything goes through a client that belongs to one run. The fluent functions would be shorter, but they keep the address
-in the process and export it to the environment, where the next job of a sweep would find it. mlflow takes a second and 125 MB to import,
-so it is imported by a run and not by its settings: task=quantize has no use for it.
+Everything goes through a client. The fluent functions would be shorter, but they keep the address in the process and export it to the
+environment, where the next job of a sweep would find it. mlflow takes two seconds and 125 MB to import, so it is imported by a run and not
+by its settings: task=quantize has no use for it.
 """
 
+import logging
+import re
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL.Image import Image
-
 from int8run.errors import ConfigError
+from int8run.record import KILLED, NO_WORD, RUNNING, Record, process_gone, read_record, this_process, update_record
+from int8run.tracking import contents, upload
+from int8run.tracking.answers import answering, knock, patient
+from int8run.tracking.contents import LONGEST_ERROR, cut, milliseconds
+from int8run.tracking.view import varying, view_link, view_state, write_view
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
-
-class MlflowRun:
-    """One open MLflow run."""
-
-    def __init__(self, client: "MlflowClient", run_id: str):
-        self.client, self.run_id = client, run_id
-
-    def log_params(self, params: Mapping[str, str]) -> None:
-        """Settings, all in one call."""
-        from mlflow.entities import Param
-
-        self.client.log_batch(self.run_id, params=[Param(name, value) for name, value in params.items()])
-
-    def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Final values, all in one call."""
-        from mlflow.entities import Metric
-
-        now = milliseconds()
-        self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
-
-    def log_series(self, name: str, values: Sequence[float]) -> None:
-        """One value per step, all in one call."""
-        from mlflow.entities import Metric
-
-        now = milliseconds()
-        self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for step, value in enumerate(values)])
-
-    def log_image(self, key: str, image: Image) -> None:
-        """A picture for the image grid, at step 0, where its cards begin."""
-        self.client.log_image(self.run_id, image, key=key, step=0)
-
-    def log_file(self, path: Path) -> None:
-        """An artifact."""
-        self.client.log_artifact(self.run_id, str(path))
+log = logging.getLogger(__name__)
+FILE = "sqlite:///"
+LOCAL_SERVER = "http://127.0.0.1:5000"  # of `mlflow server`
+OTHERS_S = 120  # how long another command may take to make the same database
 
 
 @dataclass(frozen=True)
@@ -71,67 +47,191 @@ class MlflowTracker:
     folder: str = "."
 
     @property
+    def address(self) -> str:
+        """The tracking URI; that of a file is absolute."""
+        uri = self.uri or f"{FILE}{Path(self.folder) / 'mlflow.db'}"
+        return f"{FILE}{Path(uri.removeprefix(FILE)).absolute()}" if uri.startswith(FILE) else uri
+
+    @property
     def store(self) -> str:
-        """The tracking URI, absolute."""
-        return self.uri or f"sqlite:///{Path(self.folder).absolute() / 'mlflow.db'}"
+        """The tracking URI without a password, for people and records."""
+        return re.sub(r"//[^/@]*@", "//", self.address)
 
-    def prepare(self) -> tuple["MlflowClient", str]:
-        """Create database and experiment where they are missing.
+    @property
+    def database(self) -> Path | None:
+        """The SQLite file, when there is one."""
+        return Path(self.address.removeprefix(FILE).partition("?")[0]) if self.address.startswith(FILE) else None
 
-        Returns:
-            a client and the experiment's id.
+    @property
+    def is_server(self) -> bool:
+        """Whether a server is asked over HTTP."""
+        return self.address.startswith("http")
+
+    def place(self) -> dict[str, str]:
+        """Store and experiment."""
+        return {"store": self.store, "experiment": self.experiment}
+
+    def prepare(self) -> None:
+        """Create database and experiment where they are missing; runs of this machine whose process is gone become KILLED.
 
         Raises:
-            ConfigError: when the store does not answer, or the experiment was deleted.
+            ConfigError: the experiment was deleted, or the address can never work.
+            TrackingError: no answer.
         """
-        from mlflow import MlflowClient
-        from mlflow.entities import ViewType
-        from mlflow.exceptions import MlflowException
+        with self.opened(user=True) as (client, experiment_id):
+            host = this_process()["host"]
+            for run in found(client, experiment_id, f"attributes.status = 'RUNNING' and tags.host = '{host}'"):
+                pid, started = (run.data.tags.get(name) for name in ("pid", "process_started"))
+                if pid and started and process_gone(host, int(pid), float(started)):
+                    close(client, run, KILLED, NO_WORD)
 
-        try:
-            client = MlflowClient(self.store)
-            known = client.search_experiments(view_type=ViewType.ALL, filter_string=f"name = '{self.experiment}'")
-        except (MlflowException, OSError) as error:
-            raise ConfigError(f"tracker.uri={self.store} does not answer: {error}; tracker=none runs without") from error
-        if known and known[0].lifecycle_stage == "deleted":
-            raise ConfigError(f"the MLflow experiment {self.experiment!r} is deleted; restore it or set tracker.experiment=<new name>")
-        if known:
-            return client, known[0].experiment_id
-        place = (Path(self.folder).absolute() / "mlartifacts" / self.experiment).as_uri() if self.uri is None else None
-        experiment_id = client.create_experiment(self.experiment, artifact_location=place)
-        # without it the page opens on its view for language models, where no metric column exists
-        client.set_experiment_tag(experiment_id, "mlflow.experimentKind", "custom_model_development")
-        if self.store.startswith("sqlite:///"):
-            # readers and writers at once: without it a second writer waits seconds; the mode stays in the file
-            with sqlite3.connect(self.store.removeprefix("sqlite:///")) as connection:
-                connection.execute("pragma journal_mode=WAL")
-        return client, experiment_id
+    def begin(self, record: Record) -> str:
+        """A new run with the settings of a job."""
+        with self.opened() as (client, experiment_id):
+            return upload.open_run(client, experiment_id, record)
+
+    def upload(self, record: Record) -> str:
+        """Params, metrics, pictures, tables, prompts and files of the record; then the run ends."""
+        known = record.run_id if {**record.tracking, **self.place()} == dict(record.tracking) else None
+        with self.opened() as (client, experiment_id):
+            run = upload.run_of(client, experiment_id, record, known)
+            upload.upload(client, run, record)
+            return run.info.run_id
+
+    def finished(self, hashes: Iterable[str]) -> dict[str, str]:
+        """The newest run of each config that has one."""
+        with self.opened() as (client, experiment_id):
+            runs = {
+                digest: found(client, experiment_id, f"attributes.status = 'FINISHED' and tags.config_hash = '{digest}'")
+                for digest in hashes
+            }
+        return {digest: known[-1].info.run_id for digest, known in runs.items() if known}
+
+    def running(self, sweep: str) -> dict[str, int]:
+        """Open runs."""
+        with self.opened() as (client, experiment_id):
+            runs = found(client, experiment_id, f"attributes.status = 'RUNNING' and tags.sweep = '{sweep}'")
+        return {run.info.run_id: int(run.data.tags.get("number", 0)) for run in runs}
+
+    def mark(self, run_id: str, state: str, error: str) -> None:
+        """End a run that is still open."""
+        with self.opened() as (client, _):
+            run = client.get_run(run_id)
+            if run.info.status == RUNNING:
+                close(client, run, state, error)
+
+    def runs_of(self, sweep: str) -> list[str]:
+        """The oldest first."""
+        with self.opened() as (client, experiment_id):
+            return [run.info.run_id for run in found(client, experiment_id, f"tags.sweep = '{sweep}'")]
+
+    def fetch(self, run_id: str, folder: Path) -> None:
+        """The files, and a record that knows its run."""
+        with self.opened() as (client, _):
+            upload.download(client, run_id, folder)
+        update_record(read_record(folder), tracking={**self.place(), "run_id": run_id, "uploaded": True})
+
+    def share(self, sweep: str, records: Sequence[Record]) -> str | None:
+        """Write the sweep's view into the experiment."""
+        keys = dict.fromkeys(key for record in records for key in contents.image_files(record))
+        names = dict.fromkeys(name for record in records for name in [*record.metrics, *record.series])
+        state = view_state(varying(record.params for record in records), names, list(keys), sweep)
+        with self.opened() as (client, experiment_id):
+            left_out = patient(write_view, client, experiment_id, sweep, state)
+        if left_out:
+            log.info("the dashboard's grid has room for %d of %d pictures of each run", len(keys) - left_out, len(keys))
+        link = view_link(self.store if self.is_server else LOCAL_SERVER, experiment_id, sweep)
+        return link if self.is_server else f"{self.where()}, then {link}"
+
+    def attach(self, run_id: str, path: Path) -> None:
+        """An artifact."""
+        with self.opened() as (client, _):
+            patient(client.log_artifact, run_id, str(path))
+
+    def where(self, sweep: str | None = None) -> str | None:
+        """The server's address, or the command that serves the database."""
+        return self.store if self.is_server else f"mlflow server --backend-store-uri {self.store}"
 
     @contextmanager
-    def start(self, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> Iterator[MlflowRun]:
-        """Open a run; an error marks it FAILED, with the message as tag `error`, an interruption KILLED."""
-        from mlflow.entities import RunStatus
+    def opened(self, user: bool = False) -> Iterator[tuple["MlflowClient", str]]:
+        """A client and the experiment's id, both made where they are missing. The block's errors become ours.
 
-        client, experiment_id = self.prepare()
-        run = MlflowRun(client, client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id)
-        status = RunStatus.FINISHED
-        try:
-            run.log_params(params)
-            yield run
-        except BaseException as error:
-            status = RunStatus.KILLED if isinstance(error, KeyboardInterrupt) else RunStatus.FAILED
-            client.set_tag(run.run_id, "error", str(error)[:5000] or type(error).__name__)
-            raise
-        finally:
-            client.set_terminated(run.run_id, RunStatus.to_string(status))
+        Args:
+            user: see `answering`.
+        """
+        with answering(self.store, user):
+            if self.is_server:
+                knock(self.address)
+            with self.alone():
+                client, experiment_id = self.connect()
+            yield client, experiment_id
 
-    def where(self) -> str | None:
-        """The server's address, or the command that serves the database."""
-        if self.uri and self.uri.startswith("http"):
-            return self.uri
-        return f"mlflow server --backend-store-uri {self.store}"
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes out while a database is opened: two that make its tables at once destroy it."""
+        from filelock import FileLock
+
+        if self.database is None:
+            yield
+            return
+        self.database.parent.mkdir(parents=True, exist_ok=True)
+        lock = Path(f"{self.database}.lock")
+        lock.touch()  # where nothing can be written FileLock would wait for nobody
+        with FileLock(lock, timeout=OTHERS_S, poll_interval=0.01):
+            yield
+
+    def connect(self) -> tuple["MlflowClient", str]:
+        """See `opened`."""
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        if self.address.startswith("file:") or ("://" not in self.address and not self.address.startswith("databricks")):
+            raise ConfigError(
+                f"tracker.uri={self.store} is a folder, in which MLflow keeps no runs any more; choose {FILE}/absolute/path/mlflow.db, "
+                "http://HOST:PORT, or null: mlflow.db in tracker.folder"
+            )
+        new = self.database is not None and not self.database.exists()
+        client = MlflowClient(self.address)
+        experiment = client.get_experiment_by_name(self.experiment)
+        if new:
+            # readers and writers at once: without it a second writer waits seconds; the mode stays in the file
+            with closing(sqlite3.connect(str(self.database))) as connection:
+                connection.execute("pragma journal_mode=WAL")
+        if experiment is None:
+            try:
+                # without the tag the page opens on its view for language models, where no metric column exists
+                tags = {"mlflow.experimentKind": "custom_model_development"}
+                return client, client.create_experiment(self.experiment, self.artifacts, tags)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                experiment = client.get_experiment_by_name(self.experiment)  # another command was faster
+        if experiment.lifecycle_stage == "deleted":
+            raise ConfigError(f"the MLflow experiment {self.experiment!r} is deleted; restore it or set tracker.experiment=<new name>")
+        return client, experiment.experiment_id
+
+    @property
+    def artifacts(self) -> str | None:
+        """Where files go: beside a database, else where the server says."""
+        if self.is_server:
+            return None
+        beside = self.database.parent if self.database else Path(self.folder).absolute()
+        return (beside / "mlartifacts" / re.sub(r"[^\w. -]", "_", self.experiment)).as_uri()
 
 
-def milliseconds() -> int:
-    """The time as MLflow wants it."""
-    return int(time.time() * 1000)
+def found(client: "MlflowClient", experiment_id: str, condition: str) -> list["Run"]:
+    """Runs of an experiment, the oldest first."""
+    runs: list[Run] = []
+    token: str | None = None
+    while True:
+        page = client.search_runs([experiment_id], condition, order_by=["attributes.start_time ASC"], page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def close(client: "MlflowClient", run: "Run", state: str, error: str) -> None:
+    """End a run in place of its process."""
+    patient(client.set_tag, run.info.run_id, "error", cut(error, LONGEST_ERROR))
+    patient(client.set_terminated, run.info.run_id, state, milliseconds(time.time()))

@@ -1,5 +1,6 @@
 """Every option that ships composes and becomes a RunSpec, says what it is, and stands on the help page."""
 
+import functools
 import re
 
 import pytest
@@ -38,6 +39,12 @@ def as_id(option):
     return "=".join(option)
 
 
+@functools.cache
+def spec_of(option):
+    """The RunSpec with an option and what it needs."""
+    return to_spec(composed(as_id(option), *NEEDS.get(as_id(option), [])))
+
+
 def test_the_walk_finds_the_options():
     assert {("task", "run"), ("model", "tiny"), ("hydra/job_logging", "int8run")} <= set(OPTIONS)
     assert set(GROUPS) == {group for default in ROOT["defaults"] if isinstance(default, dict) for group in default if " " not in group}
@@ -46,7 +53,7 @@ def test_the_walk_finds_the_options():
 @pytest.mark.parametrize("option", OPTIONS, ids=as_id)
 def test_every_option_becomes_a_run_spec(option):
     group, name = option
-    spec = to_spec(composed(f"{group}={name}", *NEEDS.get(as_id(option), [])))
+    spec = spec_of(option)
     assert isinstance(spec, RunSpec)
     if group in GROUPS:
         # a YAML without _target_ stays a dict and fails much later, in the middle of a run
@@ -56,7 +63,7 @@ def test_every_option_becomes_a_run_spec(option):
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o[0] in ("backend", "outlier", "rounding", "clip", "model_type")], ids=as_id)
 def test_an_option_and_its_class_use_the_same_word(option):
     group, name = option
-    chosen = getattr(to_spec(composed(f"{group}={name}", *NEEDS.get(as_id(option), []))), group)
+    chosen = getattr(spec_of(option), group)
     assert (chosen.format if group == "clip" else chosen.name) == name
 
 

@@ -175,7 +175,7 @@ def made(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
 
 def quantized(spec: RunSpec, component: str | None, out: Path) -> dict[str, Any]:
     """`task=quantize`; what its metrics.json says."""
-    quantize_file(spec, Job({}, {}, [], None, out), component)
+    quantize_file(spec, Job({}, {}, [], out), component)
     return json.loads((out / "metrics.json").read_text())
 
 

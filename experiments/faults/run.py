@@ -1,0 +1,366 @@
+"""What goes wrong on purpose, with the real command on the tiny model: kill -9, a server that stops, a full disk, Ctrl-C.
+
+    python experiments/faults/run.py [--only NAME ...] [--keep FOLDER]
+
+Prints a line for every fault and ends with 1 when one of them lost, doubled or hid anything. The full disk is a tmpfs, which root can mount.
+"""
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from int8run.errors import FileError
+from int8run.record import FAILED, FINISHED, KILLED, RUNNING, Record, find_records, process_gone, read_record
+from int8run.sweeps.sweep import read_sweep
+from int8run.tracking import contents
+
+sys.path.append(str(Path(__file__).parents[2] / "tests"))
+
+from servers import MlflowServer, free_port
+
+SMALL = ["sampler.steps=2", "prompts.prompts=[fox]"]
+TEN = ["-m", "lora=stack_a", "lora.strength=0,0.25,0.5,0.75,1", "outlier=none,convrot", *SMALL]
+THREE = ["-m", "seed=0,1,2", *SMALL]
+AWAY_S = 20.0  # how long the server is away
+PATIENCE_S = 900.0  # for one command, on a machine that is busy
+EXPERIMENT = "int8run"
+
+
+class Lost(Exception):
+    """Something is missing, doubled or not said."""
+
+
+@dataclass
+class Place:
+    """A folder in which one fault happens."""
+
+    folder: Path
+    said: list[str] = field(default_factory=list)  # what was counted, for the table
+
+    @property
+    def sweep(self) -> Path:
+        """The sweep's folder."""
+        return self.folder / "sweep"
+
+    def start(self, *words: str, uri: str | None = None, own_session: bool = False) -> subprocess.Popen[bytes]:
+        """A command; what it prints goes to log.txt."""
+        environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+        environment |= {"COLUMNS": "400", "MLFLOW_DISABLE_TELEMETRY": "true", **({"MLFLOW_TRACKING_URI": uri} if uri else {})}
+        where = ["hydra.sweep.dir=sweep"] if "-m" in words else []
+        with (self.folder / "log.txt").open("wb") as log:
+            command = [sys.executable, "-m", "int8run.cli", *words, *where, "cache.folder=cache"]
+            return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=own_session)
+
+    def run(self, *words: str, uri: str | None = None, code: int = 0) -> str:
+        """A command from start to end.
+
+        Returns:
+            what it printed.
+        """
+        return self.ended(self.start(*words, uri=uri), code)
+
+    def ended(self, process: "subprocess.Popen[bytes]", code: int) -> str:
+        """Wait for a command; it must end with a code and without a traceback."""
+        found = process.wait(PATIENCE_S)
+        text = self.log()
+        check(found == code, f"exit code {found} in place of {code}: {text[-1500:]}")
+        check("Traceback" not in text, f"a traceback: {text[-3000:]}")
+        return text
+
+    def log(self) -> str:
+        """What the last command printed so far."""
+        return (self.folder / "log.txt").read_text(errors="replace")
+
+    def records(self) -> list[Record]:
+        """The jobs that there are; none while one of them is being written."""
+        try:
+            return find_records(self.sweep) if self.sweep.is_dir() else []
+        except FileError:
+            return []
+
+    def wait_for(self, process: "subprocess.Popen[bytes]", finished: int) -> Record:
+        """Until so many jobs are finished and one more runs; that one."""
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end:
+            states = Counter(r.state for r in self.records())
+            running = [r for r in self.records() if r.state == RUNNING]
+            if states[FINISHED] >= finished and running:
+                return running[0]
+            check(process.poll() is None, f"the command ended before: {self.log()[-1500:]}")
+            time.sleep(0.02)
+        raise Lost(f"no job came up: {self.log()[-1500:]}")
+
+
+def check(fine: bool, message: str) -> None:
+    """Raise Lost unless something is as it must be."""
+    if not fine:
+        raise Lost(message)
+
+
+def check_states(place: Place, wanted: Mapping[int, str]) -> list[Record]:
+    """The folders hold these jobs, by number, and no others."""
+    records = find_records(place.sweep)
+    found = {r.number: r.state for r in records}
+    check(len(records) == len(wanted) and found == dict(wanted), f"jobs in the folder: {[(r.folder.name, r.number, r.state) for r in records]}")
+    return records
+
+
+def runs_in(store: str, sweep: str) -> list[Run]:
+    """The runs of a sweep in MLflow."""
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    return list(client.search_runs([experiment.experiment_id], f"tags.sweep = '{sweep}'")) if experiment else []
+
+
+def check_tracked(place: Place, store: str, killed: int = 0) -> None:
+    """MLflow has each job of the folder once, whole, and so many others, all KILLED."""
+    sweep = read_sweep(place.sweep)
+    assert sweep is not None
+    client, runs, records = MlflowClient(store), runs_in(store, sweep.id), find_records(place.sweep)
+    by_id = {run.info.run_id: run for run in runs}
+    check(len({r.config_hash for r in records}) == len(records), "two folders hold the same job")
+    check({str(r.run_id) for r in records} <= set(by_id) and all(r.uploaded for r in records), "a job of the folder is not in MLflow")
+    others = [run for run in runs if run.info.run_id not in {r.run_id for r in records}]
+    check([o.info.status for o in others] == [KILLED] * killed, f"other runs in MLflow: {[(o.info.run_name, o.info.status) for o in others]}")
+    for record in records:
+        check_whole(client, by_id[str(record.run_id)], record)
+    place.said.append(f"MLflow: {len(records)} whole, each once" + (f", and {killed} KILLED" if killed else ""))
+
+
+def check_whole(client: MlflowClient, run: Run, record: Record) -> None:
+    """A run has everything that the folder has."""
+    name, run_id = f"{record.name}: ", run.info.run_id
+    check(run.info.status == record.state, f"{name}{run.info.status} in MLflow, {record.state} in the folder")
+    check(contents.params(record).items() <= run.data.params.items(), f"{name}settings are missing")
+    lacking = {contents.allowed(key) for key in [*record.metrics, *record.series]} - set(run.data.metrics)
+    check(not lacking, f"{name}metrics are missing: {lacking}")
+    for key, values in record.series.items():
+        check(len(client.get_metric_history(run_id, key)) == len(values), f"{name}{key} has not {len(values)} values")
+    here = sorted(path.name for path in (record.folder / "images").glob("*"))
+    there = sorted(Path(file.path).name for file in client.list_artifacts(run_id, "samples")) if here else []
+    check(here == there, f"{name}pictures here {here}, there {there}")
+    shown = len(client.list_artifacts(run_id, "images")) if record.images else 0
+    check(shown == 2 * len(contents.image_files(record)), f"{name}{shown} files in the picture grid")
+    tops = {Path(file.path).name for file in client.list_artifacts(run_id)}
+    check({path.name for path, folder in contents.files(record) if folder is None} <= tops, f"{name}files are missing: {tops}")
+    if record.state != FINISHED:
+        check(record.error in run.data.tags["error"], f"{name}MLflow says {run.data.tags['error']!r}, the folder {record.error!r}")
+
+
+def database(place: Place) -> str:
+    """The SQLite store in a folder."""
+    return f"sqlite:///{place.folder / 'mlflow.db'}"
+
+
+def no_process_of(place: Place) -> list[psutil.Process]:
+    """Processes that still work in a folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cwd() == str(place.folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def killed_in_the_fourth_job(place: Place) -> None:
+    """kill -9 in the middle of job 4 of 10; then the same with resume=true."""
+    sweep = place.start(*TEN)
+    victim = place.wait_for(sweep, finished=3)
+    sweep.kill()
+    sweep.wait()
+    before = {r.number: r.started for r in find_records(place.sweep)}
+    check(read_record(victim.folder).state == KILLED, "the job had ended when it was killed: try again")
+    (open_run,) = (run for run in runs_in(database(place), str(victim.sweep)) if run.info.status == RUNNING)
+    text = place.run(*TEN, "resume=true")
+    check("3 of 10 jobs are finished already" in text, f"it does not say what it leaves out: {text[-1500:]}")
+    records = check_states(place, dict.fromkeys(range(10), FINISHED))
+    again = [r.number for r in records if r.number in before and r.started != before[r.number]]
+    check(again == [victim.number], f"these ran twice: {again}")
+    check_tracked(place, database(place), killed=1)
+    dead = MlflowClient(database(place)).get_run(open_run.info.run_id)
+    check(dead.info.status == KILLED and "without a word" in dead.data.tags["error"], f"the dead run is {dead.info.status}")
+    place.said.insert(0, f"3 finished before, job {victim.number} killed, 7 after")
+
+
+def server_is_started_again(place: Place) -> None:
+    """The MLflow server is killed in the middle of a sweep, and comes back after 20 s."""
+    with MlflowServer(place.folder) as server:
+
+        def stop() -> None:
+            server.__exit__()
+            time.sleep(AWAY_S)
+            server.__enter__()
+
+        server_away(place, server, stop)
+
+
+def server_hangs(place: Place) -> None:
+    """The MLflow server takes connections and says nothing for 20 s."""
+    with MlflowServer(place.folder) as server:
+
+        def stop() -> None:
+            os.killpg(server.process.pid, signal.SIGSTOP)
+            time.sleep(AWAY_S)
+            os.killpg(server.process.pid, signal.SIGCONT)
+
+        server_away(place, server, stop)
+
+
+def server_away(place: Place, server: MlflowServer, stop: Callable[[], None]) -> None:
+    """A sweep during which the server is away for a while."""
+    sweep = place.start(*TEN, uri=server.address)
+    place.wait_for(sweep, finished=3)
+    stop()
+    meanwhile = Counter(r.state for r in place.records())[FINISHED]
+    text = place.ended(sweep, 0)
+    check_states(place, dict.fromkeys(range(10), FINISHED))
+    check_tracked(place, server.address)
+    logs = "".join((r.folder / "int8run.log").read_text() for r in find_records(place.sweep))
+    place.said.append(f"{meanwhile - 3} jobs ended meanwhile, {logs.count('upload it later')} of the uploads failed at first")
+    check("viewStateShareKey" in text, "no link to the dashboard at the end")
+
+
+def server_never_comes(place: Place) -> None:
+    """No server at the start nor later; `task=report sync=` when there is one."""
+    text = place.run(*THREE, uri=f"http://127.0.0.1:{free_port()}")
+    records = check_states(place, dict.fromkeys(range(3), FINISHED))
+    check(not any(r.run_id for r in records) and (place.sweep / "report.html").is_file(), "no report")
+    lines = [line for line in text.splitlines() if "does not answer" in line]
+    check(1 <= len(lines) <= 1 + len(records), f"it says {len(lines)} times that nobody answers:\n" + "\n".join(lines))
+    check("task=report sync=" in text, "it does not say how to upload later")
+    with MlflowServer(place.folder) as server:
+        for uploaded in (3, 0):  # the second time nothing is left to do
+            text = place.run("task=report", "sync=sweep", uri=server.address)
+            check(f"{uploaded} of 3 runs uploaded" in text, text[-1500:])
+        check_tracked(place, server.address)
+    place.said.append(f"said {len(lines)} times in a sweep of 3")
+
+
+@contextmanager
+def small_disk(folder: Path, kilobytes: int) -> Iterator[Callable[[int], None]]:
+    """A disk of its own at a folder; the yielded function makes it larger."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], check=True)
+    try:
+        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", folder], check=True) and None
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def picture_too_large(place: Place) -> None:
+    """Pictures of one job of three do not fit on the disk; there is room for those of the others."""
+    sizes = ["-m", "sampler.height=64,512,48", "sampler.steps=1", "prompts.prompts=[fox]"]
+    with small_disk(place.sweep, 440) as grow:
+        text = place.run(*sizes, code=3)
+        check("1 of 3 jobs did not finish" in text, text[-1500:])
+        check(re.search(r"job 1 \(sampler.height=512\) FAILED: the disk is full, and \S*/1/\S+\.png could not be written", text) is not None, text)
+        records = check_states(place, {0: FINISHED, 1: FAILED, 2: FINISHED})
+        check("the disk is full" in str(records[1].error), str(records[1].error))
+        check("disk is full" in (place.sweep / "report.html").read_text(), "the report does not name the error")
+        check_tracked(place, database(place))
+        grow(8000)
+        place.run(*sizes, "resume=true")
+        check_states(place, dict.fromkeys(range(3), FINISHED))
+        place.said.append("2 finished, 1 FAILED and named; finished by resume=true with more room")
+
+
+def disk_full_to_the_last_byte(place: Place) -> None:
+    """Many small pictures fill the disk; what comes after finds no room even for its status.json."""
+    many = ["-m", "prompts.seeds_per_prompt=1,60,2", "sampler.steps=1", "prompts.prompts=[fox]"]
+    with small_disk(place.sweep, 360) as grow:
+        text = place.run(*many, code=3)
+        check("2 of 3 jobs did not finish" in text and len(re.findall(r"FAILED: the disk is full", text)) >= 2, text)
+        grow(8000)
+        place.run(*many, "resume=true")
+        check_states(place, dict.fromkeys(range(3), FINISHED))
+        place.said.append("1 finished, 2 FAILED and named; finished by resume=true with more room")
+
+
+def interrupted(place: Place) -> None:
+    """Ctrl-C in the third of ten jobs; then resume=true."""
+    stop_and_resume(place)
+
+
+def interrupted_in_processes(place: Place) -> None:
+    """Ctrl-C while two processes work; then resume=true."""
+    stop_and_resume(place, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+
+
+def stop_and_resume(place: Place, *words: str) -> None:
+    """As a terminal does: the signal reaches every process of the sweep."""
+    sweep = place.start(*TEN, *words, own_session=True)
+    place.wait_for(sweep, finished=2)
+    os.killpg(sweep.pid, signal.SIGINT)
+    text = place.ended(sweep, 130)
+    check("int8run: interrupted; the same command with resume=true goes on" in text, text[-1500:])
+    time.sleep(2)
+    left = no_process_of(place)
+    check(not left, f"processes are left: {left}")
+    states = Counter(r.state for r in find_records(place.sweep))
+    check(states[KILLED] >= 1 and states[FINISHED] >= 2 and set(states) <= {KILLED, FINISHED}, str(states))
+    place.run(*TEN, *words, "resume=true")
+    check_states(place, dict.fromkeys(range(10), FINISHED))
+    check_tracked(place, database(place), killed=states[KILLED])
+
+
+def worker_killed(place: Place) -> None:
+    """kill -9 to one of two worker processes."""
+    sweep = place.start(*TEN, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    victim = place.wait_for(sweep, finished=2)
+    psutil.Process(victim.status["pid"]).kill()
+    text = place.ended(sweep, 1)
+    check(f"job {victim.number} ({victim.name}) KILLED: its process was killed by signal 9 (SIGKILL)" in text, text[-1500:])
+    check("1 of 10 jobs did not finish" in text, text[-1500:])
+    check_states(place, {n: KILLED if n == victim.number else FINISHED for n in range(10)})
+    check_tracked(place, database(place))
+    check(process_gone(*(victim.status[key] for key in ("host", "pid", "process_started"))), "the worker lives")
+
+
+FAULTS: Sequence[Callable[[Place], None]] = (
+    killed_in_the_fourth_job, server_is_started_again, server_hangs, server_never_comes, picture_too_large, disk_full_to_the_last_byte,
+    interrupted, interrupted_in_processes, worker_killed,
+)  # fmt: skip
+
+
+def main() -> int:
+    """Exit code 1 when a fault lost, doubled or hid anything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=[f.__name__ for f in FAULTS], help="these faults alone")
+    parser.add_argument("--keep", type=Path, help="a new folder for what the commands leave; else a temporary one")
+    arguments = parser.parse_args()
+    failed = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        for fault in FAULTS:
+            if arguments.only and fault.__name__ not in arguments.only:
+                continue
+            place = Place((arguments.keep or Path(temporary)).absolute() / fault.__name__)
+            place.folder.mkdir(parents=True)
+            began = time.monotonic()
+            try:
+                fault(place)
+                line = f"PASS  {'; '.join(place.said)}"
+            except Lost as error:
+                failed += 1
+                line = f"FAIL  {error}"
+            print(f"{fault.__name__:<28} {time.monotonic() - began:4.0f} s  {line}", flush=True)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

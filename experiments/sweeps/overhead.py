@@ -1,0 +1,81 @@
+"""What a sweep costs beside what it must do: its wall time over that of building each model once and generating, measured alone.
+
+    python experiments/sweeps/overhead.py [--rounds 3] [WORDS ...]
+
+Runs, in turn, `int8run -m WORDS` and one process that builds the same models and draws the same pictures and does nothing else: no
+metrics, no files, no MLflow, no report. Prints both medians and their ratio.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+WORDS = ["lora=stack_a", "lora.strength=0,0.25,0.5,0.75,1", "outlier=none,convrot"]
+
+
+def alone(words: list[str]) -> None:
+    """Build each model once and let it draw what the jobs of the sweep draw."""
+    from int8run.build import build
+    from int8run.generate.prompts import samples
+    from int8run.lora.heads import read_heads
+    from int8run.memo import reuse
+    from int8run.models.loader import use_scheduler
+    from int8run.precheck import compose_all, to_spec
+    from int8run.report.terminal import Progress
+    from int8run.run import generate_all
+
+    _, configs = compose_all(None, "config", words, multirun=True)
+    specs = sorted((to_spec(config) for config in configs), key=lambda spec: spec.build_key)
+    for spec in specs:
+        heads = read_heads(spec.lora, spec.model.lora_base, None)
+        wanted = samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
+        built, _ = reuse(spec.build_key, lambda s=spec, h=heads, w=wanted: build(s, w[: s.sampler.batch], h, Progress(False)))
+        use_scheduler(built.pipe, built.scheduler, spec.sampling)
+        built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
+        generate_all(spec, built, spec.candidate, wanted, Progress(False))
+
+
+def timed(command: list[str], folder: Path) -> float:
+    """Seconds of a command, in a folder of its own."""
+    folder.mkdir(parents=True)
+    began = time.perf_counter()
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("words", nargs="*", default=WORDS)
+    args = parser.parse_args()
+    words = args.words or WORDS
+    if args.alone:
+        alone(words)
+        return
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    commands = {
+        "alone": [sys.executable, str(Path(__file__).resolve()), "--alone", *words],
+        "sweep": [sys.executable, "-m", "int8run.cli", "-m", *words],
+        "sweep, tracker=none": [sys.executable, "-m", "int8run.cli", "-m", *words, "tracker=none"],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    with tempfile.TemporaryDirectory() as work:
+        for turn in range(args.rounds + 1):  # the first fills the caches
+            for name, command in commands.items():
+                taken = timed(command, Path(work) / f"{turn}-{name}")
+                if turn:
+                    seconds[name].append(taken)
+    base = statistics.median(seconds["alone"])
+    for name, times in seconds.items():
+        shown = ", ".join(f"{t:.1f}" for t in times)
+        print(f"{name:<20} {statistics.median(times):6.1f} s  {statistics.median(times) / base:.2f} x  ({shown})")
+
+
+if __name__ == "__main__":
+    main()

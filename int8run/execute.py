@@ -1,0 +1,129 @@
+"""One job from start to end: its record, its task, and the tracker's copy of what it left."""
+
+import errno
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from int8run.errors import FileError, TrackingError
+from int8run.metrics.system import SystemSampler
+from int8run.record import FAILED, FINISHED, KILLED, Record, config_hash, end_record, short_hash, start_record, update_record
+from int8run.report.files import write_yaml
+from int8run.report.terminal import say
+from int8run.spec import Job, RunSpec
+from int8run.tracking.base import Tracker
+
+log = logging.getLogger(__name__)
+
+
+def execute(spec: RunSpec, job: Job) -> float | None:
+    """Run a job's task; leave a record of it, whatever happens, and let the tracker copy it.
+
+    Returns:
+        what the task hands to a sweeper.
+
+    Raises:
+        FileError: when the disk is full. Whatever else the task raises passes through.
+    """
+    task = spec.task
+    if not task.recorded:
+        return task.execute(spec, job)
+    record = start_record(job.output_dir, identity(spec, job))
+    write_yaml(job.settings, job.output_dir / "config.yaml")
+    if task.tracked:
+        if job.sweep is None:  # the parent of a sweep did
+            prepare(spec.tracker)
+        record = announce(spec.tracker, record)
+    try:
+        with kept_warnings() as warnings, SystemSampler(job.output_dir / "system.csv", spec.metrics.system_s):
+            value = task.execute(spec, job)
+    except BaseException as error:
+        # an interrupted job and one that hydra or a worker ends are no failures of its own
+        state = FAILED if isinstance(error, Exception) else KILLED
+        known = disk_full(error, job.output_dir)
+        record = end_record(record, state, " ".join(str(known or error).split()) or type(error).__name__, warnings)
+        if task.tracked:
+            upload(spec.tracker, record)
+        if known is not None:
+            raise known from error
+        raise
+    record = end_record(record, FINISHED, warnings=warnings)
+    if task.tracked:
+        record = upload(spec.tracker, record)
+        if record.uploaded and not job.sweep:
+            say(f"runs:     {spec.tracker.where()}")
+    return value
+
+
+def identity(spec: RunSpec, job: Job) -> dict[str, object]:
+    """What status.json says of a job from its start on."""
+    return {
+        "task": type(spec.task).__name__.lower(), "name": job.name, "overrides": list(job.overrides), "choices": dict(job.choices),
+        "params": job.params(), "sweep": job.sweep, "number": job.number, "config_hash": config_hash(job.settings),
+        "build_key": short_hash(spec.build_key), "objective": spec.metrics.objective, "jobs_at_once": job.jobs_at_once,
+    }  # fmt: skip
+
+
+class Keep(logging.Handler):
+    """Keeps the messages that it gets."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextmanager
+def kept_warnings() -> Iterator[list[str]]:
+    """What is warned of meanwhile, for the record: of a sweep's jobs nothing else is shown."""
+    keep, root = Keep(), logging.getLogger()
+    root.addHandler(keep)
+    try:
+        yield keep.lines
+    finally:
+        root.removeHandler(keep)
+
+
+def prepare(tracker: Tracker) -> None:
+    """Get the store ready, once per command. A tracker that does not answer stops nothing."""
+    try:
+        tracker.prepare()
+    except TrackingError as error:
+        log.warning("%s; what is measured is kept in the output folder and logged when it answers again", error)
+
+
+def announce(tracker: Tracker, record: Record) -> Record:
+    """Let the tracker open a run, so that the job is seen while it runs."""
+    try:
+        run_id = tracker.begin(record)
+    except TrackingError as error:
+        log.info("%s", error)
+        return record
+    return logged(tracker, record, run_id, uploaded=False)
+
+
+def upload(tracker: Tracker, record: Record) -> Record:
+    """Let the tracker copy what the folder holds; when it does not answer, say how to do it later."""
+    try:
+        run_id = tracker.upload(record)
+    except TrackingError as error:
+        log.warning("%s; everything is in %s; upload it later: int8run task=report sync=%s", error, record.folder, record.folder)
+        return record
+    return logged(tracker, record, run_id, uploaded=True)
+
+
+def logged(tracker: Tracker, record: Record, run_id: str | None, uploaded: bool) -> Record:
+    """Write where the tracker has a job."""
+    return record if run_id is None else update_record(record, tracking={**tracker.place(), "run_id": run_id, "uploaded": uploaded})
+
+
+def disk_full(error: BaseException, folder: Path) -> FileError | None:
+    """The words for a full disk, if that is what an error says; libraries that write files say it in their own classes."""
+    if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
+        return None
+    where = getattr(error, "filename", None) or folder
+    return FileError(f"the disk is full, and {where} could not be written; free some room, or write elsewhere: hydra.run.dir=FOLDER "
+                     "(of a sweep hydra.sweep.dir=FOLDER), cache.folder=FOLDER")  # fmt: skip

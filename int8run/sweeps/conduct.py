@@ -1,0 +1,208 @@
+"""A sweep from its composed jobs to its last line: what is finished already, who runs the rest, what is made of it."""
+
+import logging
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.core.singleton import Singleton
+from hydra.core.utils import configure_log
+from omegaconf import DictConfig, OmegaConf
+
+from int8run.errors import ConfigError, Int8RunError, TrackingError
+from int8run.execute import identity, prepare
+from int8run.precheck import plain_config, to_spec
+from int8run.record import (
+    FINISHED,
+    KILLED,
+    NO_WORD,
+    RUNNING,
+    STATUS,
+    Record,
+    config_hash,
+    end_record,
+    find_records,
+    read_record,
+    start_record,
+    this_process,
+)  # fmt: skip
+from int8run.report.terminal import SweepProgress
+from int8run.spec import Job, RunSpec
+from int8run.sweeps.base import Outcome, Pool, SweepJob
+from int8run.sweeps.dispatch import dispatch
+from int8run.sweeps.finish import finish
+from int8run.sweeps.job import job_of
+from int8run.sweeps.sweep import Sweep, new_id, now, read_sweep, varying_keys, write_sweep
+from int8run.sweeps.worker import Parent, run_jobs
+
+log = logging.getLogger(__name__)
+
+
+class SweepError(Int8RunError):
+    """Some jobs of a sweep did not finish."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One job before it runs."""
+
+    spec: RunSpec
+    about: Job
+    job: SweepJob
+
+
+def conduct(configs: Sequence[DictConfig], pool: Pool, context: Any, task_function: Any) -> list[float | None]:
+    """Run the jobs of a sweep on a pool's workers, those that use the same model together, and make one page of what they leave.
+
+    Args:
+        configs: composed, hydra's part included; numbered, in one sweep folder.
+        context, task_function: hydra's.
+
+    Returns:
+        the value of each job.
+
+    Raises:
+        SweepError: after all others are done, when a job failed or was killed; it names each.
+    """
+    folder = Path(str(configs[0].hydra.sweep.dir))
+    resume = bool(configs[0].get("resume"))
+    sweep = identify(folder, configs, resume)
+    planned = plan(folder, configs, resume)
+    for tracker in {p.spec.tracker for p in planned if p.spec.task.tracked}:
+        prepare(tracker)
+    outcomes = finished(sweep, planned) if resume else {}
+    todo = [p.job for p in planned if p.job.number not in outcomes]
+    for job in todo:  # of an earlier try
+        (job.folder / STATUS).unlink(missing_ok=True)
+    by_number = {p.job.number: p for p in planned}
+    metrics = planned[0].spec.metrics
+    progress = SweepProgress(len(planned), len(outcomes), metrics.objective, planned[0].spec.progress)
+
+    def started(job: SweepJob) -> None:
+        progress.started(job.number, by_number[job.number].about.name)
+
+    def ended(job: SweepJob, outcome: Outcome) -> None:
+        configure_log(job.config.hydra.hydra_logging, job.config.hydra.verbose)  # a job in this process had its own log file
+        outcomes[job.number] = outcome
+        progress.ended(recorded(by_number[job.number], outcome))
+
+    if todo:
+        try:
+            most = pool.open(len(todo))
+            sweep = replace(sweep, jobs_at_once=min(pool.jobs_at_once, len(todo)))  # a cluster is known once it is there
+            write_sweep(folder, sweep)
+            parent = Parent(sweep, context, task_function, Singleton.get_state(), str(Path.cwd()), os.getpid())
+            dispatch(todo, pool, most, lambda jobs: partial(run_jobs, parent, jobs), started, ended)
+        finally:
+            pool.close()
+    records = [read_record(p.job.folder) for p in planned]
+    finish(folder, sweep, records, {p.job.number: p.spec.tracker for p in planned if p.spec.task.tracked})
+    failed = [p for p in planned if outcomes[p.job.number].state != FINISHED]
+    if failed:
+        raise sweep_failed(failed, outcomes, len(planned))
+    return [outcomes[p.job.number].value for p in planned]
+
+
+def identify(folder: Path, configs: Sequence[DictConfig], resume: bool) -> Sweep:
+    """Write sweep.json: a new identity, or that of the sweep that goes on."""
+    earlier = read_sweep(folder) if resume else None
+    varying = varying_keys([list(config.hydra.overrides.task) for config in configs])
+    sweep = Sweep(earlier.id if earlier else new_id(folder), varying, created=earlier.created if earlier else now())
+    write_sweep(folder, sweep)
+    return sweep
+
+
+def plan(folder: Path, configs: Sequence[DictConfig], resume: bool) -> list[Planned]:
+    """Specs, identities and folders. A sweep that goes on keeps the folder of each job that it had, and gives the others new ones."""
+    earlier_jobs = [r for r in find_records(folder) if r.sweep is not None] if resume else []
+    taken = {r.folder for r in earlier_jobs}
+    mine = {r.config_hash: r for r in earlier_jobs}
+    planned = []
+    for config in configs:
+        earlier = mine.pop(config_hash(plain_config(config)), None)
+        if earlier is not None:
+            config.hydra.job.num = earlier.number
+        else:
+            take_number(config, taken)
+        about = job_of(config, config.hydra, folder_of(config))
+        taken.add(about.output_dir)
+        spec = to_spec(config)
+        known = identity(spec, about)
+        job = SweepJob(about.number, tuple(about.overrides), config, about.output_dir, str(known["config_hash"]), str(known["build_key"]))
+        planned.append(Planned(spec, about, job))
+    return planned
+
+
+def folder_of(config: DictConfig) -> Path:
+    """A job's output folder."""
+    return Path(str(config.hydra.sweep.dir)) / str(OmegaConf.select(config, "hydra.sweep.subdir"))
+
+
+def take_number(config: DictConfig, taken: Collection[Path]) -> None:
+    """Count a job's number up until its folder is nobody else's, where the folder's name depends on the number."""
+    while (place := folder_of(config)) in taken:
+        config.hydra.job.num += 1
+        if folder_of(config) == place:
+            return
+
+
+def finished(sweep: Sweep, planned: Sequence[Planned]) -> dict[int, Outcome]:
+    """Jobs that need not run again: those whose folder says so, and those that the tracker has, which are brought back.
+
+    Raises:
+        ConfigError: when a job of the sweep still runs on this machine.
+    """
+    outcomes = {}
+    for p in planned:
+        record = known_record(p.job.folder)
+        if record is not None and record.state == RUNNING and record.status["host"] == this_process()["host"]:
+            pid = record.status["pid"]
+            raise ConfigError(f"job {record.number} of this sweep runs in process {pid}; wait for it, or end it, then resume")
+        if record is not None and record.state == FINISHED:
+            outcomes[p.job.number] = recalled(p, record)
+    try:
+        for p, tracker in [(p, p.spec.tracker) for p in planned if p.spec.task.tracked and p.job.number not in outcomes]:
+            for run_id in tracker.running(sweep.id):
+                tracker.mark(run_id, KILLED, NO_WORD)
+            known = tracker.finished([p.job.config_hash]).get(p.job.config_hash)
+            if known is not None:
+                tracker.fetch(known, p.job.folder)
+                outcomes[p.job.number] = recalled(p, read_record(p.job.folder))
+    except TrackingError as error:
+        log.warning("%s; only jobs that are finished in the sweep's folder are left out", error)
+    log.info("%d of %d jobs are finished already", len(outcomes), len(planned))
+    return outcomes
+
+
+def known_record(folder: Path) -> Record | None:
+    """What an earlier try left."""
+    return read_record(folder) if (folder / STATUS).is_file() else None
+
+
+def recalled(planned: Planned, record: Record) -> Outcome:
+    """The outcome of a job that ran before."""
+    return Outcome(planned.job.number, FINISHED, record.metrics.get(planned.spec.metrics.objective))
+
+
+def recorded(planned: Planned, outcome: Outcome) -> Record:
+    """What a job left. One whose worker died before it could write, or on a machine that is gone, gets its record here."""
+    record = known_record(planned.job.folder)
+    if record is None:
+        record = start_record(planned.job.folder, identity(planned.spec, planned.about))
+        record = end_record(record, outcome.state, outcome.error)
+    return record
+
+
+def sweep_failed(failed: Sequence[Planned], outcomes: Mapping[int, Outcome], jobs: int) -> SweepError:
+    """One line for every job that did not finish; the exit code is theirs, where they agree."""
+    codes = {outcomes[p.job.number].exit_code for p in failed}
+    lines = [f"  job {p.job.number} ({p.about.name}) {outcomes[p.job.number].state}: {outcomes[p.job.number].error}" for p in failed]
+    head = f"{len(failed)} of {jobs} jobs did not finish; the same command with resume=true runs these alone"
+    return SweepError("\n".join([head, *lines]), codes.pop() if len(codes) == 1 else 1)

@@ -1,0 +1,47 @@
+"""The end of a sweep: what no tracker has is uploaded, one page and one dashboard compare the jobs, one table names them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.markup import escape
+
+from int8run.errors import TrackingError
+from int8run.execute import upload
+from int8run.record import Record
+from int8run.report.page import write_report
+from int8run.report.terminal import say, sweep_table, warnings_of
+from int8run.sweeps.sweep import Sweep
+from int8run.tracking.base import Tracker
+
+log = logging.getLogger(__name__)
+REPORT = "report.html"
+
+
+def finish(folder: Path, sweep: Sweep, records: Sequence[Record], trackers: Mapping[int, Tracker]) -> None:
+    """Make one page and one dashboard of a sweep's jobs, and say where they are.
+
+    Args:
+        trackers: of the tracked jobs, by number.
+    """
+    records = [upload(trackers[r.number], r) if r.number in trackers and not r.uploaded else r for r in records]
+    page = folder / REPORT
+    write_report(records, page, f"sweep {sweep.id}")
+    for line in warnings_of(records):
+        log.warning("%s", line)
+    say(sweep_table(records, sweep.varying), f"report:   {escape(str(page))}")
+    for tracker in dict.fromkeys(trackers.values()):
+        theirs = [r for r in records if trackers.get(r.number) == tracker and r.uploaded]
+        if theirs:
+            say(*(f"runs:     {escape(line)}" for line in share(tracker, sweep, theirs, page)))
+
+
+def share(tracker: Tracker, sweep: Sweep, records: Sequence[Record], page: Path) -> list[str]:
+    """Keep the page with the first run and write the dashboard; where to look."""
+    try:
+        tracker.attach(str(records[0].run_id), page)
+        link = tracker.share(sweep.id, records)
+    except TrackingError as error:
+        log.warning("%s; the sweep has no dashboard; int8run task=report sync=%s makes it", error, page.parent)
+        return []
+    return [line for line in (link,) if line]

@@ -1,0 +1,468 @@
+"""The MLflow tracker against SQLite, and the tracker that keeps nothing."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from cli_process import command_in
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from PIL import Image
+from tracking.records import client_of, contents_of, known, make_record, runs_of
+
+from int8run.errors import ConfigError, TrackingError
+from int8run.record import FAILED, FINISHED, KILLED, NO_WORD, RUNNING, read_record, this_process
+from int8run.tracking import answers
+from int8run.tracking.base import NoTracker
+from int8run.tracking.mlflow_tracker import MlflowTracker
+
+
+@pytest.fixture(scope="module")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose database the tracker made from nothing. The tables take seconds, so the other tests copy this one."""
+    path = tmp_path_factory.mktemp("store")
+    folder = path / "new, with an odd näme"
+    MlflowTracker(folder=str(folder), experiment="another/one").prepare()
+    return folder
+
+
+def copy_store(source: Path, target: Path) -> None:
+    """Copy a database; not the file alone: what was written last may still be beside it."""
+    with sqlite3.connect(source / "mlflow.db") as old, sqlite3.connect(target / "mlflow.db") as new:
+        old.backup(new)
+
+
+@pytest.fixture
+def tracker(tmp_path: Path, new_store: Path) -> MlflowTracker:
+    """A tracker with such a copy."""
+    copy_store(new_store, tmp_path)
+    return MlflowTracker(folder=str(tmp_path))
+
+
+def test_a_store_is_made_for_several_writers_and_keeps_files_beside_it(new_store: Path) -> None:
+    assert sqlite3.connect(new_store / "mlflow.db").execute("pragma journal_mode").fetchone() == ("wal",)
+    experiment = mlflow.MlflowClient(f"sqlite:///{new_store / 'mlflow.db'}").get_experiment_by_name("another/one")
+    assert experiment.artifact_location == (new_store / "mlartifacts" / "another_one").as_uri()
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_a_run_holds_what_the_folder_holds(tracker: MlflowTracker, tmp_path: Path) -> None:
+    running = make_record(tmp_path / "job", state=RUNNING, files=False, ended=None)
+    run_id = tracker.begin(running)
+    (run,) = runs_of(tracker)
+    assert (run.info.status, run.info.run_name, run.info.start_time) == ("RUNNING", "lora.strength=0", 1790000000250)
+    assert run.data.params == {"model": "tiny", "prompts": "tiny", "lora.strength": "0"}
+    me = this_process()
+    assert {name: run.data.tags[name] for name in ("sweep", "number", "host", "pid", "task", "config_hash")} == {
+        "sweep": "sweep-a", "number": "0", "host": me["host"], "pid": str(me["pid"]), "task": "run", "config_hash": "0" * 16,
+    }  # fmt: skip
+    assert (run.data.tags["mlflow.source.name"], run.data.tags["mlflow.source.type"]) == ("int8run", "LOCAL")
+
+    assert tracker.upload(known(make_record(tmp_path / "job"), tracker.place(), run_id)) == run_id
+    (run,) = runs_of(tracker)
+    assert (run.info.status, run.info.end_time) == ("FINISHED", 1790000005500)
+    assert run.data.metrics["speed/step_ms_p50"] == 2.5 and run.data.metrics["quality/psnr_db"] > 1e300
+    assert run.data.tags["mlflow.source.git.commit"] == "8664a31abcde" and "error" not in run.data.tags
+    client = client_of(tracker)
+    assert [m.value for m in client.get_metric_history(run_id, "series/latent_rel_err")] == [0.0, 0.5, 0.25]
+    assert [(m.value, m.timestamp) for m in client.get_metric_history(run_id, "system/cpu_percent")] == [
+        (50.0, 1790000001500), (75.0, 1790000002500),
+    ]  # fmt: skip
+    held = contents_of(tracker, run_id)
+    assert held["pictures"] == [
+        (f"images/sample~{key}", suffix) for key in ("000_fox_s0", "001_red-apple_s0") for suffix in (".png", ".webp")
+    ]
+    assert held["files"] == [
+        "config.yaml", "environment.json", "grid.png", "images", "int8run.log", "layers.csv", "layers.json", "metrics.json", "samples",
+        "samples/000_fox_s0.png", "samples/000_fox_s0_float.png", "samples/001_red-apple_s0.png", "samples/001_red-apple_s0_float.png",
+        "status.json", "system.csv",
+    ]  # fmt: skip
+    ((name, digest, tags),) = held["inputs"]  # type: ignore[misc]
+    assert (name, len(digest), tags) == ("tiny", 16, [("mlflow.data.context", "prompts")])
+
+
+TABLE = {
+    "name": ["a.b", "c"], "in_features": [8, 16], "quantized": [True, False], "why_not": [None, "small"], "weight_sqnr_db": [41.5, None],
+}  # fmt: skip
+
+
+def test_pictures_and_tables_are_found_as_those_of_mlflows_own_functions(tracker: MlflowTracker, tmp_path: Path) -> None:
+    run_id = tracker.upload(make_record(tmp_path / "job"))
+    client = client_of(tracker)
+    own = client.create_run(runs_of(tracker)[0].info.experiment_id).info.run_id
+    client.log_table(own, TABLE, "layers.json")
+    client.log_image(own, Image.new("RGB", (4, 4)), key="sample/x", step=0)
+    for tag in ("mlflow.loggedArtifacts", "mlflow.loggedImages"):
+        assert client.get_run(run_id).data.tags[tag] == client.get_run(own).data.tags[tag]
+    assert {file.path.count("+") for file in client.list_artifacts(run_id, "images")} == {
+        file.path.count("+") for file in client.list_artifacts(own, "images")
+    }
+    kept, theirs = (json.loads(Path(client.download_artifacts(i, "layers.json", str(tmp_path))).read_text()) for i in (run_id, own))
+    assert kept == {"columns": list(TABLE), "data": [list(row) for row in zip(*TABLE.values(), strict=True)]} == theirs
+
+
+def test_more_settings_and_values_than_one_call_takes(tracker: MlflowTracker, tmp_path: Path) -> None:
+    make_record(tmp_path / "job")
+    (tmp_path / "job" / "metrics.json").write_text(json.dumps({"series": {"series/long": list(range(2100))}}))
+    record = make_record(tmp_path / "job", files=False, params={f"p{i}": "v" * 600 for i in range(250)} | {"odd[name]": ""})
+    run_id = tracker.upload(record)
+    run = client_of(tracker).get_run(run_id)
+    assert len(run.data.params) == 251 and len(client_of(tracker).get_metric_history(run_id, "series/long")) == 2100
+    assert run.data.params["p7"] == "v" * 499 + "…" and run.data.params["odd_name_"] == ""
+
+
+def test_an_upload_may_be_repeated(tracker: MlflowTracker, tmp_path: Path) -> None:
+    record = make_record(tmp_path / "job")
+    run_id = tracker.upload(record)
+    before = contents_of(tracker, run_id)
+    assert tracker.upload(record) == run_id, "without an id of its own it is known by its identity"
+    assert tracker.upload(known(record, tracker.place(), run_id)) == run_id
+    assert contents_of(tracker, run_id) == before and len(runs_of(tracker)) == 1
+    # MLflow takes no second value of a setting, and a version of ours that writes it otherwise must not stop an upload
+    assert tracker.upload(make_record(tmp_path / "job", params={"model": "tiny.", "more": "1"})) == run_id
+    assert client_of(tracker).get_run(run_id).data.params["model"] == "tiny"
+
+
+class Stopped(MlflowException):
+    """The server is gone."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, call: int) -> list[str]:
+    """Let the client's calls fail from number `call` on; the names of the calls."""
+    calls: list[str] = []
+
+    def counted(name: str, original):  # type: ignore[no-untyped-def]
+        def function(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            calls.append(name)
+            if len(calls) > call:
+                raise Stopped("Connection refused")
+            return original(self, *args, **kwargs)
+
+        return function
+
+    client = mlflow.MlflowClient
+    for name in [
+        "create_run",
+        "get_run",
+        "log_batch",
+        "log_artifact",
+        "log_image",
+        "log_inputs",
+        "set_tag",
+        "delete_tag",
+        "set_terminated",
+    ]:
+        monkeypatch.setattr(client, name, counted(name, getattr(client, name)))
+    return calls
+
+
+@pytest.mark.parametrize("last", ["+compressed.webp", ".png"], ids=["after the large copy", "before it"])
+def test_a_picture_that_was_cut_off_is_completed(tracker: MlflowTracker, tmp_path: Path, last: str) -> None:
+    record = make_record(tmp_path / "job")
+    run_id = tracker.upload(record)
+    wanted = contents_of(tracker, run_id)
+    client = client_of(tracker)
+    folder = Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://")) / "images"
+    small = {path.name for path in folder.glob("*+compressed.webp")}
+    for path in folder.glob("sample~001*"):
+        if path.name.endswith("+compressed.webp") or last == ".png":
+            path.unlink()
+    client.delete_tag(run_id, "mlflow.loggedImages")
+    assert contents_of(tracker, run_id) != wanted
+    tracker.upload(record)
+    assert contents_of(tracker, run_id) == wanted
+    if last == "+compressed.webp":
+        assert {path.name for path in folder.glob("*+compressed.webp")} == small
+
+
+def test_an_upload_that_was_interrupted_anywhere_is_completed_and_nothing_is_doubled(
+    tracker: MlflowTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tracker.upload(make_record(tmp_path / "whole"))
+    wanted = contents_of(tracker, whole)
+    with monkeypatch.context() as patch:
+        calls = interrupt(patch, 1000)
+        tracker.upload(make_record(tmp_path / "counted", started=1.0))
+    assert {"create_run", "log_image", "log_inputs", "set_terminated"} <= set(calls)
+    for stop in range(0, len(calls), 4):
+        record = make_record(tmp_path / str(stop), started=2.0 + stop)
+        with monkeypatch.context() as patch, pytest.raises(TrackingError, match="cannot be used: Connection refused"):
+            interrupt(patch, stop)
+            tracker.upload(record)
+        run_id = tracker.upload(record)
+        assert contents_of(tracker, run_id) == wanted, calls[stop]
+    assert len(runs_of(tracker)) == 2 + len(range(0, len(calls), 4))
+
+
+def test_a_job_that_failed_early_has_its_settings_and_its_error(tracker: MlflowTracker, tmp_path: Path) -> None:
+    tracker.upload(make_record(tmp_path / "job", state=FAILED, files=False, error="broken on purpose " + "x" * 6000))
+    (run,) = runs_of(tracker)
+    assert run.info.status == "FAILED" and run.data.params["model"] == "tiny"
+    assert run.data.tags["error"].startswith("broken on purpose xx") and len(run.data.tags["error"]) == 5000
+    assert {a.path for a in client_of(tracker).list_artifacts(run.info.run_id)} == {"config.yaml", "status.json", "int8run.log"}
+    assert mlflow.active_run() is None, "a run left open would break the next job"
+
+
+def test_a_job_that_was_killed_ends_with_its_last_file(tracker: MlflowTracker, tmp_path: Path) -> None:
+    record = make_record(tmp_path / "job", state=KILLED, ended=None, error=None)
+    for path in record.folder.iterdir():
+        os.utime(path, (1790000003, 1790000003))
+    tracker.upload(record)
+    (run,) = runs_of(tracker)
+    assert (run.info.status, run.info.end_time, run.data.tags["error"]) == ("KILLED", 1790000003000, "KILLED")
+
+
+def test_a_job_that_still_runs_stays_open(tracker: MlflowTracker, tmp_path: Path) -> None:
+    tracker.upload(make_record(tmp_path / "job", state=RUNNING, ended=None))
+    assert [(run.info.status, run.info.end_time) for run in runs_of(tracker)] == [("RUNNING", None)]
+
+
+def test_a_record_of_another_store_gets_a_run_of_its_own(tracker: MlflowTracker, tmp_path: Path) -> None:
+    record = make_record(tmp_path / "job")
+    elsewhere = known(record, {"store": "http://elsewhere:5000", "experiment": "int8run"}, "0" * 32)
+    lost = known(record, tracker.place(), "0" * 32)  # the database was made anew since
+    first = tracker.upload(elsewhere)
+    assert tracker.upload(lost) == first and first != "0" * 32
+    client_of(tracker).delete_run(first)
+    assert tracker.upload(known(record, tracker.place(), first)) != first
+
+
+def gone() -> dict[str, object]:
+    """A process of this machine that has ended."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return {**this_process(), "pid": child.pid}
+
+
+def test_runs_whose_process_is_gone_are_closed_by_the_next_command(tracker: MlflowTracker, tmp_path: Path) -> None:
+    me = this_process()
+    cases = {
+        "gone": gone(),
+        "number of another process": {**me, "process_started": me["process_started"] - 100},
+        "alive": me,
+        "elsewhere": {**gone(), "host": "another-machine"},
+    }
+    ids = {name: tracker.begin(make_record(tmp_path / name, RUNNING_NUMBER[name], RUNNING, False, **who)) for name, who in cases.items()}
+    tracker.prepare()
+    client = client_of(tracker)
+    runs = {name: client.get_run(run_id) for name, run_id in ids.items()}
+    assert {name: run.info.status for name, run in runs.items()} == {
+        "gone": "KILLED", "number of another process": "KILLED", "alive": "RUNNING", "elsewhere": "RUNNING",
+    }  # fmt: skip
+    assert runs["gone"].data.tags["error"] == NO_WORD and runs["gone"].info.end_time > runs["gone"].info.start_time
+    # it finished, and only its upload was cut off
+    record = make_record(tmp_path / "gone", RUNNING_NUMBER["gone"])
+    assert tracker.upload(known(record, tracker.place(), ids["gone"])) == ids["gone"]
+    run = client.get_run(ids["gone"])
+    assert run.info.status == "FINISHED" and "error" not in run.data.tags
+
+
+RUNNING_NUMBER = {"gone": 0, "number of another process": 1, "alive": 2, "elsewhere": 3}
+
+
+def test_a_sweeps_runs_are_found(tracker: MlflowTracker, tmp_path: Path) -> None:
+    started = [tracker.begin(make_record(tmp_path / str(n), n, RUNNING, sweep=sweep)) for n, sweep in enumerate(["a", "a", "b", None])]
+    assert tracker.runs_of("a") == started[:2] and tracker.running("a") == {started[0]: 0, started[1]: 1}
+    tracker.mark(started[1], KILLED, "its worker died")
+    assert tracker.running("a") == {started[0]: 0}
+    tracker.upload(known(make_record(tmp_path / "0", 0, sweep="a"), tracker.place(), started[0]))
+    tracker.mark(started[0], KILLED, "too late")
+    runs = {run.info.run_id: run for run in runs_of(tracker)}
+    assert [runs[i].info.status for i in started] == ["FINISHED", "KILLED", "RUNNING", "RUNNING"]
+    assert runs[started[1]].data.tags["error"] == "its worker died" and "error" not in runs[started[0]].data.tags
+    assert "sweep" not in runs[started[3]].data.tags
+    assert tracker.running("absent") == {} and tracker.runs_of("absent") == []
+
+
+def test_finished_jobs_are_known_by_their_settings(tracker: MlflowTracker, tmp_path: Path) -> None:
+    states = {0: FINISHED, 1: FAILED, 2: KILLED, 3: RUNNING}
+    ids = {n: tracker.upload(make_record(tmp_path / str(n), n, state, error="x")) for n, state in states.items()}
+    hashes = [f"{n:016x}" for n in range(5)]
+    assert tracker.finished(hashes) == {hashes[0]: ids[0]}
+    newer = tracker.upload(make_record(tmp_path / "newer", 0, started=1790000001.0))
+    assert tracker.finished(hashes) == {hashes[0]: newer} and tracker.finished([]) == {}
+
+
+def test_what_was_uploaded_can_be_fetched(tracker: MlflowTracker, tmp_path: Path) -> None:
+    record = make_record(tmp_path / "job")
+    run_id = tracker.upload(record)
+    tracker.attach(run_id, record.folder / "grid.png")
+    tracker.fetch(run_id, tmp_path / "back")
+    back = read_record(tmp_path / "back")
+    names = lambda folder: {p.relative_to(folder).as_posix() for p in folder.rglob("*")}  # noqa: E731
+    assert names(back.folder) == names(record.folder)
+    for name in names(record.folder) - {"images", "status.json"}:
+        assert (back.folder / name).read_bytes() == (record.folder / name).read_bytes(), name
+    assert back.run_id == run_id and back.uploaded and back.state == FINISHED and back.images == record.images
+    assert tracker.upload(back) == run_id
+
+
+def test_the_view_of_a_sweep_is_kept_and_named(tracker: MlflowTracker, tmp_path: Path) -> None:
+    records = [make_record(tmp_path / str(n), n) for n in range(2)]
+    line = tracker.share("sweep-a", records)
+    experiment = client_of(tracker).get_experiment_by_name("int8run")
+    assert "mlflow.sharedViewState.sweep-a" in experiment.tags
+    assert line == (
+        f"mlflow server --backend-store-uri {tracker.store}, then http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}"
+        "/runs?workflowType=machine_learning&viewStateShareKey=sweep-a&compareRunsMode=CHART"
+    )
+
+
+def test_two_trackers_in_one_process_write_to_their_own_places(new_store: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        copy_store(new_store, tmp_path / name)
+        MlflowTracker(folder=str(tmp_path / name)).upload(make_record(tmp_path / f"job {name}", name=name))
+    assert [runs_of(MlflowTracker(folder=str(tmp_path / name)))[0].info.run_name for name in ("a", "b")] == ["a", "b"]
+
+
+def test_a_run_leaves_no_setting_behind(tracker: MlflowTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # mlflow exports its address for child processes; conf/tracker/mlflow.yaml reads it, and the next job of a sweep would too
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///of-the-user.db")
+    tracker.upload(make_record(tmp_path / "job"))
+    assert os.environ["MLFLOW_TRACKING_URI"] == "sqlite:///of-the-user.db" and not (tmp_path / "of-the-user.db").exists()
+
+
+def test_a_deleted_experiment_is_named_and_costs_no_run(tracker: MlflowTracker, tmp_path: Path) -> None:
+    tracker.prepare()
+    client = client_of(tracker)
+    client.delete_experiment(client.get_experiment_by_name("int8run").experiment_id)
+    said = r"the MLflow experiment 'int8run' is deleted; .*tracker\.experiment="
+    with pytest.raises(ConfigError, match=said):
+        tracker.prepare()
+    with pytest.raises(TrackingError, match=said):
+        tracker.begin(make_record(tmp_path / "job"))
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    {
+        "folder": ("./mlruns", r"tracker\.uri=\./mlruns is a folder, in which MLflow keeps no runs any more; choose sqlite:///"),
+        "file store": ("file:./mlruns", r"tracker\.uri=file:\./mlruns is a folder"),
+        "unknown": ("ftp://x", r"tracker\.uri=ftp://x cannot be used: .*unsupported URI 'ftp://x'.*; tracker=none runs without"),
+        "no driver": ("postgresql+nobody://me:secret@h/x", r"tracker\.uri=postgresql\+nobody://h/x cannot be used: "),
+        "no database": ("sqlite:///TMP/notes.txt", r"notes\.txt cannot be used: file is not a database; tracker=none"),
+        "no folder": ("sqlite:////proc/nobody/mlflow.db", r"cannot be used: .*'/proc/nobody'; tracker=none"),
+        "no place": ("sqlite:////proc/mlflow.db", r"cannot be used: .*'/proc/mlflow.db.lock'; tracker=none"),
+    }.values(),
+)
+def test_an_address_that_can_never_work_is_named(tmp_path: Path, uri: str, said: str) -> None:
+    (tmp_path / "notes.txt").write_text("no database " * 100)
+    with pytest.raises(ConfigError, match=said):
+        MlflowTracker(uri=uri.replace("TMP", str(tmp_path))).prepare()
+
+
+def test_a_server_that_does_not_answer_is_named_after_a_short_while(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(answers, "KNOCKS_S", (0.0, 0.01))
+    tracker = MlflowTracker(uri="http://me:secret@127.0.0.1:9")  # the discard port: nothing listens there
+    record = make_record(tmp_path / "job")
+    for call in (tracker.prepare, lambda: tracker.begin(record), lambda: tracker.upload(record), lambda: tracker.runs_of("a")):
+        with pytest.raises(TrackingError, match=r"^tracker\.uri=http://127\.0\.0\.1:9 does not answer: connection refused$"):
+            call()
+    assert sum(answers.KNOCKS_S) + answers.ANSWER_S <= 10
+
+
+def test_a_server_that_takes_calls_and_says_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "ANSWER_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(TrackingError, match=r"does not answer: no answer in 0\.1 s$"):
+        MlflowTracker(uri=f"http://127.0.0.1:{mute.getsockname()[1]}").prepare()
+
+
+def test_a_locked_database_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "PAUSES_S", (0.0, 0.0))
+    left = [2]
+
+    def locked() -> str:
+        if left[0]:
+            left[0] -= 1
+            raise MlflowException("(sqlite3.OperationalError) database is locked", TEMPORARILY_UNAVAILABLE)
+        return "done"
+
+    assert answers.patient(locked) == "done"
+    left[0] = 3
+    with (
+        pytest.raises(TrackingError, match=r"^tracker\.uri=sqlite:///x does not answer: database is locked$"),
+        answers.answering("sqlite:///x", user=True),
+    ):
+        answers.patient(locked)
+
+
+@pytest.mark.parametrize(
+    ("uri", "line"),
+    [
+        ("http://me:secret@host:5000", "http://host:5000"),
+        ("sqlite:////a/b.db", "mlflow server --backend-store-uri sqlite:////a/b.db"),
+        ("sqlite:///b.db", f"mlflow server --backend-store-uri sqlite:///{Path('b.db').absolute()}"),
+        (None, f"mlflow server --backend-store-uri sqlite:///{Path('mlflow.db').absolute()}"),
+    ],
+)
+def test_where_to_look(uri: str | None, line: str) -> None:
+    assert MlflowTracker(uri=uri).where() == line
+
+
+def write(folder: str, first: int) -> None:
+    """One of several processes that start at once on a new store."""
+    for n in range(first, first + 3):
+        tracker = MlflowTracker(folder=folder)
+        tracker.prepare()
+        record = make_record(Path(folder) / f"job{n}", n)
+        tracker.upload(known(record, tracker.place(), tracker.begin(record)))
+
+
+def test_several_processes_make_one_store_and_lose_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")  # mlflow is imported already
+    workers = [context.Process(target=write, args=(str(tmp_path / "new"), 3 * i)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    tracker = MlflowTracker(folder=str(tmp_path / "new"))
+    runs = runs_of(tracker)
+    assert sorted(int(run.data.tags["number"]) for run in runs) == list(range(12))
+    first = contents_of(tracker, runs[0].info.run_id)
+    for run in runs:
+        found = contents_of(tracker, run.info.run_id)
+        assert run.info.status == "FINISHED" and (found["pictures"], found["files"], found["inputs"]) == (
+            first["pictures"], first["files"], first["inputs"],
+        )  # fmt: skip
+        assert len(run.data.metrics) == len(runs[0].data.metrics)
+
+
+def test_no_tracker_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = make_record(tmp_path / "job")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    tracker = NoTracker()
+    tracker.prepare()
+    tracker.mark("x", KILLED, "y")
+    tracker.fetch("x", tmp_path / "here" / "back")
+    tracker.attach("x", tmp_path / "absent")
+    assert tracker.begin(record) is None and tracker.upload(record) is None and tracker.share("a", [record]) is None
+    assert tracker.finished(["0" * 16]) == {} and tracker.running("a") == {} and tracker.runs_of("a") == []
+    assert tracker.where() is None and tracker.place() == {} and list(Path().iterdir()) == []
+
+
+def test_failed_jobs_of_a_sweep_are_marked_in_their_own_folders(
+    tmp_path: Path, new_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        copy_store(new_store, tmp_path / name)
+    with command_in(tmp_path, monkeypatch, capsys) as command:
+        outcome = command("-m", "tracker.folder=a,b", "device=cuda", "seed=5")
+    assert outcome.code == 4 and "device=cuda asks for a GPU" in outcome.message
+    for name in ("a", "b"):
+        (run,) = runs_of(MlflowTracker(folder=str(tmp_path / name)))
+        assert run.info.status == "FAILED" and run.data.tags["error"].startswith("device=cuda asks for a GPU, but torch ")
+        assert (run.info.run_name, run.data.params["seed"]) == (f"tracker.folder={name}", "5")
+        assert json.loads(next(tmp_path.glob("multirun/*/*/sweep.json")).read_text())["id"] == run.data.tags["sweep"]

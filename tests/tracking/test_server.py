@@ -1,0 +1,82 @@
+"""The tracker against a real MLflow server that goes away."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from servers import Door, MlflowServer
+from tracking.records import contents_of, known, make_record, runs_of
+
+from int8run.errors import TrackingError
+from int8run.record import RUNNING, read_record
+from int8run.tracking import answers
+from int8run.tracking.mlflow_tracker import MlflowTracker
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    with MlflowServer(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture
+def door(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
+    """The way to the server. Whoever finds it shut gives up quickly."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(answers, "KNOCKS_S", (0.0,))
+    with Door(server.port) as way:
+        yield way
+
+
+def test_a_server_that_is_away_at_the_start_gets_everything_later(door: Door, tmp_path: Path) -> None:
+    tracker = MlflowTracker(uri=door.address, experiment="away at the start")
+    door.shut()
+    running = make_record(tmp_path / "job", state=RUNNING, files=False)
+    for call in (tracker.prepare, lambda: tracker.begin(running)):
+        with pytest.raises(TrackingError, match=rf"^tracker\.uri={door.address} does not answer: connection refused$"):
+            call()
+    door.open()
+    run_id = tracker.upload(make_record(tmp_path / "job"))
+    (run,) = runs_of(tracker)
+    assert (run.info.run_id, run.info.status, run.info.artifact_uri.split(":")[0]) == (run_id, "FINISHED", "mlflow-artifacts")
+    tracker.fetch(run_id, tmp_path / "back")
+    assert read_record(tmp_path / "back").images == read_record(tmp_path / "job").images
+    assert tracker.share("sweep-a", [running]) == (
+        f"{door.address}/#/experiments/{run.info.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey=sweep-a&compareRunsMode=CHART"
+    )
+
+
+def test_a_server_that_goes_away_in_the_middle_gets_everything_once(door: Door, tmp_path: Path) -> None:
+    tracker = MlflowTracker(uri=door.address, experiment="away in the middle")
+    tracker.prepare()
+    door.open()
+    whole = tracker.upload(make_record(tmp_path / "whole"))
+    requests, wanted = door.passed, contents_of(tracker, whole)
+    cuts = range(4, requests, 9)
+    for n, last in enumerate(cuts):
+        record = make_record(tmp_path / str(n), started=5.0 + n)
+        door.open()
+        record = known(record, tracker.place(), tracker.begin(record)) if n % 2 else record
+        door.open(last)
+        with pytest.raises(TrackingError, match=rf"^tracker\.uri={door.address} does not answer: "):
+            tracker.upload(record)
+        door.open()
+        assert contents_of(tracker, tracker.upload(record)) == wanted, f"{last} of {requests} requests"
+    assert len(runs_of(tracker)) == 1 + len(cuts)
+
+
+def test_two_commands_that_make_one_experiment_use_it_both(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = MlflowTracker(uri=door.address, experiment="made by two")
+    find = mlflow.MlflowClient.get_experiment_by_name
+    answer = iter([None])  # the other one makes it after this one has looked
+
+    def late(client: mlflow.MlflowClient, name: str) -> object:
+        return next(answer, find(client, name))
+
+    tracker.prepare()
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", late)
+    tracker.prepare()
+    assert next(answer, "asked") == "asked"
