@@ -2,9 +2,11 @@
 
 import errno
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from int8run.errors import FileError, TrackingError
 from int8run.metrics.system import SystemSampler
@@ -15,6 +17,7 @@ from int8run.spec import Job, RunSpec
 from int8run.tracking.base import Tracker
 
 log = logging.getLogger(__name__)
+LOGIN = re.compile(r"://[^/@\s]+@")
 
 
 def execute(spec: RunSpec, job: Job) -> float | None:
@@ -30,7 +33,7 @@ def execute(spec: RunSpec, job: Job) -> float | None:
     if not task.recorded:
         return task.execute(spec, job)
     record = start_record(job.output_dir, identity(spec, job))
-    write_yaml(job.settings, job.output_dir / "config.yaml")
+    write_yaml(without_passwords(job.settings), job.output_dir / "config.yaml")
     if task.tracked:
         if job.sweep is None:  # the parent of a sweep did
             prepare(spec.tracker)
@@ -59,10 +62,19 @@ def execute(spec: RunSpec, job: Job) -> float | None:
 def identity(spec: RunSpec, job: Job) -> dict[str, object]:
     """What status.json says of a job from its start on."""
     return {
-        "task": type(spec.task).__name__.lower(), "name": job.name, "overrides": list(job.overrides), "choices": dict(job.choices),
-        "params": job.params(), "sweep": job.sweep, "number": job.number, "config_hash": config_hash(job.settings),
+        "task": type(spec.task).__name__.lower(), "name": without_passwords(job.name), "overrides": without_passwords(list(job.overrides)),
+        "choices": dict(job.choices), "params": without_passwords(job.params()), "sweep": job.sweep, "number": job.number, "config_hash": config_hash(job.settings),
         "build_key": short_hash(spec.build_key), "objective": spec.metrics.objective, "jobs_at_once": job.jobs_at_once,
     }  # fmt: skip
+
+
+def without_passwords(value: Any) -> Any:
+    """Settings as they may be shown and sent: an address keeps neither user nor password."""
+    if isinstance(value, Mapping):
+        return {key: without_passwords(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_passwords(inner) for inner in value]
+    return LOGIN.sub("://", value) if isinstance(value, str) else value
 
 
 class Keep(logging.Handler):

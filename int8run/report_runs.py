@@ -100,7 +100,9 @@ def fetch_runs(tracker: Tracker, sweep: str, folder: Path) -> None:
     """
     runs = tracker.runs_of(sweep)
     if not runs:
-        raise ConfigError(f"task.sweep={sweep}: the tracker has no run with this tag; its page shows the tags, {tracker.where()}")
+        place = tracker.where()
+        known = f"the tracker has no run with this tag; its page shows the tags, {place}" if place else "tracker=none keeps no runs"
+        raise ConfigError(f"task.sweep={sweep}: {known}")
     for run_id in runs:
         tracker.fetch(run_id, folder / run_id)
 

@@ -164,3 +164,12 @@ def test_a_task_that_looks_leaves_nothing(spec: RunSpec, tmp_path: Path) -> None
     memory = Remembers()
     assert execute(replace(spec, task=Looks(lambda job: 2.0), tracker=memory), Job({}, {}, [], tmp_path)) == 2.0
     assert list(tmp_path.iterdir()) == [] and memory.calls == []
+
+
+def test_passwords_of_addresses_are_kept_nowhere(spec: RunSpec, tmp_path: Path) -> None:
+    uri = "https://me:s3cret@host:5000/path"
+    job = Job({"tracker": {"uri": uri}, "list": [uri]}, {}, [f"tracker.uri={uri}", "a@b=c"], tmp_path)
+    execute(replace(spec, task=Does(lambda job: None), tracker=Remembers()), job)
+    assert all("s3cret" not in path.read_text() for path in tmp_path.iterdir())
+    record = read_record(tmp_path)
+    assert record.overrides == ["tracker.uri=https://host:5000/path", "a@b=c"] and record.config["list"] == ["https://host:5000/path"]

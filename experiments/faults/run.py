@@ -265,8 +265,8 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Callable[[int], None]]:
 
 def picture_too_large(place: Place) -> None:
     """Pictures of one job of three do not fit on the disk; there is room for those of the others."""
-    sizes = ["-m", "sampler.height=64,512,48", "sampler.steps=1", "prompts.prompts=[fox]"]
-    with small_disk(place.sweep, 440) as grow:
+    sizes = ["-m", "sampler.height=16,512,32", "sampler.width=512", "sampler.steps=1", "prompts.prompts=[fox]"]
+    with small_disk(place.sweep, 600) as grow:
         text = place.run(*sizes, code=3)
         check("1 of 3 jobs did not finish" in text, text[-1500:])
         check(re.search(r"job 1 \(sampler.height=512\) FAILED: the disk is full, and \S*/1/\S+\.png could not be written", text) is not None, text)

@@ -13,7 +13,7 @@ from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf
 
 from int8run.errors import ConfigError, Int8RunError, TrackingError
-from int8run.execute import identity, prepare
+from int8run.execute import identity, prepare, upload
 from int8run.precheck import plain_config, to_spec
 from int8run.record import (
     FINISHED,
@@ -100,6 +100,12 @@ def conduct(configs: Sequence[DictConfig], pool: Pool, context: Any, task_functi
             write_sweep(folder, sweep)
             parent = Parent(sweep, context, task_function, Singleton.get_state(), str(Path.cwd()), os.getpid())
             dispatch(todo, pool, most, lambda jobs: partial(run_jobs, parent, jobs), started, ended)
+        except KeyboardInterrupt:
+            for p in planned:
+                record = known_record(p.job.folder)
+                if record is not None and record.state == KILLED and p.spec.task.tracked:
+                    upload(p.spec.tracker, record)
+            raise
         finally:
             pool.close()
     records = [read_record(p.job.folder) for p in planned]

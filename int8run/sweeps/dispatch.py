@@ -109,6 +109,10 @@ def dispatch(
     finally:
         for seat in [*busy.values(), *idle]:
             seat.worker.close()
+        for job in (job for seat in busy.values() for job in seat.jobs):
+            record = begun(job)
+            if record is not None and record.ended is None:  # after Ctrl-C
+                end_record(record, KILLED, "the sweep was interrupted")
 
 
 def bring(job: SweepJob, outcome: Outcome) -> Outcome:

@@ -218,3 +218,23 @@ def test_an_error_that_is_no_death_closes_its_worker_too() -> None:
     with pytest.raises(TypeError, match="no pickle"):
         run([job(0)], pool, fine)
     assert [seat.closed for seat in pool.seats] == [True]
+
+
+def test_ctrl_c_ends_the_records_of_the_jobs_that_ran(tmp_path: Path) -> None:
+    class Waits(Seat):
+        def submit(self, call: Callable[[], Sequence[Outcome]]) -> "Future[Sequence[Outcome]]":
+            for job in call.args[0]:
+                record(job.folder, job.number)
+            return Future()
+
+    class Pool(Threads):
+        def start(self) -> Seat:
+            if self.seats:
+                raise KeyboardInterrupt
+            self.seats.append(Waits(0, self))
+            return self.seats[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        run([job(n, str(n), folder=tmp_path) for n in range(3)], Pool(2), fine)
+    left = read_record(tmp_path / "0")
+    assert (left.state, left.error) == (KILLED, "the sweep was interrupted") and not (tmp_path / "1").exists()
