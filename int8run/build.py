@@ -63,6 +63,7 @@ class Built:
     text_strengths: list[float]  # that the text encoders have now
     budget: Budget | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    lora_overhead: float | None = None  # step time with branches over that without, once it was measured: no strength changes it
 
     def set_strengths(self, strengths: Sequence[float], text_strengths: Sequence[float]) -> float:
         """Bring both denoisers and the text encoders to these LoRA strengths; nothing is rebuilt. Returns the seconds it took."""

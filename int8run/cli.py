@@ -73,7 +73,6 @@ def check_and_run() -> None:
         raise ConfigError("--config-path would replace int8run's own settings; --config-dir FOLDER adds yours to them")
     from int8run.precheck import check_all, compose_all, prefer_own_launchers
     from int8run.sweeps.launcher import register
-    from int8run.sweeps.resume import resumed
 
     register()
     prefer_own_launchers()
@@ -82,8 +81,7 @@ def check_and_run() -> None:
     if args.hydra_help:  # hydra sets up its logging from the config even for its help
         compose_all(args.config_dir, config_name, list(args.overrides), args.multirun)
     if starts_jobs:
-        configs = check_all(args.config_dir, config_name, list(args.overrides), args.multirun, announce)
-        sys.argv += resumed(configs, args.multirun)
+        check_all(args.config_dir, config_name, list(args.overrides), args.multirun, announce)
     if args.multirun or not starts_jobs:
         hydra_main(**CONFIG)(job)()
         return

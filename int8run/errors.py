@@ -1,6 +1,7 @@
 """Every error a user can meet, each with the exit code that `int8run` ends with."""
 
 import difflib
+import errno
 from collections.abc import Collection, Iterable
 
 
@@ -42,6 +43,15 @@ def our_error(error: BaseException) -> Int8RunError | None:
     while cause is not None and not isinstance(cause, Int8RunError):
         cause = cause.__cause__
     return cause
+
+
+def disk_full(error: BaseException) -> FileError | None:
+    """The words for a full disk, if that is what an error says; libraries that write files say it in classes of their own."""
+    if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
+        return None
+    what = getattr(error, "filename", None) or "a file of the run"
+    return FileError(f"the disk is full, and {what} could not be written; free some room, or write elsewhere: hydra.run.dir=FOLDER "
+                     "(of a sweep hydra.sweep.dir=FOLDER), cache.folder=FOLDER")  # fmt: skip
 
 
 def in_range(name: str, value: float, low: float, high: float, whole: bool = False) -> None:

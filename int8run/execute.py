@@ -1,14 +1,12 @@
 """One job from start to end: its record, its task, and the tracker's copy of what it left."""
 
-import errno
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from int8run.errors import FileError, TrackingError
+from int8run.errors import TrackingError, disk_full
 from int8run.metrics.system import SystemSampler
 from int8run.record import FAILED, FINISHED, KILLED, Record, config_hash, end_record, short_hash, start_record, update_record
 from int8run.report.files import write_yaml
@@ -33,18 +31,19 @@ def execute(spec: RunSpec, job: Job) -> float | None:
     if not task.recorded:
         return task.execute(spec, job)
     record = start_record(job.output_dir, identity(spec, job))
-    write_yaml(without_passwords(job.settings), job.output_dir / "config.yaml")
-    if task.tracked:
-        if job.sweep is None:  # the parent of a sweep did
-            prepare(spec.tracker)
-        record = announce(spec.tracker, record)
+    warnings: list[str] = []
     try:
-        with kept_warnings() as warnings, SystemSampler(job.output_dir / "system.csv", spec.metrics.system_s):
+        with kept_warnings(warnings), SystemSampler(job.output_dir / "system.csv", spec.metrics.system_s):
+            write_yaml(without_passwords(job.settings), job.output_dir / "config.yaml")
+            if task.tracked:
+                if job.sweep is None:  # the parent of a sweep did
+                    prepare(spec.tracker)
+                record = announce(spec.tracker, record)
             value = task.execute(spec, job)
     except BaseException as error:
         # an interrupted job and one that hydra or a worker ends are no failures of its own
         state = FAILED if isinstance(error, Exception) else KILLED
-        known = disk_full(error, job.output_dir)
+        known = disk_full(error)
         record = end_record(record, state, " ".join(str(known or error).split()) or type(error).__name__, warnings)
         if task.tracked:
             upload(spec.tracker, record)
@@ -62,10 +61,18 @@ def execute(spec: RunSpec, job: Job) -> float | None:
 def identity(spec: RunSpec, job: Job) -> dict[str, object]:
     """What status.json says of a job from its start on."""
     return {
-        "task": type(spec.task).__name__.lower(), "name": without_passwords(job.name), "overrides": without_passwords(list(job.overrides)),
-        "choices": dict(job.choices), "params": without_passwords(job.params()), "sweep": job.sweep, "number": job.number, "config_hash": config_hash(job.settings),
-        "build_key": short_hash(spec.build_key), "objective": spec.metrics.objective, "jobs_at_once": job.jobs_at_once,
-    }  # fmt: skip
+        "task": type(spec.task).__name__.lower(),
+        "name": without_passwords(job.name),
+        "overrides": without_passwords(list(job.overrides)),
+        "choices": dict(job.choices),
+        "params": without_passwords(job.params()),
+        "sweep": job.sweep,
+        "number": job.number,
+        "config_hash": config_hash(job.settings),
+        "build_key": short_hash(spec.build_key),
+        "objective": spec.metrics.objective,
+        "jobs_at_once": job.jobs_at_once,
+    }
 
 
 def without_passwords(value: Any) -> Any:
@@ -80,21 +87,21 @@ def without_passwords(value: Any) -> Any:
 class Keep(logging.Handler):
     """Keeps the messages that it gets."""
 
-    def __init__(self) -> None:
+    def __init__(self, lines: list[str]) -> None:
         super().__init__(logging.WARNING)
-        self.lines: list[str] = []
+        self.lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
 
 
 @contextmanager
-def kept_warnings() -> Iterator[list[str]]:
-    """What is warned of meanwhile, for the record: of a sweep's jobs nothing else is shown."""
-    keep, root = Keep(), logging.getLogger()
+def kept_warnings(lines: list[str]) -> Iterator[None]:
+    """Add what is warned of meanwhile to some lines, for the record: of a sweep's jobs nothing else is shown."""
+    keep, root = Keep(lines), logging.getLogger()
     root.addHandler(keep)
     try:
-        yield keep.lines
+        yield
     finally:
         root.removeHandler(keep)
 
@@ -130,12 +137,3 @@ def upload(tracker: Tracker, record: Record) -> Record:
 def logged(tracker: Tracker, record: Record, run_id: str | None, uploaded: bool) -> Record:
     """Write where the tracker has a job."""
     return record if run_id is None else update_record(record, tracking={**tracker.place(), "run_id": run_id, "uploaded": uploaded})
-
-
-def disk_full(error: BaseException, folder: Path) -> FileError | None:
-    """The words for a full disk, if that is what an error says; libraries that write files say it in their own classes."""
-    if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
-        return None
-    where = getattr(error, "filename", None) or folder
-    return FileError(f"the disk is full, and {where} could not be written; free some room, or write elsewhere: hydra.run.dir=FOLDER "
-                     "(of a sweep hydra.sweep.dir=FOLDER), cache.folder=FOLDER")  # fmt: skip

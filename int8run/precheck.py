@@ -5,7 +5,8 @@ composed tree is walked before hydra does.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -32,9 +33,9 @@ RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 NESTED = re.compile(r"\$\{[^{}:]*\$\{")  # a name put together at run time
 RESOLVERS = {"oc.env", "now", "hydra"}
 TARGET = re.compile(r"_target_: *([\w.]+)")
-# hydra's own, and our launchers under the name that hydra wants
+# our sweeper and launchers, under the names that hydra wants
 HYDRA_TARGETS = (
-    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+    "hydra_plugins.int8run.Grid",
     "hydra_plugins.int8run.InProcess", "hydra_plugins.int8run.Processes", "hydra_plugins.int8run.RayCluster", "hydra_plugins.int8run.Slurm",
 )  # fmt: skip
 LOG_CLASSES = (
@@ -44,25 +45,44 @@ LOG_FILE = re.compile(r"\$\{hydra\.runtime\.output_dir\}/(\$\{hydra\.job\.name\}
 LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
-def check_all(config_dir: str | None, config_name: str, overrides: list[str], multirun: bool, announce: Announce) -> list[DictConfig]:
-    """Compose, target-check and range-check every job.
+def check_all(config_dir: str | None, config_name: str, overrides: list[str], multirun: bool, announce: Announce) -> None:
+    """Compose, target-check and range-check a single job; of a sweep, what its jobs share: they are checked when the sweep composes them.
 
     Args:
-        announce: called with the number of jobs and the choices of the first, before anything heavy is imported.
+        announce: called with the number of jobs and the choices of each group, before anything heavy is imported.
 
-    Returns:
-        the composed config of every job, hydra's part included.
+    Raises:
+        ConfigError: for settings that cannot work.
+    """
+    several = next((group for group in GROUPS if any(o.startswith(f"{group}=[") for o in overrides)), None)
+    with composing(config_dir, overrides) as extra:
+        sweep = sweep_of(overrides, extra, config_name, multirun)
+        shared = sweep[0] if sweep else compose(config_name, [*overrides, *extra], return_hydra_config=True)
+        refuse_foreign_targets(shared)
+    if several is not None:  # hydra merges them, and the last one wins
+        raise ConfigError(f"{several}=[…] names several options, and a run has one; for a job each: -m {several}=a,b")
+    swept = dict(word.partition("=")[::2] for word in overrides) if sweep else {}
+    choices = {group: swept.get(group, option) for group, option in shared.hydra.runtime.choices.items()}
+    announce(len(sweep[1]) if sweep else 1, choices)
+    if sweep is None:
+        if shared.get("resume"):
+            raise ConfigError("resume=true goes on with a sweep, and this is a single run; add -m, or leave resume out")
+        to_spec(shared)
+
+
+def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> None:
+    """Target-check and range-check every job of a sweep before the first one starts.
+
+    Args:
+        jobs: the overrides of each.
+        configs: composed from them.
 
     Raises:
         ConfigError: one bad job: its message; several: one line for each.
     """
-    jobs, configs = compose_all(config_dir, config_name, overrides, multirun)
-    several = next((group for group in GROUPS if any(o.startswith(f"{group}=[") for o in overrides)), None)
-    if several is not None:  # hydra merges them, and the last one wins
-        raise ConfigError(f"{several}=[…] names several options, and a run has one; for a job each: -m {several}=a,b")
-    announce(len(jobs), dict(configs[0].hydra.runtime.choices))
     problems: list[tuple[int, Int8RunError]] = []
     for number, config in enumerate(configs):
+        refuse_foreign_targets(config)
         try:
             to_spec(config)
         except Int8RunError as error:
@@ -72,49 +92,58 @@ def check_all(config_dir: str | None, config_name: str, overrides: list[str], mu
     if problems:
         lines = [f"  job {number} ({' '.join(jobs[number])}): {error}" for number, error in problems]
         raise ConfigError("\n".join([f"{len(problems)} of {len(jobs)} jobs cannot run; none was started", *lines]))
-    return configs
 
 
 def compose_all(config_dir: str | None, config_name: str, overrides: list[str], multirun: bool) -> tuple[list[list[str]], list[DictConfig]]:
     """The overrides and the composed config of every job, each walked for what could run code."""
-    extra = []
-    if config_dir is not None:
-        if not Path(config_dir).is_dir():
-            raise ConfigError(f"--config-dir {config_dir}: no such folder (looked for {Path(config_dir).absolute()})")
-        extra = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
-    for group in (o.removesuffix("=null") for o in overrides if o.endswith("=null") and o.removesuffix("=null") in GROUPS):
-        raise ConfigError(no_option(group, None))
-    prefer_own_launchers()
-    with initialize_config_module("int8run.conf", version_base="1.3", job_name="int8run"):
-        jobs = split_jobs(overrides, extra, config_name, multirun)
+    with composing(config_dir, overrides) as extra:
+        sweep = sweep_of(overrides, extra, config_name, multirun)
+        jobs = sweep[1] if sweep else [overrides]
         configs = [compose(config_name, [*job, *extra], return_hydra_config=True) for job in jobs]
     for config in configs:
         refuse_foreign_targets(config)
     return jobs, configs
 
 
+@contextmanager
+def composing(config_dir: str | None, overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Hydra ready to compose our config.
+
+    Returns:
+        the words to add to each job's, for a folder of the user's.
+
+    Raises:
+        ConfigError: for a folder that is not there, and for a group that is set to null.
+    """
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: no such folder (looked for {Path(config_dir).absolute()})")
+    for group in (o.removesuffix("=null") for o in overrides if o.endswith("=null") and o.removesuffix("=null") in GROUPS):
+        raise ConfigError(no_option(group, None))
+    prefer_own_launchers()
+    with initialize_config_module("int8run.conf", version_base="1.3", job_name="int8run"):
+        yield [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
+
+
 def prefer_own_launchers() -> None:
-    """Let `hydra/launcher=` choose between the files in conf/: hydra and its plugins have a `basic` and a `joblib` of their own."""
+    """Let `hydra/launcher=` and `hydra/sweeper=` choose between the files in conf/: hydra and its plugins have some of these names, too."""
     Plugins.instance()  # finds them
-    theirs = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
-    for file in files("int8run.conf").joinpath("hydra", "launcher").iterdir():
-        theirs.pop(file.name, None)
+    theirs = ConfigStore.instance().repo.get("hydra", {})
+    for group in ("launcher", "sweeper"):
+        for file in files("int8run.conf").joinpath("hydra", group).iterdir():
+            theirs.get(group, {}).pop(file.name, None)
 
 
-def split_jobs(overrides: list[str], extra: list[str], config_name: str, multirun: bool) -> list[list[str]]:
-    """The overrides of each job: as hydra's basic sweeper makes them, a sweep written in a file included."""
+def sweep_of(overrides: list[str], extra: list[str], config_name: str, multirun: bool) -> tuple[DictConfig, list[list[str]]] | None:
+    """What the jobs of a sweep share, and the overrides of each, a sweep written in a file included; None for a single run."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     single = [text for text, o in zip(overrides, parsed, strict=True) if not o.is_sweep_override()]
     shared = compose(config_name, [*single, *extra], return_hydra_config=True) if multirun or len(single) == len(overrides) else None
-    if not multirun and (shared is None or shared.hydra.mode is None or shared.hydra.mode.name != "MULTIRUN"):
-        return [overrides]
-    assert shared is not None
+    if shared is None or (not multirun and (shared.hydra.mode is None or shared.hydra.mode.name != "MULTIRUN")):
+        return None
     refuse_foreign_targets(shared)
     written = [f"{key}={value}" for key, value in (shared.hydra.sweeper.get("params") or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*written, *overrides])
-    if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in parsed):
-        return [single]  # another sweeper decides; its jobs are checked as they come
-    return [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
+    return shared, [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
 
 
 def to_spec(config: DictConfig) -> Any:

@@ -209,7 +209,9 @@ def measure(
         metrics["lora/clipped_share"] = loras.clipped_share
         metrics |= {f"lora/layers_{mode}": count for mode, count in loras.modes.items()}
         if loras.dynamic and any(spec.lora.strengths):
-            metrics["lora/overhead_ratio"] = lora_overhead(built, calls)
+            if built.lora_overhead is None:
+                built.lora_overhead = lora_overhead(built, calls)
+            metrics["lora/overhead_ratio"] = built.lora_overhead
     return metrics
 
 

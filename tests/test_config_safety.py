@@ -220,7 +220,7 @@ def test_one_bad_job_of_a_sweep_is_refused_before_the_first(command):
 
 ALLOWED = {
     "classes of ours": {"outlier": {"_target_": "int8run.outlier.convrot.ConvRot"}, "list": [{"_target_": "int8run.tasks.Run"}]},
-    "hydra's sweeper": {"hydra": {"sweeper": {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"}}},
+    "our sweeper": {"hydra": {"sweeper": {"_target_": "hydra_plugins.int8run.Grid"}}},
     "a launcher of ours": {"hydra": {"launcher": {"_target_": "hydra_plugins.int8run.Processes"}}},
     "plain log handlers": {
         "hydra": {

@@ -154,7 +154,11 @@ def test_parameters_are_the_words_of_the_command_line():
         "prompts": {"prompts": ["a", "b"]},
         "families": {"flux": {"float_layers": [{"pattern": "x"}]}},
         "note": "x" * 251,
-        "tracker": {"uri": "http://x"}, "cache": {"folder": "y"}, "resume": True, "sync": "z", "progress": False,  # say nothing of a result
+        "tracker": {"uri": "http://x"},
+        "cache": {"folder": "y"},
+        "resume": True,
+        "sync": "z",
+        "progress": False,  # say nothing of a result
     }
     assert Job(settings, {"model": "tiny", "outlier": "none"}, [], Path()).params() == {
         "model": "tiny", "outlier": "none", "seed": "3", "model.location": "None", "model.sampling.steps": "4",

@@ -40,7 +40,7 @@ class Outcome:
     files: bytes | None = None
 
 
-class WorkerDied(Int8RunError):
+class WorkerDied(Int8RunError):  # noqa: N818 - what happened, not a mistake
     """A worker's process ended without an answer: killed, out of memory, its machine gone."""
 
 
