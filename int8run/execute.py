@@ -127,11 +127,10 @@ def announce(tracker: Tracker, record: Record) -> Record:
 def upload(tracker: Tracker, record: Record) -> Record:
     """Let the tracker copy what the folder holds; when it does not answer, say how to do it later."""
     try:
-        run_id = tracker.upload(record)
-    except TrackingError as error:
+        return logged(tracker, record, tracker.upload(record), uploaded=True)
+    except (TrackingError, OSError) as error:  # a file that cannot be read or written is no reason to lose the job's own end
         log.warning("%s; everything is in %s; upload it later: int8run task=report sync=%s", error, record.folder, record.folder)
         return record
-    return logged(tracker, record, run_id, uploaded=True)
 
 
 def logged(tracker: Tracker, record: Record, run_id: str | None, uploaded: bool) -> Record:

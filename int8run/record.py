@@ -198,9 +198,27 @@ def read_record(folder: Path) -> Record:
 
 
 def find_records(folder: Path) -> list[Record]:
-    """Every record in a folder and below it, by number and start. The copies in MLflow's own folders are none: `<run>/artifacts/`."""
-    found = [read_record(path.parent) for path in folder.rglob(STATUS) if path.parent.name != "artifacts"]
+    """Every record in a folder and below it, by number and start. The copies in MLflow's own folders are none: `<run>/artifacts/`.
+
+    One that is damaged is left out, with a warning: it is no reason to lose the others.
+    """
+    found = []
+    for path in folder.rglob(STATUS):
+        record = known_record(path.parent) if path.parent.name != "artifacts" else None
+        if record is not None:
+            found.append(record)
     return sorted(found, key=lambda r: (r.number, r.started))
+
+
+def known_record(folder: Path) -> Record | None:
+    """The record in a folder, if there is one that can be read."""
+    if not (folder / STATUS).is_file():
+        return None
+    try:
+        return read_record(folder)
+    except FileError as error:
+        log.warning("%s; it is left out", error)
+        return None
 
 
 def config_hash(settings: Mapping[str, Any]) -> str:
@@ -236,8 +254,13 @@ def process_gone(host: str, pid: int, started: float) -> bool:
 def start_record(folder: Path, identity: Mapping[str, Any]) -> Record:
     """Write that a job runs, in this process, from now on. What an earlier try of it left in status.json is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
+    return write_status(new_record(folder, identity))
+
+
+def new_record(folder: Path, identity: Mapping[str, Any], **changes: Any) -> Record:
+    """A record of a job that starts in this process; nothing is written."""
     ends = {"state": RUNNING, "error": None, "started": time.time(), "ended": None, "tracking": None}
-    return write_status(Record(folder, {**identity, **this_process(), **ends}))
+    return Record(folder, {**identity, **this_process(), **ends, **changes})
 
 
 def end_record(record: Record, state: str, error: str | None = None, warnings: Sequence[str] = ()) -> Record:

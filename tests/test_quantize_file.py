@@ -66,7 +66,8 @@ def test_from_the_command_line(command, tiny):
     done = command("task=quantize", "model=tiny", "save=x.safetensors", NO_TRACKER)
     assert done.code == 0, done.err
     (folder,) = (command.folder / "outputs").glob("*/*")
-    assert sorted(p.name for p in folder.iterdir() if p.is_file()) == ["config.yaml", "int8run.log", "layers.csv", "metrics.json", "status.json"]
+    names = sorted(p.name for p in folder.iterdir() if p.is_file())
+    assert names == ["config.yaml", "int8run.log", "layers.csv", "metrics.json", "status.json"]
     words = " ".join(done.out.split())
     assert re.search(r"read .*tiny/transformer · files 3 · size 30\.2 MB · family flux", words)
     assert re.search(r"write .*x\.safetensors · INT8 layers 16 · outlier none · rounding absmax", words)

@@ -169,3 +169,11 @@ def test_damaged_numbers_are_said_and_left_out(tmp_path: Path, caplog: pytest.Lo
 ])  # fmt: skip
 def test_a_label_is_short(tmp_path: Path, name: str, label: str) -> None:
     assert start_record(tmp_path, {**IDENTITY, "name": name}).label == label
+
+
+def test_a_damaged_record_does_not_hide_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    start_record(tmp_path / "a", IDENTITY)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "status.json").write_text('{"sta')
+    assert [r.folder.name for r in find_records(tmp_path)] == ["a"]
+    assert f"{tmp_path / 'b' / 'status.json'} is damaged" in caplog.text and "it is left out" in caplog.text

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from cli_process import Command, command_in
 from helpers import CONF, without_vnni
 from jobs import make_spec, run_job, save_lora
@@ -67,7 +66,8 @@ def test_a_run_leaves_everything(small: list[str], tmp_path: Path) -> None:
     assert len(list((tmp_path / "images").iterdir())) == 4  # two prompts, float and INT8
     saved = json.loads((tmp_path / "metrics.json").read_text())
     assert saved["metrics"]["quality/psnr_db"] == metrics["quality/psnr_db"] and len(saved["images"]) == 2
-    assert [len(values) for values in saved["series"].values()] == [4, 4, 3]  # two drawings of three steps, the first unmeasured; the error after each
+    # of two drawings the times of three steps but the first, and the error after each step
+    assert [len(values) for values in saved["series"].values()] == [4, 4, 3]
     assert [(i["key"], i["file"], i["float"]) for i in saved["images"]] == [
         (f"00{n}_{word}_s0", f"images/00{n}_{word}_s0.png", f"images/00{n}_{word}_s0_float.png") for n, word in enumerate("ab")
     ]

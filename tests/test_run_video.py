@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from jobs import run_job
 from PIL import Image
 
 from int8run import memo
-from int8run.metrics.quality import key_frames, per_image
+from int8run.metrics.quality import key_frames
 from int8run.run import RunResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")

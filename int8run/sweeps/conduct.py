@@ -25,10 +25,12 @@ from int8run.record import (
     config_hash,
     end_record,
     find_records,
+    known_record,
+    new_record,
     read_record,
     start_record,
     this_process,
-)  # fmt: skip
+)
 from int8run.report.terminal import SweepProgress
 from int8run.spec import Job, RunSpec
 from int8run.sweeps.base import Outcome, Pool, SweepJob
@@ -77,10 +79,12 @@ def conduct(configs: Sequence[DictConfig], pool: Pool, context: Any, task_functi
     planned = plan(folder, configs, resume)
     for tracker in {p.spec.tracker for p in planned if p.spec.task.tracked}:
         prepare(tracker)
-    outcomes = finished(sweep, planned) if resume else {}
+    records = finished(sweep, planned) if resume else {}
+    outcomes = {number: Outcome(number, FINISHED, record.metrics.get(record.objective)) for number, record in records.items()}
     todo = [p.job for p in planned if p.job.number not in outcomes]
-    for job in todo:  # of an earlier try
-        (job.folder / STATUS).unlink(missing_ok=True)
+    for path in (job.folder / STATUS for job in todo):
+        if path.is_file():  # of an earlier try
+            path.unlink()
     by_number = {p.job.number: p for p in planned}
     metrics = planned[0].spec.metrics
     progress = SweepProgress(len(planned), len(outcomes), metrics.objective, planned[0].spec.progress)
@@ -91,7 +95,8 @@ def conduct(configs: Sequence[DictConfig], pool: Pool, context: Any, task_functi
     def ended(job: SweepJob, outcome: Outcome) -> None:
         configure_log(job.config.hydra.hydra_logging, job.config.hydra.verbose)  # a job in this process had its own log file
         outcomes[job.number] = outcome
-        progress.ended(recorded(by_number[job.number], outcome))
+        records[job.number] = recorded(by_number[job.number], outcome)
+        progress.ended(records[job.number])
 
     if todo:
         try:
@@ -108,8 +113,7 @@ def conduct(configs: Sequence[DictConfig], pool: Pool, context: Any, task_functi
             raise
         finally:
             pool.close()
-    records = [read_record(p.job.folder) for p in planned]
-    finish(folder, sweep, records, {p.job.number: p.spec.tracker for p in planned if p.spec.task.tracked})
+    finish(folder, sweep, [records[p.job.number] for p in planned], {p.job.number: p.spec.tracker for p in planned if p.spec.task.tracked})
     failed = [p for p in planned if outcomes[p.job.number].state != FINISHED]
     if failed:
         raise sweep_failed(failed, outcomes, len(planned))
@@ -159,51 +163,46 @@ def take_number(config: DictConfig, taken: Collection[Path]) -> None:
             return
 
 
-def finished(sweep: Sweep, planned: Sequence[Planned]) -> dict[int, Outcome]:
-    """Jobs that need not run again: those whose folder says so, and those that the tracker has, which are brought back.
+def finished(sweep: Sweep, planned: Sequence[Planned]) -> dict[int, Record]:
+    """Jobs that need not run again, by number: those whose folder says so, and those that the tracker has, which are brought back.
 
     Raises:
         ConfigError: when a job of the sweep still runs on this machine.
     """
-    outcomes = {}
+    found = {}
     for p in planned:
         record = known_record(p.job.folder)
         if record is not None and record.state == RUNNING and record.status["host"] == this_process()["host"]:
             pid = record.status["pid"]
             raise ConfigError(f"job {record.number} of this sweep runs in process {pid}; wait for it, or end it, then resume")
         if record is not None and record.state == FINISHED:
-            outcomes[p.job.number] = recalled(p, record)
+            found[p.job.number] = record
     try:
-        for p, tracker in [(p, p.spec.tracker) for p in planned if p.spec.task.tracked and p.job.number not in outcomes]:
+        for p, tracker in [(p, p.spec.tracker) for p in planned if p.spec.task.tracked and p.job.number not in found]:
             for run_id in tracker.running(sweep.id):
                 tracker.mark(run_id, KILLED, NO_WORD)
             known = tracker.finished([p.job.config_hash]).get(p.job.config_hash)
             if known is not None:
                 tracker.fetch(known, p.job.folder)
-                outcomes[p.job.number] = recalled(p, read_record(p.job.folder))
+                found[p.job.number] = read_record(p.job.folder)
     except TrackingError as error:
         log.warning("%s; only jobs that are finished in the sweep's folder are left out", error)
-    log.info("%d of %d jobs are finished already", len(outcomes), len(planned))
-    return outcomes
-
-
-def known_record(folder: Path) -> Record | None:
-    """What an earlier try left."""
-    return read_record(folder) if (folder / STATUS).is_file() else None
-
-
-def recalled(planned: Planned, record: Record) -> Outcome:
-    """The outcome of a job that ran before."""
-    return Outcome(planned.job.number, FINISHED, record.metrics.get(planned.spec.metrics.objective))
+    log.info("%d of %d jobs are finished already", len(found), len(planned))
+    return found
 
 
 def recorded(planned: Planned, outcome: Outcome) -> Record:
-    """What a job left. One whose worker died before it could write, or on a machine that is gone, gets its record here."""
+    """What a job left. One whose worker died before it could write, or on a machine that is gone, gets its record here; where nothing
+    can be written, for this process alone."""
     record = known_record(planned.job.folder)
-    if record is None:
-        record = start_record(planned.job.folder, identity(planned.spec, planned.about))
-        record = end_record(record, outcome.state, outcome.error)
-    return record
+    if record is not None:
+        return record
+    known = identity(planned.spec, planned.about)
+    try:
+        return end_record(start_record(planned.job.folder, known), outcome.state, outcome.error)
+    except OSError as error:
+        log.warning("%s cannot be written: %s", planned.job.folder, error.strerror)
+        return new_record(planned.job.folder, known, state=outcome.state, error=outcome.error)
 
 
 def sweep_failed(failed: Sequence[Planned], outcomes: Mapping[int, Outcome], jobs: int) -> SweepError:

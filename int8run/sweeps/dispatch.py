@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
-from int8run.errors import FileError
-from int8run.record import FINISHED, KILLED, Record, end_record, read_record
+from int8run.record import FINISHED, KILLED, end_record, known_record
 from int8run.sweeps.base import Outcome, Pool, SweepJob, Worker, WorkerDied
 from int8run.sweeps.worker import unzip
 
@@ -110,7 +109,7 @@ def dispatch(
         for seat in [*busy.values(), *idle]:
             seat.worker.close()
         for job in (job for seat in busy.values() for job in seat.jobs):
-            record = begun(job)
+            record = known_record(job.folder)
             if record is not None and record.ended is None:  # after Ctrl-C
                 end_record(record, KILLED, "the sweep was interrupted")
 
@@ -126,7 +125,7 @@ def after_death(jobs: Sequence[SweepJob], death: WorkerDied) -> list[Outcome]:
     """Outcomes of the jobs that a dead worker had come to: those before the last one ended by themselves, the last one was killed."""
     outcomes = []
     for job in jobs:
-        record = begun(job)
+        record = known_record(job.folder)
         if record is not None and record.ended is not None:
             failed = record.state != FINISHED
             outcomes.append(Outcome(job.number, record.state, record.metrics.get(record.objective), record.error, int(failed)))
@@ -137,11 +136,3 @@ def after_death(jobs: Sequence[SweepJob], death: WorkerDied) -> list[Outcome]:
             outcomes.append(Outcome(job.number, KILLED, error=str(death), exit_code=1))
         break
     return outcomes
-
-
-def begun(job: SweepJob) -> Record | None:
-    """What a job has written since it was handed out; the parent removed what an earlier try had left."""
-    try:
-        return read_record(job.folder)
-    except FileError:
-        return None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from int8run.errors import TrackingError
+from int8run.errors import TrackingError, disk_full
 from int8run.execute import upload
 from int8run.record import Record
 from int8run.report.page import write_report
@@ -26,10 +26,15 @@ def finish(folder: Path, sweep: Sweep, records: Sequence[Record], trackers: Mapp
     """
     records = [upload(trackers[r.number], r) if r.number in trackers and not r.uploaded else r for r in records]
     page = folder / REPORT
-    write_report(records, page, f"sweep {sweep.id}")
     for line in warnings_of(records):
         log.warning("%s", line)
-    say(sweep_table(records, sweep.varying), f"report:   {escape(str(page))}")
+    say(sweep_table(records, sweep.varying))
+    try:
+        write_report(records, page, f"sweep {sweep.id}")
+    except OSError as error:
+        log.error("%s", disk_full(error) or f"{page} cannot be written: {error.strerror}")
+    else:
+        say(f"report:   {escape(str(page))}")
     for tracker in dict.fromkeys(trackers.values()):
         theirs = [r for r in records if trackers.get(r.number) == tracker and r.uploaded]
         if theirs:
@@ -39,7 +44,8 @@ def finish(folder: Path, sweep: Sweep, records: Sequence[Record], trackers: Mapp
 def share(tracker: Tracker, sweep: Sweep, records: Sequence[Record], page: Path) -> list[str]:
     """Keep the page with the first run and write the dashboard; where to look."""
     try:
-        tracker.attach(str(records[0].run_id), page)
+        if page.is_file():
+            tracker.attach(str(records[0].run_id), page)
         link = tracker.share(sweep.id, records)
     except TrackingError as error:
         log.warning("%s; the sweep has no dashboard; int8run task=report sync=%s makes it", error, page.parent)

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from int8run.errors import FileError
 from int8run.precheck import plain_config
 from int8run.record import config_hash, find_records
 from int8run.sweeps.sweep import SWEEP, Sweep, dated, read_sweep
@@ -36,8 +37,12 @@ def sweep_to_resume(root: Path, hashes: Collection[str]) -> Path | None:
 
 
 def sweeps_below(root: Path) -> Iterator[tuple[Path, Sweep]]:
-    """Every sweep in a folder and below it."""
+    """Every sweep in a folder and below it; one whose file is damaged is left out, with a warning."""
     for path in sorted(root.rglob(SWEEP)):
-        sweep = read_sweep(path.parent)
+        try:
+            sweep = read_sweep(path.parent)
+        except FileError as error:
+            log.warning("%s; it is left out", error)
+            continue
         if sweep is not None:
             yield path.parent, sweep

@@ -16,6 +16,7 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobStatus, run_job, setup_globals
 from omegaconf import open_dict
 
+from int8run.errors import FileError, disk_full
 from int8run.explain import explain
 from int8run.record import FAILED, FINISHED
 from int8run.sweeps.base import Outcome, SweepJob
@@ -69,20 +70,24 @@ def run_one(parent: Parent, job: SweepJob) -> Outcome:
 def run_here(parent: Parent, job: SweepJob, config: Any) -> Outcome:
     """Run one job and say how it ended."""
     HydraConfig.instance().set_config(config)
-    done = run_job(
-        hydra_context=parent.context, task_function=parent.task_function, config=config,
-        job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir",
-    )  # fmt: skip
-    if done.status == JobStatus.COMPLETED:
-        value = done.return_value
-        return Outcome(job.number, FINISHED, None if value is None else float(value))
-    error = done._return_value
+    try:
+        done = run_job(
+            hydra_context=parent.context, task_function=parent.task_function, config=config,
+            job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir",
+        )  # fmt: skip
+    except OSError as error:  # hydra makes the folder, its log file and its own notes before the job starts
+        return failed(job, disk_full(error) or FileError(f"{error.filename or job.folder} cannot be written: {error.strerror or error}"))
+    if done.status != JobStatus.COMPLETED:
+        return failed(job, done._return_value)
+    value = done.return_value
+    return Outcome(job.number, FINISHED, None if value is None else float(value))
+
+
+def failed(job: SweepJob, error: Exception) -> Outcome:
+    """The outcome of a job that an error ended. The job's log file keeps the words; of one that a user should not meet, everything."""
     message, code = explain(error)
-    # to the job's log file; one that a user should not meet, whole
-    unknown = message is None
-    message = message or " ".join(f"{type(error).__name__}: {error}".split())
-    log.error("%s", message, exc_info=error if unknown else None)
-    return Outcome(job.number, FAILED, error=message, exit_code=code)
+    log.error("%s", message or f"{type(error).__name__}: {error}", exc_info=error if message is None else None)
+    return Outcome(job.number, FAILED, error=message or " ".join(f"{type(error).__name__}: {error}".split()), exit_code=code)
 
 
 def zipped(folder: Path) -> bytes:

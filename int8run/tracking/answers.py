@@ -18,6 +18,7 @@ PAUSES_S = (0.1, 0.5, 2.0)
 KNOCKS_S = (0.0, 1.0, 2.0)  # pauses before looking for a server: one that is started again is back by then
 ANSWER_S = 5.0
 LONGEST_REASON = 300
+LOGIN = re.compile(r"//[^/@\s]*@")  # user and password of an address
 
 
 def patient(call: Callable[..., T], *args: Any) -> T:
@@ -108,7 +109,7 @@ def is_away(error: BaseException, store: str) -> bool:
 
 def reason(error: BaseException) -> str:
     """What went wrong, without the names of the libraries that it went through."""
-    text = " ".join(str(error).split())
+    text = LOGIN.sub("//", " ".join(str(error).split()))
     system = re.search(r"\[Errno -?\d+\] ([^'\")\]:]+)", text)
     if system and ("Max retries" in text or "Connection" in text):
         return system[1].strip().lower()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from int8run.errors import ConfigError
 from int8run.record import KILLED, NO_WORD, RUNNING, Record, process_gone, read_record, this_process, update_record
 from int8run.tracking import contents, upload
-from int8run.tracking.answers import answering, knock, patient
+from int8run.tracking.answers import LOGIN, answering, knock, patient
 from int8run.tracking.contents import LONGEST_ERROR, cut, milliseconds
 from int8run.tracking.view import varying, view_link, view_state, write_view
 
@@ -55,7 +55,7 @@ class MlflowTracker:
     @property
     def store(self) -> str:
         """The tracking URI without a password, for people and records."""
-        return re.sub(r"//[^/@]*@", "//", self.address)
+        return LOGIN.sub("//", self.address)
 
     @property
     def database(self) -> Path | None:
@@ -65,7 +65,7 @@ class MlflowTracker:
     @property
     def is_server(self) -> bool:
         """Whether a server is asked over HTTP."""
-        return self.address.startswith("http")
+        return self.address.startswith(("http://", "https://"))
 
     def place(self) -> dict[str, str]:
         """Store and experiment."""
@@ -190,6 +190,8 @@ class MlflowTracker:
                 f"tracker.uri={self.store} is a folder, in which MLflow keeps no runs any more; choose {FILE}/absolute/path/mlflow.db, "
                 "http://HOST:PORT, or null: mlflow.db in tracker.folder"
             )
+        if self.address in ("sqlite://", FILE) or ":memory:" in self.address:
+            raise ConfigError(f"tracker.uri={self.store} keeps its runs in memory, and they end with the command; choose sqlite:////path/mlflow.db")
         new = self.database is not None and not self.database.exists()
         client = MlflowClient(self.address)
         experiment = client.get_experiment_by_name(self.experiment)

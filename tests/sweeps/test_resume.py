@@ -144,6 +144,26 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path: Path, model: str) -> None:
     assert len({run.data.tags["sweep"] for run in runs}) == 1
 
 
+def test_a_damaged_record_is_a_job_that_is_missing(int8run: Command, model: str) -> None:
+    assert int8run("-m", "seed=0,1", model, *UNTRACKED).code == 0
+    (records(int8run)[1].folder / "status.json").write_text('{"sta')
+    other = int8run.folder / "multirun" / "other"
+    other.mkdir()
+    (other / "sweep.json").write_text("[")
+    outcome = int8run("-m", "seed=0,1", model, *UNTRACKED, "resume=true")
+    assert outcome.code == 0 and "1 of 2 jobs are finished already" in flat(outcome.out)
+    assert [(r.number, r.state) for r in records(int8run)] == [(0, FINISHED), (1, FINISHED)]
+
+
+def test_a_folder_that_cannot_be_made_is_that_jobs_failure(int8run: Command, model: str) -> None:
+    (int8run.folder / "here").mkdir()
+    (int8run.folder / "here" / "0").write_text("in the way")
+    outcome = int8run("-m", "seed=0,1", model, *UNTRACKED, "hydra.sweep.dir=here")
+    assert outcome.code == 3 and "job 0 (seed=0) FAILED: " in outcome.message and "cannot be written: File exists" in outcome.message
+    assert [(r.number, r.state) for r in find_records(int8run.folder / "here")] == [(1, FINISHED)]
+    assert "FAILED" in (int8run.folder / "here" / "report.html").read_text()
+
+
 def flat(text: str) -> str:
     return " ".join(text.split())
 

@@ -58,7 +58,7 @@ def test_a_run_holds_what_the_folder_holds(tracker: MlflowTracker, tmp_path: Pat
     running = make_record(tmp_path / "job", state=RUNNING, files=False, ended=None)
     run_id = tracker.begin(running)
     (run,) = runs_of(tracker)
-    assert (run.info.status, run.info.run_name, run.info.start_time) == ("RUNNING", "lora.strength=0", 1790000000250)
+    assert (run.info.status, run.info.run_name, run.info.start_time) == ("RUNNING", "strength=0", 1790000000250)
     assert run.data.params == {"model": "tiny", "prompts": "tiny", "lora.strength": "0"}
     me = this_process()
     assert {name: run.data.tags[name] for name in ("sweep", "number", "host", "pid", "task", "config_hash")} == {
@@ -350,6 +350,9 @@ def test_a_deleted_experiment_is_named_and_costs_no_run(tracker: MlflowTracker, 
         "unknown": ("ftp://x", r"tracker\.uri=ftp://x cannot be used: .*unsupported URI 'ftp://x'.*; tracker=none runs without"),
         "no driver": ("postgresql+nobody://me:secret@h/x", r"tracker\.uri=postgresql\+nobody://h/x cannot be used: "),
         "no database": ("sqlite:///TMP/notes.txt", r"notes\.txt cannot be used: file is not a database; tracker=none"),
+        "in memory": ("sqlite://", r"tracker\.uri=sqlite:// keeps its runs in memory, .*choose sqlite:////path/mlflow\.db"),
+        "a secret": ("postgres://me:secret@h/x", r"^((?!secret).)*$"),
+        "no slashes": ("http//127.0.0.1:5000", r"tracker\.uri=http//127\.0\.0\.1:5000 is a folder, in which"),
         "no folder": ("sqlite:////proc/nobody/mlflow.db", r"cannot be used: .*'/proc/nobody'; tracker=none"),
         "no place": ("sqlite:////proc/mlflow.db", r"cannot be used: .*'/proc/mlflow.db.lock'; tracker=none"),
     }.values(),
@@ -464,5 +467,5 @@ def test_failed_jobs_of_a_sweep_are_marked_in_their_own_folders(
     for name in ("a", "b"):
         (run,) = runs_of(MlflowTracker(folder=str(tmp_path / name)))
         assert run.info.status == "FAILED" and run.data.tags["error"].startswith("device=cuda asks for a GPU, but torch ")
-        assert (run.info.run_name, run.data.params["seed"]) == (f"tracker.folder={name}", "5")
+        assert (run.info.run_name, run.data.params["seed"]) == (f"folder={name}", "5")
         assert json.loads(next(tmp_path.glob("multirun/*/*/sweep.json")).read_text())["id"] == run.data.tags["sweep"]
