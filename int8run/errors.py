@@ -4,6 +4,9 @@ import difflib
 import errno
 from collections.abc import Collection, Iterable
 
+ELSEWHERE = "write elsewhere: hydra.run.dir=FOLDER (of a sweep hydra.sweep.dir=FOLDER)"
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+
 
 class Int8RunError(Exception):
     """Base of all errors of ours: one line that says what was wrong, what is allowed and what to do."""
@@ -50,8 +53,14 @@ def disk_full(error: BaseException) -> FileError | None:
     if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
         return None
     what = getattr(error, "filename", None) or "a file of the run"
-    return FileError(f"the disk is full, and {what} could not be written; free some room, or write elsewhere: hydra.run.dir=FOLDER "
-                     "(of a sweep hydra.sweep.dir=FOLDER), cache.folder=FOLDER")  # fmt: skip
+    return FileError(f"the disk is full, and {what} could not be written; free some room, or {ELSEWHERE}, cache.folder=FOLDER")
+
+
+def not_writable(error: BaseException) -> FileError | None:
+    """The words for a place that the system refuses, if that is what an error says."""
+    if not isinstance(error, OSError) or error.errno not in REFUSALS or not error.filename:
+        return None
+    return FileError(f"{error.filename} cannot be opened or written: {str(error.strerror).lower()}; {ELSEWHERE}")
 
 
 def in_range(name: str, value: float, low: float, high: float, whole: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 import re
 
-from int8run.errors import disk_full, our_error, suggest
+from int8run.errors import disk_full, not_writable, our_error, suggest
 
 
 def explain(error: BaseException) -> tuple[str | None, int]:
@@ -12,7 +12,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     from omegaconf.errors import ConfigAttributeError, ConfigIndexError, ConfigKeyError, OmegaConfBaseException
     from yaml import YAMLError
 
-    ours = our_error(error) or disk_full(error)
+    ours = our_error(error) or disk_full(error) or not_writable(error)
     if ours is not None:
         return str(ours), ours.exit_code
     if isinstance(error, MissingConfigException) and error.options is not None:

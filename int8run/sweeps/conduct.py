@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from hydra.core.singleton import Singleton
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf
@@ -71,9 +72,19 @@ def conduct(configs: Sequence[DictConfig], pool: Pool, context: Any, task_functi
         the value of each job.
 
     Raises:
+        ConfigError: when another sweep runs in the folder.
         SweepError: after all others are done, when a job failed or was killed; it names each.
     """
     folder = Path(str(configs[0].hydra.sweep.dir))
+    try:
+        with FileLock(folder / "sweep.lock", timeout=0):  # the system lets go of it when this process ends, however it does
+            return conduct_alone(folder, configs, pool, context, task_function)
+    except Timeout:
+        raise ConfigError(f"another sweep runs in {folder}; wait for it, or choose another folder: hydra.sweep.dir=FOLDER") from None
+
+
+def conduct_alone(folder: Path, configs: Sequence[DictConfig], pool: Pool, context: Any, task_function: Any) -> list[float | None]:
+    """See `conduct`."""
     resume = bool(configs[0].get("resume"))
     sweep = identify(folder, configs, resume)
     planned = plan(folder, configs, resume)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from int8run.errors import TrackingError, disk_full
+from int8run.errors import TrackingError, disk_full, not_writable
 from int8run.execute import upload
 from int8run.record import Record
 from int8run.report.page import write_report
@@ -32,7 +32,7 @@ def finish(folder: Path, sweep: Sweep, records: Sequence[Record], trackers: Mapp
     try:
         write_report(records, page, f"sweep {sweep.id}")
     except OSError as error:
-        log.error("%s", disk_full(error) or f"{page} cannot be written: {error.strerror}")
+        log.error("%s", disk_full(error) or not_writable(error) or error)
     else:
         say(f"report:   {escape(str(page))}")
     for tracker in dict.fromkeys(trackers.values()):

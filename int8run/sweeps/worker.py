@@ -16,7 +16,6 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobStatus, run_job, setup_globals
 from omegaconf import open_dict
 
-from int8run.errors import FileError, disk_full
 from int8run.explain import explain
 from int8run.record import FAILED, FINISHED
 from int8run.sweeps.base import Outcome, SweepJob
@@ -76,7 +75,7 @@ def run_here(parent: Parent, job: SweepJob, config: Any) -> Outcome:
             job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir",
         )  # fmt: skip
     except OSError as error:  # hydra makes the folder, its log file and its own notes before the job starts
-        return failed(job, disk_full(error) or FileError(f"{error.filename or job.folder} cannot be written: {error.strerror or error}"))
+        return failed(job, error)
     if done.status != JobStatus.COMPLETED:
         return failed(job, done._return_value)
     value = done.return_value

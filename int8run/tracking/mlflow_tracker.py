@@ -7,6 +7,7 @@ by its settings: task=quantize has no use for it.
 
 import logging
 import re
+import shlex
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -150,7 +151,7 @@ class MlflowTracker:
 
     def where(self, sweep: str | None = None) -> str | None:
         """The server's address, or the command that serves the database."""
-        return self.store if self.is_server else f"mlflow server --backend-store-uri {self.store}"
+        return self.store if self.is_server else f"mlflow server --backend-store-uri {shlex.quote(self.store)}"
 
     @contextmanager
     def opened(self, user: bool = False) -> Iterator[tuple["MlflowClient", str]]:
@@ -160,11 +161,33 @@ class MlflowTracker:
             user: see `answering`.
         """
         with answering(self.store, user):
+            self.check()
             if self.is_server:
                 knock(self.address)
             with self.alone():
                 client, experiment_id = self.connect()
             yield client, experiment_id
+
+    def check(self) -> None:
+        """Refuse addresses that keep nothing.
+
+        Raises:
+            ConfigError: naming what is wrong with it.
+        """
+        if self.address.startswith("file:") or ("://" not in self.address and not self.address.startswith("databricks")):
+            raise ConfigError(
+                f"tracker.uri={self.store} is a folder, in which MLflow keeps no runs any more; choose {FILE}/absolute/path/mlflow.db, "
+                "http://HOST:PORT, or null: mlflow.db in tracker.folder"
+            )
+        if self.address in ("sqlite://", FILE) or ":memory:" in self.address:
+            raise ConfigError(
+                f"tracker.uri={self.store} keeps its runs in memory, and they end with the command; choose sqlite:////path/mlflow.db"
+            )
+        if self.uri is None and set("%?") & set(self.address):
+            raise ConfigError(
+                f"{self.database} has % or ? in its path, which MLflow takes for signs of its own; run in another folder, or set "
+                "tracker.folder=FOLDER"
+            )
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -185,13 +208,6 @@ class MlflowTracker:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
-        if self.address.startswith("file:") or ("://" not in self.address and not self.address.startswith("databricks")):
-            raise ConfigError(
-                f"tracker.uri={self.store} is a folder, in which MLflow keeps no runs any more; choose {FILE}/absolute/path/mlflow.db, "
-                "http://HOST:PORT, or null: mlflow.db in tracker.folder"
-            )
-        if self.address in ("sqlite://", FILE) or ":memory:" in self.address:
-            raise ConfigError(f"tracker.uri={self.store} keeps its runs in memory, and they end with the command; choose sqlite:////path/mlflow.db")
         new = self.database is not None and not self.database.exists()
         client = MlflowClient(self.address)
         experiment = client.get_experiment_by_name(self.experiment)

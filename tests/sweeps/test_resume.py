@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from cli_process import Command, Outcome, command_in
+from filelock import FileLock
 from tiny_pipeline import save_random_pipeline
 
 from int8run.record import FAILED, FINISHED, KILLED, Record, find_records, read_record, update_record
@@ -159,9 +161,30 @@ def test_a_folder_that_cannot_be_made_is_that_jobs_failure(int8run: Command, mod
     (int8run.folder / "here").mkdir()
     (int8run.folder / "here" / "0").write_text("in the way")
     outcome = int8run("-m", "seed=0,1", model, *UNTRACKED, "hydra.sweep.dir=here")
-    assert outcome.code == 3 and "job 0 (seed=0) FAILED: " in outcome.message and "cannot be written: File exists" in outcome.message
+    assert (
+        outcome.code == 3 and "job 0 (seed=0) FAILED: " in outcome.message and "cannot be opened or written: file exists" in outcome.message
+    )
     assert [(r.number, r.state) for r in find_records(int8run.folder / "here")] == [(1, FINISHED)]
     assert "FAILED" in (int8run.folder / "here" / "report.html").read_text()
+
+
+def test_one_sweep_at_a_time_in_a_folder(int8run: Command, model: str) -> None:
+    folder = int8run.folder / "here"
+    folder.mkdir()
+    with FileLock(folder / "sweep.lock"):
+        outcome = int8run("-m", "seed=0,1", model, *UNTRACKED, "hydra.sweep.dir=here")
+    assert outcome.code == 2
+    assert outcome.message == f"another sweep runs in {folder}; wait for it, or choose another folder: hydra.sweep.dir=FOLDER"
+    assert find_records(folder) == []
+
+
+@pytest.mark.parametrize("words", [["hydra.run.dir=file/x"], ["-m", "seed=0,1", "hydra.sweep.dir=file/x"]])
+def test_a_place_that_cannot_be_written_is_named(int8run: Command, model: str, words: list[str]) -> None:
+    (int8run.folder / "file").write_text("in the way")
+    outcome = int8run(*words, model, *UNTRACKED)
+    assert outcome.code == 3 and re.match(
+        r"\S*file\S* cannot be opened or written: (not a directory|file exists); write elsewhere: ", outcome.message
+    )
 
 
 def flat(text: str) -> str:

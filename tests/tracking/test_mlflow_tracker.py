@@ -363,6 +363,13 @@ def test_an_address_that_can_never_work_is_named(tmp_path: Path, uri: str, said:
         MlflowTracker(uri=uri.replace("TMP", str(tmp_path))).prepare()
 
 
+@pytest.mark.parametrize("name", ["a%20b", "a?b"])
+def test_a_folder_that_mlflow_would_misread_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"has % or \? in its path.*tracker\.folder=FOLDER"):
+        MlflowTracker(folder=str(tmp_path / name)).prepare()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_server_that_does_not_answer_is_named_after_a_short_while(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(answers, "KNOCKS_S", (0.0, 0.01))
     tracker = MlflowTracker(uri="http://me:secret@127.0.0.1:9")  # the discard port: nothing listens there
