@@ -29,6 +29,7 @@ def main() -> None:
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     quiet_libraries()
+    logging.raiseExceptions = debug  # a log file on a full disk is no news beside the disk
     try:
         check_and_run()
     except Exception as error:
@@ -123,6 +124,7 @@ def job(config: Any) -> float | None:
     from int8run.sweeps.job import job_of
 
     quiet_libraries()
+    logging.raiseExceptions = any(os.environ.get(name) for name in DEBUG)
     hydra = HydraConfig.get()
     about = job_of(config, hydra, Path(hydra.runtime.output_dir))
     if about.sweep:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from int8run.errors import TrackingError, disk_full
+from int8run.errors import TrackingError, disk_full, not_writable
 from int8run.metrics.system import SystemSampler
 from int8run.record import FAILED, FINISHED, KILLED, Record, config_hash, end_record, short_hash, start_record, update_record
 from int8run.report.files import write_yaml
@@ -128,8 +128,11 @@ def upload(tracker: Tracker, record: Record) -> Record:
     """Let the tracker copy what the folder holds; when it does not answer, say how to do it later."""
     try:
         return logged(tracker, record, tracker.upload(record), uploaded=True)
-    except (TrackingError, OSError) as error:  # a file that cannot be read or written is no reason to lose the job's own end
+    except TrackingError as error:
         log.warning("%s; everything is in %s; upload it later: int8run task=report sync=%s", error, record.folder, record.folder)
+        return record
+    except OSError as error:  # of a file that cannot be read or written; no reason to lose the job's own end
+        log.warning("job %s is not logged: %s", record.name, disk_full(error) or not_writable(error) or error)
         return record
 
 
