@@ -29,7 +29,7 @@ def main() -> None:
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     quiet_libraries()
-    logging.raiseExceptions = debug  # a log file on a full disk is no news beside the disk
+    logging.raiseExceptions = debug  # of a full disk, the log file is no news
     try:
         check_and_run()
     except Exception as error:
@@ -124,7 +124,7 @@ def job(config: Any) -> float | None:
     from int8run.sweeps.job import job_of
 
     quiet_libraries()
-    logging.raiseExceptions = any(os.environ.get(name) for name in DEBUG)
+    logging.raiseExceptions = bool(os.environ.get("INT8RUN_DEBUG"))  # of a full disk, the log file is no news; workers begin here
     hydra = HydraConfig.get()
     about = job_of(config, hydra, Path(hydra.runtime.output_dir))
     if about.sweep:

@@ -48,11 +48,15 @@ def our_error(error: BaseException) -> Int8RunError | None:
     return cause
 
 
-def disk_full(error: BaseException) -> FileError | None:
-    """The words for a full disk, if that is what an error says; libraries that write files say it in classes of their own."""
+def disk_full(error: BaseException, folder: object = "the output folder") -> FileError | None:
+    """The words for a full disk, if that is what an error says; libraries that write files say it in classes of their own.
+
+    Args:
+        folder: where it probably was, when the error does not say.
+    """
     if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
         return None
-    what = getattr(error, "filename", None) or "a file of the run"
+    what = getattr(error, "filename", None) or f"a file in {folder} or in the cache"
     return FileError(f"the disk is full, and {what} could not be written; free some room, or {ELSEWHERE}, cache.folder=FOLDER")
 
 

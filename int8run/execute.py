@@ -43,7 +43,7 @@ def execute(spec: RunSpec, job: Job) -> float | None:
     except BaseException as error:
         # an interrupted job and one that hydra or a worker ends are no failures of its own
         state = FAILED if isinstance(error, Exception) else KILLED
-        known = disk_full(error)
+        known = disk_full(error, job.output_dir)
         record = end_record(record, state, " ".join(str(known or error).split()) or type(error).__name__, warnings)
         if task.tracked:
             upload(spec.tracker, record)
