@@ -64,7 +64,6 @@ def quiet_libraries() -> None:
 
 def check_and_run() -> None:
     """Compose and check every job first, then let hydra run them."""
-    from hydra import main as hydra_main
     from hydra._internal.utils import get_args_parser
 
     args = get_args_parser().parse_args()
@@ -72,11 +71,24 @@ def check_and_run() -> None:
         raise ConfigError("--experimental-rerun opens a pickled file, which can run code; give the settings on the command line")
     if args.config_path:
         raise ConfigError("--config-path would replace int8run's own settings; --config-dir FOLDER adds yours to them")
-    from int8run.precheck import check_all, compose_all, prefer_own_launchers
+    from int8run.precheck import own_options
     from int8run.sweeps.launcher import register
 
     register()
-    prefer_own_launchers()
+    with own_options():
+        start(args)
+
+
+def start(args: Any) -> None:
+    """Check, and hand over to hydra.
+
+    Args:
+        args: hydra's own, parsed.
+    """
+    from hydra import main as hydra_main
+
+    from int8run.precheck import check_all, compose_all
+
     config_name = args.config_name or CONFIG["config_name"]
     starts_jobs = not (args.cfg or args.info or args.shell_completion or args.hydra_help)
     if args.hydra_help:  # hydra sets up its logging from the config even for its help

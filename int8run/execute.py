@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from int8run.errors import TrackingError, disk_full, not_writable
@@ -120,7 +121,8 @@ def announce(tracker: Tracker, record: Record) -> Record:
         run_id = tracker.begin(record)
     except TrackingError as error:
         log.info("%s", error)
-        return record
+        place = tracker.place()
+        return update_record(record, tracking={**place, "run_id": None, "uploaded": False}) if place else record
     return logged(tracker, record, run_id, uploaded=False)
 
 
@@ -129,11 +131,17 @@ def upload(tracker: Tracker, record: Record) -> Record:
     try:
         return logged(tracker, record, tracker.upload(record), uploaded=True)
     except TrackingError as error:
-        log.warning("%s; everything is in %s; upload it later: int8run task=report sync=%s", error, record.folder, record.folder)
+        log.warning("%s; everything is in %s; upload it later: %s", error, record.folder, sync_command(record, record.folder))
         return record
     except OSError as error:  # of a file that cannot be read or written; no reason to lose the job's own end
         log.warning("job %s is not logged: %s", record.name, disk_full(error) or not_writable(error) or error)
         return record
+
+
+def sync_command(record: Record, folder: Path) -> str:
+    """What uploads a folder to the tracker that a job was meant for."""
+    words = [word for word in record.overrides if word.startswith("tracker")]
+    return " ".join(["int8run task=report", f"sync={folder}", *words])
 
 
 def logged(tracker: Tracker, record: Record, run_id: str | None, uploaded: bool) -> Record:

@@ -23,7 +23,7 @@ from int8run.explain import explain
 from int8run.layers.linear import Int8Linear
 from int8run.lora.stack import LoraStack
 from int8run.models.loader import repeated_blocks
-from int8run.precheck import prefer_own_launchers, to_spec
+from int8run.precheck import own_options, to_spec
 from int8run.quantize import LayerPlan, assemble, check_backend, check_outlier, int8_layers, plan_layers, quantized_layers
 
 log = logging.getLogger(__name__)
@@ -95,8 +95,7 @@ def composed(overrides: list[str]) -> Any:
     held, base = GlobalHydra.instance().hydra, version.VersionBase.instance().getbase()
     GlobalHydra.instance().clear()
     try:
-        prefer_own_launchers()
-        with initialize_config_module("int8run.conf", version_base="1.3"):
+        with own_options(), initialize_config_module("int8run.conf", version_base="1.3"):
             return to_spec(compose("config", overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)[0]) from error

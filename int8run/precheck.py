@@ -90,7 +90,9 @@ def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> 
     if problems and len(jobs) == 1:
         raise problems[0][1]
     if problems:
-        lines = [f"  job {number} ({' '.join(jobs[number])}): {error}" for number, error in problems]
+        common = set.intersection(*(set(job) for job in jobs))
+        names = [" ".join(word for word in job if word not in common) for job in jobs]
+        lines = [f"  job {number} ({names[number]}): {error}" for number, error in problems]
         raise ConfigError("\n".join([f"{len(problems)} of {len(jobs)} jobs cannot run; none was started", *lines]))
 
 
@@ -119,18 +121,28 @@ def composing(config_dir: str | None, overrides: Sequence[str]) -> Iterator[list
         raise ConfigError(f"--config-dir {config_dir}: no such folder (looked for {Path(config_dir).absolute()})")
     for group in (o.removesuffix("=null") for o in overrides if o.endswith("=null") and o.removesuffix("=null") in GROUPS):
         raise ConfigError(no_option(group, None))
-    prefer_own_launchers()
-    with initialize_config_module("int8run.conf", version_base="1.3", job_name="int8run"):
+    with own_options(), initialize_config_module("int8run.conf", version_base="1.3", job_name="int8run"):
         yield [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
 
 
-def prefer_own_launchers() -> None:
-    """Let `hydra/launcher=` and `hydra/sweeper=` choose between the files in conf/: hydra and its plugins have some of these names, too."""
+@contextmanager
+def own_options() -> Iterator[None]:
+    """Let `hydra/launcher=` and `hydra/sweeper=` choose between the files in conf/; hydra and its plugins have some of these names, too.
+
+    Afterwards theirs are back: the program around us may be another one that uses hydra.
+    """
     Plugins.instance()  # finds them
-    theirs = ConfigStore.instance().repo.get("hydra", {})
+    groups = ConfigStore.instance().repo.get("hydra", {})
+    taken = []
     for group in ("launcher", "sweeper"):
         for file in files("int8run.conf").joinpath("hydra", group).iterdir():
-            theirs.get(group, {}).pop(file.name, None)
+            if file.name in groups.get(group, {}):
+                taken.append((group, file.name, groups[group].pop(file.name)))
+    try:
+        yield
+    finally:
+        for group, name, node in taken:
+            groups[group][name] = node
 
 
 def sweep_of(overrides: list[str], extra: list[str], config_name: str, multirun: bool) -> tuple[DictConfig, list[list[str]]] | None:

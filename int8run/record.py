@@ -52,7 +52,9 @@ class Record:
 
     @property
     def label(self) -> str:
-        """The name in as few letters as may be: `strength=0.5 convrot`. An option says what it is without its group."""
+        """The name of a sweep's job in as few letters as may be: `strength=0.5 convrot`. An option says what it is without its group."""
+        if self.sweep is None:
+            return self.name
         words = [word.lstrip("+").partition("=") for word in self.name.split(" ")]
         short = [f"{key.rpartition('.')[2]}={value}" if "." in key or not value or len(words) == 1 else value for key, _, value in words]
         return " ".join(short) if all(separator for _, separator, _ in words) else self.name

@@ -1,7 +1,6 @@
 """`task=report`: one page for runs that are there, in folders or in the tracker; and the upload of those that the tracker missed."""
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,10 +8,11 @@ from rich.markup import escape
 
 from int8run.errors import ConfigError, FileError, TrackingError
 from int8run.execute import upload
-from int8run.record import RUNNING, Record, find_records
+from int8run.record import FINISHED, RUNNING, Record, find_records
 from int8run.report.page import write_report
 from int8run.report.terminal import say
 from int8run.sweeps.resume import sweeps_below
+from int8run.sweeps.sweep import read_sweep
 from int8run.tracking.base import Tracker
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,9 @@ def report_runs(tracker: Tracker, path: str | None, sweep: str | None, sync: str
         fetch_runs(tracker, sweep, folder)
     records = existing(folder)
     page = folder / "report.html"
-    write_report(records, page, title_of(records, folder))
-    say(f"{len(records)} runs", f"report:   {escape(str(page.absolute()))}")
+    title = title_of(records, folder)
+    write_report(records, page, title)
+    say(escape(title), f"report:   {escape(str(page.absolute()))}")
 
 
 def existing(folder: Path) -> list[Record]:
@@ -77,6 +78,7 @@ def sync_runs(tracker: Tracker, folder: Path) -> None:
     tracker.prepare()
     records = sorted((r for r in existing(folder) if r.status["task"] == "run"), key=lambda r: r.started)
     missing = [r for r in records if r.state != RUNNING and not in_tracker(tracker, r)]
+    tell_elsewhere(tracker, missing)
     uploaded = [upload(tracker, record) for record in missing]
     for sweep in dict.fromkeys(r.sweep for r in uploaded if r.sweep and r.uploaded):
         link = tracker.share(sweep, [r for r in records if r.sweep == sweep])
@@ -85,6 +87,14 @@ def sync_runs(tracker: Tracker, folder: Path) -> None:
     say(f"{len(uploaded) - len(failed)} of {len(records)} runs uploaded, {len(records) - len(missing)} were there already")
     if failed:
         raise TrackingError(f"{len(failed)} of {len(missing)} runs could not be uploaded; the same command tries again")
+
+
+def tell_elsewhere(tracker: Tracker, records: Sequence[Record]) -> None:
+    """Say which runs were meant for another store: whoever leaves out `tracker.uri=` may not want them here."""
+    here = tracker.place()
+    for store in dict.fromkeys(r.tracking["store"] for r in records if r.tracking and r.tracking["store"] != here.get("store")):
+        count = sum(r.tracking.get("store") == store for r in records)
+        log.warning("%d runs were meant for %s and go to %s; tracker.uri= chooses", count, store, here.get("store"))
 
 
 def in_tracker(tracker: Tracker, record: Record) -> bool:
@@ -108,7 +118,12 @@ def fetch_runs(tracker: Tracker, sweep: str, folder: Path) -> None:
 
 
 def title_of(records: Sequence[Record], folder: Path) -> str:
-    """The sweep that all runs belong to, else the folder."""
-    sweeps = Counter(record.sweep for record in records)
+    """The sweep that all runs belong to, else the folder; and how many of its jobs are there."""
+    sweeps = {record.sweep for record in records}
+    known = read_sweep(folder)
+    if known is not None and sweeps == {known.id}:
+        done = sum(record.state == FINISHED for record in records)
+        rest = f", {done} of {known.jobs} jobs; its command with resume=true runs the rest" if done < known.jobs else ""
+        return f"sweep {known.id}{rest}"
     name = next(iter(sweeps))
-    return f"sweep {name}" if len(sweeps) == 1 and name else folder.name or "runs"
+    return f"{f'sweep {name}' if len(sweeps) == 1 and name else folder.name or 'runs'}, {len(records)} runs"

@@ -51,7 +51,7 @@ class RunResult:
 def run(spec: RunSpec, job: Job) -> RunResult:
     """Everything that one job does, in order. It leaves files, which a tracker copies afterwards: a lost tracker loses nothing."""
     out = job.output_dir
-    progress = Progress(spec.progress)
+    progress = Progress(spec.progress, passing=job.sweep is not None)
     heads = read_heads(spec.lora, spec.model.lora_base, None if spec.lora_dir is None else Path(spec.lora_dir).expanduser())
     wanted = with_triggers(samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed), heads, spec.lora)
     first = wanted[: spec.sampler.batch]

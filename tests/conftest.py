@@ -23,14 +23,6 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_launchers() -> None:
-    """Tests compose the config as the command does: without hydra's own launchers of the same names."""
-    from int8run.precheck import prefer_own_launchers
-
-    prefer_own_launchers()
-
-
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory holds NaN or the largest integer, so that an operator that forgets part of its output fails."""

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 from safetensors.torch import save_file
 from torch import nn
 
-from int8run.precheck import plain_config, to_spec
+from int8run.precheck import own_options, plain_config, to_spec
 from int8run.run import RunResult, run
 from int8run.spec import Job, RunSpec
 
@@ -21,13 +21,13 @@ def uncached(overrides: list[str]) -> list[str]:
 
 def make_spec(overrides: list[str]) -> RunSpec:
     """The RunSpec of these overrides."""
-    with initialize_config_module("int8run.conf", version_base="1.3"):
+    with own_options(), initialize_config_module("int8run.conf", version_base="1.3"):
         return to_spec(compose("config", uncached(overrides)))
 
 
 def run_job(overrides: list[str], out: Path) -> RunResult:
     """Run one job into `out`."""
-    with initialize_config_module("int8run.conf", version_base="1.3"):
+    with own_options(), initialize_config_module("int8run.conf", version_base="1.3"):
         config = compose("config", uncached(overrides))
     out.mkdir(parents=True, exist_ok=True)
     about = Job(plain_config(config), choices={"model": "tiny"}, overrides=overrides, output_dir=out)

@@ -168,7 +168,8 @@ def test_damaged_numbers_are_said_and_left_out(tmp_path: Path, caplog: pytest.Lo
     ("+lora.adapters.0.strength=1 clip=auto", "strength=1 auto"), ("defaults", "defaults"), ("a.b=[x, y] c=d", "a.b=[x, y] c=d"),
 ])  # fmt: skip
 def test_a_label_is_short(tmp_path: Path, name: str, label: str) -> None:
-    assert start_record(tmp_path, {**IDENTITY, "name": name}).label == label
+    assert start_record(tmp_path, {**IDENTITY, "name": name, "sweep": "s"}).label == label
+    assert start_record(tmp_path, {**IDENTITY, "name": name}).label == name, "a single run has no others to differ from"
 
 
 def test_a_damaged_record_does_not_hide_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -470,9 +470,24 @@ def test_methods_are_compared_on_what_both_drew(tmp_path):
     assert [[run.varied["lora.strength"] for run in c.runs] for c in candidates(runs)[0]] == [["0.5", "1"], ["0.5", "1"]]
 
 
-def test_strengths_alone_are_compared_one_by_one(tmp_path):
-    runs = sweep(tmp_path, [measured(), measured()], ("0", "1"), key="lora.strength")
-    assert [c.name for c in candidates(runs)[0]] == ["#0 strength=0", "#1 strength=1"]
+def test_of_strengths_alone_none_is_recommended(tmp_path):
+    runs = sweep(tmp_path, [measured(psnr=58.0), measured(psnr=44.0)], ("0", "1"), key="lora.strength")
+    (only,), over = candidates(runs)
+    assert (only.name, only.metric(PSNR), over) == ("INT8", 51.0, ["lora.strength"])
+    found = answer(runs)
+    assert "51.0 dB PSNR" in found.verdict and "Use" not in found.verdict and "strength=0" not in found.verdict
+    assert ("Medians over", "lora.strength (2 runs), which one chooses for the picture: at each INT8 is compared with float") in found.facts
+
+
+@pytest.mark.parametrize("key", ["sampler.steps", "prompts", "model.location"])
+def test_runs_that_drew_other_pictures_are_not_compared(tmp_path, key):
+    runs = sweep(tmp_path, [measured(psnr=58.0), measured(psnr=44.0)], ("a", "b"), key=key)
+    found = answer(runs)
+    if key == "prompts":  # each INT8 picture is compared with its own float picture
+        assert "51.0 dB" in found.verdict
+    else:
+        assert found.verdict == "These runs drew different pictures; they do not say which setting to use."
+        assert found.warnings[0].startswith(f"Quality is not comparable: {key} differ")
 
 
 def test_the_median_with_equal_pictures_is_a_number(tmp_path):

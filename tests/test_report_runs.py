@@ -9,7 +9,7 @@ import pytest
 from cli_process import Command, command_in
 from tiny_pipeline import save_random_pipeline
 
-from int8run.record import find_records, start_record
+from int8run.record import end_record, find_records, start_record
 from int8run.sweeps.sweep import Sweep, write_sweep
 from int8run.tracking import answers
 
@@ -56,7 +56,7 @@ def test_runs_that_no_tracker_has_are_uploaded_once_and_fetched_again(int8run: C
     assert "sweep" in (int8run.folder / "multirun" / "report.html").read_text()
     sweep = runs[0].data.tags["sweep"]
     fetched = int8run("task=report", f"task.sweep={sweep}", "task.path=here")
-    assert fetched.code == 0 and "2 runs" in fetched.out and (int8run.folder / "here" / "report.html").is_file()
+    assert fetched.code == 0 and f"sweep {sweep}, 2 runs" in fetched.out and (int8run.folder / "here" / "report.html").is_file()
     theirs = {r.config_hash: r for r in find_records(int8run.folder / "multirun")}
     for record in find_records(int8run.folder / "here"):
         assert record.metrics == theirs[record.config_hash].metrics
@@ -71,6 +71,24 @@ def test_a_tracker_that_is_away_is_an_error_for_who_asks_for_it(int8run: Command
     assert outcome.code == 1 and outcome.message.startswith("tracker.uri=http://127.0.0.1:9 does not answer")
     (record,) = find_records(int8run.folder / "outputs")
     assert not record.uploaded
+
+
+def test_runs_that_were_meant_for_another_tracker_are_said(int8run: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "KNOCKS_S", (0.0, 0.01))
+    away = int8run(model, *SMALL, "tracker.uri=http://me:secret@127.0.0.1:9")
+    words = " ".join(away.out.split())
+    assert away.code == 0 and "upload it later: int8run task=report sync=" in words and "tracker.uri=http://127.0.0.1:9" in words
+    here = int8run("task=report", "sync=outputs")
+    assert here.code == 0 and "1 runs were meant for http://127.0.0.1:9 and go to sqlite:///" in " ".join(here.out.split())
+    assert len(uploaded(int8run)) == 1
+
+
+def test_a_sweep_that_lacks_jobs_says_so(int8run: Command) -> None:
+    write_sweep(int8run.folder / "multirun" / "a", Sweep("a-1234", created=1.0, jobs=3))
+    end_record(start_record(int8run.folder / "multirun" / "a" / "0", {**IDENTITY, "sweep": "a-1234"}), "FINISHED")
+    outcome = int8run("task=report")
+    said = "sweep a-1234, 1 of 3 jobs; its command with resume=true runs the rest"
+    assert outcome.code == 0 and said in outcome.out and said in (int8run.folder / "multirun" / "a" / "report.html").read_text()
 
 
 def test_the_newest_sweep_that_ran_is_reported(int8run: Command) -> None:

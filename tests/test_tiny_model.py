@@ -8,6 +8,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from cli_process import command_in
 from diffusers import FluxTransformer2DModel
 from jobs import run_job
 from PIL import Image
@@ -123,9 +124,10 @@ def test_assets_are_small_and_hold_no_pickle() -> None:
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt"}
 
 
-def test_mlflow_holds_the_whole_run(tmp_path: Path) -> None:
+def test_mlflow_holds_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with command_in(tmp_path, monkeypatch, capsys) as int8run:
+        assert int8run("prompts.prompts=[fox]", "sampler.steps=3", "hydra.run.dir=out").code == 0
     out = tmp_path / "out"
-    run_job(["prompts.prompts=[fox]", "sampler.steps=3", f"tracker.folder={tmp_path}"], out)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("int8run")
     (logged,) = client.search_runs([experiment.experiment_id])

@@ -37,10 +37,10 @@ PHONE_SCREENS = ("body", "#speed-quality", "#pictures")  # side by side
 
 def run_sweep(folder: Path) -> Path:
     """The sweep of issue 8 on the tiny model, and its database, in a folder."""
-    command = ["int8run", "-m", *SWEEP, "hydra.sweep.dir=sweep"]
+    command = ["int8run", "-m", *SWEEP, "hydra.sweep.dir=strengths-and-outliers"]
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True, cwd=folder)
-    return folder / "sweep"
+    return folder / "strengths-and-outliers"
 
 
 def save(shot: bytes, path: Path) -> None:

@@ -1,6 +1,6 @@
 """What a sweep costs beside what it must do: its wall time over that of building each model once and generating, measured alone.
 
-    python experiments/sweeps/overhead.py [--rounds 3] [WORDS ...]
+    python experiments/sweeps/overhead.py [--rounds 3] [--only NAME ...]
 
 Runs, in turn, `int8run -m WORDS` and one process that builds the same models and draws the same pictures and does nothing else: no
 metrics, no files, no MLflow, no report. Prints both medians and their ratio.
@@ -52,20 +52,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("words", nargs="*", default=WORDS)
+    parser.add_argument("--only", nargs="*", help="of the ways to run, besides `alone`")
     args = parser.parse_args()
-    words = args.words or WORDS
     if args.alone:
-        alone(words)
+        alone(WORDS)
         return
     os.environ.pop("MLFLOW_TRACKING_URI", None)
-    commands = {
-        "alone": [sys.executable, str(Path(__file__).resolve()), "--alone", *words],
-        "sweep": [sys.executable, "-m", "int8run.cli", "-m", *words],
-        "sweep, tracker=none": [sys.executable, "-m", "int8run.cli", "-m", *words, "tracker=none"],
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory() as work:
+        sweep = [sys.executable, "-m", "int8run.cli", "-m", *WORDS]
+        ways = {
+            "new mlflow.db": sweep,
+            "same mlflow.db": [*sweep, f"tracker.folder={work}"],  # made by the round before
+            "tracker=none": [*sweep, "tracker=none"],
+        }
+        commands = {"alone": [sys.executable, str(Path(__file__).resolve()), "--alone"]}
+        commands |= {name: command for name, command in ways.items() if args.only is None or name in args.only}
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
         for turn in range(args.rounds + 1):  # the first fills the caches
             for name, command in commands.items():
                 taken = timed(command, Path(work) / f"{turn}-{name}")

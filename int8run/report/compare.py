@@ -16,6 +16,8 @@ NO_MATTER = re.compile(r"(resume|progress|tracker|cache|save)([.]|$)")
 STRENGTH = re.compile(r"lora[.](adapters[.]\d+[.])?strength")
 # settings that one chooses for the picture; runs that differ in them have different float pictures, too
 CONTENT = re.compile(r"lora[.](adapters[.]\d+[.])?strength|seed|prompts([.].*)?")
+DRAWING = re.compile(r"(model|sampler|prompts|seed)\b")  # settings that decide what the float model draws, LoRAs aside
+CHOSEN = "which one chooses for the picture: at each INT8 is compared with float"
 # differences that a second measurement would not repeat
 SPEED_NOISE, QUALITY_NOISE_DB = 0.03, 0.5
 MOST_BETWEEN = 3  # further members of the front that the answer names
@@ -225,14 +227,16 @@ class Candidate:
 def candidates(runs: Sequence[Run]) -> tuple[list[Candidate], list[str]]:
     """What the runs let one choose between, and the settings that medians are taken over.
 
-    A LoRA's strength, a seed and a prompt are chosen for the picture. Where others differ too, runs are put together by those, as far
-    as they drew the same.
+    A LoRA's strength, a seed and a prompt are chosen for the picture. Where nothing else differs all runs are one choice; where others
+    differ too, runs are put together by those, as far as they drew the same.
     """
     done = measured(runs)
     single = [Candidate(run.name, (run,)) for run in done]
     keys = varying(done)
     content = [key for key in keys if CONTENT.fullmatch(key)]
     choice = [key for key in keys if key not in content]
+    if content and not choice:
+        return [Candidate("INT8", tuple(done))], content
     groups: dict[tuple[str, ...], dict[tuple[str, ...], Run]] = {}
     for run in done:
         groups.setdefault(tuple(run.varied[k] for k in choice), {})[tuple(run.varied[k] for k in content)] = run
@@ -278,6 +282,14 @@ def unfair_speeds(runs: Sequence[Run]) -> list[str]:
         said = "; ".join(f"{name or 'unknown'}: {listed(tags)}" for name, tags in machines.items())
         reasons.append(f"Speeds are not comparable: the runs come from different machines ({said}).")
     return reasons
+
+
+def unlike_pictures(runs: Sequence[Run]) -> str | None:
+    """Why the quality of these runs cannot be compared; None when it can."""
+    keys = [key for key in varying(measured(runs)) if DRAWING.match(key)]
+    if not keys:
+        return None
+    return f"Quality is not comparable: {', '.join(keys)} differ, so that each run was compared with other pictures of the float model."
 
 
 def listed(tags: Sequence[str]) -> str:
@@ -328,11 +340,17 @@ def answer(runs: Sequence[Run]) -> Answer:
     speed_words = (STEP, "{} a step"), (RATIO, "{} the float model's speed")
     quality_words = (PSNR, "PSNR {}"), ("quality/ssim", "SSIM {}"), ("quality/latent_rel_err", "latent error {}")
     memory_words = (BYTES, "{}"), (SMALLER, "{} smaller than float")
+    unlike = None if over else unlike_pictures(runs)
+    if unlike:
+        return Answer("These runs drew different pictures; they do not say which setting to use.", [], [unlike, *warnings])
     if len(choices) == 1:
         parts = (("Speed", fastest, speed_words), ("Quality", closest, quality_words), ("Denoiser", smallest, memory_words))
         facts = [(term, measurements(who[0], *said)) for term, who, said in parts if who]
-        return Answer(single_verdict(choices[0], len(runs)), facts, warnings)
-    unfair = bool(unfair_speeds(runs))
+        if over:
+            facts.append(("Medians over", f"{', '.join(over)} ({count(len(choices[0].runs), 'run')}), {CHOSEN}"))
+        return Answer(single_verdict(choices[0], 1 if over else len(runs)), facts, warnings)
+    # noise of half of the runs or more is no speed
+    unfair = bool(unfair_speeds(runs)) or 2 * len(unsure) >= sum(run.metric(STEP) is not None for run in runs) > 0
     facts = [("Fastest as measured" if unfair else "Fastest", fact(fastest, choices, *speed_words))] if fastest else []
     facts += [("Closest to float", fact(closest, choices, *quality_words))] if closest else []
     between = [choices[i] for i in front(speed_quality(choices)) if choices[i] not in [*fastest, *closest]]
@@ -340,8 +358,7 @@ def answer(runs: Sequence[Run]) -> Answer:
         facts.append(("Between them", "; ".join(fact([c], choices, *speed_words, quality_words[0]) for c in between[:MOST_BETWEEN])))
     facts += [("Smallest", fact(smallest, choices, *memory_words))] if smallest else []
     if over:
-        why = "which one chooses for the picture: at each INT8 is compared with float"
-        facts.append(("Medians over", f"{', '.join(over)} ({count(len(choices[0].runs), 'run')} each), {why}"))
+        facts.append(("Medians over", f"{', '.join(over)} ({count(len(choices[0].runs), 'run')} each), {CHOSEN}"))
     ahead = front(speed_quality(runs))
     if ahead:
         facts.append(("Pareto front", f"{listed([runs[i].tag for i in ahead])}: no other run is faster without being further from float"))

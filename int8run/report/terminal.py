@@ -22,10 +22,14 @@ SMALLER = ("_err", "_ms", "_s", "_ms_p50", "_ms_p90", "_bytes", "lpips", "_dista
 
 
 class Progress:
-    """Named steps and counted loops: a bar on a terminal, one log line each elsewhere."""
+    """Named steps and counted loops: a bar on a terminal, one log line each elsewhere.
 
-    def __init__(self, enabled: bool):
-        self.enabled = enabled
+    Args:
+        passing: the bars go when they are done, as in a sweep, where a line for each job stays.
+    """
+
+    def __init__(self, enabled: bool, passing: bool = False):
+        self.enabled, self.passing = enabled, passing
         self.shown = enabled and get_console().is_terminal
 
     @contextmanager
@@ -37,7 +41,7 @@ class Progress:
             yield lambda count: None
             return
         columns = (bars.TextColumn("{task.description:>18}"), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
-        with bars.Progress(*columns, console=get_console(), transient=False) as bar:
+        with bars.Progress(*columns, console=get_console(), transient=self.passing) as bar:
             task = bar.add_task(name, total=total)
             yield lambda count: bar.advance(task, count)
 
@@ -50,7 +54,7 @@ class Progress:
             yield
             return
         columns = (bars.TextColumn("{task.description:>18}"), bars.SpinnerColumn(finished_text="✓"), bars.TimeElapsedColumn())
-        with bars.Progress(*columns, console=get_console(), transient=False) as bar:
+        with bars.Progress(*columns, console=get_console(), transient=self.passing) as bar:
             task = bar.add_task(name, total=1)
             yield
             bar.advance(task)
@@ -83,7 +87,7 @@ class SweepProgress:
         if self.finished < self.total:
             words.append(f"about {clock(left)} left")
         if self.best is not None and self.finished > 1:
-            words.append(f"best {measured(self.best, self.objective)}: {self.best.name}")
+            words.append(f"best {self.objective} {measured(self.best, self.objective)}: {self.best.label}")
         if get_console().is_terminal:
             say(escape(" · ".join(words)))
         else:
@@ -94,14 +98,15 @@ def outcome_words(record: Record) -> str:
     """How a job ended, in its most telling numbers."""
     if record.state != FINISHED:
         return textwrap.shorten(f"{record.state}: {record.error}", ERROR_WIDTH, placeholder=" …")
-    shown = (("quality/psnr_db", decibel), ("speed/ratio_vs_float", times), ("speed/step_ms_p50", milliseconds))
-    return ", ".join(form(record.metrics[name]) for name, form in shown if name in record.metrics) or "finished"
+    said = {"quality/psnr_db": lambda v: f"PSNR {decibel(v)}", "speed/ratio_vs_float": lambda v: f"{v:.2f}× float's speed",
+            "speed/step_ms_p50": lambda v: f"{v:.1f} ms a step"}  # fmt: skip
+    return ", ".join(words(record.metrics[name]) for name, words in said.items() if name in record.metrics) or "finished"
 
 
 def measured(record: Record, name: str) -> str:
     """One metric for a person."""
     value = record.metrics[name]
-    return decibel(value) if name.endswith("_db") else f"{name} {value:.4g}"
+    return decibel(value) if name.endswith("_db") else f"{value:.4g}"
 
 
 def better(best: Record | None, record: Record, objective: str) -> Record | None:
@@ -128,12 +133,20 @@ def clock(seconds: float) -> str:
 
 
 def sweep_table(records: Sequence[Record], varying: Sequence[str]) -> Table:
-    """The jobs of a sweep beside each other, one line each."""
+    """The jobs of a sweep beside each other, one line each, with as many numbers as the terminal has room for."""
+    shown = [column for column in SWEEP_COLUMNS if any(column.metric in r.metrics for r in records)]
+    tables = [sweep_lines(records, varying, shown[:count]) for count in range(len(shown), 0, -1)] or [sweep_lines(records, varying, [])]
+    console = get_console()
+    endless = console.options.update(width=10_000)
+    return next((table for table in tables if console.measure(table, options=endless).maximum <= console.width), tables[-1])
+
+
+def sweep_lines(records: Sequence[Record], varying: Sequence[str], shown: Sequence["Column"]) -> Table:
+    """A line per job: its number, its settings, some numbers, and the state where not all are finished."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("job", justify="right")
     for key in varying:
-        table.add_column(key.rpartition(".")[2], style="bold", overflow="fold")
-    shown = [column for column in SWEEP_COLUMNS if any(column.metric in r.metrics for r in records)]
+        table.add_column(key.rpartition(".")[2], style="bold", no_wrap=True)
     for column in shown:
         table.add_column(column.title, justify="right", no_wrap=True)
     ended = all(record.state == FINISHED for record in records)
@@ -208,16 +221,6 @@ def result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
     return table
 
 
-def times(value: float) -> str:
-    """A ratio of speeds or sizes."""
-    return f"{value:.2f}×"
-
-
-def milliseconds(value: float) -> str:
-    """A time for a person."""
-    return f"{value:.1f} ms"
-
-
 def megabytes(count: float) -> str:
     """Bytes for a person, in MB of 10^6."""
     return f"{count / 1e6:.1f} MB"
@@ -248,10 +251,10 @@ class Column:
     form: Callable[[float], str]
 
 
-SWEEP_COLUMNS = (
-    Column("step ms", "speed/step_ms_p50", "{:.1f}".format),
-    Column("× float", "speed/ratio_vs_float", "{:.2f}".format),
-    Column("MB", "memory/denoiser_bytes", lambda v: f"{v / 1e6:.1f}"),
+SWEEP_COLUMNS = (  # those that matter most first
     Column("PSNR dB", "quality/psnr_db", lambda v: "equal" if math.isinf(v) else f"{v:.1f}"),
+    Column("× float", "speed/ratio_vs_float", "{:.2f}".format),
+    Column("step ms", "speed/step_ms_p50", "{:.1f}".format),
+    Column("MB", "memory/denoiser_bytes", lambda v: f"{v / 1e6:.1f}"),
     Column("latent err %", "quality/latent_rel_err", lambda v: f"{100 * v:.2f}"),
 )

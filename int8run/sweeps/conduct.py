@@ -117,10 +117,12 @@ def conduct_alone(folder: Path, configs: Sequence[DictConfig], pool: Pool, conte
             parent = Parent(sweep, context, task_function, Singleton.get_state(), str(Path.cwd()), os.getpid())
             dispatch(todo, pool, most, lambda jobs: partial(run_jobs, parent, jobs), started, ended)
         except KeyboardInterrupt:
-            for p in planned:
-                record = known_record(p.job.folder)
+            ends = [(p, known_record(p.job.folder)) for p in planned]
+            for p, record in ends:
                 if record is not None and record.state == KILLED and p.spec.task.tracked:
                     upload(p.spec.tracker, record)
+            done = sum(record is not None and record.state == FINISHED for _, record in ends)
+            log.warning("interrupted: %d of %d jobs are finished, in %s", done, len(planned), folder)
             raise
         finally:
             pool.close()
@@ -135,7 +137,8 @@ def identify(folder: Path, configs: Sequence[DictConfig], resume: bool) -> Sweep
     """Write sweep.json: a new identity, or that of the sweep that goes on."""
     earlier = read_sweep(folder) if resume else None
     varying = varying_keys([list(config.hydra.overrides.task) for config in configs])
-    sweep = Sweep(earlier.id if earlier else new_id(folder), varying, created=earlier.created if earlier else now())
+    created = earlier.created if earlier else now()
+    sweep = Sweep(earlier.id if earlier else new_id(folder), varying, len(configs), created=created)
     write_sweep(folder, sweep)
     return sweep
 
@@ -198,7 +201,8 @@ def finished(sweep: Sweep, planned: Sequence[Planned]) -> dict[int, Record]:
                 found[p.job.number] = read_record(p.job.folder)
     except TrackingError as error:
         log.warning("%s; only jobs that are finished in the sweep's folder are left out", error)
-    log.info("%d of %d jobs are finished already", len(found), len(planned))
+    folder = planned[0].about.output_dir.parent
+    log.info("%d of %d jobs are finished already; going on in %s", len(found), len(planned), folder)
     return found
 
 

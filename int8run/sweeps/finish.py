@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from int8run.errors import TrackingError, disk_full, not_writable
-from int8run.execute import upload
+from int8run.execute import sync_command, upload
 from int8run.record import Record
 from int8run.report.page import write_report
 from int8run.report.terminal import say, sweep_table, warnings_of
@@ -48,6 +48,6 @@ def share(tracker: Tracker, sweep: Sweep, records: Sequence[Record], page: Path)
             tracker.attach(str(records[0].run_id), page)
         link = tracker.share(sweep.id, records)
     except TrackingError as error:
-        log.warning("%s; the sweep has no dashboard; int8run task=report sync=%s makes it", error, page.parent)
+        log.warning("%s; the sweep has no dashboard; this makes it: %s", error, sync_command(records[0], page.parent))
         return []
     return [line for line in (link,) if line]

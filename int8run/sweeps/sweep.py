@@ -21,12 +21,14 @@ class Sweep:
     Args:
         id: the tag of its runs; no other sweep has it.
         varying: keys that are not the same in all jobs.
+        jobs: how many there are.
         jobs_at_once: how many jobs may share a machine.
         created: Unix time in seconds.
     """
 
     id: str
     varying: Sequence[str] = ()
+    jobs: int = 0
     jobs_at_once: int = 1
     created: float = 0.0
 

@@ -142,7 +142,7 @@ class MlflowTracker:
         if left_out:
             log.info("the dashboard's grid has room for %d of %d pictures of each run", len(keys) - left_out, len(keys))
         link = view_link(self.store if self.is_server else LOCAL_SERVER, experiment_id, sweep)
-        return link if self.is_server else f"{self.where()}, then {link}"
+        return link if self.is_server else f"{self.where()}\n          then open {link}"
 
     def attach(self, run_id: str, path: Path) -> None:
         """An artifact."""

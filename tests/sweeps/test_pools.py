@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from int8run.errors import ConfigError
+from int8run.precheck import own_options
 from int8run.sweeps import local
 from int8run.sweeps.base import Outcome, Pool, WorkerDied
 from int8run.sweeps.futures import ended_by
@@ -155,7 +156,8 @@ def test_ctrl_c_does_not_reach_the_jobs(workers):
 
 
 PARENT = """
-import os, time
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts the tests in the background has it ignored
 from int8run.sweeps.local import Processes
 
 def call():
@@ -307,7 +309,7 @@ def test_every_setting_stands_in_the_yaml_with_its_meaning_and_needs_no_plus(opt
     assert lines[0].startswith("# ") and [line.partition(":")[0] for line in lines[2:]] == names == list(overrides)
     assert all(" # " in line for line in lines[2:])
     words = [f"hydra.launcher.{name}={str(value).replace(chr(39), '')}" for name, value in overrides.items()]
-    with initialize_config_module("int8run.conf", version_base="1.3"):
+    with own_options(), initialize_config_module("int8run.conf", version_base="1.3"):
         plain = compose("config", [f"hydra/launcher={option}"], return_hydra_config=True).hydra.launcher
         config = compose("config", [f"hydra/launcher={option}", *words], return_hydra_config=True).hydra.launcher
     given = OmegaConf.to_container(config)

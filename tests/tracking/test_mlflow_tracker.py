@@ -311,7 +311,7 @@ def test_the_view_of_a_sweep_is_kept_and_named(tracker: MlflowTracker, tmp_path:
     experiment = client_of(tracker).get_experiment_by_name("int8run")
     assert "mlflow.sharedViewState.sweep-a" in experiment.tags
     assert line == (
-        f"mlflow server --backend-store-uri {tracker.store}, then http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}"
+        f"mlflow server --backend-store-uri {tracker.store}\n          then open http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}"
         "/runs?workflowType=machine_learning&viewStateShareKey=sweep-a&compareRunsMode=CHART"
     )
 
