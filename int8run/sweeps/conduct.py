@@ -31,6 +31,7 @@ from int8run.record import (
     read_record,
     start_record,
     this_process,
+    update_record,
 )
 from int8run.report.terminal import SweepProgress
 from int8run.spec import Job, RunSpec
@@ -198,7 +199,8 @@ def finished(sweep: Sweep, planned: Sequence[Planned]) -> dict[int, Record]:
             known = tracker.finished([p.job.config_hash]).get(p.job.config_hash)
             if known is not None:
                 tracker.fetch(known, p.job.folder)
-                found[p.job.number] = read_record(p.job.folder)
+                here = {**tracker.place(), "run_id": known, "uploaded": True}
+                found[p.job.number] = update_record(read_record(p.job.folder), number=p.job.number, tracking=here)
     except TrackingError as error:
         log.warning("%s; only jobs that are finished in the sweep's folder are left out", error)
     folder = planned[0].about.output_dir.parent

@@ -111,8 +111,9 @@ def test_what_the_tracker_has_is_brought_back(int8run: Command, model: str) -> N
     """The folder is gone; MLflow knows the job by its hash."""
     assert int8run("-m", "seed=0,1", model, *SMALL).code == 0
     (int8run.folder / "multirun").rename(int8run.folder / "elsewhere")
-    outcome = int8run("-m", "seed=0,1,2", model, *SMALL, "resume=true")
+    outcome = int8run("-m", "seed=2,1,0", model, *SMALL, "resume=true")
     assert outcome.code == 0 and "2 of 3 jobs are finished already" in flat(outcome.out)
+    assert [(r.number, r.name, r.uploaded) for r in records(int8run)] == [(0, "seed=2", True), (1, "seed=1", True), (2, "seed=0", True)]
     client = mlflow.MlflowClient(f"sqlite:///{int8run.folder / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("int8run").experiment_id])
     assert sorted(run.data.params["seed"] for run in runs) == ["0", "1", "2"], "none twice"
