@@ -200,8 +200,7 @@ def test_one_bad_job_of_a_sweep_stops_all_before_they_start(command):
     outcome = command("-m", "tracker=none", "lora.strength=0,99,1")
     assert (outcome.code, outcome.message) == (
         2,
-        "1 of 3 jobs cannot run; none was started\n"
-        "  job 1 (tracker=none lora.strength=99): lora.strength is 99; allowed is a number from -20 to 20",
+        "1 of 3 jobs cannot run; none was started\n  job 1 (lora.strength=99): lora.strength is 99; allowed is a number from -20 to 20",
     )
     assert "3 jobs" in outcome.out and command.made() == []
 

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_module
 from int8run.errors import ConfigError
 from int8run.help_page import first_comment, help_page, key_lines
 from int8run.models.family import AutoFamily, shipped_families
-from int8run.precheck import compose_all, to_spec
+from int8run.precheck import compose_all, own_options, to_spec
 from int8run.quant.formats import FORMATS
 from int8run.spec import RunSpec
 
@@ -31,7 +31,7 @@ NEEDS = {
 
 
 def composed(*overrides):
-    with initialize_config_module("int8run.conf", version_base="1.3"):
+    with own_options(), initialize_config_module("int8run.conf", version_base="1.3"):
         return compose("config", ["device=cpu", *overrides], return_hydra_config=True)
 
 
