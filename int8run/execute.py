@@ -1,7 +1,6 @@
 """One job from start to end: its record, its task, and the tracker's copy of what it left."""
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,14 +8,13 @@ from typing import Any
 
 from int8run.errors import TrackingError, disk_full, not_writable
 from int8run.metrics.system import SystemSampler
-from int8run.record import FAILED, FINISHED, KILLED, Record, config_hash, end_record, short_hash, start_record, update_record
+from int8run.record import FAILED, FINISHED, KILLED, Record, config_hash, end_record, short_hash, start_record, update_record, without_login
 from int8run.report.files import write_yaml
 from int8run.report.terminal import say
 from int8run.spec import Job, RunSpec
 from int8run.tracking.base import Tracker
 
 log = logging.getLogger(__name__)
-LOGIN = re.compile(r"://[^/@\s]+@")
 
 
 def execute(spec: RunSpec, job: Job) -> float | None:
@@ -82,7 +80,7 @@ def without_passwords(value: Any) -> Any:
         return {key: without_passwords(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [without_passwords(inner) for inner in value]
-    return LOGIN.sub("://", value) if isinstance(value, str) else value
+    return without_login(value) if isinstance(value, str) else value
 
 
 class Keep(logging.Handler):

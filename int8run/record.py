@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 STATUS = "status.json"
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 NO_WORD = "the process ended without a word: killed, out of memory, or the machine went down"
+LOGIN = re.compile(r"://[^/@\s]*@")
 TEXTS = ("prompt", "key")  # of metrics.json: a prompt may be the word that stands for a number
 # settings that say where and how a job is kept, and change nothing about its result
 UNHASHED = ("resume", "sync", "progress", "tracker", "cache")
@@ -231,6 +233,17 @@ def config_hash(settings: Mapping[str, Any]) -> str:
     """
     deciding = {key: value for key, value in settings.items() if key not in UNHASHED}
     return short_hash(json.dumps(deciding, sort_keys=True, default=str))
+
+
+def key_and_value(word: str) -> tuple[str, str]:
+    """`+a.b=1` -> (`a.b`, `1`): a word of the command line."""
+    key, _, value = word.lstrip("+~").partition("=")
+    return key, value
+
+
+def without_login(text: str) -> str:
+    """An address, or a text with some, without user and password."""
+    return LOGIN.sub("://", text)
 
 
 def short_hash(text: str) -> str:

@@ -16,7 +16,7 @@ from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
 from int8run.quant.rounding import Rounding
 from int8run.quantize import Int8Settings
-from int8run.record import UNHASHED
+from int8run.record import UNHASHED, key_and_value
 from int8run.store import Store
 from int8run.text_encoders.base import TextEncoders
 from int8run.tracking.base import Tracker
@@ -46,7 +46,7 @@ class Job:
     @property
     def name(self) -> str:
         """What differs from the other jobs of the sweep, else from the defaults, in the words of the command line."""
-        differing = [word for word in self.overrides if word.lstrip("+~").partition("=")[0] in self.varying]
+        differing = [word for word in self.overrides if key_and_value(word)[0] in self.varying]
         return " ".join(differing or self.overrides) or "defaults"
 
 

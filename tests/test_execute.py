@@ -57,7 +57,7 @@ class Remembers:
     def finished(self, hashes: Iterable[str]) -> dict[str, str]:
         return {}
 
-    def where(self, sweep: str | None = None) -> str | None:
+    def where(self) -> str | None:
         return "http://x"
 
 

@@ -14,7 +14,7 @@ from rich import progress as bars
 from rich.markup import escape
 from rich.table import Table
 
-from int8run.record import FINISHED, Record
+from int8run.record import FINISHED, Record, key_and_value
 
 log = logging.getLogger(__name__)
 ERROR_WIDTH = 100  # of a job's error while the sweep goes on; its last line has it whole
@@ -153,7 +153,7 @@ def sweep_lines(records: Sequence[Record], varying: Sequence[str], shown: Sequen
     if not ended:
         table.add_column("", style="red")
     for record in records:
-        words = dict(word.lstrip("+~").partition("=")[::2] for word in record.overrides)
+        words = dict(map(key_and_value, record.overrides))
         cells = [column.form(record.metrics[column.metric]) if column.metric in record.metrics else "–" for column in shown]
         state = [] if ended else ["" if record.state == FINISHED else record.state]
         table.add_row(str(record.number), *(escape(words.get(key, "")) for key in varying), *cells, *state)

@@ -193,14 +193,15 @@ def finished(sweep: Sweep, planned: Sequence[Planned]) -> dict[int, Record]:
         if record is not None and record.state == FINISHED:
             found[p.job.number] = record
     try:
-        for p, tracker in [(p, p.spec.tracker) for p in planned if p.spec.task.tracked and p.job.number not in found]:
+        missing = [p for p in planned if p.spec.task.tracked and p.job.number not in found]
+        for tracker in dict.fromkeys(p.spec.tracker for p in missing):
             for run_id in tracker.running(sweep.id):
                 tracker.mark(run_id, KILLED, NO_WORD)
-            known = tracker.finished([p.job.config_hash]).get(p.job.config_hash)
-            if known is not None:
-                tracker.fetch(known, p.job.folder)
-                here = {**tracker.place(), "run_id": known, "uploaded": True}
-                found[p.job.number] = update_record(read_record(p.job.folder), number=p.job.number, tracking=here)
+            theirs = [p for p in missing if p.spec.tracker == tracker]
+            known = tracker.finished([p.job.config_hash for p in theirs])
+            for p in (p for p in theirs if p.job.config_hash in known):
+                tracker.fetch(known[p.job.config_hash], p.job.folder)
+                found[p.job.number] = update_record(read_record(p.job.folder), number=p.job.number)
     except TrackingError as error:
         log.warning("%s; only jobs that are finished in the sweep's folder are left out", error)
     folder = planned[0].about.output_dir.parent

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from int8run.errors import FileError
+from int8run.record import key_and_value
 
 SWEEP = "sweep.json"
 
@@ -69,15 +70,9 @@ def dated(folder: Path) -> bool:
 
 def varying_keys(jobs: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """Keys whose words differ between jobs, in the order of the command line."""
-    words = [dict(split(word) for word in job) for job in jobs]
+    words = [dict(map(key_and_value, job)) for job in jobs]
     keys = dict.fromkeys(key for job in words for key in job)
     return tuple(key for key in keys if len({job.get(key) for job in words}) > 1)
-
-
-def split(word: str) -> tuple[str, str]:
-    """`+a.b=1` -> (`a.b`, `1`)."""
-    key, _, value = word.lstrip("+~").partition("=")
-    return key, value
 
 
 def now() -> float:

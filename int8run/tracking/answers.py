@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from int8run.errors import ConfigError, TrackingError
+from int8run.record import without_login
 
 T = TypeVar("T")
 BUSY = {"TEMPORARILY_UNAVAILABLE", "BAD_REQUEST"}  # a database that is locked; two writers made the same row at once
@@ -18,7 +19,6 @@ PAUSES_S = (0.1, 0.5, 2.0)
 KNOCKS_S = (0.0, 1.0, 2.0)  # pauses before looking for a server: one that is started again is back by then
 ANSWER_S = 5.0
 LONGEST_REASON = 300
-LOGIN = re.compile(r"//[^/@\s]*@")  # user and password of an address
 
 
 def patient(call: Callable[..., T], *args: Any) -> T:
@@ -109,7 +109,7 @@ def is_away(error: BaseException, store: str) -> bool:
 
 def reason(error: BaseException) -> str:
     """What went wrong, without the names of the libraries that it went through."""
-    text = LOGIN.sub("//", " ".join(str(error).split()))
+    text = without_login(" ".join(str(error).split()))
     system = re.search(r"\[Errno -?\d+\] ([^'\")\]:]+)", text)
     if system and ("Max retries" in text or "Connection" in text):
         return system[1].strip().lower()

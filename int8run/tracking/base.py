@@ -71,7 +71,7 @@ class Tracker(Protocol):
         """What a record keeps of where its run is: address of the store, name of the experiment."""
         ...
 
-    def where(self, sweep: str | None = None) -> str | None:
+    def where(self) -> str | None:
         """How to look at what was logged, in one line."""
         ...
 
@@ -116,6 +116,6 @@ class NoTracker:
         """Nowhere."""
         return {}
 
-    def where(self, sweep: str | None = None) -> str | None:
+    def where(self) -> str | None:
         """Nowhere."""
         return None

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from int8run.errors import ConfigError
-from int8run.record import KILLED, NO_WORD, RUNNING, Record, process_gone, read_record, this_process, update_record
+from int8run.record import KILLED, NO_WORD, RUNNING, Record, process_gone, read_record, this_process, update_record, without_login
 from int8run.tracking import contents, upload
-from int8run.tracking.answers import LOGIN, answering, knock, patient
+from int8run.tracking.answers import answering, knock, patient
 from int8run.tracking.contents import LONGEST_ERROR, cut, milliseconds
 from int8run.tracking.view import varying, view_link, view_state, write_view
 
@@ -56,7 +56,7 @@ class MlflowTracker:
     @property
     def store(self) -> str:
         """The tracking URI without a password, for people and records."""
-        return LOGIN.sub("//", self.address)
+        return without_login(self.address)
 
     @property
     def database(self) -> Path | None:
@@ -149,7 +149,7 @@ class MlflowTracker:
         with self.opened() as (client, _):
             patient(client.log_artifact, run_id, str(path))
 
-    def where(self, sweep: str | None = None) -> str | None:
+    def where(self) -> str | None:
         """The server's address, or the command that serves the database."""
         return self.store if self.is_server else f"mlflow server --backend-store-uri {shlex.quote(self.store)}"
 
