@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from int8run.library import LoraStack, quantize_
+    from int8run.api import LoraStack, quantize_
     from int8run.text_encoders.load import build_text_encoder, load_text_encoder
 
 __version__ = "0.1.0"
@@ -13,9 +13,9 @@ __all__ = ["LoraStack", "__version__", "build_text_encoder", "load_text_encoder"
 def __getattr__(name: str) -> object:
     """The library form, imported when it is asked for: the command line must start without torch."""
     if name in ("LoraStack", "quantize_"):
-        from int8run import library
+        from int8run import api
 
-        return getattr(library, name)
+        return getattr(api, name)
     if name in ("build_text_encoder", "load_text_encoder"):
         from int8run.text_encoders import load
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from int8run.config.error_messages import explain
 from int8run.errors import ConfigError, Int8RunError
-from int8run.explain import explain
 
 log = logging.getLogger(__name__)
 CONFIG = {"config_path": "pkg://int8run.conf", "config_name": "config", "version_base": "1.3"}
@@ -20,7 +20,7 @@ DEBUG = ("INT8RUN_DEBUG", "HYDRA_FULL_ERROR")
 def main() -> None:
     """Entry point of `int8run`. One line per error, exit codes of `int8run.errors`, tracebacks on request only."""
     if {"--help", "-h"} & set(sys.argv[1:]):
-        from int8run.help_page import help_page
+        from int8run.config.help import help_page
 
         sys.stdout.write(help_page())
         return
@@ -71,8 +71,8 @@ def check_and_run() -> None:
         raise ConfigError("--experimental-rerun opens a pickled file, which can run code; give the settings on the command line")
     if args.config_path:
         raise ConfigError("--config-path would replace int8run's own settings; --config-dir FOLDER adds yours to them")
-    from int8run.precheck import own_options
-    from int8run.sweeps.launcher import register
+    from int8run.config.compose import own_options
+    from int8run.jobs.hydra_plugins import register
 
     register()
     with own_options():
@@ -87,7 +87,7 @@ def start(args: Any) -> None:
     """
     from hydra import main as hydra_main
 
-    from int8run.precheck import check_all, compose_all
+    from int8run.config.compose import check_all, compose_all
 
     config_name = args.config_name or CONFIG["config_name"]
     starts_jobs = not (args.cfg or args.info or args.shell_completion or args.hydra_help)
@@ -131,9 +131,9 @@ def job(config: Any) -> float | None:
     """One job: the composed config becomes a RunSpec, and its task is executed. Launchers call this in other processes too."""
     from hydra.core.hydra_config import HydraConfig
 
-    from int8run.execute import execute
-    from int8run.precheck import to_spec
-    from int8run.sweeps.job import job_of
+    from int8run.config.compose import to_spec
+    from int8run.jobs.execute import execute
+    from int8run.jobs.job import job_of
 
     quiet_libraries()
     logging.raiseExceptions = bool(os.environ.get("INT8RUN_DEBUG"))  # of a full disk, the log file is no news; workers begin here

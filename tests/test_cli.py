@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli_process import command_in
 from hydra.errors import MissingConfigException
 from safetensors.torch import save_file
+from support.cli_process import command_in
 
 from int8run import __version__, cli
 from int8run.errors import ConfigError
-from int8run.tasks import Run
+from int8run.tasks.options import Run
 
 # the command of this interpreter's environment
 INT8RUN = Path(sys.executable).with_name("int8run")
@@ -336,7 +336,7 @@ def test_help_does_not_look_at_the_rest(command, flag):
 def test_cfg_prints_the_composed_config_and_starts_nothing(command):
     outcome = command("--cfg", "job", "seed=7", "outlier=convrot")
     shown = yaml.safe_load(outcome.out)
-    assert (shown["seed"], shown["outlier"]["group_size"], shown["_target_"]) == (7, 256, "int8run.spec.RunSpec")
+    assert (shown["seed"], shown["outlier"]["group_size"], shown["_target_"]) == (7, 256, "int8run.config.run_spec.RunSpec")
     assert (outcome.code, outcome.err, command.made()) == (0, "", [])
 
 

@@ -17,15 +17,15 @@ import torch
 from hydra import compose, initialize_config_module
 from torch import nn
 
-from int8run.build import Built, build
+from int8run.config.compose import to_spec
 from int8run.errors import BackendError
-from int8run.generate.probe import record_step
+from int8run.generate.capture import record_step
 from int8run.generate.prompts import samples
 from int8run.metrics.layers import measure_outputs
 from int8run.models.loader import library_versions
-from int8run.precheck import to_spec
-from int8run.report.files import environment
-from int8run.report.terminal import Progress
+from int8run.pipeline.build import Built, build
+from int8run.report.console import Progress
+from int8run.report.run_files import environment
 
 BACKENDS = ("auto", "vnni", "onednn", "torch_int_mm", "reference")
 

@@ -24,13 +24,13 @@ import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from int8run.record import FAILED, FINISHED, KILLED, RUNNING, Record, find_records, process_gone, read_record
-from int8run.sweeps.sweep import read_sweep
-from int8run.tracking import contents
+from int8run.jobs.manifest import read_sweep
+from int8run.tracking import mlflow_payload
+from int8run.tracking.run_record import FAILED, FINISHED, KILLED, RUNNING, Record, find_records, process_gone, read_record
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 
-from servers import MlflowServer, free_port
+from support.servers import MlflowServer, free_port
 
 SMALL = ["sampler.steps=2", "prompts.prompts=[fox]"]
 TEN = ["-m", "lora=stack_a", "lora.strength=0,0.25,0.5,0.75,1", "outlier=none,convrot", *SMALL]
@@ -142,8 +142,8 @@ def check_whole(client: MlflowClient, run: Run, record: Record) -> None:
     """A run has everything that the folder has."""
     name, run_id = f"{record.name}: ", run.info.run_id
     check(run.info.status == record.state, f"{name}{run.info.status} in MLflow, {record.state} in the folder")
-    check(contents.params(record).items() <= run.data.params.items(), f"{name}settings are missing")
-    lacking = {contents.allowed(key) for key in [*record.metrics, *record.series]} - set(run.data.metrics)
+    check(mlflow_payload.params(record).items() <= run.data.params.items(), f"{name}settings are missing")
+    lacking = {mlflow_payload.allowed(key) for key in [*record.metrics, *record.series]} - set(run.data.metrics)
     check(not lacking, f"{name}metrics are missing: {lacking}")
     for key, values in record.series.items():
         check(len(client.get_metric_history(run_id, key)) == len(values), f"{name}{key} has not {len(values)} values")
@@ -151,9 +151,9 @@ def check_whole(client: MlflowClient, run: Run, record: Record) -> None:
     there = sorted(Path(file.path).name for file in client.list_artifacts(run_id, "samples")) if here else []
     check(here == there, f"{name}pictures here {here}, there {there}")
     shown = len(client.list_artifacts(run_id, "images")) if record.images else 0
-    check(shown == 2 * len(contents.image_files(record)), f"{name}{shown} files in the picture grid")
+    check(shown == 2 * len(mlflow_payload.image_files(record)), f"{name}{shown} files in the picture grid")
     tops = {Path(file.path).name for file in client.list_artifacts(run_id)}
-    check({path.name for path, folder in contents.files(record) if folder is None} <= tops, f"{name}files are missing: {tops}")
+    check({path.name for path, folder in mlflow_payload.files(record) if folder is None} <= tops, f"{name}files are missing: {tops}")
     if record.state != FINISHED:
         check(record.error in run.data.tags["error"], f"{name}MLflow says {run.data.tags['error']!r}, the folder {record.error!r}")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from int8run.record import FINISHED, Record, read_record, this_process
 from int8run.tracking.mlflow_tracker import MlflowTracker
+from int8run.tracking.run_record import FINISHED, Record, read_record, this_process
 
 METRICS, STEPS, LAYERS = 60, 30, 150
 

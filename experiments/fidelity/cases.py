@@ -8,15 +8,17 @@ import torch
 from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 
-from int8run.calibrate import layer_statistics, record_calibration
-from int8run.generate.calibration import Calibration
-from int8run.generate.probe import watch_layers
+from int8run.config.compose import to_spec
+from int8run.generate.calibration_settings import Calibration
+from int8run.generate.capture import watch_layers
 from int8run.generate.prompts import samples
-from int8run.load import load
+from int8run.layers.fusion import same_input_groups
+from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.outlier.base import LayerStatistics
-from int8run.precheck import to_spec
-from int8run.quantize import LayerPlan, linear_at, plan_layers, same_input_groups
-from int8run.report.terminal import Progress
+from int8run.pipeline.load import load
+from int8run.ptq.calibration import layer_statistics, record_calibration
+from int8run.ptq.quantize import linear_at
+from int8run.report.console import Progress
 
 WIDTH, TOKENS, SEQUENCES = 1024, 64, 32  # as many rows as a calibration keeps
 CHANNELS, TIMES = (1, 4, 16), (10, 50, 200)

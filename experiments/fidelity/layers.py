@@ -16,9 +16,9 @@ import torch
 from cases import SOURCES, Case
 from hydra import compose, initialize_config_module
 
+from int8run.config.compose import to_spec
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod, OutlierTransform
-from int8run.precheck import to_spec
 from int8run.quant.rounding import Rounding
 from int8run.quant.weight import sqnr_db
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from int8run.backends.base import Backend
 from int8run.errors import BackendError
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
-from int8run.layers.linear import LowRankBranch
+from int8run.layers.int8_linear import LowRankBranch
+from int8run.layers.plan import Int8Settings, plan_layers
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
+from int8run.ptq.quantize import check_backend, int8_layers, quantized_layers
 from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import quantize_weight
-from int8run.quantize import Int8Settings, check_backend, int8_layers, plan_layers, quantized_layers
 
 CPU_BACKENDS = {"reference": "Reference", "torch_int_mm": "TorchIntMM", "onednn": "OneDnn", "vnni": "Vnni"}
 OUTLIERS = {"none": NoOutlier(), "convrot": ConvRot(256)}

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from int8run.report.files import environment
+from int8run.report.run_files import environment
 
 REPOSITORY = Path(__file__).parents[2]
 PEERS = ("torch", "diffusers", "torchao", "sdnq", "onnxruntime", "openvino", "triton", "comfy-kitchen")

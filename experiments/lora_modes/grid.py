@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from int8run.report.files import grid
+from int8run.report.run_files import grid
 
 
 def strengths(job: Path) -> tuple[float, float]:

@@ -25,16 +25,17 @@ from int8run.backends.onednn import OneDnn
 from int8run.backends.torch_int_mm import TorchIntMM
 from int8run.backends.triton import Triton
 from int8run.backends.vnni import Vnni
-from int8run.layers.linear import Int8Linear, QuantizedLayer
-from int8run.lora.files import LoraFile
-from int8run.lora.kinds import Change, LoRA
-from int8run.lora.modes import DynamicLayer, Int8Mode
+from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
+from int8run.lora.adapters.change import Change
+from int8run.lora.adapters.lora import LoRA
+from int8run.lora.apply import DynamicLayer, Int8Mode
+from int8run.lora.load import LoraFile
 from int8run.lora.stack import Entry, LoraStack
 from int8run.outlier.base import OutlierMethod
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.quant.weight import quantize_weight
-from int8run.timing import in_turns
+from int8run.utils.timing import in_turns
 
 RESULTS = Path(__file__).parent / "results"
 ERROR_SHAPE = (512, 3072, 3072)

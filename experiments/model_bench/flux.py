@@ -11,15 +11,16 @@ from diffusers import FluxTransformer2DModel
 from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 
-from int8run.convert import layer_rows, to_int8
-from int8run.load import Loaded
+from int8run.config.compose import to_spec
+from int8run.config.run_spec import RunSpec
+from int8run.layers.plan import plan_layers
 from int8run.lora.stack import LoraStack
-from int8run.models.family import KeepRule, ModelFamily, Sampling
+from int8run.models.family import KeepRule, ModelFamily
+from int8run.models.sampling import Sampling
 from int8run.models.source import Source
-from int8run.precheck import to_spec
-from int8run.quantize import plan_layers
-from int8run.report.terminal import Progress
-from int8run.spec import RunSpec
+from int8run.pipeline.load import Loaded
+from int8run.pipeline.quantize_denoiser import layer_rows, to_int8
+from int8run.report.console import Progress
 
 
 @dataclass(frozen=True)

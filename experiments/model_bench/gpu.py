@@ -24,8 +24,8 @@ import flux
 from sidebyside import Reply, facts, gate, quartiles, table
 
 from int8run.errors import BackendError
+from int8run.layers.fusion import share_copy
 from int8run.metrics.layers import module_bytes
-from int8run.quantize import share_copy
 
 Build = Callable[[nn.Module, Mapping[str, Any], str], nn.Module]
 BASE = "bf16"

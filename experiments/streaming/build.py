@@ -18,8 +18,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from measure import watch
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from int8run.machine import device_name
-from int8run.models.locate import SHIPPED
+from int8run.models.resolve_weights import SHIPPED
+from int8run.utils.hardware import device_name
 
 COMPONENTS = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],

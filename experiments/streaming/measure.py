@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
-from int8run.machine import device_name
+from int8run.utils.hardware import device_name
 
 METHODS = ("none", "convrot")
 COPY = "copy"

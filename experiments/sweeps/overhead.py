@@ -20,14 +20,14 @@ WORDS = ["lora=stack_a", "lora.strength=0,0.25,0.5,0.75,1", "outlier=none,convro
 
 def alone(words: list[str]) -> None:
     """Build each model once and let it draw what the jobs of the sweep draw."""
-    from int8run.build import build
+    from int8run.config.compose import compose_all, to_spec
     from int8run.generate.prompts import samples
-    from int8run.lora.heads import read_heads
-    from int8run.memo import reuse
+    from int8run.lora.header_info import read_heads
     from int8run.models.loader import use_scheduler
-    from int8run.precheck import compose_all, to_spec
-    from int8run.report.terminal import Progress
-    from int8run.run import generate_all
+    from int8run.pipeline.build import build
+    from int8run.pipeline.process_cache import reuse
+    from int8run.report.console import Progress
+    from int8run.tasks.run import generate_all
 
     _, configs = compose_all(None, "config", words, multirun=True)
     specs = sorted((to_spec(config) for config in configs), key=lambda spec: spec.build_key)

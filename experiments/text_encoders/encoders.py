@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedModel, T5Config, T5EncoderModel
 
-from int8run.text_encoders.encoders import Encoder, FloatRule, Mark
+from int8run.text_encoders.registry import Encoder, FloatRule, Mark
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "int8run" / "assets" / "tiny"

@@ -29,22 +29,22 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, Qwen2_5_VLConfig, Qwen3Config, T5Config
 
 from int8run import build_text_encoder, load_text_encoder
+from int8run.config.compose import to_spec
+from int8run.config.job import Job
 from int8run.errors import BackendError
-from int8run.layers.coded import BlockInt8Linear, CodedLinear
-from int8run.layers.linear import Int8Linear
+from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.weight_only import BlockInt8Linear, CodedLinear
 from int8run.metrics.embeddings import embedding_cosine, relative_error
 from int8run.metrics.layers import module_bytes
 from int8run.models.loader import library_versions
-from int8run.precheck import to_spec
 from int8run.quant.formats import BLOCK, FORMATS, ROW, TENSOR, Format, format_for
-from int8run.quantize_encoder import quantize_encoder
-from int8run.report.files import environment
-from int8run.report.terminal import get_console
-from int8run.spec import Job
-from int8run.text_encoders import encoders as int8run_encoders
+from int8run.report.console import get_console
+from int8run.report.run_files import environment
+from int8run.tasks.quantize_text_encoder import quantize_encoder
+from int8run.text_encoders import registry as int8run_encoders
 from int8run.text_encoders.build import Kernels, build_encoder
 from int8run.text_encoders.weights import EncoderFile
-from int8run.timing import in_turns, medians, steady
+from int8run.utils.timing import in_turns, medians, steady
 
 PARTS = ("quality", "time", "sizes", "wo")
 WRITTEN = tuple(name for name, form in FORMATS.items() if not form.read_only)

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from int8run.report.files import DIFFERENCE_GAIN, difference, grid
+from int8run.report.run_files import DIFFERENCE_GAIN, difference, grid
 
 sys.path.append(str(Path(__file__).parents[1] / "fidelity"))
 

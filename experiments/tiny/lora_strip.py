@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_module
 
-from int8run.precheck import plain_config, to_spec
-from int8run.report.files import grid
-from int8run.run import run
-from int8run.spec import Job
+from int8run.config.compose import plain_config, to_spec
+from int8run.config.job import Job
+from int8run.report.run_files import grid
+from int8run.tasks.run import run
 
 PROMPTS = ["strawberry", "fox", "octopus", "birthday cake"]
 STRENGTHS = (0, 0.5, 1)
@@ -20,7 +20,7 @@ STRENGTHS = (0, 0.5, 1)
 
 def pictures(style: str, strength: float) -> list:
     """One INT8 picture per prompt; the model is built once for all strengths of a style."""
-    adapter = f"{{_target_: int8run.lora.settings.Adapter, name: {style}, path: {style}}}"
+    adapter = f"{{_target_: int8run.lora.config.Adapter, name: {style}, path: {style}}}"
     overrides = [f"prompts.prompts=[{','.join(PROMPTS)}]", f"lora.adapters=[{adapter}]", f"lora.strength={strength}", "tracker=none"]
     with initialize_config_module("int8run.conf", version_base="1.3"):
         config = compose("config", [*overrides, "metrics.baseline=none"])

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from train import Trainer, learning_rate
 from train_lora import TARGETS
 
-from int8run.report.files import grid
+from int8run.report.run_files import grid
 
 RANK = 4
 # steps of the sampler that a batch is trained through, and how often

@@ -14,12 +14,12 @@ from typing import ClassVar
 
 import torch
 
+from int8run.backends.autotune_cache import ChoiceTable
 from int8run.backends.base import Backend, Limits, run_layer
 from int8run.backends.reference import Reference
-from int8run.backends.table import ChoiceTable
 from int8run.errors import BackendError, in_range
 from int8run.quant.weight import QuantizedWeight, quantize_weight
-from int8run.timing import in_turns, steady
+from int8run.utils.timing import in_turns, steady
 
 log = logging.getLogger(__name__)
 MAX_REL_ERR = 1e-3

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from int8run.kernels.cpu.library import COMPILERS
 from int8run.kernels.hadamard.reference import Rotation
-from int8run.machine import cpu_capabilities
 from int8run.quant.weight import QuantizedWeight
+from int8run.utils.hardware import cpu_capabilities
 
 # 32-bit sums hold this many products of the largest codes: signed by signed, and unsigned activations by signed weights
 SIGNED_SUMS, UNSIGNED_SUMS = 2**31 // (128 * 127), 2**31 // (255 * 127)

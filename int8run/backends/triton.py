@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from int8run.backends.autotune_cache import ChoiceTable
 from int8run.backends.base import SIGNED_SUMS, FusedBranch, Limits, Quantized, Timer
-from int8run.backends.table import ChoiceTable
 from int8run.errors import ConfigError
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.int8_linear.tile import BUCKETS, Tile, bucket, candidates, default_tile

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from int8run.checkpoints.scales import check_numbers
-from int8run.checkpoints.tensors import TensorFiles, TensorInfo
+from int8run.checkpoints.granularity import check_numbers
+from int8run.checkpoints.reader import TensorFiles, TensorInfo
 from int8run.errors import FileError
 
 HADAMARD = "hadamard_quip"

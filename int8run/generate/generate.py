@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from int8run.errors import ConfigError, one_of
 from int8run.generate.prompts import Sample
-from int8run.models.experts import use_denoiser
-from int8run.models.family import Sampling
-from int8run.timing import now
+from int8run.models.dual_denoisers import use_denoiser
+from int8run.models.sampling import Sampling
+from int8run.utils.timing import now
 
 
 @dataclass

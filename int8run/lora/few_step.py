@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from int8run.errors import ConfigError, in_range, one_of
-from int8run.models.family import Sampling
+from int8run.models.sampling import Sampling
 
 TABLE = Path(__file__).with_name("few_step.yaml")
 SOURCES = ("model card", "community", "measured")

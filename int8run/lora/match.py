@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from int8run.errors import LoraError
-from int8run.lora.files import LoraFile
-from int8run.lora.keys import DENOISER, split_key
-from int8run.lora.kinds import Change
-from int8run.lora.names import NameTable, Place, rows_in_file, weight_shape
-from int8run.models.experts import denoiser_parts
+from int8run.lora.adapters.change import Change
+from int8run.lora.key_parsing import DENOISER, split_key
+from int8run.lora.load import LoraFile
+from int8run.lora.module_names import NameTable, Place, rows_in_file, weight_shape
+from int8run.models.dual_denoisers import denoiser_parts
 
 log = logging.getLogger(__name__)
 # components that are one of two denoisers

@@ -11,13 +11,13 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError, LoraError, in_range, one_of
-from int8run.layers.linear import Int8Linear
-from int8run.lora.files import LoraFile, find_lora, read_lora
-from int8run.lora.keys import DENOISER
-from int8run.lora.kinds import Dynamic
+from int8run.layers.int8_linear import Int8Linear
+from int8run.lora.adapters.base import Dynamic
+from int8run.lora.apply import BakedLayer, Changes, DynamicLayer, FloatMerge, Int8Mode, StochasticLayer, dynamic_forms, total_rank
+from int8run.lora.config import MODES, STRENGTH_LIMIT
+from int8run.lora.key_parsing import DENOISER
+from int8run.lora.load import LoraFile, find_lora, read_lora
 from int8run.lora.match import Matches, Wanted, match
-from int8run.lora.modes import BakedLayer, Changes, DynamicLayer, FloatMerge, Int8Mode, StochasticLayer, dynamic_forms, total_rank
-from int8run.lora.settings import MODES, STRENGTH_LIMIT
 from int8run.quant.rounding import AbsMax, Rounding
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from int8run.quantize import LayerPlan
+from int8run.layers.plan import LayerPlan
 
 # embeddings are wider; so narrow are coordinates of tokens
 MOST_COORDINATES = 4

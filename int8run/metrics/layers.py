@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError
-from int8run.generate.probe import watch_layers
-from int8run.layers.linear import Int8Linear
+from int8run.generate.capture import watch_layers
+from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.plan import FALLBACK, LayerPlan
 from int8run.quant.weight import sqnr_db
-from int8run.quantize import FALLBACK, LayerPlan
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

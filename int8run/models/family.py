@@ -10,11 +10,10 @@ from typing import Any
 
 import yaml
 
-from int8run.errors import ConfigError, in_range, one_of, suggest
+from int8run.errors import ConfigError, one_of, suggest
+from int8run.models.sampling import Sampling
 
 log = logging.getLogger(__name__)
-# arguments of a pipeline that fix the number of its steps
-OWN_STEPS = ("sigmas", "timesteps")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -194,52 +193,6 @@ def conservative(blocks: Sequence[str], linears: Iterable[str]) -> ModelFamily:
     middle = tuple(blocks[1:-1])
     rules = [KeepRule(n, "unknown architecture: outside the middle blocks") for n in linears if not n.startswith(middle)]
     return ModelFamily(name="unknown", float_layers=rules)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample; a field that is None takes the checkpoint's own value.
-
-    Args:
-        scheduler: a scheduler class of diffusers, made from the checkpoint's own scheduler config; None: the checkpoint's own.
-        scheduler_settings: that differ from that config.
-        extra: further arguments of the pipeline's call, passed as they are.
-    """
-
-    steps: int | None = None
-    guidance: float | None = None
-    height: int | None = None
-    width: int | None = None
-    batch: int = 1
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    scheduler: str | None = None
-    scheduler_settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.steps is not None:
-            in_range("sampler.steps", self.steps, 1, 1000, whole=True)
-        if self.guidance is not None:
-            in_range("sampler.guidance", self.guidance, 0, 100)
-        for name in ("height", "width"):
-            if getattr(self, name) is not None:
-                in_range(f"sampler.{name}", getattr(self, name), 8, 16384, whole=True)
-        if self.scheduler is not None and not isinstance(self.scheduler, str):
-            raise ConfigError(f"sampler.scheduler is {self.scheduler!r}; it takes the name of a class of diffusers, such as LCMScheduler")
-        if not isinstance(self.extra, Mapping):
-            raise ConfigError(f"sampler.extra is {self.extra!r}; it takes names and values, such as {{max_sequence_length: 256}}")
-        if not isinstance(self.scheduler_settings, Mapping):
-            given = self.scheduler_settings
-            raise ConfigError(f"sampler.scheduler_settings is {given!r}; it takes names and values, such as {{shift: 3.0}}")
-        in_range("sampler.batch", self.batch, 1, 1024, whole=True)
-
-    def over(self, default: "Sampling") -> "Sampling":
-        """These settings, with the default's where None."""
-        open_fields = [f.name for f in fields(self) if getattr(self, f.name) is None]
-        extra = {**default.extra, **self.extra}
-        # settings belong to a scheduler: another one's would not be understood
-        same = self.scheduler in (None, default.scheduler)
-        settings = {**(default.scheduler_settings if same else {}), **self.scheduler_settings}
-        return replace(self, **{name: getattr(default, name) for name in open_fields}, scheduler_settings=settings, extra=extra)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from int8run.errors import BackendError, ConfigError, FileError, suggest
-from int8run.models.family import Sampling
+from int8run.models.sampling import Sampling
 from int8run.models.source import read_index, unloadable
 
 log = logging.getLogger(__name__)

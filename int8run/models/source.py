@@ -13,7 +13,7 @@ from torch import nn
 
 from int8run.errors import ConfigError, FileError, suggest
 from int8run.models.family import ModelSource
-from int8run.models.locate import COMPONENTS, CONFIG, INDEX, OTHERS, SAFE, denoiser_names, local, read_json, refuse_format
+from int8run.models.resolve_weights import COMPONENTS, CONFIG, INDEX, OTHERS, SAFE, denoiser_names, local, read_json, refuse_format
 
 ONLY = ""  # whose weights a single file has, before that is known
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from int8run.errors import one_of
 from int8run.kernels.dequantize.reference import E2M1, MXFP8_BLOCK, NVFP4_BLOCK
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX, TINY
-from int8run.quant.coded import CodedWeight, padded_to
+from int8run.quant.packed_weight import CodedWeight, padded_to
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # which numbers share a scale; "" has none, BLOCK is mxfp8's and nvfp4's, whose scales have few bits themselves

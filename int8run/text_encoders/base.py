@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from int8run.backends.shipped import shipped_names
+from int8run.backends.registry import shipped_names
 from int8run.errors import ConfigError, one_of
 from int8run.quant.formats import FORMATS
 

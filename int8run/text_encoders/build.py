@@ -12,21 +12,24 @@ from torch import Tensor, nn
 
 from int8run.backends.auto import AutoBackend
 from int8run.backends.base import Backend
-from int8run.backends.shipped import shipped_backend
-from int8run.checkpoints.native import WEIGHT
+from int8run.backends.registry import shipped_backend
+from int8run.checkpoints.comfy_int8 import WEIGHT
 from int8run.errors import BackendError, FileError
 from int8run.kernels.dequantize.reference import scale_blocks
-from int8run.layers.coded import BlockInt8Linear, CodedEmbedding, CodedLayer, CodedLinear, int8_weight, is_rowwise, scaled_mm_refuses
-from int8run.layers.linear import QuantizedLayer
-from int8run.models.layout import Layout, Part
+from int8run.layers.fusion import share_copy
+from int8run.layers.int8_linear import QuantizedLayer
+from int8run.layers.plan import Int8Settings, LayerPlan
+from int8run.layers.weight_only import BlockInt8Linear, CodedEmbedding, CodedLayer, CodedLinear, int8_weight, is_rowwise, scaled_mm_refuses
+from int8run.models.state_dict_adapter import Layout, Part
 from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
-from int8run.quant.coded import CodedWeight
+from int8run.ptq.quantize import check_backend, check_weight, int8_layers, rounded_rows
 from int8run.quant.formats import FORMATS, Format, format_for
+from int8run.quant.packed_weight import CodedWeight
 from int8run.quant.weight import sqnr_db
-from int8run.quantize import Int8Settings, LayerPlan, check_backend, check_weight, int8_layers, rounded_rows, share_copy
 from int8run.text_encoders.base import DEQUANTIZE, SCALED_MM
-from int8run.text_encoders.encoders import Encoder, encoder_layout, take_out_spare
+from int8run.text_encoders.model_config import take_out_spare
+from int8run.text_encoders.registry import Encoder, encoder_layout
 from int8run.text_encoders.weights import EncoderWeights, check_finite, naming
 
 log = logging.getLogger(__name__)

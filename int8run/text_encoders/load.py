@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int8run.checkpoints.native import WEIGHT
+from int8run.checkpoints.comfy_int8 import WEIGHT
 from int8run.errors import one_of
-from int8run.models.locate import CONFIG, read_json
+from int8run.models.resolve_weights import CONFIG, read_json
 from int8run.text_encoders.base import kernel_backends
 from int8run.text_encoders.build import Kernels, build_encoder, check_whole, fitted
-from int8run.text_encoders.encoders import canonical_names, config_of, encoder_named, skeleton, supported
+from int8run.text_encoders.model_config import config_of, skeleton
+from int8run.text_encoders.registry import canonical_names, encoder_named, supported
 from int8run.text_encoders.weights import EncoderFile, EncoderState, check_finite, described, naming, tensors_of
 
 

@@ -9,18 +9,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from int8run.checkpoints.coded import GLOBAL_SCALE
-from int8run.checkpoints.markers import HEADER
-from int8run.checkpoints.native import FACTOR, SCALE, WEIGHT, read_note
-from int8run.checkpoints.stored import FLOAT, StoredLayer, hadamard, is_file_marker, stored_layers
-from int8run.checkpoints.tensors import TensorFiles
+from int8run.checkpoints.comfy_formats import GLOBAL_SCALE
+from int8run.checkpoints.comfy_int8 import FACTOR, SCALE, WEIGHT, read_note
+from int8run.checkpoints.detect import is_file_marker, stored_layers
+from int8run.checkpoints.layer import FLOAT, StoredLayer, hadamard
+from int8run.checkpoints.quant_metadata import HEADER
+from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError, one_of
 from int8run.kernels.hadamard.reference import Rotation
-from int8run.layers.coded import CodedLayer
+from int8run.layers.weight_only import CodedLayer
 from int8run.outlier.base import OutlierTransform
-from int8run.quant.coded import CodedWeight, is_fp8
 from int8run.quant.formats import FORMATS
-from int8run.text_encoders.encoders import Encoder, encoder_of_class, identify, supported
+from int8run.quant.packed_weight import CodedWeight, is_fp8
+from int8run.text_encoders.detect import encoder_of_class, identify
+from int8run.text_encoders.registry import Encoder, supported
 
 AUTO, NO_FORMAT, MIXED = "auto", "none", "mixed"
 # ComfyUI's word for all INT8 layers with a scale for the layer or for each row

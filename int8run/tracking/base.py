@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from int8run.record import Record
+from int8run.tracking.run_record import Record
 
 
 class Tracker(Protocol):

@@ -17,11 +17,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from int8run.errors import ConfigError
-from int8run.record import KILLED, NO_WORD, RUNNING, Record, process_gone, read_record, this_process, update_record, without_login
-from int8run.tracking import contents, upload
-from int8run.tracking.answers import answering, knock, patient
-from int8run.tracking.contents import LONGEST_ERROR, cut, milliseconds
-from int8run.tracking.view import varying, view_link, view_state, write_view
+from int8run.tracking import mlflow_payload, mlflow_upload
+from int8run.tracking.mlflow_dashboard import varying, view_link, view_state, write_view
+from int8run.tracking.mlflow_payload import LONGEST_ERROR, cut, milliseconds
+from int8run.tracking.retry import answering, knock, patient
+from int8run.tracking.run_record import (
+    KILLED,
+    NO_WORD,
+    RUNNING,
+    Record,
+    process_gone,
+    read_record,
+    this_process,
+    update_record,
+    without_login,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -89,14 +99,14 @@ class MlflowTracker:
     def begin(self, record: Record) -> str:
         """A new run with the settings of a job."""
         with self.opened() as (client, experiment_id):
-            return upload.open_run(client, experiment_id, record)
+            return mlflow_upload.open_run(client, experiment_id, record)
 
     def upload(self, record: Record) -> str:
         """Params, metrics, pictures, tables, prompts and files of the record; then the run ends."""
         known = record.run_id if {**record.tracking, **self.place()} == dict(record.tracking) else None
         with self.opened() as (client, experiment_id):
-            run = upload.run_of(client, experiment_id, record, known)
-            upload.upload(client, run, record)
+            run = mlflow_upload.run_of(client, experiment_id, record, known)
+            mlflow_upload.upload(client, run, record)
             return run.info.run_id
 
     def finished(self, hashes: Iterable[str]) -> dict[str, str]:
@@ -129,12 +139,12 @@ class MlflowTracker:
     def fetch(self, run_id: str, folder: Path) -> None:
         """The files, and a record that knows its run."""
         with self.opened() as (client, _):
-            upload.download(client, run_id, folder)
+            mlflow_upload.download(client, run_id, folder)
         update_record(read_record(folder), tracking={**self.place(), "run_id": run_id, "uploaded": True})
 
     def share(self, sweep: str, records: Sequence[Record]) -> str | None:
         """Write the sweep's view into the experiment."""
-        keys = dict.fromkeys(key for record in records for key in contents.image_files(record))
+        keys = dict.fromkeys(key for record in records for key in mlflow_payload.image_files(record))
         names = dict.fromkeys(name for record in records for name in [*record.metrics, *record.series])
         state = view_state(varying(record.params for record in records), names, list(keys), sweep)
         with self.opened() as (client, experiment_id):

@@ -1,7 +1,7 @@
 """The INT8 linear layer on the GPU in one Triton kernel: integer product, scales, bias and LoRA's second half in one store.
 
 The weight stays [N, K], K contiguous, and its tile is loaded as [BLOCK_N, BLOCK_K] and transposed with `tl.trans`: loaded
-through a [K, N] view, Triton 3.9 shuffles bytes and spills registers in the k loop (tests/static_gate.py counts both).
+through a [K, N] view, Triton 3.9 shuffles bytes and spills registers in the k loop (tests/support/static_gate.py counts both).
 """
 
 import torch

@@ -58,7 +58,7 @@ class Tile:
 
 
 # Compute capability -> a tile for each bucket. None of them spills registers, and on 8.x the largest leaves room for two
-# programs on one multiprocessor (tests/static_gate.py); which is fastest is for a tuner to find out.
+# programs on one multiprocessor (tests/support/static_gate.py); which is fastest is for a tuner to find out.
 _AMPERE = (Tile(16, 64, 256, 1, 4, 4), Tile(64, 64, 128, 8, 4, 4), Tile(64, 128, 64, 8, 4, 4), Tile(128, 128, 64, 8, 8, 4))
 _HOPPER = (Tile(16, 64, 256, 1, 4, 5), Tile(64, 64, 128, 8, 4, 4), Tile(64, 128, 128, 8, 4, 4), Tile(128, 256, 128, 8, 8, 3))
 _BLACKWELL = (*_HOPPER[:3], Tile(128, 128, 128, 8, 8, 4))

@@ -84,7 +84,7 @@ def rank_block(rank: int) -> int:
 
 
 def walking_warps(rotation: int, block_r: int) -> int:
-    """As few warps as hold the sums in registers (tests/static_gate.py). float32 spills beyond rank 32 or group 256."""
+    """As few warps as hold the sums in registers (tests/support/static_gate.py). float32 spills beyond rank 32 or group 256."""
     if block_r == 256:
         return 16
     return 8 if block_r or rotation == 1024 else 4

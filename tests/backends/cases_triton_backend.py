@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from helpers import assert_close, randn
-from triton_process import case_device
+from support.helpers import assert_close, randn
+from support.triton_process import case_device
 
 from int8run.backends.base import run_layer
 from int8run.backends.reference import Reference
 from int8run.backends.triton import Triton
 from int8run.kernels.hadamard.reference import Rotation, sylvester_hadamard
 from int8run.kernels.int8_linear.tile import Tile
-from int8run.layers.linear import Int8Linear, LowRankBranch, QuantizedLayer
+from int8run.layers.int8_linear import Int8Linear, LowRankBranch, QuantizedLayer
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.quarot import QuaRot

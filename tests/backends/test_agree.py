@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, full_range, randn, shipped, usable
+from support.helpers import assert_close, full_range, randn, shipped, usable
 
 from int8run.backends.base import run_layer
 from int8run.backends.reference import Reference

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers import CPU, shipped, usable
+from support.helpers import CPU, shipped, usable
 
 from int8run.backends import auto
 from int8run.backends.auto import AutoBackend

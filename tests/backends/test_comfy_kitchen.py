@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import CPU, assert_close, randn, usable
+from support.helpers import CPU, assert_close, randn, usable
 
 from int8run.backends.base import run_layer
 from int8run.backends.comfy_kitchen import ComfyKitchen
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
 from int8run.kernels.quantize_rowwise.reference import transform_rows
-from int8run.layers.linear import Int8Linear, QuantizedLayer
+from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.quarot import QuaRot

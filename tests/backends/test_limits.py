@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import shipped, usable
+from support.helpers import shipped, usable
 
 from int8run.backends.base import Limits, has_cpu_feature
 from int8run.backends.onednn import OneDnn

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU
-from triton_process import needs_gpu, run_cases
+from support.helpers import CPU
+from support.triton_process import needs_gpu, run_cases
 
-from int8run.backends.table import ChoiceTable
+from int8run.backends.autotune_cache import ChoiceTable
 from int8run.backends.triton import Triton, tile, tile_question
 from int8run.errors import ConfigError
 from int8run.kernels.int8_linear.tile import BUCKETS, Tile, default_tile

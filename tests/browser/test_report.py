@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from int8run.record import find_records
-from int8run.report.page import write_report
+from int8run.report.html_page import write_report
+from int8run.tracking.run_record import find_records
 
 pytestmark = pytest.mark.browser
 
@@ -17,7 +17,7 @@ DRAWN = [("fox", 0), ("a very long prompt about a grey cat on a windowsill in th
 
 
 def write_job(folder, number, strength, outlier):
-    """The output folder of a job, as int8run/record.py reads it."""
+    """The output folder of a job, as int8run/tracking/run_record.py reads it."""
     (folder / "images").mkdir(parents=True)
     rotated = outlier == "convrot"
     choices = {"model": "tiny", "outlier": outlier, "lora": "stack_a"}

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import randn
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.helpers import randn
 
 from int8run.checkpoints import writer as module
 from int8run.checkpoints.header import read_header

@@ -55,7 +55,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from int8run.models.family import Sampling
+from int8run.models.sampling import Sampling
 
 PROMPT = "a b"
 TEXT = 32  # width of the text encoders' outputs

@@ -61,7 +61,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from int8run.models.family import Sampling
+from int8run.models.sampling import Sampling
 
 
 def clip_config(width: int = 32, projection: int = 32) -> CLIPTextConfig:

@@ -14,17 +14,19 @@ import torch
 import yaml
 from families import instances, instances_b
 from families.instances import OTHERS
-from helpers import CONF, NEVER_FLOAT
+from support.helpers import CONF, NEVER_FLOAT
 from torch import nn
 
 from int8run.backends.base import Limits
 from int8run.backends.reference import Reference
 from int8run.generate.generate import generate
 from int8run.generate.prompts import Sample
-from int8run.layers.linear import Int8Linear
+from int8run.layers.fusion import assemble, same_input_groups
+from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.plan import plan_layers
 from int8run.models.family import AutoFamily, ModelFamily, shipped_families
+from int8run.ptq.quantize import int8_layers, quantized_layers
 from int8run.quant.rounding import AbsMax
-from int8run.quantize import assemble, int8_layers, plan_layers, quantized_layers, same_input_groups
 
 INSTANCES = {**instances.INSTANCES, **instances_b.INSTANCES}
 FAMILIES = shipped_families()

@@ -29,10 +29,10 @@ from families.trips import (
 )
 from torch import Tensor, nn
 
-from int8run.build import Built
 from int8run.errors import ConfigError, FileError
-from int8run.lora.settings import Adapter
-from int8run.weights import FileWeights
+from int8run.lora.config import Adapter
+from int8run.pipeline.build import Built
+from int8run.pipeline.checkpoint_weights import FileWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

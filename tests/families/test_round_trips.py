@@ -30,12 +30,12 @@ from families.trips import (
 from torch import nn
 
 from int8run.errors import ConfigError
-from int8run.load import load
-from int8run.lora.settings import Adapter
+from int8run.layers.plan import Int8Settings
+from int8run.lora.config import Adapter
 from int8run.metrics.quality import relative_error
-from int8run.quantize import Int8Settings
-from int8run.report.terminal import Progress
-from int8run.weights import FileWeights
+from int8run.pipeline.checkpoint_weights import FileWeights
+from int8run.pipeline.load import load
+from int8run.report.console import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,8 @@ from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from families import instances, instances_b
 from torch import Tensor, nn
 
+from int8run.generate.capture import record_calls
 from int8run.generate.generate import generate, step_arguments
-from int8run.generate.probe import record_calls
 from int8run.generate.prompts import Sample
 from int8run.metrics.quality import relative_error
 

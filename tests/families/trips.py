@@ -13,24 +13,25 @@ import torch
 from diffusers import DiffusionPipeline
 from families import instances, instances_b
 from families.instances import Instance
-from jobs import make_spec
 from safetensors.torch import load_file, save_file
+from support.run_job import make_spec
 from torch import Tensor, nn
 
-from int8run import load
-from int8run.build import Built, build
+from int8run.config.job import Job
+from int8run.config.run_spec import RunSpec
 from int8run.generate.generate import generate
 from int8run.generate.prompts import Sample
-from int8run.layers.linear import Int8Linear, linear_at
-from int8run.lora.heads import read_heads
-from int8run.lora.settings import Adapter, LoraSettings
+from int8run.layers.int8_linear import Int8Linear, linear_at
+from int8run.lora.config import Adapter, LoraSettings
+from int8run.lora.header_info import read_heads
 from int8run.models.family import ModelSource, shipped_families
-from int8run.models.layout import Part, to_native
+from int8run.models.state_dict_adapter import Part, to_native
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
-from int8run.quantize_file import quantize_file
-from int8run.report.terminal import Progress
-from int8run.spec import Job, RunSpec
+from int8run.pipeline import load
+from int8run.pipeline.build import Built, build
+from int8run.report.console import Progress
+from int8run.tasks.quantize_checkpoint import quantize_file
 
 INSTANCES: dict[str, Instance] = {**instances.INSTANCES, **instances_b.INSTANCES}
 FAMILIES = shipped_families()

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU
 from PIL import Image
+from support.helpers import CPU
 from torch import nn
 
 from int8run.errors import ConfigError
 from int8run.generate import generate as module
 from int8run.generate.generate import StepClock, TextCache, call, device_of, frame_rate, frames_of, generate, unknown_arguments
 from int8run.generate.prompts import Sample
-from int8run.models.family import Sampling
+from int8run.models.sampling import Sampling
 
 SAMPLES = [Sample(prompt, seed, prompt) for seed, prompt in enumerate("abc", 5)]
 

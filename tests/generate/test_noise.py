@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_pipeline import random_pipeline
+from support.tiny_pipeline import random_pipeline
 
 from int8run.generate.generate import generate
 from int8run.generate.prompts import samples
-from int8run.models.family import Sampling
 from int8run.models.loader import use_scheduler
+from int8run.models.sampling import Sampling
 
 NOISY = Sampling(steps=3, height=16, width=16, scheduler="FlowMatchLCMScheduler", extra={"max_sequence_length": 8})
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import assert_close, full_range, randn
-from triton_process import case_device
+from support.helpers import assert_close, full_range, randn
+from support.triton_process import case_device
 
 from int8run.kernels.int8_linear.kernel import int8_linear
 from int8run.kernels.int8_linear.reference import int8_linear as reference

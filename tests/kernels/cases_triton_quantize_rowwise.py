@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import assert_close, randn
-from triton_process import case_device
+from support.helpers import assert_close, randn
+from support.triton_process import case_device
 
 from int8run.kernels.hadamard.reference import regular_hadamard, rotate_groups, sylvester_hadamard
 from int8run.kernels.quantize_rowwise import reference

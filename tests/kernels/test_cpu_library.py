@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU
+from support.helpers import CPU
 
 from int8run.backends.vnni import Vnni
 from int8run.errors import BackendError

@@ -4,7 +4,7 @@ from math import ceil, inf, nan
 
 import pytest
 import torch
-from helpers import full_range, randn
+from support.helpers import full_range, randn
 
 from int8run.kernels.dequantize.reference import dequantize_fp8, dequantize_int8, dequantize_mxfp8, dequantize_nvfp4, swizzled_offsets
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise

@@ -4,7 +4,7 @@ from math import ceil
 
 import pytest
 import torch
-from helpers import full_range, randn
+from support.helpers import full_range, randn
 
 from int8run.kernels.dequantize import eager, reference
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import full_range, randn
+from support.helpers import full_range, randn
 
 from int8run.kernels.dequantize import reference
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import randn
+from support.helpers import randn
 
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, rotate_groups, sylvester_hadamard
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import full_range, randn
+from support.helpers import full_range, randn
 
 from int8run.kernels.int8_linear.reference import int8_linear
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import randn
+from support.helpers import randn
 
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import randn
+from support.helpers import randn
 
 from int8run.kernels.cpu import rows as module
 from int8run.kernels.cpu.library import FLAGS, ROWS, ROWS_FLAGS, VECTORS, BuildError, rows_library

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from triton_process import needs_gpu, run_cases
+from support.triton_process import needs_gpu, run_cases
 
 pytest.importorskip("triton", reason="Triton is not installed")
 CASES = Path(__file__).with_name("cases_triton_int8_linear.py")

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from static_gate import ARCHITECTURES, MOST_PERMUTES, Counts, builds, count, failures, integer_loops, linear_build, unsupported
+from support.static_gate import ARCHITECTURES, MOST_PERMUTES, Counts, builds, count, failures, integer_loops, linear_build, unsupported
 
 from int8run.kernels.int8_linear.tile import Tile
 

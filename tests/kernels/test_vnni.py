@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import CPU, assert_close, full_range, randn
 from safetensors.torch import load_file, save_file
+from support.helpers import CPU, assert_close, full_range, randn
 
 from int8run.backends.vnni import Vnni
 from int8run.kernels.cpu import vnni

@@ -7,18 +7,19 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers import CPU, NEVER_FLOAT, randn, shipped, to_int8, usable
+from support.helpers import CPU, NEVER_FLOAT, randn, shipped, to_int8, usable
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from int8run.backends.base import FusedBranch
 from int8run.backends.reference import Reference
-from int8run.layers.linear import Int8Linear, LowRankBranch
+from int8run.layers.fusion import share_inputs
+from int8run.layers.int8_linear import Int8Linear, LowRankBranch
+from int8run.layers.plan import Int8Settings
 from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.hadanorm import HadaNorm
 from int8run.outlier.quarot import QuaRot
-from int8run.quantize import Int8Settings, share_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 NAMES = ("to_q", "to_k", "to_v")

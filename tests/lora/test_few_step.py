@@ -8,9 +8,9 @@ import diffusers
 import pytest
 
 from int8run.errors import ConfigError
-from int8run.lora.bases import table as base_table
+from int8run.lora.base_model import table as base_table
 from int8run.lora.few_step import FewStep, advice, already_distilled, detect, for_training_only, preset, presets, steps_in_name, table
-from int8run.models.family import Sampling
+from int8run.models.sampling import Sampling
 
 ROWS = [(name, base) for name, entry in table()["presets"].items() for base in entry["bases"]]
 # one pipeline of diffusers for each base, where `extra` must be understood

@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from helpers import assert_close
 from lora import lora_files
 from lora.lora_files import LAYOUTS, MISTAKES
+from support.helpers import assert_close
 
 from int8run.errors import LoraError
-from int8run.lora.files import read_lora
+from int8run.lora.load import read_lora
 from int8run.lora.match import Wanted, match
 
 

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import randn
 from lora.lora_files import tiny_models
-from tiny_pipeline import random_pipeline
+from support.helpers import randn
+from support.tiny_pipeline import random_pipeline
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from int8run.errors import LoraError
-from int8run.lora.files import LoraFile
-from int8run.lora.kinds import Change, Diff, DoRA, LoRA
+from int8run.lora.adapters.change import Change
+from int8run.lora.adapters.diff import Diff
+from int8run.lora.adapters.dora import DoRA
+from int8run.lora.adapters.lora import LoRA
+from int8run.lora.load import LoraFile
 from int8run.lora.match import Matches, Wanted, match
 
 TO_Q, PROJ_OUT = "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_out"

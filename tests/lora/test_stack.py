@@ -4,14 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, TinyModel, assert_close, lora_file, on_int8, randn, shipped, to_int8, usable
 from safetensors.torch import save_file
+from support.helpers import CPU, TinyModel, assert_close, lora_file, on_int8, randn, shipped, to_int8, usable
 from torch import nn
 
 from int8run.errors import ConfigError, LoraError
-from int8run.layers.linear import Int8Linear
-from int8run.lora.kinds import IA3, Change, Core, Diff, DoRA, LoHa, LoKr, LoRA, Pair
-from int8run.lora.modes import balanced
+from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.plan import Int8Settings
+from int8run.lora.adapters.base import Core, Pair
+from int8run.lora.adapters.change import Change
+from int8run.lora.adapters.diff import Diff
+from int8run.lora.adapters.dora import DoRA
+from int8run.lora.adapters.ia3 import IA3
+from int8run.lora.adapters.loha import LoHa
+from int8run.lora.adapters.lokr import LoKr
+from int8run.lora.adapters.lora import LoRA
+from int8run.lora.apply import balanced
 from int8run.lora.stack import Entry, LoraStack
 from int8run.outlier.base import OutlierMethod
 from int8run.outlier.convrot import ConvRot
@@ -19,7 +27,6 @@ from int8run.outlier.hadanorm import HadaNorm
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.quarot import QuaRot
 from int8run.quant.rounding import Gptq, Mse
-from int8run.quantize import Int8Settings
 
 LINEARS = ["proj_in", "blocks.0.1", "blocks.0.3", "blocks.1.1", "blocks.1.3", "proj_out"]
 X = randn(9, 7)

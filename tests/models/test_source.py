@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from int8run.errors import ConfigError, FileError
 from int8run.models import source as module
-from int8run.models.family import ModelSource, Sampling
-from int8run.models.locate import SHIPPED
+from int8run.models.family import ModelSource
+from int8run.models.resolve_weights import SHIPPED
+from int8run.models.sampling import Sampling
 from int8run.models.source import Denoiser, Source, find_source
 
 FLUX = {"_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import randn, shipped
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from support.helpers import randn, shipped
 
 from int8run.backends.reference import Reference
 from int8run.errors import ConfigError
-from int8run.layers.linear import Int8Linear, QuantizedLayer
+from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import LayerStatistics
 from int8run.outlier.convrot import ConvRot

@@ -5,13 +5,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers import CPU, assert_close, full_range, randn, shipped, usable
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from support.helpers import CPU, assert_close, full_range, randn, shipped, usable
 
 from int8run.backends.reference import Reference
 from int8run.errors import ConfigError
-from int8run.layers.linear import Int8Linear, QuantizedLayer, centered_rows
+from int8run.layers.int8_linear import Int8Linear, QuantizedLayer, centered_rows
 from int8run.outlier.base import LayerStatistics, OutlierTransform
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.hadanorm import HadaNorm

@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import randn
+from support.helpers import randn
 from torch import Tensor
 
 from int8run.errors import ConfigError
 from int8run.kernels.dequantize.reference import swizzled_offsets
 from int8run.quant import formats
-from int8run.quant.coded import CodedWeight
 from int8run.quant.formats import FORMATS, Format, format_for, swizzled
+from int8run.quant.packed_weight import CodedWeight
 from int8run.quant.weight import quantize_weight
 
 WRITTEN = [form for form in FORMATS.values() if not form.read_only]

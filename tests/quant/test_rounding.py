@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, full_range, randn, shipped
+from support.helpers import assert_close, full_range, randn, shipped
 
 from int8run.errors import ConfigError
 from int8run.quant.rounding import REFINEMENTS, AbsMax, Gptq, Mse

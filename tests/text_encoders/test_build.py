@@ -6,20 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clip_files import answer
-from helpers import assert_close, without_vnni
+from support.clip_files import answer
+from support.helpers import assert_close, without_vnni
 from text_encoders.files import ENCODERS, encoder
 from text_encoders.files import FORMATS as FILES
 from torch import nn
 
 from int8run.errors import BackendError
-from int8run.layers.coded import BlockInt8Linear, CodedEmbedding, CodedLinear
-from int8run.layers.linear import Int8Linear
+from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.weight_only import BlockInt8Linear, CodedEmbedding, CodedLinear
 from int8run.metrics.layers import module_bytes
 from int8run.quant.formats import FORMATS
 from int8run.text_encoders.build import Kernels, build_encoder, plan_encoder
-from int8run.text_encoders.encoders import config_of, skeleton
 from int8run.text_encoders.load import build_text_encoder, load_text_encoder
+from int8run.text_encoders.model_config import config_of, skeleton
 from int8run.text_encoders.weights import EncoderFile
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,8 +19,9 @@ from text_encoders.mutations import MUTATIONS, Draft
 from text_encoders.oracle import Reading, Unreadable
 from text_encoders.probes import asked_all, bare
 
-from int8run.checkpoints.stored import StoredLayer, stored_layers
-from int8run.checkpoints.tensors import TensorFiles
+from int8run.checkpoints.detect import stored_layers
+from int8run.checkpoints.layer import StoredLayer
+from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
 from int8run.text_encoders.load import build_text_encoder, load_text_encoder
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clip_files import answer, changed, file_of
-from helpers import assert_close
 from safetensors.torch import load_file
+from support.clip_files import answer, changed, file_of
+from support.helpers import assert_close
+from support.tiny_pipeline import random_pipeline
 from text_encoders.files import File, encoder
-from tiny_pipeline import random_pipeline
 
 import int8run
 from int8run.errors import ConfigError, FileError

@@ -9,22 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TinyModel, assert_close, randn
 from safetensors.torch import save_file
+from support.helpers import TinyModel, assert_close, randn
 from text_encoders import oracle
 from text_encoders.files import ENCODERS, FORMATS, File, Stored, encoder, int8_convrot, legacy
 from text_encoders.oracle import DTYPES
 from text_encoders.probes import asked_all, bare, weights_of
 from torch import nn
 
-from int8run.encoders import adding
 from int8run.errors import ConfigError, FileError
-from int8run.lora.files import read_lora
-from int8run.lora.modes import FloatMerge
+from int8run.lora.apply import FloatMerge
+from int8run.lora.load import read_lora
 from int8run.lora.stack import Entry, LoraStack
+from int8run.pipeline.text_encoders import adding
 from int8run.text_encoders.build import Kernels, Merged, build_encoder
-from int8run.text_encoders.encoders import config_of, skeleton, take_out_spare
 from int8run.text_encoders.load import build_text_encoder, load_text_encoder
+from int8run.text_encoders.model_config import config_of, skeleton, take_out_spare
 from int8run.text_encoders.weights import EncoderFile
 
 CLIP, T5 = "text_model.encoder.layers.0.", "encoder.block.0.layer."

@@ -8,8 +8,8 @@ from typing import Any
 import mlflow
 from PIL import Image
 
-from int8run.record import FINISHED, Record, read_record, this_process
 from int8run.tracking.mlflow_tracker import MlflowTracker
+from int8run.tracking.run_record import FINISHED, Record, read_record, this_process
 
 PROMPTS = ("fox", "red apple")
 

@@ -12,17 +12,17 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from cli_process import command_in
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from PIL import Image
+from support.cli_process import command_in
 from tracking.records import client_of, contents_of, known, make_record, runs_of
 
 from int8run.errors import ConfigError, TrackingError
-from int8run.record import FAILED, FINISHED, KILLED, NO_WORD, RUNNING, read_record, this_process
-from int8run.tracking import answers
+from int8run.tracking import retry as answers
 from int8run.tracking.base import NoTracker
 from int8run.tracking.mlflow_tracker import MlflowTracker
+from int8run.tracking.run_record import FAILED, FINISHED, KILLED, NO_WORD, RUNNING, read_record, this_process
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from servers import Door, MlflowServer
+from support.servers import Door, MlflowServer
 from tracking.records import contents_of, known, make_record, runs_of
 
 from int8run.errors import TrackingError
-from int8run.record import RUNNING, read_record
-from int8run.tracking import answers
+from int8run.tracking import retry as answers
 from int8run.tracking.mlflow_tracker import MlflowTracker
+from int8run.tracking.run_record import RUNNING, read_record
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,63 @@
+"""One line and an exit code for every error that a user can meet, those of hydra, omegaconf and YAML included."""
+
+import re
+
+from int8run.errors import disk_full, not_writable, our_error, suggest
+
+
+def explain(error: BaseException) -> tuple[str | None, int]:
+    """One line and an exit code for an error; None when it is not one that a user can meet, so that it is shown whole."""
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+    from omegaconf import ListConfig
+    from omegaconf.errors import ConfigAttributeError, ConfigIndexError, ConfigKeyError, OmegaConfBaseException
+    from yaml import YAMLError
+
+    ours = our_error(error) or disk_full(error) or not_writable(error)
+    if ours is not None:
+        return str(ours), ours.exit_code
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        known = sorted(error.options)
+        if not known:
+            return f"there is no group called {group!r}; `int8run --help` lists the groups", 2
+        return f"no {group} called {option!r}; {suggest(option, known)}choose from {', '.join(known)}", 2
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException | HydraException) else error
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        key = str(cause.full_key or cause.key)
+        parent = cause.parent_node
+        known = [str(k) for k in parent if k != "hydra" and not str(k).startswith("_")] if hasattr(parent, "keys") else []
+        from int8run.config.help import options_with
+
+        owners = options_with(key)
+        if owners:
+            return f"no setting called {key!r} in this config; {' and '.join(owners)} has it", 2
+        if re.fullmatch(r"lora\.adapters\[\d+\]\.\w+", key) and (left_out := adapter_field(key)):
+            return (
+                f"{left_out} is a setting that this stack leaves out; give it with a plus: +{key.replace('[', '.').replace(']', '')}=…",
+                2,
+            )
+        return f"no setting called {key!r}; {suggest(key.rpartition('.')[2], known)}choose from {', '.join(sorted(known))}", 2
+    if isinstance(cause, ConfigIndexError):
+        key = str(cause.full_key)
+        there = len(cause.parent_node) if isinstance(cause.parent_node, list | ListConfig) else 0
+        stack = "; choose a stack that has it, such as lora=stack_a" if key.startswith("lora.") else ""
+        return f"no setting called {key!r}: the list has {there} entries{stack}", 2
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        source = cause if isinstance(cause, OmegaConfBaseException) else error
+        # omegaconf appends the key and the container's type, each on a line of its own
+        return " ".join(re.sub(r"\n\s*(full_key|object_type|reference_type).*", "", str(source)).split()), 2
+    if isinstance(error, TypeError) and "is not an int" in str(error):  # omegaconf's, for a name where a list wants a number
+        return f"{error}: entries of a list are counted from 0, such as lora.adapters.0.strength=0.5", 2
+    if isinstance(error, YAMLError):
+        return f"a YAML file of the config is damaged: {' '.join(str(error).split())}", 2
+    return None, 1
+
+
+def adapter_field(key: str) -> str | None:
+    """The last word of a key, if an entry of a LoRA stack has such a setting."""
+    from dataclasses import fields
+
+    from int8run.lora.config import Adapter
+
+    word = key.rpartition(".")[2]
+    return word if word in {field.name for field in fields(Adapter)} else None

@@ -1,0 +1,47 @@
+"""Where the settings of a job came from, for the record."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from int8run.tracking.run_record import UNHASHED, key_and_value
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where a RunSpec came from: the words of the command line, for the record."""
+
+    settings: Mapping[str, Any]  # the resolved config
+    choices: Mapping[str, str]  # group -> option
+    overrides: Sequence[str]
+    output_dir: Path
+    sweep: str | None = None  # its identity, when the job is part of one
+    number: int = 0  # in the sweep
+    varying: Sequence[str] = ()  # keys that the sweep varies
+    jobs_at_once: int = 1  # jobs of the sweep that share this machine
+
+    def params(self) -> dict[str, str]:
+        """The settings that one compares between runs, flat: options by group, values by their key on the command line."""
+        flat = dict(self.choices)
+        flatten("", {key: value for key, value in self.settings.items() if key not in UNHASHED}, flat)
+        return flat
+
+    @property
+    def name(self) -> str:
+        """What differs from the other jobs of the sweep, else from the defaults, in the words of the command line."""
+        differing = [word for word in self.overrides if key_and_value(word)[0] in self.varying]
+        return " ".join(differing or self.overrides) or "defaults"
+
+
+def flatten(prefix: str, value: object, into: dict[str, str]) -> None:
+    """`{a: {b: 1}}` -> `a.b: 1`; targets, rules and long texts stay in config.yaml."""
+    name = prefix.rstrip(".")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            flatten(f"{prefix}{key}.", inner, into)
+    elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+        for index, inner in enumerate(value):
+            flatten(f"{prefix}{index}.", inner, into)
+    elif not name.endswith("_target_") and ".float_layers." not in prefix and len(str(value)) <= 250:
+        into.setdefault(name, str(value))

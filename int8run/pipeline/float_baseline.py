@@ -1,0 +1,61 @@
+"""`metrics.baseline=cached`: the float model draws first and alone, once; later runs compare with what it drew."""
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from int8run.config.run_spec import RunSpec
+from int8run.errors import FileError
+from int8run.generate.generate import Generation
+from int8run.generate.prompts import Sample
+from int8run.generate.serialization import load_generation, save_generation
+from int8run.lora.header_info import Head
+from int8run.models.loader import library_versions, pick_device
+from int8run.models.source import find_source
+from int8run.pipeline.load import file_hashes
+from int8run.text_encoders.base import TextEncoders
+from int8run.utils.disk_cache import key_of
+from int8run.utils.hardware import device_name
+
+log = logging.getLogger(__name__)
+
+
+def cached_baseline(
+    spec: RunSpec, heads: Sequence[Head], wanted: Sequence[Sample], draw: Callable[[RunSpec], Generation]
+) -> tuple[Generation, bool]:
+    """What the float model draws for these samples, out of the cache or drawn now; and whether it was now.
+
+    Args:
+        draw: builds the float model that a spec asks for and lets it draw. The model is dropped afterwards.
+    """
+    source = find_source(spec.model)
+    hashes = file_hashes(source, spec.cache) if spec.cache.limit_gb else []
+    versions = {name: version for name, version in library_versions().items() if name in ("torch", "diffusers", "transformers")}
+    loras = [spec.cache.content_hash(head.path) for head in heads]
+    key = key_of([hashes, versions, device_name(pick_device(spec.device)), spec.float_key, loras, list(wanted)])
+    path = spec.cache.find("float", key)
+    if path is not None:
+        try:
+            found = load_generation(path)
+            log.info("float pictures of an earlier run: %s; its speed then says nothing of now and is left out", path)
+            return found, False
+        except FileError as error:
+            spec.cache.drop(path, error)
+    made = draw(float_spec(spec))
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    note = {"model": str(spec.model.location), "drawings": len(made.frames), "loras": [[head.name] for head in heads]}
+    spec.cache.put("float", key, made.bytes, lambda path: save_generation(made, path, note))
+    return made, True
+
+
+def float_spec(spec: RunSpec) -> RunSpec:
+    """The same job with the float model alone."""
+    return replace(
+        spec, int8=replace(spec.int8, enable=False, checkpoint=None), clip=TextEncoders(), save=None, quality_db=None,
+        model_type=replace(spec.model_type, keep_float="listed"), metrics=replace(spec.metrics, baseline="none", perceptual=()),
+    )  # fmt: skip

@@ -1,0 +1,106 @@
+"""What `task=` chooses between. Each imports its work when it runs, so that composing a config stays cheap."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from int8run.config.job import Job
+from int8run.config.run_spec import RunSpec
+from int8run.errors import ConfigError, in_range
+
+
+@dataclass(frozen=True)
+class Run:
+    """Build, generate, measure, log."""
+
+    recorded: ClassVar[bool] = True
+    tracked: ClassVar[bool] = True
+
+    def execute(self, spec: RunSpec, job: Job) -> float | None:
+        """Returns the metric named by `metrics.objective`, for sweepers."""
+        from int8run.tasks.run import run
+
+        metrics = run(spec, job).metrics
+        if spec.metrics.baseline != "none" and spec.metrics.objective not in metrics:
+            raise ConfigError(f"metrics.objective={spec.metrics.objective} was not measured; choose from {', '.join(sorted(metrics))}")
+        return metrics.get(spec.metrics.objective)
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Say what a `.safetensors` file or a folder of them is, from the headers; without a path, what the cache holds."""
+
+    recorded: ClassVar[bool] = False
+    tracked: ClassVar[bool] = False
+
+    path: str | None = None
+
+    def execute(self, spec: RunSpec, job: Job) -> None:
+        from int8run.report.console import say
+        from int8run.tasks.inspect_file import inspect_cache, inspect_file
+
+        if self.path:
+            say(inspect_file(str(self.path)))
+        else:
+            say(inspect_cache(spec.cache), "task.path=<file.safetensors> looks at a file")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Time every backend on the model's own layer shapes and keep the answers for `backend=auto`."""
+
+    recorded: ClassVar[bool] = True
+    tracked: ClassVar[bool] = False
+
+    rounds: int = 21
+
+    def __post_init__(self) -> None:
+        in_range("task.rounds", self.rounds, 1, 1000, whole=True)
+
+    def execute(self, spec: RunSpec, job: Job) -> None:
+        from int8run.tasks.benchmark import bench
+
+        bench(spec, job, self.rounds)
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Write a quantized checkpoint without running it or holding it in memory.
+
+    Args:
+        component: of a pipeline with several denoisers the one that is meant; or a text encoder, which is written as `clip=` says.
+    """
+
+    recorded: ClassVar[bool] = True
+    tracked: ClassVar[bool] = False
+
+    component: str | None = None
+
+    def execute(self, spec: RunSpec, job: Job) -> None:
+        from int8run.tasks.quantize_checkpoint import quantize_file
+        from int8run.tasks.quantize_text_encoder import quantize_encoder
+
+        if str(self.component).startswith("text_encoder"):
+            quantize_encoder(spec, job, str(self.component))
+        else:
+            quantize_file(spec, job, self.component)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One page that compares logged runs, out of their output folders.
+
+    Args:
+        path: a folder with runs in it, at any depth; None: `sync`, else the newest sweep below `multirun`.
+        sweep: identity of a sweep in the tracker; its runs are fetched into `path` first.
+    """
+
+    recorded: ClassVar[bool] = False
+    tracked: ClassVar[bool] = False
+
+    path: str | None = None
+    sweep: str | None = None
+
+    def execute(self, spec: RunSpec, job: Job) -> None:
+        from int8run.tasks.report import report_runs
+
+        report_runs(spec.tracker, self.path, self.sweep, spec.sync)

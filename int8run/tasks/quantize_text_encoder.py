@@ -1,0 +1,262 @@
+"""`task=quantize task.component=text_encoder`: a text encoder from file to file, one tensor at a time."""
+
+import importlib.metadata
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from int8run.checkpoints.comfy_formats import TORCH, coded_entries, coded_tensors
+from int8run.checkpoints.comfy_int8 import NOTE, WEIGHT, prepare_folder
+from int8run.checkpoints.writer import Entry, StreamWriter
+from int8run.config.job import Job
+from int8run.config.run_spec import RunSpec
+from int8run.errors import ConfigError, suggest
+from int8run.layers.plan import LayerPlan
+from int8run.models.resolve_weights import CONFIG, INDEX, SAFE, local
+from int8run.models.source import read_config, unfetched
+from int8run.models.state_dict_adapter import Part, joined_shape
+from int8run.outlier.base import OutlierTransform
+from int8run.outlier.convrot import ConvRot
+from int8run.pipeline.text_encoders import Slot, slots
+from int8run.quant.formats import FORMATS, Format
+from int8run.report.console import Progress, megabytes, pairs_line, say
+from int8run.report.run_files import write_json, write_layers
+from int8run.tasks.quantize_checkpoint import Steps, fingerprint, measured, new_file, reasons, summary
+from int8run.text_encoders.build import fitted, listed, plan_format, quantized, source_of
+from int8run.text_encoders.model_config import config_of, skeleton
+from int8run.text_encoders.registry import canonical_names
+from int8run.text_encoders.weights import EncoderFile, check_finite
+
+log = logging.getLogger(__name__)
+BYTES = "U8"
+FILE = f"model{SAFE}"  # in a folder, as transformers has it
+
+
+@dataclass
+class Target:
+    """One tensor of the new file.
+
+    Args:
+        parts: of the source's tensors.
+        dtype: safetensors' word, of what stays float.
+        form: of a weight that is quantized.
+        plan: of a Linear or an embedding.
+        copied: the layer of the source whose codes are taken as they are.
+        transform: what is done to the weight; known before its numbers are.
+    """
+
+    key: str
+    parts: tuple[Part, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    form: Format | None = None
+    plan: LayerPlan | None = None
+    copied: str | None = None
+    transform: OutlierTransform = field(default_factory=OutlierTransform)
+
+    def entries(self) -> list[Entry]:
+        """What it adds to the new file."""
+        if self.form is None:
+            return [(self.key, self.dtype, self.shape)]
+        return coded_entries(self.key, self.form, (self.shape[0], self.shape[1]), self.transform)
+
+
+def quantize_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, float]:
+    """Quantize a text encoder of `model.location` into `save`, to the format of `clip=`; layers.csv and metrics.json say what became of it.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        ConfigError: for settings that say nothing about text encoders, or when no layer is quantized.
+        FileError: when the source cannot be read or the result not be written.
+    """
+    form = written_format(spec, component)
+    prepare_folder(str(spec.save))  # before the work whose result it is to hold
+    slot = find_slot(spec, component)
+    started = time.perf_counter()
+    weights = EncoderFile(slot.folder, class_name=slot.class_name)
+    with weights.files:
+        to_folder = Path(str(spec.save)).suffix != SAFE
+        config = dict(read_config(slot.folder)) if slot.class_name else config_of(weights.encoder, weights.shapes)
+        path = new_file(str(Path(str(spec.save)) / FILE) if to_folder else str(spec.save), weights.files)
+        targets = plan_targets(weights, slot.class_name or weights.encoder.classes[0], config, form, to_folder)
+        plans = [target.plan for target in targets if target.plan is not None]
+        tell_plans(weights, targets, form)
+        read = sum(info.nbytes for info in weights.files.values())
+        say(
+            pairs_line([("read", weights.where), ("encoder", weights.encoder.name), ("size", megabytes(read))]),
+            pairs_line([("write", path), ("layers", sum(target.form is not None for target in targets)), ("format", form.name)]),
+        )
+        if path.exists():
+            log.warning("save=%s replaces a file that is there", spec.save)
+        entries = [entry for target in targets for entry in target.entries()]
+        with (
+            StreamWriter(path, entries, header_metadata(weights, spec, plans)) as writer,
+            Progress(spec.progress).count("quantize, MB", max(1, read // 10**6)) as advance,
+        ):
+            steps = Steps(advance)
+            for target in targets:
+                write(writer, weights, target)
+                steps(sum(weights.files[weights.prefix + part.key].nbytes for part in target.parts if part.rows is None))
+            writer.finish()
+            written = writer.nbytes
+        if to_folder:
+            (path.parent / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")
+    metrics = measured(plans, read, written, time.perf_counter() - started, "clip", "quantized")
+    write_layers(plans, job.output_dir / "layers.csv")
+    about = {"source": weights.where, "save": str(path), "encoder": weights.encoder.name, "format": form.name}
+    write_json({"metrics": metrics, **about}, job.output_dir / "metrics.json")
+    say(*summary(plans, metrics, form.name), f"files: {path}, {job.output_dir / 'layers.csv'}, {job.output_dir / 'metrics.json'}")
+    return metrics
+
+
+def written_format(spec: RunSpec, component: str) -> Format:
+    """The format to write.
+
+    Raises:
+        ConfigError: when there is none, or no place to write to.
+    """
+    if spec.save is None:
+        raise ConfigError("task=quantize writes a checkpoint; set save=<file.safetensors> or save=<folder>")
+    form = FORMATS.get(spec.clip.format)
+    if form is None or form.read_only:
+        words = ", ".join(name for name, known in FORMATS.items() if not known.read_only)
+        raise ConfigError(f"task.component={component} is written in the format of clip=; choose one: {words}")
+    if spec.clip.path is not None:
+        raise ConfigError("task=quantize reads model.location; set it to the file, and clip.path=null")
+    return form
+
+
+def find_slot(spec: RunSpec, component: str) -> Slot:
+    """The source: a component of a pipeline, or a file or folder that is an encoder itself.
+
+    Raises:
+        ConfigError: when the pipeline has no such component.
+        FileError: when it cannot be had.
+    """
+    location = str(spec.model.location)
+    path = local(location)
+    if path.is_file() or (path.is_dir() and not (path / INDEX).is_file()):
+        own = path.is_dir() and (path / CONFIG).is_file()
+        named = read_config(path).get("architectures") if own else None
+        return Slot(component, str(named[0]) if named else "", path)
+    if not path.is_dir():
+        wanted = [INDEX, f"{component}/*.json", f"{component}/*{SAFE}"]
+        try:
+            path = Path(snapshot_download(location, revision=spec.model.revision, allow_patterns=wanted))
+        except (OSError, ValueError) as error:
+            raise unfetched(location, "model.location", error) from error
+    there = slots(path, {name: part for name, part in spec.model.parts.items() if name == component})
+    if component not in there:
+        names = ", ".join(there) or "none"
+        raise ConfigError(f"task.component={component} is no text encoder of {location}; {suggest(component, list(there))}it has {names}")
+    return there[component]
+
+
+def plan_targets(weights: EncoderFile, class_name: str, config: Mapping[str, Any], form: Format, to_folder: bool) -> list[Target]:
+    """What the new file will hold: in a single file by ComfyUI's names, in a folder by those of the source."""
+    model = skeleton(class_name, dict(config), torch.float32)
+    layout = fitted(weights, model)
+    names, dropped = canonical_names(weights.encoder, weights.shapes)
+    blobs = {key: (Part(key),) for key in dropped if weights.files[weights.prefix + key].dtype == BYTES}  # tokenizers
+    if to_folder and not weights.prefix:
+        names = {key: (Part(key),) for key in weights.shapes if key not in dropped}
+    modules = {
+        source: (name, module) for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and name + WEIGHT in layout.parts
+        and (source := source_of(layout.parts[name + WEIGHT])) is not None
+    }  # fmt: skip
+    targets = []
+    for key, parts in {**names, **blobs}.items():
+        shape = joined_shape(parts, weights.shapes) or ()
+        target = Target(key, parts, shape, dtype_of(weights, parts))
+        source = source_of(parts)
+        if source in modules and len(shape) == 2:
+            plan_layer(target, weights, source, modules[source][1], form)
+        targets.append(target)
+    return targets
+
+
+def dtype_of(weights: EncoderFile, parts: tuple[Part, ...]) -> str:
+    """The dtype of what stays float: its own, of quantized weights bfloat16."""
+    words = {weights.files[weights.prefix + part.key].dtype for part in parts}
+    if any(weights.format_of(part.key.removesuffix(WEIGHT)) for part in parts):
+        return "BF16"
+    return words.pop() if len(words) == 1 else "F32"
+
+
+def plan_layer(target: Target, weights: EncoderFile, source: str, module: nn.Module, form: Format) -> None:
+    """Decide what becomes of a Linear or an embedding."""
+    rows, columns = target.shape
+    target.plan = plan = LayerPlan(target.key.removesuffix(WEIGHT), columns, rows, None)
+    plan_format(plan, module, weights.encoder, source, form)
+    word = weights.format_of(source)
+    if word and word == (plan.rounding or form.name):  # in this format already, embeddings included
+        target.copied, target.form, target.transform = source, form, weights.layers[source].transform(weights.files)
+        plan.keep_float, plan.rounding = None, f"{word}, as in the source"
+    elif plan.keep_float is None:
+        target.form = FORMATS[plan.rounding]
+        if target.form.rotated:
+            target.transform = ConvRot().fit(torch.ones(1, columns), None)
+
+
+def tell_plans(weights: EncoderFile, targets: Sequence[Target], form: Format) -> None:
+    """Say what is other than one might think.
+
+    Raises:
+        ConfigError: when no layer is quantized.
+    """
+    plans = [target.plan for target in targets if target.plan is not None]
+    if not any(target.form is not None for target in targets):
+        raise ConfigError(f"{weights.where}: no layer becomes {form.name} ({listed(reasons(plans))})")
+    again = Counter(
+        weights.format_of(part.key.removesuffix(WEIGHT)) for t in targets if t.plan is not None and t.copied is None for part in t.parts
+    )  # fmt: skip
+    again.pop("", None)
+    if again:
+        log.warning(
+            "%s: layers that are quantized already are rounded once more, from what they stand for: %s", weights.where, listed(again)
+        )
+    others = Counter(plan.outlier_why_not for plan in plans if plan.keep_float is None and plan.outlier_why_not)
+    if others:
+        log.warning("%s: %d layers cannot be %s: %s", weights.where, others.total(), form.name, listed(others))
+
+
+def write(writer: StreamWriter, weights: EncoderFile, target: Target) -> None:
+    """Read, quantize and write one tensor."""
+    if target.form is None:
+        for part in target.parts:
+            blob = target.dtype == "U8"
+            tensor = (
+                weights.files.read(weights.prefix + part.key) if blob else check_finite(weights.where, part.key, weights.tensor(part.key))
+            )
+            writer.write(target.key, part.cut(tensor).to(TORCH[target.dtype]).contiguous())
+        return
+    layer = None if target.copied is None else weights.coded(target.copied)
+    if layer is None:
+        assert target.plan is not None
+        layer = quantized(target.plan, weights.tensor(target.parts[0].key), target.form)
+    for key, data in coded_tensors(target.key, layer.weight, target.form, layer.transform).items():
+        writer.write(key, data)
+
+
+def header_metadata(weights: EncoderFile, spec: RunSpec, plans: Sequence[LayerPlan]) -> dict[str, str]:
+    """What the source's header says, without a description of layers that is none any more, and how the file was made."""
+    note = {
+        "int8run": importlib.metadata.version("int8run"), "model": str(spec.model.location), "revision": spec.model.revision,
+        "source": {"files": [file.name for file in weights.files.files], "sha256": fingerprint(weights.files)},
+        "encoder": weights.encoder.name, "format": spec.clip.format, "seed": spec.seed,
+        "kept_float": {plan.name: plan.keep_float for plan in plans if plan.keep_float is not None},
+    }  # fmt: skip
+    kept = {key: text for key, text in weights.files.metadata.items() if key not in (NOTE, "_quantization_metadata")}
+    return {"format": "pt", **kept, NOTE: json.dumps(note)}

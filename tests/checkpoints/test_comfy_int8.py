@@ -1,0 +1,118 @@
+"""What int8run writes beside INT8 weights: markers, the note, and a place that is tried before the work."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.helpers import randn, shipped
+
+from int8run.checkpoints.comfy_int8 import marker, prepare_folder, read_note
+from int8run.errors import FileError
+from int8run.outlier.base import LayerStatistics, OutlierMethod, OutlierTransform
+from int8run.outlier.convrot import ConvRot
+from int8run.outlier.hadanorm import HadaNorm
+from int8run.outlier.quarot import QuaRot
+from int8run.outlier.smoothquant import SmoothQuant
+
+METHODS: dict[str, OutlierMethod] = {name: m for name, m in shipped("outlier").items() if name != "auto"}
+
+
+def fitted(method: OutlierMethod, width: int) -> OutlierTransform:
+    """The transform of a layer."""
+    weight, sample = randn(6, width, seed=width), randn(2, 6, width, seed=1)
+    return method.fit(weight, LayerStatistics(sample, sample.abs().amax((0, 1)), weight.abs().amax(0)))
+
+
+# -- markers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [16, 64, 256])
+def test_the_markers_of_plain_and_rotated_layers_are_comfyuis_own(width: int) -> None:
+    plain, rotated = marker(OutlierTransform()), marker(fitted(ConvRot(), width))
+    assert plain == {"format": "int8_tensorwise", "per_row": True}
+    assert rotated == {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": width, "per_row": True}
+    # readers that go by the header alone know these lengths
+    assert (len(json.dumps(plain)), len(json.dumps(rotated))) == (46, 88 if width < 100 else 89)
+
+
+@pytest.mark.parametrize("method", [QuaRot(), SmoothQuant(), HadaNorm()], ids=lambda m: m.name)
+def test_what_comfyui_cannot_compute_has_a_format_name_that_it_refuses(method: OutlierMethod) -> None:
+    found = marker(fitted(method, 128))
+    assert found["format"] == "int8run_transformed" and not {"convrot", "convrot_groupsize"} & set(found)
+    assert found["factor"] == (method.name != "quarot") and found["outlier"] == method.name
+    assert found["settings"] == method.settings_for(128) and found["centered"] == (method.name == "hadanorm")
+    assert ("rotation" in found) == (method.name != "smoothquant")
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_marker_is_json_that_says_the_same_when_it_is_read(method: OutlierMethod) -> None:
+    found = marker(fitted(method, 128))
+    assert json.loads(json.dumps(found)) == found
+
+
+# -- the note -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_note_is_read_and_its_absence_is_an_empty_one() -> None:
+    note = {"model": "shipped:tiny", "kept_float": {"proj_out": "letzte Schicht ü"}, "calibration": None}
+    assert read_note(Path("m"), {"format": "pt", "int8run": json.dumps(note)}) == note
+    assert read_note(Path("m"), {"format": "pt"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("{", "no JSON"), ("[" * 100_000, "no JSON"), ("", "no JSON"), ("[1]", "no JSON object"), ("3", "no JSON object")]
+)
+def test_a_note_that_is_none_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(FileError, match=rf"^m\.safetensors: the note in the header is {reason}: {re.escape(repr(text[:80]))}$"):
+        read_note(Path("m.safetensors"), {"int8run": text})
+
+
+# -- the place ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_folder_is_made_and_nothing_is_left_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert prepare_folder("new/folder/m.safetensors") == tmp_path / "new" / "folder" / "m.safetensors"
+    assert prepare_folder("~/m.safetensors") == tmp_path / "home" / "m.safetensors"
+    assert list((tmp_path / "new" / "folder").iterdir()) == [] and (tmp_path / "home").is_dir()
+
+
+def in_a_file(folder: Path) -> Path:
+    (folder / "file").write_text("")
+    return folder / "file" / "m.safetensors"
+
+
+def a_folder(folder: Path) -> Path:
+    (folder / "m.safetensors").mkdir()
+    return folder / "m.safetensors"
+
+
+UNWRITABLE = {
+    "a folder of that name": (a_folder, "it is a folder|Is a directory"),
+    "a file in the way": (in_a_file, r"(File exists|Not a directory)"),
+    "a folder that nobody may write to": (lambda folder: Path("/proc/m.safetensors"), r".+"),
+    "a name that is too long": (lambda folder: folder / ("x" * 300) / "m.safetensors", "File name too long"),
+}
+
+
+@pytest.mark.parametrize(("place", "reason"), UNWRITABLE.values(), ids=UNWRITABLE)
+def test_a_place_that_cannot_be_written_is_named(place: Callable[[Path], Path], reason: str, tmp_path: Path) -> None:
+    path = place(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileError, match=rf"^save=.*safetensors cannot be written: ({reason}); choose a folder that you may write to$"):
+        prepare_folder(str(path))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_is_made_and_a_file_in_its_place_is_named(tmp_path: Path) -> None:
+    assert prepare_folder(str(tmp_path / "new" / "model")) == tmp_path / "new" / "model" and (tmp_path / "new" / "model").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=r"^save=.*file cannot be written: (File exists|Not a directory); choose"):
+        prepare_folder(str(tmp_path / "file"))
+
+
+def test_every_method_has_a_marker_of_its_own() -> None:
+    assert len({json.dumps(marker(fitted(method, 128))) for method in METHODS.values()}) == len(METHODS)

@@ -1,0 +1,473 @@
+"""Layers of checkpoints: every kind gives the weight that its formula gives, and what cannot be trusted is refused by name."""
+
+import json
+import logging
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import checkpoint_files as made
+from checkpoints.checkpoint_files import KINDS, LAYER, MISTAKES, Draft, K, N
+from safetensors.torch import save_file
+from support.helpers import assert_close, randn, shipped
+from torch import Tensor
+
+from int8run.backends.reference import Reference
+from int8run.checkpoints.comfy_int8 import marker
+from int8run.checkpoints.detect import is_file_marker, stored_layers
+from int8run.checkpoints.layer import StoredLayer
+from int8run.checkpoints.reader import TensorFiles
+from int8run.errors import FileError, Int8RunError
+from int8run.kernels.dequantize.reference import dequantize_fp8, dequantize_int8
+from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
+from int8run.outlier.base import LayerStatistics, OutlierMethod
+from int8run.quant.weight import quantize_weight
+
+SOME_ROWS = [slice(0, 1), slice(1, 6), slice(5, None), slice(None, 3), slice(4, 4)]
+METHODS: dict[str, OutlierMethod] = shipped("outlier")
+
+
+def opened(draft: Draft, folder: Path) -> TensorFiles:
+    return TensorFiles.open(draft.write(folder / "m.safetensors"))
+
+
+def read(draft: Draft, folder: Path, prefix: str = "") -> tuple[TensorFiles, dict[str, StoredLayer]]:
+    files = opened(draft, folder)
+    return files, stored_layers(files, prefix)
+
+
+def real(draft: Draft, name: str = LAYER) -> Tensor:
+    return torch.from_numpy(draft.real[name])
+
+
+def shape_for(layer: StoredLayer, weight: Tensor) -> tuple[int, int] | None:
+    return (weight.shape[0], weight.shape[1]) if layer.padded else None
+
+
+# -- what is read -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_a_kind_gives_its_weight(make: Any, tmp_path: Path) -> None:
+    draft = make()
+    files, layers = read(draft, tmp_path)
+    assert list(layers) == [LAYER]
+    layer, weight = layers[LAYER], real(draft)
+    assert {name: getattr(layer, name) for name in draft.expected} == draft.expected
+    assert set(layer.side_keys) == {key for key in draft.tensors if key.startswith(LAYER)} - {f"{LAYER}.weight", f"{LAYER}.bias"}
+    shape = shape_for(layer, weight)
+    whole = layer.weight(files, shape=shape)
+    assert whole.dtype == torch.float32
+    assert_close("weight", whole, weight, 1e-6)
+    for rows in SOME_ROWS if len(weight) > 6 else [slice(0, 1), slice(1, 1)]:
+        part = weight[rows]
+        found = layer.weight(files, rows, shape)
+        if part.numel():
+            assert_close(f"rows {rows}", found, part, 1e-6)
+        assert found.shape == part.shape
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_integers_are_taken_where_they_mean_the_weight(make: Any, tmp_path: Path) -> None:
+    draft = make()
+    files, layers = read(draft, tmp_path)
+    layer = layers[LAYER]
+    if not layer.exact:
+        with pytest.raises(ValueError, match=rf"the numbers of {LAYER} .* cannot be taken as they are; read `weight`"):
+            layer.int8(files)
+        return
+    stored = np.frombuffer(draft.tensors[f"{LAYER}.weight"][2], "i1").reshape(draft.tensors[f"{LAYER}.weight"][1])
+    for rows in (slice(None), slice(1, 6) if len(stored) > 6 else slice(0, 1)):
+        found = layer.int8(files, rows)
+        count = len(stored[rows])
+        assert found.weight.qdata.dtype == torch.int8 and torch.equal(found.weight.qdata, torch.tensor(stored[rows]))
+        assert found.weight.scale.shape == (count, 1) and found.weight.scale.dtype == torch.float32 and found.weight.scale.is_contiguous()
+        assert found.bias is None
+        assert_close("weight", found.transform.restore_weight(found.weight.dequantize()), real(draft)[rows], 1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, make in KINDS.items() if make().expected["exact"]])
+def test_an_exact_layer_computes_the_real_product(name: str, tmp_path: Path) -> None:
+    # the transform's other side, on the input, must be the one that the file's maker means
+    draft = KINDS[name]()
+    files, layers = read(draft, tmp_path)
+    layer = layers[LAYER].int8(files)
+    x = randn(3, 5, layer.weight.qdata.shape[1], seed=3)
+    y = Int8Linear(layer, Reference(), torch.float32)(x)
+    assert_close("product", y, x.double() @ real(draft).T, 0.02)
+
+
+def test_the_kinds_are_what_the_table_says() -> None:
+    # else the tests above could have lost some
+    expected = [make().expected for make in KINDS.values()]
+    assert {(e["kind"], e["granularity"]) for e in expected} == {
+        *(("int8", granularity) for granularity in ("tensor", "row", "group", "grid", "block3d", "transposed")),
+        *(("fp8", granularity) for granularity in ("tensor", "row", "grid", "block3d", "")), ("float", ""),
+        ("nvfp4", "block"), ("mxfp8", "block"),
+    }  # fmt: skip
+    assert {e["method"] for e in expected if e["exact"]} == {"none", "convrot", "quarot", "hadanorm", "smoothquant"}
+
+
+@pytest.mark.parametrize(
+    "name", ["tensor []", "row [N]", "grid", "grid of one column", "block3d", "group", "fp8 grid", "fp8 row", "fp8 block3d"]
+)
+def test_scaling_is_the_kernels_definition_bit_for_bit(name: str, tmp_path: Path) -> None:
+    files, layers = read(KINDS[name](), tmp_path)
+    layer = layers[LAYER]
+    definition = dequantize_fp8 if layer.kind == "fp8" else dequantize_int8
+    expected = definition(files.read(layer.key), files.read(layer.keys["scale"]))
+    assert torch.equal(layer.weight(files), expected) and torch.equal(layer.weight(files, slice(3, 7)), expected[3:7])
+
+
+def test_the_published_vectors() -> None:
+    # formats.md section 10 and 3.2, on the generator's own matrices
+    row = lambda *x: np.array([x], dtype=np.float64)  # noqa: E731
+    assert made.unrotated(row(1, 0, 0, 0), made.regular(4)).tolist() == [[0.5, 0.5, 0.5, -0.5]]
+    assert made.unrotated(row(1, 2, 3, 4), made.regular(4)).tolist() == [[1, 2, 3, 4]]
+    assert "".join("+" if x > 0 else "-" for x in made.regular(16)[0]) == "+++-+++-+++----+"
+    assert set(np.abs(made.regular(16)[0]).tolist()) == {0.25}
+    assert [made.fp8_value(b, 4) for b in (0x7E, 0x38, 0xB8, 0x01)] == [448, 1, -1, 2.0**-9]
+    assert [made.fp8_value(b, 5) for b in (0x7B, 0x3C)] == [57344, 1]
+
+
+def test_the_published_vectors_are_read(tmp_path: Path) -> None:
+    draft = Draft()
+    draft.put("a.weight", "I8", [[64, -127, 32, 0]])
+    draft.put("a.weight_scale", "F32", [[2 / 127]])
+    draft.text("a.comfy_quant", {"format": "int8_tensorwise"})
+    # 1, 0, 0, 0 rotated
+    draft.put("b.weight", "I8", [[1, 1, 1, -1]])
+    draft.put("b.weight_scale", "F32", [[0.5]])
+    draft.text("b.comfy_quant", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 4})
+    files, layers = read(draft, tmp_path)
+    assert_close("a", layers["a"].weight(files), torch.tensor([[1, -2, 0.5, 0]]), 0.01)
+    assert layers["b"].weight(files).tolist() == [[1, 0, 0, 0]]
+    assert draft.tensors["a.comfy_quant"][1] == (29,), "formats.md 1.3"
+
+
+def test_the_skeleton_of_a_header_is_read(tmp_path: Path) -> None:
+    # formats.md section 11, smaller
+    marker = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}
+    draft = Draft(metadata={"format": "pt"})
+    draft.text("blocks.0.ffn.0.comfy_quant", marker)
+    draft.codes("blocks.0.ffn.0.weight", 8, 512)
+    draft.scale("blocks.0.ffn.0.weight_scale", 8, 1)
+    draft.put("blocks.0.ffn.0.bias", "BF16", np.ones(8))
+    assert draft.tensors["blocks.0.ffn.0.comfy_quant"][1] == (72,)
+    _, layers = read(draft, tmp_path)
+    assert layers["blocks.0.ffn.0"].label == "int8_tensorwise, row, convrot 256" and layers["blocks.0.ffn.0"].exact
+
+
+# -- whole files --------------------------------------------------------------------------------------------------------
+
+
+def mixed() -> Draft:
+    """A full checkpoint with several kinds: a denoiser below a prefix, a text encoder and a VAE."""
+    whole = KINDS["convrot 16"]().prefixed("model.diffusion_model.")
+    for name, kind in (("blocks.1.k", "fp8"), ("blocks.2.v", "bf16")):
+        other = KINDS[kind]()
+        whole.tensors |= {f"model.diffusion_model.{name}{key.removeprefix(LAYER)}": value for key, value in other.tensors.items()}
+        whole.real[f"model.diffusion_model.{name}"] = other.real[LAYER]
+    whole.put("model.diffusion_model.norm.scale", "F32", np.full(4, 2.0))  # a parameter, no scale of the weight
+    whole.put("model.diffusion_model.norm.weight", "F32", np.ones(4))
+    whole.put("model.diffusion_model.__index_timestep_zero__", "F32", np.ones(0))
+    whole.put("vae.conv.weight", "F32", np.ones((2, 2, 3, 3)))
+    whole.put("text_encoders.t5.tokens.weight", "F32", np.ones((4, 4)))
+    whole.text("text_encoders.t5.spiece_model", "tokens")
+    return whole
+
+
+def test_a_full_checkpoint_gives_what_is_below_the_prefix(tmp_path: Path) -> None:
+    draft = mixed()
+    draft.header({f"model.diffusion_model.{LAYER}": {"format": "int8_tensorwise", "group_size": 1}})
+    draft.text("text_encoders.t5.bad.comfy_quant", "{")  # what nobody asks for may be damaged
+    draft.put("text_encoders.t5.q.SCB", "F32", 1)
+    draft.put("text_encoders.t5.half.weight_scale", "F32", 1)
+    draft.put("text_encoders.t5.table", "I8", np.ones(3))
+    files, layers = read(draft, tmp_path, "model.diffusion_model.")
+    assert {name: layer.kind for name, layer in layers.items()} == {
+        f"model.diffusion_model.{LAYER}": "int8",
+        "model.diffusion_model.blocks.1.k": "fp8",
+        "model.diffusion_model.blocks.2.v": "float",
+    }
+    for name, layer in layers.items():
+        assert_close(name, layer.weight(files), real(draft, name), 1e-6)
+    with pytest.raises(FileError, match=r"is a bitsandbytes file"):
+        stored_layers(files)
+
+
+def test_fp8_of_other_shapes_is_read_with_its_scale(tmp_path: Path) -> None:
+    draft = Draft()
+    expected = {
+        "conv": draft.fp8("conv.weight", "F8_E4M3", 4, 3, 2, 2) * draft.scale("conv.scale_weight"),
+        "rows": draft.fp8("rows.weight", "F8_E4M3", 4, 3, 2) * draft.scale("rows.weight_scale", 4, 1, 1),
+        "norm": draft.fp8("norm.weight", "F8_E5M2", 5),
+        "scaled": draft.fp8("scaled.weight", "F8_E5M2", 5) * draft.scale("scaled.weight_scale", 5),
+    }
+    draft.fp8("norm.bias", "F8_E5M2", 5)
+    files, layers = read(draft, tmp_path)
+    assert set(layers) == set(expected)
+    for name, weight in expected.items():
+        assert_close(name, layers[name].weight(files), torch.from_numpy(weight), 1e-6)
+        assert_close(name, layers[name].weight(files, slice(1, 3)), torch.from_numpy(weight[1:3]), 1e-6)
+    assert (layers["conv"].rows, layers["conv"].columns, layers["norm"].columns) == (4, 12, 1)
+
+
+def test_a_scale_of_1_beside_a_float_is_no_matter(tmp_path: Path) -> None:
+    # ComfyUI's conversion of legacy files leaves such
+    draft = KINDS["bf16"]()
+    draft.put(f"{LAYER}.weight_scale", "F32", 1)
+    draft.put(f"{LAYER}.input_scale", "F32", 1)
+    _, layers = read(draft, tmp_path)
+    assert layers[LAYER].kind == "float" and layers[LAYER].side_keys == (f"{LAYER}.weight_scale", f"{LAYER}.input_scale")
+
+
+def test_fp8_without_a_scale_among_scaled_ones_is_a_cast(tmp_path: Path) -> None:
+    draft = made.two_layers(KINDS["fp8 legacy"](), KINDS["fp8 cast"]())
+    _, layers = read(draft, tmp_path)
+    assert [layer.label for layer in layers.values()] == ["float8_e4m3fn scaled, tensor", "float8_e4m3fn cast"]
+
+
+def test_marks_of_whole_files_are_known() -> None:
+    assert all(is_file_marker(key) for key in ("scaled_fp8", "model.diffusion_model.scaled_fp8"))
+    assert not is_file_marker("blocks.scaled_fp8.weight") and not is_file_marker("unscaled_fp8")
+
+
+def test_layers_may_lie_in_several_files(tmp_path: Path) -> None:
+    first, second = KINDS["row in the header"](), KINDS["convrot in the header"]()
+    second.tensors = {key.replace("blocks.0", "blocks.1"): value for key, value in second.tensors.items()}
+    second.metadata = {key: value.replace("blocks.0", "blocks.1") for key, value in second.metadata.items()}
+    scale = second.tensors.pop("blocks.1.q.weight_scale")
+    first.tensors["blocks.1.q.weight_scale"] = scale
+    drafts = {"m-00001-of-00002.safetensors": first, "m-00002-of-00002.safetensors": second}
+    for name, draft in drafts.items():
+        draft.write(tmp_path / name)
+    (tmp_path / "m.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {key: name for name, draft in drafts.items() for key in draft.tensors}})
+    )
+    files = TensorFiles.open(tmp_path)
+    layers = stored_layers(files)
+    assert [layer.method for layer in layers.values()] == ["none", "convrot"]
+    assert_close("second", layers["blocks.1.q"].weight(files), real(second), 1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("width", [7, 64, 256])
+def test_what_int8run_writes_comes_back_bit_for_bit(method: OutlierMethod, width: int, tmp_path: Path) -> None:
+    weight, sample = randn(6, width, seed=width), randn(2, 6, width, seed=1)
+    plain = METHODS["none"]
+    method = plain if method.refuse(width) else method
+    transform = method.fit(weight, LayerStatistics(sample, sample.abs().amax((0, 1)), weight.abs().amax(0)))
+    layer = QuantizedLayer(quantize_weight(transform.transform_weight(weight)), transform, randn(6))
+    tensors = {"q.weight": layer.weight.qdata, "q.weight_scale": layer.weight.scale, "q.bias": layer.bias, "norm.weight": randn(3)}
+    tensors["q.comfy_quant"] = torch.tensor(list(json.dumps(marker(transform)).encode()), dtype=torch.uint8)
+    if transform.factor is not None:
+        tensors["q.pre_quant_scale"] = transform.factor
+    save_file(tensors, tmp_path / "m.safetensors")
+    files = TensorFiles.open(tmp_path / "m.safetensors")
+    stored = stored_layers(files)["q"]
+    assert stored.exact and (stored.method, stored.settings) == (method.name, method.settings_for(width))
+    back = stored.int8(files)
+    assert torch.equal(back.weight.qdata, layer.weight.qdata) and torch.equal(back.weight.scale, layer.weight.scale)
+    assert back.transform.same_input_as(transform) and back.transform.label == transform.label
+    assert torch.equal(stored.weight(files), transform.restore_weight(layer.weight.dequantize()))
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("make", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_refused_by_name(make: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = opened(make(), tmp_path)
+    weights = [key for key in files if key.endswith(".weight")]
+    reads = []
+    original = TensorFiles.read
+    monkeypatch.setattr(TensorFiles, "read", lambda self, key, rows=None: reads.append(key) or original(self, key, rows))
+    with pytest.raises(FileError, match=words) as raised:
+        stored_layers(files)
+    assert str(raised.value).startswith(str(tmp_path)) and "\n" not in str(raised.value)
+    assert not set(reads) & set(weights), "no weight is read before everything is known to be right"
+
+
+def test_no_weight_is_read_to_tell_the_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, reads = opened(mixed(), tmp_path), []
+    original = TensorFiles.read
+    monkeypatch.setattr(TensorFiles, "read", lambda self, key, rows=None: reads.append(key) or original(self, key, rows))
+    stored_layers(files)
+    assert reads and not [key for key in reads if key.endswith(".weight")]
+
+
+def test_a_padded_weight_needs_the_models_shape(tmp_path: Path) -> None:
+    files, layers = read(made.quip(12, 24), tmp_path)
+    with pytest.raises(FileError, match=rf"{LAYER} is padded to \[16, 32\] and does not say to what shape it is cut; the model"):
+        layers[LAYER].weight(files)
+    for wrong in ((8, 24), (12, 16), (17, 24), (12, 0)):
+        with pytest.raises(
+            FileError, match=rf"{LAYER} has the shape \[16, 32\], the model's \[{wrong[0]}, {wrong[1]}\]; it is for another"
+        ):
+            layers[LAYER].weight(files, shape=wrong)
+
+
+def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
+    files, layers = read(made.row(), tmp_path)
+    with pytest.raises(FileError, match=rf"{LAYER} has the shape \[12, 64\], the model's \[12, 32\]; it is for another"):
+        layers[LAYER].weight(files, shape=(12, 32))
+    assert layers[LAYER].weight(files, shape=(N, K)).shape == (N, K)
+    for rows in (slice(0, N + 1), slice(-1, None), slice(0, N, 2)):
+        for way in (layers[LAYER].weight, layers[LAYER].int8):
+            with pytest.raises(ValueError, match=r"cannot be read"):
+                way(files, rows)
+
+
+def test_groups_beyond_the_kernels_are_read_as_floats(tmp_path: Path) -> None:
+    rotated = {**made.TENSOR, "convrot": True, "convrot_groupsize": 4096}
+    files, layers = read(made.int8((1, 1), "tensor", rotated, weight=(1, 4096)), tmp_path)
+    assert not layers[LAYER].exact
+    assert layers[LAYER].weight(files).shape == (1, 4096)
+
+
+CONFIGS = {
+    "sdnq": {"quantization_config": {"quant_method": "sdnq"}},
+    "alone": {"quant_method": "bitsandbytes"},
+    "torchao": {"quantization_config": {"quant_method": "torchao"}},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("name", ["config.json", "quantization_config.json"])
+def test_a_config_beside_the_file_names_its_program(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps(config))
+    method = (config.get("quantization_config") or config)["quant_method"]
+    with pytest.raises(FileError, match=rf"is a (SDNQ|bitsandbytes|torchao) file \(the config beside it says quant_method {method}\)"):
+        read(made.row(), tmp_path)
+    read(made.bare(), tmp_path)  # a float file is another
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"quantization_config": 5}', '{"quantization_config": {"quant_method": "fp8"}}', '{"quant_method": 5}']
+)
+def test_a_config_of_something_else_is_no_matter(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    read(made.row(), tmp_path)
+
+
+# -- what is said -------------------------------------------------------------------------------------------------------
+
+BLOCKWISE, FP8_BLOCKWISE = "int8_blockwise", "float8_e4m3fn_blockwise"
+WARNED = {
+    "blocks, but rows": (
+        lambda: made.said({"format": BLOCKWISE, "group_size": 1}),
+        "1 layers are labelled int8_blockwise and have scales by row",
+    ),
+    "one scale, but blocks": (
+        lambda: made.int8((3, 16), "grid", made.TENSOR, block=(4, 4), label="int8_tensorwise"),
+        "1 layers are labelled int8_tensorwise and have scales by grid",
+    ),
+    "per_row, but one": (lambda: made.int8((), "tensor", made.ROW), "1 layers are labelled per_row=True and have scales by tensor"),
+    "not per_row, but rows": (lambda: made.said({**made.TENSOR, "per_row": False}), "labelled per_row=False and have scales by row"),
+    "fp8 blocks, but rows": (
+        lambda: made.fp8((N,), "row", marker={"format": FP8_BLOCKWISE, "group_size": 64}),
+        "labelled float8_e4m3fn_blockwise and have scales by row",
+    ),
+    "rotation lost": (
+        KINDS["convrot lost in the header"],
+        rf"lost the rotation of 1 layers \(first: {LAYER}\); their markers are believed",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "words"), WARNED.values(), ids=WARNED)
+def test_the_shape_counts_and_the_label_is_named(make: Any, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draft = make()
+    files, layers = read(draft, tmp_path)
+    assert_close("weight", layers[LAYER].weight(files), real(draft), 1e-6)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert re.search(words, record.getMessage()), record.getMessage()
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("convrot") or "lost" not in name])
+def test_nothing_is_said_of_a_good_file(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read(KINDS[name](), tmp_path)
+    assert not caplog.records
+
+
+# -- chance -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_change_of_a_file_is_read_or_refused(seed: int, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    names, count = list(KINDS), 0
+    for _ in range(100):
+        draft = KINDS[chance.choice(names)]()
+        key = chance.choice(list(draft.tensors))
+        dtype, shape, data = draft.tensors[key]
+        way = chance.randrange(5)
+        if way == 0:
+            del draft.tensors[key]
+        elif way == 1:
+            suffix = chance.choice(
+                ["weight", "weight_scale", "scale", "comfy_quant", "pre_quant_scale", "quip_s_u", "hadanorm_sigma", "bias"]
+            )
+            draft.tensors[f"{LAYER}.{suffix}"] = draft.tensors.pop(key)
+        elif way == 2:
+            draft.tensors[key] = dtype, tuple(chance.sample(shape, len(shape))), data
+        elif way == 3 and data:
+            changed = bytearray(data)
+            changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+            draft.tensors[key] = dtype, shape, bytes(changed)
+        else:
+            draft.tensors[key] = chance.choice(["I8", "U8", "F8_E4M3", "F8_E5M2", "BOOL"]), (len(data),), data
+        try:
+            files, layers = read(draft, tmp_path)
+            for layer in layers.values():
+                found = layer.weight(files, shape=shape_for(layer, torch.from_numpy(draft.real[LAYER])))
+                assert found.shape[0] in (layer.rows, draft.real[LAYER].shape[0])
+                if layer.exact:
+                    layer.int8(files)
+        except Int8RunError as error:
+            assert "\n" not in str(error)
+        else:
+            count += 1
+    assert 0 < count < 90, "changes that all fail, or none, try nothing"
+
+
+# -- another reader -----------------------------------------------------------------------------------------------------
+
+# what ComfyUI itself computes with: its library takes the tensors and the fields of the marker as they are in the file
+COMFY = [
+    "tensor []",
+    "row [N, 1]",
+    "row [N, 1] of a square",
+    "bf16 scale with a marker",
+    "convrot 4",
+    "convrot 16",
+    "convrot 64",
+    "convrot 1024",
+]
+
+
+@pytest.mark.parametrize("name", COMFY)
+def test_comfy_kitchen_reads_the_same_int8_weight(name: str, tmp_path: Path) -> None:
+    layout = pytest.importorskip("comfy_kitchen.tensor").TensorWiseINT8Layout
+    files, layers = read(KINDS[name](), tmp_path)
+    layer = layers[LAYER]
+    codes, scale = files.read(layer.key), files.read(layer.keys["scale"]).float()
+    said = json.loads(bytes(files.read(layer.keys["marker"]).tolist()))
+    rotation = {key: said[key] for key in ("convrot", "convrot_groupsize") if key in said}
+    params = layout.Params(scale=scale, orig_dtype=torch.float32, orig_shape=tuple(codes.shape), **rotation)
+    assert_close(name, layer.weight(files), layout.dequantize(codes, params), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8 e5m2", "fp8 legacy"])
+def test_comfy_kitchen_reads_the_same_fp8_weight(name: str, tmp_path: Path) -> None:
+    kitchen = pytest.importorskip("comfy_kitchen")
+    files, layers = read(KINDS[name](), tmp_path)
+    layer = layers[LAYER]
+    theirs = kitchen.dequantize_per_tensor_fp8(files.read(layer.key), files.read(layer.keys["scale"]), torch.float32)
+    assert_close(name, layer.weight(files), theirs, 1e-6)

@@ -1,0 +1,574 @@
+"""Quantized layers whose numbers stay as they are: their words, codes and scales; and who made mxfp8 and nvfp4 of silent files."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import checkpoint_files as made
+from checkpoints.checkpoint_files import KINDS, LAYER, Draft, K, N
+from checkpoints.test_detect import opened, read, real, shape_for
+from support.helpers import assert_close
+from torch import nn
+
+from int8run.checkpoints.detect import real_shapes, stored_layers
+from int8run.checkpoints.reader import TensorFiles
+from int8run.checkpoints.unsupported import READERS
+from int8run.config.run_spec import AutoFamily
+from int8run.errors import FileError
+from int8run.models.resolve_weights import Located
+from int8run.pipeline.checkpoint_weights import FileWeights
+from int8run.tasks import inspect_file
+from int8run.tasks import quantize_checkpoint as quantize_file
+
+NVFP4, MXFP8 = {"format": "nvfp4"}, {"format": "mxfp8"}
+
+# -- words --------------------------------------------------------------------------------------------------------------
+
+WORDS = {
+    "int8_tensorwise": ["tensor []", "tensor [1]", "tensor [1, 1]", "one row", "lightx2v comfy mode"],
+    "int8_rowwise": [
+        "row [N, 1]", "row [N]", "row [N] of a square", "row [N, 1] of a square", "one column", "row in the header", "axiswise",
+        "bf16 scale with a marker", "embedding's padding", "doubled braces", "orig_dtype", "quarot false", "convrot false", "smoothed",
+        "lightx2v bf16", "lightx2v f16", "transposed",
+    ],
+    "int8_convrot": [
+        "convrot 16", "convrot 4", "convrot 64", "convrot 256 by default", "convrot 1024", "convrot of a tensor scale", "convrot in params",
+        "convrot in the header", "convrot lost in the header", "convrot's size lost in the header", "quarot, pre-native",
+        "convrot, pre-native", "smoothed and rotated",
+    ],
+    "int8_blockwise": ["grid", "grid in params", "grid without its size", "grid of one column", "grid without a marker"],
+    "int8_block3d": [
+        "block3d", "block3d of one block",
+        *(f"named {name}" for name in ("scale", "weight.scale", "weight.weight_scale", "scale_weight", "weight_scale_inv")),
+    ],
+    "float8_e4m3fn": [
+        "fp8", "fp8 in the header", "fp8 marked, no scale", "fp8 legacy", "fp8 legacy, empty marker", "fp8 smoothed",
+    ],
+    "float8_e5m2": ["fp8 e5m2", "fp8 e5m2 with the label of e4m3"],
+    "float8_e4m3fn_cast": ["fp8 cast"],
+    "float8_e5m2_cast": ["fp8 cast e5m2"],
+    "float8_e4m3fn_rowwise": ["fp8 row", "fp8 row [N, 1]"],
+    "float8_e4m3fn_blockwise": ["fp8 grid", "fp8 grid of transformers"],
+    "float8_e4m3fn_block3d": ["fp8 block3d", "fp8 block3d by its name"],
+    "nvfp4": [
+        "nvfp4", "nvfp4 in the header", "nvfp4 with its shape", "nvfp4 without a marker", "nvfp4 of many tiles", "nvfp4 smoothed",
+    ],
+    "nvfp4_modelopt": ["nvfp4 by ModelOpt", "nvfp4 by ModelOpt, wide"],
+    "mxfp8": [
+        "mxfp8", "mxfp8 in the header", "mxfp8 in e8m0", "mxfp8 with all its rows", "mxfp8 of many tiles", "mxfp8 smoothed", "hybrid mxfp8",
+    ],
+    "mxfp8_rows": ["mxfp8 in rows"],
+    # no word: of a matrix that ComfyUI does not know, of more than a rotation, of groups, float
+    "": [
+        "convrot 32 is Sylvester's", "quarot of 128", "block3d, rotated", "group", "toolkit quarot", "toolkit quarot, one scale",
+        "toolkit quarot in half precision", "toolkit hadanorm", "toolkit sigma alone", "quip", "quip, padded", "quip, smoothed",
+        "older quip", "older quip, dense", "bf16", "f16", "f32", "f64",
+    ],
+}  # fmt: skip
+NOT_CODABLE = {"quip", "quip, padded", "quip, smoothed", "older quip", "older quip, dense", "bf16", "f16", "f32", "f64"}
+
+
+def test_every_kind_has_its_word() -> None:
+    assert sorted(name for names in WORDS.values() for name in names) == sorted(KINDS)
+
+
+@pytest.mark.parametrize(("word", "name"), [(word, name) for word, names in WORDS.items() for name in names])
+def test_numbers_stay_as_they_are(word: str, name: str, tmp_path: Path) -> None:
+    draft = KINDS[name]()
+    files, layers = read(draft, tmp_path)
+    layer = layers[LAYER]
+    assert (layer.format, layer.codable) == (word, name not in NOT_CODABLE)
+    if not layer.codable:
+        with pytest.raises(ValueError, match=rf"the numbers of {LAYER} .* cannot stay as they are; read `weight`"):
+            layer.coded(files)
+        return
+    weight = real(draft)
+    shape = shape_for(layer, weight)
+    coded, transform = layer.coded(files, shape)
+    assert coded.kind == layer.kind and coded.shape == tuple(weight.shape)
+    assert_close(name, transform.restore_weight(coded.dequantize()), weight, 1e-6)
+    stored = draft.tensors[f"{LAYER}.weight"][2]
+    codes = coded.qdata.T if layer.granularity == "transposed" else coded.qdata
+    assert codes.contiguous().view(torch.uint8).numpy().tobytes() == stored and coded.qdata.is_contiguous()
+    scales = [x for x in (coded.scale, coded.global_scale) if x is not None]
+    assert coded.nbytes == sum(x.nbytes for x in (coded.qdata, *scales)) <= sum(len(data) for _, _, data in draft.tensors.values())
+    assert transform.method == layer.method and transform.group_size == layer.group
+
+
+BLOCKWISE = {"format": "int8_blockwise", "group_size": K}
+# marker, shape of the weight, shape of its scale of one number -> the word; None: the label is wrong, which is said
+ONE_NUMBER = [
+    (made.ROW, (1, K), (1, 1), "int8_rowwise"),
+    (made.ROW, (1, K), (), "int8_rowwise"),
+    (made.TENSOR, (1, K), (1, 1), "int8_tensorwise"),
+    ({"convrot": False, "per_row": True}, (1, K), (1,), "int8_rowwise"),
+    ({"format": "int8_axiswise"}, (1, K), (1,), "int8_rowwise"),
+    (BLOCKWISE, (K, K), (1, 1), "int8_blockwise"),
+    (BLOCKWISE, (1, K), (1, 1, 1), "int8_block3d"),
+    (made.ROW, (N, K), (1, 1), None),
+    (BLOCKWISE, (N, K), (), None),
+    ({"format": "int8_blockwise"}, (K, K), (), None),
+    ({**BLOCKWISE, "group_size": 128}, (K, K), (), None),  # as convert_to_quant labels files that lost their labels
+    ({**BLOCKWISE, "group_size": 128}, (1, K), (), None),
+]
+
+
+@pytest.mark.parametrize(("marker", "weight", "scale", "word"), ONE_NUMBER)
+def test_of_one_number_the_marker_says_what_it_is(
+    marker: Any, weight: tuple[int, int], scale: tuple[int, ...], word: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draft = made.int8(scale, "tensor", marker, weight=weight)
+    files, layers = read(draft, tmp_path)
+    assert layers[LAYER].format == (word or "int8_tensorwise") and layers[LAYER].exact
+    assert len(caplog.records) == (word is None)
+    assert_close("weight", layers[LAYER].weight(files), real(draft), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("word", "shape"),
+    [("float8_e4m3fn", (1, K)), ("float8_e4m3fn_rowwise", (1, K)), ("float8_e4m3fn_blockwise", (K, K)), ("float8_e4m3fn_block3d", (1, K))],
+)
+def test_of_one_number_of_fp8_too(word: str, shape: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draft = Draft()
+    weight = draft.fp8("q.weight", "F8_E4M3", *shape) * draft.scale("q.weight_scale", 1, 1)
+    draft.text("q.comfy_quant", {"format": word, "group_size": K})
+    files, layers = read(draft, tmp_path)
+    assert layers["q"].format == word and not caplog.records
+    assert_close("weight", layers["q"].weight(files), torch.from_numpy(weight), 1e-6)
+
+
+def test_groups_beyond_the_kernels_do_not_stay(tmp_path: Path) -> None:
+    rotated = {**made.TENSOR, "convrot": True, "convrot_groupsize": 4096}
+    _, layers = read(made.int8((1, 1), "tensor", rotated, weight=(1, 4096)), tmp_path)
+    assert not layers[LAYER].codable
+
+
+def test_only_matrices_that_hold_something_stay(tmp_path: Path) -> None:
+    draft = Draft()
+    for name, shape in (("conv", (4, 3, 2, 2)), ("norm", (5,)), ("nothing", (0, 4))):
+        draft.fp8(f"{name}.weight", "F8_E4M3", *shape)
+    _, layers = read(draft, tmp_path)
+    assert {name: layer.codable for name, layer in layers.items()} == {"conv": False, "norm": False, "nothing": False}
+    assert layers["norm"].format == "float8_e4m3fn_cast"
+
+
+def test_fp8_in_e5m2_with_many_scales_has_no_word(tmp_path: Path) -> None:
+    _, layers = read(made.fp8((N,), "row", dtype="F8_E5M2"), tmp_path)
+    assert layers[LAYER].format == "" and layers[LAYER].codable
+
+
+# -- mxfp8 and nvfp4 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nvfp4 of many tiles", "mxfp8 of many tiles"])
+def test_of_scales_in_tiles_only_those_of_the_rows_are_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = KINDS[name]()
+    files, layers = read(draft, tmp_path)
+    layer, weight = layers[LAYER], real(draft)
+    shape = (weight.shape[0], weight.shape[1])
+    reads: dict[str, slice] = {}
+    original = TensorFiles.read
+    monkeypatch.setattr(TensorFiles, "read", lambda self, key, rows=None: reads.update({key: rows}) or original(self, key, rows))
+    for start, stop, first, last in (
+        (0, 272, 0, 384), (120, 140, 0, 256), (128, 256, 128, 256), (127, 128, 0, 128), (256, 257, 256, 384), (271, 272, 256, 384),
+    ):  # fmt: skip
+        assert_close(f"{start}:{stop}", layer.weight(files, slice(start, stop), shape), weight[start:stop], 1e-6)
+        assert (reads[f"{LAYER}.weight_scale"], reads[f"{LAYER}.weight"]) == (slice(first, last), slice(start, stop))
+    assert layer.weight(files, slice(272, 272), shape).shape == (0, shape[1])
+
+
+def one(kind: str, codes: bytes, scale: list[int], marker: object, tiles: bool, global_scale: float = 1.0) -> Draft:
+    """One row of one block; the other rows are 0."""
+    draft = Draft()
+    rows, width = (16, 8) if kind == "nvfp4" else (32, 32)
+    draft.tensors[f"{LAYER}.weight"] = "U8" if kind == "nvfp4" else "F8_E4M3", (rows, width), codes.ljust(rows * width, b"\0")
+    made.block_scales(draft, np.resize(np.array(scale, np.uint8), (rows, 1)), tiles, "U8")
+    if kind == "nvfp4":
+        draft.put(f"{LAYER}.weight_scale_2", "F32", global_scale)
+    if marker:
+        draft.text(f"{LAYER}.comfy_quant", marker)
+    return draft
+
+
+def test_the_published_vectors(tmp_path: Path) -> None:
+    # formats.md section 10
+    for tiles, expected in ((True, [1, -6]), (False, [-6, 1])):
+        files, layers = read(one("nvfp4", b"\x2f", [0x38], NVFP4 if tiles else None, tiles), tmp_path)
+        assert layers[LAYER].weight(files)[0, :3].tolist() == [*expected, 0]
+    draft = one("mxfp8", b"\x38\xb8", [120], MXFP8, True)
+    files, layers = read(draft, tmp_path)
+    assert layers[LAYER].weight(files)[0, :2].tolist() == [0.0078125, -0.0078125]
+    draft.text("m", NVFP4)
+    assert draft.tensors["m"][1] == (19,) and (draft.tensors["m"][2][0], draft.tensors["m"][2][-1]) == (0x7B, 0x7D)
+    where = made.in_tiles(np.arange(129 * 48, dtype=np.int64).reshape(129, 48).astype(np.uint8)).reshape(-1)
+    for (r, c), at in {(0, 3): 3, (1, 0): 16, (32, 0): 4, (64, 0): 8, (96, 0): 12, (0, 4): 512, (128, 0): 6144}.items():
+        assert where[at] == (r * 48 + c) % 256
+
+
+@pytest.mark.parametrize(("byte", "factor"), [(0x00, 0.0), (0x80, 0.0), (0x01, 2.0**-9), (0x7E, 448.0)])
+def test_the_ends_of_e4m3_are_scales(byte: int, factor: float, tmp_path: Path) -> None:
+    files, layers = read(one("nvfp4", b"\x2f", [byte], NVFP4, True, 0.5), tmp_path)
+    assert layers[LAYER].weight(files)[0, :2].tolist() == [0.5 * factor, -3 * factor]
+
+
+@pytest.mark.parametrize("byte", [0, 1, 254])
+def test_the_ends_of_e8m0_are_scales(byte: int, tmp_path: Path) -> None:
+    files, layers = read(one("mxfp8", b"\x38", [byte], MXFP8, True), tmp_path)
+    assert layers[LAYER].weight(files)[0, 0].item() == math.ldexp(1, byte - 127)
+
+
+def test_a_hybrid_says_once_what_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        read(made.two_layers(KINDS["hybrid mxfp8"](), KINDS["hybrid mxfp8"]()), tmp_path)
+    (record,) = caplog.records
+    assert "2 mxfp8 layers have one scale more for the whole weight; those of their blocks are used" in record.getMessage()
+
+
+FITS: dict[str, list[tuple[int, int]]] = {
+    "nvfp4": [(12, 48), (12, 40), (12, 33)],
+    "nvfp4 with its shape": [(12, 40)],
+    "nvfp4 without a marker": [(16, 64), (16, 49), (1, 64)],
+    "nvfp4 smoothed": [(12, 40)],
+    "nvfp4 by ModelOpt": [(16, 64), (16, 50)],
+    "nvfp4 by ModelOpt, wide": [(130, 48), (130, 33)],
+    "mxfp8": [(12, 64), (12, 33)],
+    "mxfp8 with all its rows": [(12, 64)],
+    "fp8": [(12, 64)],
+    "row [N, 1]": [(12, 64)],
+    "quip, padded": [(12, 24), (16, 32), (9, 17)],
+}
+DOES_NOT_FIT: dict[str, list[tuple[int, ...]]] = {
+    "nvfp4": [(16, 48), (12, 32), (12, 49), (11, 48), (12, 0)],
+    "nvfp4 with its shape": [(12, 48), (16, 40), (12, 39)],
+    "nvfp4 without a marker": [(16, 48), (0, 64), (17, 64)],
+    "nvfp4 smoothed": [(12, 41), (12, 48)],
+    "nvfp4 by ModelOpt": [(15, 64), (16, 48)],  # its bias tells N
+    "nvfp4 by ModelOpt, wide": [(129, 48), (144, 48), (130, 32)],
+    "mxfp8": [(12, 32), (32, 64)],
+    "mxfp8 with all its rows": [(11, 64)],
+    "fp8": [(11, 64), (12, 63), (12,), (12, 64, 1)],
+    "row [N, 1]": [(12, 32)],
+    "quip, padded": [(8, 24), (12, 16), (12,)],
+}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_a_weight_is_cut_to_the_models_shape_or_refused(name: str, tmp_path: Path) -> None:
+    files, layers = read(KINDS[name](), tmp_path)
+    layer = layers[LAYER]
+    for shape in FITS[name]:
+        assert layer.fits(shape)
+        whole = layer.weight(files, shape=shape)
+        assert whole.shape == shape
+        if layer.codable:
+            coded, transform = layer.coded(files, shape)
+            assert torch.equal(transform.restore_weight(coded.dequantize()), whole) and coded.shape == shape
+    for wrong in DOES_NOT_FIT[name]:
+        assert not layer.fits(wrong)
+        if len(wrong) == 2:
+            words = rf"{LAYER} has the shape \[{layer.rows}, {layer.columns}\], the model's \[{wrong[0]}, {wrong[1]}\]; it is for another"
+            with pytest.raises(FileError, match=words):
+                layer.weight(files, shape=(wrong[0], wrong[1]))
+            if layer.codable:
+                with pytest.raises(FileError, match=words):
+                    layer.coded(files, (wrong[0], wrong[1]))
+
+
+def test_without_a_model_the_shape_is_the_files(tmp_path: Path) -> None:
+    files, layers = read(KINDS["nvfp4"](), tmp_path)
+    assert layers[LAYER].padded and layers[LAYER].weight(files).shape == (12, 48)
+    assert real_shapes(files, layers)[f"{LAYER}.weight"] == (12, 48) and files[f"{LAYER}.weight"].shape == (16, 24)
+
+
+# -- whose it is --------------------------------------------------------------------------------------------------------
+
+BOTH = {"nvfp4": ("nvfp4", "nvfp4_modelopt"), "mxfp8": ("mxfp8", "mxfp8_rows")}
+
+
+def silent(kind: str, tiles: bool) -> Draft:
+    """Of a shape that tells nothing."""
+    return made.blocks(kind, 128, 128, tiles=tiles, bias=False)
+
+
+def check(files: TensorFiles, draft: Draft, word: str, asked: str | None = None) -> None:
+    layer = stored_layers(files, asked=asked)[LAYER]
+    assert (layer.format, layer.label) == (word, word)
+    assert_close(word, layer.weight(files), real(draft), 1e-6)
+    assert_close(word, layer.weight(files, slice(100, 110)), real(draft)[100:110], 1e-6)
+    assert_close(word, layer.coded(files)[0].dequantize(), real(draft), 1e-6)
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("kind", BOTH)
+def test_what_is_asked_settles_what_no_one_says(kind: str, tiles: bool, tmp_path: Path) -> None:
+    draft, word = silent(kind, tiles), BOTH[kind][not tiles]
+    files = opened(draft, tmp_path)
+    check(files, draft, word, word)
+    for asked in (None, "int8_convrot", *BOTH["mxfp8" if kind == "nvfp4" else "nvfp4"]):  # a word for another kind says nothing
+        with pytest.raises(FileError, match=rf"1 weights are {kind} .*clip={BOTH[kind][0]} or clip={BOTH[kind][1]}"):
+            stored_layers(files, asked=asked)
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("kind", BOTH)
+def test_another_layer_settles_it_whatever_is_asked(kind: str, tiles: bool, tmp_path: Path) -> None:
+    draft = silent(kind, tiles)
+    made.two_layers(draft, made.blocks(kind, 32, 64, tiles=tiles))
+    files = opened(draft, tmp_path)
+    for asked in (None, *BOTH[kind]):
+        check(files, draft, BOTH[kind][not tiles], asked)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_marker_is_comfys_whatever_is_asked(kind: str, tmp_path: Path) -> None:
+    draft = silent(kind, True)
+    draft.text(f"{LAYER}.comfy_quant", {"format": kind})
+    files = opened(draft, tmp_path)
+    (tmp_path / "config.json").write_text('{"quant_method": "modelopt"}')
+    for asked in (None, *BOTH[kind]):
+        check(files, draft, kind, asked)
+
+
+NOTES = {
+    "config.json": {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+    "quantization_config.json": {"quant_method": "modelopt"},
+    "hf_quant_config.json": {"producer": {"name": "modelopt", "version": "0.33"}, "quantization": {"quant_algo": "NVFP4"}},
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_modelopts_note_in_the_folder_settles_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps(NOTES[name]))
+    draft = silent("nvfp4", False)
+    check(opened(draft, tmp_path), draft, "nvfp4_modelopt")
+    draft = silent("nvfp4", True)
+    check(opened(draft, tmp_path), draft, "nvfp4", "nvfp4")  # who asks knows better than a note for perhaps another file
+
+
+@pytest.mark.parametrize("note", [{"producer": {"name": "other"}}, {"producer": "modelopt"}, ["modelopt"]])
+def test_another_programs_note_settles_nothing(note: Any, tmp_path: Path) -> None:
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(note))
+    with pytest.raises(FileError, match="by ComfyUI or by ModelOpt"):
+        read(silent("nvfp4", False), tmp_path)
+
+
+MODELOPT_READ = {
+    "fp8": lambda: made.fp8((), "tensor"),
+    "nvfp4": lambda: made.blocks("nvfp4", 16, 64, tiles=False),
+    "both and a float": lambda: made.two_layers(made.fp8((), "tensor"), made.floats("BF16", "")),
+}
+MODELOPT_REFUSED = {
+    "int8": made.row,
+    "fp8 without a scale": lambda: made.fp8(None, ""),
+    "e5m2": lambda: made.fp8((), "tensor", dtype="F8_E5M2"),
+    "fp8 without a scale beside one that has it": lambda: made.two_layers(made.fp8((), "tensor"), made.fp8(None, "")),
+    "nvfp4 without its second scale": lambda: made.without(made.blocks("nvfp4", 16, 64, tiles=False), "weight_scale_2"),
+}
+
+
+@pytest.mark.parametrize("name", MODELOPT_READ)
+def test_of_modelopt_fp8_and_nvfp4_are_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(NOTES["config.json"]))
+    draft = MODELOPT_READ[name]()
+    files, layers = read(draft, tmp_path)
+    assert_close(name, layers[LAYER].weight(files), real(draft), 1e-6)
+
+
+@pytest.mark.parametrize("name", MODELOPT_REFUSED)
+def test_of_modelopt_the_rest_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(NOTES["config.json"]))
+    with pytest.raises(FileError, match=r"is a modelopt file \(the config beside it says quant_method modelopt\), which diffusers with"):
+        read(MODELOPT_REFUSED[name](), tmp_path)
+
+
+# -- rows that may be rotated -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "group"), [(512, 256), (128, 64), (64, 64), (48, 16), (40, 0)])
+def test_rows_without_a_word_are_rotated_if_asked(width: int, group: int, tmp_path: Path) -> None:
+    plain = made.int8((N, 1), "row", weight=(N, width), label="int8")
+    files = opened(plain, tmp_path)
+    for asked in (None, "int8_rowwise", "nvfp4"):
+        layer = stored_layers(files, asked=asked)[LAYER]
+        assert (layer.format, layer.group) == ("int8_rowwise", 0)
+        assert_close("plain", layer.weight(files), real(plain), 1e-6)
+    layer = stored_layers(files, asked="int8_convrot")[LAYER]
+    assert (layer.group, layer.sylvester, layer.format) == (group, False, "int8_convrot" if group else "int8_rowwise")
+    assert layer.method == ("convrot" if group else "none")
+    if group:
+        made.rotated(plain, made.regular(group), "convrot")
+        assert (layer.settings, layer.label) == ({"group_size": group}, f"int8, row, convrot {group}")
+    assert_close("rotated", layer.weight(files), real(plain), 1e-6)
+    coded, transform = layer.coded(files)
+    assert_close("coded", transform.restore_weight(coded.dequantize()), real(plain), 1e-6)
+
+
+# what says how it is: a marker anywhere among the INT8 layers, one scale for all, other transforms
+SAYS_ITSELF = ["row [N, 1]", "row in the header", "quarot false", "convrot 16", "lightx2v comfy mode", "grid without a marker", "group",
+               "transposed", "toolkit quarot", "toolkit sigma alone", "older quip", "fp8 row [N, 1]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAYS_ITSELF)
+def test_what_says_how_it_is_stays_as_it_is(name: str, tmp_path: Path) -> None:
+    draft = KINDS[name]()
+    files = opened(draft, tmp_path)
+    plain, asked = stored_layers(files)[LAYER], stored_layers(files, asked="int8_convrot")[LAYER]
+    assert plain == asked
+    assert_close(name, asked.weight(files), real(draft), 1e-6)
+
+
+def test_markers_of_fp8_layers_say_nothing_of_int8_ones(tmp_path: Path) -> None:
+    files = opened(made.two_layers(KINDS["lightx2v bf16"](), KINDS["fp8"]()), tmp_path)
+    assert stored_layers(files, asked="int8_convrot")[LAYER].format == "int8_convrot"
+
+
+# -- markers that are no JSON -------------------------------------------------------------------------------------------
+
+CODES = {
+    0: lambda: made.fp8((), "tensor"),
+    1: lambda: made.fp8((N,), "row"),
+    2: lambda: made.fp8((3, 16), "grid", block=(4, 4)),
+    3: lambda: made.fp8((N, 4, 1), "block3d", block=(1, 16)),
+    10: lambda: made.int8((3, 16), "grid", block=(4, 4), label="int8_blockwise"),
+}
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("rest", [b"", b"\0\0"])
+def test_the_first_markers_were_one_byte(code: int, rest: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draft = CODES[code]()
+    data = bytes([code]) + rest
+    draft.tensors[f"{LAYER}.comfy_quant"] = "U8", (len(data),), data
+    files, layers = read(draft, tmp_path)
+    assert layers[LAYER].label == draft.expected["label"] and not caplog.records
+    assert_close("weight", layers[LAYER].weight(files), real(draft), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("\x04", "is no JSON"),
+        ("\x0b", "is no JSON"),
+        ("\x00", r"names the format 'float8_e4m3fn', and blocks.0.q.weight is I8"),
+    ],
+)
+def test_other_bytes_are_no_marker(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=words):
+        read(made.said(text), tmp_path)
+
+
+def test_json_may_begin_with_a_line(tmp_path: Path) -> None:
+    # whose byte is a code as well
+    _, layers = read(made.said("\n" + json.dumps({**made.GROUP, "convrot_groupsize": 16})), tmp_path)
+    assert layers[LAYER].group == 16
+
+
+# -- embeddings, and others' files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["row [N, 1]", "tensor []", "fp8 cast", "fp8", "convrot 16"])
+def test_embeddings_are_matrices_like_others(name: str, tmp_path: Path) -> None:
+    draft = KINDS[name]()
+    draft.tensors = {key.replace(LAYER, "model.embed_tokens"): value for key, value in draft.tensors.items()}
+    files, layers = read(draft, tmp_path)
+    layer = layers["model.embed_tokens"]
+    coded, transform = layer.coded(files)
+    some = torch.tensor([3, 0, 3, 11])
+    assert_close(name, transform.restore_weight(coded.rows(some).dequantize()), real(draft)[some], 1e-6)
+
+
+@pytest.mark.parametrize("words", ["bitsandbytes", "SDNQ", "torchao", "nunchaku", "compressed-tensors", "lightx2v nvfp4", "modelopt"])
+def test_refusals_name_who_can_read_it(words: str) -> None:
+    # that each is raised: checkpoint_files.MISTAKES
+    assert any(f"is a {words} file" in text for _, text in made.MISTAKES.values())
+    assert READERS[words]
+
+
+# -- who uses it --------------------------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(40, N)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "nvfp4 with its shape", "mxfp8 smoothed"])
+def test_a_models_parameter_is_the_weight_without_its_padding(name: str, tmp_path: Path) -> None:
+    draft = KINDS[name]()
+    draft.tensors = {key.removeprefix("blocks.0."): value for key, value in draft.tensors.items()}
+    file = FileWeights(draft.write(tmp_path / "m.safetensors"), Small(), partial=True)
+    assert_close("weight", file.tensor("q.weight"), real(draft), 1e-6)
+    assert file.int8_layers() == {} and file.rounded_layers() == {"q"}
+    with pytest.raises(FileError, match=r"q\.weight of the file has the shape \[12, "):
+        FileWeights(tmp_path / "m.safetensors", nn.ModuleDict({"q": nn.Linear(20, N)}))
+
+
+def flux(tmp_path: Path) -> tuple[Draft, TensorFiles]:
+    """Names of a small Flux, one of its weights with two numbers a byte."""
+    draft = made.blocks("nvfp4", 96, 32, marker=NVFP4)
+    draft.tensors = {key.replace(LAYER, "double_blocks.0.img_attn.qkv"): value for key, value in draft.tensors.items()}
+    draft.put("double_blocks.0.img_attn.norm.key_norm.scale", "F32", np.ones(16))
+    draft.put("img_in.weight", "F32", np.ones((32, 64)))
+    return draft, opened(draft, tmp_path)
+
+
+def shapes_seen_by(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, ...]]:
+    """The shapes by which a module will look for a family."""
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def look(keys: Any, families: Any, shapes: Any = None) -> Any:
+        seen.update(shapes or {})
+        return original(keys, families, shapes)
+
+    original = module.denoiser_of
+    monkeypatch.setattr(module, "denoiser_of", look)
+    return seen
+
+
+def test_a_family_is_told_by_real_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, files = flux(tmp_path)
+    seen = shapes_seen_by(quantize_file, monkeypatch)
+    quantize_file.recognise(files, stored_layers(files), "", Located(tmp_path / "m.safetensors"), AutoFamily())
+    assert seen["double_blocks.0.img_attn.qkv.weight"] == (96, 32)
+
+
+def test_inspect_tells_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft, _ = flux(tmp_path)
+    seen = shapes_seen_by(inspect_file, monkeypatch)
+    table = inspect_file.inspect_file(str(draft.write(tmp_path / "m.safetensors")))
+    assert "1 × nvfp4" in list(table.columns[1].cells) and seen["double_blocks.0.img_attn.qkv.weight"] == (96, 32)
+    del draft.tensors["double_blocks.0.img_attn.qkv.comfy_quant"]
+    table = inspect_file.inspect_file(str(draft.write(tmp_path / "m.safetensors")))
+    assert next(iter(table.columns[1].cells)) == "quantized checkpoint (U8 with scales)"
+
+
+# -- another reader -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4 of many tiles", "nvfp4 without a marker"])
+def test_comfy_kitchen_reads_the_same_nvfp4_weight(name: str, tmp_path: Path) -> None:
+    kitchen = pytest.importorskip("comfy_kitchen")
+    draft = KINDS[name]()
+    files, layers = read(draft, tmp_path)
+    coded, _ = layers[LAYER].coded(files)
+    assert coded.scale is not None and coded.global_scale is not None
+    scale = coded.scale.view(torch.float8_e4m3fn)
+    theirs = kitchen.dequantize_nvfp4(coded.qdata, coded.global_scale, scale, output_type=torch.float32)
+    assert_close(name, coded.dequantize(), theirs[: coded.shape[0], : coded.shape[1]], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp8 of many tiles", "hybrid mxfp8"])
+def test_comfy_kitchen_reads_the_same_mxfp8_weight(name: str, tmp_path: Path) -> None:
+    kitchen = pytest.importorskip("comfy_kitchen")
+    files, layers = read(KINDS[name](), tmp_path)
+    coded, _ = layers[LAYER].coded(files)
+    assert coded.scale is not None
+    theirs = kitchen.dequantize_mxfp8(coded.qdata, coded.scale.view(torch.float8_e8m0fnu), output_type=torch.float32)
+    assert_close(name, coded.dequantize(), theirs[: coded.shape[0], : coded.shape[1]], 1e-6)

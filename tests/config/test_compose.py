@@ -1,0 +1,178 @@
+"""Every option that ships composes and becomes a RunSpec, says what it is, and stands on the help page."""
+
+import functools
+import re
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+from support.helpers import CONF
+
+from int8run.config.compose import compose_all, own_options, to_spec
+from int8run.config.help import first_comment, help_page, key_lines
+from int8run.config.run_spec import RunSpec
+from int8run.errors import ConfigError
+from int8run.models.family import AutoFamily, shipped_families
+from int8run.quant.formats import FORMATS
+
+FILES = sorted(CONF.rglob("*.yaml"))
+OPTIONS = [tuple(f.relative_to(CONF).with_suffix("").as_posix().rsplit("/", 1)) for f in FILES if f.parent != CONF]
+GROUPS = sorted({group for group, _ in OPTIONS if not group.startswith("hydra/")})
+ROOT = yaml.safe_load((CONF / "config.yaml").read_text())
+# settings without which an option is refused, by design
+NEEDS = {
+    "prompts=file": ["prompts.path=some.txt"],
+    "lora=file": ["lora.adapters.0.path=some.safetensors"],
+    "clip=nvfp4_modelopt": ["clip.path=some.safetensors"],
+    "clip=mxfp8_rows": ["clip.path=some.safetensors"],
+    "lora=turbo": ["model=flux"],
+    "lora=hyper": ["model=flux"],
+}
+
+
+def composed(*overrides):
+    with own_options(), initialize_config_module("int8run.conf", version_base="1.3"):
+        return compose("config", ["device=cpu", *overrides], return_hydra_config=True)
+
+
+def as_id(option):
+    return "=".join(option)
+
+
+@functools.cache
+def spec_of(option):
+    """The RunSpec with an option and what it needs."""
+    return to_spec(composed(as_id(option), *NEEDS.get(as_id(option), [])))
+
+
+def test_the_walk_finds_the_options():
+    assert {("task", "run"), ("model", "tiny"), ("hydra/job_logging", "int8run")} <= set(OPTIONS)
+    assert set(GROUPS) == {group for default in ROOT["defaults"] if isinstance(default, dict) for group in default if " " not in group}
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=as_id)
+def test_every_option_becomes_a_run_spec(option):
+    group, name = option
+    spec = spec_of(option)
+    assert isinstance(spec, RunSpec)
+    if group in GROUPS:
+        # a YAML without _target_ stays a dict and fails much later, in the middle of a run
+        assert type(getattr(spec, group)).__module__.startswith("int8run."), f"{group}={name} names no class of int8run"
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o[0] in ("backend", "outlier", "rounding", "clip", "model_type")], ids=as_id)
+def test_an_option_and_its_class_use_the_same_word(option):
+    group, name = option
+    chosen = getattr(spec_of(option), group)
+    assert (chosen.format if group == "clip" else chosen.name) == name
+
+
+@pytest.mark.parametrize("option", NEEDS)
+def test_the_options_that_need_a_value_need_it(option):
+    message = r"(prompts|lora\.adapters\.0)\.path=<|has no source for base model 'tiny'; it has one for flux|, or set clip\.path$"
+    with pytest.raises(ConfigError, match=message):
+        to_spec(composed(option))
+
+
+def test_auto_family_knows_every_family():
+    families = {name for group, name in OPTIONS if group == "model_type"} - {"auto", "none"}
+    assert to_spec(composed("model_type=auto")).model_type == AutoFamily()
+    assert {key: family.name for key, family in shipped_families().items()} == {name: name for name in families}
+
+
+def test_a_family_of_the_users_own_is_chosen_by_its_name(tmp_path):
+    (tmp_path / "model_type").mkdir()
+    rows = "float_layers:\n  - { pattern: head, why: final projection }\ninputs:\n  'blocks.*.to_k': 64\n"
+    (tmp_path / "model_type" / "mine.yaml").write_text(f"_target_: int8run.models.family.ModelFamily\nname: mine\n{rows}")
+    _, (config,) = compose_all(str(tmp_path), "config", ["device=cpu", "model_type=mine"], False)
+    family = to_spec(config).model_type
+    assert family.why_float("head") == "final projection" and family.inputs == {"blocks.*.to_k": 64}
+
+
+def test_auto_backend_tries_every_backend():
+    backends = {name for group, name in OPTIONS if group == "backend"} - {"auto"}
+    auto = to_spec(composed("backend=auto")).backend
+    assert {key: backend.name for key, backend in auto.candidates.items()} == {name: name for name in backends - {"reference"}}
+    assert auto.last_resort.name == "reference"
+
+
+def test_every_format_of_text_encoders_is_an_option():
+    assert {name for group, name in OPTIONS if group == "clip"} == {"keep", "auto", *FORMATS}
+
+
+def test_auto_outlier_tries_every_method_and_the_plainest_first():
+    methods = {name for group, name in OPTIONS if group == "outlier"} - {"auto"}
+    candidates = to_spec(composed("outlier=auto")).outlier.candidates
+    assert {method.name for method in candidates.values()} == methods and next(iter(candidates)) == "none"
+    assert len({repr(method) for method in candidates.values()}) == len(candidates), "the same candidate twice"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(CONF).as_posix())
+def test_every_file_begins_with_what_it_is(file):
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("# @")]
+    assert re.match(r"# \S+ \S+", lines[0]), f"{file} does not begin with a description"
+    assert first_comment(file) == lines[0].removeprefix("# ")
+    assert not lines[1].startswith("#"), f"{file}: the help page shows one line, the description has more"
+
+
+def uncommented(text):
+    """Keys with a value but without a comment beside or above them; parts that explain themselves by the key above are left out."""
+    missing, above, path = [], "", []
+    for line in text.splitlines():
+        found = re.match(r"^(?P<indent> *)(?P<key>[a-z_]\w*):(?P<rest>.*)$", line)
+        if found:
+            path = [*path[: len(found["indent"]) // 2], found["key"]]
+            explained = {"float_layers", "deferred_gelu", "fingerprints", "adapters", "sampling", "candidates", "defaults", "hydra"}
+            inner = explained & {*path[:-1]} or path[0] in ("defaults", "hydra")
+            value = found["rest"].strip()
+            if value and "# " not in value and not above.startswith("#") and found["key"] != "_target_" and not inner:
+                missing.append(".".join(path))
+        above = line.strip()
+    return missing
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if "hydra" not in f.parts], ids=lambda f: f.relative_to(CONF).as_posix())
+def test_every_key_has_a_comment(file):
+    assert uncommented(file.read_text()) == []
+
+
+def test_uncommented_keys_are_found():
+    text = "# what\n_target_: a.B\nx: 1\n# why\ny: 2\nz: [a, b] # list\nsub:\n  deep: 3\nsampling:\n  steps: 4\n"
+    assert uncommented(text) == ["x", "sub.deep"]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_help_names_every_option_with_its_description(group):
+    section = re.search(rf"^  {group} .*\n(?:   .*\n)*", help_page(), flags=re.MULTILINE)
+    assert section is not None, f"{group} is not on the help page"
+    rows = {line[13:].split()[0]: line for line in section[0].splitlines()}
+    assert set(rows) == {name for g, name in OPTIONS if g == group}
+    for name, row in rows.items():
+        assert row.endswith(f" {first_comment(CONF / group / f'{name}.yaml')}")
+    starts = {row.index(f" {first_comment(CONF / group / f'{name}.yaml')}") for name, row in rows.items()}
+    assert len(starts) == 1, "all descriptions begin in one column"
+    default = next(d[group] for d in ROOT["defaults"] if group in d)
+    assert section[0].split()[1] == default, "the default comes first"
+
+
+def top_level_keys():
+    """`seed`, `int8.enable`, ...: what config.yaml itself sets."""
+    own = {key: value for key, value in ROOT.items() if key not in ("defaults", "hydra", "_target_")}
+    nested = [f"{key}.{inner}" for key, value in own.items() if isinstance(value, dict) for inner in value if inner != "_target_"]
+    return [key for key, value in own.items() if not isinstance(value, dict)] + nested
+
+
+@pytest.mark.parametrize("key", top_level_keys())
+def test_help_names_every_top_level_key_with_its_default(key):
+    value = ROOT
+    for part in key.split("."):
+        value = value[part]
+    shown = {True: "true", False: "false", None: "null"}.get(value, value) if value is None or isinstance(value, bool) else value
+    shown = f"[{', '.join(value)}]" if isinstance(value, list) else shown
+    (line,) = (line for line in help_page().splitlines() if line.startswith(f"  {key}={shown} "))
+    assert line.removeprefix(f"  {key}={shown} ").strip(), "no description"
+
+
+def test_help_shows_nested_keys_with_their_path():
+    text = "# a thing\nouter:\n  inner: 1 # how many\nbare: 2\nhydra:\n  x: 3 # no\n"
+    assert key_lines(text, "g.") == [("g.outer.inner", "1", "how many")]

@@ -1,0 +1,61 @@
+"""What a denoiser is called with: every argument by name, whatever way the pipeline passes it, and as it was then."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from support.helpers import CPU
+from torch import Tensor, nn
+
+from int8run.generate.capture import record_calls, record_step
+from int8run.generate.generate import StepClock, call
+from int8run.generate.prompts import Sample
+from int8run.models.sampling import Sampling
+
+BATCH = [Sample("a", 0, "a")]
+
+
+class Denoiser(nn.Module):
+    def forward(self, sample: list[Tensor], time: int, scale: float = 2.0, more: dict[str, Any] | None = None) -> tuple[Tensor]:
+        return (sample[0] * scale + time,)
+
+
+class Pipe:
+    """Passes the first two arguments by position, and changes what it passed in place."""
+
+    device = CPU
+
+    def register_modules(self, denoiser: nn.Module) -> None:
+        self.denoiser = denoiser
+
+    def __call__(self, num_inference_steps: int, callback_on_step_end: Callable, **_: Any) -> Any:
+        self.num_timesteps = num_inference_steps
+        x, added = torch.zeros(2), torch.zeros(1)
+        for step in range(num_inference_steps):
+            self.denoiser([x], step, more={"added": added})
+            x += 1
+            added += 1
+            callback_on_step_end(self, step, None, {"latents": x})
+        return SimpleNamespace(images=[])
+
+
+def test_arguments_by_position_get_their_names_and_none_changes_later() -> None:
+    calls = record_calls(Pipe(), "denoiser", Denoiser(), BATCH, Sampling(steps=3))
+    assert [sorted(c) for c in calls] == [["more", "sample", "time"]] * 3
+    assert [(c["sample"][0].tolist(), c["time"], c["more"]["added"].item()) for c in calls] == [([i, i], i, i) for i in range(3)]
+    # the same arguments by name do the same
+    assert [Denoiser()(**c)[0].tolist() for c in calls] == [[3.0 * i, 3.0 * i] for i in range(3)]
+
+
+def test_one_call_is_the_second_of_two_steps_and_its_hook_is_taken_off() -> None:
+    denoiser = Denoiser()
+    assert [made["time"] for made in record_step(Pipe(), "denoiser", denoiser, BATCH, Sampling(steps=9))] == [1]
+    assert not denoiser._forward_pre_hooks
+
+
+def test_latents_that_the_pipeline_changes_in_place_are_kept_as_they_were() -> None:
+    clock, pipe = StepClock(CPU), Pipe()
+    pipe.register_modules(Denoiser())
+    call(pipe, BATCH, Sampling(steps=3), clock.step_end)
+    assert [x.tolist() for x in clock.latents] == [[1, 1], [2, 2], [3, 3]]

@@ -1,0 +1,305 @@
+"""Workers on the machines of a Ray cluster: `hydra/launcher=ray_cluster`."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from urllib.request import urlopen
+
+import pytest
+
+from int8run.errors import ConfigError
+from int8run.jobs.base import Outcome, WorkerDied
+from int8run.jobs.launchers import ray_launcher
+from int8run.jobs.launchers.ray_launcher import RayCluster, amounts, places, reason_in, share_of
+from int8run.tracking.run_record import find_records
+
+SLOT = {"int8_slot": 1}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of a cluster of two nodes, one worker's place on each. Its driver is this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        # before ray is imported, which reads them once
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef0123456789abcdef")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray = pytest.importorskip("ray", reason="needs the extra ray")
+        from ray.cluster_utils import Cluster
+
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the nodes do not have the tests
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": SLOT, "include_dashboard": False})
+        nodes.add_node(num_cpus=1, resources=SLOT)
+        yield nodes.address
+        nodes.shutdown()
+
+
+@pytest.fixture
+def pool(cluster):
+    pool = RayCluster(address=cluster, resources=SLOT)
+    assert pool.open(9) == 2
+    yield pool
+    pool.close()
+
+
+def place(seconds=0.0):
+    def call():
+        import ray
+
+        time.sleep(seconds)
+        return [Outcome(0, "FINISHED", value=(ray.get_runtime_context().get_node_id(), os.getpid()))]
+
+    return call
+
+
+def value(future):
+    return future.result(30)[0].value
+
+
+@pytest.mark.ray
+def test_two_nodes_and_a_worker_that_is_killed(pool):
+    workers = [pool.start(), pool.start()]
+    (first_node, first), (second_node, second) = (value(w.submit(place())) for w in workers)
+    assert first_node != second_node and pool.jobs_at_once == 1
+    assert value(workers[0].submit(place())) == (first_node, first)  # which keeps its model
+
+    running, other = workers[0].submit(place(60)), workers[1].submit(place(2))
+    time.sleep(0.3)
+    os.kill(first, signal.SIGKILL)
+    with pytest.raises(WorkerDied, match=r"its Ray worker ended \(ActorDiedError\): the process went without a word: killed by a signal"):
+        running.result(30)
+    workers[0].close()
+    workers[0] = pool.start()
+    again, pid = value(workers[0].submit(place()))
+    assert again == first_node and pid != first
+    assert value(other) == (second_node, second)
+
+    def bad():
+        raise ConfigError("steps is 0")
+
+    with pytest.raises(ConfigError, match=r"^steps is 0$") as raised:
+        workers[0].submit(bad).result(30)
+    assert type(raised.value) is ConfigError
+    with pytest.raises(WorkerDied, match=r"its Ray worker ended \(ActorDiedError\)"):
+        workers[1].submit(lambda: os._exit(3)).result(30)
+    running = workers[0].submit(place(60))
+    workers[0].close()
+    with pytest.raises(WorkerDied, match="ended by int8run"):
+        running.result(30)
+
+
+@pytest.mark.ray
+def test_a_worker_that_waits_is_said_once(pool, caplog, monkeypatch):
+    monkeypatch.setattr(ray_launcher, "SAY_AFTER_S", 0.5)
+    workers = [pool.start() for _ in range(4)]
+    for worker in workers[:2]:
+        value(worker.submit(place()))
+    time.sleep(1.5)
+    waiting = [r.getMessage() for r in caplog.records if "waiting" in r.getMessage()]
+    assert waiting == [
+        "waiting for resources: a job asks for num_cpus=1, num_gpus=0, int8_slot=1 on one machine, and the whole cluster has free "
+        "num_cpus=0, num_gpus=0, int8_slot=0; hydra.launcher.workers starts fewer, num_cpus and num_gpus ask for less"
+    ]
+    for worker in workers:
+        worker.close()
+
+
+@pytest.mark.ray
+def test_what_no_machine_has_is_refused(cluster):
+    import ray
+
+    with pytest.raises(
+        ConfigError,
+        match=r"a job asks for num_cpus=1, num_gpus=1, and no machine of the cluster has that: the largest have num_cpus=1, num_gpus=0",
+    ):
+        RayCluster(address=cluster, num_cpus=1, num_gpus=1).open(3)
+    assert not ray.is_initialized(), "it lets go of the cluster"
+
+
+@pytest.mark.ray
+def test_machines_without_int8run_are_named(cluster, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['int8run'] = None")  # what `import` takes for a missing module
+    pool = RayCluster(address=cluster, runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}})
+    with pytest.raises(ConfigError, match=r"the jobs need int8run [\d.]+ on every machine .* install it .*: import of int8run halted"):
+        pool.open(2)
+    monkeypatch.setattr("int8run.__version__", "99.0")
+    with pytest.raises(ConfigError, match=r"the jobs need int8run 99.0 on every machine .*: \d+\.\d+.*; .*: \d+\.\d+"):
+        RayCluster(address=cluster).open(2)
+
+
+@pytest.mark.ray
+def test_a_program_that_has_joined_already_keeps_its_cluster(cluster):
+    import ray
+
+    ray.init(address=cluster, log_to_driver=False)
+    pool = RayCluster(workers=1)
+    assert pool.open(5) == 1
+    pool.close()
+    assert ray.is_initialized()
+    ray.shutdown()
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The address of an MLflow server that starts in the meantime."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", address.rpartition(":")[2], "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "artifacts")),
+    ]
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with open(tmp_path / "server.log", "w") as log:
+        process = subprocess.Popen(command, env=os.environ | quiet, stdout=log, stderr=log, start_new_session=True)
+    yield address
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
+
+
+def answers(address):
+    try:
+        return urlopen(address, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_on_two_nodes_with_one_server_and_a_worker_that_is_killed(server, cluster, tmp_path):
+    folder = tmp_path / "sweep"
+    command = [
+        *(sys.executable, "-m", "int8run.cli", "-m", "hydra/launcher=ray_cluster", f"hydra.launcher.address={cluster}"),
+        *("hydra.launcher.resources={int8_slot:1}", f"hydra.sweep.dir={folder}", f"tracker.uri={server}", "cache.limit_gb=0"),
+        *(
+            "sampler.steps=1",
+            "prompts.prompts=[fox]",
+            "metrics.layers=false",
+            "metrics.baseline=none",
+            "outlier=none,convrot",
+            "seed=0,1,2",
+        ),
+    ]
+
+    def sweep(*more):
+        return subprocess.Popen([*command, *more], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def records():
+        return {record.number: record for record in find_records(folder)}
+
+    def running_after_another():
+        found = records().values()
+        return any(r.state == "FINISHED" for r in found) and next((r for r in found if r.state == "RUNNING"), None)
+
+    until(lambda: answers(f"{server}/health"), 120)
+    first = sweep()
+    try:
+        killed = until(running_after_another, 120)
+        os.kill(killed.status["pid"], signal.SIGKILL)
+        out, err = first.communicate(timeout=120)
+    finally:
+        first.kill()
+    assert first.returncode == 1 and f"job {killed.number} " in err and "killed by a signal" in err, out + err
+    states = {number: record.state for number, record in records().items()}
+    assert states == {n: "KILLED" if n == killed.number else "FINISHED" for n in range(6)}
+    assert len({record.build_key for record in records().values()}) == 2
+    started = {number: record.started for number, record in records().items()}
+    runs = tracked(server)
+    assert {number: state for number, state, _ in runs} == states and len(runs) == 6
+
+    again = sweep("resume=true")
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, out + err
+    assert {record.state for record in records().values()} == {"FINISHED"} and len(records()) == 6
+    assert [n for n, record in records().items() if record.started != started[n]] == [killed.number], "only that one ran again"
+    finished = [config_hash for _, state, config_hash in tracked(server) if state == "FINISHED"]
+    assert len(finished) == len(set(finished)) == 6
+
+
+def tracked(server):
+    """Number, state and config hash of every run that the server has."""
+    import mlflow
+
+    client = mlflow.MlflowClient(server)
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    return [(int(run.data.tags["number"]), run.info.status, run.data.tags["config_hash"]) for run in runs]
+
+
+def test_nothing_listens_there():
+    began = time.monotonic()
+    with pytest.raises(
+        ConfigError, match=r"address is '127.0.0.1:1', and nothing answers there \(Connection refused\); `ray start --head` prints"
+    ):
+        RayCluster(address="127.0.0.1:1").open(2)
+    assert time.monotonic() - began < 15
+
+
+def test_without_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"needs Ray on this machine: pip install 'int8run\[ray\]'"):
+        RayCluster().open(2)
+
+
+EIGHT_GPUS = {"CPU": 96.0, "GPU": 8.0}
+SMALL, BIG = {"CPU": 4.0}, {"CPU": 64.0}
+
+
+@pytest.mark.parametrize(
+    "machines, cpus, gpus, own, share, room",
+    [
+        ([EIGHT_GPUS], None, None, {}, {"CPU": 12, "GPU": 1}, [8]),  # a GPU each, and what goes with it
+        ([EIGHT_GPUS], None, 0.5, {}, {"CPU": 6, "GPU": 0.5}, [16]),
+        ([EIGHT_GPUS], 1, 0.4, {}, {"CPU": 1, "GPU": 0.4}, [16]),
+        ([EIGHT_GPUS], None, 0, {}, {"CPU": 96, "GPU": 0}, [1]),
+        ([EIGHT_GPUS], 50, None, {}, {"CPU": 50, "GPU": 1}, [1]),
+        ([SMALL, BIG, BIG], None, None, {}, {"CPU": 64, "GPU": 0}, [0, 1, 1]),  # no job on the small head node
+        ([SMALL, SMALL], 2, None, {}, {"CPU": 2, "GPU": 0}, [2, 2]),
+        ([SMALL, {"CPU": 0.0}], None, None, {}, {"CPU": 4, "GPU": 0}, [1, 0]),
+        ([SMALL, {**BIG, "slot": 4.0}], None, None, {"slot": 1}, {"CPU": 16, "GPU": 0, "slot": 1}, [0, 4]),
+        ([SMALL], None, 1, {}, {"CPU": 1, "GPU": 1}, [0]),
+    ],
+)
+def test_the_share_of_a_worker_and_the_room_there_is(machines, cpus, gpus, own, share, room):
+    assert share_of(machines, cpus, gpus, own) == share
+    assert [places(have, share) for have in machines] == room
+
+
+def test_amounts_are_named_as_the_settings_are():
+    assert amounts({"CPU": 2.0, "GPU": 0.5, "slot": 1.0}) == "num_cpus=2, num_gpus=0.5, slot=1"
+
+
+def test_the_reason_in_rays_page():
+    assert reason_in("The actor died.\nThe actor is dead because its node has died. Node Id: ab") == "its node has died. Node Id: ab"
+    assert reason_in("Task was killed due to the node running low on memory.\nMemory on the node was 95%").startswith(
+        "Task was killed due to"
+    )
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"address": "head"}, "hydra.launcher.address is 'head'; give host:port"),
+        ({"address": "ray://head:10001"}, "give host:port of a cluster's head node"),
+        ({"num_cpus": 0}, "hydra.launcher.num_cpus is 0"),
+        ({"num_gpus": -1}, "hydra.launcher.num_gpus is -1"),
+        ({"num_gpus": 1.5}, "num_gpus is 1.5; allowed is a part of one, such as 0.5, or a whole number"),
+        ({"workers": 0}, "hydra.launcher.workers is 0"),
+        ({"resources": {"GPU": 1}}, "hydra.launcher.resources names GPU; allowed are a cluster's own; num_cpus and num_gpus set"),
+        ({"resources": {"slot": 1.5}}, "hydra.launcher.resources.slot is 1.5; allowed is a part of one"),
+        ({"include_dashboard": "yes"}, "include_dashboard is 'yes'; choose true or false"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        RayCluster(**settings)

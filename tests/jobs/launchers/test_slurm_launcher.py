@@ -1,0 +1,282 @@
+"""Jobs of a Slurm cluster: `hydra/launcher=slurm`, with stand-ins for Slurm's programs.
+
+experiments/launchers tries the same on a real Slurm of one machine.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import stat
+import sys
+import time
+import types
+
+import psutil
+import pytest
+
+from int8run.errors import ConfigError
+from int8run.jobs.base import Outcome, WorkerDied
+from int8run.jobs.launchers import slurm_launcher
+from int8run.jobs.launchers.slurm_launcher import PROGRAMS, Slurm
+
+STAND_IN = """#!{python} -SE
+import os, re, shlex, signal, subprocess, sys
+from pathlib import Path
+
+name, here = Path(sys.argv[0]).name, Path(sys.argv[0]).parent
+if (here / "down").exists() and name != "sbatch":
+    sys.exit("slurm_load_jobs error: Unable to contact slurm controller")
+if name == "sbatch":
+    if (here / "refuse").exists():
+        sys.exit("sbatch: error: " + (here / "refuse").read_text())
+    job = str(len(list(here.glob("*.pid"))) + 1)
+    lines = dict(re.findall(r"#SBATCH --(output|error)=(.*)", Path(sys.argv[1]).read_text()))
+    out, err = (open(shlex.split(lines[key].replace("%j", job))[0], "a") for key in ("output", "error"))
+    command = f"bash {{shlex.quote(sys.argv[1])}}; echo $? > {{here}}/{{job}}.exit"
+    env = {{**os.environ, "SLURM_JOB_ID": job}}
+    process = subprocess.Popen(["bash", "-c", command], env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+    (here / f"{{job}}.pid").write_text(str(process.pid))
+    print("Submitted batch job", job)
+elif name == "squeue":
+    for pid in here.glob("*.pid"):
+        if not pid.with_suffix(".exit").exists() and not pid.with_suffix(".state").exists():
+            print(f"{{pid.stem}}|PENDING|Resources" if (here / "busy").exists() else f"{{pid.stem}}|RUNNING|None")
+elif name == "scancel":
+    (here / f"{{sys.argv[1]}}.state").write_text("CANCELLED")
+    os.killpg(int((here / f"{{sys.argv[1]}}.pid").read_text()), signal.SIGTERM)
+elif name == "scontrol":
+    job = sys.argv[-1]
+    code = (here / f"{{job}}.exit").read_text().strip() if (here / f"{{job}}.exit").exists() else "0"
+    told = here / f"{{job}}.state"
+    state = told.read_text() if told.exists() else "FAILED" if int(code) else "COMPLETED"
+    print(f"JobId={{job}} JobName=int8run JobState={{state}} ExitCode={{code}}:0")
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A folder with Slurm's programs, which is where they keep their state."""
+    pytest.importorskip("submitit", reason="needs the extra slurm")
+    import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in PROGRAMS:
+        (folder / name).write_text(STAND_IN.format(python=sys.executable))
+        (folder / name).chmod(stat.S_IRWXU)
+    (folder / "bash").symlink_to(shutil.which("bash"))
+    monkeypatch.setenv("PATH", str(folder))
+    for name, seconds in {"LOOK_S": 0.05, "QUEUE_S": 0.2, "GRACE_S": 0.2, "SAY_AFTER_S": 0.5}.items():
+        monkeypatch.setattr(slurm_launcher, name, seconds)
+    yield folder
+    for pid in folder.glob("*.pid"):
+        if not pid.with_suffix(".exit").exists():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(pid.read_text()), signal.SIGKILL)
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture
+def pool(cluster, tmp_path):
+    pool = Slurm(gpus=0, cpus=3, folder=str(tmp_path / "a folder"))
+    assert pool.open(7) == 7
+    yield pool
+    pool.close()
+
+
+def outcomes(seconds=0.0):
+    def call():
+        time.sleep(seconds)
+        return [Outcome(n, "FINISHED", value=(os.environ["SLURM_JOB_ID"], os.environ["OMP_NUM_THREADS"])) for n in range(2)]
+
+    return call
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_answers_and_errors_come_back_as_they_were(pool):
+    def bad():
+        raise ConfigError("steps is 0")
+
+    workers = [pool.start(), pool.start()]
+    answers = [workers[0].submit(outcomes()), workers[1].submit(bad)]
+    assert answers[0].result(30) == [Outcome(n, "FINISHED", value=("1", "3")) for n in range(2)]
+    with pytest.raises(ConfigError, match="steps is 0"):
+        answers[1].result(30)
+    assert workers[0].submit(outcomes()).result(30)[0].value == ("3", "3")  # a job of its own
+
+
+def test_deaths_are_told_in_slurms_words(pool, cluster, monkeypatch):
+    def dies():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    workers = [pool.start() for _ in range(3)]
+    monkeypatch.setattr(slurm_launcher, "GRACE_S", 60)  # there is nothing to wait for
+    answers = [workers[0].submit(dies), *(worker.submit(outcomes(60)) for worker in workers[1:])]
+    (cluster / "2.state").write_text("TIMEOUT")
+    (cluster / "3.state").write_text("CANCELLED")
+    with pytest.raises(
+        WorkerDied, match=r"^Slurm job 1 ended without an answer: FAILED: its process was killed by signal 9 \(SIGKILL\); .*_log.err$"
+    ):
+        answers[0].result(30)
+    with pytest.raises(WorkerDied, match=r"Slurm job 2 ended without an answer: TIMEOUT; hydra.launcher.time_min allows more; its log"):
+        answers[1].result(30)
+    with pytest.raises(WorkerDied, match="Slurm job 3 ended without an answer: CANCELLED; its log"):
+        answers[2].result(30)
+
+
+def test_a_controller_that_does_not_answer_is_no_death(pool, cluster):
+    answer = pool.start().submit(outcomes(1.5))
+    (cluster / "down").touch()
+    assert len(answer.result(30)) == 2
+
+
+def test_a_result_that_is_seen_late_is_no_death(pool, cluster, monkeypatch):
+    monkeypatch.setattr(slurm_launcher, "GRACE_S", 30)
+    answer = pool.start().submit(outcomes(2.0))
+    (cluster / "1.state").write_text("COMPLETED")  # gone from the queue, its file not there yet
+    assert len(answer.result(30)) == 2
+
+
+def test_a_job_that_completes_without_a_result_is_dead_after_a_while(pool, cluster):
+    answer = pool.start().submit(outcomes(60))
+    (cluster / "1.state").write_text("COMPLETED")
+    with pytest.raises(WorkerDied, match="Slurm job 1 ended without an answer: COMPLETED; its log"):
+        answer.result(30)
+
+
+def test_closing_a_worker_cancels_its_job(pool, cluster, tmp_path):
+    def call():
+        (tmp_path / "begun").write_text(str(os.getpid()))
+        time.sleep(60)
+
+    worker, other = pool.start(), pool.start()
+    answer, left = worker.submit(call), other.submit(outcomes(60))
+    until((tmp_path / "begun").exists)
+    worker.close()
+    # submitit alone would wait for the second, stronger signal
+    until(lambda: not psutil.pid_exists(int((tmp_path / "begun").read_text())))
+    with pytest.raises(WorkerDied, match="its Slurm job was ended by int8run"):
+        answer.result(1)
+    assert (cluster / "1.state").read_text() == "CANCELLED" and not left.done()
+    worker.close()
+    pool.close()
+    assert (cluster / "2.state").read_text() == "CANCELLED" and left.done()
+
+
+def test_why_a_job_waits_is_said_once(pool, cluster, caplog):
+    (cluster / "busy").touch()
+    with caplog.at_level(logging.INFO):
+        pool.start().submit(outcomes(2.5)).result(30)
+    told = [record.getMessage() for record in caplog.records if record.name == slurm_launcher.log.name]
+    assert told[0].startswith("Slurm job 1 submitted; its log: ") and told[1:] == ["Slurm job 1 waits: Resources"]
+
+
+def test_a_job_that_slurm_does_not_take(pool, cluster):
+    worker = pool.start()
+    (cluster / "refuse").write_text("Invalid generic resource (gres) specification")
+    with pytest.raises(ConfigError, match=r"Slurm does not take the job: sbatch: error: Invalid .*; hydra.launcher.gpus=0 asks for no GPU"):
+        worker.submit(outcomes())
+    (cluster / "refuse").unlink()
+    worker.submit(outcomes()).result(30)
+    (cluster / "refuse").write_text("Job violates accounting/QOS policy")  # the others of the sweep go on
+    with pytest.raises(WorkerDied, match="Slurm did not take the job: sbatch: error: Job violates accounting/QOS policy"):
+        worker.submit(outcomes()).result(1)
+
+
+def test_a_machine_without_our_code_is_named_in_the_error(pool, monkeypatch):
+    module = types.ModuleType("only_here")
+    exec("def call(): pass", module.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    with pytest.raises(WorkerDied, match=r"Slurm job 1 could not begin: ModuleNotFoundError: No module named 'only_here'; its log: .*err"):
+        pool.start().submit(module.call).result(30)
+
+
+def test_a_broken_watch_leaves_nobody_waiting(pool, monkeypatch):
+    monkeypatch.setattr(slurm_launcher, "read_queue", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pool.start().submit(outcomes(60)).result(30)
+
+
+def test_accounting_is_asked_when_the_controller_has_forgotten(cluster, monkeypatch):
+    asked = []
+
+    def ask(program, *words):
+        asked.append(program)
+        return {"sacct": "OUT_OF_MEMORY|0:125\n"}.get(program)
+
+    monkeypatch.setattr(slurm_launcher, "ask", ask)
+    (cluster / "sacct").symlink_to("/bin/true")
+    paths = types.SimpleNamespace(stderr="7_log.err")
+    job = types.SimpleNamespace(job_id="7", paths=paths)
+    assert slurm_launcher.how_it_ended(job) == (
+        "OUT_OF_MEMORY",
+        "Slurm job 7 ended without an answer: OUT_OF_MEMORY; hydra.launcher.mem_gb asks for more; its log: 7_log.err",
+    )
+    (cluster / "sacct").unlink()
+    assert slurm_launcher.how_it_ended(job) == (None, "Slurm job 7 ended without an answer: gone from the queue; its log: 7_log.err")
+    assert asked == ["scontrol", "sacct", "scontrol"]
+
+
+def test_the_script_of_a_job(cluster, tmp_path):
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    pool = Slurm(partition="gpu", time_min=90, gpus=2, mem_gb=1.5, extra={"account": "vision", "exclusive": True}, folder=str(tmp_path))
+    script = _make_sbatch_string(command="run", folder=tmp_path, **pool.parameters()).splitlines()
+    wanted = [
+        "partition=gpu", "time=90", "gpus-per-node=2", "cpus-per-task=4", "mem=1536M", "nodes=1", "ntasks-per-node=1", "no-requeue",
+        "account=vision", "exclusive",
+    ]  # fmt: skip
+    assert {f"#SBATCH --{line}" for line in wanted} <= set(script) and {"export OMP_NUM_THREADS=4", "run"} <= set(script)
+    assert not any(
+        "gpus" in line or "mem" in line for line in _make_sbatch_string("run", tmp_path, **Slurm(gpus=0).parameters()).splitlines()
+    )
+
+
+def test_how_many_at_once(cluster, tmp_path):
+    for workers, jobs, most in ((None, 30, 30), (4, 30, 4), (4, 2, 2)):
+        pool = Slurm(workers=workers, folder=str(tmp_path))
+        assert pool.open(jobs) == most
+        pool.close()
+    assert Slurm().whole_groups and Slurm().jobs_at_once == 1
+
+
+def test_without_slurm_or_submitit(cluster, monkeypatch):
+    (cluster / "squeue").unlink()
+    with pytest.raises(
+        ConfigError, match=r"finds no squeue here; start int8run on a machine that submits .* or choose hydra/launcher=joblib"
+    ):
+        Slurm().open(2)
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ConfigError, match=r"needs submitit on this machine: pip install 'int8run\[slurm\]'"):
+        Slurm().open(2)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"partition": "a b"}, "hydra.launcher.partition is 'a b'; give a partition's name"),
+        ({"time_min": 0}, "hydra.launcher.time_min is 0"),
+        ({"gpus": 0.5}, "hydra.launcher.gpus is 0.5; allowed is a whole number"),
+        ({"cpus": 0}, "hydra.launcher.cpus is 0"),
+        ({"mem_gb": 0}, "hydra.launcher.mem_gb is 0"),
+        ({"workers": 0}, "hydra.launcher.workers is 0"),
+        ({"extra": {"acount": "a"}}, "extra names 'acount'; did you mean 'account'.*allowed of sbatch's options are account, begin"),
+        ({"extra": {"wrap": "rm -r /"}}, "extra names 'wrap'"),
+        ({"extra": {"output": "/home/me/.bashrc"}}, "extra names 'output'"),
+        ({"extra": {"account": "a\nrm -r /"}}, r"hydra.launcher.extra.account is 'a\\nrm -r /'; allowed is a text of one line"),
+        ({"extra": {"account": ["a"]}}, "hydra.launcher.extra.account is"),
+        ({"folder": "a\nb"}, "hydra.launcher.folder is"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Slurm(**settings)

@@ -1,0 +1,106 @@
+"""Names of tensors in LoRA files: component, module name and part, for every way of writing them."""
+
+import pytest
+
+from int8run.lora.key_parsing import PARTS, UNSUPPORTED, Key, split_key
+
+
+@pytest.mark.parametrize(
+    ("key", "component", "name", "part"),
+    [
+        ("transformer.a.b.lora_A.weight", "denoiser", "a.b", "down"),
+        ("transformer.a.b.lora_B.default.weight", "denoiser", "a.b", "up"),
+        ("transformer.a.b.lora_A.default_0.weight", "denoiser", "a.b", "down"),
+        ("transformer.a.b.lora_B.bias", "denoiser", "a.b", "up_bias"),
+        ("transformer.a.b.lora_B.default.bias", "denoiser", "a.b", "up_bias"),
+        ("transformer.a.b.lora_magnitude_vector", "denoiser", "a.b", "magnitude"),
+        ("transformer.a.b.lora_magnitude_vector.weight", "denoiser", "a.b", "magnitude"),
+        ("transformer.a.b.lora_magnitude_vector.default.weight", "denoiser", "a.b", "magnitude"),
+        ("a.b.lora_A", "denoiser", "a.b", "down"),
+        ("a.b.lora_B", "denoiser", "a.b", "up"),
+        ("unet.a.lora.down.weight", "denoiser", "a", "down"),
+        ("unet.a.lora.up.weight", "denoiser", "a", "up"),
+        ("unet.mid.attn1.processor.to_q_lora.down.weight", "denoiser", "mid.attn1.to_q", "down"),
+        ("unet.mid.attn1.processor.to_out_lora.up.weight", "denoiser", "mid.attn1.to_out", "up"),
+        ("unet.mid.attn1.to_k_lora.up.weight", "denoiser", "mid.attn1.to_k", "up"),
+        ("unet.mid.attn1.processor.add_k_proj_lora.up.weight", "denoiser", "mid.attn1.add_k_proj", "up"),
+        ("double_blocks.0.processor.qkv_lora1.down.weight", "denoiser", "double_blocks.0.qkv_lora1", "down"),
+        ("double_blocks.0.processor.proj_lora2.up.weight", "denoiser", "double_blocks.0.proj_lora2", "up"),
+        ("diffusion_model.single_blocks.7.processor.qkv_lora.up.weight", "denoiser", "single_blocks.7.qkv_lora", "up"),
+        ("single_blocks.7.processor.proj_lora.down.weight", "denoiser", "single_blocks.7.proj_lora", "down"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "denoiser", "double_blocks_0_img_attn_qkv", "down"),
+        ("lora_unet__blocks_0_ffn_0.lora_up.weight", "denoiser", "blocks_0_ffn_0", "up"),
+        ("lora_transformer_transformer_blocks_0_ff_net_2.alpha", "denoiser", "transformer_blocks_0_ff_net_2", "alpha"),
+        ("lycoris_transformer_blocks_0_ff_net_2.lokr_w1", "denoiser", "transformer_blocks_0_ff_net_2", "lokr_w1"),
+        ("lora_prior_unet_a_b.lora_mid.weight", "denoiser", "a_b", "mid"),
+        ("diffusion_model.lora_unet_a_b.lora_mid.weight", "denoiser", "a_b", "mid"),
+        ("base_model.model.diffusion_model.a.diff", "denoiser", "a", "diff"),
+        ("base_model.model.model.a.diff_b", "denoiser", "a", "diff_b"),
+        ("transformer.base_model.model.a.w_norm", "denoiser", "a", "w_norm"),
+        ("unet.base_model.model.a.b_norm", "denoiser", "a", "b_norm"),
+        ("model.diffusion_model.a.dora_scale", "denoiser", "a", "dora_scale"),
+        ("model.a.alpha", "denoiser", "model.a", "alpha"),
+        ("blocks.0.transformer.proj.alpha", "denoiser", "blocks.0.transformer.proj", "alpha"),
+        ("transformer_blocks.0.proj.alpha", "denoiser", "transformer_blocks.0.proj", "alpha"),
+        ("a.on_input", "denoiser", "a", "on_input"),
+        ("a.weight", "denoiser", "a", "weight"),
+        ("a.lora_down.scale_weight", "denoiser", "a", "down_scale"),
+        ("a.lora_up.scale_weight", "denoiser", "a", "up_scale"),
+        ("a.hada_t1", "denoiser", "a", "hada_t1"),
+        ("a.lokr_w2_b", "denoiser", "a", "lokr_w2_b"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha", "text_encoder", "text_model_encoder_layers_0_mlp_fc1", "alpha"),
+        ("lora_te1_a.alpha", "text_encoder", "a", "alpha"),
+        ("lora_te2_a.alpha", "text_encoder_2", "a", "alpha"),
+        ("lora_te3_encoder_block_0.alpha", "text_encoder_3", "encoder_block_0", "alpha"),
+        ("lora_prior_te_a.alpha", "text_encoder", "a", "alpha"),
+        ("text_encoder.text_model.a.lora_linear_layer.up.weight", "text_encoder", "text_model.a", "up"),
+        ("text_encoder.text_model.a.lora_linear_layer.down.weight", "text_encoder", "text_model.a", "down"),
+        ("text_encoder.self_attn.to_q_lora.down.weight", "text_encoder", "self_attn.to_q", "down"),
+        ("text_encoder_2.a.lora_A.weight", "text_encoder_2", "a", "down"),
+        ("text_encoder_3.a.lora_A.weight", "text_encoder_3", "a", "down"),
+        ("text_encoder.base_model.model.model.layers.0.q.lora_A.weight", "text_encoder", "model.layers.0.q", "down"),
+        ("base_model.model.text_encoder.a.lora_A.weight", "text_encoder", "a", "down"),
+        ("text_encoders.clip_l.transformer.text_model.a.lora_up.weight", "text_encoder", "text_model.a", "up"),
+        ("text_encoders.clip_g.transformer.text_model.a.lora_up.weight", "text_encoder_2", "text_model.a", "up"),
+        ("text_encoders.t5xxl.transformer.encoder.block.0.lora_up.weight", "text_encoder_3", "encoder.block.0", "up"),
+        ("text_encoders.qwen25_7b.transformer.model.layers.0.lora_up.weight", "text_encoder", "model.layers.0", "up"),
+        ("text_encoders.transformer.model.layers.0.lora_up.weight", "text_encoder", "model.layers.0", "up"),
+    ],
+)
+def test_key(key, component, name, part):
+    assert split_key(key) == Key(component, name, part)
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "reason"),
+    [
+        ("transformer.x.a1.weight", "x", "unsupported kind: GLoRA"),
+        ("lora_unet_x.b2.weight", "x", "unsupported kind: GLoRA"),
+        ("lora_unet_x.oft_blocks", "x", "unsupported kind: OFT or BOFT"),
+        ("lora_unet_x.rescale", "x", "unsupported kind: OFT or BOFT"),
+        ("diffusion_model.x.set_weight", "x", "unsupported kind: whole replacement (set_weight)"),
+        ("diffusion_model.x.reshape_weight", "x", "unsupported kind: whole replacement (reshape_weight)"),
+        ("lora_unet_x.bias_indices", "x", "unsupported kind: sparse bias"),
+        ("text.x.lora_embedding_A", "text.x", "unsupported kind: LoRA of an embedding"),
+        ("transformer.x.lora_A.something", "x.lora_A.something", "unknown suffix"),
+        ("transformer.x.bias", "x.bias", "unknown suffix"),
+        ("iteration", "iteration", "unknown suffix"),
+        ("", "", "unknown suffix"),
+        ("bundle_emb.word.string_to_param.*", "bundle_emb.word.string_to_param.*", "textual inversion, not a LoRA"),
+        ("emb_params", "emb_params", "textual inversion, not a LoRA"),
+    ],
+)
+def test_keys_that_nothing_is_done_with(key, name, reason):
+    assert split_key(key) == Key("denoiser", name, None, reason)
+
+
+@pytest.mark.parametrize("suffix", PARTS)
+def test_every_suffix_is_reached(suffix):
+    # a suffix that ends with an earlier one would never be
+    name = "x" if suffix.startswith(".") else "x_y"
+    assert split_key(f"transformer.{name}{suffix}") == Key("denoiser", name, PARTS[suffix])
+
+
+@pytest.mark.parametrize("suffix", UNSUPPORTED)
+def test_every_unsupported_suffix_is_reached(suffix):
+    assert split_key(f"transformer.x{suffix}") == Key("denoiser", "x", None, f"unsupported kind: {UNSUPPORTED[suffix]}")

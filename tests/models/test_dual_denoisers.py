@@ -1,0 +1,65 @@
+"""Two denoisers as one module, and how they get into a pipeline."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from int8run.models.dual_denoisers import Experts, denoiser_parts, use_denoiser
+
+
+class Part(nn.Module):
+    """Adds its number."""
+
+    def __init__(self, number: float):
+        super().__init__()
+        self.number = nn.Parameter(torch.tensor(number))
+
+    def forward(self, x: Tensor, double: bool = False) -> Tensor:
+        return (x + self.number) * (2 if double else 1)
+
+
+def pipeline(**modules: nn.Module) -> Any:
+    """Remembers what it was given."""
+    pipe = SimpleNamespace(given=[], **modules)
+
+    def register_modules(**named: nn.Module) -> None:
+        pipe.given += list(named)
+        pipe.__dict__.update(named)
+
+    pipe.register_modules = register_modules
+    return pipe
+
+
+HIGH, LOW = Part(1.0), Part(10.0)
+
+
+def test_each_expert_is_called_by_its_name() -> None:
+    both = Experts({"transformer": HIGH, "transformer_2": LOW})
+    x = torch.zeros(2)
+    assert both(expert="transformer", x=x).tolist() == [1, 1] and both(expert="transformer_2", x=x, double=True).tolist() == [20, 20]
+    assert [name for name, _ in both.named_parameters()] == ["transformer.number", "transformer_2.number"]
+
+
+def test_parts_are_known_by_the_beginning_of_their_layers_names() -> None:
+    both = Experts({"transformer": HIGH, "transformer_2": LOW})
+    assert denoiser_parts(both) == {"transformer.": HIGH, "transformer_2.": LOW} and denoiser_parts(HIGH) == {"": HIGH}
+    assert denoiser_parts(nn.Sequential(HIGH, LOW)).keys() == {""}, "children alone make no experts"
+
+
+def test_a_pipeline_gets_each_part_at_its_own_place() -> None:
+    pipe = pipeline(transformer=Part(0.0), transformer_2=Part(0.0))
+    use_denoiser(pipe, Experts({"transformer": HIGH, "transformer_2": LOW}), "transformer")
+    assert (pipe.transformer, pipe.transformer_2) == (HIGH, LOW) and pipe.given == ["transformer", "transformer_2"]
+    pipe = pipeline(unet=Part(0.0))
+    use_denoiser(pipe, HIGH, "unet")
+    assert pipe.unet is HIGH and pipe.given == ["unet"]
+
+
+def test_one_that_is_there_is_left_alone() -> None:
+    pipe = pipeline(transformer=HIGH, transformer_2=LOW)
+    use_denoiser(pipe, Experts({"transformer": HIGH, "transformer_2": LOW}), "transformer")
+    assert pipe.given == [], "its hooks for offloading would be asked for anew"
+    use_denoiser(pipe, Experts({"transformer": HIGH, "transformer_2": Part(3.0)}), "transformer")
+    assert pipe.given == ["transformer_2"]

@@ -1,0 +1,237 @@
+"""What is known about models: which Linears stay float, how a family is chosen, sampling and its ranges."""
+
+import re
+
+import pytest
+import torch
+from support.helpers import shipped
+from torch import nn
+
+from int8run.errors import ConfigError
+from int8run.models.family import AutoFamily, DeferredGelu, Fingerprint, KeepRule, ModelFamily, ModelSource, conservative, shipped_families
+from int8run.models.loader import repeated_blocks
+from int8run.models.sampling import Sampling
+
+FAMILIES = {name: family for name, family in shipped("model_type").items() if name != "auto"}
+FLUX = FAMILIES["flux"]
+AUTO = AutoFamily()
+
+FLUX_FLOAT = {
+    "x_embedder": "input embedder",
+    "context_embedder": "text embedder",
+    "time_text_embed.timestep_embedder.linear_1": "time and text embedder",
+    "time_text_embed.guidance_embedder.linear_2": "time and text embedder",
+    "time_text_embed.text_embedder.linear_1": "time and text embedder",
+    "transformer_blocks.0.norm1.linear": "modulation output of a norm",
+    "transformer_blocks.18.norm1_context.linear": "modulation output of a norm",
+    "single_transformer_blocks.37.norm.linear": "modulation output of a norm",
+    "norm_out.linear": "modulation output of a norm",
+    "proj_out": "final projection",
+}
+FLUX_INT8 = [
+    "transformer_blocks.0.attn.to_q",
+    "transformer_blocks.0.attn.to_out.0",
+    "transformer_blocks.0.attn.add_k_proj",
+    "transformer_blocks.0.attn.to_add_out",
+    "transformer_blocks.0.ff.net.0.proj",
+    "transformer_blocks.0.ff_context.net.2",
+    "single_transformer_blocks.0.proj_mlp",
+    "single_transformer_blocks.0.proj_out",
+    "single_transformer_blocks.0.attn.to_v",
+]
+
+
+@pytest.mark.parametrize(("layer", "why"), FLUX_FLOAT.items())
+def test_flux_layers_that_stay_float(layer, why):
+    assert FLUX.why_float(layer) == why
+
+
+@pytest.mark.parametrize("layer", FLUX_INT8)
+def test_flux_layers_that_become_int8(layer):
+    assert FLUX.why_float(layer) is None
+
+
+def test_every_flux_rule_and_name_is_real():
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        denoiser = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    linears = [name for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)]
+    for rule in FLUX.float_layers:
+        assert any(ModelFamily("one", float_layers=[rule]).why_float(name) for name in linears), rule.pattern
+    first = {name.replace(".18.", ".0.").replace(".37.", ".0.") for name in (*FLUX_FLOAT, *FLUX_INT8)}
+    assert first <= set(linears)
+    assert {n for n in linears if FLUX.why_float(n) is None} <= {n for n in linears if "transformer_blocks." in n}
+
+
+def test_the_first_matching_rule_gives_the_reason():
+    family = ModelFamily("x", float_layers=[KeepRule("a.*", "first"), KeepRule("*", "second")])
+    assert (family.why_float("a.b"), family.why_float("b")) == ("first", "second")
+
+
+def test_none_keeps_nothing_float(caplog):
+    none = FAMILIES["none"].for_denoiser("SomethingElse", [], {"x_embedder": 64})
+    assert none.why_float("x_embedder") is None and not caplog.records
+
+
+def test_auto_picks_by_class(caplog):
+    assert AUTO.for_denoiser("FluxTransformer2DModel", [], {}).name == "flux" and not caplog.records
+
+
+@pytest.mark.parametrize("denoiser", ["FluxTransformer2DModel", "Unknown"])
+@pytest.mark.parametrize("keep_float", ["listed", "auto"])
+def test_auto_passes_on_how_layers_are_kept(denoiser, keep_float):
+    auto = AutoFamily(keep_float)
+    found = auto.for_denoiser(denoiser, ["a.0.", "a.1.", "a.2."], {"a.0.q": 8, "a.1.q": 8})
+    assert found.keep_float == keep_float
+    # the layers that are listed stay float besides
+    assert found.why_float({"FluxTransformer2DModel": "x_embedder", "Unknown": "a.0.q"}[denoiser])
+
+
+@pytest.mark.parametrize("family", [lambda value: ModelFamily("x", keep_float=value), lambda value: AutoFamily(value)])
+@pytest.mark.parametrize("value", ["automatic", [], [KeepRule("a", "b")], None, True])
+def test_keep_float_is_a_word(family, value):
+    with pytest.raises(ConfigError, match=r"^model_type\.keep_float is .*choose from auto, listed$"):
+        family(value)
+
+
+def test_auto_knows_every_shipped_family_as_its_own_file_makes_it():
+    assert shipped_families() == {name: family for name, family in FAMILIES.items() if family.denoisers or family.fingerprints}
+
+
+def test_the_rows_of_a_table_may_be_mappings():
+    given = {"pattern": "a", "why": "b"}
+    assert ModelFamily("x", float_layers=[given]) == ModelFamily("x", float_layers=[KeepRule("a", "b")])
+    printed = Fingerprint("C", ["a.weight"], ["b.*"])
+    assert ModelFamily("x", fingerprints=[{"denoiser": "C", "all": ["a.weight"], "none": ["b.*"]}]).fingerprints == (printed,)
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "message"),
+    [
+        ("float_layers", {"patern": "a", "why": "b"}, "no setting called 'model_type.float_layers.1.patern'; did you mean"),
+        ("float_layers", "a", "model_type.float_layers.1 is 'a'; it takes pattern, why"),
+        ("deferred_gelu", {"activation": "a"}, "model_type.deferred_gelu.1 is {'activation': 'a'}; it needs activation, source, into"),
+        ("fingerprints", {"all": ["a"]}, "model_type.fingerprints.1 is {'all': ['a']}; it needs denoiser, all, none"),
+    ],
+)
+def test_a_row_that_is_none(table, row, message):
+    good = {"float_layers": KeepRule("a", "b"), "deferred_gelu": DeferredGelu("a", "b", "c"), "fingerprints": Fingerprint("C", ["a"])}
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        ModelFamily("x", **{table: [good[table], row]})
+
+
+def test_a_named_family_is_taken_at_its_word_but_a_mismatch_is_said(caplog):
+    assert FLUX.for_denoiser("UNet2DConditionModel", [], {}) is FLUX
+    assert "model_type=flux is for FluxTransformer2DModel, the denoiser is a UNet2DConditionModel" in caplog.text
+
+
+NARROW = ModelFamily("narrow", denoisers=["Shared"], inputs={"*.to_k": 768}, float_layers=[KeepRule("narrow", "")])
+WIDE = ModelFamily("wide", denoisers=["Shared"], inputs={"*.to_k": 2048, "add.in": 16}, float_layers=[KeepRule("wide", "")])
+
+
+@pytest.mark.parametrize(
+    ("linears", "name"),
+    [
+        ({"a.to_k": 768, "a.to_q": 5}, "narrow"),
+        ({"a.to_k": 2048, "b.to_k": 2048, "add.in": 16}, "wide"),
+        ({"a.to_k": 2048, "b.to_k": 768, "add.in": 16}, "unknown"),  # all that match are this wide
+        ({"a.to_k": 2048}, "unknown"),  # each pattern matches
+        ({}, "unknown"),
+    ],
+)
+def test_families_of_one_class_are_told_apart_by_their_inputs(linears, name):
+    assert AutoFamily(families={"narrow": NARROW, "wide": WIDE}).for_denoiser("Shared", [], linears).name == name
+
+
+def test_a_named_family_with_other_inputs_is_said(caplog):
+    assert WIDE.for_denoiser("Shared", [], {"a.to_k": 768, "b.to_k": 2048, "add.in": 16}) is WIDE
+    assert "model_type=wide does not fit this Shared: *.to_k takes 2048 inputs, the denoiser has 768/2048" in caplog.text
+    NARROW.for_denoiser("Shared", [], {"a": 768})
+    assert "model_type=narrow does not fit this Shared: *.to_k takes 768 inputs, the denoiser has none" in caplog.text
+    caplog.clear()
+    NARROW.for_denoiser("Shared", [], {"a.to_k": 768})
+    assert not caplog.records
+
+
+class Unknown(nn.Module):
+    """A denoiser that nobody described: twelve blocks, so that `blocks.1.` is a prefix of no other."""
+
+    def __init__(self):
+        super().__init__()
+        block = lambda: nn.ModuleDict({"to_q": nn.Linear(2, 2)})  # noqa: E731
+        self.embed = nn.Linear(2, 2)
+        self.blocks = nn.ModuleList(block() for _ in range(12))
+        self.head = nn.ModuleList([nn.Linear(2, 2)])
+
+
+def test_an_unknown_denoiser_gets_the_conservative_rule_with_a_warning(caplog):
+    model = Unknown()
+    linears = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    family = AUTO.for_denoiser("Unknown", repeated_blocks(model), linears)
+    int8 = [name for name in linears if family.why_float(name) is None]
+    assert int8 == [f"blocks.{i}.to_q" for i in range(1, 11)]
+    assert {family.why_float(n) for n in linears.keys() - set(int8)} == {"unknown architecture: outside the middle blocks"}
+    assert family.name == "unknown"
+    assert "model_type=auto does not know Unknown;" in caplog.text and "Name one with model_type= (" in caplog.text
+
+
+def test_block_1_does_not_stand_for_block_10():
+    linears = [f"blocks.{i}.to_q" for i in range(12)]
+    family = conservative(["blocks.0.", "blocks.1.", "blocks.2."], linears)
+    assert [n for n in linears if family.why_float(n) is None] == ["blocks.1.to_q"]
+
+
+def test_two_lists_keep_the_very_first_and_the_very_last_block():
+    blocks = [f"{kind}.{i}." for kind in ("double", "single") for i in range(3)]
+    family = conservative(blocks, [f"{b}q" for b in blocks])
+    assert family.why_float("double.0.q") and family.why_float("single.2.q")
+    assert family.why_float("double.1.q") is None and family.why_float("single.1.q") is None
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_without_a_middle_block_everything_stays_float(count):
+    blocks = [f"blocks.{i}." for i in range(count)]
+    linears = [*(f"{b}to_q" for b in blocks), "embed"]
+    family = conservative(blocks, linears)
+    assert all(family.why_float(n) for n in linears)
+
+
+def test_sampling_over_takes_the_default_where_none():
+    model = Sampling(28, 3.5, 1024, 768, extra={"shift": 3.0, "max_sequence_length": 512})
+    asked = Sampling(steps=4, guidance=0.0, batch=2, extra={"max_sequence_length": 64})
+    assert asked.over(model) == Sampling(4, 0.0, 1024, 768, 2, {"shift": 3.0, "max_sequence_length": 64})
+    assert Sampling().over(model) == model
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "low", "high"),
+    [
+        ("steps", 0, 1, 1000), ("steps", 1001, 1, 1000), ("guidance", -0.1, 0, 100), ("guidance", float("nan"), 0, 100),
+        ("height", 7, 8, 16384), ("width", 16385, 8, 16384), ("batch", 0, 1, 1024), ("steps", "4", 1, 1000), ("batch", True, 1, 1024),
+    ],
+)  # fmt: skip
+def test_sampling_ranges(setting, value, low, high):
+    with pytest.raises(ConfigError, match=rf"sampler\.{setting} is {value!r}; allowed is a (whole )?number from {low} to {high}$"):
+        Sampling(**{setting: value})
+
+
+@pytest.mark.parametrize(("setting", "value"), [("steps", 2.5), ("height", 64.5), ("width", 64.5), ("batch", 1.5)])
+def test_counts_are_whole_numbers(setting, value):
+    with pytest.raises(ConfigError, match=rf"sampler\.{setting} is {value}; .*whole number"):
+        Sampling(**{setting: value})
+
+
+def test_the_ends_of_the_ranges_are_allowed():
+    assert Sampling(1, 0, 8, 16384, 1024).steps == 1 and Sampling(1000, 100.0, 16384, 8, 1).guidance == 100.0
+
+
+@pytest.mark.parametrize("location", [None, ""])
+def test_a_model_without_a_location(location):
+    with pytest.raises(ConfigError, match=r"model has no location; set model\.location=<hub id or diffusers folder>"):
+        ModelSource(location, "flux", Sampling())
+
+
+def test_a_model_in_an_unknown_dtype():
+    with pytest.raises(ConfigError, match=r"model\.dtype is 'bfloat'; did you mean 'bfloat16'\? choose from bfloat16, float16, float32"):
+        ModelSource("somewhere", "flux", Sampling(), dtype="bfloat")

@@ -1,0 +1,160 @@
+"""Loading: each way in which a folder can be wrong is a FileError with the folder's name and the reason."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from support.tiny_pipeline import random_pipeline, save_random_pipeline
+from torch import nn
+
+from int8run.errors import BackendError, ConfigError, FileError
+from int8run.models.family import ModelSource
+from int8run.models.loader import library_versions, load_parts, load_pipeline, pick_device, repeated_blocks
+from int8run.models.sampling import Sampling
+
+CPU = torch.device("cpu")
+INDEX = {"_class_name": "FluxPipeline", "_diffusers_version": "0.36.0", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+
+
+def load(location, **denoisers):
+    return load_pipeline(location, denoisers, torch.float32, CPU)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def write(index):
+        (tmp_path / "model_index.json").write_text(index if isinstance(index, str) else json.dumps(index))
+        return tmp_path
+
+    return write
+
+
+BROKEN = {
+    "no json": "{",
+    "a list": "[]",
+    "no class": {"transformer": INDEX["transformer"]},
+    "unknown class": INDEX | {"_class_name": "NoSuchPipeline"},
+    "component without a folder": INDEX,
+    "unknown component class": INDEX | {"transformer": ["diffusers", "NoSuchModel"]},
+    "unknown component library": INDEX | {"transformer": ["nosuchlibrary", "X"]},
+}
+
+
+@pytest.mark.parametrize("index", BROKEN.values(), ids=BROKEN)
+def test_a_broken_folder_is_one_line(folder, index):
+    place = folder(index)
+    with pytest.raises(FileError, match=rf"^model '{place}' could not be loaded: .+; set model\.location to a folder that has it$"):
+        load(place)
+
+
+def test_a_model_may_not_bring_its_own_code(folder):
+    place = folder(INDEX | {"_class_name": ["pipeline", "Mine"]})
+    (place / "pipeline.py").write_text("from pathlib import Path\nPath(__file__).with_name('pwned').touch()\nclass Mine: pass\n")
+    with pytest.raises(FileError, match=r"could not be loaded: .*(trust_remote_code|custom code)"):
+        load(place)
+    assert not (place / "pwned").exists()
+
+
+def test_pickled_weights_are_not_opened(folder):
+    place = folder(INDEX)
+    (place / "transformer").mkdir()
+    (place / "transformer" / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", "num_layers": 0}))
+    torch.save({"x": torch.zeros(1)}, place / "transformer" / "diffusion_pytorch_model.bin")
+    with pytest.raises(FileError, match=r"could not be loaded: .*safetensors"):
+        load(place)
+
+
+def test_denoisers_that_are_there_are_taken_as_they_are(tmp_path):
+    save_random_pipeline(tmp_path)
+    for file in (tmp_path / "transformer").glob("*.safetensors"):
+        file.unlink()  # nobody reads them
+    mine = random_pipeline().transformer.to("meta")
+    pipe = load(tmp_path, transformer=mine)
+    assert pipe.transformer is mine and all(p.is_meta for p in mine.parameters())
+    assert not any(p.is_meta for p in pipe.vae.parameters()) and pipe.device.type == "cpu"
+    with pytest.raises(FileError, match=rf"^model '{tmp_path}' could not be loaded: "):
+        load(tmp_path)
+
+
+def test_every_module_has_the_dtype_that_is_asked_for(tmp_path):
+    save_random_pipeline(tmp_path)
+    pipe = load_pipeline(tmp_path, {}, torch.bfloat16, CPU)
+    for module in (pipe.transformer, pipe.vae, pipe.text_encoder):
+        assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+
+
+def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
+    for there, kind in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert pick_device("auto").type == kind
+
+
+@pytest.mark.parametrize("asked", ["banana", "cuda:x", ""])
+def test_an_unknown_device_word(asked):
+    with pytest.raises(ConfigError, match=rf"device is '{asked}'; choose from auto, cpu, cuda, cuda:N"):
+        pick_device(asked)
+
+
+@pytest.mark.parametrize("asked", ["mps", "xpu", "meta"])
+def test_a_device_that_nothing_here_runs_on(asked):
+    with pytest.raises((ConfigError, BackendError), match=rf"device.*{asked}"):
+        pick_device(asked)
+
+
+@pytest.mark.parametrize("asked", ["cuda", "cuda:0"])
+def test_a_gpu_that_is_not_there(monkeypatch, asked):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match=rf"device={asked} asks for a GPU, but torch .* sees none; device=cpu works here"):
+        pick_device(asked)
+
+
+def test_a_gpu_number_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(BackendError, match=r"device=cuda:2.*\b2\b"):
+        pick_device("cuda:2")
+
+
+def test_repeated_blocks_are_those_of_lists_with_more_than_one():
+    model = nn.Module()
+    model.first, model.head = nn.ModuleList(nn.Linear(1, 1) for _ in range(2)), nn.Linear(1, 1)
+    model.alone, model.last = nn.ModuleList([nn.Linear(1, 1)]), nn.ModuleList(nn.Linear(1, 1) for _ in range(2))
+    assert repeated_blocks(model) == ["first.0.", "first.1.", "last.0.", "last.1."]
+
+
+def test_the_versions_that_decide_a_result_are_known():
+    versions = library_versions()
+    assert {"int8run", "torch", "diffusers", "transformers", "numpy"} <= set(versions)
+    # the build tag, +cpu or +cu130, is not always part of the installed version
+    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_a_component_that_a_repository_lacks_comes_from_elsewhere(tmp_path):
+    pipe = random_pipeline()
+    pipe.text_encoder_2.save_pretrained(tmp_path / "t5")
+    elsewhere = {"text_encoder_2": ["T5EncoderModel", str(tmp_path / "t5")]}
+    folder = tmp_path / "pipe"
+    pipe.save_pretrained(folder)
+    assert load_parts(folder, elsewhere, torch.float32) == {}, "the folder has its own"
+    shutil.rmtree(folder / "text_encoder_2")
+    with pytest.raises(FileError, match="could not be loaded"):
+        load_pipeline(folder, {}, torch.float32, CPU)
+    parts = load_parts(folder, elsewhere, torch.float32)
+    made = load_pipeline(folder, {}, torch.float32, CPU, parts)
+    assert made.text_encoder_2 is parts["text_encoder_2"]
+    for name, tensor in pipe.text_encoder_2.state_dict().items():
+        assert torch.equal(made.text_encoder_2.state_dict()[name], tensor), name
+
+
+def test_a_part_that_cannot_be_had_says_what_to_set(tmp_path):
+    folder = save_random_pipeline(tmp_path / "pipe")
+    shutil.rmtree(folder / "tokenizer")
+    words = rf"^tokenizer could not be loaded from {tmp_path}/no: .*; set 'model\.parts\.tokenizer=\[CLIPTokenizer, FOLDER\]' to one that"
+    with pytest.raises(FileError, match=words):
+        load_parts(folder, {"tokenizer": ["CLIPTokenizer", f"{tmp_path}/no"]}, torch.float32)
+    with pytest.raises(ConfigError, match=r"model\.parts\.tokenizer is of class NoSuch, which transformers .* does not have"):
+        load_parts(folder, {"tokenizer": ["NoSuch", "x/y"]}, torch.float32)
+    with pytest.raises(ConfigError, match=r"model\.parts\.a is 'x'; it takes \[class of transformers, hub id or folder\]"):
+        ModelSource("x", "x", Sampling(), parts={"a": "x"})

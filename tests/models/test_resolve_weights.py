@@ -1,0 +1,141 @@
+"""Finding a denoiser's weights without diffusers: here, or on a hub that is a folder."""
+
+import json
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from int8run.errors import ConfigError, FileError
+from int8run.models.resolve_weights import SHIPPED, locate
+
+CONFIG = {"_class_name": "FluxTransformer2DModel", "num_layers": 1}
+
+
+def pipeline(folder, *components):
+    """A diffusers folder with these denoisers; another component, and one that is left out."""
+    index = {"_class_name": "SomePipeline", "_version": 1, "vae": ["diffusers", "AutoencoderKL"], "unet": [None, None]}
+    for name in components:
+        index[name] = ["diffusers", "FluxTransformer2DModel"]
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(CONFIG))
+        (folder / name / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    folder.mkdir(exist_ok=True)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_the_shipped_model():
+    found = locate("shipped:tiny")
+    assert found.path == SHIPPED / "tiny" / "transformer" and found.class_name == "FluxTransformer2DModel"
+
+
+def test_a_pipeline_with_one_denoiser(tmp_path):
+    folder = pipeline(tmp_path / "p", "transformer")
+    for component in (None, "transformer"):
+        found = locate(str(folder), component=component)
+        assert (found.path, found.class_name, found.config) == (folder / "transformer", "FluxTransformer2DModel", CONFIG)
+
+
+def test_a_pipeline_with_two_denoisers(tmp_path):
+    folder = pipeline(tmp_path / "p", "transformer", "transformer_2")
+    words = r"p has 2 denoisers; choose one: task\.component=transformer or task\.component=transformer_2$"
+    with pytest.raises(ConfigError, match=words):
+        locate(str(folder))
+    assert locate(str(folder), component="transformer_2").path == folder / "transformer_2"
+    with pytest.raises(ConfigError, match=r"^task\.component=transformer_3 is no denoiser of .*; did you mean 'transformer_\d'\? it has "):
+        locate(str(folder), component="transformer_3")
+
+
+def test_a_pipeline_without_a_denoiser(tmp_path):
+    folder = pipeline(tmp_path / "p")
+    words = r"p has no denoiser: its components are unet, vae; .* in diffusers named transformer or transformer_2 or unet$"
+    with pytest.raises(ConfigError, match=words):
+        locate(str(folder))
+    with pytest.raises(ConfigError, match=words):
+        locate(str(folder), component="vae")
+
+
+def test_a_denoisers_own_folder_and_a_file(tmp_path):
+    folder = pipeline(tmp_path / "p", "transformer") / "transformer"
+    file = folder / "diffusion_pytorch_model.safetensors"
+    assert locate(str(folder)).path == folder and locate(str(folder)).config == CONFIG
+    assert locate(str(file)).path == file and locate(str(file)).config == CONFIG
+    with pytest.raises(ConfigError, match=r"^task\.component=transformer names a part of a pipeline, and .* is a single denoiser; "):
+        locate(str(folder), component="transformer")
+    (folder / "config.json").write_text('{"model_type": "not a class"}')
+    assert locate(str(file)).config is None and locate(str(file)).class_name is None
+    (folder / "config.json").unlink()
+    assert locate(str(file)).config is None
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "\ud800".encode("utf-8", "surrogatepass")], ids=["a list", "cut off", "no text"])
+def test_a_config_that_is_none(tmp_path, text):
+    folder = pipeline(tmp_path / "p", "transformer")
+    (folder / "transformer" / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(FileError, match=r"config\.json (is no JSON object|cannot be read: )"):
+        locate(str(folder))
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "x.ckpt", "x.pt", "x.pth", "X.BIN"])
+def test_formats_that_are_not_read(name):
+    words = "a GGUF file; ComfyUI-GGUF" if name == "x.gguf" else "a pickled file, which can run code when opened; convert it to"
+    with pytest.raises(ConfigError, match=rf"^model\.location={name} is {words} "):
+        locate(name)
+
+
+@pytest.mark.parametrize("location", ["./missing", "/missing/x.safetensors", "~/missing", "shipped:missing", "missing.safetensors"])
+def test_nothing_there(location):
+    with pytest.raises(FileError, match=r"missing(/x\.safetensors|\.safetensors)?: no such file or folder; set model\.location to a"):
+        locate(location)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with the repository `org/model`: a pipeline and a file. Records what is asked for."""
+    repository, asked = pipeline(tmp_path / "hub", "transformer", "transformer_2"), []
+    (repository / "split_files").mkdir()
+    (repository / "split_files" / "x.safetensors").write_bytes(b"")
+
+    def file(name, path, revision=None):
+        asked.append((name, path, revision))
+        if name != "org/model" or not (repository / path).exists():
+            raise huggingface_hub.errors.LocalEntryNotFoundError(f"404: {path} is not there\nlook at the page")
+        return str(repository / path)
+
+    def snapshot(name, revision=None, allow_patterns=None, ignore_patterns=None):
+        asked.append((name, tuple(allow_patterns), revision))
+        return str(repository)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", file)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    return repository, asked
+
+
+def test_one_denoiser_of_the_hub_is_fetched_alone(hub):
+    repository, asked = hub
+    found = locate("org/model", "main", "transformer_2")
+    assert (found.path, found.config) == (repository / "transformer_2", CONFIG)
+    wanted = ("transformer_2/config.json", "transformer_2/*.safetensors", "transformer_2/*.safetensors.index.json")
+    assert asked == [("org/model", "model_index.json", "main"), ("org/model", wanted, "main")]
+    with pytest.raises(ConfigError, match=r"^org/model has 2 denoisers"):
+        locate("org/model")
+
+
+def test_a_file_of_the_hub(hub):
+    repository, asked = hub
+    assert locate("org/model/split_files/x.safetensors").path == repository / "split_files" / "x.safetensors"
+    assert asked == [("org/model", "split_files/x.safetensors", None)]
+
+
+@pytest.mark.parametrize("location", ["org/other", "org/model/y.safetensors"])
+def test_what_the_hub_does_not_have(hub, location):
+    words = rf"^model\.location={location} could not be fetched: .*404: .* is not there look at the page.*; name a file or"
+    with pytest.raises(FileError, match=words):
+        locate(location)
+
+
+def test_diffusers_is_not_needed():
+    text = Path(sys.modules["int8run.models.resolve_weights"].__file__).read_text()
+    assert "import diffusers" not in text and "from diffusers" not in text

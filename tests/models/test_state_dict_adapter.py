@@ -1,0 +1,356 @@
+"""Layouts: every family's files against diffusers' own converters, both ways, and what is refused."""
+
+import re
+from dataclasses import replace
+from functools import cache
+from math import prod
+
+import pytest
+import torch
+from support.original_families import FAMILIES, Family, tiny
+from torch import Tensor
+
+from int8run.errors import ConfigError, FileError
+from int8run.models import state_dict_adapter
+from int8run.models.key_mapping import Names, NamingRule
+from int8run.models.state_dict_adapter import Part, denoiser_keys, joined_shape, strip_prefix, targets, to_model, to_native
+
+FLUX = "FluxTransformer2DModel"
+QKV = [f"transformer_blocks.0.attn.to_{x}.weight" for x in "qkv"]
+
+
+@cache
+def values_of(key: str) -> dict[str, Tensor]:
+    """A family's `state_dict()` with another number in every place. Very wide matrices have one column: converters move rows."""
+    numbers, first = {}, 0
+    for name, value in tiny(FAMILIES[key]).state_dict().items():
+        shape = (len(value), 1) if value.dim() == 2 and value.shape[1] > 512 else tuple(value.shape)
+        numbers[name] = torch.arange(first, first + prod(shape), dtype=torch.int32).reshape(shape)
+        first += prod(shape)
+    return numbers
+
+
+def shapes_of(values: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in values.items()}
+
+
+def authors_file(family: Family, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a file for other programs holds, without what the model has no place for."""
+    native = to_native(shapes_of(values), family.cls)
+    return {key: torch.cat([part.cut(values[part.key]) for part in parts]) for key, parts in native.items()}
+
+
+def same(values: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return values.keys() == others.keys() and all(torch.equal(values[name], others[name]) for name in values)
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_file_of_ours_becomes_the_model_in_diffusers_own_converter(key):
+    family, values = FAMILIES[key], values_of(key)
+    file = authors_file(family, values)
+    file |= {family.prefix + name: torch.zeros(2) for name in family.dropped}
+    arguments = {"config": dict(tiny(family).config)} if key in ("sd15", "sdxl") else {}
+    assert same(values, family.convert(file, **arguments))
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_file_of_the_authors_becomes_the_model(key):
+    family, values = FAMILIES[key], values_of(key)
+    file = {name.removeprefix(family.prefix): value for name, value in authors_file(family, values).items()}
+    file |= {name: torch.zeros(2) for name in family.dropped}
+    file["an.unknown.weight"] = torch.zeros(2)
+    found = to_model(shapes_of(file), shapes_of(values), family.cls)
+    assert found.unused == ("an.unknown.weight",) and found.missing == () and tuple(found.dropped) == family.dropped
+    made = {name: torch.cat([part.cut(file[part.key]) for part in parts]) for name, parts in found.parts.items()}
+    assert same({name: made[name] for name in values}, values) and made.keys() == values.keys()
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_file_of_diffusers_is_taken_as_it_is(key):
+    family, shapes = FAMILIES[key], shapes_of(values_of(key))
+    found = to_model(shapes, shapes, family.cls)
+    assert found.parts == {name: (Part(name),) for name in shapes}
+    assert (found.unused, found.missing, found.dropped) == ((), (), {})
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_targets_by_names_alone(key):
+    family, shapes = FAMILIES[key], shapes_of(values_of(key))
+    native = {name.removeprefix(family.prefix): parts for name, parts in to_native(shapes, family.cls).items()}
+    found = targets([*native, *family.dropped], family.cls)
+    own = targets(shapes, family.cls)
+    if key == "sana_sprint":  # by names alone no different from Sana
+        found |= {name: tuple(t.replace("emb.timestep", "timestep") for t in parts) for name, parts in found.items()}
+        own = {name: tuple(t.replace("emb.timestep", "timestep") for t in parts) for name, parts in own.items()}
+    assert found == {name: tuple(part.key for part in parts) for name, parts in native.items()} | dict.fromkeys(family.dropped, ())
+    assert own == {name: (name,) for name in shapes}
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_names_that_stay(key):
+    # a loose converter passes a name that it does not know; so which are the same in both worlds is said
+    family, shapes = FAMILIES[key], shapes_of(values_of(key))
+    native = to_native(shapes, family.cls)
+    stayed = {name for name in shapes if family.prefix + name in native}
+    modules = {name: name.rpartition(".") for name in shapes}
+    of_modules = {n for n, (module, _, p) in modules.items() if p in ("weight", "bias") and re.fullmatch(family.unchanged, module)}
+    of_modules -= {name for name in of_modules if "distilled_guidance_layer.norms" in name}  # there the parameter is called scale
+    assert stayed == of_modules | {name for name in shapes if re.fullmatch(family.same, name)}
+    assert all(name.startswith(family.prefix) for name in native)
+
+
+@pytest.mark.parametrize("key, name", [("sd15", "output_blocks.2.1.conv"), ("sdxl", "output_blocks.2.2.conv")])
+def test_an_upsampler_stands_after_the_attention_if_there_is_one(key, name):
+    native = to_native(shapes_of(values_of(key)), "UNet2DConditionModel")
+    found = [name for name, parts in native.items() if parts[0].key == "up_blocks.0.upsamplers.0.conv.weight"]
+    assert found == [f"model.diffusion_model.{name}.weight"]
+
+
+@pytest.mark.parametrize("key", [key for key, family in FAMILIES.items() if family.words])
+def test_words_of_the_authors(key):
+    native = to_native(shapes_of(values_of(key)), FAMILIES[key].cls)
+    words = {word for name in native for word in name.split(".") if not word.isdigit()}
+    assert words == set(FAMILIES[key].words.split())
+
+
+def test_the_part_of_anima_that_is_no_denoiser_is_left_out():
+    key = "llm_adapter.blocks.0.cross_attn.q_proj.weight"
+    found = to_model({key: (8, 8)}, {"proj_out.weight": (4, 8)}, "CosmosTransformer3DModel")
+    assert list(found.dropped) == [key] and "text conditioner" in found.dropped[key] and found.unused == ()
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_written_keys_stand_in_the_order_of_the_model(key):
+    names = list(values_of(key))
+    firsts = [names.index(parts[0].key) for parts in to_native(shapes_of(values_of(key)), FAMILIES[key].cls).values()]
+    assert firsts == sorted(firsts)
+
+
+@pytest.mark.parametrize(
+    "key, shape",
+    [
+        ("double_blocks.0.img_attn.qkv.weight", (9216, 3072)),
+        ("double_blocks.0.img_attn.qkv.bias", (9216,)),
+        ("single_blocks.0.linear1.weight", (21504, 3072)),
+        ("double_blocks.0.img_attn.norm.query_norm.scale", (128,)),
+    ],
+)
+def test_shapes_of_written_tensors(key, shape):
+    shapes = {name: tuple(value.shape) for name, value in tiny(FAMILIES["flux"]).state_dict().items()}
+    assert joined_shape(to_native(shapes, FLUX)[key], shapes) == shape
+
+
+def test_shapes_of_reshaped_tensors():
+    for key, native, shape in (
+        ("krea2", "blocks.1.mod.lin", (96,)),
+        ("wan_animate", "motion_encoder.enc.net_app.convs.3.conv2.2.bias", (1, 4, 1, 1)),
+        ("sd3", "pos_embed", (1, 16, 8)),
+    ):
+        shapes = shapes_of(values_of(key))
+        assert joined_shape(to_native(shapes, FAMILIES[key].cls)[native], shapes) == shape
+
+
+def test_parts_cut_weights_biases_and_scales_alike():
+    weight = torch.arange(24.0).reshape(12, 2)
+    part = Part("a", slice(4, 8), swap_halves=True)
+    order = torch.tensor([6, 7, 4, 5])
+    assert torch.equal(part.cut(weight), weight[order])
+    assert torch.equal(part.cut(weight[:, 0]), weight[order, 0]) and torch.equal(part.cut(weight[:, :1]), weight[order, :1])
+    one = torch.tensor([[3.0]])
+    assert all(part.cut(scale) is scale for scale in (one, one[0], one[0, 0]))
+    assert Part("a").cut(weight) is weight
+    assert Part("a", shape=(1, -1, 1, 1)).cut(weight[:, 0]).shape == (1, 12, 1, 1)
+    assert Part("a", shape=(1,)).cut(one).shape == (1,)
+    assert torch.equal(Part("a", slice(0, 2), shape=(4,)).cut(weight), torch.arange(4.0))
+
+
+def test_norms_called_weight_are_read_as_well():
+    shapes = {"transformer_blocks.0.attn.norm_q.weight": (8,)}
+    found = to_model({"double_blocks.0.img_attn.norm.query_norm.weight": (8,)}, shapes, FLUX)
+    assert found.parts == {"transformer_blocks.0.attn.norm_q.weight": (Part("double_blocks.0.img_attn.norm.query_norm.weight"),)}
+
+
+def test_fewer_heads_for_keys_are_cut_by_the_models_own_rows():
+    rows = {"q": 24, "k": 8, "v": 8}
+    shapes = {f"layers.0.attn.to_{x}.weight": (n, 24) for x, n in rows.items()}
+    found = to_model({"layers.0.attention.qkv.weight": (40, 24)}, shapes, "Lumina2Transformer2DModel")
+    cuts = {"q": slice(0, 24), "k": slice(24, 32), "v": slice(32, 40)}
+    assert found.parts == {f"layers.0.attn.to_{x}.weight": (Part("layers.0.attention.qkv.weight", cut),) for x, cut in cuts.items()}
+
+
+def test_only_the_last_text_norm_of_sd3_is_swapped():
+    shapes = {f"transformer_blocks.{i}.norm1_context.linear.weight": (4, 2) for i in (9, 10, 11)}
+    native = to_native(shapes, "SD3Transformer2DModel")
+    swapped = [f"joint_blocks.{i}.context_block.adaLN_modulation.1.weight" for i in (9, 10, 11)]
+    assert {key: parts[0].swap_halves for key, parts in native.items()} == dict(zip(swapped, (False, False, True), strict=True))
+    found = to_model(dict.fromkeys(swapped, (4, 2)), shapes, "SD3Transformer2DModel")
+    assert [parts[0].swap_halves for parts in found.parts.values()] == [False, False, True]
+
+
+def test_names_of_lora_files_only_are_never_written_or_read():
+    shapes = shapes_of(values_of("flux"))
+    assert not any("lora" in key for key in to_native(shapes, FLUX))
+    assert to_model({"double_blocks.0.proj_lora1.weight": (3072, 1)}, shapes, FLUX).unused == ("double_blocks.0.proj_lora1.weight",)
+
+
+def test_a_class_without_rules_keeps_its_names():
+    shapes = {"a.weight": (2, 3), "b": ()}
+    assert to_native(shapes, "Unknown") == {name: (Part(name),) for name in shapes}
+    assert to_model(shapes, shapes, "Unknown").parts == {name: (Part(name),) for name in shapes}
+    assert targets(shapes, "Unknown") == {name: (name,) for name in shapes}
+
+
+@pytest.mark.parametrize(
+    "file, message",
+    [
+        (
+            {"double_blocks.0.img_attn.qkv.weight": (12, 8)},
+            r"double_blocks.0.img_attn.qkv.weight of the file has the shape \[12, 8\], but transformer_blocks.0.attn.to_q.weight \[8, 8\] "
+            r"\+ .*to_k.weight \[8, 8\] \+ .*to_v.weight \[8, 8\] of the FluxTransformer2DModel need \[24, 8\]: "
+            "the file is of another architecture, or of another size of it; take the configuration that belongs to the file",
+        ),
+        ({"double_blocks.0.img_attn.qkv.weight": (24, 16)}, r"the shape \[24, 16\], but .* need \[24, 8\]: the file is of another arch"),
+        ({"img_in.weight": (8, 4)}, r"img_in.weight of the file has the shape \[8, 4\], but x_embedder.weight \[8, 6\] .* need \[8, 6\]"),
+        ({"img_in.weight": (8, 6, 1)}, r"img_in.weight of the file has the shape \[8, 6, 1\]"),
+        ({"x_embedder.weight": (8, 4)}, r"x_embedder.weight of the file has the shape \[8, 4\], but x_embedder.weight \[8, 6\]"),
+        (
+            {"double_blocks.0.txt_attn.qkv.weight": (24, 8)},
+            "txt_attn.qkv.weight of the file holds several parameters, but the FluxTransformer2DModel has "
+            "transformer_blocks.0.attn.add_q_proj.weight, has no transformer_blocks.0.attn.add_k_proj.weight, has no .*add_v_proj.weight: "
+            "the file is of another architecture",
+        ),
+        (
+            {"img_in.weight": (8, 6), "x_embedder.weight": (8, 6)},
+            "the file holds x_embedder.weight of the FluxTransformer2DModel twice: as img_in.weight and as x_embedder.weight; remove one",
+        ),
+        ({"single_blocks.0.linear1.weight": (24, 8)}, r"need rows that do not go together"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(file, message):
+    shapes = {**dict.fromkeys(QKV, (8, 8)), "x_embedder.weight": (8, 6), "transformer_blocks.0.attn.add_q_proj.weight": (8, 8)}
+    shapes |= {f"single_transformer_blocks.0.attn.to_{x}.weight": (8, 8) for x in "qkv"}
+    shapes["single_transformer_blocks.0.proj_mlp.weight"] = (32, 9)
+    with pytest.raises(FileError, match=message):
+        to_model(file, shapes, FLUX)
+
+
+@pytest.mark.parametrize("shape", [(95,), (6, 16), (1, 96)])
+def test_reshaped_values_need_their_shape(shape):
+    model = {"transformer_blocks.0.scale_shift_table": (6, 16)}
+    with pytest.raises(FileError, match=r"blocks.0.mod.lin of the file has the shape .* \[6, 16\] of the Krea2Tr.* need \[96\]"):
+        to_model({"blocks.0.mod.lin": shape}, model, "Krea2Transformer2DModel")
+
+
+def test_shapes_that_no_number_completes():
+    parts = (Part("a", shape=(2, -1)),)
+    assert joined_shape(parts, {"a": (2, 3)}) == (2, 3) and joined_shape(parts, {"a": (7,)}) is None
+
+
+def test_rules_after_a_change_of_shape_keep_it(monkeypatch):
+    flat = NamingRule("inner.x.flat", ("inner.x.table",), shape=(-1,), whole_key=True)
+    monkeypatch.setattr(state_dict_adapter, "names_of", lambda name: Names((NamingRule("outer.**", ("inner.**",)),), parameters=(flat,)))
+    shapes = {"inner.x.table": (2, 3)}
+    assert to_native(shapes, "Any") == {"outer.x.flat": (Part("inner.x.table", shape=(-1,)),)}
+    assert to_model({"outer.x.flat": (6,)}, shapes, "Any").parts == {"inner.x.table": (Part("outer.x.flat", shape=(2, 3)),)}
+
+
+def test_turned_matrices_and_rows_of_several_parameters(monkeypatch):
+    turned = NamingRule("projection", ("projection.weight",), whole_key=True, transposed=True)
+    rows = NamingRule("*.in_proj_weight", ("*.q.weight", "*.k.weight"), whole_key=True)
+    monkeypatch.setattr(state_dict_adapter, "names_of", lambda name: Names(parameters=(turned, rows)))
+    shapes = {"projection.weight": (2, 3), "0.q.weight": (4, 5), "0.k.weight": (2, 5)}
+    file = {"projection": (Part("projection.weight", transposed=True),), "0.in_proj_weight": (Part("0.q.weight"), Part("0.k.weight"))}
+    assert to_native(shapes, "Any") == file
+    assert {key: joined_shape(parts, shapes) for key, parts in file.items()} == {"projection": (3, 2), "0.in_proj_weight": (6, 5)}
+    found = to_model({"projection": (3, 2), "0.in_proj_weight": (6, 5)}, shapes, "Any")
+    key = "0.in_proj_weight"
+    assert found.parts == {
+        "projection.weight": (Part("projection", transposed=True),), "0.q.weight": (Part(key, slice(0, 4)),),
+        "0.k.weight": (Part(key, slice(4, 6)),),
+    }  # fmt: skip
+    tensor = torch.arange(6).reshape(3, 2)
+    assert torch.equal(Part("projection", transposed=True).cut(tensor), tensor.T)
+    assert targets(file, "Any") == {"projection": ("projection.weight",), key: ("0.q.weight", "0.k.weight")}
+    with pytest.raises(
+        FileError, match=r"projection of the file has the shape \[2, 3\], but projection.weight \[2, 3\] of the Any need \[3, 2\]"
+    ):
+        to_model({"projection": (2, 3)}, shapes, "Any")
+
+
+def test_a_matrix_that_is_turned_twice_is_as_it_was(monkeypatch):
+    rules = tuple(NamingRule(a, (b,), whole_key=True, transposed=True) for a, b in (("a", "b"), ("b", "c")))
+    monkeypatch.setattr(state_dict_adapter, "names_of", lambda name: Names(parameters=rules))
+    assert to_native({"c": (2, 3)}, "Any") == {"a": (Part("c"),)} and to_model({"a": (2, 3)}, {"c": (2, 3)}, "Any").parts == {
+        "c": (Part("a"),)
+    }
+
+
+def test_rules_that_undo_each_other_end():
+    name = "encoder.layers.0.self_attn.q_proj.weight"
+    assert to_native({name: (2, 2)}, "CLIPTextModel") and targets([name], "CLIPTextModel")
+
+
+def test_norms_of_flux2_are_called_scale():
+    native = to_native(shapes_of(values_of("flux2")), "Flux2Transformer2DModel")
+    assert {name.rpartition(".")[2] for name in native if "_norm." in name} == {"scale"}
+
+
+def test_missing_parameters_are_listed():
+    found = to_model({"img_in.weight": (8, 6)}, {"x_embedder.weight": (8, 6), "x_embedder.bias": (8,)}, FLUX)
+    assert found.missing == ("x_embedder.bias",) and found.unused == ()
+
+
+def test_a_parameter_that_files_have_and_the_model_too_is_not_dropped():
+    shapes = {"pos_embed": (1, 4)}
+    assert to_model(shapes, shapes, "SanaTransformer2DModel").parts == {"pos_embed": (Part("pos_embed"),)}
+
+
+def test_two_parameters_never_get_one_name():
+    shapes = {"blocks.0.norm3.weight": (4,), "blocks.0.norm2.weight": (4,)}
+    for order in (shapes, dict(reversed(shapes.items()))):
+        with pytest.raises(
+            ConfigError, match=r"blocks.0.norm[23].weight and .* WanTr.* would both be called blocks.0.norm3.weight: it is "
+        ):
+            to_native(order, "WanTransformer3DModel")
+
+
+@pytest.mark.parametrize("missing", range(3))
+def test_parts_of_one_tensor_are_all_there(missing):
+    there = [name for name in QKV if name != QKV[missing]]
+    message = f"this FluxTransformer2DModel has {there[0]}, but no {QKV[missing]} to be one tensor with it: it is built unlike"
+    with pytest.raises(ConfigError, match=message):
+        to_native(dict.fromkeys(there, (8, 8)), FLUX)
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        (1, "has no down_blocks.0.resnets.1.conv1: it is built unlike the models .* for; save to a folder"),
+        (3, "has down_blocks.0.resnets.2.conv1: "),
+    ],
+)
+def test_a_unet_with_other_levels_has_no_key_mapping(layers, message):
+    family = FAMILIES["sdxl"]
+    model = tiny(replace(family, config={**family.config, "layers_per_block": layers}))
+    with pytest.raises(ConfigError, match=f"this UNet2DConditionModel {message}"):
+        to_native(shapes_of(model.state_dict()), "UNet2DConditionModel")
+
+
+@pytest.mark.parametrize(
+    "prefix, found",
+    [(p, p) for p in ("model.diffusion_model.", "model.model.", "net.", "diffusion_model.", "model.", "")] + [("other.", "")],
+)
+def test_prefixes(prefix, found):
+    names = [f"blocks.{i}.weight" for i in range(6)]
+    keys = [prefix + name for name in names]
+    assert strip_prefix(keys) == found
+    assert denoiser_keys(keys) == dict(zip(names if found else keys, keys, strict=True))
+
+
+def test_prefix_in_a_whole_checkpoint():
+    ours = [f"model.diffusion_model.input_blocks.{i}.0.weight" for i in range(9)]
+    others = [f"first_stage_model.encoder.{i}.weight" for i in range(20)] + [f"net.{i}.weight" for i in range(6)]
+    assert strip_prefix([*others, *ours]) == "model.diffusion_model."
+    assert list(denoiser_keys([*others, *ours]).values()) == ours
+    assert strip_prefix([*others, *ours[:5]]) == "net." and strip_prefix([*others[:-1], *ours[:5]]) == "" and strip_prefix([]) == ""
+    assert strip_prefix(["model.a", "model.b", "other"]) == ""

@@ -1,0 +1,236 @@
+"""Loading without the float model: what is filled in is what diffusers would have loaded, and the planned weights are never there."""
+
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.helpers import CPU
+from support.run_job import make_spec
+from support.tiny_pipeline import random_pipeline, save_random_pipeline
+from torch import Tensor, nn
+
+from int8run.errors import BackendError, ConfigError
+from int8run.generate.prompts import samples
+from int8run.layers.int8_linear import Int8Linear
+from int8run.models.source import Denoiser, find_source
+from int8run.pipeline import load as module
+from int8run.pipeline.build import Built, build
+from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
+from int8run.pipeline.load import Blank, Loaded, file_hashes, load, set_offload, with_blanks
+from int8run.report.console import Progress
+from int8run.utils.disk_cache import Store
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUIET = Progress(False)
+PROBE = samples(["a"], 1, 0)
+SMALL = ["sampler.height=16", "sampler.width=16", "sampler.steps=1", "backend=reference", "metrics.baseline=none"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_pipeline(tmp_path_factory.mktemp("model"))
+
+
+def words(folder: Path | str, *more: str) -> list[str]:
+    return [f"model.location={folder}", *SMALL, *more]
+
+
+def loaded(folder: Path | str, *more: str, whole: bool = False) -> Loaded:
+    return load(make_spec(words(folder, *more)), QUIET, whole)
+
+
+def built(folder: Path | str, *more: str) -> Built:
+    return build(make_spec(words(folder, *more)), PROBE, [], QUIET)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those that no file holds included."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def assert_same(one: nn.Module, two: nn.Module) -> None:
+    ours, theirs = tensors_of(one), tensors_of(two)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        other = theirs[name]
+        assert tensor.dtype == other.dtype and torch.equal(tensor, other), name
+
+
+# -- the same as a resident model ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_filled_skeleton_is_what_diffusers_loads(folder: Path, dtype: str) -> None:
+    found = loaded(folder, f"model.dtype={dtype}")
+    assert all(p.is_meta for p in found.denoiser.parameters()) and found.files is not None
+    found.fill()
+    whole = loaded(folder, f"model.dtype={dtype}", whole=True)
+    assert whole.files is None
+    assert_same(found.denoiser, whole.denoiser)
+    assert not any(p.requires_grad for p in found.denoiser.parameters()) and not found.denoiser.training
+    assert found.float_bytes == whole.float_bytes
+
+
+@pytest.mark.parametrize("outlier", ["none", "convrot"])
+@pytest.mark.parametrize("location", ["random", "shipped:tiny"])
+def test_a_streamed_build_is_a_resident_one_bit_for_bit(folder: Path, location: str, outlier: str) -> None:
+    place = folder if location == "random" else location
+    streamed = built(place, f"outlier={outlier}")
+    resident = built(place, f"outlier={outlier}", "metrics.baseline=run")
+    assert set(streamed.denoisers) == {"int8"} and set(resident.denoisers) == {"int8", "float"}
+    assert_same(streamed.denoisers["int8"], resident.denoisers["int8"])
+    assert streamed.float_bytes == resident.float_bytes and streamed.params == resident.params and streamed.work == resident.work
+    assert [(p.name, p.keep_float, p.outlier) for p in streamed.plans] == [(p.name, p.keep_float, p.outlier) for p in resident.plans]
+
+
+def test_a_single_file_is_the_same_model(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    save_file(load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors"), file)
+    single = words(file, f"++model.base={folder}")
+    streamed = build(make_spec(single), PROBE, [], QUIET)
+    assert_same(streamed.denoisers["int8"], built(folder).denoisers["int8"])
+    whole = load(make_spec(single), QUIET, whole=True)
+    assert whole.files is not None
+    assert_same(whole.denoiser, loaded(folder, whole=True).denoiser)
+
+
+WAN = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8, "freq_dim": 16,
+       "ffn_dim": 16, "num_layers": 1, "rope_max_seq_len": 32}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_modules_that_diffusers_keeps_in_float32_are_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    diffusers.WanTransformer3DModel(**WAN).save_pretrained(tmp_path)
+    expected = diffusers.WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=dtype)
+    made = Denoiser("transformer", "WanTransformer3DModel", WAN, tmp_path).skeleton(dtype)
+    stand_in: Any = SimpleNamespace(denoiser=made, files=None, device=CPU)
+    files = DenoiserWeights({"": FileWeights(tmp_path, made)})
+    stand_in.files = files
+    Loaded.fill(stand_in)
+    assert len({p.dtype for p in expected.parameters()}) == (1 if dtype == torch.float32 else 2), "else this tests nothing"
+    assert_same(made, expected)
+
+
+# -- what is in memory --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outlier", ["none", "hadanorm"])
+def test_no_float_weight_stays_while_others_are_read(folder: Path, outlier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = {p.name for p in loaded(folder).plans() if p.keep_float is None}
+    read, most = FileWeights.tensor, []
+    seen: list[weakref.ref[Tensor]] = []
+
+    def watched(self: FileWeights, name: str) -> Tensor:
+        tensor = read(self, name)
+        if name.removesuffix(".weight") in planned and name.endswith(".weight"):
+            seen.append(weakref.ref(tensor))
+            most.append(sum(ref() is not None for ref in seen))
+        return tensor
+
+    monkeypatch.setattr(FileWeights, "tensor", watched)
+    streamed = built(folder, f"outlier={outlier}")
+    # one that is being quantized, and the one before
+    assert len(most) == len(planned) == 34 and max(most) <= 2, "float weights pile up"
+    int8 = streamed.denoisers["int8"]
+    assert all(isinstance(int8.get_submodule(name), Int8Linear) for name in planned)
+    assert not any(t.is_meta for t in tensors_of(int8).values())
+
+
+def test_planned_weights_stay_empty_and_biases_are_read(folder: Path) -> None:
+    found = loaded(folder)
+    planned = [p.name for p in found.plans() if p.keep_float is None]
+    found.fill(but=planned)
+    empty = {n for n, p in found.denoiser.named_parameters() if p.is_meta}
+    assert empty == {f"{name}.weight" for name in planned} and len(planned) == 34
+    weight = found.weight(planned[0])
+    assert not weight.is_meta and found.denoiser.get_submodule(planned[0]).weight.is_meta, "read, and not kept"
+    assert torch.equal(weight, random_pipeline().transformer.get_submodule(planned[0]).weight)
+    assert found.weight("proj_out") is not None and not found.denoiser.proj_out.weight.is_meta
+
+
+def test_without_weights_a_model_shows_its_shapes() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5, device="meta"))
+    blank = with_blanks(model)
+    assert isinstance(blank[1], Blank) and blank[0].weight is model[0].weight and model[1].weight.is_meta
+    x = torch.randn(2, 7, 3, dtype=torch.float32)
+    assert torch.equal(blank(x), torch.zeros(2, 7, 5))
+    assert Blank(4, 5)(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    full = nn.Sequential(nn.Linear(3, 4))
+    assert with_blanks(full) is full
+
+
+# -- hashes -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_file_that_decides_a_drawing_is_hashed(tmp_path: Path) -> None:
+    folder = save_random_pipeline(tmp_path / "model")
+    (folder / "readme.md").write_text("x")
+    source = find_source(make_spec(words(folder)).model)
+    store = Store(str(tmp_path / "cache"))
+    before = dict(file_hashes(source, store))
+    assert {"model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"} <= set(before)
+    assert any(name.startswith("tokenizer") for name in before) and "readme.md" not in before
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    after = dict(file_hashes(source, store))
+    assert {n for n in before if before[n] != after[n]} == {"scheduler/scheduler_config.json"}
+
+
+def test_a_single_files_hash_counts(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    store, hashes = Store(str(tmp_path / "cache")), []
+    for value in (0.0, 1.0):
+        save_file({"a": torch.full((1,), value)}, file)
+        source = find_source(make_spec(words(file, f"++model.base={folder}")).model)
+        hashes.append(file_hashes(source, store))
+    assert "transformer: m.safetensors" in dict(hashes[0]) and hashes[0] != hashes[1]
+
+
+# -- offloading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["model", "group"])
+def test_offloading_without_a_gpu_is_refused_before_anything_is_loaded(folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_source", lambda *_: pytest.fail("looked for the model"))
+    message = rf"^offload={mode} moves parts of the model between memory and a GPU; on cpu there is nothing to move: offload=none$"
+    with pytest.raises(BackendError, match=message):
+        loaded(folder, f"offload={mode}", "device=cpu")
+
+
+def test_offloading_is_diffusers_own() -> None:
+    calls: list[tuple[str, dict[str, Any]]] = []
+    pipe: Any = SimpleNamespace(
+        enable_model_cpu_offload=lambda **k: calls.append(("model", k)), enable_group_offload=lambda **k: calls.append(("group", k))
+    )
+    cuda = torch.device("cuda:1")
+    for mode in ("none", "model", "group"):
+        set_offload(pipe, mode, cuda)
+    (first, one), (second, two) = calls
+    assert (first, one) == ("model", {"device": cuda})
+    assert second == "group" and two["onload_device"] == cuda and two["offload_device"] == CPU and two["num_blocks_per_group"] == 1
+
+
+def test_every_change_of_the_denoiser_is_told_to_the_offloading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from int8run.pipeline import build as build_module
+
+    seen: list[tuple[str, bool]] = []
+
+    def note(pipe: Any, mode: str, device: torch.device) -> None:
+        seen.append((mode, any(isinstance(m, Int8Linear) for m in pipe.transformer.modules())))
+
+    monkeypatch.setattr(build_module, "set_offload", note)
+    built(folder)
+    assert seen == [("none", False), ("none", True)]
+
+
+# -- settings -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_attention_backend_is_refused_for_a_skeleton_too(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^attention=nope cannot be used with FluxTransformer2DModel: "):
+        loaded(folder, "attention=nope")

@@ -1,0 +1,123 @@
+"""What several tests share: a comparison, seeded tensors, a small model, and the classes that conf/ names."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from int8run.backends.base import Backend
+from int8run.backends.onednn import OneDnn
+from int8run.backends.reference import Reference
+from int8run.layers.fusion import assemble
+from int8run.layers.plan import Int8Settings, LayerPlan, plan_layers
+from int8run.lora.adapters.change import Change
+from int8run.lora.key_parsing import DENOISER
+from int8run.lora.load import LoraFile
+from int8run.lora.stack import HOLDER, Entry, LoraStack
+from int8run.models.family import ModelFamily
+from int8run.outlier.base import LayerStatistics, OutlierMethod
+from int8run.outlier.none import NoOutlier
+from int8run.ptq.quantize import check_backend, check_outlier, int8_layers, quantized_layers
+from int8run.quant.rounding import AbsMax, Rounding
+
+CONF = Path(__file__).parents[2] / "conf"
+CPU = torch.device("cpu")
+NEVER_FLOAT = Int8Settings(small_batch_fallback="never")
+
+
+def assert_close(name: str, actual: Tensor, reference: Tensor, max_rel_err: float) -> None:
+    """Compare the RMS of the difference with the RMS of the reference."""
+    assert actual.shape == reference.shape, f"{name}: shape {list(actual.shape)}, the reference has {list(reference.shape)}"
+    rms = lambda t: t.pow(2).mean().sqrt().item()  # noqa: E731
+    difference, size = rms(actual.double() - reference.double()), rms(reference.double())
+    # written so that NaN fails
+    assert difference <= max_rel_err * size, (
+        f"{name}: RMS of the difference {difference:.4g}, RMS of the reference {size:.4g}, allowed ratio {max_rel_err:g}"
+    )
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Seeded normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def full_range(*shape: int, seed: int = 0) -> Tensor:
+    """Seeded int8 codes, all of -127..127."""
+    return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+
+
+def shipped(group: str) -> dict[str, Any]:
+    """Every option of a config group that stands alone, built: a new YAML is a new row in the tests."""
+    configs = {file.stem: OmegaConf.load(file) for file in sorted((CONF / group).glob("*.yaml"))}
+    return {name: instantiate(config, _convert_="all") for name, config in configs.items() if "defaults" not in config}
+
+
+def usable(backend: Backend, device: torch.device) -> bool:
+    """Whether the backend's limits allow this device."""
+    return not backend.limits.refuse(device)
+
+
+def without_vnni() -> bool:
+    """Whether this CPU has none of the int8 instructions that the fast CPU backends need."""
+    return bool(OneDnn.limits.refuse(CPU))
+
+
+class TinyModel(nn.Module):
+    """Two blocks between two projections, named like a denoiser; one width is no multiple of 4."""
+
+    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.proj_in = nn.Linear(7, 64)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)) for _ in range(2))
+            self.proj_out = nn.Linear(64, 12, bias=False)
+        self.to(dtype).eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj_in(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.proj_out(x)
+
+
+def to_int8(
+    model: nn.Module,
+    backend: Backend | None = None,
+    outlier: OutlierMethod | None = None,
+    settings: Int8Settings = NEVER_FLOAT,
+    keep_float: tuple[str, ...] = (),
+    rounding: Rounding | None = None,
+    statistics: dict[str, LayerStatistics] | None = None,
+) -> tuple[nn.Module, list[LayerPlan]]:
+    """An INT8 copy of a model and its plan, by the same steps as a run whose calls have 8 rows."""
+    plans = plan_layers(model, lambda name: "kept by the test" if name in keep_float else None)
+    chosen = [p for p in plans if p.keep_float is None]
+    check_backend(backend or Reference(), CPU, chosen)
+    method = outlier or NoOutlier()
+    check_outlier(method, chosen)
+    methods = {p.name: method for p in chosen if not p.outlier_why_not}
+    layers = quantized_layers(model, chosen, methods, rounding or AbsMax(), statistics or {})
+    made = int8_layers(model, layers, backend or Reference(), settings, {p.name: 8 for p in chosen})
+    return assemble(model, made, ModelFamily("test")), plans
+
+
+def lora_file(changes: Mapping[str, Change], name: str = "style", unknown: Sequence[tuple[str, str]] = ()) -> LoraFile:
+    """A LoRA file that lies nowhere, with these changes of the denoiser."""
+    file = LoraFile(Path("/loras") / f"{name}.safetensors", {DENOISER: dict(changes)}, tuple(unknown), {})
+    file.__dict__["identity"] = name  # the hash of its bytes, had it any
+    return file
+
+
+def on_int8(model: nn.Module, int8: nn.Module, stack: Sequence[Mapping[str, Change]], mode: str = "dynamic", **options: Any) -> LoraStack:
+    """LoRAs on a float model and on its INT8 copy, at strength 0; options are those of `LoraStack.attach`."""
+    model.__dict__.pop(HOLDER, None)  # tests put one stack after another on a model, each at strength 0 by then
+    loras = LoraStack(model, mode=mode)
+    entries = [Entry(f"lora{i}", lora_file(changes, f"lora{i}")) for i, changes in enumerate(stack)]
+    loras.put(entries, loras.matched(entries))
+    loras.attach(int8, **{"float_weights": True, **options})
+    return loras

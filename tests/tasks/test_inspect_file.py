@@ -1,0 +1,181 @@
+"""task=inspect: what a file is, from its header alone."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.cli_process import Command, command_in
+from text_encoders.files import File, encoder
+
+from int8run.backends.reference import Reference
+from int8run.export.save_denoiser import own_names, write_tensors
+from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
+from int8run.outlier.none import NoOutlier
+from int8run.outlier.quarot import QuaRot
+from int8run.quant.weight import quantize_weight
+from int8run.tasks.inspect_file import inspect_file
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    with command_in(tmp_path / "work", monkeypatch, capsys) as run:
+        yield run
+
+
+def inspect(command: Command, name: str) -> dict[str, str]:
+    """The table as {left cell: right cell}."""
+    outcome = command("task=inspect", f"task.path={name}")
+    assert outcome.code == 0, outcome.err
+    cells = re.findall(r"│ (.+?) +│ (.+?) +│", outcome.out)
+    return dict(cells)
+
+
+def test_a_lora(command: Command) -> None:
+    tensors = {
+        "transformer.blocks.0.to_q.lora_A.weight": torch.zeros(4, 8), "transformer.blocks.0.to_q.lora_B.weight": torch.zeros(8, 4),
+        "transformer.blocks.0.to_k.lora_A.weight": torch.zeros(2, 8), "transformer.blocks.0.to_k.lora_B.weight": torch.zeros(8, 2),
+    }  # fmt: skip
+    header = {"modelspec.trigger_phrase": "oil [bold]paint", "modelspec.architecture": "flux-1-dev/lora", "long": "x" * 500}
+    save_file(tensors, command.folder / "style.safetensors", metadata=header)
+    shown = inspect(command, "style.safetensors")
+    assert shown["kind"] == "LoRA" and shown["LoRA"] == "denoiser 2 modules, rank 2, 4" and shown["dtypes"] == "4 × F32"
+    assert shown["trigger words"].startswith("oil [bold]paint") and shown["base model"] == "FLUX.1 (by its tag)"
+    assert command.made() == ["style.safetensors"], "looking leaves nothing behind"
+
+
+def test_a_lora_whose_header_says_nothing(command: Command) -> None:
+    pair = {"unet.x.lora_down.weight": torch.zeros(4, 8), "unet.x.lora_up.weight": torch.zeros(8, 4), "unet.x.alpha": torch.ones(())}
+    save_file(pair, command.folder / "a.safetensors")
+    shown = inspect(command, "a.safetensors")
+    assert (shown["LoRA"], shown["first module"]) == ("denoiser 1 modules, rank 4", "x")
+    assert (shown["base model"], shown["trigger words"]) == ("not told by names, shapes or tags", "not named")
+
+
+def test_a_loras_older_header_names(command: Command) -> None:
+    header = {"ss_base_model_version": "sdxl_base", "ss_trigger_words": "ohwx"}
+    save_file(
+        {"x.lora_A.weight": torch.zeros(1, 2), "x.lora_B.weight": torch.zeros(2, 1)}, command.folder / "a.safetensors", metadata=header
+    )
+    shown = inspect(command, "a.safetensors")
+    assert (shown["base model"], shown["trigger words"]) == ("SDXL (by its tag)", "ohwx (ss_trigger_words)")
+
+
+def test_a_long_header_value_is_cut_and_counted(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"short": "s" * 200, "long": "x" * 500})
+    table = inspect_file(str(tmp_path / "a.safetensors"))
+    cells = dict(zip(*(column.cells for column in table.columns), strict=True))
+    assert (cells["header: short"], cells["header: long"]) == ("s" * 200, "x" * 200 + "… (500 characters)")
+
+
+def test_the_files_own_name_is_shown_as_it_is(command: Command) -> None:
+    # square brackets are markup to the terminal
+    save_file({"a": torch.zeros(1)}, command.folder / "style[bold].safetensors")
+    outcome = command("task=inspect", "task.path='style[bold].safetensors'")
+    assert outcome.code == 0 and "style[bold].safetensors" in outcome.out
+
+
+def test_a_path_may_begin_with_the_home_folder(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(command.folder))
+    save_file({"a": torch.zeros(1)}, command.folder / "a.safetensors")
+    assert inspect(command, "'~/a.safetensors'")["kind"] == "plain weights"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kind"),
+    [
+        ({"a.weight": torch.zeros(2, 2)}, "plain weights"),
+        ({"a.weight": torch.zeros(2, 2, dtype=torch.int8), "a.weight_scale": torch.ones(2, 1)}, "quantized checkpoint (I8 with scales)"),
+        (
+            {"a.weight": torch.zeros(2, 2, dtype=torch.float8_e4m3fn), "a.scale_weight": torch.ones(1)},
+            "quantized checkpoint (F8_E4M3 with scales)",
+        ),
+        ({"a.weight": torch.zeros(2, 2, dtype=torch.int8), "a.comfy_quant": torch.zeros(9, dtype=torch.uint8)},
+         "quantized checkpoint with ComfyUI markers"),
+    ],
+    ids=["plain", "int8", "fp8", "comfy"],
+)  # fmt: skip
+def test_kinds(command: Command, tensors: dict[str, torch.Tensor], kind: str) -> None:
+    save_file(tensors, command.folder / "m.safetensors")
+    assert inspect(command, "m.safetensors")["kind"] == kind
+
+
+def test_a_file_that_save_wrote(command: Command) -> None:
+    weight = torch.ones(4, 8)
+    layers = {
+        name: Int8Linear(QuantizedLayer(quantize_weight(weight), method.fit(weight), None), Reference(), torch.float32)
+        for name, method in (("a", NoOutlier()), ("b", QuaRot(8)))
+    }
+    names = own_names(["a.weight", "b.weight", "norm.weight"])
+    write_tensors(command.folder / "m.safetensors", names, layers, {"norm.weight": torch.ones(3)}, {"model": "shipped:tiny", "seed": 3})
+    shown = inspect(command, "m.safetensors")
+    assert shown["kind"] == "quantized checkpoint with ComfyUI markers"
+    assert shown["dtypes"] in ("3 × F32, 2 × I8, 2 × U8", "3 × F32, 2 × U8, 2 × I8")
+    assert any("shipped:tiny" in value for value in shown.values())
+
+
+def test_text_encoders(command: Command) -> None:
+    path = (
+        encoder("t5", words=["int8_convrot", "nvfp4"]).prefixed("text_encoders.t5xxl.transformer.").write(command.folder / "t5.safetensors")
+    )
+    shown = command("task=inspect", f"task.path={path}").out
+    cells = [tuple(cell.strip() for cell in line.split("│")[1:3]) for line in shown.splitlines() if line.startswith("│")]
+    rows = dict(cells)
+    assert rows["text encoder"] == "t5 (T5EncoderModel)" and rows["prefix"] == "text_encoders.t5xxl.transformer."
+    assert rows["to use it"].startswith("clip=auto") and "clip.path=" in shown and "family" not in rows
+    assert rows["kind"] == "quantized checkpoint with ComfyUI markers"
+    layers = " ".join(text for name, text in cells if name in ("layers", ""))
+    assert "4 × int8_tensorwise, row, convrot 16" in layers and "3 × nvfp4" in layers
+
+
+def test_a_checkpoint_with_two_text_encoders_and_a_file_with_none(command: Command) -> None:
+    file = File()
+    for prefix, name in (("clip_l", "clip_l"), ("t5xxl", "t5")):
+        file.tensors |= encoder(name).prefixed(f"text_encoders.{prefix}.transformer.").tensors
+    file.write(command.folder / "m.safetensors")
+    assert command("task=inspect", "task.path=m.safetensors").code == 0
+    save_file({"a.weight": torch.zeros(2, 2)}, command.folder / "n.safetensors")
+    assert "text encoder" not in inspect(command, "n.safetensors")
+
+
+def container(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + data
+
+
+ENTRY = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+DAMAGED = {
+    "empty": (b"", "its first 8 bytes give no possible header length"),
+    "no header": (b"\x00" * 8, "its first 8 bytes give no possible header length"),
+    "length beyond the end": (container(ENTRY, b"\x00" * 8, length=10_000), "its first 8 bytes give no possible header length"),
+    "not json": (container(b"{not json}"), "its header is no JSON"),
+    "brackets without an end": (container(b"[" * 100_000), "its header is no JSON"),
+    "a number without an end": (container(b"1" * 10_000), "its header is no JSON"),
+    "truncated": (container(ENTRY, b"\x00" * 5), "is damaged: the header describes"),
+    "longer than told": (container(ENTRY, b"\x00" * 9), "is damaged: the header describes"),
+    "a list": (container(b"[1, 2]"), "its header is no JSON object of tensors"),
+    "an entry without offsets": (container(b'{"a": {"dtype": "F32"}}'), "its header is no JSON object of tensors"),
+    "metadata that is no text": (container(b'{"__metadata__": {"steps": 3}}'), "its header is no JSON object of tensors"),
+    "a lora half without a shape": (
+        container(b'{"a.lora_A.weight": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}', b"\x00" * 4),
+        "a.lora_A.weight has shape []",
+    ),
+    "a zip": (b"PK\x03\x04" + b"\x00" * 60, "not a safetensors file"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_files_are_named(command: Command, data: bytes, message: str) -> None:
+    (command.folder / "m.safetensors").write_bytes(data)
+    outcome = command("task=inspect", "task.path=m.safetensors")
+    assert outcome.code == 3 and message in outcome.message
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("absent.safetensors", "no such file"), ("model.ckpt", "is a pickled file"), ("model.PT", "is a pickled file")],
+)
+def test_files_that_are_not_opened(command: Command, name: str, message: str) -> None:
+    outcome = command("task=inspect", f"task.path={name}")
+    assert outcome.code == 3 and message in outcome.message

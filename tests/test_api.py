@@ -1,0 +1,159 @@
+"""int8run in a program of one's own: quantize a model that is there, put LoRAs on it, leave the rest of the program alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir, version
+from hydra.core.global_hydra import GlobalHydra
+from support.helpers import assert_close
+from support.run_job import make_spec, save_lora
+from support.tiny_pipeline import random_pipeline, save_random_pipeline
+from torch import Tensor, nn
+
+import int8run
+from int8run import LoraStack, quantize_
+from int8run.errors import BackendError, ConfigError
+from int8run.generate.capture import record_step
+from int8run.generate.prompts import samples
+from int8run.layers.int8_linear import Int8Linear
+from int8run.lora.stack import LoraStack as TheStack
+from int8run.models.sampling import Sampling
+from int8run.pipeline.build import Built, build
+from int8run.report.console import Progress
+
+KEEP_ALL = "model_type.float_layers=[{pattern: '*', why: asked}]"
+NEVER = "int8.small_batch_fallback=never"
+PROBE = samples(["a"], 1, 0)
+SMALL = Sampling(steps=2, height=16, width=16)
+
+
+@pytest.fixture(scope="module")
+def location(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"model.location={save_random_pipeline(tmp_path_factory.mktemp('model'))}"
+
+
+def built_by_the_command(location: str, *words: str) -> Built:
+    """What `int8run` makes of a model with these words."""
+    size = ["sampler.height=16", "sampler.width=16", "sampler.steps=2", "backend=reference"]
+    return build(make_spec([location, *size, *words]), PROBE, [], Progress(False))
+
+
+def drawn(model: nn.Module, call: dict[str, object]) -> Tensor:
+    with torch.no_grad():
+        return model(**call)[0]
+
+
+def int8_layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, []),
+        ({"outlier": "convrot", "rounding": "mse"}, ["outlier=convrot", "rounding=mse"]),
+        ({"model_type": "none", "overrides": ["outlier.group_size=16", NEVER], "outlier": "convrot"},
+         ["model_type=none", "outlier=convrot", "outlier.group_size=16", NEVER]),
+    ],
+    ids=["defaults", "outlier and rounding", "overrides"],
+)  # fmt: skip
+def test_a_model_is_quantized_as_by_the_command(location: str, options: dict, words: list[str]) -> None:
+    built = built_by_the_command(location, *words)
+    (call,) = record_step(built.pipe, built.component, built.denoisers["float"], PROBE, SMALL)
+    model = random_pipeline().transformer
+    plans = quantize_(model, backend="reference", **options, rows=64)
+    assert int8_layers(model) == int8_layers(built.denoisers["int8"]) and len(int8_layers(model)) >= 34
+    assert [(p.name, p.keep_float, p.outlier, p.rounding) for p in plans] == [
+        (p.name, p.keep_float, p.outlier, p.rounding) for p in built.plans
+    ]
+    assert torch.equal(drawn(model, call), drawn(built.denoisers["int8"], call))
+    assert_close("float", drawn(model, call), drawn(random_pipeline().transformer, call), 0.05)
+
+
+def test_the_callers_object_is_changed_and_gives_its_float_weights_up() -> None:
+    model = random_pipeline().transformer
+    block = model.transformer_blocks
+    quantize_(model, backend="reference", overrides=[NEVER])
+    assert isinstance(model.get_submodule("transformer_blocks.0.attn.to_q"), Int8Linear) and model.transformer_blocks is not block
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert len(linears) == 14 and not any(m.weight.dtype == torch.int8 for m in linears)
+
+
+def test_a_lora_goes_onto_a_quantized_model_and_off_again(tmp_path: Path) -> None:
+    pipe = random_pipeline()
+    (call,) = record_step(pipe, "transformer", pipe.transformer, PROBE, SMALL)
+    file = save_lora(tmp_path / "style.safetensors", pipe.transformer)
+    model = random_pipeline().transformer
+    quantize_(model, outlier="convrot", backend="reference")
+    plain = drawn(model, call)
+    stack = LoraStack(model).add(file, 0.8)
+    reference = LoraStack(random_pipeline().transformer).add(file, 0.8)
+    strong = drawn(reference.denoiser, call)
+    assert (strong - plain).norm() > 0.05 * plain.norm()
+    assert_close("with a LoRA", drawn(model, call), strong, 0.05)
+    stack.set_strength("style", 0.4)
+    reference.set_strength("style", 0.4)
+    assert_close("weaker", drawn(model, call), drawn(reference.denoiser, call), 0.05)
+    stack.set_strength("style", 0)
+    assert torch.equal(drawn(model, call), plain)
+
+
+CALIBRATED = {"outlier": ["smoothquant", "auto"], "rounding": ["gptq"]}
+
+
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group, options in CALIBRATED.items() for option in options])
+def test_what_needs_a_calibration_is_refused_with_the_command_to_use(group: str, option: str) -> None:
+    model = random_pipeline().transformer
+    with pytest.raises(ConfigError) as error:
+        quantize_(model, backend="reference", **{group: option})
+    assert str(error.value) == (
+        f"{group}={option} is fitted to activations, which quantize_ does not see; use the command `int8run {group}={option} save=FILE`, "
+        "or another option"
+    )
+    assert int8_layers(model) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"outlier": "konvrot"}, ConfigError, r"konvrot.*convrot"),
+        ({"overrides": ["int8.maxrows=1"]}, ConfigError, r"int8\.maxrows"),
+        ({"overrides": ["nonsense"]}, ConfigError, "nonsense"),
+        ({"rows": 0}, ConfigError, r"^rows is 0; allowed is a whole number from 1 to "),
+        *(({"overrides": words.split()}, ConfigError, r"^quantize_ takes no save, int8\.checkpoint, .*, quality_db, lora or clip;")
+          for words in ("save=a.safetensors", "int8.checkpoint=a.safetensors", "int8.enable=false", "lora=stack_a",
+                        "model_type.keep_float=auto quality_db=40", "clip=nvfp4")),
+        ({"backend": "triton"}, BackendError, "backend 'triton' cannot run here"),
+        ({"overrides": ["int8.max_rows=-1"]}, ConfigError, r"int8\.max_rows is -1; allowed is a whole number from 0 to 4096"),
+        ({"overrides": [KEEP_ALL], "model_type": "flux"}, ConfigError, "FluxTransformer2DModel: no layer became INT8; choose another"),
+    ],
+    ids=["option", "key", "form", "rows", "save", "checkpoint", "float", "lora", "budget", "clip", "backend", "range", "nothing left"],
+)  # fmt: skip
+def test_what_cannot_be_leaves_the_model_as_it_was(options: dict, error: type[Exception], message: str) -> None:
+    model = random_pipeline().transformer
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        quantize_(model, **{"backend": "reference", **options})
+    after = model.state_dict()
+    assert int8_layers(model) == [] and before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
+
+
+def test_a_hydra_application_of_the_callers_own_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("a: 1\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.2"):
+        mine = GlobalHydra.instance().hydra
+        quantize_(random_pipeline().transformer, backend="reference")
+        with pytest.raises(ConfigError):
+            quantize_(random_pipeline().transformer, rounding="gptq")
+        assert GlobalHydra.instance().hydra is mine and compose("mine") == {"a": 1} and version.getbase() == version.Version("1.2")
+    assert not GlobalHydra.instance().is_initialized()
+    quantize_(random_pipeline().transformer, backend="reference")
+    assert not GlobalHydra.instance().is_initialized(), "none is left behind where there was none"
+
+
+def test_the_package_has_five_names() -> None:
+    names = {"LoraStack", "__version__", "build_text_encoder", "load_text_encoder", "quantize_"}
+    assert LoraStack is TheStack and int8run.LoraStack is TheStack and set(int8run.__all__) == names
+    with pytest.raises(AttributeError, match=r"^module 'int8run' has no attribute 'quantise_'$"):
+        int8run.quantise_  # noqa: B018
