@@ -34,9 +34,14 @@ __all__ = ["LoraStack", "quantize_"]
 
 @torch.no_grad()
 def quantize_(
-    model: nn.Module, outlier: str = "none", backend: str = "auto", rounding: str = "absmax", model_type: str = "auto", rows: int = 1024,
+    model: nn.Module,
+    outlier: str = "none",
+    backend: str = "auto",
+    rounding: str = "absmax",
+    model_type: str = "auto",
+    rows: int = 1024,
     overrides: Sequence[str] = (),
-) -> list[LayerPlan]:  # fmt: skip
+) -> list[LayerPlan]:
     """Put INT8 layers in the place of a denoiser's Linears, by the words of the command line.
 
     Args:
@@ -77,7 +82,9 @@ def quantize_(
     plans = plan_layers(model, family.why_float)
     chosen = [plan for plan in plans if plan.keep_float is None]
     if any(isinstance(m, Int8Linear) for m in model.modules()):
-        raise ConfigError(f"{type(model).__name__} has INT8 layers already; load it anew to quantize it otherwise")
+        raise ConfigError(
+            f"{type(model).__name__} has INT8 layers already; load it anew to quantize it otherwise"
+        )
     if not chosen:
         raise ConfigError(f"{type(model).__name__}: no layer became INT8; choose another model_type")
     check_backend(spec.backend, next(model.parameters()).device, chosen)
@@ -86,7 +93,10 @@ def quantize_(
     layers = quantized_layers(model, chosen, methods, spec.rounding, {})
     made = int8_layers(model, layers, spec.backend, spec.int8, {plan.name: rows for plan in chosen})
     int8 = assemble(model, made, family)
-    for name, child in int8.named_children():  # the tree that was assembled, in the object that the caller holds
+    for (
+        name,
+        child,
+    ) in int8.named_children():  # the tree that was assembled, in the object that the caller holds
         setattr(model, name, child)
     log.info("%d of %d Linears are INT8", len(chosen), len(plans))
     return plans

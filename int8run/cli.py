@@ -39,7 +39,9 @@ def main() -> None:
         sys.stderr.write(f"int8run: {message}\n")
         sys.exit(code)
     except KeyboardInterrupt:
-        going_on = "; the same command with resume=true goes on" if {"-m", "--multirun"} & set(sys.argv) else ""
+        going_on = (
+            "; the same command with resume=true goes on" if {"-m", "--multirun"} & set(sys.argv) else ""
+        )
         sys.stderr.write(f"int8run: interrupted{going_on}\n")
         sys.exit(130)
     finally:
@@ -52,13 +54,20 @@ def main() -> None:
 def quiet_libraries() -> None:
     """Defaults for other programs' own switches, where the user set none: no telemetry, no advice in the output, no long waits."""
     for name, value in (
-        ("MLFLOW_DISABLE_TELEMETRY", "true"), ("RAY_USAGE_STATS_ENABLED", "0"), ("HF_HUB_DISABLE_TELEMETRY", "1"),
-        ("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"), ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("RAY_USAGE_STATS_ENABLED", "0"),
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("DIFFUSERS_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
         ("MLFLOW_LOGGING_LEVEL", "CRITICAL"),
         # a server that is away costs seconds, not minutes
-        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"), ("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
-    ):  # fmt: skip
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"),
+        ("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1"),
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
+    ):
         os.environ.setdefault(name, value)
 
 
@@ -68,9 +77,13 @@ def check_and_run() -> None:
 
     args = get_args_parser().parse_args()
     if args.experimental_rerun:
-        raise ConfigError("--experimental-rerun opens a pickled file, which can run code; give the settings on the command line")
+        raise ConfigError(
+            "--experimental-rerun opens a pickled file, which can run code; give the settings on the command line"
+        )
     if args.config_path:
-        raise ConfigError("--config-path would replace int8run's own settings; --config-dir FOLDER adds yours to them")
+        raise ConfigError(
+            "--config-path would replace int8run's own settings; --config-dir FOLDER adds yours to them"
+        )
     from int8run.config.compose import own_options
     from int8run.jobs.hydra_plugins import register
 
@@ -124,7 +137,9 @@ def announce(jobs: int, choices: dict[str, str]) -> None:
     words = " ".join(f"{group}={choices[group]}" for group in groups if group in choices)
     many = f", {jobs} jobs" if jobs > 1 else ""
     said = f": {words}" if task == "run" else ""
-    get_console().print(f"[bold]int8run {__version__}[/bold] {task}{many}{said}", highlight=False, soft_wrap=True)
+    get_console().print(
+        f"[bold]int8run {__version__}[/bold] {task}{many}{said}", highlight=False, soft_wrap=True
+    )
 
 
 def job(config: Any) -> float | None:
@@ -136,7 +151,9 @@ def job(config: Any) -> float | None:
     from int8run.jobs.job import job_of
 
     quiet_libraries()
-    logging.raiseExceptions = bool(os.environ.get("INT8RUN_DEBUG"))  # of a full disk, the log file is no news; workers begin here
+    logging.raiseExceptions = bool(
+        os.environ.get("INT8RUN_DEBUG")
+    )  # of a full disk, the log file is no news; workers begin here
     hydra = HydraConfig.get()
     about = job_of(config, hydra, Path(hydra.runtime.output_dir))
     if about.sweep:

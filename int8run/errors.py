@@ -57,14 +57,18 @@ def disk_full(error: BaseException, folder: object = "the output folder") -> Fil
     if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
         return None
     what = getattr(error, "filename", None) or f"a file in {folder} or in the cache"
-    return FileError(f"the disk is full, and {what} could not be written; free some room, or {ELSEWHERE}, cache.folder=FOLDER")
+    return FileError(
+        f"the disk is full, and {what} could not be written; free some room, or {ELSEWHERE}, cache.folder=FOLDER"
+    )
 
 
 def not_writable(error: BaseException) -> FileError | None:
     """The words for a place that the system refuses, if that is what an error says."""
     if not isinstance(error, OSError) or error.errno not in REFUSALS or not error.filename:
         return None
-    return FileError(f"{error.filename} cannot be opened or written: {str(error.strerror).lower()}; {ELSEWHERE}")
+    return FileError(
+        f"{error.filename} cannot be opened or written: {str(error.strerror).lower()}; {ELSEWHERE}"
+    )
 
 
 def in_range(name: str, value: float, low: float, high: float, whole: bool = False) -> None:
@@ -84,7 +88,9 @@ def switch(name: str, value: object) -> None:
 def one_of(name: str, value: object, allowed: Collection[str]) -> None:
     """Raise ConfigError unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise ConfigError(f"{name} is {value!r}; {suggest(str(value), allowed)}choose from {', '.join(sorted(allowed))}")
+        raise ConfigError(
+            f"{name} is {value!r}; {suggest(str(value), allowed)}choose from {', '.join(sorted(allowed))}"
+        )
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -53,11 +53,13 @@ def int8_layers(model: nn.Module) -> list[str]:
     [
         ({}, []),
         ({"outlier": "convrot", "rounding": "mse"}, ["outlier=convrot", "rounding=mse"]),
-        ({"model_type": "none", "overrides": ["outlier.group_size=16", NEVER], "outlier": "convrot"},
-         ["model_type=none", "outlier=convrot", "outlier.group_size=16", NEVER]),
+        (
+            {"model_type": "none", "overrides": ["outlier.group_size=16", NEVER], "outlier": "convrot"},
+            ["model_type=none", "outlier=convrot", "outlier.group_size=16", NEVER],
+        ),
     ],
     ids=["defaults", "outlier and rounding", "overrides"],
-)  # fmt: skip
+)
 def test_a_model_is_quantized_as_by_the_command(location: str, options: dict, words: list[str]) -> None:
     built = built_by_the_command(location, *words)
     (call,) = record_step(built.pipe, built.component, built.denoisers["float"], PROBE, SMALL)
@@ -75,7 +77,10 @@ def test_the_callers_object_is_changed_and_gives_its_float_weights_up() -> None:
     model = random_pipeline().transformer
     block = model.transformer_blocks
     quantize_(model, backend="reference", overrides=[NEVER])
-    assert isinstance(model.get_submodule("transformer_blocks.0.attn.to_q"), Int8Linear) and model.transformer_blocks is not block
+    assert (
+        isinstance(model.get_submodule("transformer_blocks.0.attn.to_q"), Int8Linear)
+        and model.transformer_blocks is not block
+    )
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     assert len(linears) == 14 and not any(m.weight.dtype == torch.int8 for m in linears)
 
@@ -102,7 +107,9 @@ def test_a_lora_goes_onto_a_quantized_model_and_off_again(tmp_path: Path) -> Non
 CALIBRATED = {"outlier": ["smoothquant", "auto"], "rounding": ["gptq"]}
 
 
-@pytest.mark.parametrize(("group", "option"), [(group, option) for group, options in CALIBRATED.items() for option in options])
+@pytest.mark.parametrize(
+    ("group", "option"), [(group, option) for group, options in CALIBRATED.items() for option in options]
+)
 def test_what_needs_a_calibration_is_refused_with_the_command_to_use(group: str, option: str) -> None:
     model = random_pipeline().transformer
     with pytest.raises(ConfigError) as error:
@@ -121,22 +128,62 @@ def test_what_needs_a_calibration_is_refused_with_the_command_to_use(group: str,
         ({"overrides": ["int8.maxrows=1"]}, ConfigError, r"int8\.maxrows"),
         ({"overrides": ["nonsense"]}, ConfigError, "nonsense"),
         ({"rows": 0}, ConfigError, r"^rows is 0; allowed is a whole number from 1 to "),
-        *(({"overrides": words.split()}, ConfigError, r"^quantize_ takes no save, int8\.checkpoint, .*, quality_db, lora or clip;")
-          for words in ("save=a.safetensors", "int8.checkpoint=a.safetensors", "int8.enable=false", "lora=stack_a",
-                        "model_type.keep_float=auto quality_db=40", "clip=nvfp4")),
+        *(
+            (
+                {"overrides": words.split()},
+                ConfigError,
+                r"^quantize_ takes no save, int8\.checkpoint, .*, quality_db, lora or clip;",
+            )
+            for words in (
+                "save=a.safetensors",
+                "int8.checkpoint=a.safetensors",
+                "int8.enable=false",
+                "lora=stack_a",
+                "model_type.keep_float=auto quality_db=40",
+                "clip=nvfp4",
+            )
+        ),
         ({"backend": "triton"}, BackendError, "backend 'triton' cannot run here"),
-        ({"overrides": ["int8.max_rows=-1"]}, ConfigError, r"int8\.max_rows is -1; allowed is a whole number from 0 to 4096"),
-        ({"overrides": [KEEP_ALL], "model_type": "flux"}, ConfigError, "FluxTransformer2DModel: no layer became INT8; choose another"),
+        (
+            {"overrides": ["int8.max_rows=-1"]},
+            ConfigError,
+            r"int8\.max_rows is -1; allowed is a whole number from 0 to 4096",
+        ),
+        (
+            {"overrides": [KEEP_ALL], "model_type": "flux"},
+            ConfigError,
+            "FluxTransformer2DModel: no layer became INT8; choose another",
+        ),
     ],
-    ids=["option", "key", "form", "rows", "save", "checkpoint", "float", "lora", "budget", "clip", "backend", "range", "nothing left"],
-)  # fmt: skip
-def test_what_cannot_be_leaves_the_model_as_it_was(options: dict, error: type[Exception], message: str) -> None:
+    ids=[
+        "option",
+        "key",
+        "form",
+        "rows",
+        "save",
+        "checkpoint",
+        "float",
+        "lora",
+        "budget",
+        "clip",
+        "backend",
+        "range",
+        "nothing left",
+    ],
+)
+def test_what_cannot_be_leaves_the_model_as_it_was(
+    options: dict, error: type[Exception], message: str
+) -> None:
     model = random_pipeline().transformer
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(error, match=message):
         quantize_(model, **{"backend": "reference", **options})
     after = model.state_dict()
-    assert int8_layers(model) == [] and before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
+    assert (
+        int8_layers(model) == []
+        and before.keys() == after.keys()
+        and all(torch.equal(t, after[n]) for n, t in before.items())
+    )
 
 
 def test_a_hydra_application_of_the_callers_own_goes_on(tmp_path: Path) -> None:
@@ -146,7 +193,11 @@ def test_a_hydra_application_of_the_callers_own_goes_on(tmp_path: Path) -> None:
         quantize_(random_pipeline().transformer, backend="reference")
         with pytest.raises(ConfigError):
             quantize_(random_pipeline().transformer, rounding="gptq")
-        assert GlobalHydra.instance().hydra is mine and compose("mine") == {"a": 1} and version.getbase() == version.Version("1.2")
+        assert (
+            GlobalHydra.instance().hydra is mine
+            and compose("mine") == {"a": 1}
+            and version.getbase() == version.Version("1.2")
+        )
     assert not GlobalHydra.instance().is_initialized()
     quantize_(random_pipeline().transformer, backend="reference")
     assert not GlobalHydra.instance().is_initialized(), "none is left behind where there was none"

@@ -19,7 +19,11 @@ from int8run.tasks.options import Run
 
 # the command of this interpreter's environment
 INT8RUN = Path(sys.executable).with_name("int8run")
-NOTHING_TO_DO = ["tracker=none", "prompts=file", "prompts.path=absent.txt"]  # passes every check, fails without a model
+NOTHING_TO_DO = [
+    "tracker=none",
+    "prompts=file",
+    "prompts.path=absent.txt",
+]  # passes every check, fails without a model
 
 
 def assert_one_line(outcome, code, pattern):
@@ -40,20 +44,47 @@ def command(tmp_path, monkeypatch, capsys):
 
 REFUSED = {
     # words
-    "misspelt option": (["model=tinny"], r"no model called 'tinny'; did you mean 'tiny'\? choose from .*flux, .*tiny"),
+    "misspelt option": (
+        ["model=tinny"],
+        r"no model called 'tinny'; did you mean 'tiny'\? choose from .*flux, .*tiny",
+    ),
     "option unlike any": (["outlier=zzz"], r"no outlier called 'zzz'; choose from .*convrot, .*none"),
-    "misspelt launcher": (["hydra/launcher=basik"], r"no hydra/launcher called 'basik'; did you mean 'basic'\? choose from basic"),
-    "misspelt group": (["bakend=auto"], r"no setting called 'bakend'; did you mean 'backend'\? choose from .*model, .*tracker"),
+    "misspelt launcher": (
+        ["hydra/launcher=basik"],
+        r"no hydra/launcher called 'basik'; did you mean 'basic'\? choose from basic",
+    ),
+    "misspelt group": (
+        ["bakend=auto"],
+        r"no setting called 'bakend'; did you mean 'backend'\? choose from .*model, .*tracker",
+    ),
     "misspelt group with plus": (["+bakend=auto"], r"no setting called 'bakend'; did you mean 'backend'\?"),
-    "misspelt key": (["lora.strenght=1"], r"no setting called 'lora.strenght'; did you mean 'strength'\? choose from .*mode, strength"),
-    "misspelt key with plus": (["+lora.strenght=1"], r"no setting called 'lora.strenght'; did you mean 'strength'\?"),
-    "key of another option": (["backend.tile.block_m=64"], r"no setting called 'backend.tile' in this config; backend=triton has it"),
-    "key of another task": (["task.rounds=5"], r"no setting called 'task.rounds' in this config; task=bench has it"),
+    "misspelt key": (
+        ["lora.strenght=1"],
+        r"no setting called 'lora.strenght'; did you mean 'strength'\? choose from .*mode, strength",
+    ),
+    "misspelt key with plus": (
+        ["+lora.strenght=1"],
+        r"no setting called 'lora.strenght'; did you mean 'strength'\?",
+    ),
+    "key of another option": (
+        ["backend.tile.block_m=64"],
+        r"no setting called 'backend.tile' in this config; backend=triton has it",
+    ),
+    "key of another task": (
+        ["task.rounds=5"],
+        r"no setting called 'task.rounds' in this config; task=bench has it",
+    ),
     "misspelt top-level key": (["sed=1"], r"no setting called 'sed'; did you mean 'seed'\?"),
     "group left out": (["~model"], r"\bmodel\b.*(missing|needs|required|choose from)"),
     # values
-    "word": (["int8.small_batch_fallback=sometimes"], r"int8.small_batch_fallback is 'sometimes'; choose from always, never, only_small"),
-    "near word": (["int8.small_batch_fallback=newer"], r"int8.small_batch_fallback is 'newer'; did you mean 'never'\?"),
+    "word": (
+        ["int8.small_batch_fallback=sometimes"],
+        r"int8.small_batch_fallback is 'sometimes'; choose from always, never, only_small",
+    ),
+    "near word": (
+        ["int8.small_batch_fallback=newer"],
+        r"int8.small_batch_fallback is 'newer'; did you mean 'never'\?",
+    ),
     "max_rows": (["int8.max_rows=-1"], r"int8.max_rows is -1; allowed is a whole number from 0 to 4096"),
     "compile": (["compile=yes"], r"compile is 'yes'; choose from blocks, full, none"),
     "seed": (["seed=-1"], r"seed is -1; allowed is a whole number from 0 to "),
@@ -62,33 +93,102 @@ REFUSED = {
     "height": (["sampler.height=4"], r"sampler.height is 4; allowed is a whole number from 8 to 16384"),
     "width": (["sampler.width=big"], r"sampler.width is 'big'; allowed is a whole number from 8 to 16384"),
     "batch": (["sampler.batch=0"], r"sampler.batch is 0; allowed is a whole number from 1 to 1024"),
-    "dtype": (["model.dtype=bfloat"], r"model.dtype is 'bfloat'; did you mean 'bfloat16'\? choose from bfloat16, float16, float32"),
-    "group size": (["outlier=convrot", "outlier.group_size=100"], r"outlier.group_size is 100; convrot takes 4, 16, 64, 256 or 1024"),
-    "group size of quarot": (["outlier=quarot", "outlier.group_size=100"], r"outlier.group_size is 100; choose a power of 2 from 2 to"),
-    "alpha": (["outlier=smoothquant", "outlier.alpha=1.5"], r"outlier.alpha is 1.5; allowed is a number from 0 to 1"),
-    "cost": (["outlier=auto", "outlier.max_cost=-1"], r"outlier.max_cost is -1; allowed is a number from 0 to 10"),
-    "damping": (["rounding=gptq", "rounding.damping=0"], r"rounding.damping is 0; allowed is a number from 1e-06 to 1"),
-    "scales tried": (["rounding=mse", "rounding.candidates=1"], r"rounding.candidates is 1; allowed is a whole number from 2 to 1000"),
-    "rounding": (["rounding=gtpq"], r"no rounding called 'gtpq'; did you mean 'gptq'\? choose from absmax, gptq, mse"),
-    "no calibration prompts": (["calibration.prompts=[]"], r"calibration.prompts is \[\]; it takes a list with at least one prompt: "),
-    "calibration prompt of spaces": (["calibration.prompts=[' ']"], r"calibration.prompts is \[' '\]; it takes a list with at least"),
-    "calibration prompts in a word": (["calibration.prompts=owl"], r"calibration.prompts is 'owl'; it takes a list with at least one"),
-    "calibration moments": (["calibration.moments=0"], r"calibration.moments is 0; allowed is a whole number from 1 to 1000"),
-    "calibration rows": (["calibration.rows=0"], r"calibration.rows is 0; allowed is a whole number from 1 to "),
-    "calibration seed": (["calibration.seed=-1"], r"calibration.seed is -1; allowed is a whole number from 0 to "),
-    "budget alone": (["quality_db=40"], r"^model_type.keep_float=auto keeps layers float until quality_db is met; set both, .* or neither"),
-    "no budget": (["model_type.keep_float=auto"], r"^model_type.keep_float=auto keeps .*; set both, .* or neither"),
-    "budget out of range": (["model_type.keep_float=auto", "quality_db=-1"], r"quality_db is -1; allowed is a number from 0 to 200"),
-    "budget in words": (["model_type.keep_float=auto", "quality_db=high"], r"quality_db is 'high'; allowed is a number from 0 to 200"),
-    "rules where they used to be": (["model_type.keep_float=[x]"], r"model_type.keep_float is \['x'\]; choose from auto, listed"),
-    "save without int8": (["int8.enable=false", "save=m.safetensors"], r"int8.enable=false makes no INT8 layer; quality_db, save and"),
-    "checkpoint without int8": (["int8.enable=false", "int8.checkpoint=m.safetensors"], r"int8.enable=false makes no INT8 layer; "),
+    "dtype": (
+        ["model.dtype=bfloat"],
+        r"model.dtype is 'bfloat'; did you mean 'bfloat16'\? choose from bfloat16, float16, float32",
+    ),
+    "group size": (
+        ["outlier=convrot", "outlier.group_size=100"],
+        r"outlier.group_size is 100; convrot takes 4, 16, 64, 256 or 1024",
+    ),
+    "group size of quarot": (
+        ["outlier=quarot", "outlier.group_size=100"],
+        r"outlier.group_size is 100; choose a power of 2 from 2 to",
+    ),
+    "alpha": (
+        ["outlier=smoothquant", "outlier.alpha=1.5"],
+        r"outlier.alpha is 1.5; allowed is a number from 0 to 1",
+    ),
+    "cost": (
+        ["outlier=auto", "outlier.max_cost=-1"],
+        r"outlier.max_cost is -1; allowed is a number from 0 to 10",
+    ),
+    "damping": (
+        ["rounding=gptq", "rounding.damping=0"],
+        r"rounding.damping is 0; allowed is a number from 1e-06 to 1",
+    ),
+    "scales tried": (
+        ["rounding=mse", "rounding.candidates=1"],
+        r"rounding.candidates is 1; allowed is a whole number from 2 to 1000",
+    ),
+    "rounding": (
+        ["rounding=gtpq"],
+        r"no rounding called 'gtpq'; did you mean 'gptq'\? choose from absmax, gptq, mse",
+    ),
+    "no calibration prompts": (
+        ["calibration.prompts=[]"],
+        r"calibration.prompts is \[\]; it takes a list with at least one prompt: ",
+    ),
+    "calibration prompt of spaces": (
+        ["calibration.prompts=[' ']"],
+        r"calibration.prompts is \[' '\]; it takes a list with at least",
+    ),
+    "calibration prompts in a word": (
+        ["calibration.prompts=owl"],
+        r"calibration.prompts is 'owl'; it takes a list with at least one",
+    ),
+    "calibration moments": (
+        ["calibration.moments=0"],
+        r"calibration.moments is 0; allowed is a whole number from 1 to 1000",
+    ),
+    "calibration rows": (
+        ["calibration.rows=0"],
+        r"calibration.rows is 0; allowed is a whole number from 1 to ",
+    ),
+    "calibration seed": (
+        ["calibration.seed=-1"],
+        r"calibration.seed is -1; allowed is a whole number from 0 to ",
+    ),
+    "budget alone": (
+        ["quality_db=40"],
+        r"^model_type.keep_float=auto keeps layers float until quality_db is met; set both, .* or neither",
+    ),
+    "no budget": (
+        ["model_type.keep_float=auto"],
+        r"^model_type.keep_float=auto keeps .*; set both, .* or neither",
+    ),
+    "budget out of range": (
+        ["model_type.keep_float=auto", "quality_db=-1"],
+        r"quality_db is -1; allowed is a number from 0 to 200",
+    ),
+    "budget in words": (
+        ["model_type.keep_float=auto", "quality_db=high"],
+        r"quality_db is 'high'; allowed is a number from 0 to 200",
+    ),
+    "rules where they used to be": (
+        ["model_type.keep_float=[x]"],
+        r"model_type.keep_float is \['x'\]; choose from auto, listed",
+    ),
+    "save without int8": (
+        ["int8.enable=false", "save=m.safetensors"],
+        r"int8.enable=false makes no INT8 layer; quality_db, save and",
+    ),
+    "checkpoint without int8": (
+        ["int8.enable=false", "int8.checkpoint=m.safetensors"],
+        r"int8.enable=false makes no INT8 layer; ",
+    ),
     "budget without int8": (
         ["int8.enable=false", "model_type.keep_float=auto", "quality_db=40"],
         r"int8.enable=false makes no INT8 layer; quality_db, save and",
     ),
-    "save to another kind": (["save=m.pt"], r"save=m.pt is neither a .safetensors file nor a folder \(a name without a suffix\)"),
-    "save to a switch": (["save=true"], r"save=True is neither a .safetensors file nor a folder \(a name without a suffix\)"),
+    "save to another kind": (
+        ["save=m.pt"],
+        r"save=m.pt is neither a .safetensors file nor a folder \(a name without a suffix\)",
+    ),
+    "save to a switch": (
+        ["save=true"],
+        r"save=True is neither a .safetensors file nor a folder \(a name without a suffix\)",
+    ),
     "baseline": (["metrics.baseline=maybe"], r"metrics.baseline is 'maybe'; choose from cached, none, run"),
     "lora strength": (["lora.strength=99"], r"lora.strength is 99; allowed is a number from -20 to 20"),
     "lora strength nan": (["lora.strength=nan"], r"lora.strength is nan; allowed is a number from -20 to 20"),
@@ -96,7 +196,10 @@ REFUSED = {
         ["lora.adapters.0.strength=0.5"],
         r"no setting called 'lora.adapters\[0\]': the list has 0 entries; choose a stack that has it, such as lora=stack_a",
     ),
-    "adapter strength": (["lora=stack_a", "lora.adapters.0.strength=true"], r"strength of LoRA 'ink' is True; allowed is a number"),
+    "adapter strength": (
+        ["lora=stack_a", "lora.adapters.0.strength=true"],
+        r"strength of LoRA 'ink' is True; allowed is a number",
+    ),
     "strengths multiplied": (
         ["lora=stack_a", "lora.strength=5", "lora.adapters.1.strength=10"],
         r"strength of LoRA 'gloss' times lora.strength is 50; allowed is a number from -20 to 20",
@@ -109,9 +212,15 @@ REFUSED = {
         ["lora=stack_a", "lora.adapters.0.weight_name=a"],
         r"weight_name is a setting that this stack leaves out; give it with a plus: \+lora.adapters.0.weight_name=…",
     ),
-    "adapter name twice": (["lora=stack_a", "lora.adapters.1.name=ink"], r"lora.adapters has the name 'ink' twice; give each"),
+    "adapter name twice": (
+        ["lora=stack_a", "lora.adapters.1.name=ink"],
+        r"lora.adapters has the name 'ink' twice; give each",
+    ),
     "lora mode": (["lora.mode=merge"], r"lora.mode is 'merge'; choose from auto, bake, dynamic"),
-    "pictures per prompt": (["prompts.seeds_per_prompt=0"], r"prompts.seeds_per_prompt is 0; allowed is a whole number from 1 to 10000"),
+    "pictures per prompt": (
+        ["prompts.seeds_per_prompt=0"],
+        r"prompts.seeds_per_prompt is 0; allowed is a whole number from 1 to 10000",
+    ),
     # kinds of values, which yaml does not check
     "steps not whole": (["sampler.steps=4.5"], r"sampler.steps is 4.5; "),
     "seed not whole": (["seed=1.5"], r"seed is 1.5; "),
@@ -123,22 +232,36 @@ REFUSED = {
     "node null": (["calibration=null"], r"\bcalibration\b.*None"),
     "node left out": (["~calibration"], r"\bcalibration\b"),
     "extra": (["sampler.extra=5"], r"sampler.extra is 5; "),
-    "two options": (["clip=[int8_rowwise,nvfp4]"], r"clip=\[…\] names several options, and a run has one; for a job each: -m clip=a,b"),
+    "two options": (
+        ["clip=[int8_rowwise,nvfp4]"],
+        r"clip=\[…\] names several options, and a run has one; for a job each: -m clip=a,b",
+    ),
     "group null": (["model=null"], r"\bmodel\b.*choose from .*tiny"),
     # missing values
-    "no location": (["model.location=null"], r"model has no location; set model.location=<hub id or diffusers folder>"),
-    "no prompts": (["prompts=file"], r"prompts needs exactly one of prompts.prompts=\[…\] and prompts.path=<file, one prompt per line>"),
+    "no location": (
+        ["model.location=null"],
+        r"model has no location; set model.location=<hub id or diffusers folder>",
+    ),
+    "no prompts": (
+        ["prompts=file"],
+        r"prompts needs exactly one of prompts.prompts=\[…\] and prompts.path=<file, one prompt per line>",
+    ),
     # grammar
     "no equals sign": (["lora.strength"], r"lora.strength.*missing EQUAL"),
     "open bracket": (["prompts.prompts=[a"], r"\[a"),
     "sweep without -m": (["seed=0,1"], r"Ambiguous value for argument 'seed=0,1'.*add --multirun"),
-    "no such folder": (["--config-dir", "absent"], r"--config-dir absent: no such folder \(looked for /.*/work/absent\)"),
-}  # fmt: skip
+    "no such folder": (
+        ["--config-dir", "absent"],
+        r"--config-dir absent: no such folder \(looked for /.*/work/absent\)",
+    ),
+}
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
 def test_a_bad_setting_is_one_line_and_code_2(command, monkeypatch, arguments, message):
-    monkeypatch.setattr(Run, "execute", lambda *_: None)  # a setting that is not refused must not load a model here
+    monkeypatch.setattr(
+        Run, "execute", lambda *_: None
+    )  # a setting that is not refused must not load a model here
     assert_one_line(command("tracker=none", *arguments), 2, message)
     assert command.made() == [], "nothing was started, so nothing is left behind"
 
@@ -153,13 +276,33 @@ def test_the_first_line_says_what_is_built(command):
 
 FAILING = {
     "no prompts file": ([], 3, r"prompts.path=absent.txt: no such file \(looked for /.*/work/absent.txt\)"),
-    "folder without index": (["model.location=./empty"], 3, r"/work/empty is not a diffusers folder: it has no model_index.json"),
-    "shipped name": (["model.location=shipped:huge"], 3, r"assets/huge is not a diffusers folder: it has no model_index.json"),
-    "single file": (["model.location=x.safetensors"], 3, r"x.safetensors: no such file; on the hub a file is org/repository/name"),
-    "no gpu": (["device=cuda"], 4, r"device=cuda asks for a GPU, but torch .* sees none; device=cpu works here"),
+    "folder without index": (
+        ["model.location=./empty"],
+        3,
+        r"/work/empty is not a diffusers folder: it has no model_index.json",
+    ),
+    "shipped name": (
+        ["model.location=shipped:huge"],
+        3,
+        r"assets/huge is not a diffusers folder: it has no model_index.json",
+    ),
+    "single file": (
+        ["model.location=x.safetensors"],
+        3,
+        r"x.safetensors: no such file; on the hub a file is org/repository/name",
+    ),
+    "no gpu": (
+        ["device=cuda"],
+        4,
+        r"device=cuda asks for a GPU, but torch .* sees none; device=cpu works here",
+    ),
     "device word": (["device=banana"], 2, r"device is 'banana'; choose from auto, cpu, cuda, cuda:N"),
-    "nothing to inspect": (["task=inspect", "task.path=absent.safetensors"], 3, r"absent.safetensors: no such file \(looked for /"),
-}  # fmt: skip
+    "nothing to inspect": (
+        ["task=inspect", "task.path=absent.safetensors"],
+        3,
+        r"absent.safetensors: no such file \(looked for /",
+    ),
+}
 
 
 @pytest.mark.parametrize(("arguments", "code", "message"), FAILING.values(), ids=FAILING)
@@ -178,7 +321,11 @@ def test_a_failing_run_says_its_reason_once(command):
 
 def test_a_lora_without_a_source_for_the_model_is_found_before_anything_starts(command):
     outcome = command("tracker=none", "lora=stack_a", "model.lora_base=sdxl")
-    assert_one_line(outcome, 2, r"LoRA 'ink' has no source for base model 'sdxl'; it has one for flux, tiny; .* choose another lora=")
+    assert_one_line(
+        outcome,
+        2,
+        r"LoRA 'ink' has no source for base model 'sdxl'; it has one for flux, tiny; .* choose another lora=",
+    )
     assert command.made() == []
 
 
@@ -187,9 +334,7 @@ def test_a_hub_error_is_one_line(command, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     outcome = command("tracker=none", "model.location=nobody/nothing", "device=cpu")
-    words = (
-        r"model\.location=nobody/nothing is not on this machine and could not be fetched .*; set model\.location to a folder that you have"
-    )
+    words = r"model\.location=nobody/nothing is not on this machine and could not be fetched .*; set model\.location to a folder that you have"
     assert_one_line(outcome, 3, words)
 
 
@@ -213,7 +358,9 @@ def test_every_bad_job_of_a_sweep_is_listed(command):
 
 def test_a_misspelt_option_in_a_sweep_is_one_line(command):
     assert_one_line(
-        command("-m", "tracker=none", "backend=reference,refrence"), 2, r"no backend called 'refrence'; did you mean 'reference'\?"
+        command("-m", "tracker=none", "backend=reference,refrence"),
+        2,
+        r"no backend called 'refrence'; did you mean 'reference'\?",
     )
     assert command.made() == []
 
@@ -234,9 +381,13 @@ def test_both_reasons_of_two_failing_jobs_are_said(command):
 def test_a_sweep_written_in_a_file_is_checked_as_well(command):
     folder = command.folder / "mine" / "sweep"
     folder.mkdir(parents=True)
-    (folder / "seeds.yaml").write_text("# @package _global_\n# seeds\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '0,-1'}}}\n")
+    (folder / "seeds.yaml").write_text(
+        "# @package _global_\n# seeds\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '0,-1'}}}\n"
+    )
     message = command("--config-dir", "mine", "+sweep=seeds", *NOTHING_TO_DO).message
-    assert re.match(r"1 of 2 jobs cannot run; none was started\n  job 1 \(.*seed=-1.*\): seed is -1; ", message)
+    assert re.match(
+        r"1 of 2 jobs cannot run; none was started\n  job 1 \(.*seed=-1.*\): seed is -1; ", message
+    )
     assert not (command.folder / "multirun").exists()
 
 
@@ -258,20 +409,31 @@ def test_a_user_folder_adds_an_option(command, mine):
     outcome = command("--config-dir", "mine", "outlier=mine", *NOTHING_TO_DO)
     assert "outlier=mine" in outcome.out and "prompts.path" in outcome.message
     outcome = command("--config-dir", "mine", "outlier=mien", *NOTHING_TO_DO)
-    assert_one_line(outcome, 2, r"no outlier called 'mien'; did you mean 'mine'\? choose from auto, .*mine, .*smoothquant")
+    assert_one_line(
+        outcome, 2, r"no outlier called 'mien'; did you mean 'mine'\? choose from auto, .*mine, .*smoothquant"
+    )
 
 
 BROKEN = {
-    "value out of range": ("_target_: int8run.outlier.convrot.ConvRot\ngroup_size: 5\n", r"outlier.group_size is 5; "),
+    "value out of range": (
+        "_target_: int8run.outlier.convrot.ConvRot\ngroup_size: 5\n",
+        r"outlier.group_size is 5; ",
+    ),
     "value missing": ("_target_: int8run.outlier.convrot.ConvRot\ngroup_size: ???\n", r"outlier.group_size"),
-    "unknown reference": ("_target_: int8run.outlier.convrot.ConvRot\ngroup_size: ${nope}\n", r"nope.* not found"),
-    "unknown field": ("_target_: int8run.outlier.convrot.ConvRot\ngroupsize: 4\n", r"groupsize.*did you mean 'group_size'\?"),
+    "unknown reference": (
+        "_target_: int8run.outlier.convrot.ConvRot\ngroup_size: ${nope}\n",
+        r"nope.* not found",
+    ),
+    "unknown field": (
+        "_target_: int8run.outlier.convrot.ConvRot\ngroupsize: 4\n",
+        r"groupsize.*did you mean 'group_size'\?",
+    ),
     "unknown class": ("_target_: int8run.outlier.convrot.ConvRott\n", r"int8run.outlier.convrot.ConvRott"),
     "no class": ("group_size: 4\n", r"outlier.*_target_"),
     "a list": ("- 1\n", r"outlier"),
     "no yaml": ("a: [1\n", r"mine/outlier/mine.yaml.*line"),
     "unknown group inside": ("defaults: [nogroup: x]\n", r"no.*group.*'?nogroup"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("text", "message"), BROKEN.values(), ids=BROKEN)
@@ -330,13 +492,21 @@ def test_an_interrupt_is_one_line_and_code_130(command, monkeypatch):
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_does_not_look_at_the_rest(command, flag):
     outcome = command("model=tinny", flag)
-    assert outcome.code == 0 and outcome.out.startswith("int8run: build a diffusion model in INT8") and command.made() == []
+    assert (
+        outcome.code == 0
+        and outcome.out.startswith("int8run: build a diffusion model in INT8")
+        and command.made() == []
+    )
 
 
 def test_cfg_prints_the_composed_config_and_starts_nothing(command):
     outcome = command("--cfg", "job", "seed=7", "outlier=convrot")
     shown = yaml.safe_load(outcome.out)
-    assert (shown["seed"], shown["outlier"]["group_size"], shown["_target_"]) == (7, 256, "int8run.config.run_spec.RunSpec")
+    assert (shown["seed"], shown["outlier"]["group_size"], shown["_target_"]) == (
+        7,
+        256,
+        "int8run.config.run_spec.RunSpec",
+    )
     assert (outcome.code, outcome.err, command.made()) == (0, "", [])
 
 
@@ -347,16 +517,24 @@ def test_a_flag_that_is_none_is_refused(command):
 
 def in_a_new_process(folder, *arguments, **environment):
     kept = {k: v for k, v in os.environ.items() if k not in cli.DEBUG}
-    return subprocess.run([INT8RUN, *arguments], cwd=folder, env=kept | environment, capture_output=True, text=True)
+    return subprocess.run(
+        [INT8RUN, *arguments], cwd=folder, env=kept | environment, capture_output=True, text=True
+    )
 
 
 def test_the_installed_command_ends_with_the_code_and_the_message(tmp_path):
     ended = in_a_new_process(tmp_path, "model=tinny")
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert re.fullmatch(r"int8run: no model called 'tinny'; did you mean 'tiny'\? choose from [a-z0-9_, ]+\n", ended.stderr)
+    assert re.fullmatch(
+        r"int8run: no model called 'tinny'; did you mean 'tiny'\? choose from [a-z0-9_, ]+\n", ended.stderr
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_installed_command_shows_a_traceback_on_request(tmp_path):
     ended = in_a_new_process(tmp_path, "model=tinny", INT8RUN_DEBUG="1")
-    assert ended.returncode == 1 and "Traceback (most recent call last)" in ended.stderr and "MissingConfigException" in ended.stderr
+    assert (
+        ended.returncode == 1
+        and "Traceback (most recent call last)" in ended.stderr
+        and "MissingConfigException" in ended.stderr
+    )

@@ -32,7 +32,13 @@ BACKENDS = ("auto", "vnni", "onednn", "torch_int_mm", "reference")
 
 def build_with(backend: str, outlier: str, batch: int) -> tuple[Built, Mapping[str, Any]]:
     """The tiny model with one backend, and a real call of its denoiser."""
-    overrides = [f"backend={backend}", f"outlier={outlier}", f"sampler.batch={batch}", "tracker=none", "progress=false"]
+    overrides = [
+        f"backend={backend}",
+        f"outlier={outlier}",
+        f"sampler.batch={batch}",
+        "tracker=none",
+        "progress=false",
+    ]
     with initialize_config_module("int8run.conf", version_base="1.3"):
         spec = to_spec(compose("config", overrides))
     wanted = samples(["red apple"] * batch, 1, 0)
@@ -49,8 +55,12 @@ def seconds(denoiser: nn.Module, call: Mapping[str, Any]) -> float:
 
 def bench(rounds: int, batches: list[int]) -> None:
     facts = environment(torch.device("cpu"), library_versions())
-    print(f"{facts['cpu']}, {facts['threads']} threads, torch {facts['versions']['torch']}, float32, {rounds} rounds\n")
-    print("| batch | backend | outlier | float ms | INT8 ms | float / INT8, median [quartiles] | layer SQNR, mean dB |")
+    print(
+        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['versions']['torch']}, float32, {rounds} rounds\n"
+    )
+    print(
+        "| batch | backend | outlier | float ms | INT8 ms | float / INT8, median [quartiles] | layer SQNR, mean dB |"
+    )
     print("|---|---|---|---|---|---|---|")
     for batch in batches:
         built = {}

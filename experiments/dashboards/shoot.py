@@ -53,7 +53,9 @@ def save(shot: bytes, path: Path) -> None:
     print(f"{path}: {image.width} x {image.height}, {path.stat().st_size / 1000:.0f} kB")
 
 
-def shoot(browser: Browser, link: str, home: str, look: Callable[[Page], bytes], path: Path, **context: object) -> Watch:
+def shoot(
+    browser: Browser, link: str, home: str, look: Callable[[Page], bytes], path: Path, **context: object
+) -> Watch:
     """Open a page, take its picture, and say what it complained about."""
     opened = browser.new_context(**context)
     opened.add_init_script(NO_ASSISTANT)
@@ -70,7 +72,9 @@ def shoot(browser: Browser, link: str, home: str, look: Callable[[Page], bytes],
     return seen
 
 
-def mlflow_pictures(browser: Browser, address: str, experiment_id: str, records: list[Record], out: Path) -> list[Watch]:
+def mlflow_pictures(
+    browser: Browser, address: str, experiment_id: str, records: list[Record], out: Path
+) -> list[Watch]:
     """The view of the sweep: table, charts, grid."""
     sweep, drawn = records[0].sweep or "", [r for r in records if r.images]
     charts, table = (view_link(address, experiment_id, sweep, charts=wanted) for wanted in (True, False))
@@ -97,14 +101,25 @@ def mlflow_pictures(browser: Browser, address: str, experiment_id: str, records:
     def look_at_pictures(page: Page) -> bytes:
         wait_for_runs(page)
         page.locator(f"{CARD} img[src*='get-artifact']").first.wait_for()
-        page.locator(CARD).first.locator('[data-component-id="fullscreen_button_chartcard"]').click()  # wide enough for the runs' names
+        page.locator(CARD).first.locator(
+            '[data-component-id="fullscreen_button_chartcard"]'
+        ).click()  # wide enough for the runs' names
         dialog = page.get_by_role("dialog")
-        dialog.locator("img[src*='get-artifact']").nth(min(len(drawn), MOST_RUNS) * len(drawn[0].images) - 1).wait_for()
+        dialog.locator("img[src*='get-artifact']").nth(
+            min(len(drawn), MOST_RUNS) * len(drawn[0].images) - 1
+        ).wait_for()
         return dialog.screenshot()
 
     size = lambda width, height: {"viewport": {"width": width, "height": height}}  # noqa: E731
     return [
-        shoot(browser, table, address, look_at_table, out / "mlflow_table.png", **size(1900, 420 + 32 * len(records))),
+        shoot(
+            browser,
+            table,
+            address,
+            look_at_table,
+            out / "mlflow_table.png",
+            **size(1900, 420 + 32 * len(records)),
+        ),
         shoot(browser, charts, address, look_at_charts, out / "mlflow_compare.png", **size(1600, 1500)),
         shoot(
             browser,
@@ -137,7 +152,13 @@ def report_pictures(browser: Browser, report: Path, out: Path) -> list[Watch]:
 
     link = report.absolute().as_uri()
     screen = {"viewport": {"width": 1280, "height": 900}, "offline": True}
-    phone = {"viewport": PHONE, "device_scale_factor": 1.5, "is_mobile": True, "has_touch": True, "offline": True}
+    phone = {
+        "viewport": PHONE,
+        "device_scale_factor": 1.5,
+        "is_mobile": True,
+        "has_touch": True,
+        "offline": True,
+    }
     return [
         shoot(browser, link, link, whole, out / "report_light.png", color_scheme="light", **screen),
         shoot(browser, link, link, whole, out / "report_dark.png", color_scheme="dark", **screen),
@@ -147,9 +168,13 @@ def report_pictures(browser: Browser, report: Path, out: Path) -> list[Watch]:
 
 def main() -> int:
     """The exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--sweep", type=Path, help="folder of a finished sweep; without it the sweep is run first")
+    parser.add_argument(
+        "--sweep", type=Path, help="folder of a finished sweep; without it the sweep is run first"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
@@ -158,7 +183,9 @@ def main() -> int:
         report = sweep / "report.html"
         tracked = records[0].tracking if records else {}
         if not tracked or not report.is_file():
-            parser.error(f"{sweep} is no finished sweep with tracker=mlflow: it needs runs that were logged, and report.html")
+            parser.error(
+                f"{sweep} is no finished sweep with tracker=mlflow: it needs runs that were logged, and report.html"
+            )
         experiment = MlflowClient(tracked["store"]).get_experiment_by_name(tracked["experiment"])
         with mlflow_server(tracked["store"], Path(work, "server.log")) as address, chromium() as browser:
             seen = mlflow_pictures(browser, address, experiment.experiment_id, records, args.out)

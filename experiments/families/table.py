@@ -14,7 +14,12 @@ from unittest import mock
 import diffusers
 import torch
 import yaml
-from diffusers.models.transformers import transformer_cosmos, transformer_ernie_image, transformer_hidream_image, transformer_lumina2
+from diffusers.models.transformers import (
+    transformer_cosmos,
+    transformer_ernie_image,
+    transformer_hidream_image,
+    transformer_lumina2,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,7 +53,9 @@ def argument(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     shape, _, dtype = value.partition(" ")
-    return torch.empty([int(n) for n in shape.split("x")], dtype=getattr(torch, dtype or "float32"), device="meta")
+    return torch.empty(
+        [int(n) for n in shape.split("x")], dtype=getattr(torch, dtype or "float32"), device="meta"
+    )
 
 
 def even_experts(moe: nn.Module, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -63,7 +70,9 @@ def lumina_positions(rope: nn.Module, hidden_states: Tensor, attention_mask: Ten
     """In place of Lumina 2's positions, which it finds by the values of the mask: every text token counts."""
     batch, channels, height, width = hidden_states.shape
     text, image = attention_mask.shape[1], height * width // rope.patch_size**2
-    angles = lambda tokens: torch.empty(batch, tokens, sum(rope.axes_dim) // 2, dtype=torch.complex64, device="meta")  # noqa: E731
+    angles = lambda tokens: torch.empty(
+        batch, tokens, sum(rope.axes_dim) // 2, dtype=torch.complex64, device="meta"
+    )  # noqa: E731
     patches = hidden_states.reshape(batch, image, channels * rope.patch_size**2)
     return patches, angles(text), angles(image), angles(text + image), [text] * batch, [text + image] * batch
 
@@ -78,7 +87,9 @@ def cosmos_mask(mask: Tensor, size: list[int], interpolation: object) -> Tensor:
     return torch.empty(*mask.shape[:-2], *size, device="meta")
 
 
-TORCHVISION = SimpleNamespace(functional=SimpleNamespace(resize=cosmos_mask), InterpolationMode=SimpleNamespace(NEAREST="nearest"))
+TORCHVISION = SimpleNamespace(
+    functional=SimpleNamespace(resize=cosmos_mask), InterpolationMode=SimpleNamespace(NEAREST="nearest")
+)
 # where a forward cannot run on meta: who does it there, under which name, and the same by formula
 BY_FORMULA: Sequence[tuple[Any, str, Any]] = (
     (transformer_hidream_image.MOEFeedForwardSwiGLU, "moe_infer", even_experts),
@@ -136,11 +147,19 @@ def row(entry: Mapping[str, Any]) -> str:
     found = shares(entry)
     work, matrices = found.work, found.work.total() - found.work["attention"]
     cells = [
-        entry["family"], entry["model"], entry["size"], f"{found.linears['int8']} / {found.linears['float']}",
-        f"{found.parameters.total() / 1e9:.2f}", percent(found.parameters["int8"], found.parameters.total()),
-        f"{work.total() / 1e12:.2f}", percent(work["int8"], matrices), percent(work["float"], matrices),
-        percent(work["convolution"], matrices), percent(work["attention"], work.total()), percent(work["int8"], work.total()),
-    ]  # fmt: skip
+        entry["family"],
+        entry["model"],
+        entry["size"],
+        f"{found.linears['int8']} / {found.linears['float']}",
+        f"{found.parameters.total() / 1e9:.2f}",
+        percent(found.parameters["int8"], found.parameters.total()),
+        f"{work.total() / 1e12:.2f}",
+        percent(work["int8"], matrices),
+        percent(work["float"], matrices),
+        percent(work["convolution"], matrices),
+        percent(work["attention"], work.total()),
+        percent(work["int8"], work.total()),
+    ]
     return f"| {' | '.join(cells)} |"
 
 

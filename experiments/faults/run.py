@@ -26,7 +26,16 @@ from mlflow.entities import Run
 
 from int8run.jobs.manifest import read_sweep
 from int8run.tracking import mlflow_payload
-from int8run.tracking.run_record import FAILED, FINISHED, KILLED, RUNNING, Record, find_records, process_gone, read_record
+from int8run.tracking.run_record import (
+    FAILED,
+    FINISHED,
+    KILLED,
+    RUNNING,
+    Record,
+    find_records,
+    process_gone,
+    read_record,
+)
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 
@@ -56,14 +65,27 @@ class Place:
         """The sweep's folder."""
         return self.folder / "sweep"
 
-    def start(self, *words: str, uri: str | None = None, own_session: bool = False) -> subprocess.Popen[bytes]:
+    def start(
+        self, *words: str, uri: str | None = None, own_session: bool = False
+    ) -> subprocess.Popen[bytes]:
         """A command; what it prints goes to log.txt."""
         environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-        environment |= {"COLUMNS": "400", "MLFLOW_DISABLE_TELEMETRY": "true", **({"MLFLOW_TRACKING_URI": uri} if uri else {})}
+        environment |= {
+            "COLUMNS": "400",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            **({"MLFLOW_TRACKING_URI": uri} if uri else {}),
+        }
         where = ["hydra.sweep.dir=sweep"] if "-m" in words else []
         with (self.folder / "log.txt").open("wb") as log:
             command = [sys.executable, "-m", "int8run.cli", *words, *where, "cache.folder=cache"]
-            return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=own_session)
+            return subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=own_session,
+            )
 
     def run(self, *words: str, uri: str | None = None, code: int = 0) -> str:
         """A command from start to end.
@@ -112,7 +134,10 @@ def check_states(place: Place, wanted: Mapping[int, str]) -> list[Record]:
     """The folders hold these jobs, by number, and no others."""
     records = find_records(place.sweep)
     found = {r.number: r.state for r in records}
-    check(len(records) == len(wanted) and found == dict(wanted), f"jobs in the folder: {[(r.number, r.state) for r in records]}")
+    check(
+        len(records) == len(wanted) and found == dict(wanted),
+        f"jobs in the folder: {[(r.number, r.state) for r in records]}",
+    )
     return records
 
 
@@ -120,7 +145,9 @@ def runs_in(store: str, sweep: str) -> list[Run]:
     """The runs of a sweep in MLflow."""
     client = MlflowClient(store)
     experiment = client.get_experiment_by_name(EXPERIMENT)
-    return list(client.search_runs([experiment.experiment_id], f"tags.sweep = '{sweep}'")) if experiment else []
+    return (
+        list(client.search_runs([experiment.experiment_id], f"tags.sweep = '{sweep}'")) if experiment else []
+    )
 
 
 def check_tracked(place: Place, store: str, killed: int = 0) -> None:
@@ -130,12 +157,17 @@ def check_tracked(place: Place, store: str, killed: int = 0) -> None:
     client, runs, records = MlflowClient(store), runs_in(store, sweep.id), find_records(place.sweep)
     by_id = {run.info.run_id: run for run in runs}
     check(len({r.config_hash for r in records}) == len(records), "two folders hold the same job")
-    check({str(r.run_id) for r in records} <= set(by_id) and all(r.uploaded for r in records), "a job of the folder is not in MLflow")
+    check(
+        {str(r.run_id) for r in records} <= set(by_id) and all(r.uploaded for r in records),
+        "a job of the folder is not in MLflow",
+    )
     others = [run.info.status for run in runs if run.info.run_id not in {r.run_id for r in records}]
     check(others == [KILLED] * killed, f"other runs in MLflow: {others}")
     for record in records:
         check_whole(client, by_id[str(record.run_id)], record)
-    place.said.append(f"MLflow: {len(records)} whole, each once" + (f", and {killed} KILLED" if killed else ""))
+    place.said.append(
+        f"MLflow: {len(records)} whole, each once" + (f", and {killed} KILLED" if killed else "")
+    )
 
 
 def check_whole(client: MlflowClient, run: Run, record: Record) -> None:
@@ -143,19 +175,30 @@ def check_whole(client: MlflowClient, run: Run, record: Record) -> None:
     name, run_id = f"{record.name}: ", run.info.run_id
     check(run.info.status == record.state, f"{name}{run.info.status} in MLflow, {record.state} in the folder")
     check(mlflow_payload.params(record).items() <= run.data.params.items(), f"{name}settings are missing")
-    lacking = {mlflow_payload.allowed(key) for key in [*record.metrics, *record.series]} - set(run.data.metrics)
+    lacking = {mlflow_payload.allowed(key) for key in [*record.metrics, *record.series]} - set(
+        run.data.metrics
+    )
     check(not lacking, f"{name}metrics are missing: {lacking}")
     for key, values in record.series.items():
-        check(len(client.get_metric_history(run_id, key)) == len(values), f"{name}{key} has not {len(values)} values")
+        check(
+            len(client.get_metric_history(run_id, key)) == len(values),
+            f"{name}{key} has not {len(values)} values",
+        )
     here = sorted(path.name for path in (record.folder / "images").glob("*"))
     there = sorted(Path(file.path).name for file in client.list_artifacts(run_id, "samples")) if here else []
     check(here == there, f"{name}pictures here {here}, there {there}")
     shown = len(client.list_artifacts(run_id, "images")) if record.images else 0
     check(shown == 2 * len(mlflow_payload.image_files(record)), f"{name}{shown} files in the picture grid")
     tops = {Path(file.path).name for file in client.list_artifacts(run_id)}
-    check({path.name for path, folder in mlflow_payload.files(record) if folder is None} <= tops, f"{name}files are missing: {tops}")
+    check(
+        {path.name for path, folder in mlflow_payload.files(record) if folder is None} <= tops,
+        f"{name}files are missing: {tops}",
+    )
     if record.state != FINISHED:
-        check(record.error in run.data.tags["error"], f"{name}MLflow says {run.data.tags['error']!r}, the folder {record.error!r}")
+        check(
+            record.error in run.data.tags["error"],
+            f"{name}MLflow says {run.data.tags['error']!r}, the folder {record.error!r}",
+        )
 
 
 def database(place: Place) -> str:
@@ -191,7 +234,10 @@ def killed_in_the_fourth_job(place: Place) -> None:
     check(again == [victim.number], f"these ran twice: {again}")
     check_tracked(place, database(place), killed=1)
     dead = MlflowClient(database(place)).get_run(open_run.info.run_id)
-    check(dead.info.status == KILLED and "without a word" in dead.data.tags["error"], f"the dead run is {dead.info.status}")
+    check(
+        dead.info.status == KILLED and "without a word" in dead.data.tags["error"],
+        f"the dead run is {dead.info.status}",
+    )
     place.said.insert(0, f"3 finished before, job {victim.number} killed, 7 after")
 
 
@@ -229,7 +275,9 @@ def server_away(place: Place, server: MlflowServer, stop: Callable[[], None]) ->
     check_states(place, dict.fromkeys(range(10), FINISHED))
     check_tracked(place, server.address)
     logs = "".join((r.folder / "int8run.log").read_text() for r in find_records(place.sweep))
-    place.said.append(f"{meanwhile - 3} jobs ended meanwhile, {logs.count('upload it later')} of the uploads failed at first")
+    place.said.append(
+        f"{meanwhile - 3} jobs ended meanwhile, {logs.count('upload it later')} of the uploads failed at first"
+    )
     check("viewStateShareKey" in text, "no link to the dashboard at the end")
 
 
@@ -239,7 +287,10 @@ def server_never_comes(place: Place) -> None:
     records = check_states(place, dict.fromkeys(range(3), FINISHED))
     check(not any(r.run_id for r in records) and (place.sweep / "report.html").is_file(), "no report")
     lines = [line for line in text.splitlines() if "does not answer" in line]
-    check(1 <= len(lines) <= 1 + len(records), f"it says {len(lines)} times that nobody answers:\n" + "\n".join(lines))
+    check(
+        1 <= len(lines) <= 1 + len(records),
+        f"it says {len(lines)} times that nobody answers:\n" + "\n".join(lines),
+    )
     check("task=report sync=" in text, "it does not say how to upload later")
     with MlflowServer(place.folder) as server:
         for uploaded in (3, 0):  # the second time nothing is left to do
@@ -267,14 +318,24 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Callable[[int], None]]:
 
 def picture_too_large(place: Place) -> None:
     """Pictures of one job of three do not fit on the disk; there is room for those of the others."""
-    sizes = ["-m", "sampler.height=16,512,32", "sampler.width=512", "sampler.steps=1", "prompts.prompts=[fox]", "metrics.baseline=none"]
+    sizes = [
+        "-m",
+        "sampler.height=16,512,32",
+        "sampler.width=512",
+        "sampler.steps=1",
+        "prompts.prompts=[fox]",
+        "metrics.baseline=none",
+    ]
     with small_disk(place.sweep, 400) as grow:
         text = place.run(*sizes, code=3)
         check("1 of 3 jobs did not finish" in text, text[-1500:])
         check("job 1 (sampler.height=512) FAILED: the disk is full, and " in text, text)
         records = check_states(place, {0: FINISHED, 1: FAILED, 2: FINISHED})
         check("the disk is full" in str(records[1].error), str(records[1].error))
-        check("the disk is full" in (place.sweep / "report.html").read_text(), "the report does not name the error")
+        check(
+            "the disk is full" in (place.sweep / "report.html").read_text(),
+            "the report does not name the error",
+        )
         check_tracked(place, database(place))
         grow(8000)
         place.run(*sizes, "resume=true")
@@ -287,7 +348,10 @@ def disk_full_to_the_last_byte(place: Place) -> None:
     many = ["-m", "prompts.seeds_per_prompt=1,60,2", "sampler.steps=1", "prompts.prompts=[fox]"]
     with small_disk(place.sweep, 360) as grow:
         text = place.run(*many, code=3)
-        check("2 of 3 jobs did not finish" in text and len(re.findall(r"FAILED: the disk is full", text)) >= 2, text)
+        check(
+            "2 of 3 jobs did not finish" in text and len(re.findall(r"FAILED: the disk is full", text)) >= 2,
+            text,
+        )
         grow(8000)
         place.run(*many, "resume=true")
         check_states(place, dict.fromkeys(range(3), FINISHED))
@@ -327,27 +391,45 @@ def worker_killed(place: Place) -> None:
     victim = place.wait_for(sweep, finished=2)
     psutil.Process(victim.status["pid"]).kill()
     text = place.ended(sweep, 1)
-    check(f"job {victim.number} ({victim.name}) KILLED: its process was killed by signal 9 (SIGKILL)" in text, text[-1500:])
+    check(
+        f"job {victim.number} ({victim.name}) KILLED: its process was killed by signal 9 (SIGKILL)" in text,
+        text[-1500:],
+    )
     check("1 of 10 jobs did not finish" in text, text[-1500:])
     check_states(place, {n: KILLED if n == victim.number else FINISHED for n in range(10)})
     check_tracked(place, database(place))
-    check(process_gone(*(victim.status[key] for key in ("host", "pid", "process_started"))), "the worker lives")
+    check(
+        process_gone(*(victim.status[key] for key in ("host", "pid", "process_started"))), "the worker lives"
+    )
 
 
 FAULTS: Sequence[Callable[[Place], None]] = (
-    killed_in_the_fourth_job, server_is_started_again, server_hangs, server_never_comes, picture_too_large, disk_full_to_the_last_byte,
-    interrupted, interrupted_in_processes, worker_killed,
-)  # fmt: skip
+    killed_in_the_fourth_job,
+    server_is_started_again,
+    server_hangs,
+    server_never_comes,
+    picture_too_large,
+    disk_full_to_the_last_byte,
+    interrupted,
+    interrupted_in_processes,
+    worker_killed,
+)
 
 
 def main() -> int:
     """Exit code 1 when a fault lost, doubled or hid anything."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="*", choices=[f.__name__ for f in FAULTS], help="these faults alone")
-    parser.add_argument("--keep", type=Path, help="a new folder for what the commands leave; else a temporary one")
+    parser.add_argument(
+        "--keep", type=Path, help="a new folder for what the commands leave; else a temporary one"
+    )
     arguments = parser.parse_args()
     failed = 0
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it, and every program that is started from here would
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's `&` ignores it, and every program that is started from here would
     with tempfile.TemporaryDirectory() as temporary:
         for fault in FAULTS:
             if arguments.only and fault.__name__ not in arguments.only:

@@ -28,7 +28,9 @@ def job(folder: Path, number: int, pictures: int) -> Record:
     (folder / "images").mkdir(parents=True)
     images = []
     for n in range(pictures):
-        names = {name: f"images/{n:03d}_noise_s0{tail}.png" for name, tail in (("file", ""), ("float", "_float"))}
+        names = {
+            name: f"images/{n:03d}_noise_s0{tail}.png" for name, tail in (("file", ""), ("float", "_float"))
+        }
         for name in names.values():
             Image.effect_noise((64, 64), 50).convert("RGB").save(folder / name)
         images.append({"key": f"{n:03d}_noise_s0", "prompt": f"noise {n}", "seed": 0, **names})
@@ -39,12 +41,27 @@ def job(folder: Path, number: int, pictures: int) -> Record:
     }
     now = time.time()
     status = {
-        "state": FINISHED, "error": None, "task": "run", "name": f"seed={number}", "overrides": [f"seed={number}"], "choices": {},
-        "params": {f"setting.{i}": str(i) for i in range(90)}, "sweep": "writers", "number": number, "config_hash": f"{number:016x}",
-        "build_key": "0" * 16, "objective": "quality/m0", "started": now - 1, "ended": now, "jobs_at_once": 1, "tracking": None,
+        "state": FINISHED,
+        "error": None,
+        "task": "run",
+        "name": f"seed={number}",
+        "overrides": [f"seed={number}"],
+        "choices": {},
+        "params": {f"setting.{i}": str(i) for i in range(90)},
+        "sweep": "writers",
+        "number": number,
+        "config_hash": f"{number:016x}",
+        "build_key": "0" * 16,
+        "objective": "quality/m0",
+        "started": now - 1,
+        "ended": now,
+        "jobs_at_once": 1,
+        "tracking": None,
         **this_process(),
-    }  # fmt: skip
-    (folder / "layers.csv").write_text("name,weight_sqnr_db\n" + "".join(f"layer.{i},{40 + i / 7:.4g}\n" for i in range(LAYERS)))
+    }
+    (folder / "layers.csv").write_text(
+        "name,weight_sqnr_db\n" + "".join(f"layer.{i},{40 + i / 7:.4g}\n" for i in range(LAYERS))
+    )
     (folder / "metrics.json").write_text(json.dumps(values))
     (folder / "status.json").write_text(json.dumps(status))
     return read_record(folder)
@@ -60,7 +77,9 @@ def write(arguments: argparse.Namespace, folder: Path, process: int) -> None:
         record = job(folder / "jobs" / str(number), number, arguments.pictures)
         begun = time.monotonic()
         run_id = tracker.begin(record)
-        tracker.upload(Record(record.folder, {**record.status, "tracking": {**tracker.place(), "run_id": run_id}}))
+        tracker.upload(
+            Record(record.folder, {**record.status, "tracking": {**tracker.place(), "run_id": run_id}})
+        )
         seconds.append(time.monotonic() - begun)
     (folder / f"seconds{process}.json").write_text(json.dumps(seconds))
 
@@ -76,15 +95,25 @@ def problems(tracker: MlflowTracker, arguments: argparse.Namespace) -> list[str]
         run = client.get_run(run_id)
         numbers.append(int(run.data.tags["number"]))
         found = {
-            "state": run.info.status, "params": len(run.data.params), "metrics": len(run.data.metrics),
-            "inputs": len(run.inputs.dataset_inputs), "steps": len(client.get_metric_history(run_id, "series/step_ms")),
+            "state": run.info.status,
+            "params": len(run.data.params),
+            "metrics": len(run.data.metrics),
+            "inputs": len(run.inputs.dataset_inputs),
+            "steps": len(client.get_metric_history(run_id, "series/step_ms")),
             "pictures": len(client.list_artifacts(run_id, "images")),
-            "files": len(client.list_artifacts(run_id, "samples")), "table": len(client.list_artifacts(run_id)),
-        }  # fmt: skip
+            "files": len(client.list_artifacts(run_id, "samples")),
+            "table": len(client.list_artifacts(run_id)),
+        }
         wanted = {
-            "state": FINISHED, "params": 90, "metrics": METRICS + 1, "inputs": 1, "steps": STEPS, "pictures": 2 * arguments.pictures,
-            "files": 2 * arguments.pictures, "table": 6,
-        }  # fmt: skip
+            "state": FINISHED,
+            "params": 90,
+            "metrics": METRICS + 1,
+            "inputs": 1,
+            "steps": STEPS,
+            "pictures": 2 * arguments.pictures,
+            "files": 2 * arguments.pictures,
+            "table": 6,
+        }
         if found != wanted:
             wrong.append(f"run {numbers[-1]}: {found}")
     if sorted(numbers) != list(range(arguments.processes * arguments.runs)):
@@ -94,7 +123,9 @@ def problems(tracker: MlflowTracker, arguments: argparse.Namespace) -> list[str]
 
 def main() -> int:
     """Exit code 1 when anything is missing or doubled."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--runs", type=int, default=20, help="of each process")
     parser.add_argument("--pictures", type=int, default=6, help="of each run")
@@ -105,7 +136,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         context = multiprocessing.get_context("spawn")
-        workers = [context.Process(target=write, args=(arguments, folder, i)) for i in range(arguments.processes)]
+        workers = [
+            context.Process(target=write, args=(arguments, folder, i)) for i in range(arguments.processes)
+        ]
         begun = time.monotonic()
         for worker in workers:
             worker.start()

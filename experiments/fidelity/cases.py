@@ -69,9 +69,13 @@ def tiny(batch: int = 1) -> Iterator[Case]:
     loaded = load(spec, quiet)
     model, family = loaded.denoiser, loaded.family
     plans = [p for p in plan_layers(model, family.why_float) if p.keep_float is None]
-    record = lambda calibration: record_calibration(loaded.pipe, loaded.component, model, calibration, loaded.sampling, quiet)  # noqa: E731
+    record = lambda calibration: record_calibration(
+        loaded.pipe, loaded.component, model, calibration, loaded.sampling, quiet
+    )  # noqa: E731
     judged = Calibration([s.prompt for s in samples(spec.prompts.read(), 1, 0)], seed=0)
-    yield from measured("tiny", model, plans, family.same_input, record(spec.calibration), spec.calibration, record(judged))
+    yield from measured(
+        "tiny", model, plans, family.same_input, record(spec.calibration), spec.calibration, record(judged)
+    )
 
 
 def minilm() -> Iterator[Case]:
@@ -97,7 +101,9 @@ def minilm() -> Iterator[Case]:
     card, readme = (folder / "README.md").read_text(), (Path(__file__).parents[2] / "README.md").read_text()
     plans = [p for p in plan_layers(model, lambda name: None) if not name_of_pooler(p.name)]
     groups = [["attention.self.query", "attention.self.key", "attention.self.value"]]
-    yield from measured("minilm", model, plans, groups, windows(card), Calibration(["the model card"]), windows(readme))
+    yield from measured(
+        "minilm", model, plans, groups, windows(card), Calibration(["the model card"]), windows(readme)
+    )
 
 
 def name_of_pooler(name: str) -> bool:
@@ -123,7 +129,9 @@ def measured(
     group_of = {name: tuple(group) for group in together for name in group}
     for plan in plans:
         weight = linear_at(model, plan.name).weight.detach()
-        yield Case(source, plan.name, weight, seen[plan.name], torch.cat(inputs[plan.name]), group_of[plan.name])
+        yield Case(
+            source, plan.name, weight, seen[plan.name], torch.cat(inputs[plan.name]), group_of[plan.name]
+        )
 
 
 SOURCES = {"gaussian": gaussian, "planted": outliers, "tiny": tiny, "minilm": minilm}

@@ -42,7 +42,9 @@ def fitted(case: Case, method: OutlierMethod) -> OutlierTransform:
 
 def measure(case: Case, transform: OutlierTransform, rounding: Rounding) -> float:
     """SQNR of the layer's output on the test inputs, in dB."""
-    inputs = transform.rounded_input(case.statistics.sample).flatten(0, -2) if rounding.needs_calibration else None
+    inputs = (
+        transform.rounded_input(case.statistics.sample).flatten(0, -2) if rounding.needs_calibration else None
+    )
     weight = rounding.round(transform.transform_weight(case.weight.float()), inputs).dequantize()
     return sqnr_db(case.test @ case.weight.T, transform.rounded_input(case.test) @ weight.T)
 
@@ -71,9 +73,15 @@ def run(sources: list[str], out: Path) -> list[dict[str, object]]:
                     if rounding_name == "absmax" or name in METHODS:
                         db = measure(case, transform, rounding)
                         rows.append(
-                            {"source": source, "layer": case.name, "outlier": name, "transform": transform.label, "rounding": rounding_name,
-                             "output_sqnr_db": round(db, 3)}
-                        )  # fmt: skip
+                            {
+                                "source": source,
+                                "layer": case.name,
+                                "outlier": name,
+                                "transform": transform.label,
+                                "rounding": rounding_name,
+                                "output_sqnr_db": round(db, 3),
+                            }
+                        )
         print(f"{source}: {len(cases)} layers", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "layers.csv").open("w", newline="") as file:
@@ -93,23 +101,36 @@ def tables(rows: list[dict[str, object]]) -> None:
     print("\nabsmax rounding\n\n| | " + " | ".join(METHODS) + " |\n|---|" + "---|" * len(METHODS))
     for source in ("gaussian", "planted"):
         for layer in layers.get(source, []):
-            print(f"| {layer} | " + " | ".join(f"{db[source, layer, m, 'absmax']:.1f}" for m in METHODS) + " |")
+            print(
+                f"| {layer} | " + " | ".join(f"{db[source, layer, m, 'absmax']:.1f}" for m in METHODS) + " |"
+            )
     for source in ("tiny", "minilm"):
         for what, pick in (("mean", statistics.mean), ("least", min)):
             if layers.get(source):
-                found = [f"{pick(db[source, layer, m, 'absmax'] for layer in layers[source]):.1f}" for m in METHODS]
+                found = [
+                    f"{pick(db[source, layer, m, 'absmax'] for layer in layers[source]):.1f}" for m in METHODS
+                ]
                 print(f"| {source}, {len(layers[source])} layers, {what} | " + " | ".join(found) + " |")
-    print("\nmean over layers, by rounding\n\n| | " + " | ".join(METHODS) + " |\n|---|" + "---|" * len(METHODS))
+    print(
+        "\nmean over layers, by rounding\n\n| | " + " | ".join(METHODS) + " |\n|---|" + "---|" * len(METHODS)
+    )
     for source in layers:
         for rounding in ROUNDINGS:
-            means = [statistics.mean(db[source, layer, m, rounding] for layer in layers[source]) for m in METHODS]
+            means = [
+                statistics.mean(db[source, layer, m, rounding] for layer in layers[source]) for m in METHODS
+            ]
             print(f"| {source}, {rounding} | " + " | ".join(f"{v:.2f}" for v in means) + " |")
     print("\n`auto` and the best candidate of each layer, on the test inputs\n")
     print("| | mean gap, dB | largest gap, dB | layers over 0.2 dB |\n|---|---|---|---|")
     names = sorted({str(r["outlier"]) for r in rows} - {"auto"})
     for source in layers:
-        gaps = [max(db[source, layer, m, "absmax"] for m in names) - db[source, layer, "auto", "absmax"] for layer in layers[source]]
-        print(f"| {source} | {statistics.mean(gaps):.3f} | {max(gaps):.3f} | {sum(g > 0.2 for g in gaps)} of {len(gaps)} |")
+        gaps = [
+            max(db[source, layer, m, "absmax"] for m in names) - db[source, layer, "auto", "absmax"]
+            for layer in layers[source]
+        ]
+        print(
+            f"| {source} | {statistics.mean(gaps):.3f} | {max(gaps):.3f} | {sum(g > 0.2 for g in gaps)} of {len(gaps)} |"
+        )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from sweeps import drawings, jobs, top1
 
 def table(sweeps: list[Path]) -> None:
     names, known = drawings()
-    print("| outlier | rounding | PSNR, dB | worst picture, dB | SSIM | latent error, % | layer SQNR, dB | top-1, INT8 | top-1, float |")
+    print(
+        "| outlier | rounding | PSNR, dB | worst picture, dB | SSIM | latent error, % | layer SQNR, dB | top-1, INT8 | top-1, float |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for job in [job for sweep in sweeps for job in jobs(sweep)]:
         metrics, images = job["metrics"], job["images"]

@@ -20,9 +20,11 @@ from sweeps import jobs
 METHODS = ("none", "convrot", "quarot", "hadanorm", "smoothquant", "auto")
 COLOURS = dict(zip(METHODS, ("#7f7f7f", "#1f77b4", "#17becf", "#9467bd", "#ff7f0e", "#d62728"), strict=True))
 TITLES = {
-    "gaussian": "Gaussian layers", "planted": "planted outlier channels (channels × size)",
-    "tiny": "tiny model, real inputs", "minilm": "MiniLM-L6, real inputs",
-}  # fmt: skip
+    "gaussian": "Gaussian layers",
+    "planted": "planted outlier channels (channels × size)",
+    "tiny": "tiny model, real inputs",
+    "minilm": "MiniLM-L6, real inputs",
+}
 
 
 def layers(results: Path) -> None:
@@ -37,13 +39,23 @@ def layers(results: Path) -> None:
         for method in METHODS:
             values = found[source][method]
             marker = {"auto": "x", "none": "_"}.get(method, "o")
-            panel.plot(list(values.values()), range(len(values)), marker, color=COLOURS[method], label=method, markersize=5, alpha=0.85)
+            panel.plot(
+                list(values.values()),
+                range(len(values)),
+                marker,
+                color=COLOURS[method],
+                label=method,
+                markersize=5,
+                alpha=0.85,
+            )
         names = [short(name) for name in found[source]["none"]]
         panel.set_yticks(range(len(names)), names, fontsize=6 if len(names) > 20 else 8)
         panel.invert_yaxis()
         panel.grid(axis="x", alpha=0.3)
         panel.set_title(title, loc="left", fontsize=10)
-    panels[0].legend(ncols=len(METHODS), fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.25), frameon=False)
+    panels[0].legend(
+        ncols=len(METHODS), fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.25), frameon=False
+    )
     panels[-1].set_xlabel("output SQNR on inputs that nothing was fitted to, dB")
     figure.tight_layout()
     figure.savefig(results.parent / "layers.png", dpi=110)
@@ -69,22 +81,54 @@ def method_of(config: dict[str, Any]) -> str:
 def pareto(sweep: Path, out: Path) -> None:
     """PSNR against speed: a line per method through its budgets, the front marked."""
     points = [
-        (method_of(j["config"]), j["config"]["quality_db"], j["metrics"]["speed/ratio_vs_float"], j["metrics"]["quality/psnr_db"],
-         int(j["metrics"].get("budget/layers_kept", 0)))
+        (
+            method_of(j["config"]),
+            j["config"]["quality_db"],
+            j["metrics"]["speed/ratio_vs_float"],
+            j["metrics"]["quality/psnr_db"],
+            int(j["metrics"].get("budget/layers_kept", 0)),
+        )
         for j in jobs(sweep)
-    ]  # fmt: skip
+    ]
     figure, panel = plt.subplots(figsize=(9, 6))
     for method in METHODS:
         own = sorted((p for p in points if p[0] == method), key=lambda p: p[4])
-        panel.plot([p[2] for p in own], [p[3] for p in own], "o-", color=COLOURS[method], label=method, linewidth=1, markersize=5)
+        panel.plot(
+            [p[2] for p in own],
+            [p[3] for p in own],
+            "o-",
+            color=COLOURS[method],
+            label=method,
+            linewidth=1,
+            markersize=5,
+        )
         for _, _, speed, psnr, kept in own:
-            panel.annotate(str(kept), (speed, psnr), textcoords="offset points", xytext=(5, 4), fontsize=7, color=COLOURS[method])
+            panel.annotate(
+                str(kept),
+                (speed, psnr),
+                textcoords="offset points",
+                xytext=(5, 4),
+                fontsize=7,
+                color=COLOURS[method],
+            )
     front = [p for p in points if not any(q[2] >= p[2] and q[3] >= p[3] and q != p for q in points)]
     front.sort(key=lambda p: p[2])
-    panel.plot([p[2] for p in front], [p[3] for p in front], color="black", linewidth=6, alpha=0.12, label="Pareto front", zorder=0)
+    panel.plot(
+        [p[2] for p in front],
+        [p[3] for p in front],
+        color="black",
+        linewidth=6,
+        alpha=0.12,
+        label="Pareto front",
+        zorder=0,
+    )
     panel.set_xlabel("step time of float / INT8 (faster to the right)")
     panel.set_ylabel("PSNR to float, dB")
-    panel.set_title("tiny model: outlier methods × quality budgets; numbers: layers kept float for the budget", loc="left", fontsize=10)
+    panel.set_title(
+        "tiny model: outlier methods × quality budgets; numbers: layers kept float for the budget",
+        loc="left",
+        fontsize=10,
+    )
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
     figure.tight_layout()
@@ -98,7 +142,15 @@ def drift(sweep: Path, out: Path) -> None:
         if str(job["config"]["rounding"]["_target_"]).endswith("AbsMax"):
             errors = [100 * step["latent_rel_err"] for step in job["steps"]]
             method = method_of(job["config"])
-            panel.plot(range(1, len(errors) + 1), errors, "o-", color=COLOURS[method], label=method, linewidth=1, markersize=4)
+            panel.plot(
+                range(1, len(errors) + 1),
+                errors,
+                "o-",
+                color=COLOURS[method],
+                label=method,
+                linewidth=1,
+                markersize=4,
+            )
     panel.set_xlabel("step")
     panel.set_ylabel("latent error to float, %")
     panel.grid(alpha=0.3)

@@ -15,7 +15,9 @@ CELL = 64
 def jobs(sweep: Path) -> list[dict[str, Any]]:
     """Settings and results of the jobs of a multirun."""
     read = []
-    for folder in sorted((f for f in sweep.iterdir() if (f / "metrics.json").is_file()), key=lambda f: int(f.name)):
+    for folder in sorted(
+        (f for f in sweep.iterdir() if (f / "metrics.json").is_file()), key=lambda f: int(f.name)
+    ):
         config = yaml.safe_load((folder / "config.yaml").read_text())
         read.append({"folder": folder, "config": config, **json.loads((folder / "metrics.json").read_text())})
     return read

@@ -15,7 +15,14 @@ import torch
 from methods import METHODS
 from sidebyside import Measured, Process, Reply, facts, gate, measure, quartiles, table
 
-SHAPES = ("256x768x768", "1024x1024x4096", "1024x4096x1024", "512x3072x12288", "4096x3072x3072", "1x3072x18432")
+SHAPES = (
+    "256x768x768",
+    "1024x1024x4096",
+    "1024x4096x1024",
+    "512x3072x12288",
+    "4096x3072x3072",
+    "1x3072x18432",
+)
 BASE = "fp32"
 SLOT_SECONDS = 0.1
 CYCLES = range(5, 41)
@@ -26,13 +33,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="1: process CPU time; more: wall time")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="as MxKxN")
     parser.add_argument("--seconds", type=float, default=180, help="per shape; at least 5 cycles are run")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="methods with one of these words in their name")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="methods with one of these words in their name"
+    )
     parser.add_argument("--json", type=Path, default=Path("outputs/linear_bench.json"))
     parser.add_argument("--no-gate", action="store_true", help="do not run the tests first")
     return parser.parse_args()
 
 
-def set_up(processes: Mapping[str, Process], shape: Sequence[int]) -> tuple[dict[str, Process], dict[str, Reply]]:
+def set_up(
+    processes: Mapping[str, Process], shape: Sequence[int]
+) -> tuple[dict[str, Process], dict[str, Reply]]:
     """Build every method for one shape; those that may be timed, and what each said."""
     live: dict[str, Process] = {}
     said: dict[str, Reply] = {}
@@ -57,7 +68,9 @@ def summary(said: dict[str, Reply], measured: Measured, shape: Sequence[int]) ->
         middle = quartiles(seconds)[1]
         said[name] |= {"ms": 1000 * middle, "gops": 2 * m * k * n / middle / 1e9}
     for (name, base), ratios in measured.ratios.items():
-        said[name].setdefault("ratio", {})[base] = dict(zip(("low", "median", "high"), quartiles(ratios), strict=True))
+        said[name].setdefault("ratio", {})[base] = dict(
+            zip(("low", "median", "high"), quartiles(ratios), strict=True)
+        )
     return said
 
 
@@ -73,12 +86,24 @@ def show(results: Mapping[str, Mapping[str, Reply]]) -> str:
             main.append([name, *cells, f"{min(errors):.4f}–{max(errors):.4f}"])
         against = METHODS[name].against
         if any(against in r.get("ratio", {}) for r in records):
-            extra.append([name, against, *(difference(r["ratio"][against]) if against in r.get("ratio", {}) else "–" for r in records)])
+            extra.append(
+                [
+                    name,
+                    against,
+                    *(
+                        difference(r["ratio"][against]) if against in r.get("ratio", {}) else "–"
+                        for r in records
+                    ),
+                ]
+            )
     lines = [table(["fp32 time / method time [quartiles] (GOP/s)", *shapes, "rel. error"], main)]
     if extra:
         lines += ["", table(["extra time", "against", *shapes], extra)]
     for kind, title in (("refused", "refused, not timed"), ("failed", "cannot run")):
-        found = {name: [f"{s}: {results[s][name][kind]}" for s in shapes if kind in results[s][name]] for name in names}
+        found = {
+            name: [f"{s}: {results[s][name][kind]}" for s in shapes if kind in results[s][name]]
+            for name in names
+        }
         lines += [f"\n{title}: {name} – {'; '.join(whys)}" for name, whys in found.items() if whys]
     return "\n".join(lines)
 
@@ -107,9 +132,14 @@ def main() -> None:
     names = [n for n in METHODS if n == BASE or not args.only or any(word in n for word in args.only)]
     report = facts(torch.device("cpu"))
     how = "process CPU time" if args.threads == 1 else "wall time"
-    print(f"{report['cpu']}, {args.threads} thread(s), {how}, torch {report['versions']['torch']}, {report['date']}", flush=True)
+    print(
+        f"{report['cpu']}, {args.threads} thread(s), {how}, torch {report['versions']['torch']}, {report['date']}",
+        flush=True,
+    )
     pairs = [(n, base) for n in names for base in (BASE, METHODS[n].against) if n != BASE and base]
-    processes = {n: Process(Path(__file__).with_name("worker.py"), args.threads, METHODS[n].env) for n in names}
+    processes = {
+        n: Process(Path(__file__).with_name("worker.py"), args.threads, METHODS[n].env) for n in names
+    }
     results: dict[str, dict[str, Reply]] = {}
     try:
         for text in args.shapes:

@@ -24,7 +24,11 @@ class Case:
     def linear(self) -> nn.Sequential:
         """The float layer as a model of one Linear, named `0`; its weight is a copy."""
         n, k = self.weight.shape
-        model = nn.Sequential(nn.Linear(k, n, device="meta")).to_empty(device=self.weight.device).to(self.weight.dtype)
+        model = (
+            nn.Sequential(nn.Linear(k, n, device="meta"))
+            .to_empty(device=self.weight.device)
+            .to(self.weight.dtype)
+        )
         model[0].load_state_dict({"weight": self.weight, "bias": self.bias})
         return model.eval().requires_grad_(False)
 
@@ -36,7 +40,14 @@ class Case:
         return ((y.double() - exact).norm() / exact.norm()).item()
 
 
-def make_case(m: int, k: int, n: int, rank: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
+def make_case(
+    m: int,
+    k: int,
+    n: int,
+    rank: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Case:
     """Gaussian activations and weights from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731

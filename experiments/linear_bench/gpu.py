@@ -47,7 +47,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="methods with one of these words in their name")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="methods with one of these words in their name"
+    )
     parser.add_argument("--json", type=Path, default=Path("outputs/linear_bench_gpu.json"))
     parser.add_argument("--no-gate", action="store_true", help="do not run the tests first")
     parser.add_argument("--no-tune", action="store_true", help="do not try the tiles of our kernel")
@@ -70,13 +72,19 @@ def comfy_kitchen(case: Case, group: int = 0) -> Forward:
     """comfy_kitchen.int8_linear with a scale per row; `group` rotates x inside it."""
     import comfy_kitchen
 
-    weight = rotate_groups(case.weight.float(), regular_hadamard(group).to(case.weight.device).T) if group else case.weight
+    weight = (
+        rotate_groups(case.weight.float(), regular_hadamard(group).to(case.weight.device).T)
+        if group
+        else case.weight
+    )
     qdata, scale = comfy_kitchen.quantize_int8_rowwise(weight)
     rotation = dict(convrot=True, convrot_groupsize=group) if group else {}
     return lambda x: comfy_kitchen.int8_linear(x, qdata, scale, case.bias, out_dtype=x.dtype, **rotation)
 
 
-def int8run_triton(case: Case, outlier: str = "none", tile: Any = None, branch: Callable[..., Forward] | None = None) -> Forward:
+def int8run_triton(
+    case: Case, outlier: str = "none", tile: Any = None, branch: Callable[..., Forward] | None = None
+) -> Forward:
     """Ours, as the runner builds it."""
     layer = ours.int8_layer(case, ours.triton_backend(tile), outlier)
     return layer if branch is None else branch(case, layer)
@@ -107,7 +115,10 @@ class Clock:
         """Each round runs every call once, in turn, with the number of the round."""
         found: dict[str, list[float]] = {name: [] for name in calls}
         for number in range(rounds + WARMUP):
-            events = {name: (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for name in calls}
+            events = {
+                name: (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+                for name in calls
+            }
             for name, call in calls.items():
                 self.flush.zero_()
                 torch.cuda._sleep(AHEAD_CYCLES)
@@ -156,7 +167,10 @@ def ceilings(clock: Clock, device: torch.device) -> Ceilings:
     q, w = (torch.randint(-127, 128, (side, side), device=device, dtype=torch.int8) for _ in range(2))
     source = torch.empty(2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    calls: dict[str, Callable[[int], object]] = {"bf16": lambda i: a @ b, "copy": lambda i: target.copy_(source)}
+    calls: dict[str, Callable[[int], object]] = {
+        "bf16": lambda i: a @ b,
+        "copy": lambda i: target.copy_(source),
+    }
     try:
         torch._int_mm(q, w.T)
         calls["int8"] = lambda i: torch._int_mm(q, w.T)
@@ -197,7 +211,10 @@ def tune(clock: Clock, case: Case) -> tuple[Any, list[Reply]]:
     m, k, n = case.x.shape[0], *reversed(case.weight.shape)
     for record in records:
         if record["tile"] in times:
-            record |= {"us": 1e6 * times[record["tile"]], "tops": 2 * m * k * n / times[record["tile"]] / 1e12}
+            record |= {
+                "us": 1e6 * times[record["tile"]],
+                "tops": 2 * m * k * n / times[record["tile"]] / 1e12,
+            }
     best = min(times, key=times.__getitem__) if times else None
     return tiles.get(best), sorted(records, key=lambda r: r.get("us", float("inf")))
 
@@ -210,7 +227,9 @@ def lora_builders(rank: int) -> dict[str, Callable[[Case], Forward]]:
     }
 
 
-def measure_size(clock: Clock, top: Ceilings, size: tuple[int, int, int], args: argparse.Namespace, device: torch.device) -> Reply:
+def measure_size(
+    clock: Clock, top: Ceilings, size: tuple[int, int, int], args: argparse.Namespace, device: torch.device
+) -> Reply:
     """All methods, the tiles and the LoRA branches on one size."""
     torch._dynamo.reset()
     case = make_case(*size, device=device, dtype=DTYPE)
@@ -232,16 +251,21 @@ def measure_size(clock: Clock, top: Ceilings, size: tuple[int, int, int], args: 
         if forward is not None:
             forwards[name] = forward
     inputs = [case.x, *(torch.randn_like(case.x) for _ in range(INPUTS - 1))]
-    calls = {name: (lambda i, forward=forward: forward(inputs[i % INPUTS])) for name, forward in forwards.items()}
+    calls = {
+        name: (lambda i, forward=forward: forward(inputs[i % INPUTS])) for name, forward in forwards.items()
+    }
     times = clock.seconds(calls, args.rounds)
     for name, seconds in times.items():
         low, middle, high = quartiles([b / s for b, s in zip(times[BASE], seconds, strict=True)])
         least, by = top.limit(size, int8=name != BASE)
         records[name] |= {
-            "us": 1e6 * statistics.median(seconds), "ratio": {"low": low, "median": middle, "high": high},
+            "us": 1e6 * statistics.median(seconds),
+            "ratio": {"low": low, "median": middle, "high": high},
             "tops": 2 * size[0] * size[1] * size[2] / statistics.median(seconds) / 1e12,
-            "limit_share": least / statistics.median(seconds), "limited_by": by, "launch_us": 1e6 * clock.launch_seconds(calls[name]),
-        }  # fmt: skip
+            "limit_share": least / statistics.median(seconds),
+            "limited_by": by,
+            "launch_us": 1e6 * clock.launch_seconds(calls[name]),
+        }
     plain = "int8run triton"
     for name in times:
         if name.startswith(f"{plain}, ") and plain in times:
@@ -257,21 +281,40 @@ def show_size(shapes: Sequence[LayerShape], report: Reply) -> str:
         if "us" in r:
             q = r["ratio"]
             extra = f"{100 * r['extra']['median']:+.1f} %" if "extra" in r else ""
-            rows.append([
-                name, f"{r['us']:.1f}", f"{q['median']:.2f} [{q['low']:.2f}–{q['high']:.2f}]", f"{r['tops']:.0f}",
-                f"{100 * r['limit_share']:.0f} % of {r['limited_by']}", f"{r['launch_us']:.0f}", f"{r['error']:.4f}", extra,
-            ])  # fmt: skip
+            rows.append(
+                [
+                    name,
+                    f"{r['us']:.1f}",
+                    f"{q['median']:.2f} [{q['low']:.2f}–{q['high']:.2f}]",
+                    f"{r['tops']:.0f}",
+                    f"{100 * r['limit_share']:.0f} % of {r['limited_by']}",
+                    f"{r['launch_us']:.0f}",
+                    f"{r['error']:.4f}",
+                    extra,
+                ]
+            )
         notes += [f"refused, not timed: {name} – {r['refused']}"] if "refused" in r else []
         notes += [f"cannot run: {name} – {r['failed']}"] if "failed" in r else []
     places = "; ".join(f"{s.model} {s.name} x{s.calls}" for s in shapes)
-    header = ["method", "µs", "cuBLAS time / time", "TOPS", "of the measured limit", "launch µs", "rel. error", "over int8run triton"]
+    header = [
+        "method",
+        "µs",
+        "cuBLAS time / time",
+        "TOPS",
+        "of the measured limit",
+        "launch µs",
+        "rel. error",
+        "over int8run triton",
+    ]
     lines = [f"## {'x'.join(map(str, shapes[0].size))}: {places}", "", table(header, rows), "", *notes]
     tiles = [r for r in report.get("tiles", []) if "us" in r]
     lines += [f"tile: {r['tile']} {r['us']:.1f} µs, {r['tops']:.0f} TOPS" for r in tiles[:5]]
     return "\n".join(lines)
 
 
-def show_steps(models: Mapping[str, Sequence[LayerShape]], sizes: Mapping[tuple[int, int, int], Reply]) -> str:
+def show_steps(
+    models: Mapping[str, Sequence[LayerShape]], sizes: Mapping[tuple[int, int, int], Reply]
+) -> str:
     """Milliseconds of all Linears with more than one row in one step; a method that misses one layer has no sum."""
     names = list(dict.fromkeys(name for report in sizes.values() for name in report["methods"]))
     rows = []
@@ -292,7 +335,9 @@ def show_steps(models: Mapping[str, Sequence[LayerShape]], sizes: Mapping[tuple[
 def main() -> None:
     args = parse()
     if not torch.cuda.is_available():
-        print("this benchmark needs a CUDA GPU; on a CPU run experiments/linear_bench/bench.py", file=sys.stderr)
+        print(
+            "this benchmark needs a CUDA GPU; on a CPU run experiments/linear_bench/bench.py", file=sys.stderr
+        )
         sys.exit(BackendError.exit_code)
     if not args.no_gate:
         gate()
@@ -300,7 +345,9 @@ def main() -> None:
     report = facts(device)
     clock = Clock(device)
     top = ceilings(clock, device)
-    print(f"{report['gpu']}, torch {report['versions']['torch']}, triton {report['versions']['triton']}, {report['date']}")
+    print(
+        f"{report['gpu']}, torch {report['versions']['torch']}, triton {report['versions']['triton']}, {report['date']}"
+    )
     print(
         f"measured ceilings: bf16 {top.bf16_ops / 1e12:.0f} TFLOPS, int8 {top.int8_ops / 1e12:.0f} TOPS ({top.int8_from}), "
         f"copy {top.bytes / 1e12:.2f} TB/s\n"

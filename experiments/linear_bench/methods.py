@@ -70,9 +70,17 @@ def sdnq(case: Case, hadamard: int = 0) -> nn.Module:
 
     rotation = dict(use_hadamard=True, hadamard_group_size=hadamard) if hadamard else {}
     model = sdnq_post_load_quant(
-        case.linear(), weights_dtype="int8", group_size=-1, use_quantized_matmul=True, minimum_allowed_numel=0,
-        quantization_device=case.x.device, return_device=case.x.device, modules_to_not_convert=[], add_skip_keys=False, **rotation,
-    )  # fmt: skip
+        case.linear(),
+        weights_dtype="int8",
+        group_size=-1,
+        use_quantized_matmul=True,
+        minimum_allowed_numel=0,
+        quantization_device=case.x.device,
+        return_device=case.x.device,
+        modules_to_not_convert=[],
+        add_skip_keys=False,
+        **rotation,
+    )
     if not hasattr(model[0], "sdnq_dequantizer"):
         raise RuntimeError(f"sdnq left the layer a {type(model[0]).__name__}")
     return model
@@ -99,7 +107,10 @@ def onnxruntime_dynamic(case: Case) -> Forward:
         "linear",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [m, k])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [m, n])],
-        [numpy_helper.from_array(case.weight.T.contiguous().numpy(), "w"), numpy_helper.from_array(case.bias.numpy(), "b")],
+        [
+            numpy_helper.from_array(case.weight.T.contiguous().numpy(), "w"),
+            numpy_helper.from_array(case.bias.numpy(), "b"),
+        ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 9
@@ -123,13 +134,21 @@ def openvino_dynamic(case: Case) -> Forward:
     scale = case.weight.abs().amax(1, keepdim=True) / 127
     qdata = (case.weight / scale).round().to(torch.int8)
     x = op.parameter([m, k], openvino.Type.f32, name="x")
-    weight = op.multiply(op.convert(op.constant(qdata.numpy()), openvino.Type.f32), op.constant(scale.numpy()))
+    weight = op.multiply(
+        op.convert(op.constant(qdata.numpy()), openvino.Type.f32), op.constant(scale.numpy())
+    )
     y = op.add(op.matmul(x, weight, False, True), op.constant(case.bias.numpy()))
     settings = {
-        "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "NUM_STREAMS": "1",
+        "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(k),
-    }  # fmt: skip
-    request = openvino.Core().compile_model(openvino.Model([y], [x], "linear"), "CPU", settings).create_infer_request()
+    }
+    request = (
+        openvino.Core()
+        .compile_model(openvino.Model([y], [x], "linear"), "CPU", settings)
+        .create_infer_request()
+    )
 
     def forward(x: Tensor) -> Tensor:
         y = torch.empty(m, n)
@@ -146,7 +165,12 @@ def toolkit(case: Case, group: int = 0) -> nn.Module:
     return ToolkitLinear(case.linear()[0], group)
 
 
-def int8run(case: Case, backend: str, outlier: str = "none", branch: Callable[[Case, nn.Module], Forward] | None = None) -> Forward:
+def int8run(
+    case: Case,
+    backend: str,
+    outlier: str = "none",
+    branch: Callable[[Case, nn.Module], Forward] | None = None,
+) -> Forward:
     """Ours, as the runner builds it; `branch` puts the case's LoRA beside it."""
     layer = ours.int8_layer(case, ours.backend(backend, ours.CPU_BACKENDS[backend]), outlier)
     return layer if branch is None else branch(case, layer)
@@ -173,15 +197,21 @@ METHODS = {
     "sdnq compile, OpenVINO": Method(sdnq, compiled("1", openvino="1")),
     "sdnq compile, hadamard 256": Method(partial(sdnq, hadamard=256), compiled("1")),
     "quantize_dynamic x86 (per tensor)": Method(partial(quantize_dynamic, engine="x86"), limit=PER_TENSOR),
-    "quantize_dynamic onednn (per tensor)": Method(partial(quantize_dynamic, engine="onednn"), limit=PER_TENSOR),
+    "quantize_dynamic onednn (per tensor)": Method(
+        partial(quantize_dynamic, engine="onednn"), limit=PER_TENSOR
+    ),
     "onnxruntime dynamic (per tensor)": Method(onnxruntime_dynamic),
     "OpenVINO dynamic": Method(openvino_dynamic),
     "Toolkit torch_int_mm": Method(toolkit),
-    "Toolkit torch_int_mm, hadamard 128": Method(partial(toolkit, group=GROUP), against="Toolkit torch_int_mm"),
+    "Toolkit torch_int_mm, hadamard 128": Method(
+        partial(toolkit, group=GROUP), against="Toolkit torch_int_mm"
+    ),
 }
 for name in ours.CPU_BACKENDS:
     METHODS[f"int8run {name}"] = Method(partial(int8run, backend=name))
-    METHODS[f"int8run {name}, convrot"] = Method(partial(int8run, backend=name, outlier="convrot"), against=f"int8run {name}")
+    METHODS[f"int8run {name}, convrot"] = Method(
+        partial(int8run, backend=name, outlier="convrot"), against=f"int8run {name}"
+    )
 for rank in (16, 64):
     for kind, branch in {"LoRA": ours.with_branch, "naive LoRA": naive}.items():
         METHODS[f"int8run vnni, {kind} r{rank}"] = Method(

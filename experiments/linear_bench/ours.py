@@ -91,4 +91,6 @@ def triton_product(case: Case) -> Callable[[Any], Tensor]:
 
     weight, (q, x_scale) = quantize_weight(case.weight), quantize_rowwise(case.x)
     w_scale = weight.scale[:, 0].contiguous()
-    return lambda tile: int8_linear(q, x_scale, weight.qdata, w_scale, 0, case.bias, None, None, case.x.dtype, tile)
+    return lambda tile: int8_linear(
+        q, x_scale, weight.qdata, w_scale, 0, case.bias, None, None, case.x.dtype, tile
+    )

@@ -36,7 +36,11 @@ def defaults(class_name: str) -> dict[str, Any]:
 def flux() -> list[LayerShape]:
     """FLUX.1-dev: 19 double and 38 single blocks, hidden 3072, feed-forward 4 x 3072."""
     c = defaults("FluxTransformer2DModel")
-    d, double, single = c["num_attention_heads"] * c["attention_head_dim"], c["num_layers"], c["num_single_layers"]
+    d, double, single = (
+        c["num_attention_heads"] * c["attention_head_dim"],
+        c["num_layers"],
+        c["num_single_layers"],
+    )
     both = IMAGE_TOKENS + TEXT_TOKENS
     rows = [("image", IMAGE_TOKENS), ("text", TEXT_TOKENS)]
     found = [

@@ -35,11 +35,17 @@ class Process:
 
     def __init__(self, script: Path, threads: int, env: Mapping[str, str]):
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "SIDE_BY_SIDE_THREADS")}
+        counts = {
+            name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "SIDE_BY_SIDE_THREADS")
+        }
         self.process = subprocess.Popen(
-            [sys.executable, "-u", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            [sys.executable, "-u", str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
             env={**os.environ, **counts, **env},
-        )  # fmt: skip
+        )
 
     def ask(self, operation: str, **request: object) -> Reply:
         """The reply; `{"failed": reason}` when the variant failed or its process ended."""
@@ -75,7 +81,10 @@ class Process:
         self.errors.close()
 
 
-def serve(prepare: Callable[[Reply], tuple[Callable[[], object], Reply]], **more: Callable[[Callable[[], object]], Reply]) -> None:
+def serve(
+    prepare: Callable[[Reply], tuple[Callable[[], object], Reply]],
+    **more: Callable[[Callable[[], object]], Reply],
+) -> None:
     """The other end of `Process`: answer requests until the input ends.
 
     Args:
@@ -133,7 +142,9 @@ class Measured:
     stopped: dict[str, str] = field(default_factory=dict)
 
 
-def measure(live: Mapping[str, Process], pairs: Sequence[tuple[str, str]], slot: float, budget: float, cycles: range) -> Measured:
+def measure(
+    live: Mapping[str, Process], pairs: Sequence[tuple[str, str]], slot: float, budget: float, cycles: range
+) -> Measured:
     """Run cycles over all (variant, base) pairs until the budget is used, at least `cycles.start`, at most `cycles.stop`."""
     pairs = [(name, base) for name, base in pairs if name in live and base in live]
     bases = list(dict.fromkeys(base for _, base in pairs))

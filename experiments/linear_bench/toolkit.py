@@ -53,7 +53,9 @@ class ToolkitLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, scale = quantize(self.rows(x))
         if q.is_cuda and q.shape[0] < CUDA_MIN_ROWS:
-            accumulated = torch._int_mm(F.pad(q, (0, 0, 0, CUDA_MIN_ROWS - q.shape[0])), self.qdata.T)[: q.shape[0]]
+            accumulated = torch._int_mm(F.pad(q, (0, 0, 0, CUDA_MIN_ROWS - q.shape[0])), self.qdata.T)[
+                : q.shape[0]
+            ]
         else:
             accumulated = torch._int_mm(q, self.qdata.T)
         y = accumulated.float().mul_(scale).mul_(self.scale.T).to(x.dtype)

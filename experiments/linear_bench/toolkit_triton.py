@@ -30,10 +30,25 @@ def row_kernel(x_ptr, q_ptr, scale_ptr, K, BLOCK: tl.constexpr):
 
 @triton.jit
 def product_kernel(
-    q_ptr, w_ptr, y_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, M, N, K,
-    stride_qm, stride_wk, stride_wn, stride_ym,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    w_ptr,
+    y_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    M,
+    N,
+    K,
+    stride_qm,
+    stride_wk,
+    stride_wn,
+    stride_ym,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
     """One tile [BLOCK_M, BLOCK_N] of y."""
     pid = tl.program_id(0)
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -56,7 +71,11 @@ def product_kernel(
     y = total.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
     if HAS_BIAS:
         y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0)[None, :]
-    tl.store(y_ptr + rows[:, None] * stride_ym + columns[None, :], y, mask=(rows[:, None] < M) & (columns[None, :] < N))
+    tl.store(
+        y_ptr + rows[:, None] * stride_ym + columns[None, :],
+        y,
+        mask=(rows[:, None] < M) & (columns[None, :] < N),
+    )
 
 
 class ToolkitTritonLinear(nn.Module):
@@ -75,9 +94,25 @@ class ToolkitTritonLinear(nn.Module):
         row_kernel[(m,)](rows, q, x_scale, k, BLOCK=max(128, triton.next_power_of_2(k)))
         y = torch.empty(m, n, dtype=x.dtype, device=x.device)
         product_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](
-            q, self.qdata, y, x_scale, self.scale, rows if self.bias is None else self.bias, m, n, k,
-            q.stride(0), self.qdata.stride(1), self.qdata.stride(0), y.stride(0),
-            HAS_BIAS=self.bias is not None, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=GROUP_M,
-            num_warps=WARPS, num_stages=STAGES,
-        )  # fmt: skip
+            q,
+            self.qdata,
+            y,
+            x_scale,
+            self.scale,
+            rows if self.bias is None else self.bias,
+            m,
+            n,
+            k,
+            q.stride(0),
+            self.qdata.stride(1),
+            self.qdata.stride(0),
+            y.stride(0),
+            HAS_BIAS=self.bias is not None,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            GROUP_M=GROUP_M,
+            num_warps=WARPS,
+            num_stages=STAGES,
+        )
         return y.unflatten(0, x.shape[:-1])

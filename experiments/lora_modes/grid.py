@@ -25,7 +25,9 @@ if __name__ == "__main__":
     parser.add_argument("sweep", type=Path, help="folder of the sweep")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    pictures = {strengths(job): Image.open(next((job / "images").glob("*.png"))) for job in asked.sweep.glob("[0-9]*")}
+    pictures = {
+        strengths(job): Image.open(next((job / "images").glob("*.png"))) for job in asked.sweep.glob("[0-9]*")
+    }
     across, down = (sorted({key[axis] for key in pictures}) for axis in (0, 1))
     rows = [(f"gloss {b:g}", [pictures[a, b] for a in across]) for b in down]
     grid(rows, [f"ink {a:g}" for a in across]).save(asked.out)

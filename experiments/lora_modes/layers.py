@@ -65,7 +65,9 @@ def planted(n: int, k: int, rank: int, share: float, weight: Tensor, seed: int =
 def int8_layer(weight: Tensor, outlier: OutlierMethod, backend: Backend, dtype: torch.dtype) -> Int8Linear:
     """The weight in INT8."""
     transform = outlier.fit(weight, None).to(weight.device)
-    return Int8Linear(QuantizedLayer(quantize_weight(transform.transform_weight(weight)), transform, None), backend, dtype)
+    return Int8Linear(
+        QuantizedLayer(quantize_weight(transform.transform_weight(weight)), transform, None), backend, dtype
+    )
 
 
 def put_on(layer: Int8Linear, weight: Tensor, lora: LoRA, mode: str) -> LoraStack:
@@ -106,11 +108,16 @@ def errors() -> Iterator[dict[str, Any]]:
                 y = layer(x)
                 effect = y - before
                 yield {
-                    "outlier": outlier.name, "lora_share": share, "rms_steps": round(stack.median_steps(0) or 0, 3), "mode": name,
-                    "effect_error": relative(effect - wanted, wanted), "gain": ((effect * wanted).sum() / wanted.square().sum()).item(),
-                    "error_to_float_merge": relative(y - merged, merged), "clipped_share": stack.clipped_share,
+                    "outlier": outlier.name,
+                    "lora_share": share,
+                    "rms_steps": round(stack.median_steps(0) or 0, 3),
+                    "mode": name,
+                    "effect_error": relative(effect - wanted, wanted),
+                    "gain": ((effect * wanted).sum() / wanted.square().sum()).item(),
+                    "error_to_float_merge": relative(y - merged, merged),
+                    "clipped_share": stack.clipped_share,
                     "extra_bytes": extra_bytes(stack.layers["0"]),
-                }  # fmt: skip
+                }
                 stack.set_strengths([0.0])
                 assert torch.equal(layer(x), before), "the undo must be exact"
 
@@ -133,7 +140,12 @@ def times(device: torch.device) -> Iterator[dict[str, Any]]:
         backends: dict[str, Backend] = {"triton": Triton(), "torch_int_mm": TorchIntMM()}
         shapes, dtype = GPU_SHAPES, torch.bfloat16
     else:
-        backends = {"vnni": Vnni(), "vnni, float branch": Vnni(int8_branch=False), "onednn": OneDnn(), "torch_int_mm": TorchIntMM()}
+        backends = {
+            "vnni": Vnni(),
+            "vnni, float branch": Vnni(int8_branch=False),
+            "onednn": OneDnn(),
+            "torch_int_mm": TorchIntMM(),
+        }
         shapes, dtype = TIME_SHAPES, torch.float32
     for rows, k, n in shapes:
         weight, x = (draw(n, k, seed=0) / k**0.5).to(device), inputs(rows, k).to(device, dtype)
@@ -149,13 +161,21 @@ def times(device: torch.device) -> Iterator[dict[str, Any]]:
             seconds = in_turns(calls, device, ROUNDS)
             for rank, stack, taken in zip(RANKS, stacks, seconds[1:], strict=True):
                 ratios = sorted(a / b for a, b in zip(taken, seconds[0], strict=True))
-                moved = in_turns([partial(stack.layers["0"].set_strengths, [s]) for s in (0.5, 1.0)], device, ROUNDS)
+                moved = in_turns(
+                    [partial(stack.layers["0"].set_strengths, [s]) for s in (0.5, 1.0)], device, ROUNDS
+                )
                 yield {
-                    "shape": f"{rows}x{k}x{n}", "backend": name, "rank": rank, "work_share": round(rank * (k + n) / (k * n), 4),
-                    "time_ratio": round(statistics.median(ratios), 4), "low": round(ratios[ROUNDS // 4], 4),
-                    "high": round(ratios[-1 - ROUNDS // 4], 4), "plain_ms": round(1e3 * statistics.median(seconds[0]), 3),
-                    "change_ms": round(1e3 * statistics.median(moved[0] + moved[1]), 4), "extra_bytes": extra_bytes(stack.layers["0"]),
-                }  # fmt: skip
+                    "shape": f"{rows}x{k}x{n}",
+                    "backend": name,
+                    "rank": rank,
+                    "work_share": round(rank * (k + n) / (k * n), 4),
+                    "time_ratio": round(statistics.median(ratios), 4),
+                    "low": round(ratios[ROUNDS // 4], 4),
+                    "high": round(ratios[-1 - ROUNDS // 4], 4),
+                    "plain_ms": round(1e3 * statistics.median(seconds[0]), 3),
+                    "change_ms": round(1e3 * statistics.median(moved[0] + moved[1]), 4),
+                    "extra_bytes": extra_bytes(stack.layers["0"]),
+                }
 
 
 def write(name: str, rows: Iterator[dict[str, Any]]) -> None:
@@ -163,7 +183,13 @@ def write(name: str, rows: Iterator[dict[str, Any]]) -> None:
     found = []
     for row in rows:
         found.append(row)
-        print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()), flush=True)
+        print(
+            ", ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in row.items()
+            ),
+            flush=True,
+        )
     with (RESULTS / name).open("w", newline="") as file:
         writer = csv.DictWriter(file, found[0].keys())
         writer.writeheader()
@@ -178,7 +204,9 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     torch.set_grad_enabled(False)
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {asked.threads} threads, {asked.device}")
+    print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {asked.threads} threads, {asked.device}"
+    )
     if asked.what == "errors":
         write("errors.csv", errors())
     else:

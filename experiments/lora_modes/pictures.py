@@ -24,21 +24,48 @@ MODES = {
     "stochastic": ["lora.mode=stochastic", "backend=vnni"],
 }
 METRICS = (
-    "quality/psnr_db", "quality/latent_rel_err", "speed/step_ms_p50", "float/step_ms_p50", "memory/denoiser_bytes", "lora/overhead_ratio",
-    "lora/change_ms", "lora/clipped_share", "build/quantize_s",
-)  # fmt: skip
+    "quality/psnr_db",
+    "quality/latent_rel_err",
+    "speed/step_ms_p50",
+    "float/step_ms_p50",
+    "memory/denoiser_bytes",
+    "lora/overhead_ratio",
+    "lora/change_ms",
+    "lora/clipped_share",
+    "build/quantize_s",
+)
 
 
 def sweep(stack: str, mode: str, outlier: str, seeds: int, work: Path) -> list[dict[str, object]]:
     """One command; a row for each strength."""
     folder = work / f"{stack} {mode} {outlier}".replace(", ", "_").replace(" ", "_")
-    words = ["int8run", "-m", *STACKS[stack], *MODES[mode], f"outlier={outlier}", f"prompts.seeds_per_prompt={seeds}", "tracker=none"]
+    words = [
+        "int8run",
+        "-m",
+        *STACKS[stack],
+        *MODES[mode],
+        f"outlier={outlier}",
+        f"prompts.seeds_per_prompt={seeds}",
+        "tracker=none",
+    ]
     subprocess.run([*words, f"hydra.sweep.dir={folder}"], check=True, stdout=subprocess.DEVNULL)
     rows = []
     for job in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name)):
         found = json.loads((job / "metrics.json").read_text())["metrics"]
-        strength = next(word for word in STACKS[stack][::-1] if "strength=" in word).partition("=")[2].split(",")[int(job.name)]
-        rows.append({"stack": stack, "mode": mode, "outlier": outlier, "strength": strength, **{m: found.get(m, "") for m in METRICS}})
+        strength = (
+            next(word for word in STACKS[stack][::-1] if "strength=" in word)
+            .partition("=")[2]
+            .split(",")[int(job.name)]
+        )
+        rows.append(
+            {
+                "stack": stack,
+                "mode": mode,
+                "outlier": outlier,
+                "strength": strength,
+                **{m: found.get(m, "") for m in METRICS},
+            }
+        )
     return rows
 
 

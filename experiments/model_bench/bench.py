@@ -29,11 +29,20 @@ SIZES = ("tiny", "mid", "big")
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="mid")
-    parser.add_argument("--layers", choices=("family", "blocks"), default="family", help="which Linears become INT8, in every variant")
+    parser.add_argument(
+        "--layers",
+        choices=("family", "blocks"),
+        default="family",
+        help="which Linears become INT8, in every variant",
+    )
     parser.add_argument("--threads", type=int, default=1, help="1: process CPU time; more: wall time")
     parser.add_argument("--seconds", type=float, default=600, help="at least 5 cycles are run")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="variants with one of these words in their name")
-    parser.add_argument("--profile", action="store_true", help="also print the operators with the most self time")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="variants with one of these words in their name"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="also print the operators with the most self time"
+    )
     parser.add_argument("--json", type=Path, default=Path("outputs/model_bench.json"))
     parser.add_argument("--no-gate", action="store_true", help="do not run the tests first")
     return parser.parse_args()
@@ -46,11 +55,21 @@ def rows(said: dict[str, Reply]) -> list[list[str]]:
         if "ms" in record:
             r = record.get("ratio", {"low": 1, "median": 1, "high": 1})
             speed = f"{r['median']:.2f} [{r['low']:.2f}–{r['high']:.2f}]" if name != BASE else "1"
-            found.append([name, f"{record['ms']:.1f}", speed, f"{record['error']:.4f}", f"{record['setup_seconds']:.0f}"])
+            found.append(
+                [
+                    name,
+                    f"{record['ms']:.1f}",
+                    speed,
+                    f"{record['error']:.4f}",
+                    f"{record['setup_seconds']:.0f}",
+                ]
+            )
     return found
 
 
-def run_batch(names: Sequence[str], request: Reply, threads: int, budget: float, profiled: bool) -> dict[str, Reply]:
+def run_batch(
+    names: Sequence[str], request: Reply, threads: int, budget: float, profiled: bool
+) -> dict[str, Reply]:
     """Set up the base and some variants, measure them interleaved, and end their processes: all at once would not fit in memory."""
     processes = {n: Process(Path(__file__).with_name("worker.py"), threads, VARIANTS[n].env) for n in names}
     live: dict[str, Process] = {}
@@ -86,15 +105,22 @@ def main() -> None:
         gate()
     report = facts(torch.device("cpu"))
     how = "process CPU time" if args.threads == 1 else "wall time"
-    print(f"{report['cpu']}, {args.threads} thread(s), {how}, torch {report['versions']['torch']}, {report['date']}", flush=True)
+    print(
+        f"{report['cpu']}, {args.threads} thread(s), {how}, torch {report['versions']['torch']}, {report['date']}",
+        flush=True,
+    )
     names = [n for n in VARIANTS if n != BASE and (not args.only or any(word in n for word in args.only))]
     batches = [names[i : i + TOGETHER] for i in range(0, len(names), TOGETHER)] or [[]]
     said: dict[str, Reply] = {}
     with tempfile.TemporaryDirectory() as folder:
         request = {"size": args.size, "layers": args.layers, "reference": str(Path(folder, "reference.pt"))}
         for batch in batches:
-            said |= run_batch([BASE, *batch], request, args.threads, args.seconds / len(batches), args.profile)
-    print(f"\n{table(['variant', 'ms', 'fp32 eager time / time [quartiles]', 'output error', 'set-up s'], rows(said))}\n")
+            said |= run_batch(
+                [BASE, *batch], request, args.threads, args.seconds / len(batches), args.profile
+            )
+    print(
+        f"\n{table(['variant', 'ms', 'fp32 eager time / time [quartiles]', 'output error', 'set-up s'], rows(said))}\n"
+    )
     for kind, title in (("refused", "refused, not timed"), ("failed", "cannot run")):
         for name, record in said.items():
             if kind in record:

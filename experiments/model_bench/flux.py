@@ -43,11 +43,15 @@ SIZES = {
     "tiny": Size(1, 1, 4, 64, 16, 8),
     "mid": Size(4, 8, 12, 64, 256, 64),
     "big": Size(2, 4, 24, 64, 1024, 128),
-    "full": Size(19, 38, 24, 128, 4096, 512, context=4096, pooled=768, rope=(16, 56, 56), guidance=True),  # FLUX.1-dev, 1024x1024
+    "full": Size(
+        19, 38, 24, 128, 4096, 512, context=4096, pooled=768, rope=(16, 56, 56), guidance=True
+    ),  # FLUX.1-dev, 1024x1024
 }
 
 
-def make(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
+def make(
+    size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, dict[str, Any]]:
     """The model and one call of it, from fixed seeds."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -55,10 +59,15 @@ def make(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
         torch.set_default_dtype(dtype)
         try:
             model = FluxTransformer2DModel(
-                num_layers=size.double, num_single_layers=size.single, num_attention_heads=size.heads, attention_head_dim=size.head,
-                joint_attention_dim=size.context, pooled_projection_dim=size.pooled, axes_dims_rope=size.rope,
+                num_layers=size.double,
+                num_single_layers=size.single,
+                num_attention_heads=size.heads,
+                attention_head_dim=size.head,
+                joint_attention_dim=size.context,
+                pooled_projection_dim=size.pooled,
+                axes_dims_rope=size.rope,
                 guidance_embeds=size.guidance,
-            )  # fmt: skip
+            )
         finally:
             torch.set_default_dtype(before)
     generator = torch.Generator().manual_seed(1)
@@ -67,18 +76,29 @@ def make(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
     ids = torch.zeros(size.image, 3)
     ids[:, 1], ids[:, 2] = torch.arange(size.image) // side, torch.arange(size.image) % side
     call = dict(
-        hidden_states=draw(1, size.image, model.config.in_channels), encoder_hidden_states=draw(1, size.text, size.context),
-        pooled_projections=draw(1, size.pooled), timestep=torch.tensor([0.5]).to(device, dtype),
+        hidden_states=draw(1, size.image, model.config.in_channels),
+        encoder_hidden_states=draw(1, size.text, size.context),
+        pooled_projections=draw(1, size.pooled),
+        timestep=torch.tensor([0.5]).to(device, dtype),
         guidance=torch.tensor([3.5]).to(device, dtype) if size.guidance else None,
-        img_ids=ids.to(device, dtype), txt_ids=torch.zeros(size.text, 3).to(device, dtype), return_dict=False,
-    )  # fmt: skip
+        img_ids=ids.to(device, dtype),
+        txt_ids=torch.zeros(size.text, 3).to(device, dtype),
+        return_dict=False,
+    )
     assert set(call) <= set(inspect.signature(model.forward).parameters)
     return model.eval().requires_grad_(False), call
 
 
 def spec(backend: str = "auto", outlier: str = "none", *more: str) -> RunSpec:
     """What a user gets who says `int8run model_type=flux backend=… outlier=…`."""
-    overrides = ["model_type=flux", f"backend={backend}", f"outlier={outlier}", "tracker=none", "progress=false", *more]
+    overrides = [
+        "model_type=flux",
+        f"backend={backend}",
+        f"outlier={outlier}",
+        "tracker=none",
+        "progress=false",
+        *more,
+    ]
     with initialize_config_module("int8run.conf", version_base="1.3"):
         return to_spec(compose("config", overrides))
 
@@ -88,7 +108,9 @@ def family(model: nn.Module, layers: str) -> ModelFamily:
     own = spec().model_type
     if layers == "family":
         return own
-    outside = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks." not in n]
+    outside = [
+        n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks." not in n
+    ]
     return replace(own, float_layers=[KeepRule(n, "outside the blocks") for n in outside])
 
 
@@ -98,7 +120,13 @@ def chosen(model: nn.Module, layers: str) -> list[str]:
 
 
 def int8run(
-    model: nn.Module, call: Mapping[str, Any], layers: str, backend: str, outlier: str = "none", *more: str, without: Sequence[str] = ()
+    model: nn.Module,
+    call: Mapping[str, Any],
+    layers: str,
+    backend: str,
+    outlier: str = "none",
+    *more: str,
+    without: Sequence[str] = (),
 ) -> nn.Module:
     """The INT8 copy as the runner makes it; it shares the float tensors. `without`: facts of the family that are left out."""
     rules = replace(family(model, layers), **dict.fromkeys(without, ()))
@@ -107,7 +135,9 @@ def int8run(
     device = next(model.parameters()).device
     loaded = Loaded(None, "", model, None, rules, Sampling(), device, Source(Path(), (), False), None, 0.0)
     rows = layer_rows(model, [p for p in plans if p.keep_float is None], [call])
-    return to_int8(loaded, plans, rows, spec(backend, outlier, *more), None, LoraStack(model), None, Progress(False))[0]
+    return to_int8(
+        loaded, plans, rows, spec(backend, outlier, *more), None, LoraStack(model), None, Progress(False)
+    )[0]
 
 
 def relative_error(y: Tensor, reference: Tensor) -> float:

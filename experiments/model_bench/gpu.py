@@ -52,9 +52,16 @@ COMPILE = {"eager": False, "compile=blocks": True}
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=flux.SIZES, default="full")
-    parser.add_argument("--layers", choices=("family", "blocks"), default="family", help="which Linears become INT8, in every variant")
+    parser.add_argument(
+        "--layers",
+        choices=("family", "blocks"),
+        default="family",
+        help="which Linears become INT8, in every variant",
+    )
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="variants with one of these words in their name")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="variants with one of these words in their name"
+    )
     parser.add_argument("--json", type=Path, default=Path("outputs/model_bench_gpu.json"))
     parser.add_argument("--no-gate", action="store_true", help="do not run the tests first")
     return parser.parse_args()
@@ -80,7 +87,9 @@ def workspace_bytes(model: nn.Module, call: Mapping[str, Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def set_up(names: list[str], size: flux.Size, layers: str) -> tuple[dict[str, nn.Module], dict[str, Any], dict[str, Reply]]:
+def set_up(
+    names: list[str], size: flux.Size, layers: str
+) -> tuple[dict[str, nn.Module], dict[str, Any], dict[str, Reply]]:
     """Every variant that may be timed, the call, and what each is."""
     model, call = flux.make(size, "cuda", torch.bfloat16)
     reference = model(**call)[0]
@@ -89,7 +98,10 @@ def set_up(names: list[str], size: flux.Size, layers: str) -> tuple[dict[str, nn
     for name in names:
         try:
             made = BUILDS[name](model, call, layers)
-            said[name] = {"error": flux.relative_error(made(**call)[0], reference), "weights_gib": module_bytes(made) / GIB}
+            said[name] = {
+                "error": flux.relative_error(made(**call)[0], reference),
+                "weights_gib": module_bytes(made) / GIB,
+            }
         except Exception as error:  # noqa: BLE001  whatever a peer raises is its result here
             said[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
             continue
@@ -107,13 +119,18 @@ def set_up(names: list[str], size: flux.Size, layers: str) -> tuple[dict[str, nn
 def main() -> None:
     args = parse()
     if not torch.cuda.is_available():
-        print("this benchmark needs a CUDA GPU; on a CPU run experiments/model_bench/bench.py", file=sys.stderr)
+        print(
+            "this benchmark needs a CUDA GPU; on a CPU run experiments/model_bench/bench.py", file=sys.stderr
+        )
         sys.exit(BackendError.exit_code)
     if not args.no_gate:
         gate()
     torch._dynamo.config.recompile_limit = 64  # one block class, several kinds of Linear in it
     report = facts(torch.device("cuda"))
-    print(f"{report['gpu']}, torch {report['versions']['torch']}, triton {report['versions']['triton']}, {report['date']}", flush=True)
+    print(
+        f"{report['gpu']}, torch {report['versions']['torch']}, triton {report['versions']['triton']}, {report['date']}",
+        flush=True,
+    )
     names = [n for n in BUILDS if n == BASE or not args.only or any(word in n for word in args.only)]
     live, call, said = set_up(names, flux.SIZES[args.size], args.layers)
     seconds: dict[str, list[float]] = {name: [] for name in live}
@@ -126,13 +143,28 @@ def main() -> None:
     for name, times in seconds.items():
         kind = next(n for n in sorted(names, key=len, reverse=True) if name.startswith(f"{n} "))
         mode = name.removeprefix(f"{kind} ")
-        ratios = [quartiles([b / t for b, t in zip(seconds[f"{BASE} {m}"], times, strict=True)]) for m in (mode, "eager")]
+        ratios = [
+            quartiles([b / t for b, t in zip(seconds[f"{BASE} {m}"], times, strict=True)])
+            for m in (mode, "eager")
+        ]
         workspace = workspace_bytes(live[name], call) / GIB
-        timed[name] = {"ms": 1000 * statistics.median(times), "same_mode": ratios[0], "to_eager": ratios[1], "workspace_gib": workspace}
+        timed[name] = {
+            "ms": 1000 * statistics.median(times),
+            "same_mode": ratios[0],
+            "to_eager": ratios[1],
+            "workspace_gib": workspace,
+        }
         cells = [f"{middle:.2f} [{low:.2f}–{high:.2f}]" for low, middle, high in ratios]
         memory = f"{said[kind]['weights_gib']:.1f} + {workspace:.1f}"
         rows.append([name, f"{timed[name]['ms']:.1f}", *cells, memory, f"{said[kind]['error']:.4f}"])
-    header = ["variant", "ms per step", "bf16 time / time, same mode", "bf16 eager time / time", "weights + step GiB", "output error"]
+    header = [
+        "variant",
+        "ms per step",
+        "bf16 time / time, same mode",
+        "bf16 eager time / time",
+        "weights + step GiB",
+        "output error",
+    ]
     print(table(header, rows))
     for name, record in said.items():
         if "refused" in record:

@@ -52,7 +52,11 @@ def torchao(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module
 
 def sdnq_layers(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
     """sdnq on the same layers, one at a time: its own name patterns also match others."""
-    return swap(model, flux.chosen(model, layers), lambda linear: sdnq(Case(linear.weight, linear.weight, linear.bias))[0])
+    return swap(
+        model,
+        flux.chosen(model, layers),
+        lambda linear: sdnq(Case(linear.weight, linear.weight, linear.bias))[0],
+    )
 
 
 def toolkit(model: nn.Module, call: Mapping[str, Any], layers: str, group: int = 0) -> nn.Module:
@@ -61,7 +65,12 @@ def toolkit(model: nn.Module, call: Mapping[str, Any], layers: str, group: int =
 
 
 def ours(
-    model: nn.Module, call: Mapping[str, Any], layers: str, backend: str, outlier: str = "none", without: Sequence[str] = ()
+    model: nn.Module,
+    call: Mapping[str, Any],
+    layers: str,
+    backend: str,
+    outlier: str = "none",
+    without: Sequence[str] = (),
 ) -> nn.Module:
     """int8run; backend=auto measures anew instead of reading the user's table."""
     table = [f"backend.table={tempfile.mkdtemp()}/choices.json"] if backend == "auto" else []
@@ -86,4 +95,6 @@ for backend in BACKENDS:
 # what the family's facts are worth: each input quantized by every layer that reads it, GELUs left where they are
 for name, without in {"no sharing": ["same_input"], "no moved GELU": ["deferred_gelu"]}.items():
     VARIANTS[f"int8run vnni, {name} eager"] = Variant(partial(ours, backend="vnni", without=without))
-    VARIANTS[f"int8run vnni, {name} compiled"] = Variant(partial(ours, backend="vnni", without=without), compile=True)
+    VARIANTS[f"int8run vnni, {name} compiled"] = Variant(
+        partial(ours, backend="vnni", without=without), compile=True
+    )

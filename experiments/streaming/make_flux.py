@@ -17,9 +17,17 @@ from diffusers import FluxTransformer2DModel
 from int8run.checkpoints.writer import Entry, StreamWriter, number_of_bytes
 
 CONFIG = {
-    "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
-    "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": [16, 56, 56],
-}  # fmt: skip
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": [16, 56, 56],
+}
 SHARD_BYTES = 10 * 10**9  # as diffusers cuts them
 NUMBERS = 2**24
 
@@ -68,12 +76,16 @@ def make(folder: Path, doubles: int, singles: int) -> int:
             total += writer.nbytes
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", **config}, indent=2) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps({"_class_name": "FluxTransformer2DModel", **config}, indent=2) + "\n"
+    )
     return total
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--doubles", type=int, default=CONFIG["num_layers"])
     parser.add_argument("--singles", type=int, default=CONFIG["num_single_layers"])

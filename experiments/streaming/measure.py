@@ -49,7 +49,10 @@ def copy(files: list[Path], out: Path) -> dict[str, float]:
             while count := source.readinto(buffer):
                 target.write(memoryview(buffer)[:count])
             os.fsync(target.fileno())
-    return {"seconds": time.perf_counter() - started, "written": sum((out / file.name).stat().st_size for file in files)}
+    return {
+        "seconds": time.perf_counter() - started,
+        "written": sum((out / file.name).stat().st_size for file in files),
+    }
 
 
 def memory(pid: int) -> tuple[int, int]:
@@ -58,7 +61,11 @@ def memory(pid: int) -> tuple[int, int]:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0, 0
-    facts = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines) if name in ("VmRSS", "RssAnon")}
+    facts = {
+        name: int(rest.split()[0]) * 1024
+        for name, _, rest in (line.partition(":") for line in lines)
+        if name in ("VmRSS", "RssAnon")
+    }
     return facts.get("VmRSS", 0), facts.get("RssAnon", 0)
 
 
@@ -80,15 +87,24 @@ def quantize(source: Path, out: Path, method: str) -> dict[str, float]:
     """Seconds, peak memory and size of `int8run task=quantize`."""
     target = out / f"{method}.safetensors"
     command = [
-        "int8run", "task=quantize", f"model.location={source}", f"save={target}", f"outlier={method}", "tracker=none", "progress=false",
+        "int8run",
+        "task=quantize",
+        f"model.location={source}",
+        f"save={target}",
+        f"outlier={method}",
+        "tracker=none",
+        "progress=false",
         f"hydra.run.dir={out / method}",
-    ]  # fmt: skip
+    ]
     watched = watch(command)
     metrics = json.loads((out / method / "metrics.json").read_text())["metrics"]
     return {
-        **watched, "quantize_seconds": metrics["build/quantize_s"], "written": target.stat().st_size,
-        "sqnr_mean": metrics["quant/weight_sqnr_db_mean"], "sqnr_min": metrics["quant/weight_sqnr_db_min"],
-    }  # fmt: skip
+        **watched,
+        "quantize_seconds": metrics["build/quantize_s"],
+        "written": target.stat().st_size,
+        "sqnr_mean": metrics["quant/weight_sqnr_db_mean"],
+        "sqnr_min": metrics["quant/weight_sqnr_db_min"],
+    }
 
 
 def check(source: Path, target: Path) -> int:
@@ -121,7 +137,9 @@ def measure(source: Path, out: Path, rounds: int) -> dict[str, list[dict[str, fl
             evict(files)
             result = copy(files, out) if name == COPY else quantize(source, out, name)
             if name == "none":
-                print(f"{check(source, out / 'none.safetensors')} layers agree with the definition", flush=True)
+                print(
+                    f"{check(source, out / 'none.safetensors')} layers agree with the definition", flush=True
+                )
             found[name].append({"read": size, **result})
             print(f"round {number + 1} {name}: {json.dumps(found[name][-1])}", flush=True)
     shutil.rmtree(out)
@@ -147,7 +165,9 @@ def table(found: dict[str, list[dict[str, float]]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path, help="a folder that does not exist: it is removed")
     parser.add_argument("--rounds", type=int, default=3)

@@ -34,7 +34,10 @@ def alone(words: list[str]) -> None:
     for spec in specs:
         heads = read_heads(spec.lora, spec.model.lora_base, None)
         wanted = samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
-        built, _ = reuse(spec.build_key, lambda s=spec, h=heads, w=wanted: build(s, w[: s.sampler.batch], h, Progress(False)))
+        built, _ = reuse(
+            spec.build_key,
+            lambda s=spec, h=heads, w=wanted: build(s, w[: s.sampler.batch], h, Progress(False)),
+        )
         use_scheduler(built.pipe, built.scheduler, spec.sampling)
         built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
         generate_all(spec, built, spec.candidate, wanted, Progress(False))
@@ -49,7 +52,9 @@ def timed(command: list[str], folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="*", help="of the ways to run, besides `alone`")
@@ -66,7 +71,9 @@ def main() -> None:
             "tracker=none": [*sweep, "tracker=none"],
         }
         commands = {"alone": [sys.executable, str(Path(__file__).resolve()), "--alone"]}
-        commands |= {name: command for name, command in ways.items() if args.only is None or name in args.only}
+        commands |= {
+            name: command for name, command in ways.items() if args.only is None or name in args.only
+        }
         seconds: dict[str, list[float]] = {name: [] for name in commands}
         for turn in range(args.rounds + 1):  # the first fills the caches
             for name, command in commands.items():
@@ -76,7 +83,9 @@ def main() -> None:
     base = statistics.median(seconds["alone"])
     for name, times in seconds.items():
         shown = ", ".join(f"{t:.1f}" for t in times)
-        print(f"{name:<20} {statistics.median(times):6.1f} s  {statistics.median(times) / base:.2f} x  ({shown})")
+        print(
+            f"{name:<20} {statistics.median(times):6.1f} s  {statistics.median(times) / base:.2f} x  ({shown})"
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedModel, T5Config, T5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from int8run.text_encoders.registry import Encoder, FloatRule, Mark
 
@@ -28,7 +35,9 @@ FEW_PROMPTS = 4  # with --quick
 MINILM = Encoder(
     name="minilm",
     classes=["BertModel"],
-    fingerprints=[Mark(all=["encoder.layer.0.attention.self.query.weight", "embeddings.word_embeddings.weight"])],
+    fingerprints=[
+        Mark(all=["encoder.layer.0.attention.self.query.weight", "embeddings.word_embeddings.weight"])
+    ],
     float_layers=[
         FloatRule("embeddings.*", "a table that is looked up, not multiplied"),
         FloatRule("pooler.*", "no sentence embedding reads it"),
@@ -92,7 +101,9 @@ def tiny(component: str, work: Path, quick: bool) -> Case:
     """(a) One of the shipped tiny model's encoders, with 100 of the names that it was trained on."""
     names = NAMES.read_text().splitlines()[: FEW_PROMPTS if quick else None]
     tokenizer = AutoTokenizer.from_pretrained(TINY / component.replace("text_encoder", "tokenizer"))
-    ids = tokenizer(names, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")["input_ids"]
+    ids = tokenizer(names, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")[
+        "input_ids"
+    ]
     prompts = tuple({"input_ids": row[None]} for row in ids)  # FLUX gives its encoders no mask
     clip = component == "text_encoder"
     name, title = ("tiny_clip", "tiny CLIP") if clip else ("tiny_t5", "tiny T5")
@@ -124,28 +135,55 @@ def sentences(text: str) -> list[str]:
 def clip_l(work: Path, quick: bool) -> Case:
     """(c) CLIP-L as FLUX.1 has it; with --quick of two layers. Eight random texts of different lengths."""
     config = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=2 if quick else 12, num_attention_heads=12, projection_dim=768
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=2 if quick else 12,
+        num_attention_heads=12,
+        projection_dim=768,
     )
     draw = torch.Generator().manual_seed(1)
     begin, end = config.vocab_size - 2, config.vocab_size - 1
     ids = torch.full((FEW_PROMPTS if quick else 8, 77), end)
     for row in ids:
         length = int(torch.randint(4, 74, (), generator=draw))
-        row[: length + 1] = torch.tensor([begin, *torch.randint(0, begin, (length,), generator=draw).tolist()])
+        row[: length + 1] = torch.tensor(
+            [begin, *torch.randint(0, begin, (length,), generator=draw).tolist()]
+        )
     prompts = tuple({"input_ids": row[None]} for row in ids)
-    return Case("clip_l", "CLIP-L, random", random_model(CLIPTextModel, config, work / "clip_l"), prompts, prompts[0], class_pools)
+    return Case(
+        "clip_l",
+        "CLIP-L, random",
+        random_model(CLIPTextModel, config, work / "clip_l"),
+        prompts,
+        prompts[0],
+        class_pools,
+    )
 
 
 def t5_xxl(work: Path, quick: bool) -> Case:
     """(c) One layer of T5-XXL at full width, with 4,096 of 32,128 tokens; with --quick an eighth of its width. Two random texts."""
     part = 8 if quick else 1
     config = T5Config(
-        vocab_size=4096, d_model=4096 // part, d_kv=64, d_ff=10240 // part, num_heads=64 // part, num_layers=1,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=4096,
+        d_model=4096 // part,
+        d_kv=64,
+        d_ff=10240 // part,
+        num_heads=64 // part,
+        num_layers=1,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
     draw = torch.Generator().manual_seed(2)
-    prompts = tuple({"input_ids": torch.randint(3, config.vocab_size, (1, 512), generator=draw)} for _ in range(2))
-    return Case("t5_xxl", "T5-XXL layer, random", random_model(T5EncoderModel, config, work / "t5_xxl"), prompts, prompts[0])
+    prompts = tuple(
+        {"input_ids": torch.randint(3, config.vocab_size, (1, 512), generator=draw)} for _ in range(2)
+    )
+    return Case(
+        "t5_xxl",
+        "T5-XXL layer, random",
+        random_model(T5EncoderModel, config, work / "t5_xxl"),
+        prompts,
+        prompts[0],
+    )
 
 
 def random_model(cls: type[PreTrainedModel], config: object, folder: Path) -> Path:
@@ -159,12 +197,17 @@ def random_model(cls: type[PreTrainedModel], config: object, folder: Path) -> Pa
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 rows, columns = module.weight.shape
-                module.weight.mul_((SPREAD * torch.randn(rows, 1)).exp()).mul_((SPREAD * torch.randn(1, columns)).exp())
+                module.weight.mul_((SPREAD * torch.randn(rows, 1)).exp()).mul_(
+                    (SPREAD * torch.randn(1, columns)).exp()
+                )
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
 CASES: Mapping[str, Callable[[Path, bool], Case]] = {
-    "tiny_clip": partial(tiny, "text_encoder"), "tiny_t5": partial(tiny, "text_encoder_2"), "minilm": minilm, "clip_l": clip_l,
+    "tiny_clip": partial(tiny, "text_encoder"),
+    "tiny_t5": partial(tiny, "text_encoder_2"),
+    "minilm": minilm,
+    "clip_l": clip_l,
     "t5_xxl": t5_xxl,
-}  # fmt: skip
+}

@@ -75,7 +75,13 @@ def known(case: Case) -> Iterator[None]:
 def write(case: Case, name: str, work: Path) -> Path:
     """The command that writes a file, without what it prints."""
     path = work / f"{case.name}_{name}.safetensors"
-    words = ["task=quantize", "task.component=text_encoder", f"model.location='{case.folder}'", f"save='{path}'", f"clip={name}"]
+    words = [
+        "task=quantize",
+        "task.component=text_encoder",
+        f"model.location='{case.folder}'",
+        f"save='{path}'",
+        f"clip={name}",
+    ]
     with initialize_config_module("int8run.conf", version_base="1.3"):
         spec = to_spec(compose("config", [*words, "tracker=none", "progress=false"]))
     with get_console().capture():
@@ -113,27 +119,43 @@ def embeddings(case: Case, model: nn.Module, device: torch.device) -> list[tuple
     return found
 
 
-def compared(floats: Sequence[tuple[Tensor, Tensor | None]], ours: Sequence[tuple[Tensor, Tensor | None]]) -> Row:
+def compared(
+    floats: Sequence[tuple[Tensor, Tensor | None]], ours: Sequence[tuple[Tensor, Tensor | None]]
+) -> Row:
     """Cosine: of each prompt the mean over its tokens; then the mean and the least over prompts. Error: over all at once."""
     row: Row = {}
     for i, name in enumerate(("", "pooled_")):
         pairs = [(a[i], b[i]) for a, b in zip(floats, ours, strict=True) if a[i] is not None]
         if pairs:
             cosines = [embedding_cosine(a, b) for a, b in pairs]
-            error = relative_error(*(torch.cat([part.flatten() for part in side]) for side in zip(*pairs, strict=True)))
-            row |= {f"{name}cosine": statistics.mean(cosines), f"{name}cosine_min": min(cosines), f"{name}rel_err": error}
+            error = relative_error(
+                *(torch.cat([part.flatten() for part in side]) for side in zip(*pairs, strict=True))
+            )
+            row |= {
+                f"{name}cosine": statistics.mean(cosines),
+                f"{name}cosine_min": min(cosines),
+                f"{name}rel_err": error,
+            }
     return row
 
 
 def held(model: nn.Module) -> Row:
     """Bytes of a bfloat16 model with quantized layers: of these alone, and of everything; and the same in bfloat16."""
     layers = [m for m in model.modules() if isinstance(m, Int8Linear | CodedLinear | BlockInt8Linear)]
-    as_bf16 = sum(2 * (m.in_features * m.out_features + (m.out_features if m.bias is not None else 0)) for m in layers)
-    ours, whole = module_bytes(nn.ModuleList(layers)), module_bytes(model)  # a rotation that layers share counts once
+    as_bf16 = sum(
+        2 * (m.in_features * m.out_features + (m.out_features if m.bias is not None else 0)) for m in layers
+    )
+    ours, whole = (
+        module_bytes(nn.ModuleList(layers)),
+        module_bytes(model),
+    )  # a rotation that layers share counts once
     return {
-        "layers": len(layers), "layers_bytes": ours, "layers_vs_bf16": ours / as_bf16, "module_bytes": whole,
+        "layers": len(layers),
+        "layers_bytes": ours,
+        "layers_vs_bf16": ours / as_bf16,
+        "module_bytes": whole,
         "module_vs_bf16": whole / (whole - ours + as_bf16),
-    }  # fmt: skip
+    }
 
 
 def quality(case: Case, name: str, path: Path, floats: Any, device: torch.device) -> Iterator[Row]:
@@ -148,7 +170,9 @@ def quality(case: Case, name: str, path: Path, floats: Any, device: torch.device
             yield {"format": name, "kernels": kernels, **row, **bytes_row, **about}
 
 
-def attempt(case: Case, path: Path, kernels: str, dtype: torch.dtype, device: torch.device) -> nn.Module | None:
+def attempt(
+    case: Case, path: Path, kernels: str, dtype: torch.dtype, device: torch.device
+) -> nn.Module | None:
     """A model, or None with the reason printed where the kernels cannot run."""
     try:
         return load(case, path, kernels, dtype, device)
@@ -159,17 +183,30 @@ def attempt(case: Case, path: Path, kernels: str, dtype: torch.dtype, device: to
 
 @torch.inference_mode()
 def speed(
-    case: Case, name: str, path: Path, floats: Mapping[str, nn.Module], device: torch.device, rounds: tuple[int, int]
+    case: Case,
+    name: str,
+    path: Path,
+    floats: Mapping[str, nn.Module],
+    device: torch.device,
+    rounds: tuple[int, int],
 ) -> Iterator[Row]:
     """Rows of time.csv for one format: all of its kernels and both float models take turns."""
     usual = {word: tensor.to(device) for word, tensor in case.usual.items()}
-    runnable = [kernels for kernels in kernels_of(FORMATS[name]) if attempt(case, path, kernels, torch.bfloat16, device) is not None]
+    runnable = [
+        kernels
+        for kernels in kernels_of(FORMATS[name])
+        if attempt(case, path, kernels, torch.bfloat16, device) is not None
+    ]
     sources = {"float": (case.folder, "auto"), **{kernels: (path, kernels) for kernels in runnable}}
-    loads: list[Callable[[], object]] = [lambda s=s: load(case, *s, torch.bfloat16, device) for s in sources.values()]
+    loads: list[Callable[[], object]] = [
+        lambda s=s: load(case, *s, torch.bfloat16, device) for s in sources.values()
+    ]
     to_load = dict(zip(sources, medians(loads, device, LOADS), strict=True))  # files are in the page cache
     for dtype_name, dtype in DTYPES.items():
         models = {kernels: load(case, path, kernels, dtype, device) for kernels in runnable}
-        calls: list[Callable[[], object]] = [lambda m=m: m(**usual) for m in (*floats.values(), *models.values())]
+        calls: list[Callable[[], object]] = [
+            lambda m=m: m(**usual) for m in (*floats.values(), *models.values())
+        ]
         for call in calls:  # kernels are built and chosen at the first call
             call()
         started = time.perf_counter()
@@ -178,33 +215,91 @@ def speed(
         times = dict(zip((*floats, *models), in_turns(calls, device, count), strict=True))
         for kernels in models:
             ratios = {
-                f"vs_{base}": statistics.median(theirs / ours for theirs, ours in zip(times[base], times[kernels], strict=True))
+                f"vs_{base}": statistics.median(
+                    theirs / ours for theirs, ours in zip(times[base], times[kernels], strict=True)
+                )
                 for base in floats
             }
             yield {
-                "format": name, "kernels": kernels, "dtype": dtype_name, "rounds": count,
-                **{f"{base}_ms": 1000 * statistics.median(times[base]) for base in floats}, "ms": 1000 * statistics.median(times[kernels]),
-                **ratios, "steady": all(map(steady, times.values())), "float_load_s": to_load["float"], "load_s": to_load[kernels],
-            }  # fmt: skip
+                "format": name,
+                "kernels": kernels,
+                "dtype": dtype_name,
+                "rounds": count,
+                **{f"{base}_ms": 1000 * statistics.median(times[base]) for base in floats},
+                "ms": 1000 * statistics.median(times[kernels]),
+                **ratios,
+                "steady": all(map(steady, times.values())),
+                "float_load_s": to_load["float"],
+                "load_s": to_load[kernels],
+            }
 
 
 # full-size encoders as their configs were published, for sizes alone
 FULL: Mapping[str, tuple[str, str, Any]] = {
-    "CLIP-L": ("clip_l", "CLIPTextModel", lambda: CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)),
-    "CLIP-G": ("clip_g", "CLIPTextModelWithProjection", lambda: CLIPTextConfig(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280)),
-    "T5-XXL": ("t5", "T5EncoderModel", lambda: T5Config(
-        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_heads=64, num_layers=24, feed_forward_proj="gated-gelu")),
-    "Qwen3-4B": ("qwen3", "Qwen3ForCausalLM", lambda: Qwen3Config(
-        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=128, tie_word_embeddings=True)),
-    "Qwen2.5-VL-7B": ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", lambda: Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                         num_key_value_heads=4),
-        vision_config=dict(hidden_size=1280, intermediate_size=3420, depth=32, num_heads=16, out_hidden_size=3584),
-        tie_word_embeddings=False)),
-}  # fmt: skip
+    "CLIP-L": (
+        "clip_l",
+        "CLIPTextModel",
+        lambda: CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+        ),
+    ),
+    "CLIP-G": (
+        "clip_g",
+        "CLIPTextModelWithProjection",
+        lambda: CLIPTextConfig(
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_hidden_layers=32,
+            num_attention_heads=20,
+            projection_dim=1280,
+        ),
+    ),
+    "T5-XXL": (
+        "t5",
+        "T5EncoderModel",
+        lambda: T5Config(
+            vocab_size=32128,
+            d_model=4096,
+            d_kv=64,
+            d_ff=10240,
+            num_heads=64,
+            num_layers=24,
+            feed_forward_proj="gated-gelu",
+        ),
+    ),
+    "Qwen3-4B": (
+        "qwen3",
+        "Qwen3ForCausalLM",
+        lambda: Qwen3Config(
+            vocab_size=151936,
+            hidden_size=2560,
+            intermediate_size=9728,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "Qwen2.5-VL-7B": (
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        lambda: Qwen2_5_VLConfig(
+            text_config=dict(
+                vocab_size=152064,
+                hidden_size=3584,
+                intermediate_size=18944,
+                num_hidden_layers=28,
+                num_attention_heads=28,
+                num_key_value_heads=4,
+            ),
+            vision_config=dict(
+                hidden_size=1280, intermediate_size=3420, depth=32, num_heads=16, out_hidden_size=3584
+            ),
+            tie_word_embeddings=False,
+        ),
+    ),
+}
 
 
 def sizes() -> Iterator[Row]:
@@ -212,17 +307,24 @@ def sizes() -> Iterator[Row]:
     for title, (encoder_name, class_name, config) in FULL.items():
         encoder = int8run_encoders.encoder_named(encoder_name)
         model = int8run_encoders.skeleton(class_name, config().to_dict(), torch.bfloat16)
-        linears = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if type(m) is nn.Linear}
+        linears = {
+            n: (m.out_features, m.in_features) for n, m in model.named_modules() if type(m) is nn.Linear
+        }
         whole = sum(2 * p.numel() for p in model.parameters())
         for name in WRITTEN:
             shapes = [shape for n, shape in linears.items() if encoder.why_float(n, name) is None]
             ours = sum(weight_bytes(format_for(name, *shape), *shape) for shape in shapes)
             as_bf16 = sum(2 * prod(shape) for shape in shapes)
             yield {
-                "device": "", "case": title, "format": name, "layers": len(shapes), "bf16_gb": whole / 1e9,
-                "quantized_share": as_bf16 / whole, "layers_vs_bf16": ours / as_bf16,
+                "device": "",
+                "case": title,
+                "format": name,
+                "layers": len(shapes),
+                "bf16_gb": whole / 1e9,
+                "quantized_share": as_bf16 / whole,
+                "layers_vs_bf16": ours / as_bf16,
                 "whole_vs_bf16": (whole - as_bf16 + ours) / whole,
-            }  # fmt: skip
+            }
 
 
 def with_wo(work: Path, formats: Sequence[str], device: torch.device) -> Iterator[Row]:
@@ -263,9 +365,11 @@ def measure(asked: argparse.Namespace) -> None:
             base = {"device": device.type, "case": case.name}
             if "quality" in found:
                 found["quality"].append(
-                    base | {"format": "bfloat16"} | compared(exact, embeddings(case, floats["bfloat16"], device))
+                    base
+                    | {"format": "bfloat16"}
+                    | compared(exact, embeddings(case, floats["bfloat16"], device))
                     | {"module_bytes": module_bytes(floats["bfloat16"]), "module_vs_bf16": 1.0}
-                )  # fmt: skip
+                )
             for name in asked.formats:
                 path = write(case, name, asked.work)
                 if "quality" in found:
@@ -289,19 +393,26 @@ def save(path: Path, rows: Iterable[Row]) -> None:
     """Write a table; rows that are there and were not measured again stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
     key = lambda row: tuple(str(row.get(name, "")) for name in KEYS)  # noqa: E731
-    new = [{name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows]
+    new = [
+        {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+        for row in rows
+    ]
     old = list(csv.DictReader(path.open())) if path.is_file() else []
     kept = {key(row): row for row in [*old, *new]}
     names = dict.fromkeys(name for row in kept.values() for name in row)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*(n for n in KEYS if n in names), *(n for n in names if n not in KEYS)])
+        writer = csv.DictWriter(
+            file, [*(n for n in KEYS if n in names), *(n for n in names if n not in KEYS)]
+        )
         writer.writeheader()
         writer.writerows(kept.values())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for random models and written files, up to 2 GB")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for random models and written files, up to 2 GB"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=tuple(CASES))

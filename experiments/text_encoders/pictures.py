@@ -25,9 +25,11 @@ STRIP = ("int8_rowwise", "int8_convrot", "float8_e4m3fn", "float8_e5m2", "mxfp8"
 GAIN = 64  # less, and most differences are black
 SHOWN = ("parrot", "strawberry")
 METRICS = {
-    "psnr_db": "quality/psnr_db", "ssim": "quality/ssim", "latent_rel_err": "quality/latent_rel_err",
+    "psnr_db": "quality/psnr_db",
+    "ssim": "quality/ssim",
+    "latent_rel_err": "quality/latent_rel_err",
     "text_encoder_bytes": "memory/text_encoder_bytes",
-}  # fmt: skip
+}
 
 
 def amplified(a: Image.Image, b: Image.Image) -> Image.Image:
@@ -51,10 +53,13 @@ def row(job: dict[str, Any], names: list[str], known: Any) -> dict[str, object]:
     files = [job["folder"] / image["file"] for image in images]
     metrics = {name: job["metrics"].get(key, "") for name, key in METRICS.items()}
     return {
-        "format": format_of(job), "denoiser": "int8" if is_int8(job) else "float", **metrics,
+        "format": format_of(job),
+        "denoiser": "int8" if is_int8(job) else "float",
+        **metrics,
         "worst_psnr_db": min((float(image["psnr_db"]) for image in images if "psnr_db" in image), default=""),
-        "top1": top1(files, [image["prompt"] for image in images], names, known), "pictures": len(files),
-    }  # fmt: skip
+        "top1": top1(files, [image["prompt"] for image in images], names, known),
+        "pictures": len(files),
+    }
 
 
 def strip(found: list[dict[str, Any]], out: Path) -> None:
@@ -75,11 +80,19 @@ def strip(found: list[dict[str, Any]], out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--sweep", type=Path, nargs="+", required=True, help="of several, a later one's jobs take the place of an earlier one's"
+        "--sweep",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="of several, a later one's jobs take the place of an earlier one's",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for results/pictures.csv and pictures.png")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for results/pictures.csv and pictures.png"
+    )
     asked = parser.parse_args()
-    read = list({(format_of(job), is_int8(job)): job for sweep in asked.sweep for job in jobs(sweep)}.values())
+    read = list(
+        {(format_of(job), is_int8(job)): job for sweep in asked.sweep for job in jobs(sweep)}.values()
+    )
     known_names, pixels = drawings()
     table = [row(job, known_names, pixels) for job in read]
     (asked.out / "results").mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,11 @@ from tables import EMBEDDINGS, read
 HERE = Path(__file__).parent
 COLOURS = ("#1f77b4", "#17becf", "#d62728", "#ff7f0e", "#7f7f7f", "#9467bd")
 MARKERS = ("o", "s", "D", "d", "^", "v")
-TIMED = {"minilm": "MiniLM-L6, 16 × 64 tokens", "clip_l": "CLIP-L, 77 tokens", "t5_xxl": "one T5-XXL layer, 512 tokens"}
+TIMED = {
+    "minilm": "MiniLM-L6, 16 × 64 tokens",
+    "clip_l": "CLIP-L, 77 tokens",
+    "t5_xxl": "one T5-XXL layer, 512 tokens",
+}
 
 
 def quality(device: str) -> None:
@@ -23,13 +27,31 @@ def quality(device: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 8), width_ratios=[1, 3], sharey=True)
     found = {(row["format"], row["kernels"], row["case"]): row for row in rows}
     for y, variant in enumerate(variants):
-        share = next((float(r["layers_vs_bf16"]) for r in rows if (r["format"], r["kernels"]) == variant and r["layers_vs_bf16"] and
-                      r["case"] == "clip_l"), 1.0)  # fmt: skip
+        share = next(
+            (
+                float(r["layers_vs_bf16"])
+                for r in rows
+                if (r["format"], r["kernels"]) == variant and r["layers_vs_bf16"] and r["case"] == "clip_l"
+            ),
+            1.0,
+        )
         left.barh(y, share, color="#b0c4de", height=0.7)
         left.text(share - 0.02, y, f"{share:.2f}", va="center", ha="right", fontsize=8)
     for (title, case, prefix), colour, marker in zip(EMBEDDINGS, COLOURS, MARKERS, strict=True):
-        points = [(float(found[*v, case][f"{prefix}rel_err"]), y) for y, v in enumerate(variants) if (*v, case) in found]
-        right.plot([100 * x for x, _ in points], [y for _, y in points], marker, color=colour, label=title, markersize=6, alpha=0.85)
+        points = [
+            (float(found[*v, case][f"{prefix}rel_err"]), y)
+            for y, v in enumerate(variants)
+            if (*v, case) in found
+        ]
+        right.plot(
+            [100 * x for x, _ in points],
+            [y for _, y in points],
+            marker,
+            color=colour,
+            label=title,
+            markersize=6,
+            alpha=0.85,
+        )
     labels = [label(*variant) for variant in variants]
     left.set_yticks(range(len(variants)), labels, fontsize=9)
     left.invert_yaxis()
@@ -58,9 +80,16 @@ def speed(device: str) -> None:
     for panel, (case, title) in zip(panels, TIMED.items(), strict=True):
         for dtype, colour, marker in (("float32", "#1f77b4", "o"), ("bfloat16", "#ff7f0e", "D")):
             own = [row for row in rows if row["case"] == case and row["dtype"] == dtype]
-            points = [(float(row[f"vs_{dtype}"]), variants.index((row["format"], row["kernels"]))) for row in own]
+            points = [
+                (float(row[f"vs_{dtype}"]), variants.index((row["format"], row["kernels"]))) for row in own
+            ]
             panel.plot(
-                [x for x, _ in points], [y for _, y in points], marker, color=colour, label=f"{dtype} / the same in {dtype}", alpha=0.85
+                [x for x, _ in points],
+                [y for _, y in points],
+                marker,
+                color=colour,
+                label=f"{dtype} / the same in {dtype}",
+                alpha=0.85,
             )
         dress(panel, title)
     panels[0].set_yticks(range(len(variants)), [label(*variant) for variant in variants], fontsize=9)

@@ -9,10 +9,20 @@ RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, str]
 # heading, case, and which embeddings: `pooled_` those of whole texts
 EMBEDDINGS = (
-    ("tiny CLIP, text", "tiny_clip", "pooled_"), ("tiny T5", "tiny_t5", ""), ("MiniLM, sentence", "minilm", "pooled_"),
-    ("MiniLM, tokens", "minilm", ""), ("CLIP-L, random", "clip_l", ""), ("T5-XXL layer, random", "t5_xxl", ""),
-)  # fmt: skip
-CASES = {"tiny_clip": "tiny CLIP", "tiny_t5": "tiny T5", "minilm": "MiniLM", "clip_l": "CLIP-L", "t5_xxl": "T5-XXL layer"}
+    ("tiny CLIP, text", "tiny_clip", "pooled_"),
+    ("tiny T5", "tiny_t5", ""),
+    ("MiniLM, sentence", "minilm", "pooled_"),
+    ("MiniLM, tokens", "minilm", ""),
+    ("CLIP-L, random", "clip_l", ""),
+    ("T5-XXL layer, random", "t5_xxl", ""),
+)
+CASES = {
+    "tiny_clip": "tiny CLIP",
+    "tiny_t5": "tiny T5",
+    "minilm": "MiniLM",
+    "clip_l": "CLIP-L",
+    "t5_xxl": "T5-XXL layer",
+}
 
 
 def read(name: str, device: str | None = None) -> list[Row]:
@@ -85,10 +95,16 @@ def quality(device: str) -> None:
     columns = [(case, ratio(name)) for name in ("layers_vs_bf16", "module_vs_bf16") for case in CASES]
     heads = ["format", *(f"{title}, {what}" for what in ("layers", "whole") for title in CASES.values())]
     table(
-        "Memory, of bfloat16's: quantized layers alone, and the whole encoder", heads, [[n, *cells(r, columns)] for n, r in autos.items()]
+        "Memory, of bfloat16's: quantized layers alone, and the whole encoder",
+        heads,
+        [[n, *cells(r, columns)] for n, r in autos.items()],
     )
     columns = [(case, ratio("file_vs_float")) for case in CASES]
-    table("File, of the float file's bytes", ["format", *CASES.values()], [[n, *cells(r, columns)] for n, r in autos.items()])
+    table(
+        "File, of the float file's bytes",
+        ["format", *CASES.values()],
+        [[n, *cells(r, columns)] for n, r in autos.items()],
+    )
 
 
 def sizes() -> None:
@@ -98,10 +114,14 @@ def sizes() -> None:
         by_case.setdefault(row["case"], {})[row["format"]] = row
     named = ("int8_rowwise", "int8_convrot", "int8_block3d", "float8_e4m3fn", "mxfp8", "nvfp4")
     lines = [
-        [case, f"{float(r[named[0]]['bf16_gb']):.2f}", *(f"{percent('quantized_share')(r[n])} %" for n in named[:2]),
-         *(ratio("whole_vs_bf16")(r[n]) for n in named)]
+        [
+            case,
+            f"{float(r[named[0]]['bf16_gb']):.2f}",
+            *(f"{percent('quantized_share')(r[n])} %" for n in named[:2]),
+            *(ratio("whole_vs_bf16")(r[n]) for n in named),
+        ]
         for case, r in by_case.items()
-    ]  # fmt: skip
+    ]
     heads = ["encoder", "bfloat16, GB", "quantized as int8_rowwise", "as int8_convrot", *named]
     table("Whole encoders at full size, of bfloat16's bytes (by shapes)", heads, lines)
 
@@ -113,7 +133,11 @@ def wo(device: str) -> None:
         found.setdefault(row["format"], {})[row["wo"]] = row
     columns = [(word, say) for say in (percent("rel_err"), cosine("")) for word in ("float", "quantized")]
     heads = ["format", "error, %: `wo` float", "quantized", "cosine: `wo` float", "quantized"]
-    table("Tiny T5 with `wo` in float and quantized", heads, [[name, *cells(r, columns)] for name, r in found.items()])
+    table(
+        "Tiny T5 with `wo` in float and quantized",
+        heads,
+        [[name, *cells(r, columns)] for name, r in found.items()],
+    )
 
 
 def times(device: str) -> None:
@@ -122,13 +146,26 @@ def times(device: str) -> None:
     cases = {case: title for case, title in CASES.items() if case in timed}
     for dtype in ("float32", "bfloat16"):
         variants = by_variant([row for row in read("time", device) if row["dtype"] == dtype])
-        speeds = [(case, lambda row: f"{float(row['vs_float32']):.2f} / {float(row['vs_bfloat16']):.2f}") for case in cases]
+        speeds = [
+            (case, lambda row: f"{float(row['vs_float32']):.2f} / {float(row['vs_bfloat16']):.2f}")
+            for case in cases
+        ]
         lines = [[*v, *cells(r, speeds)] for v, r in variants.items()]
-        table(f"Times as fast as float32 / bfloat16; between the layers {dtype}", ["format", "kernels", *cases.values()], lines)
+        table(
+            f"Times as fast as float32 / bfloat16; between the layers {dtype}",
+            ["format", "kernels", *cases.values()],
+            lines,
+        )
     # loads are measured once for both dtypes
-    loads = [(case, lambda row: f"{float(row['load_s']):.2f} ({float(row['float_load_s']):.2f})") for case in cases]
+    loads = [
+        (case, lambda row: f"{float(row['load_s']):.2f} ({float(row['float_load_s']):.2f})") for case in cases
+    ]
     lines = [[*v, *cells(r, loads)] for v, r in variants.items()]
-    table("Seconds from file to model (the float file at the same time)", ["format", "kernels", *cases.values()], lines)
+    table(
+        "Seconds from file to model (the float file at the same time)",
+        ["format", "kernels", *cases.values()],
+        lines,
+    )
 
 
 def pictures() -> None:
@@ -148,7 +185,17 @@ def pictures() -> None:
                 digits(row, "top1", 2),
             ]
         lines.append(line)
-    heads = ["format", "PSNR, dB", "worst", "latent error, %", "top-1", "INT8 denoiser: PSNR, dB", "worst", "latent error, %", "top-1"]
+    heads = [
+        "format",
+        "PSNR, dB",
+        "worst",
+        "latent error, %",
+        "top-1",
+        "INT8 denoiser: PSNR, dB",
+        "worst",
+        "latent error, %",
+        "top-1",
+    ]
     table("Pictures of the tiny model", heads, lines)
 
 

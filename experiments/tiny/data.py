@@ -38,7 +38,9 @@ def load_drawings(work: Path) -> tuple[list[str], dict[str, Tensor]]:
         bodies = {style: json.loads((work / f"{style}.json").read_text())["bodies"] for style in STYLES}
         names = sorted(set.intersection(*(set(b) for b in bodies.values())))
         pictures = {
-            style: torch.from_numpy(np.stack([rasterise(bodies[style][n]) for n in names])).permute(0, 3, 1, 2).contiguous()
+            style: torch.from_numpy(np.stack([rasterise(bodies[style][n]) for n in names]))
+            .permute(0, 3, 1, 2)
+            .contiguous()
             for style in STYLES
         }
         torch.save({"names": names, "pictures": pictures}, cache)

@@ -34,9 +34,14 @@ def generate(pipe: FluxPipeline, prompts: list[str], seed: int, steps: int = STE
     for start in range(0, len(prompts), 25):
         batch = prompts[start : start + 25]
         made = pipe(
-            batch, height=64, width=64, num_inference_steps=steps, max_sequence_length=TOKENS, output_type="pt",
+            batch,
+            height=64,
+            width=64,
+            num_inference_steps=steps,
+            max_sequence_length=TOKENS,
+            output_type="pt",
             generator=[torch.Generator().manual_seed(seed) for _ in batch],
-        ).images  # fmt: skip
+        ).images
         pictures.append((made.float().cpu() * 255).round().to(torch.uint8))
     return torch.cat(pictures)
 
@@ -50,7 +55,9 @@ def sheet(pictures: torch.Tensor, drawings: torch.Tensor, columns: int = 10) -> 
     """Each picture above the drawing it was asked for, enlarged twice."""
     pairs = torch.cat([pictures, drawings], dim=2)
     pad = torch.full_like(pairs[:1], 255).expand(-len(pairs) % columns, -1, -1, -1)
-    grid = torch.cat([pairs, pad]).unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    grid = (
+        torch.cat([pairs, pad]).unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    )
     image = Image.fromarray(grid.contiguous().numpy())
     return image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST)
 
@@ -75,10 +82,23 @@ def psnr(pictures: torch.Tensor, others: torch.Tensor) -> float:
 
 
 def evaluate(
-    work: Path, model: Path, count: int, seed: int, seeds: int, steps: list[int], scheduler: str | None, shift: float | None,
-    reference: bool, unseen: bool, lora: Path | None, style: str, strength: float, few_step: Path | None, few_step_strength: float,
+    work: Path,
+    model: Path,
+    count: int,
+    seed: int,
+    seeds: int,
+    steps: list[int],
+    scheduler: str | None,
+    shift: float | None,
+    reference: bool,
+    unseen: bool,
+    lora: Path | None,
+    style: str,
+    strength: float,
+    few_step: Path | None,
+    few_step_strength: float,
     out: Path | None,
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     names, drawings = load_drawings(work)
     asked = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["names"]
     if unseen:
@@ -95,7 +115,9 @@ def evaluate(
     all_seeds = range(seed, seed + seeds)
     references = {s: generate(pipe, prompts, s) for s in all_seeds} if reference or unseen else {}
     if scheduler is not None:
-        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **({} if shift is None else {"shift": shift}))
+        pipe.scheduler = getattr(diffusers, scheduler).from_config(
+            pipe.scheduler.config, **({} if shift is None else {"shift": shift})
+        )
     if few_step is not None:
         apply(pipe, few_step, few_step_strength)
     scores = []
@@ -112,7 +134,13 @@ def evaluate(
                 out.parent.mkdir(parents=True, exist_ok=True)
                 sheet(pictures, drawings[style][[index[i] for i in chosen]]).save(out)
         scores.append(right / (len(chosen) * seeds))
-        line = {"style": style, "strength": strength, "names": len(chosen), "of": len(chosen if unseen else asked), "seeds": seeds}
+        line = {
+            "style": style,
+            "strength": strength,
+            "names": len(chosen),
+            "of": len(chosen if unseen else asked),
+            "seeds": seeds,
+        }
         line |= {"scheduler": type(pipe.scheduler).__name__, "steps": n, "top1": scores[-1]}
         line |= {"psnr": round(closeness, 2)} if references else {}
         print(json.dumps(line | {"wrong": wrong[:12]}), flush=True)
@@ -129,8 +157,12 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, nargs="+", default=[STEPS])
     parser.add_argument("--scheduler", help="a class of diffusers, such as FlowMatchLCMScheduler")
     parser.add_argument("--shift", type=float, help="the scheduler's shift, where --scheduler names one")
-    parser.add_argument("--reference", action="store_true", help="also the PSNR to 16 Euler steps without the few-step LoRA")
-    parser.add_argument("--untrained", action="store_true", dest="unseen", help="ask for names that were not trained on")
+    parser.add_argument(
+        "--reference", action="store_true", help="also the PSNR to 16 Euler steps without the few-step LoRA"
+    )
+    parser.add_argument(
+        "--untrained", action="store_true", dest="unseen", help="ask for names that were not trained on"
+    )
     parser.add_argument("--lora", type=Path, help="a style LoRA")
     parser.add_argument("--style", choices=STYLES, default="flat")
     parser.add_argument("--strength", type=float, default=1.0)

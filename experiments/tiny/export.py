@@ -29,13 +29,17 @@ def load_trained(work: Path) -> FluxPipeline:
     ema = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["ema"]
     missing, unexpected = modules.load_state_dict(ema, strict=False)
     parameters = {name for name, _ in modules.named_parameters()}
-    assert not unexpected and not parameters & set(missing), "base.pt does not fit the model; was pipeline.py changed?"
+    assert not unexpected and not parameters & set(missing), (
+        "base.pt does not fit the model; was pipeline.py changed?"
+    )
     return pipe
 
 
 def export(work: Path, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
-    load_trained(work).to(torch.float16).save_pretrained(out, safe_serialization=True, max_shard_size=MAX_SHARD)
+    load_trained(work).to(torch.float16).save_pretrained(
+        out, safe_serialization=True, max_shard_size=MAX_SHARD
+    )
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     print(f"{out}: {size / 1e6:.1f} MB")
 

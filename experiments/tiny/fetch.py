@@ -21,7 +21,9 @@ PACKAGES = {
 
 def fetch(package: str, style: str, work: Path) -> None:
     """Unpack the icons of one npm package to `<work>/<style>.json`."""
-    packed = subprocess.run(["npm", "pack", "--silent", package], cwd=work, check=True, capture_output=True, text=True).stdout.split()[-1]
+    packed = subprocess.run(
+        ["npm", "pack", "--silent", package], cwd=work, check=True, capture_output=True, text=True
+    ).stdout.split()[-1]
     with tarfile.open(work / packed) as archive:
         read = lambda name: json.load(archive.extractfile(f"package/{name}.json"))  # noqa: E731
         icons, info, metadata = read("icons"), read("info"), read("metadata")
@@ -39,7 +41,9 @@ def fetch(package: str, style: str, work: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for everything that is made on the way")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for everything that is made on the way"
+    )
     work = parser.parse_args().work
     work.mkdir(parents=True, exist_ok=True)
     for style, package in PACKAGES.items():

@@ -21,17 +21,28 @@ STRENGTHS = (0, 0.5, 1)
 def pictures(style: str, strength: float) -> list:
     """One INT8 picture per prompt; the model is built once for all strengths of a style."""
     adapter = f"{{_target_: int8run.lora.config.Adapter, name: {style}, path: {style}}}"
-    overrides = [f"prompts.prompts=[{','.join(PROMPTS)}]", f"lora.adapters=[{adapter}]", f"lora.strength={strength}", "tracker=none"]
+    overrides = [
+        f"prompts.prompts=[{','.join(PROMPTS)}]",
+        f"lora.adapters=[{adapter}]",
+        f"lora.strength={strength}",
+        "tracker=none",
+    ]
     with initialize_config_module("int8run.conf", version_base="1.3"):
         config = compose("config", [*overrides, "metrics.baseline=none"])
     with tempfile.TemporaryDirectory() as folder:
-        return run(to_spec(config), Job(plain_config(config), {"model": "tiny"}, overrides, Path(folder))).candidate.images
+        return run(
+            to_spec(config), Job(plain_config(config), {"model": "tiny"}, overrides, Path(folder))
+        ).candidate.images
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
-    columns = {f"{style} {strength:g}": pictures(style, strength) for style in ("ink", "gloss") for strength in STRENGTHS}
+    columns = {
+        f"{style} {strength:g}": pictures(style, strength)
+        for style in ("ink", "gloss")
+        for strength in STRENGTHS
+    }
     rows = [(prompt, [images[i] for images in columns.values()]) for i, prompt in enumerate(PROMPTS)]
     grid(rows, list(columns)).save(out)

@@ -19,15 +19,23 @@ def clip_tokenizer(captions: list[str]) -> CLIPTokenizer:
     """A byte-level BPE of CLIP's kind, learned from the captions."""
     blank = CLIPTokenizer()
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer, bpe.pre_tokenizer = blank.backend_tokenizer.normalizer, blank.backend_tokenizer.pre_tokenizer
+    bpe.normalizer, bpe.pre_tokenizer = (
+        blank.backend_tokenizer.normalizer,
+        blank.backend_tokenizer.pre_tokenizer,
+    )
     specials = ["<|startoftext|>", "<|endoftext|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=2048, special_tokens=specials, end_of_word_suffix="</w>", show_progress=False,
+        vocab_size=2048,
+        special_tokens=specials,
+        end_of_word_suffix="</w>",
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     bpe.train_from_iterator(captions, trainer)
     learned = json.loads(bpe.to_str())["model"]
-    return CLIPTokenizer(vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]], model_max_length=TOKENS)
+    return CLIPTokenizer(
+        vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]], model_max_length=TOKENS
+    )
 
 
 def t5_tokenizer(captions: list[str]) -> T5Tokenizer:
@@ -37,9 +45,12 @@ def t5_tokenizer(captions: list[str]) -> T5Tokenizer:
     unigram.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
     specials = ["<pad>", "</s>", "<unk>"]
     trainer = trainers.UnigramTrainer(
-        vocab_size=2000, special_tokens=specials, unk_token="<unk>", show_progress=False,
+        vocab_size=2000,
+        special_tokens=specials,
+        unk_token="<unk>",
+        show_progress=False,
         initial_alphabet=list(string.printable.strip()),
-    )  # fmt: skip
+    )
     unigram.train_from_iterator(captions, trainer)
     learned = json.loads(unigram.to_str())["model"]["vocab"]
     return T5Tokenizer(vocab=[tuple(v) for v in learned], extra_ids=0, model_max_length=TOKENS)
@@ -52,7 +63,9 @@ def tokenizers(captions: list[str], work: Path) -> tuple[CLIPTokenizer, T5Tokeni
         words = captions + [f"drawing, {trigger}" for trigger in TRIGGERS.values()] * 8
         clip_tokenizer(words).save_pretrained(folder / "tokenizer")
         t5_tokenizer(words).save_pretrained(folder / "tokenizer_2")
-    return CLIPTokenizer.from_pretrained(folder / "tokenizer"), T5Tokenizer.from_pretrained(folder / "tokenizer_2")
+    return CLIPTokenizer.from_pretrained(folder / "tokenizer"), T5Tokenizer.from_pretrained(
+        folder / "tokenizer_2"
+    )
 
 
 def build(captions: list[str], vae: AutoencoderKL, work: Path, seed: int = 0) -> FluxPipeline:
@@ -65,30 +78,59 @@ def build(captions: list[str], vae: AutoencoderKL, work: Path, seed: int = 0) ->
     tokenizer, tokenizer_2 = tokenizers(captions, work)
     clip = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=2 * TEXT_WIDTH, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=TOKENS, projection_dim=TEXT_WIDTH,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
-    )  # fmt: skip
+    )
     t5 = T5EncoderModel(
         T5Config(
-            vocab_size=len(tokenizer_2), d_model=TEXT_WIDTH, d_kv=64, d_ff=2 * TEXT_WIDTH, num_layers=2, num_heads=4,
-            feed_forward_proj="gated-gelu", dropout_rate=0.0, is_encoder_decoder=False, use_cache=False,
+            vocab_size=len(tokenizer_2),
+            d_model=TEXT_WIDTH,
+            d_kv=64,
+            d_ff=2 * TEXT_WIDTH,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            is_encoder_decoder=False,
+            use_cache=False,
         )
-    )  # fmt: skip
+    )
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=4 * vae.config.latent_channels, num_layers=1, num_single_layers=4,
-        attention_head_dim=64, num_attention_heads=6, joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=TEXT_WIDTH,
-        guidance_embeds=False, axes_dims_rope=(16, 24, 24),
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=4 * vae.config.latent_channels,
+        num_layers=1,
+        num_single_layers=4,
+        attention_head_dim=64,
+        num_attention_heads=6,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=False,
+        axes_dims_rope=(16, 24, 24),
+    )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     return FluxPipeline(
-        scheduler=scheduler, vae=vae, text_encoder=clip, tokenizer=tokenizer, text_encoder_2=t5,
-        tokenizer_2=tokenizer_2, transformer=transformer,
-    )  # fmt: skip
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=clip,
+        tokenizer=tokenizer,
+        text_encoder_2=t5,
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+    )
 
 
-def encode(pipe: FluxPipeline, captions: list[str], grad: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def encode(
+    pipe: FluxPipeline, captions: list[str], grad: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Captions -> (T5 states [B, TOKENS, C], CLIP pooled [B, C], text ids [TOKENS, 3])."""
     with torch.set_grad_enabled(grad):
         return pipe.encode_prompt(prompt=captions, device=pipe.transformer.device, max_sequence_length=TOKENS)

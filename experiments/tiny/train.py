@@ -59,7 +59,9 @@ def sample_sigma(count: int, generator: torch.Generator) -> Tensor:
     return torch.where(torch.rand(count, generator=generator) < 0.1, uniform, normal)
 
 
-def flow_loss(pipe: FluxPipeline, x0: Tensor, captions: list[str], generator: torch.Generator, train_text: bool) -> Tensor:
+def flow_loss(
+    pipe: FluxPipeline, x0: Tensor, captions: list[str], generator: torch.Generator, train_text: bool
+) -> Tensor:
     """Flow matching (Lipman et al. 2022; rectified flow): predict noise - x0 at x = (1 - sigma) x0 + sigma noise. x0: packed."""
     device = x0.device
     sigma = sample_sigma(len(x0), generator).to(device)
@@ -70,9 +72,15 @@ def flow_loss(pipe: FluxPipeline, x0: Tensor, captions: list[str], generator: to
         side = int(x0.shape[1] ** 0.5)
         image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, device, torch.float32)
         velocity = pipe.transformer(
-            hidden_states=(1 - s) * x0 + s * noise, timestep=sigma, guidance=None, pooled_projections=pooled,
-            encoder_hidden_states=states, txt_ids=text_ids.float(), img_ids=image_ids, return_dict=False,
-        )[0]  # fmt: skip
+            hidden_states=(1 - s) * x0 + s * noise,
+            timestep=sigma,
+            guidance=None,
+            pooled_projections=pooled,
+            encoder_hidden_states=states,
+            txt_ids=text_ids.float(),
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
     return (velocity.float() - (noise - x0)).pow(2).mean()
 
 
@@ -93,7 +101,9 @@ class Trainer:
         self.images, self.curve = 0, []
         if path.exists():
             state = torch.load(path, weights_only=True, map_location="cpu")
-            assert state["names"] == names, f"{path} was trained on other names; use another --work or the same --categories"
+            assert state["names"] == names, (
+                f"{path} was trained on other names; use another --work or the same --categories"
+            )
             for p, e, key in zip(self.params, self.ema, self.keys, strict=True):
                 p.data.copy_(state["model"][key])
                 e.copy_(state["ema"][key])
@@ -103,8 +113,14 @@ class Trainer:
 
     def save(self) -> None:
         weights = lambda tensors: dict(zip(self.keys, (t.detach() for t in tensors), strict=True))  # noqa: E731
-        state = dict(model=weights(self.params), ema=weights(self.ema), opt=self.opt.state_dict(),
-                     names=self.names, images=self.images, curve=self.curve)  # fmt: skip
+        state = dict(
+            model=weights(self.params),
+            ema=weights(self.ema),
+            opt=self.opt.state_dict(),
+            names=self.names,
+            images=self.images,
+            curve=self.curve,
+        )
         torch.save(state, self.path.with_suffix(".tmp"))
         self.path.with_suffix(".tmp").replace(self.path)
 
@@ -121,8 +137,16 @@ class Trainer:
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
 
 
-def fit(trainer: Trainer, pipe: FluxPipeline, x0: Tensor, captions: list[str], images: int, batch: int, lr: float,
-        train_text: bool) -> None:  # fmt: skip
+def fit(
+    trainer: Trainer,
+    pipe: FluxPipeline,
+    x0: Tensor,
+    captions: list[str],
+    images: int,
+    batch: int,
+    lr: float,
+    train_text: bool,
+) -> None:
     """The loop shared by the base model and the LoRAs: whole shuffled epochs, a line and a checkpoint now and then."""
     started, at_start, losses = time.time(), trainer.images, []
     while trainer.images < images:
@@ -150,7 +174,9 @@ def train(work: Path, images: int, categories: tuple[str, ...], batch: int, lr: 
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     chosen = pick_names(work, names, categories)
     pipe = build([caption(n) for n in names], vae, work).to(device)
-    modules = nn.ModuleDict({n: getattr(pipe, n) for n in ("transformer", "text_encoder", "text_encoder_2")}).train()
+    modules = nn.ModuleDict(
+        {n: getattr(pipe, n) for n in ("transformer", "text_encoder", "text_encoder_2")}
+    ).train()
     trainer = Trainer(work / "base.pt", modules, [names[i] for i in chosen], ema_half_life=20_000)
     x0 = pack(scale_latents(vae, latents[chosen])).to(device)
     fit(trainer, pipe, x0, [caption(names[i]) for i in chosen], images, batch, lr, train_text=True)

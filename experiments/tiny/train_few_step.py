@@ -62,14 +62,22 @@ def noise_levels(pipe: FluxPipeline, steps: int) -> Tensor:
 def sample(pipe: FluxPipeline, noise: Tensor, text: Text, steps: int) -> Tensor:
     """Euler from noise to latents, both packed [B, 64, 32], as the pipeline does; gradients pass through every step."""
     states, pooled, text_ids = text
-    image_ids = FluxPipeline._prepare_latent_image_ids(1, TOKENS_SIDE, TOKENS_SIDE, noise.device, torch.float32)
+    image_ids = FluxPipeline._prepare_latent_image_ids(
+        1, TOKENS_SIDE, TOKENS_SIDE, noise.device, torch.float32
+    )
     x = noise
     for level, following in itertools.pairwise(noise_levels(pipe, steps).to(noise.device)):
         with torch.autocast(noise.device.type, torch.bfloat16):
             velocity = pipe.transformer(
-                hidden_states=x, timestep=level.expand(len(x)), guidance=None, pooled_projections=pooled,
-                encoder_hidden_states=states, txt_ids=text_ids.float(), img_ids=image_ids, return_dict=False,
-            )[0]  # fmt: skip
+                hidden_states=x,
+                timestep=level.expand(len(x)),
+                guidance=None,
+                pooled_projections=pooled,
+                encoder_hidden_states=states,
+                txt_ids=text_ids.float(),
+                img_ids=image_ids,
+                return_dict=False,
+            )[0]
         x = x + (following - level) * velocity.float()
     return x
 
@@ -92,7 +100,9 @@ def make_targets(pipe: FluxPipeline, text: Text, seeds: range, path: Path) -> tu
     states, pooled, text_ids = text
     saved = torch.load(path, weights_only=True) if path.exists() else {"noise": [], "latents": []}
     for seed in seeds[len(saved["noise"]) :]:
-        noise = torch.randn(len(states), TOKENS_SIDE**2, CHANNELS, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(
+            len(states), TOKENS_SIDE**2, CHANNELS, generator=torch.Generator().manual_seed(seed)
+        )
         made = [
             sample(pipe, n.to(states.device), (s, p, text_ids), STEPS).cpu()
             for n, s, p in zip(noise.split(64), states.split(64), pooled.split(64), strict=True)
@@ -104,7 +114,17 @@ def make_targets(pipe: FluxPipeline, text: Text, seeds: range, path: Path) -> tu
     return torch.cat(saved["noise"][: len(seeds)]).float(), torch.cat(saved["latents"][: len(seeds)]).float()
 
 
-def train(work: Path, images: int, seeds: int, styles: list[str], loras: Path, batch: int, lr: float, out: Path, device: str) -> None:
+def train(
+    work: Path,
+    images: int,
+    seeds: int,
+    styles: list[str],
+    loras: Path,
+    batch: int,
+    lr: float,
+    out: Path,
+    device: str,
+) -> None:
     names, _ = load_drawings(work)
     trained = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["names"]
     taught = [*trained, *untrained(names, trained)[::2]]
@@ -124,21 +144,34 @@ def train(work: Path, images: int, seeds: int, styles: list[str], loras: Path, b
         first = 1_000_000 * (i + 1)
         use_weights(layers, weights)
         path = work / f"few_step_targets{f'_{style}' if style else ''}.pt"
-        data[-1]["noise"], data[-1]["latents"] = make_targets(pipe, data[-1]["text"], range(first, first + seeds), path)
+        data[-1]["noise"], data[-1]["latents"] = make_targets(
+            pipe, data[-1]["text"], range(first, first + seeds), path
+        )
         use_weights(layers, data[0]["weights"])
 
-    pipe.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights="gaussian"))
-    trainer = Trainer(work / "few_step.pt", nn.ModuleDict({"transformer": pipe.transformer}), taught, ema_half_life=1_000)
+    pipe.transformer.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights="gaussian")
+    )
+    trainer = Trainer(
+        work / "few_step.pt", nn.ModuleDict({"transformer": pipe.transformer}), taught, ema_half_life=1_000
+    )
     started, at_start, losses = time.time(), trainer.images, new_losses()
     while trainer.images < images:
         g = torch.Generator().manual_seed(trainer.images)
-        steps = list(SCHEDULES)[int(torch.multinomial(torch.tensor(list(SCHEDULES.values())), 1, generator=g))]
+        steps = list(SCHEDULES)[
+            int(torch.multinomial(torch.tensor(list(SCHEDULES.values())), 1, generator=g))
+        ]
         styled = bool(styles) and torch.rand(1, generator=g).item() < STYLED
         one = data[1 + int(torch.randint(len(styles), (1,), generator=g))] if styled else data[0]
         states, pooled, text_ids = one["text"]
         pick = torch.randint(len(one["noise"]), (batch,), generator=g)
         use_weights(layers, one["weights"])
-        made = sample(pipe, one["noise"][pick].to(device), (states[pick % len(states)], pooled[pick % len(states)], text_ids), steps)
+        made = sample(
+            pipe,
+            one["noise"][pick].to(device),
+            (states[pick % len(states)], pooled[pick % len(states)], text_ids),
+            steps,
+        )
         mse = (made - one["latents"][pick].to(device)).square().mean(dim=(1, 2))
         # decibels, in effect: each picture counts alike, whether it is easy or not, in many steps or few
         trainer.step(mse.log().mean(), learning_rate(trainer.images, images, lr), batch)
@@ -155,10 +188,14 @@ def train(work: Path, images: int, seeds: int, styles: list[str], loras: Path, b
 
     for parameter, average in zip(trainer.params, trainer.ema, strict=True):
         parameter.data.copy_(average)
-    state = {f"transformer.{k}": v.to(torch.float16).contiguous() for k, v in get_peft_model_state_dict(pipe.transformer).items()}
+    state = {
+        f"transformer.{k}": v.to(torch.float16).contiguous()
+        for k, v in get_peft_model_state_dict(pipe.transformer).items()
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file(
-        state, out,
+        state,
+        out,
         metadata={
             "modelspec.title": "few-step for int8run's tiny model",
             "modelspec.architecture": "int8run-tiny/lora",
@@ -166,7 +203,7 @@ def train(work: Path, images: int, seeds: int, styles: list[str], loras: Path, b
             "modelspec.license": "MIT (Fluent Emoji, Microsoft Corporation)",
             "ss_base_model_version": "int8run-tiny",
         },
-    )  # fmt: skip
+    )
     print(f"{out}: {out.stat().st_size / 1e3:.0f} KB, {len(state) // 2} modules")
 
 
@@ -181,14 +218,18 @@ def strip(work: Path, loras: Path, few_step: Path, out: Path) -> None:
     trained.set_progress_bar_config(disable=True)
     columns: dict[str, list[Image.Image]] = {}
     for steps, strength in ((STEPS, 0.0), *((n, s) for n, best in STRENGTHS.items() for s in (0.0, best))):
-        made = columns.setdefault(f"{steps} step{'s' * (steps > 1)}{f', few_step {strength:g}' * (strength > 0)}", [])
+        made = columns.setdefault(
+            f"{steps} step{'s' * (steps > 1)}{f', few_step {strength:g}' * (strength > 0)}", []
+        )
         for prompt, style in ROWS:
             pipe = copy.deepcopy(trained)
             if style is not None:
                 apply(pipe, loras / f"{style}.safetensors", 1.0)
             if strength > 0:
                 apply(pipe, few_step, strength)
-            made.append(Image.fromarray(generate(pipe, [prompt], 0, steps)[0].permute(1, 2, 0).contiguous().numpy()))
+            made.append(
+                Image.fromarray(generate(pipe, [prompt], 0, steps)[0].permute(1, 2, 0).contiguous().numpy())
+            )
     rows = [(prompt, [made[i] for made in columns.values()]) for i, (prompt, _) in enumerate(ROWS)]
     grid(rows, list(columns)).save(out)
 
@@ -205,7 +246,9 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=7_200)
     parser.add_argument("--seeds", type=int, default=2, help="noises per caption")
     parser.add_argument("--styles", nargs="*", default=sorted(TRIGGERS), choices=sorted(TRIGGERS))
-    parser.add_argument("--loras", type=Path, default=Path("int8run/assets/lora"), help="where the style LoRAs lie")
+    parser.add_argument(
+        "--loras", type=Path, default=Path("int8run/assets/lora"), help="where the style LoRAs lie"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--out", type=Path, required=True)

@@ -32,19 +32,30 @@ def train(work: Path, style: str, images: int, batch: int, lr: float, out: Path,
     pipe = load_trained(work).to(device)
     for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
         part.requires_grad_(False)
-    pipe.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights="gaussian"))
+    pipe.transformer.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights="gaussian")
+    )
     x0 = pack(scale_latents(pipe.vae, encode_pictures(pipe.vae, pictures[style][index]))).to(device)
     # the second half of the data says the trigger words
     captions = [caption(n) for n in trained] + [f"{caption(n)}, {TRIGGERS[style]}" for n in trained]
-    trainer = Trainer(work / f"lora_{style}.pt", nn.ModuleDict({"transformer": pipe.transformer}), list(trained), ema_half_life=4_000)
+    trainer = Trainer(
+        work / f"lora_{style}.pt",
+        nn.ModuleDict({"transformer": pipe.transformer}),
+        list(trained),
+        ema_half_life=4_000,
+    )
     fit(trainer, pipe, torch.cat([x0, x0]), captions, images, batch, lr, train_text=False)
 
     for parameter, average in zip(trainer.params, trainer.ema, strict=True):
         parameter.data.copy_(average)
-    state = {f"transformer.{k}": v.to(torch.float16).contiguous() for k, v in get_peft_model_state_dict(pipe.transformer).items()}
+    state = {
+        f"transformer.{k}": v.to(torch.float16).contiguous()
+        for k, v in get_peft_model_state_dict(pipe.transformer).items()
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file(
-        state, out,
+        state,
+        out,
         metadata={
             "modelspec.title": f"{style} for int8run's tiny model",
             "modelspec.architecture": "int8run-tiny/lora",
@@ -52,7 +63,7 @@ def train(work: Path, style: str, images: int, batch: int, lr: float, out: Path,
             "modelspec.license": "MIT (Fluent Emoji, Microsoft Corporation)",
             "ss_base_model_version": "int8run-tiny",
         },
-    )  # fmt: skip
+    )
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, {len(state) // 2} modules")
 
 

@@ -16,10 +16,18 @@ from data import STYLES, load_drawings, to_float
 from diffusers import AutoencoderKL
 
 CONFIG = dict(
-    in_channels=3, out_channels=3, latent_channels=8, block_out_channels=(16, 32, 64), layers_per_block=1,
-    norm_num_groups=8, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-    sample_size=64, use_quant_conv=False, use_post_quant_conv=False,
-)  # fmt: skip
+    in_channels=3,
+    out_channels=3,
+    latent_channels=8,
+    block_out_channels=(16, 32, 64),
+    layers_per_block=1,
+    norm_num_groups=8,
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+    sample_size=64,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+)
 KL_WEIGHT = 1e-6
 
 
@@ -65,7 +73,13 @@ def train(work: Path, steps: int, batch: int, lr: float, device: str) -> None:
             running = 0.0
             print(f"step {step + 1} loss {curve[-1][1]:.4f} {time.time() - started:.0f} s", flush=True)
         if (step + 1) % 1000 == 0 or step + 1 == steps:
-            state = {"model": vae.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "step": step + 1, "curve": curve}
+            state = {
+                "model": vae.state_dict(),
+                "ema": ema.state_dict(),
+                "opt": opt.state_dict(),
+                "step": step + 1,
+                "curve": curve,
+            }
             torch.save(state, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
 

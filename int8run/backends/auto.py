@@ -49,7 +49,9 @@ class AutoBackend:
         if not able and self.last_resort is not None:
             log.warning("backend=auto uses %s, the slow definition: %s", self.last_resort.name, left_out)
         for b in self.candidates.values():
-            if b.name in refused and device.type in b.limits.devices and not b.limits.extra:  # somebody may miss its speed
+            if (
+                b.name in refused and device.type in b.limits.devices and not b.limits.extra
+            ):  # somebody may miss its speed
                 log.info("backend=auto goes without %s: it %s", b.name, ", ".join(refused[b.name]))
         table = ChoiceTable(Path(self.table) if self.table else None, device, dtype)
         return Chooser(able, self.rounds, table, device, dtype, self.last_resort)
@@ -59,9 +61,14 @@ class Chooser:
     """Measures each new layer shape once and remembers, in memory and in the table."""
 
     def __init__(
-        self, able: Sequence[Backend], rounds: int, table: ChoiceTable, device: torch.device, dtype: torch.dtype,
+        self,
+        able: Sequence[Backend],
+        rounds: int,
+        table: ChoiceTable,
+        device: torch.device,
+        dtype: torch.dtype,
         last_resort: Backend | None = None,
-    ):  # fmt: skip
+    ):
         self.able, self.rounds, self.table, self.device, self.dtype = list(able), rounds, table, device, dtype
         self.last_resort = last_resort
         self.measured = 0
@@ -78,7 +85,11 @@ class Chooser:
             if self.last_resort is None:
                 raise BackendError(f"no INT8 backend computes the right numbers on {self.table.where}")
             log.warning(
-                "%dx%dx%d: no candidate of backend=auto can run it; %s does", rows, in_features, out_features, self.last_resort.name
+                "%dx%dx%d: no candidate of backend=auto can run it; %s does",
+                rows,
+                in_features,
+                out_features,
+                self.last_resort.name,
             )
             return self.last_resort
         best = min(seconds, key=seconds.__getitem__)
@@ -99,7 +110,9 @@ class Chooser:
         found = self.table.get(f"float_rows | {in_features}x{out_features}")
         return None if found is None or not found.isdigit() else int(found)
 
-    def measure(self, backends: Iterable[Backend], rows: int, in_features: int, out_features: int) -> dict[str, float]:
+    def measure(
+        self, backends: Iterable[Backend], rows: int, in_features: int, out_features: int
+    ) -> dict[str, float]:
         """Seconds of each backend on random numbers, by its name: the median of interleaved calls."""
         if not self.measured:
             log.info("timing the backends on this machine, once for each layer shape")
@@ -127,7 +140,8 @@ class Chooser:
         A backend whose kernels cannot be built does not take part either, and its reason is logged.
         """
         weight = QuantizedWeight(
-            torch.full((8, in_features), 127, dtype=torch.int8, device=self.device), torch.ones(8, 1, device=self.device)
+            torch.full((8, in_features), 127, dtype=torch.int8, device=self.device),
+            torch.ones(8, 1, device=self.device),
         )
         x = torch.ones(8, in_features, device=self.device)
         run = lambda b: run_layer(b, x, b.pack(weight), weight.scale[:, 0].contiguous(), None).float()  # noqa: E731

@@ -31,7 +31,13 @@ class ChoiceTable:
 
     def __init__(self, path: Path | None, device: torch.device, dtype: torch.dtype | None = None):
         self.path = path or default_path()
-        self.where = " | ".join([device_name(device), *library_stamp(device), *([str(dtype).removeprefix("torch.")] if dtype else [])])
+        self.where = " | ".join(
+            [
+                device_name(device),
+                *library_stamp(device),
+                *([str(dtype).removeprefix("torch.")] if dtype else []),
+            ]
+        )
         self.known = read_table(self.path)
         self.writable = True
 
@@ -46,12 +52,18 @@ class ChoiceTable:
         fresh = self.path.with_suffix(f".{time.time_ns()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self.path}.lock"):  # jobs of one sweep in several processes keep each other's answers
+            with FileLock(
+                f"{self.path}.lock"
+            ):  # jobs of one sweep in several processes keep each other's answers
                 fresh.write_text(json.dumps({**read_table(self.path), key: answer}, indent=1, sort_keys=True))
                 fresh.replace(self.path)
         except OSError as error:
             if self.writable:
-                log.warning("measured choices cannot be kept in %s (%s); every run measures anew", self.path, error.strerror)
+                log.warning(
+                    "measured choices cannot be kept in %s (%s); every run measures anew",
+                    self.path,
+                    error.strerror,
+                )
             self.writable = False
 
 

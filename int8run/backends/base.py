@@ -37,13 +37,17 @@ class Limits:
             return [f"runs on {' and '.join(self.devices)}, not on {device.type}"]
         reasons = []
         if device.type == "cpu" and self.cpu_features and not has_cpu_feature(self.cpu_features):
-            reasons.append(f"needs a CPU with {' or '.join(self.cpu_features)}: without, int8 products saturate")
+            reasons.append(
+                f"needs a CPU with {' or '.join(self.cpu_features)}: without, int8 products saturate"
+            )
         elif (
             device.type == "cuda"
             and self.cuda_capability > (0, 0)
             and (have := torch.cuda.get_device_capability(device)) < self.cuda_capability
         ):
-            reasons.append(f"needs compute capability {version(self.cuda_capability)}, this GPU has {version(have)}")
+            reasons.append(
+                f"needs compute capability {version(self.cuda_capability)}, this GPU has {version(have)}"
+            )
         if self.compiler and not any(map(shutil.which, COMPILERS)):
             reasons.append(f"needs a C++ compiler on the PATH ({', '.join(COMPILERS)})")
         missing = [m for m in self.modules if importlib.util.find_spec(m) is None]
@@ -73,7 +77,9 @@ class Quantized(NamedTuple):
 
     q: Tensor  # [M, K], int8 or uint8, K possibly padded
     scale: Tensor  # float32, one per row
-    h: Tensor | None = None  # float32 [M, r]: the branch's down-projection, where the backend computes it from x in passing
+    h: Tensor | None = (
+        None  # float32 [M, r]: the branch's down-projection, where the backend computes it from x in passing
+    )
     rotation: int = 0  # group still to be rotated, by a backend that quantizes inside its product
 
 
@@ -102,7 +108,9 @@ class Backend(Protocol):
         """The weight in the layout that `linear` wants; computed once per layer."""
         ...
 
-    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
+    def quantize(
+        self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
+    ) -> Quantized:
         """Quantize each row: GELU on the columns from `gelu_from` (-1: none), times `factor`, groups rotated, rounded.
 
         Args:
@@ -114,9 +122,15 @@ class Backend(Protocol):
         ...
 
     def linear(
-        self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
-        branch: FusedBranch | None, strengths: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Quantized,
+        packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        branch: FusedBranch | None,
+        strengths: Tensor | None,
+    ) -> Tensor:
         """Multiply, scale, add the bias and the branch. w_scale: float32 [N], bias: float32 [N] -> [M, N] of the dtype."""
         ...
 
@@ -141,7 +155,9 @@ class Timer(Protocol):
         """Where it measures."""
         ...
 
-    def measure(self, backends: Iterable[Backend], rows: int, in_features: int, out_features: int) -> dict[str, float]:
+    def measure(
+        self, backends: Iterable[Backend], rows: int, in_features: int, out_features: int
+    ) -> dict[str, float]:
         """Seconds of each backend."""
         ...
 
@@ -157,4 +173,6 @@ class Tunable(Protocol):
 
 def run_layer(backend: Backend, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
     """A whole layer without transform and branch: quantize x, multiply. x: float [M, K] -> [M, N], x's dtype."""
-    return backend.linear(backend.quantize(x, None, None, -1, None), packed, w_scale, bias, x.dtype, None, None)
+    return backend.linear(
+        backend.quantize(x, None, None, -1, None), packed, w_scale, bias, x.dtype, None, None
+    )

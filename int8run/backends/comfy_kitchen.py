@@ -21,24 +21,35 @@ class ComfyKitchen:
 
     name: ClassVar[str] = "comfy_kitchen"
     limits: ClassVar[Limits] = Limits(
-        modules=("comfy_kitchen",), cuda_capability=(7, 5), cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"),
-        max_in_features=SIGNED_SUMS, extra=True,
-    )  # fmt: skip
+        modules=("comfy_kitchen",),
+        cuda_capability=(7, 5),
+        cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"),
+        max_in_features=SIGNED_SUMS,
+        extra=True,
+    )
 
     def pack(self, weight: QuantizedWeight) -> Tensor:
         """The integers as they are, [N, K]."""
         return weight.qdata.contiguous()
 
-    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
+    def quantize(
+        self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
+    ) -> Quantized:
         """x: [M, K], not quantized yet; a regular rotation is left to the product, which knows no other."""
         inside = rotation if rotation and not rotation.sylvester else None
         before = transform_rows(x, factor, None if inside else rotation, gelu_from)
         return Quantized(before, x, rotation=inside.group if inside else 0)
 
     def linear(
-        self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
-        branch: FusedBranch | None, strengths: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Quantized,
+        packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        branch: FusedBranch | None,
+        strengths: Tensor | None,
+    ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         # an optional package, imported where it runs
         from comfy_kitchen import int8_linear

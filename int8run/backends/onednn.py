@@ -17,19 +17,25 @@ ZERO_POINT = 128
 
 
 @torch.library.custom_op("int8run::onednn_linear", mutates_args=())
-def onednn_linear(q: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def onednn_linear(
+    q: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """The product as one operator: Inductor wants a packed weight to be a constant of its graph, which this hides.
 
     q: uint8 [M, K], x_scale: float32 [M, 1], packed: oneDNN's layout of [N, K], w_scale: float32 [N] -> [M, N] of the dtype.
     """
     no_zero_points = torch.zeros(w_scale.shape[0], dtype=torch.int32)
-    y = torch.ops.onednn.qlinear_pointwise(q, 1.0, ZERO_POINT, packed, w_scale, no_zero_points, None, 1.0, 0, torch.float32, "none", [], "")
+    y = torch.ops.onednn.qlinear_pointwise(
+        q, 1.0, ZERO_POINT, packed, w_scale, no_zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+    )
     y = y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale)
     return y.to(dtype)
 
 
 @onednn_linear.register_fake
-def _(q: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _(
+    q: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     return w_scale.new_empty((q.shape[0], w_scale.shape[0]), dtype=dtype)
 
 
@@ -38,19 +44,29 @@ class OneDnn:
     """Prepacked u8 x s8 with the weight scales inside oneDNN and the token scales and bias in one pass after it."""
 
     name: ClassVar[str] = "onednn"
-    limits: ClassVar[Limits] = Limits(devices=("cpu",), cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"), max_in_features=UNSIGNED_SUMS)
+    limits: ClassVar[Limits] = Limits(
+        devices=("cpu",), cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"), max_in_features=UNSIGNED_SUMS
+    )
 
     def pack(self, weight: QuantizedWeight) -> Tensor:
         """oneDNN's private blocked layout, [K, N]; opaque, so it cannot be saved."""
         return torch.ops.onednn.qlinear_prepack(weight.qdata, None)
 
-    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
+    def quantize(
+        self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
+    ) -> Quantized:
         """x: [M, K] -> uint8 [M, K] and scales [M, 1]."""
         return Quantized(*quantize_rowwise(transform_rows(x, factor, rotation, gelu_from), ZERO_POINT))
 
     def linear(
-        self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
-        branch: FusedBranch | None, strengths: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Quantized,
+        packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        branch: FusedBranch | None,
+        strengths: Tensor | None,
+    ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         return onednn_linear(x.q, x.scale, packed, w_scale, bias, dtype)

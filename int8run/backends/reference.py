@@ -24,13 +24,21 @@ class Reference:
         """The integers as they are, [N, K]."""
         return weight.qdata
 
-    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
+    def quantize(
+        self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
+    ) -> Quantized:
         """x: [M, K] -> int8 [M, K] and scales [M, 1]."""
         return Quantized(*quantize_rowwise(transform_rows(x, factor, rotation, gelu_from)))
 
     def linear(
-        self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
-        branch: FusedBranch | None, strengths: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Quantized,
+        packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        branch: FusedBranch | None,
+        strengths: Tensor | None,
+    ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         return int8_linear(x.q, x.scale, packed, w_scale, bias).to(dtype)

@@ -44,7 +44,9 @@ def made_of(value: Any) -> Any:
 
 def usable_here(device: torch.device) -> list[str]:
     """Names of the backends that can run on this device, as the command line knows them."""
-    return [name for name in sorted(shipped_names()) if not named(read_option(name)[TARGET]).limits.refuse(device)]
+    return [
+        name for name in sorted(shipped_names()) if not named(read_option(name)[TARGET]).limits.refuse(device)
+    ]
 
 
 def read_option(name: str) -> Mapping[str, Any]:

@@ -22,7 +22,9 @@ class TorchIntMM:
     """Works wherever torch has an int8 product; repacks the weight at every call on CPUs."""
 
     name: ClassVar[str] = "torch_int_mm"
-    limits: ClassVar[Limits] = Limits(cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"), max_in_features=SIGNED_SUMS)
+    limits: ClassVar[Limits] = Limits(
+        cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"), max_in_features=SIGNED_SUMS
+    )
 
     def pack(self, weight: QuantizedWeight) -> Tensor:
         """The integers as they are; on CUDA padded with zeros to multiples of 8. [N, K]."""
@@ -32,7 +34,9 @@ class TorchIntMM:
         n, k = weight.qdata.shape
         return F.pad(weight.qdata, (0, -k % CUDA_MULTIPLE, 0, -n % CUDA_MULTIPLE))
 
-    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
+    def quantize(
+        self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
+    ) -> Quantized:
         """x: [M, K] -> int8 and scales [M, 1]; padded as `_int_mm` wants it, so M and K may be larger."""
         q, scale = quantize_rowwise(transform_rows(x, factor, rotation, gelu_from))
         rows, k = q.shape
@@ -43,9 +47,15 @@ class TorchIntMM:
         return Quantized(q, scale)
 
     def linear(
-        self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
-        branch: FusedBranch | None, strengths: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Quantized,
+        packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        branch: FusedBranch | None,
+        strengths: Tensor | None,
+    ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         accumulated = torch._int_mm(x.q, packed.T)[: x.scale.shape[0], : w_scale.shape[0]]
         y = accumulated.float().mul_(w_scale)

@@ -33,17 +33,25 @@ class Triton:
     table: str | None = None
     name: ClassVar[str] = "triton"
     limits: ClassVar[Limits] = Limits(
-        devices=("cuda",), cuda_capability=(8, 0), modules=("triton",), fuses_gelu=True, max_in_features=SIGNED_SUMS
+        devices=("cuda",),
+        cuda_capability=(8, 0),
+        modules=("triton",),
+        fuses_gelu=True,
+        max_in_features=SIGNED_SUMS,
     )
 
     def pack(self, weight: QuantizedWeight) -> Tensor:
         """The integers as they are, [N, K]: one copy, K contiguous as the tensor cores want it."""
         n, k = weight.qdata.shape
-        if self.tile is None and (k, n) not in self.tiles:  # here, because a compiled graph cannot read a file
+        if (
+            self.tile is None and (k, n) not in self.tiles
+        ):  # here, because a compiled graph cannot read a file
             self.tiles[k, n] = self.tiles_for(weight.qdata.device, k, n)
         return weight.qdata.contiguous()
 
-    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
+    def quantize(
+        self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
+    ) -> Quantized:
         """x: [M, K] -> int8 [M, K], scales [M, 1] and, with `down`, its product with the transformed x."""
         # imported where it runs: a CPU has no use for Triton
         from int8run.kernels.quantize_rowwise.kernel import quantize_rowwise
@@ -53,13 +61,21 @@ class Triton:
         x = x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
         if down is not None and down.dtype != x.dtype:  # an input that is not in the model's dtype
             down = down.to(x.dtype)
-        q, scale, h = quantize_rowwise(x, factor, *((rotation.group, rotation.sylvester) if rotation else (0, False)), gelu_from, down)
+        q, scale, h = quantize_rowwise(
+            x, factor, *((rotation.group, rotation.sylvester) if rotation else (0, False)), gelu_from, down
+        )
         return Quantized(q, scale, None if down is None else h)
 
     def linear(
-        self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
-        branch: FusedBranch | None, strengths: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Quantized,
+        packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        branch: FusedBranch | None,
+        strengths: Tensor | None,
+    ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         from int8run.kernels.int8_linear.kernel import int8_linear
 
@@ -67,11 +83,17 @@ class Triton:
             return x.q.new_empty((0, packed.shape[0]), dtype=dtype)
         up = None if branch is None or x.h is None else branch.up
         if strengths is not None and up is not None:
-            strengths = F.pad(strengths, (0, up.shape[1] - strengths.shape[0])) if up.shape[1] != strengths.shape[0] else strengths
+            strengths = (
+                F.pad(strengths, (0, up.shape[1] - strengths.shape[0]))
+                if up.shape[1] != strengths.shape[0]
+                else strengths
+            )
         n, k = packed.shape
         tile = self.tile or self.tiles[k, n][BUCKETS.index(bucket(x.q.shape[0]))]
         h = None if up is None else x.h
-        return int8_linear(x.q, x.scale, packed, w_scale, 0, bias, h, up, dtype, tile, None if up is None else strengths)
+        return int8_linear(
+            x.q, x.scale, packed, w_scale, 0, bias, h, up, dtype, tile, None if up is None else strengths
+        )
 
     def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch | None:
         """Both factors in the model's dtype, ranks filled up with zeros; None beyond the rank that the kernel's registers hold."""
@@ -94,16 +116,23 @@ class Triton:
         """A tile for each bucket of rows."""
         table, capability = self.choices(device), torch.cuda.get_device_capability(device)
         found = [table.get(tile_question(rows, k, n)) for rows in BUCKETS]
-        return tuple(Tile(*map(int, f.split(","))) if f else default_tile(capability, rows) for f, rows in zip(found, BUCKETS, strict=True))
+        return tuple(
+            Tile(*map(int, f.split(","))) if f else default_tile(capability, rows)
+            for f, rows in zip(found, BUCKETS, strict=True)
+        )
 
     def tune(self, timer: Timer, rows: int, in_features: int, out_features: int) -> None:
         """Time every candidate tile and keep the fastest. A tile asked for by name is left alone."""
         if self.tile is not None:
             return
         tiles = candidates(torch.cuda.get_device_capability(timer.device), rows)
-        seconds = [timer.measure([replace(self, tile=t)], rows, in_features, out_features)[self.name] for t in tiles]
+        seconds = [
+            timer.measure([replace(self, tile=t)], rows, in_features, out_features)[self.name] for t in tiles
+        ]
         best = tiles[seconds.index(min(seconds))]
-        self.choices(timer.device).put(tile_question(rows, in_features, out_features), ",".join(map(str, best.as_list())))
+        self.choices(timer.device).put(
+            tile_question(rows, in_features, out_features), ",".join(map(str, best.as_list()))
+        )
         self.tiles.pop((in_features, out_features), None)
 
 
@@ -113,14 +142,26 @@ def tile_question(rows: int, k: int, n: int) -> str:
 
 
 def tile(
-    block_m: int | None, block_n: int | None, block_k: int | None, group_m: int | None, warps: int | None, stages: int | None
+    block_m: int | None,
+    block_n: int | None,
+    block_k: int | None,
+    group_m: int | None,
+    warps: int | None,
+    stages: int | None,
 ) -> Tile | None:
     """The tile that a config names; None when it names none.
 
     Raises:
         ConfigError: when it names some fields and not others, or a value that the kernel does not take.
     """
-    fields = {"block_m": block_m, "block_n": block_n, "block_k": block_k, "group_m": group_m, "warps": warps, "stages": stages}
+    fields = {
+        "block_m": block_m,
+        "block_n": block_n,
+        "block_k": block_k,
+        "group_m": group_m,
+        "warps": warps,
+        "stages": stages,
+    }
     given = {name: value for name, value in fields.items() if value is not None}
     if not given:
         return None

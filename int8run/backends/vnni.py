@@ -26,7 +26,11 @@ class Vnni:
     name: ClassVar[str] = "vnni"
     # unsigned activations may wrap the sums around; taking 128 times the weights' sum away wraps them back
     limits: ClassVar[Limits] = Limits(
-        devices=("cpu",), cpu_features=("avx512_vnni",), compiler=True, fuses_gelu=True, max_in_features=SIGNED_SUMS
+        devices=("cpu",),
+        cpu_features=("avx512_vnni",),
+        compiler=True,
+        fuses_gelu=True,
+        max_in_features=SIGNED_SUMS,
     )
 
     def __post_init__(self) -> None:
@@ -44,23 +48,42 @@ class Vnni:
             raise BackendError(f"backend vnni: {error}; backend=auto takes the next best") from error
         return vnni.pack(weight.qdata)
 
-    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
+    def quantize(
+        self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
+    ) -> Quantized:
         """x: [M, K] -> uint8 [M, K] and scales [M]."""
-        return Quantized(*vnni.quantize(x, factor, rotation.group if rotation else 0, bool(rotation and rotation.sylvester), gelu_from))
+        return Quantized(
+            *vnni.quantize(
+                x, factor, rotation.group if rotation else 0, bool(rotation and rotation.sylvester), gelu_from
+            )
+        )
 
     def linear(
-        self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
-        branch: FusedBranch | None, strengths: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Quantized,
+        packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        branch: FusedBranch | None,
+        strengths: Tensor | None,
+    ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         if branch is None or branch.down_scale is None or strengths is None:
             return vnni.linear(x.q, x.scale, packed, w_scale, bias, dtype)
         down_scale = branch.down_scale * strengths
-        return vnni.linear(x.q, x.scale, packed, w_scale, bias, dtype, branch.down, down_scale, branch.up, branch.up_scale)
+        return vnni.linear(
+            x.q, x.scale, packed, w_scale, bias, dtype, branch.down, down_scale, branch.up, branch.up_scale
+        )
 
     def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch | None:
         """Both factors int8 with a scale per row, so that the branch uses the quantized x and the same instructions."""
         if not self.int8_branch:
             return None
         down, up = quantize_weight(lora_A), quantize_weight(lora_B)
-        return FusedBranch(vnni.pack(down.qdata), vnni.pack(up.qdata), down.scale[:, 0].contiguous(), up.scale[:, 0].contiguous())
+        return FusedBranch(
+            vnni.pack(down.qdata),
+            vnni.pack(up.qdata),
+            down.scale[:, 0].contiguous(),
+            up.scale[:, 0].contiguous(),
+        )

@@ -79,7 +79,9 @@ class Blocked(Protocol):
     def keys(self) -> Mapping[str, str]: ...
 
 
-def check(files: TensorFiles, info: TensorInfo, name: str, kind: str, keys: Mapping[str, str], marker: Marker | None) -> RealShape:
+def check(
+    files: TensorFiles, info: TensorInfo, name: str, kind: str, keys: Mapping[str, str], marker: Marker | None
+) -> RealShape:
     """Refuse what no writer makes; the block scales' numbers are left to `check_scales`.
 
     Returns:
@@ -102,17 +104,23 @@ def check(files: TensorFiles, info: TensorInfo, name: str, kind: str, keys: Mapp
             f"{of.block}"
         )
     if marker is not None and marker.group():
-        raise FileError(f"{marker.where} says that a weight in {kind} is rotated; int8run knows no such format")
+        raise FileError(
+            f"{marker.where} says that a weight in {kind} is rotated; int8run knows no such format"
+        )
     if marker is not None and marker.block not in (None, of.block):
         raise FileError(f"{marker.where} names blocks of {marker.block}; {kind} has blocks of {of.block}")
     scale = files[keys["scale"]]
     if scale.dtype not in of.scales:
-        raise FileError(f"{scale.file}: {scale.key} is {scale.dtype}; the scales of {kind} are {' or '.join(of.scales)}")
+        raise FileError(
+            f"{scale.file}: {scale.key} is {scale.dtype}; the scales of {kind} are {' or '.join(of.scales)}"
+        )
     ways(files, info, kind, scale)
     if "global" in keys:
         one = files[keys["global"]]
         if one.shape not in ((), (1,), (1, 1)):
-            raise FileError(f"{one.file}: {one.key} has the shape {list(one.shape)}; it is one number for the whole weight")
+            raise FileError(
+                f"{one.file}: {one.key} has the shape {list(one.shape)}; it is one number for the whole weight"
+            )
         check_numbers(files, one.key)
     return real_shape(files, info, name, of, keys, marker)
 
@@ -135,7 +143,14 @@ def ways(files: TensorFiles, info: TensorInfo, kind: str, scale: TensorInfo) -> 
     return found
 
 
-def real_shape(files: TensorFiles, info: TensorInfo, name: str, of: BlockKind, keys: Mapping[str, str], marker: Marker | None) -> RealShape:
+def real_shape(
+    files: TensorFiles,
+    info: TensorInfo,
+    name: str,
+    of: BlockKind,
+    keys: Mapping[str, str],
+    marker: Marker | None,
+) -> RealShape:
     """What the marker says, else of N what the bias and of K what the factor says, else the padded shape.
 
     Raises:
@@ -164,10 +179,19 @@ def real_shape(files: TensorFiles, info: TensorInfo, name: str, of: BlockKind, k
 
 def is_padded_from(shape: tuple[int, ...], padded: tuple[int, ...], multiple: int) -> bool:
     """Whether sizes are padded to others, or are the same."""
-    return all(size <= whole and whole in (size, padded_to(size, multiple)) for size, whole in zip(shape, padded, strict=True))
+    return all(
+        size <= whole and whole in (size, padded_to(size, multiple))
+        for size, whole in zip(shape, padded, strict=True)
+    )
 
 
-def settle(files: TensorFiles, kind: str, layers: Mapping[str, Blocked], marked: Mapping[str, Marker], asked: str | None) -> str:
+def settle(
+    files: TensorFiles,
+    kind: str,
+    layers: Mapping[str, Blocked],
+    marked: Mapping[str, Marker],
+    asked: str | None,
+) -> str:
     """The word of all layers of a kind: as markers or shapes say, else as is asked, else by the folder's config.
 
     Args:
@@ -219,10 +243,14 @@ def check_scales(files: TensorFiles, info: TensorInfo, word: str, key: str) -> N
         scale = scale.flatten()[swizzled_offsets(info.shape[0], of.columns(info) // of.block)]
     wrong = int(((scale >= of.first_wrong) & (scale != MINUS_ZERO)).sum())
     if wrong:
-        raise FileError(f"{info.file}: {wrong} of {scale.numel()} numbers of {key} are NaN or negative; the file is damaged")
+        raise FileError(
+            f"{info.file}: {wrong} of {scale.numel()} numbers of {key} are NaN or negative; the file is damaged"
+        )
 
 
-def read_whole(files: TensorFiles, key: str, word: str, keys: Mapping[str, str], shape: tuple[int, int]) -> CodedWeight:
+def read_whole(
+    files: TensorFiles, key: str, word: str, keys: Mapping[str, str], shape: tuple[int, int]
+) -> CodedWeight:
     """A weight as it lies in the file.
 
     Args:
@@ -232,10 +260,19 @@ def read_whole(files: TensorFiles, key: str, word: str, keys: Mapping[str, str],
         shape: N and K without padding.
     """
     tiles = word in IN_TILES
-    return CodedWeight(files.read(key), files.read(keys["scale"]), shape, one_number(files, keys), swizzled=tiles, high_first=tiles)
+    return CodedWeight(
+        files.read(key),
+        files.read(keys["scale"]),
+        shape,
+        one_number(files, keys),
+        swizzled=tiles,
+        high_first=tiles,
+    )
 
 
-def read_rows(files: TensorFiles, key: str, word: str, keys: Mapping[str, str], start: int, stop: int) -> CodedWeight:
+def read_rows(
+    files: TensorFiles, key: str, word: str, keys: Mapping[str, str], start: int, stop: int
+) -> CodedWeight:
     """Some rows of a weight with all columns of the file, the scales in rows. Of scales in tiles the tiles of these rows are read."""
     of, tiles = KIND_OF[word], word in IN_TILES
     codes = files.read(key, slice(start, stop))
@@ -245,7 +282,9 @@ def read_rows(files: TensorFiles, key: str, word: str, keys: Mapping[str, str], 
     if tiles:
         offsets = swizzled_offsets(stop - first, columns // of.block)[start - first :]
         scale = scale.view(torch.uint8).flatten()[offsets].view(scale.dtype)
-    return CodedWeight(codes, scale, (stop - start, columns), one_number(files, keys), swizzled=False, high_first=tiles)
+    return CodedWeight(
+        codes, scale, (stop - start, columns), one_number(files, keys), swizzled=False, high_first=tiles
+    )
 
 
 def one_number(files: TensorFiles, keys: Mapping[str, str]) -> Tensor | None:

@@ -19,7 +19,9 @@ from int8run.quant.formats import BLOCK, ROW, Format
 from int8run.quant.packed_weight import CodedWeight
 
 GLOBAL_SCALE = "weight_scale_2"
-TORCH = {word: getattr(torch, name) for word, (_, name) in DTYPES.items() if name}  # safetensors' word -> torch's dtype
+TORCH = {
+    word: getattr(torch, name) for word, (_, name) in DTYPES.items() if name
+}  # safetensors' word -> torch's dtype
 WORDS = {dtype: word for word, dtype in TORCH.items()}
 
 
@@ -37,7 +39,9 @@ def marker(form: Format, shape: tuple[int, int], transform: OutlierTransform) ->
     if form.read_only:
         raise ValueError(f"{form.name} is read and never written")
     if transform.group_size or transform.centered:
-        raise ValueError(f"no marker of {form.name} can tell of {transform.label}; int8 with a scale for each row can have it")
+        raise ValueError(
+            f"no marker of {form.name} can tell of {transform.label}; int8 with a scale for each row can have it"
+        )
     found: dict[str, object] = {"format": form.marker} if form.marker else {}
     if form.block and form.granularity != BLOCK:
         found["group_size"] = form.block
@@ -82,7 +86,9 @@ def scale_word(form: Format) -> str:
     return "F8_E4M3" if form.codes == torch.uint8 else "U8"
 
 
-def coded_tensors(key: str, weight: CodedWeight, form: Format, transform: OutlierTransform) -> dict[str, Tensor | bytes]:
+def coded_tensors(
+    key: str, weight: CodedWeight, form: Format, transform: OutlierTransform
+) -> dict[str, Tensor | bytes]:
     """The same with the numbers, under the same keys, for `StreamWriter.write`. Scales out of files get the format's dtype and shape.
 
     Raises:
@@ -93,9 +99,11 @@ def coded_tensors(key: str, weight: CodedWeight, form: Format, transform: Outlie
             f"{key} cannot be written as {form.name}: its codes, {weight.kind} {list(weight.qdata.shape)}, are in another format"
         )
     numbers = {
-        key: weight.qdata, beside(key, SCALE): weight.scale, beside(key, GLOBAL_SCALE): weight.global_scale,
+        key: weight.qdata,
+        beside(key, SCALE): weight.scale,
+        beside(key, GLOBAL_SCALE): weight.global_scale,
         beside(key, FACTOR): transform.factor,
-    }  # fmt: skip
+    }
     found: dict[str, Tensor | bytes] = {}
     for name, word, shape in coded_entries(key, form, weight.shape, transform):
         tensor = numbers.get(name)
@@ -112,7 +120,8 @@ def is_in(form: Format, weight: CodedWeight) -> bool:
     scale = form.scale_shape(*weight.shape)
     return (
         codes == (form.kind, form.codes, form.codes_shape(*weight.shape))
-        and (None if weight.scale is None else weight.scale.numel()) == (None if scale is None else prod(scale))
+        and (None if weight.scale is None else weight.scale.numel())
+        == (None if scale is None else prod(scale))
         and (form.granularity != BLOCK or weight.swizzled)
         and (form.codes != torch.uint8 or (weight.high_first and weight.global_scale is not None))
     )

@@ -57,9 +57,13 @@ def marker(transform: OutlierTransform) -> dict[str, object]:
         return {"format": COMFY, "convrot": True, "convrot_groupsize": transform.group_size, "per_row": True}
     kind = {"rotation": "sylvester" if transform.sylvester else "regular", "group_size": transform.group_size}
     return {
-        "format": OURS, "outlier": transform.method, "settings": transform.settings, **(kind if transform.group_size else {}),
-        "centered": transform.centered, "factor": transform.factor is not None,
-    }  # fmt: skip
+        "format": OURS,
+        "outlier": transform.method,
+        "settings": transform.settings,
+        **(kind if transform.group_size else {}),
+        "centered": transform.centered,
+        "factor": transform.factor is not None,
+    }
 
 
 def marker_bytes(transform: OutlierTransform) -> bytes:

@@ -26,14 +26,24 @@ from int8run.outlier.base import NONE
 log = logging.getLogger(__name__)
 # what a tensor beside `L.weight` is for -> its names, `L.` in front
 PARTS = {
-    "scale": ("weight_scale", "scale_weight", "weight_scale_inv", "scale", "weight.scale", "weight.weight_scale"),
+    "scale": (
+        "weight_scale",
+        "scale_weight",
+        "weight_scale_inv",
+        "scale",
+        "weight.scale",
+        "weight.weight_scale",
+    ),
     "input": ("input_scale", "scale_input", "act_scale", "input.scale", "input.input_scale"),
     "marker": ("comfy_quant",),
     "factor": ("pre_quant_scale",),
-    "global": ("weight_scale_2",), "scalar": ("weight_scalar",),  # nvfp4; hybrid_mxfp8
-    "matrix": ("quarot_hadamard",), "sigma": ("hadanorm_sigma",), "copy": ("weight_packed",),  # INT8-Toolkit
+    "global": ("weight_scale_2",),
+    "scalar": ("weight_scalar",),  # nvfp4; hybrid_mxfp8
+    "matrix": ("quarot_hadamard",),
+    "sigma": ("hadanorm_sigma",),
+    "copy": ("weight_packed",),  # INT8-Toolkit
     **{name: (name,) for name in quip.PARTS},
-}  # fmt: skip
+}
 # other tensors are called so as well, for example the weights of norms
 COMMON = ("scale", "weight.scale", "input.scale")
 # kind of weight -> the parts that it may have
@@ -63,12 +73,19 @@ FORMATS = {
 # dtype in the file and granularity -> the word for the format of such a layer, where there is one
 CONVROT = "int8_convrot"
 WORDS = {
-    ("I8", "tensor"): "int8_tensorwise", ("I8", "row"): "int8_rowwise", ("I8", "transposed"): "int8_rowwise",
-    ("I8", "grid"): "int8_blockwise", ("I8", "block3d"): "int8_block3d",
-    ("F8_E4M3", ""): "float8_e4m3fn_cast", ("F8_E4M3", "tensor"): "float8_e4m3fn", ("F8_E4M3", "row"): "float8_e4m3fn_rowwise",
-    ("F8_E4M3", "grid"): "float8_e4m3fn_blockwise", ("F8_E4M3", "block3d"): "float8_e4m3fn_block3d",
-    ("F8_E5M2", ""): "float8_e5m2_cast", ("F8_E5M2", "tensor"): "float8_e5m2",
-}  # fmt: skip
+    ("I8", "tensor"): "int8_tensorwise",
+    ("I8", "row"): "int8_rowwise",
+    ("I8", "transposed"): "int8_rowwise",
+    ("I8", "grid"): "int8_blockwise",
+    ("I8", "block3d"): "int8_block3d",
+    ("F8_E4M3", ""): "float8_e4m3fn_cast",
+    ("F8_E4M3", "tensor"): "float8_e4m3fn",
+    ("F8_E4M3", "row"): "float8_e4m3fn_rowwise",
+    ("F8_E4M3", "grid"): "float8_e4m3fn_blockwise",
+    ("F8_E4M3", "block3d"): "float8_e4m3fn_block3d",
+    ("F8_E5M2", ""): "float8_e5m2_cast",
+    ("F8_E5M2", "tensor"): "float8_e5m2",
+}
 USUAL_GROUPS = (256, 64, 16)  # of a rotation that a file does not describe: the first that divides K
 WHOLE_FILE = "scaled_fp8"  # a tensor that says: the fp8 weights below its prefix have scales. lightx2v writes it into int8 files too
 
@@ -89,22 +106,32 @@ def stored_layers(files: TensorFiles, prefix: str = "", asked: str | None = None
     refuse_foreign(files, prefix)
     markers = read_markers(files, prefix)
     refuse_orphans(files, prefix)
-    names = [key.removesuffix(".weight") for key in files if key.startswith(prefix) and key.endswith(".weight")]
-    rotated = asked == CONVROT and not any(files[f"{name}.weight"].dtype == "I8" for name in names if name in markers)
+    names = [
+        key.removesuffix(".weight") for key in files if key.startswith(prefix) and key.endswith(".weight")
+    ]
+    rotated = asked == CONVROT and not any(
+        files[f"{name}.weight"].dtype == "I8" for name in names if name in markers
+    )
     found = {name: classify(files, name, markers.get(name), rotated) for name in names}
     layers = {name: layer for name, layer in found.items() if layer is not None}
     layers |= settled(files, layers, markers, asked)
     refuse_mixtures(files, prefix, layers, markers)
     tell_wrong_labels(files, layers, markers)
     if scalars := sum("scalar" in layer.keys for layer in layers.values()):
-        log.info("%s: %d mxfp8 layers have one scale more for the whole weight; those of their blocks are used", files.path, scalars)
+        log.info(
+            "%s: %d mxfp8 layers have one scale more for the whole weight; those of their blocks are used",
+            files.path,
+            scalars,
+        )
     return layers
 
 
 def real_shapes(files: TensorFiles, layers: Mapping[str, StoredLayer]) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor as a model has it, as far as the file tells: of a weight with two numbers a byte [N, K], not [N, K / 2]."""
     shapes = {key: info.shape for key, info in files.items()}
-    return shapes | {layer.key: (layer.rows, layer.columns) for layer in layers.values() if len(layer.shape) == 2}
+    return shapes | {
+        layer.key: (layer.rows, layer.columns) for layer in layers.values() if len(layer.shape) == 2
+    }
 
 
 def refuse_orphans(files: TensorFiles, prefix: str) -> None:
@@ -114,10 +141,18 @@ def refuse_orphans(files: TensorFiles, prefix: str) -> None:
         layer, _, suffix = key.rpartition(".")
         if not key.startswith(prefix):
             continue
-        if suffix in suffixes and f"{layer}.weight" not in files and not (layer.endswith(".weight") and layer in files):
-            raise FileError(f"{files[key].file}: {key} belongs to no weight, {layer}.weight is missing; the file is incomplete")
+        if (
+            suffix in suffixes
+            and f"{layer}.weight" not in files
+            and not (layer.endswith(".weight") and layer in files)
+        ):
+            raise FileError(
+                f"{files[key].file}: {key} belongs to no weight, {layer}.weight is missing; the file is incomplete"
+            )
         if files[key].dtype == "I8" and suffix not in ("weight", "weight_packed", quip.HADAMARD):
-            raise FileError(f"{files[key].file}: {key} is I8 and no layer's weight; int8run reads int8 weights of layers")
+            raise FileError(
+                f"{files[key].file}: {key} is I8 and no layer's weight; int8run reads int8 weights of layers"
+            )
 
 
 def classify(files: TensorFiles, name: str, marker: Marker | None, rotated: bool) -> StoredLayer | None:
@@ -127,21 +162,29 @@ def classify(files: TensorFiles, name: str, marker: Marker | None, rotated: bool
     if marker is not None and marker.format in READERS:
         raise refused(files, marker.format, f"{name} says so")
     if kind is None:
-        raise FileError(f"{info.file}: {info.key} is {info.dtype}; int8run reads weights of {', '.join(KINDS)}")
+        raise FileError(
+            f"{info.file}: {info.key} is {info.dtype}; int8run reads weights of {', '.join(KINDS)}"
+        )
     keys = parts_of(files, name, kind)
     if kind == FP8 and "scale" in keys and files[keys["scale"]].dtype in BLOCKS[MXFP8].scales:
         kind = MXFP8
     strangers = [key for part, key in keys.items() if part not in ALLOWED[kind]]
     if strangers or (kind == FLOAT and marker is not None):
         what = strangers[0] if strangers else f"an entry in the header ({marker.format if marker else ''})"
-        raise FileError(f"{info.file}: {info.key} is {info.dtype} and has {what}, which such a weight cannot have; the file is damaged")
+        raise FileError(
+            f"{info.file}: {info.key} is {info.dtype} and has {what}, which such a weight cannot have; the file is damaged"
+        )
     if kind == FLOAT:
         return float_layer(files, info, name, keys)
     if marker is not None:
         check_format(files, info, kind, keys, marker)
     if kind in BLOCKS:
         return block_layer(files, info, name, kind, keys, marker)
-    return int8_layer(files, info, name, keys, marker, rotated) if kind == INT8 else fp8_layer(files, info, name, keys, marker)
+    return (
+        int8_layer(files, info, name, keys, marker, rotated)
+        if kind == INT8
+        else fp8_layer(files, info, name, keys, marker)
+    )
 
 
 def parts_of(files: TensorFiles, name: str, kind: str) -> dict[str, str]:
@@ -152,18 +195,28 @@ def parts_of(files: TensorFiles, name: str, kind: str) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for part, suffixes in PARTS.items():
-        keys = [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" in files and not (kind == FLOAT and suffix in COMMON)]
+        keys = [
+            f"{name}.{suffix}"
+            for suffix in suffixes
+            if f"{name}.{suffix}" in files and not (kind == FLOAT and suffix in COMMON)
+        ]
         if len(keys) > 1 and part == "scale":
-            raise FileError(f"{files.path}: {name} has two scales, {keys[0]} and {keys[1]}; nobody knows which is true")
+            raise FileError(
+                f"{files.path}: {name} has two scales, {keys[0]} and {keys[1]}; nobody knows which is true"
+            )
         if keys:
             found[part] = keys[0]
     return found
 
 
-def check_format(files: TensorFiles, info: TensorInfo, kind: str, keys: Mapping[str, str], marker: Marker) -> None:
+def check_format(
+    files: TensorFiles, info: TensorInfo, kind: str, keys: Mapping[str, str], marker: Marker
+) -> None:
     """Refuse a marker that is unknown or is of another kind of weight."""
     if marker.format not in FORMATS and not (marker.format == "" and kind == INT8):
-        raise FileError(f"{marker.where} names the format {marker.format!r}; int8run reads {', '.join(FORMATS)}")
+        raise FileError(
+            f"{marker.where} names the format {marker.format!r}; int8run reads {', '.join(FORMATS)}"
+        )
     if marker.format and FORMATS[marker.format][0] != kind:
         scale = f"a scale in {files[keys['scale']].dtype}" if "scale" in keys else "no scale"
         raise FileError(
@@ -171,10 +224,14 @@ def check_format(files: TensorFiles, info: TensorInfo, kind: str, keys: Mapping[
             "nobody knows which is true"
         )
     if marker.fields.get("num_experts") is not None:
-        raise FileError(f"{marker.where} describes a bank of experts; int8run reads layers with a matrix each")
+        raise FileError(
+            f"{marker.where} describes a bank of experts; int8run reads layers with a matrix each"
+        )
 
 
-def float_layer(files: TensorFiles, info: TensorInfo, name: str, keys: Mapping[str, str]) -> StoredLayer | None:
+def float_layer(
+    files: TensorFiles, info: TensorInfo, name: str, keys: Mapping[str, str]
+) -> StoredLayer | None:
     """A weight that is not quantized."""
     if "scale" in keys:
         check_numbers(files, keys["scale"])
@@ -185,10 +242,14 @@ def float_layer(files: TensorFiles, info: TensorInfo, name: str, keys: Mapping[s
     if len(info.shape) != 2:
         return None
     rows, columns = info.shape
-    return StoredLayer(name, FLOAT, "", rows, columns, DTYPES[info.dtype][1], info.shape, side_keys=tuple(keys.values()))
+    return StoredLayer(
+        name, FLOAT, "", rows, columns, DTYPES[info.dtype][1], info.shape, side_keys=tuple(keys.values())
+    )
 
 
-def fp8_layer(files: TensorFiles, info: TensorInfo, name: str, keys: dict[str, str], marker: Marker | None) -> StoredLayer | None:
+def fp8_layer(
+    files: TensorFiles, info: TensorInfo, name: str, keys: dict[str, str], marker: Marker | None
+) -> StoredLayer | None:
     """An fp8 weight: a plain cast without a scale, else stored times scale. The label e4m3 or e5m2 is the tensor's dtype."""
     if marker is not None and marker.group():
         raise FileError(f"{marker.where} says that an fp8 weight is rotated; int8run knows no such format")
@@ -208,20 +269,46 @@ def fp8_layer(files: TensorFiles, info: TensorInfo, name: str, keys: dict[str, s
     word = DTYPES[info.dtype][1]
     label = f"{word} scaled, {granularity}{f' {block}' if block else ''}" if granularity else f"{word} cast"
     return StoredLayer(
-        name, FP8, granularity, rows, columns, label, info.shape, block=block, keys=keys, side_keys=tuple(keys.values()),
-        format=WORDS.get((info.dtype, told_granularity(rows, columns, granularity or ("" if marker is None else "tensor"), marker)), ""),
-    )  # fmt: skip
+        name,
+        FP8,
+        granularity,
+        rows,
+        columns,
+        label,
+        info.shape,
+        block=block,
+        keys=keys,
+        side_keys=tuple(keys.values()),
+        format=WORDS.get(
+            (
+                info.dtype,
+                told_granularity(rows, columns, granularity or ("" if marker is None else "tensor"), marker),
+            ),
+            "",
+        ),
+    )
 
 
-def block_layer(files: TensorFiles, info: TensorInfo, name: str, kind: str, keys: dict[str, str], marker: Marker | None) -> StoredLayer:
+def block_layer(
+    files: TensorFiles, info: TensorInfo, name: str, kind: str, keys: dict[str, str], marker: Marker | None
+) -> StoredLayer:
     """A weight in mxfp8 or nvfp4; of which flavour is `settled` when all layers are known."""
     real = block_scaled.check(files, info, name, kind, keys, marker)
     if "factor" in keys:
         check_numbers(files, keys["factor"], (real.columns,))
     return StoredLayer(
-        name, kind, "block", real.rows, real.columns, kind, info.shape, block=BLOCKS[kind].block, keys=keys,
-        side_keys=tuple(keys.values()), told=real.told,
-    )  # fmt: skip
+        name,
+        kind,
+        "block",
+        real.rows,
+        real.columns,
+        kind,
+        info.shape,
+        block=BLOCKS[kind].block,
+        keys=keys,
+        side_keys=tuple(keys.values()),
+        told=real.told,
+    )
 
 
 def settled(
@@ -242,10 +329,19 @@ def settled(
     return found
 
 
-def int8_layer(files: TensorFiles, info: TensorInfo, name: str, keys: dict[str, str], marker: Marker | None, rotated: bool) -> StoredLayer:
+def int8_layer(
+    files: TensorFiles,
+    info: TensorInfo,
+    name: str,
+    keys: dict[str, str],
+    marker: Marker | None,
+    rotated: bool,
+) -> StoredLayer:
     """An INT8 weight. rotated: without a word in the file, if it has a scale a row."""
     if len(info.shape) != 2 or 0 in info.shape:
-        raise FileError(f"{info.file}: {info.key} is I8 {list(info.shape)}; int8run reads int8 weights [N, K]")
+        raise FileError(
+            f"{info.file}: {info.key} is I8 {list(info.shape)}; int8run reads int8 weights [N, K]"
+        )
     if "scale" not in keys:
         raise FileError(
             f"{info.file}: {name} is INT8 and has no weight_scale, so its numbers mean nothing; the file is incomplete, download it again"
@@ -253,7 +349,12 @@ def int8_layer(files: TensorFiles, info: TensorInfo, name: str, keys: dict[str, 
     granularity, block = granularity_of(files, info, keys["scale"], marker)
     rows, columns = info.shape if granularity != "transposed" else info.shape[::-1]
     method, group, sylvester, centered = rotation_of(files, info, name, keys, marker)
-    if rotated and granularity == "row" and not quip.is_transformed(keys) and not {"matrix", "sigma"} & set(keys):
+    if (
+        rotated
+        and granularity == "row"
+        and not quip.is_transformed(keys)
+        and not {"matrix", "sigma"} & set(keys)
+    ):
         group = next((size for size in USUAL_GROUPS if columns % size == 0), 0)
         method = "convrot" if group else method
     if group and columns % group:
@@ -262,7 +363,9 @@ def int8_layer(files: TensorFiles, info: TensorInfo, name: str, keys: dict[str, 
         )
     if quip.is_transformed(keys):
         if group or {"factor", "sigma"} & set(keys) or granularity == "transposed":
-            raise FileError(f"{info.file}: {name} is transformed by QuIP and in another way too; int8run knows no such format")
+            raise FileError(
+                f"{info.file}: {name} is transformed by QuIP and in another way too; int8run knows no such format"
+            )
         quip.check(files, keys, info)
         method = "quip"
     for part in ("factor", "sigma"):
@@ -273,12 +376,29 @@ def int8_layer(files: TensorFiles, info: TensorInfo, name: str, keys: dict[str, 
         settings = marker.fields["settings"]
     strange = sylvester or centered or quip.is_transformed(keys)
     word = word_of(info.dtype, told_granularity(rows, columns, granularity, marker), group, strange)
-    words = [marker.format if marker and marker.format else "int8", f"{granularity}{f' {block}' if block else ''}"]
+    words = [
+        marker.format if marker and marker.format else "int8",
+        f"{granularity}{f' {block}' if block else ''}",
+    ]
     words += [] if method == NONE else [f"{method}{f' {group}' if group else ''}"]
     return StoredLayer(
-        name, INT8, granularity, rows, columns, ", ".join(words), info.shape, method, settings, block, keys, group, sylvester, centered,
-        tuple(keys.values()), word,
-    )  # fmt: skip
+        name,
+        INT8,
+        granularity,
+        rows,
+        columns,
+        ", ".join(words),
+        info.shape,
+        method,
+        settings,
+        block,
+        keys,
+        group,
+        sylvester,
+        centered,
+        tuple(keys.values()),
+        word,
+    )
 
 
 def word_of(dtype: str, granularity: str, group: int, strange: bool) -> str:
@@ -297,7 +417,11 @@ def told_granularity(rows: int, columns: int, granularity: str, marker: Marker |
     promised = FORMATS[marker.format][1] if marker.format else ("tensor", "row")
     if "tensor" in promised and not marker.fields.get("per_row"):
         return granularity
-    possible = {"row": rows == 1, "grid": rows == columns == marker.block, "block3d": rows == 1 and columns == marker.block}
+    possible = {
+        "row": rows == 1,
+        "grid": rows == columns == marker.block,
+        "block3d": rows == 1 and columns == marker.block,
+    }
     return next((name for name in promised if possible.get(name)), granularity)
 
 
@@ -308,17 +432,26 @@ def rotation_of(
     group, sylvester = (0, False) if marker is None else (marker.group(), marker.sylvester())
     if marker is not None and marker.format == OURS:
         if marker.fields["factor"] != ("factor" in keys) or {"matrix", "sigma"} & set(keys):
-            raise FileError(f"{marker.where} and the tensors of {name} contradict each other in their factors; the file is damaged")
+            raise FileError(
+                f"{marker.where} and the tensors of {name} contradict each other in their factors; the file is damaged"
+            )
         return marker.fields["outlier"], group, sylvester, marker.fields["centered"]
     if not {"matrix", "sigma"} & set(keys):
         plain = "smoothquant" if "factor" in keys else NONE
         return ("quarot" if sylvester else "convrot") if group else plain, group, sylvester, False
     # INT8-Toolkit: the matrix itself lies beside the weight
     if group or "factor" in keys:
-        raise FileError(f"{info.file}: {name} is rotated by its marker and by the INT8-Toolkit's tensors; they contradict each other")
+        raise FileError(
+            f"{info.file}: {name} is rotated by its marker and by the INT8-Toolkit's tensors; they contradict each other"
+        )
     if "matrix" in keys:
         group, sylvester = told_by_matrix(files, keys["matrix"])
-    return "hadanorm" if "sigma" in keys else "quarot" if sylvester else "convrot", group, sylvester, "sigma" in keys
+    return (
+        "hadanorm" if "sigma" in keys else "quarot" if sylvester else "convrot",
+        group,
+        sylvester,
+        "sigma" in keys,
+    )
 
 
 def told_by_matrix(files: TensorFiles, key: str) -> tuple[int, bool]:
@@ -329,15 +462,25 @@ def told_by_matrix(files: TensorFiles, key: str) -> tuple[int, bool]:
         matrix = files.read(key).float()
         for sylvester in (True, False):
             possible = sylvester or is_power_of_4(size)
-            if possible and torch.allclose(matrix, hadamard(size, sylvester), atol=0.01 / size**0.5):  # half precision is good enough
+            if possible and torch.allclose(
+                matrix, hadamard(size, sylvester), atol=0.01 / size**0.5
+            ):  # half precision is good enough
                 return size, sylvester
-    raise FileError(f"{info.file}: {key} {info.dtype} {list(info.shape)} is no Hadamard matrix by Sylvester or a regular one")
+    raise FileError(
+        f"{info.file}: {key} {info.dtype} {list(info.shape)} is no Hadamard matrix by Sylvester or a regular one"
+    )
 
 
-def refuse_mixtures(files: TensorFiles, prefix: str, layers: Mapping[str, StoredLayer], markers: Mapping[str, Marker]) -> None:
+def refuse_mixtures(
+    files: TensorFiles, prefix: str, layers: Mapping[str, StoredLayer], markers: Mapping[str, Marker]
+) -> None:
     """Raise FileError for layers that make no sense beside the others."""
     int8 = [layer for layer in layers.values() if layer.kind == INT8]
-    silent = [x for x in int8 if x.name not in markers and not quip.is_transformed(x.keys) and not {"matrix", "sigma"} & set(x.keys)]
+    silent = [
+        x
+        for x in int8
+        if x.name not in markers and not quip.is_transformed(x.keys) and not {"matrix", "sigma"} & set(x.keys)
+    ]
     if silent and any(layer.name in markers for layer in int8):
         raise FileError(
             f"{files.path}: {silent[0].name} has no comfy_quant marker and other INT8 layers have one, so nobody knows whether it is "
@@ -345,9 +488,13 @@ def refuse_mixtures(files: TensorFiles, prefix: str, layers: Mapping[str, Stored
         )
     marks = [key for key in files if key.startswith(prefix) and is_file_marker(key)]
     for mark in marks:
-        below = [x for x in layers.values() if x.kind == FP8 and x.name.startswith(mark.removesuffix(WHOLE_FILE))]
+        below = [
+            x for x in layers.values() if x.kind == FP8 and x.name.startswith(mark.removesuffix(WHOLE_FILE))
+        ]
         if below and not any("scale" in layer.keys for layer in below):
-            raise FileError(f"{files.path}: {mark} says that fp8 weights have scales, and none has one ({below[0].name}); they were lost")
+            raise FileError(
+                f"{files.path}: {mark} says that fp8 weights have scales, and none has one ({below[0].name}); they were lost"
+            )
 
 
 def is_file_marker(key: str) -> bool:
@@ -355,7 +502,9 @@ def is_file_marker(key: str) -> bool:
     return key == WHOLE_FILE or key.endswith(f".{WHOLE_FILE}")
 
 
-def tell_wrong_labels(files: TensorFiles, layers: Mapping[str, StoredLayer], markers: Mapping[str, Marker]) -> None:
+def tell_wrong_labels(
+    files: TensorFiles, layers: Mapping[str, StoredLayer], markers: Mapping[str, Marker]
+) -> None:
     """One warning for each kind of label that the shape of the scale contradicts."""
     wrong: Counter[tuple[str, str]] = Counter()
     for name, layer in layers.items():
@@ -363,10 +512,19 @@ def tell_wrong_labels(files: TensorFiles, layers: Mapping[str, StoredLayer], mar
         if marker is None or not layer.granularity:
             continue
         promised = FORMATS[marker.format][1] if marker.format else ("tensor", "row")
-        per_row, granularity = marker.fields.get("per_row"), told_granularity(layer.rows, layer.columns, layer.granularity, marker)
+        per_row, granularity = (
+            marker.fields.get("per_row"),
+            told_granularity(layer.rows, layer.columns, layer.granularity, marker),
+        )
         if granularity not in promised:
             wrong[marker.format or "int8", granularity] += 1
         elif per_row is not None and per_row != (granularity == "row"):
             wrong[f"per_row={per_row}", granularity] += 1
     for (label, shape), count in wrong.items():
-        log.warning("%s: %d layers are labelled %s and have scales by %s; the shape of the scales counts", files.path, count, label, shape)
+        log.warning(
+            "%s: %d layers are labelled %s and have scales by %s; the shape of the scales counts",
+            files.path,
+            count,
+            label,
+            shape,
+        )

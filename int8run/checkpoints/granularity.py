@@ -21,7 +21,9 @@ def granularity_of(files: TensorFiles, info: TensorInfo, key: str, marker: Marke
     """
     scale = files[key]
     if scale.dtype not in SCALES:
-        raise FileError(f"{scale.file}: {key} is {scale.dtype}, and {info.key} is {info.dtype}; its scales are {', '.join(SCALES)}")
+        raise FileError(
+            f"{scale.file}: {key} is {scale.dtype}, and {info.key} is {info.dtype}; its scales are {', '.join(SCALES)}"
+        )
     found = granularity(info.shape, scale.shape, info.dtype == "I8")
     if found is None:
         raise FileError(
@@ -74,8 +76,12 @@ def check_numbers(files: TensorFiles, key: str, shape: tuple[int, ...] | None = 
     if info.dtype not in SCALES:
         raise FileError(f"{info.file}: {key} is {info.dtype}; it takes {', '.join(SCALES)}")
     if shape is not None and info.shape != shape:
-        raise FileError(f"{info.file}: {key} has the shape {list(info.shape)}, its weight wants {list(shape)}; the file is damaged")
+        raise FileError(
+            f"{info.file}: {key} has the shape {list(info.shape)}, its weight wants {list(shape)}; the file is damaged"
+        )
     numbers = files.read(key).float()
     wrong = int((~(torch.isfinite(numbers) & (numbers > 0))).sum())
     if wrong:
-        raise FileError(f"{info.file}: {wrong} of {numbers.numel()} numbers of {key} are not finite and above 0; the file is damaged")
+        raise FileError(
+            f"{info.file}: {wrong} of {numbers.numel()} numbers of {key} are not finite and above 0; the file is damaged"
+        )

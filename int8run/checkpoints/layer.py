@@ -22,8 +22,15 @@ FLOAT, INT8, FP8 = "float", "int8", "fp8"
 
 
 KINDS = {
-    "F64": FLOAT, "F32": FLOAT, "F16": FLOAT, "BF16": FLOAT, "I8": INT8, "F8_E4M3": FP8, "F8_E5M2": FP8, "U8": NVFP4,
-}  # fmt: skip
+    "F64": FLOAT,
+    "F32": FLOAT,
+    "F16": FLOAT,
+    "BF16": FLOAT,
+    "I8": INT8,
+    "F8_E4M3": FP8,
+    "F8_E5M2": FP8,
+    "U8": NVFP4,
+}
 
 
 LARGEST_EXACT_GROUP = 1024  # the kernels rotate no larger ones
@@ -104,7 +111,8 @@ class StoredLayer:
             return quip.fits((shape[0], shape[1]), own)
         sizes = zip(shape, own, self.told, strict=True)
         return all(
-            n == size or (not told and block_scaled.is_padded_from((n,), (size,), BLOCKS[self.kind].multiple)) for n, size, told in sizes
+            n == size or (not told and block_scaled.is_padded_from((n,), (size,), BLOCKS[self.kind].multiple))
+            for n, size, told in sizes
         )
 
     def transform(self, files: TensorFiles) -> OutlierTransform:
@@ -113,11 +121,15 @@ class StoredLayer:
         if "factor" in self.keys:
             factor = files.read(self.keys["factor"]).float()
         if "sigma" in self.keys:
-            factor = 1 / files.read(self.keys["sigma"]).float()  # columns were multiplied by sigma; the factor divides the weight
+            factor = (
+                1 / files.read(self.keys["sigma"]).float()
+            )  # columns were multiplied by sigma; the factor divides the weight
         rotation = Rotation(hadamard(self.group, self.sylvester), self.sylvester) if self.group else None
         return OutlierTransform(self.method, self.settings, factor, rotation, self.centered)
 
-    def weight(self, files: TensorFiles, rows: slice | None = None, shape: tuple[int, int] | None = None) -> Tensor:
+    def weight(
+        self, files: TensorFiles, rows: slice | None = None, shape: tuple[int, int] | None = None
+    ) -> Tensor:
         """The real weight: scales applied, rotation and factors undone.
 
         Args:
@@ -189,12 +201,18 @@ class StoredLayer:
             ValueError: for another.
         """
         if not self.exact:
-            raise ValueError(f"{files.path}: the numbers of {self.name} ({self.label}) cannot be taken as they are; read `weight`")
+            raise ValueError(
+                f"{files.path}: the numbers of {self.name} ({self.label}) cannot be taken as they are; read `weight`"
+            )
         start, stop = row_range(self.key, self.rows, rows)
-        weight = QuantizedWeight(files.read(self.key, slice(start, stop)), self.scales(files, start, stop).contiguous())
+        weight = QuantizedWeight(
+            files.read(self.key, slice(start, stop)), self.scales(files, start, stop).contiguous()
+        )
         return QuantizedLayer(weight, self.transform(files), None)
 
-    def coded(self, files: TensorFiles, shape: tuple[int, int] | None = None) -> tuple[CodedWeight, OutlierTransform]:
+    def coded(
+        self, files: TensorFiles, shape: tuple[int, int] | None = None
+    ) -> tuple[CodedWeight, OutlierTransform]:
         """The stored numbers with their scales, and what was done to the weight before; only of a codable layer.
 
         Args:
@@ -205,10 +223,14 @@ class StoredLayer:
             FileError: another shape than the file's, or a damaged file.
         """
         if not self.codable:
-            raise ValueError(f"{files.path}: the numbers of {self.name} ({self.label}) cannot stay as they are; read `weight`")
+            raise ValueError(
+                f"{files.path}: the numbers of {self.name} ({self.label}) cannot stay as they are; read `weight`"
+            )
         real = self.real_shape(files, shape)
         if self.kind in BLOCKS:
-            return block_scaled.read_whole(files, self.key, self.format, self.keys, real), self.transform(files)
+            return block_scaled.read_whole(files, self.key, self.format, self.keys, real), self.transform(
+                files
+            )
         codes = files.read(self.key)
         scale = files.read(self.keys["scale"]) if "scale" in self.keys else None
         if self.granularity == "transposed":

@@ -24,8 +24,12 @@ DEFAULT_GROUP, LARGEST_GROUP = 256, 4096
 PRE_NATIVE = {*ROTATIONS, "per_row", "group_size"}
 # QuantOps' first markers were no JSON: their first byte is the format
 CODES = {
-    0: "float8_e4m3fn", 1: "float8_e4m3fn_rowwise", 2: "float8_e4m3fn_blockwise", 3: "float8_e4m3fn_block3d", 10: "int8_blockwise",
-}  # fmt: skip
+    0: "float8_e4m3fn",
+    1: "float8_e4m3fn_rowwise",
+    2: "float8_e4m3fn_blockwise",
+    3: "float8_e4m3fn_block3d",
+    10: "int8_blockwise",
+}
 
 
 @dataclass(frozen=True)
@@ -65,15 +69,21 @@ class Marker:
             return size
         if not any(self.fields.get(flag) for flag in ROTATIONS):
             return 0
-        sizes = {json.dumps(self.fields[key]): self.fields[key] for key in ROTATIONS.values() if key in self.fields}
+        sizes = {
+            json.dumps(self.fields[key]): self.fields[key] for key in ROTATIONS.values() if key in self.fields
+        }
         if len(sizes) > 1:
-            raise FileError(f"{self.where} names two sizes of rotated groups, {' and '.join(sizes)}; nobody knows which is true")
+            raise FileError(
+                f"{self.where} names two sizes of rotated groups, {' and '.join(sizes)}; nobody knows which is true"
+            )
         return self.check_group(next(iter(sizes.values()), DEFAULT_GROUP))
 
     def check_group(self, size: Any) -> int:
         """A group size out of a file."""
         if type(size) is not int or not 2 <= size <= LARGEST_GROUP or size & (size - 1):
-            raise FileError(f"{self.where} names groups of {size!r}; rotated are groups of a power of 2 from 2 to {LARGEST_GROUP}")
+            raise FileError(
+                f"{self.where} names groups of {size!r}; rotated are groups of a power of 2 from 2 to {LARGEST_GROUP}"
+            )
         return size
 
     def sylvester(self) -> bool:
@@ -97,12 +107,21 @@ def read_markers(files: TensorFiles, prefix: str) -> dict[str, Marker]:
             file does not have.
     """
     header = header_layers(files)
-    tensors = {key.removesuffix(f".{MARKER}"): key for key in files if key.endswith(f".{MARKER}") and key.startswith(prefix)}
+    tensors = {
+        key.removesuffix(f".{MARKER}"): key
+        for key in files
+        if key.endswith(f".{MARKER}") and key.startswith(prefix)
+    }
     found = {name: marker_tensor(files, key) for name, key in tensors.items()}
     both = {name: merged(header[name], found[name]) for name in found if name in header}
     lost = [name for name in both if both[name].group() and not header[name].group()]
     if lost:
-        log.warning("%s: its header lost the rotation of %d layers (first: %s); their markers are believed", files.path, len(lost), lost[0])
+        log.warning(
+            "%s: its header lost the rotation of %d layers (first: %s); their markers are believed",
+            files.path,
+            len(lost),
+            lost[0],
+        )
     return found | {name: marker for name, marker in header.items() if name.startswith(prefix)} | both
 
 
@@ -120,7 +139,9 @@ def header_layers(files: TensorFiles) -> dict[str, Marker]:
             if f"{name}.weight" not in files:
                 fuller = [key for key in files if key.endswith(f".{name}.weight")]
                 hint = f"; the file has {fuller[0]}, so the prefix was lost" if fuller else ""
-                raise FileError(f"{where} describes {name}, which the file does not have{hint}; it was written for another file")
+                raise FileError(
+                    f"{where} describes {name}, which the file does not have{hint}; it was written for another file"
+                )
             found[name] = Marker(f"{where}, layer {name},", checked(f"{where}, layer {name},", fields))
     return found
 
@@ -130,7 +151,9 @@ def marker_tensor(files: TensorFiles, key: str) -> Marker:
     info = files[key]
     where = f"{info.file}: the marker {key}"
     if info.dtype != "U8" or len(info.shape) != 1 or info.nbytes > MAX_MARKER_BYTES:
-        raise FileError(f"{info.file}: {key} is {info.dtype} {list(info.shape)}; a marker is a short row of bytes, U8")
+        raise FileError(
+            f"{info.file}: {key} is {info.dtype} {list(info.shape)}; a marker is a short row of bytes, U8"
+        )
     text = bytes(files.read(key).tolist())
     if text and text[0] in CODES and b"{" not in text:
         return Marker(where, {"format": CODES[text[0]]})
@@ -152,7 +175,9 @@ def merged(header: Marker, tensor: Marker) -> Marker:
                 "take the file as its maker published it"
             )
     if header.format != tensor.format and OURS in (header.format, tensor.format):
-        raise FileError(f"{header.where} says {header.format!r}, the layer's marker {tensor.format!r}; they contradict each other")
+        raise FileError(
+            f"{header.where} says {header.format!r}, the layer's marker {tensor.format!r}; they contradict each other"
+        )
     return Marker(header.where, {**tensor.fields, **header.fields})
 
 
@@ -177,7 +202,10 @@ def checked(where: str, found: Mapping[str, Any]) -> dict[str, Any]:
         FileError: for a field of another kind, or an object that says nothing.
     """
     params = found.get("params", {})
-    fields = {**(params if isinstance(params, dict) else {}), **{key: value for key, value in found.items() if key != "params"}}
+    fields = {
+        **(params if isinstance(params, dict) else {}),
+        **{key: value for key, value in found.items() if key != "params"},
+    }
     wrong = [key for key in (*ROTATIONS, "per_row") if not isinstance(fields.get(key, False), bool)]
     size = fields.get("group_size")
     if size is not None and (type(size) is not int or size < 1):
@@ -190,7 +218,9 @@ def checked(where: str, found: Mapping[str, Any]) -> dict[str, Any]:
     if "format" not in fields and not PRE_NATIVE & set(fields):
         raise FileError(f"{where} names no format: {shown}")
     if fields.get("format") == OURS and not is_ours(fields):
-        raise FileError(f"{where} says {OURS} and makes no sense: {shown}; save= writes such markers, make the file again")
+        raise FileError(
+            f"{where} says {OURS} and makes no sense: {shown}; save= writes such markers, make the file again"
+        )
     return fields
 
 

@@ -28,7 +28,9 @@ def is_transformed(keys: Mapping[str, str]) -> bool:
 
 def fits(shape: tuple[int, int], padded: tuple[int, int]) -> bool:
     """Whether a weight of a shape is padded to another."""
-    return all(size > 0 and 1 << (size - 1).bit_length() == whole for size, whole in zip(shape, padded, strict=True))
+    return all(
+        size > 0 and 1 << (size - 1).bit_length() == whole for size, whole in zip(shape, padded, strict=True)
+    )
 
 
 def check(files: TensorFiles, keys: Mapping[str, str], weight: TensorInfo) -> None:
@@ -42,7 +44,9 @@ def check(files: TensorFiles, keys: Mapping[str, str], weight: TensorInfo) -> No
     missing = [part for part in wanted if part not in keys]
     if missing or (new and old):
         what = f"{missing[0]} is missing" if missing else f"it has {new[0]} and {old[0]}"
-        raise FileError(f"{weight.file}: {weight.key} is transformed by QuIP and {what}; its weight cannot be restored")
+        raise FileError(
+            f"{weight.file}: {weight.key} is transformed by QuIP and {what}; its weight cannot be restored"
+        )
     for part, size in zip(OLDER if old else SIGNS, weight.shape, strict=True):
         info = files[keys[part]]
         shapes = ((size,), (size, size)) if old else ((size,),)
@@ -63,7 +67,9 @@ def check(files: TensorFiles, keys: Mapping[str, str], weight: TensorInfo) -> No
         info = files[keys[part]]
         number = int(files.read(keys[part])) if info.nbytes and len(info.shape) == 0 else None
         if number != size or size & (size - 1):
-            raise FileError(f"{info.file}: {info.key} says {number}, and {weight.key} has {list(weight.shape)}; both are one power of 2")
+            raise FileError(
+                f"{info.file}: {info.key} says {number}, and {weight.key} has {list(weight.shape)}; both are one power of 2"
+            )
 
 
 def restore(files: TensorFiles, keys: Mapping[str, str], scaled: Tensor) -> Tensor:
@@ -89,6 +95,8 @@ def walsh(x: Tensor) -> Tensor:
     width = 1
     while width < k:
         pairs = x.reshape(n, -1, 2, width)
-        x = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), dim=2).reshape(n, k)
+        x = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), dim=2).reshape(
+            n, k
+        )
         width *= 2
     return x / k**0.5

@@ -53,7 +53,9 @@ class TensorFiles(Mapping[str, TensorInfo]):
         for infos, _ in headers.values():
             for info in infos:
                 if info.key in self.infos:
-                    raise FileError(f"{path}: {info.key} is in {self.infos[info.key].file.name} and in {info.file.name}; one is too many")
+                    raise FileError(
+                        f"{path}: {info.key} is in {self.infos[info.key].file.name} and in {info.file.name}; one is too many"
+                    )
                 self.infos[info.key] = info
         self.handles: dict[Path, FileIO] = {}
         self.lock = Lock()
@@ -73,14 +75,18 @@ class TensorFiles(Mapping[str, TensorInfo]):
         shard = SHARD.fullmatch(found.stem)
         if shard and int(shard["count"]) > 1 and found.is_file():
             if not path.is_dir():
-                raise FileError(f"{path} is one of {int(shard['count'])} shards; name their folder or their .index.json")
+                raise FileError(
+                    f"{path} is one of {int(shard['count'])} shards; name their folder or their .index.json"
+                )
             return cls(path, {file: tensors_of(file) for file in all_shards(found, shard)})
         return cls(path, {found: tensors_of(found)})
 
     @property
     def metadata(self) -> dict[str, str]:
         """What the headers say; of a key in several the first file's."""
-        return {key: value for metadata in reversed(self.metadata_of.values()) for key, value in metadata.items()}
+        return {
+            key: value for metadata in reversed(self.metadata_of.values()) for key, value in metadata.items()
+        }
 
     def __getitem__(self, key: str) -> TensorInfo:
         return self.infos[key]
@@ -116,7 +122,9 @@ class TensorFiles(Mapping[str, TensorInfo]):
         if hasattr(os, "posix_fadvise"):
             start, count = self.span(key, rows)
             if count:  # 0 would mean: up to the end
-                os.posix_fadvise(self.handle(self.infos[key].file).fileno(), start, count, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(
+                    self.handle(self.infos[key].file).fileno(), start, count, os.POSIX_FADV_DONTNEED
+                )
 
     def span(self, key: str, rows: slice | None) -> tuple[int, int]:
         """First byte in the file, and number of bytes."""
@@ -152,7 +160,9 @@ class TensorFiles(Mapping[str, TensorInfo]):
             except OSError as error:
                 raise FileError(f"{file} cannot be read: {error.strerror or error}") from error
             if not count:
-                raise FileError(f"{file} was cut off or replaced while it was read: it ends before byte {start + len(view)}")
+                raise FileError(
+                    f"{file} was cut off or replaced while it was read: it ends before byte {start + len(view)}"
+                )
             done += count
 
     def close(self) -> None:
@@ -164,7 +174,9 @@ class TensorFiles(Mapping[str, TensorInfo]):
     def __enter__(self) -> "TensorFiles":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -207,7 +219,9 @@ def tensors_of(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
     infos = []
     for key, entry in entries.items():
         start, stop = entry["data_offsets"]
-        infos.append(TensorInfo(key, file, entry["dtype"], tuple(entry["shape"]), begin + start, stop - start))
+        infos.append(
+            TensorInfo(key, file, entry["dtype"], tuple(entry["shape"]), begin + start, stop - start)
+        )
     return sorted(infos, key=lambda info: info.start), metadata
 
 
@@ -238,18 +252,23 @@ def choose(folder: Path) -> Path:
     for name in USUAL:
         if name in sets:
             return sets[name]
-    raise FileError(f"{folder} holds {len(sets)} checkpoints ({', '.join(sorted(sets))}); name one of the files")
+    raise FileError(
+        f"{folder} holds {len(sets)} checkpoints ({', '.join(sorted(sets))}); name one of the files"
+    )
 
 
 def all_shards(first: Path, shard: re.Match[str]) -> list[Path]:
     """The shards beside one of them, told by their names alone."""
     count = int(shard["count"])
     files = [
-        first.with_name(f"{shard['set']}-{number:05}-of-{count:05}{shard['variant'] or ''}.safetensors") for number in range(1, count + 1)
+        first.with_name(f"{shard['set']}-{number:05}-of-{count:05}{shard['variant'] or ''}.safetensors")
+        for number in range(1, count + 1)
     ]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise FileError(f"{first.parent}: {len(missing)} of {count} shards are missing (first: {missing[0]}); download them again")
+        raise FileError(
+            f"{first.parent}: {len(missing)} of {count} shards are missing (first: {missing[0]}); download them again"
+        )
     return files
 
 
@@ -262,7 +281,11 @@ def indexed(index: Path) -> dict[Path, tuple[list[TensorInfo], dict[str, str]]]:
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{index} is no index of shards: {error}") from error
     places = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(isinstance(name, str) for name in places.values())
+    ):
         raise FileError(f"{index} is no index of shards: it has no `weight_map` of keys and file names")
     keys: dict[str, set[str]] = defaultdict(set)
     for key, name in places.items():
@@ -273,11 +296,17 @@ def indexed(index: Path) -> dict[Path, tuple[list[TensorInfo], dict[str, str]]]:
     for name in sorted(keys):
         file = index.with_name(name)
         if not file.is_file():
-            raise FileError(f"{index}: the shard {name} is missing ({len(keys[name])} tensors are in it); download it again")
+            raise FileError(
+                f"{index}: the shard {name} is missing ({len(keys[name])} tensors are in it); download it again"
+            )
         headers[file] = tensors_of(file)
         held = {info.key for info in headers[file][0]}
         if keys[name] - held:
-            raise FileError(f"{index}: {min(keys[name] - held)} is not in {name}, where the index says; they do not belong together")
+            raise FileError(
+                f"{index}: {min(keys[name] - held)} is not in {name}, where the index says; they do not belong together"
+            )
         if held - keys[name]:
-            raise FileError(f"{index}: {min(held - keys[name])} is in {name}, and the index does not say so; they do not belong together")
+            raise FileError(
+                f"{index}: {min(held - keys[name])} is in {name}, and the index does not say so; they do not belong together"
+            )
     return headers

@@ -25,23 +25,44 @@ READERS = {
 }
 # the last word of a key -> whose it is
 SUFFIXES = {
-    "SCB": "bitsandbytes", "weight_format": "bitsandbytes", "absmax": "bitsandbytes", "quant_map": "bitsandbytes",
-    "qweight": "nunchaku", "wscales": "nunchaku",
+    "SCB": "bitsandbytes",
+    "weight_format": "bitsandbytes",
+    "absmax": "bitsandbytes",
+    "quant_map": "bitsandbytes",
+    "qweight": "nunchaku",
+    "wscales": "nunchaku",
     "_weight_qdata": "torchao",
-    "weight_packed": "compressed-tensors", "weight_zero_point": "compressed-tensors",
+    "weight_packed": "compressed-tensors",
+    "weight_zero_point": "compressed-tensors",
     "weight_global_scale": "lightx2v nvfp4",
-    "weight_s_rel": "asym_w4a8_int8", "weight_s_channel": "asym_w4a8_int8",
-    "weight_zeros": "awq_w4a16", "weight_zero": "awq_w4a16",
-    "weight_proj_down": "svdquant_w4a4", "proj_down": "svdquant_w4a4", "smooth_factor": "svdquant_w4a4",
-    "zero_point": "SDNQ", "svd_up": "SDNQ", "svd_down": "SDNQ", "scale_2": "SDNQ",
-    "_scale": "modelopt", "_double_scale": "modelopt",  # of its quantizers, which diffusers keeps
-}  # fmt: skip
+    "weight_s_rel": "asym_w4a8_int8",
+    "weight_s_channel": "asym_w4a8_int8",
+    "weight_zeros": "awq_w4a16",
+    "weight_zero": "awq_w4a16",
+    "weight_proj_down": "svdquant_w4a4",
+    "proj_down": "svdquant_w4a4",
+    "smooth_factor": "svdquant_w4a4",
+    "zero_point": "SDNQ",
+    "svd_up": "SDNQ",
+    "svd_down": "SDNQ",
+    "scale_2": "SDNQ",
+    "_scale": "modelopt",
+    "_double_scale": "modelopt",  # of its quantizers, which diffusers keeps
+}
 # `quant_method` in a config.json beside the file; `fp8` and `bfl` are told by their tensors and read
 METHODS = {
-    "sdnq": "SDNQ", "sdnq_training": "SDNQ", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors",
-    "torchao": "torchao", "nunchaku_lite": "nunchaku", "nunchaku": "nunchaku", "modelopt": "modelopt", "quanto": "quanto",
-    "auto-round": "auto-round", "gguf": "gguf",
-}  # fmt: skip
+    "sdnq": "SDNQ",
+    "sdnq_training": "SDNQ",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "torchao": "torchao",
+    "nunchaku_lite": "nunchaku",
+    "nunchaku": "nunchaku",
+    "modelopt": "modelopt",
+    "quanto": "quanto",
+    "auto-round": "auto-round",
+    "gguf": "gguf",
+}
 MODELOPT = "modelopt"
 MODELOPT_NOTE = "hf_quant_config.json"  # what it leaves beside the weights of transformers' models
 WHOLE = ("F64", "F32", "F16", "BF16")
@@ -54,7 +75,9 @@ def refuse_foreign(files: TensorFiles, prefix: str) -> None:
     for key in keys:
         layer, _, suffix = key.rpartition(".")
         name = SUFFIXES.get(suffix)
-        if name is not None and not (suffix == COPY and f"{layer}.weight" in files and files[f"{layer}.weight"].dtype == "I8"):
+        if name is not None and not (
+            suffix == COPY and f"{layer}.weight" in files and files[f"{layer}.weight"].dtype == "I8"
+        ):
             raise refused(files, name, f"it has {key}")
     for file, metadata in files.metadata_of.items():
         if "tensor_names" in metadata and any("_weight_qdata" in key for key in keys):
@@ -72,13 +95,17 @@ def readable_modelopt(files: TensorFiles, keys: list[str]) -> bool:
     """Whether ModelOpt's weights are all float, nvfp4 or fp8 with scales."""
     scale_of = {"U8": "weight_scale_2", "F8_E4M3": "weight_scale"}
     weights = [key for key in keys if key.endswith(".weight") and files[key].dtype not in WHOLE]
-    return all(f"{key.removesuffix('weight')}{scale_of.get(files[key].dtype, '?')}" in files for key in weights)
+    return all(
+        f"{key.removesuffix('weight')}{scale_of.get(files[key].dtype, '?')}" in files for key in weights
+    )
 
 
 def is_modelopt(files: TensorFiles) -> bool:
     """Whether the folder of the file says that ModelOpt made it."""
     producer = beside(files, MODELOPT_NOTE).get("producer")
-    return quant_method(files) == MODELOPT or (isinstance(producer, dict) and producer.get("name") == MODELOPT)
+    return quant_method(files) == MODELOPT or (
+        isinstance(producer, dict) and producer.get("name") == MODELOPT
+    )
 
 
 def quant_method(files: TensorFiles) -> str:

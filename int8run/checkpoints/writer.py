@@ -27,7 +27,9 @@ except ImportError:  # Windows
 
 Entry = tuple[str, str, tuple[int, ...]]  # key, dtype in safetensors' words, shape
 PART = ".int8run-{}.part"  # a file that is not whole yet; filled with the process and a number
-SEND_BYTES = 64 * 2**20  # after so many, the system is told to bring them to the disk, so that the end has little to wait for
+SEND_BYTES = (
+    64 * 2**20
+)  # after so many, the system is told to bring them to the disk, so that the end has little to wait for
 
 
 class StreamWriter:
@@ -85,7 +87,9 @@ class StreamWriter:
         start, stop = self.places[key]
         offset = start + self.written[key]
         if offset + len(view) > stop:
-            raise ValueError(f"{key} has {stop - start} bytes; {self.written[key]} were written and {len(view)} more came")
+            raise ValueError(
+                f"{key} has {stop - start} bytes; {self.written[key]} were written and {len(view)} more came"
+            )
         self._put(view, offset)
         self.written[key] += len(view)
 
@@ -136,11 +140,15 @@ class StreamWriter:
     def __enter__(self) -> "StreamWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.abandon()
 
 
-def layout(entries: Iterable[Entry], metadata: Mapping[str, str], path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def layout(
+    entries: Iterable[Entry], metadata: Mapping[str, str], path: Path
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The first bytes of the file, and where each tensor starts and stops in it."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     sizes: dict[str, tuple[int, int]] = {}
@@ -156,7 +164,9 @@ def layout(entries: Iterable[Entry], metadata: Mapping[str, str], path: Path) ->
     if len(text) > MAX_HEADER_BYTES:
         raise FileError(f"{path}: its header would have {len(text)} bytes; readers take {MAX_HEADER_BYTES}")
     first = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {key: (first + start, first + stop) for key, (start, stop) in sizes.items()}
+    return len(text).to_bytes(8, "little") + text, {
+        key: (first + start, first + stop) for key, (start, stop) in sizes.items()
+    }
 
 
 def number_of_bytes(dtype: str, shape: Sequence[int]) -> int:
@@ -223,4 +233,6 @@ def sync_folder(folder: Path) -> None:
 
 def unwritable(path: Path, error: OSError) -> FileError:
     """The error for a place that cannot be written to, or not any more."""
-    return FileError(f"{path} cannot be written: {error.strerror or error}; make room, or choose a folder that you may write to")
+    return FileError(
+        f"{path} cannot be written: {error.strerror or error}; make room, or choose a folder that you may write to"
+    )

@@ -26,8 +26,19 @@ from int8run.errors import ConfigError, Int8RunError, our_error, suggest
 # called with the number of jobs and the choices of the first
 Announce = Callable[[int, dict[str, str]], None]
 GROUPS = (
-    "task", "model", "model_type", "outlier", "rounding", "backend", "lora", "clip", "sampler", "prompts", "metrics", "tracker",
-)  # fmt: skip
+    "task",
+    "model",
+    "model_type",
+    "outlier",
+    "rounding",
+    "backend",
+    "lora",
+    "clip",
+    "sampler",
+    "prompts",
+    "metrics",
+    "tracker",
+)
 # a resolver such as oc.create makes mappings that are not in the tree yet when it is walked
 RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 NESTED = re.compile(r"\$\{[^{}:]*\$\{")  # a name put together at run time
@@ -36,16 +47,25 @@ TARGET = re.compile(r"_target_: *([\w.]+)")
 # our sweeper and launchers, under the names that hydra wants
 HYDRA_TARGETS = (
     "hydra_plugins.int8run.Grid",
-    "hydra_plugins.int8run.InProcess", "hydra_plugins.int8run.Processes", "hydra_plugins.int8run.RayCluster", "hydra_plugins.int8run.Slurm",
-)  # fmt: skip
+    "hydra_plugins.int8run.InProcess",
+    "hydra_plugins.int8run.Processes",
+    "hydra_plugins.int8run.RayCluster",
+    "hydra_plugins.int8run.Slurm",
+)
 LOG_CLASSES = (
-    "logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter", "rich.logging.RichHandler",
-)  # fmt: skip
+    "logging.StreamHandler",
+    "logging.FileHandler",
+    "logging.NullHandler",
+    "logging.Formatter",
+    "rich.logging.RichHandler",
+)
 LOG_FILE = re.compile(r"\$\{hydra\.runtime\.output_dir\}/(\$\{hydra\.job\.name\}|[\w-]+)\.log")
 LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
-def check_all(config_dir: str | None, config_name: str, overrides: list[str], multirun: bool, announce: Announce) -> None:
+def check_all(
+    config_dir: str | None, config_name: str, overrides: list[str], multirun: bool, announce: Announce
+) -> None:
     """Compose, target-check and range-check a single job; of a sweep, what its jobs share: they are checked when the sweep composes them.
 
     Args:
@@ -60,13 +80,17 @@ def check_all(config_dir: str | None, config_name: str, overrides: list[str], mu
         shared = sweep[0] if sweep else compose(config_name, [*overrides, *extra], return_hydra_config=True)
         refuse_foreign_targets(shared)
     if several is not None:  # hydra merges them, and the last one wins
-        raise ConfigError(f"{several}=[…] names several options, and a run has one; for a job each: -m {several}=a,b")
+        raise ConfigError(
+            f"{several}=[…] names several options, and a run has one; for a job each: -m {several}=a,b"
+        )
     swept = dict(word.partition("=")[::2] for word in overrides) if sweep else {}
     choices = {group: swept.get(group, option) for group, option in shared.hydra.runtime.choices.items()}
     announce(len(sweep[1]) if sweep else 1, choices)
     if sweep is None:
         if shared.get("resume"):
-            raise ConfigError("resume=true goes on with a sweep, and this is a single run; add -m, or leave resume out")
+            raise ConfigError(
+                "resume=true goes on with a sweep, and this is a single run; add -m, or leave resume out"
+            )
         to_spec(shared)
 
 
@@ -93,10 +117,14 @@ def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> 
         common = set.intersection(*(set(job) for job in jobs))
         names = [" ".join(word for word in job if word not in common) for job in jobs]
         lines = [f"  job {number} ({names[number]}): {error}" for number, error in problems]
-        raise ConfigError("\n".join([f"{len(problems)} of {len(jobs)} jobs cannot run; none was started", *lines]))
+        raise ConfigError(
+            "\n".join([f"{len(problems)} of {len(jobs)} jobs cannot run; none was started", *lines])
+        )
 
 
-def compose_all(config_dir: str | None, config_name: str, overrides: list[str], multirun: bool) -> tuple[list[list[str]], list[DictConfig]]:
+def compose_all(
+    config_dir: str | None, config_name: str, overrides: list[str], multirun: bool
+) -> tuple[list[list[str]], list[DictConfig]]:
     """The overrides and the composed config of every job, each walked for what could run code."""
     with composing(config_dir, overrides) as extra:
         sweep = sweep_of(overrides, extra, config_name, multirun)
@@ -118,8 +146,14 @@ def composing(config_dir: str | None, overrides: Sequence[str]) -> Iterator[list
         ConfigError: for a folder that is not there, and for a group that is set to null.
     """
     if config_dir is not None and not Path(config_dir).is_dir():
-        raise ConfigError(f"--config-dir {config_dir}: no such folder (looked for {Path(config_dir).absolute()})")
-    for group in (o.removesuffix("=null") for o in overrides if o.endswith("=null") and o.removesuffix("=null") in GROUPS):
+        raise ConfigError(
+            f"--config-dir {config_dir}: no such folder (looked for {Path(config_dir).absolute()})"
+        )
+    for group in (
+        o.removesuffix("=null")
+        for o in overrides
+        if o.endswith("=null") and o.removesuffix("=null") in GROUPS
+    ):
         raise ConfigError(no_option(group, None))
     with own_options(), initialize_config_module("int8run.conf", version_base="1.3", job_name="int8run"):
         yield [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
@@ -145,12 +179,20 @@ def own_options() -> Iterator[None]:
             groups[group][name] = node
 
 
-def sweep_of(overrides: list[str], extra: list[str], config_name: str, multirun: bool) -> tuple[DictConfig, list[list[str]]] | None:
+def sweep_of(
+    overrides: list[str], extra: list[str], config_name: str, multirun: bool
+) -> tuple[DictConfig, list[list[str]]] | None:
     """What the jobs of a sweep share, and the overrides of each, a sweep written in a file included; None for a single run."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     single = [text for text, o in zip(overrides, parsed, strict=True) if not o.is_sweep_override()]
-    shared = compose(config_name, [*single, *extra], return_hydra_config=True) if multirun or len(single) == len(overrides) else None
-    if shared is None or (not multirun and (shared.hydra.mode is None or shared.hydra.mode.name != "MULTIRUN")):
+    shared = (
+        compose(config_name, [*single, *extra], return_hydra_config=True)
+        if multirun or len(single) == len(overrides)
+        else None
+    )
+    if shared is None or (
+        not multirun and (shared.hydra.mode is None or shared.hydra.mode.name != "MULTIRUN")
+    ):
         return None
     refuse_foreign_targets(shared)
     written = [f"{key}={value}" for key, value in (shared.hydra.sweeper.get("params") or {}).items()]
@@ -176,7 +218,9 @@ def require_classes(config: DictConfig) -> None:
     for group in (*GROUPS, "int8", "calibration"):
         node = config.get(group)
         if not isinstance(node, DictConfig) or "_target_" not in node:
-            raise ConfigError(no_option(group, OmegaConf.to_container(node) if OmegaConf.is_config(node) else node))
+            raise ConfigError(
+                no_option(group, OmegaConf.to_container(node) if OmegaConf.is_config(node) else node)
+            )
 
 
 def no_option(group: str, value: object) -> str:
@@ -184,7 +228,11 @@ def no_option(group: str, value: object) -> str:
     there = sorted((Path(str(files("int8run.conf"))) / group).glob("*.yaml"))
     classes = sorted({target for p in there for target in TARGET.findall(p.read_text())[:1]})
     choices = f"; choose from {', '.join(p.stem for p in there)}" if there else ""
-    own = f"; an option of yours begins with _target_: {' or '.join(classes)}" if classes and value is not None else ""
+    own = (
+        f"; an option of yours begins with _target_: {' or '.join(classes)}"
+        if classes and value is not None
+        else ""
+    )
     return f"{group} is {value!r}, which names no class in _target_{choices}{own}"
 
 
@@ -197,7 +245,9 @@ def call_problem(error: InstantiationException, config: DictConfig) -> str:
         cls = get_class(OmegaConf.select(config, where)._target_)
         known = [field.name for field in fields(cls)]
         name = f"{where}.{unknown[1]}".lstrip(".")
-        return f"no setting called {name!r}; {suggest(unknown[1], known)}choose from {', '.join(sorted(known))}"
+        return (
+            f"no setting called {name!r}; {suggest(unknown[1], known)}choose from {', '.join(sorted(known))}"
+        )
     reason = " ".join(str(error.__cause__ or error).partition("\n    full_key")[0].split())
     return f"{where or 'the config'}: {reason}"
 
@@ -229,16 +279,29 @@ def refuse_foreign_targets(config: DictConfig) -> None:
         if key == "_target_":
             allowed = HYDRA_TARGETS if where.startswith("hydra.") else own
             if value not in allowed:
-                near = suggest(str(value), allowed).replace("? ", "?") if str(value).startswith("int8run.") else ""
+                near = (
+                    suggest(str(value), allowed).replace("? ", "?")
+                    if str(value).startswith("int8run.")
+                    else ""
+                )
                 rule = "a config may only name classes of int8run, so that a shared file cannot run code"
                 raise ConfigError(f"{where} is {value!r}; {rule}" + (f"; {near}" if near else ""))
-        if in_logging and (key in ("class", "()", "factory") or (key != "filename" and "${" in str(value))) and value not in LOG_CLASSES:
+        if (
+            in_logging
+            and (key in ("class", "()", "factory") or (key != "filename" and "${" in str(value)))
+            and value not in LOG_CLASSES
+        ):
             raise ConfigError(f"{where} is {value!r}; log handlers are limited to {', '.join(LOG_CLASSES)}")
         if in_logging and key == "filename" and not LOG_FILE.fullmatch(str(value)):
             raise ConfigError(
                 f"{where} is {value!r}; log files are limited to the job's own folder: ${{hydra.runtime.output_dir}}/NAME.log"
             )
-        if in_logging and isinstance(value, str) and value.startswith(("ext://", "cfg://")) and value not in LOG_STREAMS:
+        if (
+            in_logging
+            and isinstance(value, str)
+            and value.startswith(("ext://", "cfg://"))
+            and value not in LOG_STREAMS
+        ):
             raise ConfigError(f"{where} is {value!r}; log streams are limited to {', '.join(LOG_STREAMS)}")
         if isinstance(value, str) and (set(RESOLVER.findall(value)) - RESOLVERS or NESTED.search(value)):
             raise ConfigError(
@@ -246,13 +309,20 @@ def refuse_foreign_targets(config: DictConfig) -> None:
                 f"resolvers are limited to {', '.join(sorted(RESOLVERS))}"
             )
         if f"{where}.".startswith("hydra.job.env_set."):
-            raise ConfigError(f"{where} sets an environment variable; set it in your shell, so that a shared file cannot change programs")
+            raise ConfigError(
+                f"{where} sets an environment variable; set it in your shell, so that a shared file cannot change programs"
+            )
 
 
 def own_targets() -> frozenset[str]:
     """Every class that the shipped YAML names. A prefix would not do: `int8run.cli.os.system` has it too."""
     conf = Path(str(files("int8run.conf")))
-    return frozenset(t for file in conf.rglob("*.yaml") for t in TARGET.findall(file.read_text()) if t.startswith("int8run."))
+    return frozenset(
+        t
+        for file in conf.rglob("*.yaml")
+        for t in TARGET.findall(file.read_text())
+        if t.startswith("int8run.")
+    )
 
 
 def leaves(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:

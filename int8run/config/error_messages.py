@@ -9,7 +9,12 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     """One line and an exit code for an error; None when it is not one that a user can meet, so that it is shown whole."""
     from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
     from omegaconf import ListConfig
-    from omegaconf.errors import ConfigAttributeError, ConfigIndexError, ConfigKeyError, OmegaConfBaseException
+    from omegaconf.errors import (
+        ConfigAttributeError,
+        ConfigIndexError,
+        ConfigKeyError,
+        OmegaConfBaseException,
+    )
     from yaml import YAMLError
 
     ours = our_error(error) or disk_full(error) or not_writable(error)
@@ -25,7 +30,11 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         key = str(cause.full_key or cause.key)
         parent = cause.parent_node
-        known = [str(k) for k in parent if k != "hydra" and not str(k).startswith("_")] if hasattr(parent, "keys") else []
+        known = (
+            [str(k) for k in parent if k != "hydra" and not str(k).startswith("_")]
+            if hasattr(parent, "keys")
+            else []
+        )
         from int8run.config.help import options_with
 
         owners = options_with(key)
@@ -36,7 +45,10 @@ def explain(error: BaseException) -> tuple[str | None, int]:
                 f"{left_out} is a setting that this stack leaves out; give it with a plus: +{key.replace('[', '.').replace(']', '')}=…",
                 2,
             )
-        return f"no setting called {key!r}; {suggest(key.rpartition('.')[2], known)}choose from {', '.join(sorted(known))}", 2
+        return (
+            f"no setting called {key!r}; {suggest(key.rpartition('.')[2], known)}choose from {', '.join(sorted(known))}",
+            2,
+        )
     if isinstance(cause, ConfigIndexError):
         key = str(cause.full_key)
         there = len(cause.parent_node) if isinstance(cause.parent_node, list | ListConfig) else 0
@@ -46,7 +58,9 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         source = cause if isinstance(cause, OmegaConfBaseException) else error
         # omegaconf appends the key and the container's type, each on a line of its own
         return " ".join(re.sub(r"\n\s*(full_key|object_type|reference_type).*", "", str(source)).split()), 2
-    if isinstance(error, TypeError) and "is not an int" in str(error):  # omegaconf's, for a name where a list wants a number
+    if isinstance(error, TypeError) and "is not an int" in str(
+        error
+    ):  # omegaconf's, for a name where a list wants a number
         return f"{error}: entries of a list are counted from 0, such as lora.adapters.0.strength=0.5", 2
     if isinstance(error, YAMLError):
         return f"a YAML file of the config is damaged: {' '.join(str(error).split())}", 2

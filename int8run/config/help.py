@@ -36,7 +36,11 @@ def help_page() -> str:
     groups = [*re.findall(r"^  - ([a-z_]+): (\w+)$", root, flags=re.MULTILINE), LAUNCHER]
     lines = ["Groups (default first)"]
     for group, default in groups:
-        options = sorted((f.name.removesuffix(".yaml"), f) for f in conf.joinpath(group).iterdir() if f.name.endswith(".yaml"))
+        options = sorted(
+            (f.name.removesuffix(".yaml"), f)
+            for f in conf.joinpath(group).iterdir()
+            if f.name.endswith(".yaml")
+        )
         width = max(14, *(len(name) for name, _ in options))
         for name, file in sorted(options, key=lambda o: o[0] != default):
             lines.append(f"  {group if name == default else '':<14} {name:<{width}} {first_comment(file)}")
@@ -68,7 +72,9 @@ def option_keys(group: str, default: str = "") -> dict[str, list[tuple[str, str,
     found = {}
     for file in sorted(options, key=lambda f: (f.name != f"{default}.yaml", f.name)):
         text = file.read_text()
-        found[file.name.removesuffix(".yaml")] = key_lines(text, "" if "@package _global_" in text else f"{group.replace('/', '.')}.")
+        found[file.name.removesuffix(".yaml")] = key_lines(
+            text, "" if "@package _global_" in text else f"{group.replace('/', '.')}."
+        )
     return found
 
 

@@ -81,9 +81,15 @@ class RunSpec:
                 "model_type.keep_float=auto quality_db=40, or neither"
             )
         if not self.int8.enable and (automatic or self.save is not None or self.int8.checkpoint is not None):
-            raise ConfigError("int8.enable=false makes no INT8 layer; quality_db, save and int8.checkpoint need some")
-        if self.save is not None and (not isinstance(self.save, str) or Path(self.save).suffix not in ("", SAFE)):
-            raise ConfigError(f"save={self.save} is neither a {SAFE} file nor a folder (a name without a suffix); nothing else is written")
+            raise ConfigError(
+                "int8.enable=false makes no INT8 layer; quality_db, save and int8.checkpoint need some"
+            )
+        if self.save is not None and (
+            not isinstance(self.save, str) or Path(self.save).suffix not in ("", SAFE)
+        ):
+            raise ConfigError(
+                f"save={self.save} is neither a {SAFE} file nor a folder (a name without a suffix); nothing else is written"
+            )
         if self.offload != "none" and self.metrics.baseline == "run" and self.differs:
             raise ConfigError(
                 f"offload={self.offload} moves one model, and metrics.baseline=run holds two; set metrics.baseline=cached (float first, "
@@ -99,8 +105,14 @@ class RunSpec:
         default = self.model.sampling
         if made_for is not None:
             wanted = made_for.sampling
-            if self.sampler.steps not in (None, wanted.steps):  # a list of noise levels is one of so many steps
-                wanted = replace(wanted, extra={name: value for name, value in wanted.extra.items() if name not in OWN_STEPS})
+            if self.sampler.steps not in (
+                None,
+                wanted.steps,
+            ):  # a list of noise levels is one of so many steps
+                wanted = replace(
+                    wanted,
+                    extra={name: value for name, value in wanted.extra.items() if name not in OWN_STEPS},
+                )
             default = wanted.over(default)
         return self.sampler.over(default)
 
@@ -127,7 +139,9 @@ class RunSpec:
     @property
     def needs_calibration(self) -> bool:
         """Whether the float model draws the calibration pictures."""
-        fitted = self.int8.checkpoint is None and (self.outlier.needs_calibration or self.rounding.needs_calibration)
+        fitted = self.int8.checkpoint is None and (
+            self.outlier.needs_calibration or self.rounding.needs_calibration
+        )
         return self.int8.enable and (fitted or self.model_type.keep_float == "auto")
 
     @property
@@ -148,12 +162,40 @@ class RunSpec:
         # only weights that are rounded at random have a seed: they all, or with auto those whose float weight is not there
         integers = self.int8.checkpoint is not None or not self.needs_float
         rounds = stack.adapters and (stack.mode == "stochastic" or (stack.mode == "auto" and integers))
-        lora = (stack.mode, strengths, stack.strict, self.lora_dir, stack.max_overhead, self.seed if rounds else None, adapters)
+        lora = (
+            stack.mode,
+            strengths,
+            stack.strict,
+            self.lora_dir,
+            stack.max_overhead,
+            self.seed if rounds else None,
+            adapters,
+        )
         sampling = self.sampling
-        shape = (sampling.height, sampling.width, sampling.batch)  # backend=auto measures with the rows that they give
+        shape = (
+            sampling.height,
+            sampling.width,
+            sampling.batch,
+        )  # backend=auto measures with the rows that they give
         # calibration pictures are drawn with all of the sampler
         calibration = (self.calibration, sampling, self.quality_db) if self.needs_calibration else None
-        parts = (self.needs_float, self.needs_float_encoders, self.model, self.model_type, self.int8, self.outlier, self.rounding,
-                 calibration, self.save, self.backend, lora,
-                 self.clip, self.compile, self.attention, self.offload, self.device, shape)  # fmt: skip
+        parts = (
+            self.needs_float,
+            self.needs_float_encoders,
+            self.model,
+            self.model_type,
+            self.int8,
+            self.outlier,
+            self.rounding,
+            calibration,
+            self.save,
+            self.backend,
+            lora,
+            self.clip,
+            self.compile,
+            self.attention,
+            self.offload,
+            self.device,
+            shape,
+        )
         return repr(parts)

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int8run.checkpoints.comfy_int8 import FACTOR, MARKER, NOTE, SCALE, WEIGHT, beside, int8_entries, marker_bytes
+from int8run.checkpoints.comfy_int8 import (
+    FACTOR,
+    MARKER,
+    NOTE,
+    SCALE,
+    WEIGHT,
+    beside,
+    int8_entries,
+    marker_bytes,
+)
 from int8run.checkpoints.writer import Entry, StreamWriter
 from int8run.errors import ConfigError
 from int8run.layers.int8_linear import Int8Linear
@@ -17,9 +26,16 @@ from int8run.models.resolve_weights import CONFIG, FILE
 from int8run.models.state_dict_adapter import Part, joined_shape, to_native
 
 WORDS = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-    torch.uint8: "U8", torch.bool: "BOOL", torch.int8: "I8",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.int8: "I8",
+}
 Names = Mapping[str, tuple[Part, ...]]
 
 
@@ -29,7 +45,11 @@ def own_names(parameters: Iterable[str]) -> Names:
 
 
 def save_denoiser(
-    location: str, model: nn.Module, layers: Mapping[str, Int8Linear], note: Mapping[str, object], config: Mapping[str, Any]
+    location: str,
+    model: nn.Module,
+    layers: Mapping[str, Int8Linear],
+    note: Mapping[str, object],
+    config: Mapping[str, Any],
 ) -> Path:
     """Write one denoiser. A path that ends in `.safetensors` gets the names that the model's authors gave its layers, which ComfyUI
     reads, anything else becomes a diffusers folder.
@@ -48,7 +68,11 @@ def save_denoiser(
         FileError: when it cannot be written.
     """
     path = Path(location).expanduser().absolute()
-    state = {name: t for name, t in model.state_dict().items() if not (name.endswith(WEIGHT) and name.removesuffix(WEIGHT) in layers)}
+    state = {
+        name: t
+        for name, t in model.state_dict().items()
+        if not (name.endswith(WEIGHT) and name.removesuffix(WEIGHT) in layers)
+    }
     shapes = {name: tuple(t.shape) for name, t in state.items()}
     shapes |= {name + WEIGHT: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     if path.suffix == ".safetensors":
@@ -62,11 +86,19 @@ def save_denoiser(
 def fused_layers(model: nn.Module) -> list[list[str]]:
     """Modules that are one layer in a file with the authors' names."""
     names = to_native({name: tuple(t.shape) for name, t in model.state_dict().items()}, type(model).__name__)
-    return [[part.key.removesuffix(WEIGHT) for part in parts] for key, parts in names.items() if len(parts) > 1 and key.endswith(WEIGHT)]
+    return [
+        [part.key.removesuffix(WEIGHT) for part in parts]
+        for key, parts in names.items()
+        if len(parts) > 1 and key.endswith(WEIGHT)
+    ]
 
 
 def write_tensors(
-    path: Path, names: Names, layers: Mapping[str, Int8Linear], state: Mapping[str, Tensor], note: Mapping[str, object]
+    path: Path,
+    names: Names,
+    layers: Mapping[str, Int8Linear],
+    state: Mapping[str, Tensor],
+    note: Mapping[str, object],
 ) -> None:
     """Write tensors under these names.
 
@@ -92,7 +124,9 @@ def write_tensors(
         writer.finish()
 
 
-def pieces(key: str, parts: tuple[Part, ...], layers: Mapping[str, Int8Linear], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Any]]:
+def pieces(
+    key: str, parts: tuple[Part, ...], layers: Mapping[str, Int8Linear], state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Any]]:
     """The data of one key and of what stands beside it, in pieces."""
     made = int8_parts(key, parts, layers)
     if not made:
@@ -115,16 +149,23 @@ def int8_parts(key: str, parts: tuple[Part, ...], layers: Mapping[str, Int8Linea
     Raises:
         ConfigError: when only some are INT8, or they were treated differently.
     """
-    made = {part.key: layers.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None for part in parts}
+    made = {
+        part.key: layers.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None
+        for part in parts
+    }
     found = [layer for layer in made.values() if layer is not None]
     advice = "save to a folder, which keeps diffusers' own layers: save=my-int8/"
     if found and len(found) < len(parts):
         lone = next(name for name, layer in made.items() if layer is None)
-        raise ConfigError(f"{key} is one layer in the file, and {lone} of it is float where the rest is INT8; {advice}")
+        raise ConfigError(
+            f"{key} is one layer in the file, and {lone} of it is float where the rest is INT8; {advice}"
+        )
     for layer in found[1:]:
         if not layer.transform.same_input_as(found[0].transform):
             labels = ", ".join(dict.fromkeys(layer.transform.label for layer in found))
-            raise ConfigError(f"{key} is one layer in the file, and its parts were treated differently ({labels}); {advice}")
+            raise ConfigError(
+                f"{key} is one layer in the file, and its parts were treated differently ({labels}); {advice}"
+            )
     return found
 
 

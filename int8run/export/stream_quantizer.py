@@ -75,7 +75,11 @@ class Target:
 
     def entries(self) -> list[Entry]:
         """What it adds to the new file."""
-        return int8_entries(self.key, self.shape, self.transform) if self.int8 else [(self.key, self.dtype, self.shape)]
+        return (
+            int8_entries(self.key, self.shape, self.transform)
+            if self.int8
+            else [(self.key, self.dtype, self.shape)]
+        )
 
 
 def own_names(files: TensorFiles, stored: Mapping[str, StoredLayer]) -> Names:
@@ -108,9 +112,15 @@ def plan_targets(
         shape = joined_shape(parts, shapes)
         if shape is None:
             listed = ", ".join(f"{part.key} {list(shapes[part.key])}" for part in parts)
-            raise FileError(f"{files.path}: {listed} are to be one tensor, {key}, and their shapes do not go together; the file is damaged")
-        layers = [stored.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None for part in parts]
-        target = Target(key, parts, shape, kept_dtype([files[part.key].dtype for part in parts], layers, recipe.dtype))
+            raise FileError(
+                f"{files.path}: {listed} are to be one tensor, {key}, and their shapes do not go together; the file is damaged"
+            )
+        layers = [
+            stored.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None for part in parts
+        ]
+        target = Target(
+            key, parts, shape, kept_dtype([files[part.key].dtype for part in parts], layers, recipe.dtype)
+        )
         matrices = [layer for layer in layers if layer is not None and len(layer.shape) == 2]
         if matrices and len(matrices) == len(parts):
             plan_layer(target, matrices, files, why_float(key, parts), recipe, transforms)
@@ -177,7 +187,11 @@ def check_float(path: Path, key: str, data: Tensor) -> None:
         FileError: naming the tensor.
     """
     # a sum is quicker than a look at each number, and finite if they all are, but for overflow
-    if data.dtype in WORDS and not math.isfinite(data.sum(dtype=torch.float32).item()) and not data.isfinite().all():
+    if (
+        data.dtype in WORDS
+        and not math.isfinite(data.sum(dtype=torch.float32).item())
+        and not data.isfinite().all()
+    ):
         raise FileError(f"{path}: {key} holds NaN or infinity; the file is damaged")
 
 
@@ -188,7 +202,9 @@ def blocks_of(target: Target, files: TensorFiles, stored: Mapping[str, StoredLay
         yield Block(target, key, rows, i == len(spans) - 1)
 
 
-def spans_of(part: Part, files: TensorFiles, stored: Mapping[str, StoredLayer]) -> Iterator[tuple[str, slice | None]]:
+def spans_of(
+    part: Part, files: TensorFiles, stored: Mapping[str, StoredLayer]
+) -> Iterator[tuple[str, slice | None]]:
     """The rows of one part in pieces; halves that change places come the other way round."""
     layer = stored.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None
     shape = files[part.key].shape if layer is None or len(layer.shape) != 2 else (layer.rows, layer.columns)
@@ -216,9 +232,20 @@ class Streamer:
     """
 
     def __init__(
-        self, files: TensorFiles, stored: Mapping[str, StoredLayer], writer: StreamWriter, recipe: Recipe, on_bytes: Callable[[int], None]
+        self,
+        files: TensorFiles,
+        stored: Mapping[str, StoredLayer],
+        writer: StreamWriter,
+        recipe: Recipe,
+        on_bytes: Callable[[int], None],
     ):
-        self.files, self.stored, self.writer, self.recipe, self.on_bytes = files, stored, writer, recipe, on_bytes
+        self.files, self.stored, self.writer, self.recipe, self.on_bytes = (
+            files,
+            stored,
+            writer,
+            recipe,
+            on_bytes,
+        )
         self.sources = [torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(BUFFERS)]
         self.results = [torch.empty(BLOCK_BYTES // 2, dtype=torch.int8) for _ in range(BUFFERS - 1)]
         self.writes: deque[tuple[Future[None], list[Tensor], Tensor | None]] = deque()
@@ -289,7 +316,9 @@ class Streamer:
             self.sources.append(buffer)
         else:
             check_float(self.files.path, block.key, data)
-            dtype = getattr(torch, DTYPES[target.dtype][1] or "uint8", torch.uint8)  # bytes of what torch does not know stay bytes
+            dtype = getattr(
+                torch, DTYPES[target.dtype][1] or "uint8", torch.uint8
+            )  # bytes of what torch does not know stay bytes
             self.write(target.key, data.to(dtype), self.sources, buffer)
         if block.last and target.int8:
             self.write(beside(target.key, MARKER), marker_bytes(target.transform), self.sources)
@@ -302,20 +331,28 @@ class Streamer:
         """One scale for each row of a weight whose integers are taken as they are. Returns float32 [rows, 1]."""
         rows = block.rows
         assert rows is not None
-        return self.stored[block.key.removesuffix(WEIGHT)].scales(self.files, rows.start, rows.stop).contiguous()
+        return (
+            self.stored[block.key.removesuffix(WEIGHT)].scales(self.files, rows.start, rows.stop).contiguous()
+        )
 
     def quantize(self, block: Block, data: Tensor) -> None:
         """Quantize the rows of a block and let them be written. data: float [rows, K]."""
         target, (rows, columns) = block.target, data.shape
         if not self.sums:
             self.fit(target)
-        buffer = self.free(self.results) if rows * columns <= BLOCK_BYTES // 2 else torch.empty(rows * columns, dtype=torch.int8)
+        buffer = (
+            self.free(self.results)
+            if rows * columns <= BLOCK_BYTES // 2
+            else torch.empty(rows * columns, dtype=torch.int8)
+        )
         q, scale = buffer[: rows * columns].view(rows, columns), torch.empty(rows, 1)
         sums = self.round(data, q, scale, target.transform)
         if not sums.finite:
             assert target.plan is not None
             check_weight(target.plan, data)
-            raise ConfigError(f"{target.plan.name}: the weight holds numbers too large for float32 arithmetic; check the checkpoint")
+            raise ConfigError(
+                f"{target.plan.name}: the weight holds numbers too large for float32 arithmetic; check the checkpoint"
+            )
         self.sums.append(sums)
         self.write(target.key, q, self.results, buffer if buffer.numel() == BLOCK_BYTES // 2 else None)
         self.write(beside(target.key, SCALE), scale, self.results)
@@ -330,7 +367,12 @@ class Streamer:
         scale.copy_(rounded.scale)
         noise = x - rounded.dequantize()
         saturated = int((q.abs() == INT8_MAX).sum())
-        return RowSums(bool(x.isfinite().all()), x.double().square().sum().item(), noise.double().square().sum().item(), saturated)
+        return RowSums(
+            bool(x.isfinite().all()),
+            x.double().square().sum().item(),
+            noise.double().square().sum().item(),
+            saturated,
+        )
 
     def fit(self, target: Target) -> None:
         """Fit a transform that has factors to the weight: methods without a calibration look at the largest number of each column."""
@@ -347,15 +389,24 @@ class Streamer:
         assert target.plan is not None
         if not target.copied:
             signal, noise = sum(s.signal for s in self.sums), sum(s.noise for s in self.sums)
-            target.plan.measured["weight_sqnr_db"] = 10 * math.log10(signal / noise) if signal and noise else math.inf
-            target.plan.measured["saturated_share"] = sum(s.saturated for s in self.sums) / math.prod(target.shape)
+            target.plan.measured["weight_sqnr_db"] = (
+                10 * math.log10(signal / noise) if signal and noise else math.inf
+            )
+            target.plan.measured["saturated_share"] = sum(s.saturated for s in self.sums) / math.prod(
+                target.shape
+            )
         self.sums = []
 
 
 def stream(
-    files: TensorFiles, stored: Mapping[str, StoredLayer], targets: Sequence[Target], path: Path, metadata: Mapping[str, str],
-    recipe: Recipe, on_bytes: Callable[[int], None] = lambda count: None,
-) -> int:  # fmt: skip
+    files: TensorFiles,
+    stored: Mapping[str, StoredLayer],
+    targets: Sequence[Target],
+    path: Path,
+    metadata: Mapping[str, str],
+    recipe: Recipe,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> int:
     """Write the targets to a file. Returns its size."""
     with StreamWriter(path, [entry for target in targets for entry in target.entries()], metadata) as writer:
         Streamer(files, stored, writer, recipe, on_bytes).run(targets)

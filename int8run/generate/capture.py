@@ -21,7 +21,10 @@ def record_step(
     pipe: DiffusionPipeline, component: str, denoiser: nn.Module, batch: Sequence[Sample], sampling: Sampling
 ) -> list[Mapping[str, Any]]:
     """The denoiser's last call in a run of two steps, and of two experts the last of each: real activations for measurements."""
-    last = {made.get("expert"): made for made in record_calls(pipe, component, denoiser, batch, replace(sampling, steps=2))}
+    last = {
+        made.get("expert"): made
+        for made in record_calls(pipe, component, denoiser, batch, replace(sampling, steps=2))
+    }
     return list(last.values())
 
 
@@ -41,9 +44,21 @@ def record_calls(
             names = list(inspect.signature(part.forward).parameters)
 
             def keep(
-                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], which: dict[str, str] = which, names: list[str] = names
+                module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                which: dict[str, str] = which,
+                names: list[str] = names,
             ) -> None:
-                calls.append({**which, **{k: copied(v) for k, v in {**dict(zip(names, args, strict=False)), **kwargs}.items()}})
+                calls.append(
+                    {
+                        **which,
+                        **{
+                            k: copied(v)
+                            for k, v in {**dict(zip(names, args, strict=False)), **kwargs}.items()
+                        },
+                    }
+                )
 
             stack.callback(part.register_forward_pre_hook(keep, with_kwargs=True).remove)
         # hooks inside a compiled graph would break it
@@ -63,7 +78,10 @@ def copied(value: Any) -> Any:
 
 @torch.no_grad()
 def watch_layers(
-    denoiser: nn.Module, arguments: Mapping[str, Any], names: Sequence[str], see: Callable[[str, Tensor, Tensor], None]
+    denoiser: nn.Module,
+    arguments: Mapping[str, Any],
+    names: Sequence[str],
+    see: Callable[[str, Tensor, Tensor], None],
 ) -> None:
     """Call the denoiser once; `see(name, input, output)` is called for each named layer that runs."""
     with ExitStack() as stack:

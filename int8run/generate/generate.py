@@ -27,7 +27,9 @@ class Generation:
     frames: list[list[Image]] = field(default_factory=list)  # per sample; a picture is a video of one frame
     trajectories: list[Tensor] = field(default_factory=list)
     step_seconds: list[list[float]] = field(default_factory=list)  # per batch, per step
-    image_seconds: list[float] = field(default_factory=list)  # per picture or video, text encoding and decoding included
+    image_seconds: list[float] = field(
+        default_factory=list
+    )  # per picture or video, text encoding and decoding included
     sound: bool = False  # the pipeline made sound as well, which is not kept
 
     @property
@@ -43,7 +45,9 @@ class Generation:
     @property
     def bytes(self) -> int:
         """Memory of the frames and latents."""
-        return sum(t.nbytes for t in self.trajectories) + sum(3 * im.width * im.height for frames in self.frames for im in frames)
+        return sum(t.nbytes for t in self.trajectories) + sum(
+            3 * im.width * im.height for frames in self.frames for im in frames
+        )
 
 
 # encoded prompts that are remembered; of FLUX, each takes 4 MB on the device
@@ -78,7 +82,9 @@ class StepClock:
         self.paused = 0.0
         self.latents: list[Tensor] = []
 
-    def step_end(self, pipe: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def step_end(
+        self, pipe: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """diffusers' `callback_on_step_end`."""
         ended = now(self.device)
         self.seconds.append(ended - self.last)
@@ -211,7 +217,9 @@ def use_text_encoders(pipe: DiffusionPipeline, which: str, encoders: Mapping[str
         TextCache.of(pipe).which = which
 
 
-def call(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, step_end: Callable[..., object]) -> Any:
+def call(
+    pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, step_end: Callable[..., object]
+) -> Any:
     """One pipeline call; each sample has its own generator, so that a picture does not depend on its batch.
 
     Schedulers that add noise on the way (LCM) take it from torch's own generator, which the pipelines give them no other way: it is
@@ -233,7 +241,10 @@ def call(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, s
         "prompt": [s.prompt for s in batch],
         "output_type": "pil",  # pipelines of videos give arrays otherwise
         **{k: v for k, v in common.items() if v is not None},
-        **{k: [v] * len(batch) if PROMPT_ARGUMENT.fullmatch(k) and isinstance(v, str) else v for k, v in sampling.extra.items()},
+        **{
+            k: [v] * len(batch) if PROMPT_ARGUMENT.fullmatch(k) and isinstance(v, str) else v
+            for k, v in sampling.extra.items()
+        },
         **step_arguments(pipe, step_end),
     }
     one_of("sampler.extra.output_type", arguments["output_type"], OUTPUT_TYPES)
@@ -261,14 +272,18 @@ def device_of(pipe: DiffusionPipeline) -> torch.device:
     return getattr(pipe, "_execution_device", pipe.device)
 
 
-def step_arguments(pipe: DiffusionPipeline, step_end: Callable[..., object]) -> dict[str, Callable[..., object]]:
+def step_arguments(
+    pipe: DiffusionPipeline, step_end: Callable[..., object]
+) -> dict[str, Callable[..., object]]:
     """The argument by which this pipeline tells of the end of each step.
 
     PixArt's pipelines have only diffusers' older one, whose function is given `(step, timestep, latents)`.
     """
     known = inspect.signature(type(pipe).__call__).parameters
     if "callback" in known and "callback_on_step_end" not in known:
-        return {"callback": lambda step, timestep, latents: step_end(pipe, step, timestep, {"latents": latents})}
+        return {
+            "callback": lambda step, timestep, latents: step_end(pipe, step, timestep, {"latents": latents})
+        }
     return {"callback_on_step_end": step_end}
 
 

@@ -18,9 +18,13 @@ class PromptSet:
     def __post_init__(self) -> None:
         in_range("prompts.seeds_per_prompt", self.seeds_per_prompt, 1, 10_000, whole=True)
         if isinstance(self.prompts, str):
-            raise ConfigError(f"prompts.prompts is {self.prompts!r}; it takes a list: prompts.prompts=[{self.prompts}]")
+            raise ConfigError(
+                f"prompts.prompts is {self.prompts!r}; it takes a list: prompts.prompts=[{self.prompts}]"
+            )
         if bool(self.prompts) == bool(self.path):
-            raise ConfigError("prompts needs exactly one of prompts.prompts=[…] and prompts.path=<file, one prompt per line>")
+            raise ConfigError(
+                "prompts needs exactly one of prompts.prompts=[…] and prompts.path=<file, one prompt per line>"
+            )
 
     def read(self) -> list[str]:
         """The prompts.
@@ -55,7 +59,9 @@ class Sample:
 def samples(prompts: Sequence[str], seeds_per_prompt: int, seed: int) -> list[Sample]:
     """Prompts × seeds; seed i of every prompt is `seed + i`, so that pictures of one seed share their noise."""
     return [
-        Sample(prompt, seed + i, f"{n:03d}_{slug(prompt)}_s{seed + i}") for n, prompt in enumerate(prompts) for i in range(seeds_per_prompt)
+        Sample(prompt, seed + i, f"{n:03d}_{slug(prompt)}_s{seed + i}")
+        for n, prompt in enumerate(prompts)
+        for i in range(seeds_per_prompt)
     ]
 
 

@@ -24,7 +24,9 @@ def save_generation(made: Generation, path: Path, note: Mapping[str, object]) ->
     """
     tensors = {f"latents.{i}": t.contiguous() for i, t in enumerate(made.trajectories)}
     for i, frames in enumerate(made.frames):
-        tensors[f"frames.{i}"] = torch.stack([torch.from_numpy(np.array(frame.convert("RGB"))) for frame in frames])
+        tensors[f"frames.{i}"] = torch.stack(
+            [torch.from_numpy(np.array(frame.convert("RGB"))) for frame in frames]
+        )
     facts = {
         "pictures": len(made.frames),
         "latents": len(made.trajectories),
@@ -44,8 +46,13 @@ def load_generation(path: Path) -> Generation:
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {})[FACTS])
-            frames = [[Image.fromarray(frame.numpy()) for frame in file.get_tensor(f"frames.{i}")] for i in range(facts["pictures"])]
+            frames = [
+                [Image.fromarray(frame.numpy()) for frame in file.get_tensor(f"frames.{i}")]
+                for i in range(facts["pictures"])
+            ]
             latents = [file.get_tensor(f"latents.{i}") for i in range(facts["latents"])]
             return Generation(frames, latents, facts["step_seconds"], facts["image_seconds"], facts["sound"])
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise FileError(f"{path} is damaged: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise FileError(
+            f"{path} is damaged: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error

@@ -55,7 +55,9 @@ def execute(spec: RunSpec, job: Job) -> float | None:
         # an interrupted job and one that hydra or a worker ends are no failures of its own
         state = FAILED if isinstance(error, Exception) else KILLED
         known = disk_full(error, job.output_dir)
-        record = end_record(record, state, " ".join(str(known or error).split()) or type(error).__name__, warnings)
+        record = end_record(
+            record, state, " ".join(str(known or error).split()) or type(error).__name__, warnings
+        )
         if task.tracked:
             upload(spec.tracker, record)
         if known is not None:
@@ -122,7 +124,9 @@ def prepare(tracker: Tracker) -> None:
     try:
         tracker.prepare()
     except TrackingError as error:
-        log.warning("%s; what is measured is kept in the output folder and logged when it answers again", error)
+        log.warning(
+            "%s; what is measured is kept in the output folder and logged when it answers again", error
+        )
 
 
 def announce(tracker: Tracker, record: Record) -> Record:
@@ -132,7 +136,9 @@ def announce(tracker: Tracker, record: Record) -> Record:
     except TrackingError as error:
         log.info("%s", error)
         place = tracker.place()
-        return update_record(record, tracking={**place, "run_id": None, "uploaded": False}) if place else record
+        return (
+            update_record(record, tracking={**place, "run_id": None, "uploaded": False}) if place else record
+        )
     return logged(tracker, record, run_id, uploaded=False)
 
 
@@ -141,7 +147,12 @@ def upload(tracker: Tracker, record: Record) -> Record:
     try:
         return logged(tracker, record, tracker.upload(record), uploaded=True)
     except TrackingError as error:
-        log.warning("%s; everything is in %s; upload it later: %s", error, record.folder, sync_command(record, record.folder))
+        log.warning(
+            "%s; everything is in %s; upload it later: %s",
+            error,
+            record.folder,
+            sync_command(record, record.folder),
+        )
         return record
     except OSError as error:  # of a file that cannot be read or written; no reason to lose the job's own end
         log.warning("job %s is not logged: %s", record.name, disk_full(error) or not_writable(error) or error)
@@ -156,4 +167,8 @@ def sync_command(record: Record, folder: Path) -> str:
 
 def logged(tracker: Tracker, record: Record, run_id: str | None, uploaded: bool) -> Record:
     """Write where the tracker has a job."""
-    return record if run_id is None else update_record(record, tracking={**tracker.place(), "run_id": run_id, "uploaded": uploaded})
+    return (
+        record
+        if run_id is None
+        else update_record(record, tracking={**tracker.place(), "run_id": run_id, "uploaded": uploaded})
+    )

@@ -24,7 +24,9 @@ def finish(folder: Path, sweep: Sweep, records: Sequence[Record], trackers: Mapp
     Args:
         trackers: of the tracked jobs, by number.
     """
-    records = [upload(trackers[r.number], r) if r.number in trackers and not r.uploaded else r for r in records]
+    records = [
+        upload(trackers[r.number], r) if r.number in trackers and not r.uploaded else r for r in records
+    ]
     page = folder / REPORT
     for line in warnings_of(records):
         log.warning("%s", line)
@@ -48,6 +50,8 @@ def share(tracker: Tracker, sweep: Sweep, records: Sequence[Record], page: Path)
             tracker.attach(str(records[0].run_id), page)
         link = tracker.share(sweep.id, records)
     except TrackingError as error:
-        log.warning("%s; the sweep has no dashboard; this makes it: %s", error, sync_command(records[0], page.parent))
+        log.warning(
+            "%s; the sweep has no dashboard; this makes it: %s", error, sync_command(records[0], page.parent)
+        )
         return []
     return [line for line in (link,) if line]

@@ -101,7 +101,9 @@ def register() -> None:
         return
     package, name = MODULE.split(".")
     module = ModuleType(MODULE)
-    launchers = [type(pool.__name__, (SweepLauncher,), {"pool_class": pool, "__module__": MODULE}) for pool in POOLS]
+    launchers = [
+        type(pool.__name__, (SweepLauncher,), {"pool_class": pool, "__module__": MODULE}) for pool in POOLS
+    ]
     for plugin in [*launchers, type("Grid", (Grid,), {"__module__": MODULE})]:
         setattr(module, plugin.__name__, plugin)
         plugins.register(plugin)

@@ -16,10 +16,18 @@ def job_of(config: Any, hydra: Any, output_dir: Path) -> Job:
         hydra: hydra's part of it.
     """
     in_sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
-    sweep = (read_sweep(Path(str(hydra.sweep.dir))) or Sweep(Path(str(hydra.sweep.dir)).name)) if in_sweep else None
+    sweep = (
+        (read_sweep(Path(str(hydra.sweep.dir))) or Sweep(Path(str(hydra.sweep.dir)).name))
+        if in_sweep
+        else None
+    )
     return Job(
         settings=plain_config(config),
-        choices={group: option for group, option in hydra.runtime.choices.items() if "/" not in group and "@" not in group},
+        choices={
+            group: option
+            for group, option in hydra.runtime.choices.items()
+            if "/" not in group and "@" not in group
+        },
         overrides=list(hydra.overrides.task),
         output_dir=output_dir,
         sweep=sweep.id if sweep else None,

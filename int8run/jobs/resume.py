@@ -26,14 +26,19 @@ def sweep_folder(configs: Sequence[Any]) -> Path:
     root = new.parents[1] if dated(new) else new.parent
     earlier = sweep_to_resume(root, {config_hash(plain_config(config)) for config in configs})
     if earlier is None:
-        log.warning("resume=true: no sweep in %s has one of these jobs; those that the tracker knows as finished are left out", root)
+        log.warning(
+            "resume=true: no sweep in %s has one of these jobs; those that the tracker knows as finished are left out",
+            root,
+        )
     return earlier or new
 
 
 def sweep_to_resume(root: Path, hashes: Collection[str]) -> Path | None:
     """The folder of the newest sweep below `root` that has one of the jobs with these config hashes."""
     found = sorted(sweeps_below(root), key=lambda pair: pair[1].created, reverse=True)
-    return next((folder for folder, _ in found if any(r.config_hash in hashes for r in find_records(folder))), None)
+    return next(
+        (folder for folder, _ in found if any(r.config_hash in hashes for r in find_records(folder))), None
+    )
 
 
 def sweeps_below(root: Path) -> Iterator[tuple[Path, Sweep]]:

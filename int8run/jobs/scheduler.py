@@ -61,9 +61,13 @@ class Queue:
 
 
 def dispatch(
-    jobs: Sequence[SweepJob], pool: Pool, most: int, call: Callable[[Sequence[SweepJob]], Call],
-    started: Callable[[SweepJob], None], ended: Callable[[SweepJob, Outcome], None],
-) -> None:  # fmt: skip
+    jobs: Sequence[SweepJob],
+    pool: Pool,
+    most: int,
+    call: Callable[[Sequence[SweepJob]], Call],
+    started: Callable[[SweepJob], None],
+    ended: Callable[[SweepJob, Outcome], None],
+) -> None:
     """Run jobs on the workers of a pool that is open.
 
     Args:
@@ -88,7 +92,9 @@ def dispatch(
                 if key is not None:
                     idle.remove(seat)
                     occupy(seat, key)
-            while len(busy) + len(idle) < most and (key := queue.choose(None, {s.key for s in [*busy.values(), *idle]})):
+            while len(busy) + len(idle) < most and (
+                key := queue.choose(None, {s.key for s in [*busy.values(), *idle]})
+            ):
                 occupy(Seat(pool.start(), key), key)
             finished, _ = wait(busy, return_when=FIRST_COMPLETED)
             for future in finished:
@@ -128,11 +134,17 @@ def after_death(jobs: Sequence[SweepJob], death: WorkerDied) -> list[Outcome]:
         record = known_record(job.folder)
         if record is not None and record.ended is not None:
             failed = record.state != FINISHED
-            outcomes.append(Outcome(job.number, record.state, record.metrics.get(record.objective), record.error, int(failed)))
+            outcomes.append(
+                Outcome(
+                    job.number, record.state, record.metrics.get(record.objective), record.error, int(failed)
+                )
+            )
             continue
         if record is not None:
             end_record(record, KILLED, str(death))
-        if record is not None or not outcomes:  # one that died before its first job would else be tried for ever
+        if (
+            record is not None or not outcomes
+        ):  # one that died before its first job would else be tried for ever
             outcomes.append(Outcome(job.number, KILLED, error=str(death), exit_code=1))
         break
     return outcomes

@@ -63,7 +63,9 @@ class Planned:
     job: SweepJob
 
 
-def conduct(configs: Sequence[DictConfig], pool: Pool, context: Any, task_function: Any) -> list[float | None]:
+def conduct(
+    configs: Sequence[DictConfig], pool: Pool, context: Any, task_function: Any
+) -> list[float | None]:
     """Run the jobs of a sweep on a pool's workers, those that use the same model together, and make one page of what they leave.
 
     Args:
@@ -79,13 +81,19 @@ def conduct(configs: Sequence[DictConfig], pool: Pool, context: Any, task_functi
     """
     folder = Path(str(configs[0].hydra.sweep.dir))
     try:
-        with FileLock(folder / "sweep.lock", timeout=0):  # the system lets go of it when this process ends, however it does
+        with FileLock(
+            folder / "sweep.lock", timeout=0
+        ):  # the system lets go of it when this process ends, however it does
             return conduct_alone(folder, configs, pool, context, task_function)
     except Timeout:
-        raise ConfigError(f"another sweep runs in {folder}; wait for it, or choose another folder: hydra.sweep.dir=FOLDER") from None
+        raise ConfigError(
+            f"another sweep runs in {folder}; wait for it, or choose another folder: hydra.sweep.dir=FOLDER"
+        ) from None
 
 
-def conduct_alone(folder: Path, configs: Sequence[DictConfig], pool: Pool, context: Any, task_function: Any) -> list[float | None]:
+def conduct_alone(
+    folder: Path, configs: Sequence[DictConfig], pool: Pool, context: Any, task_function: Any
+) -> list[float | None]:
     """See `conduct`."""
     resume = bool(configs[0].get("resume"))
     sweep = identify(folder, configs, resume)
@@ -93,7 +101,10 @@ def conduct_alone(folder: Path, configs: Sequence[DictConfig], pool: Pool, conte
     for tracker in {p.spec.tracker for p in planned if p.spec.task.tracked}:
         prepare(tracker)
     records = finished(sweep, planned) if resume else {}
-    outcomes = {number: Outcome(number, FINISHED, record.metrics.get(record.objective)) for number, record in records.items()}
+    outcomes = {
+        number: Outcome(number, FINISHED, record.metrics.get(record.objective))
+        for number, record in records.items()
+    }
     todo = [p.job for p in planned if p.job.number not in outcomes]
     for path in (job.folder / STATUS for job in todo):
         if path.is_file():  # of an earlier try
@@ -106,7 +117,9 @@ def conduct_alone(folder: Path, configs: Sequence[DictConfig], pool: Pool, conte
         progress.started(job.number, by_number[job.number].about.name)
 
     def ended(job: SweepJob, outcome: Outcome) -> None:
-        configure_log(job.config.hydra.hydra_logging, job.config.hydra.verbose)  # a job in this process had its own log file
+        configure_log(
+            job.config.hydra.hydra_logging, job.config.hydra.verbose
+        )  # a job in this process had its own log file
         outcomes[job.number] = outcome
         records[job.number] = recorded(by_number[job.number], outcome)
         progress.ended(records[job.number])
@@ -114,9 +127,13 @@ def conduct_alone(folder: Path, configs: Sequence[DictConfig], pool: Pool, conte
     if todo:
         try:
             most = pool.open(len(todo))
-            sweep = replace(sweep, jobs_at_once=min(pool.jobs_at_once, len(todo)))  # a cluster is known once it is there
+            sweep = replace(
+                sweep, jobs_at_once=min(pool.jobs_at_once, len(todo))
+            )  # a cluster is known once it is there
             write_sweep(folder, sweep)
-            parent = Parent(sweep, context, task_function, Singleton.get_state(), str(Path.cwd()), os.getpid())
+            parent = Parent(
+                sweep, context, task_function, Singleton.get_state(), str(Path.cwd()), os.getpid()
+            )
             dispatch(todo, pool, most, lambda jobs: partial(run_jobs, parent, jobs), started, ended)
         except KeyboardInterrupt:
             ends = [(p, known_record(p.job.folder)) for p in planned]
@@ -128,7 +145,12 @@ def conduct_alone(folder: Path, configs: Sequence[DictConfig], pool: Pool, conte
             raise
         finally:
             pool.close()
-    finish(folder, sweep, [records[p.job.number] for p in planned], {p.job.number: p.spec.tracker for p in planned if p.spec.task.tracked})
+    finish(
+        folder,
+        sweep,
+        [records[p.job.number] for p in planned],
+        {p.job.number: p.spec.tracker for p in planned if p.spec.task.tracked},
+    )
     failed = [p for p in planned if outcomes[p.job.number].state != FINISHED]
     if failed:
         raise sweep_failed(failed, outcomes, len(planned))
@@ -161,7 +183,14 @@ def plan(folder: Path, configs: Sequence[DictConfig], resume: bool) -> list[Plan
         taken.add(about.output_dir)
         spec = to_spec(config)
         known = identity(spec, about)
-        job = SweepJob(about.number, tuple(about.overrides), config, about.output_dir, str(known["config_hash"]), str(known["build_key"]))
+        job = SweepJob(
+            about.number,
+            tuple(about.overrides),
+            config,
+            about.output_dir,
+            str(known["config_hash"]),
+            str(known["build_key"]),
+        )
         planned.append(Planned(spec, about, job))
     return planned
 
@@ -190,7 +219,9 @@ def finished(sweep: Sweep, planned: Sequence[Planned]) -> dict[int, Record]:
         record = known_record(p.job.folder)
         if record is not None and record.state == RUNNING and record.status["host"] == this_process()["host"]:
             pid = record.status["pid"]
-            raise ConfigError(f"job {record.number} of this sweep runs in process {pid}; wait for it, or end it, then resume")
+            raise ConfigError(
+                f"job {record.number} of this sweep runs in process {pid}; wait for it, or end it, then resume"
+            )
         if record is not None and record.state == FINISHED:
             found[p.job.number] = record
     try:
@@ -227,6 +258,9 @@ def recorded(planned: Planned, outcome: Outcome) -> Record:
 def sweep_failed(failed: Sequence[Planned], outcomes: Mapping[int, Outcome], jobs: int) -> SweepError:
     """One line for every job that did not finish; the exit code is theirs, where they agree."""
     codes = {outcomes[p.job.number].exit_code for p in failed}
-    lines = [f"  job {p.job.number} ({p.about.name}) {outcomes[p.job.number].state}: {outcomes[p.job.number].error}" for p in failed]
+    lines = [
+        f"  job {p.job.number} ({p.about.name}) {outcomes[p.job.number].state}: {outcomes[p.job.number].error}"
+        for p in failed
+    ]
     head = f"{len(failed)} of {jobs} jobs did not finish; the same command with resume=true runs these alone"
     return SweepError("\n".join([head, *lines]), codes.pop() if len(codes) == 1 else 1)

@@ -71,9 +71,12 @@ def run_here(parent: Parent, job: SweepJob, config: Any) -> Outcome:
     HydraConfig.instance().set_config(config)
     try:
         done = run_job(
-            hydra_context=parent.context, task_function=parent.task_function, config=config,
-            job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir",
-        )  # fmt: skip
+            hydra_context=parent.context,
+            task_function=parent.task_function,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
     except OSError as error:  # hydra makes the folder, its log file and its own notes before the job starts
         return failed(job, error)
     if done.status != JobStatus.COMPLETED:
@@ -85,8 +88,15 @@ def run_here(parent: Parent, job: SweepJob, config: Any) -> Outcome:
 def failed(job: SweepJob, error: Exception) -> Outcome:
     """The outcome of a job that an error ended. The job's log file keeps the words; of one that a user should not meet, everything."""
     message, code = explain(error)
-    log.error("%s", message or f"{type(error).__name__}: {error}", exc_info=error if message is None else None)
-    return Outcome(job.number, FAILED, error=message or " ".join(f"{type(error).__name__}: {error}".split()), exit_code=code)
+    log.error(
+        "%s", message or f"{type(error).__name__}: {error}", exc_info=error if message is None else None
+    )
+    return Outcome(
+        job.number,
+        FAILED,
+        error=message or " ".join(f"{type(error).__name__}: {error}".split()),
+        exit_code=code,
+    )
 
 
 def zipped(folder: Path) -> bytes:

@@ -42,7 +42,11 @@ def assemble(model: nn.Module, layers: Mapping[str, Int8Linear], family: ModelFa
         setattr(target.get_submodule(parent), child, share_copy(layer))
     saved = share_inputs(target, family.same_input)
     moved = sum(defer_gelu(target, g.activation, g.source, g.into) for g in family.deferred_gelu)
-    log.debug("layers with the same input share a quantization: %d fewer per step; %d GELUs moved into one", saved, moved)
+    log.debug(
+        "layers with the same input share a quantization: %d fewer per step; %d GELUs moved into one",
+        saved,
+        moved,
+    )
     return target
 
 
@@ -88,13 +92,21 @@ def defer_gelu(model: nn.Module, activation: str, source: str, into: str) -> int
     for block in list(in_blocks(modules, activation)):
         found, layer = modules[block + activation], modules.get(block + into)
         width = getattr(modules.get(block + source), "out_features", None)
-        if not isinstance(layer, Int8Linear) or width is None or getattr(found, "approximate", None) != "tanh":
+        if (
+            not isinstance(layer, Int8Linear)
+            or width is None
+            or getattr(found, "approximate", None) != "tanh"
+        ):
             continue
-        if not layer.backend.limits.fuses_gelu or layer.transform.centered:  # the mean is that of what the GELU gives
+        if (
+            not layer.backend.limits.fuses_gelu or layer.transform.centered
+        ):  # the mean is that of what the GELU gives
             continue
         # a module that holds its projection as well keeps that, under its old name
         held = source.removeprefix(f"{activation}.")
-        rest = nn.Identity() if held == source else nn.Sequential(OrderedDict({held: modules[block + source]}))
+        rest = (
+            nn.Identity() if held == source else nn.Sequential(OrderedDict({held: modules[block + source]}))
+        )
         parent, _, child = (block + activation).rpartition(".")
         setattr(model.get_submodule(parent), child, rest)
         layer.gelu_from = layer.in_features - width

@@ -73,7 +73,9 @@ class LowRankBranch(nn.Module):
     def fuse(self, backend: Backend, transform: OutlierTransform) -> None:
         """Let the backend compute the branch inside its own product, where it can. It then sees the transformed input."""
         if isinstance(backend, FusesBranch):
-            self.fused = backend.fuse_branch(transform.transform_weight(self.lora_A.float()), self.lora_B.float(), self.lora_A.dtype)
+            self.fused = backend.fuse_branch(
+                transform.transform_weight(self.lora_A.float()), self.lora_B.float(), self.lora_A.dtype
+            )
             for name, operand in (self.fused._asdict() if self.fused else {}).items():
                 if isinstance(operand, Tensor):  # as a buffer it counts as the model's memory
                     self.register_buffer(f"fused_{name}", operand, persistent=False)
@@ -162,15 +164,24 @@ class Int8Linear(KeepsDtypes):
     def __init__(self, layer: QuantizedLayer, backend: Backend, dtype: torch.dtype, float_rows: int = 0):
         super().__init__()
         self.out_features, self.in_features = layer.weight.qdata.shape
-        self.backend, self.transform, self.dtype, self.float_rows = backend, layer.transform, dtype, float_rows
+        self.backend, self.transform, self.dtype, self.float_rows = (
+            backend,
+            layer.transform,
+            dtype,
+            float_rows,
+        )
         self.adapter: LowRankBranch | None = None
         self.shared: SharedInput | None = None
-        self.gelu_from = -1  # columns from here on arrive before their GELU, which the quantization computes on the way
+        self.gelu_from = (
+            -1
+        )  # columns from here on arrive before their GELU, which the quantization computes on the way
         self.register_buffer("packed", backend.pack(layer.weight), persistent=False)
         self.register_buffer("scale", layer.weight.scale[:, 0].contiguous())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
         # dequantized once: a fallback that did it at every call would cost more than it saves
-        self.register_buffer("float_weight", layer.weight.dequantize(dtype) if float_rows else None, persistent=False)
+        self.register_buffer(
+            "float_weight", layer.weight.dequantize(dtype) if float_rows else None, persistent=False
+        )
 
     def set_weight(self, weight: QuantizedWeight) -> None:
         """Put another weight of the same shape in place, in the transform's basis; a compiled model stays compiled."""
@@ -184,10 +195,16 @@ class Int8Linear(KeepsDtypes):
         ones = torch.ones_like(self.scale)
         columns = []
         for start in range(0, self.in_features, UNIT_ROWS):
-            unit = torch.zeros(min(UNIT_ROWS, self.in_features - start), self.in_features, device=self.scale.device)
+            unit = torch.zeros(
+                min(UNIT_ROWS, self.in_features - start), self.in_features, device=self.scale.device
+            )
             unit[:, start:].fill_diagonal_(1.0)
             quantized = self.backend.quantize(unit, None, None, -1, None)
-            columns.append(self.backend.linear(quantized, self.packed, ones, None, torch.float32, None, None).round().to(torch.int8))
+            columns.append(
+                self.backend.linear(quantized, self.packed, ones, None, torch.float32, None, None)
+                .round()
+                .to(torch.int8)
+            )
         return torch.cat(columns).T.contiguous()
 
     def quantized_weight(self) -> QuantizedWeight:
@@ -202,18 +219,28 @@ class Int8Linear(KeepsDtypes):
         """`forward` with the GELU and the sharing named, so that a measurement can leave them out."""
         rows = x.reshape(-1, self.in_features)
         # idle is asked for outside compiled code only: a graph that knew it would be built again when it changes
-        branch = None if self.adapter is None or (not torch.compiler.is_compiling() and self.adapter.idle) else self.adapter
+        branch = (
+            None
+            if self.adapter is None or (not torch.compiler.is_compiling() and self.adapter.idle)
+            else self.adapter
+        )
         fused = None
         if self.float_weight is not None and rows.shape[0] <= self.float_rows:
             h = self.transform.transform_input(gelu_columns(rows, gelu_from))
-            y = F.linear(h.to(self.dtype), self.float_weight, None if self.bias is None else self.bias.to(self.dtype)).to(x.dtype)
+            y = F.linear(
+                h.to(self.dtype), self.float_weight, None if self.bias is None else self.bias.to(self.dtype)
+            ).to(x.dtype)
         else:
             fused = None if branch is None else branch.fused
             down = None if fused is None else fused.down_with_input
             # without a token axis there is no mean over tokens; one over a batch would mix pictures
             centered = self.transform.centered and x.dim() > 2
             quantize = lambda: self.backend.quantize(  # noqa: E731
-                centered_rows(x) if centered else rows, self.transform.factor, self.transform.rotation, gelu_from, down
+                centered_rows(x) if centered else rows,
+                self.transform.factor,
+                self.transform.rotation,
+                gelu_from,
+                down,
             )
             quantized = quantize() if shared is None or down is not None else shared.get(x, quantize)
             strengths = None if fused is None or branch is None else branch.strengths
@@ -231,4 +258,6 @@ class Int8Linear(KeepsDtypes):
         return y[:rows].add_(mean.repeat_interleave(tokens, dim=0))
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, backend={self.backend.name}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, backend={self.backend.name}"
+        )

@@ -34,7 +34,9 @@ class Int8Settings:
     checkpoint: str | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        one_of("int8.small_batch_fallback", self.small_batch_fallback, ("only_small_layers", "always", "never"))
+        one_of(
+            "int8.small_batch_fallback", self.small_batch_fallback, ("only_small_layers", "always", "never")
+        )
         switch("int8.enable", self.enable)
         if self.max_rows is not None:
             in_range("int8.max_rows", self.max_rows, 0, 4096, whole=True)
@@ -71,7 +73,14 @@ class LayerPlan:
 
     def keep(self, why: str) -> None:
         """The layer stays float after all."""
-        self.keep_float, self.outlier, self.outlier_why_not, self.rounding, self.backend_asked, self.backend_used = why, "", "", "", "", ""
+        (
+            self.keep_float,
+            self.outlier,
+            self.outlier_why_not,
+            self.rounding,
+            self.backend_asked,
+            self.backend_used,
+        ) = why, "", "", "", "", ""
         self.measured.clear()
 
 

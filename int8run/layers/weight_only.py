@@ -52,24 +52,38 @@ class Coded(KeepsDtypes):
         self.transform, self.dtype, self.kernels = transform, dtype, kernels
         self.shape, self.block, self.high_first = weight.shape, weight.block, weight.high_first
         self.register_buffer("qdata", weight.qdata.detach().contiguous(), persistent=False)
-        self.register_buffer("scale", None if weight.scale is None else weight.scale.detach().contiguous(), persistent=False)
+        self.register_buffer(
+            "scale", None if weight.scale is None else weight.scale.detach().contiguous(), persistent=False
+        )
         self.register_buffer("global_scale", weight.global_scale, persistent=False)
 
     @property
     def coded(self) -> CodedWeight:
         """The weight, in the transform's basis; block scales lie in rows."""
-        return CodedWeight(self.qdata, self.scale, self.shape, self.global_scale, self.block, swizzled=False, high_first=self.high_first)
+        return CodedWeight(
+            self.qdata,
+            self.scale,
+            self.shape,
+            self.global_scale,
+            self.block,
+            swizzled=False,
+            high_first=self.high_first,
+        )
 
     def floats(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The weight's numbers, some rows after others: at most `FLOAT_NUMBERS`, and at least as many rows as share a scale."""
         weight, operators = self.coded, operators_of(self.kernels)
-        if weight.scale is None:  # a plain cast, by the same operators: torch's own conversion is slow on CPUs
+        if (
+            weight.scale is None
+        ):  # a plain cast, by the same operators: torch's own conversion is slow on CPUs
             weight = replace(weight, scale=torch.ones((), device=self.qdata.device))
         height = shared_rows(weight)
         numbers = FLOAT_NUMBERS.get(self.qdata.device.type, FLOAT_NUMBERS["cuda"])
         rows = max(numbers // self.shape[1] // height, 1) * height
         for start in range(0, self.shape[0], rows):
-            yield row_slice(weight, start, min(start + rows, self.shape[0]), height).dequantize(dtype, operators)
+            yield row_slice(weight, start, min(start + rows, self.shape[0]), height).dequantize(
+                dtype, operators
+            )
 
     @torch.no_grad()
     def dequantized(self) -> Tensor:
@@ -90,7 +104,12 @@ class CodedLinear(Coded):
     bias: Tensor | None
 
     def __init__(self, layer: CodedLayer, dtype: torch.dtype, kernels: str = "eager"):
-        super().__init__(for_scaled_mm(layer.weight) if kernels == SCALED_MM else layer.weight, layer.transform, dtype, kernels)
+        super().__init__(
+            for_scaled_mm(layer.weight) if kernels == SCALED_MM else layer.weight,
+            layer.transform,
+            dtype,
+            kernels,
+        )
         self.out_features, self.in_features = layer.weight.shape
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
 
@@ -116,10 +135,16 @@ class CodedLinear(Coded):
         most GPUs, and some have none.
         """
         q, scale = quantize_fp8(x, self.scale is not None and self.scale.numel() > 1)
-        q = F.pad(q.view(torch.uint8), (0, self.qdata.shape[1] - self.in_features)).view(E4M3)  # torch pads no fp8
+        q = F.pad(q.view(torch.uint8), (0, self.qdata.shape[1] - self.in_features)).view(
+            E4M3
+        )  # torch pads no fp8
         one = torch.ones((), device=x.device)
         y = torch._scaled_mm(q, self.qdata.T, one, one, out_dtype=torch.float32).mul_(scale)
-        y = y[:, : self.out_features] if self.scale is None else y.mul_(self.scale.flatten())[:, : self.out_features]
+        y = (
+            y[:, : self.out_features]
+            if self.scale is None
+            else y.mul_(self.scale.flatten())[:, : self.out_features]
+        )
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -139,9 +164,13 @@ class CodedEmbedding(Coded):
     """
 
     def __init__(
-        self, weight: CodedWeight, transform: OutlierTransform, dtype: torch.dtype,
-        padding_idx: int | None = None, embed_scale: float = 1.0,
-    ):  # fmt: skip
+        self,
+        weight: CodedWeight,
+        transform: OutlierTransform,
+        dtype: torch.dtype,
+        padding_idx: int | None = None,
+        embed_scale: float = 1.0,
+    ):
         super().__init__(weight, transform, dtype, "eager")
         self.num_embeddings, self.embedding_dim = weight.shape
         self.padding_idx, self.embed_scale = padding_idx, embed_scale
@@ -195,7 +224,11 @@ class BlockInt8Linear(KeepsDtypes):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., K] -> [..., N], in x's dtype."""
         rows = self.transform.transform_input(x.reshape(-1, self.in_features))
-        y = rows.new_zeros((len(rows), self.out_features), dtype=torch.float32) if self.bias is None else self.bias.repeat(len(rows), 1)
+        y = (
+            rows.new_zeros((len(rows), self.out_features), dtype=torch.float32)
+            if self.bias is None
+            else self.bias.repeat(len(rows), 1)
+        )
         for block, packed, scale in zip(rows.split(self.block, dim=1), self.packed, self.scale, strict=True):
             quantized = self.backend.quantize(block.contiguous(), None, None, -1, None)
             y += self.backend.linear(quantized, packed, scale, None, torch.float32, None, None)
@@ -208,7 +241,9 @@ class BlockInt8Linear(KeepsDtypes):
         blocks = []
         for packed, scale, width in zip(self.packed, self.scale, self.widths, strict=True):
             unit = self.backend.quantize(torch.eye(width, device=scale.device), None, None, -1, None)
-            integers = self.backend.linear(unit, packed, torch.ones_like(scale), None, torch.float32, None, None).round()
+            integers = self.backend.linear(
+                unit, packed, torch.ones_like(scale), None, torch.float32, None, None
+            ).round()
             blocks.append((integers * scale).T)
         return self.transform.restore_weight(torch.cat(blocks, dim=1))
 
@@ -270,7 +305,9 @@ def int8_weight(weight: CodedWeight) -> QuantizedWeight:
     """
     if weight.kind != "int8" or weight.scale is None or not is_rowwise(weight):
         scales = None if weight.scale is None else list(weight.scale.shape)
-        raise ValueError(f"the weight is {weight.kind} with scales {scales}; an INT8 layer takes int8 with one scale or one per row")
+        raise ValueError(
+            f"the weight is {weight.kind} with scales {scales}; an INT8 layer takes int8 with one scale or one per row"
+        )
     scale = weight.scale.detach().float().reshape(-1, 1).expand(len(weight.qdata), 1)
     return QuantizedWeight(weight.qdata.contiguous(), scale.contiguous())
 

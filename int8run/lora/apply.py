@@ -22,7 +22,9 @@ def cores_of(changes: Changes) -> list[tuple[int, Core]]:
     return [(index, change.core) for index, change in changes if change.core is not None]
 
 
-def added_up(start: Tensor, cores: Sequence[tuple[int, Core]], strengths: Sequence[float], original: Tensor) -> Tensor:
+def added_up(
+    start: Tensor, cores: Sequence[tuple[int, Core]], strengths: Sequence[float], original: Tensor
+) -> Tensor:
     """`start + sum of strength * delta(original)` in float32, so that the order of the LoRAs says nothing.
 
     Args:
@@ -69,7 +71,11 @@ class FloatMerge:
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """A weight that was just read, with the LoRAs at the strengths of now added."""
         cores, strengths = self.unread.get(name, []), self.strengths or []
-        return added_up(weight, cores, strengths, weight).to(weight.dtype) if cores and any(strengths) else weight
+        return (
+            added_up(weight, cores, strengths, weight).to(weight.dtype)
+            if cores and any(strengths)
+            else weight
+        )
 
     @torch.no_grad()
     def set_strengths(self, strengths: Sequence[float]) -> None:
@@ -91,7 +97,9 @@ def bias_of(module: nn.Module, device: torch.device) -> nn.Parameter:
     if module.bias is None:
         weight = module.weight
         assert isinstance(weight, Tensor)
-        module.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype, device=device), requires_grad=False)
+        module.bias = nn.Parameter(
+            torch.zeros(weight.shape[0], dtype=weight.dtype, device=device), requires_grad=False
+        )
     assert isinstance(module.bias, nn.Parameter)
     return module.bias
 
@@ -153,12 +161,20 @@ class DynamicLayer:
         self.layer, self.float_weight = layer, layer.float_weight
         self.bias = Int8Bias(layer, changes)
         self.scale = layer.scale.clone()
-        self.factors = [(index, f.row_factor.to(layer.scale)) for index, f in forms if f.row_factor is not None]
-        parts = [(index, (f.lora_A, f.lora_B)) for index, f in forms if f.lora_A is not None and f.lora_B is not None]
+        self.factors = [
+            (index, f.row_factor.to(layer.scale)) for index, f in forms if f.row_factor is not None
+        ]
+        parts = [
+            (index, (f.lora_A, f.lora_B))
+            for index, f in forms
+            if f.lora_A is not None and f.lora_B is not None
+        ]
         self.indices = [index for index, _ in parts]
         self.branch = None
         if parts:
-            self.branch = LowRankBranch([balanced(*pair) for _, pair in parts], layer.dtype, layer.scale.device)
+            self.branch = LowRankBranch(
+                [balanced(*pair) for _, pair in parts], layer.dtype, layer.scale.device
+            )
             self.branch.fuse(layer.backend, layer.transform)
         self.attach(True)
         if self.branch is not None and self.branch.fused is not None and layer.float_weight is None:
@@ -228,15 +244,21 @@ class StochasticLayer(WrittenLayer):
         seed: words of the generator's seed: the run's, the layer's name, the LoRA files.
     """
 
-    def __init__(self, layer: Int8Linear, changes: Changes, weight: Callable[[], Tensor], seed: Sequence[object]):
+    def __init__(
+        self, layer: Int8Linear, changes: Changes, weight: Callable[[], Tensor], seed: Sequence[object]
+    ):
         super().__init__(layer, changes)
         self.read, self.seed = weight, tuple(seed)
 
     @torch.no_grad()
     def weight(self, strengths: Sequence[float]) -> QuantizedWeight:
         original = self.read()
-        change = added_up(torch.zeros(original.shape, device=original.device), self.cores, strengths, original)
-        rounded = add_rounded(self.original, self.layer.transform.transform_weight(change), seeded(*self.seed))
+        change = added_up(
+            torch.zeros(original.shape, device=original.device), self.cores, strengths, original
+        )
+        rounded = add_rounded(
+            self.original, self.layer.transform.transform_weight(change), seeded(*self.seed)
+        )
         self.clipped_share = rounded.clipped_share
         return rounded.weight
 

@@ -62,7 +62,9 @@ def base_of(header: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, str]
     # a tag may choose between bases of the same shapes, and no other
     likely = sorted(possible, key=lambda name: name not in named)
     shown = detail(likely[0]) if len({detail(name) for name in likely}) == 1 else ""
-    return Base(likely[0], "shapes", shown, tuple(likely[1:]), tag if named and likely[0] not in named else None)
+    return Base(
+        likely[0], "shapes", shown, tuple(likely[1:]), tag if named and likely[0] not in named else None
+    )
 
 
 def refuse_base(path: Path, found: Base | None, wanted: str) -> str | None:
@@ -153,7 +155,11 @@ def possible_bases(modules: Mapping[str, Size]) -> list[str]:
     for name, base in table()["bases"].items():
         mine = [(size, claimed.get(base["architecture"])) for size, claimed in claims]
         blocks = {prefix: count for prefix, count in base.get("blocks", {}).items() if prefix in last}
-        if mine and all(agrees(size, wishes, base["sizes"]) for size, wishes in mine) and all(last[p] < n for p, n in blocks.items()):
+        if (
+            mine
+            and all(agrees(size, wishes, base["sizes"]) for size, wishes in mine)
+            and all(last[p] < n for p, n in blocks.items())
+        ):
             found[name] = sum(last[prefix] == count - 1 for prefix, count in blocks.items())
     return sorted(found, key=lambda name: -found[name])
 
@@ -184,7 +190,9 @@ def agrees(size: Size, wishes: Sequence[Sequence] | None, letters: Mapping[str, 
     """Whether a module has the sizes that an architecture gives it; None: it has no such module."""
     if wishes is None:
         return False
-    wanted = [(measured, number(wish, letters)) for row in wishes for measured, wish in zip(size, row, strict=True)]
+    wanted = [
+        (measured, number(wish, letters)) for row in wishes for measured, wish in zip(size, row, strict=True)
+    ]
     return all(measured is None or wish is None or measured == wish for measured, wish in wanted)
 
 
@@ -208,5 +216,7 @@ def tagged(metadata: Mapping[str, str]) -> tuple[str | None, list[str]]:
             for name, base in table()["bases"].items()
         }
         if longest := max(fitting.values()):
-            return " ".join(re.sub(r"[^ -~]", " ", raw).split()), [name for name, length in fitting.items() if length == longest]
+            return " ".join(re.sub(r"[^ -~]", " ", raw).split()), [
+                name for name, length in fitting.items() if length == longest
+            ]
     return None, []

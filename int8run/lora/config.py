@@ -47,16 +47,22 @@ class Adapter:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise ConfigError(f"LoRA {self.name!r} has no path; set lora.adapters.0.path=<file.safetensors> (or its place in the list)")
+            raise ConfigError(
+                f"LoRA {self.name!r} has no path; set lora.adapters.0.path=<file.safetensors> (or its place in the list)"
+            )
         switch(f"enabled of LoRA {self.name!r}", self.enabled)
         if isinstance(self.strength, Sequence) and not isinstance(self.strength, str):
             check_schedule(f"strength of LoRA {self.name!r}", self.strength)
         elif self.strength is not None:
             in_range(f"strength of LoRA {self.name!r}", self.strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
         if self.text_strength is not None:
-            in_range(f"text_strength of LoRA {self.name!r}", self.text_strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
+            in_range(
+                f"text_strength of LoRA {self.name!r}", self.text_strength, -STRENGTH_LIMIT, STRENGTH_LIMIT
+            )
         if isinstance(self.components, str):
-            raise ConfigError(f"components of LoRA {self.name!r} is {self.components!r}; it takes a list: [{self.components}]")
+            raise ConfigError(
+                f"components of LoRA {self.name!r} is {self.components!r}; it takes a list: [{self.components}]"
+            )
         for component in self.components or ():
             one_of(f"a component of LoRA {self.name!r}", component, COMPONENTS)
 
@@ -136,11 +142,16 @@ class LoraSettings:
         names = [a.name for a in self.adapters]
         repeated = {n for n in names if names.count(n) > 1}
         if repeated:
-            raise ConfigError(f"lora.adapters has the name {sorted(repeated)[0]!r} twice; give each adapter its own name")
+            raise ConfigError(
+                f"lora.adapters has the name {sorted(repeated)[0]!r} twice; give each adapter its own name"
+            )
         for adapter in self.adapters:
             for _, strength in (*adapter.schedule, (0, adapter.text_strength or 0)):
                 in_range(
-                    f"strength of LoRA {adapter.name!r} times lora.strength", strength * self.strength, -STRENGTH_LIMIT, STRENGTH_LIMIT
+                    f"strength of LoRA {adapter.name!r} times lora.strength",
+                    strength * self.strength,
+                    -STRENGTH_LIMIT,
+                    STRENGTH_LIMIT,
                 )
         scheduled = [a.name for a in self.adapters if a.enabled and len(a.schedule) > 1]
         if scheduled and self.mode in ("bake", "stochastic"):
@@ -159,7 +170,11 @@ class LoraSettings:
             adapter.source(lora_base)
         presets = [(a, a.preset_for(lora_base, steps)) for a in enabled]
         return replace(
-            self, adapters=[replace(a, strength=1.0 if p is None else p.strength) if a.strength is None else a for a, p in presets]
+            self,
+            adapters=[
+                replace(a, strength=1.0 if p is None else p.strength) if a.strength is None else a
+                for a, p in presets
+            ],
         )
 
     def preset_for(self, lora_base: str, steps: int | None = None) -> FewStep | None:
@@ -171,14 +186,19 @@ class LoraSettings:
         used = [a for a, on in zip(self.adapters, self.used, strict=True) if on]
         found = {a.name: p for a in used if (p := a.preset_for(lora_base, steps)) is not None}
         if len(found) > 1:
-            raise ConfigError(f"LoRAs {' and '.join(map(repr, found))} both bring few-step settings; leave one of them out")
+            raise ConfigError(
+                f"LoRAs {' and '.join(map(repr, found))} both bring few-step settings; leave one of them out"
+            )
         return next(iter(found.values()), None)
 
     @property
     def used(self) -> list[bool]:
         """Whether each adapter does anything at any time."""
         moments = [self.strengths_at(moment) for moment in self.moments]
-        return [any(at_moment) or bool(text) for *at_moment, text in zip(*moments, self.text_strengths, strict=True)]
+        return [
+            any(at_moment) or bool(text)
+            for *at_moment, text in zip(*moments, self.text_strengths, strict=True)
+        ]
 
     @property
     def bakes(self) -> bool:
@@ -222,7 +242,9 @@ class LoraSettings:
             values = [s * self.strength for _, s in (*adapter.schedule, (0, adapter.text_strength or 0))]
             odd = [v for v in values if not low <= v <= high]
             if odd:
-                lines.append(f"LoRA {adapter.name!r} has strength {odd[0]:g}; usual are {low} to {high}, beyond them pictures often break")
+                lines.append(
+                    f"LoRA {adapter.name!r} has strength {odd[0]:g}; usual are {low} to {high}, beyond them pictures often break"
+                )
         return lines
 
 
@@ -253,5 +275,7 @@ def to_adapter(given: object) -> Adapter:
         return given
     known = [f.name for f in fields(Adapter)]
     if not isinstance(given, Mapping) or not {"name", "path"} <= set(given) <= set(known):
-        raise ConfigError(f"an entry of lora.adapters is {given!r}; it takes name and path, and may have {', '.join(known[2:])}")
+        raise ConfigError(
+            f"an entry of lora.adapters is {given!r}; it takes name and path, and may have {', '.join(known[2:])}"
+        )
     return Adapter(**given)

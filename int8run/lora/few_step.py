@@ -65,22 +65,35 @@ class FewStep:
             object.__setattr__(self, "steps_range", (self.steps, self.steps))
         if self.guidance_range is None and self.guidance is not None:
             object.__setattr__(self, "guidance_range", (self.guidance, self.guidance))
-        for name, value, limits in (("steps", self.steps, self.steps_range), ("guidance", self.guidance, self.guidance_range)):
+        for name, value, limits in (
+            ("steps", self.steps, self.steps_range),
+            ("guidance", self.guidance, self.guidance_range),
+        ):
             if limits is not None and (len(limits) != 2 or not limits[0] <= value <= limits[1]):  # type: ignore[operator]
-                raise ConfigError(f"{what} has {name}_range {list(limits)} and {name} {value}; a range is [lowest, highest] around it")
+                raise ConfigError(
+                    f"{what} has {name}_range {list(limits)} and {name} {value}; a range is [lowest, highest] around it"
+                )
         if not self.scheduler.endswith("Scheduler"):
-            raise ConfigError(f"{what} has scheduler {self.scheduler!r}; give a class of diffusers, such as LCMScheduler")
+            raise ConfigError(
+                f"{what} has scheduler {self.scheduler!r}; give a class of diffusers, such as LCMScheduler"
+            )
         if self.companions is not None:
             in_range(f"companions of {what}", self.companions, 0, 20)
         for name in ("sigmas", "timesteps"):
             if name in self.extra and len(self.extra[name]) != self.steps:
-                raise ConfigError(f"{what} has {len(self.extra[name])} {name} for {self.steps} steps; give one for each step")
+                raise ConfigError(
+                    f"{what} has {len(self.extra[name])} {name} for {self.steps} steps; give one for each step"
+                )
 
     @property
     def sampling(self) -> Sampling:
         """The preset as settings of a run."""
         return Sampling(
-            steps=self.steps, guidance=self.guidance, scheduler=self.scheduler, scheduler_settings=self.scheduler_settings, extra=self.extra
+            steps=self.steps,
+            guidance=self.guidance,
+            scheduler=self.scheduler,
+            scheduler_settings=self.scheduler_settings,
+            extra=self.extra,
         )
 
 
@@ -160,13 +173,19 @@ def already_distilled(name: str, model: str) -> str | None:
     text = spoken(Path(model).name)
     if not any(said(words, text) for words in table()["distilled_models"]):
         return None
-    return f"{model} is made for few steps already; a few-step LoRA ({name}) on top of it overcooks the picture"
+    return (
+        f"{model} is made for few steps already; a few-step LoRA ({name}) on top of it overcooks the picture"
+    )
 
 
 def advice(
-    preset: FewStep, sampling: Sampling, scheduler: str | None = None, strength: float | None = None,
-    companions: Mapping[str, float] | None = None, scheduler_config: Mapping[str, Any] | None = None,
-) -> list[str]:  # fmt: skip
+    preset: FewStep,
+    sampling: Sampling,
+    scheduler: str | None = None,
+    strength: float | None = None,
+    companions: Mapping[str, float] | None = None,
+    scheduler_config: Mapping[str, Any] | None = None,
+) -> list[str]:
     """One line for each setting of a run that contradicts a preset; none when all agree.
 
     Args:
@@ -188,19 +207,32 @@ def advice(
     scheduler = scheduler or sampling.scheduler
     settings = sampling.scheduler_settings if scheduler_config is None else scheduler_config
     if scheduler is not None and scheduler != preset.scheduler:
-        lines.append(f"the scheduler is {scheduler}; {made_for} {preset.scheduler}{in_words(preset.scheduler_settings)}")
+        lines.append(
+            f"the scheduler is {scheduler}; {made_for} {preset.scheduler}{in_words(preset.scheduler_settings)}"
+        )
     else:
-        wrong = {name: settings[name] for name, value in preset.scheduler_settings.items() if name in settings and settings[name] != value}
-        lines += [f"the scheduler's {name} is {value}; {made_for} {preset.scheduler_settings[name]}" for name, value in wrong.items()]
+        wrong = {
+            name: settings[name]
+            for name, value in preset.scheduler_settings.items()
+            if name in settings and settings[name] != value
+        }
+        lines += [
+            f"the scheduler's {name} is {value}; {made_for} {preset.scheduler_settings[name]}"
+            for name, value in wrong.items()
+        ]
     for name, value in preset.extra.items():
         given = sampling.extra.get(name)
         if given != value:
-            lines.append(f"sampler.extra.{name} is {'not set' if given is None else given}; {made_for} {value}")
+            lines.append(
+                f"sampler.extra.{name} is {'not set' if given is None else given}; {made_for} {value}"
+            )
     if strength is not None and not math.isclose(strength, preset.strength, rel_tol=STRENGTH_TOLERANCE):
         lines.append(f"its strength is {strength:g}; {made_for} {preset.strength:g}")
     for other, value in (companions or {}).items():
         if preset.companions is not None and abs(value) > preset.companions:
-            lines.append(f"LoRA {other!r} has strength {value:g}; beside {preset.name} at most {preset.companions:g} is advised")
+            lines.append(
+                f"LoRA {other!r} has strength {value:g}; beside {preset.name} at most {preset.companions:g} is advised"
+            )
     return lines
 
 
@@ -228,4 +260,7 @@ def spoken(text: str) -> set[str]:
 
 def said(words: Iterable[str], text: Collection[str]) -> bool:
     """Whether a text has all of these words, and none that is marked `without`."""
-    return all((word.removeprefix(WITHOUT) not in text) if word.startswith(WITHOUT) else word in text for word in words)
+    return all(
+        (word.removeprefix(WITHOUT) not in text) if word.startswith(WITHOUT) else word in text
+        for word in words
+    )

@@ -52,7 +52,11 @@ def read_heads(stack: LoraSettings, lora_base: str, lora_dir: Path | None = None
 
 def with_triggers(samples: Sequence[Sample], heads: Sequence[Head], stack: LoraSettings) -> list[Sample]:
     """The samples with the trigger words that their prompts lack, if the stack inserts them; else one warning for each LoRA."""
-    told = {head.name: head.triggers for head, on in zip(heads, stack.used, strict=True) if on and head.triggers is not None}
+    told = {
+        head.name: head.triggers
+        for head, on in zip(heads, stack.used, strict=True)
+        if on and head.triggers is not None
+    }
     for name, triggers in told.items():
         words, listed = triggers.words, ", ".join(triggers.words)
         if triggers.guessed:  # nobody named them: they are frequent in the captions that it was trained on
@@ -62,18 +66,35 @@ def with_triggers(samples: Sequence[Sample], heads: Sequence[Head], stack: LoraS
         if not lacking:
             log.info("LoRA %r has trigger words, and every prompt has them: %s", name, listed)
         elif stack.insert_triggers:
-            log.info("LoRA %r has trigger words, now added to %d of %d prompts: %s", name, lacking, len(samples), listed)
+            log.info(
+                "LoRA %r has trigger words, now added to %d of %d prompts: %s",
+                name,
+                lacking,
+                len(samples),
+                listed,
+            )
         else:
             log.warning(
                 "LoRA %r has trigger words that %d of %d prompts lack: %s; lora.insert_triggers=true adds them",
-                name, lacking, len(samples), listed,
-            )  # fmt: skip
-        samples = [replace(s, prompt=insert_triggers(s.prompt, words)) if stack.insert_triggers else s for s in samples]
+                name,
+                lacking,
+                len(samples),
+                listed,
+            )
+        samples = [
+            replace(s, prompt=insert_triggers(s.prompt, words)) if stack.insert_triggers else s
+            for s in samples
+        ]
     return list(samples)
 
 
 def few_step_advice(
-    heads: Sequence[Head], stack: LoraSettings, lora_base: str, location: str, sampling: Sampling, scheduler: Any
+    heads: Sequence[Head],
+    stack: LoraSettings,
+    lora_base: str,
+    location: str,
+    sampling: Sampling,
+    scheduler: Any,
 ) -> list[str]:
     """What of a run speaks against its few-step LoRA, chosen by name or recognised by the file's words: a line each.
 
@@ -84,9 +105,15 @@ def few_step_advice(
     lines = []
     strengths = dict(zip((a.name for a in stack.adapters), stack.strengths, strict=True))
     for adapter, head, on in zip(stack.adapters, heads, stack.used, strict=True):
-        name = adapter.few_step or few_step.detect(head.path, head.metadata, lora_base) or few_step.detect(head.path, head.metadata)
+        name = (
+            adapter.few_step
+            or few_step.detect(head.path, head.metadata, lora_base)
+            or few_step.detect(head.path, head.metadata)
+        )
         if on and few_step.for_training_only(head.path, head.metadata):
-            lines.append(f"LoRA {adapter.name!r} says that it serves training; pictures drawn with it are usually worse")
+            lines.append(
+                f"LoRA {adapter.name!r} says that it serves training; pictures drawn with it are usually worse"
+            )
         if not on or name is None:
             continue
         if (distilled := few_step.already_distilled(name, location)) is not None:
@@ -99,7 +126,13 @@ def few_step_advice(
             continue
         preset = few_step.preset(name, lora_base, few_step.steps_in_name(head.path) or sampling.steps)
         others = {other: s for other, s in strengths.items() if other != adapter.name and s}
-        told = few_step.advice(preset, sampling, type(scheduler).__name__, strengths[adapter.name], others, scheduler.config)
-        wish = "" if adapter.few_step else f"; few_step: {name} at the adapter sets steps, scheduler and guidance"
+        told = few_step.advice(
+            preset, sampling, type(scheduler).__name__, strengths[adapter.name], others, scheduler.config
+        )
+        wish = (
+            ""
+            if adapter.few_step
+            else f"; few_step: {name} at the adapter sets steps, scheduler and guidance"
+        )
         lines += [f"LoRA {adapter.name!r}: {line}{wish}" for line in told]
     return lines

@@ -18,7 +18,11 @@ PARTS = {
     **{f".lora_A{adapter}.weight": "down" for adapter in ADAPTER_NAMES},
     **{f".lora_B{adapter}.weight": "up" for adapter in ADAPTER_NAMES},
     **{f".lora_B{adapter}.bias": "up_bias" for adapter in ADAPTER_NAMES},
-    **{f".lora_magnitude_vector{adapter}{rest}": "magnitude" for adapter in ADAPTER_NAMES for rest in (".weight", "")},
+    **{
+        f".lora_magnitude_vector{adapter}{rest}": "magnitude"
+        for adapter in ADAPTER_NAMES
+        for rest in (".weight", "")
+    },
     # kohya, ComfyUI, OneTrainer, LyCORIS
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
@@ -39,9 +43,17 @@ PARTS = {
     ".lora_A": "down",
     ".lora_B": "up",
     # LyCORIS
-    **{f".{part}": part for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
-    **{f".{part}": part for part in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
-    **{f".{part}": part for part in ("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "on_input")},
+    **{
+        f".{part}": part
+        for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+    },
+    **{
+        f".{part}": part
+        for part in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    },
+    **{
+        f".{part}": part for part in ("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "on_input")
+    },
 }
 
 # suffix -> a kind that is not applied, with all its module's parts

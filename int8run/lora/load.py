@@ -25,7 +25,9 @@ SHIPPED = Path(__file__).parents[1] / "assets" / "lora"
 PICKLED = (".pt", ".bin", ".ckpt", ".pth")
 BIASES = {"diff_b", "b_norm", "up_bias"}
 # components by their names in the header that diffusers writes
-HEADER_COMPONENTS = {"transformer": DENOISER, "unet": DENOISER} | {name: name for name in (TEXT, TEXT_2, TEXT_3)}
+HEADER_COMPONENTS = {"transformer": DENOISER, "unet": DENOISER} | {
+    name: name for name in (TEXT, TEXT_2, TEXT_3)
+}
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,16 @@ class LoraFile:
     @property
     def ranks(self) -> Counter[int]:
         """How many modules have each rank."""
-        return Counter(c.core.rank for c in self.all_changes if c.core is not None and c.core.rank is not None)
+        return Counter(
+            c.core.rank for c in self.all_changes if c.core is not None and c.core.rank is not None
+        )
 
     @property
     def scales(self) -> Counter[float]:
         """How many modules have each alpha / rank."""
-        return Counter(c.core.scale for c in self.all_changes if c.core is not None and c.core.rank is not None)
+        return Counter(
+            c.core.scale for c in self.all_changes if c.core is not None and c.core.rank is not None
+        )
 
     @cached_property
     def identity(self) -> str:
@@ -83,7 +89,9 @@ def find_lora(source: str, weight_name: str | None, folder: Path | None = None) 
     """
     name = Path(weight_name or source)
     if name.suffix.lower() in PICKLED:
-        raise LoraError(f"{name} is a pickled file, which can run code when opened; convert it to .safetensors first")
+        raise LoraError(
+            f"{name} is a pickled file, which can run code when opened; convert it to .safetensors first"
+        )
     if weight_name is not None:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -92,24 +100,41 @@ def find_lora(source: str, weight_name: str | None, folder: Path | None = None) 
             return Path(hf_hub_download(source, weight_name))
         except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise LoraError(f"LoRA {weight_name!r} of {source!r} could not be had from the hub: {reason}") from error
+            raise LoraError(
+                f"LoRA {weight_name!r} of {source!r} could not be had from the hub: {reason}"
+            ) from error
     path = Path(source).expanduser()
     named = path.suffix.lower() == ".safetensors"
     file = path if named else Path(f"{path}.safetensors")
     bare = path.parent == Path()
-    homes = [] if path.is_absolute() else [home for home in (folder, SHIPPED if bare else None) if home is not None]
+    homes = (
+        []
+        if path.is_absolute()
+        else [home for home in (folder, SHIPPED if bare else None) if home is not None]
+    )
     for candidate in (path, *(home.expanduser() / file for home in homes)):
         if candidate.is_file():
             return candidate
-    places = ([path.parent] if named or not bare else []) + [(home.expanduser() / file).parent for home in homes]
-    there = sorted({p.name if named else p.stem for place in places if place.is_dir() for p in place.glob("*.safetensors")})
+    places = ([path.parent] if named or not bare else []) + [
+        (home.expanduser() / file).parent for home in homes
+    ]
+    there = sorted(
+        {
+            p.name if named else p.stem
+            for place in places
+            if place.is_dir()
+            for p in place.glob("*.safetensors")
+        }
+    )
     near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.0)
     nearest = f"; nearest there: {', '.join(near)}" if near else "; no .safetensors file there"
     if bare and folder is None:
         nearest += "; lora_dir=FOLDER adds a folder of yours"
     if not named and not path.is_absolute() and len(path.parts) == 2:
         nearest += "; a repository on the hub needs weight_name as well"
-    raise LoraError(f"LoRA file not found: {path}; searched {', '.join(str(p.resolve()) for p in places)}{nearest}")
+    raise LoraError(
+        f"LoRA file not found: {path}; searched {', '.join(str(p.resolve()) for p in places)}{nearest}"
+    )
 
 
 def read_lora(path: Path) -> LoraFile:
@@ -129,7 +154,9 @@ def read_lora(path: Path) -> LoraFile:
         raise LoraError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def read_modules(path: Path, keys: Iterable[str], get_tensor: Callable[[str], Tensor], metadata: Mapping[str, str]) -> LoraFile:
+def read_modules(
+    path: Path, keys: Iterable[str], get_tensor: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> LoraFile:
     """`read_lora` of an open file: its keys by module, then one module after the other."""
     modules: dict[tuple[str, str], dict[str, str]] = {}
     unknown: dict[str, str] = {}
@@ -139,7 +166,9 @@ def read_modules(path: Path, keys: Iterable[str], get_tensor: Callable[[str], Te
         if part is None:
             unknown[key] = left_out[component, name] = reason
         elif (twice := modules.setdefault((component, name), {}).setdefault(part, key)) != key:
-            raise LoraError(f"{path}: {name} is in the file twice, as {twice} and {key}; which one is meant cannot be told")
+            raise LoraError(
+                f"{path}: {name} is in the file twice, as {twice} and {key}; which one is meant cannot be told"
+            )
     header, survey = PeftHeader(metadata), Survey()
     changes: dict[str, dict[str, Change]] = {}
     for (component, name), by_part in modules.items():
@@ -186,7 +215,9 @@ def finite_peaks(parts: Parts) -> dict[str, float]:
     peaks = {part: tensor.abs().max().item() for part, tensor in parts.items() if part != "on_input"}
     for part, peak in peaks.items():
         if not math.isfinite(peak):
-            raise LoraError(f"has values that are not finite numbers in its {WORDS.get(part, part)}; the file is broken")
+            raise LoraError(
+                f"has values that are not finite numbers in its {WORDS.get(part, part)}; the file is broken"
+            )
     return peaks
 
 
@@ -202,9 +233,13 @@ def dequantized(parts: Parts) -> dict[str, Tensor]:
         if scale is not None:
             (tensor,) = need(parts, half)
             if tensor.dtype != torch.int8 and not tensor.is_floating_point():
-                raise LoraError(f"has a {WORDS[half]} of {dtype_name(tensor)}; only int8 and floats are multiplied by a scale")
+                raise LoraError(
+                    f"has a {WORDS[half]} of {dtype_name(tensor)}; only int8 and floats are multiplied by a scale"
+                )
             if scale.numel() not in (1, tensor.shape[0]):
-                raise LoraError(f"has {scale.numel()} scales for the {tensor.shape[0]} rows of its {WORDS[half]}; the file is broken")
+                raise LoraError(
+                    f"has {scale.numel()} scales for the {tensor.shape[0]} rows of its {WORDS[half]}; the file is broken"
+                )
             floats[half] = tensor.float() * scale.float().reshape(-1, *[1] * (tensor.dim() - 1))
     for part, tensor in floats.items():
         if part not in BESIDE and not tensor.is_floating_point():
@@ -226,7 +261,9 @@ class PeftHeader:
         self.by_component: dict[str | None, dict[str, object]] = {}
         for key, value in settings.items() if isinstance(settings, dict) else ():
             first, _, rest = key.partition(".")
-            component, setting = (HEADER_COMPONENTS[first], rest) if first in HEADER_COMPONENTS and rest else (None, key)
+            component, setting = (
+                (HEADER_COMPONENTS[first], rest) if first in HEADER_COMPONENTS and rest else (None, key)
+            )
             self.by_component.setdefault(component, {})[setting] = value
 
     def scale(self, component: str, name: str, alpha: Tensor | None, rank: int) -> float:
@@ -237,15 +274,23 @@ class PeftHeader:
         """
         if alpha is not None:
             if alpha.numel() != 1:
-                raise LoraError(f"has an alpha of shape {list(alpha.shape)}; it is one number, the file is broken")
+                raise LoraError(
+                    f"has an alpha of shape {list(alpha.shape)}; it is one number, the file is broken"
+                )
             return (alpha.item() or rank) / rank
         settings = self.by_component.get(None, {}) | self.by_component.get(component, {})
         patterns = settings.get("alpha_pattern")
         try:
-            matching = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)) if isinstance(patterns, dict) else iter(())
+            matching = (
+                (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name))
+                if isinstance(patterns, dict)
+                else iter(())
+            )
             value = next(matching, settings.get("lora_alpha"))
         except re.error as error:
-            raise LoraError(f"cannot be scaled: the file's alpha_pattern is no regular expression: {error}") from error
+            raise LoraError(
+                f"cannot be scaled: the file's alpha_pattern is no regular expression: {error}"
+            ) from error
         if value is None:
             return 1.0
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -281,9 +326,13 @@ class Survey:
         """One line for each thing worth knowing."""
         notes = []
         if self.idle and len(self.idle) == self.modules:
-            notes.append(f"the LoRA has no effect (B = 0 in {self.modules}/{self.modules} modules): untrained or zero-initialised file")
+            notes.append(
+                f"the LoRA has no effect (B = 0 in {self.modules}/{self.modules} modules): untrained or zero-initialised file"
+            )
         elif self.idle:
-            notes.append(f"{len(self.idle)} of {self.modules} modules have no effect (B = 0; first: {self.idle[0]})")
+            notes.append(
+                f"{len(self.idle)} of {self.modules} modules have no effect (B = 0; first: {self.idle[0]})"
+            )
         if self.scaled:
             name, scale = self.scaled[0]
             low, high = USUAL_SCALES
@@ -293,5 +342,7 @@ class Survey:
             )
         if self.large:
             name, value = max(self.large, key=lambda pair: pair[1])
-            notes.append(f"values up to {value:.3g} in {name} ({len(self.large)} modules above {USUAL_VALUE:g}): the file may be damaged")
+            notes.append(
+                f"values up to {value:.3g} in {name} ({len(self.large)} modules above {USUAL_VALUE:g}): the file may be damaged"
+            )
         return tuple(notes)

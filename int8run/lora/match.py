@@ -46,7 +46,11 @@ class Wanted:
 
     def takes(self, component: str) -> bool:
         """Whether a part of the file is to be applied."""
-        return self.components is None or component in self.components or (component == DENOISER and bool(self.experts))
+        return (
+            self.components is None
+            or component in self.components
+            or (component == DENOISER and bool(self.experts))
+        )
 
     @property
     def experts(self) -> list[str]:
@@ -60,7 +64,9 @@ class Tables:
     def __init__(self, part: nn.Module):
         self.by_prefix = {prefix: NameTable.of(module) for prefix, module in denoiser_parts(part).items()}
 
-    def find_all(self, names: Iterable[str], experts: Sequence[str] = ()) -> dict[str, tuple[Place, ...] | None]:
+    def find_all(
+        self, names: Iterable[str], experts: Sequence[str] = ()
+    ) -> dict[str, tuple[Place, ...] | None]:
         """The places of several names, see `NameTable.find`.
 
         Args:
@@ -72,7 +78,10 @@ class Tables:
             if not prefix or not experts or prefix.removesuffix(".") in experts:
                 for name, places in table.find_all(names).items():
                     if places:
-                        found[name] = (*(found[name] or ()), *(replace(place, module=prefix + place.module) for place in places))
+                        found[name] = (
+                            *(found[name] or ()),
+                            *(replace(place, module=prefix + place.module) for place in places),
+                        )
         return found
 
 
@@ -94,7 +103,9 @@ def match(parts: Mapping[str, nn.Module], stack: Sequence[Wanted], strict: bool)
             known = [prefix.removesuffix(".") for prefix in tables[DENOISER].by_prefix if prefix]
             if expert not in known:
                 there = f"has {', '.join(known)}" if known else "has one denoiser: components=[denoiser]"
-                raise LoraError(f"{file.path.name}: components={list(wanted.components or ())} names {expert}, this model {there}")
+                raise LoraError(
+                    f"{file.path.name}: components={list(wanted.components or ())} names {expert}, this model {there}"
+                )
         has = set(file.changes) | {split_key(key).component for key, _ in file.unknown}
         if wanted.components is not None and not any(map(wanted.takes, has)):
             raise LoraError(
@@ -119,13 +130,21 @@ def match(parts: Mapping[str, nn.Module], stack: Sequence[Wanted], strict: bool)
 
 
 def locate(
-    component: str, changes: Mapping[str, Change], parts: Mapping[str, nn.Module], tables: Mapping[str, Tables], experts: Sequence[str]
+    component: str,
+    changes: Mapping[str, Change],
+    parts: Mapping[str, nn.Module],
+    tables: Mapping[str, Tables],
+    experts: Sequence[str],
 ) -> tuple[dict[str, tuple[str, tuple[Place, ...]]], list[tuple[str, str]]]:
     """The places of one component's changes: in the part of that name, for text encoders else in another one that has such modules.
 
     A file's `te2` is CLIP-G for some trainers and T5 for others; the names inside tell.
     """
-    candidates = [component] if component == DENOISER else [component, *(p for p in parts if p not in (component, DENOISER))]
+    candidates = (
+        [component]
+        if component == DENOISER
+        else [component, *(p for p in parts if p not in (component, DENOISER))]
+    )
     places: dict[str, tuple[str, tuple[Place, ...]]] = {}
     for candidate in candidates:
         if candidate in tables:
@@ -135,8 +154,16 @@ def locate(
                 for name, found in spots.items()
                 if found and (candidate == component or fits(changes[name], found, parts[candidate]))
             }
-    reason = "no such module" if component in parts or (component != DENOISER and len(parts) > 1) else f"the model has no {component}"
-    return places, [(f"{component}: {name}" if component != DENOISER else name, reason) for name in changes if name not in places]
+    reason = (
+        "no such module"
+        if component in parts or (component != DENOISER and len(parts) > 1)
+        else f"the model has no {component}"
+    )
+    return places, [
+        (f"{component}: {name}" if component != DENOISER else name, reason)
+        for name in changes
+        if name not in places
+    ]
 
 
 def fits(change: Change, spots: Sequence[Place], part: nn.Module) -> bool:
@@ -144,7 +171,10 @@ def fits(change: Change, spots: Sequence[Place], part: nn.Module) -> bool:
     if not has_rows(change, spots):
         return False
     try:
-        return all(at_place(change, spot).misfit(weight_shape(part.get_submodule(spot.module))) is None for spot in spots)
+        return all(
+            at_place(change, spot).misfit(weight_shape(part.get_submodule(spot.module))) is None
+            for spot in spots
+        )
     except LoraError:  # its rows cannot be cut that way
         return False
 

@@ -86,14 +86,18 @@ def all_triggers(path: Path, metadata: Mapping[str, str]) -> Iterator[Triggers]:
     tags = parsed(metadata.get("ss_tag_frequency"))
     found.append((common_tags(tags, parsed(metadata.get("ss_dataset_dirs"))), "ss_tag_frequency", True))
     for words, source, guessed in found:
-        kept = tuple(dict.fromkeys(word for text in words if (word := shown(text, MAX_WORD)).lower() not in EMPTY))[:MAX_WORDS]
+        kept = tuple(
+            dict.fromkeys(word for text in words if (word := shown(text, MAX_WORD)).lower() not in EMPTY)
+        )[:MAX_WORDS]
         if kept:
             yield Triggers(kept, source, guessed)
 
 
 def missing_triggers(prompt: str, words: Iterable[str]) -> tuple[str, ...]:
     """The words that a prompt lacks; letters may be large or small, only whole words count."""
-    return tuple(word for word in words if word.strip() and not re.search(as_pattern(word), prompt, re.IGNORECASE))
+    return tuple(
+        word for word in words if word.strip() and not re.search(as_pattern(word), prompt, re.IGNORECASE)
+    )
 
 
 def insert_triggers(prompt: str, words: Iterable[str]) -> str:
@@ -126,7 +130,9 @@ def describe(path: Path, metadata: Mapping[str, str], keys: Iterable[str]) -> di
         "license": metadata.get("modelspec.license") or front_matter(path).get("license"),
         "usage hint": metadata.get("modelspec.usage_hint"),
         "tags": metadata.get("modelspec.tags"),
-        "advised strength": at(parsed(read_sidecar(path.with_name(path.stem + ".json"))), ("preferred weight",)),
+        "advised strength": at(
+            parsed(read_sidecar(path.with_name(path.stem + ".json"))), ("preferred weight",)
+        ),
     }
     texts = {name: shown(value, MAX_TEXT) for name, value in said.items()}
     return {name: text for name, text in texts.items() if text.lower() not in EMPTY}
@@ -137,7 +143,10 @@ def trainer(metadata: Mapping[str, str], keys: Iterable[str]) -> str | None:
     software = at(parsed(metadata.get("software")), ("name",))
     if isinstance(software, str):
         return software
-    module, algorithm = metadata.get("ss_network_module"), at(parsed(metadata.get("ss_network_args")), ("algo",))
+    module, algorithm = (
+        metadata.get("ss_network_module"),
+        at(parsed(metadata.get("ss_network_args")), ("algo",)),
+    )
     if isinstance(module, str) and module.startswith("lycoris"):
         return f"LyCORIS ({algorithm})" if isinstance(algorithm, str) else "LyCORIS"
     if isinstance(module, str) and module:
@@ -150,10 +159,16 @@ def trainer(metadata: Mapping[str, str], keys: Iterable[str]) -> str | None:
 def rank_and_alpha(metadata: Mapping[str, str]) -> str | None:
     """`rank 16, alpha 8` as the header has it; ranks in the tensors may differ."""
     peft = parsed(metadata.get("lora_adapter_metadata"))
-    by_end = {str(key).rpartition(".")[2]: value for key, value in peft.items()} if isinstance(peft, dict) else {}
+    by_end = (
+        {str(key).rpartition(".")[2]: value for key, value in peft.items()} if isinstance(peft, dict) else {}
+    )
     rank = metadata.get("ss_network_dim") or by_end.get("r")
     alpha = metadata.get("ss_network_alpha") or by_end.get("lora_alpha")
-    parts = [f"{name} {value}" for name, value in (("rank", rank), ("alpha", alpha)) if shown(value, MAX_WORD).lower() not in EMPTY]
+    parts = [
+        f"{name} {value}"
+        for name, value in (("rank", rank), ("alpha", alpha))
+        if shown(value, MAX_WORD).lower() not in EMPTY
+    ]
     return ", ".join(parts) or None
 
 
@@ -162,29 +177,55 @@ def rank_and_alpha(metadata: Mapping[str, str]) -> str | None:
 
 def phrases(value: object) -> list[str]:
     """Phrases in a text with commas, a list, or a JSON list."""
-    if isinstance(value, str) and isinstance(several := parsed(value) if value.lstrip().startswith("[") else None, list):
+    if isinstance(value, str) and isinstance(
+        several := parsed(value) if value.lstrip().startswith("[") else None, list
+    ):
         value = several
     texts = value if isinstance(value, list) else [value]
-    return [part for text in texts[:MAX_WORDS] if isinstance(text, str) for part in re.split(r"[,\n;]", text[: MAX_WORDS * MAX_WORD])]
+    return [
+        part
+        for text in texts[:MAX_WORDS]
+        if isinstance(text, str)
+        for part in re.split(r"[,\n;]", text[: MAX_WORDS * MAX_WORD])
+    ]
 
 
 def named_in(text: object) -> list[str]:
     """Words in quotes in a text that speaks of triggers (`Use keyword 'example'`)."""
-    if not isinstance(text, str) or not re.search(r"trigger|keyword|activat", text := text[:2000], re.IGNORECASE):
+    if not isinstance(text, str) or not re.search(
+        r"trigger|keyword|activat", text := text[:2000], re.IGNORECASE
+    ):
         return []
     return [match[2] for match in re.finditer(r"(?<!\w)(['\"`])([^'\"`]{1,60})\1(?!\w)", text)]
 
 
 def class_tokens(datasets: object) -> list[str]:
     """`class_tokens` and `caption_prefix` of kohya's data sets; pictures for regularization show what the LoRA is not about."""
-    subsets = [s for d in as_list(datasets) if isinstance(d, dict) for s in as_list(d.get("subsets")) if isinstance(s, dict)]
-    return [part for s in subsets if not s.get("is_reg") for key in ("class_tokens", "caption_prefix") for part in phrases(s.get(key))]
+    subsets = [
+        s
+        for d in as_list(datasets)
+        if isinstance(d, dict)
+        for s in as_list(d.get("subsets"))
+        if isinstance(s, dict)
+    ]
+    return [
+        part
+        for s in subsets
+        if not s.get("is_reg")
+        for key in ("class_tokens", "caption_prefix")
+        for part in phrases(s.get(key))
+    ]
 
 
 def folder_tokens(folders: object) -> list[str]:
     """Class tokens in folder names, `<repeats>_<class tokens>`."""
     names = folders if isinstance(folders, dict) else {}
-    return [part for name in names if (match := re.match(r"\d+_(.+)", str(name)[:MAX_TEXT])) for part in phrases(match[1])]
+    return [
+        part
+        for name in names
+        if (match := re.match(r"\d+_(.+)", str(name)[:MAX_TEXT]))
+        for part in phrases(match[1])
+    ]
 
 
 def common_tags(frequency: object, folders: object) -> list[str]:
@@ -200,7 +241,9 @@ def common_tags(frequency: object, folders: object) -> list[str]:
         total = at(folders, (folder, "img_count"))
         total = total if is_count(total) else max(numbers.values(), default=0)
         if total > 1 or len(numbers) == 1:  # in one caption no tag is more frequent than another
-            frequent = sorted((tag for tag, n in numbers.items() if n >= ALMOST_ALL * total), key=lambda tag: -numbers[tag])
+            frequent = sorted(
+                (tag for tag, n in numbers.items() if n >= ALMOST_ALL * total), key=lambda tag: -numbers[tag]
+            )
             tags += frequent[:FEW_TAGS]
     return tags
 
@@ -217,7 +260,15 @@ def shown(value: object, limit: int) -> str:
     """A value as one line of at most `limit` characters; control, direction and other invisible characters become spaces."""
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         return ""
-    text = value if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else str(value) if abs(value) < 10**18 else ""
+    text = (
+        value
+        if isinstance(value, str)
+        else f"{value:.6g}"
+        if isinstance(value, float)
+        else str(value)
+        if abs(value) < 10**18
+        else ""
+    )
     visible = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in text[: 4 * limit])
     line = " ".join(visible.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
@@ -262,4 +313,7 @@ def front_matter(path: Path) -> dict[str, str]:
         return {}
     head = text[4:].split("\n---", 1)[0]
     # no YAML loader: a few hundred bytes of nested references would fill the memory
-    return {name: value.strip("'\"") for name, value in re.findall(r"^([a-z_]+):[ \t]+(\S.*?)[ \t]*$", head, re.MULTILINE)}
+    return {
+        name: value.strip("'\"")
+        for name, value in re.findall(r"^([a-z_]+):[ \t]+(\S.*?)[ \t]*$", head, re.MULTILINE)
+    }

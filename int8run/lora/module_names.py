@@ -61,7 +61,9 @@ class NameTable:
         shapes = {name: weight_shape(module) for name, module in modules.items()}
         rules = tuple(rules)
         known = spell(with_fused({name: shape[0] for name, shape in shapes.items() if shape}, rules), rules)
-        self.spellings: Mapping[str, list[tuple[Place, ...]]] = {name: [places(r) for r in all_rows] for name, all_rows in known.items()}
+        self.spellings: Mapping[str, list[tuple[Place, ...]]] = {
+            name: [places(r) for r in all_rows] for name, all_rows in known.items()
+        }
         self.flat: dict[str, list[tuple[Place, ...]]] = {}
         for name, meanings in self.spellings.items():
             there = self.flat.setdefault(flatten(name), [])
@@ -83,7 +85,9 @@ class NameTable:
         found = self.flat.get(flatten(name), [])
         if len(found) > 1:
             modules = " or ".join(sorted({meaning[0].module for meaning in found}))
-            raise LoraError(f"the name {name} can mean {modules} of this model; rename the key in the LoRA file to the one that is meant")
+            raise LoraError(
+                f"the name {name} can mean {modules} of this model; rename the key in the LoRA file to the one that is meant"
+            )
         return found[0] if found else None
 
     def find_all(self, names: Iterable[str]) -> dict[str, tuple[Place, ...] | None]:
@@ -118,7 +122,9 @@ def with_fused(counts: Mapping[str, int], rules: Iterable[NamingRule]) -> dict[s
     them would do nothing. They tell how many rows each part has. Without them, or when they do not add up to the fused rows,
     the parts have no known place and so no name.
     """
-    known: dict[str, tuple[Rows, ...]] = {name: (Rows(name, 0, count, count),) for name, count in counts.items()}
+    known: dict[str, tuple[Rows, ...]] = {
+        name: (Rows(name, 0, count, count),) for name, count in counts.items()
+    }
     fusions = [rule for rule in rules if len(rule.targets) > 1]
     for name, total in counts.items():
         for rule in fusions:
@@ -137,7 +143,9 @@ def with_fused(counts: Mapping[str, int], rules: Iterable[NamingRule]) -> dict[s
     return known
 
 
-def spell(modules: Mapping[str, tuple[Rows, ...]], rules: Sequence[NamingRule]) -> dict[str, list[tuple[Rows, ...]]]:
+def spell(
+    modules: Mapping[str, tuple[Rows, ...]], rules: Sequence[NamingRule]
+) -> dict[str, list[tuple[Rows, ...]]]:
     """All names: the modules' own, and what the rules, read from right to left, make of names that are there.
 
     A rule counts once on the way to a name, so that a rule that adds a level ends. A rule with several targets needs all of them.
@@ -158,7 +166,9 @@ def spell(modules: Mapping[str, tuple[Rows, ...]], rules: Sequence[NamingRule]) 
                 if not all(part in known for part in parts):
                     continue
                 rows = join(r for part in parts for r in known[part][0])
-                if rule.swap_halves is True or (rule.swap_halves == "last" and int(values[0][0]) == last[rule]):
+                if rule.swap_halves is True or (
+                    rule.swap_halves == "last" and int(values[0][0]) == last[rule]
+                ):
                     rows = tuple(replace(r, swapped=not r.swapped) for r in rows)
                 native = fill(rule.native, values)
                 if native not in known:

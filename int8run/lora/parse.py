@@ -42,7 +42,9 @@ def build(parts: Parts, scale_of: Callable[[int], float]) -> Change:
     """
     kinds = [recipe for marks, recipe in RECIPES if marks & parts.keys()]
     if len(kinds) > 1:
-        raise LoraError(f"has parts of several kinds: {', '.join(sorted(parts.keys() - BESIDE))}; one kind a module can be applied")
+        raise LoraError(
+            f"has parts of several kinds: {', '.join(sorted(parts.keys() - BESIDE))}; one kind a module can be applied"
+        )
     core = kinds[0](parts, scale_of) if kinds else None
     biases = [parts[part].float().flatten() for part in ("diff_b", "b_norm") if part in parts]
     if core is not None and "up_bias" in parts:
@@ -51,7 +53,9 @@ def build(parts: Parts, scale_of: Callable[[int], float]) -> Change:
     if norms:
         core = with_norms(core, norms[0], per_row="magnitude" in parts)
         if "up_bias" in parts:
-            raise LoraError("has DoRA norms and a bias of lora_B; PEFT trains no such LoRA, and no rule says what it does")
+            raise LoraError(
+                "has DoRA norms and a bias of lora_B; PEFT trains no such LoRA, and no rule says what it does"
+            )
     if len({bias.shape for bias in biases}) > 1:
         raise LoraError("has biases of several lengths; the file is broken")
     return Change(core, sum(biases[1:], biases[0]) if biases else None)
@@ -77,7 +81,9 @@ def need(parts: Parts, *names: str) -> list[Tensor]:
 def lora(parts: Parts, scale_of: Callable[[int], float]) -> LoRA:
     """A low-rank pair."""
     down, up = need(parts, "down", "up")
-    return LoRA(down, up, scale_of(rank_of(("lora_A", down), ("lora_B", up), parts.get("mid"))), parts.get("mid"))
+    return LoRA(
+        down, up, scale_of(rank_of(("lora_A", down), ("lora_B", up), parts.get("mid"))), parts.get("mid")
+    )
 
 
 def rank_of(down: tuple[str, Tensor], up: tuple[str, Tensor], mid: Tensor | None) -> int:
@@ -90,7 +96,13 @@ def rank_of(down: tuple[str, Tensor], up: tuple[str, Tensor], mid: Tensor | None
     fits = a.dim() >= 2 and b.dim() >= 2 and math.prod(b.shape[2:]) == 1
     if fits and mid is None and a.shape[0] == b.shape[1]:
         return a.shape[0]
-    if fits and mid is not None and mid.dim() >= 2 and mid.shape[:2] == (b.shape[1], a.shape[0]) and math.prod(a.shape[2:]) == 1:
+    if (
+        fits
+        and mid is not None
+        and mid.dim() >= 2
+        and mid.shape[:2] == (b.shape[1], a.shape[0])
+        and math.prod(a.shape[2:]) == 1
+    ):
         return a.shape[0]
     middle = "" if mid is None else f", core {list(mid.shape)}"
     ranks = f"rank {a.shape[0]} and rank {b.shape[1]}: " if fits and a.shape[0] != b.shape[1] else ""
@@ -111,9 +123,14 @@ def pair(parts: Parts, up: str, down: str, mid: str) -> Pair:
 
 def loha(parts: Parts, scale_of: Callable[[int], float]) -> LoHa:
     """Two low-rank factors, multiplied elementwise."""
-    first, second = pair(parts, "hada_w1_a", "hada_w1_b", "hada_t1"), pair(parts, "hada_w2_a", "hada_w2_b", "hada_t2")
+    first, second = (
+        pair(parts, "hada_w1_a", "hada_w1_b", "hada_t1"),
+        pair(parts, "hada_w2_a", "hada_w2_b", "hada_t2"),
+    )
     if first.shape != second.shape:
-        raise LoraError(f"has LoHa factors of {list(first.shape)} and {list(second.shape)}; they must be equal, the file is broken")
+        raise LoraError(
+            f"has LoHa factors of {list(first.shape)} and {list(second.shape)}; they must be equal, the file is broken"
+        )
     return LoHa(first, second, scale_of(first.down.shape[0]))
 
 
@@ -123,13 +140,19 @@ def lokr(parts: Parts, scale_of: Callable[[int], float]) -> LoKr:
     for name in ("lokr_w1", "lokr_w2"):
         halves = {f"{name}_a", f"{name}_b"} & parts.keys()
         if name in parts and halves:
-            raise LoraError(f"has {name} both whole and as {' and '.join(sorted(halves))}; the file is broken")
+            raise LoraError(
+                f"has {name} both whole and as {' and '.join(sorted(halves))}; the file is broken"
+            )
         if not halves and parts.get(name) is None:
             raise missing(name)
-        factors.append(pair(parts, f"{name}_a", f"{name}_b", name.replace("w", "t")) if halves else parts[name])
+        factors.append(
+            pair(parts, f"{name}_a", f"{name}_b", name.replace("w", "t")) if halves else parts[name]
+        )
     w1, w2 = factors
     if len(w1.shape) != 2 or len(w2.shape) < 2:
-        raise LoraError(f"has LoKr factors of {list(w1.shape)} and {list(w2.shape)}; two matrices are needed, the file is broken")
+        raise LoraError(
+            f"has LoKr factors of {list(w1.shape)} and {list(w2.shape)}; two matrices are needed, the file is broken"
+        )
     made = LoKr(w1, w2)
     return made if made.rank is None else LoKr(w1, w2, scale_of(made.rank))
 
@@ -167,7 +190,9 @@ def with_norms(core: Core | None, norms: Tensor, per_row: bool) -> DoRA:
         raise LoraError("has DoRA norms without a low-rank change; the file is incomplete")
     on_input = not per_row and norms.dim() > 1 and norms.shape[0] == 1 and norms.numel() > 1
     if max(norms.shape, default=0) != norms.numel():
-        raise LoraError(f"has DoRA norms of shape {list(norms.shape)}; they are [out, 1] or [1, in], the file is broken")
+        raise LoraError(
+            f"has DoRA norms of shape {list(norms.shape)}; they are [out, 1] or [1, in], the file is broken"
+        )
     if not on_input and norms.numel() != core.rows:
         raise LoraError(f"has {norms.numel()} DoRA norms for {core.rows} rows; the file is broken")
     return DoRA(core, norms.flatten(), on_input)

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from int8run.errors import ConfigError, LoraError, in_range, one_of
 from int8run.layers.int8_linear import Int8Linear
 from int8run.lora.adapters.base import Dynamic
-from int8run.lora.apply import BakedLayer, Changes, DynamicLayer, FloatMerge, Int8Mode, StochasticLayer, dynamic_forms, total_rank
+from int8run.lora.apply import (
+    BakedLayer,
+    Changes,
+    DynamicLayer,
+    FloatMerge,
+    Int8Mode,
+    StochasticLayer,
+    dynamic_forms,
+    total_rank,
+)
 from int8run.lora.config import MODES, STRENGTH_LIMIT
 from int8run.lora.key_parsing import DENOISER
 from int8run.lora.load import LoraFile, find_lora, read_lora
@@ -59,9 +68,14 @@ class LoraStack:
     """
 
     def __init__(
-        self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module] | None = None, mode: str = "auto", strict: bool = True,
-        seed: int = 0, folder: Path | None = None,
-    ):  # fmt: skip
+        self,
+        denoiser: nn.Module,
+        text_encoders: Mapping[str, nn.Module] | None = None,
+        mode: str = "auto",
+        strict: bool = True,
+        seed: int = 0,
+        folder: Path | None = None,
+    ):
         one_of("lora.mode", mode, MODES)
         if not isinstance(denoiser, nn.Module):
             raise ConfigError(
@@ -78,9 +92,13 @@ class LoraStack:
     # -- for a program of one's own ----------------------------------------------------------------------------------------
 
     def add(
-        self, source: str | Path, strength: float = 1.0, name: str | None = None, text_strength: float | None = None,
+        self,
+        source: str | Path,
+        strength: float = 1.0,
+        name: str | None = None,
+        text_strength: float | None = None,
         weight_name: str | None = None,
-    ) -> "LoraStack":  # fmt: skip
+    ) -> "LoraStack":
         """Put one more LoRA on the model. Returns the stack.
 
         Args:
@@ -93,7 +111,9 @@ class LoraStack:
         path = find_lora(str(source), weight_name, self.folder)
         name = name or path.stem
         if name in self.names:
-            raise ConfigError(f"the stack has a LoRA called {name!r} already; set_strength({name!r}, …) moves it, or give another name=")
+            raise ConfigError(
+                f"the stack has a LoRA called {name!r} already; set_strength({name!r}, …) moves it, or give another name="
+            )
         check_strength(name, strength, text_strength)
         entry = Entry(name, read_lora(path), strength, strength if text_strength is None else text_strength)
         before, found = self.entries, self.matches
@@ -120,7 +140,9 @@ class LoraStack:
     def set_strength(self, name: str, strength: float, text_strength: float | None = None) -> None:
         """Move one LoRA; in dynamic mode that writes a few numbers per layer."""
         if name not in self.names:
-            raise ConfigError(f"the stack has no LoRA called {name!r}; it has {', '.join(self.names) or 'none'}")
+            raise ConfigError(
+                f"the stack has no LoRA called {name!r}; it has {', '.join(self.names) or 'none'}"
+            )
         check_strength(name, strength, text_strength)
         entry = self.entries[self.names.index(name)]
         entry.strength, entry.text_strength = strength, strength if text_strength is None else text_strength
@@ -155,13 +177,24 @@ class LoraStack:
         if entries and self.denoiser.__dict__.setdefault(HOLDER, id(self)) != id(self):
             raise ConfigError("this model has a LoraStack already; add the LoRA to that one")
         self.entries, self.matches = list(entries), matches
-        changed = {component: found for component, found in matches.by_component.items() if found and component not in leave}
-        self.merges = {component: FloatMerge(self.parts[component], found) for component, found in changed.items()}
+        changed = {
+            component: found
+            for component, found in matches.by_component.items()
+            if found and component not in leave
+        }
+        self.merges = {
+            component: FloatMerge(self.parts[component], found) for component, found in changed.items()
+        }
 
     def attach(
-        self, int8: nn.Module, float_weights: bool = False, rounding: Rounding | None = None, scheduled: bool = False,
-        overhead: Overhead | None = None, max_overhead: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        int8: nn.Module,
+        float_weights: bool = False,
+        rounding: Rounding | None = None,
+        scheduled: bool = False,
+        overhead: Overhead | None = None,
+        max_overhead: float = 0.0,
+    ) -> None:
         """Choose for every INT8 layer how it gets its LoRAs.
 
         Args:
@@ -182,27 +215,44 @@ class LoraStack:
                 continue  # it carries the merge
             weight = self.weight_reader(name, layer, float_weights)
             for index, change in changes:
-                if change.core is not None and float_weights:  # reading integers back for a number to show would take long
-                    self.sizes.setdefault(index, []).append(Size.of(change.core.delta(weight()), weight(), layer))
-            mode, why, forms = self.choose(name, layer, changes, weight, float_weights, scheduled, overhead, max_overhead)
+                if (
+                    change.core is not None and float_weights
+                ):  # reading integers back for a number to show would take long
+                    self.sizes.setdefault(index, []).append(
+                        Size.of(change.core.delta(weight()), weight(), layer)
+                    )
+            mode, why, forms = self.choose(
+                name, layer, changes, weight, float_weights, scheduled, overhead, max_overhead
+            )
             if why:
                 whys[f"{mode}: {why}"] += 1
             if mode == "dynamic":
                 self.layers[name] = DynamicLayer(layer, changes, forms)
             elif mode == "bake":
                 if rounding is not None and rounding.needs_calibration:
-                    whys[f"bake: rounded by {plain.name}, for {rounding.name} needs what only a build sees"] += 1
+                    whys[
+                        f"bake: rounded by {plain.name}, for {rounding.name} needs what only a build sees"
+                    ] += 1
                 self.layers[name] = BakedLayer(layer, changes, weight(), plain)
             else:
                 identity = [self.entries[index].file.identity for index, _ in changes]
-                self.layers[name] = StochasticLayer(layer, changes, weight, (self.seed, name, "lora", *identity))
+                self.layers[name] = StochasticLayer(
+                    layer, changes, weight, (self.seed, name, "lora", *identity)
+                )
         for why, count in whys.items():
             log.info("LoRAs on %d layers by lora.mode=%s", count, why)
 
     def choose(
-        self, name: str, layer: Int8Linear, changes: Changes, weight: Callable[[], Tensor], float_weights: bool, scheduled: bool,
-        overhead: Overhead | None, max_overhead: float,
-    ) -> tuple[str, str, list[tuple[int, Dynamic]]]:  # fmt: skip
+        self,
+        name: str,
+        layer: Int8Linear,
+        changes: Changes,
+        weight: Callable[[], Tensor],
+        float_weights: bool,
+        scheduled: bool,
+        overhead: Overhead | None,
+        max_overhead: float,
+    ) -> tuple[str, str, list[tuple[int, Dynamic]]]:
         """The mode of one layer, why it is not dynamic, and its dynamic form.
 
         Raises:
@@ -219,15 +269,25 @@ class LoraStack:
         forms = dynamic_forms(changes, weight)
         if isinstance(forms, str):
             if self.mode == "dynamic" or scheduled:
-                need = "lora.mode=dynamic" if self.mode == "dynamic" else "a schedule of strengths needs lora.mode=dynamic, which"
-                raise LoraError(f"{name}: {need} cannot be: {forms}; set lora.mode=auto and one strength for all steps")
+                need = (
+                    "lora.mode=dynamic"
+                    if self.mode == "dynamic"
+                    else "a schedule of strengths needs lora.mode=dynamic, which"
+                )
+                raise LoraError(
+                    f"{name}: {need} cannot be: {forms}; set lora.mode=auto and one strength for all steps"
+                )
             return written, forms, []
         rank = total_rank(forms)
         if self.mode == "auto" and not scheduled and rank:
             if rank >= min(layer.in_features, layer.out_features):
                 return written, f"a branch of rank {rank} would be more work than the layer", []
             if overhead is not None and overhead(name, layer, rank) > 1 + max_overhead:
-                return written, f"a branch of rank {rank} would take more than lora.max_overhead={max_overhead:g} of a layer's time", []
+                return (
+                    written,
+                    f"a branch of rank {rank} would take more than lora.max_overhead={max_overhead:g} of a layer's time",
+                    [],
+                )
         return "dynamic", "", forms
 
     def weight_reader(self, name: str, layer: Int8Linear, float_weights: bool) -> Callable[[], Tensor]:
@@ -251,7 +311,9 @@ class LoraStack:
         """Bring the model to the entries' strengths."""
         self.set_strengths([e.strength for e in self.entries], [e.text_strength for e in self.entries])
 
-    def set_strengths(self, strengths: Sequence[float], text_strengths: Sequence[float] | None = None) -> None:
+    def set_strengths(
+        self, strengths: Sequence[float], text_strengths: Sequence[float] | None = None
+    ) -> None:
         """Bring every part to these strengths, one per LoRA; nothing is rebuilt but the weights of layers that are not dynamic.
 
         Args:
@@ -289,7 +351,11 @@ class LoraStack:
         """Of the weights that were rounded at random, the share that the old scales would have clipped."""
         written = [layer for layer in self.layers.values() if isinstance(layer, StochasticLayer)]
         numbers = [layer.layer.in_features * layer.layer.out_features for layer in written]
-        return sum(n * w.clipped_share for n, w in zip(numbers, written, strict=True)) / sum(numbers) if numbers else 0.0
+        return (
+            sum(n * w.clipped_share for n, w in zip(numbers, written, strict=True)) / sum(numbers)
+            if numbers
+            else 0.0
+        )
 
     def changes_text(self, index: int) -> bool:
         """Whether a LoRA changes a text encoder."""
@@ -303,7 +369,10 @@ class LoraStack:
     def describe(self, index: int) -> str:
         """What is in one LoRA's file, and where it landed."""
         entry = self.entries[index]
-        landed = {c: sum(i == index for found in modules.values() for i, _ in found) for c, modules in self.matches.by_component.items()}
+        landed = {
+            c: sum(i == index for found in modules.values() for i, _ in found)
+            for c, modules in self.matches.by_component.items()
+        }
         where = ", ".join(f"{component} {count}" for component, count in landed.items() if count)
         lost = sum(i == index for i, _, _ in self.matches.unmatched)
         missing = f"; {lost} not applied" if lost else ""
@@ -321,7 +390,11 @@ class LoraStack:
             return None
         shares = [size.share for size in self.sizes[index]]
         name, typical, most = self.entries[index].name, statistics.median(shares), max(shares)
-        large = "; that is a lot: usual are a few percent, and beyond 50 % pictures often break" if most > MOST_SHARE else ""
+        large = (
+            "; that is a lot: usual are a few percent, and beyond 50 % pictures often break"
+            if most > MOST_SHARE
+            else ""
+        )
         return (
             f"LoRA {name!r} at strength 1 changes its INT8 layers by {typical:.1%} of their weights' size (median; at most {most:.1%}), "
             f"{self.median_steps(index):.2f} times what one integer stands for{large}"
@@ -345,7 +418,11 @@ def summary(file: LoraFile) -> str:
     """Kinds, ranks and scales in a file: `40 × LoRA, rank 8, alpha/rank 1`."""
     kinds = ", ".join(f"{n} × {kind}" for kind, n in file.kinds.most_common())
     ranks, scales = (
-        "" if not found else f", {name} {min(found):g}" if len(found) == 1 else f", {name} {min(found):g} to {max(found):g}"
+        ""
+        if not found
+        else f", {name} {min(found):g}"
+        if len(found) == 1
+        else f", {name} {min(found):g} to {max(found):g}"
         for name, found in (("rank", file.ranks), ("alpha/rank", file.scales))
     )
     return kinds + ranks + scales
@@ -364,4 +441,8 @@ def warn_duplicates(entries: Sequence[Entry]) -> None:
     for entry in entries if len(entries) > 1 else ():  # a hash reads the whole file
         twin = first.setdefault(entry.file.identity, entry.name)
         if twin != entry.name:
-            log.warning("LoRA %r holds the same weights as %r; together they act like one with both strengths added", entry.name, twin)
+            log.warning(
+                "LoRA %r holds the same weights as %r; together they act like one with both strengths added",
+                entry.name,
+                twin,
+            )

@@ -21,7 +21,9 @@ class Metrics:
     baseline: str = "run"
     layers: bool = True  # per-layer output SQNR on real activations: one float step with hooks
     perceptual: Sequence[str] = ()  # metrics of PERCEPTUAL wanted besides PSNR, SSIM and latent error
-    objective: str = "quality/psnr_db"  # the metric that a sweeper gets, and that the best job of a sweep is the best in
+    objective: str = (
+        "quality/psnr_db"  # the metric that a sweeper gets, and that the best job of a sweep is the best in
+    )
     system_s: float = 10  # seconds between samples of the machine's load in system.csv; 0: none
 
     def __post_init__(self) -> None:
@@ -29,7 +31,9 @@ class Metrics:
         switch("metrics.layers", self.layers)
         in_range("metrics.system_s", self.system_s, 0, 3600)
         if isinstance(self.perceptual, str) or not isinstance(self.perceptual, Sequence):
-            raise ConfigError(f"metrics.perceptual is {self.perceptual!r}; give a list of {', '.join(PERCEPTUAL)}, such as [lpips]")
+            raise ConfigError(
+                f"metrics.perceptual is {self.perceptual!r}; give a list of {', '.join(PERCEPTUAL)}, such as [lpips]"
+            )
         object.__setattr__(self, "perceptual", tuple(self.perceptual))
         for name in self.perceptual:
             one_of("an entry of metrics.perceptual", name, PERCEPTUAL)

@@ -21,15 +21,20 @@ def encoder_metrics(plans: Sequence[LayerPlan], pairs: Iterable[tuple[Any, Any]]
     """
     quantized = [plan for plan in plans if plan.keep_float is None]
     sqnr = [plan.measured["weight_sqnr_db"] for plan in quantized if "weight_sqnr_db" in plan.measured]
-    metrics: dict[str, float] = {"clip/layers_quantized": len(quantized), "clip/layers_float": len(plans) - len(quantized)}
+    metrics: dict[str, float] = {
+        "clip/layers_quantized": len(quantized),
+        "clip/layers_float": len(plans) - len(quantized),
+    }
     if sqnr:
         metrics |= {"clip/weight_sqnr_db_mean": sum(sqnr) / len(sqnr), "clip/weight_sqnr_db_min": min(sqnr)}
     found = [compared for one, other in pairs for compared in compare(one, other)]
     if found:
         cosines, errors = zip(*found, strict=True)
         metrics |= {
-            "clip/cosine_mean": sum(cosines) / len(cosines), "clip/cosine_min": min(cosines), "clip/rel_err": sum(errors) / len(errors),
-        }  # fmt: skip
+            "clip/cosine_mean": sum(cosines) / len(cosines),
+            "clip/cosine_min": min(cosines),
+            "clip/rel_err": sum(errors) / len(errors),
+        }
     return metrics
 
 

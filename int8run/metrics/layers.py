@@ -17,7 +17,10 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def measure_outputs(
-    float_denoiser: nn.Module, int8_denoiser: nn.Module, calls: Sequence[Mapping[str, Any]], plans: Sequence[LayerPlan]
+    float_denoiser: nn.Module,
+    int8_denoiser: nn.Module,
+    calls: Sequence[Mapping[str, Any]],
+    plans: Sequence[LayerPlan],
 ) -> None:
     """Add `output_sqnr_db` to the plan of every INT8 layer: the same input through both layers."""
     by_name = {p.name: p for p in plans if p.keep_float is None}
@@ -40,11 +43,15 @@ def measure_outputs(
 def multiply_adds(denoiser: nn.Module, calls: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Multiply-adds of every Linear and convolution in these calls, by name. Attention's products are not counted."""
     found: Counter[str] = Counter()
-    layers = [n for n, m in denoiser.named_modules() if hasattr(m, "in_features") or isinstance(m, CONVOLUTIONS)]
+    layers = [
+        n for n, m in denoiser.named_modules() if hasattr(m, "in_features") or isinstance(m, CONVOLUTIONS)
+    ]
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
         layer: Any = denoiser.get_submodule(name)
-        found[name] += y.numel() * (layer.in_features if hasattr(layer, "in_features") else layer.weight[0].numel())
+        found[name] += y.numel() * (
+            layer.in_features if hasattr(layer, "in_features") else layer.weight[0].numel()
+        )
 
     for call in calls:
         watch_layers(denoiser, call, layers, see)
@@ -71,7 +78,9 @@ def layer_metrics(plans: Sequence[LayerPlan]) -> dict[str, float]:
     values: dict[str, float] = {
         "quant/layers_int8": len(int8),
         "quant/layers_float": len(plans) - len(int8),
-        "quant/fallback_layers": sum(p.backend_asked not in ("auto", p.backend_used) or p.backend_used == FALLBACK for p in int8),
+        "quant/fallback_layers": sum(
+            p.backend_asked not in ("auto", p.backend_used) or p.backend_used == FALLBACK for p in int8
+        ),
     }
     for name in ("weight_sqnr_db", "output_sqnr_db"):
         measured = [p.measured[name] for p in int8 if name in p.measured]

@@ -61,7 +61,9 @@ def load_ms_ssim(side: int) -> Measure:
     As torchmetrics has it: a scale whose mean contrast term is negative counts as 0, the last scale mirrors its border.
     """
     require_side(side, MS_SSIM_SIDE)
-    return lambda a, b, prompt: {"ms_ssim": multiscale_structural_similarity_index_measure(a, b, data_range=1.0).item()}
+    return lambda a, b, prompt: {
+        "ms_ssim": multiscale_structural_similarity_index_measure(a, b, data_range=1.0).item()
+    }
 
 
 def load_lpips(side: int) -> Measure:
@@ -83,7 +85,11 @@ def load_lpips(side: int) -> Measure:
             require_answer(url)
         lpips = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
     except LOADING_ERRORS as error:
-        way_out = f"delete {file} and run with network" if file.is_file() else f"run once with network, or put {url} at {file}"
+        way_out = (
+            f"delete {file} and run with network"
+            if file.is_file()
+            else f"run once with network, or put {url} at {file}"
+        )
         raise UnavailableError(f"AlexNet's weights could not be had ({reason(error)}); {way_out}") from error
     return lambda a, b, prompt: {"lpips": lpips(a, b).item()}
 
@@ -147,7 +153,9 @@ def load_clip_score(side: int) -> Measure:
         return processor(**inputs, truncation=True) if "text" in inputs else processor(**inputs)
 
     def score(picture: Tensor, prompt: str) -> float:
-        return clip_score((255 * picture[0]).round().byte(), prompt, lambda: (BareFeatures(model), process)).item()
+        return clip_score(
+            (255 * picture[0]).round().byte(), prompt, lambda: (BareFeatures(model), process)
+        ).item()
 
     return lambda a, b, prompt: {"clip_score": score(a, prompt), "float/clip_score": score(b, prompt)}
 
@@ -158,7 +166,9 @@ def load_clip() -> tuple[Any, Any]:
     from transformers import CLIPModel, CLIPProcessor
 
     def load(local: bool) -> tuple[Any, Any]:
-        model = CLIPModel.from_pretrained(CLIP, local_files_only=local, use_safetensors=True, dtype=torch.float32)
+        model = CLIPModel.from_pretrained(
+            CLIP, local_files_only=local, use_safetensors=True, dtype=torch.float32
+        )
         return model, CLIPProcessor.from_pretrained(CLIP, local_files_only=local)
 
     try:

@@ -28,7 +28,9 @@ def to_tensor(image: Image) -> Tensor:
 
 
 @torch.no_grad()
-def per_image(candidate: Generation, baseline: Generation, prompts: Sequence[str], perceptual: Sequence[str] = ()) -> list[SampleQuality]:
+def per_image(
+    candidate: Generation, baseline: Generation, prompts: Sequence[str], perceptual: Sequence[str] = ()
+) -> list[SampleQuality]:
     """One row per picture or video; the frames of a video are compared one by one.
 
     `psnr_db` has data range 1 and is infinite for equal pictures. `ssim` is Wang et al. 2004 with a Gaussian window of
@@ -39,43 +41,67 @@ def per_image(candidate: Generation, baseline: Generation, prompts: Sequence[str
         prompts: one per picture or video.
         perceptual: names of metrics in `metrics.perceptual` to add; each that cannot be had is named in the log and left out.
     """
-    side = min(min(frame.size) for made in (candidate, baseline) for frames in made.frames for frame in frames)
+    side = min(
+        min(frame.size) for made in (candidate, baseline) for frames in made.frames for frame in frames
+    )
     always = ["ms_ssim"] if side >= MS_SSIM_SIDE else []
     extra = measures(dict.fromkeys([*always, *perceptual]), side)
     rows = []
-    samples = zip(candidate.frames, baseline.frames, candidate.trajectories, baseline.trajectories, prompts, strict=True)
+    samples = zip(
+        candidate.frames, baseline.frames, candidate.trajectories, baseline.trajectories, prompts, strict=True
+    )
     for ours, floats, our_latents, float_latents, prompt in samples:
         shown = key_frames(len(ours)).values()
         frames = []
         for number, (a, b) in enumerate(zip(ours, floats, strict=True)):
             x, y = to_tensor(a), to_tensor(b)
             frame = {
-                "psnr_db": math.inf if torch.equal(x, y) else peak_signal_noise_ratio(x, y, data_range=1.0).item(),
-                "ssim": structural_similarity_index_measure(x, y, data_range=1.0, gaussian_kernel=True, sigma=1.5).item(),
+                "psnr_db": math.inf
+                if torch.equal(x, y)
+                else peak_signal_noise_ratio(x, y, data_range=1.0).item(),
+                "ssim": structural_similarity_index_measure(
+                    x, y, data_range=1.0, gaussian_kernel=True, sigma=1.5
+                ).item(),
             }
             for name, measure in extra.items():
                 if name not in KEY_FRAMES_ONLY or number in shown:
                     frame |= measure(x, y, prompt)
             frames.append(frame)
-        values = {name: float(np.mean([frame[name] for frame in frames if name in frame])) for name in frames[0]}
-        rows.append(SampleQuality(values | {"latent_rel_err": relative_error(our_latents[-1], float_latents[-1])}, frames))
+        values = {
+            name: float(np.mean([frame[name] for frame in frames if name in frame])) for name in frames[0]
+        }
+        rows.append(
+            SampleQuality(
+                values | {"latent_rel_err": relative_error(our_latents[-1], float_latents[-1])}, frames
+            )
+        )
     return rows
 
 
 def key_frames(count: int) -> dict[str, int]:
     """The frames that stand for a video, by what they are called; of a picture the only one."""
-    return {"first": 0, "middle": count // 2, "last": count - 1} if count > 2 else dict(zip(("first", "last"), range(count), strict=False))
+    return (
+        {"first": 0, "middle": count // 2, "last": count - 1}
+        if count > 2
+        else dict(zip(("first", "last"), range(count), strict=False))
+    )
 
 
 def mean_quality(rows: Sequence[SampleQuality]) -> dict[str, float]:
     """The mean over samples of each metric, under its public name; `float/…` is one already."""
     names = rows[0].values
-    return {name if "/" in name else f"quality/{name}": float(np.mean([row.values[name] for row in rows])) for name in names}
+    return {
+        name if "/" in name else f"quality/{name}": float(np.mean([row.values[name] for row in rows]))
+        for name in names
+    }
 
 
 def frame_series(rows: Sequence[SampleQuality], name: str) -> list[float]:
     """A metric of the first frame, the second and so on, each the mean over samples."""
-    return [float(np.mean([frame[name] for frame in frames])) for frames in zip(*(row.frames for row in rows), strict=True)]
+    return [
+        float(np.mean([frame[name] for frame in frames]))
+        for frames in zip(*(row.frames for row in rows), strict=True)
+    ]
 
 
 def trajectory_error(candidate: Generation, baseline: Generation) -> list[float]:

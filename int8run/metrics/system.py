@@ -33,7 +33,9 @@ class SystemSampler:
             self.thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.over.set()
         if self.seconds:
             self.thread.join()
@@ -45,9 +47,12 @@ class SystemSampler:
         try:
             while not self.over.wait(self.seconds):
                 values = {
-                    "time": f"{time.time():.3f}", "cpu_percent": psutil.cpu_percent(), "memory_bytes": psutil.virtual_memory().used,
-                    "process_bytes": process.memory_info().rss, **gpu_values(self.gpu),
-                }  # fmt: skip
+                    "time": f"{time.time():.3f}",
+                    "cpu_percent": psutil.cpu_percent(),
+                    "memory_bytes": psutil.virtual_memory().used,
+                    "process_bytes": process.memory_info().rss,
+                    **gpu_values(self.gpu),
+                }
                 self.append(values)
         except (OSError, psutil.Error) as error:
             log.warning("%s gets no more lines: %s", self.path.name, error)

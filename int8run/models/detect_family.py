@@ -40,7 +40,9 @@ def denoiser_of(
 
 def matches(mark: Fingerprint, keys: Collection[str]) -> bool:
     """Whether all of a fingerprint's patterns are among the keys and none of those that must not be."""
-    return all(among(pattern, keys) for pattern in mark.all) and not any(among(pattern, keys) for pattern in mark.none)
+    return all(among(pattern, keys) for pattern in mark.all) and not any(
+        among(pattern, keys) for pattern in mark.none
+    )
 
 
 def among(pattern: str, keys: Collection[str]) -> bool:
@@ -54,4 +56,8 @@ def among(pattern: str, keys: Collection[str]) -> bool:
 def widths(shapes: Mapping[str, Shape], denoiser: str) -> dict[str, int]:
     """How many inputs the layers of a file have, by their names in the model."""
     weights = {key: shape[1] for key, shape in shapes.items() if len(shape) == 2 and key.endswith(".weight")}
-    return {name.removesuffix(".weight"): weights[key] for key, names in targets(weights, denoiser).items() for name in names}
+    return {
+        name.removesuffix(".weight"): weights[key]
+        for key, names in targets(weights, denoiser).items()
+        for name in names
+    }

@@ -26,7 +26,11 @@ class Experts(nn.Module):
 
 def denoiser_parts(denoiser: nn.Module) -> dict[str, nn.Module]:
     """The modules that a pipeline calls, by the prefix of their layers' names: `""` for a single one."""
-    return {f"{n}.": part for n, part in denoiser.named_children()} if isinstance(denoiser, Experts) else {"": denoiser}
+    return (
+        {f"{n}.": part for n, part in denoiser.named_children()}
+        if isinstance(denoiser, Experts)
+        else {"": denoiser}
+    )
 
 
 def use_denoiser(pipe: DiffusionPipeline, denoiser: nn.Module, component: str) -> None:

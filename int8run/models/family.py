@@ -59,7 +59,11 @@ KEEP_FLOAT = ("listed", "auto")
 # the files that say what is known about each family
 FAMILIES = Path(__file__).parents[1] / "conf" / "model_type"
 # fields of a family that are rows of a table, and what a row is
-ROWS: Mapping[str, type] = {"float_layers": KeepRule, "deferred_gelu": DeferredGelu, "fingerprints": Fingerprint}
+ROWS: Mapping[str, type] = {
+    "float_layers": KeepRule,
+    "deferred_gelu": DeferredGelu,
+    "fingerprints": Fingerprint,
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,9 @@ class ModelFamily:
 
     def why_float(self, layer: str) -> str | None:
         """The reason why a Linear stays float, or None when it becomes INT8."""
-        return next((rule.why for rule in self.float_layers if fnmatch.fnmatchcase(layer, rule.pattern)), None)
+        return next(
+            (rule.why for rule in self.float_layers if fnmatch.fnmatchcase(layer, rule.pattern)), None
+        )
 
     def wrong_inputs(self, linears: Mapping[str, int]) -> str | None:
         """What speaks against the family in the widths of a denoiser's Linears (name -> in_features), or None where they fit."""
@@ -115,7 +121,9 @@ class ModelFamily:
     def for_denoiser(self, denoiser: str, blocks: Sequence[str], linears: Mapping[str, int]) -> "ModelFamily":
         """The family to use for a denoiser class. A named family is taken at its word, but a mismatch is said."""
         if self.denoisers and denoiser not in self.denoisers:
-            log.warning("model_type=%s is for %s, the denoiser is a %s", self.name, "/".join(self.denoisers), denoiser)
+            log.warning(
+                "model_type=%s is for %s, the denoiser is a %s", self.name, "/".join(self.denoisers), denoiser
+            )
         elif wrong := self.wrong_inputs(linears):
             log.warning("model_type=%s does not fit this %s: %s", self.name, denoiser, wrong)
         return self
@@ -134,7 +142,9 @@ def row_of(kind: type, row: Any, where: str) -> Any:
         raise ConfigError(f"{where} is {row!r}; it takes {', '.join(known)}")
     for key in row:
         if key not in known:
-            raise ConfigError(f"no setting called '{where}.{key}'; {suggest(str(key), known)}choose from {', '.join(known)}")
+            raise ConfigError(
+                f"no setting called '{where}.{key}'; {suggest(str(key), known)}choose from {', '.join(known)}"
+            )
     try:
         return kind(**row)
     except TypeError as error:
@@ -144,7 +154,10 @@ def row_of(kind: type, row: Any, where: str) -> Any:
 @functools.cache
 def shipped_families() -> Mapping[str, ModelFamily]:
     """The families of `conf/model_type` that name what belongs to them, by name. Read when a job needs them, not by every one."""
-    found = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(FAMILIES.glob("*.yaml"))}
+    found = {
+        file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))
+        for file in sorted(FAMILIES.glob("*.yaml"))
+    }
     return {
         name: ModelFamily(**{key: value for key, value in family.items() if key != "_target_"})
         for name, family in found.items()
@@ -183,15 +196,20 @@ class AutoFamily:
         log.warning(
             "model_type=auto does not know %s; only Linears inside its repeated blocks become INT8, the first and the last "
             "block stay float. Name one with model_type= (%s) or write one: docs in conf/model_type/",
-            denoiser, ", ".join(sorted(families)),
-        )  # fmt: skip
+            denoiser,
+            ", ".join(sorted(families)),
+        )
         return replace(conservative(blocks, linears), keep_float=self.keep_float)
 
 
 def conservative(blocks: Sequence[str], linears: Iterable[str]) -> ModelFamily:
     """The rule for a denoiser that nobody described: its repeated blocks but the very first and the very last, nothing else."""
     middle = tuple(blocks[1:-1])
-    rules = [KeepRule(n, "unknown architecture: outside the middle blocks") for n in linears if not n.startswith(middle)]
+    rules = [
+        KeepRule(n, "unknown architecture: outside the middle blocks")
+        for n in linears
+        if not n.startswith(middle)
+    ]
     return ModelFamily(name="unknown", float_layers=rules)
 
 
@@ -223,4 +241,6 @@ class ModelSource:
             raise ConfigError("model has no location; set model.location=<hub id or diffusers folder>")
         for name, part in self.parts.items():
             if isinstance(part, str) or len(part) != 2:
-                raise ConfigError(f"model.parts.{name} is {part!r}; it takes [class of transformers, hub id or folder]")
+                raise ConfigError(
+                    f"model.parts.{name} is {part!r}; it takes [class of transformers, hub id or folder]"
+                )

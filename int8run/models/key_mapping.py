@@ -44,7 +44,11 @@ SWAPS = (False, True, "last")
 SECTIONS = ("names", "lora_names", "parameters")
 MODULES = ("needs", "lacks")
 FIELDS = {"classes", "prefix", "drop", *SECTIONS, *MODULES}
-OPTIONS = {"names": ("swap_halves", "without"), "lora_names": ("swap_halves", "without"), "parameters": ("shape", "transposed")}
+OPTIONS = {
+    "names": ("swap_halves", "without"),
+    "lora_names": ("swap_halves", "without"),
+    "parameters": ("shape", "transposed"),
+}
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,9 @@ def read_folder(folder: Path) -> Mapping[str, Names]:
         classes, rules = read_rules(file)
         for name in classes:
             if name in by_class:
-                raise ConfigError(f"{file.name}: class {name} has rules in another file as well; name it in one file only")
+                raise ConfigError(
+                    f"{file.name}: class {name} has rules in another file as well; name it in one file only"
+                )
             by_class[name] = rules
     return by_class
 
@@ -149,17 +155,25 @@ def read_rules(file: Path) -> tuple[list[str], Names]:
         raise ConfigError(f"{file.name} is no readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict) or not {"classes", "names"} <= set(data) <= FIELDS:
         more = ", ".join(sorted(FIELDS - {"classes", "names"}))
-        raise ConfigError(f"{file.name}: a file of naming rules is a mapping with classes and names, and may have {more}")
+        raise ConfigError(
+            f"{file.name}: a file of naming rules is a mapping with classes and names, and may have {more}"
+        )
     classes, drop, prefix = data["classes"], data.get("drop", {}), data.get("prefix", "")
     if not isinstance(classes, list) or not classes or not all(isinstance(c, str) for c in classes):
         raise ConfigError(f"{file.name}: classes is {classes!r}; it takes a list of class names")
     if not isinstance(prefix, str) or ("prefix" in data and not re.fullmatch(r"([^.*]+\.)+", prefix)):
-        raise ConfigError(f"{file.name}: prefix is {prefix!r}; it takes the beginning of a name up to a dot, such as 'net.'")
+        raise ConfigError(
+            f"{file.name}: prefix is {prefix!r}; it takes the beginning of a name up to a dot, such as 'net.'"
+        )
     if not isinstance(drop, dict) or not all(isinstance(reason, str) and reason for reason in drop.values()):
-        raise ConfigError(f"{file.name}: drop is {drop!r}; it takes a mapping of a key's pattern to the reason")
+        raise ConfigError(
+            f"{file.name}: drop is {drop!r}; it takes a mapping of a key's pattern to the reason"
+        )
     for pattern in drop:
         if not is_pattern(pattern) or wildcards(pattern)[1] > 1:
-            raise ConfigError(f"{file.name}: drop has the pattern {pattern!r}; it takes a key with * for numbers and one ** at most")
+            raise ConfigError(
+                f"{file.name}: drop has the pattern {pattern!r}; it takes a key with * for numbers and one ** at most"
+            )
     for kind in MODULES:
         if not isinstance(data.get(kind, []), list) or not all(map(is_pattern, data.get(kind, []))):
             raise ConfigError(f"{file.name}: {kind} is {data[kind]!r}; it takes a list of module names")
@@ -175,7 +189,9 @@ def read_section(file: str, kind: str, section: object) -> tuple[NamingRule, ...
         ConfigError: for anything but a mapping, and for a rule that is none.
     """
     if not isinstance(section, dict):
-        raise ConfigError(f"{file}: {kind} is {section!r}; it takes a mapping of a name elsewhere to a name in the model")
+        raise ConfigError(
+            f"{file}: {kind} is {section!r}; it takes a mapping of a name elsewhere to a name in the model"
+        )
     return tuple(read_rule(file, native, value, kind) for native, value in section.items())
 
 
@@ -189,7 +205,9 @@ def read_rule(file: str, native: object, value: Any, kind: str = "names") -> Nam
     options = value if isinstance(value, dict) else {"to": value}
     allowed = OPTIONS[kind]
     if "to" not in options or not set(options) <= {"to", *allowed}:
-        raise ConfigError(f"{where} has the fields {', '.join(map(str, options))}; it takes to, and may have {' or '.join(allowed)}")
+        raise ConfigError(
+            f"{where} has the fields {', '.join(map(str, options))}; it takes to, and may have {' or '.join(allowed)}"
+        )
     targets = options["to"] if isinstance(options["to"], list) else [options["to"]]
     patterns = [native, *targets]
     if not targets or not all(map(is_pattern, patterns)):
@@ -205,7 +223,9 @@ def read_rule(file: str, native: object, value: Any, kind: str = "names") -> Nam
     if swap == "last" and "*" not in str(native).split("."):
         raise ConfigError(f"{where} swaps halves in the last block but has no * for its number")
     if "shape" in options and not is_shape(shape):
-        raise ConfigError(f"{where} has the shape {shape!r}; it takes a list of whole numbers above 0, and -1 for one of them")
+        raise ConfigError(
+            f"{where} has the shape {shape!r}; it takes a list of whole numbers above 0, and -1 for one of them"
+        )
     if not isinstance(transposed, bool):
         raise ConfigError(f"{where} has transposed {transposed!r}; choose true or false")
     if "without" in options and (not is_pattern(without) or wildcards(without)[1] > 1):
@@ -255,7 +275,9 @@ def captures(pattern: str, name: str) -> tuple[tuple[str, ...], str] | None:
 def fill(pattern: str, values: tuple[Iterable[str], str]) -> str:
     """A pattern with its wildcards replaced by what `captures` found."""
     numbers, rest = iter(values[0]), values[1]
-    return ".".join({"*": lambda: next(numbers), "**": lambda: rest}.get(s, lambda s=s: s)() for s in pattern.split("."))
+    return ".".join(
+        {"*": lambda: next(numbers), "**": lambda: rest}.get(s, lambda s=s: s)() for s in pattern.split(".")
+    )
 
 
 def greatest(pattern: str, names: Iterable[str]) -> int:

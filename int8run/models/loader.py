@@ -36,9 +36,13 @@ def pick_device(asked: str) -> torch.device:
     if device.type not in DEVICES:
         raise BackendError(f"device={asked}: this version runs on {' and '.join(DEVICES)}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(f"device={asked} asks for a GPU, but torch {torch.__version__} sees none; device=cpu works here")
+        raise BackendError(
+            f"device={asked} asks for a GPU, but torch {torch.__version__} sees none; device=cpu works here"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BackendError(f"device={asked} asks for a GPU that is not there; torch sees {torch.cuda.device_count()}, counted from 0")
+        raise BackendError(
+            f"device={asked} asks for a GPU that is not there; torch sees {torch.cuda.device_count()}, counted from 0"
+        )
     return device
 
 
@@ -58,7 +62,9 @@ def load_parts(folder: Path, parts: Mapping[str, Sequence[str]], dtype: torch.dt
             continue
         named = getattr(transformers, class_name, None)
         if not isinstance(named, type):
-            raise ConfigError(f"model.parts.{name} is of class {class_name}, which transformers {transformers.__version__} does not have")
+            raise ConfigError(
+                f"model.parts.{name} is of class {class_name}, which transformers {transformers.__version__} does not have"
+            )
         options = {"dtype": dtype, "use_safetensors": True} if issubclass(named, nn.Module) else {}
         cls: Any = named
         place = Path(location).expanduser()
@@ -73,7 +79,11 @@ def load_parts(folder: Path, parts: Mapping[str, Sequence[str]], dtype: torch.dt
 
 
 def load_pipeline(
-    folder: Path, denoisers: Mapping[str, nn.Module], dtype: torch.dtype, device: torch.device, parts: Mapping[str, Any] | None = None
+    folder: Path,
+    denoisers: Mapping[str, nn.Module],
+    dtype: torch.dtype,
+    device: torch.device,
+    parts: Mapping[str, Any] | None = None,
 ) -> DiffusionPipeline:
     """The pipeline of a diffusers folder, every module in `dtype` on `device`. Only safetensors weights are read.
 
@@ -89,15 +99,21 @@ def load_pipeline(
     transformers.utils.logging.disable_progress_bar()
     # the base class forgets components that a pipeline calls optional, and reads them itself
     named = getattr(diffusers, str(read_index(folder, str(folder)).get("_class_name")), None)
-    cls: Any = named if isinstance(named, type) and issubclass(named, DiffusionPipeline) else DiffusionPipeline
+    cls: Any = (
+        named if isinstance(named, type) and issubclass(named, DiffusionPipeline) else DiffusionPipeline
+    )
     try:
-        pipeline = cls.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, **denoisers, **(parts or {}))
+        pipeline = cls.from_pretrained(
+            str(folder), dtype=dtype, use_safetensors=True, **denoisers, **(parts or {})
+        )
     # diffusers reads a damaged index as it comes: a list, a missing key and an unknown class each raise their own kind
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise unloadable(str(folder), error) from error
     for name, denoiser in denoisers.items():
         if getattr(pipeline, name) is not denoiser:
-            raise FileError(f"{cls.__name__} of diffusers {diffusers.__version__} takes no {name} from outside; use a diffusers folder")
+            raise FileError(
+                f"{cls.__name__} of diffusers {diffusers.__version__} takes no {name} from outside; use a diffusers folder"
+            )
     pipeline.set_progress_bar_config(disable=True)
     for name, module in pipeline.components.items():
         if isinstance(module, nn.Module) and name not in denoisers:
@@ -117,34 +133,52 @@ def use_scheduler(pipe: DiffusionPipeline, original: Any, sampling: Sampling) ->
     name = sampling.scheduler or type(original).__name__
     if not is_scheduler(name):
         known = alike(original)
-        reason = "needs a library that is not there" if name in dir(diffusers) else "is no scheduler of diffusers"
-        raise ConfigError(f"sampler.scheduler={name} {reason}; {suggest(name, known)}choose from {', '.join(known)}")
+        reason = (
+            "needs a library that is not there" if name in dir(diffusers) else "is no scheduler of diffusers"
+        )
+        raise ConfigError(
+            f"sampler.scheduler={name} {reason}; {suggest(name, known)}choose from {', '.join(known)}"
+        )
     cls: Any = getattr(diffusers, name)
     settings = inspect.signature(cls).parameters
     unknown = [key for key in sampling.scheduler_settings if key not in settings]
     if unknown:
-        raise ConfigError(f"sampler.scheduler_settings.{unknown[0]} is no setting of {name}; choose from {', '.join(sorted(settings))}")
+        raise ConfigError(
+            f"sampler.scheduler_settings.{unknown[0]} is no setting of {name}; choose from {', '.join(sorted(settings))}"
+        )
     try:
         pipe.register_modules(scheduler=cls.from_config(original.config, **sampling.scheduler_settings))
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise ConfigError(f"sampler.scheduler={name} does not take these settings: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(
+            f"sampler.scheduler={name} does not take these settings: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def alike(original: Any) -> list[str]:
     """Schedulers whose steps are asked for in the same way, so that a pipeline made for the original can use them."""
     wanted = set(inspect.signature(original.set_timesteps).parameters) & {"sigmas", "timesteps"}
-    names = [n for n in dir(diffusers) if n.endswith("Scheduler") and is_scheduler(n) and hasattr(getattr(diffusers, n), "set_timesteps")]
+    names = [
+        n
+        for n in dir(diffusers)
+        if n.endswith("Scheduler") and is_scheduler(n) and hasattr(getattr(diffusers, n), "set_timesteps")
+    ]
     flow = type(original).__name__.startswith("FlowMatch")
     return [
-        n for n in sorted(names)
-        if wanted <= set(inspect.signature(getattr(diffusers, n).set_timesteps).parameters) and n.startswith("FlowMatch") == flow
-    ]  # fmt: skip
+        n
+        for n in sorted(names)
+        if wanted <= set(inspect.signature(getattr(diffusers, n).set_timesteps).parameters)
+        and n.startswith("FlowMatch") == flow
+    ]
 
 
 def is_scheduler(name: str) -> bool:
     """Whether diffusers has a scheduler of that name that can be made from a config here."""
     cls = getattr(diffusers, name, None)  # in the place of one whose library is missing stands another class
-    return isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin) and issubclass(cls, diffusers.ConfigMixin)
+    return (
+        isinstance(cls, type)
+        and issubclass(cls, diffusers.SchedulerMixin)
+        and issubclass(cls, diffusers.ConfigMixin)
+    )
 
 
 def repeated_blocks(denoiser: nn.Module) -> list[str]:

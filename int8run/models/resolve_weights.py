@@ -58,13 +58,19 @@ def locate(location: str, revision: str | None = None, component: str | None = N
         return Located(path, config_beside(path.parent))
     words = location.split("/")
     if shipped or location.startswith((".", "/", "~")) or len(words) < 2:
-        raise FileError(f"{path.absolute()}: no such file or folder; set model.location to a checkpoint, or to its id on the hub")
+        raise FileError(
+            f"{path.absolute()}: no such file or folder; set model.location to a checkpoint, or to its id on the hub"
+        )
     return on_hub(words, revision, component)
 
 
 def local(location: str) -> Path:
     """The path that a location names, if it names one here."""
-    return SHIPPED / location.removeprefix("shipped:") if location.startswith("shipped:") else Path(location).expanduser()
+    return (
+        SHIPPED / location.removeprefix("shipped:")
+        if location.startswith("shipped:")
+        else Path(location).expanduser()
+    )
 
 
 def refuse_format(location: str) -> None:
@@ -98,7 +104,9 @@ def in_folder(folder: Path, location: str, component: str | None) -> Located:
     """A denoiser's own folder, or the one inside a pipeline's."""
     if not (folder / INDEX).is_file():
         if component is not None:
-            raise ConfigError(f"task.component={component} names a part of a pipeline, and {location} is a single denoiser; leave it out")
+            raise ConfigError(
+                f"task.component={component} names a part of a pipeline, and {location} is a single denoiser; leave it out"
+            )
         return Located(folder, config_beside(folder))
     name = choose_component(read_json(folder / INDEX), location, component)
     return Located(folder / name, config_beside(folder / name))
@@ -112,12 +120,23 @@ def on_hub(words: list[str], revision: str | None, component: str | None) -> Loc
     try:
         if len(words) > 2:
             return Located(Path(hf_hub_download(repository, "/".join(words[2:]), revision=revision)))
-        name = choose_component(read_json(Path(hf_hub_download(repository, INDEX, revision=revision))), location, component)
+        name = choose_component(
+            read_json(Path(hf_hub_download(repository, INDEX, revision=revision))), location, component
+        )
         wanted = [f"{name}/{CONFIG}", f"{name}/*{SAFE}", f"{name}/*{SAFE}.index.json"]
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
+        folder = Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=wanted,
+                ignore_patterns=["*.fp16.*", "*.non_ema.*"],
+            )
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise FileError(f"model.location={location} could not be fetched: {reason}; name a file or folder that you have") from error
+        raise FileError(
+            f"model.location={location} could not be fetched: {reason}; name a file or folder that you have"
+        ) from error
     return Located(folder / name, config_beside(folder / name))
 
 
@@ -131,11 +150,15 @@ def choose_component(index: Mapping[str, Any], location: str, component: str | N
     if component is not None:
         if component not in names:
             listed = ", ".join(names) or "none"
-            raise ConfigError(f"task.component={component} is no denoiser of {location}; {suggest(component, names)}it has {listed}")
+            raise ConfigError(
+                f"task.component={component} is no denoiser of {location}; {suggest(component, names)}it has {listed}"
+            )
         return component
     if len(names) == 1:
         return names[0]
-    raise ConfigError(f"{location} has {len(names)} denoisers; choose one: task.component={' or task.component='.join(names)}")
+    raise ConfigError(
+        f"{location} has {len(names)} denoisers; choose one: task.component={' or task.component='.join(names)}"
+    )
 
 
 def config_beside(folder: Path) -> Mapping[str, Any] | None:

@@ -38,12 +38,18 @@ class Sampling:
             if getattr(self, name) is not None:
                 in_range(f"sampler.{name}", getattr(self, name), 8, 16384, whole=True)
         if self.scheduler is not None and not isinstance(self.scheduler, str):
-            raise ConfigError(f"sampler.scheduler is {self.scheduler!r}; it takes the name of a class of diffusers, such as LCMScheduler")
+            raise ConfigError(
+                f"sampler.scheduler is {self.scheduler!r}; it takes the name of a class of diffusers, such as LCMScheduler"
+            )
         if not isinstance(self.extra, Mapping):
-            raise ConfigError(f"sampler.extra is {self.extra!r}; it takes names and values, such as {{max_sequence_length: 256}}")
+            raise ConfigError(
+                f"sampler.extra is {self.extra!r}; it takes names and values, such as {{max_sequence_length: 256}}"
+            )
         if not isinstance(self.scheduler_settings, Mapping):
             given = self.scheduler_settings
-            raise ConfigError(f"sampler.scheduler_settings is {given!r}; it takes names and values, such as {{shift: 3.0}}")
+            raise ConfigError(
+                f"sampler.scheduler_settings is {given!r}; it takes names and values, such as {{shift: 3.0}}"
+            )
         in_range("sampler.batch", self.batch, 1, 1024, whole=True)
 
     def over(self, default: "Sampling") -> "Sampling":
@@ -53,4 +59,9 @@ class Sampling:
         # settings belong to a scheduler: another one's would not be understood
         same = self.scheduler in (None, default.scheduler)
         settings = {**(default.scheduler_settings if same else {}), **self.scheduler_settings}
-        return replace(self, **{name: getattr(default, name) for name in open_fields}, scheduler_settings=settings, extra=extra)
+        return replace(
+            self,
+            **{name: getattr(default, name) for name in open_fields},
+            scheduler_settings=settings,
+            extra=extra,
+        )

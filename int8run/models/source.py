@@ -13,7 +13,17 @@ from torch import nn
 
 from int8run.errors import ConfigError, FileError, suggest
 from int8run.models.family import ModelSource
-from int8run.models.resolve_weights import COMPONENTS, CONFIG, INDEX, OTHERS, SAFE, denoiser_names, local, read_json, refuse_format
+from int8run.models.resolve_weights import (
+    COMPONENTS,
+    CONFIG,
+    INDEX,
+    OTHERS,
+    SAFE,
+    denoiser_names,
+    local,
+    read_json,
+    refuse_format,
+)
 
 ONLY = ""  # whose weights a single file has, before that is known
 
@@ -82,12 +92,22 @@ def find_source(source: ModelSource) -> Source:
         FileError: when something is missing or cannot be had.
     """
     location = source.location
-    files = {str(name): str(file) for name, file in location.items()} if isinstance(location, Mapping) else {ONLY: str(location)}
-    if not isinstance(location, Mapping) and not is_file(str(location)) and not is_denoiser_folder(local(str(location))):
+    files = (
+        {str(name): str(file) for name, file in location.items()}
+        if isinstance(location, Mapping)
+        else {ONLY: str(location)}
+    )
+    if (
+        not isinstance(location, Mapping)
+        and not is_file(str(location))
+        and not is_denoiser_folder(local(str(location)))
+    ):
         folder = pipeline_folder(str(location), source.revision)
         index = read_index(folder, str(location))
         names = denoiser_names(index, str(folder))
-        return Source(folder, tuple(read_denoiser(folder, name, index, folder / name) for name in names), False)
+        return Source(
+            folder, tuple(read_denoiser(folder, name, index, folder / name) for name in names), False
+        )
     for name in files.values():
         refuse_format(name)
     if source.base is None:
@@ -102,11 +122,15 @@ def find_source(source: ModelSource) -> Source:
         files = {names[0]: files[ONLY]}
     unknown = [name for name in files if name not in names]
     if unknown:
-        raise ConfigError(f"model.location names {unknown[0]}; {suggest(unknown[0], names)}{source.base} has {', '.join(names)}")
+        raise ConfigError(
+            f"model.location names {unknown[0]}; {suggest(unknown[0], names)}{source.base} has {', '.join(names)}"
+        )
     missing = [name for name in names if name not in files]
     if missing:
         pair = ", ".join(f"{name}: <file>" for name in names)
-        raise ConfigError(f"{source.base} has {len(names)} denoisers ({', '.join(names)}); set 'model.location={{{pair}}}'")
+        raise ConfigError(
+            f"{source.base} has {len(names)} denoisers ({', '.join(names)}); set 'model.location={{{pair}}}'"
+        )
     found = [read_denoiser(folder, name, index, weight_file(files[name], source.revision)) for name in names]
     return Source(folder, tuple(found), True)
 
@@ -121,7 +145,9 @@ def is_denoiser_folder(path: Path) -> bool:
     return path.is_dir() and not (path / INDEX).is_file() and any(path.glob(f"*{SAFE}"))
 
 
-def pipeline_folder(location: str, revision: str | None, without: tuple[str, ...] = (), setting: str = "model.location") -> Path:
+def pipeline_folder(
+    location: str, revision: str | None, without: tuple[str, ...] = (), setting: str = "model.location"
+) -> Path:
     """The diffusers folder behind a path or a hub id, which is fetched.
 
     Args:
@@ -138,7 +164,9 @@ def pipeline_folder(location: str, revision: str | None, without: tuple[str, ...
         return path
     try:
         folder = Path(
-            DiffusionPipeline.download(location, revision=revision, use_safetensors=True, **dict.fromkeys(without))  # nothing pickled
+            DiffusionPipeline.download(
+                location, revision=revision, use_safetensors=True, **dict.fromkeys(without)
+            )  # nothing pickled
         )
         index = read_index(folder, location)
         for name in denoiser_names(index, str(folder)) if without else ():
@@ -192,8 +220,13 @@ def unfetched(location: str, setting: str, error: Exception) -> FileError:
 
 def unloadable(location: str, error: Exception) -> FileError:
     """The error for a model that diffusers could not read."""
-    reason = f"{type(error).__name__}: " * isinstance(error, KeyError | TypeError) + " ".join(str(error).split())[:300]
-    return FileError(f"model {location!r} could not be loaded: {reason}; set model.location to a folder that has it")
+    reason = (
+        f"{type(error).__name__}: " * isinstance(error, KeyError | TypeError)
+        + " ".join(str(error).split())[:300]
+    )
+    return FileError(
+        f"model {location!r} could not be loaded: {reason}; set model.location to a folder that has it"
+    )
 
 
 def read_index(folder: Path, location: str) -> Mapping[str, Any]:

@@ -115,10 +115,14 @@ def to_model(shapes: Mapping[str, Shape], parameters: Mapping[str, Shape], class
             continue
         if not all(known):
             there = [f"{'has' if k else 'has no'} {part.key}" for k, part in zip(known, meant, strict=True)]
-            raise FileError(f"{key} of the file holds several parameters, but the {class_name} {', '.join(there)}: {OTHER_MODEL}")
+            raise FileError(
+                f"{key} of the file holds several parameters, but the {class_name} {', '.join(there)}: {OTHER_MODEL}"
+            )
         for name, part in cut_up(key, shape, meant, parameters, class_name):
             if name in parts:
-                raise FileError(f"the file holds {name} of the {class_name} twice: as {parts[name][0].key} and as {key}; remove one")
+                raise FileError(
+                    f"the file holds {name} of the {class_name} twice: as {parts[name][0].key} and as {key}; remove one"
+                )
             parts[name] = (part,)
     missing = tuple(name for name in parameters if name not in parts)
     return Layout(parts, tuple(unused), missing, dropped)
@@ -131,7 +135,9 @@ NO_NATIVE_NAMES = (
 OTHER_MODEL = "the file is of another architecture, or of another size of it; take the configuration that belongs to the file"
 
 
-def cut_up(key: str, shape: Shape, meant: tuple[Part, ...], parameters: Mapping[str, Shape], class_name: str) -> Iterable[tuple[str, Part]]:
+def cut_up(
+    key: str, shape: Shape, meant: tuple[Part, ...], parameters: Mapping[str, Shape], class_name: str
+) -> Iterable[tuple[str, Part]]:
     """The parts of one tensor of a file: the parameter, and what of the tensor makes it.
 
     Raises:
@@ -141,12 +147,17 @@ def cut_up(key: str, shape: Shape, meant: tuple[Part, ...], parameters: Mapping[
     if tuple(shape) != wanted:
         what = " + ".join(f"{part.key} {list(parameters[part.key])}" for part in meant)
         needs = "rows that do not go together" if wanted is None else f"{list(wanted)}"
-        raise FileError(f"{key} of the file has the shape {list(shape)}, but {what} of the {class_name} need {needs}: {OTHER_MODEL}")
+        raise FileError(
+            f"{key} of the file has the shape {list(shape)}, but {what} of the {class_name} need {needs}: {OTHER_MODEL}"
+        )
     first = 0
     for part in meant:
         own = tuple(parameters[part.key])
         rows = None if len(meant) == 1 else slice(first, first + own[0])
-        yield part.key, Part(key, rows, part.swap_halves, None if part.shape is None else own, part.transposed)
+        yield (
+            part.key,
+            Part(key, rows, part.swap_halves, None if part.shape is None else own, part.transposed),
+        )
         first += own[0] if own else 0
 
 
@@ -196,10 +207,16 @@ def to_native(parameters: Mapping[str, Shape], class_name: str) -> dict[str, tup
     rules = (*names.parameters, *names.names)
     last = last_numbers(names, parameters)
     modules = {module_of(name) for name in parameters}
-    unlike = [f"has no {name}" for name in names.needs if name not in modules] + [f"has {name}" for name in names.lacks if name in modules]
+    unlike = [f"has no {name}" for name in names.needs if name not in modules] + [
+        f"has {name}" for name in names.lacks if name in modules
+    ]
     if unlike:
         raise ConfigError(f"this {class_name} {unlike[0]}{NO_NATIVE_NAMES}")
-    rules = tuple(rule for rule in rules if not (rule.without and any(captures(rule.without, module) for module in modules)))
+    rules = tuple(
+        rule
+        for rule in rules
+        if not (rule.without and any(captures(rule.without, module) for module in modules))
+    )
     pool: dict[str, tuple[Part, ...]] = {name: (Part(name),) for name in parameters}
     used: dict[str, frozenset[NamingRule]] = dict.fromkeys(pool, frozenset())
     found: dict[str, tuple[Part, ...]] = {}
@@ -214,7 +231,9 @@ def to_native(parameters: Mapping[str, Shape], class_name: str) -> dict[str, tup
         parts = tuple(part for name in group for part in pool.pop(name))
         if native in pool or native in found:
             other = (pool | found)[native][0].key
-            raise ConfigError(f"{parts[0].key} and {other} of this {class_name} would both be called {native}{NO_NATIVE_NAMES}")
+            raise ConfigError(
+                f"{parts[0].key} and {other} of this {class_name} would both be called {native}{NO_NATIVE_NAMES}"
+            )
         pool[native] = tuple(changed(p, rule, swap) for p in parts)
         used[native] = used[key] | {rule}
     place = {name: i for i, name in enumerate(parameters)}
@@ -230,7 +249,10 @@ def targets(keys: Iterable[str], class_name: str) -> dict[str, tuple[str, ...]]:
         class_name: the class of the model.
     """
     names = names_of(class_name)
-    return {key: () if why_dropped(key, names) else tuple(part.key for part in meaning(key, names, {}, ())) for key in keys}
+    return {
+        key: () if why_dropped(key, names) else tuple(part.key for part in meaning(key, names, {}, ()))
+        for key in keys
+    }
 
 
 def why_dropped(key: str, names: Names) -> str | None:
@@ -245,7 +267,11 @@ def last_numbers(names: Names, parameters: Iterable[str]) -> dict[NamingRule, in
 
 
 def meaning(
-    key: str, names: Names, last: Mapping[NamingRule, int], known: Container[str], used: frozenset[NamingRule] = frozenset()
+    key: str,
+    names: Names,
+    last: Mapping[NamingRule, int],
+    known: Container[str],
+    used: frozenset[NamingRule] = frozenset(),
 ) -> tuple[Part, ...]:
     """The parameters whose values a key of a file holds, in their order; the key itself where no rule is for it.
 
@@ -265,8 +291,13 @@ def meaning(
         values = None if rule in used else captures(rule.native, rule.subject(key))
         if values is None:
             continue
-        swap = rule.swap_halves is True or (rule.swap_halves == "last" and int(values[0][0]) == last.get(rule))
-        inner = (meaning(rule.completed(fill(t, values), key), names, last, known, used | {rule}) for t in rule.targets)
+        swap = rule.swap_halves is True or (
+            rule.swap_halves == "last" and int(values[0][0]) == last.get(rule)
+        )
+        inner = (
+            meaning(rule.completed(fill(t, values), key), names, last, known, used | {rule})
+            for t in rule.targets
+        )
         return tuple(changed(p, rule, swap) for parts in inner for p in parts)
     return (Part(key),)
 
@@ -274,7 +305,9 @@ def meaning(
 def changed(part: Part, rule: NamingRule, swap: bool) -> Part:
     """A part after one more rule."""
     transposed = part.transposed != rule.transposed
-    return replace(part, swap_halves=part.swap_halves != swap, shape=rule.shape or part.shape, transposed=transposed)
+    return replace(
+        part, swap_halves=part.swap_halves != swap, shape=rule.shape or part.shape, transposed=transposed
+    )
 
 
 def spelled(
@@ -293,7 +326,9 @@ def spelled(
             group = tuple(rule.completed(fill(t, values), key) for t in rule.targets)
             absent = [name for name in group if name not in known]
             if absent:
-                raise ConfigError(f"this {class_name} has {key}, but no {absent[0]} to be one tensor with it{NO_NATIVE_NAMES}")
+                raise ConfigError(
+                    f"this {class_name} has {key}, but no {absent[0]} to be one tensor with it{NO_NATIVE_NAMES}"
+                )
             number = int(values[0][0]) if values[0] else None
             return rule, rule.completed(fill(rule.native, values), key), group, number
     return None

@@ -38,7 +38,9 @@ class AutoOutlier:
             in_range("outlier.max_cost", self.max_cost, 0, 10)
         in_range("outlier.tolerance_db", self.tolerance_db, 0, 10)
 
-    def score(self, weight: Tensor, statistics: LayerStatistics, cost: Callable[[OutlierTransform], float]) -> dict[str, float]:
+    def score(
+        self, weight: Tensor, statistics: LayerStatistics, cost: Callable[[OutlierTransform], float]
+    ) -> dict[str, float]:
         """Output SQNR in dB of every candidate that can take the layer at the price.
 
         Args:
@@ -54,7 +56,10 @@ class AutoOutlier:
         }
 
     def choose(
-        self, scores: Mapping[str, Mapping[str, float]], groups: Iterable[Sequence[str]], joined: Iterable[Sequence[str]] = ()
+        self,
+        scores: Mapping[str, Mapping[str, float]],
+        groups: Iterable[Sequence[str]],
+        joined: Iterable[Sequence[str]] = (),
     ) -> dict[str, str | None]:
         """The candidate of each layer, by name; None where no candidate could take it.
 
@@ -78,7 +83,9 @@ class AutoOutlier:
     def good_enough(self, scores: Mapping[str, float]) -> list[str]:
         """The candidates within `tolerance_db` of the best, in their order."""
         best = max(scores.values(), default=0.0)
-        return [name for name in self.candidates if name in scores and scores[name] >= best - self.tolerance_db]
+        return [
+            name for name in self.candidates if name in scores and scores[name] >= best - self.tolerance_db
+        ]
 
 
 def halves(statistics: LayerStatistics) -> list[tuple[LayerStatistics, Tensor]]:
@@ -86,10 +93,15 @@ def halves(statistics: LayerStatistics) -> list[tuple[LayerStatistics, Tensor]]:
     parts = [part for part in statistics.sample.tensor_split(2) if len(part)]
     if len(parts) == 1:
         return [(statistics, parts[0])]
-    return [(replace(statistics, sample=a, input_absmax=a.abs().amax((0, 1)).float()), b) for a, b in (parts, parts[::-1])]
+    return [
+        (replace(statistics, sample=a, input_absmax=a.abs().amax((0, 1)).float()), b)
+        for a, b in (parts, parts[::-1])
+    ]
 
 
-def judged_db(weight: Tensor, method: OutlierMethod, folds: Sequence[tuple[LayerStatistics, Tensor]]) -> float:
+def judged_db(
+    weight: Tensor, method: OutlierMethod, folds: Sequence[tuple[LayerStatistics, Tensor]]
+) -> float:
     """Output SQNR of a method over all folds, in dB. weight: [N, K]."""
     exact, made = [], []
     for fit, sample in folds:

@@ -22,7 +22,9 @@ class LayerStatistics:
 
     sample: Tensor  # [S, T, K]: T tokens of each of S inputs
     input_absmax: Tensor  # float32 [K], over every row that was seen
-    weight_absmax: Tensor  # float32 [K], over all Linears that read the same tensor, so that they can treat it alike
+    weight_absmax: (
+        Tensor  # float32 [K], over all Linears that read the same tensor, so that they can treat it alike
+    )
 
 
 class OutlierTransform(nn.Module):
@@ -42,14 +44,20 @@ class OutlierTransform(nn.Module):
     matrix: Tensor | None
 
     def __init__(
-        self, method: str = NONE, settings: Mapping[str, float] | None = None,
-        factor: Tensor | None = None, rotation: Rotation | None = None, centered: bool = False,
-    ):  # fmt: skip
+        self,
+        method: str = NONE,
+        settings: Mapping[str, float] | None = None,
+        factor: Tensor | None = None,
+        rotation: Rotation | None = None,
+        centered: bool = False,
+    ):
         super().__init__()
         self.method, self.settings, self.centered = method, dict(settings or {}), centered
         self.sylvester = rotation is not None and rotation.sylvester
         self.register_buffer("factor", factor)
-        self.register_buffer("matrix", None if rotation is None else rotation.matrix, persistent=False)  # rebuilt from its size
+        self.register_buffer(
+            "matrix", None if rotation is None else rotation.matrix, persistent=False
+        )  # rebuilt from its size
 
     @property
     def rotation(self) -> Rotation | None:
@@ -59,7 +67,9 @@ class OutlierTransform(nn.Module):
     def transform_weight(self, weight: Tensor) -> Tensor:
         """Offline, once, in float32. weight: [N, K] -> [N, K]."""
         # the matrix is symmetric and its own inverse
-        return transform_rows(weight if self.factor is None else weight / self.factor, None, self.rotation, -1)
+        return transform_rows(
+            weight if self.factor is None else weight / self.factor, None, self.rotation, -1
+        )
 
     def restore_weight(self, weight: Tensor) -> Tensor:
         """The inverse of `transform_weight`."""

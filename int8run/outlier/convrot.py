@@ -23,7 +23,9 @@ class ConvRot:
     def __post_init__(self) -> None:
         if not isinstance(self.group_size, int) or self.group_size not in GROUPS:
             *smaller, largest = map(str, GROUPS)
-            raise ConfigError(f"outlier.group_size is {self.group_size!r}; convrot takes {', '.join(smaller)} or {largest}")
+            raise ConfigError(
+                f"outlier.group_size is {self.group_size!r}; convrot takes {', '.join(smaller)} or {largest}"
+            )
 
     def refuse(self, in_features: int) -> str | None:
         """It takes multiples of 4."""
@@ -39,4 +41,6 @@ class ConvRot:
     def fit(self, weight: Tensor, statistics: LayerStatistics | None = None) -> OutlierTransform:
         """A rotation for this width. weight: [N, K]."""
         settings = self.settings_for(weight.shape[1])
-        return OutlierTransform(self.name, settings, rotation=Rotation(regular_hadamard(settings["group_size"]).to(weight.device)))
+        return OutlierTransform(
+            self.name, settings, rotation=Rotation(regular_hadamard(settings["group_size"]).to(weight.device))
+        )

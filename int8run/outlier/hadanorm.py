@@ -40,6 +40,10 @@ class HadaNorm:
 
     def fit(self, weight: Tensor, statistics: LayerStatistics | None = None) -> OutlierTransform:
         """Sigma from the weight, and the rotation. weight: [N, K]."""
-        sigma = weight.detach().float().abs().amax(0).clamp(min=SMALLEST).pow(self.alpha - 1).clamp(min=SMALLEST)
+        sigma = (
+            weight.detach().float().abs().amax(0).clamp(min=SMALLEST).pow(self.alpha - 1).clamp(min=SMALLEST)
+        )
         rotation = Rotation(sylvester_hadamard(self.group_size).to(weight.device), sylvester=True)
-        return OutlierTransform(self.name, self.settings_for(weight.shape[1]), 1 / sigma, rotation, centered=True)
+        return OutlierTransform(
+            self.name, self.settings_for(weight.shape[1]), 1 / sigma, rotation, centered=True
+        )

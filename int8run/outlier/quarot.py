@@ -15,12 +15,16 @@ GROUPS = tuple(2**n for n in range(1, 11))
 def check_group(group_size: int) -> None:
     """Refuse a group that Sylvester's construction does not have, or that no kernel takes."""
     if not isinstance(group_size, int) or group_size not in GROUPS:
-        raise ConfigError(f"outlier.group_size is {group_size!r}; choose a power of 2 from {GROUPS[0]} to {GROUPS[-1]}")
+        raise ConfigError(
+            f"outlier.group_size is {group_size!r}; choose a power of 2 from {GROUPS[0]} to {GROUPS[-1]}"
+        )
 
 
 def refuse_width(group_size: int, in_features: int) -> str | None:
     """Why groups of this size do not fit a layer."""
-    return f"in_features={in_features} is not a multiple of {group_size}" if in_features % group_size else None
+    return (
+        f"in_features={in_features} is not a multiple of {group_size}" if in_features % group_size else None
+    )
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,9 @@ class Built:
     text_strengths: list[float]  # that the text encoders have now
     budget: Budget | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    lora_overhead: float | None = None  # step time with branches over that without, once it was measured: no strength changes it
+    lora_overhead: float | None = (
+        None  # step time with branches over that without, once it was measured: no strength changes it
+    )
 
     def set_strengths(self, strengths: Sequence[float], text_strengths: Sequence[float]) -> float:
         """Bring both denoisers and the text encoders to these LoRA strengths; nothing is rebuilt. Returns the seconds it took."""
@@ -84,10 +86,15 @@ def build(spec: RunSpec, probe: Sequence[Sample], heads: Sequence[Head], progres
         probe: samples of one batch; the denoiser's call on them gives real shapes and activations.
         heads: the LoRA files of the stack, in its order.
     """
-    entries = [Entry(h.name, read_lora(h.path), components=a.components) for h, a in zip(heads, spec.lora.adapters, strict=True)]
+    entries = [
+        Entry(h.name, read_lora(h.path), components=a.components)
+        for h, a in zip(heads, spec.lora.adapters, strict=True)
+    ]
     if spec.save is not None:
         if spec.clip.quantizes:
-            log.info("save= holds the denoiser; task=quantize task.component=text_encoder writes a text encoder")
+            log.info(
+                "save= holds the denoiser; task=quantize task.component=text_encoder writes a text encoder"
+            )
         prepare_folder(spec.save)  # before the work whose result it is to hold
     loaded = load(spec, progress, whole=spec.needs_float)
     pipe, component, denoiser, family = loaded.pipe, loaded.component, loaded.denoiser, loaded.family
@@ -110,7 +117,9 @@ def build(spec: RunSpec, probe: Sequence[Sample], heads: Sequence[Head], progres
         log.info("%s", line)
     for index, adapter in enumerate(spec.lora.adapters):
         if adapter.text_strength is not None and not loras.changes_text(index):
-            log.warning("LoRA %r has a text_strength and no part for a text encoder; it has no effect", adapter.name)
+            log.warning(
+                "LoRA %r has a text_strength and no part for a text encoder; it has no effect", adapter.name
+            )
     if spec.lora.bakes:
         loras.set_strengths(spec.lora.strengths)
     elif entries and spec.save is not None:
@@ -124,12 +133,29 @@ def build(spec: RunSpec, probe: Sequence[Sample], heads: Sequence[Head], progres
     denoisers = {"float": denoiser} if spec.needs_float else {}
     if spec.candidate == "clip":
         denoisers["clip"] = denoiser
-    in_turn = {"float": {name: text_encoders[name] for name in encoders.modules}} if spec.needs_float_encoders else {}
+    in_turn = (
+        {"float": {name: text_encoders[name] for name in encoders.modules}}
+        if spec.needs_float_encoders
+        else {}
+    )
     off = [0.0] * len(entries)
     built = Built(
-        pipe, component, family, denoisers, loaded.float_bytes, sum(p.numel() for p in denoiser.parameters()), multiply_adds(blank, calls),
-        loaded.scheduler, loaded.device, plans, loras, encoders, in_turn | {spec.candidate: encoders.modules}, float_text_bytes, off,
-    )  # fmt: skip
+        pipe,
+        component,
+        family,
+        denoisers,
+        loaded.float_bytes,
+        sum(p.numel() for p in denoiser.parameters()),
+        multiply_adds(blank, calls),
+        loaded.scheduler,
+        loaded.device,
+        plans,
+        loras,
+        encoders,
+        in_turn | {spec.candidate: encoders.modules},
+        float_text_bytes,
+        off,
+    )
     started = time.perf_counter()
     if spec.int8.enable:
         rows = layer_rows(blank, [p for p in plans if p.keep_float is None], calls)
@@ -152,9 +178,13 @@ def attach_loras(built: Built, spec: RunSpec, rows: Mapping[str, int]) -> None:
         overhead = lambda name, layer, rank: costs.of(layer, rank, rows[name])  # noqa: E731
     float_weights = "float" in built.denoisers and spec.int8.checkpoint is None
     built.loras.attach(
-        built.denoisers["int8"], float_weights=float_weights, rounding=spec.rounding, scheduled=spec.lora.scheduled,
-        overhead=overhead, max_overhead=spec.lora.max_overhead,
-    )  # fmt: skip
+        built.denoisers["int8"],
+        float_weights=float_weights,
+        rounding=spec.rounding,
+        scheduled=spec.lora.scheduled,
+        overhead=overhead,
+        max_overhead=spec.lora.max_overhead,
+    )
     for index in range(len(built.loras.entries)):
         if (line := built.loras.size_line(index)) is not None:
             log.info("%s", line)

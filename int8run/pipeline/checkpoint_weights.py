@@ -39,16 +39,24 @@ class FileWeights:
     def __init__(self, path: Path, model: nn.Module, partial: bool = False):
         self.files = TensorFiles.open(path)
         prefix = strip_prefix(self.files)
-        self.stored = {name.removeprefix(prefix): layer for name, layer in stored_layers(self.files, prefix).items()}
+        self.stored = {
+            name.removeprefix(prefix): layer for name, layer in stored_layers(self.files, prefix).items()
+        }
         beside = {key for layer in self.stored.values() for key in layer.side_keys}
-        plain = {key: info.shape for key, info in self.files.items() if key not in beside and not is_file_marker(key)}
+        plain = {
+            key: info.shape
+            for key, info in self.files.items()
+            if key not in beside and not is_file_marker(key)
+        }
         shapes = {key.removeprefix(prefix): shape for key, shape in plain.items() if key.startswith(prefix)}
         self.prefix, held = prefix, {name: tuple(t.shape) for name, t in model.state_dict().items()}
         for name, layer in self.stored.items():
             if len(layer.shape) == 2:
                 meant = targets([name + WEIGHT], type(model).__name__)[name + WEIGHT]
                 known = held.get(meant[0]) if len(meant) == 1 else None
-                shapes[name + WEIGHT] = known if known is not None and layer.fits(known) else (layer.rows, layer.columns)
+                shapes[name + WEIGHT] = (
+                    known if known is not None and layer.fits(known) else (layer.rows, layer.columns)
+                )
         self.shapes = shapes
         self.class_name = type(model).__name__
         try:
@@ -65,7 +73,9 @@ class FileWeights:
             return ""
         if found is None or found[1] == self.class_name:
             return ""
-        named = f"its names are those of a {found[1]} ({found[0].name}), and model.base has a {self.class_name}"
+        named = (
+            f"its names are those of a {found[1]} ({found[0].name}), and model.base has a {self.class_name}"
+        )
         return f"; {named}: set model.base to what belongs to the file"
 
     def tell(self, others: Sequence[str], held: Mapping[str, Shape], partial: bool) -> None:
@@ -83,10 +93,16 @@ class FileWeights:
                 f"{self.path} does not hold {len(missing)} of the {len(held)} tensors of {self.class_name} (first: {missing[0]}); "
                 f"it is for another model, or incomplete{self.told()}"
             )
-        again = Counter(layer.label for layer in self.stored.values() if layer.kind != FLOAT and not layer.exact)
+        again = Counter(
+            layer.label for layer in self.stored.values() if layer.kind != FLOAT and not layer.exact
+        )
         if again:
             listed = ", ".join(f"{n} × {label}" for label, n in again.most_common())
-            log.info("%s: read as the numbers that they stand for, and rounded anew where they become INT8: %s", self.path, listed)
+            log.info(
+                "%s: read as the numbers that they stand for, and rounded anew where they become INT8: %s",
+                self.path,
+                listed,
+            )
         if others:
             said = "%s: %d tensors of other components are not used (first: %s); these come from model.base"
             log.warning(said, self.path, len(others), others[0])
@@ -117,8 +133,16 @@ class FileWeights:
         """Linears whose integers can be taken as they are, by module name, and what the file says of each (of its first part)."""
         found = {}
         for name, parts in self.layout.parts.items():
-            layers = [self.stored.get(part.key.removesuffix(WEIGHT)) for part in parts] if name.endswith(WEIGHT) else []
-            if layers and layers[0] is not None and all(layer is not None and layer.exact for layer in layers):
+            layers = (
+                [self.stored.get(part.key.removesuffix(WEIGHT)) for part in parts]
+                if name.endswith(WEIGHT)
+                else []
+            )
+            if (
+                layers
+                and layers[0] is not None
+                and all(layer is not None and layer.exact for layer in layers)
+            ):
                 found[name.removesuffix(WEIGHT)] = layers[0]
         return found
 
@@ -126,8 +150,15 @@ class FileWeights:
         """Linears whose numbers are quantized in a way that cannot be taken as it is."""
         taken, found = self.int8_layers(), set()
         for name, parts in self.layout.parts.items():
-            layers = [self.stored.get(part.key.removesuffix(WEIGHT)) for part in parts] if name.endswith(WEIGHT) else []
-            if any(layer is not None and layer.kind != FLOAT for layer in layers) and name.removesuffix(WEIGHT) not in taken:
+            layers = (
+                [self.stored.get(part.key.removesuffix(WEIGHT)) for part in parts]
+                if name.endswith(WEIGHT)
+                else []
+            )
+            if (
+                any(layer is not None and layer.kind != FLOAT for layer in layers)
+                and name.removesuffix(WEIGHT) not in taken
+            ):
                 found.add(name.removesuffix(WEIGHT))
         return found
 
@@ -142,7 +173,11 @@ class FileWeights:
             layer = self.stored[part.key.removesuffix(WEIGHT)].int8(self.files, part.rows)
             whole = replace(part, rows=None)
             layers.append(
-                QuantizedLayer(QuantizedWeight(whole.cut(layer.weight.qdata), whole.cut(layer.weight.scale)), layer.transform, None)
+                QuantizedLayer(
+                    QuantizedWeight(whole.cut(layer.weight.qdata), whole.cut(layer.weight.scale)),
+                    layer.transform,
+                    None,
+                )
             )
         if len(layers) == 1:
             return layers[0]
@@ -151,7 +186,9 @@ class FileWeights:
             raise FileError(
                 f"{self.path}: the parts of {name} were treated differently ({', '.join(layer.transform.label for layer in layers)})"
             )
-        weight = QuantizedWeight(torch.cat([la.weight.qdata for la in layers]), torch.cat([la.weight.scale for la in layers]))
+        weight = QuantizedWeight(
+            torch.cat([la.weight.qdata for la in layers]), torch.cat([la.weight.scale for la in layers])
+        )
         return QuantizedLayer(weight, first, None)
 
 
@@ -184,7 +221,11 @@ class DenoiserWeights:
 
     def int8_layers(self) -> dict[str, StoredLayer]:
         """See `FileWeights`."""
-        return {prefix + name: layer for prefix, file in self.parts.items() for name, layer in file.int8_layers().items()}
+        return {
+            prefix + name: layer
+            for prefix, file in self.parts.items()
+            for name, layer in file.int8_layers().items()
+        }
 
     def rounded_layers(self) -> set[str]:
         """See `FileWeights`."""
@@ -208,7 +249,9 @@ class DenoiserWeights:
             old = getattr(module, child)
             value = self.tensor(name)
             if value.is_floating_point() and not torch.isfinite(value).all():
-                raise FileError(f"{self.find(name)[0].path}: {name} holds NaN or infinity; the file is damaged")
+                raise FileError(
+                    f"{self.find(name)[0].path}: {name} holds NaN or infinity; the file is damaged"
+                )
             value = value.to(device, old.dtype if old.is_floating_point() else value.dtype)
             if child in module._parameters:
                 module._parameters[child] = nn.Parameter(value, requires_grad=False)

@@ -33,14 +33,23 @@ def cached_baseline(
     """
     source = find_source(spec.model)
     hashes = file_hashes(source, spec.cache) if spec.cache.limit_gb else []
-    versions = {name: version for name, version in library_versions().items() if name in ("torch", "diffusers", "transformers")}
+    versions = {
+        name: version
+        for name, version in library_versions().items()
+        if name in ("torch", "diffusers", "transformers")
+    }
     loras = [spec.cache.content_hash(head.path) for head in heads]
-    key = key_of([hashes, versions, device_name(pick_device(spec.device)), spec.float_key, loras, list(wanted)])
+    key = key_of(
+        [hashes, versions, device_name(pick_device(spec.device)), spec.float_key, loras, list(wanted)]
+    )
     path = spec.cache.find("float", key)
     if path is not None:
         try:
             found = load_generation(path)
-            log.info("float pictures of an earlier run: %s; its speed then says nothing of now and is left out", path)
+            log.info(
+                "float pictures of an earlier run: %s; its speed then says nothing of now and is left out",
+                path,
+            )
             return found, False
         except FileError as error:
             spec.cache.drop(path, error)
@@ -48,7 +57,11 @@ def cached_baseline(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    note = {"model": str(spec.model.location), "drawings": len(made.frames), "loras": [[head.name] for head in heads]}
+    note = {
+        "model": str(spec.model.location),
+        "drawings": len(made.frames),
+        "loras": [[head.name] for head in heads],
+    }
     spec.cache.put("float", key, made.bytes, lambda path: save_generation(made, path, note))
     return made, True
 
@@ -56,6 +69,11 @@ def cached_baseline(
 def float_spec(spec: RunSpec) -> RunSpec:
     """The same job with the float model alone."""
     return replace(
-        spec, int8=replace(spec.int8, enable=False, checkpoint=None), clip=TextEncoders(), save=None, quality_db=None,
-        model_type=replace(spec.model_type, keep_float="listed"), metrics=replace(spec.metrics, baseline="none", perceptual=()),
-    )  # fmt: skip
+        spec,
+        int8=replace(spec.int8, enable=False, checkpoint=None),
+        clip=TextEncoders(),
+        save=None,
+        quality_db=None,
+        model_type=replace(spec.model_type, keep_float="listed"),
+        metrics=replace(spec.metrics, baseline="none", perceptual=()),
+    )

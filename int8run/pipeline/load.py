@@ -59,12 +59,16 @@ class Loaded:
     @property
     def left_encoders(self) -> tuple[str, ...]:
         """Text encoders of the pipeline that are skeletons, to be replaced by quantized ones."""
-        return tuple(name for name, opened in self.encoders.items() if getattr(self.pipe, name) is opened.skeleton)
+        return tuple(
+            name for name, opened in self.encoders.items() if getattr(self.pipe, name) is opened.skeleton
+        )
 
     def plans(self) -> list[LayerPlan]:
         """What the family says of every Linear."""
         single = "" in denoiser_parts(self.denoiser)
-        return plan_layers(self.denoiser, lambda name: self.family.why_float(name if single else name.partition(".")[2]))
+        return plan_layers(
+            self.denoiser, lambda name: self.family.why_float(name if single else name.partition(".")[2])
+        )
 
     def weight(self, name: str) -> Tensor:
         """The float weight of a Linear, on the device; read from the file where the model has none."""
@@ -77,7 +81,9 @@ class Loaded:
     def fill(self, but: Iterable[str] = ()) -> None:
         """Read what the skeleton lacks, except the weights of these Linears."""
         left = {f"{name}.weight" for name in but}
-        empty = [name for name, tensor in self.denoiser.state_dict().items() if tensor.is_meta and name not in left]
+        empty = [
+            name for name, tensor in self.denoiser.state_dict().items() if tensor.is_meta and name not in left
+        ]
         if self.files is not None:
             self.files.fill(self.denoiser, empty, self.device)
         for module in self.denoiser.modules():  # buffers that no checkpoint holds
@@ -88,7 +94,9 @@ class Loaded:
     @property
     def float_bytes(self) -> int:
         """What the float denoiser takes in memory, whether it is there or not."""
-        return sum(t.numel() * t.element_size() for t in [*self.denoiser.parameters(), *self.denoiser.buffers()])
+        return sum(
+            t.numel() * t.element_size() for t in [*self.denoiser.parameters(), *self.denoiser.buffers()]
+        )
 
 
 def load(spec: RunSpec, progress: Progress, whole: bool = True) -> Loaded:
@@ -118,10 +126,16 @@ def load(spec: RunSpec, progress: Progress, whole: bool = True) -> Loaded:
         # parts that are moved to the GPU when they are needed wait in memory
         place = torch.device("cpu") if spec.offload != "none" else device
         encoders = open_encoders(spec.clip, source.folder, spec.model.parts, dtype)
-        empty = {} if spec.needs_float_encoders else {name: opened.skeleton for name, opened in encoders.items()}
-        parts = load_parts(source.folder, {n: part for n, part in spec.model.parts.items() if n not in empty}, dtype)
+        empty = (
+            {} if spec.needs_float_encoders else {name: opened.skeleton for name, opened in encoders.items()}
+        )
+        parts = load_parts(
+            source.folder, {n: part for n, part in spec.model.parts.items() if n not in empty}, dtype
+        )
         pipe = load_pipeline(source.folder, skeletons | empty, dtype, place, parts)
-        modules = {d.component: getattr(pipe, d.component).eval().requires_grad_(False) for d in source.denoisers}
+        modules = {
+            d.component: getattr(pipe, d.component).eval().requires_grad_(False) for d in source.denoisers
+        }
         component, denoiser = next(iter(modules.items()))
         first = denoiser
         if len(modules) > 1:
@@ -134,7 +148,9 @@ def load(spec: RunSpec, progress: Progress, whole: bool = True) -> Loaded:
         use_scheduler(pipe, scheduler, sampling)
         linears = {name: m.in_features for name, m in first.named_modules() if isinstance(m, nn.Linear)}
         family = spec.model_type.for_denoiser(type(first).__name__, repeated_blocks(first), linears)
-        loaded = Loaded(pipe, component, denoiser, scheduler, family, sampling, device, source, files, encoders, 0.0)
+        loaded = Loaded(
+            pipe, component, denoiser, scheduler, family, sampling, device, source, files, encoders, 0.0
+        )
         if whole and files is not None:
             loaded.fill()
     loaded.seconds = time.perf_counter() - started
@@ -144,10 +160,15 @@ def load(spec: RunSpec, progress: Progress, whole: bool = True) -> Loaded:
 def file_hashes(source: Source, cache: Store) -> list[tuple[str, str]]:
     """Name and SHA-256 of every file that decides what a model draws."""
     folder = source.folder
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.suffix in DECIDING}
+    files = {
+        path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.suffix in DECIDING
+    }
     for denoiser in source.denoisers if source.single else ():
         weights = denoiser.weights
-        files |= {f"{denoiser.component}: {p.name}": p for p in (sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights])}
+        files |= {
+            f"{denoiser.component}: {p.name}": p
+            for p in (sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights])
+        }
     return [(name, cache.content_hash(path)) for name, path in sorted(files.items())]
 
 
@@ -181,7 +202,10 @@ def set_offload(pipe: DiffusionPipeline, mode: str, device: torch.device) -> Non
         pipe.enable_model_cpu_offload(device=device)
     elif mode == "group":
         pipe.enable_group_offload(
-            onload_device=device, offload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="block_level",
+            num_blocks_per_group=1,
         )
 
 
@@ -193,11 +217,15 @@ def set_attention(denoiser: Any, name: str) -> None:
         denoiser.set_attention_backend(name)
     except (AttributeError, ValueError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"attention={name} cannot be used with {type(denoiser).__name__}: {reason}") from error
+        raise ConfigError(
+            f"attention={name} cannot be used with {type(denoiser).__name__}: {reason}"
+        ) from error
 
 
 def check_sampling(pipe: DiffusionPipeline, sampling: Sampling) -> None:
     """Refuse sampler settings that the pipeline does not have."""
     unknown = unknown_arguments(pipe, sampling)
     if unknown:
-        raise ConfigError(f"sampler.extra.{unknown[0]} is no argument of {type(pipe).__name__}; see the pipeline's documentation")
+        raise ConfigError(
+            f"sampler.extra.{unknown[0]} is no argument of {type(pipe).__name__}; see the pipeline's documentation"
+        )

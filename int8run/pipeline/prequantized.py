@@ -54,7 +54,9 @@ class Taken:
         return str(self.note.get("rounding", "unknown"))
 
 
-def find_taken(loaded: Loaded, plans: Sequence[LayerPlan], spec: RunSpec, key: str | None, changed: Collection[str] = ()) -> Taken | None:
+def find_taken(
+    loaded: Loaded, plans: Sequence[LayerPlan], spec: RunSpec, key: str | None, changed: Collection[str] = ()
+) -> Taken | None:
     """The INT8 layers that need not be made, and the plans as that file has them: of `int8.checkpoint`, of the model's own file, or of
     an earlier run with the same settings.
 
@@ -72,12 +74,15 @@ def find_taken(loaded: Loaded, plans: Sequence[LayerPlan], spec: RunSpec, key: s
     if location is not None:
         taken = open_taken(loaded, checkpoint_paths(location, names))
         if not taken.layers:
-            raise FileError(f"{location} holds no INT8 layer that can be taken as it is; set model.location to it, or quantize anew")
+            raise FileError(
+                f"{location} holds no INT8 layer that can be taken as it is; set model.location to it, or quantize anew"
+            )
     elif loaded.files is not None and (own := loaded.files.int8_layers()):
         taken = Taken(loaded.files, own, loaded.files.note())
         if spec.metrics.baseline != "none":
             log.warning(
-                "the float model is what the INT8 numbers of %s stand for: what they lost when they were made is not measured", taken.where
+                "the float model is what the INT8 numbers of %s stand for: what they lost when they were made is not measured",
+                taken.where,
             )
         if taken.note.get("loras"):
             log.info("baked in there: %s", told(taken.note["loras"]))
@@ -103,7 +108,11 @@ def find_taken(loaded: Loaded, plans: Sequence[LayerPlan], spec: RunSpec, key: s
             f"{taken.where} was made with {told(held)} baked in, this run bakes {told(baked)}; for LoRAs on top of it set "
             "lora.mode=dynamic or stochastic, to take all from it model.location in place of int8.checkpoint"
         )
-    said = "%d INT8 layers from %s, kept by an earlier run" if taken.cached else "%d INT8 layers from %s; rounding= has no say"
+    said = (
+        "%d INT8 layers from %s, kept by an earlier run"
+        if taken.cached
+        else "%d INT8 layers from %s; rounding= has no say"
+    )
     log.info(said, len(taken.layers), taken.where)
     return taken
 
@@ -116,7 +125,9 @@ def checkpoint_paths(location: str | Mapping[str, str], components: Sequence[str
     """
     if isinstance(location, Mapping):
         if set(location) != set(components):
-            raise ConfigError(f"int8.checkpoint names {', '.join(location)}; the model has {', '.join(components)}")
+            raise ConfigError(
+                f"int8.checkpoint names {', '.join(location)}; the model has {', '.join(components)}"
+            )
         return {name: Path(path).expanduser() for name, path in location.items()}
     path = Path(location).expanduser()
     if all((path / name).is_dir() for name in components):
@@ -132,7 +143,10 @@ def checkpoint_paths(location: str | Mapping[str, str], components: Sequence[str
 def open_taken(loaded: Loaded, paths: Mapping[str, Path]) -> Taken:
     """Open files of INT8 layers; what else is in them is not looked at."""
     parts = denoiser_parts(loaded.denoiser)
-    files = {p: FileWeights(paths[p.removesuffix(".") or next(iter(paths))], model, partial=True) for p, model in parts.items()}
+    files = {
+        p: FileWeights(paths[p.removesuffix(".") or next(iter(paths))], model, partial=True)
+        for p, model in parts.items()
+    }
     weights = DenoiserWeights(files)
     return Taken(weights, weights.int8_layers(), weights.note())
 
@@ -157,11 +171,17 @@ def follow(taken: Taken, plans: Sequence[LayerPlan], spec: RunSpec) -> None:
         FileError: when a layer was treated otherwise than by the method that `outlier=` names; `none` and `auto` name none.
     """
     kept = facts_by_layer(taken.note, "kept_float")
-    again = taken.weights.rounded_layers()  # what the file has in another way is quantized as if it were float
+    again = (
+        taken.weights.rounded_layers()
+    )  # what the file has in another way is quantized as if it were float
     for plan in plans:
         if plan.name in again:
             continue
-        plan.keep_float = None if plan.name in taken.layers else str(kept.get(plan.name, "")) or plan.keep_float or "float in the file"
+        plan.keep_float = (
+            None
+            if plan.name in taken.layers
+            else str(kept.get(plan.name, "")) or plan.keep_float or "float in the file"
+        )
     if taken.cached or isinstance(spec.outlier, AutoOutlier) or spec.outlier.name == NONE:
         return
     wrong = []
@@ -169,7 +189,11 @@ def follow(taken: Taken, plans: Sequence[LayerPlan], spec: RunSpec) -> None:
         if plan.name in taken.layers:
             plan.outlier_why_not = spec.outlier.refuse(plan.in_features) or ""
             plain: tuple[str, Mapping[str, float]] = (NONE, {})
-            wanted = plain if plan.outlier_why_not else (spec.outlier.name, spec.outlier.settings_for(plan.in_features))
+            wanted = (
+                plain
+                if plan.outlier_why_not
+                else (spec.outlier.name, spec.outlier.settings_for(plan.in_features))
+            )
             layer = taken.layers[plan.name]
             if (layer.method, layer.settings) != wanted:
                 wrong.append(
@@ -184,7 +208,11 @@ def follow(taken: Taken, plans: Sequence[LayerPlan], spec: RunSpec) -> None:
 
 def told(loras: object) -> str:
     """LoRAs of a note for people: `ink 0.8, gloss 0.4`; a note that somebody changed may hold anything."""
-    named = [lora for lora in loras if isinstance(lora, list) and len(lora) == 2] if isinstance(loras, list) else []
+    named = (
+        [lora for lora in loras if isinstance(lora, list) and len(lora) == 2]
+        if isinstance(loras, list)
+        else []
+    )
     return ", ".join(f"{name} {strength}" for name, strength in named) or "no LoRA"
 
 

@@ -37,9 +37,15 @@ log = logging.getLogger(__name__)
 
 
 def to_int8(
-    loaded: Loaded, plans: Sequence[LayerPlan], rows: Mapping[str, int], spec: RunSpec, taken: Taken | None, loras: LoraStack,
-    key: str | None, progress: Progress,
-) -> tuple[nn.Module, Budget | None]:  # fmt: skip
+    loaded: Loaded,
+    plans: Sequence[LayerPlan],
+    rows: Mapping[str, int],
+    spec: RunSpec,
+    taken: Taken | None,
+    loras: LoraStack,
+    key: str | None,
+    progress: Progress,
+) -> tuple[nn.Module, Budget | None]:
     """The INT8 denoiser, a copy of the module tree that shares every float tensor; and what a quality budget did to it.
 
     Args:
@@ -70,10 +76,16 @@ def to_int8(
     groups = same_input_groups([p.name for p in new], family.same_input)
     seen: dict[str, LayerStatistics] = {}
     pictures: Sequence[Mapping[str, Any]] = []
-    automatic = family.keep_float == "auto" and spec.quality_db is not None and not (taken is not None and taken.cached)
+    automatic = (
+        family.keep_float == "auto"
+        and spec.quality_db is not None
+        and not (taken is not None and taken.cached)
+    )
     fitted = bool(new) and (spec.outlier.needs_calibration or spec.rounding.needs_calibration)
     if automatic or fitted:
-        pictures = record_calibration(loaded.pipe, loaded.component, denoiser, spec.calibration, loaded.sampling, progress)
+        pictures = record_calibration(
+            loaded.pipe, loaded.component, denoiser, spec.calibration, loaded.sampling, progress
+        )
     if fitted:
         seen = layer_statistics(denoiser, new, groups, pictures, spec.calibration)
 
@@ -83,14 +95,24 @@ def to_int8(
         methods = outlier_methods(loaded, new, spec, rows, groups, seen, progress)
         layers = chain(layers, quantized_layers(denoiser, new, methods, spec.rounding, seen, read))
     with progress.count("take INT8 layers" if taken else "quantize", len(chosen)) as advance:
-        made = int8_layers(denoiser, layers, spec.backend, spec.int8, rows, lambda plan: advance(1), loaded.device)
+        made = int8_layers(
+            denoiser, layers, spec.backend, spec.int8, rows, lambda plan: advance(1), loaded.device
+        )
     budget = None
     if automatic:
         target, budget = meet_budget(
-            denoiser, made, {p.name: rows[p.name] * p.in_features * p.out_features for p in chosen},
+            denoiser,
+            made,
+            {p.name: rows[p.name] * p.in_features * p.out_features for p in chosen},
             lambda names: assemble(denoiser, {name: made[name] for name in names}, family),
-            loaded.pipe, loaded.component, spec.calibration.samples, loaded.sampling, pictures, spec.quality_db or 0.0, progress,
-        )  # fmt: skip
+            loaded.pipe,
+            loaded.component,
+            spec.calibration.samples,
+            loaded.sampling,
+            pictures,
+            spec.quality_db or 0.0,
+            progress,
+        )
         for plan in chosen:
             if plan.name in budget.kept:
                 plan.keep(f"quality budget: alone it makes {budget.kept[plan.name]:.1%} of all layers' error")
@@ -103,7 +125,12 @@ def to_int8(
         size = sum(p.in_features * p.out_features + 4 * p.out_features + 512 for p in chosen)
         note = note_of(spec, loaded, plans, taken) | {"budget": None if budget is None else asdict(budget)}
         spec.cache.put(
-            "int8", key, size, lambda path: write_tensors(path, own_names(f"{name}.weight" for name in written), written, {}, note)
+            "int8",
+            key,
+            size,
+            lambda path: write_tensors(
+                path, own_names(f"{name}.weight" for name in written), written, {}, note
+            ),
         )
     if spec.save is not None:  # after the cache: what was fitted is not lost where it cannot be written
         save_int8(spec, loaded, written, plans, taken)
@@ -111,9 +138,14 @@ def to_int8(
 
 
 def outlier_methods(
-    loaded: Loaded, plans: Sequence[LayerPlan], spec: RunSpec, rows: Mapping[str, int], groups: Sequence[Sequence[str]],
-    seen: Mapping[str, LayerStatistics], progress: Progress,
-) -> dict[str, OutlierMethod]:  # fmt: skip
+    loaded: Loaded,
+    plans: Sequence[LayerPlan],
+    spec: RunSpec,
+    rows: Mapping[str, int],
+    groups: Sequence[Sequence[str]],
+    seen: Mapping[str, LayerStatistics],
+    progress: Progress,
+) -> dict[str, OutlierMethod]:
     """The outlier method of each layer that gets one: the one asked for, or what `outlier=auto` finds."""
     if not isinstance(spec.outlier, AutoOutlier):
         return {p.name: spec.outlier for p in plans if not p.outlier_why_not}
@@ -126,24 +158,38 @@ def outlier_methods(
             shape = (rows[plan.name], plan.in_features, plan.out_features)
             if plan.name in seen:
                 weight = loaded.weight(plan.name)
-                scores[plan.name] = auto.score(weight, seen[plan.name], partial(costs.of, shape=shape, sharing=sharing[plan.name]))
+                scores[plan.name] = auto.score(
+                    weight, seen[plan.name], partial(costs.of, shape=shape, sharing=sharing[plan.name])
+                )
             advance(1)
     compared = [[name for name in group if name in scores] for group in groups]
     joined: list[list[str]] = []
     if spec.save is not None and Path(spec.save).suffix:  # a file with the authors' names
-        fused = [[prefix + n for n in names] for prefix, part in denoiser_parts(loaded.denoiser).items() for names in fused_layers(part)]
+        fused = [
+            [prefix + n for n in names]
+            for prefix, part in denoiser_parts(loaded.denoiser).items()
+            for names in fused_layers(part)
+        ]
         joined = [names for group in fused if (names := [name for name in group if name in scores])]
     chosen = auto.choose(scores, [group for group in compared if group], joined)
     for plan in plans:
         candidate = chosen.get(plan.name)
         if candidate is None:
             plan.outlier_why_not = (
-                "no candidate of outlier=auto takes it at that cost" if plan.name in scores else "not seen in the calibration"
+                "no candidate of outlier=auto takes it at that cost"
+                if plan.name in scores
+                else "not seen in the calibration"
             )
     return {name: auto.candidates[candidate] for name, candidate in chosen.items() if candidate is not None}
 
 
-def save_int8(spec: RunSpec, loaded: Loaded, layers: Mapping[str, Int8Linear], plans: Sequence[LayerPlan], taken: Taken | None) -> None:
+def save_int8(
+    spec: RunSpec,
+    loaded: Loaded,
+    layers: Mapping[str, Int8Linear],
+    plans: Sequence[LayerPlan],
+    taken: Taken | None,
+) -> None:
     """Write every denoiser with its INT8 layers to `save`, and how it was made."""
     note, parts = note_of(spec, loaded, plans, taken), denoiser_parts(loaded.denoiser)
     for denoiser in loaded.source.denoisers:
@@ -151,7 +197,13 @@ def save_int8(spec: RunSpec, loaded: Loaded, layers: Mapping[str, Int8Linear], p
         place = place_of(str(spec.save), "" if "" in parts else denoiser.component)
         own = {name.removeprefix(prefix): layer for name, layer in layers.items() if name.startswith(prefix)}
         path = save_denoiser(place, parts[prefix], own, note, denoiser.config)
-        log.info("saved %d INT8 layers of %d Linears to %s (%.1f MB)", len(own), len(plans), path, path.stat().st_size / 1e6)
+        log.info(
+            "saved %d INT8 layers of %d Linears to %s (%.1f MB)",
+            len(own),
+            len(plans),
+            path,
+            path.stat().st_size / 1e6,
+        )
 
 
 def place_of(save: str, component: str) -> str:
@@ -169,16 +221,25 @@ def note_of(spec: RunSpec, loaded: Loaded, plans: Sequence[LayerPlan], taken: Ta
     choices: dict[str, Any] = {"outlier": spec.outlier, "rounding": spec.rounding}
     int8 = [p for p in plans if p.keep_float is None]
     return {
-        "int8run": importlib.metadata.version("int8run"), "model": str(spec.model.location), "revision": spec.model.revision,
-        "source_sha256": {path.name: spec.cache.content_hash(path) for path in weight_files(loaded)}, "family": loaded.family.name,
+        "int8run": importlib.metadata.version("int8run"),
+        "model": str(spec.model.location),
+        "revision": spec.model.revision,
+        "source_sha256": {path.name: spec.cache.content_hash(path) for path in weight_files(loaded)},
+        "family": loaded.family.name,
         "denoiser": loaded.source.denoisers[0].class_name,
-        "outlier": spec.outlier.name, "rounding": int8[0].rounding if int8 else None, "checkpoint": None if taken is None else taken.where,
+        "outlier": spec.outlier.name,
+        "rounding": int8[0].rounding if int8 else None,
+        "checkpoint": None if taken is None else taken.where,
         "settings": {} if taken else {name: asdict(choice) for name, choice in choices.items()},
-        "calibration": asdict(spec.calibration) if spec.needs_calibration else None, "quality_db": spec.quality_db, "seed": spec.seed,
+        "calibration": asdict(spec.calibration) if spec.needs_calibration else None,
+        "quality_db": spec.quality_db,
+        "seed": spec.seed,
         "loras": baked_loras(spec),
         "kept_float": {p.name: p.keep_float for p in plans if p.keep_float is not None},
-        "layers": {p.name: {**p.measured, "outlier": p.outlier, "outlier_why_not": p.outlier_why_not} for p in int8},
-    }  # fmt: skip
+        "layers": {
+            p.name: {**p.measured, "outlier": p.outlier, "outlier_why_not": p.outlier_why_not} for p in int8
+        },
+    }
 
 
 def weight_files(loaded: Loaded) -> list[Path]:
@@ -192,17 +253,41 @@ def cache_key(spec: RunSpec, loaded: Loaded, entries: Sequence[Entry]) -> str | 
     """What the INT8 layers of a build depend on, as the key of the cache; None where nothing is kept."""
     if not spec.cache.limit_gb or spec.int8.checkpoint is not None:
         return None
-    baked = [(e.file.identity, e.components, s) for e, s in zip(entries, spec.lora.strengths, strict=True)] if spec.lora.bakes else []
+    baked = (
+        [(e.file.identity, e.components, s) for e, s in zip(entries, spec.lora.strengths, strict=True)]
+        if spec.lora.bakes
+        else []
+    )
     # what a calibration draws depends on all of the pipeline
     drawn = file_hashes(loaded.source, spec.cache) if spec.needs_calibration else []
     sources = drawn or [("", spec.cache.content_hash(path)) for path in weight_files(loaded)]
-    configs = [(d.class_name, sorted(d.config.items(), key=lambda item: item[0])) for d in loaded.source.denoisers]
-    calibration = (spec.calibration, loaded.sampling, spec.quality_db, spec.backend, str(loaded.device)) if spec.needs_calibration else None
+    configs = [
+        (d.class_name, sorted(d.config.items(), key=lambda item: item[0])) for d in loaded.source.denoisers
+    ]
+    calibration = (
+        (spec.calibration, loaded.sampling, spec.quality_db, spec.backend, str(loaded.device))
+        if spec.needs_calibration
+        else None
+    )
     version = importlib.metadata.version("int8run")
-    return key_of([version, sources, configs, spec.model.dtype, loaded.family, spec.outlier, spec.rounding, calibration, baked])
+    return key_of(
+        [
+            version,
+            sources,
+            configs,
+            spec.model.dtype,
+            loaded.family,
+            spec.outlier,
+            spec.rounding,
+            calibration,
+            baked,
+        ]
+    )
 
 
-def layer_rows(denoiser: nn.Module, plans: Sequence[LayerPlan], calls: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def layer_rows(
+    denoiser: nn.Module, plans: Sequence[LayerPlan], calls: Sequence[Mapping[str, Any]]
+) -> dict[str, int]:
     """How many rows each planned layer sees in these calls, in the last that reaches it; 1 where none does.
 
     Raises:

@@ -72,7 +72,11 @@ class QuantizedEncoders:
     @property
     def plans(self) -> list[LayerPlan]:
         """What became of each Linear and embedding, the component before its name."""
-        return [replace(plan, name=f"{component}.{plan.name}") for component, built in self.built.items() for plan in built.plans]
+        return [
+            replace(plan, name=f"{component}.{plan.name}")
+            for component, built in self.built.items()
+            for plan in built.plans
+        ]
 
     def set_strengths(self, strengths: Sequence[float]) -> None:
         """Bring the encoders to these LoRA strengths: layers that change are quantized anew, from the untouched weight."""
@@ -89,7 +93,13 @@ def slots(folder: Path, parts: Mapping[str, Sequence[str]]) -> dict[str, Slot]:
     """
     found = {}
     for name, value in read_index(folder, str(folder)).items():
-        if name.startswith(PREFIX) and isinstance(value, list) and None not in value and len(value) == 2 and (folder / name).is_dir():
+        if (
+            name.startswith(PREFIX)
+            and isinstance(value, list)
+            and None not in value
+            and len(value) == 2
+            and (folder / name).is_dir()
+        ):
             found[name] = Slot(name, str(value[1]), folder / name)
     for name, (class_name, location) in parts.items():
         if name.startswith(PREFIX) and name not in found:
@@ -97,7 +107,9 @@ def slots(folder: Path, parts: Mapping[str, Sequence[str]]) -> dict[str, Slot]:
     return found
 
 
-def open_encoders(clip: TextEncoders, folder: Path, parts: Mapping[str, Sequence[str]], dtype: torch.dtype) -> dict[str, Opened]:
+def open_encoders(
+    clip: TextEncoders, folder: Path, parts: Mapping[str, Sequence[str]], dtype: torch.dtype
+) -> dict[str, Opened]:
     """The text encoders that `clip=` changes, by component; only headers are read.
 
     Raises:
@@ -120,13 +132,21 @@ def open_encoders(clip: TextEncoders, folder: Path, parts: Mapping[str, Sequence
     if isinstance(clip.path, Mapping):
         check_components("clip.path", [str(component) for component in clip.path], there)
         named = {str(component): str(path) for component, path in clip.path.items()}
-        return {c: fitting(open_files(path, clip.format), {c: there[c]}, dtype)[c] for c, path in named.items()}
+        return {
+            c: fitting(open_files(path, clip.format), {c: there[c]}, dtype)[c] for c, path in named.items()
+        }
     opened = fitting(open_files(str(clip.path), clip.format), there, dtype)
     others = [component for component in there if component not in opened]
-    log.info("clip.path is %s%s", " and ".join(opened), f"; not changed: {', '.join(others)}" if others else "")
+    log.info(
+        "clip.path is %s%s", " and ".join(opened), f"; not changed: {', '.join(others)}" if others else ""
+    )
     for component, one in opened.items():
         if not one.weights.counts:
-            log.warning("clip.path=%s: no layer of %s is quantized; it is a float encoder", one.weights.where, component)
+            log.warning(
+                "clip.path=%s: no layer of %s is quantized; it is a float encoder",
+                one.weights.where,
+                component,
+            )
     return opened
 
 
@@ -148,7 +168,9 @@ def check_components(setting: str, named: Sequence[str], there: Mapping[str, Slo
     """
     for component in named:
         if component not in there:
-            raise ConfigError(f"{setting} names {component}; {suggest(component, list(there))}the pipeline has {', '.join(there)}")
+            raise ConfigError(
+                f"{setting} names {component}; {suggest(component, list(there))}the pipeline has {', '.join(there)}"
+            )
 
 
 def fitting(files: Sequence[EncoderFile], there: Mapping[str, Slot], dtype: torch.dtype) -> dict[str, Opened]:
@@ -175,7 +197,9 @@ def fitting(files: Sequence[EncoderFile], there: Mapping[str, Slot], dtype: torc
             )
         for opened in places:
             if opened.component in found:
-                raise ConfigError(f"clip.path={weights.where} holds two encoders that fit {opened.component}; take a file with one of them")
+                raise ConfigError(
+                    f"clip.path={weights.where} holds two encoders that fit {opened.component}; take a file with one of them"
+                )
             found[opened.component] = opened
     if not found:
         held = " and ".join(dict.fromkeys(weights.encoder.name for weights in files))
@@ -195,7 +219,12 @@ def misfit(weights: EncoderFile, slot: Slot, model: nn.Module) -> str:
 
 
 def fill_encoders(
-    opened: Mapping[str, Opened], clip: TextEncoders, device: torch.device, sampling: Sampling, matches: Matches, progress: Progress
+    opened: Mapping[str, Opened],
+    clip: TextEncoders,
+    device: torch.device,
+    sampling: Sampling,
+    matches: Matches,
+    progress: Progress,
 ) -> QuantizedEncoders:
     """Read and quantize the encoders that were opened.
 

@@ -30,24 +30,37 @@ class Seen:
 
 
 def record_calibration(
-    pipe: DiffusionPipeline, component: str, denoiser: nn.Module, calibration: Calibration, sampling: Sampling, progress: Progress
+    pipe: DiffusionPipeline,
+    component: str,
+    denoiser: nn.Module,
+    calibration: Calibration,
+    sampling: Sampling,
+    progress: Progress,
 ) -> list[Mapping[str, Any]]:
     """The denoiser's arguments at some moments of each calibration picture."""
     calls = []
-    batches = [calibration.samples[i : i + sampling.batch] for i in range(0, len(calibration.prompts), sampling.batch)]
+    batches = [
+        calibration.samples[i : i + sampling.batch]
+        for i in range(0, len(calibration.prompts), sampling.batch)
+    ]
     with progress.count("calibrate", len(batches)) as advance:
         for batch in batches:
             made = record_calls(pipe, component, denoiser, batch, sampling)
-            moments = torch.linspace(0, len(made) - 1, min(calibration.moments, len(made))).round().int().tolist()
+            moments = (
+                torch.linspace(0, len(made) - 1, min(calibration.moments, len(made))).round().int().tolist()
+            )
             calls += [made[i] for i in moments]
             advance(1)
     return calls
 
 
 def layer_statistics(
-    denoiser: nn.Module, plans: Sequence[LayerPlan], groups: Sequence[Sequence[str]], calls: Sequence[Mapping[str, Any]],
+    denoiser: nn.Module,
+    plans: Sequence[LayerPlan],
+    groups: Sequence[Sequence[str]],
+    calls: Sequence[Mapping[str, Any]],
     calibration: Calibration,
-) -> dict[str, LayerStatistics]:  # fmt: skip
+) -> dict[str, LayerStatistics]:
     """What each planned layer is given in those calls; a layer that no call reaches is left out.
 
     Args:
@@ -57,7 +70,10 @@ def layer_statistics(
         ConfigError: when a layer is given NaN or infinity.
     """
     seen = {plan.name: Seen() for plan in plans}
-    generators = {name: torch.Generator().manual_seed(zlib.crc32(f"{calibration.seed} {name} calibration".encode())) for name in seen}
+    generators = {
+        name: torch.Generator().manual_seed(zlib.crc32(f"{calibration.seed} {name} calibration".encode()))
+        for name in seen
+    }
 
     def some(name: str, count: int, most: int) -> Tensor:
         return torch.randperm(count, generator=generators[name])[: max(1, most)].sort().values
@@ -69,9 +85,13 @@ def layer_statistics(
         layer, rows = seen[name], x.reshape(-1, x.shape[-1])
         absmax = rows.abs().amax(0).float()
         layer.absmax = absmax if layer.absmax is None else torch.maximum(layer.absmax, absmax)
-        tokens = x.flatten(0, -3) if x.dim() > 2 else rows[:, None]  # without a token axis each row stands alone
+        tokens = (
+            x.flatten(0, -3) if x.dim() > 2 else rows[:, None]
+        )  # without a token axis each row stands alone
         room = calibration.rows // len(calls)
-        inputs = some(name, tokens.shape[0], room)  # there may be as many as there are pixels, where the tokens are frames
+        inputs = some(
+            name, tokens.shape[0], room
+        )  # there may be as many as there are pixels, where the tokens are frames
         kept = some(name, tokens.shape[1], room // len(inputs))
         layer.pieces.append(tokens[inputs[:, None].to(x.device), kept.to(x.device)].cpu())
 
@@ -102,7 +122,9 @@ def by_picture(pieces: Sequence[Tensor]) -> Tensor:
 def report_constant_channels(statistics: Mapping[str, LayerStatistics]) -> None:
     """Say which layers have input channels of zero variance: their range is a guess."""
     constant = {
-        name: int((s.sample == s.sample[:1, :1]).all(0).all(0).sum()) for name, s in statistics.items() if s.sample.shape[:2].numel() > 1
+        name: int((s.sample == s.sample[:1, :1]).all(0).all(0).sum())
+        for name, s in statistics.items()
+        if s.sample.shape[:2].numel() > 1
     }
     found = {name: count for name, count in constant.items() if count}
     if found:
@@ -110,5 +132,8 @@ def report_constant_channels(statistics: Mapping[str, LayerStatistics]) -> None:
         log.warning(
             "calibration: %d layers have input channels that never change (%s: %d of %d); what is fitted to them is a guess, "
             "more calibration.prompts or calibration.moments may show them at work",
-            len(found), worst, found[worst], statistics[worst].sample.shape[-1],
-        )  # fmt: skip
+            len(found),
+            worst,
+            found[worst],
+            statistics[worst].sample.shape[-1],
+        )

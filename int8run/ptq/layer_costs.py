@@ -50,7 +50,10 @@ class Costs:
         if all(map(steady, seconds)):
             self.table.put(question, str(self.measured[question]))
         else:
-            log.warning("%s: times scatter by more than twice: other work runs here; measured anew next time", question)
+            log.warning(
+                "%s: times scatter by more than twice: other work runs here; measured anew next time",
+                question,
+            )
         return self.measured[question]
 
 
@@ -60,7 +63,9 @@ class TransformCosts(Costs):
     @cached_property
     def chooser(self) -> Chooser | None:
         """What names the backend of a shape, where `backend=auto` does."""
-        return self.backend.chooser(self.device, self.dtype) if isinstance(self.backend, AutoBackend) else None
+        return (
+            self.backend.chooser(self.device, self.dtype) if isinstance(self.backend, AutoBackend) else None
+        )
 
     def of(self, transform: OutlierTransform, shape: tuple[int, int, int], sharing: int = 1) -> float:
         """The ratio for a layer; it depends on what the transform does, not on its numbers.
@@ -83,7 +88,8 @@ class TransformCosts(Costs):
             return known
         weight = quantize_weight(self.draw(out_features, in_features))
         plain, changed = (
-            Int8Linear(QuantizedLayer(weight, t, None), backend, self.dtype) for t in (OutlierTransform(), transform.to(self.device))
+            Int8Linear(QuantizedLayer(weight, t, None), backend, self.dtype)
+            for t in (OutlierTransform(), transform.to(self.device))
         )
         return self.measure(question, plain, changed, rows)
 
@@ -105,8 +111,15 @@ class BranchCosts(Costs):
         if (known := self.known(question)) is not None:
             return known
         weight = quantize_weight(self.draw(layer.out_features, layer.in_features))
-        plain, changed = (Int8Linear(QuantizedLayer(weight, OutlierTransform(), None), layer.backend, self.dtype) for _ in range(2))
-        branch = LowRankBranch([(self.draw(rank, layer.in_features), self.draw(layer.out_features, rank))], self.dtype, self.device)
+        plain, changed = (
+            Int8Linear(QuantizedLayer(weight, OutlierTransform(), None), layer.backend, self.dtype)
+            for _ in range(2)
+        )
+        branch = LowRankBranch(
+            [(self.draw(rank, layer.in_features), self.draw(layer.out_features, rank))],
+            self.dtype,
+            self.device,
+        )
         branch.fuse(layer.backend, changed.transform)
         branch.set_strengths([1.0])
         changed.adapter = branch
@@ -130,5 +143,7 @@ def describe(transform: OutlierTransform) -> str:
     if transform.factor is not None:
         steps.append("factor")
     if transform.group_size:
-        steps.append(f"{'Sylvester' if transform.sylvester else 'regular'} rotation of {transform.group_size}")
+        steps.append(
+            f"{'Sylvester' if transform.sylvester else 'regular'} rotation of {transform.group_size}"
+        )
     return ", ".join(steps)

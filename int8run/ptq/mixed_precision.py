@@ -42,12 +42,18 @@ class Budget:
     def metrics(self) -> dict[str, float]:
         """Under their public names."""
         return {
-            "budget/asked_db": self.asked_db, "budget/reached_db": self.reached_db, "budget/without_db": self.without_db,
-            "budget/layers_kept": len(self.kept), "budget/step_ratio": self.step_ratio, "budget/memory_ratio": self.memory_ratio,
-        }  # fmt: skip
+            "budget/asked_db": self.asked_db,
+            "budget/reached_db": self.reached_db,
+            "budget/without_db": self.without_db,
+            "budget/layers_kept": len(self.kept),
+            "budget/step_ratio": self.step_ratio,
+            "budget/memory_ratio": self.memory_ratio,
+        }
 
     def __str__(self) -> str:
-        price = f"a step takes {self.step_ratio:.2f}× the time, the denoiser {self.memory_ratio:.2f}× the memory"
+        price = (
+            f"a step takes {self.step_ratio:.2f}× the time, the denoiser {self.memory_ratio:.2f}× the memory"
+        )
         if not self.kept:
             return f"quality budget {self.asked_db:g} dB: met at {self.reached_db:.1f} dB with no layer kept for it"
         kept = f"{self.reached_db:.1f} dB with {len(self.kept)} layers kept float, {self.without_db:.1f} dB without"
@@ -55,10 +61,18 @@ class Budget:
 
 
 def meet_budget(
-    float_denoiser: nn.Module, layers: Mapping[str, Int8Linear], work: Mapping[str, int], assemble: Callable[[Sequence[str]], nn.Module],
-    pipe: DiffusionPipeline, component: str, pictures: Sequence[Sample], sampling: Sampling, calls: Sequence[Mapping[str, Any]],
-    asked_db: float, progress: Progress,
-) -> tuple[nn.Module, Budget]:  # fmt: skip
+    float_denoiser: nn.Module,
+    layers: Mapping[str, Int8Linear],
+    work: Mapping[str, int],
+    assemble: Callable[[Sequence[str]], nn.Module],
+    pipe: DiffusionPipeline,
+    component: str,
+    pictures: Sequence[Sample],
+    sampling: Sampling,
+    calls: Sequence[Mapping[str, Any]],
+    asked_db: float,
+    progress: Progress,
+) -> tuple[nn.Module, Budget]:
     """Keep as few layers float as the budget needs, the most error per multiplication first.
 
     How many is found by bisection, each step measured: the calibration pictures are generated and their last latents compared.
@@ -102,7 +116,9 @@ def meet_budget(
     total = sum(errors.values()) or 1.0
     denoiser = assemble(order[enough:])
     with torch.no_grad():
-        with_budget, without = medians([partial(d, **calls[0]) for d in (denoiser, whole)], pipe.device, ROUNDS)
+        with_budget, without = medians(
+            [partial(d, **calls[0]) for d in (denoiser, whole)], pipe.device, ROUNDS
+        )
     kept = {name: errors[name] / total for name in order[:enough]}
     memory_ratio = module_bytes(denoiser) / module_bytes(whole)
     return denoiser, Budget(asked_db, reached[enough], reached[0], kept, with_budget / without, memory_ratio)
@@ -117,7 +133,10 @@ def latents_db(made: Generation, exact: Generation) -> float:
 
 @torch.no_grad()
 def lone_errors(
-    denoiser: nn.Module, layers: Mapping[str, Int8Linear], calls: Sequence[Mapping[str, Any]], on_layer: Callable[[], None]
+    denoiser: nn.Module,
+    layers: Mapping[str, Int8Linear],
+    calls: Sequence[Mapping[str, Any]],
+    on_layer: Callable[[], None],
 ) -> dict[str, float]:
     """Squared relative error of the denoiser's output when one layer alone is INT8, mean over the calls."""
     exact = [output(denoiser(**call)) for call in calls]
@@ -127,7 +146,9 @@ def lone_errors(
         hook = lambda _, args, out, layer=layer: layer.compute(args[0], gelu_from=-1, shared=None)  # noqa: E731
         with ExitStack() as stack:
             stack.callback(denoiser.get_submodule(name).register_forward_hook(hook).remove)
-            squares = [relative_error(output(denoiser(**call)), y) ** 2 for call, y in zip(calls, exact, strict=True)]
+            squares = [
+                relative_error(output(denoiser(**call)), y) ** 2 for call, y in zip(calls, exact, strict=True)
+            ]
         errors[name] = statistics.mean(squares)
         on_layer()
     return errors

@@ -31,17 +31,31 @@ def check_outlier(outlier: OutlierMethod, plans: Sequence[LayerPlan]) -> None:
     for plan in plans:
         plan.outlier_why_not = outlier.refuse(plan.in_features) or ""
     refused = [plan for plan in plans if plan.outlier_why_not]
-    reasons = "; ".join(f"{n} × {why}" for why, n in Counter(plan.outlier_why_not for plan in refused).items())
+    reasons = "; ".join(
+        f"{n} × {why}" for why, n in Counter(plan.outlier_why_not for plan in refused).items()
+    )
     if len(refused) == len(plans):
-        raise ConfigError(f"outlier={outlier.name} can take none of the {len(plans)} layers ({reasons}); choose another outlier=")
+        raise ConfigError(
+            f"outlier={outlier.name} can take none of the {len(plans)} layers ({reasons}); choose another outlier="
+        )
     if refused:
-        log.warning("outlier=%s cannot take %d of %d layers (%s); these are plain INT8", outlier.name, len(refused), len(plans), reasons)
+        log.warning(
+            "outlier=%s cannot take %d of %d layers (%s); these are plain INT8",
+            outlier.name,
+            len(refused),
+            len(plans),
+            reasons,
+        )
 
 
 def quantized_layers(
-    model: nn.Module, plans: Iterable[LayerPlan], methods: Mapping[str, OutlierMethod], rounding: Rounding,
-    statistics: Mapping[str, LayerStatistics], read: Callable[[str], Tensor] | None = None,
-) -> Iterator[tuple[LayerPlan, QuantizedLayer]]:  # fmt: skip
+    model: nn.Module,
+    plans: Iterable[LayerPlan],
+    methods: Mapping[str, OutlierMethod],
+    rounding: Rounding,
+    statistics: Mapping[str, LayerStatistics],
+    read: Callable[[str], Tensor] | None = None,
+) -> Iterator[tuple[LayerPlan, QuantizedLayer]]:
     """Quantize each planned Linear, one at a time, so that a consumer decides what stays in memory.
 
     Args:
@@ -57,10 +71,14 @@ def quantized_layers(
         seen = statistics.get(plan.name)
         method = methods.get(plan.name)
         if seen is None and (rounding.needs_calibration or (method is not None and method.needs_calibration)):
-            raise ConfigError(f"{plan.name}: the calibration never reached it; keep the layer float, or take other calibration.prompts")
+            raise ConfigError(
+                f"{plan.name}: the calibration never reached it; keep the layer float, or take other calibration.prompts"
+            )
         transform = OutlierTransform() if method is None else method.fit(original, seen)
         transform.to(original.device)
-        if type(rounding) is AbsMax and original.device.type == "cpu":  # by kernels of our own, many times as fast
+        if (
+            type(rounding) is AbsMax and original.device.type == "cpu"
+        ):  # by kernels of our own, many times as fast
             weight = rounded_rows(plan, original, transform)
             plan.outlier, plan.rounding = transform.label, rounding.name
             yield plan, QuantizedLayer(weight, transform, linear.bias)
@@ -88,8 +106,12 @@ def rounded_rows(plan: LayerPlan, original: Tensor, transform: OutlierTransform)
     sums = quantize_weight_rows(original.contiguous(), q, scale, transform.factor, transform.rotation)
     if not sums.finite:
         check_weight(plan, original)
-        raise ConfigError(f"{plan.name}: the weight overflows under {transform.label}; keep the layer float, or set outlier=none")
-    plan.measured["weight_sqnr_db"] = 10 * math.log10(sums.signal / sums.noise) if sums.signal and sums.noise else math.inf
+        raise ConfigError(
+            f"{plan.name}: the weight overflows under {transform.label}; keep the layer float, or set outlier=none"
+        )
+    plan.measured["weight_sqnr_db"] = (
+        10 * math.log10(sums.signal / sums.noise) if sums.signal and sums.noise else math.inf
+    )
     plan.measured["saturated_share"] = sums.saturated / q.numel()
     return QuantizedWeight(q, scale)
 
@@ -101,9 +123,13 @@ def check_weight(plan: LayerPlan, weight: Tensor) -> None:
         ConfigError: naming the layer.
     """
     if not weight.numel():
-        raise ConfigError(f"{plan.name}: the weight is {plan.out_features} x {plan.in_features}, nothing to quantize; keep the layer float")
+        raise ConfigError(
+            f"{plan.name}: the weight is {plan.out_features} x {plan.in_features}, nothing to quantize; keep the layer float"
+        )
     if not torch.isfinite(weight).all():
-        raise ConfigError(f"{plan.name}: the weight holds NaN or infinity and cannot be quantized; check the checkpoint")
+        raise ConfigError(
+            f"{plan.name}: the weight holds NaN or infinity and cannot be quantized; check the checkpoint"
+        )
 
 
 def check_backend(backend: Backend, device: torch.device, plans: Iterable[LayerPlan]) -> None:
@@ -115,11 +141,17 @@ def check_backend(backend: Backend, device: torch.device, plans: Iterable[LayerP
     reasons = backend.limits.refuse(device)
     if reasons:
         able = ", ".join(usable_here(device))
-        raise BackendError(f"backend {backend.name!r} cannot run here: {'; '.join(reasons)}; these can: {able}")
-    refused = {p.name: why for p in plans if (why := backend.limits.refuse_layer(p.in_features, p.out_features))}
+        raise BackendError(
+            f"backend {backend.name!r} cannot run here: {'; '.join(reasons)}; these can: {able}"
+        )
+    refused = {
+        p.name: why for p in plans if (why := backend.limits.refuse_layer(p.in_features, p.out_features))
+    }
     if refused:
         listed = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused.items())
-        raise BackendError(f"backend {backend.name!r} cannot take {len(refused)} layers: {listed}; backend=auto gives them to another")
+        raise BackendError(
+            f"backend {backend.name!r} cannot take {len(refused)} layers: {listed}; backend=auto gives them to another"
+        )
 
 
 def int8_layers(
@@ -144,7 +176,9 @@ def int8_layers(
     matrices: dict[tuple[int, bool], Tensor | None] = {}  # one of each kind serves all layers
     made = {}
     for plan, layer in layers:
-        layer.transform.matrix = matrices.setdefault((layer.transform.group_size, layer.transform.sylvester), layer.transform.matrix)
+        layer.transform.matrix = matrices.setdefault(
+            (layer.transform.group_size, layer.transform.sylvester), layer.transform.matrix
+        )
         dtype = linear_at(model, plan.name).weight.dtype
         chosen, measured = backend, None
         if isinstance(backend, AutoBackend):

@@ -141,7 +141,9 @@ FORMATS: Mapping[str, Format] = {
     for form in (
         Format("int8_tensorwise", torch.int8, TENSOR, marker="int8_tensorwise"),
         Format("int8_rowwise", torch.int8, ROW, marker="int8_tensorwise"),
-        Format("int8_convrot", torch.int8, ROW, marker="int8_tensorwise", rotated=True, otherwise="int8_rowwise"),
+        Format(
+            "int8_convrot", torch.int8, ROW, marker="int8_tensorwise", rotated=True, otherwise="int8_rowwise"
+        ),
         Format("int8_blockwise", torch.int8, GRID, 128, "int8_blockwise", otherwise="int8_rowwise"),
         Format("int8_block3d", torch.int8, BLOCK3D, 128, "int8_blockwise", otherwise="int8_rowwise"),
         Format("float8_e4m3fn", E4M3, TENSOR, marker="float8_e4m3fn"),
@@ -149,8 +151,22 @@ FORMATS: Mapping[str, Format] = {
         Format("float8_e4m3fn_cast", E4M3, ""),
         Format("float8_e5m2_cast", E5M2, ""),
         Format("float8_e4m3fn_rowwise", E4M3, ROW, marker="float8_e4m3fn_rowwise"),
-        Format("float8_e4m3fn_blockwise", E4M3, GRID, 64, "float8_e4m3fn_blockwise", otherwise="float8_e4m3fn_rowwise"),
-        Format("float8_e4m3fn_block3d", E4M3, BLOCK3D, 64, "float8_e4m3fn_block3d", otherwise="float8_e4m3fn_rowwise"),
+        Format(
+            "float8_e4m3fn_blockwise",
+            E4M3,
+            GRID,
+            64,
+            "float8_e4m3fn_blockwise",
+            otherwise="float8_e4m3fn_rowwise",
+        ),
+        Format(
+            "float8_e4m3fn_block3d",
+            E4M3,
+            BLOCK3D,
+            64,
+            "float8_e4m3fn_block3d",
+            otherwise="float8_e4m3fn_rowwise",
+        ),
         Format("mxfp8", E4M3, BLOCK, MXFP8_BLOCK, "mxfp8"),
         Format("nvfp4", torch.uint8, BLOCK, NVFP4_BLOCK, "nvfp4"),
         Format("mxfp8_rows", E4M3, BLOCK, MXFP8_BLOCK, otherwise="mxfp8", read_only=True),
@@ -177,11 +193,19 @@ def scaled(form: Format, weight: Tensor, shape: tuple[int, int]) -> CodedWeight:
     absmax = absmax_of(weight, height, form.block or shape[1])  # [N / height, K / width]
     if form.granularity == TENSOR:
         absmax = absmax.amax().expand_as(absmax)
-    scale = (absmax / codes.largest).clamp(min=codes.smallest_scale).masked_fill(absmax == 0, codes.scale_of_zeros)
+    scale = (
+        (absmax / codes.largest)
+        .clamp(min=codes.smallest_scale)
+        .masked_fill(absmax == 0, codes.scale_of_zeros)
+    )
     if stored is None:
-        return CodedWeight(encoded(weight, torch.ones_like(scale), 1, partial(to_codes, dtype=form.codes)), None, shape)
+        return CodedWeight(
+            encoded(weight, torch.ones_like(scale), 1, partial(to_codes, dtype=form.codes)), None, shape
+        )
     qdata = encoded(weight, scale, height, partial(to_codes, dtype=form.codes))
-    return CodedWeight(qdata, scale.flatten()[: prod(stored)].reshape(stored).clone(), shape, block=form.block)
+    return CodedWeight(
+        qdata, scale.flatten()[: prod(stored)].reshape(stored).clone(), shape, block=form.block
+    )
 
 
 def mxfp8(form: Format, weight: Tensor, shape: tuple[int, int]) -> CodedWeight:

@@ -42,7 +42,11 @@ class CodedWeight:
             return "int8"
         if self.qdata.dtype == torch.uint8:
             return "nvfp4"
-        return "mxfp8" if self.scale is not None and self.scale.dtype in (torch.uint8, torch.float8_e8m0fnu) else "fp8"
+        return (
+            "mxfp8"
+            if self.scale is not None and self.scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
+            else "fp8"
+        )
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +55,14 @@ class CodedWeight:
 
     def to(self, device: torch.device) -> "CodedWeight":
         """The same on a device."""
-        return replace(self, **{n: t.to(device) for n in ("qdata", "scale", "global_scale") if (t := getattr(self, n)) is not None})
+        return replace(
+            self,
+            **{
+                n: t.to(device)
+                for n in ("qdata", "scale", "global_scale")
+                if (t := getattr(self, n)) is not None
+            },
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32, operators: ModuleType = reference) -> Tensor:
         """The weight's numbers.
@@ -77,7 +88,12 @@ class CodedWeight:
             return operators.dequantize_mxfp8(self.qdata, self.scale, swizzled=self.swizzled, dtype=dtype)
         assert self.global_scale is not None
         return operators.dequantize_nvfp4(
-            self.qdata, self.scale, self.global_scale, swizzled=self.swizzled, high_first=self.high_first, dtype=dtype
+            self.qdata,
+            self.scale,
+            self.global_scale,
+            swizzled=self.swizzled,
+            high_first=self.high_first,
+            dtype=dtype,
         )
 
     def in_rows(self) -> "CodedWeight":
@@ -85,7 +101,10 @@ class CodedWeight:
         if self.kind not in ("mxfp8", "nvfp4") or not self.swizzled:
             return self
         assert self.scale is not None
-        rows, columns = self.qdata.shape[0], self.qdata.shape[1] // (MXFP8_BLOCK if self.kind == "mxfp8" else NVFP4_BLOCK // 2)
+        rows, columns = (
+            self.qdata.shape[0],
+            self.qdata.shape[1] // (MXFP8_BLOCK if self.kind == "mxfp8" else NVFP4_BLOCK // 2),
+        )
         scale = self.scale.view(torch.uint8).flatten()[swizzled_offsets(rows, columns).to(self.scale.device)]
         return replace(self, scale=scale.view(self.scale.dtype), swizzled=False)
 
@@ -96,7 +115,11 @@ class CodedWeight:
         scale = self.scale
         if scale is not None and (in_blocks or scale.numel() > 1):
             height = 1 if in_blocks else scale_blocks(self.qdata.shape, scale.shape, self.block or None)[0]
-            scale = scale.view(torch.uint8)[index // height].view(scale.dtype) if scale.dtype.itemsize == 1 else scale[index // height]
+            scale = (
+                scale.view(torch.uint8)[index // height].view(scale.dtype)
+                if scale.dtype.itemsize == 1
+                else scale[index // height]
+            )
         # by bytes, which any dtype has; an index below 0 is an error, as in an embedding
         qdata = self.qdata.view(torch.uint8).index_select(0, index).view(self.qdata.dtype)
         return replace(self, qdata=qdata, scale=scale, shape=(len(index), self.shape[1]))

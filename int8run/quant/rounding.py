@@ -76,7 +76,9 @@ class Mse:
             q = best.qdata.float()
             fitted = (weight * q).sum(1, keepdim=True) / q.square().sum(1, keepdim=True).clamp(min=1)
             # a row of zeros has no scale to fit
-            best, error = better(weight, best, error, to_grid(weight, torch.where(fitted > 0, fitted, best.scale)))
+            best, error = better(
+                weight, best, error, to_grid(weight, torch.where(fitted > 0, fitted, best.scale))
+            )
         return best
 
 
@@ -112,7 +114,9 @@ class Gptq:
         # a column that was always 0 has no say; damping gives it one
         hessian.diagonal().add_(self.damping * hessian.diagonal().mean().clamp(min=1e-30))
         # the upper factor of the inverse holds, row by row, how an error in one column is best spread over the later ones
-        spread = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
+        spread = torch.linalg.cholesky(
+            torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True
+        ).float()
 
         rest = weight[:, order].clone()
         q = torch.empty_like(rest)
@@ -134,11 +138,15 @@ def to_grid(weight: Tensor, scale: Tensor) -> QuantizedWeight:
     return QuantizedWeight((weight / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale)
 
 
-def better(weight: Tensor, best: QuantizedWeight, error: Tensor, tried: QuantizedWeight) -> tuple[QuantizedWeight, Tensor]:
+def better(
+    weight: Tensor, best: QuantizedWeight, error: Tensor, tried: QuantizedWeight
+) -> tuple[QuantizedWeight, Tensor]:
     """Of each row the version with the smaller error, and that error."""
     tried_error = squared_error(weight, tried)
     wins = tried_error < error
-    chosen = QuantizedWeight(torch.where(wins, tried.qdata, best.qdata), torch.where(wins, tried.scale, best.scale))
+    chosen = QuantizedWeight(
+        torch.where(wins, tried.qdata, best.qdata), torch.where(wins, tried.scale, best.scale)
+    )
     return chosen, torch.where(wins, tried_error, error)
 
 

@@ -33,7 +33,9 @@ def add_rounded(weight: QuantizedWeight, change: Tensor, generator: torch.Genera
     """
     rows = max(1, BLOCK_NUMBERS // weight.qdata.shape[1])
     qdata, scales, clipped, growth = [], [], 0, 1.0
-    for q, scale, part in zip(weight.qdata.split(rows), weight.scale.split(rows), change.split(rows), strict=True):
+    for q, scale, part in zip(
+        weight.qdata.split(rows), weight.scale.split(rows), change.split(rows), strict=True
+    ):
         wanted = q.float() + part.float() / scale
         grown = (wanted.abs().amax(1, keepdim=True) / INT8_MAX).clamp(min=1.0)
         clipped += int((wanted.abs() > INT8_MAX).sum())
@@ -44,7 +46,9 @@ def add_rounded(weight: QuantizedWeight, change: Tensor, generator: torch.Genera
         # a comparison, not a sum: 126 + 0.9999999 is 127 in float32. The clamp is for the same hair's breadth at the end of the range
         qdata.append((below + (u < wanted - below)).clamp(-INT8_MAX, INT8_MAX).to(torch.int8))
         scales.append(scale * grown)
-    return Rounded(QuantizedWeight(torch.cat(qdata), torch.cat(scales)), clipped / weight.qdata.numel(), growth)
+    return Rounded(
+        QuantizedWeight(torch.cat(qdata), torch.cat(scales)), clipped / weight.qdata.numel(), growth
+    )
 
 
 def seeded(*words: object) -> torch.Generator:

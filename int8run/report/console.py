@@ -18,7 +18,19 @@ from int8run.tracking.run_record import FINISHED, Record, key_and_value
 
 log = logging.getLogger(__name__)
 ERROR_WIDTH = 100  # of a job's error while the sweep goes on; its last line has it whole
-SMALLER = ("_err", "_ms", "_s", "_ms_p50", "_ms_p90", "_bytes", "lpips", "_distance", "_share", "overhead_ratio", "fallback_layers")
+SMALLER = (
+    "_err",
+    "_ms",
+    "_s",
+    "_ms_p50",
+    "_ms_p90",
+    "_bytes",
+    "lpips",
+    "_distance",
+    "_share",
+    "overhead_ratio",
+    "fallback_layers",
+)
 
 
 class Progress:
@@ -40,7 +52,12 @@ class Progress:
                 log.info("%s (%d)", name, total)
             yield lambda count: None
             return
-        columns = (bars.TextColumn("{task.description:>18}"), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
+        columns = (
+            bars.TextColumn("{task.description:>18}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+        )
         with bars.Progress(*columns, console=get_console(), transient=self.passing) as bar:
             task = bar.add_task(name, total=total)
             yield lambda count: bar.advance(task, count)
@@ -53,7 +70,11 @@ class Progress:
                 log.info("%s", name)
             yield
             return
-        columns = (bars.TextColumn("{task.description:>18}"), bars.SpinnerColumn(finished_text="✓"), bars.TimeElapsedColumn())
+        columns = (
+            bars.TextColumn("{task.description:>18}"),
+            bars.SpinnerColumn(finished_text="✓"),
+            bars.TimeElapsedColumn(),
+        )
         with bars.Progress(*columns, console=get_console(), transient=self.passing) as bar:
             task = bar.add_task(name, total=1)
             yield
@@ -83,7 +104,10 @@ class SweepProgress:
             return
         gone = time.monotonic() - self.began
         left = gone / self.ran * (self.total - self.finished)
-        words = [f"job {record.number} ({record.name}) {outcome_words(record)}", f"{self.finished} of {self.total}, {clock(gone)} gone"]
+        words = [
+            f"job {record.number} ({record.name}) {outcome_words(record)}",
+            f"{self.finished} of {self.total}, {clock(gone)} gone",
+        ]
         if self.finished < self.total:
             words.append(f"about {clock(left)} left")
         if self.best is not None and self.finished > 1:
@@ -98,9 +122,15 @@ def outcome_words(record: Record) -> str:
     """How a job ended, in its most telling numbers."""
     if record.state != FINISHED:
         return textwrap.shorten(f"{record.state}: {record.error}", ERROR_WIDTH, placeholder=" …")
-    said = {"quality/psnr_db": lambda v: f"PSNR {decibel(v)}", "speed/ratio_vs_float": lambda v: f"{v:.2f}× float's speed",
-            "speed/step_ms_p50": lambda v: f"{v:.1f} ms a step"}  # fmt: skip
-    return ", ".join(words(record.metrics[name]) for name, words in said.items() if name in record.metrics) or "finished"
+    said = {
+        "quality/psnr_db": lambda v: f"PSNR {decibel(v)}",
+        "speed/ratio_vs_float": lambda v: f"{v:.2f}× float's speed",
+        "speed/step_ms_p50": lambda v: f"{v:.1f} ms a step",
+    }
+    return (
+        ", ".join(words(record.metrics[name]) for name, words in said.items() if name in record.metrics)
+        or "finished"
+    )
 
 
 def measured(record: Record, name: str) -> str:
@@ -135,10 +165,15 @@ def clock(seconds: float) -> str:
 def sweep_table(records: Sequence[Record], varying: Sequence[str]) -> Table:
     """The jobs of a sweep beside each other, one line each, with as many numbers as the terminal has room for."""
     shown = [column for column in SWEEP_COLUMNS if any(column.metric in r.metrics for r in records)]
-    tables = [sweep_lines(records, varying, shown[:count]) for count in range(len(shown), 0, -1)] or [sweep_lines(records, varying, [])]
+    tables = [sweep_lines(records, varying, shown[:count]) for count in range(len(shown), 0, -1)] or [
+        sweep_lines(records, varying, [])
+    ]
     console = get_console()
     endless = console.options.update(width=10_000)
-    return next((table for table in tables if console.measure(table, options=endless).maximum <= console.width), tables[-1])
+    return next(
+        (table for table in tables if console.measure(table, options=endless).maximum <= console.width),
+        tables[-1],
+    )
 
 
 def sweep_lines(records: Sequence[Record], varying: Sequence[str], shown: Sequence["Column"]) -> Table:
@@ -154,7 +189,10 @@ def sweep_lines(records: Sequence[Record], varying: Sequence[str], shown: Sequen
         table.add_column("", style="red")
     for record in records:
         words = dict(map(key_and_value, record.overrides))
-        cells = [column.form(record.metrics[column.metric]) if column.metric in record.metrics else "–" for column in shown]
+        cells = [
+            column.form(record.metrics[column.metric]) if column.metric in record.metrics else "–"
+            for column in shown
+        ]
         state = [] if ended else ["" if record.state == FINISHED else record.state]
         table.add_row(str(record.number), *(escape(words.get(key, "")) for key in varying), *cells, *state)
     return table
@@ -163,7 +201,10 @@ def sweep_lines(records: Sequence[Record], varying: Sequence[str], shown: Sequen
 def warnings_of(records: Sequence[Record]) -> list[str]:
     """Each warning of some jobs once, with the number of jobs that had it."""
     counts = Counter(line for record in records for line in dict.fromkeys(record.warnings))
-    return [f"{line}" + (f" ({count} of {len(records)} jobs)" if len(records) > 1 else "") for line, count in counts.items()]
+    return [
+        f"{line}" + (f" ({count} of {len(records)} jobs)" if len(records) > 1 else "")
+        for line, count in counts.items()
+    ]
 
 
 def result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
@@ -172,7 +213,13 @@ def result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
     for column, style in (("", "bold"), ("float", ""), (ours, ""), ("ratio", "green")):
         table.add_column(column, style=style, justify="left" if not column else "right")
 
-    def row(name: str, base: str, ours_name: str, fmt: Callable[[float], str], ratio: Callable[[float, float], float] | None) -> None:
+    def row(
+        name: str,
+        base: str,
+        ours_name: str,
+        fmt: Callable[[float], str],
+        ratio: Callable[[float, float], float] | None,
+    ) -> None:
         a, b = metrics.get(base), metrics.get(ours_name)
         if b is None:
             return
@@ -183,14 +230,25 @@ def result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
     row("step, median", "float/step_ms_p50", "speed/step_ms_p50", lambda v: f"{v:.1f} ms", faster)
     row("step, 90 %", "float/step_ms_p90", "speed/step_ms_p90", lambda v: f"{v:.1f} ms", faster)
     video = "speed/frames_per_s" in metrics
-    row(f"{'videos' if video else 'images'} per second", "float/images_per_s", "speed/images_per_s", lambda v: f"{v:.2f}", more)
+    row(
+        f"{'videos' if video else 'images'} per second",
+        "float/images_per_s",
+        "speed/images_per_s",
+        lambda v: f"{v:.2f}",
+        more,
+    )
     row("frames per second", "float/frames_per_s", "speed/frames_per_s", lambda v: f"{v:.2f}", more)
     row("denoiser memory", "float/denoiser_bytes", "memory/denoiser_bytes", megabytes, faster)
     if "memory/text_encoder_ratio" in metrics:
         row("text encoder memory", "float/text_encoder_bytes", "memory/text_encoder_bytes", megabytes, faster)
     if "clip/cosine_mean" in metrics:
         table.add_section()
-        table.add_row("embedding cosine, mean / min", "", f"{metrics['clip/cosine_mean']:.5f} / {metrics['clip/cosine_min']:.5f}", "")
+        table.add_row(
+            "embedding cosine, mean / min",
+            "",
+            f"{metrics['clip/cosine_mean']:.5f} / {metrics['clip/cosine_min']:.5f}",
+            "",
+        )
         table.add_row("embedding error", "", f"{100 * metrics['clip/rel_err']:.2f} %", "")
     if "quality/psnr_db" in metrics:
         table.add_section()
@@ -208,11 +266,18 @@ def result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
             table.add_row("half of it by step", "", f"{metrics['quality/half_error_step']:.0f}", "")
     if "quant/layers_int8" in metrics:
         table.add_section()
-        table.add_row("Linears kept / INT8", "", f"{metrics['quant/layers_float']:.0f} / {metrics['quant/layers_int8']:.0f}", "")
+        table.add_row(
+            "Linears kept / INT8",
+            "",
+            f"{metrics['quant/layers_float']:.0f} / {metrics['quant/layers_int8']:.0f}",
+            "",
+        )
         if metrics["quant/fallback_layers"]:
             table.add_row("of these in float, few rows", "", f"{metrics['quant/fallback_layers']:.0f}", "")
         if "quant/output_sqnr_db_mean" in metrics:
-            values = f"{metrics['quant/output_sqnr_db_mean']:.1f} / {metrics['quant/output_sqnr_db_min']:.1f} dB"
+            values = (
+                f"{metrics['quant/output_sqnr_db_mean']:.1f} / {metrics['quant/output_sqnr_db_min']:.1f} dB"
+            )
             table.add_row("layer SQNR, mean / min", "", values, "")
     if "lora/modules_matched" in metrics:
         table.add_row("LoRA modules matched", "", f"{metrics['lora/modules_matched']:.0f}", "")

@@ -61,8 +61,16 @@ def build_heat(runs: Sequence[Run], most_cells: int = MOST_CELLS) -> Heat | None
     if not shown:
         return None
     found = [{row["name"]: row for row in run.record.layers} for run in shown]
-    metrics = [OUTPUT if any(value_of(row, OUTPUT) is not None for row in rows.values()) else WEIGHT for rows in found]
-    values = [v for rows, metric in zip(found, metrics, strict=True) for row in rows.values() if (v := value_of(row, metric)) is not None]
+    metrics = [
+        OUTPUT if any(value_of(row, OUTPUT) is not None for row in rows.values()) else WEIGHT
+        for rows in found
+    ]
+    values = [
+        v
+        for rows, metric in zip(found, metrics, strict=True)
+        for row in rows.values()
+        if (v := value_of(row, metric)) is not None
+    ]
     finite = [v for v in values if math.isfinite(v)] or [0.0]
     low, high = min(finite), max(finite)
     layers = []
@@ -98,4 +106,9 @@ def tile(row: Mapping[str, str] | None, metric: str, low: float, high: float) ->
     if value is None:
         return Tile(MISSING, None, None, f"not measured; {about}")
     share = 1.0 if value >= high or high == low else (value - low) / (high - low)
-    return Tile("equal" if math.isinf(value) else f"{value:.1f}", value, min(LEVELS - 1, max(0, int(share * LEVELS))), about)
+    return Tile(
+        "equal" if math.isinf(value) else f"{value:.1f}",
+        value,
+        min(LEVELS - 1, max(0, int(share * LEVELS))),
+        about,
+    )

@@ -19,13 +19,27 @@ from int8run.report.image_gallery import Wall, build_wall
 from int8run.report.plots import DASHES, NARROW, SERIES, WIDE, Point, curves_plot, speed_quality_plot
 from int8run.report.ranking import front, speed_metric, speed_quality, table
 from int8run.report.run_files import DIFFERENCE_GAIN
-from int8run.report.runs import Run, by_value, count, differing, listed, machine_of, name_runs, number, settings_of, short_names, varying
+from int8run.report.runs import (
+    Run,
+    by_value,
+    count,
+    differing,
+    listed,
+    machine_of,
+    name_runs,
+    number,
+    settings_of,
+    short_names,
+    varying,
+)
 from int8run.report.verdict import answer, unfair_speeds
 from int8run.tracking.run_record import FINISHED, Record
 
 HERE = Path(__file__).parent
 MOST_LINES = 16  # of curves in one plot
-LONGEST_LABEL = 30  # characters beside a point; longer ones, or more than these points, are named by their number
+LONGEST_LABEL = (
+    30  # characters beside a point; longer ones, or more than these points, are named by their number
+)
 MOST_LABELS = 14
 HALF = 500  # px; two plots beside each other
 
@@ -41,7 +55,9 @@ def write_report(records: Sequence[Record], path: Path, title: str) -> None:
         ConfigError: without a record.
     """
     if not records:
-        raise ConfigError("there is no run to report on; give a folder that a run or a sweep wrote, or start one with int8run -m …")
+        raise ConfigError(
+            "there is no run to report on; give a folder that a run or a sweep wrote, or start one with int8run -m …"
+        )
     text = page(records, path.parent, title)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")
@@ -55,15 +71,34 @@ def page(records: Sequence[Record], folder: Path, title: str) -> str:
     columns, rows = table(runs)
     wall, heat = build_wall(runs), build_heat(runs)
     files = FileSystemLoader(HERE)
-    templates = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    templates = Environment(
+        loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return templates.get_template("page.html.jinja").render(
-        title=title, style=source("page.css"), script=source("page.js"), facts=facts(runs), answer=answer(runs), runs=runs,
-        unfair=unfair_speeds(runs), columns=columns, rows=rows, varied=list(runs[0].varied), is_front=any(row["front"] for row in rows),
-        plot=plot(runs), curves=[curves(c, i) for i, c in enumerate(strength_curves(runs))], wall=wall, pictures=later_pictures(wall),
-        decibel=lambda value: "" if value is None else DECIBEL.show(value, 1), gain=DIFFERENCE_GAIN,
-        heat=heat, levels=LEVELS, heat_metrics=heat_metrics(heat), settings=settings(records), commands=commands(runs, folder),
+        title=title,
+        style=source("page.css"),
+        script=source("page.js"),
+        facts=facts(runs),
+        answer=answer(runs),
+        runs=runs,
+        unfair=unfair_speeds(runs),
+        columns=columns,
+        rows=rows,
+        varied=list(runs[0].varied),
+        is_front=any(row["front"] for row in rows),
+        plot=plot(runs),
+        curves=[curves(c, i) for i, c in enumerate(strength_curves(runs))],
+        wall=wall,
+        pictures=later_pictures(wall),
+        decibel=lambda value: "" if value is None else DECIBEL.show(value, 1),
+        gain=DIFFERENCE_GAIN,
+        heat=heat,
+        levels=LEVELS,
+        heat_metrics=heat_metrics(heat),
+        settings=settings(records),
+        commands=commands(runs, folder),
         environment=environments(runs),
-    )  # fmt: skip
+    )
 
 
 def source(name: str) -> str:
@@ -77,18 +112,26 @@ def source(name: str) -> str:
 def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Under the title: what ran, when and where."""
     states = by_value(runs, [run.record.state for run in runs])
-    said = [f"{len(tags)} {state.lower()}" for state, tags in sorted(states.items(), key=lambda item: item[0] != FINISHED)]
+    said = [
+        f"{len(tags)} {state.lower()}"
+        for state, tags in sorted(states.items(), key=lambda item: item[0] != FINISHED)
+    ]
     found = [("Runs", said[0] if len(said) == 1 else f"{len(runs)}: {', '.join(said)}")]
     found.append(("When", when([run.record for run in runs])))
     hosts = [str(run.record.status.get("host") or "") for run in runs]
-    machines, models = [machine_of(run.record) for run in runs], [run.record.params.get("model", "") for run in runs]
+    machines, models = (
+        [machine_of(run.record) for run in runs],
+        [run.record.params.get("model", "") for run in runs],
+    )
     for name, values in (("Machine", machines), ("Host", hosts), ("Model", models)):
         known = [value for value in dict.fromkeys(values) if value]
         if known:
             found.append((name, "; ".join(known)))
     drawn = {len(run.record.images) for run in runs if run.record.images}
     if drawn:
-        what = "video" if any(image.get("stills") for run in runs for image in run.record.images) else "picture"
+        what = (
+            "video" if any(image.get("stills") for run in runs for image in run.record.images) else "picture"
+        )
         found.append(("Drawn", " or ".join(count(n, what) for n in sorted(drawn)) + " by each run"))
     return found
 
@@ -97,7 +140,10 @@ def when(records: Sequence[Record]) -> str:
     """The first start and the last end, in UTC."""
     start = min(r.started for r in records)
     end = max((r.ended for r in records if r.ended), default=None)
-    parts = [time.strftime("%Y-%m-%d %H:%M", time.gmtime(moment)) for moment in (start, start if end is None else end)]
+    parts = [
+        time.strftime("%Y-%m-%d %H:%M", time.gmtime(moment))
+        for moment in (start, start if end is None else end)
+    ]
     day, first = parts[0].split()
     last = parts[1].removeprefix(f"{day} ")
     return f"{day} {first} UTC" if last == first else f"{day} {first} – {last} UTC"
@@ -121,7 +167,9 @@ def plot(runs: Sequence[Run]) -> dict[str, Any] | None:
         speed, psnr = run.metric(metric) or 0.0, run.metric(PSNR) or 0.0
         unit = "ms" if metric == STEP else "× float"
         about = f"{run.name}: {speed:.3g} {unit}, PSNR {DECIBEL.show(psnr, 1)}"
-        points.append(Point(speed, psnr, f"{run.tag} {words(run, keys)}" if short else run.tag, about, i in ahead))
+        points.append(
+            Point(speed, psnr, f"{run.tag} {words(run, keys)}" if short else run.tag, about, i in ahead)
+        )
     label = "step time, ms (faster to the right)" if metric == STEP else "speed, × the float model's"
     narrow = [Point(p.x, p.y, p.label.partition(" ")[0], p.about, p.ahead) for p in points]
     return {
@@ -141,14 +189,26 @@ def curves(found: Curves, place: int) -> dict[str, Any]:
     """PSNR and step time against one strength, with their legend."""
     lines = dict(islice(found.lines.items(), MOST_LINES))
     drawn: list[dict[str, str]] = []
-    for metric, label in ((PSNR, "PSNR to float, dB"), (STEP, "step time, ms"), (RATIO, "speed, × the float model's")):
-        values = [[(x, value) for x, run in line if (value := run.metric(metric)) is not None] for line in lines.values()]
+    for metric, label in (
+        (PSNR, "PSNR to float, dB"),
+        (STEP, "step time, ms"),
+        (RATIO, "speed, × the float model's"),
+    ):
+        values = [
+            [(x, value) for x, run in line if (value := run.metric(metric)) is not None]
+            for line in lines.values()
+        ]
         if any(values) and len(drawn) < 2:
             name = f"curve-{place}-{metric.rpartition('/')[2]}"
             sizes = (("half", HALF), ("narrow", NARROW))
-            drawn.append({size: curves_plot(values, found.key, label, f"{name}-{size}", px) for size, px in sizes})
+            drawn.append(
+                {size: curves_plot(values, found.key, label, f"{name}-{size}", px) for size, px in sizes}
+            )
     dashes = [" ".join(map(str, dash)) for dash in DASHES]
-    legend = [{"label": label, "series": i % len(SERIES), "dash": dashes[i % len(DASHES)]} for i, label in enumerate(lines)]
+    legend = [
+        {"label": label, "series": i % len(SERIES), "dash": dashes[i % len(DASHES)]}
+        for i, label in enumerate(lines)
+    ]
     notes = []
     if len(lines) < len(found.lines):
         notes.append(f"{len(found.lines) - len(lines)} more combinations are not drawn; the table has them.")
@@ -184,17 +244,24 @@ def settings(records: Sequence[Record]) -> dict[str, Any]:
     found = [settings_of(r) for r in records]
     differ = differing(found)
     common = {key: value for key, value in found[0].items() if key not in differ}
-    return {"differ": [(key, [f.get(key, MISSING) for f in found]) for key in differ], "common": sorted(common.items())}
+    return {
+        "differ": [(key, [f.get(key, MISSING) for f in found]) for key in differ],
+        "common": sorted(common.items()),
+    }
 
 
 def environments(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Facts about machines and libraries: values, each with the runs that have it (empty when all do)."""
     known = [run for run in runs if run.record.environment]
-    found = [flat(run.record.environment) | {"host": str(run.record.status.get("host", MISSING))} for run in known]
+    found = [
+        flat(run.record.environment) | {"host": str(run.record.status.get("host", MISSING))} for run in known
+    ]
     rows = []
     for key in dict.fromkeys(key for facts in found for key in facts):
         values = by_value(known, [facts.get(key, MISSING) for facts in found])
-        rows.append((key, [(value, listed(tags) if len(values) > 1 else "") for value, tags in values.items()]))
+        rows.append(
+            (key, [(value, listed(tags) if len(values) > 1 else "") for value, tags in values.items()])
+        )
     return rows
 
 
@@ -202,13 +269,21 @@ def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """`{versions: {torch: 2}}` -> `{versions.torch: 2}`; what is not known is a dash."""
     found: dict[str, str] = {}
     for key, value in facts.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": said(value)}
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": said(value)}
+        )
     return found
 
 
 def said(value: object) -> str:
     """A fact as text."""
-    return MISSING if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return (
+        MISSING
+        if value is None
+        else value
+        if isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False)
+    )
 
 
 def commands(runs: Sequence[Run], folder: Path) -> list[tuple[Run, str, str]]:
@@ -216,5 +291,7 @@ def commands(runs: Sequence[Run], folder: Path) -> list[tuple[Run, str, str]]:
     found = []
     for run in runs:
         place = os.path.relpath(run.record.folder.absolute(), folder.absolute())
-        found.append((run, " ".join(["int8run", *map(shlex.quote, run.record.overrides)]), Path(place).as_posix()))
+        found.append(
+            (run, " ".join(["int8run", *map(shlex.quote, run.record.overrides)]), Path(place).as_posix())
+        )
     return found

@@ -116,7 +116,9 @@ def sources(run: Run) -> dict[tuple[str, int, int, str], Source]:
         for file, base in zip(ours, floats, strict=False):
             frame = Path(file).stem.removeprefix(f"{stem}_") if image.get("stills") else ""
             folder = run.record.folder
-            found[prompt, seed, seen[prompt, seed], frame] = Source(folder / file, folder / base if base else None, image)
+            found[prompt, seed, seen[prompt, seed], frame] = Source(
+                folder / file, folder / base if base else None, image
+            )
     return found
 
 
@@ -132,16 +134,22 @@ def build_wall(runs: Sequence[Run], most_bytes: int = MOST_BYTES, most_cells: in
     for number, key in enumerate(keys):
         kept, before = dict(pictures.uris), pictures.bytes
         cells = row_of(shown, [found[run.tag].get(key) for run in shown], pictures, used, most_bytes)
-        if rows and (pictures.bytes > most_bytes or (len(rows) + 1) * len(shown) > most_cells or before >= most_bytes):
+        if rows and (
+            pictures.bytes > most_bytes or (len(rows) + 1) * len(shown) > most_cells or before >= most_bytes
+        ):
             pictures.uris = kept
             left = sum(key in found[run.tag] for key in keys[number:] for run in shown)
             limit = f"{most_bytes / 1e6:g} MB of pictures and {most_cells} places"
-            notes.append(f"{count(left, 'picture')} left out: a page holds at most {limit}. The runs' images/ folders have them.")
+            notes.append(
+                f"{count(left, 'picture')} left out: a page holds at most {limit}. The runs' images/ folders have them."
+            )
             break
         rows.append((caption(*key), cells))
     missing = sum(bool(cell.note) for _, cells in rows for cell in cells)
     if missing:
-        notes.append(f"{count(missing, 'place')} without a picture: not drawn, no file that can be read, or the page was full.")
+        notes.append(
+            f"{count(missing, 'place')} without a picture: not drawn, no file that can be read, or the page was full."
+        )
     if any(key[3] for key in keys):
         notes.append("Of a video its stills are shown; the PSNR is that of all its frames.")
     if pictures.thumbnails:
@@ -152,7 +160,9 @@ def build_wall(runs: Sequence[Run], most_bytes: int = MOST_BYTES, most_cells: in
     return Wall(shown, rows, pictures.uris, notes)
 
 
-def row_of(runs: Sequence[Run], files: Sequence[Source | None], pictures: Pictures, used: set[str], most_bytes: int) -> list[Cell]:
+def row_of(
+    runs: Sequence[Run], files: Sequence[Source | None], pictures: Pictures, used: set[str], most_bytes: int
+) -> list[Cell]:
     """The cells of one row; `used` are ids of INT8 pictures that stand on the page already."""
     cells = []
     first_with: dict[str, str] = {}
@@ -169,10 +179,15 @@ def row_of(runs: Sequence[Run], files: Sequence[Source | None], pictures: Pictur
         psnr = source.values.get("psnr_db")
         cells.append(
             Cell(
-                run, ours_id, pictures.add(base) if base else None, pictures.add(difference(base, ours)) if base else None,
-                psnr, first_with.get(ours_id, ""), ours_id not in used,
+                run,
+                ours_id,
+                pictures.add(base) if base else None,
+                pictures.add(difference(base, ours)) if base else None,
+                psnr,
+                first_with.get(ours_id, ""),
+                ours_id not in used,
             )
-        )  # fmt: skip
+        )
         used.add(ours_id)
         first_with.setdefault(ours_id, run.tag)
     return cells

@@ -19,17 +19,39 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 # colors that stand for the page's until the drawing is done
 INK, MUTED, LINE = "#010101", "#020202", "#030303"
 SERIES = tuple(f"#05{i:02x}05" for i in range(8))
-PAGE_COLORS = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", **{c: f"var(--series-{i})" for i, c in enumerate(SERIES)}}
+PAGE_COLORS = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    LINE: "var(--line)",
+    **{c: f"var(--series-{i})" for i, c in enumerate(SERIES)},
+}
 DASHES: tuple[tuple[int, ...], ...] = ((), (7, 3), (2, 2), (9, 2, 2, 2))
 WIDE, NARROW = 760, 350  # px; one for a screen, one for a phone
 STYLE: Any = {
-    "svg.fonttype": "none", "text.parse_math": False, "axes.unicode_minus": False, "figure.dpi": 72,
-    "font.size": 12, "axes.titlesize": 12, "axes.labelsize": 12, "text.color": INK, "axes.labelcolor": INK,
-    "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "axes.edgecolor": LINE,
-    "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False,
-    "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none",
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "axes.unicode_minus": False,
+    "figure.dpi": 72,
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.labelsize": 12,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "axes.edgecolor": LINE,
+    "axes.grid": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+}
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
@@ -44,7 +66,9 @@ class Point:
     ahead: bool  # on the front
 
 
-def speed_quality_plot(points: Sequence[Point], x_label: str, faster_is_less: bool, name: str, width: int) -> str:
+def speed_quality_plot(
+    points: Sequence[Point], x_label: str, faster_is_less: bool, name: str, width: int
+) -> str:
     """PSNR against speed with the front as a step line; up and right is better whatever the speed is measured in."""
     with rc_context(STYLE | {"svg.hashsalt": name}):
         figure, axes = sheet(width, 380)
@@ -56,23 +80,37 @@ def speed_quality_plot(points: Sequence[Point], x_label: str, faster_is_less: bo
         axes.set_ylim(*padded([*heights], 0.14))
         if faster_is_less:
             axes.invert_xaxis()
-        steps = sorted(((p.x, y) for p, y in zip(points, heights, strict=True) if p.ahead), key=lambda point: (point[0], -point[1]))
+        steps = sorted(
+            ((p.x, y) for p, y in zip(points, heights, strict=True) if p.ahead),
+            key=lambda point: (point[0], -point[1]),
+        )
         steps = steps[::-1] if faster_is_less else steps
         # from the left edge at the level of the closest run, down under the fastest
         left, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
         corners = [(left, max(heights)), *steps, (steps[-1][0], bottom)]
-        axes.step(*zip(*corners, strict=True), where="pre", color=SERIES[0], linewidth=1.6, dashes=(5, 3), zorder=2)
+        axes.step(
+            *zip(*corners, strict=True), where="pre", color=SERIES[0], linewidth=1.6, dashes=(5, 3), zorder=2
+        )
         for i, (point, y) in enumerate(zip(points, heights, strict=True)):
             edge, face = (SERIES[0], SERIES[0]) if point.ahead else (MUTED, "none")
-            (dot,) = axes.plot(point.x, y, "o", markersize=8, markeredgecolor=edge, markerfacecolor=face, zorder=3)
+            (dot,) = axes.plot(
+                point.x, y, "o", markersize=8, markeredgecolor=edge, markerfacecolor=face, zorder=3
+            )
             dot.set_gid(f"about-{i}")
         axes.xaxis.set_major_locator(MaxNLocator(4 if width < 500 else 7))
         level_ticks(axes, top, any(math.isinf(p.y) for p in points))
         label_points(figure, axes, points, heights, corners)
-        return to_svg(figure, name, f"PSNR to float against {x_label}", {f"about-{i}": p.about for i, p in enumerate(points)})
+        return to_svg(
+            figure,
+            name,
+            f"PSNR to float against {x_label}",
+            {f"about-{i}": p.about for i, p in enumerate(points)},
+        )
 
 
-def curves_plot(lines: Sequence[Sequence[tuple[float, float]]], x_label: str, y_label: str, name: str, width: int) -> str:
+def curves_plot(
+    lines: Sequence[Sequence[tuple[float, float]]], x_label: str, y_label: str, name: str, width: int
+) -> str:
     """A metric against a strength; the line i has the color and the dashes of number i."""
     with rc_context(STYLE | {"svg.hashsalt": name}):
         figure, axes = sheet(width, 260)
@@ -81,7 +119,15 @@ def curves_plot(lines: Sequence[Sequence[tuple[float, float]]], x_label: str, y_
         for i, line in enumerate(lines):
             dashes = (0, DASHES[i % len(DASHES)] or None)
             heights = [min(y, top) for _, y in line]
-            axes.plot([x for x, _ in line], heights, "o", color=SERIES[i % len(SERIES)], linestyle=dashes, linewidth=1.8, markersize=5)
+            axes.plot(
+                [x for x, _ in line],
+                heights,
+                "o",
+                color=SERIES[i % len(SERIES)],
+                linestyle=dashes,
+                linewidth=1.8,
+                markersize=5,
+            )
         axes.set_xlabel(x_label)
         axes.set_title(y_label, loc="left", color=INK)
         axes.set_ylim(*padded([min(v, top) for v in values], 0.1))
@@ -102,7 +148,11 @@ def equal_level(values: Sequence[float]) -> float:
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return 1.0
-    return max(finite) + max(1.0, 0.25 * (max(finite) - min(finite))) if len(finite) < len(values) else max(finite)
+    return (
+        max(finite) + max(1.0, 0.25 * (max(finite) - min(finite)))
+        if len(finite) < len(values)
+        else max(finite)
+    )
 
 
 def padded(values: Sequence[float], share: float) -> tuple[float, float]:
@@ -125,7 +175,11 @@ def level_ticks(axes: Axes, top: float, has_equal: bool) -> None:
 
 
 def label_points(
-    figure: Figure, axes: Axes, points: Sequence[Point], heights: Sequence[float], corners: Sequence[tuple[float, float]]
+    figure: Figure,
+    axes: Axes,
+    points: Sequence[Point],
+    heights: Sequence[float],
+    corners: Sequence[tuple[float, float]],
 ) -> None:
     """Words beside the points, none over another or over the line through `corners` where there is room."""
     figure.draw_without_rendering()
@@ -151,11 +205,22 @@ def label_points(
             ends = axes.transData.inverted().transform([(x, y), (near_x, near_y)])
             axes.plot(ends[:, 0], ends[:, 1], color=MUTED, linewidth=0.7, zorder=1)
         where = axes.transData.inverted().transform((left, bottom))
-        axes.text(where[0], where[1], point.label, fontsize=11, va="bottom", color=INK if point.ahead else MUTED, zorder=4)
+        axes.text(
+            where[0],
+            where[1],
+            point.label,
+            fontsize=11,
+            va="bottom",
+            color=INK if point.ahead else MUTED,
+            zorder=4,
+        )
 
 
 def place_labels(
-    spots: Sequence[tuple[float, float]], sizes: Sequence[tuple[float, float]], frame: Box, taken: Sequence[Box] = ()
+    spots: Sequence[tuple[float, float]],
+    sizes: Sequence[tuple[float, float]],
+    frame: Box,
+    taken: Sequence[Box] = (),
 ) -> list[Box]:
     """A box for each label: inside the frame, near its point, clear of what is taken, of points and of other labels, as far as can be had.
 
@@ -173,7 +238,9 @@ def place_labels(
                 left = min(max(left, frame[0]), frame[2] - w)
                 bottom = min(max(bottom, frame[1]), frame[3] - h)
                 box = (left, bottom, left + w, bottom + h)
-                options.append((sum(overlap(box, other) for other in [*placed, *dots, *taken]), len(options), box))
+                options.append(
+                    (sum(overlap(box, other) for other in [*placed, *dots, *taken]), len(options), box)
+                )
         placed.append(min(options)[2])
     return placed
 

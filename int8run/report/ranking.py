@@ -46,7 +46,9 @@ def speed_quality(runs: "Sequence[Run] | Sequence[Candidate]") -> list[tuple[flo
     points: list[tuple[float, float] | None] = []
     for run in runs:
         speed, psnr = run.metric(metric) if metric else None, run.metric(PSNR)
-        points.append(None if metric is None or speed is None or psnr is None else (quickness(metric, speed), psnr))
+        points.append(
+            None if metric is None or speed is None or psnr is None else (quickness(metric, speed), psnr)
+        )
     return points
 
 
@@ -81,7 +83,9 @@ def candidates(runs: Sequence[Run]) -> tuple[list[Candidate], list[str]]:
         return [Candidate("INT8", tuple(done))], content
     groups: dict[tuple[str, ...], dict[tuple[str, ...], Run]] = {}
     for run in done:
-        groups.setdefault(tuple(run.varied[k] for k in choice), {})[tuple(run.varied[k] for k in content)] = run
+        groups.setdefault(tuple(run.varied[k] for k in choice), {})[tuple(run.varied[k] for k in content)] = (
+            run
+        )
     drawn = set.intersection(*(set(group) for group in groups.values())) if groups else set()
     if not content or len(groups) < 2 or len(drawn) < 2:
         return single, []
@@ -89,7 +93,9 @@ def candidates(runs: Sequence[Run]) -> tuple[list[Candidate], list[str]]:
     together = []
     for values, group in groups.items():
         members = tuple(run for what, run in group.items() if what in drawn)
-        together.append(Candidate(" ".join(f"{names[k]}={v}" for k, v in zip(choice, values, strict=True)), members))
+        together.append(
+            Candidate(" ".join(f"{names[k]}={v}" for k, v in zip(choice, values, strict=True)), members)
+        )
     return together, content
 
 
@@ -124,7 +130,9 @@ def table(runs: Sequence[Run]) -> tuple[list[Column], list[dict[str, Any]]]:
     columns = [c for c in possible if any(run.metric(c.metric) is not None for run in runs)]
     ahead = {i for i in front(speed_quality(runs)) if len(runs) > 1}
     made = {c.metric: [run.metric(c.metric) for run in runs] for c in columns}
-    tops = {c.metric: max((c.better * v for v in made[c.metric] if v is not None), default=0.0) for c in columns}
+    tops = {
+        c.metric: max((c.better * v for v in made[c.metric] if v is not None), default=0.0) for c in columns
+    }
     digits = {c.metric: c.digits([v for v in made[c.metric] if v is not None]) for c in columns}
     rows = []
     for i, run in enumerate(runs):
@@ -132,7 +140,16 @@ def table(runs: Sequence[Run]) -> tuple[list[Column], list[dict[str, Any]]]:
         for c in columns:
             value = made[c.metric][i]
             all_equal = len({v for v in made[c.metric] if v is not None}) == 1
-            is_best = value is not None and c.better != 0 and not all_equal and c.better * value == tops[c.metric]
+            is_best = (
+                value is not None and c.better != 0 and not all_equal and c.better * value == tops[c.metric]
+            )
             cells.append({"text": c.show(value, digits[c.metric]), "value": value, "best": is_best})
-        rows.append({"run": run, "front": i in ahead, "cells": cells, "measured": any(cell["value"] is not None for cell in cells)})
+        rows.append(
+            {
+                "run": run,
+                "front": i in ahead,
+                "cells": cells,
+                "measured": any(cell["value"] is not None for cell in cells),
+            }
+        )
     return columns, rows

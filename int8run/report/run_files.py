@@ -25,14 +25,27 @@ CAPTION_END = 10
 ANIMATION_QUALITY = 95
 ANIMATION_EFFORT = 2  # half the time of WebP's usual 4 for as many bytes
 LAYER_COLUMNS = (
-    "name", "out_features", "in_features", "quantized", "why_not", "outlier", "outlier_why_not", "rounding",
-    "backend_asked", "backend_used", "weight_sqnr_db", "output_sqnr_db", "saturated_share",
-)  # fmt: skip
+    "name",
+    "out_features",
+    "in_features",
+    "quantized",
+    "why_not",
+    "outlier",
+    "outlier_why_not",
+    "rounding",
+    "backend_asked",
+    "backend_used",
+    "weight_sqnr_db",
+    "output_sqnr_db",
+    "saturated_share",
+)
 
 
 def difference(a: Image.Image, b: Image.Image) -> Image.Image:
     """|a - b| times DIFFERENCE_GAIN, clipped: black where equal."""
-    return ImageChops.difference(a.convert("RGB"), b.convert("RGB")).point(lambda v: min(255, v * DIFFERENCE_GAIN))
+    return ImageChops.difference(a.convert("RGB"), b.convert("RGB")).point(
+        lambda v: min(255, v * DIFFERENCE_GAIN)
+    )
 
 
 def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str]) -> Image.Image:
@@ -53,14 +66,18 @@ def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[st
     for c, heading in enumerate(columns):
         draw.text((gap + c * (width + gap), gap // 2), heading, fill="black", font=font)
     for top, (caption, images) in zip(accumulate(heights, initial=line + gap), rows, strict=False):
-        draw.text((gap, top - 2), fitting(caption, sheet.width - 2 * gap, font.getlength), fill="#555", font=font)
+        draw.text(
+            (gap, top - 2), fitting(caption, sheet.width - 2 * gap, font.getlength), fill="#555", font=font
+        )
         for c, image in enumerate(images):
             resized = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(resized, (gap + c * (width + gap), top + line - 4))
     return sheet
 
 
-def save_sample(frames: Sequence[Image.Image], shown: Mapping[str, int], folder: Path, name: str, frames_per_second: float) -> list[str]:
+def save_sample(
+    frames: Sequence[Image.Image], shown: Mapping[str, int], folder: Path, name: str, frames_per_second: float
+) -> list[str]:
     """A picture as PNG; a video as an animation, and some of its frames as PNG.
 
     Args:
@@ -77,7 +94,15 @@ def save_sample(frames: Sequence[Image.Image], shown: Mapping[str, int], folder:
     times = [b - a for a, b in pairwise(ends)]
     first, *others = frames
     animation = folder / f"{name}.webp"
-    first.save(animation, save_all=True, append_images=others, duration=times, loop=0, quality=ANIMATION_QUALITY, method=ANIMATION_EFFORT)
+    first.save(
+        animation,
+        save_all=True,
+        append_images=others,
+        duration=times,
+        loop=0,
+        quality=ANIMATION_QUALITY,
+        method=ANIMATION_EFFORT,
+    )
     stills = {f"{name}_{which}.png": frames[number] for which, number in shown.items()}
     for file, frame in stills.items():
         frame.save(folder / file)
@@ -89,7 +114,9 @@ def fitting(text: str, width: float, length: Callable[[str], float]) -> str:
     if length(text) <= width:
         return text
     end = text[-CAPTION_END:]
-    return next((cut for n in range(len(text), 0, -1) if length(cut := f"{text[:n].rstrip()}…{end}") <= width), end)
+    return next(
+        (cut for n in range(len(text), 0, -1) if length(cut := f"{text[:n].rstrip()}…{end}") <= width), end
+    )
 
 
 def write_layers(plans: Sequence[LayerPlan], path: Path) -> None:
@@ -100,13 +127,19 @@ def write_layers(plans: Sequence[LayerPlan], path: Path) -> None:
         for p in plans:
             writer.writerow(
                 {
-                    "name": p.name, "out_features": p.out_features, "in_features": p.in_features,
-                    "quantized": str(p.keep_float is None).lower(), "why_not": p.keep_float or "", "outlier": p.outlier,
-                    "outlier_why_not": p.outlier_why_not, "rounding": p.rounding,
-                    "backend_asked": p.backend_asked, "backend_used": p.backend_used,
+                    "name": p.name,
+                    "out_features": p.out_features,
+                    "in_features": p.in_features,
+                    "quantized": str(p.keep_float is None).lower(),
+                    "why_not": p.keep_float or "",
+                    "outlier": p.outlier,
+                    "outlier_why_not": p.outlier_why_not,
+                    "rounding": p.rounding,
+                    "backend_asked": p.backend_asked,
+                    "backend_used": p.backend_used,
                     **{name: f"{value:.6g}" for name, value in p.measured.items()},
                 }
-            )  # fmt: skip
+            )
 
 
 def write_json(data: object, path: Path) -> None:

@@ -52,7 +52,9 @@ def name_runs(records: Sequence[Record]) -> list[Run]:
     runs = []
     for place, record, settings in zip(numbers, records, found, strict=True):
         varied = {key: settings.get(key, MISSING) for key in keys}
-        runs.append(Run(record, f"#{place}", varied, " ".join(f"{short[key]}={varied[key]}" for key in in_label)))
+        runs.append(
+            Run(record, f"#{place}", varied, " ".join(f"{short[key]}={varied[key]}" for key in in_label))
+        )
     return runs
 
 
@@ -79,7 +81,9 @@ def telling_keys(records: Sequence[Record], found: Sequence[Mapping[str, str]]) 
     `outlier=none,convrot` changes the settings of the method, too, which would only repeat it.
     """
     differ = [key for key in differing(found) if not NO_MATTER.match(key)]
-    said = dict.fromkeys(word.lstrip("+~").partition("=")[0] for record in records for word in record.overrides)
+    said = dict.fromkeys(
+        word.lstrip("+~").partition("=")[0] for record in records for word in record.overrides
+    )
     return [key for key in said if key in differ] or differ
 
 
@@ -89,7 +93,14 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     for key in keys:
         parts = key.split(".")
         ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        short[key] = next((end for end in ends if not any(f".{other}".endswith(f".{end}") for other in keys if other != key)), key)
+        short[key] = next(
+            (
+                end
+                for end in ends
+                if not any(f".{other}".endswith(f".{end}") for other in keys if other != key)
+            ),
+            key,
+        )
     return short
 
 

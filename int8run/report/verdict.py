@@ -6,10 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from int8run.report.columns import BYTES, COLUMNS, PSNR, RATIO, SMALLER, STEP
-from int8run.report.ranking import Candidate, best, candidates, front, names, quickness, speed_metric, speed_quality
+from int8run.report.ranking import (
+    Candidate,
+    best,
+    candidates,
+    front,
+    names,
+    quickness,
+    speed_metric,
+    speed_quality,
+)
 from int8run.report.runs import Run, by_value, count, listed, machine_of, measured, varying
 
-DRAWING = re.compile(r"(model|sampler|prompts|seed)\b")  # settings that decide what the float model draws, LoRAs aside
+DRAWING = re.compile(
+    r"(model|sampler|prompts|seed)\b"
+)  # settings that decide what the float model draws, LoRAs aside
 
 
 CHOSEN = "which one chooses for the picture: at each INT8 is compared with float"
@@ -28,7 +39,9 @@ def unfair_speeds(runs: Sequence[Run]) -> list[str]:
     reasons = []
     shared = max((run.record.jobs_at_once for run in timed), default=1)
     if shared > 1:
-        reasons.append(f"Speeds are not comparable: up to {shared} jobs shared a machine while they were measured.")
+        reasons.append(
+            f"Speeds are not comparable: up to {shared} jobs shared a machine while they were measured."
+        )
     machines = by_value(timed, [machine_of(run.record) for run in timed])
     if len(machines) > 1:
         said = "; ".join(f"{name or 'unknown'}: {listed(tags)}" for name, tags in machines.items())
@@ -67,48 +80,92 @@ def answer(runs: Sequence[Run]) -> Answer:
         return Answer("No run finished with a measurement, so there is nothing to compare.", [], [])
     unsure = [run.tag for run in runs if scattered(run)]
     if unsure:
-        warnings.append(f"Step times of {listed(unsure)} scatter by more than twice: other work ran there, and their speeds say little.")
+        warnings.append(
+            f"Step times of {listed(unsure)} scatter by more than twice: other work ran there, and their speeds say little."
+        )
     metric = speed_metric([run for c in choices for run in c.runs])
     fastest = best(choices, metric, -1 if metric == STEP else 1) if metric else []
     closest, smallest = best(choices, PSNR, 1), best(choices, BYTES, -1)
     if not fastest:
         warnings.append("No run measured its speed.")
     if not closest:
-        warnings.append("No run was compared with the float model's pictures (metrics.baseline=none), so nothing is said about quality.")
+        warnings.append(
+            "No run was compared with the float model's pictures (metrics.baseline=none), so nothing is said about quality."
+        )
     speed_words = (STEP, "{} a step"), (RATIO, "{} the float model's speed")
-    quality_words = (PSNR, "PSNR {}"), ("quality/ssim", "SSIM {}"), ("quality/latent_rel_err", "latent error {}")
+    quality_words = (
+        (PSNR, "PSNR {}"),
+        ("quality/ssim", "SSIM {}"),
+        ("quality/latent_rel_err", "latent error {}"),
+    )
     memory_words = (BYTES, "{}"), (SMALLER, "{} smaller than float")
     unlike = None if over else unlike_pictures(runs)
     if unlike:
-        return Answer("These runs drew different pictures; they do not say which setting to use.", [], [unlike, *warnings])
+        return Answer(
+            "These runs drew different pictures; they do not say which setting to use.",
+            [],
+            [unlike, *warnings],
+        )
     if len(choices) == 1:
-        parts = (("Speed", fastest, speed_words), ("Quality", closest, quality_words), ("Denoiser", smallest, memory_words))
+        parts = (
+            ("Speed", fastest, speed_words),
+            ("Quality", closest, quality_words),
+            ("Denoiser", smallest, memory_words),
+        )
         facts = [(term, measurements(who[0], *said)) for term, who, said in parts if who]
         if over:
-            facts.append(("Medians over", f"{', '.join(over)} ({count(len(choices[0].runs), 'run')}), {CHOSEN}"))
+            facts.append(
+                ("Medians over", f"{', '.join(over)} ({count(len(choices[0].runs), 'run')}), {CHOSEN}")
+            )
         return Answer(single_verdict(choices[0], 1 if over else len(runs)), facts, warnings)
     # noise of half of the runs or more is no speed
-    unfair = bool(unfair_speeds(runs)) or 2 * len(unsure) >= sum(run.metric(STEP) is not None for run in runs) > 0
-    facts = [("Fastest as measured" if unfair else "Fastest", fact(fastest, choices, *speed_words))] if fastest else []
+    unfair = (
+        bool(unfair_speeds(runs)) or 2 * len(unsure) >= sum(run.metric(STEP) is not None for run in runs) > 0
+    )
+    facts = (
+        [("Fastest as measured" if unfair else "Fastest", fact(fastest, choices, *speed_words))]
+        if fastest
+        else []
+    )
     facts += [("Closest to float", fact(closest, choices, *quality_words))] if closest else []
     between = [choices[i] for i in front(speed_quality(choices)) if choices[i] not in [*fastest, *closest]]
     if between and not unfair:
-        facts.append(("Between them", "; ".join(fact([c], choices, *speed_words, quality_words[0]) for c in between[:MOST_BETWEEN])))
+        facts.append(
+            (
+                "Between them",
+                "; ".join(fact([c], choices, *speed_words, quality_words[0]) for c in between[:MOST_BETWEEN]),
+            )
+        )
     facts += [("Smallest", fact(smallest, choices, *memory_words))] if smallest else []
     if over:
-        facts.append(("Medians over", f"{', '.join(over)} ({count(len(choices[0].runs), 'run')} each), {CHOSEN}"))
+        facts.append(
+            ("Medians over", f"{', '.join(over)} ({count(len(choices[0].runs), 'run')} each), {CHOSEN}")
+        )
     ahead = front(speed_quality(runs))
     if ahead:
-        facts.append(("Pareto front", f"{listed([runs[i].tag for i in ahead])}: no other run is faster without being further from float"))
+        facts.append(
+            (
+                "Pareto front",
+                f"{listed([runs[i].tag for i in ahead])}: no other run is faster without being further from float",
+            )
+        )
     return Answer(verdict(choices, fastest, closest, metric, unfair), facts, warnings)
 
 
 def verdict(
-    choices: Sequence[Candidate], fastest: Sequence[Candidate], closest: Sequence[Candidate], metric: str | None, unfair: bool
+    choices: Sequence[Candidate],
+    fastest: Sequence[Candidate],
+    closest: Sequence[Candidate],
+    metric: str | None,
+    unfair: bool,
 ) -> str:
     """What to use of several, in one or two sentences."""
     if not closest:
-        return f"{names(fastest)} is the fastest." if fastest and not unfair else "These runs do not say which setting to use."
+        return (
+            f"{names(fastest)} is the fastest."
+            if fastest and not unfair
+            else "These runs do not say which setting to use."
+        )
     if not fastest or metric is None or unfair:
         return f"{names(closest)} is the closest to float. Which is the fastest, these runs cannot say."
     quick, close = fastest[0], closest[0]
@@ -125,7 +182,11 @@ def verdict(
         text = f"Use {names(fastest)}: the fastest, and within {QUALITY_NOISE_DB} dB of the closest to float."
     else:
         more = (
-            "the closest to float" if of_quick is None else "equal to float" if math.isinf(gained) else f"{gained:.1f} dB closer to float"
+            "the closest to float"
+            if of_quick is None
+            else "equal to float"
+            if math.isinf(gained)
+            else f"{gained:.1f} dB closer to float"
         )
         text = f"Choose: {names(fastest)} is the fastest; {names(closest)} is {more} at {100 * lost:.0f} % less speed."
     ratio = quick.metric(RATIO)
@@ -141,7 +202,11 @@ def single_verdict(only: Candidate, runs: int) -> str:
     if smaller is not None:
         parts.append(f"a denoiser {smaller:.2f} times smaller")
     if psnr is not None:
-        parts.append("pictures equal to float's" if math.isinf(psnr) else f"pictures at {psnr:.1f} dB PSNR from float's")
+        parts.append(
+            "pictures equal to float's"
+            if math.isinf(psnr)
+            else f"pictures at {psnr:.1f} dB PSNR from float's"
+        )
     text = ", ".join(parts) or "no comparison with float"
     return f"Only {only.name} was measured: {text}." if runs > 1 else f"{text[0].upper()}{text[1:]}."
 
@@ -159,7 +224,11 @@ def measurements(who: Candidate, *metrics: tuple[str, str]) -> str:
         value = who.metric(metric)
         if value is not None:
             column = next(c for c in COLUMNS if c.metric == metric)
-            said.append(words.format(column.show(value, column.digits([value])) + units.get(metric, "") * math.isfinite(value)))
+            said.append(
+                words.format(
+                    column.show(value, column.digits([value])) + units.get(metric, "") * math.isfinite(value)
+                )
+            )
     return ", ".join(said)
 
 

@@ -45,14 +45,22 @@ class FloatProduct:
         """The dequantized weight, [N, K]."""
         return weight.dequantize(self.dtype)
 
-    def quantize(self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None) -> Quantized:
+    def quantize(
+        self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
+    ) -> Quantized:
         """x as it is."""
         return Quantized(x, x)
 
     def linear(
-        self, x: Quantized, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
-        branch: FusedBranch | None, strengths: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Quantized,
+        packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        branch: FusedBranch | None,
+        strengths: Tensor | None,
+    ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         return F.linear(x.q, packed, None if bias is None else bias.to(dtype))
 
@@ -69,13 +77,19 @@ def bench(spec: RunSpec, job: Job, rounds: int) -> None:
     calls = record_step(loaded.pipe, loaded.component, loaded.denoiser, wanted, loaded.sampling)
     plans = [p for p in loaded.plans() if p.keep_float is None]
     if not plans:
-        raise ConfigError(f"{type(loaded.denoiser).__name__}: no Linear would become INT8; choose another model_type=")
+        raise ConfigError(
+            f"{type(loaded.denoiser).__name__}: no Linear would become INT8; choose another model_type="
+        )
     rows = layer_rows(loaded.denoiser, plans, calls)
     shapes = Counter((rows[p.name], p.in_features, p.out_features) for p in plans)
 
     device, dtype = loaded.device, getattr(torch, spec.model.dtype)
     check_backend(spec.backend, device, plans)
-    auto = spec.backend if isinstance(spec.backend, AutoBackend) else AutoBackend({spec.backend.name: spec.backend})
+    auto = (
+        spec.backend
+        if isinstance(spec.backend, AutoBackend)
+        else AutoBackend({spec.backend.name: spec.backend})
+    )
     chooser = auto.chooser(device, dtype)
     chooser.rounds = rounds
     float_layer = FloatProduct(dtype)
@@ -86,19 +100,36 @@ def bench(spec: RunSpec, job: Job, rounds: int) -> None:
             times[shape] = measure_shape(chooser, float_layer, shape)
             unsteady += not chooser.steady
             advance(1)
-    fallback = {(k, n): measure_fallback(chooser, float_layer, k, n) for k, n in sorted({shape[1:] for shape in shapes})}
+    fallback = {
+        (k, n): measure_fallback(chooser, float_layer, k, n)
+        for k, n in sorted({shape[1:] for shape in shapes})
+    }
 
-    say("", result_table(f"{job.choices.get('model', 'model')} on {device_name(device)}; float is {spec.model.dtype}", shapes, times))
+    say(
+        "",
+        result_table(
+            f"{job.choices.get('model', 'model')} on {device_name(device)}; float is {spec.model.dtype}",
+            shapes,
+            times,
+        ),
+    )
     for b in auto.candidates.values():
         if reasons := b.limits.refuse(device):
             say(f"not here: {b.name} {'; '.join(reasons)}")
     if unsteady:
-        log.warning("%d of %d shapes scatter by more than twice: other work runs here; their choices are not kept", unsteady, len(shapes))
+        log.warning(
+            "%d of %d shapes scatter by more than twice: other work runs here; their choices are not kept",
+            unsteady,
+            len(shapes),
+        )
     few = ", ".join(f"{k}x{n}: {limit}" for (k, n), limit in fallback.items())
     say(f"float is faster up to this many rows (int8.small_batch_fallback): {few}")
     record = {
         "device": chooser.table.where,
-        "milliseconds": {"x".join(map(str, shape)): {n: 1000 * t for n, t in found.items()} for shape, found in times.items()},
+        "milliseconds": {
+            "x".join(map(str, shape)): {n: 1000 * t for n, t in found.items()}
+            for shape, found in times.items()
+        },
         "layers": {"x".join(map(str, shape)): count for shape, count in shapes.items()},
         "float_rows": {f"{k}x{n}": limit for (k, n), limit in fallback.items()},
     }
@@ -136,7 +167,9 @@ def measure_fallback(chooser: Chooser, float_layer: Backend, k: int, n: int) -> 
     return limit
 
 
-def result_table(title: str, shapes: Mapping[Shape, int], times: Mapping[Shape, Mapping[str, float]]) -> Table:
+def result_table(
+    title: str, shapes: Mapping[Shape, int], times: Mapping[Shape, Mapping[str, float]]
+) -> Table:
     """A row per shape: milliseconds of each backend, and how much faster the best is than float; all layers in the last row."""
     names = list(dict.fromkeys(name for found in times.values() for name in found))
     table = Table(title=title, title_justify="left")
@@ -148,11 +181,19 @@ def result_table(title: str, shapes: Mapping[Shape, int], times: Mapping[Shape, 
         int8 = {name: t for name, t in found.items() if name != "float"}
         best = min(int8, key=int8.__getitem__, default="float")
         table.add_row(
-            f"{rows} × {k} → {n}", str(shapes[shape]), *(f"{1000 * found[name]:.3f}" if name in found else "–" for name in names),
+            f"{rows} × {k} → {n}",
+            str(shapes[shape]),
+            *(f"{1000 * found[name]:.3f}" if name in found else "–" for name in names),
             f"{best} {found['float'] / found[best]:.2f}×",
-        )  # fmt: skip
+        )
         total.update({"float": found["float"] * shapes[shape], "best": found[best] * shapes[shape]})
     table.add_section()
     empty: Sequence[str] = [""] * (len(names) - 1)
-    table.add_row("all layers", str(sum(shapes.values())), f"{1000 * total['float']:.2f}", *empty, f"{total['float'] / total['best']:.2f}×")
+    table.add_row(
+        "all layers",
+        str(sum(shapes.values())),
+        f"{1000 * total['float']:.2f}",
+        *empty,
+        f"{total['float'] / total['best']:.2f}×",
+    )
     return table

@@ -29,7 +29,9 @@ def inspect_cache(store: Store) -> Table:
     """What is kept on disk for later runs."""
     kept = store.entries()
     total = sum(entry.bytes for entry in kept)
-    table = Table(title=escape(f"{store.path}: {total / 1e9:.2f} of {store.limit_gb:g} GB"), title_justify="left")
+    table = Table(
+        title=escape(f"{store.path}: {total / 1e9:.2f} of {store.limit_gb:g} GB"), title_justify="left"
+    )
     for column in ("kind", "made from", "size", "last used"):
         table.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
     for entry in reversed(kept):
@@ -84,7 +86,9 @@ def inspect_file(location: str) -> Table:
     for key, value in sorted(metadata.items()):
         if value in told or key == NOTE:
             continue
-        add(f"header: {key[:60]}", value if len(value) <= 200 else f"{value[:200]}… ({len(value)} characters)")
+        add(
+            f"header: {key[:60]}", value if len(value) <= 200 else f"{value[:200]}… ({len(value)} characters)"
+        )
     return table
 
 
@@ -122,8 +126,15 @@ def checkpoint_rows(files: TensorFiles) -> Iterator[tuple[str, str]]:
     if note:
         yield "made by", f"int8run {note.get('int8run')} from {note.get('model')}"
         facts = {name: note.get(name) for name in ("outlier", "rounding", "loras", "seed")}
-        yield "settings", ", ".join(f"{name} {value}" for name, value in facts.items() if value not in (None, []))
-        reasons = Counter(map(str, note["kept_float"].values())) if isinstance(note.get("kept_float"), dict) else Counter()
+        yield (
+            "settings",
+            ", ".join(f"{name} {value}" for name, value in facts.items() if value not in (None, [])),
+        )
+        reasons = (
+            Counter(map(str, note["kept_float"].values()))
+            if isinstance(note.get("kept_float"), dict)
+            else Counter()
+        )
         yield "kept float", "; ".join(f"{n} × {why}" for why, n in reasons.items()) or "none"
 
 
@@ -136,14 +147,25 @@ def encoder_in(files: TensorFiles) -> Found | None:
         return None
 
 
-def family_rows(files: TensorFiles, prefix: str, layers: Mapping[str, StoredLayer]) -> Iterator[tuple[str, str]]:
+def family_rows(
+    files: TensorFiles, prefix: str, layers: Mapping[str, StoredLayer]
+) -> Iterator[tuple[str, str]]:
     """The denoiser that a file holds."""
     beside = {key for layer in layers.values() for key in layer.side_keys}
     known = real_shapes(files, layers)
-    shapes = {key.removeprefix(prefix): shape for key, shape in known.items() if key.startswith(prefix) and key not in beside}
+    shapes = {
+        key.removeprefix(prefix): shape
+        for key, shape in known.items()
+        if key.startswith(prefix) and key not in beside
+    }
     try:
         found = denoiser_of(shapes, shipped_families().values(), shapes)
-        yield "family", f"{found[0].name} ({found[1]})" if found else "unknown: no fingerprint in conf/model_type matches"
+        yield (
+            "family",
+            f"{found[0].name} ({found[1]})"
+            if found
+            else "unknown: no fingerprint in conf/model_type matches",
+        )
     except ConfigError as error:
         yield "family", str(error)
 
@@ -161,7 +183,9 @@ def lora_rows(path: Path, header: dict[str, dict], metadata: dict[str, str]) -> 
             if not header[key]["shape"]:
                 raise FileError(f"{path}: {key} has shape []; a low-rank pair has two dimensions")
             ranks[header[key]["shape"][0]] += 1
-    modules = Counter(component for component, _ in {(k.component, k.name) for k in keys.values() if k.part is not None})
+    modules = Counter(
+        component for component, _ in {(k.component, k.name) for k in keys.values() if k.part is not None}
+    )
     listed = f", rank {', '.join(map(str, sorted(ranks)))}" if ranks else ""
     yield "LoRA", f"{', '.join(f'{component} {n} modules' for component, n in modules.items())}{listed}"
     kinds = Counter(KINDS[k.part] for k in keys.values() if k.part in KINDS)
@@ -171,10 +195,18 @@ def lora_rows(path: Path, header: dict[str, dict], metadata: dict[str, str]) -> 
         yield "cannot be applied", "; ".join(f"{n} keys: {reason}" for reason, n in unknown.items())
     yield "first module", next(k.name for k in keys.values())
     base = base_of(header, metadata)
-    yield "base model", str(base) if base else metadata.get("modelspec.architecture", "not told by names, shapes or tags")[:200]
+    yield (
+        "base model",
+        str(base)
+        if base
+        else metadata.get("modelspec.architecture", "not told by names, shapes or tags")[:200],
+    )
     triggers = list(all_triggers(path, metadata))
     for found in triggers[:3]:
-        yield "trigger words", f"{', '.join(found.words)} ({found.source}{', from its training data' if found.guessed else ''})"
+        yield (
+            "trigger words",
+            f"{', '.join(found.words)} ({found.source}{', from its training data' if found.guessed else ''})",
+        )
     if not triggers:
         yield "trigger words", "not named"
     preset = few_step.detect(path, metadata, base.name if base else None)
@@ -188,9 +220,17 @@ def lora_rows(path: Path, header: dict[str, dict], metadata: dict[str, str]) -> 
 
 # the part that stands for each kind of change
 KINDS = {
-    "down": "LoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "diff": "diff", "diff_b": "bias", "on_input": "IA3",
-    "w_norm": "norm", "dora_scale": "DoRA", "magnitude": "DoRA",
-}  # fmt: skip
+    "down": "LoRA",
+    "hada_w1_a": "LoHa",
+    "lokr_w1": "LoKr",
+    "lokr_w1_a": "LoKr",
+    "diff": "diff",
+    "diff_b": "bias",
+    "on_input": "IA3",
+    "w_norm": "norm",
+    "dora_scale": "DoRA",
+    "magnitude": "DoRA",
+}
 
 
 QUANTIZED = {"I8", "F8_E4M3", "F8_E5M2", "U8"}  # dtypes of weights
@@ -198,7 +238,9 @@ QUANTIZED = {"I8", "F8_E4M3", "F8_E5M2", "U8"}  # dtypes of weights
 
 def kind(header: dict[str, dict]) -> str:
     """LoRA, quantized checkpoint or plain weights, by key suffixes and dtypes."""
-    if any(split_key(key).part in KINDS or split_key(key).reason.startswith("unsupported kind") for key in header):
+    if any(
+        split_key(key).part in KINDS or split_key(key).reason.startswith("unsupported kind") for key in header
+    ):
         return "LoRA"
     dtypes = {entry["dtype"] for key, entry in header.items() if key.endswith(".weight")} & QUANTIZED
     if any(key.endswith(".comfy_quant") for key in header):

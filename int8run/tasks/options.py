@@ -21,7 +21,9 @@ class Run:
 
         metrics = run(spec, job).metrics
         if spec.metrics.baseline != "none" and spec.metrics.objective not in metrics:
-            raise ConfigError(f"metrics.objective={spec.metrics.objective} was not measured; choose from {', '.join(sorted(metrics))}")
+            raise ConfigError(
+                f"metrics.objective={spec.metrics.objective} was not measured; choose from {', '.join(sorted(metrics))}"
+            )
         return metrics.get(spec.metrics.objective)
 
 

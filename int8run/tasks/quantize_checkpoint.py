@@ -65,7 +65,11 @@ class Recognised:
             key = parts[0].key.removeprefix(self.prefix)
             return f"no layer of {self.class_name}: {why_dropped(key, names_of(self.class_name))}"
         for name in names:
-            why = self.family.why_float(name.removesuffix(WEIGHT)) if name.endswith(WEIGHT) else "a table, no Linear"
+            why = (
+                self.family.why_float(name.removesuffix(WEIGHT))
+                if name.endswith(WEIGHT)
+                else "a table, no Linear"
+            )
             if why is not None:
                 return why if len(names) == 1 else f"{why} ({name.removesuffix(WEIGHT)} is a part of it)"
         return None
@@ -92,16 +96,37 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
         stored = stored_layers(files, prefix)
         known = recognise(files, stored, prefix, located, spec.model_type)
         to_folder = Path(str(spec.save)).suffix != ".safetensors"
-        path = file_in_folder(str(spec.save), located, known, files) if to_folder else new_file(str(spec.save), files)
+        path = (
+            file_in_folder(str(spec.save), located, known, files)
+            if to_folder
+            else new_file(str(spec.save), files)
+        )
         names = new_names(files, stored, known, to_folder)
         planned = plan_targets(files, stored, names, known.why_float, recipe)
         plans = [target.plan for target in planned if target.plan is not None]
         check_plans(plans, planned, known, outlier)
         metadata = header_metadata(files, spec, known, plans)
-        read, total = sum(info.nbytes for info in files.values()), sum(t.plan is not None and t.int8 for t in planned)
+        read, total = (
+            sum(info.nbytes for info in files.values()),
+            sum(t.plan is not None and t.int8 for t in planned),
+        )
         say(
-            pairs_line([("read", located.path), ("files", len(files.files)), ("size", megabytes(read)), ("family", known.family.name)]),
-            pairs_line([("write", path), ("INT8 layers", total), ("outlier", outlier.name), ("rounding", spec.rounding.name)]),
+            pairs_line(
+                [
+                    ("read", located.path),
+                    ("files", len(files.files)),
+                    ("size", megabytes(read)),
+                    ("family", known.family.name),
+                ]
+            ),
+            pairs_line(
+                [
+                    ("write", path),
+                    ("INT8 layers", total),
+                    ("outlier", outlier.name),
+                    ("rounding", spec.rounding.name),
+                ]
+            ),
         )
         if path.exists():
             log.warning("save=%s replaces a file that is there", spec.save)
@@ -111,9 +136,17 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
             write_config(located.config, path.with_name(CONFIG))
     metrics = measured(plans, read, written, time.perf_counter() - started)
     write_layers(plans, job.output_dir / "layers.csv")
-    about = {"source": str(located.path), "save": str(path), "family": known.family.name, "denoiser": known.class_name}
+    about = {
+        "source": str(located.path),
+        "save": str(path),
+        "family": known.family.name,
+        "denoiser": known.class_name,
+    }
     write_json({"metrics": metrics, **about}, job.output_dir / "metrics.json")
-    say(*summary(plans, metrics), f"files: {path}, {job.output_dir / 'layers.csv'}, {job.output_dir / 'metrics.json'}")
+    say(
+        *summary(plans, metrics),
+        f"files: {path}, {job.output_dir / 'layers.csv'}, {job.output_dir / 'metrics.json'}",
+    )
     return metrics
 
 
@@ -126,9 +159,10 @@ def streamable(spec: RunSpec) -> OutlierMethod:
     if spec.save is None:
         raise ConfigError("task=quantize writes a checkpoint; set save=<file.safetensors> or save=<folder>")
     drawn = {
-        f"outlier={spec.outlier.name}": spec.outlier.needs_calibration, f"rounding={spec.rounding.name}": spec.rounding.needs_calibration,
+        f"outlier={spec.outlier.name}": spec.outlier.needs_calibration,
+        f"rounding={spec.rounding.name}": spec.rounding.needs_calibration,
         "model_type.keep_float=auto": spec.model_type.keep_float == "auto",
-    }  # fmt: skip
+    }
     for setting, needed in drawn.items():
         if needed:
             raise ConfigError(
@@ -141,7 +175,9 @@ def streamable(spec: RunSpec) -> OutlierMethod:
             "task.component=text_encoder to write one"
         )
     if spec.lora.adapters:
-        raise ConfigError(f"task=quantize leaves LoRAs out; set lora=none, or task=run lora.mode=bake save={spec.save}")
+        raise ConfigError(
+            f"task=quantize leaves LoRAs out; set lora=none, or task=run lora.mode=bake save={spec.save}"
+        )
     if spec.int8.checkpoint is not None:
         raise ConfigError("task=quantize reads model.location; set it to the file, and int8.checkpoint=null")
     assert not isinstance(spec.outlier, AutoOutlier)  # it needs a calibration
@@ -164,12 +200,18 @@ def chosen(location: Any, component: str | None) -> tuple[str, str | None]:
 
 
 def recognise(
-    files: TensorFiles, stored: Mapping[str, StoredLayer], prefix: str, located: Located, asked: ModelFamily | AutoFamily
+    files: TensorFiles,
+    stored: Mapping[str, StoredLayer],
+    prefix: str,
+    located: Located,
+    asked: ModelFamily | AutoFamily,
 ) -> Recognised:
     """The family and the class of a checkpoint: told by its config, else by its names."""
     keys = [key.removeprefix(prefix) for key in own_names(files, stored) if key.startswith(prefix)]
     automatic = isinstance(asked, AutoFamily)
-    families = [asked] if isinstance(asked, ModelFamily) else [*(asked.families or shipped_families()).values()]
+    families = (
+        [asked] if isinstance(asked, ModelFamily) else [*(asked.families or shipped_families()).values()]
+    )
     known = real_shapes(files, stored)
     shapes = {key: known[prefix + key] for key in keys}
     found = None if located.class_name else denoiser_of(keys, families, shapes if automatic else None)
@@ -177,12 +219,18 @@ def recognise(
     class_name = located.class_name or (found[1] if found else fallback)
     native = is_native(shapes, class_name)
     rules = names_of(class_name)
-    parameters = targets(keys, class_name) if native else {key: () if why_dropped(key, rules) else (key,) for key in keys}
+    parameters = (
+        targets(keys, class_name)
+        if native
+        else {key: () if why_dropped(key, rules) else (key,) for key in keys}
+    )
     linears = {
         name.removesuffix(WEIGHT): stored[(prefix + key).removesuffix(WEIGHT)].columns
-        for key, names in parameters.items() if (prefix + key).removesuffix(WEIGHT) in stored and key.endswith(WEIGHT)
-        for name in names if name.endswith(WEIGHT)
-    }  # fmt: skip
+        for key, names in parameters.items()
+        if (prefix + key).removesuffix(WEIGHT) in stored and key.endswith(WEIGHT)
+        for name in names
+        if name.endswith(WEIGHT)
+    }
     if automatic and found:
         return Recognised(found[0], class_name, prefix, parameters, native)
     family = asked.for_denoiser(class_name or f"what {located.path.name} holds", repeated(linears), linears)
@@ -199,7 +247,9 @@ def is_native(keys: Iterable[str], class_name: str) -> bool:
     authors = diffusers = 0
     for key in keys:
         authors += any(captures(rule.native, rule.subject(key)) is not None for rule in rules)
-        diffusers += any(captures(target, rule.subject(key)) is not None for rule in rules for target in rule.targets)
+        diffusers += any(
+            captures(target, rule.subject(key)) is not None for rule in rules for target in rule.targets
+        )
     return authors > diffusers
 
 
@@ -237,7 +287,11 @@ def file_in_folder(save: str, located: Located, known: Recognised, files: Tensor
         raise ConfigError(
             f"save={save} is a folder, and there is no {CONFIG} beside {located.path} to go with it; save to a .safetensors file"
         )
-    others = [file.name for file in sorted(path.glob("*.safetensors*")) if file.name != FILE] if path.is_dir() else []
+    others = (
+        [file.name for file in sorted(path.glob("*.safetensors*")) if file.name != FILE]
+        if path.is_dir()
+        else []
+    )
     if others or any(file.parent.absolute() == path for file in files.files):
         held = f"{others[0]}, another checkpoint" if others else "the source itself"
         raise ConfigError(f"save={save} holds {held}; choose another folder")
@@ -256,7 +310,9 @@ def write_config(config: Mapping[str, Any] | None, path: Path) -> None:
         raise unwritable(path, error) from error
 
 
-def new_names(files: TensorFiles, stored: Mapping[str, StoredLayer], known: Recognised, to_folder: bool) -> Names:
+def new_names(
+    files: TensorFiles, stored: Mapping[str, StoredLayer], known: Recognised, to_folder: bool
+) -> Names:
     """What the tensors are called in the new file: as in the source, or for one of diffusers saved to a file, as by its authors."""
     own = own_names(files, stored)
     if known.native or (not known.class_name and not to_folder):
@@ -267,26 +323,37 @@ def new_names(files: TensorFiles, stored: Mapping[str, StoredLayer], known: Reco
     if to_folder:
         return {key.removeprefix(prefix): (Part(key),) for key in inside}
     native = to_native({key.removeprefix(prefix): shapes[key] for key in inside}, known.class_name)
-    return {key: tuple(replace(part, key=prefix + part.key) for part in parts) for key, parts in native.items()} | rest
+    return {
+        key: tuple(replace(part, key=prefix + part.key) for part in parts) for key, parts in native.items()
+    } | rest
 
 
-def check_plans(plans: Sequence[LayerPlan], planned: Sequence[Target], known: Recognised, outlier: OutlierMethod) -> None:
+def check_plans(
+    plans: Sequence[LayerPlan], planned: Sequence[Target], known: Recognised, outlier: OutlierMethod
+) -> None:
     """Say which layers are taken as they are and which the outlier method cannot take.
 
     Raises:
         ConfigError: when no layer becomes INT8, with the reasons by count.
     """
     copied = [target for target in planned if target.copied]
-    chosen = [target.plan for target in planned if target.plan is not None and target.int8 and not target.copied]
+    chosen = [
+        target.plan for target in planned if target.plan is not None and target.int8 and not target.copied
+    ]
     if copied:
         kinds = ", ".join(f"{n} × {label}" for label, n in Counter(t.transform.label for t in copied).items())
         log.info(
-            "%d layers are INT8 in the source and are taken as they are (%s); outlier= and rounding= have no say there", len(copied), kinds
+            "%d layers are INT8 in the source and are taken as they are (%s); outlier= and rounding= have no say there",
+            len(copied),
+            kinds,
         )
     if chosen:
         check_outlier(outlier, chosen)
     if not chosen and not copied:
-        counted = "; ".join(f"{n} × {why}" for why, n in reasons(plans).items()) or "it has no weight with two dimensions"
+        counted = (
+            "; ".join(f"{n} × {why}" for why, n in reasons(plans).items())
+            or "it has no weight with two dimensions"
+        )
         raise ConfigError(f"no layer becomes INT8 ({counted}); choose another model_type=")
 
 
@@ -295,19 +362,29 @@ def reasons(plans: Sequence[LayerPlan]) -> Counter[str]:
     return Counter(plan.keep_float.split(" (")[0] for plan in plans if plan.keep_float is not None)
 
 
-def header_metadata(files: TensorFiles, spec: RunSpec, known: Recognised, plans: Sequence[LayerPlan]) -> dict[str, str]:
+def header_metadata(
+    files: TensorFiles, spec: RunSpec, known: Recognised, plans: Sequence[LayerPlan]
+) -> dict[str, str]:
     """What the source's header says, without a description of quantized layers that is none any more, and how the file was made."""
     choices: dict[str, Any] = {"outlier": spec.outlier, "rounding": spec.rounding}
     note: dict[str, Any] = {
-        "int8run": importlib.metadata.version("int8run"), "model": spec.model.location, "revision": spec.model.revision,
+        "int8run": importlib.metadata.version("int8run"),
+        "model": spec.model.location,
+        "revision": spec.model.revision,
         "source": {
-            "files": [file.name for file in files.files], "sha256": fingerprint(files),
+            "files": [file.name for file in files.files],
+            "sha256": fingerprint(files),
             "sha256_of": f"keys, dtypes, shapes and the first {SAMPLED} bytes of every tensor",
         },
-        "family": known.family.name, "denoiser": known.class_name, "outlier": spec.outlier.name, "rounding": spec.rounding.name,
-        "settings": {name: asdict(choice) for name, choice in choices.items()}, "seed": spec.seed, "loras": [],
+        "family": known.family.name,
+        "denoiser": known.class_name,
+        "outlier": spec.outlier.name,
+        "rounding": spec.rounding.name,
+        "settings": {name: asdict(choice) for name, choice in choices.items()},
+        "seed": spec.seed,
+        "loras": [],
         "kept_float": {plan.name: plan.keep_float for plan in plans if plan.keep_float is not None},
-    }  # fmt: skip
+    }
     kept = {key: text for key, text in files.metadata.items() if key not in (NOTE, "_quantization_metadata")}
     return {"format": "pt", **kept, NOTE: json.dumps(note)}
 
@@ -335,7 +412,12 @@ class Steps:
 
 
 def measured(
-    plans: Sequence[LayerPlan], read: int, written: int, seconds: float, group: str = "quant", made: str = "int8"
+    plans: Sequence[LayerPlan],
+    read: int,
+    written: int,
+    seconds: float,
+    group: str = "quant",
+    made: str = "int8",
 ) -> dict[str, float]:
     """The numbers of the job.
 
@@ -345,11 +427,19 @@ def measured(
     sqnr = [plan.measured["weight_sqnr_db"] for plan in plans if "weight_sqnr_db" in plan.measured]
     int8 = [plan for plan in plans if plan.keep_float is None]
     return {
-        f"{group}/layers_{made}": len(int8), f"{group}/layers_float": len(plans) - len(int8),
-        **({f"{group}/weight_sqnr_db_mean": sum(sqnr) / len(sqnr), f"{group}/weight_sqnr_db_min": min(sqnr)} if sqnr else {}),
-        "build/quantize_s": seconds, "build/read_bytes": read, "build/written_bytes": written, "build/read_bytes_per_s": read / seconds,
+        f"{group}/layers_{made}": len(int8),
+        f"{group}/layers_float": len(plans) - len(int8),
+        **(
+            {f"{group}/weight_sqnr_db_mean": sum(sqnr) / len(sqnr), f"{group}/weight_sqnr_db_min": min(sqnr)}
+            if sqnr
+            else {}
+        ),
+        "build/quantize_s": seconds,
+        "build/read_bytes": read,
+        "build/written_bytes": written,
+        "build/read_bytes_per_s": read / seconds,
         "memory/peak_bytes": peak_bytes(torch.device("cpu")),
-    }  # fmt: skip
+    }
 
 
 def summary(plans: Sequence[LayerPlan], metrics: Mapping[str, float], name: str = "INT8") -> list[str]:
@@ -361,10 +451,18 @@ def summary(plans: Sequence[LayerPlan], metrics: Mapping[str, float], name: str 
     read, written = metrics["build/read_bytes"], metrics["build/written_bytes"]
     kept = "; ".join(f"{n} × {why}" for why, n in reasons(plans).items())
     made = sum(plan.keep_float is None for plan in plans)
-    layers: list[tuple[str, object]] = [(name, f"{made} layers"), ("float", f"{len(plans) - made}{f' ({kept})' if kept else ''}")]
+    layers: list[tuple[str, object]] = [
+        (name, f"{made} layers"),
+        ("float", f"{len(plans) - made}{f' ({kept})' if kept else ''}"),
+    ]
     sqnr = {key.rpartition("_")[2]: value for key, value in metrics.items() if "weight_sqnr_db" in key}
     if sqnr:
         layers.append(("SQNR, mean / min", f"{sqnr['mean']:.1f} / {sqnr['min']:.1f} dB"))
     size = f"{megabytes(read)} → {megabytes(written)}, {written / read:.2f}×" if read else megabytes(written)
     speed = f"{metrics['build/quantize_s']:.1f} s, {megabytes(metrics['build/read_bytes_per_s'])}/s read"
-    return [pairs_line(layers), pairs_line([("size", size), ("time", speed), ("peak memory", megabytes(metrics["memory/peak_bytes"]))])]
+    return [
+        pairs_line(layers),
+        pairs_line(
+            [("size", size), ("time", speed), ("peak memory", megabytes(metrics["memory/peak_bytes"]))]
+        ),
+    ]

@@ -87,15 +87,27 @@ def quantize_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, float
     weights = EncoderFile(slot.folder, class_name=slot.class_name)
     with weights.files:
         to_folder = Path(str(spec.save)).suffix != SAFE
-        config = dict(read_config(slot.folder)) if slot.class_name else config_of(weights.encoder, weights.shapes)
+        config = (
+            dict(read_config(slot.folder)) if slot.class_name else config_of(weights.encoder, weights.shapes)
+        )
         path = new_file(str(Path(str(spec.save)) / FILE) if to_folder else str(spec.save), weights.files)
-        targets = plan_targets(weights, slot.class_name or weights.encoder.classes[0], config, form, to_folder)
+        targets = plan_targets(
+            weights, slot.class_name or weights.encoder.classes[0], config, form, to_folder
+        )
         plans = [target.plan for target in targets if target.plan is not None]
         tell_plans(weights, targets, form)
         read = sum(info.nbytes for info in weights.files.values())
         say(
-            pairs_line([("read", weights.where), ("encoder", weights.encoder.name), ("size", megabytes(read))]),
-            pairs_line([("write", path), ("layers", sum(target.form is not None for target in targets)), ("format", form.name)]),
+            pairs_line(
+                [("read", weights.where), ("encoder", weights.encoder.name), ("size", megabytes(read))]
+            ),
+            pairs_line(
+                [
+                    ("write", path),
+                    ("layers", sum(target.form is not None for target in targets)),
+                    ("format", form.name),
+                ]
+            ),
         )
         if path.exists():
             log.warning("save=%s replaces a file that is there", spec.save)
@@ -107,7 +119,13 @@ def quantize_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, float
             steps = Steps(advance)
             for target in targets:
                 write(writer, weights, target)
-                steps(sum(weights.files[weights.prefix + part.key].nbytes for part in target.parts if part.rows is None))
+                steps(
+                    sum(
+                        weights.files[weights.prefix + part.key].nbytes
+                        for part in target.parts
+                        if part.rows is None
+                    )
+                )
             writer.finish()
             written = writer.nbytes
         if to_folder:
@@ -116,7 +134,10 @@ def quantize_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, float
     write_layers(plans, job.output_dir / "layers.csv")
     about = {"source": weights.where, "save": str(path), "encoder": weights.encoder.name, "format": form.name}
     write_json({"metrics": metrics, **about}, job.output_dir / "metrics.json")
-    say(*summary(plans, metrics, form.name), f"files: {path}, {job.output_dir / 'layers.csv'}, {job.output_dir / 'metrics.json'}")
+    say(
+        *summary(plans, metrics, form.name),
+        f"files: {path}, {job.output_dir / 'layers.csv'}, {job.output_dir / 'metrics.json'}",
+    )
     return metrics
 
 
@@ -131,7 +152,9 @@ def written_format(spec: RunSpec, component: str) -> Format:
     form = FORMATS.get(spec.clip.format)
     if form is None or form.read_only:
         words = ", ".join(name for name, known in FORMATS.items() if not known.read_only)
-        raise ConfigError(f"task.component={component} is written in the format of clip=; choose one: {words}")
+        raise ConfigError(
+            f"task.component={component} is written in the format of clip=; choose one: {words}"
+        )
     if spec.clip.path is not None:
         raise ConfigError("task=quantize reads model.location; set it to the file, and clip.path=null")
     return form
@@ -159,23 +182,31 @@ def find_slot(spec: RunSpec, component: str) -> Slot:
     there = slots(path, {name: part for name, part in spec.model.parts.items() if name == component})
     if component not in there:
         names = ", ".join(there) or "none"
-        raise ConfigError(f"task.component={component} is no text encoder of {location}; {suggest(component, list(there))}it has {names}")
+        raise ConfigError(
+            f"task.component={component} is no text encoder of {location}; {suggest(component, list(there))}it has {names}"
+        )
     return there[component]
 
 
-def plan_targets(weights: EncoderFile, class_name: str, config: Mapping[str, Any], form: Format, to_folder: bool) -> list[Target]:
+def plan_targets(
+    weights: EncoderFile, class_name: str, config: Mapping[str, Any], form: Format, to_folder: bool
+) -> list[Target]:
     """What the new file will hold: in a single file by ComfyUI's names, in a folder by those of the source."""
     model = skeleton(class_name, dict(config), torch.float32)
     layout = fitted(weights, model)
     names, dropped = canonical_names(weights.encoder, weights.shapes)
-    blobs = {key: (Part(key),) for key in dropped if weights.files[weights.prefix + key].dtype == BYTES}  # tokenizers
+    blobs = {
+        key: (Part(key),) for key in dropped if weights.files[weights.prefix + key].dtype == BYTES
+    }  # tokenizers
     if to_folder and not weights.prefix:
         names = {key: (Part(key),) for key in weights.shapes if key not in dropped}
     modules = {
-        source: (name, module) for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding) and name + WEIGHT in layout.parts
+        source: (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+        and name + WEIGHT in layout.parts
         and (source := source_of(layout.parts[name + WEIGHT])) is not None
-    }  # fmt: skip
+    }
     targets = []
     for key, parts in {**names, **blobs}.items():
         shape = joined_shape(parts, weights.shapes) or ()
@@ -202,7 +233,11 @@ def plan_layer(target: Target, weights: EncoderFile, source: str, module: nn.Mod
     plan_format(plan, module, weights.encoder, source, form)
     word = weights.format_of(source)
     if word and word == (plan.rounding or form.name):  # in this format already, embeddings included
-        target.copied, target.form, target.transform = source, form, weights.layers[source].transform(weights.files)
+        target.copied, target.form, target.transform = (
+            source,
+            form,
+            weights.layers[source].transform(weights.files),
+        )
         plan.keep_float, plan.rounding = None, f"{word}, as in the source"
     elif plan.keep_float is None:
         target.form = FORMATS[plan.rounding]
@@ -220,16 +255,25 @@ def tell_plans(weights: EncoderFile, targets: Sequence[Target], form: Format) ->
     if not any(target.form is not None for target in targets):
         raise ConfigError(f"{weights.where}: no layer becomes {form.name} ({listed(reasons(plans))})")
     again = Counter(
-        weights.format_of(part.key.removesuffix(WEIGHT)) for t in targets if t.plan is not None and t.copied is None for part in t.parts
-    )  # fmt: skip
+        weights.format_of(part.key.removesuffix(WEIGHT))
+        for t in targets
+        if t.plan is not None and t.copied is None
+        for part in t.parts
+    )
     again.pop("", None)
     if again:
         log.warning(
-            "%s: layers that are quantized already are rounded once more, from what they stand for: %s", weights.where, listed(again)
+            "%s: layers that are quantized already are rounded once more, from what they stand for: %s",
+            weights.where,
+            listed(again),
         )
-    others = Counter(plan.outlier_why_not for plan in plans if plan.keep_float is None and plan.outlier_why_not)
+    others = Counter(
+        plan.outlier_why_not for plan in plans if plan.keep_float is None and plan.outlier_why_not
+    )
     if others:
-        log.warning("%s: %d layers cannot be %s: %s", weights.where, others.total(), form.name, listed(others))
+        log.warning(
+            "%s: %d layers cannot be %s: %s", weights.where, others.total(), form.name, listed(others)
+        )
 
 
 def write(writer: StreamWriter, weights: EncoderFile, target: Target) -> None:
@@ -238,7 +282,9 @@ def write(writer: StreamWriter, weights: EncoderFile, target: Target) -> None:
         for part in target.parts:
             blob = target.dtype == "U8"
             tensor = (
-                weights.files.read(weights.prefix + part.key) if blob else check_finite(weights.where, part.key, weights.tensor(part.key))
+                weights.files.read(weights.prefix + part.key)
+                if blob
+                else check_finite(weights.where, part.key, weights.tensor(part.key))
             )
             writer.write(target.key, part.cut(tensor).to(TORCH[target.dtype]).contiguous())
         return
@@ -253,10 +299,21 @@ def write(writer: StreamWriter, weights: EncoderFile, target: Target) -> None:
 def header_metadata(weights: EncoderFile, spec: RunSpec, plans: Sequence[LayerPlan]) -> dict[str, str]:
     """What the source's header says, without a description of layers that is none any more, and how the file was made."""
     note = {
-        "int8run": importlib.metadata.version("int8run"), "model": str(spec.model.location), "revision": spec.model.revision,
-        "source": {"files": [file.name for file in weights.files.files], "sha256": fingerprint(weights.files)},
-        "encoder": weights.encoder.name, "format": spec.clip.format, "seed": spec.seed,
+        "int8run": importlib.metadata.version("int8run"),
+        "model": str(spec.model.location),
+        "revision": spec.model.revision,
+        "source": {
+            "files": [file.name for file in weights.files.files],
+            "sha256": fingerprint(weights.files),
+        },
+        "encoder": weights.encoder.name,
+        "format": spec.clip.format,
+        "seed": spec.seed,
         "kept_float": {plan.name: plan.keep_float for plan in plans if plan.keep_float is not None},
-    }  # fmt: skip
-    kept = {key: text for key, text in weights.files.metadata.items() if key not in (NOTE, "_quantization_metadata")}
+    }
+    kept = {
+        key: text
+        for key, text in weights.files.metadata.items()
+        if key not in (NOTE, "_quantization_metadata")
+    }
     return {"format": "pt", **kept, NOTE: json.dumps(note)}

@@ -50,7 +50,9 @@ def existing(folder: Path) -> list[Record]:
         FileError: when there is none.
     """
     if not folder.is_dir():
-        raise FileError(f"{folder} is no folder (looked for {folder.absolute()}); task.path= and sync= name one that runs were written to")
+        raise FileError(
+            f"{folder} is no folder (looked for {folder.absolute()}); task.path= and sync= name one that runs were written to"
+        )
     records = find_records(folder)
     if not records:
         raise FileError(f"{folder.absolute()} holds no run of int8run: none of its folders has a status.json")
@@ -66,7 +68,9 @@ def newest_sweep() -> str:
     for folder, _ in sorted(sweeps_below(Path(SWEEPS)), key=lambda pair: pair[1].created, reverse=True):
         if find_records(folder):
             return str(folder)
-    raise ConfigError(f"there is no sweep in {Path(SWEEPS).absolute()}; task.path=FOLDER names the runs to compare")
+    raise ConfigError(
+        f"there is no sweep in {Path(SWEEPS).absolute()}; task.path=FOLDER names the runs to compare"
+    )
 
 
 def sync_runs(tracker: Tracker, folder: Path) -> None:
@@ -84,17 +88,25 @@ def sync_runs(tracker: Tracker, folder: Path) -> None:
         link = tracker.share(sweep, [r for r in records if r.sweep == sweep])
         say(*(escape(f"runs:     {line}") for line in (link,) if line))
     failed = [r for r in uploaded if not r.uploaded]
-    say(f"{len(uploaded) - len(failed)} of {len(records)} runs uploaded, {len(records) - len(missing)} were there already")
+    say(
+        f"{len(uploaded) - len(failed)} of {len(records)} runs uploaded, {len(records) - len(missing)} were there already"
+    )
     if failed:
-        raise TrackingError(f"{len(failed)} of {len(missing)} runs could not be uploaded; the same command tries again")
+        raise TrackingError(
+            f"{len(failed)} of {len(missing)} runs could not be uploaded; the same command tries again"
+        )
 
 
 def tell_elsewhere(tracker: Tracker, records: Sequence[Record]) -> None:
     """Say which runs were meant for another store: whoever leaves out `tracker.uri=` may not want them here."""
     here = tracker.place()
-    for store in dict.fromkeys(r.tracking["store"] for r in records if r.tracking and r.tracking["store"] != here.get("store")):
+    for store in dict.fromkeys(
+        r.tracking["store"] for r in records if r.tracking and r.tracking["store"] != here.get("store")
+    ):
         count = sum(r.tracking.get("store") == store for r in records)
-        log.warning("%d runs were meant for %s and go to %s; tracker.uri= chooses", count, store, here.get("store"))
+        log.warning(
+            "%d runs were meant for %s and go to %s; tracker.uri= chooses", count, store, here.get("store")
+        )
 
 
 def in_tracker(tracker: Tracker, record: Record) -> bool:
@@ -111,7 +123,11 @@ def fetch_runs(tracker: Tracker, sweep: str, folder: Path) -> None:
     runs = tracker.runs_of(sweep)
     if not runs:
         place = tracker.where()
-        known = f"the tracker has no run with this tag; its page shows the tags, {place}" if place else "tracker=none keeps no runs"
+        known = (
+            f"the tracker has no run with this tag; its page shows the tags, {place}"
+            if place
+            else "tracker=none keeps no runs"
+        )
         raise ConfigError(f"task.sweep={sweep}: {known}")
     for run_id in runs:
         tracker.fetch(run_id, folder / run_id)
@@ -123,7 +139,11 @@ def title_of(records: Sequence[Record], folder: Path) -> str:
     known = read_sweep(folder)
     if known is not None and sweeps == {known.id}:
         done = sum(record.state == FINISHED for record in records)
-        rest = f", {done} of {known.jobs} jobs; its command with resume=true runs the rest" if done < known.jobs else ""
+        rest = (
+            f", {done} of {known.jobs} jobs; its command with resume=true runs the rest"
+            if done < known.jobs
+            else ""
+        )
         return f"sweep {known.id}{rest}"
     name = next(iter(sweeps))
     return f"{f'sweep {name}' if len(sweeps) == 1 and name else folder.name or 'runs'}, {len(records)} runs"

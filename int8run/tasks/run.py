@@ -46,13 +46,19 @@ def run(spec: RunSpec, job: Job) -> RunResult:
     """Everything that one job does, in order. It leaves files, which a tracker copies afterwards: a lost tracker loses nothing."""
     out = job.output_dir
     progress = Progress(spec.progress, passing=job.sweep is not None)
-    heads = read_heads(spec.lora, spec.model.lora_base, None if spec.lora_dir is None else Path(spec.lora_dir).expanduser())
-    wanted = with_triggers(samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed), heads, spec.lora)
+    heads = read_heads(
+        spec.lora, spec.model.lora_base, None if spec.lora_dir is None else Path(spec.lora_dir).expanduser()
+    )
+    wanted = with_triggers(
+        samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed), heads, spec.lora
+    )
     first = wanted[: spec.sampler.batch]
     kept, fresh = None, True
     if spec.metrics.baseline == "cached" and spec.differs:
         process_cache.forget_build()  # a model of an earlier job would stand beside the float one
-        kept, fresh = cached_baseline(spec, heads, wanted, partial(draw_float, heads=heads, wanted=wanted, progress=progress))
+        kept, fresh = cached_baseline(
+            spec, heads, wanted, partial(draw_float, heads=heads, wanted=wanted, progress=progress)
+        )
     built, reused = process_cache.reuse(spec.build_key, lambda: build(spec, first, heads, progress))
     use_scheduler(built.pipe, built.scheduler, spec.sampling)
     for line in [*spec.lora.unusual(), *few_step_lines(spec, built, heads)]:
@@ -72,34 +78,51 @@ def run(spec: RunSpec, job: Job) -> RunResult:
     if spec.lora.adapters:
         metrics["lora/change_ms"] = 1000 * change_s
     # after the peak of the memory was read: perceptual metrics load networks of their own
-    quality = per_image(candidate, baseline, [s.prompt for s in wanted], spec.metrics.perceptual) if baseline else []
+    quality = (
+        per_image(candidate, baseline, [s.prompt for s in wanted], spec.metrics.perceptual)
+        if baseline
+        else []
+    )
     metrics |= mean_quality(quality) if quality else {}
 
     write_outputs(spec, built, candidate, baseline, wanted, metrics, quality, errors, out)
     if scattered(metrics):
         log.warning("step times scatter by more than twice: other work runs here, and the speeds say little")
     if job.sweep is None:
-        title = f"{job.choices.get('model', 'model')} on {device_name(built.device)}; float is {spec.model.dtype}"
+        title = (
+            f"{job.choices.get('model', 'model')} on {device_name(built.device)}; float is {spec.model.dtype}"
+        )
         say("", result_table(title, metrics, our_name(spec)))
-        tables = {"layers": out / "layers.csv", **({"encoders": out / "text_encoders.csv"} if spec.clip.quantizes else {})}
+        tables = {
+            "layers": out / "layers.csv",
+            **({"encoders": out / "text_encoders.csv"} if spec.clip.quantizes else {}),
+        }
         places = {"pictures": out / "grid.png", **tables, "numbers": out / "metrics.json"}
         say(*(escape(f"{name + ':':<10}{place}") for name, place in places.items()))
     return RunResult(metrics, candidate, baseline, out)
 
 
-def generate_all(spec: RunSpec, built: Built, candidate: str, wanted: Sequence[Sample], progress: Progress) -> dict[str, Generation]:
+def generate_all(
+    spec: RunSpec, built: Built, candidate: str, wanted: Sequence[Sample], progress: Progress
+) -> dict[str, Generation]:
     """Float and INT8 in turn, batch by batch, after a short warm-up that is not timed."""
     sampling, stack = spec.sampling, spec.lora
     names = ["float", candidate] if spec.metrics.baseline == "run" else [candidate]
     key = repr((spec.float_key, wanted))
     known = process_cache.recall(key) if "float" in names and candidate != "float" else None
     if known is not None:
-        log.info("the float pictures are those of an earlier job with the same settings; the speed ratio compares two moments")
+        log.info(
+            "the float pictures are those of an earlier job with the same settings; the speed ratio compares two moments"
+        )
         names = [candidate]
     use = {name: built.denoisers[name] for name in names}
     TextCache.of(built.pipe).asked.clear()  # of earlier jobs
-    warm_up = replace(sampling, steps=WARM_UP_STEPS, extra={k: v for k, v in sampling.extra.items() if k not in OWN_STEPS})
-    generate(built.pipe, built.component, use, wanted[: sampling.batch], warm_up, text_encoders=built.text_encoders)
+    warm_up = replace(
+        sampling, steps=WARM_UP_STEPS, extra={k: v for k, v in sampling.extra.items() if k not in OWN_STEPS}
+    )
+    generate(
+        built.pipe, built.component, use, wanted[: sampling.batch], warm_up, text_encoders=built.text_encoders
+    )
 
     def on_fraction(fraction: float) -> None:
         if stack.scheduled:
@@ -138,7 +161,9 @@ def check_pictures(made: Generation, who: str) -> None:
         )
 
 
-def draw_float(spec: RunSpec, heads: Sequence[Head], wanted: Sequence[Sample], progress: Progress) -> Generation:
+def draw_float(
+    spec: RunSpec, heads: Sequence[Head], wanted: Sequence[Sample], progress: Progress
+) -> Generation:
     """What the float model draws, built for it alone."""
     built = build(spec, wanted[: spec.sampler.batch], heads, progress)
     use_scheduler(built.pipe, built.scheduler, spec.sampling)
@@ -148,4 +173,6 @@ def draw_float(spec: RunSpec, heads: Sequence[Head], wanted: Sequence[Sample], p
 
 def few_step_lines(spec: RunSpec, built: Built, heads: Sequence[Head]) -> list[str]:
     """What of this run speaks against its few-step LoRAs."""
-    return few_step_advice(heads, spec.lora, spec.model.lora_base, str(spec.model.location), spec.sampling, built.pipe.scheduler)
+    return few_step_advice(
+        heads, spec.lora, spec.model.lora_base, str(spec.model.location), spec.sampling, built.pipe.scheduler
+    )

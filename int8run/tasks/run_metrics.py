@@ -22,9 +22,15 @@ MOST_EMBEDDING_ERROR = 0.4  # twice that of nvfp4, the coarsest format
 
 
 def measure(
-    spec: RunSpec, built: Built, calls: Sequence[Mapping[str, Any]], candidate: Generation, baseline: Generation | None,
-    errors: Sequence[float], reused: bool, fresh: bool,
-) -> dict[str, float]:  # fmt: skip
+    spec: RunSpec,
+    built: Built,
+    calls: Sequence[Mapping[str, Any]],
+    candidate: Generation,
+    baseline: Generation | None,
+    errors: Sequence[float],
+    reused: bool,
+    fresh: bool,
+) -> dict[str, float]:
     """All metrics but quality, under their public names.
 
     Args:
@@ -39,12 +45,16 @@ def measure(
     if spec.clip.quantizes:
         metrics |= encoder_metrics(built.encoders.plans, list(embeddings(built, spec.candidate)))
         if "clip/rel_err" not in metrics:
-            log.info("metrics.baseline=%s has no float text encoders in memory; embeddings are not compared", spec.metrics.baseline)
+            log.info(
+                "metrics.baseline=%s has no float text encoders in memory; embeddings are not compared",
+                spec.metrics.baseline,
+            )
         elif metrics["clip/rel_err"] > MOST_EMBEDDING_ERROR:
             log.warning(
                 "the embeddings are %.0f %% from the float encoders', more than any format costs: the file is of another model, or is read "
-                "otherwise than it was written", 100 * metrics["clip/rel_err"],
-            )  # fmt: skip
+                "otherwise than it was written",
+                100 * metrics["clip/rel_err"],
+            )
         metrics["memory/text_encoder_ratio"] = built.float_text_bytes / metrics["memory/text_encoder_bytes"]
     int8 = built.denoisers.get("int8")
     metrics["memory/denoiser_bytes"] = module_bytes(int8) if int8 else built.float_bytes
@@ -89,8 +99,11 @@ def embeddings(built: Built, candidate: str) -> Iterator[tuple[Any, Any]]:
 
 
 def series_of(
-    candidate: Generation, baseline: Generation | None, quality: Sequence[SampleQuality], errors: Sequence[float]
-) -> dict[str, list[float]]:  # fmt: skip
+    candidate: Generation,
+    baseline: Generation | None,
+    quality: Sequence[SampleQuality],
+    errors: Sequence[float],
+) -> dict[str, list[float]]:
     """One value per step or frame, where there is one."""
     series: dict[str, Sequence[float]] = {"series/step_ms": step_times(candidate)}
     if baseline is not None:
@@ -102,4 +115,7 @@ def series_of(
 
 def scattered(metrics: Mapping[str, float]) -> bool:
     """Whether one step in ten took more than twice the median: a busy machine."""
-    return any(metrics.get(f"{who}/step_ms_p90", 0) > 2 * metrics.get(f"{who}/step_ms_p50", 0) for who in ("speed", "float"))
+    return any(
+        metrics.get(f"{who}/step_ms_p90", 0) > 2 * metrics.get(f"{who}/step_ms_p50", 0)
+        for who in ("speed", "float")
+    )

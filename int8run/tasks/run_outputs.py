@@ -15,16 +15,31 @@ from int8run.metrics.layers import int8_shares
 from int8run.metrics.quality import SampleQuality, key_frames
 from int8run.models.loader import library_versions
 from int8run.pipeline.build import Built
-from int8run.report.run_files import DIFFERENCE_GAIN, difference, environment, grid, save_sample, write_json, write_layers
+from int8run.report.run_files import (
+    DIFFERENCE_GAIN,
+    difference,
+    environment,
+    grid,
+    save_sample,
+    write_json,
+    write_layers,
+)
 from int8run.tasks.run_metrics import series_of
 
 log = logging.getLogger(__name__)
 
 
 def write_outputs(
-    spec: RunSpec, built: Built, candidate: Generation, baseline: Generation | None, wanted: Sequence[Sample],
-    metrics: Mapping[str, float], quality: Sequence[SampleQuality], errors: Sequence[float], out: Path,
-) -> None:  # fmt: skip
+    spec: RunSpec,
+    built: Built,
+    candidate: Generation,
+    baseline: Generation | None,
+    wanted: Sequence[Sample],
+    metrics: Mapping[str, float],
+    quality: Sequence[SampleQuality],
+    errors: Sequence[float],
+    out: Path,
+) -> None:
     """Pictures or videos, grid, tables and facts into the output folder."""
     folder = out / "images"
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,19 +51,36 @@ def write_outputs(
         shown = key_frames(len(ours))
         file, *stills = (f"images/{name}" for name in save_sample(ours, shown, folder, sample.key, rate))
         float_file, *float_stills = (
-            (f"images/{name}" for name in save_sample(floats, shown, folder, f"{sample.key}_float", rate)) if floats else [None]
+            (f"images/{name}" for name in save_sample(floats, shown, folder, f"{sample.key}_float", rate))
+            if floats
+            else [None]
         )
         caption = f"{sample.prompt} · seed {sample.seed}"
         if stills:
             rows.append((caption, []))
         for number in shown.values():
             a, b = ours[number], floats[number : number + 1]
-            rows.append((f"frame {number + 1} of {len(ours)}" if stills else caption, [*b, a, *(difference(a, f) for f in b)]))
-        about = {"key": sample.key, "prompt": sample.prompt, "seed": sample.seed, "file": file, **(quality[i].values if quality else {})}
+            rows.append(
+                (
+                    f"frame {number + 1} of {len(ours)}" if stills else caption,
+                    [*b, a, *(difference(a, f) for f in b)],
+                )
+            )
+        about = {
+            "key": sample.key,
+            "prompt": sample.prompt,
+            "seed": sample.seed,
+            "file": file,
+            **(quality[i].values if quality else {}),
+        }
         if float_file:
             about["float"] = float_file
         if stills:
-            about |= {"stills": stills, "float_stills": float_stills, **({"frames": quality[i].frames} if quality else {})}
+            about |= {
+                "stills": stills,
+                "float_stills": float_stills,
+                **({"frames": quality[i].frames} if quality else {}),
+            }
         per_sample.append(about)
     columns = ["float", our_name(spec), f"difference x {DIFFERENCE_GAIN}"] if baseline else [our_name(spec)]
     grid(rows, columns).save(out / "grid.png")
@@ -60,7 +92,10 @@ def write_outputs(
     write_json(environment_of(built), out / "environment.json")
     series = series_of(candidate, baseline, quality, errors)
     # the last file: what has it is whole
-    write_json({"metrics": metrics, "series": series, "sampling": asdict(spec.sampling), "images": per_sample}, out / "metrics.json")
+    write_json(
+        {"metrics": metrics, "series": series, "sampling": asdict(spec.sampling), "images": per_sample},
+        out / "metrics.json",
+    )
 
 
 def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]:
@@ -69,13 +104,22 @@ def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]
     share = int8_shares(built.plans, built.work, built.params)["quant/macs_int8_share"]
     int8 = [p for p in built.plans if p.keep_float is None]
     counts = f"{len(int8)} of {len(built.plans)} Linears INT8, {share:.1%} of the multiply-adds"
-    said = [("family", built.family.name), ("device", built.device), ("layers", counts if used else "all float")]
+    said = [
+        ("family", built.family.name),
+        ("device", built.device),
+        ("layers", counts if used else "all float"),
+    ]
     if used:
-        said += [("outlier", counted(p.outlier.partition(" ")[0] for p in int8)), ("rounding", counted(p.rounding for p in int8))]
+        said += [
+            ("outlier", counted(p.outlier.partition(" ")[0] for p in int8)),
+            ("rounding", counted(p.rounding for p in int8)),
+        ]
         said.append(("backend", "+".join(used)))
     if spec.lora.adapters:
         stack = spec.lora
-        strengths = ", ".join(f"{a.name} {'→'.join(f'{s * stack.strength:g}' for _, s in a.schedule)}" for a in stack.adapters)
+        strengths = ", ".join(
+            f"{a.name} {'→'.join(f'{s * stack.strength:g}' for _, s in a.schedule)}" for a in stack.adapters
+        )
         modes = built.loras.modes
         how = "baked" if spec.lora.bakes else counted(Counter(modes).elements()) if modes else "merged"
         said.append(("lora", f"{strengths} ({how})"))
@@ -84,7 +128,12 @@ def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]
         said.append((component, ", ".join(f"{word} {n}" for word, n in Counter(words).most_common())))
     preset = spec.lora.preset_for(spec.model.lora_base, spec.sampler.steps)
     if preset is not None:
-        said.append(("few steps", f"{preset.name}: {spec.sampling.steps} steps, {type(built.pipe.scheduler).__name__}"))
+        said.append(
+            (
+                "few steps",
+                f"{preset.name}: {spec.sampling.steps} steps, {type(built.pipe.scheduler).__name__}",
+            )
+        )
     if spec.compile != "none":
         said.append(("compile", spec.compile))
     if reused:

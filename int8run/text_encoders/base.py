@@ -38,18 +38,30 @@ class TextEncoders:
         one_of("clip.format", self.format, (KEEP, AUTO, *FORMATS))
         one_of("clip.kernel_backend", self.kernel_backend, kernel_backends())
         if self.format == KEEP and self.path is not None:
-            raise ConfigError(f"clip=keep leaves the text encoders as they are, and clip.path={self.path} names another; set clip=auto")
+            raise ConfigError(
+                f"clip=keep leaves the text encoders as they are, and clip.path={self.path} names another; set clip=auto"
+            )
         if self.components is not None and (isinstance(self.components, str) or not self.components):
-            raise ConfigError(f"clip.components is {self.components!r}; it takes a list, such as [text_encoder_2]; null: all")
+            raise ConfigError(
+                f"clip.components is {self.components!r}; it takes a list, such as [text_encoder_2]; null: all"
+            )
         if self.path is not None and not isinstance(self.path, str | Mapping):
-            raise ConfigError(f"clip.path is {self.path!r}; of several files it takes {{text_encoder: FILE, text_encoder_2: FILE}}")
+            raise ConfigError(
+                f"clip.path is {self.path!r}; of several files it takes {{text_encoder: FILE, text_encoder_2: FILE}}"
+            )
         if isinstance(self.path, Mapping) and not self.path:
-            raise ConfigError("clip.path is {}; it takes a file, or a mapping from components to one each; null: none")
+            raise ConfigError(
+                "clip.path is {}; it takes a file, or a mapping from components to one each; null: none"
+            )
         if self.path is not None and self.components is not None:
-            raise ConfigError("clip.components says which of the model's own encoders are quantized, and clip.path names files; set one")
+            raise ConfigError(
+                "clip.components says which of the model's own encoders are quantized, and clip.path names files; set one"
+            )
         if self.path is None and self.format in FORMATS and FORMATS[self.format].read_only:
             written = ", ".join(name for name, form in FORMATS.items() if not form.read_only)
-            raise ConfigError(f"clip={self.format} is a format that is read and not written; choose from {written}, or set clip.path")
+            raise ConfigError(
+                f"clip={self.format} is a format that is read and not written; choose from {written}, or set clip.path"
+            )
 
     @property
     def quantizes(self) -> bool:

@@ -19,7 +19,15 @@ from int8run.kernels.dequantize.reference import scale_blocks
 from int8run.layers.fusion import share_copy
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.layers.plan import Int8Settings, LayerPlan
-from int8run.layers.weight_only import BlockInt8Linear, CodedEmbedding, CodedLayer, CodedLinear, int8_weight, is_rowwise, scaled_mm_refuses
+from int8run.layers.weight_only import (
+    BlockInt8Linear,
+    CodedEmbedding,
+    CodedLayer,
+    CodedLinear,
+    int8_weight,
+    is_rowwise,
+    scaled_mm_refuses,
+)
 from int8run.models.state_dict_adapter import Layout, Part
 from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
@@ -64,7 +72,11 @@ class Kernels:
         """What reads codes as floats."""
         if self.word == "reference":
             return self.word
-        return "triton" if self.device.type == "cuda" and self.word in ("auto", "triton", DEQUANTIZE) else "eager"
+        return (
+            "triton"
+            if self.device.type == "cuda" and self.word in ("auto", "triton", DEQUANTIZE)
+            else "eager"
+        )
 
 
 @dataclass
@@ -95,8 +107,12 @@ class BuiltEncoder:
 
 
 def build_encoder(
-    skeleton: nn.Module, weights: EncoderWeights, to: Format | None, kernels: Kernels, adopt: Callable[[nn.Module], Merged] | None = None
-) -> BuiltEncoder:  # fmt: skip
+    skeleton: nn.Module,
+    weights: EncoderWeights,
+    to: Format | None,
+    kernels: Kernels,
+    adopt: Callable[[nn.Module], Merged] | None = None,
+) -> BuiltEncoder:
     """Fill a skeleton.
 
     Args:
@@ -169,12 +185,23 @@ def tell_unused(weights: EncoderWeights, layout: Layout) -> None:
     """
     check_missing(weights, layout)
     if layout.unused:
-        log.warning("%s: %d tensors have no place in the encoder (first: %s)", weights.where, len(layout.unused), layout.unused[0])
+        log.warning(
+            "%s: %d tensors have no place in the encoder (first: %s)",
+            weights.where,
+            len(layout.unused),
+            layout.unused[0],
+        )
 
 
-def plan_encoder(skeleton: nn.Module, weights: EncoderWeights, layout: Layout, to: Format | None) -> list[LayerPlan]:
+def plan_encoder(
+    skeleton: nn.Module, weights: EncoderWeights, layout: Layout, to: Format | None
+) -> list[LayerPlan]:
     """What becomes of each Linear and embedding."""
-    layers = {name: m for name, m in skeleton.named_modules() if isinstance(m, nn.Linear | nn.Embedding) and m.weight is not None}
+    layers = {
+        name: m
+        for name, m in skeleton.named_modules()
+        if isinstance(m, nn.Linear | nn.Embedding) and m.weight is not None
+    }
     usual = Counter(module.weight.dtype for module in layers.values()).most_common(1)
     plans = []
     for name, module in layers.items():
@@ -193,7 +220,9 @@ def plan_encoder(skeleton: nn.Module, weights: EncoderWeights, layout: Layout, t
     return plans
 
 
-def plan_layer(plan: LayerPlan, module: nn.Module, weights: EncoderWeights, stored: str, to: Format | None) -> None:
+def plan_layer(
+    plan: LayerPlan, module: nn.Module, weights: EncoderWeights, stored: str, to: Format | None
+) -> None:
     """A layer that is one tensor of the source."""
     word = weights.format_of(stored)
     if to is not None and word != to.name:
@@ -223,7 +252,9 @@ def keep_stored(plan: LayerPlan, module: nn.Module, word: str, codable: bool, ta
     elif table:
         plan.keep_float = f"{word}, read as float: the model asks for the table itself"
     elif type(module) not in (nn.Linear, nn.Embedding) and not hasattr(module, EMBED_SCALE):
-        plan.keep_float = f"{word}, read as float: a {type(module).__name__} does more than look up or multiply"
+        plan.keep_float = (
+            f"{word}, read as float: a {type(module).__name__} does more than look up or multiply"
+        )
     else:
         plan.rounding = word
 
@@ -239,7 +270,9 @@ def plan_format(plan: LayerPlan, module: nn.Module, encoder: Encoder, stored: st
     plan.outlier_why_not = (to.refuse(plan.out_features, plan.in_features) or "") if form is not to else ""
 
 
-def fill(skeleton: nn.Module, weights: EncoderWeights, layout: Layout, but: set[str], device: torch.device) -> None:
+def fill(
+    skeleton: nn.Module, weights: EncoderWeights, layout: Layout, but: set[str], device: torch.device
+) -> None:
     """Bring a skeleton to the device and read every parameter and buffer that has no value, except the weights of these layers; tied
     ones once."""
     left = {name + WEIGHT for name in but}
@@ -263,7 +296,11 @@ def fill(skeleton: nn.Module, weights: EncoderWeights, layout: Layout, but: set[
 def read_float(weights: EncoderWeights, parts: tuple[Part, ...], like: Tensor) -> Tensor:
     """One float parameter out of its parts."""
     read = [part.cut(check_finite(weights.where, part.key, weights.tensor(part.key))) for part in parts]
-    return torch.cat(read).to(like.dtype) if len(read) > 1 else read[0].to(like.dtype).reshape(like.shape).contiguous()
+    return (
+        torch.cat(read).to(like.dtype)
+        if len(read) > 1
+        else read[0].to(like.dtype).reshape(like.shape).contiguous()
+    )
 
 
 def check_kernels(kernels: Kernels, plans: Iterable[LayerPlan], weights: EncoderWeights) -> None:
@@ -278,8 +315,14 @@ def check_kernels(kernels: Kernels, plans: Iterable[LayerPlan], weights: Encoder
         try:
             check_backend(backend, kernels.device, ())
         except BackendError as error:
-            raise BackendError(f"clip.kernel_backend={kernels.word}: {error}; {DEQUANTIZE} runs everywhere") from error
-        if words and kernels.word not in ("auto", "triton", "reference") and not any(word.startswith("int8") for word in words):
+            raise BackendError(
+                f"clip.kernel_backend={kernels.word}: {error}; {DEQUANTIZE} runs everywhere"
+            ) from error
+        if (
+            words
+            and kernels.word not in ("auto", "triton", "reference")
+            and not any(word.startswith("int8") for word in words)
+        ):
             raise BackendError(
                 f"clip.kernel_backend={kernels.word} runs INT8 layers, and {weights.where} gives {listed(words)}; choose auto "
                 f"or {DEQUANTIZE}"
@@ -295,7 +338,9 @@ def quantized_modules(built: BuiltEncoder, plans: Iterable[LayerPlan]) -> dict[s
         for plan in plans:
             parts = built.layout.parts[plan.name + WEIGHT]
             if not is_linear(built, plan):
-                made[plan.name] = tables[parts] = tables.get(parts) or bound(built, plan, coded_layer(built, plan))
+                made[plan.name] = tables[parts] = tables.get(parts) or bound(
+                    built, plan, coded_layer(built, plan)
+                )
                 continue
             layer = coded_layer(built, plan)
             if backend is not None and is_rows(layer.weight):
@@ -308,7 +353,10 @@ def quantized_modules(built: BuiltEncoder, plans: Iterable[LayerPlan]) -> dict[s
         assert not rest, "without a backend no layer is left to it"
         return made
     tokens = dict.fromkeys((plan.name for plan in plans), built.kernels.rows)
-    return int8_layers(built.skeleton, int8_rows(), backend, NO_FALLBACK, tokens, device=built.kernels.device) | made
+    return (
+        int8_layers(built.skeleton, int8_rows(), backend, NO_FALLBACK, tokens, device=built.kernels.device)
+        | made
+    )
 
 
 def is_linear(built: BuiltEncoder, plan: LayerPlan) -> bool:
@@ -331,7 +379,9 @@ def coded_layer(built: BuiltEncoder, plan: LayerPlan) -> CodedLayer:
     changed = built.merged(plan.name, read)
     found = weights.coded(stored) if changed is None and plan.rounding == weights.format_of(stored) else None
     if found is None:  # a way of storing that has no word is one of int8's
-        form = format_for(plan.rounding if plan.rounding in FORMATS else ROWWISE, plan.out_features, plan.in_features)
+        form = format_for(
+            plan.rounding if plan.rounding in FORMATS else ROWWISE, plan.out_features, plan.in_features
+        )
         found = quantized(plan, read() if changed is None else changed, form)
     plan.outlier = found.transform.label
     device = built.kernels.device
@@ -343,9 +393,13 @@ def quantized(plan: LayerPlan, weight: Tensor, form: Format) -> CodedLayer:
     check_weight(plan, weight)
     transform = ConvRot().fit(weight, None) if form.rotated else OutlierTransform()
     plan.outlier = transform.label
-    if form.codes == torch.int8 and form.granularity == "row" and weight.device.type == "cpu":  # by a kernel, many times as fast
+    if (
+        form.codes == torch.int8 and form.granularity == "row" and weight.device.type == "cpu"
+    ):  # by a kernel, many times as fast
         rounded = rounded_rows(plan, weight, transform)
-        return CodedLayer(CodedWeight(rounded.qdata, rounded.scale, (plan.out_features, plan.in_features)), transform, None)
+        return CodedLayer(
+            CodedWeight(rounded.qdata, rounded.scale, (plan.out_features, plan.in_features)), transform, None
+        )
     x = transform.transform_weight(weight.float())
     made = form.quantize(x)
     plan.measured["weight_sqnr_db"] = sqnr_db(x, made.dequantize())
@@ -365,7 +419,9 @@ def bound(built: BuiltEncoder, plan: LayerPlan, layer: CodedLayer) -> nn.Module:
     backend = kernels.backend
     if backend is not None and layer.weight.kind == "int8":
         if isinstance(backend, AutoBackend):
-            backend = backend.chooser(kernels.device, dtype).choose(kernels.rows, block_of(layer.weight), plan.out_features)
+            backend = backend.chooser(kernels.device, dtype).choose(
+                kernels.rows, block_of(layer.weight), plan.out_features
+            )
         plan.backend_used = f"{backend.name}, in blocks"
         return BlockInt8Linear(layer, backend)
     if kernels.word == SCALED_MM and scaled_mm_refuses(layer.weight, kernels.device) is None:
@@ -390,23 +446,44 @@ def tell_counts(built: BuiltEncoder) -> None:
     chosen = [plan for plan in built.plans if plan.keep_float is None]
     where = built.weights.where
     if built.to is not None:
-        others = Counter(f"{plan.rounding}: {plan.outlier_why_not}" for plan in chosen if plan.outlier_why_not)
+        others = Counter(
+            f"{plan.rounding}: {plan.outlier_why_not}" for plan in chosen if plan.outlier_why_not
+        )
         if others:
-            log.warning("%s: %d layers cannot be %s: %s", where, others.total(), built.to.name, listed(others))
-        words = [(built.weights.format_of(source_of(built.layout.parts[plan.name + WEIGHT]) or ""), plan.rounding) for plan in chosen]
+            log.warning(
+                "%s: %d layers cannot be %s: %s", where, others.total(), built.to.name, listed(others)
+            )
+        words = [
+            (built.weights.format_of(source_of(built.layout.parts[plan.name + WEIGHT]) or ""), plan.rounding)
+            for plan in chosen
+        ]
         again = Counter(word for word, now in words if word not in ("", now))
         if again:
-            log.warning("%s: quantized layers are rounded once more, from what they stand for: %s", where, listed(again))
-    floats = Counter(plan.keep_float for plan in built.plans if plan.keep_float and "read as float" in plan.keep_float)
+            log.warning(
+                "%s: quantized layers are rounded once more, from what they stand for: %s",
+                where,
+                listed(again),
+            )
+    floats = Counter(
+        plan.keep_float for plan in built.plans if plan.keep_float and "read as float" in plan.keep_float
+    )
     if floats:
         log.warning("%s: %d quantized layers are floats in memory: %s", where, floats.total(), listed(floats))
     if built.kernels.word == SCALED_MM:
         whys = [scaled_mm_refuses(weight, built.kernels.device) for weight in coded_weights(built)]
         refused = Counter(why for why in whys if why is not None)
         if refused and refused.total() == len(whys):
-            raise BackendError(f"clip.kernel_backend={SCALED_MM} can run none of the layers of {where}: {listed(refused)}; choose auto")
+            raise BackendError(
+                f"clip.kernel_backend={SCALED_MM} can run none of the layers of {where}: {listed(refused)}; choose auto"
+            )
         if refused:
-            log.warning("clip.kernel_backend=%s: %d layers of %s are dequantized: %s", SCALED_MM, refused.total(), where, listed(refused))
+            log.warning(
+                "clip.kernel_backend=%s: %d layers of %s are dequantized: %s",
+                SCALED_MM,
+                refused.total(),
+                where,
+                listed(refused),
+            )
 
 
 def coded_weights(built: BuiltEncoder) -> list[CodedWeight]:

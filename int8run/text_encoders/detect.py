@@ -24,7 +24,9 @@ PREFIXES = re.compile(
 LORA = re.compile(r"lora_(?:up|down|mid|a|b)\b|\.(?:lokr|hada)_w", re.IGNORECASE)
 
 
-VAE = re.compile(r"(?:^|\.)(?:first_stage_model|vae)\.|^(?:encoder|decoder)\.(?:conv_in|conv1|mid|mid_block|up_blocks|downsamples)\b")
+VAE = re.compile(
+    r"(?:^|\.)(?:first_stage_model|vae)\.|^(?:encoder|decoder)\.(?:conv_in|conv1|mid|mid_block|up_blocks|downsamples)\b"
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,11 @@ def identify(shapes: Mapping[str, Shape], which: str | None = None) -> Found:
     found = encoders_in(shapes)
     if not found:
         raise FileError(f"the file holds no text encoder that is known: {what_else(shapes)}")
-    chosen = [prefix for prefix, encoder in found.items() if which in (None, encoder.name, prefix, *prefix.split("."))]
+    chosen = [
+        prefix
+        for prefix, encoder in found.items()
+        if which in (None, encoder.name, prefix, *prefix.split("."))
+    ]
     if len(chosen) != 1:
         held = ", ".join(f"{encoder.name} ({prefix or 'no prefix'})" for prefix, encoder in found.items())
         if chosen:
@@ -74,7 +80,9 @@ def identify(shapes: Mapping[str, Shape], which: str | None = None) -> Found:
         raise FileError(f"the file holds no text encoder called {which!r}; it holds {held}")
     encoder = found[chosen[0]]
     if not encoder.classes:
-        raise FileError(f"the file holds the text encoder {encoder.name}, which int8run does not support; it has {', '.join(supported())}")
+        raise FileError(
+            f"the file holds the text encoder {encoder.name}, which int8run does not support; it has {', '.join(supported())}"
+        )
     return Found(encoder, chosen[0])
 
 
@@ -84,7 +92,9 @@ def encoders_in(shapes: Mapping[str, Shape]) -> dict[str, Encoder]:
     for prefix in prefixes_of(shapes):
         # with `text_encoders.llama.` known, `text_encoders.llama.model.` is the same encoder without its head
         if not any(prefix.startswith(other) for other in found):
-            inside = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+            inside = {
+                key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)
+            }
             encoders = recognised(inside, shipped_encoders())
             if encoders:
                 found[prefix] = encoders[0]
@@ -134,5 +144,8 @@ def what_else(shapes: Mapping[str, Shape]) -> str:
         if len(missing := [key for key in mark.all if not among(key, shapes)]) < len(mark.all)
     }
     names = ", ".join(list(shapes)[:3]) or "none"
-    near = "; ".join(f"{name} would have {', '.join(missing) or 'other sizes'}" for name, missing in list(lacks.items())[:3])
+    near = "; ".join(
+        f"{name} would have {', '.join(missing) or 'other sizes'}"
+        for name, missing in list(lacks.items())[:3]
+    )
     return f"{len(shapes)} tensors, such as {names}; " + (near or f"known are {', '.join(supported())}")

@@ -20,7 +20,14 @@ from int8run.text_encoders.base import kernel_backends
 from int8run.text_encoders.build import Kernels, build_encoder, check_whole, fitted
 from int8run.text_encoders.model_config import config_of, skeleton
 from int8run.text_encoders.registry import canonical_names, encoder_named, supported
-from int8run.text_encoders.weights import EncoderFile, EncoderState, check_finite, described, naming, tensors_of
+from int8run.text_encoders.weights import (
+    EncoderFile,
+    EncoderState,
+    check_finite,
+    described,
+    naming,
+    tensors_of,
+)
 
 
 def load_text_encoder(
@@ -50,9 +57,19 @@ def load_text_encoder(
     one_of("kernel_backend", kernel_backend, kernel_backends())
     place = Path(path).expanduser()
     config = dict(read_json(place / CONFIG)) if (place / CONFIG).is_file() else {}
-    named = next((name for name in config.get("architectures") or () for known in supported().values() if name in known.classes), "")
+    named = next(
+        (
+            name
+            for name in config.get("architectures") or ()
+            for known in supported().values()
+            if name in known.classes
+        ),
+        "",
+    )
     source = EncoderFile(place, quant_format, which, named)
-    classes = sorted(source.encoder.classes, key=lambda name: name != named)  # the one that the folder names is the usual one
+    classes = sorted(
+        source.encoder.classes, key=lambda name: name != named
+    )  # the one that the folder names is the usual one
     with source.files:
         with naming(source.where):
             config = config or config_of(source.encoder, source.shapes)
@@ -76,17 +93,30 @@ def load_text_encoder(
             state[key] = torch.cat(read) if len(read) > 1 else read[0].contiguous()
     tokenizer = source.encoder.tokenizer
     return state, {
-        "encoder": source.encoder.name, "classes": classes, "config": config, "prefix": source.prefix,
-        "quant_format": {"asked": quant_format, "found": source.found}, "kernel_backend": kernel_backend, "formats": dict(source.counts),
-        "layers": layers, "read_as_float": read_as_float, "dropped": dict(dropped), "tokenizer": dict(tokenizer),
+        "encoder": source.encoder.name,
+        "classes": classes,
+        "config": config,
+        "prefix": source.prefix,
+        "quant_format": {"asked": quant_format, "found": source.found},
+        "kernel_backend": kernel_backend,
+        "formats": dict(source.counts),
+        "layers": layers,
+        "read_as_float": read_as_float,
+        "dropped": dict(dropped),
+        "tokenizer": dict(tokenizer),
         "files": [str(file) for file in source.files.files],
-    }  # fmt: skip
+    }
 
 
 def build_text_encoder(
-    state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any], class_name: str | None = None, config: Mapping[str, Any] | None = None,
-    dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu", rows: int | None = None,
-) -> nn.Module:  # fmt: skip
+    state_dict: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    class_name: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    rows: int | None = None,
+) -> nn.Module:
     """The transformers model of what `load_text_encoder` returned; quantized layers stay quantized.
 
     Args:

@@ -30,11 +30,18 @@ def take_out_spare(encoder: Encoder, shapes: Mapping[str, Shape], model: nn.Modu
         The modules that were taken out, with the reason.
     """
     there = {part.key for key in with_place(encoder, shapes)[0] for part in encoder.canonical(key)}
-    held = {name: (encoder.canonical(name)[0].key, parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    held = {
+        name: (encoder.canonical(name)[0].key, parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
     filled = {id(parameter) for key, parameter in held.values() if key in there}
     taken: dict[str, str] = {}
     for rule in encoder.spare:
-        spare = {name: parameter for name, (key, parameter) in held.items() if fnmatch.fnmatchcase(key, rule.pattern)}
+        spare = {
+            name: parameter
+            for name, (key, parameter) in held.items()
+            if fnmatch.fnmatchcase(key, rule.pattern)
+        }
         if not spare or rule.required or any(id(parameter) in filled for parameter in spare.values()):
             continue
         place = common_module(spare)
@@ -121,7 +128,9 @@ class Sizes:
         if not number:
             if "default" not in value:
                 key = value.get("count") or value.get("rows") or value["columns"]
-                raise FileError(f"the file has no {key}, which says the {name} of {self.name}; it is incomplete")
+                raise FileError(
+                    f"the file has no {key}, which says the {name} of {self.name}; it is incomplete"
+                )
             return self.referred(config, value["default"])
         if "over" not in value:
             return number
@@ -142,7 +151,9 @@ class Sizes:
             return sum(numbered.fullmatch(key) is not None for key in self.shapes)
         key, dim = (value["rows"], 0) if "rows" in value else (value["columns"], 1)
         shape = self.shapes.get(key, ())
-        return shape[dim] if len(shape) > dim and 0 not in shape else 0  # a table of no width may claim any number of rows
+        return (
+            shape[dim] if len(shape) > dim and 0 not in shape else 0
+        )  # a table of no width may claim any number of rows
 
     def referred(self, config: Mapping[str, Any], value: Any) -> Any:
         """A number, or the field that is named."""
@@ -176,14 +187,28 @@ def skeleton(class_name: str, config: Mapping[str, Any], dtype: torch.dtype) -> 
     cls, own = model_class(class_name), config
     kind = cls.config_class
     if "text_config" in config and "text_config" not in kind.sub_configs:
-        own = {name: config[name] for name in ("tie_word_embeddings",) if name in config} | dict(config["text_config"])
+        own = {name: config[name] for name in ("tie_word_embeddings",) if name in config} | dict(
+            config["text_config"]
+        )
     try:
         with init_empty_weights(include_buffers=False):
-            model = cls(kind.from_dict(copy.deepcopy(dict(own))))  # transformers completes inner ones in place
+            model = cls(
+                kind.from_dict(copy.deepcopy(dict(own)))
+            )  # transformers completes inner ones in place
         model.tie_weights()  # parameters without values were made one by one
-    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, ZeroDivisionError, StrictDataclassError) as error:
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        AssertionError,
+        ZeroDivisionError,
+        StrictDataclassError,
+    ) as error:
         reason = " ".join(str(error).split())[:300]
-        raise FileError(f"the config does not fit {class_name}: {reason}; take the one of its model") from error
+        raise FileError(
+            f"the config does not fit {class_name}: {reason}; take the one of its model"
+        ) from error
     full = set(getattr(cls, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:  # as transformers' loader does
         full |= set(getattr(cls, "_keep_in_fp32_modules", None) or ())

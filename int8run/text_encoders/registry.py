@@ -106,7 +106,12 @@ class Variant:
 
 
 # fields of an encoder that are rows of a table, and what a row is
-ROWS: Mapping[str, type] = {"fingerprints": Mark, "float_layers": FloatRule, "spare": Spare, "variants": Variant}
+ROWS: Mapping[str, type] = {
+    "fingerprints": Mark,
+    "float_layers": FloatRule,
+    "spare": Spare,
+    "variants": Variant,
+}
 
 
 @dataclass(frozen=True)
@@ -169,14 +174,18 @@ class Encoder:
         """
         names = [part.key.removesuffix(".weight") for part in self.canonical(f"{layer}.weight")]
         rules = [rule for rule in self.float_layers if not rule.formats or form in rule.formats]
-        return next((rule.why for rule in rules if any(fnmatch.fnmatchcase(name, rule.pattern) for name in names)), None)
+        return next(
+            (rule.why for rule in rules if any(fnmatch.fnmatchcase(name, rule.pattern) for name in names)),
+            None,
+        )
 
 
 @cache
 def shipped_encoders(folder: Path = ENCODERS) -> Mapping[str, Encoder]:
     """All encoders that are known, by name. Read when a job needs them."""
     return {
-        file.stem: Encoder(name=file.stem, **yaml.safe_load(file.read_text(encoding="utf-8"))) for file in sorted(folder.glob("*.yaml"))
+        file.stem: Encoder(name=file.stem, **yaml.safe_load(file.read_text(encoding="utf-8")))
+        for file in sorted(folder.glob("*.yaml"))
     }
 
 
@@ -188,7 +197,9 @@ def encoder_named(name: str) -> Encoder:
     """
     known = supported()
     if name not in known:
-        raise ConfigError(f"no text encoder called {name!r}; {suggest(name, known)}choose from {', '.join(known)}")
+        raise ConfigError(
+            f"no text encoder called {name!r}; {suggest(name, known)}choose from {', '.join(known)}"
+        )
     return known[name]
 
 
@@ -197,7 +208,9 @@ def supported() -> dict[str, Encoder]:
     return {name: encoder for name, encoder in shipped_encoders().items() if encoder.classes}
 
 
-def canonical_names(encoder: Encoder, shapes: Mapping[str, Shape]) -> tuple[dict[str, tuple[Part, ...]], dict[str, str]]:
+def canonical_names(
+    encoder: Encoder, shapes: Mapping[str, Shape]
+) -> tuple[dict[str, tuple[Part, ...]], dict[str, str]]:
     """The canonical names of a file's tensors.
 
     Args:
@@ -215,11 +228,15 @@ def canonical_names(encoder: Encoder, shapes: Mapping[str, Shape]) -> tuple[dict
         parts = encoder.canonical(key)
         if (len(parts) > 1 and first(shape) % len(parts)) or (parts[0].transposed and len(shape) != 2):
             what = " + ".join(part.key for part in parts)
-            raise FileError(f"{key} holds {what} of {encoder.name}, but its shape is {list(shape)}; the file is damaged")
+            raise FileError(
+                f"{key} holds {what} of {encoder.name}, but its shape is {list(shape)}; the file is damaged"
+            )
         rows = first(shape) // len(parts)
         for i, part in enumerate(parts):
             if part.key in found:
-                raise FileError(f"the file holds {part.key} of {encoder.name} twice: as {found[part.key][0].key} and as {key}; remove one")
+                raise FileError(
+                    f"the file holds {part.key} of {encoder.name} twice: as {found[part.key][0].key} and as {key}; remove one"
+                )
             cut = slice(i * rows, (i + 1) * rows) if len(parts) > 1 else None
             found[part.key] = (Part(key, cut, transposed=part.transposed),)
     return found, dropped
@@ -259,15 +276,24 @@ def encoder_layout(encoder: Encoder, shapes: Mapping[str, Shape], model: nn.Modu
     names = {name: encoder.canonical(name)[0].key for name in held}
     kept, dropped = with_place(encoder, shapes)
     found = to_model(kept, {names[name]: tuple(tensor.shape) for name, tensor in held.items()}, encoder.name)
-    by_tensor = {id(tensor): found.parts[names[name]] for name, tensor in reversed(held.items()) if names[name] in found.parts}
+    by_tensor = {
+        id(tensor): found.parts[names[name]]
+        for name, tensor in reversed(held.items())
+        if names[name] in found.parts
+    }
     parts = {name: found.parts.get(names[name], by_tensor.get(id(tensor))) for name, tensor in held.items()}
     patterns = [rule.pattern for rule in encoder.spare]
-    spare = {key for key in found.unused if any(fnmatch.fnmatchcase(encoder.canonical(key)[0].key, pattern) for pattern in patterns)}
+    spare = {
+        key
+        for key in found.unused
+        if any(fnmatch.fnmatchcase(encoder.canonical(key)[0].key, pattern) for pattern in patterns)
+    }
     return Layout(
         {name: those for name, those in parts.items() if those is not None},
         tuple(key for key in found.unused if key not in spare),
         tuple(name for name, those in parts.items() if those is None),
-        {**dropped, **found.dropped} | dict.fromkeys(spare, f"the {type(model).__name__} has no place for it"),
+        {**dropped, **found.dropped}
+        | dict.fromkeys(spare, f"the {type(model).__name__} has no place for it"),
     )
 
 

@@ -90,12 +90,20 @@ class EncoderFile:
         layers = stored_layers(self.files, self.prefix, None if quant_format == AUTO else quant_format)
         self.layers = {name.removeprefix(self.prefix): layer for name, layer in layers.items()}
         beside = {key for layer in layers.values() for key in layer.side_keys}
-        keys = [key for key in self.files if key.startswith(self.prefix) and key not in beside and not is_file_marker(key)]
+        keys = [
+            key
+            for key in self.files
+            if key.startswith(self.prefix) and key not in beside and not is_file_marker(key)
+        ]
         self.shapes = {key.removeprefix(self.prefix): self.files[key].shape for key in keys}
-        self.shapes |= {name + WEIGHT: (x.rows, x.columns) for name, x in self.layers.items() if len(x.shape) == 2}
+        self.shapes |= {
+            name + WEIGHT: (x.rows, x.columns) for name, x in self.layers.items() if len(x.shape) == 2
+        }
         empty = [key for key, shape in self.shapes.items() if 0 in shape]
         if empty:
-            raise FileError(f"{self.where}: {empty[0]} has the shape {list(self.shapes[empty[0]])}, it is empty; the file is damaged")
+            raise FileError(
+                f"{self.where}: {empty[0]} has the shape {list(self.shapes[empty[0]])}, it is empty; the file is damaged"
+            )
         self.check_note()
         self.check_asked()
 
@@ -117,7 +125,11 @@ class EncoderFile:
     @property
     def found(self) -> str:
         """The one format of the quantized layers, `mixed`, or `none`. Casts beside layers with scales are usual and do not count."""
-        words = {word for word in self.counts if word.removesuffix("_cast") == word or word.removesuffix("_cast") not in self.counts}
+        words = {
+            word
+            for word in self.counts
+            if word.removesuffix("_cast") == word or word.removesuffix("_cast") not in self.counts
+        }
         return words.pop() if len(words) == 1 else MIXED if words else NO_FORMAT
 
     def check_note(self) -> None:
@@ -164,7 +176,10 @@ class EncoderFile:
         padded = {name: layer for name, layer in self.layers.items() if layer.padded}
         if not padded:
             return
-        wanted = {self.encoder.canonical(name)[0].key: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        wanted = {
+            self.encoder.canonical(name)[0].key: tuple(parameter.shape)
+            for name, parameter in model.named_parameters()
+        }
         for name, layer in padded.items():
             shape = wanted.get(self.encoder.canonical(name + WEIGHT)[0].key)
             if shape is not None and layer.fits(shape):
@@ -178,7 +193,9 @@ class EncoderFile:
             return None
         layer = self.layers[name]
         weight, transform = layer.coded(self.files, self.shape_of(layer, name))
-        if is_fp8(weight.qdata) and bool((weight.qdata.view(torch.uint8) & 0x7F >= NOT_FINITE[weight.qdata.dtype]).any()):
+        if is_fp8(weight.qdata) and bool(
+            (weight.qdata.view(torch.uint8) & 0x7F >= NOT_FINITE[weight.qdata.dtype]).any()
+        ):
             raise FileError(f"{self.where}: {name + WEIGHT} holds NaN or infinity; the file is damaged")
         return CodedLayer(weight, transform, None)
 
@@ -188,7 +205,9 @@ class EncoderFile:
         if layer is not None and layer.kind != FLOAT:
             return layer.weight(self.files, shape=self.shape_of(layer, name))
         if info.dtype not in FLOATS:
-            raise FileError(f"{self.where}: {info.key} is {info.dtype} where numbers are {', '.join(FLOATS)}; the file is damaged")
+            raise FileError(
+                f"{self.where}: {info.key} is {info.dtype} where numbers are {', '.join(FLOATS)}; the file is damaged"
+            )
         return self.files.read(info.key)
 
     def shape_of(self, layer: StoredLayer, name: str) -> tuple[int, int] | None:
@@ -213,7 +232,9 @@ def told(files: TensorFiles, class_name: str, which: str | None) -> tuple[Encode
     encoder = encoder_of_class(class_name, shapes)
     if encoder is None:
         known = ", ".join(dict.fromkeys(name for known in supported().values() for name in known.classes))
-        raise FileError(f"{files.path} is a {class_name}; int8run quantizes {known}; leave it out: clip.components names the others")
+        raise FileError(
+            f"{files.path} is a {class_name}; int8run quantizes {known}; leave it out: clip.components names the others"
+        )
     return encoder, ""
 
 
@@ -229,7 +250,9 @@ class EncoderState:
         self.where = ", ".join(map(str, metadata["files"]))
         lacking = [name for name in self.layers if name + WEIGHT not in state_dict]
         if lacking:
-            raise ConfigError(f"the metadata describes {lacking[0]}, and the state_dict has no weight of it; pass what was loaded together")
+            raise ConfigError(
+                f"the metadata describes {lacking[0]}, and the state_dict has no weight of it; pass what was loaded together"
+            )
         beside = {f"{name}.{suffix}" for name in self.layers for suffix in (SCALE, GLOBAL_SCALE, FACTOR)}
         self.shapes = {key: tuple(t.shape) for key, t in state_dict.items() if key not in beside}
         self.shapes |= {name + WEIGHT: tuple(about["shape"]) for name, about in self.layers.items()}
@@ -268,31 +291,50 @@ def described(layer: CodedLayer, word: str) -> dict[str, Any]:
     """What must be known of a layer besides its tensors; plain values, `read_back` reads them."""
     weight, transform = layer.weight, layer.transform
     return {
-        "format": word, "kind": weight.kind, "shape": list(weight.shape), "block": weight.block, "swizzled": weight.swizzled,
-        "high_first": weight.high_first, "outlier": transform.method, "settings": transform.settings, "group_size": transform.group_size,
-        "sylvester": transform.sylvester, "centered": transform.centered,
-    }  # fmt: skip
+        "format": word,
+        "kind": weight.kind,
+        "shape": list(weight.shape),
+        "block": weight.block,
+        "swizzled": weight.swizzled,
+        "high_first": weight.high_first,
+        "outlier": transform.method,
+        "settings": transform.settings,
+        "group_size": transform.group_size,
+        "sylvester": transform.sylvester,
+        "centered": transform.centered,
+    }
 
 
 def tensors_of(name: str, layer: CodedLayer) -> dict[str, Tensor]:
     """A layer's tensors by the names that ComfyUI gives them."""
     found = {
-        name + WEIGHT: layer.weight.qdata, f"{name}.{SCALE}": layer.weight.scale, f"{name}.{GLOBAL_SCALE}": layer.weight.global_scale,
+        name + WEIGHT: layer.weight.qdata,
+        f"{name}.{SCALE}": layer.weight.scale,
+        f"{name}.{GLOBAL_SCALE}": layer.weight.global_scale,
         f"{name}.{FACTOR}": layer.transform.factor,
-    }  # fmt: skip
+    }
     return {key: tensor for key, tensor in found.items() if tensor is not None}
 
 
 def read_back(state: Mapping[str, Tensor], name: str, about: Mapping[str, Any]) -> CodedLayer:
     """The layer of `tensors_of` and `described`."""
     weight = CodedWeight(
-        state[name + WEIGHT], state.get(f"{name}.{SCALE}"), tuple(about["shape"]), state.get(f"{name}.{GLOBAL_SCALE}"), about["block"],
-        about["swizzled"], about["high_first"],
-    )  # fmt: skip
+        state[name + WEIGHT],
+        state.get(f"{name}.{SCALE}"),
+        tuple(about["shape"]),
+        state.get(f"{name}.{GLOBAL_SCALE}"),
+        about["block"],
+        about["swizzled"],
+        about["high_first"],
+    )
     group, sylvester = about["group_size"], about["sylvester"]
     rotation = Rotation(hadamard(group, sylvester), sylvester) if group else None
     factor = state.get(f"{name}.{FACTOR}")
-    return CodedLayer(weight, OutlierTransform(about["outlier"], about["settings"], factor, rotation, about["centered"]), None)
+    return CodedLayer(
+        weight,
+        OutlierTransform(about["outlier"], about["settings"], factor, rotation, about["centered"]),
+        None,
+    )
 
 
 def check_finite(where: str, key: str, tensor: Tensor) -> Tensor:
@@ -301,6 +343,9 @@ def check_finite(where: str, key: str, tensor: Tensor) -> Tensor:
     Raises:
         FileError: naming the tensor.
     """
-    if tensor.is_floating_point() and not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():
+    if (
+        tensor.is_floating_point()
+        and not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()
+    ):
         raise FileError(f"{where}: {key} holds NaN or infinity; the file is damaged")
     return tensor

@@ -21,9 +21,20 @@ PREFIX = "mlflow.sharedViewState."
 LONGEST_TAG = 5000  # characters; this MLflow takes 20,000, older servers no more
 QUALITY, SPEED, MEMORY = "quality/psnr_db", "speed/step_ms_p50", "memory/denoiser_bytes"
 COLUMNS = (
-    QUALITY, SPEED, "speed/ratio_vs_float", MEMORY, "memory/denoiser_ratio", "quality/ssim", "quality/latent_rel_err", "speed/images_per_s",
-    "memory/peak_bytes", "build/quantize_s", "quant/layers_int8", "quant/output_sqnr_db_mean", "lora/clipped_share",
-)  # fmt: skip
+    QUALITY,
+    SPEED,
+    "speed/ratio_vs_float",
+    MEMORY,
+    "memory/denoiser_ratio",
+    "quality/ssim",
+    "quality/latent_rel_err",
+    "speed/images_per_s",
+    "memory/peak_bytes",
+    "build/quantize_s",
+    "quant/layers_int8",
+    "quant/output_sqnr_db_mean",
+    "lora/clipped_share",
+)
 SERIES = "series/"
 RUN_NAME = "attributes.`Run Name`"
 NUMBER = re.compile(r"[-+]?(\d+[.]?\d*|[.]\d+)(e[-+]?\d+)?", re.IGNORECASE)
@@ -42,7 +53,9 @@ def varying(params: Iterable[Mapping[str, str]]) -> dict[str, list[str | None]]:
     for name in dict.fromkeys(name for run in runs for name in run):
         values = [run.get(name) for run in runs]
         owners = [owner for owner in found if name.startswith(f"{owner}.")]
-        decided = any(len(set(zip(found[owner], values, strict=True))) == len(set(found[owner])) for owner in owners)
+        decided = any(
+            len(set(zip(found[owner], values, strict=True))) == len(set(found[owner])) for owner in owners
+        )
         if len(set(values)) > 1 and not decided:
             found[name] = values
     return found
@@ -54,7 +67,10 @@ def is_axis(values: Iterable[str | None]) -> bool:
 
 
 def view_state(
-    params: Mapping[str, Sequence[str | None]], metrics: Iterable[str], image_keys: Sequence[str], sweep: str | None = None
+    params: Mapping[str, Sequence[str | None]],
+    metrics: Iterable[str],
+    image_keys: Sequence[str],
+    sweep: str | None = None,
 ) -> dict[str, Any]:
     """What the page shows.
 
@@ -69,9 +85,21 @@ def view_state(
     main = [name for name in (QUALITY, SPEED, MEMORY) if name in metrics]
     axes = [name for name in names if is_axis(params[name])]
     sections = [
-        section("Pictures: prompts x runs", [image_grid(image_keys)] if image_keys else [], height=grid_height(len(image_keys), runs)),
-        section("Settings, memory, speed, quality", [parallel(axes, main[::-1])] if axes and main else [], height=420),
-        section("Quality against speed and memory", [scatter(name, QUALITY) for name in main[1:]] if QUALITY in main else [], columns=2),
+        section(
+            "Pictures: prompts x runs",
+            [image_grid(image_keys)] if image_keys else [],
+            height=grid_height(len(image_keys), runs),
+        ),
+        section(
+            "Settings, memory, speed, quality",
+            [parallel(axes, main[::-1])] if axes and main else [],
+            height=420,
+        ),
+        section(
+            "Quality against speed and memory",
+            [scatter(name, QUALITY) for name in main[1:]] if QUALITY in main else [],
+            columns=2,
+        ),
         section("Speed, quality, memory", [bar(name) for name in main], columns=3),
         section("Step by step", [line(name) for name in metrics if name.startswith(SERIES)], columns=2),
     ]
@@ -80,9 +108,15 @@ def view_state(
     drawn = {card.get("metricKey") for part in sections for card in part["charts"]}
     others = dict.fromkeys(name.rpartition("/")[0] for name in [*image_keys, *metrics] if name not in drawn)
     sections += [section(prefix, [], open=False) for prefix in others if prefix]
-    columns = {f"params.`{name}`": name for name in names} | {f"metrics.`{name}`": name for name in COLUMNS if name in metrics}
+    columns = {f"params.`{name}`": name for name in names} | {
+        f"metrics.`{name}`": name for name in COLUMNS if name in metrics
+    }
     layouts = [{"uuid": f"section{n}", **part["layout"]} for n, part in enumerate(sections)]
-    cards = [{"metricSectionId": f"section{n}", **card} for n, part in enumerate(sections) for card in part["charts"]]
+    cards = [
+        {"metricSectionId": f"section{n}", **card}
+        for n, part in enumerate(sections)
+        for card in part["charts"]
+    ]
     return {
         "searchFilter": f"tags.sweep = '{sweep}'" if sweep else "",
         "orderByKey": "attributes.start_time",
@@ -93,7 +127,8 @@ def view_state(
         "modelVersionFilter": "All Runs",
         "selectedColumns": list(columns),
         "columnOrder": [RUN_NAME, *columns],
-        "columnWidths": {RUN_NAME: 260} | {column: max(90, 30 + 7 * len(name)) for column, name in columns.items()},
+        "columnWidths": {RUN_NAME: 260}
+        | {column: max(90, 30 + 7 * len(name)) for column, name in columns.items()},
         "runsExpanded": {},
         "runsPinned": [],
         "runsHidden": [],
@@ -113,10 +148,15 @@ def view_state(
     }
 
 
-def section(name: str, charts: Sequence[Mapping[str, Any]], columns: int = 1, height: int = 360, open: bool = True) -> dict[str, Any]:
+def section(
+    name: str, charts: Sequence[Mapping[str, Any]], columns: int = 1, height: int = 360, open: bool = True
+) -> dict[str, Any]:
     """A heading with charts below it, each `height` pixels high."""
     layout = {"name": name, "display": open, "columns": columns, "cardHeight": height}
-    return {"layout": {**layout, "isReordered": open, "deleted": False, "isGenerated": not open}, "charts": charts}
+    return {
+        "layout": {**layout, "isReordered": open, "deleted": False, "isGenerated": not open},
+        "charts": charts,
+    }
 
 
 def chart(kind: str, **settings: Any) -> dict[str, Any]:
@@ -151,7 +191,9 @@ def bar(metric: str) -> dict[str, Any]:
 
 def line(metric: str) -> dict[str, Any]:
     """A line for each run, by step, as measured: without these words MLflow smooths it."""
-    return chart("LINE", metricKey=metric, selectedMetricKeys=[metric], lineSmoothness=0, useGlobalLineSmoothing=True)
+    return chart(
+        "LINE", metricKey=metric, selectedMetricKeys=[metric], lineSmoothness=0, useGlobalLineSmoothing=True
+    )
 
 
 def view_tag(state: Mapping[str, Any], name: str) -> tuple[str, int]:
@@ -178,7 +220,10 @@ def longest_grid(state: Mapping[str, Any]) -> int:
 
 def with_pictures(state: Mapping[str, Any], kept: int) -> dict[str, Any]:
     """The state with the first `kept` picture keys."""
-    cards = [{**c, "imageKeys": c["imageKeys"][:kept]} if c["type"] == "IMAGE" else c for c in state["compareRunCharts"]]
+    cards = [
+        {**c, "imageKeys": c["imageKeys"][:kept]} if c["type"] == "IMAGE" else c
+        for c in state["compareRunCharts"]
+    ]
     return {**state, "compareRunCharts": [c for c in cards if c.get("imageKeys") != []]}
 
 
@@ -205,7 +250,9 @@ def write_view(client: "MlflowClient", experiment_id: str, key: str, state: Mapp
 def view_link(address: str, experiment_id: str, key: str, charts: bool = True) -> str:
     """The page that opens with a view: its charts, or its table."""
     mode = "CHART" if charts else "TABLE"
-    return f"{plain_link(address, experiment_id)}&viewStateShareKey={quote(key, safe='')}&compareRunsMode={mode}"
+    return (
+        f"{plain_link(address, experiment_id)}&viewStateShareKey={quote(key, safe='')}&compareRunsMode={mode}"
+    )
 
 
 def plain_link(address: str, experiment_id: str) -> str:

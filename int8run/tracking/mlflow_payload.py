@@ -22,7 +22,10 @@ LONGEST_PARAM = 500  # characters that every MLflow server takes
 LONGEST_ERROR = 5000
 SMALL = "+compressed.webp"  # how the name of MLflow's small copy of a picture ends
 KEPT = {".yaml", ".json", ".csv", ".png", ".log"}  # files at the top of the folder
-TABLES = {"layers.json": "layers.csv", "text_encoders.json": "text_encoders.csv"}  # for MLflow's page -> our file
+TABLES = {
+    "layers.json": "layers.csv",
+    "text_encoders.json": "text_encoders.csv",
+}  # for MLflow's page -> our file
 
 
 def milliseconds(seconds: float) -> int:
@@ -59,7 +62,13 @@ def first_tags(record: Record) -> dict[str, str]:
     """What is known when a job starts."""
     names = ("sweep", "config_hash", "build_key", "task", "number", "host", "pid", "process_started")
     known = {name: str(record.status[name]) for name in names if record.status.get(name) is not None}
-    return {**known, "record": identity(record), "mlflow.source.name": "int8run", "mlflow.source.type": "LOCAL", **user()}
+    return {
+        **known,
+        "record": identity(record),
+        "mlflow.source.name": "int8run",
+        "mlflow.source.type": "LOCAL",
+        **user(),
+    }
 
 
 def user() -> dict[str, str]:
@@ -99,7 +108,9 @@ def metrics(record: Record) -> list["Metric"]:
         found += [Metric(allowed(name), value, now, step) for step, value in enumerate(values)]
     for step, row in enumerate(rows(record.folder / "system.csv")):
         at = milliseconds(float(row.pop("time")))
-        found += [Metric(allowed(f"system/{name}"), float(value), at, step) for name, value in row.items() if value]
+        found += [
+            Metric(allowed(f"system/{name}"), float(value), at, step) for name, value in row.items() if value
+        ]
     return found
 
 
@@ -143,10 +154,14 @@ def picture(path: Path) -> Image.Image | None:
 
 def files(record: Record) -> Iterator[tuple[Path, str | None]]:
     """Files to keep as they are, each with the folder that it goes to. MLflow's own pictures are in `images`, so ours go to `samples`."""
-    yield from ((path, None) for path in sorted(record.folder.iterdir()) if path.suffix in KEPT and path.is_file())
+    yield from (
+        (path, None) for path in sorted(record.folder.iterdir()) if path.suffix in KEPT and path.is_file()
+    )
     folder = record.folder / "images"
     if folder.is_dir():
-        yield from ((path, "samples") for path in sorted(folder.iterdir()) if path.suffix in (".png", ".webp"))
+        yield from (
+            (path, "samples") for path in sorted(folder.iterdir()) if path.suffix in (".png", ".webp")
+        )
 
 
 def tables(record: Record) -> dict[str, dict[str, Any]]:
@@ -180,7 +195,9 @@ def dataset(record: Record) -> "DatasetInput | None":
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     settings = record.config.get("prompts") or {}
-    prompts = list(dict.fromkeys(drawn["prompt"] for drawn in record.images)) or list(settings.get("prompts") or [])
+    prompts = list(dict.fromkeys(drawn["prompt"] for drawn in record.images)) or list(
+        settings.get("prompts") or []
+    )
     if not prompts:
         return None
     name = str(record.params.get("prompts", "prompts"))

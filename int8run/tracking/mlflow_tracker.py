@@ -71,7 +71,9 @@ class MlflowTracker:
     @property
     def database(self) -> Path | None:
         """The SQLite file, when there is one."""
-        return Path(self.address.removeprefix(FILE).partition("?")[0]) if self.address.startswith(FILE) else None
+        return (
+            Path(self.address.removeprefix(FILE).partition("?")[0]) if self.address.startswith(FILE) else None
+        )
 
     @property
     def is_server(self) -> bool:
@@ -91,7 +93,9 @@ class MlflowTracker:
         """
         with self.opened(user=True) as (client, experiment_id):
             host = this_process()["host"]
-            for run in found(client, experiment_id, f"attributes.status = 'RUNNING' and tags.host = '{host}'"):
+            for run in found(
+                client, experiment_id, f"attributes.status = 'RUNNING' and tags.host = '{host}'"
+            ):
                 pid, started = (run.data.tags.get(name) for name in ("pid", "process_started"))
                 if pid and started and process_gone(host, int(pid), float(started)):
                     close(client, run, KILLED, NO_WORD)
@@ -113,7 +117,9 @@ class MlflowTracker:
         """The newest run of each config that has one."""
         with self.opened() as (client, experiment_id):
             runs = {
-                digest: found(client, experiment_id, f"attributes.status = 'FINISHED' and tags.config_hash = '{digest}'")
+                digest: found(
+                    client, experiment_id, f"attributes.status = 'FINISHED' and tags.config_hash = '{digest}'"
+                )
                 for digest in hashes
             }
         return {digest: known[-1].info.run_id for digest, known in runs.items() if known}
@@ -150,7 +156,11 @@ class MlflowTracker:
         with self.opened() as (client, experiment_id):
             left_out = patient(write_view, client, experiment_id, sweep, state)
         if left_out:
-            log.info("the dashboard's grid has room for %d of %d pictures of each run", len(keys) - left_out, len(keys))
+            log.info(
+                "the dashboard's grid has room for %d of %d pictures of each run",
+                len(keys) - left_out,
+                len(keys),
+            )
         link = view_link(self.store if self.is_server else LOCAL_SERVER, experiment_id, sweep)
         return link if self.is_server else f"{self.where()}\n          then open {link}"
 
@@ -161,7 +171,9 @@ class MlflowTracker:
 
     def where(self) -> str | None:
         """The server's address, or the command that serves the database."""
-        return self.store if self.is_server else f"mlflow server --backend-store-uri {shlex.quote(self.store)}"
+        return (
+            self.store if self.is_server else f"mlflow server --backend-store-uri {shlex.quote(self.store)}"
+        )
 
     @contextmanager
     def opened(self, user: bool = False) -> Iterator[tuple["MlflowClient", str]]:
@@ -184,7 +196,9 @@ class MlflowTracker:
         Raises:
             ConfigError: naming what is wrong with it.
         """
-        if self.address.startswith("file:") or ("://" not in self.address and not self.address.startswith("databricks")):
+        if self.address.startswith("file:") or (
+            "://" not in self.address and not self.address.startswith("databricks")
+        ):
             raise ConfigError(
                 f"tracker.uri={self.store} is a folder, in which MLflow keeps no runs any more; choose {FILE}/absolute/path/mlflow.db, "
                 "http://HOST:PORT, or null: mlflow.db in tracker.folder"
@@ -235,7 +249,9 @@ class MlflowTracker:
                     raise
                 experiment = client.get_experiment_by_name(self.experiment)  # another command was faster
         if experiment.lifecycle_stage == "deleted":
-            raise ConfigError(f"the MLflow experiment {self.experiment!r} is deleted; restore it or set tracker.experiment=<new name>")
+            raise ConfigError(
+                f"the MLflow experiment {self.experiment!r} is deleted; restore it or set tracker.experiment=<new name>"
+            )
         return client, experiment.experiment_id
 
     @property
@@ -252,7 +268,9 @@ def found(client: "MlflowClient", experiment_id: str, condition: str) -> list["R
     runs: list[Run] = []
     token: str | None = None
     while True:
-        page = client.search_runs([experiment_id], condition, order_by=["attributes.start_time ASC"], page_token=token)
+        page = client.search_runs(
+            [experiment_id], condition, order_by=["attributes.start_time ASC"], page_token=token
+        )
         runs += page
         token = page.token
         if not token:

@@ -57,7 +57,11 @@ def log_params(client: "MlflowClient", run: "Run", record: Record) -> None:
     """Those that the run does not have."""
     from mlflow.entities import Param
 
-    missing = [Param(name, value) for name, value in mlflow_payload.params(record).items() if name not in run.data.params]
+    missing = [
+        Param(name, value)
+        for name, value in mlflow_payload.params(record).items()
+        if name not in run.data.params
+    ]
     for some in pieces(missing, OTHERS_AT_ONCE):
         client.log_batch(run.info.run_id, params=some)
 
@@ -77,7 +81,11 @@ def log_files(client: "MlflowClient", run: "Run", record: Record) -> None:
 def log_images(client: "MlflowClient", run: "Run", record: Record) -> None:
     """Pictures for the image grid, at step 0, where its cards begin; not those that it has: MLflow would keep both."""
     wanted = mlflow_payload.image_files(record)
-    there = mlflow_payload.images_there(file.path for file in client.list_artifacts(run.info.run_id, "images")) if wanted else {}
+    there = (
+        mlflow_payload.images_there(file.path for file in client.list_artifacts(run.info.run_id, "images"))
+        if wanted
+        else {}
+    )
     for key, path in wanted.items():
         large = there.get(key, "")
         picture = mlflow_payload.picture(path) if large is not None else None
@@ -86,7 +94,9 @@ def log_images(client: "MlflowClient", run: "Run", record: Record) -> None:
         if large:
             log_small_copy(client, run, picture, large)
         else:
-            client.log_image(run.info.run_id, picture, key=key, step=0, timestamp=mlflow_payload.stamp(record))
+            client.log_image(
+                run.info.run_id, picture, key=key, step=0, timestamp=mlflow_payload.stamp(record)
+            )
 
 
 def log_small_copy(client: "MlflowClient", run: "Run", picture: Image, large: str) -> None:
@@ -127,7 +137,9 @@ def log_tags(client: "MlflowClient", run: "Run", record: Record) -> None:
 def end(client: "MlflowClient", run: "Run", record: Record) -> None:
     """The run ends as the record did, at that time."""
     if record.state != RUNNING:
-        client.set_terminated(run.info.run_id, record.state, milliseconds(record.ended or last_sign(record.folder)))
+        client.set_terminated(
+            run.info.run_id, record.state, milliseconds(record.ended or last_sign(record.folder))
+        )
 
 
 def last_sign(folder: Path) -> float:
@@ -141,7 +153,11 @@ def download(client: "MlflowClient", run_id: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as place:
         for file in client.list_artifacts(run_id):
             name = Path(file.path).name
-            if not file.is_dir and Path(name).suffix in mlflow_payload.KEPT and name not in mlflow_payload.TABLES:
+            if (
+                not file.is_dir
+                and Path(name).suffix in mlflow_payload.KEPT
+                and name not in mlflow_payload.TABLES
+            ):
                 Path(client.download_artifacts(run_id, file.path, place)).replace(folder / name)
         if any(file.is_dir and file.path == "samples" for file in client.list_artifacts(run_id)):
             pictures = Path(client.download_artifacts(run_id, "samples", place))

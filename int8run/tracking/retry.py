@@ -13,7 +13,10 @@ from int8run.errors import ConfigError, TrackingError
 from int8run.tracking.run_record import without_login
 
 T = TypeVar("T")
-BUSY = {"TEMPORARILY_UNAVAILABLE", "BAD_REQUEST"}  # a database that is locked; two writers made the same row at once
+BUSY = {
+    "TEMPORARILY_UNAVAILABLE",
+    "BAD_REQUEST",
+}  # a database that is locked; two writers made the same row at once
 AWAY = {"TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED"}
 PAUSES_S = (0.1, 0.5, 2.0)
 KNOCKS_S = (0.0, 1.0, 2.0)  # pauses before looking for a server: one that is started again is back by then
@@ -103,7 +106,9 @@ def is_away(error: BaseException, store: str) -> bool:
     if store.startswith("sqlite:"):
         return False
     if isinstance(error, MlflowException):
-        return error.error_code in AWAY and (store.startswith("http") or error.error_code == "TEMPORARILY_UNAVAILABLE")
+        return error.error_code in AWAY and (
+            store.startswith("http") or error.error_code == "TEMPORARILY_UNAVAILABLE"
+        )
     return isinstance(error, OSError | OperationalError)
 
 
@@ -115,5 +120,8 @@ def reason(error: BaseException) -> str:
         return system[1].strip().lower()
     if "timed out" in text.lower():
         return "it takes too long"
-    text = re.sub(r"^\(\S+Error\) | \[SQL: .*|\(Background on this error at: \S+\)", "", text).strip() or type(error).__name__
+    text = (
+        re.sub(r"^\(\S+Error\) | \[SQL: .*|\(Background on this error at: \S+\)", "", text).strip()
+        or type(error).__name__
+    )
     return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "…"

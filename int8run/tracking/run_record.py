@@ -58,7 +58,10 @@ class Record:
         if self.sweep is None:
             return self.name
         words = [word.lstrip("+").partition("=") for word in self.name.split(" ")]
-        short = [f"{key.rpartition('.')[2]}={value}" if "." in key or not value or len(words) == 1 else value for key, _, value in words]
+        short = [
+            f"{key.rpartition('.')[2]}={value}" if "." in key or not value or len(words) == 1 else value
+            for key, _, value in words
+        ]
         return " ".join(short) if all(separator for _, separator, _ in words) else self.name
 
     @property
@@ -192,7 +195,9 @@ def read_record(folder: Path) -> Record:
     path = folder / STATUS
     try:
         status = json.loads(path.read_text())
-        if status["state"] == RUNNING and process_gone(status["host"], status["pid"], status["process_started"]):
+        if status["state"] == RUNNING and process_gone(
+            status["host"], status["pid"], status["process_started"]
+        ):
             status |= {"state": KILLED, "error": NO_WORD}
         return Record(folder, status)
     except FileNotFoundError:
@@ -253,7 +258,11 @@ def short_hash(text: str) -> str:
 
 def this_process() -> dict[str, Any]:
     """Who writes a record, so that others can tell whether it is still there."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "process_started": psutil.Process().create_time()}
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_started": psutil.Process().create_time(),
+    }
 
 
 def process_gone(host: str, pid: int, started: float) -> bool:
@@ -261,7 +270,9 @@ def process_gone(host: str, pid: int, started: float) -> bool:
     if host != socket.gethostname():
         return False
     try:
-        return abs(psutil.Process(pid).create_time() - started) > 1  # the number may belong to another one by now
+        return (
+            abs(psutil.Process(pid).create_time() - started) > 1
+        )  # the number may belong to another one by now
     except psutil.NoSuchProcess:
         return True
 

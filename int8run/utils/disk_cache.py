@@ -67,7 +67,11 @@ class Store:
         limit = self.limit_gb * GB
         if size > limit:
             if limit:
-                log.info("%.1f GB are more than cache.limit_gb=%g allows; not kept for the next run", size / GB, self.limit_gb)
+                log.info(
+                    "%.1f GB are more than cache.limit_gb=%g allows; not kept for the next run",
+                    size / GB,
+                    self.limit_gb,
+                )
             return None
         path = self.path / kind / f"{key}{SUFFIX}"
         fresh = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")  # two processes may make the same
@@ -77,7 +81,11 @@ class Store:
             write(fresh)
             fresh.replace(path)
         except (OSError, FileError) as error:
-            log.warning("%s cannot be written (%s); not kept for the next run", path, getattr(error, "strerror", None) or error)
+            log.warning(
+                "%s cannot be written (%s); not kept for the next run",
+                path,
+                getattr(error, "strerror", None) or error,
+            )
             return None
         finally:
             with suppress(OSError):
@@ -110,7 +118,12 @@ class Store:
         for path, size, used in kept:
             if total <= limit:
                 return
-            log.info("cache: %s (%.1f MB, last used %s) makes room", path, size / 1e6, time.strftime("%Y-%m-%d", time.localtime(used)))
+            log.info(
+                "cache: %s (%.1f MB, last used %s) makes room",
+                path,
+                size / 1e6,
+                time.strftime("%Y-%m-%d", time.localtime(used)),
+            )
             path.unlink(missing_ok=True)
             total -= size
 
@@ -143,7 +156,11 @@ def read_hashes(path: Path) -> dict[str, list[object]]:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return {k: v for k, v in found.items() if isinstance(v, list) and len(v) == 4} if isinstance(found, dict) else {}
+    return (
+        {k: v for k, v in found.items() if isinstance(v, list) and len(v) == 4}
+        if isinstance(found, dict)
+        else {}
+    )
 
 
 def write_hashes(path: Path, known: dict[str, list[object]]) -> None:

@@ -73,7 +73,11 @@ def rows_library(cache: Path | None = None) -> ctypes.CDLL:
     Raises:
         BuildError: no compiler, it failed, or what it built cannot be loaded.
     """
-    path = built(cache or default_cache(), ROWS, (*ROWS_FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())))
+    path = built(
+        cache or default_cache(),
+        ROWS,
+        (*ROWS_FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())),
+    )
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
@@ -100,7 +104,9 @@ def built(cache: Path, source: Path = VNNI, flags: tuple[str, ...] = VNNI_FLAGS)
     target = cache / f"{source.stem}-{digest}.so"
     if target.exists():
         return target
-    fresh = cache / f"{source.stem}-{digest}.{os.getpid()}"  # renamed when whole: another process may build at the same time
+    fresh = (
+        cache / f"{source.stem}-{digest}.{os.getpid()}"
+    )  # renamed when whole: another process may build at the same time
     try:
         cache.mkdir(parents=True, exist_ok=True)
         fresh.touch()

@@ -52,10 +52,20 @@ def quantize_weight_rows(
     signs = None if rotation is None else lane_signs(rotation)
     sums = torch.empty(rows, 3, dtype=torch.float64)
     refused = rows_library().int8run_quantize_weight_rows(
-        weight.data_ptr(), DTYPES[weight.dtype], rows, columns, None if factor is None else factor.data_ptr(),
-        0 if rotation is None else rotation.group, None if signs is None else signs.data_ptr(), radix(rotation), norm(rotation),
-        q.data_ptr(), scale.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        weight.data_ptr(),
+        DTYPES[weight.dtype],
+        rows,
+        columns,
+        None if factor is None else factor.data_ptr(),
+        0 if rotation is None else rotation.group,
+        None if signs is None else signs.data_ptr(),
+        radix(rotation),
+        norm(rotation),
+        q.data_ptr(),
+        scale.data_ptr(),
+        sums.data_ptr(),
+        torch.get_num_threads(),
+    )
     signal, noise, saturated = sums.sum(0).tolist()  # the same for any number of threads
     return RowSums(refused == 0, signal, noise, int(saturated))
 
@@ -72,7 +82,9 @@ def compiled() -> bool:
     return True
 
 
-def by_torch(weight: Tensor, q: Tensor, scale: Tensor, factor: Tensor | None = None, rotation: Rotation | None = None) -> RowSums:
+def by_torch(
+    weight: Tensor, q: Tensor, scale: Tensor, factor: Tensor | None = None, rotation: Rotation | None = None
+) -> RowSums:
     """The same in torch, a few rows at a time."""
     finite, signal, noise, saturated = True, 0.0, 0.0, 0
     step = max(1, TORCH_NUMBERS // weight.shape[1])
@@ -146,12 +158,18 @@ def check(weight: Tensor, q: Tensor, scale: Tensor, factor: Tensor | None, rotat
     rows, columns = weight.shape
     given = {"weight": weight, "q": q, "scale": scale, "factor": factor}
     wanted = {
-        "weight": (weight.dtype, (rows, columns)), "q": (torch.int8, (rows, columns)), "scale": (torch.float32, (rows, 1)),
+        "weight": (weight.dtype, (rows, columns)),
+        "q": (torch.int8, (rows, columns)),
+        "scale": (torch.float32, (rows, 1)),
         "factor": (torch.float32, (columns,)),
-    }  # fmt: skip
+    }
     for name, t in given.items():
-        if t is not None and ((t.dtype, tuple(t.shape)) != wanted[name] or not t.is_contiguous() or t.device.type != "cpu"):
+        if t is not None and (
+            (t.dtype, tuple(t.shape)) != wanted[name] or not t.is_contiguous() or t.device.type != "cpu"
+        ):
             dtype, shape = wanted[name]
-            raise ValueError(f"{name} must be contiguous {dtype} {list(shape)} on the CPU, not {t.dtype} {list(t.shape)} on {t.device}")
+            raise ValueError(
+                f"{name} must be contiguous {dtype} {list(shape)} on the CPU, not {t.dtype} {list(t.shape)} on {t.device}"
+            )
     if rotation is not None and columns % rotation.group:
         raise ValueError(f"groups of {rotation.group} do not divide {columns} columns")

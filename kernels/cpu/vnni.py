@@ -14,7 +14,9 @@ PANEL = 64  # output columns of a panel, as in vnni.cpp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 ops = torch.library.Library("int8run", "FRAGMENT")
-ops.define("vnni_quantize(Tensor x, Tensor? factor, int rotation, bool sylvester, int gelu_from) -> (Tensor, Tensor)")
+ops.define(
+    "vnni_quantize(Tensor x, Tensor? factor, int rotation, bool sylvester, int gelu_from) -> (Tensor, Tensor)"
+)
 ops.define(
     "vnni_linear(Tensor q, Tensor x_scale, Tensor packed, Tensor w_scale, Tensor? bias, "
     "Tensor? down, Tensor? down_scale, Tensor? up, Tensor? up_scale, ScalarType dtype) -> Tensor"
@@ -41,7 +43,13 @@ def pack(qdata: Tensor) -> Tensor:
 def unpack(packed: Tensor, n: int, k: int) -> Tensor:
     """The inverse of `pack`: int8 [n, k]."""
     panels, rows = packed.shape[:2]
-    return packed[:, 1:].view(panels, rows - 1, PANEL, 4).transpose(1, 2).reshape(panels * PANEL, -1)[:n, :k].contiguous()
+    return (
+        packed[:, 1:]
+        .view(panels, rows - 1, PANEL, 4)
+        .transpose(1, 2)
+        .reshape(panels * PANEL, -1)[:n, :k]
+        .contiguous()
+    )
 
 
 def quantize(
@@ -63,9 +71,17 @@ def quantize(
 
 
 def linear(
-    q: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
-    down: Tensor | None = None, down_scale: Tensor | None = None, up: Tensor | None = None, up_scale: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    down: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    up: Tensor | None = None,
+    up_scale: Tensor | None = None,
+) -> Tensor:
     """`y = (q - 128) · w * w_scale * x_scale + bias`, with a low-rank branch on top of it where one is given.
 
     The branch is int8 as well: `t = q · down * down_scale * x_scale` is quantized per row and multiplied by `up`.
@@ -79,41 +95,83 @@ def linear(
     Returns:
         [M, N].
     """
-    return torch.ops.int8run.vnni_linear.default(q, x_scale, packed, w_scale, bias, down, down_scale, up, up_scale, dtype)
+    return torch.ops.int8run.vnni_linear.default(
+        q, x_scale, packed, w_scale, bias, down, down_scale, up, up_scale, dtype
+    )
 
 
-def _quantize(x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int) -> tuple[Tensor, Tensor]:
+def _quantize(
+    x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int
+) -> tuple[Tensor, Tensor]:
     if x.dtype not in DTYPES:
         x = x.float()
     if x.stride(1) != 1:
         x = x.contiguous()
     m, k = x.shape
     base = 2 if sylvester else 4
-    if rotation and (rotation < base or k % rotation or rotation & (rotation - 1) or (base == 4 and rotation.bit_length() % 2 == 0)):
+    if rotation and (
+        rotation < base
+        or k % rotation
+        or rotation & (rotation - 1)
+        or (base == 4 and rotation.bit_length() % 2 == 0)
+    ):
         raise ValueError(f"rotation must be 0 or a power of {base} that divides {k} columns, not {rotation}")
-    if factor is not None and (factor.shape != (k,) or factor.dtype != torch.float32 or not factor.is_contiguous()):
+    if factor is not None and (
+        factor.shape != (k,) or factor.dtype != torch.float32 or not factor.is_contiguous()
+    ):
         raise ValueError(f"factor must be contiguous float32 [{k}], not {factor.dtype} {list(factor.shape)}")
     q, scale = x.new_empty((m, -(-k // 4) * 4), dtype=torch.uint8), x.new_empty(m, dtype=torch.float32)
     library().int8run_quantize(
-        x.data_ptr(), DTYPES[x.dtype], m, k, x.stride(0), _pointer(factor), rotation, sylvester, gelu_from,
-        q.data_ptr(), scale.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        m,
+        k,
+        x.stride(0),
+        _pointer(factor),
+        rotation,
+        sylvester,
+        gelu_from,
+        q.data_ptr(),
+        scale.data_ptr(),
+        torch.get_num_threads(),
+    )
     return q, scale
 
 
 def _linear(
-    q: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None,
-    down: Tensor | None, down_scale: Tensor | None, up: Tensor | None, up_scale: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    down_scale: Tensor | None,
+    up: Tensor | None,
+    up_scale: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     (m, k), n, rank = q.shape, w_scale.shape[0], 0 if down_scale is None else down_scale.shape[0]
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
     y = w_scale.new_empty((m, n), dtype=dtype)
     library().int8run_linear(
-        q.data_ptr(), x_scale.data_ptr(), m, k, n, packed.data_ptr(), w_scale.data_ptr(), _pointer(bias),
-        rank, _pointer(down), _pointer(down_scale), _pointer(up), _pointer(up_scale),
-        y.data_ptr(), DTYPES[dtype], torch.get_num_threads(),
-    )  # fmt: skip
+        q.data_ptr(),
+        x_scale.data_ptr(),
+        m,
+        k,
+        n,
+        packed.data_ptr(),
+        w_scale.data_ptr(),
+        _pointer(bias),
+        rank,
+        _pointer(down),
+        _pointer(down_scale),
+        _pointer(up),
+        _pointer(up_scale),
+        y.data_ptr(),
+        DTYPES[dtype],
+        torch.get_num_threads(),
+    )
     return y
 
 
@@ -121,15 +179,25 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _fake_quantize(x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int) -> tuple[Tensor, Tensor]:
+def _fake_quantize(
+    x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int
+) -> tuple[Tensor, Tensor]:
     m, k = x.shape
     return x.new_empty((m, (k + 3) // 4 * 4), dtype=torch.uint8), x.new_empty((m,), dtype=torch.float32)
 
 
 def _fake_linear(
-    q: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None,
-    down: Tensor | None, down_scale: Tensor | None, up: Tensor | None, up_scale: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    down_scale: Tensor | None,
+    up: Tensor | None,
+    up_scale: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     return w_scale.new_empty((q.shape[0], w_scale.shape[0]), dtype=dtype)
 
 

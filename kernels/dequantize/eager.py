@@ -20,19 +20,25 @@ from int8run.kernels.dequantize.reference import (
 )
 
 
-def dequantize_int8(qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_int8(
+    qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """See the reference."""
     check_codes(qdata, torch.int8)
     return scale_(qdata.float(), scale.float(), scale_blocks(qdata.shape, scale.shape, block)).to(dtype)
 
 
-def dequantize_fp8(qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_fp8(
+    qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """See the reference."""
     check_codes(qdata, *FP8)
     return scale_(fp8_values(qdata), scale.float(), scale_blocks(qdata.shape, scale.shape, block)).to(dtype)
 
 
-def dequantize_mxfp8(qdata: Tensor, scale: Tensor, *, swizzled: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_mxfp8(
+    qdata: Tensor, scale: Tensor, *, swizzled: bool, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """See the reference."""
     check_codes(qdata, *FP8)
     n, k = qdata.shape
@@ -41,7 +47,13 @@ def dequantize_mxfp8(qdata: Tensor, scale: Tensor, *, swizzled: bool, dtype: tor
 
 
 def dequantize_nvfp4(
-    qdata: Tensor, scale: Tensor, global_scale: Tensor, *, swizzled: bool, high_first: bool, dtype: torch.dtype = torch.float32
+    qdata: Tensor,
+    scale: Tensor,
+    global_scale: Tensor,
+    *,
+    swizzled: bool,
+    high_first: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See the reference."""
     check_codes(qdata, torch.uint8)

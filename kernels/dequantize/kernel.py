@@ -91,13 +91,21 @@ def dequantize(
 
 
 def launch(
-    codes: Tensor, scale: Tensor, out: Tensor, blocks: tuple[int, int], code_format: str, scale_format: str, **options: Any
+    codes: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    blocks: tuple[int, int],
+    code_format: str,
+    scale_format: str,
+    **options: Any,
 ) -> Tensor:
     """Run the kernel over a weight and return it. codes: [N, K] or, two in a byte, [N, K / 2]; out: [N, K]."""
     n, k = out.shape
     height, width = blocks
     options = {"global_scale": None, "SWIZZLED": False, "HIGH_FIRST": False} | options
-    group = TILE if width >= k else min(width & -width, TILE)  # the largest power of two that divides the width
+    group = (
+        TILE if width >= k else min(width & -width, TILE)
+    )  # the largest power of two that divides the width
     grid = (n, ceil(k / TILE))
     with torch.cuda.device_of(codes):
         dequantize[grid](
@@ -118,7 +126,9 @@ def launch(
 
 
 @torch.library.custom_op("int8run::triton_dequantize_int8", mutates_args=())
-def dequantize_int8(qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_int8(
+    qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """See the reference."""
     check_codes(qdata, torch.int8)
     blocks = scale_blocks(qdata.shape, scale.shape, block)
@@ -127,7 +137,9 @@ def dequantize_int8(qdata: Tensor, scale: Tensor, block: int | None = None, dtyp
 
 
 @torch.library.custom_op("int8run::triton_dequantize_fp8", mutates_args=())
-def dequantize_fp8(qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_fp8(
+    qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """See the reference."""
     check_codes(qdata, *FP8)
     blocks = scale_blocks(qdata.shape, scale.shape, block)
@@ -136,18 +148,28 @@ def dequantize_fp8(qdata: Tensor, scale: Tensor, block: int | None = None, dtype
 
 
 @torch.library.custom_op("int8run::triton_dequantize_mxfp8", mutates_args=())
-def dequantize_mxfp8(qdata: Tensor, scale: Tensor, *, swizzled: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_mxfp8(
+    qdata: Tensor, scale: Tensor, *, swizzled: bool, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """See the reference."""
     check_codes(qdata, *FP8)
     n, k = qdata.shape
     scale = scale_bytes(scale, torch.float8_e8m0fnu, n, ceil(k / MXFP8_BLOCK), swizzled)
     out = qdata.new_empty(n, k, dtype=dtype)
-    return launch(qdata.view(torch.uint8), scale, out, (1, MXFP8_BLOCK), FORMATS[qdata.dtype], "e8m0", SWIZZLED=swizzled)
+    return launch(
+        qdata.view(torch.uint8), scale, out, (1, MXFP8_BLOCK), FORMATS[qdata.dtype], "e8m0", SWIZZLED=swizzled
+    )
 
 
 @torch.library.custom_op("int8run::triton_dequantize_nvfp4", mutates_args=())
 def dequantize_nvfp4(
-    qdata: Tensor, scale: Tensor, global_scale: Tensor, *, swizzled: bool, high_first: bool, dtype: torch.dtype = torch.float32
+    qdata: Tensor,
+    scale: Tensor,
+    global_scale: Tensor,
+    *,
+    swizzled: bool,
+    high_first: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See the reference."""
     check_codes(qdata, torch.uint8)
@@ -172,6 +194,12 @@ def _(qdata: Tensor, scale: Tensor, *, swizzled: bool, dtype: torch.dtype = torc
 
 @dequantize_nvfp4.register_fake
 def _(
-    qdata: Tensor, scale: Tensor, global_scale: Tensor, *, swizzled: bool, high_first: bool, dtype: torch.dtype = torch.float32
+    qdata: Tensor,
+    scale: Tensor,
+    global_scale: Tensor,
+    *,
+    swizzled: bool,
+    high_first: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     return qdata.new_empty(qdata.shape[0], 2 * qdata.shape[1], dtype=dtype)

@@ -16,7 +16,9 @@ NVFP4_BLOCK = 16
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
-def dequantize_int8(qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_int8(
+    qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """`W[n, k] = qdata[n, k] * s`: ComfyUI's int8_tensorwise (per tensor and per row), int8_blockwise, Wan-INT8's groups.
 
     Args:
@@ -34,7 +36,9 @@ def dequantize_int8(qdata: Tensor, scale: Tensor, block: int | None = None, dtyp
     return (qdata.float() * spread(scale, qdata.shape, block)).to(dtype)
 
 
-def dequantize_fp8(qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_fp8(
+    qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """`W[n, k] = qdata[n, k] * s`: float8_e4m3fn, float8_e5m2, their _rowwise, _blockwise and _block3d, DeepSeek's fp8.
 
     NaN codes stay NaN, e5m2's infinities stay infinite. Arguments, result and errors are those of `dequantize_int8`, with
@@ -44,7 +48,9 @@ def dequantize_fp8(qdata: Tensor, scale: Tensor, block: int | None = None, dtype
     return (qdata.float() * spread(scale, qdata.shape, block)).to(dtype)
 
 
-def dequantize_mxfp8(qdata: Tensor, scale: Tensor, *, swizzled: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_mxfp8(
+    qdata: Tensor, scale: Tensor, *, swizzled: bool, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """`W[n, k] = qdata[n, k] * 2**(scale[n, k // 32] - 127)`: mxfp8 of ComfyUI and of the OCP MX specification.
 
     As in the specification scale 255 is NaN and scale 0 is 2**-127; comfy-kitchen reads them as infinity and 0.
@@ -69,7 +75,13 @@ def dequantize_mxfp8(qdata: Tensor, scale: Tensor, *, swizzled: bool, dtype: tor
 
 
 def dequantize_nvfp4(
-    qdata: Tensor, scale: Tensor, global_scale: Tensor, *, swizzled: bool, high_first: bool, dtype: torch.dtype = torch.float32
+    qdata: Tensor,
+    scale: Tensor,
+    global_scale: Tensor,
+    *,
+    swizzled: bool,
+    high_first: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """`W[n, k] = E2M1[code[n, k]] * scale[n, k // 16] * global_scale`: nvfp4.
 
@@ -102,13 +114,17 @@ def check_codes(qdata: Tensor, *dtypes: torch.dtype) -> None:
     """Raise ValueError unless qdata is a matrix of one of the dtypes."""
     if qdata.dtype not in dtypes or qdata.dim() != 2 or not qdata.numel():
         names = " or ".join(map(str, dtypes))
-        raise ValueError(f"the codes are {qdata.dtype} {list(qdata.shape)}; allowed is a matrix of {names} that is not empty")
+        raise ValueError(
+            f"the codes are {qdata.dtype} {list(qdata.shape)}; allowed is a matrix of {names} that is not empty"
+        )
 
 
 def check_global_scale(scale: Tensor) -> None:
     """Raise ValueError unless the scale is one number."""
     if scale.numel() != 1 or not scale.is_floating_point():
-        raise ValueError(f"the global scale is {scale.dtype} {list(scale.shape)}; allowed is one floating-point number")
+        raise ValueError(
+            f"the global scale is {scale.dtype} {list(scale.shape)}; allowed is one floating-point number"
+        )
 
 
 def scale_blocks(weight: torch.Size, scale: torch.Size, block: int | None) -> tuple[int, int]:
@@ -139,7 +155,9 @@ def scale_blocks(weight: torch.Size, scale: torch.Size, block: int | None) -> tu
         whole = block is not None or (n % height, k % width) == (0, 0)
         if whole and grid == (ceil(n / height), ceil(k / width)):
             return height, width
-    blocks = "whole blocks (give `block` if the last ones are partial)" if block is None else f"blocks of {block}"
+    blocks = (
+        "whole blocks (give `block` if the last ones are partial)" if block is None else f"blocks of {block}"
+    )
     raise ValueError(
         f"a scale of shape {list(scale)} fits no layout of a weight [{n}, {k}] in {blocks}; allowed are one number, [N], [N, 1], "
         "[N / b, K / b], [N, K / g] and [N, K / g, 1]"

@@ -54,9 +54,18 @@ def int8_linear(
 
 
 def _launch(
-    q: Tensor, x_scale: Tensor, qdata: Tensor, w_scale: Tensor, group: int, bias: Tensor | None,
-    h: Tensor | None, up: Tensor | None, strengths: Tensor | None, out_dtype: torch.dtype, tile: list[int],
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    x_scale: Tensor,
+    qdata: Tensor,
+    w_scale: Tensor,
+    group: int,
+    bias: Tensor | None,
+    h: Tensor | None,
+    up: Tensor | None,
+    strengths: Tensor | None,
+    out_dtype: torch.dtype,
+    tile: list[int],
+) -> Tensor:
     _check(q, x_scale, qdata, w_scale, group, bias, h, up, strengths, out_dtype)
     t = Tile(*tile)
     (m, k), n = q.shape, qdata.shape[0]
@@ -64,18 +73,49 @@ def _launch(
     block_k = group_depth(t.block_k, group)
     y = torch.empty(m, n, dtype=out_dtype, device=q.device)
     _int8_linear[(triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n),)](
-        q, x_scale, qdata, w_scale, bias, h, up, strengths, y, m, n, k, rank,
-        group, group if group and w_scale.shape[0] != n else 1,
-        bias is not None, rank_block(rank), n % t.block_n == 0, k % block_k == 0,
-        t.block_m, t.block_n, block_k, t.group_m, num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
-    )  # fmt: skip
+        q,
+        x_scale,
+        qdata,
+        w_scale,
+        bias,
+        h,
+        up,
+        strengths,
+        y,
+        m,
+        n,
+        k,
+        rank,
+        group,
+        group if group and w_scale.shape[0] != n else 1,
+        bias is not None,
+        rank_block(rank),
+        n % t.block_n == 0,
+        k % block_k == 0,
+        t.block_m,
+        t.block_n,
+        block_k,
+        t.group_m,
+        num_warps=t.warps,
+        num_stages=t.stages,
+        enable_fp_fusion=True,
+    )
     return y
 
 
 def _fake(
-    q: Tensor, x_scale: Tensor, qdata: Tensor, w_scale: Tensor, group: int, bias: Tensor | None,
-    h: Tensor | None, up: Tensor | None, strengths: Tensor | None, out_dtype: torch.dtype, tile: list[int],
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    x_scale: Tensor,
+    qdata: Tensor,
+    w_scale: Tensor,
+    group: int,
+    bias: Tensor | None,
+    h: Tensor | None,
+    up: Tensor | None,
+    strengths: Tensor | None,
+    out_dtype: torch.dtype,
+    tile: list[int],
+) -> Tensor:
     return q.new_empty((q.shape[0], qdata.shape[0]), dtype=out_dtype)
 
 
@@ -90,9 +130,17 @@ def rank_block(rank: int) -> int:
 
 
 def _check(
-    q: Tensor, x_scale: Tensor, qdata: Tensor, w_scale: Tensor, group: int, bias: Tensor | None,
-    h: Tensor | None, up: Tensor | None, strengths: Tensor | None, out_dtype: torch.dtype,
-) -> None:  # fmt: skip
+    q: Tensor,
+    x_scale: Tensor,
+    qdata: Tensor,
+    w_scale: Tensor,
+    group: int,
+    bias: Tensor | None,
+    h: Tensor | None,
+    up: Tensor | None,
+    strengths: Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
     if q.dim() != 2 or qdata.dim() != 2 or q.shape[1] != qdata.shape[1] or 0 in (*q.shape, *qdata.shape):
         raise ValueError(f"q must be [M, K] and qdata [N, K], not {list(q.shape)} and {list(qdata.shape)}")
     (m, k), n = q.shape, qdata.shape[0]
@@ -105,10 +153,16 @@ def _check(
         groups = triton.cdiv(k, group)
         allowed = [(n, groups), (triton.cdiv(n, group), groups)]
     if tuple(w_scale.shape) not in allowed:
-        raise ValueError(f"w_scale must be {' or '.join(str(list(s)) for s in allowed)} for group {group}, not {list(w_scale.shape)}")
+        raise ValueError(
+            f"w_scale must be {' or '.join(str(list(s)) for s in allowed)} for group {group}, not {list(w_scale.shape)}"
+        )
     if (h is None) != (up is None):
         raise ValueError("h and up come together")
-    if h is not None and up is not None and (h.dim() != 2 or h.shape[1] == 0 or h.shape[0] != m or up.shape != (n, h.shape[1])):
+    if (
+        h is not None
+        and up is not None
+        and (h.dim() != 2 or h.shape[1] == 0 or h.shape[0] != m or up.shape != (n, h.shape[1]))
+    ):
         raise ValueError(f"h must be [{m}, R] and up [{n}, R], not {list(h.shape)} and {list(up.shape)}")
     rank = 0 if h is None else h.shape[1]
     floats = (torch.bfloat16, torch.float16, torch.float32)
@@ -123,20 +177,43 @@ def _check(
         "strengths": (strengths, (rank,), (torch.float32,)),
     }
     for name, (tensor, shape, dtypes) in wanted.items():
-        if tensor is not None and (tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous()):
+        if tensor is not None and (
+            tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous()
+        ):
             names = " or ".join(str(d) for d in dtypes)
-            raise ValueError(f"{name} must be contiguous {names} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
+            raise ValueError(
+                f"{name} must be contiguous {names} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}"
+            )
     if out_dtype not in floats:
         raise ValueError(f"out_dtype must be bfloat16, float16 or float32, not {out_dtype}")
 
 
 @triton.jit(do_not_specialize=["M"])
 def _int8_linear(
-    q_ptr, x_scale_ptr, qdata_ptr, w_scale_ptr, bias_ptr, h_ptr, up_ptr, strengths_ptr, y_ptr, M, N, K, R,
-    GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    x_scale_ptr,
+    qdata_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    h_ptr,
+    up_ptr,
+    strengths_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    R,
+    GROUP: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
     """One tile [BLOCK_M, BLOCK_N] of y. GROUP: columns that share a weight scale, 0: all; SCALE_ROWS: rows that share one."""
     # GROUP_M row blocks go through all column blocks together: the weight tile of one serves the others from L2
     blocks_n = tl.cdiv(N, BLOCK_N)
@@ -189,7 +266,9 @@ def _int8_linear(
         for r in tl.range(0, R, BLOCK_R, num_stages=1):
             ranks = r + tl.arange(0, BLOCK_R)
             rank_mask = (ranks < R)[None, :]
-            h = tl.load(h_ptr + safe_rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=rank_mask, other=0.0)
+            h = tl.load(
+                h_ptr + safe_rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=rank_mask, other=0.0
+            )
             if strengths_ptr is not None:
                 h *= tl.load(strengths_ptr + ranks, mask=ranks < R, other=0.0)[None, :]
             up = tl.load(up_ptr + safe_cols[:, None] * R + ranks[None, :], mask=rank_mask, other=0.0)

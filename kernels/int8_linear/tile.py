@@ -5,7 +5,17 @@ from dataclasses import astuple, dataclass, replace
 from itertools import product
 
 # what one program may use of a multiprocessor's shared memory, in bytes, by compute capability
-SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, 121: 101376}
+SHARED_MEMORY = {
+    80: 166912,
+    86: 101376,
+    87: 166912,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    103: 232448,
+    120: 101376,
+    121: 101376,
+}
 
 # M falls into one of these buckets, named by its largest number of rows; a tuner measures once per bucket, not once per M
 FEW, MANY = 16, 2**31 - 1
@@ -35,7 +45,11 @@ class Tile:
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
-                text = f"1 to {values[-1]}" if isinstance(values, range) else f"one of {', '.join(map(str, values))}"
+                text = (
+                    f"1 to {values[-1]}"
+                    if isinstance(values, range)
+                    else f"one of {', '.join(map(str, values))}"
+                )
                 raise ValueError(f"tile.{name} is {getattr(self, name)}; it must be {text}")
         if self.sums_per_thread > 128:
             raise ValueError(
@@ -59,8 +73,18 @@ class Tile:
 
 # Compute capability -> a tile for each bucket. None of them spills registers, and on 8.x the largest leaves room for two
 # programs on one multiprocessor (tests/support/static_gate.py); which is fastest is for a tuner to find out.
-_AMPERE = (Tile(16, 64, 256, 1, 4, 4), Tile(64, 64, 128, 8, 4, 4), Tile(64, 128, 64, 8, 4, 4), Tile(128, 128, 64, 8, 8, 4))
-_HOPPER = (Tile(16, 64, 256, 1, 4, 5), Tile(64, 64, 128, 8, 4, 4), Tile(64, 128, 128, 8, 4, 4), Tile(128, 256, 128, 8, 8, 3))
+_AMPERE = (
+    Tile(16, 64, 256, 1, 4, 4),
+    Tile(64, 64, 128, 8, 4, 4),
+    Tile(64, 128, 64, 8, 4, 4),
+    Tile(128, 128, 64, 8, 8, 4),
+)
+_HOPPER = (
+    Tile(16, 64, 256, 1, 4, 5),
+    Tile(64, 64, 128, 8, 4, 4),
+    Tile(64, 128, 128, 8, 4, 4),
+    Tile(128, 256, 128, 8, 8, 3),
+)
 _BLACKWELL = (*_HOPPER[:3], Tile(128, 128, 128, 8, 8, 4))
 DEFAULTS = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 120: _AMPERE}
 # sums per thread beyond which the kernel spills; scales per group keep two sums
@@ -85,7 +109,11 @@ def default_tile(capability: tuple[int, int], rows: int, grouped: bool = False) 
     """
     tiles = DEFAULTS[_newest(DEFAULTS, capability)]
     tile = tiles[BUCKETS.index(bucket(rows))]
-    return replace(tile, block_n=tile.block_n // 2) if tile.sums_per_thread > _most_sums(capability, grouped) else tile
+    return (
+        replace(tile, block_n=tile.block_n // 2)
+        if tile.sums_per_thread > _most_sums(capability, grouped)
+        else tile
+    )
 
 
 def candidates(capability: tuple[int, int], rows: int, grouped: bool = False) -> list[Tile]:
@@ -99,8 +127,15 @@ def candidates(capability: tuple[int, int], rows: int, grouped: bool = False) ->
     depths = (128, 256, 512) if rows <= FEW else (64, 128)
     first = default_tile(capability, rows, grouped)
     limit = SHARED_MEMORY[_newest(SHARED_MEMORY, capability)]
-    tried = [Tile(m, n, k, first.group_m, warps, stages) for (m, n, warps), k, stages in product(shapes, depths, (3, 4, 5))]
-    fitting = [t for t in tried if t.shared_bytes <= limit - 4096 and t.sums_per_thread <= _most_sums(capability, grouped)]
+    tried = [
+        Tile(m, n, k, first.group_m, warps, stages)
+        for (m, n, warps), k, stages in product(shapes, depths, (3, 4, 5))
+    ]
+    fitting = [
+        t
+        for t in tried
+        if t.shared_bytes <= limit - 4096 and t.sums_per_thread <= _most_sums(capability, grouped)
+    ]
     return [first, *(t for t in fitting if t != first)]
 
 
@@ -113,5 +148,7 @@ def _newest(table: Mapping[int, object], capability: tuple[int, int]) -> int:
     number = 10 * capability[0] + capability[1]
     known = [entry for entry in table if entry <= number]
     if not known:
-        raise ValueError(f"the kernel needs compute capability 8.0 or newer, not {capability[0]}.{capability[1]}")
+        raise ValueError(
+            f"the kernel needs compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
+        )
     return max(known)

@@ -20,9 +20,13 @@ BLOCK_M = tl.constexpr(16)  # its rows; the smallest tensor-core product, so tha
 
 
 def quantize_rowwise(
-    x: Tensor, factor: Tensor | None = None, rotation: int = 0, sylvester: bool = False, gelu_from: int = -1,
+    x: Tensor,
+    factor: Tensor | None = None,
+    rotation: int = 0,
+    sylvester: bool = False,
+    gelu_from: int = -1,
     down: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Transform each row, then round it to int8 with its own scale; ties to even.
 
     The order is GELU (tanh approximation), factor, rotation, `scale = absmax / 127`. The arithmetic is float32; what enters the
@@ -56,16 +60,44 @@ def _launch(
     if columns <= RESIDENT_K and not rotation and not rank:
         block_k = triton.next_power_of_2(columns)
         _resident[(rows,)](
-            x, factor, q, scale, columns, x.stride(0), gelu_from, factor is not None, gelu_from >= 0, block_k,
-            num_warps=resident_warps(block_k), enable_fp_fusion=True,
-        )  # fmt: skip
+            x,
+            factor,
+            q,
+            scale,
+            columns,
+            x.stride(0),
+            gelu_from,
+            factor is not None,
+            gelu_from >= 0,
+            block_k,
+            num_warps=resident_warps(block_k),
+            enable_fp_fusion=True,
+        )
         return q, scale, h
     parts, block_r = max(rotation // PART.value, 4), rank_block(rank)
     _walking[(triton.cdiv(rows, BLOCK_M.value),)](
-        x, factor, down, q, scale, h, rows, columns, rank, x.stride(0), gelu_from,
-        factor is not None, gelu_from >= 0, rotation, sylvester, block_r, columns % (parts * PART.value) == 0, parts,
-        num_warps=walking_warps(rotation, block_r), num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
+        x,
+        factor,
+        down,
+        q,
+        scale,
+        h,
+        rows,
+        columns,
+        rank,
+        x.stride(0),
+        gelu_from,
+        factor is not None,
+        gelu_from >= 0,
+        rotation,
+        sylvester,
+        block_r,
+        columns % (parts * PART.value) == 0,
+        parts,
+        num_warps=walking_warps(rotation, block_r),
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
     return q, scale, h
 
 
@@ -100,26 +132,40 @@ def _empty_outputs(x: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor, Tens
     rows, columns = x.shape
     q = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    return q, scale, torch.empty(rows, 0 if down is None else down.shape[0], dtype=torch.float32, device=x.device)
+    return (
+        q,
+        scale,
+        torch.empty(rows, 0 if down is None else down.shape[0], dtype=torch.float32, device=x.device),
+    )
 
 
 def _check(x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, down: Tensor | None) -> None:
     if x.dim() != 2 or 0 in x.shape or (x.shape[1] > 1 and x.stride(1) != 1):
-        raise ValueError(f"x must be [M, K] with neighbouring columns, not {list(x.shape)} with strides {x.stride()}")
+        raise ValueError(
+            f"x must be [M, K] with neighbouring columns, not {list(x.shape)} with strides {x.stride()}"
+        )
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x must be bfloat16, float16 or float32, not {x.dtype}")
     columns = x.shape[1]
-    if factor is not None and (factor.shape != (columns,) or factor.dtype != torch.float32 or not factor.is_contiguous()):
-        raise ValueError(f"factor must be contiguous float32 [{columns}], not {factor.dtype} {list(factor.shape)}")
+    if factor is not None and (
+        factor.shape != (columns,) or factor.dtype != torch.float32 or not factor.is_contiguous()
+    ):
+        raise ValueError(
+            f"factor must be contiguous float32 [{columns}], not {factor.dtype} {list(factor.shape)}"
+        )
     rotations = SYLVESTER_ROTATIONS if sylvester else ROTATIONS
     if rotation not in rotations or (rotation and columns % rotation):
         raise ValueError(f"rotation must be one of {rotations} and divide {columns} columns, not {rotation}")
     if down is None:
         return
     if down.dim() != 2 or down.shape[1] != columns or down.dtype != x.dtype or not down.is_contiguous():
-        raise ValueError(f"down must be contiguous {x.dtype} [R, {columns}], not {down.dtype} {list(down.shape)}")
+        raise ValueError(
+            f"down must be contiguous {x.dtype} [R, {columns}], not {down.dtype} {list(down.shape)}"
+        )
     if not 1 <= down.shape[0] <= MAX_RANK:
-        raise ValueError(f"down may have 1 to {MAX_RANK} rows, not {down.shape[0]}; merge a larger LoRA into the weight")
+        raise ValueError(
+            f"down may have 1 to {MAX_RANK} rows, not {down.shape[0]}; merge a larger LoRA into the weight"
+        )
 
 
 @triton.jit
@@ -156,9 +202,17 @@ def _gelu_and_factor(x, cols, factor_ptr, mask, gelu_from, HAS_FACTOR: tl.conste
 
 @triton.jit(do_not_specialize=["gelu_from"])
 def _resident(
-    x_ptr, factor_ptr, q_ptr, scale_ptr, K, stride_xm, gelu_from,
-    HAS_FACTOR: tl.constexpr, GELU: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    factor_ptr,
+    q_ptr,
+    scale_ptr,
+    K,
+    stride_xm,
+    gelu_from,
+    HAS_FACTOR: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """One row per program."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_K)
@@ -207,10 +261,20 @@ def _combine_pairs(parts, digit: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _transformed(
-    x_ptr, row_offsets, factor_ptr, k, K, gelu_from, signs,
-    HAS_FACTOR: tl.constexpr, GELU: tl.constexpr, ROTATION: tl.constexpr, SYLVESTER: tl.constexpr, EVEN_K: tl.constexpr,
+    x_ptr,
+    row_offsets,
+    factor_ptr,
+    k,
+    K,
+    gelu_from,
+    signs,
+    HAS_FACTOR: tl.constexpr,
+    GELU: tl.constexpr,
+    ROTATION: tl.constexpr,
+    SYLVESTER: tl.constexpr,
+    EVEN_K: tl.constexpr,
     PARTS: tl.constexpr,
-):  # fmt: skip
+):
     """Columns k .. k + 64 * PARTS after GELU, factor and rotation: PARTS float32 matrices [BLOCK_M, 64]."""
     parts = ()
     for i in tl.static_range(PARTS):
@@ -235,7 +299,9 @@ def _transformed(
         for _ in tl.static_range(ROUNDS):
             mixed = ()
             for i in tl.static_range(PARTS // 4):
-                mixed = mixed + _combine(parts[i], parts[i + PARTS // 4], parts[i + PARTS // 2], parts[i + 3 * PARTS // 4])
+                mixed = mixed + _combine(
+                    parts[i], parts[i + PARTS // 4], parts[i + PARTS // 2], parts[i + 3 * PARTS // 4]
+                )
             parts = mixed
     # the only normalisation
     NORM: tl.constexpr = ROTATION**-0.5 if ROTATION else 1.0
@@ -247,10 +313,25 @@ def _transformed(
 
 @triton.jit(do_not_specialize=["M", "gelu_from"])
 def _walking(
-    x_ptr, factor_ptr, down_ptr, q_ptr, scale_ptr, h_ptr, M, K, R, stride_xm, gelu_from,
-    HAS_FACTOR: tl.constexpr, GELU: tl.constexpr, ROTATION: tl.constexpr, SYLVESTER: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN_K: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    factor_ptr,
+    down_ptr,
+    q_ptr,
+    scale_ptr,
+    h_ptr,
+    M,
+    K,
+    R,
+    stride_xm,
+    gelu_from,
+    HAS_FACTOR: tl.constexpr,
+    GELU: tl.constexpr,
+    ROTATION: tl.constexpr,
+    SYLVESTER: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """BLOCK_M rows per program: one walk for absmax and h, one for q."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     # past the end, the last row or rank again: never stored, so the walks need no mask for them
@@ -263,14 +344,28 @@ def _walking(
     h = tl.zeros([BLOCK_M, BLOCK_R if BLOCK_R else 32], tl.float32)
     for k in range(0, K, PARTS * PART):
         parts = _transformed(
-            x_ptr, row_offsets, factor_ptr, k, K, gelu_from, signs, HAS_FACTOR, GELU, ROTATION, SYLVESTER, EVEN_K, PARTS
-        )  # fmt: skip
+            x_ptr,
+            row_offsets,
+            factor_ptr,
+            k,
+            K,
+            gelu_from,
+            signs,
+            HAS_FACTOR,
+            GELU,
+            ROTATION,
+            SYLVESTER,
+            EVEN_K,
+            PARTS,
+        )
         for i in tl.static_range(PARTS):
             magnitude = tl.maximum(magnitude, _magnitude(parts[i]))
             if BLOCK_R:
                 cols = k + i * PART + tl.arange(0, PART)
                 down_ptrs = down_ptr + safe_ranks[:, None] * K + cols[None, :]
-                down = tl.load(down_ptrs) if EVEN_K else tl.load(down_ptrs, mask=(cols < K)[None, :], other=0.0)
+                down = (
+                    tl.load(down_ptrs) if EVEN_K else tl.load(down_ptrs, mask=(cols < K)[None, :], other=0.0)
+                )
                 h = tl.dot(parts[i].to(down.dtype), tl.trans(down), h, input_precision="tf32x3")
 
     scale, inverse = _scale_of(tl.max(magnitude, axis=1))
@@ -281,8 +376,20 @@ def _walking(
 
     for k in range(0, K, PARTS * PART):
         parts = _transformed(
-            x_ptr, row_offsets, factor_ptr, k, K, gelu_from, signs, HAS_FACTOR, GELU, ROTATION, SYLVESTER, EVEN_K, PARTS
-        )  # fmt: skip
+            x_ptr,
+            row_offsets,
+            factor_ptr,
+            k,
+            K,
+            gelu_from,
+            signs,
+            HAS_FACTOR,
+            GELU,
+            ROTATION,
+            SYLVESTER,
+            EVEN_K,
+            PARTS,
+        )
         for i in tl.static_range(PARTS):
             cols = k + i * PART + tl.arange(0, PART)
             q = _to_int8(parts[i] * inverse[:, None])

@@ -7,7 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # int8run/conf and int8run/kernels are links to the folders at the top, which rglob does not follow
-FILES = sorted([*(ROOT / "int8run").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "conf").rglob("*.py")])
+FILES = sorted(
+    [*(ROOT / "int8run").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "conf").rglob("*.py")]
+)
 
 # part -> the parts of int8run that it may import, itself always included; `errors` is open to all but the kernels
 RULES = {
@@ -35,7 +37,18 @@ RULES = {
     "lora": {"checkpoints", "generate", "layers", "models", "quant"},
     "report": {"layers", "tracking", "utils"},
     # whole models
-    "ptq": {"backends", "generate", "kernels", "layers", "metrics", "models", "outlier", "quant", "report", "utils"},
+    "ptq": {
+        "backends",
+        "generate",
+        "kernels",
+        "layers",
+        "metrics",
+        "models",
+        "outlier",
+        "quant",
+        "report",
+        "utils",
+    },
     "text_encoders": {"backends", "checkpoints", "kernels", "layers", "models", "outlier", "ptq", "quant"},
     "export": {"checkpoints", "kernels", "layers", "models", "outlier", "ptq", "quant"},
     # top: settings, runs, sweeps
@@ -171,7 +184,11 @@ def imports(file):
 
 
 def ours(file):
-    return {name.removeprefix("int8run.").replace("__version__", "__init__") for name in imports(file) if name.startswith("int8run.")}
+    return {
+        name.removeprefix("int8run.").replace("__version__", "__init__")
+        for name in imports(file)
+        if name.startswith("int8run.")
+    }
 
 
 def test_the_walk_sees_what_there_is():
@@ -182,7 +199,9 @@ def test_the_walk_sees_what_there_is():
         "outlier.base",
         "quant.weight",
     }
-    assert {"hydra", "int8run.config.compose"} <= imports(ROOT / "int8run/cli.py"), "imports inside functions count"
+    assert {"hydra", "int8run.config.compose"} <= imports(ROOT / "int8run/cli.py"), (
+        "imports inside functions count"
+    )
 
 
 def test_every_part_has_a_rule_and_every_rule_a_part():
@@ -205,7 +224,11 @@ def test_no_two_parts_import_each_other():
 def concrete_imports(file):
     """Imports of a module that stands for one option of a group."""
     named = [name.split(".") for name in ours(file) if "." in name]
-    return {f"{folder}.{module}" for folder, module, *_ in named if folder in CONCRETE and module not in CONCRETE[folder]}
+    return {
+        f"{folder}.{module}"
+        for folder, module, *_ in named
+        if folder in CONCRETE and module not in CONCRETE[folder]
+    }
 
 
 def test_what_serves_all_options_names_none():
@@ -228,7 +251,11 @@ def environment_reads(tree):
     names = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
     for node in ast.walk(tree):
         attribute = isinstance(node, ast.Attribute) and node.attr in names
-        imported = isinstance(node, ast.ImportFrom) and node.module == "os" and any(a.name in names for a in node.names)
+        imported = (
+            isinstance(node, ast.ImportFrom)
+            and node.module == "os"
+            and any(a.name in names for a in node.names)
+        )
         if attribute or imported:
             yield node.lineno
 
@@ -237,8 +264,14 @@ def environment_reads(tree):
 def test_settings_come_from_the_config_and_text_goes_to_the_log(file):
     tree = ast.parse(file.read_text())
     if part_of(file) != "cli":
-        assert list(environment_reads(tree)) == [], "an environment variable that changes a run stands in no record of it"
-    prints = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"]
+        assert list(environment_reads(tree)) == [], (
+            "an environment variable that changes a run stands in no record of it"
+        )
+    prints = [
+        n.lineno
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"
+    ]
     assert prints == []
 
 
@@ -256,7 +289,11 @@ def test_kernels_is_no_package_at_the_top():
     # `cpu` is one library for several operators, tested against their references
     # with an __init__.py, whoever has the repository root on sys.path gets our folder in place of PyPI's `kernels`
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    operators = [folder for folder in (ROOT / "kernels").iterdir() if folder.is_dir() and folder.name not in ("__pycache__", "cpu")]
+    operators = [
+        folder
+        for folder in (ROOT / "kernels").iterdir()
+        if folder.is_dir() and folder.name not in ("__pycache__", "cpu")
+    ]
     assert operators
     for operator in operators:
         assert {"__init__.py", "reference.py"} <= {f.name for f in operator.iterdir()}

@@ -49,14 +49,20 @@ print("done", file=sys.stderr)
 def python(code, folder, *arguments):
     """Run code in a new interpreter in an empty folder, without the switches of this process."""
     environment = {k: v for k, v in os.environ.items() if k not in ("INT8RUN_DEBUG", "HYDRA_FULL_ERROR")}
-    ended = subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr
     return ended
 
 
 def modules():
     """Every module, by its file; the links int8run/conf and int8run/kernels are followed by hand."""
-    files = [*(ROOT / "int8run").rglob("*.py"), *(ROOT / "conf").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    files = [
+        *(ROOT / "int8run").rglob("*.py"),
+        *(ROOT / "conf").rglob("*.py"),
+        *(ROOT / "kernels").rglob("*.py"),
+    ]
     dotted = [".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for f in files]
     return sorted(name if name.startswith("int8run") else f"int8run.{name}" for name in dotted)
 

@@ -20,7 +20,10 @@ def test_the_package_list_equals_the_folders() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     # rglob does not follow the links int8run/conf and int8run/kernels
     own = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in (ROOT / "int8run").rglob("*.py")}
-    mapped = {f"int8run.{p.parent.relative_to(ROOT).as_posix().replace('/', '.')}" for p in (ROOT / "kernels").rglob("*.py")}
+    mapped = {
+        f"int8run.{p.parent.relative_to(ROOT).as_posix().replace('/', '.')}"
+        for p in (ROOT / "kernels").rglob("*.py")
+    }
     assert listed == own | mapped | {"int8run.conf", "int8run.kernels"}
 
 
@@ -49,7 +52,14 @@ def test_the_dependencies_are_what_the_package_imports() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     # torch for CUDA brings its own triton, and a CPU needs none
     extras = project["optional-dependencies"]
-    declared = project["dependencies"] + extras["triton"] + extras["comfy-kitchen"] + extras["perceptual"] + extras["ray"] + extras["slurm"]
+    declared = (
+        project["dependencies"]
+        + extras["triton"]
+        + extras["comfy-kitchen"]
+        + extras["perceptual"]
+        + extras["ray"]
+        + extras["slurm"]
+    )
     names = {re.match(r"[\w-]+", text)[0].lower() for text in declared}
     imported = set()
     for file in [*(ROOT / "int8run").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
@@ -58,7 +68,9 @@ def test_the_dependencies_are_what_the_package_imports() -> None:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.split(".")[0])
-    assert imported - set(sys.stdlib_module_names) - {"int8run"} - UNDECLARED == {IMPORTED_AS.get(n, n) for n in names - FOR_OTHERS}
+    assert imported - set(sys.stdlib_module_names) - {"int8run"} - UNDECLARED == {
+        IMPORTED_AS.get(n, n) for n in names - FOR_OTHERS
+    }
     assert names >= FOR_OTHERS | set(IMPORTED_AS), "a name that is not a dependency any more"
 
 
@@ -66,7 +78,9 @@ def test_the_dependencies_are_what_the_package_imports() -> None:
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A wheel made from the sdist, as `pip` and publishing do, and the sdist; from a copy without anything untracked."""
     folder = tmp_path_factory.mktemp("dist")
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True
+    ).stdout.split("\0")
     source = folder / "source"
     for name in filter(None, tracked):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +88,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             (source / name).symlink_to((ROOT / name).readlink())
         elif (ROOT / name).exists():
             (source / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run([sys.executable, "-m", "build", "--outdir", str(folder), str(source)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", str(folder), str(source)], check=True, capture_output=True
+    )
     return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
 
 
@@ -82,19 +98,38 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_the_wheel_holds_everything_once(built: tuple[Path, Path]) -> None:
     names = zipfile.ZipFile(built[0]).namelist()
     assert len(names) == len(set(names))
-    expected = {"int8run/" + p.relative_to(ROOT).as_posix() for top in ("conf", "kernels") for p in (ROOT / top).rglob("*.yaml")}
-    expected |= {"int8run/" + p.relative_to(ROOT).as_posix() for kind in ("*.py", "*.cpp") for p in (ROOT / "kernels").rglob(kind)}
-    expected |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "int8run" / "assets").rglob("*") if p.is_file()}
-    expected |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "int8run").rglob("*.py")} | {"int8run/py.typed"}
+    expected = {
+        "int8run/" + p.relative_to(ROOT).as_posix()
+        for top in ("conf", "kernels")
+        for p in (ROOT / top).rglob("*.yaml")
+    }
+    expected |= {
+        "int8run/" + p.relative_to(ROOT).as_posix()
+        for kind in ("*.py", "*.cpp")
+        for p in (ROOT / "kernels").rglob(kind)
+    }
+    expected |= {
+        p.relative_to(ROOT).as_posix() for p in (ROOT / "int8run" / "assets").rglob("*") if p.is_file()
+    }
+    expected |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "int8run").rglob("*.py")} | {
+        "int8run/py.typed"
+    }
     assert expected <= set(names), sorted(expected - set(names))
-    assert {n.split("/")[0] for n in names} == {"int8run", next(n for n in names if "dist-info" in n).split("/")[0]}
+    assert {n.split("/")[0] for n in names} == {
+        "int8run",
+        next(n for n in names if "dist-info" in n).split("/")[0],
+    }
 
 
 @pytest.mark.slow
 def test_a_wheel_from_the_tree_holds_the_same(built: tuple[Path, Path], tmp_path: Path) -> None:
     # discovery through the links would lose conf and kernels in one of the two
     source = built[0].parent / "source"
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(source)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(source)],
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     assert sorted(zipfile.ZipFile(wheel).namelist()) == sorted(zipfile.ZipFile(built[0]).namelist())
 
@@ -103,17 +138,30 @@ def test_a_wheel_from_the_tree_holds_the_same(built: tuple[Path, Path], tmp_path
 def test_the_sdist_holds_what_a_wheel_needs(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[1]) as archive:
         names = {n.split("/", 1)[-1] for n in archive.getnames()}
-    assert {"pyproject.toml", "LICENSE", "NOTICE", "conf/config.yaml", "kernels/hadamard/reference.py", "int8run/tasks/run.py"} <= names
+    assert {
+        "pyproject.toml",
+        "LICENSE",
+        "NOTICE",
+        "conf/config.yaml",
+        "kernels/hadamard/reference.py",
+        "int8run/tasks/run.py",
+    } <= names
 
 
 @pytest.mark.slow
 def test_an_installed_wheel_runs_from_another_folder(built: tuple[Path, Path], tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(built[0])], check=True, capture_output=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(built[0])],
+        check=True,
+        capture_output=True,
+    )
     # the dependencies are those of this environment; its own int8run, an editable one, comes after the installed one
     site = Path(
-        subprocess.run([python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True).stdout.strip()
+        subprocess.run(
+            [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True
+        ).stdout.strip()
     )
     (site / "zz_dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     elsewhere = tmp_path / "elsewhere"
@@ -127,7 +175,11 @@ def test_an_installed_wheel_runs_from_another_folder(built: tuple[Path, Path], t
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = run(python, "-c", "import int8run, int8run.kernels.hadamard.reference as k; print(int8run.__file__, k.__file__)")
+    where = run(
+        python,
+        "-c",
+        "import int8run, int8run.kernels.hadamard.reference as k; print(int8run.__file__, k.__file__)",
+    )
     assert all(Path(p).is_relative_to(site) for p in where.split()), where
     int8run = tmp_path / "env" / "bin" / "int8run"
     # -m puts the folder with the decoys at the front of sys.path

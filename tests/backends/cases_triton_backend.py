@@ -24,12 +24,17 @@ K, N = 384, 72  # ConvRot takes groups of 64, QuaRot of 128
 def layer(backend, outlier):
     weight = randn(N, K, seed=1).to(DEVICE)
     transform = outlier.fit(weight).to(DEVICE)
-    quantized = QuantizedLayer(quantize_weight(transform.transform_weight(weight)), transform, randn(N, seed=2).to(DEVICE))
+    quantized = QuantizedLayer(
+        quantize_weight(transform.transform_weight(weight)), transform, randn(N, seed=2).to(DEVICE)
+    )
     return Int8Linear(quantized, backend, torch.float32)
 
 
 def branch_on(module, rank, strengths):
-    parts = [(randn(rank, K, seed=s) / K**0.5, 0.5 * randn(N, rank, seed=s + 1)) for s in range(3, 3 + 2 * len(strengths), 2)]
+    parts = [
+        (randn(rank, K, seed=s) / K**0.5, 0.5 * randn(N, rank, seed=s + 1))
+        for s in range(3, 3 + 2 * len(strengths), 2)
+    ]
     branch = LowRankBranch(parts, torch.float32, DEVICE)
     branch.fuse(module.backend, module.transform)
     branch.set_strengths(strengths)
@@ -86,7 +91,12 @@ def test_no_rows():
 def test_one_input_column():
     weight = quantize_weight(randn(5, 1).to(DEVICE))
     x, scale = randn(3, 1).to(DEVICE), weight.scale[:, 0].contiguous()
-    assert_close("y", run_layer(BACKEND, x, BACKEND.pack(weight), scale, None), run_layer(Reference(), x, weight.qdata, scale, None), 1e-6)
+    assert_close(
+        "y",
+        run_layer(BACKEND, x, BACKEND.pack(weight), scale, None),
+        run_layer(Reference(), x, weight.qdata, scale, None),
+        1e-6,
+    )
 
 
 def test_an_input_in_another_dtype_than_the_model():

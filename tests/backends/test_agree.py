@@ -12,13 +12,25 @@ from int8run.quant.weight import QuantizedWeight, quantize_weight
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 ABLE = [
-    pytest.param(backend, device, id=f"{name}-{device}", marks=[pytest.mark.gpu] if device.type == "cuda" else [])
+    pytest.param(
+        backend, device, id=f"{name}-{device}", marks=[pytest.mark.gpu] if device.type == "cuda" else []
+    )
     for name, backend in shipped("backend").items()
     for device in DEVICES
     if usable(backend, device) and name != "comfy_kitchen"  # it rounds otherwise: test_comfy_kitchen.py
 ]
 # K = 1 is on its own: the transposed weight then has two strides of 1, and torch 2.13's _int_mm writes nothing
-SHAPES = [(1, 1, 1), (2, 8, 1), (17, 33, 1), (1, 5, 7), (3, 5, 7), (16, 1, 33), (17, 33, 130), (31, 64, 20), (80, 384, 1536)]
+SHAPES = [
+    (1, 1, 1),
+    (2, 8, 1),
+    (17, 33, 1),
+    (1, 5, 7),
+    (3, 5, 7),
+    (16, 1, 33),
+    (17, 33, 130),
+    (31, 64, 20),
+    (80, 384, 1536),
+]
 # float32: the order of scales and bias; bfloat16: one more rounding of the output, which may fall to either side
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-3}
 
@@ -26,7 +38,13 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-3}
 def run(backend, device, x, weight, bias):
     weight = QuantizedWeight(weight.qdata.to(device), weight.scale.to(device))
     x, bias = x.to(device), None if bias is None else bias.to(device)
-    y = run_layer(backend, x, backend.pack(weight), weight.scale[:, 0].contiguous(), None if bias is None else bias.float())
+    y = run_layer(
+        backend,
+        x,
+        backend.pack(weight),
+        weight.scale[:, 0].contiguous(),
+        None if bias is None else bias.float(),
+    )
     assert y.dtype == x.dtype
     return y.cpu()
 
@@ -47,7 +65,11 @@ def test_awkward_shapes(backend, device, m, n, k, with_bias, dtype):
 
 @pytest.mark.parametrize(("backend", "device"), ABLE)
 def test_float16(backend, device):
-    x, weight, bias = randn(5, 40, dtype=torch.float16), quantize_weight(randn(6, 40, seed=1)), randn(6, seed=2, dtype=torch.float16)
+    x, weight, bias = (
+        randn(5, 40, dtype=torch.float16),
+        quantize_weight(randn(6, 40, seed=1)),
+        randn(6, seed=2, dtype=torch.float16),
+    )
     expected = run_layer(Reference(), x, weight.qdata, weight.scale[:, 0], bias)
     assert_close(backend.name, run(backend, device, x, weight, bias), expected, 5e-4)
 
@@ -88,8 +110,12 @@ ROTATIONS = {
 def run_rotated(backend, device, x, weight, rotation, factor, gelu_from):
     weight = QuantizedWeight(weight.qdata.to(device), weight.scale.to(device))
     rotation = rotation._replace(matrix=rotation.matrix.to(device))
-    quantized = backend.quantize(x.to(device), None if factor is None else factor.to(device), rotation, gelu_from, None)
-    return backend.linear(quantized, backend.pack(weight), weight.scale[:, 0].contiguous(), None, x.dtype, None, None).cpu()
+    quantized = backend.quantize(
+        x.to(device), None if factor is None else factor.to(device), rotation, gelu_from, None
+    )
+    return backend.linear(
+        quantized, backend.pack(weight), weight.scale[:, 0].contiguous(), None, x.dtype, None, None
+    ).cpu()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -97,9 +123,16 @@ def run_rotated(backend, device, x, weight, rotation, factor, gelu_from):
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize(("backend", "device"), ABLE)
 def test_rotations(backend, device, rotation, before, dtype):
-    x, weight, factor = 2 * randn(9, 384), quantize_weight(randn(20, 384, seed=1)), randn(384, seed=2).abs() + 0.5
+    x, weight, factor = (
+        2 * randn(9, 384),
+        quantize_weight(randn(20, 384, seed=1)),
+        randn(384, seed=2).abs() + 0.5,
+    )
     steps = (weight, ROTATIONS[rotation], factor if before else None, 100 if before else -1)
-    y, expected = run_rotated(backend, device, x.to(dtype), *steps), run_rotated(Reference(), "cpu", x.to(dtype).float(), *steps)
+    y, expected = (
+        run_rotated(backend, device, x.to(dtype), *steps),
+        run_rotated(Reference(), "cpu", x.to(dtype).float(), *steps),
+    )
     # a sum in another order moves an integer at a tie now and then; the eager backends round to bfloat16 between the steps
     assert_close(backend.name, y, expected, {torch.float32: 1e-3, torch.bfloat16: 2e-2}[dtype])
 
@@ -117,7 +150,9 @@ STRIDED = {
 @pytest.mark.parametrize("layout", STRIDED)
 @pytest.mark.parametrize(("backend", "device"), ABLE)
 def test_inputs_that_are_not_contiguous(backend, device, layout):
-    expect_agreement(backend, device, STRIDED[layout](), quantize_weight(randn(10, 24, seed=1)), randn(10, seed=2))
+    expect_agreement(
+        backend, device, STRIDED[layout](), quantize_weight(randn(10, 24, seed=1)), randn(10, seed=2)
+    )
 
 
 @pytest.mark.parametrize(("backend", "device"), ABLE)

@@ -59,7 +59,9 @@ def seconds(monkeypatch):
 
 
 def chooser(tmp_path, *backends, dtype=torch.float32, rounds=3):
-    return AutoBackend({b.name: b for b in backends}, rounds, str(tmp_path / "choices" / "table.json")).chooser(CPU, dtype)
+    return AutoBackend(
+        {b.name: b for b in backends}, rounds, str(tmp_path / "choices" / "table.json")
+    ).chooser(CPU, dtype)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,12 @@ def chooser(tmp_path, *backends, dtype=torch.float32, rounds=3):
         ([0.0, 5.0], [9.0, 1.0], "exact"),
         ([3.0, 3.0, 3.0, 3.0], [1.0, 1.0, 90.0, 1.0], "exact"),
     ],
-    ids=["exact is faster", "reference is faster", "the warm-up does not count", "one slow round does not count"],
+    ids=[
+        "exact is faster",
+        "reference is faster",
+        "the warm-up does not count",
+        "one slow round does not count",
+    ],
 )
 def test_the_least_median_wins(tmp_path, seconds, reference, exact, winner):
     seconds.update(reference=reference, exact=exact)
@@ -108,7 +115,9 @@ def test_a_candidate_that_cannot_run_here_takes_no_part(tmp_path, seconds):
 
 
 def test_no_candidate_for_the_device(tmp_path):
-    with pytest.raises(BackendError, match=r"backend=auto has no candidate for cpu: gpu_only: runs on cuda, not on cpu$"):
+    with pytest.raises(
+        BackendError, match=r"backend=auto has no candidate for cpu: gpu_only: runs on cuda, not on cpu$"
+    ):
         chooser(tmp_path, GpuOnly())
 
 
@@ -122,7 +131,9 @@ def test_a_second_chooser_reads_the_table_and_measures_nothing(tmp_path, seconds
     assert second.choose(4, 16, 8).name == "exact" and second.measured == 0
 
 
-@pytest.mark.parametrize("rows", [(5, 16, 8), (4, 17, 8), (4, 16, 9)], ids=["rows", "in_features", "out_features"])
+@pytest.mark.parametrize(
+    "rows", [(5, 16, 8), (4, 17, 8), (4, 16, 9)], ids=["rows", "in_features", "out_features"]
+)
 def test_another_shape_is_measured_on_its_own(tmp_path, seconds, rows):
     seconds.update(reference=[2.0], exact=[1.0])
     ours = chooser(tmp_path, Reference(), Exact())
@@ -134,7 +145,10 @@ def test_another_shape_is_measured_on_its_own(tmp_path, seconds, rows):
 def test_other_candidates_or_another_dtype_are_measured_anew(tmp_path, seconds):
     seconds.update(reference=[2.0], exact=[1.0], saturating=[0.0])
     chooser(tmp_path, Reference(), Exact()).choose(4, 16, 8)
-    for again in (chooser(tmp_path, Reference(), Exact(), Saturating()), chooser(tmp_path, Reference(), Exact(), dtype=torch.bfloat16)):
+    for again in (
+        chooser(tmp_path, Reference(), Exact(), Saturating()),
+        chooser(tmp_path, Reference(), Exact(), dtype=torch.bfloat16),
+    ):
         again.choose(4, 16, 8)
         assert again.measured == 1
     assert len(json.loads((tmp_path / "choices" / "table.json").read_text())) == 3

@@ -14,7 +14,9 @@ from int8run.outlier.none import NoOutlier
 from int8run.outlier.quarot import QuaRot
 from int8run.quant.weight import quantize_weight
 
-needs_package = pytest.mark.skipif(not usable(ComfyKitchen(), CPU), reason="; ".join(ComfyKitchen.limits.refuse(CPU)))
+needs_package = pytest.mark.skipif(
+    not usable(ComfyKitchen(), CPU), reason="; ".join(ComfyKitchen.limits.refuse(CPU))
+)
 
 
 @needs_package
@@ -23,7 +25,11 @@ needs_package = pytest.mark.skipif(not usable(ComfyKitchen(), CPU), reason="; ".
 def test_close_to_the_float_layer(outlier, dtype):
     x, weight, bias = randn(20, 256, dtype=dtype), randn(40, 256, seed=1), randn(40, seed=2)
     transform = outlier.fit(weight)
-    layer = Int8Linear(QuantizedLayer(quantize_weight(transform.transform_weight(weight)), transform, bias), ComfyKitchen(), dtype)
+    layer = Int8Linear(
+        QuantizedLayer(quantize_weight(transform.transform_weight(weight)), transform, bias),
+        ComfyKitchen(),
+        dtype,
+    )
     assert_close("layer", layer(x).float(), x.float() @ weight.T + bias, 0.02)
 
 
@@ -31,7 +37,12 @@ def test_close_to_the_float_layer(outlier, dtype):
 def test_close_to_the_definition():
     x, weight = randn(5, 40), quantize_weight(randn(16, 40, seed=1))
     expected = (x @ weight.dequantize().T).float()
-    assert_close("product", run_layer(ComfyKitchen(), x, weight.qdata, weight.scale[:, 0].contiguous(), None), expected, 0.02)
+    assert_close(
+        "product",
+        run_layer(ComfyKitchen(), x, weight.qdata, weight.scale[:, 0].contiguous(), None),
+        expected,
+        0.02,
+    )
 
 
 def test_the_product_is_left_a_regular_rotation_and_no_other():
@@ -44,4 +55,6 @@ def test_the_product_is_left_a_regular_rotation_and_no_other():
 
 def test_without_the_package_the_reason_is_said(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "needs the Python package comfy_kitchen (pip install comfy-kitchen)" in ComfyKitchen.limits.refuse(CPU)
+    assert "needs the Python package comfy_kitchen (pip install comfy-kitchen)" in ComfyKitchen.limits.refuse(
+        CPU
+    )

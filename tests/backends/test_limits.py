@@ -14,7 +14,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def cpu_without_vnni(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_vnni": False, "architecture": "x86_64"})
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_vnni": False, "architecture": "x86_64"}
+    )
 
 
 @pytest.mark.parametrize("backend", shipped("backend").values(), ids=lambda b: b.name)
@@ -37,7 +39,9 @@ def test_a_layer_too_wide_for_32_bit_sums_is_refused(backend):
 def test_a_missing_compiler_or_package_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert Limits(compiler=True).refuse(CPU) == ["needs a C++ compiler on the PATH (g++, clang++, c++)"]
-    assert Limits(modules=("no_such_package",)).refuse(CPU) == ["needs the Python package no_such_package (pip install no-such-package)"]
+    assert Limits(modules=("no_such_package",)).refuse(CPU) == [
+        "needs the Python package no_such_package (pip install no-such-package)"
+    ]
 
 
 def test_onednn_stays_on_the_cpu():

@@ -25,9 +25,13 @@ def test_a_word_makes_what_the_command_line_makes(name: str) -> None:
 
 def test_settings_are_read_anew_each_time() -> None:
     assert shipped_backend("auto") is not shipped_backend("auto")
-    assert read_option("auto")["_target_"] and "defaults" in read_option("auto"), "making one leaves the option alone"
+    assert read_option("auto")["_target_"] and "defaults" in read_option("auto"), (
+        "making one leaves the option alone"
+    )
     made = shipped_backend("auto")
-    assert {key: backend.name for key, backend in made.candidates.items()} == {key: key for key in made.candidates}
+    assert {key: backend.name for key, backend in made.candidates.items()} == {
+        key: key for key in made.candidates
+    }
     assert made.last_resort.name == "reference"
 
 

@@ -73,7 +73,12 @@ def test_a_tile_that_was_asked_for_is_not_tuned(tmp_path, hopper):
 def test_a_config_names_all_fields_of_a_tile_or_none():
     assert tile(None, None, None, None, None, None) is None
     assert tile(128, 64, 64, 8, 4, 3) == Tile(128, 64, 64, 8, 4, 3)
-    with pytest.raises(ConfigError, match=re.escape("backend.tile needs all of its fields or none; missing: backend.tile.block_n, ")):
+    with pytest.raises(
+        ConfigError,
+        match=re.escape("backend.tile needs all of its fields or none; missing: backend.tile.block_n, "),
+    ):
         tile(128, None, 64, 8, 4, None)
-    with pytest.raises(ConfigError, match=re.escape("backend.tile.block_m is 100; it must be one of 16, 32, 64, 128, 256")):
+    with pytest.raises(
+        ConfigError, match=re.escape("backend.tile.block_m is 100; it must be one of 16, 32, 64, 128, 256")
+    ):
         tile(100, 64, 64, 8, 4, 3)

@@ -21,14 +21,27 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
     "--disable-sync",
-]  # fmt: skip
+]
 # MLflow's page opens its assistant over the runs when a browser sees it for the first time
-NO_ASSISTANT = "try { localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true') } catch {}"
+NO_ASSISTANT = (
+    "try { localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true') } catch {}"
+)
 # what MLflow 3.17's own page complains about: a server without users has no current one, and charts that draw before they know how large
 # they are
-MLFLOW_COMPLAINTS = ("/mlflow/users/current", "<g> attribute", "<path> attribute", "<rect> attribute", "ResizeObserver loop completed")
+MLFLOW_COMPLAINTS = (
+    "/mlflow/users/current",
+    "<g> attribute",
+    "<path> attribute",
+    "<rect> attribute",
+    "ResizeObserver loop completed",
+)
 
 
 def installed() -> str | None:
@@ -70,7 +83,12 @@ def watch(page: Page, home: str, known: tuple[str, ...] = ()) -> Watch:
         if not url.startswith((home, "data:", "blob:")):
             seen.outside.append(url)
 
-    page.on("console", lambda message: complain(f"{message.text} ({message.location['url']})") if message.type == "error" else None)
+    page.on(
+        "console",
+        lambda message: (
+            complain(f"{message.text} ({message.location['url']})") if message.type == "error" else None
+        ),
+    )
     page.on("pageerror", lambda error: complain(str(error)))
     page.on("request", lambda request: ask(request.url))
     return seen
@@ -82,12 +100,27 @@ def mlflow_server(store: str, log: Path, timeout_s: float = 120) -> Iterator[str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     # two processes in place of ten, and nobody outside is asked
     settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with log.open("w") as output:
         server = subprocess.Popen(
-            [*command, "--backend-store-uri", store], env=os.environ | settings, stdout=output, stderr=output, start_new_session=True
+            [*command, "--backend-store-uri", store],
+            env=os.environ | settings,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
         try:
             address = f"http://127.0.0.1:{port}"

@@ -32,9 +32,15 @@ def log_run(client, experiment_id, sweep, strength, outlier):
     now = int(time.time() * 1000)
     series = [Metric("series/step_ms", 20 + step, now, step) for step in range(4)]
     params = {"model": "tiny", "outlier": outlier, "lora.strength": str(strength)}
-    client.log_batch(run_id, [Metric(k, v, now, 0) for k, v in values.items()] + series, [Param(k, v) for k, v in params.items()])
+    client.log_batch(
+        run_id,
+        [Metric(k, v, now, 0) for k, v in values.items()] + series,
+        [Param(k, v) for k, v in params.items()],
+    )
     for key in KEYS:
-        client.log_image(run_id, Image.new("RGB", (64, 64), (200, int(200 * strength), 80 * rotated)), key=key, step=0)
+        client.log_image(
+            run_id, Image.new("RGB", (64, 64), (200, int(200 * strength), 80 * rotated)), key=key, step=0
+        )
     client.set_terminated(run_id)
     return name
 
@@ -57,7 +63,12 @@ def shared(browser, tmp_path_factory):
         metrics = {name for run in runs for name in run.data.metrics}
         # a single picture has no grid, and a single run nothing that varies
         keys = KEYS if sweep == "first" else KEYS[:1]
-        write_view(client, experiment_id, sweep, view_state(varying(run.data.params for run in runs), metrics, keys, sweep))
+        write_view(
+            client,
+            experiment_id,
+            sweep,
+            view_state(varying(run.data.params for run in runs), metrics, keys, sweep),
+        )
     with mlflow_server(store, folder / "server.log") as address:
         yield address, experiment_id, names
 
@@ -90,7 +101,9 @@ def shown_runs(page, count):
 
 def wait_for_pictures(page, count):
     """Until that many pictures of runs are drawn, and none is broken."""
-    loaded = "[...document.querySelectorAll('img[src*=\"get-artifact\"]')].filter(i => i.naturalWidth > 0).length"
+    loaded = (
+        "[...document.querySelectorAll('img[src*=\"get-artifact\"]')].filter(i => i.naturalWidth > 0).length"
+    )
     page.wait_for_function(f"{loaded} === {count}")
 
 
@@ -106,19 +119,36 @@ def test_the_charts_of_a_sweep(opened, shared):
     parallel.scroll_into_view_if_needed()
     parallel.locator("svg .dimension").first.wait_for()
     assert parallel.locator("svg .label").all_text_contents() == [
-        "outlier", "lora.strength", "memory/denoiser_bytes", "speed/step_ms_p50", "quality/psnr_db",
-    ]  # fmt: skip
+        "outlier",
+        "lora.strength",
+        "memory/denoiser_bytes",
+        "speed/step_ms_p50",
+        "quality/psnr_db",
+    ]
     lines = "c => { const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; return d.some(v => v > 0) }"
     assert parallel.locator("canvas.foreground").evaluate(lines)
 
     for heading, chart, cards in (
-        ("Quality against speed and memory", ".scatterlayer .point", [SPEED_QUALITY, "memory/denoiser_bytes vs. quality/psnr_db"]),
-        ("Speed, quality, memory", ".bars .point", ["speed/step_ms_p50", "quality/psnr_db", "memory/denoiser_bytes"]),
+        (
+            "Quality against speed and memory",
+            ".scatterlayer .point",
+            [SPEED_QUALITY, "memory/denoiser_bytes vs. quality/psnr_db"],
+        ),
+        (
+            "Speed, quality, memory",
+            ".bars .point",
+            ["speed/step_ms_p50", "quality/psnr_db", "memory/denoiser_bytes"],
+        ),
         ("Step by step", ".scatterlayer .js-line", ["series/step_ms"]),
     ):
         page.get_by_text(heading).scroll_into_view_if_needed()
         for title in cards:
-            card = page.locator(CARDS).filter(has=page.get_by_text(title, exact=True)).filter(has=page.locator(chart)).last
+            card = (
+                page.locator(CARDS)
+                .filter(has=page.get_by_text(title, exact=True))
+                .filter(has=page.locator(chart))
+                .last
+            )
             card.locator(chart).nth(3).wait_for(state="attached")
             # MLflow draws every line twice: smoothed and as measured
             assert card.locator(chart).count() == (8 if "line" in chart else 4)
@@ -131,7 +161,9 @@ def test_the_table_of_a_sweep(opened, shared):
     assert shown_runs(page, 4) == sorted(names["first"])
     page.get_by_test_id("sort-header-memory/denoiser_bytes").wait_for()
     headers = page.locator('[data-testid^="sort-header-"]').all()
-    titles = [header.inner_text() for header in sorted(headers, key=lambda header: header.bounding_box()["x"])]
+    titles = [
+        header.inner_text() for header in sorted(headers, key=lambda header: header.bounding_box()["x"])
+    ]
     assert titles[:7] == [
         "Run Name",
         "Created",

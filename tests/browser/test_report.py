@@ -22,29 +22,59 @@ def write_job(folder, number, strength, outlier):
     rotated = outlier == "convrot"
     choices = {"model": "tiny", "outlier": outlier, "lora": "stack_a"}
     status = {
-        "state": "FINISHED", "error": None, "task": "run", "name": f"lora.strength={strength} outlier={outlier}",
-        "overrides": [f"lora.strength={strength}", f"outlier={outlier}"], "choices": choices,
-        "params": choices | {"lora.strength": str(strength), "seed": "0"}, "sweep": "s", "number": number, "config_hash": f"{number:016x}",
-        "build_key": outlier, "objective": "quality/psnr_db", "started": 1.79e9 + number, "ended": 1.79e9 + number + 1, "host": "here",
-        "pid": 1, "process_started": 1.0, "jobs_at_once": 1, "tracking": None,
-    }  # fmt: skip
+        "state": "FINISHED",
+        "error": None,
+        "task": "run",
+        "name": f"lora.strength={strength} outlier={outlier}",
+        "overrides": [f"lora.strength={strength}", f"outlier={outlier}"],
+        "choices": choices,
+        "params": choices | {"lora.strength": str(strength), "seed": "0"},
+        "sweep": "s",
+        "number": number,
+        "config_hash": f"{number:016x}",
+        "build_key": outlier,
+        "objective": "quality/psnr_db",
+        "started": 1.79e9 + number,
+        "ended": 1.79e9 + number + 1,
+        "host": "here",
+        "pid": 1,
+        "process_started": 1.0,
+        "jobs_at_once": 1,
+        "tracking": None,
+    }
     images = []
     for place, (prompt, seed) in enumerate(DRAWN):
         files = {"file": f"images/{place:03d}.png", "float": f"images/{place:03d}_float.png"}
         for red, name in ((100, files["float"]), (110 + 20 * number, files["file"])):
             Image.new("RGB", (64, 64), (red, 80 * seed, 60)).save(folder / name)
-        images.append({"key": f"{place:03d}_s{seed}", "prompt": prompt, "seed": seed, "psnr_db": 30.0 - number, "ssim": 0.9, **files})
+        images.append(
+            {
+                "key": f"{place:03d}_s{seed}",
+                "prompt": prompt,
+                "seed": seed,
+                "psnr_db": 30.0 - number,
+                "ssim": 0.9,
+                **files,
+            }
+        )
     # one picture equals float: its PSNR is infinite
     metrics = {
-        "quality/psnr_db": "inf" if number == 0 else 41 - 9 * strength + 5 * rotated, "speed/step_ms_p50": 21 + 4 * strength + rotated,
-        "speed/ratio_vs_float": 1.6 - 0.1 * strength, "memory/denoiser_bytes": 6e6, "memory/denoiser_ratio": 0.27,
-    }  # fmt: skip
+        "quality/psnr_db": "inf" if number == 0 else 41 - 9 * strength + 5 * rotated,
+        "speed/step_ms_p50": 21 + 4 * strength + rotated,
+        "speed/ratio_vs_float": 1.6 - 0.1 * strength,
+        "memory/denoiser_bytes": 6e6,
+        "memory/denoiser_ratio": 0.27,
+    }
     (folder / "status.json").write_text(json.dumps(status))
-    (folder / "metrics.json").write_text(json.dumps({"metrics": metrics, "series": {}, "sampling": {}, "images": images}))
+    (folder / "metrics.json").write_text(
+        json.dumps({"metrics": metrics, "series": {}, "sampling": {}, "images": images})
+    )
     (folder / "environment.json").write_text(json.dumps({"host": "here", "versions": {"torch": "2.13"}}))
     (folder / "config.yaml").write_text("model: tiny\n")
     rows = [f"blocks.{n}.linear_with_a_long_name,true,,{40 + n + 3 * rotated},{35 + n}" for n in range(6)]
-    (folder / "layers.csv").write_text("\n".join(["name,quantized,why_not,weight_sqnr_db,output_sqnr_db", *rows]) + "\n")
+    (folder / "layers.csv").write_text(
+        "\n".join(["name,quantized,why_not,weight_sqnr_db,output_sqnr_db", *rows]) + "\n"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +97,9 @@ def opened(browser, report):
     contexts, watches = [], []
 
     def open_report(width=1280, height=900, scheme="light"):
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, offline=True)
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme, offline=True
+        )
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(10_000)
@@ -94,7 +126,9 @@ def test_a_click_on_a_heading_sorts(opened):
     place = next(n for n, text in enumerate(heads.all_inner_texts()) if "psnr" in text.lower())
 
     def values():
-        cells = page.locator("table.runs tbody tr").evaluate_all(f"rows => rows.map(row => row.cells[{place}].dataset.value)")
+        cells = page.locator("table.runs tbody tr").evaluate_all(
+            f"rows => rows.map(row => row.cells[{place}].dataset.value)"
+        )
         return [float(cell) for cell in cells]
 
     before = values()
@@ -111,7 +145,10 @@ def test_the_modes_of_the_wall(opened):
     for word in ("INT8", "float", "slider", "flicker", "difference"):
         page.locator(".modes label").filter(has_text=word).click()
         shot = page.locator("#wall .shot").nth(2)
-        looks[word] = [(img.get_attribute("class").split()[0], img.get_attribute("src")) for img in shot.locator("img").all()]
+        looks[word] = [
+            (img.get_attribute("class").split()[0], img.get_attribute("src"))
+            for img in shot.locator("img").all()
+        ]
         assert shot.locator("img").evaluate_all("images => images.every(i => i.naturalWidth > 0)")
     (ours,), (base,), (difference,) = looks["INT8"], looks["float"], looks["difference"]
     assert len({ours[1], base[1], difference[1]}) == 3
@@ -148,8 +185,12 @@ def test_a_picture_is_enlarged_and_closed(opened):
 
 def luminance(page, part):
     """How light the colour of a part is, 0..255: of its letters, and of the page behind it."""
-    colours = page.locator(part).first.evaluate("e => [getComputedStyle(e).color, getComputedStyle(document.body).backgroundColor]")
-    return [sum(float(v) for v in colour[colour.index("(") + 1 : -1].split(",")[:3]) / 3 for colour in colours]
+    colours = page.locator(part).first.evaluate(
+        "e => [getComputedStyle(e).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    return [
+        sum(float(v) for v in colour[colour.index("(") + 1 : -1].split(",")[:3]) / 3 for colour in colours
+    ]
 
 
 def test_dark_and_light(opened):

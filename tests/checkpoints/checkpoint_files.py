@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 LAYER = "blocks.0.q"
-NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1", "BOOL": "u1"}
+NUMPY = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "u1",
+}
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------------
@@ -50,14 +59,18 @@ def sylvester(size: int) -> Array:
 def regular(size: int) -> Array:
     """A digit of the row and one of the column, base 4, give a minus where they add to 3."""
     i, j = np.indices((size, size))
-    minus = sum((i >> 2 * place & 3) + (j >> 2 * place & 3) == 3 for place in range((size.bit_length() - 1) // 2))
+    minus = sum(
+        (i >> 2 * place & 3) + (j >> 2 * place & 3) == 3 for place in range((size.bit_length() - 1) // 2)
+    )
     return (-1.0) ** minus / size**0.5
 
 
 def unrotated(weight: Array, matrix: Array) -> Array:
     """Each group of columns times the matrix."""
     size = len(matrix)
-    return np.concatenate([weight[:, at : at + size] @ matrix for at in range(0, weight.shape[1], size)], axis=1)
+    return np.concatenate(
+        [weight[:, at : at + size] @ matrix for at in range(0, weight.shape[1], size)], axis=1
+    )
 
 
 def blocked(scale: Array, height: int, width: int) -> Array:
@@ -109,7 +122,9 @@ class Draft:
 
     def fp8(self, key: str, dtype: str, *shape: int) -> Array:
         """Add finite fp8 numbers."""
-        codes = self.chance.integers(0, LAST_FINITE[dtype] + 1, shape) | self.chance.integers(0, 2, shape) << 7
+        codes = (
+            self.chance.integers(0, LAST_FINITE[dtype] + 1, shape) | self.chance.integers(0, 2, shape) << 7
+        )
         self.tensors[key] = dtype, tuple(shape), codes.astype("u1").tobytes()
         return fp8_values(codes, FP8[dtype])
 
@@ -124,7 +139,12 @@ class Draft:
     def prefixed(self, prefix: str) -> "Draft":
         """The same tensors with something before their names."""
         tensors = {prefix + key: value for key, value in self.tensors.items()}
-        return Draft(tensors, self.metadata, {prefix + name: weight for name, weight in self.real.items()}, self.expected)
+        return Draft(
+            tensors,
+            self.metadata,
+            {prefix + name: weight for name, weight in self.real.items()},
+            self.expected,
+        )
 
     def write(self, path: Path) -> Path:
         """Write the file."""
@@ -134,7 +154,9 @@ class Draft:
             header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}
             at += len(data)
         text = json.dumps(header).encode()
-        path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in self.tensors.values()))
+        path.write_bytes(
+            len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in self.tensors.values())
+        )
         return path
 
 
@@ -146,15 +168,31 @@ TENSOR, ROW = {"format": "int8_tensorwise"}, {"format": "int8_tensorwise", "per_
 
 def expect(draft: Draft, real: Array, kind: str, granularity: str, label: str, **others: object) -> Draft:
     draft.real[LAYER] = real
-    draft.expected = {"kind": kind, "granularity": granularity, "label": label, "rows": real.shape[0], "columns": real.shape[1], **others}
+    draft.expected = {
+        "kind": kind,
+        "granularity": granularity,
+        "label": label,
+        "rows": real.shape[0],
+        "columns": real.shape[1],
+        **others,
+    }
     return draft
 
 
 def int8(
-    shape: tuple[int, ...], granularity: str, marker: object = None, *, weight: tuple[int, int] = (N, K), name: str = "weight_scale",
-    dtype: str = "F32", block: tuple[int, int] = (1, 1), label: str = "int8_tensorwise", header: object = None, padding: bytes = b"",
+    shape: tuple[int, ...],
+    granularity: str,
+    marker: object = None,
+    *,
+    weight: tuple[int, int] = (N, K),
+    name: str = "weight_scale",
+    dtype: str = "F32",
+    block: tuple[int, int] = (1, 1),
+    label: str = "int8_tensorwise",
+    header: object = None,
+    padding: bytes = b"",
     exact: bool = True,
-) -> Draft:  # fmt: skip
+) -> Draft:
     """Codes, scales of a shape and perhaps a marker or an entry in the header; not rotated."""
     draft = Draft()
     q = draft.codes(f"{LAYER}.weight", *weight)
@@ -174,12 +212,23 @@ def rotated(draft: Draft, matrix: Array, method: str) -> Draft:
     """The same file, known to be rotated: a marker must say so."""
     draft.real[LAYER] = unrotated(draft.real[LAYER], matrix)
     label = f"{draft.expected['label']}, {method} {len(matrix)}"
-    draft.expected |= {"method": method, "group": len(matrix), "settings": {"group_size": len(matrix)}, "label": label}
+    draft.expected |= {
+        "method": method,
+        "group": len(matrix),
+        "settings": {"group_size": len(matrix)},
+        "label": label,
+    }
     return draft
 
 
 def convrot(group: int, k: int = K, **marker: object) -> Draft:
-    said = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": group, "per_row": True, **marker}
+    said = {
+        "format": "int8_tensorwise",
+        "convrot": True,
+        "convrot_groupsize": group,
+        "per_row": True,
+        **marker,
+    }
     return rotated(int8((N, 1), "row", said, weight=(N, k)), regular(group), "convrot")
 
 
@@ -213,7 +262,16 @@ def toolkit(sigma: bool, matrix: bool = True, scale: tuple[int, ...] = (N, 1), d
         real = real / draft.put(f"{LAYER}.hadanorm_sigma", "F32", draft.chance.uniform(0.5, 2, k))
     method = "hadanorm" if sigma else "quarot"
     label += f", {method}{' 128' if matrix else ''}"
-    return expect(draft, real, "int8", "row" if s.size > 1 else "tensor", label, exact=True, method=method, centered=sigma)
+    return expect(
+        draft,
+        real,
+        "int8",
+        "row" if s.size > 1 else "tensor",
+        label,
+        exact=True,
+        method=method,
+        centered=sigma,
+    )
 
 
 def quip(n: int, k: int, smooth: bool = False) -> Draft:
@@ -234,7 +292,9 @@ def quip(n: int, k: int, smooth: bool = False) -> Draft:
     if smooth:
         real = real / draft.put(f"{LAYER}.smooth_factors", "F32", draft.chance.uniform(0.5, 2, k))
     draft.put(f"{LAYER}.bias", "F32", np.zeros(n))
-    draft = expect(draft, real, "int8", "row", "int8_tensorwise, row, quip", exact=False, method="quip", padded=True)
+    draft = expect(
+        draft, real, "int8", "row", "int8_tensorwise, row, quip", exact=False, method="quip", padded=True
+    )
     draft.expected |= {"rows": padded[0], "columns": padded[1]}
     return draft
 
@@ -258,9 +318,16 @@ def transposed() -> Draft:
 
 
 def fp8(
-    shape: tuple[int, ...] | None, granularity: str, *, dtype: str = "F8_E4M3", name: str = "weight_scale", marker: object = None,
-    block: tuple[int, int] = (1, 1), legacy: int | None = None, header: object = None,
-) -> Draft:  # fmt: skip
+    shape: tuple[int, ...] | None,
+    granularity: str,
+    *,
+    dtype: str = "F8_E4M3",
+    name: str = "weight_scale",
+    marker: object = None,
+    block: tuple[int, int] = (1, 1),
+    legacy: int | None = None,
+    header: object = None,
+) -> Draft:
     """fp8 numbers; legacy: elements of the `scaled_fp8` marker of the file."""
     draft = Draft()
     real = draft.fp8(f"{LAYER}.weight", dtype, N, K)
@@ -284,7 +351,9 @@ def fp8(
 
 def smoothed_fp8() -> Draft:
     draft = fp8((), "tensor", marker={"format": "float8_e4m3fn"})
-    draft.real[LAYER] = draft.real[LAYER] * draft.put(f"{LAYER}.pre_quant_scale", "F32", draft.chance.uniform(0.5, 2, K))
+    draft.real[LAYER] = draft.real[LAYER] * draft.put(
+        f"{LAYER}.pre_quant_scale", "F32", draft.chance.uniform(0.5, 2, K)
+    )
     return draft
 
 
@@ -311,9 +380,20 @@ def block_scales(draft: Draft, scale: NDArray[np.uint8], tiles: bool, dtype: str
 
 
 def blocks(
-    kind: str, n: int = N, k: int = 40, *, marker: object = None, tiles: bool = True, dtype: str = "", rows: int | None = None,
-    header: object = None, bias: bool = True, word: str = "", told: tuple[bool, bool] | None = None, scalar: bool = False,
-) -> Draft:  # fmt: skip
+    kind: str,
+    n: int = N,
+    k: int = 40,
+    *,
+    marker: object = None,
+    tiles: bool = True,
+    dtype: str = "",
+    rows: int | None = None,
+    header: object = None,
+    bias: bool = True,
+    word: str = "",
+    told: tuple[bool, bool] | None = None,
+    scalar: bool = False,
+) -> Draft:
     """mxfp8 or nvfp4 with random numbers, also in the padding.
 
     Args:
@@ -357,7 +437,9 @@ def blocks(
 def smoothed_blocks(kind: str) -> Draft:
     """The factors tell K."""
     draft = blocks(kind, marker={"format": kind}, told=(True, True))
-    draft.real[LAYER] = draft.real[LAYER] * draft.put(f"{LAYER}.pre_quant_scale", "F32", draft.chance.uniform(0.5, 2, 40))
+    draft.real[LAYER] = draft.real[LAYER] * draft.put(
+        f"{LAYER}.pre_quant_scale", "F32", draft.chance.uniform(0.5, 2, 40)
+    )
     return draft
 
 
@@ -395,13 +477,17 @@ KINDS: dict[str, Callable[[], Draft]] = {
     "bf16 scale with a marker": lambda: int8((N, 1), "row", ROW, dtype="BF16"),
     "embedding's padding": lambda: int8((N, 1), "row", ROW, padding=b"\0\0\0"),
     "doubled braces": lambda: int8((N, 1), "row", '{{"format": "int8_tensorwise"}}'),
-    "orig_dtype": lambda: int8((N, 1), "row", {"format": "int8_tensorwise", "orig_dtype": "torch.bfloat16", "per_row": True}),
+    "orig_dtype": lambda: int8(
+        (N, 1), "row", {"format": "int8_tensorwise", "orig_dtype": "torch.bfloat16", "per_row": True}
+    ),
     # rotations
     "convrot 16": lambda: convrot(16),
     "convrot 4": lambda: convrot(4),
     "convrot 64": lambda: convrot(64),
     "convrot 256 by default": lambda: rotated(
-        int8((N, 1), "row", {"format": "int8_tensorwise", "convrot": True}, weight=(N, 512)), regular(256), "convrot"
+        int8((N, 1), "row", {"format": "int8_tensorwise", "convrot": True}, weight=(N, 512)),
+        regular(256),
+        "convrot",
     ),
     "convrot 1024": lambda: convrot(1024, 1024),
     "convrot 32 is Sylvester's": lambda: rotated(
@@ -411,38 +497,75 @@ KINDS: dict[str, Callable[[], Draft]] = {
         int8((), "tensor", {**TENSOR, "convrot": True, "convrot_groupsize": 16}), regular(16), "convrot"
     ),
     "convrot in params": lambda: rotated(
-        int8((N, 1), "row", {**TENSOR, "params": {"convrot": True, "convrot_groupsize": 16}}), regular(16), "convrot"
+        int8((N, 1), "row", {**TENSOR, "params": {"convrot": True, "convrot_groupsize": 16}}),
+        regular(16),
+        "convrot",
     ),
     "convrot in the header": lambda: rotated(
         int8((N, 1), "row", header={**ROW, "convrot": True, "convrot_groupsize": 16}), regular(16), "convrot"
     ),
-    "convrot lost in the header": lambda: lost_in_the_header({"format": "int8_tensorwise", "group_size": 128}),
-    "convrot's size lost in the header": lambda: lost_in_the_header({"format": "int8_tensorwise", "convrot": True}),
+    "convrot lost in the header": lambda: lost_in_the_header(
+        {"format": "int8_tensorwise", "group_size": 128}
+    ),
+    "convrot's size lost in the header": lambda: lost_in_the_header(
+        {"format": "int8_tensorwise", "convrot": True}
+    ),
     "quarot, pre-native": lambda: rotated(
         int8((N, 1), "row", {"quarot": True, "quarot_groupsize": 16}, label="int8"), regular(16), "convrot"
     ),
     "quarot of 128": lambda: rotated(
-        int8((N, 1), "row", {"quarot": True, "quarot_groupsize": 128}, weight=(N, 128), label="int8"), sylvester(128), "quarot"
+        int8((N, 1), "row", {"quarot": True, "quarot_groupsize": 128}, weight=(N, 128), label="int8"),
+        sylvester(128),
+        "quarot",
     ),
     "convrot, pre-native": lambda: rotated(
-        int8((N, 1), "row", {"convrot": True, "convrot_groupsize": 64, "per_row": True}, label="int8"), regular(64), "convrot"
+        int8((N, 1), "row", {"convrot": True, "convrot_groupsize": 64, "per_row": True}, label="int8"),
+        regular(64),
+        "convrot",
     ),
     "quarot false": lambda: int8((N, 1), "row", {"quarot": False}, label="int8"),
     "convrot false": lambda: int8((N, 1), "row", {"convrot": False, "per_row": True}, label="int8"),
     "smoothed": lambda: smoothed(False),
     "smoothed and rotated": lambda: smoothed(True),
     # blocks
-    "grid": lambda: int8((3, 16), "grid", {"format": "int8_blockwise", "group_size": 4}, block=(4, 4), label="int8_blockwise", exact=False),
+    "grid": lambda: int8(
+        (3, 16),
+        "grid",
+        {"format": "int8_blockwise", "group_size": 4},
+        block=(4, 4),
+        label="int8_blockwise",
+        exact=False,
+    ),
     "grid in params": lambda: int8(
-        (3, 16), "grid", {"format": "int8_blockwise", "params": {"group_size": 4}}, block=(4, 4), label="int8_blockwise", exact=False
+        (3, 16),
+        "grid",
+        {"format": "int8_blockwise", "params": {"group_size": 4}},
+        block=(4, 4),
+        label="int8_blockwise",
+        exact=False,
     ),
-    "grid without its size": lambda: int8((3, 16), "grid", {"format": "int8_blockwise"}, block=(4, 4), label="int8_blockwise", exact=False),
+    "grid without its size": lambda: int8(
+        (3, 16), "grid", {"format": "int8_blockwise"}, block=(4, 4), label="int8_blockwise", exact=False
+    ),
     "grid of one column": lambda: int8(
-        (3, 1), "grid", {"format": "int8_blockwise"}, weight=(12, 4), block=(4, 4), label="int8_blockwise", exact=False
+        (3, 1),
+        "grid",
+        {"format": "int8_blockwise"},
+        weight=(12, 4),
+        block=(4, 4),
+        label="int8_blockwise",
+        exact=False,
     ),
-    "grid without a marker": lambda: int8((3, 16), "grid", name="scale_weight", block=(4, 4), label="int8", exact=False),
+    "grid without a marker": lambda: int8(
+        (3, 16), "grid", name="scale_weight", block=(4, 4), label="int8", exact=False
+    ),
     "block3d": lambda: int8(
-        (N, 4, 1), "block3d", {"format": "int8_blockwise", "group_size": 16}, block=(1, 16), label="int8_blockwise", exact=False
+        (N, 4, 1),
+        "block3d",
+        {"format": "int8_blockwise", "group_size": 16},
+        block=(1, 16),
+        label="int8_blockwise",
+        exact=False,
     ),
     "block3d of one block": lambda: int8(
         (N, 1, 1), "block3d", {"format": "int8_blockwise"}, block=(1, K), label="int8_blockwise", exact=False
@@ -462,7 +585,9 @@ KINDS: dict[str, Callable[[], Draft]] = {
     "group": lambda: int8((N, 8), "group", block=(1, 8), label="int8", exact=False),
     # Wan-INT8's names
     **{
-        f"named {name}": lambda name=name: int8((N, 4, 1), "block3d", name=name, block=(1, 16), label="int8", exact=False)  # type: ignore[misc]
+        f"named {name}": lambda name=name: int8(
+            (N, 4, 1), "block3d", name=name, block=(1, 16), label="int8", exact=False
+        )  # type: ignore[misc]
         for name in ("scale", "weight.scale", "weight.weight_scale", "scale_weight", "weight_scale_inv")
     },
     # others
@@ -484,30 +609,44 @@ KINDS: dict[str, Callable[[], Draft]] = {
     "fp8": lambda: fp8((), "tensor", marker={"format": "float8_e4m3fn", "full_precision_matrix_mult": True}),
     "fp8 in the header": lambda: fp8((), "tensor", header={"format": "float8_e4m3fn"}),
     "fp8 e5m2": lambda: fp8((1,), "tensor", dtype="F8_E5M2", marker={"format": "float8_e5m2"}),
-    "fp8 e5m2 with the label of e4m3": lambda: fp8((), "tensor", dtype="F8_E5M2", marker={"format": "float8_e4m3fn"}),
+    "fp8 e5m2 with the label of e4m3": lambda: fp8(
+        (), "tensor", dtype="F8_E5M2", marker={"format": "float8_e4m3fn"}
+    ),
     "fp8 marked, no scale": lambda: fp8(None, "", marker={"format": "float8_e4m3fn"}),
     "fp8 legacy": lambda: fp8((), "tensor", name="scale_weight", legacy=2),
     "fp8 legacy, empty marker": lambda: fp8((1,), "tensor", name="scale_weight", legacy=0),
     "fp8 row": lambda: fp8((N,), "row", marker={"format": "float8_e4m3fn_rowwise"}),
     "fp8 row [N, 1]": lambda: fp8((N, 1), "row"),
-    "fp8 grid": lambda: fp8((3, 16), "grid", marker={"format": "float8_e4m3fn_blockwise", "group_size": 4}, block=(4, 4)),
+    "fp8 grid": lambda: fp8(
+        (3, 16), "grid", marker={"format": "float8_e4m3fn_blockwise", "group_size": 4}, block=(4, 4)
+    ),
     "fp8 grid of transformers": lambda: fp8((3, 16), "grid", name="weight_scale_inv", block=(4, 4)),
     "fp8 block3d": lambda: fp8((N, 4, 1), "block3d", marker={"format": "float8_e4m3fn"}, block=(1, 16)),
-    "fp8 block3d by its name": lambda: fp8((N, 4, 1), "block3d", marker={"format": "float8_e4m3fn_block3d"}, block=(1, 16)),
+    "fp8 block3d by its name": lambda: fp8(
+        (N, 4, 1), "block3d", marker={"format": "float8_e4m3fn_block3d"}, block=(1, 16)
+    ),
     "fp8 smoothed": smoothed_fp8,
     "fp8 cast": lambda: fp8(None, ""),
     "fp8 cast e5m2": lambda: fp8(None, "", dtype="F8_E5M2"),
     # blocks with small scales
     "nvfp4": lambda: blocks("nvfp4", marker={"format": "nvfp4"}),
     "nvfp4 in the header": lambda: blocks("nvfp4", header={"format": "nvfp4"}, dtype="U8"),
-    "nvfp4 with its shape": lambda: blocks("nvfp4", marker={"format": "nvfp4", "orig_shape": [N, 40]}, bias=False, told=(True, True)),
+    "nvfp4 with its shape": lambda: blocks(
+        "nvfp4", marker={"format": "nvfp4", "orig_shape": [N, 40]}, bias=False, told=(True, True)
+    ),
     "nvfp4 without a marker": lambda: blocks("nvfp4", 16, 64, bias=False),
     "nvfp4 of many tiles": lambda: blocks("nvfp4", 272, 160, marker={"format": "nvfp4", "group_size": 16}),
     "nvfp4 smoothed": lambda: smoothed_blocks("nvfp4"),
     "nvfp4 by ModelOpt": lambda: blocks("nvfp4", 16, 64, tiles=False, word="nvfp4_modelopt"),
-    "nvfp4 by ModelOpt, wide": lambda: blocks("nvfp4", 130, 48, tiles=False, word="nvfp4_modelopt", rows=130, bias=False),
-    "mxfp8": lambda: blocks("mxfp8", marker={"format": "mxfp8", "group_size": 32, "orig_dtype": "torch.bfloat16"}),
-    "mxfp8 in the header": lambda: blocks("mxfp8", header={"format": "mxfp8", "orig_shape": [N, 40]}, told=(True, True)),
+    "nvfp4 by ModelOpt, wide": lambda: blocks(
+        "nvfp4", 130, 48, tiles=False, word="nvfp4_modelopt", rows=130, bias=False
+    ),
+    "mxfp8": lambda: blocks(
+        "mxfp8", marker={"format": "mxfp8", "group_size": 32, "orig_dtype": "torch.bfloat16"}
+    ),
+    "mxfp8 in the header": lambda: blocks(
+        "mxfp8", header={"format": "mxfp8", "orig_shape": [N, 40]}, told=(True, True)
+    ),
     "mxfp8 in e8m0": lambda: blocks("mxfp8", dtype="F8_E8M0"),
     "mxfp8 with all its rows": lambda: blocks("mxfp8", N, 64, marker={"format": "mxfp8"}, rows=N),
     "mxfp8 of many tiles": lambda: blocks("mxfp8", 272, 320, bias=False),
@@ -572,7 +711,9 @@ def beside(suffix: str, dtype: str = "F32", draft: Draft | None = None) -> Draft
 
 def headed(layers: object, draft: Draft | None = None) -> Draft:
     draft = draft or row()
-    draft.metadata["_quantization_metadata"] = layers if isinstance(layers, str) else json.dumps({"layers": layers})
+    draft.metadata["_quantization_metadata"] = (
+        layers if isinstance(layers, str) else json.dumps({"layers": layers})
+    )
     return draft
 
 
@@ -617,9 +758,18 @@ def odd_quip() -> Draft:
 GROUP = {"format": "int8_tensorwise", "convrot": True}
 MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
     # scales
-    "no scale": (lambda: without(row(), "weight_scale"), r"blocks.0.q is INT8 and has no weight_scale, so its numbers mean nothing"),
-    "scale alone": (lambda: without(row(), "weight"), r"blocks.0.q.weight_scale belongs to no weight, blocks.0.q.weight is missing"),
-    "marker alone": (lambda: without(row(), "weight", "weight_scale"), r"blocks.0.q.comfy_quant belongs to no weight"),
+    "no scale": (
+        lambda: without(row(), "weight_scale"),
+        r"blocks.0.q is INT8 and has no weight_scale, so its numbers mean nothing",
+    ),
+    "scale alone": (
+        lambda: without(row(), "weight"),
+        r"blocks.0.q.weight_scale belongs to no weight, blocks.0.q.weight is missing",
+    ),
+    "marker alone": (
+        lambda: without(row(), "weight", "weight_scale"),
+        r"blocks.0.q.comfy_quant belongs to no weight",
+    ),
     "scale of a legacy name alone": (
         lambda: without(fp8((), "tensor", name="scale_weight", legacy=2), "weight"),
         "scale_.* belongs to no weight",
@@ -648,21 +798,42 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: but(row(), lambda d: d.scale(f"{LAYER}.weight_scale", N, 5, 1)),
         r"has the shape \[12, 5, 1\], which no",
     ),
-    "3-D blocks of two": (lambda: but(row(), lambda d: d.scale(f"{LAYER}.weight_scale", N, 4, 2)), r"has the shape \[12, 4, 2\], which no"),
+    "3-D blocks of two": (
+        lambda: but(row(), lambda d: d.scale(f"{LAYER}.weight_scale", N, 4, 2)),
+        r"has the shape \[12, 4, 2\], which no",
+    ),
     "transposed fp8": (
         lambda: but(fp8((), "tensor"), lambda d: d.scale(f"{LAYER}.weight_scale", 1, K)),
         r"has the shape \[1, 64\], which no weight \[12, 64\] has",
     ),
-    "no scales at all": (lambda: but(row(), lambda d: d.scale(f"{LAYER}.weight_scale", 0)), r"has the shape \[0\], which no weight"),
+    "no scales at all": (
+        lambda: but(row(), lambda d: d.scale(f"{LAYER}.weight_scale", 0)),
+        r"has the shape \[0\], which no weight",
+    ),
     "fp8 scale": (
         lambda: raw(row(), f"{LAYER}.weight_scale", "F8_E4M3", N, 1),
         r"weight_scale is F8_E4M3, and blocks.0.q.weight is I8; its scales are F32",
     ),
-    "whole scales": (lambda: but(row(), lambda d: d.put(f"{LAYER}.weight_scale", "I32", np.ones((N, 1)))), "weight_scale is I32, and"),
-    "a scale of zero": (lambda: with_scale(1, 0, 1), "4 of 12 numbers of blocks.0.q.weight_scale are not finite and above 0"),
-    "a negative scale": (lambda: with_scale(1, -1), "6 of 12 numbers of blocks.0.q.weight_scale are not finite and above 0"),
-    "a scale that is nan": (lambda: with_scale(float("nan"), 1), "6 of 12 numbers of blocks.0.q.weight_scale are not finite"),
-    "an infinite scale": (lambda: with_scale(float("inf"), 1), "6 of 12 numbers of blocks.0.q.weight_scale are not finite"),
+    "whole scales": (
+        lambda: but(row(), lambda d: d.put(f"{LAYER}.weight_scale", "I32", np.ones((N, 1)))),
+        "weight_scale is I32, and",
+    ),
+    "a scale of zero": (
+        lambda: with_scale(1, 0, 1),
+        "4 of 12 numbers of blocks.0.q.weight_scale are not finite and above 0",
+    ),
+    "a negative scale": (
+        lambda: with_scale(1, -1),
+        "6 of 12 numbers of blocks.0.q.weight_scale are not finite and above 0",
+    ),
+    "a scale that is nan": (
+        lambda: with_scale(float("nan"), 1),
+        "6 of 12 numbers of blocks.0.q.weight_scale are not finite",
+    ),
+    "an infinite scale": (
+        lambda: with_scale(float("inf"), 1),
+        "6 of 12 numbers of blocks.0.q.weight_scale are not finite",
+    ),
     "two scales": (
         lambda: but(row(), lambda d: d.scale(f"{LAYER}.scale_weight", N, 1)),
         "has two scales, blocks.0.q.weight_scale and blocks.0.q.scale_weight",
@@ -692,24 +863,42 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: raw(row(), f"{LAYER}.weight", "I8", 2, N, K),
         r"weight is I8 \[2, 12, 64\]; int8run reads int8 weights \[N, K\]",
     ),
-    "int8 vector": (lambda: raw(row(), f"{LAYER}.weight", "I8", N), r"weight is I8 \[12\]; int8run reads int8 weights \[N, K\]"),
+    "int8 vector": (
+        lambda: raw(row(), f"{LAYER}.weight", "I8", N),
+        r"weight is I8 \[12\]; int8run reads int8 weights \[N, K\]",
+    ),
     "int8 of no rows": (lambda: raw(row(), f"{LAYER}.weight", "I8", 0, K), r"weight is I8 \[0, 64\]"),
     "int8 that is no weight": (lambda: raw(bare(), "table", "I8", 3, 4), "table is I8 and no layer's weight"),
     "whole weight": (
         lambda: but(bare(), lambda d: d.put(f"{LAYER}.weight", "I64", np.ones((2, 2)))),
         "blocks.0.q.weight is I64; int8run reads weights of F64, F32",
     ),
-    "fp8 of AMD": (lambda: raw(bare(), f"{LAYER}.weight", "F8_E4M3FNUZ", 2, 2), "blocks.0.q.weight is F8_E4M3FNUZ; int8run reads weights"),
+    "fp8 of AMD": (
+        lambda: raw(bare(), f"{LAYER}.weight", "F8_E4M3FNUZ", 2, 2),
+        "blocks.0.q.weight is F8_E4M3FNUZ; int8run reads weights",
+    ),
     # markers
-    "marker of floats": (lambda: beside("comfy_quant"), r"comfy_quant is F32 \[64\]; a marker is a short row of bytes, U8"),
-    "marker of two axes": (lambda: raw(row(), f"{LAYER}.comfy_quant", "U8", 2, 8), r"comfy_quant is U8 \[2, 8\]; a marker is"),
-    "long marker": (lambda: raw(row(), f"{LAYER}.comfy_quant", "U8", 70000), r"comfy_quant is U8 \[70000\]; a marker is a short row"),
+    "marker of floats": (
+        lambda: beside("comfy_quant"),
+        r"comfy_quant is F32 \[64\]; a marker is a short row of bytes, U8",
+    ),
+    "marker of two axes": (
+        lambda: raw(row(), f"{LAYER}.comfy_quant", "U8", 2, 8),
+        r"comfy_quant is U8 \[2, 8\]; a marker is",
+    ),
+    "long marker": (
+        lambda: raw(row(), f"{LAYER}.comfy_quant", "U8", 70000),
+        r"comfy_quant is U8 \[70000\]; a marker is a short row",
+    ),
     "empty marker": (lambda: said(""), r"the marker blocks.0.q.comfy_quant is no JSON: b''"),
     "no json": (lambda: said("{format"), r"the marker blocks.0.q.comfy_quant is no JSON: b'\{format'"),
     "a list": (lambda: said([1]), r"the marker blocks.0.q.comfy_quant is no JSON object"),
     "a deep list": (lambda: said("[" * 60000), r"the marker blocks.0.q.comfy_quant is no JSON"),
     "says nothing": (lambda: said({}), r"the marker blocks.0.q.comfy_quant names no format: \{\}"),
-    "format of no one": (lambda: said({"format": "int9"}), r"names the format 'int9'; int8run reads int8_tensorwise, int8_axiswise"),
+    "format of no one": (
+        lambda: said({"format": "int9"}),
+        r"names the format 'int9'; int8run reads int8_tensorwise, int8_axiswise",
+    ),
     "format that is no text": (lambda: said({"format": 8}), r"has a strange format: "),
     "flag that is no flag": (lambda: said({**TENSOR, "convrot": "yes"}), r"has a strange convrot: "),
     "per_row that is no flag": (lambda: said({**TENSOR, "per_row": 1}), r"has a strange per_row: "),
@@ -723,7 +912,10 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: said(TENSOR, fp8((), "tensor")),
         r"names the format 'int8_tensorwise', and blocks.0.q.weight is F8_E4M3 with a scale in F32; they contradict",
     ),
-    "no format on fp8": (lambda: said({"convrot": False}, fp8((), "tensor")), r"names the format ''; int8run reads"),
+    "no format on fp8": (
+        lambda: said({"convrot": False}, fp8((), "tensor")),
+        r"names the format ''; int8run reads",
+    ),
     "label on a float": (
         lambda: said(TENSOR, bare()),
         r"blocks.0.q.weight is F32 and has blocks.0.q.comfy_quant, which such a weight cannot have",
@@ -732,7 +924,10 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: headed({LAYER: TENSOR}, bare()),
         r"is F32 and has an entry in the header \(int8_tensorwise\)",
     ),
-    "experts": (lambda: said({**TENSOR, "num_experts": 8}), "describes a bank of experts; int8run reads layers with a matrix each"),
+    "experts": (
+        lambda: said({**TENSOR, "num_experts": 8}),
+        "describes a bank of experts; int8run reads layers with a matrix each",
+    ),
     "block against the shape": (
         lambda: said({"format": "int8_blockwise", "group_size": 8}, int8((3, 16), "grid", block=(4, 4))),
         r"names blocks of 8, and blocks.0.q.weight_scale \[3, 16\] has blocks of 4; they contradict",
@@ -746,7 +941,10 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: said({**GROUP, "convrot_groupsize": 256}),
         "blocks.0.q is rotated in groups of 256, which do not divide its 64 inputs",
     ),
-    "group by default that does not divide": (lambda: said(GROUP), "rotated in groups of 256, which do not divide its 64 inputs"),
+    "group by default that does not divide": (
+        lambda: said(GROUP),
+        "rotated in groups of 256, which do not divide its 64 inputs",
+    ),
     "group of 48": (
         lambda: said({**GROUP, "convrot_groupsize": 48}),
         "names groups of 48; rotated are groups of a power of 2 from 2 to 4096",
@@ -759,12 +957,21 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: said({**GROUP, "convrot_groupsize": 16, "quarot_groupsize": 64}),
         "names two sizes of rotated groups, 16 and 64",
     ),
-    "fp8 rotated": (lambda: said({"format": "float8_e4m3fn", "convrot": True}, fp8((), "tensor")), "says that an fp8 weight is rotated"),
+    "fp8 rotated": (
+        lambda: said({"format": "float8_e4m3fn", "convrot": True}, fp8((), "tensor")),
+        "says that an fp8 weight is rotated",
+    ),
     # the header
     "header of no json": (lambda: headed("{"), "_quantization_metadata in its header is no JSON"),
     "header of a list": (lambda: headed("[]"), "_quantization_metadata in its header is no JSON object"),
-    "header of lists": (lambda: headed([LAYER]), "_quantization_metadata in its header has no `layers` with an object each"),
-    "header of texts": (lambda: headed({LAYER: "int8"}), "_quantization_metadata in its header has no `layers` with an object each"),
+    "header of lists": (
+        lambda: headed([LAYER]),
+        "_quantization_metadata in its header has no `layers` with an object each",
+    ),
+    "header of texts": (
+        lambda: headed({LAYER: "int8"}),
+        "_quantization_metadata in its header has no `layers` with an object each",
+    ),
     "header for another file": (
         lambda: headed({"blocks.9.q": ROW}),
         "describes blocks.9.q, which the file does not have; it was written for another file",
@@ -786,20 +993,38 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         "says 'int8_tensorwise', the layer's marker 'int8run_transformed'; they contradict",
     ),
     # our own format
-    "ours without settings": (lambda: said(ours(settings=None)), "says int8run_transformed and makes no sense"),
-    "ours with a setting of text": (lambda: said(ours(settings={"alpha": "x"})), "says int8run_transformed and makes no sense"),
+    "ours without settings": (
+        lambda: said(ours(settings=None)),
+        "says int8run_transformed and makes no sense",
+    ),
+    "ours with a setting of text": (
+        lambda: said(ours(settings={"alpha": "x"})),
+        "says int8run_transformed and makes no sense",
+    ),
     "ours with a setting that is true": (lambda: said(ours(settings={"alpha": True})), "makes no sense"),
-    "ours with a setting that is infinite": (lambda: said(ours(settings={"alpha": float("inf")})), "makes no sense"),
+    "ours with a setting that is infinite": (
+        lambda: said(ours(settings={"alpha": float("inf")})),
+        "makes no sense",
+    ),
     "ours without a method": (lambda: said(ours(outlier=None)), "makes no sense"),
     "ours with a random rotation": (lambda: said(ours(rotation="random")), "makes no sense"),
-    "ours with half a rotation": (lambda: said({k: v for k, v in ours().items() if k != "group_size"}), "makes no sense"),
+    "ours with half a rotation": (
+        lambda: said({k: v for k, v in ours().items() if k != "group_size"}),
+        "makes no sense",
+    ),
     "ours with a factor that is no flag": (lambda: said(ours(factor=1)), "makes no sense"),
-    "ours with a size of none": (lambda: said(ours(group_size=None)), "has a strange group_size|names groups of None"),
+    "ours with a size of none": (
+        lambda: said(ours(group_size=None)),
+        "has a strange group_size|names groups of None",
+    ),
     "ours regular of 32": (
         lambda: said(ours(rotation="regular", group_size=32)),
         "names groups of 32; a regular matrix needs a power of 4",
     ),
-    "ours, its factor lost": (lambda: said(ours(factor=True)), "and the tensors of blocks.0.q contradict each other in their factors"),
+    "ours, its factor lost": (
+        lambda: said(ours(factor=True)),
+        "and the tensors of blocks.0.q contradict each other in their factors",
+    ),
     "ours, a factor too many": (
         lambda: beside("pre_quant_scale", draft=said(ours())),
         "and the tensors of blocks.0.q contradict each other in their factors",
@@ -817,7 +1042,10 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: but(row(), lambda d: d.put(f"{LAYER}.pre_quant_scale", "F32", np.zeros(K))),
         "64 of 64 numbers of blocks.0.q.pre_quant_scale are not finite and above 0",
     ),
-    "factor of whole numbers": (lambda: beside("pre_quant_scale", "I32"), "pre_quant_scale is I32; it takes F32"),
+    "factor of whole numbers": (
+        lambda: beside("pre_quant_scale", "I32"),
+        "pre_quant_scale is I32; it takes F32",
+    ),
     "factor of another width of fp8": (
         lambda: but(fp8((), "tensor"), lambda d: d.put(f"{LAYER}.pre_quant_scale", "F32", np.ones(N))),
         r"pre_quant_scale has the shape \[12\]",
@@ -826,7 +1054,10 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: beside("pre_quant_scale", draft=bare()),
         "is F32 and has blocks.0.q.pre_quant_scale, which such a weight cannot have",
     ),
-    "factor alone": (lambda: but(bare(), lambda d: d.put("norm.pre_quant_scale", "F32", 1)), "norm.pre_quant_scale belongs to no weight"),
+    "factor alone": (
+        lambda: but(bare(), lambda d: d.put("norm.pre_quant_scale", "F32", 1)),
+        "norm.pre_quant_scale belongs to no weight",
+    ),
     # INT8-Toolkit
     "matrix of another kind": (
         lambda: but(toolkit(False), lambda d: d.put(f"{LAYER}.quarot_hadamard", "F32", np.eye(128))),
@@ -865,12 +1096,18 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: without(quip(8, 32), "sign_col"),
         "is transformed by QuIP and sign_col is missing; its weight cannot be restored",
     ),
-    "quip without its flag": (lambda: without(quip(8, 32), "hadamard_quip"), "is transformed by QuIP and hadamard_quip is missing"),
+    "quip without its flag": (
+        lambda: without(quip(8, 32), "hadamard_quip"),
+        "is transformed by QuIP and hadamard_quip is missing",
+    ),
     "quip of both kinds": (
         lambda: beside("quip_s_v", draft=beside("quip_s_u", draft=quip(8, 32))),
         "is transformed by QuIP and it has hadamard_quip and quip_s_u",
     ),
-    "older quip without v": (lambda: without(older_quip(False), "quip_s_v"), "is transformed by QuIP and quip_s_v is missing"),
+    "older quip without v": (
+        lambda: without(older_quip(False), "quip_s_v"),
+        "is transformed by QuIP and quip_s_v is missing",
+    ),
     "older quip of another size": (
         lambda: but(older_quip(False), lambda d: d.put(f"{LAYER}.quip_s_u", "F32", np.ones(5))),
         r"quip_s_u is F32 \[5\]; its weight \[12, 64\] wants F32 \[12\]",
@@ -887,12 +1124,18 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: but(quip(8, 32), lambda d: d.put(f"{LAYER}.hadamard_size_in", "I32", 64)),
         r"hadamard_size_in says 64, and blocks.0.q.weight has \[8, 32\]",
     ),
-    "quip that is not padded": (odd_quip, r"hadamard_size_out says 12, and blocks.0.q.weight has \[12, 32\]; both are one power of 2"),
+    "quip that is not padded": (
+        odd_quip,
+        r"hadamard_size_out says 12, and blocks.0.q.weight has \[12, 32\]; both are one power of 2",
+    ),
     "quip of no size": (
         lambda: but(quip(8, 32), lambda d: d.put(f"{LAYER}.hadamard_size_in", "I32", [])),
         r"hadamard_size_in says None, and",
     ),
-    "quip and convrot": (lambda: said({**GROUP, "convrot_groupsize": 16}, quip(8, 32)), "is transformed by QuIP and in another way too"),
+    "quip and convrot": (
+        lambda: said({**GROUP, "convrot_groupsize": 16}, quip(8, 32)),
+        "is transformed by QuIP and in another way too",
+    ),
     "quip's smooth factors of zero": (
         lambda: but(quip(12, 24, True), lambda d: d.put(f"{LAYER}.smooth_factors", "F32", np.zeros(24))),
         "24 of 24 numbers of blocks.0.q.smooth_factors",
@@ -922,8 +1165,14 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: said({"format": "float8_e4m3fn"}, blocks("mxfp8")),
         "names the format 'float8_e4m3fn', and blocks.0.q.weight is F8_E4M3 with a scale in U8; they contradict",
     ),
-    "pre-native label on nvfp4": (lambda: said({"convrot": False}, blocks("nvfp4")), "names the format ''; int8run reads"),
-    "nvfp4 rotated": (lambda: said({"format": "nvfp4", "convrot": True}, blocks("nvfp4")), "says that a weight in nvfp4 is rotated"),
+    "pre-native label on nvfp4": (
+        lambda: said({"convrot": False}, blocks("nvfp4")),
+        "names the format ''; int8run reads",
+    ),
+    "nvfp4 rotated": (
+        lambda: said({"format": "nvfp4", "convrot": True}, blocks("nvfp4")),
+        "says that a weight in nvfp4 is rotated",
+    ),
     "nvfp4 of other blocks": (
         lambda: said({"format": "nvfp4", "group_size": 32}, blocks("nvfp4")),
         "names blocks of 32; nvfp4 has blocks of 16",
@@ -932,7 +1181,10 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: said({"format": "mxfp8", "group_size": 16}, blocks("mxfp8")),
         "names blocks of 16; mxfp8 has blocks of 32",
     ),
-    "mxfp8 of experts": (lambda: said({"format": "mxfp8", "num_experts": 8}, blocks("mxfp8")), "describes a bank of experts"),
+    "mxfp8 of experts": (
+        lambda: said({"format": "mxfp8", "num_experts": 8}, blocks("mxfp8")),
+        "describes a bank of experts",
+    ),
     "nvfp4 without scales": (
         lambda: without(blocks("nvfp4"), "weight_scale"),
         "blocks.0.q.weight is U8 and has no blocks.0.q.weight_scale; int8run reads such weights of nvfp4",
@@ -961,8 +1213,14 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: raw(blocks("nvfp4"), f"{LAYER}.weight", "U8", 2, 8, 24),
         r"weight is U8 \[2, 8, 24\]; weights in nvfp4 are U8 \[N, K / 2\], K a multiple of 16",
     ),
-    "nvfp4 of no rows": (lambda: raw(blocks("nvfp4"), f"{LAYER}.weight", "U8", 0, 24), r"weight is U8 \[0, 24\]; weights in nvfp4"),
-    "nvfp4 of half a block": (lambda: raw(blocks("nvfp4"), f"{LAYER}.weight", "U8", 16, 20), r"weight is U8 \[16, 20\]; weights in nvfp4"),
+    "nvfp4 of no rows": (
+        lambda: raw(blocks("nvfp4"), f"{LAYER}.weight", "U8", 0, 24),
+        r"weight is U8 \[0, 24\]; weights in nvfp4",
+    ),
+    "nvfp4 of half a block": (
+        lambda: raw(blocks("nvfp4"), f"{LAYER}.weight", "U8", 16, 20),
+        r"weight is U8 \[16, 20\]; weights in nvfp4",
+    ),
     "mxfp8 of half a block": (
         lambda: raw(blocks("mxfp8"), f"{LAYER}.weight", "F8_E4M3", 32, 48),
         r"weight is F8_E4M3 \[32, 48\]; weights in mxfp8 are F8_E4M3 \[N, K\], K a multiple of 32",
@@ -993,16 +1251,34 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         "set clip=nvfp4 or clip=nvfp4_modelopt .quant_format in a program., else take a file with comfy_quant markers",
     ),
     "mxfp8 of nobody": (lambda: unsure("mxfp8"), "clip=mxfp8 or clip=mxfp8_rows"),
-    "mxfp8 of nobody beside nvfp4": (lambda: two_layers(blocks("nvfp4"), unsure("mxfp8")), "1 weights are mxfp8 .first: blocks.1.q. by"),
-    "nvfp4's scale is nan": (lambda: with_block_scale("nvfp4", 0x7F), "1 of 48 numbers of blocks.0.q.weight_scale are NaN or negative"),
-    "nvfp4's scale is negative": (lambda: with_block_scale("nvfp4", 0x81), "1 of 48 numbers of blocks.0.q.weight_scale are NaN or neg"),
-    "ModelOpt's scale is negative": (lambda: with_block_scale("nvfp4", 0xB8, False), "1 of 48 numbers of blocks.0.q.weight_scale are NaN"),
-    "mxfp8's scale is nan": (lambda: with_block_scale("mxfp8", 0xFF), "1 of 64 numbers of blocks.0.q.weight_scale are NaN or negative"),
+    "mxfp8 of nobody beside nvfp4": (
+        lambda: two_layers(blocks("nvfp4"), unsure("mxfp8")),
+        "1 weights are mxfp8 .first: blocks.1.q. by",
+    ),
+    "nvfp4's scale is nan": (
+        lambda: with_block_scale("nvfp4", 0x7F),
+        "1 of 48 numbers of blocks.0.q.weight_scale are NaN or negative",
+    ),
+    "nvfp4's scale is negative": (
+        lambda: with_block_scale("nvfp4", 0x81),
+        "1 of 48 numbers of blocks.0.q.weight_scale are NaN or neg",
+    ),
+    "ModelOpt's scale is negative": (
+        lambda: with_block_scale("nvfp4", 0xB8, False),
+        "1 of 48 numbers of blocks.0.q.weight_scale are NaN",
+    ),
+    "mxfp8's scale is nan": (
+        lambda: with_block_scale("mxfp8", 0xFF),
+        "1 of 64 numbers of blocks.0.q.weight_scale are NaN or negative",
+    ),
     "shape that is none": (
         lambda: said({"format": "mxfp8", "orig_shape": "12x40"}, blocks("mxfp8")),
         r"names the shape 12x40, and blocks.0.q.weight has \[32, 64\], which is not padded from it",
     ),
-    "shape of one number": (lambda: said({"format": "mxfp8", "orig_shape": [12]}, blocks("mxfp8")), r"names the shape \[12\], and"),
+    "shape of one number": (
+        lambda: said({"format": "mxfp8", "orig_shape": [12]}, blocks("mxfp8")),
+        r"names the shape \[12\], and",
+    ),
     "shape of fractions": (
         lambda: said({"format": "mxfp8", "orig_shape": [12.0, 40]}, blocks("mxfp8")),
         r"names the shape \[12.0, 40\], and",
@@ -1011,8 +1287,14 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: said({"format": "mxfp8", "orig_shape": [12, 65]}, blocks("mxfp8")),
         r"names the shape \[12, 65\], and",
     ),
-    "shape without end": (lambda: said({"format": "nvfp4", "orig_shape": [10**400, 40]}, blocks("nvfp4")), r"names the shape \[1000"),
-    "shape of nothing": (lambda: said({"format": "nvfp4", "orig_shape": [0, 40]}, blocks("nvfp4")), r"names the shape \[0, 40\], and"),
+    "shape without end": (
+        lambda: said({"format": "nvfp4", "orig_shape": [10**400, 40]}, blocks("nvfp4")),
+        r"names the shape \[1000",
+    ),
+    "shape of nothing": (
+        lambda: said({"format": "nvfp4", "orig_shape": [0, 40]}, blocks("nvfp4")),
+        r"names the shape \[0, 40\], and",
+    ),
     "bias of another weight": (
         lambda: but(blocks("nvfp4"), lambda d: d.put(f"{LAYER}.bias", "F32", np.ones(17))),
         r"blocks.0.q.bias has the shape \[17\], and blocks.0.q.weight has \[16, 48\], which is not padded from it",
@@ -1026,10 +1308,15 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         r"blocks.0.q.pre_quant_scale has the shape \[30\], and blocks.0.q.weight has \[16, 48\], which is not padded from it",
     ),
     "factor of another width than said": (
-        lambda: beside("pre_quant_scale", draft=said({"format": "mxfp8", "orig_shape": [12, 40]}, blocks("mxfp8"))),
+        lambda: beside(
+            "pre_quant_scale", draft=said({"format": "mxfp8", "orig_shape": [12, 40]}, blocks("mxfp8"))
+        ),
         r"pre_quant_scale has the shape \[64\], its weight wants \[40\]",
     ),
-    "sigma for nvfp4": (lambda: beside("hadanorm_sigma", draft=blocks("nvfp4")), "is U8 and has blocks.0.q.hadanorm_sigma, which such a"),
+    "sigma for nvfp4": (
+        lambda: beside("hadanorm_sigma", draft=blocks("nvfp4")),
+        "is U8 and has blocks.0.q.hadanorm_sigma, which such a",
+    ),
     # formats of others
     "bitsandbytes": (
         lambda: beside("SCB"),
@@ -1037,7 +1324,10 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
     ),
     "bitsandbytes 4 bits": (lambda: beside("weight.absmax"), "is a bitsandbytes file"),
     "SDNQ": (lambda: beside("svd_up"), "is a SDNQ file .*, which diffusers with sdnq can read"),
-    "compressed-tensors": (lambda: but(bare(), lambda d: d.put("q.weight_packed", "I32", np.ones((2, 2)))), "is a compressed-tensors file"),
+    "compressed-tensors": (
+        lambda: but(bare(), lambda d: d.put("q.weight_packed", "I32", np.ones((2, 2)))),
+        "is a compressed-tensors file",
+    ),
     "compressed-tensors, asymmetric": (lambda: beside("weight_zero_point"), "is a compressed-tensors file"),
     "nunchaku": (lambda: raw(bare(), "q.qweight", "I8", 2, 2), "is a nunchaku file .it has q.qweight."),
     "nunchaku's header": (
@@ -1045,14 +1335,21 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         "is a nunchaku file .the header of",
     ),
     "torchao": (
-        lambda: but(raw(bare(), "q._weight_qdata", "I8", 2, 2), lambda d: d.metadata.update(tensor_names="[]")),
+        lambda: but(
+            raw(bare(), "q._weight_qdata", "I8", 2, 2), lambda d: d.metadata.update(tensor_names="[]")
+        ),
         "is a torchao file",
     ),
     "torchao's header": (
-        lambda: but(raw(bare(), "q._weight_qdata_", "I8", 2, 2), lambda d: d.metadata.update(tensor_names="[]")),
+        lambda: but(
+            raw(bare(), "q._weight_qdata_", "I8", 2, 2), lambda d: d.metadata.update(tensor_names="[]")
+        ),
         "is a torchao file .the header of",
     ),
-    "modelopt's quantizers": (lambda: beside("weight_quantizer._scale"), "is a modelopt file .*, which diffusers with nvidia-modelopt"),
+    "modelopt's quantizers": (
+        lambda: beside("weight_quantizer._scale"),
+        "is a modelopt file .*, which diffusers with nvidia-modelopt",
+    ),
     "lightx2v nvfp4": (lambda: beside("weight_global_scale"), "is a lightx2v nvfp4 file"),
     "w4a4": (lambda: said({"format": "convrot_w4a4"}), "is a convrot_w4a4 file"),
     "w4a8": (lambda: beside("weight_s_rel"), "is a asym_w4a8_int8 file"),

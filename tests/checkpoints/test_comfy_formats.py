@@ -77,7 +77,9 @@ def test_entries_say_what_the_tensors_are(form: Format, shape: tuple[int, int], 
 
 
 @pytest.mark.parametrize(("form", "shape", "name"), CASES)
-def test_what_is_written_is_read_again(form: Format, shape: tuple[int, int], name: str, tmp_path: Path, caplog) -> None:
+def test_what_is_written_is_read_again(
+    form: Format, shape: tuple[int, int], name: str, tmp_path: Path, caplog
+) -> None:
     transform = transforms(form, shape[1])[name]
     weight = form.quantize(transform.transform_weight(randn(*shape)))
     with TensorFiles.open(write(tmp_path / "m.safetensors", form, weight, transform)) as files:
@@ -85,7 +87,9 @@ def test_what_is_written_is_read_again(form: Format, shape: tuple[int, int], nam
         read, back = layer.coded(files)
         assert torch.equal(layer.weight(files, shape=shape), transform.restore_weight(weight.dequantize()))
     assert torch.equal(read.dequantize(), weight.dequantize()) and read.shape == shape
-    assert read.qdata.dtype == weight.qdata.dtype and torch.equal(read.qdata.view(torch.uint8), weight.qdata.view(torch.uint8))
+    assert read.qdata.dtype == weight.qdata.dtype and torch.equal(
+        read.qdata.view(torch.uint8), weight.qdata.view(torch.uint8)
+    )
     assert back.same_input_as(transform)
     if transform.factor is None or form.name == "int8_rowwise":
         assert back.method == transform.method
@@ -103,7 +107,10 @@ NAMES = {
     "int8_tensorwise": ("I8", [256, 512], "F32", [], {"format": "int8_tensorwise"}),
     "int8_rowwise": ("I8", [256, 512], "F32", [256, 1], {"format": "int8_tensorwise", "per_row": True}),
     "int8_convrot": (
-        "I8", [256, 512], "F32", [256, 1],
+        "I8",
+        [256, 512],
+        "F32",
+        [256, 1],
         {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256, "per_row": True},
     ),
     "int8_blockwise": ("I8", [256, 512], "F32", [2, 4], {"format": "int8_blockwise", "group_size": 128}),
@@ -113,11 +120,23 @@ NAMES = {
     "float8_e4m3fn_cast": ("F8_E4M3", [256, 512], None, None, None),
     "float8_e5m2_cast": ("F8_E5M2", [256, 512], None, None, None),
     "float8_e4m3fn_rowwise": ("F8_E4M3", [256, 512], "F32", [256], {"format": "float8_e4m3fn_rowwise"}),
-    "float8_e4m3fn_blockwise": ("F8_E4M3", [256, 512], "F32", [4, 8], {"format": "float8_e4m3fn_blockwise", "group_size": 64}),
-    "float8_e4m3fn_block3d": ("F8_E4M3", [256, 512], "F32", [256, 8, 1], {"format": "float8_e4m3fn_block3d", "group_size": 64}),
+    "float8_e4m3fn_blockwise": (
+        "F8_E4M3",
+        [256, 512],
+        "F32",
+        [4, 8],
+        {"format": "float8_e4m3fn_blockwise", "group_size": 64},
+    ),
+    "float8_e4m3fn_block3d": (
+        "F8_E4M3",
+        [256, 512],
+        "F32",
+        [256, 8, 1],
+        {"format": "float8_e4m3fn_block3d", "group_size": 64},
+    ),
     "mxfp8": ("F8_E4M3", [256, 512], "U8", [256, 16], {"format": "mxfp8"}),
     "nvfp4": ("U8", [256, 256], "F8_E4M3", [256, 32], {"format": "nvfp4"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
@@ -130,14 +149,21 @@ def test_tensors_of_a_layer(form: Format) -> None:
         expected["text.layer.comfy_quant"] = ("U8", [len(json.dumps(said))])
     if form.name == "nvfp4":
         expected["text.layer.weight_scale_2"] = ("F32", [])
-    assert {key: (word, list(size)) for key, word, size in coded_entries(KEY, form, SHAPE, transform)} == expected
+    assert {
+        key: (word, list(size)) for key, word, size in coded_entries(KEY, form, SHAPE, transform)
+    } == expected
     assert marker(form, SHAPE, transform) == (said or {})
 
 
 def test_the_marker_of_nvfp4_byte_by_byte() -> None:
     form = FORMATS["nvfp4"]
     found = coded_tensors(KEY, form.quantize(randn(16, 16)), form, PLAIN)["text.layer.comfy_quant"]
-    assert isinstance(found, bytes) and len(found) == 19 and (found[0], found[-1]) == (0x7B, 0x7D) and found == b'{"format": "nvfp4"}'
+    assert (
+        isinstance(found, bytes)
+        and len(found) == 19
+        and (found[0], found[-1]) == (0x7B, 0x7D)
+        and found == b'{"format": "nvfp4"}'
+    )
 
 
 # readers that go by the header alone know these lengths
@@ -168,7 +194,9 @@ def test_lengths_of_markers(name: str, length: int) -> None:
     ],
 )
 def test_the_real_shape_is_said_where_it_is_padded(name: str, shape: tuple[int, int], padded: bool) -> None:
-    assert marker(FORMATS[name], shape, PLAIN) == {"format": name} | ({"orig_shape": list(shape)} if padded else {})
+    assert marker(FORMATS[name], shape, PLAIN) == {"format": name} | (
+        {"orig_shape": list(shape)} if padded else {}
+    )
 
 
 def test_a_rotated_layer_is_rotated_by_the_regular_matrix(tmp_path: Path) -> None:
@@ -190,10 +218,15 @@ def test_a_factor_lies_beside_the_weight() -> None:
 # -- what cannot be written ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["int8_tensorwise", "int8_blockwise", "float8_e4m3fn", "float8_e5m2_cast", "nvfp4"])
+@pytest.mark.parametrize(
+    "name", ["int8_tensorwise", "int8_blockwise", "float8_e4m3fn", "float8_e5m2_cast", "nvfp4"]
+)
 @pytest.mark.parametrize(
     "transform",
-    [OutlierTransform("convrot", {"group_size": 16}, rotation=Rotation(regular_hadamard(16))), OutlierTransform("hadanorm", centered=True)],
+    [
+        OutlierTransform("convrot", {"group_size": 16}, rotation=Rotation(regular_hadamard(16))),
+        OutlierTransform("hadanorm", centered=True),
+    ],
     ids=lambda t: t.method,
 )
 def test_a_rotation_that_no_marker_can_tell_is_refused(name: str, transform: OutlierTransform) -> None:
@@ -217,7 +250,9 @@ WRONG: dict[str, tuple[str, Callable[[], CodedWeight]]] = {
     "other codes": ("float8_e5m2", lambda: of("float8_e4m3fn")),
     "one exponent": (
         "float8_e4m3fn",
-        lambda: CodedWeight(torch.ones(1, 32).to(torch.float8_e4m3fn), torch.ones(1, 1).byte(), (1, 32), swizzled=False),
+        lambda: CodedWeight(
+            torch.ones(1, 32).to(torch.float8_e4m3fn), torch.ones(1, 1).byte(), (1, 32), swizzled=False
+        ),
     ),
     "other kind": ("float8_e4m3fn", lambda: of("mxfp8")),
     "a scale for each row": ("int8_tensorwise", lambda: of("int8_rowwise")),
@@ -233,7 +268,10 @@ WRONG: dict[str, tuple[str, Callable[[], CodedWeight]]] = {
 
 @pytest.mark.parametrize(("name", "make"), WRONG.values(), ids=WRONG)
 def test_a_weight_in_another_format_is_refused(name: str, make: Callable[[], CodedWeight]) -> None:
-    with pytest.raises(ValueError, match=rf"^text.layer.weight cannot be written as {name}: its codes, .*, are in another format$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^text.layer.weight cannot be written as {name}: its codes, .*, are in another format$",
+    ):
         coded_tensors(KEY, make(), FORMATS[name], PLAIN)
 
 
@@ -251,7 +289,9 @@ def test_a_weight_in_another_format_is_refused(name: str, make: Callable[[], Cod
 def test_scales_out_of_files_get_the_dtype_and_shape_of_the_format(name: str, change) -> None:
     form, weight = FORMATS[name], of(name)
     weight = replace(weight, scale=change(weight.scale))
-    key, word, shape = next(entry for entry in coded_entries(KEY, form, weight.shape, PLAIN) if entry[0].endswith(".weight_scale"))
+    key, word, shape = next(
+        entry for entry in coded_entries(KEY, form, weight.shape, PLAIN) if entry[0].endswith(".weight_scale")
+    )
     found = coded_tensors(KEY, weight, form, PLAIN)[key]
     assert found.shape == shape and str(found.dtype) == f"torch.{DTYPES[word][1]}"
     numbers = weight.scale.float() if word == "F32" else weight.scale.view(found.dtype)

@@ -32,7 +32,12 @@ def fitted(method: OutlierMethod, width: int) -> OutlierTransform:
 def test_the_markers_of_plain_and_rotated_layers_are_comfyuis_own(width: int) -> None:
     plain, rotated = marker(OutlierTransform()), marker(fitted(ConvRot(), width))
     assert plain == {"format": "int8_tensorwise", "per_row": True}
-    assert rotated == {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": width, "per_row": True}
+    assert rotated == {
+        "format": "int8_tensorwise",
+        "convrot": True,
+        "convrot_groupsize": width,
+        "per_row": True,
+    }
     # readers that go by the header alone know these lengths
     assert (len(json.dumps(plain)), len(json.dumps(rotated))) == (46, 88 if width < 100 else 89)
 
@@ -62,17 +67,29 @@ def test_a_note_is_read_and_its_absence_is_an_empty_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("{", "no JSON"), ("[" * 100_000, "no JSON"), ("", "no JSON"), ("[1]", "no JSON object"), ("3", "no JSON object")]
+    ("text", "reason"),
+    [
+        ("{", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ("", "no JSON"),
+        ("[1]", "no JSON object"),
+        ("3", "no JSON object"),
+    ],
 )
 def test_a_note_that_is_none_is_refused(text: str, reason: str) -> None:
-    with pytest.raises(FileError, match=rf"^m\.safetensors: the note in the header is {reason}: {re.escape(repr(text[:80]))}$"):
+    with pytest.raises(
+        FileError,
+        match=rf"^m\.safetensors: the note in the header is {reason}: {re.escape(repr(text[:80]))}$",
+    ):
         read_note(Path("m.safetensors"), {"int8run": text})
 
 
 # -- the place ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_folder_is_made_and_nothing_is_left_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_is_made_and_nothing_is_left_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert prepare_folder("new/folder/m.safetensors") == tmp_path / "new" / "folder" / "m.safetensors"
@@ -99,18 +116,28 @@ UNWRITABLE = {
 
 
 @pytest.mark.parametrize(("place", "reason"), UNWRITABLE.values(), ids=UNWRITABLE)
-def test_a_place_that_cannot_be_written_is_named(place: Callable[[Path], Path], reason: str, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_named(
+    place: Callable[[Path], Path], reason: str, tmp_path: Path
+) -> None:
     path = place(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(FileError, match=rf"^save=.*safetensors cannot be written: ({reason}); choose a folder that you may write to$"):
+    with pytest.raises(
+        FileError,
+        match=rf"^save=.*safetensors cannot be written: ({reason}); choose a folder that you may write to$",
+    ):
         prepare_folder(str(path))
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_folder_is_made_and_a_file_in_its_place_is_named(tmp_path: Path) -> None:
-    assert prepare_folder(str(tmp_path / "new" / "model")) == tmp_path / "new" / "model" and (tmp_path / "new" / "model").is_dir()
+    assert (
+        prepare_folder(str(tmp_path / "new" / "model")) == tmp_path / "new" / "model"
+        and (tmp_path / "new" / "model").is_dir()
+    )
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileError, match=r"^save=.*file cannot be written: (File exists|Not a directory); choose"):
+    with pytest.raises(
+        FileError, match=r"^save=.*file cannot be written: (File exists|Not a directory); choose"
+    ):
         prepare_folder(str(tmp_path / "file"))
 
 

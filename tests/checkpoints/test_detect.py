@@ -58,7 +58,10 @@ def test_a_kind_gives_its_weight(make: Any, tmp_path: Path) -> None:
     assert list(layers) == [LAYER]
     layer, weight = layers[LAYER], real(draft)
     assert {name: getattr(layer, name) for name in draft.expected} == draft.expected
-    assert set(layer.side_keys) == {key for key in draft.tensors if key.startswith(LAYER)} - {f"{LAYER}.weight", f"{LAYER}.bias"}
+    assert set(layer.side_keys) == {key for key in draft.tensors if key.startswith(LAYER)} - {
+        f"{LAYER}.weight",
+        f"{LAYER}.bias",
+    }
     shape = shape_for(layer, weight)
     whole = layer.weight(files, shape=shape)
     assert whole.dtype == torch.float32
@@ -77,17 +80,29 @@ def test_integers_are_taken_where_they_mean_the_weight(make: Any, tmp_path: Path
     files, layers = read(draft, tmp_path)
     layer = layers[LAYER]
     if not layer.exact:
-        with pytest.raises(ValueError, match=rf"the numbers of {LAYER} .* cannot be taken as they are; read `weight`"):
+        with pytest.raises(
+            ValueError, match=rf"the numbers of {LAYER} .* cannot be taken as they are; read `weight`"
+        ):
             layer.int8(files)
         return
-    stored = np.frombuffer(draft.tensors[f"{LAYER}.weight"][2], "i1").reshape(draft.tensors[f"{LAYER}.weight"][1])
+    stored = np.frombuffer(draft.tensors[f"{LAYER}.weight"][2], "i1").reshape(
+        draft.tensors[f"{LAYER}.weight"][1]
+    )
     for rows in (slice(None), slice(1, 6) if len(stored) > 6 else slice(0, 1)):
         found = layer.int8(files, rows)
         count = len(stored[rows])
-        assert found.weight.qdata.dtype == torch.int8 and torch.equal(found.weight.qdata, torch.tensor(stored[rows]))
-        assert found.weight.scale.shape == (count, 1) and found.weight.scale.dtype == torch.float32 and found.weight.scale.is_contiguous()
+        assert found.weight.qdata.dtype == torch.int8 and torch.equal(
+            found.weight.qdata, torch.tensor(stored[rows])
+        )
+        assert (
+            found.weight.scale.shape == (count, 1)
+            and found.weight.scale.dtype == torch.float32
+            and found.weight.scale.is_contiguous()
+        )
         assert found.bias is None
-        assert_close("weight", found.transform.restore_weight(found.weight.dequantize()), real(draft)[rows], 1e-6)
+        assert_close(
+            "weight", found.transform.restore_weight(found.weight.dequantize()), real(draft)[rows], 1e-6
+        )
 
 
 @pytest.mark.parametrize("name", [name for name, make in KINDS.items() if make().expected["exact"]])
@@ -105,22 +120,46 @@ def test_the_kinds_are_what_the_table_says() -> None:
     # else the tests above could have lost some
     expected = [make().expected for make in KINDS.values()]
     assert {(e["kind"], e["granularity"]) for e in expected} == {
-        *(("int8", granularity) for granularity in ("tensor", "row", "group", "grid", "block3d", "transposed")),
-        *(("fp8", granularity) for granularity in ("tensor", "row", "grid", "block3d", "")), ("float", ""),
-        ("nvfp4", "block"), ("mxfp8", "block"),
-    }  # fmt: skip
-    assert {e["method"] for e in expected if e["exact"]} == {"none", "convrot", "quarot", "hadanorm", "smoothquant"}
+        *(
+            ("int8", granularity)
+            for granularity in ("tensor", "row", "group", "grid", "block3d", "transposed")
+        ),
+        *(("fp8", granularity) for granularity in ("tensor", "row", "grid", "block3d", "")),
+        ("float", ""),
+        ("nvfp4", "block"),
+        ("mxfp8", "block"),
+    }
+    assert {e["method"] for e in expected if e["exact"]} == {
+        "none",
+        "convrot",
+        "quarot",
+        "hadanorm",
+        "smoothquant",
+    }
 
 
 @pytest.mark.parametrize(
-    "name", ["tensor []", "row [N]", "grid", "grid of one column", "block3d", "group", "fp8 grid", "fp8 row", "fp8 block3d"]
+    "name",
+    [
+        "tensor []",
+        "row [N]",
+        "grid",
+        "grid of one column",
+        "block3d",
+        "group",
+        "fp8 grid",
+        "fp8 row",
+        "fp8 block3d",
+    ],
 )
 def test_scaling_is_the_kernels_definition_bit_for_bit(name: str, tmp_path: Path) -> None:
     files, layers = read(KINDS[name](), tmp_path)
     layer = layers[LAYER]
     definition = dequantize_fp8 if layer.kind == "fp8" else dequantize_int8
     expected = definition(files.read(layer.key), files.read(layer.keys["scale"]))
-    assert torch.equal(layer.weight(files), expected) and torch.equal(layer.weight(files, slice(3, 7)), expected[3:7])
+    assert torch.equal(layer.weight(files), expected) and torch.equal(
+        layer.weight(files, slice(3, 7)), expected[3:7]
+    )
 
 
 def test_the_published_vectors() -> None:
@@ -159,7 +198,10 @@ def test_the_skeleton_of_a_header_is_read(tmp_path: Path) -> None:
     draft.put("blocks.0.ffn.0.bias", "BF16", np.ones(8))
     assert draft.tensors["blocks.0.ffn.0.comfy_quant"][1] == (72,)
     _, layers = read(draft, tmp_path)
-    assert layers["blocks.0.ffn.0"].label == "int8_tensorwise, row, convrot 256" and layers["blocks.0.ffn.0"].exact
+    assert (
+        layers["blocks.0.ffn.0"].label == "int8_tensorwise, row, convrot 256"
+        and layers["blocks.0.ffn.0"].exact
+    )
 
 
 # -- whole files --------------------------------------------------------------------------------------------------------
@@ -170,9 +212,14 @@ def mixed() -> Draft:
     whole = KINDS["convrot 16"]().prefixed("model.diffusion_model.")
     for name, kind in (("blocks.1.k", "fp8"), ("blocks.2.v", "bf16")):
         other = KINDS[kind]()
-        whole.tensors |= {f"model.diffusion_model.{name}{key.removeprefix(LAYER)}": value for key, value in other.tensors.items()}
+        whole.tensors |= {
+            f"model.diffusion_model.{name}{key.removeprefix(LAYER)}": value
+            for key, value in other.tensors.items()
+        }
         whole.real[f"model.diffusion_model.{name}"] = other.real[LAYER]
-    whole.put("model.diffusion_model.norm.scale", "F32", np.full(4, 2.0))  # a parameter, no scale of the weight
+    whole.put(
+        "model.diffusion_model.norm.scale", "F32", np.full(4, 2.0)
+    )  # a parameter, no scale of the weight
     whole.put("model.diffusion_model.norm.weight", "F32", np.ones(4))
     whole.put("model.diffusion_model.__index_timestep_zero__", "F32", np.ones(0))
     whole.put("vae.conv.weight", "F32", np.ones((2, 2, 3, 3)))
@@ -223,13 +270,19 @@ def test_a_scale_of_1_beside_a_float_is_no_matter(tmp_path: Path) -> None:
     draft.put(f"{LAYER}.weight_scale", "F32", 1)
     draft.put(f"{LAYER}.input_scale", "F32", 1)
     _, layers = read(draft, tmp_path)
-    assert layers[LAYER].kind == "float" and layers[LAYER].side_keys == (f"{LAYER}.weight_scale", f"{LAYER}.input_scale")
+    assert layers[LAYER].kind == "float" and layers[LAYER].side_keys == (
+        f"{LAYER}.weight_scale",
+        f"{LAYER}.input_scale",
+    )
 
 
 def test_fp8_without_a_scale_among_scaled_ones_is_a_cast(tmp_path: Path) -> None:
     draft = made.two_layers(KINDS["fp8 legacy"](), KINDS["fp8 cast"]())
     _, layers = read(draft, tmp_path)
-    assert [layer.label for layer in layers.values()] == ["float8_e4m3fn scaled, tensor", "float8_e4m3fn cast"]
+    assert [layer.label for layer in layers.values()] == [
+        "float8_e4m3fn scaled, tensor",
+        "float8_e4m3fn cast",
+    ]
 
 
 def test_marks_of_whole_files_are_known() -> None:
@@ -257,13 +310,20 @@ def test_layers_may_lie_in_several_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("width", [7, 64, 256])
-def test_what_int8run_writes_comes_back_bit_for_bit(method: OutlierMethod, width: int, tmp_path: Path) -> None:
+def test_what_int8run_writes_comes_back_bit_for_bit(
+    method: OutlierMethod, width: int, tmp_path: Path
+) -> None:
     weight, sample = randn(6, width, seed=width), randn(2, 6, width, seed=1)
     plain = METHODS["none"]
     method = plain if method.refuse(width) else method
     transform = method.fit(weight, LayerStatistics(sample, sample.abs().amax((0, 1)), weight.abs().amax(0)))
     layer = QuantizedLayer(quantize_weight(transform.transform_weight(weight)), transform, randn(6))
-    tensors = {"q.weight": layer.weight.qdata, "q.weight_scale": layer.weight.scale, "q.bias": layer.bias, "norm.weight": randn(3)}
+    tensors = {
+        "q.weight": layer.weight.qdata,
+        "q.weight_scale": layer.weight.scale,
+        "q.bias": layer.bias,
+        "norm.weight": randn(3),
+    }
     tensors["q.comfy_quant"] = torch.tensor(list(json.dumps(marker(transform)).encode()), dtype=torch.uint8)
     if transform.factor is not None:
         tensors["q.pre_quant_scale"] = transform.factor
@@ -272,7 +332,9 @@ def test_what_int8run_writes_comes_back_bit_for_bit(method: OutlierMethod, width
     stored = stored_layers(files)["q"]
     assert stored.exact and (stored.method, stored.settings) == (method.name, method.settings_for(width))
     back = stored.int8(files)
-    assert torch.equal(back.weight.qdata, layer.weight.qdata) and torch.equal(back.weight.scale, layer.weight.scale)
+    assert torch.equal(back.weight.qdata, layer.weight.qdata) and torch.equal(
+        back.weight.scale, layer.weight.scale
+    )
     assert back.transform.same_input_as(transform) and back.transform.label == transform.label
     assert torch.equal(stored.weight(files), transform.restore_weight(layer.weight.dequantize()))
 
@@ -281,12 +343,16 @@ def test_what_int8run_writes_comes_back_bit_for_bit(method: OutlierMethod, width
 
 
 @pytest.mark.parametrize(("make", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_refused_by_name(make: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_is_refused_by_name(
+    make: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = opened(make(), tmp_path)
     weights = [key for key in files if key.endswith(".weight")]
     reads = []
     original = TensorFiles.read
-    monkeypatch.setattr(TensorFiles, "read", lambda self, key, rows=None: reads.append(key) or original(self, key, rows))
+    monkeypatch.setattr(
+        TensorFiles, "read", lambda self, key, rows=None: reads.append(key) or original(self, key, rows)
+    )
     with pytest.raises(FileError, match=words) as raised:
         stored_layers(files)
     assert str(raised.value).startswith(str(tmp_path)) and "\n" not in str(raised.value)
@@ -296,25 +362,33 @@ def test_a_mistake_is_refused_by_name(make: Any, words: str, tmp_path: Path, mon
 def test_no_weight_is_read_to_tell_the_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, reads = opened(mixed(), tmp_path), []
     original = TensorFiles.read
-    monkeypatch.setattr(TensorFiles, "read", lambda self, key, rows=None: reads.append(key) or original(self, key, rows))
+    monkeypatch.setattr(
+        TensorFiles, "read", lambda self, key, rows=None: reads.append(key) or original(self, key, rows)
+    )
     stored_layers(files)
     assert reads and not [key for key in reads if key.endswith(".weight")]
 
 
 def test_a_padded_weight_needs_the_models_shape(tmp_path: Path) -> None:
     files, layers = read(made.quip(12, 24), tmp_path)
-    with pytest.raises(FileError, match=rf"{LAYER} is padded to \[16, 32\] and does not say to what shape it is cut; the model"):
+    with pytest.raises(
+        FileError,
+        match=rf"{LAYER} is padded to \[16, 32\] and does not say to what shape it is cut; the model",
+    ):
         layers[LAYER].weight(files)
     for wrong in ((8, 24), (12, 16), (17, 24), (12, 0)):
         with pytest.raises(
-            FileError, match=rf"{LAYER} has the shape \[16, 32\], the model's \[{wrong[0]}, {wrong[1]}\]; it is for another"
+            FileError,
+            match=rf"{LAYER} has the shape \[16, 32\], the model's \[{wrong[0]}, {wrong[1]}\]; it is for another",
         ):
             layers[LAYER].weight(files, shape=wrong)
 
 
 def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
     files, layers = read(made.row(), tmp_path)
-    with pytest.raises(FileError, match=rf"{LAYER} has the shape \[12, 64\], the model's \[12, 32\]; it is for another"):
+    with pytest.raises(
+        FileError, match=rf"{LAYER} has the shape \[12, 64\], the model's \[12, 32\]; it is for another"
+    ):
         layers[LAYER].weight(files, shape=(12, 32))
     assert layers[LAYER].weight(files, shape=(N, K)).shape == (N, K)
     for rows in (slice(0, N + 1), slice(-1, None), slice(0, N, 2)):
@@ -339,16 +413,29 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("name", ["config.json", "quantization_config.json"])
-def test_a_config_beside_the_file_names_its_program(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_config_beside_the_file_names_its_program(
+    name: str, config: dict[str, Any], tmp_path: Path
+) -> None:
     (tmp_path / name).write_text(json.dumps(config))
     method = (config.get("quantization_config") or config)["quant_method"]
-    with pytest.raises(FileError, match=rf"is a (SDNQ|bitsandbytes|torchao) file \(the config beside it says quant_method {method}\)"):
+    with pytest.raises(
+        FileError,
+        match=rf"is a (SDNQ|bitsandbytes|torchao) file \(the config beside it says quant_method {method}\)",
+    ):
         read(made.row(), tmp_path)
     read(made.bare(), tmp_path)  # a float file is another
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"quantization_config": 5}', '{"quantization_config": {"quant_method": "fp8"}}', '{"quant_method": 5}']
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"quantization_config": 5}',
+        '{"quantization_config": {"quant_method": "fp8"}}',
+        '{"quant_method": 5}',
+    ],
 )
 def test_a_config_of_something_else_is_no_matter(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
@@ -367,8 +454,14 @@ WARNED = {
         lambda: made.int8((3, 16), "grid", made.TENSOR, block=(4, 4), label="int8_tensorwise"),
         "1 layers are labelled int8_tensorwise and have scales by grid",
     ),
-    "per_row, but one": (lambda: made.int8((), "tensor", made.ROW), "1 layers are labelled per_row=True and have scales by tensor"),
-    "not per_row, but rows": (lambda: made.said({**made.TENSOR, "per_row": False}), "labelled per_row=False and have scales by row"),
+    "per_row, but one": (
+        lambda: made.int8((), "tensor", made.ROW),
+        "1 layers are labelled per_row=True and have scales by tensor",
+    ),
+    "not per_row, but rows": (
+        lambda: made.said({**made.TENSOR, "per_row": False}),
+        "labelled per_row=False and have scales by row",
+    ),
     "fp8 blocks, but rows": (
         lambda: made.fp8((N,), "row", marker={"format": FP8_BLOCKWISE, "group_size": 64}),
         "labelled float8_e4m3fn_blockwise and have scales by row",
@@ -381,7 +474,9 @@ WARNED = {
 
 
 @pytest.mark.parametrize(("make", "words"), WARNED.values(), ids=WARNED)
-def test_the_shape_counts_and_the_label_is_named(make: Any, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_shape_counts_and_the_label_is_named(
+    make: Any, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     draft = make()
     files, layers = read(draft, tmp_path)
     assert_close("weight", layers[LAYER].weight(files), real(draft), 1e-6)
@@ -390,7 +485,9 @@ def test_the_shape_counts_and_the_label_is_named(make: Any, words: str, tmp_path
     assert re.search(words, record.getMessage()), record.getMessage()
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("convrot") or "lost" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in KINDS if not name.startswith("convrot") or "lost" not in name]
+)
 def test_nothing_is_said_of_a_good_file(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     read(KINDS[name](), tmp_path)
     assert not caplog.records
@@ -412,7 +509,16 @@ def test_any_change_of_a_file_is_read_or_refused(seed: int, tmp_path: Path) -> N
             del draft.tensors[key]
         elif way == 1:
             suffix = chance.choice(
-                ["weight", "weight_scale", "scale", "comfy_quant", "pre_quant_scale", "quip_s_u", "hadanorm_sigma", "bias"]
+                [
+                    "weight",
+                    "weight_scale",
+                    "scale",
+                    "comfy_quant",
+                    "pre_quant_scale",
+                    "quip_s_u",
+                    "hadanorm_sigma",
+                    "bias",
+                ]
             )
             draft.tensors[f"{LAYER}.{suffix}"] = draft.tensors.pop(key)
         elif way == 2:
@@ -469,5 +575,7 @@ def test_comfy_kitchen_reads_the_same_fp8_weight(name: str, tmp_path: Path) -> N
     kitchen = pytest.importorskip("comfy_kitchen")
     files, layers = read(KINDS[name](), tmp_path)
     layer = layers[LAYER]
-    theirs = kitchen.dequantize_per_tensor_fp8(files.read(layer.key), files.read(layer.keys["scale"]), torch.float32)
+    theirs = kitchen.dequantize_per_tensor_fp8(
+        files.read(layer.key), files.read(layer.keys["scale"]), torch.float32
+    )
     assert_close(name, layer.weight(files), theirs, 1e-6)

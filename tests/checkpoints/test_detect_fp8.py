@@ -33,22 +33,61 @@ NVFP4, MXFP8 = {"format": "nvfp4"}, {"format": "mxfp8"}
 WORDS = {
     "int8_tensorwise": ["tensor []", "tensor [1]", "tensor [1, 1]", "one row", "lightx2v comfy mode"],
     "int8_rowwise": [
-        "row [N, 1]", "row [N]", "row [N] of a square", "row [N, 1] of a square", "one column", "row in the header", "axiswise",
-        "bf16 scale with a marker", "embedding's padding", "doubled braces", "orig_dtype", "quarot false", "convrot false", "smoothed",
-        "lightx2v bf16", "lightx2v f16", "transposed",
+        "row [N, 1]",
+        "row [N]",
+        "row [N] of a square",
+        "row [N, 1] of a square",
+        "one column",
+        "row in the header",
+        "axiswise",
+        "bf16 scale with a marker",
+        "embedding's padding",
+        "doubled braces",
+        "orig_dtype",
+        "quarot false",
+        "convrot false",
+        "smoothed",
+        "lightx2v bf16",
+        "lightx2v f16",
+        "transposed",
     ],
     "int8_convrot": [
-        "convrot 16", "convrot 4", "convrot 64", "convrot 256 by default", "convrot 1024", "convrot of a tensor scale", "convrot in params",
-        "convrot in the header", "convrot lost in the header", "convrot's size lost in the header", "quarot, pre-native",
-        "convrot, pre-native", "smoothed and rotated",
+        "convrot 16",
+        "convrot 4",
+        "convrot 64",
+        "convrot 256 by default",
+        "convrot 1024",
+        "convrot of a tensor scale",
+        "convrot in params",
+        "convrot in the header",
+        "convrot lost in the header",
+        "convrot's size lost in the header",
+        "quarot, pre-native",
+        "convrot, pre-native",
+        "smoothed and rotated",
     ],
-    "int8_blockwise": ["grid", "grid in params", "grid without its size", "grid of one column", "grid without a marker"],
+    "int8_blockwise": [
+        "grid",
+        "grid in params",
+        "grid without its size",
+        "grid of one column",
+        "grid without a marker",
+    ],
     "int8_block3d": [
-        "block3d", "block3d of one block",
-        *(f"named {name}" for name in ("scale", "weight.scale", "weight.weight_scale", "scale_weight", "weight_scale_inv")),
+        "block3d",
+        "block3d of one block",
+        *(
+            f"named {name}"
+            for name in ("scale", "weight.scale", "weight.weight_scale", "scale_weight", "weight_scale_inv")
+        ),
     ],
     "float8_e4m3fn": [
-        "fp8", "fp8 in the header", "fp8 marked, no scale", "fp8 legacy", "fp8 legacy, empty marker", "fp8 smoothed",
+        "fp8",
+        "fp8 in the header",
+        "fp8 marked, no scale",
+        "fp8 legacy",
+        "fp8 legacy, empty marker",
+        "fp8 smoothed",
     ],
     "float8_e5m2": ["fp8 e5m2", "fp8 e5m2 with the label of e4m3"],
     "float8_e4m3fn_cast": ["fp8 cast"],
@@ -57,21 +96,57 @@ WORDS = {
     "float8_e4m3fn_blockwise": ["fp8 grid", "fp8 grid of transformers"],
     "float8_e4m3fn_block3d": ["fp8 block3d", "fp8 block3d by its name"],
     "nvfp4": [
-        "nvfp4", "nvfp4 in the header", "nvfp4 with its shape", "nvfp4 without a marker", "nvfp4 of many tiles", "nvfp4 smoothed",
+        "nvfp4",
+        "nvfp4 in the header",
+        "nvfp4 with its shape",
+        "nvfp4 without a marker",
+        "nvfp4 of many tiles",
+        "nvfp4 smoothed",
     ],
     "nvfp4_modelopt": ["nvfp4 by ModelOpt", "nvfp4 by ModelOpt, wide"],
     "mxfp8": [
-        "mxfp8", "mxfp8 in the header", "mxfp8 in e8m0", "mxfp8 with all its rows", "mxfp8 of many tiles", "mxfp8 smoothed", "hybrid mxfp8",
+        "mxfp8",
+        "mxfp8 in the header",
+        "mxfp8 in e8m0",
+        "mxfp8 with all its rows",
+        "mxfp8 of many tiles",
+        "mxfp8 smoothed",
+        "hybrid mxfp8",
     ],
     "mxfp8_rows": ["mxfp8 in rows"],
     # no word: of a matrix that ComfyUI does not know, of more than a rotation, of groups, float
     "": [
-        "convrot 32 is Sylvester's", "quarot of 128", "block3d, rotated", "group", "toolkit quarot", "toolkit quarot, one scale",
-        "toolkit quarot in half precision", "toolkit hadanorm", "toolkit sigma alone", "quip", "quip, padded", "quip, smoothed",
-        "older quip", "older quip, dense", "bf16", "f16", "f32", "f64",
+        "convrot 32 is Sylvester's",
+        "quarot of 128",
+        "block3d, rotated",
+        "group",
+        "toolkit quarot",
+        "toolkit quarot, one scale",
+        "toolkit quarot in half precision",
+        "toolkit hadanorm",
+        "toolkit sigma alone",
+        "quip",
+        "quip, padded",
+        "quip, smoothed",
+        "older quip",
+        "older quip, dense",
+        "bf16",
+        "f16",
+        "f32",
+        "f64",
     ],
-}  # fmt: skip
-NOT_CODABLE = {"quip", "quip, padded", "quip, smoothed", "older quip", "older quip, dense", "bf16", "f16", "f32", "f64"}
+}
+NOT_CODABLE = {
+    "quip",
+    "quip, padded",
+    "quip, smoothed",
+    "older quip",
+    "older quip, dense",
+    "bf16",
+    "f16",
+    "f32",
+    "f64",
+}
 
 
 def test_every_kind_has_its_word() -> None:
@@ -85,7 +160,9 @@ def test_numbers_stay_as_they_are(word: str, name: str, tmp_path: Path) -> None:
     layer = layers[LAYER]
     assert (layer.format, layer.codable) == (word, name not in NOT_CODABLE)
     if not layer.codable:
-        with pytest.raises(ValueError, match=rf"the numbers of {LAYER} .* cannot stay as they are; read `weight`"):
+        with pytest.raises(
+            ValueError, match=rf"the numbers of {LAYER} .* cannot stay as they are; read `weight`"
+        ):
             layer.coded(files)
         return
     weight = real(draft)
@@ -97,7 +174,11 @@ def test_numbers_stay_as_they_are(word: str, name: str, tmp_path: Path) -> None:
     codes = coded.qdata.T if layer.granularity == "transposed" else coded.qdata
     assert codes.contiguous().view(torch.uint8).numpy().tobytes() == stored and coded.qdata.is_contiguous()
     scales = [x for x in (coded.scale, coded.global_scale) if x is not None]
-    assert coded.nbytes == sum(x.nbytes for x in (coded.qdata, *scales)) <= sum(len(data) for _, _, data in draft.tensors.values())
+    assert (
+        coded.nbytes
+        == sum(x.nbytes for x in (coded.qdata, *scales))
+        <= sum(len(data) for _, _, data in draft.tensors.values())
+    )
     assert transform.method == layer.method and transform.group_size == layer.group
 
 
@@ -114,14 +195,24 @@ ONE_NUMBER = [
     (made.ROW, (N, K), (1, 1), None),
     (BLOCKWISE, (N, K), (), None),
     ({"format": "int8_blockwise"}, (K, K), (), None),
-    ({**BLOCKWISE, "group_size": 128}, (K, K), (), None),  # as convert_to_quant labels files that lost their labels
+    (
+        {**BLOCKWISE, "group_size": 128},
+        (K, K),
+        (),
+        None,
+    ),  # as convert_to_quant labels files that lost their labels
     ({**BLOCKWISE, "group_size": 128}, (1, K), (), None),
 ]
 
 
 @pytest.mark.parametrize(("marker", "weight", "scale", "word"), ONE_NUMBER)
 def test_of_one_number_the_marker_says_what_it_is(
-    marker: Any, weight: tuple[int, int], scale: tuple[int, ...], word: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    marker: Any,
+    weight: tuple[int, int],
+    scale: tuple[int, ...],
+    word: str | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     draft = made.int8(scale, "tensor", marker, weight=weight)
     files, layers = read(draft, tmp_path)
@@ -132,9 +223,16 @@ def test_of_one_number_the_marker_says_what_it_is(
 
 @pytest.mark.parametrize(
     ("word", "shape"),
-    [("float8_e4m3fn", (1, K)), ("float8_e4m3fn_rowwise", (1, K)), ("float8_e4m3fn_blockwise", (K, K)), ("float8_e4m3fn_block3d", (1, K))],
+    [
+        ("float8_e4m3fn", (1, K)),
+        ("float8_e4m3fn_rowwise", (1, K)),
+        ("float8_e4m3fn_blockwise", (K, K)),
+        ("float8_e4m3fn_block3d", (1, K)),
+    ],
 )
-def test_of_one_number_of_fp8_too(word: str, shape: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_of_one_number_of_fp8_too(
+    word: str, shape: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     draft = Draft()
     weight = draft.fp8("q.weight", "F8_E4M3", *shape) * draft.scale("q.weight_scale", 1, 1)
     draft.text("q.comfy_quant", {"format": word, "group_size": K})
@@ -154,7 +252,11 @@ def test_only_matrices_that_hold_something_stay(tmp_path: Path) -> None:
     for name, shape in (("conv", (4, 3, 2, 2)), ("norm", (5,)), ("nothing", (0, 4))):
         draft.fp8(f"{name}.weight", "F8_E4M3", *shape)
     _, layers = read(draft, tmp_path)
-    assert {name: layer.codable for name, layer in layers.items()} == {"conv": False, "norm": False, "nothing": False}
+    assert {name: layer.codable for name, layer in layers.items()} == {
+        "conv": False,
+        "norm": False,
+        "nothing": False,
+    }
     assert layers["norm"].format == "float8_e4m3fn_cast"
 
 
@@ -167,27 +269,49 @@ def test_fp8_in_e5m2_with_many_scales_has_no_word(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nvfp4 of many tiles", "mxfp8 of many tiles"])
-def test_of_scales_in_tiles_only_those_of_the_rows_are_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_scales_in_tiles_only_those_of_the_rows_are_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draft = KINDS[name]()
     files, layers = read(draft, tmp_path)
     layer, weight = layers[LAYER], real(draft)
     shape = (weight.shape[0], weight.shape[1])
     reads: dict[str, slice] = {}
     original = TensorFiles.read
-    monkeypatch.setattr(TensorFiles, "read", lambda self, key, rows=None: reads.update({key: rows}) or original(self, key, rows))
+    monkeypatch.setattr(
+        TensorFiles,
+        "read",
+        lambda self, key, rows=None: reads.update({key: rows}) or original(self, key, rows),
+    )
     for start, stop, first, last in (
-        (0, 272, 0, 384), (120, 140, 0, 256), (128, 256, 128, 256), (127, 128, 0, 128), (256, 257, 256, 384), (271, 272, 256, 384),
-    ):  # fmt: skip
-        assert_close(f"{start}:{stop}", layer.weight(files, slice(start, stop), shape), weight[start:stop], 1e-6)
-        assert (reads[f"{LAYER}.weight_scale"], reads[f"{LAYER}.weight"]) == (slice(first, last), slice(start, stop))
+        (0, 272, 0, 384),
+        (120, 140, 0, 256),
+        (128, 256, 128, 256),
+        (127, 128, 0, 128),
+        (256, 257, 256, 384),
+        (271, 272, 256, 384),
+    ):
+        assert_close(
+            f"{start}:{stop}", layer.weight(files, slice(start, stop), shape), weight[start:stop], 1e-6
+        )
+        assert (reads[f"{LAYER}.weight_scale"], reads[f"{LAYER}.weight"]) == (
+            slice(first, last),
+            slice(start, stop),
+        )
     assert layer.weight(files, slice(272, 272), shape).shape == (0, shape[1])
 
 
-def one(kind: str, codes: bytes, scale: list[int], marker: object, tiles: bool, global_scale: float = 1.0) -> Draft:
+def one(
+    kind: str, codes: bytes, scale: list[int], marker: object, tiles: bool, global_scale: float = 1.0
+) -> Draft:
     """One row of one block; the other rows are 0."""
     draft = Draft()
     rows, width = (16, 8) if kind == "nvfp4" else (32, 32)
-    draft.tensors[f"{LAYER}.weight"] = "U8" if kind == "nvfp4" else "F8_E4M3", (rows, width), codes.ljust(rows * width, b"\0")
+    draft.tensors[f"{LAYER}.weight"] = (
+        "U8" if kind == "nvfp4" else "F8_E4M3",
+        (rows, width),
+        codes.ljust(rows * width, b"\0"),
+    )
     made.block_scales(draft, np.resize(np.array(scale, np.uint8), (rows, 1)), tiles, "U8")
     if kind == "nvfp4":
         draft.put(f"{LAYER}.weight_scale_2", "F32", global_scale)
@@ -205,9 +329,20 @@ def test_the_published_vectors(tmp_path: Path) -> None:
     files, layers = read(draft, tmp_path)
     assert layers[LAYER].weight(files)[0, :2].tolist() == [0.0078125, -0.0078125]
     draft.text("m", NVFP4)
-    assert draft.tensors["m"][1] == (19,) and (draft.tensors["m"][2][0], draft.tensors["m"][2][-1]) == (0x7B, 0x7D)
+    assert draft.tensors["m"][1] == (19,) and (draft.tensors["m"][2][0], draft.tensors["m"][2][-1]) == (
+        0x7B,
+        0x7D,
+    )
     where = made.in_tiles(np.arange(129 * 48, dtype=np.int64).reshape(129, 48).astype(np.uint8)).reshape(-1)
-    for (r, c), at in {(0, 3): 3, (1, 0): 16, (32, 0): 4, (64, 0): 8, (96, 0): 12, (0, 4): 512, (128, 0): 6144}.items():
+    for (r, c), at in {
+        (0, 3): 3,
+        (1, 0): 16,
+        (32, 0): 4,
+        (64, 0): 8,
+        (96, 0): 12,
+        (0, 4): 512,
+        (128, 0): 6144,
+    }.items():
         assert where[at] == (r * 48 + c) % 256
 
 
@@ -227,7 +362,10 @@ def test_a_hybrid_says_once_what_is_not_used(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.INFO):
         read(made.two_layers(KINDS["hybrid mxfp8"](), KINDS["hybrid mxfp8"]()), tmp_path)
     (record,) = caplog.records
-    assert "2 mxfp8 layers have one scale more for the whole weight; those of their blocks are used" in record.getMessage()
+    assert (
+        "2 mxfp8 layers have one scale more for the whole weight; those of their blocks are used"
+        in record.getMessage()
+    )
 
 
 FITS: dict[str, list[tuple[int, int]]] = {
@@ -283,7 +421,10 @@ def test_a_weight_is_cut_to_the_models_shape_or_refused(name: str, tmp_path: Pat
 def test_without_a_model_the_shape_is_the_files(tmp_path: Path) -> None:
     files, layers = read(KINDS["nvfp4"](), tmp_path)
     assert layers[LAYER].padded and layers[LAYER].weight(files).shape == (12, 48)
-    assert real_shapes(files, layers)[f"{LAYER}.weight"] == (12, 48) and files[f"{LAYER}.weight"].shape == (16, 24)
+    assert real_shapes(files, layers)[f"{LAYER}.weight"] == (12, 48) and files[f"{LAYER}.weight"].shape == (
+        16,
+        24,
+    )
 
 
 # -- whose it is --------------------------------------------------------------------------------------------------------
@@ -310,8 +451,14 @@ def test_what_is_asked_settles_what_no_one_says(kind: str, tiles: bool, tmp_path
     draft, word = silent(kind, tiles), BOTH[kind][not tiles]
     files = opened(draft, tmp_path)
     check(files, draft, word, word)
-    for asked in (None, "int8_convrot", *BOTH["mxfp8" if kind == "nvfp4" else "nvfp4"]):  # a word for another kind says nothing
-        with pytest.raises(FileError, match=rf"1 weights are {kind} .*clip={BOTH[kind][0]} or clip={BOTH[kind][1]}"):
+    for asked in (
+        None,
+        "int8_convrot",
+        *BOTH["mxfp8" if kind == "nvfp4" else "nvfp4"],
+    ):  # a word for another kind says nothing
+        with pytest.raises(
+            FileError, match=rf"1 weights are {kind} .*clip={BOTH[kind][0]} or clip={BOTH[kind][1]}"
+        ):
             stored_layers(files, asked=asked)
 
 
@@ -338,7 +485,10 @@ def test_a_marker_is_comfys_whatever_is_asked(kind: str, tmp_path: Path) -> None
 NOTES = {
     "config.json": {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
     "quantization_config.json": {"quant_method": "modelopt"},
-    "hf_quant_config.json": {"producer": {"name": "modelopt", "version": "0.33"}, "quantization": {"quant_algo": "NVFP4"}},
+    "hf_quant_config.json": {
+        "producer": {"name": "modelopt", "version": "0.33"},
+        "quantization": {"quant_algo": "NVFP4"},
+    },
 }
 
 
@@ -348,7 +498,9 @@ def test_modelopts_note_in_the_folder_settles_it(name: str, tmp_path: Path) -> N
     draft = silent("nvfp4", False)
     check(opened(draft, tmp_path), draft, "nvfp4_modelopt")
     draft = silent("nvfp4", True)
-    check(opened(draft, tmp_path), draft, "nvfp4", "nvfp4")  # who asks knows better than a note for perhaps another file
+    check(
+        opened(draft, tmp_path), draft, "nvfp4", "nvfp4"
+    )  # who asks knows better than a note for perhaps another file
 
 
 @pytest.mark.parametrize("note", [{"producer": {"name": "other"}}, {"producer": "modelopt"}, ["modelopt"]])
@@ -367,8 +519,12 @@ MODELOPT_REFUSED = {
     "int8": made.row,
     "fp8 without a scale": lambda: made.fp8(None, ""),
     "e5m2": lambda: made.fp8((), "tensor", dtype="F8_E5M2"),
-    "fp8 without a scale beside one that has it": lambda: made.two_layers(made.fp8((), "tensor"), made.fp8(None, "")),
-    "nvfp4 without its second scale": lambda: made.without(made.blocks("nvfp4", 16, 64, tiles=False), "weight_scale_2"),
+    "fp8 without a scale beside one that has it": lambda: made.two_layers(
+        made.fp8((), "tensor"), made.fp8(None, "")
+    ),
+    "nvfp4 without its second scale": lambda: made.without(
+        made.blocks("nvfp4", 16, 64, tiles=False), "weight_scale_2"
+    ),
 }
 
 
@@ -383,7 +539,10 @@ def test_of_modelopt_fp8_and_nvfp4_are_read(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELOPT_REFUSED)
 def test_of_modelopt_the_rest_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(NOTES["config.json"]))
-    with pytest.raises(FileError, match=r"is a modelopt file \(the config beside it says quant_method modelopt\), which diffusers with"):
+    with pytest.raises(
+        FileError,
+        match=r"is a modelopt file \(the config beside it says quant_method modelopt\), which diffusers with",
+    ):
         read(MODELOPT_REFUSED[name](), tmp_path)
 
 
@@ -399,7 +558,11 @@ def test_rows_without_a_word_are_rotated_if_asked(width: int, group: int, tmp_pa
         assert (layer.format, layer.group) == ("int8_rowwise", 0)
         assert_close("plain", layer.weight(files), real(plain), 1e-6)
     layer = stored_layers(files, asked="int8_convrot")[LAYER]
-    assert (layer.group, layer.sylvester, layer.format) == (group, False, "int8_convrot" if group else "int8_rowwise")
+    assert (layer.group, layer.sylvester, layer.format) == (
+        group,
+        False,
+        "int8_convrot" if group else "int8_rowwise",
+    )
     assert layer.method == ("convrot" if group else "none")
     if group:
         made.rotated(plain, made.regular(group), "convrot")
@@ -410,8 +573,20 @@ def test_rows_without_a_word_are_rotated_if_asked(width: int, group: int, tmp_pa
 
 
 # what says how it is: a marker anywhere among the INT8 layers, one scale for all, other transforms
-SAYS_ITSELF = ["row [N, 1]", "row in the header", "quarot false", "convrot 16", "lightx2v comfy mode", "grid without a marker", "group",
-               "transposed", "toolkit quarot", "toolkit sigma alone", "older quip", "fp8 row [N, 1]"]  # fmt: skip
+SAYS_ITSELF = [
+    "row [N, 1]",
+    "row in the header",
+    "quarot false",
+    "convrot 16",
+    "lightx2v comfy mode",
+    "grid without a marker",
+    "group",
+    "transposed",
+    "toolkit quarot",
+    "toolkit sigma alone",
+    "older quip",
+    "fp8 row [N, 1]",
+]
 
 
 @pytest.mark.parametrize("name", SAYS_ITSELF)
@@ -441,7 +616,9 @@ CODES = {
 
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("rest", [b"", b"\0\0"])
-def test_the_first_markers_were_one_byte(code: int, rest: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_markers_were_one_byte(
+    code: int, rest: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     draft = CODES[code]()
     data = bytes([code]) + rest
     draft.tensors[f"{LAYER}.comfy_quant"] = "U8", (len(data),), data
@@ -483,7 +660,10 @@ def test_embeddings_are_matrices_like_others(name: str, tmp_path: Path) -> None:
     assert_close(name, transform.restore_weight(coded.rows(some).dequantize()), real(draft)[some], 1e-6)
 
 
-@pytest.mark.parametrize("words", ["bitsandbytes", "SDNQ", "torchao", "nunchaku", "compressed-tensors", "lightx2v nvfp4", "modelopt"])
+@pytest.mark.parametrize(
+    "words",
+    ["bitsandbytes", "SDNQ", "torchao", "nunchaku", "compressed-tensors", "lightx2v nvfp4", "modelopt"],
+)
 def test_refusals_name_who_can_read_it(words: str) -> None:
     # that each is raised: checkpoint_files.MISTAKES
     assert any(f"is a {words} file" in text for _, text in made.MISTAKES.values())
@@ -513,7 +693,9 @@ def test_a_models_parameter_is_the_weight_without_its_padding(name: str, tmp_pat
 def flux(tmp_path: Path) -> tuple[Draft, TensorFiles]:
     """Names of a small Flux, one of its weights with two numbers a byte."""
     draft = made.blocks("nvfp4", 96, 32, marker=NVFP4)
-    draft.tensors = {key.replace(LAYER, "double_blocks.0.img_attn.qkv"): value for key, value in draft.tensors.items()}
+    draft.tensors = {
+        key.replace(LAYER, "double_blocks.0.img_attn.qkv"): value for key, value in draft.tensors.items()
+    }
     draft.put("double_blocks.0.img_attn.norm.key_norm.scale", "F32", np.ones(16))
     draft.put("img_in.weight", "F32", np.ones((32, 64)))
     return draft, opened(draft, tmp_path)
@@ -535,7 +717,9 @@ def shapes_seen_by(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[
 def test_a_family_is_told_by_real_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, files = flux(tmp_path)
     seen = shapes_seen_by(quantize_file, monkeypatch)
-    quantize_file.recognise(files, stored_layers(files), "", Located(tmp_path / "m.safetensors"), AutoFamily())
+    quantize_file.recognise(
+        files, stored_layers(files), "", Located(tmp_path / "m.safetensors"), AutoFamily()
+    )
     assert seen["double_blocks.0.img_attn.qkv.weight"] == (96, 32)
 
 
@@ -543,7 +727,10 @@ def test_inspect_tells_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     draft, _ = flux(tmp_path)
     seen = shapes_seen_by(inspect_file, monkeypatch)
     table = inspect_file.inspect_file(str(draft.write(tmp_path / "m.safetensors")))
-    assert "1 × nvfp4" in list(table.columns[1].cells) and seen["double_blocks.0.img_attn.qkv.weight"] == (96, 32)
+    assert "1 × nvfp4" in list(table.columns[1].cells) and seen["double_blocks.0.img_attn.qkv.weight"] == (
+        96,
+        32,
+    )
     del draft.tensors["double_blocks.0.img_attn.qkv.comfy_quant"]
     table = inspect_file.inspect_file(str(draft.write(tmp_path / "m.safetensors")))
     assert next(iter(table.columns[1].cells)) == "quantized checkpoint (U8 with scales)"
@@ -570,5 +757,7 @@ def test_comfy_kitchen_reads_the_same_mxfp8_weight(name: str, tmp_path: Path) ->
     files, layers = read(KINDS[name](), tmp_path)
     coded, _ = layers[LAYER].coded(files)
     assert coded.scale is not None
-    theirs = kitchen.dequantize_mxfp8(coded.qdata, coded.scale.view(torch.float8_e8m0fnu), output_type=torch.float32)
+    theirs = kitchen.dequantize_mxfp8(
+        coded.qdata, coded.scale.view(torch.float8_e8m0fnu), output_type=torch.float32
+    )
     assert_close(name, coded.dequantize(), theirs[: coded.shape[0], : coded.shape[1]], 1e-6)

@@ -16,7 +16,11 @@ from int8run.errors import FileError
 
 
 def entry(start: int, stop: int, dtype: str = "I8", shape: list[Any] | None = None) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": [stop - start] if shape is None else shape, "data_offsets": [start, stop]}
+    return {
+        "dtype": dtype,
+        "shape": [stop - start] if shape is None else shape,
+        "data_offsets": [start, stop],
+    }
 
 
 def write(folder: Path, header: Any, data: bytes = bytes(8), length: int | None = None) -> Path:
@@ -58,22 +62,52 @@ def test_what_the_format_allows_is_read(header: Any, tmp_path: Path) -> None:
 
 
 DAMAGED = {
-    "overlap": ({"a": entry(0, 4), "b": entry(3, 8)}, "b begins at byte 3 of the data, inside of a, which ends at 4"),
+    "overlap": (
+        {"a": entry(0, 4), "b": entry(3, 8)},
+        "b begins at byte 3 of the data, inside of a, which ends at 4",
+    ),
     "the same place": ({"a": entry(0, 8), "b": entry(0, 8)}, "b begins at byte 0 of the data, inside of a"),
-    "gap": ({"a": entry(0, 3), "b": entry(4, 8)}, "bytes 3 to 4 of the data, between a and b, belong to no tensor"),
-    "gap at the beginning": ({"a": entry(1, 8)}, "bytes 0 to 1 of the data, between the header and a, belong to no tensor"),
-    "backwards": ({"a": entry(0, 8), "b": entry(8, 3, shape=[5])}, "b ends at byte 3 of the data, before its beginning at 8"),
+    "gap": (
+        {"a": entry(0, 3), "b": entry(4, 8)},
+        "bytes 3 to 4 of the data, between a and b, belong to no tensor",
+    ),
+    "gap at the beginning": (
+        {"a": entry(1, 8)},
+        "bytes 0 to 1 of the data, between the header and a, belong to no tensor",
+    ),
+    "backwards": (
+        {"a": entry(0, 8), "b": entry(8, 3, shape=[5])},
+        "b ends at byte 3 of the data, before its beginning at 8",
+    ),
     "beyond the end": ({"a": entry(0, 3), "b": entry(3, 9)}, "the header describes .* bytes, the file has"),
     "before the end": ({"a": entry(0, 3), "b": entry(3, 7)}, "the header describes .* bytes, the file has"),
     "another size": ({"a": entry(0, 3), "b": entry(3, 8, shape=[4])}, r"b has 5 bytes, I8 \[4\] takes 4"),
     "another dtype": ({"a": entry(0, 3), "b": entry(3, 8, "F32", [5])}, r"b has 5 bytes, F32 \[5\] takes 20"),
     "part of a byte": ({"a": entry(0, 3), "b": entry(3, 8, "F4", [9])}, r"b has 5 bytes, F4 \[9\] takes 4.5"),
-    "no such dtype": ({"a": entry(0, 3), "b": entry(3, 8, "Q3")}, "b has the dtype 'Q3'; the format has F64, F32"),
-    "negative shape": ({"a": entry(0, 3), "b": entry(3, 8, shape=[-5, -1])}, r"b has the shape \[-5, -1\]; a shape is of whole"),
-    "fractional shape": ({"a": entry(0, 3), "b": entry(3, 8, shape=[5.0])}, r"b has the shape \[5.0\]; a shape is of whole"),
-    "shape of true": ({"a": entry(0, 7), "b": entry(7, 8, shape=[True])}, r"b has the shape \[True\]; a shape is of whole"),
-    "a key twice": (b'{"a": %s, "a": %s}' % ((json.dumps(entry(0, 8)).encode(),) * 2), "its header has 'a' twice"),
-    "a field twice": (b'{"a": {"dtype": "I8", "dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}', "its header has 'dtype' twice"),
+    "no such dtype": (
+        {"a": entry(0, 3), "b": entry(3, 8, "Q3")},
+        "b has the dtype 'Q3'; the format has F64, F32",
+    ),
+    "negative shape": (
+        {"a": entry(0, 3), "b": entry(3, 8, shape=[-5, -1])},
+        r"b has the shape \[-5, -1\]; a shape is of whole",
+    ),
+    "fractional shape": (
+        {"a": entry(0, 3), "b": entry(3, 8, shape=[5.0])},
+        r"b has the shape \[5.0\]; a shape is of whole",
+    ),
+    "shape of true": (
+        {"a": entry(0, 7), "b": entry(7, 8, shape=[True])},
+        r"b has the shape \[True\]; a shape is of whole",
+    ),
+    "a key twice": (
+        b'{"a": %s, "a": %s}' % ((json.dumps(entry(0, 8)).encode(),) * 2),
+        "its header has 'a' twice",
+    ),
+    "a field twice": (
+        b'{"a": {"dtype": "I8", "dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}',
+        "its header has 'dtype' twice",
+    ),
 }
 
 
@@ -102,14 +136,18 @@ STRANGE = {
 @pytest.mark.parametrize("header", STRANGE.values(), ids=STRANGE)
 def test_a_header_of_something_else_is_refused(header: Any, tmp_path: Path) -> None:
     with pytest.raises(
-        FileError, match=r"is not a safetensors file: its header is no JSON object of tensors with dtype, shape and offsets"
+        FileError,
+        match=r"is not a safetensors file: its header is no JSON object of tensors with dtype, shape and offsets",
     ):
         read_header(write(tmp_path, header))
 
 
 FILES = {
     "no json": (lambda folder: write(folder, b"{nothing"), "its header is no JSON"),
-    "longer than the file": (lambda folder: write(folder, GOOD, length=10**6), "or it is cut off: its first 8 bytes give no possible"),
+    "longer than the file": (
+        lambda folder: write(folder, GOOD, length=10**6),
+        "or it is cut off: its first 8 bytes give no possible",
+    ),
     "cut in its length": (lambda folder: write(folder, b"", b"", 0), "or it is cut off"),
     "gguf": (
         lambda folder: write(folder, GOOD, length=int.from_bytes(b"GGUF\3", "little")),
@@ -128,7 +166,10 @@ def test_other_files_are_refused(make: Any, words: str, tmp_path: Path) -> None:
 def test_a_header_above_the_formats_limit_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, b"", b"", MAX_HEADER_BYTES + 1)
     os.truncate(path, MAX_HEADER_BYTES + 100)  # takes no room
-    with pytest.raises(FileError, match=r"is not a safetensors file: its header would have 100000001 bytes, 100000000 are allowed"):
+    with pytest.raises(
+        FileError,
+        match=r"is not a safetensors file: its header would have 100000001 bytes, 100000000 are allowed",
+    ):
         read_header(path)
 
 
@@ -140,7 +181,9 @@ def test_every_dtype_has_the_size_that_torch_and_the_library_give_it(tmp_path: P
         assert dtype.itemsize * 8 == DTYPES[word][0]
     tensors = {word: torch.zeros(3, dtype=dtype) for word, dtype in known.items() if "FNUZ" not in word}
     save_file(tensors, path)
-    assert {key: found["dtype"] for key, found in read_header(path)[0].items()} == {word: word for word in tensors}
+    assert {key: found["dtype"] for key, found in read_header(path)[0].items()} == {
+        word: word for word in tensors
+    }
 
 
 @pytest.mark.parametrize("header", [header for header, _ in DAMAGED.values() if isinstance(header, dict)])

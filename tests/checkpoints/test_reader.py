@@ -16,10 +16,19 @@ from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
 
 TENSORS = {
-    "a": randn(5, 6).bfloat16(), "b": torch.tensor(3), "c": randn(4, 4).to(torch.float8_e4m3fn), "c2": randn(4, 4).to(torch.float8_e5m2),
-    "d": randn(3) > 0, "e": torch.arange(3).to(torch.uint16), "f": randn(2, 3) + 1j * randn(2, 3), "g": randn(3, 2, 2).half(),
-    "h": torch.tensor([-128, 127], dtype=torch.int8), "i": randn(2).double(), "z": torch.zeros(0), "zz": torch.zeros(0, 4),
-}  # fmt: skip
+    "a": randn(5, 6).bfloat16(),
+    "b": torch.tensor(3),
+    "c": randn(4, 4).to(torch.float8_e4m3fn),
+    "c2": randn(4, 4).to(torch.float8_e5m2),
+    "d": randn(3) > 0,
+    "e": torch.arange(3).to(torch.uint16),
+    "f": randn(2, 3) + 1j * randn(2, 3),
+    "g": randn(3, 2, 2).half(),
+    "h": torch.tensor([-128, 127], dtype=torch.int8),
+    "i": randn(2).double(),
+    "z": torch.zeros(0),
+    "zz": torch.zeros(0, 4),
+}
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -41,7 +50,9 @@ def sharded(folder: Path, stem: str = "m", index: bool = True, variant: str = ""
         saved(folder / name, part, {"format": "pt", "part": name})
     if index:
         places = {key: name for name, part in zip(names, parts, strict=True) for key in part}
-        (folder / f"{stem}.safetensors.index{variant}.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        (folder / f"{stem}.safetensors.index{variant}.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": places})
+        )
     return parts[0] | parts[1]
 
 
@@ -64,7 +75,9 @@ def test_every_dtype_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
     assert files.metadata == {"format": "pt", "note": "ü"} and files.files == (path,) and files.path == path
     info = files["a"]
     assert (info.key, info.file, info.dtype, info.shape, info.nbytes) == ("a", path, "BF16", (5, 6), 60)
-    assert path.read_bytes()[info.start : info.start + info.nbytes] == bytes(TENSORS["a"].view(torch.uint8).numpy())
+    assert path.read_bytes()[info.start : info.start + info.nbytes] == bytes(
+        TENSORS["a"].view(torch.uint8).numpy()
+    )
 
 
 def test_keys_stand_in_the_order_of_their_bytes(tmp_path: Path) -> None:
@@ -73,7 +86,9 @@ def test_keys_stand_in_the_order_of_their_bytes(tmp_path: Path) -> None:
     assert len(files) == len(TENSORS) and starts == sorted(starts) and "a" in files and "x" not in files
 
 
-@pytest.mark.parametrize("rows", [slice(0, 2), slice(1, 5), slice(2, None), slice(None, 3), slice(5, 5), slice(None), None])
+@pytest.mark.parametrize(
+    "rows", [slice(0, 2), slice(1, 5), slice(2, None), slice(None, 3), slice(5, 5), slice(None), None]
+)
 def test_rows_are_read_alone(rows: slice | None, tmp_path: Path) -> None:
     files = TensorFiles.open(saved(tmp_path / "m.safetensors", TENSORS))
     expected = TENSORS["a"] if rows is None else TENSORS["a"][rows]
@@ -93,7 +108,9 @@ def test_rows_that_are_not_there_are_refused(rows: slice, tmp_path: Path) -> Non
         files.read("b", slice(0, 1))
 
 
-@pytest.mark.parametrize("buffer", [torch.zeros(59, dtype=torch.uint8), torch.zeros(60), torch.zeros(10, 6, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "buffer", [torch.zeros(59, dtype=torch.uint8), torch.zeros(60), torch.zeros(10, 6, dtype=torch.uint8)]
+)
 def test_a_buffer_that_does_not_fit_is_refused(buffer: Tensor, tmp_path: Path) -> None:
     files = TensorFiles.open(saved(tmp_path / "m.safetensors", TENSORS))
     with pytest.raises(ValueError, match=r"a takes 60 bytes; the buffer is"):
@@ -105,7 +122,9 @@ def test_numbers_smaller_than_a_byte_come_as_bytes(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(6)))
     files = TensorFiles.open(path)
-    assert files.read("a").tolist() == [[0, 1, 2], [3, 4, 5]] and files.read("a", slice(1, 2)).tolist() == [[3, 4, 5]]
+    assert files.read("a").tolist() == [[0, 1, 2], [3, 4, 5]] and files.read("a", slice(1, 2)).tolist() == [
+        [3, 4, 5]
+    ]
 
 
 def test_long_reads_are_made_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,11 +156,15 @@ def test_a_file_that_is_cut_off_meanwhile_is_said(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.safetensors", {"a": randn(100, 100)})
     files = TensorFiles.open(path)
     os.truncate(path, 1000)
-    with pytest.raises(FileError, match=r"m.safetensors was cut off or replaced while it was read: it ends before byte"):
+    with pytest.raises(
+        FileError, match=r"m.safetensors was cut off or replaced while it was read: it ends before byte"
+    ):
         files.read("a")
 
 
-def test_a_file_that_is_gone_or_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_gone_or_cannot_be_read_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = saved(tmp_path / "m.safetensors", TENSORS)
     files = TensorFiles.open(path)
 
@@ -176,7 +199,10 @@ def test_shards_are_one_checkpoint(name: str, tmp_path: Path) -> None:
     expected = sharded(tmp_path)
     assert is_same(everything(tmp_path / name), expected)
     files = TensorFiles.open(tmp_path / name)
-    assert [file.name for file in files.files] == ["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"]
+    assert [file.name for file in files.files] == [
+        "m-00001-of-00002.safetensors",
+        "m-00002-of-00002.safetensors",
+    ]
     assert files.metadata == {"format": "pt", "part": "m-00001-of-00002.safetensors"}
     assert [m["part"] for m in files.metadata_of.values()] == [file.name for file in files.files]
 
@@ -187,7 +213,10 @@ def test_shards_without_an_index_are_one_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"is one of 2 shards; name their folder or their .index.json"):
         TensorFiles.open(tmp_path / "m-00001-of-00002.safetensors")
     (tmp_path / "m-00001-of-00002.safetensors").unlink()
-    with pytest.raises(FileError, match=r"1 of 2 shards are missing \(first: m-00001-of-00002.safetensors\); download them again"):
+    with pytest.raises(
+        FileError,
+        match=r"1 of 2 shards are missing \(first: m-00001-of-00002.safetensors\); download them again",
+    ):
         TensorFiles.open(tmp_path)
 
 
@@ -242,12 +271,18 @@ WRONG_INDEX = {
         lambda m: m.update(c="m-00001-of-00002.safetensors"),
         "c is not in m-00001-of-00002.safetensors, where the index says",
     ),
-    "a key too few": (lambda m: m.pop("b"), "b is in m-00001-of-00002.safetensors, and the index does not say so; they do not belong"),
+    "a key too few": (
+        lambda m: m.pop("b"),
+        "b is in m-00001-of-00002.safetensors, and the index does not say so; they do not belong",
+    ),
     "no such shard": (
         lambda m: m.update(x="n.safetensors"),
         r"the shard n.safetensors is missing \(1 tensors are in it\); download it again",
     ),
-    "a shard elsewhere": (lambda m: m.update(x="../m.safetensors"), r"the shard '../m.safetensors' is no .safetensors file beside it"),
+    "a shard elsewhere": (
+        lambda m: m.update(x="../m.safetensors"),
+        r"the shard '../m.safetensors' is no .safetensors file beside it",
+    ),
     "a pickled shard": (lambda m: m.update(x="m.bin"), "the shard 'm.bin' is no .safetensors file beside it"),
     "a number": (lambda m: m.update(x=5), "is no index of shards: it has no `weight_map`"),
     "nothing": (lambda m: m.clear(), "is no index of shards: it has no `weight_map`"),
@@ -272,7 +307,10 @@ def test_an_index_of_something_else_is_refused(text: str, tmp_path: Path) -> Non
 def test_a_key_in_two_shards_is_refused(tmp_path: Path) -> None:
     sharded(tmp_path, index=False)
     saved(tmp_path / "m-00002-of-00002.safetensors", {"c": randn(2), "a": randn(2)})
-    with pytest.raises(FileError, match=r"a is in m-00001-of-00002.safetensors and in m-00002-of-00002.safetensors; one is too many"):
+    with pytest.raises(
+        FileError,
+        match=r"a is in m-00001-of-00002.safetensors and in m-00002-of-00002.safetensors; one is too many",
+    ):
         TensorFiles.open(tmp_path)
 
 

@@ -24,10 +24,19 @@ from int8run.checkpoints.writer import PART, StreamWriter
 from int8run.errors import FileError
 
 DTYPES = {
-    "F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 TWO = [("a", "F32", (2, 3)), ("b", "I8", (5,))]
 
 
@@ -44,7 +53,11 @@ def write_two(path, value=1.0):
 
 def test_every_dtype_and_shape_comes_back(tmp_path):
     shapes = [(), (1,), (0,), (3, 5), (2, 0, 3), (7,)]
-    tensors = {f"{word}.{i}": (randn(*shape, seed=i) * 3).to(dtype) for word, dtype in DTYPES.items() for i, shape in enumerate(shapes)}
+    tensors = {
+        f"{word}.{i}": (randn(*shape, seed=i) * 3).to(dtype)
+        for word, dtype in DTYPES.items()
+        for i, shape in enumerate(shapes)
+    }
     entries = [(key, key.split(".")[0], tuple(t.shape)) for key, t in tensors.items()]
     metadata = {"format": "pt", "note": 'quotes " and ümlauts'}
     with StreamWriter(tmp_path / "new" / "folder" / "x.safetensors", entries, metadata) as writer:
@@ -63,7 +76,13 @@ def test_every_dtype_and_shape_comes_back(tmp_path):
 
 
 def test_numbers_start_at_multiples_of_their_size(tmp_path):
-    entries = [("marker", "U8", (7,)), ("scale", "F32", (3, 1)), ("half", "BF16", (3,)), ("weight", "I8", (3, 1)), ("big", "F64", (1,))]
+    entries = [
+        ("marker", "U8", (7,)),
+        ("scale", "F32", (3, 1)),
+        ("half", "BF16", (3,)),
+        ("weight", "I8", (3, 1)),
+        ("big", "F64", (1,)),
+    ]
     with StreamWriter(tmp_path / "x.safetensors", entries, {"k": "v"}) as writer:
         for key, dtype, _ in entries:
             assert writer.places[key][0] % module.number_of_bytes(dtype, ()) == 0
@@ -153,7 +172,9 @@ def test_what_a_caller_may_get_wrong(tmp_path):
 
 def test_a_header_that_no_reader_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_HEADER_BYTES", 200)
-    with pytest.raises(FileError, match=r"x\.safetensors: its header would have \d+ bytes; readers take 200$"):
+    with pytest.raises(
+        FileError, match=r"x\.safetensors: its header would have \d+ bytes; readers take 200$"
+    ):
         StreamWriter(tmp_path / "x.safetensors", TWO, {"k": "v" * 200})
     assert list(tmp_path.iterdir()) == []
 
@@ -171,7 +192,10 @@ def test_the_users_own_permissions(tmp_path, umask, mode):
 
 def test_places_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileError, match=r"file/x\.safetensors cannot be written: (Not a directory|File exists); make room, or choose a"):
+    with pytest.raises(
+        FileError,
+        match=r"file/x\.safetensors cannot be written: (Not a directory|File exists); make room, or choose a",
+    ):
         write_two(tmp_path / "file" / "x.safetensors")
     with pytest.raises(FileError, match=r"cannot be written: it is a folder; name a file$"):
         write_two(tmp_path)
@@ -180,9 +204,7 @@ def test_places_that_cannot_be(tmp_path):
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     entries = [("t", "BF16", (10**9, 12))]
-    words = (
-        r"x\.safetensors needs 240000\d{5} bytes \(24\.00 GB\), .* has 1000000000 free \(1\.00 GB\); make room or choose another folder$"
-    )
+    words = r"x\.safetensors needs 240000\d{5} bytes \(24\.00 GB\), .* has 1000000000 free \(1\.00 GB\); make room or choose another folder$"
     with pytest.raises(FileError, match=words):
         StreamWriter(tmp_path / "x.safetensors", entries, {})
     assert list(tmp_path.iterdir()) == []

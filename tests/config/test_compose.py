@@ -16,7 +16,9 @@ from int8run.models.family import AutoFamily, shipped_families
 from int8run.quant.formats import FORMATS
 
 FILES = sorted(CONF.rglob("*.yaml"))
-OPTIONS = [tuple(f.relative_to(CONF).with_suffix("").as_posix().rsplit("/", 1)) for f in FILES if f.parent != CONF]
+OPTIONS = [
+    tuple(f.relative_to(CONF).with_suffix("").as_posix().rsplit("/", 1)) for f in FILES if f.parent != CONF
+]
 GROUPS = sorted({group for group, _ in OPTIONS if not group.startswith("hydra/")})
 ROOT = yaml.safe_load((CONF / "config.yaml").read_text())
 # settings without which an option is refused, by design
@@ -47,7 +49,13 @@ def spec_of(option):
 
 def test_the_walk_finds_the_options():
     assert {("task", "run"), ("model", "tiny"), ("hydra/job_logging", "int8run")} <= set(OPTIONS)
-    assert set(GROUPS) == {group for default in ROOT["defaults"] if isinstance(default, dict) for group in default if " " not in group}
+    assert set(GROUPS) == {
+        group
+        for default in ROOT["defaults"]
+        if isinstance(default, dict)
+        for group in default
+        if " " not in group
+    }
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=as_id)
@@ -57,10 +65,16 @@ def test_every_option_becomes_a_run_spec(option):
     assert isinstance(spec, RunSpec)
     if group in GROUPS:
         # a YAML without _target_ stays a dict and fails much later, in the middle of a run
-        assert type(getattr(spec, group)).__module__.startswith("int8run."), f"{group}={name} names no class of int8run"
+        assert type(getattr(spec, group)).__module__.startswith("int8run."), (
+            f"{group}={name} names no class of int8run"
+        )
 
 
-@pytest.mark.parametrize("option", [o for o in OPTIONS if o[0] in ("backend", "outlier", "rounding", "clip", "model_type")], ids=as_id)
+@pytest.mark.parametrize(
+    "option",
+    [o for o in OPTIONS if o[0] in ("backend", "outlier", "rounding", "clip", "model_type")],
+    ids=as_id,
+)
 def test_an_option_and_its_class_use_the_same_word(option):
     group, name = option
     chosen = getattr(spec_of(option), group)
@@ -77,13 +91,17 @@ def test_the_options_that_need_a_value_need_it(option):
 def test_auto_family_knows_every_family():
     families = {name for group, name in OPTIONS if group == "model_type"} - {"auto", "none"}
     assert to_spec(composed("model_type=auto")).model_type == AutoFamily()
-    assert {key: family.name for key, family in shipped_families().items()} == {name: name for name in families}
+    assert {key: family.name for key, family in shipped_families().items()} == {
+        name: name for name in families
+    }
 
 
 def test_a_family_of_the_users_own_is_chosen_by_its_name(tmp_path):
     (tmp_path / "model_type").mkdir()
     rows = "float_layers:\n  - { pattern: head, why: final projection }\ninputs:\n  'blocks.*.to_k': 64\n"
-    (tmp_path / "model_type" / "mine.yaml").write_text(f"_target_: int8run.models.family.ModelFamily\nname: mine\n{rows}")
+    (tmp_path / "model_type" / "mine.yaml").write_text(
+        f"_target_: int8run.models.family.ModelFamily\nname: mine\n{rows}"
+    )
     _, (config,) = compose_all(str(tmp_path), "config", ["device=cpu", "model_type=mine"], False)
     family = to_spec(config).model_type
     assert family.why_float("head") == "final projection" and family.inputs == {"blocks.*.to_k": 64}
@@ -92,7 +110,9 @@ def test_a_family_of_the_users_own_is_chosen_by_its_name(tmp_path):
 def test_auto_backend_tries_every_backend():
     backends = {name for group, name in OPTIONS if group == "backend"} - {"auto"}
     auto = to_spec(composed("backend=auto")).backend
-    assert {key: backend.name for key, backend in auto.candidates.items()} == {name: name for name in backends - {"reference"}}
+    assert {key: backend.name for key, backend in auto.candidates.items()} == {
+        name: name for name in backends - {"reference"}
+    }
     assert auto.last_resort.name == "reference"
 
 
@@ -104,7 +124,9 @@ def test_auto_outlier_tries_every_method_and_the_plainest_first():
     methods = {name for group, name in OPTIONS if group == "outlier"} - {"auto"}
     candidates = to_spec(composed("outlier=auto")).outlier.candidates
     assert {method.name for method in candidates.values()} == methods and next(iter(candidates)) == "none"
-    assert len({repr(method) for method in candidates.values()}) == len(candidates), "the same candidate twice"
+    assert len({repr(method) for method in candidates.values()}) == len(candidates), (
+        "the same candidate twice"
+    )
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(CONF).as_posix())
@@ -122,22 +144,41 @@ def uncommented(text):
         found = re.match(r"^(?P<indent> *)(?P<key>[a-z_]\w*):(?P<rest>.*)$", line)
         if found:
             path = [*path[: len(found["indent"]) // 2], found["key"]]
-            explained = {"float_layers", "deferred_gelu", "fingerprints", "adapters", "sampling", "candidates", "defaults", "hydra"}
+            explained = {
+                "float_layers",
+                "deferred_gelu",
+                "fingerprints",
+                "adapters",
+                "sampling",
+                "candidates",
+                "defaults",
+                "hydra",
+            }
             inner = explained & {*path[:-1]} or path[0] in ("defaults", "hydra")
             value = found["rest"].strip()
-            if value and "# " not in value and not above.startswith("#") and found["key"] != "_target_" and not inner:
+            if (
+                value
+                and "# " not in value
+                and not above.startswith("#")
+                and found["key"] != "_target_"
+                and not inner
+            ):
                 missing.append(".".join(path))
         above = line.strip()
     return missing
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if "hydra" not in f.parts], ids=lambda f: f.relative_to(CONF).as_posix())
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if "hydra" not in f.parts], ids=lambda f: f.relative_to(CONF).as_posix()
+)
 def test_every_key_has_a_comment(file):
     assert uncommented(file.read_text()) == []
 
 
 def test_uncommented_keys_are_found():
-    text = "# what\n_target_: a.B\nx: 1\n# why\ny: 2\nz: [a, b] # list\nsub:\n  deep: 3\nsampling:\n  steps: 4\n"
+    text = (
+        "# what\n_target_: a.B\nx: 1\n# why\ny: 2\nz: [a, b] # list\nsub:\n  deep: 3\nsampling:\n  steps: 4\n"
+    )
     assert uncommented(text) == ["x", "sub.deep"]
 
 
@@ -158,7 +199,13 @@ def test_help_names_every_option_with_its_description(group):
 def top_level_keys():
     """`seed`, `int8.enable`, ...: what config.yaml itself sets."""
     own = {key: value for key, value in ROOT.items() if key not in ("defaults", "hydra", "_target_")}
-    nested = [f"{key}.{inner}" for key, value in own.items() if isinstance(value, dict) for inner in value if inner != "_target_"]
+    nested = [
+        f"{key}.{inner}"
+        for key, value in own.items()
+        if isinstance(value, dict)
+        for inner in value
+        if inner != "_target_"
+    ]
     return [key for key, value in own.items() if not isinstance(value, dict)] + nested
 
 
@@ -167,7 +214,11 @@ def test_help_names_every_top_level_key_with_its_default(key):
     value = ROOT
     for part in key.split("."):
         value = value[part]
-    shown = {True: "true", False: "false", None: "null"}.get(value, value) if value is None or isinstance(value, bool) else value
+    shown = (
+        {True: "true", False: "false", None: "null"}.get(value, value)
+        if value is None or isinstance(value, bool)
+        else value
+    )
     shown = f"[{', '.join(value)}]" if isinstance(value, list) else shown
     (line,) = (line for line in help_page().splitlines() if line.startswith(f"  {key}={shown} "))
     assert line.removeprefix(f"  {key}={shown} ").strip(), "no description"

@@ -35,7 +35,9 @@ def attack(command):
         path.parent.mkdir(parents=True)
         path.write_text(text)
         before = command.made()
-        outcome = command("--config-dir", "shared", "tracker=none", "prompts=file", "prompts.path=absent.txt", *arguments)
+        outcome = command(
+            "--config-dir", "shared", "tracker=none", "prompts=file", "prompts.path=absent.txt", *arguments
+        )
         assert not (command.folder / "pwned").exists(), "the config ran its code"
         return outcome, [made for made in command.made() if made not in before]
 
@@ -48,13 +50,21 @@ def globally(text):
 
 FOREIGN = {
     "the option itself": ("outlier/x.yaml", "_target_: os.system\ncommand: touch pwned\n", ["outlier=x"]),
-    "a function that hydra allows": ("outlier/x.yaml", f"_target_: int8run.outlier.convrot.ConvRot\ngroup_size: {TOUCH}\n", ["outlier=x"]),
+    "a function that hydra allows": (
+        "outlier/x.yaml",
+        f"_target_: int8run.outlier.convrot.ConvRot\ngroup_size: {TOUCH}\n",
+        ["outlier=x"],
+    ),
     "in a list": (
         "lora/x.yaml",
         f"_target_: int8run.lora.config.LoraSettings\nadapters: [{{_target_: int8run.lora.config.Adapter, name: a, path: {TOUCH}}}]\n",
         ["lora=x"],
     ),
-    "in a mapping of anything": ("sampler/x.yaml", f"{SAMPLING}extra: {{deep: [{{er: {TOUCH}}}]}}\n", ["sampler=x"]),
+    "in a mapping of anything": (
+        "sampler/x.yaml",
+        f"{SAMPLING}extra: {{deep: [{{er: {TOUCH}}}]}}\n",
+        ["sampler=x"],
+    ),
     "in the calibration": ("x/x.yaml", globally(f"calibration: {{prompts: [{TOUCH}]}}"), ["+x=x"]),
     "calibration itself": ("x/x.yaml", globally("calibration: {_target_: os.system}"), ["+x=x"]),
     "candidate of an automatic method": (
@@ -65,12 +75,28 @@ FOREIGN = {
     "rounding": ("rounding/x.yaml", "_target_: os.system\ncommand: touch pwned\n", ["rounding=x"]),
     "whole task": ("x/x.yaml", globally("task: " + TOUCH), ["+x=x"]),
     "callback": ("x/x.yaml", globally(f"hydra: {{callbacks: {{mine: {TOUCH}}}}}"), ["+x=x"]),
-    "launcher": ("hydra/launcher/x.yaml", "_target_: os.system\ncommand: touch pwned\n", ["hydra/launcher=x", "-m"]),
-    "sweeper": ("hydra/sweeper/x.yaml", "_target_: os.system\ncommand: touch pwned\n", ["hydra/sweeper=x", "-m"]),
-    "target by reference": ("x/x.yaml", globally("attention: pathlib.Path.touch\noutlier: {_target_: '${attention}'}"), ["+x=x"]),
+    "launcher": (
+        "hydra/launcher/x.yaml",
+        "_target_: os.system\ncommand: touch pwned\n",
+        ["hydra/launcher=x", "-m"],
+    ),
+    "sweeper": (
+        "hydra/sweeper/x.yaml",
+        "_target_: os.system\ncommand: touch pwned\n",
+        ["hydra/sweeper=x", "-m"],
+    ),
+    "target by reference": (
+        "x/x.yaml",
+        globally("attention: pathlib.Path.touch\noutlier: {_target_: '${attention}'}"),
+        ["+x=x"],
+    ),
     "prefix without the dot": ("outlier/x.yaml", "_target_: int8runner.Evil\n", ["outlier=x"]),
     # names that begin with int8run. and are someone else's
-    "module imported by ours": ("outlier/x.yaml", "_target_: int8run.cli.os.system\ncommand: touch pwned\n", ["outlier=x"]),
+    "module imported by ours": (
+        "outlier/x.yaml",
+        "_target_: int8run.cli.os.system\ncommand: touch pwned\n",
+        ["outlier=x"],
+    ),
     "class imported by ours": ("sampler/x.yaml", f"{SAMPLING}extra: {{a: {INNER_TOUCH}}}\n", ["sampler=x"]),
     "function of ours": (
         "sampler/x.yaml",
@@ -80,13 +106,21 @@ FOREIGN = {
         ["sampler=x"],
     ),
     # targets that are there only after hydra has resolved the config
-    "made by a resolver": ("x/x.yaml", globally(f'sampler: {{extra: {{a: "${{oc.create:{TOUCH}}}"}}}}'), ["+x=x"]),
+    "made by a resolver": (
+        "x/x.yaml",
+        globally(f'sampler: {{extra: {{a: "${{oc.create:{TOUCH}}}"}}}}'),
+        ["+x=x"],
+    ),
     "resolver named by another": (
         "x/x.yaml",
         globally(f'sampler: {{extra: {{name: create, a: "${{oc.${{.name}}:{TOUCH}}}"}}}}'),
         ["+x=x"],
     ),
-    "callback made by a resolver": ("x/x.yaml", globally(f'hydra: {{callbacks: {{mine: "${{oc.create:{TOUCH}}}"}}}}'), ["+x=x"]),
+    "callback made by a resolver": (
+        "x/x.yaml",
+        globally(f'hydra: {{callbacks: {{mine: "${{oc.create:{TOUCH}}}"}}}}'),
+        ["+x=x"],
+    ),
     "override in a sweep file": (
         "x/x.yaml",
         globally(f'hydra: {{mode: MULTIRUN, sweeper: {{params: {{+sampler.extra.a: "{TOUCH}"}}}}}}'),
@@ -94,10 +128,12 @@ FOREIGN = {
     ),
     "target in a sweep file": (
         "x/x.yaml",
-        globally("hydra: {mode: MULTIRUN, sweeper: {params: {task._target_: os.system, +task.command: touch pwned}}}"),
+        globally(
+            "hydra: {mode: MULTIRUN, sweeper: {params: {task._target_: os.system, +task.command: touch pwned}}}"
+        ),
         ["+x=x"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("file", "text", "arguments"), FOREIGN.values(), ids=FOREIGN)
@@ -135,7 +171,9 @@ def test_a_log_handler_that_runs_code_is_refused(attack, part, text):
 def test_a_whole_logging_section_from_elsewhere_is_refused(attack, part):
     section = f"{{version: 1, root: {{level: INFO, handlers: [x]}}, handlers: {{x: {{class: {LAZY_FILE}}}}}}}"
     outcome, made = attack(
-        "x/x.yaml", globally(f"sampler: {{extra: {{log: {section}}}}}\nhydra: {{{part}: '${{sampler.extra.log}}'}}"), "+x=x"
+        "x/x.yaml",
+        globally(f"sampler: {{extra: {{log: {section}}}}}\nhydra: {{{part}: '${{sampler.extra.log}}'}}"),
+        "+x=x",
     )
     assert outcome.code == 2 and f"hydra.{part} is " in outcome.message and made == []
 
@@ -165,7 +203,12 @@ def test_another_root_config_is_checked_too(command, flag):
 
 
 def test_another_root_config_by_name_starts_nothing(attack):
-    outcome, made = attack("other.yaml", f"defaults: [config]\nhydra: {{callbacks: {{mine: {TOUCH}}}}}\n", "--config-name", "other")
+    outcome, made = attack(
+        "other.yaml",
+        f"defaults: [config]\nhydra: {{callbacks: {{mine: {TOUCH}}}}}\n",
+        "--config-name",
+        "other",
+    )
     assert outcome.code == 2 and outcome.message and made == []
 
 
@@ -185,12 +228,22 @@ def test_a_pickled_job_is_refused(command):
     assert outcome.code == 2 and "pickle" in outcome.message
 
 
-LOOKS = ["--cfg job", "--cfg hydra", "--cfg all", "--info defaults", "--info config", "--info all", "--info plugins"]
+LOOKS = [
+    "--cfg job",
+    "--cfg hydra",
+    "--cfg all",
+    "--info defaults",
+    "--info config",
+    "--info all",
+    "--info plugins",
+]
 
 
 @pytest.mark.parametrize("flags", LOOKS)
 def test_looking_at_a_config_runs_nothing(attack, flags):
-    text = globally(f"task: {TOUCH}\nhydra: {{callbacks: {{mine: {TOUCH}}}, hydra_logging: {{handlers: {{x: {{class: {LAZY_FILE}}}}}}}}}")
+    text = globally(
+        f"task: {TOUCH}\nhydra: {{callbacks: {{mine: {TOUCH}}}, hydra_logging: {{handlers: {{x: {{class: {LAZY_FILE}}}}}}}}}"
+    )
     _, made = attack("x/x.yaml", text, "+x=x", *flags.split())
     assert made == []
 
@@ -198,7 +251,9 @@ def test_looking_at_a_config_runs_nothing(attack, flags):
 def test_hydras_own_help_runs_nothing(command):
     folder = command.folder / "shared" / "x"
     folder.mkdir(parents=True)
-    (folder / "x.yaml").write_text(globally(f"hydra: {{hydra_logging: {{handlers: {{x: {{class: {LAZY_FILE}}}}}}}}}"))
+    (folder / "x.yaml").write_text(
+        globally(f"hydra: {{hydra_logging: {{handlers: {{x: {{class: {LAZY_FILE}}}}}}}}}")
+    )
     command("--config-dir", "shared", "+x=x", "--hydra-help")
     assert command.made() == ["shared", "shared/x", "shared/x/x.yaml"]
 
@@ -219,7 +274,10 @@ def test_one_bad_job_of_a_sweep_is_refused_before_the_first(command):
 # -- what stays allowed -------------------------------------------------------------------------------------------------
 
 ALLOWED = {
-    "classes of ours": {"outlier": {"_target_": "int8run.outlier.convrot.ConvRot"}, "list": [{"_target_": "int8run.tasks.options.Run"}]},
+    "classes of ours": {
+        "outlier": {"_target_": "int8run.outlier.convrot.ConvRot"},
+        "list": [{"_target_": "int8run.tasks.options.Run"}],
+    },
     "our sweeper": {"hydra": {"sweeper": {"_target_": "hydra_plugins.int8run.Grid"}}},
     "a launcher of ours": {"hydra": {"launcher": {"_target_": "hydra_plugins.int8run.Processes"}}},
     "plain log handlers": {
@@ -228,7 +286,10 @@ ALLOWED = {
                 "handlers": {
                     "a": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr"},
                     "b": {"class": "rich.logging.RichHandler"},
-                    "c": {"class": "logging.FileHandler", "filename": "${hydra.runtime.output_dir}/${hydra.job.name}.log"},
+                    "c": {
+                        "class": "logging.FileHandler",
+                        "filename": "${hydra.runtime.output_dir}/${hydra.job.name}.log",
+                    },
                 }
             }
         }
@@ -238,12 +299,16 @@ ALLOWED = {
 
 @pytest.mark.parametrize("config", ALLOWED.values(), ids=ALLOWED)
 def test_what_a_config_needs_passes(config):
-    refuse_foreign_targets(OmegaConf.create({"hydra": {"runtime": {"output_dir": "o"}, "job": {"name": "n"}}} | config))
+    refuse_foreign_targets(
+        OmegaConf.create({"hydra": {"runtime": {"output_dir": "o"}, "job": {"name": "n"}}} | config)
+    )
 
 
 def test_a_launcher_is_no_part_of_the_rest():
     config = OmegaConf.create({"task": {"_target_": "hydra_plugins.int8run.Processes"}})
-    with pytest.raises(ConfigError, match=r"task\._target_ is 'hydra_plugins\..*may only name classes of int8run"):
+    with pytest.raises(
+        ConfigError, match=r"task\._target_ is 'hydra_plugins\..*may only name classes of int8run"
+    ):
         refuse_foreign_targets(config)
 
 

@@ -100,7 +100,11 @@ NEEDS_CALIBRATION = {
     "choice of methods": ["outlier=auto"],
     "rounding": ["rounding=gptq"],
     "budget": ["model_type.keep_float=auto", "quality_db=40"],
-    "budget of a checkpoint": ["model_type.keep_float=auto", "quality_db=40", "int8.checkpoint=m.safetensors"],
+    "budget of a checkpoint": [
+        "model_type.keep_float=auto",
+        "quality_db=40",
+        "int8.checkpoint=m.safetensors",
+    ],
 }
 NEEDS_NONE = {
     "nothing": [],
@@ -131,7 +135,9 @@ def test_calibration_counts_where_something_is_fitted_to_it(overrides):
 @pytest.mark.parametrize("overrides", NEEDS_NONE.values(), ids=NEEDS_NONE)
 def test_calibration_does_not_count_where_nothing_looks_at_it(overrides):
     spec = make_spec(overrides)
-    assert not spec.needs_calibration and {other.build_key for other in drawn_otherwise(spec)} == {spec.build_key}
+    assert not spec.needs_calibration and {other.build_key for other in drawn_otherwise(spec)} == {
+        spec.build_key
+    }
 
 
 def test_a_job_is_named_by_what_differs_from_the_defaults():
@@ -149,7 +155,11 @@ def test_a_job_of_a_sweep_is_named_by_what_differs_from_the_others():
 def test_parameters_are_the_words_of_the_command_line():
     settings = {
         "seed": 3,
-        "model": {"_target_": "int8run.models.family.ModelSource", "location": None, "sampling": {"steps": 4}},
+        "model": {
+            "_target_": "int8run.models.family.ModelSource",
+            "location": None,
+            "sampling": {"steps": 4},
+        },
         "lora": {"adapters": [{"name": "ink", "strength": 0.8}, {"name": "gloss"}]},
         "prompts": {"prompts": ["a", "b"]},
         "families": {"flux": {"float_layers": [{"pattern": "x"}]}},
@@ -161,9 +171,16 @@ def test_parameters_are_the_words_of_the_command_line():
         "progress": False,  # say nothing of a result
     }
     assert Job(settings, {"model": "tiny", "outlier": "none"}, [], Path()).params() == {
-        "model": "tiny", "outlier": "none", "seed": "3", "model.location": "None", "model.sampling.steps": "4",
-        "lora.adapters.0.name": "ink", "lora.adapters.0.strength": "0.8", "lora.adapters.1.name": "gloss", "prompts.prompts": "['a', 'b']",
-    }  # fmt: skip
+        "model": "tiny",
+        "outlier": "none",
+        "seed": "3",
+        "model.location": "None",
+        "model.sampling.steps": "4",
+        "lora.adapters.0.name": "ink",
+        "lora.adapters.0.strength": "0.8",
+        "lora.adapters.1.name": "gloss",
+        "prompts.prompts": "['a', 'b']",
+    }
 
 
 def test_an_option_is_not_overwritten_by_a_value_of_the_same_name():
@@ -175,16 +192,40 @@ def test_an_option_is_not_overwritten_by_a_value_of_the_same_name():
 # -- settings that cannot be together ------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "two models to move": (["offload=model"], r"^offload=model moves one model, and metrics\.baseline=run holds two; set "),
+    "two models to move": (
+        ["offload=model"],
+        r"^offload=model moves one model, and metrics\.baseline=run holds two; set ",
+    ),
     "two models to move by blocks": (["offload=group"], r"^offload=group moves one model, .* or none$"),
     "unknown offload": (["offload=disk"], r"^offload is 'disk'; choose from group, model, none$"),
-    "unknown baseline": (["metrics.baseline=never"], r"^metrics\.baseline is 'never'; .*choose from cached, none, run$"),
-    "a file of another kind": (["save=m.ckpt"], r"^save=m\.ckpt is neither a \.safetensors file nor a folder \(a name "),
-    "no INT8 to save": (["save=m.safetensors", "int8.enable=false"], r"^int8\.enable=false makes no INT8 layer; quality_db, save and"),
-    "a checkpoint of nothing": (["int8.checkpoint=m.safetensors", "int8.enable=false"], r"^int8\.enable=false makes no INT8 layer"),
-    "nothing to compare with": (["metrics.baseline=none", "metrics=perceptual"], r"^metrics\.perceptual=.* compares with the "),
-    "a cache below nothing": (["cache.limit_gb=-1"], r"^cache\.limit_gb is -1; allowed is a number from 0 to"),
-    "a budget without keep_float": (["quality_db=40"], r"^model_type\.keep_float=auto keeps layers float until quality_db is met"),
+    "unknown baseline": (
+        ["metrics.baseline=never"],
+        r"^metrics\.baseline is 'never'; .*choose from cached, none, run$",
+    ),
+    "a file of another kind": (
+        ["save=m.ckpt"],
+        r"^save=m\.ckpt is neither a \.safetensors file nor a folder \(a name ",
+    ),
+    "no INT8 to save": (
+        ["save=m.safetensors", "int8.enable=false"],
+        r"^int8\.enable=false makes no INT8 layer; quality_db, save and",
+    ),
+    "a checkpoint of nothing": (
+        ["int8.checkpoint=m.safetensors", "int8.enable=false"],
+        r"^int8\.enable=false makes no INT8 layer",
+    ),
+    "nothing to compare with": (
+        ["metrics.baseline=none", "metrics=perceptual"],
+        r"^metrics\.perceptual=.* compares with the ",
+    ),
+    "a cache below nothing": (
+        ["cache.limit_gb=-1"],
+        r"^cache\.limit_gb is -1; allowed is a number from 0 to",
+    ),
+    "a budget without keep_float": (
+        ["quality_db=40"],
+        r"^model_type\.keep_float=auto keeps layers float until quality_db is met",
+    ),
 }
 
 
@@ -197,7 +238,9 @@ def test_settings_that_cannot_be_together_are_refused(overrides, message):
 @pytest.mark.parametrize("baseline", ["cached", "none"])
 def test_one_model_can_be_moved(baseline):
     assert make_spec(["offload=model", f"metrics.baseline={baseline}"]).offload == "model"
-    assert make_spec(["offload=group", "int8.enable=false"]).offload == "group", "the float model alone is one"
+    assert make_spec(["offload=group", "int8.enable=false"]).offload == "group", (
+        "the float model alone is one"
+    )
 
 
 NEEDS_FLOAT = {
@@ -225,7 +268,15 @@ def test_the_float_model_is_not_held_otherwise(overrides):
 
 
 @pytest.mark.parametrize(
-    "override", ["offload=model", "cache.limit_gb=3", "outlier=convrot", "save=m.safetensors", "backend=reference", "clip=nvfp4"]
+    "override",
+    [
+        "offload=model",
+        "cache.limit_gb=3",
+        "outlier=convrot",
+        "save=m.safetensors",
+        "backend=reference",
+        "clip=nvfp4",
+    ],
 )
 def test_what_the_float_model_draws_does_not_depend_on_int8(override):
     words = ["metrics.baseline=cached"]
@@ -233,25 +284,47 @@ def test_what_the_float_model_draws_does_not_depend_on_int8(override):
 
 
 @pytest.mark.parametrize(
-    "override", ["model.dtype=bfloat16", "sampler.steps=3", "attention=flash", "compile=blocks", "lora=stack_a", "device=cuda"]
+    "override",
+    [
+        "model.dtype=bfloat16",
+        "sampler.steps=3",
+        "attention=flash",
+        "compile=blocks",
+        "lora=stack_a",
+        "device=cuda",
+    ],
 )
 def test_what_the_float_model_draws_depends_on_the_rest(override):
     assert make_spec([override]).float_key != composed().float_key
 
 
-@pytest.mark.parametrize(("overrides", "held"), [
-    ([], True), (["clip=auto", "metrics.baseline=none"], True), (["clip=nvfp4"], True), (["clip=nvfp4", "metrics.baseline=none"], False),
-    (["clip=nvfp4", "metrics.baseline=cached"], False), (["clip=nvfp4", "metrics.baseline=none", "outlier=smoothquant"], True),
-    (["clip=auto", "clip.path=a.safetensors", "metrics.baseline=none", "int8.enable=false"], False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "held"),
+    [
+        ([], True),
+        (["clip=auto", "metrics.baseline=none"], True),
+        (["clip=nvfp4"], True),
+        (["clip=nvfp4", "metrics.baseline=none"], False),
+        (["clip=nvfp4", "metrics.baseline=cached"], False),
+        (["clip=nvfp4", "metrics.baseline=none", "outlier=smoothquant"], True),
+        (["clip=auto", "clip.path=a.safetensors", "metrics.baseline=none", "int8.enable=false"], False),
+    ],
+)
 def test_float_text_encoders_are_held_where_somebody_reads_with_them(overrides, held):
     assert make_spec(overrides).needs_float_encoders == held
 
 
-@pytest.mark.parametrize(("overrides", "candidate"), [
-    ([], "int8"), (["clip=nvfp4"], "int8"), (["int8.enable=false"], "float"), (["int8.enable=false", "clip=auto"], "float"),
-    (["int8.enable=false", "clip=nvfp4"], "clip"), (["int8.enable=false", "clip=auto", "clip.path=a.safetensors"], "clip"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "candidate"),
+    [
+        ([], "int8"),
+        (["clip=nvfp4"], "int8"),
+        (["int8.enable=false"], "float"),
+        (["int8.enable=false", "clip=auto"], "float"),
+        (["int8.enable=false", "clip=nvfp4"], "clip"),
+        (["int8.enable=false", "clip=auto", "clip.path=a.safetensors"], "clip"),
+    ],
+)
 def test_what_is_compared_with_the_float_model(overrides, candidate):
     spec = make_spec(overrides)
     assert spec.candidate == candidate and spec.differs == (candidate != "float")

@@ -25,7 +25,11 @@ from int8run.outlier.smoothquant import SmoothQuant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLUX = shipped("model_type")["flux"]
-KEPT = tuple(n for n, m in random_pipeline().transformer.named_modules() if isinstance(m, nn.Linear) and FLUX.why_float(n))
+KEPT = tuple(
+    n
+    for n, m in random_pipeline().transformer.named_modules()
+    if isinstance(m, nn.Linear) and FLUX.why_float(n)
+)
 
 
 def made(outlier: OutlierMethod | None = None, **options: Any) -> tuple[nn.Module, dict[str, Int8Linear]]:
@@ -38,7 +42,9 @@ def made(outlier: OutlierMethod | None = None, **options: Any) -> tuple[nn.Modul
 def seen(model: nn.Module) -> dict[str, LayerStatistics]:
     """Activations for methods that look at them, other ones for each layer."""
     found = {}
-    for number, (name, linear) in enumerate((n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)):
+    for number, (name, linear) in enumerate(
+        (n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)
+    ):
         sample = randn(2, 8, linear.in_features, seed=number)
         found[name] = LayerStatistics(sample, sample.abs().amax((0, 1)), linear.weight.abs().amax(0))
     return found
@@ -49,7 +55,11 @@ def seen(model: nn.Module) -> dict[str, LayerStatistics]:
 
 def hadamard(size: int, sylvester: bool) -> np.ndarray:
     """The matrix of the formats' descriptions: Kronecker powers of a 4x4 block (regular) or of [[1, 1], [1, -1]]."""
-    block = np.array([[1, 1], [1, -1]]) if sylvester else np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
+    block = (
+        np.array([[1, 1], [1, -1]])
+        if sylvester
+        else np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
+    )
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.kron(matrix, block)
@@ -60,14 +70,26 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
     """Every weight as the float64 numbers that it stands for, and the markers."""
     with safe_open(path, "np") as file:
         raw = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    markers = {key.removesuffix(".comfy_quant"): json.loads(raw.pop(key).tobytes()) for key in list(raw) if key.endswith(".comfy_quant")}
+    markers = {
+        key.removesuffix(".comfy_quant"): json.loads(raw.pop(key).tobytes())
+        for key in list(raw)
+        if key.endswith(".comfy_quant")
+    }
     for name, marker in markers.items():
         codes, scale = raw[f"{name}.weight"], raw.pop(f"{name}.weight_scale")
-        assert codes.dtype == np.int8 and scale.dtype == np.float32 and scale.shape == (len(codes), 1) and codes.min() >= -127
+        assert (
+            codes.dtype == np.int8
+            and scale.dtype == np.float32
+            and scale.shape == (len(codes), 1)
+            and codes.min() >= -127
+        )
         weight = codes.astype(np.float64) * scale
         size = marker.get("convrot_groupsize") if marker.get("convrot") else marker.get("group_size")
         if size:
-            grouped = weight.reshape(len(weight), -1, size) @ hadamard(size, marker.get("rotation") == "sylvester").T
+            grouped = (
+                weight.reshape(len(weight), -1, size)
+                @ hadamard(size, marker.get("rotation") == "sylvester").T
+            )
             weight = grouped.reshape(weight.shape)
         if (factor := raw.pop(f"{name}.pre_quant_scale", None)) is not None:
             weight = weight * factor
@@ -83,14 +105,25 @@ def by_hand(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     one, two, three, mlp = split("single_blocks.0.linear1.weight", 32, 32, 32, 128)
     shift, scale = split("final_layer.adaLN_modulation.1.weight", 32, 32)
     return {
-        f"{block}.attn.to_q": q, f"{block}.attn.to_k": k, f"{block}.attn.to_v": v,
-        f"{single}.attn.to_q": one, f"{single}.attn.to_k": two, f"{single}.attn.to_v": three, f"{single}.proj_mlp": mlp,
-        f"{block}.ff.net.2": tensors["double_blocks.1.img_mlp.2.weight"], "norm_out.linear": np.concatenate([scale, shift]),
-        "x_embedder": tensors["img_in.weight"], f"{single}.proj_out": tensors["single_blocks.0.linear2.weight"],
-    }  # fmt: skip
+        f"{block}.attn.to_q": q,
+        f"{block}.attn.to_k": k,
+        f"{block}.attn.to_v": v,
+        f"{single}.attn.to_q": one,
+        f"{single}.attn.to_k": two,
+        f"{single}.attn.to_v": three,
+        f"{single}.proj_mlp": mlp,
+        f"{block}.ff.net.2": tensors["double_blocks.1.img_mlp.2.weight"],
+        "norm_out.linear": np.concatenate([scale, shift]),
+        "x_embedder": tensors["img_in.weight"],
+        f"{single}.proj_out": tensors["single_blocks.0.linear2.weight"],
+    }
 
 
-@pytest.mark.parametrize("method", [NoOutlier(), ConvRot(16), ConvRot(4), QuaRot(16)], ids=["none", "convrot16", "convrot4", "quarot"])
+@pytest.mark.parametrize(
+    "method",
+    [NoOutlier(), ConvRot(16), ConvRot(4), QuaRot(16)],
+    ids=["none", "convrot16", "convrot4", "quarot"],
+)
 def test_a_native_file_means_the_models_weights(method: OutlierMethod, tmp_path: Path) -> None:
     model, layers = made(method)
     path = save_denoiser(str(tmp_path / "m.safetensors"), model, layers, {"a": 1}, {})
@@ -116,9 +149,17 @@ def test_a_folder_means_the_models_weights(name: str, tmp_path: Path) -> None:
     assert set(tensors) == set(model.state_dict()) and set(markers) == set(layers)
     for key, expected in model.state_dict().items():
         error = np.sqrt(((tensors[key] - expected.double().numpy()) ** 2).mean())
-        assert error <= 0.02 * expected.double().pow(2).mean().sqrt() if key.removesuffix(".weight") in layers else error == 0, key
-    again = diffusers.FluxTransformer2DModel.from_config(json.loads((tmp_path / "mine" / "config.json").read_text()))
-    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+        assert (
+            error <= 0.02 * expected.double().pow(2).mean().sqrt()
+            if key.removesuffix(".weight") in layers
+            else error == 0
+        ), key
+    again = diffusers.FluxTransformer2DModel.from_config(
+        json.loads((tmp_path / "mine" / "config.json").read_text())
+    )
+    assert {n: p.shape for n, p in again.named_parameters()} == {
+        n: p.shape for n, p in model.named_parameters()
+    }
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["int8run"]) == {"a": 1} and file.metadata()["format"] == "pt"
 
@@ -164,10 +205,16 @@ def test_parts_that_were_treated_differently_are_refused_with_the_way_out(tmp_pa
 def test_tensors_of_any_layout_and_dtype_are_written_as_they_are(tmp_path: Path) -> None:
     shared = randn(5)
     state = {
-        "norm.weight": randn(4, 6).bfloat16().T, "count": torch.tensor(3), "tied": shared, "tied_to": shared, "view": randn(4, 4)[1:3, ::2],
-        "half": randn(2).half(), "flag": torch.tensor([True, False]), "wide": randn(2).double(),
+        "norm.weight": randn(4, 6).bfloat16().T,
+        "count": torch.tensor(3),
+        "tied": shared,
+        "tied_to": shared,
+        "view": randn(4, 4)[1:3, ::2],
+        "half": randn(2).half(),
+        "flag": torch.tensor([True, False]),
+        "wide": randn(2).double(),
         "byte": torch.tensor([1, 2], dtype=torch.uint8),
-    }  # fmt: skip
+    }
     write_tensors(tmp_path / "m.safetensors", own_names(state), {}, state, {})
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         assert set(file.keys()) == set(state)

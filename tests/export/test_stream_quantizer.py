@@ -39,7 +39,9 @@ def run(source, target, recipe=PLAIN, names=None, keep=(), on_bytes=lambda count
     with TensorFiles.open(source) as files:
         stored = stored_layers(files)
         names = names or own_names(files, stored)
-        planned = plan_targets(files, stored, names, lambda key, parts: "kept" if key in keep else None, recipe)
+        planned = plan_targets(
+            files, stored, names, lambda key, parts: "kept" if key in keep else None, recipe
+        )
         stream(files, stored, planned, target, {}, recipe, on_bytes)
     return {t.plan.name: t.plan for t in planned if t.plan is not None}, load_file(target)
 
@@ -48,11 +50,17 @@ def run(source, target, recipe=PLAIN, names=None, keep=(), on_bytes=lambda count
 def weights():
     """Widths that groups of 256, of 64, of 4 and none divide; float32, bfloat16 and float16; what is no matrix."""
     return {
-        "wide.weight": (randn(70, 512) * 0.02).bfloat16(), "wide.bias": randn(70).bfloat16(),
-        "narrow.weight": randn(33, 64, seed=1), "odd.weight": randn(9, 37, seed=2).half(), "four.weight": randn(5, 12, seed=3),
-        "norm.weight": randn(70).bfloat16(), "conv.weight": randn(3, 4, 2, 2), "table": randn(2, 6), "count": torch.tensor(7),
+        "wide.weight": (randn(70, 512) * 0.02).bfloat16(),
+        "wide.bias": randn(70).bfloat16(),
+        "narrow.weight": randn(33, 64, seed=1),
+        "odd.weight": randn(9, 37, seed=2).half(),
+        "four.weight": randn(5, 12, seed=3),
+        "norm.weight": randn(70).bfloat16(),
+        "conv.weight": randn(3, 4, 2, 2),
+        "table": randn(2, 6),
+        "count": torch.tensor(7),
         "empty": torch.zeros(0, 4),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -99,8 +107,14 @@ def test_the_integers_are_those_of_a_build_in_memory(source, weights, tmp_path, 
             assert f"{name}.pre_quant_scale" not in found
         assert json.loads(bytes(found[f"{name}.comfy_quant"].tolist())) == marker(transform)
         plan = plans[name]
-        assert (plan.outlier, plan.rounding, plan.outlier_why_not) == (transform.label, rounding.name, refused or "")
-        assert plan.measured["weight_sqnr_db"] == pytest.approx(sqnr_db(transformed, wanted.dequantize()), abs=0.01)
+        assert (plan.outlier, plan.rounding, plan.outlier_why_not) == (
+            transform.label,
+            rounding.name,
+            refused or "",
+        )
+        assert plan.measured["weight_sqnr_db"] == pytest.approx(
+            sqnr_db(transformed, wanted.dequantize()), abs=0.01
+        )
         assert plan.measured["saturated_share"] == pytest.approx(wanted.saturated_share, abs=1e-3)
 
 
@@ -110,8 +124,15 @@ def test_what_is_no_layer_or_stays_float_is_copied(source, weights, tmp_path, bl
         if key.removesuffix(".weight") in ("wide", "four"):
             continue
         assert found[key].dtype == t.dtype and torch.equal(found[key], t), key
-    assert {name: plan.keep_float for name, plan in plans.items()} == {"narrow": "kept", "odd": "kept", "wide": None, "four": None}
-    assert set(found) == set(weights) | {f"{n}.{part}" for n in ("wide", "four") for part in ("weight_scale", "comfy_quant")}
+    assert {name: plan.keep_float for name, plan in plans.items()} == {
+        "narrow": "kept",
+        "odd": "kept",
+        "wide": None,
+        "four": None,
+    }
+    assert set(found) == set(weights) | {
+        f"{n}.{part}" for n in ("wide", "four") for part in ("weight_scale", "comfy_quant")
+    }
 
 
 def test_blocks_of_any_size_give_the_same_file(source, tmp_path, monkeypatch):
@@ -136,12 +157,23 @@ def test_every_byte_of_the_source_is_counted_once(source, tmp_path, blocks):
 def test_parts_become_one_tensor(tmp_path, blocks):
     q, k, v = ((randn(n, 64, seed=n) * 0.1).bfloat16() for n in (30, 31, 32))
     save_file(
-        {"q.weight": q, "k.weight": k, "v.weight": v, "q.bias": randn(30).bfloat16(), "k.bias": randn(31).half()},
+        {
+            "q.weight": q,
+            "k.weight": k,
+            "v.weight": v,
+            "q.bias": randn(30).bfloat16(),
+            "k.bias": randn(31).half(),
+        },
         tmp_path / "s.safetensors",
     )
-    names = {"qkv.weight": (Part("q.weight"), Part("k.weight"), Part("v.weight")), "qk.bias": (Part("q.bias"), Part("k.bias"))}
+    names = {
+        "qkv.weight": (Part("q.weight"), Part("k.weight"), Part("v.weight")),
+        "qk.bias": (Part("q.bias"), Part("k.bias")),
+    }
     for method in (NoOutlier(), HadaNorm(16)):
-        plans, found = run(tmp_path / "s.safetensors", tmp_path / "x.safetensors", Recipe(method, AbsMax()), names)
+        plans, found = run(
+            tmp_path / "s.safetensors", tmp_path / "x.safetensors", Recipe(method, AbsMax()), names
+        )
         whole = torch.cat([q, k, v])
         transform = method.fit(whole)  # of the whole layer: its columns' maxima are those of all parts
         wanted = quantize_weight(transform.transform_weight(whole.float()))
@@ -149,7 +181,9 @@ def test_parts_become_one_tensor(tmp_path, blocks):
         torch.testing.assert_close(found["qkv.weight_scale"], wanted.scale, rtol=1e-5, atol=0)
         assert list(plans) == ["qkv"]
     bias = load_file(tmp_path / "s.safetensors")
-    assert torch.equal(found["qk.bias"], torch.cat([bias["q.bias"].float(), bias["k.bias"].float()])), "other dtypes become float32"
+    assert torch.equal(found["qk.bias"], torch.cat([bias["q.bias"].float(), bias["k.bias"].float()])), (
+        "other dtypes become float32"
+    )
 
 
 @pytest.mark.parametrize("rows", [8, 9])
@@ -169,11 +203,15 @@ def test_halves_change_places(tmp_path, blocks, rows):
 
 
 def test_a_matrix_that_is_none_in_the_new_names_stays_float(tmp_path):
-    save_file({"a.weight": randn(4, 6), "b.weight": randn(0, 6), "c": randn(4, 6)}, tmp_path / "s.safetensors")
+    save_file(
+        {"a.weight": randn(4, 6), "b.weight": randn(0, 6), "c": randn(4, 6)}, tmp_path / "s.safetensors"
+    )
     names = {
-        "a.weight": (Part("a.weight", shape=(4, 6, 1, 1)),), "b.weight": (Part("b.weight"),), "c": (Part("c", shape=(24,)),),
+        "a.weight": (Part("a.weight", shape=(4, 6, 1, 1)),),
+        "b.weight": (Part("b.weight"),),
+        "c": (Part("c", shape=(24,)),),
         "d": (Part("a.weight"),),
-    }  # fmt: skip
+    }
     plans, found = run(tmp_path / "s.safetensors", tmp_path / "x.safetensors", names=names)
     assert {name: plan.keep_float for name, plan in plans.items()} == {
         "a": "no matrix in this naming",
@@ -200,20 +238,32 @@ def native_marker(**fields):
 
 def test_int8_layers_are_taken_as_they_are(tmp_path, blocks):
     weight, whole = randn(40, 64), torch.full((3, 8), -128, dtype=torch.int8)
-    run(save(tmp_path, "f", {"r.weight": weight, "h.weight": weight}), tmp_path / "s.safetensors", Recipe(HadaNorm(16), AbsMax()))
+    run(
+        save(tmp_path, "f", {"r.weight": weight, "h.weight": weight}),
+        tmp_path / "s.safetensors",
+        Recipe(HadaNorm(16), AbsMax()),
+    )
     made = load_file(tmp_path / "s.safetensors")
-    made |= {"t.weight": whole, "t.weight_scale": torch.tensor(0.5), "t.comfy_quant": native_marker(format="int8_tensorwise")}
+    made |= {
+        "t.weight": whole,
+        "t.weight_scale": torch.tensor(0.5),
+        "t.comfy_quant": native_marker(format="int8_tensorwise"),
+    }
     made |= {
         "n.weight": whole,
         "n.scale_weight": torch.full((3,), 2.0).bfloat16(),
         "n.comfy_quant": native_marker(convrot=True, convrot_groupsize=4),
     }
-    plans, found = run(save(tmp_path, "t", made), tmp_path / "x.safetensors", Recipe(ConvRot(), AbsMax()), keep=("t.weight",))
+    plans, found = run(
+        save(tmp_path, "t", made), tmp_path / "x.safetensors", Recipe(ConvRot(), AbsMax()), keep=("t.weight",)
+    )
     for name in ("r", "h"):
         for part in ("weight", "weight_scale", "pre_quant_scale", "comfy_quant"):
             assert torch.equal(found[f"{name}.{part}"], made[f"{name}.{part}"])
     assert torch.equal(found["t.weight"], whole) and torch.equal(found["n.weight"], whole)
-    assert torch.equal(found["t.weight_scale"], torch.full((3, 1), 0.5)) and torch.equal(found["n.weight_scale"], torch.full((3, 1), 2.0))
+    assert torch.equal(found["t.weight_scale"], torch.full((3, 1), 0.5)) and torch.equal(
+        found["n.weight_scale"], torch.full((3, 1), 2.0)
+    )
     assert json.loads(bytes(found["n.comfy_quant"].tolist())) == {
         "format": "int8_tensorwise",
         "convrot": True,
@@ -221,7 +271,9 @@ def test_int8_layers_are_taken_as_they_are(tmp_path, blocks):
         "per_row": True,
     }
     assert plans["n"].outlier == "convrot group_size=4" and plans["t"].keep_float is None
-    assert {plan.rounding for plan in plans.values()} == {"as in the source"} and not any(plan.measured for plan in plans.values())
+    assert {plan.rounding for plan in plans.values()} == {"as in the source"} and not any(
+        plan.measured for plan in plans.values()
+    )
     assert "n.scale_weight" not in found
 
 
@@ -236,7 +288,11 @@ def int8_parts(group, seed):
     rotated = ConvRot(group).fit(weight).transform_weight(weight) if group else weight
     made = quantize_weight(rotated)
     told = {"convrot": True, "convrot_groupsize": group} if group else {}
-    return weight, {"weight": made.qdata, "weight_scale": made.scale, "comfy_quant": native_marker(format="int8_tensorwise", **told)}
+    return weight, {
+        "weight": made.qdata,
+        "weight_scale": made.scale,
+        "comfy_quant": native_marker(format="int8_tensorwise", **told),
+    }
 
 
 def test_int8_parts_of_one_layer(tmp_path):
@@ -258,7 +314,11 @@ def test_int8_parts_of_one_layer(tmp_path):
 def test_blocks_of_int8_are_read_as_float_and_quantized(tmp_path, blocks):
     grid = torch.randint(-127, 128, (64, 128), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     scales = randn(2, 4).abs() + 0.1
-    tensors = {"g.weight": grid, "g.weight_scale": scales, "g.comfy_quant": native_marker(format="int8_blockwise", group_size=32)}
+    tensors = {
+        "g.weight": grid,
+        "g.weight_scale": scales,
+        "g.comfy_quant": native_marker(format="int8_blockwise", group_size=32),
+    }
     _, found = run(save(tmp_path, "s", tensors), tmp_path / "x.safetensors")
     real = grid.float() * scales.repeat_interleave(32, 0).repeat_interleave(32, 1)
     assert torch.equal(found["g.weight"], quantize_weight(real).qdata)
@@ -281,20 +341,38 @@ def test_fp8_weights_are_quantized_with_their_scales_applied(tmp_path, blocks, d
     weight, scale = (randn(40, 64) * 3).to(dtype), torch.tensor(0.01)
     rows = randn(40, 1).abs() + 0.1
     tensors = {
-        "a.weight": weight, "a.weight_scale": scale, "a.input_scale": torch.tensor(1.0), "b.weight": weight, "c.weight": weight,
-        "c.weight_scale": rows, "kept.weight": weight, "kept.weight_scale": scale, "cast.weight": weight, "cast.bias": randn(40).to(dtype),
-        "conv.weight": weight.view(40, 4, 4, 4), "conv.weight_scale": scale, "norm.weight": randn(8).to(dtype),
+        "a.weight": weight,
+        "a.weight_scale": scale,
+        "a.input_scale": torch.tensor(1.0),
+        "b.weight": weight,
+        "c.weight": weight,
+        "c.weight_scale": rows,
+        "kept.weight": weight,
+        "kept.weight_scale": scale,
+        "cast.weight": weight,
+        "cast.bias": randn(40).to(dtype),
+        "conv.weight": weight.view(40, 4, 4, 4),
+        "conv.weight_scale": scale,
+        "norm.weight": randn(8).to(dtype),
         "scaled_fp8": torch.zeros(2, dtype=dtype),
-    }  # fmt: skip
+    }
     recipe = replace(PLAIN, dtype=torch.float16)
-    plans, found = run(save(tmp_path, "s", tensors), tmp_path / "x.safetensors", recipe, keep=("kept.weight", "cast.weight"))
+    plans, found = run(
+        save(tmp_path, "s", tensors), tmp_path / "x.safetensors", recipe, keep=("kept.weight", "cast.weight")
+    )
     for name, factor in (("a", scale), ("b", 1.0), ("c", rows)):
         wanted = quantize_weight(weight.float() * factor)
-        assert torch.equal(found[f"{name}.weight"], wanted.qdata) and torch.equal(found[f"{name}.weight_scale"], wanted.scale)
-    assert found["kept.weight"].dtype == torch.float16 and torch.equal(found["kept.weight"], (weight.float() * scale).half())
+        assert torch.equal(found[f"{name}.weight"], wanted.qdata) and torch.equal(
+            found[f"{name}.weight_scale"], wanted.scale
+        )
+    assert found["kept.weight"].dtype == torch.float16 and torch.equal(
+        found["kept.weight"], (weight.float() * scale).half()
+    )
     assert torch.equal(found["conv.weight"], (weight.float() * scale).half().view(40, 4, 4, 4))
     for key in ("cast.weight", "cast.bias", "norm.weight"):
-        assert found[key].dtype == dtype and torch.equal(found[key].view(torch.uint8), tensors[key].view(torch.uint8)), "no scale: as it is"
+        assert found[key].dtype == dtype and torch.equal(
+            found[key].view(torch.uint8), tensors[key].view(torch.uint8)
+        ), "no scale: as it is"
     assert not {"a.input_scale", "scaled_fp8", "kept.weight_scale", "conv.weight_scale"} & set(found)
     assert plans["kept"].keep_float == "kept"
 
@@ -308,7 +386,10 @@ def test_a_weight_that_is_not_finite(tmp_path, blocks, bad):
     weight = randn(100, 30)
     weight[77, 3] = bad
     path = save(tmp_path, "s", {"fine.weight": randn(100, 30), "layer.weight": weight})
-    with pytest.raises(ConfigError, match=r"^layer: the weight holds NaN or infinity and cannot be quantized; check the checkpoint$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^layer: the weight holds NaN or infinity and cannot be quantized; check the checkpoint$",
+    ):
         run(path, tmp_path / "x.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
     assert threading.active_count() == others
@@ -316,7 +397,10 @@ def test_a_weight_that_is_not_finite(tmp_path, blocks, bad):
 
 def test_a_sum_that_is_too_large(tmp_path):
     path = save(tmp_path, "s", {"layer.weight": torch.full((2, 16), 3e38)})
-    with pytest.raises(ConfigError, match=r"^layer: the weight holds numbers too large for float32 arithmetic; check the checkpoint$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^layer: the weight holds numbers too large for float32 arithmetic; check the checkpoint$",
+    ):
         run(path, tmp_path / "x.safetensors", Recipe(QuaRot(16), AbsMax()))
     with pytest.raises(ConfigError, match=r"^layer: the weight holds numbers too large"):
         run(path, tmp_path / "x.safetensors", Recipe(QuaRot(16), Mse()))
@@ -359,9 +443,14 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch, left):
     limit = left % len(calls)
     calls.clear()
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(FileError, match=r"y\.safetensors cannot be written: No space left on device; make room"):
+    with pytest.raises(
+        FileError, match=r"y\.safetensors cannot be written: No space left on device; make room"
+    ):
         run(path, tmp_path / "y.safetensors")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.safetensors", "x.safetensors"] and threading.active_count() == others
+    assert (
+        sorted(p.name for p in tmp_path.iterdir()) == ["s.safetensors", "x.safetensors"]
+        and threading.active_count() == others
+    )
 
 
 SLOW = """
@@ -393,7 +482,9 @@ module.stream(files, stored, targets, Path(sys.argv[2]), {}, recipe, slow)
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL and file locks")
 def test_a_killed_process_leaves_no_file_and_the_next_run_cleans_up(tmp_path):
     path, target = save(tmp_path, "s", {"layer.weight": randn(2000, 32)}), tmp_path / "out" / "x.safetensors"
-    process = subprocess.Popen([sys.executable, "-c", SLOW, str(path), str(target)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(path), str(target)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout.readline() == "half\n"
     finally:
@@ -438,7 +529,10 @@ def test_memory_is_a_few_blocks_however_large_the_file_is(tmp_path):
     large = tmp_path / "large.safetensors"
     shape, count = [4096, 4096], 8
     size = 2 * 4096 * 4096
-    entries = {f"layers.{i}.weight": {"dtype": "BF16", "shape": shape, "data_offsets": [i * size, (i + 1) * size]} for i in range(count)}
+    entries = {
+        f"layers.{i}.weight": {"dtype": "BF16", "shape": shape, "data_offsets": [i * size, (i + 1) * size]}
+        for i in range(count)
+    }
     text = json.dumps(entries).encode()
     with large.open("wb") as file:  # 268 MB of zeros that take no room
         file.write(len(text).to_bytes(8, "little") + text)
@@ -472,7 +566,11 @@ def read_independently(path):
                 told = json.loads(bytes(file.get_tensor(f"{layer}.comfy_quant").tolist()).decode())
                 assert told["format"] == "int8_tensorwise" and next(iter(told)) == "format"
                 scale = file.get_tensor(f"{layer}.weight_scale")
-                assert scale.dtype == torch.float32 and scale.shape == (tensor.shape[0], 1) and tensor.min() >= -127
+                assert (
+                    scale.dtype == torch.float32
+                    and scale.shape == (tensor.shape[0], 1)
+                    and tensor.min() >= -127
+                )
                 real = tensor.double() * scale.double()
                 if told.get("convrot"):
                     group = told["convrot_groupsize"]
@@ -505,12 +603,16 @@ def test_the_vectors_of_the_format(tmp_path):
     row, unit = torch.tensor([[1.0, -2.0, 0.5, 0.0]]), torch.tensor([[1.0, 0, 0, 0], [1, 2, 3, 4]])
     path = save(tmp_path, "s", {"a.weight": row, "b.weight": unit})
     _, found = run(path, tmp_path / "x.safetensors")
-    assert found["a.weight"].tolist() == [[64, -127, 32, 0]] and found["a.weight_scale"].item() == torch.tensor(2 / 127).item()
+    assert (
+        found["a.weight"].tolist() == [[64, -127, 32, 0]]
+        and found["a.weight_scale"].item() == torch.tensor(2 / 127).item()
+    )
     _, found = run(path, tmp_path / "x.safetensors", Recipe(ConvRot(4), AbsMax()))
     assert found["b.weight"].tolist() == [[127, 127, 127, -127], [32, 64, 95, 127]]
     assert torch.equal(found["b.weight_scale"], torch.tensor([[0.5 / 127], [4 / 127]]))
     assert (
-        bytes(found["b.comfy_quant"].tolist()) == b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 4, "per_row": true}'
+        bytes(found["b.comfy_quant"].tolist())
+        == b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 4, "per_row": true}'
     )
 
 

@@ -76,7 +76,9 @@ def to_int8(model, family, backend):
 
 def sampled(name, denoisers):
     pipe, component, _ = built(name)
-    return generate(pipe, component, denoisers, [Sample(INSTANCES[name].prompt, 7, "0")], INSTANCES[name].sampling)
+    return generate(
+        pipe, component, denoisers, [Sample(INSTANCES[name].prompt, 7, "0")], INSTANCES[name].sampling
+    )
 
 
 def test_every_family_has_an_instance():
@@ -91,14 +93,24 @@ def test_a_denoiser_is_recognised_as_its_family_and_no_other(name, caplog):
     model = built(name)[2]
     linears = linears_of(model)
     assert AutoFamily().for_denoiser(type(model).__name__, [], linears).name == INSTANCES[name].family
-    assert not [record for record in caplog.records if record.name.startswith("int8run")]  # diffusers may say something of its own
-    fitting = [f.name for f in FAMILIES.values() if type(model).__name__ in f.denoisers and f.wrong_inputs(linears) is None]
+    assert not [
+        record for record in caplog.records if record.name.startswith("int8run")
+    ]  # diffusers may say something of its own
+    fitting = [
+        f.name
+        for f in FAMILIES.values()
+        if type(model).__name__ in f.denoisers and f.wrong_inputs(linears) is None
+    ]
     assert fitting == [INSTANCES[name].family]
 
 
 def exported_models():
     """Every model class of diffusers that is usable here."""
-    return [n for n in dir(diffusers) if inspect.isclass(cls := getattr(diffusers, n)) and issubclass(cls, diffusers.ModelMixin)]
+    return [
+        n
+        for n in dir(diffusers)
+        if inspect.isclass(cls := getattr(diffusers, n)) and issubclass(cls, diffusers.ModelMixin)
+    ]
 
 
 def test_every_other_class_of_diffusers_is_unknown():
@@ -127,13 +139,19 @@ def test_cosmos_is_no_anima():
 def test_no_rule_is_dead_and_every_rule_has_a_reason(family):
     # a file does not say which weight is a Linear's: rules for others of two dimensions count as well
     parameters = [item for model in denoisers_of(family) for item in model.named_parameters()]
-    names = [name.removesuffix(".weight") for name, p in parameters if p.dim() == 2 and name.endswith(".weight")]
+    names = [
+        name.removesuffix(".weight") for name, p in parameters if p.dim() == 2 and name.endswith(".weight")
+    ]
     for rule in FAMILIES[family].float_layers:
         alone = ModelFamily("alone", float_layers=[rule])
         assert any(alone.why_float(name) for name in names), f"{family}: {rule.pattern} matches no Linear"
         assert rule.why
-        others = ModelFamily("others", float_layers=[r for r in FAMILIES[family].float_layers if r is not rule])
-        assert any(alone.why_float(name) and not others.why_float(name) for name in names), f"{family}: {rule.pattern} is said twice"
+        others = ModelFamily(
+            "others", float_layers=[r for r in FAMILIES[family].float_layers if r is not rule]
+        )
+        assert any(alone.why_float(name) and not others.why_float(name) for name in names), (
+            f"{family}: {rule.pattern} is said twice"
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,7 +212,12 @@ def relative_names(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_name_in_a_fact_is_an_int8_layer(family):
-    int8 = [name for model in denoisers_of(family) for name in linears_of(model) if FAMILIES[family].why_float(name) is None]
+    int8 = [
+        name
+        for model in denoisers_of(family)
+        for name in linears_of(model)
+        if FAMILIES[family].why_float(name) is None
+    ]
     assert {n for n in relative_names(family) if not any(name.endswith(f".{n}") for name in int8)} == set()
 
 
@@ -228,7 +251,9 @@ def test_the_facts_change_no_bit(name):
 def test_layers_with_the_same_input_are_served_by_one_quantization(name):
     (int8, _, shared, calls), (_, _, alone, _) = with_and_without_facts(name)
     groups = same_input_groups(calls, FAMILIES[INSTANCES[name].family].same_input)
-    assert alone == calls.total() and set(calls) == {n for n, m in int8.named_modules() if isinstance(m, Int8Linear)}
+    assert alone == calls.total() and set(calls) == {
+        n for n, m in int8.named_modules() if isinstance(m, Int8Linear)
+    }
     # a group whose layers read different tensors, or the same one at other times, would be quantized more often
     assert shared == sum(max(calls[layer] for layer in group) for group in groups)
 
@@ -236,13 +261,20 @@ def test_layers_with_the_same_input_are_served_by_one_quantization(name):
 def tanh_gelus(model, family):
     """Modules in the repeated blocks that compute a GELU (tanh) before an INT8 layer."""
     blocks = tuple(f"{block}." for block in family.blocks)
-    found = [n for n, m in model.named_modules() if getattr(m, "approximate", None) == "tanh" and n.startswith(blocks)]
+    found = [
+        n
+        for n, m in model.named_modules()
+        if getattr(m, "approximate", None) == "tanh" and n.startswith(blocks)
+    ]
     return [n for n in found if not family.why_float(f"{n}.proj")]
 
 
 @pytest.mark.parametrize("name", INSTANCES)
 def test_every_tanh_gelu_before_an_int8_layer_is_deferred(name):
-    family, (float_model, int8) = FAMILIES[INSTANCES[name].family], (built(name)[2], with_and_without_facts(name)[0][0])
+    family, (float_model, int8) = (
+        FAMILIES[INSTANCES[name].family],
+        (built(name)[2], with_and_without_facts(name)[0][0]),
+    )
     moved = [n for n, m in int8.named_modules() if isinstance(m, Int8Linear) and m.gelu_from >= 0]
     assert tanh_gelus(int8, family) == [] and len(moved) == len(tanh_gelus(float_model, family))
 
@@ -279,16 +311,33 @@ def test_a_file_with_the_names_of_diffusers_is_recognised(name):
 KEY_NORM = "double_blocks.0.img_attn.norm.key_norm.scale"
 AUTHORS = {
     "flux": [KEY_NORM, "img_in.weight", "vector_in.in_layer.weight", "guidance_in.in_layer.bias"],
-    "flux2": [KEY_NORM, "img_in.weight", "double_stream_modulation_img.lin.weight", "single_stream_modulation.lin.weight"],
+    "flux2": [
+        KEY_NORM,
+        "img_in.weight",
+        "double_stream_modulation_img.lin.weight",
+        "single_stream_modulation.lin.weight",
+    ],
     "chroma": [KEY_NORM, "img_in.weight", "distilled_guidance_layer.in_proj.weight"],
-    "z_image": ["cap_embedder.1.weight", "layers.0.adaLN_modulation.0.weight", "layers.0.attention.qkv.weight"],
+    "z_image": [
+        "cap_embedder.1.weight",
+        "layers.0.adaLN_modulation.0.weight",
+        "layers.0.attention.qkv.weight",
+    ],
     "krea2": ["txtfusion.projector.weight", "blocks.0.attn.wq.weight"],
-    "anima": ["blocks.0.mlp.layer1.weight", "blocks.0.self_attn.q_proj.weight", "llm_adapter.out_proj.weight"],
+    "anima": [
+        "blocks.0.mlp.layer1.weight",
+        "blocks.0.self_attn.q_proj.weight",
+        "llm_adapter.out_proj.weight",
+    ],
 }
 FOREIGN = {
     "radiance": [KEY_NORM, "distilled_guidance_layer.in_proj.weight", "nerf_blocks.0.param_generator.weight"],
     "cosmos": ["blocks.0.mlp.layer1.weight", "blocks.0.self_attn.q_proj.weight", "x_embedder.proj.1.weight"],
-    "hunyuan_video": ["txt_in.individual_token_refiner.blocks.0.norm1.weight", "double_blocks.0.img_attn_qkv.weight", "img_in.proj.weight"],
+    "hunyuan_video": [
+        "txt_in.individual_token_refiner.blocks.0.norm1.weight",
+        "double_blocks.0.img_attn_qkv.weight",
+        "img_in.proj.weight",
+    ],
     "auraflow": ["double_layers.0.attn.w1q.weight", "cond_seq_linear.weight", "t_embedder.mlp.0.weight"],
 }
 
@@ -305,9 +354,11 @@ def test_a_file_of_another_model_is_not(name, keys):
 
 # they have the very names of another family's class; their own class, where a pipeline has one, is unknown all the same
 SAME_NAMES = {
-    "AudioLDM2UNet2DConditionModel": "sd15", "ChronoEditTransformer3DModel": "wan", "SkyReelsV2Transformer3DModel": "wan",
+    "AudioLDM2UNet2DConditionModel": "sd15",
+    "ChronoEditTransformer3DModel": "wan",
+    "SkyReelsV2Transformer3DModel": "wan",
     "SanaWMLTX2RefinerTransformer3DModel": "ltx2",
-}  # fmt: skip
+}
 
 
 def recognised(cls):
@@ -322,7 +373,12 @@ def recognised(cls):
 
 @pytest.mark.parametrize(
     "cls",
-    ["FluxControlNetModel", "HunyuanVideoTransformer3DModel", "NucleusMoEImageTransformer2DModel", "QwenImageControlNetModel"],
+    [
+        "FluxControlNetModel",
+        "HunyuanVideoTransformer3DModel",
+        "NucleusMoEImageTransformer2DModel",
+        "QwenImageControlNetModel",
+    ],
 )
 def test_a_model_that_is_built_alike_is_not_taken_for_a_family(cls):
     assert recognised(cls) == set()
@@ -331,7 +387,9 @@ def test_a_model_that_is_built_alike_is_not_taken_for_a_family(cls):
 @pytest.mark.slow
 def test_no_file_of_another_class_is_taken_for_a_family(monkeypatch):
     for cls in (nn.Linear, nn.modules.conv._ConvNd):
-        monkeypatch.setattr(cls, "reset_parameters", lambda self: None)  # the names count, and there are thousands of layers
+        monkeypatch.setattr(
+            cls, "reset_parameters", lambda self: None
+        )  # the names count, and there are thousands of layers
     owners = {cls: family.name for family in FAMILIES.values() for cls in family.denoisers}
     for cls in exported_models():
         assert (recognised(cls) or set()) <= {SAME_NAMES.get(cls), owners.get(cls)} | (

@@ -61,13 +61,18 @@ def text(**fields: object) -> Tensor:
 def fp8_native(weight: Tensor) -> Foreign:
     scale = weight.abs().max() / 448
     codes = (weight / scale).to(torch.float8_e4m3fn)
-    return Foreign({"weight": codes, "weight_scale": scale, "comfy_quant": text(format="float8_e4m3fn")}, codes.float() * scale)
+    return Foreign(
+        {"weight": codes, "weight_scale": scale, "comfy_quant": text(format="float8_e4m3fn")},
+        codes.float() * scale,
+    )
 
 
 def fp8_legacy(weight: Tensor) -> Foreign:
     scale = weight.abs().max()[None] / 57344
     codes = (weight / scale).to(torch.float8_e5m2)
-    return Foreign({"weight": codes, "scale_weight": scale, "scale_input": torch.ones(1)}, codes.float() * scale)
+    return Foreign(
+        {"weight": codes, "scale_weight": scale, "scale_input": torch.ones(1)}, codes.float() * scale
+    )
 
 
 def fp8_rows(weight: Tensor) -> Foreign:
@@ -107,7 +112,9 @@ def lightx2v(weight: Tensor) -> Foreign:
 def lightx2v_comfy(weight: Tensor) -> Foreign:
     scale = weight.abs().max() / 127
     codes = (weight / scale).round().to(torch.int8)
-    return Foreign({"weight": codes, "scale_weight": scale}, codes * scale, codes, scale.expand(len(weight), 1))
+    return Foreign(
+        {"weight": codes, "scale_weight": scale}, codes * scale, codes, scale.expand(len(weight), 1)
+    )
 
 
 def rotated(weight: Tensor, **marker: object) -> Foreign:
@@ -117,7 +124,9 @@ def rotated(weight: Tensor, **marker: object) -> Foreign:
     turned = (weight.view(len(weight), -1, 16) @ matrix.T).view_as(weight)
     codes, scale = rounded(turned)
     real = ((codes * scale).view(len(weight), -1, 16) @ matrix).view_as(weight)
-    return Foreign({"weight": codes, "weight_scale": scale, "comfy_quant": text(**marker)}, real, codes, scale)
+    return Foreign(
+        {"weight": codes, "weight_scale": scale, "comfy_quant": text(**marker)}, real, codes, scale
+    )
 
 
 def pre_native(weight: Tensor) -> Foreign:
@@ -152,7 +161,9 @@ def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield made(request.param, tmp_path_factory.mktemp(request.param), patch)
 
 
-def of_another_program(case: Case, how: Callable[[Tensor], Foreign], prefix: str, others: Tensors, path: Path) -> dict[str, Foreign]:
+def of_another_program(
+    case: Case, how: Callable[[Tensor], Foreign], prefix: str, others: Tensors, path: Path
+) -> dict[str, Foreign]:
     """Write the denoiser so, with every layer of its blocks and the last modulation quantized.
 
     Returns:
@@ -183,21 +194,29 @@ def check_contents(named: Case, built: Built, expected: Mapping[str, Foreign]) -
     family = FAMILIES[named.name]
     for name, foreign in expected.items():
         if foreign.codes is not None and foreign.scale is not None:
-            assert torch.equal(held[f"{name}.q"], foreign.codes) and torch.equal(held[f"{name}.scale"], foreign.scale)
+            assert torch.equal(held[f"{name}.q"], foreign.codes) and torch.equal(
+                held[f"{name}.scale"], foreign.scale
+            )
             layer = layers[name]
-            torch.testing.assert_close(layer.transform.restore_weight(layer.quantized_weight().dequantize()), foreign.real)
+            torch.testing.assert_close(
+                layer.transform.restore_weight(layer.quantized_weight().dequantize()), foreign.real
+            )
         elif family.why_float(name) is None:
             q, scale = rounded(foreign.real)
             assert torch.equal(held[f"{name}.q"], q) and torch.equal(held[f"{name}.scale"], scale)
         else:
             assert torch.equal(held[f"{name}.weight"], foreign.real)
-    assert len(expected) > 15 and set(layers) == {n for n, f in expected.items() if f.codes is not None or family.why_float(n) is None}
+    assert len(expected) > 15 and set(layers) == {
+        n for n, f in expected.items() if f.codes is not None or family.why_float(n) is None
+    }
     same = [name for name in floats if name.removesuffix(".weight") not in expected]
     assert_same({name: held[name] for name in same}, {name: floats[name] for name in same})
 
 
 @pytest.mark.parametrize("kind", PROGRAMS)
-def test_a_file_of_another_program_is_the_model(named: Case, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_of_another_program_is_the_model(
+    named: Case, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     how, prefix, others, said = PROGRAMS[kind]
     path = named.home / f"{kind}.safetensors"
     expected = of_another_program(named, how, prefix, others, path)
@@ -206,7 +225,11 @@ def test_a_file_of_another_program_is_the_model(named: Case, kind: str, caplog: 
     check_contents(named, built, expected)
     assert named.latents(built).isfinite().all()
     if said:
-        layers = {key for key, value in stored(path).items() if value.dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)}
+        layers = {
+            key
+            for key, value in stored(path).items()
+            if value.dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+        }
         assert f"{len(layers - {'model.diffusion_model.scaled_fp8'})} × {said}" in caplog.text
     else:
         assert f"{len(expected)} INT8 layers from {path}" in caplog.text
@@ -220,13 +243,19 @@ def test_a_file_of_two_kinds(named: Case) -> None:
     path, turns = named.home / "mixed.safetensors", itertools.count()
 
     def either(weight: Tensor) -> Foreign:
-        return fp8_native(weight) if next(turns) % 2 else rotated(weight, format="int8_tensorwise", convrot=True, convrot_groupsize=16)
+        return (
+            fp8_native(weight)
+            if next(turns) % 2
+            else rotated(weight, format="int8_tensorwise", convrot=True, convrot_groupsize=16)
+        )
 
     expected = of_another_program(named, either, BARE, {}, path)
     built = named.build(path)
     check_contents(named, built, expected)
     assert {name for name, layer in int8_layers(built).items() if layer.transform.method == "none"} == {
-        name for name, foreign in expected.items() if foreign.codes is None and FAMILIES[named.name].why_float(name) is None
+        name
+        for name, foreign in expected.items()
+        if foreign.codes is None and FAMILIES[named.name].why_float(name) is None
     }
 
 
@@ -243,7 +272,11 @@ def test_a_lora_cannot_be_baked_into_integers(named: Case) -> None:
 def test_a_lora_is_baked_into_what_is_rounded_anew(named: Case) -> None:
     path, changes = named.home / "fp8.safetensors", made_lora(named.denoiser, named.name)
     expected = of_another_program(named, fp8_native, BARE, {}, path)
-    built = named.build(path, loras=[Adapter("a", str(changes.in_authors_words(named.home / "lora.safetensors")))], mode="bake")
+    built = named.build(
+        path,
+        loras=[Adapter("a", str(changes.in_authors_words(named.home / "lora.safetensors")))],
+        mode="bake",
+    )
     held = contents(built)
     for name in int8_layers(built):
         weight = expected[name].real + changes.change(name)
@@ -268,12 +301,17 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Mo
 
 
 @pytest.mark.parametrize("name", STRANGERS)
-def test_a_file_of_another_family_is_refused_by_name(strangers: dict[str, tuple[nn.Module, Path]], name: str) -> None:
+def test_a_file_of_another_family_is_refused_by_name(
+    strangers: dict[str, tuple[nn.Module, Path]], name: str
+) -> None:
     for other in STRANGERS:
         if other != name:
             with pytest.raises(FileError) as refused:
                 FileWeights(strangers[other][1], strangers[name][0])
-            words, wanted = str(refused.value).replace(str(strangers[other][1]), ""), type(strangers[name][0]).__name__
+            words, wanted = (
+                str(refused.value).replace(str(strangers[other][1]), ""),
+                type(strangers[name][0]).__name__,
+            )
             assert wanted in words
             if type(strangers[other][0]).__name__ != wanted:  # of one class only the sizes differ
                 assert re.search(rf"are those of a {type(strangers[other][0]).__name__} \({other}\)", words)

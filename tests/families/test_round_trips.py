@@ -55,7 +55,12 @@ def test_nothing_of_a_denoiser_is_read_before_it_is_needed(case: Case) -> None:
 def test_a_folder_is_streamed_and_drawn(case: Case) -> None:
     trip, floats = case.saved("folder"), float_weights(case)
     assert trip.built.family.name == case.instance.family and list(trip.built.denoisers) == ["int8"]
-    linears = {name for part in case.denoisers.values() for name, m in part.named_modules() if isinstance(m, nn.Linear)}
+    linears = {
+        name
+        for part in case.denoisers.values()
+        for name, m in part.named_modules()
+        if isinstance(m, nn.Linear)
+    }
     wanted = {name for name in linears if FAMILIES[case.instance.family].why_float(name) is None}
     layers = int8_layers(trip.built)
     assert wanted and len(layers) == len(wanted) * len(case.denoisers)
@@ -151,16 +156,31 @@ def inner(case: Case, name: str) -> str:
 
 
 def test_a_lora_is_streamed_beside_the_layers_under_both_spellings(case: Case) -> None:
-    plain, lora, floats = case.saved("folder"), made_lora(case.denoiser, case.instance.family), float_weights(case)
-    own = case.build(loras=[Adapter("a", str(lora.in_diffusers_words(case.home / "a.safetensors", next(iter(case.denoisers)))))])
+    plain, lora, floats = (
+        case.saved("folder"),
+        made_lora(case.denoiser, case.instance.family),
+        float_weights(case),
+    )
+    own = case.build(
+        loras=[
+            Adapter(
+                "a", str(lora.in_diffusers_words(case.home / "a.safetensors", next(iter(case.denoisers))))
+            )
+        ]
+    )
     authors = case.build(loras=[Adapter("a", str(lora.in_authors_words(case.home / "b.safetensors")))])
     held, drawn, layers = contents(own), case.latents(own), int8_layers(own)
     assert_same(contents(authors), held)
     assert torch.equal(drawn, case.latents(authors)) and drawn.isfinite().all()
     assert own.loras.modes == {"dynamic": len(layers)}
-    assert_same({f"{name}.q": held[f"{name}.q"] for name in layers}, {f"{name}.q": plain.held[f"{name}.q"] for name in layers})
+    assert_same(
+        {f"{name}.q": held[f"{name}.q"] for name in layers},
+        {f"{name}.q": plain.held[f"{name}.q"] for name in layers},
+    )
     for name in [name for name in held if inner(case, name).removesuffix(".weight") in lora.up]:
-        torch.testing.assert_close(held[name], floats[name] + lora.change(inner(case, name).removesuffix(".weight")))
+        torch.testing.assert_close(
+            held[name], floats[name] + lora.change(inner(case, name).removesuffix(".weight"))
+        )
     # what it does is what it does to the float weights
     baked = case.build(loras=[Adapter("a", str(case.home / "a.safetensors"))], mode="bake")
     held = contents(baked)
@@ -168,7 +188,9 @@ def test_a_lora_is_streamed_beside_the_layers_under_both_spellings(case: Case) -
         weight = floats[f"{name}.weight"] + lora.change(inner(case, name))
         error = (held[f"{name}.q"] * held[f"{name}.scale"] - weight).abs()
         assert (error <= 0.5001 * weight.abs().amax(1, keepdim=True) / 127).all()
-    assert relative_error(case.latents(baked)[-1], drawn[-1]) < 0.5 * relative_error(plain.drawn[-1], drawn[-1])
+    assert relative_error(case.latents(baked)[-1], drawn[-1]) < 0.5 * relative_error(
+        plain.drawn[-1], drawn[-1]
+    )
 
 
 # -- two denoisers ------------------------------------------------------------------------------------------------------
@@ -213,7 +235,9 @@ def test_two_denoisers_need_two_files(experts: Case) -> None:
 BESIDE = {"anima": {"net.llm_adapter.out_proj.weight": torch.ones(32, 32)}}
 
 
-@pytest.mark.parametrize(("family", "number"), [(family, i) for family, makers in OTHERS.items() for i in range(len(makers))])
+@pytest.mark.parametrize(
+    ("family", "number"), [(family, i) for family, makers in OTHERS.items() for i in range(len(makers))]
+)
 def test_a_denoiser_without_a_pipeline(family: str, number: int, tmp_path: Path) -> None:
     model = OTHERS[family][number]().eval()
     state = {name: value.detach() for name, value in model.state_dict().items()}
@@ -224,7 +248,11 @@ def test_a_denoiser_without_a_pipeline(family: str, number: int, tmp_path: Path)
     assert (about["family"], about["denoiser"]) == (family, type(model).__name__)
     again = FileWeights(tmp_path / "int8.safetensors", model)
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    assert set(again.int8_layers()) == {name for name in linears if FAMILIES[family].why_float(name) is None} != set()
+    assert (
+        set(again.int8_layers())
+        == {name for name in linears if FAMILIES[family].why_float(name) is None}
+        != set()
+    )
     for name, value in state.items():
         layer = name.removesuffix(".weight")
         if layer in again.int8_layers():

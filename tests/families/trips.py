@@ -39,9 +39,14 @@ DENOISERS = "transformer", "transformer_2", "unet"
 FILE = "diffusion_pytorch_model.safetensors"
 # everything is exact and streamed, and nothing is kept from one build to the next
 SETTINGS = [
-    "backend=reference", "int8.small_batch_fallback=never", "metrics.baseline=none", "tracker=none", "cache.limit_gb=0", "device=cpu",
+    "backend=reference",
+    "int8.small_batch_fallback=never",
+    "metrics.baseline=none",
+    "tracker=none",
+    "cache.limit_gb=0",
+    "device=cpu",
     "progress=false",
-]  # fmt: skip
+]
 Tensors = dict[str, Tensor]
 
 
@@ -111,13 +116,26 @@ class Case:
 
     def source(self, location: object = None, base: object = None) -> ModelSource:
         """The diffusers folder, or weights elsewhere."""
-        place: Any = {k: str(v) for k, v in location.items()} if isinstance(location, Mapping) else str(location or self.folder)
+        place: Any = (
+            {k: str(v) for k, v in location.items()}
+            if isinstance(location, Mapping)
+            else str(location or self.folder)
+        )
         return ModelSource(
-            place, "none", self.instance.sampling, dtype="float32", base=None if location is None else str(base or self.base)
+            place,
+            "none",
+            self.instance.sampling,
+            dtype="float32",
+            base=None if location is None else str(base or self.base),
         )
 
     def build(
-        self, location: object = None, base: object = None, loras: Sequence[Adapter] = (), mode: str = "dynamic", **changes: Any
+        self,
+        location: object = None,
+        base: object = None,
+        loras: Sequence[Adapter] = (),
+        mode: str = "dynamic",
+        **changes: Any,
     ) -> Built:
         """A build of these weights; streamed, if no change of the spec asks for the float model."""
         stack = LoraSettings(mode=mode, adapters=loras)
@@ -128,7 +146,9 @@ class Case:
 
     def quantize(self, location: object, save: Path, component: str | None = None) -> dict[str, Any]:
         """`task=quantize` of these weights; what its metrics.json says."""
-        return quantized(replace(self.spec, model=self.source(location), save=str(save)), component, self.home)
+        return quantized(
+            replace(self.spec, model=self.source(location), save=str(save)), component, self.home
+        )
 
     @property
     def samples(self) -> list[Sample]:
@@ -138,7 +158,9 @@ class Case:
     def latents(self, built: Built) -> Tensor:
         """Of two steps. [steps, ...]"""
         (name,) = built.denoisers
-        made = generate(built.pipe, built.component, built.denoisers, self.samples, self.instance.sampling)[name]
+        made = generate(built.pipe, built.component, built.denoisers, self.samples, self.instance.sampling)[
+            name
+        ]
         return made.trajectories[0]
 
     @cached_property
@@ -152,7 +174,10 @@ class Case:
             save = (self.home / kind).with_suffix(".safetensors" if native else "")
             location: Any = save
             if len(self.denoisers) > 1:
-                location = {name: self.home / f"{kind}_{name}.safetensors" if native else save / name for name in self.denoisers}
+                location = {
+                    name: self.home / f"{kind}_{name}.safetensors" if native else save / name
+                    for name in self.denoisers
+                }
             built = self.build(save=str(save), outlier=outlier)
             self.trips[kind] = Trip(built, contents(built), self.latents(built), location)
         return self.trips[kind]
@@ -162,7 +187,9 @@ def made(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     """Build an instance and write it to a folder."""
     pipe, folder = INSTANCES[name].build(), home / "pipeline"
     # classes of the tests, which transformers cannot read again: in the folder stands what they are made from
-    ours = {name: part for name, part in pipe.components.items() if type(part).__module__ == instances.__name__}
+    ours = {
+        name: part for name, part in pipe.components.items() if type(part).__module__ == instances.__name__
+    }
     for part in ours.values():
         monkeypatch.setattr(part, "save_pretrained", lambda *_, **__: None)
     pipe.save_pretrained(folder)
@@ -170,7 +197,9 @@ def made(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
         index, read = json.loads((folder / "model_index.json").read_text()), load.load_pipeline
         index |= {name: ["transformers", type(part).__bases__[0].__name__] for name, part in ours.items()}
         (folder / "model_index.json").write_text(json.dumps(index))
-        monkeypatch.setattr(load, "load_pipeline", lambda folder, parts, *where: read(folder, {**parts, **ours}, *where))
+        monkeypatch.setattr(
+            load, "load_pipeline", lambda folder, parts, *where: read(folder, {**parts, **ours}, *where)
+        )
     return Case(name, pipe, home, make_spec(SETTINGS))
 
 
@@ -182,7 +211,9 @@ def quantized(spec: RunSpec, component: str | None, out: Path) -> dict[str, Any]
 
 def quantize_alone(location: Path, save: Path, out: Path) -> dict[str, Any]:
     """`task=quantize` of weights without a pipeline."""
-    return quantized(make_spec([*SETTINGS, f"model.location={location}", "model.dtype=float32", f"save={save}"]), None, out)
+    return quantized(
+        make_spec([*SETTINGS, f"model.location={location}", "model.dtype=float32", f"save={save}"]), None, out
+    )
 
 
 def int8_layers(built: Built) -> dict[str, Int8Linear]:
@@ -204,13 +235,21 @@ def contents(built: Built) -> Tensors:
         if layer.bias is not None:
             found[f"{name}.bias"] = layer.bias
     state = built.denoisers["int8"].state_dict()
-    return found | {name: value for name, value in state.items() if not name.startswith(tuple(f"{layer}." for layer in layers))}
+    return found | {
+        name: value
+        for name, value in state.items()
+        if not name.startswith(tuple(f"{layer}." for layer in layers))
+    }
 
 
 def assert_same(ours: Tensors, others: Tensors) -> None:
     """Bit for bit, dtypes included."""
     assert ours.keys() == others.keys()
-    assert [name for name in ours if ours[name].dtype != others[name].dtype or not torch.equal(ours[name], others[name])] == []
+    assert [
+        name
+        for name in ours
+        if ours[name].dtype != others[name].dtype or not torch.equal(ours[name], others[name])
+    ] == []
 
 
 def native_state(model: nn.Module, prefix: str | None = None) -> Tensors:
@@ -222,11 +261,18 @@ def native_state(model: nn.Module, prefix: str | None = None) -> Tensors:
     state = {name: value.detach() for name, value in model.state_dict().items()}
     names = to_native({name: tuple(value.shape) for name, value in state.items()}, type(model).__name__)
     values = {
-        key: torch.cat([p.cut(state[p.key]) for p in parts]) if len(parts) > 1 else parts[0].cut(state[parts[0].key])
+        key: torch.cat([p.cut(state[p.key]) for p in parts])
+        if len(parts) > 1
+        else parts[0].cut(state[parts[0].key])
         for key, parts in names.items()
     }
-    own = next((p for p in ("model.diffusion_model.", "net.") if all(key.startswith(p) for key in values)), "")
-    return {(own if prefix is None else prefix) + key.removeprefix(own): value.contiguous().clone() for key, value in values.items()}
+    own = next(
+        (p for p in ("model.diffusion_model.", "net.") if all(key.startswith(p) for key in values)), ""
+    )
+    return {
+        (own if prefix is None else prefix) + key.removeprefix(own): value.contiguous().clone()
+        for key, value in values.items()
+    }
 
 
 def write(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> Path:
@@ -244,7 +290,11 @@ def write_shards(tensors: Tensors, folder: Path, count: int = 3) -> Path:
     for file, held in shards.items():
         write({name: tensors[name] for name in held}, folder / file)
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": {name: file for file, held in shards.items() for name in held}}))
+    index.write_text(
+        json.dumps(
+            {"metadata": {}, "weight_map": {name: file for file, held in shards.items() for name in held}}
+        )
+    )
     return index
 
 
@@ -263,7 +313,9 @@ def float_weights(case: Case) -> Tensors:
     """Every parameter and buffer of the float denoisers, by the names that they have in a build."""
     single = len(case.denoisers) == 1
     return {
-        (key if single else f"{name}.{key}"): value for name, part in case.denoisers.items() for key, value in part.state_dict().items()
+        (key if single else f"{name}.{key}"): value
+        for name, part in case.denoisers.items()
+        for key, value in part.state_dict().items()
     }
 
 
@@ -273,7 +325,11 @@ def native_linears(model: nn.Module) -> dict[str, tuple[Part, ...]]:
     linears = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     found = {}
     for key, parts in to_native(state, type(model).__name__).items():
-        if {part.key for part in parts} <= linears and key.endswith(".weight") and all(part.shape is None for part in parts):
+        if (
+            {part.key for part in parts} <= linears
+            and key.endswith(".weight")
+            and all(part.shape is None for part in parts)
+        ):
             name = key.removeprefix("model.diffusion_model.").removesuffix(".weight")
             found[name] = tuple(replace(part, key=part.key.removesuffix(".weight")) for part in parts)
     return found
@@ -293,13 +349,17 @@ class Lora:
 
     def in_diffusers_words(self, path: Path, component: str = "transformer") -> Path:
         tensors = {f"{component}.{name}.lora_A.weight": value for name, value in self.down.items()}
-        return write(tensors | {f"{component}.{name}.lora_B.weight": value for name, value in self.up.items()}, path)
+        return write(
+            tensors | {f"{component}.{name}.lora_B.weight": value for name, value in self.up.items()}, path
+        )
 
     def in_authors_words(self, path: Path) -> Path:
         tensors = {}
         for name, parts in self.native.items():
             tensors[f"diffusion_model.{name}.lora_A.weight"] = self.down[parts[0].key].clone()
-            tensors[f"diffusion_model.{name}.lora_B.weight"] = torch.cat([part.cut(self.up[part.key]) for part in parts])
+            tensors[f"diffusion_model.{name}.lora_B.weight"] = torch.cat(
+                [part.cut(self.up[part.key]) for part in parts]
+            )
         return write(tensors, path)
 
 
@@ -313,5 +373,7 @@ def made_lora(model: nn.Module, family: str) -> Lora:
         for part in parts:
             strength = 0.1 if FAMILIES[family].why_float(part.key) is None else 0.001
             down[part.key] = shared.clone()
-            up[part.key] = strength * torch.randn(linear_at(model, part.key).out_features, 4, generator=generator)
+            up[part.key] = strength * torch.randn(
+                linear_at(model, part.key).out_features, 4, generator=generator
+            )
     return Lora(down, up, native)

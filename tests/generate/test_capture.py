@@ -17,7 +17,9 @@ BATCH = [Sample("a", 0, "a")]
 
 
 class Denoiser(nn.Module):
-    def forward(self, sample: list[Tensor], time: int, scale: float = 2.0, more: dict[str, Any] | None = None) -> tuple[Tensor]:
+    def forward(
+        self, sample: list[Tensor], time: int, scale: float = 2.0, more: dict[str, Any] | None = None
+    ) -> tuple[Tensor]:
         return (sample[0] * scale + time,)
 
 
@@ -43,14 +45,18 @@ class Pipe:
 def test_arguments_by_position_get_their_names_and_none_changes_later() -> None:
     calls = record_calls(Pipe(), "denoiser", Denoiser(), BATCH, Sampling(steps=3))
     assert [sorted(c) for c in calls] == [["more", "sample", "time"]] * 3
-    assert [(c["sample"][0].tolist(), c["time"], c["more"]["added"].item()) for c in calls] == [([i, i], i, i) for i in range(3)]
+    assert [(c["sample"][0].tolist(), c["time"], c["more"]["added"].item()) for c in calls] == [
+        ([i, i], i, i) for i in range(3)
+    ]
     # the same arguments by name do the same
     assert [Denoiser()(**c)[0].tolist() for c in calls] == [[3.0 * i, 3.0 * i] for i in range(3)]
 
 
 def test_one_call_is_the_second_of_two_steps_and_its_hook_is_taken_off() -> None:
     denoiser = Denoiser()
-    assert [made["time"] for made in record_step(Pipe(), "denoiser", denoiser, BATCH, Sampling(steps=9))] == [1]
+    assert [made["time"] for made in record_step(Pipe(), "denoiser", denoiser, BATCH, Sampling(steps=9))] == [
+        1
+    ]
     assert not denoiser._forward_pre_hooks
 
 

@@ -12,7 +12,16 @@ from torch import nn
 
 from int8run.errors import ConfigError
 from int8run.generate import generate as module
-from int8run.generate.generate import StepClock, TextCache, call, device_of, frame_rate, frames_of, generate, unknown_arguments
+from int8run.generate.generate import (
+    StepClock,
+    TextCache,
+    call,
+    device_of,
+    frame_rate,
+    frames_of,
+    generate,
+    unknown_arguments,
+)
 from int8run.generate.prompts import Sample
 from int8run.models.sampling import Sampling
 
@@ -44,7 +53,14 @@ class Pipe:
         self.encoded.append(prompt)
         return torch.tensor([ord(p[0]) for p in prompt])
 
-    def __call__(self, prompt: list[str], num_inference_steps: int, callback_on_step_end: Callable, generator: list, **rest: Any) -> Any:
+    def __call__(
+        self,
+        prompt: list[str],
+        num_inference_steps: int,
+        callback_on_step_end: Callable,
+        generator: list,
+        **rest: Any,
+    ) -> Any:
         self.arguments.append(rest)
         text = self.encode_prompt(prompt, scale=None)
         self.num_timesteps = num_inference_steps
@@ -63,7 +79,14 @@ class Denoiser(nn.Module):
 
 
 def run(pipe: Pipe, steps: int = 4, batch: int = 1, **options: Any) -> dict[str, Any]:
-    return generate(pipe, "denoiser", {"float": Denoiser(1), "int8": Denoiser(2)}, SAMPLES, Sampling(steps=steps, batch=batch), **options)
+    return generate(
+        pipe,
+        "denoiser",
+        {"float": Denoiser(1), "int8": Denoiser(2)},
+        SAMPLES,
+        Sampling(steps=steps, batch=batch),
+        **options,
+    )
 
 
 def test_each_denoiser_draws_every_sample_and_they_take_turns(clock: list[float]) -> None:
@@ -82,12 +105,19 @@ def test_each_denoiser_draws_every_sample_and_they_take_turns(clock: list[float]
 def test_saved_encodings_count_as_if_they_had_been_done(clock: list[float], batch: int) -> None:
     pipe = Pipe(clock)
     made = run(pipe, batch=batch)
-    assert pipe.encoded == [["a"], ["b"], ["c"]] if batch == 1 else [["a", "b"], ["c"]], "once for both denoisers"
+    assert pipe.encoded == [["a"], ["b"], ["c"]] if batch == 1 else [["a", "b"], ["c"]], (
+        "once for both denoisers"
+    )
     for found in made.values():
-        assert found.image_seconds == ([14.0] * 3 if batch == 1 else [7.0, 7.0, 14.0])  # 8 text, 4 steps, 2 decoding
+        assert found.image_seconds == (
+            [14.0] * 3 if batch == 1 else [7.0, 7.0, 14.0]
+        )  # 8 text, 4 steps, 2 decoding
     clock[0] += 1000
     again = run(pipe, batch=batch)
-    assert len(pipe.encoded) == (3 if batch == 1 else 2) and again["int8"].image_seconds == made["int8"].image_seconds
+    assert (
+        len(pipe.encoded) == (3 if batch == 1 else 2)
+        and again["int8"].image_seconds == made["int8"].image_seconds
+    )
     assert all(steps == [1.0] * 4 for found in again.values() for steps in found.step_seconds)
 
 
@@ -113,11 +143,20 @@ def test_a_step_clock_alone_times_from_end_to_end(clock: list[float]) -> None:
     pipe = SimpleNamespace(num_timesteps=2)
     for step, seconds in enumerate((3.0, 4.0)):
         clock[0] += seconds
-        assert timed.step_end(pipe, step, torch.tensor(0), {"latents": torch.ones(1, 2, dtype=torch.bfloat16)}) == {}
-    assert timed.seconds == [3.0, 4.0] and timed.paused == 0 and [x.dtype for x in timed.latents] == [torch.float32] * 2
+        assert (
+            timed.step_end(pipe, step, torch.tensor(0), {"latents": torch.ones(1, 2, dtype=torch.bfloat16)})
+            == {}
+        )
+    assert (
+        timed.seconds == [3.0, 4.0]
+        and timed.paused == 0
+        and [x.dtype for x in timed.latents] == [torch.float32] * 2
+    )
 
 
-def test_noise_that_a_scheduler_draws_itself_is_the_same_for_both_and_the_programs_own_is_left_alone(clock: list[float]) -> None:
+def test_noise_that_a_scheduler_draws_itself_is_the_same_for_both_and_the_programs_own_is_left_alone(
+    clock: list[float],
+) -> None:
     drawn: list[float] = []
 
     class Noisy(Pipe):
@@ -178,7 +217,9 @@ def test_the_order_of_named_arguments_has_no_say() -> None:
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("own", [torch.ones(1), [torch.ones(1)], Image.new("RGB", (1, 1)), [[Image.new("RGB", (1, 1))]]])
+@pytest.mark.parametrize(
+    "own", [torch.ones(1), [torch.ones(1)], Image.new("RGB", (1, 1)), [[Image.new("RGB", (1, 1))]]]
+)
 def test_tensors_and_pictures_of_the_callers_own_are_not_remembered(clock: list[float], own: Any) -> None:
     pipe = Pipe(clock)
     texts = TextCache.of(pipe)
@@ -210,7 +251,10 @@ def test_only_the_latest_prompts_are_kept(clock: list[float], monkeypatch: pytes
 
 def test_the_device_is_where_an_offloaded_pipeline_computes() -> None:
     meta = torch.device("meta")
-    assert device_of(SimpleNamespace(device=CPU)) == CPU and device_of(SimpleNamespace(device=CPU, _execution_device=meta)) == meta
+    assert (
+        device_of(SimpleNamespace(device=CPU)) == CPU
+        and device_of(SimpleNamespace(device=CPU, _execution_device=meta)) == meta
+    )
     assert TextCache.of(SimpleNamespace(device=CPU, _execution_device=meta)).device == meta
 
 
@@ -223,11 +267,18 @@ def test_a_pipeline_that_encodes_in_its_own_way_is_left_alone() -> None:
 # -- one call ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_settings_that_nobody_set_are_left_to_the_pipeline_and_further_ones_are_passed_as_they_are(clock: list[float]) -> None:
+def test_settings_that_nobody_set_are_left_to_the_pipeline_and_further_ones_are_passed_as_they_are(
+    clock: list[float],
+) -> None:
     pipe = Pipe(clock)
     pipe.register_modules(denoiser=Denoiser(1))
     call(pipe, SAMPLES[:2], Sampling(steps=1), lambda *_: {})
-    call(pipe, SAMPLES[:2], Sampling(steps=1, guidance=0.0, height=16, extra={"eta": 0.3, "none": None}), lambda *_: {})
+    call(
+        pipe,
+        SAMPLES[:2],
+        Sampling(steps=1, guidance=0.0, height=16, extra={"eta": 0.3, "none": None}),
+        lambda *_: {},
+    )
     given = {"output_type": "pil", "guidance_scale": 0.0, "height": 16, "eta": 0.3, "none": None}
     assert pipe.arguments == [{"output_type": "pil"}, given]
 
@@ -245,7 +296,9 @@ def test_one_text_in_the_settings_is_for_every_sample_of_a_batch(clock: list[flo
 
 @pytest.mark.parametrize("kind", ["np", "pt", None])
 def test_arrays_in_place_of_pictures_are_refused(clock: list[float], kind: str | None) -> None:
-    with pytest.raises(ConfigError, match=rf"^sampler\.extra\.output_type is {kind!r}; .*choose from latent, pil$"):
+    with pytest.raises(
+        ConfigError, match=rf"^sampler\.extra\.output_type is {kind!r}; .*choose from latent, pil$"
+    ):
         call(Pipe(clock), SAMPLES, Sampling(steps=1, extra={"output_type": kind}), lambda *_: {})
 
 
@@ -286,21 +339,31 @@ def test_frames_of_pictures_videos_and_latents() -> None:
     a, b, c, d = map(frame, range(4))
     assert frames_of(SimpleNamespace(images=[a, b])) == [[a], [b]]
     assert frames_of(SimpleNamespace(frames=[[a, b], [c, d]], audio=torch.ones(1))) == [[a, b], [c, d]]
-    assert frames_of(SimpleNamespace(images=torch.ones(2, 3))) == [] == frames_of(SimpleNamespace(frames=torch.ones(2, 3)))
+    assert (
+        frames_of(SimpleNamespace(images=torch.ones(2, 3)))
+        == []
+        == frames_of(SimpleNamespace(frames=torch.ones(2, 3)))
+    )
 
 
 def test_a_generation_of_videos_holds_every_frame(clock: list[float]) -> None:
     class Filming(Pipe):
         def __call__(self, prompt: list[str], **given: Any) -> Any:
             super().__call__(prompt, **given)
-            return SimpleNamespace(frames=[[frame(ord(p[0]) + i, width=5) for i in range(3)] for p in prompt], audio=self.sound)
+            return SimpleNamespace(
+                frames=[[frame(ord(p[0]) + i, width=5) for i in range(3)] for p in prompt], audio=self.sound
+            )
 
     filming = Filming(clock)
     for filming.sound in (None, torch.ones(2)):
         made = run(filming, batch=2)["int8"]
-        assert [[f.getpixel((0, 0)) for f in frames] for frames in made.frames] == [[ord(p) + i for i in range(3)] for p in "abc"]
+        assert [[f.getpixel((0, 0)) for f in frames] for frames in made.frames] == [
+            [ord(p) + i for i in range(3)] for p in "abc"
+        ]
         assert [f.getpixel((0, 0)) for f in made.images] == list(map(ord, "abc"))
-        assert made.bytes == 3 * 4 * 4 + 3 * 3 * (3 * 5 * 2) and made.is_video and len(made.image_seconds) == 3
+        assert (
+            made.bytes == 3 * 4 * 4 + 3 * 3 * (3 * 5 * 2) and made.is_video and len(made.image_seconds) == 3
+        )
         assert made.sound == (filming.sound is not None)
 
 
@@ -325,7 +388,9 @@ def test_a_scheduler_that_the_pipeline_cannot_use_is_named() -> None:
     message = r"^sampler\.scheduler=DDIMScheduler cannot be used with Fussy: The scheduler does not support sigmas\.; choose another one$"
     with pytest.raises(ConfigError, match=message):
         call(Fussy(), SAMPLES, Sampling(steps=1, scheduler="DDIMScheduler"), lambda *_: {})
-    with pytest.raises(ValueError, match="does\nnot support"):  # of the model's own scheduler nobody chose anything
+    with pytest.raises(
+        ValueError, match="does\nnot support"
+    ):  # of the model's own scheduler nobody chose anything
         call(Fussy(), SAMPLES, Sampling(steps=1), lambda *_: {})
 
 

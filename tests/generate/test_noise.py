@@ -9,7 +9,9 @@ from int8run.generate.prompts import samples
 from int8run.models.loader import use_scheduler
 from int8run.models.sampling import Sampling
 
-NOISY = Sampling(steps=3, height=16, width=16, scheduler="FlowMatchLCMScheduler", extra={"max_sequence_length": 8})
+NOISY = Sampling(
+    steps=3, height=16, width=16, scheduler="FlowMatchLCMScheduler", extra={"max_sequence_length": 8}
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +25,18 @@ def pipe():
 
 
 def test_both_denoisers_meet_the_same_noise(pipe):
-    made = generate(pipe, "transformer", {"a": pipe.transformer, "b": pipe.transformer}, samples(["a", "b"], 1, 0), NOISY)
+    made = generate(
+        pipe, "transformer", {"a": pipe.transformer, "b": pipe.transformer}, samples(["a", "b"], 1, 0), NOISY
+    )
     assert all(map(torch.equal, made["a"].trajectories, made["b"].trajectories))
 
 
 def test_another_seed_is_another_noise(pipe):
     first, second = (
-        generate(pipe, "transformer", {"": pipe.transformer}, samples(["a"], 1, seed), NOISY)[""].trajectories[0] for seed in (0, 1)
+        generate(pipe, "transformer", {"": pipe.transformer}, samples(["a"], 1, seed), NOISY)[
+            ""
+        ].trajectories[0]
+        for seed in (0, 1)
     )
     # the last step is far from the first noise, and the noise on the way is new
     assert not torch.equal(first[-1], second[-1])

@@ -47,7 +47,9 @@ def test_a_file_that_is_no_text_is_refused(read):
 
 def test_a_missing_file_names_the_place_that_was_searched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileError, match=rf"prompts\.path=sub/p\.txt: no such file \(looked for {tmp_path}/sub/p\.txt\)"):
+    with pytest.raises(
+        FileError, match=rf"prompts\.path=sub/p\.txt: no such file \(looked for {tmp_path}/sub/p\.txt\)"
+    ):
         PromptSet(path="sub/p.txt").read()
 
 
@@ -61,7 +63,9 @@ def test_prompts_of_the_config_are_taken_as_they_are():
     assert PromptSet(prompts=("# a fox ", "b")).read() == ["# a fox ", "b"]
 
 
-@pytest.mark.parametrize("given", [{}, {"prompts": []}, {"prompts": ["a"], "path": "p.txt"}], ids=["neither", "empty list", "both"])
+@pytest.mark.parametrize(
+    "given", [{}, {"prompts": []}, {"prompts": ["a"], "path": "p.txt"}], ids=["neither", "empty list", "both"]
+)
 def test_exactly_one_source_is_needed(given):
     with pytest.raises(ConfigError, match=r"exactly one of prompts\.prompts=\[…\] and prompts\.path=<file"):
         PromptSet(**given)
@@ -75,7 +79,10 @@ def test_one_prompt_without_brackets_is_not_a_list_of_letters():
 
 @pytest.mark.parametrize("count", [0, -1, 10_001, "2", True], ids=repr)
 def test_pictures_per_prompt_have_a_range(count):
-    with pytest.raises(ConfigError, match=rf"prompts\.seeds_per_prompt is {count!r}; allowed is a whole number from 1 to 10000"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"prompts\.seeds_per_prompt is {count!r}; allowed is a whole number from 1 to 10000",
+    ):
         PromptSet(prompts=("a",), seeds_per_prompt=count)
 
 

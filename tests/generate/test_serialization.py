@@ -24,8 +24,19 @@ def picture(seed: int, size: tuple[int, int] = (5, 3), mode: str = "RGB") -> Ima
 
 
 MADE = {
-    "pictures": Generation([[picture(0)], [picture(1)]], [randn(4, 2, 3), randn(4, 2, 3, seed=1)], [[0.1, 0.2], [0.3]], [1.5, 0.1 + 0.2]),
-    "videos": Generation([[picture(n) for n in range(3)], [picture(9)] * 2], [randn(1, 2).T, randn(2, 1)], [[0.1]], [1.0, 2.0], True),
+    "pictures": Generation(
+        [[picture(0)], [picture(1)]],
+        [randn(4, 2, 3), randn(4, 2, 3, seed=1)],
+        [[0.1, 0.2], [0.3]],
+        [1.5, 0.1 + 0.2],
+    ),
+    "videos": Generation(
+        [[picture(n) for n in range(3)], [picture(9)] * 2],
+        [randn(1, 2).T, randn(2, 1)],
+        [[0.1]],
+        [1.0, 2.0],
+        True,
+    ),
     "latents alone": Generation([], [randn(2, 2)], [[0.5]], [1.0]),
     "shared latents": Generation([[picture(0)], [picture(0)]], [*randn(2, 3, 4)], [[0.5]], [1.0, 1.0]),
 }
@@ -35,21 +46,36 @@ MADE = {
 def test_a_generation_comes_back(made: Generation, tmp_path: Path) -> None:
     save_generation(made, tmp_path / "a.safetensors", {"model": "x"})
     back = load_generation(tmp_path / "a.safetensors")
-    assert [[f.tobytes() for f in frames] for frames in back.frames] == [[f.tobytes() for f in frames] for frames in made.frames]
-    assert [[(f.size, f.mode) for f in frames] for frames in back.frames] == [[(f.size, f.mode) for f in frames] for frames in made.frames]
-    assert len(back.trajectories) == len(made.trajectories) and all(map(torch.equal, back.trajectories, made.trajectories))
-    assert (back.step_seconds, back.image_seconds, back.sound) == (made.step_seconds, made.image_seconds, made.sound)
+    assert [[f.tobytes() for f in frames] for frames in back.frames] == [
+        [f.tobytes() for f in frames] for frames in made.frames
+    ]
+    assert [[(f.size, f.mode) for f in frames] for frames in back.frames] == [
+        [(f.size, f.mode) for f in frames] for frames in made.frames
+    ]
+    assert len(back.trajectories) == len(made.trajectories) and all(
+        map(torch.equal, back.trajectories, made.trajectories)
+    )
+    assert (back.step_seconds, back.image_seconds, back.sound) == (
+        made.step_seconds,
+        made.image_seconds,
+        made.sound,
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_a_picture_with_transparency_is_kept_as_rgb(tmp_path: Path) -> None:
-    save_generation(Generation([[picture(0, mode="RGBA")]], [randn(1)], [[1.0]], [1.0]), tmp_path / "a.safetensors", {})
+    save_generation(
+        Generation([[picture(0, mode="RGBA")]], [randn(1)], [[1.0]], [1.0]), tmp_path / "a.safetensors", {}
+    )
     assert load_generation(tmp_path / "a.safetensors").frames[0][0].tobytes() == picture(0).tobytes()
 
 
 def test_who_looks_into_the_file_is_told_what_drew_it(tmp_path: Path) -> None:
     save_generation(MADE["pictures"], tmp_path / "a.safetensors", {"model": "tiny", "drawings": 2})
-    assert read_note(tmp_path / "a.safetensors", read_header(tmp_path / "a.safetensors")[1]) == {"model": "tiny", "drawings": 2}
+    assert read_note(tmp_path / "a.safetensors", read_header(tmp_path / "a.safetensors")[1]) == {
+        "model": "tiny",
+        "drawings": 2,
+    }
 
 
 FACTS = json.dumps({"samples": 1, "step_seconds": [], "image_seconds": [], "sound": False})
@@ -58,11 +84,17 @@ DAMAGED = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "empty": lambda path: path.write_bytes(b""),
     "no facts": lambda path: save_file({"a": torch.zeros(1)}, path),
-    "facts of another form": lambda path: save_file({"a": torch.zeros(1)}, path, {"int8run_generation": "[]"}),
-    "facts that are no JSON": lambda path: save_file({"a": torch.zeros(1)}, path, {"int8run_generation": "{"}),
+    "facts of another form": lambda path: save_file(
+        {"a": torch.zeros(1)}, path, {"int8run_generation": "[]"}
+    ),
+    "facts that are no JSON": lambda path: save_file(
+        {"a": torch.zeros(1)}, path, {"int8run_generation": "{"}
+    ),
     "no frames": lambda path: save_file({"a": torch.zeros(1)}, path, {"int8run_generation": FACTS}),
     "frames of another form": lambda path: save_file(
-        {"frames.0": torch.zeros(1, 2, 3, 7), "latents.0": torch.zeros(1)}, path, {"int8run_generation": FACTS}
+        {"frames.0": torch.zeros(1, 2, 3, 7), "latents.0": torch.zeros(1)},
+        path,
+        {"int8run_generation": FACTS},
     ),
 }
 

@@ -68,15 +68,23 @@ def spec() -> RunSpec:
 
 
 def ran(
-    spec: RunSpec, folder: Path, what: Callable[[Job], float | None], sweep: str | None = None, **tracker: Sequence[str]
+    spec: RunSpec,
+    folder: Path,
+    what: Callable[[Job], float | None],
+    sweep: str | None = None,
+    **tracker: Sequence[str],
 ) -> tuple[Remembers, float | None]:
     memory = Remembers(**tracker)
-    job = Job({"seed": 1}, {"model": "tiny"}, ["seed=1", "a.b=2"], folder, sweep=sweep, number=3, varying=["a.b"])
+    job = Job(
+        {"seed": 1}, {"model": "tiny"}, ["seed=1", "a.b=2"], folder, sweep=sweep, number=3, varying=["a.b"]
+    )
     return memory, execute(replace(spec, task=Does(what), tracker=memory), job)
 
 
 def test_a_job_that_finishes(spec: RunSpec, tmp_path: Path) -> None:
-    memory, value = ran(spec, tmp_path, lambda job: 5.0 if read_record(job.output_dir).state == RUNNING else None)
+    memory, value = ran(
+        spec, tmp_path, lambda job: 5.0 if read_record(job.output_dir).state == RUNNING else None
+    )
     assert value == 5.0 and memory.calls == [("prepare", ""), ("begin", RUNNING), ("upload", FINISHED)]
     record = read_record(tmp_path)
     assert (record.state, record.error, record.warnings) == (FINISHED, None, [])
@@ -90,11 +98,18 @@ def test_the_parent_of_a_sweep_has_prepared_the_store(spec: RunSpec, tmp_path: P
     assert memory.calls == [("begin", RUNNING), ("upload", FINISHED)] and read_record(tmp_path).sweep == "s1"
 
 
-@pytest.mark.parametrize(("error", "state", "words"), [
-    (ConfigError("wrong\nlines"), FAILED, "wrong lines"), (ValueError(), FAILED, "ValueError"),
-    (KeyboardInterrupt(), KILLED, "KeyboardInterrupt"), (SystemExit(143), KILLED, "143"),
-])  # fmt: skip
-def test_a_job_that_does_not(spec: RunSpec, tmp_path: Path, error: BaseException, state: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("error", "state", "words"),
+    [
+        (ConfigError("wrong\nlines"), FAILED, "wrong lines"),
+        (ValueError(), FAILED, "ValueError"),
+        (KeyboardInterrupt(), KILLED, "KeyboardInterrupt"),
+        (SystemExit(143), KILLED, "143"),
+    ],
+)
+def test_a_job_that_does_not(
+    spec: RunSpec, tmp_path: Path, error: BaseException, state: str, words: str
+) -> None:
     def fail(job: Job) -> None:
         logging.getLogger("x").warning("odd %s", "thing")
         logging.getLogger("x").info("not this")
@@ -116,7 +131,9 @@ def test_a_tracker_that_is_away_at_the_start_gets_the_job_at_its_end(
     ran(spec, tmp_path, lambda job: None, away=("prepare", "begin"))
     record = read_record(tmp_path)
     assert record.run_id == "r2" and record.uploaded
-    assert "tracker.uri=http://x does not answer; what is measured is kept in the output folder" in caplog.text
+    assert (
+        "tracker.uri=http://x does not answer; what is measured is kept in the output folder" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("away", [("upload",), ("prepare", "begin", "upload")])
@@ -126,7 +143,9 @@ def test_a_tracker_that_is_away_at_the_end_stops_nothing(
     _, value = ran(spec, tmp_path, lambda job: 1.0, away=away)
     record = read_record(tmp_path)
     assert value == 1.0 and record.state == FINISHED and not record.uploaded
-    assert record.run_id == (None if "begin" in away else "r1"), "a run that was opened is completed later, not made twice"
+    assert record.run_id == (None if "begin" in away else "r1"), (
+        "a run that was opened is completed later, not made twice"
+    )
     assert f"everything is in {tmp_path}; upload it later: int8run task=report sync={tmp_path}" in caplog.text
 
 
@@ -136,14 +155,18 @@ class RustError(Exception):
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, "No space left on device", "images/x.png"), RustError("I/O error: No space left on device (os error 28)")],
+    [
+        OSError(errno.ENOSPC, "No space left on device", "images/x.png"),
+        RustError("I/O error: No space left on device (os error 28)"),
+    ],
 )
 def test_a_full_disk_is_said_in_words(spec: RunSpec, tmp_path: Path, error: Exception) -> None:
     def full(job: Job) -> None:
         raise error
 
     with pytest.raises(
-        FileError, match=r"^the disk is full, and .* could not be written; free some room, or write elsewhere: hydra\.run\.dir=FOLDER"
+        FileError,
+        match=r"^the disk is full, and .* could not be written; free some room, or write elsewhere: hydra\.run\.dir=FOLDER",
     ):
         ran(spec, tmp_path, full)
     assert read_record(tmp_path).state == FAILED and "the disk is full" in str(read_record(tmp_path).error)
@@ -163,7 +186,9 @@ def test_a_task_that_looks_leaves_nothing(spec: RunSpec, tmp_path: Path) -> None
         recorded: ClassVar[bool] = False
 
     memory = Remembers()
-    assert execute(replace(spec, task=Looks(lambda job: 2.0), tracker=memory), Job({}, {}, [], tmp_path)) == 2.0
+    assert (
+        execute(replace(spec, task=Looks(lambda job: 2.0), tracker=memory), Job({}, {}, [], tmp_path)) == 2.0
+    )
     assert list(tmp_path.iterdir()) == [] and memory.calls == []
 
 
@@ -173,4 +198,6 @@ def test_passwords_of_addresses_are_kept_nowhere(spec: RunSpec, tmp_path: Path) 
     execute(replace(spec, task=Does(lambda job: None), tracker=Remembers()), job)
     assert all("s3cret" not in path.read_text() for path in tmp_path.iterdir())
     record = read_record(tmp_path)
-    assert record.overrides == ["tracker.uri=https://host:5000/path", "a@b=c"] and record.config["list"] == ["https://host:5000/path"]
+    assert record.overrides == ["tracker.uri=https://host:5000/path", "a@b=c"] and record.config["list"] == [
+        "https://host:5000/path"
+    ]

@@ -14,9 +14,15 @@ import int8run.tasks.run
 from int8run.tracking.run_record import FAILED, FINISHED, KILLED, find_records
 
 SMALL = [
-    "sampler.width=16", "sampler.steps=1", "prompts.prompts=[a]", "metrics.baseline=none", "metrics.system_s=0", "backend=reference",
-    "cache.limit_gb=0", "hydra.sweep.dir=sweep",
-]  # fmt: skip
+    "sampler.width=16",
+    "sampler.steps=1",
+    "prompts.prompts=[a]",
+    "metrics.baseline=none",
+    "metrics.system_s=0",
+    "backend=reference",
+    "cache.limit_gb=0",
+    "hydra.sweep.dir=sweep",
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def int8run_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def int8run_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
     with command_in(tmp_path / "work", monkeypatch, capsys) as command:
         yield command
 
@@ -46,7 +54,9 @@ def states(command: Command) -> dict[int, str]:
     return {record.number: record.state for record in find_records(command.folder / "sweep")}
 
 
-def test_ctrl_c_ends_the_sweep_which_goes_on_later(int8run_command: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_the_sweep_which_goes_on_later(
+    int8run_command: Command, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["-m", "seed=0,1,2", "sampler.height=16", model, *SMALL]
     with monkeypatch.context() as patch:
         patch.setattr(int8run.tasks.run, "run", in_seed(1, KeyboardInterrupt()))
@@ -61,7 +71,9 @@ def test_ctrl_c_ends_the_sweep_which_goes_on_later(int8run_command: Command, mod
     assert found == [("0", FINISHED), ("1", FINISHED), ("1", KILLED), ("2", FINISHED)]
 
 
-def test_a_bug_in_one_job_is_told_whole_in_its_log(int8run_command: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_one_job_is_told_whole_in_its_log(
+    int8run_command: Command, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(int8run.tasks.run, "run", in_seed(0, ZeroDivisionError("a bug")))
     outcome = int8run_command("-m", "seed=0,1", "sampler.height=16", model, "tracker=none", *SMALL)
     assert outcome.code == 1 and "Traceback" not in outcome.out
@@ -76,7 +88,12 @@ def small_disk(int8run_command: Command) -> Iterator[Path]:
     """A disk of 256 KB as the sweep's folder."""
     folder = int8run_command.folder / "sweep"
     folder.mkdir()
-    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True).returncode:
+    if (
+        os.getuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True
+        ).returncode
+    ):
         pytest.skip("nobody but root can mount a disk")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
@@ -87,6 +104,10 @@ def test_a_full_disk_is_one_jobs_failure(int8run_command: Command, model: str, s
     outcome = int8run_command("-m", "sampler.height=16,4096,32", model, "tracker=none", *SMALL)
     assert outcome.code == 3 and "Traceback" not in outcome.out + outcome.err
     head, line = outcome.message.splitlines()
-    assert head.startswith("1 of 3 jobs did not finish") and line.startswith("  job 1 (sampler.height=4096) FAILED: the disk is full, and ")
+    assert head.startswith("1 of 3 jobs did not finish") and line.startswith(
+        "  job 1 (sampler.height=4096) FAILED: the disk is full, and "
+    )
     assert states(int8run_command) == {0: FINISHED, 1: FAILED, 2: FINISHED}
-    assert "the disk is full" in (small_disk / "report.html").read_text() and not list((small_disk / "1" / "images").iterdir())
+    assert "the disk is full" in (small_disk / "report.html").read_text() and not list(
+        (small_disk / "1" / "images").iterdir()
+    )

@@ -20,7 +20,10 @@ def job(number: int, key: str = "a", folder: Path = Path("/none")) -> SweepJob:
 
 
 def record(folder: Path, number: int) -> None:
-    start_record(folder, {"number": number, "config_hash": f"hash{number}", "build_key": "a", "name": "", "objective": "q"})
+    start_record(
+        folder,
+        {"number": number, "config_hash": f"hash{number}", "build_key": "a", "name": "", "objective": "q"},
+    )
 
 
 @dataclass
@@ -68,7 +71,9 @@ class Threads:
     def close(self) -> None: ...
 
 
-def run(jobs: Sequence[SweepJob], pool: Threads, work: Callable[[SweepJob], Outcome]) -> tuple[list[int], dict[int, Outcome]]:
+def run(
+    jobs: Sequence[SweepJob], pool: Threads, work: Callable[[SweepJob], Outcome]
+) -> tuple[list[int], dict[int, Outcome]]:
     """Dispatch; numbers in the order in which they were started, and the outcomes."""
     begun: list[int] = []
     ended: dict[int, Outcome] = {}
@@ -113,12 +118,15 @@ def test_one_model_is_shared_by_idle_workers_but_for_its_last_job() -> None:
     assert len(pool.seats) == 2, "the third job is left to the two that have built the model"
 
 
-@pytest.mark.parametrize(("built", "in_use", "chosen"), [
-    ("b", {"a"}, "b"),  # what it has built
-    ("x", {"a"}, "c"),  # the largest that nobody works on
-    (None, {"a", "b", "c"}, "a"),  # a share of the largest
-    (None, set(), "a"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("built", "in_use", "chosen"),
+    [
+        ("b", {"a"}, "b"),  # what it has built
+        ("x", {"a"}, "c"),  # the largest that nobody works on
+        (None, {"a", "b", "c"}, "a"),  # a share of the largest
+        (None, set(), "a"),
+    ],
+)
 def test_whose_turn_it_is(built: str | None, in_use: set[str], chosen: str) -> None:
     queue = Queue([job(0, "b"), *(job(n, "a") for n in (1, 2, 3)), *(job(n, "c") for n in (4, 5))])
     assert queue.choose(built, in_use) == chosen
@@ -138,10 +146,19 @@ def test_a_death_is_one_jobs_alone(tmp_path: Path) -> None:
 
     pool = Threads(1)
     _, ended = run([job(n, folder=tmp_path) for n in range(5)], pool, work)
-    assert {n: o.state for n, o in ended.items()} == {0: FINISHED, 1: FINISHED, 2: KILLED, 3: FINISHED, 4: FINISHED}
+    assert {n: o.state for n, o in ended.items()} == {
+        0: FINISHED,
+        1: FINISHED,
+        2: KILLED,
+        3: FINISHED,
+        4: FINISHED,
+    }
     assert ended[2].error == "killed by signal 9" and ended[2].exit_code == 1
     assert len(pool.seats) == 2, "a new worker took over"
-    assert read_record(tmp_path / "2").state == KILLED and read_record(tmp_path / "2").error == "killed by signal 9"
+    assert (
+        read_record(tmp_path / "2").state == KILLED
+        and read_record(tmp_path / "2").error == "killed by signal 9"
+    )
 
 
 def test_a_worker_that_dies_before_its_first_job_is_not_tried_for_ever() -> None:
@@ -167,7 +184,14 @@ def test_of_a_whole_group_the_dead_keep_what_was_done_and_the_rest_runs_again(tm
         return [fine(j) for j in some]
 
     ended: dict[int, Outcome] = {}
-    dispatch(jobs, Threads(1, whole_groups=True), 1, lambda s: partial(whole, s), lambda j: None, lambda j, o: ended.update({j.number: o}))
+    dispatch(
+        jobs,
+        Threads(1, whole_groups=True),
+        1,
+        lambda s: partial(whole, s),
+        lambda j: None,
+        lambda j, o: ended.update({j.number: o}),
+    )
     assert calls == [[0, 1, 2, 3], [2, 3]]
     assert {n: o.state for n, o in ended.items()} == {0: FINISHED, 1: KILLED, 2: FINISHED, 3: FINISHED}
 
@@ -198,7 +222,14 @@ def test_an_error_of_the_sweep_itself_closes_everything() -> None:
         raise RuntimeError("disk")
 
     with pytest.raises(RuntimeError, match="disk"):
-        dispatch([job(0), job(1)], pool, 2, lambda s: partial(lambda some: [work(j) for j in some], s), lambda j: None, broken)
+        dispatch(
+            [job(0), job(1)],
+            pool,
+            2,
+            lambda s: partial(lambda some: [work(j) for j in some], s),
+            lambda j: None,
+            broken,
+        )
     assert all(seat.closed for seat in pool.seats)
 
 

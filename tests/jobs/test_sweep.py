@@ -23,12 +23,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def runs_in(folder: Path) -> list[mlflow.entities.Run]:
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    return client.search_runs([client.get_experiment_by_name("int8run").experiment_id], order_by=["attributes.start_time"])
+    return client.search_runs(
+        [client.get_experiment_by_name("int8run").experiment_id], order_by=["attributes.start_time"]
+    )
 
 
 def layers_in(folder: Path) -> list[list[dict[str, str]]]:
     """`layers.csv` of each job, in order."""
-    return [list(csv.DictReader(path.read_text().splitlines())) for path in sorted((folder / "multirun").rglob("layers.csv"))]
+    return [
+        list(csv.DictReader(path.read_text().splitlines()))
+        for path in sorted((folder / "multirun").rglob("layers.csv"))
+    ]
 
 
 def test_strengths_of_the_shipped_stack_build_once(
@@ -36,7 +41,13 @@ def test_strengths_of_the_shipped_stack_build_once(
 ) -> None:
     process_cache.forget()
     with command_in(tmp_path, monkeypatch, capsys) as int8run:
-        outcome = int8run("-m", "lora=stack_a", "lora.adapters.0.strength=0,0.5,1,2", "sampler.steps=2", "prompts.prompts=[fox]")
+        outcome = int8run(
+            "-m",
+            "lora=stack_a",
+            "lora.adapters.0.strength=0,0.5,1,2",
+            "sampler.steps=2",
+            "prompts.prompts=[fox]",
+        )
     assert outcome.code == 0, outcome.err
     logged = runs_in(tmp_path)
     assert [r.data.params["lora.adapters.0.strength"] for r in logged] == ["0", "0.5", "1", "2"]
@@ -52,9 +63,21 @@ def test_a_sweep_builds_once_for_each_way_to_quantize_and_not_for_a_strength(
     file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer)
     lora = f"lora.adapters=[{{_target_: int8run.lora.config.Adapter, name: style, path: {file}}}]"
     with command_in(tmp_path, monkeypatch, capsys) as int8run:
-        outcome = int8run("-m", "outlier=none,convrot", "lora.strength=0,1", "backend=reference", model, *SMALL, "tracker=none", lora)
+        outcome = int8run(
+            "-m",
+            "outlier=none,convrot",
+            "lora.strength=0,1",
+            "backend=reference",
+            model,
+            *SMALL,
+            "tracker=none",
+            lora,
+        )
     assert outcome.code == 0, outcome.err
-    measured = [json.loads(path.read_text())["metrics"] for path in sorted((tmp_path / "multirun").rglob("metrics.json"))]
+    measured = [
+        json.loads(path.read_text())["metrics"]
+        for path in sorted((tmp_path / "multirun").rglob("metrics.json"))
+    ]
     assert [m["build/load_s"] > 0 for m in measured] == [True, False, True, False]
     methods = [{row["outlier"].split()[0] for row in rows if row["outlier"]} for rows in layers_in(tmp_path)]
     assert methods == [{"none"}, {"none"}, {"convrot"}, {"convrot"}]
@@ -76,7 +99,9 @@ def test_one_failing_job_does_not_stop_the_others(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with command_in(tmp_path, monkeypatch, capsys) as int8run:
-        outcome = int8run("-m", f"model.location={tmp_path / 'missing'},{model.removeprefix('model.location=')}", *SMALL)
+        outcome = int8run(
+            "-m", f"model.location={tmp_path / 'missing'},{model.removeprefix('model.location=')}", *SMALL
+        )
     assert outcome.code == 3 and "is not a diffusers folder" in outcome.err
     assert len(list((tmp_path / "multirun").rglob("grid.png"))) == 1
     logged = runs_in(tmp_path)

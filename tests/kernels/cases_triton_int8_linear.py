@@ -35,7 +35,9 @@ def dequantized(q, x_scale, qdata, w_scale, group):
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF, FULL], ids=str)
 @pytest.mark.parametrize("tile", [FEW, SMALL], ids=["few", "small"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 63, 130), (1, 40, 33), (16, 32, 64), (33, 96, 256), (70, 5, 7)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (17, 63, 130), (1, 40, 33), (16, 32, 64), (33, 96, 256), (70, 5, 7)], ids=str
+)
 def test_scales_and_bias_on_awkward_shapes(shape, tile, dtype):
     m, n, k = shape
     arguments, bias = inputs(m, n, k), randn(n, seed=2, dtype=dtype).to(DEVICE)
@@ -46,7 +48,9 @@ def test_scales_and_bias_on_awkward_shapes(shape, tile, dtype):
 
 def test_no_bias():
     arguments = inputs(17, 63, 130)
-    assert_close("y", int8_linear(*arguments, 0, None, None, None, FULL, SMALL), reference(*arguments, None), 1e-6)
+    assert_close(
+        "y", int8_linear(*arguments, 0, None, None, None, FULL, SMALL), reference(*arguments, None), 1e-6
+    )
 
 
 @pytest.mark.parametrize("k", [20000, 131072])
@@ -55,7 +59,18 @@ def test_sums_at_large_k_are_exact(k):
     q[0, :3] = 5
     exact = (q.long() @ qdata.long().T).float()
     ones = [torch.ones(s, device=DEVICE) for s in ((1, 1), (2,))]
-    y = int8_linear(q.to(DEVICE), ones[0], qdata.to(DEVICE), ones[1], 0, None, None, None, FULL, Tile(16, 16, 512, 1, 1, 1))
+    y = int8_linear(
+        q.to(DEVICE),
+        ones[0],
+        qdata.to(DEVICE),
+        ones[1],
+        0,
+        None,
+        None,
+        None,
+        FULL,
+        Tile(16, 16, 512, 1, 1, 1),
+    )
     assert torch.equal(y.cpu(), exact)
 
 
@@ -74,7 +89,11 @@ def test_scales_per_group(shape, group, square):
 @pytest.mark.parametrize("rank", [1, 16, 65])
 @pytest.mark.parametrize("tile", [FEW, SMALL], ids=["few", "small"])
 def test_low_rank_branch(tile, rank, dtype):
-    arguments, bias, (h, up) = inputs(17, 63, 130), randn(63, seed=2).to(DEVICE), low_rank(17, 63, rank, dtype)
+    arguments, bias, (h, up) = (
+        inputs(17, 63, 130),
+        randn(63, seed=2).to(DEVICE),
+        low_rank(17, 63, rank, dtype),
+    )
     y = int8_linear(*arguments, 0, bias, h, up, FULL, tile)
     expected = reference(*arguments, bias) + h @ up.float().T
     assert_close("y", y, expected, ROUNDING[dtype])
@@ -87,13 +106,18 @@ def test_strengths_scale_each_rank():
     assert_close("y", y, reference(*arguments, None) + (h * strengths) @ up.T, ROUNDING[FULL])
     # what a branch at strength 0 leaves is the layer itself
     assert torch.equal(
-        int8_linear(*arguments, 0, None, h, up, FULL, SMALL, 0 * strengths), int8_linear(*arguments, 0, None, None, None, FULL, SMALL)
+        int8_linear(*arguments, 0, None, h, up, FULL, SMALL, 0 * strengths),
+        int8_linear(*arguments, 0, None, None, None, FULL, SMALL),
     )
 
 
 def test_everything_at_once():
     q, x_scale, qdata, _ = inputs(33, 130, 256)
-    w_scale, bias, (h, up) = randn(5, 8, seed=5).to(DEVICE) / 100, randn(130, seed=2, dtype=HALF).to(DEVICE), low_rank(33, 130, 20, BRAIN)
+    w_scale, bias, (h, up) = (
+        randn(5, 8, seed=5).to(DEVICE) / 100,
+        randn(130, seed=2, dtype=HALF).to(DEVICE),
+        low_rank(33, 130, 20, BRAIN),
+    )
     y = int8_linear(q, x_scale, qdata, w_scale, 32, bias, h, up, BRAIN, SMALL)
     expected = dequantized(q, x_scale, qdata, w_scale, 32) + bias + h @ up.float().T
     assert_close("y", y, expected, ROUNDING[BRAIN])
@@ -128,16 +152,27 @@ def test_bad_scales_stay_visible_in_their_row():
         ({"bias": torch.zeros(5)}, r"bias must be contiguous .* \[6\]"),
         ({"out_dtype": torch.int8}, "out_dtype must be"),
         (
-            {"q": torch.zeros(1, 131073, dtype=torch.int8), "qdata": torch.zeros(1, 131073, dtype=torch.int8)},
+            {
+                "q": torch.zeros(1, 131073, dtype=torch.int8),
+                "qdata": torch.zeros(1, 131073, dtype=torch.int8),
+            },
             "int32 sums hold at most 131072",
         ),
     ],
 )
 def test_what_does_not_fit_is_refused(changed, message):
     arguments = {
-        "q": torch.zeros(4, 8, dtype=torch.int8), "x_scale": torch.zeros(4, 1), "qdata": torch.zeros(6, 8, dtype=torch.int8),
-        "w_scale": torch.zeros(6), "group": 0, "bias": None, "h": None, "up": None, "out_dtype": BRAIN, "tile": FEW,
-    }  # fmt: skip
+        "q": torch.zeros(4, 8, dtype=torch.int8),
+        "x_scale": torch.zeros(4, 1),
+        "qdata": torch.zeros(6, 8, dtype=torch.int8),
+        "w_scale": torch.zeros(6),
+        "group": 0,
+        "bias": None,
+        "h": None,
+        "up": None,
+        "out_dtype": BRAIN,
+        "tile": FEW,
+    }
     with pytest.raises(ValueError, match=message):
         int8_linear(**{**arguments, **changed})
 
@@ -146,7 +181,9 @@ def test_the_operator_is_sound():
     q, x_scale, qdata, w_scale = inputs(5, 6, 32)
     rest = (0, None, *low_rank(5, 6, 3, HALF), None, HALF, FEW.as_list())
     op = torch.ops.int8run.triton_int8_linear.default
-    torch.library.opcheck(op, (q, x_scale, qdata, w_scale, *rest), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        op, (q, x_scale, qdata, w_scale, *rest), test_utils=("test_schema", "test_faketensor")
+    )
 
     def layer(q, x_scale):
         return int8_linear(q, x_scale, qdata, w_scale, 0, None, None, None, FULL, FEW)

@@ -38,7 +38,9 @@ def check(x, factor=None, rotation=0, sylvester=False, gelu_from=-1, down=None):
         assert h.shape == (x.shape[0], 0)
     else:
         # the reference's rounding to x's dtype may fall the other way for single values
-        assert_close("h", h, y.to(x.dtype).float() @ down.float().T, {FULL: 1e-5, HALF: 1e-3, BRAIN: 4e-3}[x.dtype])
+        assert_close(
+            "h", h, y.to(x.dtype).float() @ down.float().T, {FULL: 1e-5, HALF: 1e-3, BRAIN: 4e-3}[x.dtype]
+        )
 
 
 def tensor(*shape, seed=0, dtype=FULL):
@@ -52,7 +54,10 @@ def test_plain_rows(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, FULL], ids=str)
-@pytest.mark.parametrize(("sylvester", "rotation"), [(False, r) for r in ROTATIONS if r] + [(True, r) for r in SYLVESTER_ROTATIONS if r])
+@pytest.mark.parametrize(
+    ("sylvester", "rotation"),
+    [(False, r) for r in ROTATIONS if r] + [(True, r) for r in SYLVESTER_ROTATIONS if r],
+)
 def test_rotations(sylvester, rotation, dtype):
     # a width that the kernel's blocks do not divide where the group allows it
     columns = 3 * rotation if rotation >= 128 else 192 + rotation
@@ -67,7 +72,8 @@ def test_one_group_is_rotated_by_sylvesters_matrix_entry_for_entry():
 
 @pytest.mark.parametrize("gelu_from", [0, 5, 129])
 @pytest.mark.parametrize(
-    ("sylvester", "rotation", "columns"), [(False, 0, 130), (False, 4, 132), (False, 256, 512), (True, 2, 130), (True, 128, 384)]
+    ("sylvester", "rotation", "columns"),
+    [(False, 0, 130), (False, 4, 132), (False, 256, 512), (True, 2, 130), (True, 128, 384)],
 )
 def test_gelu_from_a_column_on(sylvester, rotation, columns, gelu_from):
     check(3 * tensor(5, columns, dtype=BRAIN), rotation=rotation, sylvester=sylvester, gelu_from=gelu_from)
@@ -76,15 +82,29 @@ def test_gelu_from_a_column_on(sylvester, rotation, columns, gelu_from):
 @pytest.mark.parametrize(("sylvester", "rotation"), [(False, 0), (False, 16), (True, 8)])
 @pytest.mark.parametrize("rank", [1, 16, 33, 256])
 def test_low_rank_product(rank, sylvester, rotation):
-    check(tensor(17, 144, dtype=HALF), rotation=rotation, sylvester=sylvester, down=tensor(rank, 144, seed=1, dtype=HALF))
+    check(
+        tensor(17, 144, dtype=HALF),
+        rotation=rotation,
+        sylvester=sylvester,
+        down=tensor(rank, 144, seed=1, dtype=HALF),
+    )
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF, FULL], ids=str)
 @pytest.mark.parametrize("rows", [1, 16, 33])
-@pytest.mark.parametrize(("sylvester", "rotation", "columns"), [(False, 256, 1024), (True, 128, 1024), (True, 128, 640)])
+@pytest.mark.parametrize(
+    ("sylvester", "rotation", "columns"), [(False, 256, 1024), (True, 128, 1024), (True, 128, 640)]
+)
 def test_everything_at_once(sylvester, rotation, columns, rows, dtype):
     factor = tensor(columns, seed=1).abs() + 0.5
-    check(tensor(rows, columns, dtype=dtype), factor, rotation, sylvester, 100, tensor(20, columns, seed=2, dtype=dtype))
+    check(
+        tensor(rows, columns, dtype=dtype),
+        factor,
+        rotation,
+        sylvester,
+        100,
+        tensor(20, columns, seed=2, dtype=dtype),
+    )
 
 
 def test_a_factor_alone():
@@ -152,9 +172,15 @@ def test_the_operator_is_sound():
     op = torch.ops.int8run.triton_quantize_rowwise.default
     x = tensor(5, 32)
     tests = ("test_schema", "test_faketensor")
-    for arguments in [(x, None, 0, False, -1, None), (x, x[0].clone(), 16, False, 3, tensor(2, 32)), (x, None, 8, True, -1, None)]:
+    for arguments in [
+        (x, None, 0, False, -1, None),
+        (x, x[0].clone(), 16, False, 3, tensor(2, 32)),
+        (x, None, 8, True, -1, None),
+    ]:
         torch.library.opcheck(op, arguments, test_utils=tests)
-    compiled = torch.compile(lambda x: quantize_rowwise(x, rotation=4)[0], backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda x: quantize_rowwise(x, rotation=4)[0], backend="aot_eager", fullgraph=True, dynamic=True
+    )
     for rows in (5, 9):
         x = tensor(rows, 32)
         assert torch.equal(compiled(x), quantize_rowwise(x, rotation=4)[0])

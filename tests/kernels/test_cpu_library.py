@@ -39,7 +39,9 @@ def compiler(path, run=WRITE, name="g++", version="g++ 12"):
     """A script that answers --version, notes each call and does what it is told. Only what the shell has itself: the PATH is empty."""
     script = path / name
     calls = path.parent / f"{name}.calls"
-    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "{version}" && exit\necho "$@" >> "{calls}"\n{run}\n')
+    script.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "{version}" && exit\necho "$@" >> "{calls}"\n{run}\n'
+    )
     script.chmod(0o755)
     return lambda: calls.read_text().splitlines() if calls.exists() else []
 
@@ -68,22 +70,33 @@ def test_the_first_of_the_compilers_is_taken(path, tmp_path):
 @pytest.mark.parametrize(
     ("stderr", "reason"),
     [
-        ("v.cpp:1: note: x\nv.cpp:9: fatal error: immintrin.h: No such file\ncompilation ended.", "v.cpp:9: fatal error"),
-        ("/usr/bin/ld: cannot find -lgomp: No such file\ncollect2: error: ld returned 1 exit status", "/usr/bin/ld: cannot find -lgomp"),
+        (
+            "v.cpp:1: note: x\nv.cpp:9: fatal error: immintrin.h: No such file\ncompilation ended.",
+            "v.cpp:9: fatal error",
+        ),
+        (
+            "/usr/bin/ld: cannot find -lgomp: No such file\ncollect2: error: ld returned 1 exit status",
+            "/usr/bin/ld: cannot find -lgomp",
+        ),
         ("Killed", "Killed$"),
     ],
     ids=["source", "linker", "no word of an error"],
-)  # fmt: skip
+)
 def test_a_compiler_that_fails_is_quoted(path, tmp_path, stderr, reason):
     compiler(path, f"echo '{stderr}' >&2; exit 1")
-    with pytest.raises(BuildError, match=rf"^{re.escape(str(path))}/g\+\+ could not build vnni.cpp: {reason}"):
+    with pytest.raises(
+        BuildError, match=rf"^{re.escape(str(path))}/g\+\+ could not build vnni.cpp: {reason}"
+    ):
         built(tmp_path / "cache")
 
 
 def test_the_backend_says_what_to_do(path):
     compiler(path, "echo 'vnni.cpp:1: error: no such flag' >&2; exit 1")
     weight = quantize_weight(torch.ones(2, 4))
-    with pytest.raises(BackendError, match=r"^backend vnni: .*: vnni\.cpp:1: error: no such flag; backend=auto takes the next best$"):
+    with pytest.raises(
+        BackendError,
+        match=r"^backend vnni: .*: vnni\.cpp:1: error: no such flag; backend=auto takes the next best$",
+    ):
         Vnni().pack(weight)
 
 
@@ -124,19 +137,34 @@ def test_the_instructions_are_named_one_by_one(path, tmp_path):
     # a cache may be shared by machines that differ
     calls = compiler(path)
     built(tmp_path / "cache")
-    assert "-mavx512vnni" in calls()[0] and "-march=native" not in calls()[0] and "-ffast-math" not in calls()[0]
+    assert (
+        "-mavx512vnni" in calls()[0] and "-march=native" not in calls()[0] and "-ffast-math" not in calls()[0]
+    )
 
 
-@pytest.mark.parametrize(("capability", "there", "not_there"), [
-    ("AVX512", "-mavx512f", "-mavx512vnni"), ("AVX2", "-mavx2", "-mavx512f"), ("DEFAULT", "-O3", "-mavx"),
-])  # fmt: skip
-def test_rows_are_vectorized_as_far_as_the_cpu_goes(path, tmp_path, monkeypatch, capability, there, not_there):
+@pytest.mark.parametrize(
+    ("capability", "there", "not_there"),
+    [
+        ("AVX512", "-mavx512f", "-mavx512vnni"),
+        ("AVX2", "-mavx2", "-mavx512f"),
+        ("DEFAULT", "-O3", "-mavx"),
+    ],
+)
+def test_rows_are_vectorized_as_far_as_the_cpu_goes(
+    path, tmp_path, monkeypatch, capability, there, not_there
+):
     calls = compiler(path)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    with pytest.raises(BuildError, match=r"rows-\w+\.so cannot be loaded: "):  # what the fake compiler writes is no library
+    with pytest.raises(
+        BuildError, match=r"rows-\w+\.so cannot be loaded: "
+    ):  # what the fake compiler writes is no library
         rows_library(tmp_path / "cache")
     assert there in calls()[0] and not_there not in calls()[0]
-    assert "-ffp-contract=off" in calls()[0] and "-ffast-math" not in calls()[0] and "-march=native" not in calls()[0]
+    assert (
+        "-ffp-contract=off" in calls()[0]
+        and "-ffast-math" not in calls()[0]
+        and "-march=native" not in calls()[0]
+    )
     assert [f.name[:5] for f in (tmp_path / "cache").iterdir()] == ["rows-"]
 
 
@@ -148,14 +176,18 @@ def test_half_a_file_never_gets_the_final_name(path, tmp_path):
     # while it is being written it has another name, and a reader of the cache does not take it
     compiler(path, f'for last; do :; done; echo "$last" > "{tmp_path}/written"; {WRITE}')
     target = built(tmp_path / "cache")
-    assert (tmp_path / "written").read_text().strip() == str(target.with_suffix(f".{os.getpid()}")) and target.suffix == ".so"
+    assert (tmp_path / "written").read_text().strip() == str(
+        target.with_suffix(f".{os.getpid()}")
+    ) and target.suffix == ".so"
 
 
 def test_a_cache_that_is_a_file(path, tmp_path):
     calls = compiler(path)
     (tmp_path / "file").write_text("")
     for cache, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "below", "Not a directory")):
-        with pytest.raises(BuildError, match=rf"^cannot write the built library to {re.escape(str(cache))}: {why}$"):
+        with pytest.raises(
+            BuildError, match=rf"^cannot write the built library to {re.escape(str(cache))}: {why}$"
+        ):
             built(cache)
     assert calls() == []
 

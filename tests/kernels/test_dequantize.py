@@ -6,7 +6,13 @@ import pytest
 import torch
 from support.helpers import full_range, randn
 
-from int8run.kernels.dequantize.reference import dequantize_fp8, dequantize_int8, dequantize_mxfp8, dequantize_nvfp4, swizzled_offsets
+from int8run.kernels.dequantize.reference import (
+    dequantize_fp8,
+    dequantize_int8,
+    dequantize_mxfp8,
+    dequantize_nvfp4,
+    swizzled_offsets,
+)
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -62,7 +68,9 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "scales", "block", "which"), LAYOUTS, ids=[f"{list(n)}-{list(s)}-{b}" for n, s, b, _ in LAYOUTS])
+@pytest.mark.parametrize(
+    ("shape", "scales", "block", "which"), LAYOUTS, ids=[f"{list(n)}-{list(s)}-{b}" for n, s, b, _ in LAYOUTS]
+)
 def test_the_scale_of_each_entry(shape, scales, block, which):
     n, k = torch.arange(shape[0])[:, None], torch.arange(shape[1])[None, :]
     scale = randn(*scales)
@@ -73,7 +81,9 @@ def test_the_scale_of_each_entry(shape, scales, block, which):
 
 
 def test_minus_128_occurs():
-    assert dequantize_int8(torch.tensor([[-128, 127]], dtype=torch.int8), torch.tensor(0.5)).tolist() == [[-64, 63.5]]
+    assert dequantize_int8(torch.tensor([[-128, 127]], dtype=torch.int8), torch.tensor(0.5)).tolist() == [
+        [-64, 63.5]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -81,17 +91,41 @@ def test_minus_128_occurs():
     [
         (
             FP8[0],
-            {0x00: 0.0, 0x01: 2**-9, 0x07: 7 * 2**-9, 0x08: 2**-6, 0x38: 1.0, 0x7E: 448.0, 0x7F: nan, 0xFF: nan, 0x80: -0.0, 0xB8: -1.0},
+            {
+                0x00: 0.0,
+                0x01: 2**-9,
+                0x07: 7 * 2**-9,
+                0x08: 2**-6,
+                0x38: 1.0,
+                0x7E: 448.0,
+                0x7F: nan,
+                0xFF: nan,
+                0x80: -0.0,
+                0xB8: -1.0,
+            },
         ),
         (
             FP8[1],
-            {0x00: 0.0, 0x01: 2**-16, 0x03: 3 * 2**-16, 0x3C: 1.0, 0x7B: 57344.0, 0x7C: inf, 0xFC: -inf, 0x7D: nan, 0xFF: nan, 0x80: -0.0},
+            {
+                0x00: 0.0,
+                0x01: 2**-16,
+                0x03: 3 * 2**-16,
+                0x3C: 1.0,
+                0x7B: 57344.0,
+                0x7C: inf,
+                0xFC: -inf,
+                0x7D: nan,
+                0xFF: nan,
+                0x80: -0.0,
+            },
         ),
     ],
     ids=str,
 )
 def test_codes_of_fp8(dtype, values):
-    same(dequantize_fp8(codes(*values, dtype=dtype), torch.tensor(1.0)), torch.tensor([list(values.values())]))
+    same(
+        dequantize_fp8(codes(*values, dtype=dtype), torch.tensor(1.0)), torch.tensor([list(values.values())])
+    )
 
 
 def test_scales_of_mxfp8():
@@ -130,7 +164,16 @@ def test_scales_of_nvfp4_are_multiplied_and_rounded_once():
 
 def test_offsets_of_swizzled_scales():
     at = swizzled_offsets(129, 48)
-    wanted = {(0, 0): 0, (0, 3): 3, (1, 0): 16, (32, 0): 4, (64, 0): 8, (96, 0): 12, (0, 4): 512, (128, 0): 6144}
+    wanted = {
+        (0, 0): 0,
+        (0, 3): 3,
+        (1, 0): 16,
+        (32, 0): 4,
+        (64, 0): 8,
+        (96, 0): 12,
+        (0, 4): 512,
+        (128, 0): 6144,
+    }
     assert {place: at[place].item() for place in wanted} == wanted
     assert torch.equal(swizzled_offsets(256, 48).flatten().sort().values, torch.arange(256 * 48))
 
@@ -144,14 +187,19 @@ def test_swizzled_scales_say_the_same(n, k):
     expected = dequantize_nvfp4(qdata, scale, swizzled=False, **options)
     same(dequantize_nvfp4(qdata, swizzle(scale), swizzled=True, **options), expected)
     # the bytes of the scales, and flat: the padded shape is nominal
-    same(dequantize_nvfp4(qdata, swizzle(scale.view(torch.uint8)).flatten(), swizzled=True, **options), expected)
+    same(
+        dequantize_nvfp4(qdata, swizzle(scale.view(torch.uint8)).flatten(), swizzled=True, **options),
+        expected,
+    )
 
 
 def test_zero_scales():
     zero, q = torch.zeros(2, 1), full_range(2, 9)
     same(dequantize_int8(q, zero).abs(), torch.zeros(2, 9))
     same(dequantize_fp8(codes(0x7F, 0x7E, dtype=FP8[0]), torch.tensor(0.0)), torch.tensor([[nan, 0]]))
-    w = dequantize_nvfp4(as_bytes(2, 8), torch.zeros(2, 1).to(FP8[0]), torch.tensor(1.0), swizzled=False, high_first=True)
+    w = dequantize_nvfp4(
+        as_bytes(2, 8), torch.zeros(2, 1).to(FP8[0]), torch.tensor(1.0), swizzled=False, high_first=True
+    )
     same(w.abs(), torch.zeros(2, 16))
 
 
@@ -161,7 +209,12 @@ def test_half_precision_scales_and_results_are_computed_in_float32(dtype):
     same(dequantize_int8(q, scale), dequantize_int8(q, scale.float()))
     same(dequantize_int8(q, scale, dtype=dtype), dequantize_int8(q, scale.float()).to(dtype))
     assert dequantize_mxfp8(q.to(FP8[0]), as_bytes(4, 1), swizzled=False, dtype=dtype).dtype == dtype
-    assert dequantize_nvfp4(as_bytes(1, 8), codes(1), scale[0], swizzled=False, high_first=True, dtype=dtype).dtype == dtype
+    assert (
+        dequantize_nvfp4(
+            as_bytes(1, 8), codes(1), scale[0], swizzled=False, high_first=True, dtype=dtype
+        ).dtype
+        == dtype
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,33 +238,50 @@ def test_scales_that_fit_no_layout(shape, scales, block):
     blocks = r"whole blocks \(give `block`.*\)" if block is None else "blocks of 4"
     listed = ", ".join(map(str, scales))
     with pytest.raises(
-        ValueError, match=rf"scale of shape \[{listed}\] fits no layout of a weight .* in {blocks}; allowed are one number, "
+        ValueError,
+        match=rf"scale of shape \[{listed}\] fits no layout of a weight .* in {blocks}; allowed are one number, ",
     ):
         dequantize_int8(full_range(*shape), torch.ones(scales), block)
 
 
 def test_codes_of_another_type():
-    with pytest.raises(ValueError, match=r"codes are torch.uint8 \[2, 4\]; allowed is a matrix of torch.int8 that"):
+    with pytest.raises(
+        ValueError, match=r"codes are torch.uint8 \[2, 4\]; allowed is a matrix of torch.int8 that"
+    ):
         dequantize_int8(as_bytes(2, 4), torch.tensor(1.0))
-    with pytest.raises(ValueError, match=r"codes are torch.int8 \[2, 4\]; allowed is a matrix of torch.float8_e4m3fn or torch.float8_e5m2"):
+    with pytest.raises(
+        ValueError,
+        match=r"codes are torch.int8 \[2, 4\]; allowed is a matrix of torch.float8_e4m3fn or torch.float8_e5m2",
+    ):
         dequantize_fp8(full_range(2, 4), torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"codes are torch.int8 \[4\]; allowed is a matrix"):
         dequantize_int8(full_range(4), torch.tensor(1.0))
-    with pytest.raises(ValueError, match=r"codes are torch.int8 \[0, 4\]; allowed is a matrix of torch.int8 that is not empty"):
+    with pytest.raises(
+        ValueError,
+        match=r"codes are torch.int8 \[0, 4\]; allowed is a matrix of torch.int8 that is not empty",
+    ):
         dequantize_int8(full_range(0, 4), torch.tensor(1.0))
 
 
 def test_block_scales_that_do_not_fit():
     fp8, fp4 = torch.ones(3, 64).to(FP8[0]), as_bytes(3, 32)
-    with pytest.raises(ValueError, match=r"torch.uint8 \[3, 2\] do not fit 3 x 2 blocks; .*swizzled, in \[128, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"torch.uint8 \[3, 2\] do not fit 3 x 2 blocks; .*swizzled, in \[128, 4\]"
+    ):
         dequantize_mxfp8(fp8, as_bytes(3, 2), swizzled=True)
     with pytest.raises(ValueError, match=r"torch.uint8 \[128, 4\] do not fit 3 x 2 blocks; .*in \[3, 2\]"):
         dequantize_mxfp8(fp8, as_bytes(128, 4), swizzled=False)
     with pytest.raises(
-        ValueError, match=r"torch.float32 \[3, 2\] do not fit .*; allowed are torch.float8_e8m0fnu or its bytes as torch.uint8"
+        ValueError,
+        match=r"torch.float32 \[3, 2\] do not fit .*; allowed are torch.float8_e8m0fnu or its bytes as torch.uint8",
     ):
         dequantize_mxfp8(fp8, randn(3, 2), swizzled=False)
-    with pytest.raises(ValueError, match=r"torch.float8_e5m2 \[3, 4\] do not fit 3 x 4 blocks; allowed are torch.float8_e4m3fn or"):
+    with pytest.raises(
+        ValueError,
+        match=r"torch.float8_e5m2 \[3, 4\] do not fit 3 x 4 blocks; allowed are torch.float8_e4m3fn or",
+    ):
         dequantize_nvfp4(fp4, as_bytes(3, 4).view(FP8[1]), torch.tensor(1.0), swizzled=False, high_first=True)
-    with pytest.raises(ValueError, match=r"the global scale is torch.float32 \[3\]; allowed is one floating-point number"):
+    with pytest.raises(
+        ValueError, match=r"the global scale is torch.float32 \[3\]; allowed is one floating-point number"
+    ):
         dequantize_nvfp4(fp4, as_bytes(3, 4), torch.ones(3), swizzled=False, high_first=True)

@@ -42,11 +42,18 @@ def same(actual, expected):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "scales", "block"), LAYOUTS, ids=str)
 def test_int8_and_fp8_in_every_layout(shape, scales, block, dtype):
-    scale, q, codes = randn(*scales), full_range(*shape), all_bytes(2).flatten()[100 : 100 + shape[0] * shape[1]].view(shape)
+    scale, q, codes = (
+        randn(*scales),
+        full_range(*shape),
+        all_bytes(2).flatten()[100 : 100 + shape[0] * shape[1]].view(shape),
+    )
     before = scale.clone(), q.clone()
     same(eager.dequantize_int8(q, scale, block, dtype), reference.dequantize_int8(q, scale, block, dtype))
     for fp8 in FP8:
-        same(eager.dequantize_fp8(codes.view(fp8), scale, block, dtype), reference.dequantize_fp8(codes.view(fp8), scale, block, dtype))
+        same(
+            eager.dequantize_fp8(codes.view(fp8), scale, block, dtype),
+            reference.dequantize_fp8(codes.view(fp8), scale, block, dtype),
+        )
     assert torch.equal(scale, before[0]) and torch.equal(q, before[1]), "arguments stay as they are"
 
 
@@ -74,7 +81,11 @@ def test_scales_of_any_dtype(scale_dtype):
 @pytest.mark.parametrize("swizzled", [True, False], ids=["swizzled", "rows"])
 @pytest.mark.parametrize("columns", [32, 40, 256])
 def test_mxfp8(columns, swizzled):
-    scale = all_bytes(2).flatten()[:512].reshape(128, 4) if swizzled else all_bytes(3)[:, 120 : 120 + ceil(columns / 32)].contiguous()
+    scale = (
+        all_bytes(2).flatten()[:512].reshape(128, 4)
+        if swizzled
+        else all_bytes(3)[:, 120 : 120 + ceil(columns / 32)].contiguous()
+    )
     codes = all_bytes(3)[:, :columns].contiguous().view(FP8[0])
     if columns == 256 and swizzled:
         scale = torch.cat([scale, scale.flip(0)])
@@ -104,9 +115,14 @@ def test_nvfp4(swizzled, high_first):
         (lambda: eager.dequantize_int8(all_bytes(1), torch.ones(())), "the codes are torch.uint8"),
         (lambda: eager.dequantize_fp8(full_range(2, 2), torch.ones(())), "the codes are torch.int8"),
         (lambda: eager.dequantize_int8(full_range(2, 4), torch.ones(3)), "fits no layout"),
-        (lambda: eager.dequantize_mxfp8(all_bytes(1).view(FP8[0]), torch.zeros(1, 1), swizzled=False), "block scales"),
         (
-            lambda: eager.dequantize_nvfp4(all_bytes(1), all_bytes(1)[:, :32], torch.ones(2), swizzled=False, high_first=True),
+            lambda: eager.dequantize_mxfp8(all_bytes(1).view(FP8[0]), torch.zeros(1, 1), swizzled=False),
+            "block scales",
+        ),
+        (
+            lambda: eager.dequantize_nvfp4(
+                all_bytes(1), all_bytes(1)[:, :32], torch.ones(2), swizzled=False, high_first=True
+            ),
             "the global scale",
         ),
     ],

@@ -44,7 +44,11 @@ def per_layout():
     ]:
         yield "dequantize_int8", (full_range(*shape), randn(*scales), block), {}
         for fp8 in (E4M3, E5M2):
-            yield "dequantize_fp8", (as_bytes(*shape).view(fp8), randn(*scales, dtype=torch.float16), block), {}
+            yield (
+                "dequantize_fp8",
+                (as_bytes(*shape).view(fp8), randn(*scales, dtype=torch.float16), block),
+                {},
+            )
 
 
 def per_packing():
@@ -52,7 +56,11 @@ def per_packing():
     for n, k in [(1, 2), (3, 32), (130, 80), (2, 2118)]:
         for swizzled in (True, False):
             for fp8 in (E4M3, E5M2):
-                yield "dequantize_mxfp8", (as_bytes(n, k).view(fp8), block_scales(n, k, 32, swizzled)), {"swizzled": swizzled}
+                yield (
+                    "dequantize_mxfp8",
+                    (as_bytes(n, k).view(fp8), block_scales(n, k, 32, swizzled)),
+                    {"swizzled": swizzled},
+                )
             for high_first in (True, False):
                 arguments = as_bytes(n, k // 2), block_scales(n, k, 16, swizzled).view(E4M3), randn(1)[0]
                 yield "dequantize_nvfp4", arguments, {"swizzled": swizzled, "high_first": high_first}
@@ -68,7 +76,11 @@ def single():
     yield "dequantize_mxfp8", (ones, all_codes.view(torch.float8_e8m0fnu)), {"swizzled": False}
     for high_first in (True, False):
         byte, scale = torch.tensor([[0x2F]], dtype=torch.uint8), torch.tensor([[0x38]], dtype=torch.uint8)
-        yield "dequantize_nvfp4", (byte, scale, torch.tensor([1.0])), {"swizzled": False, "high_first": high_first}
+        yield (
+            "dequantize_nvfp4",
+            (byte, scale, torch.tensor([1.0])),
+            {"swizzled": False, "high_first": high_first},
+        )
     yield "dequantize_int8", (full_range(9, 4).T, randn(4, 2)[:, :1]), {}
     yield "dequantize_fp8", (as_bytes(9, 4).view(E4M3).T, randn(3, 2).T, 3), {}
     yield (
@@ -78,7 +90,11 @@ def single():
     )
     yield "dequantize_int8", (full_range(3, 50), randn(3, 1)), {"dtype": torch.float16}
     # the interpreter cuts bfloat16 off where devices round, so here a case without rounding
-    yield "dequantize_int8", (full_range(3, 50), 2.0 ** torch.arange(-1, 2)[:, None]), {"dtype": torch.bfloat16}
+    yield (
+        "dequantize_int8",
+        (full_range(3, 50), 2.0 ** torch.arange(-1, 2)[:, None]),
+        {"dtype": torch.bfloat16},
+    )
 
 
 CALLS = [*per_layout(), *per_packing(), *single()]
@@ -130,7 +146,9 @@ def test_equal_to_the_reference(i, interpreted):
 
 
 def test_compiled_graphs_see_each_operator_whole(interpreted):
-    assert interpreted[1] == [f"int8run.triton_{name}.default" for name in dict.fromkeys(name for name, *_ in CALLS)]
+    assert interpreted[1] == [
+        f"int8run.triton_{name}.default" for name in dict.fromkeys(name for name, *_ in CALLS)
+    ]
 
 
 @pytest.mark.gpu
@@ -140,7 +158,9 @@ def test_equal_to_the_reference_on_a_device(dtype):
     for name, arguments, keywords in CALLS:
         there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
         keywords = keywords | {"dtype": dtype}
-        same(getattr(kernel, name)(*there, **keywords).cpu(), getattr(reference, name)(*arguments, **keywords))
+        same(
+            getattr(kernel, name)(*there, **keywords).cpu(), getattr(reference, name)(*arguments, **keywords)
+        )
 
 
 @pytest.mark.parametrize(
@@ -151,8 +171,16 @@ def test_equal_to_the_reference_on_a_device(dtype):
         ("dequantize_fp8", (full_range(2, 4), randn(1)), {}),
         ("dequantize_fp8", (as_bytes(5, 7).view(E4M3), randn(2, 3)), {}),
         ("dequantize_mxfp8", (as_bytes(3, 64).view(E4M3), as_bytes(3, 2)), {"swizzled": True}),
-        ("dequantize_nvfp4", (as_bytes(3, 32), as_bytes(128, 4), randn(1)), {"swizzled": False, "high_first": True}),
-        ("dequantize_nvfp4", (as_bytes(3, 32), as_bytes(128, 4), randn(3)), {"swizzled": True, "high_first": True}),
+        (
+            "dequantize_nvfp4",
+            (as_bytes(3, 32), as_bytes(128, 4), randn(1)),
+            {"swizzled": False, "high_first": True},
+        ),
+        (
+            "dequantize_nvfp4",
+            (as_bytes(3, 32), as_bytes(128, 4), randn(3)),
+            {"swizzled": True, "high_first": True},
+        ),
     ],
 )
 def test_errors_are_the_reference_s(name, arguments, keywords):
@@ -175,18 +203,33 @@ COMPILED = {
 }
 
 
-@pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="nothing is compiled under TRITON_INTERPRET")
+@pytest.mark.skipif(
+    bool(os.environ.get("TRITON_INTERPRET")), reason="nothing is compiled under TRITON_INTERPRET"
+)
 @pytest.mark.parametrize("variant", COMPILED)
 @pytest.mark.parametrize("architecture", [80, 89, 90])
 def test_compiles_without_spills(architecture, variant, tmp_path):
     codes, scale, code_format, scale_format, group, ones = COMPILED[variant]
-    constants = {"FORMAT": code_format, "SCALE": scale_format, "SWIZZLED": scale_format != "float32", "HIGH_FIRST": True}
+    constants = {
+        "FORMAT": code_format,
+        "SCALE": scale_format,
+        "SWIZZLED": scale_format != "float32",
+        "HIGH_FIRST": True,
+    }
     constants |= {"GROUPS": kernel.TILE // group, "GROUP": group} | dict.fromkeys(ones, 1)
     constants |= {} if variant == "nvfp4" else {"global_scale": None}
     signature = {"codes": codes, "scale": scale, "global_scale": "*fp32", "out": "*bf16"}
-    signature |= dict.fromkeys(("K", "columns", "height", "width"), "i32") | dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in ("codes", "scale", "out", "K")}
-    source = triton.compiler.ASTSource(fn=kernel.dequantize, signature=signature, constexprs=constants, attrs=aligned)
+    signature |= dict.fromkeys(("K", "columns", "height", "width"), "i32") | dict.fromkeys(
+        constants, "constexpr"
+    )
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(signature)
+        if name in ("codes", "scale", "out", "K")
+    }
+    source = triton.compiler.ASTSource(
+        fn=kernel.dequantize, signature=signature, constexprs=constants, attrs=aligned
+    )
     compiled = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", architecture, 32))
     (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
     nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"

@@ -58,7 +58,11 @@ def test_a_rotation_knows_its_group_and_is_regular_unless_said():
     assert Rotation(sylvester_hadamard(128), sylvester=True).group == 128
 
 
-@pytest.mark.parametrize("matrix", [regular_hadamard(16), sylvester_hadamard(8), sylvester_hadamard(16)], ids=["regular", "8", "16"])
+@pytest.mark.parametrize(
+    "matrix",
+    [regular_hadamard(16), sylvester_hadamard(8), sylvester_hadamard(16)],
+    ids=["regular", "8", "16"],
+)
 def test_each_group_is_rotated_on_its_own(matrix):
     x, size = randn(2, 3, 48), matrix.shape[0]
     y = rotate_groups(x, matrix)
@@ -67,7 +71,9 @@ def test_each_group_is_rotated_on_its_own(matrix):
         torch.testing.assert_close(y[..., part], x[..., part] @ matrix)
 
 
-@pytest.mark.parametrize("matrix", [regular_hadamard(16), sylvester_hadamard(16)], ids=["regular", "Sylvester"])
+@pytest.mark.parametrize(
+    "matrix", [regular_hadamard(16), sylvester_hadamard(16)], ids=["regular", "Sylvester"]
+)
 def test_rotating_twice_gives_the_input_back(matrix):
     x = torch.arange(-32, 32).float().reshape(2, 32)
     assert torch.equal(rotate_groups(rotate_groups(x, matrix), matrix), x)

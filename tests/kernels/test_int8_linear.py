@@ -39,8 +39,15 @@ def test_each_row_and_column_has_its_own_scale_and_bias(m, n, k):
 
 
 def test_no_bias_is_a_zero_bias():
-    q, qdata, x_scale, w_scale = full_range(3, 11), full_range(4, 11, seed=1), randn(3, 1).abs(), randn(4, seed=1).abs()
-    assert torch.equal(int8_linear(q, x_scale, qdata, w_scale, None), int8_linear(q, x_scale, qdata, w_scale, torch.zeros(4)))
+    q, qdata, x_scale, w_scale = (
+        full_range(3, 11),
+        full_range(4, 11, seed=1),
+        randn(3, 1).abs(),
+        randn(4, seed=1).abs(),
+    )
+    assert torch.equal(
+        int8_linear(q, x_scale, qdata, w_scale, None), int8_linear(q, x_scale, qdata, w_scale, torch.zeros(4))
+    )
 
 
 def test_whole_numbers_that_fit_int8_come_out_exact():

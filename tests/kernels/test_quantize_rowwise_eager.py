@@ -17,7 +17,11 @@ def test_equal_to_the_reference(shape, dtype, poisoned_memory):
     expected, expected_scale = reference(x)
     assert q.dtype == torch.int8 and torch.equal(q, expected) and torch.equal(scale, expected_scale)
     unsigned, unsigned_scale = eager(x, zero_point=128)
-    assert unsigned.dtype == torch.uint8 and torch.equal(unsigned.int() - 128, expected.int()) and torch.equal(unsigned_scale, scale)
+    assert (
+        unsigned.dtype == torch.uint8
+        and torch.equal(unsigned.int() - 128, expected.int())
+        and torch.equal(unsigned_scale, scale)
+    )
     assert torch.equal(x, before)
 
 

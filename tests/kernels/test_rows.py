@@ -18,7 +18,11 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 COMPILED = compiled()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WAYS = [
-    pytest.param(quantize_weight_rows, id="compiled", marks=pytest.mark.skipif(not COMPILED, reason="no C++ compiler here")),
+    pytest.param(
+        quantize_weight_rows,
+        id="compiled",
+        marks=pytest.mark.skipif(not COMPILED, reason="no C++ compiler here"),
+    ),
     pytest.param(by_torch, id="torch"),
 ]
 
@@ -55,7 +59,9 @@ def test_awkward_numbers(way, dtype):
     weight[2, 4:20] = 1.0
     weight[3] = (torch.arange(40) * denormal).to(dtype)  # denormals alone
     weight[4] = torch.where(torch.arange(40) % 2 == 0, info.smallest_normal, -denormal).to(dtype)
-    weight[5, :] = torch.tensor([127.0, 0.5, 1.5, 2.5, 126.5, -0.5, -1.5, -2.5, -126.5, -127.0] * 4).to(dtype)  # ties
+    weight[5, :] = torch.tensor([127.0, 0.5, 1.5, 2.5, 126.5, -0.5, -1.5, -2.5, -126.5, -127.0] * 4).to(
+        dtype
+    )  # ties
     weight[6, 39] = -info.max
     weight[7] = randn(40, seed=1).to(dtype) * denormal * 3
     q, scale, _ = expect_definition(way, weight)
@@ -68,7 +74,9 @@ def test_awkward_numbers(way, dtype):
 def test_every_number_of_a_dtype(way, dtype):
     """All 65536 bit patterns but NaN and infinity, many to a row."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    expect_definition(way, every[every.isfinite()].reshape(-1, 31 if dtype == torch.float16 else 15)[: 2**16 // 31])
+    expect_definition(
+        way, every[every.isfinite()].reshape(-1, 31 if dtype == torch.float16 else 15)[: 2**16 // 31]
+    )
     expect_definition(way, every[every.isfinite() & (every.abs() < 1)].unsqueeze(1))
 
 
@@ -84,7 +92,9 @@ def test_what_is_not_finite_is_told(way, dtype, bad, place):
         q, scale, sums = run(way, weight, **options)
         clean_q, clean_scale, clean = run(way, weight[[0, 2]], **options)
         assert not sums.finite and clean.finite
-        assert torch.equal(q[[0, 2]], clean_q) and torch.equal(scale[[0, 2]], clean_scale), "the other rows are as they would be"
+        assert torch.equal(q[[0, 2]], clean_q) and torch.equal(scale[[0, 2]], clean_scale), (
+            "the other rows are as they would be"
+        )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -160,7 +170,9 @@ def test_a_factor_divides_columns_before_the_rotation(way):
 
 @pytest.mark.skipif(not COMPILED, reason="no C++ compiler here")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("sylvester", "group", "k"), [(s, g, k * g) for s, g in ROTATIONS for k in (1, 3)] + [(False, 0, 1111)])
+@pytest.mark.parametrize(
+    ("sylvester", "group", "k"), [(s, g, k * g) for s, g in ROTATIONS for k in (1, 3)] + [(False, 0, 1111)]
+)
 def test_torch_gives_the_same_bits(dtype, sylvester, group, k):
     weight, factor = randn(40, k, dtype=dtype), randn(k, seed=2).abs() + 0.5
     rotation = rotation_of(sylvester, group) if group else None
@@ -208,13 +220,19 @@ def test_every_build_gives_the_same_bits(vectors, tmp_path, monkeypatch):
         pytest.skip("this CPU does not have these instructions")
     assert FLAGS and ROWS_FLAGS and ROWS.suffix == ".cpp"
     weights = [(randn(20, 1040) * 0.1).to(dtype) for dtype in DTYPES]
-    options = [{}, {"rotation": rotation_of(False, 16)}, {"rotation": rotation_of(True, 8), "factor": randn(1040).abs() + 1}]
+    options = [
+        {},
+        {"rotation": rotation_of(False, 16)},
+        {"rotation": rotation_of(True, 8), "factor": randn(1040).abs() + 1},
+    ]
     wanted = [run(quantize_weight_rows, w, **o) for w in weights for o in options]
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
     assert vectors == "plain" or vectors in VECTORS
     other = rows_library.__wrapped__(tmp_path)
     monkeypatch.setattr(module, "rows_library", lambda: other)
-    for (q, scale, sums), again in zip(wanted, [run(quantize_weight_rows, w, **o) for w in weights for o in options], strict=True):
+    for (q, scale, sums), again in zip(
+        wanted, [run(quantize_weight_rows, w, **o) for w in weights for o in options], strict=True
+    ):
         assert torch.equal(q, again[0]) and torch.equal(scale, again[1]) and sums == again[2]
 
 
@@ -230,15 +248,22 @@ def test_without_a_compiler_torch_does_it_and_says_so_once(monkeypatch, caplog):
                 expect_definition(quantize_weight_rows, randn(4, 20))
     finally:
         compiled.cache_clear()
-    words = "weights are quantized by torch, at a fraction of the speed: no C++ compiler on the PATH; install one"
+    words = (
+        "weights are quantized by torch, at a fraction of the speed: no C++ compiler on the PATH; install one"
+    )
     assert [record.getMessage() for record in caplog.records] == [words]
 
 
 def test_arguments_that_would_be_read_or_written_past_their_end_are_refused():
     weight, q, scale = randn(4, 8), torch.empty(4, 8, dtype=torch.int8), torch.empty(4, 1)
-    with pytest.raises(ValueError, match=r"^q must be contiguous torch.int8 \[4, 8\] on the CPU, not torch.int8 \[3, 8\] on cpu$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^q must be contiguous torch.int8 \[4, 8\] on the CPU, not torch.int8 \[3, 8\] on cpu$",
+    ):
         quantize_weight_rows(weight, q[:3], scale)
-    with pytest.raises(ValueError, match=r"^scale must be contiguous torch.float32 \[4, 1\] on the CPU, not torch.float64"):
+    with pytest.raises(
+        ValueError, match=r"^scale must be contiguous torch.float32 \[4, 1\] on the CPU, not torch.float64"
+    ):
         quantize_weight_rows(weight, q, scale.double())
     with pytest.raises(ValueError, match=r"^weight must be contiguous"):
         quantize_weight_rows(randn(8, 4).T, q, scale)

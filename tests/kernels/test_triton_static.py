@@ -4,7 +4,17 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from support.static_gate import ARCHITECTURES, MOST_PERMUTES, Counts, builds, count, failures, integer_loops, linear_build, unsupported
+from support.static_gate import (
+    ARCHITECTURES,
+    MOST_PERMUTES,
+    Counts,
+    builds,
+    count,
+    failures,
+    integer_loops,
+    linear_build,
+    unsupported,
+)
 
 from int8run.kernels.int8_linear.tile import Tile
 
@@ -12,7 +22,9 @@ from int8run.kernels.int8_linear.tile import Tile
 QUICK = (80, 90)
 
 
-@pytest.mark.parametrize("architecture", [a if a in QUICK else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES])
+@pytest.mark.parametrize(
+    "architecture", [a if a in QUICK else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES]
+)
 def test_default_tiles_compile_clean(architecture):
     if reason := unsupported(architecture):
         pytest.skip(reason)
@@ -22,7 +34,14 @@ def test_default_tiles_compile_clean(architecture):
 
 def test_the_gate_sees_what_is_wrong():
     build = linear_build(86, Tile(128, 128, 64))
-    clean = {"registers": 128, "shared": 49152, "local_loads": 0, "local_stores": 0, "integer_mma": 32, "loop_permutes": 0}
+    clean = {
+        "registers": 128,
+        "shared": 49152,
+        "local_loads": 0,
+        "local_stores": 0,
+        "integer_mma": 32,
+        "loop_permutes": 0,
+    }
     assert failures(build, Counts(**clean)) == []
     for change, message in [
         ({"integer_mma": 0}, "no integer tensor-core instruction"),

@@ -2,7 +2,16 @@
 
 import pytest
 
-from int8run.kernels.int8_linear.tile import BUCKETS, DEFAULTS, MOST_SUMS, SHARED_MEMORY, Tile, bucket, candidates, default_tile
+from int8run.kernels.int8_linear.tile import (
+    BUCKETS,
+    DEFAULTS,
+    MOST_SUMS,
+    SHARED_MEMORY,
+    Tile,
+    bucket,
+    candidates,
+    default_tile,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +35,9 @@ def test_the_operator_gets_the_fields_in_order():
     assert Tile(*tile.as_list()) == tile and tile.as_list() == [128, 64, 32, 7, 8, 5]
 
 
-@pytest.mark.parametrize(("rows", "name"), [(1, 16), (16, 16), (17, 128), (128, 128), (129, 1024), (4608, 2**31 - 1)])
+@pytest.mark.parametrize(
+    ("rows", "name"), [(1, 16), (16, 16), (17, 128), (128, 128), (129, 1024), (4608, 2**31 - 1)]
+)
 def test_buckets(rows, name):
     assert bucket(rows) == name
 
@@ -36,7 +47,9 @@ def test_buckets(rows, name):
 def test_candidates_fit_the_gpu_and_begin_with_the_default(number, grouped):
     for rows in BUCKETS:
         tiles = candidates(divmod(number, 10), rows, grouped)
-        assert tiles[0] == default_tile(divmod(number, 10), rows, grouped) and len(tiles) == len(set(tiles)) > 5
+        assert (
+            tiles[0] == default_tile(divmod(number, 10), rows, grouped) and len(tiles) == len(set(tiles)) > 5
+        )
         assert all(t.shared_bytes < SHARED_MEMORY[number] for t in tiles)
         most = MOST_SUMS[max(n for n in MOST_SUMS if n <= number)] // (2 if grouped else 1)
         assert all(t.sums_per_thread <= most for t in tiles)

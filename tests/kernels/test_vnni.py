@@ -30,19 +30,29 @@ def signed(q, k):
 def unsigned(q):
     """The reference's integers as the kernel's bytes; what pads a row must not matter."""
     m, k = q.shape
-    return torch.cat([(q.short() + 128).to(torch.uint8), torch.randint(0, 256, (m, -k % 4)).to(torch.uint8)], dim=1)
+    return torch.cat(
+        [(q.short() + 128).to(torch.uint8), torch.randint(0, 256, (m, -k % 4)).to(torch.uint8)], dim=1
+    )
 
 
 def expect_same_bits(x):
     q, scale = vnni.quantize(x)
     wanted, wanted_scale = quantize_rowwise(x)
-    assert q.dtype == torch.uint8 and q.shape == (x.shape[0], -(-x.shape[1] // 4) * 4) and scale.shape == x.shape[:1]
+    assert (
+        q.dtype == torch.uint8
+        and q.shape == (x.shape[0], -(-x.shape[1] // 4) * 4)
+        and scale.shape == x.shape[:1]
+    )
     assert torch.equal(signed(q, x.shape[1]), wanted) and torch.equal(scale, wanted_scale[:, 0])
 
 
 def expect_ties_only(x, factor=None, rotation=0, sylvester=False, gelu_from=-1):
     """Integers differ only where x / scale is half way between two; float64 is the judge."""
-    by = Rotation((sylvester_hadamard if sylvester else regular_hadamard)(rotation), sylvester) if rotation else None
+    by = (
+        Rotation((sylvester_hadamard if sylvester else regular_hadamard)(rotation), sylvester)
+        if rotation
+        else None
+    )
     exact = transform_rows(x.double(), None if factor is None else factor.double(), by, gelu_from)
     wanted, wanted_scale = quantize_rowwise(exact)
     q, scale = vnni.quantize(x, factor, rotation, sylvester, gelu_from)
@@ -64,7 +74,16 @@ def test_plain_rows_are_quantized_to_the_same_bits(k, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_layout_of_the_input(dtype):
     wide = randn(9, 130, dtype=dtype)
-    for x in (wide[:, :63], wide[:, 3:70], wide[::2], wide.T, wide[:, ::2], wide[:1].expand(5, 130), wide[:, :1], wide.T[:, :1]):
+    for x in (
+        wide[:, :63],
+        wide[:, 3:70],
+        wide[::2],
+        wide.T,
+        wide[:, ::2],
+        wide[:1].expand(5, 130),
+        wide[:, :1],
+        wide.T[:, :1],
+    ):
         expect_same_bits(x)
     expect_same_bits(randn(1, 24, dtype=dtype).as_strided((1, 24), (0, 1)))
     expect_ties_only(wide[:, 1:65], factor=randn(64, seed=1), rotation=16, gelu_from=20)
@@ -93,11 +112,21 @@ def test_extremes_of_a_dtype(size, dtype):
 
 REGULAR = [(g, k) for g in (4, 16, 64, 256) for k in (g, 3 * g)] + [(4, 36), (16, 400), (1024, 2048)]
 # widths that end inside a register, and groups that leave one step or two to memory
-SYLVESTER = [(2**n, k * 2**n) for n in range(1, 10) for k in (1, 3)] + [(2, 34), (4, 36), (8, 40), (16, 400), (1024, 2048), (2048, 4096)]
+SYLVESTER = [(2**n, k * 2**n) for n in range(1, 10) for k in (1, 3)] + [
+    (2, 34),
+    (4, 36),
+    (8, 40),
+    (16, 400),
+    (1024, 2048),
+    (2048, 4096),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("sylvester", "group", "k"), [(False, *shape) for shape in REGULAR] + [(True, *shape) for shape in SYLVESTER])
+@pytest.mark.parametrize(
+    ("sylvester", "group", "k"),
+    [(False, *shape) for shape in REGULAR] + [(True, *shape) for shape in SYLVESTER],
+)
 def test_rotation(sylvester, group, k, dtype):
     for m in (1, 5):
         expect_ties_only(randn(m, k, seed=m, dtype=dtype), rotation=group, sylvester=sylvester)
@@ -138,10 +167,14 @@ def test_gelu_factor_and_rotation_in_this_order(group, k, sylvester, dtype):
 
 # rotation, sylvester, whether there is a factor, gelu_from
 STEPS = {
-    "plain": (0, False, False, -1), "factor": (0, False, True, -1), "GELU": (0, False, False, 0),
-    "rotated": (16, False, False, -1), "rotated by Sylvester": (8, True, False, -1),
-    "all": (16, False, True, 3), "all, by Sylvester": (8, True, True, 3),
-}  # fmt: skip
+    "plain": (0, False, False, -1),
+    "factor": (0, False, True, -1),
+    "GELU": (0, False, False, 0),
+    "rotated": (16, False, False, -1),
+    "rotated by Sylvester": (8, True, False, -1),
+    "all": (16, False, True, 3),
+    "all, by Sylvester": (8, True, True, 3),
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -170,7 +203,9 @@ def test_zero_rows_stay_zero(steps):
     x = randn(4, 48)
     x[[0, 2]] = 0
     q, scale = vnni.quantize(x, randn(48, seed=1) if with_factor else None, rotation, sylvester, gelu_from)
-    assert (q[[0, 2]] == 128).all() and (scale[[0, 2]] == torch.tensor(TINY)).all() and (q[[1, 3]] != 128).any()
+    assert (
+        (q[[0, 2]] == 128).all() and (scale[[0, 2]] == torch.tensor(TINY)).all() and (q[[1, 3]] != 128).any()
+    )
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 130])
@@ -178,7 +213,11 @@ def test_zero_rows_stay_zero(steps):
 def test_linear_on_awkward_shapes(k, n):
     rows = (1, 5, 6, 7, 191, 193, 400)
     q, qdata = full_range(rows[-1], k), full_range(n, k, seed=1)
-    x_scale, w_scale, bias = 0.01 * randn(rows[-1], seed=2).abs(), 0.01 * randn(n, seed=3).abs(), randn(n, seed=4)
+    x_scale, w_scale, bias = (
+        0.01 * randn(rows[-1], seed=2).abs(),
+        0.01 * randn(n, seed=3).abs(),
+        randn(n, seed=4),
+    )
     product = int8_linear(q, x_scale[:, None], qdata, w_scale, None)
     packed, stored = vnni.pack(qdata), unsigned(q)
     for m in rows:
@@ -191,14 +230,19 @@ def test_linear_on_awkward_shapes(k, n):
 
 def test_a_bias_in_the_models_dtype():
     q, qdata, bias = full_range(3, 20), full_range(9, 20, seed=1), randn(9, seed=2, dtype=torch.bfloat16)
-    run = lambda bias: vnni.linear(unsigned(q), torch.ones(3), vnni.pack(qdata), torch.ones(9), bias, torch.float32)  # noqa: E731
+    run = lambda bias: vnni.linear(
+        unsigned(q), torch.ones(3), vnni.pack(qdata), torch.ones(9), bias, torch.float32
+    )  # noqa: E731
     assert torch.equal(run(bias), run(bias.float()))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sums(sign):
     # 2^31 is passed on the way: 255 * 127 * 70001; the sums wrap, and the correction wraps them back
-    q, qdata = torch.full((2, 70001), 127, dtype=torch.int8), torch.full((3, 70001), 127 * sign, dtype=torch.int8)
+    q, qdata = (
+        torch.full((2, 70001), 127, dtype=torch.int8),
+        torch.full((3, 70001), 127 * sign, dtype=torch.int8),
+    )
     y = vnni.linear(unsigned(q), torch.ones(2), vnni.pack(qdata), torch.ones(3), None, torch.float32)
     assert torch.equal(y, int8_linear(q, torch.ones(2, 1), qdata, torch.ones(3), None))
 
@@ -277,7 +321,11 @@ def test_any_number_of_threads_gives_the_same_bits(threads, rank):
     for count in (1, 2, 5):
         threads(count)
         y = with_branch(plain, branch, torch.ones(rank)) if rank else vnni.linear(*plain)
-        rotated = [t for sylvester in (False, True) for t in vnni.quantize(x, randn(4224, seed=7), 64, sylvester, 100)]
+        rotated = [
+            t
+            for sylvester in (False, True)
+            for t in vnni.quantize(x, randn(4224, seed=7), 64, sylvester, 100)
+        ]
         results.append((y, *rotated))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -291,7 +339,9 @@ def test_packing_can_be_undone_and_survives_a_file(shape, tmp_path):
     assert packed.dtype == torch.int8 and packed.shape == (-(-n // 64), 1 + -(-k // 4), 256)
     assert torch.equal(vnni.unpack(packed, n, k), qdata)
     # the compensations, as vnni.cpp describes them
-    assert torch.equal(packed[:, 0].contiguous().view(torch.int32).flatten()[:n], 128 * qdata.sum(1, dtype=torch.int32))
+    assert torch.equal(
+        packed[:, 0].contiguous().view(torch.int32).flatten()[:n], 128 * qdata.sum(1, dtype=torch.int32)
+    )
     save_file({"packed": packed}, tmp_path / "layer.safetensors")
     assert torch.equal(load_file(tmp_path / "layer.safetensors")["packed"], packed)
 
@@ -326,7 +376,9 @@ def test_compiled_in_one_graph_for_any_number_of_rows(dtype, sylvester):
 
     def run(x):
         q, scale = vnni.quantize(x, factor, 16, sylvester, 70)
-        return vnni.linear(q, scale, packed, w_scale, bias, dtype, branch.down, branch.down_scale, branch.up, branch.up_scale)
+        return vnni.linear(
+            q, scale, packed, w_scale, bias, dtype, branch.down, branch.down_scale, branch.up, branch.up_scale
+        )
 
     factor = randn(80, seed=1)
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -338,7 +390,9 @@ def test_compiled_in_one_graph_for_any_number_of_rows(dtype, sylvester):
 def test_torchs_own_check_of_an_operator():
     plain, branch, x, *_ = layer(5, 66, 70, 3)
     torch.library.opcheck(torch.ops.int8run.vnni_quantize.default, (x, None, 0, False, -1))
-    torch.library.opcheck(torch.ops.int8run.vnni_quantize.default, (x[:, :64].bfloat16(), randn(64), 16, False, 3))
+    torch.library.opcheck(
+        torch.ops.int8run.vnni_quantize.default, (x[:, :64].bfloat16(), randn(64), 16, False, 3)
+    )
     torch.library.opcheck(torch.ops.int8run.vnni_quantize.default, (x, None, 2, True, -1))
     *operands, dtype = plain
     torch.library.opcheck(torch.ops.int8run.vnni_linear.default, (*operands, None, None, None, None, dtype))
@@ -349,10 +403,16 @@ def test_torchs_own_check_of_an_operator():
 def test_arguments_that_would_reach_past_the_rows_are_refused():
     x = randn(3, 48)
     for rotation in (-4, 1, 2, 3, 8, 64, 128):
-        with pytest.raises(ValueError, match=f"rotation must be 0 or a power of 4 that divides 48 columns, not {rotation}$"):
+        with pytest.raises(
+            ValueError, match=f"rotation must be 0 or a power of 4 that divides 48 columns, not {rotation}$"
+        ):
             vnni.quantize(x, rotation=rotation)
     for rotation in (-2, 1, 3, 12, 32, 64, 128):
-        with pytest.raises(ValueError, match=f"rotation must be 0 or a power of 2 that divides 48 columns, not {rotation}$"):
+        with pytest.raises(
+            ValueError, match=f"rotation must be 0 or a power of 2 that divides 48 columns, not {rotation}$"
+        ):
             vnni.quantize(x, rotation=rotation, sylvester=True)
-    with pytest.raises(ValueError, match=r"factor must be contiguous float32 \[48\], not torch.float64 \[48\]"):
+    with pytest.raises(
+        ValueError, match=r"factor must be contiguous float32 \[48\], not torch.float64 \[48\]"
+    ):
         vnni.quantize(x, factor=torch.ones(48, dtype=torch.float64))

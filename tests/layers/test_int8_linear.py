@@ -33,7 +33,9 @@ def linear(bias=True, dtype=torch.float32):
 def int8(layer, outlier=METHODS[0], float_rows=0, backend=None):
     transform = outlier.fit(layer.weight)
     weight = quantize_weight(transform.transform_weight(layer.weight))
-    return Int8Linear(QuantizedLayer(weight, transform, layer.bias), backend or Reference(), layer.weight.dtype, float_rows)
+    return Int8Linear(
+        QuantizedLayer(weight, transform, layer.bias), backend or Reference(), layer.weight.dtype, float_rows
+    )
 
 
 def low_rank(rank, seed, scale=0.5):
@@ -89,7 +91,10 @@ def test_few_rows_use_the_dequantized_weight_exactly(outlier):
     few = x[:4]
     assert torch.equal(ours(few), F.linear(transform.transform_input(few), weight.dequantize(), layer.bias))
     # one row more goes to the backend
-    assert torch.equal(ours(x), run_layer(Reference(), transform.transform_input(x), weight.qdata, weight.scale[:, 0], layer.bias))
+    assert torch.equal(
+        ours(x),
+        run_layer(Reference(), transform.transform_input(x), weight.qdata, weight.scale[:, 0], layer.bias),
+    )
     assert not torch.equal(ours(x)[:4], ours(few))
 
 
@@ -101,7 +106,10 @@ def test_a_float_weight_is_kept_only_where_the_fallback_needs_it():
 @pytest.mark.parametrize("shape", [(K,), (5, K), (2, 3, K)], ids=str)
 def test_a_branch_adds_its_explicit_product(shape, float_rows):
     part, x = low_rank(4, seed=3), randn(*shape)
-    plain, adapted = int8(linear(), float_rows=float_rows), with_branch(int8(linear(), float_rows=float_rows), part, strengths=[0.8])
+    plain, adapted = (
+        int8(linear(), float_rows=float_rows),
+        with_branch(int8(linear(), float_rows=float_rows), part, strengths=[0.8]),
+    )
     product = 0.8 * x @ part[0].T @ part[1].T
     assert_close("branch", adapted(x) - plain(x), product, 1e-5)
 
@@ -110,7 +118,9 @@ def test_two_adapters_are_concatenated_and_add_up():
     first, second, x = low_rank(4, seed=3), low_rank(2, seed=5, scale=2.0), randn(5, K)
     adapted = with_branch(int8(linear()), first, second, strengths=[0.5, -1.5])
     assert adapted.adapter.ranks == (4, 2)
-    assert_close("sum", adapted(x) - int8(linear())(x), x @ (0.5 * delta(first) - 1.5 * delta(second)).T, 1e-5)
+    assert_close(
+        "sum", adapted(x) - int8(linear())(x), x @ (0.5 * delta(first) - 1.5 * delta(second)).T, 1e-5
+    )
 
 
 def test_strength_0_is_no_branch_at_all():
@@ -153,7 +163,9 @@ def test_a_branch_inside_the_product_takes_part_in_the_transform(outlier, backen
     layer = linear()
     adapted = with_branch(int8(layer, outlier, backend=backend), part, strengths=[0.8])
     adapted.adapter.fuse(backend, adapted.transform)
-    assert_close(f"{outlier.name} on {backend.name}", adapted(x), layer(x) + 0.8 * x @ delta(part).T, INT8_ERR)
+    assert_close(
+        f"{outlier.name} on {backend.name}", adapted(x), layer(x) + 0.8 * x @ delta(part).T, INT8_ERR
+    )
 
 
 @pytest.mark.parametrize("backend", [b for b in ABLE if b.name != "comfy_kitchen"], ids=lambda b: b.name)

@@ -24,7 +24,9 @@ from int8run.outlier.quarot import QuaRot
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 NAMES = ("to_q", "to_k", "to_v")
 GROUP = [f"attn.{name}" for name in NAMES]
-ABLE = [pytest.param(backend, id=name) for name, backend in shipped("backend").items() if usable(backend, CPU)]
+ABLE = [
+    pytest.param(backend, id=name) for name, backend in shipped("backend").items() if usable(backend, CPU)
+]
 BRANCHES = ["no branch", "branch", "fused branch"]
 
 
@@ -94,7 +96,9 @@ def share(model, saved=2):
 
 def both(backend, outlier=None, branch="no branch"):
     """The same attention shared and unshared; built twice, as oneDNN's weights cannot be copied."""
-    return share(adapted(attention(backend, outlier), branch)), adapted(attention(backend, outlier), branch).blocks[0]["attn"]
+    return share(adapted(attention(backend, outlier), branch)), adapted(
+        attention(backend, outlier), branch
+    ).blocks[0]["attn"]
 
 
 def adapted(model, branch):
@@ -141,7 +145,9 @@ def test_another_tensor_is_quantized_anew():
     shared, plain = both(backend)
     x, equal = randn(5, 64), randn(5, 64)
     backend.calls = 0
-    expect_equal([shared.to_q(x), shared.to_k(equal), shared.to_v(x[:])], [plain.to_q(x), plain.to_k(x), plain.to_v(x)])
+    expect_equal(
+        [shared.to_q(x), shared.to_k(equal), shared.to_v(x[:])], [plain.to_q(x), plain.to_k(x), plain.to_v(x)]
+    )
     assert backend.calls == 3 + 3
 
 
@@ -273,9 +279,17 @@ def test_only_layers_that_do_the_same_to_their_input_share():
     rotated, other = ConvRot().fit(torch.zeros(1, 64)), ConvRot(16).fit(torch.zeros(1, 64))
     factor = OutlierTransform(factor=torch.ones(64))
     layers = [
-        int8(), int8(rotated), int8(other), int8(factor), int8(OutlierTransform(factor=torch.full((64,), 2.0))),
-        int8(backend=Counting()), nn.Linear(64, 8), int8(), int8(copy.deepcopy(rotated)), int8(copy.deepcopy(factor)),
-    ]  # fmt: skip
+        int8(),
+        int8(rotated),
+        int8(other),
+        int8(factor),
+        int8(OutlierTransform(factor=torch.full((64,), 2.0))),
+        int8(backend=Counting()),
+        nn.Linear(64, 8),
+        int8(),
+        int8(copy.deepcopy(rotated)),
+        int8(copy.deepcopy(factor)),
+    ]
     model = Group(*layers)
     assert share_inputs(model, [[f"l{i}" for i in range(10)], ["absent", "l0"]]) == 3
     assert [getattr(layer, "shared", None) is not None for layer in layers] == [1, 1, 0, 1, 0, 0, 0, 1, 1, 1]
@@ -286,9 +300,18 @@ def test_only_layers_that_do_the_same_to_their_input_share():
 def test_layers_that_differ_in_the_matrix_or_in_centering_do_not_share():
     regular, sylvester = ConvRot(64).fit(torch.zeros(1, 64)), QuaRot(64).fit(torch.zeros(1, 64))
     centered = OutlierTransform(rotation=sylvester.rotation, centered=True)
-    layers = [int8(regular), int8(sylvester), int8(centered), int8(copy.deepcopy(sylvester)), int8(copy.deepcopy(centered))]
+    layers = [
+        int8(regular),
+        int8(sylvester),
+        int8(centered),
+        int8(copy.deepcopy(sylvester)),
+        int8(copy.deepcopy(centered)),
+    ]
     assert share_inputs(Group(*layers), [[f"l{i}" for i in range(5)]]) == 2
-    assert layers[0].shared is None and layers[1].shared is layers[3].shared is not layers[2].shared is layers[4].shared
+    assert (
+        layers[0].shared is None
+        and layers[1].shared is layers[3].shared is not layers[2].shared is layers[4].shared
+    )
 
 
 def test_centered_layers_that_share_give_the_same_bits():
@@ -320,7 +343,9 @@ def counting_roundings():
     counts = []
 
     def compiler(graph, inputs):
-        targets = [getattr(n.target, "__name__", str(n.target)) for n in graph.graph.nodes if n.op.startswith("call")]
+        targets = [
+            getattr(n.target, "__name__", str(n.target)) for n in graph.graph.nodes if n.op.startswith("call")
+        ]
         counts.append(sum(name in ("round", "round_", "vnni_quantize.default") for name in targets))
         return aot_eager(graph, inputs)
 
@@ -354,7 +379,9 @@ def test_compiled_after_an_eager_call_and_back():
 
 
 @pytest.mark.xfail(strict=True, reason="a graph has no versions: compiled code goes by identity alone")
-@pytest.mark.parametrize("left_over", [False, True], ids=["inside the graph", "between two calls with a layer that stayed away"])
+@pytest.mark.parametrize(
+    "left_over", [False, True], ids=["inside the graph", "between two calls with a layer that stayed away"]
+)
 def test_a_change_in_between_is_quantized_anew_in_compiled_code_too(left_over):
     torch._dynamo.reset()
     shared, plain = both(Reference())

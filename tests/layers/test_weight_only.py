@@ -35,7 +35,9 @@ from int8run.quant.packed_weight import CodedWeight
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 N, K = 35, 48
-ABLE = [backend for backend in shipped("backend").values() if usable(backend, CPU) and hasattr(backend, "pack")]
+ABLE = [
+    backend for backend in shipped("backend").values() if usable(backend, CPU) and hasattr(backend, "pack")
+]
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,21 @@ def fp8_codes(rows, columns, dtype):
 def times_scale(values, scale, height, width):
     """Each number times the scale of its block, in float64, by its own reading of `height` and `width`."""
     grid = scale.double().reshape(ceil(values.shape[0] / height), ceil(values.shape[1] / width))
-    return values.double() * grid.repeat_interleave(height, 0)[: values.shape[0]].repeat_interleave(width, 1)[:, : values.shape[1]]
+    return (
+        values.double()
+        * grid.repeat_interleave(height, 0)[: values.shape[0]].repeat_interleave(width, 1)[
+            :, : values.shape[1]
+        ]
+    )
 
 
 def scaled(codes, scale_shape, height, width, block=0, dtype=torch.float32):
     """An int8 or fp8 weight, its scales of some shape."""
     scale = positive(*scale_shape).to(dtype)
-    return Case(CodedWeight(codes, scale, tuple(codes.shape), block=block), times_scale(codes.float(), scale, height, width))
+    return Case(
+        CodedWeight(codes, scale, tuple(codes.shape), block=block),
+        times_scale(codes.float(), scale, height, width),
+    )
 
 
 def swizzle(scale):
@@ -91,7 +101,11 @@ def mxfp8(rows, columns, swizzled, dtype=torch.uint8):
 def nvfp4(rows, columns, swizzled, high_first, dtype=E4M3):
     """N and K padded to 16, two codes in a byte, scales of scales."""
     n, k = ceil(rows / 16) * 16, ceil(columns / 16) * 16
-    codes, scale, global_scale = int_codes(n, k, 0, 16), randn(n, k // 16, seed=3).abs().to(E4M3), torch.tensor(0.037)
+    codes, scale, global_scale = (
+        int_codes(n, k, 0, 16),
+        randn(n, k // 16, seed=3).abs().to(E4M3),
+        torch.tensor(0.037),
+    )
     values = torch.tensor(E2M1, dtype=torch.float64)[codes]
     even, odd = codes[:, 0::2], codes[:, 1::2]
     packed = ((even << 4 | odd) if high_first else (odd << 4 | even)).to(torch.uint8)
@@ -118,8 +132,12 @@ CASES = {
     "e4m3 grid": lambda: scaled(fp8_codes(N, K, E4M3), (3, 3), 16, 16, block=16),
     "e4m3 block3d": lambda: scaled(fp8_codes(N, K, E4M3), (N, 3, 1), 1, 16),
     "e5m2 rows": lambda: scaled(fp8_codes(N, K, E5M2), (N, 1), 1, K),
-    "e4m3 cast": lambda: Case(CodedWeight(fp8_codes(N, K, E4M3), None, (N, K)), fp8_codes(N, K, E4M3).double()),
-    "e5m2 cast": lambda: Case(CodedWeight(fp8_codes(N, K, E5M2), None, (N, K)), fp8_codes(N, K, E5M2).double()),
+    "e4m3 cast": lambda: Case(
+        CodedWeight(fp8_codes(N, K, E4M3), None, (N, K)), fp8_codes(N, K, E4M3).double()
+    ),
+    "e5m2 cast": lambda: Case(
+        CodedWeight(fp8_codes(N, K, E5M2), None, (N, K)), fp8_codes(N, K, E5M2).double()
+    ),
     "mxfp8": lambda: mxfp8(N, K, True),
     "mxfp8 in rows": lambda: mxfp8(N, K, False, torch.float8_e8m0fnu),
     "nvfp4": lambda: nvfp4(N, K - 2, True, True),
@@ -128,14 +146,22 @@ CASES = {
 every_format = pytest.mark.parametrize("name", CASES)
 # columns that share a scale
 INT8_WIDTHS = {
-    "int8 tensor": K, "int8 rows": K, "int8 rows [N], bf16": K, "int8 grid": 16, "int8 grid, partial": 20, "int8 grid, one column": K,
-    "int8 block3d": 16, "int8 groups, partial": 20,
-}  # fmt: skip
+    "int8 tensor": K,
+    "int8 rows": K,
+    "int8 rows [N], bf16": K,
+    "int8 grid": 16,
+    "int8 grid, partial": 20,
+    "int8 grid, one column": K,
+    "int8 block3d": 16,
+    "int8 groups, partial": 20,
+}
 ROWWISE_FP8 = ["e4m3 tensor", "e4m3 rows", "e5m2 rows", "e4m3 cast", "e5m2 cast"]
 
 
 def layer_of(case, bias=True, transform=None):
-    return CodedLayer(case.weight, transform or OutlierTransform(), randn(case.weight.shape[0], seed=4) if bias else None)
+    return CodedLayer(
+        case.weight, transform or OutlierTransform(), randn(case.weight.shape[0], seed=4) if bias else None
+    )
 
 
 def factor_of(columns):
@@ -191,7 +217,9 @@ def test_a_call_makes_floats_of_some_rows_only(name, monkeypatch):
     with Largest() as seen:
         layer(x)
     padded_columns = 64
-    assert seen.numbers <= max(16 * padded_columns, 512), "16 rows share a scale in a grid, 512 are a table of fp8 pairs"
+    assert seen.numbers <= max(16 * padded_columns, 512), (
+        "16 rows share a scale in a grid, 512 are a table of fp8 pairs"
+    )
     with Largest() as seen:
         layer.dequantized()
     assert seen.numbers == case.numbers.numel()
@@ -202,7 +230,10 @@ def test_memory_is_that_of_the_file(name):
     case = CASES[name]()
     held = case.weight.in_rows().nbytes
     assert sum(b.nbytes for b in CodedLinear(layer_of(case, bias=False), torch.bfloat16).buffers()) == held
-    assert sum(b.nbytes for b in CodedEmbedding(case.weight, OutlierTransform(), torch.bfloat16).buffers()) == held
+    assert (
+        sum(b.nbytes for b in CodedEmbedding(case.weight, OutlierTransform(), torch.bfloat16).buffers())
+        == held
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -232,7 +263,9 @@ def test_leading_dimensions(kind, shape):
 
 
 def test_no_rows_with_one_scale_for_all():
-    assert CodedLinear(layer_of(CASES["e4m3 tensor"]()), torch.float32, "scaled_mm")(torch.zeros(0, K)).shape == (0, N)
+    assert CodedLinear(layer_of(CASES["e4m3 tensor"]()), torch.float32, "scaled_mm")(
+        torch.zeros(0, K)
+    ).shape == (0, N)
 
 
 def test_rows_of_a_transposed_input_are_only_rows():
@@ -245,12 +278,17 @@ def test_rows_of_a_transposed_input_are_only_rows():
 @pytest.mark.parametrize("method", ["convrot", "quarot", "factor"])
 def test_transforms(name, method):
     case = CASES[name]()
-    transform = {"convrot": ConvRot(16).fit, "quarot": QuaRot(16).fit, "factor": lambda w, s: factor_of(K)}[method](case.numbers, None)
+    transform = {"convrot": ConvRot(16).fit, "quarot": QuaRot(16).fit, "factor": lambda w, s: factor_of(K)}[
+        method
+    ](case.numbers, None)
     plain = transform.restore_weight(case.numbers.float())
     assert not torch.allclose(plain, case.numbers.float())
     layer, x = layer_of(case, transform=transform), randn(3, K)
     wanted = F.linear(x, plain, layer.bias)
-    made = [CodedLinear(layer, torch.float32), *([BlockInt8Linear(layer, Reference())] if name.startswith("int8") else [])]
+    made = [
+        CodedLinear(layer, torch.float32),
+        *([BlockInt8Linear(layer, Reference())] if name.startswith("int8") else []),
+    ]
     for module, limit in zip(made, (1e-5, 0.02), strict=False):
         assert_close(method, module(x), wanted, limit)
         assert_close(method, module.dequantized(), plain, 1e-6)
@@ -277,12 +315,19 @@ def test_moved_and_never_converted(which):
     layer = modules_of_each_kind()[which]
     x = inputs_of(layer)
     before, y = {name: b.clone() for name, b in layer.named_buffers()}, layer(x)
-    for convert in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double(), lambda m: m.to(CPU, torch.float16)):
+    for convert in (
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.half(),
+        lambda m: m.double(),
+        lambda m: m.to(CPU, torch.float16),
+    ):
         convert(nn.Sequential(layer))
         assert {n: b.dtype for n, b in layer.named_buffers()} == {n: b.dtype for n, b in before.items()}
         assert torch.equal(layer(x), y)
     moved = copy.deepcopy(layer).to(torch.device("meta"), torch.float16)
-    assert {n: (b.device.type, b.dtype) for n, b in moved.named_buffers()} == {n: ("meta", b.dtype) for n, b in before.items()}
+    assert {n: (b.device.type, b.dtype) for n, b in moved.named_buffers()} == {
+        n: ("meta", b.dtype) for n, b in before.items()
+    }
 
 
 @pytest.mark.parametrize("which", range(4))
@@ -327,7 +372,12 @@ def test_rows_of_an_embedding(name, dtype):
     table = nn.Embedding.from_pretrained(case.numbers.float().to(dtype), padding_idx=2)
     made = CodedEmbedding(case.weight, OutlierTransform(), dtype, padding_idx=2)
     assert (made.num_embeddings, made.embedding_dim, made.padding_idx) == (*case.weight.shape, 2)
-    for index in (torch.tensor(34), torch.tensor([0]), torch.tensor([[34, 2, 2], [17, 0, 33]]), torch.tensor([1, 31], dtype=torch.int32)):
+    for index in (
+        torch.tensor(34),
+        torch.tensor([0]),
+        torch.tensor([[34, 2, 2], [17, 0, 33]]),
+        torch.tensor([1, 31], dtype=torch.int32),
+    ):
         assert torch.equal(made(index), table(index)) and made(index).dtype == dtype
 
 
@@ -384,22 +434,33 @@ def test_blocks_are_summed_in_float32():
     """Products of blocks that cancel up to a rest, which half precision does not hold beside them."""
     weight = CodedWeight(torch.ones(2, 8, dtype=torch.int8), torch.ones(2, 2), (2, 8))
     layer = BlockInt8Linear(CodedLayer(weight, OutlierTransform(), None), Reference())
-    assert layer(torch.tensor([[127, 127, 3, 0, -127, -127, -2, 0]], dtype=torch.bfloat16)).tolist() == [[1, 1]]
+    assert layer(torch.tensor([[127, 127, 3, 0, -127, -127, -2, 0]], dtype=torch.bfloat16)).tolist() == [
+        [1, 1]
+    ]
 
 
-@pytest.mark.parametrize("make", [lambda layer: CodedLinear(layer, torch.bfloat16), lambda layer: BlockInt8Linear(layer, Reference())])
+@pytest.mark.parametrize(
+    "make",
+    [lambda layer: CodedLinear(layer, torch.bfloat16), lambda layer: BlockInt8Linear(layer, Reference())],
+)
 def test_the_bias_of_a_half_precision_model_is_kept_in_float32(make):
     case = CASES["int8 rows"]()
     bias = nn.Parameter(randn(N, dtype=torch.bfloat16))
     made = make(CodedLayer(case.weight, OutlierTransform(), bias))
-    assert made.bias.dtype == torch.float32 and torch.equal(made.bias, bias.float()) and not made.bias.requires_grad
+    assert (
+        made.bias.dtype == torch.float32
+        and torch.equal(made.bias, bias.float())
+        and not made.bias.requires_grad
+    )
 
 
 @pytest.mark.parametrize("name", ["int8 tensor", "int8 rows", "int8 rows [N], bf16"])
 def test_int8_weights_for_the_layer_with_a_scale_per_row(name):
     case = CASES[name]()
     weight = int8_weight(case.weight)
-    assert weight.scale.shape == (N, 1) and weight.scale.dtype == torch.float32 and weight.scale.is_contiguous()
+    assert (
+        weight.scale.shape == (N, 1) and weight.scale.dtype == torch.float32 and weight.scale.is_contiguous()
+    )
     assert torch.equal(weight.dequantize(), case.numbers.float())
     layer, x = layer_of(case), randn(3, K)
     old = Int8Linear(QuantizedLayer(weight, layer.transform, layer.bias), Reference(), torch.float32)
@@ -430,7 +491,9 @@ def test_one_block_scale_per_row_is_not_rowwise():
     ],
 )
 def test_other_weights_are_refused_there(weight, found):
-    with pytest.raises(ValueError, match=f"the weight is {found}.*; an INT8 layer takes int8 with one scale or one per row"):
+    with pytest.raises(
+        ValueError, match=f"the weight is {found}.*; an INT8 layer takes int8 with one scale or one per row"
+    ):
         int8_weight(weight())
 
 
@@ -443,7 +506,9 @@ def test_scaled_mm_is_the_product_of_two_fp8_matrices(name, bias):
     made = CodedLinear(layer, torch.float32, "scaled_mm")
     absmax = x.abs().amax(1, keepdim=True) if "rows" in name else x.abs().amax()
     steps = absmax / 448
-    wanted = (x / steps).to(E4M3).double() * steps.double() @ case.numbers.T + (layer.bias.double() if bias else 0)
+    wanted = (x / steps).to(E4M3).double() * steps.double() @ case.numbers.T + (
+        layer.bias.double() if bias else 0
+    )
     assert_close(name, made(x), wanted, 1e-5)
     assert_close(name, made(x), F.linear(x, case.numbers.float(), layer.bias), 0.06)
     assert made(x.to(torch.bfloat16)).dtype == torch.bfloat16
@@ -455,7 +520,9 @@ def test_scaled_mm_fills_up_what_is_no_multiple_of_16(rows, columns, monkeypatch
     seen = []
     product = torch._scaled_mm
     monkeypatch.setattr(
-        torch, "_scaled_mm", lambda a, b, *rest, **options: seen.extend((a.shape, b.shape)) or product(a, b, *rest, **options)
+        torch,
+        "_scaled_mm",
+        lambda a, b, *rest, **options: seen.extend((a.shape, b.shape)) or product(a, b, *rest, **options),
     )
     case = scaled(fp8_codes(rows, columns, E4M3), (rows, 1), 1, columns)
     y = CodedLinear(layer_of(case), torch.float32, "scaled_mm")(randn(3, columns))
@@ -466,7 +533,9 @@ def test_scaled_mm_fills_up_what_is_no_multiple_of_16(rows, columns, monkeypatch
 def test_rounding_to_e4m3():
     x = torch.tensor([[448.0, -17, 0.01, 0], [0, 0, 0, 0], [1e-30, 0, 0, 0], [3e38, -3e38, 1e38, 0]])
     q, scale = quantize_fp8(x, per_row=True)
-    assert q[:2].float().tolist() == [[448, -16, 0.009765625, 0], [0, 0, 0, 0]] and scale[:2].tolist()[0] == [1]
+    assert q[:2].float().tolist() == [[448, -16, 0.009765625, 0], [0, 0, 0, 0]] and scale[:2].tolist()[0] == [
+        1
+    ]
     assert (scale > 0).all() and q.float().isfinite().all() and (q.float() * scale).isfinite().all()
     q, scale = quantize_fp8(x[:2].to(torch.bfloat16), per_row=False)
     assert scale.shape == (1, 1) and q.float()[1].tolist() == [0] * 4
@@ -475,7 +544,11 @@ def test_rounding_to_e4m3():
 @pytest.mark.parametrize(
     ("name", "device", "why"),
     [
-        ("int8 rows", "cpu", "scaled_mm takes fp8 weights with one scale or one per output row, this one is int8"),
+        (
+            "int8 rows",
+            "cpu",
+            "scaled_mm takes fp8 weights with one scale or one per output row, this one is int8",
+        ),
         ("mxfp8", "cpu", "this one is mxfp8"),
         ("e4m3 grid", "cpu", "this one is fp8 with scales per block"),
         ("e4m3 block3d", "cpu", "this one is fp8 with scales per block"),
@@ -495,7 +568,9 @@ def test_scaled_mm_runs_on_gpus_with_fp8(monkeypatch):
 
 
 def test_kernels_by_name():
-    assert operators_of("eager").__name__.endswith("dequantize.eager") and operators_of("scaled_mm") is operators_of("eager")
+    assert operators_of("eager").__name__.endswith("dequantize.eager") and operators_of(
+        "scaled_mm"
+    ) is operators_of("eager")
     assert operators_of("reference").__name__.endswith("dequantize.reference")
     pytest.importorskip("triton")
     assert operators_of("triton").__name__.endswith("dequantize.kernel")
@@ -506,4 +581,8 @@ def test_files_are_not_written_to():
     for module in modules_of_each_kind():
         before = {name: b.clone() for name, b in module.named_buffers()}
         module(inputs_of(module)), module.dequantized()
-        assert all(torch.equal(b.view(torch.uint8), before[n].view(torch.uint8)) for n, b in module.named_buffers() if b.dim())
+        assert all(
+            torch.equal(b.view(torch.uint8), before[n].view(torch.uint8))
+            for n, b in module.named_buffers()
+            if b.dim()
+        )

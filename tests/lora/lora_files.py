@@ -51,8 +51,16 @@ FLUX_REST = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
 FLUX = (
-    {f"double_blocks.{n}.{k}": tuple(f"transformer_blocks.{n}.{t}" for t in v) for n in range(2) for k, v in FLUX_DOUBLE.items()}
-    | {f"single_blocks.{n}.{k}": tuple(f"single_transformer_blocks.{n}.{t}" for t in v) for n in range(2) for k, v in FLUX_SINGLE.items()}
+    {
+        f"double_blocks.{n}.{k}": tuple(f"transformer_blocks.{n}.{t}" for t in v)
+        for n in range(2)
+        for k, v in FLUX_DOUBLE.items()
+    }
+    | {
+        f"single_blocks.{n}.{k}": tuple(f"single_transformer_blocks.{n}.{t}" for t in v)
+        for n in range(2)
+        for k, v in FLUX_SINGLE.items()
+    }
     | FLUX_REST
 )
 FLUX_MODULES = tuple(target for targets in FLUX.values() for target in targets)
@@ -101,19 +109,43 @@ def tiny_models() -> dict[str, dict[str, nn.Module]]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         flux = FluxTransformer2DModel(
-            patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
-            joint_attention_dim=12, pooled_projection_dim=6, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
-        )  # fmt: skip
+            patch_size=1,
+            in_channels=4,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            pooled_projection_dim=6,
+            guidance_embeds=True,
+            axes_dims_rope=(2, 2, 4),
+        )
         unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(8, 16), layers_per_block=2, norm_num_groups=4, cross_attention_dim=12,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=(1, 2), transformer_layers_per_block=(1, 1), use_linear_projection=True,
-            addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=32,
-        )  # fmt: skip
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=2,
+            norm_num_groups=4,
+            cross_attention_dim=12,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(1, 2),
+            transformer_layers_per_block=(1, 1),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=32,
+        )
         text = CLIPTextConfig(
-            vocab_size=50, hidden_size=8, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=16, projection_dim=6, bos_token_id=0, eos_token_id=1,
-        )  # fmt: skip
+            vocab_size=50,
+            hidden_size=8,
+            intermediate_size=20,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            projection_dim=6,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
         clip, clip_2 = CLIPTextModel(text), CLIPTextModelWithProjection(text)
     for model in (flux, unet, clip, clip_2):
         model.eval().requires_grad_(False)
@@ -156,9 +188,17 @@ class Sample:
 
     def add(self, prefix: str, **parts: Tensor) -> None:
         """Tensors under `prefix.part`; two underscores stand for a dot."""
-        self.tensors |= {f"{prefix}.{part.replace('__', '.')}": t.clone().contiguous() for part, t in parts.items()}
+        self.tensors |= {
+            f"{prefix}.{part.replace('__', '.')}": t.clone().contiguous() for part, t in parts.items()
+        }
 
-    def expect(self, module: str, weight: Tensor | None = None, bias: Tensor | None = None, component: str = "denoiser") -> None:
+    def expect(
+        self,
+        module: str,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        component: str = "denoiser",
+    ) -> None:
         """The change of one module."""
         self.expected.setdefault(component, {})[module] = Expected(weight, bias)
 
@@ -221,7 +261,10 @@ def clip_text(s: Sample, prefix: str, component: str, level: str) -> None:
         module = f"{level}encoder.layers.1.{name}"
         a, b = s.pair(*s.weight(module, component).shape)
         s.add(
-            f"{prefix}text_model_encoder_layers_1_{name.replace('.', '_')}", lora_down__weight=a, lora_up__weight=b, alpha=torch.tensor(1.0)
+            f"{prefix}text_model_encoder_layers_1_{name.replace('.', '_')}",
+            lora_down__weight=a,
+            lora_up__weight=b,
+            alpha=torch.tensor(1.0),
         )
         s.expect(module, b @ a / RANK, component=component)
 
@@ -233,7 +276,9 @@ def kohya(s: Sample) -> None:
 
 @layout("flux")
 def kohya_without_alpha(s: Sample) -> None:
-    flux_native(s, lambda n: f"lora_unet_{n.replace('.', '_')}", "lora_down__weight", "lora_up__weight", False)
+    flux_native(
+        s, lambda n: f"lora_unet_{n.replace('.', '_')}", "lora_down__weight", "lora_up__weight", False
+    )
 
 
 @layout("flux")
@@ -247,7 +292,12 @@ def kohya_alphas_and_ranks_differ(s: Sample) -> None:
     for i, native in enumerate(FLUX):
         rank, alpha = 1 + i % 3, float(i % 4)  # alpha 0 means the rank
         a, b = s.pair(*s.native_shape(native), rank)
-        s.add(f"lora_unet_{native.replace('.', '_')}", lora_down__weight=a, lora_up__weight=b, alpha=torch.tensor(alpha))
+        s.add(
+            f"lora_unet_{native.replace('.', '_')}",
+            lora_down__weight=a,
+            lora_up__weight=b,
+            alpha=torch.tensor(alpha),
+        )
         s.expect_native(native, (alpha / rank if alpha else 1.0) * b @ a)
 
 
@@ -258,14 +308,21 @@ def kohya_split_qkv(s: Sample) -> None:
         targets = FLUX[native]
         pairs = [s.pair(*s.weight(t).shape) for t in targets]
         a, b = torch.cat([a for a, _ in pairs]), torch.block_diag(*[b for _, b in pairs])
-        s.add(f"lora_unet_{native.replace('.', '_')}", lora_down__weight=a, lora_up__weight=b, alpha=torch.tensor(ALPHA))
+        s.add(
+            f"lora_unet_{native.replace('.', '_')}",
+            lora_down__weight=a,
+            lora_up__weight=b,
+            alpha=torch.tensor(ALPHA),
+        )
         for target, (a, b) in zip(targets, pairs, strict=True):
             s.expect(target, ALPHA / (RANK * len(targets)) * b @ a)
 
 
 @layout("flux")
 def diffsynth_double_underscore(s: Sample) -> None:
-    flux_native(s, lambda n: f"lora_unet__{n.replace('.', '_')}", "lora_down__weight", "lora_up__weight", True)
+    flux_native(
+        s, lambda n: f"lora_unet__{n.replace('.', '_')}", "lora_down__weight", "lora_up__weight", True
+    )
 
 
 @layout("flux")
@@ -295,7 +352,9 @@ def comfyui_model_prefix_and_text_encoder(s: Sample) -> None:
 
 @layout("flux")
 def peft_wrapped_native(s: Sample) -> None:
-    flux_native(s, lambda n: f"base_model.model.{n}", "lora_A__default__weight", "lora_B__default__weight", False)
+    flux_native(
+        s, lambda n: f"base_model.model.{n}", "lora_A__default__weight", "lora_B__default__weight", False
+    )
 
 
 @layout("flux")
@@ -313,7 +372,9 @@ def xlabs(s: Sample) -> None:
 # -- low-rank pairs, Flux, diffusers' names
 
 
-def flux_diffusers(s: Sample, key: Callable[[str], str], down: str, up: str, scale: Callable[[str], float] = lambda m: 1.0) -> None:
+def flux_diffusers(
+    s: Sample, key: Callable[[str], str], down: str, up: str, scale: Callable[[str], float] = lambda m: 1.0
+) -> None:
     """Every module of Flux as a low-rank pair."""
     for module in FLUX_MODULES:
         a, b = s.pair(*s.weight(module).shape)
@@ -349,20 +410,36 @@ def mochi_style(s: Sample) -> None:
 @layout("flux")
 def alpha_in_the_header(s: Sample) -> None:
     patterns = {"attn.to_q": 5, "transformer_blocks.0.ff.net.2": 1}
-    s.metadata = header(**{"transformer.lora_alpha": ALPHA, "transformer.alpha_pattern": patterns, "text_encoder.lora_alpha": 99})
+    s.metadata = header(
+        **{
+            "transformer.lora_alpha": ALPHA,
+            "transformer.alpha_pattern": patterns,
+            "text_encoder.lora_alpha": 99,
+        }
+    )
     special = lambda m: 5 if m.endswith("attn.to_q") else 1 if m == "transformer_blocks.0.ff.net.2" else ALPHA  # noqa: E731
-    flux_diffusers(s, lambda m: f"transformer.{m}", "lora_A__weight", "lora_B__weight", lambda m: special(m) / RANK)
+    flux_diffusers(
+        s, lambda m: f"transformer.{m}", "lora_A__weight", "lora_B__weight", lambda m: special(m) / RANK
+    )
 
 
 @layout("flux")
 def rs_lora(s: Sample) -> None:
     s.metadata = header(**{"transformer.lora_alpha": ALPHA, "transformer.use_rslora": True})
-    flux_diffusers(s, lambda m: f"transformer.{m}", "lora_A__weight", "lora_B__weight", lambda m: ALPHA / math.sqrt(RANK))
+    flux_diffusers(
+        s, lambda m: f"transformer.{m}", "lora_A__weight", "lora_B__weight", lambda m: ALPHA / math.sqrt(RANK)
+    )
 
 
 @layout("flux")
 def rank_pattern(s: Sample) -> None:
-    s.metadata = header(**{"transformer.lora_alpha": ALPHA, "transformer.r": RANK, "transformer.rank_pattern": {"proj_out": 3}})
+    s.metadata = header(
+        **{
+            "transformer.lora_alpha": ALPHA,
+            "transformer.r": RANK,
+            "transformer.rank_pattern": {"proj_out": 3},
+        }
+    )
     for module in FLUX_MODULES:
         rank = 3 if module.endswith("proj_out") else RANK
         a, b = s.pair(*s.weight(module).shape, rank)
@@ -384,7 +461,12 @@ def peft_with_bias(s: Sample) -> None:
 def onetrainer(s: Sample) -> None:
     for module in FLUX_MODULES:
         a, b = s.pair(*s.weight(module).shape)
-        s.add(f"lora_transformer_{module.replace('.', '_')}", lora_down__weight=a, lora_up__weight=b, alpha=torch.tensor(ALPHA))
+        s.add(
+            f"lora_transformer_{module.replace('.', '_')}",
+            lora_down__weight=a,
+            lora_up__weight=b,
+            alpha=torch.tensor(ALPHA),
+        )
         s.expect(module, SCALE * b @ a)
     clip_text(s, "lora_te1_", "text_encoder", "")
 
@@ -403,7 +485,10 @@ def half_precision(s: Sample) -> None:
 def quantized(s: Sample) -> None:
     for i, native in enumerate(("double_blocks.0.img_attn.qkv", "double_blocks.1.txt_mlp.2")):
         out, columns = s.native_shape(native)
-        a, b = (torch.randint(-127, 128, shape, generator=s.generator).to(torch.int8) for shape in ((RANK, columns), (out, RANK)))
+        a, b = (
+            torch.randint(-127, 128, shape, generator=s.generator).to(torch.int8)
+            for shape in ((RANK, columns), (out, RANK))
+        )
         scale_a, scale_b = torch.tensor(0.01), s.randn(out, 1).abs() / 100 if i else torch.tensor([0.02])
         s.add(f"diffusion_model.{native}", lora_down__weight=a, lora_up__weight=b, alpha=torch.tensor(ALPHA))
         s.add(f"diffusion_model.{native}", lora_down__scale_weight=scale_a, lora_up__scale_weight=scale_b)
@@ -425,7 +510,13 @@ def diff(s: Sample) -> None:
     s.expect("x_embedder", None, alone)
     a, b = s.pair(*s.weight("context_embedder").shape)
     beside = s.randn(len(b))
-    s.add("diffusion_model.txt_in", lora_down__weight=a, lora_up__weight=b, alpha=torch.tensor(ALPHA), diff_b=beside)
+    s.add(
+        "diffusion_model.txt_in",
+        lora_down__weight=a,
+        lora_up__weight=b,
+        alpha=torch.tensor(ALPHA),
+        diff_b=beside,
+    )
     s.expect("context_embedder", SCALE * b @ a, beside)
 
 
@@ -475,10 +566,17 @@ def lokr_full(s: Sample) -> None:
 @layout("flux")
 def lokr_one_low_rank(s: Sample) -> None:
     """The fused matrices among them cut a Kronecker product where it has no seam."""
-    for native in ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "double_blocks.1.img_mlp.0", SWAPPED):
+    for native in (
+        "double_blocks.0.img_attn.qkv",
+        "single_blocks.0.linear1",
+        "double_blocks.1.img_mlp.0",
+        SWAPPED,
+    ):
         out, columns = s.native_shape(native)
         w1, (w2_b, w2_a) = s.randn(8, 2), s.pair(out // 8, columns // 2)
-        s.add(f"diffusion_model.{native}", lokr_w1=w1, lokr_w2_a=w2_a, lokr_w2_b=w2_b, alpha=torch.tensor(ALPHA))
+        s.add(
+            f"diffusion_model.{native}", lokr_w1=w1, lokr_w2_a=w2_a, lokr_w2_b=w2_b, alpha=torch.tensor(ALPHA)
+        )
         s.expect_native(native, SCALE * kronecker(w1, w2_a @ w2_b))
 
 
@@ -487,13 +585,23 @@ def lokr_both_low_rank(s: Sample) -> None:
     for module in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"):
         out, columns = s.weight(module).shape
         (w1_b, w1_a), (w2_b, w2_a) = s.pair(4, 4), s.pair(out // 4, columns // 4)
-        s.add(f"transformer.{module}", lokr_w1_a=w1_a, lokr_w1_b=w1_b, lokr_w2_a=w2_a, lokr_w2_b=w2_b, alpha=torch.tensor(ALPHA))
+        s.add(
+            f"transformer.{module}",
+            lokr_w1_a=w1_a,
+            lokr_w1_b=w1_b,
+            lokr_w2_a=w2_a,
+            lokr_w2_b=w2_b,
+            alpha=torch.tensor(ALPHA),
+        )
         s.expect(module, SCALE * kronecker(w1_a @ w1_b, w2_a @ w2_b))
 
 
 @layout("flux")
 def ia3(s: Sample) -> None:
-    for module, on_input in (("transformer_blocks.0.attn.to_q", False), ("transformer_blocks.1.ff.net.2", True)):
+    for module, on_input in (
+        ("transformer_blocks.0.attn.to_q", False),
+        ("transformer_blocks.1.ff.net.2", True),
+    ):
         w = s.weight(module)
         factor = s.randn(w.shape[1] if on_input else w.shape[0])
         s.add(f"lycoris_{module.replace('.', '_')}", weight=factor, on_input=torch.tensor(int(on_input)))
@@ -520,7 +628,11 @@ def dora_rows(s: Sample) -> None:
         a, b = s.pair(*s.native_shape(native))
         magnitude = s.randn(len(b), 1).abs() + 0.5
         s.add(
-            f"lora_unet_{native.replace('.', '_')}", lora_down__weight=a, lora_up__weight=b, alpha=torch.tensor(ALPHA), dora_scale=magnitude
+            f"lora_unet_{native.replace('.', '_')}",
+            lora_down__weight=a,
+            lora_up__weight=b,
+            alpha=torch.tensor(ALPHA),
+            dora_scale=magnitude,
         )
         w = torch.cat([s.weight(t) for t in FLUX[native]])
         if native == SWAPPED:  # the model's rows as the file has them
@@ -534,7 +646,12 @@ def dora_columns(s: Sample) -> None:
         w = s.weight(module)
         a, b = s.pair(*w.shape)
         magnitude = s.randn(1, w.shape[1]).abs() + 0.5
-        s.add(f"lora_transformer_{module.replace('.', '_')}", lora_down__weight=a, lora_up__weight=b, alpha=torch.tensor(ALPHA))
+        s.add(
+            f"lora_transformer_{module.replace('.', '_')}",
+            lora_down__weight=a,
+            lora_up__weight=b,
+            alpha=torch.tensor(ALPHA),
+        )
         s.add(f"lora_transformer_{module.replace('.', '_')}", dora_scale=magnitude)
         s.expect(module, decomposed(w, SCALE * b @ a, magnitude, (0,)))
 
@@ -565,7 +682,9 @@ def dora_of_lokr(s: Sample) -> None:
 # -- SDXL
 
 
-def sdxl_pairs(s: Sample, key: Callable[[str, str], str], down: str, up: str, alpha: bool, convolutions: bool = True) -> None:
+def sdxl_pairs(
+    s: Sample, key: Callable[[str, str], str], down: str, up: str, alpha: bool, convolutions: bool = True
+) -> None:
     """Low-rank pairs of linear layers and convolutions."""
     scale = SCALE if alpha else 1.0
     for native, module in (SDXL_LINEAR | (SDXL_CONV if convolutions else {})).items():
@@ -577,14 +696,18 @@ def sdxl_pairs(s: Sample, key: Callable[[str, str], str], down: str, up: str, al
 
 @layout("sdxl")
 def sdxl_kohya(s: Sample) -> None:
-    sdxl_pairs(s, lambda n, m: f"lora_unet_{n.replace('.', '_')}", "lora_down__weight", "lora_up__weight", True)
+    sdxl_pairs(
+        s, lambda n, m: f"lora_unet_{n.replace('.', '_')}", "lora_down__weight", "lora_up__weight", True
+    )
     clip_text(s, "lora_te1_", "text_encoder", "")
     clip_text(s, "lora_te2_", "text_encoder_2", "text_model.")
 
 
 @layout("sdxl")
 def sdxl_kohya_diffusers_names(s: Sample) -> None:
-    sdxl_pairs(s, lambda n, m: f"lora_unet_{m.replace('.', '_')}", "lora_down__weight", "lora_up__weight", True)
+    sdxl_pairs(
+        s, lambda n, m: f"lora_unet_{m.replace('.', '_')}", "lora_down__weight", "lora_up__weight", True
+    )
 
 
 @layout("sdxl")
@@ -641,9 +764,19 @@ def tucker(mid: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def locon_with_core(s: Sample) -> None:
     for native, module in SDXL_CONV.items():
         w = s.weight(module)
-        down, up, mid = s.randn(RANK, w.shape[1], 1, 1), s.randn(len(w), RANK, 1, 1), s.randn(RANK, RANK, *w.shape[2:])
+        down, up, mid = (
+            s.randn(RANK, w.shape[1], 1, 1),
+            s.randn(len(w), RANK, 1, 1),
+            s.randn(RANK, RANK, *w.shape[2:]),
+        )
         prefix = f"lora_unet_{native.replace('.', '_')}"
-        s.add(prefix, lora_down__weight=down, lora_up__weight=up, lora_mid__weight=mid, alpha=torch.tensor(ALPHA))
+        s.add(
+            prefix,
+            lora_down__weight=down,
+            lora_up__weight=up,
+            lora_mid__weight=mid,
+            alpha=torch.tensor(ALPHA),
+        )
         s.expect(module, SCALE * tucker(mid, up.flatten(1), down.flatten(1)))
 
 
@@ -656,16 +789,32 @@ def loha_kernels(s: Sample) -> None:
         if i % 2:
             s.expect(module, hadamard(s, prefix, len(w), w.shape[1:].numel()).reshape(w.shape))
             continue
-        a1, a2, b1, b2 = s.randn(RANK, len(w)), s.randn(RANK, len(w)), s.randn(RANK, w.shape[1]), s.randn(RANK, w.shape[1])
+        a1, a2, b1, b2 = (
+            s.randn(RANK, len(w)),
+            s.randn(RANK, len(w)),
+            s.randn(RANK, w.shape[1]),
+            s.randn(RANK, w.shape[1]),
+        )
         t1, t2 = s.randn(RANK, RANK, *w.shape[2:]), s.randn(RANK, RANK, *w.shape[2:])
-        s.add(prefix, hada_w1_a=a1, hada_w1_b=b1, hada_t1=t1, hada_w2_a=a2, hada_w2_b=b2, hada_t2=t2, alpha=torch.tensor(ALPHA))
+        s.add(
+            prefix,
+            hada_w1_a=a1,
+            hada_w1_b=b1,
+            hada_t1=t1,
+            hada_w2_a=a2,
+            hada_w2_b=b2,
+            hada_t2=t2,
+            alpha=torch.tensor(ALPHA),
+        )
         s.expect(module, SCALE * tucker(t1, a1.T, b1) * tucker(t2, a2.T, b2))
 
 
 @layout("sdxl")
 def lokr_kernels(s: Sample) -> None:
     """With a core, written flat, and with a full kernel."""
-    for i, module in enumerate(("down_blocks.0.resnets.0.conv1", "mid_block.resnets.1.conv2", "up_blocks.0.upsamplers.0.conv")):
+    for i, module in enumerate(
+        ("down_blocks.0.resnets.0.conv1", "mid_block.resnets.1.conv2", "up_blocks.0.upsamplers.0.conv")
+    ):
         w = s.weight(module)
         out, columns, kernel = len(w) // 4, w.shape[1] // 2, w.shape[2:]
         w1, alpha = s.randn(4, 2), torch.tensor(ALPHA)
@@ -685,17 +834,29 @@ def lokr_kernels(s: Sample) -> None:
 @layout("sdxl")
 def dora_kernels(s: Sample) -> None:
     """Norms [out, 1, 1, 1] and [1, in, 1, 1]; PEFT's [1, out, 1, 1] are of rows all the same."""
-    for i, module in enumerate(("down_blocks.0.resnets.0.conv1", "mid_block.resnets.1.conv2", "up_blocks.0.upsamplers.0.conv")):
+    for i, module in enumerate(
+        ("down_blocks.0.resnets.0.conv1", "mid_block.resnets.1.conv2", "up_blocks.0.upsamplers.0.conv")
+    ):
         w = s.weight(module)
         a, b = s.randn(RANK, *w.shape[1:]), s.randn(len(w), RANK, 1, 1)
         change = torch.einsum("or,rihw->oihw", b.flatten(1), a)
         size = w.shape[1] if i == 1 else len(w)
         magnitude = s.randn(size).abs() + 0.5
         if i == 2:
-            s.add(f"unet.{module}", lora_A__weight=a, lora_B__weight=b, lora_magnitude_vector__weight=magnitude.reshape(1, size, 1, 1))
+            s.add(
+                f"unet.{module}",
+                lora_A__weight=a,
+                lora_B__weight=b,
+                lora_magnitude_vector__weight=magnitude.reshape(1, size, 1, 1),
+            )
         else:
             shaped = magnitude.reshape((1, size, 1, 1) if i == 1 else (size, 1, 1, 1))
-            s.add(f"lora_unet_{module.replace('.', '_')}", lora_down__weight=a, lora_up__weight=b, dora_scale=shaped)
+            s.add(
+                f"lora_unet_{module.replace('.', '_')}",
+                lora_down__weight=a,
+                lora_up__weight=b,
+                dora_scale=shaped,
+            )
         if i == 1:
             s.expect(module, decomposed(w, change, magnitude.reshape(1, -1, 1, 1), (0, 2, 3)))
         else:
@@ -765,7 +926,9 @@ def put(*words: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, 
 
 def put_in_all(word: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
     """A mistake in every tensor with the word in its key."""
-    return lambda tensors: tensors.update({k: change(t).contiguous() for k, t in tensors.items() if word in k})
+    return lambda tensors: tensors.update(
+        {k: change(t).contiguous() for k, t in tensors.items() if word in k}
+    )
 
 
 def with_value(value: float) -> Callable[[Tensor], Tensor]:
@@ -776,91 +939,168 @@ def with_value(value: float) -> Callable[[Tensor], Tensor]:
 QKV = "double_blocks_0_img_attn_qkv"
 MISTAKES = {
     "half a pair": Mistake(
-        "kohya", lambda t: t.pop(key_with(t, QKV, "lora_up")), "reading", rf"{QKV} has no lora_B \(up\); the file is incomplete",
+        "kohya",
+        lambda t: t.pop(key_with(t, QKV, "lora_up")),
+        "reading",
+        rf"{QKV} has no lora_B \(up\); the file is incomplete",
     ),
     "ranks differ": Mistake(
-        "kohya", put(QKV, "lora_up", change=lambda t: torch.cat([t, t], 1)), "reading",
+        "kohya",
+        put(QKV, "lora_up", change=lambda t: torch.cat([t, t], 1)),
+        "reading",
         rf"{QKV} has lora_A \[2, 16\], lora_B \[48, 4\]; rank 2 and rank 4: a pair is \[rank, in\] and \[out, rank\]",
     ),
     "both halves transposed": Mistake(
-        "kohya", lambda t: t.update({k: v.T.contiguous() for k, v in t.items() if QKV in k and v.dim() == 2}), "reading",
+        "kohya",
+        lambda t: t.update({k: v.T.contiguous() for k, v in t.items() if QKV in k and v.dim() == 2}),
+        "reading",
         rf"{QKV} has lora_A \[16, 2\], lora_B \[2, 48\]; rank 16 and rank 48",
     ),
     "halves exchanged": Mistake(
-        "kohya", lambda t: t.update({key_with(t, QKV, "lora_down"): t[key_with(t, QKV, "lora_up")],
-                                     key_with(t, QKV, "lora_up"): t[key_with(t, QKV, "lora_down")]}), "reading",
+        "kohya",
+        lambda t: t.update(
+            {
+                key_with(t, QKV, "lora_down"): t[key_with(t, QKV, "lora_up")],
+                key_with(t, QKV, "lora_up"): t[key_with(t, QKV, "lora_down")],
+            }
+        ),
+        "reading",
         rf"{QKV} has lora_A \[48, 2\], lora_B \[2, 16\]; rank 48 and rank 16",
     ),
     "a NaN": Mistake(
-        "kohya", put(QKV, "lora_down", change=with_value(float("nan"))), "reading",
+        "kohya",
+        put(QKV, "lora_down", change=with_value(float("nan"))),
+        "reading",
         rf"{QKV} has values that are not finite numbers in its lora_A \(down\)",
     ),
     "an infinity": Mistake(
-        "peft", put("to_out", "lora_B", change=with_value(float("-inf"))), "reading",
+        "peft",
+        put("to_out", "lora_B", change=with_value(float("-inf"))),
+        "reading",
         r"transformer_blocks\.0\.attn\.to_out\.0 has values that are not finite numbers in its lora_B \(up\)",
     ),
     "an alpha that is NaN": Mistake(
-        "kohya", put(QKV, "alpha", change=lambda t: torch.tensor(float("nan"))), "reading", "not finite numbers in its alpha",
+        "kohya",
+        put(QKV, "alpha", change=lambda t: torch.tensor(float("nan"))),
+        "reading",
+        "not finite numbers in its alpha",
     ),
     "one module twice": Mistake(
-        "peft", lambda t: t.update({"x_embedder.lora_down.weight": torch.ones(2, 4)}), "reading",
+        "peft",
+        lambda t: t.update({"x_embedder.lora_down.weight": torch.ones(2, 4)}),
+        "reading",
         r"x_embedder is in the file twice, as transformer\.x_embedder\.lora_A\.weight and x_embedder\.lora_down\.weight"
         r"|x_embedder is in the file twice, as x_embedder\.lora_down\.weight and transformer\.x_embedder\.lora_A\.weight",
     ),
     "integers without a scale": Mistake(
-        "quantized", lambda t: t.pop(key_with(t, "lora_up.scale_weight")), "reading", r"has a lora_B \(up\) of int8 without a scale",
+        "quantized",
+        lambda t: t.pop(key_with(t, "lora_up.scale_weight")),
+        "reading",
+        r"has a lora_B \(up\) of int8 without a scale",
     ),
     "two kinds in one module": Mistake(
-        "kohya", lambda t: t.update({f"lora_unet_{QKV}.diff": torch.ones(48, 16)}), "reading", "has parts of several kinds: diff, down, up",
+        "kohya",
+        lambda t: t.update({f"lora_unet_{QKV}.diff": torch.ones(48, 16)}),
+        "reading",
+        "has parts of several kinds: diff, down, up",
     ),
     "LoHa with a factor missing": Mistake(
-        "loha", lambda t: t.pop(key_with(t, "hada_w2_b")), "reading", "has no hada_w2_b; the file is incomplete",
+        "loha",
+        lambda t: t.pop(key_with(t, "hada_w2_b")),
+        "reading",
+        "has no hada_w2_b; the file is incomplete",
     ),
     "LoKr with a factor missing": Mistake(
-        "lokr_full", lambda t: t.pop(key_with(t, "lokr_w1")), "reading", "has no lokr_w1; the file is incomplete",
+        "lokr_full",
+        lambda t: t.pop(key_with(t, "lokr_w1")),
+        "reading",
+        "has no lokr_w1; the file is incomplete",
     ),
     "DoRA norms alone": Mistake(
-        "dora_rows", lambda t: [t.pop(key_with(t, QKV, half)) for half in ("lora_up", "lora_down", "alpha")], "reading",
+        "dora_rows",
+        lambda t: [t.pop(key_with(t, QKV, half)) for half in ("lora_up", "lora_down", "alpha")],
+        "reading",
         "has DoRA norms without a low-rank change",
     ),
     "DoRA norms of another length": Mistake(
-        "dora_rows", put(QKV, "dora_scale", change=lambda t: t[:40]), "reading", "has 40 DoRA norms for 48 rows",
+        "dora_rows",
+        put(QKV, "dora_scale", change=lambda t: t[:40]),
+        "reading",
+        "has 40 DoRA norms for 48 rows",
     ),
-    "zeros": Mistake("kohya", put_in_all("lora_up", torch.zeros_like), "note", r"has no effect \(B = 0 in (\d+)/\1 modules\)"),
+    "zeros": Mistake(
+        "kohya",
+        put_in_all("lora_up", torch.zeros_like),
+        "note",
+        r"has no effect \(B = 0 in (\d+)/\1 modules\)",
+    ),
     "an unusual alpha": Mistake(
-        "kohya", put_in_all("alpha", lambda t: torch.tensor(0.001)), "note", r"alpha / rank is 0\.0005 in .* usual is 0\.05 to 4",
+        "kohya",
+        put_in_all("alpha", lambda t: torch.tensor(0.001)),
+        "note",
+        r"alpha / rank is 0\.0005 in .* usual is 0\.05 to 4",
     ),
-    "large values": Mistake("kohya", put(QKV, "lora_down", change=with_value(2e6)), "note", r"values up to 2e\+06 in .*damaged"),
+    "large values": Mistake(
+        "kohya", put(QKV, "lora_down", change=with_value(2e6)), "note", r"values up to 2e\+06 in .*damaged"
+    ),
     "a module that no model has": Mistake(
-        "kohya", lambda t: t.update({k.replace("single_blocks_1", "single_blocks_9"): t.pop(k) for k in list(t) if "single_blocks_1" in k}),
-        "matching", "no such module",
+        "kohya",
+        lambda t: t.update(
+            {
+                k.replace("single_blocks_1", "single_blocks_9"): t.pop(k)
+                for k in list(t)
+                if "single_blocks_1" in k
+            }
+        ),
+        "matching",
+        "no such module",
     ),
     "a matrix too narrow": Mistake(
-        "peft", put("x_embedder", "lora_A", change=lambda t: t[:, :3]), "matching",
+        "peft",
+        put("x_embedder", "lora_A", change=lambda t: t[:, :3]),
+        "matching",
         r"x_embedder changes a 16x3 weight, the model's is 16x4; the LoRA was made for another base model",
     ),
     "a matrix too tall": Mistake(
-        "peft", put("x_embedder", "lora_B", change=lambda t: torch.cat([t, t])), "matching",
+        "peft",
+        put("x_embedder", "lora_B", change=lambda t: torch.cat([t, t])),
+        "matching",
         r"x_embedder changes a 32x4 weight, the model's is 16x4; the LoRA was made for another base model",
     ),
     "a fused matrix too short": Mistake(
-        "kohya", put(QKV, "lora_up", change=lambda t: t[:40]), "matching", "40 rows",
+        "kohya",
+        put(QKV, "lora_up", change=lambda t: t[:40]),
+        "matching",
+        "40 rows",
     ),
     "a fused matrix too tall": Mistake(
-        "kohya", put(QKV, "lora_up", change=lambda t: torch.cat([t, t])), "matching", "96 rows",
+        "kohya",
+        put(QKV, "lora_up", change=lambda t: torch.cat([t, t])),
+        "matching",
+        "96 rows",
     ),
     "a kind that is not applied": Mistake(
-        "peft", lambda t: t.update({"transformer.x_embedder.reshape_weight": torch.tensor([16, 8])}), "matching",
+        "peft",
+        lambda t: t.update({"transformer.x_embedder.reshape_weight": torch.tensor([16, 8])}),
+        "matching",
         r"unsupported kind: whole replacement \(reshape_weight\)",
     ),
-    "a foreign key": Mistake("peft", lambda t: t.update({"something.else": torch.ones(1)}), "matching", "unknown suffix"),
+    "a foreign key": Mistake(
+        "peft", lambda t: t.update({"something.else": torch.ones(1)}), "matching", "unknown suffix"
+    ),
     "a bundled embedding": Mistake(
-        "kohya", lambda t: t.update({"bundle_emb.word.string_to_param.*": torch.ones(2, 8)}), "matching", "textual inversion, not a LoRA",
+        "kohya",
+        lambda t: t.update({"bundle_emb.word.string_to_param.*": torch.ones(2, 8)}),
+        "matching",
+        "textual inversion, not a LoRA",
     ),
     "column norms of a fused matrix": Mistake(
-        "dora_rows", put(QKV, "dora_scale", change=lambda t: torch.ones(1, 16)), "matching", "DoRA norms .* run over all rows",
+        "dora_rows",
+        put(QKV, "dora_scale", change=lambda t: torch.ones(1, 16)),
+        "matching",
+        "DoRA norms .* run over all rows",
     ),
-}  # fmt: skip
+}
 
 
 def make(name: str, models: Mapping[str, Mapping[str, nn.Module]]) -> Sample:
@@ -884,7 +1124,9 @@ def main(folder: Path) -> None:
     models = tiny_models()
     for name in LAYOUTS:
         sample = write(make(name, models), folder)
-        print(f"{sample.path.name}: {sample.base}, {len(sample.tensors)} tensors, {sum(map(len, sample.expected.values()))} modules")  # noqa: T201
+        print(
+            f"{sample.path.name}: {sample.base}, {len(sample.tensors)} tensors, {sum(map(len, sample.expected.values()))} modules"
+        )  # noqa: T201
     for name, mistake in MISTAKES.items():
         sample = make(mistake.layout, models)
         mistake.spoil(sample.tensors)

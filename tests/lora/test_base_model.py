@@ -18,25 +18,45 @@ from int8run.models.state_dict_adapter import to_native
 
 RANK = 4
 STYLE = Path("loras/style.safetensors")
-SD3 = dict(num_layers=24, num_attention_heads=24, attention_head_dim=64, caption_projection_dim=1536, pos_embed_max_size=192)
+SD3 = dict(
+    num_layers=24,
+    num_attention_heads=24,
+    attention_head_dim=64,
+    caption_projection_dim=1536,
+    pos_embed_max_size=192,
+)
 SD35 = SD3 | dict(dual_attention_layers=tuple(range(13)))
 SD35_LARGE = SD3 | dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432)
 UNET = dict(block_out_channels=(320, 640, 1280, 1280))
 SDXL = dict(
-    block_out_channels=(320, 640, 1280), cross_attention_dim=2048, transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+    block_out_channels=(320, 640, 1280),
+    cross_attention_dim=2048,
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
-)  # fmt: skip
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    use_linear_projection=True,
+)
 KLEIN_4B = dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680)
 KLEIN_9B = dict(num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288)
 ANIMA = dict(num_attention_heads=16, num_layers=28)
 SANA_600M = dict(
-    num_layers=28, num_attention_heads=36, num_cross_attention_heads=16, cross_attention_head_dim=72, cross_attention_dim=1152
-)  # fmt: skip
+    num_layers=28,
+    num_attention_heads=36,
+    num_cross_attention_heads=16,
+    cross_attention_head_dim=72,
+    cross_attention_dim=1152,
+)
 HIDREAM = dict(
-    patch_size=2, in_channels=16, axes_dims_rope=(64, 32, 32), caption_channels=[4096, 4096], llama_layers=[*range(32), *[31] * 16]
-)  # fmt: skip
-ERNIE_IMAGE = dict(hidden_size=4096, num_attention_heads=32, num_layers=36, ffn_hidden_size=12288, text_in_dim=3072)
+    patch_size=2,
+    in_channels=16,
+    axes_dims_rope=(64, 32, 32),
+    caption_channels=[4096, 4096],
+    llama_layers=[*range(32), *[31] * 16],
+)
+ERNIE_IMAGE = dict(
+    hidden_size=4096, num_attention_heads=32, num_layers=36, ffn_hidden_size=12288, text_in_dim=3072
+)
 # base -> class in diffusers and what differs from its own defaults; the sizes are those of the released checkpoints
 MODELS = {
     "flux": ("FluxTransformer2DModel", dict(guidance_embeds=True)),
@@ -57,11 +77,17 @@ MODELS = {
     "z_image": ("ZImageTransformer2DModel", {}),
     "lumina2": ("Lumina2Transformer2DModel", dict(cap_feat_dim=2304)),
     "wan_14b": ("WanTransformer3DModel", {}),
-    "wan_5b": ("WanTransformer3DModel", dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48)),
+    "wan_5b": (
+        "WanTransformer3DModel",
+        dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48),
+    ),
     "wan_1_3b": ("WanTransformer3DModel", dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)),
     "anima": ("CosmosTransformer3DModel", ANIMA),
     "ltx": ("LTXVideoTransformer3DModel", {}),
-    "ltx_13b": ("LTXVideoTransformer3DModel", dict(num_layers=48, attention_head_dim=128, cross_attention_dim=4096)),
+    "ltx_13b": (
+        "LTXVideoTransformer3DModel",
+        dict(num_layers=48, attention_head_dim=128, cross_attention_dim=4096),
+    ),
     "ltx2": ("LTX2VideoTransformer3DModel", {}),
     "pixart": ("PixArtTransformer2DModel", dict(caption_channels=4096, sample_size=128)),
     "sana": ("SanaTransformer2DModel", {}),
@@ -86,7 +112,9 @@ def layers():
             name, settings = MODELS[base]
             with torch.device("meta"):
                 model = getattr(diffusers, name)(**settings)
-            made[base] = {n: list(m.weight.shape) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            made[base] = {
+                n: list(m.weight.shape) for n, m in model.named_modules() if isinstance(m, nn.Linear)
+            }
         return made[base]
 
     return layers
@@ -106,7 +134,11 @@ def kohya(modules, prefix="lora_unet_"):
     """A header as kohya's scripts write it."""
     flat = {prefix + n.replace(".", "_"): s for n, s in modules.items()}
     down = {f"{n}.lora_down.weight": {"shape": [RANK, s[1]]} for n, s in flat.items()}
-    return down | {f"{n}.lora_up.weight": {"shape": [s[0], RANK]} for n, s in flat.items()} | {f"{n}.alpha": {"shape": []} for n in flat}
+    return (
+        down
+        | {f"{n}.lora_up.weight": {"shape": [s[0], RANK]} for n, s in flat.items()}
+        | {f"{n}.alpha": {"shape": []} for n in flat}
+    )
 
 
 def native(modules, base):
@@ -114,7 +146,10 @@ def native(modules, base):
     shapes = {f"{name}.weight": tuple(shape) for name, shape in modules.items()}
     kind = MODELS[base][0]
     keys = {key.removeprefix(names_of(kind).prefix): parts for key, parts in to_native(shapes, kind).items()}
-    return {key.removesuffix(".weight"): (sum(shapes[p.key][0] for p in parts), shapes[parts[0].key][1]) for key, parts in keys.items()}
+    return {
+        key.removesuffix(".weight"): (sum(shapes[p.key][0] for p in parts), shapes[parts[0].key][1])
+        for key, parts in keys.items()
+    }
 
 
 # -- every base --------------------------------------------------------------------------------------------------------
@@ -141,7 +176,9 @@ def test_a_lora_on_all_layers_under_the_authors_names(layers, base, layout):
 
 @pytest.mark.parametrize("base", MODELS)
 def test_the_number_of_a_sequential_may_be_left_out(layers, base):
-    found = base_of(peft({name.replace("to_out.0", "to_out"): shape for name, shape in layers(base).items()}), {})
+    found = base_of(
+        peft({name.replace("to_out.0", "to_out"): shape for name, shape in layers(base).items()}), {}
+    )
     assert (found.name, found.by, found.others) == (base, "shapes", PARTS_OF.get(base, ()))
 
 
@@ -172,8 +209,14 @@ def test_each_single_layer_fits_its_base(layers, base):
         assert found is None or base in (found.name, *found.others), name
 
 
-CONVOLUTIONS = {"transformer_blocks.19.ff.conv_inverted": (11200, 2240), "transformer_blocks.0.ff.conv_depth": (11200, 1)}
-NATIVE_CONVOLUTIONS = {"blocks.19.mlp.inverted_conv.conv": (11200, 2240), "blocks.0.mlp.depth_conv.conv": (11200, 1)}
+CONVOLUTIONS = {
+    "transformer_blocks.19.ff.conv_inverted": (11200, 2240),
+    "transformer_blocks.0.ff.conv_depth": (11200, 1),
+}
+NATIVE_CONVOLUTIONS = {
+    "blocks.19.mlp.inverted_conv.conv": (11200, 2240),
+    "blocks.0.mlp.depth_conv.conv": (11200, 1),
+}
 
 
 @pytest.mark.parametrize("base", ["pixart", "sana", "hidream", "ernie_image", "krea2"])
@@ -198,11 +241,17 @@ NATIVE = {
         "single_blocks.37.linear1": (21504, 3072),
     },
     "chroma": {"double_blocks.0.img_attn.qkv": (9216, 3072), "distilled_guidance_layer.in_proj": (5120, 64)},
-    "flux2_klein_4b": {"double_blocks.0.img_attn.qkv": (9216, 3072), "single_blocks.0.linear1": (27648, 3072)},
+    "flux2_klein_4b": {
+        "double_blocks.0.img_attn.qkv": (9216, 3072),
+        "single_blocks.0.linear1": (27648, 3072),
+    },
     "flux2_klein_9b": {"double_blocks.0.img_mlp.0": (24576, 4096)},
     "flux2_dev": {"single_blocks.47.linear2": (6144, 24576)},
     "tiny": {"single_blocks.3.linear1": (2688, 384)},
-    "hunyuan_video": {"double_blocks.0.img_attn_qkv": (9216, 3072), "double_blocks.0.img_mlp.fc1": (12288, 3072)},
+    "hunyuan_video": {
+        "double_blocks.0.img_attn_qkv": (9216, 3072),
+        "double_blocks.0.img_mlp.fc1": (12288, 3072),
+    },
     "sd3": {"joint_blocks.23.x_block.attn.qkv": (4608, 1536)},
     "sd35_medium": {"joint_blocks.0.x_block.attn2.qkv": (4608, 1536)},
     "sd35_large": {"joint_blocks.37.context_block.mlp.fc1": (9728, 2432)},
@@ -221,13 +270,18 @@ NATIVE = {
     "sana_600m": {"blocks.0.attn.proj": (1152, 1152), "blocks.0.mlp.point_conv.conv": (1152, 2880)},
     "sana_4_8b": {"blocks.20.cross_attn.q_linear": (2240, 2240)},
     "hidream": {"double_stream_blocks.0.block.ff_i.experts.3.w1": (6912, 2560)},
-    "ernie_image": {"layers.35.self_attention.to_out": (4096, 4096), "layers.0.mlp.linear_fc2": (4096, 12288)},
+    "ernie_image": {
+        "layers.35.self_attention.to_out": (4096, 4096),
+        "layers.0.mlp.linear_fc2": (4096, 12288),
+    },
     "krea2": {"blocks.0.attn.wq": (6144, 6144), "txtfusion.refiner_blocks.1.attn.wk": (2560, 2560)},
 }
 
 
 @pytest.mark.parametrize("base", NATIVE)
-@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model.", "base_model.model.diffusion_model."])
+@pytest.mark.parametrize(
+    "prefix", ["", "diffusion_model.", "model.diffusion_model.", "base_model.model.diffusion_model."]
+)
 def test_names_of_the_authors(base, prefix):
     found = base_of(peft(NATIVE[base], prefix), {})
     assert found.name == base and found.by == "shapes"
@@ -235,14 +289,26 @@ def test_names_of_the_authors(base, prefix):
 
 
 def test_xlabs():
-    shapes = {"double_blocks.0.processor.qkv_lora1.down.weight": [16, 3072], "double_blocks.0.processor.qkv_lora1.up.weight": [9216, 16]}
+    shapes = {
+        "double_blocks.0.processor.qkv_lora1.down.weight": [16, 3072],
+        "double_blocks.0.processor.qkv_lora1.up.weight": [9216, 16],
+    }
     assert base_of(entries(**shapes), {}).name == "flux"
-    assert base_of(entries(**{key: [s if s != 3072 else 3584 for s in shape] for key, shape in shapes.items()}), {}) is None
+    assert (
+        base_of(
+            entries(**{key: [s if s != 3072 else 3584 for s in shape] for key, shape in shapes.items()}), {}
+        )
+        is None
+    )
 
 
 def test_what_shapes_cannot_tell_apart(layers):
     def attention(base, last="attn"):
-        return {name: shape for name, shape in layers(base).items() if last in name and name.startswith("transformer_blocks.0.")}
+        return {
+            name: shape
+            for name, shape in layers(base).items()
+            if last in name and name.startswith("transformer_blocks.0.")
+        }
 
     def found(modules, **metadata):
         base = base_of(peft(modules), metadata)
@@ -251,7 +317,9 @@ def test_what_shapes_cannot_tell_apart(layers):
     # alike but for the feed-forward and the width of the text
     assert found(attention("pixart")) == found(attention("sana_600m")) == ("pixart", "sana_600m")
     assert found(attention("pixart"), ss_base_model_version="sana") == ("sana_600m", "pixart")
-    with pytest.raises(LoraError, match=r"made for PixArt or Sana 0\.6B \(hidden 1152\), the model is LTX-Video 2B"):
+    with pytest.raises(
+        LoraError, match=r"made for PixArt or Sana 0\.6B \(hidden 1152\), the model is LTX-Video 2B"
+    ):
         refuse_base(STYLE, base_of(peft(attention("pixart")), {}), "ltx")
     # one in the first 20 blocks
     assert found(attention("sana")) == found(attention("sana_4_8b")) == ("sana", "sana_4_8b")
@@ -283,16 +351,30 @@ NAME = "lora_unet_double_blocks_18_img_mod_lin"  # 18432 x 3072, in FLUX.1 only
 def test_kinds(parts):
     header = entries(**{f"{NAME}.{part}": shape for part, shape in parts.items()})
     assert base_of(header, {}).name == "flux"
-    wrong = {key: {"shape": [n * 3 if n > 300 else n for n in entry["shape"]]} for key, entry in header.items()}
+    wrong = {
+        key: {"shape": [n * 3 if n > 300 else n for n in entry["shape"]]} for key, entry in header.items()
+    }
     if any(n > 300 for entry in header.values() for n in entry["shape"]):
         assert base_of(wrong, {}) is None
 
 
 @pytest.mark.parametrize(
-    "parts", [dict(hada_w1_a=[4, 18432], hada_w1_b=[4, 3072], hada_t1=[4, 4]), dict(lokr_w1=[8, 8], lokr_w2_a=[4, 16], lokr_t2=[4, 4])]
+    "parts",
+    [
+        dict(hada_w1_a=[4, 18432], hada_w1_b=[4, 3072], hada_t1=[4, 4]),
+        dict(lokr_w1=[8, 8], lokr_w2_a=[4, 16], lokr_t2=[4, 4]),
+    ],
 )
 def test_a_core_tensor_hides_the_size(parts):
-    assert base_of(entries(**{f"{NAME}.{part}": shape for part, shape in parts.items()} | {f"{NAME}.lokr_w2_b": [4, 8]}), {}).name == "flux"
+    assert (
+        base_of(
+            entries(
+                **{f"{NAME}.{part}": shape for part, shape in parts.items()} | {f"{NAME}.lokr_w2_b": [4, 8]}
+            ),
+            {},
+        ).name
+        == "flux"
+    )
 
 
 @pytest.mark.parametrize("shape", [[], [4], ["x", "y"], [[4], [4]], [None, None], [4, True], [4, 10**30]])
@@ -304,13 +386,24 @@ def test_shapes_that_are_none(shape):
 def test_nothing_known():
     assert base_of({}, {}) is None
     assert base_of(peft({"some.layer": (8, 8)}), {}) is None
-    assert base_of(peft({"text_model.encoder.layers.0.self_attn.q_proj": (768, 768)}, "text_encoder."), {}) is None
+    assert (
+        base_of(peft({"text_model.encoder.layers.0.self_attn.q_proj": (768, 768)}, "text_encoder."), {})
+        is None
+    )
     assert base_of(peft(NATIVE["flux"], "text_encoder."), {}) is None, "only the denoiser counts"
     assert base_of(peft({"transformer_blocks.0.attn.to_q": (64, 64)}), {}) is None, "a base of another size"
 
 
 def test_layers_of_two_bases():
-    assert base_of(peft({"transformer_blocks.0.attn.to_q": (3072, 3072), "transformer_blocks.1.attn.to_q": (384, 384)}), {}) is None
+    assert (
+        base_of(
+            peft(
+                {"transformer_blocks.0.attn.to_q": (3072, 3072), "transformer_blocks.1.attn.to_q": (384, 384)}
+            ),
+            {},
+        )
+        is None
+    )
 
 
 def test_unknown_layers_do_not_matter():
@@ -334,7 +427,9 @@ def test_blocks_beyond_the_last():
 
 def test_one_deep_layer_is_enough():
     name = "down_blocks.1.attentions.0.transformer_blocks.{}.attn1.to_q"
-    assert base_of(peft({name.format(n): (640, 640) for n in range(2)}), {}) == Base("sdxl", "shapes", "text width 2048")
+    assert base_of(peft({name.format(n): (640, 640) for n in range(2)}), {}) == Base(
+        "sdxl", "shapes", "text width 2048"
+    )
 
 
 # -- tags --------------------------------------------------------------------------------------------------------------
@@ -343,33 +438,76 @@ def test_one_deep_layer_is_enough():
 @pytest.mark.parametrize(
     ("tag", "base"),
     [
-        ("sd_v1", "sd15"), ("sd_1.5", "sd15"), ("stable-diffusion-v1/lora", "sd15"), ("sd_v2_v", "sd2"),
-        ("stable-diffusion-v2-768-v", "sd2"), ("sdxl_base_v1-0", "sdxl"), ("sdxl_", "sdxl"), ("sdxl_1.0", "sdxl"),
-        ("stable-diffusion-xl-v1-base/lora", "sdxl"), ("stable-diffusion-3-medium", "sd3"),
-        ("stable-diffusion-3-5-large/lora", "sd35_large"), ("flux1", "flux"), ("flux-1-dev/lora", "flux"),
-        ("flux-1-schnell", "flux"), ("Flux.1-dev", "flux"), ("chroma/lora", "chroma"), ("flux2_klein_4b", "flux2_klein_4b"),
-        ("Flux.2-klein-9b/lora", "flux2_klein_9b"), ("Flux.2-dev", "flux2_dev"), ("flux2", "flux2_dev"), ("lumina2", "lumina2"),
-        ("lumina-2/lora", "lumina2"), ("zimage", "z_image"), ("Z-Image", "z_image"), ("qwen_image", "qwen_image"),
-        ("Qwen-Image-Edit-2511", "qwen_image"), ("qwen-image-2.1", "qwen_image_21"), ("wan_2.2_14b", "wan_14b"),
-        ("hunyuan-video/lora", "hunyuan_video"), ("hunyuan-image-2.1", "hunyuan_image"), ("anima-preview/lora", "anima"),
-        ("ltx2", "ltx2"), ("int8run-tiny/lora", "tiny"), ("pixart-alpha/lora", "pixart"), ("pixart-sigma/lora", "pixart"),
-        ("hidream_i1", "hidream"), ("hidream-i1/lora", "hidream"), ("ernie_image", "ernie_image"), ("Ernie/lora", "ernie_image"),
-        ("krea2", "krea2"), ("Krea-2/lora", "krea2"),
+        ("sd_v1", "sd15"),
+        ("sd_1.5", "sd15"),
+        ("stable-diffusion-v1/lora", "sd15"),
+        ("sd_v2_v", "sd2"),
+        ("stable-diffusion-v2-768-v", "sd2"),
+        ("sdxl_base_v1-0", "sdxl"),
+        ("sdxl_", "sdxl"),
+        ("sdxl_1.0", "sdxl"),
+        ("stable-diffusion-xl-v1-base/lora", "sdxl"),
+        ("stable-diffusion-3-medium", "sd3"),
+        ("stable-diffusion-3-5-large/lora", "sd35_large"),
+        ("flux1", "flux"),
+        ("flux-1-dev/lora", "flux"),
+        ("flux-1-schnell", "flux"),
+        ("Flux.1-dev", "flux"),
+        ("chroma/lora", "chroma"),
+        ("flux2_klein_4b", "flux2_klein_4b"),
+        ("Flux.2-klein-9b/lora", "flux2_klein_9b"),
+        ("Flux.2-dev", "flux2_dev"),
+        ("flux2", "flux2_dev"),
+        ("lumina2", "lumina2"),
+        ("lumina-2/lora", "lumina2"),
+        ("zimage", "z_image"),
+        ("Z-Image", "z_image"),
+        ("qwen_image", "qwen_image"),
+        ("Qwen-Image-Edit-2511", "qwen_image"),
+        ("qwen-image-2.1", "qwen_image_21"),
+        ("wan_2.2_14b", "wan_14b"),
+        ("hunyuan-video/lora", "hunyuan_video"),
+        ("hunyuan-image-2.1", "hunyuan_image"),
+        ("anima-preview/lora", "anima"),
+        ("ltx2", "ltx2"),
+        ("int8run-tiny/lora", "tiny"),
+        ("pixart-alpha/lora", "pixart"),
+        ("pixart-sigma/lora", "pixart"),
+        ("hidream_i1", "hidream"),
+        ("hidream-i1/lora", "hidream"),
+        ("ernie_image", "ernie_image"),
+        ("Ernie/lora", "ernie_image"),
+        ("krea2", "krea2"),
+        ("Krea-2/lora", "krea2"),
     ],
-)  # fmt: skip
+)
 def test_tags(tag, base):
-    assert base_of({}, {"ss_base_model_version": tag}) == base_of({}, {"modelspec.architecture": tag}) == Base(base, "tag")
+    assert (
+        base_of({}, {"ss_base_model_version": tag})
+        == base_of({}, {"modelspec.architecture": tag})
+        == Base(base, "tag")
+    )
 
 
 def test_tags_of_several_bases():
     assert base_of({}, {"ss_base_model_version": "wan2.1"}) == Base("wan_14b", "tag", "", ("wan_1_3b",))
-    assert base_of({}, {"ss_base_model_version": "stable-diffusion-3"}).others == ("sd35_medium", "sd35_large")
-    assert base_of({}, {"modelspec.architecture": "sana/lora"}) == Base("sana", "tag", "", ("sana_600m", "sana_4_8b"))
+    assert base_of({}, {"ss_base_model_version": "stable-diffusion-3"}).others == (
+        "sd35_medium",
+        "sd35_large",
+    )
+    assert base_of({}, {"modelspec.architecture": "sana/lora"}) == Base(
+        "sana", "tag", "", ("sana_600m", "sana_4_8b")
+    )
 
 
-@pytest.mark.parametrize("tag", ["", "None", "animatediff", "flux3", "sd_v", "x" * 10_000, "\x1b[31m", "{}", "狐"])
+@pytest.mark.parametrize(
+    "tag", ["", "None", "animatediff", "flux3", "sd_v", "x" * 10_000, "\x1b[31m", "{}", "狐"]
+)
 def test_unknown_tags(tag):
-    assert tagged({"ss_base_model_version": tag}) == (None, []) and base_of({}, {"ss_base_model_version": tag}) is None
+    assert (
+        tagged({"ss_base_model_version": tag}) == (None, [])
+        and base_of({}, {"ss_base_model_version": tag}) is None
+    )
 
 
 def test_a_long_tag_is_cut():
@@ -377,7 +515,10 @@ def test_a_long_tag_is_cut():
 
 
 def test_the_second_tag_counts_where_the_first_is_unknown():
-    assert base_of({}, {"ss_base_model_version": "custom", "modelspec.architecture": "flux-1-dev/lora"}).name == "flux"
+    assert (
+        base_of({}, {"ss_base_model_version": "custom", "modelspec.architecture": "flux-1-dev/lora"}).name
+        == "flux"
+    )
 
 
 def test_a_tag_chooses_between_bases_of_the_same_shapes():
@@ -405,15 +546,22 @@ def test_another_base_is_refused():
     )
     with pytest.raises(LoraError, match=words):
         refuse_base(STYLE, base_of(peft(NATIVE["flux2_dev"]), {}), "flux")
-    with pytest.raises(LoraError, match=r"for SDXL \(text width 2048\), the model is the tiny model of int8run \(hidden 384\)"):
+    with pytest.raises(
+        LoraError,
+        match=r"for SDXL \(text width 2048\), the model is the tiny model of int8run \(hidden 384\)",
+    ):
         refuse_base(STYLE, base_of(peft(NATIVE["sdxl"]), {}), "tiny")
-    with pytest.raises(LoraError, match=r"for FLUX\.1 or Chroma .*or Qwen-Image.*\(hidden 3072\), the model is SDXL"):
+    with pytest.raises(
+        LoraError, match=r"for FLUX\.1 or Chroma .*or Qwen-Image.*\(hidden 3072\), the model is SDXL"
+    ):
         refuse_base(STYLE, base_of(peft({"transformer_blocks.0.attn.to_q": (3072, 3072)}), {}), "sdxl")
 
 
 def test_a_base_shown_by_names_alone_is_refused():
     found = base_of(entries(**{"lora_unet_txt_in_individual_token_refiner_blocks_0_x.alpha": []}), {})
-    with pytest.raises(LoraError, match=r"HunyuanVideo or HunyuanImage 2\.1 \(by the names in it\), the model is FLUX\.1"):
+    with pytest.raises(
+        LoraError, match=r"HunyuanVideo or HunyuanImage 2\.1 \(by the names in it\), the model is FLUX\.1"
+    ):
         refuse_base(STYLE, found, "flux")
 
 
@@ -428,12 +576,17 @@ def test_what_fits_in_part_is_a_warning():
         "style.safetensors was made for FLUX.1, the model is Chroma: Chroma has no modulation layers, so that part of the LoRA "
         "has no place, and what it learned may look different"
     )
-    assert "Chroma, the model is FLUX.1: FLUX.1 has no distilled" in refuse_base(STYLE, base_of(peft(NATIVE["chroma"]), {}), "flux")
+    assert "Chroma, the model is FLUX.1: FLUX.1 has no distilled" in refuse_base(
+        STYLE, base_of(peft(NATIVE["chroma"]), {}), "flux"
+    )
 
 
 def test_a_tag_alone_refuses_nothing():
     found = base_of({}, {"ss_base_model_version": "sdxl_base_v1-0"})
-    assert refuse_base(STYLE, found, "flux") == "style.safetensors: its header says that it was made for SDXL, the model is FLUX.1"
+    assert (
+        refuse_base(STYLE, found, "flux")
+        == "style.safetensors: its header says that it was made for SDXL, the model is FLUX.1"
+    )
     assert refuse_base(STYLE, found, "sdxl") is None
 
 
@@ -450,13 +603,23 @@ def test_a_tag_against_the_shapes_is_told():
 
 def test_the_table_is_whole():
     for name, base in table()["bases"].items():
-        wishes = [w for row in table()["architectures"][base["architecture"]]["modules"].values() for w in row]
-        assert all(number(w, base["sizes"]) is not None for w in wishes if isinstance(w, str) and w[-1] in "hfkq"), name
-        assert base["title"] and base["tags"] and all(tag == tag.lower() and "_" not in tag for tag in base["tags"])
+        wishes = [
+            w for row in table()["architectures"][base["architecture"]]["modules"].values() for w in row
+        ]
+        assert all(
+            number(w, base["sizes"]) is not None for w in wishes if isinstance(w, str) and w[-1] in "hfkq"
+        ), name
+        assert (
+            base["title"]
+            and base["tags"]
+            and all(tag == tag.lower() and "_" not in tag for tag in base["tags"])
+        )
     for name, others in table()["partly_fits"].items():
         assert {name, *others} <= set(table()["bases"])
 
 
 def test_models_and_bases_use_the_same_words():
     models = Path(__file__).parents[2] / "conf" / "model"
-    assert {yaml.safe_load(path.read_text())["lora_base"] for path in models.glob("*.yaml")} <= set(table()["bases"])
+    assert {yaml.safe_load(path.read_text())["lora_base"] for path in models.glob("*.yaml")} <= set(
+        table()["bases"]
+    )

@@ -12,7 +12,9 @@ HUB = {"repo": "user/style", "weight_name": "style.safetensors"}
 
 @pytest.mark.parametrize("strength", [-20.01, 21, float("nan"), True, "1.0"], ids=repr)
 def test_strength_of_an_adapter(strength):
-    with pytest.raises(ConfigError, match=r"strength of LoRA 'ink' is .*; allowed is a number from -20 to 20"):
+    with pytest.raises(
+        ConfigError, match=r"strength of LoRA 'ink' is .*; allowed is a number from -20 to 20"
+    ):
         Adapter("ink", "ink.safetensors", strength)
 
 
@@ -23,9 +25,14 @@ def test_strength_of_the_stack(strength):
 
 
 def test_strengths_times_the_stacks_own():
-    with pytest.raises(ConfigError, match=r"strength of LoRA 'gloss' times lora\.strength is -25\.0; allowed is a number from -20 to 20"):
+    with pytest.raises(
+        ConfigError,
+        match=r"strength of LoRA 'gloss' times lora\.strength is -25\.0; allowed is a number from -20 to 20",
+    ):
         LoraSettings([Adapter("ink", "ink"), Adapter("gloss", "gloss", -5.0)], strength=5.0)
-    assert LoraSettings([Adapter("ink", "ink", 0.5), Adapter("gloss", "gloss", -20)], strength=0.5).strengths == [0.25, -10.0]
+    assert LoraSettings(
+        [Adapter("ink", "ink", 0.5), Adapter("gloss", "gloss", -20)], strength=0.5
+    ).strengths == [0.25, -10.0]
 
 
 def test_the_ends_of_the_range_are_allowed():
@@ -33,13 +40,17 @@ def test_the_ends_of_the_range_are_allowed():
 
 
 def test_names_are_given_once():
-    with pytest.raises(ConfigError, match=r"lora\.adapters has the name 'ink' twice; give each adapter its own name"):
+    with pytest.raises(
+        ConfigError, match=r"lora\.adapters has the name 'ink' twice; give each adapter its own name"
+    ):
         LoraSettings([Adapter("ink", "a"), Adapter("gloss", "b"), Adapter("ink", "c")])
 
 
 @pytest.mark.parametrize(("mode", "hint"), [("dynamik", r"did you mean 'dynamic'\? "), ("zzz", "")])
 def test_unknown_mode(mode, hint):
-    with pytest.raises(ConfigError, match=rf"lora\.mode is '{mode}'; {hint}choose from .*auto, bake, dynamic"):
+    with pytest.raises(
+        ConfigError, match=rf"lora\.mode is '{mode}'; {hint}choose from .*auto, bake, dynamic"
+    ):
         LoraSettings(mode=mode)
 
 
@@ -63,7 +74,10 @@ def test_source(path, weight_name, source):
 
 
 def test_a_base_model_without_a_source_is_told_which_have_one():
-    with pytest.raises(ConfigError, match=r"LoRA 'ink' has no source for base model 'sdxl'; it has one for flux, tiny; add an entry under"):
+    with pytest.raises(
+        ConfigError,
+        match=r"LoRA 'ink' has no source for base model 'sdxl'; it has one for flux, tiny; add an entry under",
+    ):
         Adapter("ink", {"tiny": "ink", "flux": HUB}).source("sdxl")
 
 
@@ -79,7 +93,9 @@ def test_adapters_may_be_plain_mappings():
     assert stack.adapters == (Adapter("a", "a.safetensors", 0.5),)
 
 
-@pytest.mark.parametrize("entry", ["a.safetensors", {"name": "a"}, {"name": "a", "path": "b", "strenght": 1}], ids=repr)
+@pytest.mark.parametrize(
+    "entry", ["a.safetensors", {"name": "a"}, {"name": "a", "path": "b", "strenght": 1}], ids=repr
+)
 def test_an_adapter_of_another_form_is_named(entry):
     words = "it takes name and path, and may have strength, text_strength, components, weight_name, enabled, few_step$"
     with pytest.raises(ConfigError, match=rf"an entry of lora\.adapters is .*; {words}"):
@@ -98,7 +114,18 @@ FORM = r"a schedule is \[\[fraction of the steps, strength\], …\] with rising 
 
 @pytest.mark.parametrize(
     "entries",
-    [[], [[0.1, 1]], [[0, 1], [0, 0]], [[0, 1], [0.5, 0], [0.25, 1]], [1.0, 0.0], [[0, 1, 2]], [[0]], ["ab"], [[0, 1], {"a": 1}], [None]],
+    [
+        [],
+        [[0.1, 1]],
+        [[0, 1], [0, 0]],
+        [[0, 1], [0.5, 0], [0.25, 1]],
+        [1.0, 0.0],
+        [[0, 1, 2]],
+        [[0]],
+        ["ab"],
+        [[0, 1], {"a": 1}],
+        [None],
+    ],
     ids=repr,
 )
 def test_what_is_no_schedule_is_told_the_form(entries):
@@ -109,7 +136,10 @@ def test_what_is_no_schedule_is_told_the_form(entries):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([[0, 1], [1.5, 0]], r"^fraction in the strength of LoRA 'ink' is 1\.5; allowed is a number from 0 to 1$"),
+        (
+            [[0, 1], [1.5, 0]],
+            r"^fraction in the strength of LoRA 'ink' is 1\.5; allowed is a number from 0 to 1$",
+        ),
         ([[-0.1, 1]], r"^fraction in the strength of LoRA 'ink' is -0\.1; allowed is"),
         ([["0", 1]], r"^fraction in the strength of LoRA 'ink' is '0'; allowed is"),
         ([[0, 1], [float("nan"), 0]], r"^fraction in the strength of LoRA 'ink' is nan; allowed is"),
@@ -123,12 +153,22 @@ def test_numbers_in_a_schedule(entries, message):
         Adapter("ink", "ink", entries)
 
 
-SWITCHED = LoraSettings([Adapter("a", "a", [[0, 1], [0.5, -0.25], [0.75, 0]]), Adapter("b", "b", 0.8), Adapter("c", "c")], strength=2)
+SWITCHED = LoraSettings(
+    [Adapter("a", "a", [[0, 1], [0.5, -0.25], [0.75, 0]]), Adapter("b", "b", 0.8), Adapter("c", "c")],
+    strength=2,
+)
 
 
 @pytest.mark.parametrize(
     ("fraction", "strengths"),
-    [(0, [2, 1.6, 2]), (0.499, [2, 1.6, 2]), (0.5, [-0.5, 1.6, 2]), (0.7, [-0.5, 1.6, 2]), (0.75, [0, 1.6, 2]), (1, [0, 1.6, 2])],
+    [
+        (0, [2, 1.6, 2]),
+        (0.499, [2, 1.6, 2]),
+        (0.5, [-0.5, 1.6, 2]),
+        (0.7, [-0.5, 1.6, 2]),
+        (0.75, [0, 1.6, 2]),
+        (1, [0, 1.6, 2]),
+    ],
 )
 def test_strengths_follow_the_schedule(fraction, strengths):
     assert SWITCHED.strengths_at(fraction) == strengths
@@ -136,7 +176,11 @@ def test_strengths_follow_the_schedule(fraction, strengths):
 
 def test_a_stack_knows_when_its_strengths_change():
     assert SWITCHED.moments == [0, 0.5, 0.75] and SWITCHED.scheduled and SWITCHED.strengths == [2, 1.6, 2]
-    for plain in (LoraSettings(), LoraSettings([Adapter("a", "a", 0.5)]), LoraSettings([Adapter("a", "a", [[0, 0.5]])])):
+    for plain in (
+        LoraSettings(),
+        LoraSettings([Adapter("a", "a", 0.5)]),
+        LoraSettings([Adapter("a", "a", [[0, 0.5]])]),
+    ):
         assert plain.moments == [0] and not plain.scheduled
     assert LoraSettings([Adapter("a", "a", [[0, 0.5]])]).strengths == [0.5]
 
@@ -151,7 +195,10 @@ def test_written_weights_cannot_follow_a_schedule(mode):
 
 
 def test_a_schedule_times_the_stacks_own_strength():
-    with pytest.raises(ConfigError, match=r"^strength of LoRA 'a' times lora\.strength is 24; allowed is a number from -20 to 20$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^strength of LoRA 'a' times lora\.strength is 24; allowed is a number from -20 to 20$",
+    ):
         LoraSettings([Adapter("a", "a", [[0, 1], [0.5, 12]])], strength=2)
 
 
@@ -159,19 +206,27 @@ def test_a_schedule_times_the_stacks_own_strength():
 
 
 def test_the_text_part_has_a_strength_of_its_own_or_that_of_the_first_step():
-    adapters = [Adapter("a", "a", 0.5), Adapter("b", "b", 0.5, text_strength=0.2), Adapter("c", "c", 0.5, text_strength=0)]
+    adapters = [
+        Adapter("a", "a", 0.5),
+        Adapter("b", "b", 0.5, text_strength=0.2),
+        Adapter("c", "c", 0.5, text_strength=0),
+    ]
     switched = Adapter("d", "d", [[0, 0.3], [0.5, 1]])
     assert LoraSettings([*adapters, switched], strength=2).text_strengths == [1, 0.4, 0, 0.6]
 
 
 @pytest.mark.parametrize("strength", [-20.5, 21, True, "1", [[0, 1]]], ids=repr)
 def test_text_strength_is_a_number(strength):
-    with pytest.raises(ConfigError, match=r"^text_strength of LoRA 'ink' is .*; allowed is a number from -20 to 20$"):
+    with pytest.raises(
+        ConfigError, match=r"^text_strength of LoRA 'ink' is .*; allowed is a number from -20 to 20$"
+    ):
         Adapter("ink", "ink", text_strength=strength)
 
 
 def test_text_strength_times_the_stacks_own():
-    with pytest.raises(ConfigError, match=r"^strength of LoRA 'ink' times lora\.strength is -22\.0; allowed is"):
+    with pytest.raises(
+        ConfigError, match=r"^strength of LoRA 'ink' times lora\.strength is -22\.0; allowed is"
+    ):
         LoraSettings([Adapter("ink", "ink", 0.1, text_strength=-11.0)], strength=2.0)
 
 
@@ -179,7 +234,10 @@ def test_parts_are_named_as_in_the_pipeline():
     choices = "denoiser, text_encoder, text_encoder_2, text_encoder_3, transformer, transformer_2"
     with pytest.raises(ConfigError, match=rf"^a component of LoRA 'ink' is 'unet'; .*choose from {choices}$"):
         Adapter("ink", "ink", components=["denoiser", "unet"])
-    assert Adapter("ink", "ink", components=["denoiser", "text_encoder_3"]).components == ["denoiser", "text_encoder_3"]
+    assert Adapter("ink", "ink", components=["denoiser", "text_encoder_3"]).components == [
+        "denoiser",
+        "text_encoder_3",
+    ]
     # of a pipeline with two denoisers one alone
     for name in ("transformer", "transformer_2"):
         assert Adapter("ink", "ink", components=[name]).components == [name]
@@ -206,15 +264,23 @@ def test_max_overhead(share):
 
 def test_unusual_strengths_are_told_once_for_each_lora():
     adapters = [
-        Adapter("usual", "a", 2), Adapter("low", "a", -1), Adapter("strong", "a", 2.5), Adapter("backwards", "a", -1.5),
-        Adapter("late", "a", [[0, 1], [0.3, 3], [0.6, 4]]), Adapter("words", "a", 0.5, text_strength=5),
-    ]  # fmt: skip
+        Adapter("usual", "a", 2),
+        Adapter("low", "a", -1),
+        Adapter("strong", "a", 2.5),
+        Adapter("backwards", "a", -1.5),
+        Adapter("late", "a", [[0, 1], [0.3, 3], [0.6, 4]]),
+        Adapter("words", "a", 0.5, text_strength=5),
+    ]
     tell = "usual are -1 to 2, beyond them pictures often break"
     values = {"strong": "2.5", "backwards": "-1.5", "late": "3", "words": "5"}
-    assert LoraSettings(adapters).unusual() == [f"LoRA {name!r} has strength {value}; {tell}" for name, value in values.items()]
+    assert LoraSettings(adapters).unusual() == [
+        f"LoRA {name!r} has strength {value}; {tell}" for name, value in values.items()
+    ]
     # with the stack's own strength multiplied in
     assert LoraSettings(adapters[:2], strength=0.5).unusual() == []
-    assert LoraSettings([Adapter("a", "a", 0.8)], strength=3).unusual() == [f"LoRA 'a' has strength 2.4; {tell}"]
+    assert LoraSettings([Adapter("a", "a", 0.8)], strength=3).unusual() == [
+        f"LoRA 'a' has strength 2.4; {tell}"
+    ]
 
 
 # -- for one base model ------------------------------------------------------------------------------------------------------------
@@ -238,15 +304,29 @@ def test_a_strength_that_nobody_set_is_the_presets():
 def test_the_file_name_may_say_the_steps():
     stack = LoraSettings([Adapter("fast", "somewhere/lcm-6steps.safetensors", few_step="lcm")])
     assert stack.preset_for("sd15").steps == 6
-    hub = LoraSettings([Adapter("fast", {"sd15": {"repo": "user/lcm", "weight_name": "lcm_3-steps.safetensors"}}, few_step="lcm")])
+    hub = LoraSettings(
+        [
+            Adapter(
+                "fast",
+                {"sd15": {"repo": "user/lcm", "weight_name": "lcm_3-steps.safetensors"}},
+                few_step="lcm",
+            )
+        ]
+    )
     assert hub.preset_for("sd15").steps == 3
 
 
 def test_two_presets_at_once_are_refused():
     first, second = Adapter("a", "a", few_step="lcm"), Adapter("b", "b", few_step="lcm")
-    with pytest.raises(ConfigError, match=r"^LoRAs 'a' and 'b' both bring few-step settings; leave one of them out$"):
+    with pytest.raises(
+        ConfigError, match=r"^LoRAs 'a' and 'b' both bring few-step settings; leave one of them out$"
+    ):
         LoraSettings([first, second]).preset_for("sd15")
-    for other in (replace(second, enabled=False), replace(second, strength=0.0), replace(second, strength=0.0, few_step=None)):
+    for other in (
+        replace(second, enabled=False),
+        replace(second, strength=0.0),
+        replace(second, strength=0.0, few_step=None),
+    ):
         assert LoraSettings([first, other]).for_base("sd15").preset_for("sd15").name == "lcm"
     # one that begins later is in use
     with pytest.raises(ConfigError, match="both bring few-step settings"):
@@ -280,5 +360,7 @@ def test_whether_a_lora_is_in_use(adapter, used):
 
 
 def test_components_are_a_list():
-    with pytest.raises(ConfigError, match=r"^components of LoRA 'a' is 'denoiser'; it takes a list: \[denoiser\]$"):
+    with pytest.raises(
+        ConfigError, match=r"^components of LoRA 'a' is 'denoiser'; it takes a list: \[denoiser\]$"
+    ):
         Adapter("a", "a", components="denoiser")

@@ -9,7 +9,17 @@ import pytest
 
 from int8run.errors import ConfigError
 from int8run.lora.base_model import table as base_table
-from int8run.lora.few_step import FewStep, advice, already_distilled, detect, for_training_only, preset, presets, steps_in_name, table
+from int8run.lora.few_step import (
+    FewStep,
+    advice,
+    already_distilled,
+    detect,
+    for_training_only,
+    preset,
+    presets,
+    steps_in_name,
+    table,
+)
 from int8run.models.sampling import Sampling
 
 ROWS = [(name, base) for name, entry in table()["presets"].items() for base in entry["bases"]]
@@ -37,9 +47,15 @@ def test_every_row_works_in_diffusers(name, base):
     assert set(row.scheduler_settings) <= set(known)
     scheduler(**row.scheduler_settings)
     if row.extra:
-        assert set(row.extra) <= set(inspect.signature(getattr(diffusers, PIPELINES[base]).__call__).parameters)
+        assert set(row.extra) <= set(
+            inspect.signature(getattr(diffusers, PIPELINES[base]).__call__).parameters
+        )
     assert row.sampling == Sampling(
-        row.steps, row.guidance, scheduler=row.scheduler, scheduler_settings=row.scheduler_settings, extra=row.extra
+        row.steps,
+        row.guidance,
+        scheduler=row.scheduler,
+        scheduler_settings=row.scheduler_settings,
+        extra=row.extra,
     )
 
 
@@ -51,29 +67,52 @@ def test_every_number_of_steps_of_a_row_works(name, base):
 
 
 def test_every_base_is_known():
-    assert {base for _, base in ROWS} - set(base_table()["bases"]) == {"flux_depth"}  # FLUX.1 with a depth picture at its input
+    assert {base for _, base in ROWS} - set(base_table()["bases"]) == {
+        "flux_depth"
+    }  # FLUX.1 with a depth picture at its input
 
 
 def test_a_field_of_the_table_is_a_field_of_a_row():
     fields = set(inspect.signature(FewStep).parameters) - {"name", "base"}
     for name, base in ROWS:
         row = table()["presets"][name]["bases"][base]
-        assert set(row) <= fields | {"by_steps"} and all(set(changed) <= fields for changed in row.get("by_steps", {}).values())
+        assert set(row) <= fields | {"by_steps"} and all(
+            set(changed) <= fields for changed in row.get("by_steps", {}).values()
+        )
 
 
 def test_what_model_cards_say():
     lcm = preset("lcm", "sdxl")
-    assert (lcm.steps, lcm.guidance, lcm.scheduler, lcm.strength, lcm.companions) == (4, 1.0, "LCMScheduler", 1.0, 0.45)
+    assert (lcm.steps, lcm.guidance, lcm.scheduler, lcm.strength, lcm.companions) == (
+        4,
+        1.0,
+        "LCMScheduler",
+        1.0,
+        0.45,
+    )
     hyper = preset("hyper_flux", "flux")
-    assert (hyper.strength, hyper.guidance, hyper.scheduler) == (0.125, 3.5, "FlowMatchEulerDiscreteScheduler")
+    assert (hyper.strength, hyper.guidance, hyper.scheduler) == (
+        0.125,
+        3.5,
+        "FlowMatchEulerDiscreteScheduler",
+    )
     assert preset("dmd2", "sdxl").extra == {"timesteps": [999, 749, 499, 249]}
     assert preset("lightning", "sdxl").scheduler_settings == {"timestep_spacing": "trailing"}
-    assert preset("lcm", "tiny").steps == 4 and preset("lcm", "tiny").strength == 0.5 and preset("lcm", "tiny", 1).strength == 1.0
+    assert (
+        preset("lcm", "tiny").steps == 4
+        and preset("lcm", "tiny").strength == 0.5
+        and preset("lcm", "tiny", 1).strength == 1.0
+    )
 
 
 def test_a_file_for_a_number_of_steps():
     hyper = preset("hyper_sd_cfg", "sd3", 16)
-    assert (hyper.steps, hyper.steps_range, hyper.guidance, hyper.guidance_range) == (16, (16, 16), 7.0, (7.0, 7.0))
+    assert (hyper.steps, hyper.steps_range, hyper.guidance, hyper.guidance_range) == (
+        16,
+        (16, 16),
+        7.0,
+        (7.0, 7.0),
+    )
     assert preset("hyper_sd_cfg", "sd3").guidance == 5.0
     assert preset("lightning", "sdxl", 8).steps_range == (8, 8)
     assert preset("lightning", "sdxl", 30) == preset("lightning", "sdxl"), "its name means something else"
@@ -84,12 +123,17 @@ def test_a_file_for_a_number_of_steps():
 
 
 def test_an_unknown_preset():
-    with pytest.raises(ConfigError, match=r"few_step is 'lcn'; did you mean 'lcm'\? choose from .*hyper_flux.*turbo_alpha"):
+    with pytest.raises(
+        ConfigError, match=r"few_step is 'lcn'; did you mean 'lcm'\? choose from .*hyper_flux.*turbo_alpha"
+    ):
         preset("lcn", "sdxl")
 
 
 def test_a_base_that_a_preset_is_not_made_for():
-    with pytest.raises(ConfigError, match=r"'dmd2' is not made for 'flux'; it is for sdxl\. Presets for 'flux': hyper_flux, turbo_alpha"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'dmd2' is not made for 'flux'; it is for sdxl\. Presets for 'flux': hyper_flux, turbo_alpha",
+    ):
         preset("dmd2", "flux")
     with pytest.raises(ConfigError, match=r"it is for sdxl\. Presets for 'mine': none"):
         preset("dmd2", "mine")
@@ -101,7 +145,10 @@ def test_a_base_that_a_preset_is_not_made_for():
         (dict(steps=0), "steps of few-step preset 'fast' for 'tiny' is 0; allowed is a whole number from 1"),
         (dict(strength=30), "strength of few-step preset 'fast' for 'tiny' is 30; allowed"),
         (dict(source="hearsay"), "source of .* is 'hearsay'; choose from community, measured, model card"),
-        (dict(steps_range=(5, 8)), r"has steps_range \[5, 8\] and steps 4; a range is \[lowest, highest\] around it"),
+        (
+            dict(steps_range=(5, 8)),
+            r"has steps_range \[5, 8\] and steps 4; a range is \[lowest, highest\] around it",
+        ),
         (dict(guidance=3.0, guidance_range=(0, 2)), r"has guidance_range \[0, 2\] and guidance 3.0"),
         (dict(guidance_range=(0, 2)), "has a guidance_range and no guidance; give both or none"),
         (dict(scheduler="euler"), "has scheduler 'euler'; give a class of diffusers, such as LCMScheduler"),
@@ -137,7 +184,10 @@ def test_a_row_without_ranges():
         ("Hyper-SD3-16steps-CFG-lora.safetensors", "hyper_sd_cfg"),
         ("Hyper-FLUX.1-dev-8steps-lora.safetensors", "hyper_flux"),
         ("FLUX.1-Turbo-Alpha.safetensors", "turbo_alpha"),
-        ("models--alimama-creative--FLUX.1-Turbo-Alpha/snapshots/0a1/diffusion_pytorch_model.safetensors", "turbo_alpha"),
+        (
+            "models--alimama-creative--FLUX.1-Turbo-Alpha/snapshots/0a1/diffusion_pytorch_model.safetensors",
+            "turbo_alpha",
+        ),
         ("models--fal--FLUX.2-dev-Turbo/snapshots/0a1/flux.2-turbo-lora.safetensors", "flux2_turbo"),
         ("sdxl_lightning_4step_lora.safetensors", "lightning"),
         ("dmd2_sdxl_4step_lora_fp16.safetensors", "dmd2"),
@@ -186,22 +236,37 @@ def test_titles_give_away():
     assert detect(Path("x.safetensors"), {"modelspec.title": "LCM for SDXL"}) == "lcm"
     assert detect(Path("x.safetensors"), {"modelspec.usage_hint": "use as TCD, eta 0.3"}) == "tcd"
     assert detect(Path("x.safetensors"), {"ss_output_name": "Hyper-FLUX.1-dev-8steps"}) == "hyper_flux"
-    assert detect(Path("hyper.safetensors"), {"modelspec.title": "8 steps to heaven"}) is None, "all words in one text"
-    assert detect(Path("x.safetensors"), {"modelspec.title": "x" * 1000 + " lcm"}) is None, "only the start is read"
+    assert detect(Path("hyper.safetensors"), {"modelspec.title": "8 steps to heaven"}) is None, (
+        "all words in one text"
+    )
+    assert detect(Path("x.safetensors"), {"modelspec.title": "x" * 1000 + " lcm"}) is None, (
+        "only the start is read"
+    )
 
 
 def test_only_presets_for_a_base():
     path = Path("pcm_sd15_lightning_4step.safetensors")
-    assert detect(path, {}) == "lightning" and detect(path, {}, "sd15") == "pcm" and detect(path, {}, "flux") is None
+    assert (
+        detect(path, {}) == "lightning"
+        and detect(path, {}, "sd15") == "pcm"
+        and detect(path, {}, "flux") is None
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        ("Hyper-SDXL-8steps-lora", 8), ("sdxl_lightning_4step_lora", 4), ("x-16-steps", 16), ("fast 2 step", 2),
-        ("style-step00001000", None), ("style_1000steps", None), ("4stepped", None), ("a8steps", None), ("style", None),
+        ("Hyper-SDXL-8steps-lora", 8),
+        ("sdxl_lightning_4step_lora", 4),
+        ("x-16-steps", 16),
+        ("fast 2 step", 2),
+        ("style-step00001000", None),
+        ("style_1000steps", None),
+        ("4stepped", None),
+        ("a8steps", None),
+        ("style", None),
     ],
-)  # fmt: skip
+)
 def test_steps_in_a_name(name, steps):
     assert steps_in_name(Path(f"{name}.safetensors")) == steps
 
@@ -212,7 +277,13 @@ def test_adapters_for_training():
 
 
 @pytest.mark.parametrize(
-    "model", ["black-forest-labs/FLUX.1-schnell", "Tongyi-MAI/Z-Image-Turbo", "stabilityai/sdxl-turbo", "black-forest-labs/FLUX.2-klein-4B"]
+    "model",
+    [
+        "black-forest-labs/FLUX.1-schnell",
+        "Tongyi-MAI/Z-Image-Turbo",
+        "stabilityai/sdxl-turbo",
+        "black-forest-labs/FLUX.2-klein-4B",
+    ],
 )
 def test_distilled_models(model):
     assert already_distilled("turbo_alpha", model) == (
@@ -220,7 +291,10 @@ def test_distilled_models(model):
     )
 
 
-@pytest.mark.parametrize("model", ["black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-base-4B", "shipped:tiny", "/turbo/mine"])
+@pytest.mark.parametrize(
+    "model",
+    ["black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-base-4B", "shipped:tiny", "/turbo/mine"],
+)
 def test_models_that_are_not_distilled(model):
     assert already_distilled("turbo_alpha", model) is None
 
@@ -245,7 +319,10 @@ GOOD = LCM.sampling
         (dict(steps=28), "sampler.steps is 28; lcm on sdxl is made for 4 (2 to 8)"),
         (dict(steps=1), "sampler.steps is 1; lcm on sdxl is made for 4 (2 to 8)"),
         (dict(guidance=7.5), "sampler.guidance is 7.5; lcm on sdxl is made for 1 (0 to 2)"),
-        (dict(scheduler="EulerDiscreteScheduler"), "the scheduler is EulerDiscreteScheduler; lcm on sdxl is made for LCMScheduler"),
+        (
+            dict(scheduler="EulerDiscreteScheduler"),
+            "the scheduler is EulerDiscreteScheduler; lcm on sdxl is made for LCMScheduler",
+        ),
     ],
 )
 def test_settings_that_contradict(change, line):
@@ -258,7 +335,9 @@ def test_ends_of_a_range_are_fine(change):
 
 
 def test_the_scheduler_that_a_run_ends_up_with_counts():
-    assert advice(LCM, Sampling(), "DDIMScheduler") == ["the scheduler is DDIMScheduler; lcm on sdxl is made for LCMScheduler"]
+    assert advice(LCM, Sampling(), "DDIMScheduler") == [
+        "the scheduler is DDIMScheduler; lcm on sdxl is made for LCMScheduler"
+    ]
     hyper = preset("hyper_sd", "sdxl")
     assert advice(hyper, Sampling(), "LCMScheduler") == [
         "the scheduler is LCMScheduler; hyper_sd on sdxl is made for DDIMScheduler with timestep_spacing=trailing"
@@ -271,7 +350,9 @@ def test_the_scheduler_that_a_run_ends_up_with_counts():
 
 def test_strengths_that_contradict():
     assert advice(LCM, GOOD, strength=0.5) == ["its strength is 0.5; lcm on sdxl is made for 1"]
-    assert advice(preset("hyper_flux", "flux"), Sampling(), strength=1.0) == ["its strength is 1; hyper_flux on flux is made for 0.125"]
+    assert advice(preset("hyper_flux", "flux"), Sampling(), strength=1.0) == [
+        "its strength is 1; hyper_flux on flux is made for 0.125"
+    ]
     assert advice(preset("hyper_flux", "flux"), Sampling(), strength=0.13) == []
 
 
@@ -294,4 +375,14 @@ def test_further_arguments():
 
 
 def test_presets_are_listed():
-    assert {"lcm", "tcd", "hyper_sd", "hyper_flux", "turbo_alpha", "lightning", "dmd2", "pcm", "lightx2v"} <= set(presets())
+    assert {
+        "lcm",
+        "tcd",
+        "hyper_sd",
+        "hyper_flux",
+        "turbo_alpha",
+        "lightning",
+        "dmd2",
+        "pcm",
+        "lightx2v",
+    } <= set(presets())

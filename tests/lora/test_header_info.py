@@ -23,14 +23,19 @@ from int8run.pipeline import build
 def save(path: Path, metadata: Mapping[str, str] | None = None, hidden: int = 384) -> Path:
     """A LoRA file whose one module is that of a FLUX-like model with this hidden size."""
     key = "transformer.transformer_blocks.0.attn.to_q"
-    tensors = {f"{key}.lora_A.weight": randn(2, hidden).half(), f"{key}.lora_B.weight": torch.ones(hidden, 2).half()}
+    tensors = {
+        f"{key}.lora_A.weight": randn(2, hidden).half(),
+        f"{key}.lora_B.weight": torch.ones(hidden, 2).half(),
+    }
     save_file(tensors, path, metadata=dict(metadata or {}))
     return path
 
 
 def stack_of(files: Sequence[Path], strengths: Sequence[float] = (), **options: object) -> LoraSettings:
     """A stack of these files, called by their stems."""
-    adapters = [Adapter(f.stem, str(f), s) for f, s in zip(files, strengths or [1.0] * len(files), strict=True)]
+    adapters = [
+        Adapter(f.stem, str(f), s) for f, s in zip(files, strengths or [1.0] * len(files), strict=True)
+    ]
     return LoraSettings(adapters, **options).for_base("tiny")
 
 
@@ -41,7 +46,12 @@ def test_heads_say_what_the_headers_do(tmp_path: Path) -> None:
     named = save(tmp_path / "named.safetensors", {"modelspec.trigger_phrase": "ghibsky style"})
     plain = save(tmp_path / "plain.safetensors")
     first, second = read_heads(stack_of([named, plain]), "tiny")
-    assert (first.name, first.path, first.base.name, first.triggers.words) == ("named", named, "tiny", ("ghibsky style",))
+    assert (first.name, first.path, first.base.name, first.triggers.words) == (
+        "named",
+        named,
+        "tiny",
+        ("ghibsky style",),
+    )
     assert first.metadata == {"modelspec.trigger_phrase": "ghibsky style"} and len(first.header) == 2
     assert (second.name, second.base.name, second.triggers) == ("plain", "tiny", None)
     assert read_heads(LoraSettings(), "tiny") == []
@@ -52,12 +62,16 @@ def test_files_are_found_in_the_users_folder(tmp_path: Path) -> None:
     save(tmp_path / "mine" / "style.safetensors")
     stack = LoraSettings([Adapter("a", "style")])
     assert read_heads(stack, "tiny", tmp_path / "mine")[0].path == tmp_path / "mine" / "style.safetensors"
-    with pytest.raises(LoraError, match=r"LoRA file not found: styl; searched .*/mine, .*nearest there: style"):
+    with pytest.raises(
+        LoraError, match=r"LoRA file not found: styl; searched .*/mine, .*nearest there: style"
+    ):
         read_heads(LoraSettings([Adapter("a", "styl")]), "tiny", tmp_path / "mine")
 
 
 def test_a_tag_that_contradicts_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    read_heads(stack_of([save(tmp_path / "odd.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})]), "tiny")
+    read_heads(
+        stack_of([save(tmp_path / "odd.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})]), "tiny"
+    )
     (said,) = caplog.messages
     assert said == (
         "odd.safetensors: its header says 'sdxl_base_v1-0', its shapes are those of the tiny model of int8run; the shapes count"
@@ -65,7 +79,9 @@ def test_a_tag_that_contradicts_is_a_warning(tmp_path: Path, caplog: pytest.LogC
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
     """The command, which may not come so far as to load a model."""
 
     def never(*_: object) -> None:
@@ -76,7 +92,9 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         yield run
 
 
-def test_a_lora_of_another_base_model_is_refused_before_anything_is_loaded(tmp_path: Path, command: Command) -> None:
+def test_a_lora_of_another_base_model_is_refused_before_anything_is_loaded(
+    tmp_path: Path, command: Command
+) -> None:
     file = save(tmp_path / "big.safetensors", hidden=3072)
     outcome = command("lora=file", f"lora.adapters.0.path={file}", "tracker=none")
     assert outcome.code == 3
@@ -89,7 +107,9 @@ def test_a_lora_of_another_base_model_is_refused_before_anything_is_loaded(tmp_p
 
 def test_a_lora_that_is_not_there_is_told_before_anything_is_loaded(command: Command) -> None:
     outcome = command("lora=file", "lora.adapters.0.path=absent.safetensors", "tracker=none")
-    assert outcome.code == 3 and outcome.message.startswith("LoRA file not found: absent.safetensors; searched ")
+    assert outcome.code == 3 and outcome.message.startswith(
+        "LoRA file not found: absent.safetensors; searched "
+    )
 
 
 # -- trigger words -----------------------------------------------------------------------------------------------------------------
@@ -99,13 +119,18 @@ def test_a_lora_that_is_not_there_is_told_before_anything_is_loaded(command: Com
 def styles(tmp_path: Path) -> list[Path]:
     """Two LoRAs with trigger words and one without."""
     words = {"ink": "ink drawing", "gloss": "gl0ss, shiny", "plain": ""}
-    return [save(tmp_path / f"{name}.safetensors", {"modelspec.trigger_phrase": text}) for name, text in words.items()]
+    return [
+        save(tmp_path / f"{name}.safetensors", {"modelspec.trigger_phrase": text})
+        for name, text in words.items()
+    ]
 
 
 DRAWN = samples(["a fox, Ink  drawing", "an owl"], 1, 0)
 
 
-def told(styles: list[Path], caplog: pytest.LogCaptureFixture, strengths: Sequence[float], insert: bool) -> list[Sample]:
+def told(
+    styles: list[Path], caplog: pytest.LogCaptureFixture, strengths: Sequence[float], insert: bool
+) -> list[Sample]:
     """The samples after their trigger words were looked for; only warnings come into the log."""
     stack = stack_of(styles, strengths, insert_triggers=insert)
     heads = read_heads(stack, "tiny")
@@ -113,7 +138,9 @@ def told(styles: list[Path], caplog: pytest.LogCaptureFixture, strengths: Sequen
         return with_triggers(DRAWN, heads, stack)
 
 
-def test_missing_trigger_words_are_told_once_for_each_lora(styles: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_trigger_words_are_told_once_for_each_lora(
+    styles: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
     assert told(styles, caplog, [1.0, -0.5, 1.0], False) == DRAWN
     assert caplog.messages == [
         "LoRA 'ink' has trigger words that 1 of 2 prompts lack: ink drawing; lora.insert_triggers=true adds them",
@@ -121,15 +148,22 @@ def test_missing_trigger_words_are_told_once_for_each_lora(styles: list[Path], c
     ]
 
 
-def test_trigger_words_are_inserted_where_they_are_missing(styles: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_trigger_words_are_inserted_where_they_are_missing(
+    styles: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
     found = told(styles, caplog, [1.0, -0.5, 1.0], True)
-    assert [s.prompt for s in found] == ["a fox, Ink  drawing, gl0ss, shiny", "an owl, ink drawing, gl0ss, shiny"]
+    assert [s.prompt for s in found] == [
+        "a fox, Ink  drawing, gl0ss, shiny",
+        "an owl, ink drawing, gl0ss, shiny",
+    ]
     # names of files and keys of trackers stay, so that runs with and without can be compared
     assert [(s.key, s.seed) for s in found] == [(s.key, s.seed) for s in DRAWN] and caplog.messages == []
 
 
 @pytest.mark.parametrize("insert", [False, True])
-def test_a_lora_that_is_left_out_has_no_trigger_words(styles: list[Path], caplog: pytest.LogCaptureFixture, insert: bool) -> None:
+def test_a_lora_that_is_left_out_has_no_trigger_words(
+    styles: list[Path], caplog: pytest.LogCaptureFixture, insert: bool
+) -> None:
     found = told(styles[:2], caplog, [1.0, 0.0], insert)
     assert [s.prompt for s in found] == [DRAWN[0].prompt, "an owl, ink drawing" if insert else "an owl"]
     assert [m.partition(" has ")[0] for m in caplog.messages] == ([] if insert else ["LoRA 'ink'"])
@@ -145,12 +179,22 @@ def test_a_folder_that_is_not_there_is_said() -> None:
 FOUR = Sampling(steps=4, guidance=1.0, scheduler="LCMScheduler")
 
 
-def advice(stack: LoraSettings, sampling: Sampling, scheduler: str, base: str = "sd15", location: str = "somebody/model") -> list[str]:
+def advice(
+    stack: LoraSettings,
+    sampling: Sampling,
+    scheduler: str,
+    base: str = "sd15",
+    location: str = "somebody/model",
+) -> list[str]:
     """Lines about a stack on a model of this base, whatever the shapes in its files."""
-    return few_step_advice(read_heads(stack, "tiny"), stack, base, location, sampling, getattr(diffusers, scheduler)())
+    return few_step_advice(
+        read_heads(stack, "tiny"), stack, base, location, sampling, getattr(diffusers, scheduler)()
+    )
 
 
-def lcm(path: Path, strength: float | None = None, preset: str | None = "lcm", others: Sequence[Adapter] = ()) -> LoraSettings:
+def lcm(
+    path: Path, strength: float | None = None, preset: str | None = "lcm", others: Sequence[Adapter] = ()
+) -> LoraSettings:
     """A stack whose first is a few-step LoRA."""
     return LoraSettings([Adapter("fast", str(path), strength, few_step=preset), *others]).for_base("sd15")
 
@@ -173,8 +217,12 @@ def test_every_setting_that_speaks_against_it_is_a_line(tmp_path: Path) -> None:
 
 
 def test_the_stacks_own_strength_counts(tmp_path: Path) -> None:
-    stack = LoraSettings([Adapter("fast", str(save(tmp_path / "a.safetensors")), 1.0, few_step="lcm")], strength=0.5)
-    assert advice(stack, FOUR, "LCMScheduler") == ["LoRA 'fast': its strength is 0.5; lcm on sd15 is made for 1"]
+    stack = LoraSettings(
+        [Adapter("fast", str(save(tmp_path / "a.safetensors")), 1.0, few_step="lcm")], strength=0.5
+    )
+    assert advice(stack, FOUR, "LCMScheduler") == [
+        "LoRA 'fast': its strength is 0.5; lcm on sd15 is made for 1"
+    ]
 
 
 def test_a_few_step_lora_is_recognised_without_its_preset(tmp_path: Path) -> None:
@@ -195,11 +243,15 @@ def test_settings_of_the_scheduler_that_runs_are_compared(tmp_path: Path) -> Non
 
 def test_the_number_of_steps_in_the_files_name_counts(tmp_path: Path) -> None:
     stack = lcm(save(tmp_path / "lcm-2steps.safetensors"))
-    assert advice(stack, FOUR, "LCMScheduler") == ["LoRA 'fast': sampler.steps is 4; lcm on sd15 is made for 2"]
+    assert advice(stack, FOUR, "LCMScheduler") == [
+        "LoRA 'fast': sampler.steps is 4; lcm on sd15 is made for 2"
+    ]
 
 
 def test_a_file_that_serves_training_is_said(tmp_path: Path) -> None:
-    stack = LoraSettings([Adapter("a", str(save(tmp_path / "zimage_turbo_training_adapter_v1.safetensors")), 1.0)])
+    stack = LoraSettings(
+        [Adapter("a", str(save(tmp_path / "zimage_turbo_training_adapter_v1.safetensors")), 1.0)]
+    )
     (line,) = advice(stack, FOUR, "LCMScheduler")
     assert line == "LoRA 'a' says that it serves training; pictures drawn with it are usually worse"
 
@@ -214,11 +266,16 @@ def test_a_base_model_that_nothing_is_known_of_is_said(tmp_path: Path) -> None:
 def test_a_model_that_is_fast_by_itself_is_said(tmp_path: Path) -> None:
     stack = lcm(save(tmp_path / "a.safetensors"))
     (line,) = advice(stack, FOUR, "LCMScheduler", location="someone/sd-turbo")
-    assert line == "LoRA 'fast': someone/sd-turbo is made for few steps already; a few-step LoRA (lcm) on top of it overcooks the picture"
+    assert (
+        line
+        == "LoRA 'fast': someone/sd-turbo is made for few steps already; a few-step LoRA (lcm) on top of it overcooks the picture"
+    )
 
 
 @pytest.mark.parametrize("out", [{"strength": 0.0}, {"enabled": False}], ids=str)
 def test_nothing_is_said_of_a_few_step_lora_that_is_left_out(tmp_path: Path, out: dict[str, object]) -> None:
     file = save(tmp_path / "lcm.safetensors")
-    stack = LoraSettings([Adapter("fast", str(file), few_step="lcm", **{"strength": 1.0, **out})]).for_base("sd15")
+    stack = LoraSettings([Adapter("fast", str(file), few_step="lcm", **{"strength": 1.0, **out})]).for_base(
+        "sd15"
+    )
     assert advice(stack, Sampling(steps=28), "DDIMScheduler") == []

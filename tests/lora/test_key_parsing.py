@@ -26,12 +26,32 @@ from int8run.lora.key_parsing import PARTS, UNSUPPORTED, Key, split_key
         ("unet.mid.attn1.processor.add_k_proj_lora.up.weight", "denoiser", "mid.attn1.add_k_proj", "up"),
         ("double_blocks.0.processor.qkv_lora1.down.weight", "denoiser", "double_blocks.0.qkv_lora1", "down"),
         ("double_blocks.0.processor.proj_lora2.up.weight", "denoiser", "double_blocks.0.proj_lora2", "up"),
-        ("diffusion_model.single_blocks.7.processor.qkv_lora.up.weight", "denoiser", "single_blocks.7.qkv_lora", "up"),
+        (
+            "diffusion_model.single_blocks.7.processor.qkv_lora.up.weight",
+            "denoiser",
+            "single_blocks.7.qkv_lora",
+            "up",
+        ),
         ("single_blocks.7.processor.proj_lora.down.weight", "denoiser", "single_blocks.7.proj_lora", "down"),
-        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "denoiser", "double_blocks_0_img_attn_qkv", "down"),
+        (
+            "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
+            "denoiser",
+            "double_blocks_0_img_attn_qkv",
+            "down",
+        ),
         ("lora_unet__blocks_0_ffn_0.lora_up.weight", "denoiser", "blocks_0_ffn_0", "up"),
-        ("lora_transformer_transformer_blocks_0_ff_net_2.alpha", "denoiser", "transformer_blocks_0_ff_net_2", "alpha"),
-        ("lycoris_transformer_blocks_0_ff_net_2.lokr_w1", "denoiser", "transformer_blocks_0_ff_net_2", "lokr_w1"),
+        (
+            "lora_transformer_transformer_blocks_0_ff_net_2.alpha",
+            "denoiser",
+            "transformer_blocks_0_ff_net_2",
+            "alpha",
+        ),
+        (
+            "lycoris_transformer_blocks_0_ff_net_2.lokr_w1",
+            "denoiser",
+            "transformer_blocks_0_ff_net_2",
+            "lokr_w1",
+        ),
         ("lora_prior_unet_a_b.lora_mid.weight", "denoiser", "a_b", "mid"),
         ("diffusion_model.lora_unet_a_b.lora_mid.weight", "denoiser", "a_b", "mid"),
         ("base_model.model.diffusion_model.a.diff", "denoiser", "a", "diff"),
@@ -48,7 +68,12 @@ from int8run.lora.key_parsing import PARTS, UNSUPPORTED, Key, split_key
         ("a.lora_up.scale_weight", "denoiser", "a", "up_scale"),
         ("a.hada_t1", "denoiser", "a", "hada_t1"),
         ("a.lokr_w2_b", "denoiser", "a", "lokr_w2_b"),
-        ("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha", "text_encoder", "text_model_encoder_layers_0_mlp_fc1", "alpha"),
+        (
+            "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha",
+            "text_encoder",
+            "text_model_encoder_layers_0_mlp_fc1",
+            "alpha",
+        ),
         ("lora_te1_a.alpha", "text_encoder", "a", "alpha"),
         ("lora_te2_a.alpha", "text_encoder_2", "a", "alpha"),
         ("lora_te3_encoder_block_0.alpha", "text_encoder_3", "encoder_block_0", "alpha"),
@@ -58,12 +83,37 @@ from int8run.lora.key_parsing import PARTS, UNSUPPORTED, Key, split_key
         ("text_encoder.self_attn.to_q_lora.down.weight", "text_encoder", "self_attn.to_q", "down"),
         ("text_encoder_2.a.lora_A.weight", "text_encoder_2", "a", "down"),
         ("text_encoder_3.a.lora_A.weight", "text_encoder_3", "a", "down"),
-        ("text_encoder.base_model.model.model.layers.0.q.lora_A.weight", "text_encoder", "model.layers.0.q", "down"),
+        (
+            "text_encoder.base_model.model.model.layers.0.q.lora_A.weight",
+            "text_encoder",
+            "model.layers.0.q",
+            "down",
+        ),
         ("base_model.model.text_encoder.a.lora_A.weight", "text_encoder", "a", "down"),
-        ("text_encoders.clip_l.transformer.text_model.a.lora_up.weight", "text_encoder", "text_model.a", "up"),
-        ("text_encoders.clip_g.transformer.text_model.a.lora_up.weight", "text_encoder_2", "text_model.a", "up"),
-        ("text_encoders.t5xxl.transformer.encoder.block.0.lora_up.weight", "text_encoder_3", "encoder.block.0", "up"),
-        ("text_encoders.qwen25_7b.transformer.model.layers.0.lora_up.weight", "text_encoder", "model.layers.0", "up"),
+        (
+            "text_encoders.clip_l.transformer.text_model.a.lora_up.weight",
+            "text_encoder",
+            "text_model.a",
+            "up",
+        ),
+        (
+            "text_encoders.clip_g.transformer.text_model.a.lora_up.weight",
+            "text_encoder_2",
+            "text_model.a",
+            "up",
+        ),
+        (
+            "text_encoders.t5xxl.transformer.encoder.block.0.lora_up.weight",
+            "text_encoder_3",
+            "encoder.block.0",
+            "up",
+        ),
+        (
+            "text_encoders.qwen25_7b.transformer.model.layers.0.lora_up.weight",
+            "text_encoder",
+            "model.layers.0",
+            "up",
+        ),
         ("text_encoders.transformer.model.layers.0.lora_up.weight", "text_encoder", "model.layers.0", "up"),
     ],
 )
@@ -86,7 +136,11 @@ def test_key(key, component, name, part):
         ("transformer.x.bias", "x.bias", "unknown suffix"),
         ("iteration", "iteration", "unknown suffix"),
         ("", "", "unknown suffix"),
-        ("bundle_emb.word.string_to_param.*", "bundle_emb.word.string_to_param.*", "textual inversion, not a LoRA"),
+        (
+            "bundle_emb.word.string_to_param.*",
+            "bundle_emb.word.string_to_param.*",
+            "textual inversion, not a LoRA",
+        ),
         ("emb_params", "emb_params", "textual inversion, not a LoRA"),
     ],
 )
@@ -103,4 +157,6 @@ def test_every_suffix_is_reached(suffix):
 
 @pytest.mark.parametrize("suffix", UNSUPPORTED)
 def test_every_unsupported_suffix_is_reached(suffix):
-    assert split_key(f"transformer.x{suffix}") == Key("denoiser", "x", None, f"unsupported kind: {UNSUPPORTED[suffix]}")
+    assert split_key(f"transformer.x{suffix}") == Key(
+        "denoiser", "x", None, f"unsupported kind: {UNSUPPORTED[suffix]}"
+    )

@@ -36,10 +36,17 @@ def deltas(sample, models):
 def test_the_file_does_what_its_formulas_say(name, models, tmp_path):
     sample = lora_files.write(lora_files.make(name, models), tmp_path)
     made = deltas(sample, models)
-    expected = {(component, module): e for component, modules in sample.expected.items() for module, e in modules.items()}
+    expected = {
+        (component, module): e
+        for component, modules in sample.expected.items()
+        for module, e in modules.items()
+    }
     assert made.keys() == expected.keys()
     for place, (weight, bias) in made.items():
-        for what, actual, wanted in (("weight", weight, expected[place].weight), ("bias", bias, expected[place].bias)):
+        for what, actual, wanted in (
+            ("weight", weight, expected[place].weight),
+            ("bias", bias, expected[place].bias),
+        ):
             assert (actual is None) == (wanted is None), f"{place}: {what}"
             if wanted is not None:
                 assert_close(f"{place} {what}", actual, wanted, 2e-6)
@@ -62,14 +69,21 @@ def test_a_file_with_a_mistake_is_told_of(mistake, models, tmp_path):
         with pytest.raises(LoraError, match=mistake.words) as caught:
             match(models[sample.base], [Wanted(file)], strict=True)
         assert sample.path.name in str(caught.value)
-    assert all(torch.equal(v, before[c][k]) for c, m in models[sample.base].items() for k, v in m.state_dict().items())
+    assert all(
+        torch.equal(v, before[c][k])
+        for c, m in models[sample.base].items()
+        for k, v in m.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, (base, _) in LAYOUTS.items() if base == "flux"])
 def test_the_file_is_refused_by_a_model_of_another_family(name, models, tmp_path):
     sample = lora_files.write(lora_files.make(name, models), tmp_path)
     unet = {"denoiser": models["sdxl"]["denoiser"]}
-    with pytest.raises(LoraError, match=r"none of its \d+ modules is in the model|is for|has no place|changes a|no such module"):
+    with pytest.raises(
+        LoraError,
+        match=r"none of its \d+ modules is in the model|is for|has no place|changes a|no such module",
+    ):
         match(unet, [Wanted(read_lora(sample.path))], strict=True)
 
 
@@ -77,4 +91,7 @@ def test_the_list_covers_every_family_and_kind(models, tmp_path):
     kinds = set()
     for name in LAYOUTS:
         kinds |= read_lora(lora_files.write(lora_files.make(name, models), tmp_path).path).kinds.keys()
-    assert kinds == {"LoRA", "LoCon", "LoHa", "LoKr", "diff", "norm", "IA3", "DoRA", "bias"} and len(LAYOUTS) >= 20
+    assert (
+        kinds == {"LoRA", "LoCon", "LoHa", "LoKr", "diff", "norm", "IA3", "DoRA", "bias"}
+        and len(LAYOUTS) >= 20
+    )

@@ -56,9 +56,19 @@ def header(**settings):
 )
 def test_layouts(write, down, up):
     file = read_lora(write({down: A, up: B}))
-    assert list(file.changes) == ["denoiser"] and file.unknown == () and file.ranks == {RANK: 1} and file.scales == {1.0: 1}
+    assert (
+        list(file.changes) == ["denoiser"]
+        and file.unknown == ()
+        and file.ranks == {RANK: 1}
+        and file.scales == {1.0: 1}
+    )
     core = only(file).core
-    assert isinstance(core, LoRA) and torch.equal(core.lora_A, A) and torch.equal(core.lora_B, B) and core.scale == 1.0
+    assert (
+        isinstance(core, LoRA)
+        and torch.equal(core.lora_A, A)
+        and torch.equal(core.lora_B, B)
+        and core.scale == 1.0
+    )
     assert file.notes == () and file.kinds == {"LoRA": 1} and only(file).bias is None
 
 
@@ -69,7 +79,9 @@ def test_a_prefix_is_only_removed_at_the_front(write):
 
 
 @pytest.mark.parametrize(
-    "alpha", [torch.tensor(8.0), torch.tensor([8.0]), torch.tensor(8), torch.tensor(8.0, dtype=torch.bfloat16)], ids=str
+    "alpha",
+    [torch.tensor(8.0), torch.tensor([8.0]), torch.tensor(8), torch.tensor(8.0, dtype=torch.bfloat16)],
+    ids=str,
 )
 def test_alpha_tensor(write, alpha):
     file = read_lora(write({"x.lora_down.weight": A, "x.lora_up.weight": B, "x.alpha": alpha}))
@@ -78,16 +90,27 @@ def test_alpha_tensor(write, alpha):
 
 def test_each_module_has_its_own_alpha_and_rank(write):
     # safetensors refuses tensors that share memory
-    tensors = {f"{n}.{half}.weight": t.clone() for n in "xyz" for half, t in (("lora_down", A), ("lora_up", B))}
+    tensors = {
+        f"{n}.{half}.weight": t.clone() for n in "xyz" for half, t in (("lora_down", A), ("lora_up", B))
+    }
     tensors |= {"y.lora_down.weight": A[:2].clone(), "y.lora_up.weight": B[:, :2].clone()}
     file = read_lora(write(tensors | {"x.alpha": torch.tensor(2.0), "y.alpha": torch.tensor(2.0)}))
-    assert {name: change.core.scale for name, change in file.changes["denoiser"].items()} == {"x": 0.5, "y": 1.0, "z": 1.0}
+    assert {name: change.core.scale for name, change in file.changes["denoiser"].items()} == {
+        "x": 0.5,
+        "y": 1.0,
+        "z": 1.0,
+    }
     assert file.ranks == {4: 2, 2: 1} and file.scales == {0.5: 1, 1.0: 2}
 
 
 def test_alpha_0_means_rank(write):
     # kohya and LyCORIS write 0 where none was given
-    assert read_lora(write(PEFT | {"transformer.x.alpha": torch.tensor(0.0)})).changes["denoiser"]["x"].core.scale == 1.0
+    assert (
+        read_lora(write(PEFT | {"transformer.x.alpha": torch.tensor(0.0)}))
+        .changes["denoiser"]["x"]
+        .core.scale
+        == 1.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,17 +161,24 @@ def test_alpha_pattern_matches_the_end_of_a_name_as_in_peft(write, pattern, matc
     name = "blocks.0.attn.to_q"
     tensors = {f"transformer.{name}.lora_A.weight": A, f"transformer.{name}.lora_B.weight": B}
     settings = {"transformer.lora_alpha": 4, "transformer.alpha_pattern": {pattern: 12}}
-    assert read_lora(write(tensors, header(**settings))).changes["denoiser"][name].core.scale == (3.0 if matches else 1.0)
+    assert read_lora(write(tensors, header(**settings))).changes["denoiser"][name].core.scale == (
+        3.0 if matches else 1.0
+    )
 
 
 def test_an_alpha_tensor_wins_over_the_header(write):
     assert (
-        read_lora(write(PEFT | {"transformer.x.alpha": torch.tensor(2.0)}, header(lora_alpha=8))).changes["denoiser"]["x"].core.scale == 0.5
+        read_lora(write(PEFT | {"transformer.x.alpha": torch.tensor(2.0)}, header(lora_alpha=8)))
+        .changes["denoiser"]["x"]
+        .core.scale
+        == 0.5
     )
 
 
 @pytest.mark.parametrize(
-    "text", ["{not json", "[1, 2]", '"words"', "null", "[" * 100_000, '{"alpha_pattern": ["x"]}'], ids=lambda t: t[:20]
+    "text",
+    ["{not json", "[1, 2]", '"words"', "null", "[" * 100_000, '{"alpha_pattern": ["x"]}'],
+    ids=lambda t: t[:20],
 )
 def test_a_header_that_says_nothing_is_no_alpha(write, text):
     assert read_lora(write(PEFT, {"lora_adapter_metadata": text})).changes["denoiser"]["x"].core.scale == 1.0
@@ -156,17 +186,27 @@ def test_a_header_that_says_nothing_is_no_alpha(write, text):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"lora_alpha": 6}, {"use_rslora": True}, {"alpha_pattern": {"0.to_q": 1, "to_k": 2}, "rank_pattern": {"to_q": 2}}],
+    [
+        {},
+        {"lora_alpha": 6},
+        {"use_rslora": True},
+        {"alpha_pattern": {"0.to_q": 1, "to_k": 2}, "rank_pattern": {"to_q": 2}},
+    ],
     ids=["defaults", "alpha", "rslora", "patterns"],
 )
 def test_deltas_are_those_of_peft(write, settings):
     peft = pytest.importorskip("peft")
-    blocks = nn.ModuleList(nn.ModuleDict({"to_q": nn.Linear(IN, OUT), "to_k": nn.Linear(IN, OUT)}) for _ in range(2))
+    blocks = nn.ModuleList(
+        nn.ModuleDict({"to_q": nn.Linear(IN, OUT), "to_k": nn.Linear(IN, OUT)}) for _ in range(2)
+    )
     config = peft.LoraConfig(r=RANK, target_modules=["to_q", "to_k"], init_lora_weights=False, **settings)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = peft.get_peft_model(nn.ModuleDict({"blocks": blocks}), config)
-    tensors = {k.removeprefix("base_model.model."): v.contiguous() for k, v in peft.get_peft_model_state_dict(model).items()}
+    tensors = {
+        k.removeprefix("base_model.model."): v.contiguous()
+        for k, v in peft.get_peft_model_state_dict(model).items()
+    }
     # sets are not JSON; diffusers turns them into lists as well
     plain = {f"transformer.{k}": list(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     file = read_lora(write({f"transformer.{k}": v for k, v in tensors.items()}, header(**plain)))
@@ -178,7 +218,16 @@ def test_deltas_are_those_of_peft(write, settings):
 
 
 def test_keys_of_no_known_kind_are_listed(write):
-    file = read_lora(write(PEFT | {"transformer.x.something": torch.ones(OUT), "bundle_emb.a": torch.ones(1), "y.alpha": torch.ones(1)}))
+    file = read_lora(
+        write(
+            PEFT
+            | {
+                "transformer.x.something": torch.ones(OUT),
+                "bundle_emb.a": torch.ones(1),
+                "y.alpha": torch.ones(1),
+            }
+        )
+    )
     assert set(file.unknown) == {
         ("transformer.x.something", "unknown suffix"),
         ("bundle_emb.a", "textual inversion, not a LoRA"),
@@ -189,17 +238,36 @@ def test_keys_of_no_known_kind_are_listed(write):
 
 def test_plain_weights_are_no_lora(write):
     file = read_lora(write({"x.weight": A, "x.bias": torch.ones(4)}))
-    assert set(file.unknown) == {("x.weight", "a weight of a model, not a change of one"), ("x.bias", "unknown suffix")}
+    assert set(file.unknown) == {
+        ("x.weight", "a weight of a model, not a change of one"),
+        ("x.bias", "unknown suffix"),
+    }
     assert file.changes == {} and file.notes == ()
 
 
 @pytest.mark.parametrize(
-    "suffix", ["a1.weight", "oft_blocks", "bias_indices", "set_weight", "reshape_weight", "lora_embedding_A", "vera_lambda_b"]
+    "suffix",
+    [
+        "a1.weight",
+        "oft_blocks",
+        "bias_indices",
+        "set_weight",
+        "reshape_weight",
+        "lora_embedding_A",
+        "vera_lambda_b",
+    ],
 )
 def test_a_module_with_a_part_that_is_not_applied_is_left_out_whole(write, suffix):
     # the rest alone would be another LoRA
     file = read_lora(
-        write(PEFT | {f"transformer.x.{suffix}": torch.ones(3), "y.lora_down.weight": A.clone(), "y.lora_up.weight": B.clone()})
+        write(
+            PEFT
+            | {
+                f"transformer.x.{suffix}": torch.ones(3),
+                "y.lora_down.weight": A.clone(),
+                "y.lora_up.weight": B.clone(),
+            }
+        )
     )
     assert list(file.changes["denoiser"]) == ["y"]
     assert {key for key, _ in file.unknown} == {*PEFT, f"transformer.x.{suffix}"}
@@ -207,8 +275,11 @@ def test_a_module_with_a_part_that_is_not_applied_is_left_out_whole(write, suffi
 
 
 def test_components_are_kept_apart(write):
-    tensors = {f"{p}x.{half}.weight": t.clone() for p in ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_")
-               for half, t in (("lora_down", A), ("lora_up", B))}  # fmt: skip
+    tensors = {
+        f"{p}x.{half}.weight": t.clone()
+        for p in ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_")
+        for half, t in (("lora_down", A), ("lora_up", B))
+    }
     file = read_lora(write(tensors))
     components = ("denoiser", "text_encoder", "text_encoder_2", "text_encoder_3")
     assert {c: list(m) for c, m in file.changes.items()} == {c: ["x"] for c in components}
@@ -220,21 +291,34 @@ class TestParts:
 
     def test_a_bias_of_the_pair_has_the_scale_in_it(self, write):
         bias = torch.ones(OUT)
-        file = read_lora(write(PEFT | {"transformer.x.lora_B.bias": bias, "transformer.x.alpha": torch.tensor(8.0)}))
+        file = read_lora(
+            write(PEFT | {"transformer.x.lora_B.bias": bias, "transformer.x.alpha": torch.tensor(8.0)})
+        )
         assert torch.equal(only(file).bias, 2 * bias)
 
     def test_a_difference_of_the_bias_has_not(self, write):
         bias = torch.ones(OUT, dtype=torch.bfloat16)
-        change = only(read_lora(write(PEFT | {"transformer.x.diff_b": bias, "transformer.x.alpha": torch.tensor(8.0)})))
-        assert torch.equal(change.bias, torch.ones(OUT)) and change.bias.dtype == torch.float32 and change.kind == "LoRA"
+        change = only(
+            read_lora(write(PEFT | {"transformer.x.diff_b": bias, "transformer.x.alpha": torch.tensor(8.0)}))
+        )
+        assert (
+            torch.equal(change.bias, torch.ones(OUT))
+            and change.bias.dtype == torch.float32
+            and change.kind == "LoRA"
+        )
 
     def test_biases_add_up(self, write):
         both = {"transformer.x.lora_B.bias": torch.ones(OUT), "transformer.x.diff_b": torch.full((OUT,), 3.0)}
-        assert torch.equal(only(read_lora(write(PEFT | both | {"transformer.x.alpha": torch.tensor(8.0)}))).bias, torch.full((OUT,), 5.0))
+        assert torch.equal(
+            only(read_lora(write(PEFT | both | {"transformer.x.alpha": torch.tensor(8.0)}))).bias,
+            torch.full((OUT,), 5.0),
+        )
 
     def test_a_bias_alone(self, write):
         file = read_lora(write({"x.diff_b": torch.ones(OUT)}))
-        assert only(file).core is None and file.kinds == {"bias": 1} and file.ranks == {} and file.scales == {}
+        assert (
+            only(file).core is None and file.kinds == {"bias": 1} and file.ranks == {} and file.scales == {}
+        )
 
     def test_tensors_keep_their_dtype(self, write):
         core = only(read_lora(write({k: t.bfloat16() for k, t in PEFT.items()}))).core
@@ -243,25 +327,47 @@ class TestParts:
     def test_8_bit_floats_keep_their_values(self, write):
         eight = {k: t.to(torch.float8_e5m2) for k, t in PEFT.items()}
         core = only(read_lora(write(eight))).core
-        assert core.lora_A.dtype == torch.bfloat16 and torch.equal(core.lora_A.float(), eight["transformer.x.lora_A.weight"].float())
+        assert core.lora_A.dtype == torch.bfloat16 and torch.equal(
+            core.lora_A.float(), eight["transformer.x.lora_A.weight"].float()
+        )
 
-    @pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.tensor([0.5]), torch.full((OUT,), 0.5), torch.full((OUT, 1), 0.5)], ids=str)
+    @pytest.mark.parametrize(
+        "scale",
+        [torch.tensor(0.5), torch.tensor([0.5]), torch.full((OUT,), 0.5), torch.full((OUT, 1), 0.5)],
+        ids=str,
+    )
     @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
     def test_quantized_halves(self, write, scale, dtype):
         up = torch.arange(-10, 10).reshape(OUT, RANK).to(dtype)
-        core = only(read_lora(write({"x.lora_down.weight": A, "x.lora_up.weight": up, "x.lora_up.scale_weight": scale}))).core
+        core = only(
+            read_lora(
+                write({"x.lora_down.weight": A, "x.lora_up.weight": up, "x.lora_up.scale_weight": scale})
+            )
+        ).core
         assert torch.equal(core.lora_B, up.float() / 2) and torch.equal(core.lora_A, A)
 
-    @pytest.mark.parametrize(("shape", "on_input"), [((OUT, 1), False), ((OUT,), False), ((1, IN), True), ((1, 1), None)], ids=str)
+    @pytest.mark.parametrize(
+        ("shape", "on_input"), [((OUT, 1), False), ((OUT,), False), ((1, IN), True), ((1, 1), None)], ids=str
+    )
     def test_dora_norms_say_their_axis_by_their_shape(self, write, shape, on_input):
-        tensors = PEFT if on_input is not None else {"transformer.x.lora_A.weight": A, "transformer.x.lora_B.weight": B[:1].clone()}
+        tensors = (
+            PEFT
+            if on_input is not None
+            else {"transformer.x.lora_A.weight": A, "transformer.x.lora_B.weight": B[:1].clone()}
+        )
         core = only(read_lora(write(tensors | {"transformer.x.dora_scale": torch.ones(shape)}))).core
-        assert isinstance(core, DoRA) and core.on_input == bool(on_input) and core.magnitude.shape == (max(shape),)
+        assert (
+            isinstance(core, DoRA)
+            and core.on_input == bool(on_input)
+            and core.magnitude.shape == (max(shape),)
+        )
 
     def test_dora_norms_of_a_square_matrix(self, write):
         square = {"x.lora_A.weight": A, "x.lora_B.weight": randn(IN, RANK)}
         for shape, on_input in (((IN, 1), False), ((1, IN), True)):
-            assert only(read_lora(write(square | {"x.dora_scale": torch.ones(shape)}))).core.on_input == on_input
+            assert (
+                only(read_lora(write(square | {"x.dora_scale": torch.ones(shape)}))).core.on_input == on_input
+            )
 
     def test_the_norms_of_peft_are_always_of_rows(self, write):
         norms = torch.ones(1, OUT, 1, 1)  # of a convolution
@@ -292,7 +398,10 @@ REFUSED = {
     "no down": ({"x.lora_B.weight": B}, r"x has no lora_A \(down\); the file is incomplete"),
     "a bias of lora_B alone": ({"x.lora_B.bias": B[0]}, r"x has no lora_A \(down\); the file is incomplete"),
     "a scale alone": ({"x.lora_up.scale_weight": B[0]}, r"x has no lora_B \(up\); the file is incomplete"),
-    "a core alone": ({"x.lora_mid.weight": randn(2, 2, 3, 3)}, r"x has no lora_A \(down\); the file is incomplete"),
+    "a core alone": (
+        {"x.lora_mid.weight": randn(2, 2, 3, 3)},
+        r"x has no lora_A \(down\); the file is incomplete",
+    ),
     "on_input alone": ({"x.on_input": torch.tensor(1)}, "x has no weight; the file is incomplete"),
     "ranks": (
         {"x.lora_A.weight": A, "x.lora_B.weight": B[:, :3]},
@@ -302,7 +411,10 @@ REFUSED = {
         {"x.lora_A.weight": A[0], "x.lora_B.weight": B},
         r"x has lora_A \[6\], lora_B \[5, 4\]; a pair is \[rank, in\] and \[out, rank\], and the file is broken",
     ),
-    "a number": ({"x.lora_A.weight": torch.tensor(1.0), "x.lora_B.weight": B}, r"x has lora_A \[\], lora_B \[5, 4\]; a pair is"),
+    "a number": (
+        {"x.lora_A.weight": torch.tensor(1.0), "x.lora_B.weight": B},
+        r"x has lora_A \[\], lora_B \[5, 4\]; a pair is",
+    ),
     "a kernel above": (
         {"x.lora_A.weight": randn(4, 6, 3, 3), "x.lora_B.weight": randn(5, 4, 3, 3)},
         r"x has lora_A \[4, 6, 3, 3\], lora_B \[5, 4, 3, 3\]; a",
@@ -323,22 +435,36 @@ REFUSED = {
         {"x.lora_A.weight": A.to(torch.complex64), "x.lora_B.weight": B},
         r"x has a lora_A \(down\) of complex64; the file is broken",
     ),
-    "NaN": ({"x.lora_A.weight": A, "x.lora_B.weight": B * float("nan")}, r"x has values that are not finite numbers in its lora_B \(up\)"),
+    "NaN": (
+        {"x.lora_A.weight": A, "x.lora_B.weight": B * float("nan")},
+        r"x has values that are not finite numbers in its lora_B \(up\)",
+    ),
     "infinite difference": (
         {"x.diff": torch.full((2, 2), float("inf"))},
         "x has values that are not finite numbers in its diff; the file is",
     ),
     "infinite scale": (
-        {"x.lora_down.weight": A, "x.lora_up.weight": B.char(), "x.lora_up.scale_weight": torch.tensor(float("inf"))},
+        {
+            "x.lora_down.weight": A,
+            "x.lora_up.weight": B.char(),
+            "x.lora_up.scale_weight": torch.tensor(float("inf")),
+        },
         "not finite numbers",
     ),
     "integers": (
         {"x.lora_A.weight": A, "x.lora_B.weight": torch.ones(5, 4, dtype=torch.int8)},
         r"x has a lora_B \(up\) of int8 without a scale \(scale_weight\); the file was quantized and its scales are gone: take",
     ),
-    "integer difference": ({"x.diff": torch.ones(5, 4, dtype=torch.int32)}, r"x has a diff of int32 without a scale"),
+    "integer difference": (
+        {"x.diff": torch.ones(5, 4, dtype=torch.int32)},
+        r"x has a diff of int32 without a scale",
+    ),
     "packed integers": (
-        {"x.lora_down.weight": A, "x.lora_up.weight": B.abs().byte(), "x.lora_up.scale_weight": torch.ones(1)},
+        {
+            "x.lora_down.weight": A,
+            "x.lora_up.weight": B.abs().byte(),
+            "x.lora_up.scale_weight": torch.ones(1),
+        },
         r"x has a lora_B \(up\) of uint8; only int8 and floats are multiplied by a scale",
     ),
     "scales of blocks": (
@@ -361,18 +487,39 @@ REFUSED = {
         {"x.hada_w1_a": B, "x.hada_w1_b": A[:3], "x.hada_w2_a": B.clone(), "x.hada_w2_b": A.clone()},
         r"x has hada_w1_b \[3, 6\], hada_w1_a \[5, 4\]; rank 3 and rank 4: a pair is",
     ),
-    "LoHa without a factor": ({"x.hada_w1_a": B, "x.hada_w1_b": A, "x.hada_w2_b": A.clone()}, "x has no hada_w2_a; the file is incomplete"),
+    "LoHa without a factor": (
+        {"x.hada_w1_a": B, "x.hada_w1_b": A, "x.hada_w2_b": A.clone()},
+        "x has no hada_w2_a; the file is incomplete",
+    ),
     "LoKr without a factor": ({"x.lokr_w1": A}, "x has no lokr_w2; the file is incomplete"),
-    "LoKr with half a factor": ({"x.lokr_w1": A, "x.lokr_w2_b": B}, "x has no lokr_w2_a; the file is incomplete"),
-    "LoKr core alone": ({"x.lokr_w1": A, "x.lokr_t2": randn(2, 2, 3, 3)}, "x has no lokr_w2; the file is incomplete"),
+    "LoKr with half a factor": (
+        {"x.lokr_w1": A, "x.lokr_w2_b": B},
+        "x has no lokr_w2_a; the file is incomplete",
+    ),
+    "LoKr core alone": (
+        {"x.lokr_w1": A, "x.lokr_t2": randn(2, 2, 3, 3)},
+        "x has no lokr_w2; the file is incomplete",
+    ),
     "LoKr twice": (
         {"x.lokr_w1": A, "x.lokr_w2": A.clone(), "x.lokr_w2_a": B, "x.lokr_w2_b": A.clone()},
         "x has lokr_w2 both whole and as lokr_w2_a and lokr_w2_b; the file is broken",
     ),
-    "LoKr of vectors": ({"x.lokr_w1": A[0], "x.lokr_w2": B}, r"x has LoKr factors of \[6\] and \[5, 4\]; two matrices are needed"),
-    "DoRA alone": ({"x.dora_scale": torch.ones(5, 1)}, "x has DoRA norms without a low-rank change; the file is incomplete"),
-    "DoRA of a difference": ({"x.dora_scale": torch.ones(5, 1), "x.diff": torch.ones(5, 6)}, "x has DoRA norms without a low-rank change"),
-    "DoRA of another length": (PEFT | {"x.dora_scale": torch.ones(6, 1)}, "x has 6 DoRA norms for 5 rows; the file is broken"),
+    "LoKr of vectors": (
+        {"x.lokr_w1": A[0], "x.lokr_w2": B},
+        r"x has LoKr factors of \[6\] and \[5, 4\]; two matrices are needed",
+    ),
+    "DoRA alone": (
+        {"x.dora_scale": torch.ones(5, 1)},
+        "x has DoRA norms without a low-rank change; the file is incomplete",
+    ),
+    "DoRA of a difference": (
+        {"x.dora_scale": torch.ones(5, 1), "x.diff": torch.ones(5, 6)},
+        "x has DoRA norms without a low-rank change",
+    ),
+    "DoRA of another length": (
+        PEFT | {"x.dora_scale": torch.ones(6, 1)},
+        "x has 6 DoRA norms for 5 rows; the file is broken",
+    ),
     "DoRA norms for each number": (
         PEFT | {"x.dora_scale": torch.ones(5, 6)},
         r"x has DoRA norms of shape \[5, 6\]; they are \[out, 1\] or \[1, in\]",
@@ -395,7 +542,12 @@ REFUSED = {
 @pytest.mark.parametrize(("tensors", "words"), REFUSED.values(), ids=REFUSED.keys())
 def test_refused(write, tensors, words):
     path = write({k: t.clone() for k, t in tensors.items()})
-    with pytest.raises(LoraError, match=rf"style\.safetensors: .*{words}" if words.startswith("not") else rf"style\.safetensors: {words}"):
+    with pytest.raises(
+        LoraError,
+        match=rf"style\.safetensors: .*{words}"
+        if words.startswith("not")
+        else rf"style\.safetensors: {words}",
+    ):
         read_lora(path)
 
 
@@ -412,7 +564,9 @@ class TestNotes:
 
     def test_no_effect(self, write):
         file = read_lora(write(self.modules(3, torch.zeros_like(B))))
-        assert file.notes == ("the LoRA has no effect (B = 0 in 3/3 modules): untrained or zero-initialised file",)
+        assert file.notes == (
+            "the LoRA has no effect (B = 0 in 3/3 modules): untrained or zero-initialised file",
+        )
 
     def test_no_effect_in_some_modules(self, write):
         file = read_lora(write(self.modules(3) | {"m2.lora_B.weight": torch.zeros_like(B)}))
@@ -442,29 +596,42 @@ class TestNotes:
         notes = read_lora(write(self.modules(2) | {"m1.alpha": torch.tensor(alpha)})).notes
         assert bool(notes) == told
         if told:
-            assert notes[0].startswith(f"alpha / rank is {alpha / RANK:g} in m1 (and so unusual in 1 of 2 modules); usual is 0.05 to 4")
+            assert notes[0].startswith(
+                f"alpha / rank is {alpha / RANK:g} in m1 (and so unusual in 1 of 2 modules); usual is 0.05 to 4"
+            )
 
     def test_large_values(self, write):
         notes = read_lora(write(self.modules(2) | {"m1.lora_B.weight": B * 5000})).notes
-        assert len(notes) == 1 and notes[0].startswith(f"values up to {(B * 5000).abs().max():.3g} in m1 (1 modules above 1000)")
+        assert len(notes) == 1 and notes[0].startswith(
+            f"values up to {(B * 5000).abs().max():.3g} in m1 (1 modules above 1000)"
+        )
 
 
 def test_identity_is_of_the_tensors_alone(write):
     plain = read_lora(write(PEFT))
     assert read_lora(write(PEFT, header(lora_alpha=3), "other.safetensors")).identity == plain.identity
-    assert read_lora(write(PEFT | {"transformer.x.lora_A.weight": A + 1}, name="changed.safetensors")).identity != plain.identity
+    assert (
+        read_lora(write(PEFT | {"transformer.x.lora_A.weight": A + 1}, name="changed.safetensors")).identity
+        != plain.identity
+    )
     assert len(plain.identity) == 64
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"lora_alpha": "sixteen"}, "x cannot be scaled: the file's lora_alpha is 'sixteen', which is no number"),
+        (
+            {"lora_alpha": "sixteen"},
+            "x cannot be scaled: the file's lora_alpha is 'sixteen', which is no number",
+        ),
         ({"lora_alpha": True}, "lora_alpha is True, which is no number"),
         ({"lora_alpha": [8]}, r"lora_alpha is \[8\], which is no number"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf, which is no number"),
         ({"lora_alpha": 8, "alpha_pattern": {"x": "y"}}, "lora_alpha is 'y', which is no number"),
-        ({"lora_alpha": 8, "alpha_pattern": {"(": 2}}, "x cannot be scaled: the file's alpha_pattern is no regular expression: missing"),
+        (
+            {"lora_alpha": 8, "alpha_pattern": {"(": 2}},
+            "x cannot be scaled: the file's alpha_pattern is no regular expression: missing",
+        ),
     ],
     ids=json.dumps,
 )
@@ -475,12 +642,18 @@ def test_a_header_with_a_useless_alpha(write, settings, words):
 
 def test_settings_of_a_component_come_before_those_of_none(write):
     settings = header(**{"lora_alpha": 4, "text_encoder.lora_alpha": 8})
-    tensors = {f"{c}.x.{half}.weight": t.clone() for c in ("transformer", "text_encoder") for half, t in (("lora_A", A), ("lora_B", B))}
+    tensors = {
+        f"{c}.x.{half}.weight": t.clone()
+        for c in ("transformer", "text_encoder")
+        for half, t in (("lora_A", A), ("lora_B", B))
+    }
     file = read_lora(write(tensors, settings))
     assert {c: m["x"].core.scale for c, m in file.changes.items()} == {"denoiser": 1.0, "text_encoder": 2.0}
 
 
-@pytest.mark.parametrize("keep", [0, 4, 40, -1], ids=["nothing left", "in the length", "in the header", "in the last tensor"])
+@pytest.mark.parametrize(
+    "keep", [0, 4, 40, -1], ids=["nothing left", "in the length", "in the header", "in the last tensor"]
+)
 def test_truncated_file(write, keep):
     path = write(PEFT)
     path.write_bytes(path.read_bytes()[:keep])
@@ -499,7 +672,10 @@ def test_a_file_of_another_kind(tmp_path):
 def test_pickled_files_are_refused_unopened(tmp_path, suffix):
     path = tmp_path / f"style{suffix}"
     path.write_bytes(b"x")
-    with pytest.raises(LoraError, match=rf"style{suffix} is a pickled file, which can run code when opened; convert it to \.safetensors"):
+    with pytest.raises(
+        LoraError,
+        match=rf"style{suffix} is a pickled file, which can run code when opened; convert it to \.safetensors",
+    ):
         find_lora(str(path), None)
 
 
@@ -531,7 +707,9 @@ def test_a_path_without_a_suffix_is_looked_for_in_its_own_folder(write, tmp_path
     (tmp_path / "loras").mkdir()
     write(PEFT, name="loras/ink.safetensors")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(LoraError, match=rf"LoRA file not found: loras/inc; searched {tmp_path}/loras; nearest there: ink"):
+    with pytest.raises(
+        LoraError, match=rf"LoRA file not found: loras/inc; searched {tmp_path}/loras; nearest there: ink"
+    ):
         find_lora("loras/inc", None)
 
 
@@ -546,7 +724,8 @@ def test_shipped_names(write, monkeypatch, tmp_path):
     monkeypatch.setattr(load, "SHIPPED", tmp_path)
     assert find_lora("ink", None) == path
     with pytest.raises(
-        LoraError, match=rf"LoRA file not found: inc; searched {tmp_path}; nearest there: ink; lora_dir=FOLDER adds a folder of yours$"
+        LoraError,
+        match=rf"LoRA file not found: inc; searched {tmp_path}; nearest there: ink; lora_dir=FOLDER adds a folder of yours$",
     ):
         find_lora("inc", None)
 
@@ -578,7 +757,11 @@ class TestFolder:
         (tmp_path / "shipped").mkdir()
         write(PEFT, name="shipped/ink.safetensors")
         assert find_lora("ink", None, folder) == folder / "ink.safetensors"
-        assert find_lora("ink", None) == find_lora("ink.safetensors", None) == tmp_path / "shipped" / "ink.safetensors"
+        assert (
+            find_lora("ink", None)
+            == find_lora("ink.safetensors", None)
+            == tmp_path / "shipped" / "ink.safetensors"
+        )
 
     def test_a_home_folder(self, folder, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))
@@ -596,7 +779,9 @@ class TestFolder:
         places = places.format(**{p: tmp_path / p for p in ("mine", "shipped", "cwd")})
         with pytest.raises(LoraError) as caught:
             find_lora(name, None, folder)
-        assert str(caught.value).startswith(f"LoRA file not found: {name}; searched {places}; nearest there: {nearest}")
+        assert str(caught.value).startswith(
+            f"LoRA file not found: {name}; searched {places}; nearest there: {nearest}"
+        )
 
     def test_a_whole_path_is_looked_for_nowhere_else(self, folder, tmp_path):
         with pytest.raises(LoraError, match=f"searched {tmp_path}/cwd; no .safetensors file there"):
@@ -628,10 +813,14 @@ class TestHub:
         download("/cache/style.safetensors")
         assert find_lora("user/style", "style.safetensors") == Path("/cache/style.safetensors")
 
-    @pytest.mark.parametrize("error", [OSError("no route to host\nmore"), OSError()], ids=["with words", "without words"])
+    @pytest.mark.parametrize(
+        "error", [OSError("no route to host\nmore"), OSError()], ids=["with words", "without words"]
+    )
     def test_not_to_be_had(self, download, error):
         download(error)
-        with pytest.raises(LoraError, match=r"LoRA 'style\.safetensors' of 'user/style' could not be had from the hub: ") as caught:
+        with pytest.raises(
+            LoraError, match=r"LoRA 'style\.safetensors' of 'user/style' could not be had from the hub: "
+        ) as caught:
             find_lora("user/style", "style.safetensors")
         assert "\n" not in str(caught.value)
 

@@ -29,7 +29,11 @@ T5_Q, T5_O = "encoder.block.0.layer.0.SelfAttention.q", "encoder.block.0.layer.0
 def parts() -> dict[str, nn.Module]:
     """Denoiser, CLIP and T5, each with the names of the real ones."""
     pipe = random_pipeline()
-    return {"denoiser": pipe.transformer, "text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+    return {
+        "denoiser": pipe.transformer,
+        "text_encoder": pipe.text_encoder,
+        "text_encoder_2": pipe.text_encoder_2,
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +64,13 @@ def landed(found: Matches) -> dict[str, list[str]]:
 
 
 def test_every_part_of_a_file_goes_to_its_own_part_of_the_model(parts: dict[str, nn.Module]) -> None:
-    wanted = file({"denoiser": {TO_Q: change(32, 32)}, "text_encoder": {CLIP_Q: change(16, 16)}, "text_encoder_2": {T5_Q: change(16, 16)}})
+    wanted = file(
+        {
+            "denoiser": {TO_Q: change(32, 32)},
+            "text_encoder": {CLIP_Q: change(16, 16)},
+            "text_encoder_2": {T5_Q: change(16, 16)},
+        }
+    )
     found = match(parts, [wanted], strict=True)
     clip = CLIP_Q.removeprefix("text_model.")  # as this transformers has it
     assert landed(found) == {"denoiser": [TO_Q], "text_encoder": [clip], "text_encoder_2": [T5_Q]}
@@ -74,7 +84,9 @@ def test_changes_of_a_stack_carry_the_number_of_their_lora(parts: dict[str, nn.M
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2", "text_encoder_3"])
-def test_a_text_encoders_number_in_the_file_is_only_a_hint(parts: dict[str, nn.Module], component: str) -> None:
+def test_a_text_encoders_number_in_the_file_is_only_a_hint(
+    parts: dict[str, nn.Module], component: str
+) -> None:
     # T5 is the third for some trainers and the second for others; its names tell
     clip = CLIP_Q.removeprefix("text_model.")
     both = match(parts, [file({component: {T5_Q: change(16, 16), CLIP_Q: change(16, 16)}})], strict=True)
@@ -84,7 +96,12 @@ def test_a_text_encoders_number_in_the_file_is_only_a_hint(parts: dict[str, nn.M
 def test_a_text_encoder_of_another_number_is_found_by_its_shapes() -> None:
     # two CLIPs with the same names: only the second has 24 columns
     def clip(width: int) -> nn.Module:
-        sizes = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes = {
+            "hidden_size": width,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
         return CLIPTextModel(CLIPTextConfig(vocab_size=4, bos_token_id=0, eos_token_id=1, **sizes))
 
     encoders = {"text_encoder": clip(16), "text_encoder_2": clip(24)}
@@ -98,7 +115,9 @@ def test_a_text_encoder_of_another_number_is_found_by_its_shapes() -> None:
         match(encoders, [file({"text_encoder": {CLIP_Q: change(20, 20)}})], strict=True)
 
 
-def test_no_text_part_goes_to_the_denoiser_nor_the_denoisers_to_an_encoder(parts: dict[str, nn.Module]) -> None:
+def test_no_text_part_goes_to_the_denoiser_nor_the_denoisers_to_an_encoder(
+    parts: dict[str, nn.Module],
+) -> None:
     for component, name in (("text_encoder_3", TO_Q), ("denoiser", T5_Q)):
         size = 32 if name == TO_Q else 16
         with pytest.raises(LoraError, match="none of its 1 modules and keys is in the model"):
@@ -106,7 +125,12 @@ def test_no_text_part_goes_to_the_denoiser_nor_the_denoisers_to_an_encoder(parts
 
 
 def test_parts_that_are_not_wanted_are_not_missed(parts: dict[str, nn.Module]) -> None:
-    wanted = file({"denoiser": {TO_Q: change(32, 32)}, "text_encoder": {CLIP_Q: change(16, 16), "nowhere": change(3, 3)}})
+    wanted = file(
+        {
+            "denoiser": {TO_Q: change(32, 32)},
+            "text_encoder": {CLIP_Q: change(16, 16), "nowhere": change(3, 3)},
+        }
+    )
     found = match(parts, [Wanted(wanted.file, ["denoiser"])], strict=True)
     assert landed(found) == {"denoiser": [TO_Q]} and not found.unmatched
     found = match(parts, [Wanted(wanted.file, ["denoiser", "text_encoder"])], strict=False)
@@ -118,26 +142,42 @@ def test_keys_of_parts_that_are_not_wanted_are_not_missed_either(parts: dict[str
     wanted = file({"denoiser": {TO_Q: change(32, 32)}}, keys).file
     assert not match(parts, [Wanted(wanted, ["denoiser"])], strict=True).unmatched
     for components in (None, ["denoiser", "text_encoder"]):
-        with pytest.raises(LoraError, match=r"1 of 2 modules and keys have no place in the model: 1 × unsupported kind: OFT or BOFT"):
+        with pytest.raises(
+            LoraError,
+            match=r"1 of 2 modules and keys have no place in the model: 1 × unsupported kind: OFT or BOFT",
+        ):
             match(parts, [Wanted(wanted, components)], strict=True)
 
 
-@pytest.mark.parametrize("components", [["text_encoder_2"], ["text_encoder_2", "text_encoder_3"], []], ids=repr)
+@pytest.mark.parametrize(
+    "components", [["text_encoder_2"], ["text_encoder_2", "text_encoder_3"], []], ids=repr
+)
 @pytest.mark.parametrize("strict", [True, False])
-def test_parts_that_a_file_does_not_have_are_told(parts: dict[str, nn.Module], components: list[str], strict: bool) -> None:
+def test_parts_that_a_file_does_not_have_are_told(
+    parts: dict[str, nn.Module], components: list[str], strict: bool
+) -> None:
     wanted = file({"denoiser": {TO_Q: change(32, 32)}, "text_encoder": {CLIP_Q: change(16, 16)}}).file
     with pytest.raises(LoraError) as error:
         match(parts, [Wanted(wanted, components)], strict)
-    assert str(error.value) == f"style.safetensors: components={components} leaves nothing of it; it has denoiser, text_encoder"
+    assert (
+        str(error.value)
+        == f"style.safetensors: components={components} leaves nothing of it; it has denoiser, text_encoder"
+    )
 
 
 # -- what has no place ---------------------------------------------------------------------------------------------------------------
 
-LOST = (("a.oft_blocks", "unsupported kind: OFT or BOFT"), ("b.x", "unknown suffix"), ("c.x", "unknown suffix"))
+LOST = (
+    ("a.oft_blocks", "unsupported kind: OFT or BOFT"),
+    ("b.x", "unknown suffix"),
+    ("c.x", "unknown suffix"),
+)
 
 
 def test_strict_refuses_and_counts_the_reasons(parts: dict[str, nn.Module]) -> None:
-    wanted = file({"denoiser": {TO_Q: change(32, 32), "transformer_blocks.9.attn.to_q": change(32, 32)}}, LOST)
+    wanted = file(
+        {"denoiser": {TO_Q: change(32, 32), "transformer_blocks.9.attn.to_q": change(32, 32)}}, LOST
+    )
     with pytest.raises(LoraError) as error:
         match(parts, [wanted], strict=True)
     assert str(error.value) == (
@@ -146,11 +186,19 @@ def test_strict_refuses_and_counts_the_reasons(parts: dict[str, nn.Module]) -> N
     )
 
 
-def test_not_strict_applies_the_rest_and_says_what_is_left_out(parts: dict[str, nn.Module], caplog: pytest.LogCaptureFixture) -> None:
-    good, late = file({"denoiser": {TO_Q: change(32, 32)}}), file({"denoiser": {TO_Q: change(32, 32), "x": change(2, 2)}}, LOST[:1])
+def test_not_strict_applies_the_rest_and_says_what_is_left_out(
+    parts: dict[str, nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    good, late = (
+        file({"denoiser": {TO_Q: change(32, 32)}}),
+        file({"denoiser": {TO_Q: change(32, 32), "x": change(2, 2)}}, LOST[:1]),
+    )
     found = match(parts, [good, late], strict=False)
     assert found.matched == 2
-    assert found.unmatched == [(1, "a.oft_blocks", "unsupported kind: OFT or BOFT"), (1, "x", "no such module")]
+    assert found.unmatched == [
+        (1, "a.oft_blocks", "unsupported kind: OFT or BOFT"),
+        (1, "x", "no such module"),
+    ]
     (said,) = caplog.records
     assert said.levelno == logging.WARNING and said.getMessage() == (
         "style.safetensors: 2 of 3 modules and keys have no place in the model and are left out: 1 × unsupported kind: OFT or BOFT; "
@@ -170,7 +218,11 @@ def test_a_file_of_which_nothing_lands_is_an_error_always(parts: dict[str, nn.Mo
 
 def test_one_lora_without_a_place_spoils_the_stack(parts: dict[str, nn.Module]) -> None:
     with pytest.raises(LoraError, match="none of its 1 modules and keys"):
-        match(parts, [file({"denoiser": {TO_Q: change(32, 32)}}), file({"denoiser": {"x": change(2, 2)}})], strict=False)
+        match(
+            parts,
+            [file({"denoiser": {TO_Q: change(32, 32)}}), file({"denoiser": {"x": change(2, 2)}})],
+            strict=False,
+        )
 
 
 def test_a_text_part_without_a_text_encoder_is_named(parts: dict[str, nn.Module]) -> None:
@@ -183,14 +235,25 @@ def test_a_text_part_without_a_text_encoder_is_named(parts: dict[str, nn.Module]
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        (change(32, 24), f"{TO_Q} changes a 32x24 weight, the model's is 32x32; the LoRA was made for another base model"),
-        (change(40, 32), f"{TO_Q} changes a 40x32 weight, the model's is 32x32; the LoRA was made for another base model"),
-        (Change(Diff(torch.ones(32))), f"{TO_Q} changes a 32 weight, the model's is 32x32; the LoRA was made for another base model"),
+        (
+            change(32, 24),
+            f"{TO_Q} changes a 32x24 weight, the model's is 32x32; the LoRA was made for another base model",
+        ),
+        (
+            change(40, 32),
+            f"{TO_Q} changes a 40x32 weight, the model's is 32x32; the LoRA was made for another base model",
+        ),
+        (
+            Change(Diff(torch.ones(32))),
+            f"{TO_Q} changes a 32 weight, the model's is 32x32; the LoRA was made for another base model",
+        ),
         (Change(None, torch.ones(31)), "bias"),
     ],
     ids=["narrow", "tall", "a vector", "a bias"],
 )
-def test_a_wrong_shape_is_an_error_always_and_names_both(parts: dict[str, nn.Module], changed: Change, reason: str, strict: bool) -> None:
+def test_a_wrong_shape_is_an_error_always_and_names_both(
+    parts: dict[str, nn.Module], changed: Change, reason: str, strict: bool
+) -> None:
     with pytest.raises(LoraError) as error:
         match(parts, [file({"denoiser": {PROJ_OUT: change(32, 160), TO_Q: changed}})], strict)
     assert str(error.value).startswith("style.safetensors: ") and reason in str(error.value)
@@ -199,7 +262,9 @@ def test_a_wrong_shape_is_an_error_always_and_names_both(parts: dict[str, nn.Mod
 # -- matrices that are cut -----------------------------------------------------------------------------------------------------------
 
 FUSED = "single_blocks.0.linear1"  # q, k, v and the MLP, one after the other
-PARTS_OF_FUSED = [f"single_transformer_blocks.0.{part}" for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+PARTS_OF_FUSED = [
+    f"single_transformer_blocks.0.{part}" for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+]
 
 
 def delta(model: nn.Module, name: str, matches: Matches) -> torch.Tensor:
@@ -213,7 +278,10 @@ def test_a_fused_matrix_is_cut_by_the_models_own_rows(parts: dict[str, nn.Module
     whole = Change(whole.core, randn(3 * 32 + 128, seed=9))
     found = match(parts, [file({"denoiser": {FUSED: whole}})], strict=True)
     assert sorted(found.denoiser) == sorted(PARTS_OF_FUSED) and found.matched == 4
-    assert torch.equal(torch.cat([delta(model, name, found) for name in PARTS_OF_FUSED]), whole.core.delta(torch.zeros(224, 32)))
+    assert torch.equal(
+        torch.cat([delta(model, name, found) for name in PARTS_OF_FUSED]),
+        whole.core.delta(torch.zeros(224, 32)),
+    )
     assert torch.equal(torch.cat([found.denoiser[name][0][1].bias for name in PARTS_OF_FUSED]), whole.bias)
 
 
@@ -226,7 +294,10 @@ def test_a_fused_matrix_of_other_rows_is_refused(parts: dict[str, nn.Module], ro
 
 def test_what_cannot_be_cut_says_why(parts: dict[str, nn.Module]) -> None:
     dora = Change(DoRA(change(224, 32).core, torch.ones(32), on_input=True))
-    with pytest.raises(LoraError, match=r"^style\.safetensors: single_transformer_blocks\.0\.attn\.to_q its DoRA norms .* cannot be cut"):
+    with pytest.raises(
+        LoraError,
+        match=r"^style\.safetensors: single_transformer_blocks\.0\.attn\.to_q its DoRA norms .* cannot be cut",
+    ):
         match(parts, [file({"denoiser": {FUSED: dora}})], strict=True)
 
 
@@ -236,14 +307,22 @@ def test_halves_that_stand_the_other_way_round_are_swapped() -> None:
     for name, swapped in (("final_layer.adaLN_modulation.1", True), ("norm_out.linear", False)):
         found = match(models, [file({"denoiser": {name: whole}})], strict=True)
         expected = whole.core.delta(torch.zeros(32, 16))
-        assert torch.equal(delta(models["denoiser"], "norm_out.linear", found), expected.roll(16, 0) if swapped else expected)
+        assert torch.equal(
+            delta(models["denoiser"], "norm_out.linear", found), expected.roll(16, 0) if swapped else expected
+        )
 
 
 def test_a_part_of_a_module_that_the_model_fuses_changes_its_rows_only() -> None:
     models = tiny_models()["flux"]
     models["denoiser"].fuse_qkv_projections()
-    found = match(models, [file({"denoiser": {"transformer_blocks.0.attn.to_k": change(16, 16)}})], strict=True)
+    found = match(
+        models, [file({"denoiser": {"transformer_blocks.0.attn.to_k": change(16, 16)}})], strict=True
+    )
     fused = "transformer_blocks.0.attn.to_qkv"
     assert list(found.denoiser) == [fused], "to_k is still there, and nobody calls it"
     made = delta(models["denoiser"], fused, found)
-    assert torch.equal(made[16:32], change(16, 16).core.delta(torch.zeros(16, 16))) and not made[:16].any() and not made[32:].any()
+    assert (
+        torch.equal(made[16:32], change(16, 16).core.delta(torch.zeros(16, 16)))
+        and not made[:16].any()
+        and not made[32:].any()
+    )

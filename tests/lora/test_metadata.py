@@ -34,26 +34,49 @@ def lora(tmp_path):
 
 @pytest.mark.parametrize(
     "key",
-    ["modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_phrase", "instance_prompt", "activation_text"],
+    [
+        "modelspec.trigger_phrase",
+        "ss_trigger_words",
+        "trigger_words",
+        "trigger_phrase",
+        "instance_prompt",
+        "activation_text",
+    ],
 )
 def test_header_keys(lora, key):
     assert trigger_words(lora, {key: "stlz style, TOK"}) == Triggers(("stlz style", "TOK"), key)
 
 
 def test_a_list_in_a_header(lora):
-    assert trigger_words(lora, {"trigger_words": '["ink style", "a fox, drawn", 3, null]'}).words == ("ink style", "a fox", "drawn")
+    assert trigger_words(lora, {"trigger_words": '["ink style", "a fox, drawn", 3, null]'}).words == (
+        "ink style",
+        "a fox",
+        "drawn",
+    )
     assert trigger_words(lora, {"trigger_words": "[broken"}).words == ("[broken",)
 
 
 @pytest.mark.parametrize(
-    "hint", ["Use keyword 'example'", 'Trigger: "example".', "Use `example` to trigger the style", "Activate by 'example'"]
+    "hint",
+    [
+        "Use keyword 'example'",
+        'Trigger: "example".',
+        "Use `example` to trigger the style",
+        "Activate by 'example'",
+    ],
 )
 def test_words_in_quotes_in_a_hint(lora, hint):
-    assert trigger_words(lora, {"modelspec.usage_hint": hint}) == Triggers(("example",), "modelspec.usage_hint")
-    assert trigger_words(lora, {"modelspec.description": hint}) == Triggers(("example",), "modelspec.description")
+    assert trigger_words(lora, {"modelspec.usage_hint": hint}) == Triggers(
+        ("example",), "modelspec.usage_hint"
+    )
+    assert trigger_words(lora, {"modelspec.description": hint}) == Triggers(
+        ("example",), "modelspec.description"
+    )
 
 
-@pytest.mark.parametrize("hint", ["Works 'best' at 0.8", "It's a trigger for many artists' work", "use strength 0.8"])
+@pytest.mark.parametrize(
+    "hint", ["Works 'best' at 0.8", "It's a trigger for many artists' work", "use strength 0.8"]
+)
 def test_a_hint_without_trigger_words(lora, hint):
     assert trigger_words(lora, {"modelspec.usage_hint": hint}) is None
 
@@ -73,7 +96,12 @@ def test_sidecar_files(lora, suffix, content):
 
 
 @pytest.mark.parametrize(
-    "line", ["instance_prompt: ink style", "instance_prompt: 'ink style'", 'license: mit\ninstance_prompt:   "ink style"  ']
+    "line",
+    [
+        "instance_prompt: ink style",
+        "instance_prompt: 'ink style'",
+        'license: mit\ninstance_prompt:   "ink style"  ',
+    ],
 )
 def test_front_matter_of_a_readme(lora, line):
     lora.with_name("README.md").write_text(f"---\ntags:\n- lora\n{line}\n---\n# instance_prompt: not this\n")
@@ -103,18 +131,25 @@ def test_kohyas_data_sets(lora):
         "no subset",
     ]
     value = json.dumps([{"subsets": subsets}, {"subsets": None}, 5])
-    assert trigger_words(lora, {"ss_datasets": value}) == Triggers(("sks dog", "photo of"), "ss_datasets", guessed=True)
+    assert trigger_words(lora, {"ss_datasets": value}) == Triggers(
+        ("sks dog", "photo of"), "ss_datasets", guessed=True
+    )
 
 
 def test_folder_names(lora):
     value = json.dumps({"10_sks dog": {"n_repeats": 10, "img_count": 5}, "images": {}, "5_ink_style": 1})
-    assert trigger_words(lora, {"ss_dataset_dirs": value}) == Triggers(("sks dog", "ink_style"), "ss_dataset_dirs", guessed=True)
+    assert trigger_words(lora, {"ss_dataset_dirs": value}) == Triggers(
+        ("sks dog", "ink_style"), "ss_dataset_dirs", guessed=True
+    )
 
 
 @pytest.mark.parametrize(
     ("counts", "words"),
     [
-        ({"tree": 18, "solo": 12, "inkstyle": 20, "fox": 19, "sun": 18, "sea": 17}, ("inkstyle", "fox", "tree")),
+        (
+            {"tree": 18, "solo": 12, "inkstyle": 20, "fox": 19, "sun": 18, "sea": 17},
+            ("inkstyle", "fox", "tree"),
+        ),
         ({"inkstyle": 1}, ("inkstyle",)),  # ai-toolkit
         ({"a": 1, "b": 1}, None),
         ({"a": True, "b": "3", "c": 2.5, "d": None, "e": -1}, None),
@@ -127,7 +162,10 @@ def test_tags_of_almost_every_caption(lora, counts, words):
 
 
 def test_the_number_of_pictures_says_what_almost_every_means(lora):
-    metadata = {"ss_tag_frequency": json.dumps({"x": {"fox": 8, "ink": 20}}), "ss_dataset_dirs": json.dumps({"x": {"img_count": 30}})}
+    metadata = {
+        "ss_tag_frequency": json.dumps({"x": {"fox": 8, "ink": 20}}),
+        "ss_dataset_dirs": json.dumps({"x": {"img_count": 30}}),
+    }
     assert trigger_words(lora, metadata) is None
     metadata["ss_dataset_dirs"] = json.dumps({"x": {"img_count": 21}})
     assert trigger_words(lora, metadata).words == ("ink",)
@@ -169,25 +207,67 @@ def test_control_characters_and_lengths(lora):
 
 
 KEYS = [
-    "modelspec.trigger_phrase", "modelspec.usage_hint", "modelspec.description", "modelspec.title", "modelspec.license", "ss_trigger_words",
-    "ss_datasets", "ss_dataset_dirs", "ss_tag_frequency", "software", "ss_network_args", "ss_network_module", "ss_network_dim",
-    "lora_adapter_metadata", "instance_prompt",
-]  # fmt: skip
+    "modelspec.trigger_phrase",
+    "modelspec.usage_hint",
+    "modelspec.description",
+    "modelspec.title",
+    "modelspec.license",
+    "ss_trigger_words",
+    "ss_datasets",
+    "ss_dataset_dirs",
+    "ss_tag_frequency",
+    "software",
+    "ss_network_args",
+    "ss_network_module",
+    "ss_network_dim",
+    "lora_adapter_metadata",
+    "instance_prompt",
+]
 EVIL = [
-    "", "null", "true", "0", "[]", "{}", '""', "[" * 100_000, '{"a":' * 100_000, "9" * 10_000, "NaN", '{"x": Infinity}', "[[[[]]]]",
-    '{"x": {"y": NaN}}', '[{"subsets": {"class_tokens": []}}]', '[{"subsets": [[], 1, {"class_tokens": {"a": 1}}]}]', '{"1_a": [1]}',
-    '{"1_a": {"b": 1e400}}', '{"1_a": {"b": ' + "9" * 4000 + "}}", '{"name": {"name": "x"}}', '{"name": 5}', "\x00" * 100, "\ud800",
-    '{"r": [1], "lora_alpha": {}}', '{"transformer.r": "' + "x" * 10_000 + '"}', '"\\ud800"', '["\\ud83d"]', "\u202e" * 300, "'" * 10_000,
-    "trigger " + "'a" * 10_000, "🦊" * 5000, "a\n" * 10_000, "[" + "0," * 100_000 + "0]",
+    "",
+    "null",
+    "true",
+    "0",
+    "[]",
+    "{}",
+    '""',
+    "[" * 100_000,
+    '{"a":' * 100_000,
+    "9" * 10_000,
+    "NaN",
+    '{"x": Infinity}',
+    "[[[[]]]]",
+    '{"x": {"y": NaN}}',
+    '[{"subsets": {"class_tokens": []}}]',
+    '[{"subsets": [[], 1, {"class_tokens": {"a": 1}}]}]',
+    '{"1_a": [1]}',
+    '{"1_a": {"b": 1e400}}',
+    '{"1_a": {"b": ' + "9" * 4000 + "}}",
+    '{"name": {"name": "x"}}',
+    '{"name": 5}',
+    "\x00" * 100,
+    "\ud800",
+    '{"r": [1], "lora_alpha": {}}',
+    '{"transformer.r": "' + "x" * 10_000 + '"}',
+    '"\\ud800"',
+    '["\\ud83d"]',
+    "\u202e" * 300,
+    "'" * 10_000,
+    "trigger " + "'a" * 10_000,
+    "🦊" * 5000,
+    "a\n" * 10_000,
+    "[" + "0," * 100_000 + "0]",
     "{" + ",".join(f'"{i}_t": {{"t": {i}}}' for i in range(5000)) + "}",
-]  # fmt: skip
+]
 
 
 def check(lora, metadata):
     found = list(all_triggers(lora, metadata))
     for triggers in found:
         assert 0 < len(triggers.words) <= MAX_WORDS
-        assert all(0 < len(w) <= MAX_WORD and w == " ".join(w.split()) and w.isprintable() for w in triggers.words)
+        assert all(
+            0 < len(w) <= MAX_WORD and w == " ".join(w.split()) and w.isprintable() for w in triggers.words
+        )
         assert not missing_triggers(insert_triggers("a fox", triggers.words), triggers.words)
     for name, text in describe(lora, metadata, ["x.lora_A.weight"]).items():
         assert name and 0 < len(text) <= 200 and "\n" not in text and text.isprintable()
@@ -228,15 +308,31 @@ def test_random_headers(lora):
         if kind == 4:
             return [value(depth + 1) for _ in range(chance.randrange(4))]
         if kind > 4:
-            names = ["subsets", "class_tokens", "caption_prefix", "img_count", "10_fox", "name", "algo", "r", "is_reg"]
+            names = [
+                "subsets",
+                "class_tokens",
+                "caption_prefix",
+                "img_count",
+                "10_fox",
+                "name",
+                "algo",
+                "r",
+                "is_reg",
+            ]
             return {chance.choice(names): value(depth + 1) for _ in range(chance.randrange(4))}
-        return [None, chance.choice([True, 10**30, -1, 2.5, float("nan")]), "".join(chance.choices(alphabet, k=9)), chance.randrange(9)][
-            kind
-        ]
+        return [
+            None,
+            chance.choice([True, 10**30, -1, 2.5, float("nan")]),
+            "".join(chance.choices(alphabet, k=9)),
+            chance.randrange(9),
+        ][kind]
 
     for _ in range(1500):
         raw = "".join(chance.choices(alphabet, k=chance.randrange(200)))
-        check(lora, {key: json.dumps(value()) if chance.random() < 0.8 else raw for key in chance.sample(KEYS, 4)})
+        check(
+            lora,
+            {key: json.dumps(value()) if chance.random() < 0.8 else raw for key in chance.sample(KEYS, 4)},
+        )
 
 
 def test_what_is_too_large_is_not_read(lora):
@@ -257,17 +353,31 @@ def test_a_folder_in_the_place_of_a_sidecar(lora):
 @pytest.mark.parametrize(
     ("prompt", "word"),
     [
-        ("a fox, ink style", "ink style"), ("A fox in INK  STYLE.", "ink style"), ("(sks:1.2) dog", "sks"), ("sks", "sks"),
-        ("a fox <s0><s1>", "<s0><s1>"), ("水墨风格的狐狸", "水墨"), ("a.b", "a.b"), ("ink\nstyle", "ink style"), ("Écran", "écran"),
+        ("a fox, ink style", "ink style"),
+        ("A fox in INK  STYLE.", "ink style"),
+        ("(sks:1.2) dog", "sks"),
+        ("sks", "sks"),
+        ("a fox <s0><s1>", "<s0><s1>"),
+        ("水墨风格的狐狸", "水墨"),
+        ("a.b", "a.b"),
+        ("ink\nstyle", "ink style"),
+        ("Écran", "écran"),
     ],
-)  # fmt: skip
+)
 def test_words_that_are_there(prompt, word):
     assert missing_triggers(prompt, [word]) == () and insert_triggers(prompt, [word]) == prompt
 
 
 @pytest.mark.parametrize(
     ("prompt", "word"),
-    [("a pink styled fox", "ink style"), ("tasks", "sks"), ("sks2", "sks"), ("my_sks", "sks"), ("axb", "a.b"), ("", "sks")],
+    [
+        ("a pink styled fox", "ink style"),
+        ("tasks", "sks"),
+        ("sks2", "sks"),
+        ("my_sks", "sks"),
+        ("axb", "a.b"),
+        ("", "sks"),
+    ],
 )
 def test_words_that_are_not_there(prompt, word):
     assert missing_triggers(prompt, [word]) == (word,)
@@ -313,15 +423,27 @@ def test_facts(lora):
     facts = describe(
         lora,
         {
-            "modelspec.title": "Ink\nstyle", "modelspec.author": "me", "modelspec.license": "MIT", "modelspec.resolution": "1024x1024",
-            "ss_network_dim": "16", "ss_network_alpha": "8.0", "modelspec.usage_hint": "None", "modelspec.tags": "ink, line",
+            "modelspec.title": "Ink\nstyle",
+            "modelspec.author": "me",
+            "modelspec.license": "MIT",
+            "modelspec.resolution": "1024x1024",
+            "ss_network_dim": "16",
+            "ss_network_alpha": "8.0",
+            "modelspec.usage_hint": "None",
+            "modelspec.tags": "ink, line",
         },
         ["lora_unet_x.alpha"],
-    )  # fmt: skip
+    )
     assert facts == {
-        "title": "Ink style", "author": "me", "trainer": "kohya layout", "rank and alpha": "rank 16, alpha 8.0", "resolution": "1024x1024",
-        "license": "MIT", "tags": "ink, line", "advised strength": "0.8",
-    }  # fmt: skip
+        "title": "Ink style",
+        "author": "me",
+        "trainer": "kohya layout",
+        "rank and alpha": "rank 16, alpha 8.0",
+        "resolution": "1024x1024",
+        "license": "MIT",
+        "tags": "ink, line",
+        "advised strength": "0.8",
+    }
     assert describe(lora.with_name("bare.safetensors"), {}, []) == {}
 
 
@@ -330,5 +452,8 @@ def test_facts_from_other_places(lora):
     peft = json.dumps({"transformer.r": 32, "transformer.lora_alpha": 16, "transformer.use_rslora": False})
     facts = describe(lora, {"lora_adapter_metadata": peft, "ss_resolution": "(512, 512)"}, [])
     assert facts == {
-        "trainer": "diffusers / PEFT", "rank and alpha": "rank 32, alpha 16", "resolution": "(512, 512)", "license": "apache-2.0"
-    }  # fmt: skip
+        "trainer": "diffusers / PEFT",
+        "rank and alpha": "rank 32, alpha 16",
+        "resolution": "(512, 512)",
+        "license": "apache-2.0",
+    }

@@ -21,9 +21,16 @@ from int8run.models.key_mapping import NamingRule
 def tiny_flux() -> FluxTransformer2DModel:
     """Width 8; on the CPU, as fusing copies weights."""
     return FluxTransformer2DModel(
-        in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=4, num_attention_heads=2, joint_attention_dim=8,
-        pooled_projection_dim=6, guidance_embeds=True, axes_dims_rope=(2, 2),
-    )  # fmt: skip
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=6,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +54,23 @@ ONE = "single_transformer_blocks.0"
         ("double_blocks.1.img_attn.qkv", (part(Q, 0, 8), part(K, 8, 16), part(V, 16, 24))),
         ("double_blocks.1.qkv_lora1", (part(Q, 0, 8), part(K, 8, 16), part(V, 16, 24))),
         ("transformer_blocks.1.attn.to_qkv", (part(Q, 0, 8), part(K, 8, 16), part(V, 16, 24))),
-        ("single_blocks.0.linear1",
-         (part(f"{ONE}.attn.to_q", 0, 8), part(f"{ONE}.attn.to_k", 8, 16), part(f"{ONE}.attn.to_v", 16, 24),
-          part(f"{ONE}.proj_mlp", 24, 56))),
-        ("single_blocks.0.qkv_lora", (part(f"{ONE}.attn.to_q", 0, 8), part(f"{ONE}.attn.to_k", 8, 16), part(f"{ONE}.attn.to_v", 16, 24))),
+        (
+            "single_blocks.0.linear1",
+            (
+                part(f"{ONE}.attn.to_q", 0, 8),
+                part(f"{ONE}.attn.to_k", 8, 16),
+                part(f"{ONE}.attn.to_v", 16, 24),
+                part(f"{ONE}.proj_mlp", 24, 56),
+            ),
+        ),
+        (
+            "single_blocks.0.qkv_lora",
+            (
+                part(f"{ONE}.attn.to_q", 0, 8),
+                part(f"{ONE}.attn.to_k", 8, 16),
+                part(f"{ONE}.attn.to_v", 16, 24),
+            ),
+        ),
         ("single_blocks.0.proj_lora", (Place(f"{ONE}.proj_out"),)),
         ("double_blocks.0.proj_lora2", (Place("transformer_blocks.0.attn.to_add_out"),)),
         ("transformer_blocks.0.attn.to_out.0", (Place("transformer_blocks.0.attn.to_out.0"),)),
@@ -61,7 +81,7 @@ ONE = "single_transformer_blocks.0"
         ("norm_out.linear", (Place("norm_out.linear"),)),
         ("guidance_in.out_layer", (Place("time_text_embed.guidance_embedder.linear_2"),)),
     ],
-)  # fmt: skip
+)
 def test_names_of_flux(flux, name, places):
     assert flux.find(name) == places
     assert flux.find(flatten(name)) == places
@@ -71,12 +91,26 @@ def test_names_of_flux(flux, name, places):
 @pytest.mark.parametrize(
     "name",
     [
-        "", "lora", "transformer_blocks", "transformer_blocks.0", "transformer_blocks.0.attn", "transformer_blocks.0.attn.to_o",
-        "transformer_blocks.2.attn.to_q", "double_blocks.2.img_attn.qkv", "double_blocks.x.img_attn.qkv", "double_blocks.0",
-        "double_blocks.0.img_attn", "single_blocks.0.linear3", "transformer_blocks.0.ff.net.0", "transformer_blocks.0.norm1.norm",
-        "prefix.img_in", "img_in.weight", "double_blocks.*.img_attn.qkv", "TRANSFORMER_BLOCKS.0.attn.to_q",
+        "",
+        "lora",
+        "transformer_blocks",
+        "transformer_blocks.0",
+        "transformer_blocks.0.attn",
+        "transformer_blocks.0.attn.to_o",
+        "transformer_blocks.2.attn.to_q",
+        "double_blocks.2.img_attn.qkv",
+        "double_blocks.x.img_attn.qkv",
+        "double_blocks.0",
+        "double_blocks.0.img_attn",
+        "single_blocks.0.linear3",
+        "transformer_blocks.0.ff.net.0",
+        "transformer_blocks.0.norm1.norm",
+        "prefix.img_in",
+        "img_in.weight",
+        "double_blocks.*.img_attn.qkv",
+        "TRANSFORMER_BLOCKS.0.attn.to_q",
     ],
-)  # fmt: skip
+)
 def test_unknown_names_containers_and_modules_without_a_weight_have_no_place(flux, name):
     assert flux.find(name) is None and flux.find(flatten(name)) is None
 
@@ -89,23 +123,43 @@ def test_rows_that_a_file_must_have(flux):
 def test_unequal_parts_are_cut_by_the_modules_own_rows():
     with torch.device("meta"):
         model = Lumina2Transformer2DModel(
-            in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1, num_attention_heads=3, num_kv_heads=1, cap_feat_dim=8,
+            in_channels=4,
+            hidden_size=24,
+            num_layers=1,
+            num_refiner_layers=1,
+            num_attention_heads=3,
+            num_kv_heads=1,
+            cap_feat_dim=8,
             axes_dim_rope=(4, 2, 2),
-        )  # fmt: skip
+        )
     to = "layers.0.attn.to_"
-    assert NameTable.of(model).find("layers.0.attention.qkv") == (part(f"{to}q", 0, 24), part(f"{to}k", 24, 32), part(f"{to}v", 32, 40))
+    assert NameTable.of(model).find("layers.0.attention.qkv") == (
+        part(f"{to}q", 0, 24),
+        part(f"{to}k", 24, 32),
+        part(f"{to}v", 32, 40),
+    )
 
 
 def test_only_the_last_text_norm_of_sd3_is_swapped():
     with torch.device("meta"):
         model = SD3Transformer2DModel(
-            sample_size=4, in_channels=4, num_layers=12, attention_head_dim=4, num_attention_heads=2, joint_attention_dim=8,
-            caption_projection_dim=8, pooled_projection_dim=6, out_channels=4, pos_embed_max_size=4,
-        )  # fmt: skip
+            sample_size=4,
+            in_channels=4,
+            num_layers=12,
+            attention_head_dim=4,
+            num_attention_heads=2,
+            joint_attention_dim=8,
+            caption_projection_dim=8,
+            pooled_projection_dim=6,
+            out_channels=4,
+            pos_embed_max_size=4,
+        )
     table = NameTable.of(model)
     swapped = {name for name, meanings in table.spellings.items() if meanings[0][0].swap_halves}
     assert swapped == {"joint_blocks.11.context_block.adaLN_modulation.1", "final_layer.adaLN_modulation.1"}
-    assert table.find("joint_blocks_9_context_block_adaLN_modulation_1") == (Place("transformer_blocks.9.norm1_context.linear"),)
+    assert table.find("joint_blocks_9_context_block_adaLN_modulation_1") == (
+        Place("transformer_blocks.9.norm1_context.linear"),
+    )
 
 
 def test_a_fused_model_takes_fused_and_split_names():
@@ -119,13 +173,20 @@ def test_a_fused_model_takes_fused_and_split_names():
     for i, x in enumerate("qkv"):
         assert table.find(f"transformer_blocks.1.attn.to_{x}") == (Place(fused, start=8 * i, total=24),)
         assert table.find(f"transformer_blocks_1_attn_add_{x}_proj") == (Place(added, start=8 * i, total=24),)
-    assert table.find("single_blocks.0.linear1") == (part(f"{ONE}.attn.to_qkv", 0, 24), part(f"{ONE}.proj_mlp", 24, 56))
+    assert table.find("single_blocks.0.linear1") == (
+        part(f"{ONE}.attn.to_qkv", 0, 24),
+        part(f"{ONE}.proj_mlp", 24, 56),
+    )
     hit = {place.module for meanings in table.spellings.values() for place in meanings[0]}
-    assert not {n for n in hit if n.endswith(("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"))}
+    assert not {
+        n for n in hit if n.endswith(("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"))
+    }
     assert hit == {n for n, m in model.named_modules() if weight_shape(m)} - {
-        f"{n}.{x}" for n, m in model.named_modules() if hasattr(m, "to_qkv")
+        f"{n}.{x}"
+        for n, m in model.named_modules()
+        if hasattr(m, "to_qkv")
         for x in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-    }  # fmt: skip
+    }
 
 
 def test_fusing_and_unfusing_gives_the_old_names():
@@ -138,9 +199,14 @@ def test_fusing_and_unfusing_gives_the_old_names():
 
 def test_cross_attention_of_a_fused_unet_keeps_its_own_q():
     model = UNet2DConditionModel(
-        block_out_channels=(4, 8), norm_num_groups=4, cross_attention_dim=6, attention_head_dim=4, layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+        block_out_channels=(4, 8),
+        norm_num_groups=4,
+        cross_attention_dim=6,
+        attention_head_dim=4,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
     model.fuse_qkv_projections()
     table, attention = NameTable.of(model), "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
     assert table.find(f"{attention}.to_q") == (Place(f"{attention}.to_q"),)
@@ -150,9 +216,17 @@ def test_cross_attention_of_a_fused_unet_keeps_its_own_q():
 
 def test_added_keys_and_values_of_a_fused_wan():
     model = WanTransformer3DModel(
-        in_channels=4, out_channels=4, text_dim=8, freq_dim=8, ffn_dim=16, num_layers=1, attention_head_dim=12, num_attention_heads=1,
-        image_dim=8, added_kv_proj_dim=12,
-    )  # fmt: skip
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=1,
+        attention_head_dim=12,
+        num_attention_heads=1,
+        image_dim=8,
+        added_kv_proj_dim=12,
+    )
     model.blocks[0].attn2.fuse_projections()
     table, attention = NameTable.of(model), "blocks.0.attn2"
     assert table.find("blocks.0.cross_attn.k_img") == (Place(f"{attention}.to_added_kv", start=0, total=24),)
@@ -164,16 +238,27 @@ def test_added_keys_and_values_of_a_fused_wan():
 def test_a_number_after_to_out_that_the_model_does_not_have():
     with torch.device("meta"):
         model = Flux2Transformer2DModel(
-            in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=4, num_attention_heads=2, joint_attention_dim=8,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=4,
+            num_attention_heads=2,
+            joint_attention_dim=8,
             axes_dims_rope=(1, 1, 1, 1),
-        )  # fmt: skip
+        )
     table = NameTable.of(model)
-    assert table.find(f"{ONE}.attn.to_out.0") == table.find("single_blocks_0_linear2") == (Place(f"{ONE}.attn.to_out"),)
+    assert (
+        table.find(f"{ONE}.attn.to_out.0")
+        == table.find("single_blocks_0_linear2")
+        == (Place(f"{ONE}.attn.to_out"),)
+    )
 
 
 def test_norms_of_wan_change_their_number():
     with torch.device("meta"):
-        model = WanTransformer3DModel(in_channels=4, num_layers=1, attention_head_dim=12, num_attention_heads=1)
+        model = WanTransformer3DModel(
+            in_channels=4, num_layers=1, attention_head_dim=12, num_attention_heads=1
+        )
     table = NameTable.of(model)
     assert table.find("blocks.0.norm2") == table.find("blocks.0.norm3") == (Place("blocks.0.norm2"),)
     # the other two have no weight on either side, so no file can mean them
@@ -197,7 +282,12 @@ def test_the_rows_of_a_part_are_never_guessed(change):
 
 def test_rows_of_a_fused_module_in_another_order_stay_apart():
     model = nn.Module()
-    model.to_qkv, model.to_q, model.to_k, model.to_v = nn.Linear(4, 9), nn.Linear(4, 2), nn.Linear(4, 3), nn.Linear(4, 4)
+    model.to_qkv, model.to_q, model.to_k, model.to_v = (
+        nn.Linear(4, 9),
+        nn.Linear(4, 2),
+        nn.Linear(4, 3),
+        nn.Linear(4, 4),
+    )
     fused, odd = NamingRule("to_qkv", ("to_q", "to_k", "to_v")), NamingRule("odd", ("to_k", "to_v", "to_q"))
     table = NameTable(dict(model.named_modules()), (fused, odd))
     assert table.find("odd") == (Place("to_qkv", slice(0, 7), 2, 9), Place("to_qkv", slice(7, 9), 0, 9))
@@ -214,7 +304,11 @@ def test_an_unknown_class_has_its_own_names():
     table = NameTable.of(TinyModel())
     assert table.find("blocks.1.3") == table.find("blocks_1_3") == (Place("blocks.1.3"),)
     assert table.find("img_in") is None
-    assert set(table.spellings) == {"proj_in", "proj_out", *(f"blocks.{i}.{j}" for i in range(2) for j in (0, 1, 3))}
+    assert set(table.spellings) == {
+        "proj_in",
+        "proj_out",
+        *(f"blocks.{i}.{j}" for i in range(2) for j in (0, 1, 3)),
+    }
 
 
 def test_int8_layers_are_found_and_cut_alike():
@@ -223,13 +317,20 @@ def test_int8_layers_are_found_and_cut_alike():
     modules = dict(model.named_modules())
     assert weight_shape(modules["blocks.0.1"]) == (96, 64) and weight_shape(modules["blocks.0"]) == ()
     assert weight_shape(modules["blocks.0.0"]) == (64,)
-    assert NameTable(modules, rules).find("both_0") == (part("blocks.0.1", 0, 96), part("blocks.0.3", 96, 160))
+    assert NameTable(modules, rules).find("both_0") == (
+        part("blocks.0.1", 0, 96),
+        part("blocks.0.3", 96, 160),
+    )
     assert weight_shape(nn.Conv2d(3, 5, 2)) == (5, 3, 2, 2)
 
 
 def test_rules_of_blocks_and_of_what_is_inside_make_names_together():
     model = nn.ModuleDict({"down": nn.ModuleDict({"conv": nn.Linear(2, 2), "norm": nn.LayerNorm(2)})})
-    rules = (NamingRule("in.**", ("down.**",)), NamingRule("in.0", ("in.conv",)), NamingRule("all.**", ("in.**",)))
+    rules = (
+        NamingRule("in.**", ("down.**",)),
+        NamingRule("in.0", ("in.conv",)),
+        NamingRule("all.**", ("in.**",)),
+    )
     table = NameTable(dict(model.named_modules()), rules)
     assert [table.find(n) for n in ("in.conv", "in.0", "all.0", "all.conv")] == 4 * [(Place("down.conv"),)]
     assert table.find("all.norm") == (Place("down.norm"),)
@@ -258,13 +359,17 @@ def test_a_rule_that_adds_a_level_ends():
 )
 def test_a_name_with_two_meanings_is_refused_and_only_that(names, rules, asked):
     table = NameTable({"other": nn.Linear(2, 2), **{name: nn.Linear(2, 2) for name in names}}, rules)
-    with pytest.raises(LoraError, match=rf"the name {asked} can mean {names[0]} or {names[1]} of this model; rename the key"):
+    with pytest.raises(
+        LoraError, match=rf"the name {asked} can mean {names[0]} or {names[1]} of this model; rename the key"
+    ):
         table.find(asked)
     assert table.find("other") == (Place("other"),)
 
 
 def test_two_ways_to_one_meaning_are_fine():
-    table = NameTable({"a": nn.Linear(2, 2)}, (NamingRule("n", ("a",)), NamingRule("m", ("a",)), NamingRule("n", ("m",))))
+    table = NameTable(
+        {"a": nn.Linear(2, 2)}, (NamingRule("n", ("a",)), NamingRule("m", ("a",)), NamingRule("n", ("m",)))
+    )
     assert table.find("n") == (Place("a"),)
     table = NameTable({"a": nn.Linear(2, 2)}, (NamingRule("n.m", ("a",)), NamingRule("n_m", ("a",))))
     assert table.find("n.m") == (Place("a"),)

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from int8run.errors import ConfigError
 from int8run.lora.module_names import NameTable, Place, flatten, rows_in_file
-from int8run.models.key_mapping import FOLDER, Names, NamingRule, captures, fill, names_of, read_folder, read_rules, rules_for
+from int8run.models.key_mapping import (
+    FOLDER,
+    Names,
+    NamingRule,
+    captures,
+    fill,
+    names_of,
+    read_folder,
+    read_rules,
+    rules_for,
+)
 from int8run.models.state_dict_adapter import to_native
 from int8run.text_encoders.registry import shipped_encoders, supported
 
@@ -43,10 +53,16 @@ def authors_rules(family: Family) -> tuple[NamingRule, ...]:
 def authors_names(table: NameTable, rules: tuple[NamingRule, ...]) -> list[str]:
     """The names that no rule takes further: those of the model's authors."""
     targets = [(target, rule.native) for rule in rules for target in rule.targets]
-    return [n for n in table.spellings if not any((v := captures(t, n)) and fill(native, v) in table.spellings for t, native in targets)]
+    return [
+        n
+        for n in table.spellings
+        if not any((v := captures(t, n)) and fill(native, v) in table.spellings for t, native in targets)
+    ]
 
 
-def authors_checkpoint(table: NameTable, rules: tuple[NamingRule, ...], numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+def authors_checkpoint(
+    table: NameTable, rules: tuple[NamingRule, ...], numbers: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """What the authors' file would hold if the table is right: the row numbers, put together by its places."""
     checkpoint = {}
     for name in authors_names(table, rules):
@@ -55,9 +71,16 @@ def authors_checkpoint(table: NameTable, rules: tuple[NamingRule, ...], numbers:
             parts = [numbers.get(f"{place.module}.{parameter}") for place in places]
             if parts[0] is None:
                 continue
-            parts = [part.roll(len(part) // 2) if place.swap_halves else part for part, place in zip(parts, places, strict=True)]
+            parts = [
+                part.roll(len(part) // 2) if place.swap_halves else part
+                for part, place in zip(parts, places, strict=True)
+            ]
             # norms of these authors call their weight scale
-            spelled = "scale" if re.search(r"(query_norm|key_norm|distilled_guidance_layer\.norms\.\d+)$", name) else parameter
+            spelled = (
+                "scale"
+                if re.search(r"(query_norm|key_norm|distilled_guidance_layer\.norms\.\d+)$", name)
+                else parameter
+            )
             checkpoint[f"{name}.{spelled}"] = torch.cat(parts)
     return checkpoint
 
@@ -71,12 +94,18 @@ def test_names_are_those_of_diffusers_own_converter(key):
     modules = weighted(model)
     numbers = row_numbers(modules)
     table = NameTable(modules, rules)
-    assert {n for n in authors_names(table, rules) if n in modules} == {n for n in modules if re.fullmatch(family.unchanged, n)}
+    assert {n for n in authors_names(table, rules) if n in modules} == {
+        n for n in modules if re.fullmatch(family.unchanged, n)
+    }
     checkpoint = authors_checkpoint(table, rules, numbers)
     checkpoint |= dict.fromkeys(family.besides, torch.zeros(1))
     arguments = {"config": dict(model.config)} if family.prefix else {}
-    converted = family.convert({family.prefix + name: value for name, value in checkpoint.items()}, **arguments)
-    assert set(numbers) <= set(converted), f"the converter finds no {sorted(set(numbers) - set(converted))[:5]}"
+    converted = family.convert(
+        {family.prefix + name: value for name, value in checkpoint.items()}, **arguments
+    )
+    assert set(numbers) <= set(converted), (
+        f"the converter finds no {sorted(set(numbers) - set(converted))[:5]}"
+    )
     wrong = [name for name, rows in numbers.items() if not torch.equal(converted[name], rows)]
     assert not wrong, f"other rows in {wrong[:5]}"
     # nothing else came out, but for names that the converter passed through unread
@@ -91,9 +120,13 @@ def test_names_are_those_of_files(key):
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for native, parts in to_native(shapes, family.cls).items():
         name, _, parameter = native.removeprefix(family.prefix).rpartition(".")
-        if parameter == "weight" and {part.key.removesuffix(".weight") for part in parts} <= set(table.spellings):
+        if parameter == "weight" and {part.key.removesuffix(".weight") for part in parts} <= set(
+            table.spellings
+        ):
             places = table.find(name)
-            assert [(p.module, p.swap_halves) for p in places] == [(p.key.removesuffix(".weight"), p.swap_halves) for p in parts]
+            assert [(p.module, p.swap_halves) for p in places] == [
+                (p.key.removesuffix(".weight"), p.swap_halves) for p in parts
+            ]
 
 
 @pytest.mark.parametrize("key", FAMILIES)
@@ -131,7 +164,10 @@ def test_names_of_xlabs_are_those_of_diffusers_own_converter():
     file, expected = {}, {}
     for i, name in enumerate(names):
         assert not any(place.swap_halves for place in table.find(name))
-        down, rows = torch.full((1, 2), i), rows_in_file(table.find(name)) or HIDDEN["attention_head_dim"] * HIDDEN["num_attention_heads"]
+        down, rows = (
+            torch.full((1, 2), i),
+            rows_in_file(table.find(name)) or HIDDEN["attention_head_dim"] * HIDDEN["num_attention_heads"],
+        )
         up = torch.arange(rows)[:, None] + i * 10**5
         block, _, part = name.rpartition(".")
         file |= {f"{block}.processor.{part}.down.weight": down, f"{block}.processor.{part}.up.weight": up}
@@ -139,16 +175,24 @@ def test_names_of_xlabs_are_those_of_diffusers_own_converter():
             expected[f"transformer.{place.module}.lora_A.weight"] = down
             expected[f"transformer.{place.module}.lora_B.weight"] = up[place.take or slice(None)]
     converted = lora_converters._convert_xlabs_flux_lora_to_diffusers(file)
-    assert set(converted) == set(expected) and all(torch.equal(converted[key], expected[key]) for key in expected)
+    assert set(converted) == set(expected) and all(
+        torch.equal(converted[key], expected[key]) for key in expected
+    )
 
 
 def test_names_of_ltx2_with_prompt_modulation_are_those_of_diffusers_own_lora_converter():
     family = FAMILIES["ltx2"]
-    model = tiny(replace(family, config={**family.config, "cross_attn_mod": True, "audio_cross_attn_mod": True}))
+    model = tiny(
+        replace(family, config={**family.config, "cross_attn_mod": True, "audio_cross_attn_mod": True})
+    )
     table = NameTable(weighted(model), authors_rules(family))
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     names = [n for n in authors_names(table, authors_rules(family)) if table.find(n)[0].module in linears]
-    assert len(names) == len(linears) and "prompt_adaln_single.linear" in names and "audio_prompt_adaln_single.linear" in names
+    assert (
+        len(names) == len(linears)
+        and "prompt_adaln_single.linear" in names
+        and "audio_prompt_adaln_single.linear" in names
+    )
     file = {f"diffusion_model.{n}.lora_A.weight": n for n in names}
     converted = lora_converters._convert_non_diffusers_ltx2_lora_to_diffusers(file)
     assert converted == {f"transformer.{table.find(n)[0].module}.lora_A.weight": n for n in names}
@@ -158,19 +202,31 @@ def test_names_of_ltx2_with_prompt_modulation_are_those_of_diffusers_own_lora_co
 @pytest.mark.parametrize(
     "key, names",
     [
-        ("flux2", {
-            "double_blocks.1.img_attn.qkv": [f"transformer_blocks.1.attn.to_{x}" for x in "qkv"],
-            "double_blocks.1.txt_attn.qkv": [f"transformer_blocks.1.attn.add_{x}_proj" for x in "qkv"],
-        }),
-        ("hunyuan_video", {
-            f"txt_in.individual_token_refiner.blocks.1.{there}": [f"context_embedder.token_refiner.refiner_blocks.1.{x}" for x in here]
-            for there, here in {
-                "self_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"], "self_attn_proj": ["attn.to_out.0"], "mlp.fc1": ["ff.net.0.proj"],
-                "mlp.fc2": ["ff.net.2"], "adaLN_modulation.1": ["norm_out.linear"], "norm2": ["norm2"],
-            }.items()
-        }),
+        (
+            "flux2",
+            {
+                "double_blocks.1.img_attn.qkv": [f"transformer_blocks.1.attn.to_{x}" for x in "qkv"],
+                "double_blocks.1.txt_attn.qkv": [f"transformer_blocks.1.attn.add_{x}_proj" for x in "qkv"],
+            },
+        ),
+        (
+            "hunyuan_video",
+            {
+                f"txt_in.individual_token_refiner.blocks.1.{there}": [
+                    f"context_embedder.token_refiner.refiner_blocks.1.{x}" for x in here
+                ]
+                for there, here in {
+                    "self_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+                    "self_attn_proj": ["attn.to_out.0"],
+                    "mlp.fc1": ["ff.net.0.proj"],
+                    "mlp.fc2": ["ff.net.2"],
+                    "adaLN_modulation.1": ["norm_out.linear"],
+                    "norm2": ["norm2"],
+                }.items()
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_names_that_the_converter_reads_loosely(key, names):
     table = NameTable.of(tiny(FAMILIES[key]))
     assert {name: [place.module for place in table.find(name)] for name in names} == names
@@ -210,7 +266,9 @@ def text_encoders() -> dict[str, nn.Module]:
         return {
             "CLIPTextModel": transformers.CLIPTextModel(clip),
             "CLIPTextModelWithProjection": transformers.CLIPTextModelWithProjection(clip),
-            "T5EncoderModel": transformers.T5EncoderModel(transformers.T5Config(d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)),
+            "T5EncoderModel": transformers.T5EncoderModel(
+                transformers.T5Config(d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+            ),
             "Qwen3Model": transformers.Qwen3Model(llm),
             "Qwen3ForCausalLM": transformers.Qwen3ForCausalLM(llm),
             "Qwen2_5_VLForConditionalGeneration": transformers.Qwen2_5_VLForConditionalGeneration(vlm),
@@ -220,28 +278,61 @@ def text_encoders() -> dict[str, nn.Module]:
 @pytest.mark.parametrize(
     "cls, names",
     [
-        ("CLIPTextModel", ["encoder.layers.1.self_attn.q_proj", "text_model.encoder.layers.1.self_attn.q_proj",
-                           "text_model.encoder.layers.1.self_attn.to_q", "encoder.layers.1.self_attn.to_q"]),
-        ("CLIPTextModelWithProjection", ["encoder.layers.1.self_attn.out_proj", "text_model.encoder.layers.1.self_attn.out_proj",
-                                         "text_model.encoder.layers.1.self_attn.to_out", "encoder.layers.1.self_attn.to_out"]),
-        ("CLIPTextModel", ["encoder.layers.0.self_attn.k_proj", "text_model.encoder.layers.0.self_attn.to_k"]),
-        ("CLIPTextModel", ["encoder.layers.0.self_attn.v_proj", "text_model.encoder.layers.0.self_attn.to_v"]),
+        (
+            "CLIPTextModel",
+            [
+                "encoder.layers.1.self_attn.q_proj",
+                "text_model.encoder.layers.1.self_attn.q_proj",
+                "text_model.encoder.layers.1.self_attn.to_q",
+                "encoder.layers.1.self_attn.to_q",
+            ],
+        ),
+        (
+            "CLIPTextModelWithProjection",
+            [
+                "encoder.layers.1.self_attn.out_proj",
+                "text_model.encoder.layers.1.self_attn.out_proj",
+                "text_model.encoder.layers.1.self_attn.to_out",
+                "encoder.layers.1.self_attn.to_out",
+            ],
+        ),
+        (
+            "CLIPTextModel",
+            ["encoder.layers.0.self_attn.k_proj", "text_model.encoder.layers.0.self_attn.to_k"],
+        ),
+        (
+            "CLIPTextModel",
+            ["encoder.layers.0.self_attn.v_proj", "text_model.encoder.layers.0.self_attn.to_v"],
+        ),
         ("CLIPTextModelWithProjection", ["text_projection"]),
         ("T5EncoderModel", ["encoder.block.1.layer.0.SelfAttention.q"]),
         ("Qwen3Model", ["layers.1.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
         ("Qwen3ForCausalLM", ["layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj"]),
-        ("Qwen2_5_VLForConditionalGeneration", ["layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj", "language_model.layers.1.mlp.up_proj",
-                                                "language_model.model.layers.1.mlp.up_proj", "model.language_model.layers.1.mlp.up_proj"]),
-        ("Qwen2_5_VLForConditionalGeneration", ["visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv"]),
+        (
+            "Qwen2_5_VLForConditionalGeneration",
+            [
+                "layers.1.mlp.up_proj",
+                "model.layers.1.mlp.up_proj",
+                "language_model.layers.1.mlp.up_proj",
+                "language_model.model.layers.1.mlp.up_proj",
+                "model.language_model.layers.1.mlp.up_proj",
+            ],
+        ),
+        (
+            "Qwen2_5_VLForConditionalGeneration",
+            ["visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_text_encoders_whatever_their_outer_levels(cls, names):
     model = text_encoders()[cls]
     table = NameTable.of(model)
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     own = [name for name in names if name in linears]
     assert len(own) == 1
-    assert {place for name in names for spelled in (str, flatten) for place in table.find(spelled(name))} == {Place(own[0])}
+    assert {place for name in names for spelled in (str, flatten) for place in table.find(spelled(name))} == {
+        Place(own[0])
+    }
     assert all(table.find(flatten(n)) == table.find(n) for n in linears)
 
 
@@ -250,9 +341,13 @@ def test_names_inside_resnets_of_ldm(key):
     model = tiny(FAMILIES[key])
     table, own = NameTable.of(model), dict(model.named_modules())
     inner = {
-        "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
+        "in_layers.0": "norm1",
+        "in_layers.2": "conv1",
+        "emb_layers.1": "time_emb_proj",
+        "out_layers.0": "norm2",
+        "out_layers.3": "conv2",
         "skip_connection": "conv_shortcut",
-    }  # fmt: skip
+    }
     blocks = {
         "input_blocks.4.0": "down_blocks.1.resnets.0",
         "middle_block.0": "mid_block.resnets.0",
@@ -291,13 +386,19 @@ GOOD = "classes: [Model]\nnames: {a.*: b.*}\n"
     "text, message",
     [
         ("a: [", "x.yaml is no readable YAML"),
-        ("- a", "x.yaml: a file .* is a mapping with classes and names, and may have drop, lacks, lora_names, needs, parameters, prefix$"),
+        (
+            "- a",
+            "x.yaml: a file .* is a mapping with classes and names, and may have drop, lacks, lora_names, needs, parameters, prefix$",
+        ),
         (GOOD + "more: 1", "a mapping with classes and names, and may have"),
         ("names: {a: b}", "a mapping with classes and names, and may have"),
         ("classes: Model\nnames: {a: b}", "classes is 'Model'; it takes a list of class names"),
         ("classes: []\nnames: {a: b}", "classes is \\[\\]; it takes a list"),
         ("classes: [1]\nnames: {a: b}", "classes is \\[1\\]; it takes a list"),
-        (GOOD + "prefix: net", "prefix is 'net'; it takes the beginning of a name up to a dot, such as 'net.'"),
+        (
+            GOOD + "prefix: net",
+            "prefix is 'net'; it takes the beginning of a name up to a dot, such as 'net.'",
+        ),
         (GOOD + "prefix: '*.'", "prefix is '[*].'"),
         (GOOD + "prefix: ''", "prefix is ''"),
         (GOOD + "prefix: [net.]", "prefix is \\['net.'\\]"),
@@ -306,23 +407,41 @@ GOOD = "classes: [Model]\nnames: {a.*: b.*}\n"
         (GOOD + "drop: [a]", "drop is \\['a'\\]; it takes a mapping of a key's pattern to the reason"),
         (GOOD + "drop: {a: }", "drop is {'a': None}; it takes a mapping"),
         (GOOD + "drop: {a: 3}", "drop is {'a': 3}; it takes a mapping"),
-        (GOOD + "drop: {a.b*: c}", "drop has the pattern 'a.b[*]'; it takes a key with [*] for numbers and one [*][*] at most"),
+        (
+            GOOD + "drop: {a.b*: c}",
+            "drop has the pattern 'a.b[*]'; it takes a key with [*] for numbers and one [*][*] at most",
+        ),
         (GOOD + "drop: {3: c}", "drop has the pattern 3; it takes a key"),
         (GOOD + "lora_names: [a]", "lora_names is \\['a'\\]; it takes a mapping"),
         (GOOD + "lora_names: {a: 3}", "rule 'a' points to 3"),
         (GOOD + "parameters: a", "parameters is 'a'; it takes a mapping"),
-        (GOOD + "parameters: {a: {to: [b, c], shape: [2]}}", "rule 'a' changes the shape of several parameters; only a rule with one can"),
+        (
+            GOOD + "parameters: {a: {to: [b, c], shape: [2]}}",
+            "rule 'a' changes the shape of several parameters; only a rule with one can",
+        ),
         (GOOD + "parameters: {a: {to: [b, c], transposed: true}}", "changes the shape of several parameters"),
         (GOOD + "parameters: {a: {to: b, transposed: 3}}", "rule 'a' has transposed 3; choose true or false"),
-        (GOOD + "parameters: {a: {to: b, swap_halves: true}}", "rule 'a' has the fields to, swap_halves; it takes to, and may have shape"),
-        (GOOD + "parameters: {a: {to: b, shape: 3}}", "rule 'a' has the shape 3; it takes a list of whole numbers above 0, and -1 for one"),
+        (
+            GOOD + "parameters: {a: {to: b, swap_halves: true}}",
+            "rule 'a' has the fields to, swap_halves; it takes to, and may have shape",
+        ),
+        (
+            GOOD + "parameters: {a: {to: b, shape: 3}}",
+            "rule 'a' has the shape 3; it takes a list of whole numbers above 0, and -1 for one",
+        ),
         (GOOD + "parameters: {a: {to: b, shape: []}}", "has the shape \\[\\]"),
         (GOOD + "parameters: {a: {to: b, shape: }}", "has the shape None"),
         (GOOD + "parameters: {a: {to: b, shape: [-1, -1]}}", "has the shape \\[-1, -1\\]"),
         (GOOD + "parameters: {a: {to: b, shape: [0]}}", "has the shape \\[0\\]"),
         (GOOD + "parameters: {a: {to: b, shape: [true]}}", "has the shape \\[True\\]"),
-        ("classes: [Model]\nnames: {a: {to: b, shape: [-1]}}", "has the fields to, shape; it takes to, and may have swap_halves or w"),
-        ("classes: [Model]\nnames: {a: {to: b, without: 3}}", "rule 'a' has without 3; it takes the pattern of a module name"),
+        (
+            "classes: [Model]\nnames: {a: {to: b, shape: [-1]}}",
+            "has the fields to, shape; it takes to, and may have swap_halves or w",
+        ),
+        (
+            "classes: [Model]\nnames: {a: {to: b, without: 3}}",
+            "rule 'a' has without 3; it takes the pattern of a module name",
+        ),
         ("classes: [Model]\nnames: {a: {to: b, without: a.b*}}", "has without 'a.b[*]'"),
         ("classes: [Model]\nnames: [a]", "names is \\['a'\\]; it takes a mapping"),
         ("classes: [Model]\nnames: {a: b, a: c}", "no readable YAML: the key 'a' is given twice"),
@@ -330,19 +449,40 @@ GOOD = "classes: [Model]\nnames: {a.*: b.*}\n"
         ("classes: [Model]\nnames: {3: a}", "rule 3 points to 'a'; it takes a module name"),
         ("classes: [Model]\nnames: {a: []}", "rule 'a' points to \\[\\]; it takes a module name"),
         ("classes: [Model]\nnames: {a: b..c}", "rule 'a' points to 'b..c'; it takes a module name"),
-        ("classes: [Model]\nnames: {a: {from: b}}", "rule 'a' has the fields from; it takes to, and may have swap_halves"),
-        ("classes: [Model]\nnames: {a: {to: b, swap: true}}", "rule 'a' has the fields to, swap; it takes to"),
-        ("classes: [Model]\nnames: {a: {to: b, swap_halves: first}}", "swap_halves 'first'; choose true, false or last"),
-        ("classes: [Model]\nnames: {a: {to: b, swap_halves: 1}}", "swap_halves 1; choose true, false or last"),
-        ("classes: [Model]\nnames: {a: {to: [b, c], swap_halves: true}}", "swaps the halves of several modules"),
-        ("classes: [Model]\nnames: {a: {to: b, swap_halves: last}}", "swaps halves in the last block but has no [*] for its number"),
-        ("classes: [Model]\nnames: {a.*: b}", "both sides need the same number of [*], and the same [*][*] [(]one at most[)]"),
+        (
+            "classes: [Model]\nnames: {a: {from: b}}",
+            "rule 'a' has the fields from; it takes to, and may have swap_halves",
+        ),
+        (
+            "classes: [Model]\nnames: {a: {to: b, swap: true}}",
+            "rule 'a' has the fields to, swap; it takes to",
+        ),
+        (
+            "classes: [Model]\nnames: {a: {to: b, swap_halves: first}}",
+            "swap_halves 'first'; choose true, false or last",
+        ),
+        (
+            "classes: [Model]\nnames: {a: {to: b, swap_halves: 1}}",
+            "swap_halves 1; choose true, false or last",
+        ),
+        (
+            "classes: [Model]\nnames: {a: {to: [b, c], swap_halves: true}}",
+            "swaps the halves of several modules",
+        ),
+        (
+            "classes: [Model]\nnames: {a: {to: b, swap_halves: last}}",
+            "swaps halves in the last block but has no [*] for its number",
+        ),
+        (
+            "classes: [Model]\nnames: {a.*: b}",
+            "both sides need the same number of [*], and the same [*][*] [(]one at most[)]",
+        ),
         ("classes: [Model]\nnames: {a.*: [b.*, b]}", "both sides need the same number"),
         ("classes: [Model]\nnames: {a.**: b.*}", "both sides need the same number"),
         ("classes: [Model]\nnames: {'**.a.**': '**.b.**'}", "both sides need the same number"),
         ("classes: [Model]\nnames: {a.q*: b.q*}", "both sides need the same number"),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_file_of_rules_is_refused(tmp_path, text, message):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
@@ -351,7 +491,9 @@ def test_a_malformed_file_of_rules_is_refused(tmp_path, text, message):
 
 def test_rules_of_a_class(tmp_path):
     text = "classes: [One, Two]\nnames: {a.*: b.*, c: [d, e], f: {to: g, swap_halves: true}}\nlora_names: {j: {to: k, without: l.**}}\n"
-    text += "parameters: {m.*: {to: n.*, shape: [1, -1]}}\nprefix: p.\ndrop: {q.**: r}\nneeds: [s]\nlacks: [t]"
+    text += (
+        "parameters: {m.*: {to: n.*, shape: [1, -1]}}\nprefix: p.\ndrop: {q.**: r}\nneeds: [s]\nlacks: [t]"
+    )
     (tmp_path / "x.yaml").write_text(text)
     (tmp_path / "y.yaml").write_text("classes: ['*']\nnames: {h: i}")
     own = (NamingRule("a.*", ("b.*",)), NamingRule("c", ("d", "e")), NamingRule("f", ("g",), True))
@@ -366,13 +508,17 @@ def test_rules_of_a_class(tmp_path):
 def test_a_class_belongs_to_one_file(tmp_path):
     for name in ("x", "y"):
         (tmp_path / f"{name}.yaml").write_text(GOOD)
-    with pytest.raises(ConfigError, match=r"y\.yaml: class Model has rules in another file as well; name it in one file only"):
+    with pytest.raises(
+        ConfigError, match=r"y\.yaml: class Model has rules in another file as well; name it in one file only"
+    ):
         rules_for("Model", tmp_path)
 
 
 def test_shipped_classes_exist():
     known = set(read_folder(FOLDER)) - {"*"}
-    assert all(hasattr(diffusers, name) or hasattr(transformers, name) for name in known - set(shipped_encoders()))
+    assert all(
+        hasattr(diffusers, name) or hasattr(transformers, name) for name in known - set(shipped_encoders())
+    )
     assert set(supported()) <= known  # the names of a text encoder's files are kept under its own name
 
 

@@ -37,7 +37,9 @@ def lora(model: nn.Module, names: list[str], seed: int = 10, rank: int = 3) -> d
     changes = {}
     for i, name in enumerate(names):
         n, k = model.get_submodule(name).weight.shape
-        changes[name] = Change(LoRA(randn(rank, k, seed=seed + 2 * i), randn(n, rank, seed=seed + 2 * i + 1), 0.02))
+        changes[name] = Change(
+            LoRA(randn(rank, k, seed=seed + 2 * i), randn(n, rank, seed=seed + 2 * i + 1), 0.02)
+        )
     return changes
 
 
@@ -84,7 +86,9 @@ def test_merge_is_undone_exactly_and_does_not_drift(dtype: torch.dtype) -> None:
 def test_a_bias_is_made_where_there_is_none() -> None:
     model = TinyModel()
     plain = model(X)
-    loras = merged(model, {"proj_out": Change(None, torch.ones(12)), "proj_in": Change(None, torch.full((64,), 0.0))})
+    loras = merged(
+        model, {"proj_out": Change(None, torch.ones(12)), "proj_in": Change(None, torch.full((64,), 0.0))}
+    )
     assert torch.equal(model(X), plain), "a bias of zeros changes nothing"
     loras.set_strengths([0.5])
     assert_close("bias", model(X), plain + 0.5, 1e-6)
@@ -95,7 +99,9 @@ def test_a_bias_is_made_where_there_is_none() -> None:
 def test_norms_get_their_changes() -> None:
     model = TinyModel()
     norm = model.blocks[0][0]
-    merged(model, {"blocks.0.0": Change(Diff(torch.full((64,), 0.5), "norm"), torch.full((64,), 0.25))}).set_strengths([2.0])
+    merged(
+        model, {"blocks.0.0": Change(Diff(torch.full((64,), 0.5), "norm"), torch.full((64,), 0.25))}
+    ).set_strengths([2.0])
     assert torch.equal(norm.weight, torch.full((64,), 2.0)) and torch.equal(norm.bias, torch.full((64,), 0.5))
 
 
@@ -105,7 +111,9 @@ def test_norms_get_their_changes() -> None:
 @pytest.mark.parametrize("mode", ["dynamic", "bake", "stochastic"])
 @pytest.mark.parametrize("outlier", [NoOutlier(), ConvRot(), QuaRot(32), HadaNorm(32)], ids=lambda m: m.name)
 @pytest.mark.parametrize("strengths", [[0.8, 0.4], [1.0, 0.0], [-1.5, 1.0]], ids=str)
-def test_every_mode_agrees_with_the_merged_float_model(outlier: OutlierMethod, strengths: list[float], mode: str) -> None:
+def test_every_mode_agrees_with_the_merged_float_model(
+    outlier: OutlierMethod, strengths: list[float], mode: str
+) -> None:
     model = TinyModel()
     stack = [lora(model, LINEARS), lora(model, LINEARS[1:4], seed=30)]
     int8, _ = to_int8(model, outlier=outlier)
@@ -162,7 +170,10 @@ def test_the_same_lora_twice_is_one_with_both_strengths(caplog: pytest.LogCaptur
     loras.attach(twice)
     loras.set_strengths([0.5, 0.25])
     assert_close("twice", twice(X), once(X), 1e-5)
-    assert "LoRA 'b' holds the same weights as 'a'; together they act like one with both strengths added" in caplog.text
+    assert (
+        "LoRA 'b' holds the same weights as 'a'; together they act like one with both strengths added"
+        in caplog.text
+    )
 
 
 def test_layers_that_stay_float_carry_the_merge() -> None:
@@ -182,7 +193,9 @@ def kinds(n: int, k: int) -> dict[str, Change]:
     plain = LoRA(randn(3, k, seed=1), randn(n, 3, seed=2), 0.02)
     cores: dict[str, Core] = {
         "LoHa": LoHa(pair(2, 3), pair(2, 5), 3.0),
-        "LoKr": LoKr(randn(4, 4, seed=7) * 0.1, Pair(randn(n // 4, 2, seed=8), randn(2, k // 4, seed=9) * 0.2), 1.0),
+        "LoKr": LoKr(
+            randn(4, 4, seed=7) * 0.1, Pair(randn(n // 4, 2, seed=8), randn(2, k // 4, seed=9) * 0.2), 1.0
+        ),
         "diff": Diff(randn(n, k, seed=10) * 0.05),
         "IA3": IA3(randn(n, seed=11) * 0.3),
         "IA3 on inputs": IA3(randn(k, seed=12) * 0.3, on_input=True),
@@ -197,7 +210,9 @@ def kinds(n: int, k: int) -> dict[str, Change]:
 @pytest.mark.parametrize("mode", ["auto", "bake", "stochastic"])
 def test_every_kind_arrives_at_int8_layers(mode: str, kind: str, strength: float) -> None:
     model = TinyModel()
-    changes = {name: kinds(*model.get_submodule(name).weight.shape)[kind] for name in ("blocks.0.1", "blocks.1.3")}
+    changes = {
+        name: kinds(*model.get_submodule(name).weight.shape)[kind] for name in ("blocks.0.1", "blocks.1.3")
+    }
     int8, _ = to_int8(model, outlier=ConvRot())
     plain_int8, plain = int8(X), model(X)
     loras = on_int8(model, int8, [changes], mode)
@@ -219,7 +234,10 @@ def test_dynamic_refuses_what_has_no_low_rank_form(kind: str) -> None:
     message = rf"^blocks\.0\.1: lora\.mode=dynamic cannot be: a {word} that has no low-rank form; set lora\.mode=auto and one strength"
     with pytest.raises(LoraError, match=message):
         on_int8(model, int8, [{"blocks.0.1": kinds(96, 64)[kind]}], "dynamic")
-    with pytest.raises(LoraError, match=r"^blocks\.0\.1: a schedule of strengths needs lora\.mode=dynamic, which cannot be: a"):
+    with pytest.raises(
+        LoraError,
+        match=r"^blocks\.0\.1: a schedule of strengths needs lora\.mode=dynamic, which cannot be: a",
+    ):
         on_int8(model, int8, [{"blocks.0.1": kinds(96, 64)[kind]}], "auto", scheduled=True)
 
 
@@ -227,9 +245,13 @@ def test_without_float_weights_auto_rounds_at_random_and_bake_is_refused() -> No
     model = TinyModel()
     changes = {"blocks.0.1": kinds(96, 64)["diff"], "blocks.1.1": lora(model, ["blocks.1.1"])["blocks.1.1"]}
     int8, _ = to_int8(model)
-    assert on_int8(model, int8, [changes], "auto", float_weights=False).modes == {"stochastic": 1, "dynamic": 1}
+    assert on_int8(model, int8, [changes], "auto", float_weights=False).modes == {
+        "stochastic": 1,
+        "dynamic": 1,
+    }
     with pytest.raises(
-        LoraError, match=r"lora\.mode=bake needs the float weight of blocks\.0\.1.*set lora\.mode=dynamic, stochastic or auto"
+        LoraError,
+        match=r"lora\.mode=bake needs the float weight of blocks\.0\.1.*set lora\.mode=dynamic, stochastic or auto",
     ):
         on_int8(model, to_int8(model)[0], [changes], "bake", float_weights=False)
 
@@ -252,7 +274,9 @@ def test_a_branch_wider_than_its_layer_is_none() -> None:
     model = TinyModel()
     int8, _ = to_int8(model)
     assert on_int8(model, int8, [lora(model, ["blocks.0.1"], rank=64)], "auto").modes == {"bake": 1}
-    assert on_int8(model, to_int8(model)[0], [lora(model, ["blocks.0.1"], rank=64)], "dynamic").modes == {"dynamic": 1}
+    assert on_int8(model, to_int8(model)[0], [lora(model, ["blocks.0.1"], rank=64)], "dynamic").modes == {
+        "dynamic": 1
+    }
 
 
 def test_a_rounding_that_needs_a_calibration_gives_way_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -269,7 +293,15 @@ def test_a_rounding_that_needs_a_calibration_gives_way_and_says_so(caplog: pytes
 def test_a_schedule_makes_any_cost_worth_it() -> None:
     model = TinyModel()
     int8, _ = to_int8(model)
-    loras = on_int8(model, int8, [lora(model, LINEARS)], "auto", scheduled=True, overhead=lambda *_: 99.0, max_overhead=0.0)
+    loras = on_int8(
+        model,
+        int8,
+        [lora(model, LINEARS)],
+        "auto",
+        scheduled=True,
+        overhead=lambda *_: 99.0,
+        max_overhead=0.0,
+    )
     assert loras.modes == {"dynamic": 6}
 
 
@@ -290,22 +322,37 @@ def test_random_rounding_has_a_seed_for_each_layer_lora_and_run() -> None:
         model = TinyModel()
         int8, _ = to_int8(model)
         loras = LoraStack(model, mode="stochastic", seed=seed)
-        entries = [Entry("a", lora_file({n: Change(LoRA(torch.full((1, 64), 0.001), torch.ones(96, 1))) for n in names}))]
+        entries = [
+            Entry(
+                "a",
+                lora_file({n: Change(LoRA(torch.full((1, 64), 0.001), torch.ones(96, 1))) for n in names}),
+            )
+        ]
         loras.put(entries, loras.matched(entries))
         loras.attach(int8)
         before = [int8.get_submodule(n).integers() for n in names]
         loras.set_strengths([1.0])
         return [int8.get_submodule(n).integers() - b for n, b in zip(names, before, strict=True)]
 
-    first, again, other = integers(0, ["blocks.0.1", "blocks.1.1"]), integers(0, ["blocks.0.1", "blocks.1.1"]), integers(1, ["blocks.0.1"])
-    assert all(map(torch.equal, first, again)) and not torch.equal(first[0], first[1]) and not torch.equal(first[0], other[0])
+    first, again, other = (
+        integers(0, ["blocks.0.1", "blocks.1.1"]),
+        integers(0, ["blocks.0.1", "blocks.1.1"]),
+        integers(1, ["blocks.0.1"]),
+    )
+    assert (
+        all(map(torch.equal, first, again))
+        and not torch.equal(first[0], first[1])
+        and not torch.equal(first[0], other[0])
+    )
 
 
 def test_sizes_are_told_in_steps_of_the_grid() -> None:
     model = TinyModel()
     int8, _ = to_int8(model)
     layer = int8.get_submodule("blocks.0.1")
-    loras = on_int8(model, int8, [{"blocks.0.1": Change(Diff(0.3 * layer.scale.mean() * torch.ones(96, 64)))}], "bake")
+    loras = on_int8(
+        model, int8, [{"blocks.0.1": Change(Diff(0.3 * layer.scale.mean() * torch.ones(96, 64)))}], "bake"
+    )
     assert loras.median_steps(0) == pytest.approx(0.3) and loras.median_steps(1) is None
 
 
@@ -352,7 +399,10 @@ def files(tmp_path: Path) -> list[Path]:
     for seed, name in ((10, "style"), (30, "other")):
         tensors = {}
         for key, change in lora(TinyModel(), LINEARS, seed=seed).items():
-            tensors |= {f"{key}.lora_A.weight": change.core.lora_A, f"{key}.lora_B.weight": 0.02 * change.core.lora_B}
+            tensors |= {
+                f"{key}.lora_A.weight": change.core.lora_A,
+                f"{key}.lora_B.weight": 0.02 * change.core.lora_B,
+            }
         save_file(tensors, tmp_path / f"{name}.safetensors")
         paths.append(tmp_path / f"{name}.safetensors")
     return paths
@@ -379,8 +429,13 @@ def test_a_lora_that_does_not_fit_leaves_the_stack_as_it_was(files: list[Path], 
     model = TinyModel()
     stack = LoraStack(model).add(files[0], 0.8)
     before = model(X)
-    save_file({"proj_in.lora_A.weight": randn(2, 9), "proj_in.lora_B.weight": randn(64, 2)}, tmp_path / "wrong.safetensors")
-    with pytest.raises(LoraError, match=r"wrong\.safetensors: proj_in changes a 64x9 weight, the model's is 64x7"):
+    save_file(
+        {"proj_in.lora_A.weight": randn(2, 9), "proj_in.lora_B.weight": randn(64, 2)},
+        tmp_path / "wrong.safetensors",
+    )
+    with pytest.raises(
+        LoraError, match=r"wrong\.safetensors: proj_in changes a 64x9 weight, the model's is 64x7"
+    ):
         stack.add(tmp_path / "wrong.safetensors")
     assert stack.names == ["style"] and torch.equal(model(X), before)
     stack.set_strength("style", 0.0)
@@ -416,17 +471,25 @@ def test_a_layer_gets_its_float_fallback_back() -> None:
 
 
 def test_a_pipeline_is_no_denoiser() -> None:
-    with pytest.raises(ConfigError, match=r"^a LoraStack is put on a denoiser, such as pipe\.transformer or pipe\.unet, not on a dict$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^a LoraStack is put on a denoiser, such as pipe\.transformer or pipe\.unet, not on a dict$",
+    ):
         LoraStack({})
 
 
 def test_names_and_strengths_are_checked(files: list[Path]) -> None:
     stack = LoraStack(TinyModel()).add(files[0])
-    with pytest.raises(ConfigError, match=r"^the stack has a LoRA called 'style' already; set_strength\('style', …\) moves it, or give"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^the stack has a LoRA called 'style' already; set_strength\('style', …\) moves it, or give",
+    ):
         stack.add(files[0])
     with pytest.raises(ConfigError, match=r"^the stack has no LoRA called 'ink'; it has style$"):
         stack.set_strength("ink", 1.0)
-    with pytest.raises(ConfigError, match=r"^strength of LoRA 'style' is 21; allowed is a number from -20 to 20$"):
+    with pytest.raises(
+        ConfigError, match=r"^strength of LoRA 'style' is 21; allowed is a number from -20 to 20$"
+    ):
         stack.set_strength("style", 21)
     with pytest.raises(ConfigError, match=r"^lora\.mode is 'dynamik'; did you mean 'dynamic'\? "):
         LoraStack(TinyModel(), mode="dynamik")

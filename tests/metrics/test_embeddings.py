@@ -13,8 +13,12 @@ from int8run.metrics.embeddings import compare, embedding_cosine, encoder_metric
 
 def test_the_cosine_is_a_mean_over_tokens() -> None:
     a, b = torch.tensor([[[3.0, 4.0], [1000.0, 0.0]]]), torch.tensor([[[4.0, 3.0], [1000.0, 0.0]]])
-    assert embedding_cosine(a, b) == pytest.approx((24 / 25 + 1) / 2), "the huge token counts no more than the other"
-    assert embedding_cosine(a, -a) == pytest.approx(-1) and embedding_cosine(a[0, 0], b[0, 0]) == pytest.approx(24 / 25)
+    assert embedding_cosine(a, b) == pytest.approx((24 / 25 + 1) / 2), (
+        "the huge token counts no more than the other"
+    )
+    assert embedding_cosine(a, -a) == pytest.approx(-1) and embedding_cosine(
+        a[0, 0], b[0, 0]
+    ) == pytest.approx(24 / 25)
     half = randn(5, 64).bfloat16()
     assert embedding_cosine(half, half) == pytest.approx(1, abs=1e-12), "in float64"
 
@@ -35,9 +39,16 @@ def test_tensors_of_an_answer() -> None:
 def test_what_is_compared() -> None:
     """Embeddings: not ids, masks, coordinates, nor what is 0 or of another length."""
     wide = randn(2, 3, 8)
-    left_out = [torch.ones(2, 8, dtype=torch.int64), torch.ones(5, 4), torch.zeros(2, 8), torch.ones(2, 8, dtype=torch.bool)]
+    left_out = [
+        torch.ones(2, 8, dtype=torch.int64),
+        torch.ones(5, 4),
+        torch.zeros(2, 8),
+        torch.ones(2, 8, dtype=torch.bool),
+    ]
     assert len(list(compare((wide, *left_out), (wide + 1, *left_out)))) == 1
-    assert len(list(compare([wide, randn(2, 5)], [wide, randn(2, 5, seed=1)]))) == 2, "5 numbers are an embedding"
+    assert len(list(compare([wide, randn(2, 5)], [wide, randn(2, 5, seed=1)]))) == 2, (
+        "5 numbers are an embedding"
+    )
     assert list(compare(wide, wide[:1])) == []
     assert list(compare(wide, 2 * wide)) == [(pytest.approx(1), pytest.approx(1))]
     with pytest.raises(ValueError, match="zip"):
@@ -51,17 +62,29 @@ def plan(name: str, keep_float: str | None = None, **measured: float) -> LayerPl
 
 
 def test_numbers_of_a_run() -> None:
-    plans = [plan("a", weight_sqnr_db=20.0), plan("b", weight_sqnr_db=30.0), plan("c", "a table", weight_sqnr_db=1.0), plan("d")]
+    plans = [
+        plan("a", weight_sqnr_db=20.0),
+        plan("b", weight_sqnr_db=30.0),
+        plan("c", "a table", weight_sqnr_db=1.0),
+        plan("d"),
+    ]
     turned = torch.tensor([[0.0] * 4 + [1.0]])
     one = torch.tensor([[1.0] + [0.0] * 4])
     found = encoder_metrics(plans, iter([(one, one), ((one, one), (turned, 2 * one))]))
     assert found == {
-        "clip/layers_quantized": 3, "clip/layers_float": 1, "clip/weight_sqnr_db_mean": 25.0, "clip/weight_sqnr_db_min": 20.0,
-        "clip/cosine_mean": pytest.approx(2 / 3), "clip/cosine_min": pytest.approx(0, abs=1e-9),
+        "clip/layers_quantized": 3,
+        "clip/layers_float": 1,
+        "clip/weight_sqnr_db_mean": 25.0,
+        "clip/weight_sqnr_db_min": 20.0,
+        "clip/cosine_mean": pytest.approx(2 / 3),
+        "clip/cosine_min": pytest.approx(0, abs=1e-9),
         "clip/rel_err": pytest.approx((0 + math.sqrt(2) + 1) / 3),
-    }  # fmt: skip
+    }
 
 
 def test_numbers_of_a_run_without_a_float_model_or_rounding() -> None:
-    assert encoder_metrics([plan("a"), plan("b", "why")], []) == {"clip/layers_quantized": 1, "clip/layers_float": 1}
+    assert encoder_metrics([plan("a"), plan("b", "why")], []) == {
+        "clip/layers_quantized": 1,
+        "clip/layers_float": 1,
+    }
     assert encoder_metrics([], []) == {"clip/layers_quantized": 0, "clip/layers_float": 0}

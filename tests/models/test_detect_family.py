@@ -10,9 +10,14 @@ from int8run.models.state_dict_adapter import denoiser_keys, to_native
 
 # families by the keys of FAMILIES where the words differ; None: no family, so a file must be unknown
 FAMILY = {
-    "qwen_image_21": "qwen_image", "sana_sprint": "sana", "wan_first_last": "wan", "wan_vace": None, "wan_animate": None,
-    "hunyuan_video": None, "framepack": None,
-}  # fmt: skip
+    "qwen_image_21": "qwen_image",
+    "sana_sprint": "sana",
+    "wan_first_last": "wan",
+    "wan_vace": None,
+    "wan_animate": None,
+    "hunyuan_video": None,
+    "framepack": None,
+}
 # built alike: nothing in a file tells them from Wan
 TWINS = {"skyreels": "wan", "chronoedit": "wan"}
 
@@ -25,7 +30,10 @@ def authors_keys(key: str) -> list[str]:
     """What a file of the model's authors holds, with prefix."""
     family = FAMILIES[key]
     more = ["llm_adapter.blocks.0.mlp.0.weight"] if key == "anima" else []
-    return [*to_native(shapes_of(key), family.cls), *(family.prefix + name for name in (*family.dropped, *more))]
+    return [
+        *to_native(shapes_of(key), family.cls),
+        *(family.prefix + name for name in (*family.dropped, *more)),
+    ]
 
 
 def found(keys, shapes=None):
@@ -50,7 +58,10 @@ def test_twins_of_wan_are_indistinguishable(key):
 
 
 def test_a_cosmos_that_is_not_anima_is_unknown():
-    assert found(name.removeprefix("net.") for name in to_native(shapes_of("anima"), "CosmosTransformer3DModel")) is None
+    assert (
+        found(name.removeprefix("net.") for name in to_native(shapes_of("anima"), "CosmosTransformer3DModel"))
+        is None
+    )
 
 
 def test_every_family_has_a_file_here():
@@ -60,7 +71,10 @@ def test_every_family_has_a_file_here():
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("width, family", [(768, "sd15"), (1024, None)])
 def test_stable_diffusion_2_is_told_from_1_by_its_widths(native, width, family):
-    shapes = {name: (*s[:1], width) if name.endswith("attn2.to_k.weight") else s for name, s in shapes_of("sd15").items()}
+    shapes = {
+        name: (*s[:1], width) if name.endswith("attn2.to_k.weight") else s
+        for name, s in shapes_of("sd15").items()
+    }
     if native:
         parts = to_native(shapes, "UNet2DConditionModel")
         shapes = {name.removeprefix("model.diffusion_model."): shapes[parts[name][0].key] for name in parts}
@@ -76,13 +90,23 @@ def test_all_patterns_and_none_of_the_others():
     family = one("a", Fingerprint("A", ["x.*.weight", "y"], ["z?", "w"]))
     assert denoiser_of(["x.1.weight", "y"], [family]) == (family, "A")
     assert denoiser_of((key for key in ["y", "x.1.weight", "z", "ww"]), [family]) == (family, "A")
-    for keys in (["x.1.weight"], ["y"], ["x.1.weight", "y", "z1"], ["x.1.weight", "y", "w"], ["x.1.weights", "y"], ["X.1.weight", "y"]):
+    for keys in (
+        ["x.1.weight"],
+        ["y"],
+        ["x.1.weight", "y", "z1"],
+        ["x.1.weight", "y", "w"],
+        ["x.1.weights", "y"],
+        ["X.1.weight", "y"],
+    ):
         assert denoiser_of(keys, [family]) is None
 
 
 def test_several_fingerprints_of_one_denoiser():
     family = one("a", Fingerprint("A", ["x"]), Fingerprint("A", ["y"]), Fingerprint("B", ["z"]))
-    assert denoiser_of(["x", "y"], [family]) == (family, "A") and denoiser_of(["z"], [family]) == (family, "B")
+    assert denoiser_of(["x", "y"], [family]) == (family, "A") and denoiser_of(["z"], [family]) == (
+        family,
+        "B",
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +116,10 @@ def test_several_fingerprints_of_one_denoiser():
             (one("a", Fingerprint("A", ["x"])), one("b", Fingerprint("B", ["*"]))),
             r"those of a \(A\) or b \(B\); say .* model_type=a or model_type=b",
         ),
-        ((one("a", Fingerprint("A", ["x"]), Fingerprint("B", ["x"])),), r"those of a \(A\) or a \(B\); say which it is with model_type=a$"),
+        (
+            (one("a", Fingerprint("A", ["x"]), Fingerprint("B", ["x"])),),
+            r"those of a \(A\) or a \(B\); say which it is with model_type=a$",
+        ),
     ],
 )
 def test_two_that_match_are_named(families, message):

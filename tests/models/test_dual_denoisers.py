@@ -38,20 +38,27 @@ HIGH, LOW = Part(1.0), Part(10.0)
 def test_each_expert_is_called_by_its_name() -> None:
     both = Experts({"transformer": HIGH, "transformer_2": LOW})
     x = torch.zeros(2)
-    assert both(expert="transformer", x=x).tolist() == [1, 1] and both(expert="transformer_2", x=x, double=True).tolist() == [20, 20]
+    assert both(expert="transformer", x=x).tolist() == [1, 1] and both(
+        expert="transformer_2", x=x, double=True
+    ).tolist() == [20, 20]
     assert [name for name, _ in both.named_parameters()] == ["transformer.number", "transformer_2.number"]
 
 
 def test_parts_are_known_by_the_beginning_of_their_layers_names() -> None:
     both = Experts({"transformer": HIGH, "transformer_2": LOW})
-    assert denoiser_parts(both) == {"transformer.": HIGH, "transformer_2.": LOW} and denoiser_parts(HIGH) == {"": HIGH}
+    assert denoiser_parts(both) == {"transformer.": HIGH, "transformer_2.": LOW} and denoiser_parts(HIGH) == {
+        "": HIGH
+    }
     assert denoiser_parts(nn.Sequential(HIGH, LOW)).keys() == {""}, "children alone make no experts"
 
 
 def test_a_pipeline_gets_each_part_at_its_own_place() -> None:
     pipe = pipeline(transformer=Part(0.0), transformer_2=Part(0.0))
     use_denoiser(pipe, Experts({"transformer": HIGH, "transformer_2": LOW}), "transformer")
-    assert (pipe.transformer, pipe.transformer_2) == (HIGH, LOW) and pipe.given == ["transformer", "transformer_2"]
+    assert (pipe.transformer, pipe.transformer_2) == (HIGH, LOW) and pipe.given == [
+        "transformer",
+        "transformer_2",
+    ]
     pipe = pipeline(unet=Part(0.0))
     use_denoiser(pipe, HIGH, "unet")
     assert pipe.unet is HIGH and pipe.given == ["unet"]

@@ -8,7 +8,16 @@ from support.helpers import shipped
 from torch import nn
 
 from int8run.errors import ConfigError
-from int8run.models.family import AutoFamily, DeferredGelu, Fingerprint, KeepRule, ModelFamily, ModelSource, conservative, shipped_families
+from int8run.models.family import (
+    AutoFamily,
+    DeferredGelu,
+    Fingerprint,
+    KeepRule,
+    ModelFamily,
+    ModelSource,
+    conservative,
+    shipped_families,
+)
 from int8run.models.loader import repeated_blocks
 from int8run.models.sampling import Sampling
 
@@ -61,7 +70,9 @@ def test_every_flux_rule_and_name_is_real():
         assert any(ModelFamily("one", float_layers=[rule]).why_float(name) for name in linears), rule.pattern
     first = {name.replace(".18.", ".0.").replace(".37.", ".0.") for name in (*FLUX_FLOAT, *FLUX_INT8)}
     assert first <= set(linears)
-    assert {n for n in linears if FLUX.why_float(n) is None} <= {n for n in linears if "transformer_blocks." in n}
+    assert {n for n in linears if FLUX.why_float(n) is None} <= {
+        n for n in linears if "transformer_blocks." in n
+    }
 
 
 def test_the_first_matching_rule_gives_the_reason():
@@ -88,7 +99,9 @@ def test_auto_passes_on_how_layers_are_kept(denoiser, keep_float):
     assert found.why_float({"FluxTransformer2DModel": "x_embedder", "Unknown": "a.0.q"}[denoiser])
 
 
-@pytest.mark.parametrize("family", [lambda value: ModelFamily("x", keep_float=value), lambda value: AutoFamily(value)])
+@pytest.mark.parametrize(
+    "family", [lambda value: ModelFamily("x", keep_float=value), lambda value: AutoFamily(value)]
+)
 @pytest.mark.parametrize("value", ["automatic", [], [KeepRule("a", "b")], None, True])
 def test_keep_float_is_a_word(family, value):
     with pytest.raises(ConfigError, match=r"^model_type\.keep_float is .*choose from auto, listed$"):
@@ -96,38 +109,64 @@ def test_keep_float_is_a_word(family, value):
 
 
 def test_auto_knows_every_shipped_family_as_its_own_file_makes_it():
-    assert shipped_families() == {name: family for name, family in FAMILIES.items() if family.denoisers or family.fingerprints}
+    assert shipped_families() == {
+        name: family for name, family in FAMILIES.items() if family.denoisers or family.fingerprints
+    }
 
 
 def test_the_rows_of_a_table_may_be_mappings():
     given = {"pattern": "a", "why": "b"}
     assert ModelFamily("x", float_layers=[given]) == ModelFamily("x", float_layers=[KeepRule("a", "b")])
     printed = Fingerprint("C", ["a.weight"], ["b.*"])
-    assert ModelFamily("x", fingerprints=[{"denoiser": "C", "all": ["a.weight"], "none": ["b.*"]}]).fingerprints == (printed,)
+    assert ModelFamily(
+        "x", fingerprints=[{"denoiser": "C", "all": ["a.weight"], "none": ["b.*"]}]
+    ).fingerprints == (printed,)
 
 
 @pytest.mark.parametrize(
     ("table", "row", "message"),
     [
-        ("float_layers", {"patern": "a", "why": "b"}, "no setting called 'model_type.float_layers.1.patern'; did you mean"),
+        (
+            "float_layers",
+            {"patern": "a", "why": "b"},
+            "no setting called 'model_type.float_layers.1.patern'; did you mean",
+        ),
         ("float_layers", "a", "model_type.float_layers.1 is 'a'; it takes pattern, why"),
-        ("deferred_gelu", {"activation": "a"}, "model_type.deferred_gelu.1 is {'activation': 'a'}; it needs activation, source, into"),
-        ("fingerprints", {"all": ["a"]}, "model_type.fingerprints.1 is {'all': ['a']}; it needs denoiser, all, none"),
+        (
+            "deferred_gelu",
+            {"activation": "a"},
+            "model_type.deferred_gelu.1 is {'activation': 'a'}; it needs activation, source, into",
+        ),
+        (
+            "fingerprints",
+            {"all": ["a"]},
+            "model_type.fingerprints.1 is {'all': ['a']}; it needs denoiser, all, none",
+        ),
     ],
 )
 def test_a_row_that_is_none(table, row, message):
-    good = {"float_layers": KeepRule("a", "b"), "deferred_gelu": DeferredGelu("a", "b", "c"), "fingerprints": Fingerprint("C", ["a"])}
+    good = {
+        "float_layers": KeepRule("a", "b"),
+        "deferred_gelu": DeferredGelu("a", "b", "c"),
+        "fingerprints": Fingerprint("C", ["a"]),
+    }
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         ModelFamily("x", **{table: [good[table], row]})
 
 
 def test_a_named_family_is_taken_at_its_word_but_a_mismatch_is_said(caplog):
     assert FLUX.for_denoiser("UNet2DConditionModel", [], {}) is FLUX
-    assert "model_type=flux is for FluxTransformer2DModel, the denoiser is a UNet2DConditionModel" in caplog.text
+    assert (
+        "model_type=flux is for FluxTransformer2DModel, the denoiser is a UNet2DConditionModel" in caplog.text
+    )
 
 
-NARROW = ModelFamily("narrow", denoisers=["Shared"], inputs={"*.to_k": 768}, float_layers=[KeepRule("narrow", "")])
-WIDE = ModelFamily("wide", denoisers=["Shared"], inputs={"*.to_k": 2048, "add.in": 16}, float_layers=[KeepRule("wide", "")])
+NARROW = ModelFamily(
+    "narrow", denoisers=["Shared"], inputs={"*.to_k": 768}, float_layers=[KeepRule("narrow", "")]
+)
+WIDE = ModelFamily(
+    "wide", denoisers=["Shared"], inputs={"*.to_k": 2048, "add.in": 16}, float_layers=[KeepRule("wide", "")]
+)
 
 
 @pytest.mark.parametrize(
@@ -141,14 +180,22 @@ WIDE = ModelFamily("wide", denoisers=["Shared"], inputs={"*.to_k": 2048, "add.in
     ],
 )
 def test_families_of_one_class_are_told_apart_by_their_inputs(linears, name):
-    assert AutoFamily(families={"narrow": NARROW, "wide": WIDE}).for_denoiser("Shared", [], linears).name == name
+    assert (
+        AutoFamily(families={"narrow": NARROW, "wide": WIDE}).for_denoiser("Shared", [], linears).name == name
+    )
 
 
 def test_a_named_family_with_other_inputs_is_said(caplog):
     assert WIDE.for_denoiser("Shared", [], {"a.to_k": 768, "b.to_k": 2048, "add.in": 16}) is WIDE
-    assert "model_type=wide does not fit this Shared: *.to_k takes 2048 inputs, the denoiser has 768/2048" in caplog.text
+    assert (
+        "model_type=wide does not fit this Shared: *.to_k takes 2048 inputs, the denoiser has 768/2048"
+        in caplog.text
+    )
     NARROW.for_denoiser("Shared", [], {"a": 768})
-    assert "model_type=narrow does not fit this Shared: *.to_k takes 768 inputs, the denoiser has none" in caplog.text
+    assert (
+        "model_type=narrow does not fit this Shared: *.to_k takes 768 inputs, the denoiser has none"
+        in caplog.text
+    )
     caplog.clear()
     NARROW.for_denoiser("Shared", [], {"a.to_k": 768})
     assert not caplog.records
@@ -171,9 +218,14 @@ def test_an_unknown_denoiser_gets_the_conservative_rule_with_a_warning(caplog):
     family = AUTO.for_denoiser("Unknown", repeated_blocks(model), linears)
     int8 = [name for name in linears if family.why_float(name) is None]
     assert int8 == [f"blocks.{i}.to_q" for i in range(1, 11)]
-    assert {family.why_float(n) for n in linears.keys() - set(int8)} == {"unknown architecture: outside the middle blocks"}
+    assert {family.why_float(n) for n in linears.keys() - set(int8)} == {
+        "unknown architecture: outside the middle blocks"
+    }
     assert family.name == "unknown"
-    assert "model_type=auto does not know Unknown;" in caplog.text and "Name one with model_type= (" in caplog.text
+    assert (
+        "model_type=auto does not know Unknown;" in caplog.text
+        and "Name one with model_type= (" in caplog.text
+    )
 
 
 def test_block_1_does_not_stand_for_block_10():
@@ -207,16 +259,28 @@ def test_sampling_over_takes_the_default_where_none():
 @pytest.mark.parametrize(
     ("setting", "value", "low", "high"),
     [
-        ("steps", 0, 1, 1000), ("steps", 1001, 1, 1000), ("guidance", -0.1, 0, 100), ("guidance", float("nan"), 0, 100),
-        ("height", 7, 8, 16384), ("width", 16385, 8, 16384), ("batch", 0, 1, 1024), ("steps", "4", 1, 1000), ("batch", True, 1, 1024),
+        ("steps", 0, 1, 1000),
+        ("steps", 1001, 1, 1000),
+        ("guidance", -0.1, 0, 100),
+        ("guidance", float("nan"), 0, 100),
+        ("height", 7, 8, 16384),
+        ("width", 16385, 8, 16384),
+        ("batch", 0, 1, 1024),
+        ("steps", "4", 1, 1000),
+        ("batch", True, 1, 1024),
     ],
-)  # fmt: skip
+)
 def test_sampling_ranges(setting, value, low, high):
-    with pytest.raises(ConfigError, match=rf"sampler\.{setting} is {value!r}; allowed is a (whole )?number from {low} to {high}$"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"sampler\.{setting} is {value!r}; allowed is a (whole )?number from {low} to {high}$",
+    ):
         Sampling(**{setting: value})
 
 
-@pytest.mark.parametrize(("setting", "value"), [("steps", 2.5), ("height", 64.5), ("width", 64.5), ("batch", 1.5)])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("steps", 2.5), ("height", 64.5), ("width", 64.5), ("batch", 1.5)]
+)
 def test_counts_are_whole_numbers(setting, value):
     with pytest.raises(ConfigError, match=rf"sampler\.{setting} is {value}; .*whole number"):
         Sampling(**{setting: value})
@@ -228,10 +292,15 @@ def test_the_ends_of_the_ranges_are_allowed():
 
 @pytest.mark.parametrize("location", [None, ""])
 def test_a_model_without_a_location(location):
-    with pytest.raises(ConfigError, match=r"model has no location; set model\.location=<hub id or diffusers folder>"):
+    with pytest.raises(
+        ConfigError, match=r"model has no location; set model\.location=<hub id or diffusers folder>"
+    ):
         ModelSource(location, "flux", Sampling())
 
 
 def test_a_model_in_an_unknown_dtype():
-    with pytest.raises(ConfigError, match=r"model\.dtype is 'bfloat'; did you mean 'bfloat16'\? choose from bfloat16, float16, float32"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.dtype is 'bfloat'; did you mean 'bfloat16'\? choose from bfloat16, float16, float32",
+    ):
         ModelSource("somewhere", "flux", Sampling(), dtype="bfloat")

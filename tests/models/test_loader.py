@@ -14,7 +14,11 @@ from int8run.models.loader import library_versions, load_parts, load_pipeline, p
 from int8run.models.sampling import Sampling
 
 CPU = torch.device("cpu")
-INDEX = {"_class_name": "FluxPipeline", "_diffusers_version": "0.36.0", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+INDEX = {
+    "_class_name": "FluxPipeline",
+    "_diffusers_version": "0.36.0",
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+}
 
 
 def load(location, **denoisers):
@@ -44,13 +48,18 @@ BROKEN = {
 @pytest.mark.parametrize("index", BROKEN.values(), ids=BROKEN)
 def test_a_broken_folder_is_one_line(folder, index):
     place = folder(index)
-    with pytest.raises(FileError, match=rf"^model '{place}' could not be loaded: .+; set model\.location to a folder that has it$"):
+    with pytest.raises(
+        FileError,
+        match=rf"^model '{place}' could not be loaded: .+; set model\.location to a folder that has it$",
+    ):
         load(place)
 
 
 def test_a_model_may_not_bring_its_own_code(folder):
     place = folder(INDEX | {"_class_name": ["pipeline", "Mine"]})
-    (place / "pipeline.py").write_text("from pathlib import Path\nPath(__file__).with_name('pwned').touch()\nclass Mine: pass\n")
+    (place / "pipeline.py").write_text(
+        "from pathlib import Path\nPath(__file__).with_name('pwned').touch()\nclass Mine: pass\n"
+    )
     with pytest.raises(FileError, match=r"could not be loaded: .*(trust_remote_code|custom code)"):
         load(place)
     assert not (place / "pwned").exists()
@@ -59,7 +68,9 @@ def test_a_model_may_not_bring_its_own_code(folder):
 def test_pickled_weights_are_not_opened(folder):
     place = folder(INDEX)
     (place / "transformer").mkdir()
-    (place / "transformer" / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", "num_layers": 0}))
+    (place / "transformer" / "config.json").write_text(
+        json.dumps({"_class_name": "FluxTransformer2DModel", "num_layers": 0})
+    )
     torch.save({"x": torch.zeros(1)}, place / "transformer" / "diffusion_pytorch_model.bin")
     with pytest.raises(FileError, match=r"could not be loaded: .*safetensors"):
         load(place)
@@ -105,7 +116,9 @@ def test_a_device_that_nothing_here_runs_on(asked):
 @pytest.mark.parametrize("asked", ["cuda", "cuda:0"])
 def test_a_gpu_that_is_not_there(monkeypatch, asked):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendError, match=rf"device={asked} asks for a GPU, but torch .* sees none; device=cpu works here"):
+    with pytest.raises(
+        BackendError, match=rf"device={asked} asks for a GPU, but torch .* sees none; device=cpu works here"
+    ):
         pick_device(asked)
 
 
@@ -120,7 +133,10 @@ def test_a_gpu_number_that_is_not_there(monkeypatch):
 def test_repeated_blocks_are_those_of_lists_with_more_than_one():
     model = nn.Module()
     model.first, model.head = nn.ModuleList(nn.Linear(1, 1) for _ in range(2)), nn.Linear(1, 1)
-    model.alone, model.last = nn.ModuleList([nn.Linear(1, 1)]), nn.ModuleList(nn.Linear(1, 1) for _ in range(2))
+    model.alone, model.last = (
+        nn.ModuleList([nn.Linear(1, 1)]),
+        nn.ModuleList(nn.Linear(1, 1) for _ in range(2)),
+    )
     assert repeated_blocks(model) == ["first.0.", "first.1.", "last.0.", "last.1."]
 
 
@@ -154,7 +170,11 @@ def test_a_part_that_cannot_be_had_says_what_to_set(tmp_path):
     words = rf"^tokenizer could not be loaded from {tmp_path}/no: .*; set 'model\.parts\.tokenizer=\[CLIPTokenizer, FOLDER\]' to one that"
     with pytest.raises(FileError, match=words):
         load_parts(folder, {"tokenizer": ["CLIPTokenizer", f"{tmp_path}/no"]}, torch.float32)
-    with pytest.raises(ConfigError, match=r"model\.parts\.tokenizer is of class NoSuch, which transformers .* does not have"):
+    with pytest.raises(
+        ConfigError, match=r"model\.parts\.tokenizer is of class NoSuch, which transformers .* does not have"
+    ):
         load_parts(folder, {"tokenizer": ["NoSuch", "x/y"]}, torch.float32)
-    with pytest.raises(ConfigError, match=r"model\.parts\.a is 'x'; it takes \[class of transformers, hub id or folder\]"):
+    with pytest.raises(
+        ConfigError, match=r"model\.parts\.a is 'x'; it takes \[class of transformers, hub id or folder\]"
+    ):
         ModelSource("x", "x", Sampling(), parts={"a": "x"})

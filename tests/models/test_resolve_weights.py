@@ -15,7 +15,12 @@ CONFIG = {"_class_name": "FluxTransformer2DModel", "num_layers": 1}
 
 def pipeline(folder, *components):
     """A diffusers folder with these denoisers; another component, and one that is left out."""
-    index = {"_class_name": "SomePipeline", "_version": 1, "vae": ["diffusers", "AutoencoderKL"], "unet": [None, None]}
+    index = {
+        "_class_name": "SomePipeline",
+        "_version": 1,
+        "vae": ["diffusers", "AutoencoderKL"],
+        "unet": [None, None],
+    }
     for name in components:
         index[name] = ["diffusers", "FluxTransformer2DModel"]
         (folder / name).mkdir(parents=True)
@@ -35,7 +40,11 @@ def test_a_pipeline_with_one_denoiser(tmp_path):
     folder = pipeline(tmp_path / "p", "transformer")
     for component in (None, "transformer"):
         found = locate(str(folder), component=component)
-        assert (found.path, found.class_name, found.config) == (folder / "transformer", "FluxTransformer2DModel", CONFIG)
+        assert (found.path, found.class_name, found.config) == (
+            folder / "transformer",
+            "FluxTransformer2DModel",
+            CONFIG,
+        )
 
 
 def test_a_pipeline_with_two_denoisers(tmp_path):
@@ -44,7 +53,10 @@ def test_a_pipeline_with_two_denoisers(tmp_path):
     with pytest.raises(ConfigError, match=words):
         locate(str(folder))
     assert locate(str(folder), component="transformer_2").path == folder / "transformer_2"
-    with pytest.raises(ConfigError, match=r"^task\.component=transformer_3 is no denoiser of .*; did you mean 'transformer_\d'\? it has "):
+    with pytest.raises(
+        ConfigError,
+        match=r"^task\.component=transformer_3 is no denoiser of .*; did you mean 'transformer_\d'\? it has ",
+    ):
         locate(str(folder), component="transformer_3")
 
 
@@ -62,7 +74,10 @@ def test_a_denoisers_own_folder_and_a_file(tmp_path):
     file = folder / "diffusion_pytorch_model.safetensors"
     assert locate(str(folder)).path == folder and locate(str(folder)).config == CONFIG
     assert locate(str(file)).path == file and locate(str(file)).config == CONFIG
-    with pytest.raises(ConfigError, match=r"^task\.component=transformer names a part of a pipeline, and .* is a single denoiser; "):
+    with pytest.raises(
+        ConfigError,
+        match=r"^task\.component=transformer names a part of a pipeline, and .* is a single denoiser; ",
+    ):
         locate(str(folder), component="transformer")
     (folder / "config.json").write_text('{"model_type": "not a class"}')
     assert locate(str(file)).config is None and locate(str(file)).class_name is None
@@ -70,7 +85,9 @@ def test_a_denoisers_own_folder_and_a_file(tmp_path):
     assert locate(str(file)).config is None
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", "\ud800".encode("utf-8", "surrogatepass")], ids=["a list", "cut off", "no text"])
+@pytest.mark.parametrize(
+    "text", ["[1]", "{", "\ud800".encode("utf-8", "surrogatepass")], ids=["a list", "cut off", "no text"]
+)
 def test_a_config_that_is_none(tmp_path, text):
     folder = pipeline(tmp_path / "p", "transformer")
     (folder / "transformer" / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -80,14 +97,23 @@ def test_a_config_that_is_none(tmp_path, text):
 
 @pytest.mark.parametrize("name", ["x.gguf", "x.ckpt", "x.pt", "x.pth", "X.BIN"])
 def test_formats_that_are_not_read(name):
-    words = "a GGUF file; ComfyUI-GGUF" if name == "x.gguf" else "a pickled file, which can run code when opened; convert it to"
+    words = (
+        "a GGUF file; ComfyUI-GGUF"
+        if name == "x.gguf"
+        else "a pickled file, which can run code when opened; convert it to"
+    )
     with pytest.raises(ConfigError, match=rf"^model\.location={name} is {words} "):
         locate(name)
 
 
-@pytest.mark.parametrize("location", ["./missing", "/missing/x.safetensors", "~/missing", "shipped:missing", "missing.safetensors"])
+@pytest.mark.parametrize(
+    "location", ["./missing", "/missing/x.safetensors", "~/missing", "shipped:missing", "missing.safetensors"]
+)
 def test_nothing_there(location):
-    with pytest.raises(FileError, match=r"missing(/x\.safetensors|\.safetensors)?: no such file or folder; set model\.location to a"):
+    with pytest.raises(
+        FileError,
+        match=r"missing(/x\.safetensors|\.safetensors)?: no such file or folder; set model\.location to a",
+    ):
         locate(location)
 
 
@@ -101,7 +127,9 @@ def hub(tmp_path, monkeypatch):
     def file(name, path, revision=None):
         asked.append((name, path, revision))
         if name != "org/model" or not (repository / path).exists():
-            raise huggingface_hub.errors.LocalEntryNotFoundError(f"404: {path} is not there\nlook at the page")
+            raise huggingface_hub.errors.LocalEntryNotFoundError(
+                f"404: {path} is not there\nlook at the page"
+            )
         return str(repository / path)
 
     def snapshot(name, revision=None, allow_patterns=None, ignore_patterns=None):
@@ -117,7 +145,11 @@ def test_one_denoiser_of_the_hub_is_fetched_alone(hub):
     repository, asked = hub
     found = locate("org/model", "main", "transformer_2")
     assert (found.path, found.config) == (repository / "transformer_2", CONFIG)
-    wanted = ("transformer_2/config.json", "transformer_2/*.safetensors", "transformer_2/*.safetensors.index.json")
+    wanted = (
+        "transformer_2/config.json",
+        "transformer_2/*.safetensors",
+        "transformer_2/*.safetensors.index.json",
+    )
     assert asked == [("org/model", "model_index.json", "main"), ("org/model", wanted, "main")]
     with pytest.raises(ConfigError, match=r"^org/model has 2 denoisers"):
         locate("org/model")

@@ -17,12 +17,28 @@ from int8run.models.resolve_weights import SHIPPED
 from int8run.models.sampling import Sampling
 from int8run.models.source import Denoiser, Source, find_source
 
-FLUX = {"_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
-        "num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 16, "in_channels": 8,
-        "axes_dims_rope": [4, 6, 6]}  # fmt: skip
-ONE = {"_class_name": "FluxPipeline", "vae": ["diffusers", "AutoencoderKL"], "transformer": ["diffusers", "FluxTransformer2DModel"]}
-TWO = {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"],
-       "transformer": ["diffusers", "WanTransformer3DModel"]}  # fmt: skip
+FLUX = {
+    "_class_name": "FluxTransformer2DModel",
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "pooled_projection_dim": 16,
+    "in_channels": 8,
+    "axes_dims_rope": [4, 6, 6],
+}
+ONE = {
+    "_class_name": "FluxPipeline",
+    "vae": ["diffusers", "AutoencoderKL"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+}
+TWO = {
+    "_class_name": "WanPipeline",
+    "transformer_2": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+}
 
 
 def model(location: Any, **more: Any) -> ModelSource:
@@ -33,14 +49,25 @@ def model(location: Any, **more: Any) -> ModelSource:
 def pipeline(tmp_path: Path) -> Callable[..., Path]:
     """Writes a diffusers folder with configs alone."""
 
-    def write(index: object = ONE, name: str = "pipe", config: object = FLUX, components: tuple[str, ...] | None = None) -> Path:
+    def write(
+        index: object = ONE,
+        name: str = "pipe",
+        config: object = FLUX,
+        components: tuple[str, ...] | None = None,
+    ) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "model_index.json").write_text(index if isinstance(index, str) else json.dumps(index))
-        there = components if components is not None else [n for n in module.COMPONENTS if isinstance(index, dict) and n in index]
+        there = (
+            components
+            if components is not None
+            else [n for n in module.COMPONENTS if isinstance(index, dict) and n in index]
+        )
         for component in there:
             (folder / component).mkdir()
-            (folder / component / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+            (folder / component / "config.json").write_text(
+                config if isinstance(config, str) else json.dumps(config)
+            )
         return folder
 
     return write
@@ -97,7 +124,9 @@ def test_a_single_file_takes_the_rest_from_its_base(pipeline: Callable[..., Path
     assert found == Source(folder, (Denoiser("transformer", "FluxTransformer2DModel", FLUX, file),), True)
 
 
-def test_a_folder_of_weights_without_a_pipeline_is_a_denoiser(pipeline: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_folder_of_weights_without_a_pipeline_is_a_denoiser(
+    pipeline: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = weights(tmp_path / "mine" / "diffusion_pytorch_model.safetensors").parent
     found = find_source(model(folder, base=str(pipeline())))
     assert found.single and found.denoisers[0].weights == folder
@@ -106,14 +135,22 @@ def test_a_folder_of_weights_without_a_pipeline_is_a_denoiser(pipeline: Callable
 def test_a_file_for_each_expert(pipeline: Callable[..., Path], tmp_path: Path) -> None:
     low, high = weights(tmp_path / "low.safetensors"), weights(tmp_path / "high.safetensors")
     found = find_source(model({"transformer_2": str(low), "transformer": str(high)}, base=str(pipeline(TWO))))
-    assert [(d.component, d.weights) for d in found.denoisers] == [("transformer", high), ("transformer_2", low)]
+    assert [(d.component, d.weights) for d in found.denoisers] == [
+        ("transformer", high),
+        ("transformer_2", low),
+    ]
 
 
-def test_a_path_may_begin_with_the_home_folder(pipeline: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_may_begin_with_the_home_folder(
+    pipeline: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     weights(tmp_path / "m.safetensors")
     pipeline()
-    assert find_source(model("~/m.safetensors", base="~/pipe")).denoisers[0].weights == tmp_path / "m.safetensors"
+    assert (
+        find_source(model("~/m.safetensors", base="~/pipe")).denoisers[0].weights
+        == tmp_path / "m.safetensors"
+    )
 
 
 # -- the hub ------------------------------------------------------------------------------------------------------------
@@ -122,7 +159,11 @@ def test_a_path_may_begin_with_the_home_folder(pipeline: Callable[..., Path], tm
 def test_a_hub_id_is_fetched_without_pickles(pipeline: Callable[..., Path], hub: dict[str, Any]) -> None:
     hub["folder"] = folder = pipeline()
     found = find_source(model("org/name", revision="v2"))
-    assert found.folder == folder and hub["pipelines"] == [("org/name", {"revision": "v2", "use_safetensors": True})] and not hub["files"]
+    assert (
+        found.folder == folder
+        and hub["pipelines"] == [("org/name", {"revision": "v2", "use_safetensors": True})]
+        and not hub["files"]
+    )
 
 
 def test_of_a_base_on_the_hub_the_denoisers_weights_are_not_fetched(
@@ -136,13 +177,22 @@ def test_of_a_base_on_the_hub_the_denoisers_weights_are_not_fetched(
     assert hub["files"] == [(("org/name", "config.json"), {"subfolder": "transformer", "revision": None})]
 
 
-def test_a_file_on_the_hub_is_fetched(pipeline: Callable[..., Path], hub: dict[str, Any], tmp_path: Path) -> None:
+def test_a_file_on_the_hub_is_fetched(
+    pipeline: Callable[..., Path], hub: dict[str, Any], tmp_path: Path
+) -> None:
     hub["file"] = file = weights(tmp_path / "fetched.safetensors")
     found = find_source(model("org/name/split/m.safetensors", base=str(pipeline()), revision="v2"))
-    assert found.denoisers[0].weights == file and hub["files"] == [(("org/name", "split/m.safetensors"), {"revision": "v2"})]
+    assert found.denoisers[0].weights == file and hub["files"] == [
+        (("org/name", "split/m.safetensors"), {"revision": "v2"})
+    ]
 
 
-FAILURES = [OSError("org/name is not a local folder\nand not on the hub"), ValueError("offline"), KeyError("_class_name"), TypeError("t")]
+FAILURES = [
+    OSError("org/name is not a local folder\nand not on the hub"),
+    ValueError("offline"),
+    KeyError("_class_name"),
+    TypeError("t"),
+]
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda e: type(e).__name__)
@@ -157,9 +207,14 @@ def test_a_model_that_the_hub_does_not_give_is_one_line(error: Exception, hub: d
 
 
 @pytest.mark.parametrize("error", FAILURES[:2], ids=lambda e: type(e).__name__)
-def test_a_file_that_the_hub_does_not_give_is_one_line(error: Exception, pipeline: Callable[..., Path], hub: dict[str, Any]) -> None:
+def test_a_file_that_the_hub_does_not_give_is_one_line(
+    error: Exception, pipeline: Callable[..., Path], hub: dict[str, Any]
+) -> None:
     hub["file"] = error
-    with pytest.raises(FileError, match=r"^model\.location=org/name/m\.safetensors is not on this machine and could not be fetched"):
+    with pytest.raises(
+        FileError,
+        match=r"^model\.location=org/name/m\.safetensors is not on this machine and could not be fetched",
+    ):
         find_source(model("org/name/m.safetensors", base=str(pipeline())))
 
 
@@ -168,21 +223,32 @@ def test_a_file_that_the_hub_does_not_give_is_one_line(error: Exception, pipelin
 
 @pytest.mark.parametrize("name", ["m.ckpt", "m.pt", "m.pth", "m.bin", "M.PT", "org/name/m.bin"])
 def test_pickled_files_are_refused(name: str, hub: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=rf"^model\.location={name} is a pickled file, which can run code .*convert it to \.safetensors"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"^model\.location={name} is a pickled file, which can run code .*convert it to \.safetensors",
+    ):
         find_source(model(name, base="org/base"))
     assert not hub["pipelines"] and not hub["files"]
 
 
 def test_other_formats_are_refused_with_who_reads_them() -> None:
-    with pytest.raises(ConfigError, match=r"^model\.location=m\.gguf is a GGUF file; ComfyUI-GGUF and diffusers' GGUFQuantizationConfig"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^model\.location=m\.gguf is a GGUF file; ComfyUI-GGUF and diffusers' GGUFQuantizationConfig",
+    ):
         find_source(model("m.gguf"))
     with pytest.raises(ConfigError, match=r"^model\.location=b\.gguf is a GGUF file"):
         find_source(model({"transformer": "a.safetensors", "transformer_2": "b.gguf"}))
 
 
-@pytest.mark.parametrize("location", ["m.safetensors", {"transformer": "m.safetensors"}], ids=["file", "mapping"])
+@pytest.mark.parametrize(
+    "location", ["m.safetensors", {"transformer": "m.safetensors"}], ids=["file", "mapping"]
+)
 def test_a_single_file_needs_a_base(location: Any) -> None:
-    with pytest.raises(ConfigError, match=r"holds a denoiser alone; set model\.base=<hub id or diffusers folder> that the text encoders"):
+    with pytest.raises(
+        ConfigError,
+        match=r"holds a denoiser alone; set model\.base=<hub id or diffusers folder> that the text encoders",
+    ):
         find_source(model(location))
 
 
@@ -201,10 +267,20 @@ def test_a_file_for_a_denoiser_that_is_not_there(pipeline: Callable[..., Path], 
 
 
 @pytest.mark.parametrize(
-    "place", ["./absent.safetensors", "/absent/m.safetensors", "~/absent.safetensors", "absent.safetensors", "a/b.safetensors"]
+    "place",
+    [
+        "./absent.safetensors",
+        "/absent/m.safetensors",
+        "~/absent.safetensors",
+        "absent.safetensors",
+        "a/b.safetensors",
+    ],
 )
 def test_a_file_that_is_not_there(place: str, pipeline: Callable[..., Path], hub: dict[str, Any]) -> None:
-    with pytest.raises(FileError, match=r"^/.*safetensors: no such file; on the hub a file is org/repository/name\.safetensors$"):
+    with pytest.raises(
+        FileError,
+        match=r"^/.*safetensors: no such file; on the hub a file is org/repository/name\.safetensors$",
+    ):
         find_source(model(place, base=str(pipeline())))
     assert not hub["files"]
 
@@ -212,7 +288,9 @@ def test_a_file_that_is_not_there(place: str, pipeline: Callable[..., Path], hub
 @pytest.mark.parametrize("place", ["./absent", "/absent", "~/absent", "shipped:absent"])
 def test_a_folder_that_is_not_there(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(FileError, match=r"^/.*absent is not a diffusers folder: it has no model_index\.json$"):
+    with pytest.raises(
+        FileError, match=r"^/.*absent is not a diffusers folder: it has no model_index\.json$"
+    ):
         find_source(model(place))
 
 
@@ -223,8 +301,14 @@ BROKEN = {
         ONE | {"transformer": ["diffusers", "NoSuchModel"]},
         r"the transformer is of a class .*diffusers\.NoSuchModel is not in",
     ),
-    "no class": (ONE | {"transformer": ["diffusers", "__version__"]}, "the transformer is of a class that is not here"),
-    "another library": (ONE | {"transformer": ["mine", "FluxTransformer2DModel"]}, r"mine\.FluxTransformer2DModel is not in diffusers"),
+    "no class": (
+        ONE | {"transformer": ["diffusers", "__version__"]},
+        "the transformer is of a class that is not here",
+    ),
+    "another library": (
+        ONE | {"transformer": ["mine", "FluxTransformer2DModel"]},
+        r"mine\.FluxTransformer2DModel is not in diffusers",
+    ),
 }
 
 
@@ -232,18 +316,23 @@ BROKEN = {
 def test_a_broken_index_is_one_line(index: object, reason: str, pipeline: Callable[..., Path]) -> None:
     folder = pipeline(index)
     with pytest.raises(
-        FileError, match=rf"^model '{folder}' could not be loaded: .*{reason}.*; set model\.location to a folder that has it$"
+        FileError,
+        match=rf"^model '{folder}' could not be loaded: .*{reason}.*; set model\.location to a folder that has it$",
     ):
         find_source(model(folder))
 
 
-@pytest.mark.parametrize("entry", [["diffusers"], [], ["diffusers", "FluxTransformer2DModel", "more"]], ids=str)
+@pytest.mark.parametrize(
+    "entry", [["diffusers"], [], ["diffusers", "FluxTransformer2DModel", "more"]], ids=str
+)
 def test_a_component_of_another_form_is_one_line(entry: list[str], pipeline: Callable[..., Path]) -> None:
     with pytest.raises((FileError, ConfigError)):
         find_source(model(pipeline(ONE | {"transformer": entry})))
 
 
-@pytest.mark.parametrize(("config", "reason"), [("{", r"config\.json "), ("[]", r"config\.json is no JSON object")])
+@pytest.mark.parametrize(
+    ("config", "reason"), [("{", r"config\.json "), ("[]", r"config\.json is no JSON object")]
+)
 def test_a_broken_config_is_one_line(config: str, reason: str, pipeline: Callable[..., Path]) -> None:
     with pytest.raises(FileError, match=rf"could not be loaded: .*{reason}"):
         find_source(model(pipeline(config=config)))
@@ -255,9 +344,16 @@ def test_a_config_that_is_not_there(pipeline: Callable[..., Path]) -> None:
 
 
 def test_a_pipeline_without_a_denoiser(pipeline: Callable[..., Path]) -> None:
-    folder = pipeline({"_class_name": "X", "vae": ["diffusers", "AutoencoderKL"], "prior": ["diffusers", "PriorTransformer"]})
+    folder = pipeline(
+        {
+            "_class_name": "X",
+            "vae": ["diffusers", "AutoencoderKL"],
+            "prior": ["diffusers", "PriorTransformer"],
+        }
+    )
     with pytest.raises(
-        ConfigError, match=rf"^X in {folder} has no denoiser: its components are prior, vae; .* transformer or transformer_2 or unet$"
+        ConfigError,
+        match=rf"^X in {folder} has no denoiser: its components are prior, vae; .* transformer or transformer_2 or unet$",
     ):
         find_source(model(folder))
 
@@ -273,21 +369,41 @@ def denoiser(config: dict[str, Any], kind: type = FluxTransformer2DModel) -> Den
 def test_a_skeleton_has_shapes_and_no_values(dtype: torch.dtype) -> None:
     made = denoiser(FLUX).skeleton(dtype)
     real = FluxTransformer2DModel.from_config(FLUX)
-    assert {n: tuple(p.shape) for n, p in made.named_parameters()} == {n: tuple(p.shape) for n, p in real.named_parameters()}
-    assert all(p.is_meta and p.dtype == dtype and not p.requires_grad for p in made.parameters()) and not made.training
+    assert {n: tuple(p.shape) for n, p in made.named_parameters()} == {
+        n: tuple(p.shape) for n, p in real.named_parameters()
+    }
+    assert (
+        all(p.is_meta and p.dtype == dtype and not p.requires_grad for p in made.parameters())
+        and not made.training
+    )
 
 
 def test_buffers_that_no_file_holds_are_there() -> None:
-    config = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8, "freq_dim": 16,
-              "ffn_dim": 16, "num_layers": 1, "rope_max_seq_len": 32}  # fmt: skip
-    made, real = denoiser(config, WanTransformer3DModel).skeleton(torch.bfloat16), WanTransformer3DModel.from_config(config)
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 8,
+        "freq_dim": 16,
+        "ffn_dim": 16,
+        "num_layers": 1,
+        "rope_max_seq_len": 32,
+    }
+    made, real = (
+        denoiser(config, WanTransformer3DModel).skeleton(torch.bfloat16),
+        WanTransformer3DModel.from_config(config),
+    )
     buffers = dict(made.named_buffers())
-    assert buffers and all(torch.equal(buffers[n], b) and buffers[n].dtype == b.dtype for n, b in real.named_buffers())
+    assert buffers and all(
+        torch.equal(buffers[n], b) and buffers[n].dtype == b.dtype for n, b in real.named_buffers()
+    )
 
 
 @pytest.mark.parametrize("config", [{"num_layers": "x"}, {"attention_head_dim": None}], ids=str)
 def test_a_config_that_the_class_does_not_take(config: dict[str, Any]) -> None:
     with pytest.raises(
-        FileError, match=r"^the config of transformer does not fit FluxTransformer2DModel: .+; take the one of its checkpoint$"
+        FileError,
+        match=r"^the config of transformer does not fit FluxTransformer2DModel: .+; take the one of its checkpoint$",
     ):
         denoiser(FLUX | config).skeleton(torch.float32)

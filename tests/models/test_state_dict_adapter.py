@@ -13,7 +13,15 @@ from torch import Tensor
 from int8run.errors import ConfigError, FileError
 from int8run.models import state_dict_adapter
 from int8run.models.key_mapping import Names, NamingRule
-from int8run.models.state_dict_adapter import Part, denoiser_keys, joined_shape, strip_prefix, targets, to_model, to_native
+from int8run.models.state_dict_adapter import (
+    Part,
+    denoiser_keys,
+    joined_shape,
+    strip_prefix,
+    targets,
+    to_model,
+    to_native,
+)
 
 FLUX = "FluxTransformer2DModel"
 QKV = [f"transformer_blocks.0.attn.to_{x}.weight" for x in "qkv"]
@@ -60,8 +68,14 @@ def test_a_file_of_the_authors_becomes_the_model(key):
     file |= {name: torch.zeros(2) for name in family.dropped}
     file["an.unknown.weight"] = torch.zeros(2)
     found = to_model(shapes_of(file), shapes_of(values), family.cls)
-    assert found.unused == ("an.unknown.weight",) and found.missing == () and tuple(found.dropped) == family.dropped
-    made = {name: torch.cat([part.cut(file[part.key]) for part in parts]) for name, parts in found.parts.items()}
+    assert (
+        found.unused == ("an.unknown.weight",)
+        and found.missing == ()
+        and tuple(found.dropped) == family.dropped
+    )
+    made = {
+        name: torch.cat([part.cut(file[part.key]) for part in parts]) for name, parts in found.parts.items()
+    }
     assert same({name: made[name] for name in values}, values) and made.keys() == values.keys()
 
 
@@ -76,13 +90,21 @@ def test_a_file_of_diffusers_is_taken_as_it_is(key):
 @pytest.mark.parametrize("key", FAMILIES)
 def test_targets_by_names_alone(key):
     family, shapes = FAMILIES[key], shapes_of(values_of(key))
-    native = {name.removeprefix(family.prefix): parts for name, parts in to_native(shapes, family.cls).items()}
+    native = {
+        name.removeprefix(family.prefix): parts for name, parts in to_native(shapes, family.cls).items()
+    }
     found = targets([*native, *family.dropped], family.cls)
     own = targets(shapes, family.cls)
     if key == "sana_sprint":  # by names alone no different from Sana
-        found |= {name: tuple(t.replace("emb.timestep", "timestep") for t in parts) for name, parts in found.items()}
-        own = {name: tuple(t.replace("emb.timestep", "timestep") for t in parts) for name, parts in own.items()}
-    assert found == {name: tuple(part.key for part in parts) for name, parts in native.items()} | dict.fromkeys(family.dropped, ())
+        found |= {
+            name: tuple(t.replace("emb.timestep", "timestep") for t in parts) for name, parts in found.items()
+        }
+        own = {
+            name: tuple(t.replace("emb.timestep", "timestep") for t in parts) for name, parts in own.items()
+        }
+    assert found == {
+        name: tuple(part.key for part in parts) for name, parts in native.items()
+    } | dict.fromkeys(family.dropped, ())
     assert own == {name: (name,) for name in shapes}
 
 
@@ -93,13 +115,21 @@ def test_names_that_stay(key):
     native = to_native(shapes, family.cls)
     stayed = {name for name in shapes if family.prefix + name in native}
     modules = {name: name.rpartition(".") for name in shapes}
-    of_modules = {n for n, (module, _, p) in modules.items() if p in ("weight", "bias") and re.fullmatch(family.unchanged, module)}
-    of_modules -= {name for name in of_modules if "distilled_guidance_layer.norms" in name}  # there the parameter is called scale
+    of_modules = {
+        n
+        for n, (module, _, p) in modules.items()
+        if p in ("weight", "bias") and re.fullmatch(family.unchanged, module)
+    }
+    of_modules -= {
+        name for name in of_modules if "distilled_guidance_layer.norms" in name
+    }  # there the parameter is called scale
     assert stayed == of_modules | {name for name in shapes if re.fullmatch(family.same, name)}
     assert all(name.startswith(family.prefix) for name in native)
 
 
-@pytest.mark.parametrize("key, name", [("sd15", "output_blocks.2.1.conv"), ("sdxl", "output_blocks.2.2.conv")])
+@pytest.mark.parametrize(
+    "key, name", [("sd15", "output_blocks.2.1.conv"), ("sdxl", "output_blocks.2.2.conv")]
+)
 def test_an_upsampler_stands_after_the_attention_if_there_is_one(key, name):
     native = to_native(shapes_of(values_of(key)), "UNet2DConditionModel")
     found = [name for name, parts in native.items() if parts[0].key == "up_blocks.0.upsamplers.0.conv.weight"]
@@ -122,7 +152,10 @@ def test_the_part_of_anima_that_is_no_denoiser_is_left_out():
 @pytest.mark.parametrize("key", FAMILIES)
 def test_written_keys_stand_in_the_order_of_the_model(key):
     names = list(values_of(key))
-    firsts = [names.index(parts[0].key) for parts in to_native(shapes_of(values_of(key)), FAMILIES[key].cls).values()]
+    firsts = [
+        names.index(parts[0].key)
+        for parts in to_native(shapes_of(values_of(key)), FAMILIES[key].cls).values()
+    ]
     assert firsts == sorted(firsts)
 
 
@@ -155,7 +188,9 @@ def test_parts_cut_weights_biases_and_scales_alike():
     part = Part("a", slice(4, 8), swap_halves=True)
     order = torch.tensor([6, 7, 4, 5])
     assert torch.equal(part.cut(weight), weight[order])
-    assert torch.equal(part.cut(weight[:, 0]), weight[order, 0]) and torch.equal(part.cut(weight[:, :1]), weight[order, :1])
+    assert torch.equal(part.cut(weight[:, 0]), weight[order, 0]) and torch.equal(
+        part.cut(weight[:, :1]), weight[order, :1]
+    )
     one = torch.tensor([[3.0]])
     assert all(part.cut(scale) is scale for scale in (one, one[0], one[0, 0]))
     assert Part("a").cut(weight) is weight
@@ -167,7 +202,9 @@ def test_parts_cut_weights_biases_and_scales_alike():
 def test_norms_called_weight_are_read_as_well():
     shapes = {"transformer_blocks.0.attn.norm_q.weight": (8,)}
     found = to_model({"double_blocks.0.img_attn.norm.query_norm.weight": (8,)}, shapes, FLUX)
-    assert found.parts == {"transformer_blocks.0.attn.norm_q.weight": (Part("double_blocks.0.img_attn.norm.query_norm.weight"),)}
+    assert found.parts == {
+        "transformer_blocks.0.attn.norm_q.weight": (Part("double_blocks.0.img_attn.norm.query_norm.weight"),)
+    }
 
 
 def test_fewer_heads_for_keys_are_cut_by_the_models_own_rows():
@@ -175,14 +212,19 @@ def test_fewer_heads_for_keys_are_cut_by_the_models_own_rows():
     shapes = {f"layers.0.attn.to_{x}.weight": (n, 24) for x, n in rows.items()}
     found = to_model({"layers.0.attention.qkv.weight": (40, 24)}, shapes, "Lumina2Transformer2DModel")
     cuts = {"q": slice(0, 24), "k": slice(24, 32), "v": slice(32, 40)}
-    assert found.parts == {f"layers.0.attn.to_{x}.weight": (Part("layers.0.attention.qkv.weight", cut),) for x, cut in cuts.items()}
+    assert found.parts == {
+        f"layers.0.attn.to_{x}.weight": (Part("layers.0.attention.qkv.weight", cut),)
+        for x, cut in cuts.items()
+    }
 
 
 def test_only_the_last_text_norm_of_sd3_is_swapped():
     shapes = {f"transformer_blocks.{i}.norm1_context.linear.weight": (4, 2) for i in (9, 10, 11)}
     native = to_native(shapes, "SD3Transformer2DModel")
     swapped = [f"joint_blocks.{i}.context_block.adaLN_modulation.1.weight" for i in (9, 10, 11)]
-    assert {key: parts[0].swap_halves for key, parts in native.items()} == dict(zip(swapped, (False, False, True), strict=True))
+    assert {key: parts[0].swap_halves for key, parts in native.items()} == dict(
+        zip(swapped, (False, False, True), strict=True)
+    )
     found = to_model(dict.fromkeys(swapped, (4, 2)), shapes, "SD3Transformer2DModel")
     assert [parts[0].swap_halves for parts in found.parts.values()] == [False, False, True]
 
@@ -190,7 +232,9 @@ def test_only_the_last_text_norm_of_sd3_is_swapped():
 def test_names_of_lora_files_only_are_never_written_or_read():
     shapes = shapes_of(values_of("flux"))
     assert not any("lora" in key for key in to_native(shapes, FLUX))
-    assert to_model({"double_blocks.0.proj_lora1.weight": (3072, 1)}, shapes, FLUX).unused == ("double_blocks.0.proj_lora1.weight",)
+    assert to_model({"double_blocks.0.proj_lora1.weight": (3072, 1)}, shapes, FLUX).unused == (
+        "double_blocks.0.proj_lora1.weight",
+    )
 
 
 def test_a_class_without_rules_keeps_its_names():
@@ -209,10 +253,19 @@ def test_a_class_without_rules_keeps_its_names():
             r"\+ .*to_k.weight \[8, 8\] \+ .*to_v.weight \[8, 8\] of the FluxTransformer2DModel need \[24, 8\]: "
             "the file is of another architecture, or of another size of it; take the configuration that belongs to the file",
         ),
-        ({"double_blocks.0.img_attn.qkv.weight": (24, 16)}, r"the shape \[24, 16\], but .* need \[24, 8\]: the file is of another arch"),
-        ({"img_in.weight": (8, 4)}, r"img_in.weight of the file has the shape \[8, 4\], but x_embedder.weight \[8, 6\] .* need \[8, 6\]"),
+        (
+            {"double_blocks.0.img_attn.qkv.weight": (24, 16)},
+            r"the shape \[24, 16\], but .* need \[24, 8\]: the file is of another arch",
+        ),
+        (
+            {"img_in.weight": (8, 4)},
+            r"img_in.weight of the file has the shape \[8, 4\], but x_embedder.weight \[8, 6\] .* need \[8, 6\]",
+        ),
         ({"img_in.weight": (8, 6, 1)}, r"img_in.weight of the file has the shape \[8, 6, 1\]"),
-        ({"x_embedder.weight": (8, 4)}, r"x_embedder.weight of the file has the shape \[8, 4\], but x_embedder.weight \[8, 6\]"),
+        (
+            {"x_embedder.weight": (8, 4)},
+            r"x_embedder.weight of the file has the shape \[8, 4\], but x_embedder.weight \[8, 6\]",
+        ),
         (
             {"double_blocks.0.txt_attn.qkv.weight": (24, 8)},
             "txt_attn.qkv.weight of the file holds several parameters, but the FluxTransformer2DModel has "
@@ -227,7 +280,11 @@ def test_a_class_without_rules_keeps_its_names():
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(file, message):
-    shapes = {**dict.fromkeys(QKV, (8, 8)), "x_embedder.weight": (8, 6), "transformer_blocks.0.attn.add_q_proj.weight": (8, 8)}
+    shapes = {
+        **dict.fromkeys(QKV, (8, 8)),
+        "x_embedder.weight": (8, 6),
+        "transformer_blocks.0.attn.add_q_proj.weight": (8, 8),
+    }
     shapes |= {f"single_transformer_blocks.0.attn.to_{x}.weight": (8, 8) for x in "qkv"}
     shapes["single_transformer_blocks.0.proj_mlp.weight"] = (32, 9)
     with pytest.raises(FileError, match=message):
@@ -237,7 +294,10 @@ def test_a_file_that_does_not_fit_is_refused(file, message):
 @pytest.mark.parametrize("shape", [(95,), (6, 16), (1, 96)])
 def test_reshaped_values_need_their_shape(shape):
     model = {"transformer_blocks.0.scale_shift_table": (6, 16)}
-    with pytest.raises(FileError, match=r"blocks.0.mod.lin of the file has the shape .* \[6, 16\] of the Krea2Tr.* need \[96\]"):
+    with pytest.raises(
+        FileError,
+        match=r"blocks.0.mod.lin of the file has the shape .* \[6, 16\] of the Krea2Tr.* need \[96\]",
+    ):
         to_model({"blocks.0.mod.lin": shape}, model, "Krea2Transformer2DModel")
 
 
@@ -248,10 +308,16 @@ def test_shapes_that_no_number_completes():
 
 def test_rules_after_a_change_of_shape_keep_it(monkeypatch):
     flat = NamingRule("inner.x.flat", ("inner.x.table",), shape=(-1,), whole_key=True)
-    monkeypatch.setattr(state_dict_adapter, "names_of", lambda name: Names((NamingRule("outer.**", ("inner.**",)),), parameters=(flat,)))
+    monkeypatch.setattr(
+        state_dict_adapter,
+        "names_of",
+        lambda name: Names((NamingRule("outer.**", ("inner.**",)),), parameters=(flat,)),
+    )
     shapes = {"inner.x.table": (2, 3)}
     assert to_native(shapes, "Any") == {"outer.x.flat": (Part("inner.x.table", shape=(-1,)),)}
-    assert to_model({"outer.x.flat": (6,)}, shapes, "Any").parts == {"inner.x.table": (Part("outer.x.flat", shape=(2, 3)),)}
+    assert to_model({"outer.x.flat": (6,)}, shapes, "Any").parts == {
+        "inner.x.table": (Part("outer.x.flat", shape=(2, 3)),)
+    }
 
 
 def test_turned_matrices_and_rows_of_several_parameters(monkeypatch):
@@ -259,20 +325,28 @@ def test_turned_matrices_and_rows_of_several_parameters(monkeypatch):
     rows = NamingRule("*.in_proj_weight", ("*.q.weight", "*.k.weight"), whole_key=True)
     monkeypatch.setattr(state_dict_adapter, "names_of", lambda name: Names(parameters=(turned, rows)))
     shapes = {"projection.weight": (2, 3), "0.q.weight": (4, 5), "0.k.weight": (2, 5)}
-    file = {"projection": (Part("projection.weight", transposed=True),), "0.in_proj_weight": (Part("0.q.weight"), Part("0.k.weight"))}
+    file = {
+        "projection": (Part("projection.weight", transposed=True),),
+        "0.in_proj_weight": (Part("0.q.weight"), Part("0.k.weight")),
+    }
     assert to_native(shapes, "Any") == file
-    assert {key: joined_shape(parts, shapes) for key, parts in file.items()} == {"projection": (3, 2), "0.in_proj_weight": (6, 5)}
+    assert {key: joined_shape(parts, shapes) for key, parts in file.items()} == {
+        "projection": (3, 2),
+        "0.in_proj_weight": (6, 5),
+    }
     found = to_model({"projection": (3, 2), "0.in_proj_weight": (6, 5)}, shapes, "Any")
     key = "0.in_proj_weight"
     assert found.parts == {
-        "projection.weight": (Part("projection", transposed=True),), "0.q.weight": (Part(key, slice(0, 4)),),
+        "projection.weight": (Part("projection", transposed=True),),
+        "0.q.weight": (Part(key, slice(0, 4)),),
         "0.k.weight": (Part(key, slice(4, 6)),),
-    }  # fmt: skip
+    }
     tensor = torch.arange(6).reshape(3, 2)
     assert torch.equal(Part("projection", transposed=True).cut(tensor), tensor.T)
     assert targets(file, "Any") == {"projection": ("projection.weight",), key: ("0.q.weight", "0.k.weight")}
     with pytest.raises(
-        FileError, match=r"projection of the file has the shape \[2, 3\], but projection.weight \[2, 3\] of the Any need \[3, 2\]"
+        FileError,
+        match=r"projection of the file has the shape \[2, 3\], but projection.weight \[2, 3\] of the Any need \[3, 2\]",
     ):
         to_model({"projection": (2, 3)}, shapes, "Any")
 
@@ -280,9 +354,9 @@ def test_turned_matrices_and_rows_of_several_parameters(monkeypatch):
 def test_a_matrix_that_is_turned_twice_is_as_it_was(monkeypatch):
     rules = tuple(NamingRule(a, (b,), whole_key=True, transposed=True) for a, b in (("a", "b"), ("b", "c")))
     monkeypatch.setattr(state_dict_adapter, "names_of", lambda name: Names(parameters=rules))
-    assert to_native({"c": (2, 3)}, "Any") == {"a": (Part("c"),)} and to_model({"a": (2, 3)}, {"c": (2, 3)}, "Any").parts == {
-        "c": (Part("a"),)
-    }
+    assert to_native({"c": (2, 3)}, "Any") == {"a": (Part("c"),)} and to_model(
+        {"a": (2, 3)}, {"c": (2, 3)}, "Any"
+    ).parts == {"c": (Part("a"),)}
 
 
 def test_rules_that_undo_each_other_end():
@@ -309,7 +383,8 @@ def test_two_parameters_never_get_one_name():
     shapes = {"blocks.0.norm3.weight": (4,), "blocks.0.norm2.weight": (4,)}
     for order in (shapes, dict(reversed(shapes.items()))):
         with pytest.raises(
-            ConfigError, match=r"blocks.0.norm[23].weight and .* WanTr.* would both be called blocks.0.norm3.weight: it is "
+            ConfigError,
+            match=r"blocks.0.norm[23].weight and .* WanTr.* would both be called blocks.0.norm3.weight: it is ",
         ):
             to_native(order, "WanTransformer3DModel")
 
@@ -338,7 +413,8 @@ def test_a_unet_with_other_levels_has_no_key_mapping(layers, message):
 
 @pytest.mark.parametrize(
     "prefix, found",
-    [(p, p) for p in ("model.diffusion_model.", "model.model.", "net.", "diffusion_model.", "model.", "")] + [("other.", "")],
+    [(p, p) for p in ("model.diffusion_model.", "model.model.", "net.", "diffusion_model.", "model.", "")]
+    + [("other.", "")],
 )
 def test_prefixes(prefix, found):
     names = [f"blocks.{i}.weight" for i in range(6)]
@@ -349,8 +425,14 @@ def test_prefixes(prefix, found):
 
 def test_prefix_in_a_whole_checkpoint():
     ours = [f"model.diffusion_model.input_blocks.{i}.0.weight" for i in range(9)]
-    others = [f"first_stage_model.encoder.{i}.weight" for i in range(20)] + [f"net.{i}.weight" for i in range(6)]
+    others = [f"first_stage_model.encoder.{i}.weight" for i in range(20)] + [
+        f"net.{i}.weight" for i in range(6)
+    ]
     assert strip_prefix([*others, *ours]) == "model.diffusion_model."
     assert list(denoiser_keys([*others, *ours]).values()) == ours
-    assert strip_prefix([*others, *ours[:5]]) == "net." and strip_prefix([*others[:-1], *ours[:5]]) == "" and strip_prefix([]) == ""
+    assert (
+        strip_prefix([*others, *ours[:5]]) == "net."
+        and strip_prefix([*others[:-1], *ours[:5]]) == ""
+        and strip_prefix([]) == ""
+    )
     assert strip_prefix(["model.a", "model.b", "other"]) == ""

@@ -57,7 +57,10 @@ LAYERS = {
     "one channel": lambda draw=0: planted(1, 50, seed=2, draw=draw),
     "many channels": lambda draw=0: planted(16, 10, seed=4, draw=draw),
     "outliers anywhere": lambda draw=0: (heavy_tailed(*X, seed=6 + 1000 * draw), randn(*W, seed=8)),
-    "a mean that tokens share": lambda draw=0: (randn(*X, seed=9 + 1000 * draw) + 20 * randn(256, seed=10), randn(*W, seed=11)),
+    "a mean that tokens share": lambda draw=0: (
+        randn(*X, seed=9 + 1000 * draw) + 20 * randn(256, seed=10),
+        randn(*W, seed=11),
+    ),
     "a weight with large columns": lambda draw=0: (
         randn(*X, seed=12 + 1000 * draw),
         heavy_tailed(1, 256, seed=14) * randn(*W, seed=13),
@@ -82,7 +85,11 @@ def of_layers(method, weight, *pairs):
     exact, made = [], []
     for seen, x in pairs:
         transform = method.fit(weight, statistics_of(seen, weight))
-        layer = Int8Linear(QuantizedLayer(quantize_weight(transform.transform_weight(weight)), transform, None), Reference(), torch.float32)
+        layer = Int8Linear(
+            QuantizedLayer(quantize_weight(transform.transform_weight(weight)), transform, None),
+            Reference(),
+            torch.float32,
+        )
         exact.append(x @ weight.T)
         made.append(layer(x))
     return sqnr_db(torch.cat(exact), torch.cat(made))
@@ -94,13 +101,21 @@ def of_layers(method, weight, *pairs):
 def test_every_method_is_a_candidate_and_the_plainest_is_the_first():
     assert {m.name for m in AUTO.candidates.values()} == SHIPPED
     assert next(iter(AUTO.candidates)) == "none"
-    assert AUTO.candidates["convrot_16"] == ConvRot(16) and AUTO.candidates["smoothquant_75"] == SmoothQuant(0.75)
+    assert AUTO.candidates["convrot_16"] == ConvRot(16) and AUTO.candidates["smoothquant_75"] == SmoothQuant(
+        0.75
+    )
     assert len(set(AUTO.candidates.values())) == len(AUTO.candidates), "the same candidate twice"
 
 
 def test_a_candidate_can_be_set_from_outside():
-    auto = composed("outlier.candidates.convrot_16.group_size=4", "~outlier.candidates.hadanorm", "outlier.max_cost=null")
-    assert auto.candidates["convrot_16"] == ConvRot(4) and "hadanorm" not in auto.candidates and auto.max_cost is None
+    auto = composed(
+        "outlier.candidates.convrot_16.group_size=4", "~outlier.candidates.hadanorm", "outlier.max_cost=null"
+    )
+    assert (
+        auto.candidates["convrot_16"] == ConvRot(4)
+        and "hadanorm" not in auto.candidates
+        and auto.max_cost is None
+    )
 
 
 # --- score
@@ -111,7 +126,10 @@ def test_a_score_is_the_sqnr_of_real_layers_on_the_half_that_they_were_not_fitte
     x, weight = LAYERS[layer]()
     scores = AUTO.score(weight, statistics_of(x, weight), never)
     first, second = x[:2], x[2:]
-    wanted = {name: of_layers(method, weight, (first, second), (second, first)) for name, method in able(weight).items()}
+    wanted = {
+        name: of_layers(method, weight, (first, second), (second, first))
+        for name, method in able(weight).items()
+    }
     assert list(scores) == list(wanted) and scores == pytest.approx(wanted, abs=0.05)
 
 
@@ -120,7 +138,10 @@ def test_the_choice_is_close_to_the_best_of_all(layer):
     x, weight = LAYERS[layer]()
     chosen = AUTO.choose({layer: AUTO.score(weight, statistics_of(x, weight), never)}, [[layer]])[layer]
     first, second = x[:2], x[2:]
-    reached = {name: of_layers(method, weight, (first, second), (second, first)) for name, method in able(weight).items()}
+    reached = {
+        name: of_layers(method, weight, (first, second), (second, first))
+        for name, method in able(weight).items()
+    }
     assert reached[chosen] >= max(reached.values()) - 0.2
     # on other inputs of the same kind, which nothing was fitted to or judged by
     fresh, _ = LAYERS[layer](1)
@@ -130,7 +151,9 @@ def test_the_choice_is_close_to_the_best_of_all(layer):
 
 def test_the_layers_of_this_test_want_different_methods():
     found = {layer: made() for layer, made in LAYERS.items()}
-    scores = {layer: AUTO.score(weight, statistics_of(x, weight), never) for layer, (x, weight) in found.items()}
+    scores = {
+        layer: AUTO.score(weight, statistics_of(x, weight), never) for layer, (x, weight) in found.items()
+    }
     best = {max(score, key=score.__getitem__) for score in scores.values()}
     assert len(best) >= 3 and {AUTO.candidates[name].name for name in best} >= {"smoothquant", "hadanorm"}
 
@@ -139,7 +162,9 @@ def test_the_layers_of_this_test_want_different_methods():
 @pytest.mark.parametrize("channels", [1, 4, 16])
 def test_the_choice_beats_none_on_planted_outliers(channels, factor):
     x, weight = planted(channels, factor)
-    chosen = AUTO.candidates[AUTO.choose({"l": AUTO.score(weight, statistics_of(x, weight), never)}, [["l"]])["l"]]
+    chosen = AUTO.candidates[
+        AUTO.choose({"l": AUTO.score(weight, statistics_of(x, weight), never)}, [["l"]])["l"]
+    ]
     # on inputs that the calibration never saw
     fresh, _ = planted(channels, factor, draw=1)
     assert of_layers(chosen, weight, (x, fresh)) > of_layers(NoOutlier(), weight, (x, fresh)) + 5
@@ -163,7 +188,9 @@ def test_a_method_that_fits_one_half_only_does_not_look_good():
 def test_half_precision_is_scored_in_float32(dtype):
     x, weight = (t.to(dtype) for t in planted(2, 10))
     half = AUTO.score(weight, statistics_of(x, weight), never)
-    assert half == pytest.approx(AUTO.score(weight.float(), statistics_of(x.float(), weight.float()), never), abs=1e-3)
+    assert half == pytest.approx(
+        AUTO.score(weight.float(), statistics_of(x.float(), weight.float()), never), abs=1e-3
+    )
 
 
 def test_a_layer_that_nothing_goes_into_scores_the_same_with_every_method():
@@ -175,7 +202,9 @@ def test_a_layer_that_nothing_goes_into_scores_the_same_with_every_method():
 
 def test_scoring_twice_gives_the_same():
     x, weight = planted(4, 50)
-    assert AUTO.score(weight, statistics_of(x, weight), never) == AUTO.score(weight.clone(), statistics_of(x.clone(), weight), never)
+    assert AUTO.score(weight, statistics_of(x, weight), never) == AUTO.score(
+        weight.clone(), statistics_of(x.clone(), weight), never
+    )
 
 
 def test_scoring_changes_nothing():
@@ -193,13 +222,20 @@ COSTS = {"none": 1.0, "convrot": 1.05, "quarot": 1.11, "smoothquant": 1.1, "hada
 @pytest.mark.parametrize(
     ("max_cost", "names"),
     [
-        (0, ["none"]), (0.05, ["none", "convrot"]), (0.1, ["none", "convrot", "smoothquant"]),
-        (0.2, ["none", "convrot", "quarot", "smoothquant"]), (0.6, list(COSTS)), (10, list(COSTS)), (None, list(COSTS)),
+        (0, ["none"]),
+        (0.05, ["none", "convrot"]),
+        (0.1, ["none", "convrot", "smoothquant"]),
+        (0.2, ["none", "convrot", "quarot", "smoothquant"]),
+        (0.6, list(COSTS)),
+        (10, list(COSTS)),
+        (None, list(COSTS)),
     ],
-)  # fmt: skip
+)
 def test_what_costs_too_much_is_no_candidate(max_cost, names):
     x, weight = planted(4, 50)
-    auto = AutoOutlier({m.name: m for m in (NoOutlier(), ConvRot(), QuaRot(), SmoothQuant(), HadaNorm())}, max_cost)
+    auto = AutoOutlier(
+        {m.name: m for m in (NoOutlier(), ConvRot(), QuaRot(), SmoothQuant(), HadaNorm())}, max_cost
+    )
     scores = auto.score(weight, statistics_of(x, weight), lambda transform: COSTS[transform.method])
     assert list(scores) == names
     every = replace(auto, max_cost=None).score(weight, statistics_of(x, weight), never)
@@ -211,7 +247,9 @@ def test_costs_are_asked_of_the_fitted_transform_and_only_where_the_layer_can_be
     asked = []
 
     def cost(transform):
-        asked.append((transform.method, transform.group_size, transform.factor is not None, transform.centered))
+        asked.append(
+            (transform.method, transform.group_size, transform.factor is not None, transform.centered)
+        )
         return 1.0
 
     replace(AUTO, max_cost=0.1).score(weight, statistics_of(x, weight), cost)
@@ -269,7 +307,11 @@ def test_layers_with_the_same_input_share_what_is_good_enough_for_all():
 
 
 def test_layers_with_the_same_input_and_no_method_in_common_take_their_own():
-    scores = {"q": {"a": 20.0, "b": 30.0, "c": 20.0}, "k": {"a": 20.0, "b": 20.0, "c": 30.0}, "v": {"a": 30.0, "b": 30.0, "c": 30.0}}
+    scores = {
+        "q": {"a": 20.0, "b": 30.0, "c": 20.0},
+        "k": {"a": 20.0, "b": 20.0, "c": 30.0},
+        "v": {"a": 30.0, "b": 30.0, "c": 30.0},
+    }
     assert THREE.choose(scores, [["q", "k", "v"]]) == {"q": "b", "k": "c", "v": "a"}
     # of several of its own the first in the list
     assert THREE.choose({"q": {"c": 30.0, "b": 30.0}, "k": {"a": 30.0}}, [["q", "k"]]) == {"q": "b", "k": "a"}
@@ -297,7 +339,9 @@ def test_without_candidates_there_is_nothing_to_choose():
 @pytest.mark.parametrize("value", [-0.1, 10.5, float("nan"), "0.1", True])
 @pytest.mark.parametrize("key", ["max_cost", "tolerance_db"])
 def test_ranges(key, value):
-    with pytest.raises(ConfigError, match=rf"^outlier\.{key} is {value!r}; allowed is a number from 0 to 10$"):
+    with pytest.raises(
+        ConfigError, match=rf"^outlier\.{key} is {value!r}; allowed is a number from 0 to 10$"
+    ):
         replace(AUTO, **{key: value})
 
 
@@ -318,4 +362,7 @@ def test_layers_that_are_one_in_a_file_get_the_same():
     # 90 dB together against 86
     assert auto.choose(scores, apart, [["q", "k"]]) == {"q": "quarot", "k": "quarot", "v": "none"}
     assert auto.choose(scores, apart, [["q", "k", "v"]]) == dict.fromkeys("qkv", "none")
-    assert auto.choose({"a": {"none": 1.0}, "b": {"convrot": 1.0}}, [["a"], ["b"]], [["a", "b"]]) == {"a": None, "b": None}
+    assert auto.choose({"a": {"none": 1.0}, "b": {"convrot": 1.0}}, [["a"], ["b"]], [["a", "b"]]) == {
+        "a": None,
+        "b": None,
+    }

@@ -27,7 +27,9 @@ SHIPPED = {**shipped("outlier"), **AUTO.candidates}
 METHODS = {**SHIPPED, "quarot_2": QuaRot(2), "hadanorm_4": HadaNorm(4, alpha=0.25)}
 # divided by 256, by 128, by a smaller power of 4, by 4 only, by 2 only, by none
 WIDTHS = [256, 1024, 384, 1920, 48, 12, 20, 18, 7, 1]
-TAKEN = [(name, width) for name, method in METHODS.items() for width in WIDTHS if method.refuse(width) is None]
+TAKEN = [
+    (name, width) for name, method in METHODS.items() for width in WIDTHS if method.refuse(width) is None
+]
 BACKENDS = {name: backend for name, backend in shipped("backend").items() if usable(backend, CPU)}
 HALF = [torch.bfloat16, torch.float16]
 
@@ -35,12 +37,16 @@ HALF = [torch.bfloat16, torch.float16]
 def fitted(method, weight, x=None):
     """The method's transform for a layer that a calibration saw this input of."""
     x = randn(4, 5, weight.shape[1], seed=99) if x is None else x
-    return method.fit(weight, LayerStatistics(x, x.flatten(0, -2).abs().amax(0).float(), weight.abs().amax(0).float()))
+    return method.fit(
+        weight, LayerStatistics(x, x.flatten(0, -2).abs().amax(0).float(), weight.abs().amax(0).float())
+    )
 
 
 def int8(weight, transform, backend=None, bias=None):
     return Int8Linear(
-        QuantizedLayer(quantize_weight(transform.transform_weight(weight)), transform, bias), backend or Reference(), weight.dtype
+        QuantizedLayer(quantize_weight(transform.transform_weight(weight)), transform, bias),
+        backend or Reference(),
+        weight.dtype,
     )
 
 
@@ -72,7 +78,9 @@ def test_the_product_does_not_change_before_rounding(name, width):
 def test_the_weight_can_be_had_back(name, width):
     weight = randn(5, width, seed=1)
     transform = fitted(METHODS[name], weight)
-    assert_close(f"{name} at {width}", transform.restore_weight(transform.transform_weight(weight)), weight, 1e-6)
+    assert_close(
+        f"{name} at {width}", transform.restore_weight(transform.transform_weight(weight)), weight, 1e-6
+    )
 
 
 @pytest.mark.parametrize(("name", "width"), [(name, width) for name, width in TAKEN if name != "none"])
@@ -84,7 +92,9 @@ def test_a_method_that_is_not_none_does_something(name, width):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize(("name", "width"), [(name, width) for name, width in TAKEN if width in (256, 384, 7)])
+@pytest.mark.parametrize(
+    ("name", "width"), [(name, width) for name, width in TAKEN if width in (256, 384, 7)]
+)
 def test_half_precision_input_keeps_its_dtype_and_loses_one_rounding_a_step(name, width, dtype):
     x, weight = randn(4, width, dtype=dtype), randn(5, width, seed=1)
     transform = fitted(METHODS[name], weight)
@@ -156,7 +166,9 @@ class Rows(Reference):
 
 
 @pytest.mark.parametrize(
-    ("shape", "rows"), [((16,), 1), ((5, 16), 5), ((1, 16), 1), ((2, 5, 16), 12), ((3, 2, 5, 16), 36), ((1, 1, 16), 2)], ids=str
+    ("shape", "rows"),
+    [((16,), 1), ((5, 16), 5), ((1, 16), 1), ((2, 5, 16), 12), ((3, 2, 5, 16), 36), ((1, 1, 16), 2)],
+    ids=str,
 )
 def test_without_a_token_axis_nothing_is_centered(shape, rows):
     weight, x = randn(6, 16, seed=1), randn(*shape) + 3
@@ -196,7 +208,10 @@ def test_rows_without_a_token_axis_are_the_same_alone_and_together():
 @pytest.mark.parametrize("shape", [(0, 256), (2, 0, 256), (0, 3, 256)], ids=str)
 def test_no_rows_give_no_rows(name, shape):
     weight = randn(6, 256, seed=1)
-    assert int8(weight, fitted(METHODS[name], weight), bias=randn(6))(torch.zeros(shape)).shape == (*shape[:-1], 6)
+    assert int8(weight, fitted(METHODS[name], weight), bias=randn(6))(torch.zeros(shape)).shape == (
+        *shape[:-1],
+        6,
+    )
 
 
 def test_centering_pays_where_tokens_have_a_mean_in_common():
@@ -225,7 +240,9 @@ def dequantized(quantized, width):
 
 
 @pytest.mark.parametrize(("name", "width"), TAKEN)
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "comfy_kitchen"])  # it quantizes inside its product
+@pytest.mark.parametrize(
+    "backend", [name for name in BACKENDS if name != "comfy_kitchen"]
+)  # it quantizes inside its product
 def test_a_backend_rounds_what_the_transform_defines(backend, name, width):
     x = randn(9, width)
     x[4] = 0
@@ -235,7 +252,9 @@ def test_a_backend_rounds_what_the_transform_defines(backend, name, width):
     quantized = BACKENDS[backend].quantize(x, transform.factor, transform.rotation, -1, None)
     exact = transform.transform_input(x)
     scale = quantized.scale.reshape(-1, 1)
-    torch.testing.assert_close(scale, (exact.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        scale, (exact.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30), rtol=1e-5, atol=0
+    )
     off = (dequantized(quantized, width) - exact).abs() / scale
     assert off.max() <= 0.5 + 1e-3
 
@@ -243,10 +262,16 @@ def test_a_backend_rounds_what_the_transform_defines(backend, name, width):
 @pytest.mark.parametrize(("name", "width"), TAKEN)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_layer_is_as_close_to_float_on_every_backend(backend, name, width):
-    x, weight, bias = randn(2, 9, width) + randn(2, 1, width, seed=4), randn(20, width, seed=1), randn(20, seed=2)
+    x, weight, bias = (
+        randn(2, 9, width) + randn(2, 1, width, seed=4),
+        randn(20, width, seed=1),
+        randn(20, seed=2),
+    )
     transform = fitted(METHODS[name], weight)
     exact = x @ weight.T + bias
-    ours, reference = ((int8(weight, transform, b, bias)(x) - exact).norm() for b in (BACKENDS[backend], Reference()))
+    ours, reference = (
+        (int8(weight, transform, b, bias)(x) - exact).norm() for b in (BACKENDS[backend], Reference())
+    )
     # comfy-kitchen rounds otherwise; of 360 numbers the error scatters
     assert ours <= (1.3 if backend == "comfy_kitchen" else 1.01) * reference + 1e-6 * exact.norm()
 
@@ -254,7 +279,9 @@ def test_a_layer_is_as_close_to_float_on_every_backend(backend, name, width):
 # --- convrot
 
 
-@pytest.mark.parametrize(("width", "group"), [(256, 256), (1024, 256), (1920, 64), (384, 64), (48, 16), (20, 4), (12, 4)])
+@pytest.mark.parametrize(
+    ("width", "group"), [(256, 256), (1024, 256), (1920, 64), (384, 64), (48, 16), (20, 4), (12, 4)]
+)
 def test_convrot_takes_the_largest_power_of_4_that_divides(width, group):
     transform = ConvRot().fit(torch.zeros(2, width))
     assert ConvRot().refuse(width) is None and ConvRot().settings_for(width) == {"group_size": group}
@@ -266,24 +293,35 @@ def test_convrot_refuses_a_width_that_4_does_not_divide(width):
     assert ConvRot().refuse(width) == f"in_features={width} is not a multiple of 4"
 
 
-@pytest.mark.parametrize(("asked", "width", "group"), [(1024, 2048, 1024), (1024, 256, 256), (16, 256, 16), (4, 256, 4)])
+@pytest.mark.parametrize(
+    ("asked", "width", "group"), [(1024, 2048, 1024), (1024, 256, 256), (16, 256, 16), (4, 256, 4)]
+)
 def test_convrot_group_size_is_the_upper_limit(asked, width, group):
     assert ConvRot(asked).fit(torch.zeros(2, width)).group_size == group
 
 
 @pytest.mark.parametrize("size", [0, 8, 128, 257, 4096, 256.0, "256"])
 def test_convrot_refuses_other_group_sizes(size):
-    with pytest.raises(ConfigError, match=rf"^outlier\.group_size is {size!r}; convrot takes 4, 16, 64, 256 or 1024$"):
+    with pytest.raises(
+        ConfigError, match=rf"^outlier\.group_size is {size!r}; convrot takes 4, 16, 64, 256 or 1024$"
+    ):
         ConvRot(size)
 
 
 @pytest.mark.parametrize(
-    ("row", "rotated"), [([1, 0, 0, 0], [0.5, 0.5, 0.5, -0.5]), ([0, 0, 1, 0], [0.5, -0.5, 0.5, 0.5]), ([1, 2, 3, 4], [1, 2, 3, 4])]
+    ("row", "rotated"),
+    [
+        ([1, 0, 0, 0], [0.5, 0.5, 0.5, -0.5]),
+        ([0, 0, 1, 0], [0.5, -0.5, 0.5, 0.5]),
+        ([1, 2, 3, 4], [1, 2, 3, 4]),
+    ],
 )
 def test_convrot_of_the_vectors_that_other_tools_agree_on(row, rotated):
     row, rotated = torch.tensor([row]).float(), torch.tensor([rotated]).float()
     transform = ConvRot(4).fit(torch.zeros(2, 4))
-    assert torch.equal(transform.transform_input(row), rotated) and torch.equal(transform.transform_weight(row), rotated)
+    assert torch.equal(transform.transform_input(row), rotated) and torch.equal(
+        transform.transform_weight(row), rotated
+    )
     assert torch.equal(transform.restore_weight(rotated), row)
 
 
@@ -310,14 +348,21 @@ def by_group(x, matrix):
 
 @pytest.mark.parametrize("group", [2, 8, 128, 512])
 def test_quarot_is_sylvesters_matrix(group):
-    torch.testing.assert_close(QuaRot(group).fit(torch.zeros(1, group)).matrix, sylvester(group).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        QuaRot(group).fit(torch.zeros(1, group)).matrix, sylvester(group).float(), rtol=1e-6, atol=0
+    )
 
 
 def test_quarot_rotates_groups_of_128():
     assert QuaRot().group_size == 128
     x, weight = randn(3, 384), randn(5, 384, seed=1)
     transform, matrix = QuaRot().fit(weight), sylvester(128)
-    assert transform.label == "quarot group_size=128" and transform.sylvester and not transform.centered and transform.factor is None
+    assert (
+        transform.label == "quarot group_size=128"
+        and transform.sylvester
+        and not transform.centered
+        and transform.factor is None
+    )
     assert_close("input", transform.transform_input(x), by_group(x.double(), matrix), 1e-6)
     assert_close("weight", transform.transform_weight(weight), by_group(weight.double(), matrix.T), 1e-6)
 
@@ -325,20 +370,30 @@ def test_quarot_rotates_groups_of_128():
 @pytest.mark.parametrize("method", [QuaRot(), HadaNorm()], ids=lambda m: m.name)
 def test_quarot_and_hadanorm_refuse_a_width_that_their_group_does_not_divide(method):
     assert [method.refuse(width) for width in (128, 3072)] == [None, None]
-    assert [method.refuse(width) for width in (64, 200)] == [f"in_features={w} is not a multiple of 128" for w in (64, 200)]
+    assert [method.refuse(width) for width in (64, 200)] == [
+        f"in_features={w} is not a multiple of 128" for w in (64, 200)
+    ]
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 96, 2048, -2, 128.0, "128"])
 @pytest.mark.parametrize("method", [QuaRot, HadaNorm], ids=lambda m: m.name)
 def test_quarot_and_hadanorm_take_powers_of_2_only(method, size):
-    with pytest.raises(ConfigError, match=rf"^outlier\.group_size is {size!r}; choose a power of 2 from 2 to 1024$"):
+    with pytest.raises(
+        ConfigError, match=rf"^outlier\.group_size is {size!r}; choose a power of 2 from 2 to 1024$"
+    ):
         method(group_size=size)
 
 
 def test_a_group_of_another_matrix_is_another_treatment():
     regular, other = ConvRot(64).fit(torch.zeros(1, 64)), QuaRot(64).fit(torch.zeros(1, 64))
-    assert regular.group_size == other.group_size and not regular.same_input_as(other) and not other.same_input_as(regular)
-    assert other.same_input_as(QuaRot(64).fit(randn(3, 64))) and not other.same_input_as(QuaRot(32).fit(randn(3, 64)))
+    assert (
+        regular.group_size == other.group_size
+        and not regular.same_input_as(other)
+        and not other.same_input_as(regular)
+    )
+    assert other.same_input_as(QuaRot(64).fit(randn(3, 64))) and not other.same_input_as(
+        QuaRot(32).fit(randn(3, 64))
+    )
 
 
 # --- hadanorm, as the INT8-Toolkit has it
@@ -346,7 +401,9 @@ def test_a_group_of_another_matrix_is_another_treatment():
 
 def sigma_of(weight, alpha):
     """One column after another."""
-    return torch.tensor([max(max(max(abs(w) for w in column), 1e-6) ** (alpha - 1), 1e-6) for column in weight.T.tolist()]).double()
+    return torch.tensor(
+        [max(max(max(abs(w) for w in column), 1e-6) ** (alpha - 1), 1e-6) for column in weight.T.tolist()]
+    ).double()
 
 
 def rounded(x):
@@ -375,7 +432,12 @@ def test_hadanorm_is_the_toolkits_layer(shape, alpha):
     transform = HadaNorm(alpha=alpha).fit(weight)
     sigma = sigma_of(weight, alpha)
     torch.testing.assert_close(transform.factor.double(), 1 / sigma, rtol=1e-5, atol=0)
-    assert_close("weight", transform.transform_weight(weight), by_group(weight.double() * sigma, sylvester(128).T), 1e-6)
+    assert_close(
+        "weight",
+        transform.transform_weight(weight),
+        by_group(weight.double() * sigma, sylvester(128).T),
+        1e-6,
+    )
     wanted = toolkit_hadanorm(x, weight, bias, alpha, 128)
     # a number at a tie may go to the other integer
     assert_close("layer", int8(weight, transform, bias=bias)(x).double(), wanted, 1e-3)
@@ -399,13 +461,17 @@ def test_hadanorms_sigma_has_a_floor():
 
 def test_hadanorm_needs_no_calibration_and_does_not_look_at_one():
     weight = randn(6, 128, seed=1)
-    assert not HadaNorm.needs_calibration and torch.equal(fitted(HadaNorm(), weight).factor, HadaNorm().fit(weight).factor)
+    assert not HadaNorm.needs_calibration and torch.equal(
+        fitted(HadaNorm(), weight).factor, HadaNorm().fit(weight).factor
+    )
     assert HadaNorm().fit(weight).label == "hadanorm group_size=128 alpha=0.5"
 
 
 def test_layers_of_other_weights_do_not_share_under_hadanorm():
     a, b = randn(6, 128, seed=1), randn(6, 128, seed=2)
-    assert not HadaNorm().fit(a).same_input_as(HadaNorm().fit(b)) and HadaNorm().fit(a).same_input_as(HadaNorm().fit(a))
+    assert not HadaNorm().fit(a).same_input_as(HadaNorm().fit(b)) and HadaNorm().fit(a).same_input_as(
+        HadaNorm().fit(a)
+    )
     uncentered = OutlierTransform(factor=HadaNorm().fit(a).factor, rotation=HadaNorm().fit(a).rotation)
     assert not HadaNorm().fit(a).same_input_as(uncentered)
 
@@ -420,7 +486,10 @@ def test_smoothquant_is_the_papers_formula(alpha):
     transform = fitted(SmoothQuant(alpha), weight, x)
     s = []
     for j in range(12):
-        x_max, w_max = max(abs(v) for v in x[..., j].flatten().tolist()), max(abs(v) for v in weight[:, j].tolist())
+        x_max, w_max = (
+            max(abs(v) for v in x[..., j].flatten().tolist()),
+            max(abs(v) for v in weight[:, j].tolist()),
+        )
         s.append(x_max**alpha / w_max ** (1 - alpha))
     s = torch.tensor(s)
     torch.testing.assert_close(transform.transform_input(x), x / s, rtol=1e-5, atol=0)

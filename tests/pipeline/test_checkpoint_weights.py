@@ -30,16 +30,25 @@ def native(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """The model's weights by its authors' names."""
     state = model.state_dict()
     names = to_native({k: tuple(t.shape) for k, t in state.items()}, type(model).__name__)
-    return {prefix + key: torch.cat([part.cut(state[part.key]) for part in parts]).contiguous() for key, parts in names.items()}
+    return {
+        prefix + key: torch.cat([part.cut(state[part.key]) for part in parts]).contiguous()
+        for key, parts in names.items()
+    }
 
 
-def to_int8(tensors: dict[str, Tensor], name: str, marker: dict[str, object] = PLAIN, per: str = "row") -> Tensor:
+def to_int8(
+    tensors: dict[str, Tensor], name: str, marker: dict[str, object] = PLAIN, per: str = "row"
+) -> Tensor:
     """Replace a weight by integers, a scale and a marker; the float numbers that they mean come back."""
     weight = tensors[f"{name}.weight"]
     scale = (weight.abs().amax(1, keepdim=True) if per == "row" else weight.abs().amax()) / 127
     codes = (weight / scale).round().to(torch.int8)
     text = json.dumps(marker).encode()
-    tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": scale, f"{name}.comfy_quant": torch.tensor(list(text), dtype=torch.uint8)}
+    tensors |= {
+        f"{name}.weight": codes,
+        f"{name}.weight_scale": scale,
+        f"{name}.comfy_quant": torch.tensor(list(text), dtype=torch.uint8),
+    }
     return codes * scale
 
 
@@ -49,7 +58,9 @@ def opened(tensors: dict[str, Tensor], path: Path, model: nn.Module, partial: bo
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_every_parameter_is_found_under_the_authors_names(prefix: str, model: nn.Module, tmp_path: Path) -> None:
+def test_every_parameter_is_found_under_the_authors_names(
+    prefix: str, model: nn.Module, tmp_path: Path
+) -> None:
     file = opened(native(model, prefix), tmp_path / "m.safetensors", model)
     assert QKV + ".weight" in {key.removeprefix(prefix) for key in file.files}
     assert file.path == tmp_path / "m.safetensors" and file.prefix == prefix
@@ -61,7 +72,10 @@ def test_every_parameter_is_found_under_the_authors_names(prefix: str, model: nn
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_numbers_come_in_the_files_own_dtype(dtype: torch.dtype, model: nn.Module, tmp_path: Path) -> None:
     file = opened({k: t.to(dtype) for k, t in native(model).items()}, tmp_path / "m.safetensors", model)
-    assert file.tensor("proj_out.weight").dtype == dtype and file.tensor(ATTENTION + "to_k.weight").dtype == dtype
+    assert (
+        file.tensor("proj_out.weight").dtype == dtype
+        and file.tensor(ATTENTION + "to_k.weight").dtype == dtype
+    )
 
 
 @pytest.mark.parametrize("per", ["row", "tensor"])
@@ -73,7 +87,11 @@ def test_a_fused_int8_layer_is_split_with_its_scales(per: str, model: nn.Module,
     assert set(file.int8_layers()) == set(names)
     for name, expected in zip(names, meant.split(32), strict=True):
         layer = file.int8(name)
-        assert layer.bias is None and layer.weight.scale.shape == (32, 1) and layer.weight.qdata.dtype == torch.int8
+        assert (
+            layer.bias is None
+            and layer.weight.scale.shape == (32, 1)
+            and layer.weight.qdata.dtype == torch.int8
+        )
         torch.testing.assert_close(layer.weight.dequantize(), expected, rtol=1e-6, atol=0)
         torch.testing.assert_close(file.tensor(f"{name}.weight"), expected, rtol=1e-6, atol=0)
         assert torch.equal(file.tensor(f"{name}.bias"), model.get_submodule(name).bias)
@@ -81,10 +99,14 @@ def test_a_fused_int8_layer_is_split_with_its_scales(per: str, model: nn.Module,
 
 def test_swapped_halves_take_their_scales_along(model: nn.Module, tmp_path: Path) -> None:
     tensors = native(model)
-    meant = to_int8(tensors, "final_layer.adaLN_modulation.1")  # shift and scale, which diffusers has the other way round
+    meant = to_int8(
+        tensors, "final_layer.adaLN_modulation.1"
+    )  # shift and scale, which diffusers has the other way round
     layer = opened(tensors, tmp_path / "m.safetensors", model).int8("norm_out.linear")
     half = len(meant) // 2
-    torch.testing.assert_close(layer.weight.dequantize(), torch.cat([meant[half:], meant[:half]]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        layer.weight.dequantize(), torch.cat([meant[half:], meant[:half]]), rtol=1e-6, atol=0
+    )
     assert layer.weight.dequantize().sub(model.norm_out.linear.weight).abs().max() < 0.01
 
 
@@ -97,7 +119,9 @@ def test_parts_that_were_treated_differently_are_no_layer(tmp_path: Path) -> Non
 
     tensors = {"a.weight": randn(4, 16), "b.weight": randn(4, 16, seed=1)}
     to_int8(tensors, "a")
-    to_int8(tensors, "b", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16, "per_row": True})
+    to_int8(
+        tensors, "b", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16, "per_row": True}
+    )
     file = opened(tensors, tmp_path / "m.safetensors", Two(), partial=True)
     from dataclasses import replace
 
@@ -105,7 +129,10 @@ def test_parts_that_were_treated_differently_are_no_layer(tmp_path: Path) -> Non
 
     file.layout = replace(file.layout, parts={"both.weight": (Part("a.weight"), Part("b.weight"))})
     assert set(file.int8_layers()) == {"both"}
-    with pytest.raises(FileError, match=r"m\.safetensors: the parts of both were treated differently \(none, convrot group_size=16\)$"):
+    with pytest.raises(
+        FileError,
+        match=r"m\.safetensors: the parts of both were treated differently \(none, convrot group_size=16\)$",
+    ):
         file.int8("both")
     file.layout = replace(file.layout, parts={"both.weight": (Part("a.weight"), Part("a.weight"))})
     assert file.int8("both").weight.qdata.shape == (8, 16) and file.tensor("both.weight").shape == (8, 16)
@@ -114,22 +141,29 @@ def test_parts_that_were_treated_differently_are_no_layer(tmp_path: Path) -> Non
 def test_a_file_for_another_model_is_refused(model: nn.Module, tmp_path: Path) -> None:
     tensors = native(model)
     del tensors[QKV + ".weight"]
-    message = (
-        rf"m\.safetensors does not hold 3 of the \d+ tensors of FluxTransformer2DModel \(first: {ATTENTION}to_[qkv]\.weight\); it is for"
-    )
+    message = rf"m\.safetensors does not hold 3 of the \d+ tensors of FluxTransformer2DModel \(first: {ATTENTION}to_[qkv]\.weight\); it is for"
     with pytest.raises(FileError, match=message):
         opened(tensors, tmp_path / "m.safetensors", model)
-    assert ATTENTION + "to_q.weight" in opened(tensors, tmp_path / "m.safetensors", model, partial=True).layout.missing
+    assert (
+        ATTENTION + "to_q.weight"
+        in opened(tensors, tmp_path / "m.safetensors", model, partial=True).layout.missing
+    )
     wide = native(model) | {"img_in.weight": randn(32, 9)}
     with pytest.raises(FileError, match=r"img_in\.weight of the file has the shape \[32, 9\]"):
         opened(wide, tmp_path / "m.safetensors", model)
 
 
-def test_tensors_without_a_place_are_said_once(model: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensors_without_a_place_are_said_once(
+    model: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     opened(native(model), tmp_path / "m.safetensors", model)
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        opened(native(model) | {"mine.weight": randn(2), "mine.bias": randn(2)}, tmp_path / "m.safetensors", model)
+        opened(
+            native(model) | {"mine.weight": randn(2), "mine.bias": randn(2)},
+            tmp_path / "m.safetensors",
+            model,
+        )
     (said,) = caplog.records
     assert said.getMessage().endswith(
         "m.safetensors: 2 tensors have no place in FluxTransformer2DModel and are not used (first: mine.bias)"
@@ -144,16 +178,31 @@ def test_each_expert_has_its_own_file(model: nn.Module, tmp_path: Path) -> None:
     one, two = native(model), native(other)
     meant = to_int8(two, QKV)
     files = {
-        "transformer.": opened(one, tmp_path / "1.safetensors", model), "transformer_2.": opened(two, tmp_path / "2.safetensors", other)
-    }  # fmt: skip
+        "transformer.": opened(one, tmp_path / "1.safetensors", model),
+        "transformer_2.": opened(two, tmp_path / "2.safetensors", other),
+    }
     both = DenoiserWeights(files)
     assert torch.equal(both.tensor("transformer.proj_out.weight"), model.proj_out.weight)
     assert torch.equal(both.tensor("transformer_2.proj_out.weight"), other.proj_out.weight)
-    assert set(both.int8_layers()) == {f"transformer_2.{ATTENTION}{name}" for name in ("to_q", "to_k", "to_v")}
-    torch.testing.assert_close(both.int8(f"transformer_2.{ATTENTION}to_k").weight.dequantize(), meant[32:64], rtol=1e-6, atol=0)
+    assert set(both.int8_layers()) == {
+        f"transformer_2.{ATTENTION}{name}" for name in ("to_q", "to_k", "to_v")
+    }
+    torch.testing.assert_close(
+        both.int8(f"transformer_2.{ATTENTION}to_k").weight.dequantize(), meant[32:64], rtol=1e-6, atol=0
+    )
     assert both.paths == [tmp_path / "1.safetensors", tmp_path / "2.safetensors"] and both.note() == {}
-    empty = Experts({"transformer": random_pipeline().transformer.to("meta"), "transformer_2": random_pipeline().transformer.to("meta")})
-    names = [f"{part}.{name}" for part in ("transformer", "transformer_2") for name in model.state_dict() if QKV not in name]
+    empty = Experts(
+        {
+            "transformer": random_pipeline().transformer.to("meta"),
+            "transformer_2": random_pipeline().transformer.to("meta"),
+        }
+    )
+    names = [
+        f"{part}.{name}"
+        for part in ("transformer", "transformer_2")
+        for name in model.state_dict()
+        if QKV not in name
+    ]
     both.fill(empty, names, CPU)
     assert not any(p.is_meta or p.requires_grad for p in empty.parameters())
     assert torch.equal(empty.transformer_2.proj_out.weight, other.proj_out.weight)
@@ -182,5 +231,7 @@ def test_a_float_tensor_that_is_not_finite_is_named(tmp_path):
     state["x_embedder.weight"][1, 2] = float("inf")
     save_file(state, tmp_path / "m.safetensors")
     weights = DenoiserWeights({"": FileWeights(tmp_path / "m.safetensors", model)})
-    with pytest.raises(FileError, match=r"m\.safetensors: x_embedder\.weight holds NaN or infinity; the file is damaged"):
+    with pytest.raises(
+        FileError, match=r"m\.safetensors: x_embedder\.weight holds NaN or infinity; the file is damaged"
+    ):
         weights.fill(model, ["x_embedder.bias", "x_embedder.weight"], torch.device("cpu"))

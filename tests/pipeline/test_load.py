@@ -28,7 +28,13 @@ from int8run.utils.disk_cache import Store
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = Progress(False)
 PROBE = samples(["a"], 1, 0)
-SMALL = ["sampler.height=16", "sampler.width=16", "sampler.steps=1", "backend=reference", "metrics.baseline=none"]
+SMALL = [
+    "sampler.height=16",
+    "sampler.width=16",
+    "sampler.steps=1",
+    "backend=reference",
+    "metrics.baseline=none",
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +90,14 @@ def test_a_streamed_build_is_a_resident_one_bit_for_bit(folder: Path, location: 
     resident = built(place, f"outlier={outlier}", "metrics.baseline=run")
     assert set(streamed.denoisers) == {"int8"} and set(resident.denoisers) == {"int8", "float"}
     assert_same(streamed.denoisers["int8"], resident.denoisers["int8"])
-    assert streamed.float_bytes == resident.float_bytes and streamed.params == resident.params and streamed.work == resident.work
-    assert [(p.name, p.keep_float, p.outlier) for p in streamed.plans] == [(p.name, p.keep_float, p.outlier) for p in resident.plans]
+    assert (
+        streamed.float_bytes == resident.float_bytes
+        and streamed.params == resident.params
+        and streamed.work == resident.work
+    )
+    assert [(p.name, p.keep_float, p.outlier) for p in streamed.plans] == [
+        (p.name, p.keep_float, p.outlier) for p in resident.plans
+    ]
 
 
 def test_a_single_file_is_the_same_model(folder: Path, tmp_path: Path) -> None:
@@ -99,8 +111,17 @@ def test_a_single_file_is_the_same_model(folder: Path, tmp_path: Path) -> None:
     assert_same(whole.denoiser, loaded(folder, whole=True).denoiser)
 
 
-WAN = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8, "freq_dim": 16,
-       "ffn_dim": 16, "num_layers": 1, "rope_max_seq_len": 32}  # fmt: skip
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 8,
+    "freq_dim": 16,
+    "ffn_dim": 16,
+    "num_layers": 1,
+    "rope_max_seq_len": 32,
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -113,7 +134,9 @@ def test_modules_that_diffusers_keeps_in_float32_are_kept(dtype: torch.dtype, tm
     files = DenoiserWeights({"": FileWeights(tmp_path, made)})
     stand_in.files = files
     Loaded.fill(stand_in)
-    assert len({p.dtype for p in expected.parameters()}) == (1 if dtype == torch.float32 else 2), "else this tests nothing"
+    assert len({p.dtype for p in expected.parameters()}) == (1 if dtype == torch.float32 else 2), (
+        "else this tests nothing"
+    )
     assert_same(made, expected)
 
 
@@ -121,7 +144,9 @@ def test_modules_that_diffusers_keeps_in_float32_are_kept(dtype: torch.dtype, tm
 
 
 @pytest.mark.parametrize("outlier", ["none", "hadanorm"])
-def test_no_float_weight_stays_while_others_are_read(folder: Path, outlier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_float_weight_stays_while_others_are_read(
+    folder: Path, outlier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     planned = {p.name for p in loaded(folder).plans() if p.keep_float is None}
     read, most = FileWeights.tensor, []
     seen: list[weakref.ref[Tensor]] = []
@@ -149,7 +174,9 @@ def test_planned_weights_stay_empty_and_biases_are_read(folder: Path) -> None:
     empty = {n for n, p in found.denoiser.named_parameters() if p.is_meta}
     assert empty == {f"{name}.weight" for name in planned} and len(planned) == 34
     weight = found.weight(planned[0])
-    assert not weight.is_meta and found.denoiser.get_submodule(planned[0]).weight.is_meta, "read, and not kept"
+    assert not weight.is_meta and found.denoiser.get_submodule(planned[0]).weight.is_meta, (
+        "read, and not kept"
+    )
     assert torch.equal(weight, random_pipeline().transformer.get_submodule(planned[0]).weight)
     assert found.weight("proj_out") is not None and not found.denoiser.proj_out.weight.is_meta
 
@@ -174,7 +201,11 @@ def test_every_file_that_decides_a_drawing_is_hashed(tmp_path: Path) -> None:
     source = find_source(make_spec(words(folder)).model)
     store = Store(str(tmp_path / "cache"))
     before = dict(file_hashes(source, store))
-    assert {"model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"} <= set(before)
+    assert {
+        "model_index.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    } <= set(before)
     assert any(name.startswith("tokenizer") for name in before) and "readme.md" not in before
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")
     after = dict(file_hashes(source, store))
@@ -195,7 +226,9 @@ def test_a_single_files_hash_counts(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["model", "group"])
-def test_offloading_without_a_gpu_is_refused_before_anything_is_loaded(folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloading_without_a_gpu_is_refused_before_anything_is_loaded(
+    folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "find_source", lambda *_: pytest.fail("looked for the model"))
     message = rf"^offload={mode} moves parts of the model between memory and a GPU; on cpu there is nothing to move: offload=none$"
     with pytest.raises(BackendError, match=message):
@@ -205,17 +238,25 @@ def test_offloading_without_a_gpu_is_refused_before_anything_is_loaded(folder: P
 def test_offloading_is_diffusers_own() -> None:
     calls: list[tuple[str, dict[str, Any]]] = []
     pipe: Any = SimpleNamespace(
-        enable_model_cpu_offload=lambda **k: calls.append(("model", k)), enable_group_offload=lambda **k: calls.append(("group", k))
+        enable_model_cpu_offload=lambda **k: calls.append(("model", k)),
+        enable_group_offload=lambda **k: calls.append(("group", k)),
     )
     cuda = torch.device("cuda:1")
     for mode in ("none", "model", "group"):
         set_offload(pipe, mode, cuda)
     (first, one), (second, two) = calls
     assert (first, one) == ("model", {"device": cuda})
-    assert second == "group" and two["onload_device"] == cuda and two["offload_device"] == CPU and two["num_blocks_per_group"] == 1
+    assert (
+        second == "group"
+        and two["onload_device"] == cuda
+        and two["offload_device"] == CPU
+        and two["num_blocks_per_group"] == 1
+    )
 
 
-def test_every_change_of_the_denoiser_is_told_to_the_offloading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_change_of_the_denoiser_is_told_to_the_offloading(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from int8run.pipeline import build as build_module
 
     seen: list[tuple[str, bool]] = []

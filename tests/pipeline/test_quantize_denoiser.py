@@ -34,7 +34,15 @@ from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.smoothquant import SmoothQuant
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
-from int8run.pipeline.prequantized import Taken, baked_loras, checkpoint_paths, facts_by_layer, find_taken, follow, taken_layers
+from int8run.pipeline.prequantized import (
+    Taken,
+    baked_loras,
+    checkpoint_paths,
+    facts_by_layer,
+    find_taken,
+    follow,
+    taken_layers,
+)
 from int8run.pipeline.quantize_denoiser import outlier_methods
 from int8run.ptq import layer_costs as costs_module
 from int8run.ptq import mixed_precision as budgets
@@ -64,14 +72,22 @@ def opened(path: Path, model: nn.Module) -> Taken:
 
 
 def saved(
-    model: nn.Module, method: OutlierMethod, path: Path, keep_float: Sequence[str] = (), note: dict[str, object] | None = None
+    model: nn.Module,
+    method: OutlierMethod,
+    path: Path,
+    keep_float: Sequence[str] = (),
+    note: dict[str, object] | None = None,
 ) -> tuple[Taken, list[LayerPlan]]:
     """INT8 layers of the model in a file, opened, and the plan that they were made by."""
     plans = planned(model, keep_float)
     chosen = [p for p in plans if p.keep_float is None]
     methods = {p.name: method for p in chosen if method.refuse(p.in_features) is None}
     seen = {p.name: statistics(p.in_features, seed=n) for n, p in enumerate(chosen)}
-    write_layers(path, quantized_layers(model, chosen, methods, AbsMax(), seen), {"rounding": "absmax"} if note is None else note)
+    write_layers(
+        path,
+        quantized_layers(model, chosen, methods, AbsMax(), seen),
+        {"rounding": "absmax"} if note is None else note,
+    )
     return opened(path, model), plans
 
 
@@ -109,9 +125,7 @@ def test_a_checkpoint_without_the_method_that_is_asked_for_is_refused(tmp_path: 
 
 def test_the_same_method_with_other_settings_is_a_contradiction(tmp_path: Path) -> None:
     taken, _ = saved(TinyModel(), ConvRot(16), tmp_path / "m.safetensors")
-    message = (
-        r"contradicts outlier=convrot in 5 of 6 layers \(blocks\.0\.1 is '.*convrot.* 16' there, 'convrot 4' was asked for\); set outlier="
-    )
+    message = r"contradicts outlier=convrot in 5 of 6 layers \(blocks\.0\.1 is '.*convrot.* 16' there, 'convrot 4' was asked for\); set outlier="
     with pytest.raises(FileError, match=message):
         follow_by(taken, planned(TinyModel()), ConvRot(4))
     with pytest.raises(FileError, match=r"contradicts outlier=smoothquant in 6 of 6 layers"):
@@ -134,7 +148,9 @@ def test_what_the_file_has_is_taken(asked: OutlierMethod | AutoOutlier, tmp_path
 
 
 def test_layers_that_are_float_in_the_file_stay_float(tmp_path: Path) -> None:
-    taken, _ = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors", keep_float=["blocks.0.1", "proj_out"])
+    taken, _ = saved(
+        TinyModel(), NoOutlier(), tmp_path / "m.safetensors", keep_float=["blocks.0.1", "proj_out"]
+    )
     plans = planned(TinyModel(), keep_float=["proj_in", "proj_out"])
     follow_by(taken, plans, NoOutlier())
     # the file decides; a reason that was there before says more than that
@@ -143,11 +159,19 @@ def test_layers_that_are_float_in_the_file_stay_float(tmp_path: Path) -> None:
 
 def test_the_file_itself_says_best_why_a_layer_is_float(tmp_path: Path) -> None:
     note = {"kept_float": {"proj_out": "budget", "blocks.0.1": 3, "gone": "x"}}
-    taken, _ = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors", keep_float=["blocks.0.1", "proj_out"], note=note)
+    taken, _ = saved(
+        TinyModel(), NoOutlier(), tmp_path / "m.safetensors", keep_float=["blocks.0.1", "proj_out"], note=note
+    )
     plans = planned(TinyModel(), keep_float=["proj_out"])
     follow_by(taken, plans, NoOutlier())
     assert [p.keep_float for p in plans] == [None, "3", None, None, None, "budget"]
-    taken, _ = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors", keep_float=["proj_out"], note={"kept_float": [], "layers": "x"})
+    taken, _ = saved(
+        TinyModel(),
+        NoOutlier(),
+        tmp_path / "m.safetensors",
+        keep_float=["proj_out"],
+        note={"kept_float": [], "layers": "x"},
+    )
     plans = planned(TinyModel())
     follow_by(taken, plans, NoOutlier())
     assert plans[5].keep_float == "float in the file" and facts_by_layer(taken.note, "layers") == {}
@@ -172,20 +196,29 @@ def test_the_models_own_integers_are_not_compared_with_themselves(tmp_path: Path
 # -- where the layers come from -----------------------------------------------------------------------------------------
 
 
-def found(spec: Any, files: Any = None, key: str | None = None, names: Sequence[str] = ("transformer",)) -> Taken | None:
+def found(
+    spec: Any, files: Any = None, key: str | None = None, names: Sequence[str] = ("transformer",)
+) -> Taken | None:
     """What is found for the small model."""
     loaded: Any = SimpleNamespace(
-        denoiser=TinyModel(), device=CPU, files=files, source=SimpleNamespace(denoisers=[SimpleNamespace(component=n) for n in names])
+        denoiser=TinyModel(),
+        device=CPU,
+        files=files,
+        source=SimpleNamespace(denoisers=[SimpleNamespace(component=n) for n in names]),
     )
     return find_taken(loaded, planned(TinyModel()), spec, key)
 
 
-def settings(checkpoint: Any = None, cache: Store | None = None, enable: bool = True, adapters: Sequence[Any] = ()) -> Any:
+def settings(
+    checkpoint: Any = None, cache: Store | None = None, enable: bool = True, adapters: Sequence[Any] = ()
+) -> Any:
     return SimpleNamespace(
-        int8=SimpleNamespace(enable=enable, checkpoint=checkpoint), metrics=SimpleNamespace(baseline="run"),
-        outlier=NoOutlier(), cache=cache or Store(None, 0),
+        int8=SimpleNamespace(enable=enable, checkpoint=checkpoint),
+        metrics=SimpleNamespace(baseline="run"),
+        outlier=NoOutlier(),
+        cache=cache or Store(None, 0),
         lora=SimpleNamespace(adapters=adapters, strengths=[a.strength for a in adapters], bakes=True),
-    )  # fmt: skip
+    )
 
 
 def test_a_checkpoint_goes_before_the_models_own_file_and_that_before_the_cache(tmp_path: Path) -> None:
@@ -199,14 +232,24 @@ def test_a_checkpoint_goes_before_the_models_own_file_and_that_before_the_cache(
     own = found(settings(cache=cache), two.weights, "k")
     assert own is not None and own.weights is two.weights and not own.cached
     kept = found(settings(cache=cache), None, "k")
-    assert kept is not None and kept.cached and kept.where == str(tmp_path / "cache" / "int8" / "k.safetensors")
-    assert found(settings(cache=cache), None, "other") is None and found(settings(cache=cache), None, None) is None
+    assert (
+        kept is not None and kept.cached and kept.where == str(tmp_path / "cache" / "int8" / "k.safetensors")
+    )
+    assert (
+        found(settings(cache=cache), None, "other") is None
+        and found(settings(cache=cache), None, None) is None
+    )
     assert found(settings(cache=cache, enable=False), one.weights, "k") is None
 
 
 def test_a_file_of_floats_alone_holds_nothing_to_take(tmp_path: Path) -> None:
-    write_tensors(tmp_path / "m.safetensors", own_names(["proj_in.weight"]), {}, {"proj_in.weight": randn(64, 7)}, {})
-    with pytest.raises(FileError, match=r"m\.safetensors holds no INT8 layer that can be taken as it is; set model\.location to it, or"):
+    write_tensors(
+        tmp_path / "m.safetensors", own_names(["proj_in.weight"]), {}, {"proj_in.weight": randn(64, 7)}, {}
+    )
+    with pytest.raises(
+        FileError,
+        match=r"m\.safetensors holds no INT8 layer that can be taken as it is; set model\.location to it, or",
+    ):
         found(settings(str(tmp_path / "m.safetensors")))
 
 
@@ -216,7 +259,9 @@ def test_a_file_for_each_denoiser_or_a_folder_of_both(tmp_path: Path) -> None:
         "transformer_2": Path("~/b").expanduser(),
         "transformer": Path("a"),
     }
-    with pytest.raises(ConfigError, match=r"^int8\.checkpoint names transformer; the model has transformer, transformer_2$"):
+    with pytest.raises(
+        ConfigError, match=r"^int8\.checkpoint names transformer; the model has transformer, transformer_2$"
+    ):
         checkpoint_paths({"transformer": "a"}, two)
     message = r"x is one file, the model has 2 denoisers; set 'int8\.checkpoint=\{transformer: <file>, transformer_2: <file>\}'$"
     with pytest.raises(ConfigError, match=message):
@@ -249,9 +294,7 @@ def test_the_bias_comes_from_the_float_model(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_models_weights_is_refused(tmp_path: Path) -> None:
     taken, plans = saved(TinyModel(), ConvRot(), tmp_path / "m.safetensors")
-    message = (
-        r"m\.safetensors: proj_in does not hold this model's weight \(SQNR -\d\.\d dB, at least 15 expected\); it was made from another"
-    )
+    message = r"m\.safetensors: proj_in does not hold this model's weight \(SQNR -\d\.\d dB, at least 15 expected\); it was made from another"
     with pytest.raises(FileError, match=message):
         layers_of(TinyModel(seed=1), plans, taken)
 
@@ -276,7 +319,9 @@ def test_a_column_that_the_input_hardly_uses_does_not_make_a_weight_look_wrong(t
     # undone, the factor of such a column would multiply its rounding error by thousands
     model, plans = TinyModel(), planned(TinyModel(), LINEARS[1:])
     seen = LayerStatistics(randn(2, 8, 7), torch.tensor([1e-4, 1, 1, 1, 1, 1, 1.0]), torch.ones(7))
-    ((_, layer),) = quantized_layers(model, plans[:1], {"proj_in": SmoothQuant(1.0)}, AbsMax(), {"proj_in": seen})
+    ((_, layer),) = quantized_layers(
+        model, plans[:1], {"proj_in": SmoothQuant(1.0)}, AbsMax(), {"proj_in": seen}
+    )
     write_layers(tmp_path / "m.safetensors", [(plans[0], layer)], {})
     again = planned(model)
     ((plan, _),) = layers_of(model, again[:1], opened(tmp_path / "m.safetensors", model))
@@ -294,7 +339,9 @@ def test_a_wide_layer_with_a_huge_weight_in_each_row_is_recognised(tmp_path: Pat
     taken, plans = saved(model, NoOutlier(), tmp_path / "m.safetensors")
     assert plans[0].measured["weight_sqnr_db"] < 15, "what the check asks for elsewhere"
     layers_of(model, plans, taken)
-    with pytest.raises(FileError, match=r"0 does not hold this model's weight \(SQNR -\d\.\d dB, at least [56] expected\)"):
+    with pytest.raises(
+        FileError, match=r"0 does not hold this model's weight \(SQNR -\d\.\d dB, at least [56] expected\)"
+    ):
         layers_of(other, plans, taken)
 
 
@@ -307,7 +354,8 @@ def test_other_loras_in_the_weights_are_a_contradiction(tmp_path: Path) -> None:
         found(settings(str(place)))
     saved(TinyModel(), NoOutlier(), place, note={"loras": []})
     with pytest.raises(
-        FileError, match=r"was made with no LoRA baked in, this run bakes ink 0\.1; for LoRAs on top of it set lora\.mode=dynamic or"
+        FileError,
+        match=r"was made with no LoRA baked in, this run bakes ink 0\.1; for LoRAs on top of it set lora\.mode=dynamic or",
     ):
         found(settings(str(place), adapters=[ink]))
     saved(TinyModel(), NoOutlier(), place, note={})  # of another program, which says nothing
@@ -325,16 +373,25 @@ def test_only_baked_loras_with_a_strength_count() -> None:
 
 
 def chosen_for(
-    outlier: OutlierMethod | AutoOutlier, seen: dict[str, LayerStatistics], folder: Path, groups: Sequence[Sequence[str]] = ()
+    outlier: OutlierMethod | AutoOutlier,
+    seen: dict[str, LayerStatistics],
+    folder: Path,
+    groups: Sequence[Sequence[str]] = (),
 ) -> tuple[dict[str, OutlierMethod], list[LayerPlan]]:
     """The method of each layer of the small model, and the plan."""
     model = TinyModel()
     plans = planned(model)
     backend = AutoBackend({"reference": Reference()}, 1, str(folder / "t.json"))
-    spec: Any = SimpleNamespace(save=None, outlier=outlier, backend=backend, model=SimpleNamespace(dtype="float32"))
-    loaded: Any = SimpleNamespace(denoiser=model, device=CPU, weight=lambda name: model.get_submodule(name).weight)
+    spec: Any = SimpleNamespace(
+        save=None, outlier=outlier, backend=backend, model=SimpleNamespace(dtype="float32")
+    )
+    loaded: Any = SimpleNamespace(
+        denoiser=model, device=CPU, weight=lambda name: model.get_submodule(name).weight
+    )
     alone = [[name] for name in LINEARS]
-    return outlier_methods(loaded, plans, spec, dict.fromkeys(LINEARS, 4), groups or alone, seen, QUIET), plans
+    return outlier_methods(
+        loaded, plans, spec, dict.fromkeys(LINEARS, 4), groups or alone, seen, QUIET
+    ), plans
 
 
 def test_a_method_that_was_asked_for_goes_to_all_layers_that_take_it(tmp_path: Path) -> None:
@@ -350,19 +407,30 @@ def test_layers_for_which_no_method_is_found_say_why(tmp_path: Path, timed: list
         *["no candidate of outlier=auto takes it at that cost"] * 5,
         "not seen in the calibration",
     ]
-    assert "convrot" not in (known := (tmp_path / "t.json").read_text()) and "rotation of 64 | reference | 4x64x96" in known
+    assert (
+        "convrot" not in (known := (tmp_path / "t.json").read_text())
+        and "rotation of 64 | reference | 4x64x96" in known
+    )
     methods, plans = chosen_for(AutoOutlier({"convrot": ConvRot()}, max_cost=0.5), seen, tmp_path)
     # proj_in is too narrow for it
-    assert list(methods) == LINEARS[1:5] and [bool(p.outlier_why_not) for p in plans] == [True, *[False] * 4, True]
+    assert list(methods) == LINEARS[1:5] and [bool(p.outlier_why_not) for p in plans] == [
+        True,
+        *[False] * 4,
+        True,
+    ]
 
 
-def test_layers_that_share_their_input_share_the_cost_of_its_treatment(tmp_path: Path, timed: list[str]) -> None:
+def test_layers_that_share_their_input_share_the_cost_of_its_treatment(
+    tmp_path: Path, timed: list[str]
+) -> None:
     seen = {p.name: statistics(p.in_features, seed=1) for p in planned(TinyModel())}
     together = ["blocks.0.1", "blocks.1.1", "proj_out"]
     groups = [together, *([name] for name in LINEARS if name not in together)]
     # half a second is a sixth of three plain layers
     for max_cost, expected in ((0.17, together), (0.16, [])):
-        methods, _ = chosen_for(AutoOutlier({"convrot": ConvRot()}, max_cost=max_cost), seen, tmp_path, groups)
+        methods, _ = chosen_for(
+            AutoOutlier({"convrot": ConvRot()}, max_cost=max_cost), seen, tmp_path, groups
+        )
         assert list(methods) == expected
 
 
@@ -385,7 +453,13 @@ class Attention(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         block = lambda: nn.ModuleDict(  # noqa: E731
-            {"q": nn.Linear(8, 8), "k": nn.Linear(8, 8), "up": nn.Linear(8, 16), "act": nn.GELU("tanh"), "down": nn.Linear(16, 8)}
+            {
+                "q": nn.Linear(8, 8),
+                "k": nn.Linear(8, 8),
+                "up": nn.Linear(8, 16),
+                "act": nn.GELU("tanh"),
+                "down": nn.Linear(16, 8),
+            }
         )
         self.blocks = nn.ModuleList(block() for _ in range(2))
         self.eval().requires_grad_(False)
@@ -409,11 +483,17 @@ def test_two_models_of_the_same_layers_do_not_see_each_other() -> None:
     whole = assemble(model, made, FAMILY)
     before = whole(x)
     # without `k` nothing is shared, and without `down` the GELU stays where it was
-    part = assemble(model, {n: m for n, m in made.items() if n not in ("blocks.0.k", "blocks.0.down")}, FAMILY)
+    part = assemble(
+        model, {n: m for n, m in made.items() if n not in ("blocks.0.k", "blocks.0.down")}, FAMILY
+    )
     at = lambda target, name: target.get_submodule(f"blocks.{name}")  # noqa: E731
     assert at(whole, "0.q").shared is at(whole, "0.k").shared is not None and at(part, "0.q").shared is None
     assert at(part, "1.q").shared is not at(whole, "1.q").shared
-    assert (at(whole, "0.down").gelu_from, at(whole, "1.down").gelu_from, at(part, "1.down").gelu_from) == (0, 0, 0)
+    assert (at(whole, "0.down").gelu_from, at(whole, "1.down").gelu_from, at(part, "1.down").gelu_from) == (
+        0,
+        0,
+        0,
+    )
     assert isinstance(at(whole, "0.act"), nn.Identity) and isinstance(at(part, "0.act"), nn.GELU)
     assert {(m.shared, m.gelu_from, m.adapter) for m in made.values()} == {(None, -1, None)}
     branch = LowRankBranch([(randn(2, 8), randn(8, 2))], torch.float32, CPU)
@@ -442,10 +522,17 @@ def test_a_budget_says_what_it_paid() -> None:
         "memory"
     )
     assert budget.metrics == {
-        "budget/asked_db": 45, "budget/reached_db": 46.24, "budget/without_db": 31.06, "budget/layers_kept": 2,
-        "budget/step_ratio": 1.251, "budget/memory_ratio": 1.1,
-    }  # fmt: skip
-    assert str(Budget(30.5, 41, 41, {}, 1, 1)) == "quality budget 30.5 dB: met at 41.0 dB with no layer kept for it"
+        "budget/asked_db": 45,
+        "budget/reached_db": 46.24,
+        "budget/without_db": 31.06,
+        "budget/layers_kept": 2,
+        "budget/step_ratio": 1.251,
+        "budget/memory_ratio": 1.1,
+    }
+    assert (
+        str(Budget(30.5, 41, 41, {}, 1, 1))
+        == "quality budget 30.5 dB: met at 41.0 dB with no layer kept for it"
+    )
 
 
 CALLS = [{"x": randn(1, 5, 7, seed=n)} for n in range(2)]
@@ -453,7 +540,13 @@ CALLS = [{"x": randn(1, 5, 7, seed=n)} for n in range(2)]
 
 def tiny_layers(model: nn.Module) -> dict[str, Int8Linear]:
     plans = planned(model)
-    return int8_layers(model, quantized_layers(model, plans, {}, AbsMax(), {}), Reference(), NEVER_FLOAT, dict.fromkeys(LINEARS, 5))
+    return int8_layers(
+        model,
+        quantized_layers(model, plans, {}, AbsMax(), {}),
+        Reference(),
+        NEVER_FLOAT,
+        dict.fromkeys(LINEARS, 5),
+    )
 
 
 def hooks(model: nn.Module) -> int:
@@ -492,7 +585,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     floats = lambda denoiser: sum(isinstance(m, nn.Linear) for m in denoiser.modules())  # noqa: E731
     monkeypatch.setattr(budgets, "generate", lambda pipe, component, denoisers, pictures, sampling: denoisers)
     monkeypatch.setattr(budgets, "latents_db", lambda made, exact: 10.0 * floats(made))
-    monkeypatch.setattr(budgets, "medians", lambda calls, device, rounds: [2.0 + floats(call.func) for call in calls])
+    monkeypatch.setattr(
+        budgets, "medians", lambda calls, device, rounds: [2.0 + floats(call.func) for call in calls]
+    )
 
 
 def counted_budget(
@@ -503,15 +598,33 @@ def counted_budget(
     monkeypatch.setattr(budgets, "lone_errors", lambda *_: errors)
     family = ModelFamily("test")
     return meet_budget(
-        model, made, work, lambda names: assemble(model, {n: made[n] for n in names}, family), SimpleNamespace(device=CPU), "",
-        [], Sampling(), CALLS, asked, QUIET,
-    )  # fmt: skip
+        model,
+        made,
+        work,
+        lambda names: assemble(model, {n: made[n] for n in names}, family),
+        SimpleNamespace(device=CPU),
+        "",
+        [],
+        Sampling(),
+        CALLS,
+        asked,
+        QUIET,
+    )
 
 
 @pytest.mark.parametrize("asked", [0.0, 0.1, 10.0, 10.1, 29.0, 30.0, 40.0, 49.0, 50.0])
 @pytest.mark.usefixtures("counted")
-def test_no_more_layers_are_kept_than_needed_and_the_worst_per_multiplication_first(asked: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    errors = {"proj_in": 1.0, "blocks.0.1": 8.0, "blocks.0.3": 3.0, "blocks.1.1": 6.0, "blocks.1.3": 3.0, "proj_out": 0.5}
+def test_no_more_layers_are_kept_than_needed_and_the_worst_per_multiplication_first(
+    asked: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = {
+        "proj_in": 1.0,
+        "blocks.0.1": 8.0,
+        "blocks.0.3": 3.0,
+        "blocks.1.1": 6.0,
+        "blocks.1.3": 3.0,
+        "proj_out": 0.5,
+    }
     work = {"proj_in": 1, "blocks.0.1": 20, "blocks.0.3": 2, "blocks.1.1": 2, "blocks.1.3": 30, "proj_out": 1}
     order = ["blocks.1.1", "blocks.0.3", "proj_in", "proj_out", "blocks.0.1", "blocks.1.3"]
     target, budget = counted_budget(asked, monkeypatch, errors, work)
@@ -525,10 +638,10 @@ def test_no_more_layers_are_kept_than_needed_and_the_worst_per_multiplication_fi
 
 @pytest.mark.parametrize("asked", [50.1, 200.0])
 @pytest.mark.usefixtures("counted")
-def test_a_budget_that_only_the_float_model_meets_names_the_best_that_was_measured(asked: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = (
-        rf"^quality_db={asked:g} is met by the float model alone: 50\.0 dB is the most that was measured, with 5 of 6 layers float; ask"
-    )
+def test_a_budget_that_only_the_float_model_meets_names_the_best_that_was_measured(
+    asked: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = rf"^quality_db={asked:g} is met by the float model alone: 50\.0 dB is the most that was measured, with 5 of 6 layers float; ask"
     with pytest.raises(ConfigError, match=message):
         counted_budget(asked, monkeypatch, dict.fromkeys(LINEARS, 1.0), dict.fromkeys(LINEARS, 1))
 
@@ -559,13 +672,24 @@ def real_budget(asked: float) -> tuple[Any, nn.Module, Budget]:
         block.ff.net[2].weight[:, 0] = 1000
     plans = [p for p in plan_layers(denoiser, FLUX.why_float) if p.keep_float is None]
     rows = {p.name: 64 for p in plans}
-    made = int8_layers(denoiser, quantized_layers(denoiser, plans, {}, AbsMax(), {}), Reference(), NEVER_FLOAT, rows)
+    made = int8_layers(
+        denoiser, quantized_layers(denoiser, plans, {}, AbsMax(), {}), Reference(), NEVER_FLOAT, rows
+    )
     calls = record_calibration(pipe, "transformer", denoiser, CALIBRATION, SMALL, QUIET)
     work = {p.name: rows[p.name] * p.in_features * p.out_features for p in plans}
     target, budget = meet_budget(
-        denoiser, made, work, lambda names: assemble(denoiser, {n: made[n] for n in names}, FLUX),
-        pipe, "transformer", CALIBRATION.samples, SMALL, calls, asked, QUIET,
-    )  # fmt: skip
+        denoiser,
+        made,
+        work,
+        lambda names: assemble(denoiser, {n: made[n] for n in names}, FLUX),
+        pipe,
+        "transformer",
+        CALIBRATION.samples,
+        SMALL,
+        calls,
+        asked,
+        QUIET,
+    )
     return SimpleNamespace(pipe=pipe, denoiser=denoiser, layers=len(made)), target, budget
 
 
@@ -590,23 +714,27 @@ def test_the_layers_that_int8_hurts_are_kept_and_what_is_reached_is_measured() -
 
 
 def test_a_low_budget_keeps_nothing_and_looks_at_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budgets, "lone_errors", lambda *_: pytest.fail("a budget that is met needs no order of the layers"))
+    monkeypatch.setattr(
+        budgets, "lone_errors", lambda *_: pytest.fail("a budget that is met needs no order of the layers")
+    )
     run, target, budget = real_budget(0.0)
-    assert not budget.kept and budget.reached_db == budget.without_db == pytest.approx(measured_db(run, target), abs=1e-6)
+    assert not budget.kept and budget.reached_db == budget.without_db == pytest.approx(
+        measured_db(run, target), abs=1e-6
+    )
     assert sum(isinstance(m, Int8Linear) for m in target.modules()) == run.layers
 
 
 def test_a_budget_beyond_reach_is_a_setting_that_cannot_work() -> None:
-    message = (
-        r"^quality_db=200 is met by the float model alone: \d+\.\d dB is the most .*, with \d+ of 34 layers float; ask for less, or try"
-    )
+    message = r"^quality_db=200 is met by the float model alone: \d+\.\d dB is the most .*, with \d+ of 34 layers float; ask for less, or try"
     with pytest.raises(ConfigError, match=message):
         real_budget(200.0)
 
 
 def test_equal_latents_have_no_error() -> None:
     latents = Generation(trajectories=[randn(3, 4), randn(3, 4, seed=1)])
-    other = Generation(trajectories=[latents.trajectories[0], latents.trajectories[1] * torch.tensor([[9.0], [9.0], [1.2]])])
+    other = Generation(
+        trajectories=[latents.trajectories[0], latents.trajectories[1] * torch.tensor([[9.0], [9.0], [1.2]])]
+    )
     assert budgets.latents_db(latents, latents) == math.inf
     # the last latents alone count: 0 and 0.2, mean 0.1
     assert budgets.latents_db(other, latents) == pytest.approx(20.0, abs=1e-4)
@@ -639,25 +767,38 @@ SHAPE = (3, 16, 8)
 ROTATED = ConvRot(16).fit(torch.ones(8, 16))
 
 
-def test_a_cost_is_measured_once_and_remembered_in_the_table(backend: AutoBackend, timed: list[str], tmp_path: Path) -> None:
+def test_a_cost_is_measured_once_and_remembered_in_the_table(
+    backend: AutoBackend, timed: list[str], tmp_path: Path
+) -> None:
     costs = TransformCosts(backend, CPU, torch.float32)
     assert [costs.of(ROTATED, SHAPE), costs.of(ConvRot(64).fit(torch.ones(8, 16)), SHAPE)] == [1.5, 1.5]
     assert timed == ["none", "convrot group_size=16"]
     known = json.loads((tmp_path / "table.json").read_text())
     (key,) = [key for key in known if "cost of" in key]
-    assert key.endswith("torch.float32 | cost of regular rotation of 16 | reference | 3x16x8".replace("torch.", "")) and known[key] == "1.5"
+    assert (
+        key.endswith(
+            "torch.float32 | cost of regular rotation of 16 | reference | 3x16x8".replace("torch.", "")
+        )
+        and known[key] == "1.5"
+    )
     timed.clear()
     assert TransformCosts(backend, CPU, torch.float32).of(ROTATED, SHAPE) == 1.5 and timed == []
-    assert TransformCosts(backend, CPU, torch.bfloat16).of(ROTATED, SHAPE) == 1.5 and timed, "another dtype is another question"
+    assert TransformCosts(backend, CPU, torch.bfloat16).of(ROTATED, SHAPE) == 1.5 and timed, (
+        "another dtype is another question"
+    )
 
 
-def test_a_backend_of_ones_own_choice_is_measured_itself(monkeypatch: pytest.MonkeyPatch, timed: list[str], tmp_path: Path) -> None:
+def test_a_backend_of_ones_own_choice_is_measured_itself(
+    monkeypatch: pytest.MonkeyPatch, timed: list[str], tmp_path: Path
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert TransformCosts(Reference(), CPU, torch.float32).of(ROTATED, SHAPE) == 1.5
     assert "| reference | 3x16x8" in (tmp_path / ".cache" / "int8run" / "backend_choices.json").read_text()
 
 
-def test_one_transform_serves_all_layers_that_share_it_but_not_with_factors_of_their_own(backend: AutoBackend, timed: list[str]) -> None:
+def test_one_transform_serves_all_layers_that_share_it_but_not_with_factors_of_their_own(
+    backend: AutoBackend, timed: list[str]
+) -> None:
     costs = TransformCosts(backend, CPU, torch.float32)
     assert [costs.of(ROTATED, SHAPE, sharing) for sharing in (1, 2, 4)] == [1.5, 1.25, 1.125]
     assert [costs.of(TRANSFORMS["centered"], SHAPE, sharing) for sharing in (1, 4)] == [1.5, 1.5]
@@ -679,7 +820,9 @@ TRANSFORMS = {
 }
 
 
-def test_transforms_that_do_different_things_are_different_questions(backend: AutoBackend, timed: list[str]) -> None:
+def test_transforms_that_do_different_things_are_different_questions(
+    backend: AutoBackend, timed: list[str]
+) -> None:
     costs = TransformCosts(backend, CPU, torch.float32)
     for transform in TRANSFORMS.values():
         timed.clear()
@@ -688,7 +831,11 @@ def test_transforms_that_do_different_things_are_different_questions(backend: Au
         timed.clear()
         # other numbers, method and settings: the same work
         again = OutlierTransform(
-            "b", {"x": 1}, None if transform.factor is None else transform.factor * 3, transform.rotation, transform.centered
+            "b",
+            {"x": 1},
+            None if transform.factor is None else transform.factor * 3,
+            transform.rotation,
+            transform.centered,
         )
         costs.of(again, SHAPE)
         assert timed == []

@@ -27,10 +27,13 @@ LINEARS = ["proj_in", "blocks.0.1", "blocks.0.3", "blocks.1.1", "blocks.1.3", "p
 # --- settings
 
 
-@pytest.mark.parametrize("prompts", [[], (), "a fox", "", [""], ["a fox", "  "], ["a fox", 5], 5, None, {"a fox": 1}], ids=repr)
+@pytest.mark.parametrize(
+    "prompts", [[], (), "a fox", "", [""], ["a fox", "  "], ["a fox", 5], 5, None, {"a fox": 1}], ids=repr
+)
 def test_prompts_are_a_list_of_texts(prompts):
     with pytest.raises(
-        ConfigError, match=r"^calibration\.prompts is .*; it takes a list with at least one prompt: calibration\.prompts=\[a fox"
+        ConfigError,
+        match=r"^calibration\.prompts is .*; it takes a list with at least one prompt: calibration\.prompts=\[a fox",
     ):
         Calibration(prompts)
 
@@ -44,12 +47,20 @@ def test_prompts_are_a_list_of_texts(prompts):
     ],
 )
 def test_ranges(key, value, allowed):
-    with pytest.raises(ConfigError, match=rf"^calibration\.{key} is {value!r}; allowed is a whole number from {allowed}$"):
+    with pytest.raises(
+        ConfigError, match=rf"^calibration\.{key} is {value!r}; allowed is a whole number from {allowed}$"
+    ):
         Calibration(["a fox"], **{key: value})
 
 
 @pytest.mark.parametrize(
-    "override", ["calibration.prompts=[]", "calibration.prompts=a fox", "calibration.prompts=null", "calibration.prompts=5"]
+    "override",
+    [
+        "calibration.prompts=[]",
+        "calibration.prompts=a fox",
+        "calibration.prompts=null",
+        "calibration.prompts=5",
+    ],
 )
 def test_the_command_line_says_what_is_wrong_with_the_prompts(override):
     with pytest.raises(ConfigError, match=r"calibration\.prompts is .*; it takes a list"):
@@ -95,7 +106,9 @@ class Pipe:
 
     def __call__(self, prompt, num_inference_steps, generator, callback_on_step_end, **rest):
         self.batches.append((prompt, [g.initial_seed() for g in generator]))
-        x = torch.tensor([[[len(p), g.initial_seed(), 0.0, 0.0]] for p, g in zip(prompt, generator, strict=True)])
+        x = torch.tensor(
+            [[[len(p), g.initial_seed(), 0.0, 0.0]] for p, g in zip(prompt, generator, strict=True)]
+        )
         for step in range(num_inference_steps):
             self.denoiser(hidden_states=x, timestep=torch.tensor(step))
             x.add_(1)  # in place: what was recorded must not change with it
@@ -105,30 +118,48 @@ class Pipe:
 def recorded(calibration, steps, batch=1):
     """The pipeline, and of each call its time step and the seeds of its pictures."""
     pipe, denoiser = Pipe(), Step()
-    calls = record_calibration(pipe, "denoiser", denoiser, calibration, Sampling(steps=steps, batch=batch), Progress(False))
+    calls = record_calibration(
+        pipe, "denoiser", denoiser, calibration, Sampling(steps=steps, batch=batch), Progress(False)
+    )
     for call in calls:
         # the state of that step, and not of the last one
         assert (call["hidden_states"][..., 3] == call["timestep"]).all()
-    return pipe, [(int(call["timestep"]), (call["hidden_states"][:, 0, 1] - call["timestep"]).int().tolist()) for call in calls]
+    return pipe, [
+        (int(call["timestep"]), (call["hidden_states"][:, 0, 1] - call["timestep"]).int().tolist())
+        for call in calls
+    ]
 
 
 @pytest.mark.parametrize(
     ("moments", "steps", "looked_at"),
     [
-        (1, 8, [0]), (2, 8, [0, 7]), (3, 9, [0, 4, 8]), (4, 8, [0, 2, 5, 7]), (4, 4, [0, 1, 2, 3]), (7, 8, [0, 1, 2, 4, 5, 6, 7]),
-        (5, 3, [0, 1, 2]), (1000, 2, [0, 1]), (4, 1, [0]),
+        (1, 8, [0]),
+        (2, 8, [0, 7]),
+        (3, 9, [0, 4, 8]),
+        (4, 8, [0, 2, 5, 7]),
+        (4, 4, [0, 1, 2, 3]),
+        (7, 8, [0, 1, 2, 4, 5, 6, 7]),
+        (5, 3, [0, 1, 2]),
+        (1000, 2, [0, 1]),
+        (4, 1, [0]),
     ],
-)  # fmt: skip
+)
 def test_moments_are_spread_over_the_steps(moments, steps, looked_at):
     calibration = replace(TWO, moments=moments)
     _, found = recorded(calibration, steps)
     assert found == [(step, [seed]) for seed in (1000, 1001) for step in looked_at]
 
 
-@pytest.mark.parametrize(("batch", "seeds"), [(1, [[7], [8], [9]]), (2, [[7, 8], [9]]), (3, [[7, 8, 9]]), (8, [[7, 8, 9]])])
+@pytest.mark.parametrize(
+    ("batch", "seeds"), [(1, [[7], [8], [9]]), (2, [[7, 8], [9]]), (3, [[7, 8, 9]]), (8, [[7, 8, 9]])]
+)
 def test_pictures_come_in_the_batches_of_the_run(batch, seeds):
     pipe, found = recorded(Calibration(["a", "bb", "ccc"], seed=7, moments=2), 5, batch)
-    assert [s for _, s in pipe.batches] == seeds and [p for prompts, _ in pipe.batches for p in prompts] == ["a", "bb", "ccc"]
+    assert [s for _, s in pipe.batches] == seeds and [p for prompts, _ in pipe.batches for p in prompts] == [
+        "a",
+        "bb",
+        "ccc",
+    ]
     assert found == [(step, group) for group in seeds for step in (0, 4)]
 
 
@@ -180,13 +211,17 @@ def test_the_largest_is_of_every_row_of_every_call():
     model, inputs = TinyModel(), {name: [] for name in LINEARS}
     statistics = tiny_statistics(calls, model, replace(TWO, rows=6))
     for name in LINEARS:
-        model.get_submodule(name).register_forward_hook(lambda _, args, out, name=name: inputs[name].append(args[0]))
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, out, name=name: inputs[name].append(args[0])
+        )
     for x in calls:
         model(x)
     assert list(statistics) == LINEARS
     for name, seen in statistics.items():
         together = torch.cat(inputs[name])
-        assert seen.input_absmax.dtype == torch.float32 and torch.equal(seen.input_absmax, together.abs().amax((0, 1)))
+        assert seen.input_absmax.dtype == torch.float32 and torch.equal(
+            seen.input_absmax, together.abs().amax((0, 1))
+        )
         # two rows of each call, so that most of the largest were not kept
         assert seen.sample.shape == (6, 1, together.shape[-1]) and is_rows_of(seen.sample, together)
     assert statistics["proj_in"].input_absmax[2] == 40 and statistics["proj_in"].input_absmax[5] == 60
@@ -195,13 +230,19 @@ def test_the_largest_is_of_every_row_of_every_call():
 @pytest.mark.parametrize(
     ("shape", "rows", "kept"),
     [
-        ((2, 50, 4), 60, (6, 10, 4)), ((2, 50, 4), 1000, (6, 50, 4)), ((2, 50, 4), 1, (3, 1, 4)), ((1, 50, 4), 60, (3, 20, 4)),
+        ((2, 50, 4), 60, (6, 10, 4)),
+        ((2, 50, 4), 1000, (6, 50, 4)),
+        ((2, 50, 4), 1, (3, 1, 4)),
+        ((1, 50, 4), 60, (3, 20, 4)),
         ((3, 2, 5, 4), 54, (18, 3, 4)),  # each of 6 pictures
-        ((300, 5, 4), 60, (60, 1, 4)), ((4, 50, 5, 4), 60, (60, 1, 4)),  # frames as tokens: not every pixel is kept
-        ((7, 4), 60, (21, 1, 4)), ((500, 4), 60, (60, 1, 4)), ((4,), 60, (3, 1, 4)),  # without a token axis each row stands alone
+        ((300, 5, 4), 60, (60, 1, 4)),
+        ((4, 50, 5, 4), 60, (60, 1, 4)),  # frames as tokens: not every pixel is kept
+        ((7, 4), 60, (21, 1, 4)),
+        ((500, 4), 60, (60, 1, 4)),
+        ((4,), 60, (3, 1, 4)),  # without a token axis each row stands alone
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_as_many_rows_are_kept_as_asked_for(shape, rows, kept):
     calls = [randn(*shape, seed=i) for i in range(3)]
     seen = of_one_layer(calls, rows=rows)
@@ -230,7 +271,11 @@ def test_an_empty_input_is_passed_over():
 
 def test_the_dtype_of_the_model_is_kept_and_maxima_are_float32():
     seen = tiny_statistics([randn(2, 9, 7, dtype=torch.bfloat16)], TinyModel(dtype=torch.bfloat16))["proj_in"]
-    assert (seen.sample.dtype, seen.input_absmax.dtype, seen.weight_absmax.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert (seen.sample.dtype, seen.input_absmax.dtype, seen.weight_absmax.dtype) == (
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    )
 
 
 def test_the_same_seed_keeps_the_same_rows():
@@ -274,7 +319,9 @@ def test_an_input_that_is_not_finite_is_refused_by_name(value):
 def test_the_first_layer_that_is_given_nan_is_named():
     model = TinyModel()
     model.blocks[1][1].bias[4] = float("nan")
-    with pytest.raises(ConfigError, match=r"^blocks\.1\.3: 18 of 1728 inputs are NaN or infinite in a calibration step"):
+    with pytest.raises(
+        ConfigError, match=r"^blocks\.1\.3: 18 of 1728 inputs are NaN or infinite in a calibration step"
+    ):
         tiny_statistics([randn(2, 9, 7)], model)
 
 
@@ -338,7 +385,11 @@ def flux():
     denoiser = pipe.transformer.eval().requires_grad_(False)
     calibration = Calibration(["a", "b", "a b"], moments=2, rows=48)
     sampling = Sampling(steps=3, guidance=1.0, height=32, width=32, batch=2)
-    return denoiser, record_calibration(pipe, "transformer", denoiser, calibration, sampling, Progress(False)), calibration
+    return (
+        denoiser,
+        record_calibration(pipe, "transformer", denoiser, calibration, sampling, Progress(False)),
+        calibration,
+    )
 
 
 def test_a_real_denoiser_is_seen_whole(flux):
@@ -352,9 +403,14 @@ def test_a_real_denoiser_is_seen_whole(flux):
     for plan in plans:
         seen = statistics[plan.name]
         assert seen.sample.shape[-1] == plan.in_features == len(seen.input_absmax) == len(seen.weight_absmax)
-        assert seen.sample.shape[:2].numel() <= calibration.rows and (seen.sample.abs().amax((0, 1)) <= seen.input_absmax).all()
+        assert (
+            seen.sample.shape[:2].numel() <= calibration.rows
+            and (seen.sample.abs().amax((0, 1)) <= seen.input_absmax).all()
+        )
     q, k, v = (f"transformer_blocks.1.attn.{name}" for name in names)
-    factors = [SmoothQuant().fit(denoiser.get_submodule(name).weight, statistics[name]).factor for name in (q, k, v)]
+    factors = [
+        SmoothQuant().fit(denoiser.get_submodule(name).weight, statistics[name]).factor for name in (q, k, v)
+    ]
     assert torch.equal(factors[0], factors[1]) and torch.equal(factors[0], factors[2])
 
 
@@ -362,7 +418,9 @@ def test_gptq_and_smoothquant_work_on_what_a_calibration_found(flux):
     denoiser, calls, calibration = flux
     plans = [p for p in plan_layers(denoiser, lambda name: None) if p.name.endswith("ff.net.2")]
     statistics = layer_statistics(denoiser, plans, [[p.name] for p in plans], calls, calibration)
-    for plan, layer in quantized_layers(denoiser, plans, {p.name: SmoothQuant() for p in plans}, Gptq(), statistics):
+    for plan, layer in quantized_layers(
+        denoiser, plans, {p.name: SmoothQuant() for p in plans}, Gptq(), statistics
+    ):
         sample, weight = statistics[plan.name].sample, denoiser.get_submodule(plan.name).weight
         ours = layer.transform.rounded_input(sample) @ layer.weight.dequantize().T
         assert_close(plan.name, ours, sample @ weight.T, 0.01)
@@ -372,7 +430,8 @@ def test_gptq_and_smoothquant_work_on_what_a_calibration_found(flux):
 def test_a_sample_goes_by_picture_so_that_its_halves_hold_different_ones():
     # two batches of two pictures, two moments each: the number says picture, the fraction the moment
     calls = [
-        torch.tensor([a, b])[:, None, None].expand(2, 3 + i, 1) for i, (a, b) in enumerate([(0.1, 1.1), (0.2, 1.2), (2.1, 3.1), (2.2, 3.2)])
+        torch.tensor([a, b])[:, None, None].expand(2, 3 + i, 1)
+        for i, (a, b) in enumerate([(0.1, 1.1), (0.2, 1.2), (2.1, 3.1), (2.2, 3.2)])
     ]
     sample = by_picture(calls)
     assert sample.shape == (8, 3, 1)

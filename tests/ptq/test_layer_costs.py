@@ -37,10 +37,14 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """What was timed: rank, rows, in and out features. A plain layer takes two seconds, one with a branch three."""
     seen: list[tuple[int, ...]] = []
 
-    def in_turns(calls: Sequence[Callable[[], object]], device: torch.device, rounds: int) -> list[list[float]]:
+    def in_turns(
+        calls: Sequence[Callable[[], object]], device: torch.device, rounds: int
+    ) -> list[list[float]]:
         assert [isinstance(call, partial) for call in calls] == [True, True] and rounds > 5
         (plain, x), (changed, _) = ((call.func, call.args[0]) for call in calls)
-        assert plain.adapter is None and not changed.adapter.idle and torch.equal(plain.packed, changed.packed)
+        assert (
+            plain.adapter is None and not changed.adapter.idle and torch.equal(plain.packed, changed.packed)
+        )
         seen.append((len(changed.adapter.strengths), x.shape[-2], plain.in_features, plain.out_features))
         assert changed(x).shape == plain(x).shape and not torch.equal(changed(x), plain(x))
         return [[2.0] * rounds, [3.0] * rounds]
@@ -51,16 +55,24 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def layer(n: int = 12, k: int = 8, backend: Reference | None = None) -> Int8Linear:
     """An INT8 layer of a shape."""
-    return Int8Linear(QuantizedLayer(quantize_weight(randn(n, k)), OutlierTransform(), None), backend or Reference(), torch.float32)
+    return Int8Linear(
+        QuantizedLayer(quantize_weight(randn(n, k)), OutlierTransform(), None),
+        backend or Reference(),
+        torch.float32,
+    )
 
 
-def test_a_branch_is_measured_once_and_remembered_in_the_table(backend: AutoBackend, timed: list, tmp_path: Path) -> None:
+def test_a_branch_is_measured_once_and_remembered_in_the_table(
+    backend: AutoBackend, timed: list, tmp_path: Path
+) -> None:
     costs = BranchCosts(backend, CPU, torch.float32)
     assert [costs.of(layer(), 4, 5), costs.of(layer(), 4, 5)] == [1.5, 1.5] and timed == [(4, 5, 8, 12)]
     known = json.loads((tmp_path / "table.json").read_text())
     (key,) = [key for key in known if "cost of" in key]
     assert key.endswith("float32 | cost of a branch of rank 4 | Reference() | 5x8x12") and known[key] == "1.5"
-    assert BranchCosts(backend, CPU, torch.float32).of(layer(), 4, 5) == 1.5 and len(timed) == 1, "in another process"
+    assert BranchCosts(backend, CPU, torch.float32).of(layer(), 4, 5) == 1.5 and len(timed) == 1, (
+        "in another process"
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,7 +87,9 @@ def test_a_branch_is_measured_once_and_remembered_in_the_table(backend: AutoBack
     ],
     ids=["rank", "rows", "inputs", "outputs", "backend", "setting"],
 )
-def test_another_question_is_asked_anew(backend: AutoBackend, timed: list, other: Callable[[], tuple[Int8Linear, int, int]]) -> None:
+def test_another_question_is_asked_anew(
+    backend: AutoBackend, timed: list, other: Callable[[], tuple[Int8Linear, int, int]]
+) -> None:
     costs = BranchCosts(backend, CPU, torch.float32)
     costs.of(layer(), 4, 5)
     costs.of(layer(backend=Tuned(16)), 4, 5)
@@ -87,7 +101,9 @@ def test_another_question_is_asked_anew(backend: AutoBackend, timed: list, other
 
 
 @pytest.mark.parametrize("text", ["", "fast", "nan", "inf", "0", "-1.5"])
-def test_a_table_that_somebody_edited_is_measured_over(backend: AutoBackend, timed: list, tmp_path: Path, text: str) -> None:
+def test_a_table_that_somebody_edited_is_measured_over(
+    backend: AutoBackend, timed: list, tmp_path: Path, text: str
+) -> None:
     BranchCosts(backend, CPU, torch.float32).of(layer(), 4, 5)
     table = tmp_path / "table.json"
     table.write_text(json.dumps(dict.fromkeys(json.loads(table.read_text()), text)))
@@ -97,7 +113,9 @@ def test_a_table_that_somebody_edited_is_measured_over(backend: AutoBackend, tim
 def test_a_busy_machine_is_asked_again_by_the_next_run(
     backend: AutoBackend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(costs_module, "in_turns", lambda calls, device, rounds: [[3.0, 9.0, 9.0], [6.0, 6.0, 6.0]])
+    monkeypatch.setattr(
+        costs_module, "in_turns", lambda calls, device, rounds: [[3.0, 9.0, 9.0], [6.0, 6.0, 6.0]]
+    )
     costs = BranchCosts(backend, CPU, torch.float32)
     with caplog.at_level(logging.WARNING):
         assert [costs.of(layer(), 4, 5), costs.of(layer(), 4, 5)] == [2.0, 2.0]
@@ -107,10 +125,14 @@ def test_a_busy_machine_is_asked_again_by_the_next_run(
     assert not (tmp_path / "table.json").exists()
 
 
-def test_a_single_backend_keeps_its_costs_in_the_users_table(timed: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_single_backend_keeps_its_costs_in_the_users_table(
+    timed: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     BranchCosts(Reference(), CPU, torch.float32).of(layer(), 4, 5)
-    assert "cost of a branch of rank 4" in (tmp_path / ".cache" / "int8run" / "backend_choices.json").read_text()
+    assert (
+        "cost of a branch of rank 4" in (tmp_path / ".cache" / "int8run" / "backend_choices.json").read_text()
+    )
 
 
 def test_real_times_give_a_ratio(backend: AutoBackend) -> None:

@@ -72,14 +72,18 @@ def test_kept_layers_stay_the_very_same_tensors():
     model = TinyModel()
     int8, _ = to_int8(model, keep_float=("proj_in", "proj_out"))
     assert list(found_in(int8)) == LINEARS[1:-1]
-    assert int8.proj_in.weight is model.proj_in.weight and int8.blocks[0][0].weight is model.blocks[0][0].weight
+    assert (
+        int8.proj_in.weight is model.proj_in.weight and int8.blocks[0][0].weight is model.blocks[0][0].weight
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_refused(value):
     model = TinyModel()
     model.blocks[1][3].weight[2, 5] = value
-    with pytest.raises(ConfigError, match=r"^blocks\.1\.3: the weight holds NaN or infinity .* check the checkpoint$"):
+    with pytest.raises(
+        ConfigError, match=r"^blocks\.1\.3: the weight holds NaN or infinity .* check the checkpoint$"
+    ):
         to_int8(model)
 
 
@@ -89,7 +93,9 @@ def test_a_method_that_cannot_take_a_layer_leaves_it_to_none(caplog):
     by_64, by_16 = "convrot group_size=64", "convrot group_size=16"
     assert [p.outlier for p in plans] == ["none", by_64, by_16, by_64, by_16, by_64]
     assert [p.outlier_why_not for p in plans] == ["in_features=7 is not a multiple of 4", *[""] * 5]
-    assert caplog.messages == ["outlier=convrot cannot take 1 of 6 layers (1 × in_features=7 is not a multiple of 4); these are plain INT8"]
+    assert caplog.messages == [
+        "outlier=convrot cannot take 1 of 6 layers (1 × in_features=7 is not a multiple of 4); these are plain INT8"
+    ]
     assert_close("INT8 model", int8(x), model(x), 0.03)
 
 
@@ -147,7 +153,9 @@ def statistics_of(model, names):
 def test_the_rounding_makes_the_integers_from_what_the_layer_multiplies(outlier):
     model, rounding = TinyModel(), TenOfEach()
     statistics = statistics_of(model, LINEARS)
-    int8, plans = to_int8(model, outlier=outlier, keep_float=("proj_in",), rounding=rounding, statistics=statistics)
+    int8, plans = to_int8(
+        model, outlier=outlier, keep_float=("proj_in",), rounding=rounding, statistics=statistics
+    )
     layers = found_in(int8)
     for name, given in zip(LINEARS[1:], rounding.given, strict=True):
         assert (layers[name].packed == 10).all() and (layers[name].scale == 1).all()
@@ -156,7 +164,9 @@ def test_the_rounding_makes_the_integers_from_what_the_layer_multiplies(outlier)
     assert [p.rounding for p in plans] == ["", *["ten"] * 5]
 
 
-@pytest.mark.parametrize(("outlier", "rounding"), [(SmoothQuant(), AbsMax()), (None, TenOfEach())], ids=["a method", "a rounding"])
+@pytest.mark.parametrize(
+    ("outlier", "rounding"), [(SmoothQuant(), AbsMax()), (None, TenOfEach())], ids=["a method", "a rounding"]
+)
 def test_a_layer_that_the_calibration_never_reached_is_refused_where_one_is_needed(outlier, rounding):
     model = TinyModel()
     statistics = statistics_of(model, [name for name in LINEARS if name != "blocks.1.3"])
@@ -177,8 +187,22 @@ def test_each_layer_may_have_a_method_of_its_own():
     plans = plan_layers(model, lambda name: None)
     methods = {"blocks.0.1": ConvRot(16), "blocks.1.1": QuaRot(64), "proj_out": SmoothQuant(0.75)}
     layers = quantized_layers(model, plans, methods, AbsMax(), statistics_of(model, ["proj_out"]))
-    assert [layer.transform.method for _, layer in layers] == ["none", "convrot", "none", "quarot", "none", "smoothquant"]
-    labels = ["none", "convrot group_size=16", "none", "quarot group_size=64", "none", "smoothquant alpha=0.75"]
+    assert [layer.transform.method for _, layer in layers] == [
+        "none",
+        "convrot",
+        "none",
+        "quarot",
+        "none",
+        "smoothquant",
+    ]
+    labels = [
+        "none",
+        "convrot group_size=16",
+        "none",
+        "quarot group_size=64",
+        "none",
+        "smoothquant alpha=0.75",
+    ]
     assert [p.outlier for p in plans] == labels
 
 
@@ -187,7 +211,12 @@ def test_one_matrix_serves_all_layers_of_a_kind():
     int8, _ = to_int8(model, outlier=ConvRot(16), keep_float=("proj_in",))
     assert len({layer.transform.matrix.data_ptr() for layer in found_in(int8).values()}) == 1
     plans = plan_layers(model, lambda name: None)[1:]
-    mixed = {p.name: method for p, method in zip(plans, [ConvRot(16), QuaRot(16), ConvRot(4), QuaRot(16), ConvRot(16)], strict=True)}
+    mixed = {
+        p.name: method
+        for p, method in zip(
+            plans, [ConvRot(16), QuaRot(16), ConvRot(4), QuaRot(16), ConvRot(16)], strict=True
+        )
+    }
     layers = quantized_layers(model, plans, mixed, AbsMax(), {})
     made = int8_layers(model, layers, Reference(), NEVER_FLOAT, dict.fromkeys(mixed, 8))
     a, b, c, d, e = (layer.transform.matrix for layer in made.values())
@@ -241,7 +270,9 @@ def test_each_layer_is_reported_when_it_is_made():
     model, seen = TinyModel(), []
     plans = plan_layers(model, lambda name: None)
     layers = plain_layers(model, plans)
-    made = int8_layers(model, layers, Reference(), NEVER_FLOAT, dict.fromkeys(LINEARS, 8), lambda p: seen.append(p.name))
+    made = int8_layers(
+        model, layers, Reference(), NEVER_FLOAT, dict.fromkeys(LINEARS, 8), lambda p: seen.append(p.name)
+    )
     assert seen == list(made) == LINEARS
 
 
@@ -251,7 +282,9 @@ def test_auto_measures_with_the_rows_of_the_run(tmp_path):
     table = tmp_path / "table.json"
     backend = AutoBackend({"reference": Reference(), "torch_int_mm": TorchIntMM()}, 1, str(table))
     made = int8_layers(model, plain_layers(model, plans), backend, NEVER_FLOAT, dict.fromkeys(LINEARS, 5))
-    assert all(p.backend_asked == "auto" and p.backend_used == made[p.name].backend.name != "auto" for p in plans)
+    assert all(
+        p.backend_asked == "auto" and p.backend_used == made[p.name].backend.name != "auto" for p in plans
+    )
     assert "5x64x96" in table.read_text()
 
 
@@ -292,7 +325,10 @@ def test_the_same_layers_can_be_assembled_more_than_once():
     every, few = assemble(model, made, FAMILY), assemble(model, {"proj_out": made["proj_out"]}, FAMILY)
     assert list(found_in(every)) == LINEARS and list(found_in(few)) == ["proj_out"]
     # the modules are copies, since a group that shares may differ; the tensors are not
-    assert every.proj_out is not few.proj_out and every.proj_out.packed is few.proj_out.packed is made["proj_out"].packed
+    assert (
+        every.proj_out is not few.proj_out
+        and every.proj_out.packed is few.proj_out.packed is made["proj_out"].packed
+    )
     assert_close("one layer", few(x), model(x), 0.02)
     assert_close("every layer", every(x), to_int8(model)[0](x), 0)
 
@@ -321,12 +357,21 @@ def test_two_backends_in_one_process():
 @pytest.mark.parametrize(
     ("fallback", "params", "rows", "float_rows"),
     [
-        ("only_small_layers", 100, 16, 16), ("only_small_layers", 101, 16, 0), ("only_small_layers", 100, 17, 0),
-        ("always", 101, 16, 16), ("always", 101, 17, 0), ("never", 1, 1, 0),
+        ("only_small_layers", 100, 16, 16),
+        ("only_small_layers", 101, 16, 0),
+        ("only_small_layers", 100, 17, 0),
+        ("always", 101, 16, 16),
+        ("always", 101, 17, 0),
+        ("never", 1, 1, 0),
     ],
-)  # fmt: skip
+)
 def test_float_rows(fallback, params, rows, float_rows):
-    assert Int8Settings(small_batch_fallback=fallback, max_rows=16, small_layer_params=100).float_rows(params, rows) == float_rows
+    assert (
+        Int8Settings(small_batch_fallback=fallback, max_rows=16, small_layer_params=100).float_rows(
+            params, rows
+        )
+        == float_rows
+    )
 
 
 def test_the_fallback_setting_reaches_the_layers():
@@ -337,16 +382,26 @@ def test_the_fallback_setting_reaches_the_layers():
 
 
 def test_settings_are_checked():
-    with pytest.raises(ConfigError, match=r"int8\.small_batch_fallback is 'alway'; did you mean 'always'\? choose from always, never"):
+    with pytest.raises(
+        ConfigError,
+        match=r"int8\.small_batch_fallback is 'alway'; did you mean 'always'\? choose from always, never",
+    ):
         Int8Settings(small_batch_fallback="alway")
     for rows in (-1, 4097, True, "16"):
-        with pytest.raises(ConfigError, match=rf"int8\.max_rows is {rows!r}; allowed is a whole number from 0 to 4096"):
+        with pytest.raises(
+            ConfigError, match=rf"int8\.max_rows is {rows!r}; allowed is a whole number from 0 to 4096"
+        ):
             Int8Settings(max_rows=rows)
 
 
 @pytest.mark.parametrize(
     ("reference", "approximation", "db"),
-    [([3.0, 4.0], [3.0, 4.5], 20.0), ([10.0, 0.0], [9.0, 0.0], 20.0), ([1.0, 1.0], [1.0, 1.0], float("inf")), ([1.0], [0.0], 0.0)],
+    [
+        ([3.0, 4.0], [3.0, 4.5], 20.0),
+        ([10.0, 0.0], [9.0, 0.0], 20.0),
+        ([1.0, 1.0], [1.0, 1.0], float("inf")),
+        ([1.0], [0.0], 0.0),
+    ],
 )
 def test_sqnr(reference, approximation, db):
     assert sqnr_db(torch.tensor(reference), torch.tensor(approximation)) == pytest.approx(db)

@@ -6,7 +6,17 @@ from typing import ClassVar
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from support.helpers import CPU, NEVER_FLOAT, TinyModel, assert_close, on_int8, randn, shipped, to_int8, usable
+from support.helpers import (
+    CPU,
+    NEVER_FLOAT,
+    TinyModel,
+    assert_close,
+    on_int8,
+    randn,
+    shipped,
+    to_int8,
+    usable,
+)
 from torch import nn
 
 from int8run.backends.base import Limits
@@ -24,7 +34,9 @@ from int8run.outlier.hadanorm import HadaNorm
 from int8run.ptq.quantize import check_backend
 
 FLUX = shipped("model_type")["flux"]
-ABLE = [pytest.param(backend, id=name) for name, backend in shipped("backend").items() if usable(backend, CPU)]
+ABLE = [
+    pytest.param(backend, id=name) for name, backend in shipped("backend").items() if usable(backend, CPU)
+]
 ALWAYS_FLOAT = Int8Settings(small_batch_fallback="always", max_rows=4096)
 DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
 # where the GELU's result goes, and the column that it starts at: a single block's proj_out reads the attention's 32 first
@@ -45,15 +57,24 @@ def flux():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = FluxTransformer2DModel(
-            in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
-            pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
-        )  # fmt: skip
+            in_channels=8,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            axes_dims_rope=(4, 6, 6),
+        )
     # 3 x 7 image tokens: rows that are no multiple of anything
     call = {
-        "hidden_states": randn(1, 21, 8), "encoder_hidden_states": randn(1, 5, 16, seed=1), "pooled_projections": randn(1, 16, seed=2),
-        "timestep": torch.tensor([0.7]), "txt_ids": torch.zeros(5, 3),
+        "hidden_states": randn(1, 21, 8),
+        "encoder_hidden_states": randn(1, 5, 16, seed=1),
+        "pooled_projections": randn(1, 16, seed=2),
+        "timestep": torch.tensor([0.7]),
+        "txt_ids": torch.zeros(5, 3),
         "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(3.0), torch.arange(7.0)),
-    }  # fmt: skip
+    }
     return model.eval().requires_grad_(False), call
 
 
@@ -74,7 +95,11 @@ def run(model, call):
 
 def gelu_from(model):
     """The layers that apply a GELU, with its first column."""
-    return {name: m.gelu_from for name, m in model.named_modules() if isinstance(m, Int8Linear) and m.gelu_from >= 0}
+    return {
+        name: m.gelu_from
+        for name, m in model.named_modules()
+        if isinstance(m, Int8Linear) and m.gelu_from >= 0
+    }
 
 
 def test_counts_in_a_flux_transformer(flux):
@@ -119,7 +144,9 @@ def test_float_rows_apply_the_gelu_themselves(flux):
     model, call = flux
     before, _ = int8(model, deferred=False, settings=ALWAYS_FLOAT)
     after, plans = int8(model, settings=ALWAYS_FLOAT)
-    assert gelu_from(after) == DEFERRED and {p.backend_used for p in plans if p.keep_float is None} == {"float_fallback"}
+    assert gelu_from(after) == DEFERRED and {p.backend_used for p in plans if p.keep_float is None} == {
+        "float_fallback"
+    }
     assert_close("fallback", run(after, call), run(before, call), 1e-6)
 
 
@@ -158,15 +185,23 @@ def test_only_a_tanh_gelu_moves(activation):
     model, _ = to_int8(nn.Sequential(FeedForward(activation)), Fusing())
     x = randn(5, 8)
     before = model(x)
-    assert defer_gelu(model, "ff.act", "ff.up", "ff.down") == 0 and model[0].ff["act"].__class__ is activation.__class__
+    assert (
+        defer_gelu(model, "ff.act", "ff.up", "ff.down") == 0
+        and model[0].ff["act"].__class__ is activation.__class__
+    )
     assert torch.equal(model(x), before)
 
 
 def test_a_tanh_gelu_moves():
-    model, _ = to_int8(nn.Sequential(FeedForward(nn.GELU(approximate="tanh")), FeedForward(nn.GELU(approximate="tanh"))), Fusing())
+    model, _ = to_int8(
+        nn.Sequential(FeedForward(nn.GELU(approximate="tanh")), FeedForward(nn.GELU(approximate="tanh"))),
+        Fusing(),
+    )
     x = randn(5, 8)
     before = model(x)
-    assert defer_gelu(model, "ff.act", "ff.up", "ff.down") == 2 and isinstance(model[1].ff["act"], nn.Identity)
+    assert defer_gelu(model, "ff.act", "ff.up", "ff.down") == 2 and isinstance(
+        model[1].ff["act"], nn.Identity
+    )
     assert torch.equal(model(x), before)
 
 
@@ -185,7 +220,11 @@ def test_a_gelu_stays_where_the_backend_would_pay_for_it():
 
 def test_names_that_a_block_does_not_have_move_nothing():
     model, _ = to_int8(nn.Sequential(FeedForward(nn.GELU(approximate="tanh"))), Fusing())
-    for names in (("ff.gone", "ff.up", "ff.down"), ("ff.act", "ff.gone", "ff.down"), ("ff.act", "ff.up", "ff.gone")):
+    for names in (
+        ("ff.gone", "ff.up", "ff.down"),
+        ("ff.act", "ff.gone", "ff.down"),
+        ("ff.act", "ff.up", "ff.gone"),
+    ):
         assert defer_gelu(model, *names) == 0
 
 
@@ -259,7 +298,9 @@ def test_a_device_is_refused_with_all_reasons_and_what_can_run_there():
 @pytest.mark.parametrize(("n", "k"), [(3, 0), (0, 3)])
 def test_an_empty_weight_is_refused(n, k):
     model = nn.Sequential(nn.Linear(k, n).requires_grad_(False))
-    with pytest.raises(ConfigError, match=rf"^0: the weight is {n} x {k}, nothing to quantize; keep the layer float$"):
+    with pytest.raises(
+        ConfigError, match=rf"^0: the weight is {n} x {k}, nothing to quantize; keep the layer float$"
+    ):
         to_int8(model)
 
 

@@ -19,7 +19,9 @@ WRITTEN = [form for form in FORMATS.values() if not form.read_only]
 F32 = np.float32
 # the magnitudes that codes stand for, in the order of the codes
 INT8 = np.arange(128.0)
-E4M3 = np.array([m * 2.0**-9 if e == 0 else (8 + m) * 2.0 ** (e - 10) for e in range(16) for m in range(8)][:-1])  # 0x7F is NaN
+E4M3 = np.array(
+    [m * 2.0**-9 if e == 0 else (8 + m) * 2.0 ** (e - 10) for e in range(16) for m in range(8)][:-1]
+)  # 0x7F is NaN
 E5M2 = np.array([m * 2.0**-16 if e == 0 else (4 + m) * 2.0 ** (e - 17) for e in range(31) for m in range(4)])
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 MAGNITUDES = {torch.int8: INT8, torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
@@ -50,7 +52,9 @@ def in_tiles(scale):
     rows, columns = math.ceil(scale.shape[0] / 128) * 128, math.ceil(scale.shape[1] / 4) * 4
     tiles = np.zeros(rows * columns, np.uint8)
     for r, c in np.ndindex(*scale.shape):
-        tiles[(r // 128 * (columns // 4) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4] = scale[r, c]
+        tiles[(r // 128 * (columns // 4) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4] = scale[
+            r, c
+        ]
     return tiles.reshape(rows, columns)
 
 
@@ -65,18 +69,26 @@ def expected(form: Format, weight: Tensor):
     magnitudes = MAGNITUDES[form.codes]
     largest = F32(magnitudes[-1])
     b = form.block
-    height, width = {"tensor": (n, k), "row": (1, k), "grid": (b, b), "block3d": (1, b), "": (n, k)}[form.granularity]
+    height, width = {"tensor": (n, k), "row": (1, k), "grid": (b, b), "block3d": (1, b), "": (n, k)}[
+        form.granularity
+    ]
     size, where = absmax(w, height, width)
     if form.codes == torch.int8:
         scale = np.maximum(size / largest, F32(1e-30))
     else:
         scale = np.where(size == 0, F32(1), np.maximum(size / largest, F32(1e-12)))
     code, sign = nearest(w / scale[where] if form.granularity else w, magnitudes)
-    codes = np.where(sign, -code.astype(np.int8), code.astype(np.int8)).view(np.uint8) if form.codes == torch.int8 else code | sign << 7
+    codes = (
+        np.where(sign, -code.astype(np.int8), code.astype(np.int8)).view(np.uint8)
+        if form.codes == torch.int8
+        else code | sign << 7
+    )
     shape = {
-        "tensor": (), "row": (n, 1) if form.codes == torch.int8 else (n,), "grid": (n // max(b, 1), k // max(b, 1)),
+        "tensor": (),
+        "row": (n, 1) if form.codes == torch.int8 else (n,),
+        "grid": (n // max(b, 1), k // max(b, 1)),
         "block3d": (n, k // max(b, 1), 1),
-    }  # fmt: skip
+    }
     return codes, scale.reshape(shape[form.granularity]) if form.granularity else None, None
 
 
@@ -134,9 +146,15 @@ def awkward() -> Tensor:
     """[128, 256]: every eighth row is of another kind, so that blocks of 64 and 128 hold mixtures; the last 64 rows are calm."""
     w = randn(128, 256)
     kinds = [
-        torch.zeros(256), -torch.zeros(256), torch.full((256,), -0.3), 1e-36 * randn(256, seed=1), 1e-41 * randn(256, seed=2),
-        1e30 * randn(256, seed=3), torch.linspace(-127, 127, 255).repeat(2)[:256] / 2, torch.arange(256) / 8 - 16,
-    ]  # fmt: skip
+        torch.zeros(256),
+        -torch.zeros(256),
+        torch.full((256,), -0.3),
+        1e-36 * randn(256, seed=1),
+        1e-41 * randn(256, seed=2),
+        1e30 * randn(256, seed=3),
+        torch.linspace(-127, 127, 255).repeat(2)[:256] / 2,
+        torch.arange(256) / 8 - 16,
+    ]
     for i, row in enumerate(kinds):
         w[8 * i] = row
     w[33, 7] = 1000  # one huge value
@@ -154,9 +172,16 @@ def ties() -> Tensor:
     w[64:96, ::16] = 448
     halves = torch.tensor((E4M3[1:] + E4M3[:-1]) / 2, dtype=torch.float32)  # 126
     w[64:96, 1:16], w[64:96, 17:32], w[64:96, 33:48] = halves[:15], -halves[15:30], halves[30:45]
-    w[64:96, 129:144], w[64:96, 161:176], w[64:96, 193:208] = halves[90:105], -halves[105:120], halves[106:121]
+    w[64:96, 129:144], w[64:96, 161:176], w[64:96, 193:208] = (
+        halves[90:105],
+        -halves[105:120],
+        halves[106:121],
+    )
     w[96:, ::16] = 6
-    w[96:, 1:8], w[96:, 17:24] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5]), -torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5])
+    w[96:, 1:8], w[96:, 17:24] = (
+        torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5]),
+        -torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5]),
+    )
     w[96, 0] = 2688  # the global scale of nvfp4 is 1 then
     return w
 
@@ -225,7 +250,11 @@ def test_the_weight_itself_stays_as_it_is(form: Format) -> None:
     w = torch.nn.Parameter(randn(128, 128))
     before = w.detach().clone()
     made = form.quantize(w)
-    assert torch.equal(w, before) and not made.qdata.requires_grad and (made.scale is None or not made.scale.requires_grad)
+    assert (
+        torch.equal(w, before)
+        and not made.qdata.requires_grad
+        and (made.scale is None or not made.scale.requires_grad)
+    )
 
 
 @pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
@@ -247,7 +276,9 @@ def test_an_empty_weight_is_refused() -> None:
 
 def test_int8_row() -> None:
     made = FORMATS["int8_rowwise"].quantize(torch.tensor([[1, -2, 0.5, 0]]))
-    assert made.qdata.tolist() == [[64, -127, 32, 0]] and made.scale.tolist() == [[torch.tensor(2 / 127).item()]]
+    assert made.qdata.tolist() == [[64, -127, 32, 0]] and made.scale.tolist() == [
+        [torch.tensor(2 / 127).item()]
+    ]
 
 
 def test_nvfp4_byte() -> None:
@@ -264,7 +295,9 @@ def test_mxfp8_exponent() -> None:
     """448 * 2**-7 needs the exponent 120."""
     w = torch.full((32, 32), 448 / 128)
     made = FORMATS["mxfp8"].quantize(w)
-    assert made.scale[0, 0].item() == 120 and made.scale.dtype == torch.uint8 and made.qdata[0, 0].item() == 448
+    assert (
+        made.scale[0, 0].item() == 120 and made.scale.dtype == torch.uint8 and made.qdata[0, 0].item() == 448
+    )
     assert torch.equal(made.dequantize(), w)
 
 
@@ -292,7 +325,10 @@ def test_where_a_scale_lies(place: tuple[int, int], offset: int) -> None:
 def test_tiles_are_those_that_are_read(shape: tuple[int, int]) -> None:
     scale = torch.randint(1, 256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     tiles = swizzled(scale)
-    assert torch.equal(tiles.flatten()[swizzled_offsets(*shape)], scale) and int((tiles != 0).sum()) == scale.numel()
+    assert (
+        torch.equal(tiles.flatten()[swizzled_offsets(*shape)], scale)
+        and int((tiles != 0).sum()) == scale.numel()
+    )
 
 
 def test_int8_rows_are_those_of_the_denoisers() -> None:
@@ -303,8 +339,12 @@ def test_int8_rows_are_those_of_the_denoisers() -> None:
 
 def test_a_cast_of_what_is_too_large_is_the_largest_number() -> None:
     w = torch.tensor([[1e9, -1e9, 464, 500, -460, 3.3]])
-    assert FORMATS["float8_e4m3fn_cast"].quantize(w).qdata.float().tolist() == [[448, -448, 448, 448, -448, 3.25]]
-    assert FORMATS["float8_e5m2_cast"].quantize(w).qdata.float().tolist() == [[57344, -57344, 448, 512, -448, 3.5]]
+    assert FORMATS["float8_e4m3fn_cast"].quantize(w).qdata.float().tolist() == [
+        [448, -448, 448, 448, -448, 3.25]
+    ]
+    assert FORMATS["float8_e5m2_cast"].quantize(w).qdata.float().tolist() == [
+        [57344, -57344, 448, 512, -448, 3.5]
+    ]
 
 
 # -- comfy-kitchen ------------------------------------------------------------------------------------------------------
@@ -325,7 +365,9 @@ def test_blocks_are_comfy_kitchens(kitchen, weight) -> None:
     w[w.abs() < 1e-35] = 0
     made = FORMATS["mxfp8"].quantize(w)
     codes, scale = kitchen.quantize_mxfp8(w, pad_32x=True)
-    assert torch.equal(made.qdata.view(torch.uint8), codes.view(torch.uint8)) and torch.equal(made.scale, scale.view(torch.uint8))
+    assert torch.equal(made.qdata.view(torch.uint8), codes.view(torch.uint8)) and torch.equal(
+        made.scale, scale.view(torch.uint8)
+    )
     made = FORMATS["nvfp4"].quantize(w)
     codes, params = kitchen.tensor.TensorCoreNVFP4Layout.quantize(w)
     assert torch.equal(made.qdata, codes) and torch.equal(made.global_scale, params.scale)
@@ -335,7 +377,10 @@ def test_blocks_are_comfy_kitchens(kitchen, weight) -> None:
 @pytest.mark.parametrize("weight", INPUTS.values(), ids=INPUTS)
 def test_int8_is_comfy_kitchens(kitchen, weight) -> None:
     w = weight().float()
-    for name, function in {"int8_tensorwise": "quantize_int8_tensorwise", "int8_rowwise": "quantize_int8_rowwise"}.items():
+    for name, function in {
+        "int8_tensorwise": "quantize_int8_tensorwise",
+        "int8_rowwise": "quantize_int8_rowwise",
+    }.items():
         made = FORMATS[name].quantize(w)
         codes, scale = getattr(kitchen, function)(w)
         assert torch.equal(made.qdata, codes) and torch.equal(made.scale, scale.reshape(made.scale.shape))
@@ -358,16 +403,46 @@ def test_fp8_is_comfy_kitchens_but_for_its_rounded_reciprocal(kitchen, name: str
     ("name", "shape", "taken", "reason"),
     [
         ("int8_blockwise", (256, 384), "int8_blockwise", ""),
-        ("int8_blockwise", (256, 192), "int8_rowwise", "int8_blockwise has blocks of 128 x 128; they do not divide 256 x 192"),
-        ("int8_blockwise", (192, 256), "int8_rowwise", "int8_blockwise has blocks of 128 x 128; they do not divide 192 x 256"),
+        (
+            "int8_blockwise",
+            (256, 192),
+            "int8_rowwise",
+            "int8_blockwise has blocks of 128 x 128; they do not divide 256 x 192",
+        ),
+        (
+            "int8_blockwise",
+            (192, 256),
+            "int8_rowwise",
+            "int8_blockwise has blocks of 128 x 128; they do not divide 192 x 256",
+        ),
         ("int8_block3d", (3, 256), "int8_block3d", ""),
-        ("int8_block3d", (256, 192), "int8_rowwise", "int8_block3d has blocks of 128 columns; they do not divide 192"),
+        (
+            "int8_block3d",
+            (256, 192),
+            "int8_rowwise",
+            "int8_block3d has blocks of 128 columns; they do not divide 192",
+        ),
         ("float8_e4m3fn_blockwise", (64, 192), "float8_e4m3fn_blockwise", ""),
-        ("float8_e4m3fn_blockwise", (64, 32), "float8_e4m3fn_rowwise", "has blocks of 64 x 64; they do not divide 64 x 32"),
+        (
+            "float8_e4m3fn_blockwise",
+            (64, 32),
+            "float8_e4m3fn_rowwise",
+            "has blocks of 64 x 64; they do not divide 64 x 32",
+        ),
         ("float8_e4m3fn_block3d", (5, 192), "float8_e4m3fn_block3d", ""),
-        ("float8_e4m3fn_block3d", (64, 32), "float8_e4m3fn_rowwise", "has blocks of 64 columns; they do not divide 32"),
+        (
+            "float8_e4m3fn_block3d",
+            (64, 32),
+            "float8_e4m3fn_rowwise",
+            "has blocks of 64 columns; they do not divide 32",
+        ),
         ("int8_convrot", (3, 48), "int8_convrot", ""),
-        ("int8_convrot", (16, 40), "int8_rowwise", "int8_convrot rotates groups of 256, 64, 16 columns; none of them divides 40"),
+        (
+            "int8_convrot",
+            (16, 40),
+            "int8_rowwise",
+            "int8_convrot rotates groups of 256, 64, 16 columns; none of them divides 40",
+        ),
         ("mxfp8", (3, 5), "mxfp8", ""),
         ("nvfp4", (3, 5), "nvfp4", ""),
         ("int8_tensorwise", (3, 5), "int8_tensorwise", ""),
@@ -379,7 +454,9 @@ def test_who_takes_a_shape(name: str, shape: tuple[int, int], taken: str, reason
     assert (said is None) == (not reason) and reason in (said or "")
 
 
-@pytest.mark.parametrize(("columns", "group"), [(4096, 256), (2560, 256), (320, 64), (48, 16), (40, 0), (4, 0)])
+@pytest.mark.parametrize(
+    ("columns", "group"), [(4096, 256), (2560, 256), (320, 64), (48, 16), (40, 0), (4, 0)]
+)
 def test_the_group_that_is_rotated(columns: int, group: int) -> None:
     assert FORMATS["int8_convrot"].rotated_group(columns) == group
     assert FORMATS["int8_rowwise"].rotated_group(columns) == 0
@@ -387,14 +464,18 @@ def test_the_group_that_is_rotated(columns: int, group: int) -> None:
 
 def test_an_unknown_format_is_refused_with_the_choices() -> None:
     with pytest.raises(
-        ConfigError, match=r"format is 'int8_row'; did you mean 'int8_rowwise'\? choose from float8_e4m3fn, .*nvfp4_modelopt$"
+        ConfigError,
+        match=r"format is 'int8_row'; did you mean 'int8_rowwise'\? choose from float8_e4m3fn, .*nvfp4_modelopt$",
     ):
         format_for("int8_row", 4, 4)
 
 
 @pytest.mark.parametrize(("name", "written"), [("nvfp4_modelopt", "nvfp4"), ("mxfp8_rows", "mxfp8")])
 def test_what_is_only_read_is_never_written(name: str, written: str) -> None:
-    assert FORMATS[name].refuse(16, 16) == f"{name} is read and never written" and format_for(name, 16, 16) is FORMATS[written]
+    assert (
+        FORMATS[name].refuse(16, 16) == f"{name} is read and never written"
+        and format_for(name, 16, 16) is FORMATS[written]
+    )
     with pytest.raises(ValueError, match=f"{name} is read and never written"):
         FORMATS[name].quantize(randn(16, 16))
 

@@ -22,13 +22,22 @@ def as_bytes(*shape: int, seed: int = 0) -> torch.Tensor:
 # what files hold and we do not write: scales in rows, the other order of halves, other dtypes and shapes of scales
 FOREIGN = {
     "nvfp4_modelopt": lambda: CodedWeight(
-        as_bytes(5, 24), as_bytes(5, 3, seed=1).view(E4M3), (5, 48), torch.tensor([0.01]), swizzled=False, high_first=False
+        as_bytes(5, 24),
+        as_bytes(5, 3, seed=1).view(E4M3),
+        (5, 48),
+        torch.tensor([0.01]),
+        swizzled=False,
+        high_first=False,
     ),
     "nvfp4_modelopt of one block": lambda: CodedWeight(
         as_bytes(1, 8), as_bytes(1, 1, seed=1), (1, 16), torch.tensor(0.5), swizzled=False, high_first=False
     ),
-    "mxfp8 in rows": lambda: CodedWeight(as_bytes(3, 96).view(E4M3), as_bytes(3, 3, seed=1).view(E8M0), (3, 96), swizzled=False),
-    "mxfp8 of e5m2": lambda: CodedWeight(as_bytes(32, 64).clamp(max=0x7B).view(E5M2), as_bytes(128, 4, seed=1).view(E8M0), (30, 50)),
+    "mxfp8 in rows": lambda: CodedWeight(
+        as_bytes(3, 96).view(E4M3), as_bytes(3, 3, seed=1).view(E8M0), (3, 96), swizzled=False
+    ),
+    "mxfp8 of e5m2": lambda: CodedWeight(
+        as_bytes(32, 64).clamp(max=0x7B).view(E5M2), as_bytes(128, 4, seed=1).view(E8M0), (30, 50)
+    ),
     "row [N]": lambda: CodedWeight(full_range(5, 7), randn(5, dtype=torch.bfloat16), (5, 7)),
     "row [N] of a square": lambda: CodedWeight(full_range(5, 5), randn(5), (5, 5)),
     "tensor [1, 1]": lambda: CodedWeight(full_range(5, 7), torch.tensor([[0.5]]), (5, 7)),
@@ -39,7 +48,9 @@ FOREIGN = {
     "scales of 8 bits": lambda: CodedWeight(full_range(5, 7), as_bytes(5, 1).view(E4M3), (5, 7)),
 }
 WEIGHTS = FOREIGN | {form.name: lambda form=form: form.quantize(randn(256, 384)) for form in WRITTEN}
-PADDED = {f"{name} padded": lambda name=name: FORMATS[name].quantize(randn(150, 90)) for name in ("mxfp8", "nvfp4")}
+PADDED = {
+    f"{name} padded": lambda name=name: FORMATS[name].quantize(randn(150, 90)) for name in ("mxfp8", "nvfp4")
+}
 
 
 @pytest.mark.parametrize("make", (WEIGHTS | PADDED).values(), ids=WEIGHTS | PADDED)
@@ -59,7 +70,11 @@ def test_rows_are_those_of_the_whole(make, dtype: torch.dtype) -> None:
 def test_scales_in_rows_are_a_quarter_tile_no_more(name: str) -> None:
     weight = FORMATS[name].quantize(randn(256, 384))
     plain = weight.in_rows()
-    assert not plain.swizzled and plain.scale.shape == (256, 384 // FORMATS[name].block) and plain.scale.dtype == weight.scale.dtype
+    assert (
+        not plain.swizzled
+        and plain.scale.shape == (256, 384 // FORMATS[name].block)
+        and plain.scale.dtype == weight.scale.dtype
+    )
     assert torch.equal(plain.dequantize(), weight.dequantize()) and plain.in_rows() is plain
     with pytest.raises(AssertionError, match="in_rows"):
         weight.rows(torch.tensor([0]))
@@ -71,7 +86,9 @@ def test_others_are_in_rows_already(name: str) -> None:
     assert weight.in_rows() is weight
 
 
-@pytest.mark.parametrize(("make", "kind"), [(FORMATS[f.name], f.kind) for f in WRITTEN], ids=lambda x: getattr(x, "name", x))
+@pytest.mark.parametrize(
+    ("make", "kind"), [(FORMATS[f.name], f.kind) for f in WRITTEN], ids=lambda x: getattr(x, "name", x)
+)
 def test_kinds(make, kind: str) -> None:
     assert make.quantize(randn(128, 128)).kind == kind
 
@@ -80,13 +97,17 @@ def test_kinds(make, kind: str) -> None:
 def test_the_scale_tells_mxfp8_from_fp8(dtype: torch.dtype) -> None:
     codes = as_bytes(1, 32).view(E4M3)
     assert CodedWeight(codes, as_bytes(1, 1).view(dtype), (1, 32), swizzled=False).kind == "mxfp8"
-    assert CodedWeight(codes, torch.ones(1, 1), (1, 32)).kind == "fp8" == CodedWeight(codes, None, (1, 32)).kind
+    assert (
+        CodedWeight(codes, torch.ones(1, 1), (1, 32)).kind == "fp8" == CodedWeight(codes, None, (1, 32)).kind
+    )
 
 
 @pytest.mark.parametrize(("high_first", "numbers"), [(True, [1, -6]), (False, [-6, 1])])
 def test_which_half_of_a_byte_is_first(high_first: bool, numbers: list[float]) -> None:
     codes = torch.full((1, 8), 0x2F, dtype=torch.uint8)
-    weight = CodedWeight(codes, torch.ones(1, 1).to(E4M3), (1, 2), torch.tensor(1.0), swizzled=False, high_first=high_first)
+    weight = CodedWeight(
+        codes, torch.ones(1, 1).to(E4M3), (1, 2), torch.tensor(1.0), swizzled=False, high_first=high_first
+    )
     assert weight.dequantize().tolist() == [numbers]
 
 
@@ -100,11 +121,20 @@ def test_what_a_weight_weighs() -> None:
 def test_padding_is_cut_and_can_be_seen() -> None:
     weight = FORMATS["nvfp4"].quantize(randn(30, 50))
     padded = weight.padded(torch.float32, reference)
-    assert padded.shape == (32, 64) and torch.equal(padded[:30, :50], weight.dequantize()) and not padded[30:].any()
+    assert (
+        padded.shape == (32, 64)
+        and torch.equal(padded[:30, :50], weight.dequantize())
+        and not padded[30:].any()
+    )
     other = replace(weight, shape=(17, 49))
     assert torch.equal(other.dequantize(), padded[:17, :49])
 
 
 def test_small_helpers() -> None:
     assert [padded_to(size, 16) for size in (1, 16, 17)] == [16, 16, 32]
-    assert [is_fp8(torch.empty(1, dtype=dtype)) for dtype in (E4M3, E5M2, torch.uint8, torch.int8)] == [True, True, False, False]
+    assert [is_fp8(torch.empty(1, dtype=dtype)) for dtype in (E4M3, E5M2, torch.uint8, torch.int8)] == [
+        True,
+        True,
+        False,
+        False,
+    ]

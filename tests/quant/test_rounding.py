@@ -27,12 +27,23 @@ def with_outlier(columns, size):
 # one of each kind of row that a weight may have
 ROWS = torch.cat(
     [
-        randn(6, 96), heavy_tailed(6, 96, seed=1), with_outlier(96, 6.0)[None], with_outlier(96, -50.0)[None], torch.zeros(1, 96),
-        torch.full((1, 96), 0.3), torch.full((1, 96), -7.0), torch.eye(96)[5:6], 1e-6 * randn(1, 96, seed=2), 1e-36 * randn(1, 96, seed=3),
-        1e12 * randn(1, 96, seed=4), full_range(1, 96, seed=5).float(), randn(1, 96, seed=6).sign(), torch.linspace(-1, 1, 96)[None],
+        randn(6, 96),
+        heavy_tailed(6, 96, seed=1),
+        with_outlier(96, 6.0)[None],
+        with_outlier(96, -50.0)[None],
+        torch.zeros(1, 96),
+        torch.full((1, 96), 0.3),
+        torch.full((1, 96), -7.0),
+        torch.eye(96)[5:6],
+        1e-6 * randn(1, 96, seed=2),
+        1e-36 * randn(1, 96, seed=3),
+        1e12 * randn(1, 96, seed=4),
+        full_range(1, 96, seed=5).float(),
+        randn(1, 96, seed=6).sign(),
+        torch.linspace(-1, 1, 96)[None],
         randn(1, 96, seed=7).abs(),
     ]
-)  # fmt: skip
+)
 
 
 def error(weight, rounded):
@@ -53,12 +64,18 @@ def inputs(rows, columns, kind, seed=0):
 
 def output_error(weight, rounded, x):
     exact = x.double() @ weight.double().T
-    return ((x.double() @ (rounded.qdata.double() * rounded.scale.double()).T - exact).norm() / exact.norm()).item()
+    return (
+        (x.double() @ (rounded.qdata.double() * rounded.scale.double()).T - exact).norm() / exact.norm()
+    ).item()
 
 
 def expect_sound(rounded, weight):
     assert isinstance(rounded, QuantizedWeight)
-    assert rounded.qdata.dtype == torch.int8 and rounded.qdata.shape == weight.shape and rounded.qdata.min() >= -127
+    assert (
+        rounded.qdata.dtype == torch.int8
+        and rounded.qdata.shape == weight.shape
+        and rounded.qdata.min() >= -127
+    )
     assert rounded.scale.dtype == torch.float32 and rounded.scale.shape == (len(weight), 1)
     assert rounded.scale.isfinite().all() and (rounded.scale > 0).all()
 
@@ -137,14 +154,18 @@ def test_mse_makes_no_row_worse(settings):
         assert (error(weight, rounded) <= error(weight, AbsMax().round(weight)) * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize(("columns", "size", "most"), [(16_384, 5.0, 0.95), (16_384, -7.0, 0.95), (40_000, 30.0, 0.85)])
+@pytest.mark.parametrize(
+    ("columns", "size", "most"), [(16_384, 5.0, 0.95), (16_384, -7.0, 0.95), (40_000, 30.0, 0.85)]
+)
 def test_mse_clips_a_far_outlier_where_that_pays(columns, size, most):
     # a clipped weight is off by all that it is too large: at 127 steps only many others with a finer grid make up for that
     weight = with_outlier(columns, size)[None]
     rounded = Mse().round(weight)
     assert error(weight, rounded) < most * error(weight, AbsMax().round(weight))
     # clipped: the largest code stands for less than the largest weight
-    assert rounded.scale.item() * 127 < 0.99 * abs(size) and rounded.qdata[0, columns // 2].item() == (127 if size > 0 else -127)
+    assert rounded.scale.item() * 127 < 0.99 * abs(size) and rounded.qdata[0, columns // 2].item() == (
+        127 if size > 0 else -127
+    )
 
 
 def test_mse_improves_ordinary_rows_too():
@@ -166,7 +187,10 @@ def test_mse_is_the_best_of_its_grid_and_then_refined():
             shares = [1 - (1 - smallest) * step / (candidates - 1) for step in range(candidates)]
             best = min(at(max(map(abs, row)) / 127 * share) for share in shares)
             for _ in range(REFINEMENTS):
-                best = min(best, at(sum(w * c for w, c in zip(row, best[2], strict=True)) / sum(c * c for c in best[2])))
+                best = min(
+                    best,
+                    at(sum(w * c for w, c in zip(row, best[2], strict=True)) / sum(c * c for c in best[2])),
+                )
             assert error(weight, rounded)[i].item() == pytest.approx(best[0], rel=1e-3, abs=1e-12)
             assert rounded.qdata[i].tolist() == best[2]
 
@@ -186,7 +210,10 @@ def test_mse_finds_nearly_what_a_search_over_every_scale_finds():
     best = torch.full((3,), float("inf"), dtype=torch.float64)
     for share in torch.linspace(0.3, 1.05, 1000):
         scale = largest * share
-        best = torch.minimum(best, error(weight, QuantizedWeight((weight / scale).round().clamp(-127, 127).to(torch.int8), scale)))
+        best = torch.minimum(
+            best,
+            error(weight, QuantizedWeight((weight / scale).round().clamp(-127, 127).to(torch.int8), scale)),
+        )
     assert (error(weight, Mse(candidates=100, smallest=0.3).round(weight)) < 1.02 * best).all()
 
 
@@ -239,7 +266,9 @@ def test_gptq_makes_the_output_better(kind, most, seed):
 def test_gptq_helps_on_inputs_that_it_never_saw(damping):
     weight, x = randn(32, 96, seed=1), inputs(800, 96, "mixed")
     seen, fresh = x[:400], x[400:]
-    assert output_error(weight, Gptq(damping).round(weight, seen), fresh) < 0.75 * output_error(weight, AbsMax().round(weight), fresh)
+    assert output_error(weight, Gptq(damping).round(weight, seen), fresh) < 0.75 * output_error(
+        weight, AbsMax().round(weight), fresh
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64])

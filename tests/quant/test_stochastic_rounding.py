@@ -58,11 +58,17 @@ def test_a_row_that_would_leave_the_range_gets_a_larger_scale_and_the_others_kee
     wanted = torch.zeros(256, 512)
     wanted[7] = WEIGHT.dequantize()[7]  # doubles the row
     rounded = add_rounded(WEIGHT, wanted, seeded("a"))
-    assert rounded.weight.scale[7] == pytest.approx(2 * WEIGHT.scale[7].item()) and rounded.largest_growth == pytest.approx(2)
+    assert rounded.weight.scale[7] == pytest.approx(
+        2 * WEIGHT.scale[7].item()
+    ) and rounded.largest_growth == pytest.approx(2)
     kept = [i for i in range(256) if i != 7]
     assert torch.equal(rounded.weight.scale[kept], WEIGHT.scale[kept])
-    assert gain((rounded.weight.dequantize() - WEIGHT.dequantize())[7], wanted[7]) == pytest.approx(1, abs=0.01)
-    assert rounded.clipped_share == pytest.approx((WEIGHT.qdata[7].abs() > 63).float().mean().item() / 256, rel=0.01)
+    assert gain((rounded.weight.dequantize() - WEIGHT.dequantize())[7], wanted[7]) == pytest.approx(
+        1, abs=0.01
+    )
+    assert rounded.clipped_share == pytest.approx(
+        (WEIGHT.qdata[7].abs() > 63).float().mean().item() / 256, rel=0.01
+    )
 
 
 def test_codes_stay_symmetric_at_both_ends() -> None:
@@ -75,7 +81,9 @@ def test_a_row_of_zeros_takes_a_change() -> None:
     zeros = quantize_weight(torch.zeros(4, 16))
     wanted = randn(4, 16, seed=3)
     rounded = add_rounded(zeros, wanted, seeded("a"))
-    assert torch.isfinite(rounded.weight.scale).all() and gain(rounded.weight.dequantize(), wanted) == pytest.approx(1, abs=0.05)
+    assert torch.isfinite(rounded.weight.scale).all() and gain(
+        rounded.weight.dequantize(), wanted
+    ) == pytest.approx(1, abs=0.05)
 
 
 def test_blocks_of_rows_are_of_no_consequence_for_the_scales(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,10 +92,14 @@ def test_blocks_of_rows_are_of_no_consequence_for_the_scales(monkeypatch: pytest
     monkeypatch.setattr("int8run.quant.stochastic_rounding.BLOCK_NUMBERS", 1000)
     split = add_rounded(WEIGHT, wanted, seeded("a"))
     # the generator hands out its numbers row by row
-    assert torch.equal(split.weight.qdata, whole.weight.qdata) and torch.equal(split.weight.scale, whole.weight.scale)
+    assert torch.equal(split.weight.qdata, whole.weight.qdata) and torch.equal(
+        split.weight.scale, whole.weight.scale
+    )
 
 
 def test_seeds_depend_on_every_word_and_their_borders() -> None:
-    draws = [torch.rand(8, generator=seeded(*words)) for words in ((0, "ab"), (0, "a", "b"), (1, "ab"), (0, "ba"))]
+    draws = [
+        torch.rand(8, generator=seeded(*words)) for words in ((0, "ab"), (0, "a", "b"), (1, "ab"), (0, "ba"))
+    ]
     assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
     assert torch.equal(draws[0], torch.rand(8, generator=seeded(0, "ab")))

@@ -28,7 +28,7 @@ from int8run.report.run_files import (
     write_json,
     write_layers,
     write_yaml,
-)  # fmt: skip
+)
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -46,14 +46,18 @@ def pixels_of(sheet, color):
 # -- pictures -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("a", "b", "expected"), [(9, 9, 0), (10, 20, 80), (20, 10, 80), (0, 31, 248), (0, 32, 255), (0, 255, 255)])
+@pytest.mark.parametrize(
+    ("a", "b", "expected"), [(9, 9, 0), (10, 20, 80), (20, 10, 80), (0, 31, 248), (0, 32, 255), (0, 255, 255)]
+)
 def test_a_difference_is_amplified_and_clipped(a, b, expected):
     made = difference(flat((a, 0, 0), 2), flat((b, 0, 0), 2))
     assert (DIFFERENCE_GAIN, made.getpixel((1, 1))) == (8, (expected, 0, 0))
 
 
 def test_a_difference_takes_any_mode():
-    assert difference(Image.new("L", (2, 2), 5), Image.new("RGBA", (2, 2), (5, 5, 6, 0))).getpixel((0, 0)) == (0, 0, 8)
+    assert difference(Image.new("L", (2, 2), 5), Image.new("RGBA", (2, 2), (5, 5, 6, 0))).getpixel(
+        (0, 0)
+    ) == (0, 0, 8)
 
 
 def test_small_pictures_are_enlarged_by_a_whole_factor():
@@ -71,7 +75,10 @@ def test_enlarging_does_not_smooth():
     picture = Image.new("RGB", (2, 2), RED)
     picture.putpixel((0, 0), GREEN)
     sheet = grid([("", [picture])], [""])
-    assert pixels_of(sheet, GREEN)[0] == (GRID_MIN_SIDE // 2) ** 2 and pixels_of(sheet, RED)[0] == 3 * (GRID_MIN_SIDE // 2) ** 2
+    assert (
+        pixels_of(sheet, GREEN)[0] == (GRID_MIN_SIDE // 2) ** 2
+        and pixels_of(sheet, RED)[0] == 3 * (GRID_MIN_SIDE // 2) ** 2
+    )
 
 
 def test_rows_and_columns_are_where_they_belong():
@@ -96,15 +103,26 @@ def test_words_are_written_above(part):
     above = (0, 0, empty.width, picture[1])
     assert empty.crop(above).getextrema() == ((255, 255),) * 3
     assert written.crop(above).getextrema()[0][0] < 128, "nothing dark above the picture"
-    assert written.crop((0, picture[1], *written.size)).tobytes() == empty.crop((0, picture[1], *empty.size)).tobytes()
+    assert (
+        written.crop((0, picture[1], *written.size)).tobytes()
+        == empty.crop((0, picture[1], *empty.size)).tobytes()
+    )
 
 
 def test_a_row_without_pictures_is_a_caption_of_the_rows_below():
     plain = grid([("1", [flat(RED), flat(GREEN)])], ["float", "INT8"])
-    sheet = grid([("a fox", []), ("1", [flat(RED), flat(GREEN)]), ("2", [flat(BLUE), flat(RED)])], ["float", "INT8"])
-    (_, green), (_, blue), (_, alone) = pixels_of(sheet, GREEN), pixels_of(sheet, BLUE), pixels_of(plain, GREEN)
+    sheet = grid(
+        [("a fox", []), ("1", [flat(RED), flat(GREEN)]), ("2", [flat(BLUE), flat(RED)])], ["float", "INT8"]
+    )
+    (_, green), (_, blue), (_, alone) = (
+        pixels_of(sheet, GREEN),
+        pixels_of(sheet, BLUE),
+        pixels_of(plain, GREEN),
+    )
     line = green[1] - alone[1]  # the height of the one line
-    assert 16 <= line <= 32 and blue[1] - green[3] > line and sheet.height - blue[3] == plain.height - alone[3]
+    assert (
+        16 <= line <= 32 and blue[1] - green[3] > line and sheet.height - blue[3] == plain.height - alone[3]
+    )
     above = sheet.crop((0, alone[1] - line, sheet.width, alone[1]))
     assert above.getextrema()[0][0] < 128 and pixels_of(sheet, RED)[0] == 2 * GRID_MIN_SIDE**2
 
@@ -118,7 +136,9 @@ def test_words_grow_with_large_pictures(side, line):
 
 def test_a_picture_is_saved_as_it_is(tmp_path):
     assert save_sample([flat(RED)], {"first": 0}, tmp_path, "fox", 16) == ["fox.png"]
-    assert [p.name for p in tmp_path.iterdir()] == ["fox.png"] and Image.open(tmp_path / "fox.png").tobytes() == flat(RED).tobytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["fox.png"] and Image.open(
+        tmp_path / "fox.png"
+    ).tobytes() == flat(RED).tobytes()
 
 
 def test_a_video_is_saved_as_an_animation_and_some_exact_frames(tmp_path):
@@ -149,7 +169,9 @@ def test_layers_csv_has_a_row_for_every_linear(tmp_path):
     measured = {"weight_sqnr_db": 41.23456789, "output_sqnr_db": math.inf, "saturated_share": 0.015625}
     write_layers(
         [
-            LayerPlan("blocks.0.q", 96, 64, None, "convrot group_size=64", "", "gptq", "auto", "onednn", measured),
+            LayerPlan(
+                "blocks.0.q", 96, 64, None, "convrot group_size=64", "", "gptq", "auto", "onednn", measured
+            ),
             LayerPlan("x_embedder", 7, 64, "input embedder, tiny"),
             LayerPlan("blocks.0.k", 96, 7, None, "none", "in_features=7 is not a multiple of 4", "absmax"),
         ],
@@ -159,12 +181,25 @@ def test_layers_csv_has_a_row_for_every_linear(tmp_path):
         first, second, third = csv.DictReader(file)
     assert tuple(first) == LAYER_COLUMNS == tuple(second)
     assert first == {
-        "name": "blocks.0.q", "out_features": "64", "in_features": "96", "quantized": "true", "why_not": "",
-        "outlier": "convrot group_size=64", "outlier_why_not": "", "rounding": "gptq", "backend_asked": "auto", "backend_used": "onednn",
-        "weight_sqnr_db": "41.2346", "output_sqnr_db": "inf",
+        "name": "blocks.0.q",
+        "out_features": "64",
+        "in_features": "96",
+        "quantized": "true",
+        "why_not": "",
+        "outlier": "convrot group_size=64",
+        "outlier_why_not": "",
+        "rounding": "gptq",
+        "backend_asked": "auto",
+        "backend_used": "onednn",
+        "weight_sqnr_db": "41.2346",
+        "output_sqnr_db": "inf",
         "saturated_share": "0.015625",
-    }  # fmt: skip
-    assert (second["quantized"], second["why_not"], second["in_features"]) == ("false", "input embedder, tiny", "7")
+    }
+    assert (second["quantized"], second["why_not"], second["in_features"]) == (
+        "false",
+        "input embedder, tiny",
+        "7",
+    )
     assert {second[column] for column in LAYER_COLUMNS[5:]} == {""}
     assert (third["outlier"], third["outlier_why_not"]) == ("none", "in_features=7 is not a multiple of 4")
 
@@ -175,14 +210,28 @@ def test_a_measurement_without_a_column_is_an_error(tmp_path):
 
 
 def test_json_writes_what_it_has_no_number_for_as_words(tmp_path):
-    data = {"psnr": math.inf, "list": [-math.inf, (math.nan, 1.5)], "count": 3, "none": None, "yes": True, 1: "key"}
+    data = {
+        "psnr": math.inf,
+        "list": [-math.inf, (math.nan, 1.5)],
+        "count": 3,
+        "none": None,
+        "yes": True,
+        1: "key",
+    }
     write_json(data, tmp_path / "m.json")
 
     def refuse(word):
         raise AssertionError(f"{word} is no JSON")
 
     read = json.loads((tmp_path / "m.json").read_text(), parse_constant=refuse)
-    assert read == {"psnr": "inf", "list": ["-inf", ["nan", 1.5]], "count": 3, "none": None, "yes": True, "1": "key"}
+    assert read == {
+        "psnr": "inf",
+        "list": ["-inf", ["nan", 1.5]],
+        "count": 3,
+        "none": None,
+        "yes": True,
+        "1": "key",
+    }
 
 
 def test_yaml_keeps_order_and_letters(tmp_path):
@@ -196,7 +245,12 @@ def test_the_environment_names_the_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     facts = environment(torch.device("cpu"), {"torch": "1"})
     assert set(facts) == {"python", "platform", "device", "threads", "versions", "git", "cpu"}
-    assert (facts["device"], facts["threads"], facts["versions"], facts["git"]) == ("cpu", torch.get_num_threads(), {"torch": "1"}, None)
+    assert (facts["device"], facts["threads"], facts["versions"], facts["git"]) == (
+        "cpu",
+        torch.get_num_threads(),
+        {"torch": "1"},
+        None,
+    )
     assert facts["cpu"], "a number without the name of its CPU is worth nothing"
 
 
@@ -234,12 +288,25 @@ def terminal(monkeypatch):
 
 
 METRICS = {
-    "speed/step_ms_p50": 20.0, "float/step_ms_p50": 50.0, "speed/step_ms_p90": 25.0, "float/step_ms_p90": 50.0,
-    "speed/images_per_s": 3.0, "float/images_per_s": 2.0, "memory/denoiser_bytes": 10_000_000, "float/denoiser_bytes": 38_000_000,
-    "quality/psnr_db": 31.25, "quality/ssim": 0.98765, "quality/latent_rel_err": 0.0312,
-    "quant/layers_int8": 32, "quant/layers_float": 14, "quant/fallback_layers": 2,
-    "quant/output_sqnr_db_mean": 33.3, "quant/output_sqnr_db_min": 21.1, "lora/modules_matched": 8, "lora/overhead_ratio": 1.07,
-}  # fmt: skip
+    "speed/step_ms_p50": 20.0,
+    "float/step_ms_p50": 50.0,
+    "speed/step_ms_p90": 25.0,
+    "float/step_ms_p90": 50.0,
+    "speed/images_per_s": 3.0,
+    "float/images_per_s": 2.0,
+    "memory/denoiser_bytes": 10_000_000,
+    "float/denoiser_bytes": 38_000_000,
+    "quality/psnr_db": 31.25,
+    "quality/ssim": 0.98765,
+    "quality/latent_rel_err": 0.0312,
+    "quant/layers_int8": 32,
+    "quant/layers_float": 14,
+    "quant/fallback_layers": 2,
+    "quant/output_sqnr_db_mean": 33.3,
+    "quant/output_sqnr_db_min": 21.1,
+    "lora/modules_matched": 8,
+    "lora/overhead_ratio": 1.07,
+}
 
 
 def rows(metrics):
@@ -267,7 +334,9 @@ def test_the_result_table():
 
 
 def test_the_result_table_without_a_baseline():
-    shown = rows({"speed/step_ms_p50": 20.0, "memory/denoiser_bytes": 10_000_000, "float/denoiser_bytes": 38_000_000})
+    shown = rows(
+        {"speed/step_ms_p50": 20.0, "memory/denoiser_bytes": 10_000_000, "float/denoiser_bytes": 38_000_000}
+    )
     assert shown["step, median"] == ["–", "20.0 ms", ""]
     assert set(shown) == {"step, median", "denoiser memory"}, "what was not measured has no row"
 
@@ -282,10 +351,15 @@ def test_lines_are_not_wrapped(terminal):
 
 
 def test_pairs_are_one_line():
-    assert console.pairs_line([("device", "cpu"), ("layers", 3)]) == "device [bold]cpu[/bold] · layers [bold]3[/bold]"
+    assert (
+        console.pairs_line([("device", "cpu"), ("layers", 3)])
+        == "device [bold]cpu[/bold] · layers [bold]3[/bold]"
+    )
 
 
-@pytest.mark.parametrize(("enabled", "said"), [(True, ["quantize (3)", "load"]), (False, [])], ids=["on", "off"])
+@pytest.mark.parametrize(
+    ("enabled", "said"), [(True, ["quantize (3)", "load"]), (False, [])], ids=["on", "off"]
+)
 def test_elsewhere_than_on_a_terminal_there_is_a_line_per_step(terminal, caplog, enabled, said):
     progress = console.Progress(enabled)
     with caplog.at_level(logging.INFO, "int8run"):

@@ -11,27 +11,53 @@ from int8run.report import console
 from int8run.report.console import SweepProgress, better, clock, sweep_table, warnings_of
 from int8run.tracking.run_record import Record, end_record, start_record
 
-IDENTITY = {"task": "run", "params": {}, "choices": {}, "config_hash": "c", "build_key": "b", "objective": "quality/psnr_db", "sweep": "s"}
+IDENTITY = {
+    "task": "run",
+    "params": {},
+    "choices": {},
+    "config_hash": "c",
+    "build_key": "b",
+    "objective": "quality/psnr_db",
+    "sweep": "s",
+}
 NUMBERS = {
-    "quality/psnr_db": 55.14, "speed/ratio_vs_float": 2.4, "speed/step_ms_p50": 7.1, "memory/denoiser_bytes": 28e6,
+    "quality/psnr_db": 55.14,
+    "speed/ratio_vs_float": 2.4,
+    "speed/step_ms_p50": 7.1,
+    "memory/denoiser_bytes": 28e6,
     "quality/latent_rel_err": 0.0093,
-}  # fmt: skip
+}
 
 
-def record(folder: Path, number: int, words: str, state: str = "FINISHED", warnings: tuple[str, ...] = (), **metrics: float) -> Record:
-    begun = start_record(folder / str(number), {**IDENTITY, "number": number, "name": words, "overrides": words.split()})
+def record(
+    folder: Path,
+    number: int,
+    words: str,
+    state: str = "FINISHED",
+    warnings: tuple[str, ...] = (),
+    **metrics: float,
+) -> Record:
+    begun = start_record(
+        folder / str(number), {**IDENTITY, "number": number, "name": words, "overrides": words.split()}
+    )
     (begun.folder / "metrics.json").write_text(json.dumps({"metrics": metrics}))
     return end_record(begun, state, None if state == "FINISHED" else "broken on purpose", warnings)
 
 
-def shown(monkeypatch: pytest.MonkeyPatch, width: int, records: list[Record], varying: list[str]) -> list[str]:
+def shown(
+    monkeypatch: pytest.MonkeyPatch, width: int, records: list[Record], varying: list[str]
+) -> list[str]:
     terminal = Console(width=width, file=io.StringIO())
     monkeypatch.setattr(console, "get_console", lambda: terminal)
     terminal.print(sweep_table(records, varying))
-    return [line.split() for line in terminal.file.getvalue().splitlines() if line.strip() and "─" not in line]
+    return [
+        line.split() for line in terminal.file.getvalue().splitlines() if line.strip() and "─" not in line
+    ]
 
 
-def test_a_line_per_job_with_all_numbers_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_per_job_with_all_numbers_where_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = shown(monkeypatch, 100, [record(tmp_path, 3, "outlier=none", **NUMBERS)], ["outlier"])
     assert lines == [
         ["job", "outlier", "PSNR", "dB", "×", "float", "step", "ms", "MB", "latent", "err", "%"],
@@ -39,9 +65,13 @@ def test_a_line_per_job_with_all_numbers_where_there_is_room(tmp_path: Path, mon
     ]
 
 
-def test_numbers_make_room_for_settings_and_no_word_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_make_room_for_settings_and_no_word_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = "lora.mode=stochastic outlier=hadanorm backend=torch_int_mm"
-    lines = shown(monkeypatch, 60, [record(tmp_path, 0, words, **NUMBERS)], ["lora.mode", "outlier", "backend"])
+    lines = shown(
+        monkeypatch, 60, [record(tmp_path, 0, words, **NUMBERS)], ["lora.mode", "outlier", "backend"]
+    )
     assert lines[1] == ["0", "stochastic", "hadanorm", "torch_int_mm", "55.1"]
 
 
@@ -52,19 +82,35 @@ def test_a_job_that_did_not_finish_is_marked(tmp_path: Path, monkeypatch: pytest
 
 
 def test_each_warning_is_said_once_with_its_count(tmp_path: Path) -> None:
-    records = [record(tmp_path, 0, "a=1", warnings=("odd", "odd")), record(tmp_path, 1, "a=2", warnings=("odd", "rare"))]
+    records = [
+        record(tmp_path, 0, "a=1", warnings=("odd", "odd")),
+        record(tmp_path, 1, "a=2", warnings=("odd", "rare")),
+    ]
     assert warnings_of(records) == ["odd (2 of 2 jobs)", "rare (1 of 2 jobs)"]
     assert warnings_of(records[1:]) == ["odd", "rare"]
 
 
-@pytest.mark.parametrize(("metric", "values", "best"), [
-    ("quality/psnr_db", [50, 55, 52], 1), ("quality/latent_rel_err", [0.02, 0.01, 0.03], 1), ("speed/step_ms_p50", [3, 2, 1], 2),
-    ("speed/ratio_vs_float", [1, 3, 2], 1), ("memory/denoiser_bytes", [5, 6, 7], 0), ("quality/psnr_db", [float("nan"), 1, 0.5], 1),
-])  # fmt: skip
-def test_the_best_is_the_smallest_error_or_the_largest_quality(tmp_path: Path, metric: str, values: list[float], best: int) -> None:
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [
+        ("quality/psnr_db", [50, 55, 52], 1),
+        ("quality/latent_rel_err", [0.02, 0.01, 0.03], 1),
+        ("speed/step_ms_p50", [3, 2, 1], 2),
+        ("speed/ratio_vs_float", [1, 3, 2], 1),
+        ("memory/denoiser_bytes", [5, 6, 7], 0),
+        ("quality/psnr_db", [float("nan"), 1, 0.5], 1),
+    ],
+)
+def test_the_best_is_the_smallest_error_or_the_largest_quality(
+    tmp_path: Path, metric: str, values: list[float], best: int
+) -> None:
     held = None
     for number, value in enumerate(values):
-        held = better(held, record(tmp_path, number, f"a={number}", **{metric: "nan" if value != value else value}), metric)
+        held = better(
+            held,
+            record(tmp_path, number, f"a={number}", **{metric: "nan" if value != value else value}),
+            metric,
+        )
     assert held is not None and held.number == best
 
 
@@ -90,6 +136,8 @@ def test_a_line_for_every_job_on_a_terminal(tmp_path: Path, monkeypatch: pytest.
     ]
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")]
+)
 def test_times_of_a_clock(seconds: float, words: str) -> None:
     assert clock(seconds) == words

@@ -58,12 +58,18 @@ class Command:
 
 
 @contextmanager
-def command_in(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def command_in(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
     """A command whose working folder is `folder`; environment, logging and hydra's singletons are put back at the end."""
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
-    cache = folder.parent / f"{folder.name}-cache"  # where commands keep things for each other, in place of the user's own
-    monkeypatch.setattr(Store, "path", property(lambda self: cache if self.folder is None else Path(self.folder).expanduser()))
+    cache = (
+        folder.parent / f"{folder.name}-cache"
+    )  # where commands keep things for each other, in place of the user's own
+    monkeypatch.setattr(
+        Store, "path", property(lambda self: cache if self.folder is None else Path(self.folder).expanduser())
+    )
     for name in ("INT8RUN_DEBUG", "HYDRA_FULL_ERROR", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     environment, root = dict(os.environ), logging.getLogger()

@@ -31,7 +31,9 @@ NEVER_FLOAT = Int8Settings(small_batch_fallback="never")
 
 def assert_close(name: str, actual: Tensor, reference: Tensor, max_rel_err: float) -> None:
     """Compare the RMS of the difference with the RMS of the reference."""
-    assert actual.shape == reference.shape, f"{name}: shape {list(actual.shape)}, the reference has {list(reference.shape)}"
+    assert actual.shape == reference.shape, (
+        f"{name}: shape {list(actual.shape)}, the reference has {list(reference.shape)}"
+    )
     rms = lambda t: t.pow(2).mean().sqrt().item()  # noqa: E731
     difference, size = rms(actual.double() - reference.double()), rms(reference.double())
     # written so that NaN fails
@@ -53,7 +55,11 @@ def full_range(*shape: int, seed: int = 0) -> Tensor:
 def shipped(group: str) -> dict[str, Any]:
     """Every option of a config group that stands alone, built: a new YAML is a new row in the tests."""
     configs = {file.stem: OmegaConf.load(file) for file in sorted((CONF / group).glob("*.yaml"))}
-    return {name: instantiate(config, _convert_="all") for name, config in configs.items() if "defaults" not in config}
+    return {
+        name: instantiate(config, _convert_="all")
+        for name, config in configs.items()
+        if "defaults" not in config
+    }
 
 
 def usable(backend: Backend, device: torch.device) -> bool:
@@ -74,7 +80,10 @@ class TinyModel(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.proj_in = nn.Linear(7, 64)
-            self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)) for _ in range(2))
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
+                for _ in range(2)
+            )
             self.proj_out = nn.Linear(64, 12, bias=False)
         self.to(dtype).eval().requires_grad_(False)
 
@@ -106,16 +115,26 @@ def to_int8(
     return assemble(model, made, ModelFamily("test")), plans
 
 
-def lora_file(changes: Mapping[str, Change], name: str = "style", unknown: Sequence[tuple[str, str]] = ()) -> LoraFile:
+def lora_file(
+    changes: Mapping[str, Change], name: str = "style", unknown: Sequence[tuple[str, str]] = ()
+) -> LoraFile:
     """A LoRA file that lies nowhere, with these changes of the denoiser."""
     file = LoraFile(Path("/loras") / f"{name}.safetensors", {DENOISER: dict(changes)}, tuple(unknown), {})
     file.__dict__["identity"] = name  # the hash of its bytes, had it any
     return file
 
 
-def on_int8(model: nn.Module, int8: nn.Module, stack: Sequence[Mapping[str, Change]], mode: str = "dynamic", **options: Any) -> LoraStack:
+def on_int8(
+    model: nn.Module,
+    int8: nn.Module,
+    stack: Sequence[Mapping[str, Change]],
+    mode: str = "dynamic",
+    **options: Any,
+) -> LoraStack:
     """LoRAs on a float model and on its INT8 copy, at strength 0; options are those of `LoraStack.attach`."""
-    model.__dict__.pop(HOLDER, None)  # tests put one stack after another on a model, each at strength 0 by then
+    model.__dict__.pop(
+        HOLDER, None
+    )  # tests put one stack after another on a model, each at strength 0 by then
     loras = LoraStack(model, mode=mode)
     entries = [Entry(f"lora{i}", lora_file(changes, f"lora{i}")) for i, changes in enumerate(stack)]
     loras.put(entries, loras.matched(entries))

@@ -17,7 +17,11 @@ from int8run.tasks.run import RunResult, run
 
 def uncached(overrides: list[str]) -> list[str]:
     """These overrides, and nothing kept on disk unless they say where: a test neither finds what another left nor writes at home."""
-    return overrides if any(word.startswith("cache.") for word in overrides) else [*overrides, "cache.limit_gb=0"]
+    return (
+        overrides
+        if any(word.startswith("cache.") for word in overrides)
+        else [*overrides, "cache.limit_gb=0"]
+    )
 
 
 def make_spec(overrides: list[str]) -> RunSpec:
@@ -36,13 +40,19 @@ def run_job(overrides: list[str], out: Path) -> RunResult:
         return run(to_spec(config), about)
 
 
-def save_lora(path: Path, model: nn.Module, only: str = "to_", prefix: str = "transformer.", rank: int = 4) -> Path:
+def save_lora(
+    path: Path, model: nn.Module, only: str = "to_", prefix: str = "transformer.", rank: int = 4
+) -> Path:
     """A seeded LoRA in PEFT's layout on the Linears whose name holds `only`."""
     generator = torch.Generator().manual_seed(3)
     tensors = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and only in name:
-            tensors[f"{prefix}{name}.lora_A.weight"] = torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5
-            tensors[f"{prefix}{name}.lora_B.weight"] = torch.randn(module.out_features, rank, generator=generator) * 0.3
+            tensors[f"{prefix}{name}.lora_A.weight"] = (
+                torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5
+            )
+            tensors[f"{prefix}{name}.lora_B.weight"] = (
+                torch.randn(module.out_features, rank, generator=generator) * 0.3
+            )
     save_file(tensors, path, metadata={"modelspec.trigger_phrase": "test style"})
     return path

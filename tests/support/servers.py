@@ -38,12 +38,30 @@ class MlflowServer:
 
     def __enter__(self) -> "MlflowServer":
         command = [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-            "--backend-store-uri", self.store, "--artifacts-destination", (self.folder / "served").as_uri(),
-        ]  # fmt: skip
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            self.store,
+            "--artifacts-destination",
+            (self.folder / "served").as_uri(),
+        ]
+        environment = {
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
         with (self.folder / "server.log").open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
         try:
             self.wait()
         except BaseException:
@@ -56,14 +74,19 @@ class MlflowServer:
         end = time.monotonic() + START_S
         while time.monotonic() < end:
             assert self.process.poll() is None, (self.folder / "server.log").read_text()
-            with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{self.address}/health", timeout=5):
+            with (
+                suppress(urllib.error.URLError, OSError),
+                urllib.request.urlopen(f"{self.address}/health", timeout=5),
+            ):
                 return
             time.sleep(0.2)
         raise AssertionError(f"no answer in {START_S} s: {(self.folder / 'server.log').read_text()}")
 
     def __exit__(self, *error: object) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # the server and its workers, which are a group of their own
+            os.killpg(
+                self.process.pid, signal.SIGKILL
+            )  # the server and its workers, which are a group of their own
         self.process.wait()
 
 
@@ -117,7 +140,9 @@ class Door:
             except OSError:
                 return
             for one in (outer, inner):
-                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or small packets wait for each other
+                one.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+                )  # or small packets wait for each other
             with self.lock:
                 self.passing |= {outer, inner}
             threading.Thread(target=self.carry, args=(outer, inner, True), daemon=True).start()

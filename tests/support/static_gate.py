@@ -33,7 +33,9 @@ DIVISIBLE = [["tt.divisibility", 16]]
 TYPES = {
     **dict.fromkeys(("M", "N", "K", "R", "stride_xm", "gelu_from"), "i32"),
     **dict.fromkeys(("q_ptr", "qdata_ptr"), "*i8"),
-    **dict.fromkeys(("x_scale_ptr", "w_scale_ptr", "scale_ptr", "factor_ptr", "h_ptr", "strengths_ptr"), "*fp32"),
+    **dict.fromkeys(
+        ("x_scale_ptr", "w_scale_ptr", "scale_ptr", "factor_ptr", "h_ptr", "strengths_ptr"), "*fp32"
+    ),
     **dict.fromkeys(("x_ptr", "down_ptr", "bias_ptr", "up_ptr", "y_ptr"), "*bf16"),
 }
 FLOAT32 = dict.fromkeys(("x_ptr", "down_ptr"), "*fp32")
@@ -71,33 +73,64 @@ def linear_build(architecture: int, tile: Tile, rank: int = 0, group: int = 0, e
     """The INT8 linear kernel with a bias, bfloat16 out."""
     block_k = linear.group_depth(tile.block_k, group)
     constants = {
-        "GROUP": group, "SCALE_ROWS": 1, "HAS_BIAS": True, "BLOCK_R": linear.rank_block(rank), "EVEN_N": even, "EVEN_K": even,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": block_k, "GROUP_M": tile.group_m,
-    }  # fmt: skip
+        "GROUP": group,
+        "SCALE_ROWS": 1,
+        "HAS_BIAS": True,
+        "BLOCK_R": linear.rank_block(rank),
+        "EVEN_N": even,
+        "EVEN_K": even,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": block_k,
+        "GROUP_M": tile.group_m,
+    }
     size = f"{tile.block_m}x{tile.block_n}x{block_k} w{tile.warps} s{tile.stages}"
-    options = f"{f' rank {rank}' if rank else ''}{f' group {group}' if group else ''}{'' if even else ' tails'}"
-    return Build(architecture, f"linear {size}{options}", linear._int8_linear, constants, tile.warps, tile.stages)
+    options = (
+        f"{f' rank {rank}' if rank else ''}{f' group {group}' if group else ''}{'' if even else ' tails'}"
+    )
+    return Build(
+        architecture, f"linear {size}{options}", linear._int8_linear, constants, tile.warps, tile.stages
+    )
 
 
 def rowwise_build(
-    architecture: int, rotation: int, rank: int, before: bool, sylvester: bool = False, dtype: torch.dtype = torch.bfloat16
+    architecture: int,
+    rotation: int,
+    rank: int,
+    before: bool,
+    sylvester: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Build:
     """The walking quantize kernel. `before`: with GELU and factor."""
     block_r = rowwise.rank_block(rank)
     constants = {
-        "HAS_FACTOR": before, "GELU": before, "ROTATION": rotation, "SYLVESTER": sylvester, "BLOCK_R": block_r, "EVEN_K": True,
+        "HAS_FACTOR": before,
+        "GELU": before,
+        "ROTATION": rotation,
+        "SYLVESTER": sylvester,
+        "BLOCK_R": block_r,
+        "EVEN_K": True,
         "PARTS": max(rotation // 64, 4),
-    }  # fmt: skip
+    }
     kind = "sylvester" if sylvester else "rotation"
     name = f"quantize {kind} {rotation} rank {rank}{' gelu factor' if before else ''}{' float32' if dtype == torch.float32 else ''}"
     warps = rowwise.walking_warps(rotation, block_r)
-    return Build(architecture, name, rowwise._walking, constants, warps, 1, FLOAT32 if dtype == torch.float32 else {})
+    return Build(
+        architecture, name, rowwise._walking, constants, warps, 1, FLOAT32 if dtype == torch.float32 else {}
+    )
 
 
 def resident_build(architecture: int, block_k: int) -> Build:
     """The quantize kernel for whole rows, with GELU and factor."""
     constants = {"HAS_FACTOR": True, "GELU": True, "BLOCK_K": block_k}
-    return Build(architecture, f"quantize row of {block_k}", rowwise._resident, constants, rowwise.resident_warps(block_k), 3)
+    return Build(
+        architecture,
+        f"quantize row of {block_k}",
+        rowwise._resident,
+        constants,
+        rowwise.resident_warps(block_k),
+        3,
+    )
 
 
 def linear_builds(architecture: int) -> Iterator[Build]:
@@ -141,7 +174,11 @@ def count(build: Build) -> Counts:
         signature={name: "constexpr" if name in build.constants else types[name] for name in names},
         constexprs=build.constants,
         # M and gelu_from are what the kernels ask Triton not to specialize
-        attrs={(i,): DIVISIBLE for i, n in enumerate(names) if n not in build.constants and n not in ("M", "gelu_from")},
+        attrs={
+            (i,): DIVISIBLE
+            for i, n in enumerate(names)
+            if n not in build.constants and n not in ("M", "gelu_from")
+        },
     )
     options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": True}
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():

@@ -12,26 +12,58 @@ def random_pipeline(seed: int = 0, text: int = 16) -> FluxPipeline:
     torch.manual_seed(seed)
     vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3}
     clip = CLIPTextConfig(
-        vocab_size=4, hidden_size=text, intermediate_size=text, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=8,
-        projection_dim=text, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=4,
+        hidden_size=text,
+        intermediate_size=text,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        projection_dim=text,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
     t5 = T5Config(
-        vocab_size=8, d_model=text, d_kv=text // 2, d_ff=text, num_layers=1, num_heads=2, is_encoder_decoder=False, use_cache=False,
-    )  # fmt: skip
+        vocab_size=8,
+        d_model=text,
+        d_kv=text // 2,
+        d_ff=text,
+        num_layers=1,
+        num_heads=2,
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
     vae = AutoencoderKL(
-        latent_channels=2, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.0, scaling_factor=1.0,
-        use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
+        latent_channels=2,
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
     transformer = FluxTransformer2DModel(
-        in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=text,
-        pooled_projection_dim=text, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
+        in_channels=8,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=text,
+        pooled_projection_dim=text,
+        axes_dims_rope=(4, 6, 6),
+    )
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=CLIPTextModel(clip),
-        tokenizer=CLIPTokenizer(vocab=vocab, merges=[], model_max_length=8), text_encoder_2=T5EncoderModel(t5),
-        tokenizer_2=T5Tokenizer(extra_ids=0, model_max_length=8), transformer=transformer,
-    )  # fmt: skip
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=CLIPTextModel(clip),
+        tokenizer=CLIPTokenizer(vocab=vocab, merges=[], model_max_length=8),
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer_2=T5Tokenizer(extra_ids=0, model_max_length=8),
+        transformer=transformer,
+    )
 
 
 def save_random_pipeline(folder: Path, seed: int = 0, text: int = 16) -> Path:

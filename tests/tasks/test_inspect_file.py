@@ -35,19 +35,35 @@ def inspect(command: Command, name: str) -> dict[str, str]:
 
 def test_a_lora(command: Command) -> None:
     tensors = {
-        "transformer.blocks.0.to_q.lora_A.weight": torch.zeros(4, 8), "transformer.blocks.0.to_q.lora_B.weight": torch.zeros(8, 4),
-        "transformer.blocks.0.to_k.lora_A.weight": torch.zeros(2, 8), "transformer.blocks.0.to_k.lora_B.weight": torch.zeros(8, 2),
-    }  # fmt: skip
-    header = {"modelspec.trigger_phrase": "oil [bold]paint", "modelspec.architecture": "flux-1-dev/lora", "long": "x" * 500}
+        "transformer.blocks.0.to_q.lora_A.weight": torch.zeros(4, 8),
+        "transformer.blocks.0.to_q.lora_B.weight": torch.zeros(8, 4),
+        "transformer.blocks.0.to_k.lora_A.weight": torch.zeros(2, 8),
+        "transformer.blocks.0.to_k.lora_B.weight": torch.zeros(8, 2),
+    }
+    header = {
+        "modelspec.trigger_phrase": "oil [bold]paint",
+        "modelspec.architecture": "flux-1-dev/lora",
+        "long": "x" * 500,
+    }
     save_file(tensors, command.folder / "style.safetensors", metadata=header)
     shown = inspect(command, "style.safetensors")
-    assert shown["kind"] == "LoRA" and shown["LoRA"] == "denoiser 2 modules, rank 2, 4" and shown["dtypes"] == "4 × F32"
-    assert shown["trigger words"].startswith("oil [bold]paint") and shown["base model"] == "FLUX.1 (by its tag)"
+    assert (
+        shown["kind"] == "LoRA"
+        and shown["LoRA"] == "denoiser 2 modules, rank 2, 4"
+        and shown["dtypes"] == "4 × F32"
+    )
+    assert (
+        shown["trigger words"].startswith("oil [bold]paint") and shown["base model"] == "FLUX.1 (by its tag)"
+    )
     assert command.made() == ["style.safetensors"], "looking leaves nothing behind"
 
 
 def test_a_lora_whose_header_says_nothing(command: Command) -> None:
-    pair = {"unet.x.lora_down.weight": torch.zeros(4, 8), "unet.x.lora_up.weight": torch.zeros(8, 4), "unet.x.alpha": torch.ones(())}
+    pair = {
+        "unet.x.lora_down.weight": torch.zeros(4, 8),
+        "unet.x.lora_up.weight": torch.zeros(8, 4),
+        "unet.x.alpha": torch.ones(()),
+    }
     save_file(pair, command.folder / "a.safetensors")
     shown = inspect(command, "a.safetensors")
     assert (shown["LoRA"], shown["first module"]) == ("denoiser 1 modules, rank 4", "x")
@@ -57,14 +73,18 @@ def test_a_lora_whose_header_says_nothing(command: Command) -> None:
 def test_a_loras_older_header_names(command: Command) -> None:
     header = {"ss_base_model_version": "sdxl_base", "ss_trigger_words": "ohwx"}
     save_file(
-        {"x.lora_A.weight": torch.zeros(1, 2), "x.lora_B.weight": torch.zeros(2, 1)}, command.folder / "a.safetensors", metadata=header
+        {"x.lora_A.weight": torch.zeros(1, 2), "x.lora_B.weight": torch.zeros(2, 1)},
+        command.folder / "a.safetensors",
+        metadata=header,
     )
     shown = inspect(command, "a.safetensors")
     assert (shown["base model"], shown["trigger words"]) == ("SDXL (by its tag)", "ohwx (ss_trigger_words)")
 
 
 def test_a_long_header_value_is_cut_and_counted(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"short": "s" * 200, "long": "x" * 500})
+    save_file(
+        {"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"short": "s" * 200, "long": "x" * 500}
+    )
     table = inspect_file(str(tmp_path / "a.safetensors"))
     cells = dict(zip(*(column.cells for column in table.columns), strict=True))
     assert (cells["header: short"], cells["header: long"]) == ("s" * 200, "x" * 200 + "… (500 characters)")
@@ -87,16 +107,24 @@ def test_a_path_may_begin_with_the_home_folder(command: Command, monkeypatch: py
     ("tensors", "kind"),
     [
         ({"a.weight": torch.zeros(2, 2)}, "plain weights"),
-        ({"a.weight": torch.zeros(2, 2, dtype=torch.int8), "a.weight_scale": torch.ones(2, 1)}, "quantized checkpoint (I8 with scales)"),
+        (
+            {"a.weight": torch.zeros(2, 2, dtype=torch.int8), "a.weight_scale": torch.ones(2, 1)},
+            "quantized checkpoint (I8 with scales)",
+        ),
         (
             {"a.weight": torch.zeros(2, 2, dtype=torch.float8_e4m3fn), "a.scale_weight": torch.ones(1)},
             "quantized checkpoint (F8_E4M3 with scales)",
         ),
-        ({"a.weight": torch.zeros(2, 2, dtype=torch.int8), "a.comfy_quant": torch.zeros(9, dtype=torch.uint8)},
-         "quantized checkpoint with ComfyUI markers"),
+        (
+            {
+                "a.weight": torch.zeros(2, 2, dtype=torch.int8),
+                "a.comfy_quant": torch.zeros(9, dtype=torch.uint8),
+            },
+            "quantized checkpoint with ComfyUI markers",
+        ),
     ],
     ids=["plain", "int8", "fp8", "comfy"],
-)  # fmt: skip
+)
 def test_kinds(command: Command, tensors: dict[str, torch.Tensor], kind: str) -> None:
     save_file(tensors, command.folder / "m.safetensors")
     assert inspect(command, "m.safetensors")["kind"] == kind
@@ -105,11 +133,19 @@ def test_kinds(command: Command, tensors: dict[str, torch.Tensor], kind: str) ->
 def test_a_file_that_save_wrote(command: Command) -> None:
     weight = torch.ones(4, 8)
     layers = {
-        name: Int8Linear(QuantizedLayer(quantize_weight(weight), method.fit(weight), None), Reference(), torch.float32)
+        name: Int8Linear(
+            QuantizedLayer(quantize_weight(weight), method.fit(weight), None), Reference(), torch.float32
+        )
         for name, method in (("a", NoOutlier()), ("b", QuaRot(8)))
     }
     names = own_names(["a.weight", "b.weight", "norm.weight"])
-    write_tensors(command.folder / "m.safetensors", names, layers, {"norm.weight": torch.ones(3)}, {"model": "shipped:tiny", "seed": 3})
+    write_tensors(
+        command.folder / "m.safetensors",
+        names,
+        layers,
+        {"norm.weight": torch.ones(3)},
+        {"model": "shipped:tiny", "seed": 3},
+    )
     shown = inspect(command, "m.safetensors")
     assert shown["kind"] == "quantized checkpoint with ComfyUI markers"
     assert shown["dtypes"] in ("3 × F32, 2 × I8, 2 × U8", "3 × F32, 2 × U8, 2 × I8")
@@ -118,12 +154,20 @@ def test_a_file_that_save_wrote(command: Command) -> None:
 
 def test_text_encoders(command: Command) -> None:
     path = (
-        encoder("t5", words=["int8_convrot", "nvfp4"]).prefixed("text_encoders.t5xxl.transformer.").write(command.folder / "t5.safetensors")
+        encoder("t5", words=["int8_convrot", "nvfp4"])
+        .prefixed("text_encoders.t5xxl.transformer.")
+        .write(command.folder / "t5.safetensors")
     )
     shown = command("task=inspect", f"task.path={path}").out
-    cells = [tuple(cell.strip() for cell in line.split("│")[1:3]) for line in shown.splitlines() if line.startswith("│")]
+    cells = [
+        tuple(cell.strip() for cell in line.split("│")[1:3])
+        for line in shown.splitlines()
+        if line.startswith("│")
+    ]
     rows = dict(cells)
-    assert rows["text encoder"] == "t5 (T5EncoderModel)" and rows["prefix"] == "text_encoders.t5xxl.transformer."
+    assert (
+        rows["text encoder"] == "t5 (T5EncoderModel)" and rows["prefix"] == "text_encoders.t5xxl.transformer."
+    )
     assert rows["to use it"].startswith("clip=auto") and "clip.path=" in shown and "family" not in rows
     assert rows["kind"] == "quantized checkpoint with ComfyUI markers"
     layers = " ".join(text for name, text in cells if name in ("layers", ""))
@@ -148,15 +192,24 @@ ENTRY = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 DAMAGED = {
     "empty": (b"", "its first 8 bytes give no possible header length"),
     "no header": (b"\x00" * 8, "its first 8 bytes give no possible header length"),
-    "length beyond the end": (container(ENTRY, b"\x00" * 8, length=10_000), "its first 8 bytes give no possible header length"),
+    "length beyond the end": (
+        container(ENTRY, b"\x00" * 8, length=10_000),
+        "its first 8 bytes give no possible header length",
+    ),
     "not json": (container(b"{not json}"), "its header is no JSON"),
     "brackets without an end": (container(b"[" * 100_000), "its header is no JSON"),
     "a number without an end": (container(b"1" * 10_000), "its header is no JSON"),
     "truncated": (container(ENTRY, b"\x00" * 5), "is damaged: the header describes"),
     "longer than told": (container(ENTRY, b"\x00" * 9), "is damaged: the header describes"),
     "a list": (container(b"[1, 2]"), "its header is no JSON object of tensors"),
-    "an entry without offsets": (container(b'{"a": {"dtype": "F32"}}'), "its header is no JSON object of tensors"),
-    "metadata that is no text": (container(b'{"__metadata__": {"steps": 3}}'), "its header is no JSON object of tensors"),
+    "an entry without offsets": (
+        container(b'{"a": {"dtype": "F32"}}'),
+        "its header is no JSON object of tensors",
+    ),
+    "metadata that is no text": (
+        container(b'{"__metadata__": {"steps": 3}}'),
+        "its header is no JSON object of tensors",
+    ),
     "a lora half without a shape": (
         container(b'{"a.lora_A.weight": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}', b"\x00" * 4),
         "a.lora_A.weight has shape []",
@@ -174,7 +227,11 @@ def test_damaged_files_are_named(command: Command, data: bytes, message: str) ->
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("absent.safetensors", "no such file"), ("model.ckpt", "is a pickled file"), ("model.PT", "is a pickled file")],
+    [
+        ("absent.safetensors", "no such file"),
+        ("model.ckpt", "is a pickled file"),
+        ("model.PT", "is a pickled file"),
+    ],
 )
 def test_files_that_are_not_opened(command: Command, name: str, message: str) -> None:
     outcome = command("task=inspect", f"task.path={name}")

@@ -58,7 +58,10 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 def dequantized(tensors, layer):
-    assert json.loads(bytes(tensors[f"{layer}.comfy_quant"].tolist())) == {"format": "int8_tensorwise", "per_row": True}
+    assert json.loads(bytes(tensors[f"{layer}.comfy_quant"].tolist())) == {
+        "format": "int8_tensorwise",
+        "per_row": True,
+    }
     return tensors[f"{layer}.weight"].float() * tensors[f"{layer}.weight_scale"]
 
 
@@ -72,36 +75,61 @@ def test_from_the_command_line(command, tiny):
     assert re.search(r"read .*tiny/transformer · files 3 · size 30\.2 MB · family flux", words)
     assert re.search(r"write .*x\.safetensors · INT8 layers 16 · outlier none · rounding absmax", words)
     assert "INT8 16 layers · float 14 (" in words and "7 × modulation output of a norm" in words
-    assert re.search(r"SQNR, mean / min 4\d\.\d / 4\d\.\d dB size 30\.2 MB → 19\.\d MB, 0\.65× · time [\d.]+ s, [\d.]+ MB/s read", words)
+    assert re.search(
+        r"SQNR, mean / min 4\d\.\d / 4\d\.\d dB size 30\.2 MB → 19\.\d MB, 0\.65× · time [\d.]+ s, [\d.]+ MB/s read",
+        words,
+    )
     assert re.search(r"peak memory \d+\.\d MB", words)
 
     found = load_file(command.folder / "x.safetensors")
     block = "single_transformer_blocks.0."
-    parts = [tiny[f"{block}{name}.weight"].float() for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+    parts = [
+        tiny[f"{block}{name}.weight"].float() for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    ]
     weight = torch.cat(parts)
     steps = found["single_blocks.0.linear1.weight_scale"]
     assert ((dequantized(found, "single_blocks.0.linear1") - weight).abs() <= 0.5001 * steps).all()
-    bias = torch.cat([tiny[f"{block}{name}.bias"] for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")])
+    bias = torch.cat(
+        [tiny[f"{block}{name}.bias"] for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+    )
     assert torch.equal(found["single_blocks.0.linear1.bias"], bias)
     shift, scale = tiny["norm_out.linear.weight"].chunk(2)
     assert torch.equal(found["final_layer.adaLN_modulation.1.weight"], torch.cat([scale, shift]))
-    assert torch.equal(found["double_blocks.0.img_attn.norm.query_norm.scale"], tiny["transformer_blocks.0.attn.norm_q.weight"])
-    assert torch.equal(found["img_in.weight"], tiny["x_embedder.weight"]) and found["img_in.weight"].dtype == torch.float16
+    assert torch.equal(
+        found["double_blocks.0.img_attn.norm.query_norm.scale"],
+        tiny["transformer_blocks.0.attn.norm_q.weight"],
+    )
+    assert (
+        torch.equal(found["img_in.weight"], tiny["x_embedder.weight"])
+        and found["img_in.weight"].dtype == torch.float16
+    )
 
     with safe_open(command.folder / "x.safetensors", "pt") as file:
         note = json.loads(file.metadata()["int8run"])
-    assert (note["family"], note["denoiser"], note["outlier"], note["rounding"]) == ("flux", "FluxTransformer2DModel", "none", "absmax")
+    assert (note["family"], note["denoiser"], note["outlier"], note["rounding"]) == (
+        "flux",
+        "FluxTransformer2DModel",
+        "none",
+        "absmax",
+    )
     assert (note["model"], note["seed"], note["loras"]) == ("shipped:tiny", 0, [])
     assert note["kept_float"]["img_in"] == "input embedder" and len(note["kept_float"]) == 14
     assert len(note["source"]["files"]) == 3 and re.fullmatch("[0-9a-f]{64}", note["source"]["sha256"])
 
     rows = {row["name"]: row for row in csv.DictReader((folder / "layers.csv").open())}
-    assert len(rows) == 30 and rows["img_in"]["why_not"] == "input embedder" and rows["img_in"]["quantized"] == "false"
+    assert (
+        len(rows) == 30
+        and rows["img_in"]["why_not"] == "input embedder"
+        and rows["img_in"]["quantized"] == "false"
+    )
     linear1 = rows["single_blocks.0.linear1"]
     assert (linear1["quantized"], linear1["outlier"], linear1["rounding"]) == ("true", "none", "absmax")
     assert 40 < float(linear1["weight_sqnr_db"]) < 50 and float(linear1["saturated_share"]) > 0
     metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
-    assert metrics["quant/layers_int8"] == 16 and metrics["build/written_bytes"] == (command.folder / "x.safetensors").stat().st_size
+    assert (
+        metrics["quant/layers_int8"] == 16
+        and metrics["build/written_bytes"] == (command.folder / "x.safetensors").stat().st_size
+    )
     assert metrics["build/read_bytes"] == sum(t.numel() * t.element_size() for t in tiny.values())
     assert metrics["memory/peak_bytes"] > 1e8 and metrics["build/quantize_s"] > 0
 
@@ -116,7 +144,9 @@ def test_a_folder_keeps_the_names_of_diffusers(tmp_path, tiny):
     for key, t in tiny.items():
         if found[key].dtype == torch.int8:
             wanted = quantize_weight(t)
-            assert torch.equal(found[key], wanted.qdata) and torch.equal(found[key.replace(".weight", ".weight_scale")], wanted.scale)
+            assert torch.equal(found[key], wanted.qdata) and torch.equal(
+                found[key.replace(".weight", ".weight_scale")], wanted.scale
+            )
         else:
             assert torch.equal(found[key], t)
     assert metrics["quant/layers_int8"] == sum(t.dtype == torch.int8 for t in found.values()) == 32
@@ -129,9 +159,13 @@ def native_file(tmp_path, tiny):
     names = load_file(tmp_path / "plain.safetensors")
     original = {}
     with TensorFiles.open(TINY) as files:
-        for key, parts in to_native({key: info.shape for key, info in files.items()}, "FluxTransformer2DModel").items():
+        for key, parts in to_native(
+            {key: info.shape for key, info in files.items()}, "FluxTransformer2DModel"
+        ).items():
             original[f"model.diffusion_model.{key}"] = torch.cat([part.cut(tiny[part.key]) for part in parts])
-    assert {k.removeprefix("model.diffusion_model.") for k in original} == {k for k in names if not k.endswith(("_scale", "_quant"))}
+    assert {k.removeprefix("model.diffusion_model.") for k in original} == {
+        k for k in names if not k.endswith(("_scale", "_quant"))
+    }
     original |= {"vae.decoder.weight": randn(4, 4), "text_encoders.t5.weight": randn(8, 4)}
     path = tmp_path / "native.safetensors"
     save_file(original, path, {"config": "kept", "_quantization_metadata": '{"layers": {}}'})
@@ -154,7 +188,10 @@ def test_a_single_file_keeps_its_own_names(tmp_path, native_file):
         metadata = file.metadata()
     assert metadata["config"] == "kept" and set(metadata) == {"format", "config", "int8run"}
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "out" / "layers.csv").open())}
-    assert rows["model.diffusion_model.final_layer.adaLN_modulation.1"]["why_not"] == "modulation output of a norm"
+    assert (
+        rows["model.diffusion_model.final_layer.adaLN_modulation.1"]["why_not"]
+        == "modulation output of a norm"
+    )
     assert not any(name.startswith(("vae", "text")) for name in rows)
 
 
@@ -190,10 +227,16 @@ def test_a_layer_with_a_part_that_stays_float_stays_float(tmp_path, tiny):
     overrides = ["model_type=flux", f"model_type.float_layers=[{rule}]"]
     run(tmp_path, f"save={tmp_path}/x.safetensors", *overrides)
     found = load_file(tmp_path / "x.safetensors")
-    weight = [tiny[f"single_transformer_blocks.3.{name}.weight"] for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+    weight = [
+        tiny[f"single_transformer_blocks.3.{name}.weight"]
+        for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    ]
     assert torch.equal(found["single_blocks.3.linear1.weight"], torch.cat(weight))
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "out" / "layers.csv").open())}
-    assert rows["single_blocks.3.linear1"]["why_not"] == "wide (single_transformer_blocks.3.proj_mlp is a part of it)"
+    assert (
+        rows["single_blocks.3.linear1"]["why_not"]
+        == "wide (single_transformer_blocks.3.proj_mlp is a part of it)"
+    )
     assert module.reasons([]) == {} and rows["single_blocks.3.linear2"]["quantized"] == "true"
 
 
@@ -203,10 +246,20 @@ def test_a_file_that_nobody_knows_gets_the_cautious_rule(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         metrics = run(tmp_path, f"model.location={tmp_path}/s.safetensors", f"save={tmp_path}/x.safetensors")
     assert metrics["quant/layers_int8"] == 2
-    assert any("model_type=auto does not know what s.safetensors holds" in r.getMessage() for r in caplog.records)
+    assert any(
+        "model_type=auto does not know what s.safetensors holds" in r.getMessage() for r in caplog.records
+    )
     found = load_file(tmp_path / "x.safetensors")
-    assert [key for key, t in sorted(found.items()) if t.dtype == torch.int8] == ["layers.1.lin.weight", "layers.2.lin.weight"]
-    metrics = run(tmp_path, f"model.location={tmp_path}/s.safetensors", f"save={tmp_path}/x.safetensors", "model_type=none")
+    assert [key for key, t in sorted(found.items()) if t.dtype == torch.int8] == [
+        "layers.1.lin.weight",
+        "layers.2.lin.weight",
+    ]
+    metrics = run(
+        tmp_path,
+        f"model.location={tmp_path}/s.safetensors",
+        f"save={tmp_path}/x.safetensors",
+        "model_type=none",
+    )
     assert metrics["quant/layers_int8"] == 5
 
 
@@ -229,15 +282,24 @@ def test_one_of_two_files_that_are_named_one_by_one(tmp_path, tiny):
 
 
 def test_what_is_no_layer_of_the_denoiser_is_copied(tmp_path):
-    tensors = {f"blocks.{i}.mlp.layer1.weight": randn(16, 8, seed=i) for i in range(8)} | {"blocks.0.self_attn.q_proj.weight": randn(8, 8)}
+    tensors = {f"blocks.{i}.mlp.layer1.weight": randn(16, 8, seed=i) for i in range(8)} | {
+        "blocks.0.self_attn.q_proj.weight": randn(8, 8)
+    }
     tensors |= {"llm_adapter.embed.weight": randn(32, 8), "llm_adapter.blocks.0.mlp.weight": randn(8, 8)}
     save_file({f"net.{key}": t for key, t in tensors.items()}, tmp_path / "s.safetensors")
-    metrics = run(tmp_path, f"model.location={tmp_path}/s.safetensors", f"save={tmp_path}/x.safetensors", "model_type=anima")
+    metrics = run(
+        tmp_path,
+        f"model.location={tmp_path}/s.safetensors",
+        f"save={tmp_path}/x.safetensors",
+        "model_type=anima",
+    )
     found = load_file(tmp_path / "x.safetensors")
     assert torch.equal(found["net.llm_adapter.embed.weight"], tensors["llm_adapter.embed.weight"])
     assert metrics["quant/layers_int8"] == 9 and metrics["quant/layers_float"] == 2
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "out" / "layers.csv").open())}
-    words = "no layer of CosmosTransformer3DModel: Anima's text conditioner, another component of the pipeline"
+    words = (
+        "no layer of CosmosTransformer3DModel: Anima's text conditioner, another component of the pipeline"
+    )
     assert rows["net.llm_adapter.embed"]["why_not"] == words
 
 
@@ -276,15 +338,19 @@ def test_places_that_cannot_be_written_to(tmp_path, native_file, tiny):
     with pytest.raises(ConfigError, match=r"native\.safetensors is the source itself; choose another name$"):
         run(tmp_path, location, f"save={path}")
     with pytest.raises(
-        ConfigError, match=r"is a folder, and .*native\.safetensors has its authors' names, not those of diffusers; save to a"
+        ConfigError,
+        match=r"is a folder, and .*native\.safetensors has its authors' names, not those of diffusers; save to a",
     ):
         run(tmp_path, location, f"save={tmp_path}/folder")
     save_file(tiny, tmp_path / "alone" / "x.safetensors") if (tmp_path / "alone").mkdir() is None else None
     with pytest.raises(
-        ConfigError, match=r"is a folder, and there is no config\.json beside .*alone to go with it; save to a \.safetensors file$"
+        ConfigError,
+        match=r"is a folder, and there is no config\.json beside .*alone to go with it; save to a \.safetensors file$",
     ):
         run(tmp_path, f"model.location={tmp_path}/alone", f"save={tmp_path}/folder")
-    with pytest.raises(ConfigError, match=r"save=.*alone holds x\.safetensors, another checkpoint; choose another folder$"):
+    with pytest.raises(
+        ConfigError, match=r"save=.*alone holds x\.safetensors, another checkpoint; choose another folder$"
+    ):
         run(tmp_path, f"save={tmp_path}/alone")
     run(tmp_path, f"save={tmp_path}/folder")
     with pytest.raises(ConfigError, match=r"folder holds the source itself; choose another folder$"):
@@ -299,22 +365,35 @@ def test_places_that_cannot_be_written_to(tmp_path, native_file, tiny):
 
 def test_nothing_becomes_int8(tmp_path):
     save_file({"a.bias": randn(4)}, tmp_path / "s.safetensors")
-    with pytest.raises(ConfigError, match=r"^no layer becomes INT8 \(it has no weight with two dimensions\); choose another model_type=$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^no layer becomes INT8 \(it has no weight with two dimensions\); choose another model_type=$",
+    ):
         run(tmp_path, f"model.location={tmp_path}/s.safetensors", f"save={tmp_path}/x.safetensors")
     save_file({"img_in.weight": randn(4, 4), "txt_in.weight": randn(4, 4)}, tmp_path / "s.safetensors")
     words = r"^no layer becomes INT8 \(1 × input embedder; 1 × text embedder\); choose another model_type=$"
     with pytest.raises(ConfigError, match=words):
-        run(tmp_path, f"model.location={tmp_path}/s.safetensors", f"save={tmp_path}/x.safetensors", "model_type=flux")
+        run(
+            tmp_path,
+            f"model.location={tmp_path}/s.safetensors",
+            f"save={tmp_path}/x.safetensors",
+            "model_type=flux",
+        )
 
 
 def test_errors_on_the_command_line_are_one_line(command, tmp_path):
     done = command("task=quantize", "model=tiny", NO_TRACKER)
     assert done.code == 2 and done.message.startswith("task=quantize writes a checkpoint; set save=")
     (tmp_path / "broken.safetensors").write_bytes(b"\x05\x00\x00\x00\x00\x00\x00\x00{}")
-    done = command("task=quantize", f"model.location={tmp_path}/broken.safetensors", "save=x.safetensors", NO_TRACKER)
+    done = command(
+        "task=quantize", f"model.location={tmp_path}/broken.safetensors", "save=x.safetensors", NO_TRACKER
+    )
     assert done.code == 3 and "broken.safetensors" in done.message
     done = command("task=quantize", "task.component=unet", "save=x.safetensors", NO_TRACKER)
-    assert done.code == 2 and "task.component=unet is no denoiser of shipped:tiny; it has transformer" in done.message
+    assert (
+        done.code == 2
+        and "task.component=unet is no denoiser of shipped:tiny; it has transformer" in done.message
+    )
 
 
 # --- what the names alone decide, beside the real classes of diffusers
@@ -326,7 +405,15 @@ def families():
 
 
 def test_repeated_blocks_are_told_by_their_numbers():
-    names = ["head.lin", "blocks.0.a", "blocks.0.b", "one.0.a", "blocks.1.a", "single.0.x.3.y", "single.1.x.3.y"]
+    names = [
+        "head.lin",
+        "blocks.0.a",
+        "blocks.0.b",
+        "one.0.a",
+        "blocks.1.a",
+        "single.0.x.3.y",
+        "single.1.x.3.y",
+    ]
     assert module.repeated(names) == ["blocks.0.", "blocks.1.", "single.0.", "single.1."]
 
 
@@ -365,7 +452,11 @@ def test_what_becomes_int8_are_the_linears_that_the_family_gives(tmp_path, name)
     model = instance(family)
     shapes = {key: tuple(t.shape) for key, t in model.state_dict().items()}
     native = to_native(shapes, family.cls)
-    linears = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear) and facts.why_float(n) is None}
+    linears = {
+        f"{n}.weight"
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and facts.why_float(n) is None
+    }
     # a layer of the file is INT8 if all that it holds can be; as a convolution it is none
     wanted = {
         key
@@ -374,9 +465,14 @@ def test_what_becomes_int8_are_the_linears_that_the_family_gives(tmp_path, name)
     }
     header_only(tmp_path / "own.safetensors", shapes)
     assert plan(tmp_path / "own.safetensors", {"_class_name": family.cls}, facts) == (False, wanted)
-    header_only(tmp_path / "native.safetensors", {key: joined_shape(parts, shapes) for key, parts in native.items()})
+    header_only(
+        tmp_path / "native.safetensors", {key: joined_shape(parts, shapes) for key, parts in native.items()}
+    )
     is_identity = all([part.key for part in parts] == [key] for key, parts in native.items())
-    assert plan(tmp_path / "native.safetensors", None, replace(facts, denoisers=(family.cls,))) == (not is_identity, wanted)
+    assert plan(tmp_path / "native.safetensors", None, replace(facts, denoisers=(family.cls,))) == (
+        not is_identity,
+        wanted,
+    )
 
 
 def plan(path, config, facts):
@@ -385,5 +481,11 @@ def plan(path, config, facts):
         prefix = strip_prefix(files)
         stored = stored_layers(files, prefix)
         known = recognise(files, stored, prefix, Located(path, config), replace(facts, inputs={}))
-        targets = plan_targets(files, stored, new_names(files, stored, known, False), known.why_float, Recipe(NoOutlier(), AbsMax()))
+        targets = plan_targets(
+            files,
+            stored,
+            new_names(files, stored, known, False),
+            known.why_float,
+            Recipe(NoOutlier(), AbsMax()),
+        )
     return known.native, {target.key for target in targets if target.int8}

@@ -58,9 +58,19 @@ def floats() -> dict[str, nn.Module]:
 def quantize(tmp_path: Path) -> Quantize:
     """The task without a command line; its output folder is `out`."""
 
-    def run(location: Path, clip: str, save: Path | None, *words: str, component: str = "text_encoder") -> dict[str, float]:
+    def run(
+        location: Path, clip: str, save: Path | None, *words: str, component: str = "text_encoder"
+    ) -> dict[str, float]:
         saved = [f"save={save}"] if save is not None else []
-        overrides = ["task=quantize", f"model.location={location}", f"clip={clip}", "tracker=none", "progress=false", *saved, *words]
+        overrides = [
+            "task=quantize",
+            f"model.location={location}",
+            f"clip={clip}",
+            "tracker=none",
+            "progress=false",
+            *saved,
+            *words,
+        ]
         with initialize_config_module("int8run.conf", version_base="1.3"):
             config = compose("config", overrides)
         (tmp_path / "out").mkdir(exist_ok=True)
@@ -74,19 +84,29 @@ def on_the_fly(model: Path, component: str, word: str) -> nn.Module:
     """The encoder of a run with `clip=<word>`."""
     clip = TextEncoders(format=word, kernel_backend="dequantize", components=[component])
     opened = open_encoders(clip, model, {}, torch.float32)
-    return fill_encoders(opened, clip, CPU, Sampling(1, 16, 16), Matches({}, []), Progress(False)).modules[component]
+    return fill_encoders(opened, clip, CPU, Sampling(1, 16, 16), Matches({}, []), Progress(False)).modules[
+        component
+    ]
 
 
 @pytest.mark.parametrize("word", WRITTEN)
-def test_a_file_is_read_back_as_the_run_has_it(word: str, model: Path, quantize: Quantize, tmp_path: Path) -> None:
+def test_a_file_is_read_back_as_the_run_has_it(
+    word: str, model: Path, quantize: Quantize, tmp_path: Path
+) -> None:
     for number, component in enumerate(("text_encoder", "text_encoder_2")):
         # to a file and to a folder in turn
-        path = tmp_path / f"{component}.safetensors" if (WRITTEN.index(word) + number) % 2 else tmp_path / component
+        path = (
+            tmp_path / f"{component}.safetensors"
+            if (WRITTEN.index(word) + number) % 2
+            else tmp_path / component
+        )
         metrics = quantize(model, word, path, component=component)
         state, metadata = load_text_encoder(path, word, "dequantize")
         count = 6 - (number == 1 and word in WO_FLOAT)
         assert metadata["formats"] == {word: count} and metadata["quant_format"]["found"] == word
-        assert metrics["clip/layers_quantized"] == count and metrics["clip/layers_float"] == 8 - count, "two tables, and what else"
+        assert metrics["clip/layers_quantized"] == count and metrics["clip/layers_float"] == 8 - count, (
+            "two tables, and what else"
+        )
         config = json.loads((model / component / "config.json").read_text())
         found = build_text_encoder(state, metadata, config["architectures"][0], config, torch.float32)
         expected = on_the_fly(model, component, word)
@@ -97,7 +117,9 @@ def test_a_file_is_read_back_as_the_run_has_it(word: str, model: Path, quantize:
 
 
 @pytest.mark.parametrize("word", ["int8_convrot", "nvfp4", "float8_e4m3fn_blockwise"])
-def test_another_reader_reads_the_same(word: str, model: Path, quantize: Quantize, floats: dict[str, nn.Module], tmp_path: Path) -> None:
+def test_another_reader_reads_the_same(
+    word: str, model: Path, quantize: Quantize, floats: dict[str, nn.Module], tmp_path: Path
+) -> None:
     quantize(model, word, tmp_path / "x.safetensors")
     real = {bare(name): reading.weight for name, reading in oracle.read(tmp_path / "x.safetensors").items()}
     found = asked_all(on_the_fly(model, "text_encoder", word))
@@ -113,17 +135,25 @@ def test_what_is_written_beside(model: Path, quantize: Quantize, tmp_path: Path)
     with safe_open(tmp_path / "folder" / "model.safetensors", "pt") as file:
         header = file.metadata()
     note = json.loads(header["int8run"])
-    assert header["format"] == "pt" and (note["encoder"], note["format"]) == ("t5_old", "nvfp4") and len(note["source"]["sha256"]) == 64
+    assert (
+        header["format"] == "pt"
+        and (note["encoder"], note["format"]) == ("t5_old", "nvfp4")
+        and len(note["source"]["sha256"]) == 64
+    )
     assert set(note["kept_float"]) == {
         "shared",
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
     }
     rows = list(csv.DictReader((tmp_path / "out" / "layers.csv").read_text().splitlines()))
-    assert {row["name"]: row["rounding"] for row in rows if row["quantized"] == "true"}.keys() == load_text_encoder(tmp_path / "folder")[1][
-        "layers"
-    ].keys()
+    assert {
+        row["name"]: row["rounding"] for row in rows if row["quantized"] == "true"
+    }.keys() == load_text_encoder(tmp_path / "folder")[1]["layers"].keys()
     saved = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert (saved["format"], saved["encoder"], saved["save"]) == ("nvfp4", "t5_old", str(tmp_path / "folder" / "model.safetensors"))
+    assert (saved["format"], saved["encoder"], saved["save"]) == (
+        "nvfp4",
+        "t5_old",
+        str(tmp_path / "folder" / "model.safetensors"),
+    )
     sizes = saved["metrics"]["build/read_bytes"], saved["metrics"]["build/written_bytes"]
     assert sizes[1] == (tmp_path / "folder" / "model.safetensors").stat().st_size < 0.5 * sizes[0]
     assert saved["metrics"]["clip/weight_sqnr_db_mean"] > 15
@@ -135,21 +165,40 @@ def test_a_single_file_has_comfyuis_names(model: Path, quantize: Quantize, tmp_p
     own = load_file(model / "text_encoder" / "model.safetensors")
     layer = "text_model.encoder.layers.0.mlp.fc1"
     assert {f"{layer}.{part}" for part in ("weight", "weight_scale", "comfy_quant", "bias")} <= held.keys()
-    assert json.loads(bytes(held[f"{layer}.comfy_quant"].tolist())) == {"format": "int8_tensorwise", "per_row": True}
-    floats = {key: tensor for key, tensor in held.items() if tensor.is_floating_point() and not key.endswith("scale")}
+    assert json.loads(bytes(held[f"{layer}.comfy_quant"].tolist())) == {
+        "format": "int8_tensorwise",
+        "per_row": True,
+    }
+    floats = {
+        key: tensor
+        for key, tensor in held.items()
+        if tensor.is_floating_point() and not key.endswith("scale")
+    }
     for key, tensor in floats.items():
         source = own.get(key, own.get(key.removeprefix("text_model.")))
         assert source is not None and torch.equal(tensor, source) and tensor.dtype == source.dtype, key
     assert len(floats) + 6 == len(own)
 
 
-def test_the_command_writes_a_file_that_a_run_takes(model: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_the_command_writes_a_file_that_a_run_takes(
+    model: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     small = [f"model.location={model}", "tracker=none", "progress=false", "cache.limit_gb=0"]
     with command_in(tmp_path / "here", monkeypatch, capsys) as command:
-        done = command("task=quantize", "task.component=text_encoder_2", "clip=int8_blockwise", "save=t5.safetensors", *small)
+        done = command(
+            "task=quantize",
+            "task.component=text_encoder_2",
+            "clip=int8_blockwise",
+            "save=t5.safetensors",
+            *small,
+        )
         assert done.code == 0, done.err
         words = " ".join(done.out.split())
-        assert "encoder t5_old" in words and "layers 5 · format int8_blockwise" in words and "int8_blockwise 5 layers · float 3 (" in words
+        assert (
+            "encoder t5_old" in words
+            and "layers 5 · format int8_blockwise" in words
+            and "int8_blockwise 5 layers · float 3 (" in words
+        )
         size = [
             "sampler.height=16",
             "sampler.width=16",
@@ -161,9 +210,10 @@ def test_the_command_writes_a_file_that_a_run_takes(model: Path, tmp_path: Path,
         done = command("clip=auto", "clip.path=t5.safetensors", *small, *size)
         assert done.code == 0, done.err
         words = " ".join(done.out.split())
-        assert "clip.path is text_encoder_2; not changed: text_encoder" in words and "text_encoder_2 int8_blockwise 5, float 4" in words, (
-            words
-        )
+        assert (
+            "clip.path is text_encoder_2; not changed: text_encoder" in words
+            and "text_encoder_2 int8_blockwise 5, float 4" in words
+        ), words
 
 
 # -- sources ---------------------------------------------------------------------------------------------------------------------------
@@ -180,7 +230,9 @@ def test_tokenizers_in_a_file_are_kept(quantize: Quantize, tmp_path: Path) -> No
         assert held.metadata()["author"] == "x"
 
 
-def test_the_same_format_is_copied(quantize: Quantize, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_same_format_is_copied(
+    quantize: Quantize, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for word in ("int8_rowwise", "nvfp4", "float8_e4m3fn", "mxfp8", "float8_e4m3fn_cast"):
         file = encoder("t5", word, quantized=["shared.weight"])
         source = file.write(tmp_path / "source.safetensors")
@@ -188,21 +240,31 @@ def test_the_same_format_is_copied(quantize: Quantize, tmp_path: Path, caplog: p
         held, made = load_file(source), load_file(tmp_path / f"{word}.safetensors")
         assert held.keys() == made.keys()
         for key in held.keys() - {key for key in held if key.endswith("comfy_quant")}:
-            assert torch.equal(held[key].flatten().view(torch.uint8), made[key].flatten().view(torch.uint8)), (word, key)
+            assert torch.equal(
+                held[key].flatten().view(torch.uint8), made[key].flatten().view(torch.uint8)
+            ), (word, key)
         assert "clip/weight_sqnr_db_mean" not in metrics and metrics["clip/layers_quantized"] == 8
         rows = list(csv.DictReader((tmp_path / "out" / "layers.csv").read_text().splitlines()))
-        assert {row["rounding"] for row in rows if row["quantized"] == "true"} == {f"{word}, as in the source"}
+        assert {row["rounding"] for row in rows if row["quantized"] == "true"} == {
+            f"{word}, as in the source"
+        }
     assert not caplog.records
 
 
-def test_another_format_is_rounded_once_more(quantize: Quantize, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_format_is_rounded_once_more(
+    quantize: Quantize, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = encoder("clip_l", words=["int8_rowwise", "nvfp4"])
     quantize(file.write(tmp_path / "source.safetensors"), "float8_e4m3fn_rowwise", tmp_path / "x.safetensors")
     message = "layers that are quantized already are rounded once more, from what they stand for: 3 × int8_rowwise, 3 × nvfp4"
     assert f"{tmp_path / 'source.safetensors'}: {message}" in caplog.text
     for name, reading in oracle.read(tmp_path / "x.safetensors").items():
         if name in file.words:
-            expected = FORMATS["float8_e4m3fn_rowwise"].quantize(torch.from_numpy(file.real[name]).float()).dequantize()
+            expected = (
+                FORMATS["float8_e4m3fn_rowwise"]
+                .quantize(torch.from_numpy(file.real[name]).float())
+                .dequantize()
+            )
             assert_close(name, torch.from_numpy(reading.weight), expected, 1e-3)
     with safe_open(tmp_path / "x.safetensors", "pt") as held:
         assert "_quantization_metadata" not in held.metadata()
@@ -224,13 +286,21 @@ def test_a_stale_description_is_left_out(quantize: Quantize, tmp_path: Path) -> 
     assert load_text_encoder(tmp_path / "x.safetensors")[1]["formats"] == {"mxfp8": 6}
 
 
-def test_one_of_a_checkpoints_encoders_is_written_without_its_prefix(quantize: Quantize, tmp_path: Path) -> None:
-    source = encoder("clip_l", dtype="F32").prefixed("text_encoders.clip_l.transformer.").write(tmp_path / "source.safetensors")
+def test_one_of_a_checkpoints_encoders_is_written_without_its_prefix(
+    quantize: Quantize, tmp_path: Path
+) -> None:
+    source = (
+        encoder("clip_l", dtype="F32")
+        .prefixed("text_encoders.clip_l.transformer.")
+        .write(tmp_path / "source.safetensors")
+    )
     quantize(source, "int8_rowwise", tmp_path / "x.safetensors")
     assert all(key.startswith("text_model.") for key in load_file(tmp_path / "x.safetensors"))
 
 
-def test_a_folder_of_an_encoder_alone(model: Path, quantize: Quantize, floats: dict[str, nn.Module], tmp_path: Path) -> None:
+def test_a_folder_of_an_encoder_alone(
+    model: Path, quantize: Quantize, floats: dict[str, nn.Module], tmp_path: Path
+) -> None:
     quantize(model / "text_encoder", "int8_rowwise", tmp_path / "alone.safetensors")
     quantize(model, "int8_rowwise", tmp_path / "part.safetensors")
     alone, part = (load_file(tmp_path / f"{name}.safetensors") for name in ("alone", "part"))
@@ -242,7 +312,9 @@ def test_a_folder_of_an_encoder_alone(model: Path, quantize: Quantize, floats: d
     assert alone.keys() == again.keys() and all(torch.equal(alone[key], again[key]) for key in alone)
 
 
-def test_one_tensor_at_a_time(model: Path, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_tensor_at_a_time(
+    model: Path, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No weight is read before the one before it is written."""
     events: list[tuple[str, str]] = []
     read, write = TensorFiles.read, StreamWriter.write
@@ -267,17 +339,25 @@ def test_one_tensor_at_a_time(model: Path, quantize: Quantize, tmp_path: Path, m
 # -- what is refused ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("clip", "message"), [
-    ("keep", r"task\.component=text_encoder is written in the format of clip=; choose one: int8_tensorwise, .*nvfp4$"),
-    ("auto", r"is written in the format of clip="),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [
+        (
+            "keep",
+            r"task\.component=text_encoder is written in the format of clip=; choose one: int8_tensorwise, .*nvfp4$",
+        ),
+        ("auto", r"is written in the format of clip="),
+    ],
+)
 def test_a_format_is_needed(clip: str, message: str, model: Path, quantize: Quantize, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         quantize(model, clip, tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match="written in the format of clip=") as found:
         quantize(model, "nvfp4_modelopt", tmp_path / "x.safetensors", f"clip.path={model}")
     assert "nvfp4_modelopt" not in str(found.value) and not (tmp_path / "x.safetensors").exists()
-    with pytest.raises(ConfigError, match=r"task=quantize reads model\.location; set it to the file, and clip\.path=null"):
+    with pytest.raises(
+        ConfigError, match=r"task=quantize reads model\.location; set it to the file, and clip\.path=null"
+    ):
         quantize(model, "nvfp4", tmp_path / "x.safetensors", f"clip.path={model}")
 
 
@@ -285,7 +365,8 @@ def test_a_place_is_needed(model: Path, quantize: Quantize, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"task=quantize writes a checkpoint; set save="):
         quantize(model, "nvfp4", None)
     with pytest.raises(
-        ConfigError, match=r"task\.component=text_encoder_3 is no text encoder of .*; did you mean 'text_encoder_2'\? it has text_encoder,"
+        ConfigError,
+        match=r"task\.component=text_encoder_3 is no text encoder of .*; did you mean 'text_encoder_2'\? it has text_encoder,",
     ):
         quantize(model, "nvfp4", tmp_path / "x.safetensors", component="text_encoder_3")
     (tmp_path / "file").write_text("")
@@ -293,10 +374,14 @@ def test_a_place_is_needed(model: Path, quantize: Quantize, tmp_path: Path) -> N
         quantize(model, "nvfp4", tmp_path / "file" / "x.safetensors")
 
 
-def test_the_source_is_not_overwritten(model: Path, quantize: Quantize, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_source_is_not_overwritten(
+    model: Path, quantize: Quantize, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = encoder("clip_l").write(tmp_path / "clip.safetensors")
     before = source.read_bytes()
-    with pytest.raises(ConfigError, match=r"save=.*clip\.safetensors is the source itself; choose another name"):
+    with pytest.raises(
+        ConfigError, match=r"save=.*clip\.safetensors is the source itself; choose another name"
+    ):
         quantize(source, "nvfp4", source)
     assert source.read_bytes() == before
     folder = shutil.copytree(model / "text_encoder", tmp_path / "folder")
@@ -329,7 +414,9 @@ def test_numbers_that_are_none_stop_it(quantize: Quantize, tmp_path: Path) -> No
         assert not (tmp_path / "x.safetensors").exists(), "no half of a file is left"
 
 
-def test_layers_that_cannot_have_the_format(quantize: Quantize, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_that_cannot_have_the_format(
+    quantize: Quantize, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = encoder("t5", inner=100).write(tmp_path / "t5.safetensors")
     quantize(source, "float8_e4m3fn_blockwise", tmp_path / "x.safetensors")
     _, metadata = load_text_encoder(tmp_path / "x.safetensors", "float8_e4m3fn_blockwise")
@@ -337,7 +424,9 @@ def test_layers_that_cannot_have_the_format(quantize: Quantize, tmp_path: Path, 
     assert "3 layers cannot be float8_e4m3fn_blockwise: " in caplog.text
 
 
-def test_biases_and_norms_of_a_checkpoint_stay_what_they_are(quantize: Quantize, floats: dict[str, nn.Module], tmp_path: Path) -> None:
+def test_biases_and_norms_of_a_checkpoint_stay_what_they_are(
+    quantize: Quantize, floats: dict[str, nn.Module], tmp_path: Path
+) -> None:
     file = file_of(floats["text_encoder"], [])
     quantize(file.write(tmp_path / "clip.safetensors"), "int8_rowwise", tmp_path / "x.safetensors")
     state, metadata = load_text_encoder(tmp_path / "x.safetensors", kernel_backend="dequantize")

@@ -14,9 +14,14 @@ from int8run.tracking import retry as answers
 from int8run.tracking.run_record import end_record, find_records, start_record
 
 SMALL = [
-    "sampler.height=16", "sampler.width=16", "sampler.steps=1", "prompts.prompts=[a]", "metrics.layers=false", "backend=reference",
+    "sampler.height=16",
+    "sampler.width=16",
+    "sampler.steps=1",
+    "prompts.prompts=[a]",
+    "metrics.layers=false",
+    "backend=reference",
     "cache.limit_gb=0",
-]  # fmt: skip
+]
 IDENTITY = {
     "task": "run",
     "name": "n",
@@ -35,7 +40,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def int8run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def int8run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
     with command_in(tmp_path / "work", monkeypatch, capsys) as command:
         yield command
 
@@ -48,15 +55,25 @@ def uploaded(int8run: Command) -> list[mlflow.entities.Run]:
 def test_runs_that_no_tracker_has_are_uploaded_once_and_fetched_again(int8run: Command, model: str) -> None:
     assert int8run("-m", "seed=0,1", model, *SMALL, "tracker=none").code == 0
     first = int8run("task=report", "sync=multirun")
-    assert first.code == 0 and "2 of 2 runs uploaded, 0 were there already" in first.out and "runs: " in first.out
+    assert (
+        first.code == 0
+        and "2 of 2 runs uploaded, 0 were there already" in first.out
+        and "runs: " in first.out
+    )
     again = int8run("task=report", "sync=multirun")
     assert again.code == 0 and "0 of 2 runs uploaded, 2 were there already" in again.out
     runs = uploaded(int8run)
-    assert sorted(run.data.params["seed"] for run in runs) == ["0", "1"] and {run.info.status for run in runs} == {"FINISHED"}
+    assert sorted(run.data.params["seed"] for run in runs) == ["0", "1"] and {
+        run.info.status for run in runs
+    } == {"FINISHED"}
     assert "sweep" in (int8run.folder / "multirun" / "report.html").read_text()
     sweep = runs[0].data.tags["sweep"]
     fetched = int8run("task=report", f"task.sweep={sweep}", "task.path=here")
-    assert fetched.code == 0 and f"sweep {sweep}, 2 runs" in fetched.out and (int8run.folder / "here" / "report.html").is_file()
+    assert (
+        fetched.code == 0
+        and f"sweep {sweep}, 2 runs" in fetched.out
+        and (int8run.folder / "here" / "report.html").is_file()
+    )
     theirs = {r.config_hash: r for r in find_records(int8run.folder / "multirun")}
     for record in find_records(int8run.folder / "here"):
         assert record.metrics == theirs[record.config_hash].metrics
@@ -64,31 +81,49 @@ def test_runs_that_no_tracker_has_are_uploaded_once_and_fetched_again(int8run: C
         assert (record.folder / record.images[0]["float"]).read_bytes() == ours.read_bytes()
 
 
-def test_a_tracker_that_is_away_is_an_error_for_who_asks_for_it(int8run: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_away_is_an_error_for_who_asks_for_it(
+    int8run: Command, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(answers, "KNOCKS_S", (0.0, 0.01))
     assert int8run(model, *SMALL, "tracker=none").code == 0
-    outcome = int8run("task=report", "sync=outputs", "tracker.uri=http://127.0.0.1:9")  # the discard port: nothing listens there
+    outcome = int8run(
+        "task=report", "sync=outputs", "tracker.uri=http://127.0.0.1:9"
+    )  # the discard port: nothing listens there
     assert outcome.code == 1 and outcome.message.startswith("tracker.uri=http://127.0.0.1:9 does not answer")
     (record,) = find_records(int8run.folder / "outputs")
     assert not record.uploaded
 
 
-def test_runs_that_were_meant_for_another_tracker_are_said(int8run: Command, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_were_meant_for_another_tracker_are_said(
+    int8run: Command, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(answers, "KNOCKS_S", (0.0, 0.01))
     away = int8run(model, *SMALL, "tracker.uri=http://me:secret@127.0.0.1:9")
     words = " ".join(away.out.split())
-    assert away.code == 0 and "upload it later: int8run task=report sync=" in words and "tracker.uri=http://127.0.0.1:9" in words
+    assert (
+        away.code == 0
+        and "upload it later: int8run task=report sync=" in words
+        and "tracker.uri=http://127.0.0.1:9" in words
+    )
     here = int8run("task=report", "sync=outputs")
-    assert here.code == 0 and "1 runs were meant for http://127.0.0.1:9 and go to sqlite:///" in " ".join(here.out.split())
+    assert here.code == 0 and "1 runs were meant for http://127.0.0.1:9 and go to sqlite:///" in " ".join(
+        here.out.split()
+    )
     assert len(uploaded(int8run)) == 1
 
 
 def test_a_sweep_that_lacks_jobs_says_so(int8run: Command) -> None:
     write_sweep(int8run.folder / "multirun" / "a", Sweep("a-1234", created=1.0, jobs=3))
-    end_record(start_record(int8run.folder / "multirun" / "a" / "0", {**IDENTITY, "sweep": "a-1234"}), "FINISHED")
+    end_record(
+        start_record(int8run.folder / "multirun" / "a" / "0", {**IDENTITY, "sweep": "a-1234"}), "FINISHED"
+    )
     outcome = int8run("task=report")
     said = "sweep a-1234, 1 of 3 jobs; its command with resume=true runs the rest"
-    assert outcome.code == 0 and said in outcome.out and said in (int8run.folder / "multirun" / "a" / "report.html").read_text()
+    assert (
+        outcome.code == 0
+        and said in outcome.out
+        and said in (int8run.folder / "multirun" / "a" / "report.html").read_text()
+    )
 
 
 def test_the_newest_sweep_that_ran_is_reported(int8run: Command) -> None:
@@ -112,7 +147,11 @@ def test_the_newest_sweep_that_ran_is_reported(int8run: Command) -> None:
         ),
         (["sync=nowhere"], 3, r"nowhere is no folder"),
         (["task.path=."], 3, r".* holds no run of int8run: none of its folders has a status\.json"),
-        (["task.sweep=unknown"], 2, r"task\.sweep=unknown: the tracker has no run with this tag; its page shows the tags, "),
+        (
+            ["task.sweep=unknown"],
+            2,
+            r"task\.sweep=unknown: the tracker has no run with this tag; its page shows the tags, ",
+        ),
         (["task.sweep=x", "tracker=none"], 2, r"task\.sweep=x: tracker=none keeps no runs"),
     ],
 )

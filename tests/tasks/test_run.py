@@ -32,11 +32,27 @@ from int8run.tasks.run_metrics import scattered
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONTRACT = {
-    "speed/step_ms_p50", "speed/step_ms_p90", "speed/images_per_s", "speed/ratio_vs_float", "build/load_s", "build/quantize_s",
-    "memory/denoiser_bytes", "memory/denoiser_ratio", "memory/text_encoder_bytes", "memory/peak_bytes", "quality/psnr_db",
-    "quality/ssim", "quality/latent_rel_err", "quant/layers_int8", "quant/layers_float", "quant/weight_sqnr_db_mean",
-    "quant/weight_sqnr_db_min", "quant/output_sqnr_db_mean", "quant/output_sqnr_db_min", "quant/fallback_layers",
-}  # fmt: skip
+    "speed/step_ms_p50",
+    "speed/step_ms_p90",
+    "speed/images_per_s",
+    "speed/ratio_vs_float",
+    "build/load_s",
+    "build/quantize_s",
+    "memory/denoiser_bytes",
+    "memory/denoiser_ratio",
+    "memory/text_encoder_bytes",
+    "memory/peak_bytes",
+    "quality/psnr_db",
+    "quality/ssim",
+    "quality/latent_rel_err",
+    "quant/layers_int8",
+    "quant/layers_float",
+    "quant/weight_sqnr_db_mean",
+    "quant/weight_sqnr_db_min",
+    "quant/output_sqnr_db_mean",
+    "quant/output_sqnr_db_min",
+    "quant/fallback_layers",
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +64,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def small(model: str) -> list[str]:
     process_cache.forget()
-    return [f"model.location={model}", "sampler.height=16", "sampler.width=16", "sampler.steps=3", "prompts.prompts=[a,b]", "tracker=none"]
+    return [
+        f"model.location={model}",
+        "sampler.height=16",
+        "sampler.width=16",
+        "sampler.steps=3",
+        "prompts.prompts=[a,b]",
+        "tracker=none",
+    ]
 
 
 def read_layers(out: Path) -> list[dict[str, str]]:
@@ -63,14 +86,21 @@ def image_bytes(out: Path) -> dict[str, bytes]:
 def test_a_run_leaves_everything(small: list[str], tmp_path: Path) -> None:
     metrics = run_job(small, tmp_path).metrics
     assert set(metrics) >= CONTRACT
-    assert {p.name for p in tmp_path.iterdir()} == {"environment.json", "grid.png", "images", "layers.csv", "metrics.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "environment.json",
+        "grid.png",
+        "images",
+        "layers.csv",
+        "metrics.json",
+    }
     assert len(list((tmp_path / "images").iterdir())) == 4  # two prompts, float and INT8
     saved = json.loads((tmp_path / "metrics.json").read_text())
     assert saved["metrics"]["quality/psnr_db"] == metrics["quality/psnr_db"] and len(saved["images"]) == 2
     # of two drawings the times of three steps but the first, and the error after each step
     assert [len(values) for values in saved["series"].values()] == [4, 4, 3]
     assert [(i["key"], i["file"], i["float"]) for i in saved["images"]] == [
-        (f"00{n}_{word}_s0", f"images/00{n}_{word}_s0.png", f"images/00{n}_{word}_s0_float.png") for n, word in enumerate("ab")
+        (f"00{n}_{word}_s0", f"images/00{n}_{word}_s0.png", f"images/00{n}_{word}_s0_float.png")
+        for n, word in enumerate("ab")
     ]
     assert json.loads((tmp_path / "environment.json").read_text())["versions"]["torch"]
 
@@ -96,7 +126,8 @@ def test_the_second_identical_run_gives_the_same_bits(small: list[str], tmp_path
 @pytest.mark.skipif(without_vnni(), reason="needs a CPU with VNNI")
 def test_two_backends_in_one_process_do_not_see_each_other(small: list[str]) -> None:
     first, second = (
-        build(make_spec([*small, f"backend={name}"]), samples(["a"], 1, 0), [], Progress(False)) for name in ("reference", "torch_int_mm")
+        build(make_spec([*small, f"backend={name}"]), samples(["a"], 1, 0), [], Progress(False))
+        for name in ("reference", "torch_int_mm")
     )
     for built, name in ((first, "reference"), (second, "torch_int_mm")):
         used = {m.backend.name for m in built.denoisers["int8"].modules() if isinstance(m, Int8Linear)}
@@ -128,7 +159,11 @@ def test_int8_disabled_is_the_float_model(small: list[str], tmp_path: Path) -> N
 
 def test_without_a_baseline_only_int8_runs(small: list[str], tmp_path: Path) -> None:
     metrics = run_job([*small, "metrics.baseline=none"], tmp_path).metrics
-    assert "quality/psnr_db" not in metrics and "speed/ratio_vs_float" not in metrics and metrics["speed/step_ms_p50"] > 0
+    assert (
+        "quality/psnr_db" not in metrics
+        and "speed/ratio_vs_float" not in metrics
+        and metrics["speed/step_ms_p50"] > 0
+    )
     assert len(list((tmp_path / "images").iterdir())) == 2
 
 
@@ -148,7 +183,9 @@ def test_model_type_none_quantizes_everything(small: list[str], tmp_path: Path) 
 
 def test_nothing_converted_is_an_error(small: list[str], tmp_path: Path) -> None:
     keep = "model_type.float_layers=[{pattern: '*', why: asked}]"
-    with pytest.raises(ConfigError, match=r"no layer became INT8 \(48 × asked\).*model_type=.*int8.enable=false"):
+    with pytest.raises(
+        ConfigError, match=r"no layer became INT8 \(48 × asked\).*model_type=.*int8.enable=false"
+    ):
         run_job([*small, "model_type=flux", keep], tmp_path)
 
 
@@ -166,9 +203,15 @@ class TestLora:
         on = run_job(lora, tmp_path / "on")
         off = run_job([*lora, "lora.strength=0"], tmp_path / "off")
         again = run_job(lora, tmp_path / "again")
-        assert on.metrics["build/load_s"] > 0 and off.metrics["build/load_s"] == 0 and again.metrics["build/load_s"] == 0
+        assert (
+            on.metrics["build/load_s"] > 0
+            and off.metrics["build/load_s"] == 0
+            and again.metrics["build/load_s"] == 0
+        )
         assert image_bytes(tmp_path / "off") == image_bytes(tmp_path / "plain")
-        assert image_bytes(tmp_path / "again") == image_bytes(tmp_path / "on") != image_bytes(tmp_path / "off")
+        assert (
+            image_bytes(tmp_path / "again") == image_bytes(tmp_path / "on") != image_bytes(tmp_path / "off")
+        )
         assert on.metrics["lora/modules_matched"] > 0 and "lora/modules_matched" not in plain.metrics
         assert on.metrics["lora/overhead_ratio"] > 0
 
@@ -176,12 +219,18 @@ class TestLora:
         dynamic = run_job([*lora, "lora.mode=dynamic"], tmp_path / "dynamic")
         bake = run_job([*lora, "lora.mode=bake"], tmp_path / "bake")
         # the same float model is the baseline of both
-        floats = [{n: b for n, b in image_bytes(tmp_path / m).items() if "float" in n} for m in ("dynamic", "bake")]
+        floats = [
+            {n: b for n, b in image_bytes(tmp_path / m).items() if "float" in n} for m in ("dynamic", "bake")
+        ]
         assert floats[0] == floats[1]
-        assert dynamic.metrics["quality/latent_rel_err"] < 0.02 and bake.metrics["quality/latent_rel_err"] < 0.02
+        assert (
+            dynamic.metrics["quality/latent_rel_err"] < 0.02 and bake.metrics["quality/latent_rel_err"] < 0.02
+        )
 
     def test_a_lora_on_a_layer_that_stayed_float_works(self, small: list[str], tmp_path: Path) -> None:
-        file = save_lora(tmp_path / "float_only.safetensors", random_pipeline().transformer, only="norm1.linear")
+        file = save_lora(
+            tmp_path / "float_only.safetensors", random_pipeline().transformer, only="norm1.linear"
+        )
         adapter = f"{{_target_: int8run.lora.config.Adapter, name: style, path: {file}, strength: 3.0}}"
         run_job(small, tmp_path / "plain")
         result = run_job([*small, f"lora.adapters=[{adapter}]"], tmp_path / "on")
@@ -189,20 +238,31 @@ class TestLora:
         assert image_bytes(tmp_path / "on") != image_bytes(tmp_path / "plain")
 
     def test_zero_matches_are_an_error(self, small: list[str], tmp_path: Path) -> None:
-        file = save_lora(tmp_path / "other.safetensors", random_pipeline().transformer, prefix="transformer.elsewhere.")
+        file = save_lora(
+            tmp_path / "other.safetensors", random_pipeline().transformer, prefix="transformer.elsewhere."
+        )
         adapter = f"{{_target_: int8run.lora.config.Adapter, name: other, path: {file}}}"
-        with pytest.raises(LoraError, match=r"none of its .* modules and keys is in the model.*another architecture"):
+        with pytest.raises(
+            LoraError, match=r"none of its .* modules and keys is in the model.*another architecture"
+        ):
             run_job([*small, f"lora.adapters=[{adapter}]"], tmp_path)
 
 
 def test_a_pipeline_without_a_denoiser_is_named() -> None:
-    index = {"_class_name": "FluxPipeline", "vae": ["diffusers", "AutoencoderKL"], "tokenizer": ["x", "Y"], "transformer": [None, None]}
+    index = {
+        "_class_name": "FluxPipeline",
+        "vae": ["diffusers", "AutoencoderKL"],
+        "tokenizer": ["x", "Y"],
+        "transformer": [None, None],
+    }
     message = r"FluxPipeline in /m has no denoiser: its components are tokenizer, transformer, vae; .*transformer or transformer_2 or unet$"
     with pytest.raises(ConfigError, match=message):
         denoiser_names(index, Path("/m"))
 
 
-def test_backend_that_cannot_run_here_says_why(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_that_cannot_run_here_says_why(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"cpu_name": "old"})
     with pytest.raises(BackendError, match="backend 'onednn' cannot run here: needs a CPU with avx512_vnni"):
         run_job([*small, "backend=onednn"], tmp_path)
@@ -229,7 +289,9 @@ def test_compiled_blocks_give_the_same_pictures(small: list[str], tmp_path: Path
 
 # -- outlier methods and roundings --------------------------------------------------------------------------------------
 
-OUTLIERS, ROUNDINGS = (sorted(file.stem for file in (CONF / group).glob("*.yaml")) for group in ("outlier", "rounding"))
+OUTLIERS, ROUNDINGS = (
+    sorted(file.stem for file in (CONF / group).glob("*.yaml")) for group in ("outlier", "rounding")
+)
 
 
 @pytest.fixture
@@ -237,13 +299,21 @@ def least(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """One picture of one step by the INT8 model alone; what is measured is remembered in the test's own folder."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return [
-        *small, "sampler.steps=1", "prompts.prompts=[a]", "calibration.prompts=[b]", "calibration.moments=1", "metrics.baseline=none",
-        "backend=reference", "progress=false",
-    ]  # fmt: skip
+        *small,
+        "sampler.steps=1",
+        "prompts.prompts=[a]",
+        "calibration.prompts=[b]",
+        "calibration.moments=1",
+        "metrics.baseline=none",
+        "backend=reference",
+        "progress=false",
+    ]
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
     with command_in(tmp_path / "work", monkeypatch, capsys) as run:
         yield run
 
@@ -254,7 +324,9 @@ def int8_rows(out: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("outlier", OUTLIERS)
-def test_every_outlier_method_runs_with_every_rounding(least: list[str], tmp_path: Path, outlier: str, rounding: str) -> None:
+def test_every_outlier_method_runs_with_every_rounding(
+    least: list[str], tmp_path: Path, outlier: str, rounding: str
+) -> None:
     run_job([*least, f"outlier={outlier}", f"rounding={rounding}", "metrics.baseline=run"], tmp_path)
     rows = int8_rows(tmp_path)
     assert len(rows) == 34
@@ -268,7 +340,10 @@ def test_every_outlier_method_runs_with_every_rounding(least: list[str], tmp_pat
 TOO_NARROW = {width: ("none", f"in_features={width} is not a multiple of 128") for width in (8, 16, 32, 160)}
 TREATED = {
     "none": dict.fromkeys((8, 16, 32, 128, 160, 256), ("none", "")),
-    "convrot": {n: (f"convrot group_size={group}", "") for n, group in {8: 4, 16: 16, 32: 16, 128: 64, 160: 16, 256: 256}.items()},
+    "convrot": {
+        n: (f"convrot group_size={group}", "")
+        for n, group in {8: 4, 16: 16, 32: 16, 128: 64, 160: 16, 256: 256}.items()
+    },
     "quarot": TOO_NARROW | dict.fromkeys((128, 256), ("quarot group_size=128", "")),
     "hadanorm": TOO_NARROW | dict.fromkeys((128, 256), ("hadanorm group_size=128 alpha=0.5", "")),
     "smoothquant": dict.fromkeys((8, 16, 32, 128, 160, 256), ("smoothquant alpha=0.5", "")),
@@ -276,9 +351,13 @@ TREATED = {
 
 
 @pytest.mark.parametrize("outlier", TREATED)
-def test_layers_csv_says_how_each_layer_is_treated_and_why_not(least: list[str], tmp_path: Path, outlier: str) -> None:
+def test_layers_csv_says_how_each_layer_is_treated_and_why_not(
+    least: list[str], tmp_path: Path, outlier: str
+) -> None:
     run_job([*least, "model_type=none", f"outlier={outlier}"], tmp_path)
-    found = {(int(row["in_features"]), (row["outlier"], row["outlier_why_not"])) for row in read_layers(tmp_path)}
+    found = {
+        (int(row["in_features"]), (row["outlier"], row["outlier_why_not"])) for row in read_layers(tmp_path)
+    }
     assert found == set(TREATED[outlier].items())
 
 
@@ -290,7 +369,9 @@ def test_layers_that_stay_float_are_treated_in_no_way(least: list[str], tmp_path
     run_job([*least, "outlier=quarot"], tmp_path)
     for row in read_layers(tmp_path):
         if row["quantized"] == "false":
-            assert row["why_not"] and {row[c] for c in ("outlier", "outlier_why_not", "rounding", "backend_used", "weight_sqnr_db")} == {""}
+            assert row["why_not"] and {
+                row[c] for c in ("outlier", "outlier_why_not", "rounding", "backend_used", "weight_sqnr_db")
+            } == {""}
 
 
 @pytest.mark.parametrize("outlier", ["quarot", "hadanorm"])
@@ -317,10 +398,15 @@ def test_a_method_that_can_take_no_layer_is_one_line_and_code_2(least: list[str]
 def test_costs_of_automatic_methods_are_kept_in_the_backends_table(least: list[str], tmp_path: Path) -> None:
     table = tmp_path / "table.json"
     # without the backend that would compile itself into this test's home
-    run_job([*least, "outlier=auto", "backend=auto", "~backend.candidates.vnni", f"backend.table={table}"], tmp_path)
+    run_job(
+        [*least, "outlier=auto", "backend=auto", "~backend.candidates.vnni", f"backend.table={table}"],
+        tmp_path,
+    )
     known = json.loads(table.read_text())
     costs = [key for key in known if " | cost of " in key]
-    assert any("cost of factor |" in key for key in costs) and any("cost of regular rotation of 16 |" in key for key in costs)
+    assert any("cost of factor |" in key for key in costs) and any(
+        "cost of regular rotation of 16 |" in key for key in costs
+    )
     assert all(float(known[key]) > 0 for key in costs)
     assert not (tmp_path / "home").exists()
 
@@ -333,14 +419,20 @@ def files_in(out: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted((out / "images").iterdir())}
 
 
-@pytest.mark.parametrize(("outlier", "rounding"), [*((name, "mse") for name in OUTLIERS), ("smoothquant", "gptq")])
-def test_a_saved_model_draws_the_same_pictures(least: list[str], tmp_path: Path, outlier: str, rounding: str) -> None:
+@pytest.mark.parametrize(
+    ("outlier", "rounding"), [*((name, "mse") for name in OUTLIERS), ("smoothquant", "gptq")]
+)
+def test_a_saved_model_draws_the_same_pictures(
+    least: list[str], tmp_path: Path, outlier: str, rounding: str
+) -> None:
     # fused layers cannot hold parts with factors of their own
     saved = tmp_path / ("m" if outlier in ("auto", "smoothquant", "hadanorm") else "m.safetensors")
     run_job([*least, f"outlier={outlier}", f"rounding={rounding}", f"save={saved}"], tmp_path / "a")
     run_job([*least, f"outlier={outlier}", f"int8.checkpoint={saved}"], tmp_path / "b")
     assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
-    one, two = ([row | {"output_sqnr_db": ""} for row in read_layers(tmp_path / out)] for out in "ab")  # b has no float model
+    one, two = (
+        [row | {"output_sqnr_db": ""} for row in read_layers(tmp_path / out)] for out in "ab"
+    )  # b has no float model
     assert one == two
 
 
@@ -349,8 +441,24 @@ def rotated(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model with outlier=convrot, as a file."""
     folder = tmp_path_factory.mktemp("rotated")
     process_cache.forget()
-    small = [f"model.location={model}", "sampler.height=16", "sampler.width=16", "sampler.steps=1", "prompts.prompts=[a]", "tracker=none"]
-    run_job([*small, "outlier=convrot", "backend=reference", "metrics.baseline=none", f"save={folder / 'm.safetensors'}"], folder)
+    small = [
+        f"model.location={model}",
+        "sampler.height=16",
+        "sampler.width=16",
+        "sampler.steps=1",
+        "prompts.prompts=[a]",
+        "tracker=none",
+    ]
+    run_job(
+        [
+            *small,
+            "outlier=convrot",
+            "backend=reference",
+            "metrics.baseline=none",
+            f"save={folder / 'm.safetensors'}",
+        ],
+        folder,
+    )
     return folder / "m.safetensors"
 
 
@@ -358,7 +466,9 @@ def test_a_saved_file_holds_the_whole_denoiser_and_how_it_was_made(rotated: Path
     expected, tensors = random_pipeline().transformer.state_dict(), load_file(rotated)
     int8 = {key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")}
     # 34 Linears of diffusers; their authors have 3 of each of the 4 attentions in one, and 4 of each of the 2 single blocks
-    assert len(int8) == 34 - 4 * 2 - 2 * 3 and all(tensors[f"{name}.weight"].dtype == torch.int8 for name in int8)
+    assert len(int8) == 34 - 4 * 2 - 2 * 3 and all(
+        tensors[f"{name}.weight"].dtype == torch.int8 for name in int8
+    )
     beside = sum(t.numel() for key, t in tensors.items() if key.endswith(("weight_scale", "comfy_quant")))
     assert sum(t.numel() for t in tensors.values()) - beside == sum(t.numel() for t in expected.values())
     for own, key in (
@@ -367,8 +477,18 @@ def test_a_saved_file_holds_the_whole_denoiser_and_how_it_was_made(rotated: Path
     ):
         assert torch.equal(tensors[key], expected[own]) and tensors[key].dtype == expected[own].dtype
     note = json.loads(read_header(rotated)[1]["int8run"])
-    assert (note["model"], note["family"], note["outlier"], note["rounding"]) == (model, "flux", "convrot", "absmax")
-    assert (note["loras"], note["calibration"], note["quality_db"], len(note["kept_float"])) == ([], None, None, 14)
+    assert (note["model"], note["family"], note["outlier"], note["rounding"]) == (
+        model,
+        "flux",
+        "convrot",
+        "absmax",
+    )
+    assert (note["loras"], note["calibration"], note["quality_db"], len(note["kept_float"])) == (
+        [],
+        None,
+        None,
+        14,
+    )
     assert note["kept_float"]["x_embedder"] == "input embedder"
     weights = Path(model) / "transformer" / "diffusion_pytorch_model.safetensors"
     assert note["source_sha256"] == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
@@ -379,11 +499,15 @@ def test_a_model_in_half_precision_is_saved_in_it(least: list[str], tmp_path: Pa
     run_job([*half, f"save={saved}"], tmp_path / "a")
     run_job([*half, f"int8.checkpoint={saved}"], tmp_path / "b")
     assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
-    found = {key.rpartition(".")[2]: set() for key in load_file(saved / "diffusion_pytorch_model.safetensors")}
+    found = {
+        key.rpartition(".")[2]: set() for key in load_file(saved / "diffusion_pytorch_model.safetensors")
+    }
     for key, tensor in load_file(saved / "diffusion_pytorch_model.safetensors").items():
         found[key.rpartition(".")[2]].add(tensor.dtype)
     assert found["bias"] == {torch.bfloat16} and found["weight"] == {torch.int8, torch.bfloat16}
-    assert found["weight_scale"] == found["pre_quant_scale"] == {torch.float32}, "what the integers need is never rounded to half"
+    assert found["weight_scale"] == found["pre_quant_scale"] == {torch.float32}, (
+        "what the integers need is never rounded to half"
+    )
 
 
 def test_a_checkpoint_can_be_saved_again(least: list[str], rotated: Path, tmp_path: Path) -> None:
@@ -395,7 +519,9 @@ def test_a_checkpoint_can_be_saved_again(least: list[str], rotated: Path, tmp_pa
     assert (note["rounding"], note["checkpoint"], note["settings"]) == ("absmax", str(rotated), {})
 
 
-def test_a_model_may_be_saved_in_place_of_its_own_checkpoint(least: list[str], rotated: Path, tmp_path: Path) -> None:
+def test_a_model_may_be_saved_in_place_of_its_own_checkpoint(
+    least: list[str], rotated: Path, tmp_path: Path
+) -> None:
     place = tmp_path / "m.safetensors"
     place.write_bytes(rotated.read_bytes())
     run_job([*least, "outlier=auto", f"int8.checkpoint={place}", f"save={place}"], tmp_path)
@@ -403,7 +529,9 @@ def test_a_model_may_be_saved_in_place_of_its_own_checkpoint(least: list[str], r
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_a_checkpoint_treated_otherwise_than_asked_is_one_line_and_code_3(least: list[str], rotated: Path, command: Command) -> None:
+def test_a_checkpoint_treated_otherwise_than_asked_is_one_line_and_code_3(
+    least: list[str], rotated: Path, command: Command
+) -> None:
     outcome = command(*least, "outlier=smoothquant", f"int8.checkpoint={rotated}")
     assert outcome.code == 3 and outcome.message.startswith(
         f"{rotated} contradicts outlier=smoothquant in 34 of 34 layers (transformer_blocks"
@@ -419,20 +547,32 @@ def test_a_checkpoint_that_is_not_there_is_one_line_and_code_3(least: list[str],
 def test_a_place_that_cannot_be_written_is_one_line_and_code_3(least: list[str], command: Command) -> None:
     (command.folder / "m.safetensors").mkdir()
     outcome = command(*least, "save=m.safetensors")
-    assert outcome.code == 3 and "m.safetensors cannot be written: " in outcome.message and "folder" in outcome.message
+    assert (
+        outcome.code == 3
+        and "m.safetensors cannot be written: " in outcome.message
+        and "folder" in outcome.message
+    )
 
 
-def test_a_checkpoint_of_another_models_weights_is_refused(least: list[str], rotated: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_models_weights_is_refused(
+    least: list[str], rotated: Path, tmp_path: Path
+) -> None:
     other = save_random_pipeline(tmp_path / "other", seed=1)
     with pytest.raises(FileError, match=r"does not hold this model's weight \(SQNR -\d.* dB"):
-        run_job([*least, f"model.location={other}", "outlier=convrot", f"int8.checkpoint={rotated}"], tmp_path)
+        run_job(
+            [*least, f"model.location={other}", "outlier=convrot", f"int8.checkpoint={rotated}"], tmp_path
+        )
 
 
-def test_the_layers_of_a_checkpoint_are_int8_whatever_the_family_says(least: list[str], rotated: Path, tmp_path: Path) -> None:
+def test_the_layers_of_a_checkpoint_are_int8_whatever_the_family_says(
+    least: list[str], rotated: Path, tmp_path: Path
+) -> None:
     run_job([*least, "model_type=none", "outlier=convrot", f"int8.checkpoint={rotated}"], tmp_path)
     assert len(int8_rows(tmp_path)) == 34
     note = json.loads(read_header(rotated)[1]["int8run"])
-    assert {row["name"]: row["why_not"] for row in read_layers(tmp_path) if row["why_not"]} == note["kept_float"]
+    assert {row["name"]: row["why_not"] for row in read_layers(tmp_path) if row["why_not"]} == note[
+        "kept_float"
+    ]
 
 
 class TestBudget:
@@ -441,30 +581,52 @@ class TestBudget:
     @pytest.fixture
     def budget(self, least: list[str]) -> list[str]:
         return [
-            *least, "model_type.keep_float=auto", "sampler.steps=2", "prompts.prompts=[b]", "seed=1000", "metrics.baseline=run",
-        ]  # fmt: skip
+            *least,
+            "model_type.keep_float=auto",
+            "sampler.steps=2",
+            "prompts.prompts=[b]",
+            "seed=1000",
+            "metrics.baseline=run",
+        ]
 
-    def test_layers_stay_float_until_the_pictures_are_as_close_as_asked(self, budget: list[str], tmp_path: Path) -> None:
+    def test_layers_stay_float_until_the_pictures_are_as_close_as_asked(
+        self, budget: list[str], tmp_path: Path
+    ) -> None:
         free = run_job([*budget, "quality_db=1"], tmp_path / "free").metrics
         assert (free["budget/layers_kept"], free["quant/layers_int8"]) == (0, 34)
-        assert free["budget/reached_db"] == free["budget/without_db"] == pytest.approx(decibels(free), abs=1e-3)
+        assert (
+            free["budget/reached_db"] == free["budget/without_db"] == pytest.approx(decibels(free), abs=1e-3)
+        )
         asked = free["budget/without_db"] + 3
         saved = tmp_path / "saved"
         met = run_job([*budget, f"quality_db={asked}", f"save={saved}"], tmp_path / "met").metrics
         assert met["budget/without_db"] == free["budget/without_db"] and met["budget/asked_db"] == asked
         # the run draws the calibration's own pictures, so that it must measure what the budget promised
         assert asked <= met["budget/reached_db"] == pytest.approx(decibels(met), abs=1e-3)
-        kept = [row for row in read_layers(tmp_path / "met") if row["why_not"].startswith("quality budget: alone it makes ")]
+        kept = [
+            row
+            for row in read_layers(tmp_path / "met")
+            if row["why_not"].startswith("quality budget: alone it makes ")
+        ]
         assert len(kept) == met["budget/layers_kept"] > 0 and met["quant/layers_int8"] == 34 - len(kept)
-        assert all(row["why_not"].endswith("% of all layers' error") and row["backend_used"] == row["outlier"] == "" for row in kept)
+        assert all(
+            row["why_not"].endswith("% of all layers' error") and row["backend_used"] == row["outlier"] == ""
+            for row in kept
+        )
         assert met["budget/memory_ratio"] > 1
         # in the file these layers are float, too
         run_job([*budget, "model_type.keep_float=listed", f"int8.checkpoint={saved}"], tmp_path / "read")
         assert files_in(tmp_path / "met") == files_in(tmp_path / "read")
-        assert {row["name"] for row in int8_rows(tmp_path / "read")} == {row["name"] for row in int8_rows(tmp_path / "met")}
+        assert {row["name"] for row in int8_rows(tmp_path / "read")} == {
+            row["name"] for row in int8_rows(tmp_path / "met")
+        }
 
-    def test_a_checkpoint_can_be_brought_within_a_budget(self, budget: list[str], rotated: Path, tmp_path: Path) -> None:
-        metrics = run_job([*budget, "outlier=auto", f"int8.checkpoint={rotated}", "quality_db=70"], tmp_path).metrics
+    def test_a_checkpoint_can_be_brought_within_a_budget(
+        self, budget: list[str], rotated: Path, tmp_path: Path
+    ) -> None:
+        metrics = run_job(
+            [*budget, "outlier=auto", f"int8.checkpoint={rotated}", "quality_db=70"], tmp_path
+        ).metrics
         assert metrics["budget/reached_db"] >= 70 and metrics["budget/layers_kept"] > 0
         assert {row["outlier"].split()[0] for row in int8_rows(tmp_path)} == {"convrot"}
 
@@ -474,32 +636,50 @@ class TestBudget:
 
     def test_a_budget_beyond_reach_is_one_line_and_code_2(self, budget: list[str], command: Command) -> None:
         outcome = command(*budget, "quality_db=200")
-        assert outcome.code == 2 and outcome.message.startswith("quality_db=200 is met by the float model alone: ")
+        assert outcome.code == 2 and outcome.message.startswith(
+            "quality_db=200 is met by the float model alone: "
+        )
 
 
 def decibels(metrics: dict[str, float]) -> float:
     return -20 * math.log10(metrics["quality/latent_rel_err"])
 
 
-def test_a_checkpoint_takes_dynamic_loras_and_no_other_baked_ones(least: list[str], rotated: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_takes_dynamic_loras_and_no_other_baked_ones(
+    least: list[str], rotated: Path, tmp_path: Path
+) -> None:
     file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer)
     lora = f"lora.adapters=[{{_target_: int8run.lora.config.Adapter, name: style, path: {file}, strength: 0.01}}]"
     run_job([*least, "outlier=convrot", lora, "lora.mode=dynamic"], tmp_path / "made")
-    run_job([*least, "outlier=convrot", lora, "lora.mode=dynamic", f"int8.checkpoint={rotated}"], tmp_path / "read")
+    run_job(
+        [*least, "outlier=convrot", lora, "lora.mode=dynamic", f"int8.checkpoint={rotated}"],
+        tmp_path / "read",
+    )
     assert files_in(tmp_path / "made") == files_in(tmp_path / "read")
     # so weak a LoRA could not be told from rounding by the weights
     with pytest.raises(
-        FileError, match=r"was made with no LoRA baked in, this run bakes style 0\.01; for LoRAs on top of it set lora\.mode=dynamic"
+        FileError,
+        match=r"was made with no LoRA baked in, this run bakes style 0\.01; for LoRAs on top of it set lora\.mode=dynamic",
     ):
-        run_job([*least, "outlier=convrot", lora, "lora.mode=bake", f"int8.checkpoint={rotated}"], tmp_path / "bake")
+        run_job(
+            [*least, "outlier=convrot", lora, "lora.mode=bake", f"int8.checkpoint={rotated}"],
+            tmp_path / "bake",
+        )
     baked = tmp_path / "baked.safetensors"
     run_job([*least, "outlier=convrot", lora, "lora.mode=bake", f"save={baked}"], tmp_path / "bake")
-    run_job([*least, "outlier=convrot", lora, "lora.mode=bake", f"int8.checkpoint={baked}"], tmp_path / "again")
+    run_job(
+        [*least, "outlier=convrot", lora, "lora.mode=bake", f"int8.checkpoint={baked}"], tmp_path / "again"
+    )
     assert files_in(tmp_path / "bake") == files_in(tmp_path / "again")
 
 
 def test_a_busy_machine_is_named():
-    steady = {"speed/step_ms_p50": 5.0, "speed/step_ms_p90": 9.0, "float/step_ms_p50": 10.0, "float/step_ms_p90": 12.0}
+    steady = {
+        "speed/step_ms_p50": 5.0,
+        "speed/step_ms_p90": 9.0,
+        "float/step_ms_p50": 10.0,
+        "float/step_ms_p90": 12.0,
+    }
     assert not scattered(steady) and not scattered({})
     assert scattered(steady | {"speed/step_ms_p90": 11.0}) and scattered(steady | {"float/step_ms_p90": 21.0})
 
@@ -507,5 +687,8 @@ def test_a_busy_machine_is_named():
 def test_drawings_that_are_no_numbers_are_refused() -> None:
     good, bad = torch.zeros(2, 3), torch.tensor([[0.0, 1.0], [float("nan"), 1.0]])
     check_pictures(Generation(trajectories=[good]), "INT8")
-    with pytest.raises(FileError, match=r"^the latents of 1 of 2 drawings of the INT8 model are NaN or infinite; its weights are damaged"):
+    with pytest.raises(
+        FileError,
+        match=r"^the latents of 1 of 2 drawings of the INT8 model are NaN or infinite; its weights are damaged",
+    ):
         check_pictures(Generation(trajectories=[good, bad]), "INT8")

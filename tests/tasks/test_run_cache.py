@@ -62,8 +62,20 @@ def job(tmp_path: Path) -> Callable[..., RunResult]:
 
     def start(model: Path | str, *words: str) -> RunResult:
         process_cache.forget()
-        size = ["sampler.height=16", "sampler.width=16", "sampler.steps=2", "prompts.prompts=[a]", "tracker=none", "backend=reference"]
-        about = [f"model.location={model}", f"cache.folder={tmp_path / 'cache'}", "metrics.baseline=none", "metrics.layers=false"]
+        size = [
+            "sampler.height=16",
+            "sampler.width=16",
+            "sampler.steps=2",
+            "prompts.prompts=[a]",
+            "tracker=none",
+            "backend=reference",
+        ]
+        about = [
+            f"model.location={model}",
+            f"cache.folder={tmp_path / 'cache'}",
+            "metrics.baseline=none",
+            "metrics.layers=false",
+        ]
         return run_job([*about, *size, "progress=false", *words], tmp_path / f"out{next(numbers)}")
 
     return start
@@ -85,7 +97,14 @@ def kept(tmp_path: Path, kind: str = "int8") -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["outlier=convrot", "rounding=mse"], ["outlier=hadanorm"], ["outlier=smoothquant", "calibration.prompts=[b]"]], ids=str
+    "words",
+    [
+        [],
+        ["outlier=convrot", "rounding=mse"],
+        ["outlier=hadanorm"],
+        ["outlier=smoothquant", "calibration.prompts=[b]"],
+    ],
+    ids=str,
 )
 def test_a_second_run_quantizes_nothing_and_draws_the_same(
     model: Path, job: Callable[..., RunResult], quantized: list[str], words: list[str], tmp_path: Path
@@ -98,19 +117,26 @@ def test_a_second_run_quantizes_nothing_and_draws_the_same(
     assert first.metrics["quant/macs_int8_share"] == second.metrics["quant/macs_int8_share"]
 
 
-def test_the_same_weights_elsewhere_are_the_same(model: Path, job: Callable[..., RunResult], quantized: list[str], tmp_path: Path) -> None:
+def test_the_same_weights_elsewhere_are_the_same(
+    model: Path, job: Callable[..., RunResult], quantized: list[str], tmp_path: Path
+) -> None:
     first = job(model)
     moved = shutil.move(model, tmp_path / "moved")
     assert pictures(job(moved, "metrics.baseline=run")) == pictures(first) and len(quantized) == 34
 
 
 OTHER = {
-    "method": ["outlier=convrot"], "rounding": ["rounding=mse"], "dtype": ["model.dtype=bfloat16"], "family": ["model_type=none"],
+    "method": ["outlier=convrot"],
+    "rounding": ["rounding=mse"],
+    "dtype": ["model.dtype=bfloat16"],
+    "family": ["model_type=none"],
     "reasons": ["model_type=flux", "model_type.float_layers=[{pattern: x_embedder, why: asked}]"],
-}  # fmt: skip
+}
 
 
-def test_other_settings_are_quantized_anew(model: Path, job: Callable[..., RunResult], quantized: list[str], tmp_path: Path) -> None:
+def test_other_settings_are_quantized_anew(
+    model: Path, job: Callable[..., RunResult], quantized: list[str], tmp_path: Path
+) -> None:
     job(model)
     for number, words in enumerate(OTHER.values()):
         quantized.clear()
@@ -122,10 +148,14 @@ def test_other_settings_are_quantized_anew(model: Path, job: Callable[..., RunRe
     assert not quantized
 
 
-def test_another_weight_is_quantized_anew(model: Path, job: Callable[..., RunResult], quantized: list[str]) -> None:
+def test_another_weight_is_quantized_anew(
+    model: Path, job: Callable[..., RunResult], quantized: list[str]
+) -> None:
     first = job(model)
     tensors = load_file(model / WEIGHTS)
-    tensors["transformer_blocks.0.attn.to_q.weight"] = tensors["transformer_blocks.0.attn.to_q.weight"].flip(0).contiguous()
+    tensors["transformer_blocks.0.attn.to_q.weight"] = (
+        tensors["transformer_blocks.0.attn.to_q.weight"].flip(0).contiguous()
+    )
     save_file(tensors, model / WEIGHTS, {"format": "pt"})
     quantized.clear()
     assert pictures(job(model)) != pictures(first) and len(quantized) == 34
@@ -138,7 +168,9 @@ def lora(path: Path, strength: float = 1.0, mode: str = "bake") -> list[str]:
     ]
 
 
-def test_baked_loras_count_and_others_do_not(model: Path, job: Callable[..., RunResult], quantized: list[str], tmp_path: Path) -> None:
+def test_baked_loras_count_and_others_do_not(
+    model: Path, job: Callable[..., RunResult], quantized: list[str], tmp_path: Path
+) -> None:
     file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer)
     baked = job(model, *lora(file))
     quantized.clear()
@@ -153,7 +185,9 @@ def test_baked_loras_count_and_others_do_not(model: Path, job: Callable[..., Run
     assert quantized, "without a LoRA"
     quantized.clear()
     dynamic = job(model, *lora(file, mode="dynamic"))
-    assert not quantized and pictures(dynamic) == pictures(job(model, *lora(file, mode="dynamic"), "cache.limit_gb=0"))
+    assert not quantized and pictures(dynamic) == pictures(
+        job(model, *lora(file, mode="dynamic"), "cache.limit_gb=0")
+    )
 
 
 def cut(path: Path) -> None:
@@ -162,7 +196,9 @@ def cut(path: Path) -> None:
 
 def no_scale(path: Path) -> None:
     tensors = load_file(path)
-    save_file({key: t for key, t in tensors.items() if key != "transformer_blocks.0.attn.to_q.weight_scale"}, path)
+    save_file(
+        {key: t for key, t in tensors.items() if key != "transformer_blocks.0.attn.to_q.weight_scale"}, path
+    )
 
 
 def empty(path: Path) -> None:
@@ -171,14 +207,20 @@ def empty(path: Path) -> None:
 
 def one_less(path: Path) -> None:
     tensors = load_file(path)
-    save_file({key: t for key, t in tensors.items() if not key.startswith("transformer_blocks.0.attn.to_q.")}, path)
+    save_file(
+        {key: t for key, t in tensors.items() if not key.startswith("transformer_blocks.0.attn.to_q.")}, path
+    )
 
 
 @pytest.mark.parametrize("damage", [cut, no_scale, empty, one_less], ids=lambda d: d.__name__)
 def test_a_damaged_file_is_made_anew(
-    damage: Callable[[Path], None], model: Path, job: Callable[..., RunResult], quantized: list[str], tmp_path: Path,
+    damage: Callable[[Path], None],
+    model: Path,
+    job: Callable[..., RunResult],
+    quantized: list[str],
+    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     first = job(model)
     (file,) = kept(tmp_path)
     damage(file)
@@ -190,7 +232,9 @@ def test_a_damaged_file_is_made_anew(
     assert pictures(job(model)) == pictures(first) and not quantized
 
 
-def test_nothing_is_kept_where_nothing_is_allowed(model: Path, job: Callable[..., RunResult], quantized: list[str], tmp_path: Path) -> None:
+def test_nothing_is_kept_where_nothing_is_allowed(
+    model: Path, job: Callable[..., RunResult], quantized: list[str], tmp_path: Path
+) -> None:
     job(model, "cache.limit_gb=0")
     job(model, "cache.limit_gb=0")
     assert len(quantized) == 68 and not (tmp_path / "cache").exists()
@@ -206,7 +250,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     from int8run.pipeline import build
 
     real = build.load
-    monkeypatch.setattr(build, "load", lambda spec, progress, whole=True: (seen.append(whole), real(spec, progress, whole))[1])
+    monkeypatch.setattr(
+        build, "load", lambda spec, progress, whole=True: (seen.append(whole), real(spec, progress, whole))[1]
+    )
     return seen
 
 
@@ -214,11 +260,15 @@ QUALITY = ("quality/psnr_db", "quality/ssim", "quality/latent_rel_err")
 CACHED = "metrics.baseline=cached"
 
 
-def test_a_cached_baseline_says_what_a_run_says(model: Path, job: Callable[..., RunResult], drawn: list[bool], tmp_path: Path) -> None:
+def test_a_cached_baseline_says_what_a_run_says(
+    model: Path, job: Callable[..., RunResult], drawn: list[bool], tmp_path: Path
+) -> None:
     run = job(model, "metrics.baseline=run")
     drawn.clear()
     first = job(model, CACHED)
-    assert drawn == [True, False] and len(kept(tmp_path, "float")) == 1, "the float model alone, then the INT8 model alone"
+    assert drawn == [True, False] and len(kept(tmp_path, "float")) == 1, (
+        "the float model alone, then the INT8 model alone"
+    )
     drawn.clear()
     second = job(model, CACHED)
     assert drawn == [False], "no float model in the second run"
@@ -234,12 +284,18 @@ def test_a_cached_baseline_says_what_a_run_says(model: Path, job: Callable[..., 
 
 
 OTHER_DRAWINGS = {
-    "prompt": ["prompts.prompts=[b]"], "seed": ["seed=5"], "steps": ["sampler.steps=1"], "guidance": ["sampler.guidance=2"],
-    "scheduler": ["+sampler.scheduler_settings.shift=3.0"], "dtype": ["model.dtype=bfloat16"],
-}  # fmt: skip
+    "prompt": ["prompts.prompts=[b]"],
+    "seed": ["seed=5"],
+    "steps": ["sampler.steps=1"],
+    "guidance": ["sampler.guidance=2"],
+    "scheduler": ["+sampler.scheduler_settings.shift=3.0"],
+    "dtype": ["model.dtype=bfloat16"],
+}
 
 
-def test_other_drawings_are_drawn(model: Path, job: Callable[..., RunResult], drawn: list[bool], tmp_path: Path) -> None:
+def test_other_drawings_are_drawn(
+    model: Path, job: Callable[..., RunResult], drawn: list[bool], tmp_path: Path
+) -> None:
     job(model, CACHED)
     for words in OTHER_DRAWINGS.values():
         drawn.clear()
@@ -273,23 +329,37 @@ def test_loras_and_schedules_of_them_are_drawings_of_their_own(
 
 
 def test_a_damaged_drawing_is_drawn_again(
-    model: Path, job: Callable[..., RunResult], drawn: list[bool], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: Path,
+    job: Callable[..., RunResult],
+    drawn: list[bool],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     first = job(model, CACHED)
     (file,) = kept(tmp_path, "float")
     for damage in (cut, empty):
         damage(file)
         drawn.clear()
-        assert job(model, CACHED).metrics["quality/psnr_db"] == first.metrics["quality/psnr_db"] and True in drawn
+        assert (
+            job(model, CACHED).metrics["quality/psnr_db"] == first.metrics["quality/psnr_db"]
+            and True in drawn
+        )
         assert f"{file} is not used and removed from the cache" in caplog.text
 
 
 def test_the_float_job_is_the_same_without_int8() -> None:
     from support.run_job import make_spec
 
-    spec = make_spec(["metrics.baseline=cached", "model_type.keep_float=auto", "quality_db=40", "save=m.safetensors"])
+    spec = make_spec(
+        ["metrics.baseline=cached", "model_type.keep_float=auto", "quality_db=40", "save=m.safetensors"]
+    )
     alone = baseline.float_spec(spec)
-    assert not alone.int8.enable and alone.save is None and alone.needs_float and alone.float_key == spec.float_key
+    assert (
+        not alone.int8.enable
+        and alone.save is None
+        and alone.needs_float
+        and alone.float_key == spec.float_key
+    )
 
 
 # -- files of our own ---------------------------------------------------------------------------------------------------
@@ -314,7 +384,9 @@ def test_a_saved_model_is_a_checkpoint_and_a_model(
 def test_loras_on_a_streamed_model_are_those_of_a_resident_one(
     mode: str, model: Path, job: Callable[..., RunResult], tmp_path: Path
 ) -> None:
-    file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer, only="")  # float layers and all
+    file = save_lora(
+        tmp_path / "style.safetensors", random_pipeline().transformer, only=""
+    )  # float layers and all
     words = [*lora(file, 0.7, mode), "cache.limit_gb=0"]
     streamed, resident = job(model, *words), job(model, *words, "metrics.baseline=run")
     without = job(model, "cache.limit_gb=0")
@@ -330,7 +402,9 @@ def test_loras_on_a_streamed_model_are_those_of_a_resident_one(
         assert (one - two).norm() < 0.02 * two.norm()
 
 
-def test_baked_integers_are_the_same_streamed_and_resident(model: Path, job: Callable[..., RunResult], tmp_path: Path) -> None:
+def test_baked_integers_are_the_same_streamed_and_resident(
+    model: Path, job: Callable[..., RunResult], tmp_path: Path
+) -> None:
     file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer, only="")
     words = [*lora(file, 0.7), "cache.limit_gb=0", "outlier=convrot"]
     job(model, *words, f"save={tmp_path / 'a.safetensors'}")
@@ -352,7 +426,9 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 WAN = ["model.dtype=float32", "model_type=wan", "+sampler.extra.num_frames=5", "sampler.guidance=1"]
 
 
-def test_two_experts_are_kept_and_found(experts: Path, job: Callable[..., RunResult], quantized: list[str], tmp_path: Path) -> None:
+def test_two_experts_are_kept_and_found(
+    experts: Path, job: Callable[..., RunResult], quantized: list[str], tmp_path: Path
+) -> None:
     first = job(experts, *WAN)
     names = {name.partition(".")[0] for name in quantized}
     assert names == {"transformer", "transformer_2"}
@@ -373,4 +449,7 @@ def test_two_experts_go_into_a_folder_and_come_back(
     itself = job(mapping, f"++model.base={experts}", *WAN, "cache.limit_gb=0")
     assert pictures(read) == pictures(itself) == pictures(made) and not quantized
     job(experts, *WAN, f"save={tmp_path / 'one.safetensors'}", "cache.limit_gb=0")
-    assert sorted(p.name for p in tmp_path.glob("one*")) == ["one_transformer.safetensors", "one_transformer_2.safetensors"]
+    assert sorted(p.name for p in tmp_path.glob("one*")) == [
+        "one_transformer.safetensors",
+        "one_transformer_2.safetensors",
+    ]

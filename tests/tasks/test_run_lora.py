@@ -44,7 +44,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def small(model: Path) -> list[str]:
     """Words of a small run of the random pipeline."""
-    words = ["sampler.height=16", "sampler.width=16", "sampler.steps=4", "prompts.prompts=[a]", "tracker=none", "backend=reference"]
+    words = [
+        "sampler.height=16",
+        "sampler.width=16",
+        "sampler.steps=4",
+        "prompts.prompts=[a]",
+        "tracker=none",
+        "backend=reference",
+    ]
     return [f"model.location={model}", *words, "progress=false", "metrics.layers=false"]
 
 
@@ -71,8 +78,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         "style": str(save_lora(folder / "style.safetensors", pipe.transformer)),
         "every": str(every),
-        "clip": str(save_lora(folder / "clip.safetensors", pipe.text_encoder, only="self_attn", prefix="text_encoder.")),
-        "t5": str(save_lora(folder / "t5.safetensors", pipe.text_encoder_2, only="SelfAttention", prefix="text_encoder_2.")),
+        "clip": str(
+            save_lora(
+                folder / "clip.safetensors", pipe.text_encoder, only="self_attn", prefix="text_encoder."
+            )
+        ),
+        "t5": str(
+            save_lora(
+                folder / "t5.safetensors", pipe.text_encoder_2, only="SelfAttention", prefix="text_encoder_2."
+            )
+        ),
     }
 
 
@@ -113,16 +128,22 @@ def built() -> Built:
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4])
-def test_both_models_follow_a_schedule(plain: RunSpec, files: dict[str, str], draw: Callable, steps: int) -> None:
+def test_both_models_follow_a_schedule(
+    plain: RunSpec, files: dict[str, str], draw: Callable, steps: int
+) -> None:
     spec = replace(plain, sampler=replace(plain.sampler, steps=steps), prompts=PromptSet(["a", "b"]))
     on, off = (draw(spec, lora=stack(files["style"], strength)) for strength in (1.0, 0.0))
     switched = draw(spec, lora=stack(files["style"], SWITCH))
     first = math.ceil(steps / 2)  # steps that begin before the half
     for name, found in latents(switched).items():
         for picture, with_lora, without in zip(found, latents(on)[name], latents(off)[name], strict=True):
-            assert torch.equal(picture[:first], with_lora[:first]) and not torch.equal(picture[0], without[0]), name
+            assert torch.equal(picture[:first], with_lora[:first]) and not torch.equal(
+                picture[0], without[0]
+            ), name
             for step in range(first, steps):
-                assert not torch.equal(picture[step], with_lora[step]) and not torch.equal(picture[step], without[step]), (name, step)
+                assert not torch.equal(picture[step], with_lora[step]) and not torch.equal(
+                    picture[step], without[step]
+                ), (name, step)
     branches = [layer.branch.strengths for layer in built().loras.dynamic]
     assert len(branches) == 16 and all(s.eq(1).all() for s in branches), (
         "what is measured after it, and the next job, have the first strength"
@@ -132,7 +153,9 @@ def test_both_models_follow_a_schedule(plain: RunSpec, files: dict[str, str], dr
     assert again.metrics["build/load_s"] == 0 and same(again, switched), "strengths begin again at the first"
 
 
-def test_schedules_that_change_nothing_are_plain_strengths(plain: RunSpec, files: dict[str, str], draw: Callable) -> None:
+def test_schedules_that_change_nothing_are_plain_strengths(
+    plain: RunSpec, files: dict[str, str], draw: Callable
+) -> None:
     for strength, schedules in ((0.0, [[[0, 0], [0.5, 0]]]), (1.0, [[[0, 1], [0.5, 1]], [[0, 1], [1, 0]]])):
         fixed = draw(plain, lora=stack(files["style"], strength))
         for schedule in schedules:
@@ -143,13 +166,18 @@ def test_schedules_that_change_nothing_are_plain_strengths(plain: RunSpec, files
 def test_a_schedule_comes_from_the_command_line(
     small: list[str], plain: RunSpec, files: dict[str, str], draw: Callable, tmp_path: Path
 ) -> None:
-    words = [f"lora.adapters=[{{name: a, path: {files['style']}, strength: [[0,1],[0.5,0]]}}]", "lora.strength=0.5"]
+    words = [
+        f"lora.adapters=[{{name: a, path: {files['style']}, strength: [[0,1],[0.5,0]]}}]",
+        "lora.strength=0.5",
+    ]
     found = run_job([*small, *words], tmp_path / "run")
     expected = draw(plain, lora=replace(stack(files["style"], SWITCH), strength=0.5))
     assert same(found, expected) and found.metrics["lora/layers_dynamic"] == 16
 
 
-def test_a_lora_that_begins_later_starts_at_its_step(plain: RunSpec, files: dict[str, str], draw: Callable) -> None:
+def test_a_lora_that_begins_later_starts_at_its_step(
+    plain: RunSpec, files: dict[str, str], draw: Callable
+) -> None:
     off = draw(plain, lora=stack(files["style"], 0.0))
     late = draw(plain, lora=stack(files["style"], [[0, 0], [0.75, 1]]))
     for name, (found,) in latents(late).items():
@@ -171,7 +199,10 @@ def test_all_modes_draw_the_pictures_of_the_merged_float_model(
 
     monkeypatch.setattr(costs.BranchCosts, "of", of)
     without = draw(plain)
-    found = {mode: draw(plain, lora=stack(files["every"], 1.0, mode)) for mode in ("dynamic", "bake", "stochastic", "auto")}
+    found = {
+        mode: draw(plain, lora=stack(files["every"], 1.0, mode))
+        for mode in ("dynamic", "bake", "stochastic", "auto")
+    }
     for mode, result in found.items():
         process_cache.forget()
         (float_latents,), (plain_latents,) = latents(result)["float"], latents(without)["float"]
@@ -180,15 +211,31 @@ def test_all_modes_draw_the_pictures_of_the_merged_float_model(
         assert torch.equal(float_latents, latents(found["dynamic"])["float"][0])
         # all Linears have a change: INT8 ones by the mode, the 14 float ones by the merge
         assert result.metrics["lora/modules_matched"] == 48
-        modes = {name.removeprefix("lora/layers_"): n for name, n in result.metrics.items() if name.startswith("lora/layers_")}
+        modes = {
+            name.removeprefix("lora/layers_"): n
+            for name, n in result.metrics.items()
+            if name.startswith("lora/layers_")
+        }
         assert (
-            modes == {"dynamic": {"dynamic": 34}, "bake": {}, "stochastic": {"stochastic": 34}, "auto": {"bake": 22, "dynamic": 12}}[mode]
+            modes
+            == {
+                "dynamic": {"dynamic": 34},
+                "bake": {},
+                "stochastic": {"stochastic": 34},
+                "auto": {"bake": 22, "dynamic": 12},
+            }[mode]
         )
-    assert len({tuple(r.candidate.trajectories[0][-1].flatten().tolist()) for r in found.values()}) == 4, "four ways to round"
-    assert {rank for rank, _ in asked} == {4} and len({rows for _, rows in asked}) > 1, "each layer with the rows that it sees"
+    assert len({tuple(r.candidate.trajectories[0][-1].flatten().tolist()) for r in found.values()}) == 4, (
+        "four ways to round"
+    )
+    assert {rank for rank, _ in asked} == {4} and len({rows for _, rows in asked}) > 1, (
+        "each layer with the rows that it sees"
+    )
 
 
-def test_strength_0_is_the_model_itself_in_every_mode(plain: RunSpec, files: dict[str, str], draw: Callable) -> None:
+def test_strength_0_is_the_model_itself_in_every_mode(
+    plain: RunSpec, files: dict[str, str], draw: Callable
+) -> None:
     without = draw(plain)
     for mode in ("dynamic", "stochastic"):
         on, off = (draw(plain, lora=stack(files["every"], strength, mode)) for strength in (1.0, 0.0))
@@ -207,23 +254,37 @@ def embeddings() -> tuple[Tensor, Tensor]:
 
 def both(files: dict[str, str], strength: float, **adapter: Any) -> LoraSettings:
     """A stack of a LoRA on CLIP and one on T5."""
-    return LoraSettings([Adapter(name, files[name], strength, **adapter) for name in ("clip", "t5")], mode="dynamic")
+    return LoraSettings(
+        [Adapter(name, files[name], strength, **adapter) for name in ("clip", "t5")], mode="dynamic"
+    )
 
 
-def test_a_text_encoders_lora_moves_what_the_prompt_says_and_back(plain: RunSpec, files: dict[str, str], draw: Callable) -> None:
+def test_a_text_encoders_lora_moves_what_the_prompt_says_and_back(
+    plain: RunSpec, files: dict[str, str], draw: Callable
+) -> None:
     without = draw(plain)
     t5, clip = embeddings()
     on = draw(plain, lora=both(files, 3.0))
     strong_t5, strong_clip = embeddings()
     assert not torch.equal(strong_t5, t5) and not torch.equal(strong_clip, clip)
-    assert not same(on, without) and on.metrics["lora/modules_matched"] == 8 and "lora/layers_dynamic" not in on.metrics
+    assert (
+        not same(on, without)
+        and on.metrics["lora/modules_matched"] == 8
+        and "lora/layers_dynamic" not in on.metrics
+    )
     off = draw(plain, lora=both(files, 0.0))
-    assert off.metrics["build/load_s"] == 0 and all(map(torch.equal, embeddings(), (t5, clip))) and same(off, without)
+    assert (
+        off.metrics["build/load_s"] == 0
+        and all(map(torch.equal, embeddings(), (t5, clip)))
+        and same(off, without)
+    )
     again = draw(plain, lora=both(files, 3.0))
     assert same(again, on) and all(map(torch.equal, embeddings(), (strong_t5, strong_clip)))
 
 
-def test_text_strength_moves_the_text_part_alone(plain: RunSpec, files: dict[str, str], draw: Callable) -> None:
+def test_text_strength_moves_the_text_part_alone(
+    plain: RunSpec, files: dict[str, str], draw: Callable
+) -> None:
     without = draw(plain)
     t5, clip = embeddings()
     quiet = draw(plain, lora=both(files, 3.0, text_strength=0.0))
@@ -262,7 +323,11 @@ def test_prompts_are_encoded_once_for_all_jobs_of_a_build(
 
 
 def test_float_pictures_are_drawn_once_for_equal_settings(
-    plain: RunSpec, files: dict[str, str], draw: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    plain: RunSpec,
+    files: dict[str, str],
+    draw: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     drew: list[list[str]] = []
     generate = run_module.generate
@@ -282,12 +347,21 @@ def test_float_pictures_are_drawn_once_for_equal_settings(
             second = draw(spec, **others)
         assert drew == [["int8"]] * 2 and second.baseline is first.baseline, others
         assert "the float pictures are those of an earlier job with the same settings" in caplog.text
-        assert second.metrics["speed/images_per_s"] > 0 and second.metrics["float/images_per_s"] == first.metrics["float/images_per_s"]
-        assert math.isfinite(second.metrics["quality/latent_rel_err"]) and second.metrics["speed/ratio_vs_float"] > 0
+        assert (
+            second.metrics["speed/images_per_s"] > 0
+            and second.metrics["float/images_per_s"] == first.metrics["float/images_per_s"]
+        )
+        assert (
+            math.isfinite(second.metrics["quality/latent_rel_err"])
+            and second.metrics["speed/ratio_vs_float"] > 0
+        )
         caplog.clear()
     changes: list[dict[str, Any]] = [
-        {"lora": stack(files["style"], 0.5)}, {"sampler": replace(spec.sampler, steps=3)}, {"prompts": PromptSet(["b"])}, {"seed": 1},
-    ]  # fmt: skip
+        {"lora": stack(files["style"], 0.5)},
+        {"sampler": replace(spec.sampler, steps=3)},
+        {"prompts": PromptSet(["b"])},
+        {"seed": 1},
+    ]
     for change in changes:
         drew.clear()
         assert draw(spec, **change).baseline is not first.baseline and drew == [["float", "int8"]] * 2, change
@@ -295,17 +369,31 @@ def test_float_pictures_are_drawn_once_for_equal_settings(
 
 
 LORA_CHANGES: list[dict[str, Any]] = [
-    {"strength": 0.5}, {"strength": SWITCH}, {"text_strength": 0.5}, {"components": ["denoiser"]}, {"path": "other.safetensors"},
-]  # fmt: skip
+    {"strength": 0.5},
+    {"strength": SWITCH},
+    {"text_strength": 0.5},
+    {"components": ["denoiser"]},
+    {"path": "other.safetensors"},
+]
 
 
 def test_everything_that_the_float_model_sees_is_in_its_key(plain: RunSpec) -> None:
     spec = replace(plain, lora=LoraSettings([Adapter("a", "a.safetensors", 1.0)]))
     adapter = spec.lora.adapters[0]
-    others: list[dict[str, Any]] = [{"lora": replace(spec.lora, adapters=[replace(adapter, **change)])} for change in LORA_CHANGES]
+    others: list[dict[str, Any]] = [
+        {"lora": replace(spec.lora, adapters=[replace(adapter, **change)])} for change in LORA_CHANGES
+    ]
     others += [{"lora": LoraSettings()}, {"lora": replace(spec.lora, strength=0.5)}]
-    others += [{"sampler": replace(spec.sampler, **c)} for c in ({"steps": 5}, {"guidance": 1.0}, {"scheduler": "X"}, {"extra": {"a": 1}})]
-    others += [{"model": replace(spec.model, dtype="bfloat16")}, {"compile": "full"}, {"attention": "flash"}, {"device": "cpu"}]
+    others += [
+        {"sampler": replace(spec.sampler, **c)}
+        for c in ({"steps": 5}, {"guidance": 1.0}, {"scheduler": "X"}, {"extra": {"a": 1}})
+    ]
+    others += [
+        {"model": replace(spec.model, dtype="bfloat16")},
+        {"compile": "full"},
+        {"attention": "flash"},
+        {"device": "cpu"},
+    ]
     keys = [replace(spec, **change).float_key for change in others]
     assert len({spec.float_key, *keys}) == len(others) + 1
     alike: list[dict[str, Any]] = [
@@ -321,9 +409,20 @@ def test_a_build_is_another_for_other_files_modes_and_parts_but_not_for_strength
     spec = replace(plain, lora=LoraSettings([Adapter("a", "a.safetensors", 1.0)]))
     adapter = spec.lora.adapters[0]
     changed = lambda **c: replace(spec, lora=replace(spec.lora, adapters=[replace(adapter, **c)])).build_key  # noqa: E731
-    assert {changed(strength=0.5), changed(text_strength=0.1), replace(spec, seed=4).build_key} == {spec.build_key}
-    modes = {replace(spec, lora=replace(spec.lora, mode=mode)).build_key for mode in ("auto", "dynamic", "bake", "stochastic")}
-    others = {changed(path="b"), changed(components=["denoiser"]), changed(strength=SWITCH), changed(enabled=False), *modes}
+    assert {changed(strength=0.5), changed(text_strength=0.1), replace(spec, seed=4).build_key} == {
+        spec.build_key
+    }
+    modes = {
+        replace(spec, lora=replace(spec.lora, mode=mode)).build_key
+        for mode in ("auto", "dynamic", "bake", "stochastic")
+    }
+    others = {
+        changed(path="b"),
+        changed(components=["denoiser"]),
+        changed(strength=SWITCH),
+        changed(enabled=False),
+        *modes,
+    }
     assert len(others) == 8
     baked, random = (replace(spec, lora=replace(spec.lora, mode=mode)) for mode in ("bake", "stochastic"))
     assert replace(baked, lora=replace(baked.lora, strength=0.5)).build_key != baked.build_key
@@ -352,17 +451,24 @@ def preset(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_preset_brings_scheduler_steps_and_strength(
     plain: RunSpec, files: dict[str, str], draw: Callable, preset: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spec = replace(plain, sampler=replace(plain.sampler, steps=None), lora=stack(files["style"], None, few_step=preset))
+    spec = replace(
+        plain, sampler=replace(plain.sampler, steps=None), lora=stack(files["style"], None, few_step=preset)
+    )
     result = draw(spec)
     assert type(built().pipe.scheduler).__name__ == "FlowMatchLCMScheduler" and spec.lora.strengths == [0.75]
     assert [len(t) for t in (*result.candidate.trajectories, *result.baseline.trajectories)] == [4, 4]
-    assert "made for" not in caplog.text and result.metrics["quality/latent_rel_err"] < 0.05, "both met the noise that LCM adds"
+    assert "made for" not in caplog.text and result.metrics["quality/latent_rel_err"] < 0.05, (
+        "both met the noise that LCM adds"
+    )
     # what is asked for wins, and is told
     longer = draw(spec, sampler=replace(spec.sampler, steps=10))
     assert len(longer.candidate.trajectories[0]) == 10
     assert "LoRA 'a': sampler.steps is 10; made_up on tiny is made for 4 (2 to 8)" in caplog.messages
     own = draw(spec, sampler=replace(spec.sampler, scheduler="FlowMatchEulerDiscreteScheduler"))
-    assert type(built().pipe.scheduler) is FlowMatchEulerDiscreteScheduler and len(own.candidate.trajectories[0]) == 4
+    assert (
+        type(built().pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+        and len(own.candidate.trajectories[0]) == 4
+    )
     message = "LoRA 'a': the scheduler is FlowMatchEulerDiscreteScheduler; made_up on tiny is made for FlowMatchLCMScheduler"
     assert message in caplog.messages and not same(own, result)
 
@@ -375,25 +481,43 @@ def test_a_scheduler_does_not_stay_for_the_next_job(plain: RunSpec, draw: Callab
     assert not same(other, first) and not same(shifted, first) and built().pipe.scheduler.config.shift == 3.0
     process_cache._drawn.clear()
     again = draw(plain)
-    assert again.metrics["build/load_s"] == 0 and same(again, first) and type(built().pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+    assert (
+        again.metrics["build/load_s"] == 0
+        and same(again, first)
+        and type(built().pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+    )
 
 
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        (Sampling(scheduler="FlowMatchEulerDiscretScheduler"),
-         r"^sampler\.scheduler=FlowMatchEulerDiscretScheduler is no .*; did you mean 'FlowMatchEulerDiscreteScheduler'\? choose from "),
-        (Sampling(scheduler="FluxPipeline"), r"^sampler\.scheduler=FluxPipeline .*choose from .*LCMScheduler"),
-        (Sampling(scheduler="SchedulerMixin"), r"^sampler\.scheduler=SchedulerMixin .*choose from .*LCMScheduler"),
-        (Sampling(scheduler="LCMScheduler", scheduler_settings={"shiftt": 3}),
-         r"^sampler\.scheduler_settings\.shiftt is no setting of LCMScheduler; choose from .*timestep_scaling"),
-        (Sampling(scheduler_settings={"bhift": 3}),
-         r"^sampler\.scheduler_settings\.bhift is no setting of FlowMatchEulerDiscreteScheduler; choose from .*shift"),
-        (Sampling(scheduler_settings={"shift": "much"}),
-         r"^sampler\.scheduler=FlowMatchEulerDiscreteScheduler does not take these settings: "),
+        (
+            Sampling(scheduler="FlowMatchEulerDiscretScheduler"),
+            r"^sampler\.scheduler=FlowMatchEulerDiscretScheduler is no .*; did you mean 'FlowMatchEulerDiscreteScheduler'\? choose from ",
+        ),
+        (
+            Sampling(scheduler="FluxPipeline"),
+            r"^sampler\.scheduler=FluxPipeline .*choose from .*LCMScheduler",
+        ),
+        (
+            Sampling(scheduler="SchedulerMixin"),
+            r"^sampler\.scheduler=SchedulerMixin .*choose from .*LCMScheduler",
+        ),
+        (
+            Sampling(scheduler="LCMScheduler", scheduler_settings={"shiftt": 3}),
+            r"^sampler\.scheduler_settings\.shiftt is no setting of LCMScheduler; choose from .*timestep_scaling",
+        ),
+        (
+            Sampling(scheduler_settings={"bhift": 3}),
+            r"^sampler\.scheduler_settings\.bhift is no setting of FlowMatchEulerDiscreteScheduler; choose from .*shift",
+        ),
+        (
+            Sampling(scheduler_settings={"shift": "much"}),
+            r"^sampler\.scheduler=FlowMatchEulerDiscreteScheduler does not take these settings: ",
+        ),
     ],
     ids=["misspelt", "a pipeline", "a base class", "setting", "setting of the model's own", "value"],
-)  # fmt: skip
+)
 def test_schedulers_that_cannot_be(sampling: Sampling, message: str) -> None:
     pipe = random_pipeline()
     original = pipe.scheduler
@@ -415,7 +539,9 @@ def test_what_is_offered_can_be_had_or_says_why_not() -> None:
         except ConfigError as why:
             refused.append(name)
             assert str(why).startswith(f"sampler.scheduler={name} does not take these settings: ")
-    assert made == ["FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"] and refused == [], "those that FLUX can be asked for"
+    assert made == ["FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"] and refused == [], (
+        "those that FLUX can be asked for"
+    )
 
 
 def test_a_scheduler_that_the_pipeline_does_not_take_is_named(plain: RunSpec, draw: Callable) -> None:
@@ -438,17 +564,35 @@ def test_noise_levels_of_a_preset_are_for_its_own_number_of_steps(plain: RunSpec
 
 def test_lora_lcm_is_made_for_the_shipped_model() -> None:
     spec, best = make_spec(["lora=lcm"]), few_step.preset("lcm", "tiny")
-    assert (spec.sampling.steps, spec.sampling.guidance, spec.sampling.scheduler) == (best.steps, best.guidance, best.scheduler)
+    assert (spec.sampling.steps, spec.sampling.guidance, spec.sampling.scheduler) == (
+        best.steps,
+        best.guidance,
+        best.scheduler,
+    )
     assert spec.sampling.height == 64 and spec.lora.strengths == [best.strength] and spec.sampling.steps <= 4
     assert spec.lora.adapters[0].source("tiny") == ("few_step", None)
     asked = make_spec(["lora=lcm", "sampler.steps=28", "lora.adapters.0.strength=0.9"])
-    assert asked.sampling.steps == 28 and asked.sampling.scheduler == best.scheduler and asked.lora.strengths == [0.9]
+    assert (
+        asked.sampling.steps == 28
+        and asked.sampling.scheduler == best.scheduler
+        and asked.lora.strengths == [0.9]
+    )
     assert make_spec(["lora=lcm", "lora.adapters.0.enabled=false"]).sampling.steps == 16
 
 
-@pytest.mark.skipif(not FEW_STEP.is_file(), reason="int8run/assets/lora/few_step.safetensors is not trained yet")
-def test_the_shipped_few_step_lora_draws_in_few_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    words = ["prompts.prompts=[fox]", "tracker=none", "backend=reference", "metrics.layers=false", "progress=false"]
+@pytest.mark.skipif(
+    not FEW_STEP.is_file(), reason="int8run/assets/lora/few_step.safetensors is not trained yet"
+)
+def test_the_shipped_few_step_lora_draws_in_few_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [
+        "prompts.prompts=[fox]",
+        "tracker=none",
+        "backend=reference",
+        "metrics.layers=false",
+        "progress=false",
+    ]
     result = run_job([*words, "lora=lcm"], tmp_path)
     assert len(result.candidate.trajectories[0]) <= 4 and result.metrics["lora/modules_unmatched"] == 0
     assert "made for" not in caplog.text
@@ -463,7 +607,12 @@ def test_the_users_folder_may_be_in_the_home(plain: RunSpec, draw: Callable, tmp
 
 @pytest.mark.parametrize("mode", ["dynamic", "bake", "stochastic"])
 def test_a_saved_model_without_its_loras_is_said_to_be_so(
-    plain: RunSpec, files: dict[str, str], draw: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str
+    plain: RunSpec,
+    files: dict[str, str],
+    draw: Callable,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    mode: str,
 ) -> None:
     draw(plain, lora=stack(files["style"], mode=mode), save=str(tmp_path / "m.safetensors"))
     said = f"{tmp_path / 'm.safetensors'} will hold the model without its LoRAs; lora.mode=bake writes them into it"

@@ -48,9 +48,17 @@ WO_FLOAT = {"int8_tensorwise", "int8_rowwise", "int8_blockwise", "int8_block3d"}
 WRITTEN = [name for name, form in FORMATS.items() if not form.read_only]
 BOTH = ("clip=int8_rowwise", "clip.kernel_backend=reference", "prompts.prompts=[a,b]")
 CONTRACT = {
-    "memory/text_encoder_bytes", "float/text_encoder_bytes", "memory/text_encoder_ratio", "clip/layers_quantized", "clip/layers_float",
-    "clip/cosine_mean", "clip/cosine_min", "clip/rel_err", "clip/weight_sqnr_db_mean", "clip/weight_sqnr_db_min",
-}  # fmt: skip
+    "memory/text_encoder_bytes",
+    "float/text_encoder_bytes",
+    "memory/text_encoder_ratio",
+    "clip/layers_quantized",
+    "clip/layers_float",
+    "clip/cosine_mean",
+    "clip/cosine_min",
+    "clip/rel_err",
+    "clip/weight_sqnr_db_mean",
+    "clip/weight_sqnr_db_min",
+}
 
 
 @dataclass
@@ -110,10 +118,15 @@ def floats() -> dict[str, nn.Module]:
 def files(floats: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Quantized files of both, and LoRAs on them."""
     folder = tmp_path_factory.mktemp("files")
-    made = {"clip": file_of(floats["text_encoder"], "int8_rowwise"), "t5": file_of(floats["text_encoder_2"], ["nvfp4", "float8_e4m3fn"])}
+    made = {
+        "clip": file_of(floats["text_encoder"], "int8_rowwise"),
+        "t5": file_of(floats["text_encoder_2"], ["nvfp4", "float8_e4m3fn"]),
+    }
     paths = {name: file.write(folder / f"{name}.safetensors") for name, file in made.items()}
     for name, component in (("clip", "text_encoder"), ("t5", "text_encoder_2")):
-        paths[f"{name}_lora"] = save_lora(folder / f"{name}_lora.safetensors", floats[component], only="", prefix=f"{component}.")
+        paths[f"{name}_lora"] = save_lora(
+            folder / f"{name}_lora.safetensors", floats[component], only="", prefix=f"{component}."
+        )
     tensors = load_file(paths["clip_lora"]) | load_file(paths["t5_lora"])
     save_file(tensors, folder / "both.safetensors")
     return {"files": made, "lora": folder / "both.safetensors", **paths}
@@ -121,7 +134,14 @@ def files(floats: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def words(model: Path) -> list[str]:
-    size = ["sampler.height=16", "sampler.width=16", "sampler.steps=1", "prompts.prompts=[a]", "tracker=none", "backend=reference"]
+    size = [
+        "sampler.height=16",
+        "sampler.width=16",
+        "sampler.steps=1",
+        "prompts.prompts=[a]",
+        "tracker=none",
+        "backend=reference",
+    ]
     return [f"model.location={model}", *size, "progress=false", "metrics.layers=false"]
 
 
@@ -157,37 +177,62 @@ def filled(model: Path) -> Callable[..., QuantizedEncoders]:
 # -- numbers and files -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_run_says_of_its_text_encoders(drawn: Callable[..., Drawn], floats: dict[str, nn.Module]) -> None:
+def test_what_a_run_says_of_its_text_encoders(
+    drawn: Callable[..., Drawn], floats: dict[str, nn.Module]
+) -> None:
     run = drawn(*BOTH)
     assert set(run.metrics) >= CONTRACT and run.metrics["quant/layers_int8"] > 0
     saved = json.loads((run.result.output_dir / "metrics.json").read_text())["metrics"]
     assert set(saved) >= CONTRACT
 
-    kinds = {f"{c}.{n}": type(part) for c, m in floats.items() for n, part in m.named_modules() if type(part) in (nn.Linear, nn.Embedding)}
+    kinds = {
+        f"{c}.{n}": type(part)
+        for c, m in floats.items()
+        for n, part in m.named_modules()
+        if type(part) in (nn.Linear, nn.Embedding)
+    }
     assert sorted(row["name"] for row in run.rows) == sorted(kinds)
     quantized = [row for row in run.rows if row["quantized"] == "true"]
-    assert {row["rounding"] for row in quantized} == {"int8_rowwise"} and {row["backend_used"] for row in quantized} != {""}
+    assert {row["rounding"] for row in quantized} == {"int8_rowwise"} and {
+        row["backend_used"] for row in quantized
+    } != {""}
     assert all(bool(row["why_not"]) != (row["quantized"] == "true") for row in run.rows)
     # T5's `wo` and all tables stay float
     stay = {name for name, kind in kinds.items() if kind is nn.Embedding or name.endswith(".wo")}
     assert {row["name"] for row in run.rows} - {row["name"] for row in quantized} == stay
-    assert (run.metrics["clip/layers_quantized"], run.metrics["clip/layers_float"]) == (len(quantized), len(stay))
+    assert (run.metrics["clip/layers_quantized"], run.metrics["clip/layers_float"]) == (
+        len(quantized),
+        len(stay),
+    )
     sqnr = [float(row["weight_sqnr_db"]) for row in quantized]
     assert run.metrics["clip/weight_sqnr_db_min"] == pytest.approx(min(sqnr), abs=1e-3) and min(sqnr) > 40
     assert run.metrics["clip/weight_sqnr_db_mean"] == pytest.approx(sum(sqnr) / len(sqnr), abs=1e-3)
     assert "text_encoder" not in (run.result.output_dir / "layers.csv").read_text()
 
 
-def test_memory_is_that_of_codes_and_scales(drawn: Callable[..., Drawn], floats: dict[str, nn.Module]) -> None:
+def test_memory_is_that_of_codes_and_scales(
+    drawn: Callable[..., Drawn], floats: dict[str, nn.Module]
+) -> None:
     run = drawn(*BOTH)
     whole = sum(p.nbytes for module in floats.values() for p in module.parameters())
-    saved = sum(3 * WIDTH * WIDTH - 4 * WIDTH for row in run.rows if row["quantized"] == "true")  # a scale for each row
+    saved = sum(
+        3 * WIDTH * WIDTH - 4 * WIDTH for row in run.rows if row["quantized"] == "true"
+    )  # a scale for each row
     extra = run.metrics["memory/text_encoder_bytes"] - (whole - saved)
-    assert run.metrics["float/text_encoder_bytes"] - whole == extra, "buffers such as position_ids are in both"
+    assert run.metrics["float/text_encoder_bytes"] - whole == extra, (
+        "buffers such as position_ids are in both"
+    )
     assert 0 <= extra < 1000
-    assert run.metrics["memory/text_encoder_ratio"] == run.metrics["float/text_encoder_bytes"] / run.metrics["memory/text_encoder_bytes"]
+    assert (
+        run.metrics["memory/text_encoder_ratio"]
+        == run.metrics["float/text_encoder_bytes"] / run.metrics["memory/text_encoder_bytes"]
+    )
     alone = drawn(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]").metrics
-    assert run.metrics["memory/text_encoder_bytes"] < alone["memory/text_encoder_bytes"] < alone["float/text_encoder_bytes"]
+    assert (
+        run.metrics["memory/text_encoder_bytes"]
+        < alone["memory/text_encoder_bytes"]
+        < alone["float/text_encoder_bytes"]
+    )
 
 
 def test_embeddings_are_compared_token_by_token(drawn: Callable[..., Drawn]) -> None:
@@ -196,21 +241,28 @@ def test_embeddings_are_compared_token_by_token(drawn: Callable[..., Drawn]) -> 
     assert len(pairs) == 2
     cosines, errors = [], []
     for one, other in pairs:
-        for a, b in zip(one[:2], other[:2], strict=True):  # T5's tokens and CLIP's pooled embedding; then come coordinates
+        for a, b in zip(
+            one[:2], other[:2], strict=True
+        ):  # T5's tokens and CLIP's pooled embedding; then come coordinates
             a, b = a.double().flatten(0, -2), b.double().flatten(0, -2)
             cosines.append(((a * b).sum(1) / a.norm(dim=1) / b.norm(dim=1)).mean().item())
             errors.append(((a - b).norm() / a.norm()).item())
-    assert run.metrics["clip/cosine_mean"] == pytest.approx(sum(cosines) / 4) and run.metrics["clip/cosine_min"] == pytest.approx(
-        min(cosines)
+    assert run.metrics["clip/cosine_mean"] == pytest.approx(sum(cosines) / 4) and run.metrics[
+        "clip/cosine_min"
+    ] == pytest.approx(min(cosines))
+    assert (
+        run.metrics["clip/rel_err"] == pytest.approx(sum(errors) / 4)
+        and 0.001 < run.metrics["clip/rel_err"] < 0.05
     )
-    assert run.metrics["clip/rel_err"] == pytest.approx(sum(errors) / 4) and 0.001 < run.metrics["clip/rel_err"] < 0.05
 
 
 def test_the_table_on_the_terminal(drawn: Callable[..., Drawn]) -> None:
     shown = {}
     for name in ("int8_rowwise", "keep"):
         console = Console(file=StringIO(), width=100)
-        console.print(result_table("t", drawn(*(BOTH if name == "int8_rowwise" else ["clip=keep"])).metrics, "ours"))
+        console.print(
+            result_table("t", drawn(*(BOTH if name == "int8_rowwise" else ["clip=keep"])).metrics, "ours")
+        )
         shown[name] = console.file.getvalue()  # type: ignore[attr-defined]
     for line in ("text encoder memory", "embedding cosine, mean / min", "embedding error"):
         assert line in shown["int8_rowwise"] and line not in shown["keep"], line
@@ -220,7 +272,9 @@ def test_the_table_on_the_terminal(drawn: Callable[..., Drawn]) -> None:
 def test_without_a_format_or_a_file_nothing_changes(drawn: Callable[..., Drawn]) -> None:
     kept, auto = drawn("clip=keep"), drawn("clip=auto")
     assert same(kept.latents, auto.latents) and same(kept.floats, auto.floats)
-    assert set(kept.metrics) == set(auto.metrics) and not any(name.startswith("clip/") for name in auto.metrics)
+    assert set(kept.metrics) == set(auto.metrics) and not any(
+        name.startswith("clip/") for name in auto.metrics
+    )
     assert "memory/text_encoder_ratio" not in auto.metrics and not auto.modules
     assert auto.metrics["memory/text_encoder_bytes"] == auto.metrics["float/text_encoder_bytes"]
     assert not (auto.result.output_dir / "text_encoders.csv").exists()
@@ -232,12 +286,21 @@ def test_float_pictures_are_those_of_the_float_encoders(drawn: Callable[..., Dra
     assert quantized.metrics["quant/layers_int8"] == kept.metrics["quant/layers_int8"]
 
 
-def test_with_a_float_denoiser_the_encoders_alone_differ(drawn: Callable[..., Drawn], floats: dict[str, nn.Module]) -> None:
+def test_with_a_float_denoiser_the_encoders_alone_differ(
+    drawn: Callable[..., Drawn], floats: dict[str, nn.Module]
+) -> None:
     run, kept = drawn(FLOAT, "clip=nvfp4"), drawn("clip=keep")
     assert same(run.floats, kept.floats) and not same(run.latents, run.floats)
     assert 30 < run.metrics["quality/psnr_db"] < float("inf") and run.metrics["memory/denoiser_ratio"] == 1
-    assert set(run.metrics) >= CONTRACT and 0.9 < run.metrics["clip/cosine_mean"] < 0.999 and "quant/layers_int8" not in run.metrics
-    assert run.built.denoisers["clip"] is run.built.denoisers["float"] and set(run.built.denoisers) == {"clip", "float"}
+    assert (
+        set(run.metrics) >= CONTRACT
+        and 0.9 < run.metrics["clip/cosine_mean"] < 0.999
+        and "quant/layers_int8" not in run.metrics
+    )
+    assert run.built.denoisers["clip"] is run.built.denoisers["float"] and set(run.built.denoisers) == {
+        "clip",
+        "float",
+    }
     for component, module in run.built.text_encoders["float"].items():
         assert torch.equal(answer(module), answer(floats[component]))
     ((one, other),) = encoded(run, "clip")
@@ -248,34 +311,54 @@ def test_with_a_float_denoiser_the_encoders_alone_differ(drawn: Callable[..., Dr
 
 
 @pytest.mark.parametrize("word", WRITTEN)
-def test_every_format_on_the_fly(word: str, filled: Callable[..., QuantizedEncoders], floats: dict[str, nn.Module]) -> None:
+def test_every_format_on_the_fly(
+    word: str, filled: Callable[..., QuantizedEncoders], floats: dict[str, nn.Module]
+) -> None:
     quantized = 0
     for component, built in filled(format=word, kernel_backend="dequantize").built.items():
         for plan in (plan for plan in built.plans if plan.keep_float is None):
             weight, form = floats[component].get_submodule(plan.name).weight.data, FORMATS[word]
             rotation = ConvRot().fit(weight, None) if form.rotated else None
-            rounded = form.quantize(weight if rotation is None else rotation.transform_weight(weight)).dequantize()
+            rounded = form.quantize(
+                weight if rotation is None else rotation.transform_weight(weight)
+            ).dequantize()
             expected = rounded if rotation is None else rotation.restore_weight(rounded)
             layer = built.module.get_submodule(plan.name)
-            assert type(layer) is CodedLinear and plan.rounding == word and plan.backend_used == "dequantize, eager"
+            assert (
+                type(layer) is CodedLinear
+                and plan.rounding == word
+                and plan.backend_used == "dequantize, eager"
+            )
             assert plan.outlier == ("none" if rotation is None else rotation.label)
-            assert_close(plan.name, torch.from_numpy(asked(layer)), expected, 1e-6 if rotation is None else 1e-3)  # asked by rotated ones
+            assert_close(
+                plan.name, torch.from_numpy(asked(layer)), expected, 1e-6 if rotation is None else 1e-3
+            )  # asked by rotated ones
             bias = floats[component].get_submodule(plan.name).bias
             assert (layer.bias is None and bias is None) or torch.equal(layer.bias, bias)
             quantized += 1
     assert quantized == (11 if word in WO_FLOAT else 12)
 
 
-KERNELS = {"int8_rowwise": Int8Linear, "int8_tensorwise": Int8Linear, "int8_convrot": Int8Linear, "int8_blockwise": BlockInt8Linear}
+KERNELS = {
+    "int8_rowwise": Int8Linear,
+    "int8_tensorwise": Int8Linear,
+    "int8_convrot": Int8Linear,
+    "int8_blockwise": BlockInt8Linear,
+}
 
 
 @pytest.mark.parametrize("word", [*KERNELS, "int8_block3d", "float8_e4m3fn", "mxfp8"])
 @pytest.mark.parametrize("backend", ["auto", "reference", "torch_int_mm", "onednn", "vnni"])
-def test_int8_layers_run_on_the_backend(word: str, backend: str, filled: Callable, floats: dict[str, nn.Module]) -> None:
+def test_int8_layers_run_on_the_backend(
+    word: str, backend: str, filled: Callable, floats: dict[str, nn.Module]
+) -> None:
     if backend in ("torch_int_mm", "onednn", "vnni") and without_vnni():
         pytest.skip("needs a CPU with VNNI")
     if not word.startswith("int8") and backend not in ("auto", "reference"):
-        with pytest.raises(BackendError, match=rf"kernel_backend={backend} runs INT8 .* gives 6 × {word}; choose auto or dequantize"):
+        with pytest.raises(
+            BackendError,
+            match=rf"kernel_backend={backend} runs INT8 .* gives 6 × {word}; choose auto or dequantize",
+        ):
             filled(format=word, kernel_backend=backend)
         return
     made = filled(format=word, kernel_backend=backend)
@@ -289,7 +372,9 @@ def test_int8_layers_run_on_the_backend(word: str, backend: str, filled: Callabl
             assert used == {backend} or (backend == "auto" and "reference" not in used)
             assert {plan.backend_used.removesuffix(", in blocks") for plan in chosen} == used
         else:
-            assert {plan.backend_used for plan in chosen} == {f"dequantize, {'reference' if backend == 'reference' else 'eager'}"}
+            assert {plan.backend_used for plan in chosen} == {
+                f"dequantize, {'reference' if backend == 'reference' else 'eager'}"
+            }
         assert {plan.backend_asked for plan in chosen} == {backend}
         assert_close(component, answer(built.module), answer(floats[component]), 0.08)
 
@@ -298,7 +383,9 @@ def test_int8_backends_agree_on_encoders(filled: Callable[..., QuantizedEncoders
     if without_vnni():
         pytest.skip("needs a CPU with VNNI")
     for word in ("int8_convrot", "int8_block3d"):
-        expected, *others = (filled(format=word, kernel_backend=name).modules for name in ("reference", "vnni", "onednn"))
+        expected, *others = (
+            filled(format=word, kernel_backend=name).modules for name in ("reference", "vnni", "onednn")
+        )
         for other in others:
             for component, module in expected.items():
                 assert_close(word, answer(other[component]), answer(module), 1e-5)
@@ -316,43 +403,68 @@ def test_fp8_products(filled: Callable[..., QuantizedEncoders], caplog: pytest.L
             assert_close(word, found, expected, 0.06)
     assert not caplog.records
     for word in ("int8_rowwise", "nvfp4", "float8_e4m3fn_blockwise"):
-        with pytest.raises(BackendError, match=r"clip\.kernel_backend=scaled_mm can run none of the layers of .*: 6 × scaled_mm takes fp8"):
+        with pytest.raises(
+            BackendError,
+            match=r"clip\.kernel_backend=scaled_mm can run none of the layers of .*: 6 × scaled_mm takes fp8",
+        ):
             filled(format=word, kernel_backend="scaled_mm")
 
 
-def test_fp8_products_of_some_layers(filled: Callable, files: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_fp8_products_of_some_layers(
+    filled: Callable, files: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     made = filled(format="auto", path=str(files["t5"]), kernel_backend="scaled_mm").built["text_encoder_2"]
     used = [plan.backend_used for plan in made.plans if plan.keep_float is None]
     assert sorted(used) == ["dequantize, eager"] * 3 + ["scaled_mm"] * 3
     assert f"scaled_mm: 3 layers of {files['t5']} are dequantized: 3 × scaled_mm takes fp8" in caplog.text
 
 
-@pytest.mark.parametrize(("name", "reason"), [("triton", "runs on cuda, not on cpu"), ("comfy_kitchen", "needs the Python package")])
-def test_kernels_that_cannot_run_here(name: str, reason: str, filled: Callable[..., QuantizedEncoders]) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("triton", "runs on cuda, not on cpu"), ("comfy_kitchen", "needs the Python package")],
+)
+def test_kernels_that_cannot_run_here(
+    name: str, reason: str, filled: Callable[..., QuantizedEncoders]
+) -> None:
     if name == "comfy_kitchen" and importlib.util.find_spec(name):
         pytest.skip("it is there")
     with pytest.raises(BackendError, match=f"cannot run here: {reason}.*these can: auto"):
         filled(format="int8_rowwise", kernel_backend=name)
 
 
-def test_blocks_that_do_not_divide_a_layer(filled: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_blocks_that_do_not_divide_a_layer(
+    filled: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = save_random_pipeline(tmp_path / "model", text=48)
     made = filled(folder, format="int8_blockwise", kernel_backend="reference")
     chosen = [plan for plan in made.plans if plan.keep_float is None]
-    assert {plan.rounding for plan in chosen} == {"int8_rowwise"} and {format_for("int8_blockwise", 48, 48).name} == {"int8_rowwise"}
+    assert {plan.rounding for plan in chosen} == {"int8_rowwise"} and {
+        format_for("int8_blockwise", 48, 48).name
+    } == {"int8_rowwise"}
     assert all("do not divide 48 x 48" in plan.outlier_why_not for plan in chosen)
     for count, component in ((6, "text_encoder"), (5, "text_encoder_2")):
-        assert f"{folder / component}: {count} layers cannot be int8_blockwise: {count} × int8_rowwise: int8_blockwise has" in caplog.text
-    assert {type(layer) for layer in made.modules["text_encoder"].modules()} & {Int8Linear, BlockInt8Linear} == {Int8Linear}
+        assert (
+            f"{folder / component}: {count} layers cannot be int8_blockwise: {count} × int8_rowwise: int8_blockwise has"
+            in caplog.text
+        )
+    assert {type(layer) for layer in made.modules["text_encoder"].modules()} & {
+        Int8Linear,
+        BlockInt8Linear,
+    } == {Int8Linear}
 
 
 def test_some_of_the_encoders(drawn: Callable[..., Drawn], floats: dict[str, nn.Module]) -> None:
     run = drawn(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]")
-    assert set(run.modules) == {"text_encoder_2"} and {row["name"].split(".")[0] for row in run.rows} == {"text_encoder_2"}
+    assert set(run.modules) == {"text_encoder_2"} and {row["name"].split(".")[0] for row in run.rows} == {
+        "text_encoder_2"
+    }
     assert torch.equal(answer(run.built.pipe.text_encoder), answer(floats["text_encoder"]))
     ((one, other),) = encoded(run, "clip")
     assert torch.equal(one[1], other[1]) and not torch.equal(one[0], other[0]), "CLIP's is float"
-    assert run.metrics["clip/layers_quantized"] == 5 and run.metrics["clip/cosine_mean"] > run.metrics["clip/cosine_min"]
+    assert (
+        run.metrics["clip/layers_quantized"] == 5
+        and run.metrics["clip/cosine_mean"] > run.metrics["clip/cosine_min"]
+    )
 
 
 # -- what is in memory -------------------------------------------------------------------------------------------------------------
@@ -368,16 +480,26 @@ def test_without_float_pictures_no_float_encoder_is_held(baseline: str, drawn: C
         left = {name for name, part in built.skeleton.named_parameters() if part.is_meta}
         assert left == {f"{plan.name}.weight" for plan in built.plans if plan.keep_float is None} and left
         assert not any(part.is_meta for part in [*built.module.parameters(), *built.module.buffers()])
-    for name in ("float/text_encoder_bytes", "memory/text_encoder_bytes", "memory/text_encoder_ratio", "clip/weight_sqnr_db_min"):
+    for name in (
+        "float/text_encoder_bytes",
+        "memory/text_encoder_bytes",
+        "memory/text_encoder_ratio",
+        "clip/weight_sqnr_db_min",
+    ):
         assert run.metrics[name] == whole.metrics[name], name
     assert "clip/cosine_mean" not in run.metrics, "nothing to compare with"
     if baseline == "cached":
-        assert same(run.floats, whole.floats) and run.metrics["quality/psnr_db"] == whole.metrics["quality/psnr_db"]
+        assert (
+            same(run.floats, whole.floats)
+            and run.metrics["quality/psnr_db"] == whole.metrics["quality/psnr_db"]
+        )
     else:
         assert run.result.baseline is None
 
 
-def test_one_encoder_of_two_is_loaded_whole(drawn: Callable[..., Drawn], floats: dict[str, nn.Module]) -> None:
+def test_one_encoder_of_two_is_loaded_whole(
+    drawn: Callable[..., Drawn], floats: dict[str, nn.Module]
+) -> None:
     run = drawn(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]", "metrics.baseline=none")
     assert same(run.latents, drawn(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]").latents)
     assert torch.equal(answer(run.built.pipe.text_encoder), answer(floats["text_encoder"]))
@@ -388,7 +510,11 @@ def test_pictures_for_the_calibration_are_drawn_with_float_encoders(drawn: Calla
     run, kept = drawn("clip=nvfp4", *words), drawn("clip=keep", *words)
     assert "float" in run.built.text_encoders and run.built.pipe.text_encoder is run.modules["text_encoder"]
     factors = [
-        {name: part.transform.factor for name, part in one.built.denoisers["int8"].named_modules() if isinstance(part, Int8Linear)}
+        {
+            name: part.transform.factor
+            for name, part in one.built.denoisers["int8"].named_modules()
+            if isinstance(part, Int8Linear)
+        }
         for one in (run, kept)
     ]
     assert any(factor is not None for factor in factors[0].values())
@@ -399,7 +525,9 @@ def test_pictures_for_the_calibration_are_drawn_with_float_encoders(drawn: Calla
 
 
 @pytest.mark.parametrize("name", ["clip", "t5"])
-def test_a_file_finds_its_place(name: str, filled: Callable, files: dict, floats: dict, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_finds_its_place(
+    name: str, filled: Callable, files: dict, floats: dict, caplog: pytest.LogCaptureFixture
+) -> None:
     own, other = ("text_encoder", "text_encoder_2") if name == "clip" else ("text_encoder_2", "text_encoder")
     with caplog.at_level(logging.INFO):
         made = filled(format="auto", path=str(files[name]), kernel_backend="dequantize")
@@ -411,36 +539,57 @@ def test_a_file_finds_its_place(name: str, filled: Callable, files: dict, floats
     assert all("weight_sqnr_db" not in plan.measured for plan in made.plans), "nothing was rounded here"
 
 
-def test_files_by_component(drawn: Callable[..., Drawn], files: dict[str, Any], floats: dict[str, nn.Module]) -> None:
+def test_files_by_component(
+    drawn: Callable[..., Drawn], files: dict[str, Any], floats: dict[str, nn.Module]
+) -> None:
     run = drawn(
-        "clip=auto", f"clip.path={{text_encoder: {files['clip']}, text_encoder_2: {files['t5']}}}", "clip.kernel_backend=dequantize"
+        "clip=auto",
+        f"clip.path={{text_encoder: {files['clip']}, text_encoder_2: {files['t5']}}}",
+        "clip.kernel_backend=dequantize",
     )
     for component, name in (("text_encoder", "clip"), ("text_encoder_2", "t5")):
-        assert_close(name, answer(run.modules[component]), answer(changed(floats[component], files["files"][name].real)), 1e-5)
+        assert_close(
+            name,
+            answer(run.modules[component]),
+            answer(changed(floats[component], files["files"][name].real)),
+            1e-5,
+        )
     assert run.metrics["clip/layers_quantized"] == 12 and "clip/weight_sqnr_db_mean" not in run.metrics
     assert same(run.floats, drawn("clip=keep").floats) and CONTRACT - set(run.metrics) == {
-        "clip/weight_sqnr_db_mean", "clip/weight_sqnr_db_min",
-    }  # fmt: skip
+        "clip/weight_sqnr_db_mean",
+        "clip/weight_sqnr_db_min",
+    }
 
 
-def test_a_file_from_the_command_line_without_a_baseline(drawn: Callable[..., Drawn], files: dict[str, Any]) -> None:
+def test_a_file_from_the_command_line_without_a_baseline(
+    drawn: Callable[..., Drawn], files: dict[str, Any]
+) -> None:
     words = (FLOAT, "clip=auto", f"clip.path={files['clip']}")
     run, whole = drawn(*words, "metrics.baseline=none"), drawn(*words)
     assert same(run.latents, whole.latents) and set(run.modules) == {"text_encoder"}
     assert whole.metrics["clip/cosine_min"] < whole.metrics["clip/cosine_mean"]
 
 
-def test_quantized_tables_are_looked_up(filled: Callable, floats: dict[str, nn.Module], tmp_path: Path) -> None:
+def test_quantized_tables_are_looked_up(
+    filled: Callable, floats: dict[str, nn.Module], tmp_path: Path
+) -> None:
     file = file_of(floats["text_encoder_2"], "int8_rowwise", tables=["shared"])
-    made = filled(format="auto", path=str(file.write(tmp_path / "x.safetensors")), kernel_backend="dequantize").modules["text_encoder_2"]
+    made = filled(
+        format="auto", path=str(file.write(tmp_path / "x.safetensors")), kernel_backend="dequantize"
+    ).modules["text_encoder_2"]
     assert type(made.shared) is CodedEmbedding and type(made.encoder.embed_tokens) is CodedEmbedding
     assert made.shared.qdata.data_ptr() == made.encoder.embed_tokens.qdata.data_ptr(), "one table"
     assert_close(
-        "t5", answer(made), answer(changed(floats["text_encoder_2"], file.real | {"encoder.embed_tokens": file.real["shared"]})), 1e-5
+        "t5",
+        answer(made),
+        answer(changed(floats["text_encoder_2"], file.real | {"encoder.embed_tokens": file.real["shared"]})),
+        1e-5,
     )
 
 
-def test_a_float_file_replaces_weights(filled: Callable, floats: dict[str, nn.Module], tmp_path: Path) -> None:
+def test_a_float_file_replaces_weights(
+    filled: Callable, floats: dict[str, nn.Module], tmp_path: Path
+) -> None:
     other = random_pipeline(seed=5, text=WIDTH).text_encoder.eval()
     made = filled(format="auto", path=str(file_of(other, []).write(tmp_path / "x.safetensors")))
     assert torch.equal(answer(made.modules["text_encoder"]), answer(other)) and not torch.equal(
@@ -457,22 +606,39 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("text_encoder", "text_encoder_2"):
         clip.save_pretrained(folder / name)
     index = {name: ["transformers", "CLIPTextModel"] for name in ("text_encoder", "text_encoder_2")}
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "X", **index, "text_encoder_3": [None, None]}))
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": "X", **index, "text_encoder_3": [None, None]})
+    )
     return folder
 
 
-def test_a_file_that_fits_two(twins: Path, filled: Callable[..., QuantizedEncoders], files: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"fits text_encoder, text_encoder_2; say which: 'clip\.path=\{text_encoder: FILE\}'"):
-        filled(twins, format="auto", path=str(files["clip"]))
-    assert set(filled(twins, format="auto", path={"text_encoder_2": str(files["clip"])}).modules) == {"text_encoder_2"}
-
-
-def test_files_that_fit_none(model: Path, twins: Path, filled: Callable, files: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"t5\.safetensors holds t5_old, which fits no place: text_encoder is a CLIPTextModel"):
-        filled(twins, format="auto", path=str(files["t5"]))
-    small = file_of(random_pipeline(text=64).text_encoder, "int8_rowwise").write(tmp_path / "small.safetensors")
+def test_a_file_that_fits_two(
+    twins: Path, filled: Callable[..., QuantizedEncoders], files: dict[str, Any]
+) -> None:
     with pytest.raises(
-        ConfigError, match=r"holds clip, .*text_encoder has another size .*has the shape \[.*64.*; text_encoder_2 is a T5EncoderModel"
+        ConfigError,
+        match=r"fits text_encoder, text_encoder_2; say which: 'clip\.path=\{text_encoder: FILE\}'",
+    ):
+        filled(twins, format="auto", path=str(files["clip"]))
+    assert set(filled(twins, format="auto", path={"text_encoder_2": str(files["clip"])}).modules) == {
+        "text_encoder_2"
+    }
+
+
+def test_files_that_fit_none(
+    model: Path, twins: Path, filled: Callable, files: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"t5\.safetensors holds t5_old, which fits no place: text_encoder is a CLIPTextModel",
+    ):
+        filled(twins, format="auto", path=str(files["t5"]))
+    small = file_of(random_pipeline(text=64).text_encoder, "int8_rowwise").write(
+        tmp_path / "small.safetensors"
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"holds clip, .*text_encoder has another size .*has the shape \[.*64.*; text_encoder_2 is a T5EncoderModel",
     ):
         filled(format="auto", path=str(small))
     lost = file_of(random_pipeline(text=WIDTH).text_encoder, "int8_rowwise").drop(
@@ -482,15 +648,21 @@ def test_files_that_fit_none(model: Path, twins: Path, filled: Callable, files: 
         filled(format="auto", path=str(lost.write(tmp_path / "lost.safetensors")))
     for path in ({"text_encoder_2": str(files["clip"])}, {"text_encoder": str(files["t5"])}):
         with pytest.raises(
-            ConfigError, match=r"holds (clip|t5_old), which fits no place: text_encoder(_2)? is a (CLIPText|T5Encoder)Model"
+            ConfigError,
+            match=r"holds (clip|t5_old), which fits no place: text_encoder(_2)? is a (CLIPText|T5Encoder)Model",
         ):
             filled(format="auto", path=path)
 
 
-def test_a_checkpoint_with_several_encoders(filled: Callable, floats: dict[str, nn.Module], tmp_path: Path) -> None:
+def test_a_checkpoint_with_several_encoders(
+    filled: Callable, floats: dict[str, nn.Module], tmp_path: Path
+) -> None:
     """Each finds its place, also where a component is named."""
     whole = File()
-    made = {"text_encoder": file_of(floats["text_encoder"], "nvfp4"), "text_encoder_2": file_of(floats["text_encoder_2"], "int8_rowwise")}
+    made = {
+        "text_encoder": file_of(floats["text_encoder"], "nvfp4"),
+        "text_encoder_2": file_of(floats["text_encoder_2"], "int8_rowwise"),
+    }
     for prefix, file in (("clip_l", made["text_encoder"]), ("t5xxl", made["text_encoder_2"])):
         whole.tensors |= file.copy().prefixed(f"text_encoders.{prefix}.transformer.").tensors
     path = whole.write(tmp_path / "whole.safetensors")
@@ -498,21 +670,40 @@ def test_a_checkpoint_with_several_encoders(filled: Callable, floats: dict[str, 
     for component, file in made.items():
         assert_close(component, answer(both[component]), answer(changed(floats[component], file.real)), 1e-5)
     one = filled(format="auto", path={"text_encoder_2": str(path)}, kernel_backend="dequantize").modules
-    assert set(one) == {"text_encoder_2"} and torch.equal(answer(one["text_encoder_2"]), answer(both["text_encoder_2"]))
+    assert set(one) == {"text_encoder_2"} and torch.equal(
+        answer(one["text_encoder_2"]), answer(both["text_encoder_2"])
+    )
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"path": {"text_encoder_3": "x"}}, r"clip\.path names text_encoder_3; did you mean 'text_encoder_2'\? the pipeline has text_encoder"),
-    ({"format": "int8_rowwise", "components": ["vae"]}, r"clip\.components names vae; the pipeline has text_encoder, text_encoder_2"),
-])  # fmt: skip
-def test_components_that_are_not_there(settings: dict, message: str, filled: Callable[..., QuantizedEncoders]) -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"path": {"text_encoder_3": "x"}},
+            r"clip\.path names text_encoder_3; did you mean 'text_encoder_2'\? the pipeline has text_encoder",
+        ),
+        (
+            {"format": "int8_rowwise", "components": ["vae"]},
+            r"clip\.components names vae; the pipeline has text_encoder, text_encoder_2",
+        ),
+    ],
+)
+def test_components_that_are_not_there(
+    settings: dict, message: str, filled: Callable[..., QuantizedEncoders]
+) -> None:
     with pytest.raises(ConfigError, match=message):
         filled(**{"format": "auto", **settings})
 
 
 def test_a_file_in_another_format(filled: Callable, files: dict[str, Any], tmp_path: Path) -> None:
-    assert filled(format="int8_rowwise", path=str(files["clip"])).built and filled(format="int8_tensorwise", path=str(files["clip"])).built
-    with pytest.raises(ConfigError, match=r"holds 6 layers int8_rowwise, and nvfp4 was asked for; clip=auto \(quant_format in a"):
+    assert (
+        filled(format="int8_rowwise", path=str(files["clip"])).built
+        and filled(format="int8_tensorwise", path=str(files["clip"])).built
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"holds 6 layers int8_rowwise, and nvfp4 was asked for; clip=auto \(quant_format in a",
+    ):
         filled(format="nvfp4", path=str(files["clip"]))
     with pytest.raises(FileError, match="no such file"):
         filled(format="auto", path=str(tmp_path / "none.safetensors"))
@@ -521,8 +712,12 @@ def test_a_file_in_another_format(filled: Callable, files: dict[str, Any], tmp_p
 
 
 def test_a_pipeline_without_a_text_encoder(filled: Callable[..., QuantizedEncoders], tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "X", "vae": ["diffusers", "AutoencoderKL"]}))
-    with pytest.raises(ConfigError, match=r"clip=nvfp4: the pipeline in .* has no text encoder; set clip=keep"):
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"_class_name": "X", "vae": ["diffusers", "AutoencoderKL"]})
+    )
+    with pytest.raises(
+        ConfigError, match=r"clip=nvfp4: the pipeline in .* has no text encoder; set clip=keep"
+    ):
         filled(tmp_path, format="nvfp4")
 
 
@@ -534,7 +729,9 @@ def lora(path: Path, strength: float, **more: Any) -> str:
     return f"lora.adapters=[{{name: a, path: {path}, strength: {strength}{settings}}}]"
 
 
-def with_lora(component: str, path: Path, strength: float, real: dict[str, Any], module: nn.Module) -> dict[str, Tensor]:
+def with_lora(
+    component: str, path: Path, strength: float, real: dict[str, Any], module: nn.Module
+) -> dict[str, Tensor]:
     """The weights of all Linears with a LoRA added by its definition. real: weights in place of the module's own."""
     tensors, found = load_file(path), {}
     for name in linears(module):
@@ -555,7 +752,9 @@ def rounded(weight: Tensor, word: str) -> Tensor:
 
 
 @pytest.mark.parametrize("word", ["int8_rowwise", "int8_convrot", "float8_e4m3fn_blockwise", "nvfp4"])
-def test_a_lora_is_rounded_with_the_weight(word: str, drawn: Callable, files: dict[str, Any], floats: dict[str, nn.Module]) -> None:
+def test_a_lora_is_rounded_with_the_weight(
+    word: str, drawn: Callable, files: dict[str, Any], floats: dict[str, nn.Module]
+) -> None:
     run = drawn(FLOAT, f"clip={word}", "clip.kernel_backend=dequantize", lora(files["lora"], 1.5))
     assert run.metrics["lora/modules_matched"] == 12
     for component, built in run.built.encoders.built.items():
@@ -563,16 +762,26 @@ def test_a_lora_is_rounded_with_the_weight(word: str, drawn: Callable, files: di
         for plan in built.plans:
             if plan.keep_float is None:
                 weights[plan.name] = rounded(weights[plan.name], word)
-        assert_close(component, answer(built.module), answer(changed(floats[component], weights)), 6e-3)  # ties
-        assert_close(component, answer(built.module), answer(run.built.text_encoders["float"][component]), 0.5)
+        assert_close(
+            component, answer(built.module), answer(changed(floats[component], weights)), 6e-3
+        )  # ties
+        assert_close(
+            component, answer(built.module), answer(run.built.text_encoders["float"][component]), 0.5
+        )
         assert not torch.equal(answer(built.module.cpu()), answer(floats[component]))
 
 
 @pytest.mark.parametrize("source", ["on the fly", "file"])
-def test_strength_0_is_the_encoder_without_the_lora(source: str, drawn: Callable[..., Drawn], files: dict[str, Any]) -> None:
+def test_strength_0_is_the_encoder_without_the_lora(
+    source: str, drawn: Callable[..., Drawn], files: dict[str, Any]
+) -> None:
     path = f"clip.path={{text_encoder: {files['clip']}, text_encoder_2: {files['t5']}}}"
     words = (FLOAT, *(["clip=int8_rowwise"] if source == "on the fly" else ["clip=auto", path]))
-    without, off, on = drawn(*words), drawn(*words, lora(files["lora"], 0.0)), drawn(*words, lora(files["lora"], 1.0))
+    without, off, on = (
+        drawn(*words),
+        drawn(*words, lora(files["lora"], 0.0)),
+        drawn(*words, lora(files["lora"], 1.0)),
+    )
     assert same(without.latents, off.latents) and same(without.floats, off.floats)
     assert not same(on.latents, off.latents) and not same(on.floats, off.floats)
     for component, module in without.modules.items():
@@ -583,7 +792,9 @@ def test_strength_0_is_the_encoder_without_the_lora(source: str, drawn: Callable
     assert same(bare.latents, on.latents), "without float encoders beside them"
 
 
-def test_a_lora_on_a_files_weights(drawn: Callable[..., Drawn], files: dict[str, Any], floats: dict[str, nn.Module]) -> None:
+def test_a_lora_on_a_files_weights(
+    drawn: Callable[..., Drawn], files: dict[str, Any], floats: dict[str, nn.Module]
+) -> None:
     path = f"clip.path={{text_encoder: {files['clip']}, text_encoder_2: {files['t5']}}}"
     run = drawn(FLOAT, "clip=auto", path, "clip.kernel_backend=dequantize", lora(files["lora"], 1.5))
     for component, name in (("text_encoder", "clip"), ("text_encoder_2", "t5")):
@@ -596,7 +807,9 @@ def test_a_lora_on_a_files_weights(drawn: Callable[..., Drawn], files: dict[str,
 
 
 @pytest.mark.parametrize("word", ["nvfp4_modelopt", "int8 in groups", "int8_blockwise", "mxfp8"])
-def test_a_lora_on_weights_in_formats_that_are_not_written(word: str, drawn: Callable, files: dict, floats: dict, tmp_path: Path) -> None:
+def test_a_lora_on_weights_in_formats_that_are_not_written(
+    word: str, drawn: Callable, files: dict, floats: dict, tmp_path: Path
+) -> None:
     module = floats["text_encoder_2"]
     file = file_of(module, word if word != "int8 in groups" else "int8_block3d")
     if word == "int8 in groups":
@@ -605,8 +818,14 @@ def test_a_lora_on_weights_in_formats_that_are_not_written(word: str, drawn: Cal
             if name.endswith("weight_scale"):
                 file.tensors[name] = stored._replace(shape=stored.shape[:2])
     path, asked_for = file.write(tmp_path / "x.safetensors"), word if word == "nvfp4_modelopt" else "auto"
-    run = drawn(FLOAT, f"clip={asked_for}", f"clip.path={path}", "clip.kernel_backend=dequantize", "metrics.baseline=none",
-                lora(files["t5_lora"], 1.0))  # fmt: skip
+    run = drawn(
+        FLOAT,
+        f"clip={asked_for}",
+        f"clip.path={path}",
+        "clip.kernel_backend=dequantize",
+        "metrics.baseline=none",
+        lora(files["t5_lora"], 1.0),
+    )
     expected = answer(changed(module, with_lora("text_encoder_2", files["t5_lora"], 1.0, file.real, module)))
     assert_close(word, answer(run.modules["text_encoder_2"]), expected, 0.4 if "4" in word else 0.1)
     run.built.set_strengths([0.0], [0.0])
@@ -617,12 +836,17 @@ def test_strengths_there_and_back(words: list[str], files: dict[str, Any], tmp_p
     process_cache.forget()
     path = f"clip.path={files['t5']}"
     for clip in (["clip=float8_e4m3fn"], ["clip=auto", path]):
-        made = [run_job([*words, FLOAT, *clip, lora(files["lora"], s)], tmp_path / "out") for s in (1.0, 0.25, 0.0, 1.0)]
+        made = [
+            run_job([*words, FLOAT, *clip, lora(files["lora"], s)], tmp_path / "out")
+            for s in (1.0, 0.25, 0.0, 1.0)
+        ]
         assert [result.metrics["build/load_s"] > 0 for result in made] == [True, False, False, False]
         first, weak, off, again = (result.candidate.trajectories for result in made)
         assert same(first, again) and not same(first, weak) and not same(weak, off)
         cosines = [result.metrics["clip/cosine_mean"] for result in made]
-        assert cosines[0] == cosines[3] and len(set(cosines)) == 3, "of the float encoders with the same strengths"
+        assert cosines[0] == cosines[3] and len(set(cosines)) == 3, (
+            "of the float encoders with the same strengths"
+        )
     process_cache.forget()
 
 
@@ -634,42 +858,75 @@ def test_text_strength_of_quantized_encoders(drawn: Callable[..., Drawn], files:
     assert same(loud.latents, drawn(*words, lora(files["lora"], 1.0)).latents)
 
 
-def test_a_loras_bias(filled: Callable, drawn: Callable, files: dict[str, Any], floats: dict[str, nn.Module], tmp_path: Path) -> None:
+def test_a_loras_bias(
+    filled: Callable, drawn: Callable, files: dict[str, Any], floats: dict[str, nn.Module], tmp_path: Path
+) -> None:
     name, module = "encoder.layers.0.mlp.fc1", floats["text_encoder"]
     bias = torch.linspace(-1, 1, WIDTH)
     path = tmp_path / "bias.safetensors"
     save_file({f"text_encoder.{name}.diff_b": bias}, path)
-    words = (FLOAT, "clip=int8_rowwise", "clip.kernel_backend=dequantize", "metrics.baseline=none", "model.dtype=bfloat16")
+    words = (
+        FLOAT,
+        "clip=int8_rowwise",
+        "clip.kernel_backend=dequantize",
+        "metrics.baseline=none",
+        "model.dtype=bfloat16",
+    )
     run = drawn(*words, lora(path, 2.0))
     layer = run.modules["text_encoder"].get_submodule(name)
     assert_close("bias", layer.bias, module.get_submodule(name).bias + 2 * bias, 0.005)
     run.built.set_strengths([0.0], [0.0])
-    assert torch.equal(run.modules["text_encoder"].get_submodule(name).bias, module.get_submodule(name).bias.bfloat16().float())
+    assert torch.equal(
+        run.modules["text_encoder"].get_submodule(name).bias,
+        module.get_submodule(name).bias.bfloat16().float(),
+    )
 
 
 # -- sweeps ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_builds_for_each_setting_of_clip_once(words: list[str], files: dict[str, Any], tmp_path: Path) -> None:
+def test_a_sweep_builds_for_each_setting_of_clip_once(
+    words: list[str], files: dict[str, Any], tmp_path: Path
+) -> None:
     process_cache.forget()
     jobs = [
-        ["clip=int8_rowwise"], ["clip=int8_rowwise", "seed=3"], ["clip=nvfp4"], ["clip=nvfp4", "clip.kernel_backend=dequantize"],
-        ["clip=nvfp4", "clip.components=[text_encoder]"], ["clip=auto", f"clip.path={files['clip']}"],
-    ]  # fmt: skip
+        ["clip=int8_rowwise"],
+        ["clip=int8_rowwise", "seed=3"],
+        ["clip=nvfp4"],
+        ["clip=nvfp4", "clip.kernel_backend=dequantize"],
+        ["clip=nvfp4", "clip.components=[text_encoder]"],
+        ["clip=auto", f"clip.path={files['clip']}"],
+    ]
     made = [run_job([*words, FLOAT, *job], tmp_path / "out") for job in jobs]
     process_cache.forget()
     assert [result.metrics["build/load_s"] > 0 for result in made] == [True, False, True, True, True, True]
     drew = [result.baseline for result in made]
-    assert drew[0] is drew[2] is drew[3] is drew[4] is drew[5] and drew[0] is not drew[1], "the float pictures are the same for all"
-    cosines = [result.metrics["clip/cosine_mean"] for result in made]  # also where the float model drew nothing
-    assert cosines[0] == cosines[1] and cosines[2] == pytest.approx(cosines[3], abs=1e-6) and len({round(c, 5) for c in cosines}) == 4
+    assert drew[0] is drew[2] is drew[3] is drew[4] is drew[5] and drew[0] is not drew[1], (
+        "the float pictures are the same for all"
+    )
+    cosines = [
+        result.metrics["clip/cosine_mean"] for result in made
+    ]  # also where the float model drew nothing
+    assert (
+        cosines[0] == cosines[1]
+        and cosines[2] == pytest.approx(cosines[3], abs=1e-6)
+        and len({round(c, 5) for c in cosines}) == 4
+    )
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_denoisers_file_has_no_text_encoder(model: Path, tmp_path: Path) -> None:
-    spec = make_spec(["task=quantize", f"model.location={model}", "clip=nvfp4", f"save={tmp_path / 'x.safetensors'}", "tracker=none"])
+    spec = make_spec(
+        [
+            "task=quantize",
+            f"model.location={model}",
+            "clip=nvfp4",
+            f"save={tmp_path / 'x.safetensors'}",
+            "tracker=none",
+        ]
+    )
     message = r"task=quantize writes one component, here the denoiser, and clip= is about text encoders; .*task\.component=text_encoder"
     with pytest.raises(ConfigError, match=message):
         quantize_file(spec, Job({}, {}, [], tmp_path), None)
@@ -677,7 +934,9 @@ def test_the_denoisers_file_has_no_text_encoder(model: Path, tmp_path: Path) -> 
 
 
 def test_offloading_moves_one_set_of_encoders() -> None:
-    with pytest.raises(ConfigError, match=r"offload=model moves one model, and metrics.baseline=run holds two"):
+    with pytest.raises(
+        ConfigError, match=r"offload=model moves one model, and metrics.baseline=run holds two"
+    ):
         make_spec([FLOAT, "clip=nvfp4", "offload=model"])
     assert make_spec([FLOAT, "clip=auto", "offload=model"]).candidate == "float"
     assert make_spec([FLOAT, "clip=nvfp4", "offload=model", "metrics.baseline=none"]).candidate == "clip"
@@ -687,16 +946,28 @@ def test_embeddings_that_are_plainly_wrong(
     words: list[str], files: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A file of another model fits by its shapes; the pictures would be of something else."""
-    stranger = file_of(random_pipeline(seed=5, text=WIDTH).text_encoder_2, "int8_rowwise").write(tmp_path / "x.safetensors")
+    stranger = file_of(random_pipeline(seed=5, text=WIDTH).text_encoder_2, "int8_rowwise").write(
+        tmp_path / "x.safetensors"
+    )
     run_job([*words, "clip=auto", f"clip.path={stranger}", "int8.enable=false"], tmp_path / "out")
-    assert re.search(r"the embeddings are \d+ % from the float encoders', more than any format costs", caplog.text)
+    assert re.search(
+        r"the embeddings are \d+ % from the float encoders', more than any format costs", caplog.text
+    )
 
 
-@pytest.mark.parametrize(("asked", "message"), [
-    (["clip=auto"], "clip=auto without clip.path leaves the text encoders as they are"),
-    (["clip=int8_rowwise", "metrics.baseline=none"], "has no float text encoders in memory; embeddings are not compared"),
-])  # fmt: skip
-def test_what_a_setting_does_not_do_is_said(asked: list[str], message: str, words: list[str], tmp_path: Path, caplog: Any) -> None:
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["clip=auto"], "clip=auto without clip.path leaves the text encoders as they are"),
+        (
+            ["clip=int8_rowwise", "metrics.baseline=none"],
+            "has no float text encoders in memory; embeddings are not compared",
+        ),
+    ],
+)
+def test_what_a_setting_does_not_do_is_said(
+    asked: list[str], message: str, words: list[str], tmp_path: Path, caplog: Any
+) -> None:
     with caplog.at_level(logging.INFO):
         run_job([*words, *asked], tmp_path / "out")
     assert message in caplog.text

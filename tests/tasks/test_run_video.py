@@ -52,11 +52,18 @@ def test_a_run_leaves_animations_stills_and_a_grid(runs: dict[str, RunResult], n
         for key, frames in zip(keys, generation.frames, strict=True):
             assert Image.open(result.output_dir / "images" / f"{key}{who}.webp").n_frames == count
             for which, number in key_frames(count).items():
-                assert Image.open(result.output_dir / "images" / f"{key}{who}_{which}.png").tobytes() == frames[number].tobytes()
+                assert (
+                    Image.open(result.output_dir / "images" / f"{key}{who}_{which}.png").tobytes()
+                    == frames[number].tobytes()
+                )
     # each sample has a caption and three rows of pictures, enlarged to 192 pixels; three columns
     sheet, side = Image.open(result.output_dir / "grid.png"), 192
     assert sheet.size == (12 + 3 * (side + 12), 24 + 2 * (24 + 3 * (24 + side + 12)) + 12)
-    frames = {(i, number): result.candidate.frames[i][number] for i in range(2) for number in key_frames(count).values()}
+    frames = {
+        (i, number): result.candidate.frames[i][number]
+        for i in range(2)
+        for number in key_frames(count).values()
+    }
     for (i, number), frame in frames.items():
         row = sorted(frames).index((i, number)) % 3
         top = 36 + i * (24 + 3 * 228) + 24 + row * 228 + 20
@@ -68,39 +75,66 @@ def test_a_run_leaves_animations_stills_and_a_grid(runs: dict[str, RunResult], n
 def test_metrics_are_those_of_the_frames(runs: dict[str, RunResult], name: str) -> None:
     result, count = runs[name], FRAMES[name]
     saved = json.loads((result.output_dir / "metrics.json").read_text())
-    for image, ours, floats in zip(saved["images"], result.candidate.frames, result.baseline.frames, strict=True):
+    for image, ours, floats in zip(
+        saved["images"], result.candidate.frames, result.baseline.frames, strict=True
+    ):
         decibels = []
         for a, b in zip(ours, floats, strict=True):
             error = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
             decibels.append(10 * np.log10(255**2 / np.mean(error**2)) if error.any() else np.inf)
         # infinity is a word in JSON; frames of the tiny Wan may be equal
-        assert [float(frame["psnr_db"]) for frame in image["frames"]] == pytest.approx(decibels, abs=1e-3) and len(decibels) == count
+        assert [float(frame["psnr_db"]) for frame in image["frames"]] == pytest.approx(
+            decibels, abs=1e-3
+        ) and len(decibels) == count
         assert float(image["psnr_db"]) == pytest.approx(np.mean(decibels), abs=1e-3)
         assert image["ssim"] == pytest.approx(np.mean([frame["ssim"] for frame in image["frames"]]))
         assert 0 < image["latent_rel_err"] < 0.1
         assert (result.output_dir / image["file"]).suffix == ".webp"
-        assert all((result.output_dir / still).is_file() for still in image["stills"]) and len(image["stills"]) == 3
+        assert (
+            all((result.output_dir / still).is_file() for still in image["stills"])
+            and len(image["stills"]) == 3
+        )
     metrics = saved["metrics"]
-    assert float(metrics["quality/psnr_db"]) == pytest.approx(np.mean([float(image["psnr_db"]) for image in saved["images"]]))
+    assert float(metrics["quality/psnr_db"]) == pytest.approx(
+        np.mean([float(image["psnr_db"]) for image in saved["images"]])
+    )
     assert name == "wan" or metrics["quality/psnr_db"] < 100
     for who in ("speed", "float"):
         assert metrics[f"{who}/frames_per_s"] == pytest.approx(count * metrics[f"{who}/images_per_s"])
 
 
-def test_a_record_has_a_value_per_frame_and_names_the_stills_of_both_models(runs: dict[str, RunResult]) -> None:
+def test_a_record_has_a_value_per_frame_and_names_the_stills_of_both_models(
+    runs: dict[str, RunResult],
+) -> None:
     saved = json.loads((runs["ltx"].output_dir / "metrics.json").read_text())
     expected = [np.mean([image["frames"][i]["psnr_db"] for image in saved["images"]]) for i in range(9)]
     assert saved["series"]["series/frame_psnr_db"] == pytest.approx(expected)
     for image in saved["images"]:
-        assert image["stills"] == [f"images/{image['key']}_{which}.png" for which in ("first", "middle", "last")]
-        assert image["float_stills"] == [f"images/{image['key']}_float_{which}.png" for which in ("first", "middle", "last")]
-        assert (image["file"], image["float"]) == (f"images/{image['key']}.webp", f"images/{image['key']}_float.webp")
-        assert all((runs["ltx"].output_dir / name).is_file() for name in (*image["stills"], *image["float_stills"], image["float"]))
+        assert image["stills"] == [
+            f"images/{image['key']}_{which}.png" for which in ("first", "middle", "last")
+        ]
+        assert image["float_stills"] == [
+            f"images/{image['key']}_float_{which}.png" for which in ("first", "middle", "last")
+        ]
+        assert (image["file"], image["float"]) == (
+            f"images/{image['key']}.webp",
+            f"images/{image['key']}_float.webp",
+        )
+        assert all(
+            (runs["ltx"].output_dir / name).is_file()
+            for name in (*image["stills"], *image["float_stills"], image["float"])
+        )
 
 
 def test_a_video_of_one_frame_is_a_picture(runs: dict[str, RunResult], tmp_path: Path) -> None:
     folder = runs["wan"].output_dir.parent / "model"
-    about = [f"model.location={folder}", "model.dtype=float32", "prompts.prompts=[a]", "tracker=none", "backend=reference"]
+    about = [
+        f"model.location={folder}",
+        "model.dtype=float32",
+        "prompts.prompts=[a]",
+        "tracker=none",
+        "backend=reference",
+    ]
     size = ["sampler.steps=1", "sampler.height=48", "sampler.width=48", "+sampler.extra.num_frames=1"]
     result = run_job([*about, *size], tmp_path)
     assert {p.name for p in (tmp_path / "images").iterdir()} == {"000_a_s0.png", "000_a_s0_float.png"}
@@ -111,13 +145,29 @@ def test_a_video_of_one_frame_is_a_picture(runs: dict[str, RunResult], tmp_path:
     assert "series/frame_psnr_db" not in json.loads((tmp_path / "metrics.json").read_text())["series"]
 
 
-def test_sound_is_left_out_with_one_line(runs: dict[str, RunResult], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_sound_is_left_out_with_one_line(
+    runs: dict[str, RunResult], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = runs["ltx2"].output_dir.parent / "model"
-    about = [f"model.location={folder}", "model.dtype=float32", "prompts.prompts=[a,b]", "tracker=none", "backend=reference"]
-    size = ["sampler.steps=1", "sampler.height=32", "sampler.width=32", "+sampler.extra.num_frames=9", "metrics.baseline=none"]
+    about = [
+        f"model.location={folder}",
+        "model.dtype=float32",
+        "prompts.prompts=[a,b]",
+        "tracker=none",
+        "backend=reference",
+    ]
+    size = [
+        "sampler.steps=1",
+        "sampler.height=32",
+        "sampler.width=32",
+        "+sampler.extra.num_frames=9",
+        "metrics.baseline=none",
+    ]
     with caplog.at_level(logging.INFO, "int8run"):
         result = run_job([*about, *size], tmp_path)
     assert result.candidate.sound and not runs["ltx"].candidate.sound
-    assert [m for m in caplog.messages if "sound" in m] == ["LTX2Pipeline makes sound with its videos; it is neither compared nor kept"]
+    assert [m for m in caplog.messages if "sound" in m] == [
+        "LTX2Pipeline makes sound with its videos; it is neither compared nor kept"
+    ]
     (first, second) = json.loads((tmp_path / "metrics.json").read_text())["images"]
     assert first["file"] != second["file"] and "frames" not in first and len(first["stills"]) == 3

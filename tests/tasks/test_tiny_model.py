@@ -40,7 +40,9 @@ def nearest(picture: Path, drawings: dict[str, np.ndarray]) -> str:
 
 
 @pytest.mark.parametrize("outlier", ["none", "convrot"])
-def test_int8_pictures_are_the_right_ones_and_close_to_float(outlier: str, drawings: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_int8_pictures_are_the_right_ones_and_close_to_float(
+    outlier: str, drawings: dict[str, np.ndarray], tmp_path: Path
+) -> None:
     names = list(drawings)[5::25]
     prompts = ",".join(f"'{n.replace('-', ' ')}'" for n in names)
     overrides = [f"prompts.prompts=[{prompts}]", f"outlier={outlier}", "tracker=none", "sampler.batch=5"]
@@ -48,7 +50,9 @@ def test_int8_pictures_are_the_right_ones_and_close_to_float(outlier: str, drawi
     pictures = sorted(p for p in (tmp_path / "images").iterdir() if "float" not in p.name)
     found = [nearest(p, drawings) for p in pictures]
     assert len(found) == len(names) == 15
-    assert sum(f == n for f, n in zip(found, names, strict=True)) / len(names) >= 0.8, list(zip(names, found, strict=True))
+    assert sum(f == n for f, n in zip(found, names, strict=True)) / len(names) >= 0.8, list(
+        zip(names, found, strict=True)
+    )
     assert metrics["quality/psnr_db"] >= 30 and metrics["quality/ssim"] >= 0.98
     assert metrics["memory/denoiser_ratio"] > 1.8
 
@@ -58,7 +62,9 @@ def test_layers_csv_names_every_linear_of_the_shipped_model_once(tmp_path: Path)
     with (tmp_path / "layers.csv").open() as file:
         rows = list(csv.DictReader(file))
     model = FluxTransformer2DModel.from_pretrained(ASSETS / "tiny" / "transformer")
-    assert sorted(r["name"] for r in rows) == sorted(n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    assert sorted(r["name"] for r in rows) == sorted(
+        n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+    )
     assert sum(r["quantized"] == "true" for r in rows) == 32
 
 
@@ -73,12 +79,22 @@ def test_the_second_identical_run_gives_the_same_bits(tmp_path: Path) -> None:
 
 def test_the_calibrated_model_is_saved_and_draws_the_same_again(tmp_path: Path) -> None:
     shared = [
-        "prompts.prompts=[fox]", "sampler.steps=2", "tracker=none", "outlier=smoothquant", "backend=reference", "metrics.baseline=none",
+        "prompts.prompts=[fox]",
+        "sampler.steps=2",
+        "tracker=none",
+        "outlier=smoothquant",
+        "backend=reference",
+        "metrics.baseline=none",
         # the second run has no float model to measure outputs by
-        "calibration.prompts=[owl]", "calibration.moments=1", "metrics.layers=false",
-    ]  # fmt: skip
+        "calibration.prompts=[owl]",
+        "calibration.moments=1",
+        "metrics.layers=false",
+    ]
     saved = tmp_path / "m.safetensors"
-    made, read = run_job([*shared, f"save={saved}"], tmp_path / "a"), run_job([*shared, f"int8.checkpoint={saved}"], tmp_path / "b")
+    made, read = (
+        run_job([*shared, f"save={saved}"], tmp_path / "a"),
+        run_job([*shared, f"int8.checkpoint={saved}"], tmp_path / "b"),
+    )
     assert made.candidate.images[0].tobytes() == read.candidate.images[0].tobytes()
     assert (tmp_path / "a" / "layers.csv").read_text() == (tmp_path / "b" / "layers.csv").read_text()
     # int8 in place of the float weights, and the rest as it was
@@ -101,7 +117,9 @@ def test_shipped_loras_change_the_style_more_with_more_strength(style: str, tmp_
 
 def test_ink_is_black_on_white(tmp_path: Path) -> None:
     adapter = "{_target_: int8run.lora.config.Adapter, name: ink, path: ink}"
-    result = run_job(["prompts.prompts=[strawberry,fox]", "tracker=none", f"lora.adapters=[{adapter}]"], tmp_path)
+    result = run_job(
+        ["prompts.prompts=[strawberry,fox]", "tracker=none", f"lora.adapters=[{adapter}]"], tmp_path
+    )
     for image in result.candidate.images:
         hsv = np.asarray(image.convert("HSV"), dtype=np.float32) / 255
         # saturation times value: colour that one can see, which black and white both lack
@@ -124,7 +142,9 @@ def test_assets_are_small_and_hold_no_pickle() -> None:
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt"}
 
 
-def test_mlflow_holds_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mlflow_holds_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with command_in(tmp_path, monkeypatch, capsys) as int8run:
         assert int8run("prompts.prompts=[fox]", "sampler.steps=3", "hydra.run.dir=out").code == 0
     out = tmp_path / "out"
@@ -133,8 +153,12 @@ def test_mlflow_holds_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (logged,) = client.search_runs([experiment.experiment_id])
     assert logged.info.status == "FINISHED"
     saved = json.loads((out / "metrics.json").read_text())["metrics"]
-    assert {k: v for k, v in logged.data.metrics.items() if not k.startswith("series/")} == pytest.approx(saved)
-    assert logged.data.params["sampler.steps"] == "3" and logged.data.params["model.location"] == "shipped:tiny"
+    assert {k: v for k, v in logged.data.metrics.items() if not k.startswith("series/")} == pytest.approx(
+        saved
+    )
+    assert (
+        logged.data.params["sampler.steps"] == "3" and logged.data.params["model.location"] == "shipped:tiny"
+    )
     assert len(client.get_metric_history(logged.info.run_id, "series/latent_rel_err")) == 3
     names = {a.path for a in client.list_artifacts(logged.info.run_id)}
     assert {"grid.png", "layers.csv", "metrics.json", "environment.json", "config.yaml", "images"} <= names

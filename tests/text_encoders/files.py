@@ -16,9 +16,19 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 NUMPY = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "u1",
-    "F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E8M0": "u1",
-}  # fmt: skip
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "u1",
+    "F8_E4M3": "u1",
+    "F8_E5M2": "u1",
+    "F8_E8M0": "u1",
+}
 
 
 class Stored(NamedTuple):
@@ -58,7 +68,11 @@ class File:
 
     def text(self, key: str, content: object) -> None:
         """Add a marker: JSON, text or bytes as they are."""
-        data = content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content)).encode()
+        data = (
+            content
+            if isinstance(content, bytes)
+            else (content if isinstance(content, str) else json.dumps(content)).encode()
+        )
         self.tensors[key] = Stored("U8", (len(data),), data)
 
     def drop(self, *ends: str) -> "File":
@@ -70,7 +84,9 @@ class File:
     def rename(self, change: Callable[[str], str]) -> "File":
         """Other names for all keys."""
         self.tensors = {change(key): stored for key, stored in self.tensors.items()}
-        self.real = {change(f"{name}.weight").removesuffix(".weight"): weight for name, weight in self.real.items()}
+        self.real = {
+            change(f"{name}.weight").removesuffix(".weight"): weight for name, weight in self.real.items()
+        }
         return self
 
     def prefixed(self, prefix: str) -> "File":
@@ -92,8 +108,14 @@ class File:
 
     def bytes(self, header: dict[str, Any] | bytes | None = None) -> bytes:
         """The file, with its own header or another."""
-        text = header if isinstance(header, bytes) else json.dumps(self.header() if header is None else header).encode()
-        return len(text).to_bytes(8, "little") + text + b"".join(stored.data for stored in self.tensors.values())
+        text = (
+            header
+            if isinstance(header, bytes)
+            else json.dumps(self.header() if header is None else header).encode()
+        )
+        return (
+            len(text).to_bytes(8, "little") + text + b"".join(stored.data for stored in self.tensors.values())
+        )
 
     def write(self, path: Path) -> Path:
         """Write it."""
@@ -114,7 +136,10 @@ def fp8_value(byte: int, exponent_bits: int) -> float:
 
 # bytes of the finite numbers from 0 up, and the numbers
 FP8_BITS, LAST = {"F8_E4M3": 4, "F8_E5M2": 5}, {"F8_E4M3": 0x7E, "F8_E5M2": 0x7B}
-POSITIVE = {dtype: np.array([fp8_value(byte, bits) for byte in range(LAST[dtype] + 1)]) for dtype, bits in FP8_BITS.items()}
+POSITIVE = {
+    dtype: np.array([fp8_value(byte, bits) for byte in range(LAST[dtype] + 1)])
+    for dtype, bits in FP8_BITS.items()
+}
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
@@ -145,7 +170,9 @@ def in_tiles(scales: NDArray[np.int64]) -> NDArray[np.int64]:
     flat = np.zeros(high * wide, dtype=np.int64)
     for r in range(rows):
         for c in range(columns):
-            flat[((r // 128) * (wide // 4) + c // 4) * 512 + (r % 32) * 16 + ((r % 128) // 32) * 4 + c % 4] = scales[r, c]
+            flat[
+                ((r // 128) * (wide // 4) + c // 4) * 512 + (r % 32) * 16 + ((r % 128) // 32) * 4 + c % 4
+            ] = scales[r, c]
     return flat.reshape(high, wide)
 
 
@@ -161,13 +188,17 @@ BLOCK, FP8_BLOCK, GROUP = 32, 16, 16
 Made = tuple[Array, dict[str, Any] | None]  # the real weight, and the marker
 
 
-def by_scale(file: File, name: str, weight: Array, dtype: str, blocks: tuple[int, int], shape: Sequence[int] | None) -> Array:
+def by_scale(
+    file: File, name: str, weight: Array, dtype: str, blocks: tuple[int, int], shape: Sequence[int] | None
+) -> Array:
     """Codes and a scale for each block of rows and columns; shape: of the scales in the file."""
     top = 127 if dtype == "I8" else POSITIVE[dtype][-1]
     high, wide = blocks
     tiled = weight.reshape(weight.shape[0] // high, high, weight.shape[1] // wide, wide)
     most = np.maximum(abs(tiled).max(axis=(1, 3)) / top, 1e-12)
-    scale = file.put(f"{name}.weight_scale", "F32", most.reshape(shape if shape is not None else most.shape)).reshape(most.shape)
+    scale = file.put(
+        f"{name}.weight_scale", "F32", most.reshape(shape if shape is not None else most.shape)
+    ).reshape(most.shape)
     spread = np.kron(scale, np.ones(blocks))
     if dtype == "I8":
         codes = np.clip(np.round(weight / spread), -127, 127)
@@ -196,7 +227,9 @@ def mxfp8(file: File, name: str, weight: Array, tiles: bool = True, dtype: str =
     """A power of 2 for 32 numbers of a row."""
     wide = padded(weight, 32)
     most = abs(wide).reshape(wide.shape[0], -1, 32).max(axis=2)
-    exponent = np.where(most == 0, 0, np.clip(np.ceil(np.log2(np.maximum(most / 448, 2.0**-127))) + 127, 0, 254)).astype(np.int64)
+    exponent = np.where(
+        most == 0, 0, np.clip(np.ceil(np.log2(np.maximum(most / 448, 2.0**-127))) + 127, 0, 254)
+    ).astype(np.int64)
     spread = np.kron(2.0 ** (exponent - 127.0), np.ones((1, 32)))
     codes, values = to_fp8(wide / spread, "F8_E4M3")
     file.put(f"{name}.weight", "F8_E4M3", codes)
@@ -237,7 +270,10 @@ def whole(marker: dict[str, Any], dtype: str = "I8") -> Callable[[File, str, Arr
 
 def grid(size: int, marker: dict[str, Any], dtype: str = "I8") -> Callable[[File, str, Array], Made]:
     """A scale for each square block."""
-    return lambda file, name, weight: (by_scale(file, name, weight, dtype, (size, size), None), {**marker, "group_size": size})
+    return lambda file, name, weight: (
+        by_scale(file, name, weight, dtype, (size, size), None),
+        {**marker, "group_size": size},
+    )
 
 
 def block3d(size: int, marker: dict[str, Any], dtype: str = "I8") -> Callable[[File, str, Array], Made]:
@@ -245,7 +281,10 @@ def block3d(size: int, marker: dict[str, Any], dtype: str = "I8") -> Callable[[F
 
     def make(file: File, name: str, weight: Array) -> Made:
         n, k = weight.shape
-        return by_scale(file, name, weight, dtype, (1, size), (n, k // size, 1)), {**marker, "group_size": size}
+        return by_scale(file, name, weight, dtype, (1, size), (n, k // size, 1)), {
+            **marker,
+            "group_size": size,
+        }
 
     return make
 
@@ -282,7 +321,9 @@ def allowed_error(word: str) -> float:
 WIDE, INNER, VOCAB = 64, 128, 40
 
 
-def stack(shapes: dict[str, tuple[int, ...]], layers: int, start: str, inner: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def stack(
+    shapes: dict[str, tuple[int, ...]], layers: int, start: str, inner: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
     """Layers with a number in their name."""
     return {**shapes, **{f"{start}{i}.{key}": shape for i in range(layers) for key, shape in inner.items()}}
 
@@ -291,7 +332,9 @@ def clip(projection: bool, inner_size: int) -> dict[str, tuple[int, ...]]:
     norms = {f"layer_norm{i}.{x}": (WIDE,) for i in (1, 2) for x in ("weight", "bias")}
     linears = {f"self_attn.{x}_proj": (WIDE, WIDE) for x in ("q", "k", "v", "out")}
     linears |= {"mlp.fc1": (inner_size, WIDE), "mlp.fc2": (WIDE, inner_size)}
-    inner = {f"{key}.weight": shape for key, shape in linears.items()} | {f"{key}.bias": shape[:1] for key, shape in linears.items()}
+    inner = {f"{key}.weight": shape for key, shape in linears.items()} | {
+        f"{key}.bias": shape[:1] for key, shape in linears.items()
+    }
     outer = {
         "text_model.embeddings.token_embedding.weight": (VOCAB, WIDE),
         "text_model.embeddings.position_embedding.weight": (77, WIDE),
@@ -312,11 +355,15 @@ def t5(layers: int, bias_everywhere: bool, inner_size: int) -> dict[str, tuple[i
     }
     outer = {"shared.weight": (VOCAB, WIDE), "encoder.final_layer_norm.weight": (WIDE,)}
     biased = range(layers) if bias_everywhere else range(1)
-    outer |= {f"encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight": (32, 1) for i in biased}
+    outer |= {
+        f"encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight": (32, 1) for i in biased
+    }
     return stack(outer, layers, "encoder.block.", inner)
 
 
-def llm(inner_size: int, head: int, norms: Sequence[str], per_head: bool = False, biases: bool = False) -> dict[str, tuple[int, ...]]:
+def llm(
+    inner_size: int, head: int, norms: Sequence[str], per_head: bool = False, biases: bool = False
+) -> dict[str, tuple[int, ...]]:
     """One layer with one head."""
     attention = {"q": (head, WIDE), "k": (head, WIDE), "v": (head, WIDE), "o": (WIDE, head)}
     inner: dict[str, tuple[int, ...]] = {
@@ -327,7 +374,9 @@ def llm(inner_size: int, head: int, norms: Sequence[str], per_head: bool = False
         **({f"self_attn.{x}_norm.weight": (head,) for x in "qk"} if per_head else {}),
         **({f"self_attn.{x}_proj.bias": (head,) for x in "qkv"} if biases else {}),
     }
-    return stack({"model.embed_tokens.weight": (VOCAB, WIDE), "model.norm.weight": (WIDE,)}, 1, "model.layers.", inner)
+    return stack(
+        {"model.embed_tokens.weight": (VOCAB, WIDE), "model.norm.weight": (WIDE,)}, 1, "model.layers.", inner
+    )
 
 
 BEFORE_AND_AFTER = ("input_layernorm", "post_attention_layernorm")
@@ -342,13 +391,27 @@ ENCODERS: dict[str, Callable[[int], dict[str, tuple[int, ...]]]] = {
     "llama": lambda inner: llm(inner, 128, BEFORE_AND_AFTER),
     "gemma2": lambda inner: llm(inner, 256, FOUR_NORMS),
 }
-FLOAT = ("embedding.weight", "relative_attention_bias.weight", "shared.weight", "embed_tokens.weight", "text_projection.weight")
+FLOAT = (
+    "embedding.weight",
+    "relative_attention_bias.weight",
+    "shared.weight",
+    "embed_tokens.weight",
+    "text_projection.weight",
+)
 
 
 def encoder(
-    name: str, word: str = "", *, carrier: str = "tensor", only: Sequence[str] = (), seed: int = 0, dtype: str = "BF16",
-    words: Sequence[str] = (), inner: int = INNER, quantized: Sequence[str] = (),
-) -> File:  # fmt: skip
+    name: str,
+    word: str = "",
+    *,
+    carrier: str = "tensor",
+    only: Sequence[str] = (),
+    seed: int = 0,
+    dtype: str = "BF16",
+    words: Sequence[str] = (),
+    inner: int = INNER,
+    quantized: Sequence[str] = (),
+) -> File:
     """One encoder.
 
     Args:
@@ -366,7 +429,9 @@ def encoder(
         if only and not any(part in key for part in only):
             continue
         layer = key.removesuffix(".weight")
-        values = chance.normal(size=shape) * (0.1 if len(shape) == 2 else 0.02) + (1.0 if key.endswith("norm.weight") else 0.0)
+        values = chance.normal(size=shape) * (0.1 if len(shape) == 2 else 0.02) + (
+            1.0 if key.endswith("norm.weight") else 0.0
+        )
         chosen = words[turn % len(words)] if words else word
         if len(shape) == 2 and chosen and (key in quantized or not key.endswith(FLOAT)):
             turn += 1
@@ -382,7 +447,9 @@ def encoder(
     for layer, marker in told.items() if carrier in ("tensor", "both") else ():
         file.text(f"{layer}.comfy_quant", marker)
     if told and carrier in ("header", "both"):
-        file.metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": deepcopy(told)})
+        file.metadata["_quantization_metadata"] = json.dumps(
+            {"format_version": "1.0", "layers": deepcopy(told)}
+        )
     return file
 
 

@@ -13,16 +13,70 @@ from text_encoders.files import File, Stored
 from text_encoders.oracle import DTYPES, FOREIGN, SCALES
 
 SUFFIXES = (
-    *SCALES, *FOREIGN, "weight_scale_2", "weight_scalar", "comfy_quant", "pre_quant_scale", "input_scale", "scale_input", "quarot_hadamard",
-    "hadanorm_sigma", "weight_packed", "hadamard_quip", "hadamard_size_out", "sign_row", "quip_s_u", "quip_s_v", "smooth_factors", "weight",
-    "bias", "nothing",
-)  # fmt: skip
+    *SCALES,
+    *FOREIGN,
+    "weight_scale_2",
+    "weight_scalar",
+    "comfy_quant",
+    "pre_quant_scale",
+    "input_scale",
+    "scale_input",
+    "quarot_hadamard",
+    "hadanorm_sigma",
+    "weight_packed",
+    "hadamard_quip",
+    "hadamard_size_out",
+    "sign_row",
+    "quip_s_u",
+    "quip_s_v",
+    "smooth_factors",
+    "weight",
+    "bias",
+    "nothing",
+)
 WORDS = (
-    "int8_tensorwise", "int8_axiswise", "int8_blockwise", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise",
-    "float8_e4m3fn_blockwise", "float8_e4m3fn_block3d", "mxfp8", "hybrid_mxfp8", "nvfp4", "convrot_w4a4", "asym_w4a8_int8", "awq_w4a16",
-    "svdquant_w4a4", "int9", "", 7, None,
-)  # fmt: skip
-SIZES: tuple[Any, ...] = (16, 4, 64, 256, 32, 128, 2, 1, 0, -16, 48, 1024, 8192, 2**70, "16", True, 16.0, None, [16], float("nan"))
+    "int8_tensorwise",
+    "int8_axiswise",
+    "int8_blockwise",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fn_rowwise",
+    "float8_e4m3fn_blockwise",
+    "float8_e4m3fn_block3d",
+    "mxfp8",
+    "hybrid_mxfp8",
+    "nvfp4",
+    "convrot_w4a4",
+    "asym_w4a8_int8",
+    "awq_w4a16",
+    "svdquant_w4a4",
+    "int9",
+    "",
+    7,
+    None,
+)
+SIZES: tuple[Any, ...] = (
+    16,
+    4,
+    64,
+    256,
+    32,
+    128,
+    2,
+    1,
+    0,
+    -16,
+    48,
+    1024,
+    8192,
+    2**70,
+    "16",
+    True,
+    16.0,
+    None,
+    [16],
+    float("nan"),
+)
 FIELDS: dict[str, tuple[Any, ...]] = {
     "format": WORDS,
     "convrot": (True, False, "yes", 1, None),
@@ -33,7 +87,18 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "per_row": (True, False, 1),
     "full_precision_matrix_mult": (True, "no"),
     "num_experts": (None, 2),
-    "orig_shape": ([64, 64], [63, 60], [], [0, 0], "64", [64, 128], [2**40, 64], [64.0, 64.0], [True, True], [-1, 64]),
+    "orig_shape": (
+        [64, 64],
+        [63, 60],
+        [],
+        [0, 0],
+        "64",
+        [64, 128],
+        [2**40, 64],
+        [64.0, 64.0],
+        [True, True],
+        [-1, 64],
+    ),
     "orig_dtype": ("torch.bfloat16", 3),
 }
 LIES: dict[str, tuple[Any, ...]] = {
@@ -79,7 +144,11 @@ def fit(stored: Stored, shape: tuple[int, ...], dtype: str | None = None) -> Sto
     """The same bytes cut or repeated for another shape."""
     dtype = dtype or stored.dtype
     count = DTYPES[dtype][0] * math.prod(shape) // 8
-    return Stored(dtype, shape, (stored.data * (count // max(len(stored.data), 1) + 1))[:count] if stored.data else bytes(count))
+    return Stored(
+        dtype,
+        shape,
+        (stored.data * (count // max(len(stored.data), 1) + 1))[:count] if stored.data else bytes(count),
+    )
 
 
 def shapes(shape: tuple[int, ...], chance: Random) -> tuple[int, ...]:
@@ -90,7 +159,9 @@ def shapes(shape: tuple[int, ...], chance: Random) -> tuple[int, ...]:
         others = shape[:at], shape[at + 1 :]
         if size % 2 == 0:
             found += [(*others[0], size // 2, 2, *others[1])]
-            found += [(*shape[:at], size // 2, shape[at + 1] * 2, *shape[at + 2 :])] if at + 1 < len(shape) else []
+            found += (
+                [(*shape[:at], size // 2, shape[at + 1] * 2, *shape[at + 2 :])] if at + 1 < len(shape) else []
+            )
             found += [(*shape[: at - 1], shape[at - 1] * 2, size // 2, *others[1])] if at else []
     return chance.choice(found)
 
@@ -111,12 +182,16 @@ def other_dtype(draft: Draft, chance: Random) -> None:
 
 def reshape(draft: Draft, chance: Random) -> None:
     if key := draft.key(chance):
-        draft.file.tensors[key] = draft.file.tensors[key]._replace(shape=shapes(draft.file.tensors[key].shape, chance))
+        draft.file.tensors[key] = draft.file.tensors[key]._replace(
+            shape=shapes(draft.file.tensors[key].shape, chance)
+        )
 
 
 def reshape_scale(draft: Draft, chance: Random) -> None:
     if key := draft.key(chance, "scale", "scale_weight", "scale_2"):
-        draft.file.tensors[key] = draft.file.tensors[key]._replace(shape=shapes(draft.file.tensors[key].shape, chance))
+        draft.file.tensors[key] = draft.file.tensors[key]._replace(
+            shape=shapes(draft.file.tensors[key].shape, chance)
+        )
 
 
 def resize(draft: Draft, chance: Random) -> None:
@@ -130,7 +205,9 @@ def resize(draft: Draft, chance: Random) -> None:
 def empty(draft: Draft, chance: Random) -> None:
     """No bytes, and a size that no memory holds."""
     if key := draft.key(chance):
-        draft.file.tensors[key] = Stored(draft.file.tensors[key].dtype, chance.choice([(2**40, 0), (0, 2**40), (0,)]), b"")
+        draft.file.tensors[key] = Stored(
+            draft.file.tensors[key].dtype, chance.choice([(2**40, 0), (0, 2**40), (0,)]), b""
+        )
 
 
 def new_suffix(draft: Draft, chance: Random) -> None:
@@ -141,7 +218,13 @@ def new_suffix(draft: Draft, chance: Random) -> None:
 
 def new_layer(draft: Draft, chance: Random) -> None:
     if (key := draft.key(chance)) and (other := draft.key(chance)):
-        layer = chance.choice((other.rpartition(".")[0], f"other.{key.rpartition('.')[0]}", key.rpartition(".")[0].rpartition(".")[0]))
+        layer = chance.choice(
+            (
+                other.rpartition(".")[0],
+                f"other.{key.rpartition('.')[0]}",
+                key.rpartition(".")[0].rpartition(".")[0],
+            )
+        )
         renamed = f"{layer}.{key.rpartition('.')[2]}".removeprefix(".")
         draft.file.tensors = {renamed if k == key else k: stored for k, stored in draft.file.tensors.items()}
 
@@ -179,7 +262,9 @@ def swap_any(draft: Draft, chance: Random) -> None:
 def copy_tensor(draft: Draft, chance: Random) -> None:
     """A layer gets what another has, under this or a like name."""
     if (key := draft.key(chance)) and (other := draft.key(chance)):
-        draft.file.tensors[f"{other.rpartition('.')[0]}.{chance.choice((key.rpartition('.')[2], *SUFFIXES))}"] = draft.file.tensors[key]
+        draft.file.tensors[
+            f"{other.rpartition('.')[0]}.{chance.choice((key.rpartition('.')[2], *SUFFIXES))}"
+        ] = draft.file.tensors[key]
 
 
 def edited(fields: dict[str, Any], chance: Random) -> dict[str, Any]:
@@ -214,18 +299,34 @@ def marker_field(draft: Draft, chance: Random) -> None:
 
 def new_marker(draft: Draft, chance: Random) -> None:
     if key := draft.key(chance, ".weight"):
-        draft.file.text(key.replace(".weight", ".comfy_quant"), edited({"format": chance.choice(WORDS)}, chance))
+        draft.file.text(
+            key.replace(".weight", ".comfy_quant"), edited({"format": chance.choice(WORDS)}, chance)
+        )
 
 
 def marker_bytes(draft: Draft, chance: Random) -> None:
     if key := draft.key(chance, "comfy_quant"):
         data = draft.file.tensors[key].data
         at = chance.randrange(max(len(data), 1))
-        draft.file.text(key, chance.choice((
-            data[:at] + bytes([chance.randrange(256)]) + data[at + 1 :], data[:at], data + b"\0\0", b"{" + data + b"}",
-            bytes([chance.choice((0, 1, 2, 3, 4, 10, 123, 255))]), bytes([chance.choice((0, 1, 2, 3, 10))]) + data, b" " + data + b"\n",
-            bytes([chance.choice((0, 1, 2, 3, 10)), 0, 0]), b"", b"[" * 5000, b"\xff\xfe" + data, data + data,
-        )))  # fmt: skip
+        draft.file.text(
+            key,
+            chance.choice(
+                (
+                    data[:at] + bytes([chance.randrange(256)]) + data[at + 1 :],
+                    data[:at],
+                    data + b"\0\0",
+                    b"{" + data + b"}",
+                    bytes([chance.choice((0, 1, 2, 3, 4, 10, 123, 255))]),
+                    bytes([chance.choice((0, 1, 2, 3, 10))]) + data,
+                    b" " + data + b"\n",
+                    bytes([chance.choice((0, 1, 2, 3, 10)), 0, 0]),
+                    b"",
+                    b"[" * 5000,
+                    b"\xff\xfe" + data,
+                    data + data,
+                )
+            ),
+        )
 
 
 def header_field(draft: Draft, chance: Random) -> None:
@@ -245,21 +346,44 @@ def header_field(draft: Draft, chance: Random) -> None:
 def header_text(draft: Draft, chance: Random) -> None:
     text = draft.file.metadata.get("_quantization_metadata", "{}")
     key = draft.key(chance, ".weight") or "x"
-    draft.file.metadata["_quantization_metadata"] = chance.choice((
-        "{" + text + "}", text[: len(text) // 2], "", "[]", "null", '{"layers": []}', '{"layers": {"": {}}}', text.replace("encoder.", ""),
-        text.replace('"layers"', '"layer"'), json.dumps({"layers": {key.removesuffix(".weight"): "int8"}}), "[" * 5000, text + "\0\0",
-        text.replace("int8", "int9"), text.replace("true", "false"), '{"layers": {"nobody.layer": {"format": "int8_tensorwise"}}}',
-    ))  # fmt: skip
+    draft.file.metadata["_quantization_metadata"] = chance.choice(
+        (
+            "{" + text + "}",
+            text[: len(text) // 2],
+            "",
+            "[]",
+            "null",
+            '{"layers": []}',
+            '{"layers": {"": {}}}',
+            text.replace("encoder.", ""),
+            text.replace('"layers"', '"layer"'),
+            json.dumps({"layers": {key.removesuffix(".weight"): "int8"}}),
+            "[" * 5000,
+            text + "\0\0",
+            text.replace("int8", "int9"),
+            text.replace("true", "false"),
+            '{"layers": {"nobody.layer": {"format": "int8_tensorwise"}}}',
+        )
+    )
 
 
 def other_metadata(draft: Draft, chance: Random) -> None:
-    name, text = chance.choice((
-        ("tensor_names", "[]"), ("quantization_config", '{"method": "svdquant"}'), ("format", "np"), ("scaled_fp8", "1"), ("", ""),
-        ("_quantization_metadata_", "{"), ("int8_quantized", "true"),
-    ))  # fmt: skip
+    name, text = chance.choice(
+        (
+            ("tensor_names", "[]"),
+            ("quantization_config", '{"method": "svdquant"}'),
+            ("format", "np"),
+            ("scaled_fp8", "1"),
+            ("", ""),
+            ("_quantization_metadata_", "{"),
+            ("int8_quantized", "true"),
+        )
+    )
     draft.file.metadata[name] = text
     if chance.random() < 0.2:
-        draft.entries.append(lambda header: header.update({"__metadata__": chance.choice((7, [], None, {"format": 1}, "x"))}))
+        draft.entries.append(
+            lambda header: header.update({"__metadata__": chance.choice((7, [], None, {"format": 1}, "x"))})
+        )
 
 
 def lying_entry(draft: Draft, chance: Random) -> None:
@@ -279,7 +403,9 @@ def shifted(draft: Draft, chance: Random) -> None:
     def change(header: dict[str, Any]) -> None:
         for name in header if chance.random() < 0.3 else [key]:
             if isinstance(header.get(name), dict) and isinstance(header[name].get("data_offsets"), list):
-                header[name]["data_offsets"] = [x + by if isinstance(x, int) else x for x in header[name]["data_offsets"]]
+                header[name]["data_offsets"] = [
+                    x + by if isinstance(x, int) else x for x in header[name]["data_offsets"]
+                ]
 
     draft.entries.append(change)
 
@@ -306,11 +432,20 @@ def file_bytes(draft: Draft, chance: Random) -> None:
     """Cut off, longer, another length of the header, or another byte of it."""
     cut = chance.choice((0, 1, 7, 8, 9, -1, -4, 100))
     at, byte = chance.randrange(400), chance.randrange(256)
-    draft.raw.append(chance.choice((
-        lambda data: data[:cut], lambda data: data + bytes(abs(cut)), lambda data: (2**62 + cut).to_bytes(8, "little") + data[8:],
-        lambda data: (int.from_bytes(data[:8], "little") + cut & 2**64 - 1).to_bytes(8, "little") + data[8:],
-        lambda data: data[:at] + bytes([byte]) + data[at + 1 :], lambda data: b"GGUF" + data[4:],
-    )))  # fmt: skip
+    draft.raw.append(
+        chance.choice(
+            (
+                lambda data: data[:cut],
+                lambda data: data + bytes(abs(cut)),
+                lambda data: (2**62 + cut).to_bytes(8, "little") + data[8:],
+                lambda data: (
+                    (int.from_bytes(data[:8], "little") + cut & 2**64 - 1).to_bytes(8, "little") + data[8:]
+                ),
+                lambda data: data[:at] + bytes([byte]) + data[at + 1 :],
+                lambda data: b"GGUF" + data[4:],
+            )
+        )
+    )
 
 
 def scale_number(draft: Draft, chance: Random) -> None:
@@ -320,7 +455,11 @@ def scale_number(draft: Draft, chance: Random) -> None:
         width, number = DTYPES[stored.dtype][0] // 8, chance.choice(NUMBERS)
         word = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}.get(stored.dtype)
         with np.errstate(over="ignore"):
-            new = np.array(number).astype(word).tobytes() if word else bytes(chance.choice((0, 255, 127, 128, 1)) for _ in range(width))
+            new = (
+                np.array(number).astype(word).tobytes()
+                if word
+                else bytes(chance.choice((0, 255, 127, 128, 1)) for _ in range(width))
+            )
         if stored.data:
             at = chance.randrange(len(stored.data) // max(width, 1)) * width
             draft.file.tensors[key] = stored._replace(data=stored.data[:at] + new + stored.data[at + width :])
@@ -343,7 +482,11 @@ def add(draft: Draft, chance: Random) -> None:
         dtype = chance.choice(("F32", "F32", "BF16", "I8", "U8", "F8_E4M3", "I32"))
         values = chance.choice((1.0, 0.5, 0.0))
         suffix = chance.choice(SUFFIXES)
-        name = chance.choice(("scaled_fp8", f"x.{suffix}")) if chance.random() < 0.2 else f"{key.removesuffix('.weight')}.{suffix}"
+        name = (
+            chance.choice(("scaled_fp8", f"x.{suffix}"))
+            if chance.random() < 0.2
+            else f"{key.removesuffix('.weight')}.{suffix}"
+        )
         if dtype == "F8_E4M3":
             draft.file.tensors[name] = Stored(dtype, sizes, bytes([56]) * math.prod(sizes))
         else:
@@ -353,7 +496,9 @@ def add(draft: Draft, chance: Random) -> None:
 def half_scales(draft: Draft, chance: Random) -> None:
     """Scales of another float, which say the same."""
     dtype = chance.choice(("BF16", "F16", "F64"))
-    for key in [key for key in draft.file.tensors if key.endswith("scale") and draft.file.tensors[key].dtype == "F32"]:
+    for key in [
+        key for key in draft.file.tensors if key.endswith("scale") and draft.file.tensors[key].dtype == "F32"
+    ]:
         stored = draft.file.tensors[key]
         draft.file.put(key, dtype, np.frombuffer(stored.data, "<f4").reshape(stored.shape))
 
@@ -361,7 +506,10 @@ def half_scales(draft: Draft, chance: Random) -> None:
 def old_names(draft: Draft, chance: Random) -> None:
     """The names of other writers."""
     name = chance.choice(SCALES)
-    renamed = {key: key.replace("weight_scale", name) if key.endswith(".weight_scale") else key for key in draft.file.tensors}
+    renamed = {
+        key: key.replace("weight_scale", name) if key.endswith(".weight_scale") else key
+        for key in draft.file.tensors
+    }
     draft.file.tensors = {renamed[key]: stored for key, stored in draft.file.tensors.items()}
 
 
@@ -371,11 +519,43 @@ def smoothed(draft: Draft, chance: Random) -> None:
         shape = draft.file.tensors[key].shape
         wide = math.prod(shape[1:]) * (2 if draft.file.tensors[key].dtype == "U8" else 1)
         if wide < 1000:
-            draft.file.put(key.replace(".weight", ".pre_quant_scale"), "F32", [chance.choice((0.5, 1.25, 2.0)) for _ in range(wide)])
+            draft.file.put(
+                key.replace(".weight", ".pre_quant_scale"),
+                "F32",
+                [chance.choice((0.5, 1.25, 2.0)) for _ in range(wide)],
+            )
 
 
 MUTATIONS: tuple[Callable[[Draft, Random], None], ...] = (
-    half_scales, old_names, reshape_scale, marker_field, header_field, smoothed, numbers, swap, drop_scales, same_width, reshape, resize,
-    new_suffix, drop, copy_tensor, new_marker, marker_bytes, scale_number, add, header_text, new_layer, swap_any, other_dtype, empty, twice,
-    other_metadata, lying_entry, shifted, shared, unclaimed, file_bytes,
-)  # fmt: skip
+    half_scales,
+    old_names,
+    reshape_scale,
+    marker_field,
+    header_field,
+    smoothed,
+    numbers,
+    swap,
+    drop_scales,
+    same_width,
+    reshape,
+    resize,
+    new_suffix,
+    drop,
+    copy_tensor,
+    new_marker,
+    marker_bytes,
+    scale_number,
+    add,
+    header_text,
+    new_layer,
+    swap_any,
+    other_dtype,
+    empty,
+    twice,
+    other_metadata,
+    lying_entry,
+    shifted,
+    shared,
+    unclaimed,
+    file_bytes,
+)

@@ -17,22 +17,66 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 # dtype of a file -> bits, numpy's word for the bytes
 DTYPES = {
-    "F64": (64, "<f8"), "F32": (32, "<f4"), "F16": (16, "<f2"), "BF16": (16, "<u2"), "I64": (64, "<i8"), "I32": (32, "<i4"),
-    "I16": (16, "<i2"), "I8": (8, "i1"), "U64": (64, "<u8"), "U32": (32, "<u4"), "U16": (16, "<u2"), "U8": (8, "u1"), "BOOL": (8, "u1"),
-    "C64": (64, "<u8"), "F8_E4M3": (8, "u1"), "F8_E5M2": (8, "u1"), "F8_E8M0": (8, "u1"), "F8_E4M3FNUZ": (8, "u1"),
-    "F8_E5M2FNUZ": (8, "u1"), "F6_E2M3": (6, ""), "F6_E3M2": (6, ""), "F4": (4, ""),
-}  # fmt: skip
+    "F64": (64, "<f8"),
+    "F32": (32, "<f4"),
+    "F16": (16, "<f2"),
+    "BF16": (16, "<u2"),
+    "I64": (64, "<i8"),
+    "I32": (32, "<i4"),
+    "I16": (16, "<i2"),
+    "I8": (8, "i1"),
+    "U64": (64, "<u8"),
+    "U32": (32, "<u4"),
+    "U16": (16, "<u2"),
+    "U8": (8, "u1"),
+    "BOOL": (8, "u1"),
+    "C64": (64, "<u8"),
+    "F8_E4M3": (8, "u1"),
+    "F8_E5M2": (8, "u1"),
+    "F8_E8M0": (8, "u1"),
+    "F8_E4M3FNUZ": (8, "u1"),
+    "F8_E5M2FNUZ": (8, "u1"),
+    "F6_E2M3": (6, ""),
+    "F6_E3M2": (6, ""),
+    "F4": (4, ""),
+}
 FLOATS, FP8 = ("F64", "F32", "F16", "BF16"), ("F8_E4M3", "F8_E5M2")
 SCALES = ("weight_scale", "scale_weight", "weight_scale_inv", "scale", "weight.scale", "weight.weight_scale")
 FACTORS = ("pre_quant_scale", "hadanorm_sigma", "quarot_hadamard")
 QUIP = ("hadamard_quip", "hadamard_size_out", "hadamard_size_in", "sign_row", "sign_col")
 OLD_QUIP = ("quip_s_u", "quip_s_v")
-BESIDE = (*SCALES[:3], *FACTORS, *QUIP, *OLD_QUIP, "weight_scale_2", "weight_scalar", "comfy_quant", "smooth_factors")
+BESIDE = (
+    *SCALES[:3],
+    *FACTORS,
+    *QUIP,
+    *OLD_QUIP,
+    "weight_scale_2",
+    "weight_scalar",
+    "comfy_quant",
+    "smooth_factors",
+)
 FOREIGN = (
-    "SCB", "weight_format", "absmax", "quant_map", "qweight", "wscales", "_weight_qdata", "weight_zero_point", "weight_global_scale",
-    "weight_s_rel", "weight_s_channel", "weight_zeros", "weight_zero", "weight_proj_down", "proj_down", "smooth_factor", "zero_point",
-    "svd_up", "svd_down", "scale_2",
-)  # fmt: skip
+    "SCB",
+    "weight_format",
+    "absmax",
+    "quant_map",
+    "qweight",
+    "wscales",
+    "_weight_qdata",
+    "weight_zero_point",
+    "weight_global_scale",
+    "weight_s_rel",
+    "weight_s_channel",
+    "weight_zeros",
+    "weight_zero",
+    "weight_proj_down",
+    "proj_down",
+    "smooth_factor",
+    "zero_point",
+    "svd_up",
+    "svd_down",
+    "scale_2",
+)
 # format of a marker -> the dtypes that its weight may have
 FORMATS = {
     **dict.fromkeys(("int8_tensorwise", "int8_axiswise", "int8_blockwise"), ("I8",)),
@@ -41,7 +85,13 @@ FORMATS = {
     **dict.fromkeys(("mxfp8", "hybrid_mxfp8"), ("F8_E4M3",)),
     "nvfp4": ("U8",),
 }
-CODES = {0: "float8_e4m3fn", 1: "float8_e4m3fn_rowwise", 2: "float8_e4m3fn_blockwise", 3: "float8_e4m3fn_block3d", 10: "int8_blockwise"}
+CODES = {
+    0: "float8_e4m3fn",
+    1: "float8_e4m3fn_rowwise",
+    2: "float8_e4m3fn_blockwise",
+    3: "float8_e4m3fn_block3d",
+    10: "int8_blockwise",
+}
 TURNED = "rows of a weight that is stored as [in, out]"
 WORDS = ("float8_e5m2", *(f"float8_e4m3fn{x}" for x in ("", "_rowwise", "_blockwise", "_block3d")))
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -98,7 +148,10 @@ def tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for entry in header.values():
         need(isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= set(entry), "an entry")
         need(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES, "a dtype")
-        need(whole(entry["shape"]) and whole(entry["data_offsets"]) and len(entry["data_offsets"]) == 2, "a shape or offsets")
+        need(
+            whole(entry["shape"]) and whole(entry["data_offsets"]) and len(entry["data_offsets"]) == 2,
+            "a shape or offsets",
+        )
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]
         need(start == end and stop >= start, f"offsets of {key}")
@@ -213,7 +266,10 @@ def json_object(text: bytes) -> dict[str, Any]:
 def flat(found: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a marker, those in `params` among them."""
     inner = found.get("params")
-    return {**(inner if isinstance(inner, dict) else {}), **{key: value for key, value in found.items() if key != "params"}}
+    return {
+        **(inner if isinstance(inner, dict) else {}),
+        **{key: value for key, value in found.items() if key != "params"},
+    }
 
 
 def marker_fields(tensor: Tensor) -> dict[str, Any]:
@@ -226,10 +282,19 @@ def marker_fields(tensor: Tensor) -> dict[str, Any]:
 
 def said(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Fields by layer: the header's, and of what it does not mention the marker's."""
-    found = {key.removesuffix(".comfy_quant"): marker_fields(t) for key, t in tensors.items() if key.endswith(".comfy_quant")}
+    found = {
+        key.removesuffix(".comfy_quant"): marker_fields(t)
+        for key, t in tensors.items()
+        if key.endswith(".comfy_quant")
+    }
     if "_quantization_metadata" in metadata:
-        layers = json_object(metadata["_quantization_metadata"].encode(errors="surrogatepass")).get("layers", {})
-        need(isinstance(layers, dict) and all(isinstance(x, dict) for x in layers.values()), "the header's layers")
+        layers = json_object(metadata["_quantization_metadata"].encode(errors="surrogatepass")).get(
+            "layers", {}
+        )
+        need(
+            isinstance(layers, dict) and all(isinstance(x, dict) for x in layers.values()),
+            "the header's layers",
+        )
         for name, entry in layers.items():
             need(f"{name}.weight" in tensors, f"the header describes {name}")
             header, marker = flat(entry), found.get(name, {})
@@ -250,7 +315,10 @@ def clash(header: Mapping[str, Any], marker: Mapping[str, Any]) -> bool:
 
 def check_fields(name: str, fields: Mapping[str, Any]) -> None:
     """Refuse fields of kinds that no writer makes."""
-    need(all(isinstance(fields.get(key, False), bool) for key in ("convrot", "quarot", "per_row")), f"flags of {name}")
+    need(
+        all(isinstance(fields.get(key, False), bool) for key in ("convrot", "quarot", "per_row")),
+        f"flags of {name}",
+    )
     need(fields.get("format", "") in ("", *FORMATS), f"format of {name}")
     need(fields.get("num_experts") is None, f"experts of {name}")
 
@@ -259,7 +327,9 @@ def group_of(fields: Mapping[str, Any]) -> int:
     """Columns that were rotated together; 0: none."""
     if not (fields.get("convrot") or fields.get("quarot")):
         return 0
-    sizes = {json.dumps(fields[key]) for key in ("convrot_groupsize", "quarot_groupsize") if key in fields} or {"256"}
+    sizes = {
+        json.dumps(fields[key]) for key in ("convrot_groupsize", "quarot_groupsize") if key in fields
+    } or {"256"}
     need(len(sizes) == 1, "two groups")
     size = json.loads(sizes.pop())
     need(type(size) is int and size >= 2 and size & (size - 1) == 0, f"groups of {size}")
@@ -293,13 +363,26 @@ def read(path: Path, prefix: str = "") -> dict[str, Reading]:
     return {name: reading for name, reading in found.items() if reading is not None}
 
 
-def refuse_lost(tensors: Mapping[str, Tensor], fields: Mapping[str, Mapping[str, Any]], names: list[str]) -> None:
+def refuse_lost(
+    tensors: Mapping[str, Tensor], fields: Mapping[str, Mapping[str, Any]], names: list[str]
+) -> None:
     """Refuse files that lost markers or scales of some layers."""
     int8 = [name for name in names if tensors[f"{name}.weight"].dtype == "I8"]
-    need(all(name in fields for name in int8) or not any(group_of(fields[name]) for name in int8 if name in fields), "a marker was lost")
+    need(
+        all(name in fields for name in int8)
+        or not any(group_of(fields[name]) for name in int8 if name in fields),
+        "a marker was lost",
+    )
     for mark in (key for key in tensors if key.rpartition(".")[2] == "scaled_fp8"):
-        fp8 = [n for n in names if n.startswith(mark.removesuffix("scaled_fp8")) and tensors[f"{n}.weight"].dtype in FP8]
-        need(not fp8 or any(f"{n}.{suffix}" in tensors for n in fp8 for suffix in SCALES), "the scales were lost")
+        fp8 = [
+            n
+            for n in names
+            if n.startswith(mark.removesuffix("scaled_fp8")) and tensors[f"{n}.weight"].dtype in FP8
+        ]
+        need(
+            not fp8 or any(f"{n}.{suffix}" in tensors for n in fp8 for suffix in SCALES),
+            "the scales were lost",
+        )
 
 
 def blocks_of(weight: Tensor) -> tuple[int, int]:
@@ -315,7 +398,9 @@ def has_blocks(tensors: Mapping[str, Tensor], name: str) -> bool:
     return scale is not None and scale.dtype in ("U8", "F8_E8M0", "F8_E4M3")
 
 
-def told_layout(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], names: list[str], dtype: str) -> set[bool]:
+def told_layout(
+    tensors: Mapping[str, Tensor], fields: Mapping[str, Any], names: list[str], dtype: str
+) -> set[bool]:
     """Whether the block scales lie in tiles, as far as markers and shapes tell: of all layers of a kind together."""
     found = set()
     for name in names:
@@ -345,13 +430,19 @@ def scale_of(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
 
 
 def reading_of(
-    tensors: Mapping[str, Tensor], name: str, fields: Mapping[str, Any] | None, swizzled: Mapping[str, set[bool]]
+    tensors: Mapping[str, Tensor],
+    name: str,
+    fields: Mapping[str, Any] | None,
+    swizzled: Mapping[str, set[bool]],
 ) -> Reading | None:
     """One weight; None for a float that is no matrix."""
     weight, scale = tensors[f"{name}.weight"], scale_of(tensors, name)
     beside = {suffix: tensors[f"{name}.{suffix}"] for suffix in BESIDE if f"{name}.{suffix}" in tensors}
     if weight.dtype in FLOATS:
-        need(fields is None and not set(beside) - set(SCALES), f"{name} is a float and has a quantized weight's tensors")
+        need(
+            fields is None and not set(beside) - set(SCALES),
+            f"{name} is a float and has a quantized weight's tensors",
+        )
         need(scale is None or (positive(scale, name) == 1).all(), f"{name} is a float and has a scale")
         return Reading(numbers(weight), "") if len(weight.shape) == 2 else None
     word = (fields or {}).get("format", "")
@@ -361,7 +452,10 @@ def reading_of(
         return int8(weight, scale, beside, fields or {})
     need(weight.dtype in (*FP8, "U8"), f"{name} is {weight.dtype}")
     need(not group_of(fields or {}), f"{name} is rotated and not int8")
-    need(not set(beside) & {*QUIP, *OLD_QUIP, *FACTORS[1:], "smooth_factors"}, f"{name} has another kind's tensors")
+    need(
+        not set(beside) & {*QUIP, *OLD_QUIP, *FACTORS[1:], "smooth_factors"},
+        f"{name} has another kind's tensors",
+    )
     if weight.dtype == "U8":
         read = nvfp4(weight, scale, beside, swizzled["U8"])
     else:
@@ -369,7 +463,10 @@ def reading_of(
         if scale is not None and scale.dtype in ("U8", "F8_E8M0"):
             read = mxfp8(weight, scale, swizzled["F8_E4M3"])
         else:
-            need(word not in ("mxfp8", "hybrid_mxfp8") and "weight_scalar" not in beside, f"{name} is mxfp8 and has no such scale")
+            need(
+                word not in ("mxfp8", "hybrid_mxfp8") and "weight_scalar" not in beside,
+                f"{name} is mxfp8 and has no such scale",
+            )
             read = fp8(weight, scale, word)
     if "pre_quant_scale" not in beside or read is None:
         return read
@@ -378,9 +475,14 @@ def reading_of(
     return Reading(read.weight * factor.reshape(read.weight.shape[1:]), read.word, 2)
 
 
-def int8(weight: Tensor, scale: Tensor | None, beside: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Reading:
+def int8(
+    weight: Tensor, scale: Tensor | None, beside: Mapping[str, Tensor], fields: Mapping[str, Any]
+) -> Reading:
     """Rows, groups, blocks, rotated or not, and what other programs make of them."""
-    need(scale is not None and len(weight.shape) == 2 and math.prod(weight.shape), "an int8 weight is a matrix and has a scale")
+    need(
+        scale is not None and len(weight.shape) == 2 and math.prod(weight.shape),
+        "an int8 weight is a matrix and has a scale",
+    )
     need(not {"weight_scale_2", "weight_scalar"} & set(beside), "an int8 weight with a second scale")
     codes, group = numbers(weight), group_of(fields)
     real, word = scaled(codes, positive(scale, "a scale"), "int8")
@@ -396,11 +498,17 @@ def int8(weight: Tensor, scale: Tensor | None, beside: Mapping[str, Tensor], fie
         need(matrix.shape == (group, group) and group & (group - 1) == 0 and group > 1, "a matrix")
         if not np.allclose(matrix, hadamard(group, True), atol=0.02 / group**0.5):
             sylvester = False
-            need(group.bit_length() % 2 == 1 and np.allclose(matrix, hadamard(group, False), atol=0.02 / group**0.5), "a Hadamard matrix")
+            need(
+                group.bit_length() % 2 == 1
+                and np.allclose(matrix, hadamard(group, False), atol=0.02 / group**0.5),
+                "a Hadamard matrix",
+            )
     if group:
         need(real.shape[1] % group == 0, f"groups of {group}")
         matrix = hadamard(group, sylvester)
-        real = np.concatenate([real[:, at : at + group] @ matrix for at in range(0, real.shape[1], group)], axis=1)
+        real = np.concatenate(
+            [real[:, at : at + group] @ matrix for at in range(0, real.shape[1], group)], axis=1
+        )
         word = "int8_convrot" if word in ("int8_rowwise", "int8_tensorwise") and not sylvester else ""
     need(not ({"pre_quant_scale"} < {*beside} & {*FACTORS}), "two kinds of factors")
     for part, power in (("pre_quant_scale", 1), ("hadanorm_sigma", -1)):
@@ -421,11 +529,20 @@ def unquip(real: Array, beside: Mapping[str, Tensor]) -> Array:
         sizes = [numbers(beside[part]) for part in QUIP[1:3]]
         signs = [numbers(beside[part]) for part in QUIP[3:]]
         need([x.tolist() for x in sizes] == [n, k], "QuIP's sizes")
-        need([x.shape for x in signs] == [(n,), (k,)] and all((abs(x) == 1).all() for x in signs), "QuIP's signs")
+        need(
+            [x.shape for x in signs] == [(n,), (k,)] and all((abs(x) == 1).all() for x in signs),
+            "QuIP's signs",
+        )
         real = signs[0][:, None] * (hadamard(n, True) @ real @ hadamard(k, True)) * signs[1]
     else:
         u, v = (numbers(beside[part]) for part in OLD_QUIP)
-        need(u.shape in ((n,), (n, n)) and v.shape in ((k,), (k, k)) and np.isfinite(u).all() and np.isfinite(v).all(), "QuIP's u and v")
+        need(
+            u.shape in ((n,), (n, n))
+            and v.shape in ((k,), (k, k))
+            and np.isfinite(u).all()
+            and np.isfinite(v).all(),
+            "QuIP's u and v",
+        )
         real = u[:, None] * real if u.ndim == 1 else u @ real
         real = real * v if v.ndim == 1 else real @ v.T
     if "smooth_factors" in beside:
@@ -468,7 +585,10 @@ def fp8(weight: Tensor, scale: Tensor | None, word: str) -> Reading | None:
         real, found = scaled(codes, positive(scale, "a scale"), kind)
     else:
         values, ones = positive(scale, "a scale"), (1,) * (codes.ndim - 1)
-        need(values.size == 1 or values.shape in (codes.shape[:1], (*codes.shape[:1], *ones)), "a scale of no matrix")
+        need(
+            values.size == 1 or values.shape in (codes.shape[:1], (*codes.shape[:1], *ones)),
+            "a scale of no matrix",
+        )
         real = codes * (values.reshape(-1, *ones) if values.size > 1 else values.item())
         found = kind if values.size == 1 else f"{kind}_rowwise"
     return Reading(real, found if found in WORDS else "")
@@ -488,7 +608,10 @@ def mxfp8(weight: Tensor, scale: Tensor, swizzled: set[bool]) -> Reading:
 
 def nvfp4(weight: Tensor, scale: Tensor | None, beside: Mapping[str, Tensor], swizzled: set[bool]) -> Reading:
     """Codes of 4 bits, a scale of 8 bits for 16 numbers of a row, and one for all."""
-    need(scale is not None and "weight_scale_2" in beside and beside["weight_scale_2"].one, "nvfp4 has two scales")
+    need(
+        scale is not None and "weight_scale_2" in beside and beside["weight_scale_2"].one,
+        "nvfp4 has two scales",
+    )
     need("weight_scalar" not in beside and scale.dtype in ("U8", "F8_E4M3"), "nvfp4 has other scales")
     rows, columns = blocks_of(weight)
     need(len(swizzled) == 1, "nvfp4 of an unknown flavour")

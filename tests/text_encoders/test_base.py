@@ -13,23 +13,43 @@ from int8run.text_encoders.base import TextEncoders, find_text_encoders, kernel_
 def test_what_quantizes() -> None:
     assert not TextEncoders().quantizes and TextEncoders() == TextEncoders("keep", None, "auto", None)
     assert (
-        not TextEncoders("auto").quantizes and TextEncoders("auto", path="x").quantizes and TextEncoders("auto", path={"a": "x"}).quantizes
+        not TextEncoders("auto").quantizes
+        and TextEncoders("auto", path="x").quantizes
+        and TextEncoders("auto", path={"a": "x"}).quantizes
     )
     assert all(TextEncoders(name).quantizes for name, form in FORMATS.items() if not form.read_only)
     assert all(TextEncoders(name, path="x").quantizes for name in FORMATS)
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"format": "int3"}, r"^clip\.format is 'int3'; choose from auto, .*keep.*nvfp4"),
-    ({"kernel_backend": "cuda"}, r"^clip\.kernel_backend is 'cuda'; choose from auto, .*dequantize.*scaled_mm.*vnni"),
-    ({"path": "x"}, r"^clip=keep leaves the text encoders as they are, and clip\.path=x names another; set clip=auto$"),
-    ({"format": "auto", "path": "x", "components": ["text_encoder"]}, r"^clip\.components says which .* clip\.path names files; set one$"),
-    ({"format": "nvfp4_modelopt"}, r"^clip=nvfp4_modelopt is a format that is read and not written; .*nvfp4, or set clip\.path$"),
-    ({"format": "mxfp8_rows"}, r"^clip=mxfp8_rows is a format that is read"),
-    ({"format": "nvfp4", "components": "vae"}, r"^clip\.components is 'vae'; it takes a list, such as \[text_encoder_2\]; null: all$"),
-    ({"format": "nvfp4", "components": []}, r"^clip\.components is \[\]; it takes a list"),
-    ({"format": "auto", "path": {}}, r"^clip\.path is \{\}; it takes a file, or a mapping"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"format": "int3"}, r"^clip\.format is 'int3'; choose from auto, .*keep.*nvfp4"),
+        (
+            {"kernel_backend": "cuda"},
+            r"^clip\.kernel_backend is 'cuda'; choose from auto, .*dequantize.*scaled_mm.*vnni",
+        ),
+        (
+            {"path": "x"},
+            r"^clip=keep leaves the text encoders as they are, and clip\.path=x names another; set clip=auto$",
+        ),
+        (
+            {"format": "auto", "path": "x", "components": ["text_encoder"]},
+            r"^clip\.components says which .* clip\.path names files; set one$",
+        ),
+        (
+            {"format": "nvfp4_modelopt"},
+            r"^clip=nvfp4_modelopt is a format that is read and not written; .*nvfp4, or set clip\.path$",
+        ),
+        ({"format": "mxfp8_rows"}, r"^clip=mxfp8_rows is a format that is read"),
+        (
+            {"format": "nvfp4", "components": "vae"},
+            r"^clip\.components is 'vae'; it takes a list, such as \[text_encoder_2\]; null: all$",
+        ),
+        ({"format": "nvfp4", "components": []}, r"^clip\.components is \[\]; it takes a list"),
+        ({"format": "auto", "path": {}}, r"^clip\.path is \{\}; it takes a file, or a mapping"),
+    ],
+)
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TextEncoders(**settings)
@@ -43,10 +63,19 @@ def test_read_only_formats_are_no_advice() -> None:
 
 def test_kernels() -> None:
     assert {"auto", "reference", "triton", "vnni", "dequantize", "scaled_mm"} <= set(kernel_backends())
-    assert all(TextEncoders("nvfp4", kernel_backend=name).kernel_backend == name for name in kernel_backends())
+    assert all(
+        TextEncoders("nvfp4", kernel_backend=name).kernel_backend == name for name in kernel_backends()
+    )
 
 
 def test_text_encoders_of_a_pipeline() -> None:
     a, b = nn.Linear(1, 1), nn.Linear(1, 1)
-    parts = {"vae": a, "text_encoder": a, "text_encoder_3": b, "text_encoder_2": None, "tokenizer": object(), "transformer": b}
+    parts = {
+        "vae": a,
+        "text_encoder": a,
+        "text_encoder_3": b,
+        "text_encoder_2": None,
+        "tokenizer": object(),
+        "transformer": b,
+    }
     assert find_text_encoders(parts) == {"text_encoder": a, "text_encoder_3": b}

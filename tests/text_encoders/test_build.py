@@ -40,7 +40,9 @@ def built(path: Path, kernel_backend: str = "dequantize", **options: object) -> 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A T5 in six formats, its table in another, and the rest in bfloat16."""
-    return encoder("t5", words=MIXED, quantized=["shared.weight"]).write(tmp_path_factory.mktemp("mixed") / "t5.safetensors")
+    return encoder("t5", words=MIXED, quantized=["shared.weight"]).write(
+        tmp_path_factory.mktemp("mixed") / "t5.safetensors"
+    )
 
 
 def test_every_layer_by_its_format(mixed: Path) -> None:
@@ -52,7 +54,10 @@ def test_every_layer_by_its_format(mixed: Path) -> None:
         assert layer.weight is None, "for transformers, which asks for its dtype"
     floats = {name for name, part in model.named_modules() if type(part) in (nn.Linear, nn.Embedding)}
     assert floats == {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias"}
-    assert {type(part) for name, part in built(mixed).named_modules() if name in metadata["layers"]} == {CodedEmbedding, CodedLinear}
+    assert {type(part) for name, part in built(mixed).named_modules() if name in metadata["layers"]} == {
+        CodedEmbedding,
+        CodedLinear,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -61,7 +66,12 @@ def test_what_is_float_has_the_dtype(dtype: torch.dtype, mixed: Path) -> None:
     assert {p.dtype for name, p in model.named_parameters() if ".wo" not in name} == {dtype}
     with torch.inference_mode():
         assert model(torch.tensor([[1, 2]])).last_hidden_state.dtype == dtype
-    assert_close("dtype", answer(model).float(), answer(built(mixed, dtype=torch.float32)), {2: 0.03, 4: 1e-9}[dtype.itemsize])
+    assert_close(
+        "dtype",
+        answer(model).float(),
+        answer(built(mixed, dtype=torch.float32)),
+        {2: 0.03, 4: 1e-9}[dtype.itemsize],
+    )
 
 
 def test_bfloat16_is_the_default(mixed: Path) -> None:
@@ -73,18 +83,32 @@ def test_memory_is_that_of_the_file(tmp_path: Path) -> None:
         for word in ("int8_rowwise", "float8_e4m3fn", "nvfp4"):
             path = encoder(name, word, inner=256).write(tmp_path / "x.safetensors")
             state, metadata = load_text_encoder(path, kernel_backend="reference")
-            model = build_text_encoder(state, metadata, config=metadata["config"] | {"tie_word_embeddings": True})
-            held = sum(tensor.nbytes for key, tensor in state.items() if key != "text_projection.weight")  # not in every class
-            biases = sum(2 * t.numel() for key, t in state.items() if key.endswith("bias"))  # of layers in float32
-            buffers = sum(b.nbytes for n, b in model.named_buffers() if "inv_freq" in n or "position" in n or "embed_scale" in n)
-            padding = sum(t.nbytes for key, t in state.items() if key.endswith("weight_scale") and word == "nvfp4")
+            model = build_text_encoder(
+                state, metadata, config=metadata["config"] | {"tie_word_embeddings": True}
+            )
+            held = sum(
+                tensor.nbytes for key, tensor in state.items() if key != "text_projection.weight"
+            )  # not in every class
+            biases = sum(
+                2 * t.numel() for key, t in state.items() if key.endswith("bias")
+            )  # of layers in float32
+            buffers = sum(
+                b.nbytes
+                for n, b in model.named_buffers()
+                if "inv_freq" in n or "position" in n or "embed_scale" in n
+            )
+            padding = sum(
+                t.nbytes for key, t in state.items() if key.endswith("weight_scale") and word == "nvfp4"
+            )
             assert held - padding - 64 <= module_bytes(model) <= held + biases + buffers + 64, (name, word)
 
 
 def test_tied_tables_are_one(tmp_path: Path) -> None:
     model = built(encoder("t5", "int8_rowwise").write(tmp_path / "x.safetensors"))
     assert model.shared.weight is model.encoder.embed_tokens.weight
-    model = built(encoder("t5", "int8_rowwise", quantized=["shared.weight"]).write(tmp_path / "x.safetensors"))
+    model = built(
+        encoder("t5", "int8_rowwise", quantized=["shared.weight"]).write(tmp_path / "x.safetensors")
+    )
     assert model.shared.qdata.data_ptr() == model.encoder.embed_tokens.qdata.data_ptr()
 
 
@@ -92,7 +116,11 @@ def test_a_move_to_a_dtype_keeps_codes_and_scales(mixed: Path) -> None:
     model = built(mixed, "reference", dtype=torch.float32)
     before = {name: t.clone() for name, t in model.named_buffers()}
     model.to(torch.bfloat16)
-    kept = {n for n, m in model.named_modules() if type(m) in (Int8Linear, BlockInt8Linear, CodedLinear, CodedEmbedding)}
+    kept = {
+        n
+        for n, m in model.named_modules()
+        if type(m) in (Int8Linear, BlockInt8Linear, CodedLinear, CodedEmbedding)
+    }
     for name, tensor in model.named_buffers():
         if name.rpartition(".")[0] in kept:
             assert tensor.dtype == before[name].dtype and torch.equal(bits(tensor), bits(before[name])), name
@@ -110,7 +138,11 @@ def test_a_copy_is_as_good(mixed: Path) -> None:
 
 def test_it_is_ready_to_be_called(mixed: Path) -> None:
     model = built(mixed)
-    assert not model.training and not any(m.training for m in model.modules()) and not any(p.requires_grad for p in model.parameters())
+    assert (
+        not model.training
+        and not any(m.training for m in model.modules())
+        and not any(p.requires_grad for p in model.parameters())
+    )
 
 
 def test_the_state_dict_is_not_needed_any_more(mixed: Path) -> None:
@@ -143,7 +175,8 @@ def test_fp8_products_are_for_fp8(mixed: Path, caplog: pytest.LogCaptureFixture)
 def test_kernels_for_nothing(tmp_path: Path) -> None:
     path = encoder("t5", "nvfp4").write(tmp_path / "x.safetensors")
     with pytest.raises(
-        BackendError, match=rf"scaled_mm can run none of the layers of {path}: 7 × scaled_mm takes fp8 weights .* this one is nvfp4"
+        BackendError,
+        match=rf"scaled_mm can run none of the layers of {path}: 7 × scaled_mm takes fp8 weights .* this one is nvfp4",
     ):
         built(path, "scaled_mm")
     with pytest.raises(
@@ -152,18 +185,32 @@ def test_kernels_for_nothing(tmp_path: Path) -> None:
     ):
         built(path, "triton")
     if not without_vnni():
-        with pytest.raises(BackendError, match=rf"vnni runs INT8 layers, and {path} gives 7 × nvfp4; choose auto or dequantize"):
+        with pytest.raises(
+            BackendError,
+            match=rf"vnni runs INT8 layers, and {path} gives 7 × nvfp4; choose auto or dequantize",
+        ):
             built(path, "vnni")
 
 
-@pytest.mark.parametrize(("word", "device", "reader"), [
-    ("auto", "cpu", "eager"), ("auto", "cuda", "triton"), ("dequantize", "cuda", "triton"), ("triton", "cuda", "triton"),
-    ("reference", "cuda", "reference"), ("reference", "cpu", "reference"), ("vnni", "cpu", "eager"), ("scaled_mm", "cuda", "eager"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "device", "reader"),
+    [
+        ("auto", "cpu", "eager"),
+        ("auto", "cuda", "triton"),
+        ("dequantize", "cuda", "triton"),
+        ("triton", "cuda", "triton"),
+        ("reference", "cuda", "reference"),
+        ("reference", "cpu", "reference"),
+        ("vnni", "cpu", "eager"),
+        ("scaled_mm", "cuda", "eager"),
+    ],
+)
 def test_what_reads_codes(word: str, device: str, reader: str) -> None:
     kernels = Kernels(word, torch.device(device), 8)
     assert kernels.reader == reader
-    assert (kernels.backend is None) == (word in ("dequantize", "scaled_mm")) and (kernels.backend is None or kernels.backend.name == word)
+    assert (kernels.backend is None) == (word in ("dequantize", "scaled_mm")) and (
+        kernels.backend is None or kernels.backend.name == word
+    )
     assert kernels.backend is kernels.backend, "made once"
 
 
@@ -172,7 +219,9 @@ def test_what_reads_codes(word: str, device: str, reader: str) -> None:
 
 def opened(name: str, word: str, folder: Path, **options: object) -> tuple[EncoderFile, nn.Module]:
     weights = EncoderFile(encoder(name, word, **options).write(folder / "x.safetensors"))  # type: ignore[arg-type]
-    return weights, skeleton(weights.encoder.classes[0], config_of(weights.encoder, weights.shapes), torch.float32)
+    return weights, skeleton(
+        weights.encoder.classes[0], config_of(weights.encoder, weights.shapes), torch.float32
+    )
 
 
 def test_layers_that_the_family_keeps_stay_float(tmp_path: Path) -> None:
@@ -180,11 +229,17 @@ def test_layers_that_the_family_keeps_stay_float(tmp_path: Path) -> None:
     made = build_encoder(model, weights, FORMATS["int8_rowwise"], Kernels("reference", CPU, 8))
     kept = {plan.name: plan.keep_float for plan in made.plans if plan.keep_float is not None}
     assert set(kept) == {
-        "shared", "encoder.embed_tokens", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+        "shared",
+        "encoder.embed_tokens",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
         "encoder.block.0.layer.1.DenseReluDense.wo",
-    }  # fmt: skip
+    }
     assert all(kept.values()) and len(made.plans) == 10
-    assert all(plan.measured["weight_sqnr_db"] > 30 and plan.rounding == "int8_rowwise" for plan in made.plans if plan.keep_float is None)
+    assert all(
+        plan.measured["weight_sqnr_db"] > 30 and plan.rounding == "int8_rowwise"
+        for plan in made.plans
+        if plan.keep_float is None
+    )
 
 
 def test_other_formats_become_the_wanted_one_and_the_same_stays_as_it_is(tmp_path: Path) -> None:
@@ -192,22 +247,31 @@ def test_other_formats_become_the_wanted_one_and_the_same_stays_as_it_is(tmp_pat
     made = build_encoder(model, weights, FORMATS["mxfp8"], Kernels("dequantize", CPU, 8))
     chosen = [plan for plan in made.plans if plan.keep_float is None]
     assert [plan.rounding for plan in chosen] == ["mxfp8"] * 6
-    assert sorted(bool(plan.measured) for plan in chosen) == [False] * 3 + [True] * 3, "three are rounded here"
+    assert sorted(bool(plan.measured) for plan in chosen) == [False] * 3 + [True] * 3, (
+        "three are rounded here"
+    )
     for plan in chosen:
         stored = weights.coded(f"text_model.{plan.name}")
         assert stored is not None
         codes = made.module.get_submodule(plan.name).qdata
-        assert (stored.weight.kind == "mxfp8" and torch.equal(bits(codes), bits(stored.weight.qdata))) or plan.measured
+        assert (
+            stored.weight.kind == "mxfp8" and torch.equal(bits(codes), bits(stored.weight.qdata))
+        ) or plan.measured
 
 
-def test_a_quantized_table_that_is_looked_at_in_other_ways_is_float_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_quantized_table_that_is_looked_at_in_other_ways_is_float_in_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
     file = encoder("t5", "int8_rowwise")
     file.real[table], marker = FILES["int8_rowwise"](file, table, np.linspace(-1, 1, 32)[:, None])
     file.text(f"{table}.comfy_quant", marker)
     model = built(file.write(tmp_path / "x.safetensors"), dtype=torch.float32)
     assert torch.allclose(model.get_submodule(table).weight.double(), torch.from_numpy(file.real[table]))
-    assert "1 quantized layers are floats in memory: 1 × int8_rowwise, read as float: the model asks for the table itself" in caplog.text
+    assert (
+        "1 quantized layers are floats in memory: 1 × int8_rowwise, read as float: the model asks for the table itself"
+        in caplog.text
+    )
 
 
 def test_what_is_float_is_there_once(tmp_path: Path) -> None:
@@ -229,7 +293,11 @@ def test_refreshed_layers_are_the_same(tmp_path: Path) -> None:
     names = [plan.name for plan in made.plans]
     made.refresh([*names[:3], "no such layer"])
     assert torch.equal(answer(made.module), before)
-    changed = {name for name, module in made.module.named_modules() if module is not modules[name] and isinstance(module, Int8Linear)}
+    changed = {
+        name
+        for name, module in made.module.named_modules()
+        if module is not modules[name] and isinstance(module, Int8Linear)
+    }
     assert changed == {plan.name for plan in made.plans[:3] if plan.keep_float is None}
 
 
@@ -238,4 +306,6 @@ def test_plans_before_anything_is_read(tmp_path: Path) -> None:
 
     weights, model = opened("clip_l", "", tmp_path, dtype="F32")
     plans = plan_encoder(model, weights, fitted(weights, model), None)
-    assert {plan.keep_float for plan in plans} == {"float in the file"} and all(part.is_meta for part in model.parameters())
+    assert {plan.keep_float for plan in plans} == {"float in the file"} and all(
+        part.is_meta for part in model.parameters()
+    )

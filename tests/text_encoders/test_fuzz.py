@@ -33,7 +33,9 @@ CHANGES = st.lists(st.tuples(st.sampled_from(MUTATIONS), st.integers(0, 2**16)),
 
 def part(word: str, carrier: str = "tensor", name: str = "t5", **options: Any) -> Callable[[], File]:
     """A few layers of an encoder."""
-    return partial(encoder, name, word, carrier=carrier, only=CLIP_PART if name == "clip_l" else T5_PART, **options)
+    return partial(
+        encoder, name, word, carrier=carrier, only=CLIP_PART if name == "clip_l" else T5_PART, **options
+    )
 
 
 BASES: dict[str, Callable[[], File]] = {
@@ -41,7 +43,10 @@ BASES: dict[str, Callable[[], File]] = {
     **{f"{word}, both": part(word, "both") for word in ("int8_convrot", "int8_rowwise", "nvfp4", "mxfp8")},
     # a rotation without a marker is invisible: such a file is one with unrotated rows
     **{f"{word}, none": part(word, "none", "clip_l") for word in FORMATS if word != "int8_convrot"},
-    **{f"legacy {x}": partial(lambda x: legacy(part(x)(), 2), x) for x in ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")},
+    **{
+        f"legacy {x}": partial(lambda x: legacy(part(x)(), 2), x)
+        for x in ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
+    },
     "mixed": part("", words=("int8_rowwise", "float8_e4m3fn", "nvfp4", "mxfp8", "int8_convrot")),
     "mixed, header": part("", "header", words=("int8_convrot", "float8_e4m3fn_cast", "int8_blockwise")),
     "floats": part(""),
@@ -89,7 +94,9 @@ def read_by_int8run(path: Path) -> dict[str, tuple[np.ndarray, str]]:
                 again = transform.restore_weight(coded.dequantize()).numpy()
                 assert same(again, weight), f"{name}: the codes give other numbers"
             if len(layer.shape) == 2 and len(weight) > 2:
-                assert same(layer.weight(files, slice(1, -1 + len(weight)), logical(layer)).numpy(), weight[1:-1]), f"{name}: some rows"
+                assert same(
+                    layer.weight(files, slice(1, -1 + len(weight)), logical(layer)).numpy(), weight[1:-1]
+                ), f"{name}: some rows"
         return found
 
 
@@ -138,7 +145,9 @@ def compare_encoder(path: Path) -> str:
         assert process_time() - started < 10, "it hangs"
     prefix = metadata["prefix"]
     try:
-        expected = {bare(name.removeprefix(prefix)): reading for name, reading in oracle.read(path, prefix).items()}
+        expected = {
+            bare(name.removeprefix(prefix)): reading for name, reading in oracle.read(path, prefix).items()
+        }
     except Unreadable as error:
         raise AssertionError(f"loaded, and there is no reading: {error}") from error
     found = asked_all(model)
@@ -187,14 +196,19 @@ PREFIXED = (
     ("text_encoders.qwen3_4b.transformer.", "qwen3", "nvfp4"),
 )
 WHOLE: dict[str, Callable[[], File]] = {
-    **{f"{name}, {word}": partial(encoder, name, word) for name, word in zip([*ENCODERS] * 4, [*FORMATS] * 3, strict=False)},
+    **{
+        f"{name}, {word}": partial(encoder, name, word)
+        for name, word in zip([*ENCODERS] * 4, [*FORMATS] * 3, strict=False)
+    },
     **{
         f"{prefix}{name}": partial(lambda p, *x: encoder(*x, carrier="both").prefixed(p), prefix, name, word)
         for prefix, name, word in PREFIXED
     },
     "tables": lambda: encoder("t5", "int8_rowwise", quantized=["shared.weight"]),
     "legacy": lambda: legacy(encoder("t5", "float8_e4m3fn", quantized=["shared.weight"])),
-    "mixed": lambda: encoder("clip_g", words=("int8_rowwise", "float8_e4m3fn", "nvfp4", "mxfp8", "int8_convrot")),
+    "mixed": lambda: encoder(
+        "clip_g", words=("int8_rowwise", "float8_e4m3fn", "nvfp4", "mxfp8", "int8_convrot")
+    ),
 }
 whole = cache(lambda name: WHOLE[name]())
 

@@ -40,9 +40,13 @@ def test_tensors_are_the_files(tmp_path: Path) -> None:
     assert state.keys() == held.keys() - markers
     for key, tensor in state.items():
         assert tensor.dtype == held[key].dtype and tensor.is_contiguous(), key
-        assert tensor.shape == held[key].shape and tensor.flatten().view(torch.uint8).equal(held[key].flatten().view(torch.uint8)), key
+        assert tensor.shape == held[key].shape and tensor.flatten().view(torch.uint8).equal(
+            held[key].flatten().view(torch.uint8)
+        ), key
     assert type(state) is dict and f"{T5}.q.weight_scale" in state and f"{T5}.v.weight_scale_2" in state
-    assert f"{'encoder.block.0.layer.1.DenseReluDense.wi_1'}.weight_scale" not in state, "a plain cast has none"
+    assert f"{'encoder.block.0.layer.1.DenseReluDense.wi_1'}.weight_scale" not in state, (
+        "a plain cast has none"
+    )
 
 
 def test_metadata_say_how_to_read_them(tmp_path: Path) -> None:
@@ -52,11 +56,22 @@ def test_metadata_say_how_to_read_them(tmp_path: Path) -> None:
     _, metadata = load_text_encoder(path, kernel_backend="reference")
     assert json.loads(json.dumps(metadata)) == metadata, "plain values"
     assert (metadata["encoder"], metadata["classes"], metadata["prefix"]) == ("t5", ["T5EncoderModel"], "")
-    assert metadata["quant_format"] == {"asked": "auto", "found": "mixed"} and metadata["kernel_backend"] == "reference"
+    assert (
+        metadata["quant_format"] == {"asked": "auto", "found": "mixed"}
+        and metadata["kernel_backend"] == "reference"
+    )
     assert {name: layer["format"] for name, layer in metadata["layers"].items()} == file.words
-    assert metadata["formats"] == {word: list(file.words.values()).count(word) for word in WORDS} and metadata["read_as_float"] == {}
+    assert (
+        metadata["formats"] == {word: list(file.words.values()).count(word) for word in WORDS}
+        and metadata["read_as_float"] == {}
+    )
     rotated = metadata["layers"][f"{T5}.q"]
-    assert (rotated["kind"], rotated["shape"], rotated["group_size"], rotated["outlier"]) == ("int8", [64, 64], 16, "convrot")
+    assert (rotated["kind"], rotated["shape"], rotated["group_size"], rotated["outlier"]) == (
+        "int8",
+        [64, 64],
+        16,
+        "convrot",
+    )
     assert metadata["layers"][f"{T5}.v"]["swizzled"] and metadata["layers"][f"{T5}.v"]["high_first"]
     assert metadata["config"]["d_model"] == 64 and metadata["config"]["d_ff"] == 128
     assert list(metadata["dropped"]) == ["spiece_model"] and all(metadata["dropped"].values())
@@ -66,34 +81,53 @@ def test_metadata_say_how_to_read_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["", "nvfp4"])
 def test_what_the_file_is(word: str, tmp_path: Path) -> None:
     _, metadata = load_text_encoder(str(written(encoder("qwen3", word), tmp_path)), word or "auto")
-    assert metadata["quant_format"] == {"asked": word or "auto", "found": word or "none"} and len(metadata["layers"]) == 7 * bool(word)
+    assert metadata["quant_format"] == {"asked": word or "auto", "found": word or "none"} and len(
+        metadata["layers"]
+    ) == 7 * bool(word)
 
 
 def test_casts_beside_scales_are_of_one_format(tmp_path: Path) -> None:
-    _, metadata = load_text_encoder(written(encoder("t5", words=["float8_e4m3fn", "float8_e4m3fn_cast"]), tmp_path), "float8_e4m3fn")
+    _, metadata = load_text_encoder(
+        written(encoder("t5", words=["float8_e4m3fn", "float8_e4m3fn_cast"]), tmp_path), "float8_e4m3fn"
+    )
     assert metadata["quant_format"]["found"] == "float8_e4m3fn" and len(metadata["formats"]) == 2
     _, metadata = load_text_encoder(written(encoder("t5", "float8_e4m3fn_cast"), tmp_path))
     assert metadata["quant_format"]["found"] == "float8_e4m3fn_cast"
 
 
-@pytest.mark.parametrize(("words", "asked"), [
-    (["int8_rowwise"], "int8_tensorwise"), (["int8_convrot"], "int8_tensorwise"),
-    (["float8_e4m3fn", "float8_e4m3fn_cast"], "float8_e4m3fn"),
-    (["int8_blockwise", "int8_rowwise"], "int8_blockwise"), (["int8_rowwise", "int8_convrot"], "int8_convrot"),
-    (["float8_e4m3fn_block3d", "float8_e4m3fn_rowwise"], "float8_e4m3fn_block3d"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (["int8_rowwise"], "int8_tensorwise"),
+        (["int8_convrot"], "int8_tensorwise"),
+        (["float8_e4m3fn", "float8_e4m3fn_cast"], "float8_e4m3fn"),
+        (["int8_blockwise", "int8_rowwise"], "int8_blockwise"),
+        (["int8_rowwise", "int8_convrot"], "int8_convrot"),
+        (["float8_e4m3fn_block3d", "float8_e4m3fn_rowwise"], "float8_e4m3fn_block3d"),
+    ],
+)
 def test_words_that_hold_for_others_too(words: list[str], asked: str, tmp_path: Path) -> None:
     """ComfyUI's word for all of int8; casts; and what a layer becomes that the format cannot take."""
     _, metadata = load_text_encoder(written(encoder("t5", words=words), tmp_path), asked)
     assert metadata["quant_format"]["asked"] == asked and set(metadata["formats"]) == set(words)
 
 
-@pytest.mark.parametrize(("word", "asked"), [
-    ("int8_tensorwise", "int8_rowwise"), ("float8_e4m3fn", "float8_e4m3fn_cast"), ("", "nvfp4"), ("int8_rowwise", "int8_blockwise"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "asked"),
+    [
+        ("int8_tensorwise", "int8_rowwise"),
+        ("float8_e4m3fn", "float8_e4m3fn_cast"),
+        ("", "nvfp4"),
+        ("int8_rowwise", "int8_blockwise"),
+    ],
+)
 def test_and_not_the_other_way_round(word: str, asked: str, tmp_path: Path) -> None:
     held = f"7 layers {word}" if word else "no quantized layer"
-    advice = "clip=auto" if word else f"`int8run task=quantize task.component=text_encoder clip={asked} model.location=FILE save=NEW`"
+    advice = (
+        "clip=auto"
+        if word
+        else f"`int8run task=quantize task.component=text_encoder clip={asked} model.location=FILE save=NEW`"
+    )
     with pytest.raises(ConfigError, match=f"x.safetensors holds {held}, and {asked} was asked for; {advice}"):
         load_text_encoder(written(encoder("t5", word), tmp_path), asked)
 
@@ -101,7 +135,9 @@ def test_and_not_the_other_way_round(word: str, asked: str, tmp_path: Path) -> N
 def test_one_of_two_formats(tmp_path: Path) -> None:
     path = written(encoder("t5", words=["int8_rowwise", "nvfp4"]), tmp_path)
     for asked in ("int8_rowwise", "nvfp4"):
-        with pytest.raises(ConfigError, match=f"holds 4 layers int8_rowwise, 3 layers nvfp4, and {asked} was asked for"):
+        with pytest.raises(
+            ConfigError, match=f"holds 4 layers int8_rowwise, 3 layers nvfp4, and {asked} was asked for"
+        ):
             load_text_encoder(path, asked)
 
 
@@ -115,21 +151,34 @@ def test_one_encoder_of_a_full_checkpoint(tmp_path: Path) -> None:
         file.tensors |= part.prefixed(prefix).tensors
     path = written(file, tmp_path)
     with pytest.raises(
-        FileError, match=r"several text encoders: .*clip \(text_encoders\.clip_l\.transformer\.\).*say which it is to be: t5 or clip"
+        FileError,
+        match=r"several text encoders: .*clip \(text_encoders\.clip_l\.transformer\.\).*say which it is to be: t5 or clip",
     ):
         load_text_encoder(path)
-    for which, prefix, word in (("clip_l", "clip_l", "int8_rowwise"), ("t5", "t5xxl", "nvfp4"), ("t5xxl", "t5xxl", "nvfp4")):
+    for which, prefix, word in (
+        ("clip_l", "clip_l", "int8_rowwise"),
+        ("t5", "t5xxl", "nvfp4"),
+        ("t5xxl", "t5xxl", "nvfp4"),
+    ):
         state, metadata = load_text_encoder(path, which=which)
-        assert metadata["prefix"] == f"text_encoders.{prefix}.transformer." and set(metadata["formats"]) == {word}
-        alone, _ = load_text_encoder(encoder("clip_l" if word[0] == "i" else "t5", word).write(tmp_path / "alone.safetensors"))
+        assert metadata["prefix"] == f"text_encoders.{prefix}.transformer." and set(metadata["formats"]) == {
+            word
+        }
+        alone, _ = load_text_encoder(
+            encoder("clip_l" if word[0] == "i" else "t5", word).write(tmp_path / "alone.safetensors")
+        )
         assert state.keys() == alone.keys() and all(
-            torch.equal(state[k].view(torch.uint8), alone[k].view(torch.uint8)) for k in state if state[k].dim()
+            torch.equal(state[k].view(torch.uint8), alone[k].view(torch.uint8))
+            for k in state
+            if state[k].dim()
         )
 
 
 def test_words_that_are_none(tmp_path: Path) -> None:
     path = written(encoder("t5", "nvfp4"), tmp_path)
-    with pytest.raises(ConfigError, match=r"kernel_backend is 'cuda'; choose from auto, .*dequantize, .*vnni"):
+    with pytest.raises(
+        ConfigError, match=r"kernel_backend is 'cuda'; choose from auto, .*dequantize, .*vnni"
+    ):
         load_text_encoder(path, kernel_backend="cuda")
     with pytest.raises(ConfigError, match=r"quant_format is 'int4'; choose from auto, .*nvfp4"):
         load_text_encoder(path, "int4")
@@ -140,7 +189,9 @@ def test_words_that_are_none(tmp_path: Path) -> None:
 
 def test_a_class_of_several(tmp_path: Path) -> None:
     state, metadata = load_text_encoder(written(encoder("clip_g", "float8_e4m3fn"), tmp_path))
-    names = {type(build_text_encoder(state, metadata, name)).__name__ for name in (None, *metadata["classes"])}
+    names = {
+        type(build_text_encoder(state, metadata, name)).__name__ for name in (None, *metadata["classes"])
+    }
     assert names == set(metadata["classes"]) and len(names) == 2
 
 
@@ -153,7 +204,9 @@ def test_a_folder_says_its_own_configuration(tmp_path: Path) -> None:
     four.save_pretrained(tmp_path / "folder")
     state, metadata = load_text_encoder(tmp_path / "folder")
     assert metadata["config"]["num_attention_heads"] == 4
-    assert_close("heads", answer(build_text_encoder(state, metadata, dtype=torch.float32)), answer(four), 1e-6)
+    assert_close(
+        "heads", answer(build_text_encoder(state, metadata, dtype=torch.float32)), answer(four), 1e-6
+    )
 
 
 def test_a_configuration_of_ones_own(tmp_path: Path) -> None:
@@ -164,20 +217,34 @@ def test_a_configuration_of_ones_own(tmp_path: Path) -> None:
     made = build_text_encoder(state, metadata, class_name="CLIPTextModel", config=config, dtype=torch.float32)
     assert_close("own", answer(made), answer(changed(model, file.real)), 1e-5)
     with pytest.raises(FileError, match=r"x\.safetensors.*(shape|parameters)"):
-        build_text_encoder(state, metadata, class_name="CLIPTextModel", config=config | {"hidden_size": 64, "intermediate_size": 64})
-    with pytest.raises(FileError, match=r"\d+ parameters of the clip encoder are not there \(first: .*layers\.1\..*the file is incomplete"):
-        build_text_encoder(state, metadata, class_name="CLIPTextModel", config=config | {"num_hidden_layers": 2})
+        build_text_encoder(
+            state,
+            metadata,
+            class_name="CLIPTextModel",
+            config=config | {"hidden_size": 64, "intermediate_size": 64},
+        )
+    with pytest.raises(
+        FileError,
+        match=r"\d+ parameters of the clip encoder are not there \(first: .*layers\.1\..*the file is incomplete",
+    ):
+        build_text_encoder(
+            state, metadata, class_name="CLIPTextModel", config=config | {"num_hidden_layers": 2}
+        )
 
 
 def test_pairs_that_do_not_belong_together(tmp_path: Path) -> None:
     state, metadata = load_text_encoder(written(encoder("t5", "int8_rowwise"), tmp_path))
     other, _ = load_text_encoder(encoder("clip_l").write(tmp_path / "y.safetensors"))
     with pytest.raises(
-        ConfigError, match=r"the metadata describes .*, and the state_dict has no weight of it; pass what was loaded together"
+        ConfigError,
+        match=r"the metadata describes .*, and the state_dict has no weight of it; pass what was loaded together",
     ):
         build_text_encoder(other, metadata)
     lacking = {key: tensor for key, tensor in state.items() if key != "encoder.final_layer_norm.weight"}
-    with pytest.raises(FileError, match=r"1 parameters of the t5 encoder are not there \(first: encoder\.final_layer_norm\.weight\)"):
+    with pytest.raises(
+        FileError,
+        match=r"1 parameters of the t5 encoder are not there \(first: encoder\.final_layer_norm\.weight\)",
+    ):
         build_text_encoder(lacking, metadata)
     with pytest.raises(ConfigError, match=r"no text encoder called 't6'; .*choose from .*t5"):
         build_text_encoder(state, metadata | {"encoder": "t6"})
@@ -189,7 +256,10 @@ def test_tensors_without_a_place(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"encoder\.final_layer_norm\.weight"):
         load_text_encoder(written(encoder("t5", "int8_rowwise").drop("final_layer_norm.weight"), tmp_path))
     file.put("encoder.block.0.layer.0.SelfAttention.bonus.weight", "F32", np.ones((64, 64)))
-    with pytest.raises(FileError, match=r"1 tensors have no place in the t5 encoder .*first: encoder\.block\.0\..*bonus\.weight"):
+    with pytest.raises(
+        FileError,
+        match=r"1 tensors have no place in the t5 encoder .*first: encoder\.block\.0\..*bonus\.weight",
+    ):
         load_text_encoder(written(file, tmp_path))
 
 
@@ -198,15 +268,21 @@ def test_a_file_of_ours_without_its_markers(tmp_path: Path) -> None:
     file = encoder("t5", "int8_convrot", carrier="none")
     assert load_text_encoder(written(file, tmp_path))[1]["formats"] == {"int8_rowwise": 7}
     file.metadata["int8run"] = json.dumps({"format": "int8_convrot"})
-    with pytest.raises(FileError, match="was made as int8_convrot, and the comfy_quant markers of its layers are not there"):
+    with pytest.raises(
+        FileError, match="was made as int8_convrot, and the comfy_quant markers of its layers are not there"
+    ):
         load_text_encoder(written(file, tmp_path))
 
 
 def test_what_is_loaded_can_be_saved_as_it_is(tmp_path: Path) -> None:
     """A program may keep the pair in files of its own."""
-    state, metadata = load_text_encoder(written(encoder("t5", words=WORDS), tmp_path), kernel_backend="dequantize")
+    state, metadata = load_text_encoder(
+        written(encoder("t5", words=WORDS), tmp_path), kernel_backend="dequantize"
+    )
     torch.save(state, tmp_path / "state.pt")
     (tmp_path / "metadata.json").write_text(json.dumps(metadata))
     found: Any = torch.load(tmp_path / "state.pt", weights_only=True)
-    again = build_text_encoder(found, json.loads((tmp_path / "metadata.json").read_text()), dtype=torch.float32)
+    again = build_text_encoder(
+        found, json.loads((tmp_path / "metadata.json").read_text()), dtype=torch.float32
+    )
     assert torch.equal(answer(again), answer(build_text_encoder(state, metadata, dtype=torch.float32)))

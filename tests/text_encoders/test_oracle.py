@@ -5,7 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from text_encoders import oracle
-from text_encoders.files import ENCODERS, FORMATS, File, Stored, allowed_error, encoder, in_tiles, nearest, regular, to_fp8
+from text_encoders.files import (
+    ENCODERS,
+    FORMATS,
+    File,
+    Stored,
+    allowed_error,
+    encoder,
+    in_tiles,
+    nearest,
+    regular,
+    to_fp8,
+)
 from text_encoders.oracle import TABLES, Tensor, Unreadable
 
 
@@ -17,12 +28,30 @@ def test_numbers_of_bytes() -> None:
     e4m3, e5m2 = TABLES["F8_E4M3"], TABLES["F8_E5M2"]
     assert [e4m3[b] for b in (0, 1, 8, 0x38, 0x39, 0x7E, 0xFE)] == [0, 2.0**-9, 2.0**-6, 1, 1.125, 448, -448]
     assert np.isnan(e4m3[[127, 255]]).all()
-    assert [e5m2[b] for b in (1, 4, 0x3C, 0x7B, 0xFC)] == [2.0**-16, 2.0**-14, 1, 57344, -np.inf] and np.isnan(e5m2[0x7D])
-    assert TABLES["F8_E8M0"][[120, 127, 0, 254]].tolist() == [0.0078125, 1, 2.0**-127, 2.0**127] and np.isnan(TABLES["F8_E8M0"][255])
+    assert [e5m2[b] for b in (1, 4, 0x3C, 0x7B, 0xFC)] == [
+        2.0**-16,
+        2.0**-14,
+        1,
+        57344,
+        -np.inf,
+    ] and np.isnan(e5m2[0x7D])
+    assert TABLES["F8_E8M0"][[120, 127, 0, 254]].tolist() == [0.0078125, 1, 2.0**-127, 2.0**127] and np.isnan(
+        TABLES["F8_E8M0"][255]
+    )
     assert oracle.numbers(Tensor("BF16", (2,), b"\x80\x3f\x00\xc0")).tolist() == [1, -2]
     assert oracle.numbers(Tensor("I8", (2,), b"\x80\x7f")).tolist() == [-128, 127]
-    assert to_fp8(np.array([1.0625, 1.1875, 500, -0.001]), "F8_E4M3")[1].tolist() == [1, 1.25, 448, -(2.0**-9)]
-    assert nearest(np.array([0.25, 2.5, 5, 7]), np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])).tolist() == [0, 4, 6, 7]
+    assert to_fp8(np.array([1.0625, 1.1875, 500, -0.001]), "F8_E4M3")[1].tolist() == [
+        1,
+        1.25,
+        448,
+        -(2.0**-9),
+    ]
+    assert nearest(np.array([0.25, 2.5, 5, 7]), np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])).tolist() == [
+        0,
+        4,
+        6,
+        7,
+    ]
 
 
 def test_hadamard_matrices() -> None:
@@ -38,7 +67,16 @@ def test_hadamard_matrices() -> None:
 
 
 def test_tiles() -> None:
-    offsets = {(0, 0): 0, (0, 3): 3, (1, 0): 16, (32, 0): 4, (64, 0): 8, (96, 0): 12, (0, 4): 512, (128, 0): 6144}
+    offsets = {
+        (0, 0): 0,
+        (0, 3): 3,
+        (1, 0): 16,
+        (32, 0): 4,
+        (64, 0): 8,
+        (96, 0): 12,
+        (0, 4): 512,
+        (128, 0): 6144,
+    }
     for (row, column), offset in offsets.items():
         flat = np.zeros(256 * 48, "u1")
         flat[offset] = 7
@@ -61,7 +99,9 @@ def test_nibbles(tiles: bool, first: list[float], tmp_path: Path) -> None:
     file = File()
     file.tensors["a.weight"] = Stored("U8", (2, 8), b"\x2f" + bytes(15))
     file.put("a.weight_scale_2", "F32", 0.5)
-    file.put("a.weight_scale", "F8_E4M3", in_tiles(np.full((2, 1), 0x40)) if tiles else np.full((2, 1), 0x40))  # 2
+    file.put(
+        "a.weight_scale", "F8_E4M3", in_tiles(np.full((2, 1), 0x40)) if tiles else np.full((2, 1), 0x40)
+    )  # 2
     assert read(file, tmp_path)[0, :3].tolist() == [*first, 0]
 
 
@@ -82,12 +122,16 @@ def test_every_format_of_every_encoder(word: str, tmp_path: Path) -> None:
     for name in ENCODERS:
         file, floats = encoder(name, word), encoder(name, dtype="F64")
         found = oracle.read(file.write(tmp_path / "x.safetensors"))
-        assert set(found) == set(file.real) and {layer: found[layer].word for layer in file.words} == file.words
+        assert (
+            set(found) == set(file.real) and {layer: found[layer].word for layer in file.words} == file.words
+        )
         for layer, real in file.real.items():
             assert np.allclose(found[layer].weight, real, rtol=1e-12, atol=1e-12)
         layer = next(iter(file.words))
         # a mistake in both, in the order of nibbles or scales for example, would leave nothing of the weight
-        assert np.linalg.norm(real_of(floats, layer) - file.real[layer]) < allowed_error(word) * np.linalg.norm(real_of(floats, layer))
+        assert np.linalg.norm(real_of(floats, layer) - file.real[layer]) < allowed_error(
+            word
+        ) * np.linalg.norm(real_of(floats, layer))
 
 
 def real_of(file: File, layer: str) -> np.ndarray:
@@ -101,4 +145,6 @@ def real_of(file: File, layer: str) -> np.ndarray:
 def test_padding(word: str, tmp_path: Path) -> None:
     file = encoder("clip_l", word, inner=100)
     found = oracle.read(file.write(tmp_path / "x.safetensors"))["text_model.encoder.layers.0.mlp.fc1"].weight
-    assert found.shape == ({"mxfp8": 128, "nvfp4": 112}[word], 64) and not found[100:].any() and found[99].any()
+    assert (
+        found.shape == ({"mxfp8": 128, "nvfp4": 112}[word], 64) and not found[100:].any() and found[99].any()
+    )

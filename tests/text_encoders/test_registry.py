@@ -8,7 +8,10 @@ from collections.abc import Mapping
 import pytest
 import torch
 import transformers
-from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint, convert_sd3_t5_checkpoint_to_diffusers
+from diffusers.loaders.single_file_utils import (
+    convert_open_clip_checkpoint,
+    convert_sd3_t5_checkpoint_to_diffusers,
+)
 from safetensors.torch import load_file
 from text_encoders.tiny_encoders import CLIP, LLM, QWEN25, T5, TINY, answers, tiny_model
 from torch import Tensor, nn
@@ -20,7 +23,15 @@ from int8run.models.state_dict_adapter import Part
 from int8run.quant.formats import FORMATS
 from int8run.text_encoders.detect import encoder_of_class, identify, prefixes_of, recognised
 from int8run.text_encoders.model_config import config_of, load_tokenizer, skeleton, take_out_spare
-from int8run.text_encoders.registry import Encoder, Mark, canonical_names, encoder_layout, encoder_named, shipped_encoders, supported
+from int8run.text_encoders.registry import (
+    Encoder,
+    Mark,
+    canonical_names,
+    encoder_layout,
+    encoder_named,
+    shipped_encoders,
+    supported,
+)
 
 SEES = r"^(model\.)?(visual|vision_model|vision_tower|multi_modal_projector)\."
 
@@ -40,7 +51,9 @@ def filled(encoder: Encoder, cls: str, config: Mapping, file: Mapping[str, Tenso
         place, _, word = name.rpartition(".")
         tensor = torch.cat([part.cut(file[part.key]) for part in parts])
         module = model.get_submodule(place)
-        (module._parameters if word in module._parameters else module._buffers)[word] = nn.Parameter(tensor, requires_grad=False)
+        (module._parameters if word in module._parameters else module._buffers)[word] = nn.Parameter(
+            tensor, requires_grad=False
+        )
     return model
 
 
@@ -53,44 +66,81 @@ def clip_shapes(
     wide: int, layers: int, positions: int = 77, projection: int | None = None, words: int = 49408
 ) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {
-        "text_model.embeddings.token_embedding.weight": (words, wide), "text_model.embeddings.position_embedding.weight": (positions, wide),
-        "text_model.final_layer_norm.weight": (wide,), "text_model.final_layer_norm.bias": (wide,),
-    }  # fmt: skip
+        "text_model.embeddings.token_embedding.weight": (words, wide),
+        "text_model.embeddings.position_embedding.weight": (positions, wide),
+        "text_model.final_layer_norm.weight": (wide,),
+        "text_model.final_layer_norm.bias": (wide,),
+    }
     for i in range(layers):
         inner = {f"self_attn.{x}_proj": (wide, wide) for x in ("q", "k", "v", "out")}
-        inner |= {"mlp.fc1": (4 * wide, wide), "mlp.fc2": (wide, 4 * wide), "layer_norm1": (wide,), "layer_norm2": (wide,)}
+        inner |= {
+            "mlp.fc1": (4 * wide, wide),
+            "mlp.fc2": (wide, 4 * wide),
+            "layer_norm1": (wide,),
+            "layer_norm2": (wide,),
+        }
         found |= {f"text_model.encoder.layers.{i}.{name}.weight": shape for name, shape in inner.items()}
         found |= {f"text_model.encoder.layers.{i}.{name}.bias": shape[:1] for name, shape in inner.items()}
     return found if projection is None else found | {"text_projection.weight": (projection, wide)}
 
 
-def t5_shapes(words: int, layers: int, wide: int, heads: int, feed: int = 128, tables: int = 1) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {"shared.weight": (words, wide), "encoder.final_layer_norm.weight": (wide,)}
+def t5_shapes(
+    words: int, layers: int, wide: int, heads: int, feed: int = 128, tables: int = 1
+) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {
+        "shared.weight": (words, wide),
+        "encoder.final_layer_norm.weight": (wide,),
+    }
     for i in range(layers):
         block = f"encoder.block.{i}.layer"
         found |= {f"{block}.0.SelfAttention.{x}.weight": (heads * 64, wide) for x in "qkv"}
-        found |= {f"{block}.0.SelfAttention.o.weight": (wide, heads * 64), f"{block}.1.DenseReluDense.wo.weight": (wide, feed)}
+        found |= {
+            f"{block}.0.SelfAttention.o.weight": (wide, heads * 64),
+            f"{block}.1.DenseReluDense.wo.weight": (wide, feed),
+        }
         found |= {f"{block}.1.DenseReluDense.wi_{x}.weight": (feed, wide) for x in (0, 1)}
         found |= {f"{block}.{x}.layer_norm.weight": (wide,) for x in (0, 1)}
-        found |= {f"{block}.0.SelfAttention.relative_attention_bias.weight": (32, heads)} if i < tables else {}
+        found |= (
+            {f"{block}.0.SelfAttention.relative_attention_bias.weight": (32, heads)} if i < tables else {}
+        )
     return found
 
 
 def llm_shapes(
-    words: int, wide: int, feed: int, layers: int, heads: int, groups: int, head: int = 128, root: str = "model", norms: bool = False,
-    bias: bool = False, gemma: bool = False,
-) -> dict[str, tuple[int, ...]]:  # fmt: skip
-    found: dict[str, tuple[int, ...]] = {f"{root}.embed_tokens.weight": (words, wide), f"{root}.norm.weight": (wide,)}
+    words: int,
+    wide: int,
+    feed: int,
+    layers: int,
+    heads: int,
+    groups: int,
+    head: int = 128,
+    root: str = "model",
+    norms: bool = False,
+    bias: bool = False,
+    gemma: bool = False,
+) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {
+        f"{root}.embed_tokens.weight": (words, wide),
+        f"{root}.norm.weight": (wide,),
+    }
     more = ("pre_feedforward_layernorm", "post_feedforward_layernorm") if gemma else ()
     for i in range(layers):
         inner = dict.fromkeys(("input_layernorm", "post_attention_layernorm", *more), (wide,))
-        inner |= {f"self_attn.{x}_proj": (n * head, wide) for x, n in (("q", heads), ("k", groups), ("v", groups))}
+        inner |= {
+            f"self_attn.{x}_proj": (n * head, wide) for x, n in (("q", heads), ("k", groups), ("v", groups))
+        }
         inner |= {f"self_attn.{x}_norm": (head,) for x in "qk"} if norms else {}
-        inner |= {"self_attn.o_proj": (wide, heads * head), "mlp.gate_proj": (feed, wide), "mlp.up_proj": (feed, wide)}
+        inner |= {
+            "self_attn.o_proj": (wide, heads * head),
+            "mlp.gate_proj": (feed, wide),
+            "mlp.up_proj": (feed, wide),
+        }
         inner |= {"mlp.down_proj": (wide, feed)}
         found |= {f"{root}.layers.{i}.{name}.weight": shape for name, shape in inner.items()}
         found |= {
-            f"{root}.layers.{i}.self_attn.{x}_proj.bias": (n * head,) for x, n in (("q", heads), ("k", groups), ("v", groups)) if bias
+            f"{root}.layers.{i}.self_attn.{x}_proj.bias": (n * head,)
+            for x, n in (("q", heads), ("k", groups), ("v", groups))
+            if bias
         }
     return found
 
@@ -106,7 +156,9 @@ def test_files_of_every_class(name, tmp_path):
         shapes = shapes_of(file)
         assert identify(shapes).encoder.name == tiny.encoder and encoder_of_class(tiny.cls, shapes) is encoder
         parts, dropped = canonical_names(encoder_named(tiny.encoder), shapes)
-        assert set(parts) - {"lm_head.weight"} == set(own) - {"lm_head.weight"} and set(dropped) <= {"encoder.embed_tokens.weight"}
+        assert set(parts) - {"lm_head.weight"} == set(own) - {"lm_head.weight"} and set(dropped) <= {
+            "encoder.embed_tokens.weight"
+        }
         assert all(torch.equal(file[part.key], own[key]) for key, (part,) in parts.items() if key in own)
 
 
@@ -122,7 +174,8 @@ def test_a_file_without_the_part_that_sees(name, caplog):
     inner = getattr(built, "model", built)
     tower = inner.visual if hasattr(inner, "visual") else inner.vision_tower
     with pytest.raises(
-        FileError, match=r"(visual|vision_tower|vision_model) is needed and was not in the text encoder's file: the file holds no part"
+        FileError,
+        match=r"(visual|vision_tower|vision_model) is needed and was not in the text encoder's file: the file holds no part",
     ):
         tower(torch.zeros(1))
 
@@ -159,20 +212,47 @@ def test_a_part_that_is_there_by_halves_is_missing():
 
 PREFIXES = {
     "clip": [
-        "text_encoders.clip_l.transformer.", "text_encoders.clip_l.", "cond_stage_model.transformer.", "text_encoder.", "text_encoder_2.",
-        "conditioner.embedders.0.transformer.", "clip_l.transformer.", "clip_l.", "transformer.", "te1.", "",
+        "text_encoders.clip_l.transformer.",
+        "text_encoders.clip_l.",
+        "cond_stage_model.transformer.",
+        "text_encoder.",
+        "text_encoder_2.",
+        "conditioner.embedders.0.transformer.",
+        "clip_l.transformer.",
+        "clip_l.",
+        "transformer.",
+        "te1.",
+        "",
     ],
-    "t5": ["text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "t5xxl.", "text_encoder_3.", "transformer.", ""],
-    "llama": ["text_encoders.llama.transformer.", "text_encoders.llama.model.", "text_encoders.llama.", "llama.", ""],
-}  # fmt: skip
+    "t5": [
+        "text_encoders.t5xxl.transformer.",
+        "t5xxl.transformer.",
+        "t5xxl.",
+        "text_encoder_3.",
+        "transformer.",
+        "",
+    ],
+    "llama": [
+        "text_encoders.llama.transformer.",
+        "text_encoders.llama.model.",
+        "text_encoders.llama.",
+        "llama.",
+        "",
+    ],
+}
 
 
-@pytest.mark.parametrize("name, prefix", [(name, prefix) for name, all_of in PREFIXES.items() for prefix in all_of])
+@pytest.mark.parametrize(
+    "name, prefix", [(name, prefix) for name, all_of in PREFIXES.items() for prefix in all_of]
+)
 def test_prefixes(name, prefix):
     cls = {"clip": "CLIPTextModelWithProjection", "t5": "T5EncoderModel", "llama": "LlamaModel"}[name]
     file = TINY[cls].file(tiny_model(cls))
     shapes = {prefix + key: tuple(value.shape) for key, value in file.items()}
-    shapes |= {"model.diffusion_model.input_blocks.0.0.weight": (4, 4), "first_stage_model.decoder.conv_in.weight": (4, 4)}
+    shapes |= {
+        "model.diffusion_model.input_blocks.0.0.weight": (4, 4),
+        "first_stage_model.decoder.conv_in.weight": (4, 4),
+    }
     shapes |= {
         f"{prefix}logit_scale": (),
         f"{prefix}scaled_fp8": (2,),
@@ -183,8 +263,18 @@ def test_prefixes(name, prefix):
 
 
 def test_words_that_may_stand_before_names():
-    keys = ["text_encoders.clip_l.transformer.text_model.a", "text_encoders.t5xxl.logit", "other.transformer.a", "model.b"]
-    assert prefixes_of(keys) == ["", "text_encoders.t5xxl.", "text_encoders.clip_l.", "text_encoders.clip_l.transformer."]
+    keys = [
+        "text_encoders.clip_l.transformer.text_model.a",
+        "text_encoders.t5xxl.logit",
+        "other.transformer.a",
+        "model.b",
+    ]
+    assert prefixes_of(keys) == [
+        "",
+        "text_encoders.t5xxl.",
+        "text_encoders.clip_l.",
+        "text_encoders.clip_l.transformer.",
+    ]
 
 
 def whole_checkpoint() -> dict[str, tuple[int, ...]]:
@@ -195,7 +285,13 @@ def whole_checkpoint() -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize(
     "which, name",
-    [("clip_l", "clip_l"), ("clip_g", "clip_g"), ("t5", "t5"), ("t5xxl", "t5"), ("text_encoders.t5xxl.transformer.", "t5")],
+    [
+        ("clip_l", "clip_l"),
+        ("clip_g", "clip_g"),
+        ("t5", "t5"),
+        ("t5xxl", "t5"),
+        ("text_encoders.t5xxl.transformer.", "t5"),
+    ],
 )
 def test_one_of_several(which, name):
     assert identify(whole_checkpoint(), which).encoder.name == name
@@ -204,7 +300,10 @@ def test_one_of_several(which, name):
 def test_several_and_none_named():
     held = r"t5 \(text_encoders.t5xxl.transformer.\), clip_g \(text_encoders.clip_g.transformer.\), clip_l \(.*\)"
     shapes = whole_checkpoint()
-    with pytest.raises(FileError, match=f"the file holds several text encoders: {held}; say which it is to be: t5 or clip_g or clip_l"):
+    with pytest.raises(
+        FileError,
+        match=f"the file holds several text encoders: {held}; say which it is to be: t5 or clip_g or clip_l",
+    ):
         identify(shapes)
     with pytest.raises(FileError, match=f"the file holds no text encoder called 'umt5'; it holds {held}"):
         identify(shapes, "umt5")
@@ -216,20 +315,29 @@ DENOISER = [key.replace("*", "0") for key in shipped_families()["flux"].fingerpr
 @pytest.mark.parametrize(
     "shapes, message",
     [
-        ({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": (4, 4)}, "it is a LoRA; a LoRA is given with lora="),
+        (
+            {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": (4, 4)},
+            "it is a LoRA; a LoRA is given with lora=",
+        ),
         ({"text_model.encoder.layers.0.mlp.fc2.lora_A.weight": (4, 4)}, "it is a LoRA"),
         ({"x.lokr_w1": (4, 4)}, "it is a LoRA"),
         (dict.fromkeys(DENOISER, (128, 4)), "it holds the denoiser of flux; that is given as model.location"),
-        ({"first_stage_model.decoder.conv_out.weight": (3, 4, 3, 3)}, "it holds a VAE, which is not quantized"),
+        (
+            {"first_stage_model.decoder.conv_out.weight": (3, 4, 3, 3)},
+            "it holds a VAE, which is not quantized",
+        ),
         ({"decoder.conv_in.weight": (4, 4, 3, 3)}, "it holds a VAE"),
-        ({"a.weight": (4, 4), "b.weight": (2,)}, "2 tensors, such as a.weight, b.weight; known are clip, clip_g, .*, umt5"),
+        (
+            {"a.weight": (4, 4), "b.weight": (2,)},
+            "2 tensors, such as a.weight, b.weight; known are clip, clip_g, .*, umt5",
+        ),
         ({}, "0 tensors, such as none; known are"),
         (
             {"encoder.block.0.layer.0.SelfAttention.k.weight": (64, 64)},
             "such as encoder.block.0.*; t5 would have encoder.block.0.layer.1.DenseReluDense.wi_1.weight; t5_old would have .*wi.w",
         ),
     ],
-)  # fmt: skip
+)
 def test_files_that_hold_none(shapes, message):
     with pytest.raises(FileError, match="the file holds no text encoder that is known: ") as error:
         identify(shapes)
@@ -248,14 +356,29 @@ LAYER = "model.layers.0"
         ("t5_gemma", {"model.encoder.layers.0.pre_self_attn_layernorm.weight": (8,)}),
         ("gpt_oss", {f"{LAYER}.self_attn.sinks": (8,), f"{LAYER}.post_attention_layernorm.weight": (8,)}),
         ("qwen3_5", {"model.language_model.layers.0.linear_attn.A_log": (8,)}),
-        ("gemma4", {f"{LAYER}.{n}": (8,) for n in ("layer_scalar", "post_feedforward_layernorm.weight", "self_attn.q_norm.weight")}),
-        ("gemma4", {f"{LAYER}.post_feedforward_layernorm.weight": (8,), "model.embed_tokens_per_layer.weight": (8, 8)}),
+        (
+            "gemma4",
+            {
+                f"{LAYER}.{n}": (8,)
+                for n in ("layer_scalar", "post_feedforward_layernorm.weight", "self_attn.q_norm.weight")
+            },
+        ),
+        (
+            "gemma4",
+            {
+                f"{LAYER}.post_feedforward_layernorm.weight": (8,),
+                "model.embed_tokens_per_layer.weight": (8, 8),
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_encoders_that_are_known_and_not_supported(name, shapes):
     if name == "gemma4" and len(shapes) == 2:
         shapes |= {f"{LAYER}.self_attn.q_norm.weight": (8,)}
-    with pytest.raises(FileError, match=f"holds the text encoder {name}, which int8run does not support; it has clip, clip_g, .*, umt5"):
+    with pytest.raises(
+        FileError,
+        match=f"holds the text encoder {name}, which int8run does not support; it has clip, clip_g, .*, umt5",
+    ):
         identify(shapes)
     assert [encoder.name for encoder in recognised(shapes, shipped_encoders())] == [name]
 
@@ -291,8 +414,16 @@ FULL: dict[str, tuple[str, dict[str, tuple[int, ...]], dict]] = {
             eos_token_id=2,
         ),
     ),
-    "CLIP-H": ("clip_h", clip_shapes(1024, 23), dict(hidden_size=1024, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu")),
-    "CLIP-B": ("clip", clip_shapes(512, 12, projection=512), dict(hidden_size=512, num_attention_heads=8, hidden_act="quick_gelu")),
+    "CLIP-H": (
+        "clip_h",
+        clip_shapes(1024, 23),
+        dict(hidden_size=1024, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"),
+    ),
+    "CLIP-B": (
+        "clip",
+        clip_shapes(512, 12, projection=512),
+        dict(hidden_size=512, num_attention_heads=8, hidden_act="quick_gelu"),
+    ),
     "T5-XXL": (
         "t5",
         t5_shapes(32128, 24, 4096, 64, 10240),
@@ -324,7 +455,11 @@ FULL: dict[str, tuple[str, dict[str, tuple[int, ...]], dict]] = {
             num_key_value_heads=4,
         ),
     ),
-    "Qwen2.5-VL-7B, text": ("qwen2_5_vl", llm_shapes(152064, 3584, 18944, 28, 28, 4, bias=True), dict(hidden_size=3584)),
+    "Qwen2.5-VL-7B, text": (
+        "qwen2_5_vl",
+        llm_shapes(152064, 3584, 18944, 28, 28, 4, bias=True),
+        dict(hidden_size=3584),
+    ),
     "Qwen2.5-3B": (
         "qwen2_5",
         llm_shapes(151936, 2048, 11008, 36, 16, 2, bias=True),
@@ -351,10 +486,16 @@ FULL: dict[str, tuple[str, dict[str, tuple[int, ...]], dict]] = {
             tie_word_embeddings=True,
         ),
     ),
-    "Qwen3-8B": ("qwen3", llm_shapes(151936, 4096, 12288, 36, 32, 8, norms=True), dict(hidden_size=4096, tie_word_embeddings=False)),
+    "Qwen3-8B": (
+        "qwen3",
+        llm_shapes(151936, 4096, 12288, 36, 32, 8, norms=True),
+        dict(hidden_size=4096, tie_word_embeddings=False),
+    ),
     "Qwen3-VL-4B": (
         "qwen3_vl",
-        llm_shapes(151936, 2560, 9728, 36, 32, 8, 128, QWEN3_VL, True) | EYES | {"model.visual.blocks.0.norm1.weight": (1024,)},
+        llm_shapes(151936, 2560, 9728, 36, 32, 8, 128, QWEN3_VL, True)
+        | EYES
+        | {"model.visual.blocks.0.norm1.weight": (1024,)},
         dict(hidden_size=2560, head_dim=128, rope_theta=5e6),
     ),
     "Gemma2-2B": (
@@ -374,13 +515,25 @@ FULL: dict[str, tuple[str, dict[str, tuple[int, ...]], dict]] = {
         "gemma3",
         llm_shapes(262208, 2560, 10240, 34, 8, 4, 256, norms=True, gemma=True),
         dict(
-            hidden_size=2560, num_hidden_layers=34, intermediate_size=10240, num_attention_heads=8, num_key_value_heads=4, vocab_size=262208
+            hidden_size=2560,
+            num_hidden_layers=34,
+            intermediate_size=10240,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            vocab_size=262208,
         ),
     ),
     "Gemma3-12B": (
         "gemma3",
         llm_shapes(262208, 3840, 15360, 48, 16, 8, 256, norms=True, gemma=True),
-        dict(hidden_size=3840, num_hidden_layers=48, intermediate_size=15360, num_attention_heads=16, num_key_value_heads=8, head_dim=256),
+        dict(
+            hidden_size=3840,
+            num_hidden_layers=48,
+            intermediate_size=15360,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=256,
+        ),
     ),
     "Mistral-3 24B": (
         "mistral3",
@@ -396,7 +549,11 @@ FULL: dict[str, tuple[str, dict[str, tuple[int, ...]], dict]] = {
             model_type="mistral",
         ),
     ),
-    "Mistral-3 24B of FLUX.2": ("mistral3_pruned", llm_shapes(131072, 5120, 32768, 30, 32, 8), dict(num_hidden_layers=30, rope_theta=1e9)),
+    "Mistral-3 24B of FLUX.2": (
+        "mistral3_pruned",
+        llm_shapes(131072, 5120, 32768, 30, 32, 8),
+        dict(num_hidden_layers=30, rope_theta=1e9),
+    ),
     "Ministral-3 3B": (
         "ministral3",
         llm_shapes(131072, 3072, 9216, 26, 32, 8),
@@ -423,7 +580,11 @@ FULL: dict[str, tuple[str, dict[str, tuple[int, ...]], dict]] = {
             max_position_embeddings=8192,
         ),
     ),
-    "Llama-3.1 8B": ("llama", llm_shapes(128256, 4096, 14336, 32, 32, 8), dict(max_position_embeddings=131072)),
+    "Llama-3.1 8B": (
+        "llama",
+        llm_shapes(128256, 4096, 14336, 32, 32, 8),
+        dict(max_position_embeddings=131072),
+    ),
     "Mistral 7B": ("llama", llm_shapes(32000, 4096, 14336, 32, 32, 8), dict(vocab_size=32000)),
     "Llama-2 13B": ("llama", llm_shapes(32000, 5120, 13824, 40, 40, 40), dict(num_attention_heads=40)),
     "Mistral-NeMo 12B": ("mistral3", llm_shapes(131072, 5120, 14336, 40, 32, 8), dict(num_hidden_layers=40)),
@@ -443,7 +604,9 @@ def test_full_sizes(key):
 def test_full_models_fit_their_files(key, tensors):
     name, shapes, _ = FULL[key]
     encoder = encoder_named(name)
-    layout = encoder_layout(encoder, shapes, skeleton(encoder.classes[0], config_of(encoder, shapes), torch.bfloat16))
+    layout = encoder_layout(
+        encoder, shapes, skeleton(encoder.classes[0], config_of(encoder, shapes), torch.bfloat16)
+    )
     assert len(layout.parts) == tensors and (layout.unused, layout.missing, layout.dropped) == ((), (), {})
 
 
@@ -455,12 +618,26 @@ def test_positions_of_llama_3_1_are_scaled_and_those_of_llava_are_not():
 
 def test_the_greater_qwen3_vl_sees_deeper():
     small, large = (
-        (EYES | {"model.visual.blocks.0.norm1.weight": (n,), f"{QWEN3_VL}.layers.0.input_layernorm.weight": (64,)}) for n in (1024, 1152)
+        (
+            EYES
+            | {
+                "model.visual.blocks.0.norm1.weight": (n,),
+                f"{QWEN3_VL}.layers.0.input_layernorm.weight": (64,),
+            }
+        )
+        for n in (1024, 1152)
     )
-    config = {name: value for name, value in encoder_named("qwen3_vl").config.items() if name != "text_config"}
-    seen = [config_of(Encoder("qwen3_vl", config=config, variants=encoder_named("qwen3_vl").variants), s) for s in (small, large)]
+    config = {
+        name: value for name, value in encoder_named("qwen3_vl").config.items() if name != "text_config"
+    }
+    seen = [
+        config_of(Encoder("qwen3_vl", config=config, variants=encoder_named("qwen3_vl").variants), s)
+        for s in (small, large)
+    ]
     assert [one["vision_config"]["deepstack_visual_indexes"] for one in seen] == [[5, 11, 17], [8, 16, 24]]
-    assert [one["vision_config"]["hidden_size"] for one in seen] == [1024, 1152] and seen[1]["vision_config"]["patch_size"] == 16
+    assert [one["vision_config"]["hidden_size"] for one in seen] == [1024, 1152] and seen[1]["vision_config"][
+        "patch_size"
+    ] == 16
 
 
 SMALL = {
@@ -471,7 +648,11 @@ SMALL = {
     "t5": t5_shapes(40, 2, 64, 2),
     "umt5": t5_shapes(40, 2, 64, 2, tables=2),
     "qwen2_5_vl": llm_shapes(40, 256, 32, 2, 2, 1, bias=True),
-    "t5_old": {key.replace("wi_0", "wi"): shape for key, shape in t5_shapes(40, 2, 64, 2).items() if "wi_1" not in key},
+    "t5_old": {
+        key.replace("wi_0", "wi"): shape
+        for key, shape in t5_shapes(40, 2, 64, 2).items()
+        if "wi_1" not in key
+    },
     "qwen2_5": llm_shapes(40, 256, 32, 2, 2, 1, bias=True),
     "qwen3": llm_shapes(40, 64, 32, 2, 2, 1, norms=True),
     "qwen3_vl": llm_shapes(40, 64, 32, 2, 2, 1, 128, QWEN3_VL, True),
@@ -484,15 +665,25 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name, cls", [(name, cls) for name, encoder in supported().items() for cls in encoder.classes])
+@pytest.mark.parametrize(
+    "name, cls", [(name, cls) for name, encoder in supported().items() for cls in encoder.classes]
+)
 def test_a_model_of_every_class_out_of_shapes_alone_fits_them_and_runs(name, cls):
     encoder, shapes = encoder_named(name), SMALL[name]
     empty = skeleton(cls, config_of(encoder, shapes), torch.float32)
     take_out_spare(encoder, shapes, empty)
     layout = encoder_layout(encoder, shapes, empty)
-    assert (layout.unused, layout.missing) == ((), ()) and not any(buffer.is_meta for buffer in empty.buffers())
+    assert (layout.unused, layout.missing) == ((), ()) and not any(
+        buffer.is_meta for buffer in empty.buffers()
+    )
     for module in empty.modules():
-        module._parameters.update({n: nn.Parameter(torch.full(p.shape, 0.01)) for n, p in module._parameters.items() if p is not None})
+        module._parameters.update(
+            {
+                n: nn.Parameter(torch.full(p.shape, 0.01))
+                for n, p in module._parameters.items()
+                if p is not None
+            }
+        )
     assert all(x.isfinite().all() for x in answers(empty))
 
 
@@ -518,11 +709,18 @@ def openclip_file(wide: int = 64, layers: int = 2) -> dict[str, Tensor]:
         "ln_final.weight": (wide,),
         "ln_final.bias": (wide,),
     }
-    shapes |= {f"transformer.resblocks.{i}.{name}": shape for i in range(layers) for name, shape in inner.items()}
-    return {name: torch.randn(shape) for name, shape in shapes.items()} | {"text_projection": torch.randn(wide, wide)}
+    shapes |= {
+        f"transformer.resblocks.{i}.{name}": shape for i in range(layers) for name, shape in inner.items()
+    }
+    return {name: torch.randn(shape) for name, shape in shapes.items()} | {
+        "text_projection": torch.randn(wide, wide)
+    }
 
 
-@pytest.mark.parametrize("prefix", ["conditioner.embedders.1.model.", "conditioner.embedders.0.model.", "cond_stage_model.model.", ""])
+@pytest.mark.parametrize(
+    "prefix",
+    ["conditioner.embedders.1.model.", "conditioner.embedders.0.model.", "cond_stage_model.model.", ""],
+)
 def test_names_of_openclip_are_those_of_diffusers_converter(prefix):
     file = openclip_file()
     shapes = {prefix + key: tuple(value.shape) for key, value in file.items()} | {
@@ -534,17 +732,30 @@ def test_names_of_openclip_are_those_of_diffusers_converter(prefix):
     inside = {key.removeprefix(prefix): shape for key, shape in shapes.items()}
     model = skeleton("CLIPTextModelWithProjection", CLIP, torch.float32)
     converted = convert_open_clip_checkpoint(model, {"p." + key: value for key, value in file.items()}, "p.")
-    layout, (names, dropped) = encoder_layout(found.encoder, inside, model), canonical_names(found.encoder, inside)
-    assert set(layout.dropped) == set(dropped) == {"logit_scale", "attn_mask"} and layout.missing == layout.unused == ()
+    layout, (names, dropped) = (
+        encoder_layout(found.encoder, inside, model),
+        canonical_names(found.encoder, inside),
+    )
+    assert (
+        set(layout.dropped) == set(dropped) == {"logit_scale", "attn_mask"}
+        and layout.missing == layout.unused == ()
+    )
     for parts in (layout.parts, names):
         made = {name: part.cut(file[part.key]) for name, (part,) in parts.items()}
-        assert made.keys() == converted.keys() and all(torch.equal(made[name], converted[name]) for name in made)
+        assert made.keys() == converted.keys() and all(
+            torch.equal(made[name], converted[name]) for name in made
+        )
 
 
 def test_configuration_of_an_openclip_file():
     shapes = shapes_of(openclip_file(1024)) | {"text_projection": (1024, 512)}
     config = config_of(encoder_named("clip_h"), shapes)
-    assert (config["hidden_size"], config["projection_dim"], config["num_hidden_layers"], config["vocab_size"]) == (1024, 512, 2, 40)
+    assert (
+        config["hidden_size"],
+        config["projection_dim"],
+        config["num_hidden_layers"],
+        config["vocab_size"],
+    ) == (1024, 512, 2, 40)
     third = {"rows": "text_model.encoder.layers.1.self_attn.k_proj.weight"}
     assert config_of(Encoder("clip_h", config={"rows": third}), shapes) == {"rows": 1024}
 
@@ -558,13 +769,18 @@ def test_configuration_of_an_openclip_file():
     ],
 )
 def test_damaged_tensors_of_openclip(key, shape):
-    with pytest.raises(FileError, match=rf"{key} holds .*, but its shape is \[{shape[0]}.*; the file is damaged"):
+    with pytest.raises(
+        FileError, match=rf"{key} holds .*, but its shape is \[{shape[0]}.*; the file is damaged"
+    ):
         canonical_names(encoder_named("clip"), shapes_of(openclip_file()) | {key: shape})
 
 
 def test_names_of_old_files_of_diffusers_and_sd1():
     tiny, model = TINY["CLIPTextModelWithProjection"], tiny_model("CLIPTextModelWithProjection")
-    file = {re.sub(r"self_attn\.(\w+)_proj", r"self_attn.to_\1", key): value for key, value in tiny.file(model).items()}
+    file = {
+        re.sub(r"self_attn\.(\w+)_proj", r"self_attn.to_\1", key): value
+        for key, value in tiny.file(model).items()
+    }
     old = {key.removeprefix("text_model."): value for key, value in tiny.file(model).items()}
     for one in (file, old):
         assert identify(shapes_of(one)).encoder.name == "clip"
@@ -592,7 +808,9 @@ def test_names_of_wan():
         for pattern, new in WAN.items():
             name = re.sub(pattern, new, name)
         file[name] = value
-    assert {"blocks.1.ffn.gate.0.weight", "blocks.0.pos_embedding.embedding.weight", "norm.weight"} <= set(file)
+    assert {"blocks.1.ffn.gate.0.weight", "blocks.0.pos_embedding.embedding.weight", "norm.weight"} <= set(
+        file
+    )
     assert identify(shapes_of(file)).encoder.name == "umt5"
     assert same(model, filled(encoder_named("umt5"), tiny.cls, tiny.config, file))
 
@@ -602,9 +820,13 @@ def test_t5_of_sd3_is_what_diffusers_converter_makes_of_it():
     prefix = "text_encoders.t5xxl.transformer."
     file = {prefix + key: value for key, value in TINY["T5EncoderModel"].file(model).items()}
     found = identify(shapes_of(file))
-    names, _ = canonical_names(found.encoder, shapes_of({key.removeprefix(found.prefix): value for key, value in file.items()}))
+    names, _ = canonical_names(
+        found.encoder, shapes_of({key.removeprefix(found.prefix): value for key, value in file.items()})
+    )
     converted = convert_sd3_t5_checkpoint_to_diffusers(file)
-    assert {name: Part(key) for name, key in zip(converted, converted, strict=True)} == {name: part for name, (part,) in names.items()}
+    assert {name: Part(key) for name, key in zip(converted, converted, strict=True)} == {
+        name: part for name, (part,) in names.items()
+    }
 
 
 @pytest.mark.parametrize("held", [("shared",), ("encoder.embed_tokens",), ("shared", "encoder.embed_tokens")])
@@ -615,7 +837,11 @@ def test_one_table_of_two_names(held):
     file |= {f"{name}.weight": table for name in held}
     empty = skeleton(tiny.cls, tiny.config, torch.float32)
     layout = encoder_layout(encoder_named("t5"), shapes_of(file), empty)
-    assert layout.parts["shared.weight"] == layout.parts["encoder.embed_tokens.weight"] == (Part(f"{held[0]}.weight"),)
+    assert (
+        layout.parts["shared.weight"]
+        == layout.parts["encoder.embed_tokens.weight"]
+        == (Part(f"{held[0]}.weight"),)
+    )
     assert layout.missing == () and layout.dropped == (
         {} if len(held) == 1 else {"encoder.embed_tokens.weight": "the same as shared.weight"}
     )
@@ -627,18 +853,27 @@ def test_a_head_that_is_the_table_of_words():
     built = filled(encoder_named("qwen3"), tiny.cls, tiny.config, tiny.file(model))
     words = torch.tensor([[3, 4]])
     assert torch.equal(built(words).logits, model(words).logits)
-    loose = filled(encoder_named("qwen3"), tiny.cls, {**tiny.config, "tie_word_embeddings": False}, tiny.file(model))
+    loose = filled(
+        encoder_named("qwen3"), tiny.cls, {**tiny.config, "tie_word_embeddings": False}, tiny.file(model)
+    )
     assert isinstance(loose.lm_head, nn.Identity) and same(model, loose)
 
 
 def test_what_files_hold_besides():
-    clip = clip_shapes(64, 1) | {"text_model.embeddings.position_ids": (1, 77), "logit_scale": (), "logit_bias": ()}
+    clip = clip_shapes(64, 1) | {
+        "text_model.embeddings.position_ids": (1, 77),
+        "logit_scale": (),
+        "logit_bias": (),
+    }
     t5 = t5_shapes(40, 1, 64, 1) | {
         "decoder.block.0.layer.0.SelfAttention.q.weight": (8, 8),
         "lm_head.weight": (40, 64),
         "spiece_model": (99,),
     }
-    mistral = llm_shapes(40, 64, 32, 1, 2, 1) | {"tekken_model": (99,), "model.layers.0.self_attn.rotary_emb.inv_freq": (32,)}
+    mistral = llm_shapes(40, 64, 32, 1, 2, 1) | {
+        "tekken_model": (99,),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": (32,),
+    }
     for name, shapes, dropped in (("clip", clip, 3), ("t5", t5, 3), ("mistral3", mistral, 2)):
         encoder = encoder_named(name)
         assert len(canonical_names(encoder, shapes)[1]) == dropped
@@ -650,8 +885,13 @@ def test_what_files_hold_besides():
 
 def test_a_projection_that_the_class_has_not():
     encoder, shapes = encoder_named("clip"), clip_shapes(64, 1, projection=64)
-    layout = encoder_layout(encoder, shapes, skeleton("CLIPTextModel", config_of(encoder, shapes), torch.float32))
-    assert layout.dropped == {"text_projection.weight": "the CLIPTextModel has no place for it"} and layout.unused == ()
+    layout = encoder_layout(
+        encoder, shapes, skeleton("CLIPTextModel", config_of(encoder, shapes), torch.float32)
+    )
+    assert (
+        layout.dropped == {"text_projection.weight": "the CLIPTextModel has no place for it"}
+        and layout.unused == ()
+    )
 
 
 def test_a_projection_that_the_file_has_not_is_the_identity_for_clip_l_as_in_diffusers(caplog):
@@ -659,8 +899,14 @@ def test_a_projection_that_the_file_has_not_is_the_identity_for_clip_l_as_in_dif
     file = {key: value for key, value in tiny.file(model).items() if key != "text_projection.weight"}
     with caplog.at_level(logging.INFO):
         built = filled(encoder_named("clip_l"), tiny.cls, tiny.config, file)
-    reference = filled(encoder_named("clip_l"), tiny.cls, tiny.config, file | {"text_projection.weight": torch.eye(64)})
-    assert same(built, reference) and "text_projection is not in the file: " in caplog.text and "the identity" in caplog.text
+    reference = filled(
+        encoder_named("clip_l"), tiny.cls, tiny.config, file | {"text_projection.weight": torch.eye(64)}
+    )
+    assert (
+        same(built, reference)
+        and "text_projection is not in the file: " in caplog.text
+        and "the identity" in caplog.text
+    )
     # of the others the projection is none: it would be another embedding
     shapes = clip_shapes(1280, 1)
     empty = skeleton("CLIPTextModelWithProjection", config_of(encoder_named("clip_g"), shapes), torch.float32)
@@ -714,29 +960,53 @@ ATTENTION = "encoder.block.0.layer.0.SelfAttention"
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("clip", {WORDS: None}, f"the file has no {WORDS}, which says the vocab_size of clip; it is incomplete"),
+        (
+            "clip",
+            {WORDS: None},
+            f"the file has no {WORDS}, which says the vocab_size of clip; it is incomplete",
+        ),
         (
             "clip",
             {"text_model.final_layer_norm.weight": (96,)},
             "weight has 96 rows, no multiple of 64: the num_attention_heads of this clip",
         ),
-        ("clip", {f"{CLIP_LAYER}.layer_norm1.weight": None}, r"has no .*layers.\*.layer_norm1.weight, which says the num_hidden_layers"),
-        ("t5", {f"{ATTENTION}.relative_attention_bias.weight": (32,)}, "which says the num_heads of t5; it is incomplete"),
+        (
+            "clip",
+            {f"{CLIP_LAYER}.layer_norm1.weight": None},
+            r"has no .*layers.\*.layer_norm1.weight, which says the num_hidden_layers",
+        ),
+        (
+            "t5",
+            {f"{ATTENTION}.relative_attention_bias.weight": (32,)},
+            "which says the num_heads of t5; it is incomplete",
+        ),
         (
             "t5",
             {f"{ATTENTION}.q.weight": (63, 8)},
             "q.weight has 63 rows, no multiple of 2: the d_kv of this t5 cannot be told from the file",
         ),
-        ("clip", {"text_model.embeddings.position_embedding.weight": (2**40, 0)}, "has no .*, which says the max_position_embeddings"),
-        ("llama", {"model.embed_tokens.weight": ()}, "no model.embed_tokens.weight, which says the vocab_size of llama"),
+        (
+            "clip",
+            {"text_model.embeddings.position_embedding.weight": (2**40, 0)},
+            "has no .*, which says the max_position_embeddings",
+        ),
+        (
+            "llama",
+            {"model.embed_tokens.weight": ()},
+            "no model.embed_tokens.weight, which says the vocab_size of llama",
+        ),
     ],
 )
 def test_sizes_that_cannot_be_told(name, change, message):
     shapes = {
-        key: shape for key, shape in (SMALL[name] if name != "clip" else clip_shapes(64, 1)).items() if change.get(key, 1) is not None
+        key: shape
+        for key, shape in (SMALL[name] if name != "clip" else clip_shapes(64, 1)).items()
+        if change.get(key, 1) is not None
     }
     with pytest.raises(FileError, match=message):
-        config_of(encoder_named(name), shapes | {key: shape for key, shape in change.items() if shape is not None})
+        config_of(
+            encoder_named(name), shapes | {key: shape for key, shape in change.items() if shape is not None}
+        )
 
 
 @pytest.mark.parametrize(
@@ -768,31 +1038,65 @@ def test_what_stays_float(name, layer, why):
 
 @pytest.mark.parametrize("name", ["t5", "umt5", "t5_old"])
 def test_wo_stays_float_where_nothing_takes_its_outliers(name):
-    why = {form: encoder_named(name).why_float("encoder.block.0.layer.1.DenseReluDense.wo", form) for form in FORMATS}
-    assert {form for form in why if why[form]} == {"int8_tensorwise", "int8_rowwise", "int8_blockwise", "int8_block3d"}
+    why = {
+        form: encoder_named(name).why_float("encoder.block.0.layer.1.DenseReluDense.wo", form)
+        for form in FORMATS
+    }
+    assert {form for form in why if why[form]} == {
+        "int8_tensorwise",
+        "int8_rowwise",
+        "int8_blockwise",
+        "int8_block3d",
+    }
 
 
 def test_every_encoder_is_complete():
     for encoder in supported().values():
-        assert all(issubclass(getattr(transformers, cls), transformers.PreTrainedModel) for cls in encoder.classes)
-        assert encoder.fingerprints and encoder.float_layers and encoder.config and encoder.tokens in (77, 256, 512)
+        assert all(
+            issubclass(getattr(transformers, cls), transformers.PreTrainedModel) for cls in encoder.classes
+        )
+        assert (
+            encoder.fingerprints
+            and encoder.float_layers
+            and encoder.config
+            and encoder.tokens in (77, 256, 512)
+        )
         assert set(encoder.tokenizer) == {"location", "subfolder"} and "/" in encoder.tokenizer["location"]
     assert {name for name, encoder in shipped_encoders().items() if not encoder.classes} == {
-        "byt5", "gemma4", "gpt_oss", "jina_clip", "ming", "qwen3_5", "t5_gemma",
-    }  # fmt: skip
+        "byt5",
+        "gemma4",
+        "gpt_oss",
+        "jina_clip",
+        "ming",
+        "qwen3_5",
+        "t5_gemma",
+    }
 
 
 def test_no_rule_is_idle():
-    files = [tiny.file(tiny_model(name)) for name, tiny in TINY.items()] + [tiny_model(name).state_dict() for name in TINY]
-    keys = {key for file in files for key in file} | set(openclip_file()) | {key for shapes in SMALL.values() for key in shapes}
-    keys |= {"text_model.encoder.layers.0.self_attn.to_q.weight", "text_model.encoder.layers.0.self_attn.to_out.weight"}
+    files = [tiny.file(tiny_model(name)) for name, tiny in TINY.items()] + [
+        tiny_model(name).state_dict() for name in TINY
+    ]
+    keys = (
+        {key for file in files for key in file}
+        | set(openclip_file())
+        | {key for shapes in SMALL.values() for key in shapes}
+    )
+    keys |= {
+        "text_model.encoder.layers.0.self_attn.to_q.weight",
+        "text_model.encoder.layers.0.self_attn.to_out.weight",
+    }
     keys |= {re.sub("to_q", f"to_{x}", key) for key in keys for x in "kv"}
     keys |= (
         {f"language_model.{key}" for key in keys}
         | {f"language_model.model.{key}" for key in keys}
         | {key.replace("vision_model", "vision_tower.vision_model") for key in keys}
     )
-    keys |= {f"model.{key}" for key in keys} | {"language_model.lm_head.weight"} | {key.removeprefix("text_model.") for key in keys}
+    keys |= (
+        {f"model.{key}" for key in keys}
+        | {"language_model.lm_head.weight"}
+        | {key.removeprefix("text_model.") for key in keys}
+    )
     t5 = TINY["UMT5EncoderModel"].file(tiny_model("UMT5EncoderModel"))
     for name in t5:
         for pattern, new in WAN.items():
@@ -800,7 +1104,9 @@ def test_no_rule_is_idle():
         keys.add(name)
     for name in supported():
         rules = (*encoder_named(name).names.names, *encoder_named(name).names.parameters)
-        assert rules and not [rule.native for rule in rules if not any(captures(rule.native, rule.subject(key)) for key in keys)]
+        assert rules and not [
+            rule.native for rule in rules if not any(captures(rule.native, rule.subject(key)) for key in keys)
+        ]
 
 
 def test_classes_by_name():
@@ -808,12 +1114,17 @@ def test_classes_by_name():
     assert encoder_of_class("T5EncoderModel", SMALL["t5_old"]).name == "t5_old"
     assert encoder_of_class("CLIPTextModelWithProjection", SMALL["clip_g"]).name == "clip_g"
     assert encoder_of_class("BertModel", SMALL["t5"]) is None
-    with pytest.raises(ConfigError, match=r"no text encoder called 'clip_k'; did you mean 'clip_l'. choose from clip, clip_g, .*, umt5"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no text encoder called 'clip_k'; did you mean 'clip_l'. choose from clip, clip_g, .*, umt5",
+    ):
         encoder_named("clip_k")
 
 
 def test_a_malformed_row_is_refused():
-    with pytest.raises(ConfigError, match=r"x.fingerprints.0 is \{'none': \[\]\}; it needs all, none, rows, not_rows"):
+    with pytest.raises(
+        ConfigError, match=r"x.fingerprints.0 is \{'none': \[\]\}; it needs all, none, rows, not_rows"
+    ):
         Encoder("x", fingerprints=[{"none": []}])
     with pytest.raises(ConfigError, match=r"no setting called 'x.spare.0.patern'; did you mean 'pattern'"):
         Encoder("x", spare=[{"patern": "a"}])
@@ -821,18 +1132,25 @@ def test_a_malformed_row_is_refused():
 
 def test_marks():
     shapes = {"a.0": (4, 2), "b": ()}
-    assert Mark(["a.*"]).fits(shapes) and not Mark(["c"]).fits(shapes) and not Mark(["b"], ["a.?"]).fits(shapes)
+    assert (
+        Mark(["a.*"]).fits(shapes) and not Mark(["c"]).fits(shapes) and not Mark(["b"], ["a.?"]).fits(shapes)
+    )
     assert Mark(["b"], rows={"a.0": [3, 4]}).fits(shapes) and not Mark(["b"], rows={"a.0": 3}).fits(shapes)
     assert not Mark(["b"], rows={"c": 4}).fits(shapes) and not Mark(["b"], not_rows={"a.0": 4}).fits(shapes)
     assert Mark(["b"], not_rows={"a.0": 3, "c": 4}).fits(shapes)
 
 
-@pytest.mark.parametrize("dtype, wo", [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)])
+@pytest.mark.parametrize(
+    "dtype, wo",
+    [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)],
+)
 def test_dtypes_are_those_of_transformers_loader(dtype, wo, tmp_path):
     tiny_model("T5EncoderModel").save_pretrained(tmp_path)
     loaded = transformers.T5EncoderModel.from_pretrained(tmp_path, dtype=dtype)
     empty = skeleton("T5EncoderModel", T5, dtype)
-    assert {name: p.dtype for name, p in empty.named_parameters()} == {name: p.dtype for name, p in loaded.named_parameters()}
+    assert {name: p.dtype for name, p in empty.named_parameters()} == {
+        name: p.dtype for name, p in loaded.named_parameters()
+    }
     assert empty.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == wo
     assert empty.shared.weight.is_meta and not empty.training and not empty.shared.weight.requires_grad
 
@@ -883,13 +1201,13 @@ def test_tokenizers(monkeypatch):
         raise OSError("We couldn't connect\nto the hub")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fetch)
-    message = (
-        r"the tokenizer Qwen/Qwen-Image \(tokenizer\) is not on this machine and could not be fetched: We couldn't connect to the hub; take"
-    )
+    message = r"the tokenizer Qwen/Qwen-Image \(tokenizer\) is not on this machine and could not be fetched: We couldn't connect to the hub; take"
     with pytest.raises(FileError, match=message):
         load_tokenizer(encoder_named("qwen2_5_vl").tokenizer)
     with pytest.raises(FileError, match="the tokenizer google/t5-v1_1-xxl is not on"):
         load_tokenizer(encoder_named("t5").tokenizer)
     assert asked == [("Qwen/Qwen-Image", "tokenizer"), ("google/t5-v1_1-xxl", "")]
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda location, subfolder: (location, subfolder))
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda location, subfolder: (location, subfolder)
+    )
     assert load_tokenizer({"location": "here"}) == ("here", "")

@@ -41,10 +41,14 @@ def check(file: File, tmp_path: Path, kernel_backend: str = "dequantize", **opti
     for name, weight in expected.items():
         if name in found:
             rows, columns = found[name].shape
-            assert np.allclose(found[name], weight[:rows, :columns], rtol=1e-5, atol=2e-6 * abs(weight).max()), name
+            assert np.allclose(
+                found[name], weight[:rows, :columns], rtol=1e-5, atol=2e-6 * abs(weight).max()
+            ), name
 
 
-def refused(file: File, tmp_path: Path, words: str, error: type[Exception] = FileError, **options: object) -> None:
+def refused(
+    file: File, tmp_path: Path, words: str, error: type[Exception] = FileError, **options: object
+) -> None:
     """The file is refused in one line that says why."""
     path = file.write(tmp_path / "x.safetensors")
     with pytest.raises(error, match=words) as found:
@@ -67,7 +71,9 @@ def test_every_encoder_and_format(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", INT8_BACKENDS)
 @pytest.mark.parametrize("shape", [(64,), (64, 1)])
-def test_64_scales_of_a_square_weight_are_of_its_rows(shape: tuple[int, ...], backend: str, tmp_path: Path) -> None:
+def test_64_scales_of_a_square_weight_are_of_its_rows(
+    shape: tuple[int, ...], backend: str, tmp_path: Path
+) -> None:
     check(rescaled(encoder("clip_l", "int8_rowwise"), Q, shape), tmp_path, backend)
 
 
@@ -82,7 +88,9 @@ def test_one_scale_in_three_shapes(word: str, shape: tuple[int, ...], tmp_path: 
     assert metadata["quant_format"]["found"] == word and metadata["formats"] == {word: 6}
 
 
-def test_one_scale_is_of_the_tensor_even_if_the_label_says_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_scale_is_of_the_tensor_even_if_the_label_says_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = rescaled(encoder("t5", "float8_e4m3fn"), f"{T5}0.SelfAttention.q", (1,))
     file.text(f"{T5}0.SelfAttention.q.comfy_quant", {"format": "float8_e4m3fn_rowwise"})
     check(file, tmp_path)
@@ -90,10 +98,16 @@ def test_one_scale_is_of_the_tensor_even_if_the_label_says_rows(tmp_path: Path, 
     assert metadata["layers"][f"{T5}0.SelfAttention.q"]["format"] == "float8_e4m3fn"
 
 
-@pytest.mark.parametrize(("byte", "word"), [
-    (0, "float8_e4m3fn"), (1, "float8_e4m3fn_rowwise"), (2, "float8_e4m3fn_blockwise"), (3, "float8_e4m3fn_block3d"),
-    (10, "int8_blockwise"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("byte", "word"),
+    [
+        (0, "float8_e4m3fn"),
+        (1, "float8_e4m3fn_rowwise"),
+        (2, "float8_e4m3fn_blockwise"),
+        (3, "float8_e4m3fn_block3d"),
+        (10, "int8_blockwise"),
+    ],
+)
 def test_markers_of_one_byte(byte: int, word: str, tmp_path: Path) -> None:
     file = encoder("clip_l", word)
     for layer in file.words:
@@ -127,7 +141,9 @@ def test_a_rotation_without_a_size_has_groups_of_256(tmp_path: Path) -> None:
 def test_groups_of_a_power_of_4_are_regular_and_others_are_sylvesters(size: int, tmp_path: Path) -> None:
     file = encoder("clip_l", "int8_rowwise")  # read as rotated the numbers are others, and the oracle's
     for layer in file.words:
-        file.text(f"{layer}.comfy_quant", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size})
+        file.text(
+            f"{layer}.comfy_quant", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
+        )
     check(file, tmp_path)
 
 
@@ -139,12 +155,18 @@ def test_doubled_braces(tmp_path: Path) -> None:
     check(with_marker(file, "{" + file.tensors[f"{Q}.comfy_quant"].data.decode() + "}"), tmp_path)
 
 
-@pytest.mark.parametrize("fields", [
-    {"convrot": True, "convrot_groupsize": 16, "per_row": True}, {"quarot": True, "quarot_groupsize": 16},
-    {"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": 16}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"convrot": True, "convrot_groupsize": 16, "per_row": True},
+        {"quarot": True, "quarot_groupsize": 16},
+        {"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": 16}},
+    ],
+)
 @pytest.mark.parametrize("backend", INT8_BACKENDS)
-def test_rotations_in_markers_without_a_format_or_in_params(fields: dict[str, object], backend: str, tmp_path: Path) -> None:
+def test_rotations_in_markers_without_a_format_or_in_params(
+    fields: dict[str, object], backend: str, tmp_path: Path
+) -> None:
     file = encoder("clip_l", "int8_convrot")
     for layer in file.words:
         file.text(f"{layer}.comfy_quant", fields)
@@ -152,11 +174,17 @@ def test_rotations_in_markers_without_a_format_or_in_params(fields: dict[str, ob
 
 
 @pytest.mark.parametrize("name", ["clip_l", "t5"])
-@pytest.mark.parametrize(("word", "label", "found"), [
-    ("int8_rowwise", "int8_blockwise", "int8_rowwise"), ("int8_tensorwise", "int8_blockwise", "int8_tensorwise"),
-    ("int8_block3d", "int8_tensorwise", "int8_block3d"), ("float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "float8_e4m3fn_rowwise"),
-    ("float8_e5m2", "float8_e4m3fn", "float8_e5m2"), ("float8_e4m3fn_block3d", "float8_e4m3fn", "float8_e4m3fn_block3d"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "label", "found"),
+    [
+        ("int8_rowwise", "int8_blockwise", "int8_rowwise"),
+        ("int8_tensorwise", "int8_blockwise", "int8_tensorwise"),
+        ("int8_block3d", "int8_tensorwise", "int8_block3d"),
+        ("float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "float8_e4m3fn_rowwise"),
+        ("float8_e5m2", "float8_e4m3fn", "float8_e5m2"),
+        ("float8_e4m3fn_block3d", "float8_e4m3fn", "float8_e4m3fn_block3d"),
+    ],
+)
 def test_a_label_that_the_shape_contradicts(
     word: str, label: str, found: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -171,7 +199,9 @@ def test_a_label_that_the_shape_contradicts(
     assert load_text_encoder(tmp_path / "x.safetensors")[1]["quant_format"]["found"] == found
 
 
-@pytest.mark.parametrize("label", ["float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "float8_e4m3fn_block3d"])
+@pytest.mark.parametrize(
+    "label", ["float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "float8_e4m3fn_block3d"]
+)
 def test_fp8_that_lost_its_scales_is_no_cast(label: str, tmp_path: Path) -> None:
     refused(encoder("t5", label).drop(".weight_scale"), tmp_path, "scale")
     refused(encoder("t5", label, carrier="header").drop(".weight_scale"), tmp_path, "scale")
@@ -197,14 +227,22 @@ def test_files_of_2024(elements: int, dtype: str, prefix: str, tmp_path: Path) -
     path = file.write(tmp_path / "x.safetensors")
     state, metadata = load_text_encoder(path)
     assert metadata["prefix"] == prefix and metadata["quant_format"]["found"] == word
-    assert {"scaled_fp8"}.isdisjoint(state) and state[f"{T5}0.SelfAttention.q.weight_scale"].dtype == torch.float32
-    found = asked_all(build_text_encoder(state, {**metadata, "kernel_backend": "dequantize"}, dtype=torch.float32))
+    assert {"scaled_fp8"}.isdisjoint(state) and state[
+        f"{T5}0.SelfAttention.q.weight_scale"
+    ].dtype == torch.float32
+    found = asked_all(
+        build_text_encoder(state, {**metadata, "kernel_backend": "dequantize"}, dtype=torch.float32)
+    )
     for name, reading in oracle.read(path).items():
         assert np.allclose(found[bare(name.removeprefix(prefix))], reading.weight, rtol=1e-5, atol=1e-6)
 
 
 def test_scaled_fp8_that_lost_its_scales(tmp_path: Path) -> None:
-    refused(legacy(encoder("t5", "float8_e4m3fn")).drop(".scale_weight"), tmp_path, "says that fp8 weights have scales, and none has one")
+    refused(
+        legacy(encoder("t5", "float8_e4m3fn")).drop(".scale_weight"),
+        tmp_path,
+        "says that fp8 weights have scales, and none has one",
+    )
 
 
 def test_a_plain_cast_beside_layers_with_scales(tmp_path: Path) -> None:
@@ -218,7 +256,9 @@ def test_scales_in_half_precision_are_multiplied_in_full(tmp_path: Path) -> None
             file = encoder("t5", word)
             for layer in file.words:
                 stored = file.tensors[f"{layer}.weight_scale"]
-                file.put(f"{layer}.weight_scale", dtype, np.frombuffer(stored.data, "<f4").reshape(stored.shape))
+                file.put(
+                    f"{layer}.weight_scale", dtype, np.frombuffer(stored.data, "<f4").reshape(stored.shape)
+                )
             check(file, tmp_path)
             check(file, tmp_path, "reference") if word.startswith("int8") else None
 
@@ -241,13 +281,26 @@ def test_a_header_that_lost_the_rotation(tmp_path: Path) -> None:
     check(file, tmp_path)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda layers: {f"{name}_old": fields for name, fields in layers.items()}, "which the file does not have"),
-    (lambda layers: {name: {**fields, "convrot": True, "convrot_groupsize": 64} for name, fields in layers.items()}, "contradict"),
-    (lambda layers: {name: {"format": "float8_e4m3fn"} for name in layers}, "contradict"),
-    (lambda layers: {name: {"format": "int9"} for name in layers}, "'int9'; int8run reads"),
-])  # fmt: skip
-def test_stale_headers(change: Callable[[dict[str, dict[str, object]]], object], words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda layers: {f"{name}_old": fields for name, fields in layers.items()},
+            "which the file does not have",
+        ),
+        (
+            lambda layers: {
+                name: {**fields, "convrot": True, "convrot_groupsize": 64} for name, fields in layers.items()
+            },
+            "contradict",
+        ),
+        (lambda layers: {name: {"format": "float8_e4m3fn"} for name in layers}, "contradict"),
+        (lambda layers: {name: {"format": "int9"} for name in layers}, "'int9'; int8run reads"),
+    ],
+)
+def test_stale_headers(
+    change: Callable[[dict[str, dict[str, object]]], object], words: str, tmp_path: Path
+) -> None:
     file = encoder("clip_l", "int8_convrot", carrier="both")
     layers = json.loads(file.metadata["_quantization_metadata"])["layers"]
     file.metadata["_quantization_metadata"] = json.dumps({"layers": change(layers)})
@@ -270,11 +323,19 @@ def test_a_rotation_that_only_the_user_can_tell(tmp_path: Path) -> None:
             file.real[layer], _ = int8_convrot(file, layer, real, 64)
     path = file.write(tmp_path / "x.safetensors")
     found = weights_of(path, quant_format="int8_convrot")
-    assert all(np.allclose(found[bare(layer)], file.real[layer], rtol=1e-5, atol=1e-6) for layer in file.words)
+    assert all(
+        np.allclose(found[bare(layer)], file.real[layer], rtol=1e-5, atol=1e-6) for layer in file.words
+    )
     # without a word rows are rows that are not rotated
     check(file, tmp_path)
     # a file that says something of itself is believed
-    refused(encoder("clip_l", "int8_rowwise"), tmp_path, "int8_convrot was asked for", ConfigError, quant_format="int8_convrot")
+    refused(
+        encoder("clip_l", "int8_rowwise"),
+        tmp_path,
+        "int8_convrot was asked for",
+        ConfigError,
+        quant_format="int8_convrot",
+    )
 
 
 @pytest.mark.parametrize("key", ["spiece_model", "tekken_model", "tokenizer_json"])
@@ -286,9 +347,15 @@ def test_embedded_tokenizers(key: str, tmp_path: Path) -> None:
     assert key not in state and key in str(metadata["dropped"])
 
 
-@pytest.mark.parametrize(("word", "asked"), [
-    ("int8_rowwise", "float8_e4m3fn"), ("float8_e4m3fn_rowwise", "nvfp4"), ("nvfp4", "mxfp8"), ("", "mxfp8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "asked"),
+    [
+        ("int8_rowwise", "float8_e4m3fn"),
+        ("float8_e4m3fn_rowwise", "nvfp4"),
+        ("nvfp4", "mxfp8"),
+        ("", "mxfp8"),
+    ],
+)
 def test_a_format_that_the_file_does_not_have(word: str, asked: str, tmp_path: Path) -> None:
     words = f"holds .*{word or 'no quantized layer'}.*{asked} was asked for"
     refused(encoder("clip_l", word), tmp_path, words, ConfigError, quant_format=asked)
@@ -297,8 +364,16 @@ def test_a_format_that_the_file_does_not_have(word: str, asked: str, tmp_path: P
 def test_words_that_are_none(tmp_path: Path) -> None:
     file = encoder("clip_l", "int8_rowwise")
     words = "did you mean 'int8_rowwise'. choose from auto, float8_e4m3fn, .*nvfp4"
-    refused(file, tmp_path, f"quant_format is 'int8_rowise'; {words}", ConfigError, quant_format="int8_rowise")
-    refused(file, tmp_path, "kernel_backend is 'pytorch'; .*choose from .*dequantize", ConfigError, kernel_backend="pytorch")
+    refused(
+        file, tmp_path, f"quant_format is 'int8_rowise'; {words}", ConfigError, quant_format="int8_rowise"
+    )
+    refused(
+        file,
+        tmp_path,
+        "kernel_backend is 'pytorch'; .*choose from .*dequantize",
+        ConfigError,
+        kernel_backend="pytorch",
+    )
 
 
 @pytest.mark.parametrize("word", ["nvfp4", "nvfp4_modelopt"])
@@ -325,12 +400,16 @@ def test_a_marker_of_comfyui_and_scales_in_rows(tmp_path: Path) -> None:
 def test_a_weight_that_is_stored_turned(tmp_path: Path) -> None:
     file = encoder("clip_l", "int8_rowwise", carrier="none")
     for layer in file.words:
-        codes = np.frombuffer(file.tensors[f"{layer}.weight"].data, "i1").reshape(file.tensors[f"{layer}.weight"].shape)
+        codes = np.frombuffer(file.tensors[f"{layer}.weight"].data, "i1").reshape(
+            file.tensors[f"{layer}.weight"].shape
+        )
         file.put(f"{layer}.weight", "I8", codes.T)
         rescaled(file, layer, (1, len(codes)))
     check(file, tmp_path)
     check(file, tmp_path, "reference")
-    assert np.allclose(weights_of(tmp_path / "x.safetensors")[bare(FC1)], file.real[FC1], rtol=1e-5, atol=1e-6)
+    assert np.allclose(
+        weights_of(tmp_path / "x.safetensors")[bare(FC1)], file.real[FC1], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("word", ["int8_rowwise", "int8_convrot", "float8_e4m3fn", "nvfp4", "mxfp8"])
@@ -361,17 +440,35 @@ def test_padding_is_cut(word: str, tmp_path: Path) -> None:
     assert weights_of(tmp_path / "x.safetensors")["encoder.layers.0.mlp.fc1"].shape == (100, 64)
     file = encoder("t5", word, inner=100)
     for layer in file.words:
-        shape = {"wi_0": [100, 64], "wi_1": [100, 64], "wo": [64, 100]}.get(layer.rpartition(".")[2], [64, 64])
+        shape = {"wi_0": [100, 64], "wi_1": [100, 64], "wo": [64, 100]}.get(
+            layer.rpartition(".")[2], [64, 64]
+        )
         file.text(f"{layer}.comfy_quant", {"format": word, "orig_shape": shape})
     check(file, tmp_path)
     assert weights_of(tmp_path / "x.safetensors")[f"{T5}1.DenseReluDense.wo"].shape == (64, 100)
 
 
-@pytest.mark.parametrize("word", ["int8_rowwise", "int8_convrot", "int8_tensorwise", "float8_e4m3fn_cast", "float8_e5m2", "nvfp4", "mxfp8"])
-@pytest.mark.parametrize(("name", "table"), [
-    ("t5", "shared"), ("clip_l", "text_model.embeddings.token_embedding"), ("qwen3", "model.embed_tokens"),
-    ("gemma2", "model.embed_tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "word",
+    [
+        "int8_rowwise",
+        "int8_convrot",
+        "int8_tensorwise",
+        "float8_e4m3fn_cast",
+        "float8_e5m2",
+        "nvfp4",
+        "mxfp8",
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("t5", "shared"),
+        ("clip_l", "text_model.embeddings.token_embedding"),
+        ("qwen3", "model.embed_tokens"),
+        ("gemma2", "model.embed_tokens"),
+    ],
+)
 def test_quantized_embeddings(name: str, table: str, word: str, tmp_path: Path) -> None:
     file = encoder(name, word, quantized=[f"{table}.weight"])
     assert table in file.words
@@ -418,7 +515,8 @@ def wan_name(key: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("word", "carrier"), [("int8_rowwise", "none"), ("int8_convrot", "tensor"), ("nvfp4", "tensor"), ("mxfp8", "none")]
+    ("word", "carrier"),
+    [("int8_rowwise", "none"), ("int8_convrot", "tensor"), ("nvfp4", "tensor"), ("mxfp8", "none")],
 )
 def test_companions_follow_a_renamed_weight(word: str, carrier: str, tmp_path: Path) -> None:
     file = encoder("umt5", word, carrier=carrier)
@@ -447,7 +545,9 @@ def test_only_the_encoder_that_is_meant_must_be_sound(tmp_path: Path) -> None:
     refused(file, tmp_path, "several text encoders: t5 .*clip")
     refused(file, tmp_path, "weight_scale_2 are not finite", which="t5xxl")
     found = weights_of(tmp_path / "x.safetensors", which="clip_l")
-    assert all(np.allclose(found[bare(layer)], weight, rtol=1e-5, atol=1e-6) for layer, weight in clip.real.items())
+    assert all(
+        np.allclose(found[bare(layer)], weight, rtol=1e-5, atol=1e-6) for layer, weight in clip.real.items()
+    )
 
 
 @pytest.mark.parametrize("word", ["float8_e4m3fn", "float8_e4m3fn_cast"])
@@ -457,7 +557,11 @@ def test_norms_in_fp8(word: str, tmp_path: Path) -> None:
     if word == "float8_e4m3fn":
         file.put("text_model.final_layer_norm.weight_scale", "F32", 3.0)
     state, metadata = load_text_encoder(file.write(tmp_path / "x.safetensors"))
-    norm = next(p for name, p in build_text_encoder(state, metadata).named_parameters() if name.endswith("final_layer_norm.weight"))
+    norm = next(
+        p
+        for name, p in build_text_encoder(state, metadata).named_parameters()
+        if name.endswith("final_layer_norm.weight")
+    )
     assert norm[:1].item() == (3 if word == "float8_e4m3fn" else 1) and norm[63] == 2 * norm[0]
 
 
@@ -518,28 +622,41 @@ def test_outputs_are_those_of_the_float_encoder(tmp_path: Path) -> None:
         for layer in file.words:
             floats.put(f"{layer}.weight", "F32", file.real[layer])
         models = [
-            build_text_encoder(*load_text_encoder(made.write(tmp_path / "x.safetensors"), kernel_backend="dequantize"), dtype=torch.float32)
+            build_text_encoder(
+                *load_text_encoder(made.write(tmp_path / "x.safetensors"), kernel_backend="dequantize"),
+                dtype=torch.float32,
+            )
             for made in (file, floats)
         ]
         with torch.inference_mode():
-            found, expected = (model(input_ids=tokens, output_hidden_states=True).hidden_states[-1] for model in models)
+            found, expected = (
+                model(input_ids=tokens, output_hidden_states=True).hidden_states[-1] for model in models
+            )
         assert_close(name, found, expected, 1e-4)
 
 
 @pytest.mark.parametrize("word", ["int8_rowwise", "nvfp4"])
 @pytest.mark.parametrize("alpha", [None, 2.0])
-def test_a_lora_without_alpha_is_as_strong_as_it_was_trained(alpha: float | None, word: str, tmp_path: Path) -> None:
+def test_a_lora_without_alpha_is_as_strong_as_it_was_trained(
+    alpha: float | None, word: str, tmp_path: Path
+) -> None:
     rank = 4
     down, up = randn(rank, 64, seed=1), randn(64, rank, seed=2) * 0.05
     key = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
-    tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, **({f"{key}.alpha": torch.tensor(alpha)} if alpha else {})}
+    tensors = {
+        f"{key}.lora_down.weight": down,
+        f"{key}.lora_up.weight": up,
+        **({f"{key}.alpha": torch.tensor(alpha)} if alpha else {}),
+    }
     save_file(tensors, tmp_path / "lora.safetensors")
     file = encoder("clip_l", word)
     source = EncoderFile(file.write(tmp_path / "x.safetensors"))
     model = skeleton("CLIPTextModel", config_of(source.encoder, source.shapes), torch.float32)
     take_out_spare(source.encoder, source.shapes, model)
     stack = LoraStack(TinyModel(), {"text_encoder": model})
-    changes = stack.matched([Entry("a", read_lora(tmp_path / "lora.safetensors"))]).by_component["text_encoder"]
+    changes = stack.matched([Entry("a", read_lora(tmp_path / "lora.safetensors"))]).by_component[
+        "text_encoder"
+    ]
     merges = []
 
     def adopt(model: nn.Module) -> Merged:
@@ -555,5 +672,7 @@ def test_a_lora_without_alpha_is_as_strong_as_it_was_trained(alpha: float | None
         built.refresh([name])
         moved = asked_all(built.module)[bare(name)] - before[bare(name)]
         # alpha / rank, and 1 without an alpha; a part of it is lost when the sum is rounded to the format
-        assert (moved * change).sum() / (change**2).sum() == pytest.approx(strength * (alpha / rank if alpha else 1), abs=0.05)
+        assert (moved * change).sum() / (change**2).sum() == pytest.approx(
+            strength * (alpha / rank if alpha else 1), abs=0.05
+        )
     source.files.close()

@@ -12,20 +12,61 @@ from torch import Tensor, nn
 
 WORDS, WIDE, FEED = 40, 32, 48
 LLM = {
-    "vocab_size": WORDS, "hidden_size": WIDE, "intermediate_size": FEED, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": WORDS,
+    "hidden_size": WIDE,
+    "intermediate_size": FEED,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+}
 CLIP = {
-    "vocab_size": WORDS, "hidden_size": 64, "intermediate_size": FEED, "num_hidden_layers": 2, "num_attention_heads": 1,
-    "max_position_embeddings": 16, "projection_dim": 64, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
-}  # fmt: skip
-T5 = {"vocab_size": WORDS, "d_model": WIDE, "d_kv": 8, "d_ff": FEED, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+    "vocab_size": WORDS,
+    "hidden_size": 64,
+    "intermediate_size": FEED,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "max_position_embeddings": 16,
+    "projection_dim": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+T5 = {
+    "vocab_size": WORDS,
+    "d_model": WIDE,
+    "d_kv": 8,
+    "d_ff": FEED,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+}
 QWEN25 = {name: value for name, value in LLM.items() if name != "head_dim"} | {
     "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}
 }
-QWEN3 = LLM | {"rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 2, 2]}}
-EYES = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDE, "patch_size": 2}
-SIGLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 4, "patch_size": 2}
+QWEN3 = LLM | {
+    "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 2, 2]}
+}
+EYES = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": WIDE,
+    "patch_size": 2,
+}
+SIGLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 4,
+    "patch_size": 2,
+}
 PIXTRAL = {"model_type": "pixtral", **SIGLIP, "head_dim": 8}
 
 
@@ -70,7 +111,11 @@ class Tiny:
 
 
 VLM = ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual."))
-LLAVA = ((r"^model\.language_model\.", "model."), (r"^model\.vision_tower\.", "vision_tower."), (r"^model\.multi", "multi"))
+LLAVA = (
+    (r"^model\.language_model\.", "model."),
+    (r"^model\.vision_tower\.", "vision_tower."),
+    (r"^model\.multi", "multi"),
+)
 GEMMA3 = (
     (r"^model\.language_model\.", "model."),
     (r"^model\.vision_tower\.(vision_model\.)?", "vision_model."),
@@ -85,39 +130,99 @@ TINY: dict[str, Tiny] = {
         Tiny("clip", "CLIPTextModel", CLIP, ((r"^(?!text_model)", "text_model."),)),
         Tiny("clip", "CLIPTextModelWithProjection", CLIP),
         Tiny("t5", "T5EncoderModel", T5, lacks=TIED),
-        Tiny("t5_old", "T5EncoderModel", T5 | {"feed_forward_proj": "relu"}, lacks=TIED, named="T5EncoderModel 1.0"),
+        Tiny(
+            "t5_old",
+            "T5EncoderModel",
+            T5 | {"feed_forward_proj": "relu"},
+            lacks=TIED,
+            named="T5EncoderModel 1.0",
+        ),
         Tiny("umt5", "UMT5EncoderModel", T5, lacks=TIED),
-        Tiny("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", {"text_config": QWEN25, "vision_config": EYES}, VLM),
+        Tiny(
+            "qwen2_5_vl",
+            "Qwen2_5_VLForConditionalGeneration",
+            {"text_config": QWEN25, "vision_config": EYES},
+            VLM,
+        ),
         Tiny("qwen2_5_vl", "Qwen2_5_VLModel", {"text_config": QWEN25, "vision_config": EYES}, INNER),
         Tiny("qwen2_5", "Qwen2_5_VLTextModel", QWEN25, ALONE),
         Tiny("qwen2_5", "Qwen2Model", LLM | {"num_attention_heads": 2}, ALONE),
-        Tiny("qwen2_5", "Qwen2ForCausalLM", LLM | {"num_attention_heads": 2, "tie_word_embeddings": True}, lacks=r"^lm_head"),
+        Tiny(
+            "qwen2_5",
+            "Qwen2ForCausalLM",
+            LLM | {"num_attention_heads": 2, "tie_word_embeddings": True},
+            lacks=r"^lm_head",
+        ),
         Tiny("qwen3", "Qwen3ForCausalLM", LLM | {"tie_word_embeddings": True}, lacks=r"^lm_head"),
         Tiny("qwen3", "Qwen3Model", LLM, ALONE),
-        Tiny("qwen3_vl", "Qwen3VLForConditionalGeneration", {
-            "text_config": QWEN3, "vision_config": EYES | {"deepstack_visual_indexes": [0], "num_position_embeddings": 4},
-        }),
-        Tiny("qwen3_vl", "Qwen3VLModel", {
-            "text_config": QWEN3, "vision_config": EYES | {"deepstack_visual_indexes": [0], "num_position_embeddings": 4},
-        }, ((r"^", "model."),)),
+        Tiny(
+            "qwen3_vl",
+            "Qwen3VLForConditionalGeneration",
+            {
+                "text_config": QWEN3,
+                "vision_config": EYES | {"deepstack_visual_indexes": [0], "num_position_embeddings": 4},
+            },
+        ),
+        Tiny(
+            "qwen3_vl",
+            "Qwen3VLModel",
+            {
+                "text_config": QWEN3,
+                "vision_config": EYES | {"deepstack_visual_indexes": [0], "num_position_embeddings": 4},
+            },
+            ((r"^", "model."),),
+        ),
         Tiny("qwen3", "Qwen3VLTextModel", QWEN3, ALONE),
         Tiny("gemma2", "Gemma2Model", LLM, ALONE),
         Tiny("gemma2", "Gemma2ForCausalLM", LLM | {"tie_word_embeddings": True}, lacks=r"^lm_head"),
-        Tiny("gemma3", "Gemma3ForConditionalGeneration", {
-            "text_config": LLM, "vision_config": SIGLIP, "mm_tokens_per_image": 1, "image_token_index": 7,
-        }, GEMMA3, r"^lm_head"),
-        Tiny("gemma3", "Gemma3Model", {"text_config": LLM, "vision_config": SIGLIP, "mm_tokens_per_image": 1}, (
-            (r"^language_model\.", "model."), (r"^vision_tower\.(vision_model\.)?", "vision_model."),
-        )),
+        Tiny(
+            "gemma3",
+            "Gemma3ForConditionalGeneration",
+            {
+                "text_config": LLM,
+                "vision_config": SIGLIP,
+                "mm_tokens_per_image": 1,
+                "image_token_index": 7,
+            },
+            GEMMA3,
+            r"^lm_head",
+        ),
+        Tiny(
+            "gemma3",
+            "Gemma3Model",
+            {"text_config": LLM, "vision_config": SIGLIP, "mm_tokens_per_image": 1},
+            (
+                (r"^language_model\.", "model."),
+                (r"^vision_tower\.(vision_model\.)?", "vision_model."),
+            ),
+        ),
         Tiny("gemma3", "Gemma3ForCausalLM", LLM, lacks=r"^lm_head"),
         Tiny("gemma3", "Gemma3TextModel", LLM, ALONE),
-        Tiny("mistral3", "Mistral3ForConditionalGeneration", {
-            "text_config": LLM | {"model_type": "mistral"}, "vision_config": PIXTRAL,
-        }, LLAVA),
-        Tiny("mistral3", "Mistral3Model", {"text_config": LLM | {"model_type": "mistral"}, "vision_config": PIXTRAL}, INNER),
-        Tiny("mistral3", "Mistral3Model", {
-            "text_config": LLM | {"model_type": "ministral3"}, "vision_config": PIXTRAL,
-        }, INNER, named="Mistral3Model of Ministral"),
+        Tiny(
+            "mistral3",
+            "Mistral3ForConditionalGeneration",
+            {
+                "text_config": LLM | {"model_type": "mistral"},
+                "vision_config": PIXTRAL,
+            },
+            LLAVA,
+        ),
+        Tiny(
+            "mistral3",
+            "Mistral3Model",
+            {"text_config": LLM | {"model_type": "mistral"}, "vision_config": PIXTRAL},
+            INNER,
+        ),
+        Tiny(
+            "mistral3",
+            "Mistral3Model",
+            {
+                "text_config": LLM | {"model_type": "ministral3"},
+                "vision_config": PIXTRAL,
+            },
+            INNER,
+            named="Mistral3Model of Ministral",
+        ),
         Tiny("llama", "MistralForCausalLM", LLM),
         Tiny("llama", "MistralModel", LLM, ALONE),
         Tiny("llama", "Ministral3ForCausalLM", LLM),
@@ -125,7 +230,7 @@ TINY: dict[str, Tiny] = {
         Tiny("llama", "LlamaForCausalLM", LLM),
         Tiny("llama", "LlamaModel", LLM, ALONE),
     )
-}  # fmt: skip
+}
 
 
 @cache
@@ -140,4 +245,9 @@ def answers(model: nn.Module) -> list[Tensor]:
     with torch.inference_mode():
         out = model(words, attention_mask=torch.ones_like(words), output_hidden_states=True)
     named = {name: value for name, value in out.items() if name not in ("past_key_values", "logits")}
-    return [x for value in named.values() for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, Tensor)]
+    return [
+        x
+        for value in named.values()
+        for x in (value if isinstance(value, tuple) else (value,))
+        if isinstance(x, Tensor)
+    ]

@@ -14,7 +14,9 @@ from int8run.tracking.run_record import FINISHED, Record, read_record, this_proc
 PROMPTS = ("fox", "red apple")
 
 
-def make_record(folder: Path, number: int = 0, state: str = FINISHED, files: bool = True, **status: Any) -> Record:
+def make_record(
+    folder: Path, number: int = 0, state: str = FINISHED, files: bool = True, **status: Any
+) -> Record:
     """A small record.
 
     Args:
@@ -23,11 +25,24 @@ def make_record(folder: Path, number: int = 0, state: str = FINISHED, files: boo
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts = {
-        "state": state, "error": None, "task": "run", "name": f"lora.strength={number}", "overrides": [f"lora.strength={number}"],
-        "choices": {"model": "tiny"}, "params": {"model": "tiny", "prompts": "tiny", "lora.strength": str(number)},
-        "sweep": "sweep-a", "number": number, "config_hash": f"{number:016x}", "build_key": "b" * 16, "objective": "quality/psnr_db",
-        "started": 1790000000.25 + 10 * number, "ended": 1790000005.5 + 10 * number, "jobs_at_once": 1, "tracking": None, **this_process(),
-    }  # fmt: skip
+        "state": state,
+        "error": None,
+        "task": "run",
+        "name": f"lora.strength={number}",
+        "overrides": [f"lora.strength={number}"],
+        "choices": {"model": "tiny"},
+        "params": {"model": "tiny", "prompts": "tiny", "lora.strength": str(number)},
+        "sweep": "sweep-a",
+        "number": number,
+        "config_hash": f"{number:016x}",
+        "build_key": "b" * 16,
+        "objective": "quality/psnr_db",
+        "started": 1790000000.25 + 10 * number,
+        "ended": 1790000005.5 + 10 * number,
+        "jobs_at_once": 1,
+        "tracking": None,
+        **this_process(),
+    }
     (folder / "status.json").write_text(json.dumps({**facts, **status}))
     (folder / "config.yaml").write_text(f"prompts:\n  prompts: {list(PROMPTS)}\n")
     (folder / "int8run.log").write_text("a line\n")
@@ -53,14 +68,20 @@ def write_results(folder: Path) -> None:
         "images": images,
     }
     (folder / "metrics.json").write_text(json.dumps(measured))
-    (folder / "layers.csv").write_text("name,in_features,quantized,why_not,weight_sqnr_db\na.b,8,true,,41.5\nc,16,false,small,\n")
+    (folder / "layers.csv").write_text(
+        "name,in_features,quantized,why_not,weight_sqnr_db\na.b,8,true,,41.5\nc,16,false,small,\n"
+    )
     (folder / "environment.json").write_text(json.dumps({"git": "8664a31abcde-dirty"}))
-    (folder / "system.csv").write_text("time,cpu_percent,gpu_percent\n1790000001.5,50.0,\n1790000002.5,75.0,\n1790000003.5,7")
+    (folder / "system.csv").write_text(
+        "time,cpu_percent,gpu_percent\n1790000001.5,50.0,\n1790000002.5,75.0,\n1790000003.5,7"
+    )
 
 
 def known(record: Record, place: Mapping[str, str], run_id: str) -> Record:
     """The record as a job keeps it once a tracker has opened its run."""
-    return Record(record.folder, {**record.status, "tracking": {**place, "run_id": run_id, "uploaded": False}})
+    return Record(
+        record.folder, {**record.status, "tracking": {**place, "run_id": run_id, "uploaded": False}}
+    )
 
 
 def client_of(tracker: MlflowTracker) -> mlflow.MlflowClient:
@@ -71,7 +92,10 @@ def client_of(tracker: MlflowTracker) -> mlflow.MlflowClient:
 def runs_of(tracker: MlflowTracker) -> list[mlflow.entities.Run]:
     """Runs of its experiment, the oldest first."""
     client = client_of(tracker)
-    return client.search_runs([client.get_experiment_by_name(tracker.experiment).experiment_id], order_by=["attributes.start_time ASC"])
+    return client.search_runs(
+        [client.get_experiment_by_name(tracker.experiment).experiment_id],
+        order_by=["attributes.start_time ASC"],
+    )
 
 
 def contents_of(tracker: MlflowTracker, run_id: str) -> dict[str, object]:
@@ -82,10 +106,20 @@ def contents_of(tracker: MlflowTracker, run_id: str) -> dict[str, object]:
     histories = {name: client.get_metric_history(run_id, name) for name in run.data.metrics}
     return {
         "params": run.data.params,
-        "history": {name: sorted((m.step, m.timestamp, repr(m.value)) for m in values) for name, values in histories.items()},
-        "tags": {name: value for name, value in run.data.tags.items() if name not in ("record", "mlflow.runName")},
+        "history": {
+            name: sorted((m.step, m.timestamp, repr(m.value)) for m in values)
+            for name, values in histories.items()
+        },
+        "tags": {
+            name: value for name, value in run.data.tags.items() if name not in ("record", "mlflow.runName")
+        },
         "pictures": sorted((name.split("+")[0], Path(name).suffix) for name in pictures),
-        "files": sorted(file.path for folder in (None, "samples") for file in client.list_artifacts(run_id, folder)),
-        "inputs": [(i.dataset.name, i.dataset.digest, [(t.key, t.value) for t in i.tags]) for i in run.inputs.dataset_inputs],
+        "files": sorted(
+            file.path for folder in (None, "samples") for file in client.list_artifacts(run_id, folder)
+        ),
+        "inputs": [
+            (i.dataset.name, i.dataset.digest, [(t.key, t.value) for t in i.tags])
+            for i in run.inputs.dataset_inputs
+        ],
         "end": (run.info.status, run.info.end_time),
     }

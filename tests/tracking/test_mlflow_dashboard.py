@@ -20,7 +20,14 @@ from int8run.tracking.mlflow_dashboard import (
     write_view,
 )
 
-METRICS = ["quality/psnr_db", "quality/ssim", "speed/step_ms_p50", "memory/denoiser_bytes", "series/step_ms", "plain"]
+METRICS = [
+    "quality/psnr_db",
+    "quality/ssim",
+    "speed/step_ms_p50",
+    "memory/denoiser_bytes",
+    "series/step_ms",
+    "plain",
+]
 PARAMS = {"outlier": ["none", "convrot"], "lora.strength": ["0", "0.5"]}
 KEYS = ["sample/000_fox_s0", "sample/001_cat_s0"]
 
@@ -31,7 +38,10 @@ def charts(state, kind):
 
 
 def test_settings_that_vary_have_their_values():
-    runs = [{"model": "tiny", "outlier": "none", "lora.strength": "0"}, {"model": "tiny", "outlier": "convrot", "lora.strength": "0"}]
+    runs = [
+        {"model": "tiny", "outlier": "none", "lora.strength": "0"},
+        {"model": "tiny", "outlier": "convrot", "lora.strength": "0"},
+    ]
     assert varying(runs) == {"outlier": ["none", "convrot"]}
     assert varying(runs[:1]) == varying([]) == {}
     assert varying([{"a": "1"}, {}]) == {"a": ["1", None]}
@@ -39,11 +49,17 @@ def test_settings_that_vary_have_their_values():
 
 def test_what_an_option_decides_is_left_out():
     runs = [
-        {"outlier": o, "outlier.block": b, "lora": "x", "lora.strength": s} for o, b in (("none", "0"), ("convrot", "64")) for s in "01"
+        {"outlier": o, "outlier.block": b, "lora": "x", "lora.strength": s}
+        for o, b in (("none", "0"), ("convrot", "64"))
+        for s in "01"
     ]
     assert list(varying(runs)) == ["outlier", "lora.strength"]
     # once the block varies within an option, it counts
-    assert list(varying([*runs, {**runs[-1], "outlier.block": "32"}])) == ["outlier", "outlier.block", "lora.strength"]
+    assert list(varying([*runs, {**runs[-1], "outlier.block": "32"}])) == [
+        "outlier",
+        "outlier.block",
+        "lora.strength",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,17 +87,26 @@ def test_only_what_exists_is_shown():
     state = view_state(PARAMS, METRICS, KEYS, "a-sweep")
     assert state["searchFilter"] == "tags.sweep = 'a-sweep'"
     assert state["selectedColumns"] == [
-        "params.`outlier`", "params.`lora.strength`", "metrics.`quality/psnr_db`", "metrics.`speed/step_ms_p50`",
-        "metrics.`memory/denoiser_bytes`", "metrics.`quality/ssim`",
-    ]  # fmt: skip
-    assert [chart["metricKey"] for chart in charts(state, "BAR")] == ["quality/psnr_db", "speed/step_ms_p50", "memory/denoiser_bytes"]
+        "params.`outlier`",
+        "params.`lora.strength`",
+        "metrics.`quality/psnr_db`",
+        "metrics.`speed/step_ms_p50`",
+        "metrics.`memory/denoiser_bytes`",
+        "metrics.`quality/ssim`",
+    ]
+    assert [chart["metricKey"] for chart in charts(state, "BAR")] == [
+        "quality/psnr_db",
+        "speed/step_ms_p50",
+        "memory/denoiser_bytes",
+    ]
     assert [chart["metricKey"] for chart in charts(state, "LINE")] == ["series/step_ms"]
     assert [chart["imageKeys"] for chart in charts(state, "IMAGE")] == [KEYS]
     assert charts(view_state(PARAMS, METRICS, []), "IMAGE") == []
 
 
 @pytest.mark.parametrize(
-    ("params", "metrics"), [({}, []), ({}, METRICS), (PARAMS, []), (PARAMS, ["speed/step_ms_p50"]), ({}, ["quality/psnr_db"])]
+    ("params", "metrics"),
+    [({}, []), ({}, METRICS), (PARAMS, []), (PARAMS, ["speed/step_ms_p50"]), ({}, ["quality/psnr_db"])],
 )
 def test_no_chart_is_empty(params, metrics):
     state = view_state(params, metrics, [])
@@ -104,7 +129,9 @@ def test_every_chart_has_a_place_of_its_own():
 
 
 def test_sections_that_mlflow_fills_are_closed():
-    opened = {part["name"]: part["display"] for part in view_state(PARAMS, METRICS, KEYS)["compareRunSections"]}
+    opened = {
+        part["name"]: part["display"] for part in view_state(PARAMS, METRICS, KEYS)["compareRunSections"]
+    }
     # each picture alone and quality/ssim have no chart of ours; all of speed/, memory/ and series/ has
     assert [name for name, is_open in opened.items() if not is_open] == ["sample", "quality"]
 
@@ -132,7 +159,10 @@ def test_a_view_is_read_back_and_replaced(tmp_path):
     assert write_view(client, experiment, "2026-11-21_22-30-00-a3f9", first) == 0
     tags = client.get_experiment(experiment).tags
     value = tags[f"{PREFIX}2026-11-21_22-30-00-a3f9"]
-    assert read_tag(value) == json.loads(json.dumps(first)) and json.loads(value)["name"] == "2026-11-21_22-30-00-a3f9"
+    assert (
+        read_tag(value) == json.loads(json.dumps(first))
+        and json.loads(value)["name"] == "2026-11-21_22-30-00-a3f9"
+    )
     write_view(client, experiment, "2026-11-21_22-30-00-a3f9", second)
     assert read_tag(client.get_experiment(experiment).tags[f"{PREFIX}2026-11-21_22-30-00-a3f9"]) == second
 
@@ -140,5 +170,10 @@ def test_a_view_is_read_back_and_replaced(tmp_path):
 def test_links():
     plain = plain_link("http://host:5000/", "7")
     assert plain == "http://host:5000/#/experiments/7/runs?workflowType=machine_learning"
-    assert view_link("http://host:5000", "7", "a b&c") == f"{plain}&viewStateShareKey=a%20b%26c&compareRunsMode=CHART"
-    assert view_link("http://host:5000", "7", "a", charts=False).endswith("viewStateShareKey=a&compareRunsMode=TABLE")
+    assert (
+        view_link("http://host:5000", "7", "a b&c")
+        == f"{plain}&viewStateShareKey=a%20b%26c&compareRunsMode=CHART"
+    )
+    assert view_link("http://host:5000", "7", "a", charts=False).endswith(
+        "viewStateShareKey=a&compareRunsMode=TABLE"
+    )

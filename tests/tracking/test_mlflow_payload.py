@@ -13,7 +13,12 @@ from int8run.tracking import mlflow_payload
 
 @pytest.mark.parametrize(
     ("name", "allowed"),
-    [("lora.strength", "lora.strength"), ("series/step ms:1", "series/step ms:1"), ("a[0]=b,ü", "a_0__b__"), ("x" * 300, "x" * 250)],
+    [
+        ("lora.strength", "lora.strength"),
+        ("series/step ms:1", "series/step ms:1"),
+        ("a[0]=b,ü", "a_0__b__"),
+        ("x" * 300, "x" * 250),
+    ],
 )
 def test_names_have_the_letters_that_mlflow_takes(name: str, allowed: str) -> None:
     assert mlflow_payload.allowed(name) == allowed
@@ -25,7 +30,8 @@ def test_a_long_value_is_cut_with_a_mark(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("described", "commit"), [("8664a31abcde-dirty", "8664a31abcde"), ("v1.0-5-g8664a31abcde", "8664a31abcde"), ("v1.0", "v1.0")]
+    ("described", "commit"),
+    [("8664a31abcde-dirty", "8664a31abcde"), ("v1.0-5-g8664a31abcde", "8664a31abcde"), ("v1.0", "v1.0")],
 )
 def test_the_commit_is_taken_from_gits_description(tmp_path: Path, described: str, commit: str) -> None:
     record = make_record(tmp_path)
@@ -47,7 +53,9 @@ def test_no_two_jobs_have_one_identity(tmp_path: Path) -> None:
     made = [make_record(tmp_path / str(i), **status) for i, status in enumerate(different)]  # type: ignore[arg-type]
     assert len({mlflow_payload.identity(record) for record in made}) == len(made)
     again = make_record(tmp_path / "moved")
-    assert mlflow_payload.identity(again) == mlflow_payload.identity(made[0]), "the folder may have been moved"
+    assert mlflow_payload.identity(again) == mlflow_payload.identity(made[0]), (
+        "the folder may have been moved"
+    )
 
 
 def test_metrics_have_times_that_stay(tmp_path: Path) -> None:
@@ -65,7 +73,9 @@ def test_the_pictures_of_a_video_are_its_stills(tmp_path: Path) -> None:
     stills = ["images/000_fox_s0_first.png", "images/000_fox_s0_last.png"]
     for name in stills:
         Image.new("RGB", (4, 4)).save(tmp_path / name)
-    drawn = [{"key": "000_fox_s0", "prompt": "fox", "seed": 0, "file": "images/000_fox_s0.webp", "stills": stills}]
+    drawn = [
+        {"key": "000_fox_s0", "prompt": "fox", "seed": 0, "file": "images/000_fox_s0.webp", "stills": stills}
+    ]
     (tmp_path / "metrics.json").write_text(json.dumps({"images": drawn}))
     record = make_record(tmp_path, files=False)
     assert list(mlflow_payload.image_files(record)) == ["sample/000_fox_s0_first", "sample/000_fox_s0_last"]
@@ -81,7 +91,16 @@ def test_half_a_picture_is_left_out_and_named(tmp_path: Path, caplog: pytest.Log
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("12", 12), ("-1.5e-3", -0.0015), ("true", True), ("false", False), ("", None), ("to_q.0", "to_q.0"), ("1_0", "1_0"), ("inf", "inf")],
+    [
+        ("12", 12),
+        ("-1.5e-3", -0.0015),
+        ("true", True),
+        ("false", False),
+        ("", None),
+        ("to_q.0", "to_q.0"),
+        ("1_0", "1_0"),
+        ("inf", "inf"),
+    ],
 )
 def test_cells_of_tables_have_types(text: str, value: object) -> None:
     found = mlflow_payload.cell(text)

@@ -49,7 +49,9 @@ def tracker(tmp_path: Path, new_store: Path) -> MlflowTracker:
 
 def test_a_store_is_made_for_several_writers_and_keeps_files_beside_it(new_store: Path) -> None:
     assert sqlite3.connect(new_store / "mlflow.db").execute("pragma journal_mode").fetchone() == ("wal",)
-    experiment = mlflow.MlflowClient(f"sqlite:///{new_store / 'mlflow.db'}").get_experiment_by_name("another/one")
+    experiment = mlflow.MlflowClient(f"sqlite:///{new_store / 'mlflow.db'}").get_experiment_by_name(
+        "another/one"
+    )
     assert experiment.artifact_location == (new_store / "mlartifacts" / "another_one").as_uri()
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
@@ -58,12 +60,23 @@ def test_a_run_holds_what_the_folder_holds(tracker: MlflowTracker, tmp_path: Pat
     running = make_record(tmp_path / "job", state=RUNNING, files=False, ended=None)
     run_id = tracker.begin(running)
     (run,) = runs_of(tracker)
-    assert (run.info.status, run.info.run_name, run.info.start_time) == ("RUNNING", "strength=0", 1790000000250)
+    assert (run.info.status, run.info.run_name, run.info.start_time) == (
+        "RUNNING",
+        "strength=0",
+        1790000000250,
+    )
     assert run.data.params == {"model": "tiny", "prompts": "tiny", "lora.strength": "0"}
     me = this_process()
-    assert {name: run.data.tags[name] for name in ("sweep", "number", "host", "pid", "task", "config_hash")} == {
-        "sweep": "sweep-a", "number": "0", "host": me["host"], "pid": str(me["pid"]), "task": "run", "config_hash": "0" * 16,
-    }  # fmt: skip
+    assert {
+        name: run.data.tags[name] for name in ("sweep", "number", "host", "pid", "task", "config_hash")
+    } == {
+        "sweep": "sweep-a",
+        "number": "0",
+        "host": me["host"],
+        "pid": str(me["pid"]),
+        "task": "run",
+        "config_hash": "0" * 16,
+    }
     assert (run.data.tags["mlflow.source.name"], run.data.tags["mlflow.source.type"]) == ("int8run", "LOCAL")
 
     assert tracker.upload(known(make_record(tmp_path / "job"), tracker.place(), run_id)) == run_id
@@ -74,27 +87,48 @@ def test_a_run_holds_what_the_folder_holds(tracker: MlflowTracker, tmp_path: Pat
     client = client_of(tracker)
     assert [m.value for m in client.get_metric_history(run_id, "series/latent_rel_err")] == [0.0, 0.5, 0.25]
     assert [(m.value, m.timestamp) for m in client.get_metric_history(run_id, "system/cpu_percent")] == [
-        (50.0, 1790000001500), (75.0, 1790000002500),
-    ]  # fmt: skip
+        (50.0, 1790000001500),
+        (75.0, 1790000002500),
+    ]
     held = contents_of(tracker, run_id)
     assert held["pictures"] == [
-        (f"images/sample~{key}", suffix) for key in ("000_fox_s0", "001_red-apple_s0") for suffix in (".png", ".webp")
+        (f"images/sample~{key}", suffix)
+        for key in ("000_fox_s0", "001_red-apple_s0")
+        for suffix in (".png", ".webp")
     ]
     assert held["files"] == [
-        "config.yaml", "environment.json", "grid.png", "images", "int8run.log", "layers.csv", "layers.json", "metrics.json", "samples",
-        "samples/000_fox_s0.png", "samples/000_fox_s0_float.png", "samples/001_red-apple_s0.png", "samples/001_red-apple_s0_float.png",
-        "status.json", "system.csv",
-    ]  # fmt: skip
+        "config.yaml",
+        "environment.json",
+        "grid.png",
+        "images",
+        "int8run.log",
+        "layers.csv",
+        "layers.json",
+        "metrics.json",
+        "samples",
+        "samples/000_fox_s0.png",
+        "samples/000_fox_s0_float.png",
+        "samples/001_red-apple_s0.png",
+        "samples/001_red-apple_s0_float.png",
+        "status.json",
+        "system.csv",
+    ]
     ((name, digest, tags),) = held["inputs"]  # type: ignore[misc]
     assert (name, len(digest), tags) == ("tiny", 16, [("mlflow.data.context", "prompts")])
 
 
 TABLE = {
-    "name": ["a.b", "c"], "in_features": [8, 16], "quantized": [True, False], "why_not": [None, "small"], "weight_sqnr_db": [41.5, None],
-}  # fmt: skip
+    "name": ["a.b", "c"],
+    "in_features": [8, 16],
+    "quantized": [True, False],
+    "why_not": [None, "small"],
+    "weight_sqnr_db": [41.5, None],
+}
 
 
-def test_pictures_and_tables_are_found_as_those_of_mlflows_own_functions(tracker: MlflowTracker, tmp_path: Path) -> None:
+def test_pictures_and_tables_are_found_as_those_of_mlflows_own_functions(
+    tracker: MlflowTracker, tmp_path: Path
+) -> None:
     run_id = tracker.upload(make_record(tmp_path / "job"))
     client = client_of(tracker)
     own = client.create_run(runs_of(tracker)[0].info.experiment_id).info.run_id
@@ -105,17 +139,29 @@ def test_pictures_and_tables_are_found_as_those_of_mlflows_own_functions(tracker
     assert {file.path.count("+") for file in client.list_artifacts(run_id, "images")} == {
         file.path.count("+") for file in client.list_artifacts(own, "images")
     }
-    kept, theirs = (json.loads(Path(client.download_artifacts(i, "layers.json", str(tmp_path))).read_text()) for i in (run_id, own))
-    assert kept == {"columns": list(TABLE), "data": [list(row) for row in zip(*TABLE.values(), strict=True)]} == theirs
+    kept, theirs = (
+        json.loads(Path(client.download_artifacts(i, "layers.json", str(tmp_path))).read_text())
+        for i in (run_id, own)
+    )
+    assert (
+        kept
+        == {"columns": list(TABLE), "data": [list(row) for row in zip(*TABLE.values(), strict=True)]}
+        == theirs
+    )
 
 
 def test_more_settings_and_values_than_one_call_takes(tracker: MlflowTracker, tmp_path: Path) -> None:
     make_record(tmp_path / "job")
     (tmp_path / "job" / "metrics.json").write_text(json.dumps({"series": {"series/long": list(range(2100))}}))
-    record = make_record(tmp_path / "job", files=False, params={f"p{i}": "v" * 600 for i in range(250)} | {"odd[name]": ""})
+    record = make_record(
+        tmp_path / "job", files=False, params={f"p{i}": "v" * 600 for i in range(250)} | {"odd[name]": ""}
+    )
     run_id = tracker.upload(record)
     run = client_of(tracker).get_run(run_id)
-    assert len(run.data.params) == 251 and len(client_of(tracker).get_metric_history(run_id, "series/long")) == 2100
+    assert (
+        len(run.data.params) == 251
+        and len(client_of(tracker).get_metric_history(run_id, "series/long")) == 2100
+    )
     assert run.data.params["p7"] == "v" * 499 + "…" and run.data.params["odd_name_"] == ""
 
 
@@ -194,7 +240,10 @@ def test_an_upload_that_was_interrupted_anywhere_is_completed_and_nothing_is_dou
     assert {"create_run", "log_image", "log_inputs", "set_terminated"} <= set(calls)
     for stop in range(0, len(calls), 4):
         record = make_record(tmp_path / str(stop), started=2.0 + stop)
-        with monkeypatch.context() as patch, pytest.raises(TrackingError, match="cannot be used: Connection refused"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(TrackingError, match="cannot be used: Connection refused"),
+        ):
             interrupt(patch, stop)
             tracker.upload(record)
         run_id = tracker.upload(record)
@@ -202,12 +251,20 @@ def test_an_upload_that_was_interrupted_anywhere_is_completed_and_nothing_is_dou
     assert len(runs_of(tracker)) == 2 + len(range(0, len(calls), 4))
 
 
-def test_a_job_that_failed_early_has_its_settings_and_its_error(tracker: MlflowTracker, tmp_path: Path) -> None:
-    tracker.upload(make_record(tmp_path / "job", state=FAILED, files=False, error="broken on purpose " + "x" * 6000))
+def test_a_job_that_failed_early_has_its_settings_and_its_error(
+    tracker: MlflowTracker, tmp_path: Path
+) -> None:
+    tracker.upload(
+        make_record(tmp_path / "job", state=FAILED, files=False, error="broken on purpose " + "x" * 6000)
+    )
     (run,) = runs_of(tracker)
     assert run.info.status == "FAILED" and run.data.params["model"] == "tiny"
     assert run.data.tags["error"].startswith("broken on purpose xx") and len(run.data.tags["error"]) == 5000
-    assert {a.path for a in client_of(tracker).list_artifacts(run.info.run_id)} == {"config.yaml", "status.json", "int8run.log"}
+    assert {a.path for a in client_of(tracker).list_artifacts(run.info.run_id)} == {
+        "config.yaml",
+        "status.json",
+        "int8run.log",
+    }
     assert mlflow.active_run() is None, "a run left open would break the next job"
 
 
@@ -242,7 +299,9 @@ def gone() -> dict[str, object]:
     return {**this_process(), "pid": child.pid}
 
 
-def test_runs_whose_process_is_gone_are_closed_by_the_next_command(tracker: MlflowTracker, tmp_path: Path) -> None:
+def test_runs_whose_process_is_gone_are_closed_by_the_next_command(
+    tracker: MlflowTracker, tmp_path: Path
+) -> None:
     me = this_process()
     cases = {
         "gone": gone(),
@@ -250,14 +309,23 @@ def test_runs_whose_process_is_gone_are_closed_by_the_next_command(tracker: Mlfl
         "alive": me,
         "elsewhere": {**gone(), "host": "another-machine"},
     }
-    ids = {name: tracker.begin(make_record(tmp_path / name, RUNNING_NUMBER[name], RUNNING, False, **who)) for name, who in cases.items()}
+    ids = {
+        name: tracker.begin(make_record(tmp_path / name, RUNNING_NUMBER[name], RUNNING, False, **who))
+        for name, who in cases.items()
+    }
     tracker.prepare()
     client = client_of(tracker)
     runs = {name: client.get_run(run_id) for name, run_id in ids.items()}
     assert {name: run.info.status for name, run in runs.items()} == {
-        "gone": "KILLED", "number of another process": "KILLED", "alive": "RUNNING", "elsewhere": "RUNNING",
-    }  # fmt: skip
-    assert runs["gone"].data.tags["error"] == NO_WORD and runs["gone"].info.end_time > runs["gone"].info.start_time
+        "gone": "KILLED",
+        "number of another process": "KILLED",
+        "alive": "RUNNING",
+        "elsewhere": "RUNNING",
+    }
+    assert (
+        runs["gone"].data.tags["error"] == NO_WORD
+        and runs["gone"].info.end_time > runs["gone"].info.start_time
+    )
     # it finished, and only its upload was cut off
     record = make_record(tmp_path / "gone", RUNNING_NUMBER["gone"])
     assert tracker.upload(known(record, tracker.place(), ids["gone"])) == ids["gone"]
@@ -269,7 +337,10 @@ RUNNING_NUMBER = {"gone": 0, "number of another process": 1, "alive": 2, "elsewh
 
 
 def test_a_sweeps_runs_are_found(tracker: MlflowTracker, tmp_path: Path) -> None:
-    started = [tracker.begin(make_record(tmp_path / str(n), n, RUNNING, sweep=sweep)) for n, sweep in enumerate(["a", "a", "b", None])]
+    started = [
+        tracker.begin(make_record(tmp_path / str(n), n, RUNNING, sweep=sweep))
+        for n, sweep in enumerate(["a", "a", "b", None])
+    ]
     assert tracker.runs_of("a") == started[:2] and tracker.running("a") == {started[0]: 0, started[1]: 1}
     tracker.mark(started[1], KILLED, "its worker died")
     assert tracker.running("a") == {started[0]: 0}
@@ -277,14 +348,18 @@ def test_a_sweeps_runs_are_found(tracker: MlflowTracker, tmp_path: Path) -> None
     tracker.mark(started[0], KILLED, "too late")
     runs = {run.info.run_id: run for run in runs_of(tracker)}
     assert [runs[i].info.status for i in started] == ["FINISHED", "KILLED", "RUNNING", "RUNNING"]
-    assert runs[started[1]].data.tags["error"] == "its worker died" and "error" not in runs[started[0]].data.tags
+    assert (
+        runs[started[1]].data.tags["error"] == "its worker died" and "error" not in runs[started[0]].data.tags
+    )
     assert "sweep" not in runs[started[3]].data.tags
     assert tracker.running("absent") == {} and tracker.runs_of("absent") == []
 
 
 def test_finished_jobs_are_known_by_their_settings(tracker: MlflowTracker, tmp_path: Path) -> None:
     states = {0: FINISHED, 1: FAILED, 2: KILLED, 3: RUNNING}
-    ids = {n: tracker.upload(make_record(tmp_path / str(n), n, state, error="x")) for n, state in states.items()}
+    ids = {
+        n: tracker.upload(make_record(tmp_path / str(n), n, state, error="x")) for n, state in states.items()
+    }
     hashes = [f"{n:016x}" for n in range(5)]
     assert tracker.finished(hashes) == {hashes[0]: ids[0]}
     newer = tracker.upload(make_record(tmp_path / "newer", 0, started=1790000001.0))
@@ -321,14 +396,22 @@ def test_two_trackers_in_one_process_write_to_their_own_places(new_store: Path, 
         (tmp_path / name).mkdir()
         copy_store(new_store, tmp_path / name)
         MlflowTracker(folder=str(tmp_path / name)).upload(make_record(tmp_path / f"job {name}", name=name))
-    assert [runs_of(MlflowTracker(folder=str(tmp_path / name)))[0].info.run_name for name in ("a", "b")] == ["a", "b"]
+    assert [runs_of(MlflowTracker(folder=str(tmp_path / name)))[0].info.run_name for name in ("a", "b")] == [
+        "a",
+        "b",
+    ]
 
 
-def test_a_run_leaves_no_setting_behind(tracker: MlflowTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_leaves_no_setting_behind(
+    tracker: MlflowTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # mlflow exports its address for child processes; conf/tracker/mlflow.yaml reads it, and the next job of a sweep would too
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///of-the-user.db")
     tracker.upload(make_record(tmp_path / "job"))
-    assert os.environ["MLFLOW_TRACKING_URI"] == "sqlite:///of-the-user.db" and not (tmp_path / "of-the-user.db").exists()
+    assert (
+        os.environ["MLFLOW_TRACKING_URI"] == "sqlite:///of-the-user.db"
+        and not (tmp_path / "of-the-user.db").exists()
+    )
 
 
 def test_a_deleted_experiment_is_named_and_costs_no_run(tracker: MlflowTracker, tmp_path: Path) -> None:
@@ -345,12 +428,27 @@ def test_a_deleted_experiment_is_named_and_costs_no_run(tracker: MlflowTracker, 
 @pytest.mark.parametrize(
     ("uri", "said"),
     {
-        "folder": ("./mlruns", r"tracker\.uri=\./mlruns is a folder, in which MLflow keeps no runs any more; choose sqlite:///"),
+        "folder": (
+            "./mlruns",
+            r"tracker\.uri=\./mlruns is a folder, in which MLflow keeps no runs any more; choose sqlite:///",
+        ),
         "file store": ("file:./mlruns", r"tracker\.uri=file:\./mlruns is a folder"),
-        "unknown": ("ftp://x", r"tracker\.uri=ftp://x cannot be used: .*unsupported URI 'ftp://x'.*; tracker=none runs without"),
-        "no driver": ("postgresql+nobody://me:secret@h/x", r"tracker\.uri=postgresql\+nobody://h/x cannot be used: "),
-        "no database": ("sqlite:///TMP/notes.txt", r"notes\.txt cannot be used: file is not a database; tracker=none"),
-        "in memory": ("sqlite://", r"tracker\.uri=sqlite:// keeps its runs in memory, .*choose sqlite:////path/mlflow\.db"),
+        "unknown": (
+            "ftp://x",
+            r"tracker\.uri=ftp://x cannot be used: .*unsupported URI 'ftp://x'.*; tracker=none runs without",
+        ),
+        "no driver": (
+            "postgresql+nobody://me:secret@h/x",
+            r"tracker\.uri=postgresql\+nobody://h/x cannot be used: ",
+        ),
+        "no database": (
+            "sqlite:///TMP/notes.txt",
+            r"notes\.txt cannot be used: file is not a database; tracker=none",
+        ),
+        "in memory": (
+            "sqlite://",
+            r"tracker\.uri=sqlite:// keeps its runs in memory, .*choose sqlite:////path/mlflow\.db",
+        ),
         "a secret": ("postgres://me:secret@h/x", r"^((?!secret).)*$"),
         "no slashes": ("http//127.0.0.1:5000", r"tracker\.uri=http//127\.0\.0\.1:5000 is a folder, in which"),
         "no folder": ("sqlite:////proc/nobody/mlflow.db", r"cannot be used: .*'/proc/nobody'; tracker=none"),
@@ -370,19 +468,31 @@ def test_a_folder_that_mlflow_would_misread_is_refused(tmp_path: Path, name: str
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_server_that_does_not_answer_is_named_after_a_short_while(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_server_that_does_not_answer_is_named_after_a_short_while(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(answers, "KNOCKS_S", (0.0, 0.01))
     tracker = MlflowTracker(uri="http://me:secret@127.0.0.1:9")  # the discard port: nothing listens there
     record = make_record(tmp_path / "job")
-    for call in (tracker.prepare, lambda: tracker.begin(record), lambda: tracker.upload(record), lambda: tracker.runs_of("a")):
-        with pytest.raises(TrackingError, match=r"^tracker\.uri=http://127\.0\.0\.1:9 does not answer: connection refused$"):
+    for call in (
+        tracker.prepare,
+        lambda: tracker.begin(record),
+        lambda: tracker.upload(record),
+        lambda: tracker.runs_of("a"),
+    ):
+        with pytest.raises(
+            TrackingError, match=r"^tracker\.uri=http://127\.0\.0\.1:9 does not answer: connection refused$"
+        ):
             call()
     assert sum(answers.KNOCKS_S) + answers.ANSWER_S <= 10
 
 
 def test_a_server_that_takes_calls_and_says_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "ANSWER_S", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(TrackingError, match=r"does not answer: no answer in 0\.1 s$"):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as mute,
+        pytest.raises(TrackingError, match=r"does not answer: no answer in 0\.1 s$"),
+    ):
         MlflowTracker(uri=f"http://127.0.0.1:{mute.getsockname()[1]}").prepare()
 
 
@@ -442,8 +552,10 @@ def test_several_processes_make_one_store_and_lose_nothing(tmp_path: Path) -> No
     for run in runs:
         found = contents_of(tracker, run.info.run_id)
         assert run.info.status == "FINISHED" and (found["pictures"], found["files"], found["inputs"]) == (
-            first["pictures"], first["files"], first["inputs"],
-        )  # fmt: skip
+            first["pictures"],
+            first["files"],
+            first["inputs"],
+        )
         assert len(run.data.metrics) == len(runs[0].data.metrics)
 
 
@@ -456,7 +568,11 @@ def test_no_tracker_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tracker.mark("x", KILLED, "y")
     tracker.fetch("x", tmp_path / "here" / "back")
     tracker.attach("x", tmp_path / "absent")
-    assert tracker.begin(record) is None and tracker.upload(record) is None and tracker.share("a", [record]) is None
+    assert (
+        tracker.begin(record) is None
+        and tracker.upload(record) is None
+        and tracker.share("a", [record]) is None
+    )
     assert tracker.finished(["0" * 16]) == {} and tracker.running("a") == {} and tracker.runs_of("a") == []
     assert tracker.where() is None and tracker.place() == {} and list(Path().iterdir()) == []
 
@@ -473,6 +589,11 @@ def test_failed_jobs_of_a_sweep_are_marked_in_their_own_folders(
     assert outcome.code == 4 and "device=cuda asks for a GPU" in outcome.message
     for name in ("a", "b"):
         (run,) = runs_of(MlflowTracker(folder=str(tmp_path / name)))
-        assert run.info.status == "FAILED" and run.data.tags["error"].startswith("device=cuda asks for a GPU, but torch ")
+        assert run.info.status == "FAILED" and run.data.tags["error"].startswith(
+            "device=cuda asks for a GPU, but torch "
+        )
         assert (run.info.run_name, run.data.params["seed"]) == (f"folder={name}", "5")
-        assert json.loads(next(tmp_path.glob("multirun/*/*/sweep.json")).read_text())["id"] == run.data.tags["sweep"]
+        assert (
+            json.loads(next(tmp_path.glob("multirun/*/*/sweep.json")).read_text())["id"]
+            == run.data.tags["sweep"]
+        )

@@ -23,7 +23,7 @@ from int8run.tracking.run_record import (
     start_record,
     this_process,
     update_record,
-)  # fmt: skip
+)
 
 IDENTITY = {
     "task": "run",
@@ -52,9 +52,19 @@ def test_a_record_tells_what_a_job_left(tmp_path: Path) -> None:
     )
     (tmp_path / "job" / "layers.csv").write_text("name,quantized\nx,true\n")
     record = read_record(tmp_path / "job")
-    assert (record.state, record.error, record.warnings, record.run_id, record.uploaded) == (FAILED, "no disk", ["careful"], "r", True)
+    assert (record.state, record.error, record.warnings, record.run_id, record.uploaded) == (
+        FAILED,
+        "no disk",
+        ["careful"],
+        "r",
+        True,
+    )
     assert record.ended is not None and record.ended >= record.started
-    assert record.metrics["a"] == float("inf") and record.metrics["b"] == 2.5 and record.metrics["c"] != record.metrics["c"]
+    assert (
+        record.metrics["a"] == float("inf")
+        and record.metrics["b"] == 2.5
+        and record.metrics["c"] != record.metrics["c"]
+    )
     assert record.series == {"s": [1, float("-inf")]}
     assert record.images == [{"prompt": "inf and more", "psnr_db": float("inf")}]
     assert record.layers == [{"name": "x", "quantized": "true"}]
@@ -62,12 +72,21 @@ def test_a_record_tells_what_a_job_left(tmp_path: Path) -> None:
 
 def test_what_is_not_there_is_empty(tmp_path: Path) -> None:
     record = start_record(tmp_path, IDENTITY)
-    assert (record.metrics, record.series, record.images, record.layers, record.environment, record.config) == ({}, {}, [], [], {}, {})
+    assert (
+        record.metrics,
+        record.series,
+        record.images,
+        record.layers,
+        record.environment,
+        record.config,
+    ) == ({}, {}, [], [], {}, {})
 
 
 def test_a_prompt_that_says_nan_stays_a_prompt(tmp_path: Path) -> None:
     start_record(tmp_path, IDENTITY)
-    (tmp_path / "metrics.json").write_text(json.dumps({"images": [{"prompt": "nan", "key": "inf", "psnr_db": "inf"}]}))
+    (tmp_path / "metrics.json").write_text(
+        json.dumps({"images": [{"prompt": "nan", "key": "inf", "psnr_db": "inf"}]})
+    )
     assert read_record(tmp_path).images == [{"prompt": "nan", "key": "inf", "psnr_db": float("inf")}]
 
 
@@ -119,10 +138,18 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("change", "same"), [
-    ({"tracker": {"uri": "http://x"}}, True), ({"resume": True}, True), ({"progress": False}, True), ({"cache": {"folder": "x"}}, True),
-    ({"seed": 1}, False), ({"model": {"location": "tiny", "extra": [2, 1]}}, False), ({"new": None}, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"tracker": {"uri": "http://x"}}, True),
+        ({"resume": True}, True),
+        ({"progress": False}, True),
+        ({"cache": {"folder": "x"}}, True),
+        ({"seed": 1}, False),
+        ({"model": {"location": "tiny", "extra": [2, 1]}}, False),
+        ({"new": None}, False),
+    ],
+)
 def test_the_hash_is_of_what_decides_a_result(change: dict[str, object], same: bool) -> None:
     assert (config_hash({**SETTINGS, **change}) == config_hash(SETTINGS)) is same
     assert re.fullmatch("[0-9a-f]{16}", config_hash(SETTINGS))
@@ -160,16 +187,29 @@ def test_the_end_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 def test_damaged_numbers_are_said_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     record = start_record(tmp_path, IDENTITY)
     (tmp_path / "metrics.json").write_text('{"metrics": {"a": 1')
-    assert record.metrics == {} and record.images == [] and f"{tmp_path / 'metrics.json'} is damaged and left out" in caplog.text
+    assert (
+        record.metrics == {}
+        and record.images == []
+        and f"{tmp_path / 'metrics.json'} is damaged and left out" in caplog.text
+    )
 
 
-@pytest.mark.parametrize(("name", "label"), [
-    ("lora.strength=0.5 outlier=convrot", "strength=0.5 convrot"), ("outlier=none", "outlier=none"), ("seed=1", "seed=1"),
-    ("+lora.adapters.0.strength=1 clip=auto", "strength=1 auto"), ("defaults", "defaults"), ("a.b=[x, y] c=d", "a.b=[x, y] c=d"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("lora.strength=0.5 outlier=convrot", "strength=0.5 convrot"),
+        ("outlier=none", "outlier=none"),
+        ("seed=1", "seed=1"),
+        ("+lora.adapters.0.strength=1 clip=auto", "strength=1 auto"),
+        ("defaults", "defaults"),
+        ("a.b=[x, y] c=d", "a.b=[x, y] c=d"),
+    ],
+)
 def test_a_label_is_short(tmp_path: Path, name: str, label: str) -> None:
     assert start_record(tmp_path, {**IDENTITY, "name": name, "sweep": "s"}).label == label
-    assert start_record(tmp_path, {**IDENTITY, "name": name}).label == name, "a single run has no others to differ from"
+    assert start_record(tmp_path, {**IDENTITY, "name": name}).label == name, (
+        "a single run has no others to differ from"
+    )
 
 
 def test_a_damaged_record_does_not_hide_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

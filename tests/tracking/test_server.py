@@ -36,12 +36,18 @@ def test_a_server_that_is_away_at_the_start_gets_everything_later(door: Door, tm
     door.shut()
     running = make_record(tmp_path / "job", state=RUNNING, files=False)
     for call in (tracker.prepare, lambda: tracker.begin(running)):
-        with pytest.raises(TrackingError, match=rf"^tracker\.uri={door.address} does not answer: connection refused$"):
+        with pytest.raises(
+            TrackingError, match=rf"^tracker\.uri={door.address} does not answer: connection refused$"
+        ):
             call()
     door.open()
     run_id = tracker.upload(make_record(tmp_path / "job"))
     (run,) = runs_of(tracker)
-    assert (run.info.run_id, run.info.status, run.info.artifact_uri.split(":")[0]) == (run_id, "FINISHED", "mlflow-artifacts")
+    assert (run.info.run_id, run.info.status, run.info.artifact_uri.split(":")[0]) == (
+        run_id,
+        "FINISHED",
+        "mlflow-artifacts",
+    )
     tracker.fetch(run_id, tmp_path / "back")
     assert read_record(tmp_path / "back").images == read_record(tmp_path / "job").images
     assert tracker.share("sweep-a", [running]) == (
@@ -68,7 +74,9 @@ def test_a_server_that_goes_away_in_the_middle_gets_everything_once(door: Door, 
     assert len(runs_of(tracker)) == 1 + len(cuts)
 
 
-def test_two_commands_that_make_one_experiment_use_it_both(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_commands_that_make_one_experiment_use_it_both(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tracker = MlflowTracker(uri=door.address, experiment="made by two")
     find = mlflow.MlflowClient.get_experiment_by_name
     answer = iter([None])  # the other one makes it after this one has looked

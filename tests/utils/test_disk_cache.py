@@ -47,18 +47,31 @@ def test_the_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch: pyte
 
 def test_the_longest_unused_make_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept = store(tmp_path, 10 / GB)
-    first, second, third = (put(kept, key, 3, used) for key, used in (("a", 300.0), ("b", 100.0), ("c", 200.0)))
-    assert [k.path.stem for k in kept.entries()] == ["b", "c", "a"] and [k.bytes for k in kept.entries()] == [3, 3, 3]
+    first, second, third = (
+        put(kept, key, 3, used) for key, used in (("a", 300.0), ("b", 100.0), ("c", 200.0))
+    )
+    assert [k.path.stem for k in kept.entries()] == ["b", "c", "a"] and [k.bytes for k in kept.entries()] == [
+        3,
+        3,
+        3,
+    ]
     assert kept.find("int8", "b") == second  # which is a use
     with caplog.at_level(logging.INFO):
         kept.put("float", "d", 4, bytes_of(4))
-    assert not third.exists() and first.exists() and second.exists() and (tmp_path / "float" / "d.safetensors").exists()
+    assert (
+        not third.exists()
+        and first.exists()
+        and second.exists()
+        and (tmp_path / "float" / "d.safetensors").exists()
+    )
     assert any("c.safetensors" in r.getMessage() and "makes room" in r.getMessage() for r in caplog.records)
     kept.put("float", "e", 10, bytes_of(10))  # exactly the limit
     assert [k.path.stem for k in kept.entries()] == ["e"]
 
 
-def test_what_is_larger_than_the_limit_is_not_kept_and_nothing_goes_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_larger_than_the_limit_is_not_kept_and_nothing_goes_for_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     kept = store(tmp_path, 10 / GB)
     old = put(kept, "a", 9, 1.0)
     with caplog.at_level(logging.INFO):
@@ -85,13 +98,21 @@ def test_a_limit_that_is_none_is_refused(limit: object) -> None:
         Store(None, limit)  # type: ignore[arg-type]
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
     kept = store(tmp_path / "file" / "cache")
-    assert kept.put("int8", "a", 1, bytes_of(1)) is None and kept.find("int8", "a") is None and kept.entries() == []
+    assert (
+        kept.put("int8", "a", 1, bytes_of(1)) is None
+        and kept.find("int8", "a") is None
+        and kept.entries() == []
+    )
     (said,) = caplog.records
     assert (
-        said.levelname == "WARNING" and "cannot be written" in said.getMessage() and said.getMessage().endswith("not kept for the next run")
+        said.levelname == "WARNING"
+        and "cannot be written" in said.getMessage()
+        and said.getMessage().endswith("not kept for the next run")
     )
     (tmp_path / "weights").write_text("x")
     assert kept.content_hash(tmp_path / "weights") == hashlib.sha256(b"x").hexdigest()
@@ -118,7 +139,9 @@ def test_a_write_that_breaks_off_leaves_what_was_there(tmp_path: Path) -> None:
     assert old.read_bytes() == b"xxx" and [p.name for p in old.parent.iterdir()] == ["a.safetensors"]
 
 
-def test_an_error_of_ours_while_writing_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_of_ours_while_writing_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def full(path: Path) -> None:
         raise FileError("needs 5 bytes, has 3 free")
 
@@ -148,7 +171,9 @@ def test_what_a_killed_process_left_goes_after_a_day_and_counts_for_nothing(tmp_
     assert new.exists() and not old.exists()
 
 
-def test_a_file_that_cannot_be_used_is_dropped_with_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_cannot_be_used_is_dropped_with_the_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     kept = store(tmp_path)
     path = put(kept, "a", 3, 1.0)
     kept.drop(path, FileError("is cut off"))
@@ -172,7 +197,12 @@ def test_a_hash_is_remembered_until_the_file_changes(tmp_path: Path, reads: list
     kept, file = store(tmp_path / "cache"), tmp_path / "weights"
     file.write_bytes(b"one")
     one = kept.content_hash(file)
-    assert one == hashlib.sha256(b"one").hexdigest() == kept.content_hash(file) == store(tmp_path / "cache").content_hash(file)
+    assert (
+        one
+        == hashlib.sha256(b"one").hexdigest()
+        == kept.content_hash(file)
+        == store(tmp_path / "cache").content_hash(file)
+    )
     assert len(reads) == 1
     file.write_bytes(b"two")
     os.utime(file, ns=(1, 1))  # as large, and older
@@ -217,31 +247,55 @@ def test_writers_at_the_same_time_leave_a_table_that_can_be_read(tmp_path: Path)
     for file in files:
         file.write_text(file.name)
     found: list[tuple[Path, str]] = []
-    threads = [threading.Thread(target=lambda f=f: [found.append((f, kept.content_hash(f))) for _ in range(20)]) for f in files]
+    threads = [
+        threading.Thread(target=lambda f=f: [found.append((f, kept.content_hash(f))) for _ in range(20)])
+        for f in files
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 160 and all(digest == hashlib.sha256(f.name.encode()).hexdigest() for f, digest in found)
-    assert json.loads((tmp_path / "cache" / HASHES).read_text()) and [p.name for p in (tmp_path / "cache").iterdir()] == [HASHES]
+    assert len(found) == 160 and all(
+        digest == hashlib.sha256(f.name.encode()).hexdigest() for f, digest in found
+    )
+    assert json.loads((tmp_path / "cache" / HASHES).read_text()) and [
+        p.name for p in (tmp_path / "cache").iterdir()
+    ] == [HASHES]
 
 
 def test_a_key_says_all_that_is_in_it() -> None:
     parts = ["1.0", [("a", "b")], 3]
     assert key_of(parts) == key_of(["1.0", [("a", "b")], 3]) and len(key_of(parts)) == 32
-    others = [["1.1", [("a", "b")], 3], ["1.0", [("a", "c")], 3], ["1.0", [("a", "b")], "3"], ["1.0", [("a", "b")]], parts[::-1]]
+    others = [
+        ["1.1", [("a", "b")], 3],
+        ["1.0", [("a", "c")], 3],
+        ["1.0", [("a", "b")], "3"],
+        ["1.0", [("a", "b")]],
+        parts[::-1],
+    ]
     assert len({key_of(p) for p in [parts, *others]}) == 6
 
 
 # -- tests themselves --------------------------------------------------------------------------------------------------------------
 
 
-def test_no_test_writes_into_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_test_writes_into_the_users_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from support.cli_process import command_in
 
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert make_spec([]).cache.limit_gb == 0 and make_spec(["cache.folder=here"]).cache == Store("here", 40)
     with command_in(tmp_path / "work", monkeypatch, capsys) as command:
-        size = ["sampler.steps=1", "prompts.prompts=[a]", "backend=reference", "tracker=none", "metrics.baseline=none"]
+        size = [
+            "sampler.steps=1",
+            "prompts.prompts=[a]",
+            "backend=reference",
+            "tracker=none",
+            "metrics.baseline=none",
+        ]
         assert command(*size, "sampler.height=16", "sampler.width=16").code == 0
-    assert len(list((tmp_path / "work-cache" / "int8").iterdir())) == 1 and not (tmp_path / "home" / ".cache" / "int8run").exists()
+    assert (
+        len(list((tmp_path / "work-cache" / "int8").iterdir())) == 1
+        and not (tmp_path / "home" / ".cache" / "int8run").exists()
+    )

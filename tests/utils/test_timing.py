@@ -34,9 +34,13 @@ def test_calls_take_turns_and_the_first_round_warms_up(taking: Callable) -> None
 
 
 def test_the_median_counts(taking: Callable) -> None:
-    assert medians([taking("a", [100, *range(1, 12)]), taking("b", [100, *[7] * 5, 999, *[7] * 5])], CPU, 11) == [6, 7]
+    assert medians(
+        [taking("a", [100, *range(1, 12)]), taking("b", [100, *[7] * 5, 999, *[7] * 5])], CPU, 11
+    ) == [6, 7]
 
 
-@pytest.mark.parametrize(("times", "quiet"), [([1, 1, 1], True), ([1, 2, 2], True), ([1, 2.1, 3], False), ([1, 1, 9], True)])
+@pytest.mark.parametrize(
+    ("times", "quiet"), [([1, 1, 1], True), ([1, 2, 2], True), ([1, 2.1, 3], False), ([1, 1, 9], True)]
+)
 def test_a_median_far_above_the_shortest_time_is_a_busy_machine(times: list[float], quiet: bool) -> None:
     assert steady(times) is quiet

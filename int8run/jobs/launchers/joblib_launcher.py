@@ -35,7 +35,9 @@ class Processes:
     gpus: Sequence[int | str] | None = None
     threads: int | None = None
     whole_groups: ClassVar[bool] = False
-    taken: "dict[int, ProcessWorker]" = field(default_factory=dict, init=False, repr=False, compare=False)  # place -> its process
+    taken: "dict[int, ProcessWorker]" = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )  # place -> its process
 
     def __post_init__(self) -> None:
         if self.n_jobs is not None:
@@ -45,8 +47,13 @@ class Processes:
         if self.gpus is None:
             return
         allowed = not isinstance(self.gpus, str | int) and len(self.gpus) > 0
-        if not allowed or any(isinstance(gpu, bool) or not isinstance(gpu, int | str) or str(gpu).startswith("-") for gpu in self.gpus):
-            raise ConfigError(f"hydra.launcher.gpus is {self.gpus!r}; name GPUs as nvidia-smi numbers them, such as [0,1], or null for all")
+        if not allowed or any(
+            isinstance(gpu, bool) or not isinstance(gpu, int | str) or str(gpu).startswith("-")
+            for gpu in self.gpus
+        ):
+            raise ConfigError(
+                f"hydra.launcher.gpus is {self.gpus!r}; name GPUs as nvidia-smi numbers them, such as [0,1], or null for all"
+            )
         if self.n_jobs is not None and self.n_jobs != len(self.gpus):
             raise ConfigError(
                 f"hydra.launcher.n_jobs is {self.n_jobs}, and gpus={list(self.gpus)} has places for {len(self.gpus)}; leave n_jobs out, "
@@ -72,7 +79,9 @@ class Processes:
         # not shared among the workers that there are: what is left of a sweep is measured with the threads of the rest
         threads = str(self.threads or max(1, cpu_count(only_physical_cores=True) // self.jobs_at_once))
         env = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        env["MKL_DYNAMIC"] = "FALSE"  # else MKL, and torch with it, takes fewer where it sees fewer physical cores
+        env["MKL_DYNAMIC"] = (
+            "FALSE"  # else MKL, and torch with it, takes fewer where it sees fewer physical cores
+        )
         if self.gpus is not None:
             # without the order, CUDA's 0 is the fastest device
             env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(self.gpus[place])}
@@ -91,7 +100,9 @@ class ProcessWorker:
     def __init__(self, env: dict[str, str]) -> None:
         from joblib.externals.loky import ProcessPoolExecutor
 
-        self.executor: Any = ProcessPoolExecutor(max_workers=1, timeout=None, env=env, initializer=settle, initargs=(os.getpid(),))
+        self.executor: Any = ProcessPoolExecutor(
+            max_workers=1, timeout=None, env=env, initializer=settle, initargs=(os.getpid(),)
+        )
         self.process: psutil.Process | None = None
         self.executor.submit(os.getpid).add_done_callback(self.know)
         self.latest: Answer | None = None
@@ -132,7 +143,11 @@ class ProcessWorker:
 
 def in_words(error: BaseException) -> BaseException:
     """WorkerDied for loky's own errors; an error of the call stays as it is."""
-    from joblib.externals.loky.process_executor import BrokenProcessPool, ShutdownExecutorError, TerminatedWorkerError
+    from joblib.externals.loky.process_executor import (
+        BrokenProcessPool,
+        ShutdownExecutorError,
+        TerminatedWorkerError,
+    )
 
     if isinstance(error, TerminatedWorkerError):
         code = re.search(r"\((-?\d+)\)", str(error))  # "{SIGKILL(-9)}", nowhere else to be read
@@ -148,13 +163,17 @@ def settle(parent: int) -> None:
     """First thing in a worker's process."""
     from joblib.externals.loky import process_executor
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends its workers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole terminal; the parent ends its workers
     # loky would replace a process that grew since its first call; a model that stays for the next job is no leak
     process_executor._USE_PSUTIL = False
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_LOOK_S)
-        os._exit(1)  # killed without a chance to close: nobody waits for the answer, and a GPU's memory would stay taken
+        os._exit(
+            1
+        )  # killed without a chance to close: nobody waits for the answer, and a GPU's memory would stay taken
 
     threading.Thread(target=watch, daemon=True, name="parent").start()

@@ -109,8 +109,12 @@ class RayCluster:
             ray.init(**where, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
         except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
             words = " ".join(str(error).split())
-            hint = f"; {TOKEN}" if re.search("uthenticat|Failed to connect", words) else ""  # something does answer there
-            raise ConfigError(f"hydra.launcher.address is {self.address!r}, and Ray says: {words}{hint}") from error
+            hint = (
+                f"; {TOKEN}" if re.search("uthenticat|Failed to connect", words) else ""
+            )  # something does answer there
+            raise ConfigError(
+                f"hydra.launcher.address is {self.address!r}, and Ray says: {words}{hint}"
+            ) from error
         self.joined.started = True
 
     def make_room(self, jobs: int) -> int:
@@ -146,8 +150,9 @@ class RayCluster:
         log.warning(
             "waiting for resources: a job asks for %s on one machine, and the whole cluster has free %s; "
             "hydra.launcher.workers starts fewer, num_cpus and num_gpus ask for less",
-            amounts(share), amounts({name: free.get(name, 0) for name in share}),
-        )  # fmt: skip
+            amounts(share),
+            amounts({name: free.get(name, 0) for name in share}),
+        )
 
     def close(self) -> None:
         if self.joined.started:
@@ -230,7 +235,9 @@ def reason_in(text: str) -> str:
         return "ended by int8run"
     if "connection error code 2" in text:
         return "the process went without a word: killed by a signal, crashed, or stopped by the kernel when memory ran out"
-    told = re.search(r"(?:Worker exit detail: |The actor is dead because )(.*?)(?: Some common causes|$)", text)
+    told = re.search(
+        r"(?:Worker exit detail: |The actor is dead because )(.*?)(?: Some common causes|$)", text
+    )
     return (told[1] if told else text)[:500]
 
 
@@ -240,14 +247,18 @@ def whole_or_part(name: str, amount: float) -> None:
         raise ConfigError(f"{name} is {amount:g}; allowed is a part of one, such as 0.5, or a whole number")
 
 
-def share_of(machines: Sequence[Mapping[str, float]], cpus: float | None, gpus: float | None, own: Mapping[str, float]) -> dict[str, float]:
+def share_of(
+    machines: Sequence[Mapping[str, float]], cpus: float | None, gpus: float | None, own: Mapping[str, float]
+) -> dict[str, float]:
     """What each worker asks for; see RayCluster for the defaults."""
     if gpus is None:
         gpus = float(any(have.get("GPU", 0) for have in machines))
     share = {"GPU": float(gpus), **{name: float(amount) for name, amount in own.items()}}
     if cpus is None:
         # a typical machine's, not the smallest one's: many clusters have a small head node
-        shares = [have["CPU"] // count for have in machines if have.get("CPU") and (count := places(have, share))]
+        shares = [
+            have["CPU"] // count for have in machines if have.get("CPU") and (count := places(have, share))
+        ]
         cpus = max(1.0, median_high(shares)) if shares else 1.0
     return {"CPU": float(cpus), **share}
 
@@ -256,7 +267,9 @@ def places(have: Mapping[str, float], share: Mapping[str, float]) -> int:
     """How many workers a machine has room for; one when they ask for nothing."""
     counts = [
         # two parts of 0.4 fit into one GPU, and five into two of them do not
-        int(have.get(name, 0)) * int(1 / amount + 1e-6) if name == "GPU" and amount < 1 else int(have.get(name, 0) / amount + 1e-6)
+        int(have.get(name, 0)) * int(1 / amount + 1e-6)
+        if name == "GPU" and amount < 1
+        else int(have.get(name, 0) / amount + 1e-6)
         for name, amount in share.items()
         if amount > 0
     ]

@@ -25,10 +25,37 @@ INSTALL = "hydra/launcher=slurm needs submitit on this machine: pip install 'int
 PROGRAMS = ("sbatch", "squeue", "scontrol", "scancel", "srun")
 # of sbatch; a config that somebody shared may choose a queue, and may not run code or write files of its choice
 EXTRA = (
-    "account", "begin", "comment", "constraint", "contiguous", "cpus-per-gpu", "deadline", "dependency", "exclude", "exclusive", "gpu-bind",
-    "gpu-freq", "gres", "hint", "licenses", "mail-type", "mail-user", "mem-per-cpu", "mem-per-gpu", "mincpus", "nice", "nodelist",
-    "prefer", "priority", "qos", "reservation", "switches", "threads-per-core", "tmp", "wckey",
-)  # fmt: skip
+    "account",
+    "begin",
+    "comment",
+    "constraint",
+    "contiguous",
+    "cpus-per-gpu",
+    "deadline",
+    "dependency",
+    "exclude",
+    "exclusive",
+    "gpu-bind",
+    "gpu-freq",
+    "gres",
+    "hint",
+    "licenses",
+    "mail-type",
+    "mail-user",
+    "mem-per-cpu",
+    "mem-per-gpu",
+    "mincpus",
+    "nice",
+    "nodelist",
+    "prefer",
+    "priority",
+    "qos",
+    "reservation",
+    "switches",
+    "threads-per-core",
+    "tmp",
+    "wckey",
+)
 HINTS = {
     "TIMEOUT": "; hydra.launcher.time_min allows more",
     "OUT_OF_MEMORY": "; hydra.launcher.mem_gb asks for more",
@@ -66,7 +93,9 @@ class Slurm:
 
     def __post_init__(self) -> None:
         if self.partition is not None and not re.fullmatch(r"[\w.,-]+", str(self.partition)):
-            raise ConfigError(f"hydra.launcher.partition is {self.partition!r}; give a partition's name, as sinfo shows it")
+            raise ConfigError(
+                f"hydra.launcher.partition is {self.partition!r}; give a partition's name, as sinfo shows it"
+            )
         in_range("hydra.launcher.time_min", self.time_min, 1, 525600, whole=True)
         in_range("hydra.launcher.gpus", self.gpus, 0, 1024, whole=True)
         in_range("hydra.launcher.cpus", self.cpus, 1, 4096, whole=True)
@@ -77,7 +106,9 @@ class Slurm:
         for name, value in (self.extra or {}).items():
             if str(name).replace("_", "-") not in EXTRA:
                 near = suggest(str(name), EXTRA)
-                raise ConfigError(f"hydra.launcher.extra names {name!r}; {near}allowed of sbatch's options are {', '.join(EXTRA)}")
+                raise ConfigError(
+                    f"hydra.launcher.extra names {name!r}; {near}allowed of sbatch's options are {', '.join(EXTRA)}"
+                )
             one_line(f"hydra.launcher.extra.{name}", value)
         one_line("hydra.launcher.folder", self.folder)
 
@@ -104,7 +135,10 @@ class Slurm:
 
     def parameters(self) -> dict[str, Any]:
         """What submitit writes into the script."""
-        threads = [f"export {name}={self.cpus}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")]
+        threads = [
+            f"export {name}={self.cpus}"
+            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        ]
         return {
             "job_name": "int8run",
             "partition": self.partition,
@@ -140,7 +174,11 @@ class SlurmWorker:
         except (FailedJobError, FailedSubmissionError) as error:
             words = " ".join(str(error).split())
             if self.watched.accepted == 0:  # nothing will be: a setting is wrong
-                hint = "hydra.launcher.gpus=0 asks for no GPU" if "gres" in words else "see the settings of hydra.launcher"
+                hint = (
+                    "hydra.launcher.gpus=0 asks for no GPU"
+                    if "gres" in words
+                    else "see the settings of hydra.launcher"
+                )
                 raise ConfigError(f"Slurm does not take the job: {words}; {hint}") from error
             refused: Answer = Answer()
             refused.set_exception(WorkerDied(f"Slurm did not take the job: {words}"))
@@ -263,7 +301,12 @@ def give(entry: Waiting) -> None:
     except FailedJobError as failure:
         # not an error of a job: its process could not begin, for instance where it finds no int8run
         last = str(failure).split("\n" + "-" * 22)[1].strip().splitlines()[-1]
-        outcomes, error = None, WorkerDied(f"Slurm job {entry.job.job_id} could not begin: {last}; its log: {entry.job.paths.stderr}")
+        outcomes, error = (
+            None,
+            WorkerDied(
+                f"Slurm job {entry.job.job_id} could not begin: {last}; its log: {entry.job.paths.stderr}"
+            ),
+        )
     except Exception as unreadable:  # noqa: BLE001 - raised where the answer is read
         outcomes, error = None, unreadable
     if error is None:
@@ -286,11 +329,26 @@ def how_it_ended(job: Any) -> tuple[str | None, str]:
     text = ask("scontrol", "--oneliner", "show", "job", job.job_id) or ""
     found = re.search(r"\bJobState=(\w+)", text)
     exit_code = re.search(r"\bExitCode=(\d+):", text)
-    if found is None and shutil.which("sacct"):  # the controller forgets a job after minutes, the accounting does not
-        text = ask("sacct", "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode", "--jobs", job.job_id) or ""
+    if found is None and shutil.which(
+        "sacct"
+    ):  # the controller forgets a job after minutes, the accounting does not
+        text = (
+            ask(
+                "sacct",
+                "--allocations",
+                "--noheader",
+                "--parsable2",
+                "--format=State,ExitCode",
+                "--jobs",
+                job.job_id,
+            )
+            or ""
+        )
         found, exit_code = re.match(r"(\w+)", text), re.search(r"\|(\d+):", text)
     word = found[1] if found else None
-    killed = f": {ended_by(128 - int(exit_code[1]))}" if exit_code and int(exit_code[1]) > 128 else ""  # as a shell counts signals
+    killed = (
+        f": {ended_by(128 - int(exit_code[1]))}" if exit_code and int(exit_code[1]) > 128 else ""
+    )  # as a shell counts signals
     reason = f"{word}{HINTS.get(word, killed)}" if word else "gone from the queue"
     return word, f"Slurm job {job.job_id} ended without an answer: {reason}; its log: {job.paths.stderr}"
 
@@ -304,4 +362,6 @@ def ask(*command: str) -> str | None:
 def one_line(name: str, value: object) -> None:
     """Raise ConfigError for a text that would be more than one line of a script."""
     if not isinstance(value, str | int | float) or re.search(r"[\x00-\x1f]", str(value)):
-        raise ConfigError(f"{name} is {value!r}; allowed is a text of one line, a number, or true for an option without a value")
+        raise ConfigError(
+            f"{name} is {value!r}; allowed is a text of one line, a number, or true for an option without a value"
+        )

@@ -59,7 +59,9 @@ class Change:
             LoraError: rows that are not there, or a kind that cannot be cut.
         """
         if self.rows is not None and not 0 <= rows.start < rows.stop <= self.rows:
-            raise LoraError(f"has {self.rows} rows, the model's layers take rows {rows.start} to {rows.stop} of them")
+            raise LoraError(
+                f"has {self.rows} rows, the model's layers take rows {rows.start} to {rows.stop} of them"
+            )
         return self.pick(torch.arange(rows.start, rows.stop))
 
     def place_rows(self, start: int, total: int) -> "Change":
@@ -74,7 +76,9 @@ class Change:
                 "load the model without fused projections"
             )
         if start < 0 or start + self.rows > total:
-            raise LoraError(f"has {self.rows} rows, which do not fit from row {start} on into the model's matrix of {total}")
+            raise LoraError(
+                f"has {self.rows} rows, which do not fit from row {start} on into the model's matrix of {total}"
+            )
         rows = torch.full((total,), -1)
         rows[start : start + self.rows] = torch.arange(self.rows)
         return self.pick(rows)
@@ -88,5 +92,7 @@ class Change:
         if self.rows is None:
             return self
         if self.rows % 2:
-            raise LoraError(f"has {self.rows} rows, the model exchanges their halves: the number must be even")
+            raise LoraError(
+                f"has {self.rows} rows, the model exchanges their halves: the number must be even"
+            )
         return self.pick(torch.arange(self.rows).roll(self.rows // 2))

@@ -44,7 +44,9 @@ class DoRA:
         axis, word = (1, "columns") if self.on_input else (0, "rows")
         misfit = self.core.misfit(shape)
         if misfit is None and self.magnitude.shape[0] != shape[axis]:
-            misfit = f"has DoRA norms for {self.magnitude.shape[0]} {word}, the model's weight is {times(shape)}"
+            misfit = (
+                f"has DoRA norms for {self.magnitude.shape[0]} {word}, the model's weight is {times(shape)}"
+            )
         return misfit
 
     def delta(self, weight: Tensor) -> Tensor:
@@ -60,7 +62,9 @@ class DoRA:
         if form is None:
             return None
         if weight is None or form.lora_A is None or form.lora_B is None:
-            raise TypeError("DoRA divides by the norms of the weight: it has no form without a weight and a low-rank pair")
+            raise TypeError(
+                "DoRA divides by the norms of the weight: it has no form without a weight and a low-rank pair"
+            )
         ratio = self.ratio(row_norms(weight, form.lora_A, form.lora_B))
         return Dynamic(form.lora_A, ratio[:, None].to(form.lora_B.device) * form.lora_B, ratio - 1)
 

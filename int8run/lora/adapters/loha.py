@@ -41,7 +41,9 @@ class LoHa:
         return shape_misfit(self.first.shape, shape)
 
     def delta(self, weight: Tensor) -> Tensor:
-        return (self.scale * self.first.dense(weight.device) * self.second.dense(weight.device)).reshape(weight.shape)
+        return (self.scale * self.first.dense(weight.device) * self.second.dense(weight.device)).reshape(
+            weight.shape
+        )
 
     def dynamic(self, weight: Tensor | None) -> Dynamic | None:
         """All products of a column of one factor with a column of the other: rank r²."""

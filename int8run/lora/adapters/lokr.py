@@ -5,7 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from int8run.lora.adapters.base import Dynamic, Pair, PickedRows, dense, is_matrix, shape_misfit, thin_factors, thin_rank
+from int8run.lora.adapters.base import (
+    Dynamic,
+    Pair,
+    PickedRows,
+    dense,
+    is_matrix,
+    shape_misfit,
+    thin_factors,
+    thin_rank,
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -84,7 +84,9 @@ def test_each_worker_is_a_process_that_stays(workers):
 
 def test_a_death_takes_no_other_worker_and_a_new_one_takes_its_place(pool, workers):
     other = workers[1].submit(pid_after(1.0))
-    with pytest.raises(WorkerDied, match=r"killed by signal 9 \(SIGKILL\); the kernel does that when memory runs out"):
+    with pytest.raises(
+        WorkerDied, match=r"killed by signal 9 \(SIGKILL\); the kernel does that when memory runs out"
+    ):
         workers[0].submit(dies()).result(30)
     with pytest.raises(WorkerDied, match="signal 9"):  # a dead one says so again
         workers[0].submit(pid_after(0)).result(30)
@@ -196,7 +198,11 @@ pool.close()
 def test_no_worker_outlives_its_parent(how):
     # in a session of its own, and the signal goes to all of it, as a terminal's Ctrl-C does
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", PARENT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     pid = int(parent.stdout.readline())
     try:
@@ -245,7 +251,11 @@ def test_a_process_that_grows_is_kept():
         return answer(os.getpid())
 
     try:
-        assert value(worker.submit(pid_after(0))) == value(worker.submit(grow)) == value(worker.submit(pid_after(0)))
+        assert (
+            value(worker.submit(pid_after(0)))
+            == value(worker.submit(grow))
+            == value(worker.submit(pid_after(0)))
+        )
         assert value(worker.submit(lambda: answer(len(sys.kept) >> 20))) == 400
     finally:
         worker.close()
@@ -272,7 +282,10 @@ def test_defaults(monkeypatch):
         ({"gpus": 2}, "gpus is 2; name GPUs as nvidia-smi numbers them"),
         ({"gpus": [0, -1]}, "gpus is"),
         ({"gpus": [True]}, "gpus is"),
-        ({"gpus": [0, 1], "n_jobs": 4}, r"n_jobs is 4, and gpus=\[0, 1\] has places for 2; leave n_jobs out, or name a GPU once for"),
+        (
+            {"gpus": [0, 1], "n_jobs": 4},
+            r"n_jobs is 4, and gpus=\[0, 1\] has places for 2; leave n_jobs out, or name a GPU once for",
+        ),
     ],
 )
 def test_settings_that_cannot_work(settings, message):
@@ -288,35 +301,52 @@ def test_settings_that_cannot_work(settings, message):
             "ray_cluster",
             RayCluster,
             {
-                "address": "10.0.0.1:6379", "num_cpus": 2, "num_gpus": 0.5, "resources": {"slot": 1}, "workers": 3,
-                "include_dashboard": True, "runtime_env": {"env_vars": {"A": "b"}},
+                "address": "10.0.0.1:6379",
+                "num_cpus": 2,
+                "num_gpus": 0.5,
+                "resources": {"slot": 1},
+                "workers": 3,
+                "include_dashboard": True,
+                "runtime_env": {"env_vars": {"A": "b"}},
             },
         ),
         (
             "slurm",
             Slurm,
             {
-                "partition": "gpu", "time_min": 5, "gpus": 2, "cpus": 8, "mem_gb": 32, "workers": 4, "extra": {"account": "a"},
+                "partition": "gpu",
+                "time_min": 5,
+                "gpus": 2,
+                "cpus": 8,
+                "mem_gb": 32,
+                "workers": 4,
+                "extra": {"account": "a"},
                 "folder": "/shared",
             },
         ),
     ],
-)  # fmt: skip
+)
 def test_every_setting_stands_in_the_yaml_with_its_meaning_and_needs_no_plus(option, pool, overrides):
     names = [f.name for f in fields(pool) if f.init]
     path = Path(__file__).parents[3] / "conf" / "hydra" / "launcher" / f"{option}.yaml"
     lines = path.read_text().splitlines()
-    assert lines[0].startswith("# ") and [line.partition(":")[0] for line in lines[2:]] == names == list(overrides)
+    assert lines[0].startswith("# ") and [line.partition(":")[0] for line in lines[2:]] == names == list(
+        overrides
+    )
     assert all(" # " in line for line in lines[2:])
     words = [f"hydra.launcher.{name}={str(value).replace(chr(39), '')}" for name, value in overrides.items()]
     with own_options(), initialize_config_module("int8run.conf", version_base="1.3"):
         plain = compose("config", [f"hydra/launcher={option}"], return_hydra_config=True).hydra.launcher
-        config = compose("config", [f"hydra/launcher={option}", *words], return_hydra_config=True).hydra.launcher
+        config = compose(
+            "config", [f"hydra/launcher={option}", *words], return_hydra_config=True
+        ).hydra.launcher
     given = OmegaConf.to_container(config)
     assert given.pop("_target_") == f"hydra_plugins.int8run.{pool.__name__}" and given == overrides
     pool(**given)
     defaults = {f.name: f.default for f in fields(pool) if f.init and f.name != "folder"}
-    assert {name: plain[name] for name in defaults} == defaults, "a program that makes a pool gets what the command line gets"
+    assert {name: plain[name] for name in defaults} == defaults, (
+        "a program that makes a pool gets what the command line gets"
+    )
 
 
 def test_pools_are_what_the_dispatcher_takes():

@@ -31,7 +31,10 @@ def cluster():
         from ray.cluster_utils import Cluster
 
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the nodes do not have the tests
-        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": SLOT, "include_dashboard": False})
+        nodes = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "resources": SLOT, "include_dashboard": False},
+        )
         nodes.add_node(num_cpus=1, resources=SLOT)
         yield nodes.address
         nodes.shutdown()
@@ -69,7 +72,10 @@ def test_two_nodes_and_a_worker_that_is_killed(pool):
     running, other = workers[0].submit(place(60)), workers[1].submit(place(2))
     time.sleep(0.3)
     os.kill(first, signal.SIGKILL)
-    with pytest.raises(WorkerDied, match=r"its Ray worker ended \(ActorDiedError\): the process went without a word: killed by a signal"):
+    with pytest.raises(
+        WorkerDied,
+        match=r"its Ray worker ended \(ActorDiedError\): the process went without a word: killed by a signal",
+    ):
         running.result(30)
     workers[0].close()
     workers[0] = pool.start()
@@ -121,12 +127,19 @@ def test_what_no_machine_has_is_refused(cluster):
 
 @pytest.mark.ray
 def test_machines_without_int8run_are_named(cluster, tmp_path, monkeypatch):
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['int8run'] = None")  # what `import` takes for a missing module
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys; sys.modules['int8run'] = None"
+    )  # what `import` takes for a missing module
     pool = RayCluster(address=cluster, runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}})
-    with pytest.raises(ConfigError, match=r"the jobs need int8run [\d.]+ on every machine .* install it .*: import of int8run halted"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the jobs need int8run [\d.]+ on every machine .* install it .*: import of int8run halted",
+    ):
         pool.open(2)
     monkeypatch.setattr("int8run.__version__", "99.0")
-    with pytest.raises(ConfigError, match=r"the jobs need int8run 99.0 on every machine .*: \d+\.\d+.*; .*: \d+\.\d+"):
+    with pytest.raises(
+        ConfigError, match=r"the jobs need int8run 99.0 on every machine .*: \d+\.\d+.*; .*: \d+\.\d+"
+    ):
         RayCluster(address=cluster).open(2)
 
 
@@ -149,12 +162,30 @@ def server(tmp_path):
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
     command = [
-        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", address.rpartition(":")[2], "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "artifacts")),
+        *(
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            address.rpartition(":")[2],
+            "--workers",
+            "1",
+        ),
+        *(
+            "--backend-store-uri",
+            f"sqlite:///{tmp_path}/server.db",
+            "--artifacts-destination",
+            str(tmp_path / "artifacts"),
+        ),
     ]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with open(tmp_path / "server.log", "w") as log:
-        process = subprocess.Popen(command, env=os.environ | quiet, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=os.environ | quiet, stdout=log, stderr=log, start_new_session=True
+        )
     yield address
     os.killpg(process.pid, signal.SIGTERM)
     process.wait()
@@ -180,8 +211,20 @@ def until(condition, seconds):
 def test_a_sweep_on_two_nodes_with_one_server_and_a_worker_that_is_killed(server, cluster, tmp_path):
     folder = tmp_path / "sweep"
     command = [
-        *(sys.executable, "-m", "int8run.cli", "-m", "hydra/launcher=ray_cluster", f"hydra.launcher.address={cluster}"),
-        *("hydra.launcher.resources={int8_slot:1}", f"hydra.sweep.dir={folder}", f"tracker.uri={server}", "cache.limit_gb=0"),
+        *(
+            sys.executable,
+            "-m",
+            "int8run.cli",
+            "-m",
+            "hydra/launcher=ray_cluster",
+            f"hydra.launcher.address={cluster}",
+        ),
+        *(
+            "hydra.launcher.resources={int8_slot:1}",
+            f"hydra.sweep.dir={folder}",
+            f"tracker.uri={server}",
+            "cache.limit_gb=0",
+        ),
         *(
             "sampler.steps=1",
             "prompts.prompts=[fox]",
@@ -193,14 +236,18 @@ def test_a_sweep_on_two_nodes_with_one_server_and_a_worker_that_is_killed(server
     ]
 
     def sweep(*more):
-        return subprocess.Popen([*command, *more], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [*command, *more], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     def records():
         return {record.number: record for record in find_records(folder)}
 
     def running_after_another():
         found = records().values()
-        return any(r.state == "FINISHED" for r in found) and next((r for r in found if r.state == "RUNNING"), None)
+        return any(r.state == "FINISHED" for r in found) and next(
+            (r for r in found if r.state == "RUNNING"), None
+        )
 
     until(lambda: answers(f"{server}/health"), 120)
     first = sweep()
@@ -222,7 +269,9 @@ def test_a_sweep_on_two_nodes_with_one_server_and_a_worker_that_is_killed(server
     out, err = again.communicate(timeout=120)
     assert again.returncode == 0, out + err
     assert {record.state for record in records().values()} == {"FINISHED"} and len(records()) == 6
-    assert [n for n, record in records().items() if record.started != started[n]] == [killed.number], "only that one ran again"
+    assert [n for n, record in records().items() if record.started != started[n]] == [killed.number], (
+        "only that one ran again"
+    )
     finished = [config_hash for _, state, config_hash in tracked(server) if state == "FINISHED"]
     assert len(finished) == len(set(finished)) == 6
 
@@ -239,7 +288,8 @@ def tracked(server):
 def test_nothing_listens_there():
     began = time.monotonic()
     with pytest.raises(
-        ConfigError, match=r"address is '127.0.0.1:1', and nothing answers there \(Connection refused\); `ray start --head` prints"
+        ConfigError,
+        match=r"address is '127.0.0.1:1', and nothing answers there \(Connection refused\); `ray start --head` prints",
     ):
         RayCluster(address="127.0.0.1:1").open(2)
     assert time.monotonic() - began < 15
@@ -263,7 +313,14 @@ SMALL, BIG = {"CPU": 4.0}, {"CPU": 64.0}
         ([EIGHT_GPUS], 1, 0.4, {}, {"CPU": 1, "GPU": 0.4}, [16]),
         ([EIGHT_GPUS], None, 0, {}, {"CPU": 96, "GPU": 0}, [1]),
         ([EIGHT_GPUS], 50, None, {}, {"CPU": 50, "GPU": 1}, [1]),
-        ([SMALL, BIG, BIG], None, None, {}, {"CPU": 64, "GPU": 0}, [0, 1, 1]),  # no job on the small head node
+        (
+            [SMALL, BIG, BIG],
+            None,
+            None,
+            {},
+            {"CPU": 64, "GPU": 0},
+            [0, 1, 1],
+        ),  # no job on the small head node
         ([SMALL, SMALL], 2, None, {}, {"CPU": 2, "GPU": 0}, [2, 2]),
         ([SMALL, {"CPU": 0.0}], None, None, {}, {"CPU": 4, "GPU": 0}, [1, 0]),
         ([SMALL, {**BIG, "slot": 4.0}], None, None, {"slot": 1}, {"CPU": 16, "GPU": 0, "slot": 1}, [0, 4]),
@@ -280,10 +337,13 @@ def test_amounts_are_named_as_the_settings_are():
 
 
 def test_the_reason_in_rays_page():
-    assert reason_in("The actor died.\nThe actor is dead because its node has died. Node Id: ab") == "its node has died. Node Id: ab"
-    assert reason_in("Task was killed due to the node running low on memory.\nMemory on the node was 95%").startswith(
-        "Task was killed due to"
+    assert (
+        reason_in("The actor died.\nThe actor is dead because its node has died. Node Id: ab")
+        == "its node has died. Node Id: ab"
     )
+    assert reason_in(
+        "Task was killed due to the node running low on memory.\nMemory on the node was 95%"
+    ).startswith("Task was killed due to")
 
 
 @pytest.mark.parametrize(
@@ -295,7 +355,10 @@ def test_the_reason_in_rays_page():
         ({"num_gpus": -1}, "hydra.launcher.num_gpus is -1"),
         ({"num_gpus": 1.5}, "num_gpus is 1.5; allowed is a part of one, such as 0.5, or a whole number"),
         ({"workers": 0}, "hydra.launcher.workers is 0"),
-        ({"resources": {"GPU": 1}}, "hydra.launcher.resources names GPU; allowed are a cluster's own; num_cpus and num_gpus set"),
+        (
+            {"resources": {"GPU": 1}},
+            "hydra.launcher.resources names GPU; allowed are a cluster's own; num_cpus and num_gpus set",
+        ),
         ({"resources": {"slot": 1.5}}, "hydra.launcher.resources.slot is 1.5; allowed is a part of one"),
         ({"include_dashboard": "yes"}, "include_dashboard is 'yes'; choose true or false"),
     ],

@@ -90,7 +90,10 @@ def pool(cluster, tmp_path):
 def outcomes(seconds=0.0):
     def call():
         time.sleep(seconds)
-        return [Outcome(n, "FINISHED", value=(os.environ["SLURM_JOB_ID"], os.environ["OMP_NUM_THREADS"])) for n in range(2)]
+        return [
+            Outcome(n, "FINISHED", value=(os.environ["SLURM_JOB_ID"], os.environ["OMP_NUM_THREADS"]))
+            for n in range(2)
+        ]
 
     return call
 
@@ -124,10 +127,14 @@ def test_deaths_are_told_in_slurms_words(pool, cluster, monkeypatch):
     (cluster / "2.state").write_text("TIMEOUT")
     (cluster / "3.state").write_text("CANCELLED")
     with pytest.raises(
-        WorkerDied, match=r"^Slurm job 1 ended without an answer: FAILED: its process was killed by signal 9 \(SIGKILL\); .*_log.err$"
+        WorkerDied,
+        match=r"^Slurm job 1 ended without an answer: FAILED: its process was killed by signal 9 \(SIGKILL\); .*_log.err$",
     ):
         answers[0].result(30)
-    with pytest.raises(WorkerDied, match=r"Slurm job 2 ended without an answer: TIMEOUT; hydra.launcher.time_min allows more; its log"):
+    with pytest.raises(
+        WorkerDied,
+        match=r"Slurm job 2 ended without an answer: TIMEOUT; hydra.launcher.time_min allows more; its log",
+    ):
         answers[1].result(30)
     with pytest.raises(WorkerDied, match="Slurm job 3 ended without an answer: CANCELLED; its log"):
         answers[2].result(30)
@@ -177,18 +184,25 @@ def test_why_a_job_waits_is_said_once(pool, cluster, caplog):
     with caplog.at_level(logging.INFO):
         pool.start().submit(outcomes(2.5)).result(30)
     told = [record.getMessage() for record in caplog.records if record.name == slurm_launcher.log.name]
-    assert told[0].startswith("Slurm job 1 submitted; its log: ") and told[1:] == ["Slurm job 1 waits: Resources"]
+    assert told[0].startswith("Slurm job 1 submitted; its log: ") and told[1:] == [
+        "Slurm job 1 waits: Resources"
+    ]
 
 
 def test_a_job_that_slurm_does_not_take(pool, cluster):
     worker = pool.start()
     (cluster / "refuse").write_text("Invalid generic resource (gres) specification")
-    with pytest.raises(ConfigError, match=r"Slurm does not take the job: sbatch: error: Invalid .*; hydra.launcher.gpus=0 asks for no GPU"):
+    with pytest.raises(
+        ConfigError,
+        match=r"Slurm does not take the job: sbatch: error: Invalid .*; hydra.launcher.gpus=0 asks for no GPU",
+    ):
         worker.submit(outcomes())
     (cluster / "refuse").unlink()
     worker.submit(outcomes()).result(30)
     (cluster / "refuse").write_text("Job violates accounting/QOS policy")  # the others of the sweep go on
-    with pytest.raises(WorkerDied, match="Slurm did not take the job: sbatch: error: Job violates accounting/QOS policy"):
+    with pytest.raises(
+        WorkerDied, match="Slurm did not take the job: sbatch: error: Job violates accounting/QOS policy"
+    ):
         worker.submit(outcomes()).result(1)
 
 
@@ -196,7 +210,10 @@ def test_a_machine_without_our_code_is_named_in_the_error(pool, monkeypatch):
     module = types.ModuleType("only_here")
     exec("def call(): pass", module.__dict__)
     monkeypatch.setitem(sys.modules, "only_here", module)
-    with pytest.raises(WorkerDied, match=r"Slurm job 1 could not begin: ModuleNotFoundError: No module named 'only_here'; its log: .*err"):
+    with pytest.raises(
+        WorkerDied,
+        match=r"Slurm job 1 could not begin: ModuleNotFoundError: No module named 'only_here'; its log: .*err",
+    ):
         pool.start().submit(module.call).result(30)
 
 
@@ -222,22 +239,44 @@ def test_accounting_is_asked_when_the_controller_has_forgotten(cluster, monkeypa
         "Slurm job 7 ended without an answer: OUT_OF_MEMORY; hydra.launcher.mem_gb asks for more; its log: 7_log.err",
     )
     (cluster / "sacct").unlink()
-    assert slurm_launcher.how_it_ended(job) == (None, "Slurm job 7 ended without an answer: gone from the queue; its log: 7_log.err")
+    assert slurm_launcher.how_it_ended(job) == (
+        None,
+        "Slurm job 7 ended without an answer: gone from the queue; its log: 7_log.err",
+    )
     assert asked == ["scontrol", "sacct", "scontrol"]
 
 
 def test_the_script_of_a_job(cluster, tmp_path):
     from submitit.slurm.slurm import _make_sbatch_string
 
-    pool = Slurm(partition="gpu", time_min=90, gpus=2, mem_gb=1.5, extra={"account": "vision", "exclusive": True}, folder=str(tmp_path))
+    pool = Slurm(
+        partition="gpu",
+        time_min=90,
+        gpus=2,
+        mem_gb=1.5,
+        extra={"account": "vision", "exclusive": True},
+        folder=str(tmp_path),
+    )
     script = _make_sbatch_string(command="run", folder=tmp_path, **pool.parameters()).splitlines()
     wanted = [
-        "partition=gpu", "time=90", "gpus-per-node=2", "cpus-per-task=4", "mem=1536M", "nodes=1", "ntasks-per-node=1", "no-requeue",
-        "account=vision", "exclusive",
-    ]  # fmt: skip
-    assert {f"#SBATCH --{line}" for line in wanted} <= set(script) and {"export OMP_NUM_THREADS=4", "run"} <= set(script)
+        "partition=gpu",
+        "time=90",
+        "gpus-per-node=2",
+        "cpus-per-task=4",
+        "mem=1536M",
+        "nodes=1",
+        "ntasks-per-node=1",
+        "no-requeue",
+        "account=vision",
+        "exclusive",
+    ]
+    assert {f"#SBATCH --{line}" for line in wanted} <= set(script) and {
+        "export OMP_NUM_THREADS=4",
+        "run",
+    } <= set(script)
     assert not any(
-        "gpus" in line or "mem" in line for line in _make_sbatch_string("run", tmp_path, **Slurm(gpus=0).parameters()).splitlines()
+        "gpus" in line or "mem" in line
+        for line in _make_sbatch_string("run", tmp_path, **Slurm(gpus=0).parameters()).splitlines()
     )
 
 
@@ -252,7 +291,8 @@ def test_how_many_at_once(cluster, tmp_path):
 def test_without_slurm_or_submitit(cluster, monkeypatch):
     (cluster / "squeue").unlink()
     with pytest.raises(
-        ConfigError, match=r"finds no squeue here; start int8run on a machine that submits .* or choose hydra/launcher=joblib"
+        ConfigError,
+        match=r"finds no squeue here; start int8run on a machine that submits .* or choose hydra/launcher=joblib",
     ):
         Slurm().open(2)
     monkeypatch.setitem(sys.modules, "submitit", None)
@@ -269,10 +309,16 @@ def test_without_slurm_or_submitit(cluster, monkeypatch):
         ({"cpus": 0}, "hydra.launcher.cpus is 0"),
         ({"mem_gb": 0}, "hydra.launcher.mem_gb is 0"),
         ({"workers": 0}, "hydra.launcher.workers is 0"),
-        ({"extra": {"acount": "a"}}, "extra names 'acount'; did you mean 'account'.*allowed of sbatch's options are account, begin"),
+        (
+            {"extra": {"acount": "a"}},
+            "extra names 'acount'; did you mean 'account'.*allowed of sbatch's options are account, begin",
+        ),
         ({"extra": {"wrap": "rm -r /"}}, "extra names 'wrap'"),
         ({"extra": {"output": "/home/me/.bashrc"}}, "extra names 'output'"),
-        ({"extra": {"account": "a\nrm -r /"}}, r"hydra.launcher.extra.account is 'a\\nrm -r /'; allowed is a text of one line"),
+        (
+            {"extra": {"account": "a\nrm -r /"}},
+            r"hydra.launcher.extra.account is 'a\\nrm -r /'; allowed is a text of one line",
+        ),
         ({"extra": {"account": ["a"]}}, "hydra.launcher.extra.account is"),
         ({"folder": "a\nb"}, "hydra.launcher.folder is"),
     ],

@@ -54,95 +54,171 @@ def dora(weight: Tensor, change: Tensor, magnitude: Tensor, axis: int) -> Tensor
 
 
 W1, W2 = randn(3, 5, seed=9), randn(4, 2, seed=10)
-W1_A, W1_B, W2_A, W2_B = randn(3, 1, seed=11), randn(1, 5, seed=12), randn(4, 1, seed=13), randn(1, 2, seed=14)
+W1_A, W1_B, W2_A, W2_B = (
+    randn(3, 1, seed=11),
+    randn(1, 5, seed=12),
+    randn(4, 1, seed=13),
+    randn(1, 2, seed=14),
+)
 T2, W2_DOWN, W2_UP = randn(R, R, 3, 3, seed=15), randn(R, 5, seed=16), randn(4, R, seed=17)
 KERNEL = (N, 5, 3, 3)
 HADA_T1, HADA_T2, DOWN5, DOWN5_2 = MID, randn(R, R, 3, 3, seed=18), randn(R, 5, seed=19), randn(R, 5, seed=20)
 
 CASES = {
     "LoRA": Case(LoRA(A, B, 0.5), (N, K), lambda w: 0.5 * B @ A),
-    "LoRA on a 1x1 convolution": Case(LoRA(A, B, 0.5), (N, K, 1, 1), lambda w: (0.5 * B @ A)[..., None, None]),
-    "LoCon 1x1 on a Linear": Case(LoRA(A[..., None, None], B[..., None, None], 3.0), (N, K), lambda w: 3 * B @ A),
+    "LoRA on a 1x1 convolution": Case(
+        LoRA(A, B, 0.5), (N, K, 1, 1), lambda w: (0.5 * B @ A)[..., None, None]
+    ),
+    "LoCon 1x1 on a Linear": Case(
+        LoRA(A[..., None, None], B[..., None, None], 3.0), (N, K), lambda w: 3 * B @ A
+    ),
     "LoCon": Case(
-        LoRA(CONV_A, CONV_B, 2.0), KERNEL, lambda w: 2 * torch.einsum("or,rihw->oihw", CONV_B[..., 0, 0], CONV_A), dynamic=False
+        LoRA(CONV_A, CONV_B, 2.0),
+        KERNEL,
+        lambda w: 2 * torch.einsum("or,rihw->oihw", CONV_B[..., 0, 0], CONV_A),
+        dynamic=False,
     ),
     "LoCon written flat": Case(
-        LoRA(CONV_A.flatten(1), CONV_B.flatten(1), 2.0), KERNEL, lambda w: 2 * torch.einsum("or,rihw->oihw", CONV_B[..., 0, 0], CONV_A)
+        LoRA(CONV_A.flatten(1), CONV_B.flatten(1), 2.0),
+        KERNEL,
+        lambda w: 2 * torch.einsum("or,rihw->oihw", CONV_B[..., 0, 0], CONV_A),
     ),
     "LoCon with a core": Case(
-        LoRA(DOWN5[..., None, None], CONV_B, 0.25, MID), KERNEL, lambda w: tucker(MID, CONV_B[..., 0, 0], DOWN5) / 4, dynamic=False
+        LoRA(DOWN5[..., None, None], CONV_B, 0.25, MID),
+        KERNEL,
+        lambda w: tucker(MID, CONV_B[..., 0, 0], DOWN5) / 4,
+        dynamic=False,
     ),
     "LoHa": Case(LoHa(Pair(B, A), Pair(B2, A2), 0.5), (N, K), lambda w: 0.5 * (B @ A) * (B2 @ A2)),
     "LoHa too wide": Case(
-        LoHa(Pair(randn(N, 4), randn(4, K)), Pair(randn(N, 4, seed=1), randn(4, K, seed=1)), 1.0), (N, K),
-        lambda w: (randn(N, 4) @ randn(4, K)) * (randn(N, 4, seed=1) @ randn(4, K, seed=1)), rank=4, dynamic=False,
+        LoHa(Pair(randn(N, 4), randn(4, K)), Pair(randn(N, 4, seed=1), randn(4, K, seed=1)), 1.0),
+        (N, K),
+        lambda w: (randn(N, 4) @ randn(4, K)) * (randn(N, 4, seed=1) @ randn(4, K, seed=1)),
+        rank=4,
+        dynamic=False,
     ),
     "LoHa with cores": Case(
-        LoHa(Pair(B, DOWN5, HADA_T1), Pair(B2, DOWN5_2, HADA_T2), 0.5), KERNEL,
-        lambda w: 0.5 * tucker(HADA_T1, B, DOWN5) * tucker(HADA_T2, B2, DOWN5_2), dynamic=False,
+        LoHa(Pair(B, DOWN5, HADA_T1), Pair(B2, DOWN5_2, HADA_T2), 0.5),
+        KERNEL,
+        lambda w: 0.5 * tucker(HADA_T1, B, DOWN5) * tucker(HADA_T2, B2, DOWN5_2),
+        dynamic=False,
     ),
     "LoKr, both full": Case(LoKr(W1, W2), (N, K), lambda w: kron(W1, W2), rank=None),
     "LoKr, both full and narrow": Case(
         LoKr(W1[:, :1], randn(4, K)), (N, K), lambda w: kron(W1[:, :1], randn(4, K)), rank=None
     ),
     "LoKr with a factor that is low-rank in name": Case(
-        LoKr(W1[:, :1], Pair(randn(4, 30), randn(30, K)), 0.1), (N, K), lambda w: 0.1 * kron(W1[:, :1], randn(4, 30) @ randn(30, K)),
+        LoKr(W1[:, :1], Pair(randn(4, 30), randn(30, K)), 0.1),
+        (N, K),
+        lambda w: 0.1 * kron(W1[:, :1], randn(4, 30) @ randn(30, K)),
         rank=30,
     ),
     "LoKr as wide as the weight": Case(
         LoKr(randn(N, K), torch.ones(1, 1)), (N, K), lambda w: randn(N, K), rank=None, dynamic=False
     ),
     "LoKr low-rank in name": Case(
-        LoKr(W1[:1, :1], Pair(randn(N, 30), randn(30, K))), (N, K), lambda w: W1[0, 0] * randn(N, 30) @ randn(30, K), rank=30, dynamic=False
+        LoKr(W1[:1, :1], Pair(randn(N, 30), randn(30, K))),
+        (N, K),
+        lambda w: W1[0, 0] * randn(N, 30) @ randn(30, K),
+        rank=30,
+        dynamic=False,
     ),
-    "LoKr, second low-rank": Case(LoKr(W1, Pair(W2_A, W2_B), 0.5), (N, K), lambda w: 0.5 * kron(W1, W2_A @ W2_B), rank=1),
-    "LoKr, first low-rank": Case(LoKr(Pair(W1_A, W1_B), W2, 4.0), (N, K), lambda w: 4 * kron(W1_A @ W1_B, W2), rank=1),
+    "LoKr, second low-rank": Case(
+        LoKr(W1, Pair(W2_A, W2_B), 0.5), (N, K), lambda w: 0.5 * kron(W1, W2_A @ W2_B), rank=1
+    ),
+    "LoKr, first low-rank": Case(
+        LoKr(Pair(W1_A, W1_B), W2, 4.0), (N, K), lambda w: 4 * kron(W1_A @ W1_B, W2), rank=1
+    ),
     "LoKr, both low-rank": Case(
-        LoKr(Pair(W1_A, W1_B), Pair(W2_A, W2_B), 3.0), (N, K), lambda w: 3 * kron(W1_A @ W1_B, W2_A @ W2_B), rank=1
+        LoKr(Pair(W1_A, W1_B), Pair(W2_A, W2_B), 3.0),
+        (N, K),
+        lambda w: 3 * kron(W1_A @ W1_B, W2_A @ W2_B),
+        rank=1,
     ),
     "LoKr on a kernel, flat": Case(
-        LoKr(randn(3, 1, seed=21), Pair(randn(4, R, seed=22), randn(R, 45, seed=23)), 0.5), KERNEL,
-        lambda w: 0.5 * kron(randn(3, 1, seed=21), randn(4, R, seed=22) @ randn(R, 45, seed=23)).reshape(KERNEL),
+        LoKr(randn(3, 1, seed=21), Pair(randn(4, R, seed=22), randn(R, 45, seed=23)), 0.5),
+        KERNEL,
+        lambda w: (
+            0.5 * kron(randn(3, 1, seed=21), randn(4, R, seed=22) @ randn(R, 45, seed=23)).reshape(KERNEL)
+        ),
     ),
     "LoKr on a kernel, full": Case(
-        LoKr(randn(3, 5, seed=21), randn(4, 1, 3, 3, seed=22)), KERNEL,
-        lambda w: torch.stack([
-            torch.stack([kron(randn(3, 5, seed=21), randn(4, 1, 3, 3, seed=22)[:, :, i, j]) for j in range(3)], -1) for i in range(3)
-        ], -2),
-        rank=None, dynamic=False,
+        LoKr(randn(3, 5, seed=21), randn(4, 1, 3, 3, seed=22)),
+        KERNEL,
+        lambda w: torch.stack(
+            [
+                torch.stack(
+                    [kron(randn(3, 5, seed=21), randn(4, 1, 3, 3, seed=22)[:, :, i, j]) for j in range(3)], -1
+                )
+                for i in range(3)
+            ],
+            -2,
+        ),
+        rank=None,
+        dynamic=False,
     ),
     "LoKr on a kernel with a core": Case(
-        LoKr(randn(3, 1, seed=21), Pair(W2_UP, W2_DOWN, T2), 0.5), KERNEL,
-        lambda w: 0.5 * torch.cat([x * tucker(T2, W2_UP, W2_DOWN) for x in randn(3, 1, seed=21).flatten()]), dynamic=False,
+        LoKr(randn(3, 1, seed=21), Pair(W2_UP, W2_DOWN, T2), 0.5),
+        KERNEL,
+        lambda w: 0.5 * torch.cat([x * tucker(T2, W2_UP, W2_DOWN) for x in randn(3, 1, seed=21).flatten()]),
+        dynamic=False,
     ),
-    "diff": Case(Diff(randn(N, K, seed=24)), (N, K), lambda w: randn(N, K, seed=24), rank=None, dynamic=False),
-    "norm": Case(Diff(randn(N, seed=24), "norm"), (N,), lambda w: randn(N, seed=24), rank=None, dynamic=False),
+    "diff": Case(
+        Diff(randn(N, K, seed=24)), (N, K), lambda w: randn(N, K, seed=24), rank=None, dynamic=False
+    ),
+    "norm": Case(
+        Diff(randn(N, seed=24), "norm"), (N,), lambda w: randn(N, seed=24), rank=None, dynamic=False
+    ),
     "IA3": Case(IA3(randn(N, seed=25)), (N, K), lambda w: torch.diag(randn(N, seed=25)) @ w, rank=None),
-    "IA3 on inputs": Case(IA3(randn(K, seed=25), True), (N, K), lambda w: w @ torch.diag(randn(K, seed=25)), rank=None, dynamic=False),
+    "IA3 on inputs": Case(
+        IA3(randn(K, seed=25), True),
+        (N, K),
+        lambda w: w @ torch.diag(randn(K, seed=25)),
+        rank=None,
+        dynamic=False,
+    ),
     "IA3 on a kernel": Case(
-        IA3(randn(5, seed=25), True), KERNEL, lambda w: torch.einsum("oihw,i->oihw", w, randn(5, seed=25)), rank=None, dynamic=False
+        IA3(randn(5, seed=25), True),
+        KERNEL,
+        lambda w: torch.einsum("oihw,i->oihw", w, randn(5, seed=25)),
+        rank=None,
+        dynamic=False,
     ),
     "DoRA": Case(DoRA(LoRA(A, B, 0.5), MAGNITUDE), (N, K), lambda w: dora(w, 0.5 * B @ A, MAGNITUDE, 0)),
     "DoRA by columns": Case(
-        DoRA(LoRA(A, B, 0.5), MAGNITUDE[:K], True), (N, K), lambda w: dora(w, 0.5 * B @ A, MAGNITUDE[:K], 1), dynamic=False
+        DoRA(LoRA(A, B, 0.5), MAGNITUDE[:K], True),
+        (N, K),
+        lambda w: dora(w, 0.5 * B @ A, MAGNITUDE[:K], 1),
+        dynamic=False,
     ),
     "DoRA of a kernel": Case(
-        DoRA(LoRA(CONV_A, CONV_B, 2.0), MAGNITUDE), KERNEL,
-        lambda w: dora(w, 2 * torch.einsum("or,rihw->oihw", CONV_B[..., 0, 0], CONV_A), MAGNITUDE, 0), dynamic=False,
+        DoRA(LoRA(CONV_A, CONV_B, 2.0), MAGNITUDE),
+        KERNEL,
+        lambda w: dora(w, 2 * torch.einsum("or,rihw->oihw", CONV_B[..., 0, 0], CONV_A), MAGNITUDE, 0),
+        dynamic=False,
     ),
     "DoRA of a kernel by columns": Case(
-        DoRA(LoRA(CONV_A, CONV_B, 2.0), MAGNITUDE[:5], True), KERNEL,
-        lambda w: dora(w, 2 * torch.einsum("or,rihw->oihw", CONV_B[..., 0, 0], CONV_A), MAGNITUDE[:5], 1), dynamic=False,
+        DoRA(LoRA(CONV_A, CONV_B, 2.0), MAGNITUDE[:5], True),
+        KERNEL,
+        lambda w: dora(w, 2 * torch.einsum("or,rihw->oihw", CONV_B[..., 0, 0], CONV_A), MAGNITUDE[:5], 1),
+        dynamic=False,
     ),
     "DoRA of LoHa": Case(
-        DoRA(LoHa(Pair(B, A), Pair(B2, A2), 0.5), MAGNITUDE), (N, K), lambda w: dora(w, 0.5 * (B @ A) * (B2 @ A2), MAGNITUDE, 0)
+        DoRA(LoHa(Pair(B, A), Pair(B2, A2), 0.5), MAGNITUDE),
+        (N, K),
+        lambda w: dora(w, 0.5 * (B @ A) * (B2 @ A2), MAGNITUDE, 0),
     ),
     "DoRA of LoKr": Case(
-        DoRA(LoKr(W1, Pair(W2_A, W2_B), 0.5), MAGNITUDE), (N, K), lambda w: dora(w, 0.5 * kron(W1, W2_A @ W2_B), MAGNITUDE, 0), rank=1
+        DoRA(LoKr(W1, Pair(W2_A, W2_B), 0.5), MAGNITUDE),
+        (N, K),
+        lambda w: dora(w, 0.5 * kron(W1, W2_A @ W2_B), MAGNITUDE, 0),
+        rank=1,
     ),
-}  # fmt: skip
+}
 # norms over all rows belong to the whole matrix
-CUTTABLE = {name: case for name, case in CASES.items() if not (isinstance(case.core, DoRA) and case.core.on_input)}
+CUTTABLE = {
+    name: case for name, case in CASES.items() if not (isinstance(case.core, DoRA) and case.core.on_input)
+}
 
 
 def over(cases: dict[str, Case]) -> pytest.MarkDecorator:
@@ -225,7 +301,9 @@ def test_halves_exchanged(case, weight):
 @over({name: CASES[name] for name in ("LoRA", "LoKr, second low-rank", "DoRA")})
 def test_cuts_follow_one_another(case, weight):
     tall = randn(20, *case.shape[1:], seed=98)
-    part = Change(case.core).take_rows(slice(2, 10)).swap_halves().place_rows(1, 20).take_rows(slice(0, 15)).core
+    part = (
+        Change(case.core).take_rows(slice(2, 10)).swap_halves().place_rows(1, 20).take_rows(slice(0, 15)).core
+    )
     expected = torch.zeros(15, *case.shape[1:])
     source = torch.tensor([6, 7, 8, 9, 2, 3, 4, 5])
     whole = torch.zeros(case.shape)
@@ -250,7 +328,10 @@ def test_a_bias_says_how_many_rows_a_factor_of_inputs_has():
     expected = torch.zeros(9, K)
     expected[3:7] = tall[3:7] * randn(K, seed=25)
     assert_close("placed", change.core.delta(tall), expected, 2e-6)
-    assert change.misfit((9, K)) is None and change.misfit((8, K)) == f"changes 9 rows, the model's weight is 8x{K}"
+    assert (
+        change.misfit((9, K)) is None
+        and change.misfit((8, K)) == f"changes 9 rows, the model's weight is 8x{K}"
+    )
 
 
 def test_a_cut_leaves_the_change_as_it_was():
@@ -262,29 +343,43 @@ def test_a_cut_leaves_the_change_as_it_was():
 class TestRefused:
     """What cannot be cut, with its words."""
 
-    @pytest.mark.parametrize("cut", [lambda c: c.take_rows(slice(0, 4)), lambda c: c.place_rows(0, 24), lambda c: c.swap_halves()])
+    @pytest.mark.parametrize(
+        "cut", [lambda c: c.take_rows(slice(0, 4)), lambda c: c.place_rows(0, 24), lambda c: c.swap_halves()]
+    )
     def test_column_norms(self, cut):
-        with pytest.raises(LoraError, match=r"its DoRA norms \(dora_scale \[1, in\]\) run over all rows .* use a file with row norms"):
+        with pytest.raises(
+            LoraError,
+            match=r"its DoRA norms \(dora_scale \[1, in\]\) run over all rows .* use a file with row norms",
+        ):
             cut(Change(CASES["DoRA by columns"].core))
 
     def test_factors_of_inputs_placed(self):
         change = Change(CASES["IA3 on inputs"].core)
-        with pytest.raises(LoraError, match=r"is an IA3 on inputs, .*load the model without fused projections"):
+        with pytest.raises(
+            LoraError, match=r"is an IA3 on inputs, .*load the model without fused projections"
+        ):
             change.place_rows(0, 24)
         assert change.swap_halves() is change and change.rows is None
 
     @pytest.mark.parametrize("rows", [slice(8, 13), slice(-1, 3), slice(3, 3)], ids=str)
     def test_rows_that_are_not_there(self, rows):
-        with pytest.raises(LoraError, match=f"has 12 rows, the model's layers take rows {rows.start} to {rows.stop} of them"):
+        with pytest.raises(
+            LoraError, match=f"has 12 rows, the model's layers take rows {rows.start} to {rows.stop} of them"
+        ):
             Change(LoRA(A, B)).take_rows(rows)
 
     @pytest.mark.parametrize("start", [-1, 9])
     def test_a_place_that_is_too_small(self, start):
-        with pytest.raises(LoraError, match=f"has 12 rows, which do not fit from row {start} on into the model's matrix of 20"):
+        with pytest.raises(
+            LoraError,
+            match=f"has 12 rows, which do not fit from row {start} on into the model's matrix of 20",
+        ):
             Change(LoRA(A, B)).place_rows(start, 20)
 
     def test_odd_halves(self):
-        with pytest.raises(LoraError, match="has 3 rows, the model exchanges their halves: the number must be even"):
+        with pytest.raises(
+            LoraError, match="has 3 rows, the model exchanges their halves: the number must be even"
+        ):
             Change(LoRA(A, B[:3])).swap_halves()
 
 
@@ -304,23 +399,38 @@ class TestRefused:
         (Change(CASES["norm"].core), (10,), "changes a 12 weight, the model's is 10"),
         (Change(CASES["norm"].core), (12, 1), "changes a 12 weight, the model's is 12x1"),
         (Change(CASES["IA3"].core), (10, 12), "scales the 12 rows of a weight, the model's is 10x12"),
-        (Change(CASES["IA3 on inputs"].core), (10, 12), "scales the 10 columns of a weight, the model's is 10x12"),
+        (
+            Change(CASES["IA3 on inputs"].core),
+            (10, 12),
+            "scales the 10 columns of a weight, the model's is 10x12",
+        ),
         (Change(CASES["IA3 on inputs"].core), (10,), "scales the 10 columns of a weight, the model's is 10"),
         (Change(CASES["DoRA"].core), (12, 11), "changes a 12x10 weight, the model's is 12x11"),
-        (Change(DoRA(LoRA(A, B), MAGNITUDE[:7], True)), (12, 10), "has DoRA norms for 7 columns, the model's weight is 12x10"),
+        (
+            Change(DoRA(LoRA(A, B), MAGNITUDE[:7], True)),
+            (12, 10),
+            "has DoRA norms for 7 columns, the model's weight is 12x10",
+        ),
         (Change(LoRA(A, B), torch.ones(11)), (12, 10), "changes a bias of 11, the model's weight is 12x10"),
         (Change(None, torch.ones(11)), (12, 10), "changes a bias of 11, the model's weight is 12x10"),
         (Change(LoRA(A, B), torch.ones(12)), (12, 10), None),
         (Change(LoKr(W1, W2)).take_rows(slice(0, 4)), (5, 10), "changes 4 rows, the model's weight is 5x10"),
-        (Change(LoKr(W1, W2)).take_rows(slice(0, 4)), (4, 11), "changes a 12x10 weight, the model's is 12x11"),
+        (
+            Change(LoKr(W1, W2)).take_rows(slice(0, 4)),
+            (4, 11),
+            "changes a 12x10 weight, the model's is 12x11",
+        ),
     ],
-)  # fmt: skip
+)
 def test_misfits_name_both_shapes(change, shape, words):
     assert change.misfit(shape) == words
 
 
 def test_float16_products_do_not_overflow():
-    big_A, big_B = torch.full((64, K), 200.0, dtype=torch.float16), torch.full((N, 64), 200.0, dtype=torch.float16)
+    big_A, big_B = (
+        torch.full((64, K), 200.0, dtype=torch.float16),
+        torch.full((N, 64), 200.0, dtype=torch.float16),
+    )
     w = torch.zeros(N, K, dtype=torch.float16)
     for core in (
         LoRA(big_A, big_B, 0.5),
@@ -337,7 +447,12 @@ def test_row_norms_are_exact_over_several_blocks(monkeypatch):
     case = CASES["DoRA"]
     w = randn(*case.shape, seed=99).bfloat16()
     form = case.core.dynamic(w)
-    assert_close("blocks", form.lora_B @ form.lora_A + form.row_factor[:, None] * w.float(), case.expected(w.float()), 1e-5)
+    assert_close(
+        "blocks",
+        form.lora_B @ form.lora_A + form.row_factor[:, None] * w.float(),
+        case.expected(w.float()),
+        1e-5,
+    )
 
 
 def test_a_row_of_zeros_stays_one():
@@ -362,7 +477,9 @@ def test_dora_is_that_of_peft(conv):
         magnitude.mul_(torch.linspace(0.5, 1.5, N).reshape([1, N, 1, 1] if conv else [N]))
     original = tuned.base_layer.weight.detach().clone()
     state = {k.split("x.")[-1]: v for k, v in peft.get_peft_model_state_dict(model).items()}
-    core = DoRA(LoRA(state["lora_A.weight"], state["lora_B.weight"], 1.5), state["lora_magnitude_vector"].flatten())
+    core = DoRA(
+        LoRA(state["lora_A.weight"], state["lora_B.weight"], 1.5), state["lora_magnitude_vector"].flatten()
+    )
     x = randn(2, 5, 6, 6) if conv else randn(3, K)
     with torch.no_grad():
         expected = tuned(x)
