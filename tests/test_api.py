@@ -14,17 +14,17 @@ from torch import Tensor, nn
 import int8run
 from int8run import LoraStack, quantize_
 from int8run.errors import BackendError, ConfigError
-from int8run.generate.capture import record_step
-from int8run.generate.prompts import samples
+from int8run.generate.capture import capture_step
+from int8run.generate.prompts import build_samples
 from int8run.layers.int8_linear import Int8Linear
 from int8run.lora.stack import LoraStack as TheStack
 from int8run.models.sampling import Sampling
 from int8run.pipeline.build import Built, build
 from int8run.report.console import Progress
 
-KEEP_ALL = "model_type.float_layers=[{pattern: '*', why: asked}]"
+KEEP_ALL = "model_type.ignore=[{pattern: '*', reason: asked}]"
 NEVER = "int8.small_batch_fallback=never"
-PROBE = samples(["a"], 1, 0)
+PROBE = build_samples(["a"], 1, 0)
 SMALL = Sampling(steps=2, height=16, width=16)
 
 
@@ -62,12 +62,12 @@ def int8_layers(model: nn.Module) -> list[str]:
 )
 def test_a_model_is_quantized_as_by_the_command(location: str, options: dict, words: list[str]) -> None:
     built = built_by_the_command(location, *words)
-    (call,) = record_step(built.pipe, built.component, built.denoisers["float"], PROBE, SMALL)
+    (call,) = capture_step(built.pipe, built.component, built.denoisers["float"], PROBE, SMALL)
     model = random_pipeline().transformer
     plans = quantize_(model, backend="reference", **options, rows=64)
     assert int8_layers(model) == int8_layers(built.denoisers["int8"]) and len(int8_layers(model)) >= 34
-    assert [(p.name, p.keep_float, p.outlier, p.rounding) for p in plans] == [
-        (p.name, p.keep_float, p.outlier, p.rounding) for p in built.plans
+    assert [(p.name, p.skip_reason, p.outlier, p.rounding) for p in plans] == [
+        (p.name, p.skip_reason, p.outlier, p.rounding) for p in built.plans
     ]
     assert torch.equal(drawn(model, call), drawn(built.denoisers["int8"], call))
     assert_close("float", drawn(model, call), drawn(random_pipeline().transformer, call), 0.05)
@@ -87,7 +87,7 @@ def test_the_callers_object_is_changed_and_gives_its_float_weights_up() -> None:
 
 def test_a_lora_goes_onto_a_quantized_model_and_off_again(tmp_path: Path) -> None:
     pipe = random_pipeline()
-    (call,) = record_step(pipe, "transformer", pipe.transformer, PROBE, SMALL)
+    (call,) = capture_step(pipe, "transformer", pipe.transformer, PROBE, SMALL)
     file = save_lora(tmp_path / "style.safetensors", pipe.transformer)
     model = random_pipeline().transformer
     quantize_(model, outlier="convrot", backend="reference")
@@ -139,7 +139,7 @@ def test_what_needs_a_calibration_is_refused_with_the_command_to_use(group: str,
                 "int8.checkpoint=a.safetensors",
                 "int8.enable=false",
                 "lora=stack_a",
-                "model_type.keep_float=auto quality_db=40",
+                "model_type.mixed_precision=auto quality_db=40",
                 "clip=nvfp4",
             )
         ),

@@ -138,12 +138,12 @@ REFUSED = {
         r"calibration.prompts is 'owl'; it takes a list with at least one",
     ),
     "calibration moments": (
-        ["calibration.moments=0"],
-        r"calibration.moments is 0; allowed is a whole number from 1 to 1000",
+        ["calibration.num_timesteps=0"],
+        r"calibration.num_timesteps is 0; allowed is a whole number from 1 to 1000",
     ),
     "calibration rows": (
-        ["calibration.rows=0"],
-        r"calibration.rows is 0; allowed is a whole number from 1 to ",
+        ["calibration.max_tokens_per_layer=0"],
+        r"calibration.max_tokens_per_layer is 0; allowed is a whole number from 1 to ",
     ),
     "calibration seed": (
         ["calibration.seed=-1"],
@@ -151,23 +151,23 @@ REFUSED = {
     ),
     "budget alone": (
         ["quality_db=40"],
-        r"^model_type.keep_float=auto keeps layers float until quality_db is met; set both, .* or neither",
+        r"^model_type.mixed_precision=auto keeps layers float until quality_db is met; set both, .* or neither",
     ),
     "no budget": (
-        ["model_type.keep_float=auto"],
-        r"^model_type.keep_float=auto keeps .*; set both, .* or neither",
+        ["model_type.mixed_precision=auto"],
+        r"^model_type.mixed_precision=auto keeps .*; set both, .* or neither",
     ),
     "budget out of range": (
-        ["model_type.keep_float=auto", "quality_db=-1"],
+        ["model_type.mixed_precision=auto", "quality_db=-1"],
         r"quality_db is -1; allowed is a number from 0 to 200",
     ),
     "budget in words": (
-        ["model_type.keep_float=auto", "quality_db=high"],
+        ["model_type.mixed_precision=auto", "quality_db=high"],
         r"quality_db is 'high'; allowed is a number from 0 to 200",
     ),
     "rules where they used to be": (
-        ["model_type.keep_float=[x]"],
-        r"model_type.keep_float is \['x'\]; choose from auto, listed",
+        ["model_type.mixed_precision=[x]"],
+        r"model_type.mixed_precision is \['x'\]; choose from auto, none",
     ),
     "save without int8": (
         ["int8.enable=false", "save=m.safetensors"],
@@ -178,7 +178,7 @@ REFUSED = {
         r"int8.enable=false makes no INT8 layer; ",
     ),
     "budget without int8": (
-        ["int8.enable=false", "model_type.keep_float=auto", "quality_db=40"],
+        ["int8.enable=false", "model_type.mixed_precision=auto", "quality_db=40"],
         r"int8.enable=false makes no INT8 layer; quality_db, save and",
     ),
     "save to another kind": (
@@ -516,7 +516,7 @@ def test_a_flag_that_is_none_is_refused(command):
 
 
 def in_a_new_process(folder, *arguments, **environment):
-    kept = {k: v for k, v in os.environ.items() if k not in cli.DEBUG}
+    kept = {k: v for k, v in os.environ.items() if k not in cli.DEBUG_VARIABLES}
     return subprocess.run(
         [INT8RUN, *arguments], cwd=folder, env=kept | environment, capture_output=True, text=True
     )

@@ -23,7 +23,7 @@ from diffusers.models.transformers import (
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from int8run.models.family import shipped_families
+from int8run.models.family import load_families
 
 HERE = Path(__file__).parent
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -114,9 +114,9 @@ def shares(entry: Mapping[str, Any]) -> Shares:
     with torch.device("meta"):
         model = getattr(diffusers, entry["class"])(**entry["config"]).eval()
     linears = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    family = shipped_families()[entry["family"]]
-    assert not family.wrong_inputs(linears), family.wrong_inputs(linears)
-    kinds = {name: "float" if family.why_float(name) else "int8" for name in linears}
+    family = load_families()[entry["family"]]
+    assert not family.find_input_mismatch(linears), family.find_input_mismatch(linears)
+    kinds = {name: "float" if family.find_skip_reason(name) else "int8" for name in linears}
     kinds |= {name: "convolution" for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
     work: Counter = Counter()
     for name, kind in kinds.items():

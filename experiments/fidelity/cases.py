@@ -9,14 +9,14 @@ from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 
 from int8run.config.compose import to_spec
-from int8run.generate.calibration_settings import Calibration
-from int8run.generate.capture import watch_layers
-from int8run.generate.prompts import samples
-from int8run.layers.fusion import same_input_groups
+from int8run.generate.calibration_settings import CalibrationSettings
+from int8run.generate.capture import capture_layers
+from int8run.generate.prompts import build_samples
+from int8run.layers.fusion import group_by_shared_input
 from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.outlier.base import LayerStatistics
 from int8run.pipeline.load import load
-from int8run.ptq.calibration import layer_statistics, record_calibration
+from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics
 from int8run.ptq.quantize import linear_at
 from int8run.report.console import Progress
 
@@ -68,11 +68,11 @@ def tiny(batch: int = 1) -> Iterator[Case]:
     quiet = Progress(False)
     loaded = load(spec, quiet)
     model, family = loaded.denoiser, loaded.family
-    plans = [p for p in plan_layers(model, family.why_float) if p.keep_float is None]
-    record = lambda calibration: record_calibration(
+    plans = [p for p in plan_layers(model, family.find_skip_reason) if p.skip_reason is None]
+    record = lambda calibration: capture_calibration_calls(
         loaded.pipe, loaded.component, model, calibration, loaded.sampling, quiet
-    )  # noqa: E731
-    judged = Calibration([s.prompt for s in samples(spec.prompts.read(), 1, 0)], seed=0)
+    )
+    judged = CalibrationSettings([s.prompt for s in build_samples(spec.prompts.read(), 1, 0)], seed=0)
     yield from measured(
         "tiny", model, plans, family.same_input, record(spec.calibration), spec.calibration, record(judged)
     )
@@ -102,7 +102,13 @@ def minilm() -> Iterator[Case]:
     plans = [p for p in plan_layers(model, lambda name: None) if not name_of_pooler(p.name)]
     groups = [["attention.self.query", "attention.self.key", "attention.self.value"]]
     yield from measured(
-        "minilm", model, plans, groups, windows(card), Calibration(["the model card"]), windows(readme)
+        "minilm",
+        model,
+        plans,
+        groups,
+        windows(card),
+        CalibrationSettings(["the model card"]),
+        windows(readme),
     )
 
 
@@ -117,15 +123,15 @@ def measured(
     plans: list[LayerPlan],
     groups: list[list[str]],
     fit: list[Any],
-    calibration: Calibration,
+    calibration: CalibrationSettings,
     test: list[Any],
 ) -> Iterator[Case]:
     """The planned layers of a model, from recorded calls of it."""
-    together = same_input_groups([p.name for p in plans], groups)
-    seen = layer_statistics(model, plans, together, fit, calibration)
+    together = group_by_shared_input([p.name for p in plans], groups)
+    seen = collect_layer_statistics(model, plans, together, fit, calibration)
     inputs: dict[str, list[Tensor]] = {p.name: [] for p in plans}
     for call in test:
-        watch_layers(model, call, list(inputs), lambda name, x, y: inputs[name].append(x))
+        capture_layers(model, call, list(inputs), lambda name, x, y: inputs[name].append(x))
     group_of = {name: tuple(group) for group in together for name in group}
     for plan in plans:
         weight = linear_at(model, plan.name).weight.detach()

@@ -35,7 +35,7 @@ def option(group: str, name: str, *more: str) -> object:
 
 def fitted(case: Case, method: OutlierMethod) -> OutlierTransform:
     """The method's transform, or none where it cannot take the layer."""
-    if method.refuse(case.weight.shape[1]) is not None:
+    if method.unsupported_reason(case.weight.shape[1]) is not None:
         return OutlierTransform()
     return method.fit(case.weight, case.statistics)
 
@@ -52,7 +52,7 @@ def measure(case: Case, transform: OutlierTransform, rounding: Rounding) -> floa
 def choices(cases: list[Case], auto: AutoOutlier) -> dict[str, str]:
     """What `outlier=auto` takes for each layer."""
     scores = {c.name: auto.score(c.weight, c.statistics, lambda transform: 1.0) for c in cases}
-    chosen = auto.choose(scores, dict.fromkeys(c.group for c in cases))
+    chosen = auto.choose_methods(scores, dict.fromkeys(c.group for c in cases))
     return {name: candidate or "none" for name, candidate in chosen.items()}
 
 

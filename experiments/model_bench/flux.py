@@ -15,9 +15,9 @@ from int8run.config.compose import to_spec
 from int8run.config.run_spec import RunSpec
 from int8run.layers.plan import plan_layers
 from int8run.lora.stack import LoraStack
-from int8run.models.family import KeepRule, ModelFamily
+from int8run.models.family import IgnoreRule, ModelFamily
 from int8run.models.sampling import Sampling
-from int8run.models.source import Source
+from int8run.models.source import ResolvedModel
 from int8run.pipeline.load import Loaded
 from int8run.pipeline.quantize_denoiser import layer_rows, to_int8
 from int8run.report.console import Progress
@@ -111,12 +111,12 @@ def family(model: nn.Module, layers: str) -> ModelFamily:
     outside = [
         n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks." not in n
     ]
-    return replace(own, float_layers=[KeepRule(n, "outside the blocks") for n in outside])
+    return replace(own, ignore=[IgnoreRule(n, "outside the blocks") for n in outside])
 
 
 def chosen(model: nn.Module, layers: str) -> list[str]:
     """Names of the Linears that become INT8, the same for every variant."""
-    return [p.name for p in plan_layers(model, family(model, layers).why_float) if p.keep_float is None]
+    return [p.name for p in plan_layers(model, family(model, layers).find_skip_reason) if p.skip_reason is None]
 
 
 def int8run(
@@ -130,11 +130,11 @@ def int8run(
 ) -> nn.Module:
     """The INT8 copy as the runner makes it; it shares the float tensors. `without`: facts of the family that are left out."""
     rules = replace(family(model, layers), **dict.fromkeys(without, ()))
-    plans = plan_layers(model, rules.why_float)
+    plans = plan_layers(model, rules.find_skip_reason)
     # a pipeline draws the pictures of a calibration; none is asked for here
     device = next(model.parameters()).device
-    loaded = Loaded(None, "", model, None, rules, Sampling(), device, Source(Path(), (), False), None, 0.0)
-    rows = layer_rows(model, [p for p in plans if p.keep_float is None], [call])
+    loaded = Loaded(None, "", model, None, rules, Sampling(), device, ResolvedModel(Path(), (), False), None, 0.0)
+    rows = layer_rows(model, [p for p in plans if p.skip_reason is None], [call])
     return to_int8(
         loaded, plans, rows, spec(backend, outlier, *more), None, LoraStack(model), None, Progress(False)
     )[0]

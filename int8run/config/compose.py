@@ -21,7 +21,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from int8run.errors import ConfigError, Int8RunError, our_error, suggest
+from int8run.errors import ConfigError, Int8RunError, find_int8run_error, suggest_similar
 
 # called with the number of jobs and the choices of the first
 Announce = Callable[[int, dict[str, str]], None]
@@ -207,7 +207,7 @@ def to_spec(config: DictConfig) -> Any:
     try:
         return instantiate(own, _convert_="all")
     except InstantiationException as error:
-        ours = our_error(error)
+        ours = find_int8run_error(error)
         if ours is not None:
             raise ours from None
         raise ConfigError(call_problem(error, own)) from error
@@ -245,9 +245,7 @@ def call_problem(error: InstantiationException, config: DictConfig) -> str:
         cls = get_class(OmegaConf.select(config, where)._target_)
         known = [field.name for field in fields(cls)]
         name = f"{where}.{unknown[1]}".lstrip(".")
-        return (
-            f"no setting called {name!r}; {suggest(unknown[1], known)}choose from {', '.join(sorted(known))}"
-        )
+        return f"no setting called {name!r}; {suggest_similar(unknown[1], known)}choose from {', '.join(sorted(known))}"
     reason = " ".join(str(error.__cause__ or error).partition("\n    full_key")[0].split())
     return f"{where or 'the config'}: {reason}"
 
@@ -280,7 +278,7 @@ def refuse_foreign_targets(config: DictConfig) -> None:
             allowed = HYDRA_TARGETS if where.startswith("hydra.") else own
             if value not in allowed:
                 near = (
-                    suggest(str(value), allowed).replace("? ", "?")
+                    suggest_similar(str(value), allowed).replace("? ", "?")
                     if str(value).startswith("int8run.")
                     else ""
                 )

@@ -2,7 +2,7 @@
 
 import re
 
-from int8run.errors import disk_full, not_writable, our_error, suggest
+from int8run.errors import as_disk_full_error, as_not_writable_error, find_int8run_error, suggest_similar
 
 
 def explain(error: BaseException) -> tuple[str | None, int]:
@@ -17,7 +17,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     )
     from yaml import YAMLError
 
-    ours = our_error(error) or disk_full(error) or not_writable(error)
+    ours = find_int8run_error(error) or as_disk_full_error(error) or as_not_writable_error(error)
     if ours is not None:
         return str(ours), ours.exit_code
     if isinstance(error, MissingConfigException) and error.options is not None:
@@ -25,7 +25,10 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         known = sorted(error.options)
         if not known:
             return f"there is no group called {group!r}; `int8run --help` lists the groups", 2
-        return f"no {group} called {option!r}; {suggest(option, known)}choose from {', '.join(known)}", 2
+        return (
+            f"no {group} called {option!r}; {suggest_similar(option, known)}choose from {', '.join(known)}",
+            2,
+        )
     cause = error.__cause__ if isinstance(error, ConfigCompositionException | HydraException) else error
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         key = str(cause.full_key or cause.key)
@@ -46,7 +49,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
                 2,
             )
         return (
-            f"no setting called {key!r}; {suggest(key.rpartition('.')[2], known)}choose from {', '.join(sorted(known))}",
+            f"no setting called {key!r}; {suggest_similar(key.rpartition('.')[2], known)}choose from {', '.join(sorted(known))}",
             2,
         )
     if isinstance(cause, ConfigIndexError):

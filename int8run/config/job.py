@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from int8run.tracking.run_record import UNHASHED, key_and_value
+from int8run.tracking.run_record import UNHASHED_SETTINGS, split_override
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,15 @@ class Job:
     def params(self) -> dict[str, str]:
         """The settings that one compares between runs, flat: options by group, values by their key on the command line."""
         flat = dict(self.choices)
-        flatten("", {key: value for key, value in self.settings.items() if key not in UNHASHED}, flat)
+        flatten(
+            "", {key: value for key, value in self.settings.items() if key not in UNHASHED_SETTINGS}, flat
+        )
         return flat
 
     @property
     def name(self) -> str:
         """What differs from the other jobs of the sweep, else from the defaults, in the words of the command line."""
-        differing = [word for word in self.overrides if key_and_value(word)[0] in self.varying]
+        differing = [word for word in self.overrides if split_override(word)[0] in self.varying]
         return " ".join(differing or self.overrides) or "defaults"
 
 
@@ -43,5 +45,5 @@ def flatten(prefix: str, value: object, into: dict[str, str]) -> None:
     elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
         for index, inner in enumerate(value):
             flatten(f"{prefix}{index}.", inner, into)
-    elif not name.endswith("_target_") and ".float_layers." not in prefix and len(str(value)) <= 250:
+    elif not name.endswith("_target_") and ".ignore." not in prefix and len(str(value)) <= 250:
         into.setdefault(name, str(value))

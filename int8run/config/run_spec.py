@@ -6,20 +6,20 @@ from typing import ClassVar, Protocol
 
 from int8run.backends.base import Backend
 from int8run.config.job import Job
-from int8run.errors import ConfigError, in_range, one_of, switch
-from int8run.generate.calibration_settings import Calibration
+from int8run.errors import ConfigError, check_bool, check_choice, check_range
+from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.prompts import PromptSet
 from int8run.layers.plan import Int8Settings
 from int8run.lora.config import LoraSettings
-from int8run.metrics.base import Metrics
+from int8run.metrics.settings import MetricsSettings
 from int8run.models.family import AutoFamily, ModelFamily, ModelSource
-from int8run.models.sampling import OWN_STEPS, Sampling
+from int8run.models.sampling import SCHEDULE_ARGUMENTS, Sampling
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
 from int8run.quant.rounding import Rounding
 from int8run.text_encoders.base import TextEncoders
 from int8run.tracking.base import Tracker
-from int8run.utils.disk_cache import Store
+from int8run.utils.disk_cache import DiskCache
 
 SAFE = ".safetensors"
 
@@ -45,15 +45,15 @@ class RunSpec:
     int8: Int8Settings
     outlier: OutlierMethod | AutoOutlier
     rounding: Rounding
-    calibration: Calibration
+    calibration: CalibrationSettings
     backend: Backend
     lora: LoraSettings
     clip: TextEncoders
     sampler: Sampling
     prompts: PromptSet
-    metrics: Metrics
+    metrics: MetricsSettings
     tracker: Tracker
-    cache: Store = field(default_factory=Store)
+    cache: DiskCache = field(default_factory=DiskCache)
     quality_db: float | None = None
     save: str | None = None
     lora_dir: str | None = None
@@ -67,18 +67,18 @@ class RunSpec:
     sync: str | None = None
 
     def __post_init__(self) -> None:
-        one_of("compile", self.compile, ("none", "blocks", "full"))
-        one_of("offload", self.offload, ("none", "model", "group"))
-        in_range("seed", self.seed, 0, 2**63 - 1, whole=True)
-        switch("progress", self.progress)
-        switch("resume", self.resume)
-        automatic = self.model_type.keep_float == "auto"
+        check_choice("compile", self.compile, ("none", "blocks", "full"))
+        check_choice("offload", self.offload, ("none", "model", "group"))
+        check_range("seed", self.seed, 0, 2**63 - 1, whole=True)
+        check_bool("progress", self.progress)
+        check_bool("resume", self.resume)
+        automatic = self.model_type.mixed_precision == "auto"
         if self.quality_db is not None:
-            in_range("quality_db", self.quality_db, 0, 200)
+            check_range("quality_db", self.quality_db, 0, 200)
         if automatic != (self.quality_db is not None):
             raise ConfigError(
-                "model_type.keep_float=auto keeps layers float until quality_db is met; set both, such as "
-                "model_type.keep_float=auto quality_db=40, or neither"
+                "model_type.mixed_precision=auto keeps layers float until quality_db is met; set both, such as "
+                "model_type.mixed_precision=auto quality_db=40, or neither"
             )
         if not self.int8.enable and (automatic or self.save is not None or self.int8.checkpoint is not None):
             raise ConfigError(
@@ -111,15 +111,17 @@ class RunSpec:
             ):  # a list of noise levels is one of so many steps
                 wanted = replace(
                     wanted,
-                    extra={name: value for name, value in wanted.extra.items() if name not in OWN_STEPS},
+                    extra={
+                        name: value for name, value in wanted.extra.items() if name not in SCHEDULE_ARGUMENTS
+                    },
                 )
-            default = wanted.over(default)
-        return self.sampler.over(default)
+            default = wanted.with_defaults(default)
+        return self.sampler.with_defaults(default)
 
     @property
     def candidate(self) -> str:
         """What is compared with the float model: `int8`, or with a float denoiser `clip`; `float` is the float model alone."""
-        return "int8" if self.int8.enable else "clip" if self.clip.quantizes else "float"
+        return "int8" if self.int8.enable else "clip" if self.clip.is_quantized else "float"
 
     @property
     def differs(self) -> bool:
@@ -129,7 +131,7 @@ class RunSpec:
     @property
     def needs_float_encoders(self) -> bool:
         """Whether the float text encoders are in memory: where no others are, for the float pictures, and for the calibration's."""
-        return not self.clip.quantizes or self.metrics.baseline == "run" or self.needs_calibration
+        return not self.clip.is_quantized or self.metrics.baseline == "run" or self.needs_calibration
 
     @property
     def needs_float(self) -> bool:
@@ -142,7 +144,7 @@ class RunSpec:
         fitted = self.int8.checkpoint is None and (
             self.outlier.needs_calibration or self.rounding.needs_calibration
         )
-        return self.int8.enable and (fitted or self.model_type.keep_float == "auto")
+        return self.int8.enable and (fitted or self.model_type.mixed_precision == "auto")
 
     @property
     def float_key(self) -> str:

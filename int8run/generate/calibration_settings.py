@@ -3,25 +3,25 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from int8run.errors import ConfigError, in_range
+from int8run.errors import ConfigError, check_range
 from int8run.generate.prompts import Sample
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationSettings:
     """What the float model draws to be looked at. Other prompts and noise than those a result is judged by.
 
     Args:
         prompts: one picture each.
         seed: of the first picture.
-        moments: denoiser calls of each picture that are looked at, spread evenly over its steps.
-        rows: input rows of each layer that are kept, over all pictures and moments.
+        num_timesteps: denoiser calls of each picture that are looked at, spread evenly over its steps.
+        max_tokens_per_layer: input tokens of each layer that are kept, over all images and timesteps.
     """
 
     prompts: Sequence[str]
     seed: int = 1000
-    moments: int = 4
-    rows: int = 2048
+    num_timesteps: int = 4
+    max_tokens_per_layer: int = 2048
 
     def __post_init__(self) -> None:
         listed = isinstance(self.prompts, Sequence) and not isinstance(self.prompts, str)
@@ -29,9 +29,9 @@ class Calibration:
             raise ConfigError(
                 f"calibration.prompts is {self.prompts!r}; it takes a list with at least one prompt: calibration.prompts=[a fox,an owl]"
             )
-        in_range("calibration.seed", self.seed, 0, 2**63 - 1, whole=True)
-        in_range("calibration.moments", self.moments, 1, 1000, whole=True)
-        in_range("calibration.rows", self.rows, 1, 2**20, whole=True)
+        check_range("calibration.seed", self.seed, 0, 2**63 - 1, whole=True)
+        check_range("calibration.num_timesteps", self.num_timesteps, 1, 1000, whole=True)
+        check_range("calibration.max_tokens_per_layer", self.max_tokens_per_layer, 1, 2**20, whole=True)
 
     @property
     def samples(self) -> list[Sample]:

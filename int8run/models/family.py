@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from int8run.errors import ConfigError, one_of, suggest
+from int8run.errors import ConfigError, check_choice, suggest_similar
 from int8run.models.sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -18,11 +18,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class KeepRule:
+class IgnoreRule:
     """Linears that stay float: fnmatch pattern on the module name, and the reason that `layers.csv` shows."""
 
     pattern: str
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Fingerprint:
     none: Sequence[str] = ()
 
 
-KEEP_FLOAT = ("listed", "auto")
+MIXED_PRECISION = ("none", "auto")
 # the files that say what is known about each family
-FAMILIES = Path(__file__).parents[1] / "conf" / "model_type"
+FAMILY_FOLDER = Path(__file__).parents[1] / "conf" / "model_type"
 # fields of a family that are rows of a table, and what a row is
-ROWS: Mapping[str, type] = {
-    "float_layers": KeepRule,
+ITEM_TYPES: Mapping[str, type] = {
+    "ignore": IgnoreRule,
     "deferred_gelu": DeferredGelu,
     "fingerprints": Fingerprint,
 }
@@ -73,8 +73,8 @@ class ModelFamily:
     Args:
         name: the word used for it everywhere.
         denoisers: diffusers classes of the denoiser that belong to the family.
-        keep_float: `listed`: the layers that the rules name; `auto`: besides, the most sensitive ones until `quality_db` is met.
-        float_layers: rules for Linears that stay float; the first that matches counts.
+        mixed_precision: `none`: the layers of `ignore` stay float; `auto`: and the most sensitive ones, until `quality_db` is met.
+        ignore: rules for Linears that stay float; the first that matches counts.
         same_input: groups of Linears, relative to a block, that read the same tensor: it is quantized once for all.
         deferred_gelu: activations that move into the quantization of the next layer.
         inputs: in_features of Linears by fnmatch pattern, where families share a class: each pattern matches some Linear, and all
@@ -87,8 +87,8 @@ class ModelFamily:
 
     name: str
     denoisers: Sequence[str] = ()
-    keep_float: str = "listed"
-    float_layers: Sequence[KeepRule] = ()
+    mixed_precision: str = "none"
+    ignore: Sequence[IgnoreRule] = ()
     same_input: Sequence[Sequence[str]] = ()
     deferred_gelu: Sequence[DeferredGelu] = ()
     inputs: Mapping[str, int] = field(default_factory=dict)
@@ -98,18 +98,18 @@ class ModelFamily:
     hardware: str = ""
 
     def __post_init__(self) -> None:
-        one_of("model_type.keep_float", self.keep_float, KEEP_FLOAT)
-        for name, kind in ROWS.items():
-            rows = [row_of(kind, row, f"model_type.{name}.{i}") for i, row in enumerate(getattr(self, name))]
+        check_choice("model_type.mixed_precision", self.mixed_precision, MIXED_PRECISION)
+        for name, kind in ITEM_TYPES.items():
+            rows = [
+                parse_item(kind, row, f"model_type.{name}.{i}") for i, row in enumerate(getattr(self, name))
+            ]
             object.__setattr__(self, name, tuple(rows))  # the class is frozen
 
-    def why_float(self, layer: str) -> str | None:
+    def find_skip_reason(self, layer: str) -> str | None:
         """The reason why a Linear stays float, or None when it becomes INT8."""
-        return next(
-            (rule.why for rule in self.float_layers if fnmatch.fnmatchcase(layer, rule.pattern)), None
-        )
+        return next((rule.reason for rule in self.ignore if fnmatch.fnmatchcase(layer, rule.pattern)), None)
 
-    def wrong_inputs(self, linears: Mapping[str, int]) -> str | None:
+    def find_input_mismatch(self, linears: Mapping[str, int]) -> str | None:
         """What speaks against the family in the widths of a denoiser's Linears (name -> in_features), or None where they fit."""
         for pattern, width in self.inputs.items():
             found = {linears[name] for name in linears if fnmatch.fnmatchcase(name, pattern)}
@@ -118,18 +118,20 @@ class ModelFamily:
                 return f"{pattern} takes {width} inputs, the denoiser has {widths}"
         return None
 
-    def for_denoiser(self, denoiser: str, blocks: Sequence[str], linears: Mapping[str, int]) -> "ModelFamily":
+    def resolve_family(
+        self, denoiser: str, blocks: Sequence[str], linears: Mapping[str, int]
+    ) -> "ModelFamily":
         """The family to use for a denoiser class. A named family is taken at its word, but a mismatch is said."""
         if self.denoisers and denoiser not in self.denoisers:
             log.warning(
                 "model_type=%s is for %s, the denoiser is a %s", self.name, "/".join(self.denoisers), denoiser
             )
-        elif wrong := self.wrong_inputs(linears):
+        elif wrong := self.find_input_mismatch(linears):
             log.warning("model_type=%s does not fit this %s: %s", self.name, denoiser, wrong)
         return self
 
 
-def row_of(kind: type, row: Any, where: str) -> Any:
+def parse_item(kind: type, row: Any, where: str) -> Any:
     """A row of a family's table: one that is made already, or the mapping that YAML has.
 
     Raises:
@@ -143,7 +145,7 @@ def row_of(kind: type, row: Any, where: str) -> Any:
     for key in row:
         if key not in known:
             raise ConfigError(
-                f"no setting called '{where}.{key}'; {suggest(str(key), known)}choose from {', '.join(known)}"
+                f"no setting called '{where}.{key}'; {suggest_similar(str(key), known)}choose from {', '.join(known)}"
             )
     try:
         return kind(**row)
@@ -152,11 +154,11 @@ def row_of(kind: type, row: Any, where: str) -> Any:
 
 
 @functools.cache
-def shipped_families() -> Mapping[str, ModelFamily]:
+def load_families() -> Mapping[str, ModelFamily]:
     """The families of `conf/model_type` that name what belongs to them, by name. Read when a job needs them, not by every one."""
     found = {
         file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))
-        for file in sorted(FAMILIES.glob("*.yaml"))
+        for file in sorted(FAMILY_FOLDER.glob("*.yaml"))
     }
     return {
         name: ModelFamily(**{key: value for key, value in family.items() if key != "_target_"})
@@ -175,42 +177,42 @@ class AutoFamily:
         families: to choose from; None: all that ship.
     """
 
-    keep_float: str = "listed"
+    mixed_precision: str = "none"
     families: Mapping[str, ModelFamily] | None = None
     name: str = "auto"
 
     def __post_init__(self) -> None:
-        one_of("model_type.keep_float", self.keep_float, KEEP_FLOAT)
+        check_choice("model_type.mixed_precision", self.mixed_precision, MIXED_PRECISION)
 
-    def for_denoiser(self, denoiser: str, blocks: Sequence[str], linears: Mapping[str, int]) -> ModelFamily:
+    def resolve_family(self, denoiser: str, blocks: Sequence[str], linears: Mapping[str, int]) -> ModelFamily:
         """The family of a denoiser, else the conservative rule with a warning.
 
         Args:
             blocks: names of the repeated block lists, with `.` at the end of each block's own prefix, in model order.
             linears: in_features of the denoiser's Linears by name.
         """
-        families = shipped_families() if self.families is None else self.families
+        families = load_families() if self.families is None else self.families
         for family in families.values():
-            if denoiser in family.denoisers and family.wrong_inputs(linears) is None:
-                return replace(family, keep_float=self.keep_float)
+            if denoiser in family.denoisers and family.find_input_mismatch(linears) is None:
+                return replace(family, mixed_precision=self.mixed_precision)
         log.warning(
             "model_type=auto does not know %s; only Linears inside its repeated blocks become INT8, the first and the last "
             "block stay float. Name one with model_type= (%s) or write one: docs in conf/model_type/",
             denoiser,
             ", ".join(sorted(families)),
         )
-        return replace(conservative(blocks, linears), keep_float=self.keep_float)
+        return replace(build_conservative_family(blocks, linears), mixed_precision=self.mixed_precision)
 
 
-def conservative(blocks: Sequence[str], linears: Iterable[str]) -> ModelFamily:
+def build_conservative_family(blocks: Sequence[str], linears: Iterable[str]) -> ModelFamily:
     """The rule for a denoiser that nobody described: its repeated blocks but the very first and the very last, nothing else."""
     middle = tuple(blocks[1:-1])
     rules = [
-        KeepRule(n, "unknown architecture: outside the middle blocks")
+        IgnoreRule(n, "unknown architecture: outside the middle blocks")
         for n in linears
         if not n.startswith(middle)
     ]
-    return ModelFamily(name="unknown", float_layers=rules)
+    return ModelFamily(name="unknown", ignore=rules)
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ class ModelSource:
     parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        one_of("model.dtype", self.dtype, DTYPES)
+        check_choice("model.dtype", self.dtype, DTYPES)
         if not self.location:
             raise ConfigError("model has no location; set model.location=<hub id or diffusers folder>")
         for name, part in self.parts.items():

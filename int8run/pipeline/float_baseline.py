@@ -13,12 +13,12 @@ from int8run.generate.generate import Generation
 from int8run.generate.prompts import Sample
 from int8run.generate.serialization import load_generation, save_generation
 from int8run.lora.header_info import Head
-from int8run.models.loader import library_versions, pick_device
-from int8run.models.source import find_source
+from int8run.models.loader import read_library_versions, pick_device
+from int8run.models.source import resolve_model
 from int8run.pipeline.load import file_hashes
 from int8run.text_encoders.base import TextEncoders
-from int8run.utils.disk_cache import key_of
-from int8run.utils.hardware import device_name
+from int8run.utils.disk_cache import hash_parts
+from int8run.utils.hardware import get_device_name
 
 log = logging.getLogger(__name__)
 
@@ -31,18 +31,18 @@ def cached_baseline(
     Args:
         draw: builds the float model that a spec asks for and lets it draw. The model is dropped afterwards.
     """
-    source = find_source(spec.model)
+    source = resolve_model(spec.model)
     hashes = file_hashes(source, spec.cache) if spec.cache.limit_gb else []
     versions = {
         name: version
-        for name, version in library_versions().items()
+        for name, version in read_library_versions().items()
         if name in ("torch", "diffusers", "transformers")
     }
-    loras = [spec.cache.content_hash(head.path) for head in heads]
-    key = key_of(
-        [hashes, versions, device_name(pick_device(spec.device)), spec.float_key, loras, list(wanted)]
+    loras = [spec.cache.hash_file(head.path) for head in heads]
+    key = hash_parts(
+        [hashes, versions, get_device_name(pick_device(spec.device)), spec.float_key, loras, list(wanted)]
     )
-    path = spec.cache.find("float", key)
+    path = spec.cache.get("float", key)
     if path is not None:
         try:
             found = load_generation(path)
@@ -52,7 +52,7 @@ def cached_baseline(
             )
             return found, False
         except FileError as error:
-            spec.cache.drop(path, error)
+            spec.cache.remove(path, error)
     made = draw(float_spec(spec))
     gc.collect()
     if torch.cuda.is_available():
@@ -74,6 +74,6 @@ def float_spec(spec: RunSpec) -> RunSpec:
         clip=TextEncoders(),
         save=None,
         quality_db=None,
-        model_type=replace(spec.model_type, keep_float="listed"),
+        model_type=replace(spec.model_type, mixed_precision="none"),
         metrics=replace(spec.metrics, baseline="none", perceptual=()),
     )

@@ -10,9 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from int8run.generate.calibration_settings import Calibration
-from int8run.generate.capture import check_finite, record_calls, watch_layers
-from int8run.layers.int8_linear import linear_at
+from int8run.generate.calibration_settings import CalibrationSettings
+from int8run.generate.capture import capture_calls, capture_layers, check_finite
+from int8run.layers.int8_linear import get_linear
 from int8run.layers.plan import LayerPlan
 from int8run.models.sampling import Sampling
 from int8run.outlier.base import LayerStatistics
@@ -22,18 +22,18 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Seen:
+class InputRecord:
     """What was seen of one layer so far."""
 
     absmax: Tensor | None = None
     pieces: list[Tensor] = field(default_factory=list)  # [B, T, K] each
 
 
-def record_calibration(
+def capture_calibration_calls(
     pipe: DiffusionPipeline,
     component: str,
     denoiser: nn.Module,
-    calibration: Calibration,
+    calibration: CalibrationSettings,
     sampling: Sampling,
     progress: Progress,
 ) -> list[Mapping[str, Any]]:
@@ -45,21 +45,24 @@ def record_calibration(
     ]
     with progress.count("calibrate", len(batches)) as advance:
         for batch in batches:
-            made = record_calls(pipe, component, denoiser, batch, sampling)
+            made = capture_calls(pipe, component, denoiser, batch, sampling)
             moments = (
-                torch.linspace(0, len(made) - 1, min(calibration.moments, len(made))).round().int().tolist()
+                torch.linspace(0, len(made) - 1, min(calibration.num_timesteps, len(made)))
+                .round()
+                .int()
+                .tolist()
             )
             calls += [made[i] for i in moments]
             advance(1)
     return calls
 
 
-def layer_statistics(
+def collect_layer_statistics(
     denoiser: nn.Module,
     plans: Sequence[LayerPlan],
     groups: Sequence[Sequence[str]],
     calls: Sequence[Mapping[str, Any]],
-    calibration: Calibration,
+    calibration: CalibrationSettings,
 ) -> dict[str, LayerStatistics]:
     """What each planned layer is given in those calls; a layer that no call reaches is left out.
 
@@ -69,7 +72,7 @@ def layer_statistics(
     Raises:
         ConfigError: when a layer is given NaN or infinity.
     """
-    seen = {plan.name: Seen() for plan in plans}
+    seen = {plan.name: InputRecord() for plan in plans}
     generators = {
         name: torch.Generator().manual_seed(zlib.crc32(f"{calibration.seed} {name} calibration".encode()))
         for name in seen
@@ -88,7 +91,7 @@ def layer_statistics(
         tokens = (
             x.flatten(0, -3) if x.dim() > 2 else rows[:, None]
         )  # without a token axis each row stands alone
-        room = calibration.rows // len(calls)
+        room = calibration.max_tokens_per_layer // len(calls)
         inputs = some(
             name, tokens.shape[0], room
         )  # there may be as many as there are pixels, where the tokens are frames
@@ -96,20 +99,22 @@ def layer_statistics(
         layer.pieces.append(tokens[inputs[:, None].to(x.device), kept.to(x.device)].cpu())
 
     for call in calls:
-        watch_layers(denoiser, call, list(seen), see)
+        capture_layers(denoiser, call, list(seen), see)
 
-    weight_absmax = {name: linear_at(denoiser, name).weight.detach().abs().amax(0).float() for name in seen}
+    weight_absmax = {name: get_linear(denoiser, name).weight.detach().abs().amax(0).float() for name in seen}
     statistics = {}
     for group in groups:
         together = torch.stack([weight_absmax[name] for name in group]).amax(0).cpu()
         for name in group:
             if (absmax := seen[name].absmax) is not None:
-                statistics[name] = LayerStatistics(by_picture(seen[name].pieces), absmax.cpu(), together)
-    report_constant_channels(statistics)
+                statistics[name] = LayerStatistics(
+                    interleave_by_image(seen[name].pieces), absmax.cpu(), together
+                )
+    warn_constant_channels(statistics)
     return statistics
 
 
-def by_picture(pieces: Sequence[Tensor]) -> Tensor:
+def interleave_by_image(pieces: Sequence[Tensor]) -> Tensor:
     """One sample of all calls, the inputs of a picture side by side, so that either half holds other pictures than the other.
 
     pieces: [B, T, K] of each call, whose T may differ -> [S, T, K] with the least T.
@@ -119,7 +124,7 @@ def by_picture(pieces: Sequence[Tensor]) -> Tensor:
     return torch.cat([piece[i : i + 1, :length] for i in range(most) for piece in pieces])
 
 
-def report_constant_channels(statistics: Mapping[str, LayerStatistics]) -> None:
+def warn_constant_channels(statistics: Mapping[str, LayerStatistics]) -> None:
     """Say which layers have input channels of zero variance: their range is a guess."""
     constant = {
         name: int((s.sample == s.sample[:1, :1]).all(0).all(0).sum())
@@ -131,7 +136,7 @@ def report_constant_channels(statistics: Mapping[str, LayerStatistics]) -> None:
         worst = max(found, key=found.__getitem__)
         log.warning(
             "calibration: %d layers have input channels that never change (%s: %d of %d); what is fitted to them is a guess, "
-            "more calibration.prompts or calibration.moments may show them at work",
+            "more calibration.prompts or calibration.num_timesteps may show them at work",
             len(found),
             worst,
             found[worst],

@@ -1,4 +1,4 @@
-"""`model_type.keep_float=auto`: the layers that hurt most stay float, until the measured quality is what was asked for."""
+"""`model_type.mixed_precision=auto`: the layers that hurt most stay float, until the measured quality is what was asked for."""
 
 import logging
 import math
@@ -17,18 +17,18 @@ from int8run.errors import ConfigError
 from int8run.generate.generate import Generation, generate
 from int8run.generate.prompts import Sample
 from int8run.layers.int8_linear import Int8Linear
-from int8run.metrics.layers import module_bytes
-from int8run.metrics.quality import relative_error
+from int8run.metrics.layers import count_module_bytes
+from int8run.metrics.quality import compute_relative_error
 from int8run.models.sampling import Sampling
 from int8run.report.console import Progress
-from int8run.utils.timing import medians
+from int8run.utils.timing import time_medians
 
 log = logging.getLogger(__name__)
 ROUNDS = 11
 
 
 @dataclass(frozen=True)
-class Budget:
+class MixedPrecisionResult:
     """What a quality budget asked for, what it got and what it paid."""
 
     asked_db: float
@@ -72,7 +72,7 @@ def meet_budget(
     calls: Sequence[Mapping[str, Any]],
     asked_db: float,
     progress: Progress,
-) -> tuple[nn.Module, Budget]:
+) -> tuple[nn.Module, MixedPrecisionResult]:
     """Keep as few layers float as the budget needs, the most error per multiplication first.
 
     How many is found by bisection, each step measured: the calibration pictures are generated and their last latents compared.
@@ -94,16 +94,16 @@ def meet_budget(
     bisections = math.ceil(math.log2(len(layers))) + 1
     with progress.count("quality budget", len(layers) + bisections) as advance:
         exact = run(float_denoiser)
-        reached = {0: latents_db(run(whole), exact)}
+        reached = {0: measure_latents_db(run(whole), exact)}
         advance(1)
         if reached[0] >= asked_db:
-            return whole, Budget(asked_db, reached[0], reached[0], {}, 1.0, 1.0)
-        errors = lone_errors(float_denoiser, layers, calls, lambda: advance(1))
+            return whole, MixedPrecisionResult(asked_db, reached[0], reached[0], {}, 1.0, 1.0)
+        errors = measure_layer_sensitivities(float_denoiser, layers, calls, lambda: advance(1))
         order = sorted(layers, key=lambda name: errors[name] / work[name], reverse=True)
         too_few, enough = 0, len(order)
         while enough - too_few > 1:
             middle = (too_few + enough) // 2
-            reached[middle] = latents_db(run(assemble(order[middle:])), exact)
+            reached[middle] = measure_latents_db(run(assemble(order[middle:])), exact)
             log.debug("%d layers float: %.1f dB", middle, reached[middle])
             too_few, enough = (too_few, middle) if reached[middle] >= asked_db else (middle, enough)
             advance(1)
@@ -116,30 +116,30 @@ def meet_budget(
     total = sum(errors.values()) or 1.0
     denoiser = assemble(order[enough:])
     with torch.no_grad():
-        with_budget, without = medians(
+        with_budget, without = time_medians(
             [partial(d, **calls[0]) for d in (denoiser, whole)], pipe.device, ROUNDS
         )
     kept = {name: errors[name] / total for name in order[:enough]}
-    memory_ratio = module_bytes(denoiser) / module_bytes(whole)
-    return denoiser, Budget(asked_db, reached[enough], reached[0], kept, with_budget / without, memory_ratio)
+    memory_ratio = count_module_bytes(denoiser) / count_module_bytes(whole)
+    return denoiser, MixedPrecisionResult(asked_db, reached[enough], reached[0], kept, with_budget / without, memory_ratio)
 
 
-def latents_db(made: Generation, exact: Generation) -> float:
+def measure_latents_db(made: Generation, exact: Generation) -> float:
     """Signal-to-error ratio of the last latents in dB, from the mean relative error of the pictures."""
     pairs = list(zip(made.trajectories, exact.trajectories, strict=True))
-    error = sum(relative_error(a[-1], b[-1]) for a, b in pairs) / len(pairs)
+    error = sum(compute_relative_error(a[-1], b[-1]) for a, b in pairs) / len(pairs)
     return math.inf if error == 0 else -20 * math.log10(error)
 
 
 @torch.no_grad()
-def lone_errors(
+def measure_layer_sensitivities(
     denoiser: nn.Module,
     layers: Mapping[str, Int8Linear],
     calls: Sequence[Mapping[str, Any]],
     on_layer: Callable[[], None],
 ) -> dict[str, float]:
     """Squared relative error of the denoiser's output when one layer alone is INT8, mean over the calls."""
-    exact = [output(denoiser(**call)) for call in calls]
+    exact = [get_output_tensor(denoiser(**call)) for call in calls]
     errors = {}
     for name, layer in layers.items():
         # the float model's activation has run already
@@ -147,14 +147,15 @@ def lone_errors(
         with ExitStack() as stack:
             stack.callback(denoiser.get_submodule(name).register_forward_hook(hook).remove)
             squares = [
-                relative_error(output(denoiser(**call)), y) ** 2 for call, y in zip(calls, exact, strict=True)
+                compute_relative_error(get_output_tensor(denoiser(**call)), y) ** 2
+                for call, y in zip(calls, exact, strict=True)
             ]
         errors[name] = statistics.mean(squares)
         on_layer()
     return errors
 
 
-def output(returned: Any) -> Tensor:
+def get_output_tensor(returned: Any) -> Tensor:
     """What a denoiser computed, out of the tuple or the object that diffusers returns."""
     first = returned[0]
     if isinstance(first, list):  # Z-Image's gives a tensor for each picture

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from int8run.checkpoints.comfy_int8 import NOTE, WEIGHT, prepare_folder
-from int8run.checkpoints.detect import real_shapes, stored_layers
-from int8run.checkpoints.layer import StoredLayer
+from int8run.checkpoints.comfy_int8 import PROVENANCE_KEY, WEIGHT, prepare_output_path
+from int8run.checkpoints.detect import get_logical_shapes, read_layers
+from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.writer import unwritable
 from int8run.config.job import Job
@@ -24,25 +24,31 @@ from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError
 from int8run.export.stream_quantizer import Names, Recipe, Target, own_names, plan_targets, stream
 from int8run.layers.plan import LayerPlan
-from int8run.metrics.memory import peak_bytes
-from int8run.models.detect_family import denoiser_of
-from int8run.models.family import AutoFamily, ModelFamily, shipped_families
-from int8run.models.key_mapping import captures, names_of
-from int8run.models.resolve_weights import CONFIG, FILE, Located, locate
-from int8run.models.state_dict_adapter import Part, strip_prefix, targets, to_native, why_dropped
+from int8run.metrics.memory import read_peak_bytes
+from int8run.models.detect_family import detect_denoiser
+from int8run.models.family import AutoFamily, ModelFamily, load_families
+from int8run.models.key_mapping import load_mappings, match_pattern
+from int8run.models.resolve_weights import CONFIG_NAME, WEIGHTS_NAME, ResolvedWeights, resolve_weights
+from int8run.models.state_dict_adapter import (
+    TensorPart,
+    find_drop_reason,
+    find_prefix,
+    find_targets,
+    to_original,
+)
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
-from int8run.ptq.quantize import check_outlier
-from int8run.report.console import Progress, megabytes, pairs_line, say
-from int8run.report.run_files import write_json, write_layers
+from int8run.ptq.quantize import check_outlier_method
+from int8run.report.console import Progress, format_megabytes, format_pairs, print_lines
+from int8run.report.run_files import write_json, write_layers_csv
 
 log = logging.getLogger(__name__)
-SAMPLED = 4096  # bytes of each tensor that tell one checkpoint from another of the same shapes
+HASHED_BYTES = 4096  # bytes of each tensor that tell one checkpoint from another of the same shapes
 BLOCK = re.compile(r"(\w+\.)\d+\.")
 
 
 @dataclass(frozen=True)
-class Recognised:
+class DenoiserCheckpoint:
     """What a checkpoint is.
 
     Args:
@@ -58,15 +64,15 @@ class Recognised:
     parameters: Mapping[str, tuple[str, ...]]
     native: bool
 
-    def why_float(self, key: str, parts: tuple[Part, ...]) -> str | None:
+    def find_skip_reason(self, key: str, parts: tuple[TensorPart, ...]) -> str | None:
         """The reason why a weight stays float: that of any of the layers that it holds."""
         names = [name for part in parts for name in self.parameters[part.key.removeprefix(self.prefix)]]
         if not names:
             key = parts[0].key.removeprefix(self.prefix)
-            return f"no layer of {self.class_name}: {why_dropped(key, names_of(self.class_name))}"
+            return f"no layer of {self.class_name}: {find_drop_reason(key, load_mappings(self.class_name))}"
         for name in names:
             why = (
-                self.family.why_float(name.removesuffix(WEIGHT))
+                self.family.find_skip_reason(name.removesuffix(WEIGHT))
                 if name.endswith(WEIGHT)
                 else "a table, no Linear"
             )
@@ -85,41 +91,41 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
         ConfigError: for settings that need the model to run, or when no layer becomes INT8.
         FileError: when the source cannot be read or the result not be written.
     """
-    outlier = streamable(spec)
-    prepare_folder(str(spec.save))  # before the work whose result it is to hold
-    location, component = chosen(spec.model.location, component)
-    located = locate(location, spec.model.revision, component)
+    outlier = check_streamable(spec)
+    prepare_output_path(str(spec.save))  # before the work whose result it is to hold
+    location, component = choose_location(spec.model.location, component)
+    located = resolve_weights(location, spec.model.revision, component)
     recipe = Recipe(outlier, spec.rounding, getattr(torch, spec.model.dtype))
     started = time.perf_counter()
     with TensorFiles.open(located.path) as files:
-        prefix = strip_prefix(files)
-        stored = stored_layers(files, prefix)
-        known = recognise(files, stored, prefix, located, spec.model_type)
+        prefix = find_prefix(files)
+        stored = read_layers(files, prefix)
+        known = recognize_checkpoint(files, stored, prefix, located, spec.model_type)
         to_folder = Path(str(spec.save)).suffix != ".safetensors"
         path = (
-            file_in_folder(str(spec.save), located, known, files)
+            resolve_file_in_folder(str(spec.save), located, known, files)
             if to_folder
-            else new_file(str(spec.save), files)
+            else resolve_new_file(str(spec.save), files)
         )
-        names = new_names(files, stored, known, to_folder)
-        planned = plan_targets(files, stored, names, known.why_float, recipe)
+        names = plan_names(files, stored, known, to_folder)
+        planned = plan_targets(files, stored, names, known.find_skip_reason, recipe)
         plans = [target.plan for target in planned if target.plan is not None]
         check_plans(plans, planned, known, outlier)
-        metadata = header_metadata(files, spec, known, plans)
+        metadata = build_metadata(files, spec, known, plans)
         read, total = (
             sum(info.nbytes for info in files.values()),
             sum(t.plan is not None and t.int8 for t in planned),
         )
-        say(
-            pairs_line(
+        print_lines(
+            format_pairs(
                 [
                     ("read", located.path),
                     ("files", len(files.files)),
-                    ("size", megabytes(read)),
+                    ("size", format_megabytes(read)),
                     ("family", known.family.name),
                 ]
             ),
-            pairs_line(
+            format_pairs(
                 [
                     ("write", path),
                     ("INT8 layers", total),
@@ -131,11 +137,11 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
         if path.exists():
             log.warning("save=%s replaces a file that is there", spec.save)
         with Progress(spec.progress).count("quantize, MB", max(1, read // 10**6)) as advance:
-            written = stream(files, stored, planned, path, metadata, recipe, Steps(advance))
+            written = stream(files, stored, planned, path, metadata, recipe, MegabyteProgress(advance))
         if to_folder:
-            write_config(located.config, path.with_name(CONFIG))
-    metrics = measured(plans, read, written, time.perf_counter() - started)
-    write_layers(plans, job.output_dir / "layers.csv")
+            write_config(located.config, path.with_name(CONFIG_NAME))
+    metrics = collect_metrics(plans, read, written, time.perf_counter() - started)
+    write_layers_csv(plans, job.output_dir / "layers.csv")
     about = {
         "source": str(located.path),
         "save": str(path),
@@ -143,14 +149,14 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
         "denoiser": known.class_name,
     }
     write_json({"metrics": metrics, **about}, job.output_dir / "metrics.json")
-    say(
-        *summary(plans, metrics),
+    print_lines(
+        *format_summary(plans, metrics),
         f"files: {path}, {job.output_dir / 'layers.csv'}, {job.output_dir / 'metrics.json'}",
     )
     return metrics
 
 
-def streamable(spec: RunSpec) -> OutlierMethod:
+def check_streamable(spec: RunSpec) -> OutlierMethod:
     """The outlier method, if this job needs no more than the weights.
 
     Raises:
@@ -161,7 +167,7 @@ def streamable(spec: RunSpec) -> OutlierMethod:
     drawn = {
         f"outlier={spec.outlier.name}": spec.outlier.needs_calibration,
         f"rounding={spec.rounding.name}": spec.rounding.needs_calibration,
-        "model_type.keep_float=auto": spec.model_type.keep_float == "auto",
+        "model_type.mixed_precision=auto": spec.model_type.mixed_precision == "auto",
     }
     for setting, needed in drawn.items():
         if needed:
@@ -169,7 +175,7 @@ def streamable(spec: RunSpec) -> OutlierMethod:
                 f"{setting} needs calibration pictures, and task=quantize looks at weights alone; set task=run save={spec.save}, which "
                 "draws them"
             )
-    if spec.clip.quantizes:
+    if spec.clip.is_quantized:
         raise ConfigError(
             "task=quantize writes one component, here the denoiser, and clip= is about text encoders; leave it out, or set "
             "task.component=text_encoder to write one"
@@ -184,7 +190,7 @@ def streamable(spec: RunSpec) -> OutlierMethod:
     return spec.outlier
 
 
-def chosen(location: Any, component: str | None) -> tuple[str, str | None]:
+def choose_location(location: Any, component: str | None) -> tuple[str, str | None]:
     """The location of the denoiser that is meant, and which part of it: files that are named one by one are parts already.
 
     Raises:
@@ -199,30 +205,28 @@ def chosen(location: Any, component: str | None) -> tuple[str, str | None]:
     return str(location[component]), None
 
 
-def recognise(
+def recognize_checkpoint(
     files: TensorFiles,
-    stored: Mapping[str, StoredLayer],
+    stored: Mapping[str, CheckpointLayer],
     prefix: str,
-    located: Located,
+    located: ResolvedWeights,
     asked: ModelFamily | AutoFamily,
-) -> Recognised:
+) -> DenoiserCheckpoint:
     """The family and the class of a checkpoint: told by its config, else by its names."""
     keys = [key.removeprefix(prefix) for key in own_names(files, stored) if key.startswith(prefix)]
     automatic = isinstance(asked, AutoFamily)
-    families = (
-        [asked] if isinstance(asked, ModelFamily) else [*(asked.families or shipped_families()).values()]
-    )
-    known = real_shapes(files, stored)
+    families = [asked] if isinstance(asked, ModelFamily) else [*(asked.families or load_families()).values()]
+    known = get_logical_shapes(files, stored)
     shapes = {key: known[prefix + key] for key in keys}
-    found = None if located.class_name else denoiser_of(keys, families, shapes if automatic else None)
+    found = None if located.class_name else detect_denoiser(keys, families, shapes if automatic else None)
     fallback = asked.denoisers[0] if isinstance(asked, ModelFamily) and len(asked.denoisers) == 1 else ""
     class_name = located.class_name or (found[1] if found else fallback)
-    native = is_native(shapes, class_name)
-    rules = names_of(class_name)
+    native = has_original_names(shapes, class_name)
+    rules = load_mappings(class_name)
     parameters = (
-        targets(keys, class_name)
+        find_targets(keys, class_name)
         if native
-        else {key: () if why_dropped(key, rules) else (key,) for key in keys}
+        else {key: () if find_drop_reason(key, rules) else (key,) for key in keys}
     )
     linears = {
         name.removesuffix(WEIGHT): stored[(prefix + key).removesuffix(WEIGHT)].columns
@@ -232,35 +236,39 @@ def recognise(
         if name.endswith(WEIGHT)
     }
     if automatic and found:
-        return Recognised(found[0], class_name, prefix, parameters, native)
-    family = asked.for_denoiser(class_name or f"what {located.path.name} holds", repeated(linears), linears)
-    return Recognised(family, class_name, prefix, parameters, native)
+        return DenoiserCheckpoint(found[0], class_name, prefix, parameters, native)
+    family = asked.resolve_family(
+        class_name or f"what {located.path.name} holds", find_repeated_blocks(linears), linears
+    )
+    return DenoiserCheckpoint(family, class_name, prefix, parameters, native)
 
 
-def is_native(keys: Iterable[str], class_name: str) -> bool:
+def has_original_names(keys: Iterable[str], class_name: str) -> bool:
     """Whether names are those of a model's authors: more of them have another name in diffusers than are such names.
 
     A few names of one side may look like names of the other.
     """
-    names = names_of(class_name)
+    names = load_mappings(class_name)
     rules = (*names.parameters, *names.names)
     authors = diffusers = 0
     for key in keys:
-        authors += any(captures(rule.native, rule.subject(key)) is not None for rule in rules)
+        authors += any(match_pattern(rule.original, rule.extract_name(key)) is not None for rule in rules)
         diffusers += any(
-            captures(target, rule.subject(key)) is not None for rule in rules for target in rule.targets
+            match_pattern(target, rule.extract_name(key)) is not None
+            for rule in rules
+            for target in rule.targets
         )
     return authors > diffusers
 
 
-def repeated(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
+def find_repeated_blocks(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
     """Prefixes of the repeated blocks (`transformer_blocks.0.`) in the order of the names; a list of one is none."""
     found = list(dict.fromkeys(match[0] for name in names if (match := BLOCK.match(name))))
     lists = Counter(BLOCK.fullmatch(prefix)[1] for prefix in found)  # type: ignore[index] # each was made by a match
     return [prefix for prefix in found if lists[BLOCK.fullmatch(prefix)[1]] > 1]  # type: ignore[index]
 
 
-def new_file(save: str, files: TensorFiles) -> Path:
+def resolve_new_file(save: str, files: TensorFiles) -> Path:
     """The file to write.
 
     Raises:
@@ -272,7 +280,9 @@ def new_file(save: str, files: TensorFiles) -> Path:
     return path
 
 
-def file_in_folder(save: str, located: Located, known: Recognised, files: TensorFiles) -> Path:
+def resolve_file_in_folder(
+    save: str, located: ResolvedWeights, known: DenoiserCheckpoint, files: TensorFiles
+) -> Path:
     """The file to write in a folder as diffusers has it.
 
     Raises:
@@ -285,17 +295,17 @@ def file_in_folder(save: str, located: Located, known: Recognised, files: Tensor
         )
     if located.config is None:
         raise ConfigError(
-            f"save={save} is a folder, and there is no {CONFIG} beside {located.path} to go with it; save to a .safetensors file"
+            f"save={save} is a folder, and there is no {CONFIG_NAME} beside {located.path} to go with it; save to a .safetensors file"
         )
     others = (
-        [file.name for file in sorted(path.glob("*.safetensors*")) if file.name != FILE]
+        [file.name for file in sorted(path.glob("*.safetensors*")) if file.name != WEIGHTS_NAME]
         if path.is_dir()
         else []
     )
     if others or any(file.parent.absolute() == path for file in files.files):
         held = f"{others[0]}, another checkpoint" if others else "the source itself"
         raise ConfigError(f"save={save} holds {held}; choose another folder")
-    return path / FILE
+    return path / WEIGHTS_NAME
 
 
 def write_config(config: Mapping[str, Any] | None, path: Path) -> None:
@@ -310,26 +320,26 @@ def write_config(config: Mapping[str, Any] | None, path: Path) -> None:
         raise unwritable(path, error) from error
 
 
-def new_names(
-    files: TensorFiles, stored: Mapping[str, StoredLayer], known: Recognised, to_folder: bool
+def plan_names(
+    files: TensorFiles, stored: Mapping[str, CheckpointLayer], known: DenoiserCheckpoint, to_folder: bool
 ) -> Names:
     """What the tensors are called in the new file: as in the source, or for one of diffusers saved to a file, as by its authors."""
     own = own_names(files, stored)
     if known.native or (not known.class_name and not to_folder):
         return own
-    shapes = real_shapes(files, stored)
+    shapes = get_logical_shapes(files, stored)
     prefix, inside = known.prefix, [key for key in own if key.startswith(known.prefix)]
     rest = {key: parts for key, parts in own.items() if not key.startswith(prefix)}
     if to_folder:
-        return {key.removeprefix(prefix): (Part(key),) for key in inside}
-    native = to_native({key.removeprefix(prefix): shapes[key] for key in inside}, known.class_name)
+        return {key.removeprefix(prefix): (TensorPart(key),) for key in inside}
+    native = to_original({key.removeprefix(prefix): shapes[key] for key in inside}, known.class_name)
     return {
         key: tuple(replace(part, key=prefix + part.key) for part in parts) for key, parts in native.items()
     } | rest
 
 
 def check_plans(
-    plans: Sequence[LayerPlan], planned: Sequence[Target], known: Recognised, outlier: OutlierMethod
+    plans: Sequence[LayerPlan], planned: Sequence[Target], known: DenoiserCheckpoint, outlier: OutlierMethod
 ) -> None:
     """Say which layers are taken as they are and which the outlier method cannot take.
 
@@ -348,22 +358,22 @@ def check_plans(
             kinds,
         )
     if chosen:
-        check_outlier(outlier, chosen)
+        check_outlier_method(outlier, chosen)
     if not chosen and not copied:
         counted = (
-            "; ".join(f"{n} × {why}" for why, n in reasons(plans).items())
+            "; ".join(f"{n} × {why}" for why, n in count_skip_reasons(plans).items())
             or "it has no weight with two dimensions"
         )
         raise ConfigError(f"no layer becomes INT8 ({counted}); choose another model_type=")
 
 
-def reasons(plans: Sequence[LayerPlan]) -> Counter[str]:
+def count_skip_reasons(plans: Sequence[LayerPlan]) -> Counter[str]:
     """Why layers stay float, by count; the name of a part, which differs from layer to layer, left out."""
-    return Counter(plan.keep_float.split(" (")[0] for plan in plans if plan.keep_float is not None)
+    return Counter(plan.skip_reason.split(" (")[0] for plan in plans if plan.skip_reason is not None)
 
 
-def header_metadata(
-    files: TensorFiles, spec: RunSpec, known: Recognised, plans: Sequence[LayerPlan]
+def build_metadata(
+    files: TensorFiles, spec: RunSpec, known: DenoiserCheckpoint, plans: Sequence[LayerPlan]
 ) -> dict[str, str]:
     """What the source's header says, without a description of quantized layers that is none any more, and how the file was made."""
     choices: dict[str, Any] = {"outlier": spec.outlier, "rounding": spec.rounding}
@@ -373,8 +383,8 @@ def header_metadata(
         "revision": spec.model.revision,
         "source": {
             "files": [file.name for file in files.files],
-            "sha256": fingerprint(files),
-            "sha256_of": f"keys, dtypes, shapes and the first {SAMPLED} bytes of every tensor",
+            "sha256": hash_checkpoint(files),
+            "sha256_of": f"keys, dtypes, shapes and the first {HASHED_BYTES} bytes of every tensor",
         },
         "family": known.family.name,
         "denoiser": known.class_name,
@@ -383,24 +393,24 @@ def header_metadata(
         "settings": {name: asdict(choice) for name, choice in choices.items()},
         "seed": spec.seed,
         "loras": [],
-        "kept_float": {plan.name: plan.keep_float for plan in plans if plan.keep_float is not None},
+        "kept_float": {plan.name: plan.skip_reason for plan in plans if plan.skip_reason is not None},
     }
-    kept = {key: text for key, text in files.metadata.items() if key not in (NOTE, "_quantization_metadata")}
-    return {"format": "pt", **kept, NOTE: json.dumps(note)}
+    kept = {key: text for key, text in files.metadata.items() if key not in (PROVENANCE_KEY, "_quantization_metadata")}
+    return {"format": "pt", **kept, PROVENANCE_KEY: json.dumps(note)}
 
 
-def fingerprint(files: TensorFiles) -> str:
+def hash_checkpoint(files: TensorFiles) -> str:
     """A hash that tells checkpoints apart without reading all of them."""
-    digest, buffer = hashlib.sha256(), torch.empty(SAMPLED, dtype=torch.uint8)
+    digest, buffer = hashlib.sha256(), torch.empty(HASHED_BYTES, dtype=torch.uint8)
     for key, info in files.items():
         digest.update(json.dumps([key, info.dtype, info.shape]).encode())
-        part = buffer[: min(SAMPLED, info.nbytes)]
+        part = buffer[: min(HASHED_BYTES, info.nbytes)]
         files.fill(info.file, info.start, part)
         digest.update(part.numpy().data)
     return digest.hexdigest()
 
 
-class Steps:
+class MegabyteProgress:
     """Bytes for a bar that counts megabytes."""
 
     def __init__(self, advance: Any):
@@ -411,7 +421,7 @@ class Steps:
         self.advance(whole)
 
 
-def measured(
+def collect_metrics(
     plans: Sequence[LayerPlan],
     read: int,
     written: int,
@@ -425,7 +435,7 @@ def measured(
         group, made: words of the metrics' names.
     """
     sqnr = [plan.measured["weight_sqnr_db"] for plan in plans if "weight_sqnr_db" in plan.measured]
-    int8 = [plan for plan in plans if plan.keep_float is None]
+    int8 = [plan for plan in plans if plan.skip_reason is None]
     return {
         f"{group}/layers_{made}": len(int8),
         f"{group}/layers_float": len(plans) - len(int8),
@@ -438,19 +448,19 @@ def measured(
         "build/read_bytes": read,
         "build/written_bytes": written,
         "build/read_bytes_per_s": read / seconds,
-        "memory/peak_bytes": peak_bytes(torch.device("cpu")),
+        "memory/peak_bytes": read_peak_bytes(torch.device("cpu")),
     }
 
 
-def summary(plans: Sequence[LayerPlan], metrics: Mapping[str, float], name: str = "INT8") -> list[str]:
+def format_summary(plans: Sequence[LayerPlan], metrics: Mapping[str, float], name: str = "INT8") -> list[str]:
     """What was done, in a few lines.
 
     Args:
         name: what layers became.
     """
     read, written = metrics["build/read_bytes"], metrics["build/written_bytes"]
-    kept = "; ".join(f"{n} × {why}" for why, n in reasons(plans).items())
-    made = sum(plan.keep_float is None for plan in plans)
+    kept = "; ".join(f"{n} × {why}" for why, n in count_skip_reasons(plans).items())
+    made = sum(plan.skip_reason is None for plan in plans)
     layers: list[tuple[str, object]] = [
         (name, f"{made} layers"),
         ("float", f"{len(plans) - made}{f' ({kept})' if kept else ''}"),
@@ -458,11 +468,17 @@ def summary(plans: Sequence[LayerPlan], metrics: Mapping[str, float], name: str 
     sqnr = {key.rpartition("_")[2]: value for key, value in metrics.items() if "weight_sqnr_db" in key}
     if sqnr:
         layers.append(("SQNR, mean / min", f"{sqnr['mean']:.1f} / {sqnr['min']:.1f} dB"))
-    size = f"{megabytes(read)} → {megabytes(written)}, {written / read:.2f}×" if read else megabytes(written)
-    speed = f"{metrics['build/quantize_s']:.1f} s, {megabytes(metrics['build/read_bytes_per_s'])}/s read"
+    size = (
+        f"{format_megabytes(read)} → {format_megabytes(written)}, {written / read:.2f}×"
+        if read
+        else format_megabytes(written)
+    )
+    speed = (
+        f"{metrics['build/quantize_s']:.1f} s, {format_megabytes(metrics['build/read_bytes_per_s'])}/s read"
+    )
     return [
-        pairs_line(layers),
-        pairs_line(
-            [("size", size), ("time", speed), ("peak memory", megabytes(metrics["memory/peak_bytes"]))]
+        format_pairs(layers),
+        format_pairs(
+            [("size", size), ("time", speed), ("peak memory", format_megabytes(metrics["memory/peak_bytes"]))]
         ),
     ]

@@ -12,7 +12,7 @@ from int8run.config.compose import compose_all, own_options, to_spec
 from int8run.config.help import first_comment, help_page, key_lines
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError
-from int8run.models.family import AutoFamily, shipped_families
+from int8run.models.family import AutoFamily, load_families
 from int8run.quant.formats import FORMATS
 
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -91,20 +91,20 @@ def test_the_options_that_need_a_value_need_it(option):
 def test_auto_family_knows_every_family():
     families = {name for group, name in OPTIONS if group == "model_type"} - {"auto", "none"}
     assert to_spec(composed("model_type=auto")).model_type == AutoFamily()
-    assert {key: family.name for key, family in shipped_families().items()} == {
+    assert {key: family.name for key, family in load_families().items()} == {
         name: name for name in families
     }
 
 
 def test_a_family_of_the_users_own_is_chosen_by_its_name(tmp_path):
     (tmp_path / "model_type").mkdir()
-    rows = "float_layers:\n  - { pattern: head, why: final projection }\ninputs:\n  'blocks.*.to_k': 64\n"
+    rows = "ignore:\n  - { pattern: head, reason: final projection }\ninputs:\n  'blocks.*.to_k': 64\n"
     (tmp_path / "model_type" / "mine.yaml").write_text(
         f"_target_: int8run.models.family.ModelFamily\nname: mine\n{rows}"
     )
     _, (config,) = compose_all(str(tmp_path), "config", ["device=cpu", "model_type=mine"], False)
     family = to_spec(config).model_type
-    assert family.why_float("head") == "final projection" and family.inputs == {"blocks.*.to_k": 64}
+    assert family.find_skip_reason("head") == "final projection" and family.inputs == {"blocks.*.to_k": 64}
 
 
 def test_auto_backend_tries_every_backend():
@@ -145,7 +145,7 @@ def uncommented(text):
         if found:
             path = [*path[: len(found["indent"]) // 2], found["key"]]
             explained = {
-                "float_layers",
+                "ignore",
                 "deferred_gelu",
                 "fingerprints",
                 "adapters",

@@ -37,8 +37,8 @@ OTHER_BUILD = {
     "rounding": ["rounding=mse"],
     "rounding field": ["rounding=mse", "rounding.candidates=8"],
     "what calibration is needed for": ["rounding=gptq"],
-    "quality budget": ["model_type.keep_float=auto", "quality_db=40"],
-    "another budget": ["model_type.keep_float=auto", "quality_db=41"],
+    "quality budget": ["model_type.mixed_precision=auto", "quality_db=40"],
+    "another budget": ["model_type.mixed_precision=auto", "quality_db=41"],
     "checkpoint": ["int8.checkpoint=m.safetensors"],
     "save": ["save=m.safetensors"],
     "backend": ["backend=reference"],
@@ -99,9 +99,9 @@ NEEDS_CALIBRATION = {
     "method": ["outlier=smoothquant"],
     "choice of methods": ["outlier=auto"],
     "rounding": ["rounding=gptq"],
-    "budget": ["model_type.keep_float=auto", "quality_db=40"],
+    "budget": ["model_type.mixed_precision=auto", "quality_db=40"],
     "budget of a checkpoint": [
-        "model_type.keep_float=auto",
+        "model_type.mixed_precision=auto",
         "quality_db=40",
         "int8.checkpoint=m.safetensors",
     ],
@@ -114,7 +114,7 @@ NEEDS_NONE = {
     "float": ["outlier=smoothquant", "rounding=gptq", "int8.enable=false"],
 }
 DRAWN_BY = {
-    "calibration": [{"prompts": ["fox"]}, {"seed": 5}, {"moments": 1}, {"rows": 9}],
+    "calibration": [{"prompts": ["fox"]}, {"seed": 5}, {"num_timesteps": 1}, {"max_tokens_per_layer": 9}],
     "sampler": [{"steps": 3}, {"guidance": 2.0}],
 }
 
@@ -162,7 +162,7 @@ def test_parameters_are_the_words_of_the_command_line():
         },
         "lora": {"adapters": [{"name": "ink", "strength": 0.8}, {"name": "gloss"}]},
         "prompts": {"prompts": ["a", "b"]},
-        "families": {"flux": {"float_layers": [{"pattern": "x"}]}},
+        "families": {"flux": {"ignore": [{"pattern": "x"}]}},
         "note": "x" * 251,
         "tracker": {"uri": "http://x"},
         "cache": {"folder": "y"},
@@ -222,9 +222,9 @@ REFUSED = {
         ["cache.limit_gb=-1"],
         r"^cache\.limit_gb is -1; allowed is a number from 0 to",
     ),
-    "a budget without keep_float": (
+    "a budget without mixed_precision": (
         ["quality_db=40"],
-        r"^model_type\.keep_float=auto keeps layers float until quality_db is met",
+        r"^model_type\.mixed_precision=auto keeps layers float until quality_db is met",
     ),
 }
 

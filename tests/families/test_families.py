@@ -21,15 +21,15 @@ from int8run.backends.base import Limits
 from int8run.backends.reference import Reference
 from int8run.generate.generate import generate
 from int8run.generate.prompts import Sample
-from int8run.layers.fusion import assemble, same_input_groups
+from int8run.layers.fusion import assemble_int8_model, group_by_shared_input
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import plan_layers
-from int8run.models.family import AutoFamily, ModelFamily, shipped_families
-from int8run.ptq.quantize import int8_layers, quantized_layers
+from int8run.models.family import AutoFamily, ModelFamily, load_families
+from int8run.ptq.quantize import build_int8_layers, quantize_layers
 from int8run.quant.rounding import AbsMax
 
 INSTANCES = {**instances.INSTANCES, **instances_b.INSTANCES}
-FAMILIES = shipped_families()
+FAMILIES = load_families()
 COMPONENTS = "transformer", "unet"
 # families that no pipeline of diffusers runs
 NO_PIPELINE = {"anima"}
@@ -68,10 +68,10 @@ class Counting(Reference):
 
 def to_int8(model, family, backend):
     """All layers that the family leaves to INT8, as a run makes them."""
-    chosen = [plan for plan in plan_layers(model, family.why_float) if plan.keep_float is None]
-    layers = quantized_layers(model, chosen, {}, AbsMax(), {})
-    made = int8_layers(model, layers, backend, NEVER_FLOAT, {plan.name: 8 for plan in chosen})
-    return assemble(model, made, family)
+    chosen = [plan for plan in plan_layers(model, family.find_skip_reason) if plan.skip_reason is None]
+    layers = quantize_layers(model, chosen, {}, AbsMax(), {})
+    made = build_int8_layers(model, layers, backend, NEVER_FLOAT, {plan.name: 8 for plan in chosen})
+    return assemble_int8_model(model, made, family)
 
 
 def sampled(name, denoisers):
@@ -92,14 +92,14 @@ def test_every_family_has_an_instance():
 def test_a_denoiser_is_recognised_as_its_family_and_no_other(name, caplog):
     model = built(name)[2]
     linears = linears_of(model)
-    assert AutoFamily().for_denoiser(type(model).__name__, [], linears).name == INSTANCES[name].family
+    assert AutoFamily().resolve_family(type(model).__name__, [], linears).name == INSTANCES[name].family
     assert not [
         record for record in caplog.records if record.name.startswith("int8run")
     ]  # diffusers may say something of its own
     fitting = [
         f.name
         for f in FAMILIES.values()
-        if type(model).__name__ in f.denoisers and f.wrong_inputs(linears) is None
+        if type(model).__name__ in f.denoisers and f.find_input_mismatch(linears) is None
     ]
     assert fitting == [INSTANCES[name].family]
 
@@ -117,7 +117,7 @@ def test_every_other_class_of_diffusers_is_unknown():
     exported = exported_models()
     known = {cls for family in FAMILIES.values() for cls in family.denoisers}
     assert known <= set(exported) and len(exported) > 150
-    found = {cls: AutoFamily().for_denoiser(cls, [], {"a": 1}).name for cls in set(exported) - known}
+    found = {cls: AutoFamily().resolve_family(cls, [], {"a": 1}).name for cls in set(exported) - known}
     assert set(found.values()) == {"unknown"}, found
 
 
@@ -127,12 +127,12 @@ def test_a_denoiser_of_a_shared_class_with_other_inputs_is_unknown():
         for cls in family.denoisers:
             if shared[cls] > 1:
                 assert family.inputs, f"{family.name} shares {cls} and names no inputs"
-                assert AutoFamily().for_denoiser(cls, [], {"a": 1}).name == "unknown"
+                assert AutoFamily().resolve_family(cls, [], {"a": 1}).name == "unknown"
 
 
 def test_cosmos_is_no_anima():
     (cosmos,) = denoisers_of("anima")
-    assert AutoFamily().for_denoiser(type(cosmos).__name__, [], linears_of(cosmos)).name == "unknown"
+    assert AutoFamily().resolve_family(type(cosmos).__name__, [], linears_of(cosmos)).name == "unknown"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -142,14 +142,14 @@ def test_no_rule_is_dead_and_every_rule_has_a_reason(family):
     names = [
         name.removesuffix(".weight") for name, p in parameters if p.dim() == 2 and name.endswith(".weight")
     ]
-    for rule in FAMILIES[family].float_layers:
-        alone = ModelFamily("alone", float_layers=[rule])
-        assert any(alone.why_float(name) for name in names), f"{family}: {rule.pattern} matches no Linear"
-        assert rule.why
-        others = ModelFamily(
-            "others", float_layers=[r for r in FAMILIES[family].float_layers if r is not rule]
+    for rule in FAMILIES[family].ignore:
+        alone = ModelFamily("alone", ignore=[rule])
+        assert any(alone.find_skip_reason(name) for name in names), (
+            f"{family}: {rule.pattern} matches no Linear"
         )
-        assert any(alone.why_float(name) and not others.why_float(name) for name in names), (
+        assert rule.reason
+        others = ModelFamily("others", ignore=[r for r in FAMILIES[family].ignore if r is not rule])
+        assert any(alone.find_skip_reason(name) and not others.find_skip_reason(name) for name in names), (
             f"{family}: {rule.pattern} is said twice"
         )
 
@@ -158,7 +158,7 @@ def test_no_rule_is_dead_and_every_rule_has_a_reason(family):
 def test_only_layers_of_the_repeated_blocks_become_int8(family):
     for model in denoisers_of(family):
         blocks = [f"{name}." for name in FAMILIES[family].blocks]
-        int8 = [name for name in linears_of(model) if FAMILIES[family].why_float(name) is None]
+        int8 = [name for name in linears_of(model) if FAMILIES[family].find_skip_reason(name) is None]
         assert int8
         assert [name for name in int8 if not name.startswith(tuple(blocks))] == []
 
@@ -184,7 +184,7 @@ INT8_LAYERS = {
 @pytest.mark.parametrize("family", INT8_LAYERS)
 def test_which_layers_become_int8(family):
     names = {name for model in denoisers_of(family) for name in linears_of(model)}
-    int8 = {name for name in names if FAMILIES[family].why_float(name) is None}
+    int8 = {name for name in names if FAMILIES[family].find_skip_reason(name) is None}
     assert int8 == {name for name in names if re.fullmatch(INT8_LAYERS[family], name)}
 
 
@@ -201,7 +201,7 @@ def test_what_is_named_beside_the_rules(family):
     assert facts.hardware and facts.lora_prefixes and facts.fingerprints
     for model in denoisers_of(family):
         if facts.denoisers:
-            assert facts.wrong_inputs(linears_of(model)) is None
+            assert facts.find_input_mismatch(linears_of(model)) is None
 
 
 def relative_names(family):
@@ -216,7 +216,7 @@ def test_every_name_in_a_fact_is_an_int8_layer(family):
         name
         for model in denoisers_of(family)
         for name in linears_of(model)
-        if FAMILIES[family].why_float(name) is None
+        if FAMILIES[family].find_skip_reason(name) is None
     ]
     assert {n for n in relative_names(family) if not any(name.endswith(f".{n}") for name in int8)} == set()
 
@@ -250,7 +250,7 @@ def test_the_facts_change_no_bit(name):
 @pytest.mark.parametrize("name", INSTANCES)
 def test_layers_with_the_same_input_are_served_by_one_quantization(name):
     (int8, _, shared, calls), (_, _, alone, _) = with_and_without_facts(name)
-    groups = same_input_groups(calls, FAMILIES[INSTANCES[name].family].same_input)
+    groups = group_by_shared_input(calls, FAMILIES[INSTANCES[name].family].same_input)
     assert alone == calls.total() and set(calls) == {
         n for n, m in int8.named_modules() if isinstance(m, Int8Linear)
     }
@@ -266,7 +266,7 @@ def tanh_gelus(model, family):
         for n, m in model.named_modules()
         if getattr(m, "approximate", None) == "tanh" and n.startswith(blocks)
     ]
-    return [n for n in found if not family.why_float(f"{n}.proj")]
+    return [n for n in found if not family.find_skip_reason(f"{n}.proj")]
 
 
 @pytest.mark.parametrize("name", INSTANCES)

@@ -12,13 +12,13 @@ from int8run.models.family import (
     AutoFamily,
     DeferredGelu,
     Fingerprint,
-    KeepRule,
+    IgnoreRule,
     ModelFamily,
     ModelSource,
-    conservative,
-    shipped_families,
+    build_conservative_family,
+    load_families,
 )
-from int8run.models.loader import repeated_blocks
+from int8run.models.loader import list_block_prefixes
 from int8run.models.sampling import Sampling
 
 FAMILIES = {name: family for name, family in shipped("model_type").items() if name != "auto"}
@@ -52,12 +52,12 @@ FLUX_INT8 = [
 
 @pytest.mark.parametrize(("layer", "why"), FLUX_FLOAT.items())
 def test_flux_layers_that_stay_float(layer, why):
-    assert FLUX.why_float(layer) == why
+    assert FLUX.find_skip_reason(layer) == why
 
 
 @pytest.mark.parametrize("layer", FLUX_INT8)
 def test_flux_layers_that_become_int8(layer):
-    assert FLUX.why_float(layer) is None
+    assert FLUX.find_skip_reason(layer) is None
 
 
 def test_every_flux_rule_and_name_is_real():
@@ -66,57 +66,57 @@ def test_every_flux_rule_and_name_is_real():
     with torch.device("meta"):
         denoiser = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
     linears = [name for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)]
-    for rule in FLUX.float_layers:
-        assert any(ModelFamily("one", float_layers=[rule]).why_float(name) for name in linears), rule.pattern
+    for rule in FLUX.ignore:
+        assert any(ModelFamily("one", ignore=[rule]).find_skip_reason(name) for name in linears), rule.pattern
     first = {name.replace(".18.", ".0.").replace(".37.", ".0.") for name in (*FLUX_FLOAT, *FLUX_INT8)}
     assert first <= set(linears)
-    assert {n for n in linears if FLUX.why_float(n) is None} <= {
+    assert {n for n in linears if FLUX.find_skip_reason(n) is None} <= {
         n for n in linears if "transformer_blocks." in n
     }
 
 
 def test_the_first_matching_rule_gives_the_reason():
-    family = ModelFamily("x", float_layers=[KeepRule("a.*", "first"), KeepRule("*", "second")])
-    assert (family.why_float("a.b"), family.why_float("b")) == ("first", "second")
+    family = ModelFamily("x", ignore=[IgnoreRule("a.*", "first"), IgnoreRule("*", "second")])
+    assert (family.find_skip_reason("a.b"), family.find_skip_reason("b")) == ("first", "second")
 
 
 def test_none_keeps_nothing_float(caplog):
-    none = FAMILIES["none"].for_denoiser("SomethingElse", [], {"x_embedder": 64})
-    assert none.why_float("x_embedder") is None and not caplog.records
+    none = FAMILIES["none"].resolve_family("SomethingElse", [], {"x_embedder": 64})
+    assert none.find_skip_reason("x_embedder") is None and not caplog.records
 
 
 def test_auto_picks_by_class(caplog):
-    assert AUTO.for_denoiser("FluxTransformer2DModel", [], {}).name == "flux" and not caplog.records
+    assert AUTO.resolve_family("FluxTransformer2DModel", [], {}).name == "flux" and not caplog.records
 
 
 @pytest.mark.parametrize("denoiser", ["FluxTransformer2DModel", "Unknown"])
-@pytest.mark.parametrize("keep_float", ["listed", "auto"])
-def test_auto_passes_on_how_layers_are_kept(denoiser, keep_float):
-    auto = AutoFamily(keep_float)
-    found = auto.for_denoiser(denoiser, ["a.0.", "a.1.", "a.2."], {"a.0.q": 8, "a.1.q": 8})
-    assert found.keep_float == keep_float
+@pytest.mark.parametrize("mixed_precision", ["none", "auto"])
+def test_auto_passes_on_how_layers_are_kept(denoiser, mixed_precision):
+    auto = AutoFamily(mixed_precision)
+    found = auto.resolve_family(denoiser, ["a.0.", "a.1.", "a.2."], {"a.0.q": 8, "a.1.q": 8})
+    assert found.mixed_precision == mixed_precision
     # the layers that are listed stay float besides
-    assert found.why_float({"FluxTransformer2DModel": "x_embedder", "Unknown": "a.0.q"}[denoiser])
+    assert found.find_skip_reason({"FluxTransformer2DModel": "x_embedder", "Unknown": "a.0.q"}[denoiser])
 
 
 @pytest.mark.parametrize(
-    "family", [lambda value: ModelFamily("x", keep_float=value), lambda value: AutoFamily(value)]
+    "family", [lambda value: ModelFamily("x", mixed_precision=value), lambda value: AutoFamily(value)]
 )
-@pytest.mark.parametrize("value", ["automatic", [], [KeepRule("a", "b")], None, True])
-def test_keep_float_is_a_word(family, value):
-    with pytest.raises(ConfigError, match=r"^model_type\.keep_float is .*choose from auto, listed$"):
+@pytest.mark.parametrize("value", ["automatic", [], [IgnoreRule("a", "b")], None, True])
+def test_mixed_precision_is_a_word(family, value):
+    with pytest.raises(ConfigError, match=r"^model_type\.mixed_precision is .*choose from auto, none$"):
         family(value)
 
 
 def test_auto_knows_every_shipped_family_as_its_own_file_makes_it():
-    assert shipped_families() == {
+    assert load_families() == {
         name: family for name, family in FAMILIES.items() if family.denoisers or family.fingerprints
     }
 
 
 def test_the_rows_of_a_table_may_be_mappings():
-    given = {"pattern": "a", "why": "b"}
-    assert ModelFamily("x", float_layers=[given]) == ModelFamily("x", float_layers=[KeepRule("a", "b")])
+    given = {"pattern": "a", "reason": "b"}
+    assert ModelFamily("x", ignore=[given]) == ModelFamily("x", ignore=[IgnoreRule("a", "b")])
     printed = Fingerprint("C", ["a.weight"], ["b.*"])
     assert ModelFamily(
         "x", fingerprints=[{"denoiser": "C", "all": ["a.weight"], "none": ["b.*"]}]
@@ -127,11 +127,11 @@ def test_the_rows_of_a_table_may_be_mappings():
     ("table", "row", "message"),
     [
         (
-            "float_layers",
-            {"patern": "a", "why": "b"},
-            "no setting called 'model_type.float_layers.1.patern'; did you mean",
+            "ignore",
+            {"patern": "a", "reason": "b"},
+            "no setting called 'model_type.ignore.1.patern'; did you mean",
         ),
-        ("float_layers", "a", "model_type.float_layers.1 is 'a'; it takes pattern, why"),
+        ("ignore", "a", "model_type.ignore.1 is 'a'; it takes pattern, reason"),
         (
             "deferred_gelu",
             {"activation": "a"},
@@ -146,7 +146,7 @@ def test_the_rows_of_a_table_may_be_mappings():
 )
 def test_a_row_that_is_none(table, row, message):
     good = {
-        "float_layers": KeepRule("a", "b"),
+        "ignore": IgnoreRule("a", "b"),
         "deferred_gelu": DeferredGelu("a", "b", "c"),
         "fingerprints": Fingerprint("C", ["a"]),
     }
@@ -155,17 +155,17 @@ def test_a_row_that_is_none(table, row, message):
 
 
 def test_a_named_family_is_taken_at_its_word_but_a_mismatch_is_said(caplog):
-    assert FLUX.for_denoiser("UNet2DConditionModel", [], {}) is FLUX
+    assert FLUX.resolve_family("UNet2DConditionModel", [], {}) is FLUX
     assert (
         "model_type=flux is for FluxTransformer2DModel, the denoiser is a UNet2DConditionModel" in caplog.text
     )
 
 
 NARROW = ModelFamily(
-    "narrow", denoisers=["Shared"], inputs={"*.to_k": 768}, float_layers=[KeepRule("narrow", "")]
+    "narrow", denoisers=["Shared"], inputs={"*.to_k": 768}, ignore=[IgnoreRule("narrow", "")]
 )
 WIDE = ModelFamily(
-    "wide", denoisers=["Shared"], inputs={"*.to_k": 2048, "add.in": 16}, float_layers=[KeepRule("wide", "")]
+    "wide", denoisers=["Shared"], inputs={"*.to_k": 2048, "add.in": 16}, ignore=[IgnoreRule("wide", "")]
 )
 
 
@@ -181,23 +181,24 @@ WIDE = ModelFamily(
 )
 def test_families_of_one_class_are_told_apart_by_their_inputs(linears, name):
     assert (
-        AutoFamily(families={"narrow": NARROW, "wide": WIDE}).for_denoiser("Shared", [], linears).name == name
+        AutoFamily(families={"narrow": NARROW, "wide": WIDE}).resolve_family("Shared", [], linears).name
+        == name
     )
 
 
 def test_a_named_family_with_other_inputs_is_said(caplog):
-    assert WIDE.for_denoiser("Shared", [], {"a.to_k": 768, "b.to_k": 2048, "add.in": 16}) is WIDE
+    assert WIDE.resolve_family("Shared", [], {"a.to_k": 768, "b.to_k": 2048, "add.in": 16}) is WIDE
     assert (
         "model_type=wide does not fit this Shared: *.to_k takes 2048 inputs, the denoiser has 768/2048"
         in caplog.text
     )
-    NARROW.for_denoiser("Shared", [], {"a": 768})
+    NARROW.resolve_family("Shared", [], {"a": 768})
     assert (
         "model_type=narrow does not fit this Shared: *.to_k takes 768 inputs, the denoiser has none"
         in caplog.text
     )
     caplog.clear()
-    NARROW.for_denoiser("Shared", [], {"a.to_k": 768})
+    NARROW.resolve_family("Shared", [], {"a.to_k": 768})
     assert not caplog.records
 
 
@@ -215,10 +216,10 @@ class Unknown(nn.Module):
 def test_an_unknown_denoiser_gets_the_conservative_rule_with_a_warning(caplog):
     model = Unknown()
     linears = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    family = AUTO.for_denoiser("Unknown", repeated_blocks(model), linears)
-    int8 = [name for name in linears if family.why_float(name) is None]
+    family = AUTO.resolve_family("Unknown", list_block_prefixes(model), linears)
+    int8 = [name for name in linears if family.find_skip_reason(name) is None]
     assert int8 == [f"blocks.{i}.to_q" for i in range(1, 11)]
-    assert {family.why_float(n) for n in linears.keys() - set(int8)} == {
+    assert {family.find_skip_reason(n) for n in linears.keys() - set(int8)} == {
         "unknown architecture: outside the middle blocks"
     }
     assert family.name == "unknown"
@@ -230,30 +231,32 @@ def test_an_unknown_denoiser_gets_the_conservative_rule_with_a_warning(caplog):
 
 def test_block_1_does_not_stand_for_block_10():
     linears = [f"blocks.{i}.to_q" for i in range(12)]
-    family = conservative(["blocks.0.", "blocks.1.", "blocks.2."], linears)
-    assert [n for n in linears if family.why_float(n) is None] == ["blocks.1.to_q"]
+    family = build_conservative_family(["blocks.0.", "blocks.1.", "blocks.2."], linears)
+    assert [n for n in linears if family.find_skip_reason(n) is None] == ["blocks.1.to_q"]
 
 
 def test_two_lists_keep_the_very_first_and_the_very_last_block():
     blocks = [f"{kind}.{i}." for kind in ("double", "single") for i in range(3)]
-    family = conservative(blocks, [f"{b}q" for b in blocks])
-    assert family.why_float("double.0.q") and family.why_float("single.2.q")
-    assert family.why_float("double.1.q") is None and family.why_float("single.1.q") is None
+    family = build_conservative_family(blocks, [f"{b}q" for b in blocks])
+    assert family.find_skip_reason("double.0.q") and family.find_skip_reason("single.2.q")
+    assert family.find_skip_reason("double.1.q") is None and family.find_skip_reason("single.1.q") is None
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_without_a_middle_block_everything_stays_float(count):
     blocks = [f"blocks.{i}." for i in range(count)]
     linears = [*(f"{b}to_q" for b in blocks), "embed"]
-    family = conservative(blocks, linears)
-    assert all(family.why_float(n) for n in linears)
+    family = build_conservative_family(blocks, linears)
+    assert all(family.find_skip_reason(n) for n in linears)
 
 
 def test_sampling_over_takes_the_default_where_none():
     model = Sampling(28, 3.5, 1024, 768, extra={"shift": 3.0, "max_sequence_length": 512})
     asked = Sampling(steps=4, guidance=0.0, batch=2, extra={"max_sequence_length": 64})
-    assert asked.over(model) == Sampling(4, 0.0, 1024, 768, 2, {"shift": 3.0, "max_sequence_length": 64})
-    assert Sampling().over(model) == model
+    assert asked.with_defaults(model) == Sampling(
+        4, 0.0, 1024, 768, 2, {"shift": 3.0, "max_sequence_length": 64}
+    )
+    assert Sampling().with_defaults(model) == model
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from support.tiny_pipeline import random_pipeline
 from torch import Tensor, nn
 
 from int8run.errors import FileError
-from int8run.models.dual_denoisers import Experts
-from int8run.models.state_dict_adapter import to_native
+from int8run.models.dual_denoisers import DualDenoiser
+from int8run.models.state_dict_adapter import to_original
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 
 PLAIN = {"format": "int8_tensorwise", "per_row": True}
@@ -29,9 +29,9 @@ def model() -> nn.Module:
 def native(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """The model's weights by its authors' names."""
     state = model.state_dict()
-    names = to_native({k: tuple(t.shape) for k, t in state.items()}, type(model).__name__)
+    names = to_original({k: tuple(t.shape) for k, t in state.items()}, type(model).__name__)
     return {
-        prefix + key: torch.cat([part.cut(state[part.key]) for part in parts]).contiguous()
+        prefix + key: torch.cat([part.extract(state[part.key]) for part in parts]).contiguous()
         for key, parts in names.items()
     }
 
@@ -125,16 +125,16 @@ def test_parts_that_were_treated_differently_are_no_layer(tmp_path: Path) -> Non
     file = opened(tensors, tmp_path / "m.safetensors", Two(), partial=True)
     from dataclasses import replace
 
-    from int8run.models.state_dict_adapter import Part
+    from int8run.models.state_dict_adapter import TensorPart
 
-    file.layout = replace(file.layout, parts={"both.weight": (Part("a.weight"), Part("b.weight"))})
+    file.layout = replace(file.layout, parts={"both.weight": (TensorPart("a.weight"), TensorPart("b.weight"))})
     assert set(file.int8_layers()) == {"both"}
     with pytest.raises(
         FileError,
         match=r"m\.safetensors: the parts of both were treated differently \(none, convrot group_size=16\)$",
     ):
         file.int8("both")
-    file.layout = replace(file.layout, parts={"both.weight": (Part("a.weight"), Part("a.weight"))})
+    file.layout = replace(file.layout, parts={"both.weight": (TensorPart("a.weight"), TensorPart("a.weight"))})
     assert file.int8("both").weight.qdata.shape == (8, 16) and file.tensor("both.weight").shape == (8, 16)
 
 
@@ -191,7 +191,7 @@ def test_each_expert_has_its_own_file(model: nn.Module, tmp_path: Path) -> None:
         both.int8(f"transformer_2.{ATTENTION}to_k").weight.dequantize(), meant[32:64], rtol=1e-6, atol=0
     )
     assert both.paths == [tmp_path / "1.safetensors", tmp_path / "2.safetensors"] and both.note() == {}
-    empty = Experts(
+    empty = DualDenoiser(
         {
             "transformer": random_pipeline().transformer.to("meta"),
             "transformer_2": random_pipeline().transformer.to("meta"),

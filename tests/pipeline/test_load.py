@@ -15,19 +15,19 @@ from support.tiny_pipeline import random_pipeline, save_random_pipeline
 from torch import Tensor, nn
 
 from int8run.errors import BackendError, ConfigError
-from int8run.generate.prompts import samples
+from int8run.generate.prompts import build_samples
 from int8run.layers.int8_linear import Int8Linear
-from int8run.models.source import Denoiser, find_source
+from int8run.models.source import ResolvedDenoiser, resolve_model
 from int8run.pipeline import load as module
 from int8run.pipeline.build import Built, build
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.load import Blank, Loaded, file_hashes, load, set_offload, with_blanks
 from int8run.report.console import Progress
-from int8run.utils.disk_cache import Store
+from int8run.utils.disk_cache import DiskCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = Progress(False)
-PROBE = samples(["a"], 1, 0)
+PROBE = build_samples(["a"], 1, 0)
 SMALL = [
     "sampler.height=16",
     "sampler.width=16",
@@ -95,8 +95,8 @@ def test_a_streamed_build_is_a_resident_one_bit_for_bit(folder: Path, location: 
         and streamed.params == resident.params
         and streamed.work == resident.work
     )
-    assert [(p.name, p.keep_float, p.outlier) for p in streamed.plans] == [
-        (p.name, p.keep_float, p.outlier) for p in resident.plans
+    assert [(p.name, p.skip_reason, p.outlier) for p in streamed.plans] == [
+        (p.name, p.skip_reason, p.outlier) for p in resident.plans
     ]
 
 
@@ -129,7 +129,7 @@ def test_modules_that_diffusers_keeps_in_float32_are_kept(dtype: torch.dtype, tm
     torch.manual_seed(0)
     diffusers.WanTransformer3DModel(**WAN).save_pretrained(tmp_path)
     expected = diffusers.WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=dtype)
-    made = Denoiser("transformer", "WanTransformer3DModel", WAN, tmp_path).skeleton(dtype)
+    made = ResolvedDenoiser("transformer", "WanTransformer3DModel", WAN, tmp_path).build_skeleton(dtype)
     stand_in: Any = SimpleNamespace(denoiser=made, files=None, device=CPU)
     files = DenoiserWeights({"": FileWeights(tmp_path, made)})
     stand_in.files = files
@@ -147,7 +147,7 @@ def test_modules_that_diffusers_keeps_in_float32_are_kept(dtype: torch.dtype, tm
 def test_no_float_weight_stays_while_others_are_read(
     folder: Path, outlier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned = {p.name for p in loaded(folder).plans() if p.keep_float is None}
+    planned = {p.name for p in loaded(folder).plans() if p.skip_reason is None}
     read, most = FileWeights.tensor, []
     seen: list[weakref.ref[Tensor]] = []
 
@@ -169,7 +169,7 @@ def test_no_float_weight_stays_while_others_are_read(
 
 def test_planned_weights_stay_empty_and_biases_are_read(folder: Path) -> None:
     found = loaded(folder)
-    planned = [p.name for p in found.plans() if p.keep_float is None]
+    planned = [p.name for p in found.plans() if p.skip_reason is None]
     found.fill(but=planned)
     empty = {n for n, p in found.denoiser.named_parameters() if p.is_meta}
     assert empty == {f"{name}.weight" for name in planned} and len(planned) == 34
@@ -198,8 +198,8 @@ def test_without_weights_a_model_shows_its_shapes() -> None:
 def test_every_file_that_decides_a_drawing_is_hashed(tmp_path: Path) -> None:
     folder = save_random_pipeline(tmp_path / "model")
     (folder / "readme.md").write_text("x")
-    source = find_source(make_spec(words(folder)).model)
-    store = Store(str(tmp_path / "cache"))
+    source = resolve_model(make_spec(words(folder)).model)
+    store = DiskCache(str(tmp_path / "cache"))
     before = dict(file_hashes(source, store))
     assert {
         "model_index.json",
@@ -214,10 +214,10 @@ def test_every_file_that_decides_a_drawing_is_hashed(tmp_path: Path) -> None:
 
 def test_a_single_files_hash_counts(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
-    store, hashes = Store(str(tmp_path / "cache")), []
+    store, hashes = DiskCache(str(tmp_path / "cache")), []
     for value in (0.0, 1.0):
         save_file({"a": torch.full((1,), value)}, file)
-        source = find_source(make_spec(words(file, f"++model.base={folder}")).model)
+        source = resolve_model(make_spec(words(file, f"++model.base={folder}")).model)
         hashes.append(file_hashes(source, store))
     assert "transformer: m.safetensors" in dict(hashes[0]) and hashes[0] != hashes[1]
 

@@ -20,10 +20,10 @@ from int8run.backends.base import Limits
 from int8run.backends.reference import Reference
 from int8run.errors import ConfigError, FileError
 from int8run.export.save_denoiser import own_names, write_tensors
-from int8run.generate.calibration_settings import Calibration
+from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.generate import Generation, generate
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
-from int8run.layers.fusion import assemble
+from int8run.layers.fusion import assemble_int8_model
 from int8run.layers.int8_linear import Int8Linear, LowRankBranch
 from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.models.family import DeferredGelu, ModelFamily
@@ -46,13 +46,13 @@ from int8run.pipeline.prequantized import (
 from int8run.pipeline.quantize_denoiser import outlier_methods
 from int8run.ptq import layer_costs as costs_module
 from int8run.ptq import mixed_precision as budgets
-from int8run.ptq.calibration import record_calibration
+from int8run.ptq.calibration import capture_calibration_calls
 from int8run.ptq.layer_costs import TransformCosts
-from int8run.ptq.mixed_precision import Budget, lone_errors, meet_budget
-from int8run.ptq.quantize import int8_layers, quantized_layers
+from int8run.ptq.mixed_precision import MixedPrecisionResult, measure_layer_sensitivities, meet_budget
+from int8run.ptq.quantize import build_int8_layers, quantize_layers
 from int8run.quant.rounding import AbsMax, Mse
 from int8run.report.console import Progress
-from int8run.utils.disk_cache import Store
+from int8run.utils.disk_cache import DiskCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,12 +80,12 @@ def saved(
 ) -> tuple[Taken, list[LayerPlan]]:
     """INT8 layers of the model in a file, opened, and the plan that they were made by."""
     plans = planned(model, keep_float)
-    chosen = [p for p in plans if p.keep_float is None]
-    methods = {p.name: method for p in chosen if method.refuse(p.in_features) is None}
+    chosen = [p for p in plans if p.skip_reason is None]
+    methods = {p.name: method for p in chosen if method.unsupported_reason(p.in_features) is None}
     seen = {p.name: statistics(p.in_features, seed=n) for n, p in enumerate(chosen)}
     write_layers(
         path,
-        quantized_layers(model, chosen, methods, AbsMax(), seen),
+        quantize_layers(model, chosen, methods, AbsMax(), seen),
         {"rounding": "absmax"} if note is None else note,
     )
     return opened(path, model), plans
@@ -140,8 +140,8 @@ def test_what_the_file_has_is_taken(asked: OutlierMethod | AutoOutlier, tmp_path
     taken, _ = saved(TinyModel(), ConvRot(16), tmp_path / "m.safetensors")
     plans = planned(TinyModel())
     follow_by(taken, plans, asked)
-    assert [p.keep_float for p in plans] == [None] * 6
-    assert [bool(p.outlier_why_not) for p in plans] == [asked == ConvRot(16), *[False] * 5]
+    assert [p.skip_reason for p in plans] == [None] * 6
+    assert [bool(p.outlier_skip_reason) for p in plans] == [asked == ConvRot(16), *[False] * 5]
     layers_of(TinyModel(), plans, taken)
     assert [p.outlier for p in plans] == ["none", *["convrot group_size=16"] * 5]
     assert {p.rounding for p in plans} == {"absmax"}
@@ -154,7 +154,7 @@ def test_layers_that_are_float_in_the_file_stay_float(tmp_path: Path) -> None:
     plans = planned(TinyModel(), keep_float=["proj_in", "proj_out"])
     follow_by(taken, plans, NoOutlier())
     # the file decides; a reason that was there before says more than that
-    assert [p.keep_float for p in plans] == [None, "float in the file", None, None, None, "kept by the test"]
+    assert [p.skip_reason for p in plans] == [None, "float in the file", None, None, None, "kept by the test"]
 
 
 def test_the_file_itself_says_best_why_a_layer_is_float(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_the_file_itself_says_best_why_a_layer_is_float(tmp_path: Path) -> None:
     )
     plans = planned(TinyModel(), keep_float=["proj_out"])
     follow_by(taken, plans, NoOutlier())
-    assert [p.keep_float for p in plans] == [None, "3", None, None, None, "budget"]
+    assert [p.skip_reason for p in plans] == [None, "3", None, None, None, "budget"]
     taken, _ = saved(
         TinyModel(),
         NoOutlier(),
@@ -174,7 +174,7 @@ def test_the_file_itself_says_best_why_a_layer_is_float(tmp_path: Path) -> None:
     )
     plans = planned(TinyModel())
     follow_by(taken, plans, NoOutlier())
-    assert plans[5].keep_float == "float in the file" and facts_by_layer(taken.note, "layers") == {}
+    assert plans[5].skip_reason == "float in the file" and facts_by_layer(taken.note, "layers") == {}
     layers_of(TinyModel(), plans[:5], taken)
 
 
@@ -210,13 +210,13 @@ def found(
 
 
 def settings(
-    checkpoint: Any = None, cache: Store | None = None, enable: bool = True, adapters: Sequence[Any] = ()
+    checkpoint: Any = None, cache: DiskCache | None = None, enable: bool = True, adapters: Sequence[Any] = ()
 ) -> Any:
     return SimpleNamespace(
         int8=SimpleNamespace(enable=enable, checkpoint=checkpoint),
         metrics=SimpleNamespace(baseline="run"),
         outlier=NoOutlier(),
-        cache=cache or Store(None, 0),
+        cache=cache or DiskCache(None, 0),
         lora=SimpleNamespace(adapters=adapters, strengths=[a.strength for a in adapters], bakes=True),
     )
 
@@ -225,7 +225,7 @@ def test_a_checkpoint_goes_before_the_models_own_file_and_that_before_the_cache(
     note: dict[str, object] = {"rounding": "absmax", "layers": {name: {} for name in LINEARS}}
     one, _ = saved(TinyModel(), NoOutlier(), tmp_path / "one.safetensors", note=note)
     two, _ = saved(TinyModel(), ConvRot(), tmp_path / "two.safetensors")
-    cache = Store(str(tmp_path / "cache"))
+    cache = DiskCache(str(tmp_path / "cache"))
     cache.put("int8", "k", 1, lambda path: path.write_bytes((tmp_path / "one.safetensors").read_bytes()))
     given = found(settings(str(tmp_path / "two.safetensors"), cache), one.weights, "k")
     assert given is not None and given.where == str(tmp_path / "two.safetensors") and not given.cached
@@ -319,7 +319,7 @@ def test_a_column_that_the_input_hardly_uses_does_not_make_a_weight_look_wrong(t
     # undone, the factor of such a column would multiply its rounding error by thousands
     model, plans = TinyModel(), planned(TinyModel(), LINEARS[1:])
     seen = LayerStatistics(randn(2, 8, 7), torch.tensor([1e-4, 1, 1, 1, 1, 1, 1.0]), torch.ones(7))
-    ((_, layer),) = quantized_layers(
+    ((_, layer),) = quantize_layers(
         model, plans[:1], {"proj_in": SmoothQuant(1.0)}, AbsMax(), {"proj_in": seen}
     )
     write_layers(tmp_path / "m.safetensors", [(plans[0], layer)], {})
@@ -403,7 +403,7 @@ def test_layers_for_which_no_method_is_found_say_why(tmp_path: Path, timed: list
     # half a second more than a plain layer's one is too much for max_cost
     seen = {p.name: statistics(p.in_features, seed=1) for p in planned(TinyModel()) if p.name != "proj_out"}
     methods, plans = chosen_for(AutoOutlier({"convrot": ConvRot()}, max_cost=0.1), seen, tmp_path)
-    assert methods == {} and [p.outlier_why_not for p in plans] == [
+    assert methods == {} and [p.outlier_skip_reason for p in plans] == [
         *["no candidate of outlier=auto takes it at that cost"] * 5,
         "not seen in the calibration",
     ]
@@ -413,7 +413,7 @@ def test_layers_for_which_no_method_is_found_say_why(tmp_path: Path, timed: list
     )
     methods, plans = chosen_for(AutoOutlier({"convrot": ConvRot()}, max_cost=0.5), seen, tmp_path)
     # proj_in is too narrow for it
-    assert list(methods) == LINEARS[1:5] and [bool(p.outlier_why_not) for p in plans] == [
+    assert list(methods) == LINEARS[1:5] and [bool(p.outlier_skip_reason) for p in plans] == [
         True,
         *[False] * 4,
         True,
@@ -473,17 +473,17 @@ class Attention(nn.Module):
 
 def made_of(model: nn.Module, rows: int = 4) -> dict[str, Int8Linear]:
     plans = planned(model)
-    layers = quantized_layers(model, plans, {}, AbsMax(), {})
-    return int8_layers(model, layers, FusesGelu(), NEVER_FLOAT, dict.fromkeys([p.name for p in plans], rows))
+    layers = quantize_layers(model, plans, {}, AbsMax(), {})
+    return build_int8_layers(model, layers, FusesGelu(), NEVER_FLOAT, dict.fromkeys([p.name for p in plans], rows))
 
 
 def test_two_models_of_the_same_layers_do_not_see_each_other() -> None:
     model, x = Attention(), randn(2, 4, 8)
     made = made_of(model)
-    whole = assemble(model, made, FAMILY)
+    whole = assemble_int8_model(model, made, FAMILY)
     before = whole(x)
     # without `k` nothing is shared, and without `down` the GELU stays where it was
-    part = assemble(
+    part = assemble_int8_model(
         model, {n: m for n, m in made.items() if n not in ("blocks.0.k", "blocks.0.down")}, FAMILY
     )
     at = lambda target, name: target.get_submodule(f"blocks.{name}")  # noqa: E731
@@ -506,7 +506,7 @@ def test_two_models_of_the_same_layers_do_not_see_each_other() -> None:
 def test_models_of_the_same_layers_share_their_memory() -> None:
     model = Attention()
     made = made_of(model)
-    one, two = assemble(model, made, FAMILY), assemble(model, made, FAMILY)
+    one, two = assemble_int8_model(model, made, FAMILY), assemble_int8_model(model, made, FAMILY)
     tensors = lambda m: {t.data_ptr() for t in [*m.parameters(), *m.buffers()]}  # noqa: E731
     assert tensors(one) == tensors(two) and len(tensors(one)) >= 3 * len(made)
     assert not {id(m) for m in one.modules()} & {id(m) for m in two.modules()}
@@ -516,7 +516,7 @@ def test_models_of_the_same_layers_share_their_memory() -> None:
 
 
 def test_a_budget_says_what_it_paid() -> None:
-    budget = Budget(45, 46.24, 31.06, {"a": 0.6, "b": 0.1}, 1.251, 1.1)
+    budget = MixedPrecisionResult(45, 46.24, 31.06, {"a": 0.6, "b": 0.1}, 1.251, 1.1)
     assert str(budget) == (
         "quality budget 45 dB: 46.2 dB with 2 layers kept float, 31.1 dB without; a step takes 1.25× the time, the denoiser 1.10× the "
         "memory"
@@ -530,7 +530,7 @@ def test_a_budget_says_what_it_paid() -> None:
         "budget/memory_ratio": 1.1,
     }
     assert (
-        str(Budget(30.5, 41, 41, {}, 1, 1))
+        str(MixedPrecisionResult(30.5, 41, 41, {}, 1, 1))
         == "quality budget 30.5 dB: met at 41.0 dB with no layer kept for it"
     )
 
@@ -540,9 +540,9 @@ CALLS = [{"x": randn(1, 5, 7, seed=n)} for n in range(2)]
 
 def tiny_layers(model: nn.Module) -> dict[str, Int8Linear]:
     plans = planned(model)
-    return int8_layers(
+    return build_int8_layers(
         model,
-        quantized_layers(model, plans, {}, AbsMax(), {}),
+        quantize_layers(model, plans, {}, AbsMax(), {}),
         Reference(),
         NEVER_FLOAT,
         dict.fromkeys(LINEARS, 5),
@@ -556,10 +556,10 @@ def hooks(model: nn.Module) -> int:
 def test_the_error_of_a_layer_is_that_of_the_model_where_it_alone_is_int8() -> None:
     model, seen = TinyModel(), []
     made = tiny_layers(model)
-    errors = lone_errors(model, made, CALLS, lambda: seen.append(1))
+    errors = measure_layer_sensitivities(model, made, CALLS, lambda: seen.append(1))
     assert list(errors) == LINEARS and len(seen) == 6
     for name, error in errors.items():
-        alone = assemble(model, {name: made[name]}, ModelFamily("test"))
+        alone = assemble_int8_model(model, {name: made[name]}, ModelFamily("test"))
         pairs = [(alone(**call)[0], model(**call)[0]) for call in CALLS]
         expected = sum(float((a - b).norm() / b.norm()) ** 2 for a, b in pairs) / len(pairs)
         assert error == pytest.approx(expected, rel=1e-4) and error > 0
@@ -575,7 +575,7 @@ def test_no_hook_is_left_when_a_layer_fails() -> None:
     made = tiny_layers(model)
     made["blocks.1.1"].backend = Broken()
     with pytest.raises(RuntimeError, match="broken"):
-        lone_errors(model, made, CALLS, lambda: None)
+        measure_layer_sensitivities(model, made, CALLS, lambda: None)
     assert hooks(model) == 0
 
 
@@ -584,7 +584,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten dB for each layer that is float; nothing is generated."""
     floats = lambda denoiser: sum(isinstance(m, nn.Linear) for m in denoiser.modules())  # noqa: E731
     monkeypatch.setattr(budgets, "generate", lambda pipe, component, denoisers, pictures, sampling: denoisers)
-    monkeypatch.setattr(budgets, "latents_db", lambda made, exact: 10.0 * floats(made))
+    monkeypatch.setattr(budgets, "measure_latents_db", lambda made, exact: 10.0 * floats(made))
     monkeypatch.setattr(
         budgets, "medians", lambda calls, device, rounds: [2.0 + floats(call.func) for call in calls]
     )
@@ -592,16 +592,16 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def counted_budget(
     asked: float, monkeypatch: pytest.MonkeyPatch, errors: dict[str, float], work: dict[str, int]
-) -> tuple[nn.Module, Budget]:
+) -> tuple[nn.Module, MixedPrecisionResult]:
     model = TinyModel()
     made = tiny_layers(model)
-    monkeypatch.setattr(budgets, "lone_errors", lambda *_: errors)
+    monkeypatch.setattr(budgets, "measure_layer_sensitivities", lambda *_: errors)
     family = ModelFamily("test")
     return meet_budget(
         model,
         made,
         work,
-        lambda names: assemble(model, {n: made[n] for n in names}, family),
+        lambda names: assemble_int8_model(model, {n: made[n] for n in names}, family),
         SimpleNamespace(device=CPU),
         "",
         [],
@@ -654,11 +654,11 @@ def test_a_layer_that_makes_no_error_is_no_reason_to_divide_by_zero(monkeypatch:
 
 FLUX: ModelFamily = shipped("model_type")["flux"]
 SMALL = Sampling(steps=2, height=16, width=16)
-CALIBRATION = Calibration(["a", "b"], moments=2)
+CALIBRATION = CalibrationSettings(["a", "b"], num_timesteps=2)
 BAD = ["transformer_blocks.0.ff.net.2", "transformer_blocks.1.ff.net.2"]
 
 
-def real_budget(asked: float) -> tuple[Any, nn.Module, Budget]:
+def real_budget(asked: float) -> tuple[Any, nn.Module, MixedPrecisionResult]:
     """The budget on a FluxPipeline in which two layers suffer badly from INT8; and the pipeline."""
     pipe = random_pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -670,18 +670,18 @@ def real_budget(asked: float) -> tuple[Any, nn.Module, Budget]:
         # a weight that nothing is multiplied with, and that leaves no integers to the others of its row
         block.ff.net[0].proj.weight[0] = block.ff.net[0].proj.bias[0] = 0
         block.ff.net[2].weight[:, 0] = 1000
-    plans = [p for p in plan_layers(denoiser, FLUX.why_float) if p.keep_float is None]
+    plans = [p for p in plan_layers(denoiser, FLUX.find_skip_reason) if p.skip_reason is None]
     rows = {p.name: 64 for p in plans}
-    made = int8_layers(
-        denoiser, quantized_layers(denoiser, plans, {}, AbsMax(), {}), Reference(), NEVER_FLOAT, rows
+    made = build_int8_layers(
+        denoiser, quantize_layers(denoiser, plans, {}, AbsMax(), {}), Reference(), NEVER_FLOAT, rows
     )
-    calls = record_calibration(pipe, "transformer", denoiser, CALIBRATION, SMALL, QUIET)
+    calls = capture_calibration_calls(pipe, "transformer", denoiser, CALIBRATION, SMALL, QUIET)
     work = {p.name: rows[p.name] * p.in_features * p.out_features for p in plans}
     target, budget = meet_budget(
         denoiser,
         made,
         work,
-        lambda names: assemble(denoiser, {n: made[n] for n in names}, FLUX),
+        lambda names: assemble_int8_model(denoiser, {n: made[n] for n in names}, FLUX),
         pipe,
         "transformer",
         CALIBRATION.samples,
@@ -715,7 +715,7 @@ def test_the_layers_that_int8_hurts_are_kept_and_what_is_reached_is_measured() -
 
 def test_a_low_budget_keeps_nothing_and_looks_at_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        budgets, "lone_errors", lambda *_: pytest.fail("a budget that is met needs no order of the layers")
+        budgets, "measure_layer_sensitivities", lambda *_: pytest.fail("a budget that is met needs no order of the layers")
     )
     run, target, budget = real_budget(0.0)
     assert not budget.kept and budget.reached_db == budget.without_db == pytest.approx(
@@ -735,9 +735,9 @@ def test_equal_latents_have_no_error() -> None:
     other = Generation(
         trajectories=[latents.trajectories[0], latents.trajectories[1] * torch.tensor([[9.0], [9.0], [1.2]])]
     )
-    assert budgets.latents_db(latents, latents) == math.inf
+    assert budgets.measure_latents_db(latents, latents) == math.inf
     # the last latents alone count: 0 and 0.2, mean 0.1
-    assert budgets.latents_db(other, latents) == pytest.approx(20.0, abs=1e-4)
+    assert budgets.measure_latents_db(other, latents) == pytest.approx(20.0, abs=1e-4)
 
 
 # -- what a transform costs ---------------------------------------------------------------------------------------------
@@ -771,7 +771,7 @@ def test_a_cost_is_measured_once_and_remembered_in_the_table(
     backend: AutoBackend, timed: list[str], tmp_path: Path
 ) -> None:
     costs = TransformCosts(backend, CPU, torch.float32)
-    assert [costs.of(ROTATED, SHAPE), costs.of(ConvRot(64).fit(torch.ones(8, 16)), SHAPE)] == [1.5, 1.5]
+    assert [costs.get_ratio(ROTATED, SHAPE), costs.get_ratio(ConvRot(64).fit(torch.ones(8, 16)), SHAPE)] == [1.5, 1.5]
     assert timed == ["none", "convrot group_size=16"]
     known = json.loads((tmp_path / "table.json").read_text())
     (key,) = [key for key in known if "cost of" in key]
@@ -782,8 +782,8 @@ def test_a_cost_is_measured_once_and_remembered_in_the_table(
         and known[key] == "1.5"
     )
     timed.clear()
-    assert TransformCosts(backend, CPU, torch.float32).of(ROTATED, SHAPE) == 1.5 and timed == []
-    assert TransformCosts(backend, CPU, torch.bfloat16).of(ROTATED, SHAPE) == 1.5 and timed, (
+    assert TransformCosts(backend, CPU, torch.float32).get_ratio(ROTATED, SHAPE) == 1.5 and timed == []
+    assert TransformCosts(backend, CPU, torch.bfloat16).get_ratio(ROTATED, SHAPE) == 1.5 and timed, (
         "another dtype is another question"
     )
 
@@ -792,7 +792,7 @@ def test_a_backend_of_ones_own_choice_is_measured_itself(
     monkeypatch: pytest.MonkeyPatch, timed: list[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert TransformCosts(Reference(), CPU, torch.float32).of(ROTATED, SHAPE) == 1.5
+    assert TransformCosts(Reference(), CPU, torch.float32).get_ratio(ROTATED, SHAPE) == 1.5
     assert "| reference | 3x16x8" in (tmp_path / ".cache" / "int8run" / "backend_choices.json").read_text()
 
 
@@ -800,13 +800,13 @@ def test_one_transform_serves_all_layers_that_share_it_but_not_with_factors_of_t
     backend: AutoBackend, timed: list[str]
 ) -> None:
     costs = TransformCosts(backend, CPU, torch.float32)
-    assert [costs.of(ROTATED, SHAPE, sharing) for sharing in (1, 2, 4)] == [1.5, 1.25, 1.125]
-    assert [costs.of(TRANSFORMS["centered"], SHAPE, sharing) for sharing in (1, 4)] == [1.5, 1.5]
-    assert costs.of(OutlierTransform(), SHAPE, 4) == 1.0
+    assert [costs.get_ratio(ROTATED, SHAPE, sharing) for sharing in (1, 2, 4)] == [1.5, 1.25, 1.125]
+    assert [costs.get_ratio(TRANSFORMS["centered"], SHAPE, sharing) for sharing in (1, 4)] == [1.5, 1.5]
+    assert costs.get_ratio(OutlierTransform(), SHAPE, 4) == 1.0
 
 
 def test_nothing_costs_nothing(backend: AutoBackend, timed: list[str]) -> None:
-    assert TransformCosts(backend, CPU, torch.float32).of(OutlierTransform(), SHAPE) == 1.0 and timed == []
+    assert TransformCosts(backend, CPU, torch.float32).get_ratio(OutlierTransform(), SHAPE) == 1.0 and timed == []
 
 
 FACTOR = torch.full((16,), 2.0)
@@ -826,7 +826,7 @@ def test_transforms_that_do_different_things_are_different_questions(
     costs = TransformCosts(backend, CPU, torch.float32)
     for transform in TRANSFORMS.values():
         timed.clear()
-        costs.of(transform, SHAPE)
+        costs.get_ratio(transform, SHAPE)
         assert timed, "this one was not measured before"
         timed.clear()
         # other numbers, method and settings: the same work
@@ -837,7 +837,7 @@ def test_transforms_that_do_different_things_are_different_questions(
             transform.rotation,
             transform.centered,
         )
-        costs.of(again, SHAPE)
+        costs.get_ratio(again, SHAPE)
         assert timed == []
 
 
@@ -852,7 +852,7 @@ def test_a_shape_is_part_of_the_question(backend: AutoBackend, monkeypatch: pyte
     costs = TransformCosts(backend, CPU, torch.float32)
     for shape in ((3, 16, 8), (4, 16, 8), (3, 32, 8), (3, 16, 9)):
         shapes.clear()
-        costs.of(ROTATED, shape)
+        costs.get_ratio(ROTATED, shape)
         assert set(shapes) == {shape}
 
 
@@ -862,7 +862,7 @@ def test_times_that_scatter_are_used_once_and_not_remembered(
     times = [1.0] * 3 + [9.0] * 12
     monkeypatch.setattr(costs_module, "in_turns", lambda calls, device, rounds: [times, times])
     costs = TransformCosts(backend, CPU, torch.float32)
-    assert costs.of(ROTATED, SHAPE) == costs.of(ROTATED, SHAPE) == 1.0
+    assert costs.get_ratio(ROTATED, SHAPE) == costs.get_ratio(ROTATED, SHAPE) == 1.0
     assert caplog.text.count("times scatter by more than twice") == 1
     assert "cost of" not in (tmp_path / "table.json").read_text()
 
@@ -871,22 +871,22 @@ def test_times_that_scatter_are_used_once_and_not_remembered(
 def test_a_cost_that_somebody_wrote_into_the_table_is_measured_anew(
     damage: str, backend: AutoBackend, timed: list[str], tmp_path: Path
 ) -> None:
-    TransformCosts(backend, CPU, torch.float32).of(ROTATED, SHAPE)
+    TransformCosts(backend, CPU, torch.float32).get_ratio(ROTATED, SHAPE)
     table = tmp_path / "table.json"
     table.write_text(table.read_text().replace('"1.5"', json.dumps(damage)))
     timed.clear()
-    assert TransformCosts(backend, CPU, torch.float32).of(ROTATED, SHAPE) == 1.5 and timed
+    assert TransformCosts(backend, CPU, torch.float32).get_ratio(ROTATED, SHAPE) == 1.5 and timed
 
 
 def test_real_layers_can_be_timed(backend: AutoBackend) -> None:
     costs = TransformCosts(backend, CPU, torch.bfloat16)
-    assert all(0 < costs.of(transform, SHAPE) < math.inf for transform in TRANSFORMS.values())
+    assert all(0 < costs.get_ratio(transform, SHAPE) < math.inf for transform in TRANSFORMS.values())
 
 
 def test_mse_layers_are_close_enough_to_be_recognised(tmp_path: Path) -> None:
     # a rounding that clips must not be taken for another model's weight
     model = TinyModel()
     plans = planned(model)
-    write_layers(tmp_path / "m.safetensors", quantized_layers(model, plans, {}, Mse(smallest=0.1), {}), {})
+    write_layers(tmp_path / "m.safetensors", quantize_layers(model, plans, {}, Mse(smallest=0.1), {}), {})
     taken = opened(tmp_path / "m.safetensors", model)
     assert all(plan.measured["weight_sqnr_db"] > 30 for plan, _ in layers_of(model, planned(model), taken))

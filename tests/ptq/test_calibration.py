@@ -10,17 +10,17 @@ from support.tiny_pipeline import random_pipeline
 from torch import nn
 
 from int8run.errors import ConfigError
-from int8run.generate.calibration_settings import Calibration
-from int8run.layers.fusion import same_input_groups
+from int8run.generate.calibration_settings import CalibrationSettings
+from int8run.layers.fusion import group_by_shared_input
 from int8run.layers.plan import plan_layers
 from int8run.models.sampling import Sampling
 from int8run.outlier.smoothquant import SmoothQuant
-from int8run.ptq.calibration import by_picture, layer_statistics, record_calibration
-from int8run.ptq.quantize import quantized_layers
+from int8run.ptq.calibration import interleave_by_image, collect_layer_statistics, capture_calibration_calls
+from int8run.ptq.quantize import quantize_layers
 from int8run.quant.rounding import AbsMax, Gptq
 from int8run.report.console import Progress
 
-TWO = Calibration(["a fox", "an owl"])
+TWO = CalibrationSettings(["a fox", "an owl"])
 LINEARS = ["proj_in", "blocks.0.1", "blocks.0.3", "blocks.1.1", "blocks.1.3", "proj_out"]
 
 
@@ -35,22 +35,22 @@ def test_prompts_are_a_list_of_texts(prompts):
         ConfigError,
         match=r"^calibration\.prompts is .*; it takes a list with at least one prompt: calibration\.prompts=\[a fox",
     ):
-        Calibration(prompts)
+        CalibrationSettings(prompts)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
         *[("seed", value, r"0 to 9223372036854775807") for value in (-1, 2**63, 1.5, "7")],
-        *[("moments", value, "1 to 1000") for value in (0, 1001, True)],
-        *[("rows", value, r"1 to 1048576") for value in (0, 2**20 + 1, 64.0, None)],
+        *[("num_timesteps", value, "1 to 1000") for value in (0, 1001, True)],
+        *[("max_tokens_per_layer", value, r"1 to 1048576") for value in (0, 2**20 + 1, 64.0, None)],
     ],
 )
 def test_ranges(key, value, allowed):
     with pytest.raises(
         ConfigError, match=rf"^calibration\.{key} is {value!r}; allowed is a whole number from {allowed}$"
     ):
-        Calibration(["a fox"], **{key: value})
+        CalibrationSettings(["a fox"], **{key: value})
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_the_command_line_says_what_is_wrong_with_the_prompts(override):
 
 
 def test_every_picture_has_a_seed_of_its_own():
-    found = [(s.prompt, s.seed) for s in Calibration(["a fox", "an owl", "a fox"], seed=40).samples]
+    found = [(s.prompt, s.seed) for s in CalibrationSettings(["a fox", "an owl", "a fox"], seed=40).samples]
     assert found == [("a fox", 40), ("an owl", 41), ("a fox", 42)]
-    assert len({s.key for s in Calibration(["a fox", "a fox"]).samples}) == 2
+    assert len({s.key for s in CalibrationSettings(["a fox", "a fox"]).samples}) == 2
 
 
 def test_what_calibrates_is_not_what_is_judged():
@@ -118,7 +118,7 @@ class Pipe:
 def recorded(calibration, steps, batch=1):
     """The pipeline, and of each call its time step and the seeds of its pictures."""
     pipe, denoiser = Pipe(), Step()
-    calls = record_calibration(
+    calls = capture_calibration_calls(
         pipe, "denoiser", denoiser, calibration, Sampling(steps=steps, batch=batch), Progress(False)
     )
     for call in calls:
@@ -145,7 +145,7 @@ def recorded(calibration, steps, batch=1):
     ],
 )
 def test_moments_are_spread_over_the_steps(moments, steps, looked_at):
-    calibration = replace(TWO, moments=moments)
+    calibration = replace(TWO, num_timesteps=moments)
     _, found = recorded(calibration, steps)
     assert found == [(step, [seed]) for seed in (1000, 1001) for step in looked_at]
 
@@ -154,7 +154,7 @@ def test_moments_are_spread_over_the_steps(moments, steps, looked_at):
     ("batch", "seeds"), [(1, [[7], [8], [9]]), (2, [[7, 8], [9]]), (3, [[7, 8, 9]]), (8, [[7, 8, 9]])]
 )
 def test_pictures_come_in_the_batches_of_the_run(batch, seeds):
-    pipe, found = recorded(Calibration(["a", "bb", "ccc"], seed=7, moments=2), 5, batch)
+    pipe, found = recorded(CalibrationSettings(["a", "bb", "ccc"], seed=7, num_timesteps=2), 5, batch)
     assert [s for _, s in pipe.batches] == seeds and [p for prompts, _ in pipe.batches for p in prompts] == [
         "a",
         "bb",
@@ -165,8 +165,8 @@ def test_pictures_come_in_the_batches_of_the_run(batch, seeds):
 
 def test_no_hook_stays_behind():
     denoiser = Step()
-    record_calibration(Pipe(), "denoiser", denoiser, TWO, Sampling(steps=2), Progress(False))
-    layer_statistics(denoiser, plan_layers(denoiser, lambda name: None), [["linear"]], [call()], TWO)
+    capture_calibration_calls(Pipe(), "denoiser", denoiser, TWO, Sampling(steps=2), Progress(False))
+    collect_layer_statistics(denoiser, plan_layers(denoiser, lambda name: None), [["linear"]], [call()], TWO)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in denoiser.modules())
 
 
@@ -182,14 +182,14 @@ def of_one_layer(calls, **settings):
     denoiser = Step()
     plans = plan_layers(denoiser, lambda name: None)
     calls = [c if isinstance(c, dict) else {"hidden_states": c, "timestep": torch.tensor(0)} for c in calls]
-    return layer_statistics(denoiser, plans, [["linear"]], calls, replace(TWO, **settings)).get("linear")
+    return collect_layer_statistics(denoiser, plans, [["linear"]], calls, replace(TWO, **settings)).get("linear")
 
 
 def tiny_statistics(calls, model=None, calibration=TWO, together=()):
     model = model or TinyModel()
     plans = plan_layers(model, lambda name: None)
     groups = [*together, *([name] for name in LINEARS if not any(name in group for group in together))]
-    return layer_statistics(model, plans, groups, [{"x": x} for x in calls], calibration)
+    return collect_layer_statistics(model, plans, groups, [{"x": x} for x in calls], calibration)
 
 
 def is_rows_of(sample, x):
@@ -209,7 +209,7 @@ def test_the_largest_is_of_every_row_of_every_call():
     calls = [randn(2, 50, 7, seed=i) for i in range(3)]
     calls[1][1, 33, 2], calls[2][0, 7, 5] = -40, 60
     model, inputs = TinyModel(), {name: [] for name in LINEARS}
-    statistics = tiny_statistics(calls, model, replace(TWO, rows=6))
+    statistics = tiny_statistics(calls, model, replace(TWO, max_tokens_per_layer=6))
     for name in LINEARS:
         model.get_submodule(name).register_forward_hook(
             lambda _, args, out, name=name: inputs[name].append(args[0])
@@ -245,7 +245,7 @@ def test_the_largest_is_of_every_row_of_every_call():
 )
 def test_as_many_rows_are_kept_as_asked_for(shape, rows, kept):
     calls = [randn(*shape, seed=i) for i in range(3)]
-    seen = of_one_layer(calls, rows=rows)
+    seen = of_one_layer(calls, max_tokens_per_layer=rows)
     assert seen.sample.shape == kept
     inputs = [x if x.dim() > 2 else x.reshape(-1, 1, 4) for x in calls]
     for i, x in enumerate(inputs):  # the calls of a picture stand side by side
@@ -254,17 +254,19 @@ def test_as_many_rows_are_kept_as_asked_for(shape, rows, kept):
 
 def test_the_rows_of_all_pictures_and_calls_have_their_share():
     calls = [100 * i + torch.arange(2)[:, None, None] * 10.0 + randn(2, 50, 4, seed=i) for i in range(3)]
-    sample = of_one_layer(calls, rows=60).sample
+    sample = of_one_layer(calls, max_tokens_per_layer=60).sample
     assert (sample.mean((1, 2)) / 10).round().tolist() == [0, 10, 20, 1, 11, 21]
 
 
 def test_calls_of_different_lengths_are_kept_to_the_shortest():
-    seen = of_one_layer([randn(2, 50, 4), randn(1, 3, 4, seed=1), randn(2, 9, 4, seed=2)], rows=60)
+    seen = of_one_layer(
+        [randn(2, 50, 4), randn(1, 3, 4, seed=1), randn(2, 9, 4, seed=2)], max_tokens_per_layer=60
+    )
     assert seen.sample.shape == (5, 3, 4)
 
 
 def test_an_empty_input_is_passed_over():
-    seen = of_one_layer([torch.zeros(2, 0, 4), randn(2, 9, 4)], rows=40)
+    seen = of_one_layer([torch.zeros(2, 0, 4), randn(2, 9, 4)], max_tokens_per_layer=40)
     assert seen.sample.shape == (2, 9, 4)
     assert of_one_layer([torch.zeros(0, 4)]) is None
 
@@ -280,7 +282,7 @@ def test_the_dtype_of_the_model_is_kept_and_maxima_are_float32():
 
 def test_the_same_seed_keeps_the_same_rows():
     calls = [randn(2, 50, 7, seed=i) for i in range(2)]
-    few = replace(TWO, rows=16)
+    few = replace(TWO, max_tokens_per_layer=16)
     first, again, other = (tiny_statistics(calls, calibration=c) for c in (few, few, replace(few, seed=5)))
     for name in LINEARS:
         assert torch.equal(first[name].sample, again[name].sample)
@@ -291,7 +293,7 @@ def test_the_same_seed_keeps_the_same_rows():
 def test_calibrating_draws_nothing_from_the_global_generator():
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    tiny_statistics([randn(2, 50, 7)], calibration=replace(TWO, rows=16))
+    tiny_statistics([randn(2, 50, 7)], calibration=replace(TWO, max_tokens_per_layer=16))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -334,7 +336,7 @@ def test_channels_that_never_change_are_counted_in_one_line(caplog):
     tiny_statistics([x], model)
     assert caplog.messages == [
         "calibration: 2 layers have input channels that never change (blocks.1.3: 5 of 96); what is fitted to them is a guess, "
-        "more calibration.prompts or calibration.moments may show them at work"
+        "more calibration.prompts or calibration.num_timesteps may show them at work"
     ]
 
 
@@ -368,9 +370,9 @@ def test_a_layer_that_no_call_reaches_is_left_out_and_refused_where_it_is_needed
     words = r"^blocks\.1\.1: the calibration never reached it; keep the layer float, or take other calibration\.prompts$"
     for methods, rounding in ((everywhere, AbsMax()), ({}, Gptq())):
         with pytest.raises(ConfigError, match=words):
-            list(quantized_layers(model, plans, methods, rounding, statistics))
+            list(quantize_layers(model, plans, methods, rounding, statistics))
     reached = [p for p in plans if p.name in statistics]
-    assert len(list(quantized_layers(model, reached, everywhere, Gptq(), statistics))) == 4
+    assert len(list(quantize_layers(model, reached, everywhere, Gptq(), statistics))) == 4
 
 
 # --- a real pipeline
@@ -383,11 +385,11 @@ def flux():
         pipe = random_pipeline()
     pipe.set_progress_bar_config(disable=True)
     denoiser = pipe.transformer.eval().requires_grad_(False)
-    calibration = Calibration(["a", "b", "a b"], moments=2, rows=48)
+    calibration = CalibrationSettings(["a", "b", "a b"], num_timesteps=2, max_tokens_per_layer=48)
     sampling = Sampling(steps=3, guidance=1.0, height=32, width=32, batch=2)
     return (
         denoiser,
-        record_calibration(pipe, "transformer", denoiser, calibration, sampling, Progress(False)),
+        capture_calibration_calls(pipe, "transformer", denoiser, calibration, sampling, Progress(False)),
         calibration,
     )
 
@@ -397,14 +399,14 @@ def test_a_real_denoiser_is_seen_whole(flux):
     assert [len(c["hidden_states"]) for c in calls] == [2, 2, 1, 1]
     plans = plan_layers(denoiser, lambda name: None)
     names = ("to_q", "to_k", "to_v")
-    groups = same_input_groups([p.name for p in plans], [[f"attn.{name}" for name in names]])
-    statistics = layer_statistics(denoiser, plans, groups, calls, calibration)
+    groups = group_by_shared_input([p.name for p in plans], [[f"attn.{name}" for name in names]])
+    statistics = collect_layer_statistics(denoiser, plans, groups, calls, calibration)
     assert statistics.keys() == {p.name for p in plans}
     for plan in plans:
         seen = statistics[plan.name]
         assert seen.sample.shape[-1] == plan.in_features == len(seen.input_absmax) == len(seen.weight_absmax)
         assert (
-            seen.sample.shape[:2].numel() <= calibration.rows
+            seen.sample.shape[:2].numel() <= calibration.max_tokens_per_layer
             and (seen.sample.abs().amax((0, 1)) <= seen.input_absmax).all()
         )
     q, k, v = (f"transformer_blocks.1.attn.{name}" for name in names)
@@ -417,8 +419,8 @@ def test_a_real_denoiser_is_seen_whole(flux):
 def test_gptq_and_smoothquant_work_on_what_a_calibration_found(flux):
     denoiser, calls, calibration = flux
     plans = [p for p in plan_layers(denoiser, lambda name: None) if p.name.endswith("ff.net.2")]
-    statistics = layer_statistics(denoiser, plans, [[p.name] for p in plans], calls, calibration)
-    for plan, layer in quantized_layers(
+    statistics = collect_layer_statistics(denoiser, plans, [[p.name] for p in plans], calls, calibration)
+    for plan, layer in quantize_layers(
         denoiser, plans, {p.name: SmoothQuant() for p in plans}, Gptq(), statistics
     ):
         sample, weight = statistics[plan.name].sample, denoiser.get_submodule(plan.name).weight
@@ -433,7 +435,7 @@ def test_a_sample_goes_by_picture_so_that_its_halves_hold_different_ones():
         torch.tensor([a, b])[:, None, None].expand(2, 3 + i, 1)
         for i, (a, b) in enumerate([(0.1, 1.1), (0.2, 1.2), (2.1, 3.1), (2.2, 3.2)])
     ]
-    sample = by_picture(calls)
+    sample = interleave_by_image(calls)
     assert sample.shape == (8, 3, 1)
     first, second = (set(half.flatten().int().tolist()) for half in sample.tensor_split(2))
     assert (first, second) == ({0, 2}, {1, 3})

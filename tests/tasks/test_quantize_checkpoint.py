@@ -16,22 +16,22 @@ from support.cli_process import command_in
 from support.helpers import randn
 from torch import nn
 
-from int8run.checkpoints.detect import stored_layers
+from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.config.compose import plain_config, to_spec
 from int8run.config.job import Job
 from int8run.errors import ConfigError, FileError
 from int8run.export.stream_quantizer import Recipe, plan_targets
-from int8run.models.family import shipped_families
-from int8run.models.resolve_weights import SHIPPED, Located
-from int8run.models.state_dict_adapter import joined_shape, strip_prefix, to_native
+from int8run.models.family import load_families
+from int8run.models.resolve_weights import ASSETS_FOLDER, ResolvedWeights
+from int8run.models.state_dict_adapter import join_shapes, find_prefix, to_original
 from int8run.outlier.none import NoOutlier
 from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import quantize_weight
 from int8run.tasks import quantize_checkpoint as module
-from int8run.tasks.quantize_checkpoint import is_native, new_names, quantize_file, recognise
+from int8run.tasks.quantize_checkpoint import has_original_names, plan_names, quantize_file, recognize_checkpoint
 
-TINY = SHIPPED / "tiny" / "transformer"
+TINY = ASSETS_FOLDER / "tiny" / "transformer"
 NO_TRACKER = "tracker=none"
 
 
@@ -159,10 +159,10 @@ def native_file(tmp_path, tiny):
     names = load_file(tmp_path / "plain.safetensors")
     original = {}
     with TensorFiles.open(TINY) as files:
-        for key, parts in to_native(
+        for key, parts in to_original(
             {key: info.shape for key, info in files.items()}, "FluxTransformer2DModel"
         ).items():
-            original[f"model.diffusion_model.{key}"] = torch.cat([part.cut(tiny[part.key]) for part in parts])
+            original[f"model.diffusion_model.{key}"] = torch.cat([part.extract(tiny[part.key]) for part in parts])
     assert {k.removeprefix("model.diffusion_model.") for k in original} == {
         k for k in names if not k.endswith(("_scale", "_quant"))
     }
@@ -223,8 +223,8 @@ def test_an_int8_file_is_renamed_without_a_change(tmp_path, tiny, caplog):
 
 
 def test_a_layer_with_a_part_that_stays_float_stays_float(tmp_path, tiny):
-    rule = "{_target_: int8run.models.family.KeepRule, pattern: '*.proj_mlp', why: wide}"
-    overrides = ["model_type=flux", f"model_type.float_layers=[{rule}]"]
+    rule = "{_target_: int8run.models.family.IgnoreRule, pattern: '*.proj_mlp', reason: wide}"
+    overrides = ["model_type=flux", f"model_type.ignore=[{rule}]"]
     run(tmp_path, f"save={tmp_path}/x.safetensors", *overrides)
     found = load_file(tmp_path / "x.safetensors")
     weight = [
@@ -237,7 +237,7 @@ def test_a_layer_with_a_part_that_stays_float_stays_float(tmp_path, tiny):
         rows["single_blocks.3.linear1"]["why_not"]
         == "wide (single_transformer_blocks.3.proj_mlp is a part of it)"
     )
-    assert module.reasons([]) == {} and rows["single_blocks.3.linear2"]["quantized"] == "true"
+    assert module.count_skip_reasons([]) == {} and rows["single_blocks.3.linear2"]["quantized"] == "true"
 
 
 def test_a_file_that_nobody_knows_gets_the_cautious_rule(tmp_path, caplog):
@@ -309,7 +309,7 @@ def test_another_checkpoint_of_the_same_shapes_has_another_hash(tmp_path):
         tensors = {"a.weight": randn(64, 64), "b": randn(3, seed=seed)}
         save_file(tensors, tmp_path / "s.safetensors")
         with TensorFiles.open(tmp_path / "s.safetensors") as files:
-            hashes.append(module.fingerprint(files))
+            hashes.append(module.hash_checkpoint(files))
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -318,7 +318,7 @@ REFUSED = {
     "outlier=smoothquant": r"^outlier=smoothquant needs calibration pictures, .*; set task=run save=.*x\.safetensors, which draws them$",
     "outlier=auto": r"^outlier=auto needs calibration pictures",
     "rounding=gptq": r"^rounding=gptq needs calibration pictures, .* task=run save=",
-    "model_type.keep_float=auto quality_db=40": r"^model_type\.keep_float=auto needs calibration pictures, .* task=run save=",
+    "model_type.mixed_precision=auto quality_db=40": r"^model_type\.mixed_precision=auto needs calibration pictures, .* task=run save=",
     "lora=stack_a": r"^task=quantize leaves LoRAs out; set lora=none, or task=run lora\.mode=bake save=.*x\.safetensors$",
     "int8.checkpoint=y.safetensors": r"^task=quantize reads model\.location; set it to the file, and int8\.checkpoint=null$",
     "outlier=quarot outlier.group_size=1024": r"^outlier=quarot can take none of the 16 layers \(10 × in_features=384 is",
@@ -414,17 +414,17 @@ def test_repeated_blocks_are_told_by_their_numbers():
         "single.0.x.3.y",
         "single.1.x.3.y",
     ]
-    assert module.repeated(names) == ["blocks.0.", "blocks.1.", "single.0.", "single.1."]
+    assert module.find_repeated_blocks(names) == ["blocks.0.", "blocks.1.", "single.0.", "single.1."]
 
 
 def test_a_few_names_of_the_other_side_decide_nothing():
     """SANA-Sprint's class has layers of its own whose names are native ones of the other SANAs."""
     few = ["time_embed.timestep_embedder.linear_1.weight", "time_embed.timestep_embedder.linear_2.weight"]
     diffusers = [f"transformer_blocks.{i}.attn1.to_{x}.weight" for i in range(2) for x in "qkv"]
-    assert not is_native([*few, *diffusers], "SanaTransformer2DModel")
-    assert is_native(["x_embedder.proj.weight", "blocks.0.attn.qkv.weight"], "SanaTransformer2DModel")
-    assert not is_native(["transformer_blocks.0.attn.to_q.weight"], "QwenImageTransformer2DModel")
-    assert not is_native(["anything.weight"], "")
+    assert not has_original_names([*few, *diffusers], "SanaTransformer2DModel")
+    assert has_original_names(["x_embedder.proj.weight", "blocks.0.attn.qkv.weight"], "SanaTransformer2DModel")
+    assert not has_original_names(["transformer_blocks.0.attn.to_q.weight"], "QwenImageTransformer2DModel")
+    assert not has_original_names(["anything.weight"], "")
 
 
 def header_only(path, shapes):
@@ -446,16 +446,16 @@ def test_what_becomes_int8_are_the_linears_that_the_family_gives(tmp_path, name)
     from support.original_families import tiny as instance
 
     family = FAMILIES[name]
-    facts = next((f for f in shipped_families().values() if family.cls in f.denoisers), None)
+    facts = next((f for f in load_families().values() if family.cls in f.denoisers), None)
     if facts is None:
         pytest.skip(f"no family of {family.cls}")
     model = instance(family)
     shapes = {key: tuple(t.shape) for key, t in model.state_dict().items()}
-    native = to_native(shapes, family.cls)
+    native = to_original(shapes, family.cls)
     linears = {
         f"{n}.weight"
         for n, m in model.named_modules()
-        if isinstance(m, nn.Linear) and facts.why_float(n) is None
+        if isinstance(m, nn.Linear) and facts.find_skip_reason(n) is None
     }
     # a layer of the file is INT8 if all that it holds can be; as a convolution it is none
     wanted = {
@@ -466,7 +466,7 @@ def test_what_becomes_int8_are_the_linears_that_the_family_gives(tmp_path, name)
     header_only(tmp_path / "own.safetensors", shapes)
     assert plan(tmp_path / "own.safetensors", {"_class_name": family.cls}, facts) == (False, wanted)
     header_only(
-        tmp_path / "native.safetensors", {key: joined_shape(parts, shapes) for key, parts in native.items()}
+        tmp_path / "native.safetensors", {key: join_shapes(parts, shapes) for key, parts in native.items()}
     )
     is_identity = all([part.key for part in parts] == [key] for key, parts in native.items())
     assert plan(tmp_path / "native.safetensors", None, replace(facts, denoisers=(family.cls,))) == (
@@ -478,14 +478,14 @@ def test_what_becomes_int8_are_the_linears_that_the_family_gives(tmp_path, name)
 def plan(path, config, facts):
     """Whether the names are the authors', and the keys that become INT8."""
     with TensorFiles.open(path) as files:
-        prefix = strip_prefix(files)
-        stored = stored_layers(files, prefix)
-        known = recognise(files, stored, prefix, Located(path, config), replace(facts, inputs={}))
+        prefix = find_prefix(files)
+        stored = read_layers(files, prefix)
+        known = recognize_checkpoint(files, stored, prefix, ResolvedWeights(path, config), replace(facts, inputs={}))
         targets = plan_targets(
             files,
             stored,
-            new_names(files, stored, known, False),
-            known.why_float,
+            plan_names(files, stored, known, False),
+            known.find_skip_reason,
             Recipe(NoOutlier(), AbsMax()),
         )
     return known.native, {target.key for target in targets if target.int8}

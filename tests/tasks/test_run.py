@@ -20,14 +20,14 @@ from support.tiny_pipeline import random_pipeline, save_random_pipeline
 from int8run.checkpoints.header import read_header
 from int8run.errors import BackendError, ConfigError, FileError, LoraError
 from int8run.generate.generate import Generation
-from int8run.generate.prompts import samples
+from int8run.generate.prompts import build_samples
 from int8run.layers.int8_linear import Int8Linear
 from int8run.models.source import denoiser_names
 from int8run.pipeline import process_cache
 from int8run.pipeline.build import build
 from int8run.report.console import Progress
-from int8run.tasks.run import check_pictures
-from int8run.tasks.run_metrics import scattered
+from int8run.tasks.run import check_images
+from int8run.tasks.run_metrics import has_scattered_times
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,7 +126,7 @@ def test_the_second_identical_run_gives_the_same_bits(small: list[str], tmp_path
 @pytest.mark.skipif(without_vnni(), reason="needs a CPU with VNNI")
 def test_two_backends_in_one_process_do_not_see_each_other(small: list[str]) -> None:
     first, second = (
-        build(make_spec([*small, f"backend={name}"]), samples(["a"], 1, 0), [], Progress(False))
+        build(make_spec([*small, f"backend={name}"]), build_samples(["a"], 1, 0), [], Progress(False))
         for name in ("reference", "torch_int_mm")
     )
     for built, name in ((first, "reference"), (second, "torch_int_mm")):
@@ -182,7 +182,7 @@ def test_model_type_none_quantizes_everything(small: list[str], tmp_path: Path) 
 
 
 def test_nothing_converted_is_an_error(small: list[str], tmp_path: Path) -> None:
-    keep = "model_type.float_layers=[{pattern: '*', why: asked}]"
+    keep = "model_type.ignore=[{pattern: '*', reason: asked}]"
     with pytest.raises(
         ConfigError, match=r"no layer became INT8 \(48 × asked\).*model_type=.*int8.enable=false"
     ):
@@ -303,7 +303,7 @@ def least(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "sampler.steps=1",
         "prompts.prompts=[a]",
         "calibration.prompts=[b]",
-        "calibration.moments=1",
+        "calibration.num_timesteps=1",
         "metrics.baseline=none",
         "backend=reference",
         "progress=false",
@@ -576,13 +576,13 @@ def test_the_layers_of_a_checkpoint_are_int8_whatever_the_family_says(
 
 
 class TestBudget:
-    """model_type.keep_float=auto, on calibration pictures that are also those of the run."""
+    """model_type.mixed_precision=auto, on calibration pictures that are also those of the run."""
 
     @pytest.fixture
     def budget(self, least: list[str]) -> list[str]:
         return [
             *least,
-            "model_type.keep_float=auto",
+            "model_type.mixed_precision=auto",
             "sampler.steps=2",
             "prompts.prompts=[b]",
             "seed=1000",
@@ -615,7 +615,7 @@ class TestBudget:
         )
         assert met["budget/memory_ratio"] > 1
         # in the file these layers are float, too
-        run_job([*budget, "model_type.keep_float=listed", f"int8.checkpoint={saved}"], tmp_path / "read")
+        run_job([*budget, "model_type.mixed_precision=none", f"int8.checkpoint={saved}"], tmp_path / "read")
         assert files_in(tmp_path / "met") == files_in(tmp_path / "read")
         assert {row["name"] for row in int8_rows(tmp_path / "read")} == {
             row["name"] for row in int8_rows(tmp_path / "met")
@@ -680,15 +680,17 @@ def test_a_busy_machine_is_named():
         "float/step_ms_p50": 10.0,
         "float/step_ms_p90": 12.0,
     }
-    assert not scattered(steady) and not scattered({})
-    assert scattered(steady | {"speed/step_ms_p90": 11.0}) and scattered(steady | {"float/step_ms_p90": 21.0})
+    assert not has_scattered_times(steady) and not has_scattered_times({})
+    assert has_scattered_times(steady | {"speed/step_ms_p90": 11.0}) and has_scattered_times(
+        steady | {"float/step_ms_p90": 21.0}
+    )
 
 
 def test_drawings_that_are_no_numbers_are_refused() -> None:
     good, bad = torch.zeros(2, 3), torch.tensor([[0.0, 1.0], [float("nan"), 1.0]])
-    check_pictures(Generation(trajectories=[good]), "INT8")
+    check_images(Generation(trajectories=[good]), "INT8")
     with pytest.raises(
         FileError,
         match=r"^the latents of 1 of 2 drawings of the INT8 model are NaN or infinite; its weights are damaged",
     ):
-        check_pictures(Generation(trajectories=[good, bad]), "INT8")
+        check_images(Generation(trajectories=[good, bad]), "INT8")

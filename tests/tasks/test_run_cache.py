@@ -130,7 +130,7 @@ OTHER = {
     "rounding": ["rounding=mse"],
     "dtype": ["model.dtype=bfloat16"],
     "family": ["model_type=none"],
-    "reasons": ["model_type=flux", "model_type.float_layers=[{pattern: x_embedder, why: asked}]"],
+    "reasons": ["model_type=flux", "model_type.ignore=[{pattern: x_embedder, reason: asked}]"],
 }
 
 
@@ -351,7 +351,7 @@ def test_the_float_job_is_the_same_without_int8() -> None:
     from support.run_job import make_spec
 
     spec = make_spec(
-        ["metrics.baseline=cached", "model_type.keep_float=auto", "quality_db=40", "save=m.safetensors"]
+        ["metrics.baseline=cached", "model_type.mixed_precision=auto", "quality_db=40", "save=m.safetensors"]
     )
     alone = baseline.float_spec(spec)
     assert (

@@ -87,7 +87,7 @@ def test_the_calibrated_model_is_saved_and_draws_the_same_again(tmp_path: Path) 
         "metrics.baseline=none",
         # the second run has no float model to measure outputs by
         "calibration.prompts=[owl]",
-        "calibration.moments=1",
+        "calibration.num_timesteps=1",
         "metrics.layers=false",
     ]
     saved = tmp_path / "m.safetensors"
