@@ -13,8 +13,8 @@ from int8run.config.error_messages import explain
 from int8run.errors import ConfigError, Int8RunError
 
 log = logging.getLogger(__name__)
-CONFIG = {"config_path": "pkg://int8run.conf", "config_name": "config", "version_base": "1.3"}
-DEBUG = ("INT8RUN_DEBUG", "HYDRA_FULL_ERROR")
+HYDRA_MAIN = {"config_path": "pkg://int8run.conf", "config_name": "config", "version_base": "1.3"}
+DEBUG_VARIABLES = ("INT8RUN_DEBUG", "HYDRA_FULL_ERROR")
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
 
         sys.stdout.write(help_page())
         return
-    debug = any(os.environ.get(name) for name in DEBUG)
+    debug = any(os.environ.get(name) for name in DEBUG_VARIABLES)
     # hydra prints its own report and exits unless it is told to raise
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -85,14 +85,14 @@ def check_and_run() -> None:
             "--config-path would replace int8run's own settings; --config-dir FOLDER adds yours to them"
         )
     from int8run.config.compose import own_options
-    from int8run.jobs.hydra_plugins import register
+    from int8run.jobs.hydra_plugins import register_plugins
 
-    register()
+    register_plugins()
     with own_options():
-        start(args)
+        run_hydra(args)
 
 
-def start(args: Any) -> None:
+def run_hydra(args: Any) -> None:
     """Check, and hand over to hydra.
 
     Args:
@@ -102,31 +102,31 @@ def start(args: Any) -> None:
 
     from int8run.config.compose import check_all, compose_all
 
-    config_name = args.config_name or CONFIG["config_name"]
+    config_name = args.config_name or HYDRA_MAIN["config_name"]
     starts_jobs = not (args.cfg or args.info or args.shell_completion or args.hydra_help)
     if args.hydra_help:  # hydra sets up its logging from the config even for its help
         compose_all(args.config_dir, config_name, list(args.overrides), args.multirun)
     if starts_jobs:
-        check_all(args.config_dir, config_name, list(args.overrides), args.multirun, announce)
+        check_all(args.config_dir, config_name, list(args.overrides), args.multirun, print_banner)
     if args.multirun or not starts_jobs:
-        hydra_main(**CONFIG)(job)()
+        hydra_main(**HYDRA_MAIN)(run_job)()
         return
     failures: list[Int8RunError] = []
 
     def single(config: Any) -> float | None:
         # raised after hydra has gone: it prints a line of its own about every error that passes through it
         try:
-            return job(config)
+            return run_job(config)
         except Int8RunError as error:
             failures.append(error)
             return None
 
-    hydra_main(**CONFIG)(single)()
+    hydra_main(**HYDRA_MAIN)(single)()
     if failures:
         raise failures[0]
 
 
-def announce(jobs: int, choices: dict[str, str]) -> None:
+def print_banner(jobs: int, choices: dict[str, str]) -> None:
     """The first line, before anything heavy is imported."""
     from rich import get_console
 
@@ -142,24 +142,24 @@ def announce(jobs: int, choices: dict[str, str]) -> None:
     )
 
 
-def job(config: Any) -> float | None:
+def run_job(config: Any) -> float | None:
     """One job: the composed config becomes a RunSpec, and its task is executed. Launchers call this in other processes too."""
     from hydra.core.hydra_config import HydraConfig
 
     from int8run.config.compose import to_spec
-    from int8run.jobs.execute import execute
-    from int8run.jobs.job import job_of
+    from int8run.jobs.execute import execute_job
+    from int8run.jobs.job import make_job
 
     quiet_libraries()
     logging.raiseExceptions = bool(
         os.environ.get("INT8RUN_DEBUG")
     )  # of a full disk, the log file is no news; workers begin here
     hydra = HydraConfig.get()
-    about = job_of(config, hydra, Path(hydra.runtime.output_dir))
+    about = make_job(config, hydra, Path(hydra.runtime.output_dir))
     if about.sweep:
         quiet_console()
     spec = to_spec(config)
-    return execute(spec, about)
+    return execute_job(spec, about)
 
 
 def quiet_console() -> None:

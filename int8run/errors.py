@@ -4,8 +4,8 @@ import difflib
 import errno
 from collections.abc import Collection, Iterable
 
-ELSEWHERE = "write elsewhere: hydra.run.dir=FOLDER (of a sweep hydra.sweep.dir=FOLDER)"
-REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+WRITE_ELSEWHERE = "write elsewhere: hydra.run.dir=FOLDER (of a sweep hydra.sweep.dir=FOLDER)"
+REFUSED_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 class Int8RunError(Exception):
@@ -40,7 +40,7 @@ class TrackingError(Int8RunError):
     """The store of the tracker does not answer. Whatever was to be logged is in the output folder."""
 
 
-def our_error(error: BaseException) -> Int8RunError | None:
+def find_int8run_error(error: BaseException) -> Int8RunError | None:
     """The error of ours that another one was made of: hydra wraps what a class says of its settings."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, Int8RunError):
@@ -48,7 +48,7 @@ def our_error(error: BaseException) -> Int8RunError | None:
     return cause
 
 
-def disk_full(error: BaseException, folder: object = "the output folder") -> FileError | None:
+def as_disk_full_error(error: BaseException, folder: object = "the output folder") -> FileError | None:
     """The words for a full disk, if that is what an error says; libraries that write files say it in classes of their own.
 
     Args:
@@ -58,20 +58,20 @@ def disk_full(error: BaseException, folder: object = "the output folder") -> Fil
         return None
     what = getattr(error, "filename", None) or f"a file in {folder} or in the cache"
     return FileError(
-        f"the disk is full, and {what} could not be written; free some room, or {ELSEWHERE}, cache.folder=FOLDER"
+        f"the disk is full, and {what} could not be written; free some room, or {WRITE_ELSEWHERE}, cache.folder=FOLDER"
     )
 
 
-def not_writable(error: BaseException) -> FileError | None:
+def as_not_writable_error(error: BaseException) -> FileError | None:
     """The words for a place that the system refuses, if that is what an error says."""
-    if not isinstance(error, OSError) or error.errno not in REFUSALS or not error.filename:
+    if not isinstance(error, OSError) or error.errno not in REFUSED_ERRNOS or not error.filename:
         return None
     return FileError(
-        f"{error.filename} cannot be opened or written: {str(error.strerror).lower()}; {ELSEWHERE}"
+        f"{error.filename} cannot be opened or written: {str(error.strerror).lower()}; {WRITE_ELSEWHERE}"
     )
 
 
-def in_range(name: str, value: float, low: float, high: float, whole: bool = False) -> None:
+def check_range(name: str, value: float, low: float, high: float, whole: bool = False) -> None:
     """Raise ConfigError unless `value` is a number in low..high, a whole one if asked."""
     kind = int if whole else int | float
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
@@ -79,21 +79,21 @@ def in_range(name: str, value: float, low: float, high: float, whole: bool = Fal
         raise ConfigError(f"{name} is {value!r}; allowed is a {span}")
 
 
-def switch(name: str, value: object) -> None:
+def check_bool(name: str, value: object) -> None:
     """Raise ConfigError unless `value` is a bool."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} is {value!r}; choose true or false")
 
 
-def one_of(name: str, value: object, allowed: Collection[str]) -> None:
+def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
     """Raise ConfigError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ConfigError(
-            f"{name} is {value!r}; {suggest(str(value), allowed)}choose from {', '.join(sorted(allowed))}"
+            f"{name} is {value!r}; {suggest_similar(str(value), allowed)}choose from {', '.join(sorted(allowed))}"
         )
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
+def suggest_similar(word: str, known: Iterable[str]) -> str:
     """`did you mean 'x'? ` for a near miss, else an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {near[0]!r}? " if near else ""

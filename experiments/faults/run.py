@@ -24,7 +24,7 @@ import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from int8run.jobs.manifest import read_sweep
+from int8run.jobs.manifest import read_manifest
 from int8run.tracking import mlflow_payload
 from int8run.tracking.run_record import (
     FAILED,
@@ -33,7 +33,7 @@ from int8run.tracking.run_record import (
     RUNNING,
     Record,
     find_records,
-    process_gone,
+    is_process_gone,
     read_record,
 )
 
@@ -152,7 +152,7 @@ def runs_in(store: str, sweep: str) -> list[Run]:
 
 def check_tracked(place: Place, store: str, killed: int = 0) -> None:
     """MLflow has each job of the folder once, whole, and so many others, all KILLED."""
-    sweep = read_sweep(place.sweep)
+    sweep = read_manifest(place.sweep)
     assert sweep is not None
     client, runs, records = MlflowClient(store), runs_in(store, sweep.id), find_records(place.sweep)
     by_id = {run.info.run_id: run for run in runs}
@@ -174,8 +174,10 @@ def check_whole(client: MlflowClient, run: Run, record: Record) -> None:
     """A run has everything that the folder has."""
     name, run_id = f"{record.name}: ", run.info.run_id
     check(run.info.status == record.state, f"{name}{run.info.status} in MLflow, {record.state} in the folder")
-    check(mlflow_payload.params(record).items() <= run.data.params.items(), f"{name}settings are missing")
-    lacking = {mlflow_payload.allowed(key) for key in [*record.metrics, *record.series]} - set(
+    check(
+        mlflow_payload.build_params(record).items() <= run.data.params.items(), f"{name}settings are missing"
+    )
+    lacking = {mlflow_payload.sanitize_name(key) for key in [*record.metrics, *record.series]} - set(
         run.data.metrics
     )
     check(not lacking, f"{name}metrics are missing: {lacking}")
@@ -188,10 +190,12 @@ def check_whole(client: MlflowClient, run: Run, record: Record) -> None:
     there = sorted(Path(file.path).name for file in client.list_artifacts(run_id, "samples")) if here else []
     check(here == there, f"{name}pictures here {here}, there {there}")
     shown = len(client.list_artifacts(run_id, "images")) if record.images else 0
-    check(shown == 2 * len(mlflow_payload.image_files(record)), f"{name}{shown} files in the picture grid")
+    check(
+        shown == 2 * len(mlflow_payload.find_image_files(record)), f"{name}{shown} files in the picture grid"
+    )
     tops = {Path(file.path).name for file in client.list_artifacts(run_id)}
     check(
-        {path.name for path, folder in mlflow_payload.files(record) if folder is None} <= tops,
+        {path.name for path, folder in mlflow_payload.list_artifacts(record) if folder is None} <= tops,
         f"{name}files are missing: {tops}",
     )
     if record.state != FINISHED:
@@ -399,7 +403,8 @@ def worker_killed(place: Place) -> None:
     check_states(place, {n: KILLED if n == victim.number else FINISHED for n in range(10)})
     check_tracked(place, database(place))
     check(
-        process_gone(*(victim.status[key] for key in ("host", "pid", "process_started"))), "the worker lives"
+        is_process_gone(*(victim.status[key] for key in ("host", "pid", "process_started"))),
+        "the worker lives",
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from int8run.tracking.mlflow_tracker import MlflowTracker
-from int8run.tracking.run_record import FINISHED, Record, read_record, this_process
+from int8run.tracking.run_record import FINISHED, Record, describe_process, read_record
 
 METRICS, STEPS, LAYERS = 60, 30, 150
 
@@ -57,7 +57,7 @@ def job(folder: Path, number: int, pictures: int) -> Record:
         "ended": now,
         "jobs_at_once": 1,
         "tracking": None,
-        **this_process(),
+        **describe_process(),
     }
     (folder / "layers.csv").write_text(
         "name,weight_sqnr_db\n" + "".join(f"layer.{i},{40 + i / 7:.4g}\n" for i in range(LAYERS))
@@ -76,9 +76,9 @@ def write(arguments: argparse.Namespace, folder: Path, process: int) -> None:
         number = process * arguments.runs + n
         record = job(folder / "jobs" / str(number), number, arguments.pictures)
         begun = time.monotonic()
-        run_id = tracker.begin(record)
-        tracker.upload(
-            Record(record.folder, {**record.status, "tracking": {**tracker.place(), "run_id": run_id}})
+        run_id = tracker.start_run(record)
+        tracker.upload_record(
+            Record(record.folder, {**record.status, "tracking": {**tracker.get_location(), "run_id": run_id}})
         )
         seconds.append(time.monotonic() - begun)
     (folder / f"seconds{process}.json").write_text(json.dumps(seconds))
@@ -91,7 +91,7 @@ def problems(tracker: MlflowTracker, arguments: argparse.Namespace) -> list[str]
     client = MlflowClient(tracker.address)
     wrong = []
     numbers = []
-    for run_id in tracker.runs_of("writers"):
+    for run_id in tracker.find_sweep_runs("writers"):
         run = client.get_run(run_id)
         numbers.append(int(run.data.tags["number"]))
         found = {

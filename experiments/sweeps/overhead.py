@@ -21,9 +21,9 @@ WORDS = ["lora=stack_a", "lora.strength=0,0.25,0.5,0.75,1", "outlier=none,convro
 def alone(words: list[str]) -> None:
     """Build each model once and let it draw what the jobs of the sweep draw."""
     from int8run.config.compose import compose_all, to_spec
-    from int8run.generate.prompts import samples
+    from int8run.generate.prompts import build_samples
     from int8run.lora.header_info import read_heads
-    from int8run.models.loader import use_scheduler
+    from int8run.models.loader import set_scheduler
     from int8run.pipeline.build import build
     from int8run.pipeline.process_cache import reuse
     from int8run.report.console import Progress
@@ -33,12 +33,12 @@ def alone(words: list[str]) -> None:
     specs = sorted((to_spec(config) for config in configs), key=lambda spec: spec.build_key)
     for spec in specs:
         heads = read_heads(spec.lora, spec.model.lora_base, None)
-        wanted = samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
+        wanted = build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
         built, _ = reuse(
             spec.build_key,
             lambda s=spec, h=heads, w=wanted: build(s, w[: s.sampler.batch], h, Progress(False)),
         )
-        use_scheduler(built.pipe, built.scheduler, spec.sampling)
+        set_scheduler(built.pipe, built.scheduler, spec.sampling)
         built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
         generate_all(spec, built, spec.candidate, wanted, Progress(False))
 

@@ -22,7 +22,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from int8run.text_encoders.registry import Encoder, FloatRule, Mark
+from int8run.text_encoders.registry import EncoderFamily, EncoderIgnoreRule, EncoderFingerprint
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "int8run" / "assets" / "tiny"
@@ -32,18 +32,18 @@ SPREAD = 0.2  # of the logarithm of the sizes of rows and columns: gives MiniLM'
 FEW_PROMPTS = 4  # with --quick
 
 # the sentence encoder is none of int8run's; described like those in int8run/text_encoders/encoders/
-MINILM = Encoder(
+MINILM = EncoderFamily(
     name="minilm",
     classes=["BertModel"],
     fingerprints=[
-        Mark(all=["encoder.layer.0.attention.self.query.weight", "embeddings.word_embeddings.weight"])
+        EncoderFingerprint(all=["encoder.layer.0.attention.self.query.weight", "embeddings.word_embeddings.weight"])
     ],
-    float_layers=[
-        FloatRule("embeddings.*", "a table that is looked up, not multiplied"),
-        FloatRule("pooler.*", "no sentence embedding reads it"),
+    ignore=[
+        EncoderIgnoreRule("embeddings.*", "a table that is looked up, not multiplied"),
+        EncoderIgnoreRule("pooler.*", "no sentence embedding reads it"),
     ],
     drop={"embeddings.position_ids": "counts from 0"},
-    tokens=64,
+    num_tokens=64,
     config={
         "vocab_size": {"rows": "embeddings.word_embeddings.weight"},
         "hidden_size": {"columns": "embeddings.word_embeddings.weight"},
@@ -78,7 +78,7 @@ class Case:
     prompts: tuple[Call, ...]
     usual: Call
     pooled: Callable[[Tensor, Tensor | None], Tensor] | None = None
-    own: Encoder | None = None
+    own: EncoderFamily | None = None
 
     @property
     def rows(self) -> int:

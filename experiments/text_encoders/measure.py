@@ -33,18 +33,19 @@ from int8run.config.compose import to_spec
 from int8run.config.job import Job
 from int8run.errors import BackendError
 from int8run.layers.int8_linear import Int8Linear
-from int8run.layers.weight_only import BlockInt8Linear, CodedLinear
-from int8run.metrics.embeddings import embedding_cosine, relative_error
-from int8run.metrics.layers import module_bytes
-from int8run.models.loader import library_versions
+from int8run.layers.weight_only import BlockInt8Linear, WeightOnlyLinear
+from int8run.metrics.embeddings import compute_embedding_cosine, compute_relative_error
+from int8run.metrics.layers import count_module_bytes
+from int8run.models.loader import read_library_versions
 from int8run.quant.formats import BLOCK, FORMATS, ROW, TENSOR, Format, format_for
 from int8run.report.console import get_console
-from int8run.report.run_files import environment
-from int8run.tasks.quantize_text_encoder import quantize_encoder
-from int8run.text_encoders import registry as int8run_encoders
+from int8run.report.run_files import collect_environment
+from int8run.tasks.quantize_text_encoder import quantize_text_encoder
+from int8run.text_encoders import detect, registry
 from int8run.text_encoders.build import Kernels, build_encoder
+from int8run.text_encoders.model_config import build_skeleton
 from int8run.text_encoders.weights import EncoderFile
-from int8run.utils.timing import in_turns, medians, steady
+from int8run.utils.timing import is_steady, time_in_turns, time_medians
 
 PARTS = ("quality", "time", "sizes", "wo")
 WRITTEN = tuple(name for name, form in FORMATS.items() if not form.read_only)
@@ -66,9 +67,10 @@ def kernels_of(form: Format) -> tuple[str, ...]:
 @contextmanager
 def known(case: Case) -> Iterator[None]:
     """int8run's encoders and the case's own."""
-    shipped = int8run_encoders.shipped_encoders()
+    shipped = registry.load_encoders()
     own = {} if case.own is None else {case.own.name: case.own}
-    with mock.patch.object(int8run_encoders, "shipped_encoders", lambda: {**own, **shipped}):
+    with_own = lambda: {**own, **shipped}  # noqa: E731
+    with mock.patch.object(registry, "load_encoders", with_own), mock.patch.object(detect, "load_encoders", with_own):
         yield
 
 
@@ -85,7 +87,7 @@ def write(case: Case, name: str, work: Path) -> Path:
     with initialize_config_module("int8run.conf", version_base="1.3"):
         spec = to_spec(compose("config", [*words, "tracker=none", "progress=false"]))
     with get_console().capture():
-        quantize_encoder(spec, Job({}, {}, [], work), "text_encoder")
+        quantize_text_encoder(spec, Job({}, {}, [], work), "text_encoder")
     return path
 
 
@@ -127,8 +129,8 @@ def compared(
     for i, name in enumerate(("", "pooled_")):
         pairs = [(a[i], b[i]) for a, b in zip(floats, ours, strict=True) if a[i] is not None]
         if pairs:
-            cosines = [embedding_cosine(a, b) for a, b in pairs]
-            error = relative_error(
+            cosines = [compute_embedding_cosine(a, b) for a, b in pairs]
+            error = compute_relative_error(
                 *(torch.cat([part.flatten() for part in side]) for side in zip(*pairs, strict=True))
             )
             row |= {
@@ -141,13 +143,13 @@ def compared(
 
 def held(model: nn.Module) -> Row:
     """Bytes of a bfloat16 model with quantized layers: of these alone, and of everything; and the same in bfloat16."""
-    layers = [m for m in model.modules() if isinstance(m, Int8Linear | CodedLinear | BlockInt8Linear)]
+    layers = [m for m in model.modules() if isinstance(m, Int8Linear | WeightOnlyLinear | BlockInt8Linear)]
     as_bf16 = sum(
         2 * (m.in_features * m.out_features + (m.out_features if m.bias is not None else 0)) for m in layers
     )
     ours, whole = (
-        module_bytes(nn.ModuleList(layers)),
-        module_bytes(model),
+        count_module_bytes(nn.ModuleList(layers)),
+        count_module_bytes(model),
     )  # a rotation that layers share counts once
     return {
         "layers": len(layers),
@@ -201,7 +203,9 @@ def speed(
     loads: list[Callable[[], object]] = [
         lambda s=s: load(case, *s, torch.bfloat16, device) for s in sources.values()
     ]
-    to_load = dict(zip(sources, medians(loads, device, LOADS), strict=True))  # files are in the page cache
+    to_load = dict(
+        zip(sources, time_medians(loads, device, LOADS), strict=True)
+    )  # files are in the page cache
     for dtype_name, dtype in DTYPES.items():
         models = {kernels: load(case, path, kernels, dtype, device) for kernels in runnable}
         calls: list[Callable[[], object]] = [
@@ -210,9 +214,9 @@ def speed(
         for call in calls:  # kernels are built and chosen at the first call
             call()
         started = time.perf_counter()
-        in_turns(calls, device, 1)
+        time_in_turns(calls, device, 1)
         count = max(rounds[0], min(rounds[1], ceil(2 * SECONDS / (time.perf_counter() - started))))
-        times = dict(zip((*floats, *models), in_turns(calls, device, count), strict=True))
+        times = dict(zip((*floats, *models), time_in_turns(calls, device, count), strict=True))
         for kernels in models:
             ratios = {
                 f"vs_{base}": statistics.median(
@@ -228,7 +232,7 @@ def speed(
                 **{f"{base}_ms": 1000 * statistics.median(times[base]) for base in floats},
                 "ms": 1000 * statistics.median(times[kernels]),
                 **ratios,
-                "steady": all(map(steady, times.values())),
+                "steady": all(map(is_steady, times.values())),
                 "float_load_s": to_load["float"],
                 "load_s": to_load[kernels],
             }
@@ -305,14 +309,14 @@ FULL: Mapping[str, tuple[str, str, Any]] = {
 def sizes() -> Iterator[Row]:
     """Rows of sizes.csv: what each format takes of full-size encoders, by shapes alone; all other parameters in bfloat16."""
     for title, (encoder_name, class_name, config) in FULL.items():
-        encoder = int8run_encoders.encoder_named(encoder_name)
-        model = int8run_encoders.skeleton(class_name, config().to_dict(), torch.bfloat16)
+        encoder = registry.get_encoder(encoder_name)
+        model = build_skeleton(class_name, config().to_dict(), torch.bfloat16)
         linears = {
             n: (m.out_features, m.in_features) for n, m in model.named_modules() if type(m) is nn.Linear
         }
         whole = sum(2 * p.numel() for p in model.parameters())
         for name in WRITTEN:
-            shapes = [shape for n, shape in linears.items() if encoder.why_float(n, name) is None]
+            shapes = [shape for n, shape in linears.items() if encoder.find_skip_reason(n, name) is None]
             ours = sum(weight_bytes(format_for(name, *shape), *shape) for shape in shapes)
             as_bf16 = sum(2 * prod(shape) for shape in shapes)
             yield {
@@ -332,14 +336,14 @@ def with_wo(work: Path, formats: Sequence[str], device: torch.device) -> Iterato
     case = CASES["tiny_t5"](work, False)
     exact = embeddings(case, float_model(case, torch.float32, device), device)
     config = json.loads((case.folder / "config.json").read_text())
-    encoder = int8run_encoders.encoder_named("t5")
-    (rule,) = (rule for rule in encoder.float_layers if rule.pattern.endswith(".wo"))
-    without = [other for other in encoder.float_layers if other is not rule]
+    encoder = registry.get_encoder("t5")
+    (rule,) = (rule for rule in encoder.ignore if rule.pattern.endswith(".wo"))
+    without = [other for other in encoder.ignore if other is not rule]
     for name in formats:
         for word, rules in (("float", [*without, replace(rule, formats=())]), ("quantized", without)):
             weights = EncoderFile(case.folder, class_name="T5EncoderModel")
-            weights.encoder = replace(encoder, float_layers=rules)
-            model = int8run_encoders.skeleton("T5EncoderModel", config, torch.float32)
+            weights.encoder = replace(encoder, ignore=rules)
+            model = build_skeleton("T5EncoderModel", config, torch.float32)
             built = build_encoder(model, weights, FORMATS[name], Kernels("auto", device, case.rows))
             row = compared(exact, embeddings(case, built.module.to(device), device))
             yield {"device": device.type, "format": name, "wo": word, **row}
@@ -368,7 +372,7 @@ def measure(asked: argparse.Namespace) -> None:
                     base
                     | {"format": "bfloat16"}
                     | compared(exact, embeddings(case, floats["bfloat16"], device))
-                    | {"module_bytes": module_bytes(floats["bfloat16"]), "module_vs_bf16": 1.0}
+                    | {"module_bytes": count_module_bytes(floats["bfloat16"]), "module_vs_bf16": 1.0}
                 )
             for name in asked.formats:
                 path = write(case, name, asked.work)
@@ -385,7 +389,7 @@ def measure(asked: argparse.Namespace) -> None:
         save(asked.out / "sizes.csv", sizes())
     if "wo" in asked.parts:
         save(asked.out / "wo.csv", with_wo(asked.work, asked.formats, device))
-    facts = environment(device, library_versions())
+    facts = collect_environment(device, read_library_versions())
     (asked.out / f"environment_{device.type}.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from int8run.report.run_files import DIFFERENCE_GAIN, difference, grid
+from int8run.report.run_files import DIFFERENCE_GAIN, make_difference_image, make_image_grid
 
 sys.path.append(str(Path(__file__).parents[1] / "fidelity"))
 
@@ -34,7 +34,7 @@ METRICS = {
 
 def amplified(a: Image.Image, b: Image.Image) -> Image.Image:
     """|a - b| times GAIN, clipped."""
-    return difference(a, b).point(lambda v: min(255, v * (GAIN // DIFFERENCE_GAIN)))
+    return make_difference_image(a, b).point(lambda v: min(255, v * (GAIN // DIFFERENCE_GAIN)))
 
 
 def format_of(job: dict[str, Any]) -> str:
@@ -74,7 +74,7 @@ def strip(found: list[dict[str, Any]], out: Path) -> None:
         exact = Image.open(first.with_name(f"{first.stem}_float.png"))
         differences = [amplified(picture, exact) for picture in (exact, *ours)]
         rows += [(prompt, [exact, *ours]), (f"difference x {GAIN}", differences)]
-    grid(rows, ["float", *shown]).save(out)
+    make_image_grid(rows, ["float", *shown]).save(out)
 
 
 if __name__ == "__main__":

@@ -6,52 +6,61 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from int8run.errors import TrackingError, disk_full, not_writable
-from int8run.jobs.execute import sync_command, upload
-from int8run.jobs.manifest import Sweep
-from int8run.report.console import say, sweep_table, warnings_of
+from int8run.errors import TrackingError, as_disk_full_error, as_not_writable_error
+from int8run.jobs.execute import build_sync_command, upload_record
+from int8run.jobs.manifest import SweepManifest
+from int8run.report.console import build_sweep_table, count_warnings, print_lines
 from int8run.report.html_page import write_report
 from int8run.tracking.base import Tracker
 from int8run.tracking.run_record import Record
 
 log = logging.getLogger(__name__)
-REPORT = "report.html"
+REPORT_FILE = "report.html"
 
 
-def finish(folder: Path, sweep: Sweep, records: Sequence[Record], trackers: Mapping[int, Tracker]) -> None:
+def finalize_sweep(
+    folder: Path, sweep: SweepManifest, records: Sequence[Record], trackers: Mapping[int, Tracker]
+) -> None:
     """Make one page and one dashboard of a sweep's jobs, and say where they are.
 
     Args:
         trackers: of the tracked jobs, by number.
     """
     records = [
-        upload(trackers[r.number], r) if r.number in trackers and not r.uploaded else r for r in records
+        upload_record(trackers[r.number], r) if r.number in trackers and not r.uploaded else r
+        for r in records
     ]
-    page = folder / REPORT
-    for line in warnings_of(records):
+    page = folder / REPORT_FILE
+    for line in count_warnings(records):
         log.warning("%s", line)
-    say(sweep_table(records, sweep.varying))
+    print_lines(build_sweep_table(records, sweep.varying))
     try:
         write_report(records, page, f"sweep {sweep.id}")
     except OSError as error:
-        log.error("%s", disk_full(error) or not_writable(error) or error)
+        log.error("%s", as_disk_full_error(error) or as_not_writable_error(error) or error)
     else:
-        say(f"report:   {escape(str(page))}")
+        print_lines(f"report:   {escape(str(page))}")
     for tracker in dict.fromkeys(trackers.values()):
         theirs = [r for r in records if trackers.get(r.number) == tracker and r.uploaded]
         if theirs:
-            say(*(f"runs:     {escape(line)}" for line in share(tracker, sweep, theirs, page)))
+            print_lines(
+                *(f"runs:     {escape(line)}" for line in share_dashboard(tracker, sweep, theirs, page))
+            )
 
 
-def share(tracker: Tracker, sweep: Sweep, records: Sequence[Record], page: Path) -> list[str]:
+def share_dashboard(
+    tracker: Tracker, sweep: SweepManifest, records: Sequence[Record], page: Path
+) -> list[str]:
     """Keep the page with the first run and write the dashboard; where to look."""
     try:
         if page.is_file():
-            tracker.attach(str(records[0].run_id), page)
-        link = tracker.share(sweep.id, records)
+            tracker.attach_file(str(records[0].run_id), page)
+        link = tracker.share_sweep(sweep.id, records)
     except TrackingError as error:
         log.warning(
-            "%s; the sweep has no dashboard; this makes it: %s", error, sync_command(records[0], page.parent)
+            "%s; the sweep has no dashboard; this makes it: %s",
+            error,
+            build_sync_command(records[0], page.parent),
         )
         return []
     return [line for line in (link,) if line]

@@ -6,14 +6,14 @@ from concurrent.futures import CancelledError, Future
 
 from int8run.jobs.base import Outcome, WorkerDied
 
-Answer = Future[Sequence[Outcome]]
+OutcomesFuture = Future[Sequence[Outcome]]
 
 
-def translated(answer: Answer, translate: Callable[[BaseException], BaseException]) -> Answer:
+def translate_errors(answer: OutcomesFuture, translate: Callable[[BaseException], BaseException]) -> OutcomesFuture:
     """A future with the same result, or with its error put in other words."""
-    told: Answer = Future()
+    told: OutcomesFuture = Future()
 
-    def tell(done: Answer) -> None:
+    def tell(done: OutcomesFuture) -> None:
         error = CancelledError() if done.cancelled() else done.exception()
         if error is None:
             told.set_result(done.result())
@@ -25,7 +25,7 @@ def translated(answer: Answer, translate: Callable[[BaseException], BaseExceptio
     return told
 
 
-def ended_by(exit_code: int) -> WorkerDied:
+def describe_exit_code(exit_code: int) -> WorkerDied:
     """How a process ended; a negative code is the signal that killed it."""
     if exit_code >= 0:
         return WorkerDied(f"its process ended by itself with exit code {exit_code}")

@@ -20,11 +20,11 @@ from int8run.jobs.launchers.in_process import InProcess
 from int8run.jobs.launchers.joblib_launcher import Processes
 from int8run.jobs.launchers.ray_launcher import RayCluster
 from int8run.jobs.launchers.slurm_launcher import Slurm
-from int8run.jobs.resume import sweep_folder
+from int8run.jobs.resume import find_sweep_folder
 
 # hydra takes launchers from modules below `hydra_plugins` only
-MODULE = "hydra_plugins.int8run"
-POOLS = (InProcess, Processes, RayCluster, Slurm)
+PLUGIN_MODULE = "hydra_plugins.int8run"
+POOL_CLASSES = (InProcess, Processes, RayCluster, Slurm)
 
 
 class SweepLauncher(Launcher):
@@ -50,15 +50,15 @@ class SweepLauncher(Launcher):
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         configs = [self.compose(overrides, initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
         check_jobs(job_overrides, configs)
-        from int8run.jobs.sweep import conduct  # imports what jobs import
+        from int8run.jobs.sweep import run_sweep  # imports what jobs import
 
-        folder = sweep_folder(configs)
+        folder = find_sweep_folder(configs)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
         for config in configs:
             config.hydra.sweep.dir = str(folder)
-        values = conduct(configs, self.pool, self.context, self.task_function)
-        return [done(config, value) for config, value in zip(configs, values, strict=True)]
+        values = run_sweep(configs, self.pool, self.context, self.task_function)
+        return [make_job_return(config, value) for config, value in zip(configs, values, strict=True)]
 
     def compose(self, overrides: Sequence[str], number: int) -> DictConfig:
         """The config of one job, with an address of the tracker that means the same in every process."""
@@ -87,27 +87,27 @@ class Grid(Sweeper):
         return self.launcher.launch(BasicSweeper.split_arguments(words, None)[0], initial_job_idx=0)
 
 
-def done(config: DictConfig, value: float | None) -> JobReturn:
+def make_job_return(config: DictConfig, value: float | None) -> JobReturn:
     """What hydra gets of a job that finished."""
     answer = JobReturn(overrides=list(config.hydra.overrides.task), status=JobStatus.COMPLETED)
     answer.return_value = value
     return answer
 
 
-def register() -> None:
+def register_plugins() -> None:
     """Make our sweeper and launchers known to hydra, which looks them up by name in a module below `hydra_plugins`, found or made here."""
     plugins = Plugins.instance()  # imports `hydra_plugins`, if another program has installed one
-    if MODULE in sys.modules:
+    if PLUGIN_MODULE in sys.modules:
         return
-    package, name = MODULE.split(".")
-    module = ModuleType(MODULE)
+    package, name = PLUGIN_MODULE.split(".")
+    module = ModuleType(PLUGIN_MODULE)
     launchers = [
-        type(pool.__name__, (SweepLauncher,), {"pool_class": pool, "__module__": MODULE}) for pool in POOLS
+        type(pool.__name__, (SweepLauncher,), {"pool_class": pool, "__module__": PLUGIN_MODULE}) for pool in POOL_CLASSES
     ]
-    for plugin in [*launchers, type("Grid", (Grid,), {"__module__": MODULE})]:
+    for plugin in [*launchers, type("Grid", (Grid,), {"__module__": PLUGIN_MODULE})]:
         setattr(module, plugin.__name__, plugin)
         plugins.register(plugin)
-    sys.modules[MODULE] = module
+    sys.modules[PLUGIN_MODULE] = module
     parent = sys.modules.setdefault(package, ModuleType(package))
     if not hasattr(parent, "__path__"):
         parent.__path__ = []

@@ -5,10 +5,10 @@ from typing import Any
 
 from int8run.config.compose import plain_config
 from int8run.config.job import Job
-from int8run.jobs.manifest import Sweep, read_sweep
+from int8run.jobs.manifest import SweepManifest, read_manifest
 
 
-def job_of(config: Any, hydra: Any, output_dir: Path) -> Job:
+def make_job(config: Any, hydra: Any, output_dir: Path) -> Job:
     """The words that a job's settings came from.
 
     Args:
@@ -17,7 +17,7 @@ def job_of(config: Any, hydra: Any, output_dir: Path) -> Job:
     """
     in_sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
     sweep = (
-        (read_sweep(Path(str(hydra.sweep.dir))) or Sweep(Path(str(hydra.sweep.dir)).name))
+        (read_manifest(Path(str(hydra.sweep.dir))) or SweepManifest(Path(str(hydra.sweep.dir)).name))
         if in_sweep
         else None
     )

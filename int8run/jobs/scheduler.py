@@ -6,15 +6,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 from int8run.jobs.base import Outcome, Pool, SweepJob, Worker, WorkerDied
-from int8run.jobs.worker import unzip
-from int8run.tracking.run_record import FINISHED, KILLED, end_record, known_record
+from int8run.jobs.worker import unzip_files
+from int8run.tracking.run_record import FINISHED, KILLED, end_record, try_read_record
 
 log = logging.getLogger(__name__)
 Call = Callable[[], Sequence[Outcome]]
 
 
 @dataclass
-class Seat:
+class WorkerSlot:
     """A worker and what it is busy with."""
 
     worker: Worker
@@ -22,7 +22,7 @@ class Seat:
     jobs: list[SweepJob] = field(default_factory=list)
 
 
-class Queue:
+class JobQueue:
     """Jobs that wait, by the model that they use."""
 
     def __init__(self, jobs: Iterable[SweepJob]):
@@ -60,7 +60,7 @@ class Queue:
             self.groups.setdefault(job.build_key, []).insert(0, job)
 
 
-def dispatch(
+def run_scheduled(
     jobs: Sequence[SweepJob],
     pool: Pool,
     most: int,
@@ -75,11 +75,11 @@ def dispatch(
         call: what a worker is given for some jobs.
         started, ended: told of every job.
     """
-    queue = Queue(jobs)
-    busy: dict[Future[Sequence[Outcome]], Seat] = {}
-    idle: list[Seat] = []
+    queue = JobQueue(jobs)
+    busy: dict[Future[Sequence[Outcome]], WorkerSlot] = {}
+    idle: list[WorkerSlot] = []
 
-    def occupy(seat: Seat, key: str) -> None:
+    def occupy(seat: WorkerSlot, key: str) -> None:
         seat.key, seat.jobs = key, queue.take(key, pool.whole_groups)
         for job in seat.jobs:
             started(job)
@@ -95,7 +95,7 @@ def dispatch(
             while len(busy) + len(idle) < most and (
                 key := queue.choose(None, {s.key for s in [*busy.values(), *idle]})
             ):
-                occupy(Seat(pool.start(), key), key)
+                occupy(WorkerSlot(pool.start(), key), key)
             finished, _ = wait(busy, return_when=FIRST_COMPLETED)
             for future in finished:
                 seat = busy.pop(future)
@@ -105,33 +105,33 @@ def dispatch(
                 except WorkerDied as death:
                     idle.remove(seat)
                     seat.worker.close()
-                    outcomes = after_death(seat.jobs, death)
+                    outcomes = fail_jobs(seat.jobs, death)
                 by_number = {outcome.number: outcome for outcome in outcomes}
                 for job in seat.jobs:
                     if job.number in by_number:
-                        ended(job, bring(job, by_number[job.number]))
+                        ended(job, unpack_files(job, by_number[job.number]))
                 queue.give_back([job for job in seat.jobs if job.number not in by_number])
     finally:
         for seat in [*busy.values(), *idle]:
             seat.worker.close()
         for job in (job for seat in busy.values() for job in seat.jobs):
-            record = known_record(job.folder)
+            record = try_read_record(job.folder)
             if record is not None and record.ended is None:  # after Ctrl-C
                 end_record(record, KILLED, "the sweep was interrupted")
 
 
-def bring(job: SweepJob, outcome: Outcome) -> Outcome:
+def unpack_files(job: SweepJob, outcome: Outcome) -> Outcome:
     """Unpack what a worker on another machine sent."""
     if outcome.files is not None:
-        unzip(outcome.files, job.folder)
+        unzip_files(outcome.files, job.folder)
     return outcome
 
 
-def after_death(jobs: Sequence[SweepJob], death: WorkerDied) -> list[Outcome]:
+def fail_jobs(jobs: Sequence[SweepJob], death: WorkerDied) -> list[Outcome]:
     """Outcomes of the jobs that a dead worker had come to: those before the last one ended by themselves, the last one was killed."""
     outcomes = []
     for job in jobs:
-        record = known_record(job.folder)
+        record = try_read_record(job.folder)
         if record is not None and record.ended is not None:
             failed = record.state != FINISHED
             outcomes.append(

@@ -18,28 +18,35 @@ from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, Int8RunError, TrackingError
 from int8run.jobs.base import Outcome, Pool, SweepJob
-from int8run.jobs.execute import identity, prepare, upload
-from int8run.jobs.finalize import finish
-from int8run.jobs.job import job_of
-from int8run.jobs.manifest import Sweep, new_id, now, read_sweep, varying_keys, write_sweep
-from int8run.jobs.scheduler import dispatch
-from int8run.jobs.worker import Parent, run_jobs
+from int8run.jobs.execute import build_status, prepare_tracker, upload_record
+from int8run.jobs.finalize import finalize_sweep
+from int8run.jobs.job import make_job
+from int8run.jobs.manifest import (
+    SweepManifest,
+    find_varying_keys,
+    make_sweep_id,
+    now,
+    read_manifest,
+    write_manifest,
+)
+from int8run.jobs.scheduler import run_scheduled
+from int8run.jobs.worker import ParentProcess, run_jobs
 from int8run.report.console import SweepProgress
 from int8run.tracking.run_record import (
     FINISHED,
     KILLED,
-    NO_WORD,
+    KILLED_MESSAGE,
     RUNNING,
     STATUS,
     Record,
-    config_hash,
+    create_record,
+    describe_process,
     end_record,
     find_records,
-    known_record,
-    new_record,
+    hash_config,
     read_record,
     start_record,
-    this_process,
+    try_read_record,
     update_record,
 )
 
@@ -55,7 +62,7 @@ class SweepError(Int8RunError):
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedJob:
     """One job before it runs."""
 
     spec: RunSpec
@@ -63,7 +70,7 @@ class Planned:
     job: SweepJob
 
 
-def conduct(
+def run_sweep(
     configs: Sequence[DictConfig], pool: Pool, context: Any, task_function: Any
 ) -> list[float | None]:
     """Run the jobs of a sweep on a pool's workers, those that use the same model together, and make one page of what they leave.
@@ -84,23 +91,23 @@ def conduct(
         with FileLock(
             folder / "sweep.lock", timeout=0
         ):  # the system lets go of it when this process ends, however it does
-            return conduct_alone(folder, configs, pool, context, task_function)
+            return run_locked_sweep(folder, configs, pool, context, task_function)
     except Timeout:
         raise ConfigError(
             f"another sweep runs in {folder}; wait for it, or choose another folder: hydra.sweep.dir=FOLDER"
         ) from None
 
 
-def conduct_alone(
+def run_locked_sweep(
     folder: Path, configs: Sequence[DictConfig], pool: Pool, context: Any, task_function: Any
 ) -> list[float | None]:
     """See `conduct`."""
     resume = bool(configs[0].get("resume"))
-    sweep = identify(folder, configs, resume)
-    planned = plan(folder, configs, resume)
+    sweep = prepare_manifest(folder, configs, resume)
+    planned = plan_jobs(folder, configs, resume)
     for tracker in {p.spec.tracker for p in planned if p.spec.task.tracked}:
-        prepare(tracker)
-    records = finished(sweep, planned) if resume else {}
+        prepare_tracker(tracker)
+    records = find_finished_jobs(sweep, planned) if resume else {}
     outcomes = {
         number: Outcome(number, FINISHED, record.metrics.get(record.objective))
         for number, record in records.items()
@@ -121,7 +128,7 @@ def conduct_alone(
             job.config.hydra.hydra_logging, job.config.hydra.verbose
         )  # a job in this process had its own log file
         outcomes[job.number] = outcome
-        records[job.number] = recorded(by_number[job.number], outcome)
+        records[job.number] = record_outcome(by_number[job.number], outcome)
         progress.ended(records[job.number])
 
     if todo:
@@ -130,22 +137,22 @@ def conduct_alone(
             sweep = replace(
                 sweep, jobs_at_once=min(pool.jobs_at_once, len(todo))
             )  # a cluster is known once it is there
-            write_sweep(folder, sweep)
-            parent = Parent(
+            write_manifest(folder, sweep)
+            parent = ParentProcess(
                 sweep, context, task_function, Singleton.get_state(), str(Path.cwd()), os.getpid()
             )
-            dispatch(todo, pool, most, lambda jobs: partial(run_jobs, parent, jobs), started, ended)
+            run_scheduled(todo, pool, most, lambda jobs: partial(run_jobs, parent, jobs), started, ended)
         except KeyboardInterrupt:
-            ends = [(p, known_record(p.job.folder)) for p in planned]
+            ends = [(p, try_read_record(p.job.folder)) for p in planned]
             for p, record in ends:
                 if record is not None and record.state == KILLED and p.spec.task.tracked:
-                    upload(p.spec.tracker, record)
+                    upload_record(p.spec.tracker, record)
             done = sum(record is not None and record.state == FINISHED for _, record in ends)
             log.warning("interrupted: %d of %d jobs are finished, in %s", done, len(planned), folder)
             raise
         finally:
             pool.close()
-    finish(
+    finalize_sweep(
         folder,
         sweep,
         [records[p.job.number] for p in planned],
@@ -153,36 +160,38 @@ def conduct_alone(
     )
     failed = [p for p in planned if outcomes[p.job.number].state != FINISHED]
     if failed:
-        raise sweep_failed(failed, outcomes, len(planned))
+        raise make_sweep_error(failed, outcomes, len(planned))
     return [outcomes[p.job.number].value for p in planned]
 
 
-def identify(folder: Path, configs: Sequence[DictConfig], resume: bool) -> Sweep:
+def prepare_manifest(folder: Path, configs: Sequence[DictConfig], resume: bool) -> SweepManifest:
     """Write sweep.json: a new identity, or that of the sweep that goes on."""
-    earlier = read_sweep(folder) if resume else None
-    varying = varying_keys([list(config.hydra.overrides.task) for config in configs])
+    earlier = read_manifest(folder) if resume else None
+    varying = find_varying_keys([list(config.hydra.overrides.task) for config in configs])
     created = earlier.created if earlier else now()
-    sweep = Sweep(earlier.id if earlier else new_id(folder), varying, len(configs), created=created)
-    write_sweep(folder, sweep)
+    sweep = SweepManifest(
+        earlier.id if earlier else make_sweep_id(folder), varying, len(configs), created=created
+    )
+    write_manifest(folder, sweep)
     return sweep
 
 
-def plan(folder: Path, configs: Sequence[DictConfig], resume: bool) -> list[Planned]:
+def plan_jobs(folder: Path, configs: Sequence[DictConfig], resume: bool) -> list[PlannedJob]:
     """Specs, identities and folders. A sweep that goes on keeps the folder of each job that it had, and gives the others new ones."""
     earlier_jobs = [r for r in find_records(folder) if r.sweep is not None] if resume else []
     taken = {r.folder for r in earlier_jobs}
     mine = {r.config_hash: r for r in earlier_jobs}
     planned = []
     for config in configs:
-        earlier = mine.pop(config_hash(plain_config(config)), None)
+        earlier = mine.pop(hash_config(plain_config(config)), None)
         if earlier is not None:
             config.hydra.job.num = earlier.number
         else:
-            take_number(config, taken)
-        about = job_of(config, config.hydra, folder_of(config))
+            choose_free_number(config, taken)
+        about = make_job(config, config.hydra, job_folder(config))
         taken.add(about.output_dir)
         spec = to_spec(config)
-        known = identity(spec, about)
+        known = build_status(spec, about)
         job = SweepJob(
             about.number,
             tuple(about.overrides),
@@ -191,24 +200,24 @@ def plan(folder: Path, configs: Sequence[DictConfig], resume: bool) -> list[Plan
             str(known["config_hash"]),
             str(known["build_key"]),
         )
-        planned.append(Planned(spec, about, job))
+        planned.append(PlannedJob(spec, about, job))
     return planned
 
 
-def folder_of(config: DictConfig) -> Path:
+def job_folder(config: DictConfig) -> Path:
     """A job's output folder."""
     return Path(str(config.hydra.sweep.dir)) / str(OmegaConf.select(config, "hydra.sweep.subdir"))
 
 
-def take_number(config: DictConfig, taken: Collection[Path]) -> None:
+def choose_free_number(config: DictConfig, taken: Collection[Path]) -> None:
     """Count a job's number up until its folder is nobody else's, where the folder's name depends on the number."""
-    while (place := folder_of(config)) in taken:
+    while (place := job_folder(config)) in taken:
         config.hydra.job.num += 1
-        if folder_of(config) == place:
+        if job_folder(config) == place:
             return
 
 
-def finished(sweep: Sweep, planned: Sequence[Planned]) -> dict[int, Record]:
+def find_finished_jobs(sweep: SweepManifest, planned: Sequence[PlannedJob]) -> dict[int, Record]:
     """Jobs that need not run again, by number: those whose folder says so, and those that the tracker has, which are brought back.
 
     Raises:
@@ -216,8 +225,12 @@ def finished(sweep: Sweep, planned: Sequence[Planned]) -> dict[int, Record]:
     """
     found = {}
     for p in planned:
-        record = known_record(p.job.folder)
-        if record is not None and record.state == RUNNING and record.status["host"] == this_process()["host"]:
+        record = try_read_record(p.job.folder)
+        if (
+            record is not None
+            and record.state == RUNNING
+            and record.status["host"] == describe_process()["host"]
+        ):
             pid = record.status["pid"]
             raise ConfigError(
                 f"job {record.number} of this sweep runs in process {pid}; wait for it, or end it, then resume"
@@ -227,12 +240,12 @@ def finished(sweep: Sweep, planned: Sequence[Planned]) -> dict[int, Record]:
     try:
         missing = [p for p in planned if p.spec.task.tracked and p.job.number not in found]
         for tracker in dict.fromkeys(p.spec.tracker for p in missing):
-            for run_id in tracker.running(sweep.id):
-                tracker.mark(run_id, KILLED, NO_WORD)
+            for run_id in tracker.find_running(sweep.id):
+                tracker.end_run(run_id, KILLED, KILLED_MESSAGE)
             theirs = [p for p in missing if p.spec.tracker == tracker]
-            known = tracker.finished([p.job.config_hash for p in theirs])
+            known = tracker.find_finished([p.job.config_hash for p in theirs])
             for p in (p for p in theirs if p.job.config_hash in known):
-                tracker.fetch(known[p.job.config_hash], p.job.folder)
+                tracker.download_run(known[p.job.config_hash], p.job.folder)
                 found[p.job.number] = update_record(read_record(p.job.folder), number=p.job.number)
     except TrackingError as error:
         log.warning("%s; only jobs that are finished in the sweep's folder are left out", error)
@@ -241,21 +254,21 @@ def finished(sweep: Sweep, planned: Sequence[Planned]) -> dict[int, Record]:
     return found
 
 
-def recorded(planned: Planned, outcome: Outcome) -> Record:
+def record_outcome(planned: PlannedJob, outcome: Outcome) -> Record:
     """What a job left. One whose worker died before it could write, or on a machine that is gone, gets its record here; where nothing
     can be written, for this process alone."""
-    record = known_record(planned.job.folder)
+    record = try_read_record(planned.job.folder)
     if record is not None:
         return record
-    known = identity(planned.spec, planned.about)
+    known = build_status(planned.spec, planned.about)
     try:
         return end_record(start_record(planned.job.folder, known), outcome.state, outcome.error)
     except OSError as error:
         log.warning("%s cannot be written: %s", planned.job.folder, error.strerror)
-        return new_record(planned.job.folder, known, state=outcome.state, error=outcome.error)
+        return create_record(planned.job.folder, known, state=outcome.state, error=outcome.error)
 
 
-def sweep_failed(failed: Sequence[Planned], outcomes: Mapping[int, Outcome], jobs: int) -> SweepError:
+def make_sweep_error(failed: Sequence[PlannedJob], outcomes: Mapping[int, Outcome], jobs: int) -> SweepError:
     """One line for every job that did not finish; the exit code is theirs, where they agree."""
     codes = {outcomes[p.job.number].exit_code for p in failed}
     lines = [

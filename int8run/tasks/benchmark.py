@@ -11,49 +11,49 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from int8run.backends.auto import AutoBackend, Chooser
-from int8run.backends.base import Backend, FusedBranch, Limits, Quantized, Tunable
+from int8run.backends.auto import AutoBackend, BackendChooser
+from int8run.backends.base import Backend, FusedBranch, Limits, QuantizedInput, Tunable
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError
-from int8run.generate.capture import record_step
-from int8run.generate.prompts import samples
+from int8run.generate.capture import capture_step
+from int8run.generate.prompts import build_samples
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.pipeline.load import load
 from int8run.pipeline.quantize_denoiser import layer_rows
 from int8run.ptq.quantize import check_backend
 from int8run.quant.weight import QuantizedWeight
-from int8run.report.console import Progress, say
+from int8run.report.console import Progress, print_lines
 from int8run.report.run_files import write_json
-from int8run.utils.hardware import device_name
+from int8run.utils.hardware import get_device_name
 
 log = logging.getLogger(__name__)
 # row counts at which float and INT8 are compared for int8.small_batch_fallback
-FEW_ROWS = (1, 2, 4, 8, 16, 32)
+SMALL_ROW_COUNTS = (1, 2, 4, 8, 16, 32)
 Shape = tuple[int, int, int]  # rows, in_features, out_features
 
 
 @dataclass(frozen=True)
-class FloatProduct:
+class FloatBackend:
     """The float layer in the place of a backend, so that it is timed by the same code."""
 
     dtype: torch.dtype
     name: ClassVar[str] = "float"
     limits: ClassVar[Limits] = Limits()
 
-    def pack(self, weight: QuantizedWeight) -> Tensor:
+    def pack_weight(self, weight: QuantizedWeight) -> Tensor:
         """The dequantized weight, [N, K]."""
         return weight.dequantize(self.dtype)
 
     def quantize(
         self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
-    ) -> Quantized:
+    ) -> QuantizedInput:
         """x as it is."""
-        return Quantized(x, x)
+        return QuantizedInput(x, x)
 
     def linear(
         self,
-        x: Quantized,
+        x: QuantizedInput,
         packed: Tensor,
         w_scale: Tensor,
         bias: Tensor | None,
@@ -65,7 +65,7 @@ class FloatProduct:
         return F.linear(x.q, packed, None if bias is None else bias.to(dtype))
 
 
-def bench(spec: RunSpec, job: Job, rounds: int) -> None:
+def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
     """Measure, show a table, write `bench.json`, fill the table of choices.
 
     Raises:
@@ -73,9 +73,11 @@ def bench(spec: RunSpec, job: Job, rounds: int) -> None:
     """
     progress = Progress(spec.progress)
     loaded = load(spec, progress)
-    wanted = samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)[: spec.sampler.batch]
-    calls = record_step(loaded.pipe, loaded.component, loaded.denoiser, wanted, loaded.sampling)
-    plans = [p for p in loaded.plans() if p.keep_float is None]
+    wanted = build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)[
+        : spec.sampler.batch
+    ]
+    calls = capture_step(loaded.pipe, loaded.component, loaded.denoiser, wanted, loaded.sampling)
+    plans = [p for p in loaded.plans() if p.skip_reason is None]
     if not plans:
         raise ConfigError(
             f"{type(loaded.denoiser).__name__}: no Linear would become INT8; choose another model_type="
@@ -90,9 +92,9 @@ def bench(spec: RunSpec, job: Job, rounds: int) -> None:
         if isinstance(spec.backend, AutoBackend)
         else AutoBackend({spec.backend.name: spec.backend})
     )
-    chooser = auto.chooser(device, dtype)
+    chooser = auto.make_chooser(device, dtype)
     chooser.rounds = rounds
-    float_layer = FloatProduct(dtype)
+    float_layer = FloatBackend(dtype)
     times: dict[Shape, dict[str, float]] = {}
     unsteady = 0
     with progress.count("bench", len(shapes)) as advance:
@@ -105,17 +107,17 @@ def bench(spec: RunSpec, job: Job, rounds: int) -> None:
         for k, n in sorted({shape[1:] for shape in shapes})
     }
 
-    say(
+    print_lines(
         "",
-        result_table(
-            f"{job.choices.get('model', 'model')} on {device_name(device)}; float is {spec.model.dtype}",
+        build_result_table(
+            f"{job.choices.get('model', 'model')} on {get_device_name(device)}; float is {spec.model.dtype}",
             shapes,
             times,
         ),
     )
     for b in auto.candidates.values():
-        if reasons := b.limits.refuse(device):
-            say(f"not here: {b.name} {'; '.join(reasons)}")
+        if reasons := b.limits.unsupported_reasons(device):
+            print_lines(f"not here: {b.name} {'; '.join(reasons)}")
     if unsteady:
         log.warning(
             "%d of %d shapes scatter by more than twice: other work runs here; their choices are not kept",
@@ -123,7 +125,7 @@ def bench(spec: RunSpec, job: Job, rounds: int) -> None:
             len(shapes),
         )
     few = ", ".join(f"{k}x{n}: {limit}" for (k, n), limit in fallback.items())
-    say(f"float is faster up to this many rows (int8.small_batch_fallback): {few}")
+    print_lines(f"float is faster up to this many rows (int8.small_batch_fallback): {few}")
     record = {
         "device": chooser.table.where,
         "milliseconds": {
@@ -134,10 +136,10 @@ def bench(spec: RunSpec, job: Job, rounds: int) -> None:
         "float_rows": {f"{k}x{n}": limit for (k, n), limit in fallback.items()},
     }
     write_json(record, job.output_dir / "bench.json")
-    say(f"numbers: {job.output_dir / 'bench.json'}", f"choices: {chooser.table.path}")
+    print_lines(f"numbers: {job.output_dir / 'bench.json'}", f"choices: {chooser.table.path}")
 
 
-def measure_shape(chooser: Chooser, float_layer: Backend, shape: Shape) -> dict[str, float]:
+def measure_shape(chooser: BackendChooser, float_layer: Backend, shape: Shape) -> dict[str, float]:
     """Seconds of the float layer and of every backend that can take this shape; the best backend is kept."""
     rows, k, n = shape
     able = chooser.takers(k, n)
@@ -148,15 +150,15 @@ def measure_shape(chooser: Chooser, float_layer: Backend, shape: Shape) -> dict[
     seconds = chooser.measure([float_layer, *correct], rows, k, n)
     best = min((b.name for b in correct), key=seconds.__getitem__, default=None)
     if best is not None and chooser.steady:
-        chooser.keep((b.name for b in able), shape, best)
+        chooser.save_choice((b.name for b in able), shape, best)
     return seconds
 
 
-def measure_fallback(chooser: Chooser, float_layer: Backend, k: int, n: int) -> int:
+def measure_fallback(chooser: BackendChooser, float_layer: Backend, k: int, n: int) -> int:
     """The largest of FEW_ROWS up to which float is faster than every backend at each count; 0 when it never is."""
     limit, steady = 0, True
     correct = chooser.correct(chooser.takers(k, n), k)
-    for rows in FEW_ROWS:
+    for rows in SMALL_ROW_COUNTS:
         seconds = chooser.measure([float_layer, *correct], rows, k, n)
         steady &= chooser.steady
         if min(seconds, key=seconds.__getitem__) != float_layer.name:
@@ -167,7 +169,7 @@ def measure_fallback(chooser: Chooser, float_layer: Backend, k: int, n: int) -> 
     return limit
 
 
-def result_table(
+def build_result_table(
     title: str, shapes: Mapping[Shape, int], times: Mapping[Shape, Mapping[str, float]]
 ) -> Table:
     """A row per shape: milliseconds of each backend, and how much faster the best is than float; all layers in the last row."""

@@ -8,26 +8,26 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from int8run.checkpoints.comfy_int8 import NOTE, read_note
-from int8run.checkpoints.detect import real_shapes, stored_layers
+from int8run.checkpoints.comfy_int8 import PROVENANCE_KEY, read_provenance
+from int8run.checkpoints.detect import get_logical_shapes, read_layers
 from int8run.checkpoints.header import read_header
-from int8run.checkpoints.layer import StoredLayer
+from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
 from int8run.lora import few_step
 from int8run.lora.base_model import base_of
 from int8run.lora.key_parsing import split_key
 from int8run.lora.metadata import all_triggers, describe
-from int8run.models.detect_family import denoiser_of
-from int8run.models.family import shipped_families
-from int8run.models.state_dict_adapter import denoiser_keys, strip_prefix
-from int8run.text_encoders.detect import Found, identify
-from int8run.utils.disk_cache import Store
+from int8run.models.detect_family import detect_denoiser
+from int8run.models.family import load_families
+from int8run.models.state_dict_adapter import find_denoiser_keys, find_prefix
+from int8run.text_encoders.detect import DetectedEncoder, detect_encoder
+from int8run.utils.disk_cache import DiskCache
 
 
-def inspect_cache(store: Store) -> Table:
+def inspect_cache(store: DiskCache) -> Table:
     """What is kept on disk for later runs."""
-    kept = store.entries()
+    kept = store.list_files()
     total = sum(entry.bytes for entry in kept)
     table = Table(
         title=escape(f"{store.path}: {total / 1e9:.2f} of {store.limit_gb:g} GB"), title_justify="left"
@@ -36,14 +36,14 @@ def inspect_cache(store: Store) -> Table:
         table.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
     for entry in reversed(kept):
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        table.add_row(entry.path.parent.name, escape(about(entry.path)), f"{entry.bytes / 1e6:.1f} MB", used)
+        table.add_row(entry.path.parent.name, escape(describe_cache_entry(entry.path)), f"{entry.bytes / 1e6:.1f} MB", used)
     return table
 
 
-def about(path: Path) -> str:
+def describe_cache_entry(path: Path) -> str:
     """One line on a file of the cache, from its header."""
     try:
-        note = read_note(path, read_header(path)[1])
+        note = read_provenance(path, read_header(path)[1])
     except FileError:
         return f"{path.name}, damaged"
     if not note:
@@ -71,20 +71,20 @@ def inspect_file(location: str) -> Table:
     table.add_column(overflow="fold")
     add = lambda name, value: table.add_row(name, escape(str(value)))  # noqa: E731
     dtypes = Counter(entry["dtype"] for entry in header.values())
-    add("kind", kind(header))
+    add("kind", classify_file(header))
     add("size", f"{path.stat().st_size / 1e6:.1f} MB, {len(header)} tensors")
     add("dtypes", ", ".join(f"{n} × {dtype}" for dtype, n in dtypes.most_common()))
     told = set()
-    if kind(header) == "LoRA":
-        for name, value in lora_rows(path, header, metadata):
+    if classify_file(header) == "LoRA":
+        for name, value in describe_lora(path, header, metadata):
             add(name, value)
             told.add(value)
     else:
         with TensorFiles.open(path) as files:
-            for name, value in checkpoint_rows(files):
+            for name, value in describe_checkpoint(files):
                 add(name, value)
     for key, value in sorted(metadata.items()):
-        if value in told or key == NOTE:
+        if value in told or key == PROVENANCE_KEY:
             continue
         add(
             f"header: {key[:60]}", value if len(value) <= 200 else f"{value[:200]}… ({len(value)} characters)"
@@ -100,18 +100,18 @@ def inspect_folder(path: Path) -> Table:
         table.add_column(overflow="fold")
         size = sum(info.nbytes for info in files.values())
         table.add_row("size", f"{size / 1e6:.1f} MB, {len(files)} tensors in {len(files.files)} files")
-        for name, value in checkpoint_rows(files):
+        for name, value in describe_checkpoint(files):
             table.add_row(name, escape(value))
     return table
 
 
-def checkpoint_rows(files: TensorFiles) -> Iterator[tuple[str, str]]:
+def describe_checkpoint(files: TensorFiles) -> Iterator[tuple[str, str]]:
     """What is worth knowing of a checkpoint: its family, how each layer is stored, and how int8run made it. What is wrong is said."""
-    encoder = encoder_in(files)
-    prefix = encoder.prefix if encoder else strip_prefix(files)
+    encoder = find_text_encoder(files)
+    prefix = encoder.prefix if encoder else find_prefix(files)
     yield "prefix", prefix or "none"
     try:
-        layers = stored_layers(files, prefix)
+        layers = read_layers(files, prefix)
     except FileError as error:
         yield "cannot be read", str(error)
         return
@@ -119,10 +119,10 @@ def checkpoint_rows(files: TensorFiles) -> Iterator[tuple[str, str]]:
         yield "text encoder", f"{encoder.encoder.name} ({' or '.join(encoder.encoder.classes)})"
         yield "to use it", f"clip=auto clip.path={files.path}"
     else:
-        yield from family_rows(files, prefix, layers)
+        yield from describe_family(files, prefix, layers)
     for label, count in Counter(layer.label for layer in layers.values()).most_common():
         yield "layers", f"{count} × {label}"
-    note = read_note(files.path, files.metadata)
+    note = read_provenance(files.path, files.metadata)
     if note:
         yield "made by", f"int8run {note.get('int8run')} from {note.get('model')}"
         facts = {name: note.get(name) for name in ("outlier", "rounding", "loras", "seed")}
@@ -138,28 +138,28 @@ def checkpoint_rows(files: TensorFiles) -> Iterator[tuple[str, str]]:
         yield "kept float", "; ".join(f"{n} × {why}" for why, n in reasons.items()) or "none"
 
 
-def encoder_in(files: TensorFiles) -> Found | None:
+def find_text_encoder(files: TensorFiles) -> DetectedEncoder | None:
     """The text encoder that a file without a denoiser holds."""
     shapes = {key: info.shape for key, info in files.items()}
     try:
-        return None if denoiser_of(denoiser_keys(shapes), shipped_families().values()) else identify(shapes)
+        return None if detect_denoiser(find_denoiser_keys(shapes), load_families().values()) else detect_encoder(shapes)
     except (ConfigError, FileError):  # none, or one that the rows below tell more about
         return None
 
 
-def family_rows(
-    files: TensorFiles, prefix: str, layers: Mapping[str, StoredLayer]
+def describe_family(
+    files: TensorFiles, prefix: str, layers: Mapping[str, CheckpointLayer]
 ) -> Iterator[tuple[str, str]]:
     """The denoiser that a file holds."""
     beside = {key for layer in layers.values() for key in layer.side_keys}
-    known = real_shapes(files, layers)
+    known = get_logical_shapes(files, layers)
     shapes = {
         key.removeprefix(prefix): shape
         for key, shape in known.items()
         if key.startswith(prefix) and key not in beside
     }
     try:
-        found = denoiser_of(shapes, shipped_families().values(), shapes)
+        found = detect_denoiser(shapes, load_families().values(), shapes)
         yield (
             "family",
             f"{found[0].name} ({found[1]})"
@@ -170,7 +170,7 @@ def family_rows(
         yield "family", str(error)
 
 
-def lora_rows(path: Path, header: dict[str, dict], metadata: dict[str, str]) -> Iterator[tuple[str, str]]:
+def describe_lora(path: Path, header: dict[str, dict], metadata: dict[str, str]) -> Iterator[tuple[str, str]]:
     """What is worth knowing of a LoRA file, as name and text.
 
     Raises:
@@ -188,7 +188,7 @@ def lora_rows(path: Path, header: dict[str, dict], metadata: dict[str, str]) -> 
     )
     listed = f", rank {', '.join(map(str, sorted(ranks)))}" if ranks else ""
     yield "LoRA", f"{', '.join(f'{component} {n} modules' for component, n in modules.items())}{listed}"
-    kinds = Counter(KINDS[k.part] for k in keys.values() if k.part in KINDS)
+    kinds = Counter(ADAPTER_TYPES[k.part] for k in keys.values() if k.part in ADAPTER_TYPES)
     yield "kinds", ", ".join(f"{n} × {name}" for name, n in kinds.items()) or "none that can be applied"
     unknown = Counter(k.reason for k in keys.values() if k.part is None)
     if unknown:
@@ -219,7 +219,7 @@ def lora_rows(path: Path, header: dict[str, dict], metadata: dict[str, str]) -> 
 
 
 # the part that stands for each kind of change
-KINDS = {
+ADAPTER_TYPES = {
     "down": "LoRA",
     "hada_w1_a": "LoHa",
     "lokr_w1": "LoKr",
@@ -233,16 +233,16 @@ KINDS = {
 }
 
 
-QUANTIZED = {"I8", "F8_E4M3", "F8_E5M2", "U8"}  # dtypes of weights
+QUANTIZED_DTYPES = {"I8", "F8_E4M3", "F8_E5M2", "U8"}  # dtypes of weights
 
 
-def kind(header: dict[str, dict]) -> str:
+def classify_file(header: dict[str, dict]) -> str:
     """LoRA, quantized checkpoint or plain weights, by key suffixes and dtypes."""
     if any(
-        split_key(key).part in KINDS or split_key(key).reason.startswith("unsupported kind") for key in header
+        split_key(key).part in ADAPTER_TYPES or split_key(key).reason.startswith("unsupported kind") for key in header
     ):
         return "LoRA"
-    dtypes = {entry["dtype"] for key, entry in header.items() if key.endswith(".weight")} & QUANTIZED
+    dtypes = {entry["dtype"] for key, entry in header.items() if key.endswith(".weight")} & QUANTIZED_DTYPES
     if any(key.endswith(".comfy_quant") for key in header):
         return "quantized checkpoint with ComfyUI markers"
     if dtypes and any(key.endswith(("_scale", ".scale_weight", "_scale_inv")) for key in header):

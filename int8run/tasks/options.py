@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
-from int8run.errors import ConfigError, in_range
+from int8run.errors import ConfigError, check_range
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Inspect:
     path: str | None = None
 
     def execute(self, spec: RunSpec, job: Job) -> None:
-        from int8run.report.console import say
+        from int8run.report.console import print_lines
         from int8run.tasks.inspect_file import inspect_cache, inspect_file
 
         if self.path:
-            say(inspect_file(str(self.path)))
+            print_lines(inspect_file(str(self.path)))
         else:
-            say(inspect_cache(spec.cache), "task.path=<file.safetensors> looks at a file")
+            print_lines(inspect_cache(spec.cache), "task.path=<file.safetensors> looks at a file")
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Bench:
     rounds: int = 21
 
     def __post_init__(self) -> None:
-        in_range("task.rounds", self.rounds, 1, 1000, whole=True)
+        check_range("task.rounds", self.rounds, 1, 1000, whole=True)
 
     def execute(self, spec: RunSpec, job: Job) -> None:
-        from int8run.tasks.benchmark import bench
+        from int8run.tasks.benchmark import run_benchmark
 
-        bench(spec, job, self.rounds)
+        run_benchmark(spec, job, self.rounds)
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ class Quantize:
 
     def execute(self, spec: RunSpec, job: Job) -> None:
         from int8run.tasks.quantize_checkpoint import quantize_file
-        from int8run.tasks.quantize_text_encoder import quantize_encoder
+        from int8run.tasks.quantize_text_encoder import quantize_text_encoder
 
         if str(self.component).startswith("text_encoder"):
-            quantize_encoder(spec, job, str(self.component))
+            quantize_text_encoder(spec, job, str(self.component))
         else:
             quantize_file(spec, job, self.component)
 

@@ -14,35 +14,48 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from int8run.checkpoints.comfy_formats import TORCH, coded_entries, coded_tensors
-from int8run.checkpoints.comfy_int8 import NOTE, WEIGHT, prepare_folder
+from int8run.checkpoints.comfy_formats import TORCH_DTYPES, plan_packed_entries, collect_tensors
+from int8run.checkpoints.comfy_int8 import PROVENANCE_KEY, WEIGHT, prepare_output_path
 from int8run.checkpoints.writer import Entry, StreamWriter
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
-from int8run.errors import ConfigError, suggest
+from int8run.errors import ConfigError, suggest_similar
 from int8run.layers.plan import LayerPlan
-from int8run.models.resolve_weights import CONFIG, INDEX, SAFE, local
-from int8run.models.source import read_config, unfetched
-from int8run.models.state_dict_adapter import Part, joined_shape
+from int8run.models.resolve_weights import CONFIG_NAME, MODEL_INDEX_NAME, SAFETENSORS, to_local_path
+from int8run.models.source import make_download_error, read_config
+from int8run.models.state_dict_adapter import TensorPart, join_shapes
 from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
 from int8run.pipeline.text_encoders import Slot, slots
 from int8run.quant.formats import FORMATS, Format
-from int8run.report.console import Progress, megabytes, pairs_line, say
-from int8run.report.run_files import write_json, write_layers
-from int8run.tasks.quantize_checkpoint import Steps, fingerprint, measured, new_file, reasons, summary
-from int8run.text_encoders.build import fitted, listed, plan_format, quantized, source_of
-from int8run.text_encoders.model_config import config_of, skeleton
-from int8run.text_encoders.registry import canonical_names
+from int8run.report.console import Progress, format_megabytes, format_pairs, print_lines
+from int8run.report.run_files import write_json, write_layers_csv
+from int8run.tasks.quantize_checkpoint import (
+    MegabyteProgress,
+    collect_metrics,
+    count_skip_reasons,
+    format_summary,
+    hash_checkpoint,
+    resolve_new_file,
+)
+from int8run.text_encoders.build import (
+    find_source_layer,
+    fit_weights,
+    format_counts,
+    plan_quantization,
+    quantize_weight,
+)
+from int8run.text_encoders.model_config import build_config, build_skeleton
+from int8run.text_encoders.registry import map_canonical_names
 from int8run.text_encoders.weights import EncoderFile, check_finite
 
 log = logging.getLogger(__name__)
 BYTES = "U8"
-FILE = f"model{SAFE}"  # in a folder, as transformers has it
+FILE = f"model{SAFETENSORS}"  # in a folder, as transformers has it
 
 
 @dataclass
-class Target:
+class EncoderTarget:
     """One tensor of the new file.
 
     Args:
@@ -55,7 +68,7 @@ class Target:
     """
 
     key: str
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
     shape: tuple[int, ...]
     dtype: str
     form: Format | None = None
@@ -67,10 +80,10 @@ class Target:
         """What it adds to the new file."""
         if self.form is None:
             return [(self.key, self.dtype, self.shape)]
-        return coded_entries(self.key, self.form, (self.shape[0], self.shape[1]), self.transform)
+        return plan_packed_entries(self.key, self.form, (self.shape[0], self.shape[1]), self.transform)
 
 
-def quantize_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, float]:
+def quantize_text_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, float]:
     """Quantize a text encoder of `model.location` into `save`, to the format of `clip=`; layers.csv and metrics.json say what became of it.
 
     Returns:
@@ -80,28 +93,32 @@ def quantize_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, float
         ConfigError: for settings that say nothing about text encoders, or when no layer is quantized.
         FileError: when the source cannot be read or the result not be written.
     """
-    form = written_format(spec, component)
-    prepare_folder(str(spec.save))  # before the work whose result it is to hold
+    form = choose_format(spec, component)
+    prepare_output_path(str(spec.save))  # before the work whose result it is to hold
     slot = find_slot(spec, component)
     started = time.perf_counter()
     weights = EncoderFile(slot.folder, class_name=slot.class_name)
     with weights.files:
-        to_folder = Path(str(spec.save)).suffix != SAFE
+        to_folder = Path(str(spec.save)).suffix != SAFETENSORS
         config = (
-            dict(read_config(slot.folder)) if slot.class_name else config_of(weights.encoder, weights.shapes)
+            dict(read_config(slot.folder))
+            if slot.class_name
+            else build_config(weights.encoder, weights.shapes)
         )
-        path = new_file(str(Path(str(spec.save)) / FILE) if to_folder else str(spec.save), weights.files)
+        path = resolve_new_file(
+            str(Path(str(spec.save)) / FILE) if to_folder else str(spec.save), weights.files
+        )
         targets = plan_targets(
             weights, slot.class_name or weights.encoder.classes[0], config, form, to_folder
         )
         plans = [target.plan for target in targets if target.plan is not None]
-        tell_plans(weights, targets, form)
+        check_plans(weights, targets, form)
         read = sum(info.nbytes for info in weights.files.values())
-        say(
-            pairs_line(
-                [("read", weights.where), ("encoder", weights.encoder.name), ("size", megabytes(read))]
+        print_lines(
+            format_pairs(
+                [("read", weights.where), ("encoder", weights.encoder.name), ("size", format_megabytes(read))]
             ),
-            pairs_line(
+            format_pairs(
                 [
                     ("write", path),
                     ("layers", sum(target.form is not None for target in targets)),
@@ -113,12 +130,12 @@ def quantize_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, float
             log.warning("save=%s replaces a file that is there", spec.save)
         entries = [entry for target in targets for entry in target.entries()]
         with (
-            StreamWriter(path, entries, header_metadata(weights, spec, plans)) as writer,
+            StreamWriter(path, entries, build_metadata(weights, spec, plans)) as writer,
             Progress(spec.progress).count("quantize, MB", max(1, read // 10**6)) as advance,
         ):
-            steps = Steps(advance)
+            steps = MegabyteProgress(advance)
             for target in targets:
-                write(writer, weights, target)
+                write_target(writer, weights, target)
                 steps(
                     sum(
                         weights.files[weights.prefix + part.key].nbytes
@@ -129,19 +146,19 @@ def quantize_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, float
             writer.finish()
             written = writer.nbytes
         if to_folder:
-            (path.parent / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")
-    metrics = measured(plans, read, written, time.perf_counter() - started, "clip", "quantized")
-    write_layers(plans, job.output_dir / "layers.csv")
+            (path.parent / CONFIG_NAME).write_text(json.dumps(config, indent=2, default=str) + "\n")
+    metrics = collect_metrics(plans, read, written, time.perf_counter() - started, "clip", "quantized")
+    write_layers_csv(plans, job.output_dir / "layers.csv")
     about = {"source": weights.where, "save": str(path), "encoder": weights.encoder.name, "format": form.name}
     write_json({"metrics": metrics, **about}, job.output_dir / "metrics.json")
-    say(
-        *summary(plans, metrics, form.name),
+    print_lines(
+        *format_summary(plans, metrics, form.name),
         f"files: {path}, {job.output_dir / 'layers.csv'}, {job.output_dir / 'metrics.json'}",
     )
     return metrics
 
 
-def written_format(spec: RunSpec, component: str) -> Format:
+def choose_format(spec: RunSpec, component: str) -> Format:
     """The format to write.
 
     Raises:
@@ -168,84 +185,86 @@ def find_slot(spec: RunSpec, component: str) -> Slot:
         FileError: when it cannot be had.
     """
     location = str(spec.model.location)
-    path = local(location)
-    if path.is_file() or (path.is_dir() and not (path / INDEX).is_file()):
-        own = path.is_dir() and (path / CONFIG).is_file()
+    path = to_local_path(location)
+    if path.is_file() or (path.is_dir() and not (path / MODEL_INDEX_NAME).is_file()):
+        own = path.is_dir() and (path / CONFIG_NAME).is_file()
         named = read_config(path).get("architectures") if own else None
         return Slot(component, str(named[0]) if named else "", path)
     if not path.is_dir():
-        wanted = [INDEX, f"{component}/*.json", f"{component}/*{SAFE}"]
+        wanted = [MODEL_INDEX_NAME, f"{component}/*.json", f"{component}/*{SAFETENSORS}"]
         try:
             path = Path(snapshot_download(location, revision=spec.model.revision, allow_patterns=wanted))
         except (OSError, ValueError) as error:
-            raise unfetched(location, "model.location", error) from error
+            raise make_download_error(location, "model.location", error) from error
     there = slots(path, {name: part for name, part in spec.model.parts.items() if name == component})
     if component not in there:
         names = ", ".join(there) or "none"
         raise ConfigError(
-            f"task.component={component} is no text encoder of {location}; {suggest(component, list(there))}it has {names}"
+            f"task.component={component} is no text encoder of {location}; {suggest_similar(component, list(there))}it has {names}"
         )
     return there[component]
 
 
 def plan_targets(
     weights: EncoderFile, class_name: str, config: Mapping[str, Any], form: Format, to_folder: bool
-) -> list[Target]:
+) -> list[EncoderTarget]:
     """What the new file will hold: in a single file by ComfyUI's names, in a folder by those of the source."""
-    model = skeleton(class_name, dict(config), torch.float32)
-    layout = fitted(weights, model)
-    names, dropped = canonical_names(weights.encoder, weights.shapes)
+    model = build_skeleton(class_name, dict(config), torch.float32)
+    layout = fit_weights(weights, model)
+    names, dropped = map_canonical_names(weights.encoder, weights.shapes)
     blobs = {
-        key: (Part(key),) for key in dropped if weights.files[weights.prefix + key].dtype == BYTES
+        key: (TensorPart(key),) for key in dropped if weights.files[weights.prefix + key].dtype == BYTES
     }  # tokenizers
     if to_folder and not weights.prefix:
-        names = {key: (Part(key),) for key in weights.shapes if key not in dropped}
+        names = {key: (TensorPart(key),) for key in weights.shapes if key not in dropped}
     modules = {
         source: (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Embedding)
         and name + WEIGHT in layout.parts
-        and (source := source_of(layout.parts[name + WEIGHT])) is not None
+        and (source := find_source_layer(layout.parts[name + WEIGHT])) is not None
     }
     targets = []
     for key, parts in {**names, **blobs}.items():
-        shape = joined_shape(parts, weights.shapes) or ()
-        target = Target(key, parts, shape, dtype_of(weights, parts))
-        source = source_of(parts)
+        shape = join_shapes(parts, weights.shapes) or ()
+        target = EncoderTarget(key, parts, shape, choose_dtype(weights, parts))
+        source = find_source_layer(parts)
         if source in modules and len(shape) == 2:
             plan_layer(target, weights, source, modules[source][1], form)
         targets.append(target)
     return targets
 
 
-def dtype_of(weights: EncoderFile, parts: tuple[Part, ...]) -> str:
+def choose_dtype(weights: EncoderFile, parts: tuple[TensorPart, ...]) -> str:
     """The dtype of what stays float: its own, of quantized weights bfloat16."""
     words = {weights.files[weights.prefix + part.key].dtype for part in parts}
-    if any(weights.format_of(part.key.removesuffix(WEIGHT)) for part in parts):
+    if any(weights.get_format(part.key.removesuffix(WEIGHT)) for part in parts):
         return "BF16"
     return words.pop() if len(words) == 1 else "F32"
 
 
-def plan_layer(target: Target, weights: EncoderFile, source: str, module: nn.Module, form: Format) -> None:
+def plan_layer(
+    target: EncoderTarget, weights: EncoderFile, source: str, module: nn.Module, form: Format
+) -> None:
     """Decide what becomes of a Linear or an embedding."""
     rows, columns = target.shape
     target.plan = plan = LayerPlan(target.key.removesuffix(WEIGHT), columns, rows, None)
-    plan_format(plan, module, weights.encoder, source, form)
-    word = weights.format_of(source)
+    plan_quantization(plan, module, weights.encoder, source, form)
+    word = weights.get_format(source)
     if word and word == (plan.rounding or form.name):  # in this format already, embeddings included
         target.copied, target.form, target.transform = (
             source,
             form,
             weights.layers[source].transform(weights.files),
         )
-        plan.keep_float, plan.rounding = None, f"{word}, as in the source"
-    elif plan.keep_float is None:
+        plan.skip_reason, plan.rounding = None, f"{word}, as in the source"
+    elif plan.skip_reason is None:
         target.form = FORMATS[plan.rounding]
         if target.form.rotated:
             target.transform = ConvRot().fit(torch.ones(1, columns), None)
 
 
-def tell_plans(weights: EncoderFile, targets: Sequence[Target], form: Format) -> None:
+def check_plans(weights: EncoderFile, targets: Sequence[EncoderTarget], form: Format) -> None:
     """Say what is other than one might think.
 
     Raises:
@@ -253,9 +272,11 @@ def tell_plans(weights: EncoderFile, targets: Sequence[Target], form: Format) ->
     """
     plans = [target.plan for target in targets if target.plan is not None]
     if not any(target.form is not None for target in targets):
-        raise ConfigError(f"{weights.where}: no layer becomes {form.name} ({listed(reasons(plans))})")
+        raise ConfigError(
+            f"{weights.where}: no layer becomes {form.name} ({format_counts(count_skip_reasons(plans))})"
+        )
     again = Counter(
-        weights.format_of(part.key.removesuffix(WEIGHT))
+        weights.get_format(part.key.removesuffix(WEIGHT))
         for t in targets
         if t.plan is not None and t.copied is None
         for part in t.parts
@@ -265,18 +286,18 @@ def tell_plans(weights: EncoderFile, targets: Sequence[Target], form: Format) ->
         log.warning(
             "%s: layers that are quantized already are rounded once more, from what they stand for: %s",
             weights.where,
-            listed(again),
+            format_counts(again),
         )
     others = Counter(
-        plan.outlier_why_not for plan in plans if plan.keep_float is None and plan.outlier_why_not
+        plan.outlier_skip_reason for plan in plans if plan.skip_reason is None and plan.outlier_skip_reason
     )
     if others:
         log.warning(
-            "%s: %d layers cannot be %s: %s", weights.where, others.total(), form.name, listed(others)
+            "%s: %d layers cannot be %s: %s", weights.where, others.total(), form.name, format_counts(others)
         )
 
 
-def write(writer: StreamWriter, weights: EncoderFile, target: Target) -> None:
+def write_target(writer: StreamWriter, weights: EncoderFile, target: EncoderTarget) -> None:
     """Read, quantize and write one tensor."""
     if target.form is None:
         for part in target.parts:
@@ -284,19 +305,19 @@ def write(writer: StreamWriter, weights: EncoderFile, target: Target) -> None:
             tensor = (
                 weights.files.read(weights.prefix + part.key)
                 if blob
-                else check_finite(weights.where, part.key, weights.tensor(part.key))
+                else check_finite(weights.where, part.key, weights.read_tensor(part.key))
             )
-            writer.write(target.key, part.cut(tensor).to(TORCH[target.dtype]).contiguous())
+            writer.write(target.key, part.extract(tensor).to(TORCH_DTYPES[target.dtype]).contiguous())
         return
-    layer = None if target.copied is None else weights.coded(target.copied)
+    layer = None if target.copied is None else weights.read_packed(target.copied)
     if layer is None:
         assert target.plan is not None
-        layer = quantized(target.plan, weights.tensor(target.parts[0].key), target.form)
-    for key, data in coded_tensors(target.key, layer.weight, target.form, layer.transform).items():
+        layer = quantize_weight(target.plan, weights.read_tensor(target.parts[0].key), target.form)
+    for key, data in collect_tensors(target.key, layer.weight, target.form, layer.transform).items():
         writer.write(key, data)
 
 
-def header_metadata(weights: EncoderFile, spec: RunSpec, plans: Sequence[LayerPlan]) -> dict[str, str]:
+def build_metadata(weights: EncoderFile, spec: RunSpec, plans: Sequence[LayerPlan]) -> dict[str, str]:
     """What the source's header says, without a description of layers that is none any more, and how the file was made."""
     note = {
         "int8run": importlib.metadata.version("int8run"),
@@ -304,16 +325,16 @@ def header_metadata(weights: EncoderFile, spec: RunSpec, plans: Sequence[LayerPl
         "revision": spec.model.revision,
         "source": {
             "files": [file.name for file in weights.files.files],
-            "sha256": fingerprint(weights.files),
+            "sha256": hash_checkpoint(weights.files),
         },
         "encoder": weights.encoder.name,
         "format": spec.clip.format,
         "seed": spec.seed,
-        "kept_float": {plan.name: plan.keep_float for plan in plans if plan.keep_float is not None},
+        "kept_float": {plan.name: plan.skip_reason for plan in plans if plan.skip_reason is not None},
     }
     kept = {
         key: text
         for key, text in weights.files.metadata.items()
-        if key not in (NOTE, "_quantization_metadata")
+        if key not in (PROVENANCE_KEY, "_quantization_metadata")
     }
-    return {"format": "pt", **kept, NOTE: json.dumps(note)}
+    return {"format": "pt", **kept, PROVENANCE_KEY: json.dumps(note)}

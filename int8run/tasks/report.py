@@ -7,16 +7,16 @@ from pathlib import Path
 from rich.markup import escape
 
 from int8run.errors import ConfigError, FileError, TrackingError
-from int8run.jobs.execute import upload
-from int8run.jobs.manifest import read_sweep
-from int8run.jobs.resume import sweeps_below
-from int8run.report.console import say
+from int8run.jobs.execute import upload_record
+from int8run.jobs.manifest import read_manifest
+from int8run.jobs.resume import find_sweeps
+from int8run.report.console import print_lines
 from int8run.report.html_page import write_report
 from int8run.tracking.base import Tracker
 from int8run.tracking.run_record import FINISHED, RUNNING, Record, find_records
 
 log = logging.getLogger(__name__)
-SWEEPS = "multirun"  # hydra.sweep.dir begins with it
+SWEEPS_FOLDER = "multirun"  # hydra.sweep.dir begins with it
 
 
 def report_runs(tracker: Tracker, path: str | None, sweep: str | None, sync: str | None) -> None:
@@ -33,17 +33,17 @@ def report_runs(tracker: Tracker, path: str | None, sweep: str | None, sync: str
     """
     if sync is not None:
         sync_runs(tracker, Path(sync).expanduser())
-    folder = Path(path or sync or sweep or newest_sweep()).expanduser()
+    folder = Path(path or sync or sweep or find_newest_sweep()).expanduser()
     if sweep is not None:
         fetch_runs(tracker, sweep, folder)
-    records = existing(folder)
+    records = find_runs(folder)
     page = folder / "report.html"
-    title = title_of(records, folder)
+    title = format_title(records, folder)
     write_report(records, page, title)
-    say(escape(title), f"report:   {escape(str(page.absolute()))}")
+    print_lines(escape(title), f"report:   {escape(str(page.absolute()))}")
 
 
-def existing(folder: Path) -> list[Record]:
+def find_runs(folder: Path) -> list[Record]:
     """The runs in a folder.
 
     Raises:
@@ -59,17 +59,17 @@ def existing(folder: Path) -> list[Record]:
     return records
 
 
-def newest_sweep() -> str:
+def find_newest_sweep() -> str:
     """The folder of the sweep that began last and came to a run.
 
     Raises:
         ConfigError: when there is none here.
     """
-    for folder, _ in sorted(sweeps_below(Path(SWEEPS)), key=lambda pair: pair[1].created, reverse=True):
+    for folder, _ in sorted(find_sweeps(Path(SWEEPS_FOLDER)), key=lambda pair: pair[1].created, reverse=True):
         if find_records(folder):
             return str(folder)
     raise ConfigError(
-        f"there is no sweep in {Path(SWEEPS).absolute()}; task.path=FOLDER names the runs to compare"
+        f"there is no sweep in {Path(SWEEPS_FOLDER).absolute()}; task.path=FOLDER names the runs to compare"
     )
 
 
@@ -80,15 +80,15 @@ def sync_runs(tracker: Tracker, folder: Path) -> None:
         TrackingError: when a run could not be uploaded.
     """
     tracker.prepare()
-    records = sorted((r for r in existing(folder) if r.status["task"] == "run"), key=lambda r: r.started)
-    missing = [r for r in records if r.state != RUNNING and not in_tracker(tracker, r)]
-    tell_elsewhere(tracker, missing)
-    uploaded = [upload(tracker, record) for record in missing]
+    records = sorted((r for r in find_runs(folder) if r.status["task"] == "run"), key=lambda r: r.started)
+    missing = [r for r in records if r.state != RUNNING and not is_in_tracker(tracker, r)]
+    warn_other_stores(tracker, missing)
+    uploaded = [upload_record(tracker, record) for record in missing]
     for sweep in dict.fromkeys(r.sweep for r in uploaded if r.sweep and r.uploaded):
-        link = tracker.share(sweep, [r for r in records if r.sweep == sweep])
-        say(*(escape(f"runs:     {line}") for line in (link,) if line))
+        link = tracker.share_sweep(sweep, [r for r in records if r.sweep == sweep])
+        print_lines(*(escape(f"runs:     {line}") for line in (link,) if line))
     failed = [r for r in uploaded if not r.uploaded]
-    say(
+    print_lines(
         f"{len(uploaded) - len(failed)} of {len(records)} runs uploaded, {len(records) - len(missing)} were there already"
     )
     if failed:
@@ -97,9 +97,9 @@ def sync_runs(tracker: Tracker, folder: Path) -> None:
         )
 
 
-def tell_elsewhere(tracker: Tracker, records: Sequence[Record]) -> None:
+def warn_other_stores(tracker: Tracker, records: Sequence[Record]) -> None:
     """Say which runs were meant for another store: whoever leaves out `tracker.uri=` may not want them here."""
-    here = tracker.place()
+    here = tracker.get_location()
     for store in dict.fromkeys(
         r.tracking["store"] for r in records if r.tracking and r.tracking["store"] != here.get("store")
     ):
@@ -109,9 +109,9 @@ def tell_elsewhere(tracker: Tracker, records: Sequence[Record]) -> None:
         )
 
 
-def in_tracker(tracker: Tracker, record: Record) -> bool:
+def is_in_tracker(tracker: Tracker, record: Record) -> bool:
     """Whether this tracker, and not another one, has everything."""
-    return record.uploaded and {**record.tracking, **tracker.place()} == dict(record.tracking)
+    return record.uploaded and {**record.tracking, **tracker.get_location()} == dict(record.tracking)
 
 
 def fetch_runs(tracker: Tracker, sweep: str, folder: Path) -> None:
@@ -120,9 +120,9 @@ def fetch_runs(tracker: Tracker, sweep: str, folder: Path) -> None:
     Raises:
         ConfigError: when the tracker knows no such sweep.
     """
-    runs = tracker.runs_of(sweep)
+    runs = tracker.find_sweep_runs(sweep)
     if not runs:
-        place = tracker.where()
+        place = tracker.get_view_hint()
         known = (
             f"the tracker has no run with this tag; its page shows the tags, {place}"
             if place
@@ -130,13 +130,13 @@ def fetch_runs(tracker: Tracker, sweep: str, folder: Path) -> None:
         )
         raise ConfigError(f"task.sweep={sweep}: {known}")
     for run_id in runs:
-        tracker.fetch(run_id, folder / run_id)
+        tracker.download_run(run_id, folder / run_id)
 
 
-def title_of(records: Sequence[Record], folder: Path) -> str:
+def format_title(records: Sequence[Record], folder: Path) -> str:
     """The sweep that all runs belong to, else the folder; and how many of its jobs are there."""
     sweeps = {record.sweep for record in records}
-    known = read_sweep(folder)
+    known = read_manifest(folder)
     if known is not None and sweeps == {known.id}:
         done = sum(record.state == FINISHED for record in records)
         rest = (

@@ -12,21 +12,21 @@ from rich.markup import escape
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import FileError
-from int8run.generate.capture import record_step
-from int8run.generate.generate import Generation, TextCache, generate
-from int8run.generate.prompts import Sample, samples
+from int8run.generate.capture import capture_step
+from int8run.generate.generate import Generation, PromptCache, generate
+from int8run.generate.prompts import Sample, build_samples
 from int8run.lora.header_info import Head, few_step_advice, read_heads, with_triggers
-from int8run.metrics.memory import reset_peak
-from int8run.metrics.quality import mean_quality, per_image, trajectory_error
-from int8run.models.loader import use_scheduler
-from int8run.models.sampling import OWN_STEPS
+from int8run.metrics.memory import reset_peak_memory
+from int8run.metrics.quality import average_quality, compare_generations, compute_trajectory_error
+from int8run.models.loader import set_scheduler
+from int8run.models.sampling import SCHEDULE_ARGUMENTS
 from int8run.pipeline import process_cache
 from int8run.pipeline.build import Built, build
 from int8run.pipeline.float_baseline import cached_baseline
-from int8run.report.console import Progress, pairs_line, result_table, say
-from int8run.tasks.run_metrics import measure, scattered
-from int8run.tasks.run_outputs import facts, our_name, write_outputs
-from int8run.utils.hardware import device_name
+from int8run.report.console import Progress, build_result_table, format_pairs, print_lines
+from int8run.tasks.run_metrics import has_scattered_times, measure_run
+from int8run.tasks.run_outputs import candidate_label, describe_build, write_outputs
+from int8run.utils.hardware import get_device_name
 
 log = logging.getLogger(__name__)
 WARM_UP_STEPS = 2
@@ -50,55 +50,55 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         spec.lora, spec.model.lora_base, None if spec.lora_dir is None else Path(spec.lora_dir).expanduser()
     )
     wanted = with_triggers(
-        samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed), heads, spec.lora
+        build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed), heads, spec.lora
     )
     first = wanted[: spec.sampler.batch]
     kept, fresh = None, True
     if spec.metrics.baseline == "cached" and spec.differs:
         process_cache.forget_build()  # a model of an earlier job would stand beside the float one
         kept, fresh = cached_baseline(
-            spec, heads, wanted, partial(draw_float, heads=heads, wanted=wanted, progress=progress)
+            spec, heads, wanted, partial(generate_float, heads=heads, wanted=wanted, progress=progress)
         )
     built, reused = process_cache.reuse(spec.build_key, lambda: build(spec, first, heads, progress))
-    use_scheduler(built.pipe, built.scheduler, spec.sampling)
-    for line in [*spec.lora.unusual(), *few_step_lines(spec, built, heads)]:
+    set_scheduler(built.pipe, built.scheduler, spec.sampling)
+    for line in [*spec.lora.unusual(), *find_few_step_warnings(spec, built, heads)]:
         log.warning("%s", line)
     change_s = built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
     if job.sweep is None:
-        say(pairs_line(facts(spec, built, reused)), *([str(built.budget)] if built.budget else []))
+        print_lines(
+            format_pairs(describe_build(spec, built, reused)), *([str(built.budget)] if built.budget else [])
+        )
 
-    reset_peak(built.device)
+    reset_peak_memory(built.device)
     made = generate_all(spec, built, spec.candidate, wanted, progress)
     candidate, baseline = made[spec.candidate], kept or made.get("float")
-    check_pictures(candidate, our_name(spec))
+    check_images(candidate, candidate_label(spec))
     denoiser = built.denoisers.get("float", built.denoisers[spec.candidate])
-    calls = record_step(built.pipe, built.component, denoiser, first, spec.sampling)
-    errors = trajectory_error(candidate, baseline) if baseline else []
-    metrics = measure(spec, built, calls, candidate, baseline, errors, reused, fresh)
+    calls = capture_step(built.pipe, built.component, denoiser, first, spec.sampling)
+    errors = compute_trajectory_error(candidate, baseline) if baseline else []
+    metrics = measure_run(spec, built, calls, candidate, baseline, errors, reused, fresh)
     if spec.lora.adapters:
         metrics["lora/change_ms"] = 1000 * change_s
     # after the peak of the memory was read: perceptual metrics load networks of their own
     quality = (
-        per_image(candidate, baseline, [s.prompt for s in wanted], spec.metrics.perceptual)
+        compare_generations(candidate, baseline, [s.prompt for s in wanted], spec.metrics.perceptual)
         if baseline
         else []
     )
-    metrics |= mean_quality(quality) if quality else {}
+    metrics |= average_quality(quality) if quality else {}
 
     write_outputs(spec, built, candidate, baseline, wanted, metrics, quality, errors, out)
-    if scattered(metrics):
+    if has_scattered_times(metrics):
         log.warning("step times scatter by more than twice: other work runs here, and the speeds say little")
     if job.sweep is None:
-        title = (
-            f"{job.choices.get('model', 'model')} on {device_name(built.device)}; float is {spec.model.dtype}"
-        )
-        say("", result_table(title, metrics, our_name(spec)))
+        title = f"{job.choices.get('model', 'model')} on {get_device_name(built.device)}; float is {spec.model.dtype}"
+        print_lines("", build_result_table(title, metrics, candidate_label(spec)))
         tables = {
             "layers": out / "layers.csv",
-            **({"encoders": out / "text_encoders.csv"} if spec.clip.quantizes else {}),
+            **({"encoders": out / "text_encoders.csv"} if spec.clip.is_quantized else {}),
         }
         places = {"pictures": out / "grid.png", **tables, "numbers": out / "metrics.json"}
-        say(*(escape(f"{name + ':':<10}{place}") for name, place in places.items()))
+        print_lines(*(escape(f"{name + ':':<10}{place}") for name, place in places.items()))
     return RunResult(metrics, candidate, baseline, out)
 
 
@@ -116,9 +116,11 @@ def generate_all(
         )
         names = [candidate]
     use = {name: built.denoisers[name] for name in names}
-    TextCache.of(built.pipe).asked.clear()  # of earlier jobs
+    PromptCache.of(built.pipe).asked.clear()  # of earlier jobs
     warm_up = replace(
-        sampling, steps=WARM_UP_STEPS, extra={k: v for k, v in sampling.extra.items() if k not in OWN_STEPS}
+        sampling,
+        steps=WARM_UP_STEPS,
+        extra={k: v for k, v in sampling.extra.items() if k not in SCHEDULE_ARGUMENTS},
     )
     generate(
         built.pipe, built.component, use, wanted[: sampling.batch], warm_up, text_encoders=built.text_encoders
@@ -147,7 +149,7 @@ def generate_all(
     return made
 
 
-def check_pictures(made: Generation, who: str) -> None:
+def check_images(made: Generation, who: str) -> None:
     """Refuse pictures that are none.
 
     Raises:
@@ -161,17 +163,17 @@ def check_pictures(made: Generation, who: str) -> None:
         )
 
 
-def draw_float(
+def generate_float(
     spec: RunSpec, heads: Sequence[Head], wanted: Sequence[Sample], progress: Progress
 ) -> Generation:
     """What the float model draws, built for it alone."""
     built = build(spec, wanted[: spec.sampler.batch], heads, progress)
-    use_scheduler(built.pipe, built.scheduler, spec.sampling)
+    set_scheduler(built.pipe, built.scheduler, spec.sampling)
     built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
     return generate_all(spec, built, "float", wanted, progress)["float"]
 
 
-def few_step_lines(spec: RunSpec, built: Built, heads: Sequence[Head]) -> list[str]:
+def find_few_step_warnings(spec: RunSpec, built: Built, heads: Sequence[Head]) -> list[str]:
     """What of this run speaks against its few-step LoRAs."""
     return few_step_advice(
         heads, spec.lora, spec.model.lora_base, str(spec.model.location), spec.sampling, built.pipe.scheduler

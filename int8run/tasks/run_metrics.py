@@ -7,21 +7,26 @@ from typing import Any
 import torch
 
 from int8run.config.run_spec import RunSpec
-from int8run.generate.generate import Generation, TextCache, use_text_encoders
-from int8run.metrics.embeddings import encoder_metrics
-from int8run.metrics.layers import int8_shares, layer_metrics, measure_outputs, module_bytes
-from int8run.metrics.memory import peak_bytes
-from int8run.metrics.quality import SampleQuality, frame_series, half_error_step
-from int8run.metrics.speed import speed, step_times
+from int8run.generate.generate import Generation, PromptCache, use_text_encoders
+from int8run.metrics.embeddings import compute_encoder_metrics
+from int8run.metrics.layers import (
+    compute_int8_shares,
+    compute_layer_metrics,
+    count_module_bytes,
+    measure_layer_outputs,
+)
+from int8run.metrics.memory import read_peak_bytes
+from int8run.metrics.quality import SampleQuality, average_frames, find_half_error_step
+from int8run.metrics.speed import compute_speed, list_step_times
 from int8run.pipeline.build import Built, lora_overhead
 from int8run.text_encoders.base import find_text_encoders
 
 log = logging.getLogger(__name__)
 
-MOST_EMBEDDING_ERROR = 0.4  # twice that of nvfp4, the coarsest format
+MAX_EMBEDDING_ERROR = 0.4  # twice that of nvfp4, the coarsest format
 
 
-def measure(
+def measure_run(
     spec: RunSpec,
     built: Built,
     calls: Sequence[Mapping[str, Any]],
@@ -37,19 +42,19 @@ def measure(
         errors: relative error of the latents after each step.
         fresh: the float model drew in this run; speeds of another day are not compared.
     """
-    metrics = speed(candidate, baseline if fresh else None)
-    metrics["memory/peak_bytes"] = peak_bytes(built.device)
+    metrics = compute_speed(candidate, baseline if fresh else None)
+    metrics["memory/peak_bytes"] = read_peak_bytes(built.device)
     encoders = find_text_encoders(built.pipe.components) | built.text_encoders.get(spec.candidate, {})
-    metrics["memory/text_encoder_bytes"] = sum(map(module_bytes, encoders.values()))
+    metrics["memory/text_encoder_bytes"] = sum(map(count_module_bytes, encoders.values()))
     metrics["float/text_encoder_bytes"] = built.float_text_bytes
-    if spec.clip.quantizes:
-        metrics |= encoder_metrics(built.encoders.plans, list(embeddings(built, spec.candidate)))
+    if spec.clip.is_quantized:
+        metrics |= compute_encoder_metrics(built.encoders.plans, list(pair_embeddings(built, spec.candidate)))
         if "clip/rel_err" not in metrics:
             log.info(
                 "metrics.baseline=%s has no float text encoders in memory; embeddings are not compared",
                 spec.metrics.baseline,
             )
-        elif metrics["clip/rel_err"] > MOST_EMBEDDING_ERROR:
+        elif metrics["clip/rel_err"] > MAX_EMBEDDING_ERROR:
             log.warning(
                 "the embeddings are %.0f %% from the float encoders', more than any format costs: the file is of another model, or is read "
                 "otherwise than it was written",
@@ -57,23 +62,25 @@ def measure(
             )
         metrics["memory/text_encoder_ratio"] = built.float_text_bytes / metrics["memory/text_encoder_bytes"]
     int8 = built.denoisers.get("int8")
-    metrics["memory/denoiser_bytes"] = module_bytes(int8) if int8 else built.float_bytes
+    metrics["memory/denoiser_bytes"] = count_module_bytes(int8) if int8 else built.float_bytes
     metrics["memory/denoiser_ratio"] = built.float_bytes / metrics["memory/denoiser_bytes"]
     # a reused model cost this run nothing
     metrics["build/load_s"] = 0.0 if reused else built.seconds["load"]
     metrics["build/quantize_s"] = 0.0 if reused else built.seconds["quantize"]
     metrics["float/denoiser_bytes"] = built.float_bytes
     if baseline is not None:
-        base = speed(baseline, None) if fresh else {}
+        base = compute_speed(baseline, None) if fresh else {}
         metrics |= {name.replace("speed/", "float/"): value for name, value in base.items()}
         if int8 is not None:
-            metrics["quality/half_error_step"] = half_error_step(errors)
+            metrics["quality/half_error_step"] = find_half_error_step(errors)
     for plan in built.plans:  # a reused model still has what an earlier job measured
         plan.measured.pop("output_sqnr_db", None)
     if int8 is not None:
         if spec.metrics.layers and "float" in built.denoisers:
-            measure_outputs(built.denoisers["float"], int8, calls, built.plans)
-        metrics |= layer_metrics(built.plans) | int8_shares(built.plans, built.work, built.params)
+            measure_layer_outputs(built.denoisers["float"], int8, calls, built.plans)
+        metrics |= compute_layer_metrics(built.plans) | compute_int8_shares(
+            built.plans, built.work, built.params
+        )
     if built.budget is not None:
         metrics |= built.budget.metrics
     if spec.lora.adapters:
@@ -90,30 +97,30 @@ def measure(
 
 
 @torch.no_grad()
-def embeddings(built: Built, candidate: str) -> Iterator[tuple[Any, Any]]:
+def pair_embeddings(built: Built, candidate: str) -> Iterator[tuple[Any, Any]]:
     """What the float text encoders, where they are, make of the prompts that were drawn, and what the quantized ones made of them."""
     if built.text_encoders.get("float"):
         use_text_encoders(built.pipe, "float", built.text_encoders["float"])
-        yield from TextCache.of(built.pipe).compared(candidate)
+        yield from PromptCache.of(built.pipe).compared(candidate)
         use_text_encoders(built.pipe, candidate, built.text_encoders[candidate])
 
 
-def series_of(
+def collect_series(
     candidate: Generation,
     baseline: Generation | None,
     quality: Sequence[SampleQuality],
     errors: Sequence[float],
 ) -> dict[str, list[float]]:
     """One value per step or frame, where there is one."""
-    series: dict[str, Sequence[float]] = {"series/step_ms": step_times(candidate)}
+    series: dict[str, Sequence[float]] = {"series/step_ms": list_step_times(candidate)}
     if baseline is not None:
-        series |= {"series/float_step_ms": step_times(baseline), "series/latent_rel_err": errors}
+        series |= {"series/float_step_ms": list_step_times(baseline), "series/latent_rel_err": errors}
         if candidate.is_video:
-            series["series/frame_psnr_db"] = frame_series(quality, "psnr_db")
+            series["series/frame_psnr_db"] = average_frames(quality, "psnr_db")
     return {name: list(values) for name, values in series.items()}
 
 
-def scattered(metrics: Mapping[str, float]) -> bool:
+def has_scattered_times(metrics: Mapping[str, float]) -> bool:
     """Whether one step in ten took more than twice the median: a busy machine."""
     return any(
         metrics.get(f"{who}/step_ms_p90", 0) > 2 * metrics.get(f"{who}/step_ms_p50", 0)

@@ -9,22 +9,22 @@ from pathlib import Path
 from PIL.Image import Image
 
 from int8run.config.run_spec import RunSpec
-from int8run.generate.generate import Generation, frame_rate
+from int8run.generate.generate import Generation, get_frame_rate
 from int8run.generate.prompts import Sample
-from int8run.metrics.layers import int8_shares
-from int8run.metrics.quality import SampleQuality, key_frames
-from int8run.models.loader import library_versions
+from int8run.metrics.layers import compute_int8_shares
+from int8run.metrics.quality import SampleQuality, select_key_frames
+from int8run.models.loader import read_library_versions
 from int8run.pipeline.build import Built
 from int8run.report.run_files import (
     DIFFERENCE_GAIN,
-    difference,
-    environment,
-    grid,
+    collect_environment,
+    make_difference_image,
+    make_image_grid,
     save_sample,
     write_json,
-    write_layers,
+    write_layers_csv,
 )
-from int8run.tasks.run_metrics import series_of
+from int8run.tasks.run_metrics import collect_series
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +43,12 @@ def write_outputs(
     """Pictures or videos, grid, tables and facts into the output folder."""
     folder = out / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    rate = frame_rate(built.pipe, spec.sampling)
+    rate = get_frame_rate(built.pipe, spec.sampling)
     rows: list[tuple[str, list[Image]]] = []
     per_sample: list[dict[str, object]] = []
     for i, sample in enumerate(wanted):
         ours, floats = candidate.frames[i], baseline.frames[i] if baseline else []
-        shown = key_frames(len(ours))
+        shown = select_key_frames(len(ours))
         file, *stills = (f"images/{name}" for name in save_sample(ours, shown, folder, sample.key, rate))
         float_file, *float_stills = (
             (f"images/{name}" for name in save_sample(floats, shown, folder, f"{sample.key}_float", rate))
@@ -63,7 +63,7 @@ def write_outputs(
             rows.append(
                 (
                     f"frame {number + 1} of {len(ours)}" if stills else caption,
-                    [*b, a, *(difference(a, f) for f in b)],
+                    [*b, a, *(make_difference_image(a, f) for f in b)],
                 )
             )
         about = {
@@ -82,15 +82,19 @@ def write_outputs(
                 **({"frames": quality[i].frames} if quality else {}),
             }
         per_sample.append(about)
-    columns = ["float", our_name(spec), f"difference x {DIFFERENCE_GAIN}"] if baseline else [our_name(spec)]
-    grid(rows, columns).save(out / "grid.png")
+    columns = (
+        ["float", candidate_label(spec), f"difference x {DIFFERENCE_GAIN}"]
+        if baseline
+        else [candidate_label(spec)]
+    )
+    make_image_grid(rows, columns).save(out / "grid.png")
     if candidate.sound:
         log.info("%s makes sound with its videos; it is neither compared nor kept", type(built.pipe).__name__)
-    write_layers(built.plans, out / "layers.csv")
-    if spec.clip.quantizes:
-        write_layers(built.encoders.plans, out / "text_encoders.csv")
-    write_json(environment_of(built), out / "environment.json")
-    series = series_of(candidate, baseline, quality, errors)
+    write_layers_csv(built.plans, out / "layers.csv")
+    if spec.clip.is_quantized:
+        write_layers_csv(built.encoders.plans, out / "text_encoders.csv")
+    write_json(describe_environment(built), out / "environment.json")
+    series = collect_series(candidate, baseline, quality, errors)
     # the last file: what has it is whole
     write_json(
         {"metrics": metrics, "series": series, "sampling": asdict(spec.sampling), "images": per_sample},
@@ -98,11 +102,11 @@ def write_outputs(
     )
 
 
-def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]:
+def describe_build(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]:
     """What was built, for the line before the bars."""
     used = sorted({p.backend_used for p in built.plans if p.backend_used})
-    share = int8_shares(built.plans, built.work, built.params)["quant/macs_int8_share"]
-    int8 = [p for p in built.plans if p.keep_float is None]
+    share = compute_int8_shares(built.plans, built.work, built.params)["quant/macs_int8_share"]
+    int8 = [p for p in built.plans if p.skip_reason is None]
     counts = f"{len(int8)} of {len(built.plans)} Linears INT8, {share:.1%} of the multiply-adds"
     said = [
         ("family", built.family.name),
@@ -111,8 +115,8 @@ def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]
     ]
     if used:
         said += [
-            ("outlier", counted(p.outlier.partition(" ")[0] for p in int8)),
-            ("rounding", counted(p.rounding for p in int8)),
+            ("outlier", format_counts(p.outlier.partition(" ")[0] for p in int8)),
+            ("rounding", format_counts(p.rounding for p in int8)),
         ]
         said.append(("backend", "+".join(used)))
     if spec.lora.adapters:
@@ -121,10 +125,10 @@ def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]
             f"{a.name} {'→'.join(f'{s * stack.strength:g}' for _, s in a.schedule)}" for a in stack.adapters
         )
         modes = built.loras.modes
-        how = "baked" if spec.lora.bakes else counted(Counter(modes).elements()) if modes else "merged"
+        how = "baked" if spec.lora.bakes else format_counts(Counter(modes).elements()) if modes else "merged"
         said.append(("lora", f"{strengths} ({how})"))
     for component, encoder in built.encoders.built.items():
-        words = [plan.rounding if plan.keep_float is None else "float" for plan in encoder.plans]
+        words = [plan.rounding if plan.skip_reason is None else "float" for plan in encoder.plans]
         said.append((component, ", ".join(f"{word} {n}" for word, n in Counter(words).most_common())))
     preset = spec.lora.preset_for(spec.model.lora_base, spec.sampler.steps)
     if preset is not None:
@@ -141,18 +145,18 @@ def facts(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]
     return said
 
 
-def counted(words: Iterable[str]) -> str:
+def format_counts(words: Iterable[str]) -> str:
     """One word for all, or each with its count: `convrot 20, none 12`."""
     counts = Counter(words).most_common()
     return counts[0][0] if len(counts) == 1 else ", ".join(f"{word} {n}" for word, n in counts)
 
 
-def environment_of(built: Built) -> dict[str, object]:
+def describe_environment(built: Built) -> dict[str, object]:
     """Facts about the machine and the libraries."""
-    return environment(built.device, library_versions())
+    return collect_environment(built.device, read_library_versions())
 
 
-def our_name(spec: RunSpec) -> str:
+def candidate_label(spec: RunSpec) -> str:
     """What stands beside the float model; with INT8 disabled and nothing else changed it is the float model itself."""
     names = {"int8": "INT8", "clip": f"clip={spec.clip.format}", "float": "float (int8.enable=false)"}
     return names[spec.candidate]

@@ -13,7 +13,7 @@ from support.run_job import make_spec
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, FileError, TrackingError
-from int8run.jobs.execute import execute
+from int8run.jobs.execute import execute_job
 from int8run.tracking.run_record import FAILED, FINISHED, KILLED, RUNNING, Record, read_record
 
 
@@ -44,21 +44,21 @@ class Remembers:
     def prepare(self) -> None:
         self.note("prepare", "")
 
-    def begin(self, record: Record) -> str | None:
+    def start_run(self, record: Record) -> str | None:
         self.note("begin", record.state)
         return "r1"
 
-    def upload(self, record: Record) -> str | None:
+    def upload_record(self, record: Record) -> str | None:
         self.note("upload", record.state)
         return record.run_id or "r2"
 
-    def place(self) -> dict[str, str]:
+    def get_location(self) -> dict[str, str]:
         return {"store": "http://x", "experiment": "e"}
 
-    def finished(self, hashes: Iterable[str]) -> dict[str, str]:
+    def find_finished(self, hashes: Iterable[str]) -> dict[str, str]:
         return {}
 
-    def where(self) -> str | None:
+    def get_view_hint(self) -> str | None:
         return "http://x"
 
 
@@ -78,7 +78,7 @@ def ran(
     job = Job(
         {"seed": 1}, {"model": "tiny"}, ["seed=1", "a.b=2"], folder, sweep=sweep, number=3, varying=["a.b"]
     )
-    return memory, execute(replace(spec, task=Does(what), tracker=memory), job)
+    return memory, execute_job(replace(spec, task=Does(what), tracker=memory), job)
 
 
 def test_a_job_that_finishes(spec: RunSpec, tmp_path: Path) -> None:
@@ -118,11 +118,11 @@ def test_a_job_that_does_not(
     memory = Remembers()
     job = Job({}, {}, [], tmp_path)
     with pytest.raises(type(error)):
-        execute(replace(spec, task=Does(fail), tracker=memory), job)
+        execute_job(replace(spec, task=Does(fail), tracker=memory), job)
     record = read_record(tmp_path)
     assert (record.state, record.error, record.warnings) == (state, words, ["odd thing"])
     assert memory.calls[-1] == ("upload", state) and record.uploaded
-    assert not any(type(handler).__name__ == "Keep" for handler in logging.getLogger().handlers)
+    assert not any(type(handler).__name__ == "WarningCollector" for handler in logging.getLogger().handlers)
 
 
 def test_a_tracker_that_is_away_at_the_start_gets_the_job_at_its_end(
@@ -187,7 +187,8 @@ def test_a_task_that_looks_leaves_nothing(spec: RunSpec, tmp_path: Path) -> None
 
     memory = Remembers()
     assert (
-        execute(replace(spec, task=Looks(lambda job: 2.0), tracker=memory), Job({}, {}, [], tmp_path)) == 2.0
+        execute_job(replace(spec, task=Looks(lambda job: 2.0), tracker=memory), Job({}, {}, [], tmp_path))
+        == 2.0
     )
     assert list(tmp_path.iterdir()) == [] and memory.calls == []
 
@@ -195,7 +196,7 @@ def test_a_task_that_looks_leaves_nothing(spec: RunSpec, tmp_path: Path) -> None
 def test_passwords_of_addresses_are_kept_nowhere(spec: RunSpec, tmp_path: Path) -> None:
     uri = "https://me:s3cret@host:5000/path"
     job = Job({"tracker": {"uri": uri}, "list": [uri]}, {}, [f"tracker.uri={uri}", "a@b=c"], tmp_path)
-    execute(replace(spec, task=Does(lambda job: None), tracker=Remembers()), job)
+    execute_job(replace(spec, task=Does(lambda job: None), tracker=Remembers()), job)
     assert all("s3cret" not in path.read_text() for path in tmp_path.iterdir())
     record = read_record(tmp_path)
     assert record.overrides == ["tracker.uri=https://host:5000/path", "a@b=c"] and record.config["list"] == [

@@ -16,7 +16,7 @@ from filelock import FileLock
 from support.cli_process import Command, Outcome, command_in
 from support.tiny_pipeline import save_random_pipeline
 
-from int8run.jobs.manifest import read_sweep
+from int8run.jobs.manifest import read_manifest
 from int8run.tracking.run_record import (
     FAILED,
     FINISHED,
@@ -69,14 +69,14 @@ def one_sweep(int8run: Command) -> Path:
 def test_only_what_is_missing_runs_in_the_folder_of_the_sweep(int8run: Command, model: str) -> None:
     assert int8run("-m", "seed=0,1,2", model, *UNTRACKED).code == 0
     before, folder = began(int8run), one_sweep(int8run)
-    identity = read_sweep(folder)
+    identity = read_manifest(folder)
     kept = records(int8run)[1].folder
     update_record(read_record(kept), state=FAILED, error="on purpose")
     again = int8run("-m", "seed=0,1,2", model, *UNTRACKED, "resume=true")
     assert again.code == 0 and "2 of 3 jobs are finished already" in flat(again.out)
     after = began(int8run)
     assert {name for name in before if after[name] != before[name]} == {"seed=1"}
-    assert one_sweep(int8run) == folder and read_sweep(folder) == identity
+    assert one_sweep(int8run) == folder and read_manifest(folder) == identity
     assert [(r.number, r.state, r.folder.name) for r in records(int8run)] == [
         (n, FINISHED, str(n)) for n in range(3)
     ]
@@ -107,7 +107,7 @@ def test_without_resume_a_sweep_is_a_new_one(int8run: Command, model: str) -> No
     for _ in range(2):
         assert int8run("-m", "seed=0,1", model, *UNTRACKED, "hydra.sweep.dir=here").code == 0
         found = find_records(int8run.folder / "here")
-        assert len(found) == 2 and {r.sweep for r in found} == {read_sweep(int8run.folder / "here").id}
+        assert len(found) == 2 and {r.sweep for r in found} == {read_manifest(int8run.folder / "here").id}
 
 
 def test_a_job_that_still_runs_is_not_run_beside_itself(int8run: Command, model: str) -> None:

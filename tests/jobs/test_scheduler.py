@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from int8run.jobs.base import Outcome, SweepJob, WorkerDied
-from int8run.jobs.scheduler import Queue, after_death, dispatch
-from int8run.jobs.worker import zipped
+from int8run.jobs.scheduler import JobQueue, fail_jobs, run_scheduled
+from int8run.jobs.worker import zip_folder
 from int8run.tracking.run_record import FINISHED, KILLED, end_record, read_record, start_record
 
 
@@ -83,7 +83,7 @@ def run(
         ended[j.number] = outcome
 
     do = lambda some: [work(j) for j in some]  # noqa: E731
-    dispatch(jobs, pool, pool.size, lambda some: partial(do, some), lambda j: begun.append(j.number), tell)
+    run_scheduled(jobs, pool, pool.size, lambda some: partial(do, some), lambda j: begun.append(j.number), tell)
     assert all(seat.closed for seat in pool.seats)
     return begun, ended
 
@@ -128,12 +128,12 @@ def test_one_model_is_shared_by_idle_workers_but_for_its_last_job() -> None:
     ],
 )
 def test_whose_turn_it_is(built: str | None, in_use: set[str], chosen: str) -> None:
-    queue = Queue([job(0, "b"), *(job(n, "a") for n in (1, 2, 3)), *(job(n, "c") for n in (4, 5))])
+    queue = JobQueue([job(0, "b"), *(job(n, "a") for n in (1, 2, 3)), *(job(n, "c") for n in (4, 5))])
     assert queue.choose(built, in_use) == chosen
 
 
 def test_the_last_job_of_a_model_is_left_to_who_built_it() -> None:
-    queue = Queue([job(0, "a")])
+    queue = JobQueue([job(0, "a")])
     assert queue.choose("b", {"a"}) is None and queue.choose("a", {"a"}) == "a"
 
 
@@ -184,7 +184,7 @@ def test_of_a_whole_group_the_dead_keep_what_was_done_and_the_rest_runs_again(tm
         return [fine(j) for j in some]
 
     ended: dict[int, Outcome] = {}
-    dispatch(
+    run_scheduled(
         jobs,
         Threads(1, whole_groups=True),
         1,
@@ -200,7 +200,7 @@ def test_a_job_that_failed_before_the_worker_died_stays_failed(tmp_path: Path) -
     jobs = [job(n, folder=tmp_path) for n in range(2)]
     record(jobs[0].folder, 0)
     end_record(read_record(jobs[0].folder), "FAILED", "a reason")
-    outcomes = after_death(jobs, WorkerDied("gone"))
+    outcomes = fail_jobs(jobs, WorkerDied("gone"))
     assert [(o.number, o.state, o.error) for o in outcomes] == [(0, "FAILED", "a reason")]
 
 
@@ -208,7 +208,7 @@ def test_files_from_another_machine_are_unpacked(tmp_path: Path) -> None:
     there = tmp_path / "there"
     (there / "images").mkdir(parents=True)
     (there / "images" / "a.png").write_bytes(b"x")
-    run([job(0, folder=tmp_path / "here")], Threads(1), lambda j: Outcome(0, FINISHED, files=zipped(there)))
+    run([job(0, folder=tmp_path / "here")], Threads(1), lambda j: Outcome(0, FINISHED, files=zip_folder(there)))
     assert (tmp_path / "here" / "0" / "images" / "a.png").read_bytes() == b"x"
 
 
@@ -222,7 +222,7 @@ def test_an_error_of_the_sweep_itself_closes_everything() -> None:
         raise RuntimeError("disk")
 
     with pytest.raises(RuntimeError, match="disk"):
-        dispatch(
+        run_scheduled(
             [job(0), job(1)],
             pool,
             2,

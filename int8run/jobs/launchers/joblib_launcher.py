@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 
 import psutil
 
-from int8run.errors import ConfigError, in_range
+from int8run.errors import ConfigError, check_range
 from int8run.jobs.base import Outcome, Worker, WorkerDied
-from int8run.jobs.futures import Answer, ended_by, translated
+from int8run.jobs.futures import OutcomesFuture, describe_exit_code, translate_errors
 
-PARENT_LOOK_S = 1.0
-LEAVE_S = 10.0  # for a process that ends by itself
+PARENT_POLL_S = 1.0
+EXIT_TIMEOUT_S = 10.0  # for a process that ends by itself
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Processes:
 
     def __post_init__(self) -> None:
         if self.n_jobs is not None:
-            in_range("hydra.launcher.n_jobs", self.n_jobs, 1, 1024, whole=True)
+            check_range("hydra.launcher.n_jobs", self.n_jobs, 1, 1024, whole=True)
         if self.threads is not None:
-            in_range("hydra.launcher.threads", self.threads, 1, 1024, whole=True)
+            check_range("hydra.launcher.threads", self.threads, 1, 1024, whole=True)
         if self.gpus is None:
             return
         allowed = not isinstance(self.gpus, str | int) and len(self.gpus) > 0
@@ -101,11 +101,11 @@ class ProcessWorker:
         from joblib.externals.loky import ProcessPoolExecutor
 
         self.executor: Any = ProcessPoolExecutor(
-            max_workers=1, timeout=None, env=env, initializer=settle, initargs=(os.getpid(),)
+            max_workers=1, timeout=None, env=env, initializer=set_up_worker_process, initargs=(os.getpid(),)
         )
         self.process: psutil.Process | None = None
         self.executor.submit(os.getpid).add_done_callback(self.know)
-        self.latest: Answer | None = None
+        self.latest: OutcomesFuture | None = None
         self.closed = False
 
     def know(self, pid: "Future[int]") -> None:
@@ -113,14 +113,14 @@ class ProcessWorker:
         with contextlib.suppress(psutil.NoSuchProcess):
             self.process = None if pid.exception() else psutil.Process(pid.result())
 
-    def submit(self, call: Callable[[], Sequence[Outcome]]) -> Answer:
+    def submit(self, call: Callable[[], Sequence[Outcome]]) -> OutcomesFuture:
         from joblib.externals.loky.process_executor import BrokenProcessPool
 
         try:
-            self.latest = translated(self.executor.submit(call), in_words)
+            self.latest = translate_errors(self.executor.submit(call), to_worker_error)
         except BrokenProcessPool as error:  # died while it had nothing to do
-            self.latest = Answer()
-            self.latest.set_exception(in_words(error))
+            self.latest = OutcomesFuture()
+            self.latest.set_exception(to_worker_error(error))
         return self.latest
 
     def close(self) -> None:
@@ -134,14 +134,14 @@ class ProcessWorker:
         if self.process is None:
             return
         try:
-            self.process.wait(LEAVE_S)
+            self.process.wait(EXIT_TIMEOUT_S)
         except psutil.TimeoutExpired:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self.process.kill()
             self.process.wait()
 
 
-def in_words(error: BaseException) -> BaseException:
+def to_worker_error(error: BaseException) -> BaseException:
     """WorkerDied for loky's own errors; an error of the call stays as it is."""
     from joblib.externals.loky.process_executor import (
         BrokenProcessPool,
@@ -151,7 +151,7 @@ def in_words(error: BaseException) -> BaseException:
 
     if isinstance(error, TerminatedWorkerError):
         code = re.search(r"\((-?\d+)\)", str(error))  # "{SIGKILL(-9)}", nowhere else to be read
-        return ended_by(int(code[1])) if code else WorkerDied("its process ended without an answer")
+        return describe_exit_code(int(code[1])) if code else WorkerDied("its process ended without an answer")
     if isinstance(error, ShutdownExecutorError):
         return WorkerDied("its process was ended by int8run")
     if isinstance(error, BrokenProcessPool):
@@ -159,7 +159,7 @@ def in_words(error: BaseException) -> BaseException:
     return error
 
 
-def settle(parent: int) -> None:
+def set_up_worker_process(parent: int) -> None:
     """First thing in a worker's process."""
     from joblib.externals.loky import process_executor
 
@@ -171,7 +171,7 @@ def settle(parent: int) -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(PARENT_LOOK_S)
+            time.sleep(PARENT_POLL_S)
         os._exit(
             1
         )  # killed without a chance to close: nobody waits for the answer, and a GPU's memory would stay taken

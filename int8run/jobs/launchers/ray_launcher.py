@@ -9,23 +9,23 @@ from statistics import median_high
 from threading import Timer
 from typing import Any, ClassVar
 
-from int8run.errors import ConfigError, in_range, switch
+from int8run.errors import ConfigError, check_bool, check_range
 from int8run.jobs.base import Outcome, Worker, WorkerDied
-from int8run.jobs.futures import Answer, translated
+from int8run.jobs.futures import OutcomesFuture, translate_errors
 
 log = logging.getLogger(__name__)
 CONNECT_S = 10.0
-SAY_AFTER_S = 10.0  # that a worker waits for resources
-LOOK_S = 600.0  # for the first process on a node; a runtime_env may install packages
-INSTALL = "hydra/launcher=ray_cluster needs Ray on this machine: pip install 'int8run[ray]'"
-TOKEN = (
+WARN_AFTER_S = 10.0  # that a worker waits for resources
+CHECK_TIMEOUT_S = 600.0  # for the first process on a node; a runtime_env may install packages
+INSTALL_RAY = "hydra/launcher=ray_cluster needs Ray on this machine: pip install 'int8run[ray]'"
+TOKEN_HINT = (
     "both sides need the same token: `ray get-auth-token` on the head node prints the cluster's; here it stands in ~/.ray/auth_token, "
     "or in the environment: RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…"
 )
 
 
 @dataclass
-class Joined:
+class ClusterState:
     """What `open` found."""
 
     started: bool = False  # by us, so that it is ours to end
@@ -56,7 +56,7 @@ class RayCluster:
     include_dashboard: bool = False
     runtime_env: Mapping[str, Any] | None = None
     whole_groups: ClassVar[bool] = False
-    joined: Joined = field(default_factory=Joined, init=False, repr=False, compare=False)
+    joined: ClusterState = field(default_factory=ClusterState, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.address is not None and not re.fullmatch(r"auto|[^\s/]+:\d+", str(self.address)):
@@ -65,20 +65,20 @@ class RayCluster:
                 "is part of, or null to start one here"
             )
         if self.num_cpus is not None:
-            in_range("hydra.launcher.num_cpus", self.num_cpus, 0.01, 4096)
+            check_range("hydra.launcher.num_cpus", self.num_cpus, 0.01, 4096)
         if self.num_gpus is not None:
-            in_range("hydra.launcher.num_gpus", self.num_gpus, 0, 1024)
-            whole_or_part("hydra.launcher.num_gpus", self.num_gpus)
+            check_range("hydra.launcher.num_gpus", self.num_gpus, 0, 1024)
+            check_amount("hydra.launcher.num_gpus", self.num_gpus)
         for name, amount in (self.resources or {}).items():
             if name in ("CPU", "GPU", "memory", "object_store_memory"):
                 raise ConfigError(
                     f"hydra.launcher.resources names {name}; allowed are a cluster's own; num_cpus and num_gpus set cores and GPUs"
                 )
-            in_range(f"hydra.launcher.resources.{name}", amount, 0, 1e6)
-            whole_or_part(f"hydra.launcher.resources.{name}", amount)
+            check_range(f"hydra.launcher.resources.{name}", amount, 0, 1e6)
+            check_amount(f"hydra.launcher.resources.{name}", amount)
         if self.workers is not None:
-            in_range("hydra.launcher.workers", self.workers, 1, 10000, whole=True)
-        switch("hydra.launcher.include_dashboard", self.include_dashboard)
+            check_range("hydra.launcher.workers", self.workers, 1, 10000, whole=True)
+        check_bool("hydra.launcher.include_dashboard", self.include_dashboard)
 
     @property
     def jobs_at_once(self) -> int:
@@ -97,20 +97,20 @@ class RayCluster:
         try:
             import ray
         except ModuleNotFoundError as error:
-            raise ConfigError(INSTALL) from error
+            raise ConfigError(INSTALL_RAY) from error
         if ray.is_initialized():  # by a program that uses int8run as a library
             return
         where: dict[str, Any] = {"address": "local", "include_dashboard": self.include_dashboard}
         if self.address is not None:
             where = {"address": self.address}
-            require_answer(self.address)
+            check_address(self.address)
         runtime_env = None if self.runtime_env is None else dict(self.runtime_env)
         try:
             ray.init(**where, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
         except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
             words = " ".join(str(error).split())
             hint = (
-                f"; {TOKEN}" if re.search("uthenticat|Failed to connect", words) else ""
+                f"; {TOKEN_HINT}" if re.search("uthenticat|Failed to connect", words) else ""
             )  # something does answer there
             raise ConfigError(
                 f"hydra.launcher.address is {self.address!r}, and Ray says: {words}{hint}"
@@ -123,15 +123,15 @@ class RayCluster:
 
         machines = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         have = {name: node["Resources"] for name, node in machines.items()}
-        share = share_of(list(have.values()), self.num_cpus, self.num_gpus, self.resources or {})
-        room = {name: count for name, resources in have.items() if (count := places(resources, share))}
+        share = choose_resources(list(have.values()), self.num_cpus, self.num_gpus, self.resources or {})
+        room = {name: count for name, resources in have.items() if (count := count_workers(resources, share))}
         if not room:
             largest = {name: max(resources.get(name, 0) for resources in have.values()) for name in share}
             raise ConfigError(
-                f"a job asks for {amounts(share)}, and no machine of the cluster has that: the largest have {amounts(largest)}; ask for "
+                f"a job asks for {format_resources(share)}, and no machine of the cluster has that: the largest have {format_resources(largest)}; ask for "
                 "less with hydra.launcher.num_cpus, num_gpus and resources, or join another cluster with hydra.launcher.address"
             )
-        require_int8run({name: machines[name]["NodeManagerHostname"] for name in room})
+        check_int8run_installed({name: machines[name]["NodeManagerHostname"] for name in room})
         workers = min(jobs, self.workers or sum(room.values()))
         self.joined.share, self.joined.jobs_at_once = share, min(workers, max(room.values()))
         return workers
@@ -150,8 +150,8 @@ class RayCluster:
         log.warning(
             "waiting for resources: a job asks for %s on one machine, and the whole cluster has free %s; "
             "hydra.launcher.workers starts fewer, num_cpus and num_gpus ask for less",
-            amounts(share),
-            amounts({name: free.get(name, 0) for name in share}),
+            format_resources(share),
+            format_resources({name: free.get(name, 0) for name in share}),
         )
 
     def close(self) -> None:
@@ -170,7 +170,7 @@ class RayWorker:
 
         own = {name: amount for name, amount in share.items() if name not in ("CPU", "GPU")}
         self.actor = (
-            ray.remote(Caller)
+            ray.remote(CallActor)
             .options(
                 num_cpus=share["CPU"],
                 num_gpus=share["GPU"],
@@ -182,12 +182,12 @@ class RayWorker:
             .remote()
         )
         ready = self.actor.__ray_ready__.remote().future()
-        self.timer = Timer(SAY_AFTER_S, lambda: None if ready.done() else waits())
+        self.timer = Timer(WARN_AFTER_S, lambda: None if ready.done() else waits())
         self.timer.daemon = True
         self.timer.start()
 
-    def submit(self, call: Callable[[], Sequence[Outcome]]) -> Answer:
-        return translated(self.actor.call.remote(call).future(), in_words)
+    def submit(self, call: Callable[[], Sequence[Outcome]]) -> OutcomesFuture:
+        return translate_errors(self.actor.call.remote(call).future(), to_worker_error)
 
     def close(self) -> None:
         import ray
@@ -196,14 +196,14 @@ class RayWorker:
         ray.kill(self.actor, no_restart=True)
 
 
-class Caller:
+class CallActor:
     """What lives in a worker's process."""
 
     def call(self, call: Callable[[], Sequence[Outcome]]) -> Sequence[Outcome]:
         return call()
 
 
-def require_answer(address: str) -> None:
+def check_address(address: str) -> None:
     """Raise ConfigError unless something listens there; Ray itself tries for minutes."""
     if address == "auto":
         return
@@ -217,18 +217,18 @@ def require_answer(address: str) -> None:
         ) from error
 
 
-def in_words(error: BaseException) -> BaseException:
+def to_worker_error(error: BaseException) -> BaseException:
     """WorkerDied for Ray's errors; an error of the call as it was raised."""
     from ray.exceptions import RayError, RayTaskError
 
     if isinstance(error, RayTaskError):
         return error.cause if isinstance(error.cause, BaseException) else error
     if isinstance(error, RayError):
-        return WorkerDied(f"its Ray worker ended ({type(error).__name__}): {reason_in(str(error))}")
+        return WorkerDied(f"its Ray worker ended ({type(error).__name__}): {extract_death_reason(str(error))}")
     return error
 
 
-def reason_in(text: str) -> str:
+def extract_death_reason(text: str) -> str:
     """The sentence of Ray's page about a death that tells what happened."""
     text = " ".join(text.split())
     if "ray.kill" in text:
@@ -241,13 +241,13 @@ def reason_in(text: str) -> str:
     return (told[1] if told else text)[:500]
 
 
-def whole_or_part(name: str, amount: float) -> None:
+def check_amount(name: str, amount: float) -> None:
     """Ray gives parts of one GPU, or whole ones."""
     if amount > 1 and amount != int(amount):
         raise ConfigError(f"{name} is {amount:g}; allowed is a part of one, such as 0.5, or a whole number")
 
 
-def share_of(
+def choose_resources(
     machines: Sequence[Mapping[str, float]], cpus: float | None, gpus: float | None, own: Mapping[str, float]
 ) -> dict[str, float]:
     """What each worker asks for; see RayCluster for the defaults."""
@@ -257,13 +257,13 @@ def share_of(
     if cpus is None:
         # a typical machine's, not the smallest one's: many clusters have a small head node
         shares = [
-            have["CPU"] // count for have in machines if have.get("CPU") and (count := places(have, share))
+            have["CPU"] // count for have in machines if have.get("CPU") and (count := count_workers(have, share))
         ]
         cpus = max(1.0, median_high(shares)) if shares else 1.0
     return {"CPU": float(cpus), **share}
 
 
-def places(have: Mapping[str, float], share: Mapping[str, float]) -> int:
+def count_workers(have: Mapping[str, float], share: Mapping[str, float]) -> int:
     """How many workers a machine has room for; one when they ask for nothing."""
     counts = [
         # two parts of 0.4 fit into one GPU, and five into two of them do not
@@ -276,13 +276,13 @@ def places(have: Mapping[str, float], share: Mapping[str, float]) -> int:
     return min(counts, default=1)
 
 
-def amounts(share: Mapping[str, float]) -> str:
+def format_resources(share: Mapping[str, float]) -> str:
     """`num_cpus=2, num_gpus=0.5`, the names that the settings have."""
     names = {"CPU": "num_cpus", "GPU": "num_gpus"}
     return ", ".join(f"{names.get(name, name)}={amount:g}" for name, amount in share.items())
 
 
-def require_int8run(machines: Mapping[str, str]) -> None:
+def check_int8run_installed(machines: Mapping[str, str]) -> None:
     """Raise ConfigError unless each node (id -> host name) can import the int8run that runs here."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -301,13 +301,13 @@ def require_int8run(machines: Mapping[str, str]) -> None:
         remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): host
         for node, host in machines.items()
     }
-    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_S)
-    problems = [f"{asked[answer]}: no answer within {LOOK_S:g} s" for answer in silent]
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=CHECK_TIMEOUT_S)
+    problems = [f"{asked[answer]}: no answer within {CHECK_TIMEOUT_S:g} s" for answer in silent]
     for answer in answered:
         try:
             found = ray.get(answer)
         except ray.exceptions.RayError as error:
-            found = reason_in(str(error))
+            found = extract_death_reason(str(error))
         if found != __version__:
             problems.append(f"{asked[answer]}: {found}")
     if problems:

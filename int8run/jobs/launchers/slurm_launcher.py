@@ -12,19 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from int8run.errors import ConfigError, in_range, suggest
+from int8run.errors import ConfigError, check_range, suggest_similar
 from int8run.jobs.base import Outcome, Worker, WorkerDied
-from int8run.jobs.futures import Answer, ended_by
+from int8run.jobs.futures import OutcomesFuture, describe_exit_code
 
 log = logging.getLogger(__name__)
-LOOK_S = 2.0  # for answers, in the folder
-QUEUE_S = 20.0  # for jobs that are gone, with squeue
-GRACE_S = 30.0  # a file that was written on another machine may be seen later than the end of its job
-SAY_AFTER_S = 60.0  # that a job waits, and why
-INSTALL = "hydra/launcher=slurm needs submitit on this machine: pip install 'int8run[slurm]'"
-PROGRAMS = ("sbatch", "squeue", "scontrol", "scancel", "srun")
+RESULT_POLL_S = 2.0  # for answers, in the folder
+QUEUE_POLL_S = 20.0  # for jobs that are gone, with squeue
+RESULT_GRACE_S = 30.0  # a file that was written on another machine may be seen later than the end of its job
+WARN_AFTER_S = 60.0  # that a job waits, and why
+INSTALL_SUBMITIT = "hydra/launcher=slurm needs submitit on this machine: pip install 'int8run[slurm]'"
+SLURM_PROGRAMS = ("sbatch", "squeue", "scontrol", "scancel", "srun")
 # of sbatch; a config that somebody shared may choose a queue, and may not run code or write files of its choice
-EXTRA = (
+SBATCH_OPTIONS = (
     "account",
     "begin",
     "comment",
@@ -56,7 +56,7 @@ EXTRA = (
     "tmp",
     "wckey",
 )
-HINTS = {
+STATE_HINTS = {
     "TIMEOUT": "; hydra.launcher.time_min allows more",
     "OUT_OF_MEMORY": "; hydra.launcher.mem_gb asks for more",
     "PREEMPTED": ": another job took its place",
@@ -89,35 +89,35 @@ class Slurm:
     folder: str = ".slurm"
     whole_groups: ClassVar[bool] = True
     jobs_at_once: ClassVar[int] = 1  # Slurm gives each its own cores and GPUs
-    watched: "Watch" = field(default_factory=lambda: Watch(), init=False, repr=False, compare=False)
+    watched: "JobWatcher" = field(default_factory=lambda: JobWatcher(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.partition is not None and not re.fullmatch(r"[\w.,-]+", str(self.partition)):
             raise ConfigError(
                 f"hydra.launcher.partition is {self.partition!r}; give a partition's name, as sinfo shows it"
             )
-        in_range("hydra.launcher.time_min", self.time_min, 1, 525600, whole=True)
-        in_range("hydra.launcher.gpus", self.gpus, 0, 1024, whole=True)
-        in_range("hydra.launcher.cpus", self.cpus, 1, 4096, whole=True)
+        check_range("hydra.launcher.time_min", self.time_min, 1, 525600, whole=True)
+        check_range("hydra.launcher.gpus", self.gpus, 0, 1024, whole=True)
+        check_range("hydra.launcher.cpus", self.cpus, 1, 4096, whole=True)
         if self.mem_gb is not None:
-            in_range("hydra.launcher.mem_gb", self.mem_gb, 0.1, 1e6)
+            check_range("hydra.launcher.mem_gb", self.mem_gb, 0.1, 1e6)
         if self.workers is not None:
-            in_range("hydra.launcher.workers", self.workers, 1, 100000, whole=True)
+            check_range("hydra.launcher.workers", self.workers, 1, 100000, whole=True)
         for name, value in (self.extra or {}).items():
-            if str(name).replace("_", "-") not in EXTRA:
-                near = suggest(str(name), EXTRA)
+            if str(name).replace("_", "-") not in SBATCH_OPTIONS:
+                near = suggest_similar(str(name), SBATCH_OPTIONS)
                 raise ConfigError(
-                    f"hydra.launcher.extra names {name!r}; {near}allowed of sbatch's options are {', '.join(EXTRA)}"
+                    f"hydra.launcher.extra names {name!r}; {near}allowed of sbatch's options are {', '.join(SBATCH_OPTIONS)}"
                 )
-            one_line(f"hydra.launcher.extra.{name}", value)
-        one_line("hydra.launcher.folder", self.folder)
+            check_one_line(f"hydra.launcher.extra.{name}", value)
+        check_one_line("hydra.launcher.folder", self.folder)
 
     def open(self, jobs: int) -> int:
         try:
             import submitit  # noqa: F401
         except ModuleNotFoundError as error:
-            raise ConfigError(INSTALL) from error
-        missing = [name for name in PROGRAMS if shutil.which(name) is None]
+            raise ConfigError(INSTALL_SUBMITIT) from error
+        missing = [name for name in SLURM_PROGRAMS if shutil.which(name) is None]
         if missing:
             raise ConfigError(
                 f"hydra/launcher=slurm finds no {', '.join(missing)} here; start int8run on a machine that submits jobs to your Slurm "
@@ -161,16 +161,16 @@ class Slurm:
 class SlurmWorker:
     """One Slurm job after the other."""
 
-    def __init__(self, executor: Any, watched: "Watch") -> None:
+    def __init__(self, executor: Any, watched: "JobWatcher") -> None:
         self.executor = executor
         self.watched = watched
-        self.latest: Waiting | None = None
+        self.latest: PendingJob | None = None
 
-    def submit(self, call: Callable[[], Sequence[Outcome]]) -> Answer:
+    def submit(self, call: Callable[[], Sequence[Outcome]]) -> OutcomesFuture:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         try:
-            job = self.executor.submit(answer_of, call)
+            job = self.executor.submit(run_call, call)
         except (FailedJobError, FailedSubmissionError) as error:
             words = " ".join(str(error).split())
             if self.watched.accepted == 0:  # nothing will be: a setting is wrong
@@ -180,7 +180,7 @@ class SlurmWorker:
                     else "see the settings of hydra.launcher"
                 )
                 raise ConfigError(f"Slurm does not take the job: {words}; {hint}") from error
-            refused: Answer = Answer()
+            refused: OutcomesFuture = OutcomesFuture()
             refused.set_exception(WorkerDied(f"Slurm did not take the job: {words}"))
             return refused
         self.latest = self.watched.add(job)
@@ -192,7 +192,7 @@ class SlurmWorker:
             self.watched.cancel(self.latest)
 
 
-def answer_of(call: Callable[[], Sequence[Outcome]]) -> tuple[Sequence[Outcome] | None, Exception | None]:
+def run_call(call: Callable[[], Sequence[Outcome]]) -> tuple[Sequence[Outcome] | None, Exception | None]:
     """What the process of a Slurm job runs."""
     # submitit outlives the first, for up to half a minute, and raises an error in the middle of a job at the second
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -204,21 +204,21 @@ def answer_of(call: Callable[[], Sequence[Outcome]]) -> tuple[Sequence[Outcome] 
 
 
 @dataclass
-class Waiting:
+class PendingJob:
     """A Slurm job whose answer is awaited. Times are of time.monotonic()."""
 
     job: Any
     submitted: float
-    answer: Answer = field(default_factory=Answer)
+    answer: OutcomesFuture = field(default_factory=OutcomesFuture)
     gone: float | None = None  # when it was first missing in the queue
     told: bool = False
 
 
-class Watch:
+class JobWatcher:
     """Looks after all Slurm jobs of a sweep in one thread: an answer is a file, a death is a job that left the queue without one."""
 
     def __init__(self) -> None:
-        self.waiting: dict[str, Waiting] = {}
+        self.waiting: dict[str, PendingJob] = {}
         self.accepted = 0
         self.lock = threading.Lock()
         self.stop = threading.Event()
@@ -235,20 +235,20 @@ class Watch:
         if self.thread is not None:
             self.thread.join()
 
-    def add(self, job: Any) -> Waiting:
-        entry = Waiting(job, time.monotonic())
+    def add(self, job: Any) -> PendingJob:
+        entry = PendingJob(job, time.monotonic())
         with self.lock:
             self.waiting[job.job_id] = entry
             self.accepted += 1
         return entry
 
-    def cancel(self, entry: Waiting) -> None:
+    def cancel(self, entry: PendingJob) -> None:
         """End a Slurm job that has not answered."""
         if self.take(entry):
-            ask("scancel", entry.job.job_id)
+            run_program("scancel", entry.job.job_id)
             entry.answer.set_exception(WorkerDied("its Slurm job was ended by int8run"))
 
-    def take(self, entry: Waiting) -> bool:
+    def take(self, entry: PendingJob) -> bool:
         """Whether the answer of an entry is the caller's to give: each has one."""
         with self.lock:
             return self.waiting.pop(entry.job.job_id, None) is not None
@@ -264,16 +264,16 @@ class Watch:
     def look(self) -> None:
         """Until the end: the folder often, the queue at times."""
         asked = time.monotonic()
-        while not self.stop.wait(LOOK_S):
+        while not self.stop.wait(RESULT_POLL_S):
             for entry in list(self.waiting.values()):
                 if entry.job.paths.result_pickle.exists() and self.take(entry):
-                    give(entry)
-            if self.waiting and time.monotonic() - asked >= QUEUE_S:
+                    deliver_result(entry)
+            if self.waiting and time.monotonic() - asked >= QUEUE_POLL_S:
                 asked = time.monotonic()
                 self.look_at_queue(asked)
 
     def look_at_queue(self, now: float) -> None:
-        entries = [entry for entry in list(self.waiting.values()) if now - entry.submitted >= QUEUE_S]
+        entries = [entry for entry in list(self.waiting.values()) if now - entry.submitted >= QUEUE_POLL_S]
         queue = read_queue()
         if queue is None:  # Slurm does not answer at the moment; its jobs run on
             return
@@ -281,18 +281,18 @@ class Watch:
             reason = queue.get(entry.job.job_id)
             if reason is not None:
                 entry.gone = None
-                if reason and not entry.told and now - entry.submitted >= SAY_AFTER_S:
+                if reason and not entry.told and now - entry.submitted >= WARN_AFTER_S:
                     entry.told = True
                     log.warning("Slurm job %s waits: %s", entry.job.job_id, reason)
                 continue
             entry.gone = entry.gone or now
-            word, told = how_it_ended(entry.job)
-            late = word in ("COMPLETED", None) and now - entry.gone < GRACE_S
+            word, told = describe_job_end(entry.job)
+            late = word in ("COMPLETED", None) and now - entry.gone < RESULT_GRACE_S
             if not late and not entry.job.paths.result_pickle.exists() and self.take(entry):
                 entry.answer.set_exception(WorkerDied(told))
 
 
-def give(entry: Waiting) -> None:
+def deliver_result(entry: PendingJob) -> None:
     """Hand over what a Slurm job wrote."""
     from submitit.core.utils import FailedJobError
 
@@ -317,23 +317,23 @@ def give(entry: Waiting) -> None:
 
 def read_queue() -> dict[str, str] | None:
     """Slurm job -> why it waits, an empty string for one that does not; None when Slurm does not answer."""
-    text = ask("squeue", "--me", "--noheader", "--format=%i|%T|%r")
+    text = run_program("squeue", "--me", "--noheader", "--format=%i|%T|%r")
     if text is None:
         return None
     rows = [line.strip().split("|", 2) for line in text.splitlines() if line.count("|") >= 2]
     return {name: reason if state == "PENDING" else "" for name, state, reason in rows}
 
 
-def how_it_ended(job: Any) -> tuple[str | None, str]:
+def describe_job_end(job: Any) -> tuple[str | None, str]:
     """Slurm's own word for it, None where it has forgotten; and a sentence."""
-    text = ask("scontrol", "--oneliner", "show", "job", job.job_id) or ""
+    text = run_program("scontrol", "--oneliner", "show", "job", job.job_id) or ""
     found = re.search(r"\bJobState=(\w+)", text)
     exit_code = re.search(r"\bExitCode=(\d+):", text)
     if found is None and shutil.which(
         "sacct"
     ):  # the controller forgets a job after minutes, the accounting does not
         text = (
-            ask(
+            run_program(
                 "sacct",
                 "--allocations",
                 "--noheader",
@@ -347,19 +347,19 @@ def how_it_ended(job: Any) -> tuple[str | None, str]:
         found, exit_code = re.match(r"(\w+)", text), re.search(r"\|(\d+):", text)
     word = found[1] if found else None
     killed = (
-        f": {ended_by(128 - int(exit_code[1]))}" if exit_code and int(exit_code[1]) > 128 else ""
+        f": {describe_exit_code(128 - int(exit_code[1]))}" if exit_code and int(exit_code[1]) > 128 else ""
     )  # as a shell counts signals
-    reason = f"{word}{HINTS.get(word, killed)}" if word else "gone from the queue"
+    reason = f"{word}{STATE_HINTS.get(word, killed)}" if word else "gone from the queue"
     return word, f"Slurm job {job.job_id} ended without an answer: {reason}; its log: {job.paths.stderr}"
 
 
-def ask(*command: str) -> str | None:
+def run_program(*command: str) -> str | None:
     """What a program of Slurm prints; None when it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else None
 
 
-def one_line(name: str, value: object) -> None:
+def check_one_line(name: str, value: object) -> None:
     """Raise ConfigError for a text that would be more than one line of a script."""
     if not isinstance(value, str | int | float) or re.search(r"[\x00-\x1f]", str(value)):
         raise ConfigError(

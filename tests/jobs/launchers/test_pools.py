@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from int8run.config.compose import own_options
 from int8run.errors import ConfigError
 from int8run.jobs.base import Outcome, Pool, WorkerDied
-from int8run.jobs.futures import ended_by
+from int8run.jobs.futures import describe_exit_code
 from int8run.jobs.launchers import joblib_launcher
 from int8run.jobs.launchers.joblib_launcher import Processes, ProcessWorker
 from int8run.jobs.launchers.ray_launcher import RayCluster
@@ -100,7 +100,7 @@ def test_how_a_process_ended(workers):
         workers[0].submit(dies(signal.SIGSEGV)).result(30)
     with pytest.raises(WorkerDied, match="ended by itself with exit code 3"):
         workers[1].submit(lambda: os._exit(3)).result(30)
-    assert "(unknown)" in str(ended_by(-99))
+    assert "(unknown)" in str(describe_exit_code(-99))
 
 
 def test_an_error_of_the_call_comes_out_as_it_is_and_the_process_stays(workers):
@@ -142,7 +142,7 @@ def test_a_sweep_that_is_over_leaves_no_complaint():
 
 
 def test_an_idle_process_that_does_not_leave_is_killed(pool, workers, monkeypatch):
-    monkeypatch.setattr(joblib_launcher, "LEAVE_S", 0.5)
+    monkeypatch.setattr(joblib_launcher, "EXIT_TIMEOUT_S", 0.5)
     pid = value(workers[0].submit(lambda: answer(atexit.register(time.sleep, 60) and os.getpid())))
     began = time.monotonic()
     pool.close()

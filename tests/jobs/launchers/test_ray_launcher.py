@@ -13,7 +13,7 @@ import pytest
 from int8run.errors import ConfigError
 from int8run.jobs.base import Outcome, WorkerDied
 from int8run.jobs.launchers import ray_launcher
-from int8run.jobs.launchers.ray_launcher import RayCluster, amounts, places, reason_in, share_of
+from int8run.jobs.launchers.ray_launcher import RayCluster, format_resources, count_workers, extract_death_reason, choose_resources
 from int8run.tracking.run_record import find_records
 
 SLOT = {"int8_slot": 1}
@@ -99,7 +99,7 @@ def test_two_nodes_and_a_worker_that_is_killed(pool):
 
 @pytest.mark.ray
 def test_a_worker_that_waits_is_said_once(pool, caplog, monkeypatch):
-    monkeypatch.setattr(ray_launcher, "SAY_AFTER_S", 0.5)
+    monkeypatch.setattr(ray_launcher, "WARN_AFTER_S", 0.5)
     workers = [pool.start() for _ in range(4)]
     for worker in workers[:2]:
         value(worker.submit(place()))
@@ -328,20 +328,20 @@ SMALL, BIG = {"CPU": 4.0}, {"CPU": 64.0}
     ],
 )
 def test_the_share_of_a_worker_and_the_room_there_is(machines, cpus, gpus, own, share, room):
-    assert share_of(machines, cpus, gpus, own) == share
-    assert [places(have, share) for have in machines] == room
+    assert choose_resources(machines, cpus, gpus, own) == share
+    assert [count_workers(have, share) for have in machines] == room
 
 
 def test_amounts_are_named_as_the_settings_are():
-    assert amounts({"CPU": 2.0, "GPU": 0.5, "slot": 1.0}) == "num_cpus=2, num_gpus=0.5, slot=1"
+    assert format_resources({"CPU": 2.0, "GPU": 0.5, "slot": 1.0}) == "num_cpus=2, num_gpus=0.5, slot=1"
 
 
 def test_the_reason_in_rays_page():
     assert (
-        reason_in("The actor died.\nThe actor is dead because its node has died. Node Id: ab")
+        extract_death_reason("The actor died.\nThe actor is dead because its node has died. Node Id: ab")
         == "its node has died. Node Id: ab"
     )
-    assert reason_in(
+    assert extract_death_reason(
         "Task was killed due to the node running low on memory.\nMemory on the node was 95%"
     ).startswith("Task was killed due to")
 

@@ -19,7 +19,7 @@ import pytest
 from int8run.errors import ConfigError
 from int8run.jobs.base import Outcome, WorkerDied
 from int8run.jobs.launchers import slurm_launcher
-from int8run.jobs.launchers.slurm_launcher import PROGRAMS, Slurm
+from int8run.jobs.launchers.slurm_launcher import SLURM_PROGRAMS, Slurm
 
 STAND_IN = """#!{python} -SE
 import os, re, shlex, signal, subprocess, sys
@@ -64,7 +64,7 @@ def cluster(tmp_path, monkeypatch):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in PROGRAMS:
+    for name in SLURM_PROGRAMS:
         (folder / name).write_text(STAND_IN.format(python=sys.executable))
         (folder / name).chmod(stat.S_IRWXU)
     (folder / "bash").symlink_to(shutil.which("bash"))
@@ -122,7 +122,7 @@ def test_deaths_are_told_in_slurms_words(pool, cluster, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     workers = [pool.start() for _ in range(3)]
-    monkeypatch.setattr(slurm_launcher, "GRACE_S", 60)  # there is nothing to wait for
+    monkeypatch.setattr(slurm_launcher, "RESULT_GRACE_S", 60)  # there is nothing to wait for
     answers = [workers[0].submit(dies), *(worker.submit(outcomes(60)) for worker in workers[1:])]
     (cluster / "2.state").write_text("TIMEOUT")
     (cluster / "3.state").write_text("CANCELLED")
@@ -147,7 +147,7 @@ def test_a_controller_that_does_not_answer_is_no_death(pool, cluster):
 
 
 def test_a_result_that_is_seen_late_is_no_death(pool, cluster, monkeypatch):
-    monkeypatch.setattr(slurm_launcher, "GRACE_S", 30)
+    monkeypatch.setattr(slurm_launcher, "RESULT_GRACE_S", 30)
     answer = pool.start().submit(outcomes(2.0))
     (cluster / "1.state").write_text("COMPLETED")  # gone from the queue, its file not there yet
     assert len(answer.result(30)) == 2
@@ -230,16 +230,16 @@ def test_accounting_is_asked_when_the_controller_has_forgotten(cluster, monkeypa
         asked.append(program)
         return {"sacct": "OUT_OF_MEMORY|0:125\n"}.get(program)
 
-    monkeypatch.setattr(slurm_launcher, "ask", ask)
+    monkeypatch.setattr(slurm_launcher, "run_program", ask)
     (cluster / "sacct").symlink_to("/bin/true")
     paths = types.SimpleNamespace(stderr="7_log.err")
     job = types.SimpleNamespace(job_id="7", paths=paths)
-    assert slurm_launcher.how_it_ended(job) == (
+    assert slurm_launcher.describe_job_end(job) == (
         "OUT_OF_MEMORY",
         "Slurm job 7 ended without an answer: OUT_OF_MEMORY; hydra.launcher.mem_gb asks for more; its log: 7_log.err",
     )
     (cluster / "sacct").unlink()
-    assert slurm_launcher.how_it_ended(job) == (
+    assert slurm_launcher.describe_job_end(job) == (
         None,
         "Slurm job 7 ended without an answer: gone from the queue; its log: 7_log.err",
     )
