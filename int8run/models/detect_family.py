@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Mapping
 
 from int8run.errors import ConfigError
 from int8run.models.family import Fingerprint, ModelFamily
-from int8run.models.state_dict_adapter import Shape, targets
+from int8run.models.state_dict_adapter import Shape, find_targets
 
 
-def denoiser_of(
+def detect_denoiser(
     keys: Iterable[str], families: Iterable[ModelFamily], shapes: Mapping[str, Shape] | None = None
 ) -> tuple[ModelFamily, str] | None:
     """The family of a file's denoiser and its class in diffusers; None where no fingerprint matches.
@@ -29,7 +29,7 @@ def denoiser_of(
         for mark in family.fingerprints:
             if not matches(mark, keys):
                 continue
-            if shapes is None or family.wrong_inputs(widths(shapes, mark.denoiser)) is None:
+            if shapes is None or family.find_input_mismatch(read_input_widths(shapes, mark.denoiser)) is None:
                 found[family.name, mark.denoiser] = family
     if len(found) > 1:
         words = " or ".join(f"{name} ({denoiser})" for name, denoiser in found)
@@ -40,12 +40,12 @@ def denoiser_of(
 
 def matches(mark: Fingerprint, keys: Collection[str]) -> bool:
     """Whether all of a fingerprint's patterns are among the keys and none of those that must not be."""
-    return all(among(pattern, keys) for pattern in mark.all) and not any(
-        among(pattern, keys) for pattern in mark.none
+    return all(has_match(pattern, keys) for pattern in mark.all) and not any(
+        has_match(pattern, keys) for pattern in mark.none
     )
 
 
-def among(pattern: str, keys: Collection[str]) -> bool:
+def has_match(pattern: str, keys: Collection[str]) -> bool:
     """Whether a key matches an fnmatch pattern."""
     if not re.search(r"[*?[]", pattern):
         return pattern in keys
@@ -53,11 +53,11 @@ def among(pattern: str, keys: Collection[str]) -> bool:
     return any(fits(key) for key in keys)
 
 
-def widths(shapes: Mapping[str, Shape], denoiser: str) -> dict[str, int]:
+def read_input_widths(shapes: Mapping[str, Shape], denoiser: str) -> dict[str, int]:
     """How many inputs the layers of a file have, by their names in the model."""
     weights = {key: shape[1] for key, shape in shapes.items() if len(shape) == 2 and key.endswith(".weight")}
     return {
         name.removesuffix(".weight"): weights[key]
-        for key, names in targets(weights, denoiser).items()
+        for key, names in find_targets(weights, denoiser).items()
         for name in names
     }

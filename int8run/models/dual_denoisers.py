@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 
-class Experts(nn.Module):
+class DualDenoiser(nn.Module):
     """The denoisers of one pipeline as one module: layers are named by their component first (`transformer_2.blocks.0.attn1.to_q`).
 
     Args:
@@ -24,22 +24,22 @@ class Experts(nn.Module):
         return self.get_submodule(expert)(**arguments)
 
 
-def denoiser_parts(denoiser: nn.Module) -> dict[str, nn.Module]:
+def split_denoiser(denoiser: nn.Module) -> dict[str, nn.Module]:
     """The modules that a pipeline calls, by the prefix of their layers' names: `""` for a single one."""
     return (
         {f"{n}.": part for n, part in denoiser.named_children()}
-        if isinstance(denoiser, Experts)
+        if isinstance(denoiser, DualDenoiser)
         else {"": denoiser}
     )
 
 
-def use_denoiser(pipe: DiffusionPipeline, denoiser: nn.Module, component: str) -> None:
+def set_denoiser(pipe: DiffusionPipeline, denoiser: nn.Module, component: str) -> None:
     """Let the pipeline call this denoiser.
 
     Args:
         component: the name of a single one's place.
     """
-    for prefix, part in denoiser_parts(denoiser).items():
+    for prefix, part in split_denoiser(denoiser).items():
         name = prefix.removesuffix(".") or component
         if getattr(pipe, name, None) is not part:  # one that is there may have hooks for its offloading
             pipe.register_modules(**{name: part})

@@ -38,12 +38,12 @@ import yaml
 
 from int8run.errors import ConfigError
 
-FOLDER = Path(__file__).parent / "key_mappings"
-EVERY_CLASS = "*"
-SWAPS = (False, True, "last")
+MAPPING_FOLDER = Path(__file__).parent / "key_mappings"
+ANY_CLASS = "*"
+SWAP_CHOICES = (False, True, "last")
 SECTIONS = ("names", "lora_names", "parameters")
-MODULES = ("needs", "lacks")
-FIELDS = {"classes", "prefix", "drop", *SECTIONS, *MODULES}
+MODULE_LISTS = ("needs", "lacks")
+FIELDS = {"classes", "prefix", "drop", *SECTIONS, *MODULE_LISTS}
 OPTIONS = {
     "names": ("swap_halves", "without"),
     "lora_names": ("swap_halves", "without"),
@@ -52,7 +52,7 @@ OPTIONS = {
 
 
 @dataclass(frozen=True)
-class NamingRule:
+class KeyMapping:
     """One line of a file of rules.
 
     Args:
@@ -65,7 +65,7 @@ class NamingRule:
         whole_key: the names are whole keys, parameters; else modules.
     """
 
-    native: str
+    original: str
     targets: tuple[str, ...]
     swap_halves: bool | str = False
     shape: tuple[int, ...] | None = None
@@ -73,17 +73,17 @@ class NamingRule:
     whole_key: bool = False
     transposed: bool = False
 
-    def subject(self, key: str) -> str:
+    def extract_name(self, key: str) -> str:
         """What of a key the rule is about: all of it, or its module."""
         return key if self.whole_key else key.rpartition(".")[0]
 
-    def completed(self, name: str, key: str) -> str:
+    def complete_key(self, name: str, key: str) -> str:
         """The key that becomes of `key` when the rule calls its subject `name`."""
         return name if self.whole_key else f"{name}.{key.rpartition('.')[2]}"
 
 
 @dataclass(frozen=True)
-class Names:
+class KeyMappingSet:
     """What one file of rules says.
 
     Args:
@@ -96,44 +96,44 @@ class Names:
         lacks: modules of none of them.
     """
 
-    names: tuple[NamingRule, ...] = ()
-    lora_names: tuple[NamingRule, ...] = ()
-    parameters: tuple[NamingRule, ...] = ()
+    names: tuple[KeyMapping, ...] = ()
+    lora_names: tuple[KeyMapping, ...] = ()
+    parameters: tuple[KeyMapping, ...] = ()
     drop: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     needs: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
 
 
-def rules_for(class_name: str, folder: Path = FOLDER) -> tuple[NamingRule, ...]:
+def load_lora_mappings(class_name: str, folder: Path = MAPPING_FOLDER) -> tuple[KeyMapping, ...]:
     """The rules for modules of a model class as LoRA files may use them: its own, those of LoRA files only, those of all classes.
 
     Raises:
         ConfigError: for a malformed file of rules.
     """
-    own = names_of(class_name, folder)
-    return own.names + own.lora_names + names_of(EVERY_CLASS, folder).names
+    own = load_mappings(class_name, folder)
+    return own.names + own.lora_names + load_mappings(ANY_CLASS, folder).names
 
 
-def names_of(class_name: str, folder: Path = FOLDER) -> Names:
+def load_mappings(class_name: str, folder: Path = MAPPING_FOLDER) -> KeyMappingSet:
     """What is known about the names of a model class; nothing where no file names it.
 
     Raises:
         ConfigError: for a malformed file of rules.
     """
-    return read_folder(folder).get(class_name, Names())
+    return read_mapping_folder(folder).get(class_name, KeyMappingSet())
 
 
 @cache
-def read_folder(folder: Path) -> Mapping[str, Names]:
+def read_mapping_folder(folder: Path) -> Mapping[str, KeyMappingSet]:
     """All files of a folder: rules by class name.
 
     Raises:
         ConfigError: for a malformed file, or a class that two files name.
     """
-    by_class: dict[str, Names] = {}
+    by_class: dict[str, KeyMappingSet] = {}
     for file in sorted(folder.glob("*.yaml")):
-        classes, rules = read_rules(file)
+        classes, rules = read_mapping_file(file)
         for name in classes:
             if name in by_class:
                 raise ConfigError(
@@ -143,14 +143,14 @@ def read_folder(folder: Path) -> Mapping[str, Names]:
     return by_class
 
 
-def read_rules(file: Path) -> tuple[list[str], Names]:
+def read_mapping_file(file: Path) -> tuple[list[str], KeyMappingSet]:
     """The classes and the rules of one file.
 
     Raises:
         ConfigError: for anything but the layout above; the message names file and rule.
     """
     try:
-        data = yaml.load(file.read_text(), Loader=UniqueKeys)
+        data = yaml.load(file.read_text(), Loader=UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{file.name} is no readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict) or not {"classes", "names"} <= set(data) <= FIELDS:
@@ -170,19 +170,19 @@ def read_rules(file: Path) -> tuple[list[str], Names]:
             f"{file.name}: drop is {drop!r}; it takes a mapping of a key's pattern to the reason"
         )
     for pattern in drop:
-        if not is_pattern(pattern) or wildcards(pattern)[1] > 1:
+        if not is_name_pattern(pattern) or count_wildcards(pattern)[1] > 1:
             raise ConfigError(
                 f"{file.name}: drop has the pattern {pattern!r}; it takes a key with * for numbers and one ** at most"
             )
-    for kind in MODULES:
-        if not isinstance(data.get(kind, []), list) or not all(map(is_pattern, data.get(kind, []))):
+    for kind in MODULE_LISTS:
+        if not isinstance(data.get(kind, []), list) or not all(map(is_name_pattern, data.get(kind, []))):
             raise ConfigError(f"{file.name}: {kind} is {data[kind]!r}; it takes a list of module names")
-    names, lora_names, parameters = (read_section(file.name, kind, data.get(kind, {})) for kind in SECTIONS)
-    needs, lacks = (tuple(data.get(kind, ())) for kind in MODULES)
-    return classes, Names(names, lora_names, parameters, drop, prefix, needs, lacks)
+    names, lora_names, parameters = (parse_section(file.name, kind, data.get(kind, {})) for kind in SECTIONS)
+    needs, lacks = (tuple(data.get(kind, ())) for kind in MODULE_LISTS)
+    return classes, KeyMappingSet(names, lora_names, parameters, drop, prefix, needs, lacks)
 
 
-def read_section(file: str, kind: str, section: object) -> tuple[NamingRule, ...]:
+def parse_section(file: str, kind: str, section: object) -> tuple[KeyMapping, ...]:
     """The rules of one mapping of a file; `kind` is its name.
 
     Raises:
@@ -192,10 +192,10 @@ def read_section(file: str, kind: str, section: object) -> tuple[NamingRule, ...
         raise ConfigError(
             f"{file}: {kind} is {section!r}; it takes a mapping of a name elsewhere to a name in the model"
         )
-    return tuple(read_rule(file, native, value, kind) for native, value in section.items())
+    return tuple(parse_mapping(file, native, value, kind) for native, value in section.items())
 
 
-def read_rule(file: str, native: object, value: Any, kind: str = "names") -> NamingRule:
+def parse_mapping(file: str, native: object, value: Any, kind: str = "names") -> KeyMapping:
     """One rule of the mapping `kind`, checked: strings, known fields, the same wildcards on both sides.
 
     Raises:
@@ -210,45 +210,45 @@ def read_rule(file: str, native: object, value: Any, kind: str = "names") -> Nam
         )
     targets = options["to"] if isinstance(options["to"], list) else [options["to"]]
     patterns = [native, *targets]
-    if not targets or not all(map(is_pattern, patterns)):
+    if not targets or not all(map(is_name_pattern, patterns)):
         raise ConfigError(f"{where} points to {options['to']!r}; it takes a module name or a list of them")
     swap, shape, without = options.get("swap_halves", False), options.get("shape"), options.get("without", "")
     transposed = options.get("transposed", False)
     if len(targets) > 1 and ("shape" in options or transposed):
         raise ConfigError(f"{where} changes the shape of several parameters; only a rule with one can")
-    if swap not in SWAPS or (isinstance(swap, int) and not isinstance(swap, bool)):
+    if swap not in SWAP_CHOICES or (isinstance(swap, int) and not isinstance(swap, bool)):
         raise ConfigError(f"{where} has swap_halves {swap!r}; choose true, false or last")
     if swap and len(targets) > 1:
         raise ConfigError(f"{where} swaps the halves of several modules; only a rule with one module can")
     if swap == "last" and "*" not in str(native).split("."):
         raise ConfigError(f"{where} swaps halves in the last block but has no * for its number")
-    if "shape" in options and not is_shape(shape):
+    if "shape" in options and not is_target_shape(shape):
         raise ConfigError(
             f"{where} has the shape {shape!r}; it takes a list of whole numbers above 0, and -1 for one of them"
         )
     if not isinstance(transposed, bool):
         raise ConfigError(f"{where} has transposed {transposed!r}; choose true or false")
-    if "without" in options and (not is_pattern(without) or wildcards(without)[1] > 1):
+    if "without" in options and (not is_name_pattern(without) or count_wildcards(without)[1] > 1):
         raise ConfigError(f"{where} has without {without!r}; it takes the pattern of a module name")
-    if len(set(map(wildcards, patterns))) > 1 or wildcards(str(native))[1] > 1:
+    if len(set(map(count_wildcards, patterns))) > 1 or count_wildcards(str(native))[1] > 1:
         raise ConfigError(f"{where}: both sides need the same number of *, and the same ** (one at most)")
     shape = None if shape is None else tuple(shape)
-    return NamingRule(str(native), tuple(targets), swap, shape, without, kind == "parameters", transposed)
+    return KeyMapping(str(native), tuple(targets), swap, shape, without, kind == "parameters", transposed)
 
 
-def is_pattern(pattern: object) -> bool:
+def is_name_pattern(pattern: object) -> bool:
     """A name whose parts between dots are not empty."""
     return isinstance(pattern, str) and all(pattern.split("."))
 
 
-def is_shape(shape: object) -> bool:
+def is_target_shape(shape: object) -> bool:
     """A list of sizes, one of them at most -1."""
     if not isinstance(shape, list) or not shape or shape.count(-1) > 1:
         return False
     return all(isinstance(n, int) and not isinstance(n, bool) and (n > 0 or n == -1) for n in shape)
 
 
-def wildcards(pattern: str) -> tuple[int, int]:
+def count_wildcards(pattern: str) -> tuple[int, int]:
     """How many `*` and `**` a pattern has; any other use of the star counts as a `**` too many."""
     segments = pattern.split(".")
     odd = sum("*" in s and s not in ("*", "**") for s in segments)
@@ -256,23 +256,23 @@ def wildcards(pattern: str) -> tuple[int, int]:
 
 
 @cache
-def matcher(pattern: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str) -> re.Pattern[str]:
     """The regular expression of a pattern; a group for each wildcard."""
     groups = {"*": r"(?P<n{}>\d+)", "**": "(?P<rest>.+)"}
     parts = [groups[s].format(i) if s in groups else re.escape(s) for i, s in enumerate(pattern.split("."))]
     return re.compile(r"\.".join(parts))
 
 
-def captures(pattern: str, name: str) -> tuple[tuple[str, ...], str] | None:
+def match_pattern(pattern: str, name: str) -> tuple[tuple[str, ...], str] | None:
     """What the wildcards of a pattern stand for in a name, numbers first; None when it does not match."""
-    found = matcher(pattern).fullmatch(name)
+    found = compile_pattern(pattern).fullmatch(name)
     if found is None:
         return None
     groups = found.groupdict()
     return tuple(v for k, v in groups.items() if k != "rest"), groups.get("rest", "")
 
 
-def fill(pattern: str, values: tuple[Iterable[str], str]) -> str:
+def fill_pattern(pattern: str, values: tuple[Iterable[str], str]) -> str:
     """A pattern with its wildcards replaced by what `captures` found."""
     numbers, rest = iter(values[0]), values[1]
     return ".".join(
@@ -280,12 +280,12 @@ def fill(pattern: str, values: tuple[Iterable[str], str]) -> str:
     )
 
 
-def greatest(pattern: str, names: Iterable[str]) -> int:
+def find_greatest_number(pattern: str, names: Iterable[str]) -> int:
     """The greatest number that the first `*` of a pattern stands for in names; -1 when none matches."""
-    return max((int(values[0][0]) for name in names if (values := captures(pattern, name))), default=-1)
+    return max((int(values[0][0]) for name in names if (values := match_pattern(pattern, name))), default=-1)
 
 
-class UniqueKeys(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """A safe loader that refuses a key given twice; YAML's own takes the last and says nothing."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

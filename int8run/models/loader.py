@@ -13,9 +13,9 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from int8run.errors import BackendError, ConfigError, FileError, suggest
+from int8run.errors import BackendError, ConfigError, FileError, suggest_similar
 from int8run.models.sampling import Sampling
-from int8run.models.source import read_index, unloadable
+from int8run.models.source import make_load_error, read_model_index
 
 log = logging.getLogger(__name__)
 DEVICES = ("cpu", "cuda")
@@ -56,7 +56,7 @@ def load_parts(folder: Path, parts: Mapping[str, Sequence[str]], dtype: torch.dt
         FileError: when one cannot be had.
         ConfigError: for a class that transformers does not have.
     """
-    index, found = read_index(folder, str(folder)), {}
+    index, found = read_model_index(folder, str(folder)), {}
     for name, (class_name, location) in parts.items():
         if None not in (index.get(name) or [None]) and (folder / name).is_dir():
             continue
@@ -98,7 +98,7 @@ def load_pipeline(
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     # the base class forgets components that a pipeline calls optional, and reads them itself
-    named = getattr(diffusers, str(read_index(folder, str(folder)).get("_class_name")), None)
+    named = getattr(diffusers, str(read_model_index(folder, str(folder)).get("_class_name")), None)
     cls: Any = (
         named if isinstance(named, type) and issubclass(named, DiffusionPipeline) else DiffusionPipeline
     )
@@ -108,7 +108,7 @@ def load_pipeline(
         )
     # diffusers reads a damaged index as it comes: a list, a missing key and an unknown class each raise their own kind
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise unloadable(str(folder), error) from error
+        raise make_load_error(str(folder), error) from error
     for name, denoiser in denoisers.items():
         if getattr(pipeline, name) is not denoiser:
             raise FileError(
@@ -121,7 +121,7 @@ def load_pipeline(
     return pipeline
 
 
-def use_scheduler(pipe: DiffusionPipeline, original: Any, sampling: Sampling) -> None:
+def set_scheduler(pipe: DiffusionPipeline, original: Any, sampling: Sampling) -> None:
     """Give the pipeline the scheduler that the sampling names, made from its original one's config.
 
     Raises:
@@ -132,12 +132,12 @@ def use_scheduler(pipe: DiffusionPipeline, original: Any, sampling: Sampling) ->
         return
     name = sampling.scheduler or type(original).__name__
     if not is_scheduler(name):
-        known = alike(original)
+        known = list_compatible_schedulers(original)
         reason = (
             "needs a library that is not there" if name in dir(diffusers) else "is no scheduler of diffusers"
         )
         raise ConfigError(
-            f"sampler.scheduler={name} {reason}; {suggest(name, known)}choose from {', '.join(known)}"
+            f"sampler.scheduler={name} {reason}; {suggest_similar(name, known)}choose from {', '.join(known)}"
         )
     cls: Any = getattr(diffusers, name)
     settings = inspect.signature(cls).parameters
@@ -154,7 +154,7 @@ def use_scheduler(pipe: DiffusionPipeline, original: Any, sampling: Sampling) ->
         ) from error
 
 
-def alike(original: Any) -> list[str]:
+def list_compatible_schedulers(original: Any) -> list[str]:
     """Schedulers whose steps are asked for in the same way, so that a pipeline made for the original can use them."""
     wanted = set(inspect.signature(original.set_timesteps).parameters) & {"sigmas", "timesteps"}
     names = [
@@ -181,7 +181,7 @@ def is_scheduler(name: str) -> bool:
     )
 
 
-def repeated_blocks(denoiser: nn.Module) -> list[str]:
+def list_block_prefixes(denoiser: nn.Module) -> list[str]:
     """Prefixes of the blocks in a denoiser's own block lists (`transformer_blocks.0.`), in order."""
     return [
         f"{name}.{i}."
@@ -191,7 +191,7 @@ def repeated_blocks(denoiser: nn.Module) -> list[str]:
     ]
 
 
-def library_versions() -> dict[str, str]:
+def read_library_versions() -> dict[str, str]:
     """Versions of the libraries that decide a result."""
     names = ("int8run", "torch", "diffusers", "transformers", "safetensors", "hydra-core", "mlflow", "numpy")
     return {name: importlib.metadata.version(name) for name in names}

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from int8run.errors import ConfigError, in_range
+from int8run.errors import ConfigError, check_range
 
 # arguments of a pipeline that fix the number of its steps
-OWN_STEPS = ("sigmas", "timesteps")
+SCHEDULE_ARGUMENTS = ("sigmas", "timesteps")
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.steps is not None:
-            in_range("sampler.steps", self.steps, 1, 1000, whole=True)
+            check_range("sampler.steps", self.steps, 1, 1000, whole=True)
         if self.guidance is not None:
-            in_range("sampler.guidance", self.guidance, 0, 100)
+            check_range("sampler.guidance", self.guidance, 0, 100)
         for name in ("height", "width"):
             if getattr(self, name) is not None:
-                in_range(f"sampler.{name}", getattr(self, name), 8, 16384, whole=True)
+                check_range(f"sampler.{name}", getattr(self, name), 8, 16384, whole=True)
         if self.scheduler is not None and not isinstance(self.scheduler, str):
             raise ConfigError(
                 f"sampler.scheduler is {self.scheduler!r}; it takes the name of a class of diffusers, such as LCMScheduler"
@@ -50,9 +50,9 @@ class Sampling:
             raise ConfigError(
                 f"sampler.scheduler_settings is {given!r}; it takes names and values, such as {{shift: 3.0}}"
             )
-        in_range("sampler.batch", self.batch, 1, 1024, whole=True)
+        check_range("sampler.batch", self.batch, 1, 1024, whole=True)
 
-    def over(self, default: "Sampling") -> "Sampling":
+    def with_defaults(self, default: "Sampling") -> "Sampling":
         """These settings, with the default's where None."""
         open_fields = [f.name for f in fields(self) if getattr(self, f.name) is None]
         extra = {**default.extra, **self.extra}

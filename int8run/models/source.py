@@ -11,25 +11,25 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 
-from int8run.errors import ConfigError, FileError, suggest
+from int8run.errors import ConfigError, FileError, suggest_similar
 from int8run.models.family import ModelSource
 from int8run.models.resolve_weights import (
-    COMPONENTS,
-    CONFIG,
-    INDEX,
-    OTHERS,
-    SAFE,
-    denoiser_names,
-    local,
+    CONFIG_NAME,
+    DENOISER_COMPONENTS,
+    MODEL_INDEX_NAME,
+    SAFETENSORS,
+    UNSUPPORTED_FORMATS,
+    check_format,
+    list_denoisers,
     read_json,
-    refuse_format,
+    to_local_path,
 )
 
 ONLY = ""  # whose weights a single file has, before that is known
 
 
 @dataclass(frozen=True)
-class Denoiser:
+class ResolvedDenoiser:
     """One denoiser of a pipeline.
 
     Args:
@@ -44,7 +44,7 @@ class Denoiser:
     config: Mapping[str, Any]
     weights: Path
 
-    def skeleton(self, dtype: torch.dtype) -> nn.Module:
+    def build_skeleton(self, dtype: torch.dtype) -> nn.Module:
         """The module with parameters that have shapes and no values; buffers that no checkpoint holds are there.
 
         Raises:
@@ -70,7 +70,7 @@ class Denoiser:
 
 
 @dataclass(frozen=True)
-class Source:
+class ResolvedModel:
     """A model's parts.
 
     Args:
@@ -80,11 +80,11 @@ class Source:
     """
 
     folder: Path
-    denoisers: tuple[Denoiser, ...]
-    single: bool
+    denoisers: tuple[ResolvedDenoiser, ...]
+    has_single_files: bool
 
 
-def find_source(source: ModelSource) -> Source:
+def resolve_model(source: ModelSource) -> ResolvedModel:
     """Find every part, fetching from the hub what is named by its id there. No weight is read.
 
     Raises:
@@ -99,31 +99,31 @@ def find_source(source: ModelSource) -> Source:
     )
     if (
         not isinstance(location, Mapping)
-        and not is_file(str(location))
-        and not is_denoiser_folder(local(str(location)))
+        and not names_file(str(location))
+        and not is_denoiser_folder(to_local_path(str(location)))
     ):
-        folder = pipeline_folder(str(location), source.revision)
-        index = read_index(folder, str(location))
-        names = denoiser_names(index, str(folder))
-        return Source(
+        folder = resolve_pipeline_folder(str(location), source.revision)
+        index = read_model_index(folder, str(location))
+        names = list_denoisers(index, str(folder))
+        return ResolvedModel(
             folder, tuple(read_denoiser(folder, name, index, folder / name) for name in names), False
         )
     for name in files.values():
-        refuse_format(name)
+        check_format(name)
     if source.base is None:
         raise ConfigError(
             f"model.location={location} holds a denoiser alone; set model.base=<hub id or diffusers folder> that the text encoders, "
             "the VAE, the scheduler and the denoiser's config come from"
         )
-    folder = pipeline_folder(source.base, None, without=COMPONENTS, setting="model.base")
-    index = read_index(folder, source.base)
-    names = denoiser_names(index, str(folder))
+    folder = resolve_pipeline_folder(source.base, None, without=DENOISER_COMPONENTS, setting="model.base")
+    index = read_model_index(folder, source.base)
+    names = list_denoisers(index, str(folder))
     if ONLY in files:
         files = {names[0]: files[ONLY]}
     unknown = [name for name in files if name not in names]
     if unknown:
         raise ConfigError(
-            f"model.location names {unknown[0]}; {suggest(unknown[0], names)}{source.base} has {', '.join(names)}"
+            f"model.location names {unknown[0]}; {suggest_similar(unknown[0], names)}{source.base} has {', '.join(names)}"
         )
     missing = [name for name in names if name not in files]
     if missing:
@@ -131,21 +131,27 @@ def find_source(source: ModelSource) -> Source:
         raise ConfigError(
             f"{source.base} has {len(names)} denoisers ({', '.join(names)}); set 'model.location={{{pair}}}'"
         )
-    found = [read_denoiser(folder, name, index, weight_file(files[name], source.revision)) for name in names]
-    return Source(folder, tuple(found), True)
+    found = [
+        read_denoiser(folder, name, index, resolve_weight_file(files[name], source.revision))
+        for name in names
+    ]
+    return ResolvedModel(folder, tuple(found), True)
 
 
-def is_file(location: str) -> bool:
+def names_file(location: str) -> bool:
     """Whether a location names a file, here or on the hub."""
-    return Path(location).suffix.lower() in (SAFE, *OTHERS) or local(location).is_file()
+    return (
+        Path(location).suffix.lower() in (SAFETENSORS, *UNSUPPORTED_FORMATS)
+        or to_local_path(location).is_file()
+    )
 
 
 def is_denoiser_folder(path: Path) -> bool:
     """Whether a folder holds weights and no pipeline."""
-    return path.is_dir() and not (path / INDEX).is_file() and any(path.glob(f"*{SAFE}"))
+    return path.is_dir() and not (path / MODEL_INDEX_NAME).is_file() and any(path.glob(f"*{SAFETENSORS}"))
 
 
-def pipeline_folder(
+def resolve_pipeline_folder(
     location: str, revision: str | None, without: tuple[str, ...] = (), setting: str = "model.location"
 ) -> Path:
     """The diffusers folder behind a path or a hub id, which is fetched.
@@ -157,10 +163,10 @@ def pipeline_folder(
     Raises:
         FileError: when it is not there or cannot be fetched.
     """
-    path = local(location)
+    path = to_local_path(location)
     if location.startswith(("shipped:", ".", "/", "~")) or path.is_dir():
-        if not (path / INDEX).is_file():
-            raise FileError(f"{path.absolute()} is not a diffusers folder: it has no {INDEX}")
+        if not (path / MODEL_INDEX_NAME).is_file():
+            raise FileError(f"{path.absolute()} is not a diffusers folder: it has no {MODEL_INDEX_NAME}")
         return path
     try:
         folder = Path(
@@ -168,48 +174,50 @@ def pipeline_folder(
                 location, revision=revision, use_safetensors=True, **dict.fromkeys(without)
             )  # nothing pickled
         )
-        index = read_index(folder, location)
-        for name in denoiser_names(index, str(folder)) if without else ():
-            hf_hub_download(location, CONFIG, subfolder=name, revision=revision)
+        index = read_model_index(folder, location)
+        for name in list_denoisers(index, str(folder)) if without else ():
+            hf_hub_download(location, CONFIG_NAME, subfolder=name, revision=revision)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise unfetched(location, setting, error) from error
+        raise make_download_error(location, setting, error) from error
     return folder
 
 
-def weight_file(location: str, revision: str | None) -> Path:
+def resolve_weight_file(location: str, revision: str | None) -> Path:
     """The file or folder of a denoiser's weights; `org/repo/file.safetensors` is fetched from the hub.
 
     Raises:
         FileError: when it is not there.
     """
-    path = local(location)
+    path = to_local_path(location)
     if path.exists():
         return path
     parts = location.split("/")
     if location.startswith((".", "/", "~")) or len(parts) < 3:
-        raise FileError(f"{path.absolute()}: no such file; on the hub a file is org/repository/name{SAFE}")
+        raise FileError(
+            f"{path.absolute()}: no such file; on the hub a file is org/repository/name{SAFETENSORS}"
+        )
     try:
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=revision))
     except (OSError, ValueError) as error:
-        raise unfetched(location, "model.location", error) from error
+        raise make_download_error(location, "model.location", error) from error
 
 
-def part_folder(name: str, location: str) -> Path:
+def resolve_part_folder(name: str, location: str) -> Path:
     """The folder of one component that lies elsewhere; what a hub id names is fetched, without what is pickled.
 
     Raises:
         FileError: when it cannot be had.
     """
-    path = local(location)
+    path = to_local_path(location)
     if path.is_dir():
         return path
     try:
-        return Path(snapshot_download(location, allow_patterns=["*.json", f"*{SAFE}"]))
+        return Path(snapshot_download(location, allow_patterns=["*.json", f"*{SAFETENSORS}"]))
     except (OSError, ValueError) as error:
-        raise unfetched(location, f"model.parts.{name}", error) from error
+        raise make_download_error(location, f"model.parts.{name}", error) from error
 
 
-def unfetched(location: str, setting: str, error: Exception) -> FileError:
+def make_download_error(location: str, setting: str, error: Exception) -> FileError:
     """The error for what neither this machine nor the hub gave."""
     reason = " ".join(str(error).split()).split(". ")[0][:160]
     return FileError(
@@ -218,7 +226,7 @@ def unfetched(location: str, setting: str, error: Exception) -> FileError:
     )
 
 
-def unloadable(location: str, error: Exception) -> FileError:
+def make_load_error(location: str, error: Exception) -> FileError:
     """The error for a model that diffusers could not read."""
     reason = (
         f"{type(error).__name__}: " * isinstance(error, KeyError | TypeError)
@@ -229,19 +237,19 @@ def unloadable(location: str, error: Exception) -> FileError:
     )
 
 
-def read_index(folder: Path, location: str) -> Mapping[str, Any]:
+def read_model_index(folder: Path, location: str) -> Mapping[str, Any]:
     """What a pipeline is made of.
 
     Raises:
         FileError: when the folder does not say.
     """
     try:
-        return read_json(folder / INDEX)
+        return read_json(folder / MODEL_INDEX_NAME)
     except FileError as error:
-        raise unloadable(location, error) from error
+        raise make_load_error(location, error) from error
 
 
-def read_denoiser(folder: Path, component: str, index: Mapping[str, Any], weights: Path) -> Denoiser:
+def read_denoiser(folder: Path, component: str, index: Mapping[str, Any], weights: Path) -> ResolvedDenoiser:
     """What a diffusers folder says about one denoiser.
 
     Raises:
@@ -250,8 +258,10 @@ def read_denoiser(folder: Path, component: str, index: Mapping[str, Any], weight
     library, class_name = index[component] if len(index[component]) == 2 else (None, index[component])
     if library != "diffusers" or not isinstance(getattr(diffusers, str(class_name), None), type):
         known = f"{library}.{class_name} is not in diffusers {diffusers.__version__}"
-        raise unloadable(str(folder), ValueError(f"the {component} is of a class that is not here: {known}"))
-    return Denoiser(component, str(class_name), read_config(folder / component), weights)
+        raise make_load_error(
+            str(folder), ValueError(f"the {component} is of a class that is not here: {known}")
+        )
+    return ResolvedDenoiser(component, str(class_name), read_config(folder / component), weights)
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
@@ -261,6 +271,6 @@ def read_config(folder: Path) -> Mapping[str, Any]:
         FileError: when it has none that can be read.
     """
     try:
-        return read_json(folder / CONFIG)
+        return read_json(folder / CONFIG_NAME)
     except FileError as error:
-        raise unloadable(str(folder.parent), error) from error
+        raise make_load_error(str(folder.parent), error) from error

@@ -12,17 +12,24 @@ from math import prod
 from torch import Tensor
 
 from int8run.errors import ConfigError, FileError
-from int8run.models.key_mapping import Names, NamingRule, captures, fill, greatest, names_of
+from int8run.models.key_mapping import (
+    KeyMapping,
+    KeyMappingSet,
+    fill_pattern,
+    find_greatest_number,
+    load_mappings,
+    match_pattern,
+)
 
 Shape = tuple[int, ...]
 # whole checkpoints and ComfyUI's save nodes; some of its older files; Cosmos and what is built on it; nobody's rule, but seen
-PREFIXES = ("model.diffusion_model.", "model.model.", "net.", "diffusion_model.")
+DENOISER_PREFIXES = ("model.diffusion_model.", "model.model.", "net.", "diffusion_model.")
 # as many keys have it by chance (ComfyUI's number)
-FEW = 5
+CHANCE_MATCHES = 5
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """Rows of one tensor.
 
     Args:
@@ -39,7 +46,7 @@ class Part:
     shape: Shape | None = None
     transposed: bool = False
 
-    def cut(self, tensor: Tensor) -> Tensor:
+    def extract(self, tensor: Tensor) -> Tensor:
         """This part of `key`'s tensor, or of one with as many rows ([N], [N, 1] scales); a single value belongs to every row."""
         if tensor.numel() == 1 and self.shape is None:
             return tensor
@@ -52,7 +59,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Layout:
+class StateDictLayout:
     """Where a model's parameters are in a file.
 
     Args:
@@ -62,32 +69,34 @@ class Layout:
         dropped: keys that files of this architecture have and the model has no place for, with the reason.
     """
 
-    parts: Mapping[str, tuple[Part, ...]]
+    parts: Mapping[str, tuple[TensorPart, ...]]
     unused: tuple[str, ...]
     missing: tuple[str, ...]
     dropped: Mapping[str, str]
 
 
-def strip_prefix(keys: Iterable[str]) -> str:
+def find_prefix(keys: Iterable[str]) -> str:
     """What stands before the denoiser's keys in a file: one of PREFIXES, or `model.` before every key, else nothing.
 
     A whole checkpoint has keys of other components besides, without this prefix.
     """
     keys = list(keys)
-    for prefix in PREFIXES:
-        if sum(key.startswith(prefix) for key in keys) > FEW:
+    for prefix in DENOISER_PREFIXES:
+        if sum(key.startswith(prefix) for key in keys) > CHANCE_MATCHES:
             return prefix
     return "model." if keys and all(key.startswith("model.") for key in keys) else ""
 
 
-def denoiser_keys(keys: Iterable[str]) -> dict[str, str]:
+def find_denoiser_keys(keys: Iterable[str]) -> dict[str, str]:
     """The denoiser's keys of a file: name without prefix -> key as it is in the file."""
     keys = list(keys)
-    prefix = strip_prefix(keys)
+    prefix = find_prefix(keys)
     return {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
 
 
-def to_model(shapes: Mapping[str, Shape], parameters: Mapping[str, Shape], class_name: str) -> Layout:
+def to_model(
+    shapes: Mapping[str, Shape], parameters: Mapping[str, Shape], class_name: str
+) -> StateDictLayout:
     """Find a model's parameters in a file.
 
     Args:
@@ -99,15 +108,15 @@ def to_model(shapes: Mapping[str, Shape], parameters: Mapping[str, Shape], class
         FileError: when a tensor has another shape than its parameters, when the model has only some of the parameters that a
             tensor holds, or when two tensors mean the same parameter.
     """
-    names = names_of(class_name)
-    last = last_numbers(names, parameters)
-    parts: dict[str, tuple[Part, ...]] = {}
+    names = load_mappings(class_name)
+    last = find_last_blocks(names, parameters)
+    parts: dict[str, tuple[TensorPart, ...]] = {}
     unused, dropped = [], {}
     for key, shape in shapes.items():
-        meant = meaning(key, names, last, parameters)
+        meant = resolve_key(key, names, last, parameters)
         known = [part.key in parameters for part in meant]
         if not any(known):
-            reason = why_dropped(key, names)
+            reason = find_drop_reason(key, names)
             if reason is None:
                 unused.append(key)
             else:
@@ -116,39 +125,39 @@ def to_model(shapes: Mapping[str, Shape], parameters: Mapping[str, Shape], class
         if not all(known):
             there = [f"{'has' if k else 'has no'} {part.key}" for k, part in zip(known, meant, strict=True)]
             raise FileError(
-                f"{key} of the file holds several parameters, but the {class_name} {', '.join(there)}: {OTHER_MODEL}"
+                f"{key} of the file holds several parameters, but the {class_name} {', '.join(there)}: {WRONG_ARCHITECTURE}"
             )
-        for name, part in cut_up(key, shape, meant, parameters, class_name):
+        for name, part in split_tensor(key, shape, meant, parameters, class_name):
             if name in parts:
                 raise FileError(
                     f"the file holds {name} of the {class_name} twice: as {parts[name][0].key} and as {key}; remove one"
                 )
             parts[name] = (part,)
     missing = tuple(name for name in parameters if name not in parts)
-    return Layout(parts, tuple(unused), missing, dropped)
+    return StateDictLayout(parts, tuple(unused), missing, dropped)
 
 
-NO_NATIVE_NAMES = (
+NO_ORIGINAL_NAMES = (
     ": it is built unlike the models that other programs have names for; save to a folder instead (a path without .safetensors), which "
     "keeps the names of diffusers"
 )
-OTHER_MODEL = "the file is of another architecture, or of another size of it; take the configuration that belongs to the file"
+WRONG_ARCHITECTURE = "the file is of another architecture, or of another size of it; take the configuration that belongs to the file"
 
 
-def cut_up(
-    key: str, shape: Shape, meant: tuple[Part, ...], parameters: Mapping[str, Shape], class_name: str
-) -> Iterable[tuple[str, Part]]:
+def split_tensor(
+    key: str, shape: Shape, meant: tuple[TensorPart, ...], parameters: Mapping[str, Shape], class_name: str
+) -> Iterable[tuple[str, TensorPart]]:
     """The parts of one tensor of a file: the parameter, and what of the tensor makes it.
 
     Raises:
         FileError: when the shapes do not agree.
     """
-    wanted = joined_shape(meant, parameters)
+    wanted = join_shapes(meant, parameters)
     if tuple(shape) != wanted:
         what = " + ".join(f"{part.key} {list(parameters[part.key])}" for part in meant)
         needs = "rows that do not go together" if wanted is None else f"{list(wanted)}"
         raise FileError(
-            f"{key} of the file has the shape {list(shape)}, but {what} of the {class_name} need {needs}: {OTHER_MODEL}"
+            f"{key} of the file has the shape {list(shape)}, but {what} of the {class_name} need {needs}: {WRONG_ARCHITECTURE}"
         )
     first = 0
     for part in meant:
@@ -156,12 +165,12 @@ def cut_up(
         rows = None if len(meant) == 1 else slice(first, first + own[0])
         yield (
             part.key,
-            Part(key, rows, part.swap_halves, None if part.shape is None else own, part.transposed),
+            TensorPart(key, rows, part.swap_halves, None if part.shape is None else own, part.transposed),
         )
         first += own[0] if own else 0
 
 
-def joined_shape(parts: Iterable[Part], shapes: Mapping[str, Shape]) -> Shape | None:
+def join_shapes(parts: Iterable[TensorPart], shapes: Mapping[str, Shape]) -> Shape | None:
     """The shape of the tensor that whole tensors of these shapes make one after the other; None when they do not go together.
 
     Args:
@@ -172,20 +181,20 @@ def joined_shape(parts: Iterable[Part], shapes: Mapping[str, Shape]) -> Shape | 
     joined = [tuple(shapes[part.key]) for part in parts]
     if len(parts) == 1:
         shape, own = parts[0].shape, joined[0][::-1] if parts[0].transposed else joined[0]
-        return own if shape is None else filled(shape, prod(own))
+        return own if shape is None else complete_shape(shape, prod(own))
     if any(len(shape) == 0 or shape[1:] != joined[0][1:] for shape in joined):
         return None
     return (sum(shape[0] for shape in joined), *joined[0][1:])
 
 
-def filled(shape: Shape, count: int) -> Shape | None:
+def complete_shape(shape: Shape, count: int) -> Shape | None:
     """A shape with its -1 replaced so that it holds `count` values; None when no number does."""
     fixed = prod(n for n in shape if n > 0)
     found = tuple(count // fixed if n < 0 else n for n in shape)
     return found if prod(found) == count else None
 
 
-def to_native(parameters: Mapping[str, Shape], class_name: str) -> dict[str, tuple[Part, ...]]:
+def to_original(parameters: Mapping[str, Shape], class_name: str) -> dict[str, tuple[TensorPart, ...]]:
     """The keys of a file for ComfyUI and others that read the authors' names, in the order of the model's parameters.
 
     FLUX and most others get bare names, as their files have them: ComfyUI takes these with and without a prefix, diffusers' converter
@@ -203,26 +212,26 @@ def to_native(parameters: Mapping[str, Shape], class_name: str) -> dict[str, tup
         ConfigError: when the model is built unlike those that the names are for: two parameters would get one name, or some of
             those that are one tensor there are missing here.
     """
-    names = names_of(class_name)
+    names = load_mappings(class_name)
     rules = (*names.parameters, *names.names)
-    last = last_numbers(names, parameters)
-    modules = {module_of(name) for name in parameters}
+    last = find_last_blocks(names, parameters)
+    modules = {get_module_name(name) for name in parameters}
     unlike = [f"has no {name}" for name in names.needs if name not in modules] + [
         f"has {name}" for name in names.lacks if name in modules
     ]
     if unlike:
-        raise ConfigError(f"this {class_name} {unlike[0]}{NO_NATIVE_NAMES}")
+        raise ConfigError(f"this {class_name} {unlike[0]}{NO_ORIGINAL_NAMES}")
     rules = tuple(
         rule
         for rule in rules
-        if not (rule.without and any(captures(rule.without, module) for module in modules))
+        if not (rule.without and any(match_pattern(rule.without, module) for module in modules))
     )
-    pool: dict[str, tuple[Part, ...]] = {name: (Part(name),) for name in parameters}
-    used: dict[str, frozenset[NamingRule]] = dict.fromkeys(pool, frozenset())
-    found: dict[str, tuple[Part, ...]] = {}
+    pool: dict[str, tuple[TensorPart, ...]] = {name: (TensorPart(name),) for name in parameters}
+    used: dict[str, frozenset[KeyMapping]] = dict.fromkeys(pool, frozenset())
+    found: dict[str, tuple[TensorPart, ...]] = {}
     while pool:
         key = next(iter(pool))
-        step = spelled(key, [rule for rule in rules if rule not in used[key]], pool, class_name)
+        step = find_original_name(key, [rule for rule in rules if rule not in used[key]], pool, class_name)
         if step is None:
             found[key] = pool.pop(key)
             continue
@@ -232,47 +241,53 @@ def to_native(parameters: Mapping[str, Shape], class_name: str) -> dict[str, tup
         if native in pool or native in found:
             other = (pool | found)[native][0].key
             raise ConfigError(
-                f"{parts[0].key} and {other} of this {class_name} would both be called {native}{NO_NATIVE_NAMES}"
+                f"{parts[0].key} and {other} of this {class_name} would both be called {native}{NO_ORIGINAL_NAMES}"
             )
-        pool[native] = tuple(changed(p, rule, swap) for p in parts)
+        pool[native] = tuple(apply_mapping(p, rule, swap) for p in parts)
         used[native] = used[key] | {rule}
     place = {name: i for i, name in enumerate(parameters)}
     ordered = sorted(found.items(), key=lambda item: place[item[1][0].key])
     return {names.prefix + native: parts for native, parts in ordered}
 
 
-def targets(keys: Iterable[str], class_name: str) -> dict[str, tuple[str, ...]]:
+def find_targets(keys: Iterable[str], class_name: str) -> dict[str, tuple[str, ...]]:
     """The parameters that each key of a file stands for, by names alone; nothing for a key that is left out.
 
     Args:
         keys: without prefix, and without companions of quantized layers.
         class_name: the class of the model.
     """
-    names = names_of(class_name)
+    names = load_mappings(class_name)
     return {
-        key: () if why_dropped(key, names) else tuple(part.key for part in meaning(key, names, {}, ()))
+        key: ()
+        if find_drop_reason(key, names)
+        else tuple(part.key for part in resolve_key(key, names, {}, ()))
         for key in keys
     }
 
 
-def why_dropped(key: str, names: Names) -> str | None:
+def find_drop_reason(key: str, names: KeyMappingSet) -> str | None:
     """The reason why a key of a file has no place in the model; None when it has one or is unknown."""
-    return next((reason for pattern, reason in names.drop.items() if captures(pattern, key)), None)
+    return next((reason for pattern, reason in names.drop.items() if match_pattern(pattern, key)), None)
 
 
-def last_numbers(names: Names, parameters: Iterable[str]) -> dict[NamingRule, int]:
+def find_last_blocks(names: KeyMappingSet, parameters: Iterable[str]) -> dict[KeyMapping, int]:
     """For each rule about the last block its number in the model."""
-    modules = {module_of(name) for name in parameters}
-    return {rule: greatest(rule.targets[0], modules) for rule in names.names if rule.swap_halves == "last"}
+    modules = {get_module_name(name) for name in parameters}
+    return {
+        rule: find_greatest_number(rule.targets[0], modules)
+        for rule in names.names
+        if rule.swap_halves == "last"
+    }
 
 
-def meaning(
+def resolve_key(
     key: str,
-    names: Names,
-    last: Mapping[NamingRule, int],
+    names: KeyMappingSet,
+    last: Mapping[KeyMapping, int],
     known: Container[str],
-    used: frozenset[NamingRule] = frozenset(),
-) -> tuple[Part, ...]:
+    used: frozenset[KeyMapping] = frozenset(),
+) -> tuple[TensorPart, ...]:
     """The parameters whose values a key of a file holds, in their order; the key itself where no rule is for it.
 
     The first rule that fits is applied, then the first that fits the result, and so on, each once, up to a parameter of the model.
@@ -286,23 +301,23 @@ def meaning(
         One part for each parameter; its `shape` is the one in the file.
     """
     if key in known:
-        return (Part(key),)
+        return (TensorPart(key),)
     for rule in (*names.parameters, *names.names):
-        values = None if rule in used else captures(rule.native, rule.subject(key))
+        values = None if rule in used else match_pattern(rule.original, rule.extract_name(key))
         if values is None:
             continue
         swap = rule.swap_halves is True or (
             rule.swap_halves == "last" and int(values[0][0]) == last.get(rule)
         )
         inner = (
-            meaning(rule.completed(fill(t, values), key), names, last, known, used | {rule})
+            resolve_key(rule.complete_key(fill_pattern(t, values), key), names, last, known, used | {rule})
             for t in rule.targets
         )
-        return tuple(changed(p, rule, swap) for parts in inner for p in parts)
-    return (Part(key),)
+        return tuple(apply_mapping(p, rule, swap) for parts in inner for p in parts)
+    return (TensorPart(key),)
 
 
-def changed(part: Part, rule: NamingRule, swap: bool) -> Part:
+def apply_mapping(part: TensorPart, rule: KeyMapping, swap: bool) -> TensorPart:
     """A part after one more rule."""
     transposed = part.transposed != rule.transposed
     return replace(
@@ -310,9 +325,9 @@ def changed(part: Part, rule: NamingRule, swap: bool) -> Part:
     )
 
 
-def spelled(
-    key: str, rules: Iterable[NamingRule], known: Container[str], class_name: str
-) -> tuple[NamingRule, str, tuple[str, ...], int | None] | None:
+def find_original_name(
+    key: str, rules: Iterable[KeyMapping], known: Container[str], class_name: str
+) -> tuple[KeyMapping, str, tuple[str, ...], int | None] | None:
     """The first rule that gives a key another name: the rule, the name, all keys that become one by it, the first `*`'s number.
 
     Raises:
@@ -320,20 +335,20 @@ def spelled(
     """
     for rule in rules:
         for target in rule.targets:
-            values = captures(target, rule.subject(key))
+            values = match_pattern(target, rule.extract_name(key))
             if values is None:
                 continue
-            group = tuple(rule.completed(fill(t, values), key) for t in rule.targets)
+            group = tuple(rule.complete_key(fill_pattern(t, values), key) for t in rule.targets)
             absent = [name for name in group if name not in known]
             if absent:
                 raise ConfigError(
-                    f"this {class_name} has {key}, but no {absent[0]} to be one tensor with it{NO_NATIVE_NAMES}"
+                    f"this {class_name} has {key}, but no {absent[0]} to be one tensor with it{NO_ORIGINAL_NAMES}"
                 )
             number = int(values[0][0]) if values[0] else None
-            return rule, rule.completed(fill(rule.native, values), key), group, number
+            return rule, rule.complete_key(fill_pattern(rule.original, values), key), group, number
     return None
 
 
-def module_of(key: str) -> str:
+def get_module_name(key: str) -> str:
     """The module that a parameter belongs to."""
     return key.rpartition(".")[0]

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from int8run.backends.registry import shipped_names
-from int8run.errors import ConfigError, one_of
+from int8run.backends.registry import list_backend_names
+from int8run.errors import ConfigError, check_choice
 from int8run.quant.formats import FORMATS
 
 KEEP, AUTO = "keep", "auto"
@@ -35,8 +35,8 @@ class TextEncoders:
     name: ClassVar[str] = "clip"
 
     def __post_init__(self) -> None:
-        one_of("clip.format", self.format, (KEEP, AUTO, *FORMATS))
-        one_of("clip.kernel_backend", self.kernel_backend, kernel_backends())
+        check_choice("clip.format", self.format, (KEEP, AUTO, *FORMATS))
+        check_choice("clip.kernel_backend", self.kernel_backend, list_kernel_backends())
         if self.format == KEEP and self.path is not None:
             raise ConfigError(
                 f"clip=keep leaves the text encoders as they are, and clip.path={self.path} names another; set clip=auto"
@@ -57,21 +57,21 @@ class TextEncoders:
             raise ConfigError(
                 "clip.components says which of the model's own encoders are quantized, and clip.path names files; set one"
             )
-        if self.path is None and self.format in FORMATS and FORMATS[self.format].read_only:
-            written = ", ".join(name for name, form in FORMATS.items() if not form.read_only)
+        if self.path is None and self.format in FORMATS and FORMATS[self.format].is_read_only:
+            written = ", ".join(name for name, form in FORMATS.items() if not form.is_read_only)
             raise ConfigError(
                 f"clip={self.format} is a format that is read and not written; choose from {written}, or set clip.path"
             )
 
     @property
-    def quantizes(self) -> bool:
+    def is_quantized(self) -> bool:
         """Whether any encoder differs from the float model's."""
         return self.format != KEEP and (self.path is not None or self.format != AUTO)
 
 
-def kernel_backends() -> tuple[str, ...]:
+def list_kernel_backends() -> tuple[str, ...]:
     """What `clip.kernel_backend` may be."""
-    return (*sorted(shipped_names()), DEQUANTIZE, SCALED_MM)
+    return (*sorted(list_backend_names()), DEQUANTIZE, SCALED_MM)
 
 
 def find_text_encoders(components: Mapping[str, object]) -> dict[str, nn.Module]:

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from int8run.errors import FileError
-from int8run.models.detect_family import among, denoiser_of
-from int8run.models.family import shipped_families
-from int8run.models.key_mapping import Names
-from int8run.models.state_dict_adapter import Shape, denoiser_keys
-from int8run.text_encoders.registry import Encoder, shipped_encoders, supported
+from int8run.models.detect_family import detect_denoiser, has_match
+from int8run.models.family import load_families
+from int8run.models.key_mapping import KeyMappingSet
+from int8run.models.state_dict_adapter import Shape, find_denoiser_keys
+from int8run.text_encoders.registry import EncoderFamily, list_supported_encoders, load_encoders
 
 # what full checkpoints and save nodes put before an encoder's names; and before each of them nothing
 PREFIXES = re.compile(
@@ -30,7 +30,7 @@ VAE = re.compile(
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectedEncoder:
     """A text encoder in a file.
 
     Args:
@@ -38,11 +38,11 @@ class Found:
         prefix: what stands before its names.
     """
 
-    encoder: Encoder
+    encoder: EncoderFamily
     prefix: str
 
 
-def encoder_of_class(class_name: str, shapes: Mapping[str, Shape]) -> Encoder | None:
+def find_encoder_of_class(class_name: str, shapes: Mapping[str, Shape]) -> EncoderFamily | None:
     """The encoder that a model of a class is; None where no supported one has this class.
 
     Args:
@@ -50,11 +50,13 @@ def encoder_of_class(class_name: str, shapes: Mapping[str, Shape]) -> Encoder | 
         shapes: of its parameters, by their names in the model or in a file. Where none of the class's fingerprints fits, such as for
             another size, the first encoder with the class is taken.
     """
-    among_class = {name: encoder for name, encoder in supported().items() if class_name in encoder.classes}
-    return next(iter([*recognised(shapes, among_class), *among_class.values()]), None)
+    among_class = {
+        name: encoder for name, encoder in list_supported_encoders().items() if class_name in encoder.classes
+    }
+    return next(iter([*match_encoders(shapes, among_class), *among_class.values()]), None)
 
 
-def identify(shapes: Mapping[str, Shape], which: str | None = None) -> Found:
+def detect_encoder(shapes: Mapping[str, Shape], which: str | None = None) -> DetectedEncoder:
     """The text encoder that a file holds.
 
     Args:
@@ -64,9 +66,9 @@ def identify(shapes: Mapping[str, Shape], which: str | None = None) -> Found:
     Raises:
         FileError: when there is none, several and none is named, or one that is not supported.
     """
-    found = encoders_in(shapes)
+    found = find_encoders(shapes)
     if not found:
-        raise FileError(f"the file holds no text encoder that is known: {what_else(shapes)}")
+        raise FileError(f"the file holds no text encoder that is known: {describe_contents(shapes)}")
     chosen = [
         prefix
         for prefix, encoder in found.items()
@@ -81,27 +83,27 @@ def identify(shapes: Mapping[str, Shape], which: str | None = None) -> Found:
     encoder = found[chosen[0]]
     if not encoder.classes:
         raise FileError(
-            f"the file holds the text encoder {encoder.name}, which int8run does not support; it has {', '.join(supported())}"
+            f"the file holds the text encoder {encoder.name}, which int8run does not support; it has {', '.join(list_supported_encoders())}"
         )
-    return Found(encoder, chosen[0])
+    return DetectedEncoder(encoder, chosen[0])
 
 
-def encoders_in(shapes: Mapping[str, Shape]) -> dict[str, Encoder]:
+def find_encoders(shapes: Mapping[str, Shape]) -> dict[str, EncoderFamily]:
     """All text encoders of a file, by what stands before their names."""
-    found: dict[str, Encoder] = {}
-    for prefix in prefixes_of(shapes):
+    found: dict[str, EncoderFamily] = {}
+    for prefix in find_prefixes(shapes):
         # with `text_encoders.llama.` known, `text_encoders.llama.model.` is the same encoder without its head
         if not any(prefix.startswith(other) for other in found):
             inside = {
                 key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)
             }
-            encoders = recognised(inside, shipped_encoders())
+            encoders = match_encoders(inside, load_encoders())
             if encoders:
                 found[prefix] = encoders[0]
     return found
 
 
-def prefixes_of(keys: Iterable[str]) -> list[str]:
+def find_prefixes(keys: Iterable[str]) -> list[str]:
     """What may stand before an encoder's names, the shortest first."""
     found = {""}
     for key in keys:
@@ -113,39 +115,41 @@ def prefixes_of(keys: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda prefix: (len(prefix), prefix))
 
 
-def recognised(shapes: Mapping[str, Shape], encoders: Mapping[str, Encoder]) -> list[Encoder]:
+def match_encoders(shapes: Mapping[str, Shape], encoders: Mapping[str, EncoderFamily]) -> list[EncoderFamily]:
     """The encoders whose fingerprints fit tensors without a prefix."""
-    spelled: list[tuple[Names, dict[str, Shape]]] = []
+    spelled: list[tuple[KeyMappingSet, dict[str, Shape]]] = []
     found = []
     for encoder in encoders.values():
-        canonical = next((those for names, those in spelled if names is encoder.names), None)
+        canonical = next((those for names, those in spelled if names is encoder.key_mappings), None)
         if canonical is None:
-            canonical = {encoder.canonical(key)[0].key: shape for key, shape in shapes.items()}
-            spelled.append((encoder.names, canonical))
+            canonical = {encoder.to_canonical(key)[0].key: shape for key, shape in shapes.items()}
+            spelled.append((encoder.key_mappings, canonical))
         if any(mark.fits(canonical) for mark in encoder.fingerprints):
             found.append(encoder)
     return found
 
 
-def what_else(shapes: Mapping[str, Shape]) -> str:
+def describe_contents(shapes: Mapping[str, Shape]) -> str:
     """What a file without a text encoder holds, and what to do with it."""
     if any(LORA.search(key) for key in shapes):
         return "it is a LoRA; a LoRA is given with lora="
-    inside = {name: shapes[key] for name, key in denoiser_keys(shapes).items()}
-    held = denoiser_of(inside, shipped_families().values(), inside)
+    inside = {name: shapes[key] for name, key in find_denoiser_keys(shapes).items()}
+    held = detect_denoiser(inside, load_families().values(), inside)
     if held is not None:
         return f"it holds the denoiser of {held[0].name}; that is given as model.location"
     if any(VAE.search(key) for key in shapes):
         return "it holds a VAE, which is not quantized"
     lacks = {
         encoder.name: missing
-        for encoder in supported().values()
+        for encoder in list_supported_encoders().values()
         for mark in encoder.fingerprints
-        if len(missing := [key for key in mark.all if not among(key, shapes)]) < len(mark.all)
+        if len(missing := [key for key in mark.all if not has_match(key, shapes)]) < len(mark.all)
     }
     names = ", ".join(list(shapes)[:3]) or "none"
     near = "; ".join(
         f"{name} would have {', '.join(missing) or 'other sizes'}"
         for name, missing in list(lacks.items())[:3]
     )
-    return f"{len(shapes)} tensors, such as {names}; " + (near or f"known are {', '.join(supported())}")
+    return f"{len(shapes)} tensors, such as {names}; " + (
+        near or f"known are {', '.join(list_supported_encoders())}"
+    )

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from int8run.checkpoints.comfy_int8 import WEIGHT
-from int8run.errors import one_of
-from int8run.models.resolve_weights import CONFIG, read_json
-from int8run.text_encoders.base import kernel_backends
-from int8run.text_encoders.build import Kernels, build_encoder, check_whole, fitted
-from int8run.text_encoders.model_config import config_of, skeleton
-from int8run.text_encoders.registry import canonical_names, encoder_named, supported
+from int8run.errors import check_choice
+from int8run.models.resolve_weights import CONFIG_NAME, read_json
+from int8run.text_encoders.base import list_kernel_backends
+from int8run.text_encoders.build import Kernels, build_encoder, check_complete, fit_weights
+from int8run.text_encoders.model_config import build_config, build_skeleton
+from int8run.text_encoders.registry import get_encoder, list_supported_encoders, map_canonical_names
 from int8run.text_encoders.weights import (
     EncoderFile,
     EncoderState,
     check_finite,
-    described,
-    naming,
-    tensors_of,
+    describe_layer,
+    name_file_in_errors,
+    name_layer_tensors,
 )
 
 
@@ -54,14 +54,14 @@ def load_text_encoder(
         ConfigError: for a format or backend that is none, or a format that contradicts the file.
         FileError: for a file that cannot be read, is damaged, or holds no text encoder that int8run knows.
     """
-    one_of("kernel_backend", kernel_backend, kernel_backends())
+    check_choice("kernel_backend", kernel_backend, list_kernel_backends())
     place = Path(path).expanduser()
-    config = dict(read_json(place / CONFIG)) if (place / CONFIG).is_file() else {}
+    config = dict(read_json(place / CONFIG_NAME)) if (place / CONFIG_NAME).is_file() else {}
     named = next(
         (
             name
             for name in config.get("architectures") or ()
-            for known in supported().values()
+            for known in list_supported_encoders().values()
             if name in known.classes
         ),
         "",
@@ -71,25 +71,28 @@ def load_text_encoder(
         source.encoder.classes, key=lambda name: name != named
     )  # the one that the folder names is the usual one
     with source.files:
-        with naming(source.where):
-            config = config or config_of(source.encoder, source.shapes)
-            layout = fitted(source, skeleton(classes[0], config, torch.bfloat16))
-            check_whole(source, layout)
-            names, dropped = canonical_names(source.encoder, source.shapes)
+        with name_file_in_errors(source.where):
+            config = config or build_config(source.encoder, source.shapes)
+            layout = fit_weights(source, build_skeleton(classes[0], config, torch.bfloat16))
+            check_complete(source, layout)
+            names, dropped = map_canonical_names(source.encoder, source.shapes)
         state: dict[str, Tensor] = {}
         layers: dict[str, Any] = {}
         read_as_float: dict[str, str] = {}
         for key, parts in names.items():
             name = key.removesuffix(WEIGHT)
             stored = parts[0].key.removesuffix(WEIGHT)
-            layer = source.coded(stored) if key.endswith(WEIGHT) and len(parts) == 1 else None
+            layer = source.read_packed(stored) if key.endswith(WEIGHT) and len(parts) == 1 else None
             if layer is not None:
-                state |= tensors_of(name, layer)
-                layers[name] = described(layer, source.format_of(stored))
+                state |= name_layer_tensors(name, layer)
+                layers[name] = describe_layer(layer, source.get_format(stored))
                 continue
-            if word := source.format_of(stored):
+            if word := source.get_format(stored):
                 read_as_float[name] = word
-            read = [part.cut(check_finite(source.where, part.key, source.tensor(part.key))) for part in parts]
+            read = [
+                part.extract(check_finite(source.where, part.key, source.read_tensor(part.key)))
+                for part in parts
+            ]
             state[key] = torch.cat(read) if len(read) > 1 else read[0].contiguous()
     tokenizer = source.encoder.tokenizer
     return state, {
@@ -131,10 +134,10 @@ def build_text_encoder(
         FileError: when tensors are missing or of another size than the config says.
         BackendError: when the kernels cannot run here.
     """
-    encoder = encoder_named(metadata["encoder"])
+    encoder = get_encoder(metadata["encoder"])
     name = class_name or encoder.classes[0]
-    one_of("class_name", name, encoder.classes)
+    check_choice("class_name", name, encoder.classes)
     place = torch.device(device)
-    model = skeleton(name, dict(metadata["config"] if config is None else config), dtype)
-    kernels = Kernels(metadata["kernel_backend"], place, rows or encoder.tokens)
+    model = build_skeleton(name, dict(metadata["config"] if config is None else config), dtype)
+    kernels = Kernels(metadata["kernel_backend"], place, rows or encoder.num_tokens)
     return build_encoder(model, EncoderState(encoder, state_dict, metadata), None, kernels).module.to(place)

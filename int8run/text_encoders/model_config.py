@@ -13,12 +13,20 @@ from torch import nn
 
 from int8run.errors import ConfigError, FileError
 from int8run.models.state_dict_adapter import Shape
-from int8run.text_encoders.registry import SIZE_WORDS, Encoder, canonical_names, first, with_place
+from int8run.text_encoders.registry import (
+    SIZE_KEYS,
+    EncoderFamily,
+    count_rows,
+    map_canonical_names,
+    split_dropped,
+)
 
 log = logging.getLogger(__name__)
 
 
-def take_out_spare(encoder: Encoder, shapes: Mapping[str, Shape], model: nn.Module) -> dict[str, str]:
+def remove_optional_modules(
+    encoder: EncoderFamily, shapes: Mapping[str, Shape], model: nn.Module
+) -> dict[str, str]:
     """Take out of a model what a text does not need and the file lacks altogether.
 
     Args:
@@ -29,14 +37,14 @@ def take_out_spare(encoder: Encoder, shapes: Mapping[str, Shape], model: nn.Modu
     Returns:
         The modules that were taken out, with the reason.
     """
-    there = {part.key for key in with_place(encoder, shapes)[0] for part in encoder.canonical(key)}
+    there = {part.key for key in split_dropped(encoder, shapes)[0] for part in encoder.to_canonical(key)}
     held = {
-        name: (encoder.canonical(name)[0].key, parameter)
+        name: (encoder.to_canonical(name)[0].key, parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
     filled = {id(parameter) for key, parameter in held.values() if key in there}
     taken: dict[str, str] = {}
-    for rule in encoder.spare:
+    for rule in encoder.optional_modules:
         spare = {
             name: parameter
             for name, (key, parameter) in held.items()
@@ -44,16 +52,20 @@ def take_out_spare(encoder: Encoder, shapes: Mapping[str, Shape], model: nn.Modu
         }
         if not spare or rule.required or any(id(parameter) in filled for parameter in spare.values()):
             continue
-        place = common_module(spare)
+        place = find_common_module(spare)
         parent, _, child = place.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Identity() if rule.passes else Absent(place, rule.why))
-        taken[place] = rule.why
+        setattr(
+            model.get_submodule(parent),
+            child,
+            nn.Identity() if rule.pass_through else RemovedModule(place, rule.reason),
+        )
+        taken[place] = rule.reason
     for place, why in taken.items():
         log.info("%s is not in the file: %s", place, why)
     return taken
 
 
-def common_module(names: Iterable[str]) -> str:
+def find_common_module(names: Iterable[str]) -> str:
     """The innermost module that all these parameters are in."""
     paths = [name.split(".")[:-1] for name in names]
     same = [words[0] for words in zip(*paths, strict=False) if len(set(words)) == 1]
@@ -61,12 +73,12 @@ def common_module(names: Iterable[str]) -> str:
     return ".".join(paths[0][:depth])
 
 
-class Absent(nn.Module):
+class RemovedModule(nn.Module):
     """The place of a module that is not there."""
 
     def __init__(self, name: str, why: str):
         super().__init__()
-        self.name, self.why = name, why
+        self.name, self.reason = name, why
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse.
@@ -74,10 +86,10 @@ class Absent(nn.Module):
         Raises:
             FileError: always.
         """
-        raise FileError(f"{self.name} is needed and was not in the text encoder's file: {self.why}")
+        raise FileError(f"{self.name} is needed and was not in the text encoder's file: {self.reason}")
 
 
-def config_of(encoder: Encoder, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+def build_config(encoder: EncoderFamily, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """The configuration of transformers for what a file holds: sizes from its shapes, the rest as the encoder was published.
 
     Args:
@@ -86,21 +98,21 @@ def config_of(encoder: Encoder, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     Raises:
         FileError: when a tensor is missing that says a size, or sizes do not fit each other.
     """
-    parts, _ = canonical_names(encoder, shapes)
+    parts, _ = map_canonical_names(encoder, shapes)
     sizes: dict[str, Shape] = {}
     for name, (part, *_) in parts.items():
         shape = tuple(shapes[part.key])
         shape = shape if part.rows is None else (part.rows.stop - part.rows.start, *shape[1:])
         sizes[name] = shape[::-1] if part.transposed else shape
-    config = Sizes(encoder.name, sizes).resolve(encoder.config)
+    config = SizeReader(encoder.name, sizes).resolve(encoder.config)
     for variant in encoder.variants:
-        if all(key in sizes and first(sizes[key]) == n for key, n in variant.rows.items()):
-            config = merged(config, variant.config)
+        if all(key in sizes and count_rows(sizes[key]) == n for key, n in variant.rows.items()):
+            config = merge_config(config, variant.config)
     return config
 
 
 @dataclass(frozen=True)
-class Sizes:
+class SizeReader:
     """Reads sizes from shapes.
 
     Args:
@@ -120,7 +132,7 @@ class Sizes:
         value = config[name]
         if not isinstance(value, Mapping):
             return value
-        if not SIZE_WORDS & set(value):
+        if not SIZE_KEYS & set(value):
             return self.resolve(value)
         if "absent" in value:
             return value["absent"] not in self.shapes
@@ -160,17 +172,17 @@ class Sizes:
         return self.value(config, value) if isinstance(value, str) else value
 
 
-def merged(config: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+def merge_config(config: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with some fields replaced, inner ones too."""
     inner = {
-        name: merged(config[name], value)
+        name: merge_config(config[name], value)
         for name, value in more.items()
         if isinstance(value, Mapping) and isinstance(config.get(name), Mapping)
     }
     return {**config, **more, **inner}
 
 
-def skeleton(class_name: str, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+def build_skeleton(class_name: str, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     """A text encoder whose parameters have shapes and no values; buffers that no checkpoint holds are there.
 
     Args:
@@ -184,7 +196,7 @@ def skeleton(class_name: str, config: Mapping[str, Any], dtype: torch.dtype) -> 
     from accelerate import init_empty_weights
     from huggingface_hub.errors import StrictDataclassError
 
-    cls, own = model_class(class_name), config
+    cls, own = get_model_class(class_name), config
     kind = cls.config_class
     if "text_config" in config and "text_config" not in kind.sub_configs:
         own = {name: config[name] for name in ("tie_word_embeddings",) if name in config} | dict(
@@ -218,7 +230,7 @@ def skeleton(class_name: str, config: Mapping[str, Any], dtype: torch.dtype) -> 
     return model.eval().requires_grad_(False)
 
 
-def model_class(class_name: str) -> Any:
+def get_model_class(class_name: str) -> Any:
     """A model's class of transformers.
 
     Raises:

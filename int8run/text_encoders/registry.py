@@ -23,19 +23,26 @@ from typing import Any
 import yaml
 from torch import nn
 
-from int8run.errors import ConfigError, FileError, suggest
-from int8run.models.detect_family import among
-from int8run.models.family import row_of
-from int8run.models.key_mapping import Names, names_of
-from int8run.models.state_dict_adapter import Layout, Part, Shape, meaning, to_model, why_dropped
+from int8run.errors import ConfigError, FileError, suggest_similar
+from int8run.models.detect_family import has_match
+from int8run.models.family import parse_item
+from int8run.models.key_mapping import KeyMappingSet, load_mappings
+from int8run.models.state_dict_adapter import (
+    Shape,
+    StateDictLayout,
+    TensorPart,
+    find_drop_reason,
+    resolve_key,
+    to_model,
+)
 
 log = logging.getLogger(__name__)
-ENCODERS = Path(__file__).parent / "encoders"
-SIZE_WORDS = {"rows", "columns", "count", "absent"}
+ENCODER_FOLDER = Path(__file__).parent / "encoders"
+SIZE_KEYS = {"rows", "columns", "count", "absent"}
 
 
 @dataclass(frozen=True)
-class Mark:
+class EncoderFingerprint:
     """How an encoder is known by the canonical names in a file.
 
     Args:
@@ -53,15 +60,20 @@ class Mark:
     def fits(self, shapes: Mapping[str, Shape]) -> bool:
         """Whether these are the tensors of such an encoder."""
         return (
-            all(among(pattern, shapes) for pattern in self.all)
-            and not any(among(pattern, shapes) for pattern in self.none)
-            and all(key in shapes and first(shapes[key]) in listed(n) for key, n in self.rows.items())
-            and not any(key in shapes and first(shapes[key]) in listed(n) for key, n in self.not_rows.items())
+            all(has_match(pattern, shapes) for pattern in self.all)
+            and not any(has_match(pattern, shapes) for pattern in self.none)
+            and all(
+                key in shapes and count_rows(shapes[key]) in as_sequence(n) for key, n in self.rows.items()
+            )
+            and not any(
+                key in shapes and count_rows(shapes[key]) in as_sequence(n)
+                for key, n in self.not_rows.items()
+            )
         )
 
 
 @dataclass(frozen=True)
-class Spare:
+class OptionalModules:
     """What not every class has a place for, and many files lack, since no text needs it: it is taken out of a model where they do.
 
     Args:
@@ -72,13 +84,13 @@ class Spare:
     """
 
     pattern: str
-    why: str
-    passes: bool = False
+    reason: str
+    pass_through: bool = False
     required: bool = False
 
 
 @dataclass(frozen=True)
-class FloatRule:
+class EncoderIgnoreRule:
     """Layers that stay float when weights are quantized here.
 
     Args:
@@ -88,12 +100,12 @@ class FloatRule:
     """
 
     pattern: str
-    why: str
+    reason: str
     formats: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
-class Variant:
+class ConfigVariant:
     """What of a configuration depends on sizes.
 
     Args:
@@ -106,16 +118,16 @@ class Variant:
 
 
 # fields of an encoder that are rows of a table, and what a row is
-ROWS: Mapping[str, type] = {
-    "fingerprints": Mark,
-    "float_layers": FloatRule,
-    "spare": Spare,
-    "variants": Variant,
+ITEM_TYPES: Mapping[str, type] = {
+    "fingerprints": EncoderFingerprint,
+    "ignore": EncoderIgnoreRule,
+    "optional_modules": OptionalModules,
+    "variants": ConfigVariant,
 }
 
 
 @dataclass(frozen=True)
-class Encoder:
+class EncoderFamily:
     """One text encoder, of one size or of several. The rows of its tables may be given as mappings, as YAML has them.
 
     Args:
@@ -135,82 +147,84 @@ class Encoder:
 
     name: str
     classes: Sequence[str] = ()
-    fingerprints: Sequence[Mark] = ()
-    float_layers: Sequence[FloatRule] = ()
-    tables: Sequence[str] = ()
-    spare: Sequence[Spare] = ()
-    twins: Mapping[str, str] = field(default_factory=dict)
+    fingerprints: Sequence[EncoderFingerprint] = ()
+    ignore: Sequence[EncoderIgnoreRule] = ()
+    float_embeddings: Sequence[str] = ()
+    optional_modules: Sequence[OptionalModules] = ()
+    tied_weights: Mapping[str, str] = field(default_factory=dict)
     drop: Mapping[str, str] = field(default_factory=dict)
-    tokens: int = 77
+    num_tokens: int = 77
     tokenizer: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
-    variants: Sequence[Variant] = ()
+    variants: Sequence[ConfigVariant] = ()
 
     def __post_init__(self) -> None:
-        for name, kind in ROWS.items():
-            rows = [row_of(kind, row, f"{self.name}.{name}.{i}") for i, row in enumerate(getattr(self, name))]
+        for name, kind in ITEM_TYPES.items():
+            rows = [
+                parse_item(kind, row, f"{self.name}.{name}.{i}") for i, row in enumerate(getattr(self, name))
+            ]
             object.__setattr__(self, name, tuple(rows))  # the class is frozen
 
     @property
-    def names(self) -> Names:
+    def key_mappings(self) -> KeyMappingSet:
         """Other spellings of its parts."""
-        return names_of(self.name)
+        return load_mappings(self.name)
 
-    def canonical(self, key: str) -> tuple[Part, ...]:
+    def to_canonical(self, key: str) -> tuple[TensorPart, ...]:
         """The tensors that a key of a file holds, one after the other; what is no name of this encoder stays as it is."""
-        return meaning(key, self.names, {}, ())
+        return resolve_key(key, self.key_mappings, {}, ())
 
-    def wants_table(self, layer: str) -> bool:
+    def needs_float_embedding(self, layer: str) -> bool:
         """Whether the model asks for the weight of an embedding itself; names as in `why_float`."""
-        name = self.canonical(f"{layer}.weight")[0].key.removesuffix(".weight")
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.tables)
+        name = self.to_canonical(f"{layer}.weight")[0].key.removesuffix(".weight")
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.float_embeddings)
 
-    def why_float(self, layer: str, form: str) -> str | None:
+    def find_skip_reason(self, layer: str, form: str) -> str | None:
         """The reason why a layer stays float, or None when it is quantized.
 
         Args:
             layer: its name in a file or in the model, without `.weight`.
             form: the format of `clip=`.
         """
-        names = [part.key.removesuffix(".weight") for part in self.canonical(f"{layer}.weight")]
-        rules = [rule for rule in self.float_layers if not rule.formats or form in rule.formats]
+        names = [part.key.removesuffix(".weight") for part in self.to_canonical(f"{layer}.weight")]
+        rules = [rule for rule in self.ignore if not rule.formats or form in rule.formats]
         return next(
-            (rule.why for rule in rules if any(fnmatch.fnmatchcase(name, rule.pattern) for name in names)),
+            (rule.reason for rule in rules if any(fnmatch.fnmatchcase(name, rule.pattern) for name in names)),
             None,
         )
 
 
 @cache
-def shipped_encoders(folder: Path = ENCODERS) -> Mapping[str, Encoder]:
+def load_encoders(folder: Path = ENCODER_FOLDER) -> Mapping[str, EncoderFamily]:
     """All encoders that are known, by name. Read when a job needs them."""
     return {
-        file.stem: Encoder(name=file.stem, **yaml.safe_load(file.read_text(encoding="utf-8")))
+        file.stem: EncoderFamily(name=file.stem, **yaml.safe_load(file.read_text(encoding="utf-8")))
         for file in sorted(folder.glob("*.yaml"))
     }
 
 
-def encoder_named(name: str) -> Encoder:
+def get_encoder(name: str) -> EncoderFamily:
     """A supported encoder by its name.
 
     Raises:
         ConfigError: for a name that is none.
     """
-    known = supported()
+    known = list_supported_encoders()
     if name not in known:
         raise ConfigError(
-            f"no text encoder called {name!r}; {suggest(name, known)}choose from {', '.join(known)}"
+            f"no text encoder called {name!r}; {suggest_similar(name, known)}choose from {', '.join(known)}"
         )
     return known[name]
 
 
-def supported() -> dict[str, Encoder]:
+def list_supported_encoders() -> dict[str, EncoderFamily]:
     """The encoders that can be loaded."""
-    return {name: encoder for name, encoder in shipped_encoders().items() if encoder.classes}
+    return {name: encoder for name, encoder in load_encoders().items() if encoder.classes}
 
 
-def canonical_names(
-    encoder: Encoder, shapes: Mapping[str, Shape]
-) -> tuple[dict[str, tuple[Part, ...]], dict[str, str]]:
+def map_canonical_names(
+    encoder: EncoderFamily, shapes: Mapping[str, Shape]
+) -> tuple[dict[str, tuple[TensorPart, ...]], dict[str, str]]:
     """The canonical names of a file's tensors.
 
     Args:
@@ -222,34 +236,36 @@ def canonical_names(
     Raises:
         FileError: when two tensors are one, or rows cannot be shared out.
     """
-    kept, dropped = with_place(encoder, shapes)
-    found: dict[str, tuple[Part, ...]] = {}
+    kept, dropped = split_dropped(encoder, shapes)
+    found: dict[str, tuple[TensorPart, ...]] = {}
     for key, shape in kept.items():
-        parts = encoder.canonical(key)
-        if (len(parts) > 1 and first(shape) % len(parts)) or (parts[0].transposed and len(shape) != 2):
+        parts = encoder.to_canonical(key)
+        if (len(parts) > 1 and count_rows(shape) % len(parts)) or (parts[0].transposed and len(shape) != 2):
             what = " + ".join(part.key for part in parts)
             raise FileError(
                 f"{key} holds {what} of {encoder.name}, but its shape is {list(shape)}; the file is damaged"
             )
-        rows = first(shape) // len(parts)
+        rows = count_rows(shape) // len(parts)
         for i, part in enumerate(parts):
             if part.key in found:
                 raise FileError(
                     f"the file holds {part.key} of {encoder.name} twice: as {found[part.key][0].key} and as {key}; remove one"
                 )
             cut = slice(i * rows, (i + 1) * rows) if len(parts) > 1 else None
-            found[part.key] = (Part(key, cut, transposed=part.transposed),)
+            found[part.key] = (TensorPart(key, cut, transposed=part.transposed),)
     return found, dropped
 
 
-def with_place(encoder: Encoder, shapes: Mapping[str, Shape]) -> tuple[dict[str, Shape], dict[str, str]]:
+def split_dropped(
+    encoder: EncoderFamily, shapes: Mapping[str, Shape]
+) -> tuple[dict[str, Shape], dict[str, str]]:
     """The tensors that an encoder may have a place for, and the others with the reason."""
     dropped: dict[str, str] = {}
     for key in shapes:
-        reason = why_dropped(key, encoder.names) or next(
-            (why for name, why in encoder.drop.items() if encoder.canonical(key)[0].key == name), None
+        reason = find_drop_reason(key, encoder.key_mappings) or next(
+            (why for name, why in encoder.drop.items() if encoder.to_canonical(key)[0].key == name), None
         )
-        twin = encoder.twins.get(key)
+        twin = encoder.tied_weights.get(key)
         if reason is None and twin in shapes:
             reason = f"the same as {twin}"
         if reason is not None:
@@ -257,7 +273,9 @@ def with_place(encoder: Encoder, shapes: Mapping[str, Shape]) -> tuple[dict[str,
     return {key: shape for key, shape in shapes.items() if key not in dropped}, dropped
 
 
-def encoder_layout(encoder: Encoder, shapes: Mapping[str, Shape], model: nn.Module) -> Layout:
+def build_encoder_layout(
+    encoder: EncoderFamily, shapes: Mapping[str, Shape], model: nn.Module
+) -> StateDictLayout:
     """Find a model's parameters in a file.
 
     Args:
@@ -273,8 +291,8 @@ def encoder_layout(encoder: Encoder, shapes: Mapping[str, Shape], model: nn.Modu
         FileError: when a tensor has another shape than its parameter, or two tensors are one parameter.
     """
     held = model.state_dict(keep_vars=True)
-    names = {name: encoder.canonical(name)[0].key for name in held}
-    kept, dropped = with_place(encoder, shapes)
+    names = {name: encoder.to_canonical(name)[0].key for name in held}
+    kept, dropped = split_dropped(encoder, shapes)
     found = to_model(kept, {names[name]: tuple(tensor.shape) for name, tensor in held.items()}, encoder.name)
     by_tensor = {
         id(tensor): found.parts[names[name]]
@@ -282,13 +300,13 @@ def encoder_layout(encoder: Encoder, shapes: Mapping[str, Shape], model: nn.Modu
         if names[name] in found.parts
     }
     parts = {name: found.parts.get(names[name], by_tensor.get(id(tensor))) for name, tensor in held.items()}
-    patterns = [rule.pattern for rule in encoder.spare]
+    patterns = [rule.pattern for rule in encoder.optional_modules]
     spare = {
         key
         for key in found.unused
-        if any(fnmatch.fnmatchcase(encoder.canonical(key)[0].key, pattern) for pattern in patterns)
+        if any(fnmatch.fnmatchcase(encoder.to_canonical(key)[0].key, pattern) for pattern in patterns)
     }
-    return Layout(
+    return StateDictLayout(
         {name: those for name, those in parts.items() if those is not None},
         tuple(key for key in found.unused if key not in spare),
         tuple(name for name, those in parts.items() if those is None),
@@ -297,11 +315,11 @@ def encoder_layout(encoder: Encoder, shapes: Mapping[str, Shape], model: nn.Modu
     )
 
 
-def first(shape: Shape) -> int:
+def count_rows(shape: Shape) -> int:
     """How many rows; a single number has none."""
     return shape[0] if len(shape) else 0
 
 
-def listed(value: int | Sequence[int]) -> Sequence[int]:
+def as_sequence(value: int | Sequence[int]) -> Sequence[int]:
     """A number as a list of one."""
     return [value] if isinstance(value, int) else value

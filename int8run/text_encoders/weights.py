@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from int8run.checkpoints.comfy_formats import GLOBAL_SCALE
-from int8run.checkpoints.comfy_int8 import FACTOR, SCALE, WEIGHT, read_note
-from int8run.checkpoints.detect import is_file_marker, stored_layers
-from int8run.checkpoints.layer import FLOAT, StoredLayer, hadamard
-from int8run.checkpoints.quant_metadata import HEADER
+from int8run.checkpoints.comfy_int8 import FACTOR, SCALE, WEIGHT, read_provenance
+from int8run.checkpoints.detect import is_scaled_fp8_marker, read_layers
+from int8run.checkpoints.layer import FLOAT, CheckpointLayer, get_hadamard
+from int8run.checkpoints.quant_metadata import METADATA_KEY
 from int8run.checkpoints.reader import TensorFiles
-from int8run.errors import ConfigError, FileError, one_of
+from int8run.errors import ConfigError, FileError, check_choice
 from int8run.kernels.hadamard.reference import Rotation
-from int8run.layers.weight_only import CodedLayer
+from int8run.layers.weight_only import PackedLayer
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.formats import FORMATS
-from int8run.quant.packed_weight import CodedWeight, is_fp8
-from int8run.text_encoders.detect import encoder_of_class, identify
-from int8run.text_encoders.registry import Encoder, supported
+from int8run.quant.packed_weight import PackedWeight, is_fp8
+from int8run.text_encoders.detect import detect_encoder, find_encoder_of_class
+from int8run.text_encoders.registry import EncoderFamily, list_supported_encoders
 
 AUTO, NO_FORMAT, MIXED = "auto", "none", "mixed"
 # ComfyUI's word for all INT8 layers with a scale for the layer or for each row
@@ -35,7 +35,7 @@ NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 class EncoderWeights(Protocol):
     """Where the weights of one encoder come from. Names are those of the source, without a prefix."""
 
-    encoder: Encoder
+    encoder: EncoderFamily
 
     @property
     def where(self) -> str:
@@ -47,23 +47,23 @@ class EncoderWeights(Protocol):
         """Logical shapes of all tensors but those that belong to quantized weights."""
         ...
 
-    def cut_to(self, model: nn.Module) -> None:
+    def resolve_padded_shapes(self, model: nn.Module) -> None:
         """Take the shapes of padded weights from the model that they are for."""
         ...
 
-    def format_of(self, name: str) -> str:
+    def get_format(self, name: str) -> str:
         """The format of a layer's weight, for people; empty for a float one."""
         ...
 
-    def codable(self, name: str) -> bool:
+    def is_packable(self, name: str) -> bool:
         """Whether a quantized layer can stay as it is stored; nothing is read."""
         ...
 
-    def coded(self, name: str) -> CodedLayer | None:
+    def read_packed(self, name: str) -> PackedLayer | None:
         """A quantized layer as it is stored, without its bias; None for a float one, or one whose numbers cannot stay as they are."""
         ...
 
-    def tensor(self, key: str) -> Tensor:
+    def read_tensor(self, key: str) -> Tensor:
         """A tensor's numbers; of a quantized weight what its codes stand for, in float32."""
         ...
 
@@ -83,17 +83,17 @@ class EncoderFile:
     """
 
     def __init__(self, path: Path, quant_format: str = AUTO, which: str | None = None, class_name: str = ""):
-        one_of("quant_format", quant_format, (AUTO, *FORMATS))
+        check_choice("quant_format", quant_format, (AUTO, *FORMATS))
         self.asked = quant_format
         self.files = TensorFiles.open(path)
-        self.encoder, self.prefix = told(self.files, class_name, which)
-        layers = stored_layers(self.files, self.prefix, None if quant_format == AUTO else quant_format)
+        self.encoder, self.prefix = detect_file_encoder(self.files, class_name, which)
+        layers = read_layers(self.files, self.prefix, None if quant_format == AUTO else quant_format)
         self.layers = {name.removeprefix(self.prefix): layer for name, layer in layers.items()}
         beside = {key for layer in layers.values() for key in layer.side_keys}
         keys = [
             key
             for key in self.files
-            if key.startswith(self.prefix) and key not in beside and not is_file_marker(key)
+            if key.startswith(self.prefix) and key not in beside and not is_scaled_fp8_marker(key)
         ]
         self.shapes = {key.removeprefix(self.prefix): self.files[key].shape for key in keys}
         self.shapes |= {
@@ -113,14 +113,14 @@ class EncoderFile:
         return str(self.files.path)
 
     @property
-    def quantized(self) -> dict[str, StoredLayer]:
+    def quantized(self) -> dict[str, CheckpointLayer]:
         """The layers that are not float, by name."""
         return {name: layer for name, layer in self.layers.items() if layer.kind != FLOAT}
 
     @property
     def counts(self) -> Counter[str]:
         """How many layers each format has."""
-        return Counter(self.format_of(name) for name in self.quantized)
+        return Counter(self.get_format(name) for name in self.quantized)
 
     @property
     def found(self) -> str:
@@ -138,8 +138,8 @@ class EncoderFile:
         Raises:
             FileError: with the format that it had.
         """
-        made = FORMATS.get(str(read_note(self.files.path, self.files.metadata).get("format")))
-        told = HEADER in self.files.metadata or any("marker" in layer.keys for layer in self.layers.values())
+        made = FORMATS.get(str(read_provenance(self.files.path, self.files.metadata).get("format")))
+        told = METADATA_KEY in self.files.metadata or any("marker" in layer.keys for layer in self.layers.values())
         if made is not None and made.marker and self.counts and not told:
             raise FileError(
                 f"{self.where} was made as {made.name}, and the comfy_quant markers of its layers are not there, so nobody knows how to "
@@ -156,7 +156,7 @@ class EncoderFile:
             return
         meant = TENSORWISE if self.asked == TENSORWISE[0] else (self.asked,)
         # beside them casts, and layers whose shape it refuses
-        allowed = {*meant, f"{self.asked}_cast", FORMATS[self.asked].otherwise}
+        allowed = {*meant, f"{self.asked}_cast", FORMATS[self.asked].fallback}
         if not any(word in self.counts for word in meant) or any(word not in allowed for word in self.counts):
             if not self.counts:
                 raise ConfigError(
@@ -168,28 +168,28 @@ class EncoderFile:
                 f"{self.where} holds {held}, and {self.asked} was asked for; clip=auto (quant_format in a program) takes what there is"
             )
 
-    def format_of(self, name: str) -> str:
+    def get_format(self, name: str) -> str:
         layer = self.layers.get(name)
         return "" if layer is None or layer.kind == FLOAT else layer.format or layer.label
 
-    def cut_to(self, model: nn.Module) -> None:
+    def resolve_padded_shapes(self, model: nn.Module) -> None:
         padded = {name: layer for name, layer in self.layers.items() if layer.padded}
         if not padded:
             return
         wanted = {
-            self.encoder.canonical(name)[0].key: tuple(parameter.shape)
+            self.encoder.to_canonical(name)[0].key: tuple(parameter.shape)
             for name, parameter in model.named_parameters()
         }
         for name, layer in padded.items():
-            shape = wanted.get(self.encoder.canonical(name + WEIGHT)[0].key)
+            shape = wanted.get(self.encoder.to_canonical(name + WEIGHT)[0].key)
             if shape is not None and layer.fits(shape):
                 self.shapes[name + WEIGHT] = shape
 
-    def codable(self, name: str) -> bool:
+    def is_packable(self, name: str) -> bool:
         return name in self.layers and self.layers[name].codable
 
-    def coded(self, name: str) -> CodedLayer | None:
-        if not self.codable(name):
+    def read_packed(self, name: str) -> PackedLayer | None:
+        if not self.is_packable(name):
             return None
         layer = self.layers[name]
         weight, transform = layer.coded(self.files, self.shape_of(layer, name))
@@ -197,9 +197,9 @@ class EncoderFile:
             (weight.qdata.view(torch.uint8) & 0x7F >= NOT_FINITE[weight.qdata.dtype]).any()
         ):
             raise FileError(f"{self.where}: {name + WEIGHT} holds NaN or infinity; the file is damaged")
-        return CodedLayer(weight, transform, None)
+        return PackedLayer(weight, transform, None)
 
-    def tensor(self, key: str) -> Tensor:
+    def read_tensor(self, key: str) -> Tensor:
         name, info = key.removesuffix(WEIGHT), self.files[self.prefix + key]
         layer = self.layers.get(name) if key.endswith(WEIGHT) else None
         if layer is not None and layer.kind != FLOAT:
@@ -210,7 +210,7 @@ class EncoderFile:
             )
         return self.files.read(info.key)
 
-    def shape_of(self, layer: StoredLayer, name: str) -> tuple[int, int] | None:
+    def shape_of(self, layer: CheckpointLayer, name: str) -> tuple[int, int] | None:
         """N and K of a padded weight; None for others, which have their own."""
         if not layer.padded:
             return None
@@ -218,7 +218,7 @@ class EncoderFile:
         return rows, columns
 
 
-def told(files: TensorFiles, class_name: str, which: str | None) -> tuple[Encoder, str]:
+def detect_file_encoder(files: TensorFiles, class_name: str, which: str | None) -> tuple[EncoderFamily, str]:
     """The encoder that files hold, and what stands before its names.
 
     Raises:
@@ -226,12 +226,14 @@ def told(files: TensorFiles, class_name: str, which: str | None) -> tuple[Encode
     """
     shapes = {key: info.shape for key, info in files.items()}
     if not class_name:
-        with naming(str(files.path)):
-            found = identify(shapes, which)
+        with name_file_in_errors(str(files.path)):
+            found = detect_encoder(shapes, which)
         return found.encoder, found.prefix
-    encoder = encoder_of_class(class_name, shapes)
+    encoder = find_encoder_of_class(class_name, shapes)
     if encoder is None:
-        known = ", ".join(dict.fromkeys(name for known in supported().values() for name in known.classes))
+        known = ", ".join(
+            dict.fromkeys(name for known in list_supported_encoders().values() for name in known.classes)
+        )
         raise FileError(
             f"{files.path} is a {class_name}; int8run quantizes {known}; leave it out: clip.components names the others"
         )
@@ -245,7 +247,7 @@ class EncoderState:
         ConfigError: when the two do not belong together.
     """
 
-    def __init__(self, encoder: Encoder, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]):
+    def __init__(self, encoder: EncoderFamily, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]):
         self.encoder, self.state, self.layers = encoder, state_dict, metadata["layers"]
         self.where = ", ".join(map(str, metadata["files"]))
         lacking = [name for name in self.layers if name + WEIGHT not in state_dict]
@@ -257,25 +259,25 @@ class EncoderState:
         self.shapes = {key: tuple(t.shape) for key, t in state_dict.items() if key not in beside}
         self.shapes |= {name + WEIGHT: tuple(about["shape"]) for name, about in self.layers.items()}
 
-    def cut_to(self, model: nn.Module) -> None:
+    def resolve_padded_shapes(self, model: nn.Module) -> None:
         """Nothing: what was loaded has been cut."""
 
-    def format_of(self, name: str) -> str:
+    def get_format(self, name: str) -> str:
         return self.layers[name]["format"] if name in self.layers else ""
 
-    def codable(self, name: str) -> bool:
+    def is_packable(self, name: str) -> bool:
         return name in self.layers
 
-    def coded(self, name: str) -> CodedLayer | None:
-        return read_back(self.state, name, self.layers[name]) if name in self.layers else None
+    def read_packed(self, name: str) -> PackedLayer | None:
+        return restore_layer(self.state, name, self.layers[name]) if name in self.layers else None
 
-    def tensor(self, key: str) -> Tensor:
-        layer = self.coded(key.removesuffix(WEIGHT)) if key.endswith(WEIGHT) else None
+    def read_tensor(self, key: str) -> Tensor:
+        layer = self.read_packed(key.removesuffix(WEIGHT)) if key.endswith(WEIGHT) else None
         return self.state[key] if layer is None else layer.transform.restore_weight(layer.weight.dequantize())
 
 
 @contextmanager
-def naming(where: str) -> Iterator[None]:
+def name_file_in_errors(where: str) -> Iterator[None]:
     """Let errors about a file's tensors say which file it is.
 
     Raises:
@@ -287,7 +289,7 @@ def naming(where: str) -> Iterator[None]:
         raise FileError(f"{where}: {error}" if where not in str(error) else str(error)) from error
 
 
-def described(layer: CodedLayer, word: str) -> dict[str, Any]:
+def describe_layer(layer: PackedLayer, word: str) -> dict[str, Any]:
     """What must be known of a layer besides its tensors; plain values, `read_back` reads them."""
     weight, transform = layer.weight, layer.transform
     return {
@@ -305,7 +307,7 @@ def described(layer: CodedLayer, word: str) -> dict[str, Any]:
     }
 
 
-def tensors_of(name: str, layer: CodedLayer) -> dict[str, Tensor]:
+def name_layer_tensors(name: str, layer: PackedLayer) -> dict[str, Tensor]:
     """A layer's tensors by the names that ComfyUI gives them."""
     found = {
         name + WEIGHT: layer.weight.qdata,
@@ -316,9 +318,9 @@ def tensors_of(name: str, layer: CodedLayer) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in found.items() if tensor is not None}
 
 
-def read_back(state: Mapping[str, Tensor], name: str, about: Mapping[str, Any]) -> CodedLayer:
+def restore_layer(state: Mapping[str, Tensor], name: str, about: Mapping[str, Any]) -> PackedLayer:
     """The layer of `tensors_of` and `described`."""
-    weight = CodedWeight(
+    weight = PackedWeight(
         state[name + WEIGHT],
         state.get(f"{name}.{SCALE}"),
         tuple(about["shape"]),
@@ -328,9 +330,9 @@ def read_back(state: Mapping[str, Tensor], name: str, about: Mapping[str, Any]) 
         about["high_first"],
     )
     group, sylvester = about["group_size"], about["sylvester"]
-    rotation = Rotation(hadamard(group, sylvester), sylvester) if group else None
+    rotation = Rotation(get_hadamard(group, sylvester), sylvester) if group else None
     factor = state.get(f"{name}.{FACTOR}")
-    return CodedLayer(
+    return PackedLayer(
         weight,
         OutlierTransform(about["outlier"], about["settings"], factor, rotation, about["centered"]),
         None,

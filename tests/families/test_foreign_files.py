@@ -199,15 +199,15 @@ def check_contents(named: Case, built: Built, expected: Mapping[str, Foreign]) -
             )
             layer = layers[name]
             torch.testing.assert_close(
-                layer.transform.restore_weight(layer.quantized_weight().dequantize()), foreign.real
+                layer.transform.restore_weight(layer.read_quantized_weight().dequantize()), foreign.real
             )
-        elif family.why_float(name) is None:
+        elif family.find_skip_reason(name) is None:
             q, scale = rounded(foreign.real)
             assert torch.equal(held[f"{name}.q"], q) and torch.equal(held[f"{name}.scale"], scale)
         else:
             assert torch.equal(held[f"{name}.weight"], foreign.real)
     assert len(expected) > 15 and set(layers) == {
-        n for n, f in expected.items() if f.codes is not None or family.why_float(n) is None
+        n for n, f in expected.items() if f.codes is not None or family.find_skip_reason(n) is None
     }
     same = [name for name in floats if name.removesuffix(".weight") not in expected]
     assert_same({name: held[name] for name in same}, {name: floats[name] for name in same})
@@ -255,7 +255,7 @@ def test_a_file_of_two_kinds(named: Case) -> None:
     assert {name for name, layer in int8_layers(built).items() if layer.transform.method == "none"} == {
         name
         for name, foreign in expected.items()
-        if foreign.codes is None and FAMILIES[named.name].why_float(name) is None
+        if foreign.codes is None and FAMILIES[named.name].find_skip_reason(name) is None
     }
 
 
@@ -265,7 +265,7 @@ def test_a_lora_cannot_be_baked_into_integers(named: Case) -> None:
     with pytest.raises(ConfigError, match=r"dynamic.*stochastic"):
         named.build(trip.location, loras=[Adapter("a", str(lora))], mode="bake")
     beside = named.build(trip.location, loras=[Adapter("a", str(lora))])
-    assert beside.loras.modes == {"dynamic": len(int8_layers(beside))}
+    assert beside.loras.layers_by_mode == {"dynamic": len(int8_layers(beside))}
     assert not torch.equal(named.latents(beside), trip.drawn)
 
 

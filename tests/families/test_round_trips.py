@@ -32,7 +32,7 @@ from torch import nn
 from int8run.errors import ConfigError
 from int8run.layers.plan import Int8Settings
 from int8run.lora.config import Adapter
-from int8run.metrics.quality import relative_error
+from int8run.metrics.quality import compute_relative_error
 from int8run.pipeline.checkpoint_weights import FileWeights
 from int8run.pipeline.load import load
 from int8run.report.console import Progress
@@ -61,7 +61,7 @@ def test_a_folder_is_streamed_and_drawn(case: Case) -> None:
         for name, m in part.named_modules()
         if isinstance(m, nn.Linear)
     }
-    wanted = {name for name in linears if FAMILIES[case.instance.family].why_float(name) is None}
+    wanted = {name for name in linears if FAMILIES[case.instance.family].find_skip_reason(name) is None}
     layers = int8_layers(trip.built)
     assert wanted and len(layers) == len(wanted) * len(case.denoisers)
     for name in layers:
@@ -172,7 +172,7 @@ def test_a_lora_is_streamed_beside_the_layers_under_both_spellings(case: Case) -
     held, drawn, layers = contents(own), case.latents(own), int8_layers(own)
     assert_same(contents(authors), held)
     assert torch.equal(drawn, case.latents(authors)) and drawn.isfinite().all()
-    assert own.loras.modes == {"dynamic": len(layers)}
+    assert own.loras.layers_by_mode == {"dynamic": len(layers)}
     assert_same(
         {f"{name}.q": held[f"{name}.q"] for name in layers},
         {f"{name}.q": plain.held[f"{name}.q"] for name in layers},
@@ -188,7 +188,7 @@ def test_a_lora_is_streamed_beside_the_layers_under_both_spellings(case: Case) -
         weight = floats[f"{name}.weight"] + lora.change(inner(case, name))
         error = (held[f"{name}.q"] * held[f"{name}.scale"] - weight).abs()
         assert (error <= 0.5001 * weight.abs().amax(1, keepdim=True) / 127).all()
-    assert relative_error(case.latents(baked)[-1], drawn[-1]) < 0.5 * relative_error(
+    assert compute_relative_error(case.latents(baked)[-1], drawn[-1]) < 0.5 * compute_relative_error(
         plain.drawn[-1], drawn[-1]
     )
 
@@ -213,7 +213,7 @@ def test_a_lora_for_one_of_two_denoisers(experts: Case, expert: str, mode: str) 
     integers = {f"{name}.q" for name in layers}
     assert changed and all(name.startswith(f"{expert}.") for name in changed)
     assert changed & integers == (integers if mode == "bake" else set())
-    assert built.loras.modes == ({"dynamic": len(layers)} if mode == "dynamic" else {})
+    assert built.loras.layers_by_mode == ({"dynamic": len(layers)} if mode == "dynamic" else {})
     # the first step is the first one's, the second the other's
     first, second = (torch.equal(a, b) for a, b in zip(experts.latents(built), plain.drawn, strict=True))
     assert (first, second) == ((False, False) if expert == "transformer" else (True, False))
@@ -250,7 +250,7 @@ def test_a_denoiser_without_a_pipeline(family: str, number: int, tmp_path: Path)
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     assert (
         set(again.int8_layers())
-        == {name for name in linears if FAMILIES[family].why_float(name) is None}
+        == {name for name in linears if FAMILIES[family].find_skip_reason(name) is None}
         != set()
     )
     for name, value in state.items():

@@ -10,10 +10,10 @@ from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from families import instances, instances_b
 from torch import Tensor, nn
 
-from int8run.generate.capture import record_calls
-from int8run.generate.generate import generate, step_arguments
+from int8run.generate.capture import capture_calls
+from int8run.generate.generate import build_step_callback, generate
 from int8run.generate.prompts import Sample
-from int8run.metrics.quality import relative_error
+from int8run.metrics.quality import compute_relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INSTANCES = {**instances.INSTANCES, **instances_b.INSTANCES}
@@ -57,7 +57,7 @@ def test_two_steps_of_two_samples(name):
         assert {frame.size for frames in one.frames for frame in frames} == {
             (sampling.width, sampling.height)
         }
-        assert one.sound == (name == "ltx2")
+        assert one.has_sound == (name == "ltx2")
         for steps in one.trajectories:
             assert (
                 steps.dtype == torch.float32
@@ -74,8 +74,8 @@ def test_a_sample_does_not_depend_on_its_batch(name):
     # Qwen-Image 2.1 pads the texts of a batch, and rounds otherwise
     bound = 2e-3 if name == "qwen_image_21" else 1e-5
     both, alone = drawn(name), drawn(name, BATCH[1:], batch=1)
-    assert relative_error(alone.trajectories[0][-1], both.trajectories[1][-1]) < bound
-    assert relative_error(both.trajectories[0][-1], both.trajectories[1][-1]) > 0.1, (
+    assert compute_relative_error(alone.trajectories[0][-1], both.trajectories[1][-1]) < bound
+    assert compute_relative_error(both.trajectories[0][-1], both.trajectories[1][-1]) > 0.1, (
         "samples with seeds of their own"
     )
 
@@ -99,7 +99,7 @@ def test_the_denoisers_arguments_are_all_named_and_can_be_used_again(name):
     pipe, component, denoiser, sampling = built(name)
     by_position = []
     hook = denoiser.register_forward_pre_hook(lambda _, args: by_position.append(len(args) > 0))
-    calls = record_calls(pipe, component, denoiser, BATCH, sampling)
+    calls = capture_calls(pipe, component, denoiser, BATCH, sampling)
     hook.remove()
     assert all(by_position) == any(by_position) == (name in BY_POSITION) and len(calls) >= 1
     known = inspect.signature(denoiser.forward).parameters
@@ -115,7 +115,7 @@ def test_the_denoisers_arguments_are_all_named_and_can_be_used_again(name):
 @pytest.mark.parametrize("name", INSTANCES)
 def test_how_a_pipeline_tells_of_its_steps(name):
     pipe = built(name)[0]
-    assert list(step_arguments(pipe, print)) == [
+    assert list(build_step_callback(pipe, print)) == [
         "callback" if name in OLD_CALLBACK else "callback_on_step_end"
     ]
     assert hasattr(pipe, "num_timesteps") == (name not in UNCOUNTED)

@@ -21,11 +21,11 @@ from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.generate.generate import generate
 from int8run.generate.prompts import Sample
-from int8run.layers.int8_linear import Int8Linear, linear_at
+from int8run.layers.int8_linear import Int8Linear, get_linear
 from int8run.lora.config import Adapter, LoraSettings
-from int8run.lora.header_info import read_heads
-from int8run.models.family import ModelSource, shipped_families
-from int8run.models.state_dict_adapter import Part, to_native
+from int8run.lora.header_info import read_lora_headers
+from int8run.models.family import ModelSource, load_families
+from int8run.models.state_dict_adapter import TensorPart, to_original
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.pipeline import load
@@ -34,7 +34,7 @@ from int8run.report.console import Progress
 from int8run.tasks.quantize_checkpoint import quantize_file
 
 INSTANCES: dict[str, Instance] = {**instances.INSTANCES, **instances_b.INSTANCES}
-FAMILIES = shipped_families()
+FAMILIES = load_families()
 DENOISERS = "transformer", "transformer_2", "unet"
 FILE = "diffusion_pytorch_model.safetensors"
 # everything is exact and streamed, and nothing is kept from one build to the next
@@ -140,7 +140,7 @@ class Case:
         """A build of these weights; streamed, if no change of the spec asks for the float model."""
         stack = LoraSettings(mode=mode, adapters=loras)
         spec = replace(self.spec, model=self.source(location, base), lora=stack, **changes)
-        built = build(spec, self.samples, read_heads(spec.lora, "none"), Progress(False))
+        built = build(spec, self.samples, read_lora_headers(spec.lora, "none"), Progress(False))
         built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
         return built
 
@@ -226,7 +226,7 @@ def contents(built: Built) -> Tensors:
     found: Tensors = {}
     layers = int8_layers(built)
     for name, layer in layers.items():
-        weight, transform = layer.quantized_weight(), layer.transform
+        weight, transform = layer.read_quantized_weight(), layer.transform
         found |= {f"{name}.q": weight.qdata, f"{name}.scale": weight.scale}
         if transform.rotation is not None:
             found[f"{name}.rotation"] = transform.rotation.matrix
@@ -259,11 +259,11 @@ def native_state(model: nn.Module, prefix: str | None = None) -> Tensors:
         prefix: before each name, in the place of the family's own.
     """
     state = {name: value.detach() for name, value in model.state_dict().items()}
-    names = to_native({name: tuple(value.shape) for name, value in state.items()}, type(model).__name__)
+    names = to_original({name: tuple(value.shape) for name, value in state.items()}, type(model).__name__)
     values = {
-        key: torch.cat([p.cut(state[p.key]) for p in parts])
+        key: torch.cat([p.extract(state[p.key]) for p in parts])
         if len(parts) > 1
-        else parts[0].cut(state[parts[0].key])
+        else parts[0].extract(state[parts[0].key])
         for key, parts in names.items()
     }
     own = next(
@@ -319,12 +319,12 @@ def float_weights(case: Case) -> Tensors:
     }
 
 
-def native_linears(model: nn.Module) -> dict[str, tuple[Part, ...]]:
+def native_linears(model: nn.Module) -> dict[str, tuple[TensorPart, ...]]:
     """Authors' name of a layer -> the Linears that it is made of."""
     state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     linears = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     found = {}
-    for key, parts in to_native(state, type(model).__name__).items():
+    for key, parts in to_original(state, type(model).__name__).items():
         if (
             {part.key for part in parts} <= linears
             and key.endswith(".weight")
@@ -341,7 +341,7 @@ class Lora:
 
     down: Tensors
     up: Tensors
-    native: dict[str, tuple[Part, ...]]
+    original: dict[str, tuple[TensorPart, ...]]
 
     def change(self, name: str) -> Tensor:
         """What is added to a weight."""
@@ -355,10 +355,10 @@ class Lora:
 
     def in_authors_words(self, path: Path) -> Path:
         tensors = {}
-        for name, parts in self.native.items():
+        for name, parts in self.original.items():
             tensors[f"diffusion_model.{name}.lora_A.weight"] = self.down[parts[0].key].clone()
             tensors[f"diffusion_model.{name}.lora_B.weight"] = torch.cat(
-                [part.cut(self.up[part.key]) for part in parts]
+                [part.extract(self.up[part.key]) for part in parts]
             )
         return write(tensors, path)
 
@@ -368,12 +368,12 @@ def made_lora(model: nn.Module, family: str) -> Lora:
     generator, native = torch.Generator().manual_seed(3), native_linears(model)
     down, up = {}, {}
     for parts in native.values():
-        width = linear_at(model, parts[0].key).in_features
+        width = get_linear(model, parts[0].key).in_features
         shared = torch.randn(4, width, generator=generator) / width**0.5
         for part in parts:
-            strength = 0.1 if FAMILIES[family].why_float(part.key) is None else 0.001
+            strength = 0.1 if FAMILIES[family].find_skip_reason(part.key) is None else 0.001
             down[part.key] = shared.clone()
             up[part.key] = strength * torch.randn(
-                linear_at(model, part.key).out_features, 4, generator=generator
+                get_linear(model, part.key).out_features, 4, generator=generator
             )
     return Lora(down, up, native)

@@ -4,9 +4,9 @@ import pytest
 from support.original_families import FAMILIES, tiny
 
 from int8run.errors import ConfigError
-from int8run.models.detect_family import denoiser_of
-from int8run.models.family import Fingerprint, ModelFamily, shipped_families
-from int8run.models.state_dict_adapter import denoiser_keys, to_native
+from int8run.models.detect_family import detect_denoiser
+from int8run.models.family import Fingerprint, ModelFamily, load_families
+from int8run.models.state_dict_adapter import find_denoiser_keys, to_original
 
 # families by the keys of FAMILIES where the words differ; None: no family, so a file must be unknown
 FAMILY = {
@@ -31,14 +31,14 @@ def authors_keys(key: str) -> list[str]:
     family = FAMILIES[key]
     more = ["llm_adapter.blocks.0.mlp.0.weight"] if key == "anima" else []
     return [
-        *to_native(shapes_of(key), family.cls),
+        *to_original(shapes_of(key), family.cls),
         *(family.prefix + name for name in (*family.dropped, *more)),
     ]
 
 
 def found(keys, shapes=None):
     """Names of the family and the class."""
-    result = denoiser_of(keys, shipped_families().values(), shapes)
+    result = detect_denoiser(keys, load_families().values(), shapes)
     return result and (result[0].name, result[1])
 
 
@@ -46,7 +46,7 @@ def found(keys, shapes=None):
 def test_files_of_authors_and_of_diffusers(key):
     family = FAMILY.get(key, key)
     expected = family and (family, FAMILIES[key].cls)
-    assert found(denoiser_keys(authors_keys(key))) == expected
+    assert found(find_denoiser_keys(authors_keys(key))) == expected
     # Anima's denoiser is one of Cosmos; only its authors' files have the part that is its own
     assert found(shapes_of(key)) == (None if key == "anima" else expected)
 
@@ -59,13 +59,15 @@ def test_twins_of_wan_are_indistinguishable(key):
 
 def test_a_cosmos_that_is_not_anima_is_unknown():
     assert (
-        found(name.removeprefix("net.") for name in to_native(shapes_of("anima"), "CosmosTransformer3DModel"))
+        found(
+            name.removeprefix("net.") for name in to_original(shapes_of("anima"), "CosmosTransformer3DModel")
+        )
         is None
     )
 
 
 def test_every_family_has_a_file_here():
-    assert {FAMILY.get(key, key) for key in FAMILIES if key not in TWINS} - {None} == set(shipped_families())
+    assert {FAMILY.get(key, key) for key in FAMILIES if key not in TWINS} - {None} == set(load_families())
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -76,7 +78,7 @@ def test_stable_diffusion_2_is_told_from_1_by_its_widths(native, width, family):
         for name, s in shapes_of("sd15").items()
     }
     if native:
-        parts = to_native(shapes, "UNet2DConditionModel")
+        parts = to_original(shapes, "UNet2DConditionModel")
         shapes = {name.removeprefix("model.diffusion_model."): shapes[parts[name][0].key] for name in parts}
     assert found(shapes, shapes) == (family and (family, "UNet2DConditionModel"))
     assert found(shapes) == ("sd15", "UNet2DConditionModel")
@@ -88,8 +90,8 @@ def one(name: str, *fingerprints: Fingerprint, **fields) -> ModelFamily:
 
 def test_all_patterns_and_none_of_the_others():
     family = one("a", Fingerprint("A", ["x.*.weight", "y"], ["z?", "w"]))
-    assert denoiser_of(["x.1.weight", "y"], [family]) == (family, "A")
-    assert denoiser_of((key for key in ["y", "x.1.weight", "z", "ww"]), [family]) == (family, "A")
+    assert detect_denoiser(["x.1.weight", "y"], [family]) == (family, "A")
+    assert detect_denoiser((key for key in ["y", "x.1.weight", "z", "ww"]), [family]) == (family, "A")
     for keys in (
         ["x.1.weight"],
         ["y"],
@@ -98,12 +100,12 @@ def test_all_patterns_and_none_of_the_others():
         ["x.1.weights", "y"],
         ["X.1.weight", "y"],
     ):
-        assert denoiser_of(keys, [family]) is None
+        assert detect_denoiser(keys, [family]) is None
 
 
 def test_several_fingerprints_of_one_denoiser():
     family = one("a", Fingerprint("A", ["x"]), Fingerprint("A", ["y"]), Fingerprint("B", ["z"]))
-    assert denoiser_of(["x", "y"], [family]) == (family, "A") and denoiser_of(["z"], [family]) == (
+    assert detect_denoiser(["x", "y"], [family]) == (family, "A") and detect_denoiser(["z"], [family]) == (
         family,
         "B",
     )
@@ -124,15 +126,15 @@ def test_several_fingerprints_of_one_denoiser():
 )
 def test_two_that_match_are_named(families, message):
     with pytest.raises(ConfigError, match=message):
-        denoiser_of(["x"], families)
+        detect_denoiser(["x"], families)
 
 
 def test_widths_choose_between_two():
     wide = one("wide", Fingerprint("FluxTransformer2DModel", ["img_in.weight"]), inputs={"x_embedder": 8})
     slim = one("slim", Fingerprint("FluxTransformer2DModel", ["img_in.weight"]), inputs={"x_embedder": 4})
     shapes = {"img_in.weight": (2, 4), "img_in.bias": (8,)}
-    assert denoiser_of(shapes, [wide, slim], shapes) == (slim, "FluxTransformer2DModel")
+    assert detect_denoiser(shapes, [wide, slim], shapes) == (slim, "FluxTransformer2DModel")
     # a convolution is no Linear
-    assert denoiser_of(shapes, [wide, slim], {"img_in.weight": (2, 4, 1, 1)}) is None
+    assert detect_denoiser(shapes, [wide, slim], {"img_in.weight": (2, 4, 1, 1)}) is None
     with pytest.raises(ConfigError, match=r"wide .* or slim"):
-        denoiser_of(shapes, [wide, slim])
+        detect_denoiser(shapes, [wide, slim])

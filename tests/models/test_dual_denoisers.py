@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int8run.models.dual_denoisers import Experts, denoiser_parts, use_denoiser
+from int8run.models.dual_denoisers import DualDenoiser, set_denoiser, split_denoiser
 
 
 class Part(nn.Module):
@@ -36,7 +36,7 @@ HIGH, LOW = Part(1.0), Part(10.0)
 
 
 def test_each_expert_is_called_by_its_name() -> None:
-    both = Experts({"transformer": HIGH, "transformer_2": LOW})
+    both = DualDenoiser({"transformer": HIGH, "transformer_2": LOW})
     x = torch.zeros(2)
     assert both(expert="transformer", x=x).tolist() == [1, 1] and both(
         expert="transformer_2", x=x, double=True
@@ -45,28 +45,28 @@ def test_each_expert_is_called_by_its_name() -> None:
 
 
 def test_parts_are_known_by_the_beginning_of_their_layers_names() -> None:
-    both = Experts({"transformer": HIGH, "transformer_2": LOW})
-    assert denoiser_parts(both) == {"transformer.": HIGH, "transformer_2.": LOW} and denoiser_parts(HIGH) == {
+    both = DualDenoiser({"transformer": HIGH, "transformer_2": LOW})
+    assert split_denoiser(both) == {"transformer.": HIGH, "transformer_2.": LOW} and split_denoiser(HIGH) == {
         "": HIGH
     }
-    assert denoiser_parts(nn.Sequential(HIGH, LOW)).keys() == {""}, "children alone make no experts"
+    assert split_denoiser(nn.Sequential(HIGH, LOW)).keys() == {""}, "children alone make no experts"
 
 
 def test_a_pipeline_gets_each_part_at_its_own_place() -> None:
     pipe = pipeline(transformer=Part(0.0), transformer_2=Part(0.0))
-    use_denoiser(pipe, Experts({"transformer": HIGH, "transformer_2": LOW}), "transformer")
+    set_denoiser(pipe, DualDenoiser({"transformer": HIGH, "transformer_2": LOW}), "transformer")
     assert (pipe.transformer, pipe.transformer_2) == (HIGH, LOW) and pipe.given == [
         "transformer",
         "transformer_2",
     ]
     pipe = pipeline(unet=Part(0.0))
-    use_denoiser(pipe, HIGH, "unet")
+    set_denoiser(pipe, HIGH, "unet")
     assert pipe.unet is HIGH and pipe.given == ["unet"]
 
 
 def test_one_that_is_there_is_left_alone() -> None:
     pipe = pipeline(transformer=HIGH, transformer_2=LOW)
-    use_denoiser(pipe, Experts({"transformer": HIGH, "transformer_2": LOW}), "transformer")
+    set_denoiser(pipe, DualDenoiser({"transformer": HIGH, "transformer_2": LOW}), "transformer")
     assert pipe.given == [], "its hooks for offloading would be asked for anew"
-    use_denoiser(pipe, Experts({"transformer": HIGH, "transformer_2": Part(3.0)}), "transformer")
+    set_denoiser(pipe, DualDenoiser({"transformer": HIGH, "transformer_2": Part(3.0)}), "transformer")
     assert pipe.given == ["transformer_2"]

@@ -10,7 +10,13 @@ from torch import nn
 
 from int8run.errors import BackendError, ConfigError, FileError
 from int8run.models.family import ModelSource
-from int8run.models.loader import library_versions, load_parts, load_pipeline, pick_device, repeated_blocks
+from int8run.models.loader import (
+    list_block_prefixes,
+    load_parts,
+    load_pipeline,
+    pick_device,
+    read_library_versions,
+)
 from int8run.models.sampling import Sampling
 
 CPU = torch.device("cpu")
@@ -137,11 +143,11 @@ def test_repeated_blocks_are_those_of_lists_with_more_than_one():
         nn.ModuleList([nn.Linear(1, 1)]),
         nn.ModuleList(nn.Linear(1, 1) for _ in range(2)),
     )
-    assert repeated_blocks(model) == ["first.0.", "first.1.", "last.0.", "last.1."]
+    assert list_block_prefixes(model) == ["first.0.", "first.1.", "last.0.", "last.1."]
 
 
 def test_the_versions_that_decide_a_result_are_known():
-    versions = library_versions()
+    versions = read_library_versions()
     assert {"int8run", "torch", "diffusers", "transformers", "numpy"} <= set(versions)
     # the build tag, +cpu or +cu130, is not always part of the installed version
     assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]

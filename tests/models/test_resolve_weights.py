@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 
 from int8run.errors import ConfigError, FileError
-from int8run.models.resolve_weights import SHIPPED, locate
+from int8run.models.resolve_weights import ASSETS_FOLDER, resolve_weights
 
 CONFIG = {"_class_name": "FluxTransformer2DModel", "num_layers": 1}
 
@@ -32,14 +32,16 @@ def pipeline(folder, *components):
 
 
 def test_the_shipped_model():
-    found = locate("shipped:tiny")
-    assert found.path == SHIPPED / "tiny" / "transformer" and found.class_name == "FluxTransformer2DModel"
+    found = resolve_weights("shipped:tiny")
+    assert (
+        found.path == ASSETS_FOLDER / "tiny" / "transformer" and found.class_name == "FluxTransformer2DModel"
+    )
 
 
 def test_a_pipeline_with_one_denoiser(tmp_path):
     folder = pipeline(tmp_path / "p", "transformer")
     for component in (None, "transformer"):
-        found = locate(str(folder), component=component)
+        found = resolve_weights(str(folder), component=component)
         assert (found.path, found.class_name, found.config) == (
             folder / "transformer",
             "FluxTransformer2DModel",
@@ -51,38 +53,38 @@ def test_a_pipeline_with_two_denoisers(tmp_path):
     folder = pipeline(tmp_path / "p", "transformer", "transformer_2")
     words = r"p has 2 denoisers; choose one: task\.component=transformer or task\.component=transformer_2$"
     with pytest.raises(ConfigError, match=words):
-        locate(str(folder))
-    assert locate(str(folder), component="transformer_2").path == folder / "transformer_2"
+        resolve_weights(str(folder))
+    assert resolve_weights(str(folder), component="transformer_2").path == folder / "transformer_2"
     with pytest.raises(
         ConfigError,
         match=r"^task\.component=transformer_3 is no denoiser of .*; did you mean 'transformer_\d'\? it has ",
     ):
-        locate(str(folder), component="transformer_3")
+        resolve_weights(str(folder), component="transformer_3")
 
 
 def test_a_pipeline_without_a_denoiser(tmp_path):
     folder = pipeline(tmp_path / "p")
     words = r"p has no denoiser: its components are unet, vae; .* in diffusers named transformer or transformer_2 or unet$"
     with pytest.raises(ConfigError, match=words):
-        locate(str(folder))
+        resolve_weights(str(folder))
     with pytest.raises(ConfigError, match=words):
-        locate(str(folder), component="vae")
+        resolve_weights(str(folder), component="vae")
 
 
 def test_a_denoisers_own_folder_and_a_file(tmp_path):
     folder = pipeline(tmp_path / "p", "transformer") / "transformer"
     file = folder / "diffusion_pytorch_model.safetensors"
-    assert locate(str(folder)).path == folder and locate(str(folder)).config == CONFIG
-    assert locate(str(file)).path == file and locate(str(file)).config == CONFIG
+    assert resolve_weights(str(folder)).path == folder and resolve_weights(str(folder)).config == CONFIG
+    assert resolve_weights(str(file)).path == file and resolve_weights(str(file)).config == CONFIG
     with pytest.raises(
         ConfigError,
         match=r"^task\.component=transformer names a part of a pipeline, and .* is a single denoiser; ",
     ):
-        locate(str(folder), component="transformer")
+        resolve_weights(str(folder), component="transformer")
     (folder / "config.json").write_text('{"model_type": "not a class"}')
-    assert locate(str(file)).config is None and locate(str(file)).class_name is None
+    assert resolve_weights(str(file)).config is None and resolve_weights(str(file)).class_name is None
     (folder / "config.json").unlink()
-    assert locate(str(file)).config is None
+    assert resolve_weights(str(file)).config is None
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_a_config_that_is_none(tmp_path, text):
     folder = pipeline(tmp_path / "p", "transformer")
     (folder / "transformer" / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(FileError, match=r"config\.json (is no JSON object|cannot be read: )"):
-        locate(str(folder))
+        resolve_weights(str(folder))
 
 
 @pytest.mark.parametrize("name", ["x.gguf", "x.ckpt", "x.pt", "x.pth", "X.BIN"])
@@ -103,7 +105,7 @@ def test_formats_that_are_not_read(name):
         else "a pickled file, which can run code when opened; convert it to"
     )
     with pytest.raises(ConfigError, match=rf"^model\.location={name} is {words} "):
-        locate(name)
+        resolve_weights(name)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_nothing_there(location):
         FileError,
         match=r"missing(/x\.safetensors|\.safetensors)?: no such file or folder; set model\.location to a",
     ):
-        locate(location)
+        resolve_weights(location)
 
 
 @pytest.fixture
@@ -143,7 +145,7 @@ def hub(tmp_path, monkeypatch):
 
 def test_one_denoiser_of_the_hub_is_fetched_alone(hub):
     repository, asked = hub
-    found = locate("org/model", "main", "transformer_2")
+    found = resolve_weights("org/model", "main", "transformer_2")
     assert (found.path, found.config) == (repository / "transformer_2", CONFIG)
     wanted = (
         "transformer_2/config.json",
@@ -152,12 +154,15 @@ def test_one_denoiser_of_the_hub_is_fetched_alone(hub):
     )
     assert asked == [("org/model", "model_index.json", "main"), ("org/model", wanted, "main")]
     with pytest.raises(ConfigError, match=r"^org/model has 2 denoisers"):
-        locate("org/model")
+        resolve_weights("org/model")
 
 
 def test_a_file_of_the_hub(hub):
     repository, asked = hub
-    assert locate("org/model/split_files/x.safetensors").path == repository / "split_files" / "x.safetensors"
+    assert (
+        resolve_weights("org/model/split_files/x.safetensors").path
+        == repository / "split_files" / "x.safetensors"
+    )
     assert asked == [("org/model", "split_files/x.safetensors", None)]
 
 
@@ -165,7 +170,7 @@ def test_a_file_of_the_hub(hub):
 def test_what_the_hub_does_not_have(hub, location):
     words = rf"^model\.location={location} could not be fetched: .*404: .* is not there look at the page.*; name a file or"
     with pytest.raises(FileError, match=words):
-        locate(location)
+        resolve_weights(location)
 
 
 def test_diffusers_is_not_needed():

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from int8run.errors import ConfigError, FileError
 from int8run.models import source as module
 from int8run.models.family import ModelSource
-from int8run.models.resolve_weights import SHIPPED
+from int8run.models.resolve_weights import ASSETS_FOLDER
 from int8run.models.sampling import Sampling
-from int8run.models.source import Denoiser, Source, find_source
+from int8run.models.source import ResolvedDenoiser, ResolvedModel, resolve_model
 
 FLUX = {
     "_class_name": "FluxTransformer2DModel",
@@ -61,7 +61,7 @@ def pipeline(tmp_path: Path) -> Callable[..., Path]:
         there = (
             components
             if components is not None
-            else [n for n in module.COMPONENTS if isinstance(index, dict) and n in index]
+            else [n for n in module.DENOISER_COMPONENTS if isinstance(index, dict) and n in index]
         )
         for component in there:
             (folder / component).mkdir()
@@ -101,40 +101,49 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[Any, ...]]]:
 
 def test_a_diffusers_folder_has_all(pipeline: Callable[..., Path]) -> None:
     folder = pipeline()
-    assert find_source(model(folder)) == Source(
-        folder, (Denoiser("transformer", "FluxTransformer2DModel", FLUX, folder / "transformer"),), False
+    assert resolve_model(model(folder)) == ResolvedModel(
+        folder,
+        (ResolvedDenoiser("transformer", "FluxTransformer2DModel", FLUX, folder / "transformer"),),
+        False,
     )
 
 
 def test_two_experts_come_in_the_order_of_their_use(pipeline: Callable[..., Path]) -> None:
-    found = find_source(model(pipeline(TWO)))
-    assert [d.component for d in found.denoisers] == ["transformer", "transformer_2"] and not found.single
+    found = resolve_model(model(pipeline(TWO)))
+    assert [d.component for d in found.denoisers] == [
+        "transformer",
+        "transformer_2",
+    ] and not found.has_single_files
     left_out = pipeline(TWO | {"transformer_2": [None, None]}, "wan21", components=("transformer",))
-    assert [d.component for d in find_source(model(left_out)).denoisers] == ["transformer"]
+    assert [d.component for d in resolve_model(model(left_out)).denoisers] == ["transformer"]
 
 
 def test_the_shipped_model_is_found() -> None:
-    found = find_source(model("shipped:tiny"))
-    assert found.folder == SHIPPED / "tiny" and len(found.denoisers) == 1
+    found = resolve_model(model("shipped:tiny"))
+    assert found.folder == ASSETS_FOLDER / "tiny" and len(found.denoisers) == 1
 
 
 def test_a_single_file_takes_the_rest_from_its_base(pipeline: Callable[..., Path], tmp_path: Path) -> None:
     folder, file = pipeline(), weights(tmp_path / "m.safetensors")
-    found = find_source(model(file, base=str(folder)))
-    assert found == Source(folder, (Denoiser("transformer", "FluxTransformer2DModel", FLUX, file),), True)
+    found = resolve_model(model(file, base=str(folder)))
+    assert found == ResolvedModel(
+        folder, (ResolvedDenoiser("transformer", "FluxTransformer2DModel", FLUX, file),), True
+    )
 
 
 def test_a_folder_of_weights_without_a_pipeline_is_a_denoiser(
     pipeline: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = weights(tmp_path / "mine" / "diffusion_pytorch_model.safetensors").parent
-    found = find_source(model(folder, base=str(pipeline())))
-    assert found.single and found.denoisers[0].weights == folder
+    found = resolve_model(model(folder, base=str(pipeline())))
+    assert found.has_single_files and found.denoisers[0].weights == folder
 
 
 def test_a_file_for_each_expert(pipeline: Callable[..., Path], tmp_path: Path) -> None:
     low, high = weights(tmp_path / "low.safetensors"), weights(tmp_path / "high.safetensors")
-    found = find_source(model({"transformer_2": str(low), "transformer": str(high)}, base=str(pipeline(TWO))))
+    found = resolve_model(
+        model({"transformer_2": str(low), "transformer": str(high)}, base=str(pipeline(TWO)))
+    )
     assert [(d.component, d.weights) for d in found.denoisers] == [
         ("transformer", high),
         ("transformer_2", low),
@@ -148,7 +157,7 @@ def test_a_path_may_begin_with_the_home_folder(
     weights(tmp_path / "m.safetensors")
     pipeline()
     assert (
-        find_source(model("~/m.safetensors", base="~/pipe")).denoisers[0].weights
+        resolve_model(model("~/m.safetensors", base="~/pipe")).denoisers[0].weights
         == tmp_path / "m.safetensors"
     )
 
@@ -158,7 +167,7 @@ def test_a_path_may_begin_with_the_home_folder(
 
 def test_a_hub_id_is_fetched_without_pickles(pipeline: Callable[..., Path], hub: dict[str, Any]) -> None:
     hub["folder"] = folder = pipeline()
-    found = find_source(model("org/name", revision="v2"))
+    found = resolve_model(model("org/name", revision="v2"))
     assert (
         found.folder == folder
         and hub["pipelines"] == [("org/name", {"revision": "v2", "use_safetensors": True})]
@@ -170,9 +179,9 @@ def test_of_a_base_on_the_hub_the_denoisers_weights_are_not_fetched(
     pipeline: Callable[..., Path], hub: dict[str, Any], tmp_path: Path
 ) -> None:
     hub["folder"] = folder = pipeline()
-    found = find_source(model(weights(tmp_path / "m.safetensors"), base="org/name", revision="of the file"))
-    assert found.folder == folder and found.single
-    nothing = dict.fromkeys(module.COMPONENTS)
+    found = resolve_model(model(weights(tmp_path / "m.safetensors"), base="org/name", revision="of the file"))
+    assert found.folder == folder and found.has_single_files
+    nothing = dict.fromkeys(module.DENOISER_COMPONENTS)
     assert hub["pipelines"] == [("org/name", {"revision": None, "use_safetensors": True, **nothing})]
     assert hub["files"] == [(("org/name", "config.json"), {"subfolder": "transformer", "revision": None})]
 
@@ -181,7 +190,7 @@ def test_a_file_on_the_hub_is_fetched(
     pipeline: Callable[..., Path], hub: dict[str, Any], tmp_path: Path
 ) -> None:
     hub["file"] = file = weights(tmp_path / "fetched.safetensors")
-    found = find_source(model("org/name/split/m.safetensors", base=str(pipeline()), revision="v2"))
+    found = resolve_model(model("org/name/split/m.safetensors", base=str(pipeline()), revision="v2"))
     assert found.denoisers[0].weights == file and hub["files"] == [
         (("org/name", "split/m.safetensors"), {"revision": "v2"})
     ]
@@ -202,7 +211,7 @@ def test_a_model_that_the_hub_does_not_give_is_one_line(error: Exception, hub: d
         FileError,
         match=r"^model\.location=org/name is not on this machine and could not be fetched \(\w+: .+\); set model\.location to a",
     ) as raised:
-        find_source(model("org/name"))
+        resolve_model(model("org/name"))
     assert "\n" not in str(raised.value)
 
 
@@ -215,7 +224,7 @@ def test_a_file_that_the_hub_does_not_give_is_one_line(
         FileError,
         match=r"^model\.location=org/name/m\.safetensors is not on this machine and could not be fetched",
     ):
-        find_source(model("org/name/m.safetensors", base=str(pipeline())))
+        resolve_model(model("org/name/m.safetensors", base=str(pipeline())))
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------------
@@ -227,7 +236,7 @@ def test_pickled_files_are_refused(name: str, hub: dict[str, Any]) -> None:
         ConfigError,
         match=rf"^model\.location={name} is a pickled file, which can run code .*convert it to \.safetensors",
     ):
-        find_source(model(name, base="org/base"))
+        resolve_model(model(name, base="org/base"))
     assert not hub["pipelines"] and not hub["files"]
 
 
@@ -236,9 +245,9 @@ def test_other_formats_are_refused_with_who_reads_them() -> None:
         ConfigError,
         match=r"^model\.location=m\.gguf is a GGUF file; ComfyUI-GGUF and diffusers' GGUFQuantizationConfig",
     ):
-        find_source(model("m.gguf"))
+        resolve_model(model("m.gguf"))
     with pytest.raises(ConfigError, match=r"^model\.location=b\.gguf is a GGUF file"):
-        find_source(model({"transformer": "a.safetensors", "transformer_2": "b.gguf"}))
+        resolve_model(model({"transformer": "a.safetensors", "transformer_2": "b.gguf"}))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +258,7 @@ def test_a_single_file_needs_a_base(location: Any) -> None:
         ConfigError,
         match=r"holds a denoiser alone; set model\.base=<hub id or diffusers folder> that the text encoders",
     ):
-        find_source(model(location))
+        resolve_model(model(location))
 
 
 def test_files_for_two_denoisers_are_all_named(pipeline: Callable[..., Path], tmp_path: Path) -> None:
@@ -257,13 +266,13 @@ def test_files_for_two_denoisers_are_all_named(pipeline: Callable[..., Path], tm
     message = r"has 2 denoisers \(transformer, transformer_2\); set 'model\.location=\{transformer: <file>, transformer_2: <file>\}'$"
     for location in (file, {"transformer_2": file}):
         with pytest.raises(ConfigError, match=message):
-            find_source(model(location, base=base))
+            resolve_model(model(location, base=base))
 
 
 def test_a_file_for_a_denoiser_that_is_not_there(pipeline: Callable[..., Path], tmp_path: Path) -> None:
     message = r"^model\.location names transfomer; did you mean 'transformer'\? .*pipe has transformer$"
     with pytest.raises(ConfigError, match=message):
-        find_source(model({"transfomer": str(weights(tmp_path / "m.safetensors"))}, base=str(pipeline())))
+        resolve_model(model({"transfomer": str(weights(tmp_path / "m.safetensors"))}, base=str(pipeline())))
 
 
 @pytest.mark.parametrize(
@@ -281,7 +290,7 @@ def test_a_file_that_is_not_there(place: str, pipeline: Callable[..., Path], hub
         FileError,
         match=r"^/.*safetensors: no such file; on the hub a file is org/repository/name\.safetensors$",
     ):
-        find_source(model(place, base=str(pipeline())))
+        resolve_model(model(place, base=str(pipeline())))
     assert not hub["files"]
 
 
@@ -291,7 +300,7 @@ def test_a_folder_that_is_not_there(place: str, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(
         FileError, match=r"^/.*absent is not a diffusers folder: it has no model_index\.json$"
     ):
-        find_source(model(place))
+        resolve_model(model(place))
 
 
 BROKEN = {
@@ -319,7 +328,7 @@ def test_a_broken_index_is_one_line(index: object, reason: str, pipeline: Callab
         FileError,
         match=rf"^model '{folder}' could not be loaded: .*{reason}.*; set model\.location to a folder that has it$",
     ):
-        find_source(model(folder))
+        resolve_model(model(folder))
 
 
 @pytest.mark.parametrize(
@@ -327,7 +336,7 @@ def test_a_broken_index_is_one_line(index: object, reason: str, pipeline: Callab
 )
 def test_a_component_of_another_form_is_one_line(entry: list[str], pipeline: Callable[..., Path]) -> None:
     with pytest.raises((FileError, ConfigError)):
-        find_source(model(pipeline(ONE | {"transformer": entry})))
+        resolve_model(model(pipeline(ONE | {"transformer": entry})))
 
 
 @pytest.mark.parametrize(
@@ -335,12 +344,12 @@ def test_a_component_of_another_form_is_one_line(entry: list[str], pipeline: Cal
 )
 def test_a_broken_config_is_one_line(config: str, reason: str, pipeline: Callable[..., Path]) -> None:
     with pytest.raises(FileError, match=rf"could not be loaded: .*{reason}"):
-        find_source(model(pipeline(config=config)))
+        resolve_model(model(pipeline(config=config)))
 
 
 def test_a_config_that_is_not_there(pipeline: Callable[..., Path]) -> None:
     with pytest.raises(FileError, match=r"could not be loaded: .*config\.json cannot be read: No such file"):
-        find_source(model(pipeline(components=())))
+        resolve_model(model(pipeline(components=())))
 
 
 def test_a_pipeline_without_a_denoiser(pipeline: Callable[..., Path]) -> None:
@@ -355,19 +364,19 @@ def test_a_pipeline_without_a_denoiser(pipeline: Callable[..., Path]) -> None:
         ConfigError,
         match=rf"^X in {folder} has no denoiser: its components are prior, vae; .* transformer or transformer_2 or unet$",
     ):
-        find_source(model(folder))
+        resolve_model(model(folder))
 
 
 # -- the skeleton -------------------------------------------------------------------------------------------------------
 
 
-def denoiser(config: dict[str, Any], kind: type = FluxTransformer2DModel) -> Denoiser:
-    return Denoiser("transformer", kind.__name__, config, Path())
+def denoiser(config: dict[str, Any], kind: type = FluxTransformer2DModel) -> ResolvedDenoiser:
+    return ResolvedDenoiser("transformer", kind.__name__, config, Path())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_skeleton_has_shapes_and_no_values(dtype: torch.dtype) -> None:
-    made = denoiser(FLUX).skeleton(dtype)
+    made = denoiser(FLUX).build_skeleton(dtype)
     real = FluxTransformer2DModel.from_config(FLUX)
     assert {n: tuple(p.shape) for n, p in made.named_parameters()} == {
         n: tuple(p.shape) for n, p in real.named_parameters()
@@ -391,7 +400,7 @@ def test_buffers_that_no_file_holds_are_there() -> None:
         "rope_max_seq_len": 32,
     }
     made, real = (
-        denoiser(config, WanTransformer3DModel).skeleton(torch.bfloat16),
+        denoiser(config, WanTransformer3DModel).build_skeleton(torch.bfloat16),
         WanTransformer3DModel.from_config(config),
     )
     buffers = dict(made.named_buffers())
@@ -406,4 +415,4 @@ def test_a_config_that_the_class_does_not_take(config: dict[str, Any]) -> None:
         FileError,
         match=r"^the config of transformer does not fit FluxTransformer2DModel: .+; take the one of its checkpoint$",
     ):
-        denoiser(FLUX | config).skeleton(torch.float32)
+        denoiser(FLUX | config).build_skeleton(torch.float32)

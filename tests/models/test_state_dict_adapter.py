@@ -12,15 +12,15 @@ from torch import Tensor
 
 from int8run.errors import ConfigError, FileError
 from int8run.models import state_dict_adapter
-from int8run.models.key_mapping import Names, NamingRule
+from int8run.models.key_mapping import KeyMapping, KeyMappingSet
 from int8run.models.state_dict_adapter import (
-    Part,
-    denoiser_keys,
-    joined_shape,
-    strip_prefix,
-    targets,
+    TensorPart,
+    find_denoiser_keys,
+    find_prefix,
+    find_targets,
+    join_shapes,
     to_model,
-    to_native,
+    to_original,
 )
 
 FLUX = "FluxTransformer2DModel"
@@ -44,8 +44,10 @@ def shapes_of(values: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def authors_file(family: Family, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a file for other programs holds, without what the model has no place for."""
-    native = to_native(shapes_of(values), family.cls)
-    return {key: torch.cat([part.cut(values[part.key]) for part in parts]) for key, parts in native.items()}
+    native = to_original(shapes_of(values), family.cls)
+    return {
+        key: torch.cat([part.extract(values[part.key]) for part in parts]) for key, parts in native.items()
+    }
 
 
 def same(values: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
@@ -74,7 +76,8 @@ def test_a_file_of_the_authors_becomes_the_model(key):
         and tuple(found.dropped) == family.dropped
     )
     made = {
-        name: torch.cat([part.cut(file[part.key]) for part in parts]) for name, parts in found.parts.items()
+        name: torch.cat([part.extract(file[part.key]) for part in parts])
+        for name, parts in found.parts.items()
     }
     assert same({name: made[name] for name in values}, values) and made.keys() == values.keys()
 
@@ -83,7 +86,7 @@ def test_a_file_of_the_authors_becomes_the_model(key):
 def test_a_file_of_diffusers_is_taken_as_it_is(key):
     family, shapes = FAMILIES[key], shapes_of(values_of(key))
     found = to_model(shapes, shapes, family.cls)
-    assert found.parts == {name: (Part(name),) for name in shapes}
+    assert found.parts == {name: (TensorPart(name),) for name in shapes}
     assert (found.unused, found.missing, found.dropped) == ((), (), {})
 
 
@@ -91,10 +94,10 @@ def test_a_file_of_diffusers_is_taken_as_it_is(key):
 def test_targets_by_names_alone(key):
     family, shapes = FAMILIES[key], shapes_of(values_of(key))
     native = {
-        name.removeprefix(family.prefix): parts for name, parts in to_native(shapes, family.cls).items()
+        name.removeprefix(family.prefix): parts for name, parts in to_original(shapes, family.cls).items()
     }
-    found = targets([*native, *family.dropped], family.cls)
-    own = targets(shapes, family.cls)
+    found = find_targets([*native, *family.dropped], family.cls)
+    own = find_targets(shapes, family.cls)
     if key == "sana_sprint":  # by names alone no different from Sana
         found |= {
             name: tuple(t.replace("emb.timestep", "timestep") for t in parts) for name, parts in found.items()
@@ -112,7 +115,7 @@ def test_targets_by_names_alone(key):
 def test_names_that_stay(key):
     # a loose converter passes a name that it does not know; so which are the same in both worlds is said
     family, shapes = FAMILIES[key], shapes_of(values_of(key))
-    native = to_native(shapes, family.cls)
+    native = to_original(shapes, family.cls)
     stayed = {name for name in shapes if family.prefix + name in native}
     modules = {name: name.rpartition(".") for name in shapes}
     of_modules = {
@@ -131,14 +134,14 @@ def test_names_that_stay(key):
     "key, name", [("sd15", "output_blocks.2.1.conv"), ("sdxl", "output_blocks.2.2.conv")]
 )
 def test_an_upsampler_stands_after_the_attention_if_there_is_one(key, name):
-    native = to_native(shapes_of(values_of(key)), "UNet2DConditionModel")
+    native = to_original(shapes_of(values_of(key)), "UNet2DConditionModel")
     found = [name for name, parts in native.items() if parts[0].key == "up_blocks.0.upsamplers.0.conv.weight"]
     assert found == [f"model.diffusion_model.{name}.weight"]
 
 
 @pytest.mark.parametrize("key", [key for key, family in FAMILIES.items() if family.words])
 def test_words_of_the_authors(key):
-    native = to_native(shapes_of(values_of(key)), FAMILIES[key].cls)
+    native = to_original(shapes_of(values_of(key)), FAMILIES[key].cls)
     words = {word for name in native for word in name.split(".") if not word.isdigit()}
     assert words == set(FAMILIES[key].words.split())
 
@@ -154,7 +157,7 @@ def test_written_keys_stand_in_the_order_of_the_model(key):
     names = list(values_of(key))
     firsts = [
         names.index(parts[0].key)
-        for parts in to_native(shapes_of(values_of(key)), FAMILIES[key].cls).values()
+        for parts in to_original(shapes_of(values_of(key)), FAMILIES[key].cls).values()
     ]
     assert firsts == sorted(firsts)
 
@@ -170,7 +173,7 @@ def test_written_keys_stand_in_the_order_of_the_model(key):
 )
 def test_shapes_of_written_tensors(key, shape):
     shapes = {name: tuple(value.shape) for name, value in tiny(FAMILIES["flux"]).state_dict().items()}
-    assert joined_shape(to_native(shapes, FLUX)[key], shapes) == shape
+    assert join_shapes(to_original(shapes, FLUX)[key], shapes) == shape
 
 
 def test_shapes_of_reshaped_tensors():
@@ -180,30 +183,32 @@ def test_shapes_of_reshaped_tensors():
         ("sd3", "pos_embed", (1, 16, 8)),
     ):
         shapes = shapes_of(values_of(key))
-        assert joined_shape(to_native(shapes, FAMILIES[key].cls)[native], shapes) == shape
+        assert join_shapes(to_original(shapes, FAMILIES[key].cls)[native], shapes) == shape
 
 
 def test_parts_cut_weights_biases_and_scales_alike():
     weight = torch.arange(24.0).reshape(12, 2)
-    part = Part("a", slice(4, 8), swap_halves=True)
+    part = TensorPart("a", slice(4, 8), swap_halves=True)
     order = torch.tensor([6, 7, 4, 5])
-    assert torch.equal(part.cut(weight), weight[order])
-    assert torch.equal(part.cut(weight[:, 0]), weight[order, 0]) and torch.equal(
-        part.cut(weight[:, :1]), weight[order, :1]
+    assert torch.equal(part.extract(weight), weight[order])
+    assert torch.equal(part.extract(weight[:, 0]), weight[order, 0]) and torch.equal(
+        part.extract(weight[:, :1]), weight[order, :1]
     )
     one = torch.tensor([[3.0]])
-    assert all(part.cut(scale) is scale for scale in (one, one[0], one[0, 0]))
-    assert Part("a").cut(weight) is weight
-    assert Part("a", shape=(1, -1, 1, 1)).cut(weight[:, 0]).shape == (1, 12, 1, 1)
-    assert Part("a", shape=(1,)).cut(one).shape == (1,)
-    assert torch.equal(Part("a", slice(0, 2), shape=(4,)).cut(weight), torch.arange(4.0))
+    assert all(part.extract(scale) is scale for scale in (one, one[0], one[0, 0]))
+    assert TensorPart("a").extract(weight) is weight
+    assert TensorPart("a", shape=(1, -1, 1, 1)).extract(weight[:, 0]).shape == (1, 12, 1, 1)
+    assert TensorPart("a", shape=(1,)).extract(one).shape == (1,)
+    assert torch.equal(TensorPart("a", slice(0, 2), shape=(4,)).extract(weight), torch.arange(4.0))
 
 
 def test_norms_called_weight_are_read_as_well():
     shapes = {"transformer_blocks.0.attn.norm_q.weight": (8,)}
     found = to_model({"double_blocks.0.img_attn.norm.query_norm.weight": (8,)}, shapes, FLUX)
     assert found.parts == {
-        "transformer_blocks.0.attn.norm_q.weight": (Part("double_blocks.0.img_attn.norm.query_norm.weight"),)
+        "transformer_blocks.0.attn.norm_q.weight": (
+            TensorPart("double_blocks.0.img_attn.norm.query_norm.weight"),
+        )
     }
 
 
@@ -213,14 +218,14 @@ def test_fewer_heads_for_keys_are_cut_by_the_models_own_rows():
     found = to_model({"layers.0.attention.qkv.weight": (40, 24)}, shapes, "Lumina2Transformer2DModel")
     cuts = {"q": slice(0, 24), "k": slice(24, 32), "v": slice(32, 40)}
     assert found.parts == {
-        f"layers.0.attn.to_{x}.weight": (Part("layers.0.attention.qkv.weight", cut),)
+        f"layers.0.attn.to_{x}.weight": (TensorPart("layers.0.attention.qkv.weight", cut),)
         for x, cut in cuts.items()
     }
 
 
 def test_only_the_last_text_norm_of_sd3_is_swapped():
     shapes = {f"transformer_blocks.{i}.norm1_context.linear.weight": (4, 2) for i in (9, 10, 11)}
-    native = to_native(shapes, "SD3Transformer2DModel")
+    native = to_original(shapes, "SD3Transformer2DModel")
     swapped = [f"joint_blocks.{i}.context_block.adaLN_modulation.1.weight" for i in (9, 10, 11)]
     assert {key: parts[0].swap_halves for key, parts in native.items()} == dict(
         zip(swapped, (False, False, True), strict=True)
@@ -231,7 +236,7 @@ def test_only_the_last_text_norm_of_sd3_is_swapped():
 
 def test_names_of_lora_files_only_are_never_written_or_read():
     shapes = shapes_of(values_of("flux"))
-    assert not any("lora" in key for key in to_native(shapes, FLUX))
+    assert not any("lora" in key for key in to_original(shapes, FLUX))
     assert to_model({"double_blocks.0.proj_lora1.weight": (3072, 1)}, shapes, FLUX).unused == (
         "double_blocks.0.proj_lora1.weight",
     )
@@ -239,9 +244,9 @@ def test_names_of_lora_files_only_are_never_written_or_read():
 
 def test_a_class_without_rules_keeps_its_names():
     shapes = {"a.weight": (2, 3), "b": ()}
-    assert to_native(shapes, "Unknown") == {name: (Part(name),) for name in shapes}
-    assert to_model(shapes, shapes, "Unknown").parts == {name: (Part(name),) for name in shapes}
-    assert targets(shapes, "Unknown") == {name: (name,) for name in shapes}
+    assert to_original(shapes, "Unknown") == {name: (TensorPart(name),) for name in shapes}
+    assert to_model(shapes, shapes, "Unknown").parts == {name: (TensorPart(name),) for name in shapes}
+    assert find_targets(shapes, "Unknown") == {name: (name,) for name in shapes}
 
 
 @pytest.mark.parametrize(
@@ -302,48 +307,51 @@ def test_reshaped_values_need_their_shape(shape):
 
 
 def test_shapes_that_no_number_completes():
-    parts = (Part("a", shape=(2, -1)),)
-    assert joined_shape(parts, {"a": (2, 3)}) == (2, 3) and joined_shape(parts, {"a": (7,)}) is None
+    parts = (TensorPart("a", shape=(2, -1)),)
+    assert join_shapes(parts, {"a": (2, 3)}) == (2, 3) and join_shapes(parts, {"a": (7,)}) is None
 
 
 def test_rules_after_a_change_of_shape_keep_it(monkeypatch):
-    flat = NamingRule("inner.x.flat", ("inner.x.table",), shape=(-1,), whole_key=True)
+    flat = KeyMapping("inner.x.flat", ("inner.x.table",), shape=(-1,), whole_key=True)
     monkeypatch.setattr(
         state_dict_adapter,
-        "names_of",
-        lambda name: Names((NamingRule("outer.**", ("inner.**",)),), parameters=(flat,)),
+        "load_mappings",
+        lambda name: KeyMappingSet((KeyMapping("outer.**", ("inner.**",)),), parameters=(flat,)),
     )
     shapes = {"inner.x.table": (2, 3)}
-    assert to_native(shapes, "Any") == {"outer.x.flat": (Part("inner.x.table", shape=(-1,)),)}
+    assert to_original(shapes, "Any") == {"outer.x.flat": (TensorPart("inner.x.table", shape=(-1,)),)}
     assert to_model({"outer.x.flat": (6,)}, shapes, "Any").parts == {
-        "inner.x.table": (Part("outer.x.flat", shape=(2, 3)),)
+        "inner.x.table": (TensorPart("outer.x.flat", shape=(2, 3)),)
     }
 
 
 def test_turned_matrices_and_rows_of_several_parameters(monkeypatch):
-    turned = NamingRule("projection", ("projection.weight",), whole_key=True, transposed=True)
-    rows = NamingRule("*.in_proj_weight", ("*.q.weight", "*.k.weight"), whole_key=True)
-    monkeypatch.setattr(state_dict_adapter, "names_of", lambda name: Names(parameters=(turned, rows)))
+    turned = KeyMapping("projection", ("projection.weight",), whole_key=True, transposed=True)
+    rows = KeyMapping("*.in_proj_weight", ("*.q.weight", "*.k.weight"), whole_key=True)
+    monkeypatch.setattr(state_dict_adapter, "load_mappings", lambda name: KeyMappingSet(parameters=(turned, rows)))
     shapes = {"projection.weight": (2, 3), "0.q.weight": (4, 5), "0.k.weight": (2, 5)}
     file = {
-        "projection": (Part("projection.weight", transposed=True),),
-        "0.in_proj_weight": (Part("0.q.weight"), Part("0.k.weight")),
+        "projection": (TensorPart("projection.weight", transposed=True),),
+        "0.in_proj_weight": (TensorPart("0.q.weight"), TensorPart("0.k.weight")),
     }
-    assert to_native(shapes, "Any") == file
-    assert {key: joined_shape(parts, shapes) for key, parts in file.items()} == {
+    assert to_original(shapes, "Any") == file
+    assert {key: join_shapes(parts, shapes) for key, parts in file.items()} == {
         "projection": (3, 2),
         "0.in_proj_weight": (6, 5),
     }
     found = to_model({"projection": (3, 2), "0.in_proj_weight": (6, 5)}, shapes, "Any")
     key = "0.in_proj_weight"
     assert found.parts == {
-        "projection.weight": (Part("projection", transposed=True),),
-        "0.q.weight": (Part(key, slice(0, 4)),),
-        "0.k.weight": (Part(key, slice(4, 6)),),
+        "projection.weight": (TensorPart("projection", transposed=True),),
+        "0.q.weight": (TensorPart(key, slice(0, 4)),),
+        "0.k.weight": (TensorPart(key, slice(4, 6)),),
     }
     tensor = torch.arange(6).reshape(3, 2)
-    assert torch.equal(Part("projection", transposed=True).cut(tensor), tensor.T)
-    assert targets(file, "Any") == {"projection": ("projection.weight",), key: ("0.q.weight", "0.k.weight")}
+    assert torch.equal(TensorPart("projection", transposed=True).extract(tensor), tensor.T)
+    assert find_targets(file, "Any") == {
+        "projection": ("projection.weight",),
+        key: ("0.q.weight", "0.k.weight"),
+    }
     with pytest.raises(
         FileError,
         match=r"projection of the file has the shape \[2, 3\], but projection.weight \[2, 3\] of the Any need \[3, 2\]",
@@ -352,20 +360,20 @@ def test_turned_matrices_and_rows_of_several_parameters(monkeypatch):
 
 
 def test_a_matrix_that_is_turned_twice_is_as_it_was(monkeypatch):
-    rules = tuple(NamingRule(a, (b,), whole_key=True, transposed=True) for a, b in (("a", "b"), ("b", "c")))
-    monkeypatch.setattr(state_dict_adapter, "names_of", lambda name: Names(parameters=rules))
-    assert to_native({"c": (2, 3)}, "Any") == {"a": (Part("c"),)} and to_model(
+    rules = tuple(KeyMapping(a, (b,), whole_key=True, transposed=True) for a, b in (("a", "b"), ("b", "c")))
+    monkeypatch.setattr(state_dict_adapter, "load_mappings", lambda name: KeyMappingSet(parameters=rules))
+    assert to_original({"c": (2, 3)}, "Any") == {"a": (TensorPart("c"),)} and to_model(
         {"a": (2, 3)}, {"c": (2, 3)}, "Any"
-    ).parts == {"c": (Part("a"),)}
+    ).parts == {"c": (TensorPart("a"),)}
 
 
 def test_rules_that_undo_each_other_end():
     name = "encoder.layers.0.self_attn.q_proj.weight"
-    assert to_native({name: (2, 2)}, "CLIPTextModel") and targets([name], "CLIPTextModel")
+    assert to_original({name: (2, 2)}, "CLIPTextModel") and find_targets([name], "CLIPTextModel")
 
 
 def test_norms_of_flux2_are_called_scale():
-    native = to_native(shapes_of(values_of("flux2")), "Flux2Transformer2DModel")
+    native = to_original(shapes_of(values_of("flux2")), "Flux2Transformer2DModel")
     assert {name.rpartition(".")[2] for name in native if "_norm." in name} == {"scale"}
 
 
@@ -376,7 +384,9 @@ def test_missing_parameters_are_listed():
 
 def test_a_parameter_that_files_have_and_the_model_too_is_not_dropped():
     shapes = {"pos_embed": (1, 4)}
-    assert to_model(shapes, shapes, "SanaTransformer2DModel").parts == {"pos_embed": (Part("pos_embed"),)}
+    assert to_model(shapes, shapes, "SanaTransformer2DModel").parts == {
+        "pos_embed": (TensorPart("pos_embed"),)
+    }
 
 
 def test_two_parameters_never_get_one_name():
@@ -386,7 +396,7 @@ def test_two_parameters_never_get_one_name():
             ConfigError,
             match=r"blocks.0.norm[23].weight and .* WanTr.* would both be called blocks.0.norm3.weight: it is ",
         ):
-            to_native(order, "WanTransformer3DModel")
+            to_original(order, "WanTransformer3DModel")
 
 
 @pytest.mark.parametrize("missing", range(3))
@@ -394,7 +404,7 @@ def test_parts_of_one_tensor_are_all_there(missing):
     there = [name for name in QKV if name != QKV[missing]]
     message = f"this FluxTransformer2DModel has {there[0]}, but no {QKV[missing]} to be one tensor with it: it is built unlike"
     with pytest.raises(ConfigError, match=message):
-        to_native(dict.fromkeys(there, (8, 8)), FLUX)
+        to_original(dict.fromkeys(there, (8, 8)), FLUX)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +418,7 @@ def test_a_unet_with_other_levels_has_no_key_mapping(layers, message):
     family = FAMILIES["sdxl"]
     model = tiny(replace(family, config={**family.config, "layers_per_block": layers}))
     with pytest.raises(ConfigError, match=f"this UNet2DConditionModel {message}"):
-        to_native(shapes_of(model.state_dict()), "UNet2DConditionModel")
+        to_original(shapes_of(model.state_dict()), "UNet2DConditionModel")
 
 
 @pytest.mark.parametrize(
@@ -419,8 +429,8 @@ def test_a_unet_with_other_levels_has_no_key_mapping(layers, message):
 def test_prefixes(prefix, found):
     names = [f"blocks.{i}.weight" for i in range(6)]
     keys = [prefix + name for name in names]
-    assert strip_prefix(keys) == found
-    assert denoiser_keys(keys) == dict(zip(names if found else keys, keys, strict=True))
+    assert find_prefix(keys) == found
+    assert find_denoiser_keys(keys) == dict(zip(names if found else keys, keys, strict=True))
 
 
 def test_prefix_in_a_whole_checkpoint():
@@ -428,11 +438,11 @@ def test_prefix_in_a_whole_checkpoint():
     others = [f"first_stage_model.encoder.{i}.weight" for i in range(20)] + [
         f"net.{i}.weight" for i in range(6)
     ]
-    assert strip_prefix([*others, *ours]) == "model.diffusion_model."
-    assert list(denoiser_keys([*others, *ours]).values()) == ours
+    assert find_prefix([*others, *ours]) == "model.diffusion_model."
+    assert list(find_denoiser_keys([*others, *ours]).values()) == ours
     assert (
-        strip_prefix([*others, *ours[:5]]) == "net."
-        and strip_prefix([*others[:-1], *ours[:5]]) == ""
-        and strip_prefix([]) == ""
+        find_prefix([*others, *ours[:5]]) == "net."
+        and find_prefix([*others[:-1], *ours[:5]]) == ""
+        and find_prefix([]) == ""
     )
-    assert strip_prefix(["model.a", "model.b", "other"]) == ""
+    assert find_prefix(["model.a", "model.b", "other"]) == ""

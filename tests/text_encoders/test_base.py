@@ -7,18 +7,18 @@ from torch import nn
 
 from int8run.errors import ConfigError
 from int8run.quant.formats import FORMATS
-from int8run.text_encoders.base import TextEncoders, find_text_encoders, kernel_backends
+from int8run.text_encoders.base import TextEncoders, find_text_encoders, list_kernel_backends
 
 
 def test_what_quantizes() -> None:
-    assert not TextEncoders().quantizes and TextEncoders() == TextEncoders("keep", None, "auto", None)
+    assert not TextEncoders().is_quantized and TextEncoders() == TextEncoders("keep", None, "auto", None)
     assert (
-        not TextEncoders("auto").quantizes
-        and TextEncoders("auto", path="x").quantizes
-        and TextEncoders("auto", path={"a": "x"}).quantizes
+        not TextEncoders("auto").is_quantized
+        and TextEncoders("auto", path="x").is_quantized
+        and TextEncoders("auto", path={"a": "x"}).is_quantized
     )
-    assert all(TextEncoders(name).quantizes for name, form in FORMATS.items() if not form.read_only)
-    assert all(TextEncoders(name, path="x").quantizes for name in FORMATS)
+    assert all(TextEncoders(name).is_quantized for name, form in FORMATS.items() if not form.is_read_only)
+    assert all(TextEncoders(name, path="x").is_quantized for name in FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,9 @@ def test_read_only_formats_are_no_advice() -> None:
 
 
 def test_kernels() -> None:
-    assert {"auto", "reference", "triton", "vnni", "dequantize", "scaled_mm"} <= set(kernel_backends())
+    assert {"auto", "reference", "triton", "vnni", "dequantize", "scaled_mm"} <= set(list_kernel_backends())
     assert all(
-        TextEncoders("nvfp4", kernel_backend=name).kernel_backend == name for name in kernel_backends()
+        TextEncoders("nvfp4", kernel_backend=name).kernel_backend == name for name in list_kernel_backends()
     )
 
 

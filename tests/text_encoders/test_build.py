@@ -14,12 +14,12 @@ from torch import nn
 
 from int8run.errors import BackendError
 from int8run.layers.int8_linear import Int8Linear
-from int8run.layers.weight_only import BlockInt8Linear, CodedEmbedding, CodedLinear
-from int8run.metrics.layers import module_bytes
+from int8run.layers.weight_only import BlockInt8Linear, WeightOnlyEmbedding, WeightOnlyLinear
+from int8run.metrics.layers import count_module_bytes
 from int8run.quant.formats import FORMATS
 from int8run.text_encoders.build import Kernels, build_encoder, plan_encoder
 from int8run.text_encoders.load import build_text_encoder, load_text_encoder
-from int8run.text_encoders.model_config import config_of, skeleton
+from int8run.text_encoders.model_config import build_config, build_skeleton
 from int8run.text_encoders.weights import EncoderFile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,14 +49,14 @@ def test_every_layer_by_its_format(mixed: Path) -> None:
     model, metadata = built(mixed, "reference"), load_text_encoder(mixed)[1]
     for name, about in metadata["layers"].items():
         layer = model.get_submodule(name)
-        expected = CodedEmbedding if name == "shared" else LAYERS.get(about["format"], CodedLinear)
+        expected = WeightOnlyEmbedding if name == "shared" else LAYERS.get(about["format"], WeightOnlyLinear)
         assert type(layer) is expected, (name, about["format"])
         assert layer.weight is None, "for transformers, which asks for its dtype"
     floats = {name for name, part in model.named_modules() if type(part) in (nn.Linear, nn.Embedding)}
     assert floats == {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias"}
     assert {type(part) for name, part in built(mixed).named_modules() if name in metadata["layers"]} == {
-        CodedEmbedding,
-        CodedLinear,
+        WeightOnlyEmbedding,
+        WeightOnlyLinear,
     }
 
 
@@ -100,7 +100,10 @@ def test_memory_is_that_of_the_file(tmp_path: Path) -> None:
             padding = sum(
                 t.nbytes for key, t in state.items() if key.endswith("weight_scale") and word == "nvfp4"
             )
-            assert held - padding - 64 <= module_bytes(model) <= held + biases + buffers + 64, (name, word)
+            assert held - padding - 64 <= count_module_bytes(model) <= held + biases + buffers + 64, (
+                name,
+                word,
+            )
 
 
 def test_tied_tables_are_one(tmp_path: Path) -> None:
@@ -119,7 +122,7 @@ def test_a_move_to_a_dtype_keeps_codes_and_scales(mixed: Path) -> None:
     kept = {
         n
         for n, m in model.named_modules()
-        if type(m) in (Int8Linear, BlockInt8Linear, CodedLinear, CodedEmbedding)
+        if type(m) in (Int8Linear, BlockInt8Linear, WeightOnlyLinear, WeightOnlyEmbedding)
     }
     for name, tensor in model.named_buffers():
         if name.rpartition(".")[0] in kept:
@@ -160,14 +163,14 @@ def test_kernels_agree(name: str, mixed: Path) -> None:
         pytest.skip("needs a CPU with VNNI")
     model = built(mixed, name, dtype=torch.float32, rows=4)
     used = {type(m) for m in model.modules()}
-    assert {Int8Linear, BlockInt8Linear, CodedLinear} <= used
+    assert {Int8Linear, BlockInt8Linear, WeightOnlyLinear} <= used
     assert_close(name, answer(model), answer(built(mixed, "reference", dtype=torch.float32)), 1e-4)
     assert_close(name, answer(model), answer(built(mixed, dtype=torch.float32)), 0.05)
 
 
 def test_fp8_products_are_for_fp8(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = built(mixed, "scaled_mm", dtype=torch.float32)
-    assert [m.kernels for m in model.modules() if type(m) is CodedLinear].count("scaled_mm") == 1
+    assert [m.kernels for m in model.modules() if type(m) is WeightOnlyLinear].count("scaled_mm") == 1
     assert "clip.kernel_backend=scaled_mm: 6 layers of" in caplog.text and "dequantized: " in caplog.text
     assert_close("scaled_mm", answer(model), answer(built(mixed, dtype=torch.float32)), 0.2)
 
@@ -219,15 +222,15 @@ def test_what_reads_codes(word: str, device: str, reader: str) -> None:
 
 def opened(name: str, word: str, folder: Path, **options: object) -> tuple[EncoderFile, nn.Module]:
     weights = EncoderFile(encoder(name, word, **options).write(folder / "x.safetensors"))  # type: ignore[arg-type]
-    return weights, skeleton(
-        weights.encoder.classes[0], config_of(weights.encoder, weights.shapes), torch.float32
+    return weights, build_skeleton(
+        weights.encoder.classes[0], build_config(weights.encoder, weights.shapes), torch.float32
     )
 
 
 def test_layers_that_the_family_keeps_stay_float(tmp_path: Path) -> None:
     weights, model = opened("t5", "", tmp_path, dtype="F32")
     made = build_encoder(model, weights, FORMATS["int8_rowwise"], Kernels("reference", CPU, 8))
-    kept = {plan.name: plan.keep_float for plan in made.plans if plan.keep_float is not None}
+    kept = {plan.name: plan.skip_reason for plan in made.plans if plan.skip_reason is not None}
     assert set(kept) == {
         "shared",
         "encoder.embed_tokens",
@@ -238,20 +241,20 @@ def test_layers_that_the_family_keeps_stay_float(tmp_path: Path) -> None:
     assert all(
         plan.measured["weight_sqnr_db"] > 30 and plan.rounding == "int8_rowwise"
         for plan in made.plans
-        if plan.keep_float is None
+        if plan.skip_reason is None
     )
 
 
 def test_other_formats_become_the_wanted_one_and_the_same_stays_as_it_is(tmp_path: Path) -> None:
     weights, model = opened("clip_l", "", tmp_path, words=["nvfp4", "mxfp8"])
     made = build_encoder(model, weights, FORMATS["mxfp8"], Kernels("dequantize", CPU, 8))
-    chosen = [plan for plan in made.plans if plan.keep_float is None]
+    chosen = [plan for plan in made.plans if plan.skip_reason is None]
     assert [plan.rounding for plan in chosen] == ["mxfp8"] * 6
     assert sorted(bool(plan.measured) for plan in chosen) == [False] * 3 + [True] * 3, (
         "three are rounded here"
     )
     for plan in chosen:
-        stored = weights.coded(f"text_model.{plan.name}")
+        stored = weights.read_packed(f"text_model.{plan.name}")
         assert stored is not None
         codes = made.module.get_submodule(plan.name).qdata
         assert (
@@ -277,9 +280,9 @@ def test_a_quantized_table_that_is_looked_at_in_other_ways_is_float_in_memory(
 def test_what_is_float_is_there_once(tmp_path: Path) -> None:
     weights, model = opened("t5", "", tmp_path, dtype="F32")
     made = build_encoder(model, weights, FORMATS["nvfp4"], Kernels("dequantize", CPU, 8))
-    assert sum(plan.keep_float is None for plan in made.plans) == 7
+    assert sum(plan.skip_reason is None for plan in made.plans) == 7
     left = {name for name, part in made.skeleton.named_parameters() if part.is_meta}
-    assert left == {f"{plan.name}.weight" for plan in made.plans if plan.keep_float is None}
+    assert left == {f"{plan.name}.weight" for plan in made.plans if plan.skip_reason is None}
     assert not any(part.is_meta for part in [*made.module.parameters(), *made.module.buffers()])
     floats = dict(made.module.named_parameters())
     shared = dict(made.skeleton.named_parameters())
@@ -298,14 +301,14 @@ def test_refreshed_layers_are_the_same(tmp_path: Path) -> None:
         for name, module in made.module.named_modules()
         if module is not modules[name] and isinstance(module, Int8Linear)
     }
-    assert changed == {plan.name for plan in made.plans[:3] if plan.keep_float is None}
+    assert changed == {plan.name for plan in made.plans[:3] if plan.skip_reason is None}
 
 
 def test_plans_before_anything_is_read(tmp_path: Path) -> None:
-    from int8run.text_encoders.build import fitted
+    from int8run.text_encoders.build import fit_weights
 
     weights, model = opened("clip_l", "", tmp_path, dtype="F32")
-    plans = plan_encoder(model, weights, fitted(weights, model), None)
-    assert {plan.keep_float for plan in plans} == {"float in the file"} and all(
+    plans = plan_encoder(model, weights, fit_weights(weights, model), None)
+    assert {plan.skip_reason for plan in plans} == {"float in the file"} and all(
         part.is_meta for part in model.parameters()
     )

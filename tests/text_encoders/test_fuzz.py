@@ -19,8 +19,8 @@ from text_encoders.mutations import MUTATIONS, Draft
 from text_encoders.oracle import Reading, Unreadable
 from text_encoders.probes import asked_all, bare
 
-from int8run.checkpoints.detect import stored_layers
-from int8run.checkpoints.layer import StoredLayer
+from int8run.checkpoints.detect import read_layers
+from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
 from int8run.text_encoders.load import build_text_encoder, load_text_encoder
@@ -77,7 +77,7 @@ def agree(name: str, found: np.ndarray, expected: Reading) -> None:
             assert np.allclose(found, single, rtol=0, atol=np.maximum(allowed, 1e-44), equal_nan=True), name
 
 
-def logical(layer: StoredLayer) -> tuple[int, int] | None:
+def logical(layer: CheckpointLayer) -> tuple[int, int] | None:
     """The shape to ask for, of a weight that the file pads."""
     return (layer.rows, layer.columns) if layer.padded else None
 
@@ -86,7 +86,7 @@ def read_by_int8run(path: Path) -> dict[str, tuple[np.ndarray, str]]:
     """Every matrix of a file, and the format's word; also as it stays in memory, where it can."""
     with TensorFiles.open(path) as files:
         found = {}
-        for name, layer in stored_layers(files).items():
+        for name, layer in read_layers(files).items():
             weight = layer.weight(files, shape=logical(layer)).numpy()
             found[name] = weight, layer.format
             if layer.codable:

@@ -17,20 +17,25 @@ from text_encoders.tiny_encoders import CLIP, LLM, QWEN25, T5, TINY, answers, ti
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError, FileError
-from int8run.models.family import shipped_families
-from int8run.models.key_mapping import captures
-from int8run.models.state_dict_adapter import Part
+from int8run.models.family import load_families
+from int8run.models.key_mapping import match_pattern
+from int8run.models.state_dict_adapter import TensorPart
 from int8run.quant.formats import FORMATS
-from int8run.text_encoders.detect import encoder_of_class, identify, prefixes_of, recognised
-from int8run.text_encoders.model_config import config_of, load_tokenizer, skeleton, take_out_spare
+from int8run.text_encoders.detect import detect_encoder, find_encoder_of_class, find_prefixes, match_encoders
+from int8run.text_encoders.model_config import (
+    build_config,
+    build_skeleton,
+    load_tokenizer,
+    remove_optional_modules,
+)
 from int8run.text_encoders.registry import (
-    Encoder,
-    Mark,
-    canonical_names,
-    encoder_layout,
-    encoder_named,
-    shipped_encoders,
-    supported,
+    EncoderFamily,
+    EncoderFingerprint,
+    build_encoder_layout,
+    get_encoder,
+    list_supported_encoders,
+    load_encoders,
+    map_canonical_names,
 )
 
 SEES = r"^(model\.)?(visual|vision_model|vision_tower|multi_modal_projector)\."
@@ -40,16 +45,16 @@ def shapes_of(file: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in file.items()}
 
 
-def filled(encoder: Encoder, cls: str, config: Mapping, file: Mapping[str, Tensor]) -> nn.Module:
+def filled(encoder: EncoderFamily, cls: str, config: Mapping, file: Mapping[str, Tensor]) -> nn.Module:
     """A model with the values of a file, by the layout; nothing is missing, and nothing without a place."""
-    model = skeleton(cls, config, torch.float32)
+    model = build_skeleton(cls, config, torch.float32)
     shapes = shapes_of(file)
-    take_out_spare(encoder, shapes, model)
-    layout = encoder_layout(encoder, shapes, model)
+    remove_optional_modules(encoder, shapes, model)
+    layout = build_encoder_layout(encoder, shapes, model)
     assert layout.unused == () and layout.missing == ()
     for name, parts in layout.parts.items():
         place, _, word = name.rpartition(".")
-        tensor = torch.cat([part.cut(file[part.key]) for part in parts])
+        tensor = torch.cat([part.extract(file[part.key]) for part in parts])
         module = model.get_submodule(place)
         (module._parameters if word in module._parameters else module._buffers)[word] = nn.Parameter(
             tensor, requires_grad=False
@@ -150,12 +155,15 @@ def test_files_of_every_class(name, tmp_path):
     tiny, model = TINY[name], tiny_model(name)
     model.save_pretrained(tmp_path)
     own = tiny.file(model)
-    encoder = encoder_of_class(tiny.cls, shapes_of(own))
+    encoder = find_encoder_of_class(tiny.cls, shapes_of(own))
     assert same(model, filled(encoder, tiny.cls, tiny.config, own))
     for file in (own, load_file(tmp_path / "model.safetensors"), model.state_dict()):
         shapes = shapes_of(file)
-        assert identify(shapes).encoder.name == tiny.encoder and encoder_of_class(tiny.cls, shapes) is encoder
-        parts, dropped = canonical_names(encoder_named(tiny.encoder), shapes)
+        assert (
+            detect_encoder(shapes).encoder.name == tiny.encoder
+            and find_encoder_of_class(tiny.cls, shapes) is encoder
+        )
+        parts, dropped = map_canonical_names(get_encoder(tiny.encoder), shapes)
         assert set(parts) - {"lm_head.weight"} == set(own) - {"lm_head.weight"} and set(dropped) <= {
             "encoder.embed_tokens.weight"
         }
@@ -166,7 +174,7 @@ def test_files_of_every_class(name, tmp_path):
 def test_a_file_without_the_part_that_sees(name, caplog):
     tiny, model = TINY[name], tiny_model(name)
     file = {key: value for key, value in tiny.file(model).items() if not re.match(SEES + "|lm_head", key)}
-    encoder = encoder_of_class(tiny.cls, shapes_of(file))
+    encoder = find_encoder_of_class(tiny.cls, shapes_of(file))
     with caplog.at_level(logging.INFO):
         built = filled(encoder, tiny.cls, tiny.config, file)
     assert same(model, built)
@@ -195,9 +203,9 @@ def test_names_on_the_hub(cls, root):
         for pattern, new in moved:
             key = re.sub(pattern, new, key)
         file[key] = value
-    encoder = encoder_named(tiny.encoder)
-    parts, dropped = canonical_names(encoder, shapes_of(file))
-    assert identify(shapes_of(file)).encoder is encoder and parts.keys() == own.keys() and not dropped
+    encoder = get_encoder(tiny.encoder)
+    parts, dropped = map_canonical_names(encoder, shapes_of(file))
+    assert detect_encoder(shapes_of(file)).encoder is encoder and parts.keys() == own.keys() and not dropped
     assert all(torch.equal(file[part.key], own[key]) for key, (part,) in parts.items())
 
 
@@ -205,9 +213,9 @@ def test_a_part_that_is_there_by_halves_is_missing():
     tiny, model = TINY["Mistral3Model"], tiny_model("Mistral3Model")
     file = tiny.file(model)
     del file["vision_tower.ln_pre.weight"]
-    encoder, empty = encoder_named("mistral3"), skeleton("Mistral3Model", tiny.config, torch.float32)
-    assert take_out_spare(encoder, shapes_of(file), empty) == {}
-    assert encoder_layout(encoder, shapes_of(file), empty).missing == ("vision_tower.ln_pre.weight",)
+    encoder, empty = get_encoder("mistral3"), build_skeleton("Mistral3Model", tiny.config, torch.float32)
+    assert remove_optional_modules(encoder, shapes_of(file), empty) == {}
+    assert build_encoder_layout(encoder, shapes_of(file), empty).missing == ("vision_tower.ln_pre.weight",)
 
 
 PREFIXES = {
@@ -258,7 +266,7 @@ def test_prefixes(name, prefix):
         f"{prefix}scaled_fp8": (2,),
         f"{prefix}encoder.block.0.layer.0.SelfAttention.k.comfy_quant": (9,),
     }
-    found = identify(shapes)
+    found = detect_encoder(shapes)
     assert (found.encoder.name, found.prefix) == (name, prefix)
 
 
@@ -269,7 +277,7 @@ def test_words_that_may_stand_before_names():
         "other.transformer.a",
         "model.b",
     ]
-    assert prefixes_of(keys) == [
+    assert find_prefixes(keys) == [
         "",
         "text_encoders.t5xxl.",
         "text_encoders.clip_l.",
@@ -294,7 +302,7 @@ def whole_checkpoint() -> dict[str, tuple[int, ...]]:
     ],
 )
 def test_one_of_several(which, name):
-    assert identify(whole_checkpoint(), which).encoder.name == name
+    assert detect_encoder(whole_checkpoint(), which).encoder.name == name
 
 
 def test_several_and_none_named():
@@ -304,12 +312,12 @@ def test_several_and_none_named():
         FileError,
         match=f"the file holds several text encoders: {held}; say which it is to be: t5 or clip_g or clip_l",
     ):
-        identify(shapes)
+        detect_encoder(shapes)
     with pytest.raises(FileError, match=f"the file holds no text encoder called 'umt5'; it holds {held}"):
-        identify(shapes, "umt5")
+        detect_encoder(shapes, "umt5")
 
 
-DENOISER = [key.replace("*", "0") for key in shipped_families()["flux"].fingerprints[0].all]
+DENOISER = [key.replace("*", "0") for key in load_families()["flux"].fingerprints[0].all]
 
 
 @pytest.mark.parametrize(
@@ -340,7 +348,7 @@ DENOISER = [key.replace("*", "0") for key in shipped_families()["flux"].fingerpr
 )
 def test_files_that_hold_none(shapes, message):
     with pytest.raises(FileError, match="the file holds no text encoder that is known: ") as error:
-        identify(shapes)
+        detect_encoder(shapes)
     assert re.search(message, str(error.value))
 
 
@@ -379,8 +387,8 @@ def test_encoders_that_are_known_and_not_supported(name, shapes):
         FileError,
         match=f"holds the text encoder {name}, which int8run does not support; it has clip, clip_g, .*, umt5",
     ):
-        identify(shapes)
-    assert [encoder.name for encoder in recognised(shapes, shipped_encoders())] == [name]
+        detect_encoder(shapes)
+    assert [encoder.name for encoder in match_encoders(shapes, load_encoders())] == [name]
 
 
 QWEN3_VL = "model.language_model"
@@ -594,26 +602,26 @@ FULL: dict[str, tuple[str, dict[str, tuple[int, ...]], dict]] = {
 @pytest.mark.parametrize("key", FULL)
 def test_full_sizes(key):
     name, shapes, published = FULL[key]
-    found = recognised(shapes, shipped_encoders())
+    found = match_encoders(shapes, load_encoders())
     assert [encoder.name for encoder in found] == [name]
-    config = config_of(found[0], shapes)
+    config = build_config(found[0], shapes)
     assert published.items() <= {**config, **config.get("text_config", {})}.items()
 
 
 @pytest.mark.parametrize("key, tensors", [("CLIP-L", 196), ("CLIP-G", 517), ("UMT5-XXL", 243)])
 def test_full_models_fit_their_files(key, tensors):
     name, shapes, _ = FULL[key]
-    encoder = encoder_named(name)
-    layout = encoder_layout(
-        encoder, shapes, skeleton(encoder.classes[0], config_of(encoder, shapes), torch.bfloat16)
+    encoder = get_encoder(name)
+    layout = build_encoder_layout(
+        encoder, shapes, build_skeleton(encoder.classes[0], build_config(encoder, shapes), torch.bfloat16)
     )
     assert len(layout.parts) == tensors and (layout.unused, layout.missing, layout.dropped) == ((), (), {})
 
 
 def test_positions_of_llama_3_1_are_scaled_and_those_of_llava_are_not():
-    scaled = config_of(encoder_named("llama"), FULL["Llama-3.1 8B"][1])["rope_scaling"]
+    scaled = build_config(get_encoder("llama"), FULL["Llama-3.1 8B"][1])["rope_scaling"]
     assert (scaled["rope_type"], scaled["factor"]) == ("llama3", 8.0)
-    assert "rope_scaling" not in config_of(encoder_named("llama"), FULL["Llama-3 8B"][1])
+    assert "rope_scaling" not in build_config(get_encoder("llama"), FULL["Llama-3 8B"][1])
 
 
 def test_the_greater_qwen3_vl_sees_deeper():
@@ -627,11 +635,9 @@ def test_the_greater_qwen3_vl_sees_deeper():
         )
         for n in (1024, 1152)
     )
-    config = {
-        name: value for name, value in encoder_named("qwen3_vl").config.items() if name != "text_config"
-    }
+    config = {name: value for name, value in get_encoder("qwen3_vl").config.items() if name != "text_config"}
     seen = [
-        config_of(Encoder("qwen3_vl", config=config, variants=encoder_named("qwen3_vl").variants), s)
+        build_config(EncoderFamily("qwen3_vl", config=config, variants=get_encoder("qwen3_vl").variants), s)
         for s in (small, large)
     ]
     assert [one["vision_config"]["deepstack_visual_indexes"] for one in seen] == [[5, 11, 17], [8, 16, 24]]
@@ -666,13 +672,14 @@ SMALL = {
 
 
 @pytest.mark.parametrize(
-    "name, cls", [(name, cls) for name, encoder in supported().items() for cls in encoder.classes]
+    "name, cls",
+    [(name, cls) for name, encoder in list_supported_encoders().items() for cls in encoder.classes],
 )
 def test_a_model_of_every_class_out_of_shapes_alone_fits_them_and_runs(name, cls):
-    encoder, shapes = encoder_named(name), SMALL[name]
-    empty = skeleton(cls, config_of(encoder, shapes), torch.float32)
-    take_out_spare(encoder, shapes, empty)
-    layout = encoder_layout(encoder, shapes, empty)
+    encoder, shapes = get_encoder(name), SMALL[name]
+    empty = build_skeleton(cls, build_config(encoder, shapes), torch.float32)
+    remove_optional_modules(encoder, shapes, empty)
+    layout = build_encoder_layout(encoder, shapes, empty)
     assert (layout.unused, layout.missing) == ((), ()) and not any(
         buffer.is_meta for buffer in empty.buffers()
     )
@@ -727,21 +734,21 @@ def test_names_of_openclip_are_those_of_diffusers_converter(prefix):
         f"{prefix}logit_scale": (),
         f"{prefix}attn_mask": (16, 16),
     }
-    found = identify(shapes)
+    found = detect_encoder(shapes)
     assert (found.encoder.name, found.prefix) == ("clip", prefix)
     inside = {key.removeprefix(prefix): shape for key, shape in shapes.items()}
-    model = skeleton("CLIPTextModelWithProjection", CLIP, torch.float32)
+    model = build_skeleton("CLIPTextModelWithProjection", CLIP, torch.float32)
     converted = convert_open_clip_checkpoint(model, {"p." + key: value for key, value in file.items()}, "p.")
     layout, (names, dropped) = (
-        encoder_layout(found.encoder, inside, model),
-        canonical_names(found.encoder, inside),
+        build_encoder_layout(found.encoder, inside, model),
+        map_canonical_names(found.encoder, inside),
     )
     assert (
         set(layout.dropped) == set(dropped) == {"logit_scale", "attn_mask"}
         and layout.missing == layout.unused == ()
     )
     for parts in (layout.parts, names):
-        made = {name: part.cut(file[part.key]) for name, (part,) in parts.items()}
+        made = {name: part.extract(file[part.key]) for name, (part,) in parts.items()}
         assert made.keys() == converted.keys() and all(
             torch.equal(made[name], converted[name]) for name in made
         )
@@ -749,7 +756,7 @@ def test_names_of_openclip_are_those_of_diffusers_converter(prefix):
 
 def test_configuration_of_an_openclip_file():
     shapes = shapes_of(openclip_file(1024)) | {"text_projection": (1024, 512)}
-    config = config_of(encoder_named("clip_h"), shapes)
+    config = build_config(get_encoder("clip_h"), shapes)
     assert (
         config["hidden_size"],
         config["projection_dim"],
@@ -757,7 +764,7 @@ def test_configuration_of_an_openclip_file():
         config["vocab_size"],
     ) == (1024, 512, 2, 40)
     third = {"rows": "text_model.encoder.layers.1.self_attn.k_proj.weight"}
-    assert config_of(Encoder("clip_h", config={"rows": third}), shapes) == {"rows": 1024}
+    assert build_config(EncoderFamily("clip_h", config={"rows": third}), shapes) == {"rows": 1024}
 
 
 @pytest.mark.parametrize(
@@ -772,7 +779,7 @@ def test_damaged_tensors_of_openclip(key, shape):
     with pytest.raises(
         FileError, match=rf"{key} holds .*, but its shape is \[{shape[0]}.*; the file is damaged"
     ):
-        canonical_names(encoder_named("clip"), shapes_of(openclip_file()) | {key: shape})
+        map_canonical_names(get_encoder("clip"), shapes_of(openclip_file()) | {key: shape})
 
 
 def test_names_of_old_files_of_diffusers_and_sd1():
@@ -783,8 +790,8 @@ def test_names_of_old_files_of_diffusers_and_sd1():
     }
     old = {key.removeprefix("text_model."): value for key, value in tiny.file(model).items()}
     for one in (file, old):
-        assert identify(shapes_of(one)).encoder.name == "clip"
-        assert same(model, filled(encoder_named("clip"), tiny.cls, tiny.config, one))
+        assert detect_encoder(shapes_of(one)).encoder.name == "clip"
+        assert same(model, filled(get_encoder("clip"), tiny.cls, tiny.config, one))
 
 
 WAN = {
@@ -811,20 +818,20 @@ def test_names_of_wan():
     assert {"blocks.1.ffn.gate.0.weight", "blocks.0.pos_embedding.embedding.weight", "norm.weight"} <= set(
         file
     )
-    assert identify(shapes_of(file)).encoder.name == "umt5"
-    assert same(model, filled(encoder_named("umt5"), tiny.cls, tiny.config, file))
+    assert detect_encoder(shapes_of(file)).encoder.name == "umt5"
+    assert same(model, filled(get_encoder("umt5"), tiny.cls, tiny.config, file))
 
 
 def test_t5_of_sd3_is_what_diffusers_converter_makes_of_it():
     model = tiny_model("T5EncoderModel")
     prefix = "text_encoders.t5xxl.transformer."
     file = {prefix + key: value for key, value in TINY["T5EncoderModel"].file(model).items()}
-    found = identify(shapes_of(file))
-    names, _ = canonical_names(
+    found = detect_encoder(shapes_of(file))
+    names, _ = map_canonical_names(
         found.encoder, shapes_of({key.removeprefix(found.prefix): value for key, value in file.items()})
     )
     converted = convert_sd3_t5_checkpoint_to_diffusers(file)
-    assert {name: Part(key) for name, key in zip(converted, converted, strict=True)} == {
+    assert {name: TensorPart(key) for name, key in zip(converted, converted, strict=True)} == {
         name: part for name, (part,) in names.items()
     }
 
@@ -835,26 +842,26 @@ def test_one_table_of_two_names(held):
     file = tiny.file(model)
     table = file.pop("shared.weight")
     file |= {f"{name}.weight": table for name in held}
-    empty = skeleton(tiny.cls, tiny.config, torch.float32)
-    layout = encoder_layout(encoder_named("t5"), shapes_of(file), empty)
+    empty = build_skeleton(tiny.cls, tiny.config, torch.float32)
+    layout = build_encoder_layout(get_encoder("t5"), shapes_of(file), empty)
     assert (
         layout.parts["shared.weight"]
         == layout.parts["encoder.embed_tokens.weight"]
-        == (Part(f"{held[0]}.weight"),)
+        == (TensorPart(f"{held[0]}.weight"),)
     )
     assert layout.missing == () and layout.dropped == (
         {} if len(held) == 1 else {"encoder.embed_tokens.weight": "the same as shared.weight"}
     )
-    assert same(model, filled(encoder_named("t5"), tiny.cls, tiny.config, file))
+    assert same(model, filled(get_encoder("t5"), tiny.cls, tiny.config, file))
 
 
 def test_a_head_that_is_the_table_of_words():
     tiny, model = TINY["Qwen3ForCausalLM"], tiny_model("Qwen3ForCausalLM")
-    built = filled(encoder_named("qwen3"), tiny.cls, tiny.config, tiny.file(model))
+    built = filled(get_encoder("qwen3"), tiny.cls, tiny.config, tiny.file(model))
     words = torch.tensor([[3, 4]])
     assert torch.equal(built(words).logits, model(words).logits)
     loose = filled(
-        encoder_named("qwen3"), tiny.cls, {**tiny.config, "tie_word_embeddings": False}, tiny.file(model)
+        get_encoder("qwen3"), tiny.cls, {**tiny.config, "tie_word_embeddings": False}, tiny.file(model)
     )
     assert isinstance(loose.lm_head, nn.Identity) and same(model, loose)
 
@@ -875,18 +882,18 @@ def test_what_files_hold_besides():
         "model.layers.0.self_attn.rotary_emb.inv_freq": (32,),
     }
     for name, shapes, dropped in (("clip", clip, 3), ("t5", t5, 3), ("mistral3", mistral, 2)):
-        encoder = encoder_named(name)
-        assert len(canonical_names(encoder, shapes)[1]) == dropped
-        empty = skeleton(encoder.classes[0], config_of(encoder, shapes), torch.float32)
-        take_out_spare(encoder, shapes, empty)
-        layout = encoder_layout(encoder, shapes | {"junk.weight": (1,)}, empty)
+        encoder = get_encoder(name)
+        assert len(map_canonical_names(encoder, shapes)[1]) == dropped
+        empty = build_skeleton(encoder.classes[0], build_config(encoder, shapes), torch.float32)
+        remove_optional_modules(encoder, shapes, empty)
+        layout = build_encoder_layout(encoder, shapes | {"junk.weight": (1,)}, empty)
         assert len(layout.dropped) == dropped and layout.unused == ("junk.weight",) and layout.missing == ()
 
 
 def test_a_projection_that_the_class_has_not():
-    encoder, shapes = encoder_named("clip"), clip_shapes(64, 1, projection=64)
-    layout = encoder_layout(
-        encoder, shapes, skeleton("CLIPTextModel", config_of(encoder, shapes), torch.float32)
+    encoder, shapes = get_encoder("clip"), clip_shapes(64, 1, projection=64)
+    layout = build_encoder_layout(
+        encoder, shapes, build_skeleton("CLIPTextModel", build_config(encoder, shapes), torch.float32)
     )
     assert (
         layout.dropped == {"text_projection.weight": "the CLIPTextModel has no place for it"}
@@ -898,9 +905,9 @@ def test_a_projection_that_the_file_has_not_is_the_identity_for_clip_l_as_in_dif
     tiny, model = TINY["CLIPTextModelWithProjection"], tiny_model("CLIPTextModelWithProjection")
     file = {key: value for key, value in tiny.file(model).items() if key != "text_projection.weight"}
     with caplog.at_level(logging.INFO):
-        built = filled(encoder_named("clip_l"), tiny.cls, tiny.config, file)
+        built = filled(get_encoder("clip_l"), tiny.cls, tiny.config, file)
     reference = filled(
-        encoder_named("clip_l"), tiny.cls, tiny.config, file | {"text_projection.weight": torch.eye(64)}
+        get_encoder("clip_l"), tiny.cls, tiny.config, file | {"text_projection.weight": torch.eye(64)}
     )
     assert (
         same(built, reference)
@@ -909,22 +916,24 @@ def test_a_projection_that_the_file_has_not_is_the_identity_for_clip_l_as_in_dif
     )
     # of the others the projection is none: it would be another embedding
     shapes = clip_shapes(1280, 1)
-    empty = skeleton("CLIPTextModelWithProjection", config_of(encoder_named("clip_g"), shapes), torch.float32)
-    assert take_out_spare(encoder_named("clip_g"), shapes, empty) == {}
-    assert encoder_layout(encoder_named("clip_g"), shapes, empty).missing == ("text_projection.weight",)
+    empty = build_skeleton(
+        "CLIPTextModelWithProjection", build_config(get_encoder("clip_g"), shapes), torch.float32
+    )
+    assert remove_optional_modules(get_encoder("clip_g"), shapes, empty) == {}
+    assert build_encoder_layout(get_encoder("clip_g"), shapes, empty).missing == ("text_projection.weight",)
 
 
 @pytest.mark.parametrize("norm", [True, False])
 def test_the_last_state_of_a_pruned_mistral_is_as_it_is(norm):
     tiny, model = TINY["Mistral3Model"], tiny_model("Mistral3Model")
     file = {key: value for key, value in tiny.file(model).items() if norm or key != "model.norm.weight"}
-    encoder = encoder_named("mistral3_pruned")
+    encoder = get_encoder("mistral3_pruned")
     built = filled(encoder, tiny.cls, tiny.config, file)
     words = torch.tensor([[3, 4, 5]])
     last = built(words, output_hidden_states=True).hidden_states[-1]
     expected = model(words, output_hidden_states=True).hidden_states[-1]
     assert torch.equal(model.language_model.norm(last), expected) and not torch.equal(last, expected)
-    assert ("model.norm.weight" in canonical_names(encoder, shapes_of(file))[1]) == norm
+    assert ("model.norm.weight" in map_canonical_names(encoder, shapes_of(file))[1]) == norm
 
 
 @pytest.mark.parametrize(
@@ -941,16 +950,16 @@ def test_the_last_state_of_a_pruned_mistral_is_as_it_is(norm):
     ],
 )
 def test_files_that_do_not_fit(change, message):
-    encoder, shapes = encoder_named("clip"), clip_shapes(64, 1)
-    model = skeleton("CLIPTextModelWithProjection", config_of(encoder, shapes), torch.float32)
+    encoder, shapes = get_encoder("clip"), clip_shapes(64, 1)
+    model = build_skeleton("CLIPTextModelWithProjection", build_config(encoder, shapes), torch.float32)
     with pytest.raises(FileError, match=message):
-        encoder_layout(encoder, shapes | change, model)
+        build_encoder_layout(encoder, shapes | change, model)
 
 
 def test_one_tensor_by_two_names():
     message = r"the file holds (text_model.final_layer_norm.bias) of clip twice: as \1 and as ln_final.bias; remove one"
     with pytest.raises(FileError, match=message):
-        canonical_names(encoder_named("clip"), clip_shapes(64, 1) | {"ln_final.bias": (64,)})
+        map_canonical_names(get_encoder("clip"), clip_shapes(64, 1) | {"ln_final.bias": (64,)})
 
 
 WORDS, CLIP_LAYER = "text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0"
@@ -1004,8 +1013,8 @@ def test_sizes_that_cannot_be_told(name, change, message):
         if change.get(key, 1) is not None
     }
     with pytest.raises(FileError, match=message):
-        config_of(
-            encoder_named(name), shapes | {key: shape for key, shape in change.items() if shape is not None}
+        build_config(
+            get_encoder(name), shapes | {key: shape for key, shape in change.items() if shape is not None}
         )
 
 
@@ -1032,14 +1041,14 @@ def test_sizes_that_cannot_be_told(name, change, message):
     ],
 )
 def test_what_stays_float(name, layer, why):
-    found = encoder_named(name).why_float(layer, "int8_rowwise")
+    found = get_encoder(name).find_skip_reason(layer, "int8_rowwise")
     assert found is None if why is None else why in found
 
 
 @pytest.mark.parametrize("name", ["t5", "umt5", "t5_old"])
 def test_wo_stays_float_where_nothing_takes_its_outliers(name):
     why = {
-        form: encoder_named(name).why_float("encoder.block.0.layer.1.DenseReluDense.wo", form)
+        form: get_encoder(name).find_skip_reason("encoder.block.0.layer.1.DenseReluDense.wo", form)
         for form in FORMATS
     }
     assert {form for form in why if why[form]} == {
@@ -1051,18 +1060,18 @@ def test_wo_stays_float_where_nothing_takes_its_outliers(name):
 
 
 def test_every_encoder_is_complete():
-    for encoder in supported().values():
+    for encoder in list_supported_encoders().values():
         assert all(
             issubclass(getattr(transformers, cls), transformers.PreTrainedModel) for cls in encoder.classes
         )
         assert (
             encoder.fingerprints
-            and encoder.float_layers
+            and encoder.ignore
             and encoder.config
-            and encoder.tokens in (77, 256, 512)
+            and encoder.num_tokens in (77, 256, 512)
         )
         assert set(encoder.tokenizer) == {"location", "subfolder"} and "/" in encoder.tokenizer["location"]
-    assert {name for name, encoder in shipped_encoders().items() if not encoder.classes} == {
+    assert {name for name, encoder in load_encoders().items() if not encoder.classes} == {
         "byt5",
         "gemma4",
         "gpt_oss",
@@ -1102,42 +1111,52 @@ def test_no_rule_is_idle():
         for pattern, new in WAN.items():
             name = re.sub(pattern, new, name)
         keys.add(name)
-    for name in supported():
-        rules = (*encoder_named(name).names.names, *encoder_named(name).names.parameters)
+    for name in list_supported_encoders():
+        rules = (*get_encoder(name).key_mappings.names, *get_encoder(name).key_mappings.parameters)
         assert rules and not [
-            rule.native for rule in rules if not any(captures(rule.native, rule.subject(key)) for key in keys)
+            rule.original
+            for rule in rules
+            if not any(match_pattern(rule.original, rule.extract_name(key)) for key in keys)
         ]
 
 
 def test_classes_by_name():
-    assert encoder_of_class("T5EncoderModel", {}).name == "t5"
-    assert encoder_of_class("T5EncoderModel", SMALL["t5_old"]).name == "t5_old"
-    assert encoder_of_class("CLIPTextModelWithProjection", SMALL["clip_g"]).name == "clip_g"
-    assert encoder_of_class("BertModel", SMALL["t5"]) is None
+    assert find_encoder_of_class("T5EncoderModel", {}).name == "t5"
+    assert find_encoder_of_class("T5EncoderModel", SMALL["t5_old"]).name == "t5_old"
+    assert find_encoder_of_class("CLIPTextModelWithProjection", SMALL["clip_g"]).name == "clip_g"
+    assert find_encoder_of_class("BertModel", SMALL["t5"]) is None
     with pytest.raises(
         ConfigError,
         match=r"no text encoder called 'clip_k'; did you mean 'clip_l'. choose from clip, clip_g, .*, umt5",
     ):
-        encoder_named("clip_k")
+        get_encoder("clip_k")
 
 
 def test_a_malformed_row_is_refused():
     with pytest.raises(
         ConfigError, match=r"x.fingerprints.0 is \{'none': \[\]\}; it needs all, none, rows, not_rows"
     ):
-        Encoder("x", fingerprints=[{"none": []}])
-    with pytest.raises(ConfigError, match=r"no setting called 'x.spare.0.patern'; did you mean 'pattern'"):
-        Encoder("x", spare=[{"patern": "a"}])
+        EncoderFamily("x", fingerprints=[{"none": []}])
+    with pytest.raises(
+        ConfigError, match=r"no setting called 'x.optional_modules.0.patern'; did you mean 'pattern'"
+    ):
+        EncoderFamily("x", optional_modules=[{"patern": "a"}])
 
 
 def test_marks():
     shapes = {"a.0": (4, 2), "b": ()}
     assert (
-        Mark(["a.*"]).fits(shapes) and not Mark(["c"]).fits(shapes) and not Mark(["b"], ["a.?"]).fits(shapes)
+        EncoderFingerprint(["a.*"]).fits(shapes)
+        and not EncoderFingerprint(["c"]).fits(shapes)
+        and not EncoderFingerprint(["b"], ["a.?"]).fits(shapes)
     )
-    assert Mark(["b"], rows={"a.0": [3, 4]}).fits(shapes) and not Mark(["b"], rows={"a.0": 3}).fits(shapes)
-    assert not Mark(["b"], rows={"c": 4}).fits(shapes) and not Mark(["b"], not_rows={"a.0": 4}).fits(shapes)
-    assert Mark(["b"], not_rows={"a.0": 3, "c": 4}).fits(shapes)
+    assert EncoderFingerprint(["b"], rows={"a.0": [3, 4]}).fits(shapes) and not EncoderFingerprint(
+        ["b"], rows={"a.0": 3}
+    ).fits(shapes)
+    assert not EncoderFingerprint(["b"], rows={"c": 4}).fits(shapes) and not EncoderFingerprint(
+        ["b"], not_rows={"a.0": 4}
+    ).fits(shapes)
+    assert EncoderFingerprint(["b"], not_rows={"a.0": 3, "c": 4}).fits(shapes)
 
 
 @pytest.mark.parametrize(
@@ -1147,7 +1166,7 @@ def test_marks():
 def test_dtypes_are_those_of_transformers_loader(dtype, wo, tmp_path):
     tiny_model("T5EncoderModel").save_pretrained(tmp_path)
     loaded = transformers.T5EncoderModel.from_pretrained(tmp_path, dtype=dtype)
-    empty = skeleton("T5EncoderModel", T5, dtype)
+    empty = build_skeleton("T5EncoderModel", T5, dtype)
     assert {name: p.dtype for name, p in empty.named_parameters()} == {
         name: p.dtype for name, p in loaded.named_parameters()
     }
@@ -1157,18 +1176,18 @@ def test_dtypes_are_those_of_transformers_loader(dtype, wo, tmp_path):
 
 def test_a_config_is_not_changed_and_its_part_for_text_alone_knows_of_the_tie():
     config = {"tie_word_embeddings": True, "text_config": LLM, "vision_config": {}}
-    empty = skeleton("Gemma3ForCausalLM", config, torch.float32)
+    empty = build_skeleton("Gemma3ForCausalLM", config, torch.float32)
     sees = {"text_config": copy.deepcopy(QWEN25), "vision_config": {}}
-    skeleton("Qwen2_5_VLTextModel", sees, torch.float32)
+    build_skeleton("Qwen2_5_VLTextModel", sees, torch.float32)
     assert sees == {"text_config": QWEN25, "vision_config": {}}
     assert empty.lm_head.weight is empty.model.embed_tokens.weight
-    loose = skeleton("Gemma3ForCausalLM", config | {"tie_word_embeddings": False}, torch.float32)
+    loose = build_skeleton("Gemma3ForCausalLM", config | {"tie_word_embeddings": False}, torch.float32)
     assert loose.lm_head.weight is not loose.model.embed_tokens.weight
 
 
 def test_buffers_are_those_of_the_model():
     for name in ("CLIPTextModel", "Gemma3ForConditionalGeneration", "Qwen2_5_VLModel"):
-        empty = dict(skeleton(TINY[name].cls, TINY[name].config, torch.bfloat16).named_buffers())
+        empty = dict(build_skeleton(TINY[name].cls, TINY[name].config, torch.bfloat16).named_buffers())
         own = dict(tiny_model(name).named_buffers())
         assert empty.keys() == own.keys() and all(torch.equal(empty[key], own[key]) for key in own)
 
@@ -1190,7 +1209,7 @@ def test_buffers_are_those_of_the_model():
 )
 def test_skeletons_that_cannot_be_made(cls, config, error, message):
     with pytest.raises(error, match=message):
-        skeleton(cls, config, torch.float32)
+        build_skeleton(cls, config, torch.float32)
 
 
 def test_tokenizers(monkeypatch):
@@ -1203,9 +1222,9 @@ def test_tokenizers(monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fetch)
     message = r"the tokenizer Qwen/Qwen-Image \(tokenizer\) is not on this machine and could not be fetched: We couldn't connect to the hub; take"
     with pytest.raises(FileError, match=message):
-        load_tokenizer(encoder_named("qwen2_5_vl").tokenizer)
+        load_tokenizer(get_encoder("qwen2_5_vl").tokenizer)
     with pytest.raises(FileError, match="the tokenizer google/t5-v1_1-xxl is not on"):
-        load_tokenizer(encoder_named("t5").tokenizer)
+        load_tokenizer(get_encoder("t5").tokenizer)
     assert asked == [("Qwen/Qwen-Image", "tokenizer"), ("google/t5-v1_1-xxl", "")]
     monkeypatch.setattr(
         transformers.AutoTokenizer, "from_pretrained", lambda location, subfolder: (location, subfolder)

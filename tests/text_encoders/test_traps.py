@@ -22,9 +22,9 @@ from int8run.lora.apply import FloatMerge
 from int8run.lora.load import read_lora
 from int8run.lora.stack import Entry, LoraStack
 from int8run.pipeline.text_encoders import adding
-from int8run.text_encoders.build import Kernels, Merged, build_encoder
+from int8run.text_encoders.build import Kernels, WeightChange, build_encoder
 from int8run.text_encoders.load import build_text_encoder, load_text_encoder
-from int8run.text_encoders.model_config import config_of, skeleton, take_out_spare
+from int8run.text_encoders.model_config import build_config, build_skeleton, remove_optional_modules
 from int8run.text_encoders.weights import EncoderFile
 
 CLIP, T5 = "text_model.encoder.layers.0.", "encoder.block.0.layer."
@@ -651,15 +651,15 @@ def test_a_lora_without_alpha_is_as_strong_as_it_was_trained(
     save_file(tensors, tmp_path / "lora.safetensors")
     file = encoder("clip_l", word)
     source = EncoderFile(file.write(tmp_path / "x.safetensors"))
-    model = skeleton("CLIPTextModel", config_of(source.encoder, source.shapes), torch.float32)
-    take_out_spare(source.encoder, source.shapes, model)
+    model = build_skeleton("CLIPTextModel", build_config(source.encoder, source.shapes), torch.float32)
+    remove_optional_modules(source.encoder, source.shapes, model)
     stack = LoraStack(TinyModel(), {"text_encoder": model})
-    changes = stack.matched([Entry("a", read_lora(tmp_path / "lora.safetensors"))]).by_component[
+    changes = stack.match_entries([Entry("a", read_lora(tmp_path / "lora.safetensors"))]).by_component[
         "text_encoder"
     ]
     merges = []
 
-    def adopt(model: nn.Module) -> Merged:
+    def adopt(model: nn.Module) -> WeightChange:
         merges.append(FloatMerge(model, changes))
         return adding(merges[0])
 
