@@ -7,23 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from int8run.layers.int8_linear import Int8Linear, LowRankBranch
-from int8run.lora.adapters.base import Core, Dynamic
-from int8run.lora.adapters.change import Change
+from int8run.lora.adapters.base import LoraDelta, RuntimeBranch
+from int8run.lora.adapters.change import LoraChange
 from int8run.quant.rounding import Rounding
-from int8run.quant.stochastic_rounding import add_rounded, seeded
+from int8run.quant.stochastic_rounding import add_with_stochastic_rounding, make_generator
 from int8run.quant.weight import QuantizedWeight
 
 # of one module: which LoRA of the stack brings which change
-Changes = Sequence[tuple[int, Change]]
+IndexedChanges = Sequence[tuple[int, LoraChange]]
 
 
-def cores_of(changes: Changes) -> list[tuple[int, Core]]:
+def get_weight_deltas(changes: IndexedChanges) -> list[tuple[int, LoraDelta]]:
     """The changes of the weight, without those of the bias alone."""
-    return [(index, change.core) for index, change in changes if change.core is not None]
+    return [(index, change.weight_delta) for index, change in changes if change.weight_delta is not None]
 
 
-def added_up(
-    start: Tensor, cores: Sequence[tuple[int, Core]], strengths: Sequence[float], original: Tensor
+def add_deltas(
+    start: Tensor, cores: Sequence[tuple[int, LoraDelta]], strengths: Sequence[float], original: Tensor
 ) -> Tensor:
     """`start + sum of strength * delta(original)` in float32, so that the order of the LoRAs says nothing.
 
@@ -34,7 +34,7 @@ def added_up(
     total = start.float()
     for index, core in cores:
         if strengths[index] != 0:
-            total = total + strengths[index] * core.delta(original)
+            total = total + strengths[index] * core.compute_delta(original)
     return total
 
 
@@ -44,35 +44,35 @@ class FloatMerge:
     Weights that are not in memory are left to `merged`, which adds to them when they are read.
     """
 
-    def __init__(self, model: nn.Module, changes: Mapping[str, Changes]):
+    def __init__(self, model: nn.Module, changes: Mapping[str, IndexedChanges]):
         self.strengths: list[float] | None = None
-        self.weights: dict[str, tuple[nn.Parameter, Tensor, list[tuple[int, Core]]]] = {}
+        self.weights: dict[str, tuple[nn.Parameter, Tensor, list[tuple[int, LoraDelta]]]] = {}
         self.biases: dict[str, tuple[nn.Parameter, Tensor, list[tuple[int, Tensor]]]] = {}
-        self.unread: dict[str, list[tuple[int, Core]]] = {}
+        self.deferred: dict[str, list[tuple[int, LoraDelta]]] = {}
         device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
         for name, entries in changes.items():
             module = model.get_submodule(name)
             if isinstance(module, Int8Linear):
                 continue
-            cores = cores_of(entries)
+            cores = get_weight_deltas(entries)
             if cores and isinstance(module.weight, nn.Parameter) and module.weight.is_meta:
-                self.unread[name] = cores
+                self.deferred[name] = cores
             elif cores and isinstance(module.weight, nn.Parameter):
                 self.weights[name] = (module.weight, module.weight.detach().clone(), cores)
-            if biasing := [(i, c.bias) for i, c in entries if c.bias is not None]:
-                bias = bias_of(module, device)
+            if biasing := [(i, c.bias_delta) for i, c in entries if c.bias_delta is not None]:
+                bias = get_or_create_bias(module, device)
                 self.biases[name] = (bias, bias.detach().clone(), biasing)
 
-    def original(self, name: str) -> Tensor:
+    def get_original(self, name: str) -> Tensor:
         """The weight of a module without any LoRA."""
         return self.weights[name][1]
 
     @torch.no_grad()
-    def merged(self, name: str, weight: Tensor) -> Tensor:
+    def merge_weight(self, name: str, weight: Tensor) -> Tensor:
         """A weight that was just read, with the LoRAs at the strengths of now added."""
-        cores, strengths = self.unread.get(name, []), self.strengths or []
+        cores, strengths = self.deferred.get(name, []), self.strengths or []
         return (
-            added_up(weight, cores, strengths, weight).to(weight.dtype)
+            add_deltas(weight, cores, strengths, weight).to(weight.dtype)
             if cores and any(strengths)
             else weight
         )
@@ -84,7 +84,7 @@ class FloatMerge:
             return
         self.strengths = list(strengths)
         for weight, original, cores in self.weights.values():
-            weight.copy_(added_up(original, cores, strengths, original))
+            weight.copy_(add_deltas(original, cores, strengths, original))
         for bias, original, added in self.biases.values():
             merged = original.float()
             for index, part in added:
@@ -92,7 +92,7 @@ class FloatMerge:
             bias.copy_(merged)
 
 
-def bias_of(module: nn.Module, device: torch.device) -> nn.Parameter:
+def get_or_create_bias(module: nn.Module, device: torch.device) -> nn.Parameter:
     """The bias of a module, made of zeros on the device where it has none."""
     if module.bias is None:
         weight = module.weight
@@ -104,11 +104,13 @@ def bias_of(module: nn.Module, device: torch.device) -> nn.Parameter:
     return module.bias
 
 
-class Int8Bias:
+class Int8BiasMerge:
     """Bias changes of one INT8 layer; biases are float in every mode."""
 
-    def __init__(self, layer: Int8Linear, changes: Changes):
-        self.parts = [(index, c.bias.to(layer.scale)) for index, c in changes if c.bias is not None]
+    def __init__(self, layer: Int8Linear, changes: IndexedChanges):
+        self.parts = [
+            (index, c.bias_delta.to(layer.scale)) for index, c in changes if c.bias_delta is not None
+        ]
         self.original = torch.zeros_like(layer.scale) if layer.bias is None else layer.bias.clone()
         if self.parts and layer.bias is None:
             layer.bias = self.original.clone()
@@ -122,22 +124,24 @@ class Int8Bias:
                 self.bias.add_(part, alpha=strengths[index])
 
 
-def dynamic_forms(changes: Changes, weight: Callable[[], Tensor]) -> list[tuple[int, Dynamic]] | str:
+def make_branches(
+    changes: IndexedChanges, weight: Callable[[], Tensor]
+) -> list[tuple[int, RuntimeBranch]] | str:
     """What each change is beside its layer, or the reason why one of them cannot be that.
 
     Args:
         weight: the layer's float weight; only kinds that read it (DoRA) ask for it.
     """
     forms = []
-    for index, core in cores_of(changes):
-        form = core.dynamic(weight() if core.reads_weight else None)
+    for index, core in get_weight_deltas(changes):
+        form = core.make_branch(weight() if core.needs_weight else None)
         if form is None:
-            return f"a {core.kind} that has no low-rank form"
+            return f"a {core.adapter_type} that has no low-rank form"
         forms.append((index, form))
     return forms
 
 
-def balanced(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+def balance_factors(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
     """The same product from factors whose ranks are alike, so that a backend may round them: of `lora_B A = U S V`, `U Q` and `Qᵀ S V`.
 
     As a file has them, a few strong ranks set the scale of all others; turned by an orthogonal Q, each is a mixture of all.
@@ -149,7 +153,7 @@ def balanced(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
     return turn.T @ (s[:, None] * v) @ q.T, u @ turn
 
 
-def total_rank(forms: Sequence[tuple[int, Dynamic]]) -> int:
+def sum_ranks(forms: Sequence[tuple[int, RuntimeBranch]]) -> int:
     """Ranks of all of them, one after the other."""
     return sum(form.lora_A.shape[0] for _, form in forms if form.lora_A is not None)
 
@@ -157,9 +161,11 @@ def total_rank(forms: Sequence[tuple[int, Dynamic]]) -> int:
 class DynamicLayer:
     """LoRAs beside one INT8 layer: a low-rank branch, and a factor per row where the kind has one (DoRA, IA3)."""
 
-    def __init__(self, layer: Int8Linear, changes: Changes, forms: Sequence[tuple[int, Dynamic]]):
+    def __init__(
+        self, layer: Int8Linear, changes: IndexedChanges, forms: Sequence[tuple[int, RuntimeBranch]]
+    ):
         self.layer, self.float_weight = layer, layer.float_weight
-        self.bias = Int8Bias(layer, changes)
+        self.bias = Int8BiasMerge(layer, changes)
         self.scale = layer.scale.clone()
         self.factors = [
             (index, f.row_factor.to(layer.scale)) for index, f in forms if f.row_factor is not None
@@ -173,12 +179,12 @@ class DynamicLayer:
         self.branch = None
         if parts:
             self.branch = LowRankBranch(
-                [balanced(*pair) for _, pair in parts], layer.dtype, layer.scale.device
+                [balance_factors(*pair) for _, pair in parts], layer.dtype, layer.scale.device
             )
-            self.branch.fuse(layer.backend, layer.transform)
+            self.branch.fuse_into_backend(layer.backend, layer.transform)
         self.attach(True)
         if self.branch is not None and self.branch.fused is not None and layer.float_weight is None:
-            self.branch.release()
+            self.branch.drop_float_factors()
 
     def attach(self, on: bool) -> None:
         """Put the branch beside its layer, or take it off."""
@@ -199,13 +205,13 @@ class DynamicLayer:
         self.bias.set_strengths(strengths)
 
 
-class WrittenLayer(ABC):
+class MergedLayer(ABC):
     """LoRAs written into one INT8 layer's weight; the layer as it was is kept, so that every strength starts from it."""
 
-    def __init__(self, layer: Int8Linear, changes: Changes):
-        self.layer, self.cores = layer, cores_of(changes)
-        self.bias = Int8Bias(layer, changes)
-        self.original = layer.quantized_weight()
+    def __init__(self, layer: Int8Linear, changes: IndexedChanges):
+        self.layer, self.cores = layer, get_weight_deltas(changes)
+        self.bias = Int8BiasMerge(layer, changes)
+        self.original = layer.read_quantized_weight()
         self.written: list[float] = [0.0 for _ in self.cores]
         self.clipped_share = 0.0
 
@@ -223,20 +229,20 @@ class WrittenLayer(ABC):
         """The layer's weight with the stack's LoRAs at these strengths."""
 
 
-class BakedLayer(WrittenLayer):
+class BakedLayer(MergedLayer):
     """The sum in float, transformed and rounded like any weight: the error is that of a fresh quantization."""
 
-    def __init__(self, layer: Int8Linear, changes: Changes, original: Tensor, rounding: Rounding):
+    def __init__(self, layer: Int8Linear, changes: IndexedChanges, original: Tensor, rounding: Rounding):
         super().__init__(layer, changes)
         self.float_weight, self.rounding = original, rounding
 
     @torch.no_grad()
     def weight(self, strengths: Sequence[float]) -> QuantizedWeight:
-        merged = added_up(self.float_weight, self.cores, strengths, self.float_weight)
-        return self.rounding.round(self.layer.transform.transform_weight(merged), None)
+        merged = add_deltas(self.float_weight, self.cores, strengths, self.float_weight)
+        return self.rounding.round_weight(self.layer.transform.transform_weight(merged), None)
 
 
-class StochasticLayer(WrittenLayer):
+class StochasticLayer(MergedLayer):
     """The sum of all changes added to the integers with random rounding; no float weight is needed.
 
     Args:
@@ -245,7 +251,7 @@ class StochasticLayer(WrittenLayer):
     """
 
     def __init__(
-        self, layer: Int8Linear, changes: Changes, weight: Callable[[], Tensor], seed: Sequence[object]
+        self, layer: Int8Linear, changes: IndexedChanges, weight: Callable[[], Tensor], seed: Sequence[object]
     ):
         super().__init__(layer, changes)
         self.read, self.seed = weight, tuple(seed)
@@ -253,14 +259,14 @@ class StochasticLayer(WrittenLayer):
     @torch.no_grad()
     def weight(self, strengths: Sequence[float]) -> QuantizedWeight:
         original = self.read()
-        change = added_up(
+        change = add_deltas(
             torch.zeros(original.shape, device=original.device), self.cores, strengths, original
         )
-        rounded = add_rounded(
-            self.original, self.layer.transform.transform_weight(change), seeded(*self.seed)
+        rounded = add_with_stochastic_rounding(
+            self.original, self.layer.transform.transform_weight(change), make_generator(*self.seed)
         )
         self.clipped_share = rounded.clipped_share
         return rounded.weight
 
 
-Int8Mode = DynamicLayer | BakedLayer | StochasticLayer
+Int8LoraLayer = DynamicLayer | BakedLayer | StochasticLayer

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from int8run.errors import ConfigError, in_range, one_of, switch
-from int8run.lora.few_step import FewStep, preset, steps_in_name
+from int8run.errors import ConfigError, check_bool, check_choice, check_range
+from int8run.lora.few_step import FewStepPreset, get_preset, parse_steps_in_name
 
 MODES = ("auto", "dynamic", "bake", "stochastic")
 STRENGTH_LIMIT = 20
@@ -50,13 +50,13 @@ class Adapter:
             raise ConfigError(
                 f"LoRA {self.name!r} has no path; set lora.adapters.0.path=<file.safetensors> (or its place in the list)"
             )
-        switch(f"enabled of LoRA {self.name!r}", self.enabled)
+        check_bool(f"enabled of LoRA {self.name!r}", self.enabled)
         if isinstance(self.strength, Sequence) and not isinstance(self.strength, str):
             check_schedule(f"strength of LoRA {self.name!r}", self.strength)
         elif self.strength is not None:
-            in_range(f"strength of LoRA {self.name!r}", self.strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
+            check_range(f"strength of LoRA {self.name!r}", self.strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
         if self.text_strength is not None:
-            in_range(
+            check_range(
                 f"text_strength of LoRA {self.name!r}", self.text_strength, -STRENGTH_LIMIT, STRENGTH_LIMIT
             )
         if isinstance(self.components, str):
@@ -64,9 +64,9 @@ class Adapter:
                 f"components of LoRA {self.name!r} is {self.components!r}; it takes a list: [{self.components}]"
             )
         for component in self.components or ():
-            one_of(f"a component of LoRA {self.name!r}", component, COMPONENTS)
+            check_choice(f"a component of LoRA {self.name!r}", component, COMPONENTS)
 
-    def preset_for(self, lora_base: str, steps: int | None = None) -> FewStep | None:
+    def find_preset(self, lora_base: str, steps: int | None = None) -> FewStepPreset | None:
         """The settings that the LoRA was made for on a base model; the number of steps that its file's name says wins.
 
         Args:
@@ -77,8 +77,8 @@ class Adapter:
         """
         if self.few_step is None:
             return None
-        source, weight_name = self.source(lora_base)
-        return preset(self.few_step, lora_base, steps_in_name(Path(weight_name or source)) or steps)
+        source, weight_name = self.get_source(lora_base)
+        return get_preset(self.few_step, lora_base, parse_steps_in_name(Path(weight_name or source)) or steps)
 
     @property
     def schedule(self) -> Schedule:
@@ -87,7 +87,7 @@ class Adapter:
             return self.strength
         return ((0.0, 1.0 if self.strength is None else self.strength),)
 
-    def source(self, lora_base: str) -> tuple[str, str | None]:
+    def get_source(self, lora_base: str) -> tuple[str, str | None]:
         """The path and weight name for a base model.
 
         Raises:
@@ -133,12 +133,12 @@ class LoraSettings:
     max_overhead: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "adapters", tuple(to_adapter(a) for a in self.adapters))
-        one_of("lora.mode", self.mode, MODES)
-        switch("lora.strict", self.strict)
-        switch("lora.insert_triggers", self.insert_triggers)
-        in_range("lora.strength", self.strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
-        in_range("lora.max_overhead", self.max_overhead, 0, 100)
+        object.__setattr__(self, "adapters", tuple(parse_adapter(a) for a in self.adapters))
+        check_choice("lora.mode", self.mode, MODES)
+        check_bool("lora.strict", self.strict)
+        check_bool("lora.insert_triggers", self.insert_triggers)
+        check_range("lora.strength", self.strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
+        check_range("lora.max_overhead", self.max_overhead, 0, 100)
         names = [a.name for a in self.adapters]
         repeated = {n for n in names if names.count(n) > 1}
         if repeated:
@@ -147,7 +147,7 @@ class LoraSettings:
             )
         for adapter in self.adapters:
             for _, strength in (*adapter.schedule, (0, adapter.text_strength or 0)):
-                in_range(
+                check_range(
                     f"strength of LoRA {adapter.name!r} times lora.strength",
                     strength * self.strength,
                     -STRENGTH_LIMIT,
@@ -159,7 +159,7 @@ class LoraSettings:
                 f"LoRA {scheduled[0]!r} has a schedule of strengths, which lora.mode={self.mode} cannot follow; set lora.mode=dynamic"
             )
 
-    def for_base(self, lora_base: str, steps: int | None = None) -> "LoraSettings":
+    def resolve_for_base(self, lora_base: str, steps: int | None = None) -> "LoraSettings":
         """The adapters that are enabled, with strengths that nobody set taken from their few-step presets.
 
         Raises:
@@ -167,8 +167,8 @@ class LoraSettings:
         """
         enabled = [a for a in self.adapters if a.enabled]
         for adapter in enabled:
-            adapter.source(lora_base)
-        presets = [(a, a.preset_for(lora_base, steps)) for a in enabled]
+            adapter.get_source(lora_base)
+        presets = [(a, a.find_preset(lora_base, steps)) for a in enabled]
         return replace(
             self,
             adapters=[
@@ -177,14 +177,14 @@ class LoraSettings:
             ],
         )
 
-    def preset_for(self, lora_base: str, steps: int | None = None) -> FewStep | None:
+    def find_preset(self, lora_base: str, steps: int | None = None) -> FewStepPreset | None:
         """The preset of the adapter that brings one and is in use.
 
         Raises:
             ConfigError: when two do.
         """
-        used = [a for a, on in zip(self.adapters, self.used, strict=True) if on]
-        found = {a.name: p for a in used if (p := a.preset_for(lora_base, steps)) is not None}
+        used = [a for a, on in zip(self.adapters, self.is_used, strict=True) if on]
+        found = {a.name: p for a in used if (p := a.find_preset(lora_base, steps)) is not None}
         if len(found) > 1:
             raise ConfigError(
                 f"LoRAs {' and '.join(map(repr, found))} both bring few-step settings; leave one of them out"
@@ -192,25 +192,25 @@ class LoraSettings:
         return next(iter(found.values()), None)
 
     @property
-    def used(self) -> list[bool]:
+    def is_used(self) -> list[bool]:
         """Whether each adapter does anything at any time."""
-        moments = [self.strengths_at(moment) for moment in self.moments]
+        moments = [self.get_strengths_at(moment) for moment in self.change_points]
         return [
             any(at_moment) or bool(text)
             for *at_moment, text in zip(*moments, self.text_strengths, strict=True)
         ]
 
     @property
-    def bakes(self) -> bool:
+    def is_baked(self) -> bool:
         """Whether strengths are part of the build."""
         return self.mode == "bake"
 
     @cached_property
-    def moments(self) -> list[float]:
+    def change_points(self) -> list[float]:
         """Fractions of the steps at which a strength changes, in order; the first is 0."""
         return sorted({float(fraction) for a in self.adapters for fraction, _ in a.schedule} | {0.0})
 
-    def strengths_at(self, fraction: float) -> list[float]:
+    def get_strengths_at(self, fraction: float) -> list[float]:
         """The strength of each adapter after a fraction of the steps, with the stack's own strength multiplied in."""
         found = []
         for adapter in self.adapters:
@@ -221,7 +221,7 @@ class LoraSettings:
     @property
     def strengths(self) -> list[float]:
         """The strength of each adapter at the first step."""
-        return self.strengths_at(0)
+        return self.get_strengths_at(0)
 
     @property
     def text_strengths(self) -> list[float]:
@@ -230,11 +230,11 @@ class LoraSettings:
         return [s if a.text_strength is None else a.text_strength * self.strength for a, s in firsts]
 
     @property
-    def scheduled(self) -> bool:
+    def is_scheduled(self) -> bool:
         """Whether a strength changes from step to step."""
-        return len(self.moments) > 1
+        return len(self.change_points) > 1
 
-    def unusual(self) -> list[str]:
+    def list_unusual_strengths(self) -> list[str]:
         """One line for each strength outside of what LoRAs are made for."""
         low, high = USUAL_STRENGTHS
         lines = []
@@ -258,14 +258,14 @@ def check_schedule(name: str, entries: Schedule) -> None:
     for entry in entries:
         if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 2:
             raise ConfigError(f"{name} is {list(entries)!r}; a schedule is {form}")
-        in_range(f"fraction in the {name}", entry[0], 0, 1)
-        in_range(name, entry[1], -STRENGTH_LIMIT, STRENGTH_LIMIT)
+        check_range(f"fraction in the {name}", entry[0], 0, 1)
+        check_range(name, entry[1], -STRENGTH_LIMIT, STRENGTH_LIMIT)
     fractions = [entry[0] for entry in entries]
     if not fractions or fractions[0] != 0 or any(a >= b for a, b in itertools.pairwise(fractions)):
         raise ConfigError(f"{name} is {list(entries)!r}; a schedule is {form}")
 
 
-def to_adapter(given: object) -> Adapter:
+def parse_adapter(given: object) -> Adapter:
     """An Adapter as it is, or one made from a mapping with its fields.
 
     Raises:

@@ -10,20 +10,20 @@ from typing import Any
 
 import yaml
 
-from int8run.errors import ConfigError, in_range, one_of
+from int8run.errors import ConfigError, check_choice, check_range
 from int8run.models.sampling import Sampling
 
-TABLE = Path(__file__).with_name("few_step.yaml")
+TABLE_FILE = Path(__file__).with_name("few_step.yaml")
 SOURCES = ("model card", "community", "measured")
-TITLES = ("modelspec.title", "modelspec.usage_hint", "ss_output_name")
+TITLE_KEYS = ("modelspec.title", "modelspec.usage_hint", "ss_output_name")
 MAX_TEXT = 500
-WITHOUT = "without "
-STEPS = re.compile(r"(?<![a-z0-9])(\d{1,2})[-_ ]?steps?(?![a-z0-9])")
+WITHOUT_MARK = "without "
+STEPS_PATTERN = re.compile(r"(?<![a-z0-9])(\d{1,2})[-_ ]?steps?(?![a-z0-9])")
 STRENGTH_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
-class FewStep:
+class FewStepPreset:
     """How a few-step LoRA wants to be run on one base model; a row of `few_step.yaml`.
 
     Args:
@@ -56,9 +56,9 @@ class FewStep:
 
     def __post_init__(self) -> None:
         what = f"few-step preset {self.name!r} for {self.base!r}"
-        in_range(f"steps of {what}", self.steps, 1, 1000, whole=True)
-        in_range(f"strength of {what}", self.strength, -20, 20)
-        one_of(f"source of {what}", self.source, SOURCES)
+        check_range(f"steps of {what}", self.steps, 1, 1000, whole=True)
+        check_range(f"strength of {what}", self.strength, -20, 20)
+        check_choice(f"source of {what}", self.source, SOURCES)
         if self.guidance is None and self.guidance_range is not None:
             raise ConfigError(f"{what} has a guidance_range and no guidance; give both or none")
         if self.steps_range is None:
@@ -78,7 +78,7 @@ class FewStep:
                 f"{what} has scheduler {self.scheduler!r}; give a class of diffusers, such as LCMScheduler"
             )
         if self.companions is not None:
-            in_range(f"companions of {what}", self.companions, 0, 20)
+            check_range(f"companions of {what}", self.companions, 0, 20)
         for name in ("sigmas", "timesteps"):
             if name in self.extra and len(self.extra[name]) != self.steps:
                 raise ConfigError(
@@ -98,17 +98,17 @@ class FewStep:
 
 
 @functools.cache
-def table() -> Mapping[str, Any]:
+def load_table() -> Mapping[str, Any]:
     """What `few_step.yaml` says."""
-    return yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    return yaml.safe_load(TABLE_FILE.read_text(encoding="utf-8"))
 
 
-def presets() -> list[str]:
+def list_presets() -> list[str]:
     """Names of all presets."""
-    return list(table()["presets"])
+    return list(load_table()["presets"])
 
 
-def preset(name: str, base: str, steps: int | None = None) -> FewStep:
+def get_preset(name: str, base: str, steps: int | None = None) -> FewStepPreset:
     """The settings of a preset for a base model.
 
     Args:
@@ -119,16 +119,16 @@ def preset(name: str, base: str, steps: int | None = None) -> FewStep:
     Raises:
         ConfigError: an unknown preset, or a base that it is not made for; the message lists what there is.
     """
-    one_of("few_step", name, presets())
-    bases = table()["presets"][name]["bases"]
+    check_choice("few_step", name, list_presets())
+    bases = load_table()["presets"][name]["bases"]
     if base not in bases:
         raise ConfigError(
             f"few_step preset {name!r} is not made for {base!r}; it is for {', '.join(sorted(bases))}. "
-            f"Presets for {base!r}: {', '.join(p for p in presets() if base in table()['presets'][p]['bases']) or 'none'}"
+            f"Presets for {base!r}: {', '.join(p for p in list_presets() if base in load_table()['presets'][p]['bases']) or 'none'}"
         )
     row = dict(bases[base])
     by_steps = row.pop("by_steps", {})
-    found = FewStep(name=name, base=base, **row)
+    found = FewStepPreset(name=name, base=base, **row)
     low, high = found.steps_range or (found.steps, found.steps)
     if steps is None or not low <= steps <= high:
         return found
@@ -138,7 +138,7 @@ def preset(name: str, base: str, steps: int | None = None) -> FewStep:
     return replace(found, steps=steps, steps_range=(steps, steps), **changed)
 
 
-def detect(path: Path, metadata: Mapping[str, str], base: str | None = None) -> str | None:
+def detect_preset(path: Path, metadata: Mapping[str, str], base: str | None = None) -> str | None:
     """The preset that a file gives away by words in its name, its hub repository, its title or its usage hint; None: no such words.
 
     Only whole words count: `hyperrealistic` is no `hyper`, `turbopants` no `turbo`.
@@ -146,40 +146,40 @@ def detect(path: Path, metadata: Mapping[str, str], base: str | None = None) -> 
     Args:
         base: only presets that are made for this base model; None: any.
     """
-    for name, entry in table()["presets"].items():
-        if (base is None or base in entry["bases"]) and gives_away(entry["words"], path, metadata):
+    for name, entry in load_table()["presets"].items():
+        if (base is None or base in entry["bases"]) and matches_any_words(entry["words"], path, metadata):
             return name
     return None
 
 
-def steps_in_name(path: Path) -> int | None:
+def parse_steps_in_name(path: Path) -> int | None:
     """The number of steps that a file's name says (`Hyper-SDXL-8steps-lora`), or None."""
-    match = STEPS.search(path.stem.lower())
+    match = STEPS_PATTERN.search(path.stem.lower())
     return int(match[1]) if match else None
 
 
-def for_training_only(path: Path, metadata: Mapping[str, str]) -> bool:
+def is_for_training_only(path: Path, metadata: Mapping[str, str]) -> bool:
     """Whether a file's words say that it serves training and spoils pictures."""
-    return gives_away(table()["training_only"], path, metadata)
+    return matches_any_words(load_table()["training_only"], path, metadata)
 
 
-def already_distilled(name: str, model: str) -> str | None:
+def warn_about_distilled_model(name: str, model: str) -> str | None:
     """A warning when the model draws in few steps by itself, by the words of its location; None when it does not.
 
     Args:
         name: of the preset.
         model: hub id or folder of the model.
     """
-    text = spoken(Path(model).name)
-    if not any(said(words, text) for words in table()["distilled_models"]):
+    text = extract_words(Path(model).name)
+    if not any(has_words(words, text) for words in load_table()["distilled_models"]):
         return None
     return (
         f"{model} is made for few steps already; a few-step LoRA ({name}) on top of it overcooks the picture"
     )
 
 
-def advice(
-    preset: FewStep,
+def list_differences(
+    preset: FewStepPreset,
     sampling: Sampling,
     scheduler: str | None = None,
     strength: float | None = None,
@@ -208,7 +208,7 @@ def advice(
     settings = sampling.scheduler_settings if scheduler_config is None else scheduler_config
     if scheduler is not None and scheduler != preset.scheduler:
         lines.append(
-            f"the scheduler is {scheduler}; {made_for} {preset.scheduler}{in_words(preset.scheduler_settings)}"
+            f"the scheduler is {scheduler}; {made_for} {preset.scheduler}{format_settings(preset.scheduler_settings)}"
         )
     else:
         wrong = {
@@ -236,31 +236,31 @@ def advice(
     return lines
 
 
-def in_words(settings: Mapping[str, Any]) -> str:
+def format_settings(settings: Mapping[str, Any]) -> str:
     """` with a=1, b=2`, or nothing."""
     return f" with {', '.join(f'{name}={value}' for name, value in settings.items())}" if settings else ""
 
 
-def gives_away(choices: Iterable[Iterable[str]], path: Path, metadata: Mapping[str, str]) -> bool:
+def matches_any_words(choices: Iterable[Iterable[str]], path: Path, metadata: Mapping[str, str]) -> bool:
     """Whether any of the lists of words stands in the file's name, or in one text of its header."""
     # with the repository where the file lies in a hub cache: many are called `pytorch_lora_weights`
     name = " ".join([*(part for part in path.parts if part.startswith("models--")), path.stem])
-    texts = [spoken(text) for text in (name, *(metadata.get(key, "") for key in TITLES))]
-    return any(said(words, text) for words in choices for text in texts)
+    texts = [extract_words(text) for text in (name, *(metadata.get(key, "") for key in TITLE_KEYS))]
+    return any(has_words(words, text) for words in choices for text in texts)
 
 
-def spoken(text: str) -> set[str]:
+def extract_words(text: str) -> set[str]:
     """The words of a text in small letters, with and without their digits: `wan22-8steps` -> wan22, wan, 8step, Nstep, …"""
     text = text[:MAX_TEXT].lower()
     words = set(re.findall(r"[a-z0-9]+", text))
     # `step0001000` is how far a training was
-    found = {word for steps in STEPS.findall(text) for word in (f"{int(steps)}step", "Nstep")}
+    found = {word for steps in STEPS_PATTERN.findall(text) for word in (f"{int(steps)}step", "Nstep")}
     return words | {word.strip("0123456789") for word in words} | found
 
 
-def said(words: Iterable[str], text: Collection[str]) -> bool:
+def has_words(words: Iterable[str], text: Collection[str]) -> bool:
     """Whether a text has all of these words, and none that is marked `without`."""
     return all(
-        (word.removeprefix(WITHOUT) not in text) if word.startswith(WITHOUT) else word in text
+        (word.removeprefix(WITHOUT_MARK) not in text) if word.startswith(WITHOUT_MARK) else word in text
         for word in words
     )

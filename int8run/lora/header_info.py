@@ -10,28 +10,28 @@ from int8run.checkpoints.header import read_header
 from int8run.errors import LoraError
 from int8run.generate.prompts import Sample
 from int8run.lora import few_step
-from int8run.lora.base_model import Base, base_of, refuse_base
+from int8run.lora.base_model import LoraBase, check_lora_base, detect_lora_base
 from int8run.lora.config import LoraSettings
 from int8run.lora.load import find_lora
-from int8run.lora.metadata import Triggers, insert_triggers, missing_triggers, trigger_words
+from int8run.lora.metadata import TriggerWords, append_triggers, find_missing_triggers, find_trigger_words
 from int8run.models.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Head:
+class LoraHeader:
     """One file of a stack, as far as its header tells."""
 
     name: str
     path: Path
     header: Mapping[str, Mapping[str, Any]]
     metadata: Mapping[str, str]
-    base: Base | None
-    triggers: Triggers | None
+    base: LoraBase | None
+    triggers: TriggerWords | None
 
 
-def read_heads(stack: LoraSettings, lora_base: str, lora_dir: Path | None = None) -> list[Head]:
+def read_lora_headers(stack: LoraSettings, lora_base: str, lora_dir: Path | None = None) -> list[LoraHeader]:
     """Find the files of a stack and read their headers.
 
     Raises:
@@ -41,28 +41,32 @@ def read_heads(stack: LoraSettings, lora_base: str, lora_dir: Path | None = None
     if lora_dir is not None and not lora_dir.is_dir():
         raise LoraError(f"lora_dir={lora_dir}: no such folder (looked for {lora_dir.absolute()})")
     for adapter in stack.adapters:
-        path = find_lora(*adapter.source(lora_base), lora_dir)
+        path = find_lora(*adapter.get_source(lora_base), lora_dir)
         header, metadata = read_header(path)
-        base = base_of(header, metadata)
-        if (doubt := refuse_base(path, base, lora_base)) is not None:
+        base = detect_lora_base(header, metadata)
+        if (doubt := check_lora_base(path, base, lora_base)) is not None:
             log.warning("%s", doubt)
-        heads.append(Head(adapter.name, path, header, metadata, base, trigger_words(path, metadata)))
+        heads.append(
+            LoraHeader(adapter.name, path, header, metadata, base, find_trigger_words(path, metadata))
+        )
     return heads
 
 
-def with_triggers(samples: Sequence[Sample], heads: Sequence[Head], stack: LoraSettings) -> list[Sample]:
+def add_trigger_words(
+    samples: Sequence[Sample], heads: Sequence[LoraHeader], stack: LoraSettings
+) -> list[Sample]:
     """The samples with the trigger words that their prompts lack, if the stack inserts them; else one warning for each LoRA."""
     told = {
         head.name: head.triggers
-        for head, on in zip(heads, stack.used, strict=True)
+        for head, on in zip(heads, stack.is_used, strict=True)
         if on and head.triggers is not None
     }
     for name, triggers in told.items():
         words, listed = triggers.words, ", ".join(triggers.words)
-        if triggers.guessed:  # nobody named them: they are frequent in the captions that it was trained on
+        if triggers.is_guessed:  # nobody named them: they are frequent in the captions that it was trained on
             log.info("LoRA %r names no trigger words; frequent in its training captions: %s", name, listed)
             continue
-        lacking = sum(bool(missing_triggers(sample.prompt, words)) for sample in samples)
+        lacking = sum(bool(find_missing_triggers(sample.prompt, words)) for sample in samples)
         if not lacking:
             log.info("LoRA %r has trigger words, and every prompt has them: %s", name, listed)
         elif stack.insert_triggers:
@@ -82,14 +86,14 @@ def with_triggers(samples: Sequence[Sample], heads: Sequence[Head], stack: LoraS
                 listed,
             )
         samples = [
-            replace(s, prompt=insert_triggers(s.prompt, words)) if stack.insert_triggers else s
+            replace(s, prompt=append_triggers(s.prompt, words)) if stack.insert_triggers else s
             for s in samples
         ]
     return list(samples)
 
 
-def few_step_advice(
-    heads: Sequence[Head],
+def list_few_step_warnings(
+    heads: Sequence[LoraHeader],
     stack: LoraSettings,
     lora_base: str,
     location: str,
@@ -104,29 +108,31 @@ def few_step_advice(
     """
     lines = []
     strengths = dict(zip((a.name for a in stack.adapters), stack.strengths, strict=True))
-    for adapter, head, on in zip(stack.adapters, heads, stack.used, strict=True):
+    for adapter, head, on in zip(stack.adapters, heads, stack.is_used, strict=True):
         name = (
             adapter.few_step
-            or few_step.detect(head.path, head.metadata, lora_base)
-            or few_step.detect(head.path, head.metadata)
+            or few_step.detect_preset(head.path, head.metadata, lora_base)
+            or few_step.detect_preset(head.path, head.metadata)
         )
-        if on and few_step.for_training_only(head.path, head.metadata):
+        if on and few_step.is_for_training_only(head.path, head.metadata):
             lines.append(
                 f"LoRA {adapter.name!r} says that it serves training; pictures drawn with it are usually worse"
             )
         if not on or name is None:
             continue
-        if (distilled := few_step.already_distilled(name, location)) is not None:
+        if (distilled := few_step.warn_about_distilled_model(name, location)) is not None:
             lines.append(f"LoRA {adapter.name!r}: {distilled}")
-        if lora_base not in few_step.table()["presets"][name]["bases"]:
+        if lora_base not in few_step.load_table()["presets"][name]["bases"]:
             lines.append(
                 f"LoRA {adapter.name!r} looks like a few-step LoRA ({name}), and nothing is known of it on {lora_base}; "
                 "set sampler.steps, sampler.guidance and sampler.scheduler as its author says"
             )
             continue
-        preset = few_step.preset(name, lora_base, few_step.steps_in_name(head.path) or sampling.steps)
+        preset = few_step.get_preset(
+            name, lora_base, few_step.parse_steps_in_name(head.path) or sampling.steps
+        )
         others = {other: s for other, s in strengths.items() if other != adapter.name and s}
-        told = few_step.advice(
+        told = few_step.list_differences(
             preset, sampling, type(scheduler).__name__, strengths[adapter.name], others, scheduler.config
         )
         wish = (

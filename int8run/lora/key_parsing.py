@@ -7,20 +7,25 @@ underscores for dots (`lora_unet_...`, `lora_te_...`, `lycoris_...`) stay so: on
 import re
 from typing import NamedTuple
 
-DENOISER, TEXT, TEXT_2, TEXT_3 = "denoiser", "text_encoder", "text_encoder_2", "text_encoder_3"
+DENOISER, TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3 = (
+    "denoiser",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+)
 
 # PEFT puts the adapter's name into the key, unless a file was saved without it
-ADAPTER_NAMES = ("", ".default", ".default_0")
+PEFT_ADAPTER_NAMES = ("", ".default", ".default_0")
 
 # suffix -> part of a change; the first that ends a key wins
-PARTS = {
+PART_BY_SUFFIX = {
     # a low-rank pair: PEFT, diffusers
-    **{f".lora_A{adapter}.weight": "down" for adapter in ADAPTER_NAMES},
-    **{f".lora_B{adapter}.weight": "up" for adapter in ADAPTER_NAMES},
-    **{f".lora_B{adapter}.bias": "up_bias" for adapter in ADAPTER_NAMES},
+    **{f".lora_A{adapter}.weight": "down" for adapter in PEFT_ADAPTER_NAMES},
+    **{f".lora_B{adapter}.weight": "up" for adapter in PEFT_ADAPTER_NAMES},
+    **{f".lora_B{adapter}.bias": "up_bias" for adapter in PEFT_ADAPTER_NAMES},
     **{
         f".lora_magnitude_vector{adapter}{rest}": "magnitude"
-        for adapter in ADAPTER_NAMES
+        for adapter in PEFT_ADAPTER_NAMES
         for rest in (".weight", "")
     },
     # kohya, ComfyUI, OneTrainer, LyCORIS
@@ -57,7 +62,7 @@ PARTS = {
 }
 
 # suffix -> a kind that is not applied, with all its module's parts
-UNSUPPORTED = {
+UNSUPPORTED_SUFFIXES = {
     **{f".{part}.weight": "GLoRA" for part in ("a1", "a2", "b1", "b2", "bm")},
     ".oft_blocks": "OFT or BOFT",
     ".rescale": "OFT or BOFT",
@@ -76,10 +81,10 @@ UNSUPPORTED = {
     ".lokr_t1": "LoKr with lokr_t1",
     ".scalar": "LyCORIS change with its scalar left outside",
 }
-BUNDLED = ("bundle_emb.", "emb_params", "string_to_param", "string_to_token")
+EMBEDDING_PREFIXES = ("bundle_emb.", "emb_params", "string_to_param", "string_to_token")
 
 # xlabs' attention processors bring q, k and v in one pair; their own names stay, because the model has no such modules
-XLABS = re.compile(r"(.+)\.processor\.((?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
+XLABS_KEY = re.compile(r"(.+)\.processor\.((?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
 
 # prefix -> component of names with underscores for dots; nothing is stripped after them
 FLAT_PREFIXES = {
@@ -88,14 +93,14 @@ FLAT_PREFIXES = {
     "lora_transformer_": DENOISER,
     "lora_prior_unet_": DENOISER,
     "lycoris_": DENOISER,
-    "lora_prior_te_": TEXT,
-    "lora_te1_": TEXT,
-    "lora_te2_": TEXT_2,
-    "lora_te3_": TEXT_3,  # T5; a pipeline with two text encoders has it as its second
-    "lora_te_": TEXT,
+    "lora_prior_te_": TEXT_ENCODER,
+    "lora_te1_": TEXT_ENCODER,
+    "lora_te2_": TEXT_ENCODER_2,
+    "lora_te3_": TEXT_ENCODER_3,  # T5; a pipeline with two text encoders has it as its second
+    "lora_te_": TEXT_ENCODER,
 }
 # ComfyUI's words for text encoders, after `text_encoders.`; any other encoder is a model's only one
-COMFY_ENCODERS = {"clip_l": TEXT, "clip_g": TEXT_2, "t5xxl": TEXT_3}
+COMFY_TEXT_ENCODERS = {"clip_l": TEXT_ENCODER, "clip_g": TEXT_ENCODER_2, "t5xxl": TEXT_ENCODER_3}
 # wrappers around dotted names, in any nesting
 DENOISER_PREFIXES = (
     "base_model.model.model.",
@@ -109,7 +114,7 @@ DENOISER_PREFIXES = (
 TEXT_PREFIXES = ("base_model.model.",)
 
 
-class Key(NamedTuple):
+class ParsedKey(NamedTuple):
     """A tensor's name taken apart.
 
     Args:
@@ -125,31 +130,33 @@ class Key(NamedTuple):
     reason: str = ""
 
 
-def split_key(key: str) -> Key:
+def parse_key(key: str) -> ParsedKey:
     """`transformer.a.b.lora_A.weight` -> Key("denoiser", "a.b", "down")."""
-    if key.startswith(BUNDLED):
-        return Key(DENOISER, key, None, "textual inversion, not a LoRA")
-    if found := XLABS.fullmatch(key):
+    if key.startswith(EMBEDDING_PREFIXES):
+        return ParsedKey(DENOISER, key, None, "textual inversion, not a LoRA")
+    if found := XLABS_KEY.fullmatch(key):
         block, name, half = found.groups()
-        return Key(*split_prefix(f"{block}.{name}"), half)
-    for suffix, kind in UNSUPPORTED.items():
+        return ParsedKey(*split_component(f"{block}.{name}"), half)
+    for suffix, kind in UNSUPPORTED_SUFFIXES.items():
         if key.endswith(suffix):
-            return Key(*split_prefix(key.removesuffix(suffix)), None, f"unsupported kind: {kind}")
-    for suffix, part in PARTS.items():
+            return ParsedKey(*split_component(key.removesuffix(suffix)), None, f"unsupported kind: {kind}")
+    for suffix, part in PART_BY_SUFFIX.items():
         if key.endswith(suffix):
-            return Key(*split_prefix(key.removesuffix(suffix)), part)
+            return ParsedKey(*split_component(key.removesuffix(suffix)), part)
     if key.endswith(".weight"):  # of an IA3, when its module also has `on_input`
-        return Key(*split_prefix(key.removesuffix(".weight")), "weight")
-    return Key(*split_prefix(key), None, "unknown suffix")
+        return ParsedKey(*split_component(key.removesuffix(".weight")), "weight")
+    return ParsedKey(*split_component(key), None, "unknown suffix")
 
 
-def split_prefix(name: str) -> tuple[str, str]:
+def split_component(name: str) -> tuple[str, str]:
     """Component of a module name, and the name without prefixes and without `.processor`."""
-    component, inner = component_of(strip(name, DENOISER_PREFIXES))  # a wrapper may hold a flattened name
+    component, inner = match_component(
+        strip_prefixes(name, DENOISER_PREFIXES)
+    )  # a wrapper may hold a flattened name
     return component or DENOISER, inner.replace(".processor.", ".").removesuffix(".processor")
 
 
-def component_of(name: str) -> tuple[str | None, str]:
+def match_component(name: str) -> tuple[str | None, str]:
     """The component that a name's beginning says, and the name after it; None where it says none."""
     for prefix, component in FLAT_PREFIXES.items():
         if name.startswith(prefix):
@@ -157,15 +164,15 @@ def component_of(name: str) -> tuple[str | None, str]:
     first, _, rest = name.partition(".")
     if first == "text_encoders" and rest:
         encoder, _, inner = rest.partition(".")
-        return COMFY_ENCODERS.get(encoder, TEXT), strip(inner, ("transformer.",))
-    if first in (TEXT, TEXT_2, TEXT_3) and rest:
-        return first, strip(rest, TEXT_PREFIXES)
+        return COMFY_TEXT_ENCODERS.get(encoder, TEXT_ENCODER), strip_prefixes(inner, ("transformer.",))
+    if first in (TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3) and rest:
+        return first, strip_prefixes(rest, TEXT_PREFIXES)
     return None, name
 
 
-def strip(name: str, prefixes: tuple[str, ...]) -> str:
+def strip_prefixes(name: str, prefixes: tuple[str, ...]) -> str:
     """Without the prefixes, which may nest."""
     for prefix in prefixes:
         if name.startswith(prefix):
-            return strip(name.removeprefix(prefix), prefixes)
+            return strip_prefixes(name.removeprefix(prefix), prefixes)
     return name

@@ -16,17 +16,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from int8run.errors import LoraError
-from int8run.lora.adapters.change import Change
+from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.dora import DoRA
-from int8run.lora.key_parsing import DENOISER, TEXT, TEXT_2, TEXT_3, split_key
-from int8run.lora.parse import BESIDE, USUAL_SCALES, USUAL_VALUE, WORDS, Parts, build, dtype_name, need
+from int8run.lora.key_parsing import DENOISER, TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3, parse_key
+from int8run.lora.parse import (
+    AUXILIARY_PARTS,
+    PART_NAMES,
+    USUAL_SCALES,
+    USUAL_VALUE,
+    AdapterTensors,
+    build_change,
+    format_dtype,
+    require_tensors,
+)
 
-SHIPPED = Path(__file__).parents[1] / "assets" / "lora"
-PICKLED = (".pt", ".bin", ".ckpt", ".pth")
-BIASES = {"diff_b", "b_norm", "up_bias"}
+SHIPPED_LORAS = Path(__file__).parents[1] / "assets" / "lora"
+PICKLE_SUFFIXES = (".pt", ".bin", ".ckpt", ".pth")
+BIAS_PARTS = {"diff_b", "b_norm", "up_bias"}
 # components by their names in the header that diffusers writes
 HEADER_COMPONENTS = {"transformer": DENOISER, "unet": DENOISER} | {
-    name: name for name in (TEXT, TEXT_2, TEXT_3)
+    name: name for name in (TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3)
 }
 
 
@@ -42,33 +51,37 @@ class LoraFile:
     """
 
     path: Path
-    changes: Mapping[str, Mapping[str, Change]]
-    unknown: tuple[tuple[str, str], ...]
+    changes: Mapping[str, Mapping[str, LoraChange]]
+    skipped_keys: tuple[tuple[str, str], ...]
     metadata: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
     @property
-    def all_changes(self) -> list[Change]:
+    def all_changes(self) -> list[LoraChange]:
         """Of all components."""
         return [change for by_name in self.changes.values() for change in by_name.values()]
 
     @property
-    def kinds(self) -> Counter[str]:
+    def adapter_types(self) -> Counter[str]:
         """How many modules each kind changes."""
-        return Counter(change.kind for change in self.all_changes)
+        return Counter(change.adapter_type for change in self.all_changes)
 
     @property
     def ranks(self) -> Counter[int]:
         """How many modules have each rank."""
         return Counter(
-            c.core.rank for c in self.all_changes if c.core is not None and c.core.rank is not None
+            c.weight_delta.rank
+            for c in self.all_changes
+            if c.weight_delta is not None and c.weight_delta.rank is not None
         )
 
     @property
     def scales(self) -> Counter[float]:
         """How many modules have each alpha / rank."""
         return Counter(
-            c.core.scale for c in self.all_changes if c.core is not None and c.core.rank is not None
+            c.weight_delta.scale
+            for c in self.all_changes
+            if c.weight_delta is not None and c.weight_delta.rank is not None
         )
 
     @cached_property
@@ -88,7 +101,7 @@ def find_lora(source: str, weight_name: str | None, folder: Path | None = None) 
         LoraError: naming the path tried, the folders searched and the nearest names in them.
     """
     name = Path(weight_name or source)
-    if name.suffix.lower() in PICKLED:
+    if name.suffix.lower() in PICKLE_SUFFIXES:
         raise LoraError(
             f"{name} is a pickled file, which can run code when opened; convert it to .safetensors first"
         )
@@ -110,7 +123,7 @@ def find_lora(source: str, weight_name: str | None, folder: Path | None = None) 
     homes = (
         []
         if path.is_absolute()
-        else [home for home in (folder, SHIPPED if bare else None) if home is not None]
+        else [home for home in (folder, SHIPPED_LORAS if bare else None) if home is not None]
     )
     for candidate in (path, *(home.expanduser() / file for home in homes)):
         if candidate.is_file():
@@ -162,25 +175,27 @@ def read_modules(
     unknown: dict[str, str] = {}
     left_out: dict[tuple[str, str], str] = {}
     for key in keys:
-        component, name, part, reason = split_key(key)
+        component, name, part, reason = parse_key(key)
         if part is None:
             unknown[key] = left_out[component, name] = reason
         elif (twice := modules.setdefault((component, name), {}).setdefault(part, key)) != key:
             raise LoraError(
                 f"{path}: {name} is in the file twice, as {twice} and {key}; which one is meant cannot be told"
             )
-    header, survey = PeftHeader(metadata), Survey()
-    changes: dict[str, dict[str, Change]] = {}
+    header, survey = PeftHeader(metadata), FileSurvey()
+    changes: dict[str, dict[str, LoraChange]] = {}
     for (component, name), by_part in modules.items():
         # without a part that is not applied, the rest would be another LoRA
-        why_not = left_out.get((component, name)) or pointless(by_part.keys())
+        why_not = left_out.get((component, name)) or find_skip_reason(by_part.keys())
         if why_not:
             unknown |= dict.fromkeys(by_part.values(), why_not)
             continue
         try:
-            parts = dequantized({part: readable(part, get_tensor(key)) for part, key in by_part.items()})
-            peaks = finite_peaks(parts)
-            change = build(parts, partial(header.scale, component, name, parts.get("alpha")))
+            parts = dequantize_factors(
+                {part: to_computable_dtype(part, get_tensor(key)) for part, key in by_part.items()}
+            )
+            peaks = compute_peaks(parts)
+            change = build_change(parts, partial(header.scale, component, name, parts.get("alpha")))
         except LoraError as error:
             raise LoraError(f"{path}: {name} {error}") from error
         survey.add(name, peaks, change)
@@ -188,7 +203,7 @@ def read_modules(
     return LoraFile(path, changes, tuple(unknown.items()), metadata, survey.notes())
 
 
-def pointless(parts: Iterable[str]) -> str | None:
+def find_skip_reason(parts: Iterable[str]) -> str | None:
     """Why a module's parts do nothing; None: they do something."""
     if set(parts) == {"alpha"}:
         return "an alpha without a change"
@@ -197,16 +212,16 @@ def pointless(parts: Iterable[str]) -> str | None:
     return None
 
 
-def readable(part: str, tensor: Tensor) -> Tensor:
+def to_computable_dtype(part: str, tensor: Tensor) -> Tensor:
     """The tensor in a dtype that PyTorch computes in: 8-bit floats become bfloat16, which has all their values."""
     if tensor.numel() == 0:
-        raise LoraError(f"has an empty {WORDS.get(part, part)}; the file is broken")
+        raise LoraError(f"has an empty {PART_NAMES.get(part, part)}; the file is broken")
     if tensor.is_complex():
-        raise LoraError(f"has a {WORDS.get(part, part)} of {dtype_name(tensor)}; the file is broken")
+        raise LoraError(f"has a {PART_NAMES.get(part, part)} of {format_dtype(tensor)}; the file is broken")
     return tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
-def finite_peaks(parts: Parts) -> dict[str, float]:
+def compute_peaks(parts: AdapterTensors) -> dict[str, float]:
     """The largest magnitude of each part.
 
     Raises:
@@ -216,12 +231,12 @@ def finite_peaks(parts: Parts) -> dict[str, float]:
     for part, peak in peaks.items():
         if not math.isfinite(peak):
             raise LoraError(
-                f"has values that are not finite numbers in its {WORDS.get(part, part)}; the file is broken"
+                f"has values that are not finite numbers in its {PART_NAMES.get(part, part)}; the file is broken"
             )
     return peaks
 
 
-def dequantized(parts: Parts) -> dict[str, Tensor]:
+def dequantize_factors(parts: AdapterTensors) -> dict[str, Tensor]:
     """The parts with quantized halves multiplied out.
 
     Raises:
@@ -231,20 +246,20 @@ def dequantized(parts: Parts) -> dict[str, Tensor]:
     for half in ("down", "up"):
         scale = floats.pop(f"{half}_scale", None)
         if scale is not None:
-            (tensor,) = need(parts, half)
+            (tensor,) = require_tensors(parts, half)
             if tensor.dtype != torch.int8 and not tensor.is_floating_point():
                 raise LoraError(
-                    f"has a {WORDS[half]} of {dtype_name(tensor)}; only int8 and floats are multiplied by a scale"
+                    f"has a {PART_NAMES[half]} of {format_dtype(tensor)}; only int8 and floats are multiplied by a scale"
                 )
             if scale.numel() not in (1, tensor.shape[0]):
                 raise LoraError(
-                    f"has {scale.numel()} scales for the {tensor.shape[0]} rows of its {WORDS[half]}; the file is broken"
+                    f"has {scale.numel()} scales for the {tensor.shape[0]} rows of its {PART_NAMES[half]}; the file is broken"
                 )
             floats[half] = tensor.float() * scale.float().reshape(-1, *[1] * (tensor.dim() - 1))
     for part, tensor in floats.items():
-        if part not in BESIDE and not tensor.is_floating_point():
+        if part not in AUXILIARY_PARTS and not tensor.is_floating_point():
             raise LoraError(
-                f"has a {WORDS.get(part, part)} of {dtype_name(tensor)} without a scale (scale_weight); "
+                f"has a {PART_NAMES.get(part, part)} of {format_dtype(tensor)} without a scale (scale_weight); "
                 "the file was quantized and its scales are gone: take the unquantized one"
             )
     return floats
@@ -298,7 +313,7 @@ class PeftHeader:
         return value / math.sqrt(rank) if settings.get("use_rslora") else value / rank
 
 
-class Survey:
+class FileSurvey:
     """What is odd about a file's modules, gathered for one line each."""
 
     def __init__(self) -> None:
@@ -307,20 +322,24 @@ class Survey:
         self.scaled: list[tuple[str, float]] = []
         self.large: list[tuple[str, float]] = []
 
-    def add(self, name: str, peaks: Mapping[str, float], change: Change) -> None:
+    def add(self, name: str, peaks: Mapping[str, float], change: LoraChange) -> None:
         """Look at one module; `peaks` are the largest magnitudes of its parts."""
         self.modules += 1
-        peaks = {part: value for part, value in peaks.items() if part not in BESIDE}
-        factors = [value for part, value in peaks.items() if part not in BIASES]
-        moves_bias = any(peaks.get(part) for part in BIASES)
+        peaks = {part: value for part, value in peaks.items() if part not in AUXILIARY_PARTS}
+        factors = [value for part, value in peaks.items() if part not in BIAS_PARTS]
+        moves_bias = any(peaks.get(part) for part in BIAS_PARTS)
         # a product with a factor of zeros is zero; DoRA's norms change a weight even then
-        if not isinstance(change.core, DoRA) and not moves_bias and not all(factors or [0.0]):
+        if not isinstance(change.weight_delta, DoRA) and not moves_bias and not all(factors or [0.0]):
             self.idle.append(name)
         if (largest := max(peaks.values())) > USUAL_VALUE:
             self.large.append((name, largest))
         low, high = USUAL_SCALES
-        if change.core is not None and change.core.rank is not None and not low <= change.core.scale <= high:
-            self.scaled.append((name, change.core.scale))
+        if (
+            change.weight_delta is not None
+            and change.weight_delta.rank is not None
+            and not low <= change.weight_delta.scale <= high
+        ):
+            self.scaled.append((name, change.weight_delta.scale))
 
     def notes(self) -> tuple[str, ...]:
         """One line for each thing worth knowing."""

@@ -10,23 +10,23 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from int8run.errors import ConfigError, LoraError, in_range, one_of
+from int8run.errors import ConfigError, LoraError, check_choice, check_range
 from int8run.layers.int8_linear import Int8Linear
-from int8run.lora.adapters.base import Dynamic
+from int8run.lora.adapters.base import RuntimeBranch
 from int8run.lora.apply import (
     BakedLayer,
-    Changes,
     DynamicLayer,
     FloatMerge,
-    Int8Mode,
+    IndexedChanges,
+    Int8LoraLayer,
     StochasticLayer,
-    dynamic_forms,
-    total_rank,
+    make_branches,
+    sum_ranks,
 )
 from int8run.lora.config import MODES, STRENGTH_LIMIT
 from int8run.lora.key_parsing import DENOISER
 from int8run.lora.load import LoraFile, find_lora, read_lora
-from int8run.lora.match import Matches, Wanted, match
+from int8run.lora.match import Matches, MatchRequest, match_loras
 from int8run.quant.rounding import AbsMax, Rounding
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class LoraStack:
         seed: int = 0,
         folder: Path | None = None,
     ):
-        one_of("lora.mode", mode, MODES)
+        check_choice("lora.mode", mode, MODES)
         if not isinstance(denoiser, nn.Module):
             raise ConfigError(
                 f"a LoraStack is put on a denoiser, such as pipe.transformer or pipe.unet, not on a {type(denoiser).__name__}"
@@ -86,7 +86,7 @@ class LoraStack:
         self.entries: list[Entry] = []
         self.matches = Matches({}, ())
         self.merges: dict[str, FloatMerge] = {}
-        self.layers: dict[str, Int8Mode] = {}
+        self.layers: dict[str, Int8LoraLayer] = {}
         self.sizes: dict[int, list[Size]] = {}  # of each LoRA, by INT8 layer
 
     # -- for a program of one's own ----------------------------------------------------------------------------------------
@@ -117,14 +117,14 @@ class LoraStack:
         check_strength(name, strength, text_strength)
         entry = Entry(name, read_lora(path), strength, strength if text_strength is None else text_strength)
         before, found = self.entries, self.matches
-        matches = self.matched([*before, entry])
-        self.take_off()
-        self.put([*before, entry], matches)
+        matches = self.match_entries([*before, entry])
+        self.uninstall()
+        self.install([*before, entry], matches)
         try:
             self.attach(self.denoiser)
         except LoraError:
-            self.take_off()
-            self.put(before, found)
+            self.uninstall()
+            self.install(before, found)
             self.attach(self.denoiser)
             self.apply()
             raise
@@ -133,7 +133,7 @@ class LoraStack:
 
     def clear(self) -> None:
         """Take all LoRAs off; the model is as it was found, and free for another stack."""
-        self.take_off()
+        self.uninstall()
         self.entries, self.matches = [], Matches({}, ())
         self.denoiser.__dict__.pop(HOLDER, None)
 
@@ -155,16 +155,16 @@ class LoraStack:
 
     # -- steps of a run ----------------------------------------------------------------------------------------------------
 
-    def matched(self, entries: Sequence[Entry]) -> Matches:
+    def match_entries(self, entries: Sequence[Entry]) -> Matches:
         """Where these LoRAs land; the model is not touched.
 
         Raises:
             LoraError: when one does not fit.
         """
         warn_duplicates(entries)
-        return match(self.parts, [Wanted(e.file, e.components) for e in entries], self.strict)
+        return match_loras(self.parts, [MatchRequest(e.file, e.components) for e in entries], self.strict)
 
-    def put(self, entries: Sequence[Entry], matches: Matches, leave: Container[str] = ()) -> None:
+    def install(self, entries: Sequence[Entry], matches: Matches, leave: Container[str] = ()) -> None:
         """Take these LoRAs in hand, at strength 0.
 
         Args:
@@ -213,15 +213,15 @@ class LoraStack:
             layer = int8.get_submodule(name)
             if not isinstance(layer, Int8Linear):
                 continue  # it carries the merge
-            weight = self.weight_reader(name, layer, float_weights)
+            weight = self.make_weight_reader(name, layer, float_weights)
             for index, change in changes:
                 if (
-                    change.core is not None and float_weights
+                    change.weight_delta is not None and float_weights
                 ):  # reading integers back for a number to show would take long
                     self.sizes.setdefault(index, []).append(
-                        Size.of(change.core.delta(weight()), weight(), layer)
+                        Size.of(change.weight_delta.compute_delta(weight()), weight(), layer)
                     )
-            mode, why, forms = self.choose(
+            mode, why, forms = self.choose_mode(
                 name, layer, changes, weight, float_weights, scheduled, overhead, max_overhead
             )
             if why:
@@ -242,17 +242,17 @@ class LoraStack:
         for why, count in whys.items():
             log.info("LoRAs on %d layers by lora.mode=%s", count, why)
 
-    def choose(
+    def choose_mode(
         self,
         name: str,
         layer: Int8Linear,
-        changes: Changes,
+        changes: IndexedChanges,
         weight: Callable[[], Tensor],
         float_weights: bool,
         scheduled: bool,
         overhead: Overhead | None,
         max_overhead: float,
-    ) -> tuple[str, str, list[tuple[int, Dynamic]]]:
+    ) -> tuple[str, str, list[tuple[int, RuntimeBranch]]]:
         """The mode of one layer, why it is not dynamic, and its dynamic form.
 
         Raises:
@@ -266,7 +266,7 @@ class LoraStack:
             )
         if self.mode in ("bake", "stochastic"):
             return self.mode, "", []
-        forms = dynamic_forms(changes, weight)
+        forms = make_branches(changes, weight)
         if isinstance(forms, str):
             if self.mode == "dynamic" or scheduled:
                 need = (
@@ -278,7 +278,7 @@ class LoraStack:
                     f"{name}: {need} cannot be: {forms}; set lora.mode=auto and one strength for all steps"
                 )
             return written, forms, []
-        rank = total_rank(forms)
+        rank = sum_ranks(forms)
         if self.mode == "auto" and not scheduled and rank:
             if rank >= min(layer.in_features, layer.out_features):
                 return written, f"a branch of rank {rank} would be more work than the layer", []
@@ -290,22 +290,22 @@ class LoraStack:
                 )
         return "dynamic", "", forms
 
-    def weight_reader(self, name: str, layer: Int8Linear, float_weights: bool) -> Callable[[], Tensor]:
+    def make_weight_reader(self, name: str, layer: Int8Linear, float_weights: bool) -> Callable[[], Tensor]:
         """The weight that an INT8 layer stands for, computed when it is asked for."""
         if float_weights:
-            return lambda: self.merges[DENOISER].original(name)
+            return lambda: self.merges[DENOISER].get_original(name)
         known: list[Tensor] = []
 
         def read() -> Tensor:
             if not known:
-                known.append(layer.transform.restore_weight(layer.quantized_weight().dequantize()))
+                known.append(layer.transform.restore_weight(layer.read_quantized_weight().dequantize()))
             return known[0]
 
         return read
 
-    def merged(self, name: str, weight: Tensor) -> Tensor:
+    def merge_weight(self, name: str, weight: Tensor) -> Tensor:
         """A weight of the denoiser that was just read, with the LoRAs at the strengths of now added."""
-        return self.merges[DENOISER].merged(name, weight) if DENOISER in self.merges else weight
+        return self.merges[DENOISER].merge_weight(name, weight) if DENOISER in self.merges else weight
 
     def apply(self) -> None:
         """Bring the model to the entries' strengths."""
@@ -327,21 +327,21 @@ class LoraStack:
         for layer in self.layers.values():
             layer.set_strengths(strengths)
 
-    def take_off(self) -> None:
+    def uninstall(self) -> None:
         """Leave the model as it was found."""
         off = [0.0] * len(self.entries)
         self.set_strengths(off, off)
-        for layer in self.dynamic:
+        for layer in self.dynamic_layers:
             layer.attach(False)
         self.layers, self.merges, self.sizes = {}, {}, {}
 
     @property
-    def dynamic(self) -> list[DynamicLayer]:
+    def dynamic_layers(self) -> list[DynamicLayer]:
         """The layers with a branch."""
         return [layer for layer in self.layers.values() if isinstance(layer, DynamicLayer)]
 
     @property
-    def modes(self) -> dict[str, int]:
+    def layers_by_mode(self) -> dict[str, int]:
         """How many INT8 layers get their LoRAs by each mode."""
         kinds = {DynamicLayer: "dynamic", BakedLayer: "bake", StochasticLayer: "stochastic"}
         return dict(Counter(kinds[type(layer)] for layer in self.layers.values()))
@@ -357,7 +357,7 @@ class LoraStack:
             else 0.0
         )
 
-    def changes_text(self, index: int) -> bool:
+    def changes_text_encoder(self, index: int) -> bool:
         """Whether a LoRA changes a text encoder."""
         texts = [modules for component, modules in self.matches.by_component.items() if component != DENOISER]
         return any(i == index for modules in texts for entries in modules.values() for i, _ in entries)
@@ -379,12 +379,12 @@ class LoraStack:
         notes = "".join(f"; {note}" for note in entry.file.notes)
         return f"LoRA {entry.name!r} ({entry.file.path.name}): {summary(entry.file)}; modules changed: {where}{missing}{notes}"
 
-    def median_steps(self, index: int) -> float | None:
+    def compute_median_steps(self, index: int) -> float | None:
         """Size of a LoRA at strength 1: the median over INT8 layers of its change's rms, in steps of the layer's grid."""
         found = self.sizes.get(index)
         return statistics.median(size.steps for size in found) if found else None
 
-    def size_line(self, index: int) -> str | None:
+    def format_size(self, index: int) -> str | None:
         """Size of a LoRA at strength 1, for people; None where no INT8 layer has it."""
         if index not in self.sizes:
             return None
@@ -397,7 +397,7 @@ class LoraStack:
         )
         return (
             f"LoRA {name!r} at strength 1 changes its INT8 layers by {typical:.1%} of their weights' size (median; at most {most:.1%}), "
-            f"{self.median_steps(index):.2f} times what one integer stands for{large}"
+            f"{self.compute_median_steps(index):.2f} times what one integer stands for{large}"
         )
 
 
@@ -416,7 +416,7 @@ class Size(NamedTuple):
 
 def summary(file: LoraFile) -> str:
     """Kinds, ranks and scales in a file: `40 × LoRA, rank 8, alpha/rank 1`."""
-    kinds = ", ".join(f"{n} × {kind}" for kind, n in file.kinds.most_common())
+    kinds = ", ".join(f"{n} × {kind}" for kind, n in file.adapter_types.most_common())
     ranks, scales = (
         ""
         if not found
@@ -430,9 +430,9 @@ def summary(file: LoraFile) -> str:
 
 def check_strength(name: str, strength: float, text_strength: float | None) -> None:
     """Refuse a strength outside of the range."""
-    in_range(f"strength of LoRA {name!r}", strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
+    check_range(f"strength of LoRA {name!r}", strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
     if text_strength is not None:
-        in_range(f"text_strength of LoRA {name!r}", text_strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
+        check_range(f"text_strength of LoRA {name!r}", text_strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
 
 
 def warn_duplicates(entries: Sequence[Entry]) -> None:

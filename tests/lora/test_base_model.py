@@ -11,10 +11,17 @@ from torch import nn
 
 from int8run.checkpoints.header import read_header
 from int8run.errors import LoraError
-from int8run.lora.base_model import Base, base_of, number, refuse_base, table, tagged
-from int8run.lora.load import SHIPPED
-from int8run.models.key_mapping import names_of
-from int8run.models.state_dict_adapter import to_native
+from int8run.lora.base_model import (
+    LoraBase,
+    check_lora_base,
+    detect_lora_base,
+    load_table,
+    read_tag,
+    resolve_size,
+)
+from int8run.lora.load import SHIPPED_LORAS
+from int8run.models.key_mapping import load_mappings
+from int8run.models.state_dict_adapter import to_original
 
 RANK = 4
 STYLE = Path("loras/style.safetensors")
@@ -145,7 +152,10 @@ def native(modules, base):
     """The matrices under the names of the model's authors, those that are one there with their rows together."""
     shapes = {f"{name}.weight": tuple(shape) for name, shape in modules.items()}
     kind = MODELS[base][0]
-    keys = {key.removeprefix(names_of(kind).prefix): parts for key, parts in to_native(shapes, kind).items()}
+    keys = {
+        key.removeprefix(load_mappings(kind).prefix): parts
+        for key, parts in to_original(shapes, kind).items()
+    }
     return {
         key.removesuffix(".weight"): (sum(shapes[p.key][0] for p in parts), shapes[parts[0].key][1])
         for key, parts in keys.items()
@@ -156,57 +166,57 @@ def native(modules, base):
 
 
 def test_every_base_is_tested():
-    assert set(MODELS) | {"tiny"} == set(table()["bases"])
+    assert set(MODELS) | {"tiny"} == set(load_table()["bases"])
 
 
 @pytest.mark.parametrize("base", MODELS)
 @pytest.mark.parametrize("layout", [peft, kohya])
 def test_a_lora_on_all_layers(layers, base, layout):
-    found = base_of(layout(layers(base)), {})
-    assert found.name == base and found.by == "shapes" and found.tag is None
-    assert found.others == PARTS_OF.get(base, ())
+    found = detect_lora_base(layout(layers(base)), {})
+    assert found.name == base and found.evidence == "shapes" and found.tag is None
+    assert found.alternatives == PARTS_OF.get(base, ())
 
 
 @pytest.mark.parametrize("base", [base for base in MODELS if MODELS[base][0] != "UNet2DConditionModel"])
 @pytest.mark.parametrize("layout", [peft, kohya])
 def test_a_lora_on_all_layers_under_the_authors_names(layers, base, layout):
-    found = base_of(layout(native(layers(base), base)), {})
-    assert (found.name, found.by, found.others) == (base, "shapes", PARTS_OF.get(base, ()))
+    found = detect_lora_base(layout(native(layers(base), base)), {})
+    assert (found.name, found.evidence, found.alternatives) == (base, "shapes", PARTS_OF.get(base, ()))
 
 
 @pytest.mark.parametrize("base", MODELS)
 def test_the_number_of_a_sequential_may_be_left_out(layers, base):
-    found = base_of(
+    found = detect_lora_base(
         peft({name.replace("to_out.0", "to_out"): shape for name, shape in layers(base).items()}), {}
     )
-    assert (found.name, found.by, found.others) == (base, "shapes", PARTS_OF.get(base, ()))
+    assert (found.name, found.evidence, found.alternatives) == (base, "shapes", PARTS_OF.get(base, ()))
 
 
 @pytest.mark.parametrize("base", MODELS)
 def test_a_lora_on_all_layers_is_refused_by_every_other_base(layers, base):
-    found = base_of(peft(layers(base)), {})
-    for other in set(table()["bases"]) - {base, *PARTS_OF.get(base, ())}:
-        if other in table()["partly_fits"].get(base, {}):
-            assert refuse_base(STYLE, found, other).startswith("style.safetensors was made for ")
+    found = detect_lora_base(peft(layers(base)), {})
+    for other in set(load_table()["bases"]) - {base, *PARTS_OF.get(base, ())}:
+        if other in load_table()["partly_fits"].get(base, {}):
+            assert check_lora_base(STYLE, found, other).startswith("style.safetensors was made for ")
         else:
             with pytest.raises(LoraError, match=r"^style\.safetensors was made for "):
-                refuse_base(STYLE, found, other)
+                check_lora_base(STYLE, found, other)
 
 
 @pytest.mark.parametrize("base", MODELS)
 def test_a_lora_on_attention_only_is_never_called_another_base(layers, base):
     modules = {n: s for n, s in layers(base).items() if "attn" in n or "attention" in n}
     for part in (modules, dict(list(modules.items())[:4]), dict(list(modules.items())[-4:])):
-        found = base_of(peft(part), {})
-        assert base in (found.name, *found.others)
-        assert refuse_base(Path("x"), found, base) is None
+        found = detect_lora_base(peft(part), {})
+        assert base in (found.name, *found.alternatives)
+        assert check_lora_base(Path("x"), found, base) is None
 
 
 @pytest.mark.parametrize("base", MODELS)
 def test_each_single_layer_fits_its_base(layers, base):
     for name, shape in layers(base).items():
-        found = base_of(peft({name: shape}), {})
-        assert found is None or base in (found.name, *found.others), name
+        found = detect_lora_base(peft({name: shape}), {})
+        assert found is None or base in (found.name, *found.alternatives), name
 
 
 CONVOLUTIONS = {
@@ -224,14 +234,16 @@ def test_each_layer_of_a_block_is_enough(layers, base):
     convolutions = CONVOLUTIONS | NATIVE_CONVOLUTIONS if base == "sana" else {}
     for name, shape in (layers(base) | native(layers(base), base) | convolutions).items():
         if re.search(r"(blocks|layers|caption_projection)\.\d+\.|^p_embedder", name):
-            found = base_of(peft({name: shape}), {})
-            assert found is not None and base in (found.name, *found.others), name
+            found = detect_lora_base(peft({name: shape}), {})
+            assert found is not None and base in (found.name, *found.alternatives), name
 
 
 def test_the_shipped_loras():
-    for path in SHIPPED.glob("*.safetensors"):
-        found = base_of(*read_header(path))
-        assert found == Base("tiny", "shapes", "hidden 384") and refuse_base(path, found, "tiny") is None
+    for path in SHIPPED_LORAS.glob("*.safetensors"):
+        found = detect_lora_base(*read_header(path))
+        assert (
+            found == LoraBase("tiny", "shapes", "hidden 384") and check_lora_base(path, found, "tiny") is None
+        )
 
 
 NATIVE = {
@@ -283,9 +295,13 @@ NATIVE = {
     "prefix", ["", "diffusion_model.", "model.diffusion_model.", "base_model.model.diffusion_model."]
 )
 def test_names_of_the_authors(base, prefix):
-    found = base_of(peft(NATIVE[base], prefix), {})
-    assert found.name == base and found.by == "shapes"
-    assert base_of(kohya(NATIVE[base]), {}) == base_of(kohya(NATIVE[base], "lycoris_"), {}) == found
+    found = detect_lora_base(peft(NATIVE[base], prefix), {})
+    assert found.name == base and found.evidence == "shapes"
+    assert (
+        detect_lora_base(kohya(NATIVE[base]), {})
+        == detect_lora_base(kohya(NATIVE[base], "lycoris_"), {})
+        == found
+    )
 
 
 def test_xlabs():
@@ -293,9 +309,9 @@ def test_xlabs():
         "double_blocks.0.processor.qkv_lora1.down.weight": [16, 3072],
         "double_blocks.0.processor.qkv_lora1.up.weight": [9216, 16],
     }
-    assert base_of(entries(**shapes), {}).name == "flux"
+    assert detect_lora_base(entries(**shapes), {}).name == "flux"
     assert (
-        base_of(
+        detect_lora_base(
             entries(**{key: [s if s != 3072 else 3584 for s in shape] for key, shape in shapes.items()}), {}
         )
         is None
@@ -311,8 +327,8 @@ def test_what_shapes_cannot_tell_apart(layers):
         }
 
     def found(modules, **metadata):
-        base = base_of(peft(modules), metadata)
-        return (base.name, *base.others)
+        base = detect_lora_base(peft(modules), metadata)
+        return (base.name, *base.alternatives)
 
     # alike but for the feed-forward and the width of the text
     assert found(attention("pixart")) == found(attention("sana_600m")) == ("pixart", "sana_600m")
@@ -320,7 +336,7 @@ def test_what_shapes_cannot_tell_apart(layers):
     with pytest.raises(
         LoraError, match=r"made for PixArt or Sana 0\.6B \(hidden 1152\), the model is LTX-Video 2B"
     ):
-        refuse_base(STYLE, base_of(peft(attention("pixart")), {}), "ltx")
+        check_lora_base(STYLE, detect_lora_base(peft(attention("pixart")), {}), "ltx")
     # one in the first 20 blocks
     assert found(attention("sana")) == found(attention("sana_4_8b")) == ("sana", "sana_4_8b")
     # queries of the same width; keys and values are narrower in Krea 2
@@ -350,12 +366,12 @@ NAME = "lora_unet_double_blocks_18_img_mod_lin"  # 18432 x 3072, in FLUX.1 only
 )
 def test_kinds(parts):
     header = entries(**{f"{NAME}.{part}": shape for part, shape in parts.items()})
-    assert base_of(header, {}).name == "flux"
+    assert detect_lora_base(header, {}).name == "flux"
     wrong = {
         key: {"shape": [n * 3 if n > 300 else n for n in entry["shape"]]} for key, entry in header.items()
     }
     if any(n > 300 for entry in header.values() for n in entry["shape"]):
-        assert base_of(wrong, {}) is None
+        assert detect_lora_base(wrong, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -367,7 +383,7 @@ def test_kinds(parts):
 )
 def test_a_core_tensor_hides_the_size(parts):
     assert (
-        base_of(
+        detect_lora_base(
             entries(
                 **{f"{NAME}.{part}": shape for part, shape in parts.items()} | {f"{NAME}.lokr_w2_b": [4, 8]}
             ),
@@ -380,23 +396,27 @@ def test_a_core_tensor_hides_the_size(parts):
 @pytest.mark.parametrize("shape", [[], [4], ["x", "y"], [[4], [4]], [None, None], [4, True], [4, 10**30]])
 def test_shapes_that_are_none(shape):
     for part in ("lora_down.weight", "hada_w1_a", "lokr_w1", "diff", "weight"):
-        base_of(entries(**{f"{NAME}.{part}": shape}), {})
+        detect_lora_base(entries(**{f"{NAME}.{part}": shape}), {})
 
 
 def test_nothing_known():
-    assert base_of({}, {}) is None
-    assert base_of(peft({"some.layer": (8, 8)}), {}) is None
+    assert detect_lora_base({}, {}) is None
+    assert detect_lora_base(peft({"some.layer": (8, 8)}), {}) is None
     assert (
-        base_of(peft({"text_model.encoder.layers.0.self_attn.q_proj": (768, 768)}, "text_encoder."), {})
+        detect_lora_base(
+            peft({"text_model.encoder.layers.0.self_attn.q_proj": (768, 768)}, "text_encoder."), {}
+        )
         is None
     )
-    assert base_of(peft(NATIVE["flux"], "text_encoder."), {}) is None, "only the denoiser counts"
-    assert base_of(peft({"transformer_blocks.0.attn.to_q": (64, 64)}), {}) is None, "a base of another size"
+    assert detect_lora_base(peft(NATIVE["flux"], "text_encoder."), {}) is None, "only the denoiser counts"
+    assert detect_lora_base(peft({"transformer_blocks.0.attn.to_q": (64, 64)}), {}) is None, (
+        "a base of another size"
+    )
 
 
 def test_layers_of_two_bases():
     assert (
-        base_of(
+        detect_lora_base(
             peft(
                 {"transformer_blocks.0.attn.to_q": (3072, 3072), "transformer_blocks.1.attn.to_q": (384, 384)}
             ),
@@ -408,26 +428,28 @@ def test_layers_of_two_bases():
 
 def test_unknown_layers_do_not_matter():
     modules = {"double_blocks.0.img_mod.lin": (18432, 3072), "something.new": (5, 5), "img_in": (3072, 128)}
-    assert base_of(peft(modules), {}).name == "flux"
+    assert detect_lora_base(peft(modules), {}).name == "flux"
 
 
 @pytest.mark.parametrize(("blocks", "base"), [(1, "flux"), (5, "flux2_klein_4b"), (6, "flux"), (19, "flux")])
 def test_the_base_whose_last_block_is_there_is_the_likeliest(blocks, base):
-    found = base_of(peft({f"double_blocks.{n}.img_attn.qkv": (9216, 3072) for n in range(blocks)}), {})
-    assert found.name == base and {"flux", "chroma", "hunyuan_video"} <= {found.name, *found.others}
+    found = detect_lora_base(
+        peft({f"double_blocks.{n}.img_attn.qkv": (9216, 3072) for n in range(blocks)}), {}
+    )
+    assert found.name == base and {"flux", "chroma", "hunyuan_video"} <= {found.name, *found.alternatives}
 
 
 def test_blocks_beyond_the_last():
-    assert base_of(peft({"double_blocks.18.img_attn.qkv": (9216, 3072)}), {}).name == "flux"
-    assert base_of(peft({"double_blocks.19.img_attn.qkv": (9216, 3072)}), {}).name == "hunyuan_video"
-    assert base_of(peft({"double_blocks.20.img_attn.qkv": (9216, 3072)}), {}) is None
+    assert detect_lora_base(peft({"double_blocks.18.img_attn.qkv": (9216, 3072)}), {}).name == "flux"
+    assert detect_lora_base(peft({"double_blocks.19.img_attn.qkv": (9216, 3072)}), {}).name == "hunyuan_video"
+    assert detect_lora_base(peft({"double_blocks.20.img_attn.qkv": (9216, 3072)}), {}) is None
     falling = {f"double_blocks.{n}.img_attn.qkv": (9216, 3072) for n in (19, 0)}
-    assert base_of(peft(falling), {}).name == "hunyuan_video"
+    assert detect_lora_base(peft(falling), {}).name == "hunyuan_video"
 
 
 def test_one_deep_layer_is_enough():
     name = "down_blocks.1.attentions.0.transformer_blocks.{}.attn1.to_q"
-    assert base_of(peft({name.format(n): (640, 640) for n in range(2)}), {}) == Base(
+    assert detect_lora_base(peft({name.format(n): (640, 640) for n in range(2)}), {}) == LoraBase(
         "sdxl", "shapes", "text width 2048"
     )
 
@@ -483,19 +505,21 @@ def test_one_deep_layer_is_enough():
 )
 def test_tags(tag, base):
     assert (
-        base_of({}, {"ss_base_model_version": tag})
-        == base_of({}, {"modelspec.architecture": tag})
-        == Base(base, "tag")
+        detect_lora_base({}, {"ss_base_model_version": tag})
+        == detect_lora_base({}, {"modelspec.architecture": tag})
+        == LoraBase(base, "tag")
     )
 
 
 def test_tags_of_several_bases():
-    assert base_of({}, {"ss_base_model_version": "wan2.1"}) == Base("wan_14b", "tag", "", ("wan_1_3b",))
-    assert base_of({}, {"ss_base_model_version": "stable-diffusion-3"}).others == (
+    assert detect_lora_base({}, {"ss_base_model_version": "wan2.1"}) == LoraBase(
+        "wan_14b", "tag", "", ("wan_1_3b",)
+    )
+    assert detect_lora_base({}, {"ss_base_model_version": "stable-diffusion-3"}).alternatives == (
         "sd35_medium",
         "sd35_large",
     )
-    assert base_of({}, {"modelspec.architecture": "sana/lora"}) == Base(
+    assert detect_lora_base({}, {"modelspec.architecture": "sana/lora"}) == LoraBase(
         "sana", "tag", "", ("sana_600m", "sana_4_8b")
     )
 
@@ -505,35 +529,39 @@ def test_tags_of_several_bases():
 )
 def test_unknown_tags(tag):
     assert (
-        tagged({"ss_base_model_version": tag}) == (None, [])
-        and base_of({}, {"ss_base_model_version": tag}) is None
+        read_tag({"ss_base_model_version": tag}) == (None, [])
+        and detect_lora_base({}, {"ss_base_model_version": tag}) is None
     )
 
 
 def test_a_long_tag_is_cut():
-    assert len(tagged({"ss_base_model_version": "flux1 " + "x" * 1000})[0]) == 100
+    assert len(read_tag({"ss_base_model_version": "flux1 " + "x" * 1000})[0]) == 100
 
 
 def test_the_second_tag_counts_where_the_first_is_unknown():
     assert (
-        base_of({}, {"ss_base_model_version": "custom", "modelspec.architecture": "flux-1-dev/lora"}).name
+        detect_lora_base(
+            {}, {"ss_base_model_version": "custom", "modelspec.architecture": "flux-1-dev/lora"}
+        ).name
         == "flux"
     )
 
 
 def test_a_tag_chooses_between_bases_of_the_same_shapes():
     header = peft({"double_blocks.0.img_attn.qkv": (9216, 3072)})
-    assert base_of(header, {}).name == "flux"
-    chosen = base_of(header, {"ss_base_model_version": "chroma"})
-    assert chosen.name == "chroma" and "flux" in chosen.others and chosen.tag is None
+    assert detect_lora_base(header, {}).name == "flux"
+    chosen = detect_lora_base(header, {"ss_base_model_version": "chroma"})
+    assert chosen.name == "chroma" and "flux" in chosen.alternatives and chosen.tag is None
 
 
 def test_shapes_win_over_tags():
     header = peft(NATIVE["flux2_dev"])
-    found = base_of(header, {"ss_base_model_version": "sdxl\x1b_base"})
-    assert found == Base("flux2_dev", "shapes", "hidden 6144", (), "sdxl _base")
+    found = detect_lora_base(header, {"ss_base_model_version": "sdxl\x1b_base"})
+    assert found == LoraBase("flux2_dev", "shapes", "hidden 6144", (), "sdxl _base")
     assert str(found) == "FLUX.2-dev (hidden 6144, by its shapes, its tag says sdxl _base)"
-    assert str(base_of({}, {"ss_base_model_version": "wan2.1"})) == "Wan 14B or Wan 1.3B (by its tag)"
+    assert (
+        str(detect_lora_base({}, {"ss_base_model_version": "wan2.1"})) == "Wan 14B or Wan 1.3B (by its tag)"
+    )
 
 
 # -- refusing ----------------------------------------------------------------------------------------------------------
@@ -545,55 +573,59 @@ def test_another_base_is_refused():
         r"choose a LoRA made for FLUX\.1, or the model that this one was made for$"
     )
     with pytest.raises(LoraError, match=words):
-        refuse_base(STYLE, base_of(peft(NATIVE["flux2_dev"]), {}), "flux")
+        check_lora_base(STYLE, detect_lora_base(peft(NATIVE["flux2_dev"]), {}), "flux")
     with pytest.raises(
         LoraError,
         match=r"for SDXL \(text width 2048\), the model is the tiny model of int8run \(hidden 384\)",
     ):
-        refuse_base(STYLE, base_of(peft(NATIVE["sdxl"]), {}), "tiny")
+        check_lora_base(STYLE, detect_lora_base(peft(NATIVE["sdxl"]), {}), "tiny")
     with pytest.raises(
         LoraError, match=r"for FLUX\.1 or Chroma .*or Qwen-Image.*\(hidden 3072\), the model is SDXL"
     ):
-        refuse_base(STYLE, base_of(peft({"transformer_blocks.0.attn.to_q": (3072, 3072)}), {}), "sdxl")
+        check_lora_base(
+            STYLE, detect_lora_base(peft({"transformer_blocks.0.attn.to_q": (3072, 3072)}), {}), "sdxl"
+        )
 
 
 def test_a_base_shown_by_names_alone_is_refused():
-    found = base_of(entries(**{"lora_unet_txt_in_individual_token_refiner_blocks_0_x.alpha": []}), {})
+    found = detect_lora_base(
+        entries(**{"lora_unet_txt_in_individual_token_refiner_blocks_0_x.alpha": []}), {}
+    )
     with pytest.raises(
         LoraError, match=r"HunyuanVideo or HunyuanImage 2\.1 \(by the names in it\), the model is FLUX\.1"
     ):
-        refuse_base(STYLE, found, "flux")
+        check_lora_base(STYLE, found, "flux")
 
 
 def test_what_fits_or_is_not_known_is_let_through():
-    flux = base_of(peft(NATIVE["flux"]), {})
-    assert refuse_base(STYLE, flux, "flux") is None
-    assert refuse_base(STYLE, flux, "my_model") is None and refuse_base(STYLE, None, "flux") is None
+    flux = detect_lora_base(peft(NATIVE["flux"]), {})
+    assert check_lora_base(STYLE, flux, "flux") is None
+    assert check_lora_base(STYLE, flux, "my_model") is None and check_lora_base(STYLE, None, "flux") is None
 
 
 def test_what_fits_in_part_is_a_warning():
-    assert refuse_base(STYLE, base_of(peft(NATIVE["flux"]), {}), "chroma") == (
+    assert check_lora_base(STYLE, detect_lora_base(peft(NATIVE["flux"]), {}), "chroma") == (
         "style.safetensors was made for FLUX.1, the model is Chroma: Chroma has no modulation layers, so that part of the LoRA "
         "has no place, and what it learned may look different"
     )
-    assert "Chroma, the model is FLUX.1: FLUX.1 has no distilled" in refuse_base(
-        STYLE, base_of(peft(NATIVE["chroma"]), {}), "flux"
+    assert "Chroma, the model is FLUX.1: FLUX.1 has no distilled" in check_lora_base(
+        STYLE, detect_lora_base(peft(NATIVE["chroma"]), {}), "flux"
     )
 
 
 def test_a_tag_alone_refuses_nothing():
-    found = base_of({}, {"ss_base_model_version": "sdxl_base_v1-0"})
+    found = detect_lora_base({}, {"ss_base_model_version": "sdxl_base_v1-0"})
     assert (
-        refuse_base(STYLE, found, "flux")
+        check_lora_base(STYLE, found, "flux")
         == "style.safetensors: its header says that it was made for SDXL, the model is FLUX.1"
     )
-    assert refuse_base(STYLE, found, "sdxl") is None
+    assert check_lora_base(STYLE, found, "sdxl") is None
 
 
 def test_a_tag_against_the_shapes_is_told():
-    found = base_of(peft(NATIVE["flux"]), {"ss_base_model_version": "sdxl_base_v1-0"})
+    found = detect_lora_base(peft(NATIVE["flux"]), {"ss_base_model_version": "sdxl_base_v1-0"})
     assert (
-        refuse_base(STYLE, found, "flux")
+        check_lora_base(STYLE, found, "flux")
         == "style.safetensors: its header says 'sdxl_base_v1-0', its shapes are those of FLUX.1; the shapes count"
     )
 
@@ -602,24 +634,26 @@ def test_a_tag_against_the_shapes_is_told():
 
 
 def test_the_table_is_whole():
-    for name, base in table()["bases"].items():
+    for name, base in load_table()["bases"].items():
         wishes = [
-            w for row in table()["architectures"][base["architecture"]]["modules"].values() for w in row
+            w for row in load_table()["architectures"][base["architecture"]]["modules"].values() for w in row
         ]
         assert all(
-            number(w, base["sizes"]) is not None for w in wishes if isinstance(w, str) and w[-1] in "hfkq"
+            resolve_size(w, base["sizes"]) is not None
+            for w in wishes
+            if isinstance(w, str) and w[-1] in "hfkq"
         ), name
         assert (
             base["title"]
             and base["tags"]
             and all(tag == tag.lower() and "_" not in tag for tag in base["tags"])
         )
-    for name, others in table()["partly_fits"].items():
-        assert {name, *others} <= set(table()["bases"])
+    for name, others in load_table()["partly_fits"].items():
+        assert {name, *others} <= set(load_table()["bases"])
 
 
 def test_models_and_bases_use_the_same_words():
     models = Path(__file__).parents[2] / "conf" / "model"
     assert {yaml.safe_load(path.read_text())["lora_base"] for path in models.glob("*.yaml")} <= set(
-        table()["bases"]
+        load_table()["bases"]
     )

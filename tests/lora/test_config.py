@@ -56,7 +56,7 @@ def test_unknown_mode(mode, hint):
 
 @pytest.mark.parametrize(("mode", "bakes"), [("auto", False), ("dynamic", False), ("bake", True)])
 def test_only_bake_makes_strengths_part_of_the_build(mode, bakes):
-    assert LoraSettings(mode=mode).bakes is bakes
+    assert LoraSettings(mode=mode).is_baked is bakes
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_only_bake_makes_strengths_part_of_the_build(mode, bakes):
     ids=["path", "hub", "mapping to hub", "mapping to path"],
 )
 def test_source(path, weight_name, source):
-    assert Adapter("ink", path, weight_name=weight_name).source("flux") == source
+    assert Adapter("ink", path, weight_name=weight_name).get_source("flux") == source
 
 
 def test_a_base_model_without_a_source_is_told_which_have_one():
@@ -78,14 +78,14 @@ def test_a_base_model_without_a_source_is_told_which_have_one():
         ConfigError,
         match=r"LoRA 'ink' has no source for base model 'sdxl'; it has one for flux, tiny; add an entry under",
     ):
-        Adapter("ink", {"tiny": "ink", "flux": HUB}).source("sdxl")
+        Adapter("ink", {"tiny": "ink", "flux": HUB}).get_source("sdxl")
 
 
 @pytest.mark.parametrize("missing", ["repo", "weight_name"])
 def test_a_hub_source_needs_both_words(missing):
     entry = {key: value for key, value in HUB.items() if key != missing}
     with pytest.raises(ConfigError, match=rf"LoRA 'ink'.*{missing}"):
-        Adapter("ink", {"flux": entry}).source("flux")
+        Adapter("ink", {"flux": entry}).get_source("flux")
 
 
 def test_adapters_may_be_plain_mappings():
@@ -171,17 +171,21 @@ SWITCHED = LoraSettings(
     ],
 )
 def test_strengths_follow_the_schedule(fraction, strengths):
-    assert SWITCHED.strengths_at(fraction) == strengths
+    assert SWITCHED.get_strengths_at(fraction) == strengths
 
 
 def test_a_stack_knows_when_its_strengths_change():
-    assert SWITCHED.moments == [0, 0.5, 0.75] and SWITCHED.scheduled and SWITCHED.strengths == [2, 1.6, 2]
+    assert (
+        SWITCHED.change_points == [0, 0.5, 0.75]
+        and SWITCHED.is_scheduled
+        and SWITCHED.strengths == [2, 1.6, 2]
+    )
     for plain in (
         LoraSettings(),
         LoraSettings([Adapter("a", "a", 0.5)]),
         LoraSettings([Adapter("a", "a", [[0, 0.5]])]),
     ):
-        assert plain.moments == [0] and not plain.scheduled
+        assert plain.change_points == [0] and not plain.is_scheduled
     assert LoraSettings([Adapter("a", "a", [[0, 0.5]])]).strengths == [0.5]
 
 
@@ -273,12 +277,12 @@ def test_unusual_strengths_are_told_once_for_each_lora():
     ]
     tell = "usual are -1 to 2, beyond them pictures often break"
     values = {"strong": "2.5", "backwards": "-1.5", "late": "3", "words": "5"}
-    assert LoraSettings(adapters).unusual() == [
+    assert LoraSettings(adapters).list_unusual_strengths() == [
         f"LoRA {name!r} has strength {value}; {tell}" for name, value in values.items()
     ]
     # with the stack's own strength multiplied in
-    assert LoraSettings(adapters[:2], strength=0.5).unusual() == []
-    assert LoraSettings([Adapter("a", "a", 0.8)], strength=3).unusual() == [
+    assert LoraSettings(adapters[:2], strength=0.5).list_unusual_strengths() == []
+    assert LoraSettings([Adapter("a", "a", 0.8)], strength=3).list_unusual_strengths() == [
         f"LoRA 'a' has strength 2.4; {tell}"
     ]
 
@@ -288,22 +292,22 @@ def test_unusual_strengths_are_told_once_for_each_lora():
 
 def test_adapters_that_are_off_are_left_out():
     off = Adapter("off", {"flux": "other"}, 5, enabled=False, few_step="lcm")
-    found = LoraSettings([Adapter("ink", "ink"), off, Adapter("gloss", "b", 0.3)]).for_base("tiny")
+    found = LoraSettings([Adapter("ink", "ink"), off, Adapter("gloss", "b", 0.3)]).resolve_for_base("tiny")
     # neither a source nor a preset for this base is asked of what is off
     assert [(a.name, a.strength) for a in found.adapters] == [("ink", 1), ("gloss", 0.3)]
-    assert found.for_base("tiny") == found
+    assert found.resolve_for_base("tiny") == found
 
 
 def test_a_strength_that_nobody_set_is_the_presets():
     fast = Adapter("fast", "lcm", few_step="z_image_distill")
-    assert LoraSettings([fast, Adapter("ink", "a")]).for_base("z_image").strengths == [0.8, 1]
-    given = LoraSettings([replace(fast, strength=0.5)], strength=2).for_base("z_image")
-    assert given.strengths == [1] and given.preset_for("z_image").strength == 0.8
+    assert LoraSettings([fast, Adapter("ink", "a")]).resolve_for_base("z_image").strengths == [0.8, 1]
+    given = LoraSettings([replace(fast, strength=0.5)], strength=2).resolve_for_base("z_image")
+    assert given.strengths == [1] and given.find_preset("z_image").strength == 0.8
 
 
 def test_the_file_name_may_say_the_steps():
     stack = LoraSettings([Adapter("fast", "somewhere/lcm-6steps.safetensors", few_step="lcm")])
-    assert stack.preset_for("sd15").steps == 6
+    assert stack.find_preset("sd15").steps == 6
     hub = LoraSettings(
         [
             Adapter(
@@ -313,7 +317,7 @@ def test_the_file_name_may_say_the_steps():
             )
         ]
     )
-    assert hub.preset_for("sd15").steps == 3
+    assert hub.find_preset("sd15").steps == 3
 
 
 def test_two_presets_at_once_are_refused():
@@ -321,17 +325,17 @@ def test_two_presets_at_once_are_refused():
     with pytest.raises(
         ConfigError, match=r"^LoRAs 'a' and 'b' both bring few-step settings; leave one of them out$"
     ):
-        LoraSettings([first, second]).preset_for("sd15")
+        LoraSettings([first, second]).find_preset("sd15")
     for other in (
         replace(second, enabled=False),
         replace(second, strength=0.0),
         replace(second, strength=0.0, few_step=None),
     ):
-        assert LoraSettings([first, other]).for_base("sd15").preset_for("sd15").name == "lcm"
+        assert LoraSettings([first, other]).resolve_for_base("sd15").find_preset("sd15").name == "lcm"
     # one that begins later is in use
     with pytest.raises(ConfigError, match="both bring few-step settings"):
-        LoraSettings([first, replace(second, strength=[[0, 0], [0.5, 1]])]).preset_for("sd15")
-    assert LoraSettings([replace(first, strength=0)]).preset_for("sd15") is None
+        LoraSettings([first, replace(second, strength=[[0, 0], [0.5, 1]])]).find_preset("sd15")
+    assert LoraSettings([replace(first, strength=0)]).find_preset("sd15") is None
 
 
 PRESETS = [("lcmm", r"few_step is 'lcmm'; did you mean 'lcm'\?"), ("turbo_alpha", "is not made for 'tiny'")]
@@ -340,7 +344,7 @@ PRESETS = [("lcmm", r"few_step is 'lcmm'; did you mean 'lcm'\?"), ("turbo_alpha"
 @pytest.mark.parametrize(("name", "message"), PRESETS)
 def test_a_preset_that_is_not_there(name, message):
     with pytest.raises(ConfigError, match=message):
-        LoraSettings([Adapter("a", "a", few_step=name)]).for_base("tiny")
+        LoraSettings([Adapter("a", "a", few_step=name)]).resolve_for_base("tiny")
 
 
 @pytest.mark.parametrize(
@@ -355,8 +359,8 @@ def test_a_preset_that_is_not_there(name, message):
     ids=lambda v: repr(v.strength) if isinstance(v, Adapter) else None,
 )
 def test_whether_a_lora_is_in_use(adapter, used):
-    assert LoraSettings([Adapter("other", "b"), adapter]).used == [True, used]
-    assert LoraSettings([Adapter("other", "b"), adapter], strength=0).used == [False, False]
+    assert LoraSettings([Adapter("other", "b"), adapter]).is_used == [True, used]
+    assert LoraSettings([Adapter("other", "b"), adapter], strength=0).is_used == [False, False]
 
 
 def test_components_are_a_list():

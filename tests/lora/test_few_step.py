@@ -8,21 +8,21 @@ import diffusers
 import pytest
 
 from int8run.errors import ConfigError
-from int8run.lora.base_model import table as base_table
+from int8run.lora.base_model import load_table as base_table
 from int8run.lora.few_step import (
-    FewStep,
-    advice,
-    already_distilled,
-    detect,
-    for_training_only,
-    preset,
-    presets,
-    steps_in_name,
-    table,
+    FewStepPreset,
+    detect_preset,
+    get_preset,
+    is_for_training_only,
+    list_differences,
+    list_presets,
+    load_table,
+    parse_steps_in_name,
+    warn_about_distilled_model,
 )
 from int8run.models.sampling import Sampling
 
-ROWS = [(name, base) for name, entry in table()["presets"].items() for base in entry["bases"]]
+ROWS = [(name, base) for name, entry in load_table()["presets"].items() for base in entry["bases"]]
 # one pipeline of diffusers for each base, where `extra` must be understood
 PIPELINES = {
     "sd15": "StableDiffusionPipeline",
@@ -41,7 +41,7 @@ MADE_UP = dict(name="fast", base="tiny", steps=4, scheduler="LCMScheduler", sour
 
 @pytest.mark.parametrize(("name", "base"), ROWS)
 def test_every_row_works_in_diffusers(name, base):
-    row = preset(name, base)
+    row = get_preset(name, base)
     scheduler = getattr(diffusers, row.scheduler)
     known = inspect.signature(scheduler.__init__).parameters
     assert set(row.scheduler_settings) <= set(known)
@@ -61,9 +61,9 @@ def test_every_row_works_in_diffusers(name, base):
 
 @pytest.mark.parametrize(("name", "base"), ROWS)
 def test_every_number_of_steps_of_a_row_works(name, base):
-    low, high = preset(name, base).steps_range
+    low, high = get_preset(name, base).steps_range
     for steps in range(low, high + 1):
-        assert preset(name, base, steps).steps == steps
+        assert get_preset(name, base, steps).steps == steps
 
 
 def test_every_base_is_known():
@@ -73,16 +73,16 @@ def test_every_base_is_known():
 
 
 def test_a_field_of_the_table_is_a_field_of_a_row():
-    fields = set(inspect.signature(FewStep).parameters) - {"name", "base"}
+    fields = set(inspect.signature(FewStepPreset).parameters) - {"name", "base"}
     for name, base in ROWS:
-        row = table()["presets"][name]["bases"][base]
+        row = load_table()["presets"][name]["bases"][base]
         assert set(row) <= fields | {"by_steps"} and all(
             set(changed) <= fields for changed in row.get("by_steps", {}).values()
         )
 
 
 def test_what_model_cards_say():
-    lcm = preset("lcm", "sdxl")
+    lcm = get_preset("lcm", "sdxl")
     assert (lcm.steps, lcm.guidance, lcm.scheduler, lcm.strength, lcm.companions) == (
         4,
         1.0,
@@ -90,33 +90,35 @@ def test_what_model_cards_say():
         1.0,
         0.45,
     )
-    hyper = preset("hyper_flux", "flux")
+    hyper = get_preset("hyper_flux", "flux")
     assert (hyper.strength, hyper.guidance, hyper.scheduler) == (
         0.125,
         3.5,
         "FlowMatchEulerDiscreteScheduler",
     )
-    assert preset("dmd2", "sdxl").extra == {"timesteps": [999, 749, 499, 249]}
-    assert preset("lightning", "sdxl").scheduler_settings == {"timestep_spacing": "trailing"}
+    assert get_preset("dmd2", "sdxl").extra == {"timesteps": [999, 749, 499, 249]}
+    assert get_preset("lightning", "sdxl").scheduler_settings == {"timestep_spacing": "trailing"}
     assert (
-        preset("lcm", "tiny").steps == 4
-        and preset("lcm", "tiny").strength == 0.5
-        and preset("lcm", "tiny", 1).strength == 1.0
+        get_preset("lcm", "tiny").steps == 4
+        and get_preset("lcm", "tiny").strength == 0.5
+        and get_preset("lcm", "tiny", 1).strength == 1.0
     )
 
 
 def test_a_file_for_a_number_of_steps():
-    hyper = preset("hyper_sd_cfg", "sd3", 16)
+    hyper = get_preset("hyper_sd_cfg", "sd3", 16)
     assert (hyper.steps, hyper.steps_range, hyper.guidance, hyper.guidance_range) == (
         16,
         (16, 16),
         7.0,
         (7.0, 7.0),
     )
-    assert preset("hyper_sd_cfg", "sd3").guidance == 5.0
-    assert preset("lightning", "sdxl", 8).steps_range == (8, 8)
-    assert preset("lightning", "sdxl", 30) == preset("lightning", "sdxl"), "its name means something else"
-    assert preset("pcm_normalcfg", "sdxl", 4).guidance_range == [2.5, 3.5]
+    assert get_preset("hyper_sd_cfg", "sd3").guidance == 5.0
+    assert get_preset("lightning", "sdxl", 8).steps_range == (8, 8)
+    assert get_preset("lightning", "sdxl", 30) == get_preset("lightning", "sdxl"), (
+        "its name means something else"
+    )
+    assert get_preset("pcm_normalcfg", "sdxl", 4).guidance_range == [2.5, 3.5]
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def test_an_unknown_preset():
     with pytest.raises(
         ConfigError, match=r"few_step is 'lcn'; did you mean 'lcm'\? choose from .*hyper_flux.*turbo_alpha"
     ):
-        preset("lcn", "sdxl")
+        get_preset("lcn", "sdxl")
 
 
 def test_a_base_that_a_preset_is_not_made_for():
@@ -134,9 +136,9 @@ def test_a_base_that_a_preset_is_not_made_for():
         ConfigError,
         match=r"'dmd2' is not made for 'flux'; it is for sdxl\. Presets for 'flux': hyper_flux, turbo_alpha",
     ):
-        preset("dmd2", "flux")
+        get_preset("dmd2", "flux")
     with pytest.raises(ConfigError, match=r"it is for sdxl\. Presets for 'mine': none"):
-        preset("dmd2", "mine")
+        get_preset("dmd2", "mine")
 
 
 @pytest.mark.parametrize(
@@ -159,13 +161,13 @@ def test_a_base_that_a_preset_is_not_made_for():
 )
 def test_a_row_checks_itself(wrong, words):
     with pytest.raises(ConfigError, match=words):
-        FewStep(**MADE_UP | wrong)
+        FewStepPreset(**MADE_UP | wrong)
 
 
 def test_a_row_without_ranges():
-    row = FewStep(**MADE_UP, guidance=1.5)
+    row = FewStepPreset(**MADE_UP, guidance=1.5)
     assert row.steps_range == (4, 4) and row.guidance_range == (1.5, 1.5)
-    assert FewStep(**MADE_UP).guidance_range is None
+    assert FewStepPreset(**MADE_UP).guidance_range is None
 
 
 # -- recognizing -------------------------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ def test_a_row_without_ranges():
     ],
 )
 def test_files_that_give_themselves_away(file, name):
-    assert detect(Path("/loras") / file, {}) == name
+    assert detect_preset(Path("/loras") / file, {}) == name
 
 
 @pytest.mark.parametrize(
@@ -229,17 +231,17 @@ def test_files_that_give_themselves_away(file, name):
     ],
 )
 def test_names_that_only_look_so(file):
-    assert detect(Path("/loras/turbo alpha lcm") / file, {}) is None, "nor does a folder count"
+    assert detect_preset(Path("/loras/turbo alpha lcm") / file, {}) is None, "nor does a folder count"
 
 
 def test_titles_give_away():
-    assert detect(Path("x.safetensors"), {"modelspec.title": "LCM for SDXL"}) == "lcm"
-    assert detect(Path("x.safetensors"), {"modelspec.usage_hint": "use as TCD, eta 0.3"}) == "tcd"
-    assert detect(Path("x.safetensors"), {"ss_output_name": "Hyper-FLUX.1-dev-8steps"}) == "hyper_flux"
-    assert detect(Path("hyper.safetensors"), {"modelspec.title": "8 steps to heaven"}) is None, (
+    assert detect_preset(Path("x.safetensors"), {"modelspec.title": "LCM for SDXL"}) == "lcm"
+    assert detect_preset(Path("x.safetensors"), {"modelspec.usage_hint": "use as TCD, eta 0.3"}) == "tcd"
+    assert detect_preset(Path("x.safetensors"), {"ss_output_name": "Hyper-FLUX.1-dev-8steps"}) == "hyper_flux"
+    assert detect_preset(Path("hyper.safetensors"), {"modelspec.title": "8 steps to heaven"}) is None, (
         "all words in one text"
     )
-    assert detect(Path("x.safetensors"), {"modelspec.title": "x" * 1000 + " lcm"}) is None, (
+    assert detect_preset(Path("x.safetensors"), {"modelspec.title": "x" * 1000 + " lcm"}) is None, (
         "only the start is read"
     )
 
@@ -247,9 +249,9 @@ def test_titles_give_away():
 def test_only_presets_for_a_base():
     path = Path("pcm_sd15_lightning_4step.safetensors")
     assert (
-        detect(path, {}) == "lightning"
-        and detect(path, {}, "sd15") == "pcm"
-        and detect(path, {}, "flux") is None
+        detect_preset(path, {}) == "lightning"
+        and detect_preset(path, {}, "sd15") == "pcm"
+        and detect_preset(path, {}, "flux") is None
     )
 
 
@@ -268,12 +270,12 @@ def test_only_presets_for_a_base():
     ],
 )
 def test_steps_in_a_name(name, steps):
-    assert steps_in_name(Path(f"{name}.safetensors")) == steps
+    assert parse_steps_in_name(Path(f"{name}.safetensors")) == steps
 
 
 def test_adapters_for_training():
-    assert for_training_only(Path("zimage_turbo_training_adapter_v2.safetensors"), {})
-    assert not for_training_only(Path("training_day.safetensors"), {})
+    assert is_for_training_only(Path("zimage_turbo_training_adapter_v2.safetensors"), {})
+    assert not is_for_training_only(Path("training_day.safetensors"), {})
 
 
 @pytest.mark.parametrize(
@@ -286,7 +288,7 @@ def test_adapters_for_training():
     ],
 )
 def test_distilled_models(model):
-    assert already_distilled("turbo_alpha", model) == (
+    assert warn_about_distilled_model("turbo_alpha", model) == (
         f"{model} is made for few steps already; a few-step LoRA (turbo_alpha) on top of it overcooks the picture"
     )
 
@@ -296,7 +298,7 @@ def test_distilled_models(model):
     ["black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-base-4B", "shipped:tiny", "/turbo/mine"],
 )
 def test_models_that_are_not_distilled(model):
-    assert already_distilled("turbo_alpha", model) is None
+    assert warn_about_distilled_model("turbo_alpha", model) is None
 
 
 # -- advice ------------------------------------------------------------------------------------------------------------
@@ -304,12 +306,12 @@ def test_models_that_are_not_distilled(model):
 
 def test_nothing_to_say():
     for name, base in ROWS:
-        row = preset(name, base)
-        assert advice(row, row.sampling, row.scheduler, row.strength, {"style": 0.4}) == []
-    assert advice(preset("lcm", "sdxl"), Sampling()) == [], "what is not known is not judged"
+        row = get_preset(name, base)
+        assert list_differences(row, row.sampling, row.scheduler, row.strength, {"style": 0.4}) == []
+    assert list_differences(get_preset("lcm", "sdxl"), Sampling()) == [], "what is not known is not judged"
 
 
-LCM = preset("lcm", "sdxl")
+LCM = get_preset("lcm", "sdxl")
 GOOD = LCM.sampling
 
 
@@ -326,50 +328,55 @@ GOOD = LCM.sampling
     ],
 )
 def test_settings_that_contradict(change, line):
-    assert advice(LCM, replace(GOOD, **change)) == [line]
+    assert list_differences(LCM, replace(GOOD, **change)) == [line]
 
 
 @pytest.mark.parametrize("change", [dict(steps=2), dict(steps=8), dict(guidance=0.0), dict(guidance=2.0)])
 def test_ends_of_a_range_are_fine(change):
-    assert advice(LCM, replace(GOOD, **change)) == []
+    assert list_differences(LCM, replace(GOOD, **change)) == []
 
 
 def test_the_scheduler_that_a_run_ends_up_with_counts():
-    assert advice(LCM, Sampling(), "DDIMScheduler") == [
+    assert list_differences(LCM, Sampling(), "DDIMScheduler") == [
         "the scheduler is DDIMScheduler; lcm on sdxl is made for LCMScheduler"
     ]
-    hyper = preset("hyper_sd", "sdxl")
-    assert advice(hyper, Sampling(), "LCMScheduler") == [
+    hyper = get_preset("hyper_sd", "sdxl")
+    assert list_differences(hyper, Sampling(), "LCMScheduler") == [
         "the scheduler is LCMScheduler; hyper_sd on sdxl is made for DDIMScheduler with timestep_spacing=trailing"
     ]
     leading = {"timestep_spacing": "leading"}
     line = "the scheduler's timestep_spacing is leading; hyper_sd on sdxl is made for trailing"
-    assert advice(hyper, Sampling(), "DDIMScheduler", scheduler_config=leading) == [line]
-    assert advice(hyper, Sampling(scheduler="DDIMScheduler", scheduler_settings=leading)) == [line]
+    assert list_differences(hyper, Sampling(), "DDIMScheduler", scheduler_config=leading) == [line]
+    assert list_differences(hyper, Sampling(scheduler="DDIMScheduler", scheduler_settings=leading)) == [line]
 
 
 def test_strengths_that_contradict():
-    assert advice(LCM, GOOD, strength=0.5) == ["its strength is 0.5; lcm on sdxl is made for 1"]
-    assert advice(preset("hyper_flux", "flux"), Sampling(), strength=1.0) == [
+    assert list_differences(LCM, GOOD, strength=0.5) == ["its strength is 0.5; lcm on sdxl is made for 1"]
+    assert list_differences(get_preset("hyper_flux", "flux"), Sampling(), strength=1.0) == [
         "its strength is 1; hyper_flux on flux is made for 0.125"
     ]
-    assert advice(preset("hyper_flux", "flux"), Sampling(), strength=0.13) == []
+    assert list_differences(get_preset("hyper_flux", "flux"), Sampling(), strength=0.13) == []
 
 
 def test_companions_that_are_too_strong():
-    assert advice(LCM, GOOD, companions={"ink": 0.8, "gloss": 0.45, "less": -0.6}) == [
+    assert list_differences(LCM, GOOD, companions={"ink": 0.8, "gloss": 0.45, "less": -0.6}) == [
         "LoRA 'ink' has strength 0.8; beside lcm at most 0.45 is advised",
         "LoRA 'less' has strength -0.6; beside lcm at most 0.45 is advised",
     ]
-    assert advice(preset("tcd", "sdxl"), preset("tcd", "sdxl").sampling, companions={"ink": 1.0}) == []
+    assert (
+        list_differences(
+            get_preset("tcd", "sdxl"), get_preset("tcd", "sdxl").sampling, companions={"ink": 1.0}
+        )
+        == []
+    )
 
 
 def test_further_arguments():
-    dmd2 = preset("dmd2", "sdxl")
-    assert advice(dmd2, replace(dmd2.sampling, extra={"timesteps": [1, 2, 3, 4]})) == [
+    dmd2 = get_preset("dmd2", "sdxl")
+    assert list_differences(dmd2, replace(dmd2.sampling, extra={"timesteps": [1, 2, 3, 4]})) == [
         "sampler.extra.timesteps is [1, 2, 3, 4]; dmd2 on sdxl is made for [999, 749, 499, 249]"
     ]
-    assert advice(dmd2, replace(dmd2.sampling, extra={})) == [
+    assert list_differences(dmd2, replace(dmd2.sampling, extra={})) == [
         "sampler.extra.timesteps is not set; dmd2 on sdxl is made for [999, 749, 499, 249]"
     ]
 
@@ -385,4 +392,4 @@ def test_presets_are_listed():
         "dmd2",
         "pcm",
         "lightx2v",
-    } <= set(presets())
+    } <= set(list_presets())

@@ -13,9 +13,9 @@ from support.cli_process import Command, command_in
 from support.helpers import randn
 
 from int8run.errors import LoraError
-from int8run.generate.prompts import Sample, samples
+from int8run.generate.prompts import Sample, build_samples
 from int8run.lora.config import Adapter, LoraSettings
-from int8run.lora.header_info import few_step_advice, read_heads, with_triggers
+from int8run.lora.header_info import add_trigger_words, list_few_step_warnings, read_lora_headers
 from int8run.models.sampling import Sampling
 from int8run.pipeline import build
 
@@ -36,7 +36,7 @@ def stack_of(files: Sequence[Path], strengths: Sequence[float] = (), **options: 
     adapters = [
         Adapter(f.stem, str(f), s) for f, s in zip(files, strengths or [1.0] * len(files), strict=True)
     ]
-    return LoraSettings(adapters, **options).for_base("tiny")
+    return LoraSettings(adapters, **options).resolve_for_base("tiny")
 
 
 # -- base models -------------------------------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def stack_of(files: Sequence[Path], strengths: Sequence[float] = (), **options: 
 def test_heads_say_what_the_headers_do(tmp_path: Path) -> None:
     named = save(tmp_path / "named.safetensors", {"modelspec.trigger_phrase": "ghibsky style"})
     plain = save(tmp_path / "plain.safetensors")
-    first, second = read_heads(stack_of([named, plain]), "tiny")
+    first, second = read_lora_headers(stack_of([named, plain]), "tiny")
     assert (first.name, first.path, first.base.name, first.triggers.words) == (
         "named",
         named,
@@ -54,22 +54,24 @@ def test_heads_say_what_the_headers_do(tmp_path: Path) -> None:
     )
     assert first.metadata == {"modelspec.trigger_phrase": "ghibsky style"} and len(first.header) == 2
     assert (second.name, second.base.name, second.triggers) == ("plain", "tiny", None)
-    assert read_heads(LoraSettings(), "tiny") == []
+    assert read_lora_headers(LoraSettings(), "tiny") == []
 
 
 def test_files_are_found_in_the_users_folder(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     save(tmp_path / "mine" / "style.safetensors")
     stack = LoraSettings([Adapter("a", "style")])
-    assert read_heads(stack, "tiny", tmp_path / "mine")[0].path == tmp_path / "mine" / "style.safetensors"
+    assert (
+        read_lora_headers(stack, "tiny", tmp_path / "mine")[0].path == tmp_path / "mine" / "style.safetensors"
+    )
     with pytest.raises(
         LoraError, match=r"LoRA file not found: styl; searched .*/mine, .*nearest there: style"
     ):
-        read_heads(LoraSettings([Adapter("a", "styl")]), "tiny", tmp_path / "mine")
+        read_lora_headers(LoraSettings([Adapter("a", "styl")]), "tiny", tmp_path / "mine")
 
 
 def test_a_tag_that_contradicts_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    read_heads(
+    read_lora_headers(
         stack_of([save(tmp_path / "odd.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})]), "tiny"
     )
     (said,) = caplog.messages
@@ -125,7 +127,7 @@ def styles(tmp_path: Path) -> list[Path]:
     ]
 
 
-DRAWN = samples(["a fox, Ink  drawing", "an owl"], 1, 0)
+DRAWN = build_samples(["a fox, Ink  drawing", "an owl"], 1, 0)
 
 
 def told(
@@ -133,9 +135,9 @@ def told(
 ) -> list[Sample]:
     """The samples after their trigger words were looked for; only warnings come into the log."""
     stack = stack_of(styles, strengths, insert_triggers=insert)
-    heads = read_heads(stack, "tiny")
+    heads = read_lora_headers(stack, "tiny")
     with caplog.at_level(logging.WARNING):
-        return with_triggers(DRAWN, heads, stack)
+        return add_trigger_words(DRAWN, heads, stack)
 
 
 def test_missing_trigger_words_are_told_once_for_each_lora(
@@ -171,7 +173,7 @@ def test_a_lora_that_is_left_out_has_no_trigger_words(
 
 def test_a_folder_that_is_not_there_is_said() -> None:
     with pytest.raises(LoraError, match=r"^lora_dir=nowhere: no such folder \(looked for /.*/nowhere\)$"):
-        read_heads(LoraSettings([Adapter("a", "ink")]), "tiny", Path("nowhere"))
+        read_lora_headers(LoraSettings([Adapter("a", "ink")]), "tiny", Path("nowhere"))
 
 
 # -- few-step LoRAs ----------------------------------------------------------------------------------------------------------------
@@ -187,8 +189,8 @@ def advice(
     location: str = "somebody/model",
 ) -> list[str]:
     """Lines about a stack on a model of this base, whatever the shapes in its files."""
-    return few_step_advice(
-        read_heads(stack, "tiny"), stack, base, location, sampling, getattr(diffusers, scheduler)()
+    return list_few_step_warnings(
+        read_lora_headers(stack, "tiny"), stack, base, location, sampling, getattr(diffusers, scheduler)()
     )
 
 
@@ -196,7 +198,9 @@ def lcm(
     path: Path, strength: float | None = None, preset: str | None = "lcm", others: Sequence[Adapter] = ()
 ) -> LoraSettings:
     """A stack whose first is a few-step LoRA."""
-    return LoraSettings([Adapter("fast", str(path), strength, few_step=preset), *others]).for_base("sd15")
+    return LoraSettings([Adapter("fast", str(path), strength, few_step=preset), *others]).resolve_for_base(
+        "sd15"
+    )
 
 
 def test_a_run_that_a_few_step_lora_was_made_for_needs_no_advice(tmp_path: Path) -> None:
@@ -275,7 +279,7 @@ def test_a_model_that_is_fast_by_itself_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("out", [{"strength": 0.0}, {"enabled": False}], ids=str)
 def test_nothing_is_said_of_a_few_step_lora_that_is_left_out(tmp_path: Path, out: dict[str, object]) -> None:
     file = save(tmp_path / "lcm.safetensors")
-    stack = LoraSettings([Adapter("fast", str(file), few_step="lcm", **{"strength": 1.0, **out})]).for_base(
-        "sd15"
-    )
+    stack = LoraSettings(
+        [Adapter("fast", str(file), few_step="lcm", **{"strength": 1.0, **out})]
+    ).resolve_for_base("sd15")
     assert advice(stack, Sampling(steps=28), "DDIMScheduler") == []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from int8run.lora.key_parsing import PARTS, UNSUPPORTED, Key, split_key
+from int8run.lora.key_parsing import PART_BY_SUFFIX, UNSUPPORTED_SUFFIXES, ParsedKey, parse_key
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ from int8run.lora.key_parsing import PARTS, UNSUPPORTED, Key, split_key
     ],
 )
 def test_key(key, component, name, part):
-    assert split_key(key) == Key(component, name, part)
+    assert parse_key(key) == ParsedKey(component, name, part)
 
 
 @pytest.mark.parametrize(
@@ -145,18 +145,18 @@ def test_key(key, component, name, part):
     ],
 )
 def test_keys_that_nothing_is_done_with(key, name, reason):
-    assert split_key(key) == Key("denoiser", name, None, reason)
+    assert parse_key(key) == ParsedKey("denoiser", name, None, reason)
 
 
-@pytest.mark.parametrize("suffix", PARTS)
+@pytest.mark.parametrize("suffix", PART_BY_SUFFIX)
 def test_every_suffix_is_reached(suffix):
     # a suffix that ends with an earlier one would never be
     name = "x" if suffix.startswith(".") else "x_y"
-    assert split_key(f"transformer.{name}{suffix}") == Key("denoiser", name, PARTS[suffix])
+    assert parse_key(f"transformer.{name}{suffix}") == ParsedKey("denoiser", name, PART_BY_SUFFIX[suffix])
 
 
-@pytest.mark.parametrize("suffix", UNSUPPORTED)
+@pytest.mark.parametrize("suffix", UNSUPPORTED_SUFFIXES)
 def test_every_unsupported_suffix_is_reached(suffix):
-    assert split_key(f"transformer.x{suffix}") == Key(
-        "denoiser", "x", None, f"unsupported kind: {UNSUPPORTED[suffix]}"
+    assert parse_key(f"transformer.x{suffix}") == ParsedKey(
+        "denoiser", "x", None, f"unsupported kind: {UNSUPPORTED_SUFFIXES[suffix]}"
     )

@@ -10,7 +10,7 @@ from support.helpers import assert_close
 
 from int8run.errors import LoraError
 from int8run.lora.load import read_lora
-from int8run.lora.match import Wanted, match
+from int8run.lora.match import MatchRequest, match_loras
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +21,13 @@ def models():
 def deltas(sample, models):
     """Component -> module -> changes of weight and bias, of a file as int8run reads it."""
     parts = models[sample.base]
-    found = match(parts, [Wanted(read_lora(sample.path))], strict=True)
+    found = match_loras(parts, [MatchRequest(read_lora(sample.path))], strict=True)
     made = {}
     for component, modules in found.by_component.items():
         for name, entries in modules.items():
             weight = parts[component].get_submodule(name).weight
-            cores = [c.core.delta(weight) for _, c in entries if c.core is not None]
-            biases = [c.bias for _, c in entries if c.bias is not None]
+            cores = [c.weight_delta.compute_delta(weight) for _, c in entries if c.weight_delta is not None]
+            biases = [c.bias_delta for _, c in entries if c.bias_delta is not None]
             made[component, name] = (sum(cores) if cores else None), (sum(biases) if biases else None)
     return made
 
@@ -67,7 +67,7 @@ def test_a_file_with_a_mistake_is_told_of(mistake, models, tmp_path):
     else:
         file = read_lora(sample.path)
         with pytest.raises(LoraError, match=mistake.words) as caught:
-            match(models[sample.base], [Wanted(file)], strict=True)
+            match_loras(models[sample.base], [MatchRequest(file)], strict=True)
         assert sample.path.name in str(caught.value)
     assert all(
         torch.equal(v, before[c][k])
@@ -84,13 +84,15 @@ def test_the_file_is_refused_by_a_model_of_another_family(name, models, tmp_path
         LoraError,
         match=r"none of its \d+ modules is in the model|is for|has no place|changes a|no such module",
     ):
-        match(unet, [Wanted(read_lora(sample.path))], strict=True)
+        match_loras(unet, [MatchRequest(read_lora(sample.path))], strict=True)
 
 
 def test_the_list_covers_every_family_and_kind(models, tmp_path):
     kinds = set()
     for name in LAYOUTS:
-        kinds |= read_lora(lora_files.write(lora_files.make(name, models), tmp_path).path).kinds.keys()
+        kinds |= read_lora(
+            lora_files.write(lora_files.make(name, models), tmp_path).path
+        ).adapter_types.keys()
     assert (
         kinds == {"LoRA", "LoCon", "LoHa", "LoKr", "diff", "norm", "IA3", "DoRA", "bias"}
         and len(LAYOUTS) >= 20

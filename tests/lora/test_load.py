@@ -11,7 +11,7 @@ from torch import nn
 
 from int8run.errors import LoraError
 from int8run.lora import load
-from int8run.lora.adapters.base import Pair
+from int8run.lora.adapters.base import LowRankPair
 from int8run.lora.adapters.dora import DoRA
 from int8run.lora.adapters.lokr import LoKr
 from int8run.lora.adapters.lora import LoRA
@@ -58,18 +58,18 @@ def test_layouts(write, down, up):
     file = read_lora(write({down: A, up: B}))
     assert (
         list(file.changes) == ["denoiser"]
-        and file.unknown == ()
+        and file.skipped_keys == ()
         and file.ranks == {RANK: 1}
         and file.scales == {1.0: 1}
     )
-    core = only(file).core
+    core = only(file).weight_delta
     assert (
         isinstance(core, LoRA)
         and torch.equal(core.lora_A, A)
         and torch.equal(core.lora_B, B)
         and core.scale == 1.0
     )
-    assert file.notes == () and file.kinds == {"LoRA": 1} and only(file).bias is None
+    assert file.notes == () and file.adapter_types == {"LoRA": 1} and only(file).bias_delta is None
 
 
 def test_a_prefix_is_only_removed_at_the_front(write):
@@ -85,7 +85,7 @@ def test_a_prefix_is_only_removed_at_the_front(write):
 )
 def test_alpha_tensor(write, alpha):
     file = read_lora(write({"x.lora_down.weight": A, "x.lora_up.weight": B, "x.alpha": alpha}))
-    assert file.changes["denoiser"]["x"].core.scale == 8 / RANK and file.unknown == ()
+    assert file.changes["denoiser"]["x"].weight_delta.scale == 8 / RANK and file.skipped_keys == ()
 
 
 def test_each_module_has_its_own_alpha_and_rank(write):
@@ -95,7 +95,7 @@ def test_each_module_has_its_own_alpha_and_rank(write):
     }
     tensors |= {"y.lora_down.weight": A[:2].clone(), "y.lora_up.weight": B[:, :2].clone()}
     file = read_lora(write(tensors | {"x.alpha": torch.tensor(2.0), "y.alpha": torch.tensor(2.0)}))
-    assert {name: change.core.scale for name, change in file.changes["denoiser"].items()} == {
+    assert {name: change.weight_delta.scale for name, change in file.changes["denoiser"].items()} == {
         "x": 0.5,
         "y": 1.0,
         "z": 1.0,
@@ -108,7 +108,7 @@ def test_alpha_0_means_rank(write):
     assert (
         read_lora(write(PEFT | {"transformer.x.alpha": torch.tensor(0.0)}))
         .changes["denoiser"]["x"]
-        .core.scale
+        .weight_delta.scale
         == 1.0
     )
 
@@ -131,7 +131,7 @@ def test_alpha_0_means_rank(write):
     ids=lambda v: json.dumps(v) if isinstance(v, dict) else None,
 )
 def test_scale_from_the_header(write, settings, scale):
-    assert read_lora(write(PEFT, header(**settings))).changes["denoiser"]["x"].core.scale == scale
+    assert read_lora(write(PEFT, header(**settings))).changes["denoiser"]["x"].weight_delta.scale == scale
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_scale_from_the_header(write, settings, scale):
     ids=["text encoder last", "text encoder first"],
 )
 def test_the_text_encoders_alpha_is_not_the_denoisers(write, settings):
-    assert read_lora(write(PEFT, header(**settings))).changes["denoiser"]["x"].core.scale == 2.0
+    assert read_lora(write(PEFT, header(**settings))).changes["denoiser"]["x"].weight_delta.scale == 2.0
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_alpha_pattern_matches_the_end_of_a_name_as_in_peft(write, pattern, matc
     name = "blocks.0.attn.to_q"
     tensors = {f"transformer.{name}.lora_A.weight": A, f"transformer.{name}.lora_B.weight": B}
     settings = {"transformer.lora_alpha": 4, "transformer.alpha_pattern": {pattern: 12}}
-    assert read_lora(write(tensors, header(**settings))).changes["denoiser"][name].core.scale == (
+    assert read_lora(write(tensors, header(**settings))).changes["denoiser"][name].weight_delta.scale == (
         3.0 if matches else 1.0
     )
 
@@ -170,7 +170,7 @@ def test_an_alpha_tensor_wins_over_the_header(write):
     assert (
         read_lora(write(PEFT | {"transformer.x.alpha": torch.tensor(2.0)}, header(lora_alpha=8)))
         .changes["denoiser"]["x"]
-        .core.scale
+        .weight_delta.scale
         == 0.5
     )
 
@@ -181,7 +181,10 @@ def test_an_alpha_tensor_wins_over_the_header(write):
     ids=lambda t: t[:20],
 )
 def test_a_header_that_says_nothing_is_no_alpha(write, text):
-    assert read_lora(write(PEFT, {"lora_adapter_metadata": text})).changes["denoiser"]["x"].core.scale == 1.0
+    assert (
+        read_lora(write(PEFT, {"lora_adapter_metadata": text})).changes["denoiser"]["x"].weight_delta.scale
+        == 1.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -213,7 +216,7 @@ def test_deltas_are_those_of_peft(write, settings):
     layers = {name: m for name, m in model.base_model.model.named_modules() if hasattr(m, "get_delta_weight")}
     assert file.changes["denoiser"].keys() == layers.keys() and len(layers) == 4
     for name, layer in layers.items():
-        delta = file.changes["denoiser"][name].core.delta(layer.base_layer.weight)
+        delta = file.changes["denoiser"][name].weight_delta.compute_delta(layer.base_layer.weight)
         assert_close(name, delta, layer.get_delta_weight("default").detach(), 1e-6)
 
 
@@ -228,7 +231,7 @@ def test_keys_of_no_known_kind_are_listed(write):
             }
         )
     )
-    assert set(file.unknown) == {
+    assert set(file.skipped_keys) == {
         ("transformer.x.something", "unknown suffix"),
         ("bundle_emb.a", "textual inversion, not a LoRA"),
         ("y.alpha", "an alpha without a change"),
@@ -238,7 +241,7 @@ def test_keys_of_no_known_kind_are_listed(write):
 
 def test_plain_weights_are_no_lora(write):
     file = read_lora(write({"x.weight": A, "x.bias": torch.ones(4)}))
-    assert set(file.unknown) == {
+    assert set(file.skipped_keys) == {
         ("x.weight", "a weight of a model, not a change of one"),
         ("x.bias", "unknown suffix"),
     }
@@ -270,8 +273,8 @@ def test_a_module_with_a_part_that_is_not_applied_is_left_out_whole(write, suffi
         )
     )
     assert list(file.changes["denoiser"]) == ["y"]
-    assert {key for key, _ in file.unknown} == {*PEFT, f"transformer.x.{suffix}"}
-    assert {reason.partition(":")[0] for _, reason in file.unknown} == {"unsupported kind"}
+    assert {key for key, _ in file.skipped_keys} == {*PEFT, f"transformer.x.{suffix}"}
+    assert {reason.partition(":")[0] for _, reason in file.skipped_keys} == {"unsupported kind"}
 
 
 def test_components_are_kept_apart(write):
@@ -294,7 +297,7 @@ class TestParts:
         file = read_lora(
             write(PEFT | {"transformer.x.lora_B.bias": bias, "transformer.x.alpha": torch.tensor(8.0)})
         )
-        assert torch.equal(only(file).bias, 2 * bias)
+        assert torch.equal(only(file).bias_delta, 2 * bias)
 
     def test_a_difference_of_the_bias_has_not(self, write):
         bias = torch.ones(OUT, dtype=torch.bfloat16)
@@ -302,31 +305,34 @@ class TestParts:
             read_lora(write(PEFT | {"transformer.x.diff_b": bias, "transformer.x.alpha": torch.tensor(8.0)}))
         )
         assert (
-            torch.equal(change.bias, torch.ones(OUT))
-            and change.bias.dtype == torch.float32
-            and change.kind == "LoRA"
+            torch.equal(change.bias_delta, torch.ones(OUT))
+            and change.bias_delta.dtype == torch.float32
+            and change.adapter_type == "LoRA"
         )
 
     def test_biases_add_up(self, write):
         both = {"transformer.x.lora_B.bias": torch.ones(OUT), "transformer.x.diff_b": torch.full((OUT,), 3.0)}
         assert torch.equal(
-            only(read_lora(write(PEFT | both | {"transformer.x.alpha": torch.tensor(8.0)}))).bias,
+            only(read_lora(write(PEFT | both | {"transformer.x.alpha": torch.tensor(8.0)}))).bias_delta,
             torch.full((OUT,), 5.0),
         )
 
     def test_a_bias_alone(self, write):
         file = read_lora(write({"x.diff_b": torch.ones(OUT)}))
         assert (
-            only(file).core is None and file.kinds == {"bias": 1} and file.ranks == {} and file.scales == {}
+            only(file).weight_delta is None
+            and file.adapter_types == {"bias": 1}
+            and file.ranks == {}
+            and file.scales == {}
         )
 
     def test_tensors_keep_their_dtype(self, write):
-        core = only(read_lora(write({k: t.bfloat16() for k, t in PEFT.items()}))).core
+        core = only(read_lora(write({k: t.bfloat16() for k, t in PEFT.items()}))).weight_delta
         assert core.lora_A.dtype == core.lora_B.dtype == torch.bfloat16
 
     def test_8_bit_floats_keep_their_values(self, write):
         eight = {k: t.to(torch.float8_e5m2) for k, t in PEFT.items()}
-        core = only(read_lora(write(eight))).core
+        core = only(read_lora(write(eight))).weight_delta
         assert core.lora_A.dtype == torch.bfloat16 and torch.equal(
             core.lora_A.float(), eight["transformer.x.lora_A.weight"].float()
         )
@@ -343,7 +349,7 @@ class TestParts:
             read_lora(
                 write({"x.lora_down.weight": A, "x.lora_up.weight": up, "x.lora_up.scale_weight": scale})
             )
-        ).core
+        ).weight_delta
         assert torch.equal(core.lora_B, up.float() / 2) and torch.equal(core.lora_A, A)
 
     @pytest.mark.parametrize(
@@ -355,7 +361,7 @@ class TestParts:
             if on_input is not None
             else {"transformer.x.lora_A.weight": A, "transformer.x.lora_B.weight": B[:1].clone()}
         )
-        core = only(read_lora(write(tensors | {"transformer.x.dora_scale": torch.ones(shape)}))).core
+        core = only(read_lora(write(tensors | {"transformer.x.dora_scale": torch.ones(shape)}))).weight_delta
         assert (
             isinstance(core, DoRA)
             and core.on_input == bool(on_input)
@@ -366,12 +372,15 @@ class TestParts:
         square = {"x.lora_A.weight": A, "x.lora_B.weight": randn(IN, RANK)}
         for shape, on_input in (((IN, 1), False), ((1, IN), True)):
             assert (
-                only(read_lora(write(square | {"x.dora_scale": torch.ones(shape)}))).core.on_input == on_input
+                only(read_lora(write(square | {"x.dora_scale": torch.ones(shape)}))).weight_delta.on_input
+                == on_input
             )
 
     def test_the_norms_of_peft_are_always_of_rows(self, write):
         norms = torch.ones(1, OUT, 1, 1)  # of a convolution
-        core = only(read_lora(write(PEFT | {"transformer.x.lora_magnitude_vector.weight": norms}))).core
+        core = only(
+            read_lora(write(PEFT | {"transformer.x.lora_magnitude_vector.weight": norms}))
+        ).weight_delta
         assert not core.on_input and core.magnitude.shape == (OUT,)
 
     @pytest.mark.parametrize(
@@ -388,9 +397,11 @@ class TestParts:
         shapes = {"w1": (3, 4), "w2": (5, 6), "w1_a": (3, 2), "w1_b": (2, 4), "w2_a": (5, 2), "w2_b": (2, 6)}
         tensors = {f"x.lokr_{n}": randn(*shapes[n]) for n in names} | {"x.alpha": torch.tensor(8.0)}
         file = read_lora(write(tensors))
-        core = only(file).core
+        core = only(file).weight_delta
         assert isinstance(core, LoKr) and core.rank == rank and core.scale == scale and core.shape == (15, 24)
-        assert isinstance(core.w1, Pair) == ("w1_a" in names) and file.ranks == ({rank: 1} if rank else {})
+        assert isinstance(core.w1, LowRankPair) == ("w1_a" in names) and file.ranks == (
+            {rank: 1} if rank else {}
+        )
 
 
 REFUSED = {
@@ -648,7 +659,10 @@ def test_settings_of_a_component_come_before_those_of_none(write):
         for half, t in (("lora_A", A), ("lora_B", B))
     }
     file = read_lora(write(tensors, settings))
-    assert {c: m["x"].core.scale for c, m in file.changes.items()} == {"denoiser": 1.0, "text_encoder": 2.0}
+    assert {c: m["x"].weight_delta.scale for c, m in file.changes.items()} == {
+        "denoiser": 1.0,
+        "text_encoder": 2.0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -721,7 +735,7 @@ def test_a_folder_is_no_file(name):
 
 def test_shipped_names(write, monkeypatch, tmp_path):
     path = write(PEFT, name="ink.safetensors")
-    monkeypatch.setattr(load, "SHIPPED", tmp_path)
+    monkeypatch.setattr(load, "SHIPPED_LORAS", tmp_path)
     assert find_lora("ink", None) == path
     with pytest.raises(
         LoraError,
@@ -738,7 +752,7 @@ class TestFolder:
         (tmp_path / "mine" / "sub").mkdir(parents=True)
         (tmp_path / "cwd").mkdir()
         monkeypatch.chdir(tmp_path / "cwd")
-        monkeypatch.setattr(load, "SHIPPED", tmp_path / "shipped")
+        monkeypatch.setattr(load, "SHIPPED_LORAS", tmp_path / "shipped")
         for name in ("ink", "style.v1.5", "sub/deep"):
             write(PEFT, name=f"mine/{name}.safetensors")
         return tmp_path / "mine"

@@ -13,12 +13,12 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from int8run.errors import LoraError
-from int8run.lora.adapters.change import Change
+from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.diff import Diff
 from int8run.lora.adapters.dora import DoRA
 from int8run.lora.adapters.lora import LoRA
 from int8run.lora.load import LoraFile
-from int8run.lora.match import Matches, Wanted, match
+from int8run.lora.match import Matches, MatchRequest, match_loras
 
 TO_Q, PROJ_OUT = "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_out"
 CLIP_Q, CLIP_FC1 = "text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.mlp.fc1"
@@ -45,14 +45,16 @@ def nothing_changes(parts: dict[str, nn.Module]) -> Iterator[None]:
     assert before.keys() == after.keys() and all(torch.equal(t, after[key]) for key, t in before.items())
 
 
-def change(n: int, k: int, seed: int = 1) -> Change:
+def change(n: int, k: int, seed: int = 1) -> LoraChange:
     """A LoRA of rank 2 for an [n, k] weight."""
-    return Change(LoRA(randn(2, k, seed=seed), randn(n, 2, seed=seed + 1)))
+    return LoraChange(LoRA(randn(2, k, seed=seed), randn(n, 2, seed=seed + 1)))
 
 
-def file(changes: Mapping[str, Mapping[str, Change]], unknown: tuple[tuple[str, str], ...] = ()) -> Wanted:
+def file(
+    changes: Mapping[str, Mapping[str, LoraChange]], unknown: tuple[tuple[str, str], ...] = ()
+) -> MatchRequest:
     """A LoRA file that lies nowhere."""
-    return Wanted(LoraFile(Path("/loras/style.safetensors"), changes, unknown, {}))
+    return MatchRequest(LoraFile(Path("/loras/style.safetensors"), changes, unknown, {}))
 
 
 def landed(found: Matches) -> dict[str, list[str]]:
@@ -71,16 +73,18 @@ def test_every_part_of_a_file_goes_to_its_own_part_of_the_model(parts: dict[str,
             "text_encoder_2": {T5_Q: change(16, 16)},
         }
     )
-    found = match(parts, [wanted], strict=True)
+    found = match_loras(parts, [wanted], strict=True)
     clip = CLIP_Q.removeprefix("text_model.")  # as this transformers has it
     assert landed(found) == {"denoiser": [TO_Q], "text_encoder": [clip], "text_encoder_2": [T5_Q]}
-    assert list(found.denoiser) == [TO_Q] and found.matched == 3 and not found.unmatched
+    assert list(found.denoiser) == [TO_Q] and found.n_matched == 3 and not found.unmatched
 
 
 def test_changes_of_a_stack_carry_the_number_of_their_lora(parts: dict[str, nn.Module]) -> None:
     first, second = change(32, 32), change(32, 32, seed=5)
-    found = match(parts, [file({"denoiser": {TO_Q: first}}), file({"denoiser": {TO_Q: second}})], strict=True)
-    assert found.denoiser[TO_Q] == [(0, first), (1, second)] and found.matched == 2
+    found = match_loras(
+        parts, [file({"denoiser": {TO_Q: first}}), file({"denoiser": {TO_Q: second}})], strict=True
+    )
+    assert found.denoiser[TO_Q] == [(0, first), (1, second)] and found.n_matched == 2
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2", "text_encoder_3"])
@@ -89,7 +93,9 @@ def test_a_text_encoders_number_in_the_file_is_only_a_hint(
 ) -> None:
     # T5 is the third for some trainers and the second for others; its names tell
     clip = CLIP_Q.removeprefix("text_model.")
-    both = match(parts, [file({component: {T5_Q: change(16, 16), CLIP_Q: change(16, 16)}})], strict=True)
+    both = match_loras(
+        parts, [file({component: {T5_Q: change(16, 16), CLIP_Q: change(16, 16)}})], strict=True
+    )
     assert landed(both) == {"text_encoder": [clip], "text_encoder_2": [T5_Q]}
 
 
@@ -106,13 +112,13 @@ def test_a_text_encoder_of_another_number_is_found_by_its_shapes() -> None:
 
     encoders = {"text_encoder": clip(16), "text_encoder_2": clip(24)}
     for width, target in ((16, "text_encoder"), (24, "text_encoder_2")):
-        found = match(encoders, [file({"text_encoder_3": {CLIP_Q: change(width, width)}})], strict=True)
+        found = match_loras(encoders, [file({"text_encoder_3": {CLIP_Q: change(width, width)}})], strict=True)
         assert list(landed(found)) == [target]
     with pytest.raises(LoraError, match=r"none of its 1 modules and keys is in the model"):
-        match(encoders, [file({"text_encoder_3": {CLIP_Q: change(20, 20)}})], strict=True)
+        match_loras(encoders, [file({"text_encoder_3": {CLIP_Q: change(20, 20)}})], strict=True)
     # under the number that the file gives, a wrong shape is a wrong shape
     with pytest.raises(LoraError, match=r"changes a 20x20 weight, the model's is 16x16"):
-        match(encoders, [file({"text_encoder": {CLIP_Q: change(20, 20)}})], strict=True)
+        match_loras(encoders, [file({"text_encoder": {CLIP_Q: change(20, 20)}})], strict=True)
 
 
 def test_no_text_part_goes_to_the_denoiser_nor_the_denoisers_to_an_encoder(
@@ -121,7 +127,7 @@ def test_no_text_part_goes_to_the_denoiser_nor_the_denoisers_to_an_encoder(
     for component, name in (("text_encoder_3", TO_Q), ("denoiser", T5_Q)):
         size = 32 if name == TO_Q else 16
         with pytest.raises(LoraError, match="none of its 1 modules and keys is in the model"):
-            match(parts, [file({component: {name: change(size, size)}})], strict=True)
+            match_loras(parts, [file({component: {name: change(size, size)}})], strict=True)
 
 
 def test_parts_that_are_not_wanted_are_not_missed(parts: dict[str, nn.Module]) -> None:
@@ -131,22 +137,22 @@ def test_parts_that_are_not_wanted_are_not_missed(parts: dict[str, nn.Module]) -
             "text_encoder": {CLIP_Q: change(16, 16), "nowhere": change(3, 3)},
         }
     )
-    found = match(parts, [Wanted(wanted.file, ["denoiser"])], strict=True)
+    found = match_loras(parts, [MatchRequest(wanted.file, ["denoiser"])], strict=True)
     assert landed(found) == {"denoiser": [TO_Q]} and not found.unmatched
-    found = match(parts, [Wanted(wanted.file, ["denoiser", "text_encoder"])], strict=False)
-    assert found.matched == 2 and found.unmatched == [(0, "text_encoder: nowhere", "no such module")]
+    found = match_loras(parts, [MatchRequest(wanted.file, ["denoiser", "text_encoder"])], strict=False)
+    assert found.n_matched == 2 and found.unmatched == [(0, "text_encoder: nowhere", "no such module")]
 
 
 def test_keys_of_parts_that_are_not_wanted_are_not_missed_either(parts: dict[str, nn.Module]) -> None:
     keys = (("lora_te1_text_model_encoder_layers_0_mlp_fc1.oft_blocks", "unsupported kind: OFT or BOFT"),)
     wanted = file({"denoiser": {TO_Q: change(32, 32)}}, keys).file
-    assert not match(parts, [Wanted(wanted, ["denoiser"])], strict=True).unmatched
+    assert not match_loras(parts, [MatchRequest(wanted, ["denoiser"])], strict=True).unmatched
     for components in (None, ["denoiser", "text_encoder"]):
         with pytest.raises(
             LoraError,
             match=r"1 of 2 modules and keys have no place in the model: 1 × unsupported kind: OFT or BOFT",
         ):
-            match(parts, [Wanted(wanted, components)], strict=True)
+            match_loras(parts, [MatchRequest(wanted, components)], strict=True)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +164,7 @@ def test_parts_that_a_file_does_not_have_are_told(
 ) -> None:
     wanted = file({"denoiser": {TO_Q: change(32, 32)}, "text_encoder": {CLIP_Q: change(16, 16)}}).file
     with pytest.raises(LoraError) as error:
-        match(parts, [Wanted(wanted, components)], strict)
+        match_loras(parts, [MatchRequest(wanted, components)], strict)
     assert (
         str(error.value)
         == f"style.safetensors: components={components} leaves nothing of it; it has denoiser, text_encoder"
@@ -179,7 +185,7 @@ def test_strict_refuses_and_counts_the_reasons(parts: dict[str, nn.Module]) -> N
         {"denoiser": {TO_Q: change(32, 32), "transformer_blocks.9.attn.to_q": change(32, 32)}}, LOST
     )
     with pytest.raises(LoraError) as error:
-        match(parts, [wanted], strict=True)
+        match_loras(parts, [wanted], strict=True)
     assert str(error.value) == (
         "style.safetensors: 4 of 5 modules and keys have no place in the model: 1 × unsupported kind: OFT or BOFT; 2 × unknown suffix; "
         "1 × no such module (first: a.oft_blocks); lora.strict=false applies the rest"
@@ -193,8 +199,8 @@ def test_not_strict_applies_the_rest_and_says_what_is_left_out(
         file({"denoiser": {TO_Q: change(32, 32)}}),
         file({"denoiser": {TO_Q: change(32, 32), "x": change(2, 2)}}, LOST[:1]),
     )
-    found = match(parts, [good, late], strict=False)
-    assert found.matched == 2
+    found = match_loras(parts, [good, late], strict=False)
+    assert found.n_matched == 2
     assert found.unmatched == [
         (1, "a.oft_blocks", "unsupported kind: OFT or BOFT"),
         (1, "x", "no such module"),
@@ -209,7 +215,9 @@ def test_not_strict_applies_the_rest_and_says_what_is_left_out(
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_file_of_which_nothing_lands_is_an_error_always(parts: dict[str, nn.Module], strict: bool) -> None:
     with pytest.raises(LoraError) as error:
-        match(parts, [file({"denoiser": {"elsewhere.a": change(2, 2), "elsewhere.b": change(2, 2)}})], strict)
+        match_loras(
+            parts, [file({"denoiser": {"elsewhere.a": change(2, 2), "elsewhere.b": change(2, 2)}})], strict
+        )
     assert str(error.value) == (
         "style.safetensors: none of its 2 modules and keys is in the model (first: elsewhere.a): 2 × no such module; the LoRA was "
         "made for another architecture, or its kind is not supported"
@@ -218,7 +226,7 @@ def test_a_file_of_which_nothing_lands_is_an_error_always(parts: dict[str, nn.Mo
 
 def test_one_lora_without_a_place_spoils_the_stack(parts: dict[str, nn.Module]) -> None:
     with pytest.raises(LoraError, match="none of its 1 modules and keys"):
-        match(
+        match_loras(
             parts,
             [file({"denoiser": {TO_Q: change(32, 32)}}), file({"denoiser": {"x": change(2, 2)}})],
             strict=False,
@@ -227,7 +235,7 @@ def test_one_lora_without_a_place_spoils_the_stack(parts: dict[str, nn.Module]) 
 
 def test_a_text_part_without_a_text_encoder_is_named(parts: dict[str, nn.Module]) -> None:
     wanted = file({"denoiser": {TO_Q: change(32, 32)}, "text_encoder": {CLIP_Q: change(16, 16)}})
-    found = match({"denoiser": parts["denoiser"]}, [wanted], strict=False)
+    found = match_loras({"denoiser": parts["denoiser"]}, [wanted], strict=False)
     assert found.unmatched == [(0, f"text_encoder: {CLIP_Q}", "the model has no text_encoder")]
 
 
@@ -244,18 +252,18 @@ def test_a_text_part_without_a_text_encoder_is_named(parts: dict[str, nn.Module]
             f"{TO_Q} changes a 40x32 weight, the model's is 32x32; the LoRA was made for another base model",
         ),
         (
-            Change(Diff(torch.ones(32))),
+            LoraChange(Diff(torch.ones(32))),
             f"{TO_Q} changes a 32 weight, the model's is 32x32; the LoRA was made for another base model",
         ),
-        (Change(None, torch.ones(31)), "bias"),
+        (LoraChange(None, torch.ones(31)), "bias"),
     ],
     ids=["narrow", "tall", "a vector", "a bias"],
 )
 def test_a_wrong_shape_is_an_error_always_and_names_both(
-    parts: dict[str, nn.Module], changed: Change, reason: str, strict: bool
+    parts: dict[str, nn.Module], changed: LoraChange, reason: str, strict: bool
 ) -> None:
     with pytest.raises(LoraError) as error:
-        match(parts, [file({"denoiser": {PROJ_OUT: change(32, 160), TO_Q: changed}})], strict)
+        match_loras(parts, [file({"denoiser": {PROJ_OUT: change(32, 160), TO_Q: changed}})], strict)
     assert str(error.value).startswith("style.safetensors: ") and reason in str(error.value)
 
 
@@ -270,43 +278,45 @@ PARTS_OF_FUSED = [
 def delta(model: nn.Module, name: str, matches: Matches) -> torch.Tensor:
     """What a module's weight changes by."""
     ((_, changed),) = matches.denoiser[name]
-    return changed.core.delta(model.get_submodule(name).weight)
+    return changed.weight_delta.compute_delta(model.get_submodule(name).weight)
 
 
 def test_a_fused_matrix_is_cut_by_the_models_own_rows(parts: dict[str, nn.Module]) -> None:
     model, whole = parts["denoiser"], change(3 * 32 + 128, 32)
-    whole = Change(whole.core, randn(3 * 32 + 128, seed=9))
-    found = match(parts, [file({"denoiser": {FUSED: whole}})], strict=True)
-    assert sorted(found.denoiser) == sorted(PARTS_OF_FUSED) and found.matched == 4
+    whole = LoraChange(whole.weight_delta, randn(3 * 32 + 128, seed=9))
+    found = match_loras(parts, [file({"denoiser": {FUSED: whole}})], strict=True)
+    assert sorted(found.denoiser) == sorted(PARTS_OF_FUSED) and found.n_matched == 4
     assert torch.equal(
         torch.cat([delta(model, name, found) for name in PARTS_OF_FUSED]),
-        whole.core.delta(torch.zeros(224, 32)),
+        whole.weight_delta.compute_delta(torch.zeros(224, 32)),
     )
-    assert torch.equal(torch.cat([found.denoiser[name][0][1].bias for name in PARTS_OF_FUSED]), whole.bias)
+    assert torch.equal(
+        torch.cat([found.denoiser[name][0][1].bias_delta for name in PARTS_OF_FUSED]), whole.bias_delta
+    )
 
 
 @pytest.mark.parametrize("rows", [200, 256])
 def test_a_fused_matrix_of_other_rows_is_refused(parts: dict[str, nn.Module], rows: int) -> None:
     message = rf"^style\.safetensors: single_blocks\.0\.linear1 has {rows} rows, .*proj_mlp have 224 together; the LoRA was made"
     with pytest.raises(LoraError, match=message):
-        match(parts, [file({"denoiser": {FUSED: change(rows, 32)}})], strict=True)
+        match_loras(parts, [file({"denoiser": {FUSED: change(rows, 32)}})], strict=True)
 
 
 def test_what_cannot_be_cut_says_why(parts: dict[str, nn.Module]) -> None:
-    dora = Change(DoRA(change(224, 32).core, torch.ones(32), on_input=True))
+    dora = LoraChange(DoRA(change(224, 32).weight_delta, torch.ones(32), on_input=True))
     with pytest.raises(
         LoraError,
         match=r"^style\.safetensors: single_transformer_blocks\.0\.attn\.to_q its DoRA norms .* cannot be cut",
     ):
-        match(parts, [file({"denoiser": {FUSED: dora}})], strict=True)
+        match_loras(parts, [file({"denoiser": {FUSED: dora}})], strict=True)
 
 
 def test_halves_that_stand_the_other_way_round_are_swapped() -> None:
     models = tiny_models()["flux"]
     whole = change(32, 16)
     for name, swapped in (("final_layer.adaLN_modulation.1", True), ("norm_out.linear", False)):
-        found = match(models, [file({"denoiser": {name: whole}})], strict=True)
-        expected = whole.core.delta(torch.zeros(32, 16))
+        found = match_loras(models, [file({"denoiser": {name: whole}})], strict=True)
+        expected = whole.weight_delta.compute_delta(torch.zeros(32, 16))
         assert torch.equal(
             delta(models["denoiser"], "norm_out.linear", found), expected.roll(16, 0) if swapped else expected
         )
@@ -315,14 +325,14 @@ def test_halves_that_stand_the_other_way_round_are_swapped() -> None:
 def test_a_part_of_a_module_that_the_model_fuses_changes_its_rows_only() -> None:
     models = tiny_models()["flux"]
     models["denoiser"].fuse_qkv_projections()
-    found = match(
+    found = match_loras(
         models, [file({"denoiser": {"transformer_blocks.0.attn.to_k": change(16, 16)}})], strict=True
     )
     fused = "transformer_blocks.0.attn.to_qkv"
     assert list(found.denoiser) == [fused], "to_k is still there, and nobody calls it"
     made = delta(models["denoiser"], fused, found)
     assert (
-        torch.equal(made[16:32], change(16, 16).core.delta(torch.zeros(16, 16)))
+        torch.equal(made[16:32], change(16, 16).weight_delta.compute_delta(torch.zeros(16, 16)))
         and not made[:16].any()
         and not made[32:].any()
     )

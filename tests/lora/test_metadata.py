@@ -7,18 +7,18 @@ import string
 import pytest
 
 from int8run.lora.metadata import (
-    MAX_JSON,
-    MAX_SIDECAR,
-    MAX_WORD,
+    MAX_JSON_CHARS,
+    MAX_SIDECAR_BYTES,
+    MAX_WORD_CHARS,
     MAX_WORDS,
-    Triggers,
-    all_triggers,
-    describe,
-    insert_triggers,
-    missing_triggers,
-    shown,
-    trainer,
-    trigger_words,
+    TriggerWords,
+    append_triggers,
+    describe_header,
+    detect_trainer,
+    find_missing_triggers,
+    find_trigger_words,
+    iter_trigger_words,
+    sanitize_text,
 )
 
 
@@ -44,16 +44,16 @@ def lora(tmp_path):
     ],
 )
 def test_header_keys(lora, key):
-    assert trigger_words(lora, {key: "stlz style, TOK"}) == Triggers(("stlz style", "TOK"), key)
+    assert find_trigger_words(lora, {key: "stlz style, TOK"}) == TriggerWords(("stlz style", "TOK"), key)
 
 
 def test_a_list_in_a_header(lora):
-    assert trigger_words(lora, {"trigger_words": '["ink style", "a fox, drawn", 3, null]'}).words == (
+    assert find_trigger_words(lora, {"trigger_words": '["ink style", "a fox, drawn", 3, null]'}).words == (
         "ink style",
         "a fox",
         "drawn",
     )
-    assert trigger_words(lora, {"trigger_words": "[broken"}).words == ("[broken",)
+    assert find_trigger_words(lora, {"trigger_words": "[broken"}).words == ("[broken",)
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_a_list_in_a_header(lora):
     ],
 )
 def test_words_in_quotes_in_a_hint(lora, hint):
-    assert trigger_words(lora, {"modelspec.usage_hint": hint}) == Triggers(
+    assert find_trigger_words(lora, {"modelspec.usage_hint": hint}) == TriggerWords(
         ("example",), "modelspec.usage_hint"
     )
-    assert trigger_words(lora, {"modelspec.description": hint}) == Triggers(
+    assert find_trigger_words(lora, {"modelspec.description": hint}) == TriggerWords(
         ("example",), "modelspec.description"
     )
 
@@ -78,7 +78,7 @@ def test_words_in_quotes_in_a_hint(lora, hint):
     "hint", ["Works 'best' at 0.8", "It's a trigger for many artists' work", "use strength 0.8"]
 )
 def test_a_hint_without_trigger_words(lora, hint):
-    assert trigger_words(lora, {"modelspec.usage_hint": hint}) is None
+    assert find_trigger_words(lora, {"modelspec.usage_hint": hint}) is None
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_hint_without_trigger_words(lora, hint):
 )
 def test_sidecar_files(lora, suffix, content):
     lora.with_name(f"style.v2{suffix}").write_text(json.dumps(content))
-    assert trigger_words(lora, {}) == Triggers(("ink style",), f"style.v2{suffix}")
+    assert find_trigger_words(lora, {}) == TriggerWords(("ink style",), f"style.v2{suffix}")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_sidecar_files(lora, suffix, content):
 )
 def test_front_matter_of_a_readme(lora, line):
     lora.with_name("README.md").write_text(f"---\ntags:\n- lora\n{line}\n---\n# instance_prompt: not this\n")
-    assert trigger_words(lora, {}) == Triggers(("ink style",), "README.md")
+    assert find_trigger_words(lora, {}) == TriggerWords(("ink style",), "README.md")
 
 
 def test_a_readme_that_says_nothing(lora):
@@ -117,10 +117,10 @@ def test_a_readme_that_says_nothing(lora):
         "---\ntags: []\n---\ninstance_prompt: ink\n",
     ):
         readme.write_text(text)
-        assert trigger_words(lora, {}) is None
+        assert find_trigger_words(lora, {}) is None
     readme.write_text("---\ninstance_prompt: ink\n---\n")
     lora.with_name("other.safetensors").write_bytes(b"")
-    assert trigger_words(lora, {}) is None, "which of the two is meant?"
+    assert find_trigger_words(lora, {}) is None, "which of the two is meant?"
 
 
 def test_kohyas_data_sets(lora):
@@ -131,15 +131,15 @@ def test_kohyas_data_sets(lora):
         "no subset",
     ]
     value = json.dumps([{"subsets": subsets}, {"subsets": None}, 5])
-    assert trigger_words(lora, {"ss_datasets": value}) == Triggers(
-        ("sks dog", "photo of"), "ss_datasets", guessed=True
+    assert find_trigger_words(lora, {"ss_datasets": value}) == TriggerWords(
+        ("sks dog", "photo of"), "ss_datasets", is_guessed=True
     )
 
 
 def test_folder_names(lora):
     value = json.dumps({"10_sks dog": {"n_repeats": 10, "img_count": 5}, "images": {}, "5_ink_style": 1})
-    assert trigger_words(lora, {"ss_dataset_dirs": value}) == Triggers(
-        ("sks dog", "ink_style"), "ss_dataset_dirs", guessed=True
+    assert find_trigger_words(lora, {"ss_dataset_dirs": value}) == TriggerWords(
+        ("sks dog", "ink_style"), "ss_dataset_dirs", is_guessed=True
     )
 
 
@@ -157,8 +157,8 @@ def test_folder_names(lora):
     ],
 )
 def test_tags_of_almost_every_caption(lora, counts, words):
-    found = trigger_words(lora, {"ss_tag_frequency": json.dumps({"10_x": counts})})
-    assert found == (words and Triggers(words, "ss_tag_frequency", guessed=True))
+    found = find_trigger_words(lora, {"ss_tag_frequency": json.dumps({"10_x": counts})})
+    assert found == (words and TriggerWords(words, "ss_tag_frequency", is_guessed=True))
 
 
 def test_the_number_of_pictures_says_what_almost_every_means(lora):
@@ -166,9 +166,9 @@ def test_the_number_of_pictures_says_what_almost_every_means(lora):
         "ss_tag_frequency": json.dumps({"x": {"fox": 8, "ink": 20}}),
         "ss_dataset_dirs": json.dumps({"x": {"img_count": 30}}),
     }
-    assert trigger_words(lora, metadata) is None
+    assert find_trigger_words(lora, metadata) is None
     metadata["ss_dataset_dirs"] = json.dumps({"x": {"img_count": 21}})
-    assert trigger_words(lora, metadata).words == ("ink",)
+    assert find_trigger_words(lora, metadata).words == ("ink",)
 
 
 def test_the_first_place_counts_and_all_are_told(lora):
@@ -181,15 +181,15 @@ def test_the_first_place_counts_and_all_are_told(lora):
         "modelspec.usage_hint": "trigger 'hint'",
         "modelspec.trigger_phrase": "phrase",
     }
-    words = [found.words[0] for found in all_triggers(lora, metadata)]
+    words = [found.words[0] for found in iter_trigger_words(lora, metadata)]
     assert words == ["phrase", "hint", "instance", "from sidecar", "class", "folder", "tag"]
-    assert trigger_words(lora, metadata).words == ("phrase",)
+    assert find_trigger_words(lora, metadata).words == ("phrase",)
 
 
 @pytest.mark.parametrize("value", ["", " ", "None", "null", ",,", "\n", "\x00", "False", "[]"])
 def test_an_empty_place_is_passed_over(lora, value):
-    found = trigger_words(lora, {"modelspec.trigger_phrase": value, "trigger_words": "ink"})
-    assert found == Triggers(("ink",), "trigger_words")
+    found = find_trigger_words(lora, {"modelspec.trigger_phrase": value, "trigger_words": "ink"})
+    assert found == TriggerWords(("ink",), "trigger_words")
 
 
 # -- what strangers write ----------------------------------------------------------------------------------------------
@@ -197,13 +197,13 @@ def test_an_empty_place_is_passed_over(lora, value):
 
 def test_control_characters_and_lengths(lora):
     bad = "ink\x1b[31m\u202estyle\u2028now\ud800\r" + "x" * 1000
-    (word,) = trigger_words(lora, {"trigger_words": bad}).words
-    assert word.startswith("ink [31m style now xxx") and len(word) == MAX_WORD and word.isprintable()
-    many = trigger_words(lora, {"trigger_words": ",".join(f"w{i}" for i in range(1000))})
+    (word,) = find_trigger_words(lora, {"trigger_words": bad}).words
+    assert word.startswith("ink [31m style now xxx") and len(word) == MAX_WORD_CHARS and word.isprintable()
+    many = find_trigger_words(lora, {"trigger_words": ",".join(f"w{i}" for i in range(1000))})
     assert len(many.words) == MAX_WORDS
-    assert trigger_words(lora, {"trigger_words": "a, b, a"}).words == ("a", "b")
-    assert shown(True, 10) == "" and shown(10**5000, 10) == "" and shown(3, 10) == "3"
-    assert shown("x" * 50, 10) == "x" * 9 + "…" and shown("x" * 10, 10) == "x" * 10
+    assert find_trigger_words(lora, {"trigger_words": "a, b, a"}).words == ("a", "b")
+    assert sanitize_text(True, 10) == "" and sanitize_text(10**5000, 10) == "" and sanitize_text(3, 10) == "3"
+    assert sanitize_text("x" * 50, 10) == "x" * 9 + "…" and sanitize_text("x" * 10, 10) == "x" * 10
 
 
 KEYS = [
@@ -262,14 +262,15 @@ EVIL = [
 
 
 def check(lora, metadata):
-    found = list(all_triggers(lora, metadata))
+    found = list(iter_trigger_words(lora, metadata))
     for triggers in found:
         assert 0 < len(triggers.words) <= MAX_WORDS
         assert all(
-            0 < len(w) <= MAX_WORD and w == " ".join(w.split()) and w.isprintable() for w in triggers.words
+            0 < len(w) <= MAX_WORD_CHARS and w == " ".join(w.split()) and w.isprintable()
+            for w in triggers.words
         )
-        assert not missing_triggers(insert_triggers("a fox", triggers.words), triggers.words)
-    for name, text in describe(lora, metadata, ["x.lora_A.weight"]).items():
+        assert not find_missing_triggers(append_triggers("a fox", triggers.words), triggers.words)
+    for name, text in describe_header(lora, metadata, ["x.lora_A.weight"]).items():
         assert name and 0 < len(text) <= 200 and "\n" not in text and text.isprintable()
 
 
@@ -337,14 +338,16 @@ def test_random_headers(lora):
 
 def test_what_is_too_large_is_not_read(lora):
     words = json.dumps({"1_ink": {"ink": 1}})
-    assert trigger_words(lora, {"ss_tag_frequency": words + " " * MAX_JSON}) is None
-    lora.with_name("style.v2.json").write_text(json.dumps({"activation text": "ink"}) + " " * MAX_SIDECAR)
-    assert trigger_words(lora, {}) is None
+    assert find_trigger_words(lora, {"ss_tag_frequency": words + " " * MAX_JSON_CHARS}) is None
+    lora.with_name("style.v2.json").write_text(
+        json.dumps({"activation text": "ink"}) + " " * MAX_SIDECAR_BYTES
+    )
+    assert find_trigger_words(lora, {}) is None
 
 
 def test_a_folder_in_the_place_of_a_sidecar(lora):
     lora.with_name("style.v2.json").mkdir()
-    assert trigger_words(lora, {}) is None
+    assert find_trigger_words(lora, {}) is None
 
 
 # -- in a prompt -------------------------------------------------------------------------------------------------------
@@ -365,7 +368,7 @@ def test_a_folder_in_the_place_of_a_sidecar(lora):
     ],
 )
 def test_words_that_are_there(prompt, word):
-    assert missing_triggers(prompt, [word]) == () and insert_triggers(prompt, [word]) == prompt
+    assert find_missing_triggers(prompt, [word]) == () and append_triggers(prompt, [word]) == prompt
 
 
 @pytest.mark.parametrize(
@@ -380,14 +383,14 @@ def test_words_that_are_there(prompt, word):
     ],
 )
 def test_words_that_are_not_there(prompt, word):
-    assert missing_triggers(prompt, [word]) == (word,)
+    assert find_missing_triggers(prompt, [word]) == (word,)
 
 
 def test_insertion():
-    assert insert_triggers("a fox", ("ink style", "FOX", "TOK")) == "a fox, ink style, TOK"
-    assert insert_triggers("a fox, ", ("ink",)) == "a fox, ink"
-    assert insert_triggers("", ("ink", "TOK")) == "ink, TOK"
-    assert insert_triggers("a fox, ", ()) == "a fox, " and insert_triggers("a fox", (" ", "")) == "a fox"
+    assert append_triggers("a fox", ("ink style", "FOX", "TOK")) == "a fox, ink style, TOK"
+    assert append_triggers("a fox, ", ("ink",)) == "a fox, ink"
+    assert append_triggers("", ("ink", "TOK")) == "ink, TOK"
+    assert append_triggers("a fox, ", ()) == "a fox, " and append_triggers("a fox", (" ", "")) == "a fox"
 
 
 # -- other facts -------------------------------------------------------------------------------------------------------
@@ -415,12 +418,12 @@ def test_insertion():
     ],
 )
 def test_trainers(metadata, keys, name):
-    assert trainer(metadata, iter(keys)) == name
+    assert detect_trainer(metadata, iter(keys)) == name
 
 
 def test_facts(lora):
     lora.with_name("style.v2.json").write_text('{"preferred weight": 0.80}')
-    facts = describe(
+    facts = describe_header(
         lora,
         {
             "modelspec.title": "Ink\nstyle",
@@ -444,13 +447,13 @@ def test_facts(lora):
         "tags": "ink, line",
         "advised strength": "0.8",
     }
-    assert describe(lora.with_name("bare.safetensors"), {}, []) == {}
+    assert describe_header(lora.with_name("bare.safetensors"), {}, []) == {}
 
 
 def test_facts_from_other_places(lora):
     lora.with_name("README.md").write_text("---\nlicense: apache-2.0\n---\n")
     peft = json.dumps({"transformer.r": 32, "transformer.lora_alpha": 16, "transformer.use_rslora": False})
-    facts = describe(lora, {"lora_adapter_metadata": peft, "ss_resolution": "(512, 512)"}, [])
+    facts = describe_header(lora, {"lora_adapter_metadata": peft, "ss_resolution": "(512, 512)"}, [])
     assert facts == {
         "trainer": "diffusers / PEFT",
         "rank and alpha": "rank 32, alpha 16",

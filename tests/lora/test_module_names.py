@@ -14,8 +14,14 @@ from support.helpers import TinyModel, to_int8
 from torch import nn
 
 from int8run.errors import LoraError
-from int8run.lora.module_names import NameTable, Place, flatten, rows_in_file, weight_shape
-from int8run.models.key_mapping import NamingRule
+from int8run.lora.module_names import (
+    ModuleTarget,
+    NameTable,
+    count_source_rows,
+    flatten_name,
+    get_weight_shape,
+)
+from int8run.models.key_mapping import KeyMapping
 
 
 def tiny_flux() -> FluxTransformer2DModel:
@@ -35,12 +41,12 @@ def tiny_flux() -> FluxTransformer2DModel:
 
 @pytest.fixture(scope="module")
 def flux() -> NameTable:
-    return NameTable.of(tiny_flux())
+    return NameTable.from_model(tiny_flux())
 
 
-def part(module: str, first: int, end: int) -> Place:
+def part(module: str, first: int, end: int) -> ModuleTarget:
     """Rows of the file for a whole module."""
-    return Place(module, slice(first, end))
+    return ModuleTarget(module, slice(first, end))
 
 
 Q, K, V = (f"transformer_blocks.1.attn.to_{x}" for x in "qkv")
@@ -50,7 +56,7 @@ ONE = "single_transformer_blocks.0"
 @pytest.mark.parametrize(
     "name, places",
     [
-        (Q, (Place(Q),)),
+        (Q, (ModuleTarget(Q),)),
         ("double_blocks.1.img_attn.qkv", (part(Q, 0, 8), part(K, 8, 16), part(V, 16, 24))),
         ("double_blocks.1.qkv_lora1", (part(Q, 0, 8), part(K, 8, 16), part(V, 16, 24))),
         ("transformer_blocks.1.attn.to_qkv", (part(Q, 0, 8), part(K, 8, 16), part(V, 16, 24))),
@@ -71,21 +77,21 @@ ONE = "single_transformer_blocks.0"
                 part(f"{ONE}.attn.to_v", 16, 24),
             ),
         ),
-        ("single_blocks.0.proj_lora", (Place(f"{ONE}.proj_out"),)),
-        ("double_blocks.0.proj_lora2", (Place("transformer_blocks.0.attn.to_add_out"),)),
-        ("transformer_blocks.0.attn.to_out.0", (Place("transformer_blocks.0.attn.to_out.0"),)),
-        ("transformer_blocks.0.attn.to_out", (Place("transformer_blocks.0.attn.to_out.0"),)),
-        ("double_blocks.0.img_mlp.2", (Place("transformer_blocks.0.ff.net.2"),)),
-        ("double_blocks.0.txt_attn.norm.key_norm", (Place("transformer_blocks.0.attn.norm_added_k"),)),
-        ("final_layer.adaLN_modulation.1", (Place("norm_out.linear", swap_halves=True),)),
-        ("norm_out.linear", (Place("norm_out.linear"),)),
-        ("guidance_in.out_layer", (Place("time_text_embed.guidance_embedder.linear_2"),)),
+        ("single_blocks.0.proj_lora", (ModuleTarget(f"{ONE}.proj_out"),)),
+        ("double_blocks.0.proj_lora2", (ModuleTarget("transformer_blocks.0.attn.to_add_out"),)),
+        ("transformer_blocks.0.attn.to_out.0", (ModuleTarget("transformer_blocks.0.attn.to_out.0"),)),
+        ("transformer_blocks.0.attn.to_out", (ModuleTarget("transformer_blocks.0.attn.to_out.0"),)),
+        ("double_blocks.0.img_mlp.2", (ModuleTarget("transformer_blocks.0.ff.net.2"),)),
+        ("double_blocks.0.txt_attn.norm.key_norm", (ModuleTarget("transformer_blocks.0.attn.norm_added_k"),)),
+        ("final_layer.adaLN_modulation.1", (ModuleTarget("norm_out.linear", swap_halves=True),)),
+        ("norm_out.linear", (ModuleTarget("norm_out.linear"),)),
+        ("guidance_in.out_layer", (ModuleTarget("time_text_embed.guidance_embedder.linear_2"),)),
     ],
 )
 def test_names_of_flux(flux, name, places):
-    assert flux.find(name) == places
-    assert flux.find(flatten(name)) == places
-    assert flux.find_all([name, "nothing"]) == {name: places, "nothing": None}
+    assert flux.find_targets(name) == places
+    assert flux.find_targets(flatten_name(name)) == places
+    assert flux.find_all_targets([name, "nothing"]) == {name: places, "nothing": None}
 
 
 @pytest.mark.parametrize(
@@ -112,12 +118,12 @@ def test_names_of_flux(flux, name, places):
     ],
 )
 def test_unknown_names_containers_and_modules_without_a_weight_have_no_place(flux, name):
-    assert flux.find(name) is None and flux.find(flatten(name)) is None
+    assert flux.find_targets(name) is None and flux.find_targets(flatten_name(name)) is None
 
 
 def test_rows_that_a_file_must_have(flux):
-    assert rows_in_file(flux.find("single_blocks.0.linear1")) == 56
-    assert rows_in_file(flux.find("single_blocks.0.linear2")) is None
+    assert count_source_rows(flux.find_targets("single_blocks.0.linear1")) == 56
+    assert count_source_rows(flux.find_targets("single_blocks.0.linear2")) is None
 
 
 def test_unequal_parts_are_cut_by_the_modules_own_rows():
@@ -133,7 +139,7 @@ def test_unequal_parts_are_cut_by_the_modules_own_rows():
             axes_dim_rope=(4, 2, 2),
         )
     to = "layers.0.attn.to_"
-    assert NameTable.of(model).find("layers.0.attention.qkv") == (
+    assert NameTable.from_model(model).find_targets("layers.0.attention.qkv") == (
         part(f"{to}q", 0, 24),
         part(f"{to}k", 24, 32),
         part(f"{to}v", 32, 40),
@@ -154,34 +160,38 @@ def test_only_the_last_text_norm_of_sd3_is_swapped():
             out_channels=4,
             pos_embed_max_size=4,
         )
-    table = NameTable.of(model)
-    swapped = {name for name, meanings in table.spellings.items() if meanings[0][0].swap_halves}
+    table = NameTable.from_model(model)
+    swapped = {name for name, meanings in table.targets_by_name.items() if meanings[0][0].swap_halves}
     assert swapped == {"joint_blocks.11.context_block.adaLN_modulation.1", "final_layer.adaLN_modulation.1"}
-    assert table.find("joint_blocks_9_context_block_adaLN_modulation_1") == (
-        Place("transformer_blocks.9.norm1_context.linear"),
+    assert table.find_targets("joint_blocks_9_context_block_adaLN_modulation_1") == (
+        ModuleTarget("transformer_blocks.9.norm1_context.linear"),
     )
 
 
 def test_a_fused_model_takes_fused_and_split_names():
     model = tiny_flux()
     model.fuse_qkv_projections()
-    table = NameTable.of(model)
+    table = NameTable.from_model(model)
     fused, added = "transformer_blocks.1.attn.to_qkv", "transformer_blocks.1.attn.to_added_qkv"
     assert hasattr(model.transformer_blocks[1].attn, "to_q")  # still there, but no longer used
     for name in ("double_blocks.1.img_attn.qkv", fused, "double_blocks_1_qkv_lora1"):
-        assert table.find(name) == (Place(fused),)
+        assert table.find_targets(name) == (ModuleTarget(fused),)
     for i, x in enumerate("qkv"):
-        assert table.find(f"transformer_blocks.1.attn.to_{x}") == (Place(fused, start=8 * i, total=24),)
-        assert table.find(f"transformer_blocks_1_attn_add_{x}_proj") == (Place(added, start=8 * i, total=24),)
-    assert table.find("single_blocks.0.linear1") == (
+        assert table.find_targets(f"transformer_blocks.1.attn.to_{x}") == (
+            ModuleTarget(fused, start=8 * i, total=24),
+        )
+        assert table.find_targets(f"transformer_blocks_1_attn_add_{x}_proj") == (
+            ModuleTarget(added, start=8 * i, total=24),
+        )
+    assert table.find_targets("single_blocks.0.linear1") == (
         part(f"{ONE}.attn.to_qkv", 0, 24),
         part(f"{ONE}.proj_mlp", 24, 56),
     )
-    hit = {place.module for meanings in table.spellings.values() for place in meanings[0]}
+    hit = {place.module for meanings in table.targets_by_name.values() for place in meanings[0]}
     assert not {
         n for n in hit if n.endswith(("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"))
     }
-    assert hit == {n for n, m in model.named_modules() if weight_shape(m)} - {
+    assert hit == {n for n, m in model.named_modules() if get_weight_shape(m)} - {
         f"{n}.{x}"
         for n, m in model.named_modules()
         if hasattr(m, "to_qkv")
@@ -191,10 +201,10 @@ def test_a_fused_model_takes_fused_and_split_names():
 
 def test_fusing_and_unfusing_gives_the_old_names():
     model = tiny_flux()
-    before = NameTable.of(model).spellings
+    before = NameTable.from_model(model).targets_by_name
     model.fuse_qkv_projections()
     model.unfuse_qkv_projections()
-    assert NameTable.of(model).spellings == before
+    assert NameTable.from_model(model).targets_by_name == before
 
 
 def test_cross_attention_of_a_fused_unet_keeps_its_own_q():
@@ -208,10 +218,10 @@ def test_cross_attention_of_a_fused_unet_keeps_its_own_q():
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
     model.fuse_qkv_projections()
-    table, attention = NameTable.of(model), "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
-    assert table.find(f"{attention}.to_q") == (Place(f"{attention}.to_q"),)
-    assert table.find(f"{attention}.to_v") == (Place(f"{attention}.to_kv", start=4, total=8),)
-    assert table.find(f"{attention}.to_kv") == (Place(f"{attention}.to_kv"),)
+    table, attention = NameTable.from_model(model), "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    assert table.find_targets(f"{attention}.to_q") == (ModuleTarget(f"{attention}.to_q"),)
+    assert table.find_targets(f"{attention}.to_v") == (ModuleTarget(f"{attention}.to_kv", start=4, total=8),)
+    assert table.find_targets(f"{attention}.to_kv") == (ModuleTarget(f"{attention}.to_kv"),)
 
 
 def test_added_keys_and_values_of_a_fused_wan():
@@ -228,11 +238,17 @@ def test_added_keys_and_values_of_a_fused_wan():
         added_kv_proj_dim=12,
     )
     model.blocks[0].attn2.fuse_projections()
-    table, attention = NameTable.of(model), "blocks.0.attn2"
-    assert table.find("blocks.0.cross_attn.k_img") == (Place(f"{attention}.to_added_kv", start=0, total=24),)
-    assert table.find("blocks.0.cross_attn.v_img") == (Place(f"{attention}.to_added_kv", start=12, total=24),)
-    assert table.find("blocks.0.cross_attn.v") == (Place(f"{attention}.to_kv", start=12, total=24),)
-    assert table.find("blocks.0.cross_attn.q") == (Place(f"{attention}.to_q"),)
+    table, attention = NameTable.from_model(model), "blocks.0.attn2"
+    assert table.find_targets("blocks.0.cross_attn.k_img") == (
+        ModuleTarget(f"{attention}.to_added_kv", start=0, total=24),
+    )
+    assert table.find_targets("blocks.0.cross_attn.v_img") == (
+        ModuleTarget(f"{attention}.to_added_kv", start=12, total=24),
+    )
+    assert table.find_targets("blocks.0.cross_attn.v") == (
+        ModuleTarget(f"{attention}.to_kv", start=12, total=24),
+    )
+    assert table.find_targets("blocks.0.cross_attn.q") == (ModuleTarget(f"{attention}.to_q"),)
 
 
 def test_a_number_after_to_out_that_the_model_does_not_have():
@@ -246,11 +262,11 @@ def test_a_number_after_to_out_that_the_model_does_not_have():
             joint_attention_dim=8,
             axes_dims_rope=(1, 1, 1, 1),
         )
-    table = NameTable.of(model)
+    table = NameTable.from_model(model)
     assert (
-        table.find(f"{ONE}.attn.to_out.0")
-        == table.find("single_blocks_0_linear2")
-        == (Place(f"{ONE}.attn.to_out"),)
+        table.find_targets(f"{ONE}.attn.to_out.0")
+        == table.find_targets("single_blocks_0_linear2")
+        == (ModuleTarget(f"{ONE}.attn.to_out"),)
     )
 
 
@@ -259,10 +275,14 @@ def test_norms_of_wan_change_their_number():
         model = WanTransformer3DModel(
             in_channels=4, num_layers=1, attention_head_dim=12, num_attention_heads=1
         )
-    table = NameTable.of(model)
-    assert table.find("blocks.0.norm2") == table.find("blocks.0.norm3") == (Place("blocks.0.norm2"),)
+    table = NameTable.from_model(model)
+    assert (
+        table.find_targets("blocks.0.norm2")
+        == table.find_targets("blocks.0.norm3")
+        == (ModuleTarget("blocks.0.norm2"),)
+    )
     # the other two have no weight on either side, so no file can mean them
-    assert not weight_shape(model.blocks[0].norm3) and not weight_shape(model.blocks[0].norm1)
+    assert not get_weight_shape(model.blocks[0].norm3) and not get_weight_shape(model.blocks[0].norm1)
 
 
 @pytest.mark.parametrize("change", ["no parts", "one part missing", "rows do not add up"])
@@ -275,9 +295,9 @@ def test_the_rows_of_a_part_are_never_guessed(change):
         attention.to_v = nn.Linear(4, 5)
     model = nn.Module()
     model.attn = attention
-    table = NameTable.of(model)
-    assert table.find("attn.to_qkv") == (Place("attn.to_qkv"),)
-    assert [table.find(f"attn.to_{x}") for x in "qkv"] == [None, None, None]
+    table = NameTable.from_model(model)
+    assert table.find_targets("attn.to_qkv") == (ModuleTarget("attn.to_qkv"),)
+    assert [table.find_targets(f"attn.to_{x}") for x in "qkv"] == [None, None, None]
 
 
 def test_rows_of_a_fused_module_in_another_order_stay_apart():
@@ -288,23 +308,28 @@ def test_rows_of_a_fused_module_in_another_order_stay_apart():
         nn.Linear(4, 3),
         nn.Linear(4, 4),
     )
-    fused, odd = NamingRule("to_qkv", ("to_q", "to_k", "to_v")), NamingRule("odd", ("to_k", "to_v", "to_q"))
+    fused, odd = KeyMapping("to_qkv", ("to_q", "to_k", "to_v")), KeyMapping("odd", ("to_k", "to_v", "to_q"))
     table = NameTable(dict(model.named_modules()), (fused, odd))
-    assert table.find("odd") == (Place("to_qkv", slice(0, 7), 2, 9), Place("to_qkv", slice(7, 9), 0, 9))
+    assert table.find_targets("odd") == (
+        ModuleTarget("to_qkv", slice(0, 7), 2, 9),
+        ModuleTarget("to_qkv", slice(7, 9), 0, 9),
+    )
 
 
 def test_fused_name_needs_all_of_its_parts():
     model = nn.Module()
     model.attn = nn.Module()
     model.attn.to_q, model.attn.to_k = nn.Linear(4, 4), nn.Linear(4, 4)
-    assert NameTable.of(model).find("attn.to_qkv") is None
+    assert NameTable.from_model(model).find_targets("attn.to_qkv") is None
 
 
 def test_an_unknown_class_has_its_own_names():
-    table = NameTable.of(TinyModel())
-    assert table.find("blocks.1.3") == table.find("blocks_1_3") == (Place("blocks.1.3"),)
-    assert table.find("img_in") is None
-    assert set(table.spellings) == {
+    table = NameTable.from_model(TinyModel())
+    assert (
+        table.find_targets("blocks.1.3") == table.find_targets("blocks_1_3") == (ModuleTarget("blocks.1.3"),)
+    )
+    assert table.find_targets("img_in") is None
+    assert set(table.targets_by_name) == {
         "proj_in",
         "proj_out",
         *(f"blocks.{i}.{j}" for i in range(2) for j in (0, 1, 3)),
@@ -313,38 +338,42 @@ def test_an_unknown_class_has_its_own_names():
 
 def test_int8_layers_are_found_and_cut_alike():
     model, _ = to_int8(TinyModel())
-    rules = (NamingRule("both.*", ("blocks.*.1", "blocks.*.3")),)
+    rules = (KeyMapping("both.*", ("blocks.*.1", "blocks.*.3")),)
     modules = dict(model.named_modules())
-    assert weight_shape(modules["blocks.0.1"]) == (96, 64) and weight_shape(modules["blocks.0"]) == ()
-    assert weight_shape(modules["blocks.0.0"]) == (64,)
-    assert NameTable(modules, rules).find("both_0") == (
+    assert get_weight_shape(modules["blocks.0.1"]) == (96, 64) and get_weight_shape(modules["blocks.0"]) == ()
+    assert get_weight_shape(modules["blocks.0.0"]) == (64,)
+    assert NameTable(modules, rules).find_targets("both_0") == (
         part("blocks.0.1", 0, 96),
         part("blocks.0.3", 96, 160),
     )
-    assert weight_shape(nn.Conv2d(3, 5, 2)) == (5, 3, 2, 2)
+    assert get_weight_shape(nn.Conv2d(3, 5, 2)) == (5, 3, 2, 2)
 
 
 def test_rules_of_blocks_and_of_what_is_inside_make_names_together():
     model = nn.ModuleDict({"down": nn.ModuleDict({"conv": nn.Linear(2, 2), "norm": nn.LayerNorm(2)})})
     rules = (
-        NamingRule("in.**", ("down.**",)),
-        NamingRule("in.0", ("in.conv",)),
-        NamingRule("all.**", ("in.**",)),
+        KeyMapping("in.**", ("down.**",)),
+        KeyMapping("in.0", ("in.conv",)),
+        KeyMapping("all.**", ("in.**",)),
     )
     table = NameTable(dict(model.named_modules()), rules)
-    assert [table.find(n) for n in ("in.conv", "in.0", "all.0", "all.conv")] == 4 * [(Place("down.conv"),)]
-    assert table.find("all.norm") == (Place("down.norm"),)
+    assert [table.find_targets(n) for n in ("in.conv", "in.0", "all.0", "all.conv")] == 4 * [
+        (ModuleTarget("down.conv"),)
+    ]
+    assert table.find_targets("all.norm") == (ModuleTarget("down.norm"),)
 
 
 def test_a_swap_twice_is_none():
-    rules = (NamingRule("b", ("a",), True), NamingRule("c", ("b",), True))
+    rules = (KeyMapping("b", ("a",), True), KeyMapping("c", ("b",), True))
     table = NameTable({"a": nn.Linear(2, 2)}, rules)
-    assert table.find("b") == (Place("a", swap_halves=True),) and table.find("c") == (Place("a"),)
+    assert table.find_targets("b") == (ModuleTarget("a", swap_halves=True),) and table.find_targets("c") == (
+        ModuleTarget("a"),
+    )
 
 
 def test_a_rule_that_adds_a_level_ends():
-    table = NameTable({"a": nn.Linear(2, 2)}, (NamingRule("x.**", ("**",)), NamingRule("**", ("x.**",))))
-    assert set(table.spellings) == {"a", "x.a"}
+    table = NameTable({"a": nn.Linear(2, 2)}, (KeyMapping("x.**", ("**",)), KeyMapping("**", ("x.**",))))
+    assert set(table.targets_by_name) == {"a", "x.a"}
 
 
 @pytest.mark.parametrize(
@@ -352,9 +381,9 @@ def test_a_rule_that_adds_a_level_ends():
     [
         (("a.b_c", "a_b.c"), (), "a_b_c"),
         (("a.b_c", "a_b.c"), (), "a.b.c"),
-        (("a", "b"), (NamingRule("n", ("a",)), NamingRule("n", ("b",))), "n"),
-        (("norm2", "norm3"), (NamingRule("norm3", ("norm2",)),), "norm3"),
-        (("a", "b"), (NamingRule("n_m", ("a",)), NamingRule("n.m", ("b",))), "n.m"),
+        (("a", "b"), (KeyMapping("n", ("a",)), KeyMapping("n", ("b",))), "n"),
+        (("norm2", "norm3"), (KeyMapping("norm3", ("norm2",)),), "norm3"),
+        (("a", "b"), (KeyMapping("n_m", ("a",)), KeyMapping("n.m", ("b",))), "n.m"),
     ],
 )
 def test_a_name_with_two_meanings_is_refused_and_only_that(names, rules, asked):
@@ -362,23 +391,26 @@ def test_a_name_with_two_meanings_is_refused_and_only_that(names, rules, asked):
     with pytest.raises(
         LoraError, match=rf"the name {asked} can mean {names[0]} or {names[1]} of this model; rename the key"
     ):
-        table.find(asked)
-    assert table.find("other") == (Place("other"),)
+        table.find_targets(asked)
+    assert table.find_targets("other") == (ModuleTarget("other"),)
 
 
 def test_two_ways_to_one_meaning_are_fine():
     table = NameTable(
-        {"a": nn.Linear(2, 2)}, (NamingRule("n", ("a",)), NamingRule("m", ("a",)), NamingRule("n", ("m",)))
+        {"a": nn.Linear(2, 2)}, (KeyMapping("n", ("a",)), KeyMapping("m", ("a",)), KeyMapping("n", ("m",)))
     )
-    assert table.find("n") == (Place("a"),)
-    table = NameTable({"a": nn.Linear(2, 2)}, (NamingRule("n.m", ("a",)), NamingRule("n_m", ("a",))))
-    assert table.find("n.m") == (Place("a"),)
+    assert table.find_targets("n") == (ModuleTarget("a"),)
+    table = NameTable({"a": nn.Linear(2, 2)}, (KeyMapping("n.m", ("a",)), KeyMapping("n_m", ("a",))))
+    assert table.find_targets("n.m") == (ModuleTarget("a"),)
 
 
 def test_table_of_a_large_model_is_built_in_a_moment():
     with torch.device("meta"):
         model = FluxTransformer2DModel(num_layers=19, num_single_layers=38, guidance_embeds=True)
-    table = NameTable.of(model)
+    table = NameTable.from_model(model)
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    assert len(linears) == 504 and all(table.find(n) == (Place(n),) for n in linears)
-    assert rows_in_file(table.find("lora_unet_single_blocks_37_linear1".removeprefix("lora_unet_"))) == 21504
+    assert len(linears) == 504 and all(table.find_targets(n) == (ModuleTarget(n),) for n in linears)
+    assert (
+        count_source_rows(table.find_targets("lora_unet_single_blocks_37_linear1".removeprefix("lora_unet_")))
+        == 21504
+    )

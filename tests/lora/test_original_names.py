@@ -12,20 +12,19 @@ from support.original_families import FAMILIES, HIDDEN, Family, tiny
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError
-from int8run.lora.module_names import NameTable, Place, flatten, rows_in_file
+from int8run.lora.module_names import ModuleTarget, NameTable, count_source_rows, flatten_name
 from int8run.models.key_mapping import (
-    FOLDER,
-    Names,
-    NamingRule,
-    captures,
-    fill,
-    names_of,
-    read_folder,
-    read_rules,
-    rules_for,
+    MAPPING_FOLDER,
+    KeyMapping,
+    KeyMappingSet,
+    load_lora_mappings,
+    load_mappings,
+    read_mapping_file,
+    read_mapping_folder,
 )
-from int8run.models.state_dict_adapter import to_native
-from int8run.text_encoders.registry import shipped_encoders, supported
+from int8run.models.name_pattern import fill_pattern, match_pattern
+from int8run.models.state_dict_adapter import to_original
+from int8run.text_encoders.registry import list_supported_encoders, load_encoders
 
 NEEDS_ALL = {"krea2", "pixart", "sana", "sana_sprint", "wan_first_last"}
 
@@ -45,29 +44,32 @@ def row_numbers(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     return numbers
 
 
-def authors_rules(family: Family) -> tuple[NamingRule, ...]:
+def authors_rules(family: Family) -> tuple[KeyMapping, ...]:
     """The rules of a family without the names that only LoRA files use, such as XLabs' for FLUX."""
-    return names_of(family.cls).names
+    return load_mappings(family.cls).names
 
 
-def authors_names(table: NameTable, rules: tuple[NamingRule, ...]) -> list[str]:
+def authors_names(table: NameTable, rules: tuple[KeyMapping, ...]) -> list[str]:
     """The names that no rule takes further: those of the model's authors."""
-    targets = [(target, rule.native) for rule in rules for target in rule.targets]
+    targets = [(target, rule.original) for rule in rules for target in rule.targets]
     return [
         n
-        for n in table.spellings
-        if not any((v := captures(t, n)) and fill(native, v) in table.spellings for t, native in targets)
+        for n in table.targets_by_name
+        if not any(
+            (v := match_pattern(t, n)) and fill_pattern(native, v) in table.targets_by_name
+            for t, native in targets
+        )
     ]
 
 
 def authors_checkpoint(
-    table: NameTable, rules: tuple[NamingRule, ...], numbers: dict[str, Tensor]
+    table: NameTable, rules: tuple[KeyMapping, ...], numbers: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """What the authors' file would hold if the table is right: the row numbers, put together by its places."""
     checkpoint = {}
     for name in authors_names(table, rules):
         for parameter in ("weight", "bias"):
-            places = table.find(name)
+            places = table.find_targets(name)
             parts = [numbers.get(f"{place.module}.{parameter}") for place in places]
             if parts[0] is None:
                 continue
@@ -116,14 +118,14 @@ def test_names_are_those_of_diffusers_own_converter(key):
 def test_names_are_those_of_files(key):
     family = FAMILIES[key]
     model = tiny(family)
-    table = NameTable.of(model)
+    table = NameTable.from_model(model)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for native, parts in to_native(shapes, family.cls).items():
+    for native, parts in to_original(shapes, family.cls).items():
         name, _, parameter = native.removeprefix(family.prefix).rpartition(".")
         if parameter == "weight" and {part.key.removesuffix(".weight") for part in parts} <= set(
-            table.spellings
+            table.targets_by_name
         ):
-            places = table.find(name)
+            places = table.find_targets(name)
             assert [(p.module, p.swap_halves) for p in places] == [
                 (p.key.removesuffix(".weight"), p.swap_halves) for p in parts
             ]
@@ -133,47 +135,48 @@ def test_names_are_those_of_files(key):
 def test_every_dialect_covers_every_row_of_every_module_once(key):
     family = FAMILIES[key]
     model = tiny(family)
-    rules = rules_for(family.cls)
-    table = NameTable.of(model)
+    rules = load_lora_mappings(family.cls)
+    table = NameTable.from_model(model)
     modules = weighted(model)
     of_authors = authors_names(NameTable(modules, authors_rules(family)), authors_rules(family))
     for dialect in (list(modules), of_authors):
-        for spelled in (str, flatten):
+        for spelled in (str, flatten_name):
             covered = set()
             for name in dialect:
-                places = table.find(spelled(name))
-                assert places == table.find(name)
+                places = table.find_targets(spelled(name))
+                assert places == table.find_targets(name)
                 first = 0
                 for place in places:
                     rows = modules[place.module].weight.shape[0]
                     assert place.start is None and place.total is None
-                    assert place.take == (None if len(places) == 1 else slice(first, first + rows))
+                    assert place.source_rows == (None if len(places) == 1 else slice(first, first + rows))
                     first += rows
                     covered.add(place.module)
-                assert rows_in_file(places) == (None if len(places) == 1 else first)
+                assert count_source_rows(places) == (None if len(places) == 1 else first)
             assert covered == set(modules)
-    assert rules and all(len(meanings) == 1 for meanings in table.flat.values())
+    assert rules and all(len(meanings) == 1 for meanings in table.targets_by_flat_name.values())
 
 
 def test_names_of_xlabs_are_those_of_diffusers_own_converter():
     family = FAMILIES["flux"]
     model = tiny(family)
-    table = NameTable.of(model)
+    table = NameTable.from_model(model)
     names = [f"double_blocks.1.{part}{side}" for part in ("qkv_lora", "proj_lora") for side in (1, 2)]
     names += ["single_blocks.1.qkv_lora", "single_blocks.1.proj_lora"]
     file, expected = {}, {}
     for i, name in enumerate(names):
-        assert not any(place.swap_halves for place in table.find(name))
+        assert not any(place.swap_halves for place in table.find_targets(name))
         down, rows = (
             torch.full((1, 2), i),
-            rows_in_file(table.find(name)) or HIDDEN["attention_head_dim"] * HIDDEN["num_attention_heads"],
+            count_source_rows(table.find_targets(name))
+            or HIDDEN["attention_head_dim"] * HIDDEN["num_attention_heads"],
         )
         up = torch.arange(rows)[:, None] + i * 10**5
         block, _, part = name.rpartition(".")
         file |= {f"{block}.processor.{part}.down.weight": down, f"{block}.processor.{part}.up.weight": up}
-        for place in table.find(name):
+        for place in table.find_targets(name):
             expected[f"transformer.{place.module}.lora_A.weight"] = down
-            expected[f"transformer.{place.module}.lora_B.weight"] = up[place.take or slice(None)]
+            expected[f"transformer.{place.module}.lora_B.weight"] = up[place.source_rows or slice(None)]
     converted = lora_converters._convert_xlabs_flux_lora_to_diffusers(file)
     assert set(converted) == set(expected) and all(
         torch.equal(converted[key], expected[key]) for key in expected
@@ -187,7 +190,9 @@ def test_names_of_ltx2_with_prompt_modulation_are_those_of_diffusers_own_lora_co
     )
     table = NameTable(weighted(model), authors_rules(family))
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    names = [n for n in authors_names(table, authors_rules(family)) if table.find(n)[0].module in linears]
+    names = [
+        n for n in authors_names(table, authors_rules(family)) if table.find_targets(n)[0].module in linears
+    ]
     assert (
         len(names) == len(linears)
         and "prompt_adaln_single.linear" in names
@@ -195,8 +200,8 @@ def test_names_of_ltx2_with_prompt_modulation_are_those_of_diffusers_own_lora_co
     )
     file = {f"diffusion_model.{n}.lora_A.weight": n for n in names}
     converted = lora_converters._convert_non_diffusers_ltx2_lora_to_diffusers(file)
-    assert converted == {f"transformer.{table.find(n)[0].module}.lora_A.weight": n for n in names}
-    assert not any(place.swap_halves for n in names for place in table.find(n))
+    assert converted == {f"transformer.{table.find_targets(n)[0].module}.lora_A.weight": n for n in names}
+    assert not any(place.swap_halves for n in names for place in table.find_targets(n))
 
 
 @pytest.mark.parametrize(
@@ -228,8 +233,8 @@ def test_names_of_ltx2_with_prompt_modulation_are_those_of_diffusers_own_lora_co
     ],
 )
 def test_names_that_the_converter_reads_loosely(key, names):
-    table = NameTable.of(tiny(FAMILIES[key]))
-    assert {name: [place.module for place in table.find(name)] for name in names} == names
+    table = NameTable.from_model(tiny(FAMILIES[key]))
+    assert {name: [place.module for place in table.find_targets(name)] for name in names} == names
 
 
 def test_no_rule_is_idle():
@@ -239,11 +244,13 @@ def test_no_rule_is_idle():
     used = {
         rule
         for model in models
-        for names in [NameTable.of(model).spellings]
-        for rule in rules_for(type(model).__name__)
-        if any(captures(rule.targets[0], name) for name in names)
+        for names in [NameTable.from_model(model).targets_by_name]
+        for rule in load_lora_mappings(type(model).__name__)
+        if any(match_pattern(rule.targets[0], name) for name in names)
     }
-    of_classes = [rules for name, rules in read_folder(FOLDER).items() if name not in shipped_encoders()]
+    of_classes = [
+        rules for name, rules in read_mapping_folder(MAPPING_FOLDER).items() if name not in load_encoders()
+    ]
     assert not {rule for rules in of_classes for rule in rules.names + rules.lora_names} - used
 
 
@@ -326,20 +333,23 @@ def text_encoders() -> dict[str, nn.Module]:
 )
 def test_text_encoders_whatever_their_outer_levels(cls, names):
     model = text_encoders()[cls]
-    table = NameTable.of(model)
+    table = NameTable.from_model(model)
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     own = [name for name in names if name in linears]
     assert len(own) == 1
-    assert {place for name in names for spelled in (str, flatten) for place in table.find(spelled(name))} == {
-        Place(own[0])
-    }
-    assert all(table.find(flatten(n)) == table.find(n) for n in linears)
+    assert {
+        place
+        for name in names
+        for spelled in (str, flatten_name)
+        for place in table.find_targets(spelled(name))
+    } == {ModuleTarget(own[0])}
+    assert all(table.find_targets(flatten_name(n)) == table.find_targets(n) for n in linears)
 
 
 @pytest.mark.parametrize("key", ["sd15", "sdxl"])
 def test_names_inside_resnets_of_ldm(key):
     model = tiny(FAMILIES[key])
-    table, own = NameTable.of(model), dict(model.named_modules())
+    table, own = NameTable.from_model(model), dict(model.named_modules())
     inner = {
         "in_layers.0": "norm1",
         "in_layers.2": "conv1",
@@ -355,28 +365,32 @@ def test_names_inside_resnets_of_ldm(key):
     }
     for native, block in blocks.items():
         for there, here in inner.items():
-            wanted = (Place(f"{block}.{here}"),) if f"{block}.{here}" in own else None
-            assert table.find(f"{native}.{there}") == table.find(flatten(f"{native}.{there}")) == wanted
+            wanted = (ModuleTarget(f"{block}.{here}"),) if f"{block}.{here}" in own else None
+            assert (
+                table.find_targets(f"{native}.{there}")
+                == table.find_targets(flatten_name(f"{native}.{there}"))
+                == wanted
+            )
             assert (wanted is None) == (native == "middle_block.0" and here == "conv_shortcut")
 
 
 @pytest.mark.parametrize("key, names", [("sd15", ["2.1", "5.2", "8.2"]), ("sdxl", ["2.2", "5.2"])])
 def test_upsamplers_of_ldm_stand_after_the_attention_if_there_is_one(key, names):
-    table = NameTable.of(tiny(FAMILIES[key]))
-    assert [table.find(f"output_blocks.{n}.conv") for n in names] == [
-        (Place(f"up_blocks.{i}.upsamplers.0.conv"),) for i in range(len(names))
+    table = NameTable.from_model(tiny(FAMILIES[key]))
+    assert [table.find_targets(f"output_blocks.{n}.conv") for n in names] == [
+        (ModuleTarget(f"up_blocks.{i}.upsamplers.0.conv"),) for i in range(len(names))
     ]
 
 
 def test_every_linear_of_clip_has_kohyas_name():
     for cls in ("CLIPTextModel", "CLIPTextModelWithProjection"):
         model = text_encoders()[cls]
-        table = NameTable.of(model)
+        table = NameTable.from_model(model)
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "text_projection"]
         assert len(linears) == 12
         for name in linears:
-            kohya = flatten(f"text_model.{name.removeprefix('text_model.')}")
-            assert [p.module for p in table.find(kohya)] == [name]
+            kohya = flatten_name(f"text_model.{name.removeprefix('text_model.')}")
+            assert [p.module for p in table.find_targets(kohya)] == [name]
 
 
 GOOD = "classes: [Model]\nnames: {a.*: b.*}\n"
@@ -385,7 +399,7 @@ GOOD = "classes: [Model]\nnames: {a.*: b.*}\n"
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("a: [", "x.yaml is no readable YAML"),
+        ("a: [", "x.yaml is not readable YAML"),
         (
             "- a",
             "x.yaml: a file .* is a mapping with classes and names, and may have drop, lacks, lora_names, needs, parameters, prefix$",
@@ -444,7 +458,7 @@ GOOD = "classes: [Model]\nnames: {a.*: b.*}\n"
         ),
         ("classes: [Model]\nnames: {a: {to: b, without: a.b*}}", "has without 'a.b[*]'"),
         ("classes: [Model]\nnames: [a]", "names is \\['a'\\]; it takes a mapping"),
-        ("classes: [Model]\nnames: {a: b, a: c}", "no readable YAML: the key 'a' is given twice"),
+        ("classes: [Model]\nnames: {a: b, a: c}", "not readable YAML: the key 'a' is given twice"),
         ("classes: [Model]\nnames: {a: 3}", "rule 'a' points to 3; it takes a module name or a list of them"),
         ("classes: [Model]\nnames: {3: a}", "rule 3 points to 'a'; it takes a module name"),
         ("classes: [Model]\nnames: {a: []}", "rule 'a' points to \\[\\]; it takes a module name"),
@@ -486,7 +500,7 @@ GOOD = "classes: [Model]\nnames: {a.*: b.*}\n"
 def test_a_malformed_file_of_rules_is_refused(tmp_path, text, message):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        read_rules(tmp_path / "x.yaml")
+        read_mapping_file(tmp_path / "x.yaml")
 
 
 def test_rules_of_a_class(tmp_path):
@@ -496,13 +510,15 @@ def test_rules_of_a_class(tmp_path):
     )
     (tmp_path / "x.yaml").write_text(text)
     (tmp_path / "y.yaml").write_text("classes: ['*']\nnames: {h: i}")
-    own = (NamingRule("a.*", ("b.*",)), NamingRule("c", ("d", "e")), NamingRule("f", ("g",), True))
-    lora = NamingRule("j", ("k",), without="l.**")
-    assert rules_for("Two", tmp_path) == (*own, lora, NamingRule("h", ("i",)))
-    parameters = (NamingRule("m.*", ("n.*",), shape=(1, -1), whole_key=True),)
-    assert names_of("Two", tmp_path) == Names(own, (lora,), parameters, {"q.**": "r"}, "p.", ("s",), ("t",))
-    assert names_of("Three", tmp_path) == Names()
-    assert rules_for("Three", tmp_path) == (NamingRule("h", ("i",)),)
+    own = (KeyMapping("a.*", ("b.*",)), KeyMapping("c", ("d", "e")), KeyMapping("f", ("g",), True))
+    lora = KeyMapping("j", ("k",), without="l.**")
+    assert load_lora_mappings("Two", tmp_path) == (*own, lora, KeyMapping("h", ("i",)))
+    parameters = (KeyMapping("m.*", ("n.*",), shape=(1, -1), whole_key=True),)
+    assert load_mappings("Two", tmp_path) == KeyMappingSet(
+        own, (lora,), parameters, {"q.**": "r"}, "p.", ("s",), ("t",)
+    )
+    assert load_mappings("Three", tmp_path) == KeyMappingSet()
+    assert load_lora_mappings("Three", tmp_path) == (KeyMapping("h", ("i",)),)
 
 
 def test_a_class_belongs_to_one_file(tmp_path):
@@ -511,15 +527,17 @@ def test_a_class_belongs_to_one_file(tmp_path):
     with pytest.raises(
         ConfigError, match=r"y\.yaml: class Model has rules in another file as well; name it in one file only"
     ):
-        rules_for("Model", tmp_path)
+        load_lora_mappings("Model", tmp_path)
 
 
 def test_shipped_classes_exist():
-    known = set(read_folder(FOLDER)) - {"*"}
+    known = set(read_mapping_folder(MAPPING_FOLDER)) - {"*"}
     assert all(
-        hasattr(diffusers, name) or hasattr(transformers, name) for name in known - set(shipped_encoders())
+        hasattr(diffusers, name) or hasattr(transformers, name) for name in known - set(load_encoders())
     )
-    assert set(supported()) <= known  # the names of a text encoder's files are kept under its own name
+    assert (
+        set(list_supported_encoders()) <= known
+    )  # the names of a text encoder's files are kept under its own name
 
 
 @pytest.mark.parametrize(
@@ -538,6 +556,6 @@ def test_shipped_classes_exist():
     ],
 )
 def test_patterns(pattern, name, found):
-    assert captures(pattern, name) == found
+    assert match_pattern(pattern, name) == found
     if found:
-        assert fill(pattern, found) == name
+        assert fill_pattern(pattern, found) == name

@@ -11,15 +11,15 @@ from torch import nn
 from int8run.errors import ConfigError, LoraError
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import Int8Settings
-from int8run.lora.adapters.base import Core, Pair
-from int8run.lora.adapters.change import Change
+from int8run.lora.adapters.base import LoraDelta, LowRankPair
+from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.diff import Diff
 from int8run.lora.adapters.dora import DoRA
 from int8run.lora.adapters.ia3 import IA3
 from int8run.lora.adapters.loha import LoHa
 from int8run.lora.adapters.lokr import LoKr
 from int8run.lora.adapters.lora import LoRA
-from int8run.lora.apply import balanced
+from int8run.lora.apply import balance_factors
 from int8run.lora.stack import Entry, LoraStack
 from int8run.outlier.base import OutlierMethod
 from int8run.outlier.convrot import ConvRot
@@ -32,22 +32,22 @@ LINEARS = ["proj_in", "blocks.0.1", "blocks.0.3", "blocks.1.1", "blocks.1.3", "p
 X = randn(9, 7)
 
 
-def lora(model: nn.Module, names: list[str], seed: int = 10, rank: int = 3) -> dict[str, Change]:
+def lora(model: nn.Module, names: list[str], seed: int = 10, rank: int = 3) -> dict[str, LoraChange]:
     """A LoRA for these layers, strong enough to be seen over INT8's rounding."""
     changes = {}
     for i, name in enumerate(names):
         n, k = model.get_submodule(name).weight.shape
-        changes[name] = Change(
+        changes[name] = LoraChange(
             LoRA(randn(rank, k, seed=seed + 2 * i), randn(n, rank, seed=seed + 2 * i + 1), 0.02)
         )
     return changes
 
 
-def merged(model: nn.Module, *stack: dict[str, Change]) -> LoraStack:
+def merged(model: nn.Module, *stack: dict[str, LoraChange]) -> LoraStack:
     """LoRAs on a float model."""
     loras = LoraStack(model)
     entries = [Entry(f"lora{i}", lora_file(changes, f"lora{i}")) for i, changes in enumerate(stack)]
-    loras.put(entries, loras.matched(entries))
+    loras.install(entries, loras.match_entries(entries))
     return loras
 
 
@@ -64,7 +64,7 @@ def test_merge_adds_up_in_float32_and_rounds_once(dtype: torch.dtype) -> None:
         wanted = before[name].float()
         for changes, strength in ((first, 0.8), (second, -0.5)):
             if name in changes:
-                wanted = wanted + strength * changes[name].core.delta(before[name])
+                wanted = wanted + strength * changes[name].weight_delta.compute_delta(before[name])
         assert torch.equal(model.get_submodule(name).weight, wanted.to(dtype)), name
         assert torch.equal(model.get_submodule(name).weight, before[name]) == (name == "proj_out")
 
@@ -87,7 +87,8 @@ def test_a_bias_is_made_where_there_is_none() -> None:
     model = TinyModel()
     plain = model(X)
     loras = merged(
-        model, {"proj_out": Change(None, torch.ones(12)), "proj_in": Change(None, torch.full((64,), 0.0))}
+        model,
+        {"proj_out": LoraChange(None, torch.ones(12)), "proj_in": LoraChange(None, torch.full((64,), 0.0))},
     )
     assert torch.equal(model(X), plain), "a bias of zeros changes nothing"
     loras.set_strengths([0.5])
@@ -100,7 +101,7 @@ def test_norms_get_their_changes() -> None:
     model = TinyModel()
     norm = model.blocks[0][0]
     merged(
-        model, {"blocks.0.0": Change(Diff(torch.full((64,), 0.5), "norm"), torch.full((64,), 0.25))}
+        model, {"blocks.0.0": LoraChange(Diff(torch.full((64,), 0.5), "norm"), torch.full((64,), 0.25))}
     ).set_strengths([2.0])
     assert torch.equal(norm.weight, torch.full((64,), 2.0)) and torch.equal(norm.bias, torch.full((64,), 0.5))
 
@@ -120,7 +121,7 @@ def test_every_mode_agrees_with_the_merged_float_model(
     plain = model(X)
     loras = on_int8(model, int8, stack, mode)
     loras.set_strengths(strengths)
-    assert loras.modes == {mode: 6}
+    assert loras.layers_by_mode == {mode: 6}
     # the LoRA is far outside the tolerance
     assert (model(X) - plain).norm() > 0.3 * plain.norm()
     assert_close(mode, int8(X), model(X), 0.05)
@@ -153,7 +154,7 @@ def test_the_order_of_a_stack_has_no_say_in_written_weights(mode: str) -> None:
         stack, strengths = [lora(model, LINEARS), lora(model, LINEARS, seed=30)], [0.8, -0.4]
         loras = on_int8(model, int8, [stack[i] for i in order], mode)
         loras.set_strengths([strengths[i] for i in order])
-        results.append([m.integers() for m in int8.modules() if isinstance(m, Int8Linear)])
+        results.append([m.read_qdata() for m in int8.modules() if isinstance(m, Int8Linear)])
     differing = [(a != b).float().mean().item() for a, b in zip(*results, strict=True)]
     # sums in another order move a number over the edge of a step now and then
     assert max(differing) < 0.002, differing
@@ -166,7 +167,7 @@ def test_the_same_lora_twice_is_one_with_both_strengths(caplog: pytest.LogCaptur
     on_int8(model, once, [changes]).set_strengths([0.75])
     loras = LoraStack(TinyModel(), mode="dynamic")
     entries = [Entry("a", lora_file(changes)), Entry("b", lora_file(changes))]
-    loras.put(entries, loras.matched(entries))
+    loras.install(entries, loras.match_entries(entries))
     loras.attach(twice)
     loras.set_strengths([0.5, 0.25])
     assert_close("twice", twice(X), once(X), 1e-5)
@@ -180,21 +181,23 @@ def test_layers_that_stay_float_carry_the_merge() -> None:
     model = TinyModel()
     int8, _ = to_int8(model, keep_float=("proj_in", "proj_out"))
     loras = on_int8(model, int8, [lora(model, LINEARS)])
-    assert loras.modes == {"dynamic": 4}
+    assert loras.layers_by_mode == {"dynamic": 4}
     for strength in (1.0, -0.5):
         # the copy shares the float weights, so the merge reaches them; the INT8 ones were made before it
         loras.set_strengths([strength])
         assert_close(f"strength {strength}", int8(X), model(X), 0.04)
 
 
-def kinds(n: int, k: int) -> dict[str, Change]:
+def kinds(n: int, k: int) -> dict[str, LoraChange]:
     """One change of each kind for an [n, k] weight."""
-    pair = lambda rank, seed: Pair(randn(n, rank, seed=seed), randn(rank, k, seed=seed + 1) * 0.05)  # noqa: E731
+    pair = lambda rank, seed: LowRankPair(randn(n, rank, seed=seed), randn(rank, k, seed=seed + 1) * 0.05)  # noqa: E731
     plain = LoRA(randn(3, k, seed=1), randn(n, 3, seed=2), 0.02)
-    cores: dict[str, Core] = {
+    cores: dict[str, LoraDelta] = {
         "LoHa": LoHa(pair(2, 3), pair(2, 5), 3.0),
         "LoKr": LoKr(
-            randn(4, 4, seed=7) * 0.1, Pair(randn(n // 4, 2, seed=8), randn(2, k // 4, seed=9) * 0.2), 1.0
+            randn(4, 4, seed=7) * 0.1,
+            LowRankPair(randn(n // 4, 2, seed=8), randn(2, k // 4, seed=9) * 0.2),
+            1.0,
         ),
         "diff": Diff(randn(n, k, seed=10) * 0.05),
         "IA3": IA3(randn(n, seed=11) * 0.3),
@@ -202,7 +205,7 @@ def kinds(n: int, k: int) -> dict[str, Change]:
         "DoRA": DoRA(plain, randn(n, seed=13).abs() + 0.3),
         "DoRA by columns": DoRA(plain, randn(k, seed=14).abs() + 0.3, on_input=True),
     }
-    return {name: Change(core, randn(n, seed=15) * 0.1) for name, core in cores.items()}
+    return {name: LoraChange(core, randn(n, seed=15) * 0.1) for name, core in cores.items()}
 
 
 @pytest.mark.parametrize("strength", [1.0, -0.5])
@@ -223,7 +226,7 @@ def test_every_kind_arrives_at_int8_layers(mode: str, kind: str, strength: float
     loras.set_strengths([0.0])
     assert torch.equal(int8(X), plain_int8)
     full = kind in ("diff", "IA3 on inputs", "DoRA by columns")
-    assert loras.modes == ({mode: 2} if mode != "auto" else {"bake": 2} if full else {"dynamic": 2})
+    assert loras.layers_by_mode == ({mode: 2} if mode != "auto" else {"bake": 2} if full else {"dynamic": 2})
 
 
 @pytest.mark.parametrize("kind", ["diff", "IA3 on inputs", "DoRA by columns"])
@@ -245,7 +248,7 @@ def test_without_float_weights_auto_rounds_at_random_and_bake_is_refused() -> No
     model = TinyModel()
     changes = {"blocks.0.1": kinds(96, 64)["diff"], "blocks.1.1": lora(model, ["blocks.1.1"])["blocks.1.1"]}
     int8, _ = to_int8(model)
-    assert on_int8(model, int8, [changes], "auto", float_weights=False).modes == {
+    assert on_int8(model, int8, [changes], "auto", float_weights=False).layers_by_mode == {
         "stochastic": 1,
         "dynamic": 1,
     }
@@ -267,16 +270,19 @@ def test_auto_asks_what_a_branch_costs() -> None:
 
     stack = [lora(model, LINEARS[1:3]), lora(model, LINEARS[1:3], seed=40, rank=5)]
     loras = on_int8(model, int8, stack, "auto", overhead=overhead, max_overhead=0.5)
-    assert loras.modes == {"bake": 1, "dynamic": 1} and asked == [("blocks.0.1", 8), ("blocks.0.3", 8)]
+    assert loras.layers_by_mode == {"bake": 1, "dynamic": 1} and asked == [
+        ("blocks.0.1", 8),
+        ("blocks.0.3", 8),
+    ]
 
 
 def test_a_branch_wider_than_its_layer_is_none() -> None:
     model = TinyModel()
     int8, _ = to_int8(model)
-    assert on_int8(model, int8, [lora(model, ["blocks.0.1"], rank=64)], "auto").modes == {"bake": 1}
-    assert on_int8(model, to_int8(model)[0], [lora(model, ["blocks.0.1"], rank=64)], "dynamic").modes == {
-        "dynamic": 1
-    }
+    assert on_int8(model, int8, [lora(model, ["blocks.0.1"], rank=64)], "auto").layers_by_mode == {"bake": 1}
+    assert on_int8(
+        model, to_int8(model)[0], [lora(model, ["blocks.0.1"], rank=64)], "dynamic"
+    ).layers_by_mode == {"dynamic": 1}
 
 
 def test_a_rounding_that_needs_a_calibration_gives_way_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -302,14 +308,14 @@ def test_a_schedule_makes_any_cost_worth_it() -> None:
         overhead=lambda *_: 99.0,
         max_overhead=0.0,
     )
-    assert loras.modes == {"dynamic": 6}
+    assert loras.layers_by_mode == {"dynamic": 6}
 
 
 def test_clipped_weights_are_counted_and_scales_grow() -> None:
     model = TinyModel()
     int8, _ = to_int8(model)
     weight = model.blocks[0][1].weight
-    loras = on_int8(model, int8, [{"blocks.0.1": Change(Diff(weight.clone()))}], "stochastic")
+    loras = on_int8(model, int8, [{"blocks.0.1": LoraChange(Diff(weight.clone()))}], "stochastic")
     loras.set_strengths([1.0])
     assert 0.05 < loras.clipped_share < 0.8
     assert_close("doubled", int8.blocks[0][1](randn(5, 64)), model.blocks[0][1](randn(5, 64)), 0.03)
@@ -325,14 +331,16 @@ def test_random_rounding_has_a_seed_for_each_layer_lora_and_run() -> None:
         entries = [
             Entry(
                 "a",
-                lora_file({n: Change(LoRA(torch.full((1, 64), 0.001), torch.ones(96, 1))) for n in names}),
+                lora_file(
+                    {n: LoraChange(LoRA(torch.full((1, 64), 0.001), torch.ones(96, 1))) for n in names}
+                ),
             )
         ]
-        loras.put(entries, loras.matched(entries))
+        loras.install(entries, loras.match_entries(entries))
         loras.attach(int8)
-        before = [int8.get_submodule(n).integers() for n in names]
+        before = [int8.get_submodule(n).read_qdata() for n in names]
         loras.set_strengths([1.0])
-        return [int8.get_submodule(n).integers() - b for n, b in zip(names, before, strict=True)]
+        return [int8.get_submodule(n).read_qdata() - b for n, b in zip(names, before, strict=True)]
 
     first, again, other = (
         integers(0, ["blocks.0.1", "blocks.1.1"]),
@@ -351,14 +359,14 @@ def test_sizes_are_told_in_steps_of_the_grid() -> None:
     int8, _ = to_int8(model)
     layer = int8.get_submodule("blocks.0.1")
     loras = on_int8(
-        model, int8, [{"blocks.0.1": Change(Diff(0.3 * layer.scale.mean() * torch.ones(96, 64)))}], "bake"
+        model, int8, [{"blocks.0.1": LoraChange(Diff(0.3 * layer.scale.mean() * torch.ones(96, 64)))}], "bake"
     )
-    assert loras.median_steps(0) == pytest.approx(0.3) and loras.median_steps(1) is None
+    assert loras.compute_median_steps(0) == pytest.approx(0.3) and loras.compute_median_steps(1) is None
 
 
 def test_balanced_factors_make_the_same_product_from_equal_parts() -> None:
     lora_A, lora_B = randn(8, 64) * torch.logspace(0, 3, 8)[:, None], randn(48, 8, seed=1)
-    a, b = balanced(lora_A, lora_B)
+    a, b = balance_factors(lora_A, lora_B)
     assert a.shape == (8, 64) and b.shape == (48, 8)
     assert_close("product", b @ a, lora_B @ lora_A, 1e-5)
     norms = a.norm(dim=1)
@@ -372,7 +380,7 @@ def test_integers_come_back_out_of_every_backend() -> None:
         int8, _ = to_int8(model, backend)
         for name in LINEARS:
             layer = int8.get_submodule(name)
-            assert torch.equal(layer.integers(), expected.get_submodule(name).packed), (backend.name, name)
+            assert torch.equal(layer.read_qdata(), expected.get_submodule(name).packed), (backend.name, name)
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "bake", "stochastic"])
@@ -400,8 +408,8 @@ def files(tmp_path: Path) -> list[Path]:
         tensors = {}
         for key, change in lora(TinyModel(), LINEARS, seed=seed).items():
             tensors |= {
-                f"{key}.lora_A.weight": change.core.lora_A,
-                f"{key}.lora_B.weight": 0.02 * change.core.lora_B,
+                f"{key}.lora_A.weight": change.weight_delta.lora_A,
+                f"{key}.lora_B.weight": 0.02 * change.weight_delta.lora_B,
             }
         save_file(tensors, tmp_path / f"{name}.safetensors")
         paths.append(tmp_path / f"{name}.safetensors")

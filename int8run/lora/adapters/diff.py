@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from int8run.lora.adapters.base import (
-    pick_rows,
-    shape_misfit,
+    describe_shape_mismatch,
+    select_rows,
 )
 
 
@@ -15,25 +15,25 @@ class Diff:
     """The change itself, in the weight's own shape: of a Linear or convolution (`diff`), or of a norm's weight (`norm`)."""
 
     value: Tensor
-    kind: str = "diff"
+    adapter_type: str = "diff"
 
     rank = None
     scale = 1.0
-    reads_weight = False
-    can_be_dynamic = False
+    needs_weight = False
+    has_branch = False
 
     @property
-    def rows(self) -> int:
+    def out_features(self) -> int:
         return self.value.shape[0]
 
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
-        return shape_misfit(tuple(self.value.shape), shape)
+    def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
+        return describe_shape_mismatch(tuple(self.value.shape), shape)
 
-    def delta(self, weight: Tensor) -> Tensor:
+    def compute_delta(self, weight: Tensor) -> Tensor:
         return self.value.to(weight.device).float().reshape(weight.shape)
 
-    def dynamic(self, weight: Tensor | None) -> None:
+    def make_branch(self, weight: Tensor | None) -> None:
         return None
 
-    def pick(self, rows: Tensor) -> "Diff":
-        return replace(self, value=pick_rows(self.value, rows))
+    def select_rows(self, rows: Tensor) -> "Diff":
+        return replace(self, value=select_rows(self.value, rows))

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from int8run.lora.adapters.base import (
-    Core,
-    Dynamic,
-    PickedRows,
-    along,
-    pick_rows,
-    times,
+    LoraDelta,
+    RuntimeBranch,
+    SelectedRows,
+    broadcast_to_dim,
+    format_shape,
+    select_rows,
 )
 
 
@@ -21,33 +21,33 @@ class IA3:
     factor: Tensor  # [N] or [K]
     on_input: bool = False
 
-    kind = "IA3"
+    adapter_type = "IA3"
     rank = None
     scale = 1.0
-    reads_weight = True
+    needs_weight = True
 
     @property
-    def rows(self) -> int | None:
+    def out_features(self) -> int | None:
         return None if self.on_input else self.factor.shape[0]
 
     @property
-    def can_be_dynamic(self) -> bool:
+    def has_branch(self) -> bool:
         return not self.on_input
 
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
+    def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
         axis, word = (1, "columns") if self.on_input else (0, "rows")
         if len(shape) > axis and shape[axis] == self.factor.shape[0]:
             return None
-        return f"scales the {self.factor.shape[0]} {word} of a weight, the model's is {times(shape)}"
+        return f"scales the {self.factor.shape[0]} {word} of a weight, the model's is {format_shape(shape)}"
 
-    def delta(self, weight: Tensor) -> Tensor:
+    def compute_delta(self, weight: Tensor) -> Tensor:
         axis = 1 if self.on_input else 0
-        return weight.float() * along(self.factor.float().to(weight.device), axis, weight.dim())
+        return weight.float() * broadcast_to_dim(self.factor.float().to(weight.device), axis, weight.dim())
 
-    def dynamic(self, weight: Tensor | None) -> Dynamic | None:
-        return Dynamic(row_factor=self.factor.float()) if self.can_be_dynamic else None
+    def make_branch(self, weight: Tensor | None) -> RuntimeBranch | None:
+        return RuntimeBranch(row_factor=self.factor.float()) if self.has_branch else None
 
-    def pick(self, rows: Tensor) -> Core:
+    def select_rows(self, rows: Tensor) -> LoraDelta:
         if not self.on_input:
-            return replace(self, factor=pick_rows(self.factor, rows))
-        return PickedRows(self, rows) if (rows < 0).any() else self
+            return replace(self, factor=select_rows(self.factor, rows))
+        return SelectedRows(self, rows) if (rows < 0).any() else self

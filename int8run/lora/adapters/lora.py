@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from int8run.lora.adapters.base import (
-    Dynamic,
-    Pair,
+    LowRankPair,
+    RuntimeBranch,
+    describe_shape_mismatch,
     is_matrix,
-    pick_rows,
-    shape_misfit,
+    select_rows,
 )
 
 
@@ -22,10 +22,10 @@ class LoRA:
     scale: float = 1.0  # alpha / r
     mid: Tensor | None = None  # [r, r, kh, kw]
 
-    reads_weight = False
+    needs_weight = False
 
     @property
-    def kind(self) -> str:
+    def adapter_type(self) -> str:
         return "LoRA" if self.lora_A.dim() == 2 and self.mid is None else "LoCon"
 
     @property
@@ -33,29 +33,29 @@ class LoRA:
         return self.lora_A.shape[0]
 
     @property
-    def rows(self) -> int:
+    def out_features(self) -> int:
         return self.lora_B.shape[0]
 
     @property
-    def pair(self) -> Pair:
+    def pair(self) -> LowRankPair:
         """The two factors and the core."""
-        return Pair(self.lora_B, self.lora_A, self.mid)
+        return LowRankPair(self.lora_B, self.lora_A, self.mid)
 
     @property
-    def can_be_dynamic(self) -> bool:
+    def has_branch(self) -> bool:
         return is_matrix(self.pair.shape)
 
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
-        return shape_misfit(self.pair.shape, shape)
+    def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
+        return describe_shape_mismatch(self.pair.shape, shape)
 
-    def delta(self, weight: Tensor) -> Tensor:
-        return (self.scale * self.pair.dense(weight.device)).reshape(weight.shape)
+    def compute_delta(self, weight: Tensor) -> Tensor:
+        return (self.scale * self.pair.to_dense(weight.device)).reshape(weight.shape)
 
-    def dynamic(self, weight: Tensor | None) -> Dynamic | None:
-        if not self.can_be_dynamic:
+    def make_branch(self, weight: Tensor | None) -> RuntimeBranch | None:
+        if not self.has_branch:
             return None
-        up, down = self.pair.factors()
-        return Dynamic(down, self.scale * up)
+        up, down = self.pair.compute_factors()
+        return RuntimeBranch(down, self.scale * up)
 
-    def pick(self, rows: Tensor) -> "LoRA":
-        return replace(self, lora_B=pick_rows(self.lora_B, rows))
+    def select_rows(self, rows: Tensor) -> "LoRA":
+        return replace(self, lora_B=select_rows(self.lora_B, rows))

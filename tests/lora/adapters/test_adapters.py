@@ -9,8 +9,8 @@ from support.helpers import assert_close, randn
 from torch import Tensor, nn
 
 from int8run.errors import LoraError
-from int8run.lora.adapters.base import Core, Pair
-from int8run.lora.adapters.change import Change
+from int8run.lora.adapters.base import LoraDelta, LowRankPair
+from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.diff import Diff
 from int8run.lora.adapters.dora import DoRA
 from int8run.lora.adapters.ia3 import IA3
@@ -29,7 +29,7 @@ MAGNITUDE = randn(N, seed=8).abs() + 1
 class Case:
     """A change, a weight's shape, and the change worked out another way."""
 
-    core: Core
+    weight_delta: LoraDelta
     shape: tuple[int, ...]
     expected: Callable[[Tensor], Tensor]
     rank: int | None = R
@@ -89,16 +89,20 @@ CASES = {
         lambda w: tucker(MID, CONV_B[..., 0, 0], DOWN5) / 4,
         dynamic=False,
     ),
-    "LoHa": Case(LoHa(Pair(B, A), Pair(B2, A2), 0.5), (N, K), lambda w: 0.5 * (B @ A) * (B2 @ A2)),
+    "LoHa": Case(
+        LoHa(LowRankPair(B, A), LowRankPair(B2, A2), 0.5), (N, K), lambda w: 0.5 * (B @ A) * (B2 @ A2)
+    ),
     "LoHa too wide": Case(
-        LoHa(Pair(randn(N, 4), randn(4, K)), Pair(randn(N, 4, seed=1), randn(4, K, seed=1)), 1.0),
+        LoHa(
+            LowRankPair(randn(N, 4), randn(4, K)), LowRankPair(randn(N, 4, seed=1), randn(4, K, seed=1)), 1.0
+        ),
         (N, K),
         lambda w: (randn(N, 4) @ randn(4, K)) * (randn(N, 4, seed=1) @ randn(4, K, seed=1)),
         rank=4,
         dynamic=False,
     ),
     "LoHa with cores": Case(
-        LoHa(Pair(B, DOWN5, HADA_T1), Pair(B2, DOWN5_2, HADA_T2), 0.5),
+        LoHa(LowRankPair(B, DOWN5, HADA_T1), LowRankPair(B2, DOWN5_2, HADA_T2), 0.5),
         KERNEL,
         lambda w: 0.5 * tucker(HADA_T1, B, DOWN5) * tucker(HADA_T2, B2, DOWN5_2),
         dynamic=False,
@@ -108,7 +112,7 @@ CASES = {
         LoKr(W1[:, :1], randn(4, K)), (N, K), lambda w: kron(W1[:, :1], randn(4, K)), rank=None
     ),
     "LoKr with a factor that is low-rank in name": Case(
-        LoKr(W1[:, :1], Pair(randn(4, 30), randn(30, K)), 0.1),
+        LoKr(W1[:, :1], LowRankPair(randn(4, 30), randn(30, K)), 0.1),
         (N, K),
         lambda w: 0.1 * kron(W1[:, :1], randn(4, 30) @ randn(30, K)),
         rank=30,
@@ -117,26 +121,26 @@ CASES = {
         LoKr(randn(N, K), torch.ones(1, 1)), (N, K), lambda w: randn(N, K), rank=None, dynamic=False
     ),
     "LoKr low-rank in name": Case(
-        LoKr(W1[:1, :1], Pair(randn(N, 30), randn(30, K))),
+        LoKr(W1[:1, :1], LowRankPair(randn(N, 30), randn(30, K))),
         (N, K),
         lambda w: W1[0, 0] * randn(N, 30) @ randn(30, K),
         rank=30,
         dynamic=False,
     ),
     "LoKr, second low-rank": Case(
-        LoKr(W1, Pair(W2_A, W2_B), 0.5), (N, K), lambda w: 0.5 * kron(W1, W2_A @ W2_B), rank=1
+        LoKr(W1, LowRankPair(W2_A, W2_B), 0.5), (N, K), lambda w: 0.5 * kron(W1, W2_A @ W2_B), rank=1
     ),
     "LoKr, first low-rank": Case(
-        LoKr(Pair(W1_A, W1_B), W2, 4.0), (N, K), lambda w: 4 * kron(W1_A @ W1_B, W2), rank=1
+        LoKr(LowRankPair(W1_A, W1_B), W2, 4.0), (N, K), lambda w: 4 * kron(W1_A @ W1_B, W2), rank=1
     ),
     "LoKr, both low-rank": Case(
-        LoKr(Pair(W1_A, W1_B), Pair(W2_A, W2_B), 3.0),
+        LoKr(LowRankPair(W1_A, W1_B), LowRankPair(W2_A, W2_B), 3.0),
         (N, K),
         lambda w: 3 * kron(W1_A @ W1_B, W2_A @ W2_B),
         rank=1,
     ),
     "LoKr on a kernel, flat": Case(
-        LoKr(randn(3, 1, seed=21), Pair(randn(4, R, seed=22), randn(R, 45, seed=23)), 0.5),
+        LoKr(randn(3, 1, seed=21), LowRankPair(randn(4, R, seed=22), randn(R, 45, seed=23)), 0.5),
         KERNEL,
         lambda w: (
             0.5 * kron(randn(3, 1, seed=21), randn(4, R, seed=22) @ randn(R, 45, seed=23)).reshape(KERNEL)
@@ -158,7 +162,7 @@ CASES = {
         dynamic=False,
     ),
     "LoKr on a kernel with a core": Case(
-        LoKr(randn(3, 1, seed=21), Pair(W2_UP, W2_DOWN, T2), 0.5),
+        LoKr(randn(3, 1, seed=21), LowRankPair(W2_UP, W2_DOWN, T2), 0.5),
         KERNEL,
         lambda w: 0.5 * torch.cat([x * tucker(T2, W2_UP, W2_DOWN) for x in randn(3, 1, seed=21).flatten()]),
         dynamic=False,
@@ -204,12 +208,12 @@ CASES = {
         dynamic=False,
     ),
     "DoRA of LoHa": Case(
-        DoRA(LoHa(Pair(B, A), Pair(B2, A2), 0.5), MAGNITUDE),
+        DoRA(LoHa(LowRankPair(B, A), LowRankPair(B2, A2), 0.5), MAGNITUDE),
         (N, K),
         lambda w: dora(w, 0.5 * (B @ A) * (B2 @ A2), MAGNITUDE, 0),
     ),
     "DoRA of LoKr": Case(
-        DoRA(LoKr(W1, Pair(W2_A, W2_B), 0.5), MAGNITUDE),
+        DoRA(LoKr(W1, LowRankPair(W2_A, W2_B), 0.5), MAGNITUDE),
         (N, K),
         lambda w: dora(w, 0.5 * kron(W1, W2_A @ W2_B), MAGNITUDE, 0),
         rank=1,
@@ -217,7 +221,9 @@ CASES = {
 }
 # norms over all rows belong to the whole matrix
 CUTTABLE = {
-    name: case for name, case in CASES.items() if not (isinstance(case.core, DoRA) and case.core.on_input)
+    name: case
+    for name, case in CASES.items()
+    if not (isinstance(case.weight_delta, DoRA) and case.weight_delta.on_input)
 }
 
 
@@ -233,25 +239,25 @@ def weight():
 @over(CASES)
 def test_delta_is_the_dense_formula(case, weight):
     w = weight(case)
-    delta = case.core.delta(w)
+    delta = case.weight_delta.compute_delta(w)
     assert delta.dtype == torch.float32
     assert_close("delta", delta, case.expected(w), 2e-6)
-    assert case.core.misfit(case.shape) is None and case.core.rank == case.rank
+    assert case.weight_delta.shape_mismatch(case.shape) is None and case.weight_delta.rank == case.rank
 
 
 @over(CASES)
 def test_half_precision_weights_and_factors_are_computed_in_float32(case, weight):
     w = weight(case).bfloat16()
-    assert case.core.delta(w).dtype == torch.float32
-    assert_close("delta", case.core.delta(w), case.expected(w.float()), 1e-5)
+    assert case.weight_delta.compute_delta(w).dtype == torch.float32
+    assert_close("delta", case.weight_delta.compute_delta(w), case.expected(w.float()), 1e-5)
 
 
 @over(CASES)
 def test_beside_the_layer_it_is_the_same_change(case, weight):
     w = weight(case)
-    assert case.core.can_be_dynamic == case.dynamic
-    form = case.core.dynamic(w if case.core.reads_weight else None)
-    assert (form is None) == (not case.core.can_be_dynamic)
+    assert case.weight_delta.has_branch == case.dynamic
+    form = case.weight_delta.make_branch(w if case.weight_delta.needs_weight else None)
+    assert (form is None) == (not case.weight_delta.has_branch)
     if form is not None:
         made = torch.zeros(w.flatten(1).shape)
         if form.lora_A is not None:
@@ -267,23 +273,27 @@ def test_beside_the_layer_it_is_the_same_change(case, weight):
 @pytest.mark.parametrize("rows", [slice(0, 4), slice(4, 12), slice(3, 8)], ids=str)
 def test_rows_of_a_fused_matrix(case, weight, rows):
     w = weight(case)
-    part = Change(case.core).take_rows(rows).core
-    assert part.misfit((rows.stop - rows.start, *case.shape[1:])) is None
-    assert part.kind == case.core.kind and part.rank == case.rank and part.scale == case.core.scale
-    assert_close("rows", part.delta(w[rows]), case.expected(w)[rows], 2e-6)
+    part = LoraChange(case.weight_delta).take_rows(rows).weight_delta
+    assert part.shape_mismatch((rows.stop - rows.start, *case.shape[1:])) is None
+    assert (
+        part.adapter_type == case.weight_delta.adapter_type
+        and part.rank == case.rank
+        and part.scale == case.weight_delta.scale
+    )
+    assert_close("rows", part.compute_delta(w[rows]), case.expected(w)[rows], 2e-6)
 
 
-@over({name: case for name, case in CUTTABLE.items() if case.core.rows is not None})
+@over({name: case for name, case in CUTTABLE.items() if case.weight_delta.out_features is not None})
 @pytest.mark.parametrize("start", [0, 5, 9])
 def test_placed_in_a_taller_matrix(case, weight, start):
     tall = randn(N + 9, *case.shape[1:], seed=98)
-    placed = Change(case.core).place_rows(start, N + 9).core
-    assert placed.misfit(tuple(tall.shape)) is None
+    placed = LoraChange(case.weight_delta).place_rows(start, N + 9).weight_delta
+    assert placed.shape_mismatch(tuple(tall.shape)) is None
     expected = torch.zeros(tall.shape)
     expected[start : start + N] = case.expected(tall[start : start + N])
-    assert_close("placed", placed.delta(tall), expected, 2e-6)
-    form = placed.dynamic(tall if placed.reads_weight else None)
-    assert (form is None) == (not placed.can_be_dynamic) == (not case.core.can_be_dynamic)
+    assert_close("placed", placed.compute_delta(tall), expected, 2e-6)
+    form = placed.make_branch(tall if placed.needs_weight else None)
+    assert (form is None) == (not placed.has_branch) == (not case.weight_delta.has_branch)
     if form is not None:
         made = torch.zeros(tall.flatten(1).shape) if form.lora_A is None else form.lora_B @ form.lora_A
         made = made if form.row_factor is None else made + form.row_factor[:, None] * tall.flatten(1)
@@ -294,49 +304,58 @@ def test_placed_in_a_taller_matrix(case, weight, start):
 def test_halves_exchanged(case, weight):
     w = weight(case)
     swap = lambda t: torch.cat([t[N // 2 :], t[: N // 2]])  # noqa: E731
-    swapped = Change(case.core).swap_halves().core
-    assert_close("swapped", swapped.delta(swap(w)), swap(case.expected(w)), 2e-6)
+    swapped = LoraChange(case.weight_delta).swap_halves().weight_delta
+    assert_close("swapped", swapped.compute_delta(swap(w)), swap(case.expected(w)), 2e-6)
 
 
 @over({name: CASES[name] for name in ("LoRA", "LoKr, second low-rank", "DoRA")})
 def test_cuts_follow_one_another(case, weight):
     tall = randn(20, *case.shape[1:], seed=98)
     part = (
-        Change(case.core).take_rows(slice(2, 10)).swap_halves().place_rows(1, 20).take_rows(slice(0, 15)).core
+        LoraChange(case.weight_delta)
+        .take_rows(slice(2, 10))
+        .swap_halves()
+        .place_rows(1, 20)
+        .take_rows(slice(0, 15))
+        .weight_delta
     )
     expected = torch.zeros(15, *case.shape[1:])
     source = torch.tensor([6, 7, 8, 9, 2, 3, 4, 5])
     whole = torch.zeros(case.shape)
     whole[source] = tall[1:9]
     expected[1:9] = case.expected(whole)[source]
-    assert_close("cut", part.delta(tall[:15]), expected, 2e-6)
+    assert_close("cut", part.compute_delta(tall[:15]), expected, 2e-6)
 
 
 def test_the_bias_is_cut_as_well():
-    change = Change(LoRA(A, B), torch.arange(12.0))
-    assert change.take_rows(slice(2, 5)).bias.tolist() == [2, 3, 4]
-    assert change.swap_halves().bias.tolist() == [6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5]
-    assert change.place_rows(1, 14).bias.tolist() == [0, *range(12), 0]
-    alone = Change(None, torch.arange(4.0))
-    assert alone.kind == "bias" and alone.rows == 4 and alone.take_rows(slice(1, 3)).bias.tolist() == [1, 2]
-    assert alone.place_rows(0, 6).core is None
+    change = LoraChange(LoRA(A, B), torch.arange(12.0))
+    assert change.take_rows(slice(2, 5)).bias_delta.tolist() == [2, 3, 4]
+    assert change.swap_halves().bias_delta.tolist() == [6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5]
+    assert change.place_rows(1, 14).bias_delta.tolist() == [0, *range(12), 0]
+    alone = LoraChange(None, torch.arange(4.0))
+    assert (
+        alone.adapter_type == "bias"
+        and alone.out_features == 4
+        and alone.take_rows(slice(1, 3)).bias_delta.tolist() == [1, 2]
+    )
+    assert alone.place_rows(0, 6).weight_delta is None
 
 
 def test_a_bias_says_how_many_rows_a_factor_of_inputs_has():
-    change = Change(IA3(randn(K, seed=25), True), torch.ones(4)).place_rows(3, 9)
+    change = LoraChange(IA3(randn(K, seed=25), True), torch.ones(4)).place_rows(3, 9)
     tall = randn(9, K, seed=98)
     expected = torch.zeros(9, K)
     expected[3:7] = tall[3:7] * randn(K, seed=25)
-    assert_close("placed", change.core.delta(tall), expected, 2e-6)
+    assert_close("placed", change.weight_delta.compute_delta(tall), expected, 2e-6)
     assert (
-        change.misfit((9, K)) is None
-        and change.misfit((8, K)) == f"changes 9 rows, the model's weight is 8x{K}"
+        change.shape_mismatch((9, K)) is None
+        and change.shape_mismatch((8, K)) == f"changes 9 rows, the model's weight is 8x{K}"
     )
 
 
 def test_a_cut_leaves_the_change_as_it_was():
     before = B.clone()
-    Change(LoRA(A, B)).place_rows(3, 20)
+    LoraChange(LoRA(A, B)).place_rows(3, 20)
     assert torch.equal(B, before)
 
 
@@ -351,22 +370,22 @@ class TestRefused:
             LoraError,
             match=r"its DoRA norms \(dora_scale \[1, in\]\) run over all rows .* use a file with row norms",
         ):
-            cut(Change(CASES["DoRA by columns"].core))
+            cut(LoraChange(CASES["DoRA by columns"].weight_delta))
 
     def test_factors_of_inputs_placed(self):
-        change = Change(CASES["IA3 on inputs"].core)
+        change = LoraChange(CASES["IA3 on inputs"].weight_delta)
         with pytest.raises(
             LoraError, match=r"is an IA3 on inputs, .*load the model without fused projections"
         ):
             change.place_rows(0, 24)
-        assert change.swap_halves() is change and change.rows is None
+        assert change.swap_halves() is change and change.out_features is None
 
     @pytest.mark.parametrize("rows", [slice(8, 13), slice(-1, 3), slice(3, 3)], ids=str)
     def test_rows_that_are_not_there(self, rows):
         with pytest.raises(
             LoraError, match=f"has 12 rows, the model's layers take rows {rows.start} to {rows.stop} of them"
         ):
-            Change(LoRA(A, B)).take_rows(rows)
+            LoraChange(LoRA(A, B)).take_rows(rows)
 
     @pytest.mark.parametrize("start", [-1, 9])
     def test_a_place_that_is_too_small(self, start):
@@ -374,56 +393,80 @@ class TestRefused:
             LoraError,
             match=f"has 12 rows, which do not fit from row {start} on into the model's matrix of 20",
         ):
-            Change(LoRA(A, B)).place_rows(start, 20)
+            LoraChange(LoRA(A, B)).place_rows(start, 20)
 
     def test_odd_halves(self):
         with pytest.raises(
             LoraError, match="has 3 rows, the model exchanges their halves: the number must be even"
         ):
-            Change(LoRA(A, B[:3])).swap_halves()
+            LoraChange(LoRA(A, B[:3])).swap_halves()
 
 
 @pytest.mark.parametrize(
     ("change", "shape", "words"),
     [
-        (Change(LoRA(A, B)), (12, 11), "changes a 12x10 weight, the model's is 12x11"),
-        (Change(LoRA(A, B)), (10, 12), "changes a 12x10 weight, the model's is 10x12"),
-        (Change(LoRA(A, B)), (120,), "changes a 12x10 weight, the model's is 120"),
-        (Change(LoRA(A[:, :1], B)), (12,), "changes a 12x1 weight, the model's is 12"),
-        (Change(LoRA(CONV_A, CONV_B)), (12, 5), "changes a 12x5x3x3 weight, the model's is 12x5"),
-        (Change(LoRA(CONV_A, CONV_B)), (12, 5, 1, 9), "changes a 12x5x3x3 weight, the model's is 12x5x1x9"),
-        (Change(LoRA(CONV_A, CONV_B)), (12, 45), "changes a 12x5x3x3 weight, the model's is 12x45"),
-        (Change(CASES["LoHa"].core), (12, 11), "changes a 12x10 weight, the model's is 12x11"),
-        (Change(CASES["LoKr, both full"].core), (10, 12), "changes a 12x10 weight, the model's is 10x12"),
-        (Change(CASES["diff"].core), (10, 12), "changes a 12x10 weight, the model's is 10x12"),
-        (Change(CASES["norm"].core), (10,), "changes a 12 weight, the model's is 10"),
-        (Change(CASES["norm"].core), (12, 1), "changes a 12 weight, the model's is 12x1"),
-        (Change(CASES["IA3"].core), (10, 12), "scales the 12 rows of a weight, the model's is 10x12"),
+        (LoraChange(LoRA(A, B)), (12, 11), "changes a 12x10 weight, the model's is 12x11"),
+        (LoraChange(LoRA(A, B)), (10, 12), "changes a 12x10 weight, the model's is 10x12"),
+        (LoraChange(LoRA(A, B)), (120,), "changes a 12x10 weight, the model's is 120"),
+        (LoraChange(LoRA(A[:, :1], B)), (12,), "changes a 12x1 weight, the model's is 12"),
+        (LoraChange(LoRA(CONV_A, CONV_B)), (12, 5), "changes a 12x5x3x3 weight, the model's is 12x5"),
         (
-            Change(CASES["IA3 on inputs"].core),
+            LoraChange(LoRA(CONV_A, CONV_B)),
+            (12, 5, 1, 9),
+            "changes a 12x5x3x3 weight, the model's is 12x5x1x9",
+        ),
+        (LoraChange(LoRA(CONV_A, CONV_B)), (12, 45), "changes a 12x5x3x3 weight, the model's is 12x45"),
+        (LoraChange(CASES["LoHa"].weight_delta), (12, 11), "changes a 12x10 weight, the model's is 12x11"),
+        (
+            LoraChange(CASES["LoKr, both full"].weight_delta),
+            (10, 12),
+            "changes a 12x10 weight, the model's is 10x12",
+        ),
+        (LoraChange(CASES["diff"].weight_delta), (10, 12), "changes a 12x10 weight, the model's is 10x12"),
+        (LoraChange(CASES["norm"].weight_delta), (10,), "changes a 12 weight, the model's is 10"),
+        (LoraChange(CASES["norm"].weight_delta), (12, 1), "changes a 12 weight, the model's is 12x1"),
+        (
+            LoraChange(CASES["IA3"].weight_delta),
+            (10, 12),
+            "scales the 12 rows of a weight, the model's is 10x12",
+        ),
+        (
+            LoraChange(CASES["IA3 on inputs"].weight_delta),
             (10, 12),
             "scales the 10 columns of a weight, the model's is 10x12",
         ),
-        (Change(CASES["IA3 on inputs"].core), (10,), "scales the 10 columns of a weight, the model's is 10"),
-        (Change(CASES["DoRA"].core), (12, 11), "changes a 12x10 weight, the model's is 12x11"),
         (
-            Change(DoRA(LoRA(A, B), MAGNITUDE[:7], True)),
+            LoraChange(CASES["IA3 on inputs"].weight_delta),
+            (10,),
+            "scales the 10 columns of a weight, the model's is 10",
+        ),
+        (LoraChange(CASES["DoRA"].weight_delta), (12, 11), "changes a 12x10 weight, the model's is 12x11"),
+        (
+            LoraChange(DoRA(LoRA(A, B), MAGNITUDE[:7], True)),
             (12, 10),
             "has DoRA norms for 7 columns, the model's weight is 12x10",
         ),
-        (Change(LoRA(A, B), torch.ones(11)), (12, 10), "changes a bias of 11, the model's weight is 12x10"),
-        (Change(None, torch.ones(11)), (12, 10), "changes a bias of 11, the model's weight is 12x10"),
-        (Change(LoRA(A, B), torch.ones(12)), (12, 10), None),
-        (Change(LoKr(W1, W2)).take_rows(slice(0, 4)), (5, 10), "changes 4 rows, the model's weight is 5x10"),
         (
-            Change(LoKr(W1, W2)).take_rows(slice(0, 4)),
+            LoraChange(LoRA(A, B), torch.ones(11)),
+            (12, 10),
+            "changes a bias of 11, the model's weight is 12x10",
+        ),
+        (LoraChange(None, torch.ones(11)), (12, 10), "changes a bias of 11, the model's weight is 12x10"),
+        (LoraChange(LoRA(A, B), torch.ones(12)), (12, 10), None),
+        (
+            LoraChange(LoKr(W1, W2)).take_rows(slice(0, 4)),
+            (5, 10),
+            "changes 4 rows, the model's weight is 5x10",
+        ),
+        (
+            LoraChange(LoKr(W1, W2)).take_rows(slice(0, 4)),
             (4, 11),
             "changes a 12x10 weight, the model's is 12x11",
         ),
     ],
 )
 def test_misfits_name_both_shapes(change, shape, words):
-    assert change.misfit(shape) == words
+    assert change.shape_mismatch(shape) == words
 
 
 def test_float16_products_do_not_overflow():
@@ -434,19 +477,19 @@ def test_float16_products_do_not_overflow():
     w = torch.zeros(N, K, dtype=torch.float16)
     for core in (
         LoRA(big_A, big_B, 0.5),
-        LoKr(W1.half(), Pair(big_B[:4], big_A[:, :2]), 0.5),
-        LoHa(Pair(big_B, big_A), Pair(big_B, big_A), 0.5),
+        LoKr(W1.half(), LowRankPair(big_B[:4], big_A[:, :2]), 0.5),
+        LoHa(LowRankPair(big_B, big_A), LowRankPair(big_B, big_A), 0.5),
     ):
-        assert core.delta(w).isfinite().all()
-    form = LoRA(big_A, big_B * 256, 16.0).dynamic(None)
+        assert core.compute_delta(w).isfinite().all()
+    form = LoRA(big_A, big_B * 256, 16.0).make_branch(None)
     assert form.lora_B.isfinite().all() and form.lora_B.dtype == torch.float32
 
 
 def test_row_norms_are_exact_over_several_blocks(monkeypatch):
-    monkeypatch.setattr("int8run.lora.adapters.base.NORM_ROWS", 5)
+    monkeypatch.setattr("int8run.lora.adapters.base.NORM_CHUNK_ROWS", 5)
     case = CASES["DoRA"]
     w = randn(*case.shape, seed=99).bfloat16()
-    form = case.core.dynamic(w)
+    form = case.weight_delta.make_branch(w)
     assert_close(
         "blocks",
         form.lora_B @ form.lora_A + form.row_factor[:, None] * w.float(),
@@ -458,7 +501,7 @@ def test_row_norms_are_exact_over_several_blocks(monkeypatch):
 def test_a_row_of_zeros_stays_one():
     # W + BA = 0 has no norm to divide by
     core = DoRA(LoRA(torch.zeros(1, K), torch.zeros(N, 1)), MAGNITUDE)
-    assert core.delta(torch.zeros(N, K)).abs().max() == 0
+    assert core.compute_delta(torch.zeros(N, K)).abs().max() == 0
 
 
 @pytest.mark.parametrize("conv", [False, True], ids=["Linear", "Conv2d"])
@@ -483,6 +526,6 @@ def test_dora_is_that_of_peft(conv):
     x = randn(2, 5, 6, 6) if conv else randn(3, K)
     with torch.no_grad():
         expected = tuned(x)
-        tuned.base_layer.weight.copy_(original + core.delta(original))
+        tuned.base_layer.weight.copy_(original + core.compute_delta(original))
         actual = tuned.base_layer(x)
     assert_close("DoRA", actual, expected, 1e-5)
