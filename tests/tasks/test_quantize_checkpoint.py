@@ -1,7 +1,6 @@
 """`task=quantize`: from the command line to the files, what they are called, and what is refused."""
 
 import csv
-import importlib
 import json
 import re
 from dataclasses import replace
@@ -14,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.cli_process import command_in
 from support.helpers import randn
+from support.original_families import FAMILIES
+from support.original_families import tiny as tiny_instance
 from torch import nn
 
 from int8run.checkpoints.detect import read_layers
@@ -399,11 +400,6 @@ def test_errors_on_the_command_line_are_one_line(command, tmp_path):
 # --- what the names alone decide, beside the real classes of diffusers
 
 
-def families():
-    path = Path(__file__).parents[1] / "support" / "original_families.py"
-    return importlib.import_module(path.stem).FAMILIES if path.exists() else {}
-
-
 def test_repeated_blocks_are_told_by_their_numbers():
     names = [
         "head.lin",
@@ -439,17 +435,14 @@ def header_only(path, shapes):
         file.truncate(8 + len(text) + end)
 
 
-@pytest.mark.parametrize("name", list(families()))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_what_becomes_int8_are_the_linears_that_the_family_gives(tmp_path, name):
     """From a diffusers folder and from a file of the authors' names: the plan by names agrees with the modules of the real class."""
-    from support.original_families import FAMILIES
-    from support.original_families import tiny as instance
-
     family = FAMILIES[name]
     facts = next((f for f in load_families().values() if family.cls in f.denoisers), None)
     if facts is None:
         pytest.skip(f"no family of {family.cls}")
-    model = instance(family)
+    model = tiny_instance(family)
     shapes = {key: tuple(t.shape) for key, t in model.state_dict().items()}
     native = to_original(shapes, family.cls)
     linears = {
