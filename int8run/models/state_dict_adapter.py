@@ -12,14 +12,8 @@ from math import prod
 from torch import Tensor
 
 from int8run.errors import ConfigError, FileError
-from int8run.models.key_mapping import (
-    KeyMapping,
-    KeyMappingSet,
-    fill_pattern,
-    find_greatest_number,
-    load_mappings,
-    match_pattern,
-)
+from int8run.models.key_mapping import KeyMapping, KeyMappingSet, load_mappings
+from int8run.models.name_pattern import fill_pattern, find_greatest_number, match_pattern
 
 Shape = tuple[int, ...]
 # whole checkpoints and ComfyUI's save nodes; some of its older files; Cosmos and what is built on it; nobody's rule, but seen

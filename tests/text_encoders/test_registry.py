@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from int8run.errors import ConfigError, FileError
 from int8run.models.family import load_families
-from int8run.models.key_mapping import match_pattern
+from int8run.models.name_pattern import match_pattern
 from int8run.models.state_dict_adapter import TensorPart
 from int8run.quant.formats import FORMATS
 from int8run.text_encoders.detect import detect_encoder, find_encoder_of_class, find_prefixes, match_encoders
