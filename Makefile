@@ -1,20 +1,29 @@
 # make demo: install into a private .venv and run int8run with its defaults
-# make test: the same, then the tests          make check: format, lint, types
+# make test: the same, then the fast tests (at most five minutes on two cores)
+# make test-all: every test, also the slow ones   make check: format, lint, types
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := .venv/.run-installed
 DEV := .venv/.dev-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --use-pep517 --constraint constraints.txt
+# one process per core with one thread each; the tests of a file share their models, so a file stays in one process
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test check help clean
+.PHONY: demo test test-slow test-all check help clean
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 demo: $(RUN)
 	$(BIN)/int8run
 
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: $(DEV)
+	$(PYTEST) -m slow
+
+test-all: $(DEV)
+	$(PYTEST)
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

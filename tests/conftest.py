@@ -1,19 +1,34 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, and what keeps a run of them from hanging."""
 
+import functools
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+from int8run.backends.vnni import Vnni
+from int8run.kernels.cpu.library import BuildError, load_rows_library, load_vnni_library
+
 # --import-mode=importlib leaves sys.path alone; at the end, so that no folder here hides a package
 sys.path.append(str(Path(__file__).parent))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """End the run when a process of pytest-xdist dies.
+
+    With `--dist loadfile`, a process that takes a dead one's place is given no tests, and the run never ends.
+    """
+    if getattr(config.option, "maxworkerrestart", "absent") is None:
+        config.option.maxworkerrestart = "0"
+
+
 def pytest_collection_finish() -> None:
-    """Millions of objects of the libraries and of the collected tests stay to the end: `gc.collect` need not look at them every time."""
+    """Exempt the objects of libraries and collected tests, millions that stay to the end, from `gc.collect`."""
     gc.collect()
     gc.freeze()
 
@@ -23,9 +38,29 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+@functools.cache
+def find_library_loaders() -> list[Callable[[], object]]:
+    """The functions that load the kernels of this CPU, each of which has succeeded once."""
+    loaders: list[Callable[[], object]] = []
+    with suppress(BuildError):
+        load_rows_library()
+        loaders.append(load_rows_library)
+        if not Vnni.limits.unsupported_reasons(torch.device("cpu")):
+            load_vnni_library()
+            loaders.append(load_vnni_library)
+    return loaders
+
+
+@pytest.fixture(autouse=True)
+def kernel_libraries() -> None:
+    """Load the CPU kernels before a test sets another HOME, into whose cache they would be built."""
+    for load in find_library_loaders():
+        load()
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory holds NaN or the largest integer, so that an operator that forgets part of its output fails."""
+    """Fill fresh memory with NaN or the largest integer, so that an operator that leaves a part out fails."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all() and (torch.empty_like(torch.zeros(3, dtype=torch.int8)) == 127).all()
     yield
