@@ -1,15 +1,27 @@
-"""Every error a user can meet, each with the exit code that `int8run` ends with."""
+"""Every error that a user can meet, each with the exit code that `int8run` ends with.
+
+Imported by every other package, and imports none of them. Also holds the checks of single settings
+(`check_range`, `check_bool`, `check_choice`), so that all of them are worded alike.
+"""
 
 import difflib
 import errno
 from collections.abc import Collection, Iterable
 
 WRITE_ELSEWHERE = "write elsewhere: hydra.run.dir=FOLDER (of a sweep hydra.sweep.dir=FOLDER)"
-REFUSED_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+# an operating system refuses to write to a place with one of these
+REFUSED_ERRNOS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
 
 
 class Int8RunError(Exception):
-    """Base of all errors of ours: one line that says what was wrong, what is allowed and what to do."""
+    """Base of all errors of int8run: one line that says what was wrong, what is allowed and what to do."""
 
     exit_code = 1
 
@@ -41,7 +53,7 @@ class TrackingError(Int8RunError):
 
 
 def find_int8run_error(error: BaseException) -> Int8RunError | None:
-    """The error of ours that another one was made of: hydra wraps what a class says of its settings."""
+    """Return the first Int8RunError in the chain of causes: hydra wraps what a class of ours raises."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, Int8RunError):
         cause = cause.__cause__
@@ -49,34 +61,51 @@ def find_int8run_error(error: BaseException) -> Int8RunError | None:
 
 
 def as_disk_full_error(error: BaseException, folder: object = "the output folder") -> FileError | None:
-    """The words for a full disk, if that is what an error says; libraries that write files say it in classes of their own.
+    """Return the message for a full disk if that is what `error` reports, else None.
+
+    Libraries that write files report a full disk in classes of their own, some without an errno.
 
     Args:
-        folder: where it probably was, when the error does not say.
+        folder: where the file probably was, for an error that does not name it.
     """
-    if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
+    is_disk_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+    if not is_disk_full:
         return None
-    what = getattr(error, "filename", None) or f"a file in {folder} or in the cache"
+    file = getattr(error, "filename", None) or f"a file in {folder} or in the cache"
     return FileError(
-        f"the disk is full, and {what} could not be written; free some room, or {WRITE_ELSEWHERE}, cache.folder=FOLDER"
+        f"the disk is full, and {file} could not be written; free some room, or {WRITE_ELSEWHERE}, "
+        "cache.folder=FOLDER"
     )
 
 
 def as_not_writable_error(error: BaseException) -> FileError | None:
-    """The words for a place that the system refuses, if that is what an error says."""
+    """Return the message for a place that cannot be written if that is what `error` reports, else None."""
     if not isinstance(error, OSError) or error.errno not in REFUSED_ERRNOS or not error.filename:
         return None
-    return FileError(
-        f"{error.filename} cannot be opened or written: {str(error.strerror).lower()}; {WRITE_ELSEWHERE}"
-    )
+    reason = str(error.strerror).lower()
+    return FileError(f"{error.filename} cannot be opened or written: {reason}; {WRITE_ELSEWHERE}")
 
 
 def check_range(name: str, value: float, low: float, high: float, whole: bool = False) -> None:
-    """Raise ConfigError unless `value` is a number in low..high, a whole one if asked."""
-    kind = int if whole else int | float
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-        span = f"whole number from {low} to {high}" if whole else f"number from {low:g} to {high:g}"
-        raise ConfigError(f"{name} is {value!r}; allowed is a {span}")
+    """Check that a setting is a number in a range.
+
+    Args:
+        name: the setting, as on the command line.
+        value: what it was set to.
+        low: smallest allowed value.
+        high: largest allowed value.
+        whole: whether only whole numbers are allowed.
+
+    Raises:
+        ConfigError: when it is not.
+    """
+    number_type = int if whole else int | float
+    # a bool is an int for Python
+    is_number = isinstance(value, number_type) and not isinstance(value, bool)
+    if is_number and low <= value <= high:
+        return
+    allowed = f"whole number from {low} to {high}" if whole else f"number from {low:g} to {high:g}"
+    raise ConfigError(f"{name} is {value!r}; allowed is a {allowed}")
 
 
 def check_bool(name: str, value: object) -> None:
@@ -86,14 +115,14 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
-    """Raise ConfigError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ConfigError(
-            f"{name} is {value!r}; {suggest_similar(str(value), allowed)}choose from {', '.join(sorted(allowed))}"
-        )
+    """Raise ConfigError unless `value` is one of `allowed`; a near miss gets a suggestion."""
+    if value in allowed:
+        return
+    choices = ", ".join(sorted(allowed))
+    raise ConfigError(f"{name} is {value!r}; {suggest_similar(str(value), allowed)}choose from {choices}")
 
 
-def suggest_similar(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'? ` for a near miss, else an empty string."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {near[0]!r}? " if near else ""
+def suggest_similar(name: str, known: Iterable[str]) -> str:
+    """Return `did you mean 'x'? ` for a near miss, else an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {matches[0]!r}? " if matches else ""

@@ -21,6 +21,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from int8run.config.renamed import old_names_in_files
 from int8run.errors import ConfigError, Int8RunError, find_int8run_error, suggest_similar
 
 # called with the number of jobs and the choices of the first
@@ -94,21 +95,25 @@ def check_all(
         to_spec(shared)
 
 
-def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> None:
+def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> list[Any]:
     """Target-check and range-check every job of a sweep before the first one starts.
 
     Args:
         jobs: the overrides of each.
         configs: composed from them.
 
+    Returns:
+        The RunSpec of each job.
+
     Raises:
         ConfigError: one bad job: its message; several: one line for each.
     """
+    specs: list[Any] = []
     problems: list[tuple[int, Int8RunError]] = []
     for number, config in enumerate(configs):
         refuse_foreign_targets(config)
         try:
-            to_spec(config)
+            specs.append(to_spec(config))
         except Int8RunError as error:
             problems.append((number, error))
     if problems and len(jobs) == 1:
@@ -120,6 +125,7 @@ def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> 
         raise ConfigError(
             "\n".join([f"{len(problems)} of {len(jobs)} jobs cannot run; none was started", *lines])
         )
+    return specs
 
 
 def compose_all(
@@ -173,7 +179,8 @@ def own_options() -> Iterator[None]:
             if file.name in groups.get(group, {}):
                 taken.append((group, file.name, groups[group].pop(file.name)))
     try:
-        yield
+        with old_names_in_files():
+            yield
     finally:
         for group, name, node in taken:
             groups[group][name] = node
@@ -269,7 +276,7 @@ def refuse_foreign_targets(config: DictConfig) -> None:
         ConfigError: naming the key, the value and the rule.
     """
     tree = OmegaConf.to_container(config, resolve=False)
-    own = own_targets()
+    own = find_own_targets()
     for path, key, value in leaves(tree, ""):
         where = f"{path}{key}"
         # the dot makes `hydra.job_logging` itself, set to a reference, a part of it
@@ -312,7 +319,7 @@ def refuse_foreign_targets(config: DictConfig) -> None:
             )
 
 
-def own_targets() -> frozenset[str]:
+def find_own_targets() -> frozenset[str]:
     """Every class that the shipped YAML names. A prefix would not do: `int8run.cli.os.system` has it too."""
     conf = Path(str(files("int8run.conf")))
     return frozenset(

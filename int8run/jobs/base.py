@@ -1,4 +1,8 @@
-"""What a sweep is made of: jobs, their outcomes, and the places that run them."""
+"""The parts of a sweep: its jobs, how they end, and the protocols of the pools and workers that run them.
+
+A pool is a launcher's side of a sweep, one class for each option of `hydra/launcher`. The scheduler hands
+jobs to its workers and knows no more of them than these protocols.
+"""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -11,14 +15,23 @@ from int8run.errors import Int8RunError
 
 @dataclass(frozen=True)
 class SweepJob:
-    """One job of a sweep, as the parent composed it."""
+    """One job of a sweep, as the parent composed it; can be pickled.
+
+    Args:
+        number: of the job in its sweep, from 0.
+        overrides: of the command line that belong to this job.
+        config: the composed DictConfig, hydra's part included.
+        folder: absolute path of its output folder.
+        config_hash: the same for a job with the same settings, in whatever sweep.
+        build_key: jobs with equal keys use the same built model.
+    """
 
     number: int
     overrides: tuple[str, ...]
-    config: Any  # the composed DictConfig, hydra's part included
-    folder: Path  # absolute
+    config: Any
+    folder: Path
     config_hash: str
-    build_key: str  # jobs with equal keys use the same built model
+    build_key: str
 
 
 @dataclass(frozen=True)
@@ -26,10 +39,12 @@ class Outcome:
     """How a job ended.
 
     Args:
-        state: FINISHED, FAILED (an error of its own) or KILLED (its process was).
+        number: of the job in its sweep.
+        state: FINISHED, FAILED (the job raised an error) or KILLED (its process ended).
         value: the metric that the task returned.
-        exit_code: what a single run would have ended with.
-        files: the job's folder as a zip, when it does not lie on a disk that the parent sees.
+        error: one line, when the job did not finish.
+        exit_code: the one that a single run would have ended with.
+        files: the job's folder as a zip, when it is not on a disk that the parent sees.
     """
 
     number: int
@@ -40,15 +55,22 @@ class Outcome:
     files: bytes | None = None
 
 
-class WorkerDied(Int8RunError):  # noqa: N818 - what happened, not a mistake
-    """A worker's process ended without an answer: killed, out of memory, its machine gone."""
+class WorkerDied(Int8RunError):  # noqa: N818 - the name of an event, not of a mistake
+    """A worker's process ended without a result: killed, out of memory, or its machine is gone."""
 
 
 class Worker(Protocol):
-    """One process, here or elsewhere, that keeps the model it built last."""
+    """One process, here or elsewhere, that keeps the model that it built last."""
 
     def submit(self, call: Callable[[], Sequence[Outcome]]) -> "Future[Sequence[Outcome]]":
-        """Start a call (it can be pickled by cloudpickle). Its future raises WorkerDied when the process ends without an answer."""
+        """Start a call in the process.
+
+        Args:
+            call: anything that cloudpickle can pickle.
+
+        Returns:
+            A future that raises WorkerDied when the process ends without a result.
+        """
         ...
 
     def close(self) -> None:
@@ -61,29 +83,32 @@ class Pool(Protocol):
 
     @property
     def whole_groups(self) -> bool:
-        """Whether a worker is given all jobs of one build key in one call (a batch system), or one job per call."""
+        """Whether one call holds all jobs of one build key (a batch system), or one job."""
         ...
 
     @property
     def jobs_at_once(self) -> int:
-        """How many jobs may share one machine; their speeds are not those of a machine of their own."""
+        """How many jobs may share one machine: their speeds are not those of a machine of their own."""
         ...
 
     def open(self, jobs: int) -> int:
-        """Get ready for a number of jobs.
+        """Connect to whatever runs the workers.
+
+        Args:
+            jobs: how many jobs will be submitted.
 
         Returns:
-            how many workers may be used at once.
+            How many workers may be used at once.
 
         Raises:
-            ConfigError: a library or a cluster that is not there.
+            ConfigError: when a library or a cluster is missing.
         """
         ...
 
     def start(self) -> Worker:
-        """A new worker; `start` is called again after one died."""
+        """Start a worker; called again after one died."""
         ...
 
     def close(self) -> None:
-        """Let go of everything that `open` took."""
+        """Release everything that `open` and `start` took."""
         ...

@@ -1,14 +1,17 @@
-"""One job from start to end: its record, its task, and the tracker's copy of what it left."""
+"""One job from start to end: its record, its task, and the tracker's copy of what it left.
+
+Called by `cli` in every process that runs a job. Also holds what the parent of a sweep needs of the tracker.
+"""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
-from int8run.errors import TrackingError, as_disk_full_error, as_not_writable_error
+from int8run.errors import FileError, TrackingError, as_disk_full_error, as_not_writable_error
 from int8run.metrics.system import SystemSampler
 from int8run.report.console import print_lines
 from int8run.report.run_files import write_yaml
@@ -32,8 +35,12 @@ log = logging.getLogger(__name__)
 def execute_job(spec: RunSpec, job: Job) -> float | None:
     """Run a job's task; leave a record of it, whatever happens, and let the tracker copy it.
 
+    Args:
+        spec: the checked settings.
+        job: where they came from.
+
     Returns:
-        what the task hands to a sweeper.
+        The value that the task hands to a sweeper.
 
     Raises:
         FileError: when the disk is full. Whatever else the task raises passes through.
@@ -44,35 +51,51 @@ def execute_job(spec: RunSpec, job: Job) -> float | None:
     record = start_record(job.output_dir, build_status(spec, job))
     warnings: list[str] = []
     try:
-        with collect_warnings(warnings), SystemSampler(job.output_dir / "system.csv", spec.metrics.system_s):
+        with (
+            collect_warnings(warnings),
+            SystemSampler(job.output_dir / "system.csv", spec.metrics.system_s),
+        ):
             write_yaml(strip_passwords(job.settings), job.output_dir / "config.yaml")
             if task.tracked:
-                if job.sweep is None:  # the parent of a sweep did
+                if job.sweep is None:  # else the parent of the sweep has done it
                     prepare_tracker(spec.tracker)
                 record = begin_tracking(spec.tracker, record)
             value = task.execute(spec, job)
     except BaseException as error:
-        # an interrupted job and one that hydra or a worker ends are no failures of its own
-        state = FAILED if isinstance(error, Exception) else KILLED
-        known = as_disk_full_error(error, job.output_dir)
-        record = end_record(
-            record, state, " ".join(str(known or error).split()) or type(error).__name__, warnings
-        )
+        disk_full = as_disk_full_error(error, job.output_dir)
+        record = end_failed_record(record, error, disk_full, warnings)
         if task.tracked:
             upload_record(spec.tracker, record)
-        if known is not None:
-            raise known from error
+        if disk_full is not None:
+            raise disk_full from error
         raise
     record = end_record(record, FINISHED, warnings=warnings)
     if task.tracked:
         record = upload_record(spec.tracker, record)
-        if record.uploaded and not job.sweep:
+        if record.uploaded and job.sweep is None:
             print_lines(f"runs:     {spec.tracker.get_view_hint()}")
     return value
 
 
+def end_failed_record(
+    record: Record, error: BaseException, disk_full: FileError | None, warnings: Sequence[str]
+) -> Record:
+    """Write that an error ended a job.
+
+    Args:
+        record: of the job.
+        error: the one raised.
+        disk_full: the message that replaces it on a full disk.
+        warnings: logged while the job ran.
+    """
+    # an interrupt, and an exit that hydra or a worker asks for, are no fault of the job
+    state = FAILED if isinstance(error, Exception) else KILLED
+    message = " ".join(str(disk_full or error).split())
+    return end_record(record, state, message or type(error).__name__, warnings)
+
+
 def build_status(spec: RunSpec, job: Job) -> dict[str, object]:
-    """What status.json says of a job from its start on."""
+    """Return what status.json says of a job from its start on."""
     return {
         "task": type(spec.task).__name__.lower(),
         "name": strip_passwords(job.name),
@@ -89,16 +112,18 @@ def build_status(spec: RunSpec, job: Job) -> dict[str, object]:
 
 
 def strip_passwords(value: Any) -> Any:
-    """Settings as they may be shown and sent: an address keeps neither user nor password."""
+    """Return settings as they may be shown and sent: addresses without user and password."""
     if isinstance(value, Mapping):
         return {key: strip_passwords(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [strip_passwords(inner) for inner in value]
-    return remove_login(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return remove_login(value)
+    return value
 
 
 class WarningCollector(logging.Handler):
-    """Keeps the messages that it gets."""
+    """Appends every warning and error that is logged to a list."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__(logging.WARNING)
@@ -110,17 +135,18 @@ class WarningCollector(logging.Handler):
 
 @contextmanager
 def collect_warnings(lines: list[str]) -> Iterator[None]:
-    """Add what is warned of meanwhile to some lines, for the record: of a sweep's jobs nothing else is shown."""
-    keep, root = WarningCollector(lines), logging.getLogger()
-    root.addHandler(keep)
+    """Append the warnings logged in the meantime to `lines`; of a sweep's jobs nothing else is shown."""
+    collector = WarningCollector(lines)
+    root = logging.getLogger()
+    root.addHandler(collector)
     try:
         yield
     finally:
-        root.removeHandler(keep)
+        root.removeHandler(collector)
 
 
 def prepare_tracker(tracker: Tracker) -> None:
-    """Get the store ready, once per command. A tracker that does not answer stops nothing."""
+    """Get the tracker's store ready, once per command. A tracker that does not answer stops nothing."""
     try:
         tracker.prepare()
     except TrackingError as error:
@@ -130,51 +156,42 @@ def prepare_tracker(tracker: Tracker) -> None:
 
 
 def begin_tracking(tracker: Tracker, record: Record) -> Record:
-    """Let the tracker open a run, so that the job is seen while it runs."""
+    """Let the tracker open a run, so that the job is visible while it runs."""
     try:
         run_id = tracker.start_run(record)
     except TrackingError as error:
         log.info("%s", error)
-        place = tracker.get_location()
-        return (
-            update_record(record, tracking={**place, "run_id": None, "uploaded": False}) if place else record
-        )
+        location = tracker.get_location()
+        if not location:
+            return record
+        return update_record(record, tracking={**location, "run_id": None, "uploaded": False})
     return save_tracking(tracker, record, run_id, uploaded=False)
 
 
 def upload_record(tracker: Tracker, record: Record) -> Record:
-    """Let the tracker copy what the folder holds; when it does not answer, say how to do it later."""
+    """Let the tracker copy what the folder holds; when it does not answer, log how to upload it later."""
     try:
-        return save_tracking(tracker, record, tracker.upload_record(record), uploaded=True)
+        run_id = tracker.upload_record(record)
+        return save_tracking(tracker, record, run_id, uploaded=True)
     except TrackingError as error:
-        log.warning(
-            "%s; everything is in %s; upload it later: %s",
-            error,
-            record.folder,
-            build_sync_command(record, record.folder),
-        )
+        command = build_sync_command(record, record.folder)
+        log.warning("%s; everything is in %s; upload it later: %s", error, record.folder, command)
         return record
-    except OSError as error:  # of a file that cannot be read or written; no reason to lose the job's own end
-        log.warning(
-            "job %s is not logged: %s",
-            record.name,
-            as_disk_full_error(error) or as_not_writable_error(error) or error,
-        )
+    except OSError as error:
+        # a file that cannot be read or written is no reason to lose how the job ended
+        reason = as_disk_full_error(error) or as_not_writable_error(error) or error
+        log.warning("job %s is not logged: %s", record.name, reason)
         return record
 
 
 def build_sync_command(record: Record, folder: Path) -> str:
-    """What uploads a folder to the tracker that a job was meant for."""
-    words = [word for word in record.overrides if word.startswith("tracker")]
-    return " ".join(["int8run task=report", f"sync={folder}", *words])
+    """Return the command that uploads a folder to the tracker that a job was meant for."""
+    tracker_overrides = [override for override in record.overrides if override.startswith("tracker")]
+    return " ".join(["int8run task=report", f"sync={folder}", *tracker_overrides])
 
 
-def save_tracking(tracker: Tracker, record: Record, run_id: str | None, uploaded: bool) -> Record:
-    """Write where the tracker has a job."""
-    return (
-        record
-        if run_id is None
-        else update_record(
-            record, tracking={**tracker.get_location(), "run_id": run_id, "uploaded": uploaded}
-        )
-    )
+def save_tracking(tracker: Tracker, record: Record, run_id: str | None, *, uploaded: bool) -> Record:
+    """Write into the record where the tracker has the job; a tracker that keeps nothing has no run id."""
+    if run_id is None:
+        return record
+    return update_record(record, tracking={**tracker.get_location(), "run_id": run_id, "uploaded": uploaded})

@@ -1,4 +1,7 @@
-"""The end of a sweep: what no tracker has is uploaded, one page and one dashboard compare the jobs, one table names them."""
+"""The end of a sweep: the last uploads, one table, one page and one dashboard that compare the jobs.
+
+Called by `jobs.sweep` once all jobs have ended.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,48 +22,65 @@ REPORT_FILE = "report.html"
 
 
 def finalize_sweep(
-    folder: Path, sweep: SweepManifest, records: Sequence[Record], trackers: Mapping[int, Tracker]
+    folder: Path, manifest: SweepManifest, records: Sequence[Record], trackers: Mapping[int, Tracker]
 ) -> None:
-    """Make one page and one dashboard of a sweep's jobs, and say where they are.
+    """Make one page and one dashboard of a sweep's jobs, and print where they are.
 
     Args:
+        folder: of the sweep.
+        manifest: its identity.
+        records: of all jobs.
         trackers: of the tracked jobs, by number.
     """
-    records = [
-        upload_record(trackers[r.number], r) if r.number in trackers and not r.uploaded else r
-        for r in records
-    ]
-    page = folder / REPORT_FILE
+    records = [upload_if_missing(record, trackers.get(record.number)) for record in records]
     for line in count_warnings(records):
         log.warning("%s", line)
-    print_lines(build_sweep_table(records, sweep.varying))
+    print_lines(build_sweep_table(records, manifest.varying))
+    page = folder / REPORT_FILE
     try:
-        write_report(records, page, f"sweep {sweep.id}")
+        write_report(records, page, f"sweep {manifest.id}")
     except OSError as error:
         log.error("%s", as_disk_full_error(error) or as_not_writable_error(error) or error)
     else:
         print_lines(f"report:   {escape(str(page))}")
     for tracker in dict.fromkeys(trackers.values()):
-        theirs = [r for r in records if trackers.get(r.number) == tracker and r.uploaded]
-        if theirs:
-            print_lines(
-                *(f"runs:     {escape(line)}" for line in share_dashboard(tracker, sweep, theirs, page))
-            )
+        uploaded = [r for r in records if r.uploaded and trackers.get(r.number) == tracker]
+        if not uploaded:
+            continue
+        view_hint = share_dashboard(tracker, manifest, uploaded, page)
+        if view_hint:
+            print_lines(f"runs:     {escape(view_hint)}")
+
+
+def upload_if_missing(record: Record, tracker: Tracker | None) -> Record:
+    """Upload a record that its tracker does not have, such as that of a job whose worker was killed."""
+    if tracker is None or record.uploaded:
+        return record
+    return upload_record(tracker, record)
 
 
 def share_dashboard(
-    tracker: Tracker, sweep: SweepManifest, records: Sequence[Record], page: Path
-) -> list[str]:
-    """Keep the page with the first run and write the dashboard; where to look."""
+    tracker: Tracker, manifest: SweepManifest, records: Sequence[Record], page: Path
+) -> str | None:
+    """Let a tracker attach the page to the first run and write a dashboard of the sweep.
+
+    Args:
+        tracker: has all of `records`.
+        manifest: identity of the sweep.
+        records: of its jobs; at least one.
+        page: the report.
+
+    Returns:
+        Where to look at it, if the tracker has a place for that.
+    """
     try:
         if page.is_file():
             tracker.attach_file(str(records[0].run_id), page)
-        link = tracker.share_sweep(sweep.id, records)
+        return tracker.share_sweep(manifest.id, records)
     except TrackingError as error:
         log.warning(
-            "%s; the sweep has no dashboard; this makes it: %s",
+            "%s; the sweep has no dashboard; to make it later: %s",
             error,
             build_sync_command(records[0], page.parent),
         )
-        return []
-    return [line for line in (link,) if line]
+        return None

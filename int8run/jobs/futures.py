@@ -1,35 +1,43 @@
-"""Answers of a library's own futures in the words of `base.Worker`."""
+"""What the launchers share: futures whose errors are those of `jobs.base.Worker`, and how a process ended."""
 
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 
-from int8run.jobs.base import Outcome, WorkerDied
+from int8run.jobs.base import Outcome
 
 OutcomesFuture = Future[Sequence[Outcome]]
 
 
-def translate_errors(answer: OutcomesFuture, translate: Callable[[BaseException], BaseException]) -> OutcomesFuture:
-    """A future with the same result, or with its error put in other words."""
-    told: OutcomesFuture = Future()
+def translate_errors(
+    future: OutcomesFuture, translate: Callable[[BaseException], BaseException]
+) -> OutcomesFuture:
+    """Return a future with the same result as `future`, or with its error translated.
 
-    def tell(done: OutcomesFuture) -> None:
+    Args:
+        future: of a library that has error classes of its own.
+        translate: returns WorkerDied for these, and an error of the call itself unchanged.
+    """
+    translated: OutcomesFuture = Future()
+
+    def copy_result(done: OutcomesFuture) -> None:
         error = CancelledError() if done.cancelled() else done.exception()
         if error is None:
-            told.set_result(done.result())
+            translated.set_result(done.result())
         else:
-            told.set_exception(translate(error))
+            translated.set_exception(translate(error))
 
-    told.set_running_or_notify_cancel()  # what runs elsewhere is ended by closing its worker, not by cancelling
-    answer.add_done_callback(tell)
-    return told
+    # a call that runs elsewhere is ended by closing its worker, not by cancelling the future
+    translated.set_running_or_notify_cancel()
+    future.add_done_callback(copy_result)
+    return translated
 
 
-def describe_exit_code(exit_code: int) -> WorkerDied:
-    """How a process ended; a negative code is the signal that killed it."""
+def describe_exit_code(exit_code: int) -> str:
+    """Say how a process ended; a negative code is the signal that killed it, as `subprocess` counts."""
     if exit_code >= 0:
-        return WorkerDied(f"its process ended by itself with exit code {exit_code}")
-    known = {int(s): s.name for s in signal.Signals}
-    name = known.get(-exit_code, "unknown")
-    memory = "; the kernel does that when memory runs out" if name == "SIGKILL" else ""
-    return WorkerDied(f"its process was killed by signal {-exit_code} ({name}){memory}")
+        return f"its process ended by itself with exit code {exit_code}"
+    number = -exit_code
+    name = next((s.name for s in signal.Signals if s == number), "unknown")
+    hint = "; the kernel does that when memory runs out" if name == "SIGKILL" else ""
+    return f"its process was killed by signal {number} ({name}){hint}"

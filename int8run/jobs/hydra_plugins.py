@@ -1,4 +1,7 @@
-"""Hydra's side of a sweep: how words become jobs, and the launchers that `hydra/launcher=` chooses between."""
+"""Hydra's side of a sweep: a sweeper that splits the overrides into jobs, and a launcher for each pool.
+
+`cli` registers both with hydra, which makes them from `hydra/sweeper=` and `hydra/launcher=`.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -22,13 +25,16 @@ from int8run.jobs.launchers.ray_launcher import RayCluster
 from int8run.jobs.launchers.slurm_launcher import Slurm
 from int8run.jobs.resume import find_sweep_folder
 
-# hydra takes launchers from modules below `hydra_plugins` only
+# hydra takes plugins from modules below `hydra_plugins` only
 PLUGIN_MODULE = "hydra_plugins.int8run"
 POOL_CLASSES = (InProcess, Processes, RayCluster, Slurm)
 
 
 class SweepLauncher(Launcher):
-    """Hands the jobs of a sweep to a pool of workers. The settings of the option are those of the pool."""
+    """Hands the jobs of a sweep to a pool of workers; the settings of the option are those of the pool.
+
+    Subclasses set `pool_class`, see `register_plugins`.
+    """
 
     pool_class: ClassVar[type[Any]]
 
@@ -37,78 +43,103 @@ class SweepLauncher(Launcher):
         self.pool: Pool = self.pool_class(**plain)  # type: ignore[arg-type]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """What hydra hands to a launcher."""
-        self.context, self.task_function, self.config = hydra_context, task_function, config
+        """Keep what hydra hands to a launcher."""
+        self.context = hydra_context
+        self.task_function = task_function
+        self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Compose and check every job, then run them; see `conduct.conduct`.
+        """Compose and check every job, then run them; see `jobs.sweep.run_sweep`.
 
         Raises:
             ConfigError: before any job starts.
         """
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        configs = [self.compose(overrides, initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
-        check_jobs(job_overrides, configs)
-        from int8run.jobs.sweep import run_sweep  # imports what jobs import
+        configs = [
+            self.compose_job(overrides, number)
+            for number, overrides in enumerate(job_overrides, start=initial_job_idx)
+        ]
+        specs = check_jobs(job_overrides, configs)
+        # imported after the check: it imports what jobs import
+        from int8run.jobs.sweep import run_sweep
 
         folder = find_sweep_folder(configs)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
         for config in configs:
             config.hydra.sweep.dir = str(folder)
-        values = run_sweep(configs, self.pool, self.context, self.task_function)
+        values = run_sweep(
+            configs,
+            specs,
+            pool=self.pool,
+            hydra_context=self.context,
+            task_function=self.task_function,
+        )
         return [make_job_return(config, value) for config, value in zip(configs, values, strict=True)]
 
-    def compose(self, overrides: Sequence[str], number: int) -> DictConfig:
-        """The config of one job, with an address of the tracker that means the same in every process."""
+    def compose_job(self, overrides: Sequence[str], number: int) -> DictConfig:
+        """Compose the config of one job."""
         config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(config):
-            config.hydra.job.num = config.hydra.job.id = number
-        OmegaConf.resolve(config.tracker)  # it may come from this process's environment
+            config.hydra.job.num = number
+            config.hydra.job.id = number
+        # the address may come from this process's environment, which other machines do not have
+        OmegaConf.resolve(config.tracker)
         return config
 
 
 class Grid(Sweeper):
-    """Every combination, as hydra's own sweeper makes them; but each job is composed once, by the launcher."""
+    """Makes every combination of values, as hydra's own sweeper does; the launcher composes each job once.
+
+    Args:
+        params: a sweep that is written in a file: key -> values.
+    """
 
     def __init__(self, params: dict[str, str] | None = None):
         self.params = params or {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """What hydra hands to a sweeper."""
+        """Keep what hydra hands to a sweeper, and make the launcher."""
         self.loader = hydra_context.config_loader
         self.launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
-        """Split the words into jobs and hand all of them to the launcher."""
-        written = [f"{key}={value}" for key, value in self.params.items()]
-        words = OverridesParser.create(config_loader=self.loader).parse_overrides([*written, *arguments])
-        return self.launcher.launch(BasicSweeper.split_arguments(words, None)[0], initial_job_idx=0)
+        """Split the overrides into jobs and hand all of them to the launcher."""
+        from_file = [f"{key}={value}" for key, value in self.params.items()]
+        parser = OverridesParser.create(config_loader=self.loader)
+        overrides = parser.parse_overrides([*from_file, *arguments])
+        (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+        return self.launcher.launch(jobs, initial_job_idx=0)
 
 
 def make_job_return(config: DictConfig, value: float | None) -> JobReturn:
-    """What hydra gets of a job that finished."""
-    answer = JobReturn(overrides=list(config.hydra.overrides.task), status=JobStatus.COMPLETED)
-    answer.return_value = value
-    return answer
+    """Return what hydra expects of a job that finished."""
+    job_return = JobReturn(overrides=list(config.hydra.overrides.task), status=JobStatus.COMPLETED)
+    job_return.return_value = value
+    return job_return
 
 
 def register_plugins() -> None:
-    """Make our sweeper and launchers known to hydra, which looks them up by name in a module below `hydra_plugins`, found or made here."""
+    """Make our sweeper and launchers known to hydra.
+
+    Hydra looks plugins up by name, in a module below `hydra_plugins`; that module is made here, unless it
+    exists.
+    """
     plugins = Plugins.instance()  # imports `hydra_plugins`, if another program has installed one
     if PLUGIN_MODULE in sys.modules:
         return
-    package, name = PLUGIN_MODULE.split(".")
+    classes: list[type[Any]] = [type("Grid", (Grid,), {"__module__": PLUGIN_MODULE})]
+    for pool_class in POOL_CLASSES:
+        attributes = {"pool_class": pool_class, "__module__": PLUGIN_MODULE}
+        classes.append(type(pool_class.__name__, (SweepLauncher,), attributes))
     module = ModuleType(PLUGIN_MODULE)
-    launchers = [
-        type(pool.__name__, (SweepLauncher,), {"pool_class": pool, "__module__": PLUGIN_MODULE}) for pool in POOL_CLASSES
-    ]
-    for plugin in [*launchers, type("Grid", (Grid,), {"__module__": PLUGIN_MODULE})]:
+    for plugin in classes:
         setattr(module, plugin.__name__, plugin)
         plugins.register(plugin)
+    package_name, module_name = PLUGIN_MODULE.split(".")
     sys.modules[PLUGIN_MODULE] = module
-    parent = sys.modules.setdefault(package, ModuleType(package))
-    if not hasattr(parent, "__path__"):
-        parent.__path__ = []
-    setattr(parent, name, module)
+    package = sys.modules.setdefault(package_name, ModuleType(package_name))
+    if not hasattr(package, "__path__"):
+        package.__path__ = []
+    setattr(package, module_name, module)

@@ -1,5 +1,6 @@
-"""From a composed config to what the record says of a job."""
+"""From a composed config and hydra's part of it to a `Job`, which says where the settings came from."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,30 +9,44 @@ from int8run.config.job import Job
 from int8run.jobs.manifest import SweepManifest, read_manifest
 
 
-def make_job(config: Any, hydra: Any, output_dir: Path) -> Job:
-    """The words that a job's settings came from.
+def make_job(config: Any, hydra_config: Any, output_dir: Path) -> Job:
+    """Describe one job.
 
     Args:
         config: the composed config.
-        hydra: hydra's part of it.
+        hydra_config: hydra's part of it.
+        output_dir: folder that the job writes to.
     """
-    in_sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
-    sweep = (
-        (read_manifest(Path(str(hydra.sweep.dir))) or SweepManifest(Path(str(hydra.sweep.dir)).name))
-        if in_sweep
-        else None
-    )
-    return Job(
+    options = {}
+    for group, option in hydra_config.runtime.choices.items():
+        is_hydras_own = "/" in group or "@" in group  # hydra/launcher, hydra/job_logging@...
+        if not is_hydras_own:
+            options[group] = option
+    job = Job(
         settings=plain_config(config),
-        choices={
-            group: option
-            for group, option in hydra.runtime.choices.items()
-            if "/" not in group and "@" not in group
-        },
-        overrides=list(hydra.overrides.task),
+        choices=options,
+        overrides=list(hydra_config.overrides.task),
         output_dir=output_dir,
-        sweep=sweep.id if sweep else None,
-        number=int(hydra.job.num) if sweep else 0,
-        varying=sweep.varying if sweep else (),
-        jobs_at_once=sweep.jobs_at_once if sweep else 1,
     )
+    manifest = read_sweep_manifest(hydra_config)
+    if manifest is None:
+        return job
+    return replace(
+        job,
+        sweep=manifest.id,
+        number=int(hydra_config.job.num),
+        varying=manifest.varying,
+        jobs_at_once=manifest.jobs_at_once,
+    )
+
+
+def read_sweep_manifest(hydra_config: Any) -> SweepManifest | None:
+    """Read the manifest of the sweep that a job belongs to; None for a single run.
+
+    A sweep that another program started through hydra has no sweep.json; its folder's name identifies it.
+    """
+    is_sweep = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
+    if not is_sweep:
+        return None
+    folder = Path(str(hydra_config.sweep.dir))
+    return read_manifest(folder) or SweepManifest(folder.name)

@@ -1,10 +1,13 @@
-"""The identity of a sweep: sweep.json in its folder, read by every job and by whoever goes on with it."""
+"""The identity of a sweep: sweep.json in its folder.
+
+The parent writes it before the first job starts; every job reads it, and so do `resume=true` and
+`task=report`.
+"""
 
 import json
 import os
 import re
 import secrets
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +16,8 @@ from int8run.errors import FileError
 from int8run.tracking.run_record import split_override
 
 MANIFEST_FILE = "sweep.json"
+# hydra's default, `multirun/2026-11-21/22-30-00`
+DATED_FOLDER = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d")
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,9 @@ class SweepManifest:
     """What the jobs of one sweep share.
 
     Args:
-        id: the tag of its runs; no other sweep has it.
+        id: tag of the sweep's runs in the tracker; no other sweep has it.
         varying: keys that are not the same in all jobs.
-        jobs: how many there are.
+        jobs: number of jobs.
         jobs_at_once: how many jobs may share a machine.
         created: Unix time in seconds.
     """
@@ -35,10 +40,10 @@ class SweepManifest:
 
 
 def read_manifest(folder: Path) -> SweepManifest | None:
-    """The sweep of a folder; None when it is none.
+    """Read the manifest of a sweep's folder; None when the folder has none.
 
     Raises:
-        FileError: when its file is damaged.
+        FileError: when the file is damaged.
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():
@@ -49,32 +54,41 @@ def read_manifest(folder: Path) -> SweepManifest | None:
         raise FileError(f"{path} is damaged: {error}") from error
 
 
-def write_manifest(folder: Path, sweep: SweepManifest) -> None:
-    """Write sweep.json whole or not at all."""
+def write_manifest(folder: Path, manifest: SweepManifest) -> None:
+    """Write sweep.json, whole or not at all: a job may read it at any moment."""
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / f"{MANIFEST_FILE}.{os.getpid()}.new"
-    new.write_text(json.dumps(asdict(sweep), indent=2) + "\n")
+    new.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
     os.replace(new, folder / MANIFEST_FILE)
 
 
 def make_sweep_id(folder: Path) -> str:
-    """The end of the folder's path and four random characters: `2026-11-21_22-30-00-a3f9`."""
+    """Return the end of the folder's path and four random characters: `2026-11-21_22-30-00-a3f9`."""
     name = f"{folder.parent.name}_{folder.name}" if is_dated_folder(folder) else folder.name
     return f"{name}-{secrets.token_hex(2)}"
 
 
 def is_dated_folder(folder: Path) -> bool:
-    """Whether a folder is one of the default names: `multirun/2026-11-21/22-30-00`."""
-    return re.fullmatch(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d", f"{folder.parent.name}/{folder.name}") is not None
+    """Whether a folder has one of the default names: `multirun/2026-11-21/22-30-00`."""
+    return DATED_FOLDER.fullmatch(f"{folder.parent.name}/{folder.name}") is not None
 
 
 def find_varying_keys(jobs: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """Keys whose words differ between jobs, in the order of the command line."""
-    words = [dict(map(split_override, job)) for job in jobs]
-    keys = dict.fromkeys(key for job in words for key in job)
-    return tuple(key for key in keys if len({job.get(key) for job in words}) > 1)
+    """Find the keys whose values differ between jobs.
 
+    Args:
+        jobs: the overrides of each job.
 
-def now() -> float:
-    """Unix time in seconds."""
-    return time.time()
+    Returns:
+        The keys, in the order of the command line.
+    """
+    settings_of_jobs = [dict(map(split_override, overrides)) for overrides in jobs]
+    keys: dict[str, None] = {}  # a set that keeps the order
+    for settings in settings_of_jobs:
+        keys |= dict.fromkeys(settings)
+    varying = []
+    for key in keys:
+        values = {settings.get(key) for settings in settings_of_jobs}
+        if len(values) > 1:
+            varying.append(key)
+    return tuple(varying)

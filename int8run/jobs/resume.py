@@ -1,4 +1,8 @@
-"""`resume=true`: where the sweep is that goes on."""
+"""`resume=true`: find the folder of the sweep that goes on.
+
+Called by the launcher of `jobs.hydra_plugins` before `jobs.plan` looks for finished jobs in that folder.
+Imports nothing heavy: a sweep whose settings are wrong ends before torch is loaded.
+"""
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
@@ -14,40 +18,49 @@ log = logging.getLogger(__name__)
 
 
 def find_sweep_folder(configs: Sequence[Any]) -> Path:
-    """Where a sweep writes, absolute: with `resume=true` the folder of the sweep that was stopped, unless the user names one.
+    """Find the folder that a sweep writes to.
 
     Args:
         configs: of all jobs, composed, hydra's part included.
+
+    Returns:
+        The absolute path of a new folder; with `resume=true` that of the sweep that goes on, unless the user
+        names a folder.
     """
     new = Path(str(configs[0].hydra.sweep.dir)).absolute()
-    named = any(word.startswith("hydra.sweep.dir=") for word in configs[0].hydra.overrides.hydra)
-    if not configs[0].get("resume") or named:
+    hydra_overrides = configs[0].hydra.overrides.hydra
+    is_named_by_user = any(override.startswith("hydra.sweep.dir=") for override in hydra_overrides)
+    if not configs[0].get("resume") or is_named_by_user:
         return new
     root = new.parents[1] if is_dated_folder(new) else new.parent
-    earlier = find_sweep_to_resume(root, {hash_config(plain_config(config)) for config in configs})
-    if earlier is None:
-        log.warning(
-            "resume=true: no sweep in %s has one of these jobs; those that the tracker knows as finished are left out",
-            root,
-        )
-    return earlier or new
+    hashes = {hash_config(plain_config(config)) for config in configs}
+    earlier = find_sweep_to_resume(root, hashes)
+    if earlier is not None:
+        return earlier
+    log.warning(
+        "resume=true: no sweep in %s has one of these jobs; "
+        "only jobs that the tracker knows as finished are left out",
+        root,
+    )
+    return new
 
 
 def find_sweep_to_resume(root: Path, hashes: Collection[str]) -> Path | None:
-    """The folder of the newest sweep below `root` that has one of the jobs with these config hashes."""
-    found = sorted(find_sweeps(root), key=lambda pair: pair[1].created, reverse=True)
-    return next(
-        (folder for folder, _ in found if any(r.config_hash in hashes for r in find_records(folder))), None
-    )
+    """Find the newest sweep below `root` that has one of the jobs with these config hashes."""
+    sweeps = sorted(find_sweeps(root), key=lambda pair: pair[1].created, reverse=True)
+    for folder, _ in sweeps:
+        if any(record.config_hash in hashes for record in find_records(folder)):
+            return folder
+    return None
 
 
 def find_sweeps(root: Path) -> Iterator[tuple[Path, SweepManifest]]:
-    """Every sweep in a folder and below it; one whose file is damaged is left out, with a warning."""
+    """Find every sweep in a folder and below it; one whose file is damaged is left out, with a warning."""
     for path in sorted(root.rglob(MANIFEST_FILE)):
         try:
-            sweep = read_manifest(path.parent)
+            manifest = read_manifest(path.parent)
         except FileError as error:
             log.warning("%s; it is left out", error)
             continue
-        if sweep is not None:
-            yield path.parent, sweep
+        if manifest is not None:
+            yield path.parent, manifest

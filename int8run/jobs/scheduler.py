@@ -1,4 +1,10 @@
-"""Jobs to workers: those that use the same built model stay together, and the death of one job stops no other."""
+"""Which worker runs which job of a sweep.
+
+Jobs that use the same built model go to the same worker, which builds the model once. A worker that dies
+takes only the job that it was running along: the jobs behind it go back to the queue.
+
+Called by `jobs.sweep`; knows workers only by the protocols of `jobs.base`.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -7,23 +13,29 @@ from dataclasses import dataclass, field
 
 from int8run.jobs.base import Outcome, Pool, SweepJob, Worker, WorkerDied
 from int8run.jobs.worker import unzip_files
-from int8run.tracking.run_record import FINISHED, KILLED, end_record, try_read_record
+from int8run.tracking.run_record import FINISHED, KILLED, Record, end_record, try_read_record
 
 log = logging.getLogger(__name__)
 Call = Callable[[], Sequence[Outcome]]
 
 
-@dataclass
+@dataclass(eq=False)
 class WorkerSlot:
-    """A worker and what it is busy with."""
+    """A worker and the jobs that it was given last.
+
+    Args:
+        worker: runs one call at a time.
+        build_key: of the model that it has built, or is building.
+        jobs: of its latest call.
+    """
 
     worker: Worker
-    key: str  # of the model that it has built
+    build_key: str
     jobs: list[SweepJob] = field(default_factory=list)
 
 
 class JobQueue:
-    """Jobs that wait, by the model that they use."""
+    """The waiting jobs, grouped by the model that they use."""
 
     def __init__(self, jobs: Iterable[SweepJob]):
         self.groups: dict[str, list[SweepJob]] = {}
@@ -33,118 +45,187 @@ class JobQueue:
     def __bool__(self) -> bool:
         return bool(self.groups)
 
-    def choose(self, built: str | None, in_use: set[str]) -> str | None:
-        """Whose turn it is: the model that a worker has built, else the largest group that nobody works on, else a share of the largest.
+    def choose_group(self, built: str | None, in_use: set[str]) -> str | None:
+        """Choose the model that a worker runs next.
 
-        The last job of a group that another worker has built is left to that worker.
+        In this order: the model that it has built; the largest group that no other worker uses; a share of
+            the largest group that others use. The last job of such a group is left to the worker that has
+            built its model.
+
+        Args:
+            built: key of the model that the worker has built; None for a new worker.
+            in_use: keys of the models of the other workers.
+
+        Returns:
+            A key of `groups`; None when there is nothing to do for this worker.
         """
         if built in self.groups:
             return built
-        free = {key: len(jobs) for key, jobs in self.groups.items() if key not in in_use}
-        shared = {key: len(jobs) for key, jobs in self.groups.items() if key in in_use and len(jobs) > 1}
-        choice = free or shared
-        return max(choice, key=lambda key: choice[key]) if choice else None
+        unused = [key for key in self.groups if key not in in_use]
+        shared = [key for key, jobs in self.groups.items() if key in in_use and len(jobs) > 1]
+        candidates = unused or shared
+        if not candidates:
+            return None
+        return max(candidates, key=lambda key: len(self.groups[key]))
 
-    def take(self, key: str, whole: bool) -> list[SweepJob]:
-        """The first job of a group, or all of it."""
+    def take_jobs(self, key: str, whole_group: bool) -> list[SweepJob]:
+        """Remove the first job of a group, or all of its jobs, and return them."""
         group = self.groups[key]
-        taken = group[:] if whole else group[:1]
-        self.groups[key] = group[len(taken) :]
-        if not self.groups[key]:
+        count = len(group) if whole_group else 1
+        taken, rest = group[:count], group[count:]
+        if rest:
+            self.groups[key] = rest
+        else:
             del self.groups[key]
         return taken
 
-    def give_back(self, jobs: Sequence[SweepJob]) -> None:
-        """Jobs that their worker did not come to."""
+    def requeue(self, jobs: Sequence[SweepJob]) -> None:
+        """Put jobs that their worker did not come to back to the front of their groups."""
         for job in reversed(jobs):
             self.groups.setdefault(job.build_key, []).insert(0, job)
 
 
-def run_scheduled(
-    jobs: Sequence[SweepJob],
-    pool: Pool,
-    most: int,
-    call: Callable[[Sequence[SweepJob]], Call],
-    started: Callable[[SweepJob], None],
-    ended: Callable[[SweepJob, Outcome], None],
-) -> None:
-    """Run jobs on the workers of a pool that is open.
+class Scheduler:
+    """Runs jobs on the workers of an open pool.
 
     Args:
-        most: workers at once.
-        call: what a worker is given for some jobs.
-        started, ended: told of every job.
+        jobs: to run, in this order within each group.
+        pool: starts the workers; its owner opens and closes it.
+        max_workers: how many workers are used at once.
+        make_call: builds what a worker is given for some jobs.
+        on_start: called with each job before it is submitted.
+        on_end: called once with each job and how it ended.
     """
-    queue = JobQueue(jobs)
-    busy: dict[Future[Sequence[Outcome]], WorkerSlot] = {}
-    idle: list[WorkerSlot] = []
 
-    def occupy(seat: WorkerSlot, key: str) -> None:
-        seat.key, seat.jobs = key, queue.take(key, pool.whole_groups)
-        for job in seat.jobs:
-            started(job)
-        busy[seat.worker.submit(call(seat.jobs))] = seat
+    def __init__(
+        self,
+        jobs: Sequence[SweepJob],
+        pool: Pool,
+        *,
+        max_workers: int,
+        make_call: Callable[[Sequence[SweepJob]], Call],
+        on_start: Callable[[SweepJob], None],
+        on_end: Callable[[SweepJob, Outcome], None],
+    ):
+        self.queue = JobQueue(jobs)
+        self.pool = pool
+        self.max_workers = max_workers
+        self.make_call = make_call
+        self.on_start = on_start
+        self.on_end = on_end
+        self.busy: dict[Future[Sequence[Outcome]], WorkerSlot] = {}
+        self.idle: list[WorkerSlot] = []
 
-    try:
-        while queue or busy:
-            for seat in idle[:]:
-                key = queue.choose(seat.key, {s.key for s in busy.values()})
-                if key is not None:
-                    idle.remove(seat)
-                    occupy(seat, key)
-            while len(busy) + len(idle) < most and (
-                key := queue.choose(None, {s.key for s in [*busy.values(), *idle]})
-            ):
-                occupy(WorkerSlot(pool.start(), key), key)
-            finished, _ = wait(busy, return_when=FIRST_COMPLETED)
-            for future in finished:
-                seat = busy.pop(future)
-                idle.append(seat)
-                try:
-                    outcomes = future.result()
-                except WorkerDied as death:
-                    idle.remove(seat)
-                    seat.worker.close()
-                    outcomes = fail_jobs(seat.jobs, death)
-                by_number = {outcome.number: outcome for outcome in outcomes}
-                for job in seat.jobs:
-                    if job.number in by_number:
-                        ended(job, unpack_files(job, by_number[job.number]))
-                queue.give_back([job for job in seat.jobs if job.number not in by_number])
-    finally:
-        for seat in [*busy.values(), *idle]:
-            seat.worker.close()
-        for job in (job for seat in busy.values() for job in seat.jobs):
-            record = try_read_record(job.folder)
-            if record is not None and record.ended is None:  # after Ctrl-C
-                end_record(record, KILLED, "the sweep was interrupted")
+    def run(self) -> None:
+        """Run all jobs; returns when the last one has ended.
 
+        Raises:
+            KeyboardInterrupt: passes through, after all workers are closed.
+            Int8RunError: an error of the launcher itself, such as a batch system that takes no job.
+        """
+        try:
+            while self.queue or self.busy:
+                self.start_idle()
+                self.start_new()
+                finished, _ = wait(self.busy, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    self.collect(future)
+        finally:
+            self.close()
 
-def unpack_files(job: SweepJob, outcome: Outcome) -> Outcome:
-    """Unpack what a worker on another machine sent."""
-    if outcome.files is not None:
-        unzip_files(outcome.files, job.folder)
-    return outcome
+    def start_idle(self) -> None:
+        """Give each idle worker its next jobs, where there are any for it."""
+        for slot in list(self.idle):
+            in_use = {other.build_key for other in self.busy.values()}
+            key = self.queue.choose_group(slot.build_key, in_use)
+            if key is not None:
+                self.idle.remove(slot)
+                self.submit(slot, key)
+
+    def start_new(self) -> None:
+        """Start workers for jobs that no idle worker has taken, up to the limit."""
+        while len(self.busy) + len(self.idle) < self.max_workers:
+            in_use = {other.build_key for other in [*self.busy.values(), *self.idle]}
+            key = self.queue.choose_group(None, in_use)
+            if key is None:
+                return
+            self.submit(WorkerSlot(self.pool.start(), key), key)
+
+    def submit(self, slot: WorkerSlot, key: str) -> None:
+        """Submit the next jobs of a group to a worker."""
+        slot.build_key = key
+        slot.jobs = self.queue.take_jobs(key, self.pool.whole_groups)
+        for job in slot.jobs:
+            self.on_start(job)
+        future = slot.worker.submit(self.make_call(slot.jobs))
+        self.busy[future] = slot
+
+    def collect(self, future: Future[Sequence[Outcome]]) -> None:
+        """Report how the jobs of a finished call ended; what its worker did not come to waits again."""
+        slot = self.busy.pop(future)
+        self.idle.append(slot)
+        try:
+            outcomes = future.result()
+        except WorkerDied as death:
+            self.idle.remove(slot)
+            slot.worker.close()
+            outcomes = fail_jobs(slot.jobs, death)
+        by_number = {outcome.number: outcome for outcome in outcomes}
+        not_reached = []
+        for job in slot.jobs:
+            if job.number not in by_number:
+                not_reached.append(job)
+                continue
+            outcome = by_number[job.number]
+            if outcome.files is not None:  # from a machine that does not share our disk
+                unzip_files(outcome.files, job.folder)
+            self.on_end(job, outcome)
+        self.queue.requeue(not_reached)
+
+    def close(self) -> None:
+        """End all workers; jobs that still run, as after Ctrl-C, are recorded as killed."""
+        for slot in [*self.busy.values(), *self.idle]:
+            slot.worker.close()
+        for slot in self.busy.values():
+            for job in slot.jobs:
+                record = try_read_record(job.folder)
+                if record is not None and record.ended is None:
+                    end_record(record, KILLED, "the sweep was interrupted")
 
 
 def fail_jobs(jobs: Sequence[SweepJob], death: WorkerDied) -> list[Outcome]:
-    """Outcomes of the jobs that a dead worker had come to: those before the last one ended by themselves, the last one was killed."""
-    outcomes = []
+    """Find out from the jobs' folders what a dead worker had done.
+
+    Args:
+        jobs: of the worker's latest call, which it ran in this order.
+        death: says how the worker died.
+
+    Returns:
+        The outcomes of the jobs that it came to: those that had ended, and the one that was running, which is
+        recorded as killed. There is at least one, so that a worker that dies before its first job is not
+        started for the same jobs again and again.
+    """
+    outcomes: list[Outcome] = []
     for job in jobs:
         record = try_read_record(job.folder)
         if record is not None and record.ended is not None:
-            failed = record.state != FINISHED
-            outcomes.append(
-                Outcome(
-                    job.number, record.state, record.metrics.get(record.objective), record.error, int(failed)
-                )
-            )
+            outcomes.append(make_outcome(job, record))
             continue
+        is_running = record is not None
         if record is not None:
             end_record(record, KILLED, str(death))
-        if (
-            record is not None or not outcomes
-        ):  # one that died before its first job would else be tried for ever
+        if is_running or not outcomes:
             outcomes.append(Outcome(job.number, KILLED, error=str(death), exit_code=1))
         break
     return outcomes
+
+
+def make_outcome(job: SweepJob, record: Record) -> Outcome:
+    """Return how a job ended by itself, from its record."""
+    return Outcome(
+        job.number,
+        record.state,
+        value=record.metrics.get(record.objective),
+        error=record.error,
+        exit_code=0 if record.state == FINISHED else 1,
+    )

@@ -1,4 +1,7 @@
-"""What runs in a worker's process: jobs of a sweep, one after the other, as hydra runs them."""
+"""What runs in a worker's process: jobs of a sweep, one after the other, as hydra runs them.
+
+Called through `Worker.submit` with pickled arguments: a ParentProcess and some SweepJobs.
+"""
 
 import io
 import logging
@@ -26,13 +29,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ParentProcess:
-    """What a worker knows of the process that started the sweep; it can be pickled."""
+    """What a worker knows of the process that started the sweep; can be pickled.
 
-    sweep: SweepManifest
-    context: Any  # hydra's
+    Args:
+        manifest: identity of the sweep.
+        hydra_context: hydra's, needed to run a job.
+        task_function: hydra's, runs the job of a config.
+        singletons: state of hydra's singletons.
+        working_folder: that relative paths in the settings start from.
+        pid: process number.
+    """
+
+    manifest: SweepManifest
+    hydra_context: Any
     task_function: Any
     singletons: Any
-    folder: str  # working folder
+    working_folder: str
     pid: int
 
 
@@ -41,75 +53,81 @@ def run_jobs(parent: ParentProcess, jobs: Sequence[SweepJob]) -> list[Outcome]:
     if os.getpid() != parent.pid:
         setup_globals()
         Singleton.set_state(parent.singletons)
-        if Path(parent.folder).is_dir():  # relative paths in the settings mean the same as in the parent
-            os.chdir(parent.folder)
+        # so that relative paths in the settings mean the same as in the parent
+        if Path(parent.working_folder).is_dir():
+            os.chdir(parent.working_folder)
     return [run_sweep_job(parent, job) for job in jobs]
 
 
 def run_sweep_job(parent: ParentProcess, job: SweepJob) -> Outcome:
-    """Run one job; when the sweep's folder is not on a disk of this machine, bring its files back in the outcome."""
-    config = job.config
-    seen = read_manifest(Path(str(config.hydra.sweep.dir)))
-    if seen is not None and seen.id == parent.sweep.id:
-        return run_hydra_job(parent, job, config)
+    """Run one job; when this machine does not see the sweep's folder, the outcome holds the job's files."""
+    manifest = read_manifest(Path(str(job.config.hydra.sweep.dir)))
+    is_folder_shared = manifest is not None and manifest.id == parent.manifest.id
+    if is_folder_shared:
+        return run_hydra_job(parent, job)
     folder = Path(tempfile.mkdtemp(prefix="int8run-"))
     try:
-        write_manifest(folder, parent.sweep)
-        with open_dict(config):
-            config.hydra.sweep.dir = str(folder)
-            config.hydra.sweep.subdir = "job"
-            if not str(config.tracker.get("uri") or "").startswith("http"):
+        write_manifest(folder, parent.manifest)
+        with open_dict(job.config):
+            job.config.hydra.sweep.dir = str(folder)
+            job.config.hydra.sweep.subdir = "job"
+            is_server = str(job.config.tracker.get("uri") or "").startswith("http")
+            if not is_server:
                 # a database on the parent's disk: the parent copies the record when it has come back
-                config.tracker = {"_target_": "int8run.tracking.base.NoTracker"}
-        return replace(run_hydra_job(parent, job, config), files=zip_folder(folder / "job"))
+                job.config.tracker = {"_target_": "int8run.tracking.base.NoTracker"}
+        outcome = run_hydra_job(parent, job)
+        return replace(outcome, files=zip_folder(folder / "job"))
     finally:
         shutil.rmtree(folder)
 
 
-def run_hydra_job(parent: ParentProcess, job: SweepJob, config: Any) -> Outcome:
-    """Run one job and say how it ended."""
-    HydraConfig.instance().set_config(config)
+def run_hydra_job(parent: ParentProcess, job: SweepJob) -> Outcome:
+    """Run one job through hydra and return how it ended."""
+    HydraConfig.instance().set_config(job.config)
     try:
-        done = run_job(
-            hydra_context=parent.context,
+        result = run_job(
+            hydra_context=parent.hydra_context,
             task_function=parent.task_function,
-            config=config,
+            config=job.config,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
-    except OSError as error:  # hydra makes the folder, its log file and its own notes before the job starts
+    except OSError as error:
+        # before the job starts, hydra makes the folder, the log file and its own notes
         return make_failed_outcome(job, error)
-    if done.status != JobStatus.COMPLETED:
-        return make_failed_outcome(job, done._return_value)
-    value = done.return_value
-    return Outcome(job.number, FINISHED, None if value is None else float(value))
+    if result.status != JobStatus.COMPLETED:
+        return make_failed_outcome(job, result._return_value)
+    value = result.return_value
+    return Outcome(job.number, FINISHED, value=None if value is None else float(value))
 
 
 def make_failed_outcome(job: SweepJob, error: Exception) -> Outcome:
-    """The outcome of a job that an error ended. The job's log file keeps the words; of one that a user should not meet, everything."""
-    message, code = explain(error)
-    log.error(
-        "%s", message or f"{type(error).__name__}: {error}", exc_info=error if message is None else None
-    )
-    return Outcome(
-        job.number,
-        FAILED,
-        error=message or " ".join(f"{type(error).__name__}: {error}".split()),
-        exit_code=code,
-    )
+    """Log the error that ended a job, and return the job's outcome.
+
+    The log file gets one line for an error that a user can meet, and the traceback of any other.
+    """
+    message, exit_code = explain(error)
+    if message is not None:
+        log.error("%s", message)
+    else:
+        message = f"{type(error).__name__}: {error}"
+        log.error("%s", message, exc_info=error)
+        message = " ".join(message.split())
+    return Outcome(job.number, FAILED, error=message, exit_code=exit_code)
 
 
 def zip_folder(folder: Path) -> bytes:
-    """A folder's files."""
-    held = io.BytesIO()
-    with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            archive.write(path, path.relative_to(folder))
-    return held.getvalue()
+    """Return a folder's files as a zip."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                archive.write(path, path.relative_to(folder))
+    return buffer.getvalue()
 
 
 def unzip_files(files: bytes, folder: Path) -> None:
-    """Put a worker's files where the sweep keeps them."""
+    """Write the files that `zip_folder` packed into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(io.BytesIO(files)) as archive:
         archive.extractall(folder)

@@ -151,7 +151,8 @@ def to_worker_error(error: BaseException) -> BaseException:
 
     if isinstance(error, TerminatedWorkerError):
         code = re.search(r"\((-?\d+)\)", str(error))  # "{SIGKILL(-9)}", nowhere else to be read
-        return describe_exit_code(int(code[1])) if code else WorkerDied("its process ended without an answer")
+        reason = describe_exit_code(int(code[1])) if code else "its process ended without a result"
+        return WorkerDied(reason)
     if isinstance(error, ShutdownExecutorError):
         return WorkerDied("its process was ended by int8run")
     if isinstance(error, BrokenProcessPool):

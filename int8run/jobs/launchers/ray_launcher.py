@@ -32,6 +32,7 @@ class ClusterState:
     share: dict[str, float] = field(default_factory=dict)  # of each worker
     jobs_at_once: int = 1
     told: bool = False  # that a worker waits
+    workers: list["RayWorker"] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,9 @@ class RayCluster:
         return workers
 
     def start(self) -> Worker:
-        return RayWorker(self.joined.share, self.say_waiting)
+        worker = RayWorker(self.joined.share, self.say_waiting)
+        self.joined.workers.append(worker)
+        return worker
 
     def say_waiting(self) -> None:
         """Once, that a worker does not get its share."""
@@ -155,6 +158,9 @@ class RayCluster:
         )
 
     def close(self) -> None:
+        for worker in self.joined.workers:
+            worker.stop_timer()
+        self.joined.workers.clear()
         if self.joined.started:
             import ray
 
@@ -189,10 +195,15 @@ class RayWorker:
     def submit(self, call: Callable[[], Sequence[Outcome]]) -> OutcomesFuture:
         return translate_errors(self.actor.call.remote(call).future(), to_worker_error)
 
+    def stop_timer(self) -> None:
+        """Wait for the timer's thread, which holds a reference into Ray: to drop one during `ray.shutdown` ends the process."""
+        self.timer.cancel()
+        self.timer.join()
+
     def close(self) -> None:
         import ray
 
-        self.timer.cancel()
+        self.stop_timer()
         ray.kill(self.actor, no_restart=True)
 
 
@@ -224,7 +235,9 @@ def to_worker_error(error: BaseException) -> BaseException:
     if isinstance(error, RayTaskError):
         return error.cause if isinstance(error.cause, BaseException) else error
     if isinstance(error, RayError):
-        return WorkerDied(f"its Ray worker ended ({type(error).__name__}): {extract_death_reason(str(error))}")
+        return WorkerDied(
+            f"its Ray worker ended ({type(error).__name__}): {extract_death_reason(str(error))}"
+        )
     return error
 
 
@@ -257,7 +270,9 @@ def choose_resources(
     if cpus is None:
         # a typical machine's, not the smallest one's: many clusters have a small head node
         shares = [
-            have["CPU"] // count for have in machines if have.get("CPU") and (count := count_workers(have, share))
+            have["CPU"] // count
+            for have in machines
+            if have.get("CPU") and (count := count_workers(have, share))
         ]
         cpus = max(1.0, median_high(shares)) if shares else 1.0
     return {"CPU": float(cpus), **share}

@@ -13,10 +13,19 @@ import pytest
 from int8run.errors import ConfigError
 from int8run.jobs.base import Outcome, WorkerDied
 from int8run.jobs.launchers import ray_launcher
-from int8run.jobs.launchers.ray_launcher import RayCluster, format_resources, count_workers, extract_death_reason, choose_resources
+from int8run.jobs.launchers.ray_launcher import (
+    RayCluster,
+    choose_resources,
+    count_workers,
+    extract_death_reason,
+    format_resources,
+)
 from int8run.tracking.run_record import find_records
 
 SLOT = {"int8_slot": 1}
+# for what happens in a second on a quiet machine; a job of LONG_S is one that does not end by itself
+WAIT_S = 300
+LONG_S = 3600
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,7 @@ def place(seconds=0.0):
 
 
 def value(future):
-    return future.result(30)[0].value
+    return future.result(WAIT_S)[0].value
 
 
 @pytest.mark.ray
@@ -69,14 +78,14 @@ def test_two_nodes_and_a_worker_that_is_killed(pool):
     assert first_node != second_node and pool.jobs_at_once == 1
     assert value(workers[0].submit(place())) == (first_node, first)  # which keeps its model
 
-    running, other = workers[0].submit(place(60)), workers[1].submit(place(2))
+    running, other = workers[0].submit(place(LONG_S)), workers[1].submit(place(2))
     time.sleep(0.3)
     os.kill(first, signal.SIGKILL)
     with pytest.raises(
         WorkerDied,
         match=r"its Ray worker ended \(ActorDiedError\): the process went without a word: killed by a signal",
     ):
-        running.result(30)
+        running.result(WAIT_S)
     workers[0].close()
     workers[0] = pool.start()
     again, pid = value(workers[0].submit(place()))
@@ -87,30 +96,51 @@ def test_two_nodes_and_a_worker_that_is_killed(pool):
         raise ConfigError("steps is 0")
 
     with pytest.raises(ConfigError, match=r"^steps is 0$") as raised:
-        workers[0].submit(bad).result(30)
+        workers[0].submit(bad).result(WAIT_S)
     assert type(raised.value) is ConfigError
     with pytest.raises(WorkerDied, match=r"its Ray worker ended \(ActorDiedError\)"):
-        workers[1].submit(lambda: os._exit(3)).result(30)
-    running = workers[0].submit(place(60))
+        workers[1].submit(lambda: os._exit(3)).result(WAIT_S)
+    running = workers[0].submit(place(LONG_S))
     workers[0].close()
     with pytest.raises(WorkerDied, match="ended by int8run"):
-        running.result(30)
+        running.result(WAIT_S)
 
 
 @pytest.mark.ray
 def test_a_worker_that_waits_is_said_once(pool, caplog, monkeypatch):
-    monkeypatch.setattr(ray_launcher, "WARN_AFTER_S", 0.5)
-    workers = [pool.start() for _ in range(4)]
-    for worker in workers[:2]:
+    import ray
+
+    monkeypatch.setattr(ray_launcher, "WARN_AFTER_S", LONG_S)
+    working = [pool.start(), pool.start()]
+    for worker in working:
         value(worker.submit(place()))
-    time.sleep(1.5)
+    until(lambda: not ray.available_resources().get("int8_slot"), WAIT_S)
+
+    monkeypatch.setattr(ray_launcher, "WARN_AFTER_S", 0.5)
+    late = [pool.start(), pool.start()]
+    for worker in late:
+        worker.timer.join()
+
     waiting = [r.getMessage() for r in caplog.records if "waiting" in r.getMessage()]
     assert waiting == [
         "waiting for resources: a job asks for num_cpus=1, num_gpus=0, int8_slot=1 on one machine, and the whole cluster has free "
         "num_cpus=0, num_gpus=0, int8_slot=0; hydra.launcher.workers starts fewer, num_cpus and num_gpus ask for less"
     ]
-    for worker in workers:
+    for worker in working + late:
         worker.close()
+
+
+@pytest.mark.ray
+def test_no_thread_outlives_the_connection(pool, monkeypatch):
+    """One that drops a reference into Ray while Ray shuts down ends the process."""
+    monkeypatch.setattr(ray_launcher, "WARN_AFTER_S", LONG_S)
+    worker = pool.start()
+    value(worker.submit(place()))
+    assert worker.timer.is_alive()
+
+    pool.close()
+
+    assert not worker.timer.is_alive()
 
 
 @pytest.mark.ray
@@ -249,12 +279,12 @@ def test_a_sweep_on_two_nodes_with_one_server_and_a_worker_that_is_killed(server
             (r for r in found if r.state == "RUNNING"), None
         )
 
-    until(lambda: answers(f"{server}/health"), 120)
+    until(lambda: answers(f"{server}/health"), WAIT_S)
     first = sweep()
     try:
-        killed = until(running_after_another, 120)
+        killed = until(running_after_another, WAIT_S)
         os.kill(killed.status["pid"], signal.SIGKILL)
-        out, err = first.communicate(timeout=120)
+        out, err = first.communicate(timeout=WAIT_S)
     finally:
         first.kill()
     assert first.returncode == 1 and f"job {killed.number} " in err and "killed by a signal" in err, out + err
@@ -266,7 +296,7 @@ def test_a_sweep_on_two_nodes_with_one_server_and_a_worker_that_is_killed(server
     assert {number: state for number, state, _ in runs} == states and len(runs) == 6
 
     again = sweep("resume=true")
-    out, err = again.communicate(timeout=120)
+    out, err = again.communicate(timeout=WAIT_S)
     assert again.returncode == 0, out + err
     assert {record.state for record in records().values()} == {"FINISHED"} and len(records()) == 6
     assert [n for n, record in records().items() if record.started != started[n]] == [killed.number], (
@@ -286,13 +316,11 @@ def tracked(server):
 
 
 def test_nothing_listens_there():
-    began = time.monotonic()
     with pytest.raises(
         ConfigError,
         match=r"address is '127.0.0.1:1', and nothing answers there \(Connection refused\); `ray start --head` prints",
     ):
         RayCluster(address="127.0.0.1:1").open(2)
-    assert time.monotonic() - began < 15
 
 
 def test_without_ray(monkeypatch):

@@ -1,0 +1,176 @@
+"""What each job of a sweep is before it runs: its RunSpec, number and folder; and which need not run again.
+
+Called by `jobs.sweep`. `jobs.resume` has found the folder of the sweep by then.
+"""
+
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from int8run.config.compose import plain_config
+from int8run.config.job import Job
+from int8run.config.run_spec import RunSpec
+from int8run.errors import ConfigError, TrackingError
+from int8run.jobs.base import SweepJob
+from int8run.jobs.execute import build_status
+from int8run.jobs.job import make_job
+from int8run.jobs.manifest import SweepManifest
+from int8run.tracking.base import Tracker
+from int8run.tracking.run_record import (
+    FINISHED,
+    KILLED,
+    KILLED_MESSAGE,
+    RUNNING,
+    Record,
+    describe_process,
+    find_records,
+    hash_config,
+    read_record,
+    try_read_record,
+    update_record,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """One job of a sweep before it runs.
+
+    Args:
+        spec: its checked settings.
+        origin: where they came from, for the record.
+        job: what a worker is given.
+    """
+
+    spec: RunSpec
+    origin: Job
+    job: SweepJob
+
+
+def plan_jobs(
+    folder: Path, configs: Sequence[DictConfig], specs: Sequence[RunSpec], *, resume: bool
+) -> list[PlannedJob]:
+    """Give each job its number and its folder.
+
+    A sweep that goes on keeps the folder of each job that it had; the other jobs get new ones.
+
+    Args:
+        folder: of the sweep.
+        configs: composed, hydra's part included; a job's number in it is set here.
+        specs: made from `configs`, in the same order.
+        resume: whether the sweep goes on in its folder.
+    """
+    earlier_records = [r for r in find_records(folder) if r.sweep is not None] if resume else []
+    used_folders = {record.folder for record in earlier_records}
+    by_config_hash = {record.config_hash: record for record in earlier_records}
+    planned = []
+    for config, spec in zip(configs, specs, strict=True):
+        earlier = by_config_hash.pop(hash_config(plain_config(config)), None)
+        if earlier is not None:
+            config.hydra.job.num = earlier.number
+        else:
+            choose_free_number(config, used_folders)
+        origin = make_job(config, config.hydra, get_job_folder(config))
+        used_folders.add(origin.output_dir)
+        status = build_status(spec, origin)
+        job = SweepJob(
+            number=origin.number,
+            overrides=tuple(origin.overrides),
+            config=config,
+            folder=origin.output_dir,
+            config_hash=str(status["config_hash"]),
+            build_key=str(status["build_key"]),
+        )
+        planned.append(PlannedJob(spec, origin, job))
+    return planned
+
+
+def get_job_folder(config: DictConfig) -> Path:
+    """Return a job's output folder."""
+    return Path(str(config.hydra.sweep.dir)) / str(OmegaConf.select(config, "hydra.sweep.subdir"))
+
+
+def choose_free_number(config: DictConfig, used_folders: Collection[Path]) -> None:
+    """Count a job's number up until no other job has its folder.
+
+    A `hydra.sweep.subdir` that does not depend on the number cannot be made free this way and stays as it is.
+    """
+    folder = get_job_folder(config)
+    while folder in used_folders:
+        config.hydra.job.num += 1
+        next_folder = get_job_folder(config)
+        if next_folder == folder:
+            return
+        folder = next_folder
+
+
+def find_finished_jobs(manifest: SweepManifest, planned: Sequence[PlannedJob]) -> dict[int, Record]:
+    """Find the jobs of a sweep that goes on that need not run again.
+
+    Returns:
+        Their records by number: of those that are finished in the sweep's folder, and of those that the
+            tracker has, which are downloaded.
+
+    Raises:
+        ConfigError: when a job of the sweep still runs on this machine.
+    """
+    finished = {}
+    for job in (p.job for p in planned):
+        record = try_read_record(job.folder)
+        if record is None:
+            continue
+        check_not_running(record)
+        if record.state == FINISHED:
+            finished[job.number] = record
+    missing = [p for p in planned if p.spec.task.tracked and p.job.number not in finished]
+    try:
+        for tracker in dict.fromkeys(p.spec.tracker for p in missing):
+            jobs = [p.job for p in missing if p.spec.tracker == tracker]
+            for record in download_finished_jobs(tracker, manifest, jobs):
+                finished[record.number] = record
+    except TrackingError as error:
+        log.warning("%s; only jobs that are finished in the sweep's folder are left out", error)
+    folder = planned[0].job.folder.parent
+    log.info("%d of %d jobs are finished already; going on in %s", len(finished), len(planned), folder)
+    return finished
+
+
+def check_not_running(record: Record) -> None:
+    """Raise ConfigError for a job that still runs on this machine; of another machine nothing is known."""
+    is_on_this_machine = record.status["host"] == describe_process()["host"]
+    if record.state == RUNNING and is_on_this_machine:
+        raise ConfigError(
+            f"job {record.number} of this sweep runs in process {record.status['pid']}; "
+            "wait for it, or end it, then resume"
+        )
+
+
+def download_finished_jobs(
+    tracker: Tracker, manifest: SweepManifest, jobs: Sequence[SweepJob]
+) -> Iterator[Record]:
+    """Download the jobs that a tracker knows as finished into their folders.
+
+    Args:
+        tracker: of all these jobs.
+        manifest: the sweep; runs of it that the tracker still has as running belong to dead processes.
+        jobs: to look for.
+
+    Yields:
+        The record of each job that was downloaded.
+
+    Raises:
+        TrackingError: when the tracker does not answer.
+    """
+    for run_id in tracker.find_running(manifest.id):
+        tracker.end_run(run_id, KILLED, KILLED_MESSAGE)
+    run_ids = tracker.find_finished([job.config_hash for job in jobs])
+    for job in jobs:
+        if job.config_hash not in run_ids:
+            continue
+        tracker.download_run(run_ids[job.config_hash], job.folder)
+        # the job may have had another number in the sweep that it comes from
+        yield update_record(read_record(job.folder), number=job.number)
