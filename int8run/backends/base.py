@@ -12,10 +12,10 @@ from torch import Tensor
 from int8run.kernels.cpu.library import COMPILERS
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.quant.weight import QuantizedWeight
-from int8run.utils.hardware import cpu_capabilities
+from int8run.utils.hardware import get_cpu_capabilities
 
 # 32-bit sums hold this many products of the largest codes: signed by signed, and unsigned activations by signed weights
-SIGNED_SUMS, UNSIGNED_SUMS = 2**31 // (128 * 127), 2**31 // (255 * 127)
+MAX_SIGNED_PRODUCTS, MAX_UNSIGNED_PRODUCTS = 2**31 // (128 * 127), 2**31 // (255 * 127)
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Limits:
 
     devices: tuple[str, ...] = ("cpu", "cuda")
     cpu_features: tuple[str, ...] = ()  # one of these is enough; empty: any CPU
-    compiler: bool = False  # a C++ compiler on the PATH
-    modules: tuple[str, ...] = ()  # Python packages
+    needs_compiler: bool = False  # a C++ compiler on the PATH
+    python_packages: tuple[str, ...] = ()  # Python packages
     cuda_capability: tuple[int, int] = (0, 0)  # at least
     max_in_features: int | None = None  # beyond, 32-bit sums overflow
     fuses_gelu: bool = False  # a GELU before the layer costs next to nothing inside its quantization
-    extra: bool = False  # for those who ask for it: backend=auto says nothing when it is missing
+    is_optional: bool = False  # for those who ask for it: backend=auto says nothing when it is missing
 
-    def refuse(self, device: torch.device) -> list[str]:
+    def unsupported_reasons(self, device: torch.device) -> list[str]:
         """Every reason why this device cannot run it; empty when it can."""
         if device.type not in self.devices:
             return [f"runs on {' and '.join(self.devices)}, not on {device.type}"]
@@ -46,38 +46,38 @@ class Limits:
             and (have := torch.cuda.get_device_capability(device)) < self.cuda_capability
         ):
             reasons.append(
-                f"needs compute capability {version(self.cuda_capability)}, this GPU has {version(have)}"
+                f"needs compute capability {format_version(self.cuda_capability)}, this GPU has {format_version(have)}"
             )
-        if self.compiler and not any(map(shutil.which, COMPILERS)):
+        if self.needs_compiler and not any(map(shutil.which, COMPILERS)):
             reasons.append(f"needs a C++ compiler on the PATH ({', '.join(COMPILERS)})")
-        missing = [m for m in self.modules if importlib.util.find_spec(m) is None]
+        missing = [m for m in self.python_packages if importlib.util.find_spec(m) is None]
         reasons += [f"needs the Python package {m} (pip install {m.replace('_', '-')})" for m in missing]
         return reasons
 
-    def refuse_layer(self, in_features: int, out_features: int) -> list[str]:
+    def unsupported_layer_reasons(self, in_features: int, out_features: int) -> list[str]:
         """Every reason why it cannot take a layer of this shape."""
         if self.max_in_features is None or in_features <= self.max_in_features:
             return []
         return [f"in_features={in_features} overflows its 32-bit sums, which hold {self.max_in_features}"]
 
 
-def version(numbers: tuple[int, int]) -> str:
+def format_version(numbers: tuple[int, int]) -> str:
     """`(8, 0)` as `8.0`."""
     return ".".join(map(str, numbers))
 
 
 def has_cpu_feature(features: Sequence[str]) -> bool:
     """Whether this CPU has one of the named instruction sets, by torch's own names (`avx512_vnni`, `avx_vnni`, …)."""
-    capabilities = cpu_capabilities()
+    capabilities = get_cpu_capabilities()
     return any(capabilities.get(feature, False) for feature in features)
 
 
-class Quantized(NamedTuple):
+class QuantizedInput(NamedTuple):
     """Rows after quantization: what layers that read the same tensor can share."""
 
     q: Tensor  # [M, K], int8 or uint8, K possibly padded
     scale: Tensor  # float32, one per row
-    h: Tensor | None = (
+    down_product: Tensor | None = (
         None  # float32 [M, r]: the branch's down-projection, where the backend computes it from x in passing
     )
     rotation: int = 0  # group still to be rotated, by a backend that quantizes inside its product
@@ -90,12 +90,12 @@ class FusedBranch(NamedTuple):
     up: Tensor
     down_scale: Tensor | None = None
     up_scale: Tensor | None = None
-    with_input: bool = False  # `down` is wanted by `quantize`, not by `linear`
+    needs_input: bool = False  # `down` is wanted by `quantize`, not by `linear`
 
     @property
     def down_with_input(self) -> Tensor | None:
         """What `quantize` needs of it."""
-        return self.down if self.with_input else None
+        return self.down if self.needs_input else None
 
 
 class Backend(Protocol):
@@ -104,13 +104,13 @@ class Backend(Protocol):
     name: ClassVar[str]
     limits: ClassVar[Limits]
 
-    def pack(self, weight: QuantizedWeight) -> Tensor:
+    def pack_weight(self, weight: QuantizedWeight) -> Tensor:
         """The weight in the layout that `linear` wants; computed once per layer."""
         ...
 
     def quantize(
         self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
-    ) -> Quantized:
+    ) -> QuantizedInput:
         """Quantize each row: GELU on the columns from `gelu_from` (-1: none), times `factor`, groups rotated, rounded.
 
         Args:
@@ -123,7 +123,7 @@ class Backend(Protocol):
 
     def linear(
         self,
-        x: Quantized,
+        x: QuantizedInput,
         packed: Tensor,
         w_scale: Tensor,
         bias: Tensor | None,
@@ -155,7 +155,7 @@ class Timer(Protocol):
         """Where it measures."""
         ...
 
-    def measure(
+    def measure_seconds(
         self, backends: Iterable[Backend], rows: int, in_features: int, out_features: int
     ) -> dict[str, float]:
         """Seconds of each backend."""
@@ -171,7 +171,9 @@ class Tunable(Protocol):
         ...
 
 
-def run_layer(backend: Backend, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+def run_plain_layer(
+    backend: Backend, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None
+) -> Tensor:
     """A whole layer without transform and branch: quantize x, multiply. x: float [M, K] -> [M, N], x's dtype."""
     return backend.linear(
         backend.quantize(x, None, None, -1, None), packed, w_scale, bias, x.dtype, None, None

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from int8run.backends.base import SIGNED_SUMS, FusedBranch, Limits, Quantized
+from int8run.backends.base import MAX_SIGNED_PRODUCTS, FusedBranch, Limits, QuantizedInput
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.quantize_rowwise.reference import transform_rows
 from int8run.quant.weight import QuantizedWeight
@@ -21,28 +21,28 @@ class ComfyKitchen:
 
     name: ClassVar[str] = "comfy_kitchen"
     limits: ClassVar[Limits] = Limits(
-        modules=("comfy_kitchen",),
+        python_packages=("comfy_kitchen",),
         cuda_capability=(7, 5),
         cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"),
-        max_in_features=SIGNED_SUMS,
-        extra=True,
+        max_in_features=MAX_SIGNED_PRODUCTS,
+        is_optional=True,
     )
 
-    def pack(self, weight: QuantizedWeight) -> Tensor:
+    def pack_weight(self, weight: QuantizedWeight) -> Tensor:
         """The integers as they are, [N, K]."""
         return weight.qdata.contiguous()
 
     def quantize(
         self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
-    ) -> Quantized:
+    ) -> QuantizedInput:
         """x: [M, K], not quantized yet; a regular rotation is left to the product, which knows no other."""
         inside = rotation if rotation and not rotation.sylvester else None
         before = transform_rows(x, factor, None if inside else rotation, gelu_from)
-        return Quantized(before, x, rotation=inside.group if inside else 0)
+        return QuantizedInput(before, x, rotation=inside.group if inside else 0)
 
     def linear(
         self,
-        x: Quantized,
+        x: QuantizedInput,
         packed: Tensor,
         w_scale: Tensor,
         bias: Tensor | None,

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from int8run.backends.base import UNSIGNED_SUMS, FusedBranch, Limits, Quantized
+from int8run.backends.base import MAX_UNSIGNED_PRODUCTS, FusedBranch, Limits, QuantizedInput
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
 from int8run.kernels.quantize_rowwise.reference import transform_rows
@@ -45,22 +45,24 @@ class OneDnn:
 
     name: ClassVar[str] = "onednn"
     limits: ClassVar[Limits] = Limits(
-        devices=("cpu",), cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"), max_in_features=UNSIGNED_SUMS
+        devices=("cpu",),
+        cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"),
+        max_in_features=MAX_UNSIGNED_PRODUCTS,
     )
 
-    def pack(self, weight: QuantizedWeight) -> Tensor:
+    def pack_weight(self, weight: QuantizedWeight) -> Tensor:
         """oneDNN's private blocked layout, [K, N]; opaque, so it cannot be saved."""
         return torch.ops.onednn.qlinear_prepack(weight.qdata, None)
 
     def quantize(
         self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
-    ) -> Quantized:
+    ) -> QuantizedInput:
         """x: [M, K] -> uint8 [M, K] and scales [M, 1]."""
-        return Quantized(*quantize_rowwise(transform_rows(x, factor, rotation, gelu_from), ZERO_POINT))
+        return QuantizedInput(*quantize_rowwise(transform_rows(x, factor, rotation, gelu_from), ZERO_POINT))
 
     def linear(
         self,
-        x: Quantized,
+        x: QuantizedInput,
         packed: Tensor,
         w_scale: Tensor,
         bias: Tensor | None,

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from int8run.backends.base import FusedBranch, Limits, Quantized
+from int8run.backends.base import FusedBranch, Limits, QuantizedInput
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.int8_linear.reference import int8_linear
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise, transform_rows
@@ -20,19 +20,19 @@ class Reference:
     name: ClassVar[str] = "reference"
     limits: ClassVar[Limits] = Limits()
 
-    def pack(self, weight: QuantizedWeight) -> Tensor:
+    def pack_weight(self, weight: QuantizedWeight) -> Tensor:
         """The integers as they are, [N, K]."""
         return weight.qdata
 
     def quantize(
         self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
-    ) -> Quantized:
+    ) -> QuantizedInput:
         """x: [M, K] -> int8 [M, K] and scales [M, 1]."""
-        return Quantized(*quantize_rowwise(transform_rows(x, factor, rotation, gelu_from)))
+        return QuantizedInput(*quantize_rowwise(transform_rows(x, factor, rotation, gelu_from)))
 
     def linear(
         self,
-        x: Quantized,
+        x: QuantizedInput,
         packed: Tensor,
         w_scale: Tensor,
         bias: Tensor | None,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8run.backends.base import SIGNED_SUMS, FusedBranch, Limits, Quantized
+from int8run.backends.base import MAX_SIGNED_PRODUCTS, FusedBranch, Limits, QuantizedInput
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
 from int8run.kernels.quantize_rowwise.reference import transform_rows
@@ -23,10 +23,10 @@ class TorchIntMM:
 
     name: ClassVar[str] = "torch_int_mm"
     limits: ClassVar[Limits] = Limits(
-        cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"), max_in_features=SIGNED_SUMS
+        cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"), max_in_features=MAX_SIGNED_PRODUCTS
     )
 
-    def pack(self, weight: QuantizedWeight) -> Tensor:
+    def pack_weight(self, weight: QuantizedWeight) -> Tensor:
         """The integers as they are; on CUDA padded with zeros to multiples of 8. [N, K]."""
         if not weight.qdata.is_cuda:
             # with K = 1 the transpose has two strides of 1 and torch writes nothing
@@ -36,7 +36,7 @@ class TorchIntMM:
 
     def quantize(
         self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
-    ) -> Quantized:
+    ) -> QuantizedInput:
         """x: [M, K] -> int8 and scales [M, 1]; padded as `_int_mm` wants it, so M and K may be larger."""
         q, scale = quantize_rowwise(transform_rows(x, factor, rotation, gelu_from))
         rows, k = q.shape
@@ -44,11 +44,11 @@ class TorchIntMM:
             q = F.pad(q, (0, -k % CUDA_MULTIPLE, 0, max(0, CUDA_MIN_ROWS - rows)))
         elif k == 1:
             q = F.pad(q, (0, 1))
-        return Quantized(q, scale)
+        return QuantizedInput(q, scale)
 
     def linear(
         self,
-        x: Quantized,
+        x: QuantizedInput,
         packed: Tensor,
         w_scale: Tensor,
         bias: Tensor | None,

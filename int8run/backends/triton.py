@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8run.backends.autotune_cache import ChoiceTable
-from int8run.backends.base import SIGNED_SUMS, FusedBranch, Limits, Quantized, Timer
+from int8run.backends.autotune_cache import AutotuneCache
+from int8run.backends.base import MAX_SIGNED_PRODUCTS, FusedBranch, Limits, QuantizedInput, Timer
 from int8run.errors import ConfigError
 from int8run.kernels.hadamard.reference import Rotation
-from int8run.kernels.int8_linear.tile import BUCKETS, Tile, bucket, candidates, default_tile
+from int8run.kernels.int8_linear.tile import BUCKETS, Tile, choose_tile, find_bucket, list_candidates
 from int8run.quant.weight import QuantizedWeight
 
 # the tensor-core product of the branch takes whole 16s; zeros fill up
@@ -35,40 +35,42 @@ class Triton:
     limits: ClassVar[Limits] = Limits(
         devices=("cuda",),
         cuda_capability=(8, 0),
-        modules=("triton",),
+        python_packages=("triton",),
         fuses_gelu=True,
-        max_in_features=SIGNED_SUMS,
+        max_in_features=MAX_SIGNED_PRODUCTS,
     )
 
-    def pack(self, weight: QuantizedWeight) -> Tensor:
+    def pack_weight(self, weight: QuantizedWeight) -> Tensor:
         """The integers as they are, [N, K]: one copy, K contiguous as the tensor cores want it."""
         n, k = weight.qdata.shape
         if (
             self.tile is None and (k, n) not in self.tiles
         ):  # here, because a compiled graph cannot read a file
-            self.tiles[k, n] = self.tiles_for(weight.qdata.device, k, n)
+            self.tiles[k, n] = self.load_tiles(weight.qdata.device, k, n)
         return weight.qdata.contiguous()
 
     def quantize(
         self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
-    ) -> Quantized:
+    ) -> QuantizedInput:
         """x: [M, K] -> int8 [M, K], scales [M, 1] and, with `down`, its product with the transformed x."""
         # imported where it runs: a CPU has no use for Triton
         from int8run.kernels.quantize_rowwise.kernel import quantize_rowwise
 
         if x.shape[0] == 0:  # an empty grid cannot be launched
-            return Quantized(x.new_empty(x.shape, dtype=torch.int8), x.new_empty((0, 1), dtype=torch.float32))
+            return QuantizedInput(
+                x.new_empty(x.shape, dtype=torch.int8), x.new_empty((0, 1), dtype=torch.float32)
+            )
         x = x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
         if down is not None and down.dtype != x.dtype:  # an input that is not in the model's dtype
             down = down.to(x.dtype)
         q, scale, h = quantize_rowwise(
             x, factor, *((rotation.group, rotation.sylvester) if rotation else (0, False)), gelu_from, down
         )
-        return Quantized(q, scale, None if down is None else h)
+        return QuantizedInput(q, scale, None if down is None else h)
 
     def linear(
         self,
-        x: Quantized,
+        x: QuantizedInput,
         packed: Tensor,
         w_scale: Tensor,
         bias: Tensor | None,
@@ -81,7 +83,7 @@ class Triton:
 
         if x.q.shape[0] == 0:
             return x.q.new_empty((0, packed.shape[0]), dtype=dtype)
-        up = None if branch is None or x.h is None else branch.up
+        up = None if branch is None or x.down_product is None else branch.up
         if strengths is not None and up is not None:
             strengths = (
                 F.pad(strengths, (0, up.shape[1] - strengths.shape[0]))
@@ -89,8 +91,8 @@ class Triton:
                 else strengths
             )
         n, k = packed.shape
-        tile = self.tile or self.tiles[k, n][BUCKETS.index(bucket(x.q.shape[0]))]
-        h = None if up is None else x.h
+        tile = self.tile or self.tiles[k, n][BUCKETS.index(find_bucket(x.q.shape[0]))]
+        h = None if up is None else x.down_product
         return int8_linear(
             x.q, x.scale, packed, w_scale, 0, bias, h, up, dtype, tile, None if up is None else strengths
         )
@@ -101,23 +103,23 @@ class Triton:
             return None
         missing = -lora_A.shape[0] % RANK_MULTIPLE
         down, up = F.pad(lora_A, (0, 0, 0, missing)), F.pad(lora_B, (0, missing))
-        return FusedBranch(down.to(dtype).contiguous(), up.to(dtype).contiguous(), with_input=True)
+        return FusedBranch(down.to(dtype).contiguous(), up.to(dtype).contiguous(), needs_input=True)
 
     @cached_property
     def tiles(self) -> dict[tuple[int, int], tuple[Tile, ...]]:
         """For each (K, N) packed so far, a tile per bucket of rows. One backend serves one kind of device."""
         return {}
 
-    def choices(self, device: torch.device) -> ChoiceTable:
+    def open_autotune_cache(self, device: torch.device) -> AutotuneCache:
         """What was measured on this GPU."""
-        return ChoiceTable(Path(self.table) if self.table else None, device)
+        return AutotuneCache(Path(self.table) if self.table else None, device)
 
-    def tiles_for(self, device: torch.device, k: int, n: int) -> tuple[Tile, ...]:
+    def load_tiles(self, device: torch.device, k: int, n: int) -> tuple[Tile, ...]:
         """A tile for each bucket of rows."""
-        table, capability = self.choices(device), torch.cuda.get_device_capability(device)
-        found = [table.get(tile_question(rows, k, n)) for rows in BUCKETS]
+        table, capability = self.open_autotune_cache(device), torch.cuda.get_device_capability(device)
+        found = [table.get(tile_key(rows, k, n)) for rows in BUCKETS]
         return tuple(
-            Tile(*map(int, f.split(","))) if f else default_tile(capability, rows)
+            Tile(*map(int, f.split(","))) if f else choose_tile(capability, rows)
             for f, rows in zip(found, BUCKETS, strict=True)
         )
 
@@ -125,23 +127,24 @@ class Triton:
         """Time every candidate tile and keep the fastest. A tile asked for by name is left alone."""
         if self.tile is not None:
             return
-        tiles = candidates(torch.cuda.get_device_capability(timer.device), rows)
+        tiles = list_candidates(torch.cuda.get_device_capability(timer.device), rows)
         seconds = [
-            timer.measure([replace(self, tile=t)], rows, in_features, out_features)[self.name] for t in tiles
+            timer.measure_seconds([replace(self, tile=t)], rows, in_features, out_features)[self.name]
+            for t in tiles
         ]
         best = tiles[seconds.index(min(seconds))]
-        self.choices(timer.device).put(
-            tile_question(rows, in_features, out_features), ",".join(map(str, best.as_list()))
+        self.open_autotune_cache(timer.device).put(
+            tile_key(rows, in_features, out_features), ",".join(map(str, best.as_list()))
         )
         self.tiles.pop((in_features, out_features), None)
 
 
-def tile_question(rows: int, k: int, n: int) -> str:
+def tile_key(rows: int, k: int, n: int) -> str:
     """What the table of choices is asked."""
-    return f"triton tile | up to {bucket(rows)} rows | {k}x{n}"
+    return f"triton tile | up to {find_bucket(rows)} rows | {k}x{n}"
 
 
-def tile(
+def parse_tile(
     block_m: int | None,
     block_n: int | None,
     block_k: int | None,

@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from int8run.backends.base import SIGNED_SUMS, FusedBranch, Limits, Quantized
-from int8run.errors import BackendError, switch
+from int8run.backends.base import MAX_SIGNED_PRODUCTS, FusedBranch, Limits, QuantizedInput
+from int8run.errors import BackendError, check_bool
 from int8run.kernels.cpu import vnni
-from int8run.kernels.cpu.library import BuildError, library
+from int8run.kernels.cpu.library import BuildError, load_vnni_library
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.quant.weight import QuantizedWeight, quantize_weight
 
@@ -28,39 +28,39 @@ class Vnni:
     limits: ClassVar[Limits] = Limits(
         devices=("cpu",),
         cpu_features=("avx512_vnni",),
-        compiler=True,
+        needs_compiler=True,
         fuses_gelu=True,
-        max_in_features=SIGNED_SUMS,
+        max_in_features=MAX_SIGNED_PRODUCTS,
     )
 
     def __post_init__(self) -> None:
-        switch("backend.int8_branch", self.int8_branch)
+        check_bool("backend.int8_branch", self.int8_branch)
 
-    def pack(self, weight: QuantizedWeight) -> Tensor:
+    def pack_weight(self, weight: QuantizedWeight) -> Tensor:
         """Panels of 64 output columns, with their compensations; may be saved. int8 [ceil(N / 64), 1 + ceil(K / 4), 256].
 
         Raises:
             BackendError: when the kernels cannot be built.
         """
         try:
-            library()
+            load_vnni_library()
         except BuildError as error:
             raise BackendError(f"backend vnni: {error}; backend=auto takes the next best") from error
-        return vnni.pack(weight.qdata)
+        return vnni.pack_weight(weight.qdata)
 
     def quantize(
         self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
-    ) -> Quantized:
+    ) -> QuantizedInput:
         """x: [M, K] -> uint8 [M, K] and scales [M]."""
-        return Quantized(
-            *vnni.quantize(
+        return QuantizedInput(
+            *vnni.quantize_rows(
                 x, factor, rotation.group if rotation else 0, bool(rotation and rotation.sylvester), gelu_from
             )
         )
 
     def linear(
         self,
-        x: Quantized,
+        x: QuantizedInput,
         packed: Tensor,
         w_scale: Tensor,
         bias: Tensor | None,
@@ -70,9 +70,9 @@ class Vnni:
     ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         if branch is None or branch.down_scale is None or strengths is None:
-            return vnni.linear(x.q, x.scale, packed, w_scale, bias, dtype)
+            return vnni.int8_linear(x.q, x.scale, packed, w_scale, bias, dtype)
         down_scale = branch.down_scale * strengths
-        return vnni.linear(
+        return vnni.int8_linear(
             x.q, x.scale, packed, w_scale, bias, dtype, branch.down, down_scale, branch.up, branch.up_scale
         )
 
@@ -82,8 +82,8 @@ class Vnni:
             return None
         down, up = quantize_weight(lora_A), quantize_weight(lora_B)
         return FusedBranch(
-            vnni.pack(down.qdata),
-            vnni.pack(up.qdata),
+            vnni.pack_weight(down.qdata),
+            vnni.pack_weight(up.qdata),
             down.scale[:, 0].contiguous(),
             up.scale[:, 0].contiguous(),
         )

@@ -13,7 +13,7 @@ from int8run.models.family import ModelFamily
 log = logging.getLogger(__name__)
 
 
-def same_input_groups(names: Iterable[str], groups: Iterable[Sequence[str]]) -> list[list[str]]:
+def group_by_shared_input(names: Iterable[str], groups: Iterable[Sequence[str]]) -> list[list[str]]:
     """Layers that read the same tensor, by full name; a layer that shares its input with none is a group of its own.
 
     Args:
@@ -22,7 +22,7 @@ def same_input_groups(names: Iterable[str], groups: Iterable[Sequence[str]]) -> 
     left = dict.fromkeys(names)
     found = []
     for group in groups:
-        for block in sorted({block for name in group for block in in_blocks(left, name)}):
+        for block in sorted({block for name in group for block in find_block_prefixes(left, name)}):
             members = [block + name for name in group if block + name in left]
             found.append(members)
             for name in members:
@@ -30,16 +30,16 @@ def same_input_groups(names: Iterable[str], groups: Iterable[Sequence[str]]) -> 
     return found + [[name] for name in left]
 
 
-def assemble(model: nn.Module, layers: Mapping[str, Int8Linear], family: ModelFamily) -> nn.Module:
+def assemble_int8_model(model: nn.Module, layers: Mapping[str, Int8Linear], family: ModelFamily) -> nn.Module:
     """An INT8 model: a copy of the module tree with these layers in it, sharing every tensor with both.
 
     Layers that read the same tensor share its quantization, and GELUs between INT8 layers move into the second one's, as the family
     says.
     """
-    target = share_copy(model)
+    target = copy_sharing_tensors(model)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
-        setattr(target.get_submodule(parent), child, share_copy(layer))
+        setattr(target.get_submodule(parent), child, copy_sharing_tensors(layer))
     saved = share_inputs(target, family.same_input)
     moved = sum(defer_gelu(target, g.activation, g.source, g.into) for g in family.deferred_gelu)
     log.debug(
@@ -50,7 +50,7 @@ def assemble(model: nn.Module, layers: Mapping[str, Int8Linear], family: ModelFa
     return target
 
 
-def in_blocks(names: Iterable[str], relative: str) -> Iterator[str]:
+def find_block_prefixes(names: Iterable[str], relative: str) -> Iterator[str]:
     """Prefixes (with their final dot) of the blocks that hold a module of that relative name."""
     return (name.removesuffix(relative) for name in names if name.endswith(f".{relative}"))
 
@@ -66,12 +66,12 @@ def share_inputs(model: nn.Module, groups: Iterable[Sequence[str]]) -> int:
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Int8Linear)}
     saved = 0
-    for group in same_input_groups(layers, groups):
+    for group in group_by_shared_input(layers, groups):
         members = [layers[name] for name in group]
         while members:
             first = members[0]
             alike = [m for m in members if (m.backend, m.float_rows) == (first.backend, first.float_rows)]
-            alike = [m for m in alike if m.transform.same_input_as(first.transform)]
+            alike = [m for m in alike if m.transform.has_same_input_transform(first.transform)]
             members = [m for m in members if m not in alike]
             if len(alike) > 1:
                 shared = SharedInput(len(alike))
@@ -89,7 +89,7 @@ def defer_gelu(model: nn.Module, activation: str, source: str, into: str) -> int
     """
     modules = dict(model.named_modules())
     moved = 0
-    for block in list(in_blocks(modules, activation)):
+    for block in list(find_block_prefixes(modules, activation)):
         found, layer = modules[block + activation], modules.get(block + into)
         width = getattr(modules.get(block + source), "out_features", None)
         if (
@@ -114,7 +114,7 @@ def defer_gelu(model: nn.Module, activation: str, source: str, into: str) -> int
     return moved
 
 
-def share_copy(model: nn.Module) -> nn.Module:
+def copy_sharing_tensors(model: nn.Module) -> nn.Module:
     """A copy of the module tree whose tensors and backends are the same: no memory until layers are replaced."""
     backends = [m.backend for m in model.modules() if isinstance(m, KeepsDtypes) and hasattr(m, "backend")]
     same = [*model.parameters(), *model.buffers(), *backends]

@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from int8run.backends.base import Backend, FusedBranch, FusesBranch, Quantized
-from int8run.kernels.quantize_rowwise.reference import gelu_columns
+from int8run.backends.base import Backend, FusedBranch, FusesBranch, QuantizedInput
+from int8run.kernels.quantize_rowwise.reference import apply_gelu_to_columns
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.weight import QuantizedWeight
 
 # unit vectors that are multiplied at a time to read a weight back
-UNIT_ROWS = 1024
+UNIT_VECTORS_AT_ONCE = 1024
 
 
-def linear_at(model: nn.Module, name: str) -> nn.Linear:
+def get_linear(model: nn.Module, name: str) -> nn.Linear:
     """The Linear of that name.
 
     Raises:
@@ -56,7 +56,7 @@ class LowRankBranch(nn.Module):
     def __init__(self, parts: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.ranks = tuple(lora_A.shape[0] for lora_A, _ in parts)
-        self.idle = True
+        self.is_idle = True
         lora_A = torch.cat([lora_A.float() for lora_A, _ in parts])
         lora_B = torch.cat([lora_B.float() for _, lora_B in parts], dim=1)
         self.register_buffer("lora_A", lora_A.to(device, dtype), persistent=False)
@@ -68,9 +68,9 @@ class LowRankBranch(nn.Module):
         """One strength per part, in their order."""
         per_rank = [s for s, rank in zip(strengths, self.ranks, strict=True) for _ in range(rank)]
         self.strengths.copy_(torch.tensor(per_rank))
-        self.idle = not any(strengths)
+        self.is_idle = not any(strengths)
 
-    def fuse(self, backend: Backend, transform: OutlierTransform) -> None:
+    def fuse_into_backend(self, backend: Backend, transform: OutlierTransform) -> None:
         """Let the backend compute the branch inside its own product, where it can. It then sees the transformed input."""
         if isinstance(backend, FusesBranch):
             self.fused = backend.fuse_branch(
@@ -80,12 +80,12 @@ class LowRankBranch(nn.Module):
                 if isinstance(operand, Tensor):  # as a buffer it counts as the model's memory
                     self.register_buffer(f"fused_{name}", operand, persistent=False)
 
-    def release(self) -> None:
+    def drop_float_factors(self) -> None:
         """Give up the float factors of a fused branch whose layer has no float fallback, which alone would use them."""
         assert self.fused is not None
         self.lora_A, self.lora_B = self.lora_A[:0].clone(), self.lora_B[:, :0].clone()
 
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+    def add_product(self, y: Tensor, x: Tensor) -> Tensor:
         """y + low-rank product of x. x: [M, K], y: [M, N]; y may be overwritten."""
         assert self.lora_A.shape[0] or not self.ranks, "released"
         t = F.linear(x.to(self.lora_A.dtype), self.lora_A) * self.strengths.to(self.lora_A.dtype)
@@ -106,9 +106,9 @@ class SharedInput:
         self.left = 0
         self.x: Tensor | None = None
         self.version = 0
-        self.quantized: Quantized | None = None
+        self.quantized: QuantizedInput | None = None
 
-    def get(self, x: Tensor, quantize: Callable[[], Quantized]) -> Quantized:
+    def get(self, x: Tensor, quantize: Callable[[], QuantizedInput]) -> QuantizedInput:
         """What `quantize()` returns for x, computed by the first layer that asks."""
         # a graph has no versions, and a tensor of inference mode none either: the latter cannot be shared safely
         version = 0 if torch.compiler.is_compiling() else -1 if x.is_inference() else x._version
@@ -125,7 +125,7 @@ class SharedInput:
         return found
 
 
-def centered_rows(x: Tensor) -> Tensor:
+def center_rows(x: Tensor) -> Tensor:
     """Every token without the mean over its picture's tokens, and then the means. x: [..., T, K] -> float32 [B T + B, K]."""
     x = x.float()  # in half precision the difference would be rounded once more
     mean = x.mean(-2, keepdim=True)
@@ -175,7 +175,7 @@ class Int8Linear(KeepsDtypes):
         self.gelu_from = (
             -1
         )  # columns from here on arrive before their GELU, which the quantization computes on the way
-        self.register_buffer("packed", backend.pack(layer.weight), persistent=False)
+        self.register_buffer("packed", backend.pack_weight(layer.weight), persistent=False)
         self.register_buffer("scale", layer.weight.scale[:, 0].contiguous())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
         # dequantized once: a fallback that did it at every call would cost more than it saves
@@ -185,18 +185,20 @@ class Int8Linear(KeepsDtypes):
 
     def set_weight(self, weight: QuantizedWeight) -> None:
         """Put another weight of the same shape in place, in the transform's basis; a compiled model stays compiled."""
-        self.packed, self.scale = self.backend.pack(weight), weight.scale[:, 0].contiguous()
+        self.packed, self.scale = self.backend.pack_weight(weight), weight.scale[:, 0].contiguous()
         if self.float_weight is not None:
             self.float_weight = weight.dequantize(self.dtype)
 
     @torch.no_grad()
-    def integers(self) -> Tensor:
+    def read_qdata(self) -> Tensor:
         """The weight's integers out of the backend's own layout: its products with the unit vectors, exact. Returns int8 [N, K]."""
         ones = torch.ones_like(self.scale)
         columns = []
-        for start in range(0, self.in_features, UNIT_ROWS):
+        for start in range(0, self.in_features, UNIT_VECTORS_AT_ONCE):
             unit = torch.zeros(
-                min(UNIT_ROWS, self.in_features - start), self.in_features, device=self.scale.device
+                min(UNIT_VECTORS_AT_ONCE, self.in_features - start),
+                self.in_features,
+                device=self.scale.device,
             )
             unit[:, start:].fill_diagonal_(1.0)
             quantized = self.backend.quantize(unit, None, None, -1, None)
@@ -207,9 +209,9 @@ class Int8Linear(KeepsDtypes):
             )
         return torch.cat(columns).T.contiguous()
 
-    def quantized_weight(self) -> QuantizedWeight:
+    def read_quantized_weight(self) -> QuantizedWeight:
         """Integers and scales of the weight, in the transform's basis."""
-        return QuantizedWeight(self.integers(), self.scale[:, None].clone())
+        return QuantizedWeight(self.read_qdata(), self.scale[:, None].clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., K] -> [..., N], in x's dtype."""
@@ -221,12 +223,12 @@ class Int8Linear(KeepsDtypes):
         # idle is asked for outside compiled code only: a graph that knew it would be built again when it changes
         branch = (
             None
-            if self.adapter is None or (not torch.compiler.is_compiling() and self.adapter.idle)
+            if self.adapter is None or (not torch.compiler.is_compiling() and self.adapter.is_idle)
             else self.adapter
         )
         fused = None
         if self.float_weight is not None and rows.shape[0] <= self.float_rows:
-            h = self.transform.transform_input(gelu_columns(rows, gelu_from))
+            h = self.transform.transform_input(apply_gelu_to_columns(rows, gelu_from))
             y = F.linear(
                 h.to(self.dtype), self.float_weight, None if self.bias is None else self.bias.to(self.dtype)
             ).to(x.dtype)
@@ -236,7 +238,7 @@ class Int8Linear(KeepsDtypes):
             # without a token axis there is no mean over tokens; one over a batch would mix pictures
             centered = self.transform.centered and x.dim() > 2
             quantize = lambda: self.backend.quantize(  # noqa: E731
-                centered_rows(x) if centered else rows,
+                center_rows(x) if centered else rows,
                 self.transform.factor,
                 self.transform.rotation,
                 gelu_from,
@@ -248,7 +250,7 @@ class Int8Linear(KeepsDtypes):
             y = self.backend.linear(quantized, self.packed, self.scale, bias, x.dtype, fused, strengths)
             y = self.with_mean(y, x.shape) if centered else y
         if branch is not None and fused is None:  # two products of its own, from the untransformed input
-            y = branch.add_to(y, gelu_columns(rows, gelu_from))
+            y = branch.add_product(y, apply_gelu_to_columns(rows, gelu_from))
         return y.unflatten(0, x.shape[:-1]) if x.dim() > 1 else y.squeeze(0)
 
     def with_mean(self, y: Tensor, shape: torch.Size) -> Tensor:

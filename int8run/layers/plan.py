@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from int8run.errors import in_range, one_of, switch
+from int8run.errors import check_bool, check_choice, check_range
 
 # what `layers.csv` names as the backend of a layer that small_batch_fallback sends to a float product
-FALLBACK = "float_fallback"
+FLOAT_FALLBACK = "float_fallback"
 
 
 # a call with at most this many rows may be faster in float; what task=bench measured takes its place
-DEFAULT_ROWS = 8
+DEFAULT_FLOAT_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class Int8Settings:
     checkpoint: str | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        one_of(
+        check_choice(
             "int8.small_batch_fallback", self.small_batch_fallback, ("only_small_layers", "always", "never")
         )
-        switch("int8.enable", self.enable)
+        check_bool("int8.enable", self.enable)
         if self.max_rows is not None:
-            in_range("int8.max_rows", self.max_rows, 0, 4096, whole=True)
-        in_range("int8.small_layer_params", self.small_layer_params, 0, 2**40, whole=True)
+            check_range("int8.max_rows", self.max_rows, 0, 4096, whole=True)
+        check_range("int8.small_layer_params", self.small_layer_params, 0, 2**40, whole=True)
 
-    def float_rows(self, params: int, rows: int, measured: int | None = None) -> int:
+    def choose_float_rows(self, params: int, rows: int, measured: int | None = None) -> int:
         """Up to how many rows a layer computes in float; 0: never, so that it need not keep a float weight.
 
         Args:
@@ -51,7 +51,7 @@ class Int8Settings:
             measured: up to how many rows float was faster for this layer on this machine, where that is known.
         """
         small = self.small_batch_fallback == "only_small_layers" and params <= self.small_layer_params
-        default = DEFAULT_ROWS if measured is None else measured
+        default = DEFAULT_FLOAT_ROWS if measured is None else measured
         limit = default if self.max_rows is None else self.max_rows
         return limit if (small or self.small_batch_fallback == "always") and rows <= limit else 0
 
@@ -63,20 +63,20 @@ class LayerPlan:
     name: str
     in_features: int
     out_features: int
-    keep_float: str | None  # the reason, or None when it becomes INT8
+    skip_reason: str | None  # the reason, or None when it becomes INT8
     outlier: str = ""  # method and settings
-    outlier_why_not: str = ""  # the reason why the method that was asked for is not the one
+    outlier_skip_reason: str = ""  # the reason why the method that was asked for is not the one
     rounding: str = ""
     backend_asked: str = ""
     backend_used: str = ""
     measured: dict[str, float] = field(default_factory=dict)
 
-    def keep(self, why: str) -> None:
+    def skip(self, why: str) -> None:
         """The layer stays float after all."""
         (
-            self.keep_float,
+            self.skip_reason,
             self.outlier,
-            self.outlier_why_not,
+            self.outlier_skip_reason,
             self.rounding,
             self.backend_asked,
             self.backend_used,

@@ -9,32 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8run.backends.base import Backend, version
+from int8run.backends.base import Backend, format_version
 from int8run.kernels.dequantize import eager, reference
-from int8run.kernels.dequantize.reference import scale_blocks
+from int8run.kernels.dequantize.reference import infer_block_shape
 from int8run.kernels.quantize_rowwise.reference import TINY
 from int8run.layers.int8_linear import KeepsDtypes
 from int8run.outlier.base import OutlierTransform
-from int8run.quant.packed_weight import CodedWeight, padded_to
+from int8run.quant.packed_weight import PackedWeight, round_up
 from int8run.quant.weight import QuantizedWeight
 
 # numbers of a weight that are floats at a time: on a CPU what its cache holds, elsewhere what keeps launches few
-FLOAT_NUMBERS = {"cpu": 2**20, "cuda": 2**24}
+MAX_FLOAT_NUMBERS = {"cpu": 2**20, "cuda": 2**24}
 # torch's fp8 product: the GPUs that have it, what cuBLAS wants N and K to be multiples of, and what the input is rounded to
 SCALED_MM, SCALED_MM_CAPABILITY, SCALED_MM_MULTIPLE = "scaled_mm", (8, 9), 16
 E4M3, E4M3_MAX = torch.float8_e4m3fn, torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True)
-class CodedLayer:
+class PackedLayer:
     """One layer as it is stored, before it is bound to a kernel."""
 
-    weight: CodedWeight  # in the transform's basis
+    weight: PackedWeight  # in the transform's basis
     transform: OutlierTransform
     bias: Tensor | None
 
 
-class Coded(KeepsDtypes):
+class WeightOnlyLayer(KeepsDtypes):
     """A coded weight in buffers, and the transform in whose basis it is.
 
     Args:
@@ -46,11 +46,11 @@ class Coded(KeepsDtypes):
     scale: Tensor | None
     global_scale: Tensor | None
 
-    def __init__(self, weight: CodedWeight, transform: OutlierTransform, dtype: torch.dtype, kernels: str):
+    def __init__(self, weight: PackedWeight, transform: OutlierTransform, dtype: torch.dtype, kernels: str):
         super().__init__()
-        weight = weight.in_rows()  # so that some rows can be read without the others
+        weight = weight.unswizzle_scales()  # so that some rows can be read without the others
         self.transform, self.dtype, self.kernels = transform, dtype, kernels
-        self.shape, self.block, self.high_first = weight.shape, weight.block, weight.high_first
+        self.shape, self.block, self.high_first = weight.shape, weight.block_size, weight.high_nibble_first
         self.register_buffer("qdata", weight.qdata.detach().contiguous(), persistent=False)
         self.register_buffer(
             "scale", None if weight.scale is None else weight.scale.detach().contiguous(), persistent=False
@@ -58,40 +58,42 @@ class Coded(KeepsDtypes):
         self.register_buffer("global_scale", weight.global_scale, persistent=False)
 
     @property
-    def coded(self) -> CodedWeight:
+    def packed_weight(self) -> PackedWeight:
         """The weight, in the transform's basis; block scales lie in rows."""
-        return CodedWeight(
+        return PackedWeight(
             self.qdata,
             self.scale,
             self.shape,
             self.global_scale,
             self.block,
-            swizzled=False,
-            high_first=self.high_first,
+            is_swizzled=False,
+            high_nibble_first=self.high_first,
         )
 
-    def floats(self, dtype: torch.dtype) -> Iterator[Tensor]:
+    def iter_float_rows(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The weight's numbers, some rows after others: at most `FLOAT_NUMBERS`, and at least as many rows as share a scale."""
-        weight, operators = self.coded, operators_of(self.kernels)
+        weight, operators = self.packed_weight, get_operators(self.kernels)
         if (
             weight.scale is None
         ):  # a plain cast, by the same operators: torch's own conversion is slow on CPUs
             weight = replace(weight, scale=torch.ones((), device=self.qdata.device))
-        height = shared_rows(weight)
-        numbers = FLOAT_NUMBERS.get(self.qdata.device.type, FLOAT_NUMBERS["cuda"])
+        height = rows_per_scale(weight)
+        numbers = MAX_FLOAT_NUMBERS.get(self.qdata.device.type, MAX_FLOAT_NUMBERS["cuda"])
         rows = max(numbers // self.shape[1] // height, 1) * height
         for start in range(0, self.shape[0], rows):
-            yield row_slice(weight, start, min(start + rows, self.shape[0]), height).dequantize(
+            yield slice_rows(weight, start, min(start + rows, self.shape[0]), height).dequantize(
                 dtype, operators
             )
 
     @torch.no_grad()
-    def dequantized(self) -> Tensor:
+    def dequantize_weight(self) -> Tensor:
         """The weight's numbers, without the transform. Returns float32 [N, K]."""
-        return torch.cat([self.transform.restore_weight(rows) for rows in self.floats(torch.float32)])
+        return torch.cat(
+            [self.transform.restore_weight(rows) for rows in self.iter_float_rows(torch.float32)]
+        )
 
 
-class CodedLinear(Coded):
+class WeightOnlyLinear(WeightOnlyLayer):
     """`nn.Linear` with a weight in codes. Each call makes numbers of some rows, multiplies them, and goes on to the next.
 
     Args:
@@ -103,9 +105,9 @@ class CodedLinear(Coded):
 
     bias: Tensor | None
 
-    def __init__(self, layer: CodedLayer, dtype: torch.dtype, kernels: str = "eager"):
+    def __init__(self, layer: PackedLayer, dtype: torch.dtype, kernels: str = "eager"):
         super().__init__(
-            for_scaled_mm(layer.weight) if kernels == SCALED_MM else layer.weight,
+            pad_for_scaled_mm(layer.weight) if kernels == SCALED_MM else layer.weight,
             layer.transform,
             dtype,
             kernels,
@@ -123,7 +125,7 @@ class CodedLinear(Coded):
         """In floats. x: [M, K] -> [M, N], in the layer's dtype."""
         bias = None if self.bias is None else self.bias.to(self.dtype)
         parts, start = [], 0
-        for weight in self.floats(self.dtype):
+        for weight in self.iter_float_rows(self.dtype):
             parts.append(F.linear(x, weight, None if bias is None else bias[start : start + len(weight)]))
             start += len(weight)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -148,10 +150,10 @@ class CodedLinear(Coded):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.coded.kind}, kernels={self.kernels}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.packed_weight.storage_dtype}, kernels={self.kernels}"
 
 
-class CodedEmbedding(Coded):
+class WeightOnlyEmbedding(WeightOnlyLayer):
     """`nn.Embedding` with a table in codes. Only the rows that are looked up become numbers.
 
     It has no `weight`: a table that its model reads in another way (CLIP's positions, T5's relative bias) must stay `nn.Embedding`.
@@ -165,7 +167,7 @@ class CodedEmbedding(Coded):
 
     def __init__(
         self,
-        weight: CodedWeight,
+        weight: PackedWeight,
         transform: OutlierTransform,
         dtype: torch.dtype,
         padding_idx: int | None = None,
@@ -177,14 +179,16 @@ class CodedEmbedding(Coded):
 
     def forward(self, index: Tensor) -> Tensor:
         """index: integers [...] -> [..., embedding_dim]."""
-        rows = self.coded.rows(index.flatten()).dequantize(operators=operators_of(self.kernels))
+        rows = self.packed_weight.select_rows(index.flatten()).dequantize(
+            operators=get_operators(self.kernels)
+        )
         rows = self.transform.restore_weight(rows).to(self.dtype)
         if self.embed_scale != 1:
             rows = rows * torch.tensor(self.embed_scale, dtype=self.dtype, device=rows.device)
         return rows.reshape(*index.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self.coded.kind}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_weight.storage_dtype}"
 
 
 class BlockInt8Linear(KeepsDtypes):
@@ -200,20 +204,22 @@ class BlockInt8Linear(KeepsDtypes):
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: CodedLayer, backend: Backend):
+    def __init__(self, layer: PackedLayer, backend: Backend):
         super().__init__()
         qdata, scale = layer.weight.qdata, layer.weight.scale
-        assert layer.weight.kind == "int8" and scale is not None, "BlockInt8Linear takes int8 weights"
+        assert layer.weight.storage_dtype == "int8" and scale is not None, (
+            "BlockInt8Linear takes int8 weights"
+        )
         rows, columns = qdata.shape
         self.out_features, self.in_features = rows, columns
         self.backend, self.transform = backend, layer.transform
-        height, self.block = scale_blocks(qdata.shape, scale.shape, layer.weight.block or None)
+        height, self.block = infer_block_shape(qdata.shape, scale.shape, layer.weight.block_size or None)
         grid = scale.detach().float().reshape(ceil(rows / height), ceil(columns / self.block))
         scale = grid.repeat_interleave(height, dim=0)[:rows].T.contiguous()  # [blocks, N]
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
         for i, (codes, row_scale) in enumerate(zip(qdata.split(self.block, dim=1), scale, strict=True)):
-            packed = backend.pack(QuantizedWeight(codes.contiguous(), row_scale[:, None]))
+            packed = backend.pack_weight(QuantizedWeight(codes.contiguous(), row_scale[:, None]))
             self.register_buffer(f"packed_{i}", packed, persistent=False)
 
     @property
@@ -236,7 +242,7 @@ class BlockInt8Linear(KeepsDtypes):
         return y.unflatten(0, x.shape[:-1]) if x.dim() > 1 else y.squeeze(0)
 
     @torch.no_grad()
-    def dequantized(self) -> Tensor:
+    def dequantize_weight(self) -> Tensor:
         """The weight's numbers, without the transform: the blocks' integers are their products with the unit vectors. float32 [N, K]."""
         blocks = []
         for packed, scale, width in zip(self.packed, self.scale, self.widths, strict=True):
@@ -256,7 +262,7 @@ class BlockInt8Linear(KeepsDtypes):
         return f"in_features={self.in_features}, out_features={self.out_features}, block={self.block}, backend={self.backend.name}"
 
 
-def operators_of(kernels: str) -> ModuleType:
+def get_operators(kernels: str) -> ModuleType:
     """The module of `kernels/dequantize` that is meant."""
     if kernels == "triton":
         # imported where it runs: a CPU has no use for Triton
@@ -266,14 +272,14 @@ def operators_of(kernels: str) -> ModuleType:
     return reference if kernels == "reference" else eager
 
 
-def shared_rows(weight: CodedWeight) -> int:
+def rows_per_scale(weight: PackedWeight) -> int:
     """How many neighbouring rows share a scale; 1 as well where all of them do, because that scale serves any rows."""
-    if weight.scale is None or weight.scale.numel() == 1 or weight.kind in ("mxfp8", "nvfp4"):
+    if weight.scale is None or weight.scale.numel() == 1 or weight.storage_dtype in ("mxfp8", "nvfp4"):
         return 1
-    return scale_blocks(weight.qdata.shape, weight.scale.shape, weight.block or None)[0]
+    return infer_block_shape(weight.qdata.shape, weight.scale.shape, weight.block_size or None)[0]
 
 
-def row_slice(weight: CodedWeight, start: int, stop: int, height: int) -> CodedWeight:
+def slice_rows(weight: PackedWeight, start: int, stop: int, height: int) -> PackedWeight:
     """Neighbouring rows without a copy.
 
     Args:
@@ -287,48 +293,48 @@ def row_slice(weight: CodedWeight, start: int, stop: int, height: int) -> CodedW
     return replace(weight, qdata=weight.qdata[start:stop], scale=scale, shape=(stop - start, weight.shape[1]))
 
 
-def is_rowwise(weight: CodedWeight) -> bool:
+def is_rowwise(weight: PackedWeight) -> bool:
     """Whether an int8 or fp8 weight has one scale, one for each output row, or none, so that a product can apply it to its sums."""
-    if weight.kind not in ("int8", "fp8"):
+    if weight.storage_dtype not in ("int8", "fp8"):
         return False
     if weight.scale is None or weight.scale.numel() == 1:
         return True
-    height, width = scale_blocks(weight.qdata.shape, weight.scale.shape, weight.block or None)
+    height, width = infer_block_shape(weight.qdata.shape, weight.scale.shape, weight.block_size or None)
     return height == 1 and width >= weight.qdata.shape[1]
 
 
-def int8_weight(weight: CodedWeight) -> QuantizedWeight:
+def to_quantized_weight(weight: PackedWeight) -> QuantizedWeight:
     """An int8 weight with one scale, or one for each output row, as `Int8Linear` takes it.
 
     Raises:
         ValueError: for any other.
     """
-    if weight.kind != "int8" or weight.scale is None or not is_rowwise(weight):
+    if weight.storage_dtype != "int8" or weight.scale is None or not is_rowwise(weight):
         scales = None if weight.scale is None else list(weight.scale.shape)
         raise ValueError(
-            f"the weight is {weight.kind} with scales {scales}; an INT8 layer takes int8 with one scale or one per row"
+            f"the weight is {weight.storage_dtype} with scales {scales}; an INT8 layer takes int8 with one scale or one per row"
         )
     scale = weight.scale.detach().float().reshape(-1, 1).expand(len(weight.qdata), 1)
     return QuantizedWeight(weight.qdata.contiguous(), scale.contiguous())
 
 
-def scaled_mm_refuses(weight: CodedWeight, device: torch.device) -> str | None:
+def scaled_mm_unsupported_reason(weight: PackedWeight, device: torch.device) -> str | None:
     """Why torch's fp8 product cannot take a weight on a device; None when it can."""
-    if weight.kind != "fp8" or not is_rowwise(weight):
-        what = weight.kind if weight.kind != "fp8" else "fp8 with scales per block"
+    if weight.storage_dtype != "fp8" or not is_rowwise(weight):
+        what = weight.storage_dtype if weight.storage_dtype != "fp8" else "fp8 with scales per block"
         return f"scaled_mm takes fp8 weights with one scale or one per output row, this one is {what}"
     if device.type not in ("cpu", "cuda"):
         return f"scaled_mm runs on cpu and cuda, not on {device.type}"
     if device.type == "cuda" and (have := torch.cuda.get_device_capability(device)) < SCALED_MM_CAPABILITY:
-        return f"scaled_mm needs compute capability {version(SCALED_MM_CAPABILITY)}, this GPU has {version(have)}"
+        return f"scaled_mm needs compute capability {format_version(SCALED_MM_CAPABILITY)}, this GPU has {format_version(have)}"
     return None
 
 
-def for_scaled_mm(weight: CodedWeight) -> CodedWeight:
+def pad_for_scaled_mm(weight: PackedWeight) -> PackedWeight:
     """The same fp8 weight, N and K filled up with zeros to what cuBLAS wants, and its scales in float32."""
     rows, columns = weight.qdata.shape
-    more = padded_to(rows, SCALED_MM_MULTIPLE) - rows
-    padding = (0, padded_to(columns, SCALED_MM_MULTIPLE) - columns, 0, more)
+    more = round_up(rows, SCALED_MM_MULTIPLE) - rows
+    padding = (0, round_up(columns, SCALED_MM_MULTIPLE) - columns, 0, more)
     qdata = F.pad(weight.qdata.view(torch.uint8), padding).view(weight.qdata.dtype)  # torch pads no fp8
     scale = None if weight.scale is None else weight.scale.float().flatten()
     scale = scale if scale is None or scale.numel() == 1 else F.pad(scale, (0, more), value=1.0)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from int8run.errors import ConfigError, in_range
+from int8run.errors import ConfigError, check_range
 from int8run.outlier.base import LayerStatistics, OutlierMethod, OutlierTransform
 from int8run.quant.weight import quantize_weight, sqnr_db
 
@@ -35,10 +35,10 @@ class AutoOutlier:
         if not self.candidates:
             raise ConfigError("outlier.candidates is empty; name at least one method")
         if self.max_cost is not None:
-            in_range("outlier.max_cost", self.max_cost, 0, 10)
-        in_range("outlier.tolerance_db", self.tolerance_db, 0, 10)
+            check_range("outlier.max_cost", self.max_cost, 0, 10)
+        check_range("outlier.tolerance_db", self.tolerance_db, 0, 10)
 
-    def score(
+    def score_candidates(
         self, weight: Tensor, statistics: LayerStatistics, cost: Callable[[OutlierTransform], float]
     ) -> dict[str, float]:
         """Output SQNR in dB of every candidate that can take the layer at the price.
@@ -47,15 +47,17 @@ class AutoOutlier:
             weight: [N, K].
             cost: time of the layer with a transform over its time without.
         """
-        folds = halves(statistics)
-        able = {name: m for name, m in self.candidates.items() if m.refuse(weight.shape[1]) is None}
+        folds = split_samples(statistics)
+        able = {
+            name: m for name, m in self.candidates.items() if m.unsupported_reason(weight.shape[1]) is None
+        }
         return {
-            name: judged_db(weight, method, folds)
+            name: measure_output_sqnr_db(weight, method, folds)
             for name, method in able.items()
             if self.max_cost is None or cost(method.fit(weight, statistics)) <= 1 + self.max_cost
         }
 
-    def choose(
+    def choose_methods(
         self,
         scores: Mapping[str, Mapping[str, float]],
         groups: Iterable[Sequence[str]],
@@ -70,7 +72,7 @@ class AutoOutlier:
         """
         chosen: dict[str, str | None] = {}
         for group in groups:
-            good = {layer: self.good_enough(scores[layer]) for layer in group}
+            good = {layer: self.list_near_best(scores[layer]) for layer in group}
             shared = [name for name in self.candidates if all(name in names for names in good.values())]
             chosen |= {layer: next(iter(shared or good[layer]), None) for layer in group}
         for layers in joined:
@@ -80,7 +82,7 @@ class AutoOutlier:
                 chosen |= dict.fromkeys(layers, best)
         return chosen
 
-    def good_enough(self, scores: Mapping[str, float]) -> list[str]:
+    def list_near_best(self, scores: Mapping[str, float]) -> list[str]:
         """The candidates within `tolerance_db` of the best, in their order."""
         best = max(scores.values(), default=0.0)
         return [
@@ -88,7 +90,7 @@ class AutoOutlier:
         ]
 
 
-def halves(statistics: LayerStatistics) -> list[tuple[LayerStatistics, Tensor]]:
+def split_samples(statistics: LayerStatistics) -> list[tuple[LayerStatistics, Tensor]]:
     """What to fit to, and what to judge by: each half of the inputs once, because a method that was fitted to its judge looks too good."""
     parts = [part for part in statistics.sample.tensor_split(2) if len(part)]
     if len(parts) == 1:
@@ -99,19 +101,21 @@ def halves(statistics: LayerStatistics) -> list[tuple[LayerStatistics, Tensor]]:
     ]
 
 
-def judged_db(
+def measure_output_sqnr_db(
     weight: Tensor, method: OutlierMethod, folds: Sequence[tuple[LayerStatistics, Tensor]]
 ) -> float:
     """Output SQNR of a method over all folds, in dB. weight: [N, K]."""
     exact, made = [], []
     for fit, sample in folds:
-        products = output_products(weight, method.fit(weight, fit).to(weight.device), sample)
+        products = compute_output_products(weight, method.fit(weight, fit).to(weight.device), sample)
         exact.append(products[0])
         made.append(products[1])
     return sqnr_db(torch.cat(exact), torch.cat(made))
 
 
-def output_products(weight: Tensor, transform: OutlierTransform, sample: Tensor) -> tuple[Tensor, Tensor]:
+def compute_output_products(
+    weight: Tensor, transform: OutlierTransform, sample: Tensor
+) -> tuple[Tensor, Tensor]:
     """`x @ W.T`, and the same with both sides transformed and rounded; arithmetic in float32.
 
     Args:
@@ -119,4 +123,4 @@ def output_products(weight: Tensor, transform: OutlierTransform, sample: Tensor)
     """
     weight, sample = weight.detach().float(), sample.to(weight.device).float()
     rounded = quantize_weight(transform.transform_weight(weight)).dequantize()
-    return sample @ weight.T, transform.rounded_input(sample) @ rounded.T
+    return sample @ weight.T, transform.round_input(sample) @ rounded.T

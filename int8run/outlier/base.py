@@ -80,7 +80,7 @@ class OutlierTransform(nn.Module):
         """Online, at every call; the definition of what backends do on the way. x: [..., K] -> [..., K]."""
         return transform_rows(x, self.factor, self.rotation, -1)
 
-    def rounded_input(self, x: Tensor) -> Tensor:
+    def round_input(self, x: Tensor) -> Tensor:
         """The transformed input as the integers give it back, in float32: what an INT8 layer really multiplies.
 
         x: [..., T, K] -> [..., T, K].
@@ -91,7 +91,7 @@ class OutlierTransform(nn.Module):
         mean = x.mean(-2, keepdim=True)
         return round_rows(self.transform_input(x - mean)) + round_rows(self.transform_input(mean))
 
-    def same_input_as(self, other: "OutlierTransform") -> bool:
+    def has_same_input_transform(self, other: "OutlierTransform") -> bool:
         """Whether both do the same to their input, so that one quantization can serve both layers."""
         return (
             (self.factor is None) == (other.factor is None)
@@ -126,11 +126,11 @@ class OutlierMethod(Protocol):
     name: ClassVar[str]
     needs_calibration: ClassVar[bool]
 
-    def refuse(self, in_features: int) -> str | None:
+    def unsupported_reason(self, in_features: int) -> str | None:
         """Why it cannot take a layer of this width; None when it can."""
         ...
 
-    def settings_for(self, in_features: int) -> Mapping[str, float]:
+    def get_settings(self, in_features: int) -> Mapping[str, float]:
         """Its settings as a layer of this width uses them."""
         ...
 

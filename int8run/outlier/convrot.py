@@ -9,7 +9,7 @@ from int8run.errors import ConfigError
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard
 from int8run.outlier.base import LayerStatistics, OutlierTransform
 
-GROUPS = (4, 16, 64, 256, 1024)
+GROUP_SIZES = (4, 16, 64, 256, 1024)
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,17 @@ class ConvRot:
     needs_calibration: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.group_size, int) or self.group_size not in GROUPS:
-            *smaller, largest = map(str, GROUPS)
+        if not isinstance(self.group_size, int) or self.group_size not in GROUP_SIZES:
+            *smaller, largest = map(str, GROUP_SIZES)
             raise ConfigError(
                 f"outlier.group_size is {self.group_size!r}; convrot takes {', '.join(smaller)} or {largest}"
             )
 
-    def refuse(self, in_features: int) -> str | None:
+    def unsupported_reason(self, in_features: int) -> str | None:
         """It takes multiples of 4."""
         return f"in_features={in_features} is not a multiple of 4" if in_features % 4 else None
 
-    def settings_for(self, in_features: int) -> dict[str, int]:
+    def get_settings(self, in_features: int) -> dict[str, int]:
         """The group that divides the width."""
         group = self.group_size
         while in_features % group:
@@ -40,7 +40,7 @@ class ConvRot:
 
     def fit(self, weight: Tensor, statistics: LayerStatistics | None = None) -> OutlierTransform:
         """A rotation for this width. weight: [N, K]."""
-        settings = self.settings_for(weight.shape[1])
+        settings = self.get_settings(weight.shape[1])
         return OutlierTransform(
             self.name, settings, rotation=Rotation(regular_hadamard(settings["group_size"]).to(weight.device))
         )

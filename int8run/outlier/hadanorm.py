@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from int8run.errors import in_range
+from int8run.errors import check_range
 from int8run.kernels.hadamard.reference import Rotation, sylvester_hadamard
 from int8run.outlier.base import LayerStatistics, OutlierTransform
-from int8run.outlier.quarot import check_group, refuse_width
+from int8run.outlier.quarot import check_group_size, width_unsupported_reason
 
 SMALLEST = 1e-6  # of a column's maximum and of sigma, as in the Toolkit
 
@@ -27,14 +27,14 @@ class HadaNorm:
     needs_calibration: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_group(self.group_size)
-        in_range("outlier.alpha", self.alpha, 0, 1)
+        check_group_size(self.group_size)
+        check_range("outlier.alpha", self.alpha, 0, 1)
 
-    def refuse(self, in_features: int) -> str | None:
+    def unsupported_reason(self, in_features: int) -> str | None:
         """It takes multiples of its group."""
-        return refuse_width(self.group_size, in_features)
+        return width_unsupported_reason(self.group_size, in_features)
 
-    def settings_for(self, in_features: int) -> dict[str, float]:
+    def get_settings(self, in_features: int) -> dict[str, float]:
         """Group and alpha."""
         return {"group_size": self.group_size, "alpha": self.alpha}
 
@@ -45,5 +45,5 @@ class HadaNorm:
         )
         rotation = Rotation(sylvester_hadamard(self.group_size).to(weight.device), sylvester=True)
         return OutlierTransform(
-            self.name, self.settings_for(weight.shape[1]), 1 / sigma, rotation, centered=True
+            self.name, self.get_settings(weight.shape[1]), 1 / sigma, rotation, centered=True
         )

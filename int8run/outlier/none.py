@@ -15,11 +15,11 @@ class NoOutlier:
     name: ClassVar[str] = NONE
     needs_calibration: ClassVar[bool] = False
 
-    def refuse(self, in_features: int) -> str | None:
+    def unsupported_reason(self, in_features: int) -> str | None:
         """It takes every layer."""
         return None
 
-    def settings_for(self, in_features: int) -> dict[str, float]:
+    def get_settings(self, in_features: int) -> dict[str, float]:
         """None."""
         return {}
 

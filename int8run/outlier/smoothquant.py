@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from int8run.errors import in_range
+from int8run.errors import check_range
 from int8run.outlier.base import LayerStatistics, OutlierTransform
 
 SMALLEST = 1e-5
@@ -24,13 +24,13 @@ class SmoothQuant:
     needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        in_range("outlier.alpha", self.alpha, 0, 1)
+        check_range("outlier.alpha", self.alpha, 0, 1)
 
-    def refuse(self, in_features: int) -> str | None:
+    def unsupported_reason(self, in_features: int) -> str | None:
         """It takes every layer."""
         return None
 
-    def settings_for(self, in_features: int) -> dict[str, float]:
+    def get_settings(self, in_features: int) -> dict[str, float]:
         """Alpha."""
         return {"alpha": self.alpha}
 
@@ -41,4 +41,4 @@ class SmoothQuant:
         s = x_max.clamp(min=SMALLEST).pow(self.alpha) / w_max.clamp(min=SMALLEST).pow(1 - self.alpha)
         # a column that was always 0 in the calibration says nothing about its range
         s = torch.where(x_max > 0, s, 1.0)
-        return OutlierTransform(self.name, self.settings_for(weight.shape[1]), factor=1 / s)
+        return OutlierTransform(self.name, self.get_settings(weight.shape[1]), factor=1 / s)

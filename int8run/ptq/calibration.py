@@ -43,7 +43,7 @@ def capture_calibration_calls(
         calibration.samples[i : i + sampling.batch]
         for i in range(0, len(calibration.prompts), sampling.batch)
     ]
-    with progress.count("calibrate", len(batches)) as advance:
+    with progress.track_loop("calibrate", len(batches)) as advance:
         for batch in batches:
             made = capture_calls(pipe, component, denoiser, batch, sampling)
             moments = (

@@ -92,7 +92,7 @@ def meet_budget(
     run = lambda denoiser: generate(pipe, component, {"": denoiser}, pictures, sampling)[""]  # noqa: E731
     whole = assemble(list(layers))
     bisections = math.ceil(math.log2(len(layers))) + 1
-    with progress.count("quality budget", len(layers) + bisections) as advance:
+    with progress.track_loop("quality budget", len(layers) + bisections) as advance:
         exact = run(float_denoiser)
         reached = {0: measure_latents_db(run(whole), exact)}
         advance(1)
@@ -121,7 +121,9 @@ def meet_budget(
         )
     kept = {name: errors[name] / total for name in order[:enough]}
     memory_ratio = count_module_bytes(denoiser) / count_module_bytes(whole)
-    return denoiser, MixedPrecisionResult(asked_db, reached[enough], reached[0], kept, with_budget / without, memory_ratio)
+    return denoiser, MixedPrecisionResult(
+        asked_db, reached[enough], reached[0], kept, with_budget / without, memory_ratio
+    )
 
 
 def measure_latents_db(made: Generation, exact: Generation) -> float:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from int8run.backends.auto import AutoBackend, Chooser
+from int8run.backends.auto import AutoBackend, BackendChooser
 from int8run.backends.base import Backend
-from int8run.backends.registry import usable_here
+from int8run.backends.registry import list_usable_backends
 from int8run.errors import BackendError, ConfigError
 from int8run.kernels.cpu.rows import quantize_weight_rows
-from int8run.layers.int8_linear import Int8Linear, QuantizedLayer, linear_at
-from int8run.layers.plan import FALLBACK, Int8Settings, LayerPlan
+from int8run.layers.int8_linear import Int8Linear, QuantizedLayer, get_linear
+from int8run.layers.plan import FLOAT_FALLBACK, Int8Settings, LayerPlan
 from int8run.outlier.base import LayerStatistics, OutlierMethod, OutlierTransform
 from int8run.quant.rounding import AbsMax, Rounding
 from int8run.quant.weight import QuantizedWeight, sqnr_db
@@ -22,17 +22,17 @@ from int8run.quant.weight import QuantizedWeight, sqnr_db
 log = logging.getLogger(__name__)
 
 
-def check_outlier(outlier: OutlierMethod, plans: Sequence[LayerPlan]) -> None:
+def check_outlier_method(outlier: OutlierMethod, plans: Sequence[LayerPlan]) -> None:
     """Note in the plan which layers the method cannot take; they are quantized without it.
 
     Raises:
         ConfigError: when it can take none.
     """
     for plan in plans:
-        plan.outlier_why_not = outlier.refuse(plan.in_features) or ""
-    refused = [plan for plan in plans if plan.outlier_why_not]
+        plan.outlier_skip_reason = outlier.unsupported_reason(plan.in_features) or ""
+    refused = [plan for plan in plans if plan.outlier_skip_reason]
     reasons = "; ".join(
-        f"{n} × {why}" for why, n in Counter(plan.outlier_why_not for plan in refused).items()
+        f"{n} × {why}" for why, n in Counter(plan.outlier_skip_reason for plan in refused).items()
     )
     if len(refused) == len(plans):
         raise ConfigError(
@@ -48,7 +48,7 @@ def check_outlier(outlier: OutlierMethod, plans: Sequence[LayerPlan]) -> None:
         )
 
 
-def quantized_layers(
+def quantize_layers(
     model: nn.Module,
     plans: Iterable[LayerPlan],
     methods: Mapping[str, OutlierMethod],
@@ -64,7 +64,7 @@ def quantized_layers(
         statistics: of the layers that a calibration reached, where a method or the rounding needs one.
     """
     for plan in plans:
-        linear = linear_at(model, plan.name)
+        linear = get_linear(model, plan.name)
         original = linear.weight.detach() if read is None else read(plan.name)
         if not original.numel():
             check_weight(plan, original)
@@ -79,7 +79,7 @@ def quantized_layers(
         if (
             type(rounding) is AbsMax and original.device.type == "cpu"
         ):  # by kernels of our own, many times as fast
-            weight = rounded_rows(plan, original, transform)
+            weight = round_weight_rows(plan, original, transform)
             plan.outlier, plan.rounding = transform.label, rounding.name
             yield plan, QuantizedLayer(weight, transform, linear.bias)
             continue
@@ -87,15 +87,15 @@ def quantized_layers(
         transformed = transform.transform_weight(original.float())
         inputs = None
         if rounding.needs_calibration and seen is not None:
-            inputs = transform.rounded_input(seen.sample.to(original.device)).flatten(0, -2)
-        weight = rounding.round(transformed, inputs)
+            inputs = transform.round_input(seen.sample.to(original.device)).flatten(0, -2)
+        weight = rounding.round_weight(transformed, inputs)
         plan.outlier, plan.rounding = transform.label, rounding.name
         plan.measured["weight_sqnr_db"] = sqnr_db(transformed, weight.dequantize())
         plan.measured["saturated_share"] = weight.saturated_share
         yield plan, QuantizedLayer(weight, transform, linear.bias)
 
 
-def rounded_rows(plan: LayerPlan, original: Tensor, transform: OutlierTransform) -> QuantizedWeight:
+def round_weight_rows(plan: LayerPlan, original: Tensor, transform: OutlierTransform) -> QuantizedWeight:
     """A weight in the transform's basis, rounded by `absmax`, and in the plan what that cost.
 
     Raises:
@@ -138,14 +138,16 @@ def check_backend(backend: Backend, device: torch.device, plans: Iterable[LayerP
     Raises:
         BackendError: with every reason, and every layer that it cannot take.
     """
-    reasons = backend.limits.refuse(device)
+    reasons = backend.limits.unsupported_reasons(device)
     if reasons:
-        able = ", ".join(usable_here(device))
+        able = ", ".join(list_usable_backends(device))
         raise BackendError(
             f"backend {backend.name!r} cannot run here: {'; '.join(reasons)}; these can: {able}"
         )
     refused = {
-        p.name: why for p in plans if (why := backend.limits.refuse_layer(p.in_features, p.out_features))
+        p.name: why
+        for p in plans
+        if (why := backend.limits.unsupported_layer_reasons(p.in_features, p.out_features))
     }
     if refused:
         listed = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused.items())
@@ -154,7 +156,7 @@ def check_backend(backend: Backend, device: torch.device, plans: Iterable[LayerP
         )
 
 
-def int8_layers(
+def build_int8_layers(
     model: nn.Module,
     layers: Iterable[tuple[LayerPlan, QuantizedLayer]],
     backend: Backend,
@@ -172,22 +174,24 @@ def int8_layers(
         device: where the layers will run; None: where the model is.
     """
     device = next(p.device for p in model.parameters() if not p.is_meta) if device is None else device
-    choosers: dict[torch.dtype, Chooser] = {}
+    choosers: dict[torch.dtype, BackendChooser] = {}
     matrices: dict[tuple[int, bool], Tensor | None] = {}  # one of each kind serves all layers
     made = {}
     for plan, layer in layers:
         layer.transform.matrix = matrices.setdefault(
             (layer.transform.group_size, layer.transform.sylvester), layer.transform.matrix
         )
-        dtype = linear_at(model, plan.name).weight.dtype
+        dtype = get_linear(model, plan.name).weight.dtype
         chosen, measured = backend, None
         if isinstance(backend, AutoBackend):
             if dtype not in choosers:  # each reads the table of measured choices
-                choosers[dtype] = backend.chooser(device, dtype)
-            chosen = choosers[dtype].choose(rows[plan.name], plan.in_features, plan.out_features)
-            measured = choosers[dtype].float_rows(plan.in_features, plan.out_features)
-        float_rows = settings.float_rows(plan.in_features * plan.out_features, rows[plan.name], measured)
-        plan.backend_asked, plan.backend_used = backend.name, FALLBACK if float_rows else chosen.name
+                choosers[dtype] = backend.make_chooser(device, dtype)
+            chosen = choosers[dtype].choose_backend(rows[plan.name], plan.in_features, plan.out_features)
+            measured = choosers[dtype].measured_float_rows(plan.in_features, plan.out_features)
+        float_rows = settings.choose_float_rows(
+            plan.in_features * plan.out_features, rows[plan.name], measured
+        )
+        plan.backend_asked, plan.backend_used = backend.name, FLOAT_FALLBACK if float_rows else chosen.name
         made[plan.name] = Int8Linear(layer, chosen, dtype, float_rows)
         on_layer(plan)
     return made

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from int8run.errors import FileError, in_range
+from int8run.errors import FileError, check_range
 
 log = logging.getLogger(__name__)
 GB = 10**9
-HASHES = "hashes.json"
+HASHES_FILE = "hashes.json"
 SUFFIX = ".safetensors"
-UNFINISHED = ".unfinished-"  # how the name of a file begins that is being written
-OLD_SECONDS = 86400  # a process that began to write so long ago was killed
+UNFINISHED_PREFIX = ".unfinished-"  # how the name of a file begins that is being written
+ABANDONED_AFTER_SECONDS = 86400  # a process that began to write so long ago was killed
 
 
-class Kept(NamedTuple):
+class CachedFile(NamedTuple):
     """One file of the store."""
 
     path: Path
@@ -30,7 +30,7 @@ class Kept(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Store:
+class DiskCache:
     """A folder with a limit; the files that were not used for the longest time go first.
 
     Args:
@@ -42,14 +42,14 @@ class Store:
     limit_gb: float = 40.0
 
     def __post_init__(self) -> None:
-        in_range("cache.limit_gb", self.limit_gb, 0, 1_000_000)
+        check_range("cache.limit_gb", self.limit_gb, 0, 1_000_000)
 
     @property
     def path(self) -> Path:
         """Where it is."""
         return Path.home() / ".cache" / "int8run" if self.folder is None else Path(self.folder).expanduser()
 
-    def find(self, kind: str, key: str) -> Path | None:
+    def get(self, kind: str, key: str) -> Path | None:
         """The file of a key, which counts as a use."""
         path = self.path / kind / f"{key}{SUFFIX}"
         if not self.limit_gb or not path.is_file():
@@ -74,7 +74,9 @@ class Store:
                 )
             return None
         path = self.path / kind / f"{key}{SUFFIX}"
-        fresh = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")  # two processes may make the same
+        fresh = path.with_name(
+            f"{UNFINISHED_PREFIX}{os.getpid()}-{path.name}"
+        )  # two processes may make the same
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.make_room(limit - size)
@@ -93,27 +95,27 @@ class Store:
         log.info("kept for the next run: %s (%.1f MB)", path, path.stat().st_size / 1e6)
         return path
 
-    def drop(self, path: Path, why: object) -> None:
+    def remove(self, path: Path, why: object) -> None:
         """Forget a file that cannot be used."""
         log.warning("%s is not used and removed from the cache: %s", path, why)
         with suppress(OSError):
             path.unlink(missing_ok=True)
 
-    def entries(self) -> list[Kept]:
+    def list_files(self) -> list[CachedFile]:
         """Every file, the longest unused first."""
         found = []
         for path in self.path.glob(f"*/*{SUFFIX}"):
             with suppress(FileNotFoundError):  # another process may clear up at the same time
                 facts = path.stat()
-                if not path.name.startswith(UNFINISHED):
-                    found.append(Kept(path, facts.st_size, facts.st_mtime))
-                elif facts.st_mtime < time.time() - OLD_SECONDS:
+                if not path.name.startswith(UNFINISHED_PREFIX):
+                    found.append(CachedFile(path, facts.st_size, facts.st_mtime))
+                elif facts.st_mtime < time.time() - ABANDONED_AFTER_SECONDS:
                     path.unlink()
         return sorted(found, key=lambda kept: kept.used)
 
     def make_room(self, limit: float) -> None:
         """Remove the longest unused files until the others are within the limit."""
-        kept = self.entries()
+        kept = self.list_files()
         total = sum(k.bytes for k in kept)
         for path, size, used in kept:
             if total <= limit:
@@ -127,13 +129,13 @@ class Store:
             path.unlink(missing_ok=True)
             total -= size
 
-    def content_hash(self, path: Path) -> str:
+    def hash_file(self, path: Path) -> str:
         """SHA-256 of a file. One that did not change since is not read again: size and times say so."""
         real = path.resolve()
         if real.parent.name == "blobs" and len(real.name) == 64:
             return real.name  # the hub's cache names large files by their SHA-256
         facts = real.stat()
-        known = read_hashes(self.path / HASHES)
+        known = read_hashes(self.path / HASHES_FILE)
         stamp = [facts.st_size, facts.st_mtime_ns, facts.st_ino]
         found = known.get(str(real))
         if found is not None and found[:3] == stamp:
@@ -141,11 +143,11 @@ class Store:
         with real.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if self.limit_gb:
-            write_hashes(self.path / HASHES, known | {str(real): [*stamp, digest]})
+            write_hashes(self.path / HASHES_FILE, known | {str(real): [*stamp, digest]})
         return digest
 
 
-def key_of(parts: Iterable[object]) -> str:
+def hash_parts(parts: Iterable[object]) -> str:
     """One name for everything that decides a result."""
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
 

@@ -6,20 +6,20 @@ from typing import Any
 import torch
 
 
-def cpu_capabilities() -> dict[str, Any]:
+def get_cpu_capabilities() -> dict[str, Any]:
     """Instruction sets by torch's names, and `cpu_name`; before torch 2.13 only what int8 products need."""
     if hasattr(torch.cpu, "get_capabilities"):
         return dict(torch.cpu.get_capabilities())
     return {"avx512_vnni": torch.cpu._is_vnni_supported(), "amx_int8": torch.cpu._is_amx_tile_supported()}
 
 
-def cpu_name() -> str:
+def get_cpu_name() -> str:
     """The CPU's name as far as it can be had."""
-    return cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return get_cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
 
 
-def device_name(device: torch.device) -> str:
+def get_device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's with its thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{get_cpu_name()}, {torch.get_num_threads()} threads"

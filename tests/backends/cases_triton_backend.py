@@ -5,7 +5,7 @@ import torch
 from support.helpers import assert_close, randn
 from support.triton_process import case_device
 
-from int8run.backends.base import run_layer
+from int8run.backends.base import run_plain_layer
 from int8run.backends.reference import Reference
 from int8run.backends.triton import Triton
 from int8run.kernels.hadamard.reference import Rotation, sylvester_hadamard
@@ -36,7 +36,7 @@ def branch_on(module, rank, strengths):
         for s in range(3, 3 + 2 * len(strengths), 2)
     ]
     branch = LowRankBranch(parts, torch.float32, DEVICE)
-    branch.fuse(module.backend, module.transform)
+    branch.fuse_into_backend(module.backend, module.transform)
     branch.set_strengths(strengths)
     module.adapter = branch
     return module
@@ -93,8 +93,8 @@ def test_one_input_column():
     x, scale = randn(3, 1).to(DEVICE), weight.scale[:, 0].contiguous()
     assert_close(
         "y",
-        run_layer(BACKEND, x, BACKEND.pack(weight), scale, None),
-        run_layer(Reference(), x, weight.qdata, scale, None),
+        run_plain_layer(BACKEND, x, BACKEND.pack_weight(weight), scale, None),
+        run_plain_layer(Reference(), x, weight.qdata, scale, None),
         1e-6,
     )
 

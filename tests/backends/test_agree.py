@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.helpers import assert_close, full_range, randn, shipped, usable
 
-from int8run.backends.base import run_layer
+from int8run.backends.base import run_plain_layer
 from int8run.backends.reference import Reference
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
 from int8run.quant.weight import QuantizedWeight, quantize_weight
@@ -38,10 +38,10 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-3}
 def run(backend, device, x, weight, bias):
     weight = QuantizedWeight(weight.qdata.to(device), weight.scale.to(device))
     x, bias = x.to(device), None if bias is None else bias.to(device)
-    y = run_layer(
+    y = run_plain_layer(
         backend,
         x,
-        backend.pack(weight),
+        backend.pack_weight(weight),
         weight.scale[:, 0].contiguous(),
         None if bias is None else bias.float(),
     )
@@ -50,7 +50,7 @@ def run(backend, device, x, weight, bias):
 
 
 def expect_agreement(backend, device, x, weight, bias):
-    expected = run_layer(Reference(), x, weight.qdata, weight.scale[:, 0], bias)
+    expected = run_plain_layer(Reference(), x, weight.qdata, weight.scale[:, 0], bias)
     assert_close(backend.name, run(backend, device, x, weight, bias), expected, TOLERANCE[x.dtype])
 
 
@@ -70,7 +70,7 @@ def test_float16(backend, device):
         quantize_weight(randn(6, 40, seed=1)),
         randn(6, seed=2, dtype=torch.float16),
     )
-    expected = run_layer(Reference(), x, weight.qdata, weight.scale[:, 0], bias)
+    expected = run_plain_layer(Reference(), x, weight.qdata, weight.scale[:, 0], bias)
     assert_close(backend.name, run(backend, device, x, weight, bias), expected, 5e-4)
 
 
@@ -114,7 +114,7 @@ def run_rotated(backend, device, x, weight, rotation, factor, gelu_from):
         x.to(device), None if factor is None else factor.to(device), rotation, gelu_from, None
     )
     return backend.linear(
-        quantized, backend.pack(weight), weight.scale[:, 0].contiguous(), None, x.dtype, None, None
+        quantized, backend.pack_weight(weight), weight.scale[:, 0].contiguous(), None, x.dtype, None, None
     ).cpu()
 
 

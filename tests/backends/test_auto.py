@@ -54,14 +54,14 @@ def seconds(monkeypatch):
     def in_turns(runs, device, rounds):
         return list(zip(*([timed(call) for call in runs] for _ in range(rounds + 1)), strict=True))
 
-    monkeypatch.setattr(auto, "in_turns", lambda *args: [times[1:] for times in in_turns(*args)])
+    monkeypatch.setattr(auto, "time_in_turns", lambda *args: [times[1:] for times in in_turns(*args)])
     return table
 
 
 def chooser(tmp_path, *backends, dtype=torch.float32, rounds=3):
     return AutoBackend(
         {b.name: b for b in backends}, rounds, str(tmp_path / "choices" / "table.json")
-    ).chooser(CPU, dtype)
+    ).make_chooser(CPU, dtype)
 
 
 @pytest.mark.parametrize(
@@ -81,24 +81,24 @@ def chooser(tmp_path, *backends, dtype=torch.float32, rounds=3):
 )
 def test_the_least_median_wins(tmp_path, seconds, reference, exact, winner):
     seconds.update(reference=reference, exact=exact)
-    assert chooser(tmp_path, Reference(), Exact()).choose(4, 16, 8).name == winner
+    assert chooser(tmp_path, Reference(), Exact()).choose_backend(4, 16, 8).name == winner
 
 
 def test_a_saturating_backend_is_left_out_even_if_faster(tmp_path, seconds, caplog):
     seconds.update(saturating=[0.001], reference=[9.0], exact=[8.0])
-    assert chooser(tmp_path, Saturating(), Reference(), Exact()).choose(4, 64, 8).name == "exact"
+    assert chooser(tmp_path, Saturating(), Reference(), Exact()).choose_backend(4, 64, 8).name == "exact"
     assert "backend saturating saturates on this CPU and is left out" in caplog.text
 
 
 def test_no_correct_backend_is_an_error(tmp_path):
     other = type("Other", (Saturating,), {"name": "other"})()
     with pytest.raises(BackendError, match=r"no INT8 backend computes the right numbers on .*\| float32"):
-        chooser(tmp_path, Saturating(), other).choose(4, 64, 8)
+        chooser(tmp_path, Saturating(), other).choose_backend(4, 64, 8)
 
 
 def test_a_sole_candidate_is_checked_too(tmp_path):
     with pytest.raises(BackendError, match="no INT8 backend computes the right numbers"):
-        chooser(tmp_path, Saturating()).choose(4, 64, 8)
+        chooser(tmp_path, Saturating()).choose_backend(4, 64, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -106,12 +106,14 @@ def test_a_sole_candidate_is_checked_too(tmp_path):
 def test_correct_backends_agree_in_every_dtype(tmp_path, seconds, dtype, in_features):
     # in float16 the full-range product passes 65504 from 516 features on
     seconds.update(reference=[2.0], exact=[1.0])
-    assert chooser(tmp_path, Reference(), Exact(), dtype=dtype).choose(4, in_features, 8).name == "exact"
+    assert (
+        chooser(tmp_path, Reference(), Exact(), dtype=dtype).choose_backend(4, in_features, 8).name == "exact"
+    )
 
 
 def test_a_candidate_that_cannot_run_here_takes_no_part(tmp_path, seconds):
     seconds.update(gpu_only=[0.0], reference=[2.0], exact=[1.0])
-    assert chooser(tmp_path, GpuOnly(), Reference(), Exact()).choose(4, 16, 8).name == "exact"
+    assert chooser(tmp_path, GpuOnly(), Reference(), Exact()).choose_backend(4, 16, 8).name == "exact"
 
 
 def test_no_candidate_for_the_device(tmp_path):
@@ -124,11 +126,11 @@ def test_no_candidate_for_the_device(tmp_path):
 def test_a_second_chooser_reads_the_table_and_measures_nothing(tmp_path, seconds):
     seconds.update(reference=[2.0], exact=[1.0])
     first = chooser(tmp_path, Reference(), Exact())
-    assert first.choose(4, 16, 8) is first.choose(4, 16, 8) and first.measured == 1
+    assert first.choose_backend(4, 16, 8) is first.choose_backend(4, 16, 8) and first.n_measured == 1
     # were it measured again, the other would win
     seconds.update(reference=[1.0], exact=[2.0])
     second = chooser(tmp_path, Reference(), Exact())
-    assert second.choose(4, 16, 8).name == "exact" and second.measured == 0
+    assert second.choose_backend(4, 16, 8).name == "exact" and second.n_measured == 0
 
 
 @pytest.mark.parametrize(
@@ -137,20 +139,20 @@ def test_a_second_chooser_reads_the_table_and_measures_nothing(tmp_path, seconds
 def test_another_shape_is_measured_on_its_own(tmp_path, seconds, rows):
     seconds.update(reference=[2.0], exact=[1.0])
     ours = chooser(tmp_path, Reference(), Exact())
-    ours.choose(4, 16, 8)
-    ours.choose(*rows)
-    assert ours.measured == 2
+    ours.choose_backend(4, 16, 8)
+    ours.choose_backend(*rows)
+    assert ours.n_measured == 2
 
 
 def test_other_candidates_or_another_dtype_are_measured_anew(tmp_path, seconds):
     seconds.update(reference=[2.0], exact=[1.0], saturating=[0.0])
-    chooser(tmp_path, Reference(), Exact()).choose(4, 16, 8)
+    chooser(tmp_path, Reference(), Exact()).choose_backend(4, 16, 8)
     for again in (
         chooser(tmp_path, Reference(), Exact(), Saturating()),
         chooser(tmp_path, Reference(), Exact(), dtype=torch.bfloat16),
     ):
-        again.choose(4, 16, 8)
-        assert again.measured == 1
+        again.choose_backend(4, 16, 8)
+        assert again.n_measured == 1
     assert len(json.loads((tmp_path / "choices" / "table.json").read_text())) == 3
 
 
@@ -164,39 +166,39 @@ def test_a_damaged_table_counts_as_empty_and_is_written_anew(tmp_path, seconds, 
     table = tmp_path / "choices" / "table.json"
     table.parent.mkdir()
     table.write_bytes(damage)
-    assert chooser(tmp_path, Reference(), Exact()).choose(4, 16, 8).name == "exact"
+    assert chooser(tmp_path, Reference(), Exact()).choose_backend(4, 16, 8).name == "exact"
     assert list(json.loads(table.read_text()).values()) == ["exact"]
 
 
 @pytest.mark.parametrize("choice", ["gone", ["exact"], None], ids=["unknown name", "list", "null"])
 def test_a_damaged_choice_is_measured_again(tmp_path, seconds, choice):
     seconds.update(reference=[2.0], exact=[1.0])
-    chooser(tmp_path, Reference(), Exact()).choose(4, 16, 8)
+    chooser(tmp_path, Reference(), Exact()).choose_backend(4, 16, 8)
     table = tmp_path / "choices" / "table.json"
     table.write_text(json.dumps(dict.fromkeys(json.loads(table.read_text()), choice)))
     again = chooser(tmp_path, Reference(), Exact())
-    assert again.choose(4, 16, 8).name == "exact" and again.measured == 1
+    assert again.choose_backend(4, 16, 8).name == "exact" and again.n_measured == 1
 
 
 def test_the_shipped_candidates_with_real_times(tmp_path):
     able = [b for b in shipped("backend").values() if usable(b, CPU)]
-    assert chooser(tmp_path, *able, rounds=1).choose(4, 16, 8) in able
+    assert chooser(tmp_path, *able, rounds=1).choose_backend(4, 16, 8) in able
 
 
 def test_a_measurement_that_scatters_is_used_but_not_kept(tmp_path, seconds):
     # medians three times the shortest time: other work ran here
     seconds.update(reference=[1.0, 1.0, 3.0, 3.0], exact=[1.0, 1.0, 2.5, 2.5])
     ours = chooser(tmp_path, Reference(), Exact())
-    assert ours.choose(4, 16, 8).name == "exact" and not ours.steady
+    assert ours.choose_backend(4, 16, 8).name == "exact" and not ours.is_steady
     assert not (tmp_path / "choices" / "table.json").exists()
     seconds.update(reference=[1.0], exact=[2.0])
-    assert chooser(tmp_path, Reference(), Exact()).choose(4, 16, 8).name == "reference"
+    assert chooser(tmp_path, Reference(), Exact()).choose_backend(4, 16, 8).name == "reference"
 
 
 def test_a_slow_backend_may_scatter(tmp_path, seconds):
     seconds.update(reference=[5.0, 4.0, 9.0, 9.0], exact=[1.0])
     ours = chooser(tmp_path, Reference(), Exact())
-    assert ours.choose(4, 16, 8).name == "exact" and ours.steady
+    assert ours.choose_backend(4, 16, 8).name == "exact" and ours.is_steady
     assert (tmp_path / "choices" / "table.json").exists()
 
 
@@ -204,6 +206,6 @@ def test_a_table_that_cannot_be_written_is_said_once_and_costs_no_run(tmp_path, 
     seconds.update(reference=[2.0], exact=[1.0])
     (tmp_path / "choices").write_text("a file where the folder should be")
     ours = chooser(tmp_path, Reference(), Exact())
-    assert ours.choose(4, 16, 8).name == "exact" and ours.choose(4, 32, 8).name == "exact"
-    assert ours.choose(4, 16, 8).name == "exact" and ours.measured == 2, "remembered for this run"
+    assert ours.choose_backend(4, 16, 8).name == "exact" and ours.choose_backend(4, 32, 8).name == "exact"
+    assert ours.choose_backend(4, 16, 8).name == "exact" and ours.n_measured == 2, "remembered for this run"
     assert caplog.text.count("measured choices cannot be kept in") == 1

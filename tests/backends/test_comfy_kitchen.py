@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.helpers import CPU, assert_close, randn, usable
 
-from int8run.backends.base import run_layer
+from int8run.backends.base import run_plain_layer
 from int8run.backends.comfy_kitchen import ComfyKitchen
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
 from int8run.kernels.quantize_rowwise.reference import transform_rows
@@ -15,7 +15,7 @@ from int8run.outlier.quarot import QuaRot
 from int8run.quant.weight import quantize_weight
 
 needs_package = pytest.mark.skipif(
-    not usable(ComfyKitchen(), CPU), reason="; ".join(ComfyKitchen.limits.refuse(CPU))
+    not usable(ComfyKitchen(), CPU), reason="; ".join(ComfyKitchen.limits.unsupported_reasons(CPU))
 )
 
 
@@ -39,7 +39,7 @@ def test_close_to_the_definition():
     expected = (x @ weight.dequantize().T).float()
     assert_close(
         "product",
-        run_layer(ComfyKitchen(), x, weight.qdata, weight.scale[:, 0].contiguous(), None),
+        run_plain_layer(ComfyKitchen(), x, weight.qdata, weight.scale[:, 0].contiguous(), None),
         expected,
         0.02,
     )
@@ -55,6 +55,7 @@ def test_the_product_is_left_a_regular_rotation_and_no_other():
 
 def test_without_the_package_the_reason_is_said(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "needs the Python package comfy_kitchen (pip install comfy-kitchen)" in ComfyKitchen.limits.refuse(
-        CPU
+    assert (
+        "needs the Python package comfy_kitchen (pip install comfy-kitchen)"
+        in ComfyKitchen.limits.unsupported_reasons(CPU)
     )

@@ -21,7 +21,7 @@ def cpu_without_vnni(monkeypatch):
 
 @pytest.mark.parametrize("backend", shipped("backend").values(), ids=lambda b: b.name)
 def test_no_backend_runs_on_meta(backend):
-    (reason,) = backend.limits.refuse(torch.device("meta"))
+    (reason,) = backend.limits.unsupported_reasons(torch.device("meta"))
     assert reason == f"runs on {' and '.join(backend.limits.devices)}, not on meta"
 
 
@@ -29,28 +29,30 @@ def test_no_backend_runs_on_meta(backend):
 def test_a_layer_too_wide_for_32_bit_sums_is_refused(backend):
     limit = backend.limits.max_in_features
     if backend.name == "reference":
-        assert limit is None and backend.limits.refuse_layer(2**24, 8) == []
+        assert limit is None and backend.limits.unsupported_layer_reasons(2**24, 8) == []
         return
-    assert backend.limits.refuse_layer(limit, 8) == []
-    (reason,) = backend.limits.refuse_layer(limit + 1, 8)
+    assert backend.limits.unsupported_layer_reasons(limit, 8) == []
+    (reason,) = backend.limits.unsupported_layer_reasons(limit + 1, 8)
     assert reason == f"in_features={limit + 1} overflows its 32-bit sums, which hold {limit}"
 
 
 def test_a_missing_compiler_or_package_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert Limits(compiler=True).refuse(CPU) == ["needs a C++ compiler on the PATH (g++, clang++, c++)"]
-    assert Limits(modules=("no_such_package",)).refuse(CPU) == [
+    assert Limits(needs_compiler=True).unsupported_reasons(CPU) == [
+        "needs a C++ compiler on the PATH (g++, clang++, c++)"
+    ]
+    assert Limits(python_packages=("no_such_package",)).unsupported_reasons(CPU) == [
         "needs the Python package no_such_package (pip install no-such-package)"
     ]
 
 
 def test_onednn_stays_on_the_cpu():
-    assert OneDnn.limits.refuse(torch.device("cuda")) == ["runs on cpu, not on cuda"]
+    assert OneDnn.limits.unsupported_reasons(torch.device("cuda")) == ["runs on cpu, not on cuda"]
 
 
 @pytest.mark.parametrize("backend", [OneDnn(), TorchIntMM()], ids=lambda b: b.name)
 def test_a_cpu_without_vnni_is_refused(backend, cpu_without_vnni):
-    (reason,) = backend.limits.refuse(CPU)
+    (reason,) = backend.limits.unsupported_reasons(CPU)
     assert reason == "needs a CPU with avx512_vnni or avx_vnni or amx_int8: without, int8 products saturate"
     assert not usable(backend, CPU)
 
@@ -67,4 +69,4 @@ def test_cpu_features_are_not_asked_of_a_gpu(cpu_without_vnni):
 
 
 def test_the_reference_runs_on_any_cpu(cpu_without_vnni):
-    assert usable(Reference(), CPU) and Limits().refuse(CPU) == []
+    assert usable(Reference(), CPU) and Limits().unsupported_reasons(CPU) == []

@@ -4,31 +4,36 @@ import pytest
 from hydra import compose, initialize_config_module
 from support.helpers import CONF, CPU
 
-from int8run.backends.registry import read_option, shipped_backend, shipped_names, usable_here
+from int8run.backends.registry import (
+    list_backend_names,
+    list_usable_backends,
+    make_backend,
+    read_backend_option,
+)
 from int8run.config.compose import to_spec
 
 NAMES = sorted(file.stem for file in (CONF / "backend").glob("*.yaml"))
 
 
 def test_the_names_are_the_options() -> None:
-    assert sorted(shipped_names()) == NAMES and {"auto", "reference", "vnni"} <= set(NAMES)
+    assert sorted(list_backend_names()) == NAMES and {"auto", "reference", "vnni"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_word_makes_what_the_command_line_makes(name: str) -> None:
     with initialize_config_module("int8run.conf", version_base="1.3"):
         expected = to_spec(compose("config", [f"backend={name}"])).backend
-    made = shipped_backend(name)
+    made = make_backend(name)
     assert type(made) is type(expected) and made.name == expected.name == name
     assert repr(made) == repr(expected) and made == expected
 
 
 def test_settings_are_read_anew_each_time() -> None:
-    assert shipped_backend("auto") is not shipped_backend("auto")
-    assert read_option("auto")["_target_"] and "defaults" in read_option("auto"), (
+    assert make_backend("auto") is not make_backend("auto")
+    assert read_backend_option("auto")["_target_"] and "defaults" in read_backend_option("auto"), (
         "making one leaves the option alone"
     )
-    made = shipped_backend("auto")
+    made = make_backend("auto")
     assert {key: backend.name for key, backend in made.candidates.items()} == {
         key: key for key in made.candidates
     }
@@ -36,7 +41,7 @@ def test_settings_are_read_anew_each_time() -> None:
 
 
 def test_what_runs_here() -> None:
-    usable = usable_here(CPU)
+    usable = list_usable_backends(CPU)
     assert usable == sorted(usable) and {"auto", "reference"} <= set(usable) and "triton" not in usable
     for name in NAMES:
-        assert (name in usable) == (not shipped_backend(name).limits.refuse(CPU)), name
+        assert (name in usable) == (not make_backend(name).limits.unsupported_reasons(CPU)), name

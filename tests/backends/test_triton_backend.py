@@ -8,10 +8,10 @@ import torch
 from support.helpers import CPU
 from support.triton_process import needs_gpu, run_cases
 
-from int8run.backends.autotune_cache import ChoiceTable
-from int8run.backends.triton import Triton, tile, tile_question
+from int8run.backends.autotune_cache import AutotuneCache
+from int8run.backends.triton import Triton, parse_tile, tile_key
 from int8run.errors import ConfigError
-from int8run.kernels.int8_linear.tile import BUCKETS, Tile, default_tile
+from int8run.kernels.int8_linear.tile import BUCKETS, Tile, choose_tile
 from int8run.quant.weight import quantize_weight
 
 CASES = Path(__file__).with_name("cases_triton_backend.py")
@@ -36,10 +36,10 @@ def hopper(monkeypatch):
 
 def test_tiles_come_from_the_table_and_else_from_the_defaults(tmp_path, hopper):
     table, best = tmp_path / "choices.json", Tile(64, 128, 128, 4, 4, 3)
-    ChoiceTable(table, CPU).put(tile_question(4096, 48, 24), ",".join(map(str, best.as_list())))
+    AutotuneCache(table, CPU).put(tile_key(4096, 48, 24), ",".join(map(str, best.as_list())))
     backend = Triton(table=str(table))
-    backend.pack(quantize_weight(torch.ones(24, 48)))
-    assert backend.tiles[48, 24] == (*(default_tile(HOPPER, rows) for rows in BUCKETS[:-1]), best)
+    backend.pack_weight(quantize_weight(torch.ones(24, 48)))
+    assert backend.tiles[48, 24] == (*(choose_tile(HOPPER, rows) for rows in BUCKETS[:-1]), best)
 
 
 class FakeTimer:
@@ -50,16 +50,16 @@ class FakeTimer:
     def __init__(self, best):
         self.best, self.tried = best, []
 
-    def measure(self, backends, rows, k, n):
+    def measure_seconds(self, backends, rows, k, n):
         self.tried.append(backends[0].tile)
         return {"triton": 1.0 if backends[0].tile == self.best else 2.0}
 
 
 def test_tuning_keeps_the_fastest_tile(tmp_path, hopper):
     backend, timer = Triton(table=str(tmp_path / "choices.json")), FakeTimer(Tile(128, 128, 128, 8, 8, 4))
-    backend.pack(quantize_weight(torch.ones(24, 48)))
+    backend.pack_weight(quantize_weight(torch.ones(24, 48)))
     backend.tune(timer, 4096, 48, 24)
-    backend.pack(quantize_weight(torch.ones(24, 48)))
+    backend.pack_weight(quantize_weight(torch.ones(24, 48)))
     assert timer.best in timer.tried and len(timer.tried) > 5
     assert backend.tiles[48, 24][-1] == timer.best
 
@@ -71,14 +71,14 @@ def test_a_tile_that_was_asked_for_is_not_tuned(tmp_path, hopper):
 
 
 def test_a_config_names_all_fields_of_a_tile_or_none():
-    assert tile(None, None, None, None, None, None) is None
-    assert tile(128, 64, 64, 8, 4, 3) == Tile(128, 64, 64, 8, 4, 3)
+    assert parse_tile(None, None, None, None, None, None) is None
+    assert parse_tile(128, 64, 64, 8, 4, 3) == Tile(128, 64, 64, 8, 4, 3)
     with pytest.raises(
         ConfigError,
         match=re.escape("backend.tile needs all of its fields or none; missing: backend.tile.block_n, "),
     ):
-        tile(128, None, 64, 8, 4, None)
+        parse_tile(128, None, 64, 8, 4, None)
     with pytest.raises(
         ConfigError, match=re.escape("backend.tile.block_m is 100; it must be one of 16, 32, 64, 128, 256")
     ):
-        tile(100, 64, 64, 8, 4, 3)
+        parse_tile(100, 64, 64, 8, 4, 3)

@@ -7,7 +7,7 @@ from support.helpers import CPU, assert_close, randn, shipped, usable
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from int8run.backends.base import run_layer
+from int8run.backends.base import run_plain_layer
 from int8run.backends.reference import Reference
 from int8run.layers.int8_linear import Int8Linear, LowRankBranch, QuantizedLayer
 from int8run.outlier.convrot import ConvRot
@@ -93,7 +93,9 @@ def test_few_rows_use_the_dequantized_weight_exactly(outlier):
     # one row more goes to the backend
     assert torch.equal(
         ours(x),
-        run_layer(Reference(), transform.transform_input(x), weight.qdata, weight.scale[:, 0], layer.bias),
+        run_plain_layer(
+            Reference(), transform.transform_input(x), weight.qdata, weight.scale[:, 0], layer.bias
+        ),
     )
     assert not torch.equal(ours(x)[:4], ours(few))
 
@@ -128,7 +130,7 @@ def test_strength_0_is_no_branch_at_all():
     adapted = with_branch(int8(linear()), first, second, strengths=[0, 1.0])
     assert_close("one of two", adapted(x), with_branch(int8(linear()), second, strengths=[1.0])(x), 1e-6)
     adapted.adapter.set_strengths([0, 0.0])
-    assert adapted.adapter.idle and torch.equal(adapted(x), int8(linear())(x))
+    assert adapted.adapter.is_idle and torch.equal(adapted(x), int8(linear())(x))
 
 
 def test_a_new_strength_leaves_the_layer_as_it_is():
@@ -162,7 +164,7 @@ def test_a_branch_inside_the_product_takes_part_in_the_transform(outlier, backen
     part, x = low_rank(4, seed=3, scale=0.2), randn(2, 9, K) + 3 * randn(2, 1, K, seed=7)
     layer = linear()
     adapted = with_branch(int8(layer, outlier, backend=backend), part, strengths=[0.8])
-    adapted.adapter.fuse(backend, adapted.transform)
+    adapted.adapter.fuse_into_backend(backend, adapted.transform)
     assert_close(
         f"{outlier.name} on {backend.name}", adapted(x), layer(x) + 0.8 * x @ delta(part).T, INT8_ERR
     )

@@ -47,15 +47,15 @@ class WithInput(Counting):
     """Fuses a branch whose down-projection wants the input at quantization."""
 
     def fuse_branch(self, lora_A, lora_B, dtype):
-        return FusedBranch(lora_A, lora_B, with_input=True)
+        return FusedBranch(lora_A, lora_B, needs_input=True)
 
     def quantize(self, x, factor, matrix, gelu_from, down):
         found = super().quantize(x, factor, matrix, gelu_from, down)
-        return found if down is None else found._replace(h=x @ down.T)
+        return found if down is None else found._replace(down_product=x @ down.T)
 
     def linear(self, x, packed, w_scale, bias, dtype, branch, strengths):
         y = super().linear(x, packed, w_scale, bias, dtype, None, None)
-        return y if branch is None else y + (x.h * strengths) @ branch.up.T
+        return y if branch is None else y + (x.down_product * strengths) @ branch.up.T
 
 
 class Attention(nn.Module):
@@ -109,7 +109,7 @@ def adapted(model, branch):
         layer.adapter = LowRankBranch([part], layer.dtype, CPU)
         layer.adapter.set_strengths([0.5 + i])
         if branch == "fused branch":
-            layer.adapter.fuse(layer.backend, layer.transform)
+            layer.adapter.fuse_into_backend(layer.backend, layer.transform)
     return model
 
 

@@ -13,30 +13,32 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from int8run.backends.reference import Reference
-from int8run.kernels.dequantize.reference import E2M1, swizzled_offsets
+from int8run.kernels.dequantize.reference import E2M1, compute_swizzled_offsets
 from int8run.layers import weight_only
-from int8run.layers.fusion import share_copy
+from int8run.layers.fusion import copy_sharing_tensors
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.layers.weight_only import (
     BlockInt8Linear,
-    CodedEmbedding,
-    CodedLayer,
-    CodedLinear,
-    int8_weight,
+    PackedLayer,
+    WeightOnlyEmbedding,
+    WeightOnlyLinear,
+    get_operators,
     is_rowwise,
-    operators_of,
     quantize_fp8,
-    scaled_mm_refuses,
+    scaled_mm_unsupported_reason,
+    to_quantized_weight,
 )
 from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.quarot import QuaRot
-from int8run.quant.packed_weight import CodedWeight
+from int8run.quant.packed_weight import PackedWeight
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 N, K = 35, 48
 ABLE = [
-    backend for backend in shipped("backend").values() if usable(backend, CPU) and hasattr(backend, "pack")
+    backend
+    for backend in shipped("backend").values()
+    if usable(backend, CPU) and hasattr(backend, "pack_weight")
 ]
 
 
@@ -44,7 +46,7 @@ ABLE = [
 class Case:
     """A weight and what it stands for."""
 
-    weight: CodedWeight
+    weight: PackedWeight
     numbers: torch.Tensor  # float64 [N, K]
 
 
@@ -76,7 +78,7 @@ def scaled(codes, scale_shape, height, width, block=0, dtype=torch.float32):
     """An int8 or fp8 weight, its scales of some shape."""
     scale = positive(*scale_shape).to(dtype)
     return Case(
-        CodedWeight(codes, scale, tuple(codes.shape), block=block),
+        PackedWeight(codes, scale, tuple(codes.shape), block_size=block),
         times_scale(codes.float(), scale, height, width),
     )
 
@@ -85,7 +87,7 @@ def swizzle(scale):
     """Scales in rows -> in cuBLAS's tiles; the padding is NaN."""
     rows, columns = scale.shape
     padded = torch.full((ceil(rows / 128) * 128, ceil(columns / 4) * 4), 255, dtype=torch.uint8)
-    padded.view(-1)[swizzled_offsets(rows, columns)] = scale.view(torch.uint8)
+    padded.view(-1)[compute_swizzled_offsets(rows, columns)] = scale.view(torch.uint8)
     return padded
 
 
@@ -95,7 +97,7 @@ def mxfp8(rows, columns, swizzled, dtype=torch.uint8):
     codes, exponents = fp8_codes(n, k, E4M3), int_codes(n, k // 32, 120, 126).to(torch.uint8)
     numbers = times_scale(codes.float(), 2.0 ** (exponents.double() - 127), 1, 32)[:rows, :columns]
     scale = (swizzle(exponents) if swizzled else exponents).view(dtype)
-    return Case(CodedWeight(codes, scale, (rows, columns), swizzled=swizzled), numbers)
+    return Case(PackedWeight(codes, scale, (rows, columns), is_swizzled=swizzled), numbers)
 
 
 def nvfp4(rows, columns, swizzled, high_first, dtype=E4M3):
@@ -111,7 +113,7 @@ def nvfp4(rows, columns, swizzled, high_first, dtype=E4M3):
     packed = ((even << 4 | odd) if high_first else (odd << 4 | even)).to(torch.uint8)
     numbers = times_scale(values, scale.double(), 1, 16)[:rows, :columns] * global_scale.double()
     kept = (swizzle(scale) if swizzled else scale.view(torch.uint8)).view(dtype)
-    return Case(CodedWeight(packed, kept, (rows, columns), global_scale, 16, swizzled, high_first), numbers)
+    return Case(PackedWeight(packed, kept, (rows, columns), global_scale, 16, swizzled, high_first), numbers)
 
 
 def int8(rows=N, columns=K):
@@ -133,10 +135,10 @@ CASES = {
     "e4m3 block3d": lambda: scaled(fp8_codes(N, K, E4M3), (N, 3, 1), 1, 16),
     "e5m2 rows": lambda: scaled(fp8_codes(N, K, E5M2), (N, 1), 1, K),
     "e4m3 cast": lambda: Case(
-        CodedWeight(fp8_codes(N, K, E4M3), None, (N, K)), fp8_codes(N, K, E4M3).double()
+        PackedWeight(fp8_codes(N, K, E4M3), None, (N, K)), fp8_codes(N, K, E4M3).double()
     ),
     "e5m2 cast": lambda: Case(
-        CodedWeight(fp8_codes(N, K, E5M2), None, (N, K)), fp8_codes(N, K, E5M2).double()
+        PackedWeight(fp8_codes(N, K, E5M2), None, (N, K)), fp8_codes(N, K, E5M2).double()
     ),
     "mxfp8": lambda: mxfp8(N, K, True),
     "mxfp8 in rows": lambda: mxfp8(N, K, False, torch.float8_e8m0fnu),
@@ -159,7 +161,7 @@ ROWWISE_FP8 = ["e4m3 tensor", "e4m3 rows", "e5m2 rows", "e4m3 cast", "e5m2 cast"
 
 
 def layer_of(case, bias=True, transform=None):
-    return CodedLayer(
+    return PackedLayer(
         case.weight, transform or OutlierTransform(), randn(case.weight.shape[0], seed=4) if bias else None
     )
 
@@ -188,32 +190,32 @@ class Largest(TorchDispatchMode):
 def test_the_product_is_that_of_the_numbers(name, bias):
     case = CASES[name]()
     layer, x = layer_of(case, bias), randn(2, 5, case.weight.shape[1])
-    made = CodedLinear(layer, torch.float32)
+    made = WeightOnlyLinear(layer, torch.float32)
     wanted = x.double() @ case.numbers.T + (layer.bias.double() if bias else 0)
     assert_close(name, made(x), wanted, 1e-6)
-    assert torch.equal(CodedLinear(layer, torch.float32, "reference")(x), made(x))
-    assert (made.out_features, made.in_features) == case.weight.shape == tuple(made.dequantized().shape)
+    assert torch.equal(WeightOnlyLinear(layer, torch.float32, "reference")(x), made(x))
+    assert (made.out_features, made.in_features) == case.weight.shape == tuple(made.dequantize_weight().shape)
 
 
 @every_format
 def test_some_rows_at_a_time_give_the_same_numbers(name, monkeypatch):
     case = CASES[name]()
-    whole, x = CodedLinear(layer_of(case), torch.float32), randn(3, case.weight.shape[1])
-    numbers, y = whole.dequantized(), whole(x)
+    whole, x = WeightOnlyLinear(layer_of(case), torch.float32), randn(3, case.weight.shape[1])
+    numbers, y = whole.dequantize_weight(), whole(x)
     # what the file says, bit for bit: each number is rounded once
     assert torch.equal(numbers, case.numbers.float())
-    monkeypatch.setitem(weight_only.FLOAT_NUMBERS, "cpu", 7 * K)
-    pieces = [len(rows) for rows in whole.floats(torch.float32)]
+    monkeypatch.setitem(weight_only.MAX_FLOAT_NUMBERS, "cpu", 7 * K)
+    pieces = [len(rows) for rows in whole.iter_float_rows(torch.float32)]
     assert sum(pieces) == len(numbers) and len(pieces) > 1
-    assert torch.equal(whole.dequantized(), numbers)
+    assert torch.equal(whole.dequantize_weight(), numbers)
     assert_close(name, whole(x), y, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["int8 rows", "e4m3 grid", "e4m3 cast", "mxfp8", "nvfp4"])
 def test_a_call_makes_floats_of_some_rows_only(name, monkeypatch):
     case = CASES[name]()
-    layer, x = CodedLinear(layer_of(case), torch.bfloat16), randn(1, case.weight.shape[1])
-    monkeypatch.setitem(weight_only.FLOAT_NUMBERS, "cpu", 4 * K)
+    layer, x = WeightOnlyLinear(layer_of(case), torch.bfloat16), randn(1, case.weight.shape[1])
+    monkeypatch.setitem(weight_only.MAX_FLOAT_NUMBERS, "cpu", 4 * K)
     with Largest() as seen:
         layer(x)
     padded_columns = 64
@@ -221,17 +223,19 @@ def test_a_call_makes_floats_of_some_rows_only(name, monkeypatch):
         "16 rows share a scale in a grid, 512 are a table of fp8 pairs"
     )
     with Largest() as seen:
-        layer.dequantized()
+        layer.dequantize_weight()
     assert seen.numbers == case.numbers.numel()
 
 
 @every_format
 def test_memory_is_that_of_the_file(name):
     case = CASES[name]()
-    held = case.weight.in_rows().nbytes
-    assert sum(b.nbytes for b in CodedLinear(layer_of(case, bias=False), torch.bfloat16).buffers()) == held
+    held = case.weight.unswizzle_scales().nbytes
     assert (
-        sum(b.nbytes for b in CodedEmbedding(case.weight, OutlierTransform(), torch.bfloat16).buffers())
+        sum(b.nbytes for b in WeightOnlyLinear(layer_of(case, bias=False), torch.bfloat16).buffers()) == held
+    )
+    assert (
+        sum(b.nbytes for b in WeightOnlyEmbedding(case.weight, OutlierTransform(), torch.bfloat16).buffers())
         == held
     )
 
@@ -241,7 +245,7 @@ def test_memory_is_that_of_the_file(name):
 def test_half_precision(name, dtype):
     case = CASES[name]()
     layer = layer_of(case)
-    made, x = CodedLinear(layer, dtype), randn(2, 3, case.weight.shape[1], dtype=dtype)
+    made, x = WeightOnlyLinear(layer, dtype), randn(2, 3, case.weight.shape[1], dtype=dtype)
     assert torch.equal(made(x), F.linear(x, case.numbers.float().to(dtype), layer.bias.to(dtype)))
     # an input in another dtype is rounded to the layer's, and the result comes back in the input's
     assert made(x.float()).dtype == torch.float32 and torch.equal(made(x.float()), made(x).float())
@@ -255,7 +259,7 @@ def test_leading_dimensions(kind, shape):
     made = (
         BlockInt8Linear(layer, Reference())
         if kind == "blocks"
-        else CodedLinear(layer, torch.float32, "scaled_mm" if kind == "scaled_mm" else "eager")
+        else WeightOnlyLinear(layer, torch.float32, "scaled_mm" if kind == "scaled_mm" else "eager")
     )
     x = randn(*shape)
     assert made(x).shape == (*shape[:-1], N)
@@ -263,13 +267,13 @@ def test_leading_dimensions(kind, shape):
 
 
 def test_no_rows_with_one_scale_for_all():
-    assert CodedLinear(layer_of(CASES["e4m3 tensor"]()), torch.float32, "scaled_mm")(
+    assert WeightOnlyLinear(layer_of(CASES["e4m3 tensor"]()), torch.float32, "scaled_mm")(
         torch.zeros(0, K)
     ).shape == (0, N)
 
 
 def test_rows_of_a_transposed_input_are_only_rows():
-    layer, x = CodedLinear(layer_of(CASES["int8 rows"]()), torch.float32), randn(2, 3, K)
+    layer, x = WeightOnlyLinear(layer_of(CASES["int8 rows"]()), torch.float32), randn(2, 3, K)
     # products of several threads may differ in their last bits
     torch.testing.assert_close(layer(x.transpose(0, 1)), layer(x).transpose(0, 1), rtol=1e-5, atol=1e-5)
 
@@ -286,28 +290,28 @@ def test_transforms(name, method):
     layer, x = layer_of(case, transform=transform), randn(3, K)
     wanted = F.linear(x, plain, layer.bias)
     made = [
-        CodedLinear(layer, torch.float32),
+        WeightOnlyLinear(layer, torch.float32),
         *([BlockInt8Linear(layer, Reference())] if name.startswith("int8") else []),
     ]
     for module, limit in zip(made, (1e-5, 0.02), strict=False):
         assert_close(method, module(x), wanted, limit)
-        assert_close(method, module.dequantized(), plain, 1e-6)
-    embedding = CodedEmbedding(case.weight, transform, torch.float32)
+        assert_close(method, module.dequantize_weight(), plain, 1e-6)
+    embedding = WeightOnlyEmbedding(case.weight, transform, torch.float32)
     assert_close(method, embedding(torch.tensor([3, 0])), plain[[3, 0]], 1e-6)
 
 
 def modules_of_each_kind():
     rows, blocks, fp8 = CASES["int8 rows"](), CASES["int8 grid"](), CASES["e4m3 grid"]()
     return [
-        CodedLinear(layer_of(fp8, transform=factor_of(K)), torch.float32),
-        CodedLinear(layer_of(CASES["e4m3 rows"]()), torch.float32, "scaled_mm"),
-        CodedEmbedding(rows.weight, ConvRot(16).fit(rows.numbers), torch.float32),
+        WeightOnlyLinear(layer_of(fp8, transform=factor_of(K)), torch.float32),
+        WeightOnlyLinear(layer_of(CASES["e4m3 rows"]()), torch.float32, "scaled_mm"),
+        WeightOnlyEmbedding(rows.weight, ConvRot(16).fit(rows.numbers), torch.float32),
         BlockInt8Linear(layer_of(blocks), Reference()),
     ]
 
 
 def inputs_of(module):
-    return torch.tensor([[3, 0], [3, 34]]) if isinstance(module, CodedEmbedding) else randn(2, K)
+    return torch.tensor([[3, 0], [3, 34]]) if isinstance(module, WeightOnlyEmbedding) else randn(2, K)
 
 
 @pytest.mark.parametrize("which", range(4))
@@ -334,7 +338,7 @@ def test_moved_and_never_converted(which):
 def test_copies(which):
     layer = modules_of_each_kind()[which]
     x = inputs_of(layer)
-    shared = share_copy(layer)
+    shared = copy_sharing_tensors(layer)
     assert [b.data_ptr() for b in shared.buffers()] == [b.data_ptr() for b in layer.buffers()]
     assert torch.equal(shared(x), layer(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
 
@@ -370,7 +374,7 @@ def test_they_say_what_they_are():
 def test_rows_of_an_embedding(name, dtype):
     case = CASES[name]()
     table = nn.Embedding.from_pretrained(case.numbers.float().to(dtype), padding_idx=2)
-    made = CodedEmbedding(case.weight, OutlierTransform(), dtype, padding_idx=2)
+    made = WeightOnlyEmbedding(case.weight, OutlierTransform(), dtype, padding_idx=2)
     assert (made.num_embeddings, made.embedding_dim, made.padding_idx) == (*case.weight.shape, 2)
     for index in (
         torch.tensor(34),
@@ -383,7 +387,7 @@ def test_rows_of_an_embedding(name, dtype):
 
 def test_an_embedding_makes_floats_of_the_rows_that_are_asked_for():
     case = scaled(int8(500, K), (500, 1), 1, K)
-    layer = CodedEmbedding(case.weight, OutlierTransform(), torch.float32)
+    layer = WeightOnlyEmbedding(case.weight, OutlierTransform(), torch.float32)
     with Largest() as seen:
         layer(torch.tensor([7, 7, 499]))
     assert seen.numbers == 3 * K
@@ -391,7 +395,7 @@ def test_an_embedding_makes_floats_of_the_rows_that_are_asked_for():
 
 def test_an_embedding_with_a_factor():
     case = CASES["int8 rows"]()
-    made = CodedEmbedding(case.weight, OutlierTransform(), torch.bfloat16, embed_scale=K**0.5)
+    made = WeightOnlyEmbedding(case.weight, OutlierTransform(), torch.bfloat16, embed_scale=K**0.5)
     wanted = case.numbers[[4, 9]].to(torch.bfloat16) * torch.tensor(K**0.5).to(torch.bfloat16)
     assert torch.equal(made(torch.tensor([4, 9])), wanted)
 
@@ -416,7 +420,7 @@ def test_int8_in_blocks(name, backend, bias):
     wanted = rounded_in_blocks(x.flatten(0, 1), width) @ case.numbers.T + (layer.bias.double() if bias else 0)
     assert_close(name, made(x).flatten(0, 1), wanted, 1e-5)
     assert (made.block, made.in_features, made.out_features) == (width, *reversed(case.weight.shape))
-    assert torch.equal(made.dequantized(), case.numbers.float())
+    assert torch.equal(made.dequantize_weight(), case.numbers.float())
     y = made(x.to(torch.bfloat16))
     assert y.dtype == torch.bfloat16
     assert_close("bfloat16", y, made(x.to(torch.bfloat16).float()), 0.005)
@@ -432,8 +436,8 @@ def test_a_call_leaves_the_bias_as_it_is():
 
 def test_blocks_are_summed_in_float32():
     """Products of blocks that cancel up to a rest, which half precision does not hold beside them."""
-    weight = CodedWeight(torch.ones(2, 8, dtype=torch.int8), torch.ones(2, 2), (2, 8))
-    layer = BlockInt8Linear(CodedLayer(weight, OutlierTransform(), None), Reference())
+    weight = PackedWeight(torch.ones(2, 8, dtype=torch.int8), torch.ones(2, 2), (2, 8))
+    layer = BlockInt8Linear(PackedLayer(weight, OutlierTransform(), None), Reference())
     assert layer(torch.tensor([[127, 127, 3, 0, -127, -127, -2, 0]], dtype=torch.bfloat16)).tolist() == [
         [1, 1]
     ]
@@ -441,12 +445,15 @@ def test_blocks_are_summed_in_float32():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda layer: CodedLinear(layer, torch.bfloat16), lambda layer: BlockInt8Linear(layer, Reference())],
+    [
+        lambda layer: WeightOnlyLinear(layer, torch.bfloat16),
+        lambda layer: BlockInt8Linear(layer, Reference()),
+    ],
 )
 def test_the_bias_of_a_half_precision_model_is_kept_in_float32(make):
     case = CASES["int8 rows"]()
     bias = nn.Parameter(randn(N, dtype=torch.bfloat16))
-    made = make(CodedLayer(case.weight, OutlierTransform(), bias))
+    made = make(PackedLayer(case.weight, OutlierTransform(), bias))
     assert (
         made.bias.dtype == torch.float32
         and torch.equal(made.bias, bias.float())
@@ -457,7 +464,7 @@ def test_the_bias_of_a_half_precision_model_is_kept_in_float32(make):
 @pytest.mark.parametrize("name", ["int8 tensor", "int8 rows", "int8 rows [N], bf16"])
 def test_int8_weights_for_the_layer_with_a_scale_per_row(name):
     case = CASES[name]()
-    weight = int8_weight(case.weight)
+    weight = to_quantized_weight(case.weight)
     assert (
         weight.scale.shape == (N, 1) and weight.scale.dtype == torch.float32 and weight.scale.is_contiguous()
     )
@@ -469,8 +476,8 @@ def test_int8_weights_for_the_layer_with_a_scale_per_row(name):
 
 def test_block3d_with_one_block_is_rowwise():
     for shape, block in (((N, 1, 1), 0), ((N, 1, 1), 128), ((N, 1), 128)):
-        weight = CodedWeight(int8(), positive(*shape), (N, K), block=block)
-        assert is_rowwise(weight) and torch.equal(int8_weight(weight).scale, positive(N, 1))
+        weight = PackedWeight(int8(), positive(*shape), (N, K), block_size=block)
+        assert is_rowwise(weight) and torch.equal(to_quantized_weight(weight).scale, positive(N, 1))
 
 
 def test_one_block_scale_per_row_is_not_rowwise():
@@ -484,7 +491,7 @@ def test_one_block_scale_per_row_is_not_rowwise():
         (lambda: CASES["int8 grid, one column"]().weight, r"int8 with scales \[2, 1\]"),
         # as many scales as rows, and yet a grid
         (lambda: scaled(int8(8, 16), (2, 4), 4, 4).weight, r"int8 with scales \[2, 4\]"),
-        (lambda: CodedWeight(int8(), None, (N, K)), "int8 with scales None"),
+        (lambda: PackedWeight(int8(), None, (N, K)), "int8 with scales None"),
         (lambda: CASES["e4m3 rows"]().weight, r"fp8 with scales \[35\]"),
         (lambda: CASES["e4m3 cast"]().weight, "fp8 with scales None"),
         (lambda: CASES["mxfp8"]().weight, "mxfp8 with scales"),
@@ -494,16 +501,16 @@ def test_other_weights_are_refused_there(weight, found):
     with pytest.raises(
         ValueError, match=f"the weight is {found}.*; an INT8 layer takes int8 with one scale or one per row"
     ):
-        int8_weight(weight())
+        to_quantized_weight(weight())
 
 
 @pytest.mark.parametrize("name", ROWWISE_FP8)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_scaled_mm_is_the_product_of_two_fp8_matrices(name, bias):
     case = CASES[name]()
-    assert scaled_mm_refuses(case.weight, CPU) is None
+    assert scaled_mm_unsupported_reason(case.weight, CPU) is None
     layer, x = layer_of(case, bias), randn(6, K) * torch.linspace(0.01, 5, 6)[:, None]
-    made = CodedLinear(layer, torch.float32, "scaled_mm")
+    made = WeightOnlyLinear(layer, torch.float32, "scaled_mm")
     absmax = x.abs().amax(1, keepdim=True) if "rows" in name else x.abs().amax()
     steps = absmax / 448
     wanted = (x / steps).to(E4M3).double() * steps.double() @ case.numbers.T + (
@@ -512,7 +519,7 @@ def test_scaled_mm_is_the_product_of_two_fp8_matrices(name, bias):
     assert_close(name, made(x), wanted, 1e-5)
     assert_close(name, made(x), F.linear(x, case.numbers.float(), layer.bias), 0.06)
     assert made(x.to(torch.bfloat16)).dtype == torch.bfloat16
-    assert torch.equal(made.dequantized(), case.numbers.float())
+    assert torch.equal(made.dequantize_weight(), case.numbers.float())
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 32), (17, 31)])
@@ -525,7 +532,7 @@ def test_scaled_mm_fills_up_what_is_no_multiple_of_16(rows, columns, monkeypatch
         lambda a, b, *rest, **options: seen.extend((a.shape, b.shape)) or product(a, b, *rest, **options),
     )
     case = scaled(fp8_codes(rows, columns, E4M3), (rows, 1), 1, columns)
-    y = CodedLinear(layer_of(case), torch.float32, "scaled_mm")(randn(3, columns))
+    y = WeightOnlyLinear(layer_of(case), torch.float32, "scaled_mm")(randn(3, columns))
     assert y.shape == (3, rows)
     assert seen == [(3, ceil(columns / 16) * 16), (ceil(columns / 16) * 16, ceil(rows / 16) * 16)]
 
@@ -558,29 +565,29 @@ def test_rounding_to_e4m3():
 )
 def test_what_scaled_mm_refuses(name, device, why, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert scaled_mm_refuses(CASES[name]().weight, torch.device(device)).endswith(why)
+    assert scaled_mm_unsupported_reason(CASES[name]().weight, torch.device(device)).endswith(why)
 
 
 def test_scaled_mm_runs_on_gpus_with_fp8(monkeypatch):
     for capability in ((8, 9), (9, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, have=capability: have)
-        assert scaled_mm_refuses(CASES["e4m3 rows"]().weight, torch.device("cuda")) is None
+        assert scaled_mm_unsupported_reason(CASES["e4m3 rows"]().weight, torch.device("cuda")) is None
 
 
 def test_kernels_by_name():
-    assert operators_of("eager").__name__.endswith("dequantize.eager") and operators_of(
+    assert get_operators("eager").__name__.endswith("dequantize.eager") and get_operators(
         "scaled_mm"
-    ) is operators_of("eager")
-    assert operators_of("reference").__name__.endswith("dequantize.reference")
+    ) is get_operators("eager")
+    assert get_operators("reference").__name__.endswith("dequantize.reference")
     pytest.importorskip("triton")
-    assert operators_of("triton").__name__.endswith("dequantize.kernel")
+    assert get_operators("triton").__name__.endswith("dequantize.kernel")
 
 
 def test_files_are_not_written_to():
     """Codes of a file may be pages of it: a layer holds them, and no call changes them."""
     for module in modules_of_each_kind():
         before = {name: b.clone() for name, b in module.named_buffers()}
-        module(inputs_of(module)), module.dequantized()
+        module(inputs_of(module)), module.dequantize_weight()
         assert all(
             torch.equal(b.view(torch.uint8), before[n].view(torch.uint8))
             for n, b in module.named_buffers()

@@ -77,7 +77,7 @@ def never(transform):
 
 
 def able(weight, auto=AUTO):
-    return {name: m for name, m in auto.candidates.items() if m.refuse(weight.shape[1]) is None}
+    return {name: m for name, m in auto.candidates.items() if m.unsupported_reason(weight.shape[1]) is None}
 
 
 def of_layers(method, weight, *pairs):
@@ -124,7 +124,7 @@ def test_a_candidate_can_be_set_from_outside():
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_score_is_the_sqnr_of_real_layers_on_the_half_that_they_were_not_fitted_to(layer):
     x, weight = LAYERS[layer]()
-    scores = AUTO.score(weight, statistics_of(x, weight), never)
+    scores = AUTO.score_candidates(weight, statistics_of(x, weight), never)
     first, second = x[:2], x[2:]
     wanted = {
         name: of_layers(method, weight, (first, second), (second, first))
@@ -136,7 +136,9 @@ def test_a_score_is_the_sqnr_of_real_layers_on_the_half_that_they_were_not_fitte
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_choice_is_close_to_the_best_of_all(layer):
     x, weight = LAYERS[layer]()
-    chosen = AUTO.choose({layer: AUTO.score(weight, statistics_of(x, weight), never)}, [[layer]])[layer]
+    chosen = AUTO.choose_methods(
+        {layer: AUTO.score_candidates(weight, statistics_of(x, weight), never)}, [[layer]]
+    )[layer]
     first, second = x[:2], x[2:]
     reached = {
         name: of_layers(method, weight, (first, second), (second, first))
@@ -152,7 +154,8 @@ def test_the_choice_is_close_to_the_best_of_all(layer):
 def test_the_layers_of_this_test_want_different_methods():
     found = {layer: made() for layer, made in LAYERS.items()}
     scores = {
-        layer: AUTO.score(weight, statistics_of(x, weight), never) for layer, (x, weight) in found.items()
+        layer: AUTO.score_candidates(weight, statistics_of(x, weight), never)
+        for layer, (x, weight) in found.items()
     }
     best = {max(score, key=score.__getitem__) for score in scores.values()}
     assert len(best) >= 3 and {AUTO.candidates[name].name for name in best} >= {"smoothquant", "hadanorm"}
@@ -163,7 +166,9 @@ def test_the_layers_of_this_test_want_different_methods():
 def test_the_choice_beats_none_on_planted_outliers(channels, factor):
     x, weight = planted(channels, factor)
     chosen = AUTO.candidates[
-        AUTO.choose({"l": AUTO.score(weight, statistics_of(x, weight), never)}, [["l"]])["l"]
+        AUTO.choose_methods({"l": AUTO.score_candidates(weight, statistics_of(x, weight), never)}, [["l"]])[
+            "l"
+        ]
     ]
     # on inputs that the calibration never saw
     fresh, _ = planted(channels, factor, draw=1)
@@ -175,11 +180,11 @@ def test_a_method_that_fits_one_half_only_does_not_look_good():
     # a channel that is large in the second half, and says nothing of it in the first
     x[2:, :, 5] *= 100
     statistics = statistics_of(x, weight)
-    scores = AUTO.score(weight, statistics, never)
+    scores = AUTO.score_candidates(weight, statistics, never)
     assert scores["smoothquant"] < of_layers(SmoothQuant(), weight, (x, x)) - 3
     # a single picture has no other half
     alone = statistics_of(x[2:3], weight)
-    assert AUTO.score(weight, alone, never) == pytest.approx(
+    assert AUTO.score_candidates(weight, alone, never) == pytest.approx(
         {name: of_layers(method, weight, (x[2:3], x[2:3])) for name, method in able(weight).items()}, abs=0.05
     )
 
@@ -187,22 +192,22 @@ def test_a_method_that_fits_one_half_only_does_not_look_good():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_scored_in_float32(dtype):
     x, weight = (t.to(dtype) for t in planted(2, 10))
-    half = AUTO.score(weight, statistics_of(x, weight), never)
+    half = AUTO.score_candidates(weight, statistics_of(x, weight), never)
     assert half == pytest.approx(
-        AUTO.score(weight.float(), statistics_of(x.float(), weight.float()), never), abs=1e-3
+        AUTO.score_candidates(weight.float(), statistics_of(x.float(), weight.float()), never), abs=1e-3
     )
 
 
 def test_a_layer_that_nothing_goes_into_scores_the_same_with_every_method():
     weight, x = randn(8, 256), torch.zeros(2, 3, 256)
-    scores = AUTO.score(weight, statistics_of(x, weight), never)
+    scores = AUTO.score_candidates(weight, statistics_of(x, weight), never)
     assert set(scores.values()) == {float("inf")}
-    assert AUTO.choose({"l": scores}, [["l"]]) == {"l": "none"}
+    assert AUTO.choose_methods({"l": scores}, [["l"]]) == {"l": "none"}
 
 
 def test_scoring_twice_gives_the_same():
     x, weight = planted(4, 50)
-    assert AUTO.score(weight, statistics_of(x, weight), never) == AUTO.score(
+    assert AUTO.score_candidates(weight, statistics_of(x, weight), never) == AUTO.score_candidates(
         weight.clone(), statistics_of(x.clone(), weight), never
     )
 
@@ -210,7 +215,7 @@ def test_scoring_twice_gives_the_same():
 def test_scoring_changes_nothing():
     x, weight = planted(4, 50)
     before = x.clone(), weight.clone()
-    AUTO.score(weight, statistics_of(x, weight), never)
+    AUTO.score_candidates(weight, statistics_of(x, weight), never)
     assert torch.equal(x, before[0]) and torch.equal(weight, before[1])
 
 
@@ -236,9 +241,11 @@ def test_what_costs_too_much_is_no_candidate(max_cost, names):
     auto = AutoOutlier(
         {m.name: m for m in (NoOutlier(), ConvRot(), QuaRot(), SmoothQuant(), HadaNorm())}, max_cost
     )
-    scores = auto.score(weight, statistics_of(x, weight), lambda transform: COSTS[transform.method])
+    scores = auto.score_candidates(
+        weight, statistics_of(x, weight), lambda transform: COSTS[transform.method]
+    )
     assert list(scores) == names
-    every = replace(auto, max_cost=None).score(weight, statistics_of(x, weight), never)
+    every = replace(auto, max_cost=None).score_candidates(weight, statistics_of(x, weight), never)
     assert scores == {name: every[name] for name in names}
 
 
@@ -252,7 +259,7 @@ def test_costs_are_asked_of_the_fitted_transform_and_only_where_the_layer_can_be
         )
         return 1.0
 
-    replace(AUTO, max_cost=0.1).score(weight, statistics_of(x, weight), cost)
+    replace(AUTO, max_cost=0.1).score_candidates(weight, statistics_of(x, weight), cost)
     # 128 does not divide the width: neither quarot nor hadanorm
     rotations = [("convrot", 16, False, False), ("convrot", 64, False, False), ("convrot", 64, False, False)]
     assert asked == [("none", 0, False, False), *rotations, *[("smoothquant", 0, True, False)] * 2]
@@ -260,11 +267,19 @@ def test_costs_are_asked_of_the_fitted_transform_and_only_where_the_layer_can_be
 
 def test_a_layer_without_an_affordable_candidate_gets_none():
     x, weight = planted(4, 50)
-    scores = replace(AUTO, max_cost=0.1).score(weight, statistics_of(x, weight), lambda transform: 2.0)
+    scores = replace(AUTO, max_cost=0.1).score_candidates(
+        weight, statistics_of(x, weight), lambda transform: 2.0
+    )
     assert scores == {}
-    assert AUTO.choose({"l": scores, "m": {"quarot": 30.0}}, [["l"], ["m"]]) == {"l": None, "m": "quarot"}
+    assert AUTO.choose_methods({"l": scores, "m": {"quarot": 30.0}}, [["l"], ["m"]]) == {
+        "l": None,
+        "m": "quarot",
+    }
     # in a group with such a layer, the others choose for themselves
-    assert AUTO.choose({"l": scores, "m": {"quarot": 30.0}}, [["l", "m"]]) == {"l": None, "m": "quarot"}
+    assert AUTO.choose_methods({"l": scores, "m": {"quarot": 30.0}}, [["l", "m"]]) == {
+        "l": None,
+        "m": "quarot",
+    }
 
 
 # --- choose
@@ -286,13 +301,13 @@ def test_a_layer_without_an_affordable_candidate_gets_none():
     ],
 )
 def test_of_equals_the_first_in_the_list_is_taken(scores, name):
-    assert THREE.choose({"l": scores}, [["l"]]) == {"l": name}
+    assert THREE.choose_methods({"l": scores}, [["l"]]) == {"l": name}
 
 
 @pytest.mark.parametrize(("tolerance", "name"), [(0, "c"), (0.1, "b"), (2, "a")])
 def test_the_tolerance_says_what_counts_as_equal(tolerance, name):
     auto = replace(THREE, tolerance_db=tolerance)
-    assert auto.choose({"l": {"a": 30.0, "b": 31.0, "c": 31.1}}, [["l"]]) == {"l": name}
+    assert auto.choose_methods({"l": {"a": 30.0, "b": 31.0, "c": 31.1}}, [["l"]]) == {"l": name}
 
 
 def test_layers_with_the_same_input_share_what_is_good_enough_for_all():
@@ -301,9 +316,9 @@ def test_layers_with_the_same_input_share_what_is_good_enough_for_all():
         "k": {"a": 20.0, "b": 29.0, "c": 30.0},  # c only
         "v": {"a": 30.0, "b": 30.0, "c": 30.1},  # a alone, all are good enough
     }
-    assert THREE.choose(scores, [["q"], ["k"], ["v"]]) == {"q": "b", "k": "c", "v": "a"}
-    assert THREE.choose(scores, [["q", "k", "v"]]) == {"q": "c", "k": "c", "v": "c"}
-    assert THREE.choose(scores, [["q", "v"], ["k"]]) == {"q": "b", "v": "b", "k": "c"}
+    assert THREE.choose_methods(scores, [["q"], ["k"], ["v"]]) == {"q": "b", "k": "c", "v": "a"}
+    assert THREE.choose_methods(scores, [["q", "k", "v"]]) == {"q": "c", "k": "c", "v": "c"}
+    assert THREE.choose_methods(scores, [["q", "v"], ["k"]]) == {"q": "b", "v": "b", "k": "c"}
 
 
 def test_layers_with_the_same_input_and_no_method_in_common_take_their_own():
@@ -312,9 +327,12 @@ def test_layers_with_the_same_input_and_no_method_in_common_take_their_own():
         "k": {"a": 20.0, "b": 20.0, "c": 30.0},
         "v": {"a": 30.0, "b": 30.0, "c": 30.0},
     }
-    assert THREE.choose(scores, [["q", "k", "v"]]) == {"q": "b", "k": "c", "v": "a"}
+    assert THREE.choose_methods(scores, [["q", "k", "v"]]) == {"q": "b", "k": "c", "v": "a"}
     # of several of its own the first in the list
-    assert THREE.choose({"q": {"c": 30.0, "b": 30.0}, "k": {"a": 30.0}}, [["q", "k"]]) == {"q": "b", "k": "a"}
+    assert THREE.choose_methods({"q": {"c": 30.0, "b": 30.0}, "k": {"a": 30.0}}, [["q", "k"]]) == {
+        "q": "b",
+        "k": "a",
+    }
 
 
 def test_sharing_never_costs_more_than_the_tolerance():
@@ -322,7 +340,7 @@ def test_sharing_never_costs_more_than_the_tolerance():
     for _ in range(200):
         values = 30 + torch.rand(4, 3, generator=generator)
         scores = {f"l{i}": dict(zip("abc", row, strict=True)) for i, row in enumerate(values.tolist())}
-        chosen = THREE.choose(scores, [["l0", "l1", "l2"], ["l3"]])
+        chosen = THREE.choose_methods(scores, [["l0", "l1", "l2"], ["l3"]])
         assert list(chosen) == list(scores)
         for layer, name in chosen.items():
             assert scores[layer][name] >= max(scores[layer].values()) - THREE.tolerance_db
@@ -358,11 +376,11 @@ def test_layers_that_are_one_in_a_file_get_the_same():
         "v": {"none": 50.0},
     }
     apart = [["q"], ["k"], ["v"]]
-    assert auto.choose(scores, apart) == {"q": "convrot", "k": "quarot", "v": "none"}
+    assert auto.choose_methods(scores, apart) == {"q": "convrot", "k": "quarot", "v": "none"}
     # 90 dB together against 86
-    assert auto.choose(scores, apart, [["q", "k"]]) == {"q": "quarot", "k": "quarot", "v": "none"}
-    assert auto.choose(scores, apart, [["q", "k", "v"]]) == dict.fromkeys("qkv", "none")
-    assert auto.choose({"a": {"none": 1.0}, "b": {"convrot": 1.0}}, [["a"], ["b"]], [["a", "b"]]) == {
+    assert auto.choose_methods(scores, apart, [["q", "k"]]) == {"q": "quarot", "k": "quarot", "v": "none"}
+    assert auto.choose_methods(scores, apart, [["q", "k", "v"]]) == dict.fromkeys("qkv", "none")
+    assert auto.choose_methods({"a": {"none": 1.0}, "b": {"convrot": 1.0}}, [["a"], ["b"]], [["a", "b"]]) == {
         "a": None,
         "b": None,
     }

@@ -11,7 +11,7 @@ from support.helpers import CPU, assert_close, full_range, randn, shipped, usabl
 
 from int8run.backends.reference import Reference
 from int8run.errors import ConfigError
-from int8run.layers.int8_linear import Int8Linear, QuantizedLayer, centered_rows
+from int8run.layers.int8_linear import Int8Linear, QuantizedLayer, center_rows
 from int8run.outlier.base import LayerStatistics, OutlierTransform
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.hadanorm import HadaNorm
@@ -28,7 +28,10 @@ METHODS = {**SHIPPED, "quarot_2": QuaRot(2), "hadanorm_4": HadaNorm(4, alpha=0.2
 # divided by 256, by 128, by a smaller power of 4, by 4 only, by 2 only, by none
 WIDTHS = [256, 1024, 384, 1920, 48, 12, 20, 18, 7, 1]
 TAKEN = [
-    (name, width) for name, method in METHODS.items() for width in WIDTHS if method.refuse(width) is None
+    (name, width)
+    for name, method in METHODS.items()
+    for width in WIDTHS
+    if method.unsupported_reason(width) is None
 ]
 BACKENDS = {name: backend for name, backend in shipped("backend").items() if usable(backend, CPU)}
 HALF = [torch.bfloat16, torch.float16]
@@ -58,7 +61,7 @@ def test_the_walk_finds_the_methods():
 @pytest.mark.parametrize("name", METHODS)
 def test_a_width_is_taken_or_refused_with_its_reason(name):
     for width in WIDTHS:
-        why = METHODS[name].refuse(width)
+        why = METHODS[name].unsupported_reason(width)
         assert why is None or why.startswith(f"in_features={width} is not a multiple of ")
 
 
@@ -69,7 +72,7 @@ def test_a_width_is_taken_or_refused_with_its_reason(name):
 def test_the_product_does_not_change_before_rounding(name, width):
     x, weight = randn(3, width), randn(5, width, seed=1)
     transform = fitted(METHODS[name], weight)
-    assert transform.method == METHODS[name].name and transform.settings == METHODS[name].settings_for(width)
+    assert transform.method == METHODS[name].name and transform.settings == METHODS[name].get_settings(width)
     product = transform.transform_input(x).double() @ transform.transform_weight(weight).double().T
     assert_close(f"{name} at {width}", product, x.double() @ weight.double().T, 1e-6)
 
@@ -115,7 +118,7 @@ def test_a_half_precision_weight_is_transformed_in_float32(name, dtype):
     assert_close(f"{name} in {dtype}", product, x.double() @ weight.double().T, 1e-6)
 
 
-@pytest.mark.parametrize("width", [width for width in WIDTHS if not ConvRot().refuse(width)])
+@pytest.mark.parametrize("width", [width for width in WIDTHS if not ConvRot().unsupported_reason(width)])
 def test_convrot_is_exact_on_whole_numbers(width):
     x, weight = full_range(3, width).float(), full_range(5, width, seed=1).float()
     transform = ConvRot().fit(weight)
@@ -135,7 +138,7 @@ def test_centering_is_exact_before_rounding(shape, dtype):
     # pictures far from each other, so that a mean that went to another one is seen
     x = (randn(*shape) + 10 * randn(*shape[:-2], 1, 16, seed=3)).to(dtype)
     transform = HadaNorm(4).fit(weight)
-    rows = centered_rows(x)
+    rows = center_rows(x)
     pictures = math.prod(shape[:-2])
     assert rows.dtype == torch.float32 and rows.shape == (math.prod(shape[:-1]) + pictures, 16)
     # in float64, since `with_mean` takes the products in any float dtype
@@ -147,7 +150,7 @@ def test_centering_is_exact_before_rounding(shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_picture_is_centered_on_its_own_mean(shape):
     x = randn(*shape) + 10 * randn(*shape[:-2], 1, 16, seed=3)
-    rows, tokens = centered_rows(x), math.prod(shape[:-1])
+    rows, tokens = center_rows(x), math.prod(shape[:-1])
     assert rows[:tokens].reshape(shape).mean(-2).abs().max() < 1e-5
     torch.testing.assert_close(rows[tokens:], x.mean(-2).reshape(-1, 16))
 
@@ -284,13 +287,15 @@ def test_a_layer_is_as_close_to_float_on_every_backend(backend, name, width):
 )
 def test_convrot_takes_the_largest_power_of_4_that_divides(width, group):
     transform = ConvRot().fit(torch.zeros(2, width))
-    assert ConvRot().refuse(width) is None and ConvRot().settings_for(width) == {"group_size": group}
+    assert ConvRot().unsupported_reason(width) is None and ConvRot().get_settings(width) == {
+        "group_size": group
+    }
     assert transform.group_size == group and transform.label == f"convrot group_size={group}"
 
 
 @pytest.mark.parametrize("width", [18, 7, 1])
 def test_convrot_refuses_a_width_that_4_does_not_divide(width):
-    assert ConvRot().refuse(width) == f"in_features={width} is not a multiple of 4"
+    assert ConvRot().unsupported_reason(width) == f"in_features={width} is not a multiple of 4"
 
 
 @pytest.mark.parametrize(
@@ -369,8 +374,8 @@ def test_quarot_rotates_groups_of_128():
 
 @pytest.mark.parametrize("method", [QuaRot(), HadaNorm()], ids=lambda m: m.name)
 def test_quarot_and_hadanorm_refuse_a_width_that_their_group_does_not_divide(method):
-    assert [method.refuse(width) for width in (128, 3072)] == [None, None]
-    assert [method.refuse(width) for width in (64, 200)] == [
+    assert [method.unsupported_reason(width) for width in (128, 3072)] == [None, None]
+    assert [method.unsupported_reason(width) for width in (64, 200)] == [
         f"in_features={w} is not a multiple of 128" for w in (64, 200)
     ]
 
@@ -388,12 +393,12 @@ def test_a_group_of_another_matrix_is_another_treatment():
     regular, other = ConvRot(64).fit(torch.zeros(1, 64)), QuaRot(64).fit(torch.zeros(1, 64))
     assert (
         regular.group_size == other.group_size
-        and not regular.same_input_as(other)
-        and not other.same_input_as(regular)
+        and not regular.has_same_input_transform(other)
+        and not other.has_same_input_transform(regular)
     )
-    assert other.same_input_as(QuaRot(64).fit(randn(3, 64))) and not other.same_input_as(
-        QuaRot(32).fit(randn(3, 64))
-    )
+    assert other.has_same_input_transform(
+        QuaRot(64).fit(randn(3, 64))
+    ) and not other.has_same_input_transform(QuaRot(32).fit(randn(3, 64)))
 
 
 # --- hadanorm, as the INT8-Toolkit has it
@@ -469,11 +474,11 @@ def test_hadanorm_needs_no_calibration_and_does_not_look_at_one():
 
 def test_layers_of_other_weights_do_not_share_under_hadanorm():
     a, b = randn(6, 128, seed=1), randn(6, 128, seed=2)
-    assert not HadaNorm().fit(a).same_input_as(HadaNorm().fit(b)) and HadaNorm().fit(a).same_input_as(
-        HadaNorm().fit(a)
-    )
+    assert not HadaNorm().fit(a).has_same_input_transform(HadaNorm().fit(b)) and HadaNorm().fit(
+        a
+    ).has_same_input_transform(HadaNorm().fit(a))
     uncentered = OutlierTransform(factor=HadaNorm().fit(a).factor, rotation=HadaNorm().fit(a).rotation)
-    assert not HadaNorm().fit(a).same_input_as(uncentered)
+    assert not HadaNorm().fit(a).has_same_input_transform(uncentered)
 
 
 # --- smoothquant
@@ -508,9 +513,11 @@ def test_smoothquant_treats_layers_with_the_same_input_alike():
     x, weights = randn(4, 5, 12), [randn(5, 12, seed=1), randn(7, 12, seed=2)]
     x_max, together = x.flatten(0, 1).abs().amax(0), torch.cat(weights).abs().amax(0)
     one, two = (SmoothQuant().fit(w, LayerStatistics(x, x_max, together)) for w in weights)
-    assert one.same_input_as(two) and torch.equal(one.factor, two.factor)
+    assert one.has_same_input_transform(two) and torch.equal(one.factor, two.factor)
     # each by its own weight, they would not
-    assert not fitted(SmoothQuant(), weights[0], x).same_input_as(fitted(SmoothQuant(), weights[1], x))
+    assert not fitted(SmoothQuant(), weights[0], x).has_same_input_transform(
+        fitted(SmoothQuant(), weights[1], x)
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -552,7 +559,7 @@ def test_alpha_is_a_share(method, alpha):
 
 def rounded_error(method, x, weight):
     transform = fitted(method, weight, x)
-    product = transform.rounded_input(x) @ quantize_weight(transform.transform_weight(weight)).dequantize().T
+    product = transform.round_input(x) @ quantize_weight(transform.transform_weight(weight)).dequantize().T
     exact = x.double() @ weight.double().T
     return ((product - exact).pow(2).mean() / exact.pow(2).mean()).sqrt().item()
 
@@ -572,7 +579,7 @@ def test_every_method_beats_none_on_an_outlier_channel(name, width, seed):
 def test_the_rounded_input_is_what_a_layer_multiplies(name):
     x, weight = randn(2, 9, 256) + randn(2, 1, 256, seed=4), randn(20, 256, seed=1)
     transform = fitted(METHODS[name], weight)
-    product = transform.rounded_input(x) @ quantize_weight(transform.transform_weight(weight)).dequantize().T
+    product = transform.round_input(x) @ quantize_weight(transform.transform_weight(weight)).dequantize().T
     # `Int8Linear` centers before the transform, this does as well: the same integers, but for ties
     assert_close(name, product, int8(weight, transform)(x), 1e-3)
-    assert transform.rounded_input(x.bfloat16()).dtype == torch.float32
+    assert transform.round_input(x.bfloat16()).dtype == torch.float32

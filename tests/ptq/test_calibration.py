@@ -15,7 +15,7 @@ from int8run.layers.fusion import group_by_shared_input
 from int8run.layers.plan import plan_layers
 from int8run.models.sampling import Sampling
 from int8run.outlier.smoothquant import SmoothQuant
-from int8run.ptq.calibration import interleave_by_image, collect_layer_statistics, capture_calibration_calls
+from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics, interleave_by_image
 from int8run.ptq.quantize import quantize_layers
 from int8run.quant.rounding import AbsMax, Gptq
 from int8run.report.console import Progress
@@ -182,7 +182,9 @@ def of_one_layer(calls, **settings):
     denoiser = Step()
     plans = plan_layers(denoiser, lambda name: None)
     calls = [c if isinstance(c, dict) else {"hidden_states": c, "timestep": torch.tensor(0)} for c in calls]
-    return collect_layer_statistics(denoiser, plans, [["linear"]], calls, replace(TWO, **settings)).get("linear")
+    return collect_layer_statistics(denoiser, plans, [["linear"]], calls, replace(TWO, **settings)).get(
+        "linear"
+    )
 
 
 def tiny_statistics(calls, model=None, calibration=TWO, together=()):
@@ -424,7 +426,7 @@ def test_gptq_and_smoothquant_work_on_what_a_calibration_found(flux):
         denoiser, plans, {p.name: SmoothQuant() for p in plans}, Gptq(), statistics
     ):
         sample, weight = statistics[plan.name].sample, denoiser.get_submodule(plan.name).weight
-        ours = layer.transform.rounded_input(sample) @ layer.weight.dequantize().T
+        ours = layer.transform.round_input(sample) @ layer.weight.dequantize().T
         assert_close(plan.name, ours, sample @ weight.T, 0.01)
         assert (plan.outlier, plan.rounding) == ("smoothquant alpha=0.5", "gptq")
 

@@ -43,13 +43,15 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         assert [isinstance(call, partial) for call in calls] == [True, True] and rounds > 5
         (plain, x), (changed, _) = ((call.func, call.args[0]) for call in calls)
         assert (
-            plain.adapter is None and not changed.adapter.idle and torch.equal(plain.packed, changed.packed)
+            plain.adapter is None
+            and not changed.adapter.is_idle
+            and torch.equal(plain.packed, changed.packed)
         )
         seen.append((len(changed.adapter.strengths), x.shape[-2], plain.in_features, plain.out_features))
         assert changed(x).shape == plain(x).shape and not torch.equal(changed(x), plain(x))
         return [[2.0] * rounds, [3.0] * rounds]
 
-    monkeypatch.setattr(costs_module, "in_turns", in_turns)
+    monkeypatch.setattr(costs_module, "time_in_turns", in_turns)
     return seen
 
 
@@ -66,11 +68,13 @@ def test_a_branch_is_measured_once_and_remembered_in_the_table(
     backend: AutoBackend, timed: list, tmp_path: Path
 ) -> None:
     costs = BranchCosts(backend, CPU, torch.float32)
-    assert [costs.of(layer(), 4, 5), costs.of(layer(), 4, 5)] == [1.5, 1.5] and timed == [(4, 5, 8, 12)]
+    assert [costs.get_ratio(layer(), 4, 5), costs.get_ratio(layer(), 4, 5)] == [1.5, 1.5] and timed == [
+        (4, 5, 8, 12)
+    ]
     known = json.loads((tmp_path / "table.json").read_text())
     (key,) = [key for key in known if "cost of" in key]
     assert key.endswith("float32 | cost of a branch of rank 4 | Reference() | 5x8x12") and known[key] == "1.5"
-    assert BranchCosts(backend, CPU, torch.float32).of(layer(), 4, 5) == 1.5 and len(timed) == 1, (
+    assert BranchCosts(backend, CPU, torch.float32).get_ratio(layer(), 4, 5) == 1.5 and len(timed) == 1, (
         "in another process"
     )
 
@@ -91,12 +95,12 @@ def test_another_question_is_asked_anew(
     backend: AutoBackend, timed: list, other: Callable[[], tuple[Int8Linear, int, int]]
 ) -> None:
     costs = BranchCosts(backend, CPU, torch.float32)
-    costs.of(layer(), 4, 5)
-    costs.of(layer(backend=Tuned(16)), 4, 5)
-    costs.of(*other())
-    costs.of(*other())
+    costs.get_ratio(layer(), 4, 5)
+    costs.get_ratio(layer(backend=Tuned(16)), 4, 5)
+    costs.get_ratio(*other())
+    costs.get_ratio(*other())
     assert len(timed) == 3
-    BranchCosts(backend, CPU, torch.bfloat16).of(layer(), 4, 5)
+    BranchCosts(backend, CPU, torch.bfloat16).get_ratio(layer(), 4, 5)
     assert len(timed) == 4, "another dtype of the float model"
 
 
@@ -104,21 +108,21 @@ def test_another_question_is_asked_anew(
 def test_a_table_that_somebody_edited_is_measured_over(
     backend: AutoBackend, timed: list, tmp_path: Path, text: str
 ) -> None:
-    BranchCosts(backend, CPU, torch.float32).of(layer(), 4, 5)
+    BranchCosts(backend, CPU, torch.float32).get_ratio(layer(), 4, 5)
     table = tmp_path / "table.json"
     table.write_text(json.dumps(dict.fromkeys(json.loads(table.read_text()), text)))
-    assert BranchCosts(backend, CPU, torch.float32).of(layer(), 4, 5) == 1.5 and len(timed) == 2
+    assert BranchCosts(backend, CPU, torch.float32).get_ratio(layer(), 4, 5) == 1.5 and len(timed) == 2
 
 
 def test_a_busy_machine_is_asked_again_by_the_next_run(
     backend: AutoBackend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(
-        costs_module, "in_turns", lambda calls, device, rounds: [[3.0, 9.0, 9.0], [6.0, 6.0, 6.0]]
+        costs_module, "time_in_turns", lambda calls, device, rounds: [[3.0, 9.0, 9.0], [6.0, 6.0, 6.0]]
     )
     costs = BranchCosts(backend, CPU, torch.float32)
     with caplog.at_level(logging.WARNING):
-        assert [costs.of(layer(), 4, 5), costs.of(layer(), 4, 5)] == [2.0, 2.0]
+        assert [costs.get_ratio(layer(), 4, 5), costs.get_ratio(layer(), 4, 5)] == [2.0, 2.0]
     assert caplog.messages == [
         "cost of a branch of rank 4 | Reference() | 5x8x12: times scatter by more than twice: other work runs here; measured anew next time"
     ]
@@ -129,11 +133,11 @@ def test_a_single_backend_keeps_its_costs_in_the_users_table(
     timed: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    BranchCosts(Reference(), CPU, torch.float32).of(layer(), 4, 5)
+    BranchCosts(Reference(), CPU, torch.float32).get_ratio(layer(), 4, 5)
     assert (
         "cost of a branch of rank 4" in (tmp_path / ".cache" / "int8run" / "backend_choices.json").read_text()
     )
 
 
 def test_real_times_give_a_ratio(backend: AutoBackend) -> None:
-    assert 0.1 < BranchCosts(backend, CPU, torch.float32).of(layer(32, 32), 4, 16) < 20
+    assert 0.1 < BranchCosts(backend, CPU, torch.float32).get_ratio(layer(32, 32), 4, 16) < 20

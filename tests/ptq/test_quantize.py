@@ -13,7 +13,7 @@ from int8run.backends.onednn import OneDnn
 from int8run.backends.reference import Reference
 from int8run.backends.torch_int_mm import TorchIntMM
 from int8run.errors import BackendError, ConfigError
-from int8run.layers.fusion import assemble, same_input_groups, share_copy
+from int8run.layers.fusion import assemble_int8_model, copy_sharing_tensors, group_by_shared_input
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import Int8Settings, LayerPlan, plan_layers
 from int8run.models.family import ModelFamily
@@ -22,7 +22,7 @@ from int8run.outlier.convrot import ConvRot
 from int8run.outlier.hadanorm import HadaNorm
 from int8run.outlier.quarot import QuaRot
 from int8run.outlier.smoothquant import SmoothQuant
-from int8run.ptq.quantize import check_outlier, int8_layers, quantized_layers
+from int8run.ptq.quantize import build_int8_layers, check_outlier_method, quantize_layers
 from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import QuantizedWeight, sqnr_db
 
@@ -45,13 +45,13 @@ def found_in(model):
 
 def plain_layers(model, plans):
     """Each layer quantized as it is, when it is asked for."""
-    return quantized_layers(model, plans, {}, AbsMax(), {})
+    return quantize_layers(model, plans, {}, AbsMax(), {})
 
 
 def test_the_plan_names_each_linear_once_with_its_reason():
     plans = plan_layers(TinyModel(), lambda name: f"{name} is an embedder" if name == "proj_in" else None)
     assert [p.name for p in plans] == LINEARS
-    assert [p.keep_float for p in plans] == ["proj_in is an embedder", *[None] * 5]
+    assert [p.skip_reason for p in plans] == ["proj_in is an embedder", *[None] * 5]
     assert (plans[1].in_features, plans[1].out_features) == (64, 96)
 
 
@@ -61,7 +61,7 @@ def test_an_int8_model_is_close_to_its_float_model():
     assert list(found_in(int8)) == LINEARS
     assert_close("INT8 model", int8(x), model(x), 0.03)
     for plan in plans:
-        assert (plan.outlier, plan.outlier_why_not, plan.rounding) == ("none", "", "absmax")
+        assert (plan.outlier, plan.outlier_skip_reason, plan.rounding) == ("none", "", "absmax")
         assert (plan.backend_asked, plan.backend_used) == ("reference", "reference")
         assert 30 < plan.measured["weight_sqnr_db"] < 60
         # each row has its own largest weight, at least
@@ -92,7 +92,7 @@ def test_a_method_that_cannot_take_a_layer_leaves_it_to_none(caplog):
     int8, plans = to_int8(model, outlier=ConvRot())
     by_64, by_16 = "convrot group_size=64", "convrot group_size=16"
     assert [p.outlier for p in plans] == ["none", by_64, by_16, by_64, by_16, by_64]
-    assert [p.outlier_why_not for p in plans] == ["in_features=7 is not a multiple of 4", *[""] * 5]
+    assert [p.outlier_skip_reason for p in plans] == ["in_features=7 is not a multiple of 4", *[""] * 5]
     assert caplog.messages == [
         "outlier=convrot cannot take 1 of 6 layers (1 × in_features=7 is not a multiple of 4); these are plain INT8"
     ]
@@ -101,8 +101,8 @@ def test_a_method_that_cannot_take_a_layer_leaves_it_to_none(caplog):
 
 def test_layers_that_a_method_cannot_take_are_counted_in_one_line(caplog):
     plans = [LayerPlan(str(width), width, 8, None) for width in (64, 96, 128, 96, 7, 256)]
-    check_outlier(QuaRot(64), plans)
-    assert [bool(p.outlier_why_not) for p in plans] == [False, True, False, True, True, False]
+    check_outlier_method(QuaRot(64), plans)
+    assert [bool(p.outlier_skip_reason) for p in plans] == [False, True, False, True, True, False]
     assert caplog.messages == [
         "outlier=quarot cannot take 3 of 6 layers (2 × in_features=96 is not a multiple of 64; "
         "1 × in_features=7 is not a multiple of 64); these are plain INT8"
@@ -112,9 +112,9 @@ def test_layers_that_a_method_cannot_take_are_counted_in_one_line(caplog):
 def test_nothing_is_said_where_a_method_takes_every_layer(caplog):
     plans = plan_layers(TinyModel(), lambda name: None)
     # what an earlier check noted is forgotten
-    plans[0].outlier_why_not = "another method"
-    check_outlier(SmoothQuant(), plans)
-    assert not caplog.messages and not any(p.outlier_why_not for p in plans)
+    plans[0].outlier_skip_reason = "another method"
+    check_outlier_method(SmoothQuant(), plans)
+    assert not caplog.messages and not any(p.outlier_skip_reason for p in plans)
 
 
 def test_a_method_that_can_take_no_layer_is_refused():
@@ -135,7 +135,7 @@ class TenOfEach(AbsMax):
     def __init__(self):
         self.given = []
 
-    def round(self, weight, inputs):
+    def round_weight(self, weight, inputs):
         self.given.append(inputs)
         return QuantizedWeight(torch.full_like(weight, 10).to(torch.int8), torch.ones(len(weight), 1))
 
@@ -159,7 +159,7 @@ def test_the_rounding_makes_the_integers_from_what_the_layer_multiplies(outlier)
     layers = found_in(int8)
     for name, given in zip(LINEARS[1:], rounding.given, strict=True):
         assert (layers[name].packed == 10).all() and (layers[name].scale == 1).all()
-        expected = layers[name].transform.rounded_input(statistics[name].sample).reshape(6, -1)
+        expected = layers[name].transform.round_input(statistics[name].sample).reshape(6, -1)
         assert given.dtype == torch.float32 and torch.equal(given, expected)
     assert [p.rounding for p in plans] == ["", *["ten"] * 5]
 
@@ -186,7 +186,7 @@ def test_each_layer_may_have_a_method_of_its_own():
     model = TinyModel()
     plans = plan_layers(model, lambda name: None)
     methods = {"blocks.0.1": ConvRot(16), "blocks.1.1": QuaRot(64), "proj_out": SmoothQuant(0.75)}
-    layers = quantized_layers(model, plans, methods, AbsMax(), statistics_of(model, ["proj_out"]))
+    layers = quantize_layers(model, plans, methods, AbsMax(), statistics_of(model, ["proj_out"]))
     assert [layer.transform.method for _, layer in layers] == [
         "none",
         "convrot",
@@ -217,8 +217,8 @@ def test_one_matrix_serves_all_layers_of_a_kind():
             plans, [ConvRot(16), QuaRot(16), ConvRot(4), QuaRot(16), ConvRot(16)], strict=True
         )
     }
-    layers = quantized_layers(model, plans, mixed, AbsMax(), {})
-    made = int8_layers(model, layers, Reference(), NEVER_FLOAT, dict.fromkeys(mixed, 8))
+    layers = quantize_layers(model, plans, mixed, AbsMax(), {})
+    made = build_int8_layers(model, layers, Reference(), NEVER_FLOAT, dict.fromkeys(mixed, 8))
     a, b, c, d, e = (layer.transform.matrix for layer in made.values())
     assert a is e and b is d and len({id(m) for m in (a, b, c)}) == 3
     # of the same size, but another matrix
@@ -227,18 +227,18 @@ def test_one_matrix_serves_all_layers_of_a_kind():
 
 def test_layers_that_read_the_same_tensor_are_found_by_block():
     names = ["a.0.q", "a.0.k", "a.1.q", "a.1.k", "a.1.v", "q", "b.0.kk", "a.0.out"]
-    groups = same_input_groups(names, [["q", "k", "v"], ["out", "absent"]])
+    groups = group_by_shared_input(names, [["q", "k", "v"], ["out", "absent"]])
     assert groups == [["a.0.q", "a.0.k"], ["a.1.q", "a.1.k", "a.1.v"], ["a.0.out"], ["q"], ["b.0.kk"]]
 
 
 def test_a_layer_stands_in_one_group_only():
-    groups = same_input_groups(["a.q", "a.k", "a.v"], [["q", "k"], ["k", "v"]])
+    groups = group_by_shared_input(["a.q", "a.k", "a.v"], [["q", "k"], ["k", "v"]])
     assert groups == [["a.q", "a.k"], ["a.v"]]
 
 
 def test_a_layer_that_stays_float_after_all_forgets_what_it_was_to_be():
     _, plans = to_int8(TinyModel())
-    plans[2].keep("the budget")
+    plans[2].skip("the budget")
     assert plans[2] == LayerPlan(LINEARS[2], 96, 64, "the budget")
 
 
@@ -270,7 +270,7 @@ def test_each_layer_is_reported_when_it_is_made():
     model, seen = TinyModel(), []
     plans = plan_layers(model, lambda name: None)
     layers = plain_layers(model, plans)
-    made = int8_layers(
+    made = build_int8_layers(
         model, layers, Reference(), NEVER_FLOAT, dict.fromkeys(LINEARS, 8), lambda p: seen.append(p.name)
     )
     assert seen == list(made) == LINEARS
@@ -281,7 +281,9 @@ def test_auto_measures_with_the_rows_of_the_run(tmp_path):
     plans = plan_layers(model, lambda name: None)
     table = tmp_path / "table.json"
     backend = AutoBackend({"reference": Reference(), "torch_int_mm": TorchIntMM()}, 1, str(table))
-    made = int8_layers(model, plain_layers(model, plans), backend, NEVER_FLOAT, dict.fromkeys(LINEARS, 5))
+    made = build_int8_layers(
+        model, plain_layers(model, plans), backend, NEVER_FLOAT, dict.fromkeys(LINEARS, 5)
+    )
     assert all(
         p.backend_asked == "auto" and p.backend_used == made[p.name].backend.name != "auto" for p in plans
     )
@@ -301,7 +303,7 @@ def test_a_copy_shares_every_tensor_and_nothing_else():
     model, x = TinyModel(), randn(9, 7)
     model.register_buffer("table", randn(3, seed=5))
     before = model(x)
-    copy = share_copy(model)
+    copy = copy_sharing_tensors(model)
     pairs = zip([*model.parameters(), *model.buffers()], [*copy.parameters(), *copy.buffers()], strict=True)
     assert all(a is b and a.data_ptr() == b.data_ptr() for a, b in pairs)
     assert not {id(m) for m in model.modules()} & {id(m) for m in copy.modules()}
@@ -321,8 +323,13 @@ def test_assembling_leaves_the_original_untouched():
 def test_the_same_layers_can_be_assembled_more_than_once():
     model, x = TinyModel(), randn(9, 7)
     plans = plan_layers(model, lambda name: None)
-    made = int8_layers(model, plain_layers(model, plans), Reference(), NEVER_FLOAT, dict.fromkeys(LINEARS, 8))
-    every, few = assemble(model, made, FAMILY), assemble(model, {"proj_out": made["proj_out"]}, FAMILY)
+    made = build_int8_layers(
+        model, plain_layers(model, plans), Reference(), NEVER_FLOAT, dict.fromkeys(LINEARS, 8)
+    )
+    every, few = (
+        assemble_int8_model(model, made, FAMILY),
+        assemble_int8_model(model, {"proj_out": made["proj_out"]}, FAMILY),
+    )
     assert list(found_in(every)) == LINEARS and list(found_in(few)) == ["proj_out"]
     # the modules are copies, since a group that shares may differ; the tensors are not
     assert (
@@ -336,12 +343,14 @@ def test_the_same_layers_can_be_assembled_more_than_once():
 def test_the_family_says_who_shares_an_input():
     model = TinyModel()
     plans = plan_layers(model, lambda name: None)
-    made = int8_layers(model, plain_layers(model, plans), Reference(), NEVER_FLOAT, dict.fromkeys(LINEARS, 8))
-    shared = assemble(model, made, replace(FAMILY, same_input=[["1", "3"]]))
+    made = build_int8_layers(
+        model, plain_layers(model, plans), Reference(), NEVER_FLOAT, dict.fromkeys(LINEARS, 8)
+    )
+    shared = assemble_int8_model(model, made, replace(FAMILY, same_input=[["1", "3"]]))
     assert shared.blocks[0][1].shared is shared.blocks[0][3].shared is not None
     # neither the layers that were given nor another assembly know of it
     assert all(layer.shared is None for layer in made.values())
-    assert all(layer.shared is None for layer in found_in(assemble(model, made, FAMILY)).values())
+    assert all(layer.shared is None for layer in found_in(assemble_int8_model(model, made, FAMILY)).values())
 
 
 def test_two_backends_in_one_process():
@@ -367,7 +376,7 @@ def test_two_backends_in_one_process():
 )
 def test_float_rows(fallback, params, rows, float_rows):
     assert (
-        Int8Settings(small_batch_fallback=fallback, max_rows=16, small_layer_params=100).float_rows(
+        Int8Settings(small_batch_fallback=fallback, max_rows=16, small_layer_params=100).choose_float_rows(
             params, rows
         )
         == float_rows

@@ -26,9 +26,9 @@ from int8run.generate.capture import check_finite
 from int8run.layers.fusion import defer_gelu, share_inputs
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import Int8Settings, plan_layers
-from int8run.lora.adapters.change import Change
+from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.lora import LoRA
-from int8run.metrics.layers import measure_outputs
+from int8run.metrics.layers import measure_layer_outputs
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.hadanorm import HadaNorm
 from int8run.ptq.quantize import check_backend
@@ -78,9 +78,11 @@ def flux():
     return model.eval().requires_grad_(False), call
 
 
-def int8(model, backend=None, deferred=True, outlier=None, settings=NEVER_FLOAT, why_float=FLUX.why_float):
+def int8(
+    model, backend=None, deferred=True, outlier=None, settings=NEVER_FLOAT, why_float=FLUX.find_skip_reason
+):
     """The INT8 model as a run builds it, and its plan; without the two steps inside the blocks where not `deferred`."""
-    keep = tuple(p.name for p in plan_layers(model, why_float) if p.keep_float is not None)
+    keep = tuple(p.name for p in plan_layers(model, why_float) if p.skip_reason is not None)
     copy, plans = to_int8(model, backend or Fusing(), outlier, settings, keep)
     if deferred:
         share_inputs(copy, FLUX.same_input)
@@ -144,7 +146,7 @@ def test_float_rows_apply_the_gelu_themselves(flux):
     model, call = flux
     before, _ = int8(model, deferred=False, settings=ALWAYS_FLOAT)
     after, plans = int8(model, settings=ALWAYS_FLOAT)
-    assert gelu_from(after) == DEFERRED and {p.backend_used for p in plans if p.keep_float is None} == {
+    assert gelu_from(after) == DEFERRED and {p.backend_used for p in plans if p.skip_reason is None} == {
         "float_fallback"
     }
     assert_close("fallback", run(after, call), run(before, call), 1e-6)
@@ -153,7 +155,7 @@ def test_float_rows_apply_the_gelu_themselves(flux):
 @pytest.mark.parametrize("kept", list(DEFERRED))
 def test_a_gelu_before_a_float_layer_is_left_alone(flux, kept):
     model, call = flux
-    why = lambda name: "kept by the test" if name == kept else FLUX.why_float(name)  # noqa: E731
+    why = lambda name: "kept by the test" if name == kept else FLUX.find_skip_reason(name)  # noqa: E731
     after, _ = int8(model, why_float=why)
     assert gelu_from(after) == {name: column for name, column in DEFERRED.items() if name != kept}
     assert_close("kept", run(after, call), run(int8(model, deferred=False, why_float=why)[0], call), 1e-5)
@@ -162,7 +164,7 @@ def test_a_gelu_before_a_float_layer_is_left_alone(flux, kept):
 @pytest.mark.parametrize("source", [f"{DOUBLE}.ff.net.0.proj", f"{SINGLE}.proj_mlp"])
 def test_a_gelu_after_a_float_layer_moves_all_the_same(flux, source):
     model, call = flux
-    why = lambda name: "kept by the test" if name == source else FLUX.why_float(name)  # noqa: E731
+    why = lambda name: "kept by the test" if name == source else FLUX.find_skip_reason(name)  # noqa: E731
     after, _ = int8(model, why_float=why)
     assert gelu_from(after) == DEFERRED
     assert_close("source", run(after, call), run(int8(model, deferred=False, why_float=why)[0], call), 1e-5)
@@ -233,7 +235,7 @@ def flux_lora(model, rank=3):
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks.0." in name]
     sizes = [model.get_submodule(name).weight.shape for name in names]
     return {
-        name: Change(LoRA(randn(rank, k, seed=2 * i), randn(n, rank, seed=2 * i + 1), 0.05))
+        name: LoraChange(LoRA(randn(rank, k, seed=2 * i), randn(n, rank, seed=2 * i + 1), 0.05))
         for i, (name, (n, k)) in enumerate(zip(names, sizes, strict=True))
     }
 
@@ -244,10 +246,10 @@ def test_loras_find_their_layers_under_the_old_names(flux, backend):
     results = []
     for deferred in (False, True):
         ours, plans = int8(model, backend, deferred)
-        wanted = [p.name for p in plans if p.keep_float is None]
+        wanted = [p.name for p in plans if p.skip_reason is None]
         assert f"{DOUBLE}.ff.net.0.proj" in wanted
         branches = on_int8(model, ours, [flux_lora(model)])
-        assert len(branches.dynamic) == len(wanted)
+        assert len(branches.dynamic_layers) == len(wanted)
         plain = run(ours, call)
         branches.set_strengths([1.0])
         results.append(run(ours, call))
@@ -262,8 +264,8 @@ def test_measuring_a_layer_leaves_out_the_gelu_and_the_sharing(flux, backend):
     measured = []
     for deferred in (False, True):
         ours, plans = int8(model, backend, deferred)
-        measure_outputs(model, ours, [call], plans)
-        measured.append({p.name: p.measured["output_sqnr_db"] for p in plans if p.keep_float is None})
+        measure_layer_outputs(model, ours, [call], plans)
+        measured.append({p.name: p.measured["output_sqnr_db"] for p in plans if p.skip_reason is None})
     assert measured[0].keys() == measured[1].keys() and min(measured[0].values()) > 25
     assert measured[1] == pytest.approx(measured[0], abs=0.2)
 
@@ -287,7 +289,9 @@ def test_every_layer_that_a_backend_refuses_is_named_at_once():
 def test_a_device_is_refused_with_all_reasons_and_what_can_run_there():
     class Elsewhere(Reference):
         name: ClassVar[str] = "elsewhere"
-        limits: ClassVar[Limits] = Limits(cpu_features=("no_such_feature",), modules=("no_such_package",))
+        limits: ClassVar[Limits] = Limits(
+            cpu_features=("no_such_feature",), python_packages=("no_such_package",)
+        )
 
     words = r"^backend 'elsewhere' cannot run here: needs a CPU with no_such_feature.*; needs the Python package no_such.*\breference\b"
     with pytest.raises(BackendError, match=words):

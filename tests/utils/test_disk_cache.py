@@ -11,12 +11,12 @@ import pytest
 from support.run_job import make_spec
 
 from int8run.errors import ConfigError, FileError
-from int8run.utils.disk_cache import GB, HASHES, UNFINISHED, Store, key_of
+from int8run.utils.disk_cache import GB, HASHES_FILE, UNFINISHED_PREFIX, DiskCache, hash_parts
 
 
-def store(folder: Path, limit: float = 1.0) -> Store:
+def store(folder: Path, limit: float = 1.0) -> DiskCache:
     """A store with a limit in bytes times 1e9."""
-    return Store(str(folder), limit)
+    return DiskCache(str(folder), limit)
 
 
 def bytes_of(count: int):
@@ -24,7 +24,7 @@ def bytes_of(count: int):
     return lambda path: path.write_bytes(b"x" * count)
 
 
-def put(kept: Store, key: str, count: int, used: float) -> Path:
+def put(kept: DiskCache, key: str, count: int, used: float) -> Path:
     """A file that was last used at that time."""
     path = kept.put("int8", key, count, bytes_of(count))
     assert path is not None
@@ -35,14 +35,14 @@ def put(kept: Store, key: str, count: int, used: float) -> Path:
 def test_what_is_put_is_found_by_kind_and_key(tmp_path: Path) -> None:
     kept = store(tmp_path / "deep" / "cache")
     path = kept.put("int8", "a", 3, bytes_of(3))
-    assert path == tmp_path / "deep" / "cache" / "int8" / "a.safetensors" == kept.find("int8", "a")
-    assert path.read_bytes() == b"xxx" and kept.find("float", "a") is None and kept.find("int8", "b") is None
+    assert path == tmp_path / "deep" / "cache" / "int8" / "a.safetensors" == kept.get("int8", "a")
+    assert path.read_bytes() == b"xxx" and kept.get("float", "a") is None and kept.get("int8", "b") is None
 
 
 def test_the_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert Store().path == tmp_path / ".cache" / "int8run" and Store("~/x").path == tmp_path / "x"
-    assert make_spec(["cache.folder=null"]).cache == Store(None, 40)
+    assert DiskCache().path == tmp_path / ".cache" / "int8run" and DiskCache("~/x").path == tmp_path / "x"
+    assert make_spec(["cache.folder=null"]).cache == DiskCache(None, 40)
 
 
 def test_the_longest_unused_make_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -50,12 +50,14 @@ def test_the_longest_unused_make_room(tmp_path: Path, caplog: pytest.LogCaptureF
     first, second, third = (
         put(kept, key, 3, used) for key, used in (("a", 300.0), ("b", 100.0), ("c", 200.0))
     )
-    assert [k.path.stem for k in kept.entries()] == ["b", "c", "a"] and [k.bytes for k in kept.entries()] == [
+    assert [k.path.stem for k in kept.list_files()] == ["b", "c", "a"] and [
+        k.bytes for k in kept.list_files()
+    ] == [
         3,
         3,
         3,
     ]
-    assert kept.find("int8", "b") == second  # which is a use
+    assert kept.get("int8", "b") == second  # which is a use
     with caplog.at_level(logging.INFO):
         kept.put("float", "d", 4, bytes_of(4))
     assert (
@@ -66,7 +68,7 @@ def test_the_longest_unused_make_room(tmp_path: Path, caplog: pytest.LogCaptureF
     )
     assert any("c.safetensors" in r.getMessage() and "makes room" in r.getMessage() for r in caplog.records)
     kept.put("float", "e", 10, bytes_of(10))  # exactly the limit
-    assert [k.path.stem for k in kept.entries()] == ["e"]
+    assert [k.path.stem for k in kept.list_files()] == ["e"]
 
 
 def test_what_is_larger_than_the_limit_is_not_kept_and_nothing_goes_for_it(
@@ -86,16 +88,16 @@ def test_a_limit_of_0_does_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixt
     before = sorted(tmp_path.rglob("*"))
     kept = store(tmp_path, 0)
     with caplog.at_level(logging.INFO):
-        assert kept.find("int8", "a") is None
+        assert kept.get("int8", "a") is None
         assert kept.put("int8", "b", 1, lambda path: pytest.fail("written all the same")) is None
-        assert kept.content_hash(tmp_path / "weights") == hashlib.sha256(b"x").hexdigest()
+        assert kept.hash_file(tmp_path / "weights") == hashlib.sha256(b"x").hexdigest()
     assert sorted(tmp_path.rglob("*")) == before and not caplog.records
 
 
 @pytest.mark.parametrize("limit", [-1, "much", True, float("nan"), 10**7])
 def test_a_limit_that_is_none_is_refused(limit: object) -> None:
     with pytest.raises(ConfigError, match=r"^cache\.limit_gb is .*; allowed is a number from 0 to 1e\+06$"):
-        Store(None, limit)  # type: ignore[arg-type]
+        DiskCache(None, limit)  # type: ignore[arg-type]
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(
@@ -105,8 +107,8 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
     kept = store(tmp_path / "file" / "cache")
     assert (
         kept.put("int8", "a", 1, bytes_of(1)) is None
-        and kept.find("int8", "a") is None
-        and kept.entries() == []
+        and kept.get("int8", "a") is None
+        and kept.list_files() == []
     )
     (said,) = caplog.records
     assert (
@@ -115,7 +117,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
         and said.getMessage().endswith("not kept for the next run")
     )
     (tmp_path / "weights").write_text("x")
-    assert kept.content_hash(tmp_path / "weights") == hashlib.sha256(b"x").hexdigest()
+    assert kept.hash_file(tmp_path / "weights") == hashlib.sha256(b"x").hexdigest()
 
 
 def test_a_write_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -163,11 +165,11 @@ def test_writers_of_one_key_leave_one_whole_file(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_goes_after_a_day_and_counts_for_nothing(tmp_path: Path) -> None:
     kept = store(tmp_path, 10 / GB)
     put(kept, "a", 9, 1.0)
-    new, old = (tmp_path / "int8" / f"{UNFINISHED}{name}.safetensors" for name in ("1-b", "2-c"))
+    new, old = (tmp_path / "int8" / f"{UNFINISHED_PREFIX}{name}.safetensors" for name in ("1-b", "2-c"))
     for path in (new, old):
         path.write_bytes(b"x" * 99)
     os.utime(old, (1, 1))
-    assert [k.path.stem for k in kept.entries()] == ["a"]
+    assert [k.path.stem for k in kept.list_files()] == ["a"]
     assert new.exists() and not old.exists()
 
 
@@ -176,9 +178,9 @@ def test_a_file_that_cannot_be_used_is_dropped_with_the_reason(
 ) -> None:
     kept = store(tmp_path)
     path = put(kept, "a", 3, 1.0)
-    kept.drop(path, FileError("is cut off"))
+    kept.remove(path, FileError("is cut off"))
     assert not path.exists() and f"{path} is not used and removed from the cache: is cut off" in caplog.text
-    kept.drop(path, "gone already")
+    kept.remove(path, "gone already")
 
 
 # -- hashes ------------------------------------------------------------------------------------------------------------------------
@@ -196,29 +198,29 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_hash_is_remembered_until_the_file_changes(tmp_path: Path, reads: list[int]) -> None:
     kept, file = store(tmp_path / "cache"), tmp_path / "weights"
     file.write_bytes(b"one")
-    one = kept.content_hash(file)
+    one = kept.hash_file(file)
     assert (
         one
         == hashlib.sha256(b"one").hexdigest()
-        == kept.content_hash(file)
-        == store(tmp_path / "cache").content_hash(file)
+        == kept.hash_file(file)
+        == store(tmp_path / "cache").hash_file(file)
     )
     assert len(reads) == 1
     file.write_bytes(b"two")
     os.utime(file, ns=(1, 1))  # as large, and older
-    assert kept.content_hash(file) == hashlib.sha256(b"two").hexdigest() and len(reads) == 2
+    assert kept.hash_file(file) == hashlib.sha256(b"two").hexdigest() and len(reads) == 2
     fresh = tmp_path / "fresh"  # as large and as old, but another file
     fresh.write_bytes(b"six")
     os.utime(fresh, ns=(1, 1))
     fresh.replace(file)
-    assert kept.content_hash(file) == hashlib.sha256(b"six").hexdigest() and len(reads) == 3
+    assert kept.hash_file(file) == hashlib.sha256(b"six").hexdigest() and len(reads) == 3
 
 
 def test_a_link_is_the_file_that_it_leads_to(tmp_path: Path, reads: list[int]) -> None:
     (tmp_path / "weights").write_bytes(b"one")
     (tmp_path / "link").symlink_to(tmp_path / "weights")
     kept = store(tmp_path / "cache")
-    assert kept.content_hash(tmp_path / "link") == kept.content_hash(tmp_path / "weights") and len(reads) == 1
+    assert kept.hash_file(tmp_path / "link") == kept.hash_file(tmp_path / "weights") and len(reads) == 1
 
 
 def test_the_hubs_own_names_are_believed(tmp_path: Path, reads: list[int]) -> None:
@@ -228,17 +230,17 @@ def test_the_hubs_own_names_are_believed(tmp_path: Path, reads: list[int]) -> No
         (blobs / name).write_bytes(b"x")
         (tmp_path / name[:3]).symlink_to(blobs / name)
     kept = store(tmp_path / "cache")
-    assert kept.content_hash(tmp_path / "fff") == "f" * 64 and not reads
-    assert kept.content_hash(tmp_path / "aaa") == hashlib.sha256(b"x").hexdigest() and len(reads) == 1
+    assert kept.hash_file(tmp_path / "fff") == "f" * 64 and not reads
+    assert kept.hash_file(tmp_path / "aaa") == hashlib.sha256(b"x").hexdigest() and len(reads) == 1
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"a": 1}', '{"a": [1]}', '"x"'])
 def test_a_damaged_table_of_hashes_holds_none(damage: str, tmp_path: Path) -> None:
     kept, file = store(tmp_path), tmp_path / "weights"
     file.write_bytes(b"one")
-    (tmp_path / HASHES).write_text(damage)
-    assert kept.content_hash(file) == hashlib.sha256(b"one").hexdigest()
-    assert list(json.loads((tmp_path / HASHES).read_text())) == [str(file.resolve())]
+    (tmp_path / HASHES_FILE).write_text(damage)
+    assert kept.hash_file(file) == hashlib.sha256(b"one").hexdigest()
+    assert list(json.loads((tmp_path / HASHES_FILE).read_text())) == [str(file.resolve())]
 
 
 def test_writers_at_the_same_time_leave_a_table_that_can_be_read(tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ def test_writers_at_the_same_time_leave_a_table_that_can_be_read(tmp_path: Path)
         file.write_text(file.name)
     found: list[tuple[Path, str]] = []
     threads = [
-        threading.Thread(target=lambda f=f: [found.append((f, kept.content_hash(f))) for _ in range(20)])
+        threading.Thread(target=lambda f=f: [found.append((f, kept.hash_file(f))) for _ in range(20)])
         for f in files
     ]
     for thread in threads:
@@ -258,14 +260,14 @@ def test_writers_at_the_same_time_leave_a_table_that_can_be_read(tmp_path: Path)
     assert len(found) == 160 and all(
         digest == hashlib.sha256(f.name.encode()).hexdigest() for f, digest in found
     )
-    assert json.loads((tmp_path / "cache" / HASHES).read_text()) and [
+    assert json.loads((tmp_path / "cache" / HASHES_FILE).read_text()) and [
         p.name for p in (tmp_path / "cache").iterdir()
-    ] == [HASHES]
+    ] == [HASHES_FILE]
 
 
 def test_a_key_says_all_that_is_in_it() -> None:
     parts = ["1.0", [("a", "b")], 3]
-    assert key_of(parts) == key_of(["1.0", [("a", "b")], 3]) and len(key_of(parts)) == 32
+    assert hash_parts(parts) == hash_parts(["1.0", [("a", "b")], 3]) and len(hash_parts(parts)) == 32
     others = [
         ["1.1", [("a", "b")], 3],
         ["1.0", [("a", "c")], 3],
@@ -273,7 +275,7 @@ def test_a_key_says_all_that_is_in_it() -> None:
         ["1.0", [("a", "b")]],
         parts[::-1],
     ]
-    assert len({key_of(p) for p in [parts, *others]}) == 6
+    assert len({hash_parts(p) for p in [parts, *others]}) == 6
 
 
 # -- tests themselves --------------------------------------------------------------------------------------------------------------
@@ -285,7 +287,9 @@ def test_no_test_writes_into_the_users_cache(
     from support.cli_process import command_in
 
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert make_spec([]).cache.limit_gb == 0 and make_spec(["cache.folder=here"]).cache == Store("here", 40)
+    assert make_spec([]).cache.limit_gb == 0 and make_spec(["cache.folder=here"]).cache == DiskCache(
+        "here", 40
+    )
     with command_in(tmp_path / "work", monkeypatch, capsys) as command:
         size = [
             "sampler.steps=1",
