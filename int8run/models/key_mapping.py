@@ -235,7 +235,8 @@ def check_drop(file: str, drop: Any) -> None:
     for pattern in drop:
         if not is_single_pattern(pattern):
             raise ConfigError(
-                f"{file}: drop has the pattern {pattern!r}; it takes a key with * for numbers and one ** at most"
+                f"{file}: drop has the pattern {pattern!r}; "
+                "it takes a key with * for numbers and one ** at most"
             )
 
 

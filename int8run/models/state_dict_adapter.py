@@ -1,11 +1,15 @@
-"""Which rows of which tensor of a file make which parameter of a model, and the way back to the names of the model's authors.
+"""Converts between the keys of a file and the parameters of a diffusers model, in both directions.
 
-Files name a denoiser's parameters as diffusers does or as its authors do (`key_mappings/*.yaml`). Some authors keep in one tensor what
-is several parameters in diffusers, or in another order or shape. What is said here of a weight holds for everything that has its
-rows, a bias and the scales of rows included: `Part.cut` takes them all.
+Files name a denoiser's parameters as diffusers does or as its authors do (`key_mappings/*.yaml`). Some
+authors keep in one tensor what is several parameters in diffusers, or in another order or shape. What is
+said here of a weight holds for everything that has its rows, a bias and the scales of rows included:
+`TensorPart.extract` takes them all.
+
+`to_model` is for files that are read, `to_original` for files that are written. Both work on names and
+shapes; the tensors themselves are read and written by others.
 """
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -16,10 +20,22 @@ from int8run.models.key_mapping import KeyMapping, KeyMappingSet, load_mappings
 from int8run.models.name_pattern import fill_pattern, find_greatest_number, match_pattern
 
 Shape = tuple[int, ...]
-# whole checkpoints and ComfyUI's save nodes; some of its older files; Cosmos and what is built on it; nobody's rule, but seen
-DENOISER_PREFIXES = ("model.diffusion_model.", "model.model.", "net.", "diffusion_model.")
-# as many keys have it by chance (ComfyUI's number)
+DENOISER_PREFIXES = (
+    "model.diffusion_model.",  # whole checkpoints and ComfyUI's save nodes
+    "model.model.",  # some older files of ComfyUI
+    "net.",  # Cosmos and what is built on it
+    "diffusion_model.",  # seen in files, written by no known program
+)
+# a prefix counts when more keys have it; as many have it by chance (ComfyUI's number)
 CHANCE_MATCHES = 5
+NO_ORIGINAL_NAMES = (
+    ": it is built unlike the models that other programs have names for; "
+    "save to a folder instead (a path without .safetensors), which keeps the names of diffusers"
+)
+WRONG_ARCHITECTURE = (
+    "the file is of another architecture, or of another size of it; "
+    "take the configuration that belongs to the file"
+)
 
 
 @dataclass(frozen=True)
@@ -28,10 +44,11 @@ class TensorPart:
 
     Args:
         key: the tensor.
-        rows: rows of it; None: all.
-        swap_halves: the two halves of these rows change places.
-        shape: what the values are reshaped to, -1 for the number that follows from the rest; None: they keep their shape.
-        transposed: the matrix is turned: its columns are the rows of the tensor.
+        rows: which of its rows; None: all.
+        swap_halves: whether the two halves of these rows change places.
+        shape: what the values are reshaped to, -1 for the number that follows from the rest; None: they keep
+            their shape.
+        transposed: whether the matrix is transposed.
     """
 
     key: str
@@ -41,15 +58,20 @@ class TensorPart:
     transposed: bool = False
 
     def extract(self, tensor: Tensor) -> Tensor:
-        """This part of `key`'s tensor, or of one with as many rows ([N], [N, 1] scales); a single value belongs to every row."""
+        """Return this part of a tensor.
+
+        Args:
+            tensor: that of `key`, or one with as many rows: a bias [N], scales [N, 1]. A single value belongs
+                to every row and is returned as it is.
+        """
         if tensor.numel() == 1 and self.shape is None:
             return tensor
-        rows = tensor if self.rows is None else tensor[self.rows]
+        part = tensor if self.rows is None else tensor[self.rows]
         if self.swap_halves:
-            rows = rows.roll(len(rows) // 2, 0)
+            part = part.roll(len(part) // 2, 0)
         if self.transposed:
-            rows = rows.T
-        return rows if self.shape is None else rows.reshape(self.shape)
+            part = part.T  # [N, K] -> [K, N]
+        return part if self.shape is None else part.reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -57,8 +79,8 @@ class StateDictLayout:
     """Where a model's parameters are in a file.
 
     Args:
-        parts: for each parameter of the model its rows, one part after the other.
-        unused: keys of the file that mean nothing to the model and are no known companions of such files.
+        parts: for each parameter of the model what it is made of, one part after the other.
+        unused: keys of the file that belong to nothing in the model.
         missing: parameters of the model that the file does not have.
         dropped: keys that files of this architecture have and the model has no place for, with the reason.
     """
@@ -69,10 +91,30 @@ class StateDictLayout:
     dropped: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class RenamingStep:
+    """One key mapping applied to a model's parameters, from the model's names to the authors'.
+
+    Args:
+        mapping: the key mapping.
+        original: the name that it gives.
+        keys: all keys that become one tensor of that name, in the order of their rows.
+        number: what the first `*` of the mapping stands for; None where it has none.
+    """
+
+    mapping: KeyMapping
+    original: str
+    keys: tuple[str, ...]
+    number: int | None
+
+
 def find_prefix(keys: Iterable[str]) -> str:
-    """What stands before the denoiser's keys in a file: one of PREFIXES, or `model.` before every key, else nothing.
+    """Return what stands before the denoiser's keys in a file.
 
     A whole checkpoint has keys of other components besides, without this prefix.
+
+    Returns:
+        One of DENOISER_PREFIXES, or `model.` where every key begins with it, else nothing.
     """
     keys = list(keys)
     for prefix in DENOISER_PREFIXES:
@@ -82,7 +124,7 @@ def find_prefix(keys: Iterable[str]) -> str:
 
 
 def find_denoiser_keys(keys: Iterable[str]) -> dict[str, str]:
-    """The denoiser's keys of a file: name without prefix -> key as it is in the file."""
+    """Return the denoiser's keys of a file: name without prefix -> key as it is in the file."""
     keys = list(keys)
     prefix = find_prefix(keys)
     return {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
@@ -94,255 +136,311 @@ def to_model(
     """Find a model's parameters in a file.
 
     Args:
-        shapes: the file's keys without prefix and without companions of quantized layers, with their logical shapes.
+        shapes: the file's keys without prefix, and without the keys that belong to quantized layers (scales
+            and the like), with their logical shapes.
         parameters: what the model's `state_dict()` holds: names and shapes.
         class_name: the model's class.
 
     Raises:
-        FileError: when a tensor has another shape than its parameters, when the model has only some of the parameters that a
-            tensor holds, or when two tensors mean the same parameter.
+        FileError: when a tensor has another shape than its parameters, when the model has only some of the
+            parameters that a tensor holds, or when two tensors hold the same parameter.
     """
-    names = load_mappings(class_name)
-    last = find_last_blocks(names, parameters)
+    mappings = load_mappings(class_name)
+    last_blocks = find_last_blocks(mappings, parameters)
     parts: dict[str, tuple[TensorPart, ...]] = {}
-    unused, dropped = [], {}
+    unused: list[str] = []
+    dropped: dict[str, str] = {}
     for key, shape in shapes.items():
-        meant = resolve_key(key, names, last, parameters)
-        known = [part.key in parameters for part in meant]
-        if not any(known):
-            reason = find_drop_reason(key, names)
+        targets = resolve_key(key, mappings, last_blocks, parameters)
+        if not any(target.key in parameters for target in targets):
+            reason = find_drop_reason(key, mappings)
             if reason is None:
                 unused.append(key)
             else:
                 dropped[key] = reason
             continue
-        if not all(known):
-            there = [f"{'has' if k else 'has no'} {part.key}" for k, part in zip(known, meant, strict=True)]
-            raise FileError(
-                f"{key} of the file holds several parameters, but the {class_name} {', '.join(there)}: {WRONG_ARCHITECTURE}"
-            )
-        for name, part in split_tensor(key, shape, meant, parameters, class_name):
+        check_targets(key, targets, parameters, class_name)
+        check_shape(key, shape, targets=targets, parameters=parameters, class_name=class_name)
+        for name, part in split_tensor(key, targets, parameters):
             if name in parts:
                 raise FileError(
-                    f"the file holds {name} of the {class_name} twice: as {parts[name][0].key} and as {key}; remove one"
+                    f"the file holds {name} of the {class_name} twice: "
+                    f"as {parts[name][0].key} and as {key}; remove one"
                 )
             parts[name] = (part,)
     missing = tuple(name for name in parameters if name not in parts)
-    return StateDictLayout(parts, tuple(unused), missing, dropped)
+    return StateDictLayout(parts=parts, unused=tuple(unused), missing=missing, dropped=dropped)
 
 
-NO_ORIGINAL_NAMES = (
-    ": it is built unlike the models that other programs have names for; save to a folder instead (a path without .safetensors), which "
-    "keeps the names of diffusers"
-)
-WRONG_ARCHITECTURE = "the file is of another architecture, or of another size of it; take the configuration that belongs to the file"
+def check_targets(
+    key: str, targets: Sequence[TensorPart], parameters: Container[str], class_name: str
+) -> None:
+    """Raise FileError when a model has only some of the parameters that a tensor of a file holds."""
+    if all(target.key in parameters for target in targets):
+        return
+    each = ", ".join(
+        f"has {target.key}" if target.key in parameters else f"has no {target.key}" for target in targets
+    )
+    raise FileError(
+        f"{key} of the file holds several parameters, but the {class_name} {each}: {WRONG_ARCHITECTURE}"
+    )
+
+
+def check_shape(
+    key: str, shape: Shape, *, targets: Sequence[TensorPart], parameters: Mapping[str, Shape], class_name: str
+) -> None:
+    """Raise FileError when a tensor of a file has not the shape that its parameters make."""
+    needed = join_shapes(targets, parameters)
+    if tuple(shape) == needed:
+        return
+    held = " + ".join(f"{target.key} {list(parameters[target.key])}" for target in targets)
+    needs = "rows that do not go together" if needed is None else str(list(needed))
+    raise FileError(
+        f"{key} of the file has the shape {list(shape)}, but {held} of the {class_name} need {needs}: "
+        f"{WRONG_ARCHITECTURE}"
+    )
 
 
 def split_tensor(
-    key: str, shape: Shape, meant: tuple[TensorPart, ...], parameters: Mapping[str, Shape], class_name: str
-) -> Iterable[tuple[str, TensorPart]]:
-    """The parts of one tensor of a file: the parameter, and what of the tensor makes it.
+    key: str, targets: Sequence[TensorPart], parameters: Mapping[str, Shape]
+) -> Iterator[tuple[str, TensorPart]]:
+    """Yield the parameters that one tensor of a file holds, and what of the tensor makes each.
 
-    Raises:
-        FileError: when the shapes do not agree.
+    Args:
+        key: the tensor in the file.
+        targets: as `resolve_key` gives them.
+        parameters: names and shapes of the model's parameters.
     """
-    wanted = join_shapes(meant, parameters)
-    if tuple(shape) != wanted:
-        what = " + ".join(f"{part.key} {list(parameters[part.key])}" for part in meant)
-        needs = "rows that do not go together" if wanted is None else f"{list(wanted)}"
-        raise FileError(
-            f"{key} of the file has the shape {list(shape)}, but {what} of the {class_name} need {needs}: {WRONG_ARCHITECTURE}"
+    start = 0
+    for target in targets:
+        shape = tuple(parameters[target.key])
+        num_rows = shape[0] if shape else 0
+        part = TensorPart(
+            key,
+            rows=None if len(targets) == 1 else slice(start, start + num_rows),
+            swap_halves=target.swap_halves,
+            shape=None if target.shape is None else shape,
+            transposed=target.transposed,
         )
-    first = 0
-    for part in meant:
-        own = tuple(parameters[part.key])
-        rows = None if len(meant) == 1 else slice(first, first + own[0])
-        yield (
-            part.key,
-            TensorPart(key, rows, part.swap_halves, None if part.shape is None else own, part.transposed),
-        )
-        first += own[0] if own else 0
+        yield target.key, part
+        start += num_rows
 
 
 def join_shapes(parts: Iterable[TensorPart], shapes: Mapping[str, Shape]) -> Shape | None:
-    """The shape of the tensor that whole tensors of these shapes make one after the other; None when they do not go together.
+    """Return the shape of the tensor that whole tensors make, one after the other; None where they cannot.
 
     Args:
-        parts: as `to_native` gives them.
+        parts: as `to_original` gives them.
         shapes: of the tensors that they name.
     """
     parts = list(parts)
-    joined = [tuple(shapes[part.key]) for part in parts]
     if len(parts) == 1:
-        shape, own = parts[0].shape, joined[0][::-1] if parts[0].transposed else joined[0]
-        return own if shape is None else complete_shape(shape, prod(own))
+        return join_single_shape(parts[0], shapes[parts[0].key])
+    joined = [tuple(shapes[part.key]) for part in parts]
     if any(len(shape) == 0 or shape[1:] != joined[0][1:] for shape in joined):
         return None
     return (sum(shape[0] for shape in joined), *joined[0][1:])
 
 
+def join_single_shape(part: TensorPart, shape: Shape) -> Shape | None:
+    """Return the shape of a tensor that is one whole tensor, transposed and reshaped as the part says."""
+    turned = tuple(shape)[::-1] if part.transposed else tuple(shape)
+    return turned if part.shape is None else complete_shape(part.shape, prod(turned))
+
+
 def complete_shape(shape: Shape, count: int) -> Shape | None:
-    """A shape with its -1 replaced so that it holds `count` values; None when no number does."""
-    fixed = prod(n for n in shape if n > 0)
-    found = tuple(count // fixed if n < 0 else n for n in shape)
-    return found if prod(found) == count else None
+    """Return a shape with its -1 replaced so that it holds `count` values; None when no number does."""
+    fixed = prod(size for size in shape if size > 0)
+    completed = tuple(count // fixed if size < 0 else size for size in shape)
+    return completed if prod(completed) == count else None
 
 
 def to_original(parameters: Mapping[str, Shape], class_name: str) -> dict[str, tuple[TensorPart, ...]]:
-    """The keys of a file for ComfyUI and others that read the authors' names, in the order of the model's parameters.
+    """Return the keys of a file in the authors' names, which ComfyUI and others read.
 
-    FLUX and most others get bare names, as their files have them: ComfyUI takes these with and without a prefix, diffusers' converter
-    of FLUX.2 only without. UNets of Stable Diffusion get `model.diffusion_model.` and Cosmos `net.` (the files' `prefix`), because
-    diffusers looks for them behind it, and so do older programs.
+    FLUX and most others get bare names, as their files have them: ComfyUI takes these with and without a
+    prefix, diffusers' converter of FLUX.2 only without. UNets of Stable Diffusion get
+    `model.diffusion_model.` and Cosmos `net.` (the files' `prefix`), because diffusers and older programs
+    look for them behind it.
 
     Args:
         parameters: what the model's `state_dict()` holds: names and shapes.
-        class_name: the model's class; one without rules keeps its names.
+        class_name: the model's class; one without key mappings keeps its names.
 
     Returns:
-        For each key the parameters whose values it holds, one after the other; their `shape` is the one in the file.
+        For each key the parameters whose values it holds, one after the other; their `shape` is the one in
+        the file. In the order of the model's parameters.
 
     Raises:
-        ConfigError: when the model is built unlike those that the names are for: two parameters would get one name, or some of
-            those that are one tensor there are missing here.
+        ConfigError: when the model is built unlike those that the names are for: two parameters would get one
+            name, or some of those that are one tensor there are missing here.
     """
-    names = load_mappings(class_name)
-    rules = (*names.parameters, *names.names)
-    last = find_last_blocks(names, parameters)
+    mappings = load_mappings(class_name)
     modules = {get_module_name(name) for name in parameters}
-    unlike = [f"has no {name}" for name in names.needs if name not in modules] + [
-        f"has {name}" for name in names.lacks if name in modules
+    check_architecture(mappings, modules, class_name)
+    usable = [
+        mapping
+        for mapping in (*mappings.parameters, *mappings.names)
+        if not (mapping.without and any(match_pattern(mapping.without, module) for module in modules))
     ]
-    if unlike:
-        raise ConfigError(f"this {class_name} {unlike[0]}{NO_ORIGINAL_NAMES}")
-    rules = tuple(
-        rule
-        for rule in rules
-        if not (rule.without and any(match_pattern(rule.without, module) for module in modules))
-    )
-    pool: dict[str, tuple[TensorPart, ...]] = {name: (TensorPart(name),) for name in parameters}
-    used: dict[str, frozenset[KeyMapping]] = dict.fromkeys(pool, frozenset())
-    found: dict[str, tuple[TensorPart, ...]] = {}
-    while pool:
-        key = next(iter(pool))
-        step = find_original_name(key, [rule for rule in rules if rule not in used[key]], pool, class_name)
+    last_blocks = find_last_blocks(mappings, parameters)
+
+    # names to which a mapping may still apply; those that led to each have been used
+    pending: dict[str, tuple[TensorPart, ...]] = {name: (TensorPart(name),) for name in parameters}
+    used: dict[str, frozenset[KeyMapping]] = dict.fromkeys(pending, frozenset())
+    finished: dict[str, tuple[TensorPart, ...]] = {}
+    while pending:
+        key = next(iter(pending))
+        unused = [mapping for mapping in usable if mapping not in used[key]]
+        step = find_renaming_step(key, unused, pending, class_name)
         if step is None:
-            found[key] = pool.pop(key)
+            finished[key] = pending.pop(key)
             continue
-        rule, native, group, number = step
-        swap = rule.swap_halves is True or (rule.swap_halves == "last" and number == last[rule])
-        parts = tuple(part for name in group for part in pool.pop(name))
-        if native in pool or native in found:
-            other = (pool | found)[native][0].key
+        parts = tuple(part for joined in step.keys for part in pending.pop(joined))
+        taken = pending.get(step.original) or finished.get(step.original)
+        if taken:
             raise ConfigError(
-                f"{parts[0].key} and {other} of this {class_name} would both be called {native}{NO_ORIGINAL_NAMES}"
+                f"{parts[0].key} and {taken[0].key} of this {class_name} would both be called "
+                f"{step.original}{NO_ORIGINAL_NAMES}"
             )
-        pool[native] = tuple(apply_mapping(p, rule, swap) for p in parts)
-        used[native] = used[key] | {rule}
-    place = {name: i for i, name in enumerate(parameters)}
-    ordered = sorted(found.items(), key=lambda item: place[item[1][0].key])
-    return {names.prefix + native: parts for native, parts in ordered}
+        swap = has_swapped_halves(step.mapping, step.number, last_blocks)
+        pending[step.original] = tuple(apply_mapping(part, step.mapping, swap) for part in parts)
+        used[step.original] = used[key] | {step.mapping}
+
+    order = {name: i for i, name in enumerate(parameters)}
+    in_order = sorted(finished.items(), key=lambda item: order[item[1][0].key])
+    return {mappings.prefix + original: parts for original, parts in in_order}
+
+
+def check_architecture(mappings: KeyMappingSet, modules: Container[str], class_name: str) -> None:
+    """Raise ConfigError when a model is built unlike those that the authors' names are for."""
+    for name in mappings.needs:
+        if name not in modules:
+            raise ConfigError(f"this {class_name} has no {name}{NO_ORIGINAL_NAMES}")
+    for name in mappings.lacks:
+        if name in modules:
+            raise ConfigError(f"this {class_name} has {name}{NO_ORIGINAL_NAMES}")
+
+
+def find_renaming_step(
+    key: str, mappings: Iterable[KeyMapping], pending: Container[str], class_name: str
+) -> RenamingStep | None:
+    """Return the first key mapping that gives a key another name; None where there is none.
+
+    Args:
+        key: the name so far.
+        mappings: those that may apply.
+        pending: the names so far of all parameters.
+        class_name: the model's class, for messages.
+
+    Raises:
+        ConfigError: when some of the keys that become one tensor are not there.
+    """
+    for mapping in mappings:
+        for target in mapping.targets:
+            match = match_pattern(target, mapping.extract_name(key))
+            if match is None:
+                continue
+            joined = tuple(mapping.complete_key(fill_pattern(t, match), key) for t in mapping.targets)
+            absent = [name for name in joined if name not in pending]
+            if absent:
+                raise ConfigError(
+                    f"this {class_name} has {key}, but no {absent[0]} to be one tensor with it"
+                    f"{NO_ORIGINAL_NAMES}"
+                )
+            original = mapping.complete_key(fill_pattern(mapping.original, match), key)
+            return RenamingStep(mapping=mapping, original=original, keys=joined, number=match.first_number)
+    return None
 
 
 def find_targets(keys: Iterable[str], class_name: str) -> dict[str, tuple[str, ...]]:
-    """The parameters that each key of a file stands for, by names alone; nothing for a key that is left out.
+    """Return the parameters that each key of a file stands for, by names alone; none for a dropped key.
 
     Args:
-        keys: without prefix, and without companions of quantized layers.
+        keys: without prefix, and without the keys that belong to quantized layers.
         class_name: the class of the model.
     """
-    names = load_mappings(class_name)
-    return {
-        key: ()
-        if find_drop_reason(key, names)
-        else tuple(part.key for part in resolve_key(key, names, {}, ()))
-        for key in keys
-    }
+    mappings = load_mappings(class_name)
+    targets: dict[str, tuple[str, ...]] = {}
+    for key in keys:
+        if find_drop_reason(key, mappings):
+            targets[key] = ()
+        else:
+            targets[key] = tuple(part.key for part in resolve_key(key, mappings))
+    return targets
 
 
-def find_drop_reason(key: str, names: KeyMappingSet) -> str | None:
-    """The reason why a key of a file has no place in the model; None when it has one or is unknown."""
-    return next((reason for pattern, reason in names.drop.items() if match_pattern(pattern, key)), None)
+def find_drop_reason(key: str, mappings: KeyMappingSet) -> str | None:
+    """Return the reason why a key of a file has no place in the model; None when it has one or is unknown."""
+    return next((reason for pattern, reason in mappings.drop.items() if match_pattern(pattern, key)), None)
 
 
-def find_last_blocks(names: KeyMappingSet, parameters: Iterable[str]) -> dict[KeyMapping, int]:
-    """For each rule about the last block its number in the model."""
+def find_last_blocks(mappings: KeyMappingSet, parameters: Iterable[str]) -> dict[KeyMapping, int]:
+    """Return the number of the model's last block for each key mapping that swaps halves only there."""
     modules = {get_module_name(name) for name in parameters}
     return {
-        rule: find_greatest_number(rule.targets[0], modules)
-        for rule in names.names
-        if rule.swap_halves == "last"
+        mapping: find_greatest_number(mapping.targets[0], modules)
+        for mapping in mappings.names
+        if mapping.swap_halves == "last"
     }
 
 
 def resolve_key(
     key: str,
-    names: KeyMappingSet,
-    last: Mapping[KeyMapping, int],
-    known: Container[str],
+    mappings: KeyMappingSet,
+    last_blocks: Mapping[KeyMapping, int] | None = None,
+    parameters: Container[str] = (),
     used: frozenset[KeyMapping] = frozenset(),
 ) -> tuple[TensorPart, ...]:
-    """The parameters whose values a key of a file holds, in their order; the key itself where no rule is for it.
+    """Return the parameters whose values a key of a file holds, in their order.
 
-    The first rule that fits is applied, then the first that fits the result, and so on, each once, up to a parameter of the model.
+    The first mapping that fits is applied, then the first that fits the result, and so on, each once, up to a
+    parameter of the model. A key that no mapping fits stands for itself.
 
     Args:
-        last: the number of the last block, for the rules that ask for it; a rule that is not in it swaps nothing.
-        known: the model's parameters.
-        used: rules that led to this key.
+        key: without prefix.
+        mappings: of the model's class.
+        last_blocks: as `find_last_blocks` gives them; without them no halves of a last block are swapped.
+        parameters: the names of the model's parameters; none: every mapping that fits is applied.
+        used: mappings that led to this key.
 
     Returns:
         One part for each parameter; its `shape` is the one in the file.
     """
-    if key in known:
+    if key in parameters:
         return (TensorPart(key),)
-    for rule in (*names.parameters, *names.names):
-        values = None if rule in used else match_pattern(rule.original, rule.extract_name(key))
-        if values is None:
+    for mapping in (*mappings.parameters, *mappings.names):
+        match = None if mapping in used else match_pattern(mapping.original, mapping.extract_name(key))
+        if match is None:
             continue
-        swap = rule.swap_halves is True or (
-            rule.swap_halves == "last" and int(values[0][0]) == last.get(rule)
-        )
-        inner = (
-            resolve_key(rule.complete_key(fill_pattern(t, values), key), names, last, known, used | {rule})
-            for t in rule.targets
-        )
-        return tuple(apply_mapping(p, rule, swap) for parts in inner for p in parts)
+        swap = has_swapped_halves(mapping, match.first_number, last_blocks or {})
+        parts: list[TensorPart] = []
+        for target in mapping.targets:
+            target_key = mapping.complete_key(fill_pattern(target, match), key)
+            parts += resolve_key(target_key, mappings, last_blocks, parameters, used | {mapping})
+        return tuple(apply_mapping(part, mapping, swap) for part in parts)
     return (TensorPart(key),)
 
 
-def apply_mapping(part: TensorPart, rule: KeyMapping, swap: bool) -> TensorPart:
-    """A part after one more rule."""
-    transposed = part.transposed != rule.transposed
+def has_swapped_halves(
+    mapping: KeyMapping, number: int | None, last_blocks: Mapping[KeyMapping, int]
+) -> bool:
+    """Return whether a key mapping swaps halves in the block of this number."""
+    if mapping.swap_halves == "last":
+        return number == last_blocks.get(mapping)
+    return bool(mapping.swap_halves)
+
+
+def apply_mapping(part: TensorPart, mapping: KeyMapping, swap: bool) -> TensorPart:
+    """Return a part after one more key mapping; two swaps or two transposes undo each other."""
     return replace(
-        part, swap_halves=part.swap_halves != swap, shape=rule.shape or part.shape, transposed=transposed
+        part,
+        swap_halves=part.swap_halves != swap,
+        shape=mapping.shape or part.shape,
+        transposed=part.transposed != mapping.transposed,
     )
 
 
-def find_original_name(
-    key: str, rules: Iterable[KeyMapping], known: Container[str], class_name: str
-) -> tuple[KeyMapping, str, tuple[str, ...], int | None] | None:
-    """The first rule that gives a key another name: the rule, the name, all keys that become one by it, the first `*`'s number.
-
-    Raises:
-        ConfigError: when not all of these keys are there.
-    """
-    for rule in rules:
-        for target in rule.targets:
-            values = match_pattern(target, rule.extract_name(key))
-            if values is None:
-                continue
-            group = tuple(rule.complete_key(fill_pattern(t, values), key) for t in rule.targets)
-            absent = [name for name in group if name not in known]
-            if absent:
-                raise ConfigError(
-                    f"this {class_name} has {key}, but no {absent[0]} to be one tensor with it{NO_ORIGINAL_NAMES}"
-                )
-            number = int(values[0][0]) if values[0] else None
-            return rule, rule.complete_key(fill_pattern(rule.original, values), key), group, number
-    return None
-
-
 def get_module_name(key: str) -> str:
-    """The module that a parameter belongs to."""
+    """Return the module that a parameter belongs to."""
     return key.rpartition(".")[0]
