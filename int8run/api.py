@@ -20,13 +20,14 @@ from torch import nn
 
 from int8run.config.compose import own_options, to_spec
 from int8run.config.error_messages import explain
-from int8run.errors import ConfigError, in_range
-from int8run.layers.fusion import assemble
+from int8run.config.renamed import rename_overrides, report_once
+from int8run.errors import ConfigError, check_range
+from int8run.layers.fusion import assemble_int8_model
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.lora.stack import LoraStack
-from int8run.models.loader import repeated_blocks
-from int8run.ptq.quantize import check_backend, check_outlier, int8_layers, quantized_layers
+from int8run.models.loader import list_block_prefixes
+from int8run.ptq.quantize import build_int8_layers, check_backend, check_outlier_method, quantize_layers
 
 log = logging.getLogger(__name__)
 __all__ = ["LoraStack", "quantize_"]
@@ -57,7 +58,7 @@ def quantize_(
         ConfigError: for an option that is not there or needs a calibration, or a model of which no layer becomes INT8.
         BackendError: for a backend that cannot run here.
     """
-    in_range("rows", rows, 1, 2**31, whole=True)
+    check_range("rows", rows, 1, 2**31, whole=True)
     words = {"outlier": outlier, "backend": backend, "rounding": rounding, "model_type": model_type}
     spec = composed([f"{group}={option}" for group, option in words.items()] + list(overrides))
     if (
@@ -66,7 +67,7 @@ def quantize_(
         or not spec.int8.enable
         or spec.quality_db is not None
         or spec.lora.adapters
-        or spec.clip.quantizes
+        or spec.clip.is_quantized
     ):
         raise ConfigError(
             "quantize_ takes no save, int8.checkpoint, int8.enable=false, quality_db, lora or clip; the command `int8run` does"
@@ -78,9 +79,9 @@ def quantize_(
                 f"{words[name]} save=FILE`, or another option"
             )
     linears = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    family = spec.model_type.for_denoiser(type(model).__name__, repeated_blocks(model), linears)
-    plans = plan_layers(model, family.why_float)
-    chosen = [plan for plan in plans if plan.keep_float is None]
+    family = spec.model_type.resolve_family(type(model).__name__, list_block_prefixes(model), linears)
+    plans = plan_layers(model, family.find_skip_reason)
+    chosen = [plan for plan in plans if plan.skip_reason is None]
     if any(isinstance(m, Int8Linear) for m in model.modules()):
         raise ConfigError(
             f"{type(model).__name__} has INT8 layers already; load it anew to quantize it otherwise"
@@ -88,11 +89,11 @@ def quantize_(
     if not chosen:
         raise ConfigError(f"{type(model).__name__}: no layer became INT8; choose another model_type")
     check_backend(spec.backend, next(model.parameters()).device, chosen)
-    check_outlier(spec.outlier, chosen)
-    methods = {plan.name: spec.outlier for plan in chosen if not plan.outlier_why_not}
-    layers = quantized_layers(model, chosen, methods, spec.rounding, {})
-    made = int8_layers(model, layers, spec.backend, spec.int8, {plan.name: rows for plan in chosen})
-    int8 = assemble(model, made, family)
+    check_outlier_method(spec.outlier, chosen)
+    methods = {plan.name: spec.outlier for plan in chosen if not plan.outlier_skip_reason}
+    layers = quantize_layers(model, chosen, methods, spec.rounding, {})
+    made = build_int8_layers(model, layers, spec.backend, spec.int8, {plan.name: rows for plan in chosen})
+    int8 = assemble_int8_model(model, made, family)
     for (
         name,
         child,
@@ -108,7 +109,7 @@ def composed(overrides: list[str]) -> Any:
     GlobalHydra.instance().clear()
     try:
         with own_options(), initialize_config_module("int8run.conf", version_base="1.3"):
-            return to_spec(compose("config", overrides))
+            return to_spec(compose("config", rename_overrides(overrides, report_once())))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)[0]) from error
     finally:

@@ -75,6 +75,9 @@ def check_and_run() -> None:
     """Compose and check every job first, then let hydra run them."""
     from hydra._internal.utils import get_args_parser
 
+    from int8run.config.renamed import rename_overrides, report_once
+
+    sys.argv = [sys.argv[0], *rename_overrides(sys.argv[1:], report_once())]  # hydra reads them there
     args = get_args_parser().parse_args()
     if args.experimental_rerun:
         raise ConfigError(

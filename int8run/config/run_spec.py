@@ -95,13 +95,13 @@ class RunSpec:
                 f"offload={self.offload} moves one model, and metrics.baseline=run holds two; set metrics.baseline=cached (float first, "
                 "then INT8) or none"
             )
-        object.__setattr__(self, "lora", self.lora.for_base(self.model.lora_base, self.sampler.steps))
-        self.lora.preset_for(self.model.lora_base)  # at most one
+        object.__setattr__(self, "lora", self.lora.resolve_for_base(self.model.lora_base, self.sampler.steps))
+        self.lora.find_preset(self.model.lora_base)  # at most one
 
     @property
     def sampling(self) -> Sampling:
         """What was asked for, else what a few-step LoRA was made for, else the checkpoint's own."""
-        made_for = self.lora.preset_for(self.model.lora_base, self.sampler.steps)
+        made_for = self.lora.find_preset(self.model.lora_base, self.sampler.steps)
         default = self.model.sampling
         if made_for is not None:
             wanted = made_for.sampling
@@ -150,7 +150,7 @@ class RunSpec:
     def float_key(self) -> str:
         """The part of the config that decides what the float model draws, as text, without the prompts."""
         stack = self.lora
-        loras = [(a.source(self.model.lora_base), a.components, a.schedule) for a in stack.adapters]
+        loras = [(a.get_source(self.model.lora_base), a.components, a.schedule) for a in stack.adapters]
         strengths = (stack.strength, stack.text_strengths, stack.strict, self.lora_dir)
         return repr((self.model, self.sampling, loras, strengths, self.compile, self.attention, self.device))
 
@@ -158,9 +158,9 @@ class RunSpec:
     def build_key(self) -> str:
         """The part of the config that decides the built model, as text: equal keys, equal model."""
         stack = self.lora
-        adapters = [(a.name, a.source(self.model.lora_base), a.components) for a in stack.adapters]
+        adapters = [(a.name, a.get_source(self.model.lora_base), a.components) for a in stack.adapters]
         # of the strengths, only baked ones and whether they change on the way decide what is built
-        strengths = stack.strengths if stack.bakes else stack.scheduled
+        strengths = stack.strengths if stack.is_baked else stack.is_scheduled
         # only weights that are rounded at random have a seed: they all, or with auto those whose float weight is not there
         integers = self.int8.checkpoint is not None or not self.needs_float
         rounds = stack.adapters and (stack.mode == "stochastic" or (stack.mode == "auto" and integers))
