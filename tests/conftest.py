@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Exempt the objects of libraries and collected tests, millions that stay to the end, from `gc.collect`."""
+    """Exempt what stays to the end, millions of objects of libraries and tests, from `gc.collect`."""
     gc.collect()
     gc.freeze()
 

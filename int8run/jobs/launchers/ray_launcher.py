@@ -1,4 +1,7 @@
-"""`hydra/launcher=ray_cluster`: workers are actors of a Ray cluster, on this machine or on many."""
+"""`hydra/launcher=ray_cluster`: workers are actors of a Ray cluster, on this machine or on many.
+
+Ray is imported when a sweep starts, so that int8run works without it.
+"""
 
 import logging
 import re
@@ -17,22 +20,35 @@ log = logging.getLogger(__name__)
 CONNECT_S = 10.0
 WARN_AFTER_S = 10.0  # that a worker waits for resources
 CHECK_TIMEOUT_S = 600.0  # for the first process on a node; a runtime_env may install packages
+MAX_REASON_LENGTH = 500
 INSTALL_RAY = "hydra/launcher=ray_cluster needs Ray on this machine: pip install 'int8run[ray]'"
 TOKEN_HINT = (
-    "both sides need the same token: `ray get-auth-token` on the head node prints the cluster's; here it stands in ~/.ray/auth_token, "
-    "or in the environment: RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…"
+    "both sides need the same token: `ray get-auth-token` on the head node prints the cluster's; here it "
+    "is read from "
+    "~/.ray/auth_token, or from the environment: RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…"
+)
+ADDRESS = re.compile(r"auto|[^\s/]+:\d+")
+RAYS_OWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
+DEATH_REASON = re.compile(
+    r"(?:Worker exit detail: |The actor is dead because )(.*?)(?: Some common causes|$)"
 )
 
 
 @dataclass
 class ClusterState:
-    """What `open` found."""
+    """What `RayCluster.open` found.
 
-    started: bool = False  # by us, so that it is ours to end
-    share: dict[str, float] = field(default_factory=dict)  # of each worker
+    Args:
+        is_ours: whether int8run connected to the cluster, and so disconnects from it.
+        resources: of each worker, by Ray's names.
+        jobs_at_once: how many workers may share a machine.
+        has_warned: that a worker waits for resources.
+    """
+
+    is_ours: bool = False
+    resources: dict[str, float] = field(default_factory=dict)
     jobs_at_once: int = 1
-    told: bool = False  # that a worker waits
-    workers: list["RayWorker"] = field(default_factory=list)
+    has_warned: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,13 +56,17 @@ class RayCluster:
     """Settings of `hydra/launcher=ray_cluster`.
 
     Args:
-        address: host:port of a running cluster, or "auto" for the one that this machine is part of; None: one is started here.
-        num_cpus: cores of each worker, also its threads; None: a machine's, shared by as many workers as its GPUs or `resources` allow.
-        num_gpus: GPUs of each worker, 0.5: two share one; None: 1 where the cluster has any, else 0. With 0 Ray hides them from the jobs.
+        address: host:port of a running cluster, or "auto" for the one that this machine is part of; None:
+            one is started here.
+        num_cpus: cores of each worker, also its threads; None: a machine's, shared by as many workers as
+            its GPUs or `resources` allow.
+        num_gpus: GPUs of each worker, 0.5: two share one; None: 1 where the cluster has any, else 0. With
+            0, Ray hides GPUs from the jobs.
         resources: further resources of each worker, as `ray start --resources` names them.
-        workers: how many; None: as many as the cluster has room for.
+        workers: number of workers; None: as many as the cluster has room for.
         include_dashboard: Ray's own web page, for a cluster that is started here.
-        runtime_env: what Ray prepares on each machine, see its documentation; int8run must be importable there.
+        runtime_env: what Ray prepares on each machine, see its documentation; int8run must be importable
+            there.
     """
 
     address: str | None = None
@@ -57,13 +77,14 @@ class RayCluster:
     include_dashboard: bool = False
     runtime_env: Mapping[str, Any] | None = None
     whole_groups: ClassVar[bool] = False
-    joined: ClusterState = field(default_factory=ClusterState, init=False, repr=False, compare=False)
+    state: ClusterState = field(default_factory=ClusterState, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.address is not None and not re.fullmatch(r"auto|[^\s/]+:\d+", str(self.address)):
+        if self.address is not None and not ADDRESS.fullmatch(str(self.address)):
             raise ConfigError(
-                f"hydra.launcher.address is {self.address!r}; give host:port of a cluster's head node, auto for the one that this machine "
-                "is part of, or null to start one here"
+                f"hydra.launcher.address is {self.address!r}; give host:port of a cluster's head node, "
+                "auto for the "
+                "one that this machine is part of, or null to start one here"
             )
         if self.num_cpus is not None:
             check_range("hydra.launcher.num_cpus", self.num_cpus, 0.01, 4096)
@@ -71,9 +92,11 @@ class RayCluster:
             check_range("hydra.launcher.num_gpus", self.num_gpus, 0, 1024)
             check_amount("hydra.launcher.num_gpus", self.num_gpus)
         for name, amount in (self.resources or {}).items():
-            if name in ("CPU", "GPU", "memory", "object_store_memory"):
+            if name in RAYS_OWN_RESOURCES:
                 raise ConfigError(
-                    f"hydra.launcher.resources names {name}; allowed are a cluster's own; num_cpus and num_gpus set cores and GPUs"
+                    f"hydra.launcher.resources names {name}; allowed are a cluster's own; num_cpus and "
+                    "num_gpus set "
+                    "cores and GPUs"
                 )
             check_range(f"hydra.launcher.resources.{name}", amount, 0, 1e6)
             check_amount(f"hydra.launcher.resources.{name}", amount)
@@ -83,127 +106,148 @@ class RayCluster:
 
     @property
     def jobs_at_once(self) -> int:
-        return self.joined.jobs_at_once
+        return self.state.jobs_at_once
 
     def open(self, jobs: int) -> int:
-        self.join()
+        self.connect()
         try:
-            return self.make_room(jobs)
+            return self.plan_workers(jobs)
         except ConfigError:
             self.close()
             raise
 
-    def join(self) -> None:
-        """Connect to the cluster, or start one."""
+    def connect(self) -> None:
+        """Connect to the cluster, or start one.
+
+        Raises:
+            ConfigError: when Ray is not installed or does not connect.
+        """
         try:
             import ray
         except ModuleNotFoundError as error:
             raise ConfigError(INSTALL_RAY) from error
         if ray.is_initialized():  # by a program that uses int8run as a library
             return
-        where: dict[str, Any] = {"address": "local", "include_dashboard": self.include_dashboard}
+        options: dict[str, Any] = {"address": "local", "include_dashboard": self.include_dashboard}
         if self.address is not None:
-            where = {"address": self.address}
+            options = {"address": self.address}
             check_address(self.address)
         runtime_env = None if self.runtime_env is None else dict(self.runtime_env)
         try:
-            ray.init(**where, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(**options, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
         except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
-            words = " ".join(str(error).split())
-            hint = (
-                f"; {TOKEN_HINT}" if re.search("uthenticat|Failed to connect", words) else ""
-            )  # something does answer there
+            reason = " ".join(str(error).split())
+            # check_address has found that something listens there, so a failure to connect is about the
+            # token, too
+            needs_token = re.search("uthenticat|Failed to connect", reason)
+            hint = f"; {TOKEN_HINT}" if needs_token else ""
             raise ConfigError(
-                f"hydra.launcher.address is {self.address!r}, and Ray says: {words}{hint}"
+                f"hydra.launcher.address is {self.address!r}, and Ray says: {reason}{hint}"
             ) from error
-        self.joined.started = True
+        self.state.is_ours = True
 
-    def make_room(self, jobs: int) -> int:
-        """Work out the share of each worker and how many there is room for."""
+    def plan_workers(self, jobs: int) -> int:
+        """Choose the resources of each worker, and return how many workers there is room for.
+
+        Args:
+            jobs: how many jobs will run.
+
+        Raises:
+            ConfigError: when no machine has these resources, or one of them lacks int8run.
+        """
         import ray
 
-        machines = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-        have = {name: node["Resources"] for name, node in machines.items()}
-        share = choose_resources(list(have.values()), self.num_cpus, self.num_gpus, self.resources or {})
-        room = {name: count for name, resources in have.items() if (count := count_workers(resources, share))}
-        if not room:
-            largest = {name: max(resources.get(name, 0) for resources in have.values()) for name in share}
+        nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        machines = [node["Resources"] for node in nodes.values()]
+        resources = choose_resources(
+            machines, cpus=self.num_cpus, gpus=self.num_gpus, custom=self.resources or {}
+        )
+        workers_by_node = {}
+        for node_id, node in nodes.items():
+            count = count_workers(node["Resources"], resources)
+            if count > 0:
+                workers_by_node[node_id] = count
+        if not workers_by_node:
+            largest = {name: max(machine.get(name, 0) for machine in machines) for name in resources}
             raise ConfigError(
-                f"a job asks for {format_resources(share)}, and no machine of the cluster has that: the largest have {format_resources(largest)}; ask for "
-                "less with hydra.launcher.num_cpus, num_gpus and resources, or join another cluster with hydra.launcher.address"
+                f"a job asks for {format_resources(resources)}, and no machine of the cluster has that: "
+                "the largest "
+                f"have {format_resources(largest)}; ask for less with hydra.launcher.num_cpus, num_gpus and "
+                "resources, or join another cluster with hydra.launcher.address"
             )
-        check_int8run_installed({name: machines[name]["NodeManagerHostname"] for name in room})
-        workers = min(jobs, self.workers or sum(room.values()))
-        self.joined.share, self.joined.jobs_at_once = share, min(workers, max(room.values()))
+        check_int8run_installed(
+            {node_id: nodes[node_id]["NodeManagerHostname"] for node_id in workers_by_node}
+        )
+        workers = min(jobs, self.workers or sum(workers_by_node.values()))
+        self.state.resources = resources
+        self.state.jobs_at_once = min(workers, max(workers_by_node.values()))
         return workers
 
     def start(self) -> Worker:
-        worker = RayWorker(self.joined.share, self.say_waiting)
-        self.joined.workers.append(worker)
-        return worker
+        return RayWorker(self.state.resources, self.warn_waiting)
 
-    def say_waiting(self) -> None:
-        """Once, that a worker does not get its share."""
+    def warn_waiting(self) -> None:
+        """Warn, once, that a worker waits for resources."""
         import ray
 
-        if self.joined.told or not ray.is_initialized():
+        if self.state.has_warned or not ray.is_initialized():
             return
-        self.joined.told = True
-        free, share = ray.available_resources(), self.joined.share
+        self.state.has_warned = True
+        available = ray.available_resources()
+        free = {name: available.get(name, 0) for name in self.state.resources}
         log.warning(
             "waiting for resources: a job asks for %s on one machine, and the whole cluster has free %s; "
             "hydra.launcher.workers starts fewer, num_cpus and num_gpus ask for less",
-            format_resources(share),
-            format_resources({name: free.get(name, 0) for name in share}),
+            format_resources(self.state.resources),
+            format_resources(free),
         )
 
     def close(self) -> None:
-        for worker in self.joined.workers:
-            worker.stop_timer()
-        self.joined.workers.clear()
-        if self.joined.started:
+        if self.state.is_ours:
             import ray
 
             ray.shutdown()
-            self.joined.started = False
+            self.state.is_ours = False
 
 
 class RayWorker:
-    """An actor: one process that Ray neither starts again nor gives the same call twice."""
+    """An actor: one process that Ray neither starts again nor gives the same call twice.
 
-    def __init__(self, share: Mapping[str, float], waits: Callable[[], None]) -> None:
+    Args:
+        resources: that the actor takes, by Ray's names.
+        warn_waiting: called when the actor does not get them for a while.
+    """
+
+    def __init__(self, resources: Mapping[str, float], warn_waiting: Callable[[], None]) -> None:
         import ray
 
-        own = {name: amount for name, amount in share.items() if name not in ("CPU", "GPU")}
-        self.actor = (
-            ray.remote(CallActor)
-            .options(
-                num_cpus=share["CPU"],
-                num_gpus=share["GPU"],
-                resources=own,
-                max_restarts=0,
-                max_task_retries=0,
-                scheduling_strategy="SPREAD",
-            )
-            .remote()
+        custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+        actor_class = ray.remote(CallActor).options(
+            num_cpus=resources["CPU"],
+            num_gpus=resources["GPU"],
+            resources=custom,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy="SPREAD",
         )
+        self.actor = actor_class.remote()
         ready = self.actor.__ray_ready__.remote().future()
-        self.timer = Timer(WARN_AFTER_S, lambda: None if ready.done() else waits())
+
+        def warn_unless_ready() -> None:
+            if not ready.done():
+                warn_waiting()
+
+        self.timer = Timer(WARN_AFTER_S, warn_unless_ready)
         self.timer.daemon = True
         self.timer.start()
 
     def submit(self, call: Callable[[], Sequence[Outcome]]) -> OutcomesFuture:
         return translate_errors(self.actor.call.remote(call).future(), to_worker_error)
 
-    def stop_timer(self) -> None:
-        """Wait for the timer's thread, which holds a reference into Ray: to drop one during `ray.shutdown` ends the process."""
-        self.timer.cancel()
-        self.timer.join()
-
     def close(self) -> None:
         import ray
 
-        self.stop_timer()
+        self.timer.cancel()
         ray.kill(self.actor, no_restart=True)
 
 
@@ -215,7 +259,7 @@ class CallActor:
 
 
 def check_address(address: str) -> None:
-    """Raise ConfigError unless something listens there; Ray itself tries for minutes."""
+    """Raise ConfigError unless something listens at an address; Ray itself tries for minutes."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
@@ -224,109 +268,146 @@ def check_address(address: str) -> None:
     except OSError as error:
         raise ConfigError(
             f"hydra.launcher.address is {address!r}, and nothing answers there ({error.strerror or error}); "
-            "`ray start --head` prints the address of a cluster that it starts, and null starts one on this machine"
+            "`ray start --head` prints the address of a cluster that it starts, and null starts one on "
+            "this machine"
         ) from error
 
 
 def to_worker_error(error: BaseException) -> BaseException:
-    """WorkerDied for Ray's errors; an error of the call as it was raised."""
+    """Return WorkerDied for one of Ray's errors; an error of the call as it was raised."""
     from ray.exceptions import RayError, RayTaskError
 
     if isinstance(error, RayTaskError):
         return error.cause if isinstance(error.cause, BaseException) else error
     if isinstance(error, RayError):
-        return WorkerDied(
-            f"its Ray worker ended ({type(error).__name__}): {extract_death_reason(str(error))}"
-        )
+        reason = extract_death_reason(str(error))
+        return WorkerDied(f"its Ray worker ended ({type(error).__name__}): {reason}")
     return error
 
 
 def extract_death_reason(text: str) -> str:
-    """The sentence of Ray's page about a death that tells what happened."""
+    """Return the sentence that says what happened from Ray's page of text about a death."""
     text = " ".join(text.split())
     if "ray.kill" in text:
         return "ended by int8run"
     if "connection error code 2" in text:
-        return "the process went without a word: killed by a signal, crashed, or stopped by the kernel when memory ran out"
-    told = re.search(
-        r"(?:Worker exit detail: |The actor is dead because )(.*?)(?: Some common causes|$)", text
-    )
-    return (told[1] if told else text)[:500]
+        return "the process left no message: killed by a signal, crashed, or stopped by the kernel when memory ran out"
+    reason = DEATH_REASON.search(text)
+    return (reason[1] if reason else text)[:MAX_REASON_LENGTH]
 
 
 def check_amount(name: str, amount: float) -> None:
-    """Ray gives parts of one GPU, or whole ones."""
+    """Raise ConfigError for an amount that Ray does not give: it takes a part of one GPU, or whole ones."""
     if amount > 1 and amount != int(amount):
         raise ConfigError(f"{name} is {amount:g}; allowed is a part of one, such as 0.5, or a whole number")
 
 
 def choose_resources(
-    machines: Sequence[Mapping[str, float]], cpus: float | None, gpus: float | None, own: Mapping[str, float]
+    machines: Sequence[Mapping[str, float]],
+    *,
+    cpus: float | None,
+    gpus: float | None,
+    custom: Mapping[str, float],
 ) -> dict[str, float]:
-    """What each worker asks for; see RayCluster for the defaults."""
+    """Choose what each worker asks for.
+
+    Args:
+        machines: resources of each machine, by Ray's names.
+        cpus: cores of a worker; None: see RayCluster.
+        gpus: GPUs of a worker; None: see RayCluster.
+        custom: the cluster's own resources of a worker.
+    """
     if gpus is None:
-        gpus = float(any(have.get("GPU", 0) for have in machines))
-    share = {"GPU": float(gpus), **{name: float(amount) for name, amount in own.items()}}
+        has_gpus = any(machine.get("GPU", 0) for machine in machines)
+        gpus = 1.0 if has_gpus else 0.0
+    resources = {"GPU": float(gpus)}
+    for name, amount in custom.items():
+        resources[name] = float(amount)
     if cpus is None:
-        # a typical machine's, not the smallest one's: many clusters have a small head node
-        shares = [
-            have["CPU"] // count
-            for have in machines
-            if have.get("CPU") and (count := count_workers(have, share))
-        ]
-        cpus = max(1.0, median_high(shares)) if shares else 1.0
-    return {"CPU": float(cpus), **share}
+        cpus = share_cores(machines, resources)
+    return {"CPU": float(cpus), **resources}
 
 
-def count_workers(have: Mapping[str, float], share: Mapping[str, float]) -> int:
-    """How many workers a machine has room for; one when they ask for nothing."""
-    counts = [
-        # two parts of 0.4 fit into one GPU, and five into two of them do not
-        int(have.get(name, 0)) * int(1 / amount + 1e-6)
-        if name == "GPU" and amount < 1
-        else int(have.get(name, 0) / amount + 1e-6)
-        for name, amount in share.items()
-        if amount > 0
-    ]
+def share_cores(machines: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> float:
+    """Share the cores of a typical machine among the workers that it has room for.
+
+    A typical machine is the median, not the smallest one: many clusters have a small head node.
+    """
+    shares = []
+    for machine in machines:
+        count = count_workers(machine, resources)
+        if machine.get("CPU") and count > 0:
+            shares.append(machine["CPU"] // count)
+    return max(1.0, median_high(shares)) if shares else 1.0
+
+
+def count_workers(machine: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    """Count how many workers a machine has room for; one when they ask for nothing.
+
+    Args:
+        machine: its resources, by Ray's names.
+        resources: of each worker.
+    """
+    counts = []
+    for name, amount in resources.items():
+        if amount <= 0:
+            continue
+        there = machine.get(name, 0)
+        if name == "GPU" and amount < 1:
+            # a worker's part is of one GPU: two parts of 0.4 fit into one, and not five into two
+            counts.append(int(there) * int(1 / amount + 1e-6))
+        else:
+            counts.append(int(there / amount + 1e-6))
     return min(counts, default=1)
 
 
-def format_resources(share: Mapping[str, float]) -> str:
-    """`num_cpus=2, num_gpus=0.5`, the names that the settings have."""
-    names = {"CPU": "num_cpus", "GPU": "num_gpus"}
-    return ", ".join(f"{names.get(name, name)}={amount:g}" for name, amount in share.items())
+def format_resources(resources: Mapping[str, float]) -> str:
+    """`num_cpus=2, num_gpus=0.5`: amounts by the names that the settings have."""
+    setting_names = {"CPU": "num_cpus", "GPU": "num_gpus"}
+    return ", ".join(f"{setting_names.get(name, name)}={amount:g}" for name, amount in resources.items())
 
 
-def check_int8run_installed(machines: Mapping[str, str]) -> None:
-    """Raise ConfigError unless each node (id -> host name) can import the int8run that runs here."""
+def check_int8run_installed(nodes: Mapping[str, str]) -> None:
+    """Check that each node can import the version of int8run that runs here.
+
+    Args:
+        nodes: node id -> host name.
+
+    Raises:
+        ConfigError: naming each machine that cannot, and why.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from int8run import __version__
 
-    def look() -> str:  # in a function, which Ray sends as code: the node may have no int8run to find it in
+    def find_version() -> (
+        str
+    ):  # defined here, so that Ray sends its code: the node may have no int8run to import
         try:
             import int8run
         except ImportError as error:
             return str(error)
         return int8run.__version__
 
-    remote = ray.remote(num_cpus=0, max_retries=0)(look)
-    asked = {
-        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): host
-        for node, host in machines.items()
-    }
-    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=CHECK_TIMEOUT_S)
-    problems = [f"{asked[answer]}: no answer within {CHECK_TIMEOUT_S:g} s" for answer in silent]
-    for answer in answered:
+    remote = ray.remote(num_cpus=0, max_retries=0)(find_version)
+    hosts = {}
+    for node_id, host in nodes.items():
+        strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        hosts[remote.options(scheduling_strategy=strategy).remote()] = host
+    answered, unanswered = ray.wait(list(hosts), num_returns=len(hosts), timeout=CHECK_TIMEOUT_S)
+    problems = [f"{hosts[task]}: no answer within {CHECK_TIMEOUT_S:g} s" for task in unanswered]
+    for task in answered:
         try:
-            found = ray.get(answer)
+            found = ray.get(task)
         except ray.exceptions.RayError as error:
             found = extract_death_reason(str(error))
         if found != __version__:
-            problems.append(f"{asked[answer]}: {found}")
+            problems.append(f"{hosts[task]}: {found}")
     if problems:
         raise ConfigError(
-            f"the jobs need int8run {__version__} on every machine of the cluster, in the Python that Ray runs there; "
-            f"install it on those that lack it, or let hydra.launcher.runtime_env bring it: {'; '.join(problems)}"
+            f"the jobs need int8run {__version__} on every machine of the cluster, in the Python that Ray "
+            "runs there; "
+            "install it on those that lack it, or let hydra.launcher.runtime_env bring it: "
+            + "; ".join(problems)
         )

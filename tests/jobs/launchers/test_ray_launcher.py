@@ -83,7 +83,7 @@ def test_two_nodes_and_a_worker_that_is_killed(pool):
     os.kill(first, signal.SIGKILL)
     with pytest.raises(
         WorkerDied,
-        match=r"its Ray worker ended \(ActorDiedError\): the process went without a word: killed by a signal",
+        match=r"its Ray worker ended \(ActorDiedError\): the process left no message: killed by a signal",
     ):
         running.result(WAIT_S)
     workers[0].close()
@@ -356,7 +356,7 @@ SMALL, BIG = {"CPU": 4.0}, {"CPU": 64.0}
     ],
 )
 def test_the_share_of_a_worker_and_the_room_there_is(machines, cpus, gpus, own, share, room):
-    assert choose_resources(machines, cpus, gpus, own) == share
+    assert choose_resources(machines, cpus=cpus, gpus=gpus, custom=own) == share
     assert [count_workers(have, share) for have in machines] == room
 
 
