@@ -11,35 +11,35 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError
-from int8run.generate.generate import call
+from int8run.generate.generate import call_pipeline
 from int8run.generate.prompts import Sample
-from int8run.models.dual_denoisers import denoiser_parts, use_denoiser
+from int8run.models.dual_denoisers import set_denoiser, split_denoiser
 from int8run.models.sampling import Sampling
 
 
-def record_step(
+def capture_step(
     pipe: DiffusionPipeline, component: str, denoiser: nn.Module, batch: Sequence[Sample], sampling: Sampling
 ) -> list[Mapping[str, Any]]:
     """The denoiser's last call in a run of two steps, and of two experts the last of each: real activations for measurements."""
     last = {
         made.get("expert"): made
-        for made in record_calls(pipe, component, denoiser, batch, replace(sampling, steps=2))
+        for made in capture_calls(pipe, component, denoiser, batch, replace(sampling, steps=2))
     }
     return list(last.values())
 
 
 @torch.no_grad()
-def record_calls(
+def capture_calls(
     pipe: DiffusionPipeline, component: str, denoiser: nn.Module, batch: Sequence[Sample], sampling: Sampling
 ) -> list[Mapping[str, Any]]:
     """Arguments of each of the denoiser's calls, all by name: some pipelines pass the first ones by position.
 
-    Of two experts `expert` says which was called (see `Experts.forward`).
+    Of two experts `expert` says which was called (see `DualDenoiser.forward`).
     """
     calls: list[Mapping[str, Any]] = []
-    use_denoiser(pipe, denoiser, component)
+    set_denoiser(pipe, denoiser, component)
     with ExitStack() as stack:
-        for prefix, part in denoiser_parts(denoiser).items():
+        for prefix, part in split_denoiser(denoiser).items():
             which = {"expert": prefix.removesuffix(".")} if prefix else {}
             names = list(inspect.signature(part.forward).parameters)
 
@@ -54,7 +54,7 @@ def record_calls(
                     {
                         **which,
                         **{
-                            k: copied(v)
+                            k: clone_tensors(v)
                             for k, v in {**dict(zip(names, args, strict=False)), **kwargs}.items()
                         },
                     }
@@ -63,21 +63,21 @@ def record_calls(
             stack.callback(part.register_forward_pre_hook(keep, with_kwargs=True).remove)
         # hooks inside a compiled graph would break it
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        call(pipe, batch, sampling, lambda *_: {})
+        call_pipeline(pipe, batch, sampling, lambda *_: {})
     return calls
 
 
-def copied(value: Any) -> Any:
+def clone_tensors(value: Any) -> Any:
     """A value that later steps cannot change; some denoisers take lists of tensors (Z-Image) or tensors by name (SDXL)."""
     if isinstance(value, list):
-        return [copied(v) for v in value]
+        return [clone_tensors(v) for v in value]
     if isinstance(value, dict):
-        return {k: copied(v) for k, v in value.items()}
+        return {k: clone_tensors(v) for k, v in value.items()}
     return value.clone() if isinstance(value, Tensor) else value
 
 
 @torch.no_grad()
-def watch_layers(
+def capture_layers(
     denoiser: nn.Module,
     arguments: Mapping[str, Any],
     names: Sequence[str],

@@ -13,11 +13,11 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from int8run.errors import ConfigError, one_of
+from int8run.errors import ConfigError, check_choice
 from int8run.generate.prompts import Sample
-from int8run.models.dual_denoisers import use_denoiser
+from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.sampling import Sampling
-from int8run.utils.timing import now
+from int8run.utils.timing import read_clock
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Generation:
     image_seconds: list[float] = field(
         default_factory=list
     )  # per picture or video, text encoding and decoding included
-    sound: bool = False  # the pipeline made sound as well, which is not kept
+    has_sound: bool = False  # the pipeline made sound as well, which is not kept
 
     @property
     def images(self) -> list[Image]:
@@ -43,7 +43,7 @@ class Generation:
         return any(len(frames) > 1 for frames in self.frames)
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Memory of the frames and latents."""
         return sum(t.nbytes for t in self.trajectories) + sum(
             3 * im.width * im.height for frames in self.frames for im in frames
@@ -51,8 +51,8 @@ class Generation:
 
 
 # encoded prompts that are remembered; of FLUX, each takes 4 MB on the device
-MOST_PROMPTS = 64
-NO_ENCODERS: Mapping[str, Mapping[str, nn.Module]] = MappingProxyType({})
+MAX_CACHED_PROMPTS = 64
+SAME_ENCODERS: Mapping[str, Mapping[str, nn.Module]] = MappingProxyType({})
 # called with the fraction of the steps that is done, before the step that comes next
 OnFraction = Callable[[float], None]
 # what a call may be asked for: pictures, or no decoding at all
@@ -60,9 +60,9 @@ OUTPUT_TYPES = ("pil", "latent")
 # arguments of a call that are a prompt: one for each sample of a batch
 PROMPT_ARGUMENT = re.compile(r"(negative_)?prompt(_\d+)?")
 # frames per second of a video whose pipeline says nothing else: that of Wan
-FRAME_RATE = 16.0
+DEFAULT_FRAME_RATE = 16.0
 # encoded prompts are remembered by such arguments alone, or by lists of them: two equal ones mean the same text
-PLAIN = (str, int, float, NoneType, torch.device, torch.dtype)
+PLAIN_TYPES = (str, int, float, NoneType, torch.device, torch.dtype)
 
 
 class StepClock:
@@ -76,27 +76,27 @@ class StepClock:
     """
 
     def __init__(self, device: torch.device, between: OnFraction = lambda fraction: None):
-        self.device, self.between = device, between
-        self.started = self.last = now(device)
+        self.device, self.on_fraction = device, between
+        self.started = self.last = read_clock(device)
         self.seconds: list[float] = []
-        self.paused = 0.0
+        self.paused_seconds = 0.0
         self.latents: list[Tensor] = []
 
-    def step_end(
+    def on_step_end(
         self, pipe: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """diffusers' `callback_on_step_end`."""
-        ended = now(self.device)
+        ended = read_clock(self.device)
         self.seconds.append(ended - self.last)
         self.latents.append(tensors["latents"].detach().to("cpu", torch.float32, copy=True))
         # not every pipeline counts its steps; those that do may stop before the scheduler's last one
-        self.between((step + 1) / (getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)))
-        self.last = now(self.device)
-        self.paused += self.last - ended
+        self.on_fraction((step + 1) / (getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)))
+        self.last = read_clock(self.device)
+        self.paused_seconds += self.last - ended
         return {}
 
 
-class Encoded(NamedTuple):
+class EncodedPrompt(NamedTuple):
     """One answer of a pipeline's `encode_prompt`, and what it was asked."""
 
     made: Any
@@ -105,7 +105,7 @@ class Encoded(NamedTuple):
     kwargs: dict[str, Any]
 
 
-class TextCache:
+class PromptCache:
     """A pipeline's `encode_prompt` that remembers: equal prompts are encoded once, for both denoisers and all jobs of a sweep.
 
     What was saved is counted, so that speeds stay those of a pipeline that encodes every time. `which` names the text encoders that
@@ -114,18 +114,18 @@ class TextCache:
 
     def __init__(self, encode: Callable[..., Any], device: torch.device):
         self.encode, self.device = encode, device
-        self.which = ""
-        self.known: dict[str, dict[str, Encoded]] = {}  # by text encoders, by arguments
-        self.asked: set[str] = set()  # arguments, since somebody emptied it
+        self.encoder_key = ""
+        self.entries: dict[str, dict[str, EncodedPrompt]] = {}  # by text encoders, by arguments
+        self.requested: set[str] = set()  # arguments, since somebody emptied it
         self.saved = 0.0
 
     @staticmethod
-    def of(pipe: DiffusionPipeline) -> "TextCache":
+    def for_pipeline(pipe: DiffusionPipeline) -> "PromptCache":
         """The pipeline's cache, put in place at the first call; a pipeline without `encode_prompt` is left as it is."""
         encode = getattr(pipe, "encode_prompt", None)
-        if isinstance(encode, TextCache):
+        if isinstance(encode, PromptCache):
             return encode
-        cache = TextCache(encode or (lambda: None), device_of(pipe))
+        cache = PromptCache(encode or (lambda: None), get_execution_device(pipe))
         if encode is not None:
             pipe.encode_prompt = cache
         return cache
@@ -135,31 +135,31 @@ class TextCache:
         if not all(map(is_plain, [*args, *kwargs.values()])):
             return self.encode(*args, **kwargs)
         key = repr((args, sorted(kwargs.items())))
-        self.asked.add(key)
-        known = self.known.setdefault(self.which, {})
+        self.requested.add(key)
+        known = self.entries.setdefault(self.encoder_key, {})
         if key in known:
             self.saved += known[key].seconds
             return known[key].made
-        started = now(self.device)
+        started = read_clock(self.device)
         found = self.encode(*args, **kwargs)
-        known[key] = Encoded(found, now(self.device) - started, args, kwargs)
-        if len(known) > MOST_PROMPTS:  # the oldest goes first
+        known[key] = EncodedPrompt(found, read_clock(self.device) - started, args, kwargs)
+        if len(known) > MAX_CACHED_PROMPTS:  # the oldest goes first
             del known[next(iter(known))]
         return found
 
-    def compared(self, other: str) -> Iterator[tuple[Any, Any]]:
+    def iter_pairs(self, other: str) -> Iterator[tuple[Any, Any]]:
         """What the text encoders of now and others make of the prompts that were asked for."""
-        for encoded in [found for key, found in self.known.get(other, {}).items() if key in self.asked]:
+        for encoded in [found for key, found in self.entries.get(other, {}).items() if key in self.requested]:
             yield self(*encoded.args, **encoded.kwargs), encoded.made
 
     def clear(self) -> None:
         """Forget all: the text encoders have changed."""
-        self.known.clear()
+        self.entries.clear()
 
 
 def is_plain(value: object) -> bool:
     """Whether a value's text says all about it."""
-    return all(map(is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, PLAIN)
+    return all(map(is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, PLAIN_TYPES)
 
 
 def generate(
@@ -170,7 +170,7 @@ def generate(
     sampling: Sampling,
     on_batch: Callable[[str, Sequence[Sample], "Generation"], None] = lambda name, batch, made: None,
     on_fraction: OnFraction = lambda fraction: None,
-    text_encoders: Mapping[str, Mapping[str, nn.Module]] = NO_ENCODERS,
+    text_encoders: Mapping[str, Mapping[str, nn.Module]] = SAME_ENCODERS,
 ) -> dict[str, Generation]:
     """Run every batch of samples through each denoiser in turn, so that both meet the same machine.
 
@@ -184,23 +184,23 @@ def generate(
         text_encoders: by the name of a denoiser the components that go with it, where they are not the same for all.
     """
     made = {name: Generation() for name in denoisers}
-    device = device_of(pipe)
+    device = get_execution_device(pipe)
     batches = [samples[i : i + sampling.batch] for i in range(0, len(samples), sampling.batch)]
     for number, batch in enumerate(batches):
         order = list(denoisers.items())
         for name, denoiser in order if number % 2 == 0 else reversed(order):
-            use_denoiser(pipe, denoiser, component)
+            set_denoiser(pipe, denoiser, component)
             use_text_encoders(pipe, name, text_encoders.get(name, {}))
-            texts = TextCache.of(pipe)
+            texts = PromptCache.for_pipeline(pipe)
             saved = texts.saved
             on_fraction(0.0)
             clock = StepClock(device, on_fraction)
-            output = call(pipe, batch, sampling, clock.step_end)
+            output = call_pipeline(pipe, batch, sampling, clock.on_step_end)
             # as if every call had encoded its own text
-            seconds = now(device) - clock.started - clock.paused + texts.saved - saved
+            seconds = read_clock(device) - clock.started - clock.paused_seconds + texts.saved - saved
             generation = made[name]
-            generation.frames += frames_of(output)
-            generation.sound |= getattr(output, "audio", None) is not None
+            generation.frames += extract_frames(output)
+            generation.has_sound |= getattr(output, "audio", None) is not None
             generation.trajectories += list(torch.stack(clock.latents).unbind(dim=1))
             generation.step_seconds.append(clock.seconds)
             generation.image_seconds += [seconds / len(batch)] * len(batch)
@@ -214,10 +214,10 @@ def use_text_encoders(pipe: DiffusionPipeline, which: str, encoders: Mapping[str
         if getattr(pipe, name, None) is not encoder:  # one that is there may have hooks for its offloading
             pipe.register_modules(**{name: encoder})
     if encoders:
-        TextCache.of(pipe).which = which
+        PromptCache.for_pipeline(pipe).encoder_key = which
 
 
-def call(
+def call_pipeline(
     pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, step_end: Callable[..., object]
 ) -> Any:
     """One pipeline call; each sample has its own generator, so that a picture does not depend on its batch.
@@ -245,10 +245,10 @@ def call(
             k: [v] * len(batch) if PROMPT_ARGUMENT.fullmatch(k) and isinstance(v, str) else v
             for k, v in sampling.extra.items()
         },
-        **step_arguments(pipe, step_end),
+        **build_step_callback(pipe, step_end),
     }
-    one_of("sampler.extra.output_type", arguments["output_type"], OUTPUT_TYPES)
-    device = device_of(pipe)
+    check_choice("sampler.extra.output_type", arguments["output_type"], OUTPUT_TYPES)
+    device = get_execution_device(pipe)
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
@@ -267,12 +267,12 @@ def call(
         ) from error
 
 
-def device_of(pipe: DiffusionPipeline) -> torch.device:
+def get_execution_device(pipe: DiffusionPipeline) -> torch.device:
     """Where a pipeline computes; offloaded modules lie elsewhere between their turns, and so would the pipeline's `device`."""
     return getattr(pipe, "_execution_device", pipe.device)
 
 
-def step_arguments(
+def build_step_callback(
     pipe: DiffusionPipeline, step_end: Callable[..., object]
 ) -> dict[str, Callable[..., object]]:
     """The argument by which this pipeline tells of the end of each step.
@@ -287,7 +287,7 @@ def step_arguments(
     return {"callback_on_step_end": step_end}
 
 
-def frames_of(output: Any) -> list[list[Image]]:
+def extract_frames(output: Any) -> list[list[Image]]:
     """The frames of each sample, from what a pipeline returned; none where it was asked for latents alone."""
     made = output.frames if hasattr(output, "frames") else output.images
     if isinstance(made, Tensor):
@@ -295,12 +295,12 @@ def frames_of(output: Any) -> list[list[Image]]:
     return [list(sample) if isinstance(sample, list) else [sample] for sample in made]
 
 
-def frame_rate(pipe: DiffusionPipeline, sampling: Sampling) -> float:
+def get_frame_rate(pipe: DiffusionPipeline, sampling: Sampling) -> float:
     """Frames per second of this pipeline's videos."""
     argument = inspect.signature(type(pipe).__call__).parameters.get("frame_rate")
-    return float(sampling.extra.get("frame_rate") or (argument.default if argument else FRAME_RATE))
+    return float(sampling.extra.get("frame_rate") or (argument.default if argument else DEFAULT_FRAME_RATE))
 
 
-def unknown_arguments(pipe: DiffusionPipeline, sampling: Sampling) -> list[str]:
+def find_unknown_arguments(pipe: DiffusionPipeline, sampling: Sampling) -> list[str]:
     """Names in `sampling.extra` that the pipeline's call does not have."""
     return [name for name in sampling.extra if name not in inspect.signature(type(pipe).__call__).parameters]

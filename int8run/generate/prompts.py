@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from int8run.errors import ConfigError, FileError, in_range
+from int8run.errors import ConfigError, FileError, check_range
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class PromptSet:
     seeds_per_prompt: int = 1
 
     def __post_init__(self) -> None:
-        in_range("prompts.seeds_per_prompt", self.seeds_per_prompt, 1, 10_000, whole=True)
+        check_range("prompts.seeds_per_prompt", self.seeds_per_prompt, 1, 10_000, whole=True)
         if isinstance(self.prompts, str):
             raise ConfigError(
                 f"prompts.prompts is {self.prompts!r}; it takes a list: prompts.prompts=[{self.prompts}]"
@@ -56,15 +56,15 @@ class Sample:
     key: str  # file name and tracker key, the same in every run with these prompts
 
 
-def samples(prompts: Sequence[str], seeds_per_prompt: int, seed: int) -> list[Sample]:
+def build_samples(prompts: Sequence[str], seeds_per_prompt: int, seed: int) -> list[Sample]:
     """Prompts × seeds; seed i of every prompt is `seed + i`, so that pictures of one seed share their noise."""
     return [
-        Sample(prompt, seed + i, f"{n:03d}_{slug(prompt)}_s{seed + i}")
+        Sample(prompt, seed + i, f"{n:03d}_{slugify(prompt)}_s{seed + i}")
         for n, prompt in enumerate(prompts)
         for i in range(seeds_per_prompt)
     ]
 
 
-def slug(text: str) -> str:
+def slugify(text: str) -> str:
     """A prompt as part of a file name."""
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower())[:40].strip("-") or "empty"

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from int8run.errors import FileError
 from int8run.generate.generate import Generation
 
-FACTS = "int8run_generation"  # the key of what is no tensor, in the header's metadata
+METADATA_KEY = "int8run_generation"  # the key of what is no tensor, in the header's metadata
 
 
 def save_generation(made: Generation, path: Path, note: Mapping[str, object]) -> None:
@@ -32,9 +32,9 @@ def save_generation(made: Generation, path: Path, note: Mapping[str, object]) ->
         "latents": len(made.trajectories),
         "step_seconds": made.step_seconds,
         "image_seconds": made.image_seconds,
-        "sound": made.sound,
+        "sound": made.has_sound,
     }
-    save_file(tensors, path, {FACTS: json.dumps(facts), "int8run": json.dumps(note)})
+    save_file(tensors, path, {METADATA_KEY: json.dumps(facts), "int8run": json.dumps(note)})
 
 
 def load_generation(path: Path) -> Generation:
@@ -45,7 +45,7 @@ def load_generation(path: Path) -> Generation:
     """
     try:
         with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})[FACTS])
+            facts = json.loads((file.metadata() or {})[METADATA_KEY])
             frames = [
                 [Image.fromarray(frame.numpy()) for frame in file.get_tensor(f"frames.{i}")]
                 for i in range(facts["pictures"])

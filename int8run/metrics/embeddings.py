@@ -9,17 +9,17 @@ from torch import Tensor
 from int8run.layers.plan import LayerPlan
 
 # embeddings are wider; so narrow are coordinates of tokens
-MOST_COORDINATES = 4
+MAX_COORDINATES = 4
 
 
-def encoder_metrics(plans: Sequence[LayerPlan], pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
+def compute_encoder_metrics(plans: Sequence[LayerPlan], pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
     """How many layers are quantized, and how far their embeddings are from the float encoders'.
 
     Args:
         plans: of all Linears and embeddings of the encoders.
         pairs: what the pipeline's `encode_prompt` gave with the float encoders, and with these.
     """
-    quantized = [plan for plan in plans if plan.keep_float is None]
+    quantized = [plan for plan in plans if plan.skip_reason is None]
     sqnr = [plan.measured["weight_sqnr_db"] for plan in quantized if "weight_sqnr_db" in plan.measured]
     metrics: dict[str, float] = {
         "clip/layers_quantized": len(quantized),
@@ -27,7 +27,7 @@ def encoder_metrics(plans: Sequence[LayerPlan], pairs: Iterable[tuple[Any, Any]]
     }
     if sqnr:
         metrics |= {"clip/weight_sqnr_db_mean": sum(sqnr) / len(sqnr), "clip/weight_sqnr_db_min": min(sqnr)}
-    found = [compared for one, other in pairs for compared in compare(one, other)]
+    found = [compared for one, other in pairs for compared in compare_embeddings(one, other)]
     if found:
         cosines, errors = zip(*found, strict=True)
         metrics |= {
@@ -38,25 +38,25 @@ def encoder_metrics(plans: Sequence[LayerPlan], pairs: Iterable[tuple[Any, Any]]
     return metrics
 
 
-def compare(ours: Any, theirs: Any) -> Iterator[tuple[float, float]]:
+def compare_embeddings(ours: Any, theirs: Any) -> Iterator[tuple[float, float]]:
     """Cosine and relative error of each embedding tensor in two answers of `encode_prompt`."""
-    for a, b in zip(tensors(ours), tensors(theirs), strict=True):
-        if a.is_floating_point() and a.shape[-1] > MOST_COORDINATES and a.shape == b.shape and bool(a.any()):
-            yield embedding_cosine(a, b), relative_error(a, b)
+    for a, b in zip(iter_tensors(ours), iter_tensors(theirs), strict=True):
+        if a.is_floating_point() and a.shape[-1] > MAX_COORDINATES and a.shape == b.shape and bool(a.any()):
+            yield compute_embedding_cosine(a, b), compute_relative_error(a, b)
 
 
-def tensors(answer: Any) -> Iterator[Tensor]:
+def iter_tensors(answer: Any) -> Iterator[Tensor]:
     """The tensors in tuples, lists and mappings."""
     if isinstance(answer, Tensor):
         yield answer
     elif isinstance(answer, dict):
-        yield from tensors(list(answer.values()))
+        yield from iter_tensors(list(answer.values()))
     elif isinstance(answer, list | tuple):
         for part in answer:
-            yield from tensors(part)
+            yield from iter_tensors(part)
 
 
-def embedding_cosine(a: Tensor, b: Tensor) -> float:
+def compute_embedding_cosine(a: Tensor, b: Tensor) -> float:
     """Mean over tokens of the cosine between the two embeddings of each: a few tokens with huge ones do not hide the others.
 
     a, b: [..., K].
@@ -64,7 +64,7 @@ def embedding_cosine(a: Tensor, b: Tensor) -> float:
     return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).mean().item()
 
 
-def relative_error(a: Tensor, b: Tensor) -> float:
+def compute_relative_error(a: Tensor, b: Tensor) -> float:
     """Norm of the difference over the norm of `a`."""
     a, b = a.double(), b.double()
     return ((b - a).norm() / a.norm()).item()

@@ -8,22 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError
-from int8run.generate.capture import watch_layers
+from int8run.generate.capture import capture_layers
 from int8run.layers.int8_linear import Int8Linear
-from int8run.layers.plan import FALLBACK, LayerPlan
+from int8run.layers.plan import FLOAT_FALLBACK, LayerPlan
 from int8run.quant.weight import sqnr_db
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def measure_outputs(
+def measure_layer_outputs(
     float_denoiser: nn.Module,
     int8_denoiser: nn.Module,
     calls: Sequence[Mapping[str, Any]],
     plans: Sequence[LayerPlan],
 ) -> None:
     """Add `output_sqnr_db` to the plan of every INT8 layer: the same input through both layers."""
-    by_name = {p.name: p for p in plans if p.keep_float is None}
+    by_name = {p.name: p for p in plans if p.skip_reason is None}
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
         layer = int8_denoiser.get_submodule(name)
@@ -37,10 +37,10 @@ def measure_outputs(
         by_name[name].measured["output_sqnr_db"] = sqnr_db(y, ours)
 
     for call in calls:
-        watch_layers(float_denoiser, call, list(by_name), see)
+        capture_layers(float_denoiser, call, list(by_name), see)
 
 
-def multiply_adds(denoiser: nn.Module, calls: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def count_macs(denoiser: nn.Module, calls: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Multiply-adds of every Linear and convolution in these calls, by name. Attention's products are not counted."""
     found: Counter[str] = Counter()
     layers = [
@@ -54,32 +54,32 @@ def multiply_adds(denoiser: nn.Module, calls: Sequence[Mapping[str, Any]]) -> di
         )
 
     for call in calls:
-        watch_layers(denoiser, call, layers, see)
+        capture_layers(denoiser, call, layers, see)
     return dict(found)
 
 
-def int8_shares(plans: Sequence[LayerPlan], work: Mapping[str, int], params: int) -> dict[str, float]:
+def compute_int8_shares(plans: Sequence[LayerPlan], work: Mapping[str, int], params: int) -> dict[str, float]:
     """How much of the denoiser is INT8.
 
     Args:
         work: multiply-adds by layer.
         params: numbers in the denoiser's parameters.
     """
-    int8 = [p for p in plans if p.keep_float is None]
+    int8 = [p for p in plans if p.skip_reason is None]
     return {
         "quant/macs_int8_share": sum(work.get(p.name, 0) for p in int8) / max(1, sum(work.values())),
         "quant/params_int8_share": sum(p.in_features * p.out_features for p in int8) / max(1, params),
     }
 
 
-def layer_metrics(plans: Sequence[LayerPlan]) -> dict[str, float]:
+def compute_layer_metrics(plans: Sequence[LayerPlan]) -> dict[str, float]:
     """Counts, and mean and minimum of the per-layer ratios."""
-    int8 = [p for p in plans if p.keep_float is None]
+    int8 = [p for p in plans if p.skip_reason is None]
     values: dict[str, float] = {
         "quant/layers_int8": len(int8),
         "quant/layers_float": len(plans) - len(int8),
         "quant/fallback_layers": sum(
-            p.backend_asked not in ("auto", p.backend_used) or p.backend_used == FALLBACK for p in int8
+            p.backend_asked not in ("auto", p.backend_used) or p.backend_used == FLOAT_FALLBACK for p in int8
         ),
     }
     for name in ("weight_sqnr_db", "output_sqnr_db"):
@@ -90,6 +90,6 @@ def layer_metrics(plans: Sequence[LayerPlan]) -> dict[str, float]:
     return values
 
 
-def module_bytes(module: nn.Module) -> int:
+def count_module_bytes(module: nn.Module) -> int:
     """Bytes of parameters and buffers, each tensor once; opaque packed weights count their logical size."""
     return sum(t.numel() * t.element_size() for t in {*module.parameters(), *module.buffers()})

@@ -6,13 +6,13 @@ import sys
 import torch
 
 
-def reset_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Start a new peak where the device keeps one."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_bytes(device: torch.device) -> float:
+def read_peak_bytes(device: torch.device) -> float:
     """Peak bytes: allocated on a GPU since `reset_peak`; on a CPU the process's largest resident size so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

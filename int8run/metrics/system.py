@@ -51,7 +51,7 @@ class SystemSampler:
                     "cpu_percent": psutil.cpu_percent(),
                     "memory_bytes": psutil.virtual_memory().used,
                     "process_bytes": process.memory_info().rss,
-                    **gpu_values(self.gpu),
+                    **read_gpu_values(self.gpu),
                 }
                 self.append(values)
         except (OSError, psutil.Error) as error:
@@ -66,7 +66,7 @@ class SystemSampler:
             writer.writerow(values)
 
 
-def gpu_values(index: int) -> dict[str, object]:
+def read_gpu_values(index: int) -> dict[str, object]:
     """Memory in use on a GPU by everybody, and how busy it is; empty on a machine without, or where NVIDIA's library does not tell.
 
     A GPU that this process does not use yet is left alone: a look at its memory would open a context there.
@@ -77,10 +77,10 @@ def gpu_values(index: int) -> dict[str, object]:
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError:  # the GPU is lost; the job will say so
         return {}
-    return {"gpu_memory_bytes": total - free, **gpu_load(index)}
+    return {"gpu_memory_bytes": total - free, **read_gpu_load(index)}
 
 
-def gpu_load(index: int) -> dict[str, object]:
+def read_gpu_load(index: int) -> dict[str, object]:
     """How busy a GPU is; empty without nvidia-ml-py, or where the driver does not tell, as for a part of a GPU."""
     try:
         from pynvml import NVMLError

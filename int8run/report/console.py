@@ -14,11 +14,11 @@ from rich import progress as bars
 from rich.markup import escape
 from rich.table import Table
 
-from int8run.tracking.run_record import FINISHED, Record, key_and_value
+from int8run.tracking.run_record import FINISHED, Record, split_override
 
 log = logging.getLogger(__name__)
 ERROR_WIDTH = 100  # of a job's error while the sweep goes on; its last line has it whole
-SMALLER = (
+SMALLER_IS_BETTER = (
     "_err",
     "_ms",
     "_s",
@@ -37,17 +37,17 @@ class Progress:
     """Named steps and counted loops: a bar on a terminal, one log line each elsewhere.
 
     Args:
-        passing: the bars go when they are done, as in a sweep, where a line for each job stays.
+        transient: the bars go when they are done, as in a sweep, where a line for each job stays.
     """
 
-    def __init__(self, enabled: bool, passing: bool = False):
-        self.enabled, self.passing = enabled, passing
-        self.shown = enabled and get_console().is_terminal
+    def __init__(self, enabled: bool, transient: bool = False):
+        self.enabled, self.transient = enabled, transient
+        self.is_shown = enabled and get_console().is_terminal
 
     @contextmanager
-    def count(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    def track_loop(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """A loop of known length; the yielded function advances it."""
-        if not self.shown:
+        if not self.is_shown:
             if self.enabled:
                 log.info("%s (%d)", name, total)
             yield lambda count: None
@@ -58,14 +58,14 @@ class Progress:
             bars.MofNCompleteColumn(),
             bars.TimeElapsedColumn(),
         )
-        with bars.Progress(*columns, console=get_console(), transient=self.passing) as bar:
+        with bars.Progress(*columns, console=get_console(), transient=self.transient) as bar:
             task = bar.add_task(name, total=total)
             yield lambda count: bar.advance(task, count)
 
     @contextmanager
-    def step(self, name: str) -> Iterator[None]:
+    def track_step(self, name: str) -> Iterator[None]:
         """A step of unknown length."""
-        if not self.shown:
+        if not self.is_shown:
             if self.enabled:
                 log.info("%s", name)
             yield
@@ -75,7 +75,7 @@ class Progress:
             bars.SpinnerColumn(finished_text="✓"),
             bars.TimeElapsedColumn(),
         )
-        with bars.Progress(*columns, console=get_console(), transient=self.passing) as bar:
+        with bars.Progress(*columns, console=get_console(), transient=self.transient) as bar:
             task = bar.add_task(name, total=1)
             yield
             bar.advance(task)
@@ -90,40 +90,42 @@ class SweepProgress:
         self.ran = 0  # in this process and its workers
         self.best: Record | None = None
 
-    def started(self, number: int, name: str) -> None:
+    def report_start(self, number: int, name: str) -> None:
         """On a terminal, before the job's own bars."""
         if self.enabled and get_console().is_terminal:
-            say(f"[bold]job {number}[/bold] {escape(name)} …")
+            print_lines(f"[bold]job {number}[/bold] {escape(name)} …")
 
-    def ended(self, record: Record) -> None:
+    def report_end(self, record: Record) -> None:
         """What a job came to, and what is left."""
         self.ran += 1
         self.finished += 1
-        self.best = better(self.best, record, self.objective)
+        self.best = choose_better(self.best, record, self.objective)
         if not self.enabled:
             return
         gone = time.monotonic() - self.began
         left = gone / self.ran * (self.total - self.finished)
         words = [
-            f"job {record.number} ({record.name}) {outcome_words(record)}",
-            f"{self.finished} of {self.total}, {clock(gone)} gone",
+            f"job {record.number} ({record.name}) {describe_outcome(record)}",
+            f"{self.finished} of {self.total}, {format_duration(gone)} gone",
         ]
         if self.finished < self.total:
-            words.append(f"about {clock(left)} left")
+            words.append(f"about {format_duration(left)} left")
         if self.best is not None and self.finished > 1:
-            words.append(f"best {self.objective} {measured(self.best, self.objective)}: {self.best.label}")
+            words.append(
+                f"best {self.objective} {format_metric(self.best, self.objective)}: {self.best.label}"
+            )
         if get_console().is_terminal:
-            say(escape(" · ".join(words)))
+            print_lines(escape(" · ".join(words)))
         else:
             log.log(logging.INFO if record.state == FINISHED else logging.ERROR, "%s", " · ".join(words))
 
 
-def outcome_words(record: Record) -> str:
+def describe_outcome(record: Record) -> str:
     """How a job ended, in its most telling numbers."""
     if record.state != FINISHED:
         return textwrap.shorten(f"{record.state}: {record.error}", ERROR_WIDTH, placeholder=" …")
     said = {
-        "quality/psnr_db": lambda v: f"PSNR {decibel(v)}",
+        "quality/psnr_db": lambda v: f"PSNR {format_decibels(v)}",
         "speed/ratio_vs_float": lambda v: f"{v:.2f}× float's speed",
         "speed/step_ms_p50": lambda v: f"{v:.1f} ms a step",
     }
@@ -133,13 +135,13 @@ def outcome_words(record: Record) -> str:
     )
 
 
-def measured(record: Record, name: str) -> str:
+def format_metric(record: Record, name: str) -> str:
     """One metric for a person."""
     value = record.metrics[name]
-    return decibel(value) if name.endswith("_db") else f"{value:.4g}"
+    return format_decibels(value) if name.endswith("_db") else f"{value:.4g}"
 
 
-def better(best: Record | None, record: Record, objective: str) -> Record | None:
+def choose_better(best: Record | None, record: Record, objective: str) -> Record | None:
     """The better of two jobs; errors, times and sizes are better when they are smaller."""
     value = record.metrics.get(objective) if record.state == FINISHED else None
     if value is None or math.isnan(value):
@@ -147,26 +149,26 @@ def better(best: Record | None, record: Record, objective: str) -> Record | None
     if best is None:
         return record
     held = best.metrics[objective]
-    return record if (value < held if smaller_is_better(objective) else value > held) else best
+    return record if (value < held if is_smaller_better(objective) else value > held) else best
 
 
-def smaller_is_better(metric: str) -> bool:
+def is_smaller_better(metric: str) -> bool:
     """Whether a metric counts something that one has too much of."""
-    return metric.endswith(SMALLER)
+    return metric.endswith(SMALLER_IS_BETTER)
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`1:05:09` or `0:42`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def sweep_table(records: Sequence[Record], varying: Sequence[str]) -> Table:
+def build_sweep_table(records: Sequence[Record], varying: Sequence[str]) -> Table:
     """The jobs of a sweep beside each other, one line each, with as many numbers as the terminal has room for."""
     shown = [column for column in SWEEP_COLUMNS if any(column.metric in r.metrics for r in records)]
-    tables = [sweep_lines(records, varying, shown[:count]) for count in range(len(shown), 0, -1)] or [
-        sweep_lines(records, varying, [])
+    tables = [build_sweep_rows(records, varying, shown[:count]) for count in range(len(shown), 0, -1)] or [
+        build_sweep_rows(records, varying, [])
     ]
     console = get_console()
     endless = console.options.update(width=10_000)
@@ -176,7 +178,9 @@ def sweep_table(records: Sequence[Record], varying: Sequence[str]) -> Table:
     )
 
 
-def sweep_lines(records: Sequence[Record], varying: Sequence[str], shown: Sequence["Column"]) -> Table:
+def build_sweep_rows(
+    records: Sequence[Record], varying: Sequence[str], shown: Sequence["SweepColumn"]
+) -> Table:
     """A line per job: its number, its settings, some numbers, and the state where not all are finished."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("job", justify="right")
@@ -188,7 +192,7 @@ def sweep_lines(records: Sequence[Record], varying: Sequence[str], shown: Sequen
     if not ended:
         table.add_column("", style="red")
     for record in records:
-        words = dict(map(key_and_value, record.overrides))
+        words = dict(map(split_override, record.overrides))
         cells = [
             column.form(record.metrics[column.metric]) if column.metric in record.metrics else "–"
             for column in shown
@@ -198,7 +202,7 @@ def sweep_lines(records: Sequence[Record], varying: Sequence[str], shown: Sequen
     return table
 
 
-def warnings_of(records: Sequence[Record]) -> list[str]:
+def count_warnings(records: Sequence[Record]) -> list[str]:
     """Each warning of some jobs once, with the number of jobs that had it."""
     counts = Counter(line for record in records for line in dict.fromkeys(record.warnings))
     return [
@@ -207,7 +211,7 @@ def warnings_of(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
+def build_result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
     """Float beside `ours` with the ratio, then what the difference costs."""
     table = Table(title=title, title_justify="left", caption_justify="left")
     for column, style in (("", "bold"), ("float", ""), (ours, ""), ("ratio", "green")):
@@ -238,9 +242,15 @@ def result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
         more,
     )
     row("frames per second", "float/frames_per_s", "speed/frames_per_s", lambda v: f"{v:.2f}", more)
-    row("denoiser memory", "float/denoiser_bytes", "memory/denoiser_bytes", megabytes, faster)
+    row("denoiser memory", "float/denoiser_bytes", "memory/denoiser_bytes", format_megabytes, faster)
     if "memory/text_encoder_ratio" in metrics:
-        row("text encoder memory", "float/text_encoder_bytes", "memory/text_encoder_bytes", megabytes, faster)
+        row(
+            "text encoder memory",
+            "float/text_encoder_bytes",
+            "memory/text_encoder_bytes",
+            format_megabytes,
+            faster,
+        )
     if "clip/cosine_mean" in metrics:
         table.add_section()
         table.add_row(
@@ -252,7 +262,7 @@ def result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
         table.add_row("embedding error", "", f"{100 * metrics['clip/rel_err']:.2f} %", "")
     if "quality/psnr_db" in metrics:
         table.add_section()
-        table.add_row("PSNR to float", "", decibel(metrics["quality/psnr_db"]), "")
+        table.add_row("PSNR to float", "", format_decibels(metrics["quality/psnr_db"]), "")
         table.add_row("SSIM to float", "", f"{metrics['quality/ssim']:.4f}", "")
         if "quality/ms_ssim" in metrics:
             table.add_row("MS-SSIM to float", "", f"{metrics['quality/ms_ssim']:.4f}", "")
@@ -286,29 +296,29 @@ def result_table(title: str, metrics: Mapping[str, float], ours: str) -> Table:
     return table
 
 
-def megabytes(count: float) -> str:
+def format_megabytes(count: float) -> str:
     """Bytes for a person, in MB of 10^6."""
     return f"{count / 1e6:.1f} MB"
 
 
-def decibel(value: float) -> str:
+def format_decibels(value: float) -> str:
     """A ratio for a person; equal pictures have no noise to compare with."""
     return "equal" if math.isinf(value) else f"{value:.1f} dB"
 
 
-def say(*lines: object) -> None:
+def print_lines(*lines: object) -> None:
     """Print to the terminal that the bars are on."""
     for line in lines:
         get_console().print(line, highlight=False, soft_wrap=True)
 
 
-def pairs_line(facts: Sequence[tuple[str, object]]) -> str:
+def format_pairs(facts: Sequence[tuple[str, object]]) -> str:
     """`model tiny · backend auto · …` for the first line of a run."""
     return " · ".join(f"{name} [bold]{escape(str(value))}[/bold]" for name, value in facts)
 
 
 @dataclass(frozen=True)
-class Column:
+class SweepColumn:
     """One number of every job."""
 
     title: str
@@ -317,9 +327,9 @@ class Column:
 
 
 SWEEP_COLUMNS = (  # those that matter most first
-    Column("PSNR dB", "quality/psnr_db", lambda v: "equal" if math.isinf(v) else f"{v:.1f}"),
-    Column("× float", "speed/ratio_vs_float", "{:.2f}".format),
-    Column("step ms", "speed/step_ms_p50", "{:.1f}".format),
-    Column("MB", "memory/denoiser_bytes", lambda v: f"{v / 1e6:.1f}"),
-    Column("latent err %", "quality/latent_rel_err", lambda v: f"{100 * v:.2f}"),
+    SweepColumn("PSNR dB", "quality/psnr_db", lambda v: "equal" if math.isinf(v) else f"{v:.1f}"),
+    SweepColumn("× float", "speed/ratio_vs_float", "{:.2f}".format),
+    SweepColumn("step ms", "speed/step_ms_p50", "{:.1f}".format),
+    SweepColumn("MB", "memory/denoiser_bytes", lambda v: f"{v / 1e6:.1f}"),
+    SweepColumn("latent err %", "quality/latent_rel_err", lambda v: f"{100 * v:.2f}"),
 )

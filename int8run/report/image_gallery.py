@@ -11,17 +11,17 @@ from typing import Any
 
 from PIL import Image
 
-from int8run.report.run_files import difference
-from int8run.report.runs import Run, count
+from int8run.report.run_files import make_difference_image
+from int8run.report.runs import Run, pluralize
 
-LARGEST_SIDE = 512  # px; a picture with a longer side is embedded as a thumbnail
+MAX_SIDE = 512  # px; a picture with a longer side is embedded as a thumbnail
 THUMBNAIL_QUALITY = 90  # of WebP
-MOST_BYTES = 30_000_000  # of pictures on one page, as base64
-MOST_CELLS = 2000  # more make a browser slow
+MAX_BYTES = 30_000_000  # of pictures on one page, as base64
+MAX_CELLS = 2000  # more make a browser slow
 
 
 @dataclass
-class Pictures:
+class EmbeddedImages:
     """Data URIs by id; equal pictures are one."""
 
     uris: dict[str, str] = field(default_factory=dict)
@@ -45,27 +45,27 @@ class Pictures:
     def encode(self, image: Image.Image) -> str:
         """Exact where it is small, else a thumbnail."""
         buffer = io.BytesIO()
-        if max(image.size) <= LARGEST_SIDE:
+        if max(image.size) <= MAX_SIDE:
             image.save(buffer, "PNG", optimize=True)
             return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         self.thumbnails = True
         image = image.copy()
-        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
+        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
         image.save(buffer, "WEBP", quality=THUMBNAIL_QUALITY, method=2)
         return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 @dataclass(frozen=True)
-class Source:
+class SampleFiles:
     """The files of one cell."""
 
-    ours: Path
-    base: Path | None  # the float model's
-    values: dict[str, Any]  # the sample's quality
+    image: Path
+    float_image: Path | None  # the float model's
+    metrics: dict[str, Any]  # the sample's quality
 
 
 @dataclass(frozen=True)
-class Cell:
+class GalleryCell:
     """One place of the wall.
 
     Args:
@@ -78,33 +78,33 @@ class Cell:
     """
 
     run: Run
-    ours: str | None = None
-    base: str | None = None
-    difference: str | None = None
+    image: str | None = None
+    float_image: str | None = None
+    difference_image: str | None = None
     psnr: float | None = None
-    same: str = ""
-    first: bool = False
-    note: str = ""
+    same_as: str = ""
+    is_first: bool = False
+    missing_reason: str = ""
 
 
 @dataclass(frozen=True)
-class Wall:
+class Gallery:
     """Rows of one caption and a cell per run; what was left out is said in words."""
 
     runs: list[Run]
-    rows: list[tuple[str, list[Cell]]]
+    rows: list[tuple[str, list[GalleryCell]]]
     uris: dict[str, str]
     notes: list[str]
 
     @property
-    def compared(self) -> bool:
+    def has_float_images(self) -> bool:
         """Whether a float picture is there."""
-        return any(cell.base for _, cells in self.rows for cell in cells)
+        return any(cell.float_image for _, cells in self.rows for cell in cells)
 
 
-def sources(run: Run) -> dict[tuple[str, int, int, str], Source]:
+def find_sample_files(run: Run) -> dict[tuple[str, int, int, str], SampleFiles]:
     """Pictures of a run by prompt, seed, which of several with that prompt and seed, and frame (empty for pictures)."""
-    found: dict[tuple[str, int, int, str], Source] = {}
+    found: dict[tuple[str, int, int, str], SampleFiles] = {}
     seen: Counter[tuple[str, int]] = Counter()
     for image in run.record.images:
         prompt, seed = str(image.get("prompt", "")), int(image.get("seed", 0))
@@ -116,24 +116,24 @@ def sources(run: Run) -> dict[tuple[str, int, int, str], Source]:
         for file, base in zip(ours, floats, strict=False):
             frame = Path(file).stem.removeprefix(f"{stem}_") if image.get("stills") else ""
             folder = run.record.folder
-            found[prompt, seed, seen[prompt, seed], frame] = Source(
+            found[prompt, seed, seen[prompt, seed], frame] = SampleFiles(
                 folder / file, folder / base if base else None, image
             )
     return found
 
 
-def build_wall(runs: Sequence[Run], most_bytes: int = MOST_BYTES, most_cells: int = MOST_CELLS) -> Wall:
+def build_gallery(runs: Sequence[Run], most_bytes: int = MAX_BYTES, most_cells: int = MAX_CELLS) -> Gallery:
     """A row per prompt, seed and frame, a column per run that has pictures."""
-    found = {run.tag: sources(run) for run in runs}
+    found = {run.tag: find_sample_files(run) for run in runs}
     shown = [run for run in runs if found[run.tag]]
     keys = list(dict.fromkeys(key for run in shown for key in found[run.tag]))
-    pictures = Pictures()
-    rows: list[tuple[str, list[Cell]]] = []
+    pictures = EmbeddedImages()
+    rows: list[tuple[str, list[GalleryCell]]] = []
     notes: list[str] = []
     used: set[str] = set()
     for number, key in enumerate(keys):
         kept, before = dict(pictures.uris), pictures.bytes
-        cells = row_of(shown, [found[run.tag].get(key) for run in shown], pictures, used, most_bytes)
+        cells = build_row(shown, [found[run.tag].get(key) for run in shown], pictures, used, most_bytes)
         if rows and (
             pictures.bytes > most_bytes or (len(rows) + 1) * len(shown) > most_cells or before >= most_bytes
         ):
@@ -141,48 +141,52 @@ def build_wall(runs: Sequence[Run], most_bytes: int = MOST_BYTES, most_cells: in
             left = sum(key in found[run.tag] for key in keys[number:] for run in shown)
             limit = f"{most_bytes / 1e6:g} MB of pictures and {most_cells} places"
             notes.append(
-                f"{count(left, 'picture')} left out: a page holds at most {limit}. The runs' images/ folders have them."
+                f"{pluralize(left, 'picture')} left out: a page holds at most {limit}. The runs' images/ folders have them."
             )
             break
-        rows.append((caption(*key), cells))
-    missing = sum(bool(cell.note) for _, cells in rows for cell in cells)
+        rows.append((format_caption(*key), cells))
+    missing = sum(bool(cell.missing_reason) for _, cells in rows for cell in cells)
     if missing:
         notes.append(
-            f"{count(missing, 'place')} without a picture: not drawn, no file that can be read, or the page was full."
+            f"{pluralize(missing, 'place')} without a picture: not drawn, no file that can be read, or the page was full."
         )
     if any(key[3] for key in keys):
         notes.append("Of a video its stills are shown; the PSNR is that of all its frames.")
     if pictures.thumbnails:
         notes.append(
-            f"Pictures with a side longer than {LARGEST_SIDE} pixels are shown as thumbnails of that size (lossy WebP); "
+            f"Pictures with a side longer than {MAX_SIDE} pixels are shown as thumbnails of that size (lossy WebP); "
             "differences and PSNR are of the full pictures."
         )
-    return Wall(shown, rows, pictures.uris, notes)
+    return Gallery(shown, rows, pictures.uris, notes)
 
 
-def row_of(
-    runs: Sequence[Run], files: Sequence[Source | None], pictures: Pictures, used: set[str], most_bytes: int
-) -> list[Cell]:
+def build_row(
+    runs: Sequence[Run],
+    files: Sequence[SampleFiles | None],
+    pictures: EmbeddedImages,
+    used: set[str],
+    most_bytes: int,
+) -> list[GalleryCell]:
     """The cells of one row; `used` are ids of INT8 pictures that stand on the page already."""
     cells = []
     first_with: dict[str, str] = {}
     for run, source in zip(runs, files, strict=True):
         if source is None:
-            cells.append(Cell(run, note="not drawn"))
+            cells.append(GalleryCell(run, missing_reason="not drawn"))
             continue
-        ours = open_picture(source.ours, run.record.folder)
+        ours = open_image(source.image, run.record.folder)
         if ours is None or pictures.bytes >= most_bytes:
-            cells.append(Cell(run, note="no readable file" if ours is None else "left out"))
+            cells.append(GalleryCell(run, missing_reason="no readable file" if ours is None else "left out"))
             continue
-        base = open_picture(source.base, run.record.folder) if source.base else None
+        base = open_image(source.float_image, run.record.folder) if source.float_image else None
         ours_id = pictures.add(ours)
-        psnr = source.values.get("psnr_db")
+        psnr = source.metrics.get("psnr_db")
         cells.append(
-            Cell(
+            GalleryCell(
                 run,
                 ours_id,
                 pictures.add(base) if base else None,
-                pictures.add(difference(base, ours)) if base else None,
+                pictures.add(make_difference_image(base, ours)) if base else None,
                 psnr,
                 first_with.get(ours_id, ""),
                 ours_id not in used,
@@ -193,7 +197,7 @@ def row_of(
     return cells
 
 
-def open_picture(path: Path, folder: Path) -> Image.Image | None:
+def open_image(path: Path, folder: Path) -> Image.Image | None:
     """A picture of the folder; None when it is not there, lies outside or cannot be read."""
     if not path.resolve().is_relative_to(folder.resolve()):
         return None
@@ -204,7 +208,7 @@ def open_picture(path: Path, folder: Path) -> Image.Image | None:
         return None
 
 
-def caption(prompt: str, seed: int, nth: int, frame: str) -> str:
+def format_caption(prompt: str, seed: int, nth: int, frame: str) -> str:
     """What stands over a row."""
     again = f" · drawing {nth}" if nth > 1 else ""
     return f"{prompt} · seed {seed}{again}" + (f" · {frame} frame" if frame else "")

@@ -62,26 +62,26 @@ class Point:
     x: float
     y: float  # dB; infinite where pictures are equal
     label: str
-    about: str
-    ahead: bool  # on the front
+    description: str
+    is_on_front: bool  # on the front
 
 
-def speed_quality_plot(
+def draw_speed_quality(
     points: Sequence[Point], x_label: str, faster_is_less: bool, name: str, width: int
 ) -> str:
     """PSNR against speed with the front as a step line; up and right is better whatever the speed is measured in."""
     with rc_context(STYLE | {"svg.hashsalt": name}):
-        figure, axes = sheet(width, 380)
-        top = equal_level([p.y for p in points])
+        figure, axes = create_figure(width, 380)
+        top = place_infinite([p.y for p in points])
         heights = [min(p.y, top) for p in points]
         axes.set_xlabel(x_label)
         axes.set_ylabel("PSNR to float, dB")
-        axes.set_xlim(*padded([p.x for p in points], 0.16))
-        axes.set_ylim(*padded([*heights], 0.14))
+        axes.set_xlim(*pad_limits([p.x for p in points], 0.16))
+        axes.set_ylim(*pad_limits([*heights], 0.14))
         if faster_is_less:
             axes.invert_xaxis()
         steps = sorted(
-            ((p.x, y) for p, y in zip(points, heights, strict=True) if p.ahead),
+            ((p.x, y) for p, y in zip(points, heights, strict=True) if p.is_on_front),
             key=lambda point: (point[0], -point[1]),
         )
         steps = steps[::-1] if faster_is_less else steps
@@ -92,30 +92,30 @@ def speed_quality_plot(
             *zip(*corners, strict=True), where="pre", color=SERIES[0], linewidth=1.6, dashes=(5, 3), zorder=2
         )
         for i, (point, y) in enumerate(zip(points, heights, strict=True)):
-            edge, face = (SERIES[0], SERIES[0]) if point.ahead else (MUTED, "none")
+            edge, face = (SERIES[0], SERIES[0]) if point.is_on_front else (MUTED, "none")
             (dot,) = axes.plot(
                 point.x, y, "o", markersize=8, markeredgecolor=edge, markerfacecolor=face, zorder=3
             )
             dot.set_gid(f"about-{i}")
         axes.xaxis.set_major_locator(MaxNLocator(4 if width < 500 else 7))
-        level_ticks(axes, top, any(math.isinf(p.y) for p in points))
+        set_y_ticks(axes, top, any(math.isinf(p.y) for p in points))
         label_points(figure, axes, points, heights, corners)
         return to_svg(
             figure,
             name,
             f"PSNR to float against {x_label}",
-            {f"about-{i}": p.about for i, p in enumerate(points)},
+            {f"about-{i}": p.description for i, p in enumerate(points)},
         )
 
 
-def curves_plot(
+def draw_curves(
     lines: Sequence[Sequence[tuple[float, float]]], x_label: str, y_label: str, name: str, width: int
 ) -> str:
     """A metric against a strength; the line i has the color and the dashes of number i."""
     with rc_context(STYLE | {"svg.hashsalt": name}):
-        figure, axes = sheet(width, 260)
+        figure, axes = create_figure(width, 260)
         values = [y for line in lines for _, y in line]
-        top = equal_level(values)
+        top = place_infinite(values)
         for i, line in enumerate(lines):
             dashes = (0, DASHES[i % len(DASHES)] or None)
             heights = [min(y, top) for _, y in line]
@@ -130,20 +130,20 @@ def curves_plot(
             )
         axes.set_xlabel(x_label)
         axes.set_title(y_label, loc="left", color=INK)
-        axes.set_ylim(*padded([min(v, top) for v in values], 0.1))
-        level_ticks(axes, top, any(map(math.isinf, values)))
+        axes.set_ylim(*pad_limits([min(v, top) for v in values], 0.1))
+        set_y_ticks(axes, top, any(map(math.isinf, values)))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         return to_svg(figure, name, f"{y_label} against {x_label}", {})
 
 
-def sheet(width: int, height: int) -> tuple[Figure, Axes]:
+def create_figure(width: int, height: int) -> tuple[Figure, Axes]:
     """A figure of this many CSS pixels, with a canvas that can measure text."""
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots()
 
 
-def equal_level(values: Sequence[float]) -> float:
+def place_infinite(values: Sequence[float]) -> float:
     """Where infinite values are drawn: a tenth of the range above the finite ones."""
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
@@ -155,7 +155,7 @@ def equal_level(values: Sequence[float]) -> float:
     )
 
 
-def padded(values: Sequence[float], share: float) -> tuple[float, float]:
+def pad_limits(values: Sequence[float], share: float) -> tuple[float, float]:
     """Limits with room on both sides, and some where all values are one."""
     low, high = min(values), max(values)
     # less than a percent is noise, which an axis must not blow up to its full height
@@ -163,7 +163,7 @@ def padded(values: Sequence[float], share: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def level_ticks(axes: Axes, top: float, has_equal: bool) -> None:
+def set_y_ticks(axes: Axes, top: float, has_equal: bool) -> None:
     """Few ticks; `equal` where infinite values stand."""
     low, high = axes.get_ylim()
     ticks = [t for t in MaxNLocator(6).tick_values(low, high) if low <= t <= high]
@@ -211,7 +211,7 @@ def label_points(
             point.label,
             fontsize=11,
             va="bottom",
-            color=INK if point.ahead else MUTED,
+            color=INK if point.is_on_front else MUTED,
             zorder=4,
         )
 
@@ -239,13 +239,17 @@ def place_labels(
                 bottom = min(max(bottom, frame[1]), frame[3] - h)
                 box = (left, bottom, left + w, bottom + h)
                 options.append(
-                    (sum(overlap(box, other) for other in [*placed, *dots, *taken]), len(options), box)
+                    (
+                        sum(compute_overlap(box, other) for other in [*placed, *dots, *taken]),
+                        len(options),
+                        box,
+                    )
                 )
         placed.append(min(options)[2])
     return placed
 
 
-def overlap(a: Box, b: Box) -> float:
+def compute_overlap(a: Box, b: Box) -> float:
     """The area that two boxes share."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from int8run.layers.plan import LayerPlan
-from int8run.utils.hardware import cpu_name
+from int8run.utils.hardware import get_cpu_name
 
 # a picture smaller than this is enlarged in the grid, by a whole factor and without smoothing
 GRID_MIN_SIDE = 192
@@ -41,14 +41,14 @@ LAYER_COLUMNS = (
 )
 
 
-def difference(a: Image.Image, b: Image.Image) -> Image.Image:
+def make_difference_image(a: Image.Image, b: Image.Image) -> Image.Image:
     """|a - b| times DIFFERENCE_GAIN, clipped: black where equal."""
     return ImageChops.difference(a.convert("RGB"), b.convert("RGB")).point(
         lambda v: min(255, v * DIFFERENCE_GAIN)
     )
 
 
-def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str]) -> Image.Image:
+def make_image_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str]) -> Image.Image:
     """Pictures in rows with a caption above each row and a heading above each column.
 
     A row without pictures is a caption for the rows below it: those of one video.
@@ -67,7 +67,10 @@ def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[st
         draw.text((gap + c * (width + gap), gap // 2), heading, fill="black", font=font)
     for top, (caption, images) in zip(accumulate(heights, initial=line + gap), rows, strict=False):
         draw.text(
-            (gap, top - 2), fitting(caption, sheet.width - 2 * gap, font.getlength), fill="#555", font=font
+            (gap, top - 2),
+            shorten_caption(caption, sheet.width - 2 * gap, font.getlength),
+            fill="#555",
+            font=font,
         )
         for c, image in enumerate(images):
             resized = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
@@ -109,7 +112,7 @@ def save_sample(
     return [animation.name, *stills]
 
 
-def fitting(text: str, width: float, length: Callable[[str], float]) -> str:
+def shorten_caption(text: str, width: float, length: Callable[[str], float]) -> str:
     """A text that is no longer than a width: its beginning, `…` and its end, where the seed stands."""
     if length(text) <= width:
         return text
@@ -119,7 +122,7 @@ def fitting(text: str, width: float, length: Callable[[str], float]) -> str:
     )
 
 
-def write_layers(plans: Sequence[LayerPlan], path: Path) -> None:
+def write_layers_csv(plans: Sequence[LayerPlan], path: Path) -> None:
     """`layers.csv`: every Linear of the denoiser, once."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, LAYER_COLUMNS)
@@ -130,10 +133,10 @@ def write_layers(plans: Sequence[LayerPlan], path: Path) -> None:
                     "name": p.name,
                     "out_features": p.out_features,
                     "in_features": p.in_features,
-                    "quantized": str(p.keep_float is None).lower(),
-                    "why_not": p.keep_float or "",
+                    "quantized": str(p.skip_reason is None).lower(),
+                    "why_not": p.skip_reason or "",
                     "outlier": p.outlier,
-                    "outlier_why_not": p.outlier_why_not,
+                    "outlier_why_not": p.outlier_skip_reason,
                     "rounding": p.rounding,
                     "backend_asked": p.backend_asked,
                     "backend_used": p.backend_used,
@@ -145,18 +148,18 @@ def write_layers(plans: Sequence[LayerPlan], path: Path) -> None:
 def write_json(data: object, path: Path) -> None:
     """JSON for people; values that JSON has no number for become the strings `inf`, `-inf`, `nan`."""
     new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(plain(data), indent=2) + "\n")
+    new.write_text(json.dumps(replace_non_finite(data), indent=2) + "\n")
     new.replace(path)  # a job that is killed meanwhile leaves no half of it
 
 
-def plain(value: object) -> object:
+def replace_non_finite(value: object) -> object:
     """A value with non-finite floats as strings, all the way down."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): replace_non_finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [replace_non_finite(v) for v in value]
     return value
 
 
@@ -165,7 +168,7 @@ def write_yaml(data: object, path: Path) -> None:
     path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
 
 
-def environment(device: torch.device, versions: Mapping[str, str]) -> dict[str, object]:
+def collect_environment(device: torch.device, versions: Mapping[str, str]) -> dict[str, object]:
     """Versions, device and git revision of the folder that the command ran in."""
     facts: dict[str, object] = {
         "python": platform.python_version(),
@@ -173,16 +176,16 @@ def environment(device: torch.device, versions: Mapping[str, str]) -> dict[str, 
         "device": str(device),
         "threads": torch.get_num_threads(),
         "versions": dict(versions),
-        "git": git_revision(),
+        "git": read_git_revision(),
     }
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
     else:
-        facts["cpu"] = cpu_name()
+        facts["cpu"] = get_cpu_name()
     return facts
 
 
-def git_revision() -> str | None:
+def read_git_revision() -> str | None:
     """The revision of the working folder, `-dirty` when changed; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:

@@ -5,11 +5,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from int8run.report.columns import MISSING, PSNR, STEP
+from int8run.report.columns import MISSING, PSNR_DB, STEP_MS
 from int8run.tracking.run_record import FINISHED, Record
 
 # settings that change neither what is drawn nor how fast
-NO_MATTER = re.compile(r"(resume|progress|tracker|cache|save)([.]|$)")
+IRRELEVANT_SETTINGS = re.compile(r"(resume|progress|tracker|cache|save)([.]|$)")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Run:
 
     record: Record
     tag: str
-    varied: Mapping[str, str]
+    varied_settings: Mapping[str, str]
     label: str
 
     @property
@@ -32,7 +32,7 @@ class Run:
         """`#3 outlier=convrot`."""
         return f"{self.tag} {self.label}".strip()
 
-    def metric(self, name: str) -> float | None:
+    def get_metric(self, name: str) -> float | None:
         """A number that was measured by a run that finished; NaN is none."""
         value = self.record.metrics.get(name) if self.record.state == FINISHED else None
         return None if value is None or math.isnan(value) else value
@@ -43,12 +43,12 @@ def name_runs(records: Sequence[Record]) -> list[Run]:
     numbers = [r.number for r in records]
     if len(set(numbers)) < len(numbers):
         numbers = list(range(len(records)))
-    found = [settings_of(r) for r in records]
-    keys = telling_keys(records, found)
+    found = [collect_settings(r) for r in records]
+    keys = find_distinguishing_keys(records, found)
     # a task of another kind in the folder must not add `task=run` to every name
     measured = [settings for record, settings in zip(records, found, strict=True) if record.metrics]
     in_label = [key for key in keys if len({settings.get(key) for settings in measured}) > 1] or keys
-    short = short_names(in_label)
+    short = shorten_keys(in_label)
     runs = []
     for place, record, settings in zip(numbers, records, found, strict=True):
         varied = {key: settings.get(key, MISSING) for key in keys}
@@ -58,12 +58,16 @@ def name_runs(records: Sequence[Record]) -> list[Run]:
     return runs
 
 
-def varying(runs: Sequence[Run]) -> list[str]:
+def find_varying_settings(runs: Sequence[Run]) -> list[str]:
     """Those of the settings that tell runs apart which differ between these."""
-    return [key for key in (runs[0].varied if runs else ()) if len({run.varied[key] for run in runs}) > 1]
+    return [
+        key
+        for key in (runs[0].varied_settings if runs else ())
+        if len({run.varied_settings[key] for run in runs}) > 1
+    ]
 
 
-def settings_of(record: Record) -> dict[str, str]:
+def collect_settings(record: Record) -> dict[str, str]:
     """Settings by their names on the command line; a list of LoRAs stands there as it was said."""
     said = (word.lstrip("+~").partition("=") for word in record.overrides)
     return {key: value for key, _, value in said} | record.params
@@ -75,19 +79,19 @@ def differing(found: Sequence[Mapping[str, str]]) -> list[str]:
     return [key for key in keys if len({settings.get(key) for settings in found}) > 1]
 
 
-def telling_keys(records: Sequence[Record], found: Sequence[Mapping[str, str]]) -> list[str]:
+def find_distinguishing_keys(records: Sequence[Record], found: Sequence[Mapping[str, str]]) -> list[str]:
     """Settings that tell the runs apart: those that the user named and that differ; if none do, all that differ.
 
     `outlier=none,convrot` changes the settings of the method, too, which would only repeat it.
     """
-    differ = [key for key in differing(found) if not NO_MATTER.match(key)]
+    differ = [key for key in differing(found) if not IRRELEVANT_SETTINGS.match(key)]
     said = dict.fromkeys(
         word.lstrip("+~").partition("=")[0] for record in records for word in record.overrides
     )
     return [key for key in said if key in differ] or differ
 
 
-def short_names(keys: Sequence[str]) -> dict[str, str]:
+def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
     """The shortest end of each dotted key that no other key ends with."""
     short = {}
     for key in keys:
@@ -104,20 +108,20 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return short
 
 
-def measured(runs: Sequence[Run]) -> list[Run]:
+def select_measured(runs: Sequence[Run]) -> list[Run]:
     """Runs that finished with a speed or a quality."""
-    return [run for run in runs if run.metric(STEP) is not None or run.metric(PSNR) is not None]
+    return [run for run in runs if run.get_metric(STEP_MS) is not None or run.get_metric(PSNR_DB) is not None]
 
 
-def machine_of(record: Record) -> str:
+def describe_machine(record: Record) -> str:
     """The hardware in words; empty when the run did not get so far."""
     facts = record.environment
     if not facts or facts.get("gpu"):
         return str(facts.get("gpu", ""))
-    return f"{facts.get('cpu', 'CPU')}, {count(facts.get('threads', 1), 'thread')}"
+    return f"{facts.get('cpu', 'CPU')}, {pluralize(facts.get('threads', 1), 'thread')}"
 
 
-def by_value(runs: Sequence[Run], values: Sequence[str]) -> dict[str, list[str]]:
+def group_tags_by_value(runs: Sequence[Run], values: Sequence[str]) -> dict[str, list[str]]:
     """Tags of the runs by a value of theirs."""
     found: dict[str, list[str]] = {}
     for run, value in zip(runs, values, strict=True):
@@ -125,7 +129,7 @@ def by_value(runs: Sequence[Run], values: Sequence[str]) -> dict[str, list[str]]
     return found
 
 
-def listed(tags: Sequence[str]) -> str:
+def format_tags(tags: Sequence[str]) -> str:
     """`#0–#3, #7`."""
     parts: list[list[str]] = []
     for tag in tags:
@@ -136,12 +140,12 @@ def listed(tags: Sequence[str]) -> str:
     return ", ".join(f"{p[0]}–{p[-1]}" if len(p) > 2 else ", ".join(p) for p in parts)
 
 
-def count(number: int, what: str) -> str:
+def pluralize(number: int, what: str) -> str:
     """`1 run`, `2 runs`."""
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def number(text: str) -> float | None:
+def parse_number(text: str) -> float | None:
     """A setting as a finite number; None for anything else."""
     try:
         value = float(text)

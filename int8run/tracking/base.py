@@ -19,7 +19,7 @@ class Tracker(Protocol):
         """
         ...
 
-    def begin(self, record: Record) -> str | None:
+    def start_run(self, record: Record) -> str | None:
         """Open a run for a job that starts.
 
         Returns:
@@ -27,7 +27,7 @@ class Tracker(Protocol):
         """
         ...
 
-    def upload(self, record: Record) -> str | None:
+    def upload_record(self, record: Record) -> str | None:
         """Log everything that the record's folder holds; the run ends as the record did. What is there already is not logged again.
 
         Returns:
@@ -35,27 +35,27 @@ class Tracker(Protocol):
         """
         ...
 
-    def finished(self, hashes: Iterable[str]) -> dict[str, str]:
+    def find_finished(self, hashes: Iterable[str]) -> dict[str, str]:
         """Which jobs are done: hash of the config -> id of the newest run of it that finished."""
         ...
 
-    def running(self, sweep: str) -> dict[str, int]:
+    def find_running(self, sweep: str) -> dict[str, int]:
         """Open runs of a sweep: id -> number of the job."""
         ...
 
-    def mark(self, run_id: str, state: str, error: str) -> None:
+    def end_run(self, run_id: str, state: str, error: str) -> None:
         """End a run whose worker can no longer do it. A run that has ended stays as it is."""
         ...
 
-    def runs_of(self, sweep: str) -> list[str]:
+    def find_sweep_runs(self, sweep: str) -> list[str]:
         """Ids of a sweep's runs, in the order in which they started."""
         ...
 
-    def fetch(self, run_id: str, folder: Path) -> None:
+    def download_run(self, run_id: str, folder: Path) -> None:
         """Bring the files of a run back, as its output folder had them; `read_record` reads it."""
         ...
 
-    def share(self, sweep: str, records: Sequence[Record]) -> str | None:
+    def share_sweep(self, sweep: str, records: Sequence[Record]) -> str | None:
         """Keep a view of a sweep.
 
         Returns:
@@ -63,15 +63,15 @@ class Tracker(Protocol):
         """
         ...
 
-    def attach(self, run_id: str, path: Path) -> None:
+    def attach_file(self, run_id: str, path: Path) -> None:
         """Keep one more file with a run."""
         ...
 
-    def place(self) -> dict[str, str]:
+    def get_location(self) -> dict[str, str]:
         """What a record keeps of where its run is: address of the store, name of the experiment."""
         ...
 
-    def where(self) -> str | None:
+    def get_view_hint(self) -> str | None:
         """How to look at what was logged, in one line."""
         ...
 
@@ -82,40 +82,40 @@ class NoTracker:
 
     def prepare(self) -> None: ...
 
-    def begin(self, record: Record) -> str | None:
+    def start_run(self, record: Record) -> str | None:
         """No run."""
         return None
 
-    def upload(self, record: Record) -> str | None:
+    def upload_record(self, record: Record) -> str | None:
         """No run."""
         return None
 
-    def finished(self, hashes: Iterable[str]) -> dict[str, str]:
+    def find_finished(self, hashes: Iterable[str]) -> dict[str, str]:
         """None is known."""
         return {}
 
-    def running(self, sweep: str) -> dict[str, int]:
+    def find_running(self, sweep: str) -> dict[str, int]:
         """None is known."""
         return {}
 
-    def mark(self, run_id: str, state: str, error: str) -> None: ...
+    def end_run(self, run_id: str, state: str, error: str) -> None: ...
 
-    def runs_of(self, sweep: str) -> list[str]:
+    def find_sweep_runs(self, sweep: str) -> list[str]:
         """None is known."""
         return []
 
-    def fetch(self, run_id: str, folder: Path) -> None: ...
+    def download_run(self, run_id: str, folder: Path) -> None: ...
 
-    def share(self, sweep: str, records: Sequence[Record]) -> str | None:
+    def share_sweep(self, sweep: str, records: Sequence[Record]) -> str | None:
         """No view."""
         return None
 
-    def attach(self, run_id: str, path: Path) -> None: ...
+    def attach_file(self, run_id: str, path: Path) -> None: ...
 
-    def place(self) -> dict[str, str]:
+    def get_location(self) -> dict[str, str]:
         """Nowhere."""
         return {}
 
-    def where(self) -> str | None:
+    def get_view_hint(self) -> str | None:
         """Nowhere."""
         return None

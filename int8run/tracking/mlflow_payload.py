@@ -18,60 +18,62 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric
 
 log = logging.getLogger(__name__)
-LONGEST_PARAM = 500  # characters that every MLflow server takes
-LONGEST_ERROR = 5000
-SMALL = "+compressed.webp"  # how the name of MLflow's small copy of a picture ends
-KEPT = {".yaml", ".json", ".csv", ".png", ".log"}  # files at the top of the folder
-TABLES = {
+MAX_PARAM_LENGTH = 500  # characters that every MLflow server takes
+MAX_ERROR_LENGTH = 5000
+SMALL_COPY_SUFFIX = "+compressed.webp"  # how the name of MLflow's small copy of a picture ends
+KEPT_SUFFIXES = {".yaml", ".json", ".csv", ".png", ".log"}  # files at the top of the folder
+TABLE_FILES = {
     "layers.json": "layers.csv",
     "text_encoders.json": "text_encoders.csv",
 }  # for MLflow's page -> our file
 
 
-def milliseconds(seconds: float) -> int:
+def to_milliseconds(seconds: float) -> int:
     """A time as MLflow wants it."""
     return int(seconds * 1000)
 
 
-def stamp(record: Record) -> int:
+def get_timestamp(record: Record) -> int:
     """The time of everything that a record holds: always the same, so that the store knows what it has already."""
-    return milliseconds(record.ended or record.started)
+    return to_milliseconds(record.ended or record.started)
 
 
-def allowed(name: str) -> str:
+def sanitize_name(name: str) -> str:
     """A name with the letters that MLflow takes."""
     return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:250]
 
 
-def cut(text: str, length: int) -> str:
+def truncate(text: str, length: int) -> str:
     """A text of at most so many characters; `…` shows that it was longer."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def params(record: Record) -> dict[str, str]:
+def build_params(record: Record) -> dict[str, str]:
     """Settings."""
-    return {allowed(name): cut(str(value), LONGEST_PARAM) for name, value in record.params.items()}
+    return {
+        sanitize_name(name): truncate(str(value), MAX_PARAM_LENGTH) for name, value in record.params.items()
+    }
 
 
-def identity(record: Record) -> str:
+def identify_record(record: Record) -> str:
     """Equal for all uploads of one job, and for no two jobs."""
     return f"{record.status.get('host')}/{record.status.get('pid')}/{record.started:.6f}/{record.number}"
 
 
-def first_tags(record: Record) -> dict[str, str]:
+def build_start_tags(record: Record) -> dict[str, str]:
     """What is known when a job starts."""
     names = ("sweep", "config_hash", "build_key", "task", "number", "host", "pid", "process_started")
     known = {name: str(record.status[name]) for name in names if record.status.get(name) is not None}
     return {
         **known,
-        "record": identity(record),
+        "record": identify_record(record),
         "mlflow.source.name": "int8run",
         "mlflow.source.type": "LOCAL",
-        **user(),
+        **build_user_tag(),
     }
 
 
-def user() -> dict[str, str]:
+def build_user_tag() -> dict[str, str]:
     """Who runs this, where the machine knows."""
     try:
         return {"mlflow.user": getpass.getuser()}
@@ -79,42 +81,44 @@ def user() -> dict[str, str]:
         return {}
 
 
-def last_tags(record: Record) -> dict[str, str]:
+def build_end_tags(record: Record) -> dict[str, str]:
     """What is known when a job has ended."""
     tags = {}
     git = record.environment.get("git")
     if git:
         tags["git"] = str(git)
         tags["mlflow.source.git.commit"] = re.sub(r"^.*-g(?=[0-9a-f]+$)", "", str(git).removesuffix("-dirty"))
-    if image_files(record):
+    if find_image_files(record):
         tags["mlflow.loggedImages"] = "True"  # as log_image does, which may have been cut off before
-    if ended_badly(record):
-        tags["error"] = cut(record.error or record.state, LONGEST_ERROR)
+    if has_failed(record):
+        tags["error"] = truncate(record.error or record.state, MAX_ERROR_LENGTH)
     return tags
 
 
-def ended_badly(record: Record) -> bool:
+def has_failed(record: Record) -> bool:
     """Whether there is an error to tell."""
     return record.state in ("FAILED", "KILLED")
 
 
-def metrics(record: Record) -> list["Metric"]:
+def build_metrics(record: Record) -> list["Metric"]:
     """Final values at step 0, one value per step or frame of the series, and the machine's load with its own times."""
     from mlflow.entities import Metric
 
-    now = stamp(record)
-    found = [Metric(allowed(name), value, now, 0) for name, value in record.metrics.items()]
+    now = get_timestamp(record)
+    found = [Metric(sanitize_name(name), value, now, 0) for name, value in record.metrics.items()]
     for name, values in record.series.items():
-        found += [Metric(allowed(name), value, now, step) for step, value in enumerate(values)]
-    for step, row in enumerate(rows(record.folder / "system.csv")):
-        at = milliseconds(float(row.pop("time")))
+        found += [Metric(sanitize_name(name), value, now, step) for step, value in enumerate(values)]
+    for step, row in enumerate(read_csv_rows(record.folder / "system.csv")):
+        at = to_milliseconds(float(row.pop("time")))
         found += [
-            Metric(allowed(f"system/{name}"), float(value), at, step) for name, value in row.items() if value
+            Metric(sanitize_name(f"system/{name}"), float(value), at, step)
+            for name, value in row.items()
+            if value
         ]
     return found
 
 
-def rows(path: Path) -> list[dict[str, str]]:
+def read_csv_rows(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file that are whole; none when it is not there."""
     if not path.is_file():
         return []
@@ -123,25 +127,25 @@ def rows(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
 
 
-def image_files(record: Record) -> dict[str, Path]:
+def find_image_files(record: Record) -> dict[str, Path]:
     """Pictures for the image grid by key; of a video its stills. Equal prompts and seeds have equal keys in all runs."""
     named = [name for drawn in record.images for name in drawn.get("stills") or [drawn["file"]]]
     paths = [record.folder / name for name in named if name.endswith(".png")]
     return {f"sample/{re.sub(r'[^a-zA-Z0-9_. -]', '_', path.stem)}": path for path in paths if path.is_file()}
 
 
-def images_there(names: Iterable[str]) -> dict[str, str | None]:
+def find_logged_images(names: Iterable[str]) -> dict[str, str | None]:
     """Pictures of the image grid that a run has by key, from the names of its files: None for one that is whole, else the name of the large
     copy. MLflow writes a small one after it, and a server may go away between the two.
     """
     known = {Path(name).name for name in names}
     return {
-        stem.split("+")[0].replace("~", "/"): None if stem + SMALL in known else stem
+        stem.split("+")[0].replace("~", "/"): None if stem + SMALL_COPY_SUFFIX in known else stem
         for stem in (name.removesuffix(".png") for name in sorted(known) if name.endswith(".png"))
     }
 
 
-def picture(path: Path) -> Image.Image | None:
+def open_image(path: Path) -> Image.Image | None:
     """A picture, or None where a full disk left a part of it."""
     try:
         with Image.open(path) as opened:
@@ -152,10 +156,12 @@ def picture(path: Path) -> Image.Image | None:
         return None
 
 
-def files(record: Record) -> Iterator[tuple[Path, str | None]]:
+def list_artifacts(record: Record) -> Iterator[tuple[Path, str | None]]:
     """Files to keep as they are, each with the folder that it goes to. MLflow's own pictures are in `images`, so ours go to `samples`."""
     yield from (
-        (path, None) for path in sorted(record.folder.iterdir()) if path.suffix in KEPT and path.is_file()
+        (path, None)
+        for path in sorted(record.folder.iterdir())
+        if path.suffix in KEPT_SUFFIXES and path.is_file()
     )
     folder = record.folder / "images"
     if folder.is_dir():
@@ -164,18 +170,21 @@ def files(record: Record) -> Iterator[tuple[Path, str | None]]:
         )
 
 
-def tables(record: Record) -> dict[str, dict[str, Any]]:
+def build_tables(record: Record) -> dict[str, dict[str, Any]]:
     """Tables for MLflow's page, by file name, as `MlflowClient.log_table` writes them; that one adds rows to those it finds."""
-    found = {name: rows(record.folder / file) for name, file in TABLES.items()}
-    return {name: table(lines) for name, lines in found.items() if lines}
+    found = {name: read_csv_rows(record.folder / file) for name, file in TABLE_FILES.items()}
+    return {name: build_table(lines) for name, lines in found.items() if lines}
 
 
-def table(lines: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+def build_table(lines: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """Rows as pandas writes them with orient="split"."""
-    return {"columns": list(lines[0]), "data": [[cell(value) for value in line.values()] for line in lines]}
+    return {
+        "columns": list(lines[0]),
+        "data": [[parse_cell(value) for value in line.values()] for line in lines],
+    }
 
 
-def cell(text: str) -> str | float | bool | None:
+def parse_cell(text: str) -> str | float | bool | None:
     """A value of a CSV file: numbers sort as numbers then."""
     if text in ("true", "false"):
         return text == "true"
@@ -184,13 +193,13 @@ def cell(text: str) -> str | float | bool | None:
     return text or None
 
 
-def table_tag(names: Iterable[str]) -> dict[str, str]:
+def build_table_tag(names: Iterable[str]) -> dict[str, str]:
     """The tag by which MLflow's page finds tables."""
     listed = [{"path": name, "type": "table"} for name in names]
     return {"mlflow.loggedArtifacts": json.dumps(listed)} if listed else {}
 
 
-def dataset(record: Record) -> "DatasetInput | None":
+def build_dataset(record: Record) -> "DatasetInput | None":
     """The prompts; None when the job ended before they were read."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -202,7 +211,7 @@ def dataset(record: Record) -> "DatasetInput | None":
         return None
     name = str(record.params.get("prompts", "prompts"))
     told = Dataset(
-        name=cut(name, 500),
+        name=truncate(name, 500),
         digest=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
         source_type="local",
         source=json.dumps({"uri": str(settings.get("path") or f"prompts={name}")}),

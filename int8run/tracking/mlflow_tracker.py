@@ -18,19 +18,24 @@ from typing import TYPE_CHECKING
 
 from int8run.errors import ConfigError
 from int8run.tracking import mlflow_payload, mlflow_upload
-from int8run.tracking.mlflow_dashboard import varying, view_link, view_state, write_view
-from int8run.tracking.mlflow_payload import LONGEST_ERROR, cut, milliseconds
-from int8run.tracking.retry import answering, knock, patient
+from int8run.tracking.mlflow_dashboard import (
+    build_view_link,
+    build_view_state,
+    find_varying_params,
+    write_view,
+)
+from int8run.tracking.mlflow_payload import MAX_ERROR_LENGTH, to_milliseconds, truncate
+from int8run.tracking.retry import ping, translate_errors, with_retries
 from int8run.tracking.run_record import (
     KILLED,
-    NO_WORD,
+    KILLED_MESSAGE,
     RUNNING,
     Record,
-    process_gone,
+    describe_process,
+    is_process_gone,
     read_record,
-    this_process,
+    remove_login,
     update_record,
-    without_login,
 )
 
 if TYPE_CHECKING:
@@ -38,9 +43,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
-FILE = "sqlite:///"
+SQLITE_PREFIX = "sqlite:///"
 LOCAL_SERVER = "http://127.0.0.1:5000"  # of `mlflow server`
-OTHERS_S = 120  # how long another command may take to make the same database
+LOCK_TIMEOUT_S = 120  # how long another command may take to make the same database
 
 
 @dataclass(frozen=True)
@@ -60,19 +65,25 @@ class MlflowTracker:
     @property
     def address(self) -> str:
         """The tracking URI; that of a file is absolute."""
-        uri = self.uri or f"{FILE}{Path(self.folder) / 'mlflow.db'}"
-        return f"{FILE}{Path(uri.removeprefix(FILE)).absolute()}" if uri.startswith(FILE) else uri
+        uri = self.uri or f"{SQLITE_PREFIX}{Path(self.folder) / 'mlflow.db'}"
+        return (
+            f"{SQLITE_PREFIX}{Path(uri.removeprefix(SQLITE_PREFIX)).absolute()}"
+            if uri.startswith(SQLITE_PREFIX)
+            else uri
+        )
 
     @property
     def store(self) -> str:
         """The tracking URI without a password, for people and records."""
-        return without_login(self.address)
+        return remove_login(self.address)
 
     @property
     def database(self) -> Path | None:
         """The SQLite file, when there is one."""
         return (
-            Path(self.address.removeprefix(FILE).partition("?")[0]) if self.address.startswith(FILE) else None
+            Path(self.address.removeprefix(SQLITE_PREFIX).partition("?")[0])
+            if self.address.startswith(SQLITE_PREFIX)
+            else None
         )
 
     @property
@@ -80,7 +91,7 @@ class MlflowTracker:
         """Whether a server is asked over HTTP."""
         return self.address.startswith(("http://", "https://"))
 
-    def place(self) -> dict[str, str]:
+    def get_location(self) -> dict[str, str]:
         """Store and experiment."""
         return {"store": self.store, "experiment": self.experiment}
 
@@ -92,84 +103,90 @@ class MlflowTracker:
             TrackingError: no answer.
         """
         with self.opened(user=True) as (client, experiment_id):
-            host = this_process()["host"]
-            for run in found(
+            host = describe_process()["host"]
+            for run in search_runs(
                 client, experiment_id, f"attributes.status = 'RUNNING' and tags.host = '{host}'"
             ):
                 pid, started = (run.data.tags.get(name) for name in ("pid", "process_started"))
-                if pid and started and process_gone(host, int(pid), float(started)):
-                    close(client, run, KILLED, NO_WORD)
+                if pid and started and is_process_gone(host, int(pid), float(started)):
+                    close_run(client, run, KILLED, KILLED_MESSAGE)
 
-    def begin(self, record: Record) -> str:
+    def start_run(self, record: Record) -> str:
         """A new run with the settings of a job."""
         with self.opened() as (client, experiment_id):
-            return mlflow_upload.open_run(client, experiment_id, record)
+            return mlflow_upload.create_run(client, experiment_id, record)
 
-    def upload(self, record: Record) -> str:
+    def upload_record(self, record: Record) -> str:
         """Params, metrics, pictures, tables, prompts and files of the record; then the run ends."""
-        known = record.run_id if {**record.tracking, **self.place()} == dict(record.tracking) else None
+        known = record.run_id if {**record.tracking, **self.get_location()} == dict(record.tracking) else None
         with self.opened() as (client, experiment_id):
-            run = mlflow_upload.run_of(client, experiment_id, record, known)
-            mlflow_upload.upload(client, run, record)
+            run = mlflow_upload.find_or_create_run(client, experiment_id, record, known)
+            mlflow_upload.upload_record(client, run, record)
             return run.info.run_id
 
-    def finished(self, hashes: Iterable[str]) -> dict[str, str]:
+    def find_finished(self, hashes: Iterable[str]) -> dict[str, str]:
         """The newest run of each config that has one."""
         with self.opened() as (client, experiment_id):
             runs = {
-                digest: found(
+                digest: search_runs(
                     client, experiment_id, f"attributes.status = 'FINISHED' and tags.config_hash = '{digest}'"
                 )
                 for digest in hashes
             }
         return {digest: known[-1].info.run_id for digest, known in runs.items() if known}
 
-    def running(self, sweep: str) -> dict[str, int]:
+    def find_running(self, sweep: str) -> dict[str, int]:
         """Open runs."""
         with self.opened() as (client, experiment_id):
-            runs = found(client, experiment_id, f"attributes.status = 'RUNNING' and tags.sweep = '{sweep}'")
+            runs = search_runs(
+                client, experiment_id, f"attributes.status = 'RUNNING' and tags.sweep = '{sweep}'"
+            )
         return {run.info.run_id: int(run.data.tags.get("number", 0)) for run in runs}
 
-    def mark(self, run_id: str, state: str, error: str) -> None:
+    def end_run(self, run_id: str, state: str, error: str) -> None:
         """End a run that is still open."""
         with self.opened() as (client, _):
             run = client.get_run(run_id)
             if run.info.status == RUNNING:
-                close(client, run, state, error)
+                close_run(client, run, state, error)
 
-    def runs_of(self, sweep: str) -> list[str]:
+    def find_sweep_runs(self, sweep: str) -> list[str]:
         """The oldest first."""
         with self.opened() as (client, experiment_id):
-            return [run.info.run_id for run in found(client, experiment_id, f"tags.sweep = '{sweep}'")]
+            return [run.info.run_id for run in search_runs(client, experiment_id, f"tags.sweep = '{sweep}'")]
 
-    def fetch(self, run_id: str, folder: Path) -> None:
+    def download_run(self, run_id: str, folder: Path) -> None:
         """The files, and a record that knows its run."""
         with self.opened() as (client, _):
-            mlflow_upload.download(client, run_id, folder)
-        update_record(read_record(folder), tracking={**self.place(), "run_id": run_id, "uploaded": True})
+            mlflow_upload.download_files(client, run_id, folder)
+        update_record(
+            read_record(folder), tracking={**self.get_location(), "run_id": run_id, "uploaded": True}
+        )
 
-    def share(self, sweep: str, records: Sequence[Record]) -> str | None:
+    def share_sweep(self, sweep: str, records: Sequence[Record]) -> str | None:
         """Write the sweep's view into the experiment."""
-        keys = dict.fromkeys(key for record in records for key in mlflow_payload.image_files(record))
+        keys = dict.fromkeys(key for record in records for key in mlflow_payload.find_image_files(record))
         names = dict.fromkeys(name for record in records for name in [*record.metrics, *record.series])
-        state = view_state(varying(record.params for record in records), names, list(keys), sweep)
+        state = build_view_state(
+            find_varying_params(record.params for record in records), names, list(keys), sweep
+        )
         with self.opened() as (client, experiment_id):
-            left_out = patient(write_view, client, experiment_id, sweep, state)
+            left_out = with_retries(write_view, client, experiment_id, sweep, state)
         if left_out:
             log.info(
                 "the dashboard's grid has room for %d of %d pictures of each run",
                 len(keys) - left_out,
                 len(keys),
             )
-        link = view_link(self.store if self.is_server else LOCAL_SERVER, experiment_id, sweep)
-        return link if self.is_server else f"{self.where()}\n          then open {link}"
+        link = build_view_link(self.store if self.is_server else LOCAL_SERVER, experiment_id, sweep)
+        return link if self.is_server else f"{self.get_view_hint()}\n          then open {link}"
 
-    def attach(self, run_id: str, path: Path) -> None:
+    def attach_file(self, run_id: str, path: Path) -> None:
         """An artifact."""
         with self.opened() as (client, _):
-            patient(client.log_artifact, run_id, str(path))
+            with_retries(client.log_artifact, run_id, str(path))
 
-    def where(self) -> str | None:
+    def get_view_hint(self) -> str | None:
         """The server's address, or the command that serves the database."""
         return (
             self.store if self.is_server else f"mlflow server --backend-store-uri {shlex.quote(self.store)}"
@@ -182,10 +199,10 @@ class MlflowTracker:
         Args:
             user: see `answering`.
         """
-        with answering(self.store, user):
+        with translate_errors(self.store, user):
             self.check()
             if self.is_server:
-                knock(self.address)
+                ping(self.address)
             with self.alone():
                 client, experiment_id = self.connect()
             yield client, experiment_id
@@ -200,10 +217,10 @@ class MlflowTracker:
             "://" not in self.address and not self.address.startswith("databricks")
         ):
             raise ConfigError(
-                f"tracker.uri={self.store} is a folder, in which MLflow keeps no runs any more; choose {FILE}/absolute/path/mlflow.db, "
+                f"tracker.uri={self.store} is a folder, in which MLflow keeps no runs any more; choose {SQLITE_PREFIX}/absolute/path/mlflow.db, "
                 "http://HOST:PORT, or null: mlflow.db in tracker.folder"
             )
-        if self.address in ("sqlite://", FILE) or ":memory:" in self.address:
+        if self.address in ("sqlite://", SQLITE_PREFIX) or ":memory:" in self.address:
             raise ConfigError(
                 f"tracker.uri={self.store} keeps its runs in memory, and they end with the command; choose sqlite:////path/mlflow.db"
             )
@@ -224,7 +241,7 @@ class MlflowTracker:
         self.database.parent.mkdir(parents=True, exist_ok=True)
         lock = Path(f"{self.database}.lock")
         lock.touch()  # where nothing can be written FileLock would wait for nobody
-        with FileLock(lock, timeout=OTHERS_S, poll_interval=0.01):
+        with FileLock(lock, timeout=LOCK_TIMEOUT_S, poll_interval=0.01):
             yield
 
     def connect(self) -> tuple["MlflowClient", str]:
@@ -263,7 +280,7 @@ class MlflowTracker:
         return (beside / "mlartifacts" / re.sub(r"[^\w. -]", "_", self.experiment)).as_uri()
 
 
-def found(client: "MlflowClient", experiment_id: str, condition: str) -> list["Run"]:
+def search_runs(client: "MlflowClient", experiment_id: str, condition: str) -> list["Run"]:
     """Runs of an experiment, the oldest first."""
     runs: list[Run] = []
     token: str | None = None
@@ -277,7 +294,7 @@ def found(client: "MlflowClient", experiment_id: str, condition: str) -> list["R
             return runs
 
 
-def close(client: "MlflowClient", run: "Run", state: str, error: str) -> None:
+def close_run(client: "MlflowClient", run: "Run", state: str, error: str) -> None:
     """End a run in place of its process."""
-    patient(client.set_tag, run.info.run_id, "error", cut(error, LONGEST_ERROR))
-    patient(client.set_terminated, run.info.run_id, state, milliseconds(time.time()))
+    with_retries(client.set_tag, run.info.run_id, "error", truncate(error, MAX_ERROR_LENGTH))
+    with_retries(client.set_terminated, run.info.run_id, state, to_milliseconds(time.time()))

@@ -10,35 +10,39 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from int8run.errors import ConfigError, TrackingError
-from int8run.tracking.run_record import without_login
+from int8run.tracking.run_record import remove_login
 
 T = TypeVar("T")
-BUSY = {
+BUSY_CODES = {
     "TEMPORARILY_UNAVAILABLE",
     "BAD_REQUEST",
 }  # a database that is locked; two writers made the same row at once
-AWAY = {"TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED"}
-PAUSES_S = (0.1, 0.5, 2.0)
-KNOCKS_S = (0.0, 1.0, 2.0)  # pauses before looking for a server: one that is started again is back by then
-ANSWER_S = 5.0
-LONGEST_REASON = 300
+UNAVAILABLE_CODES = {"TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED"}
+RETRY_PAUSES_S = (0.1, 0.5, 2.0)
+PING_PAUSES_S = (
+    0.0,
+    1.0,
+    2.0,
+)  # pauses before looking for a server: one that is started again is back by then
+PING_TIMEOUT_S = 5.0
+MAX_REASON_LENGTH = 300
 
 
-def patient(call: Callable[..., T], *args: Any) -> T:
+def with_retries(call: Callable[..., T], *args: Any) -> T:
     """Call, and call again a few times while the store is busy. Whatever is called must bear to be repeated."""
     from mlflow.exceptions import MlflowException
 
-    for pause in PAUSES_S:
+    for pause in RETRY_PAUSES_S:
         try:
             return call(*args)
         except MlflowException as error:
-            if error.error_code not in BUSY:
+            if error.error_code not in BUSY_CODES:
                 raise
             time.sleep(pause * random.uniform(0.5, 1.5))
     return call(*args)
 
 
-def knock(address: str) -> None:
+def ping(address: str) -> None:
     """Look whether a server answers at all, before mlflow asks it: it would go on asking for minutes.
 
     Raises:
@@ -46,23 +50,23 @@ def knock(address: str) -> None:
     """
     import requests
 
-    for pause in KNOCKS_S:
+    for pause in PING_PAUSES_S:
         time.sleep(pause)
         try:
             # anything that it says is an answer, "not found" and "who are you" too
-            requests.get(f"{address.rstrip('/')}/health", timeout=ANSWER_S, stream=True).close()
+            requests.get(f"{address.rstrip('/')}/health", timeout=PING_TIMEOUT_S, stream=True).close()
             return
         except requests.exceptions.SSLError:
             return  # mlflow has settings for certificates
         except requests.exceptions.Timeout as error:
-            raise TimeoutError(f"no answer in {ANSWER_S:g} s") from error
+            raise TimeoutError(f"no answer in {PING_TIMEOUT_S:g} s") from error
         except requests.exceptions.ConnectionError as error:
             last = error
     raise last
 
 
 @contextmanager
-def answering(store: str, user: bool) -> Iterator[None]:
+def translate_errors(store: str, user: bool) -> Iterator[None]:
     """Turn what goes wrong at the store into one line.
 
     Args:
@@ -83,8 +87,10 @@ def answering(store: str, user: bool) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
-        silent = is_away(error, store)
-        line = f"tracker.uri={store} {'does not answer' if silent else 'cannot be used'}: {reason(error)}"
+        silent = is_unreachable(error, store)
+        line = (
+            f"tracker.uri={store} {'does not answer' if silent else 'cannot be used'}: {explain_error(error)}"
+        )
         if silent or not user:
             raise TrackingError(line) from error
         raise ConfigError(f"{line}; tracker=none runs without") from error
@@ -96,7 +102,7 @@ def answering(store: str, user: bool) -> Iterator[None]:
         repeats.setLevel(level)
 
 
-def is_away(error: BaseException, store: str) -> bool:
+def is_unreachable(error: BaseException, store: str) -> bool:
     """Whether another moment may be better."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import OperationalError
@@ -106,15 +112,15 @@ def is_away(error: BaseException, store: str) -> bool:
     if store.startswith("sqlite:"):
         return False
     if isinstance(error, MlflowException):
-        return error.error_code in AWAY and (
+        return error.error_code in UNAVAILABLE_CODES and (
             store.startswith("http") or error.error_code == "TEMPORARILY_UNAVAILABLE"
         )
     return isinstance(error, OSError | OperationalError)
 
 
-def reason(error: BaseException) -> str:
+def explain_error(error: BaseException) -> str:
     """What went wrong, without the names of the libraries that it went through."""
-    text = without_login(" ".join(str(error).split()))
+    text = remove_login(" ".join(str(error).split()))
     system = re.search(r"\[Errno -?\d+\] ([^'\")\]:]+)", text)
     if system and ("Max retries" in text or "Connection" in text):
         return system[1].strip().lower()
@@ -124,4 +130,4 @@ def reason(error: BaseException) -> str:
         re.sub(r"^\(\S+Error\) | \[SQL: .*|\(Background on this error at: \S+\)", "", text).strip()
         or type(error).__name__
     )
-    return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "…"
+    return text if len(text) <= MAX_REASON_LENGTH else text[:MAX_REASON_LENGTH] + "…"

@@ -23,11 +23,11 @@ from int8run.errors import FileError
 log = logging.getLogger(__name__)
 STATUS = "status.json"
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
-NO_WORD = "the process ended without a word: killed, out of memory, or the machine went down"
+KILLED_MESSAGE = "the process ended without a word: killed, out of memory, or the machine went down"
 LOGIN = re.compile(r"://[^/@\s]*@")
-TEXTS = ("prompt", "key")  # of metrics.json: a prompt may be the word that stands for a number
+TEXT_KEYS = ("prompt", "key")  # of metrics.json: a prompt may be the word that stands for a number
 # settings that say where and how a job is kept, and change nothing about its result
-UNHASHED = ("resume", "sync", "progress", "tracker", "cache")
+UNHASHED_SETTINGS = ("resume", "sync", "progress", "tracker", "cache")
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Record:
     def _measured(self) -> dict[str, Any]:
         path = self.folder / "metrics.json"
         try:
-            return numbers(json.loads(path.read_text())) if path.is_file() else {}
+            return restore_numbers(json.loads(path.read_text())) if path.is_file() else {}
         except ValueError as error:
             log.warning("%s is damaged and left out: %s", path, error)
             return {}
@@ -177,12 +177,12 @@ class Record:
         return yaml.safe_load(path.read_text()) if path.is_file() else {}
 
 
-def numbers(value: Any) -> Any:
+def restore_numbers(value: Any) -> Any:
     """JSON with its words for non-finite numbers turned back into numbers."""
     if isinstance(value, dict):
-        return {k: v if k in TEXTS else numbers(v) for k, v in value.items()}
+        return {k: v if k in TEXT_KEYS else restore_numbers(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [numbers(v) for v in value]
+        return [restore_numbers(v) for v in value]
     return float(value) if value in ("inf", "-inf", "nan") else value
 
 
@@ -195,10 +195,10 @@ def read_record(folder: Path) -> Record:
     path = folder / STATUS
     try:
         status = json.loads(path.read_text())
-        if status["state"] == RUNNING and process_gone(
+        if status["state"] == RUNNING and is_process_gone(
             status["host"], status["pid"], status["process_started"]
         ):
-            status |= {"state": KILLED, "error": NO_WORD}
+            status |= {"state": KILLED, "error": KILLED_MESSAGE}
         return Record(folder, status)
     except FileNotFoundError:
         raise FileError(f"{folder} holds no {STATUS}: no job of int8run wrote it") from None
@@ -213,13 +213,13 @@ def find_records(folder: Path) -> list[Record]:
     """
     found = []
     for path in folder.rglob(STATUS):
-        record = known_record(path.parent) if path.parent.name != "artifacts" else None
+        record = try_read_record(path.parent) if path.parent.name != "artifacts" else None
         if record is not None:
             found.append(record)
     return sorted(found, key=lambda r: (r.number, r.started))
 
 
-def known_record(folder: Path) -> Record | None:
+def try_read_record(folder: Path) -> Record | None:
     """The record in a folder, if there is one that can be read."""
     if not (folder / STATUS).is_file():
         return None
@@ -230,33 +230,33 @@ def known_record(folder: Path) -> Record | None:
         return None
 
 
-def config_hash(settings: Mapping[str, Any]) -> str:
+def hash_config(settings: Mapping[str, Any]) -> str:
     """16 hexadecimal digits that are equal where the settings that decide a result are.
 
     Args:
         settings: the resolved config.
     """
-    deciding = {key: value for key, value in settings.items() if key not in UNHASHED}
-    return short_hash(json.dumps(deciding, sort_keys=True, default=str))
+    deciding = {key: value for key, value in settings.items() if key not in UNHASHED_SETTINGS}
+    return hash_text(json.dumps(deciding, sort_keys=True, default=str))
 
 
-def key_and_value(word: str) -> tuple[str, str]:
+def split_override(word: str) -> tuple[str, str]:
     """`+a.b=1` -> (`a.b`, `1`): a word of the command line."""
     key, _, value = word.lstrip("+~").partition("=")
     return key, value
 
 
-def without_login(text: str) -> str:
+def remove_login(text: str) -> str:
     """An address, or a text with some, without user and password."""
     return LOGIN.sub("://", text)
 
 
-def short_hash(text: str) -> str:
+def hash_text(text: str) -> str:
     """16 hexadecimal digits of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def this_process() -> dict[str, Any]:
+def describe_process() -> dict[str, Any]:
     """Who writes a record, so that others can tell whether it is still there."""
     return {
         "host": socket.gethostname(),
@@ -265,7 +265,7 @@ def this_process() -> dict[str, Any]:
     }
 
 
-def process_gone(host: str, pid: int, started: float) -> bool:
+def is_process_gone(host: str, pid: int, started: float) -> bool:
     """Whether a process of this machine has ended; of another machine nothing is known, and the answer is no."""
     if host != socket.gethostname():
         return False
@@ -280,13 +280,13 @@ def process_gone(host: str, pid: int, started: float) -> bool:
 def start_record(folder: Path, identity: Mapping[str, Any]) -> Record:
     """Write that a job runs, in this process, from now on. What an earlier try of it left in status.json is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
-    return write_status(new_record(folder, identity))
+    return write_status(create_record(folder, identity))
 
 
-def new_record(folder: Path, identity: Mapping[str, Any], **changes: Any) -> Record:
+def create_record(folder: Path, identity: Mapping[str, Any], **changes: Any) -> Record:
     """A record of a job that starts in this process; nothing is written."""
     ends = {"state": RUNNING, "error": None, "started": time.time(), "ended": None, "tracking": None}
-    return Record(folder, {**identity, **this_process(), **ends, **changes})
+    return Record(folder, {**identity, **describe_process(), **ends, **changes})
 
 
 def end_record(record: Record, state: str, error: str | None = None, warnings: Sequence[str] = ()) -> Record:

@@ -8,7 +8,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from PIL import Image
 
-from int8run.tracking.mlflow_dashboard import plain_link, varying, view_link, view_state, write_view
+from int8run.tracking.mlflow_dashboard import (
+    build_experiment_link,
+    build_view_link,
+    build_view_state,
+    find_varying_params,
+    write_view,
+)
 
 pytestmark = pytest.mark.browser
 
@@ -67,7 +73,7 @@ def shared(browser, tmp_path_factory):
             client,
             experiment_id,
             sweep,
-            view_state(varying(run.data.params for run in runs), metrics, keys, sweep),
+            build_view_state(find_varying_params(run.data.params for run in runs), metrics, keys, sweep),
         )
     with mlflow_server(store, folder / "server.log") as address:
         yield address, experiment_id, names
@@ -109,7 +115,7 @@ def wait_for_pictures(page, count):
 
 def test_the_charts_of_a_sweep(opened, shared):
     address, experiment_id, names = shared
-    page, seen = opened(view_link(address, experiment_id, "first"))
+    page, seen = opened(build_view_link(address, experiment_id, "first"))
     assert shown_runs(page, 4) == sorted(names["first"])
     wait_for_pictures(page, 4 * len(KEYS))
     grid = page.locator(CARDS).first
@@ -157,7 +163,7 @@ def test_the_charts_of_a_sweep(opened, shared):
 
 def test_the_table_of_a_sweep(opened, shared):
     address, experiment_id, names = shared
-    page, seen = opened(view_link(address, experiment_id, "first", charts=False))
+    page, seen = opened(build_view_link(address, experiment_id, "first", charts=False))
     assert shown_runs(page, 4) == sorted(names["first"])
     page.get_by_test_id("sort-header-memory/denoiser_bytes").wait_for()
     headers = page.locator('[data-testid^="sort-header-"]').all()
@@ -178,7 +184,7 @@ def test_the_table_of_a_sweep(opened, shared):
 
 def test_a_single_run_with_a_single_picture(opened, shared):
     address, experiment_id, names = shared
-    page, seen = opened(view_link(address, experiment_id, "second"))
+    page, seen = opened(build_view_link(address, experiment_id, "second"))
     assert shown_runs(page, 1) == names["second"]
     wait_for_pictures(page, 1)
     assert seen.complaints == [] and seen.outside == []
@@ -186,5 +192,5 @@ def test_a_single_run_with_a_single_picture(opened, shared):
 
 def test_the_plain_link_shows_all_runs(opened, shared):
     address, experiment_id, names = shared
-    page, _ = opened(plain_link(address, experiment_id))
+    page, _ = opened(build_experiment_link(address, experiment_id))
     assert shown_runs(page, 5) == sorted([*names["first"], *names["second"]])

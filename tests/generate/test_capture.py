@@ -8,8 +8,8 @@ import torch
 from support.helpers import CPU
 from torch import Tensor, nn
 
-from int8run.generate.capture import record_calls, record_step
-from int8run.generate.generate import StepClock, call
+from int8run.generate.capture import capture_calls, capture_step
+from int8run.generate.generate import StepClock, call_pipeline
 from int8run.generate.prompts import Sample
 from int8run.models.sampling import Sampling
 
@@ -43,7 +43,7 @@ class Pipe:
 
 
 def test_arguments_by_position_get_their_names_and_none_changes_later() -> None:
-    calls = record_calls(Pipe(), "denoiser", Denoiser(), BATCH, Sampling(steps=3))
+    calls = capture_calls(Pipe(), "denoiser", Denoiser(), BATCH, Sampling(steps=3))
     assert [sorted(c) for c in calls] == [["more", "sample", "time"]] * 3
     assert [(c["sample"][0].tolist(), c["time"], c["more"]["added"].item()) for c in calls] == [
         ([i, i], i, i) for i in range(3)
@@ -54,14 +54,14 @@ def test_arguments_by_position_get_their_names_and_none_changes_later() -> None:
 
 def test_one_call_is_the_second_of_two_steps_and_its_hook_is_taken_off() -> None:
     denoiser = Denoiser()
-    assert [made["time"] for made in record_step(Pipe(), "denoiser", denoiser, BATCH, Sampling(steps=9))] == [
-        1
-    ]
+    assert [
+        made["time"] for made in capture_step(Pipe(), "denoiser", denoiser, BATCH, Sampling(steps=9))
+    ] == [1]
     assert not denoiser._forward_pre_hooks
 
 
 def test_latents_that_the_pipeline_changes_in_place_are_kept_as_they_were() -> None:
     clock, pipe = StepClock(CPU), Pipe()
     pipe.register_modules(Denoiser())
-    call(pipe, BATCH, Sampling(steps=3), clock.step_end)
+    call_pipeline(pipe, BATCH, Sampling(steps=3), clock.on_step_end)
     assert [x.tolist() for x in clock.latents] == [[1, 1], [2, 2], [3, 3]]

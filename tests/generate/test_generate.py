@@ -13,14 +13,14 @@ from torch import nn
 from int8run.errors import ConfigError
 from int8run.generate import generate as module
 from int8run.generate.generate import (
+    PromptCache,
     StepClock,
-    TextCache,
-    call,
-    device_of,
-    frame_rate,
-    frames_of,
+    call_pipeline,
+    extract_frames,
+    find_unknown_arguments,
     generate,
-    unknown_arguments,
+    get_execution_device,
+    get_frame_rate,
 )
 from int8run.generate.prompts import Sample
 from int8run.models.sampling import Sampling
@@ -32,7 +32,7 @@ SAMPLES = [Sample(prompt, seed, prompt) for seed, prompt in enumerate("abc", 5)]
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Seconds that only the test moves."""
     seconds = [100.0]
-    monkeypatch.setattr(module, "now", lambda device: seconds[0])
+    monkeypatch.setattr(module, "read_clock", lambda device: seconds[0])
     yield seconds
 
 
@@ -98,7 +98,7 @@ def test_each_denoiser_draws_every_sample_and_they_take_turns(clock: list[float]
         noise = [torch.rand(4, generator=torch.Generator().manual_seed(s.seed))[:, None] for s in SAMPLES]
         for sample, latents, drawn in zip(SAMPLES, found.trajectories, noise, strict=True):
             assert torch.equal(latents, number * ord(sample.prompt) + drawn)
-        assert found.bytes == 3 * (4 * 4 + 3 * 4)
+        assert found.nbytes == 3 * (4 * 4 + 3 * 4)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -144,12 +144,14 @@ def test_a_step_clock_alone_times_from_end_to_end(clock: list[float]) -> None:
     for step, seconds in enumerate((3.0, 4.0)):
         clock[0] += seconds
         assert (
-            timed.step_end(pipe, step, torch.tensor(0), {"latents": torch.ones(1, 2, dtype=torch.bfloat16)})
+            timed.on_step_end(
+                pipe, step, torch.tensor(0), {"latents": torch.ones(1, 2, dtype=torch.bfloat16)}
+            )
             == {}
         )
     assert (
         timed.seconds == [3.0, 4.0]
-        and timed.paused == 0
+        and timed.paused_seconds == 0
         and [x.dtype for x in timed.latents] == [torch.float32] * 2
     )
 
@@ -183,8 +185,8 @@ def test_noise_that_a_scheduler_draws_itself_is_the_same_for_both_and_the_progra
 
 def test_equal_prompts_are_encoded_once_until_the_encoders_change(clock: list[float]) -> None:
     pipe = Pipe(clock)
-    texts = TextCache.of(pipe)
-    assert TextCache.of(pipe) is texts and pipe.encode_prompt is texts
+    texts = PromptCache.for_pipeline(pipe)
+    assert PromptCache.for_pipeline(pipe) is texts and pipe.encode_prompt is texts
     first = pipe.encode_prompt(["a"], scale=1.0)
     assert pipe.encode_prompt(["a"], scale=1.0) is first and texts.saved == 8.0
     pipe.encode_prompt(["a"], scale=2.0)
@@ -196,22 +198,22 @@ def test_equal_prompts_are_encoded_once_until_the_encoders_change(clock: list[fl
 
 def test_text_encoders_in_turn_have_their_own_answers(clock: list[float]) -> None:
     pipe = Pipe(clock)
-    texts = TextCache.of(pipe)
+    texts = PromptCache.for_pipeline(pipe)
     first = pipe.encode_prompt(["a"])
-    texts.which = "other"
+    texts.encoder_key = "other"
     second = pipe.encode_prompt(["a"])
     assert second is not first and pipe.encode_prompt(["a"]) is second and len(pipe.encoded) == 2
-    texts.which = ""
+    texts.encoder_key = ""
     assert pipe.encode_prompt(["a"]) is first and len(pipe.encoded) == 2
     texts.clear()
-    texts.which = "other"
+    texts.encoder_key = "other"
     pipe.encode_prompt(["a"])
     assert len(pipe.encoded) == 3, "clear forgets both"
 
 
 def test_the_order_of_named_arguments_has_no_say() -> None:
     calls: list[dict] = []
-    texts = TextCache(lambda **given: calls.append(given), CPU)
+    texts = PromptCache(lambda **given: calls.append(given), CPU)
     texts(prompt=["a"], scale=1)
     texts(scale=1, prompt=["a"])
     assert len(calls) == 1
@@ -222,16 +224,16 @@ def test_the_order_of_named_arguments_has_no_say() -> None:
 )
 def test_tensors_and_pictures_of_the_callers_own_are_not_remembered(clock: list[float], own: Any) -> None:
     pipe = Pipe(clock)
-    texts = TextCache.of(pipe)
+    texts = PromptCache.for_pipeline(pipe)
     for _ in range(2):
         pipe.encode_prompt(["a"], scale=own)
         pipe.encode_prompt(["a"], own)
-    assert len(pipe.encoded) == 4 and texts.known == {} and texts.saved == 0
+    assert len(pipe.encoded) == 4 and texts.entries == {} and texts.saved == 0
 
 
 def test_devices_dtypes_and_lists_of_words_are_remembered(clock: list[float]) -> None:
     pipe = Pipe(clock)
-    TextCache.of(pipe)
+    PromptCache.for_pipeline(pipe)
     for scale in (CPU, torch.bfloat16, ["say", ("a", 1, None)], True):
         pipe.encode_prompt(["a"], scale)
         pipe.encode_prompt(["a"], scale)
@@ -239,9 +241,9 @@ def test_devices_dtypes_and_lists_of_words_are_remembered(clock: list[float]) ->
 
 
 def test_only_the_latest_prompts_are_kept(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_PROMPTS", 2)
+    monkeypatch.setattr(module, "MAX_CACHED_PROMPTS", 2)
     pipe = Pipe(clock)
-    TextCache.of(pipe)
+    PromptCache.for_pipeline(pipe)
     for prompt in "abca":
         pipe.encode_prompt([prompt])
     assert pipe.encoded == [["a"], ["b"], ["c"], ["a"]]
@@ -252,16 +254,16 @@ def test_only_the_latest_prompts_are_kept(clock: list[float], monkeypatch: pytes
 def test_the_device_is_where_an_offloaded_pipeline_computes() -> None:
     meta = torch.device("meta")
     assert (
-        device_of(SimpleNamespace(device=CPU)) == CPU
-        and device_of(SimpleNamespace(device=CPU, _execution_device=meta)) == meta
+        get_execution_device(SimpleNamespace(device=CPU)) == CPU
+        and get_execution_device(SimpleNamespace(device=CPU, _execution_device=meta)) == meta
     )
-    assert TextCache.of(SimpleNamespace(device=CPU, _execution_device=meta)).device == meta
+    assert PromptCache.for_pipeline(SimpleNamespace(device=CPU, _execution_device=meta)).device == meta
 
 
 def test_a_pipeline_that_encodes_in_its_own_way_is_left_alone() -> None:
     pipe = SimpleNamespace(device=CPU)
-    TextCache.of(pipe).clear()
-    assert vars(pipe) == {"device": CPU} and TextCache.of(pipe).saved == 0
+    PromptCache.for_pipeline(pipe).clear()
+    assert vars(pipe) == {"device": CPU} and PromptCache.for_pipeline(pipe).saved == 0
 
 
 # -- one call ----------------------------------------------------------------------------------------------------------------------
@@ -272,8 +274,8 @@ def test_settings_that_nobody_set_are_left_to_the_pipeline_and_further_ones_are_
 ) -> None:
     pipe = Pipe(clock)
     pipe.register_modules(denoiser=Denoiser(1))
-    call(pipe, SAMPLES[:2], Sampling(steps=1), lambda *_: {})
-    call(
+    call_pipeline(pipe, SAMPLES[:2], Sampling(steps=1), lambda *_: {})
+    call_pipeline(
         pipe,
         SAMPLES[:2],
         Sampling(steps=1, guidance=0.0, height=16, extra={"eta": 0.3, "none": None}),
@@ -288,7 +290,7 @@ def test_one_text_in_the_settings_is_for_every_sample_of_a_batch(clock: list[flo
     pipe.register_modules(denoiser=Denoiser(1))
     texts = {"negative_prompt": "blurred", "prompt_2": "b", "negative_prompt_3": "c", "prompt_4": ["d", "e"]}
     others = {"system_prompt": "draw", "negative_prompt_scale": "x"}
-    call(pipe, SAMPLES[:2], Sampling(steps=1, extra={**texts, **others}), lambda *_: {})
+    call_pipeline(pipe, SAMPLES[:2], Sampling(steps=1, extra={**texts, **others}), lambda *_: {})
     (given,) = pipe.arguments
     assert [given[name] for name in texts] == [["blurred"] * 2, ["b"] * 2, ["c"] * 2, ["d", "e"]]
     assert [given[name] for name in others] == ["draw", "x"]
@@ -299,7 +301,7 @@ def test_arrays_in_place_of_pictures_are_refused(clock: list[float], kind: str |
     with pytest.raises(
         ConfigError, match=rf"^sampler\.extra\.output_type is {kind!r}; .*choose from latent, pil$"
     ):
-        call(Pipe(clock), SAMPLES, Sampling(steps=1, extra={"output_type": kind}), lambda *_: {})
+        call_pipeline(Pipe(clock), SAMPLES, Sampling(steps=1, extra={"output_type": kind}), lambda *_: {})
 
 
 class OldPipe(Pipe):
@@ -337,12 +339,12 @@ def frame(level: int, width: int = 2) -> Image.Image:
 
 def test_frames_of_pictures_videos_and_latents() -> None:
     a, b, c, d = map(frame, range(4))
-    assert frames_of(SimpleNamespace(images=[a, b])) == [[a], [b]]
-    assert frames_of(SimpleNamespace(frames=[[a, b], [c, d]], audio=torch.ones(1))) == [[a, b], [c, d]]
+    assert extract_frames(SimpleNamespace(images=[a, b])) == [[a], [b]]
+    assert extract_frames(SimpleNamespace(frames=[[a, b], [c, d]], audio=torch.ones(1))) == [[a, b], [c, d]]
     assert (
-        frames_of(SimpleNamespace(images=torch.ones(2, 3)))
+        extract_frames(SimpleNamespace(images=torch.ones(2, 3)))
         == []
-        == frames_of(SimpleNamespace(frames=torch.ones(2, 3)))
+        == extract_frames(SimpleNamespace(frames=torch.ones(2, 3)))
     )
 
 
@@ -362,7 +364,7 @@ def test_a_generation_of_videos_holds_every_frame(clock: list[float]) -> None:
         ]
         assert [f.getpixel((0, 0)) for f in made.images] == list(map(ord, "abc"))
         assert (
-            made.bytes == 3 * 4 * 4 + 3 * 3 * (3 * 5 * 2) and made.is_video and len(made.image_seconds) == 3
+            made.nbytes == 3 * 4 * 4 + 3 * 3 * (3 * 5 * 2) and made.is_video and len(made.image_seconds) == 3
         )
         assert made.sound == (filming.sound is not None)
 
@@ -374,8 +376,8 @@ def test_the_frame_rate_is_asked_for_or_the_pipelines_own_or_wans() -> None:
     class Silent:
         def __call__(self) -> None: ...
 
-    assert frame_rate(Own(), Sampling()) == 25 and frame_rate(Silent(), Sampling()) == 16
-    assert frame_rate(Own(), Sampling(extra={"frame_rate": 12.5})) == 12.5
+    assert get_frame_rate(Own(), Sampling()) == 25 and get_frame_rate(Silent(), Sampling()) == 16
+    assert get_frame_rate(Own(), Sampling(extra={"frame_rate": 12.5})) == 12.5
 
 
 def test_a_scheduler_that_the_pipeline_cannot_use_is_named() -> None:
@@ -387,14 +389,14 @@ def test_a_scheduler_that_the_pipeline_cannot_use_is_named() -> None:
 
     message = r"^sampler\.scheduler=DDIMScheduler cannot be used with Fussy: The scheduler does not support sigmas\.; choose another one$"
     with pytest.raises(ConfigError, match=message):
-        call(Fussy(), SAMPLES, Sampling(steps=1, scheduler="DDIMScheduler"), lambda *_: {})
+        call_pipeline(Fussy(), SAMPLES, Sampling(steps=1, scheduler="DDIMScheduler"), lambda *_: {})
     with pytest.raises(
         ValueError, match="does\nnot support"
     ):  # of the model's own scheduler nobody chose anything
-        call(Fussy(), SAMPLES, Sampling(steps=1), lambda *_: {})
+        call_pipeline(Fussy(), SAMPLES, Sampling(steps=1), lambda *_: {})
 
 
 def test_arguments_that_a_pipeline_does_not_have(clock: list[float]) -> None:
-    assert unknown_arguments(Pipe(clock), Sampling(extra={"prompt": 1, "generator": 2})) == []
+    assert find_unknown_arguments(Pipe(clock), Sampling(extra={"prompt": 1, "generator": 2})) == []
     fussy = SimpleNamespace()
-    assert unknown_arguments(fussy, Sampling(extra={"frames": 3})) == ["frames"]
+    assert find_unknown_arguments(fussy, Sampling(extra={"frames": 3})) == ["frames"]

@@ -5,8 +5,8 @@ import torch
 from support.tiny_pipeline import random_pipeline
 
 from int8run.generate.generate import generate
-from int8run.generate.prompts import samples
-from int8run.models.loader import use_scheduler
+from int8run.generate.prompts import build_samples
+from int8run.models.loader import set_scheduler
 from int8run.models.sampling import Sampling
 
 NOISY = Sampling(
@@ -20,20 +20,24 @@ def pipe():
     made.set_progress_bar_config(disable=True)
     for part in (made.text_encoder, made.text_encoder_2, made.transformer):
         part.eval()  # a dropout would draw from the same generator
-    use_scheduler(made, made.scheduler, NOISY)
+    set_scheduler(made, made.scheduler, NOISY)
     return made
 
 
 def test_both_denoisers_meet_the_same_noise(pipe):
     made = generate(
-        pipe, "transformer", {"a": pipe.transformer, "b": pipe.transformer}, samples(["a", "b"], 1, 0), NOISY
+        pipe,
+        "transformer",
+        {"a": pipe.transformer, "b": pipe.transformer},
+        build_samples(["a", "b"], 1, 0),
+        NOISY,
     )
     assert all(map(torch.equal, made["a"].trajectories, made["b"].trajectories))
 
 
 def test_another_seed_is_another_noise(pipe):
     first, second = (
-        generate(pipe, "transformer", {"": pipe.transformer}, samples(["a"], 1, seed), NOISY)[
+        generate(pipe, "transformer", {"": pipe.transformer}, build_samples(["a"], 1, seed), NOISY)[
             ""
         ].trajectories[0]
         for seed in (0, 1)
@@ -44,5 +48,5 @@ def test_another_seed_is_another_noise(pipe):
 
 def test_torchs_own_generator_is_left_as_it_was(pipe):
     before = torch.random.get_rng_state()
-    generate(pipe, "transformer", {"": pipe.transformer}, samples(["a"], 1, 7), NOISY)
+    generate(pipe, "transformer", {"": pipe.transformer}, build_samples(["a"], 1, 7), NOISY)
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -3,7 +3,7 @@
 import pytest
 
 from int8run.errors import ConfigError, FileError
-from int8run.generate.prompts import PromptSet, Sample, samples, slug
+from int8run.generate.prompts import PromptSet, Sample, build_samples, slugify
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_pictures_per_prompt_have_a_range(count):
 
 
 def test_samples_are_prompts_times_seeds():
-    assert samples(["A fox!", "an owl"], 2, seed=7) == [
+    assert build_samples(["A fox!", "an owl"], 2, seed=7) == [
         Sample("A fox!", 7, "000_a-fox_s7"),
         Sample("A fox!", 8, "000_a-fox_s8"),
         Sample("an owl", 7, "001_an-owl_s7"),
@@ -96,7 +96,7 @@ def test_samples_are_prompts_times_seeds():
 
 
 def test_keys_differ_even_where_prompts_do_not():
-    keys = [s.key for s in samples(["x" * 50, "x" * 50, "?", "狐"], 3, seed=0)]
+    keys = [s.key for s in build_samples(["x" * 50, "x" * 50, "?", "狐"], 3, seed=0)]
     assert len(set(keys)) == len(keys) == 12
 
 
@@ -113,4 +113,4 @@ SLUGS = {
 
 @pytest.mark.parametrize(("text", "name"), SLUGS.values(), ids=SLUGS)
 def test_a_prompt_becomes_part_of_a_file_name(text, name):
-    assert slug(text) == name
+    assert slugify(text) == name

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from support.helpers import randn
 
-from int8run.checkpoints.comfy_int8 import read_note
+from int8run.checkpoints.comfy_int8 import read_provenance
 from int8run.checkpoints.header import read_header
 from int8run.errors import FileError
 from int8run.generate.generate import Generation
@@ -55,10 +55,10 @@ def test_a_generation_comes_back(made: Generation, tmp_path: Path) -> None:
     assert len(back.trajectories) == len(made.trajectories) and all(
         map(torch.equal, back.trajectories, made.trajectories)
     )
-    assert (back.step_seconds, back.image_seconds, back.sound) == (
+    assert (back.step_seconds, back.image_seconds, back.has_sound) == (
         made.step_seconds,
         made.image_seconds,
-        made.sound,
+        made.has_sound,
     )
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -72,7 +72,7 @@ def test_a_picture_with_transparency_is_kept_as_rgb(tmp_path: Path) -> None:
 
 def test_who_looks_into_the_file_is_told_what_drew_it(tmp_path: Path) -> None:
     save_generation(MADE["pictures"], tmp_path / "a.safetensors", {"model": "tiny", "drawings": 2})
-    assert read_note(tmp_path / "a.safetensors", read_header(tmp_path / "a.safetensors")[1]) == {
+    assert read_provenance(tmp_path / "a.safetensors", read_header(tmp_path / "a.safetensors")[1]) == {
         "model": "tiny",
         "drawings": 2,
     }

@@ -8,32 +8,40 @@ import torch
 from support.helpers import randn
 
 from int8run.layers.plan import LayerPlan
-from int8run.metrics.embeddings import compare, embedding_cosine, encoder_metrics, relative_error, tensors
+from int8run.metrics.embeddings import (
+    compare_embeddings,
+    compute_embedding_cosine,
+    compute_encoder_metrics,
+    compute_relative_error,
+    iter_tensors,
+)
 
 
 def test_the_cosine_is_a_mean_over_tokens() -> None:
     a, b = torch.tensor([[[3.0, 4.0], [1000.0, 0.0]]]), torch.tensor([[[4.0, 3.0], [1000.0, 0.0]]])
-    assert embedding_cosine(a, b) == pytest.approx((24 / 25 + 1) / 2), (
+    assert compute_embedding_cosine(a, b) == pytest.approx((24 / 25 + 1) / 2), (
         "the huge token counts no more than the other"
     )
-    assert embedding_cosine(a, -a) == pytest.approx(-1) and embedding_cosine(
+    assert compute_embedding_cosine(a, -a) == pytest.approx(-1) and compute_embedding_cosine(
         a[0, 0], b[0, 0]
     ) == pytest.approx(24 / 25)
     half = randn(5, 64).bfloat16()
-    assert embedding_cosine(half, half) == pytest.approx(1, abs=1e-12), "in float64"
+    assert compute_embedding_cosine(half, half) == pytest.approx(1, abs=1e-12), "in float64"
 
 
 def test_the_error_is_over_all_tokens() -> None:
     a = torch.tensor([[3.0, 4.0], [0.0, 12.0]])
-    assert relative_error(a, a + torch.tensor([[0.0, 5.0], [0.0, 0.0]])) == pytest.approx(5 / 13)
-    assert relative_error(a, torch.zeros(2, 2)) == pytest.approx(1) and relative_error(a, a) == 0
+    assert compute_relative_error(a, a + torch.tensor([[0.0, 5.0], [0.0, 0.0]])) == pytest.approx(5 / 13)
+    assert (
+        compute_relative_error(a, torch.zeros(2, 2)) == pytest.approx(1) and compute_relative_error(a, a) == 0
+    )
 
 
 def test_tensors_of_an_answer() -> None:
     a, b, c, d = (torch.tensor(float(i)) for i in range(4))
-    found = list(tensors((a, [b, None, "words"], {"x": (c,), "y": 3}, SimpleNamespace(z=d))))
+    found = list(iter_tensors((a, [b, None, "words"], {"x": (c,), "y": 3}, SimpleNamespace(z=d))))
     assert [t.item() for t in found] == [0, 1, 2]
-    assert list(tensors(None)) == []
+    assert list(iter_tensors(None)) == []
 
 
 def test_what_is_compared() -> None:
@@ -45,14 +53,14 @@ def test_what_is_compared() -> None:
         torch.zeros(2, 8),
         torch.ones(2, 8, dtype=torch.bool),
     ]
-    assert len(list(compare((wide, *left_out), (wide + 1, *left_out)))) == 1
-    assert len(list(compare([wide, randn(2, 5)], [wide, randn(2, 5, seed=1)]))) == 2, (
+    assert len(list(compare_embeddings((wide, *left_out), (wide + 1, *left_out)))) == 1
+    assert len(list(compare_embeddings([wide, randn(2, 5)], [wide, randn(2, 5, seed=1)]))) == 2, (
         "5 numbers are an embedding"
     )
-    assert list(compare(wide, wide[:1])) == []
-    assert list(compare(wide, 2 * wide)) == [(pytest.approx(1), pytest.approx(1))]
+    assert list(compare_embeddings(wide, wide[:1])) == []
+    assert list(compare_embeddings(wide, 2 * wide)) == [(pytest.approx(1), pytest.approx(1))]
     with pytest.raises(ValueError, match="zip"):
-        list(compare([wide, wide], [wide]))
+        list(compare_embeddings([wide, wide], [wide]))
 
 
 def plan(name: str, keep_float: str | None = None, **measured: float) -> LayerPlan:
@@ -70,7 +78,7 @@ def test_numbers_of_a_run() -> None:
     ]
     turned = torch.tensor([[0.0] * 4 + [1.0]])
     one = torch.tensor([[1.0] + [0.0] * 4])
-    found = encoder_metrics(plans, iter([(one, one), ((one, one), (turned, 2 * one))]))
+    found = compute_encoder_metrics(plans, iter([(one, one), ((one, one), (turned, 2 * one))]))
     assert found == {
         "clip/layers_quantized": 3,
         "clip/layers_float": 1,
@@ -83,8 +91,8 @@ def test_numbers_of_a_run() -> None:
 
 
 def test_numbers_of_a_run_without_a_float_model_or_rounding() -> None:
-    assert encoder_metrics([plan("a"), plan("b", "why")], []) == {
+    assert compute_encoder_metrics([plan("a"), plan("b", "why")], []) == {
         "clip/layers_quantized": 1,
         "clip/layers_float": 1,
     }
-    assert encoder_metrics([], []) == {"clip/layers_quantized": 0, "clip/layers_float": 0}
+    assert compute_encoder_metrics([], []) == {"clip/layers_quantized": 0, "clip/layers_float": 0}

@@ -13,20 +13,20 @@ from torch import nn
 from int8run.errors import ConfigError
 from int8run.generate.generate import Generation
 from int8run.layers.plan import LayerPlan
-from int8run.metrics.base import Metrics
-from int8run.metrics.layers import layer_metrics, measure_outputs, module_bytes
-from int8run.metrics.memory import peak_bytes, reset_peak
+from int8run.metrics.layers import compute_layer_metrics, count_module_bytes, measure_layer_outputs
+from int8run.metrics.memory import read_peak_bytes, reset_peak_memory
 from int8run.metrics.quality import (
     SampleQuality,
-    frame_series,
-    key_frames,
-    mean_quality,
-    per_image,
-    relative_error,
-    to_tensor,
-    trajectory_error,
+    average_frames,
+    average_quality,
+    compare_generations,
+    compute_relative_error,
+    compute_trajectory_error,
+    image_to_tensor,
+    select_key_frames,
 )
-from int8run.metrics.speed import percentile, speed, step_times
+from int8run.metrics.settings import MetricsSettings
+from int8run.metrics.speed import compute_percentile, compute_speed, list_step_times
 
 SIZE = 32
 
@@ -54,7 +54,7 @@ def video(*samples):
 
 def rows(candidate, baseline):
     """The values of each sample."""
-    return [row.values for row in per_image(candidate, baseline, ["a"] * len(candidate.frames))]
+    return [row.values for row in compare_generations(candidate, baseline, ["a"] * len(candidate.frames))]
 
 
 # -- quality ------------------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_means_have_their_public_names():
         {"psnr_db": 30.0, "ssim": 0.8, "latent_rel_err": 0.1},
         {"psnr_db": 40.0, "ssim": 1.0, "latent_rel_err": 0.3},
     ]
-    mean = lambda *values: mean_quality([SampleQuality(v, []) for v in values])  # noqa: E731
+    mean = lambda *values: average_quality([SampleQuality(v, []) for v in values])  # noqa: E731
     assert mean(*values) == pytest.approx(
         {"quality/psnr_db": 35, "quality/ssim": 0.9, "quality/latent_rel_err": 0.2}
     )
@@ -116,8 +116,8 @@ def test_means_have_their_public_names():
 
 
 def test_every_mode_of_a_picture_is_compared_in_rgb():
-    assert to_tensor(Image.new("L", (4, 2), 255)).shape == (1, 3, 2, 4)
-    assert to_tensor(Image.new("RGBA", (4, 2), (0, 255, 0, 128)))[0, :, 0, 0].tolist() == [0, 1, 0]
+    assert image_to_tensor(Image.new("L", (4, 2), 255)).shape == (1, 3, 2, 4)
+    assert image_to_tensor(Image.new("RGBA", (4, 2), (0, 255, 0, 128)))[0, :, 0, 0].tolist() == [0, 1, 0]
 
 
 def test_a_missing_picture_is_an_error():
@@ -126,7 +126,7 @@ def test_a_missing_picture_is_an_error():
 
 
 def test_a_picture_is_a_video_of_one_frame():
-    (row,) = per_image(made(flat(100)), made(flat(110)), ["a"])
+    (row,) = compare_generations(made(flat(100)), made(flat(110)), ["a"])
     assert (
         row.frames == [{name: row.values[name] for name in ("psnr_db", "ssim")}]
         and "latent_rel_err" in row.values
@@ -143,7 +143,7 @@ def test_frames_are_compared_one_by_one_and_their_mean_is_the_samples():
     differences = [(1, 2, 4), (10, 20, 40)]
     ours = video(*([flat(100 + d) for d in row] for row in differences))
     floats = video(*([flat(100)] * 3 for _ in differences))
-    found = per_image(ours, floats, ["a", "b"])
+    found = compare_generations(ours, floats, ["a", "b"])
     for row, levels in zip(found, differences, strict=True):
         alone = [rows(made(flat(100 + d)), made(flat(100)))[0] for d in levels]
         assert row.frames == [{name: values[name] for name in ("psnr_db", "ssim")} for values in alone]
@@ -152,13 +152,13 @@ def test_frames_are_compared_one_by_one_and_their_mean_is_the_samples():
         )
         assert row.values["ssim"] == pytest.approx(np.mean([values["ssim"] for values in alone]))
     expected = [np.mean([20 * math.log10(255 / sample[i]) for sample in differences]) for i in range(3)]
-    assert frame_series(found, "psnr_db") == pytest.approx(expected, abs=1e-3)
-    assert mean_quality(found)["quality/psnr_db"] == pytest.approx(np.mean(expected), abs=1e-3)
+    assert average_frames(found, "psnr_db") == pytest.approx(expected, abs=1e-3)
+    assert average_quality(found)["quality/psnr_db"] == pytest.approx(np.mean(expected), abs=1e-3)
 
 
 def test_a_missing_frame_is_an_error():
     with pytest.raises(ValueError, match="zip"):
-        per_image(video([flat(0), flat(0)]), video([flat(0)]), ["a"])
+        compare_generations(video([flat(0), flat(0)]), video([flat(0)]), ["a"])
 
 
 @pytest.mark.parametrize(
@@ -171,17 +171,17 @@ def test_a_missing_frame_is_an_error():
     ],
 )
 def test_frames_that_stand_for_a_video(count, expected):
-    assert key_frames(count) == expected
+    assert select_key_frames(count) == expected
 
 
 def test_relative_error():
-    assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
+    assert compute_relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
 
 
 def test_trajectory_error_is_the_mean_over_samples_at_each_step():
     base = [torch.tensor([[1.0], [1.0], [2.0]]), torch.tensor([[1.0], [1.0], [2.0]])]
     ours = [torch.tensor([[1.0], [1.1], [2.4]]), torch.tensor([[1.0], [1.3], [2.0]])]
-    assert trajectory_error(made(latents=ours), made(latents=base)) == pytest.approx([0, 0.2, 0.1])
+    assert compute_trajectory_error(made(latents=ours), made(latents=base)) == pytest.approx([0, 0.2, 0.1])
 
 
 # -- speed --------------------------------------------------------------------------------------------------------------
@@ -192,16 +192,16 @@ def timed(*batches, image_seconds=(1.0,)):
 
 
 def test_the_first_step_of_a_batch_is_left_out():
-    assert step_times(timed([9.0, 0.1, 0.2], [8.0, 0.3])) == pytest.approx([100, 200, 300])
+    assert list_step_times(timed([9.0, 0.1, 0.2], [8.0, 0.3])) == pytest.approx([100, 200, 300])
 
 
 def test_a_single_step_is_kept():
-    assert step_times(timed([0.5], [0.25])) == pytest.approx([500, 250])
+    assert list_step_times(timed([0.5], [0.25])) == pytest.approx([500, 250])
 
 
 def test_speed_of_known_times():
     ours = timed([9.0, *(i / 100 for i in range(1, 11))], image_seconds=[0.5, 0.5, 1.0])
-    values = speed(ours, timed([9.0, 0.1, 0.11, 0.12]))
+    values = compute_speed(ours, timed([9.0, 0.1, 0.11, 0.12]))
     assert values == pytest.approx(
         {
             "speed/step_ms_p50": 55,
@@ -214,12 +214,12 @@ def test_speed_of_known_times():
 
 def test_a_video_counts_once_and_so_does_each_of_its_frames():
     ours = Generation(frames=[[flat(0)] * 5, [flat(0)] * 5], step_seconds=[[1.0]], image_seconds=[2.0, 2.0])
-    values = speed(ours, None)
+    values = compute_speed(ours, None)
     assert values["speed/images_per_s"] == 0.5 and values["speed/frames_per_s"] == 2.5
 
 
 def test_without_a_baseline_there_is_no_ratio():
-    assert set(speed(timed([1.0, 2.0]), None)) == {
+    assert set(compute_speed(timed([1.0, 2.0]), None)) == {
         "speed/step_ms_p50",
         "speed/step_ms_p90",
         "speed/images_per_s",
@@ -239,7 +239,7 @@ def test_without_a_baseline_there_is_no_ratio():
     ids=["one", "half", "nine of ten", "ten of eleven", "27 of 30", "all"],
 )
 def test_percentile_is_the_smallest_value_that_the_share_does_not_exceed(values, share, expected):
-    assert percentile(list(values), share) == expected
+    assert compute_percentile(list(values), share) == expected
 
 
 # -- layers and memory --------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_layers_are_counted_and_averaged():
         plan("b", weight_sqnr_db=50.0, output_sqnr_db=36.0, used="reference"),
         plan("c", keep_float="embedder", asked="", used=""),
     ]
-    assert layer_metrics(plans) == pytest.approx(
+    assert compute_layer_metrics(plans) == pytest.approx(
         {
             "quant/layers_int8": 2,
             "quant/layers_float": 1,
@@ -271,11 +271,11 @@ def test_layers_are_counted_and_averaged():
 
 
 def test_a_choice_of_auto_is_no_fallback():
-    assert layer_metrics([plan("a", asked="auto", used="onednn")])["quant/fallback_layers"] == 0
+    assert compute_layer_metrics([plan("a", asked="auto", used="onednn")])["quant/fallback_layers"] == 0
 
 
 def test_what_was_not_measured_is_not_reported():
-    assert set(layer_metrics([plan("a", weight_sqnr_db=40.0)])) == {
+    assert set(compute_layer_metrics([plan("a", weight_sqnr_db=40.0)])) == {
         "quant/layers_int8",
         "quant/layers_float",
         "quant/fallback_layers",
@@ -285,7 +285,7 @@ def test_what_was_not_measured_is_not_reported():
 
 
 def test_an_unreached_layer_does_not_hide_the_others():
-    values = layer_metrics([plan("a", output_sqnr_db=30.0), plan("b")])
+    values = compute_layer_metrics([plan("a", output_sqnr_db=30.0), plan("b")])
     assert values["quant/output_sqnr_db_mean"] == 30
 
 
@@ -302,7 +302,7 @@ class Net(nn.Module):
 
 def test_outputs_are_compared_on_the_same_input():
     plans = [plan("used"), plan("unused"), plan("kept", keep_float="embedder")]
-    measure_outputs(Net(0.0), Net(0.01), [{"x": torch.ones(2, 3)}], plans)
+    measure_layer_outputs(Net(0.0), Net(0.01), [{"x": torch.ones(2, 3)}], plans)
     # 1 % error is 40 dB
     assert plans[0].measured["output_sqnr_db"] == pytest.approx(40, abs=0.01)
     assert plans[1].measured == {} == plans[2].measured, "a layer that does not run is not measured"
@@ -310,20 +310,20 @@ def test_outputs_are_compared_on_the_same_input():
 
 def test_bytes_count_each_tensor_once():
     module = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(4, 2, bias=False))
-    assert module_bytes(module) == 2 * 4 * 2 * 4
+    assert count_module_bytes(module) == 2 * 4 * 2 * 4
     module[1].weight = module[0].weight
     module.register_buffer("codes", torch.zeros(5, dtype=torch.int8))
     module.register_buffer("absent", None)
-    assert module_bytes(module) == 4 * 2 * 4 + 5
+    assert count_module_bytes(module) == 4 * 2 * 4 + 5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own count is in /proc")
 def test_peak_memory_of_the_process():
     cpu = torch.device("cpu")
-    reset_peak(cpu)
+    reset_peak_memory(cpu)
     lines = Path("/proc/self/status").read_text().splitlines()
     kernel = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    assert peak_bytes(cpu) == pytest.approx(kernel, rel=0.05)
+    assert read_peak_bytes(cpu) == pytest.approx(kernel, rel=0.05)
 
 
 @pytest.mark.parametrize("baseline", ["yes", True], ids=repr)
@@ -331,4 +331,4 @@ def test_the_baseline_is_a_word(baseline):
     with pytest.raises(
         ConfigError, match=rf"metrics\.baseline is {baseline!r}; choose from cached, none, run"
     ):
-        Metrics(baseline=baseline)
+        MetricsSettings(baseline=baseline)

@@ -15,13 +15,20 @@ from PIL import Image
 
 from int8run.errors import ConfigError
 from int8run.report import heatmap, image_gallery, plots, ranking
-from int8run.report.columns import COLUMNS, PSNR, RATIO, STEP
-from int8run.report.curves import strength_curves
-from int8run.report.html_page import commands, environments, facts, later_pictures, settings, write_report
-from int8run.report.ranking import candidates, front, table
-from int8run.report.run_files import LAYER_COLUMNS, difference
-from int8run.report.runs import name_runs
-from int8run.report.verdict import answer
+from int8run.report.columns import METRIC_COLUMNS, PSNR_DB, SPEED_RATIO, STEP_MS
+from int8run.report.curves import build_strength_curves
+from int8run.report.html_page import (
+    compare_environments,
+    compare_settings,
+    list_commands,
+    list_facts,
+    select_deferred_images,
+    write_report,
+)
+from int8run.report.ranking import build_table, find_pareto_front, group_candidates
+from int8run.report.run_files import LAYER_COLUMNS, make_difference_image
+from int8run.report.runs import format_tags, name_runs, shorten_keys
+from int8run.report.verdict import recommend
 from int8run.tracking.run_record import find_records, read_record
 
 BYTES, SMALLER, SSIM = "memory/denoiser_bytes", "memory/denoiser_ratio", "quality/ssim"
@@ -38,10 +45,10 @@ VOID = {"area", "br", "col", "embed", "hr", "img", "input", "link", "meta", "sou
 
 def measured(step=10.0, ratio=2.0, psnr=50.0, ssim=0.99, size=30e6, **more):
     values = {
-        STEP: step,
+        STEP_MS: step,
         "speed/step_ms_p90": None if step is None else 1.1 * step,
-        RATIO: ratio,
-        PSNR: psnr,
+        SPEED_RATIO: ratio,
+        PSNR_DB: psnr,
         SSIM: ssim,
         BYTES: size,
     }
@@ -76,7 +83,7 @@ def record(
         "number": number,
         "config_hash": "0",
         "build_key": "0",
-        "objective": PSNR,
+        "objective": PSNR_DB,
         "started": 1790000000.0 + 60 * number,
         "ended": 1790000050.0 + 60 * number,
         "host": "box",
@@ -335,9 +342,12 @@ def test_what_the_user_named_tells_runs_apart(tmp_path):
             {},
         )
     records = find_records(tmp_path)
-    assert [dict(run.varied) for run in name_runs(records)] == [{"outlier": "none"}, {"outlier": "convrot"}]
-    assert dict(settings(records)["differ"])["outlier.group_size"] == ["–", "256"]
-    assert ("model", "tiny") in settings(records)["common"]
+    assert [dict(run.varied_settings) for run in name_runs(records)] == [
+        {"outlier": "none"},
+        {"outlier": "convrot"},
+    ]
+    assert dict(compare_settings(records)["differ"])["outlier.group_size"] == ["–", "256"]
+    assert ("model", "tiny") in compare_settings(records)["common"]
 
 
 def test_without_named_differences_all_count(tmp_path):
@@ -363,12 +373,12 @@ def test_numbers_that_are_not_single_give_way_to_places(tmp_path):
     ],
 )
 def test_short_names_are_single(keys, short):
-    assert list(ranking.short_names(keys).values()) == short
+    assert list(shorten_keys(keys).values()) == short
 
 
 def test_commands_can_be_pasted(tmp_path):
     run = name_runs([record(tmp_path, 5, ["prompts.prompts=[a fox,an owl]", "lora=none"])])
-    ((_, command, place),) = commands(run, tmp_path)
+    ((_, command, place),) = list_commands(run, tmp_path)
     assert (command, place) == ("int8run 'prompts.prompts=[a fox,an owl]' lora=none", "5")
 
 
@@ -377,7 +387,7 @@ def test_environments_say_who_differs(tmp_path):
     runs = name_runs(
         [record(tmp_path, n, metrics={}, environment=EPYC if n < 3 else other) for n in range(4)]
     )
-    found = dict(environments(runs))
+    found = dict(compare_environments(runs))
     assert found["versions.torch"] == [("2.13.0", "#0–#2"), ("2.12.0", "#3")]
     assert (
         found["python"] == [("3.11", "")] and found["git"] == [("–", "")] and found["host"] == [("box", "")]
@@ -386,7 +396,7 @@ def test_environments_say_who_differs(tmp_path):
 
 def test_the_head_says_what_ran(tmp_path):
     runs = name_runs([record(tmp_path, 0, metrics={}), record(tmp_path, 1, state="KILLED", ended=None)])
-    said = dict(facts(runs))
+    said = dict(list_facts(runs))
     assert said["Runs"] == "2: 1 finished, 1 killed" and said["When"] == "2026-09-21 14:13 – 14:14 UTC"
     assert (said["Machine"], said["Host"], said["Model"]) == ("EPYC, 2 threads", "box", "tiny")
 
@@ -395,7 +405,7 @@ def test_the_head_says_what_ran(tmp_path):
     ("tags", "text"), [(["#0"], "#0"), (["#0", "#1"], "#0, #1"), (["#0", "#1", "#2", "#7"], "#0–#2, #7")]
 )
 def test_tags_are_listed_short(tags, text):
-    assert ranking.listed(tags) == text
+    assert format_tags(tags) == text
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------------
@@ -404,31 +414,31 @@ def test_tags_are_listed_short(tags, text):
 @pytest.mark.parametrize(
     ("metric", "values", "shown"),
     [
-        (PSNR, [math.inf, 57.84, None], ["equal", "57.8", "–"]),
+        (PSNR_DB, [math.inf, 57.84, None], ["equal", "57.8", "–"]),
         (SSIM, [1.0, 0.99997, 0.99994, 0.5], ["1.0000", ">0.9999", "0.9999", "0.5000"]),
-        (STEP, [4.567, 812.3], ["4.57", "812.30"]),
-        (STEP, [412.34, 812.3], ["412", "812"]),
+        (STEP_MS, [4.567, 812.3], ["4.57", "812.30"]),
+        (STEP_MS, [412.34, 812.3], ["412", "812"]),
         (BYTES, [28.7e6], ["28.7"]),
         (BYTES, [12.1e9], ["12100"]),
-        (RATIO, [2.544, 0.5], ["2.54×", "0.50×"]),
+        (SPEED_RATIO, [2.544, 0.5], ["2.54×", "0.50×"]),
         ("quality/latent_rel_err", [0.0, 0.00001, 0.0054], ["0.00", "<0.01", "0.54"]),
     ],
 )
 def test_numbers_are_shown_honestly(metric, values, shown):
-    column = next(c for c in COLUMNS if c.metric == metric)
-    digits = column.digits([v for v in values if v is not None])
-    assert [column.show(v, digits) for v in values] == shown
+    column = next(c for c in METRIC_COLUMNS if c.metric == metric)
+    digits = column.choose_decimals([v for v in values if v is not None])
+    assert [column.format(v, digits) for v in values] == shown
 
 
 def test_the_table_marks_the_best_and_the_front(tmp_path):
     runs = sweep(
         tmp_path, [measured(10, 2.0, 40), measured(11, 1.8, 45), measured(12, 1.7, 44)], ("a", "b", "c")
     )
-    columns, rows = table(runs)
+    columns, rows = build_table(runs)
     best = {c.metric: [row["cells"][i]["best"] for row in rows] for i, c in enumerate(columns)}
     assert (
-        best[STEP] == [True, False, False]
-        and best[PSNR] == [False, True, False]
+        best[STEP_MS] == [True, False, False]
+        and best[PSNR_DB] == [False, True, False]
         and best[BYTES] == [False] * 3
     )
     assert [row["front"] for row in rows] == [True, True, False]
@@ -439,14 +449,14 @@ def test_a_metric_that_was_asked_for_has_a_column(tmp_path):
     run = record(
         tmp_path, metrics=measured() | {"lora/overhead_ratio": 1.25}, objective="lora/overhead_ratio"
     )
-    columns, rows = table(name_runs([run]))
+    columns, rows = build_table(name_runs([run]))
     assert (columns[-1].heading, rows[0]["cells"][-1]["text"]) == ("lora/overhead_ratio", "1.25")
 
 
 def test_numbers_of_runs_that_did_not_finish_do_not_count(tmp_path):
     run = name_runs([record(tmp_path, metrics=measured(), state="KILLED")])[0]
-    assert run.metric(STEP) is None
-    assert name_runs([record(tmp_path / "b", metrics={PSNR: math.nan})])[0].metric(PSNR) is None
+    assert run.get_metric(STEP_MS) is None
+    assert name_runs([record(tmp_path / "b", metrics={PSNR_DB: math.nan})])[0].get_metric(PSNR_DB) is None
 
 
 def test_the_table_sorts_by_numbers_and_knows_what_is_missing(small):
@@ -482,20 +492,20 @@ def test_the_table_sorts_by_numbers_and_knows_what_is_missing(small):
     ],
 )
 def test_the_front(points, ahead):
-    assert front(points) == ahead
+    assert find_pareto_front(points) == ahead
 
 
 def test_the_front_of_many_is_that_of_its_definition():
     points = [tuple(p) for p in np.random.default_rng(0).integers(0, 8, (60, 2)).tolist()]
-    assert [points[i] for i in front(points)] == [
+    assert [points[i] for i in find_pareto_front(points)] == [
         p for p in points if all(q == p or q[0] < p[0] or q[1] < p[1] for q in points)
     ]
 
 
 def test_speeds_are_ratios_where_all_have_one(tmp_path):
-    assert ranking.speed_metric(sweep(tmp_path / "a", [measured(), measured()])) == RATIO
-    assert ranking.speed_metric(sweep(tmp_path / "b", [measured(), measured(ratio=None)])) == STEP
-    assert ranking.speed_metric(sweep(tmp_path / "c", [{}, {}])) is None
+    assert ranking.choose_speed_metric(sweep(tmp_path / "a", [measured(), measured()])) == SPEED_RATIO
+    assert ranking.choose_speed_metric(sweep(tmp_path / "b", [measured(), measured(ratio=None)])) == STEP_MS
+    assert ranking.choose_speed_metric(sweep(tmp_path / "c", [{}, {}])) is None
 
 
 @pytest.mark.parametrize(
@@ -541,7 +551,7 @@ def test_speeds_are_ratios_where_all_have_one(tmp_path):
     ],
 )
 def test_the_verdict(tmp_path, metrics, verdict):
-    assert answer(sweep(tmp_path, metrics)).verdict == verdict
+    assert recommend(sweep(tmp_path, metrics)).verdict == verdict
 
 
 def test_the_answer_rests_on_facts(tmp_path):
@@ -550,7 +560,7 @@ def test_the_answer_rests_on_facts(tmp_path):
         [measured(10, 2, 40), measured(20, 1, 50), measured(15, 1.5, 45), measured(16, 1.4, 44)],
         "abcd",
     )
-    said = dict(answer(runs).facts)
+    said = dict(recommend(runs).facts)
     assert said == {
         "Fastest": "#0 outlier=a: 10.0 ms a step, 2.00× the float model's speed",
         "Closest to float": "#1 outlier=b: PSNR 50.0 dB, SSIM 0.9900",
@@ -561,17 +571,17 @@ def test_the_answer_rests_on_facts(tmp_path):
 
 
 def test_missing_metrics_are_said(tmp_path):
-    assert "metrics.baseline=none" in answer(sweep(tmp_path / "a", [measured(psnr=None)] * 2)).warnings[0]
-    assert answer(sweep(tmp_path / "b", [measured(step=None, ratio=None)] * 2)).warnings == [
+    assert "metrics.baseline=none" in recommend(sweep(tmp_path / "a", [measured(psnr=None)] * 2)).warnings[0]
+    assert recommend(sweep(tmp_path / "b", [measured(step=None, ratio=None)] * 2)).warnings == [
         "No run measured its speed."
     ]
-    assert answer(sweep(tmp_path / "c", [measured()] * 2)).warnings == []
+    assert recommend(sweep(tmp_path / "c", [measured()] * 2)).warnings == []
 
 
 def test_one_that_finished_among_failures_is_named(tmp_path):
     record(tmp_path, 0, ["outlier=none"], metrics=measured())
     record(tmp_path, 1, ["outlier=auto"], state="FAILED", error="no")
-    assert answer(name_runs(find_records(tmp_path))).verdict.startswith(
+    assert recommend(name_runs(find_records(tmp_path))).verdict.startswith(
         "Only #0 outlier=none was measured: 2.00 times"
     )
 
@@ -590,7 +600,7 @@ def test_speeds_of_shared_and_of_different_machines_are_not_compared(tmp_path):
         )
         record(tmp_path / "twins", n, [f"outlier={n}"], metrics=measured(10 + n, 2, 50 + n), host=f"h{n}")
     shared, others, twins = (
-        answer(name_runs(find_records(tmp_path / name))) for name in ("shared", "others", "twins")
+        recommend(name_runs(find_records(tmp_path / name))) for name in ("shared", "others", "twins")
     )
     assert shared.warnings == [
         "Speeds are not comparable: up to 4 jobs shared a machine while they were measured."
@@ -609,7 +619,7 @@ def test_speeds_of_shared_and_of_different_machines_are_not_compared(tmp_path):
 
 def test_steps_that_scatter_are_said(tmp_path):
     runs = sweep(tmp_path, [measured(10, 2, 50, **{"speed/step_ms_p90": 21}), measured(10, 2, 50)])
-    assert answer(runs).warnings == [
+    assert recommend(runs).warnings == [
         "Step times of #0 scatter by more than twice: other work ran there, and their speeds say little."
     ]
 
@@ -633,12 +643,12 @@ def test_what_is_chosen_for_the_picture_is_no_choice_of_quality(tmp_path):
     runs = grid_of_strengths(
         tmp_path, lambda strength, outlier: 60 - 10 * strength + 2 * (outlier == "convrot")
     )
-    found, over = candidates(runs)
-    assert over == ["lora.strength"] and [(c.name, len(c.runs), c.metric(PSNR)) for c in found] == [
+    found, over = group_candidates(runs)
+    assert over == ["lora.strength"] and [(c.name, len(c.runs), c.get_metric(PSNR_DB)) for c in found] == [
         ("outlier=none", 3, 55),
         ("outlier=convrot", 3, 57),
     ]
-    said = answer(runs)
+    said = recommend(runs)
     assert said.verdict.startswith(
         "Choose: outlier=none is the fastest; outlier=convrot is 2.0 dB closer to float at 50 % less speed."
     )
@@ -651,7 +661,7 @@ def test_methods_are_compared_on_what_both_drew(tmp_path):
     runs = grid_of_strengths(
         tmp_path, lambda strength, outlier: 60 - 10 * strength, left_out=[1]
     )  # convrot without strength 0
-    assert [[run.varied["lora.strength"] for run in c.runs] for c in candidates(runs)[0]] == [
+    assert [[run.varied_settings["lora.strength"] for run in c.runs] for c in group_candidates(runs)[0]] == [
         ["0.5", "1"],
         ["0.5", "1"],
     ]
@@ -659,9 +669,9 @@ def test_methods_are_compared_on_what_both_drew(tmp_path):
 
 def test_of_strengths_alone_none_is_recommended(tmp_path):
     runs = sweep(tmp_path, [measured(psnr=58.0), measured(psnr=44.0)], ("0", "1"), key="lora.strength")
-    (only,), over = candidates(runs)
-    assert (only.name, only.metric(PSNR), over) == ("INT8", 51.0, ["lora.strength"])
-    found = answer(runs)
+    (only,), over = group_candidates(runs)
+    assert (only.name, only.get_metric(PSNR_DB), over) == ("INT8", 51.0, ["lora.strength"])
+    found = recommend(runs)
     assert (
         "51.0 dB PSNR" in found.verdict and "Use" not in found.verdict and "strength=0" not in found.verdict
     )
@@ -674,7 +684,7 @@ def test_of_strengths_alone_none_is_recommended(tmp_path):
 @pytest.mark.parametrize("key", ["sampler.steps", "prompts", "model.location"])
 def test_runs_that_drew_other_pictures_are_not_compared(tmp_path, key):
     runs = sweep(tmp_path, [measured(psnr=58.0), measured(psnr=44.0)], ("a", "b"), key=key)
-    found = answer(runs)
+    found = recommend(runs)
     if key == "prompts":  # each INT8 picture is compared with its own float picture
         assert "51.0 dB" in found.verdict
     else:
@@ -686,15 +696,15 @@ def test_the_median_with_equal_pictures_is_a_number(tmp_path):
     runs = grid_of_strengths(
         tmp_path, lambda strength, outlier: math.inf if strength == 0 else 50.0, left_out=[4, 5]
     )
-    assert [c.metric(PSNR) for c in candidates(runs)[0]] == [50.0, 50.0]
+    assert [c.get_metric(PSNR_DB) for c in group_candidates(runs)[0]] == [50.0, 50.0]
 
 
 # -- curves and plots ---------------------------------------------------------------------------------------------------
 
 
 def test_curves_have_a_line_per_combination_in_order(tmp_path):
-    (found,) = strength_curves(grid_of_strengths(tmp_path, lambda strength, outlier: 50.0))
-    assert found.key == "lora.strength" and found.left_out == []
+    (found,) = build_strength_curves(grid_of_strengths(tmp_path, lambda strength, outlier: 50.0))
+    assert found.key == "lora.strength" and found.excluded == []
     assert {name: [x for x, _ in line] for name, line in found.lines.items()} == {
         "outlier=none": [0, 0.5, 1],
         "outlier=convrot": [0, 0.5, 1],
@@ -709,7 +719,7 @@ def test_each_strength_has_curves_over_the_others(tmp_path):
             [f"lora.adapters.0.strength={a}", f"lora.adapters.1.strength={b}"],
             metrics=measured(),
         )
-    first, second = strength_curves(name_runs(find_records(tmp_path)))
+    first, second = build_strength_curves(name_runs(find_records(tmp_path)))
     assert (first.key, list(first.lines)) == ("lora.adapters.0.strength", ["1.strength=0", "1.strength=2"])
     assert (second.key, list(second.lines)) == ("lora.adapters.1.strength", ["0.strength=1", "0.strength=0"])
     assert [x for x, _ in first.lines["1.strength=0"]] == [0, 1]
@@ -717,9 +727,9 @@ def test_each_strength_has_curves_over_the_others(tmp_path):
 
 def test_strengths_that_are_no_number_have_no_place_on_a_curve(tmp_path):
     options = ("0", "1", "[[0,1],[0.5,0]]")
-    (found,) = strength_curves(sweep(tmp_path, [measured()] * 3, options, key="lora.strength"))
-    assert found.left_out == ["#2"] and list(found.lines) == ["all runs"]
-    assert strength_curves(sweep(tmp_path / "b", [measured()] * 2)) == []
+    (found,) = build_strength_curves(sweep(tmp_path, [measured()] * 3, options, key="lora.strength"))
+    assert found.excluded == ["#2"] and list(found.lines) == ["all runs"]
+    assert build_strength_curves(sweep(tmp_path / "b", [measured()] * 2)) == []
 
 
 def points(*pairs):
@@ -727,7 +737,7 @@ def points(*pairs):
 
 
 def test_a_plot_keeps_its_text_and_has_the_colors_of_the_page():
-    svg = plots.speed_quality_plot(points((1, 50), (2, 40)), "speed & more", False, "p", 500)
+    svg = plots.draw_speed_quality(points((1, 50), (2, 40)), "speed & more", False, "p", 500)
     assert (
         ">#0 $x$ &lt;b&gt;</text>" in svg
         and "speed &amp; more" in svg
@@ -743,17 +753,17 @@ def test_a_plot_keeps_its_text_and_has_the_colors_of_the_page():
         and "<style" not in svg
         and "<?xml" not in svg
     )
-    assert svg == plots.speed_quality_plot(points((1, 50), (2, 40)), "speed & more", False, "p", 500)
+    assert svg == plots.draw_speed_quality(points((1, 50), (2, 40)), "speed & more", False, "p", 500)
 
 
 def test_equal_pictures_have_a_place_in_a_plot():
-    svg = plots.speed_quality_plot(points((1, math.inf), (2, 40)), "speed", False, "p", 500)
+    svg = plots.draw_speed_quality(points((1, math.inf), (2, 40)), "speed", False, "p", 500)
     assert ">equal</text>" in svg and "inf" not in svg and "nan" not in svg
-    everything_equal = plots.speed_quality_plot(
+    everything_equal = plots.draw_speed_quality(
         points((1, math.inf), (2, math.inf)), "speed", False, "p", 500
     )
     assert ">equal</text>" in everything_equal and "nan" not in everything_equal
-    assert ">equal</text>" in plots.curves_plot([[(0, math.inf), (1, 50.0)]], "strength", "PSNR", "p", 350)
+    assert ">equal</text>" in plots.draw_curves([[(0, math.inf), (1, 50.0)]], "strength", "PSNR", "p", 350)
 
 
 def path_of_front(svg):
@@ -768,8 +778,11 @@ def test_the_front_is_a_falling_step_line(faster_is_less):
         plots.Point(-x if faster_is_less else x, y, str(x), "", True)
         for x, y in ((13, 40), (11, 50), (12, 45))
     ]
-    made = [plots.Point(30 + p.x if faster_is_less else p.x, p.y, p.label, p.about, p.ahead) for p in made]
-    corners = path_of_front(plots.speed_quality_plot(made, "speed", faster_is_less, "p", 500))
+    made = [
+        plots.Point(30 + p.x if faster_is_less else p.x, p.y, p.label, p.description, p.is_on_front)
+        for p in made
+    ]
+    corners = path_of_front(plots.draw_speed_quality(made, "speed", faster_is_less, "p", 500))
     xs, ys = [x for x, _ in corners], [y for _, y in corners]
     assert xs == sorted(xs) and ys == sorted(ys) and len(set(xs)) == 4 and len(set(ys)) == 4
     # the run that comes next is not as close to float until it is reached
@@ -789,7 +802,7 @@ def test_labels_stand_clear_of_each_other_and_inside():
     frame = (50, 30, 700, 340)
     boxes = plots.place_labels(spots, [(90, 13)] * len(spots), frame)
     for a, b in itertools.combinations(boxes, 2):
-        assert plots.overlap(a, b) == 0
+        assert plots.compute_overlap(a, b) == 0
     assert all(
         frame[0] <= left and frame[1] <= low and right <= frame[2] and top <= frame[3]
         for left, low, right, top in boxes
@@ -798,8 +811,8 @@ def test_labels_stand_clear_of_each_other_and_inside():
 
 
 def test_a_value_that_all_share_has_an_axis():
-    low, high = plots.padded([5.0, 5.0], 0.1)
-    assert low < 5 < high and plots.padded([0.0], 0.1)[0] < 0
+    low, high = plots.pad_limits([5.0, 5.0], 0.1)
+    assert low < 5 < high and plots.pad_limits([0.0], 0.1)[0] < 0
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------------
@@ -824,62 +837,62 @@ def decoded(uri):
 
 def test_equal_pictures_are_embedded_once(tmp_path):
     runs = foxes(tmp_path, [noise(1), noise(1), noise(0)], [noise(0)] * 3)
-    found = image_gallery.build_wall(runs)
+    found = image_gallery.build_gallery(runs)
     ((caption, cells),) = found.rows
     assert (
         caption == "fox · seed 0"
-        and [cell.same for cell in cells] == ["", "#0", ""]
-        and [cell.first for cell in cells] == [True, False, True]
+        and [cell.same_as for cell in cells] == ["", "#0", ""]
+        and [cell.is_first for cell in cells] == [True, False, True]
     )
-    assert cells[0].ours == cells[1].ours and cells[2].ours == cells[2].base == cells[0].base
+    assert cells[0].image == cells[1].image and cells[2].image == cells[2].float_image == cells[0].float_image
     assert len(found.uris) == 4  # INT8, float, their difference, and black
-    assert later_pictures(found).keys() == {cells[0].difference, cells[2].difference}
+    assert select_deferred_images(found).keys() == {cells[0].difference_image, cells[2].difference_image}
 
 
 def test_pictures_and_differences_are_exact(tmp_path):
-    found = image_gallery.build_wall(foxes(tmp_path, [noise(1)], [noise(2)]))
+    found = image_gallery.build_gallery(foxes(tmp_path, [noise(1)], [noise(2)]))
     ((_, (cell,)),) = found.rows
     for name, expected in (
-        (cell.ours, noise(1)),
-        (cell.base, noise(2)),
-        (cell.difference, difference(noise(2), noise(1))),
+        (cell.image, noise(1)),
+        (cell.float_image, noise(2)),
+        (cell.difference_image, make_difference_image(noise(2), noise(1))),
     ):
         assert (
             found.uris[name].startswith("data:image/png;base64,")
             and decoded(found.uris[name]).tobytes() == expected.tobytes()
         )
-    assert found.notes == [] and found.compared
+    assert found.notes == [] and found.has_float_images
 
 
 def test_large_pictures_are_thumbnails_and_that_is_said(tmp_path):
     large = noise(1, 8).resize((1024, 768))
-    found = image_gallery.build_wall(foxes(tmp_path, [large], [None]))
+    found = image_gallery.build_gallery(foxes(tmp_path, [large], [None]))
     ((_, (cell,)),) = found.rows
-    assert found.uris[cell.ours].startswith("data:image/webp;base64,") and decoded(
-        found.uris[cell.ours]
+    assert found.uris[cell.image].startswith("data:image/webp;base64,") and decoded(
+        found.uris[cell.image]
     ).size == (512, 384)
-    assert "thumbnails" in found.notes[0] and cell.base is None and not found.compared
+    assert "thumbnails" in found.notes[0] and cell.float_image is None and not found.has_float_images
 
 
 def test_a_page_has_bounds_and_says_what_it_left_out(tmp_path):
     images = [drawing(tmp_path / "0", f"{i:03}_x_s0", f"prompt {i}", noise(i)) for i in range(5)]
     runs = name_runs([record(tmp_path, metrics={}, images=images)])
-    one = image_gallery.build_wall(runs).uris["p0"]
-    found = image_gallery.build_wall(runs, most_bytes=int(2.5 * len(one)))
+    one = image_gallery.build_gallery(runs).uris["p0"]
+    found = image_gallery.build_gallery(runs, most_bytes=int(2.5 * len(one)))
     assert [caption for caption, _ in found.rows] == ["prompt 0 · seed 0", "prompt 1 · seed 0"] and len(
         found.uris
     ) == 2
     assert found.notes[0].startswith("3 pictures left out: a page holds at most")
-    assert len(image_gallery.build_wall(runs, most_cells=3).rows) == 3
-    assert len(image_gallery.build_wall(runs).rows) == 5
+    assert len(image_gallery.build_gallery(runs, most_cells=3).rows) == 3
+    assert len(image_gallery.build_gallery(runs).rows) == 5
 
 
 def test_files_that_cannot_be_shown_leave_an_empty_place(tmp_path):
     runs = foxes(tmp_path, [noise(1), noise(2), noise(3)], [None] * 3)
     (tmp_path / "0/images/000_fox_s0.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     (tmp_path / "1/images/000_fox_s0.png").unlink()
-    found = image_gallery.build_wall(runs)
-    assert [cell.note for cell in found.rows[0][1]] == ["no readable file", "no readable file", ""]
+    found = image_gallery.build_gallery(runs)
+    assert [cell.missing_reason for cell in found.rows[0][1]] == ["no readable file", "no readable file", ""]
     assert found.notes == [
         "2 places without a picture: not drawn, no file that can be read, or the page was full."
     ]
@@ -888,8 +901,8 @@ def test_files_that_cannot_be_shown_leave_an_empty_place(tmp_path):
 def test_pictures_outside_the_folder_are_not_read(tmp_path):
     noise(1).save(tmp_path / "secret.png")
     (tmp_path / "0").mkdir()
-    assert image_gallery.open_picture(tmp_path / "0" / ".." / "secret.png", tmp_path / "0") is None
-    assert image_gallery.open_picture(tmp_path / "secret.png", tmp_path) is not None
+    assert image_gallery.open_image(tmp_path / "0" / ".." / "secret.png", tmp_path / "0") is None
+    assert image_gallery.open_image(tmp_path / "secret.png", tmp_path) is not None
 
 
 def test_rows_are_prompts_and_seeds_whatever_their_place(tmp_path):
@@ -901,15 +914,15 @@ def test_rows_are_prompts_and_seeds_whatever_their_place(tmp_path):
             metrics={},
             images=[{"prompt": p, "seed": 0, "file": f"images/{i}.png"} for i, p in enumerate(prompts)],
         )
-    found = image_gallery.build_wall(name_runs(find_records(tmp_path)))
+    found = image_gallery.build_gallery(name_runs(find_records(tmp_path)))
     assert [caption for caption, _ in found.rows] == [
         "fox · seed 0",
         "owl · seed 0",
         "fox · seed 0 · drawing 2",
     ]
-    assert [[cell.note for cell in cells] for _, cells in found.rows] == [["no readable file"] * 2] * 2 + [
-        ["no readable file", "not drawn"]
-    ]
+    assert [[cell.missing_reason for cell in cells] for _, cells in found.rows] == [
+        ["no readable file"] * 2
+    ] * 2 + [["no readable file", "not drawn"]]
 
 
 def test_videos_are_their_stills(tmp_path):
@@ -934,9 +947,9 @@ def test_videos_are_their_stills(tmp_path):
     (tmp_path / "0/images").mkdir()
     for i, name in enumerate([*stills["stills"], *stills["float_stills"]]):
         noise(i).save(tmp_path / "0" / name)
-    found = image_gallery.build_wall(name_runs([read_record(tmp_path / "0")]))
+    found = image_gallery.build_gallery(name_runs([read_record(tmp_path / "0")]))
     assert [caption for caption, _ in found.rows] == ["x · seed 1 · first frame", "x · seed 1 · last frame"]
-    assert all(cell.ours and cell.base for _, (cell,) in found.rows) and "stills" in found.notes[0]
+    assert all(cell.image and cell.float_image for _, (cell,) in found.rows) and "stills" in found.notes[0]
 
 
 def test_the_wall_of_the_page(small):
@@ -983,42 +996,44 @@ def with_layers(folder, *rows):
 def test_layers_are_rows_and_runs_are_columns(tmp_path):
     first = [layer("a", 20.0), layer("b", 40.0), layer("c", why="norm")]
     second = [layer("a", 30.0), layer("b", "inf"), layer("d", 25.0)]
-    found = heatmap.build_heat(with_layers(tmp_path, first, second))
-    assert {row.name: [tile.text for tile in row.tiles] for row in found.layers} == {
+    found = heatmap.build_heatmap(with_layers(tmp_path, first, second))
+    assert {row.name: [tile.text for tile in row.cells] for row in found.rows} == {
         "a": ["20.0", "30.0"],
         "b": ["40.0", "equal"],
         "c": ["float", "–"],
         "d": ["–", "25.0"],
     }
-    assert [row.worst for row in found.layers] == [20.0, 40.0, math.inf, 25.0] and (
-        found.low,
-        found.high,
+    assert [row.worst_sqnr for row in found.rows] == [20.0, 40.0, math.inf, 25.0] and (
+        found.min_sqnr,
+        found.max_sqnr,
     ) == (20.0, 40.0)
-    assert [[tile.level for tile in row.tiles] for row in found.layers] == [
+    assert [[tile.color for tile in row.cells] for row in found.rows] == [
         [0, 5],
         [9, 9],
         [None, None],
         [None, 2],
     ]
-    assert found.layers[2].why == "norm" and "kept float: norm" in found.layers[2].tiles[0].about
-    assert "vnni" in found.layers[0].tiles[0].about
+    assert (
+        found.rows[2].float_reasons == "norm" and "kept float: norm" in found.rows[2].cells[0].description
+    )
+    assert "vnni" in found.rows[0].cells[0].description
 
 
 def test_weights_stand_in_for_outputs_and_that_is_said(tmp_path, small):
     runs = with_layers(tmp_path, [layer("a", 20.0, 44.0)], [layer("a", None, 45.0)])
-    found = heatmap.build_heat(runs)
-    assert found.metrics == [heatmap.OUTPUT, heatmap.WEIGHT] and [
-        tile.text for tile in found.layers[0].tiles
+    found = heatmap.build_heatmap(runs)
+    assert found.metrics == [heatmap.OUTPUT_SQNR, heatmap.WEIGHT_SQNR] and [
+        tile.text for tile in found.rows[0].cells
     ] == ["20.0", "45.0"]
     page, _ = page_of(find_records(tmp_path), tmp_path)
     assert any("of each layer's output; of its weight in #1" in e["text"] for e in page.all("p"))
-    assert heatmap.build_heat(name_runs([record(tmp_path / "none", metrics={})])) is None
+    assert heatmap.build_heatmap(name_runs([record(tmp_path / "none", metrics={})])) is None
 
 
 def test_the_worst_layers_are_kept_when_there_are_too_many(tmp_path):
     runs = with_layers(tmp_path, [layer(f"l{i}", float(i)) for i in range(10, 0, -1)])
-    found = heatmap.build_heat(runs, most_cells=4)
-    assert [row.name for row in found.layers] == ["l4", "l3", "l2", "l1"] and found.left_out == 6
+    found = heatmap.build_heatmap(runs, most_cells=4)
+    assert [row.name for row in found.rows] == ["l4", "l3", "l2", "l1"] and found.left_out == 6
 
 
 def test_the_heat_map_of_the_page(small):

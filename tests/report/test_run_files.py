@@ -19,14 +19,14 @@ from int8run.report.run_files import (
     DIFFERENCE_GAIN,
     GRID_MIN_SIDE,
     LAYER_COLUMNS,
-    difference,
-    environment,
-    fitting,
-    git_revision,
-    grid,
+    collect_environment,
+    make_difference_image,
+    make_image_grid,
+    read_git_revision,
     save_sample,
+    shorten_caption,
     write_json,
-    write_layers,
+    write_layers_csv,
     write_yaml,
 )
 
@@ -50,31 +50,33 @@ def pixels_of(sheet, color):
     ("a", "b", "expected"), [(9, 9, 0), (10, 20, 80), (20, 10, 80), (0, 31, 248), (0, 32, 255), (0, 255, 255)]
 )
 def test_a_difference_is_amplified_and_clipped(a, b, expected):
-    made = difference(flat((a, 0, 0), 2), flat((b, 0, 0), 2))
+    made = make_difference_image(flat((a, 0, 0), 2), flat((b, 0, 0), 2))
     assert (DIFFERENCE_GAIN, made.getpixel((1, 1))) == (8, (expected, 0, 0))
 
 
 def test_a_difference_takes_any_mode():
-    assert difference(Image.new("L", (2, 2), 5), Image.new("RGBA", (2, 2), (5, 5, 6, 0))).getpixel(
+    assert make_difference_image(Image.new("L", (2, 2), 5), Image.new("RGBA", (2, 2), (5, 5, 6, 0))).getpixel(
         (0, 0)
     ) == (0, 0, 8)
 
 
 def test_small_pictures_are_enlarged_by_a_whole_factor():
-    sheet = grid([("fox", [flat(RED), flat(GREEN)]), ("owl", [flat(BLUE), flat(RED)])], ["float", "INT8"])
+    sheet = make_image_grid(
+        [("fox", [flat(RED), flat(GREEN)]), ("owl", [flat(BLUE), flat(RED)])], ["float", "INT8"]
+    )
     assert pixels_of(sheet, GREEN)[0] == pixels_of(sheet, BLUE)[0] == GRID_MIN_SIDE**2
     assert pixels_of(sheet, RED)[0] == 2 * GRID_MIN_SIDE**2
 
 
 @pytest.mark.parametrize(("side", "shown"), [(100, 200), (192, 192), (193, 193), (300, 300)])
 def test_the_side_in_the_grid(side, shown):
-    assert pixels_of(grid([("", [flat(RED, side)])], [""]), RED)[0] == shown**2
+    assert pixels_of(make_image_grid([("", [flat(RED, side)])], [""]), RED)[0] == shown**2
 
 
 def test_enlarging_does_not_smooth():
     picture = Image.new("RGB", (2, 2), RED)
     picture.putpixel((0, 0), GREEN)
-    sheet = grid([("", [picture])], [""])
+    sheet = make_image_grid([("", [picture])], [""])
     assert (
         pixels_of(sheet, GREEN)[0] == (GRID_MIN_SIDE // 2) ** 2
         and pixels_of(sheet, RED)[0] == 3 * (GRID_MIN_SIDE // 2) ** 2
@@ -82,7 +84,7 @@ def test_enlarging_does_not_smooth():
 
 
 def test_rows_and_columns_are_where_they_belong():
-    sheet = grid([("a", [flat(RED), flat(GREEN)]), ("b", [flat(BLUE), flat(RED)])], ["one", "two"])
+    sheet = make_image_grid([("a", [flat(RED), flat(GREEN)]), ("b", [flat(BLUE), flat(RED)])], ["one", "two"])
     (_, green), (_, blue) = pixels_of(sheet, GREEN), pixels_of(sheet, BLUE)
     assert green[0] >= blue[2], "the second column is right of the first"
     assert blue[1] >= green[3], "the second row is below the first"
@@ -90,14 +92,16 @@ def test_rows_and_columns_are_where_they_belong():
 
 
 def test_wide_pictures_keep_their_shape():
-    _, box = pixels_of(grid([("", [Image.new("RGB", (128, 64), RED)])], [""]), RED)
+    _, box = pixels_of(make_image_grid([("", [Image.new("RGB", (128, 64), RED)])], [""]), RED)
     assert (box[2] - box[0], box[3] - box[1]) == (256, 128)
 
 
 @pytest.mark.parametrize("part", ["heading", "caption"])
 def test_words_are_written_above(part):
     def sheet(word):
-        return grid([(word if part == "caption" else "", [flat(RED)])], [word if part == "heading" else ""])
+        return make_image_grid(
+            [(word if part == "caption" else "", [flat(RED)])], [word if part == "heading" else ""]
+        )
 
     (_, picture), empty, written = pixels_of(sheet(""), RED), sheet(""), sheet("difference x 8")
     above = (0, 0, empty.width, picture[1])
@@ -110,8 +114,8 @@ def test_words_are_written_above(part):
 
 
 def test_a_row_without_pictures_is_a_caption_of_the_rows_below():
-    plain = grid([("1", [flat(RED), flat(GREEN)])], ["float", "INT8"])
-    sheet = grid(
+    plain = make_image_grid([("1", [flat(RED), flat(GREEN)])], ["float", "INT8"])
+    sheet = make_image_grid(
         [("a fox", []), ("1", [flat(RED), flat(GREEN)]), ("2", [flat(BLUE), flat(RED)])], ["float", "INT8"]
     )
     (_, green), (_, blue), (_, alone) = (
@@ -129,7 +133,7 @@ def test_a_row_without_pictures_is_a_caption_of_the_rows_below():
 
 @pytest.mark.parametrize(("side", "line"), [(64, 24), (384, 24), (480, 28), (960, 48)])
 def test_words_grow_with_large_pictures(side, line):
-    sheet = grid([("", [flat(RED, side)])], [""])
+    sheet = make_image_grid([("", [flat(RED, side)])], [""])
     _, box = pixels_of(sheet, RED)
     assert sheet.height - (box[3] - box[1]) - 2 * 12 == 2 * line, "a heading and a caption"
 
@@ -167,7 +171,7 @@ def test_a_video_is_saved_as_an_animation_and_some_exact_frames(tmp_path):
 
 def test_layers_csv_has_a_row_for_every_linear(tmp_path):
     measured = {"weight_sqnr_db": 41.23456789, "output_sqnr_db": math.inf, "saturated_share": 0.015625}
-    write_layers(
+    write_layers_csv(
         [
             LayerPlan(
                 "blocks.0.q", 96, 64, None, "convrot group_size=64", "", "gptq", "auto", "onednn", measured
@@ -206,7 +210,7 @@ def test_layers_csv_has_a_row_for_every_linear(tmp_path):
 
 def test_a_measurement_without_a_column_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="sqnr_db_2"):
-        write_layers([LayerPlan("a", 1, 1, None, measured={"sqnr_db_2": 1.0})], tmp_path / "layers.csv")
+        write_layers_csv([LayerPlan("a", 1, 1, None, measured={"sqnr_db_2": 1.0})], tmp_path / "layers.csv")
 
 
 def test_json_writes_what_it_has_no_number_for_as_words(tmp_path):
@@ -243,7 +247,7 @@ def test_yaml_keeps_order_and_letters(tmp_path):
 
 def test_the_environment_names_the_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    facts = environment(torch.device("cpu"), {"torch": "1"})
+    facts = collect_environment(torch.device("cpu"), {"torch": "1"})
     assert set(facts) == {"python", "platform", "device", "threads", "versions", "git", "cpu"}
     assert (facts["device"], facts["threads"], facts["versions"], facts["git"]) == (
         "cpu",
@@ -265,15 +269,15 @@ def test_the_revision_is_that_of_the_working_folder(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("1")
     git(tmp_path, "add", "a")
     git(tmp_path, "commit", "-m", "first")
-    clean = git_revision()
+    clean = read_git_revision()
     assert len(clean) == 12 and set(clean) <= set("0123456789abcdef")
     (tmp_path / "a").write_text("2")
-    assert git_revision() == f"{clean}-dirty"
+    assert read_git_revision() == f"{clean}-dirty"
 
 
 def test_a_machine_without_git_has_no_revision(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert git_revision() is None
+    assert read_git_revision() is None
 
 
 # -- the terminal -------------------------------------------------------------------------------------------------------
@@ -311,7 +315,7 @@ METRICS = {
 
 def rows(metrics):
     """The result table as {first cell: other cells}."""
-    table = console.result_table("tiny", metrics, "INT8")
+    table = console.build_result_table("tiny", metrics, "INT8")
     assert [column.header for column in table.columns] == ["", "float", "INT8", "ratio"]
     return {first: others for first, *others in zip(*(column.cells for column in table.columns), strict=True)}
 
@@ -346,13 +350,13 @@ def test_equal_pictures_are_called_equal():
 
 
 def test_lines_are_not_wrapped(terminal):
-    console.say("x" * 300, "[bold]y[/bold]")
+    console.print_lines("x" * 300, "[bold]y[/bold]")
     assert terminal.export_text() == "x" * 300 + "\ny\n"
 
 
 def test_pairs_are_one_line():
     assert (
-        console.pairs_line([("device", "cpu"), ("layers", 3)])
+        console.format_pairs([("device", "cpu"), ("layers", 3)])
         == "device [bold]cpu[/bold] · layers [bold]3[/bold]"
     )
 
@@ -363,10 +367,10 @@ def test_pairs_are_one_line():
 def test_elsewhere_than_on_a_terminal_there_is_a_line_per_step(terminal, caplog, enabled, said):
     progress = console.Progress(enabled)
     with caplog.at_level(logging.INFO, "int8run"):
-        with progress.count("quantize", 3) as advance:
+        with progress.track_loop("quantize", 3) as advance:
             for _ in range(3):
                 advance(1)
-        with progress.step("load"):
+        with progress.track_step("load"):
             pass
     assert caplog.messages == said and terminal.export_text() == ""
 
@@ -376,10 +380,10 @@ def test_on_a_terminal_there_are_bars(monkeypatch, caplog):
     monkeypatch.setattr(console, "get_console", lambda: shown)
     progress = console.Progress(True)
     with caplog.at_level(logging.INFO, "int8run"):
-        with progress.count("quantize", 3) as advance:
+        with progress.track_loop("quantize", 3) as advance:
             for _ in range(3):
                 advance(1)
-        with progress.step("load"):
+        with progress.track_step("load"):
             pass
     text = shown.export_text()
     assert "quantize" in text and "3/3" in text and "load" in text and caplog.messages == []
@@ -388,7 +392,7 @@ def test_on_a_terminal_there_are_bars(monkeypatch, caplog):
 def test_switched_off_there_are_no_bars_on_a_terminal_either(monkeypatch):
     shown = Console(width=120, record=True, force_terminal=True)
     monkeypatch.setattr(console, "get_console", lambda: shown)
-    with console.Progress(False).count("quantize", 3) as advance:
+    with console.Progress(False).track_loop("quantize", 3) as advance:
         advance(1)
     assert shown.export_text() == ""
 
@@ -402,4 +406,4 @@ def test_switched_off_there_are_no_bars_on_a_terminal_either(monkeypatch):
     ],
 )
 def test_a_caption_keeps_its_beginning_and_its_seed(text: str, width: int, found: str) -> None:
-    assert fitting(text, width, len) == found and len(found) <= max(width, 10)
+    assert shorten_caption(text, width, len) == found and len(found) <= max(width, 10)

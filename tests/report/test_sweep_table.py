@@ -8,7 +8,13 @@ import pytest
 from rich.console import Console
 
 from int8run.report import console
-from int8run.report.console import SweepProgress, better, clock, sweep_table, warnings_of
+from int8run.report.console import (
+    SweepProgress,
+    build_sweep_table,
+    choose_better,
+    count_warnings,
+    format_duration,
+)
 from int8run.tracking.run_record import Record, end_record, start_record
 
 IDENTITY = {
@@ -49,7 +55,7 @@ def shown(
 ) -> list[str]:
     terminal = Console(width=width, file=io.StringIO())
     monkeypatch.setattr(console, "get_console", lambda: terminal)
-    terminal.print(sweep_table(records, varying))
+    terminal.print(build_sweep_table(records, varying))
     return [
         line.split() for line in terminal.file.getvalue().splitlines() if line.strip() and "─" not in line
     ]
@@ -86,8 +92,8 @@ def test_each_warning_is_said_once_with_its_count(tmp_path: Path) -> None:
         record(tmp_path, 0, "a=1", warnings=("odd", "odd")),
         record(tmp_path, 1, "a=2", warnings=("odd", "rare")),
     ]
-    assert warnings_of(records) == ["odd (2 of 2 jobs)", "rare (1 of 2 jobs)"]
-    assert warnings_of(records[1:]) == ["odd", "rare"]
+    assert count_warnings(records) == ["odd (2 of 2 jobs)", "rare (1 of 2 jobs)"]
+    assert count_warnings(records[1:]) == ["odd", "rare"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +112,7 @@ def test_the_best_is_the_smallest_error_or_the_largest_quality(
 ) -> None:
     held = None
     for number, value in enumerate(values):
-        held = better(
+        held = choose_better(
             held,
             record(tmp_path, number, f"a={number}", **{metric: "nan" if value != value else value}),
             metric,
@@ -115,7 +121,7 @@ def test_the_best_is_the_smallest_error_or_the_largest_quality(
 
 
 def test_a_failed_job_is_not_the_best(tmp_path: Path) -> None:
-    assert better(None, record(tmp_path, 0, "a=1", "FAILED", **NUMBERS), "quality/psnr_db") is None
+    assert choose_better(None, record(tmp_path, 0, "a=1", "FAILED", **NUMBERS), "quality/psnr_db") is None
 
 
 def test_a_line_for_every_job_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +130,9 @@ def test_a_line_for_every_job_on_a_terminal(tmp_path: Path, monkeypatch: pytest.
     moments = iter([0.0, 60.0, 90.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(moments))
     progress = SweepProgress(4, 1, "quality/psnr_db", enabled=True)
-    progress.started(1, "outlier=[none]")
-    progress.ended(record(tmp_path, 1, "outlier=none", **NUMBERS))
-    progress.ended(record(tmp_path, 2, "outlier=quarot", "FAILED"))
+    progress.report_start(1, "outlier=[none]")
+    progress.report_end(record(tmp_path, 1, "outlier=none", **NUMBERS))
+    progress.report_end(record(tmp_path, 2, "outlier=quarot", "FAILED"))
     assert [line.rstrip() for line in terminal.file.getvalue().splitlines()] == [
         "job 1 outlier=[none] …",
         "job 1 (outlier=none) PSNR 55.1 dB, 2.40× float's speed, 7.1 ms a step · 2 of 4, 1:00 gone · about 2:00 left"
@@ -140,4 +146,4 @@ def test_a_line_for_every_job_on_a_terminal(tmp_path: Path, monkeypatch: pytest.
     ("seconds", "words"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")]
 )
 def test_times_of_a_clock(seconds: float, words: str) -> None:
-    assert clock(seconds) == words
+    assert format_duration(seconds) == words

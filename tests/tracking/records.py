@@ -9,7 +9,7 @@ import mlflow
 from PIL import Image
 
 from int8run.tracking.mlflow_tracker import MlflowTracker
-from int8run.tracking.run_record import FINISHED, Record, read_record, this_process
+from int8run.tracking.run_record import FINISHED, Record, describe_process, read_record
 
 PROMPTS = ("fox", "red apple")
 
@@ -41,7 +41,7 @@ def make_record(
         "ended": 1790000005.5 + 10 * number,
         "jobs_at_once": 1,
         "tracking": None,
-        **this_process(),
+        **describe_process(),
     }
     (folder / "status.json").write_text(json.dumps({**facts, **status}))
     (folder / "config.yaml").write_text(f"prompts:\n  prompts: {list(PROMPTS)}\n")

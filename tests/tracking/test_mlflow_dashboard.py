@@ -8,15 +8,15 @@ import pytest
 from mlflow import MlflowClient
 
 from int8run.tracking.mlflow_dashboard import (
-    LONGEST_TAG,
-    PREFIX,
-    is_axis,
-    plain_link,
-    read_tag,
-    varying,
-    view_link,
-    view_state,
-    view_tag,
+    MAX_TAG_LENGTH,
+    VIEW_TAG_PREFIX,
+    build_experiment_link,
+    build_view_link,
+    build_view_state,
+    decode_view,
+    encode_view,
+    find_varying_params,
+    is_plottable,
     write_view,
 )
 
@@ -42,9 +42,9 @@ def test_settings_that_vary_have_their_values():
         {"model": "tiny", "outlier": "none", "lora.strength": "0"},
         {"model": "tiny", "outlier": "convrot", "lora.strength": "0"},
     ]
-    assert varying(runs) == {"outlier": ["none", "convrot"]}
-    assert varying(runs[:1]) == varying([]) == {}
-    assert varying([{"a": "1"}, {}]) == {"a": ["1", None]}
+    assert find_varying_params(runs) == {"outlier": ["none", "convrot"]}
+    assert find_varying_params(runs[:1]) == find_varying_params([]) == {}
+    assert find_varying_params([{"a": "1"}, {}]) == {"a": ["1", None]}
 
 
 def test_what_an_option_decides_is_left_out():
@@ -53,9 +53,9 @@ def test_what_an_option_decides_is_left_out():
         for o, b in (("none", "0"), ("convrot", "64"))
         for s in "01"
     ]
-    assert list(varying(runs)) == ["outlier", "lora.strength"]
+    assert list(find_varying_params(runs)) == ["outlier", "lora.strength"]
     # once the block varies within an option, it counts
-    assert list(varying([*runs, {**runs[-1], "outlier.block": "32"}])) == [
+    assert list(find_varying_params([*runs, {**runs[-1], "outlier.block": "32"}])) == [
         "outlier",
         "outlier.block",
         "lora.strength",
@@ -74,17 +74,17 @@ def test_what_an_option_decides_is_left_out():
     ],
 )
 def test_an_axis_has_numbers_or_words(values, expected):
-    assert is_axis(values) is expected
+    assert is_plottable(values) is expected
 
 
 def test_a_setting_of_both_is_a_column_and_no_axis():
-    state = view_state({**PARAMS, "int8.max_rows": ["None", "4"]}, METRICS, KEYS)
+    state = build_view_state({**PARAMS, "int8.max_rows": ["None", "4"]}, METRICS, KEYS)
     assert "params.`int8.max_rows`" in state["selectedColumns"]
     assert charts(state, "PARALLEL")[0]["selectedParams"] == list(PARAMS)
 
 
 def test_only_what_exists_is_shown():
-    state = view_state(PARAMS, METRICS, KEYS, "a-sweep")
+    state = build_view_state(PARAMS, METRICS, KEYS, "a-sweep")
     assert state["searchFilter"] == "tags.sweep = 'a-sweep'"
     assert state["selectedColumns"] == [
         "params.`outlier`",
@@ -101,7 +101,7 @@ def test_only_what_exists_is_shown():
     ]
     assert [chart["metricKey"] for chart in charts(state, "LINE")] == ["series/step_ms"]
     assert [chart["imageKeys"] for chart in charts(state, "IMAGE")] == [KEYS]
-    assert charts(view_state(PARAMS, METRICS, []), "IMAGE") == []
+    assert charts(build_view_state(PARAMS, METRICS, []), "IMAGE") == []
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_only_what_exists_is_shown():
     [({}, []), ({}, METRICS), (PARAMS, []), (PARAMS, ["speed/step_ms_p50"]), ({}, ["quality/psnr_db"])],
 )
 def test_no_chart_is_empty(params, metrics):
-    state = view_state(params, metrics, [])
+    state = build_view_state(params, metrics, [])
     for chart in charts(state, "PARALLEL"):
         assert chart["selectedParams"] and chart["selectedMetrics"]
     named = {chart["metricKey"] for kind in ("BAR", "LINE") for chart in charts(state, kind)}
@@ -119,7 +119,7 @@ def test_no_chart_is_empty(params, metrics):
 
 
 def test_every_chart_has_a_place_of_its_own():
-    state = view_state(PARAMS, METRICS, KEYS)
+    state = build_view_state(PARAMS, METRICS, KEYS)
     places = [part["uuid"] for part in state["compareRunSections"]]
     assert len(set(places)) == len(places)
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} <= set(places)
@@ -130,7 +130,8 @@ def test_every_chart_has_a_place_of_its_own():
 
 def test_sections_that_mlflow_fills_are_closed():
     opened = {
-        part["name"]: part["display"] for part in view_state(PARAMS, METRICS, KEYS)["compareRunSections"]
+        part["name"]: part["display"]
+        for part in build_view_state(PARAMS, METRICS, KEYS)["compareRunSections"]
     }
     # each picture alone and quality/ssim have no chart of ours; all of speed/, memory/ and series/ has
     assert [name for name, is_open in opened.items() if not is_open] == ["sample", "quality"]
@@ -139,41 +140,44 @@ def test_sections_that_mlflow_fills_are_closed():
 def test_a_tag_that_would_be_too_long_loses_pictures_from_its_end():
     chance = random.Random(0)
     keys = [f"sample/{n:03d}_{''.join(chance.choices(string.ascii_letters, k=40))}" for n in range(200)]
-    value, left_out = view_tag(view_state(PARAMS, METRICS, keys), "v")
-    kept = charts(read_tag(value), "IMAGE")[0]["imageKeys"]
+    value, left_out = encode_view(build_view_state(PARAMS, METRICS, keys), "v")
+    kept = charts(decode_view(value), "IMAGE")[0]["imageKeys"]
     assert 0 < left_out < 200 and kept == keys[: 200 - left_out]
-    assert LONGEST_TAG - 100 < len(value) <= LONGEST_TAG
+    assert MAX_TAG_LENGTH - 100 < len(value) <= MAX_TAG_LENGTH
 
 
 def test_the_longest_names_that_mlflow_takes_fit():
     chance = random.Random(0)
     names = ["".join(chance.choices(string.ascii_letters + string.digits, k=250)) for _ in range(20)]
-    value, left_out = view_tag(view_state({name: ["0", "1"] for name in names}, METRICS, KEYS), "v")
-    assert len(value) <= LONGEST_TAG and left_out == 0
+    value, left_out = encode_view(build_view_state({name: ["0", "1"] for name in names}, METRICS, KEYS), "v")
+    assert len(value) <= MAX_TAG_LENGTH and left_out == 0
 
 
 def test_a_view_is_read_back_and_replaced(tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.create_experiment("e")
-    first, second = view_state(PARAMS, METRICS, KEYS, "s"), view_state({}, METRICS, [], "s")
+    first, second = build_view_state(PARAMS, METRICS, KEYS, "s"), build_view_state({}, METRICS, [], "s")
     assert write_view(client, experiment, "2026-11-21_22-30-00-a3f9", first) == 0
     tags = client.get_experiment(experiment).tags
-    value = tags[f"{PREFIX}2026-11-21_22-30-00-a3f9"]
+    value = tags[f"{VIEW_TAG_PREFIX}2026-11-21_22-30-00-a3f9"]
     assert (
-        read_tag(value) == json.loads(json.dumps(first))
+        decode_view(value) == json.loads(json.dumps(first))
         and json.loads(value)["name"] == "2026-11-21_22-30-00-a3f9"
     )
     write_view(client, experiment, "2026-11-21_22-30-00-a3f9", second)
-    assert read_tag(client.get_experiment(experiment).tags[f"{PREFIX}2026-11-21_22-30-00-a3f9"]) == second
+    assert (
+        decode_view(client.get_experiment(experiment).tags[f"{VIEW_TAG_PREFIX}2026-11-21_22-30-00-a3f9"])
+        == second
+    )
 
 
 def test_links():
-    plain = plain_link("http://host:5000/", "7")
+    plain = build_experiment_link("http://host:5000/", "7")
     assert plain == "http://host:5000/#/experiments/7/runs?workflowType=machine_learning"
     assert (
-        view_link("http://host:5000", "7", "a b&c")
+        build_view_link("http://host:5000", "7", "a b&c")
         == f"{plain}&viewStateShareKey=a%20b%26c&compareRunsMode=CHART"
     )
-    assert view_link("http://host:5000", "7", "a", charts=False).endswith(
+    assert build_view_link("http://host:5000", "7", "a", charts=False).endswith(
         "viewStateShareKey=a&compareRunsMode=TABLE"
     )

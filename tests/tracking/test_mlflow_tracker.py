@@ -22,7 +22,15 @@ from int8run.errors import ConfigError, TrackingError
 from int8run.tracking import retry as answers
 from int8run.tracking.base import NoTracker
 from int8run.tracking.mlflow_tracker import MlflowTracker
-from int8run.tracking.run_record import FAILED, FINISHED, KILLED, NO_WORD, RUNNING, read_record, this_process
+from int8run.tracking.run_record import (
+    FAILED,
+    FINISHED,
+    KILLED,
+    KILLED_MESSAGE,
+    RUNNING,
+    describe_process,
+    read_record,
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,7 @@ def test_a_store_is_made_for_several_writers_and_keeps_files_beside_it(new_store
 
 def test_a_run_holds_what_the_folder_holds(tracker: MlflowTracker, tmp_path: Path) -> None:
     running = make_record(tmp_path / "job", state=RUNNING, files=False, ended=None)
-    run_id = tracker.begin(running)
+    run_id = tracker.start_run(running)
     (run,) = runs_of(tracker)
     assert (run.info.status, run.info.run_name, run.info.start_time) == (
         "RUNNING",
@@ -66,7 +74,7 @@ def test_a_run_holds_what_the_folder_holds(tracker: MlflowTracker, tmp_path: Pat
         1790000000250,
     )
     assert run.data.params == {"model": "tiny", "prompts": "tiny", "lora.strength": "0"}
-    me = this_process()
+    me = describe_process()
     assert {
         name: run.data.tags[name] for name in ("sweep", "number", "host", "pid", "task", "config_hash")
     } == {
@@ -79,7 +87,9 @@ def test_a_run_holds_what_the_folder_holds(tracker: MlflowTracker, tmp_path: Pat
     }
     assert (run.data.tags["mlflow.source.name"], run.data.tags["mlflow.source.type"]) == ("int8run", "LOCAL")
 
-    assert tracker.upload(known(make_record(tmp_path / "job"), tracker.place(), run_id)) == run_id
+    assert (
+        tracker.upload_record(known(make_record(tmp_path / "job"), tracker.get_location(), run_id)) == run_id
+    )
     (run,) = runs_of(tracker)
     assert (run.info.status, run.info.end_time) == ("FINISHED", 1790000005500)
     assert run.data.metrics["speed/step_ms_p50"] == 2.5 and run.data.metrics["quality/psnr_db"] > 1e300
@@ -129,7 +139,7 @@ TABLE = {
 def test_pictures_and_tables_are_found_as_those_of_mlflows_own_functions(
     tracker: MlflowTracker, tmp_path: Path
 ) -> None:
-    run_id = tracker.upload(make_record(tmp_path / "job"))
+    run_id = tracker.upload_record(make_record(tmp_path / "job"))
     client = client_of(tracker)
     own = client.create_run(runs_of(tracker)[0].info.experiment_id).info.run_id
     client.log_table(own, TABLE, "layers.json")
@@ -156,7 +166,7 @@ def test_more_settings_and_values_than_one_call_takes(tracker: MlflowTracker, tm
     record = make_record(
         tmp_path / "job", files=False, params={f"p{i}": "v" * 600 for i in range(250)} | {"odd[name]": ""}
     )
-    run_id = tracker.upload(record)
+    run_id = tracker.upload_record(record)
     run = client_of(tracker).get_run(run_id)
     assert (
         len(run.data.params) == 251
@@ -167,13 +177,15 @@ def test_more_settings_and_values_than_one_call_takes(tracker: MlflowTracker, tm
 
 def test_an_upload_may_be_repeated(tracker: MlflowTracker, tmp_path: Path) -> None:
     record = make_record(tmp_path / "job")
-    run_id = tracker.upload(record)
+    run_id = tracker.upload_record(record)
     before = contents_of(tracker, run_id)
-    assert tracker.upload(record) == run_id, "without an id of its own it is known by its identity"
-    assert tracker.upload(known(record, tracker.place(), run_id)) == run_id
+    assert tracker.upload_record(record) == run_id, "without an id of its own it is known by its identity"
+    assert tracker.upload_record(known(record, tracker.get_location(), run_id)) == run_id
     assert contents_of(tracker, run_id) == before and len(runs_of(tracker)) == 1
     # MLflow takes no second value of a setting, and a version of ours that writes it otherwise must not stop an upload
-    assert tracker.upload(make_record(tmp_path / "job", params={"model": "tiny.", "more": "1"})) == run_id
+    assert (
+        tracker.upload_record(make_record(tmp_path / "job", params={"model": "tiny.", "more": "1"})) == run_id
+    )
     assert client_of(tracker).get_run(run_id).data.params["model"] == "tiny"
 
 
@@ -213,7 +225,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, call: int) -> list[str]:
 @pytest.mark.parametrize("last", ["+compressed.webp", ".png"], ids=["after the large copy", "before it"])
 def test_a_picture_that_was_cut_off_is_completed(tracker: MlflowTracker, tmp_path: Path, last: str) -> None:
     record = make_record(tmp_path / "job")
-    run_id = tracker.upload(record)
+    run_id = tracker.upload_record(record)
     wanted = contents_of(tracker, run_id)
     client = client_of(tracker)
     folder = Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://")) / "images"
@@ -223,7 +235,7 @@ def test_a_picture_that_was_cut_off_is_completed(tracker: MlflowTracker, tmp_pat
             path.unlink()
     client.delete_tag(run_id, "mlflow.loggedImages")
     assert contents_of(tracker, run_id) != wanted
-    tracker.upload(record)
+    tracker.upload_record(record)
     assert contents_of(tracker, run_id) == wanted
     if last == "+compressed.webp":
         assert {path.name for path in folder.glob("*+compressed.webp")} == small
@@ -232,11 +244,11 @@ def test_a_picture_that_was_cut_off_is_completed(tracker: MlflowTracker, tmp_pat
 def test_an_upload_that_was_interrupted_anywhere_is_completed_and_nothing_is_doubled(
     tracker: MlflowTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tracker.upload(make_record(tmp_path / "whole"))
+    whole = tracker.upload_record(make_record(tmp_path / "whole"))
     wanted = contents_of(tracker, whole)
     with monkeypatch.context() as patch:
         calls = interrupt(patch, 1000)
-        tracker.upload(make_record(tmp_path / "counted", started=1.0))
+        tracker.upload_record(make_record(tmp_path / "counted", started=1.0))
     assert {"create_run", "log_image", "log_inputs", "set_terminated"} <= set(calls)
     for stop in range(0, len(calls), 4):
         record = make_record(tmp_path / str(stop), started=2.0 + stop)
@@ -245,8 +257,8 @@ def test_an_upload_that_was_interrupted_anywhere_is_completed_and_nothing_is_dou
             pytest.raises(TrackingError, match="cannot be used: Connection refused"),
         ):
             interrupt(patch, stop)
-            tracker.upload(record)
-        run_id = tracker.upload(record)
+            tracker.upload_record(record)
+        run_id = tracker.upload_record(record)
         assert contents_of(tracker, run_id) == wanted, calls[stop]
     assert len(runs_of(tracker)) == 2 + len(range(0, len(calls), 4))
 
@@ -254,7 +266,7 @@ def test_an_upload_that_was_interrupted_anywhere_is_completed_and_nothing_is_dou
 def test_a_job_that_failed_early_has_its_settings_and_its_error(
     tracker: MlflowTracker, tmp_path: Path
 ) -> None:
-    tracker.upload(
+    tracker.upload_record(
         make_record(tmp_path / "job", state=FAILED, files=False, error="broken on purpose " + "x" * 6000)
     )
     (run,) = runs_of(tracker)
@@ -272,37 +284,37 @@ def test_a_job_that_was_killed_ends_with_its_last_file(tracker: MlflowTracker, t
     record = make_record(tmp_path / "job", state=KILLED, ended=None, error=None)
     for path in record.folder.iterdir():
         os.utime(path, (1790000003, 1790000003))
-    tracker.upload(record)
+    tracker.upload_record(record)
     (run,) = runs_of(tracker)
     assert (run.info.status, run.info.end_time, run.data.tags["error"]) == ("KILLED", 1790000003000, "KILLED")
 
 
 def test_a_job_that_still_runs_stays_open(tracker: MlflowTracker, tmp_path: Path) -> None:
-    tracker.upload(make_record(tmp_path / "job", state=RUNNING, ended=None))
+    tracker.upload_record(make_record(tmp_path / "job", state=RUNNING, ended=None))
     assert [(run.info.status, run.info.end_time) for run in runs_of(tracker)] == [("RUNNING", None)]
 
 
 def test_a_record_of_another_store_gets_a_run_of_its_own(tracker: MlflowTracker, tmp_path: Path) -> None:
     record = make_record(tmp_path / "job")
     elsewhere = known(record, {"store": "http://elsewhere:5000", "experiment": "int8run"}, "0" * 32)
-    lost = known(record, tracker.place(), "0" * 32)  # the database was made anew since
-    first = tracker.upload(elsewhere)
-    assert tracker.upload(lost) == first and first != "0" * 32
+    lost = known(record, tracker.get_location(), "0" * 32)  # the database was made anew since
+    first = tracker.upload_record(elsewhere)
+    assert tracker.upload_record(lost) == first and first != "0" * 32
     client_of(tracker).delete_run(first)
-    assert tracker.upload(known(record, tracker.place(), first)) != first
+    assert tracker.upload_record(known(record, tracker.get_location(), first)) != first
 
 
 def gone() -> dict[str, object]:
     """A process of this machine that has ended."""
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    return {**this_process(), "pid": child.pid}
+    return {**describe_process(), "pid": child.pid}
 
 
 def test_runs_whose_process_is_gone_are_closed_by_the_next_command(
     tracker: MlflowTracker, tmp_path: Path
 ) -> None:
-    me = this_process()
+    me = describe_process()
     cases = {
         "gone": gone(),
         "number of another process": {**me, "process_started": me["process_started"] - 100},
@@ -310,7 +322,7 @@ def test_runs_whose_process_is_gone_are_closed_by_the_next_command(
         "elsewhere": {**gone(), "host": "another-machine"},
     }
     ids = {
-        name: tracker.begin(make_record(tmp_path / name, RUNNING_NUMBER[name], RUNNING, False, **who))
+        name: tracker.start_run(make_record(tmp_path / name, RUNNING_NUMBER[name], RUNNING, False, **who))
         for name, who in cases.items()
     }
     tracker.prepare()
@@ -323,12 +335,12 @@ def test_runs_whose_process_is_gone_are_closed_by_the_next_command(
         "elsewhere": "RUNNING",
     }
     assert (
-        runs["gone"].data.tags["error"] == NO_WORD
+        runs["gone"].data.tags["error"] == KILLED_MESSAGE
         and runs["gone"].info.end_time > runs["gone"].info.start_time
     )
     # it finished, and only its upload was cut off
     record = make_record(tmp_path / "gone", RUNNING_NUMBER["gone"])
-    assert tracker.upload(known(record, tracker.place(), ids["gone"])) == ids["gone"]
+    assert tracker.upload_record(known(record, tracker.get_location(), ids["gone"])) == ids["gone"]
     run = client.get_run(ids["gone"])
     assert run.info.status == "FINISHED" and "error" not in run.data.tags
 
@@ -338,51 +350,57 @@ RUNNING_NUMBER = {"gone": 0, "number of another process": 1, "alive": 2, "elsewh
 
 def test_a_sweeps_runs_are_found(tracker: MlflowTracker, tmp_path: Path) -> None:
     started = [
-        tracker.begin(make_record(tmp_path / str(n), n, RUNNING, sweep=sweep))
+        tracker.start_run(make_record(tmp_path / str(n), n, RUNNING, sweep=sweep))
         for n, sweep in enumerate(["a", "a", "b", None])
     ]
-    assert tracker.runs_of("a") == started[:2] and tracker.running("a") == {started[0]: 0, started[1]: 1}
-    tracker.mark(started[1], KILLED, "its worker died")
-    assert tracker.running("a") == {started[0]: 0}
-    tracker.upload(known(make_record(tmp_path / "0", 0, sweep="a"), tracker.place(), started[0]))
-    tracker.mark(started[0], KILLED, "too late")
+    assert tracker.find_sweep_runs("a") == started[:2] and tracker.find_running("a") == {
+        started[0]: 0,
+        started[1]: 1,
+    }
+    tracker.end_run(started[1], KILLED, "its worker died")
+    assert tracker.find_running("a") == {started[0]: 0}
+    tracker.upload_record(
+        known(make_record(tmp_path / "0", 0, sweep="a"), tracker.get_location(), started[0])
+    )
+    tracker.end_run(started[0], KILLED, "too late")
     runs = {run.info.run_id: run for run in runs_of(tracker)}
     assert [runs[i].info.status for i in started] == ["FINISHED", "KILLED", "RUNNING", "RUNNING"]
     assert (
         runs[started[1]].data.tags["error"] == "its worker died" and "error" not in runs[started[0]].data.tags
     )
     assert "sweep" not in runs[started[3]].data.tags
-    assert tracker.running("absent") == {} and tracker.runs_of("absent") == []
+    assert tracker.find_running("absent") == {} and tracker.find_sweep_runs("absent") == []
 
 
 def test_finished_jobs_are_known_by_their_settings(tracker: MlflowTracker, tmp_path: Path) -> None:
     states = {0: FINISHED, 1: FAILED, 2: KILLED, 3: RUNNING}
     ids = {
-        n: tracker.upload(make_record(tmp_path / str(n), n, state, error="x")) for n, state in states.items()
+        n: tracker.upload_record(make_record(tmp_path / str(n), n, state, error="x"))
+        for n, state in states.items()
     }
     hashes = [f"{n:016x}" for n in range(5)]
-    assert tracker.finished(hashes) == {hashes[0]: ids[0]}
-    newer = tracker.upload(make_record(tmp_path / "newer", 0, started=1790000001.0))
-    assert tracker.finished(hashes) == {hashes[0]: newer} and tracker.finished([]) == {}
+    assert tracker.find_finished(hashes) == {hashes[0]: ids[0]}
+    newer = tracker.upload_record(make_record(tmp_path / "newer", 0, started=1790000001.0))
+    assert tracker.find_finished(hashes) == {hashes[0]: newer} and tracker.find_finished([]) == {}
 
 
 def test_what_was_uploaded_can_be_fetched(tracker: MlflowTracker, tmp_path: Path) -> None:
     record = make_record(tmp_path / "job")
-    run_id = tracker.upload(record)
-    tracker.attach(run_id, record.folder / "grid.png")
-    tracker.fetch(run_id, tmp_path / "back")
+    run_id = tracker.upload_record(record)
+    tracker.attach_file(run_id, record.folder / "grid.png")
+    tracker.download_run(run_id, tmp_path / "back")
     back = read_record(tmp_path / "back")
     names = lambda folder: {p.relative_to(folder).as_posix() for p in folder.rglob("*")}  # noqa: E731
     assert names(back.folder) == names(record.folder)
     for name in names(record.folder) - {"images", "status.json"}:
         assert (back.folder / name).read_bytes() == (record.folder / name).read_bytes(), name
     assert back.run_id == run_id and back.uploaded and back.state == FINISHED and back.images == record.images
-    assert tracker.upload(back) == run_id
+    assert tracker.upload_record(back) == run_id
 
 
 def test_the_view_of_a_sweep_is_kept_and_named(tracker: MlflowTracker, tmp_path: Path) -> None:
     records = [make_record(tmp_path / str(n), n) for n in range(2)]
-    line = tracker.share("sweep-a", records)
+    line = tracker.share_sweep("sweep-a", records)
     experiment = client_of(tracker).get_experiment_by_name("int8run")
     assert "mlflow.sharedViewState.sweep-a" in experiment.tags
     assert line == (
@@ -395,7 +413,9 @@ def test_two_trackers_in_one_process_write_to_their_own_places(new_store: Path, 
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         copy_store(new_store, tmp_path / name)
-        MlflowTracker(folder=str(tmp_path / name)).upload(make_record(tmp_path / f"job {name}", name=name))
+        MlflowTracker(folder=str(tmp_path / name)).upload_record(
+            make_record(tmp_path / f"job {name}", name=name)
+        )
     assert [runs_of(MlflowTracker(folder=str(tmp_path / name)))[0].info.run_name for name in ("a", "b")] == [
         "a",
         "b",
@@ -407,7 +427,7 @@ def test_a_run_leaves_no_setting_behind(
 ) -> None:
     # mlflow exports its address for child processes; conf/tracker/mlflow.yaml reads it, and the next job of a sweep would too
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///of-the-user.db")
-    tracker.upload(make_record(tmp_path / "job"))
+    tracker.upload_record(make_record(tmp_path / "job"))
     assert (
         os.environ["MLFLOW_TRACKING_URI"] == "sqlite:///of-the-user.db"
         and not (tmp_path / "of-the-user.db").exists()
@@ -422,7 +442,7 @@ def test_a_deleted_experiment_is_named_and_costs_no_run(tracker: MlflowTracker, 
     with pytest.raises(ConfigError, match=said):
         tracker.prepare()
     with pytest.raises(TrackingError, match=said):
-        tracker.begin(make_record(tmp_path / "job"))
+        tracker.start_run(make_record(tmp_path / "job"))
 
 
 @pytest.mark.parametrize(
@@ -471,24 +491,24 @@ def test_a_folder_that_mlflow_would_misread_is_refused(tmp_path: Path, name: str
 def test_a_server_that_does_not_answer_is_named_after_a_short_while(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(answers, "KNOCKS_S", (0.0, 0.01))
+    monkeypatch.setattr(answers, "PING_PAUSES_S", (0.0, 0.01))
     tracker = MlflowTracker(uri="http://me:secret@127.0.0.1:9")  # the discard port: nothing listens there
     record = make_record(tmp_path / "job")
     for call in (
         tracker.prepare,
-        lambda: tracker.begin(record),
-        lambda: tracker.upload(record),
-        lambda: tracker.runs_of("a"),
+        lambda: tracker.start_run(record),
+        lambda: tracker.upload_record(record),
+        lambda: tracker.find_sweep_runs("a"),
     ):
         with pytest.raises(
             TrackingError, match=r"^tracker\.uri=http://127\.0\.0\.1:9 does not answer: connection refused$"
         ):
             call()
-    assert sum(answers.KNOCKS_S) + answers.ANSWER_S <= 10
+    assert sum(answers.PING_PAUSES_S) + answers.PING_TIMEOUT_S <= 10
 
 
 def test_a_server_that_takes_calls_and_says_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "ANSWER_S", 0.1)
+    monkeypatch.setattr(answers, "PING_TIMEOUT_S", 0.1)
     with (
         socket.create_server(("127.0.0.1", 0)) as mute,
         pytest.raises(TrackingError, match=r"does not answer: no answer in 0\.1 s$"),
@@ -497,7 +517,7 @@ def test_a_server_that_takes_calls_and_says_nothing_is_left(monkeypatch: pytest.
 
 
 def test_a_locked_database_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(answers, "RETRY_PAUSES_S", (0.0, 0.0))
     left = [2]
 
     def locked() -> str:
@@ -506,13 +526,13 @@ def test_a_locked_database_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> No
             raise MlflowException("(sqlite3.OperationalError) database is locked", TEMPORARILY_UNAVAILABLE)
         return "done"
 
-    assert answers.patient(locked) == "done"
+    assert answers.with_retries(locked) == "done"
     left[0] = 3
     with (
         pytest.raises(TrackingError, match=r"^tracker\.uri=sqlite:///x does not answer: database is locked$"),
-        answers.answering("sqlite:///x", user=True),
+        answers.translate_errors("sqlite:///x", user=True),
     ):
-        answers.patient(locked)
+        answers.with_retries(locked)
 
 
 @pytest.mark.parametrize(
@@ -525,7 +545,7 @@ def test_a_locked_database_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_where_to_look(uri: str | None, line: str) -> None:
-    assert MlflowTracker(uri=uri).where() == line
+    assert MlflowTracker(uri=uri).get_view_hint() == line
 
 
 def write(folder: str, first: int) -> None:
@@ -534,7 +554,7 @@ def write(folder: str, first: int) -> None:
         tracker = MlflowTracker(folder=folder)
         tracker.prepare()
         record = make_record(Path(folder) / f"job{n}", n)
-        tracker.upload(known(record, tracker.place(), tracker.begin(record)))
+        tracker.upload_record(known(record, tracker.get_location(), tracker.start_run(record)))
 
 
 def test_several_processes_make_one_store_and_lose_nothing(tmp_path: Path) -> None:
@@ -565,16 +585,20 @@ def test_no_tracker_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path / "here")
     tracker = NoTracker()
     tracker.prepare()
-    tracker.mark("x", KILLED, "y")
-    tracker.fetch("x", tmp_path / "here" / "back")
-    tracker.attach("x", tmp_path / "absent")
+    tracker.end_run("x", KILLED, "y")
+    tracker.download_run("x", tmp_path / "here" / "back")
+    tracker.attach_file("x", tmp_path / "absent")
     assert (
-        tracker.begin(record) is None
-        and tracker.upload(record) is None
-        and tracker.share("a", [record]) is None
+        tracker.start_run(record) is None
+        and tracker.upload_record(record) is None
+        and tracker.share_sweep("a", [record]) is None
     )
-    assert tracker.finished(["0" * 16]) == {} and tracker.running("a") == {} and tracker.runs_of("a") == []
-    assert tracker.where() is None and tracker.place() == {} and list(Path().iterdir()) == []
+    assert (
+        tracker.find_finished(["0" * 16]) == {}
+        and tracker.find_running("a") == {}
+        and tracker.find_sweep_runs("a") == []
+    )
+    assert tracker.get_view_hint() is None and tracker.get_location() == {} and list(Path().iterdir()) == []
 
 
 def test_failed_jobs_of_a_sweep_are_marked_in_their_own_folders(

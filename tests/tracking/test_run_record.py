@@ -15,13 +15,13 @@ from int8run.tracking.run_record import (
     FINISHED,
     KILLED,
     RUNNING,
-    config_hash,
+    describe_process,
     end_record,
     find_records,
-    process_gone,
+    hash_config,
+    is_process_gone,
     read_record,
     start_record,
-    this_process,
     update_record,
 )
 
@@ -101,9 +101,11 @@ def test_a_job_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
 
 
 def test_a_process_number_that_was_given_again_is_another_process() -> None:
-    mine = this_process()
-    assert not process_gone(**{"host": mine["host"], "pid": mine["pid"], "started": mine["process_started"]})
-    assert process_gone(mine["host"], mine["pid"], mine["process_started"] - 100)
+    mine = describe_process()
+    assert not is_process_gone(
+        **{"host": mine["host"], "pid": mine["pid"], "started": mine["process_started"]}
+    )
+    assert is_process_gone(mine["host"], mine["pid"], mine["process_started"] - 100)
 
 
 def free_pid() -> int:
@@ -151,12 +153,12 @@ SETTINGS = {
     ],
 )
 def test_the_hash_is_of_what_decides_a_result(change: dict[str, object], same: bool) -> None:
-    assert (config_hash({**SETTINGS, **change}) == config_hash(SETTINGS)) is same
-    assert re.fullmatch("[0-9a-f]{16}", config_hash(SETTINGS))
+    assert (hash_config({**SETTINGS, **change}) == hash_config(SETTINGS)) is same
+    assert re.fullmatch("[0-9a-f]{16}", hash_config(SETTINGS))
 
 
 def test_the_order_of_settings_is_none() -> None:
-    assert config_hash(dict(reversed(SETTINGS.items()))) == config_hash(SETTINGS)
+    assert hash_config(dict(reversed(SETTINGS.items()))) == hash_config(SETTINGS)
 
 
 def test_a_full_disk_still_takes_the_end_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

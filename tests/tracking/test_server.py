@@ -26,7 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 def door(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
     """The way to the server. Whoever finds it shut gives up quickly."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(answers, "KNOCKS_S", (0.0,))
+    monkeypatch.setattr(answers, "PING_PAUSES_S", (0.0,))
     with Door(server.port) as way:
         yield way
 
@@ -35,22 +35,22 @@ def test_a_server_that_is_away_at_the_start_gets_everything_later(door: Door, tm
     tracker = MlflowTracker(uri=door.address, experiment="away at the start")
     door.shut()
     running = make_record(tmp_path / "job", state=RUNNING, files=False)
-    for call in (tracker.prepare, lambda: tracker.begin(running)):
+    for call in (tracker.prepare, lambda: tracker.start_run(running)):
         with pytest.raises(
             TrackingError, match=rf"^tracker\.uri={door.address} does not answer: connection refused$"
         ):
             call()
     door.open()
-    run_id = tracker.upload(make_record(tmp_path / "job"))
+    run_id = tracker.upload_record(make_record(tmp_path / "job"))
     (run,) = runs_of(tracker)
     assert (run.info.run_id, run.info.status, run.info.artifact_uri.split(":")[0]) == (
         run_id,
         "FINISHED",
         "mlflow-artifacts",
     )
-    tracker.fetch(run_id, tmp_path / "back")
+    tracker.download_run(run_id, tmp_path / "back")
     assert read_record(tmp_path / "back").images == read_record(tmp_path / "job").images
-    assert tracker.share("sweep-a", [running]) == (
+    assert tracker.share_sweep("sweep-a", [running]) == (
         f"{door.address}/#/experiments/{run.info.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey=sweep-a&compareRunsMode=CHART"
     )
 
@@ -59,18 +59,18 @@ def test_a_server_that_goes_away_in_the_middle_gets_everything_once(door: Door, 
     tracker = MlflowTracker(uri=door.address, experiment="away in the middle")
     tracker.prepare()
     door.open()
-    whole = tracker.upload(make_record(tmp_path / "whole"))
+    whole = tracker.upload_record(make_record(tmp_path / "whole"))
     requests, wanted = door.passed, contents_of(tracker, whole)
     cuts = range(4, requests, 9)
     for n, last in enumerate(cuts):
         record = make_record(tmp_path / str(n), started=5.0 + n)
         door.open()
-        record = known(record, tracker.place(), tracker.begin(record)) if n % 2 else record
+        record = known(record, tracker.get_location(), tracker.start_run(record)) if n % 2 else record
         door.open(last)
         with pytest.raises(TrackingError, match=rf"^tracker\.uri={door.address} does not answer: "):
-            tracker.upload(record)
+            tracker.upload_record(record)
         door.open()
-        assert contents_of(tracker, tracker.upload(record)) == wanted, f"{last} of {requests} requests"
+        assert contents_of(tracker, tracker.upload_record(record)) == wanted, f"{last} of {requests} requests"
     assert len(runs_of(tracker)) == 1 + len(cuts)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from int8run.metrics import system
-from int8run.metrics.system import COLUMNS, SystemSampler, gpu_values
+from int8run.metrics.system import COLUMNS, SystemSampler, read_gpu_values
 
 
 def wait_for(path: Path, lines: int) -> None:
@@ -95,23 +95,23 @@ class Gpu:
 
 
 def test_a_gpu_is_looked_at_as_far_as_it_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert torch.cuda.is_initialized() or gpu_values(0) == {}, "a look would open a context"
+    assert torch.cuda.is_initialized() or read_gpu_values(0) == {}, "a look would open a context"
     with monkeypatch.context() as patch:
         Gpu(patch)
-        assert gpu_values(0) == {"gpu_memory_bytes": 70, "gpu_percent": 71} and gpu_values(1) == {}
+        assert read_gpu_values(0) == {"gpu_memory_bytes": 70, "gpu_percent": 71} and read_gpu_values(1) == {}
     with monkeypatch.context() as patch:
         Gpu(patch, driver_tells=False)
-        assert gpu_values(0) == {"gpu_memory_bytes": 70}
+        assert read_gpu_values(0) == {"gpu_memory_bytes": 70}
     with monkeypatch.context() as patch:
         Gpu(patch)
         patch.setitem(sys.modules, "pynvml", None)  # not installed
-        assert gpu_values(0) == {"gpu_memory_bytes": 70}
+        assert read_gpu_values(0) == {"gpu_memory_bytes": 70}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_real_gpu(tmp_path: Path) -> None:
     held = torch.zeros(1 << 20, device="cuda")
-    found = system.gpu_values(0)
+    found = system.read_gpu_values(0)
     assert int(str(found["gpu_memory_bytes"])) >= held.nbytes
     assert 0 <= float(str(found.get("gpu_percent", 0))) <= 100

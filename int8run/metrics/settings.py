@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from int8run.errors import ConfigError, in_range, one_of, switch
+from int8run.errors import ConfigError, check_bool, check_choice, check_range
 
 BASELINES = ("run", "cached", "none")
 PERCEPTUAL = ("ms_ssim", "lpips", "effnet_distance", "clip_score")
 
 
 @dataclass(frozen=True)
-class Metrics:
+class MetricsSettings:
     """What is measured, and against what.
 
     Args:
@@ -27,16 +27,16 @@ class Metrics:
     system_s: float = 10  # seconds between samples of the machine's load in system.csv; 0: none
 
     def __post_init__(self) -> None:
-        one_of("metrics.baseline", self.baseline, BASELINES)
-        switch("metrics.layers", self.layers)
-        in_range("metrics.system_s", self.system_s, 0, 3600)
+        check_choice("metrics.baseline", self.baseline, BASELINES)
+        check_bool("metrics.layers", self.layers)
+        check_range("metrics.system_s", self.system_s, 0, 3600)
         if isinstance(self.perceptual, str) or not isinstance(self.perceptual, Sequence):
             raise ConfigError(
                 f"metrics.perceptual is {self.perceptual!r}; give a list of {', '.join(PERCEPTUAL)}, such as [lpips]"
             )
         object.__setattr__(self, "perceptual", tuple(self.perceptual))
         for name in self.perceptual:
-            one_of("an entry of metrics.perceptual", name, PERCEPTUAL)
+            check_choice("an entry of metrics.perceptual", name, PERCEPTUAL)
             if self.perceptual.count(name) > 1:
                 raise ConfigError(f"metrics.perceptual has {name!r} twice; name each metric once")
         if self.perceptual and self.baseline == "none":
