@@ -16,22 +16,22 @@ from torch import Tensor, nn
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError
 from int8run.export.save_denoiser import fused_layers, own_names, save_denoiser, write_tensors
-from int8run.generate.capture import check_finite, watch_layers
-from int8run.layers.fusion import assemble, same_input_groups
+from int8run.generate.capture import capture_layers, check_finite
+from int8run.layers.fusion import assemble_int8_model, group_by_shared_input
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import LayerPlan
 from int8run.lora.stack import Entry, LoraStack
-from int8run.models.dual_denoisers import denoiser_parts
+from int8run.models.dual_denoisers import split_denoiser
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import LayerStatistics, OutlierMethod
 from int8run.pipeline.load import Blank, Loaded, file_hashes
 from int8run.pipeline.prequantized import Taken, baked_loras, taken_layers
-from int8run.ptq.calibration import layer_statistics, record_calibration
+from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics
 from int8run.ptq.layer_costs import TransformCosts
-from int8run.ptq.mixed_precision import Budget, meet_budget
-from int8run.ptq.quantize import check_backend, check_outlier, int8_layers, quantized_layers
+from int8run.ptq.mixed_precision import MixedPrecisionResult, meet_budget
+from int8run.ptq.quantize import check_backend, check_outlier_method, build_int8_layers, quantize_layers
 from int8run.report.console import Progress
-from int8run.utils.disk_cache import key_of
+from int8run.utils.disk_cache import hash_parts
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def to_int8(
     loras: LoraStack,
     key: str | None,
     progress: Progress,
-) -> tuple[nn.Module, Budget | None]:
+) -> tuple[nn.Module, MixedPrecisionResult | None]:
     """The INT8 denoiser, a copy of the module tree that shares every float tensor; and what a quality budget did to it.
 
     Args:
@@ -60,9 +60,9 @@ def to_int8(
         FileError: when `int8.checkpoint` does not fit.
     """
     denoiser, family = loaded.denoiser, loaded.family
-    chosen = [p for p in plans if p.keep_float is None]
+    chosen = [p for p in plans if p.skip_reason is None]
     if not chosen:
-        reasons = Counter(plan.keep_float for plan in plans)
+        reasons = Counter(plan.skip_reason for plan in plans)
         counted = "; ".join(f"{n} × {why}" for why, n in reasons.items()) or "it has no Linear at all"
         raise ConfigError(
             f"{loaded.source.denoisers[0].class_name}: no layer became INT8 ({counted}); choose another model_type= or set "
@@ -72,30 +72,30 @@ def to_int8(
     there = taken.layers if taken else {}
     old, new = [p for p in chosen if p.name in there], [p for p in chosen if p.name not in there]
     if new and not isinstance(spec.outlier, AutoOutlier):
-        check_outlier(spec.outlier, new)
-    groups = same_input_groups([p.name for p in new], family.same_input)
+        check_outlier_method(spec.outlier, new)
+    groups = group_by_shared_input([p.name for p in new], family.same_input)
     seen: dict[str, LayerStatistics] = {}
     pictures: Sequence[Mapping[str, Any]] = []
     automatic = (
-        family.keep_float == "auto"
+        family.mixed_precision == "auto"
         and spec.quality_db is not None
         and not (taken is not None and taken.cached)
     )
     fitted = bool(new) and (spec.outlier.needs_calibration or spec.rounding.needs_calibration)
     if automatic or fitted:
-        pictures = record_calibration(
+        pictures = capture_calibration_calls(
             loaded.pipe, loaded.component, denoiser, spec.calibration, loaded.sampling, progress
         )
     if fitted:
-        seen = layer_statistics(denoiser, new, groups, pictures, spec.calibration)
+        seen = collect_layer_statistics(denoiser, new, groups, pictures, spec.calibration)
 
-    read = lambda name: loras.merged(name, loaded.weight(name))  # noqa: E731
+    read = lambda name: loras.merge_weight(name, loaded.weight(name))  # noqa: E731
     layers = iter(taken_layers(loaded, old, taken, read) if taken else ())
     if new:
         methods = outlier_methods(loaded, new, spec, rows, groups, seen, progress)
-        layers = chain(layers, quantized_layers(denoiser, new, methods, spec.rounding, seen, read))
-    with progress.count("take INT8 layers" if taken else "quantize", len(chosen)) as advance:
-        made = int8_layers(
+        layers = chain(layers, quantize_layers(denoiser, new, methods, spec.rounding, seen, read))
+    with progress.track_loop("take INT8 layers" if taken else "quantize", len(chosen)) as advance:
+        made = build_int8_layers(
             denoiser, layers, spec.backend, spec.int8, rows, lambda plan: advance(1), loaded.device
         )
     budget = None
@@ -104,7 +104,7 @@ def to_int8(
             denoiser,
             made,
             {p.name: rows[p.name] * p.in_features * p.out_features for p in chosen},
-            lambda names: assemble(denoiser, {name: made[name] for name in names}, family),
+            lambda names: assemble_int8_model(denoiser, {name: made[name] for name in names}, family),
             loaded.pipe,
             loaded.component,
             spec.calibration.samples,
@@ -115,12 +115,12 @@ def to_int8(
         )
         for plan in chosen:
             if plan.name in budget.kept:
-                plan.keep(f"quality budget: alone it makes {budget.kept[plan.name]:.1%} of all layers' error")
+                plan.skip(f"quality budget: alone it makes {budget.kept[plan.name]:.1%} of all layers' error")
     else:
-        target = assemble(denoiser, made, family)
+        target = assemble_int8_model(denoiser, made, family)
         if taken is not None and taken.cached and taken.note.get("budget"):
-            budget = Budget(**taken.note["budget"])
-    written = {p.name: made[p.name] for p in chosen if p.keep_float is None}
+            budget = MixedPrecisionResult(**taken.note["budget"])
+    written = {p.name: made[p.name] for p in chosen if p.skip_reason is None}
     if taken is None and key is not None:
         size = sum(p.in_features * p.out_features + 4 * p.out_features + 512 for p in chosen)
         note = note_of(spec, loaded, plans, taken) | {"budget": None if budget is None else asdict(budget)}
@@ -148,18 +148,18 @@ def outlier_methods(
 ) -> dict[str, OutlierMethod]:
     """The outlier method of each layer that gets one: the one asked for, or what `outlier=auto` finds."""
     if not isinstance(spec.outlier, AutoOutlier):
-        return {p.name: spec.outlier for p in plans if not p.outlier_why_not}
+        return {p.name: spec.outlier for p in plans if not p.outlier_skip_reason}
     auto, dtype = spec.outlier, getattr(torch, spec.model.dtype)
     costs = TransformCosts(spec.backend, loaded.device, dtype)
     sharing = {name: len(group) for group in groups for name in group}
     scores: dict[str, dict[str, float]] = {}
-    with progress.count("compare outlier methods", len(plans)) as advance:
+    with progress.track_loop("compare outlier methods", len(plans)) as advance:
         for plan in plans:
             shape = (rows[plan.name], plan.in_features, plan.out_features)
             if plan.name in seen:
                 weight = loaded.weight(plan.name)
-                scores[plan.name] = auto.score(
-                    weight, seen[plan.name], partial(costs.of, shape=shape, sharing=sharing[plan.name])
+                scores[plan.name] = auto.score_candidates(
+                    weight, seen[plan.name], partial(costs.get_ratio, shape=shape, sharing=sharing[plan.name])
                 )
             advance(1)
     compared = [[name for name in group if name in scores] for group in groups]
@@ -167,15 +167,15 @@ def outlier_methods(
     if spec.save is not None and Path(spec.save).suffix:  # a file with the authors' names
         fused = [
             [prefix + n for n in names]
-            for prefix, part in denoiser_parts(loaded.denoiser).items()
+            for prefix, part in split_denoiser(loaded.denoiser).items()
             for names in fused_layers(part)
         ]
         joined = [names for group in fused if (names := [name for name in group if name in scores])]
-    chosen = auto.choose(scores, [group for group in compared if group], joined)
+    chosen = auto.choose_methods(scores, [group for group in compared if group], joined)
     for plan in plans:
         candidate = chosen.get(plan.name)
         if candidate is None:
-            plan.outlier_why_not = (
+            plan.outlier_skip_reason = (
                 "no candidate of outlier=auto takes it at that cost"
                 if plan.name in scores
                 else "not seen in the calibration"
@@ -191,7 +191,7 @@ def save_int8(
     taken: Taken | None,
 ) -> None:
     """Write every denoiser with its INT8 layers to `save`, and how it was made."""
-    note, parts = note_of(spec, loaded, plans, taken), denoiser_parts(loaded.denoiser)
+    note, parts = note_of(spec, loaded, plans, taken), split_denoiser(loaded.denoiser)
     for denoiser in loaded.source.denoisers:
         prefix = "" if "" in parts else f"{denoiser.component}."
         place = place_of(str(spec.save), "" if "" in parts else denoiser.component)
@@ -219,12 +219,12 @@ def note_of(spec: RunSpec, loaded: Loaded, plans: Sequence[LayerPlan], taken: Ta
     if taken is not None and taken.cached:
         return {**taken.note, "int8run": importlib.metadata.version("int8run")}
     choices: dict[str, Any] = {"outlier": spec.outlier, "rounding": spec.rounding}
-    int8 = [p for p in plans if p.keep_float is None]
+    int8 = [p for p in plans if p.skip_reason is None]
     return {
         "int8run": importlib.metadata.version("int8run"),
         "model": str(spec.model.location),
         "revision": spec.model.revision,
-        "source_sha256": {path.name: spec.cache.content_hash(path) for path in weight_files(loaded)},
+        "source_sha256": {path.name: spec.cache.hash_file(path) for path in weight_files(loaded)},
         "family": loaded.family.name,
         "denoiser": loaded.source.denoisers[0].class_name,
         "outlier": spec.outlier.name,
@@ -235,9 +235,9 @@ def note_of(spec: RunSpec, loaded: Loaded, plans: Sequence[LayerPlan], taken: Ta
         "quality_db": spec.quality_db,
         "seed": spec.seed,
         "loras": baked_loras(spec),
-        "kept_float": {p.name: p.keep_float for p in plans if p.keep_float is not None},
+        "kept_float": {p.name: p.skip_reason for p in plans if p.skip_reason is not None},
         "layers": {
-            p.name: {**p.measured, "outlier": p.outlier, "outlier_why_not": p.outlier_why_not} for p in int8
+            p.name: {**p.measured, "outlier": p.outlier, "outlier_why_not": p.outlier_skip_reason} for p in int8
         },
     }
 
@@ -255,12 +255,12 @@ def cache_key(spec: RunSpec, loaded: Loaded, entries: Sequence[Entry]) -> str | 
         return None
     baked = (
         [(e.file.identity, e.components, s) for e, s in zip(entries, spec.lora.strengths, strict=True)]
-        if spec.lora.bakes
+        if spec.lora.is_baked
         else []
     )
     # what a calibration draws depends on all of the pipeline
     drawn = file_hashes(loaded.source, spec.cache) if spec.needs_calibration else []
-    sources = drawn or [("", spec.cache.content_hash(path)) for path in weight_files(loaded)]
+    sources = drawn or [("", spec.cache.hash_file(path)) for path in weight_files(loaded)]
     configs = [
         (d.class_name, sorted(d.config.items(), key=lambda item: item[0])) for d in loaded.source.denoisers
     ]
@@ -270,7 +270,7 @@ def cache_key(spec: RunSpec, loaded: Loaded, entries: Sequence[Entry]) -> str | 
         else None
     )
     version = importlib.metadata.version("int8run")
-    return key_of(
+    return hash_parts(
         [
             version,
             sources,
@@ -302,5 +302,5 @@ def layer_rows(
             check_finite(name, x, "the first step")
 
     for call in calls:
-        watch_layers(denoiser, call, list(rows), see)
+        capture_layers(denoiser, call, list(rows), see)
     return rows
