@@ -11,18 +11,18 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from int8run.checkpoints.writer import Entry
+from int8run.checkpoints.writer import TensorEntry
 from int8run.errors import FileError
 from int8run.outlier.base import NONE, OutlierTransform
 
-COMFY, OURS = "int8_tensorwise", "int8run_transformed"
+COMFY_FORMAT, INT8RUN_FORMAT = "int8_tensorwise", "int8run_transformed"
 CONVROT = "convrot"
 MARKER, SCALE, FACTOR = "comfy_quant", "weight_scale", "pre_quant_scale"
 WEIGHT = ".weight"
-NOTE = "int8run"  # the key of our note in the header's metadata
+PROVENANCE_KEY = "int8run"  # the key of our note in the header's metadata
 
 
-def prepare_folder(location: str) -> Path:
+def prepare_output_path(location: str) -> Path:
     """Make the folder of a file to be, or the folder itself where the name has no suffix, and try whether it can be written to.
 
     Returns:
@@ -39,25 +39,30 @@ def prepare_folder(location: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise unwritable(location, error) from error
+        raise make_save_error(location, error) from error
     return path
 
 
-def unwritable(location: str, error: Exception) -> FileError:
+def make_save_error(location: str, error: Exception) -> FileError:
     """The error for a place that cannot be written to."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     return FileError(f"save={location} cannot be written: {reason}; choose a folder that you may write to")
 
 
-def marker(transform: OutlierTransform) -> dict[str, object]:
+def build_marker(transform: OutlierTransform) -> dict[str, object]:
     """What a reader must know of one layer besides its tensors."""
     if transform.method == NONE:
-        return {"format": COMFY, "per_row": True}
+        return {"format": COMFY_FORMAT, "per_row": True}
     if transform.method == CONVROT:
-        return {"format": COMFY, "convrot": True, "convrot_groupsize": transform.group_size, "per_row": True}
+        return {
+            "format": COMFY_FORMAT,
+            "convrot": True,
+            "convrot_groupsize": transform.group_size,
+            "per_row": True,
+        }
     kind = {"rotation": "sylvester" if transform.sylvester else "regular", "group_size": transform.group_size}
     return {
-        "format": OURS,
+        "format": INT8RUN_FORMAT,
         "outlier": transform.method,
         "settings": transform.settings,
         **(kind if transform.group_size else {}),
@@ -66,34 +71,38 @@ def marker(transform: OutlierTransform) -> dict[str, object]:
     }
 
 
-def marker_bytes(transform: OutlierTransform) -> bytes:
+def encode_marker(transform: OutlierTransform) -> bytes:
     """A marker as it stands in the file."""
-    return json.dumps(marker(transform)).encode()
+    return json.dumps(build_marker(transform)).encode()
 
 
-def beside(key: str, suffix: str) -> str:
+def sibling_key(key: str, suffix: str) -> str:
     """The key of what stands beside a weight."""
     return f"{key.removesuffix(WEIGHT)}.{suffix}"
 
 
-def int8_entries(key: str, shape: tuple[int, ...], transform: OutlierTransform) -> list[Entry]:
+def plan_int8_entries(key: str, shape: tuple[int, ...], transform: OutlierTransform) -> list[TensorEntry]:
     """What an INT8 weight adds to a file: its integers [N, K], a scale per row, its marker, and a factor per column where it has one."""
     rows, columns = shape
-    found: list[Entry] = [(key, "I8", shape), (beside(key, SCALE), "F32", (rows, 1))]
-    found.append((beside(key, MARKER), "U8", (len(marker_bytes(transform)),)))
-    return found + ([(beside(key, FACTOR), "F32", (columns,))] if transform.factor is not None else [])
+    found: list[TensorEntry] = [(key, "I8", shape), (sibling_key(key, SCALE), "F32", (rows, 1))]
+    found.append((sibling_key(key, MARKER), "U8", (len(encode_marker(transform)),)))
+    return found + ([(sibling_key(key, FACTOR), "F32", (columns,))] if transform.factor is not None else [])
 
 
-def read_note(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def read_provenance(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """How int8run made a file; empty when another program did.
 
     Raises:
         FileError: when it cannot be read.
     """
     try:
-        found = json.loads(metadata.get(NOTE, "{}"))
+        found = json.loads(metadata.get(PROVENANCE_KEY, "{}"))
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: the note in the header is no JSON: {metadata[NOTE][:80]!r}") from error
+        raise FileError(
+            f"{path}: the note in the header is no JSON: {metadata[PROVENANCE_KEY][:80]!r}"
+        ) from error
     if not isinstance(found, dict):
-        raise FileError(f"{path}: the note in the header is no JSON object: {metadata[NOTE][:80]!r}")
+        raise FileError(
+            f"{path}: the note in the header is no JSON object: {metadata[PROVENANCE_KEY][:80]!r}"
+        )
     return found

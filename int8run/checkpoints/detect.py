@@ -13,19 +13,27 @@ from math import prod
 import torch
 
 from int8run.checkpoints import block_scaled, quip
-from int8run.checkpoints.block_scaled import BLOCKS, MXFP8, NVFP4
-from int8run.checkpoints.granularity import SCALES, check_numbers, granularity_of
+from int8run.checkpoints.block_scaled import BLOCK_FORMATS, MXFP8, NVFP4
+from int8run.checkpoints.granularity import SCALE_DTYPES, check_positive, read_granularity
 from int8run.checkpoints.header import DTYPES
-from int8run.checkpoints.layer import FLOAT, FP8, INT8, KINDS, LARGEST_EXACT_GROUP, StoredLayer, hadamard
-from int8run.checkpoints.quant_metadata import OURS, Marker, is_power_of_4, read_markers
+from int8run.checkpoints.layer import (
+    FLOAT,
+    FP8,
+    INT8,
+    MAX_EXACT_GROUP_SIZE,
+    STORAGE_DTYPES,
+    CheckpointLayer,
+    get_hadamard,
+)
+from int8run.checkpoints.quant_metadata import INT8RUN_FORMAT, Marker, is_power_of_4, read_markers
 from int8run.checkpoints.reader import TensorFiles, TensorInfo
-from int8run.checkpoints.unsupported import READERS, refuse_foreign, refused
+from int8run.checkpoints.unsupported import READERS, check_supported, make_unsupported_error
 from int8run.errors import FileError
 from int8run.outlier.base import NONE
 
 log = logging.getLogger(__name__)
 # what a tensor beside `L.weight` is for -> its names, `L.` in front
-PARTS = {
+PART_SUFFIXES = {
     "scale": (
         "weight_scale",
         "scale_weight",
@@ -42,25 +50,25 @@ PARTS = {
     "matrix": ("quarot_hadamard",),
     "sigma": ("hadanorm_sigma",),
     "copy": ("weight_packed",),  # INT8-Toolkit
-    **{name: (name,) for name in quip.PARTS},
+    **{name: (name,) for name in quip.ALL_PARTS},
 }
 # other tensors are called so as well, for example the weights of norms
-COMMON = ("scale", "weight.scale", "input.scale")
+AMBIGUOUS_SUFFIXES = ("scale", "weight.scale", "input.scale")
 # kind of weight -> the parts that it may have
-ALLOWED = {
+ALLOWED_PARTS = {
     FLOAT: {"scale", "input"},  # a scale of 1, which ComfyUI's own conversion leaves
     FP8: {"scale", "input", "marker", "factor"},
-    INT8: set(PARTS) - {"global", "scalar"},
+    INT8: set(PART_SUFFIXES) - {"global", "scalar"},
     NVFP4: {"scale", "input", "marker", "factor", "global"},
     # the scalar is for cards that have no products in mxfp8, and less exact than the scales of the blocks
     MXFP8: {"scale", "input", "marker", "factor", "scalar"},
 }
 # format of a marker -> kind of weight, and the granularities that its name promises
-FORMATS = {
+MARKER_FORMATS = {
     "int8_tensorwise": (INT8, ("tensor", "row")),
     "int8_axiswise": (INT8, ("row",)),
     "int8_blockwise": (INT8, ("grid", "block3d", "group")),
-    OURS: (INT8, ("row",)),
+    INT8RUN_FORMAT: (INT8, ("row",)),
     "float8_e4m3fn": (FP8, ("tensor", "block3d")),
     "float8_e5m2": (FP8, ("tensor",)),
     "float8_e4m3fn_rowwise": (FP8, ("row",)),
@@ -72,7 +80,7 @@ FORMATS = {
 }
 # dtype in the file and granularity -> the word for the format of such a layer, where there is one
 CONVROT = "int8_convrot"
-WORDS = {
+FORMAT_NAMES = {
     ("I8", "tensor"): "int8_tensorwise",
     ("I8", "row"): "int8_rowwise",
     ("I8", "transposed"): "int8_rowwise",
@@ -86,11 +94,11 @@ WORDS = {
     ("F8_E5M2", ""): "float8_e5m2_cast",
     ("F8_E5M2", "tensor"): "float8_e5m2",
 }
-USUAL_GROUPS = (256, 64, 16)  # of a rotation that a file does not describe: the first that divides K
-WHOLE_FILE = "scaled_fp8"  # a tensor that says: the fp8 weights below its prefix have scales. lightx2v writes it into int8 files too
+USUAL_GROUP_SIZES = (256, 64, 16)  # of a rotation that a file does not describe: the first that divides K
+SCALED_FP8 = "scaled_fp8"  # a tensor that says: the fp8 weights below its prefix have scales. lightx2v writes it into int8 files too
 
 
-def stored_layers(files: TensorFiles, prefix: str = "", asked: str | None = None) -> dict[str, StoredLayer]:
+def read_layers(files: TensorFiles, prefix: str = "", asked: str | None = None) -> dict[str, CheckpointLayer]:
     """Every weight below a prefix: all with 2 dimensions, and fp8 ones with any. By name, in the file's order.
 
     Only headers, markers and scales are read. What lies outside of the prefix (a full checkpoint's text encoders and VAE) is not looked at.
@@ -103,21 +111,21 @@ def stored_layers(files: TensorFiles, prefix: str = "", asked: str | None = None
     Raises:
         FileError: a weight that cannot be read, with its name and the reason; scales and markers without a weight.
     """
-    refuse_foreign(files, prefix)
+    check_supported(files, prefix)
     markers = read_markers(files, prefix)
-    refuse_orphans(files, prefix)
+    check_orphans(files, prefix)
     names = [
         key.removesuffix(".weight") for key in files if key.startswith(prefix) and key.endswith(".weight")
     ]
     rotated = asked == CONVROT and not any(
         files[f"{name}.weight"].dtype == "I8" for name in names if name in markers
     )
-    found = {name: classify(files, name, markers.get(name), rotated) for name in names}
+    found = {name: classify_weight(files, name, markers.get(name), rotated) for name in names}
     layers = {name: layer for name, layer in found.items() if layer is not None}
-    layers |= settled(files, layers, markers, asked)
-    refuse_mixtures(files, prefix, layers, markers)
-    tell_wrong_labels(files, layers, markers)
-    if scalars := sum("scalar" in layer.keys for layer in layers.values()):
+    layers |= resolve_block_layers(files, layers, markers, asked)
+    check_consistency(files, prefix, layers, markers)
+    warn_wrong_labels(files, layers, markers)
+    if scalars := sum("scalar" in layer.part_keys for layer in layers.values()):
         log.info(
             "%s: %d mxfp8 layers have one scale more for the whole weight; those of their blocks are used",
             files.path,
@@ -126,7 +134,9 @@ def stored_layers(files: TensorFiles, prefix: str = "", asked: str | None = None
     return layers
 
 
-def real_shapes(files: TensorFiles, layers: Mapping[str, StoredLayer]) -> dict[str, tuple[int, ...]]:
+def get_logical_shapes(
+    files: TensorFiles, layers: Mapping[str, CheckpointLayer]
+) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor as a model has it, as far as the file tells: of a weight with two numbers a byte [N, K], not [N, K / 2]."""
     shapes = {key: info.shape for key, info in files.items()}
     return shapes | {
@@ -134,9 +144,14 @@ def real_shapes(files: TensorFiles, layers: Mapping[str, StoredLayer]) -> dict[s
     }
 
 
-def refuse_orphans(files: TensorFiles, prefix: str) -> None:
+def check_orphans(files: TensorFiles, prefix: str) -> None:
     """Raise FileError for a scale, a marker or the like whose weight is not there, and for int8 numbers that are no weight."""
-    suffixes = {name for part in PARTS.values() for name in part if name not in COMMON and "." not in name}
+    suffixes = {
+        name
+        for part in PART_SUFFIXES.values()
+        for name in part
+        if name not in AMBIGUOUS_SUFFIXES and "." not in name
+    }
     for key in files:
         layer, _, suffix = key.rpartition(".")
         if not key.startswith(prefix):
@@ -149,56 +164,60 @@ def refuse_orphans(files: TensorFiles, prefix: str) -> None:
             raise FileError(
                 f"{files[key].file}: {key} belongs to no weight, {layer}.weight is missing; the file is incomplete"
             )
-        if files[key].dtype == "I8" and suffix not in ("weight", "weight_packed", quip.HADAMARD):
+        if files[key].dtype == "I8" and suffix not in ("weight", "weight_packed", quip.HADAMARD_FLAG):
             raise FileError(
                 f"{files[key].file}: {key} is I8 and no layer's weight; int8run reads int8 weights of layers"
             )
 
 
-def classify(files: TensorFiles, name: str, marker: Marker | None, rotated: bool) -> StoredLayer | None:
+def classify_weight(
+    files: TensorFiles, name: str, marker: Marker | None, rotated: bool
+) -> CheckpointLayer | None:
     """One weight; None for a float one that is no matrix. rotated: INT8 rows that say nothing of themselves are."""
     info = files[f"{name}.weight"]
-    kind = KINDS.get(info.dtype)
-    if marker is not None and marker.format in READERS:
-        raise refused(files, marker.format, f"{name} says so")
+    kind = STORAGE_DTYPES.get(info.dtype)
+    if marker is not None and marker.format_name in READERS:
+        raise make_unsupported_error(files, marker.format_name, f"{name} says so")
     if kind is None:
         raise FileError(
-            f"{info.file}: {info.key} is {info.dtype}; int8run reads weights of {', '.join(KINDS)}"
+            f"{info.file}: {info.key} is {info.dtype}; int8run reads weights of {', '.join(STORAGE_DTYPES)}"
         )
-    keys = parts_of(files, name, kind)
-    if kind == FP8 and "scale" in keys and files[keys["scale"]].dtype in BLOCKS[MXFP8].scales:
+    keys = find_parts(files, name, kind)
+    if kind == FP8 and "scale" in keys and files[keys["scale"]].dtype in BLOCK_FORMATS[MXFP8].scale_dtypes:
         kind = MXFP8
-    strangers = [key for part, key in keys.items() if part not in ALLOWED[kind]]
+    strangers = [key for part, key in keys.items() if part not in ALLOWED_PARTS[kind]]
     if strangers or (kind == FLOAT and marker is not None):
-        what = strangers[0] if strangers else f"an entry in the header ({marker.format if marker else ''})"
+        what = (
+            strangers[0] if strangers else f"an entry in the header ({marker.format_name if marker else ''})"
+        )
         raise FileError(
             f"{info.file}: {info.key} is {info.dtype} and has {what}, which such a weight cannot have; the file is damaged"
         )
     if kind == FLOAT:
-        return float_layer(files, info, name, keys)
+        return parse_float_layer(files, info, name, keys)
     if marker is not None:
-        check_format(files, info, kind, keys, marker)
-    if kind in BLOCKS:
-        return block_layer(files, info, name, kind, keys, marker)
+        check_marker_format(files, info, kind, keys, marker)
+    if kind in BLOCK_FORMATS:
+        return parse_block_layer(files, info, name, kind, keys, marker)
     return (
-        int8_layer(files, info, name, keys, marker, rotated)
+        parse_int8_layer(files, info, name, keys, marker, rotated)
         if kind == INT8
-        else fp8_layer(files, info, name, keys, marker)
+        else parse_fp8_layer(files, info, name, keys, marker)
     )
 
 
-def parts_of(files: TensorFiles, name: str, kind: str) -> dict[str, str]:
+def find_parts(files: TensorFiles, name: str, kind: str) -> dict[str, str]:
     """The tensors beside a weight, by what they are for.
 
     Raises:
         FileError: two for the same.
     """
     found: dict[str, str] = {}
-    for part, suffixes in PARTS.items():
+    for part, suffixes in PART_SUFFIXES.items():
         keys = [
             f"{name}.{suffix}"
             for suffix in suffixes
-            if f"{name}.{suffix}" in files and not (kind == FLOAT and suffix in COMMON)
+            if f"{name}.{suffix}" in files and not (kind == FLOAT and suffix in AMBIGUOUS_SUFFIXES)
         ]
         if len(keys) > 1 and part == "scale":
             raise FileError(
@@ -209,32 +228,32 @@ def parts_of(files: TensorFiles, name: str, kind: str) -> dict[str, str]:
     return found
 
 
-def check_format(
+def check_marker_format(
     files: TensorFiles, info: TensorInfo, kind: str, keys: Mapping[str, str], marker: Marker
 ) -> None:
     """Refuse a marker that is unknown or is of another kind of weight."""
-    if marker.format not in FORMATS and not (marker.format == "" and kind == INT8):
+    if marker.format_name not in MARKER_FORMATS and not (marker.format_name == "" and kind == INT8):
         raise FileError(
-            f"{marker.where} names the format {marker.format!r}; int8run reads {', '.join(FORMATS)}"
+            f"{marker.location} names the format {marker.format_name!r}; int8run reads {', '.join(MARKER_FORMATS)}"
         )
-    if marker.format and FORMATS[marker.format][0] != kind:
+    if marker.format_name and MARKER_FORMATS[marker.format_name][0] != kind:
         scale = f"a scale in {files[keys['scale']].dtype}" if "scale" in keys else "no scale"
         raise FileError(
-            f"{marker.where} names the format {marker.format!r}, and {info.key} is {info.dtype} with {scale}; they contradict each other, "
+            f"{marker.location} names the format {marker.format_name!r}, and {info.key} is {info.dtype} with {scale}; they contradict each other, "
             "nobody knows which is true"
         )
     if marker.fields.get("num_experts") is not None:
         raise FileError(
-            f"{marker.where} describes a bank of experts; int8run reads layers with a matrix each"
+            f"{marker.location} describes a bank of experts; int8run reads layers with a matrix each"
         )
 
 
-def float_layer(
+def parse_float_layer(
     files: TensorFiles, info: TensorInfo, name: str, keys: Mapping[str, str]
-) -> StoredLayer | None:
+) -> CheckpointLayer | None:
     """A weight that is not quantized."""
     if "scale" in keys:
-        check_numbers(files, keys["scale"])
+        check_positive(files, keys["scale"])
         if bool((files.read(keys["scale"]).float() != 1).any()):
             raise FileError(
                 f"{info.file}: {info.key} is {info.dtype} and has {keys['scale']}, which is not 1; nobody knows whether it was applied"
@@ -242,33 +261,33 @@ def float_layer(
     if len(info.shape) != 2:
         return None
     rows, columns = info.shape
-    return StoredLayer(
-        name, FLOAT, "", rows, columns, DTYPES[info.dtype][1], info.shape, side_keys=tuple(keys.values())
+    return CheckpointLayer(
+        name, FLOAT, "", rows, columns, DTYPES[info.dtype][1], info.shape, sibling_keys=tuple(keys.values())
     )
 
 
-def fp8_layer(
+def parse_fp8_layer(
     files: TensorFiles, info: TensorInfo, name: str, keys: dict[str, str], marker: Marker | None
-) -> StoredLayer | None:
+) -> CheckpointLayer | None:
     """An fp8 weight: a plain cast without a scale, else stored times scale. The label e4m3 or e5m2 is the tensor's dtype."""
-    if marker is not None and marker.group():
-        raise FileError(f"{marker.where} says that an fp8 weight is rotated; int8run knows no such format")
+    if marker is not None and marker.rotation_group_size():
+        raise FileError(f"{marker.location} says that an fp8 weight is rotated; int8run knows no such format")
     if not info.shape:
         return None
     rows, columns = info.shape[0], prod(info.shape[1:])
     granularity, block = "", 0
     if "scale" in keys:
-        granularity, block = granularity_of(files, info, keys["scale"], marker)
-    elif marker is not None and "tensor" not in FORMATS[marker.format][1]:
+        granularity, block = read_granularity(files, info, keys["scale"], marker)
+    elif marker is not None and "tensor" not in MARKER_FORMATS[marker.format_name][1]:
         # a label for one scale may stand without it: it is 1
         raise FileError(
-            f"{marker.where} names the format {marker.format!r}, and {name} has no weight_scale; the file is incomplete, download it again"
+            f"{marker.location} names the format {marker.format_name!r}, and {name} has no weight_scale; the file is incomplete, download it again"
         )
     if "factor" in keys:
-        check_numbers(files, keys["factor"], (columns,))
+        check_positive(files, keys["factor"], (columns,))
     word = DTYPES[info.dtype][1]
     label = f"{word} scaled, {granularity}{f' {block}' if block else ''}" if granularity else f"{word} cast"
-    return StoredLayer(
+    return CheckpointLayer(
         name,
         FP8,
         granularity,
@@ -276,27 +295,29 @@ def fp8_layer(
         columns,
         label,
         info.shape,
-        block=block,
-        keys=keys,
-        side_keys=tuple(keys.values()),
-        format=WORDS.get(
+        block_size=block,
+        part_keys=keys,
+        sibling_keys=tuple(keys.values()),
+        format_name=FORMAT_NAMES.get(
             (
                 info.dtype,
-                told_granularity(rows, columns, granularity or ("" if marker is None else "tensor"), marker),
+                reconcile_granularity(
+                    rows, columns, granularity or ("" if marker is None else "tensor"), marker
+                ),
             ),
             "",
         ),
     )
 
 
-def block_layer(
+def parse_block_layer(
     files: TensorFiles, info: TensorInfo, name: str, kind: str, keys: dict[str, str], marker: Marker | None
-) -> StoredLayer:
+) -> CheckpointLayer:
     """A weight in mxfp8 or nvfp4; of which flavour is `settled` when all layers are known."""
-    real = block_scaled.check(files, info, name, kind, keys, marker)
+    real = block_scaled.check_block_scaled(files, info, name, kind, keys, marker)
     if "factor" in keys:
-        check_numbers(files, keys["factor"], (real.columns,))
-    return StoredLayer(
+        check_positive(files, keys["factor"], (real.columns,))
+    return CheckpointLayer(
         name,
         kind,
         "block",
@@ -304,39 +325,42 @@ def block_layer(
         real.columns,
         kind,
         info.shape,
-        block=BLOCKS[kind].block,
-        keys=keys,
-        side_keys=tuple(keys.values()),
-        told=real.told,
+        block_size=BLOCK_FORMATS[kind].block_size,
+        part_keys=keys,
+        sibling_keys=tuple(keys.values()),
+        declared=real.declared,
     )
 
 
-def settled(
-    files: TensorFiles, layers: Mapping[str, StoredLayer], markers: Mapping[str, Marker], asked: str | None
-) -> dict[str, StoredLayer]:
+def resolve_block_layers(
+    files: TensorFiles,
+    layers: Mapping[str, CheckpointLayer],
+    markers: Mapping[str, Marker],
+    asked: str | None,
+) -> dict[str, CheckpointLayer]:
     """The layers in mxfp8 and nvfp4 among these, with the word that says how their scales lie.
 
     Raises:
         FileError: nobody can tell, or scales that are none.
     """
     found = {}
-    for kind in BLOCKS:
-        own = {name: layer for name, layer in layers.items() if layer.kind == kind}
-        word = block_scaled.settle(files, kind, own, markers, asked) if own else ""
+    for kind in BLOCK_FORMATS:
+        own = {name: layer for name, layer in layers.items() if layer.storage_dtype == kind}
+        word = block_scaled.resolve_format_name(files, kind, own, markers, asked) if own else ""
         for name, layer in own.items():
-            block_scaled.check_scales(files, files[layer.key], word, layer.keys["scale"])
-            found[name] = replace(layer, format=word, label=word)
+            block_scaled.check_block_scales(files, files[layer.key], word, layer.part_keys["scale"])
+            found[name] = replace(layer, format_name=word, label=word)
     return found
 
 
-def int8_layer(
+def parse_int8_layer(
     files: TensorFiles,
     info: TensorInfo,
     name: str,
     keys: dict[str, str],
     marker: Marker | None,
     rotated: bool,
-) -> StoredLayer:
+) -> CheckpointLayer:
     """An INT8 weight. rotated: without a word in the file, if it has a scale a row."""
     if len(info.shape) != 2 or 0 in info.shape:
         raise FileError(
@@ -346,16 +370,16 @@ def int8_layer(
         raise FileError(
             f"{info.file}: {name} is INT8 and has no weight_scale, so its numbers mean nothing; the file is incomplete, download it again"
         )
-    granularity, block = granularity_of(files, info, keys["scale"], marker)
+    granularity, block = read_granularity(files, info, keys["scale"], marker)
     rows, columns = info.shape if granularity != "transposed" else info.shape[::-1]
-    method, group, sylvester, centered = rotation_of(files, info, name, keys, marker)
+    method, group, sylvester, centered = parse_rotation(files, info, name, keys, marker)
     if (
         rotated
         and granularity == "row"
         and not quip.is_transformed(keys)
         and not {"matrix", "sigma"} & set(keys)
     ):
-        group = next((size for size in USUAL_GROUPS if columns % size == 0), 0)
+        group = next((size for size in USUAL_GROUP_SIZES if columns % size == 0), 0)
         method = "convrot" if group else method
     if group and columns % group:
         raise FileError(
@@ -366,22 +390,24 @@ def int8_layer(
             raise FileError(
                 f"{info.file}: {name} is transformed by QuIP and in another way too; int8run knows no such format"
             )
-        quip.check(files, keys, info)
+        quip.check_quip(files, keys, info)
         method = "quip"
     for part in ("factor", "sigma"):
         if part in keys:
-            check_numbers(files, keys[part], (columns,))
+            check_positive(files, keys[part], (columns,))
     settings: Mapping[str, float] = {"group_size": group} if group else {}
-    if marker is not None and marker.format == OURS:
+    if marker is not None and marker.format_name == INT8RUN_FORMAT:
         settings = marker.fields["settings"]
     strange = sylvester or centered or quip.is_transformed(keys)
-    word = word_of(info.dtype, told_granularity(rows, columns, granularity, marker), group, strange)
+    word = name_int8_format(
+        info.dtype, reconcile_granularity(rows, columns, granularity, marker), group, strange
+    )
     words = [
-        marker.format if marker and marker.format else "int8",
+        marker.format_name if marker and marker.format_name else "int8",
         f"{granularity}{f' {block}' if block else ''}",
     ]
     words += [] if method == NONE else [f"{method}{f' {group}' if group else ''}"]
-    return StoredLayer(
+    return CheckpointLayer(
         name,
         INT8,
         granularity,
@@ -401,39 +427,39 @@ def int8_layer(
     )
 
 
-def word_of(dtype: str, granularity: str, group: int, strange: bool) -> str:
+def name_int8_format(dtype: str, granularity: str, group: int, strange: bool) -> str:
     """The word for an INT8 layer. strange: changed by more than a regular rotation and a factor."""
     if strange:
         return ""
     if group:
         return CONVROT if granularity in ("tensor", "row") else ""
-    return WORDS.get((dtype, granularity), "")
+    return FORMAT_NAMES.get((dtype, granularity), "")
 
 
-def told_granularity(rows: int, columns: int, granularity: str, marker: Marker | None) -> str:
+def reconcile_granularity(rows: int, columns: int, granularity: str, marker: Marker | None) -> str:
     """What a marker says of a scale of one number where it is that: a row's, if there is one row, or that of one block of this size."""
     if granularity != "tensor" or marker is None:
         return granularity
-    promised = FORMATS[marker.format][1] if marker.format else ("tensor", "row")
+    promised = MARKER_FORMATS[marker.format_name][1] if marker.format_name else ("tensor", "row")
     if "tensor" in promised and not marker.fields.get("per_row"):
         return granularity
     possible = {
         "row": rows == 1,
-        "grid": rows == columns == marker.block,
-        "block3d": rows == 1 and columns == marker.block,
+        "grid": rows == columns == marker.block_size,
+        "block3d": rows == 1 and columns == marker.block_size,
     }
     return next((name for name in promised if possible.get(name)), granularity)
 
 
-def rotation_of(
+def parse_rotation(
     files: TensorFiles, info: TensorInfo, name: str, keys: Mapping[str, str], marker: Marker | None
 ) -> tuple[str, int, bool, bool]:
     """Method, size of the rotated groups, whether by Sylvester's matrix, and whether tokens are centered."""
-    group, sylvester = (0, False) if marker is None else (marker.group(), marker.sylvester())
-    if marker is not None and marker.format == OURS:
+    group, sylvester = (0, False) if marker is None else (marker.rotation_group_size(), marker.is_sylvester())
+    if marker is not None and marker.format_name == INT8RUN_FORMAT:
         if marker.fields["factor"] != ("factor" in keys) or {"matrix", "sigma"} & set(keys):
             raise FileError(
-                f"{marker.where} and the tensors of {name} contradict each other in their factors; the file is damaged"
+                f"{marker.location} and the tensors of {name} contradict each other in their factors; the file is damaged"
             )
         return marker.fields["outlier"], group, sylvester, marker.fields["centered"]
     if not {"matrix", "sigma"} & set(keys):
@@ -445,7 +471,7 @@ def rotation_of(
             f"{info.file}: {name} is rotated by its marker and by the INT8-Toolkit's tensors; they contradict each other"
         )
     if "matrix" in keys:
-        group, sylvester = told_by_matrix(files, keys["matrix"])
+        group, sylvester = identify_hadamard(files, keys["matrix"])
     return (
         "hadanorm" if "sigma" in keys else "quarot" if sylvester else "convrot",
         group,
@@ -454,16 +480,16 @@ def rotation_of(
     )
 
 
-def told_by_matrix(files: TensorFiles, key: str) -> tuple[int, bool]:
+def identify_hadamard(files: TensorFiles, key: str) -> tuple[int, bool]:
     """Size and kind of a Hadamard matrix that a file holds."""
     info = files[key]
     size = info.shape[0] if len(info.shape) == 2 and info.shape[0] == info.shape[1] else 0
-    if 2 <= size <= LARGEST_EXACT_GROUP and not size & (size - 1) and info.dtype in SCALES:
+    if 2 <= size <= MAX_EXACT_GROUP_SIZE and not size & (size - 1) and info.dtype in SCALE_DTYPES:
         matrix = files.read(key).float()
         for sylvester in (True, False):
             possible = sylvester or is_power_of_4(size)
             if possible and torch.allclose(
-                matrix, hadamard(size, sylvester), atol=0.01 / size**0.5
+                matrix, get_hadamard(size, sylvester), atol=0.01 / size**0.5
             ):  # half precision is good enough
                 return size, sylvester
     raise FileError(
@@ -471,39 +497,43 @@ def told_by_matrix(files: TensorFiles, key: str) -> tuple[int, bool]:
     )
 
 
-def refuse_mixtures(
-    files: TensorFiles, prefix: str, layers: Mapping[str, StoredLayer], markers: Mapping[str, Marker]
+def check_consistency(
+    files: TensorFiles, prefix: str, layers: Mapping[str, CheckpointLayer], markers: Mapping[str, Marker]
 ) -> None:
     """Raise FileError for layers that make no sense beside the others."""
-    int8 = [layer for layer in layers.values() if layer.kind == INT8]
+    int8 = [layer for layer in layers.values() if layer.storage_dtype == INT8]
     silent = [
         x
         for x in int8
-        if x.name not in markers and not quip.is_transformed(x.keys) and not {"matrix", "sigma"} & set(x.keys)
+        if x.name not in markers
+        and not quip.is_transformed(x.part_keys)
+        and not {"matrix", "sigma"} & set(x.part_keys)
     ]
     if silent and any(layer.name in markers for layer in int8):
         raise FileError(
             f"{files.path}: {silent[0].name} has no comfy_quant marker and other INT8 layers have one, so nobody knows whether it is "
             "rotated; the file is damaged"
         )
-    marks = [key for key in files if key.startswith(prefix) and is_file_marker(key)]
+    marks = [key for key in files if key.startswith(prefix) and is_scaled_fp8_marker(key)]
     for mark in marks:
         below = [
-            x for x in layers.values() if x.kind == FP8 and x.name.startswith(mark.removesuffix(WHOLE_FILE))
+            x
+            for x in layers.values()
+            if x.storage_dtype == FP8 and x.name.startswith(mark.removesuffix(SCALED_FP8))
         ]
-        if below and not any("scale" in layer.keys for layer in below):
+        if below and not any("scale" in layer.part_keys for layer in below):
             raise FileError(
                 f"{files.path}: {mark} says that fp8 weights have scales, and none has one ({below[0].name}); they were lost"
             )
 
 
-def is_file_marker(key: str) -> bool:
+def is_scaled_fp8_marker(key: str) -> bool:
     """Whether a key marks a whole fp8 file; it belongs to no layer and must not stand beside int8 weights that are written."""
-    return key == WHOLE_FILE or key.endswith(f".{WHOLE_FILE}")
+    return key == SCALED_FP8 or key.endswith(f".{SCALED_FP8}")
 
 
-def tell_wrong_labels(
-    files: TensorFiles, layers: Mapping[str, StoredLayer], markers: Mapping[str, Marker]
+def warn_wrong_labels(
+    files: TensorFiles, layers: Mapping[str, CheckpointLayer], markers: Mapping[str, Marker]
 ) -> None:
     """One warning for each kind of label that the shape of the scale contradicts."""
     wrong: Counter[tuple[str, str]] = Counter()
@@ -511,13 +541,13 @@ def tell_wrong_labels(
         marker = markers.get(name)
         if marker is None or not layer.granularity:
             continue
-        promised = FORMATS[marker.format][1] if marker.format else ("tensor", "row")
+        promised = MARKER_FORMATS[marker.format_name][1] if marker.format_name else ("tensor", "row")
         per_row, granularity = (
             marker.fields.get("per_row"),
-            told_granularity(layer.rows, layer.columns, layer.granularity, marker),
+            reconcile_granularity(layer.rows, layer.columns, layer.granularity, marker),
         )
         if granularity not in promised:
-            wrong[marker.format or "int8", granularity] += 1
+            wrong[marker.format_name or "int8", granularity] += 1
         elif per_row is not None and per_row != (granularity == "row"):
             wrong[f"per_row={per_row}", granularity] += 1
     for (label, shape), count in wrong.items():

@@ -9,37 +9,39 @@ from int8run.checkpoints.quant_metadata import Marker
 from int8run.checkpoints.reader import TensorFiles, TensorInfo
 from int8run.errors import FileError
 
-SCALES = ("F32", "F16", "BF16", "F64")
-SHAPES = "one number, [N], [N, 1], [N, K/g], [N, K/b, 1] and [N/b, K/b]"
+SCALE_DTYPES = ("F32", "F16", "BF16", "F64")
+SCALE_SHAPES = "one number, [N], [N, 1], [N, K/g], [N, K/b, 1] and [N/b, K/b]"
 
 
-def granularity_of(files: TensorFiles, info: TensorInfo, key: str, marker: Marker | None) -> tuple[str, int]:
+def read_granularity(
+    files: TensorFiles, info: TensorInfo, key: str, marker: Marker | None
+) -> tuple[str, int]:
     """Which numbers share a scale, by the shapes, and the size of a block; every scale is finite and above 0.
 
     Raises:
         FileError: no known shape, a scale that is no float, a block size in the marker that contradicts the shape.
     """
     scale = files[key]
-    if scale.dtype not in SCALES:
+    if scale.dtype not in SCALE_DTYPES:
         raise FileError(
-            f"{scale.file}: {key} is {scale.dtype}, and {info.key} is {info.dtype}; its scales are {', '.join(SCALES)}"
+            f"{scale.file}: {key} is {scale.dtype}, and {info.key} is {info.dtype}; its scales are {', '.join(SCALE_DTYPES)}"
         )
-    found = granularity(info.shape, scale.shape, info.dtype == "I8")
+    found = infer_granularity(info.shape, scale.shape, info.dtype == "I8")
     if found is None:
         raise FileError(
-            f"{scale.file}: {key} has the shape {list(scale.shape)}, which no weight {list(info.shape)} has; scales are {SHAPES}"
+            f"{scale.file}: {key} has the shape {list(scale.shape)}, which no weight {list(info.shape)} has; scales are {SCALE_SHAPES}"
         )
-    check_numbers(files, key)
+    check_positive(files, key)
     name, block = found
-    if block and marker is not None and marker.block not in (None, block):
+    if block and marker is not None and marker.block_size not in (None, block):
         raise FileError(
-            f"{marker.where} names blocks of {marker.block}, and {key} {list(scale.shape)} has blocks of {block}; they contradict each "
+            f"{marker.location} names blocks of {marker.block_size}, and {key} {list(scale.shape)} has blocks of {block}; they contradict each "
             "other, nobody knows which is true"
         )
     return name, block
 
 
-def granularity(weight: Sequence[int], scale: Sequence[int], int8: bool) -> tuple[str, int] | None:
+def infer_granularity(weight: Sequence[int], scale: Sequence[int], int8: bool) -> tuple[str, int] | None:
     """Name and block size of the scales of a weight; None for shapes that do not fit.
 
     | scale of a weight [N, K] | |
@@ -70,11 +72,11 @@ def granularity(weight: Sequence[int], scale: Sequence[int], int8: bool) -> tupl
     return ("transposed", 0) if int8 and shape == (1, k) else None
 
 
-def check_numbers(files: TensorFiles, key: str, shape: tuple[int, ...] | None = None) -> None:
+def check_positive(files: TensorFiles, key: str, shape: tuple[int, ...] | None = None) -> None:
     """Refuse scales and factors that no writer makes: of another dtype or shape, not finite, or not above 0."""
     info = files[key]
-    if info.dtype not in SCALES:
-        raise FileError(f"{info.file}: {key} is {info.dtype}; it takes {', '.join(SCALES)}")
+    if info.dtype not in SCALE_DTYPES:
+        raise FileError(f"{info.file}: {key} is {info.dtype}; it takes {', '.join(SCALE_DTYPES)}")
     if shape is not None and info.shape != shape:
         raise FileError(
             f"{info.file}: {key} has the shape {list(info.shape)}, its weight wants {list(shape)}; the file is damaged"

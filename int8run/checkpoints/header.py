@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from int8run.errors import FileError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # the format's word -> bits of a number, and torch's word for it
 DTYPES = {
     "F64": (64, "float64"),
@@ -50,13 +50,13 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
     Raises:
         FileError: missing, pickled, truncated, not a safetensors file, or one whose entries do not describe its bytes.
     """
-    entries, metadata, _ = open_header(path)
+    entries, metadata, _ = read_full_header(path)
     return entries, metadata
 
 
-def open_header(path: Path) -> Header:
+def read_full_header(path: Path) -> Header:
     """The same with the place where the data begins."""
-    if path.suffix.lower() in PICKLED:
+    if path.suffix.lower() in PICKLE_SUFFIXES:
         raise FileError(
             f"{path} is a pickled file, which can run code when opened; convert it to .safetensors first"
         )
@@ -83,11 +83,11 @@ def open_header(path: Path) -> Header:
         raise FileError(
             f"{path} is not a safetensors file, or it is cut off: its first 8 bytes give no possible header length"
         )
-    header = parse(path, text)
+    header = parse_json(path, text)
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
     if (
         not isinstance(header, dict)
-        or not is_text(metadata)
+        or not is_text_mapping(metadata)
         or not all(is_entry(entry) for entry in header.values())
     ):
         raise FileError(
@@ -101,7 +101,7 @@ def open_header(path: Path) -> Header:
     return Header(header, metadata, start)
 
 
-def parse(path: Path, text: bytes) -> Any:
+def parse_json(path: Path, text: bytes) -> Any:
     """The header's JSON, without a key that stands twice: a reader would silently take one of the two."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def check_entries(path: Path, entries: dict[str, dict[str, Any]]) -> None:
             )
 
 
-def is_text(metadata: object) -> bool:
+def is_text_mapping(metadata: object) -> bool:
     """Whether metadata is a mapping of text to text, as the format asks for."""
     return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
 

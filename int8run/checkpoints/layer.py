@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from int8run.checkpoints import block_scaled, quip
-from int8run.checkpoints.block_scaled import BLOCKS, NVFP4
-from int8run.checkpoints.reader import TensorFiles, row_range
+from int8run.checkpoints.block_scaled import BLOCK_FORMATS, NVFP4
+from int8run.checkpoints.reader import TensorFiles, resolve_rows
 from int8run.errors import FileError
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.outlier.base import NONE, OutlierTransform
-from int8run.quant.packed_weight import CodedWeight
+from int8run.quant.packed_weight import PackedWeight
 from int8run.quant.weight import QuantizedWeight
 
 FLOAT, INT8, FP8 = "float", "int8", "fp8"
 
 
-KINDS = {
+STORAGE_DTYPES = {
     "F64": FLOAT,
     "F32": FLOAT,
     "F16": FLOAT,
@@ -33,11 +33,11 @@ KINDS = {
 }
 
 
-LARGEST_EXACT_GROUP = 1024  # the kernels rotate no larger ones
+MAX_EXACT_GROUP_SIZE = 1024  # the kernels rotate no larger ones
 
 
 @dataclass(frozen=True)
-class StoredLayer:
+class CheckpointLayer:
     """One weight of a file, and how to read it.
 
     Args:
@@ -59,22 +59,22 @@ class StoredLayer:
     """
 
     name: str
-    kind: str
+    storage_dtype: str
     granularity: str
     rows: int
     columns: int
     label: str
     shape: tuple[int, ...]
-    method: str = NONE
-    settings: Mapping[str, float] = field(default_factory=dict)
-    block: int = 0
-    keys: Mapping[str, str] = field(default_factory=dict)
-    group: int = 0
-    sylvester: bool = False
-    centered: bool = False
-    side_keys: tuple[str, ...] = ()
-    format: str = ""
-    told: tuple[bool, bool] = (True, True)
+    outlier_method: str = NONE
+    outlier_settings: Mapping[str, float] = field(default_factory=dict)
+    block_size: int = 0
+    part_keys: Mapping[str, str] = field(default_factory=dict)
+    rotation_group_size: int = 0
+    is_sylvester: bool = False
+    is_centered: bool = False
+    sibling_keys: tuple[str, ...] = ()
+    format_name: str = ""
+    declared: tuple[bool, bool] = (True, True)
 
     @property
     def key(self) -> str:
@@ -82,52 +82,66 @@ class StoredLayer:
         return f"{self.name}.weight"
 
     @property
-    def exact(self) -> bool:
+    def is_exact(self) -> bool:
         """Whether the integers can be taken as they are, so that nothing is rounded again."""
         return (
-            self.kind == INT8
+            self.storage_dtype == INT8
             and self.granularity in ("tensor", "row")
-            and not quip.is_transformed(self.keys)
-            and self.group <= LARGEST_EXACT_GROUP
+            and not quip.is_transformed(self.part_keys)
+            and self.rotation_group_size <= MAX_EXACT_GROUP_SIZE
         )
 
     @property
-    def codable(self) -> bool:
+    def is_packable(self) -> bool:
         """Whether the stored numbers can stay as they are, so that the layer is as small in memory as in the file."""
-        transformed = quip.is_transformed(self.keys) or self.group > LARGEST_EXACT_GROUP
-        return self.kind != FLOAT and len(self.shape) == 2 and not transformed and 0 not in self.shape
+        transformed = quip.is_transformed(self.part_keys) or self.rotation_group_size > MAX_EXACT_GROUP_SIZE
+        return (
+            self.storage_dtype != FLOAT and len(self.shape) == 2 and not transformed and 0 not in self.shape
+        )
 
     @property
-    def padded(self) -> bool:
+    def is_padded(self) -> bool:
         """Whether the weight may be smaller than rows and columns, which only the model's shape tells."""
-        return quip.HADAMARD in self.keys or not all(self.told)
+        return quip.HADAMARD_FLAG in self.part_keys or not all(self.declared)
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
+    def fits_shape(self, shape: tuple[int, ...]) -> bool:
         """Whether a model's layer of this shape can have the weight."""
         own = self.rows, self.columns
-        if not self.padded or len(shape) != 2:
+        if not self.is_padded or len(shape) != 2:
             return shape == own
-        if quip.HADAMARD in self.keys:
-            return quip.fits((shape[0], shape[1]), own)
-        sizes = zip(shape, own, self.told, strict=True)
+        if quip.HADAMARD_FLAG in self.part_keys:
+            return quip.is_padded_from((shape[0], shape[1]), own)
+        sizes = zip(shape, own, self.declared, strict=True)
         return all(
-            n == size or (not told and block_scaled.is_padded_from((n,), (size,), BLOCKS[self.kind].multiple))
+            n == size
+            or (
+                not told
+                and block_scaled.is_padded_from(
+                    (n,), (size,), BLOCK_FORMATS[self.storage_dtype].padding_multiple
+                )
+            )
             for n, size, told in sizes
         )
 
-    def transform(self, files: TensorFiles) -> OutlierTransform:
+    def read_transform(self, files: TensorFiles) -> OutlierTransform:
         """What was done to the weight, for an INT8 layer that takes the integers as they are."""
         factor = None
-        if "factor" in self.keys:
-            factor = files.read(self.keys["factor"]).float()
-        if "sigma" in self.keys:
+        if "factor" in self.part_keys:
+            factor = files.read(self.part_keys["factor"]).float()
+        if "sigma" in self.part_keys:
             factor = (
-                1 / files.read(self.keys["sigma"]).float()
+                1 / files.read(self.part_keys["sigma"]).float()
             )  # columns were multiplied by sigma; the factor divides the weight
-        rotation = Rotation(hadamard(self.group, self.sylvester), self.sylvester) if self.group else None
-        return OutlierTransform(self.method, self.settings, factor, rotation, self.centered)
+        rotation = (
+            Rotation(get_hadamard(self.rotation_group_size, self.is_sylvester), self.is_sylvester)
+            if self.rotation_group_size
+            else None
+        )
+        return OutlierTransform(
+            self.outlier_method, self.outlier_settings, factor, rotation, self.is_centered
+        )
 
-    def weight(
+    def read_weight(
         self, files: TensorFiles, rows: slice | None = None, shape: tuple[int, int] | None = None
     ) -> Tensor:
         """The real weight: scales applied, rotation and factors undone.
@@ -142,77 +156,81 @@ class StoredLayer:
         Raises:
             FileError: a padded weight without `shape`, another shape than the file's, or a damaged file.
         """
-        n, k = self.real_shape(files, shape)
-        start, stop = row_range(self.key, n, rows)
+        n, k = self.resolve_shape(files, shape)
+        start, stop = resolve_rows(self.key, n, rows)
         if self.granularity == "transposed":
-            read = (files.read(self.key).float() * files.read(self.keys["scale"]).float()).T[start:stop]
-        elif quip.is_transformed(self.keys):
-            read = quip.restore(files, self.keys, self.scaled(files, 0, self.rows))[start:stop, :k]
+            read = (files.read(self.key).float() * files.read(self.part_keys["scale"]).float()).T[start:stop]
+        elif quip.is_transformed(self.part_keys):
+            read = quip.restore_weight(files, self.part_keys, self.read_scaled_rows(files, 0, self.rows))[
+                start:stop, :k
+            ]
         else:
-            read = self.scaled(files, start, stop)[:, :k]
-        if self.group or "factor" in self.keys or "sigma" in self.keys:
-            read = self.transform(files).restore_weight(read)
+            read = self.read_scaled_rows(files, start, stop)[:, :k]
+        if self.rotation_group_size or "factor" in self.part_keys or "sigma" in self.part_keys:
+            read = self.read_transform(files).restore_weight(read)
         return read.reshape(stop - start, *self.shape[1:]) if len(self.shape) != 2 else read
 
-    def real_shape(self, files: TensorFiles, shape: tuple[int, int] | None) -> tuple[int, int]:
+    def resolve_shape(self, files: TensorFiles, shape: tuple[int, int] | None) -> tuple[int, int]:
         """N and K without padding, given the model's if it is known.
 
         Raises:
             FileError: nobody knows them, or the model's cannot be this weight's.
         """
-        if shape is None and quip.HADAMARD in self.keys:
+        if shape is None and quip.HADAMARD_FLAG in self.part_keys:
             raise FileError(
                 f"{files.path}: {self.name} is padded to [{self.rows}, {self.columns}] and does not say to what shape it is cut; "
                 "the model that it is for must be known"
             )
         n, k = shape or (self.rows, self.columns)
-        if shape is not None and not self.fits(shape):
+        if shape is not None and not self.fits_shape(shape):
             raise FileError(
                 f"{files.path}: {self.name} has the shape [{self.rows}, {self.columns}], the model's [{n}, {k}]; it is for another"
             )
         return n, k
 
-    def scaled(self, files: TensorFiles, start: int, stop: int) -> Tensor:
+    def read_scaled_rows(self, files: TensorFiles, start: int, stop: int) -> Tensor:
         """Stored numbers times scales. Returns float32 [stop - start, columns of the file]."""
         count = stop - start
-        if self.kind in BLOCKS:
-            rows = block_scaled.read_rows(files, self.key, self.format, self.keys, start, stop)
+        if self.storage_dtype in BLOCK_FORMATS:
+            rows = block_scaled.read_packed_rows(
+                files, self.key, self.format_name, self.part_keys, start, stop
+            )
             return rows.dequantize() if count else torch.empty(rows.shape)
         codes = files.read(self.key, slice(start, stop)).float().reshape(count, prod(self.shape[1:]))
-        if "scale" not in self.keys:
+        if "scale" not in self.part_keys:
             return codes
-        scale = self.scales(files, start, stop)  # [rows, blocks of a row]
+        scale = self.read_scales(files, start, stop)  # [rows, blocks of a row]
         groups = codes.view(count, scale.shape[1], codes.shape[1] // scale.shape[1])
         return groups.mul_(scale[..., None]).view(codes.shape)
 
-    def scales(self, files: TensorFiles, start: int, stop: int) -> Tensor:
+    def read_scales(self, files: TensorFiles, start: int, stop: int) -> Tensor:
         """The scales of some rows. Returns float32 [rows, blocks of a row]."""
-        key = self.keys["scale"]
+        key = self.part_keys["scale"]
         if self.granularity == "tensor":
             return files.read(key).float().reshape(1, 1).expand(stop - start, 1)
         if self.granularity == "grid":
-            return files.read(key).float()[torch.arange(start, stop) // self.block]
+            return files.read(key).float()[torch.arange(start, stop) // self.block_size]
         return files.read(key, slice(start, stop)).float().reshape(stop - start, prod(files[key].shape[1:]))
 
-    def int8(self, files: TensorFiles, rows: slice | None = None) -> QuantizedLayer:
+    def read_int8_layer(self, files: TensorFiles, rows: slice | None = None) -> QuantizedLayer:
         """The integers, one scale a row and the transform, without a bias; only of an exact layer.
 
         Raises:
             ValueError: for another.
         """
-        if not self.exact:
+        if not self.is_exact:
             raise ValueError(
                 f"{files.path}: the numbers of {self.name} ({self.label}) cannot be taken as they are; read `weight`"
             )
-        start, stop = row_range(self.key, self.rows, rows)
+        start, stop = resolve_rows(self.key, self.rows, rows)
         weight = QuantizedWeight(
-            files.read(self.key, slice(start, stop)), self.scales(files, start, stop).contiguous()
+            files.read(self.key, slice(start, stop)), self.read_scales(files, start, stop).contiguous()
         )
-        return QuantizedLayer(weight, self.transform(files), None)
+        return QuantizedLayer(weight, self.read_transform(files), None)
 
-    def coded(
+    def read_packed_weight(
         self, files: TensorFiles, shape: tuple[int, int] | None = None
-    ) -> tuple[CodedWeight, OutlierTransform]:
+    ) -> tuple[PackedWeight, OutlierTransform]:
         """The stored numbers with their scales, and what was done to the weight before; only of a codable layer.
 
         Args:
@@ -222,24 +240,24 @@ class StoredLayer:
             ValueError: for another.
             FileError: another shape than the file's, or a damaged file.
         """
-        if not self.codable:
+        if not self.is_packable:
             raise ValueError(
                 f"{files.path}: the numbers of {self.name} ({self.label}) cannot stay as they are; read `weight`"
             )
-        real = self.real_shape(files, shape)
-        if self.kind in BLOCKS:
-            return block_scaled.read_whole(files, self.key, self.format, self.keys, real), self.transform(
-                files
-            )
+        real = self.resolve_shape(files, shape)
+        if self.storage_dtype in BLOCK_FORMATS:
+            return block_scaled.read_packed_weight(
+                files, self.key, self.format_name, self.part_keys, real
+            ), self.read_transform(files)
         codes = files.read(self.key)
-        scale = files.read(self.keys["scale"]) if "scale" in self.keys else None
+        scale = files.read(self.part_keys["scale"]) if "scale" in self.part_keys else None
         if self.granularity == "transposed":
             assert scale is not None
             codes, scale = codes.T.contiguous(), scale.T.contiguous()
-        return CodedWeight(codes, scale, real), self.transform(files)
+        return PackedWeight(codes, scale, real), self.read_transform(files)
 
 
 @cache
-def hadamard(group: int, sylvester: bool) -> Tensor:
+def get_hadamard(group: int, sylvester: bool) -> Tensor:
     """One matrix for all layers with groups of this size."""
     return sylvester_hadamard(group) if sylvester else regular_hadamard(group)

@@ -14,14 +14,16 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from int8run.checkpoints.header import DTYPES, open_header
+from int8run.checkpoints.header import DTYPES, read_full_header
 from int8run.errors import FileError
 
-INDEX = ".safetensors.index"  # `x.safetensors.index.json`, and with a variant `x.safetensors.index.fp16.json`
-SHARD = re.compile(r"(?P<set>.+)-\d{5}-of-(?P<count>\d{5})(?P<variant>\..+)?")
+INDEX_MARK = (
+    ".safetensors.index"  # `x.safetensors.index.json`, and with a variant `x.safetensors.index.fp16.json`
+)
+SHARD_NAME = re.compile(r"(?P<set>.+)-\d{5}-of-(?P<count>\d{5})(?P<variant>\..+)?")
 # names that are looked for in a folder, the first one that is there is taken; diffusers' and transformers' own
-USUAL = ("diffusion_pytorch_model", "model")
-READ_BYTES = 2**30  # Linux reads no more than 2 GB at a time
+USUAL_NAMES = ("diffusion_pytorch_model", "model")
+MAX_READ_BYTES = 2**30  # Linux reads no more than 2 GB at a time
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,17 @@ class TensorFiles(Mapping[str, TensorInfo]):
                 that does not describe its file.
         """
         path = path.expanduser()
-        found = choose(path) if path.is_dir() else path
+        found = choose_checkpoint(path) if path.is_dir() else path
         if found.name.endswith(".json"):
-            return cls(path, indexed(found))
-        shard = SHARD.fullmatch(found.stem)
+            return cls(path, read_sharded(found))
+        shard = SHARD_NAME.fullmatch(found.stem)
         if shard and int(shard["count"]) > 1 and found.is_file():
             if not path.is_dir():
                 raise FileError(
                     f"{path} is one of {int(shard['count'])} shards; name their folder or their .index.json"
                 )
-            return cls(path, {file: tensors_of(file) for file in all_shards(found, shard)})
-        return cls(path, {found: tensors_of(found)})
+            return cls(path, {file: read_tensor_infos(file) for file in list_shards(found, shard)})
+        return cls(path, {found: read_tensor_infos(found)})
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -115,7 +117,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() < count:
             raise ValueError(f"{key} takes {count} bytes; the buffer is {buffer.dtype} {list(buffer.shape)}")
         self.fill(self.infos[key].file, start, buffer[:count])
-        return shaped(self.infos[key], rows, buffer[:count])
+        return view_as_tensor(self.infos[key], rows, buffer[:count])
 
     def drop(self, key: str, rows: slice | None = None) -> None:
         """Tell the system that these bytes are not needed again, so that a long read does not push out everything else."""
@@ -131,7 +133,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         info = self.infos[key]
         if rows is None:
             return info.start, info.nbytes
-        start, stop = row_range(info.key, first(info.shape), rows)
+        start, stop = resolve_rows(info.key, first_dimension(info.shape), rows)
         row = info.nbytes // max(info.shape[0], 1)
         return info.start + start * row, (stop - start) * row
 
@@ -149,7 +151,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         """Read the bytes from `start` on into all of `buffer`."""
         handle, view, done = self.handle(file), memoryview(buffer.numpy()), 0  # type: ignore[arg-type] # numpy's stubs do not say so
         while done < len(view):
-            part = view[done : done + READ_BYTES]
+            part = view[done : done + MAX_READ_BYTES]
             try:
                 if hasattr(os, "preadv"):
                     count = os.preadv(handle.fileno(), [part], start + done)
@@ -180,7 +182,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         self.close()
 
 
-def row_range(key: str, count: int | None, rows: slice | None) -> tuple[int, int]:
+def resolve_rows(key: str, count: int | None, rows: slice | None) -> tuple[int, int]:
     """First row and the one after the last, of a tensor with so many (None: it has no first dimension).
 
     Raises:
@@ -195,16 +197,16 @@ def row_range(key: str, count: int | None, rows: slice | None) -> tuple[int, int
     return start, stop
 
 
-def first(shape: tuple[int, ...]) -> int | None:
+def first_dimension(shape: tuple[int, ...]) -> int | None:
     """The size of the first dimension, if there is one."""
     return shape[0] if shape else None
 
 
-def shaped(info: TensorInfo, rows: slice | None, data: Tensor) -> Tensor:
+def view_as_tensor(info: TensorInfo, rows: slice | None, data: Tensor) -> Tensor:
     """Bytes as the numbers that they are. data: uint8 [bytes] -> [rows, ...]."""
     shape = info.shape
     if rows is not None:
-        start, stop = row_range(info.key, first(info.shape), rows)
+        start, stop = resolve_rows(info.key, first_dimension(info.shape), rows)
         shape = (stop - start, *shape[1:])
     bits, word = DTYPES[info.dtype]
     if bits < 8:
@@ -213,9 +215,9 @@ def shaped(info: TensorInfo, rows: slice | None, data: Tensor) -> Tensor:
     return data.view(dtype).reshape(shape)
 
 
-def tensors_of(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
+def read_tensor_infos(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
     """What a file holds, in the order of its bytes, and its metadata."""
-    entries, metadata, begin = open_header(file)
+    entries, metadata, begin = read_full_header(file)
     infos = []
     for key, entry in entries.items():
         start, stop = entry["data_offsets"]
@@ -225,7 +227,7 @@ def tensors_of(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
     return sorted(infos, key=lambda info: info.start), metadata
 
 
-def choose(folder: Path) -> Path:
+def choose_checkpoint(folder: Path) -> Path:
     """The checkpoint in a folder: an index, a file, or the first of the shards that have no index.
 
     Raises:
@@ -235,12 +237,12 @@ def choose(folder: Path) -> Path:
     for file in sorted(folder.iterdir(), reverse=True):  # an index stands behind its shards and replaces them
         if file.name.startswith("."):  # one that is being written
             continue
-        if INDEX in file.name and file.name.endswith(".json"):
-            sets[file.name.removesuffix(".json").replace(INDEX, "")] = file
+        if INDEX_MARK in file.name and file.name.endswith(".json"):
+            sets[file.name.removesuffix(".json").replace(INDEX_MARK, "")] = file
         elif file.suffix == ".safetensors":
-            shard = SHARD.fullmatch(file.stem)
+            shard = SHARD_NAME.fullmatch(file.stem)
             name = shard["set"] + (shard["variant"] or "") if shard else file.stem
-            if INDEX not in sets.get(name, file).name:
+            if INDEX_MARK not in sets.get(name, file).name:
                 sets[name] = file
     if not sets:
         whole = (folder / "model_index.json").is_file()
@@ -249,7 +251,7 @@ def choose(folder: Path) -> Path:
         raise FileError(f"{folder} holds no safetensors file; {where}")
     if len(sets) == 1:
         return next(iter(sets.values()))
-    for name in USUAL:
+    for name in USUAL_NAMES:
         if name in sets:
             return sets[name]
     raise FileError(
@@ -257,7 +259,7 @@ def choose(folder: Path) -> Path:
     )
 
 
-def all_shards(first: Path, shard: re.Match[str]) -> list[Path]:
+def list_shards(first: Path, shard: re.Match[str]) -> list[Path]:
     """The shards beside one of them, told by their names alone."""
     count = int(shard["count"])
     files = [
@@ -272,7 +274,7 @@ def all_shards(first: Path, shard: re.Match[str]) -> list[Path]:
     return files
 
 
-def indexed(index: Path) -> dict[Path, tuple[list[TensorInfo], dict[str, str]]]:
+def read_sharded(index: Path) -> dict[Path, tuple[list[TensorInfo], dict[str, str]]]:
     """The shards that an index names, compared with it."""
     if not index.is_file():
         raise FileError(f"{index}: no such file (looked for {index.absolute()})")
@@ -299,7 +301,7 @@ def indexed(index: Path) -> dict[Path, tuple[list[TensorInfo], dict[str, str]]]:
             raise FileError(
                 f"{index}: the shard {name} is missing ({len(keys[name])} tensors are in it); download it again"
             )
-        headers[file] = tensors_of(file)
+        headers[file] = read_tensor_infos(file)
         held = {info.key for info in headers[file][0]}
         if keys[name] - held:
             raise FileError(

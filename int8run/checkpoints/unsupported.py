@@ -24,7 +24,7 @@ READERS = {
     "gguf": "ComfyUI-GGUF, or diffusers with gguf",
 }
 # the last word of a key -> whose it is
-SUFFIXES = {
+FORMAT_BY_SUFFIX = {
     "SCB": "bitsandbytes",
     "weight_format": "bitsandbytes",
     "absmax": "bitsandbytes",
@@ -50,7 +50,7 @@ SUFFIXES = {
     "_double_scale": "modelopt",  # of its quantizers, which diffusers keeps
 }
 # `quant_method` in a config.json beside the file; `fp8` and `bfl` are told by their tensors and read
-METHODS = {
+FORMAT_BY_METHOD = {
     "sdnq": "SDNQ",
     "sdnq_training": "SDNQ",
     "bitsandbytes": "bitsandbytes",
@@ -64,37 +64,43 @@ METHODS = {
     "gguf": "gguf",
 }
 MODELOPT = "modelopt"
-MODELOPT_NOTE = "hf_quant_config.json"  # what it leaves beside the weights of transformers' models
-WHOLE = ("F64", "F32", "F16", "BF16")
-COPY = "weight_packed"  # beside an int8 weight: the INT8-Toolkit's transposed copy of it
+MODELOPT_CONFIG = "hf_quant_config.json"  # what it leaves beside the weights of transformers' models
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+PACKED_COPY = "weight_packed"  # beside an int8 weight: the INT8-Toolkit's transposed copy of it
 
 
-def refuse_foreign(files: TensorFiles, prefix: str) -> None:
+def check_supported(files: TensorFiles, prefix: str) -> None:
     """Raise FileError for a file of a program whose numbers are not read here."""
     keys = [key for key in files if key.startswith(prefix)]
     for key in keys:
         layer, _, suffix = key.rpartition(".")
-        name = SUFFIXES.get(suffix)
+        name = FORMAT_BY_SUFFIX.get(suffix)
         if name is not None and not (
-            suffix == COPY and f"{layer}.weight" in files and files[f"{layer}.weight"].dtype == "I8"
+            suffix == PACKED_COPY and f"{layer}.weight" in files and files[f"{layer}.weight"].dtype == "I8"
         ):
-            raise refused(files, name, f"it has {key}")
+            raise make_unsupported_error(files, name, f"it has {key}")
     for file, metadata in files.metadata_of.items():
         if "tensor_names" in metadata and any("_weight_qdata" in key for key in keys):
-            raise refused(files, "torchao", f"the header of {file.name} lists tensor_names")
+            raise make_unsupported_error(files, "torchao", f"the header of {file.name} lists tensor_names")
         if "svdquant" in metadata.get("quantization_config", ""):
-            raise refused(files, "nunchaku", f"the header of {file.name} has its quantization_config")
+            raise make_unsupported_error(
+                files, "nunchaku", f"the header of {file.name} has its quantization_config"
+            )
     # a config beside a float file describes another
-    if any(key.endswith(".weight") and files[key].dtype not in WHOLE for key in keys):
-        method = quant_method(files)
-        if method in METHODS and not (METHODS[method] == MODELOPT and readable_modelopt(files, keys)):
-            raise refused(files, METHODS[method], f"the config beside it says quant_method {method}")
+    if any(key.endswith(".weight") and files[key].dtype not in FLOAT_DTYPES for key in keys):
+        method = read_quant_method(files)
+        if method in FORMAT_BY_METHOD and not (
+            FORMAT_BY_METHOD[method] == MODELOPT and is_readable_modelopt(files, keys)
+        ):
+            raise make_unsupported_error(
+                files, FORMAT_BY_METHOD[method], f"the config beside it says quant_method {method}"
+            )
 
 
-def readable_modelopt(files: TensorFiles, keys: list[str]) -> bool:
+def is_readable_modelopt(files: TensorFiles, keys: list[str]) -> bool:
     """Whether ModelOpt's weights are all float, nvfp4 or fp8 with scales."""
     scale_of = {"U8": "weight_scale_2", "F8_E4M3": "weight_scale"}
-    weights = [key for key in keys if key.endswith(".weight") and files[key].dtype not in WHOLE]
+    weights = [key for key in keys if key.endswith(".weight") and files[key].dtype not in FLOAT_DTYPES]
     return all(
         f"{key.removesuffix('weight')}{scale_of.get(files[key].dtype, '?')}" in files for key in weights
     )
@@ -102,16 +108,16 @@ def readable_modelopt(files: TensorFiles, keys: list[str]) -> bool:
 
 def is_modelopt(files: TensorFiles) -> bool:
     """Whether the folder of the file says that ModelOpt made it."""
-    producer = beside(files, MODELOPT_NOTE).get("producer")
-    return quant_method(files) == MODELOPT or (
+    producer = read_sibling_json(files, MODELOPT_CONFIG).get("producer")
+    return read_quant_method(files) == MODELOPT or (
         isinstance(producer, dict) and producer.get("name") == MODELOPT
     )
 
 
-def quant_method(files: TensorFiles) -> str:
+def read_quant_method(files: TensorFiles) -> str:
     """What the config.json in the folder of the file says; empty without one."""
     for name in ("config.json", "quantization_config.json"):
-        found = beside(files, name)
+        found = read_sibling_json(files, name)
         settings = found.get("quantization_config", found)
         method = settings.get("quant_method") if isinstance(settings, dict) else None
         if isinstance(method, str):
@@ -119,7 +125,7 @@ def quant_method(files: TensorFiles) -> str:
     return ""
 
 
-def beside(files: TensorFiles, name: str) -> dict[str, Any]:
+def read_sibling_json(files: TensorFiles, name: str) -> dict[str, Any]:
     """A JSON object in the folder of the file; empty where there is none, or something else: then the tensors have to tell."""
     try:
         found = json.loads(files.files[0].with_name(name).read_bytes())
@@ -128,7 +134,7 @@ def beside(files: TensorFiles, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def refused(files: TensorFiles, name: str, evidence: str) -> FileError:
+def make_unsupported_error(files: TensorFiles, name: str, evidence: str) -> FileError:
     """The error for a format that is known and not read."""
     return FileError(
         f"{files.path} is a {name} file ({evidence}), which {READERS[name]} can read and int8run cannot; take the float checkpoint, "

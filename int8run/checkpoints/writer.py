@@ -25,9 +25,9 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-Entry = tuple[str, str, tuple[int, ...]]  # key, dtype in safetensors' words, shape
-PART = ".int8run-{}.part"  # a file that is not whole yet; filled with the process and a number
-SEND_BYTES = (
+TensorEntry = tuple[str, str, tuple[int, ...]]  # key, dtype in safetensors' words, shape
+PART_NAME = ".int8run-{}.part"  # a file that is not whole yet; filled with the process and a number
+FLUSH_BYTES = (
     64 * 2**20
 )  # after so many, the system is told to bring them to the disk, so that the end has little to wait for
 
@@ -48,10 +48,10 @@ class StreamWriter:
         ValueError: for a key given twice.
     """
 
-    def __init__(self, path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]):
+    def __init__(self, path: Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str]):
         self.path = path
-        ordered = sorted(entries, key=lambda entry: -number_of_bytes(entry[1], ()))
-        header, self.places = layout(ordered, metadata, path)
+        ordered = sorted(entries, key=lambda entry: -count_bytes(entry[1], ()))
+        header, self.places = plan_layout(ordered, metadata, path)
         self.nbytes = len(header) + sum(stop - start for start, stop in self.places.values())
         self.written = dict.fromkeys(self.places, 0)
         self.unsent = 0
@@ -67,9 +67,9 @@ class StreamWriter:
                     f"{path} needs {self.nbytes} bytes ({self.nbytes / 1e9:.2f} GB), {path.parent} has {free} free ({free / 1e9:.2f} GB); "
                     "make room or choose another folder"
                 )
-            self.part, self.descriptor = open_part(path.parent)
+            self.part, self.descriptor = create_part_file(path.parent)
         except OSError as error:
-            raise unwritable(path, error) from error
+            raise make_write_error(path, error) from error
         try:
             self._put(header, 0)
         except FileError:
@@ -83,7 +83,7 @@ class StreamWriter:
             FileError: when the disk refuses them.
             ValueError: for more bytes than the tensor has.
         """
-        view = as_bytes(data)
+        view = view_as_bytes(data)
         start, stop = self.places[key]
         offset = start + self.written[key]
         if offset + len(view) > stop:
@@ -109,7 +109,7 @@ class StreamWriter:
             self.part.replace(self.path)
             sync_folder(self.path.parent)
         except OSError as error:
-            raise unwritable(self.path, error) from error
+            raise make_write_error(self.path, error) from error
         self.finished = True
         os.close(self.descriptor)
         return self.path
@@ -130,12 +130,12 @@ class StreamWriter:
             while view:  # a call writes 2 GB at most
                 view = view[os.write(self.descriptor, view) :]
             self.unsent += len(data)
-            if self.unsent >= SEND_BYTES and hasattr(os, "posix_fadvise"):
+            if self.unsent >= FLUSH_BYTES and hasattr(os, "posix_fadvise"):
                 # written pages go to the disk, and those that are there are forgotten: nobody reads them again here
                 os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 self.unsent = 0
         except OSError as error:
-            raise unwritable(self.path, error) from error
+            raise make_write_error(self.path, error) from error
 
     def __enter__(self) -> "StreamWriter":
         return self
@@ -146,8 +146,8 @@ class StreamWriter:
         self.abandon()
 
 
-def layout(
-    entries: Iterable[Entry], metadata: Mapping[str, str], path: Path
+def plan_layout(
+    entries: Iterable[TensorEntry], metadata: Mapping[str, str], path: Path
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The first bytes of the file, and where each tensor starts and stops in it."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -156,7 +156,7 @@ def layout(
     for key, dtype, shape in entries:
         if key in sizes:
             raise ValueError(f"{key} is given twice")
-        start, end = end, end + number_of_bytes(dtype, shape)
+        start, end = end, end + count_bytes(dtype, shape)
         header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
         sizes[key] = (start, end)
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -169,33 +169,33 @@ def layout(
     }
 
 
-def number_of_bytes(dtype: str, shape: Sequence[int]) -> int:
+def count_bytes(dtype: str, shape: Sequence[int]) -> int:
     """Of a tensor of that dtype, in safetensors' word, and shape."""
     return DTYPES[dtype][0] * prod(shape) // 8
 
 
-def as_bytes(data: Tensor | bytes | memoryview) -> memoryview:
+def view_as_bytes(data: Tensor | bytes | memoryview) -> memoryview:
     """The bytes of a tensor on the CPU, without a copy where it is contiguous."""
     if isinstance(data, Tensor):
         return data.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return memoryview(data).cast("B")
 
 
-def open_part(folder: Path) -> tuple[Path, int]:
+def create_part_file(folder: Path) -> tuple[Path, int]:
     """A new locked temporary file, with the permissions that any new file gets.
 
     Raises:
         OSError: when it cannot be made.
     """
     while True:
-        part = folder / PART.format(f"{os.getpid()}-{time.time_ns()}")
+        part = folder / PART_NAME.format(f"{os.getpid()}-{time.time_ns()}")
         descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
-        if not lock(descriptor, wait=True) or os.path.exists(part):
+        if not acquire_lock(descriptor, wait=True) or os.path.exists(part):
             return part, descriptor
         os.close(descriptor)  # another process took it for a leftover in the moment before it was locked
 
 
-def lock(descriptor: int, wait: bool = False) -> bool:
+def acquire_lock(descriptor: int, wait: bool = False) -> bool:
     """Whether this process has the file's lock now; where there are no locks, nobody has it."""
     if fcntl is None:
         return False
@@ -211,11 +211,11 @@ def remove_leftovers(folder: Path) -> None:
 
     Where there are no locks, nothing is removed.
     """
-    for part in folder.glob(PART.format("*")):
+    for part in folder.glob(PART_NAME.format("*")):
         with suppress(OSError):
             descriptor = os.open(part, os.O_RDWR)
             try:
-                if lock(descriptor):
+                if acquire_lock(descriptor):
                     part.unlink()
             finally:
                 os.close(descriptor)
@@ -231,7 +231,7 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def unwritable(path: Path, error: OSError) -> FileError:
+def make_write_error(path: Path, error: OSError) -> FileError:
     """The error for a place that cannot be written to, or not any more."""
     return FileError(
         f"{path} cannot be written: {error.strerror or error}; make room, or choose a folder that you may write to"

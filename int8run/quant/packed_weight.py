@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from int8run.kernels.dequantize import reference
-from int8run.kernels.dequantize.reference import FP8, MXFP8_BLOCK, NVFP4_BLOCK, scale_blocks, swizzled_offsets
+from int8run.kernels.dequantize.reference import (
+    FP8,
+    MXFP8_BLOCK,
+    NVFP4_BLOCK,
+    compute_swizzled_offsets,
+    infer_block_shape,
+)
 
 
 @dataclass(frozen=True)
-class CodedWeight:
+class PackedWeight:
     """Codes and scales of one weight [N, K].
 
     Args:
@@ -31,12 +37,12 @@ class CodedWeight:
     scale: Tensor | None
     shape: tuple[int, int]
     global_scale: Tensor | None = None
-    block: int = 0
-    swizzled: bool = True
-    high_first: bool = True
+    block_size: int = 0
+    is_swizzled: bool = True
+    high_nibble_first: bool = True
 
     @property
-    def kind(self) -> str:
+    def storage_dtype(self) -> str:
         """int8, fp8, mxfp8 or nvfp4."""
         if self.qdata.dtype == torch.int8:
             return "int8"
@@ -53,7 +59,7 @@ class CodedWeight:
         """Of codes and scales."""
         return sum(t.nbytes for t in (self.qdata, self.scale, self.global_scale) if t is not None)
 
-    def to(self, device: torch.device) -> "CodedWeight":
+    def to(self, device: torch.device) -> "PackedWeight":
         """The same on a device."""
         return replace(
             self,
@@ -73,48 +79,54 @@ class CodedWeight:
         Returns:
             dtype [N, K].
         """
-        return self.padded(dtype, operators)[: self.shape[0], : self.shape[1]]
+        return self.dequantize_padded(dtype, operators)[: self.shape[0], : self.shape[1]]
 
-    def padded(self, dtype: torch.dtype, operators: Any) -> Tensor:
+    def dequantize_padded(self, dtype: torch.dtype, operators: Any) -> Tensor:
         """The same with the file's padding."""
         if self.scale is None:
             return self.qdata.to(dtype)
-        block = self.block or None
-        if self.kind == "int8":
+        block = self.block_size or None
+        if self.storage_dtype == "int8":
             return operators.dequantize_int8(self.qdata, self.scale, block, dtype)
-        if self.kind == "fp8":
+        if self.storage_dtype == "fp8":
             return operators.dequantize_fp8(self.qdata, self.scale, block, dtype)
-        if self.kind == "mxfp8":
-            return operators.dequantize_mxfp8(self.qdata, self.scale, swizzled=self.swizzled, dtype=dtype)
+        if self.storage_dtype == "mxfp8":
+            return operators.dequantize_mxfp8(self.qdata, self.scale, swizzled=self.is_swizzled, dtype=dtype)
         assert self.global_scale is not None
         return operators.dequantize_nvfp4(
             self.qdata,
             self.scale,
             self.global_scale,
-            swizzled=self.swizzled,
-            high_first=self.high_first,
+            swizzled=self.is_swizzled,
+            high_first=self.high_nibble_first,
             dtype=dtype,
         )
 
-    def in_rows(self) -> "CodedWeight":
+    def unswizzle_scales(self) -> "PackedWeight":
         """The same with block scales that lie in rows, so that `rows` can pick some."""
-        if self.kind not in ("mxfp8", "nvfp4") or not self.swizzled:
+        if self.storage_dtype not in ("mxfp8", "nvfp4") or not self.is_swizzled:
             return self
         assert self.scale is not None
         rows, columns = (
             self.qdata.shape[0],
-            self.qdata.shape[1] // (MXFP8_BLOCK if self.kind == "mxfp8" else NVFP4_BLOCK // 2),
+            self.qdata.shape[1] // (MXFP8_BLOCK if self.storage_dtype == "mxfp8" else NVFP4_BLOCK // 2),
         )
-        scale = self.scale.view(torch.uint8).flatten()[swizzled_offsets(rows, columns).to(self.scale.device)]
-        return replace(self, scale=scale.view(self.scale.dtype), swizzled=False)
+        scale = self.scale.view(torch.uint8).flatten()[
+            compute_swizzled_offsets(rows, columns).to(self.scale.device)
+        ]
+        return replace(self, scale=scale.view(self.scale.dtype), is_swizzled=False)
 
-    def rows(self, index: Tensor) -> "CodedWeight":
+    def select_rows(self, index: Tensor) -> "PackedWeight":
         """Some rows in any order, for look-ups. index: int64 [R] -> a weight [R, K]; block scales must lie in rows."""
-        in_blocks = self.kind in ("mxfp8", "nvfp4")
-        assert not (in_blocks and self.swizzled), "in_rows() first"
+        in_blocks = self.storage_dtype in ("mxfp8", "nvfp4")
+        assert not (in_blocks and self.is_swizzled), "in_rows() first"
         scale = self.scale
         if scale is not None and (in_blocks or scale.numel() > 1):
-            height = 1 if in_blocks else scale_blocks(self.qdata.shape, scale.shape, self.block or None)[0]
+            height = (
+                1
+                if in_blocks
+                else infer_block_shape(self.qdata.shape, scale.shape, self.block_size or None)[0]
+            )
             scale = (
                 scale.view(torch.uint8)[index // height].view(scale.dtype)
                 if scale.dtype.itemsize == 1
@@ -130,6 +142,6 @@ def is_fp8(tensor: Tensor) -> bool:
     return tensor.dtype in FP8
 
 
-def padded_to(size: int, multiple: int) -> int:
+def round_up(size: int, multiple: int) -> int:
     """The next multiple."""
     return ceil(size / multiple) * multiple

@@ -6,11 +6,11 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from int8run.errors import in_range
+from int8run.errors import check_range
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX
 from int8run.quant.weight import QuantizedWeight, quantize_weight
 
-BLOCK_NUMBERS = 2**18  # weights that `mse` works on at a time
+CHUNK_ELEMENTS = 2**18  # weights that `mse` works on at a time
 REFINEMENTS = 2
 
 
@@ -20,7 +20,7 @@ class Rounding(Protocol):
     name: ClassVar[str]
     needs_calibration: ClassVar[bool]
 
-    def round(self, weight: Tensor, inputs: Tensor | None) -> QuantizedWeight:
+    def round_weight(self, weight: Tensor, inputs: Tensor | None) -> QuantizedWeight:
         """Integers and a scale per row.
 
         Args:
@@ -37,7 +37,7 @@ class AbsMax:
     name: ClassVar[str] = "absmax"
     needs_calibration: ClassVar[bool] = False
 
-    def round(self, weight: Tensor, inputs: Tensor | None = None) -> QuantizedWeight:
+    def round_weight(self, weight: Tensor, inputs: Tensor | None = None) -> QuantizedWeight:
         """The nearest integers."""
         return quantize_weight(weight)
 
@@ -56,28 +56,30 @@ class Mse:
     needs_calibration: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        in_range("rounding.candidates", self.candidates, 2, 1000, whole=True)
-        in_range("rounding.smallest", self.smallest, 0.1, 1)
+        check_range("rounding.candidates", self.candidates, 2, 1000, whole=True)
+        check_range("rounding.smallest", self.smallest, 0.1, 1)
 
-    def round(self, weight: Tensor, inputs: Tensor | None = None) -> QuantizedWeight:
+    def round_weight(self, weight: Tensor, inputs: Tensor | None = None) -> QuantizedWeight:
         """The best of the tried scales, row by row."""
         # a few rows at a time stay in the cache through all trials
-        blocks = [self.round_rows(rows) for rows in weight.split(max(1, BLOCK_NUMBERS // weight.shape[1]))]
+        blocks = [self.round_rows(rows) for rows in weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))]
         return QuantizedWeight(torch.cat([b.qdata for b in blocks]), torch.cat([b.scale for b in blocks]))
 
     def round_rows(self, weight: Tensor) -> QuantizedWeight:
         """The same for some of the rows."""
         absmax = quantize_weight(weight)
         best = absmax
-        error = squared_error(weight, absmax)
+        error = compute_squared_error(weight, absmax)
         for share in torch.linspace(1, self.smallest, self.candidates).tolist()[1:]:
-            best, error = better(weight, best, error, to_grid(weight, absmax.scale * share))
+            best, error = keep_better_rows(
+                weight, best, error, round_with_scale(weight, absmax.scale * share)
+            )
         for _ in range(REFINEMENTS):
             q = best.qdata.float()
             fitted = (weight * q).sum(1, keepdim=True) / q.square().sum(1, keepdim=True).clamp(min=1)
             # a row of zeros has no scale to fit
-            best, error = better(
-                weight, best, error, to_grid(weight, torch.where(fitted > 0, fitted, best.scale))
+            best, error = keep_better_rows(
+                weight, best, error, round_with_scale(weight, torch.where(fitted > 0, fitted, best.scale))
             )
         return best
 
@@ -100,10 +102,10 @@ class Gptq:
     needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        in_range("rounding.damping", self.damping, 1e-6, 1)
-        in_range("rounding.block", self.block, 1, 4096, whole=True)
+        check_range("rounding.damping", self.damping, 1e-6, 1)
+        check_range("rounding.block", self.block, 1, 4096, whole=True)
 
-    def round(self, weight: Tensor, inputs: Tensor | None = None) -> QuantizedWeight:
+    def round_weight(self, weight: Tensor, inputs: Tensor | None = None) -> QuantizedWeight:
         """Integers whose errors make up for each other. Costs K³ / 3 + N K² multiplications."""
         assert inputs is not None, "gptq needs calibration inputs"
         scale = quantize_weight(weight).scale
@@ -133,16 +135,16 @@ class Gptq:
         return QuantizedWeight(q[:, order.argsort()].to(torch.int8), scale)
 
 
-def to_grid(weight: Tensor, scale: Tensor) -> QuantizedWeight:
+def round_with_scale(weight: Tensor, scale: Tensor) -> QuantizedWeight:
     """The nearest integers at given scales, clipped to -127..127. weight: [N, K], scale: [N, 1]."""
     return QuantizedWeight((weight / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale)
 
 
-def better(
+def keep_better_rows(
     weight: Tensor, best: QuantizedWeight, error: Tensor, tried: QuantizedWeight
 ) -> tuple[QuantizedWeight, Tensor]:
     """Of each row the version with the smaller error, and that error."""
-    tried_error = squared_error(weight, tried)
+    tried_error = compute_squared_error(weight, tried)
     wins = tried_error < error
     chosen = QuantizedWeight(
         torch.where(wins, tried.qdata, best.qdata), torch.where(wins, tried.scale, best.scale)
@@ -150,6 +152,6 @@ def better(
     return chosen, torch.where(wins, tried_error, error)
 
 
-def squared_error(weight: Tensor, rounded: QuantizedWeight) -> Tensor:
+def compute_squared_error(weight: Tensor, rounded: QuantizedWeight) -> Tensor:
     """Of each row. Returns [N, 1]."""
     return (weight - rounded.dequantize()).square().sum(1, keepdim=True)

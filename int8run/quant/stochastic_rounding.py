@@ -9,11 +9,11 @@ from torch import Tensor
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX
 from int8run.quant.weight import QuantizedWeight
 
-BLOCK_NUMBERS = 2**22  # weights that are worked on at a time
+CHUNK_ELEMENTS = 2**22  # weights that are worked on at a time
 
 
 @dataclass(frozen=True)
-class Rounded:
+class StochasticSum:
     """A changed weight, and what its grid could not hold as it was."""
 
     weight: QuantizedWeight
@@ -21,7 +21,9 @@ class Rounded:
     largest_growth: float  # of a row's scale
 
 
-def add_rounded(weight: QuantizedWeight, change: Tensor, generator: torch.Generator) -> Rounded:
+def add_with_stochastic_rounding(
+    weight: QuantizedWeight, change: Tensor, generator: torch.Generator
+) -> StochasticSum:
     """`floor(q + change / scale + u)` with u uniform in 0..1: the mean over all u is the sum itself.
 
     Rounding to the nearest would delete every change below half a step; most LoRAs are. A row that would leave -127..127 gets a larger
@@ -31,7 +33,7 @@ def add_rounded(weight: QuantizedWeight, change: Tensor, generator: torch.Genera
         change: float [N, K], in the basis of the integers.
         generator: on the CPU, whose numbers are the same on every machine.
     """
-    rows = max(1, BLOCK_NUMBERS // weight.qdata.shape[1])
+    rows = max(1, CHUNK_ELEMENTS // weight.qdata.shape[1])
     qdata, scales, clipped, growth = [], [], 0, 1.0
     for q, scale, part in zip(
         weight.qdata.split(rows), weight.scale.split(rows), change.split(rows), strict=True
@@ -46,12 +48,12 @@ def add_rounded(weight: QuantizedWeight, change: Tensor, generator: torch.Genera
         # a comparison, not a sum: 126 + 0.9999999 is 127 in float32. The clamp is for the same hair's breadth at the end of the range
         qdata.append((below + (u < wanted - below)).clamp(-INT8_MAX, INT8_MAX).to(torch.int8))
         scales.append(scale * grown)
-    return Rounded(
+    return StochasticSum(
         QuantizedWeight(torch.cat(qdata), torch.cat(scales)), clipped / weight.qdata.numel(), growth
     )
 
 
-def seeded(*words: object) -> torch.Generator:
+def make_generator(*words: object) -> torch.Generator:
     """A generator of its own for each layer and purpose: one seed for all would repeat the same error everywhere."""
     digest = hashlib.sha256("\x1f".join(map(str, words)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -32,12 +32,12 @@ class BuildError(RuntimeError):
     """A library could not be built; the message says what was missing."""
 
 
-def compiler() -> str | None:
+def find_compiler() -> str | None:
     """The C++ compiler on the PATH, or None."""
     return next((path for path in map(shutil.which, COMPILERS) if path), None)
 
 
-def openmp_runtime() -> list[str]:
+def find_openmp_runtime() -> list[str]:
     """The GNU OpenMP library that torch brought, if it did: linked by its file name, the two share one pool of threads.
 
     Other packages bring copies of their own, so a library that is merely loaded may be the wrong one.
@@ -46,7 +46,7 @@ def openmp_runtime() -> list[str]:
 
 
 @functools.lru_cache(maxsize=1)
-def library(cache: Path | None = None) -> ctypes.CDLL:
+def load_vnni_library(cache: Path | None = None) -> ctypes.CDLL:
     """The loaded VNNI kernels; built if the cache has none for this source, compiler and runtime.
 
     Args:
@@ -55,7 +55,7 @@ def library(cache: Path | None = None) -> ctypes.CDLL:
     Raises:
         BuildError: no compiler, or it failed.
     """
-    lib = ctypes.CDLL(str(built(cache or default_cache(), VNNI, VNNI_FLAGS)))
+    lib = ctypes.CDLL(str(build_library(cache or get_default_cache(), VNNI, VNNI_FLAGS)))
     p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     lib.int8run_quantize.argtypes = [p, i, n, n, n, p, n, i, n, p, p, i]
     lib.int8run_linear.argtypes = [p, p, n, n, n, p, p, p, n, p, p, p, p, p, i, i]
@@ -64,7 +64,7 @@ def library(cache: Path | None = None) -> ctypes.CDLL:
 
 
 @functools.lru_cache(maxsize=1)
-def rows_library(cache: Path | None = None) -> ctypes.CDLL:
+def load_rows_library(cache: Path | None = None) -> ctypes.CDLL:
     """The loaded `rows.cpp`, which any CPU can run; built for the vector instructions of this one.
 
     Args:
@@ -73,8 +73,8 @@ def rows_library(cache: Path | None = None) -> ctypes.CDLL:
     Raises:
         BuildError: no compiler, it failed, or what it built cannot be loaded.
     """
-    path = built(
-        cache or default_cache(),
+    path = build_library(
+        cache or get_default_cache(),
         ROWS,
         (*ROWS_FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())),
     )
@@ -88,18 +88,18 @@ def rows_library(cache: Path | None = None) -> ctypes.CDLL:
     return lib
 
 
-def default_cache() -> Path:
+def get_default_cache() -> Path:
     """The user's folder for built libraries."""
     return Path.home() / ".cache" / "int8run"
 
 
-def built(cache: Path, source: Path = VNNI, flags: tuple[str, ...] = VNNI_FLAGS) -> Path:
+def build_library(cache: Path, source: Path = VNNI, flags: tuple[str, ...] = VNNI_FLAGS) -> Path:
     """A source's library, compiled if it is not there yet; the name holds a hash of all that it depends on."""
-    found = compiler()
+    found = find_compiler()
     if found is None:
         raise BuildError(f"no C++ compiler on the PATH ({', '.join(COMPILERS)}); install one")
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
-    command = [found, *FLAGS, *flags, str(source), *openmp_runtime(), "-Wl,--as-needed"]
+    command = [found, *FLAGS, *flags, str(source), *find_openmp_runtime(), "-Wl,--as-needed"]
     digest = hashlib.sha256("\0".join([source.read_text(), version, *command]).encode()).hexdigest()[:16]
     target = cache / f"{source.stem}-{digest}.so"
     if target.exists():

@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from int8run.kernels.cpu.library import BuildError, rows_library
+from int8run.kernels.cpu.library import BuildError, load_rows_library
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX, quantize_rowwise
 
 log = logging.getLogger(__name__)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LANES = 16  # numbers that are rotated in one step, as in rows.cpp
-TORCH_NUMBERS = 2**20  # that the version in torch works on at a time
+CHUNK_ELEMENTS = 2**20  # that the version in torch works on at a time
 
 
 class RowSums(NamedTuple):
@@ -46,12 +46,12 @@ def quantize_weight_rows(
     if weight.dtype not in DTYPES:
         weight = weight.float()
     rows, columns = weight.shape
-    check(weight, q, scale, factor, rotation)
-    if not compiled():
-        return by_torch(weight, q, scale, factor, rotation)
-    signs = None if rotation is None else lane_signs(rotation)
+    check_arguments(weight, q, scale, factor, rotation)
+    if not has_compiled_library():
+        return quantize_rows_in_torch(weight, q, scale, factor, rotation)
+    signs = None if rotation is None else build_lane_signs(rotation)
     sums = torch.empty(rows, 3, dtype=torch.float64)
-    refused = rows_library().int8run_quantize_weight_rows(
+    refused = load_rows_library().int8run_quantize_weight_rows(
         weight.data_ptr(),
         DTYPES[weight.dtype],
         rows,
@@ -59,8 +59,8 @@ def quantize_weight_rows(
         None if factor is None else factor.data_ptr(),
         0 if rotation is None else rotation.group,
         None if signs is None else signs.data_ptr(),
-        radix(rotation),
-        norm(rotation),
+        get_radix(rotation),
+        get_norm(rotation),
         q.data_ptr(),
         scale.data_ptr(),
         sums.data_ptr(),
@@ -71,10 +71,10 @@ def quantize_weight_rows(
 
 
 @functools.lru_cache(maxsize=1)
-def compiled() -> bool:
+def has_compiled_library() -> bool:
     """Whether `rows.cpp` does the work here; the answer is logged once."""
     try:
-        rows_library()
+        load_rows_library()
     except BuildError as error:
         log.warning("weights are quantized by torch, at a fraction of the speed: %s", error)
         return False
@@ -82,17 +82,17 @@ def compiled() -> bool:
     return True
 
 
-def by_torch(
+def quantize_rows_in_torch(
     weight: Tensor, q: Tensor, scale: Tensor, factor: Tensor | None = None, rotation: Rotation | None = None
 ) -> RowSums:
     """The same in torch, a few rows at a time."""
     finite, signal, noise, saturated = True, 0.0, 0.0, 0
-    step = max(1, TORCH_NUMBERS // weight.shape[1])
+    step = max(1, CHUNK_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         x = weight[rows].float()
         finite &= bool(x.isfinite().all())
-        x = transform(x, factor, rotation)
+        x = transform_rows(x, factor, rotation)
         finite &= bool(x.isfinite().all())
         q[rows], scale[rows] = quantize_rowwise(x)
         signal += x.double().square().sum().item()
@@ -101,55 +101,57 @@ def by_torch(
     return RowSums(finite, signal, noise, saturated)
 
 
-def transform(x: Tensor, factor: Tensor | None, rotation: Rotation | None) -> Tensor:
+def transform_rows(x: Tensor, factor: Tensor | None, rotation: Rotation | None) -> Tensor:
     """Columns divided by their factors, then rotated, each sum in the order of `rows.cpp`. x: float32 [N, K] -> [N, K]."""
     if factor is not None:
         x = x / factor
     if rotation is None:
         return x
     lanes = min(rotation.group, LANES)
-    signs = lane_signs(rotation)[:lanes, :lanes]
+    signs = build_lane_signs(rotation)[:lanes, :lanes]
     parts = x.unflatten(1, (-1, lanes))
     total = torch.zeros_like(parts)
     for i in range(lanes):
         total += parts[..., i : i + 1] * signs[i]
     x, span = total.flatten(1), lanes
     while span < rotation.group:
-        parts = x.unflatten(1, (-1, radix(rotation), span))
-        x = torch.stack((join2 if rotation.sylvester else join4)(*parts.unbind(2)), 2).flatten(1)
-        span *= radix(rotation)
-    return x * norm(rotation)
+        parts = x.unflatten(1, (-1, get_radix(rotation), span))
+        x = torch.stack((join_two if rotation.sylvester else join_four)(*parts.unbind(2)), 2).flatten(1)
+        span *= get_radix(rotation)
+    return x * get_norm(rotation)
 
 
-def join2(a: Tensor, b: Tensor) -> list[Tensor]:
+def join_two(a: Tensor, b: Tensor) -> list[Tensor]:
     """Two rotated parts joined by Sylvester's matrix of 2."""
     return [a + b, a - b]
 
 
-def join4(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> list[Tensor]:
+def join_four(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> list[Tensor]:
     """Four rotated parts joined by the regular matrix of 4."""
     total, difference, total2, difference2 = a + b, a - b, c + d, c - d
     return [total + difference2, total - difference2, total2 + difference, total2 - difference]
 
 
-def lane_signs(rotation: Rotation) -> Tensor:
+def build_lane_signs(rotation: Rotation) -> Tensor:
     """The signs that 16 neighbouring columns are multiplied by: [16, 16], for a smaller group several times along the diagonal."""
     lanes = min(rotation.group, LANES)
     # both kinds are Kronecker powers whose first entry is positive: the matrix of `lanes` stands in the corner of the larger one
     return torch.block_diag(*[rotation.matrix[:lanes, :lanes].sign()] * (LANES // lanes)).contiguous()
 
 
-def radix(rotation: Rotation | None) -> int:
+def get_radix(rotation: Rotation | None) -> int:
     """How many rotated parts are joined at a time."""
     return 2 if rotation is not None and rotation.sylvester else 4
 
 
-def norm(rotation: Rotation | None) -> float:
+def get_norm(rotation: Rotation | None) -> float:
     """What the sums of a rotation are multiplied by."""
     return 1.0 if rotation is None else rotation.group**-0.5
 
 
-def check(weight: Tensor, q: Tensor, scale: Tensor, factor: Tensor | None, rotation: Rotation | None) -> None:
+def check_arguments(
+    weight: Tensor, q: Tensor, scale: Tensor, factor: Tensor | None, rotation: Rotation | None
+) -> None:
     """Refuse what would be read or written past its end.
 
     Raises:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8run.kernels.cpu.library import library
+from int8run.kernels.cpu.library import load_vnni_library
 
 PANEL = 64  # output columns of a panel, as in vnni.cpp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -23,7 +23,7 @@ ops.define(
 )
 
 
-def pack(qdata: Tensor) -> Tensor:
+def pack_weight(qdata: Tensor) -> Tensor:
     """The weight in panels of 64 output columns, four weights of a column side by side; the layout is described in vnni.cpp.
 
     Args:
@@ -40,7 +40,7 @@ def pack(qdata: Tensor) -> Tensor:
     return torch.cat([compensation, weights], dim=1)
 
 
-def unpack(packed: Tensor, n: int, k: int) -> Tensor:
+def unpack_weight(packed: Tensor, n: int, k: int) -> Tensor:
     """The inverse of `pack`: int8 [n, k]."""
     panels, rows = packed.shape[:2]
     return (
@@ -52,7 +52,7 @@ def unpack(packed: Tensor, n: int, k: int) -> Tensor:
     )
 
 
-def quantize(
+def quantize_rows(
     x: Tensor, factor: Tensor | None = None, rotation: int = 0, sylvester: bool = False, gelu_from: int = -1
 ) -> tuple[Tensor, Tensor]:
     """Rows to unsigned bytes: `scale = absmax / 127`, `q = round(x / scale) + 128`, in one walk over each row.
@@ -70,7 +70,7 @@ def quantize(
     return torch.ops.int8run.vnni_quantize.default(x, factor, rotation, sylvester, gelu_from)
 
 
-def linear(
+def int8_linear(
     q: Tensor,
     x_scale: Tensor,
     packed: Tensor,
@@ -100,7 +100,7 @@ def linear(
     )
 
 
-def _quantize(
+def _quantize_rows_impl(
     x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int
 ) -> tuple[Tensor, Tensor]:
     if x.dtype not in DTYPES:
@@ -121,7 +121,7 @@ def _quantize(
     ):
         raise ValueError(f"factor must be contiguous float32 [{k}], not {factor.dtype} {list(factor.shape)}")
     q, scale = x.new_empty((m, -(-k // 4) * 4), dtype=torch.uint8), x.new_empty(m, dtype=torch.float32)
-    library().int8run_quantize(
+    load_vnni_library().int8run_quantize(
         x.data_ptr(),
         DTYPES[x.dtype],
         m,
@@ -138,7 +138,7 @@ def _quantize(
     return q, scale
 
 
-def _linear(
+def _int8_linear_impl(
     q: Tensor,
     x_scale: Tensor,
     packed: Tensor,
@@ -154,7 +154,7 @@ def _linear(
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
     y = w_scale.new_empty((m, n), dtype=dtype)
-    library().int8run_linear(
+    load_vnni_library().int8run_linear(
         q.data_ptr(),
         x_scale.data_ptr(),
         m,
@@ -179,14 +179,14 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _fake_quantize(
+def _quantize_rows_fake(
     x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int
 ) -> tuple[Tensor, Tensor]:
     m, k = x.shape
     return x.new_empty((m, (k + 3) // 4 * 4), dtype=torch.uint8), x.new_empty((m,), dtype=torch.float32)
 
 
-def _fake_linear(
+def _int8_linear_fake(
     q: Tensor,
     x_scale: Tensor,
     packed: Tensor,
@@ -201,7 +201,7 @@ def _fake_linear(
     return w_scale.new_empty((q.shape[0], w_scale.shape[0]), dtype=dtype)
 
 
-ops.impl("vnni_quantize", _quantize, "CPU")
-ops.impl("vnni_linear", _linear, "CPU")
-torch.library.register_fake("int8run::vnni_quantize", _fake_quantize, lib=ops)
-torch.library.register_fake("int8run::vnni_linear", _fake_linear, lib=ops)
+ops.impl("vnni_quantize", _quantize_rows_impl, "CPU")
+ops.impl("vnni_linear", _int8_linear_impl, "CPU")
+torch.library.register_fake("int8run::vnni_quantize", _quantize_rows_fake, lib=ops)
+torch.library.register_fake("int8run::vnni_linear", _int8_linear_fake, lib=ops)

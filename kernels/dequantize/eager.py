@@ -13,10 +13,10 @@ from int8run.kernels.dequantize.reference import (
     FP8,
     MXFP8_BLOCK,
     NVFP4_BLOCK,
-    block_scales,
-    check_codes,
     check_global_scale,
-    scale_blocks,
+    check_qdata,
+    infer_block_shape,
+    unswizzle_scales,
 )
 
 
@@ -24,26 +24,30 @@ def dequantize_int8(
     qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """See the reference."""
-    check_codes(qdata, torch.int8)
-    return scale_(qdata.float(), scale.float(), scale_blocks(qdata.shape, scale.shape, block)).to(dtype)
+    check_qdata(qdata, torch.int8)
+    return multiply_blocks_(
+        qdata.float(), scale.float(), infer_block_shape(qdata.shape, scale.shape, block)
+    ).to(dtype)
 
 
 def dequantize_fp8(
     qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """See the reference."""
-    check_codes(qdata, *FP8)
-    return scale_(fp8_values(qdata), scale.float(), scale_blocks(qdata.shape, scale.shape, block)).to(dtype)
+    check_qdata(qdata, *FP8)
+    return multiply_blocks_(
+        decode_fp8(qdata), scale.float(), infer_block_shape(qdata.shape, scale.shape, block)
+    ).to(dtype)
 
 
 def dequantize_mxfp8(
     qdata: Tensor, scale: Tensor, *, swizzled: bool, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """See the reference."""
-    check_codes(qdata, *FP8)
+    check_qdata(qdata, *FP8)
     n, k = qdata.shape
-    scale = block_scales(scale, torch.float8_e8m0fnu, n, ceil(k / MXFP8_BLOCK), swizzled)
-    return scale_(fp8_values(qdata), scale, (1, MXFP8_BLOCK)).to(dtype)
+    scale = unswizzle_scales(scale, torch.float8_e8m0fnu, n, ceil(k / MXFP8_BLOCK), swizzled)
+    return multiply_blocks_(decode_fp8(qdata), scale, (1, MXFP8_BLOCK)).to(dtype)
 
 
 def dequantize_nvfp4(
@@ -56,18 +60,18 @@ def dequantize_nvfp4(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See the reference."""
-    check_codes(qdata, torch.uint8)
+    check_qdata(qdata, torch.uint8)
     check_global_scale(global_scale)
     n, k = qdata.shape[0], 2 * qdata.shape[1]
-    scale = block_scales(scale, torch.float8_e4m3fn, n, ceil(k / NVFP4_BLOCK), swizzled)
+    scale = unswizzle_scales(scale, torch.float8_e4m3fn, n, ceil(k / NVFP4_BLOCK), swizzled)
     values = torch.tensor(E2M1, device=qdata.device)
     high, low = values.repeat_interleave(16), values.repeat(16)
     pairs = torch.stack((high, low) if high_first else (low, high), dim=-1)  # of each byte
     weight = pairs.index_select(0, qdata.flatten().int()).view(n, k)
-    return scale_(weight, scale, (1, NVFP4_BLOCK)).mul_(global_scale.float()).to(dtype)
+    return multiply_blocks_(weight, scale, (1, NVFP4_BLOCK)).mul_(global_scale.float()).to(dtype)
 
 
-def fp8_values(codes: Tensor) -> Tensor:
+def decode_fp8(codes: Tensor) -> Tensor:
     """8-bit floats as new float32 numbers of the same shape."""
     if codes.is_cuda:
         return codes.float()
@@ -75,7 +79,7 @@ def fp8_values(codes: Tensor) -> Tensor:
     return values.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
 
 
-def scale_(weight: Tensor, scale: Tensor, blocks: tuple[int, int]) -> Tensor:
+def multiply_blocks_(weight: Tensor, scale: Tensor, blocks: tuple[int, int]) -> Tensor:
     """Multiply each block by its scale, in place.
 
     Args:

@@ -15,19 +15,19 @@ from int8run.kernels.dequantize.reference import (
     FP8,
     MXFP8_BLOCK,
     NVFP4_BLOCK,
-    check_codes,
     check_global_scale,
-    scale_blocks,
-    scale_bytes,
+    check_qdata,
+    infer_block_shape,
+    view_scale_bytes,
 )
 
 # columns of a program: 16 bytes of codes for each of 128 threads
-TILE = 2048
-FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+BLOCK_COLUMNS = 2048
+FP8_FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
 @triton.jit
-def decode(codes, FORMAT: tl.constexpr):  # Triton reads annotations
+def _decode(codes, FORMAT: tl.constexpr):  # Triton reads annotations
     """The values of codes, float32 of the same shape."""
     if FORMAT == "int8" or FORMAT == "float32":
         values = codes.to(tl.float32)
@@ -52,7 +52,7 @@ def decode(codes, FORMAT: tl.constexpr):  # Triton reads annotations
 
 
 @triton.jit
-def dequantize(
+def _dequantize_kernel(
     codes,  # [N, K], for e2m1 [N, K / 2]
     scale,  # one for height x width entries of the weight
     global_scale,
@@ -76,7 +76,7 @@ def dequantize(
     r, c = n // height, group // width
     rowwise = r * columns + c
     tiled = (r // 128 * tl.cdiv(columns, 4) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4
-    s = decode(tl.load(scale + (tiled if SWIZZLED else rowwise), mask=group < K, other=0), SCALE)
+    s = _decode(tl.load(scale + (tiled if SWIZZLED else rowwise), mask=group < K, other=0), SCALE)
 
     if FORMAT == "e2m1":
         byte = group[:, None] // 2 + tl.arange(0, GROUP // 2)[None, :]
@@ -84,13 +84,13 @@ def dequantize(
         code = tl.interleave(pair >> 4, pair & 15) if HIGH_FIRST else tl.interleave(pair & 15, pair >> 4)
     else:
         code = tl.load(codes + n * K + k, mask=k < K, other=0)
-    w = decode(code, FORMAT) * s[:, None]
+    w = _decode(code, FORMAT) * s[:, None]
     if FORMAT == "e2m1":
         w = w * tl.load(global_scale).to(tl.float32)
     tl.store(out + n * K + k, w.to(out.dtype.element_ty), mask=k < K)
 
 
-def launch(
+def _launch(
     codes: Tensor,
     scale: Tensor,
     out: Tensor,
@@ -104,11 +104,11 @@ def launch(
     height, width = blocks
     options = {"global_scale": None, "SWIZZLED": False, "HIGH_FIRST": False} | options
     group = (
-        TILE if width >= k else min(width & -width, TILE)
+        BLOCK_COLUMNS if width >= k else min(width & -width, BLOCK_COLUMNS)
     )  # the largest power of two that divides the width
-    grid = (n, ceil(k / TILE))
+    grid = (n, ceil(k / BLOCK_COLUMNS))
     with torch.cuda.device_of(codes):
-        dequantize[grid](
+        _dequantize_kernel[grid](
             codes.contiguous(),
             scale.contiguous(),
             out=out,
@@ -118,7 +118,7 @@ def launch(
             width=width,
             FORMAT=code_format,
             SCALE=scale_format,
-            GROUPS=TILE // group,
+            GROUPS=BLOCK_COLUMNS // group,
             GROUP=group,
             **options,
         )
@@ -130,10 +130,10 @@ def dequantize_int8(
     qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """See the reference."""
-    check_codes(qdata, torch.int8)
-    blocks = scale_blocks(qdata.shape, scale.shape, block)
+    check_qdata(qdata, torch.int8)
+    blocks = infer_block_shape(qdata.shape, scale.shape, block)
     out = qdata.new_empty(qdata.shape, dtype=dtype)
-    return launch(qdata, scale.float(), out, blocks, "int8", "float32")
+    return _launch(qdata, scale.float(), out, blocks, "int8", "float32")
 
 
 @torch.library.custom_op("int8run::triton_dequantize_fp8", mutates_args=())
@@ -141,10 +141,10 @@ def dequantize_fp8(
     qdata: Tensor, scale: Tensor, block: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """See the reference."""
-    check_codes(qdata, *FP8)
-    blocks = scale_blocks(qdata.shape, scale.shape, block)
+    check_qdata(qdata, *FP8)
+    blocks = infer_block_shape(qdata.shape, scale.shape, block)
     out = qdata.new_empty(qdata.shape, dtype=dtype)
-    return launch(qdata.view(torch.uint8), scale.float(), out, blocks, FORMATS[qdata.dtype], "float32")
+    return _launch(qdata.view(torch.uint8), scale.float(), out, blocks, FP8_FORMATS[qdata.dtype], "float32")
 
 
 @torch.library.custom_op("int8run::triton_dequantize_mxfp8", mutates_args=())
@@ -152,12 +152,18 @@ def dequantize_mxfp8(
     qdata: Tensor, scale: Tensor, *, swizzled: bool, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """See the reference."""
-    check_codes(qdata, *FP8)
+    check_qdata(qdata, *FP8)
     n, k = qdata.shape
-    scale = scale_bytes(scale, torch.float8_e8m0fnu, n, ceil(k / MXFP8_BLOCK), swizzled)
+    scale = view_scale_bytes(scale, torch.float8_e8m0fnu, n, ceil(k / MXFP8_BLOCK), swizzled)
     out = qdata.new_empty(n, k, dtype=dtype)
-    return launch(
-        qdata.view(torch.uint8), scale, out, (1, MXFP8_BLOCK), FORMATS[qdata.dtype], "e8m0", SWIZZLED=swizzled
+    return _launch(
+        qdata.view(torch.uint8),
+        scale,
+        out,
+        (1, MXFP8_BLOCK),
+        FP8_FORMATS[qdata.dtype],
+        "e8m0",
+        SWIZZLED=swizzled,
     )
 
 
@@ -172,13 +178,13 @@ def dequantize_nvfp4(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See the reference."""
-    check_codes(qdata, torch.uint8)
+    check_qdata(qdata, torch.uint8)
     check_global_scale(global_scale)
     n, k = qdata.shape[0], 2 * qdata.shape[1]
-    scale = scale_bytes(scale, torch.float8_e4m3fn, n, ceil(k / NVFP4_BLOCK), swizzled)
+    scale = view_scale_bytes(scale, torch.float8_e4m3fn, n, ceil(k / NVFP4_BLOCK), swizzled)
     out = qdata.new_empty(n, k, dtype=dtype)
     options = {"global_scale": global_scale, "SWIZZLED": swizzled, "HIGH_FIRST": high_first}
-    return launch(qdata, scale, out, (1, NVFP4_BLOCK), "e2m1", "e4m3", **options)
+    return _launch(qdata, scale, out, (1, NVFP4_BLOCK), "e2m1", "e4m3", **options)
 
 
 @dequantize_int8.register_fake

@@ -32,8 +32,8 @@ def dequantize_int8(
     Raises:
         ValueError: when the codes are not int8 [N, K] or the scale fits no layout.
     """
-    check_codes(qdata, torch.int8)
-    return (qdata.float() * spread(scale, qdata.shape, block)).to(dtype)
+    check_qdata(qdata, torch.int8)
+    return (qdata.float() * expand_scales(scale, qdata.shape, block)).to(dtype)
 
 
 def dequantize_fp8(
@@ -44,8 +44,8 @@ def dequantize_fp8(
     NaN codes stay NaN, e5m2's infinities stay infinite. Arguments, result and errors are those of `dequantize_int8`, with
     qdata float8_e4m3fn or float8_e5m2 [N, K].
     """
-    check_codes(qdata, *FP8)
-    return (qdata.float() * spread(scale, qdata.shape, block)).to(dtype)
+    check_qdata(qdata, *FP8)
+    return (qdata.float() * expand_scales(scale, qdata.shape, block)).to(dtype)
 
 
 def dequantize_mxfp8(
@@ -67,9 +67,9 @@ def dequantize_mxfp8(
     Raises:
         ValueError: when the codes are not fp8 [N, K] or the scales do not fit.
     """
-    check_codes(qdata, *FP8)
+    check_qdata(qdata, *FP8)
     n, k = qdata.shape
-    scale = block_scales(scale, torch.float8_e8m0fnu, n, ceil(k / MXFP8_BLOCK), swizzled)
+    scale = unswizzle_scales(scale, torch.float8_e8m0fnu, n, ceil(k / MXFP8_BLOCK), swizzled)
     scale = scale.repeat_interleave(MXFP8_BLOCK, dim=1)[:, :k]  # [N, K]
     return (qdata.float() * scale).to(dtype)
 
@@ -100,17 +100,17 @@ def dequantize_nvfp4(
     Raises:
         ValueError: when the codes are not uint8 [N, K / 2] or the scales do not fit.
     """
-    check_codes(qdata, torch.uint8)
+    check_qdata(qdata, torch.uint8)
     check_global_scale(global_scale)
     n, k = qdata.shape[0], 2 * qdata.shape[1]
-    scale = block_scales(scale, torch.float8_e4m3fn, n, ceil(k / NVFP4_BLOCK), swizzled)
+    scale = unswizzle_scales(scale, torch.float8_e4m3fn, n, ceil(k / NVFP4_BLOCK), swizzled)
     scale = scale.repeat_interleave(NVFP4_BLOCK, dim=1)[:, :k]  # [N, K]
     high, low = qdata >> 4, qdata & 15
     codes = torch.stack((high, low) if high_first else (low, high), dim=-1).flatten(1)  # [N, K]
     return (torch.tensor(E2M1, device=qdata.device)[codes.int()] * scale * global_scale.float()).to(dtype)
 
 
-def check_codes(qdata: Tensor, *dtypes: torch.dtype) -> None:
+def check_qdata(qdata: Tensor, *dtypes: torch.dtype) -> None:
     """Raise ValueError unless qdata is a matrix of one of the dtypes."""
     if qdata.dtype not in dtypes or qdata.dim() != 2 or not qdata.numel():
         names = " or ".join(map(str, dtypes))
@@ -127,7 +127,7 @@ def check_global_scale(scale: Tensor) -> None:
         )
 
 
-def scale_blocks(weight: torch.Size, scale: torch.Size, block: int | None) -> tuple[int, int]:
+def infer_block_shape(weight: torch.Size, scale: torch.Size, block: int | None) -> tuple[int, int]:
     """How many rows and columns of a weight share one scale, from the two shapes.
 
     | scale | rows, columns |
@@ -164,15 +164,15 @@ def scale_blocks(weight: torch.Size, scale: torch.Size, block: int | None) -> tu
     )
 
 
-def spread(scale: Tensor, weight: torch.Size, block: int | None) -> Tensor:
+def expand_scales(scale: Tensor, weight: torch.Size, block: int | None) -> Tensor:
     """The scale of each entry of a weight. Returns float32 [N, K]."""
-    height, width = scale_blocks(weight, scale.shape, block)
+    height, width = infer_block_shape(weight, scale.shape, block)
     n, k = torch.arange(weight[0], device=scale.device), torch.arange(weight[1], device=scale.device)
     grid = scale.float().reshape(ceil(weight[0] / height), ceil(weight[1] / width))
     return grid[(n // height)[:, None], (k // width)[None, :]]
 
 
-def scale_bytes(scale: Tensor, dtype: torch.dtype, rows: int, columns: int, swizzled: bool) -> Tensor:
+def view_scale_bytes(scale: Tensor, dtype: torch.dtype, rows: int, columns: int, swizzled: bool) -> Tensor:
     """Block scales as uint8, checked against the blocks they serve.
 
     Args:
@@ -192,7 +192,7 @@ def scale_bytes(scale: Tensor, dtype: torch.dtype, rows: int, columns: int, swiz
     return scale.view(torch.uint8)
 
 
-def swizzled_offsets(rows: int, columns: int) -> Tensor:
+def compute_swizzled_offsets(rows: int, columns: int) -> Tensor:
     """Where cuBLAS's block-scaled products keep the scale of each block, in elements from the start.
 
     Tiles of 128 x 4 scales follow each other row by row; in a tile, row r is at 16 * (r % 32) + 4 * (r // 32).
@@ -205,9 +205,9 @@ def swizzled_offsets(rows: int, columns: int) -> Tensor:
     return tile * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4
 
 
-def block_scales(scale: Tensor, dtype: torch.dtype, rows: int, columns: int, swizzled: bool) -> Tensor:
+def unswizzle_scales(scale: Tensor, dtype: torch.dtype, rows: int, columns: int, swizzled: bool) -> Tensor:
     """Scales in rows, whatever their layout was. Returns float32 [rows, columns]."""
-    scale = scale_bytes(scale, dtype, rows, columns, swizzled)
+    scale = view_scale_bytes(scale, dtype, rows, columns, swizzled)
     if swizzled:
-        scale = scale.flatten()[swizzled_offsets(rows, columns).to(scale.device)]
+        scale = scale.flatten()[compute_swizzled_offsets(rows, columns).to(scale.device)]
     return scale.view(dtype).float()

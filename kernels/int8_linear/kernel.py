@@ -53,7 +53,7 @@ def int8_linear(
     return op(q, x_scale, qdata, w_scale, group, bias, h, up, strengths, out_dtype, tile.as_list())
 
 
-def _launch(
+def _launch_int8_linear(
     q: Tensor,
     x_scale: Tensor,
     qdata: Tensor,
@@ -66,13 +66,13 @@ def _launch(
     out_dtype: torch.dtype,
     tile: list[int],
 ) -> Tensor:
-    _check(q, x_scale, qdata, w_scale, group, bias, h, up, strengths, out_dtype)
+    _check_arguments(q, x_scale, qdata, w_scale, group, bias, h, up, strengths, out_dtype)
     t = Tile(*tile)
     (m, k), n = q.shape, qdata.shape[0]
     rank = 0 if h is None else h.shape[1]
-    block_k = group_depth(t.block_k, group)
+    block_k = limit_block_k(t.block_k, group)
     y = torch.empty(m, n, dtype=out_dtype, device=q.device)
-    _int8_linear[(triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n),)](
+    _int8_linear_kernel[(triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n),)](
         q,
         x_scale,
         qdata,
@@ -89,7 +89,7 @@ def _launch(
         group,
         group if group and w_scale.shape[0] != n else 1,
         bias is not None,
-        rank_block(rank),
+        choose_block_r(rank),
         n % t.block_n == 0,
         k % block_k == 0,
         t.block_m,
@@ -103,7 +103,7 @@ def _launch(
     return y
 
 
-def _fake(
+def _int8_linear_fake(
     q: Tensor,
     x_scale: Tensor,
     qdata: Tensor,
@@ -119,17 +119,17 @@ def _fake(
     return q.new_empty((q.shape[0], qdata.shape[0]), dtype=out_dtype)
 
 
-def group_depth(block_k: int, group: int) -> int:
+def limit_block_k(block_k: int, group: int) -> int:
     """block_k, or the largest power of two in the group where that is less: no step may reach into the next group."""
     return min(block_k, group & -group) if group else block_k
 
 
-def rank_block(rank: int) -> int:
+def choose_block_r(rank: int) -> int:
     """How many columns of h and up the kernel multiplies at a time; 0 without any. More than 32 spill beside a full tile."""
     return 0 if rank == 0 else 16 if rank <= 16 else 32
 
 
-def _check(
+def _check_arguments(
     q: Tensor,
     x_scale: Tensor,
     qdata: Tensor,
@@ -189,7 +189,7 @@ def _check(
 
 
 @triton.jit(do_not_specialize=["M"])
-def _int8_linear(
+def _int8_linear_kernel(
     q_ptr,
     x_scale_ptr,
     qdata_ptr,
@@ -284,5 +284,5 @@ ops.define(
     "triton_int8_linear(Tensor q, Tensor x_scale, Tensor qdata, Tensor w_scale, int group, Tensor? bias, Tensor? h, Tensor? up, "
     "Tensor? strengths, ScalarType out_dtype, int[] tile) -> Tensor"
 )
-ops.impl("triton_int8_linear", _launch, "CompositeExplicitAutograd")
-torch.library.register_fake("int8run::triton_int8_linear", _fake, lib=ops)
+ops.impl("triton_int8_linear", _launch_int8_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("int8run::triton_int8_linear", _int8_linear_fake, lib=ops)

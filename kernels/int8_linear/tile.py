@@ -18,8 +18,8 @@ SHARED_MEMORY = {
 }
 
 # M falls into one of these buckets, named by its largest number of rows; a tuner measures once per bucket, not once per M
-FEW, MANY = 16, 2**31 - 1
-BUCKETS = (FEW, 128, 1024, MANY)
+FEW_ROWS, MANY_ROWS = 16, 2**31 - 1
+BUCKETS = (FEW_ROWS, 128, 1024, MANY_ROWS)
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ DEFAULTS = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 120: _AMPERE}
 MOST_SUMS = {80: 128, 90: 128, 100: 64, 120: 128}
 
 
-def bucket(rows: int) -> int:
+def find_bucket(rows: int) -> int:
     """The bucket that a number of rows falls into."""
     return next(b for b in BUCKETS if rows <= b)
 
 
-def default_tile(capability: tuple[int, int], rows: int, grouped: bool = False) -> Tile:
+def choose_tile(capability: tuple[int, int], rows: int, grouped: bool = False) -> Tile:
     """The tile to start with.
 
     Args:
@@ -108,7 +108,7 @@ def default_tile(capability: tuple[int, int], rows: int, grouped: bool = False) 
         ValueError: below compute capability 8.0.
     """
     tiles = DEFAULTS[_newest(DEFAULTS, capability)]
-    tile = tiles[BUCKETS.index(bucket(rows))]
+    tile = tiles[BUCKETS.index(find_bucket(rows))]
     return (
         replace(tile, block_n=tile.block_n // 2)
         if tile.sums_per_thread > _most_sums(capability, grouped)
@@ -116,16 +116,16 @@ def default_tile(capability: tuple[int, int], rows: int, grouped: bool = False) 
     )
 
 
-def candidates(capability: tuple[int, int], rows: int, grouped: bool = False) -> list[Tile]:
+def list_candidates(capability: tuple[int, int], rows: int, grouped: bool = False) -> list[Tile]:
     """What a tuner should measure for a bucket of rows, the default first. Arguments and errors as for `default_tile`."""
     shapes = {
-        FEW: ((16, 32, 4), (16, 64, 4), (16, 128, 4)),
+        FEW_ROWS: ((16, 32, 4), (16, 64, 4), (16, 128, 4)),
         128: ((32, 64, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4)),
         1024: ((64, 64, 4), (64, 128, 4), (128, 128, 8), (64, 256, 8), (128, 128, 4), (128, 64, 8)),
-        MANY: ((64, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 64, 8)),
-    }[bucket(rows)]
-    depths = (128, 256, 512) if rows <= FEW else (64, 128)
-    first = default_tile(capability, rows, grouped)
+        MANY_ROWS: ((64, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 64, 8)),
+    }[find_bucket(rows)]
+    depths = (128, 256, 512) if rows <= FEW_ROWS else (64, 128)
+    first = choose_tile(capability, rows, grouped)
     limit = SHARED_MEMORY[_newest(SHARED_MEMORY, capability)]
     tried = [
         Tile(m, n, k, first.group_m, warps, stages)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-RESIDENT_K = 16384  # the longest row that stays in registers
+MAX_K_IN_REGISTERS = 16384  # the longest row that stays in registers
 MAX_RANK = 256
 ROTATIONS = (0, 4, 16, 64, 256, 1024)
 SYLVESTER_ROTATIONS = (0, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -50,16 +50,16 @@ def quantize_rowwise(
     return torch.ops.int8run.triton_quantize_rowwise.default(x, factor, rotation, sylvester, gelu_from, down)
 
 
-def _launch(
+def _launch_quantize_rowwise(
     x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int, down: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, factor, rotation, sylvester, down)
-    q, scale, h = _empty_outputs(x, down)
+    _check_arguments(x, factor, rotation, sylvester, down)
+    q, scale, h = _allocate_outputs(x, down)
     rows, columns = x.shape
     rank = h.shape[1]
-    if columns <= RESIDENT_K and not rotation and not rank:
+    if columns <= MAX_K_IN_REGISTERS and not rotation and not rank:
         block_k = triton.next_power_of_2(columns)
-        _resident[(rows,)](
+        _quantize_one_row_kernel[(rows,)](
             x,
             factor,
             q,
@@ -70,12 +70,12 @@ def _launch(
             factor is not None,
             gelu_from >= 0,
             block_k,
-            num_warps=resident_warps(block_k),
+            num_warps=choose_one_row_warps(block_k),
             enable_fp_fusion=True,
         )
         return q, scale, h
-    parts, block_r = max(rotation // PART.value, 4), rank_block(rank)
-    _walking[(triton.cdiv(rows, BLOCK_M.value),)](
+    parts, block_r = max(rotation // PART.value, 4), choose_block_r(rank)
+    _quantize_row_block_kernel[(triton.cdiv(rows, BLOCK_M.value),)](
         x,
         factor,
         down,
@@ -94,19 +94,19 @@ def _launch(
         block_r,
         columns % (parts * PART.value) == 0,
         parts,
-        num_warps=walking_warps(rotation, block_r),
+        num_warps=choose_row_block_warps(rotation, block_r),
         num_stages=1,
         enable_fp_fusion=True,
     )
     return q, scale, h
 
 
-def resident_warps(block_k: int) -> int:
+def choose_one_row_warps(block_k: int) -> int:
     """32 values a thread."""
     return min(max(block_k // 1024, 1), 16)
 
 
-def rank_block(rank: int) -> int:
+def choose_block_r(rank: int) -> int:
     """Rank as the walking kernel computes it; 0 without any.
 
     At least twice BLOCK_M: Triton spreads both of two chained products over the warps along the rows where the second is not
@@ -115,20 +115,20 @@ def rank_block(rank: int) -> int:
     return max(2 * BLOCK_M.value, triton.next_power_of_2(rank)) if rank else 0
 
 
-def walking_warps(rotation: int, block_r: int) -> int:
+def choose_row_block_warps(rotation: int, block_r: int) -> int:
     """As few warps as hold the sums in registers (tests/support/static_gate.py). float32 spills beyond rank 32 or group 256."""
     if block_r == 256:
         return 16
     return 8 if block_r or rotation == 1024 else 4
 
 
-def _fake(
+def _quantize_rowwise_fake(
     x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int, down: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_outputs(x, down)
+    return _allocate_outputs(x, down)
 
 
-def _empty_outputs(x: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate_outputs(x: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = x.shape
     q = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
@@ -139,7 +139,9 @@ def _empty_outputs(x: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor, Tens
     )
 
 
-def _check(x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, down: Tensor | None) -> None:
+def _check_arguments(
+    x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, down: Tensor | None
+) -> None:
     if x.dim() != 2 or 0 in x.shape or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(
             f"x must be [M, K] with neighbouring columns, not {list(x.shape)} with strides {x.stride()}"
@@ -169,13 +171,13 @@ def _check(x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, dow
 
 
 @triton.jit
-def _magnitude(x):
+def _magnitude_bits(x):
     """The bits of |x|, which sort like |x| with NaN above infinity; a float maximum would drop NaN."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _scale_of(magnitude):
+def _scale_from_magnitude(magnitude):
     """absmax / 127 and its inverse from the largest magnitude. NaN stays NaN, which `tl.maximum` would replace."""
     scale = tl.div_rn(magnitude.to(tl.float32, bitcast=True), 127.0)
     scale = tl.where(scale < TINY, TINY, scale)
@@ -183,13 +185,15 @@ def _scale_of(magnitude):
 
 
 @triton.jit
-def _to_int8(x):
+def _round_to_int8(x):
     """Round |x| <= 127 to the nearest, ties to even: adding 1.5 * 2**23 leaves the integer in float32's lowest bits."""
     return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
-def _gelu_and_factor(x, cols, factor_ptr, mask, gelu_from, HAS_FACTOR: tl.constexpr, GELU: tl.constexpr):
+def _apply_gelu_and_factor(
+    x, cols, factor_ptr, mask, gelu_from, HAS_FACTOR: tl.constexpr, GELU: tl.constexpr
+):
     """x: float32 [..., columns]; cols and mask: [columns]."""
     if GELU:
         # x * sigmoid(2u), which is x * (1 + tanh(u)) / 2
@@ -201,7 +205,7 @@ def _gelu_and_factor(x, cols, factor_ptr, mask, gelu_from, HAS_FACTOR: tl.conste
 
 
 @triton.jit(do_not_specialize=["gelu_from"])
-def _resident(
+def _quantize_one_row_kernel(
     x_ptr,
     factor_ptr,
     q_ptr,
@@ -218,14 +222,14 @@ def _resident(
     cols = tl.arange(0, BLOCK_K)
     mask = cols < K
     x = tl.load(x_ptr + row * stride_xm + cols, mask=mask, other=0.0).to(tl.float32)
-    x = _gelu_and_factor(x, cols, factor_ptr, mask, gelu_from, HAS_FACTOR, GELU)
-    scale, inverse = _scale_of(tl.max(_magnitude(x), axis=0))
+    x = _apply_gelu_and_factor(x, cols, factor_ptr, mask, gelu_from, HAS_FACTOR, GELU)
+    scale, inverse = _scale_from_magnitude(tl.max(_magnitude_bits(x), axis=0))
     tl.store(scale_ptr + row, scale)
-    tl.store(q_ptr + row * K + cols, _to_int8(x * inverse), mask=mask)
+    tl.store(q_ptr + row * K + cols, _round_to_int8(x * inverse), mask=mask)
 
 
 @triton.jit
-def _signs(ROTATION: tl.constexpr, SYLVESTER: tl.constexpr, dtype: tl.constexpr):
+def _hadamard_signs(ROTATION: tl.constexpr, SYLVESTER: tl.constexpr, dtype: tl.constexpr):
     """[64, 64]: the Hadamard matrix times 8; for a smaller group its signs in blocks along the diagonal.
 
     The regular one's 4x4 block is -1 where the base-4 digits of row and column add up to 3, that is, where both their bits differ;
@@ -243,7 +247,7 @@ def _signs(ROTATION: tl.constexpr, SYLVESTER: tl.constexpr, dtype: tl.constexpr)
 
 
 @triton.jit
-def _combine(a, b, c, d):
+def _combine_four(a, b, c, d):
     """The 4x4 block applied to four matrices: row i is the sum of all, with the sign of the i-th from the end turned."""
     total = (a + b) + (c + d)
     return total - 2 * d, total - 2 * c, total - 2 * b, total - 2 * a
@@ -260,7 +264,7 @@ def _combine_pairs(parts, digit: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _transformed(
+def _load_transformed(
     x_ptr,
     row_offsets,
     factor_ptr,
@@ -284,7 +288,7 @@ def _transformed(
             x = tl.load(x_ptr + row_offsets + cols[None, :])
         else:
             x = tl.load(x_ptr + row_offsets + cols[None, :], mask=mask[None, :], other=0.0)
-        part = _gelu_and_factor(x.to(tl.float32), cols, factor_ptr, mask, gelu_from, HAS_FACTOR, GELU)
+        part = _apply_gelu_and_factor(x.to(tl.float32), cols, factor_ptr, mask, gelu_from, HAS_FACTOR, GELU)
         if ROTATION:
             part = tl.dot(part.to(x.dtype), signs, input_precision="tf32x3")
         parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
@@ -299,7 +303,7 @@ def _transformed(
         for _ in tl.static_range(ROUNDS):
             mixed = ()
             for i in tl.static_range(PARTS // 4):
-                mixed = mixed + _combine(
+                mixed = mixed + _combine_four(
                     parts[i], parts[i + PARTS // 4], parts[i + PARTS // 2], parts[i + 3 * PARTS // 4]
                 )
             parts = mixed
@@ -312,7 +316,7 @@ def _transformed(
 
 
 @triton.jit(do_not_specialize=["M", "gelu_from"])
-def _walking(
+def _quantize_row_block_kernel(
     x_ptr,
     factor_ptr,
     down_ptr,
@@ -338,12 +342,12 @@ def _walking(
     row_offsets = tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_xm
     ranks = tl.arange(0, BLOCK_R if BLOCK_R else 32)
     safe_ranks = tl.minimum(ranks, R - 1)
-    signs = _signs(ROTATION, SYLVESTER, x_ptr.dtype.element_ty)
+    signs = _hadamard_signs(ROTATION, SYLVESTER, x_ptr.dtype.element_ty)
 
     magnitude = tl.zeros([BLOCK_M, PART], tl.int32)
     h = tl.zeros([BLOCK_M, BLOCK_R if BLOCK_R else 32], tl.float32)
     for k in range(0, K, PARTS * PART):
-        parts = _transformed(
+        parts = _load_transformed(
             x_ptr,
             row_offsets,
             factor_ptr,
@@ -359,7 +363,7 @@ def _walking(
             PARTS,
         )
         for i in tl.static_range(PARTS):
-            magnitude = tl.maximum(magnitude, _magnitude(parts[i]))
+            magnitude = tl.maximum(magnitude, _magnitude_bits(parts[i]))
             if BLOCK_R:
                 cols = k + i * PART + tl.arange(0, PART)
                 down_ptrs = down_ptr + safe_ranks[:, None] * K + cols[None, :]
@@ -368,14 +372,14 @@ def _walking(
                 )
                 h = tl.dot(parts[i].to(down.dtype), tl.trans(down), h, input_precision="tf32x3")
 
-    scale, inverse = _scale_of(tl.max(magnitude, axis=1))
+    scale, inverse = _scale_from_magnitude(tl.max(magnitude, axis=1))
     tl.store(scale_ptr + rows, scale, mask=rows < M)
     if BLOCK_R:
         h_offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
         tl.store(h_ptr + h_offsets, h, mask=(rows < M)[:, None] & (ranks < R)[None, :])
 
     for k in range(0, K, PARTS * PART):
-        parts = _transformed(
+        parts = _load_transformed(
             x_ptr,
             row_offsets,
             factor_ptr,
@@ -392,7 +396,7 @@ def _walking(
         )
         for i in tl.static_range(PARTS):
             cols = k + i * PART + tl.arange(0, PART)
-            q = _to_int8(parts[i] * inverse[:, None])
+            q = _round_to_int8(parts[i] * inverse[:, None])
             mask = (rows < M)[:, None] if EVEN_K else (rows < M)[:, None] & (cols < K)[None, :]
             tl.store(q_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :], q, mask=mask)
 
@@ -403,5 +407,5 @@ ops.define(
     "triton_quantize_rowwise(Tensor x, Tensor? factor, int rotation, bool sylvester, int gelu_from, Tensor? down) "
     "-> (Tensor, Tensor, Tensor)"
 )
-ops.impl("triton_quantize_rowwise", _launch, "CompositeExplicitAutograd")
-torch.library.register_fake("int8run::triton_quantize_rowwise", _fake, lib=ops)
+ops.impl("triton_quantize_rowwise", _launch_quantize_rowwise, "CompositeExplicitAutograd")
+torch.library.register_fake("int8run::triton_quantize_rowwise", _quantize_rowwise_fake, lib=ops)

@@ -25,7 +25,7 @@ def quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
 
 
-def gelu_columns(x: Tensor, start: int) -> Tensor:
+def apply_gelu_to_columns(x: Tensor, start: int) -> Tensor:
     """GELU (tanh) on the columns from `start` on; -1: none. x: [..., K]."""
     if start < 0:
         return x
@@ -42,7 +42,7 @@ def transform_rows(x: Tensor, factor: Tensor | None, rotation: Rotation | None, 
         rotation: of groups of g columns, where g divides K; or None.
         gelu_from: first column that goes through GELU; -1: none.
     """
-    x = gelu_columns(x, gelu_from)
+    x = apply_gelu_to_columns(x, gelu_from)
     if factor is not None:
         x = (x.float() * factor).to(x.dtype)
     return x if rotation is None else rotate_groups(x, rotation.matrix.to(x.dtype))

@@ -169,7 +169,7 @@ TENSOR, ROW = {"format": "int8_tensorwise"}, {"format": "int8_tensorwise", "per_
 def expect(draft: Draft, real: Array, kind: str, granularity: str, label: str, **others: object) -> Draft:
     draft.real[LAYER] = real
     draft.expected = {
-        "kind": kind,
+        "storage_dtype": kind,
         "granularity": granularity,
         "label": label,
         "rows": real.shape[0],
@@ -205,7 +205,7 @@ def int8(
     spread = {"tensor": lambda: s.reshape(1, 1), "row": lambda: s.reshape(-1, 1)}
     full = spread[granularity]() if granularity in spread else blocked(s.reshape(s.shape[:2]), *block)
     words = f"{label}, {granularity}{f' {block[1]}' if granularity not in spread else ''}"
-    return expect(draft, q * full, "int8", granularity, words, exact=exact, method="none")
+    return expect(draft, q * full, "int8", granularity, words, is_exact=exact, outlier_method="none")
 
 
 def rotated(draft: Draft, matrix: Array, method: str) -> Draft:
@@ -213,9 +213,9 @@ def rotated(draft: Draft, matrix: Array, method: str) -> Draft:
     draft.real[LAYER] = unrotated(draft.real[LAYER], matrix)
     label = f"{draft.expected['label']}, {method} {len(matrix)}"
     draft.expected |= {
-        "method": method,
-        "group": len(matrix),
-        "settings": {"group_size": len(matrix)},
+        "outlier_method": method,
+        "rotation_group_size": len(matrix),
+        "outlier_settings": {"group_size": len(matrix)},
         "label": label,
     }
     return draft
@@ -244,7 +244,7 @@ def smoothed(rotation: bool) -> Draft:
     factor = draft.put(f"{LAYER}.pre_quant_scale", "F32", draft.chance.uniform(0.5, 2, K))
     draft.real[LAYER] = draft.real[LAYER] * factor
     if not rotation:
-        draft.expected |= {"method": "smoothquant", "label": "int8_tensorwise, row, smoothquant"}
+        draft.expected |= {"outlier_method": "smoothquant", "label": "int8_tensorwise, row, smoothquant"}
     return draft
 
 
@@ -268,9 +268,9 @@ def toolkit(sigma: bool, matrix: bool = True, scale: tuple[int, ...] = (N, 1), d
         "int8",
         "row" if s.size > 1 else "tensor",
         label,
-        exact=True,
-        method=method,
-        centered=sigma,
+        is_exact=True,
+        outlier_method=method,
+        is_centered=sigma,
     )
 
 
@@ -293,7 +293,14 @@ def quip(n: int, k: int, smooth: bool = False) -> Draft:
         real = real / draft.put(f"{LAYER}.smooth_factors", "F32", draft.chance.uniform(0.5, 2, k))
     draft.put(f"{LAYER}.bias", "F32", np.zeros(n))
     draft = expect(
-        draft, real, "int8", "row", "int8_tensorwise, row, quip", exact=False, method="quip", padded=True
+        draft,
+        real,
+        "int8",
+        "row",
+        "int8_tensorwise, row, quip",
+        is_exact=False,
+        outlier_method="quip",
+        is_padded=True,
     )
     draft.expected |= {"rows": padded[0], "columns": padded[1]}
     return draft
@@ -307,14 +314,18 @@ def older_quip(dense: bool) -> Draft:
         for x, size in (("u", N), ("v", K))
     )
     real = u @ (q * s) @ v.T if dense else u[:, None] * (q * s) * v
-    return expect(draft, real, "int8", "row", "int8, row, quip", exact=False, method="quip", padded=False)
+    return expect(
+        draft, real, "int8", "row", "int8, row, quip", is_exact=False, outlier_method="quip", is_padded=False
+    )
 
 
 def transposed() -> Draft:
     """[K, N] in the file."""
     draft = Draft()
     q, s = draft.codes(f"{LAYER}.weight", K, N), draft.scale(f"{LAYER}.scale", 1, N)
-    return expect(draft, (q * s).T, "int8", "transposed", "int8, transposed", exact=False, method="none")
+    return expect(
+        draft, (q * s).T, "int8", "transposed", "int8, transposed", is_exact=False, outlier_method="none"
+    )
 
 
 def fp8(
@@ -346,7 +357,7 @@ def fp8(
     if legacy is not None:
         draft.tensors["scaled_fp8"] = dtype, (legacy,), bytes(legacy)
         draft.put(f"{LAYER}.scale_input", "F32", 1.0)
-    return expect(draft, real, "fp8", granularity, label, exact=False, method="none")
+    return expect(draft, real, "fp8", granularity, label, is_exact=False, outlier_method="none")
 
 
 def smoothed_fp8() -> Draft:
@@ -427,10 +438,20 @@ def blocks(
     if bias:
         draft.put(f"{LAYER}.bias", "F32", np.zeros(n))
     word = word or kind
-    expect(draft, real[:n, :k], kind, "block", word, format=word, exact=False, method="none", codable=True)
+    expect(
+        draft,
+        real[:n, :k],
+        kind,
+        "block",
+        word,
+        format_name=word,
+        is_exact=False,
+        outlier_method="none",
+        is_packable=True,
+    )
     told = told or (bias, False)
     sizes = {"rows": n if told[0] else padded[0], "columns": k if told[1] else padded[1]}
-    draft.expected |= {"told": told, "padded": told != (True, True), "block": multiple, **sizes}
+    draft.expected |= {"declared": told, "is_padded": told != (True, True), "block_size": multiple, **sizes}
     return draft
 
 
@@ -458,7 +479,7 @@ def lightx2v_comfy() -> Draft:
 def floats(dtype: str, word: str) -> Draft:
     draft = Draft()
     real = draft.put(f"{LAYER}.weight", dtype, draft.chance.normal(size=(N, K)))
-    return expect(draft, real, "float", "", word, exact=False, method="none")
+    return expect(draft, real, "float", "", word, is_exact=False, outlier_method="none")
 
 
 KINDS: dict[str, Callable[[], Draft]] = {

@@ -10,18 +10,18 @@ import torch
 from checkpoints.checkpoint_files import regular
 from support.helpers import randn
 
-from int8run.checkpoints.comfy_formats import coded_entries, coded_tensors, marker
-from int8run.checkpoints.detect import stored_layers
+from int8run.checkpoints.comfy_formats import build_marker, collect_tensors, plan_packed_entries
+from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.header import DTYPES
 from int8run.checkpoints.reader import TensorFiles
-from int8run.checkpoints.writer import StreamWriter, as_bytes
+from int8run.checkpoints.writer import StreamWriter, view_as_bytes
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
 from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
-from int8run.quant.formats import FORMATS, Format
-from int8run.quant.packed_weight import CodedWeight
+from int8run.quant.formats import FORMATS, WeightFormat
+from int8run.quant.packed_weight import PackedWeight
 
-WRITTEN = [form for form in FORMATS.values() if not form.read_only]
+WRITTEN = [form for form in FORMATS.values() if not form.is_read_only]
 KEY = "text.layer.weight"
 PLAIN = OutlierTransform()
 
@@ -30,15 +30,15 @@ def factor(columns: int) -> OutlierTransform:
     return OutlierTransform("smoothquant", {"alpha": 0.5}, randn(columns, seed=9).abs() + 0.5)
 
 
-def transforms(form: Format, columns: int) -> dict[str, OutlierTransform]:
+def transforms(form: WeightFormat, columns: int) -> dict[str, OutlierTransform]:
     """What may have been done to a weight before."""
     found = {"plain": PLAIN, "factor": factor(columns)}
     if form.name == "int8_rowwise":
         rotation = Rotation(sylvester_hadamard(32), sylvester=True)
         found["quarot"] = OutlierTransform("quarot", {"group_size": 32}, rotation=rotation)
         found["hadanorm"] = OutlierTransform("hadanorm", {}, factor(columns).factor, rotation, centered=True)
-    if form.rotated:
-        found = {"convrot": ConvRot(form.rotated_group(columns)).fit(torch.empty(1, columns))}
+    if form.is_rotated:
+        found = {"convrot": ConvRot(form.rotation_group_size(columns)).fit(torch.empty(1, columns))}
     return found
 
 
@@ -46,26 +46,26 @@ CASES = [
     pytest.param(form, shape, name, id=f"{form.name} {list(shape)} {name}")
     for form in WRITTEN
     for shape in ((128, 256), (40, 96), (1, 32), (64, 64))
-    if form.refuse(*shape) is None
+    if form.unsupported_reason(*shape) is None
     for name in transforms(form, shape[1])
 ]
 
 
-def write(path: Path, form: Format, weight: CodedWeight, transform: OutlierTransform) -> Path:
+def write(path: Path, form: WeightFormat, weight: PackedWeight, transform: OutlierTransform) -> Path:
     """A file as a stream of pieces, laid out before the numbers are known."""
-    entries = coded_entries(KEY, form, weight.shape, transform)
+    entries = plan_packed_entries(KEY, form, weight.shape, transform)
     with StreamWriter(path, [*entries, ("text.layer.bias", "F32", (weight.shape[0],))], {}) as writer:
         writer.write("text.layer.bias", torch.zeros(weight.shape[0]))
-        for key, data in coded_tensors(KEY, weight, form, transform).items():
+        for key, data in collect_tensors(KEY, weight, form, transform).items():
             writer.write(key, data)
         return writer.finish()
 
 
 @pytest.mark.parametrize(("form", "shape", "name"), CASES)
-def test_entries_say_what_the_tensors_are(form: Format, shape: tuple[int, int], name: str) -> None:
+def test_entries_say_what_the_tensors_are(form: WeightFormat, shape: tuple[int, int], name: str) -> None:
     transform = transforms(form, shape[1])[name]
-    entries = coded_entries(KEY, form, shape, transform)
-    tensors = coded_tensors(KEY, form.quantize(randn(*shape)), form, transform)
+    entries = plan_packed_entries(KEY, form, shape, transform)
+    tensors = collect_tensors(KEY, form.quantize(randn(*shape)), form, transform)
     assert [key for key, _, _ in entries] == list(tensors)
     for key, word, size in entries:
         data = tensors[key]
@@ -73,30 +73,32 @@ def test_entries_say_what_the_tensors_are(form: Format, shape: tuple[int, int], 
             assert (key, word, size) == ("text.layer.comfy_quant", "U8", (len(data),))
         else:
             assert DTYPES[word][1] == str(data.dtype).removeprefix("torch.") and tuple(data.shape) == size
-            assert len(as_bytes(data)) == data.nbytes
+            assert len(view_as_bytes(data)) == data.nbytes
 
 
 @pytest.mark.parametrize(("form", "shape", "name"), CASES)
 def test_what_is_written_is_read_again(
-    form: Format, shape: tuple[int, int], name: str, tmp_path: Path, caplog
+    form: WeightFormat, shape: tuple[int, int], name: str, tmp_path: Path, caplog
 ) -> None:
     transform = transforms(form, shape[1])[name]
     weight = form.quantize(transform.transform_weight(randn(*shape)))
     with TensorFiles.open(write(tmp_path / "m.safetensors", form, weight, transform)) as files:
-        layer = stored_layers(files)["text.layer"]
-        read, back = layer.coded(files)
-        assert torch.equal(layer.weight(files, shape=shape), transform.restore_weight(weight.dequantize()))
+        layer = read_layers(files)["text.layer"]
+        read, back = layer.read_packed_weight(files)
+        assert torch.equal(
+            layer.read_weight(files, shape=shape), transform.restore_weight(weight.dequantize())
+        )
     assert torch.equal(read.dequantize(), weight.dequantize()) and read.shape == shape
     assert read.qdata.dtype == weight.qdata.dtype and torch.equal(
         read.qdata.view(torch.uint8), weight.qdata.view(torch.uint8)
     )
-    assert back.same_input_as(transform)
+    assert back.has_same_input_transform(transform)
     if transform.factor is None or form.name == "int8_rowwise":
         assert back.method == transform.method
     if name in ("quarot", "hadanorm"):
-        assert layer.format == ""  # no word of `clip=` says it
+        assert layer.format_name == ""  # no word of `clip=` says it
     elif weight.scale is None or weight.scale.numel() > 1:
-        assert layer.format == form.name
+        assert layer.format_name == form.name
         assert not caplog.records, "a label contradicts its scale"
 
 
@@ -140,7 +142,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
-def test_tensors_of_a_layer(form: Format) -> None:
+def test_tensors_of_a_layer(form: WeightFormat) -> None:
     word, codes, scale_word, scale, said = NAMES[form.name]
     transform = next(iter(transforms(form, 512).values()))
     expected = {"text.layer.weight": (word, codes)}
@@ -150,14 +152,14 @@ def test_tensors_of_a_layer(form: Format) -> None:
     if form.name == "nvfp4":
         expected["text.layer.weight_scale_2"] = ("F32", [])
     assert {
-        key: (word, list(size)) for key, word, size in coded_entries(KEY, form, SHAPE, transform)
+        key: (word, list(size)) for key, word, size in plan_packed_entries(KEY, form, SHAPE, transform)
     } == expected
-    assert marker(form, SHAPE, transform) == (said or {})
+    assert build_marker(form, SHAPE, transform) == (said or {})
 
 
 def test_the_marker_of_nvfp4_byte_by_byte() -> None:
     form = FORMATS["nvfp4"]
-    found = coded_tensors(KEY, form.quantize(randn(16, 16)), form, PLAIN)["text.layer.comfy_quant"]
+    found = collect_tensors(KEY, form.quantize(randn(16, 16)), form, PLAIN)["text.layer.comfy_quant"]
     assert (
         isinstance(found, bytes)
         and len(found) == 19
@@ -180,7 +182,7 @@ def test_the_marker_of_nvfp4_byte_by_byte() -> None:
     ],
 )
 def test_lengths_of_markers(name: str, length: int) -> None:
-    assert len(json.dumps(marker(FORMATS[name], SHAPE, PLAIN))) == length
+    assert len(json.dumps(build_marker(FORMATS[name], SHAPE, PLAIN))) == length
 
 
 @pytest.mark.parametrize(
@@ -194,24 +196,24 @@ def test_lengths_of_markers(name: str, length: int) -> None:
     ],
 )
 def test_the_real_shape_is_said_where_it_is_padded(name: str, shape: tuple[int, int], padded: bool) -> None:
-    assert marker(FORMATS[name], shape, PLAIN) == {"format": name} | (
+    assert build_marker(FORMATS[name], shape, PLAIN) == {"format": name} | (
         {"orig_shape": list(shape)} if padded else {}
     )
 
 
 def test_a_rotated_layer_is_rotated_by_the_regular_matrix(tmp_path: Path) -> None:
     form, w = FORMATS["int8_convrot"], randn(8, 48)
-    transform = ConvRot(form.rotated_group(48)).fit(w)
+    transform = ConvRot(form.rotation_group_size(48)).fit(w)
     weight = form.quantize(transform.transform_weight(w))
     rotated = w.double().numpy().reshape(8, 3, 16) @ regular(16).T
     assert abs(weight.dequantize().double().numpy() - rotated.reshape(8, 48)).max() < 0.02
-    assert marker(form, (8, 48), transform)["convrot_groupsize"] == 16
+    assert build_marker(form, (8, 48), transform)["convrot_groupsize"] == 16
 
 
 def test_a_factor_lies_beside_the_weight() -> None:
     form, transform = FORMATS["nvfp4"], factor(48)
-    assert ("text.layer.pre_quant_scale", "F32", (48,)) in coded_entries(KEY, form, (16, 48), transform)
-    found = coded_tensors(KEY, form.quantize(randn(16, 48)), form, transform)
+    assert ("text.layer.pre_quant_scale", "F32", (48,)) in plan_packed_entries(KEY, form, (16, 48), transform)
+    found = collect_tensors(KEY, form.quantize(randn(16, 48)), form, transform)
     assert torch.equal(found["text.layer.pre_quant_scale"], transform.factor)
 
 
@@ -231,7 +233,7 @@ def test_a_factor_lies_beside_the_weight() -> None:
 )
 def test_a_rotation_that_no_marker_can_tell_is_refused(name: str, transform: OutlierTransform) -> None:
     message = f"no marker of {name} can tell of {transform.label}; int8 with a scale for each row can have it"
-    for call in (marker, lambda *given: coded_entries(KEY, *given)):
+    for call in (build_marker, lambda *given: plan_packed_entries(KEY, *given)):
         with pytest.raises(ValueError, match=message):
             call(FORMATS[name], (256, 256), transform)
 
@@ -239,19 +241,19 @@ def test_a_rotation_that_no_marker_can_tell_is_refused(name: str, transform: Out
 @pytest.mark.parametrize("name", ["nvfp4_modelopt", "mxfp8_rows"])
 def test_formats_that_are_only_read_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is read and never written"):
-        coded_entries(KEY, FORMATS[name], (256, 256), PLAIN)
+        plan_packed_entries(KEY, FORMATS[name], (256, 256), PLAIN)
 
 
-def of(name: str) -> CodedWeight:
+def of(name: str) -> PackedWeight:
     return FORMATS[name].quantize(randn(128, 128))
 
 
-WRONG: dict[str, tuple[str, Callable[[], CodedWeight]]] = {
+WRONG: dict[str, tuple[str, Callable[[], PackedWeight]]] = {
     "other codes": ("float8_e5m2", lambda: of("float8_e4m3fn")),
     "one exponent": (
         "float8_e4m3fn",
-        lambda: CodedWeight(
-            torch.ones(1, 32).to(torch.float8_e4m3fn), torch.ones(1, 1).byte(), (1, 32), swizzled=False
+        lambda: PackedWeight(
+            torch.ones(1, 32).to(torch.float8_e4m3fn), torch.ones(1, 1).byte(), (1, 32), is_swizzled=False
         ),
     ),
     "other kind": ("float8_e4m3fn", lambda: of("mxfp8")),
@@ -259,20 +261,20 @@ WRONG: dict[str, tuple[str, Callable[[], CodedWeight]]] = {
     "one scale": ("int8_rowwise", lambda: of("int8_tensorwise")),
     "no scale": ("float8_e4m3fn", lambda: of("float8_e4m3fn_cast")),
     "a scale for a cast": ("float8_e4m3fn_cast", lambda: of("float8_e4m3fn")),
-    "scales in rows": ("mxfp8", lambda: replace(of("mxfp8"), swizzled=False)),
-    "the other half first": ("nvfp4", lambda: replace(of("nvfp4"), high_first=False)),
+    "scales in rows": ("mxfp8", lambda: replace(of("mxfp8"), is_swizzled=False)),
+    "the other half first": ("nvfp4", lambda: replace(of("nvfp4"), high_nibble_first=False)),
     "no global scale": ("nvfp4", lambda: replace(of("nvfp4"), global_scale=None)),
     "another shape": ("nvfp4", lambda: replace(of("nvfp4"), shape=(100, 128))),
 }
 
 
 @pytest.mark.parametrize(("name", "make"), WRONG.values(), ids=WRONG)
-def test_a_weight_in_another_format_is_refused(name: str, make: Callable[[], CodedWeight]) -> None:
+def test_a_weight_in_another_format_is_refused(name: str, make: Callable[[], PackedWeight]) -> None:
     with pytest.raises(
         ValueError,
         match=rf"^text.layer.weight cannot be written as {name}: its codes, .*, are in another format$",
     ):
-        coded_tensors(KEY, make(), FORMATS[name], PLAIN)
+        collect_tensors(KEY, make(), FORMATS[name], PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -290,9 +292,11 @@ def test_scales_out_of_files_get_the_dtype_and_shape_of_the_format(name: str, ch
     form, weight = FORMATS[name], of(name)
     weight = replace(weight, scale=change(weight.scale))
     key, word, shape = next(
-        entry for entry in coded_entries(KEY, form, weight.shape, PLAIN) if entry[0].endswith(".weight_scale")
+        entry
+        for entry in plan_packed_entries(KEY, form, weight.shape, PLAIN)
+        if entry[0].endswith(".weight_scale")
     )
-    found = coded_tensors(KEY, weight, form, PLAIN)[key]
+    found = collect_tensors(KEY, weight, form, PLAIN)[key]
     assert found.shape == shape and str(found.dtype) == f"torch.{DTYPES[word][1]}"
     numbers = weight.scale.float() if word == "F32" else weight.scale.view(found.dtype)
     assert torch.equal(found.float().flatten(), numbers.float().flatten())

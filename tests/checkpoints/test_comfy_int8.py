@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.helpers import randn, shipped
 
-from int8run.checkpoints.comfy_int8 import marker, prepare_folder, read_note
+from int8run.checkpoints.comfy_int8 import build_marker, prepare_output_path, read_provenance
 from int8run.errors import FileError
 from int8run.outlier.base import LayerStatistics, OutlierMethod, OutlierTransform
 from int8run.outlier.convrot import ConvRot
@@ -30,7 +30,7 @@ def fitted(method: OutlierMethod, width: int) -> OutlierTransform:
 
 @pytest.mark.parametrize("width", [16, 64, 256])
 def test_the_markers_of_plain_and_rotated_layers_are_comfyuis_own(width: int) -> None:
-    plain, rotated = marker(OutlierTransform()), marker(fitted(ConvRot(), width))
+    plain, rotated = build_marker(OutlierTransform()), build_marker(fitted(ConvRot(), width))
     assert plain == {"format": "int8_tensorwise", "per_row": True}
     assert rotated == {
         "format": "int8_tensorwise",
@@ -44,16 +44,16 @@ def test_the_markers_of_plain_and_rotated_layers_are_comfyuis_own(width: int) ->
 
 @pytest.mark.parametrize("method", [QuaRot(), SmoothQuant(), HadaNorm()], ids=lambda m: m.name)
 def test_what_comfyui_cannot_compute_has_a_format_name_that_it_refuses(method: OutlierMethod) -> None:
-    found = marker(fitted(method, 128))
+    found = build_marker(fitted(method, 128))
     assert found["format"] == "int8run_transformed" and not {"convrot", "convrot_groupsize"} & set(found)
     assert found["factor"] == (method.name != "quarot") and found["outlier"] == method.name
-    assert found["settings"] == method.settings_for(128) and found["centered"] == (method.name == "hadanorm")
+    assert found["settings"] == method.get_settings(128) and found["centered"] == (method.name == "hadanorm")
     assert ("rotation" in found) == (method.name != "smoothquant")
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_marker_is_json_that_says_the_same_when_it_is_read(method: OutlierMethod) -> None:
-    found = marker(fitted(method, 128))
+    found = build_marker(fitted(method, 128))
     assert json.loads(json.dumps(found)) == found
 
 
@@ -62,8 +62,8 @@ def test_a_marker_is_json_that_says_the_same_when_it_is_read(method: OutlierMeth
 
 def test_a_note_is_read_and_its_absence_is_an_empty_one() -> None:
     note = {"model": "shipped:tiny", "kept_float": {"proj_out": "letzte Schicht ü"}, "calibration": None}
-    assert read_note(Path("m"), {"format": "pt", "int8run": json.dumps(note)}) == note
-    assert read_note(Path("m"), {"format": "pt"}) == {}
+    assert read_provenance(Path("m"), {"format": "pt", "int8run": json.dumps(note)}) == note
+    assert read_provenance(Path("m"), {"format": "pt"}) == {}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_note_that_is_none_is_refused(text: str, reason: str) -> None:
         FileError,
         match=rf"^m\.safetensors: the note in the header is {reason}: {re.escape(repr(text[:80]))}$",
     ):
-        read_note(Path("m.safetensors"), {"int8run": text})
+        read_provenance(Path("m.safetensors"), {"int8run": text})
 
 
 # -- the place ----------------------------------------------------------------------------------------------------------
@@ -92,8 +92,8 @@ def test_a_missing_folder_is_made_and_nothing_is_left_in_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert prepare_folder("new/folder/m.safetensors") == tmp_path / "new" / "folder" / "m.safetensors"
-    assert prepare_folder("~/m.safetensors") == tmp_path / "home" / "m.safetensors"
+    assert prepare_output_path("new/folder/m.safetensors") == tmp_path / "new" / "folder" / "m.safetensors"
+    assert prepare_output_path("~/m.safetensors") == tmp_path / "home" / "m.safetensors"
     assert list((tmp_path / "new" / "folder").iterdir()) == [] and (tmp_path / "home").is_dir()
 
 
@@ -125,21 +125,21 @@ def test_a_place_that_cannot_be_written_is_named(
         FileError,
         match=rf"^save=.*safetensors cannot be written: ({reason}); choose a folder that you may write to$",
     ):
-        prepare_folder(str(path))
+        prepare_output_path(str(path))
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_folder_is_made_and_a_file_in_its_place_is_named(tmp_path: Path) -> None:
     assert (
-        prepare_folder(str(tmp_path / "new" / "model")) == tmp_path / "new" / "model"
+        prepare_output_path(str(tmp_path / "new" / "model")) == tmp_path / "new" / "model"
         and (tmp_path / "new" / "model").is_dir()
     )
     (tmp_path / "file").write_text("")
     with pytest.raises(
         FileError, match=r"^save=.*file cannot be written: (File exists|Not a directory); choose"
     ):
-        prepare_folder(str(tmp_path / "file"))
+        prepare_output_path(str(tmp_path / "file"))
 
 
 def test_every_method_has_a_marker_of_its_own() -> None:
-    assert len({json.dumps(marker(fitted(method, 128))) for method in METHODS.values()}) == len(METHODS)
+    assert len({json.dumps(build_marker(fitted(method, 128))) for method in METHODS.values()}) == len(METHODS)

@@ -17,9 +17,9 @@ from support.helpers import assert_close, randn, shipped
 from torch import Tensor
 
 from int8run.backends.reference import Reference
-from int8run.checkpoints.comfy_int8 import marker
-from int8run.checkpoints.detect import is_file_marker, stored_layers
-from int8run.checkpoints.layer import StoredLayer
+from int8run.checkpoints.comfy_int8 import build_marker
+from int8run.checkpoints.detect import is_scaled_fp8_marker, read_layers
+from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError, Int8RunError
 from int8run.kernels.dequantize.reference import dequantize_fp8, dequantize_int8
@@ -35,17 +35,17 @@ def opened(draft: Draft, folder: Path) -> TensorFiles:
     return TensorFiles.open(draft.write(folder / "m.safetensors"))
 
 
-def read(draft: Draft, folder: Path, prefix: str = "") -> tuple[TensorFiles, dict[str, StoredLayer]]:
+def read(draft: Draft, folder: Path, prefix: str = "") -> tuple[TensorFiles, dict[str, CheckpointLayer]]:
     files = opened(draft, folder)
-    return files, stored_layers(files, prefix)
+    return files, read_layers(files, prefix)
 
 
 def real(draft: Draft, name: str = LAYER) -> Tensor:
     return torch.from_numpy(draft.real[name])
 
 
-def shape_for(layer: StoredLayer, weight: Tensor) -> tuple[int, int] | None:
-    return (weight.shape[0], weight.shape[1]) if layer.padded else None
+def shape_for(layer: CheckpointLayer, weight: Tensor) -> tuple[int, int] | None:
+    return (weight.shape[0], weight.shape[1]) if layer.is_padded else None
 
 
 # -- what is read -------------------------------------------------------------------------------------------------------
@@ -58,17 +58,17 @@ def test_a_kind_gives_its_weight(make: Any, tmp_path: Path) -> None:
     assert list(layers) == [LAYER]
     layer, weight = layers[LAYER], real(draft)
     assert {name: getattr(layer, name) for name in draft.expected} == draft.expected
-    assert set(layer.side_keys) == {key for key in draft.tensors if key.startswith(LAYER)} - {
+    assert set(layer.sibling_keys) == {key for key in draft.tensors if key.startswith(LAYER)} - {
         f"{LAYER}.weight",
         f"{LAYER}.bias",
     }
     shape = shape_for(layer, weight)
-    whole = layer.weight(files, shape=shape)
+    whole = layer.read_weight(files, shape=shape)
     assert whole.dtype == torch.float32
     assert_close("weight", whole, weight, 1e-6)
     for rows in SOME_ROWS if len(weight) > 6 else [slice(0, 1), slice(1, 1)]:
         part = weight[rows]
-        found = layer.weight(files, rows, shape)
+        found = layer.read_weight(files, rows, shape)
         if part.numel():
             assert_close(f"rows {rows}", found, part, 1e-6)
         assert found.shape == part.shape
@@ -79,17 +79,17 @@ def test_integers_are_taken_where_they_mean_the_weight(make: Any, tmp_path: Path
     draft = make()
     files, layers = read(draft, tmp_path)
     layer = layers[LAYER]
-    if not layer.exact:
+    if not layer.is_exact:
         with pytest.raises(
             ValueError, match=rf"the numbers of {LAYER} .* cannot be taken as they are; read `weight`"
         ):
-            layer.int8(files)
+            layer.read_int8_layer(files)
         return
     stored = np.frombuffer(draft.tensors[f"{LAYER}.weight"][2], "i1").reshape(
         draft.tensors[f"{LAYER}.weight"][1]
     )
     for rows in (slice(None), slice(1, 6) if len(stored) > 6 else slice(0, 1)):
-        found = layer.int8(files, rows)
+        found = layer.read_int8_layer(files, rows)
         count = len(stored[rows])
         assert found.weight.qdata.dtype == torch.int8 and torch.equal(
             found.weight.qdata, torch.tensor(stored[rows])
@@ -105,12 +105,12 @@ def test_integers_are_taken_where_they_mean_the_weight(make: Any, tmp_path: Path
         )
 
 
-@pytest.mark.parametrize("name", [name for name, make in KINDS.items() if make().expected["exact"]])
+@pytest.mark.parametrize("name", [name for name, make in KINDS.items() if make().expected["is_exact"]])
 def test_an_exact_layer_computes_the_real_product(name: str, tmp_path: Path) -> None:
     # the transform's other side, on the input, must be the one that the file's maker means
     draft = KINDS[name]()
     files, layers = read(draft, tmp_path)
-    layer = layers[LAYER].int8(files)
+    layer = layers[LAYER].read_int8_layer(files)
     x = randn(3, 5, layer.weight.qdata.shape[1], seed=3)
     y = Int8Linear(layer, Reference(), torch.float32)(x)
     assert_close("product", y, x.double() @ real(draft).T, 0.02)
@@ -119,7 +119,7 @@ def test_an_exact_layer_computes_the_real_product(name: str, tmp_path: Path) -> 
 def test_the_kinds_are_what_the_table_says() -> None:
     # else the tests above could have lost some
     expected = [make().expected for make in KINDS.values()]
-    assert {(e["kind"], e["granularity"]) for e in expected} == {
+    assert {(e["storage_dtype"], e["granularity"]) for e in expected} == {
         *(
             ("int8", granularity)
             for granularity in ("tensor", "row", "group", "grid", "block3d", "transposed")
@@ -129,7 +129,7 @@ def test_the_kinds_are_what_the_table_says() -> None:
         ("nvfp4", "block"),
         ("mxfp8", "block"),
     }
-    assert {e["method"] for e in expected if e["exact"]} == {
+    assert {e["outlier_method"] for e in expected if e["is_exact"]} == {
         "none",
         "convrot",
         "quarot",
@@ -155,10 +155,10 @@ def test_the_kinds_are_what_the_table_says() -> None:
 def test_scaling_is_the_kernels_definition_bit_for_bit(name: str, tmp_path: Path) -> None:
     files, layers = read(KINDS[name](), tmp_path)
     layer = layers[LAYER]
-    definition = dequantize_fp8 if layer.kind == "fp8" else dequantize_int8
-    expected = definition(files.read(layer.key), files.read(layer.keys["scale"]))
-    assert torch.equal(layer.weight(files), expected) and torch.equal(
-        layer.weight(files, slice(3, 7)), expected[3:7]
+    definition = dequantize_fp8 if layer.storage_dtype == "fp8" else dequantize_int8
+    expected = definition(files.read(layer.key), files.read(layer.part_keys["scale"]))
+    assert torch.equal(layer.read_weight(files), expected) and torch.equal(
+        layer.read_weight(files, slice(3, 7)), expected[3:7]
     )
 
 
@@ -183,8 +183,8 @@ def test_the_published_vectors_are_read(tmp_path: Path) -> None:
     draft.put("b.weight_scale", "F32", [[0.5]])
     draft.text("b.comfy_quant", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 4})
     files, layers = read(draft, tmp_path)
-    assert_close("a", layers["a"].weight(files), torch.tensor([[1, -2, 0.5, 0]]), 0.01)
-    assert layers["b"].weight(files).tolist() == [[1, 0, 0, 0]]
+    assert_close("a", layers["a"].read_weight(files), torch.tensor([[1, -2, 0.5, 0]]), 0.01)
+    assert layers["b"].read_weight(files).tolist() == [[1, 0, 0, 0]]
     assert draft.tensors["a.comfy_quant"][1] == (29,), "formats.md 1.3"
 
 
@@ -200,7 +200,7 @@ def test_the_skeleton_of_a_header_is_read(tmp_path: Path) -> None:
     _, layers = read(draft, tmp_path)
     assert (
         layers["blocks.0.ffn.0"].label == "int8_tensorwise, row, convrot 256"
-        and layers["blocks.0.ffn.0"].exact
+        and layers["blocks.0.ffn.0"].is_exact
     )
 
 
@@ -236,15 +236,15 @@ def test_a_full_checkpoint_gives_what_is_below_the_prefix(tmp_path: Path) -> Non
     draft.put("text_encoders.t5.half.weight_scale", "F32", 1)
     draft.put("text_encoders.t5.table", "I8", np.ones(3))
     files, layers = read(draft, tmp_path, "model.diffusion_model.")
-    assert {name: layer.kind for name, layer in layers.items()} == {
+    assert {name: layer.storage_dtype for name, layer in layers.items()} == {
         f"model.diffusion_model.{LAYER}": "int8",
         "model.diffusion_model.blocks.1.k": "fp8",
         "model.diffusion_model.blocks.2.v": "float",
     }
     for name, layer in layers.items():
-        assert_close(name, layer.weight(files), real(draft, name), 1e-6)
+        assert_close(name, layer.read_weight(files), real(draft, name), 1e-6)
     with pytest.raises(FileError, match=r"is a bitsandbytes file"):
-        stored_layers(files)
+        read_layers(files)
 
 
 def test_fp8_of_other_shapes_is_read_with_its_scale(tmp_path: Path) -> None:
@@ -259,8 +259,8 @@ def test_fp8_of_other_shapes_is_read_with_its_scale(tmp_path: Path) -> None:
     files, layers = read(draft, tmp_path)
     assert set(layers) == set(expected)
     for name, weight in expected.items():
-        assert_close(name, layers[name].weight(files), torch.from_numpy(weight), 1e-6)
-        assert_close(name, layers[name].weight(files, slice(1, 3)), torch.from_numpy(weight[1:3]), 1e-6)
+        assert_close(name, layers[name].read_weight(files), torch.from_numpy(weight), 1e-6)
+        assert_close(name, layers[name].read_weight(files, slice(1, 3)), torch.from_numpy(weight[1:3]), 1e-6)
     assert (layers["conv"].rows, layers["conv"].columns, layers["norm"].columns) == (4, 12, 1)
 
 
@@ -270,7 +270,7 @@ def test_a_scale_of_1_beside_a_float_is_no_matter(tmp_path: Path) -> None:
     draft.put(f"{LAYER}.weight_scale", "F32", 1)
     draft.put(f"{LAYER}.input_scale", "F32", 1)
     _, layers = read(draft, tmp_path)
-    assert layers[LAYER].kind == "float" and layers[LAYER].side_keys == (
+    assert layers[LAYER].storage_dtype == "float" and layers[LAYER].sibling_keys == (
         f"{LAYER}.weight_scale",
         f"{LAYER}.input_scale",
     )
@@ -286,8 +286,8 @@ def test_fp8_without_a_scale_among_scaled_ones_is_a_cast(tmp_path: Path) -> None
 
 
 def test_marks_of_whole_files_are_known() -> None:
-    assert all(is_file_marker(key) for key in ("scaled_fp8", "model.diffusion_model.scaled_fp8"))
-    assert not is_file_marker("blocks.scaled_fp8.weight") and not is_file_marker("unscaled_fp8")
+    assert all(is_scaled_fp8_marker(key) for key in ("scaled_fp8", "model.diffusion_model.scaled_fp8"))
+    assert not is_scaled_fp8_marker("blocks.scaled_fp8.weight") and not is_scaled_fp8_marker("unscaled_fp8")
 
 
 def test_layers_may_lie_in_several_files(tmp_path: Path) -> None:
@@ -303,9 +303,9 @@ def test_layers_may_lie_in_several_files(tmp_path: Path) -> None:
         json.dumps({"weight_map": {key: name for name, draft in drafts.items() for key in draft.tensors}})
     )
     files = TensorFiles.open(tmp_path)
-    layers = stored_layers(files)
-    assert [layer.method for layer in layers.values()] == ["none", "convrot"]
-    assert_close("second", layers["blocks.1.q"].weight(files), real(second), 1e-6)
+    layers = read_layers(files)
+    assert [layer.outlier_method for layer in layers.values()] == ["none", "convrot"]
+    assert_close("second", layers["blocks.1.q"].read_weight(files), real(second), 1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -315,7 +315,7 @@ def test_what_int8run_writes_comes_back_bit_for_bit(
 ) -> None:
     weight, sample = randn(6, width, seed=width), randn(2, 6, width, seed=1)
     plain = METHODS["none"]
-    method = plain if method.refuse(width) else method
+    method = plain if method.unsupported_reason(width) else method
     transform = method.fit(weight, LayerStatistics(sample, sample.abs().amax((0, 1)), weight.abs().amax(0)))
     layer = QuantizedLayer(quantize_weight(transform.transform_weight(weight)), transform, randn(6))
     tensors = {
@@ -324,19 +324,24 @@ def test_what_int8run_writes_comes_back_bit_for_bit(
         "q.bias": layer.bias,
         "norm.weight": randn(3),
     }
-    tensors["q.comfy_quant"] = torch.tensor(list(json.dumps(marker(transform)).encode()), dtype=torch.uint8)
+    tensors["q.comfy_quant"] = torch.tensor(
+        list(json.dumps(build_marker(transform)).encode()), dtype=torch.uint8
+    )
     if transform.factor is not None:
         tensors["q.pre_quant_scale"] = transform.factor
     save_file(tensors, tmp_path / "m.safetensors")
     files = TensorFiles.open(tmp_path / "m.safetensors")
-    stored = stored_layers(files)["q"]
-    assert stored.exact and (stored.method, stored.settings) == (method.name, method.settings_for(width))
-    back = stored.int8(files)
+    stored = read_layers(files)["q"]
+    assert stored.is_exact and (stored.outlier_method, stored.outlier_settings) == (
+        method.name,
+        method.get_settings(width),
+    )
+    back = stored.read_int8_layer(files)
     assert torch.equal(back.weight.qdata, layer.weight.qdata) and torch.equal(
         back.weight.scale, layer.weight.scale
     )
-    assert back.transform.same_input_as(transform) and back.transform.label == transform.label
-    assert torch.equal(stored.weight(files), transform.restore_weight(layer.weight.dequantize()))
+    assert back.transform.has_same_input_transform(transform) and back.transform.label == transform.label
+    assert torch.equal(stored.read_weight(files), transform.restore_weight(layer.weight.dequantize()))
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------------
@@ -354,7 +359,7 @@ def test_a_mistake_is_refused_by_name(
         TensorFiles, "read", lambda self, key, rows=None: reads.append(key) or original(self, key, rows)
     )
     with pytest.raises(FileError, match=words) as raised:
-        stored_layers(files)
+        read_layers(files)
     assert str(raised.value).startswith(str(tmp_path)) and "\n" not in str(raised.value)
     assert not set(reads) & set(weights), "no weight is read before everything is known to be right"
 
@@ -365,7 +370,7 @@ def test_no_weight_is_read_to_tell_the_kinds(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(
         TensorFiles, "read", lambda self, key, rows=None: reads.append(key) or original(self, key, rows)
     )
-    stored_layers(files)
+    read_layers(files)
     assert reads and not [key for key in reads if key.endswith(".weight")]
 
 
@@ -375,13 +380,13 @@ def test_a_padded_weight_needs_the_models_shape(tmp_path: Path) -> None:
         FileError,
         match=rf"{LAYER} is padded to \[16, 32\] and does not say to what shape it is cut; the model",
     ):
-        layers[LAYER].weight(files)
+        layers[LAYER].read_weight(files)
     for wrong in ((8, 24), (12, 16), (17, 24), (12, 0)):
         with pytest.raises(
             FileError,
             match=rf"{LAYER} has the shape \[16, 32\], the model's \[{wrong[0]}, {wrong[1]}\]; it is for another",
         ):
-            layers[LAYER].weight(files, shape=wrong)
+            layers[LAYER].read_weight(files, shape=wrong)
 
 
 def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
@@ -389,10 +394,10 @@ def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         FileError, match=rf"{LAYER} has the shape \[12, 64\], the model's \[12, 32\]; it is for another"
     ):
-        layers[LAYER].weight(files, shape=(12, 32))
-    assert layers[LAYER].weight(files, shape=(N, K)).shape == (N, K)
+        layers[LAYER].read_weight(files, shape=(12, 32))
+    assert layers[LAYER].read_weight(files, shape=(N, K)).shape == (N, K)
     for rows in (slice(0, N + 1), slice(-1, None), slice(0, N, 2)):
-        for way in (layers[LAYER].weight, layers[LAYER].int8):
+        for way in (layers[LAYER].read_weight, layers[LAYER].read_int8_layer):
             with pytest.raises(ValueError, match=r"cannot be read"):
                 way(files, rows)
 
@@ -400,8 +405,8 @@ def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
 def test_groups_beyond_the_kernels_are_read_as_floats(tmp_path: Path) -> None:
     rotated = {**made.TENSOR, "convrot": True, "convrot_groupsize": 4096}
     files, layers = read(made.int8((1, 1), "tensor", rotated, weight=(1, 4096)), tmp_path)
-    assert not layers[LAYER].exact
-    assert layers[LAYER].weight(files).shape == (1, 4096)
+    assert not layers[LAYER].is_exact
+    assert layers[LAYER].read_weight(files).shape == (1, 4096)
 
 
 CONFIGS = {
@@ -479,7 +484,7 @@ def test_the_shape_counts_and_the_label_is_named(
 ) -> None:
     draft = make()
     files, layers = read(draft, tmp_path)
-    assert_close("weight", layers[LAYER].weight(files), real(draft), 1e-6)
+    assert_close("weight", layers[LAYER].read_weight(files), real(draft), 1e-6)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert re.search(words, record.getMessage()), record.getMessage()
@@ -532,10 +537,10 @@ def test_any_change_of_a_file_is_read_or_refused(seed: int, tmp_path: Path) -> N
         try:
             files, layers = read(draft, tmp_path)
             for layer in layers.values():
-                found = layer.weight(files, shape=shape_for(layer, torch.from_numpy(draft.real[LAYER])))
+                found = layer.read_weight(files, shape=shape_for(layer, torch.from_numpy(draft.real[LAYER])))
                 assert found.shape[0] in (layer.rows, draft.real[LAYER].shape[0])
-                if layer.exact:
-                    layer.int8(files)
+                if layer.is_exact:
+                    layer.read_int8_layer(files)
         except Int8RunError as error:
             assert "\n" not in str(error)
         else:
@@ -563,11 +568,11 @@ def test_comfy_kitchen_reads_the_same_int8_weight(name: str, tmp_path: Path) -> 
     layout = pytest.importorskip("comfy_kitchen.tensor").TensorWiseINT8Layout
     files, layers = read(KINDS[name](), tmp_path)
     layer = layers[LAYER]
-    codes, scale = files.read(layer.key), files.read(layer.keys["scale"]).float()
-    said = json.loads(bytes(files.read(layer.keys["marker"]).tolist()))
+    codes, scale = files.read(layer.key), files.read(layer.part_keys["scale"]).float()
+    said = json.loads(bytes(files.read(layer.part_keys["marker"]).tolist()))
     rotation = {key: said[key] for key in ("convrot", "convrot_groupsize") if key in said}
     params = layout.Params(scale=scale, orig_dtype=torch.float32, orig_shape=tuple(codes.shape), **rotation)
-    assert_close(name, layer.weight(files), layout.dequantize(codes, params), 1e-6)
+    assert_close(name, layer.read_weight(files), layout.dequantize(codes, params), 1e-6)
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8 e5m2", "fp8 legacy"])
@@ -576,6 +581,6 @@ def test_comfy_kitchen_reads_the_same_fp8_weight(name: str, tmp_path: Path) -> N
     files, layers = read(KINDS[name](), tmp_path)
     layer = layers[LAYER]
     theirs = kitchen.dequantize_per_tensor_fp8(
-        files.read(layer.key), files.read(layer.keys["scale"]), torch.float32
+        files.read(layer.key), files.read(layer.part_keys["scale"]), torch.float32
     )
-    assert_close(name, layer.weight(files), theirs, 1e-6)
+    assert_close(name, layer.read_weight(files), theirs, 1e-6)

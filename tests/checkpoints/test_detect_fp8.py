@@ -16,12 +16,12 @@ from checkpoints.test_detect import opened, read, real, shape_for
 from support.helpers import assert_close
 from torch import nn
 
-from int8run.checkpoints.detect import real_shapes, stored_layers
+from int8run.checkpoints.detect import get_logical_shapes, read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.unsupported import READERS
 from int8run.config.run_spec import AutoFamily
 from int8run.errors import FileError
-from int8run.models.resolve_weights import Located
+from int8run.models.resolve_weights import ResolvedWeights
 from int8run.pipeline.checkpoint_weights import FileWeights
 from int8run.tasks import inspect_file
 from int8run.tasks import quantize_checkpoint as quantize_file
@@ -158,17 +158,17 @@ def test_numbers_stay_as_they_are(word: str, name: str, tmp_path: Path) -> None:
     draft = KINDS[name]()
     files, layers = read(draft, tmp_path)
     layer = layers[LAYER]
-    assert (layer.format, layer.codable) == (word, name not in NOT_CODABLE)
-    if not layer.codable:
+    assert (layer.format_name, layer.is_packable) == (word, name not in NOT_CODABLE)
+    if not layer.is_packable:
         with pytest.raises(
             ValueError, match=rf"the numbers of {LAYER} .* cannot stay as they are; read `weight`"
         ):
-            layer.coded(files)
+            layer.read_packed_weight(files)
         return
     weight = real(draft)
     shape = shape_for(layer, weight)
-    coded, transform = layer.coded(files, shape)
-    assert coded.kind == layer.kind and coded.shape == tuple(weight.shape)
+    coded, transform = layer.read_packed_weight(files, shape)
+    assert coded.storage_dtype == layer.storage_dtype and coded.shape == tuple(weight.shape)
     assert_close(name, transform.restore_weight(coded.dequantize()), weight, 1e-6)
     stored = draft.tensors[f"{LAYER}.weight"][2]
     codes = coded.qdata.T if layer.granularity == "transposed" else coded.qdata
@@ -179,7 +179,7 @@ def test_numbers_stay_as_they_are(word: str, name: str, tmp_path: Path) -> None:
         == sum(x.nbytes for x in (coded.qdata, *scales))
         <= sum(len(data) for _, _, data in draft.tensors.values())
     )
-    assert transform.method == layer.method and transform.group_size == layer.group
+    assert transform.method == layer.outlier_method and transform.group_size == layer.rotation_group_size
 
 
 BLOCKWISE = {"format": "int8_blockwise", "group_size": K}
@@ -216,9 +216,9 @@ def test_of_one_number_the_marker_says_what_it_is(
 ) -> None:
     draft = made.int8(scale, "tensor", marker, weight=weight)
     files, layers = read(draft, tmp_path)
-    assert layers[LAYER].format == (word or "int8_tensorwise") and layers[LAYER].exact
+    assert layers[LAYER].format_name == (word or "int8_tensorwise") and layers[LAYER].is_exact
     assert len(caplog.records) == (word is None)
-    assert_close("weight", layers[LAYER].weight(files), real(draft), 1e-6)
+    assert_close("weight", layers[LAYER].read_weight(files), real(draft), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -237,14 +237,14 @@ def test_of_one_number_of_fp8_too(
     weight = draft.fp8("q.weight", "F8_E4M3", *shape) * draft.scale("q.weight_scale", 1, 1)
     draft.text("q.comfy_quant", {"format": word, "group_size": K})
     files, layers = read(draft, tmp_path)
-    assert layers["q"].format == word and not caplog.records
-    assert_close("weight", layers["q"].weight(files), torch.from_numpy(weight), 1e-6)
+    assert layers["q"].format_name == word and not caplog.records
+    assert_close("weight", layers["q"].read_weight(files), torch.from_numpy(weight), 1e-6)
 
 
 def test_groups_beyond_the_kernels_do_not_stay(tmp_path: Path) -> None:
     rotated = {**made.TENSOR, "convrot": True, "convrot_groupsize": 4096}
     _, layers = read(made.int8((1, 1), "tensor", rotated, weight=(1, 4096)), tmp_path)
-    assert not layers[LAYER].codable
+    assert not layers[LAYER].is_packable
 
 
 def test_only_matrices_that_hold_something_stay(tmp_path: Path) -> None:
@@ -252,17 +252,17 @@ def test_only_matrices_that_hold_something_stay(tmp_path: Path) -> None:
     for name, shape in (("conv", (4, 3, 2, 2)), ("norm", (5,)), ("nothing", (0, 4))):
         draft.fp8(f"{name}.weight", "F8_E4M3", *shape)
     _, layers = read(draft, tmp_path)
-    assert {name: layer.codable for name, layer in layers.items()} == {
+    assert {name: layer.is_packable for name, layer in layers.items()} == {
         "conv": False,
         "norm": False,
         "nothing": False,
     }
-    assert layers["norm"].format == "float8_e4m3fn_cast"
+    assert layers["norm"].format_name == "float8_e4m3fn_cast"
 
 
 def test_fp8_in_e5m2_with_many_scales_has_no_word(tmp_path: Path) -> None:
     _, layers = read(made.fp8((N,), "row", dtype="F8_E5M2"), tmp_path)
-    assert layers[LAYER].format == "" and layers[LAYER].codable
+    assert layers[LAYER].format_name == "" and layers[LAYER].is_packable
 
 
 # -- mxfp8 and nvfp4 ----------------------------------------------------------------------------------------------------
@@ -292,13 +292,13 @@ def test_of_scales_in_tiles_only_those_of_the_rows_are_read(
         (271, 272, 256, 384),
     ):
         assert_close(
-            f"{start}:{stop}", layer.weight(files, slice(start, stop), shape), weight[start:stop], 1e-6
+            f"{start}:{stop}", layer.read_weight(files, slice(start, stop), shape), weight[start:stop], 1e-6
         )
         assert (reads[f"{LAYER}.weight_scale"], reads[f"{LAYER}.weight"]) == (
             slice(first, last),
             slice(start, stop),
         )
-    assert layer.weight(files, slice(272, 272), shape).shape == (0, shape[1])
+    assert layer.read_weight(files, slice(272, 272), shape).shape == (0, shape[1])
 
 
 def one(
@@ -324,10 +324,10 @@ def test_the_published_vectors(tmp_path: Path) -> None:
     # formats.md section 10
     for tiles, expected in ((True, [1, -6]), (False, [-6, 1])):
         files, layers = read(one("nvfp4", b"\x2f", [0x38], NVFP4 if tiles else None, tiles), tmp_path)
-        assert layers[LAYER].weight(files)[0, :3].tolist() == [*expected, 0]
+        assert layers[LAYER].read_weight(files)[0, :3].tolist() == [*expected, 0]
     draft = one("mxfp8", b"\x38\xb8", [120], MXFP8, True)
     files, layers = read(draft, tmp_path)
-    assert layers[LAYER].weight(files)[0, :2].tolist() == [0.0078125, -0.0078125]
+    assert layers[LAYER].read_weight(files)[0, :2].tolist() == [0.0078125, -0.0078125]
     draft.text("m", NVFP4)
     assert draft.tensors["m"][1] == (19,) and (draft.tensors["m"][2][0], draft.tensors["m"][2][-1]) == (
         0x7B,
@@ -349,13 +349,13 @@ def test_the_published_vectors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("byte", "factor"), [(0x00, 0.0), (0x80, 0.0), (0x01, 2.0**-9), (0x7E, 448.0)])
 def test_the_ends_of_e4m3_are_scales(byte: int, factor: float, tmp_path: Path) -> None:
     files, layers = read(one("nvfp4", b"\x2f", [byte], NVFP4, True, 0.5), tmp_path)
-    assert layers[LAYER].weight(files)[0, :2].tolist() == [0.5 * factor, -3 * factor]
+    assert layers[LAYER].read_weight(files)[0, :2].tolist() == [0.5 * factor, -3 * factor]
 
 
 @pytest.mark.parametrize("byte", [0, 1, 254])
 def test_the_ends_of_e8m0_are_scales(byte: int, tmp_path: Path) -> None:
     files, layers = read(one("mxfp8", b"\x38", [byte], MXFP8, True), tmp_path)
-    assert layers[LAYER].weight(files)[0, 0].item() == math.ldexp(1, byte - 127)
+    assert layers[LAYER].read_weight(files)[0, 0].item() == math.ldexp(1, byte - 127)
 
 
 def test_a_hybrid_says_once_what_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -401,27 +401,29 @@ def test_a_weight_is_cut_to_the_models_shape_or_refused(name: str, tmp_path: Pat
     files, layers = read(KINDS[name](), tmp_path)
     layer = layers[LAYER]
     for shape in FITS[name]:
-        assert layer.fits(shape)
-        whole = layer.weight(files, shape=shape)
+        assert layer.fits_shape(shape)
+        whole = layer.read_weight(files, shape=shape)
         assert whole.shape == shape
-        if layer.codable:
-            coded, transform = layer.coded(files, shape)
+        if layer.is_packable:
+            coded, transform = layer.read_packed_weight(files, shape)
             assert torch.equal(transform.restore_weight(coded.dequantize()), whole) and coded.shape == shape
     for wrong in DOES_NOT_FIT[name]:
-        assert not layer.fits(wrong)
+        assert not layer.fits_shape(wrong)
         if len(wrong) == 2:
             words = rf"{LAYER} has the shape \[{layer.rows}, {layer.columns}\], the model's \[{wrong[0]}, {wrong[1]}\]; it is for another"
             with pytest.raises(FileError, match=words):
-                layer.weight(files, shape=(wrong[0], wrong[1]))
-            if layer.codable:
+                layer.read_weight(files, shape=(wrong[0], wrong[1]))
+            if layer.is_packable:
                 with pytest.raises(FileError, match=words):
-                    layer.coded(files, (wrong[0], wrong[1]))
+                    layer.read_packed_weight(files, (wrong[0], wrong[1]))
 
 
 def test_without_a_model_the_shape_is_the_files(tmp_path: Path) -> None:
     files, layers = read(KINDS["nvfp4"](), tmp_path)
-    assert layers[LAYER].padded and layers[LAYER].weight(files).shape == (12, 48)
-    assert real_shapes(files, layers)[f"{LAYER}.weight"] == (12, 48) and files[f"{LAYER}.weight"].shape == (
+    assert layers[LAYER].is_padded and layers[LAYER].read_weight(files).shape == (12, 48)
+    assert get_logical_shapes(files, layers)[f"{LAYER}.weight"] == (12, 48) and files[
+        f"{LAYER}.weight"
+    ].shape == (
         16,
         24,
     )
@@ -438,11 +440,11 @@ def silent(kind: str, tiles: bool) -> Draft:
 
 
 def check(files: TensorFiles, draft: Draft, word: str, asked: str | None = None) -> None:
-    layer = stored_layers(files, asked=asked)[LAYER]
-    assert (layer.format, layer.label) == (word, word)
-    assert_close(word, layer.weight(files), real(draft), 1e-6)
-    assert_close(word, layer.weight(files, slice(100, 110)), real(draft)[100:110], 1e-6)
-    assert_close(word, layer.coded(files)[0].dequantize(), real(draft), 1e-6)
+    layer = read_layers(files, asked=asked)[LAYER]
+    assert (layer.format_name, layer.label) == (word, word)
+    assert_close(word, layer.read_weight(files), real(draft), 1e-6)
+    assert_close(word, layer.read_weight(files, slice(100, 110)), real(draft)[100:110], 1e-6)
+    assert_close(word, layer.read_packed_weight(files)[0].dequantize(), real(draft), 1e-6)
 
 
 @pytest.mark.parametrize("tiles", [True, False])
@@ -459,7 +461,7 @@ def test_what_is_asked_settles_what_no_one_says(kind: str, tiles: bool, tmp_path
         with pytest.raises(
             FileError, match=rf"1 weights are {kind} .*clip={BOTH[kind][0]} or clip={BOTH[kind][1]}"
         ):
-            stored_layers(files, asked=asked)
+            read_layers(files, asked=asked)
 
 
 @pytest.mark.parametrize("tiles", [True, False])
@@ -533,7 +535,7 @@ def test_of_modelopt_fp8_and_nvfp4_are_read(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(NOTES["config.json"]))
     draft = MODELOPT_READ[name]()
     files, layers = read(draft, tmp_path)
-    assert_close(name, layers[LAYER].weight(files), real(draft), 1e-6)
+    assert_close(name, layers[LAYER].read_weight(files), real(draft), 1e-6)
 
 
 @pytest.mark.parametrize("name", MODELOPT_REFUSED)
@@ -554,21 +556,21 @@ def test_rows_without_a_word_are_rotated_if_asked(width: int, group: int, tmp_pa
     plain = made.int8((N, 1), "row", weight=(N, width), label="int8")
     files = opened(plain, tmp_path)
     for asked in (None, "int8_rowwise", "nvfp4"):
-        layer = stored_layers(files, asked=asked)[LAYER]
-        assert (layer.format, layer.group) == ("int8_rowwise", 0)
-        assert_close("plain", layer.weight(files), real(plain), 1e-6)
-    layer = stored_layers(files, asked="int8_convrot")[LAYER]
-    assert (layer.group, layer.sylvester, layer.format) == (
+        layer = read_layers(files, asked=asked)[LAYER]
+        assert (layer.format_name, layer.rotation_group_size) == ("int8_rowwise", 0)
+        assert_close("plain", layer.read_weight(files), real(plain), 1e-6)
+    layer = read_layers(files, asked="int8_convrot")[LAYER]
+    assert (layer.rotation_group_size, layer.is_sylvester, layer.format_name) == (
         group,
         False,
         "int8_convrot" if group else "int8_rowwise",
     )
-    assert layer.method == ("convrot" if group else "none")
+    assert layer.outlier_method == ("convrot" if group else "none")
     if group:
         made.rotated(plain, made.regular(group), "convrot")
-        assert (layer.settings, layer.label) == ({"group_size": group}, f"int8, row, convrot {group}")
-    assert_close("rotated", layer.weight(files), real(plain), 1e-6)
-    coded, transform = layer.coded(files)
+        assert (layer.outlier_settings, layer.label) == ({"group_size": group}, f"int8, row, convrot {group}")
+    assert_close("rotated", layer.read_weight(files), real(plain), 1e-6)
+    coded, transform = layer.read_packed_weight(files)
     assert_close("coded", transform.restore_weight(coded.dequantize()), real(plain), 1e-6)
 
 
@@ -593,14 +595,14 @@ SAYS_ITSELF = [
 def test_what_says_how_it_is_stays_as_it_is(name: str, tmp_path: Path) -> None:
     draft = KINDS[name]()
     files = opened(draft, tmp_path)
-    plain, asked = stored_layers(files)[LAYER], stored_layers(files, asked="int8_convrot")[LAYER]
+    plain, asked = read_layers(files)[LAYER], read_layers(files, asked="int8_convrot")[LAYER]
     assert plain == asked
-    assert_close(name, asked.weight(files), real(draft), 1e-6)
+    assert_close(name, asked.read_weight(files), real(draft), 1e-6)
 
 
 def test_markers_of_fp8_layers_say_nothing_of_int8_ones(tmp_path: Path) -> None:
     files = opened(made.two_layers(KINDS["lightx2v bf16"](), KINDS["fp8"]()), tmp_path)
-    assert stored_layers(files, asked="int8_convrot")[LAYER].format == "int8_convrot"
+    assert read_layers(files, asked="int8_convrot")[LAYER].format_name == "int8_convrot"
 
 
 # -- markers that are no JSON -------------------------------------------------------------------------------------------
@@ -624,7 +626,7 @@ def test_the_first_markers_were_one_byte(
     draft.tensors[f"{LAYER}.comfy_quant"] = "U8", (len(data),), data
     files, layers = read(draft, tmp_path)
     assert layers[LAYER].label == draft.expected["label"] and not caplog.records
-    assert_close("weight", layers[LAYER].weight(files), real(draft), 1e-6)
+    assert_close("weight", layers[LAYER].read_weight(files), real(draft), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -643,7 +645,7 @@ def test_other_bytes_are_no_marker(text: str, words: str, tmp_path: Path) -> Non
 def test_json_may_begin_with_a_line(tmp_path: Path) -> None:
     # whose byte is a code as well
     _, layers = read(made.said("\n" + json.dumps({**made.GROUP, "convrot_groupsize": 16})), tmp_path)
-    assert layers[LAYER].group == 16
+    assert layers[LAYER].rotation_group_size == 16
 
 
 # -- embeddings, and others' files --------------------------------------------------------------------------------------
@@ -655,9 +657,11 @@ def test_embeddings_are_matrices_like_others(name: str, tmp_path: Path) -> None:
     draft.tensors = {key.replace(LAYER, "model.embed_tokens"): value for key, value in draft.tensors.items()}
     files, layers = read(draft, tmp_path)
     layer = layers["model.embed_tokens"]
-    coded, transform = layer.coded(files)
+    coded, transform = layer.read_packed_weight(files)
     some = torch.tensor([3, 0, 3, 11])
-    assert_close(name, transform.restore_weight(coded.rows(some).dequantize()), real(draft)[some], 1e-6)
+    assert_close(
+        name, transform.restore_weight(coded.select_rows(some).dequantize()), real(draft)[some], 1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -709,16 +713,16 @@ def shapes_seen_by(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[
         seen.update(shapes or {})
         return original(keys, families, shapes)
 
-    original = module.denoiser_of
-    monkeypatch.setattr(module, "denoiser_of", look)
+    original = module.detect_denoiser
+    monkeypatch.setattr(module, "detect_denoiser", look)
     return seen
 
 
 def test_a_family_is_told_by_real_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, files = flux(tmp_path)
     seen = shapes_seen_by(quantize_file, monkeypatch)
-    quantize_file.recognise(
-        files, stored_layers(files), "", Located(tmp_path / "m.safetensors"), AutoFamily()
+    quantize_file.recognize_checkpoint(
+        files, read_layers(files), "", ResolvedWeights(tmp_path / "m.safetensors"), AutoFamily()
     )
     assert seen["double_blocks.0.img_attn.qkv.weight"] == (96, 32)
 
@@ -744,7 +748,7 @@ def test_comfy_kitchen_reads_the_same_nvfp4_weight(name: str, tmp_path: Path) ->
     kitchen = pytest.importorskip("comfy_kitchen")
     draft = KINDS[name]()
     files, layers = read(draft, tmp_path)
-    coded, _ = layers[LAYER].coded(files)
+    coded, _ = layers[LAYER].read_packed_weight(files)
     assert coded.scale is not None and coded.global_scale is not None
     scale = coded.scale.view(torch.float8_e4m3fn)
     theirs = kitchen.dequantize_nvfp4(coded.qdata, coded.global_scale, scale, output_type=torch.float32)
@@ -755,7 +759,7 @@ def test_comfy_kitchen_reads_the_same_nvfp4_weight(name: str, tmp_path: Path) ->
 def test_comfy_kitchen_reads_the_same_mxfp8_weight(name: str, tmp_path: Path) -> None:
     kitchen = pytest.importorskip("comfy_kitchen")
     files, layers = read(KINDS[name](), tmp_path)
-    coded, _ = layers[LAYER].coded(files)
+    coded, _ = layers[LAYER].read_packed_weight(files)
     assert coded.scale is not None
     theirs = kitchen.dequantize_mxfp8(
         coded.qdata, coded.scale.view(torch.float8_e8m0fnu), output_type=torch.float32

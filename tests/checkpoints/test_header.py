@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from int8run.checkpoints.header import DTYPES, MAX_HEADER_BYTES, open_header, read_header
+from int8run.checkpoints.header import DTYPES, MAX_HEADER_BYTES, read_full_header, read_header
 from int8run.errors import FileError
 
 
@@ -35,7 +35,7 @@ GOOD = {"a": entry(0, 3), "b": entry(3, 8)}
 
 def test_a_header_is_read_as_it_is(tmp_path: Path) -> None:
     path = write(tmp_path, {"__metadata__": {"format": "pt"}, **GOOD})
-    found = open_header(path)
+    found = read_full_header(path)
     assert (found.entries, found.metadata) == (GOOD, {"format": "pt"}) == read_header(path)
     assert found.start == path.stat().st_size - 8
 

@@ -129,7 +129,7 @@ def test_numbers_smaller_than_a_byte_come_as_bytes(tmp_path: Path) -> None:
 
 def test_long_reads_are_made_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "m.safetensors", TENSORS)
-    monkeypatch.setattr(module, "READ_BYTES", 7)
+    monkeypatch.setattr(module, "MAX_READ_BYTES", 7)
     assert is_same(everything(path), load_file(path))
 
 
@@ -137,7 +137,7 @@ def test_a_system_without_preadv_reads_the_same(tmp_path: Path, monkeypatch: pyt
     path = saved(tmp_path / "m.safetensors", TENSORS)
     monkeypatch.delattr(os, "preadv", raising=False)
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
-    monkeypatch.setattr(module, "READ_BYTES", 7)
+    monkeypatch.setattr(module, "MAX_READ_BYTES", 7)
     assert is_same(everything(path), load_file(path))
     TensorFiles.open(path).drop("a")
 

@@ -20,7 +20,7 @@ from support.helpers import randn
 
 from int8run.checkpoints import writer as module
 from int8run.checkpoints.header import read_header
-from int8run.checkpoints.writer import PART, StreamWriter
+from int8run.checkpoints.writer import PART_NAME, StreamWriter
 from int8run.errors import FileError
 
 DTYPES = {
@@ -85,7 +85,7 @@ def test_numbers_start_at_multiples_of_their_size(tmp_path):
     ]
     with StreamWriter(tmp_path / "x.safetensors", entries, {"k": "v"}) as writer:
         for key, dtype, _ in entries:
-            assert writer.places[key][0] % module.number_of_bytes(dtype, ()) == 0
+            assert writer.places[key][0] % module.count_bytes(dtype, ()) == 0
     header = {}
     with StreamWriter(tmp_path / "x.safetensors", entries, {"k": "v"}) as writer:
         for key, dtype, shape in entries:
@@ -120,7 +120,7 @@ def test_a_tensor_that_is_not_contiguous(tmp_path):
 
 def test_the_system_is_told_to_write_on_the_way(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(module, "SEND_BYTES", 100)
+    monkeypatch.setattr(module, "FLUSH_BYTES", 100)
     monkeypatch.setattr(os, "posix_fadvise", lambda *a: calls.append(a), raising=False)
     with StreamWriter(tmp_path / "x.safetensors", [("t", "U8", (1000,))], {}) as writer:
         for _ in range(20):
@@ -277,7 +277,7 @@ def test_two_writers_of_one_process_leave_each_other_alone(tmp_path):
 
 @pytest.mark.skipif(module.fcntl is None, reason="needs file locks")
 def test_a_part_that_was_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
-    real, made = module.lock, []
+    real, made = module.acquire_lock, []
 
     def slow(descriptor, wait=False):
         if wait and not made:  # the other process is faster once
@@ -285,13 +285,13 @@ def test_a_part_that_was_removed_before_it_was_locked_is_made_again(tmp_path, mo
             made[0].unlink()
         return real(descriptor, wait)
 
-    monkeypatch.setattr(module, "lock", slow)
+    monkeypatch.setattr(module, "acquire_lock", slow)
     assert load_file(write_two(tmp_path / "x.safetensors"))["b"].tolist() == [0, 1, 2, 3, 4]
     assert len(made) == 1
 
 
 def test_a_system_without_locks_keeps_leftovers(tmp_path, monkeypatch):
-    left = tmp_path / PART.format(f"1-{time.time_ns()}")
+    left = tmp_path / PART_NAME.format(f"1-{time.time_ns()}")
     left.write_text("may belong to somebody")
     monkeypatch.setattr(module, "fcntl", None)
     write_two(tmp_path / "x.safetensors")

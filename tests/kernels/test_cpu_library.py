@@ -12,7 +12,7 @@ from support.helpers import CPU
 from int8run.backends.vnni import Vnni
 from int8run.errors import BackendError
 from int8run.kernels.cpu import library as module
-from int8run.kernels.cpu.library import BuildError, built, library, rows_library
+from int8run.kernels.cpu.library import BuildError, build_library, load_rows_library, load_vnni_library
 from int8run.quant.weight import quantize_weight
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the fake compilers are shell scripts")
@@ -25,11 +25,11 @@ def path(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    library.cache_clear()
-    rows_library.cache_clear()
+    load_vnni_library.cache_clear()
+    load_rows_library.cache_clear()
     yield folder
-    library.cache_clear()
-    rows_library.cache_clear()
+    load_vnni_library.cache_clear()
+    load_rows_library.cache_clear()
 
 
 WRITE = 'for last; do :; done; echo "whole" > "$last"'
@@ -49,21 +49,23 @@ def compiler(path, run=WRITE, name="g++", version="g++ 12"):
 def test_no_compiler(path, tmp_path):
     words = r"^no C\+\+ compiler on the PATH \(g\+\+, clang\+\+, c\+\+\); install one$"
     with pytest.raises(BuildError, match=words):
-        built(tmp_path / "cache")
+        build_library(tmp_path / "cache")
     with pytest.raises(BuildError, match=words):
-        library()
-    assert Vnni().limits.refuse(CPU)[-1] == "needs a C++ compiler on the PATH (g++, clang++, c++)"
+        load_vnni_library()
+    assert (
+        Vnni().limits.unsupported_reasons(CPU)[-1] == "needs a C++ compiler on the PATH (g++, clang++, c++)"
+    )
 
 
 @pytest.mark.parametrize("name", module.COMPILERS)
 def test_any_of_the_compilers_will_do(path, tmp_path, name):
     calls = compiler(path, name=name)
-    assert built(tmp_path / "cache").read_text() == "whole\n" and len(calls()) == 1
+    assert build_library(tmp_path / "cache").read_text() == "whole\n" and len(calls()) == 1
 
 
 def test_the_first_of_the_compilers_is_taken(path, tmp_path):
     calls = {name: compiler(path, name=name) for name in module.COMPILERS}
-    built(tmp_path / "cache")
+    build_library(tmp_path / "cache")
     assert {name: len(of()) for name, of in calls.items()} == {"g++": 1, "clang++": 0, "c++": 0}
 
 
@@ -87,7 +89,7 @@ def test_a_compiler_that_fails_is_quoted(path, tmp_path, stderr, reason):
     with pytest.raises(
         BuildError, match=rf"^{re.escape(str(path))}/g\+\+ could not build vnni.cpp: {reason}"
     ):
-        built(tmp_path / "cache")
+        build_library(tmp_path / "cache")
 
 
 def test_the_backend_says_what_to_do(path):
@@ -97,37 +99,37 @@ def test_the_backend_says_what_to_do(path):
         BackendError,
         match=r"^backend vnni: .*: vnni\.cpp:1: error: no such flag; backend=auto takes the next best$",
     ):
-        Vnni().pack(weight)
+        Vnni().pack_weight(weight)
 
 
 def test_a_failure_is_not_remembered(path, tmp_path):
     compiler(path, "exit 1")
     for _ in range(2):
         with pytest.raises(BuildError):
-            library(tmp_path / "cache")
+            load_vnni_library(tmp_path / "cache")
     calls = compiler(path)
-    assert built(tmp_path / "cache").exists() and len(calls()) == 3
+    assert build_library(tmp_path / "cache").exists() and len(calls()) == 3
 
 
 def test_the_second_time_nothing_is_built(path, tmp_path):
     calls = compiler(path)
-    first = built(tmp_path / "cache")
-    assert built(tmp_path / "cache") == first and len(calls()) == 1
+    first = build_library(tmp_path / "cache")
+    assert build_library(tmp_path / "cache") == first and len(calls()) == 1
     assert [f.name for f in (tmp_path / "cache").iterdir()] == [first.name]
 
 
 def test_another_compiler_source_or_runtime_is_another_library(path, tmp_path, monkeypatch):
     calls = compiler(path)
-    names = [built(tmp_path / "cache")]
+    names = [build_library(tmp_path / "cache")]
     compiler(path, version="g++ 13")
-    names.append(built(tmp_path / "cache"))
+    names.append(build_library(tmp_path / "cache"))
     source = tmp_path / "other.cpp"
     for text in ("int a;", "int b;"):
         source.write_text(text)
-        names.append(built(tmp_path / "cache", source))
-    names.append(built(tmp_path / "cache", source, ("-O1",)))
-    monkeypatch.setattr(module, "openmp_runtime", lambda: ["/elsewhere/libgomp.so.1"])
-    names.append(built(tmp_path / "cache", source))
+        names.append(build_library(tmp_path / "cache", source))
+    names.append(build_library(tmp_path / "cache", source, ("-O1",)))
+    monkeypatch.setattr(module, "find_openmp_runtime", lambda: ["/elsewhere/libgomp.so.1"])
+    names.append(build_library(tmp_path / "cache", source))
     assert len(set(names)) == len(calls()) == 6
     assert [name.name.split("-")[0] for name in names] == ["vnni"] * 2 + ["other"] * 4
     assert "/elsewhere/libgomp.so.1" in calls()[-1] and str(source) in calls()[-1]
@@ -136,7 +138,7 @@ def test_another_compiler_source_or_runtime_is_another_library(path, tmp_path, m
 def test_the_instructions_are_named_one_by_one(path, tmp_path):
     # a cache may be shared by machines that differ
     calls = compiler(path)
-    built(tmp_path / "cache")
+    build_library(tmp_path / "cache")
     assert (
         "-mavx512vnni" in calls()[0] and "-march=native" not in calls()[0] and "-ffast-math" not in calls()[0]
     )
@@ -158,7 +160,7 @@ def test_rows_are_vectorized_as_far_as_the_cpu_goes(
     with pytest.raises(
         BuildError, match=r"rows-\w+\.so cannot be loaded: "
     ):  # what the fake compiler writes is no library
-        rows_library(tmp_path / "cache")
+        load_rows_library(tmp_path / "cache")
     assert there in calls()[0] and not_there not in calls()[0]
     assert (
         "-ffp-contract=off" in calls()[0]
@@ -171,11 +173,11 @@ def test_rows_are_vectorized_as_far_as_the_cpu_goes(
 def test_half_a_file_never_gets_the_final_name(path, tmp_path):
     compiler(path, 'for last; do :; done; echo "half" > "$last"; echo "error: disk full" >&2; exit 1')
     with pytest.raises(BuildError, match="disk full"):
-        built(tmp_path / "cache")
+        build_library(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
     # while it is being written it has another name, and a reader of the cache does not take it
     compiler(path, f'for last; do :; done; echo "$last" > "{tmp_path}/written"; {WRITE}')
-    target = built(tmp_path / "cache")
+    target = build_library(tmp_path / "cache")
     assert (tmp_path / "written").read_text().strip() == str(
         target.with_suffix(f".{os.getpid()}")
     ) and target.suffix == ".so"
@@ -188,7 +190,7 @@ def test_a_cache_that_is_a_file(path, tmp_path):
         with pytest.raises(
             BuildError, match=rf"^cannot write the built library to {re.escape(str(cache))}: {why}$"
         ):
-            built(cache)
+            build_library(cache)
     assert calls() == []
 
 
@@ -196,7 +198,7 @@ def test_a_cache_that_is_a_file(path, tmp_path):
 def test_a_cache_that_cannot_be_written_to(path):
     calls = compiler(path)
     with pytest.raises(BuildError, match=r"^cannot write the built library to /proc/self: "):
-        built(Path("/proc/self"))
+        build_library(Path("/proc/self"))
     assert calls() == []
 
 
@@ -204,5 +206,5 @@ def test_the_cache_is_in_the_users_home(path, tmp_path):
     compiler(path)
     # the fake library cannot be loaded
     with pytest.raises(OSError, match="vnni-"):
-        library()
+        load_vnni_library()
     assert [f.suffix for f in (tmp_path / "home" / ".cache" / "int8run").iterdir()] == [".so"]

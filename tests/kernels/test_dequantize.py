@@ -7,11 +7,11 @@ import torch
 from support.helpers import full_range, randn
 
 from int8run.kernels.dequantize.reference import (
+    compute_swizzled_offsets,
     dequantize_fp8,
     dequantize_int8,
     dequantize_mxfp8,
     dequantize_nvfp4,
-    swizzled_offsets,
 )
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
 
@@ -32,7 +32,7 @@ def swizzle(scale, fill=0xFF):
     """Scales in rows -> as ComfyUI's files hold them; the padding is NaN, so that nobody reads it."""
     rows, columns = scale.shape
     padded = torch.full((ceil(rows / 128) * 128, ceil(columns / 4) * 4), fill, dtype=torch.uint8)
-    padded.view(-1)[swizzled_offsets(rows, columns)] = scale.view(torch.uint8)
+    padded.view(-1)[compute_swizzled_offsets(rows, columns)] = scale.view(torch.uint8)
     return padded.view(scale.dtype)
 
 
@@ -163,7 +163,7 @@ def test_scales_of_nvfp4_are_multiplied_and_rounded_once():
 
 
 def test_offsets_of_swizzled_scales():
-    at = swizzled_offsets(129, 48)
+    at = compute_swizzled_offsets(129, 48)
     wanted = {
         (0, 0): 0,
         (0, 3): 3,
@@ -175,7 +175,7 @@ def test_offsets_of_swizzled_scales():
         (128, 0): 6144,
     }
     assert {place: at[place].item() for place in wanted} == wanted
-    assert torch.equal(swizzled_offsets(256, 48).flatten().sort().values, torch.arange(256 * 48))
+    assert torch.equal(compute_swizzled_offsets(256, 48).flatten().sort().values, torch.arange(256 * 48))
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (3, 96), (130, 160), (128, 128), (33, 70)])

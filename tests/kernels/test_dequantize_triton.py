@@ -194,8 +194,8 @@ def test_errors_are_the_reference_s(name, arguments, keywords):
 
 # types of codes and scale, their formats, columns of a group, the integers that are 1: Triton makes constants of them
 COMPILED = {
-    "int8 rows": ("*i8", "*fp32", "int8", "float32", kernel.TILE, ["columns", "height"]),
-    "fp8 tensor": ("*u8", "*fp32", "e5m2", "float32", kernel.TILE, ["columns"]),
+    "int8 rows": ("*i8", "*fp32", "int8", "float32", kernel.BLOCK_COLUMNS, ["columns", "height"]),
+    "fp8 tensor": ("*u8", "*fp32", "e5m2", "float32", kernel.BLOCK_COLUMNS, ["columns"]),
     "fp8 blocks": ("*u8", "*fp32", "e4m3", "float32", 128, []),
     "fp8 odd groups": ("*u8", "*fp32", "e4m3", "float32", 1, ["height"]),
     "mxfp8": ("*u8", "*u8", "e4m3", "e8m0", 32, ["height"]),
@@ -216,7 +216,7 @@ def test_compiles_without_spills(architecture, variant, tmp_path):
         "SWIZZLED": scale_format != "float32",
         "HIGH_FIRST": True,
     }
-    constants |= {"GROUPS": kernel.TILE // group, "GROUP": group} | dict.fromkeys(ones, 1)
+    constants |= {"GROUPS": kernel.BLOCK_COLUMNS // group, "GROUP": group} | dict.fromkeys(ones, 1)
     constants |= {} if variant == "nvfp4" else {"global_scale": None}
     signature = {"codes": codes, "scale": scale, "global_scale": "*fp32", "out": "*bf16"}
     signature |= dict.fromkeys(("K", "columns", "height", "width"), "i32") | dict.fromkeys(
@@ -228,7 +228,7 @@ def test_compiles_without_spills(architecture, variant, tmp_path):
         if name in ("codes", "scale", "out", "K")
     }
     source = triton.compiler.ASTSource(
-        fn=kernel.dequantize, signature=signature, constexprs=constants, attrs=aligned
+        fn=kernel._dequantize_kernel, signature=signature, constexprs=constants, attrs=aligned
     )
     compiled = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", architecture, 32))
     (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])

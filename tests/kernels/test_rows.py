@@ -9,13 +9,19 @@ import torch
 from support.helpers import randn
 
 from int8run.kernels.cpu import rows as module
-from int8run.kernels.cpu.library import FLAGS, ROWS, ROWS_FLAGS, VECTORS, BuildError, rows_library
-from int8run.kernels.cpu.rows import RowSums, by_torch, compiled, quantize_weight_rows, transform
+from int8run.kernels.cpu.library import FLAGS, ROWS, ROWS_FLAGS, VECTORS, BuildError, load_rows_library
+from int8run.kernels.cpu.rows import (
+    RowSums,
+    has_compiled_library,
+    quantize_rows_in_torch,
+    quantize_weight_rows,
+    transform_rows,
+)
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, rotate_groups, sylvester_hadamard
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-COMPILED = compiled()
+COMPILED = has_compiled_library()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WAYS = [
     pytest.param(
@@ -23,7 +29,7 @@ WAYS = [
         id="compiled",
         marks=pytest.mark.skipif(not COMPILED, reason="no C++ compiler here"),
     ),
-    pytest.param(by_torch, id="torch"),
+    pytest.param(quantize_rows_in_torch, id="torch"),
 ]
 
 
@@ -177,7 +183,9 @@ def test_torch_gives_the_same_bits(dtype, sylvester, group, k):
     weight, factor = randn(40, k, dtype=dtype), randn(k, seed=2).abs() + 0.5
     rotation = rotation_of(sylvester, group) if group else None
     for options in ({"rotation": rotation}, {"rotation": rotation, "factor": factor}):
-        compiled, torchs = (run(way, weight, **options) for way in (quantize_weight_rows, by_torch))
+        compiled, torchs = (
+            run(way, weight, **options) for way in (quantize_weight_rows, quantize_rows_in_torch)
+        )
         assert torch.equal(compiled[0], torchs[0]) and torch.equal(compiled[1], torchs[1])
         assert compiled[2].signal == pytest.approx(torchs[2].signal, rel=1e-5)
         assert compiled[2].noise == pytest.approx(torchs[2].noise, rel=1e-3)
@@ -187,8 +195,8 @@ def test_torch_gives_the_same_bits(dtype, sylvester, group, k):
 def test_the_vectors_16x16_rows():
     """formats.md: the regular matrix of 4 over 2, applied to a unit row; the first row of that of 16."""
     unit = torch.tensor([[1.0, 0, 0, 0]])
-    assert transform(unit, None, rotation_of(False, 4)).tolist() == [[0.5, 0.5, 0.5, -0.5]]
-    row = transform(torch.eye(16)[:1], None, rotation_of(False, 16))[0] * 4
+    assert transform_rows(unit, None, rotation_of(False, 4)).tolist() == [[0.5, 0.5, 0.5, -0.5]]
+    row = transform_rows(torch.eye(16)[:1], None, rotation_of(False, 16))[0] * 4
     assert row.tolist() == [1, 1, 1, -1] * 3 + [-1, -1, -1, 1]
 
 
@@ -228,8 +236,8 @@ def test_every_build_gives_the_same_bits(vectors, tmp_path, monkeypatch):
     wanted = [run(quantize_weight_rows, w, **o) for w in weights for o in options]
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
     assert vectors == "plain" or vectors in VECTORS
-    other = rows_library.__wrapped__(tmp_path)
-    monkeypatch.setattr(module, "rows_library", lambda: other)
+    other = load_rows_library.__wrapped__(tmp_path)
+    monkeypatch.setattr(module, "load_rows_library", lambda: other)
     for (q, scale, sums), again in zip(
         wanted, [run(quantize_weight_rows, w, **o) for w in weights for o in options], strict=True
     ):
@@ -240,14 +248,14 @@ def test_without_a_compiler_torch_does_it_and_says_so_once(monkeypatch, caplog):
     def missing():
         raise BuildError("no C++ compiler on the PATH; install one")
 
-    monkeypatch.setattr(module, "rows_library", missing)
-    compiled.cache_clear()
+    monkeypatch.setattr(module, "load_rows_library", missing)
+    has_compiled_library.cache_clear()
     try:
         with caplog.at_level("WARNING"):
             for _ in range(2):
                 expect_definition(quantize_weight_rows, randn(4, 20))
     finally:
-        compiled.cache_clear()
+        has_compiled_library.cache_clear()
     words = (
         "weights are quantized by torch, at a fraction of the speed: no C++ compiler on the PATH; install one"
     )
@@ -275,5 +283,5 @@ def test_arguments_that_would_be_read_or_written_past_their_end_are_refused():
 
 @pytest.mark.skipif(shutil.which("g++") is None or os.name != "posix", reason="needs a compiler")
 def test_the_library_has_a_name_of_its_own(tmp_path):
-    path = Path(rows_library.__wrapped__(tmp_path)._name)
+    path = Path(load_rows_library.__wrapped__(tmp_path)._name)
     assert path.parent == tmp_path and path.name.startswith("rows-")

@@ -8,9 +8,9 @@ from int8run.kernels.int8_linear.tile import (
     MOST_SUMS,
     SHARED_MEMORY,
     Tile,
-    bucket,
-    candidates,
-    default_tile,
+    choose_tile,
+    find_bucket,
+    list_candidates,
 )
 
 
@@ -39,16 +39,16 @@ def test_the_operator_gets_the_fields_in_order():
     ("rows", "name"), [(1, 16), (16, 16), (17, 128), (128, 128), (129, 1024), (4608, 2**31 - 1)]
 )
 def test_buckets(rows, name):
-    assert bucket(rows) == name
+    assert find_bucket(rows) == name
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("number", sorted(SHARED_MEMORY))
 def test_candidates_fit_the_gpu_and_begin_with_the_default(number, grouped):
     for rows in BUCKETS:
-        tiles = candidates(divmod(number, 10), rows, grouped)
+        tiles = list_candidates(divmod(number, 10), rows, grouped)
         assert (
-            tiles[0] == default_tile(divmod(number, 10), rows, grouped) and len(tiles) == len(set(tiles)) > 5
+            tiles[0] == choose_tile(divmod(number, 10), rows, grouped) and len(tiles) == len(set(tiles)) > 5
         )
         assert all(t.shared_bytes < SHARED_MEMORY[number] for t in tiles)
         most = MOST_SUMS[max(n for n in MOST_SUMS if n <= number)] // (2 if grouped else 1)
@@ -57,9 +57,9 @@ def test_candidates_fit_the_gpu_and_begin_with_the_default(number, grouped):
 
 def test_each_default_serves_its_bucket():
     assert all(len(tiles) == len(BUCKETS) for tiles in DEFAULTS.values())
-    assert default_tile((8, 9), 4096) == DEFAULTS[80][-1] and default_tile((9, 0), 1) == DEFAULTS[90][0]
+    assert choose_tile((8, 9), 4096) == DEFAULTS[80][-1] and choose_tile((9, 0), 1) == DEFAULTS[90][0]
 
 
 def test_an_old_gpu_is_refused():
     with pytest.raises(ValueError, match=r"needs compute capability 8.0 or newer, not 7.5"):
-        default_tile((7, 5), 1)
+        choose_tile((7, 5), 1)

@@ -12,7 +12,7 @@ from int8run.kernels.int8_linear.reference import int8_linear
 from int8run.kernels.quantize_rowwise.reference import TINY, quantize_rowwise, transform_rows
 from int8run.quant.weight import quantize_weight
 
-REFUSED = Vnni().limits.refuse(CPU)
+REFUSED = Vnni().limits.unsupported_reasons(CPU)
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.skipif(bool(REFUSED), reason=f"the vnni kernels: {'; '.join(REFUSED)}"),
@@ -36,7 +36,7 @@ def unsigned(q):
 
 
 def expect_same_bits(x):
-    q, scale = vnni.quantize(x)
+    q, scale = vnni.quantize_rows(x)
     wanted, wanted_scale = quantize_rowwise(x)
     assert (
         q.dtype == torch.uint8
@@ -55,7 +55,7 @@ def expect_ties_only(x, factor=None, rotation=0, sylvester=False, gelu_from=-1):
     )
     exact = transform_rows(x.double(), None if factor is None else factor.double(), by, gelu_from)
     wanted, wanted_scale = quantize_rowwise(exact)
-    q, scale = vnni.quantize(x, factor, rotation, sylvester, gelu_from)
+    q, scale = vnni.quantize_rows(x, factor, rotation, sylvester, gelu_from)
     torch.testing.assert_close(scale, wanted_scale[:, 0], rtol=1e-6, atol=0)
     steps = exact / wanted_scale.double()
     differ = signed(q, x.shape[1]).short() - wanted.short()
@@ -96,9 +96,9 @@ def test_float64_is_read_as_float32():
 
 def test_ties_go_to_even_and_minus_128_never_occurs():
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, 126.5, -0.5, -1.5, -2.5, -126.5]])
-    assert signed(vnni.quantize(x)[0], 9).tolist() == [[127, 0, 2, 2, 126, 0, -2, -2, -126]]
+    assert signed(vnni.quantize_rows(x)[0], 9).tolist() == [[127, 0, 2, 2, 126, 0, -2, -2, -126]]
     # many rows, because x / scale passes 127 by a rounding in some of them only
-    q, _ = vnni.quantize(-randn(4096, 3).abs())
+    q, _ = vnni.quantize_rows(-randn(4096, 3).abs())
     assert (signed(q, 3).amin(1) == -127).all()
 
 
@@ -147,7 +147,7 @@ def test_gelu_from_a_column_on(gelu_from, dtype):
 @pytest.mark.parametrize("size", [1e-30, 1e-8, 1e-3, 1.0, 6.0, 12.0, 1e3, 1e15, 1e30, 3e38])
 def test_gelu_of_tiny_and_huge_numbers(size, sign):
     x = size * randn(6, 40).abs().clamp(0.1, 1) * torch.tensor(sign).repeat(40 // len(sign))
-    _, scale = vnni.quantize(x, gelu_from=0)
+    _, scale = vnni.quantize_rows(x, gelu_from=0)
     _, wanted = quantize_rowwise(transform_rows(x.double(), None, None, 0))
     # float64's own tanh loses the last digits of what is left at -6; beyond -12 nothing is left
     torch.testing.assert_close(scale, wanted[:, 0], rtol=1e-4, atol=1e-15)
@@ -184,14 +184,16 @@ def test_a_row_that_is_not_finite_shows_and_leaves_the_others_alone(value, steps
     rotation, sylvester, with_factor, gelu_from = STEPS[steps]
     factor = randn(80, seed=1) if with_factor else None
     x, weight = randn(5, 80, dtype=dtype), quantize_weight(randn(70, 80, seed=2))
-    run = lambda x: vnni.quantize(x, factor, rotation, sylvester, gelu_from)  # noqa: E731
+    run = lambda x: vnni.quantize_rows(x, factor, rotation, sylvester, gelu_from)  # noqa: E731
     finite_q, finite_scale = run(x)
     for column in (0, 37, 79):
         bad = x.clone()
         bad[3, column] = value
         q, scale = run(bad)
         assert not scale[3].isfinite()
-        y = vnni.linear(q, scale, vnni.pack(weight.qdata), weight.scale[:, 0].contiguous(), None, dtype)
+        y = vnni.int8_linear(
+            q, scale, vnni.pack_weight(weight.qdata), weight.scale[:, 0].contiguous(), None, dtype
+        )
         assert not y[3].isfinite().any() and y[[0, 1, 2, 4]].isfinite().all()
         others = [0, 1, 2, 4]
         assert torch.equal(q[others], finite_q[others]) and torch.equal(scale[others], finite_scale[others])
@@ -202,7 +204,9 @@ def test_zero_rows_stay_zero(steps):
     rotation, sylvester, with_factor, gelu_from = STEPS[steps]
     x = randn(4, 48)
     x[[0, 2]] = 0
-    q, scale = vnni.quantize(x, randn(48, seed=1) if with_factor else None, rotation, sylvester, gelu_from)
+    q, scale = vnni.quantize_rows(
+        x, randn(48, seed=1) if with_factor else None, rotation, sylvester, gelu_from
+    )
     assert (
         (q[[0, 2]] == 128).all() and (scale[[0, 2]] == torch.tensor(TINY)).all() and (q[[1, 3]] != 128).any()
     )
@@ -219,19 +223,19 @@ def test_linear_on_awkward_shapes(k, n):
         randn(n, seed=4),
     )
     product = int8_linear(q, x_scale[:, None], qdata, w_scale, None)
-    packed, stored = vnni.pack(qdata), unsigned(q)
+    packed, stored = vnni.pack_weight(qdata), unsigned(q)
     for m in rows:
         for dtype in DTYPES:
-            y = vnni.linear(stored[:m], x_scale[:m], packed, w_scale, None, dtype)
+            y = vnni.int8_linear(stored[:m], x_scale[:m], packed, w_scale, None, dtype)
             assert y.dtype == dtype and torch.equal(y, product[:m].to(dtype)), f"{m} rows, {dtype}"
-            y = vnni.linear(stored[:m], x_scale[:m], packed, w_scale, bias, dtype)
+            y = vnni.int8_linear(stored[:m], x_scale[:m], packed, w_scale, bias, dtype)
             assert_close(f"{m} rows, {dtype}, bias", y, (product[:m] + bias).to(dtype), TOLERANCE[dtype])
 
 
 def test_a_bias_in_the_models_dtype():
     q, qdata, bias = full_range(3, 20), full_range(9, 20, seed=1), randn(9, seed=2, dtype=torch.bfloat16)
-    run = lambda bias: vnni.linear(
-        unsigned(q), torch.ones(3), vnni.pack(qdata), torch.ones(9), bias, torch.float32
+    run = lambda bias: vnni.int8_linear(
+        unsigned(q), torch.ones(3), vnni.pack_weight(qdata), torch.ones(9), bias, torch.float32
     )  # noqa: E731
     assert torch.equal(run(bias), run(bias.float()))
 
@@ -243,22 +247,31 @@ def test_the_largest_sums(sign):
         torch.full((2, 70001), 127, dtype=torch.int8),
         torch.full((3, 70001), 127 * sign, dtype=torch.int8),
     )
-    y = vnni.linear(unsigned(q), torch.ones(2), vnni.pack(qdata), torch.ones(3), None, torch.float32)
+    y = vnni.int8_linear(
+        unsigned(q), torch.ones(2), vnni.pack_weight(qdata), torch.ones(3), None, torch.float32
+    )
     assert torch.equal(y, int8_linear(q, torch.ones(2, 1), qdata, torch.ones(3), None))
 
 
 def layer(m, k, n, rank, dtype=torch.float32):
     """Arguments of `vnni.linear` with a branch, and the branch as it was in float."""
     x = randn(m, k, dtype=dtype)
-    q, x_scale = vnni.quantize(x)
+    q, x_scale = vnni.quantize_rows(x)
     weight, down, up = quantize_weight(randn(n, k, seed=1)), randn(rank, k, seed=2), randn(n, rank, seed=3)
     branch = Vnni().fuse_branch(down, up, dtype)
-    plain = (q, x_scale, vnni.pack(weight.qdata), weight.scale[:, 0].contiguous(), randn(n, seed=4), dtype)
+    plain = (
+        q,
+        x_scale,
+        vnni.pack_weight(weight.qdata),
+        weight.scale[:, 0].contiguous(),
+        randn(n, seed=4),
+        dtype,
+    )
     return plain, branch, x, down, up
 
 
 def with_branch(plain, branch, strengths):
-    return vnni.linear(*plain, branch.down, branch.down_scale * strengths, branch.up, branch.up_scale)
+    return vnni.int8_linear(*plain, branch.down, branch.down_scale * strengths, branch.up, branch.up_scale)
 
 
 RANKS = [1, 3, 16, 64, 70]
@@ -276,7 +289,7 @@ def test_the_branch_is_two_int8_products(rank, shape, dtype):
     q, x_scale = quantize_rowwise(x)
     down, up = quantize_weight(down), quantize_weight(up)
     t_q, t_scale = quantize_rowwise(int8_linear(q, x_scale, down.qdata, down.scale[:, 0] * strengths, None))
-    base = vnni.linear(*plain[:-1], torch.float32)
+    base = vnni.int8_linear(*plain[:-1], torch.float32)
     wanted = base + int8_linear(t_q, t_scale, up.qdata, up.scale[:, 0], None)
     assert_close(f"rank {rank}", with_branch(plain, branch, strengths), wanted.to(dtype), TOLERANCE[dtype])
 
@@ -286,7 +299,7 @@ def test_the_branch_is_two_int8_products(rank, shape, dtype):
 def test_the_branch_is_close_to_its_float_product(rank, shape):
     plain, branch, x, down, up = layer(*shape, rank)
     strengths = randn(rank, seed=5)
-    added = (with_branch(plain, branch, strengths) - vnni.linear(*plain)).double()
+    added = (with_branch(plain, branch, strengths) - vnni.int8_linear(*plain)).double()
     wanted = (x.double() @ down.double().T * strengths) @ up.double().T
     # x, down, t and up are rounded to steps of absmax / 127; a normal row's absmax is up to 4 times its RMS at these widths:
     # 4 / 127 / sqrt(12) = 0.9 % each, and twice that together
@@ -297,7 +310,7 @@ def test_the_branch_is_close_to_its_float_product(rank, shape):
 @pytest.mark.parametrize("rank", RANKS)
 def test_strength_0_gives_the_bits_of_no_branch(rank, dtype):
     plain, branch, *_ = layer(13, 130, 133, rank, dtype)
-    assert torch.equal(with_branch(plain, branch, torch.zeros(rank)), vnni.linear(*plain))
+    assert torch.equal(with_branch(plain, branch, torch.zeros(rank)), vnni.int8_linear(*plain))
 
 
 def test_a_branch_shows_a_row_that_is_not_finite():
@@ -320,11 +333,11 @@ def test_any_number_of_threads_gives_the_same_bits(threads, rank):
     results = []
     for count in (1, 2, 5):
         threads(count)
-        y = with_branch(plain, branch, torch.ones(rank)) if rank else vnni.linear(*plain)
+        y = with_branch(plain, branch, torch.ones(rank)) if rank else vnni.int8_linear(*plain)
         rotated = [
             t
             for sylvester in (False, True)
-            for t in vnni.quantize(x, randn(4224, seed=7), 64, sylvester, 100)
+            for t in vnni.quantize_rows(x, randn(4224, seed=7), 64, sylvester, 100)
         ]
         results.append((y, *rotated))
     for other in results[1:]:
@@ -335,9 +348,9 @@ def test_any_number_of_threads_gives_the_same_bits(threads, rank):
 def test_packing_can_be_undone_and_survives_a_file(shape, tmp_path):
     n, k = shape
     qdata = full_range(n, k)
-    packed = vnni.pack(qdata)
+    packed = vnni.pack_weight(qdata)
     assert packed.dtype == torch.int8 and packed.shape == (-(-n // 64), 1 + -(-k // 4), 256)
-    assert torch.equal(vnni.unpack(packed, n, k), qdata)
+    assert torch.equal(vnni.unpack_weight(packed, n, k), qdata)
     # the compensations, as vnni.cpp describes them
     assert torch.equal(
         packed[:, 0].contiguous().view(torch.int32).flatten()[:n], 128 * qdata.sum(1, dtype=torch.int32)
@@ -348,22 +361,22 @@ def test_packing_can_be_undone_and_survives_a_file(shape, tmp_path):
 
 def test_a_weight_that_is_not_contiguous_packs_to_the_same():
     qdata = full_range(66, 37)
-    assert torch.equal(vnni.pack(qdata.T.contiguous().T), vnni.pack(qdata))
+    assert torch.equal(vnni.pack_weight(qdata.T.contiguous().T), vnni.pack_weight(qdata))
 
 
 def test_no_rows_at_all():
-    q, scale = vnni.quantize(torch.zeros(0, 12), torch.ones(12), 4, False, 3)
+    q, scale = vnni.quantize_rows(torch.zeros(0, 12), torch.ones(12), 4, False, 3)
     assert q.shape == (0, 12) and scale.shape == (0,)
     plain, branch, *_ = layer(0, 12, 5, 3)
-    assert vnni.linear(*plain).shape == with_branch(plain, branch, torch.ones(3)).shape == (0, 5)
+    assert vnni.int8_linear(*plain).shape == with_branch(plain, branch, torch.ones(3)).shape == (0, 5)
 
 
 def test_the_arguments_are_left_as_they_were():
     plain, branch, x, *_ = layer(7, 64, 66, 3)
     tensors = [x, *(t for t in (*plain, *branch) if isinstance(t, torch.Tensor))]
     before = [t.clone() for t in tensors]
-    vnni.quantize(x, torch.full((64,), 2.0), 16, False, 0)
-    vnni.quantize(x, None, 64, True)
+    vnni.quantize_rows(x, torch.full((64,), 2.0), 16, False, 0)
+    vnni.quantize_rows(x, None, 64, True)
     with_branch(plain, branch, torch.ones(3))
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
@@ -375,8 +388,8 @@ def test_compiled_in_one_graph_for_any_number_of_rows(dtype, sylvester):
     (_, _, packed, w_scale, bias, _), branch, *_ = layer(7, 80, 66, 3, dtype)
 
     def run(x):
-        q, scale = vnni.quantize(x, factor, 16, sylvester, 70)
-        return vnni.linear(
+        q, scale = vnni.quantize_rows(x, factor, 16, sylvester, 70)
+        return vnni.int8_linear(
             q, scale, packed, w_scale, bias, dtype, branch.down, branch.down_scale, branch.up, branch.up_scale
         )
 
@@ -406,13 +419,13 @@ def test_arguments_that_would_reach_past_the_rows_are_refused():
         with pytest.raises(
             ValueError, match=f"rotation must be 0 or a power of 4 that divides 48 columns, not {rotation}$"
         ):
-            vnni.quantize(x, rotation=rotation)
+            vnni.quantize_rows(x, rotation=rotation)
     for rotation in (-2, 1, 3, 12, 32, 64, 128):
         with pytest.raises(
             ValueError, match=f"rotation must be 0 or a power of 2 that divides 48 columns, not {rotation}$"
         ):
-            vnni.quantize(x, rotation=rotation, sylvester=True)
+            vnni.quantize_rows(x, rotation=rotation, sylvester=True)
     with pytest.raises(
         ValueError, match=r"factor must be contiguous float32 \[48\], not torch.float64 \[48\]"
     ):
-        vnni.quantize(x, factor=torch.ones(48, dtype=torch.float64))
+        vnni.quantize_rows(x, factor=torch.ones(48, dtype=torch.float64))

@@ -9,13 +9,13 @@ from support.helpers import randn
 from torch import Tensor
 
 from int8run.errors import ConfigError
-from int8run.kernels.dequantize.reference import swizzled_offsets
+from int8run.kernels.dequantize.reference import compute_swizzled_offsets
 from int8run.quant import formats
-from int8run.quant.formats import FORMATS, Format, format_for, swizzled
-from int8run.quant.packed_weight import CodedWeight
+from int8run.quant.formats import FORMATS, WeightFormat, choose_format, swizzle_scales
+from int8run.quant.packed_weight import PackedWeight
 from int8run.quant.weight import quantize_weight
 
-WRITTEN = [form for form in FORMATS.values() if not form.read_only]
+WRITTEN = [form for form in FORMATS.values() if not form.is_read_only]
 F32 = np.float32
 # the magnitudes that codes stand for, in the order of the codes
 INT8 = np.arange(128.0)
@@ -58,34 +58,34 @@ def in_tiles(scale):
     return tiles.reshape(rows, columns)
 
 
-def expected(form: Format, weight: Tensor):
+def expected(form: WeightFormat, weight: Tensor):
     """Codes as bytes, scales (int8 and fp8: float32, else bytes), global scale."""
     w = weight.double().numpy().astype(F32)
     n, k = w.shape
-    if form.kind in ("mxfp8", "nvfp4"):
-        multiple = form.block
+    if form.storage_dtype in ("mxfp8", "nvfp4"):
+        multiple = form.block_size
         w = np.pad(w, ((0, -n % multiple), (0, -k % multiple)))
-        return (expected_mxfp8 if form.kind == "mxfp8" else expected_nvfp4)(w)
-    magnitudes = MAGNITUDES[form.codes]
+        return (expected_mxfp8 if form.storage_dtype == "mxfp8" else expected_nvfp4)(w)
+    magnitudes = MAGNITUDES[form.qdata_dtype]
     largest = F32(magnitudes[-1])
-    b = form.block
+    b = form.block_size
     height, width = {"tensor": (n, k), "row": (1, k), "grid": (b, b), "block3d": (1, b), "": (n, k)}[
         form.granularity
     ]
     size, where = absmax(w, height, width)
-    if form.codes == torch.int8:
+    if form.qdata_dtype == torch.int8:
         scale = np.maximum(size / largest, F32(1e-30))
     else:
         scale = np.where(size == 0, F32(1), np.maximum(size / largest, F32(1e-12)))
     code, sign = nearest(w / scale[where] if form.granularity else w, magnitudes)
     codes = (
         np.where(sign, -code.astype(np.int8), code.astype(np.int8)).view(np.uint8)
-        if form.codes == torch.int8
+        if form.qdata_dtype == torch.int8
         else code | sign << 7
     )
     shape = {
         "tensor": (),
-        "row": (n, 1) if form.codes == torch.int8 else (n,),
+        "row": (n, 1) if form.qdata_dtype == torch.int8 else (n,),
         "grid": (n // max(b, 1), k // max(b, 1)),
         "block3d": (n, k // max(b, 1), 1),
     }
@@ -113,24 +113,28 @@ def expected_nvfp4(w):
     return code[:, ::2] << 4 | code[:, 1::2], in_tiles(scale), whole
 
 
-def check(form: Format, weight: Tensor) -> CodedWeight:
+def check(form: WeightFormat, weight: Tensor) -> PackedWeight:
     """Bit for bit."""
     made = form.quantize(weight)
     codes, scale, whole = expected(form, weight)
-    assert made.shape == tuple(weight.shape) and made.qdata.dtype == form.codes and made.kind == form.kind
-    assert tuple(made.qdata.shape) == codes.shape == form.codes_shape(*weight.shape)
+    assert (
+        made.shape == tuple(weight.shape)
+        and made.qdata.dtype == form.qdata_dtype
+        and made.storage_dtype == form.storage_dtype
+    )
+    assert tuple(made.qdata.shape) == codes.shape == form.qdata_shape(*weight.shape)
     np.testing.assert_array_equal(made.qdata.view(torch.uint8).numpy(), codes)
     assert (made.scale is None) == (scale is None) == (form.scale_shape(*weight.shape) is None)
     if made.scale is not None:
         assert tuple(made.scale.shape) == scale.shape == form.scale_shape(*weight.shape)
-        held = made.scale.view(torch.uint8) if form.kind in ("mxfp8", "nvfp4") else made.scale
-        assert held.dtype == (torch.uint8 if form.kind in ("mxfp8", "nvfp4") else torch.float32)
+        held = made.scale.view(torch.uint8) if form.storage_dtype in ("mxfp8", "nvfp4") else made.scale
+        assert held.dtype == (torch.uint8 if form.storage_dtype in ("mxfp8", "nvfp4") else torch.float32)
         np.testing.assert_array_equal(held.numpy(), scale)
         if held.dtype == torch.float32:
             assert bool((made.scale.isfinite() & (made.scale > 0)).all())
         # what a piece was cut from is not kept in memory
         assert made.scale.untyped_storage().nbytes() == made.scale.nbytes
-    assert made.block == (form.block if form.kind in ("int8", "fp8") else 0)
+    assert made.block_size == (form.block_size if form.storage_dtype in ("int8", "fp8") else 0)
     assert (made.global_scale is None) == (whole is None)
     if made.global_scale is not None:
         assert made.global_scale.shape == () and made.global_scale.item() == whole > 0
@@ -219,34 +223,37 @@ INPUTS = {
 
 @pytest.mark.parametrize("weight", INPUTS.values(), ids=INPUTS)
 @pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
-def test_codes_and_scales_are_the_definitions(form: Format, weight) -> None:
+def test_codes_and_scales_are_the_definitions(form: WeightFormat, weight) -> None:
     w = weight()
-    if form.refuse(*w.shape):
+    if form.unsupported_reason(*w.shape):
         with pytest.raises(ValueError, match=r"cannot be quantized: .* (them )?divides? "):
             form.quantize(w)
-        form = format_for(form.name, *w.shape)
+        form = choose_format(form.name, *w.shape)
     check(form, w)
 
 
 @pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
-def test_pieces_change_nothing(form: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_change_nothing(form: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     w = randn(384, 256, seed=3)
     whole = form.quantize(w)
     for numbers in (1, 100_000):
-        monkeypatch.setattr(formats, "WORKING_NUMBERS", numbers)
+        monkeypatch.setattr(formats, "CHUNK_ELEMENTS", numbers)
         made = form.quantize(w)
         assert torch.equal(made.qdata.view(torch.uint8), whole.qdata.view(torch.uint8))
         assert made.scale is None or torch.equal(made.scale.float(), whole.scale.float())
 
 
 def test_pieces_are_small_and_whole_blocks() -> None:
-    sizes = [len(piece) for piece in formats.pieces(torch.empty(1000, 10240, device="meta"), 128)]
+    sizes = [len(piece) for piece in formats.split_into_chunks(torch.empty(1000, 10240, device="meta"), 128)]
     assert sizes == [128] * 7 + [104]
-    assert max(len(piece) for piece in formats.pieces(torch.empty(10**4, 1024, device="meta"), 1)) == 1024
+    assert (
+        max(len(piece) for piece in formats.split_into_chunks(torch.empty(10**4, 1024, device="meta"), 1))
+        == 1024
+    )
 
 
 @pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
-def test_the_weight_itself_stays_as_it_is(form: Format) -> None:
+def test_the_weight_itself_stays_as_it_is(form: WeightFormat) -> None:
     w = torch.nn.Parameter(randn(128, 128))
     before = w.detach().clone()
     made = form.quantize(w)
@@ -259,7 +266,7 @@ def test_the_weight_itself_stays_as_it_is(form: Format) -> None:
 
 @pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_refused(form: Format, wrong: float) -> None:
+def test_what_is_not_finite_is_refused(form: WeightFormat, wrong: float) -> None:
     w = randn(128, 128)
     w[77, 3] = wrong
     with pytest.raises(ValueError, match=r"\[128, 128\] with NaN or infinity cannot be quantized"):
@@ -288,7 +295,7 @@ def test_nvfp4_byte() -> None:
     made = FORMATS["nvfp4"].quantize(w)
     assert made.qdata[0, 0].item() == 0x2F and not made.qdata[1:].any()
     assert made.scale[0, 0].item() == 448 and made.global_scale.item() == torch.tensor(6 / 2688).item()
-    assert made.high_first and made.swizzled
+    assert made.high_nibble_first and made.is_swizzled
 
 
 def test_mxfp8_exponent() -> None:
@@ -318,15 +325,15 @@ PLACES = {(0, 0): 0, (0, 3): 3, (1, 0): 16, (32, 0): 4, (64, 0): 8, (96, 0): 12,
 def test_where_a_scale_lies(place: tuple[int, int], offset: int) -> None:
     scale = torch.zeros(256, 48, dtype=torch.uint8)
     scale[place] = 1
-    assert swizzled(scale).flatten().nonzero().item() == offset
+    assert swizzle_scales(scale).flatten().nonzero().item() == offset
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (128, 4), (129, 5), (300, 12)])
 def test_tiles_are_those_that_are_read(shape: tuple[int, int]) -> None:
     scale = torch.randint(1, 256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    tiles = swizzled(scale)
+    tiles = swizzle_scales(scale)
     assert (
-        torch.equal(tiles.flatten()[swizzled_offsets(*shape)], scale)
+        torch.equal(tiles.flatten()[compute_swizzled_offsets(*shape)], scale)
         and int((tiles != 0).sum()) == scale.numel()
     )
 
@@ -449,8 +456,8 @@ def test_fp8_is_comfy_kitchens_but_for_its_rounded_reciprocal(kitchen, name: str
     ],
 )
 def test_who_takes_a_shape(name: str, shape: tuple[int, int], taken: str, reason: str) -> None:
-    assert format_for(name, *shape) is FORMATS[taken]
-    said = FORMATS[name].refuse(*shape)
+    assert choose_format(name, *shape) is FORMATS[taken]
+    said = FORMATS[name].unsupported_reason(*shape)
     assert (said is None) == (not reason) and reason in (said or "")
 
 
@@ -458,8 +465,8 @@ def test_who_takes_a_shape(name: str, shape: tuple[int, int], taken: str, reason
     ("columns", "group"), [(4096, 256), (2560, 256), (320, 64), (48, 16), (40, 0), (4, 0)]
 )
 def test_the_group_that_is_rotated(columns: int, group: int) -> None:
-    assert FORMATS["int8_convrot"].rotated_group(columns) == group
-    assert FORMATS["int8_rowwise"].rotated_group(columns) == 0
+    assert FORMATS["int8_convrot"].rotation_group_size(columns) == group
+    assert FORMATS["int8_rowwise"].rotation_group_size(columns) == 0
 
 
 def test_an_unknown_format_is_refused_with_the_choices() -> None:
@@ -467,14 +474,14 @@ def test_an_unknown_format_is_refused_with_the_choices() -> None:
         ConfigError,
         match=r"format is 'int8_row'; did you mean 'int8_rowwise'\? choose from float8_e4m3fn, .*nvfp4_modelopt$",
     ):
-        format_for("int8_row", 4, 4)
+        choose_format("int8_row", 4, 4)
 
 
 @pytest.mark.parametrize(("name", "written"), [("nvfp4_modelopt", "nvfp4"), ("mxfp8_rows", "mxfp8")])
 def test_what_is_only_read_is_never_written(name: str, written: str) -> None:
     assert (
-        FORMATS[name].refuse(16, 16) == f"{name} is read and never written"
-        and format_for(name, 16, 16) is FORMATS[written]
+        FORMATS[name].unsupported_reason(16, 16) == f"{name} is read and never written"
+        and choose_format(name, 16, 16) is FORMATS[written]
     )
     with pytest.raises(ValueError, match=f"{name} is read and never written"):
         FORMATS[name].quantize(randn(16, 16))
@@ -483,7 +490,9 @@ def test_what_is_only_read_is_never_written(name: str, written: str) -> None:
 def test_every_name_and_every_substitute_is_in_the_table() -> None:
     assert all(name == form.name for name, form in FORMATS.items())
     for form in WRITTEN:
-        other = None if form.otherwise is None else FORMATS[form.otherwise]
+        other = None if form.fallback is None else FORMATS[form.fallback]
         # the substitute takes every shape
-        assert other is None or (other.codes == form.codes and other.refuse(1, 1) is None)
-        assert other is not None or form.refuse(1, 1) is None
+        assert other is None or (
+            other.qdata_dtype == form.qdata_dtype and other.unsupported_reason(1, 1) is None
+        )
+        assert other is not None or form.unsupported_reason(1, 1) is None

@@ -91,21 +91,21 @@ def test_an_option_and_its_class_use_the_same_word(name):
 @pytest.mark.parametrize("name", ROUNDINGS)
 def test_every_row_gets_codes_and_a_scale(name):
     before, x = ROWS.clone(), inputs(64, 96, "mixed")
-    rounded = ROUNDINGS[name].round(ROWS, x)
+    rounded = ROUNDINGS[name].round_weight(ROWS, x)
     expect_sound(rounded, ROWS)
     assert torch.equal(ROWS, before)
     zeros = (ROWS == 0).all(1)
     assert zeros.any() and (rounded.qdata[zeros] == 0).all()
-    again = ROUNDINGS[name].round(ROWS.clone(), x.clone())
+    again = ROUNDINGS[name].round_weight(ROWS.clone(), x.clone())
     assert torch.equal(again.qdata, rounded.qdata) and torch.equal(again.scale, rounded.scale)
 
 
 @pytest.mark.parametrize("name", ROUNDINGS)
 def test_a_row_does_not_depend_on_the_others(name):
     x = inputs(64, 96, "mixed")
-    together = ROUNDINGS[name].round(ROWS, x)
+    together = ROUNDINGS[name].round_weight(ROWS, x)
     for i in (0, 7, 13, 18):
-        alone = ROUNDINGS[name].round(ROWS[i : i + 1], x)
+        alone = ROUNDINGS[name].round_weight(ROWS[i : i + 1], x)
         # sums of another length add up in another order: a tie may fall to the other side, and with gptq what follows
         assert (alone.qdata[0].int() - together.qdata[i].int()).abs().max() <= 1
         torch.testing.assert_close(alone.scale[0], together.scale[i], rtol=1e-5, atol=0)
@@ -115,7 +115,7 @@ def test_a_row_does_not_depend_on_the_others(name):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5)], ids=str)
 def test_the_smallest_weights(name, shape):
     weight = randn(*shape)
-    rounded = ROUNDINGS[name].round(weight, randn(4, shape[1], seed=1))
+    rounded = ROUNDINGS[name].round_weight(weight, randn(4, shape[1], seed=1))
     expect_sound(rounded, weight)
     assert_close(name, rounded.dequantize(), weight, 0.01)
 
@@ -124,18 +124,18 @@ def test_the_smallest_weights(name, shape):
 
 
 def test_absmax_of_the_vector_that_other_tools_agree_on():
-    rounded = AbsMax().round(torch.tensor([[1, -2, 0.5, 0]]))
+    rounded = AbsMax().round_weight(torch.tensor([[1, -2, 0.5, 0]]))
     # 63.5 and 31.75
     assert rounded.qdata.tolist() == [[64, -127, 32, 0]] and rounded.scale.item() == pytest.approx(2 / 127)
 
 
 def test_absmax_goes_to_the_nearest_and_at_ties_to_even():
     row = torch.tensor([[127, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 0.49, 0.51]])
-    assert AbsMax().round(row).qdata.tolist() == [[127, 0, 2, 2, 0, -2, -126, 0, 1]]
+    assert AbsMax().round_weight(row).qdata.tolist() == [[127, 0, 2, 2, 0, -2, -126, 0, 1]]
 
 
 def test_absmax_is_its_definition():
-    rounded = AbsMax().round(ROWS)
+    rounded = AbsMax().round_weight(ROWS)
     largest = ROWS.abs().amax(1, keepdim=True)
     torch.testing.assert_close(rounded.scale, (largest / 127).clamp(min=1e-30), rtol=1e-6, atol=0)
     assert ((ROWS - rounded.dequantize()).abs() <= rounded.scale * (0.5 + 1e-4)).all()
@@ -149,9 +149,9 @@ def test_absmax_is_its_definition():
 @pytest.mark.parametrize("settings", [{}, {"candidates": 2}, {"smallest": 1.0}, {"smallest": 0.1}], ids=str)
 def test_mse_makes_no_row_worse(settings):
     for weight in (ROWS, heavy_tailed(200, 48, seed=3), randn(200, 48, seed=4), randn(200, 5, seed=5)):
-        rounded = Mse(**settings).round(weight)
+        rounded = Mse(**settings).round_weight(weight)
         expect_sound(rounded, weight)
-        assert (error(weight, rounded) <= error(weight, AbsMax().round(weight)) * (1 + 1e-5)).all()
+        assert (error(weight, rounded) <= error(weight, AbsMax().round_weight(weight)) * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ def test_mse_makes_no_row_worse(settings):
 def test_mse_clips_a_far_outlier_where_that_pays(columns, size, most):
     # a clipped weight is off by all that it is too large: at 127 steps only many others with a finer grid make up for that
     weight = with_outlier(columns, size)[None]
-    rounded = Mse().round(weight)
-    assert error(weight, rounded) < most * error(weight, AbsMax().round(weight))
+    rounded = Mse().round_weight(weight)
+    assert error(weight, rounded) < most * error(weight, AbsMax().round_weight(weight))
     # clipped: the largest code stands for less than the largest weight
     assert rounded.scale.item() * 127 < 0.99 * abs(size) and rounded.qdata[0, columns // 2].item() == (
         127 if size > 0 else -127
@@ -170,14 +170,14 @@ def test_mse_clips_a_far_outlier_where_that_pays(columns, size, most):
 
 def test_mse_improves_ordinary_rows_too():
     weight = randn(64, 256, seed=8)
-    plain, ours = error(weight, AbsMax().round(weight)), error(weight, Mse().round(weight))
+    plain, ours = error(weight, AbsMax().round_weight(weight)), error(weight, Mse().round_weight(weight))
     assert ours.sum() < 0.99 * plain.sum() and (ours < plain).float().mean() > 0.7
 
 
 def test_mse_is_the_best_of_its_grid_and_then_refined():
     candidates, smallest = 9, 0.4
     for weight in (randn(8, 4, seed=1), heavy_tailed(8, 6, seed=2), randn(8, 40, seed=3)):
-        rounded = Mse(candidates, smallest).round(weight)
+        rounded = Mse(candidates, smallest).round_weight(weight)
         for i, row in enumerate(weight.tolist()):
 
             def at(scale, row=row):
@@ -197,10 +197,10 @@ def test_mse_is_the_best_of_its_grid_and_then_refined():
 
 def test_mse_does_not_depend_on_how_many_rows_it_works_on_at_a_time(monkeypatch):
     weight = heavy_tailed(9, 48, seed=3)
-    whole = Mse().round(weight)
+    whole = Mse().round_weight(weight)
     for numbers in (1, 100, 48 * 4):
-        monkeypatch.setattr("int8run.quant.rounding.BLOCK_NUMBERS", numbers)
-        rounded = Mse().round(weight)
+        monkeypatch.setattr("int8run.quant.rounding.CHUNK_ELEMENTS", numbers)
+        rounded = Mse().round_weight(weight)
         assert torch.equal(rounded.qdata, whole.qdata) and torch.equal(rounded.scale, whole.scale)
 
 
@@ -214,12 +214,14 @@ def test_mse_finds_nearly_what_a_search_over_every_scale_finds():
             best,
             error(weight, QuantizedWeight((weight / scale).round().clamp(-127, 127).to(torch.int8), scale)),
         )
-    assert (error(weight, Mse(candidates=100, smallest=0.3).round(weight)) < 1.02 * best).all()
+    assert (error(weight, Mse(candidates=100, smallest=0.3).round_weight(weight)) < 1.02 * best).all()
 
 
 def test_mse_looks_at_no_inputs():
     weight = randn(5, 32)
-    assert torch.equal(Mse().round(weight).qdata, Mse().round(weight, randn(9, 32, seed=1)).qdata)
+    assert torch.equal(
+        Mse().round_weight(weight).qdata, Mse().round_weight(weight, randn(9, 32, seed=1)).qdata
+    )
 
 
 # --- gptq
@@ -249,14 +251,14 @@ def equal_share(a, b):
 def test_gptq_is_the_papers_algorithm(kind, damping):
     weight, x = randn(16, 24, seed=1), inputs(100, 24, kind)
     # float32 moves a number across a tie now and then, and what follows with it
-    assert equal_share(Gptq(damping).round(weight, x).qdata, obq(weight, x, damping)) > 0.97
+    assert equal_share(Gptq(damping).round_weight(weight, x).qdata, obq(weight, x, damping)) > 0.97
 
 
 @pytest.mark.parametrize(("kind", "most"), [("independent", 0.97), ("mixed", 0.65), ("outliers", 0.3)])
 @pytest.mark.parametrize("seed", range(3))
 def test_gptq_makes_the_output_better(kind, most, seed):
     weight, x = randn(32, 96, seed=seed + 50), inputs(400, 96, kind, seed=2 * seed)
-    rounded, plain = GPTQ.round(weight, x), AbsMax().round(weight)
+    rounded, plain = GPTQ.round_weight(weight, x), AbsMax().round_weight(weight)
     expect_sound(rounded, weight)
     assert torch.equal(rounded.scale, plain.scale)
     assert output_error(weight, rounded, x) < most * output_error(weight, plain, x)
@@ -266,55 +268,59 @@ def test_gptq_makes_the_output_better(kind, most, seed):
 def test_gptq_helps_on_inputs_that_it_never_saw(damping):
     weight, x = randn(32, 96, seed=1), inputs(800, 96, "mixed")
     seen, fresh = x[:400], x[400:]
-    assert output_error(weight, Gptq(damping).round(weight, seen), fresh) < 0.75 * output_error(
-        weight, AbsMax().round(weight), fresh
+    assert output_error(weight, Gptq(damping).round_weight(weight, seen), fresh) < 0.75 * output_error(
+        weight, AbsMax().round_weight(weight), fresh
     )
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64])
 def test_gptq_with_fewer_rows_than_columns(rows):
     weight, x = randn(32, 96, seed=1), inputs(rows, 96, "independent")
-    rounded = GPTQ.round(weight, x)
+    rounded = GPTQ.round_weight(weight, x)
     expect_sound(rounded, weight)
-    assert output_error(weight, rounded, x) < 0.6 * output_error(weight, AbsMax().round(weight), x)
+    assert output_error(weight, rounded, x) < 0.6 * output_error(weight, AbsMax().round_weight(weight), x)
 
 
 @pytest.mark.parametrize("size", [1e-8, 1.0, 1e8])
 def test_gptq_with_inputs_that_do_not_depend_on_each_other_is_absmax(size):
     weight = randn(32, 96, seed=1)
-    plain = AbsMax().round(weight).qdata
-    assert torch.equal(GPTQ.round(weight, size * torch.eye(96)).qdata, plain)
+    plain = AbsMax().round_weight(weight).qdata
+    assert torch.equal(GPTQ.round_weight(weight, size * torch.eye(96)).qdata, plain)
     # each of another size: the order changes, nothing else
-    assert torch.equal(GPTQ.round(weight, torch.diag(size * (1 + randn(96, seed=2).abs()))).qdata, plain)
+    assert torch.equal(
+        GPTQ.round_weight(weight, torch.diag(size * (1 + randn(96, seed=2).abs()))).qdata, plain
+    )
 
 
 def test_gptq_knows_no_scale_of_its_inputs():
     weight, x = randn(32, 96, seed=1), inputs(200, 96, "mixed")
-    assert equal_share(GPTQ.round(weight, x).qdata, GPTQ.round(weight, 1024 * x).qdata) > 0.99
+    assert equal_share(GPTQ.round_weight(weight, x).qdata, GPTQ.round_weight(weight, 1024 * x).qdata) > 0.99
 
 
 def test_gptq_leaves_a_column_that_was_always_0_to_absmax():
     weight, x = randn(32, 96, seed=1), inputs(200, 96, "mixed")
     dead = [3, 50, 95]
     x[:, dead] = 0
-    rounded, plain = GPTQ.round(weight, x), AbsMax().round(weight)
+    rounded, plain = GPTQ.round_weight(weight, x), AbsMax().round_weight(weight)
     assert torch.equal(rounded.qdata[:, dead], plain.qdata[:, dead])
     assert output_error(weight, rounded, x) < 0.75 * output_error(weight, plain, x)
 
 
 def test_gptq_without_any_input_is_absmax():
     weight = randn(32, 96, seed=1)
-    assert torch.equal(GPTQ.round(weight, torch.zeros(9, 96)).qdata, AbsMax().round(weight).qdata)
+    assert torch.equal(
+        GPTQ.round_weight(weight, torch.zeros(9, 96)).qdata, AbsMax().round_weight(weight).qdata
+    )
 
 
 @pytest.mark.parametrize("kind", ["independent", "mixed"])
 @pytest.mark.parametrize("columns", [100, 129])
 def test_gptq_does_not_depend_on_its_block(columns, kind):
     weight, x = randn(16, columns, seed=1), inputs(300, columns, kind)
-    whole = Gptq(0.01, block=4096).round(weight, x)
+    whole = Gptq(0.01, block=4096).round_weight(weight, x)
     errors = [output_error(weight, whole, x)]
     for block in (1, 7, 32, 128, columns):
-        rounded = Gptq(0.01, block=block).round(weight, x)
+        rounded = Gptq(0.01, block=block).round_weight(weight, x)
         errors.append(output_error(weight, rounded, x))
         # the same sums in another order
         assert equal_share(rounded.qdata, whole.qdata) > 0.97
@@ -324,7 +330,7 @@ def test_gptq_does_not_depend_on_its_block(columns, kind):
 def test_gptq_treats_columns_by_what_they_are_not_by_where_they_stand():
     weight, x = randn(16, 64, seed=1), inputs(300, 64, "mixed")
     moved = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    rounded, other = GPTQ.round(weight, x), GPTQ.round(weight[:, moved], x[:, moved])
+    rounded, other = GPTQ.round_weight(weight, x), GPTQ.round_weight(weight[:, moved], x[:, moved])
     assert equal_share(other.qdata, rounded.qdata[:, moved]) > 0.97
 
 
@@ -335,23 +341,23 @@ def test_gptq_takes_large_columns_that_resemble_each_other(size, damping):
     for seed in range(3):
         x = randn(256, 64, seed=seed)
         x[:, :4] = size * x[:, :1] * torch.tensor([1.0, 1.3, -0.77, 0.11])
-        rounded = Gptq(damping).round(weight, x)
+        rounded = Gptq(damping).round_weight(weight, x)
         expect_sound(rounded, weight)
-        assert output_error(weight, rounded, x) < output_error(weight, AbsMax().round(weight), x)
+        assert output_error(weight, rounded, x) < output_error(weight, AbsMax().round_weight(weight), x)
 
 
 def test_gptq_clips_what_it_moved_too_far():
     weight, x = torch.full((1, 40), 0.9), randn(60, 1) * torch.ones(40) + 1e-3 * randn(60, 40, seed=1)
     weight[:, :20] = 1.0
     weight[:, 1::2] *= 0.9961
-    rounded = Gptq(1e-6).round(weight, x)
+    rounded = Gptq(1e-6).round_weight(weight, x)
     expect_sound(rounded, weight)
-    assert output_error(weight, rounded, x) < 0.5 * output_error(weight, AbsMax().round(weight), x)
+    assert output_error(weight, rounded, x) < 0.5 * output_error(weight, AbsMax().round_weight(weight), x)
 
 
 def test_gptq_asks_for_inputs():
     with pytest.raises(AssertionError, match="gptq needs calibration inputs"):
-        GPTQ.round(randn(3, 4))
+        GPTQ.round_weight(randn(3, 4))
 
 
 # --- settings
