@@ -101,7 +101,7 @@ def build_status(spec: RunSpec, job: Job) -> dict[str, object]:
         "name": strip_passwords(job.name),
         "overrides": strip_passwords(list(job.overrides)),
         "choices": dict(job.choices),
-        "params": strip_passwords(job.params()),
+        "params": strip_passwords(job.get_params()),
         "sweep": job.sweep,
         "number": job.number,
         "config_hash": hash_config(job.settings),

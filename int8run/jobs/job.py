@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from int8run.config.compose import plain_config
+from int8run.config.compose import get_plain_config
 from int8run.config.job import Job
 from int8run.jobs.manifest import SweepManifest, read_manifest
 
@@ -23,7 +23,7 @@ def make_job(config: Any, hydra_config: Any, output_dir: Path) -> Job:
         if not is_hydras_own:
             options[group] = option
     job = Job(
-        settings=plain_config(config),
+        settings=get_plain_config(config),
         choices=options,
         overrides=list(hydra_config.overrides.task),
         output_dir=output_dir,

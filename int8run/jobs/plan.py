@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from int8run.config.compose import plain_config
+from int8run.config.compose import get_plain_config
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, TrackingError
@@ -69,7 +69,7 @@ def plan_jobs(
     by_config_hash = {record.config_hash: record for record in earlier_records}
     planned = []
     for config, spec in zip(configs, specs, strict=True):
-        earlier = by_config_hash.pop(hash_config(plain_config(config)), None)
+        earlier = by_config_hash.pop(hash_config(get_plain_config(config)), None)
         if earlier is not None:
             config.hydra.job.num = earlier.number
         else:

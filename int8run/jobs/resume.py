@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from int8run.config.compose import plain_config
+from int8run.config.compose import get_plain_config
 from int8run.errors import FileError
 from int8run.jobs.manifest import MANIFEST_FILE, SweepManifest, is_dated_folder, read_manifest
 from int8run.tracking.run_record import find_records, hash_config
@@ -33,7 +33,7 @@ def find_sweep_folder(configs: Sequence[Any]) -> Path:
     if not configs[0].get("resume") or is_named_by_user:
         return new
     root = new.parents[1] if is_dated_folder(new) else new.parent
-    hashes = {hash_config(plain_config(config)) for config in configs}
+    hashes = {hash_config(get_plain_config(config)) for config in configs}
     earlier = find_sweep_to_resume(root, hashes)
     if earlier is not None:
         return earlier

@@ -19,7 +19,7 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobStatus, run_job, setup_globals
 from omegaconf import open_dict
 
-from int8run.config.error_messages import explain
+from int8run.config.error_messages import explain_error
 from int8run.jobs.base import Outcome, SweepJob
 from int8run.jobs.manifest import SweepManifest, read_manifest, write_manifest
 from int8run.tracking.run_record import FAILED, FINISHED
@@ -106,7 +106,7 @@ def make_failed_outcome(job: SweepJob, error: Exception) -> Outcome:
 
     The log file gets one line for an error that a user can meet, and the traceback of any other.
     """
-    message, exit_code = explain(error)
+    message, exit_code = explain_error(error)
     if message is not None:
         log.error("%s", message)
     else:

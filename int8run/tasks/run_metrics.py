@@ -18,7 +18,7 @@ from int8run.metrics.layers import (
 from int8run.metrics.memory import read_peak_bytes
 from int8run.metrics.quality import SampleQuality, average_frames, find_half_error_step
 from int8run.metrics.speed import compute_speed, list_step_times
-from int8run.pipeline.build import Built, lora_overhead
+from int8run.pipeline.build import BuiltModel, measure_lora_overhead
 from int8run.text_encoders.base import find_text_encoders
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ MAX_EMBEDDING_ERROR = 0.4  # twice that of nvfp4, the coarsest format
 
 def measure_run(
     spec: RunSpec,
-    built: Built,
+    built: BuiltModel,
     calls: Sequence[Mapping[str, Any]],
     candidate: Generation,
     baseline: Generation | None,
@@ -46,7 +46,7 @@ def measure_run(
     metrics["memory/peak_bytes"] = read_peak_bytes(built.device)
     encoders = find_text_encoders(built.pipe.components) | built.text_encoders.get(spec.candidate, {})
     metrics["memory/text_encoder_bytes"] = sum(map(count_module_bytes, encoders.values()))
-    metrics["float/text_encoder_bytes"] = built.float_text_bytes
+    metrics["float/text_encoder_bytes"] = built.float_text_encoder_bytes
     if spec.clip.is_quantized:
         metrics |= compute_encoder_metrics(built.encoders.plans, list(pair_embeddings(built, spec.candidate)))
         if "clip/rel_err" not in metrics:
@@ -60,7 +60,7 @@ def measure_run(
                 "otherwise than it was written",
                 100 * metrics["clip/rel_err"],
             )
-        metrics["memory/text_encoder_ratio"] = built.float_text_bytes / metrics["memory/text_encoder_bytes"]
+        metrics["memory/text_encoder_ratio"] = built.float_text_encoder_bytes / metrics["memory/text_encoder_bytes"]
     int8 = built.denoisers.get("int8")
     metrics["memory/denoiser_bytes"] = count_module_bytes(int8) if int8 else built.float_bytes
     metrics["memory/denoiser_ratio"] = built.float_bytes / metrics["memory/denoiser_bytes"]
@@ -79,29 +79,29 @@ def measure_run(
         if spec.metrics.layers and "float" in built.denoisers:
             measure_layer_outputs(built.denoisers["float"], int8, calls, built.plans)
         metrics |= compute_layer_metrics(built.plans) | compute_int8_shares(
-            built.plans, built.work, built.params
+            built.plans, built.macs, built.num_params
         )
     if built.budget is not None:
         metrics |= built.budget.metrics
     if spec.lora.adapters:
         loras = built.loras
-        metrics["lora/modules_matched"] = loras.matches.matched
+        metrics["lora/modules_matched"] = loras.matches.n_matched
         metrics["lora/modules_unmatched"] = len(loras.matches.unmatched)
         metrics["lora/clipped_share"] = loras.clipped_share
-        metrics |= {f"lora/layers_{mode}": count for mode, count in loras.modes.items()}
-        if loras.dynamic and any(spec.lora.strengths):
+        metrics |= {f"lora/layers_{mode}": count for mode, count in loras.layers_by_mode.items()}
+        if loras.dynamic_layers and any(spec.lora.strengths):
             if built.lora_overhead is None:
-                built.lora_overhead = lora_overhead(built, calls)
+                built.lora_overhead = measure_lora_overhead(built, calls)
             metrics["lora/overhead_ratio"] = built.lora_overhead
     return metrics
 
 
 @torch.no_grad()
-def pair_embeddings(built: Built, candidate: str) -> Iterator[tuple[Any, Any]]:
+def pair_embeddings(built: BuiltModel, candidate: str) -> Iterator[tuple[Any, Any]]:
     """What the float text encoders, where they are, make of the prompts that were drawn, and what the quantized ones made of them."""
     if built.text_encoders.get("float"):
         use_text_encoders(built.pipe, "float", built.text_encoders["float"])
-        yield from PromptCache.of(built.pipe).compared(candidate)
+        yield from PromptCache.for_pipeline(built.pipe).iter_pairs(candidate)
         use_text_encoders(built.pipe, candidate, built.text_encoders[candidate])
 
 

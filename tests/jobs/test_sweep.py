@@ -39,7 +39,7 @@ def layers_in(folder: Path) -> list[list[dict[str, str]]]:
 def test_strengths_of_the_shipped_stack_build_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    process_cache.forget()
+    process_cache.clear()
     with command_in(tmp_path, monkeypatch, capsys) as int8run:
         outcome = int8run(
             "-m",
@@ -59,7 +59,7 @@ def test_strengths_of_the_shipped_stack_build_once(
 def test_a_sweep_builds_once_for_each_way_to_quantize_and_not_for_a_strength(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    process_cache.forget()
+    process_cache.clear()
     file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer)
     lora = f"lora.adapters=[{{_target_: int8run.lora.config.Adapter, name: style, path: {file}}}]"
     with command_in(tmp_path, monkeypatch, capsys) as int8run:

@@ -1,4 +1,4 @@
-"""`hydra/launcher=basic`: this process."""
+"""`hydra/launcher=basic`: one job after the other, in the process that the user started."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -8,10 +8,10 @@ from int8run.jobs.base import Outcome
 
 
 class ThisProcess:
-    """Runs a call at once."""
+    """A worker that runs each call at once."""
 
     def submit(self, call: Callable[[], Sequence[Outcome]]) -> "Future[Sequence[Outcome]]":
-        """A future that is done; an interruption ends the sweep."""
+        """Run the call and return a future that is done; an interrupt ends the sweep."""
         future: Future[Sequence[Outcome]] = Future()
         future.set_result(call())
         return future
@@ -22,18 +22,21 @@ class ThisProcess:
 
 @dataclass(frozen=True)
 class InProcess:
-    """One job after the other, here. What kills a job kills the sweep, which `resume=true` goes on with."""
+    """Settings of `hydra/launcher=basic`: it has none.
+
+    What kills a job kills the sweep; `resume=true` goes on with it.
+    """
 
     whole_groups = False
     jobs_at_once = 1
 
     def open(self, jobs: int) -> int:
-        """One worker."""
+        """There is one worker."""
         return 1
 
     def start(self) -> ThisProcess:
-        """This process."""
+        """Return this process."""
         return ThisProcess()
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to release."""

@@ -1,4 +1,9 @@
-"""`hydra/launcher=joblib`: several processes of this machine, each with a model of its own."""
+"""`hydra/launcher=joblib`: several processes of this machine, each with a model of its own.
+
+The processes are those of loky, joblib's process pool: it starts them fresh (a forked process cannot use
+CUDA) and can send them functions of `__main__`. Each worker has a loky executor to itself, because loky
+ends all processes of an executor when one of them dies.
+"""
 
 import contextlib
 import os
@@ -17,8 +22,11 @@ from int8run.errors import ConfigError, check_range
 from int8run.jobs.base import Outcome, Worker, WorkerDied
 from int8run.jobs.futures import OutcomesFuture, describe_exit_code, translate_errors
 
-PARENT_POLL_S = 1.0
+DEFAULT_JOBS = 2
+PARENT_POLL_S = 1.0  # how often a worker looks whether its parent is alive
 EXIT_TIMEOUT_S = 10.0  # for a process that ends by itself
+# loky names the exit code only in a text: "{SIGKILL(-9)}"
+LOKY_EXIT_CODE = re.compile(r"\((-?\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,8 @@ class Processes:
 
     Args:
         n_jobs: jobs at once; None: one per GPU named in `gpus`, else 2.
-        gpus: numbers of GPUs as nvidia-smi shows them, one worker for each entry; None: every worker sees all.
+        gpus: numbers of GPUs as nvidia-smi shows them, one worker for each entry; None: every worker sees
+            all.
         threads: CPU threads of each worker; None: the cores of this machine shared equally.
     """
 
@@ -35,9 +44,8 @@ class Processes:
     gpus: Sequence[int | str] | None = None
     threads: int | None = None
     whole_groups: ClassVar[bool] = False
-    taken: "dict[int, ProcessWorker]" = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )  # place -> its process
+    # slot, 0 to jobs_at_once - 1 -> the worker that has it, or had it last
+    workers: "dict[int, ProcessWorker]" = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.n_jobs is not None:
@@ -46,91 +54,127 @@ class Processes:
             check_range("hydra.launcher.threads", self.threads, 1, 1024, whole=True)
         if self.gpus is None:
             return
-        allowed = not isinstance(self.gpus, str | int) and len(self.gpus) > 0
-        if not allowed or any(
-            isinstance(gpu, bool) or not isinstance(gpu, int | str) or str(gpu).startswith("-")
-            for gpu in self.gpus
-        ):
+        is_list = not isinstance(self.gpus, str | int) and len(self.gpus) > 0
+        if not is_list or not all(is_gpu_number(gpu) for gpu in self.gpus):
             raise ConfigError(
-                f"hydra.launcher.gpus is {self.gpus!r}; name GPUs as nvidia-smi numbers them, such as [0,1], or null for all"
+                f"hydra.launcher.gpus is {self.gpus!r}; name GPUs as nvidia-smi numbers them, such as [0,1], "
+                "or null for all"
             )
         if self.n_jobs is not None and self.n_jobs != len(self.gpus):
             raise ConfigError(
-                f"hydra.launcher.n_jobs is {self.n_jobs}, and gpus={list(self.gpus)} has places for {len(self.gpus)}; leave n_jobs out, "
-                "or name a GPU once for every job that shares it, such as gpus=[0,0,1,1]"
+                f"hydra.launcher.n_jobs is {self.n_jobs}, and gpus={list(self.gpus)} has places for "
+                f"{len(self.gpus)}; leave n_jobs out, or name a GPU once for every job that shares it, "
+                "such as gpus=[0,0,1,1]"
             )
 
     @property
     def jobs_at_once(self) -> int:
-        return self.n_jobs or len(self.gpus or (0, 0))
+        if self.n_jobs is not None:
+            return self.n_jobs
+        return DEFAULT_JOBS if self.gpus is None else len(self.gpus)
 
     def open(self, jobs: int) -> int:
         return min(self.jobs_at_once, jobs)
 
     def start(self) -> Worker:
-        place = next(p for p in range(self.jobs_at_once) if p not in self.taken or self.taken[p].closed)
-        self.taken[place] = ProcessWorker(self.variables(place))
-        return self.taken[place]
+        slot = self.find_free_slot()
+        self.workers[slot] = ProcessWorker(self.make_environment(slot))
+        return self.workers[slot]
 
-    def variables(self, place: int) -> dict[str, str]:
-        """What the process of a place finds in its environment; torch reads these once, when it is imported."""
+    def find_free_slot(self) -> int:
+        """Return the first slot without an open worker; the scheduler starts no more workers than slots."""
+        for slot in range(self.jobs_at_once):
+            if slot not in self.workers or self.workers[slot].is_closed:
+                return slot
+        raise AssertionError("more workers than jobs_at_once")
+
+    def make_environment(self, slot: int) -> dict[str, str]:
+        """Return environment variables for a worker; torch reads them once, when it is imported.
+
+        Args:
+            slot: of the worker.
+        """
         from joblib import cpu_count
 
-        # not shared among the workers that there are: what is left of a sweep is measured with the threads of the rest
-        threads = str(self.threads or max(1, cpu_count(only_physical_cores=True) // self.jobs_at_once))
-        env = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        env["MKL_DYNAMIC"] = (
-            "FALSE"  # else MKL, and torch with it, takes fewer where it sees fewer physical cores
-        )
+        # divided by the number of slots, not of the workers that run: speeds of the last jobs of a sweep
+        # are to be measured with the same threads as those of the first
+        cores = cpu_count(only_physical_cores=True)
+        threads = str(self.threads or max(1, cores // self.jobs_at_once))
+        environment = {
+            "OMP_NUM_THREADS": threads,
+            "OPENBLAS_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            # else MKL, and torch with it, uses fewer threads where it sees fewer physical cores
+            "MKL_DYNAMIC": "FALSE",
+        }
         if self.gpus is not None:
-            # without the order, CUDA's 0 is the fastest device
-            env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(self.gpus[place])}
-        return env
+            # without this order, CUDA's number 0 is the fastest device
+            environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+            environment["CUDA_VISIBLE_DEVICES"] = str(self.gpus[slot])
+        return environment
 
     def close(self) -> None:
-        for worker in self.taken.values():
+        for worker in self.workers.values():
             worker.close()
-        for worker in self.taken.values():
+        for worker in self.workers.values():
             worker.wait()
 
 
-class ProcessWorker:
-    """An executor of one process: a death breaks its executor, which is no other's."""
+def is_gpu_number(gpu: object) -> bool:
+    """Whether CUDA_VISIBLE_DEVICES takes a value: a number, or the start of a GPU's UUID."""
+    if isinstance(gpu, bool) or not isinstance(gpu, int | str):
+        return False
+    return not str(gpu).startswith("-")
 
-    def __init__(self, env: dict[str, str]) -> None:
+
+class ProcessWorker:
+    """A loky executor of one process.
+
+    Args:
+        environment: variables for the process.
+    """
+
+    def __init__(self, environment: dict[str, str]) -> None:
         from joblib.externals.loky import ProcessPoolExecutor
 
         self.executor: Any = ProcessPoolExecutor(
-            max_workers=1, timeout=None, env=env, initializer=set_up_worker_process, initargs=(os.getpid(),)
+            max_workers=1,
+            timeout=None,
+            env=environment,
+            initializer=set_up_worker_process,
+            initargs=(os.getpid(),),
         )
         self.process: psutil.Process | None = None
-        self.executor.submit(os.getpid).add_done_callback(self.know)
+        self.executor.submit(os.getpid).add_done_callback(self.remember_process)
         self.latest: OutcomesFuture | None = None
-        self.closed = False
+        self.is_closed = False
 
-    def know(self, pid: "Future[int]") -> None:
-        """Take the number for this process as long as it is: another one may get it later."""
+    def remember_process(self, pid: "Future[int]") -> None:
+        """Look the process up while it runs: later, another process may have its number."""
+        if pid.exception() is not None:
+            return
         with contextlib.suppress(psutil.NoSuchProcess):
-            self.process = None if pid.exception() else psutil.Process(pid.result())
+            self.process = psutil.Process(pid.result())
 
     def submit(self, call: Callable[[], Sequence[Outcome]]) -> OutcomesFuture:
         from joblib.externals.loky.process_executor import BrokenProcessPool
 
         try:
             self.latest = translate_errors(self.executor.submit(call), to_worker_error)
-        except BrokenProcessPool as error:  # died while it had nothing to do
+        except BrokenProcessPool as error:  # it died while it had nothing to do
             self.latest = OutcomesFuture()
             self.latest.set_exception(to_worker_error(error))
         return self.latest
 
     def close(self) -> None:
-        busy = self.latest is None or not self.latest.done()
-        # one that has nothing to do leaves by itself, and takes its semaphores along: Python complains of those that a killed one leaves
-        self.executor.shutdown(wait=busy, kill_workers=busy)
-        self.closed = True
+        # An idle process is not killed, so that it removes its semaphores: Python complains of those left
+        # behind.
+        is_busy = self.latest is None or not self.latest.done()
+        self.executor.shutdown(wait=is_busy, kill_workers=is_busy)
+        self.is_closed = True
 
     def wait(self) -> None:
-        """Until a closed one is gone."""
+        """Wait until a closed worker's process is gone; kill it when it does not leave."""
         if self.process is None:
             return
         try:
@@ -142,7 +186,7 @@ class ProcessWorker:
 
 
 def to_worker_error(error: BaseException) -> BaseException:
-    """WorkerDied for loky's own errors; an error of the call stays as it is."""
+    """Return WorkerDied for one of loky's errors; an error of the call stays as it is."""
     from joblib.externals.loky.process_executor import (
         BrokenProcessPool,
         ShutdownExecutorError,
@@ -150,9 +194,10 @@ def to_worker_error(error: BaseException) -> BaseException:
     )
 
     if isinstance(error, TerminatedWorkerError):
-        code = re.search(r"\((-?\d+)\)", str(error))  # "{SIGKILL(-9)}", nowhere else to be read
-        reason = describe_exit_code(int(code[1])) if code else "its process ended without a result"
-        return WorkerDied(reason)
+        exit_code = LOKY_EXIT_CODE.search(str(error))
+        if exit_code is None:
+            return WorkerDied("its process ended without a result")
+        return WorkerDied(describe_exit_code(int(exit_code[1])))
     if isinstance(error, ShutdownExecutorError):
         return WorkerDied("its process was ended by int8run")
     if isinstance(error, BrokenProcessPool):
@@ -161,20 +206,24 @@ def to_worker_error(error: BaseException) -> BaseException:
 
 
 def set_up_worker_process(parent: int) -> None:
-    """First thing in a worker's process."""
+    """The first call in a worker's process.
+
+    Args:
+        parent: number of the process that started it.
+    """
     from joblib.externals.loky import process_executor
 
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole terminal; the parent ends its workers
-    # loky would replace a process that grew since its first call; a model that stays for the next job is no leak
+    # Ctrl-C reaches every process of the terminal; the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # loky would replace a process that grew since its first call, and a model that stays for the next job
+    # is no leak
     process_executor._USE_PSUTIL = False
 
-    def watch() -> None:
+    def exit_with_parent() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_POLL_S)
-        os._exit(
-            1
-        )  # killed without a chance to close: nobody waits for the answer, and a GPU's memory would stay taken
+        # the parent was killed and could not close its workers: nobody waits for the result, and a GPU's
+        # memory would stay taken
+        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True, name="parent").start()
+    threading.Thread(target=exit_with_parent, daemon=True, name="parent").start()

@@ -23,9 +23,8 @@ CHECK_TIMEOUT_S = 600.0  # for the first process on a node; a runtime_env may in
 MAX_REASON_LENGTH = 500
 INSTALL_RAY = "hydra/launcher=ray_cluster needs Ray on this machine: pip install 'int8run[ray]'"
 TOKEN_HINT = (
-    "both sides need the same token: `ray get-auth-token` on the head node prints the cluster's; here it "
-    "is read from "
-    "~/.ray/auth_token, or from the environment: RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…"
+    "both sides need the same token: `ray get-auth-token` on the head node prints the cluster's; here it is "
+    "read from ~/.ray/auth_token, or from the environment: RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…"
 )
 ADDRESS = re.compile(r"auto|[^\s/]+:\d+")
 RAYS_OWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
@@ -43,12 +42,14 @@ class ClusterState:
         resources: of each worker, by Ray's names.
         jobs_at_once: how many workers may share a machine.
         has_warned: that a worker waits for resources.
+        workers: all that were started.
     """
 
     is_ours: bool = False
     resources: dict[str, float] = field(default_factory=dict)
     jobs_at_once: int = 1
     has_warned: bool = False
+    workers: list["RayWorker"] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,8 @@ class RayCluster:
     def __post_init__(self) -> None:
         if self.address is not None and not ADDRESS.fullmatch(str(self.address)):
             raise ConfigError(
-                f"hydra.launcher.address is {self.address!r}; give host:port of a cluster's head node, "
-                "auto for the "
-                "one that this machine is part of, or null to start one here"
+                f"hydra.launcher.address is {self.address!r}; give host:port of a cluster's head node, auto "
+                "for the one that this machine is part of, or null to start one here"
             )
         if self.num_cpus is not None:
             check_range("hydra.launcher.num_cpus", self.num_cpus, 0.01, 4096)
@@ -95,8 +95,7 @@ class RayCluster:
             if name in RAYS_OWN_RESOURCES:
                 raise ConfigError(
                     f"hydra.launcher.resources names {name}; allowed are a cluster's own; num_cpus and "
-                    "num_gpus set "
-                    "cores and GPUs"
+                    "num_gpus set cores and GPUs"
                 )
             check_range(f"hydra.launcher.resources.{name}", amount, 0, 1e6)
             check_amount(f"hydra.launcher.resources.{name}", amount)
@@ -170,10 +169,9 @@ class RayCluster:
         if not workers_by_node:
             largest = {name: max(machine.get(name, 0) for machine in machines) for name in resources}
             raise ConfigError(
-                f"a job asks for {format_resources(resources)}, and no machine of the cluster has that: "
-                "the largest "
-                f"have {format_resources(largest)}; ask for less with hydra.launcher.num_cpus, num_gpus and "
-                "resources, or join another cluster with hydra.launcher.address"
+                f"a job asks for {format_resources(resources)}, and no machine of the cluster has that: the "
+                f"largest have {format_resources(largest)}; ask for less with hydra.launcher.num_cpus, "
+                "num_gpus and resources, or join another cluster with hydra.launcher.address"
             )
         check_int8run_installed(
             {node_id: nodes[node_id]["NodeManagerHostname"] for node_id in workers_by_node}
@@ -184,7 +182,9 @@ class RayCluster:
         return workers
 
     def start(self) -> Worker:
-        return RayWorker(self.state.resources, self.warn_waiting)
+        worker = RayWorker(self.state.resources, self.warn_waiting)
+        self.state.workers.append(worker)
+        return worker
 
     def warn_waiting(self) -> None:
         """Warn, once, that a worker waits for resources."""
@@ -203,6 +203,9 @@ class RayCluster:
         )
 
     def close(self) -> None:
+        for worker in self.state.workers:
+            worker.stop_timer()
+        self.state.workers.clear()
         if self.state.is_ours:
             import ray
 
@@ -244,10 +247,18 @@ class RayWorker:
     def submit(self, call: Callable[[], Sequence[Outcome]]) -> OutcomesFuture:
         return translate_errors(self.actor.call.remote(call).future(), to_worker_error)
 
+    def stop_timer(self) -> None:
+        """Stop the timer and wait for its thread.
+
+        The thread holds a reference into Ray; Ray ends the process when one is dropped during `ray.shutdown`.
+        """
+        self.timer.cancel()
+        self.timer.join()
+
     def close(self) -> None:
         import ray
 
-        self.timer.cancel()
+        self.stop_timer()
         ray.kill(self.actor, no_restart=True)
 
 
@@ -291,7 +302,10 @@ def extract_death_reason(text: str) -> str:
     if "ray.kill" in text:
         return "ended by int8run"
     if "connection error code 2" in text:
-        return "the process left no message: killed by a signal, crashed, or stopped by the kernel when memory ran out"
+        return (
+            "the process left no message: killed by a signal, crashed, or stopped by the kernel when memory "
+            "ran out"
+        )
     reason = DEATH_REASON.search(text)
     return (reason[1] if reason else text)[:MAX_REASON_LENGTH]
 
@@ -381,9 +395,8 @@ def check_int8run_installed(nodes: Mapping[str, str]) -> None:
 
     from int8run import __version__
 
-    def find_version() -> (
-        str
-    ):  # defined here, so that Ray sends its code: the node may have no int8run to import
+    # defined here, so that Ray sends its code: the node may have no int8run to import it from
+    def find_version() -> str:
         try:
             import int8run
         except ImportError as error:
@@ -407,7 +420,6 @@ def check_int8run_installed(nodes: Mapping[str, str]) -> None:
     if problems:
         raise ConfigError(
             f"the jobs need int8run {__version__} on every machine of the cluster, in the Python that Ray "
-            "runs there; "
-            "install it on those that lack it, or let hydra.launcher.runtime_env bring it: "
+            "runs there; install it on those that lack it, or let hydra.launcher.runtime_env bring it: "
             + "; ".join(problems)
         )

@@ -1,4 +1,9 @@
-"""`hydra/launcher=slurm`: the jobs of one built model are one job of a Slurm cluster."""
+"""`hydra/launcher=slurm`: the jobs of one built model are one job of a Slurm cluster.
+
+submitit writes the script of a Slurm job, submits it, and pickles its result into a file. A thread of the
+parent waits for these files and looks after the queue. submitit is imported when a sweep starts, so that
+int8run works without it.
+"""
 
 import logging
 import re
@@ -17,13 +22,14 @@ from int8run.jobs.base import Outcome, Worker, WorkerDied
 from int8run.jobs.futures import OutcomesFuture, describe_exit_code
 
 log = logging.getLogger(__name__)
-RESULT_POLL_S = 2.0  # for answers, in the folder
-QUEUE_POLL_S = 20.0  # for jobs that are gone, with squeue
-RESULT_GRACE_S = 30.0  # a file that was written on another machine may be seen later than the end of its job
-WARN_AFTER_S = 60.0  # that a job waits, and why
+RESULT_POLL_S = 2.0  # how often the folder is searched for results
+QUEUE_POLL_S = 20.0  # how often squeue is asked for jobs that are gone
+# a file that was written on another machine may be seen later than the end of its job
+RESULT_GRACE_S = 30.0
+WARN_AFTER_S = 60.0  # that a job waits
 INSTALL_SUBMITIT = "hydra/launcher=slurm needs submitit on this machine: pip install 'int8run[slurm]'"
 SLURM_PROGRAMS = ("sbatch", "squeue", "scontrol", "scancel", "srun")
-# of sbatch; a config that somebody shared may choose a queue, and may not run code or write files of its choice
+# a config that somebody shared may choose a queue, and may not run code or write files of its choice
 SBATCH_OPTIONS = (
     "account",
     "begin",
@@ -56,12 +62,15 @@ SBATCH_OPTIONS = (
     "tmp",
     "wckey",
 )
+# what the user can do about, or should know of, a state of Slurm
 STATE_HINTS = {
     "TIMEOUT": "; hydra.launcher.time_min allows more",
     "OUT_OF_MEMORY": "; hydra.launcher.mem_gb asks for more",
     "PREEMPTED": ": another job took its place",
     "NODE_FAIL": ": its machine is gone",
 }
+PARTITION = re.compile(r"[\w.,-]+")
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f]")
 
 
 @dataclass(frozen=True)
@@ -89,10 +98,10 @@ class Slurm:
     folder: str = ".slurm"
     whole_groups: ClassVar[bool] = True
     jobs_at_once: ClassVar[int] = 1  # Slurm gives each its own cores and GPUs
-    watched: "JobWatcher" = field(default_factory=lambda: JobWatcher(), init=False, repr=False, compare=False)
+    watcher: "JobWatcher" = field(default_factory=lambda: JobWatcher(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.partition is not None and not re.fullmatch(r"[\w.,-]+", str(self.partition)):
+        if self.partition is not None and not PARTITION.fullmatch(str(self.partition)):
             raise ConfigError(
                 f"hydra.launcher.partition is {self.partition!r}; give a partition's name, as sinfo shows it"
             )
@@ -104,12 +113,7 @@ class Slurm:
         if self.workers is not None:
             check_range("hydra.launcher.workers", self.workers, 1, 100000, whole=True)
         for name, value in (self.extra or {}).items():
-            if str(name).replace("_", "-") not in SBATCH_OPTIONS:
-                near = suggest_similar(str(name), SBATCH_OPTIONS)
-                raise ConfigError(
-                    f"hydra.launcher.extra names {name!r}; {near}allowed of sbatch's options are {', '.join(SBATCH_OPTIONS)}"
-                )
-            check_one_line(f"hydra.launcher.extra.{name}", value)
+            check_sbatch_option(str(name), value)
         check_one_line("hydra.launcher.folder", self.folder)
 
     def open(self, jobs: int) -> int:
@@ -120,25 +124,23 @@ class Slurm:
         missing = [name for name in SLURM_PROGRAMS if shutil.which(name) is None]
         if missing:
             raise ConfigError(
-                f"hydra/launcher=slurm finds no {', '.join(missing)} here; start int8run on a machine that submits jobs to your Slurm "
-                "cluster (a login node), or choose hydra/launcher=joblib for this machine alone"
+                f"hydra/launcher=slurm finds no {', '.join(missing)} here; start int8run on a machine that "
+                "submits jobs to your Slurm cluster (a login node), or choose hydra/launcher=joblib for "
+                "this machine alone"
             )
-        self.watched.begin()
+        self.watcher.start()
         return min(jobs, self.workers or jobs)
 
     def start(self) -> Worker:
         from submitit import SlurmExecutor
 
         executor = SlurmExecutor(folder=Path(self.folder).absolute(), max_num_timeout=0)
-        executor.update_parameters(**self.parameters())
-        return SlurmWorker(executor, self.watched)
+        executor.update_parameters(**self.make_parameters())
+        return SlurmWorker(executor, self.watcher)
 
-    def parameters(self) -> dict[str, Any]:
-        """What submitit writes into the script."""
-        threads = [
-            f"export {name}={self.cpus}"
-            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        ]
+    def make_parameters(self) -> dict[str, Any]:
+        """Return what submitit writes into the script of a Slurm job."""
+        thread_variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         return {
             "job_name": "int8run",
             "partition": self.partition,
@@ -148,220 +150,298 @@ class Slurm:
             "cpus_per_task": self.cpus,
             "gpus_per_node": self.gpus or None,
             "mem": None if self.mem_gb is None else f"{round(self.mem_gb * 1024)}M",
-            "setup": threads,
-            "use_srun": False,  # a step of srun gets one core of the job's since Slurm 22.05
-            # Slurm would run jobs again that ended already; the dispatcher goes on where the group stopped
+            "setup": [f"export {name}={self.cpus}" for name in thread_variables],
+            "use_srun": False,  # since Slurm 22.05, a step of srun gets one of the job's cores
+            # a requeued Slurm job would run jobs again that have ended; the scheduler goes on where the
+            # group stopped
             "additional_parameters": {"no-requeue": True, **(self.extra or {})},
         }
 
     def close(self) -> None:
-        self.watched.end()
+        self.watcher.stop()
+
+
+def check_sbatch_option(name: str, value: object) -> None:
+    """Raise ConfigError unless an entry of `extra` is an allowed option of sbatch with a plain value."""
+    if name.replace("_", "-") not in SBATCH_OPTIONS:
+        raise ConfigError(
+            f"hydra.launcher.extra names {name!r}; {suggest_similar(name, SBATCH_OPTIONS)}allowed of "
+            f"sbatch's options are {', '.join(SBATCH_OPTIONS)}"
+        )
+    check_one_line(f"hydra.launcher.extra.{name}", value)
+
+
+def check_one_line(name: str, value: object) -> None:
+    """Raise ConfigError for a value that would be more than one line of a script."""
+    is_plain = isinstance(value, str | int | float)
+    if not is_plain or CONTROL_CHARACTER.search(str(value)):
+        raise ConfigError(
+            f"{name} is {value!r}; allowed is a text of one line, a number, or true for an option without "
+            "a value"
+        )
 
 
 class SlurmWorker:
-    """One Slurm job after the other."""
+    """Runs each call as a Slurm job of its own.
 
-    def __init__(self, executor: Any, watched: "JobWatcher") -> None:
+    Args:
+        executor: submitit's.
+        watcher: waits for the results of all workers.
+    """
+
+    def __init__(self, executor: Any, watcher: "JobWatcher") -> None:
         self.executor = executor
-        self.watched = watched
+        self.watcher = watcher
         self.latest: PendingJob | None = None
 
     def submit(self, call: Callable[[], Sequence[Outcome]]) -> OutcomesFuture:
+        """Submit a Slurm job.
+
+        Raises:
+            ConfigError: when Slurm does not accept the first job of a sweep: it would accept none, a
+                setting is wrong.
+        """
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         try:
             job = self.executor.submit(run_call, call)
         except (FailedJobError, FailedSubmissionError) as error:
-            words = " ".join(str(error).split())
-            if self.watched.accepted == 0:  # nothing will be: a setting is wrong
+            reason = " ".join(str(error).split())
+            if self.watcher.num_accepted == 0:
+                is_about_gpus = "gres" in reason
                 hint = (
                     "hydra.launcher.gpus=0 asks for no GPU"
-                    if "gres" in words
+                    if is_about_gpus
                     else "see the settings of hydra.launcher"
                 )
-                raise ConfigError(f"Slurm does not take the job: {words}; {hint}") from error
-            refused: OutcomesFuture = OutcomesFuture()
-            refused.set_exception(WorkerDied(f"Slurm did not take the job: {words}"))
-            return refused
-        self.latest = self.watched.add(job)
+                raise ConfigError(f"Slurm does not take the job: {reason}; {hint}") from error
+            rejected: OutcomesFuture = OutcomesFuture()
+            rejected.set_exception(WorkerDied(f"Slurm did not take the job: {reason}"))
+            return rejected
+        self.latest = self.watcher.add_job(job)
         log.info("Slurm job %s submitted; its log: %s", job.job_id, job.paths.stdout)
-        return self.latest.answer
+        return self.latest.future
 
     def close(self) -> None:
         if self.latest is not None:
-            self.watched.cancel(self.latest)
+            self.watcher.cancel_job(self.latest)
 
 
 def run_call(call: Callable[[], Sequence[Outcome]]) -> tuple[Sequence[Outcome] | None, Exception | None]:
-    """What the process of a Slurm job runs."""
-    # submitit outlives the first, for up to half a minute, and raises an error in the middle of a job at the second
+    """What the process of a Slurm job runs.
+
+    Returns:
+        The result of the call, or the error that it raised.
+    """
+    # submitit survives the first signal for up to half a minute, and at the second raises an error in mid-job
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     try:
         return call(), None
-    except Exception as error:  # noqa: BLE001 - submitit keeps the text of an error only; it is raised where the answer is read
+    except Exception as error:  # noqa: BLE001 - submitit would keep its text only; deliver_result raises it
         return None, error
 
 
 @dataclass
 class PendingJob:
-    """A Slurm job whose answer is awaited. Times are of time.monotonic()."""
+    """A Slurm job that has not delivered its result. Times are of time.monotonic().
+
+    Args:
+        job: submitit's.
+        submitted: when it was submitted.
+        future: of its result.
+        missing_since: when it was first missing in the queue.
+        has_warned: that it waits in the queue.
+    """
 
     job: Any
     submitted: float
-    answer: OutcomesFuture = field(default_factory=OutcomesFuture)
-    gone: float | None = None  # when it was first missing in the queue
-    told: bool = False
+    future: OutcomesFuture = field(default_factory=OutcomesFuture)
+    missing_since: float | None = None
+    has_warned: bool = False
 
 
 class JobWatcher:
-    """Looks after all Slurm jobs of a sweep in one thread: an answer is a file, a death is a job that left the queue without one."""
+    """Looks after all Slurm jobs of a sweep in one thread.
+
+    A result is a file; a death is a job that has left the queue without one.
+    """
 
     def __init__(self) -> None:
-        self.waiting: dict[str, PendingJob] = {}
-        self.accepted = 0
+        self.pending: dict[str, PendingJob] = {}
+        self.num_accepted = 0  # by Slurm
         self.lock = threading.Lock()
-        self.stop = threading.Event()
+        self.stop_event = threading.Event()
         self.thread: threading.Thread | None = None
 
-    def begin(self) -> None:
+    def start(self) -> None:
+        """Start the thread."""
         self.thread = threading.Thread(target=self.run, daemon=True, name="slurm")
         self.thread.start()
 
-    def end(self) -> None:
-        self.stop.set()
-        for entry in list(self.waiting.values()):
-            self.cancel(entry)
+    def stop(self) -> None:
+        """Cancel all jobs and end the thread."""
+        self.stop_event.set()
+        for entry in self.list_pending():
+            self.cancel_job(entry)
         if self.thread is not None:
             self.thread.join()
 
-    def add(self, job: Any) -> PendingJob:
-        entry = PendingJob(job, time.monotonic())
+    def list_pending(self) -> list[PendingJob]:
+        """Return a copy, because other threads add and take jobs meanwhile."""
+        return list(self.pending.values())
+
+    def add_job(self, job: Any) -> PendingJob:
+        """Wait for a job of submitit that Slurm has accepted."""
+        entry = PendingJob(job, submitted=time.monotonic())
         with self.lock:
-            self.waiting[job.job_id] = entry
-            self.accepted += 1
+            self.pending[job.job_id] = entry
+            self.num_accepted += 1
         return entry
 
-    def cancel(self, entry: PendingJob) -> None:
-        """End a Slurm job that has not answered."""
-        if self.take(entry):
+    def cancel_job(self, entry: PendingJob) -> None:
+        """End a Slurm job that has not delivered its result."""
+        if self.take_job(entry):
             run_program("scancel", entry.job.job_id)
-            entry.answer.set_exception(WorkerDied("its Slurm job was ended by int8run"))
+            entry.future.set_exception(WorkerDied("its Slurm job was ended by int8run"))
 
-    def take(self, entry: PendingJob) -> bool:
-        """Whether the answer of an entry is the caller's to give: each has one."""
+    def take_job(self, entry: PendingJob) -> bool:
+        """Stop waiting for a job; whether the caller is the first to do so, and so is to set its future."""
         with self.lock:
-            return self.waiting.pop(entry.job.job_id, None) is not None
+            return self.pending.pop(entry.job.job_id, None) is not None
 
     def run(self) -> None:
+        """What the thread does."""
         try:
-            self.look()
-        except Exception as error:  # noqa: BLE001 - whoever waits gets it, and does not wait for ever
-            for entry in list(self.waiting.values()):
-                if self.take(entry):
-                    entry.answer.set_exception(error)
+            self.watch_jobs()
+        except Exception as error:  # noqa: BLE001 - raised where the results are awaited, which would wait for ever
+            for entry in self.list_pending():
+                if self.take_job(entry):
+                    entry.future.set_exception(error)
 
-    def look(self) -> None:
-        """Until the end: the folder often, the queue at times."""
-        asked = time.monotonic()
-        while not self.stop.wait(RESULT_POLL_S):
-            for entry in list(self.waiting.values()):
-                if entry.job.paths.result_pickle.exists() and self.take(entry):
+    def watch_jobs(self) -> None:
+        """Until the watcher is stopped, search for results often, and look at the queue at times."""
+        queue_checked = time.monotonic()
+        while not self.stop_event.wait(RESULT_POLL_S):
+            for entry in self.list_pending():
+                if entry.job.paths.result_pickle.exists() and self.take_job(entry):
                     deliver_result(entry)
-            if self.waiting and time.monotonic() - asked >= QUEUE_POLL_S:
-                asked = time.monotonic()
-                self.look_at_queue(asked)
+            if self.pending and time.monotonic() - queue_checked >= QUEUE_POLL_S:
+                queue_checked = time.monotonic()
+                self.check_queue(queue_checked)
 
-    def look_at_queue(self, now: float) -> None:
-        entries = [entry for entry in list(self.waiting.values()) if now - entry.submitted >= QUEUE_POLL_S]
+    def check_queue(self, now: float) -> None:
+        """Find jobs that wait, and jobs that left the queue without a result.
+
+        Args:
+            now: of time.monotonic().
+        """
+        # those that squeue may not know yet are left out
+        entries = [entry for entry in self.list_pending() if now - entry.submitted >= QUEUE_POLL_S]
         queue = read_queue()
         if queue is None:  # Slurm does not answer at the moment; its jobs run on
             return
         for entry in entries:
             reason = queue.get(entry.job.job_id)
-            if reason is not None:
-                entry.gone = None
-                if reason and not entry.told and now - entry.submitted >= WARN_AFTER_S:
-                    entry.told = True
-                    log.warning("Slurm job %s waits: %s", entry.job.job_id, reason)
+            if reason is None:
+                self.check_missing_job(entry, now)
                 continue
-            entry.gone = entry.gone or now
-            word, told = describe_job_end(entry.job)
-            late = word in ("COMPLETED", None) and now - entry.gone < RESULT_GRACE_S
-            if not late and not entry.job.paths.result_pickle.exists() and self.take(entry):
-                entry.answer.set_exception(WorkerDied(told))
+            entry.missing_since = None
+            if reason and not entry.has_warned and now - entry.submitted >= WARN_AFTER_S:
+                entry.has_warned = True
+                log.warning("Slurm job %s waits: %s", entry.job.job_id, reason)
+
+    def check_missing_job(self, entry: PendingJob, now: float) -> None:
+        """Report the death of a job that left the queue, unless its result may still arrive."""
+        if entry.missing_since is None:
+            entry.missing_since = now
+        state, message = describe_job_end(entry.job)
+        may_have_result = state in ("COMPLETED", None)
+        if may_have_result and now - entry.missing_since < RESULT_GRACE_S:
+            return
+        if not entry.job.paths.result_pickle.exists() and self.take_job(entry):
+            entry.future.set_exception(WorkerDied(message))
 
 
 def deliver_result(entry: PendingJob) -> None:
-    """Hand over what a Slurm job wrote."""
+    """Set the future of a Slurm job from the file that it wrote."""
     from submitit.core.utils import FailedJobError
 
     try:
         outcomes, error = entry.job.result()
     except FailedJobError as failure:
-        # not an error of a job: its process could not begin, for instance where it finds no int8run
-        last = str(failure).split("\n" + "-" * 22)[1].strip().splitlines()[-1]
-        outcomes, error = (
-            None,
-            WorkerDied(
-                f"Slurm job {entry.job.job_id} could not begin: {last}; its log: {entry.job.paths.stderr}"
-            ),
-        )
-    except Exception as unreadable:  # noqa: BLE001 - raised where the answer is read
-        outcomes, error = None, unreadable
+        # run_call returns the errors of a call: this process could not begin, for instance without int8run
+        job_id, log_file = entry.job.job_id, entry.job.paths.stderr
+        reason = find_last_line(str(failure))
+        error = WorkerDied(f"Slurm job {job_id} could not begin: {reason}; its log: {log_file}")
+    except Exception as unreadable:  # noqa: BLE001 - raised where the result is awaited
+        error = unreadable
     if error is None:
-        entry.answer.set_result(outcomes)
+        entry.future.set_result(outcomes)
     else:
-        entry.answer.set_exception(error)
+        entry.future.set_exception(error)
+
+
+def find_last_line(text: str) -> str:
+    """Return the last line of the traceback in submitit's text about a failure, which is between dashes."""
+    traceback = text.split("\n" + "-" * 22)[1]
+    return traceback.strip().splitlines()[-1]
 
 
 def read_queue() -> dict[str, str] | None:
-    """Slurm job -> why it waits, an empty string for one that does not; None when Slurm does not answer."""
+    """Read the jobs of this user from Slurm's queue.
+
+    Returns:
+        Slurm job -> why it waits, an empty string for one that does not; None when Slurm does not answer.
+    """
     text = run_program("squeue", "--me", "--noheader", "--format=%i|%T|%r")
     if text is None:
         return None
-    rows = [line.strip().split("|", 2) for line in text.splitlines() if line.count("|") >= 2]
-    return {name: reason if state == "PENDING" else "" for name, state, reason in rows}
+    reasons = {}
+    for line in text.splitlines():
+        if line.count("|") < 2:
+            continue
+        job_id, state, reason = line.strip().split("|", 2)
+        reasons[job_id] = reason if state == "PENDING" else ""
+    return reasons
 
 
 def describe_job_end(job: Any) -> tuple[str | None, str]:
-    """Slurm's own word for it, None where it has forgotten; and a sentence."""
-    text = run_program("scontrol", "--oneliner", "show", "job", job.job_id) or ""
-    found = re.search(r"\bJobState=(\w+)", text)
+    """Ask Slurm how a job ended.
+
+    Args:
+        job: submitit's.
+
+    Returns:
+        Slurm's state of the job, None where it has forgotten the job; and a message for the user.
+    """
+    state, exit_code = read_job_state(job.job_id)
+    if state is None:
+        reason = "gone from the queue"
+    elif state in STATE_HINTS:
+        reason = f"{state}{STATE_HINTS[state]}"
+    elif exit_code > 128:  # as a shell counts signals
+        reason = f"{state}: {describe_exit_code(128 - exit_code)}"
+    else:
+        reason = state
+    return state, f"Slurm job {job.job_id} ended without a result: {reason}; its log: {job.paths.stderr}"
+
+
+def read_job_state(job_id: str) -> tuple[str | None, int]:
+    """Read the state and the exit code of a job; (None, 0) where Slurm has forgotten it."""
+    text = run_program("scontrol", "--oneliner", "show", "job", job_id) or ""
+    state = re.search(r"\bJobState=(\w+)", text)
     exit_code = re.search(r"\bExitCode=(\d+):", text)
-    if found is None and shutil.which(
-        "sacct"
-    ):  # the controller forgets a job after minutes, the accounting does not
-        text = (
-            run_program(
-                "sacct",
-                "--allocations",
-                "--noheader",
-                "--parsable2",
-                "--format=State,ExitCode",
-                "--jobs",
-                job.job_id,
-            )
-            or ""
-        )
-        found, exit_code = re.match(r"(\w+)", text), re.search(r"\|(\d+):", text)
-    word = found[1] if found else None
-    killed = (
-        f": {describe_exit_code(128 - int(exit_code[1]))}" if exit_code and int(exit_code[1]) > 128 else ""
-    )  # as a shell counts signals
-    reason = f"{word}{STATE_HINTS.get(word, killed)}" if word else "gone from the queue"
-    return word, f"Slurm job {job.job_id} ended without an answer: {reason}; its log: {job.paths.stderr}"
+    # the controller forgets a job after minutes, the accounting does not
+    if state is None and shutil.which("sacct"):
+        options = ("--allocations", "--noheader", "--parsable2", "--format=State,ExitCode")
+        text = run_program("sacct", *options, "--jobs", job_id) or ""
+        state = re.match(r"(\w+)", text)
+        exit_code = re.search(r"\|(\d+):", text)
+    return state[1] if state else None, int(exit_code[1]) if exit_code else 0
 
 
 def run_program(*command: str) -> str | None:
-    """What a program of Slurm prints; None when it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout if done.returncode == 0 else None
-
-
-def check_one_line(name: str, value: object) -> None:
-    """Raise ConfigError for a text that would be more than one line of a script."""
-    if not isinstance(value, str | int | float) or re.search(r"[\x00-\x1f]", str(value)):
-        raise ConfigError(
-            f"{name} is {value!r}; allowed is a text of one line, a number, or true for an option without a value"
-        )
+    """Return what a program of Slurm prints; None when it fails."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout if result.returncode == 0 else None

@@ -16,7 +16,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from int8run.config.compose import own_options
+from int8run.config.compose import int8run_options
 from int8run.errors import ConfigError
 from int8run.jobs.base import Outcome, Pool, WorkerDied
 from int8run.jobs.futures import describe_exit_code
@@ -129,7 +129,7 @@ def test_closing_a_worker_twice_does_not_free_its_successors_place(pool, workers
     workers[0].close()
     new = pool.start()
     workers[0].close()
-    assert pool.taken == {0: new, 1: workers[1]}
+    assert pool.workers == {0: new, 1: workers[1]}
     pid = value(new.submit(pid_after(0)))
     pool.close()  # ends those too that nobody holds
     assert gone(pid)
@@ -268,8 +268,8 @@ def test_defaults(monkeypatch):
     assert Processes().open(10) == Processes().jobs_at_once == 2
     assert Processes().open(1) == 1
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    assert [Processes().variables(0)[name] for name in names] == ["4", "4", "4"]
-    assert Processes(n_jobs=16).variables(0)["OMP_NUM_THREADS"] == "1"
+    assert [Processes().make_environment(0)[name] for name in names] == ["4", "4", "4"]
+    assert Processes(n_jobs=16).make_environment(0)["OMP_NUM_THREADS"] == "1"
     assert Processes(gpus=[0, 1, 2]).open(10) == 3
 
 
@@ -335,7 +335,7 @@ def test_every_setting_stands_in_the_yaml_with_its_meaning_and_needs_no_plus(opt
     )
     assert all(" # " in line for line in lines[2:])
     words = [f"hydra.launcher.{name}={str(value).replace(chr(39), '')}" for name, value in overrides.items()]
-    with own_options(), initialize_config_module("int8run.conf", version_base="1.3"):
+    with int8run_options(), initialize_config_module("int8run.conf", version_base="1.3"):
         plain = compose("config", [f"hydra/launcher={option}"], return_hydra_config=True).hydra.launcher
         config = compose(
             "config", [f"hydra/launcher={option}", *words], return_hydra_config=True

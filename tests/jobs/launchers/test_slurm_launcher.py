@@ -69,7 +69,13 @@ def cluster(tmp_path, monkeypatch):
         (folder / name).chmod(stat.S_IRWXU)
     (folder / "bash").symlink_to(shutil.which("bash"))
     monkeypatch.setenv("PATH", str(folder))
-    for name, seconds in {"LOOK_S": 0.05, "QUEUE_S": 0.2, "GRACE_S": 0.2, "SAY_AFTER_S": 0.5}.items():
+    intervals = {
+        "RESULT_POLL_S": 0.05,
+        "QUEUE_POLL_S": 0.2,
+        "RESULT_GRACE_S": 0.2,
+        "WARN_AFTER_S": 0.5,
+    }
+    for name, seconds in intervals.items():
         monkeypatch.setattr(slurm_launcher, name, seconds)
     yield folder
     for pid in folder.glob("*.pid"):
@@ -128,15 +134,15 @@ def test_deaths_are_told_in_slurms_words(pool, cluster, monkeypatch):
     (cluster / "3.state").write_text("CANCELLED")
     with pytest.raises(
         WorkerDied,
-        match=r"^Slurm job 1 ended without an answer: FAILED: its process was killed by signal 9 \(SIGKILL\); .*_log.err$",
+        match=r"^Slurm job 1 ended without a result: FAILED: its process was killed by signal 9 \(SIGKILL\); .*_log.err$",
     ):
         answers[0].result(30)
     with pytest.raises(
         WorkerDied,
-        match=r"Slurm job 2 ended without an answer: TIMEOUT; hydra.launcher.time_min allows more; its log",
+        match=r"Slurm job 2 ended without a result: TIMEOUT; hydra.launcher.time_min allows more; its log",
     ):
         answers[1].result(30)
-    with pytest.raises(WorkerDied, match="Slurm job 3 ended without an answer: CANCELLED; its log"):
+    with pytest.raises(WorkerDied, match="Slurm job 3 ended without a result: CANCELLED; its log"):
         answers[2].result(30)
 
 
@@ -156,7 +162,7 @@ def test_a_result_that_is_seen_late_is_no_death(pool, cluster, monkeypatch):
 def test_a_job_that_completes_without_a_result_is_dead_after_a_while(pool, cluster):
     answer = pool.start().submit(outcomes(60))
     (cluster / "1.state").write_text("COMPLETED")
-    with pytest.raises(WorkerDied, match="Slurm job 1 ended without an answer: COMPLETED; its log"):
+    with pytest.raises(WorkerDied, match="Slurm job 1 ended without a result: COMPLETED; its log"):
         answer.result(30)
 
 
@@ -236,12 +242,12 @@ def test_accounting_is_asked_when_the_controller_has_forgotten(cluster, monkeypa
     job = types.SimpleNamespace(job_id="7", paths=paths)
     assert slurm_launcher.describe_job_end(job) == (
         "OUT_OF_MEMORY",
-        "Slurm job 7 ended without an answer: OUT_OF_MEMORY; hydra.launcher.mem_gb asks for more; its log: 7_log.err",
+        "Slurm job 7 ended without a result: OUT_OF_MEMORY; hydra.launcher.mem_gb asks for more; its log: 7_log.err",
     )
     (cluster / "sacct").unlink()
     assert slurm_launcher.describe_job_end(job) == (
         None,
-        "Slurm job 7 ended without an answer: gone from the queue; its log: 7_log.err",
+        "Slurm job 7 ended without a result: gone from the queue; its log: 7_log.err",
     )
     assert asked == ["scontrol", "sacct", "scontrol"]
 
@@ -257,7 +263,7 @@ def test_the_script_of_a_job(cluster, tmp_path):
         extra={"account": "vision", "exclusive": True},
         folder=str(tmp_path),
     )
-    script = _make_sbatch_string(command="run", folder=tmp_path, **pool.parameters()).splitlines()
+    script = _make_sbatch_string(command="run", folder=tmp_path, **pool.make_parameters()).splitlines()
     wanted = [
         "partition=gpu",
         "time=90",
@@ -276,7 +282,7 @@ def test_the_script_of_a_job(cluster, tmp_path):
     } <= set(script)
     assert not any(
         "gpus" in line or "mem" in line
-        for line in _make_sbatch_string("run", tmp_path, **Slurm(gpus=0).parameters()).splitlines()
+        for line in _make_sbatch_string("run", tmp_path, **Slurm(gpus=0).make_parameters()).splitlines()
     )
 
 
