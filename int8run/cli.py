@@ -9,164 +9,186 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from int8run.config.error_messages import explain
+from int8run.config.error_messages import explain_error
 from int8run.errors import ConfigError, Int8RunError
 
 log = logging.getLogger(__name__)
 HYDRA_MAIN = {"config_path": "pkg://int8run.conf", "config_name": "config", "version_base": "1.3"}
-DEBUG_VARIABLES = ("INT8RUN_DEBUG", "HYDRA_FULL_ERROR")
+HYDRA_RAISES = "HYDRA_FULL_ERROR"
+DEBUG_VARIABLES = ("INT8RUN_DEBUG", HYDRA_RAISES)
+# switches of other programs: no telemetry, no advice in the output, no long waits
+QUIET_VARIABLES = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    # a server that is away costs seconds, not minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+EXIT_INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 
 def main() -> None:
-    """Entry point of `int8run`. One line per error, exit codes of `int8run.errors`, tracebacks on request only."""
+    """Run the command: one line per error, exit codes of `int8run.errors`, tracebacks on request."""
     if {"--help", "-h"} & set(sys.argv[1:]):
-        from int8run.config.help import help_page
+        from int8run.config.help import render_help
 
-        sys.stdout.write(help_page())
+        sys.stdout.write(render_help())
         return
-    debug = any(os.environ.get(name) for name in DEBUG_VARIABLES)
-    # hydra prints its own report and exits unless it is told to raise
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    is_debug = any(os.environ.get(name) for name in DEBUG_VARIABLES)
+    # hydra prints its own report of an error and exits, unless this variable makes it raise
+    hydra_raises = os.environ.get(HYDRA_RAISES)
+    os.environ[HYDRA_RAISES] = "1"
     quiet_libraries()
-    logging.raiseExceptions = debug  # of a full disk, the log file is no news
+    logging.raiseExceptions = is_debug  # else logging prints a traceback when the log file's disk is full
     try:
         check_and_run()
     except Exception as error:
-        message, code = explain(error)
-        if debug or message is None:
+        message, exit_code = explain_error(error)
+        if is_debug or message is None:
             raise
         sys.stderr.write(f"int8run: {message}\n")
-        sys.exit(code)
+        sys.exit(exit_code)
     except KeyboardInterrupt:
-        going_on = (
-            "; the same command with resume=true goes on" if {"-m", "--multirun"} & set(sys.argv) else ""
-        )
-        sys.stderr.write(f"int8run: interrupted{going_on}\n")
-        sys.exit(130)
+        is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
+        hint = "; the same command with resume=true goes on" if is_sweep else ""
+        sys.stderr.write(f"int8run: interrupted{hint}\n")
+        sys.exit(EXIT_INTERRUPTED)
     finally:
-        if before is None:
-            del os.environ["HYDRA_FULL_ERROR"]
+        if hydra_raises is None:
+            del os.environ[HYDRA_RAISES]
         else:
-            os.environ["HYDRA_FULL_ERROR"] = before
+            os.environ[HYDRA_RAISES] = hydra_raises
 
 
 def quiet_libraries() -> None:
-    """Defaults for other programs' own switches, where the user set none: no telemetry, no advice in the output, no long waits."""
-    for name, value in (
-        ("MLFLOW_DISABLE_TELEMETRY", "true"),
-        ("RAY_USAGE_STATS_ENABLED", "0"),
-        ("HF_HUB_DISABLE_TELEMETRY", "1"),
-        ("TRANSFORMERS_VERBOSITY", "error"),
-        ("DIFFUSERS_VERBOSITY", "error"),
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
-        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-        ("MLFLOW_LOGGING_LEVEL", "CRITICAL"),
-        # a server that is away costs seconds, not minutes
-        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"),
-        ("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1"),
-        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "30"),
-    ):
+    """Set QUIET_VARIABLES in the environment, except those that the user has set."""
+    for name, value in QUIET_VARIABLES.items():
         os.environ.setdefault(name, value)
 
 
 def check_and_run() -> None:
-    """Compose and check every job first, then let hydra run them."""
+    """Parse the command line, and let hydra see int8run's own launchers and sweeper."""
     from hydra._internal.utils import get_args_parser
 
     from int8run.config.renamed import rename_overrides, report_once
 
-    sys.argv = [sys.argv[0], *rename_overrides(sys.argv[1:], report_once())]  # hydra reads them there
+    # hydra reads the overrides there
+    sys.argv = [sys.argv[0], *rename_overrides(sys.argv[1:], report_once())]
     args = get_args_parser().parse_args()
     if args.experimental_rerun:
         raise ConfigError(
-            "--experimental-rerun opens a pickled file, which can run code; give the settings on the command line"
+            "--experimental-rerun opens a pickled file, which can run code; "
+            "give the settings on the command line"
         )
     if args.config_path:
         raise ConfigError(
             "--config-path would replace int8run's own settings; --config-dir FOLDER adds yours to them"
         )
-    from int8run.config.compose import own_options
+    from int8run.config.compose import int8run_options
     from int8run.jobs.hydra_plugins import register_plugins
 
     register_plugins()
-    with own_options():
+    with int8run_options():
         run_hydra(args)
 
 
 def run_hydra(args: Any) -> None:
-    """Check, and hand over to hydra.
+    """Compose and check every job first, then let hydra run them.
 
     Args:
-        args: hydra's own, parsed.
+        args: of the command line, as hydra parses them.
     """
     from hydra import main as hydra_main
 
-    from int8run.config.compose import check_all, compose_all
+    from int8run.config.compose import check_command, compose_jobs
 
     config_name = args.config_name or HYDRA_MAIN["config_name"]
-    starts_jobs = not (args.cfg or args.info or args.shell_completion or args.hydra_help)
+    overrides = list(args.overrides)
     if args.hydra_help:  # hydra sets up its logging from the config even for its help
-        compose_all(args.config_dir, config_name, list(args.overrides), args.multirun)
+        compose_jobs(args.config_dir, config_name, overrides, args.multirun)
+    starts_jobs = not (args.cfg or args.info or args.shell_completion or args.hydra_help)
     if starts_jobs:
-        check_all(args.config_dir, config_name, list(args.overrides), args.multirun, print_banner)
+        check_command(args.config_dir, config_name, overrides, args.multirun, print_banner)
     if args.multirun or not starts_jobs:
         hydra_main(**HYDRA_MAIN)(run_job)()
         return
-    failures: list[Int8RunError] = []
+    errors: list[Int8RunError] = []
 
-    def single(config: Any) -> float | None:
-        # raised after hydra has gone: it prints a line of its own about every error that passes through it
+    def run_single_job(config: Any) -> float | None:
+        # raised after hydra has ended: it prints a line of its own for every error that passes through it
         try:
             return run_job(config)
         except Int8RunError as error:
-            failures.append(error)
+            errors.append(error)
             return None
 
-    hydra_main(**HYDRA_MAIN)(single)()
-    if failures:
-        raise failures[0]
+    hydra_main(**HYDRA_MAIN)(run_single_job)()
+    if errors:
+        raise errors[0]
 
 
 def print_banner(jobs: int, choices: dict[str, str]) -> None:
-    """The first line, before anything heavy is imported."""
+    """Print the first line, before anything heavy is imported.
+
+    Args:
+        jobs: number of jobs.
+        choices: group -> option; of a sweep the values given with commas.
+    """
     from rich import get_console
 
     from int8run import __version__
 
     task = choices.get("task", "run")
-    groups = ("model", "outlier", "backend", "lora", *(["clip"] if choices.get("clip") != "keep" else []))
-    words = " ".join(f"{group}={choices[group]}" for group in groups if group in choices)
-    many = f", {jobs} jobs" if jobs > 1 else ""
-    said = f": {words}" if task == "run" else ""
-    get_console().print(
-        f"[bold]int8run {__version__}[/bold] {task}{many}{said}", highlight=False, soft_wrap=True
-    )
+    line = f"[bold]int8run {__version__}[/bold] {task}"
+    if jobs > 1:
+        line += f", {jobs} jobs"
+    if task == "run":
+        groups = ["model", "outlier", "backend", "lora"]
+        if choices.get("clip") != "keep":
+            groups.append("clip")
+        line += ": " + " ".join(f"{group}={choices[group]}" for group in groups if group in choices)
+    get_console().print(line, highlight=False, soft_wrap=True)
 
 
 def run_job(config: Any) -> float | None:
-    """One job: the composed config becomes a RunSpec, and its task is executed. Launchers call this in other processes too."""
+    """Run one job. Launchers call this in other processes, too.
+
+    Args:
+        config: composed; becomes the RunSpec.
+
+    Returns:
+        The value of the job for a sweeper.
+    """
     from hydra.core.hydra_config import HydraConfig
 
-    from int8run.config.compose import to_spec
+    from int8run.config.compose import create_run_spec
     from int8run.jobs.execute import execute_job
     from int8run.jobs.job import make_job
 
+    # again, because a worker's process begins here
     quiet_libraries()
-    logging.raiseExceptions = bool(
-        os.environ.get("INT8RUN_DEBUG")
-    )  # of a full disk, the log file is no news; workers begin here
-    hydra = HydraConfig.get()
-    about = make_job(config, hydra, Path(hydra.runtime.output_dir))
-    if about.sweep:
+    logging.raiseExceptions = bool(os.environ.get("INT8RUN_DEBUG"))
+    hydra_config = HydraConfig.get()
+    job = make_job(config, hydra_config, Path(hydra_config.runtime.output_dir))
+    if job.sweep is not None:
         quiet_console()
-    spec = to_spec(config)
-    return execute_job(spec, about)
+    spec = create_run_spec(config)
+    return execute_job(spec, job)
 
 
 def quiet_console() -> None:
-    """A sweep's job writes to its log file alone: the parent says how each ended, and at the end each warning once."""
+    """Let a sweep's job log to its file alone.
+
+    The parent prints how each job ended, and at the end each warning once.
+    """
     from rich.logging import RichHandler
 
     for handler in logging.getLogger().handlers:

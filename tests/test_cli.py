@@ -334,7 +334,7 @@ def test_a_hub_error_is_one_line(command, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     outcome = command("tracker=none", "model.location=nobody/nothing", "device=cpu")
-    words = r"model\.location=nobody/nothing is not on this machine and could not be fetched .*; set model\.location to a folder that you have"
+    words = r"model\.location=nobody/nothing is not on this machine and could not be downloaded .*; set model\.location to a folder that you have"
     assert_one_line(outcome, 3, words)
 
 
