@@ -1,4 +1,9 @@
-"""The header of a safetensors file: what is in it, before any tensor is read."""
+"""The header of a safetensors file: what the file holds, before any tensor is read.
+
+A file is 8 bytes with the length of the header, the header as JSON, and the bytes of the tensors without gaps
+(https://huggingface.co/docs/safetensors). `reader.py` reads checkpoints by it, `lora` and
+`tasks/inspect_file.py` ask it for metadata. Nothing here knows what a tensor is for.
+"""
 
 import json
 from math import prod
@@ -9,53 +14,89 @@ from int8run.errors import FileError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-# the format's word -> bits of a number, and torch's word for it
+
+
+class StoredDtype(NamedTuple):
+    """A dtype of the format."""
+
+    bits: int  # of one number
+    torch_name: str  # empty: torch has no such dtype
+
+
+# safetensors' name of a dtype -> what it is
 DTYPES = {
-    "F64": (64, "float64"),
-    "F32": (32, "float32"),
-    "F16": (16, "float16"),
-    "BF16": (16, "bfloat16"),
-    "I64": (64, "int64"),
-    "I32": (32, "int32"),
-    "I16": (16, "int16"),
-    "I8": (8, "int8"),
-    "U64": (64, "uint64"),
-    "U32": (32, "uint32"),
-    "U16": (16, "uint16"),
-    "U8": (8, "uint8"),
-    "BOOL": (8, "bool"),
-    "C64": (64, "complex64"),
-    "F8_E4M3": (8, "float8_e4m3fn"),
-    "F8_E5M2": (8, "float8_e5m2"),
-    "F8_E8M0": (8, "float8_e8m0fnu"),
-    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
-    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
-    "F6_E2M3": (6, ""),
-    "F6_E3M2": (6, ""),
-    "F4": (4, ""),
+    "F64": StoredDtype(64, "float64"),
+    "F32": StoredDtype(32, "float32"),
+    "F16": StoredDtype(16, "float16"),
+    "BF16": StoredDtype(16, "bfloat16"),
+    "I64": StoredDtype(64, "int64"),
+    "I32": StoredDtype(32, "int32"),
+    "I16": StoredDtype(16, "int16"),
+    "I8": StoredDtype(8, "int8"),
+    "U64": StoredDtype(64, "uint64"),
+    "U32": StoredDtype(32, "uint32"),
+    "U16": StoredDtype(16, "uint16"),
+    "U8": StoredDtype(8, "uint8"),
+    "BOOL": StoredDtype(8, "bool"),
+    "C64": StoredDtype(64, "complex64"),
+    "F8_E4M3": StoredDtype(8, "float8_e4m3fn"),
+    "F8_E5M2": StoredDtype(8, "float8_e5m2"),
+    "F8_E8M0": StoredDtype(8, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": StoredDtype(8, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": StoredDtype(8, "float8_e5m2fnuz"),
+    "F6_E2M3": StoredDtype(6, ""),
+    "F6_E3M2": StoredDtype(6, ""),
+    "F4": StoredDtype(4, ""),
 }
 
 
 class Header(NamedTuple):
-    """What a safetensors file says of itself."""
+    """What a safetensors file says about itself."""
 
     entries: dict[str, dict[str, Any]]  # key -> dtype, shape, data_offsets
     metadata: dict[str, str]
-    start: int  # of the data, in bytes from the beginning of the file
+    data_start: int  # where the tensors begin, in bytes from the beginning of the file
 
 
 def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
-    """Tensor entries and metadata of a safetensors file; no tensor is read.
+    """Read tensor entries and metadata of a safetensors file; no tensor is read.
 
     Raises:
-        FileError: missing, pickled, truncated, not a safetensors file, or one whose entries do not describe its bytes.
+        FileError: missing, pickled, truncated, not a safetensors file, or one whose entries do not describe
+            its bytes.
     """
-    entries, metadata, _ = read_full_header(path)
-    return entries, metadata
+    header = read_full_header(path)
+    return header.entries, header.metadata
 
 
 def read_full_header(path: Path) -> Header:
-    """The same with the place where the data begins."""
+    """Read the same, and where the data begins. Raises the same."""
+    size, text = read_header_text(path)
+    found = parse_json(path, text)
+    metadata = found.pop("__metadata__", {}) if isinstance(found, dict) else {}
+    if not is_header(found, metadata):
+        raise FileError(
+            f"{path} is not a safetensors file: its header is not a JSON object of tensors with dtype, "
+            "shape and offsets"
+        )
+
+    data_start = 8 + len(text)
+    data_end = data_start + max((entry["data_offsets"][1] for entry in found.values()), default=0)
+    if size != data_end:
+        raise FileError(f"{path} is damaged: the header describes {data_end} bytes, the file has {size}")
+    check_entries(path, found)
+    return Header(found, metadata, data_start)
+
+
+def read_header_text(path: Path) -> tuple[int, bytes]:
+    """Read the header's JSON text from the beginning of a file.
+
+    Returns:
+        The size of the whole file in bytes, and the text.
+
+    Raises:
+        FileError: the file cannot be read, or its first bytes are not those of a safetensors file.
+    """
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise FileError(
             f"{path} is a pickled file, which can run code when opened; convert it to .safetensors first"
@@ -65,63 +106,52 @@ def read_full_header(path: Path) -> Header:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            first = file.read(8)
-            length = int.from_bytes(first, "little")
-            text = file.read(length) if 2 <= length <= min(MAX_HEADER_BYTES, size - 8) else b""
+            first_bytes = file.read(8)
+            length = int.from_bytes(first_bytes, "little")
+            is_possible = 2 <= length <= min(MAX_HEADER_BYTES, size - 8)
+            text = file.read(length) if is_possible else b""
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-    if first.startswith(b"GGUF"):
+
+    if first_bytes.startswith(b"GGUF"):
         raise FileError(
-            f"{path} is not a safetensors file but a GGUF file, which ComfyUI-GGUF, or diffusers with gguf can read and int8run cannot; "
-            "take the .safetensors checkpoint"
+            f"{path} is not a safetensors file but a GGUF file, which ComfyUI-GGUF, or diffusers with gguf "
+            "can read "
+            "and int8run cannot; take the .safetensors checkpoint"
         )
     if MAX_HEADER_BYTES < length <= size - 8:
         raise FileError(
-            f"{path} is not a safetensors file: its header would have {length} bytes, {MAX_HEADER_BYTES} are allowed"
+            f"{path} is not a safetensors file: its header would have {length} bytes, {MAX_HEADER_BYTES} "
+            "are allowed"
         )
     if not text:
         raise FileError(
-            f"{path} is not a safetensors file, or it is cut off: its first 8 bytes give no possible header length"
+            f"{path} is not a safetensors file, or it is cut off: its first 8 bytes give no possible header "
+            "length"
         )
-    header = parse_json(path, text)
-    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
-    if (
-        not isinstance(header, dict)
-        or not is_text_mapping(metadata)
-        or not all(is_entry(entry) for entry in header.values())
-    ):
-        raise FileError(
-            f"{path} is not a safetensors file: its header is no JSON object of tensors with dtype, shape and offsets"
-        )
-    start = 8 + length
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != start + end:
-        raise FileError(f"{path} is damaged: the header describes {start + end} bytes, the file has {size}")
-    check_entries(path, header)
-    return Header(header, metadata, start)
+    return size, text
 
 
 def parse_json(path: Path, text: bytes) -> Any:
-    """The header's JSON, without a key that stands twice: a reader would silently take one of the two."""
+    """Parse the header's JSON; a repeated key is an error: a reader would silently take one of the two."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(
-                key for number, (key, _) in enumerate(pairs) if key in (k for k, _ in pairs[:number])
-            )
-            raise FileError(f"{path} is damaged: its header has {twice!r} twice")
+    def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise FileError(f"{path} is damaged: its header has {key!r} twice")
+            found[key] = value
         return found
 
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=build_object)
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{path} is not a safetensors file: its header is no JSON ({error})") from error
+        raise FileError(f"{path} is not a safetensors file: its header is not JSON ({error})") from error
 
 
 def check_entries(path: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Refuse entries that do not cover the data one after the other, or whose size is not that of their shape."""
-    before, end = "the header", 0
+    """Raise FileError for entries that leave gaps in the data, or whose size is not that of their shape."""
+    previous, end = "the header", 0
     for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]
         if start > stop:
@@ -130,45 +160,54 @@ def check_entries(path: Path, entries: dict[str, dict[str, Any]]) -> None:
             )
         if start < end:
             raise FileError(
-                f"{path} is damaged: {key} begins at byte {start} of the data, inside of {before}, which ends at {end}"
+                f"{path} is damaged: {key} begins at byte {start} of the data, inside of {previous}, which "
+                f"ends at {end}"
             )
         if start > end:
             raise FileError(
-                f"{path} is damaged: bytes {end} to {start} of the data, between {before} and {key}, belong to no tensor"
+                f"{path} is damaged: bytes {end} to {start} of the data, between {previous} and {key}, "
+                "belong to no tensor"
             )
-        before, end = key, stop
-        if entry["dtype"] not in DTYPES:
-            raise FileError(
-                f"{path} is damaged: {key} has the dtype {entry['dtype']!r}; the format has {', '.join(DTYPES)}"
-            )
-        if not all(is_size(n) for n in entry["shape"]):
-            raise FileError(
-                f"{path} is damaged: {key} has the shape {str(entry['shape'])[:80]}; a shape is of whole numbers from 0"
-            )
-        bits = DTYPES[entry["dtype"]][0] * prod(entry["shape"])
-        if bits != 8 * (stop - start):
-            raise FileError(
-                f"{path} is damaged: {key} has {stop - start} bytes, {entry['dtype']} {entry['shape']} takes {bits / 8:g}"
-            )
+        check_size(path, key, entry)
+        previous, end = key, stop
 
 
-def is_text_mapping(metadata: object) -> bool:
-    """Whether metadata is a mapping of text to text, as the format asks for."""
-    return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+def check_size(path: Path, key: str, entry: dict[str, Any]) -> None:
+    """Raise FileError for an unknown dtype, an impossible shape, or a size that does not fit both."""
+    dtype, shape = entry["dtype"], entry["shape"]
+    if dtype not in DTYPES:
+        raise FileError(
+            f"{path} is damaged: {key} has the dtype {dtype!r}; the format has {', '.join(DTYPES)}"
+        )
+    if not all(is_size(size) for size in shape):
+        raise FileError(
+            f"{path} is damaged: {key} has the shape {str(shape)[:80]}; a shape is of whole numbers from 0"
+        )
+    start, stop = entry["data_offsets"]
+    bits = DTYPES[dtype].bits * prod(shape)
+    if bits != 8 * (stop - start):
+        raise FileError(
+            f"{path} is damaged: {key} has {stop - start} bytes, {dtype} {shape} takes {bits / 8:g}"
+        )
+
+
+def is_header(found: object, metadata: object) -> bool:
+    """Whether parsed JSON is a header: metadata of text, and an entry for each tensor."""
+    if not isinstance(found, dict) or not isinstance(metadata, dict):
+        return False
+    return all(isinstance(text, str) for text in metadata.values()) and all(map(is_entry, found.values()))
 
 
 def is_entry(entry: object) -> bool:
     """Whether a header entry has what the format asks for."""
-    if (
-        not isinstance(entry, dict)
-        or not isinstance(entry.get("dtype"), str)
-        or not isinstance(entry.get("shape"), list)
-    ):
+    if not isinstance(entry, dict):
+        return False
+    if not isinstance(entry.get("dtype"), str) or not isinstance(entry.get("shape"), list):
         return False
     offsets = entry.get("data_offsets")
     return isinstance(offsets, list) and len(offsets) == 2 and all(is_size(offset) for offset in offsets)
 
 
 def is_size(number: object) -> bool:
-    """Whether it is a whole number that the format can hold (`true` is none)."""
+    """Whether this is a whole number that the format can hold; `True`, an int in Python, is not."""
     return type(number) is int and 0 <= number < 2**63

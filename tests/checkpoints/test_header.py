@@ -37,7 +37,7 @@ def test_a_header_is_read_as_it_is(tmp_path: Path) -> None:
     path = write(tmp_path, {"__metadata__": {"format": "pt"}, **GOOD})
     found = read_full_header(path)
     assert (found.entries, found.metadata) == (GOOD, {"format": "pt"}) == read_header(path)
-    assert found.start == path.stat().st_size - 8
+    assert found.data_start == path.stat().st_size - 8
 
 
 ALLOWED = {
@@ -137,13 +137,14 @@ STRANGE = {
 def test_a_header_of_something_else_is_refused(header: Any, tmp_path: Path) -> None:
     with pytest.raises(
         FileError,
-        match=r"is not a safetensors file: its header is no JSON object of tensors with dtype, shape and offsets",
+        match=r"is not a safetensors file: its header is not a JSON object of tensors with dtype, shape and "
+        r"offsets",
     ):
         read_header(write(tmp_path, header))
 
 
 FILES = {
-    "no json": (lambda folder: write(folder, b"{nothing"), "its header is no JSON"),
+    "no json": (lambda folder: write(folder, b"{nothing"), "its header is not JSON"),
     "longer than the file": (
         lambda folder: write(folder, GOOD, length=10**6),
         "or it is cut off: its first 8 bytes give no possible",
@@ -151,7 +152,8 @@ FILES = {
     "cut in its length": (lambda folder: write(folder, b"", b"", 0), "or it is cut off"),
     "gguf": (
         lambda folder: write(folder, GOOD, length=int.from_bytes(b"GGUF\3", "little")),
-        "but a GGUF file, which ComfyUI-GGUF, or diffusers with gguf can read and int8run cannot; take the .safetensors",
+        "but a GGUF file, which ComfyUI-GGUF, or diffusers with gguf can read and int8run cannot; take the "
+        ".safetensors",
     ),
 }
 
@@ -174,11 +176,15 @@ def test_a_header_above_the_formats_limit_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_dtype_has_the_size_that_torch_and_the_library_give_it(tmp_path: Path) -> None:
-    known = {word: getattr(torch, name) for word, (_, name) in DTYPES.items() if hasattr(torch, name)}
+    known = {
+        name: getattr(torch, dtype.torch_name)
+        for name, dtype in DTYPES.items()
+        if hasattr(torch, dtype.torch_name)
+    }
     assert len(known) >= 17
     path = tmp_path / "m.safetensors"
     for word, dtype in known.items():
-        assert dtype.itemsize * 8 == DTYPES[word][0]
+        assert dtype.itemsize * 8 == DTYPES[word].bits
     tensors = {word: torch.zeros(3, dtype=dtype) for word, dtype in known.items() if "FNUZ" not in word}
     save_file(tensors, path)
     assert {key: found["dtype"] for key, found in read_header(path)[0].items()} == {

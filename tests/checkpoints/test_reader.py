@@ -1,4 +1,4 @@
-"""Tensors of one file or of many: every byte as the library reads it, by rows, and sets of files that do not fit are refused."""
+"""Tensors of one file or of many, read whole or by rows; sets of files that do not fit are refused."""
 
 import json
 import os
@@ -65,7 +65,8 @@ def is_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return set(found) == set(expected) and all(same(found[key], expected[key]) for key in expected)
 
 
-# -- one file -----------------------------------------------------------------------------------------------------------
+# -- one file
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_dtype_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_a_system_without_preadv_reads_the_same(tmp_path: Path, monkeypatch: pyt
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     monkeypatch.setattr(module, "MAX_READ_BYTES", 7)
     assert is_same(everything(path), load_file(path))
-    TensorFiles.open(path).drop("a")
+    TensorFiles.open(path).drop_from_page_cache("a")
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no posix_fadvise")
@@ -147,8 +148,8 @@ def test_pages_are_dropped_behind_a_reader(tmp_path: Path, monkeypatch: pytest.M
     calls: list[tuple[int, ...]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, *rest: calls.append(rest))
     files = TensorFiles.open(saved(tmp_path / "m.safetensors", TENSORS))
-    files.drop("a", slice(1, 3))
-    files.drop("z")  # a length of 0 would mean the rest of the file
+    files.drop_from_page_cache("a", slice(1, 3))
+    files.drop_from_page_cache("z")  # a length of 0 would mean the rest of the file
     assert calls == [(files["a"].start + 12, 24, os.POSIX_FADV_DONTNEED)]
 
 
@@ -183,15 +184,16 @@ def test_a_file_that_is_gone_or_cannot_be_read_is_said(
 
 def test_files_are_opened_late_and_closed(tmp_path: Path) -> None:
     files = TensorFiles.open(saved(tmp_path / "m.safetensors", TENSORS))
-    assert not files.handles
+    assert not files.open_files
     with files:
         files.read("a")
-        (handle,) = files.handles.values()
-    assert handle.closed and not files.handles
+        (handle,) = files.open_files.values()
+    assert handle.closed and not files.open_files
     assert same(files.read("a"), TENSORS["a"]), "it is opened again"
 
 
-# -- many files ---------------------------------------------------------------------------------------------------------
+# -- many files
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["", "m.safetensors.index.json"])
@@ -204,7 +206,7 @@ def test_shards_are_one_checkpoint(name: str, tmp_path: Path) -> None:
         "m-00002-of-00002.safetensors",
     ]
     assert files.metadata == {"format": "pt", "part": "m-00001-of-00002.safetensors"}
-    assert [m["part"] for m in files.metadata_of.values()] == [file.name for file in files.files]
+    assert [m["part"] for m in files.metadata_by_file.values()] == [file.name for file in files.files]
 
 
 def test_shards_without_an_index_are_one_checkpoint(tmp_path: Path) -> None:
@@ -281,11 +283,14 @@ WRONG_INDEX = {
     ),
     "a shard elsewhere": (
         lambda m: m.update(x="../m.safetensors"),
-        r"the shard '../m.safetensors' is no .safetensors file beside it",
+        r"the shard '../m.safetensors' is not a .safetensors file beside it",
     ),
-    "a pickled shard": (lambda m: m.update(x="m.bin"), "the shard 'm.bin' is no .safetensors file beside it"),
-    "a number": (lambda m: m.update(x=5), "is no index of shards: it has no `weight_map`"),
-    "nothing": (lambda m: m.clear(), "is no index of shards: it has no `weight_map`"),
+    "a pickled shard": (
+        lambda m: m.update(x="m.bin"),
+        "the shard 'm.bin' is not a .safetensors file beside it",
+    ),
+    "a number": (lambda m: m.update(x=5), "is not an index of shards: it has no `weight_map`"),
+    "nothing": (lambda m: m.clear(), "is not an index of shards: it has no `weight_map`"),
 }
 
 
@@ -300,7 +305,7 @@ def test_an_index_that_does_not_fit_is_refused(change: Any, words: str, tmp_path
 @pytest.mark.parametrize("text", ["{", "[]", "5", '{"weight_map": []}', "[" * 100_000])
 def test_an_index_of_something_else_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "m.safetensors.index.json").write_text(text)
-    with pytest.raises(FileError, match=r"m.safetensors.index.json is no index of shards"):
+    with pytest.raises(FileError, match=r"m.safetensors.index.json is not an index of shards"):
         TensorFiles.open(tmp_path)
 
 
@@ -320,7 +325,8 @@ def test_a_place_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(
         FileError,
-        match=r"holds no safetensors file; name the folder of one component in it, such as `transformer`, `unet` or `text_encoder`",
+        match=r"holds no safetensors file; name the folder of one component in it, such as `transformer`, "
+        r"`unet` or `text_encoder`",
     ):
         TensorFiles.open(tmp_path)
     for name in ("absent.safetensors", "absent.safetensors.index.json", "m-00001-of-00002.safetensors"):
