@@ -1,24 +1,26 @@
-"""Which denoiser a file holds, by the names in it: the fingerprints of `conf/model_type`."""
+"""Detects which denoiser a file holds by the names in it, with the fingerprints of `conf/model_type`.
 
-import fnmatch
-import re
-from collections.abc import Collection, Iterable, Mapping
+Called for single files, whose names are all that tells what they are. No weight is read.
+"""
+
+from collections.abc import Iterable, Mapping
 
 from int8run.errors import ConfigError
-from int8run.models.family import Fingerprint, ModelFamily
+from int8run.models.family import ModelFamily
 from int8run.models.state_dict_adapter import Shape, find_targets
 
 
 def detect_denoiser(
     keys: Iterable[str], families: Iterable[ModelFamily], shapes: Mapping[str, Shape] | None = None
 ) -> tuple[ModelFamily, str] | None:
-    """The family of a file's denoiser and its class in diffusers; None where no fingerprint matches.
+    """Return the family of a file's denoiser and its class in diffusers; None where no fingerprint matches.
 
     Args:
-        keys: of the file, without prefix (`layout.denoiser_keys`), named as in diffusers or as by the model's authors.
+        keys: of the file, without prefix (`find_denoiser_keys`), named as in diffusers or by the model's
+            authors.
         families: to choose from.
-        shapes: logical shapes of the tensors. With them a family whose layers read other widths is left out (`ModelFamily.inputs`):
-            Stable Diffusion 1 and 2 differ in nothing else.
+        shapes: logical shapes of the tensors. With them a family whose layers read other widths is left out
+            (`ModelFamily.inputs`): Stable Diffusion 1 and 2 differ in nothing else.
 
     Raises:
         ConfigError: when more than one denoiser matches.
@@ -26,38 +28,38 @@ def detect_denoiser(
     keys = set(keys)
     found: dict[tuple[str, str], ModelFamily] = {}
     for family in families:
-        for mark in family.fingerprints:
-            if not matches(mark, keys):
-                continue
-            if shapes is None or family.find_input_mismatch(read_input_widths(shapes, mark.denoiser)) is None:
-                found[family.name, mark.denoiser] = family
+        for fingerprint in family.fingerprints:
+            class_name = fingerprint.denoiser
+            if fingerprint.matches(keys) and has_family_widths(family, class_name, shapes):
+                found[family.name, class_name] = family
     if len(found) > 1:
-        words = " or ".join(f"{name} ({denoiser})" for name, denoiser in found)
-        choices = " or ".join(f"model_type={name}" for name in dict.fromkeys(name for name, _ in found))
-        raise ConfigError(f"the names in the file are those of {words}; say which it is with {choices}")
-    return next(((family, denoiser) for (_, denoiser), family in found.items()), None)
+        denoisers = " or ".join(f"{name} ({class_name})" for name, class_name in found)
+        names = dict.fromkeys(name for name, _ in found)
+        choices = " or ".join(f"model_type={name}" for name in names)
+        raise ConfigError(f"the names in the file are those of {denoisers}; say which it is with {choices}")
+    for (_, class_name), family in found.items():
+        return family, class_name
+    return None
 
 
-def matches(mark: Fingerprint, keys: Collection[str]) -> bool:
-    """Whether all of a fingerprint's patterns are among the keys and none of those that must not be."""
-    return all(has_match(pattern, keys) for pattern in mark.all) and not any(
-        has_match(pattern, keys) for pattern in mark.none
-    )
+def has_family_widths(family: ModelFamily, class_name: str, shapes: Mapping[str, Shape] | None) -> bool:
+    """Return whether the layers of a file read the widths of a family; without shapes nothing is compared."""
+    if shapes is None:
+        return True
+    return family.find_input_mismatch(read_input_widths(shapes, class_name)) is None
 
 
-def has_match(pattern: str, keys: Collection[str]) -> bool:
-    """Whether a key matches an fnmatch pattern."""
-    if not re.search(r"[*?[]", pattern):
-        return pattern in keys
-    fits = re.compile(fnmatch.translate(pattern)).match
-    return any(fits(key) for key in keys)
+def read_input_widths(shapes: Mapping[str, Shape], class_name: str) -> dict[str, int]:
+    """Return how many inputs the Linears of a file have, by their names in the model.
 
-
-def read_input_widths(shapes: Mapping[str, Shape], denoiser: str) -> dict[str, int]:
-    """How many inputs the layers of a file have, by their names in the model."""
-    weights = {key: shape[1] for key, shape in shapes.items() if len(shape) == 2 and key.endswith(".weight")}
-    return {
-        name.removesuffix(".weight"): weights[key]
-        for key, names in find_targets(weights, denoiser).items()
-        for name in names
-    }
+    Args:
+        shapes: of the file's tensors, by their keys without prefix.
+        class_name: the denoiser's class in diffusers.
+    """
+    # weights of Linears: [N, K]
+    widths = {key: shape[1] for key, shape in shapes.items() if len(shape) == 2 and key.endswith(".weight")}
+    by_layer: dict[str, int] = {}
+    for key, names in find_targets(widths, class_name).items():
+        for name in names:
+            by_layer[name.removesuffix(".weight")] = widths[key]
+    return by_layer

@@ -1,4 +1,8 @@
-"""What is known about a model: facts about an architecture family and about one checkpoint, both from YAML."""
+"""What is known about a model: facts about its architecture family and about one checkpoint, both from YAML.
+
+A family decides which layers stay float, which share an input, and how its files are recognized. All of it is
+data of `conf/model_type` and `conf/model`; no code outside asks for the name of a family. No weights here.
+"""
 
 import fnmatch
 import functools
@@ -11,15 +15,23 @@ from typing import Any
 import yaml
 
 from int8run.errors import ConfigError, check_choice, suggest_similar
+from int8run.models.fingerprint import Fingerprint
 from int8run.models.sampling import Sampling
 
 log = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
+MIXED_PRECISION = ("none", "auto")
+FAMILY_FOLDER = Path(__file__).parents[1] / "conf" / "model_type"
 
 
 @dataclass(frozen=True)
 class IgnoreRule:
-    """Linears that stay float: fnmatch pattern on the module name, and the reason that `layers.csv` shows."""
+    """Linears that stay float.
+
+    Args:
+        pattern: fnmatch pattern of module names.
+        reason: why, as `layers.csv` shows it.
+    """
 
     pattern: str
     reason: str
@@ -27,7 +39,9 @@ class IgnoreRule:
 
 @dataclass(frozen=True)
 class DeferredGelu:
-    """A GELU (tanh) that the quantization of the next layer can compute on the way; names are relative to a block.
+    """A GELU (tanh) that can be computed together with the quantization of the next layer's input.
+
+    Names are relative to a block.
 
     Args:
         activation: the module that computes it.
@@ -40,25 +54,7 @@ class DeferredGelu:
     into: str
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """How the weights of a denoiser are known by their names in a file, without the prefix that a file may put before all of them.
-
-    Args:
-        denoiser: the diffusers class that such weights belong to.
-        all: fnmatch patterns; each matches some key.
-        none: fnmatch patterns; none matches any key.
-    """
-
-    denoiser: str
-    all: Sequence[str]
-    none: Sequence[str] = ()
-
-
-MIXED_PRECISION = ("none", "auto")
-# the files that say what is known about each family
-FAMILY_FOLDER = Path(__file__).parents[1] / "conf" / "model_type"
-# fields of a family that are rows of a table, and what a row is
+# fields of a family that are lists of these; YAML has their items as mappings
 ITEM_TYPES: Mapping[str, type] = {
     "ignore": IgnoreRule,
     "deferred_gelu": DeferredGelu,
@@ -68,21 +64,23 @@ ITEM_TYPES: Mapping[str, type] = {
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """One architecture family. The rows of its tables may be given as mappings, as YAML has them.
+    """One architecture family. Items of its lists may be given as mappings, as YAML has them.
 
     Args:
-        name: the word used for it everywhere.
+        name: as in `model_type=`.
         denoisers: diffusers classes of the denoiser that belong to the family.
-        mixed_precision: `none`: the layers of `ignore` stay float; `auto`: and the most sensitive ones, until `quality_db` is met.
+        mixed_precision: `none`: the layers of `ignore` stay float; `auto`: and the most sensitive ones, until
+            `quality_db` is met.
         ignore: rules for Linears that stay float; the first that matches counts.
-        same_input: groups of Linears, relative to a block, that read the same tensor: it is quantized once for all.
-        deferred_gelu: activations that move into the quantization of the next layer.
-        inputs: in_features of Linears by fnmatch pattern, where families share a class: each pattern matches some Linear, and all
-            that it matches are this wide.
+        same_input: groups of Linears, relative to a block, that read the same tensor: it is quantized once
+            for all of them.
+        deferred_gelu: activations that move into the quantization of the next layer's input.
+        inputs: in_features of Linears by fnmatch pattern, where families share a class: each pattern matches
+            some Linear, and all that it matches are this wide.
         fingerprints: files whose weights belong to the family.
         blocks: names of the lists of repeated blocks.
-        lora_prefixes: words before the layer names in LoRA files made for it.
-        hardware: the smallest that it makes sense on, in one sentence.
+        lora_prefixes: what LoRA files for it put before the layer names.
+        hardware: the smallest that it is useful on, in one sentence.
     """
 
     name: str
@@ -99,18 +97,23 @@ class ModelFamily:
 
     def __post_init__(self) -> None:
         check_choice("model_type.mixed_precision", self.mixed_precision, MIXED_PRECISION)
-        for name, kind in ITEM_TYPES.items():
-            rows = [
-                parse_item(kind, row, f"model_type.{name}.{i}") for i, row in enumerate(getattr(self, name))
-            ]
-            object.__setattr__(self, name, tuple(rows))  # the class is frozen
+        for name, item_type in ITEM_TYPES.items():
+            items = parse_items(item_type, getattr(self, name), f"model_type.{name}")
+            object.__setattr__(self, name, items)  # the class is frozen
 
     def find_skip_reason(self, layer: str) -> str | None:
-        """The reason why a Linear stays float, or None when it becomes INT8."""
-        return next((rule.reason for rule in self.ignore if fnmatch.fnmatchcase(layer, rule.pattern)), None)
+        """Return the reason why a Linear stays float, or None when it becomes INT8."""
+        for rule in self.ignore:
+            if fnmatch.fnmatchcase(layer, rule.pattern):
+                return rule.reason
+        return None
 
     def find_input_mismatch(self, linears: Mapping[str, int]) -> str | None:
-        """What speaks against the family in the widths of a denoiser's Linears (name -> in_features), or None where they fit."""
+        """Return how a denoiser's layers differ from `inputs`; None where they agree.
+
+        Args:
+            linears: in_features of the denoiser's Linears by name.
+        """
         for pattern, width in self.inputs.items():
             found = {linears[name] for name in linears if fnmatch.fnmatchcase(name, pattern)}
             if found != {width}:
@@ -121,59 +124,81 @@ class ModelFamily:
     def resolve_family(
         self, denoiser: str, blocks: Sequence[str], linears: Mapping[str, int]
     ) -> "ModelFamily":
-        """The family to use for a denoiser class. A named family is taken at its word, but a mismatch is said."""
+        """Return this family: it was named, so it is used for any denoiser. A mismatch gives a warning.
+
+        Args:
+            denoiser: the denoiser's class in diffusers.
+            blocks: as for `AutoFamily.resolve_family`.
+            linears: in_features of the denoiser's Linears by name.
+        """
         if self.denoisers and denoiser not in self.denoisers:
-            log.warning(
-                "model_type=%s is for %s, the denoiser is a %s", self.name, "/".join(self.denoisers), denoiser
-            )
-        elif wrong := self.find_input_mismatch(linears):
-            log.warning("model_type=%s does not fit this %s: %s", self.name, denoiser, wrong)
+            known = "/".join(self.denoisers)
+            log.warning("model_type=%s is for %s, the denoiser is a %s", self.name, known, denoiser)
+        elif mismatch := self.find_input_mismatch(linears):
+            log.warning("model_type=%s does not fit this %s: %s", self.name, denoiser, mismatch)
         return self
 
 
-def parse_item(kind: type, row: Any, where: str) -> Any:
-    """A row of a family's table: one that is made already, or the mapping that YAML has.
+def parse_items(item_type: type, items: Iterable[Any], where: str) -> tuple[Any, ...]:
+    """Return the items of a list of settings as objects.
+
+    Args:
+        item_type: the dataclass of one.
+        items: objects of this class, or mappings of its fields, as YAML has them.
+        where: the setting, for messages.
 
     Raises:
-        ConfigError: for a key that such a row does not have, or one that is missing.
+        ConfigError: as `parse_item`.
     """
-    if isinstance(row, kind):
-        return row
-    known = [f.name for f in fields(kind)]
-    if not isinstance(row, Mapping):
-        raise ConfigError(f"{where} is {row!r}; it takes {', '.join(known)}")
-    for key in row:
+    return tuple(parse_item(item_type, item, f"{where}.{i}") for i, item in enumerate(items))
+
+
+def parse_item(item_type: type, item: Any, where: str) -> Any:
+    """Return one item of a list of settings as an object.
+
+    Raises:
+        ConfigError: for a key that such an item does not have, or one that is missing.
+    """
+    if isinstance(item, item_type):
+        return item
+    known = [f.name for f in fields(item_type)]
+    if not isinstance(item, Mapping):
+        raise ConfigError(f"{where} is {item!r}; it takes {', '.join(known)}")
+    for key in item:
         if key not in known:
+            suggestion = suggest_similar(str(key), known)
             raise ConfigError(
-                f"no setting called '{where}.{key}'; {suggest_similar(str(key), known)}choose from {', '.join(known)}"
+                f"no setting called '{where}.{key}'; {suggestion}choose from {', '.join(known)}"
             )
     try:
-        return kind(**row)
+        return item_type(**item)
     except TypeError as error:
-        raise ConfigError(f"{where} is {dict(row)}; it needs {', '.join(known)}") from error
+        raise ConfigError(f"{where} is {dict(item)}; it needs {', '.join(known)}") from error
 
 
 @functools.cache
 def load_families() -> Mapping[str, ModelFamily]:
-    """The families of `conf/model_type` that name what belongs to them, by name. Read when a job needs them, not by every one."""
-    found = {
-        file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))
-        for file in sorted(FAMILY_FOLDER.glob("*.yaml"))
-    }
-    return {
-        name: ModelFamily(**{key: value for key, value in family.items() if key != "_target_"})
-        for name, family in found.items()
-        if family.get("denoisers") or family.get("fingerprints")
-    }
+    """Return the families of `conf/model_type` by name; read only by jobs that need them.
+
+    Left out are the files that name neither denoisers nor fingerprints, such as `none`.
+    """
+    families: dict[str, ModelFamily] = {}
+    for file in sorted(FAMILY_FOLDER.glob("*.yaml")):
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if settings.get("denoisers") or settings.get("fingerprints"):
+            settings.pop("_target_", None)
+            families[file.stem] = ModelFamily(**settings)
+    return families
 
 
 @dataclass(frozen=True)
 class AutoFamily:
-    """Decides by the denoiser's class and the inputs that a family names.
+    """Chooses a family by the denoiser's class and the widths of its layers; `model_type=auto`.
 
-    For an unknown one only Linears inside the repeated blocks become INT8.
+    Of a denoiser that no family describes, only Linears inside the repeated blocks become INT8.
 
     Args:
+        mixed_precision: as for `ModelFamily`; given to the family that is chosen.
         families: to choose from; None: all that ship.
     """
 
@@ -185,10 +210,11 @@ class AutoFamily:
         check_choice("model_type.mixed_precision", self.mixed_precision, MIXED_PRECISION)
 
     def resolve_family(self, denoiser: str, blocks: Sequence[str], linears: Mapping[str, int]) -> ModelFamily:
-        """The family of a denoiser, else the conservative rule with a warning.
+        """Return the family of a denoiser; for an unknown one the conservative rule, with a warning.
 
         Args:
-            blocks: names of the repeated block lists, with `.` at the end of each block's own prefix, in model order.
+            denoiser: the denoiser's class in diffusers.
+            blocks: prefixes of the repeated blocks (`transformer_blocks.0.`), in model order.
             linears: in_features of the denoiser's Linears by name.
         """
         families = load_families() if self.families is None else self.families
@@ -196,8 +222,9 @@ class AutoFamily:
             if denoiser in family.denoisers and family.find_input_mismatch(linears) is None:
                 return replace(family, mixed_precision=self.mixed_precision)
         log.warning(
-            "model_type=auto does not know %s; only Linears inside its repeated blocks become INT8, the first and the last "
-            "block stay float. Name one with model_type= (%s) or write one: docs in conf/model_type/",
+            "model_type=auto does not know %s; only Linears inside its repeated blocks become INT8, "
+            "the first and the last block stay float. Name one with model_type= (%s) or write one: "
+            "docs in conf/model_type/",
             denoiser,
             ", ".join(sorted(families)),
         )
@@ -205,26 +232,28 @@ class AutoFamily:
 
 
 def build_conservative_family(blocks: Sequence[str], linears: Iterable[str]) -> ModelFamily:
-    """The rule for a denoiser that nobody described: its repeated blocks but the very first and the very last, nothing else."""
+    """Return a family for a denoiser that nobody described.
+
+    Its repeated blocks become INT8, but the very first and the very last; everything else stays float.
+    """
     middle = tuple(blocks[1:-1])
-    rules = [
-        IgnoreRule(n, "unknown architecture: outside the middle blocks")
-        for n in linears
-        if not n.startswith(middle)
-    ]
-    return ModelFamily(name="unknown", ignore=rules)
+    outside = [name for name in linears if not name.startswith(middle)]
+    ignore = [IgnoreRule(name, "unknown architecture: outside the middle blocks") for name in outside]
+    return ModelFamily(name="unknown", ignore=ignore)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """One checkpoint.
+    """One checkpoint; the settings behind `model=`.
 
     Args:
-        location: hub id, diffusers folder, `shipped:NAME` for a model inside this package, or a single .safetensors file with the
-            denoiser alone: a path, or `org/repo/path.safetensors` on the hub.
+        location: hub id, diffusers folder, `shipped:NAME` for a model inside this package, or a single
+            .safetensors file with the denoiser alone: a path, or `org/repo/path.safetensors` on the hub. Of a
+            pipeline with two denoisers a mapping from their components to one file each.
         lora_base: the key of this checkpoint in a LoRA stack's sources.
-        dtype: dtype of the float model.
         sampling: the checkpoint's own defaults.
+        revision: on the hub.
+        dtype: of the float model.
         base: hub id or diffusers folder of everything but the denoiser, when the location is a single file.
         parts: components that the repository lacks: by name, the class of transformers and where it is.
     """

@@ -1,7 +1,10 @@
-"""Find the weights of one denoiser, without diffusers: a program that only moves numbers has no use for its 150 MB."""
+"""Finds the weights of one denoiser: a file, a folder, or what a hub id names.
+
+It must work without diffusers: the tasks that only convert a checkpoint have no use for its 150 MB.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +12,21 @@ from typing import Any
 from int8run.errors import ConfigError, FileError, suggest_similar
 
 ASSETS_FOLDER = Path(__file__).parents[1] / "assets"
+SHIPPED_PREFIX = "shipped:"
 SAFETENSORS = ".safetensors"
-# of pipelines; a single name is the denoiser, of two each has its own part of the steps
+# of pipelines; a single one is the denoiser, of two each has its own part of the steps
 DENOISER_COMPONENTS = ("transformer", "transformer_2", "unet")
 CONFIG_NAME, MODEL_INDEX_NAME = "config.json", "model_index.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # as diffusers names weights in a folder
+# as diffusers names the weights in a folder
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 PICKLED_REASON = "a pickled file, which can run code when opened; convert it to .safetensors first"
-UNSUPPORTED_FORMATS = {".gguf": "a GGUF file; ComfyUI-GGUF and diffusers' GGUFQuantizationConfig read it"}
-UNSUPPORTED_FORMATS |= dict.fromkeys((".ckpt", ".pt", ".pth", ".bin"), PICKLED_REASON)
+UNSUPPORTED_FORMATS = {
+    ".gguf": "a GGUF file; ComfyUI-GGUF and diffusers' GGUFQuantizationConfig read it",
+    ".ckpt": PICKLED_REASON,
+    ".pt": PICKLED_REASON,
+    ".pth": PICKLED_REASON,
+    ".bin": PICKLED_REASON,
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class ResolvedWeights:
 
     Args:
         path: a .safetensors file, or a folder of them.
-        config: of the denoiser's class, where there is one: with weights from a diffusers folder.
+        config: of the denoiser's class; None where no diffusers config is beside the weights.
     """
 
     path: Path
@@ -33,61 +43,65 @@ class ResolvedWeights:
 
     @property
     def class_name(self) -> str | None:
-        """The diffusers class, where a config says so."""
+        """The diffusers class that the config names."""
         return None if self.config is None else self.config.get("_class_name")
 
 
 def resolve_weights(
     location: str, revision: str | None = None, component: str | None = None
 ) -> ResolvedWeights:
-    """Find a denoiser's weights here, or fetch them from the hub; nothing else of the model is fetched.
+    """Find a denoiser's weights here, or download them from the hub; nothing else of the model is downloaded.
 
     Args:
-        location: a .safetensors file, an index of shards, a folder of a denoiser or of a pipeline, `shipped:NAME`, a hub id, or a file on
-            the hub (`org/repository/file.safetensors`).
+        location: a .safetensors file, an index of shards, a folder of a denoiser or of a pipeline,
+            `shipped:NAME`, a hub id, or a file on the hub (`org/repository/file.safetensors`).
         revision: on the hub.
-        component: of a pipeline with several denoisers the one that is meant.
+        component: which denoiser of a pipeline with several.
 
     Raises:
         ConfigError: for a format that is not read, or a pipeline without that component.
-        FileError: when something is missing or cannot be fetched.
+        FileError: when something is missing or cannot be downloaded.
     """
     check_format(location)
-    shipped, path = location.startswith("shipped:"), to_local_path(location)
+    path = to_local_path(location)
     if path.is_dir():
         return resolve_in_folder(path, location, component)
     if path.is_file():
         return ResolvedWeights(path, read_denoiser_config(path.parent))
-    words = location.split("/")
-    if shipped or location.startswith((".", "/", "~")) or len(words) < 2:
+    path_on_hub = location.split("/")
+    if is_local(location) or len(path_on_hub) < 2:
         raise FileError(
-            f"{path.absolute()}: no such file or folder; set model.location to a checkpoint, or to its id on the hub"
+            f"{path.absolute()}: no such file or folder; "
+            "set model.location to a checkpoint, or to its id on the hub"
         )
-    return resolve_on_hub(words, revision, component)
+    return resolve_on_hub(path_on_hub, revision, component)
+
+
+def is_local(location: str) -> bool:
+    """Return whether a location can only be a path here, or a model inside this package."""
+    return location.startswith((SHIPPED_PREFIX, ".", "/", "~"))
 
 
 def to_local_path(location: str) -> Path:
-    """The path that a location names, if it names one here."""
-    return (
-        ASSETS_FOLDER / location.removeprefix("shipped:")
-        if location.startswith("shipped:")
-        else Path(location).expanduser()
-    )
+    """Return the path that a location names here; it need not exist."""
+    if location.startswith(SHIPPED_PREFIX):
+        return ASSETS_FOLDER / location.removeprefix(SHIPPED_PREFIX)
+    return Path(location).expanduser()
 
 
 def check_format(location: str) -> None:
-    """Refuse files that are not read, by the name of their format.
-
-    Raises:
-        ConfigError: with what reads them.
-    """
-    why = UNSUPPORTED_FORMATS.get(Path(location).suffix.lower())
-    if why is not None:
-        raise ConfigError(f"model.location={location} is {why}")
+    """Raise ConfigError for a file that is not read, by its suffix; the message says what reads it."""
+    reason = UNSUPPORTED_FORMATS.get(Path(location).suffix.lower())
+    if reason is not None:
+        raise ConfigError(f"model.location={location} is {reason}")
 
 
 def list_denoisers(index: Mapping[str, Any], location: str) -> list[str]:
-    """A pipeline's denoisers, in the order in which it uses them.
+    """Return a pipeline's denoisers by component name, in the order in which the pipeline uses them.
+
+    Args:
+        index: the pipeline's `model_index.json`.
+        location: of the pipeline, for messages.
 
     Raises:
         ConfigError: when it has none.
@@ -96,94 +110,126 @@ def list_denoisers(index: Mapping[str, Any], location: str) -> list[str]:
         name for name in DENOISER_COMPONENTS if isinstance(index.get(name), list) and None not in index[name]
     ]
     if not names:
-        parts = ", ".join(sorted(key for key in index if not key.startswith("_")))
+        components = ", ".join(sorted(key for key in index if not key.startswith("_")))
         raise ConfigError(
-            f"{index.get('_class_name')} in {location} has no denoiser: its components are {parts}; a denoiser is the module that is "
-            f"called once per step, in diffusers named {' or '.join(DENOISER_COMPONENTS)}"
+            f"{index.get('_class_name')} in {location} has no denoiser: its components are {components}; "
+            "a denoiser is the module that is called once per step, "
+            f"in diffusers named {' or '.join(DENOISER_COMPONENTS)}"
         )
     return names
 
 
 def resolve_in_folder(folder: Path, location: str, component: str | None) -> ResolvedWeights:
-    """A denoiser's own folder, or the one inside a pipeline's."""
-    if not (folder / MODEL_INDEX_NAME).is_file():
-        if component is not None:
-            raise ConfigError(
-                f"task.component={component} names a part of a pipeline, and {location} is a single denoiser; leave it out"
-            )
-        return ResolvedWeights(folder, read_denoiser_config(folder))
-    name = choose_component(read_json(folder / MODEL_INDEX_NAME), location, component)
-    return ResolvedWeights(folder / name, read_denoiser_config(folder / name))
+    """Find the weights in a denoiser's own folder, or in the folder of a pipeline.
+
+    Raises:
+        ConfigError: when the component is not in the pipeline, or the folder is no pipeline.
+    """
+    if (folder / MODEL_INDEX_NAME).is_file():
+        name = choose_component(read_json(folder / MODEL_INDEX_NAME), location, component)
+        return ResolvedWeights(folder / name, read_denoiser_config(folder / name))
+    if component is not None:
+        raise ConfigError(
+            f"task.component={component} names a part of a pipeline, and {location} is a single denoiser; "
+            "leave it out"
+        )
+    return ResolvedWeights(folder, read_denoiser_config(folder))
 
 
-def resolve_on_hub(words: list[str], revision: str | None, component: str | None) -> ResolvedWeights:
-    """One denoiser of a repository, or one of its files; kept in the hub's own cache."""
-    from huggingface_hub import hf_hub_download, snapshot_download
+def resolve_on_hub(
+    path_on_hub: Sequence[str], revision: str | None, component: str | None
+) -> ResolvedWeights:
+    """Download one file of a repository, or one denoiser of its pipeline, into the hub's own cache.
 
-    repository, location = "/".join(words[:2]), "/".join(words)
+    Args:
+        path_on_hub: organization, repository, and the path of a file if one is named.
+        revision: on the hub.
+        component: which denoiser of a pipeline with several.
+
+    Raises:
+        ConfigError: for a pipeline without that component.
+        FileError: when it cannot be downloaded.
+    """
+    from huggingface_hub import hf_hub_download
+
+    repository, file = "/".join(path_on_hub[:2]), "/".join(path_on_hub[2:])
+    location = "/".join(path_on_hub)
     try:
-        if len(words) > 2:
-            return ResolvedWeights(Path(hf_hub_download(repository, "/".join(words[2:]), revision=revision)))
-        name = choose_component(
-            read_json(Path(hf_hub_download(repository, MODEL_INDEX_NAME, revision=revision))),
-            location,
-            component,
-        )
-        wanted = [f"{name}/{CONFIG_NAME}", f"{name}/*{SAFETENSORS}", f"{name}/*{SAFETENSORS}.index.json"]
-        folder = Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=wanted,
-                ignore_patterns=["*.fp16.*", "*.non_ema.*"],
-            )
-        )
+        if file:
+            return ResolvedWeights(Path(hf_hub_download(repository, file, revision=revision)))
+        index = read_json(Path(hf_hub_download(repository, MODEL_INDEX_NAME, revision=revision)))
+        name = choose_component(index, location, component)
+        folder = download_component(repository, name, revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise FileError(
-            f"model.location={location} could not be fetched: {reason}; name a file or folder that you have"
+            f"model.location={location} could not be downloaded: {reason}; "
+            "name a file or folder that you have"
         ) from error
-    return ResolvedWeights(folder / name, read_denoiser_config(folder / name))
+    return ResolvedWeights(folder, read_denoiser_config(folder))
+
+
+def download_component(repository: str, name: str, revision: str | None) -> Path:
+    """Return the folder of one component of a pipeline, downloaded without its half-size and EMA variants."""
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(
+        repository,
+        revision=revision,
+        allow_patterns=[
+            f"{name}/{CONFIG_NAME}",
+            f"{name}/*{SAFETENSORS}",
+            f"{name}/*{SAFETENSORS}.index.json",
+        ],
+        ignore_patterns=["*.fp16.*", "*.non_ema.*"],
+    )
+    return Path(folder) / name
 
 
 def choose_component(index: Mapping[str, Any], location: str, component: str | None) -> str:
-    """The name of a pipeline's denoiser.
+    """Return the component name of a pipeline's denoiser.
+
+    Args:
+        index: the pipeline's `model_index.json`.
+        location: of the pipeline, for messages.
+        component: the one that was asked for; None: the only one.
 
     Raises:
-        ConfigError: when there is none, or several and none is named.
+        ConfigError: when there is none, or several and none was asked for.
     """
     names = list_denoisers(index, location)
-    if component is not None:
-        if component not in names:
-            listed = ", ".join(names) or "none"
-            raise ConfigError(
-                f"task.component={component} is no denoiser of {location}; {suggest_similar(component, names)}it has {listed}"
-            )
+    if component in names:
         return component
-    if len(names) == 1:
-        return names[0]
-    raise ConfigError(
-        f"{location} has {len(names)} denoisers; choose one: task.component={' or task.component='.join(names)}"
-    )
+    if component is not None:
+        raise ConfigError(
+            f"task.component={component} is not a denoiser of {location}; "
+            f"{suggest_similar(component, names)}it has {', '.join(names)}"
+        )
+    if len(names) > 1:
+        choices = " or ".join(f"task.component={name}" for name in names)
+        raise ConfigError(f"{location} has {len(names)} denoisers; choose one: {choices}")
+    return names[0]
 
 
 def read_denoiser_config(folder: Path) -> Mapping[str, Any] | None:
-    """The config of the weights in a folder, if it has one that names a class."""
+    """Return the config of the weights in a folder; None unless it has one that names a diffusers class."""
     file = folder / CONFIG_NAME
-    config = read_json(file) if file.is_file() else {}
+    if not file.is_file():
+        return None
+    config = read_json(file)
     return config if isinstance(config.get("_class_name"), str) else None
 
 
 def read_json(file: Path) -> Mapping[str, Any]:
-    """A JSON object.
+    """Return the JSON object of a file.
 
     Raises:
-        FileError: when it is none.
+        FileError: when it cannot be read, or holds something else.
     """
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise FileError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(found, dict):
-        raise FileError(f"{file} is no JSON object")
-    return found
+    if not isinstance(content, dict):
+        raise FileError(f"{file} is not a JSON object")
+    return content

@@ -1,4 +1,8 @@
-"""Where the parts of a model lie: a diffusers folder, or a folder with single files for the denoisers."""
+"""Finds the parts of a model: a diffusers folder, or a folder with single files for the denoisers.
+
+What a hub id names is downloaded, without pickled files. No weight is read here; the loader and the streaming
+of checkpoints do that.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,12 +24,11 @@ from int8run.models.resolve_weights import (
     SAFETENSORS,
     UNSUPPORTED_FORMATS,
     check_format,
+    is_local,
     list_denoisers,
     read_json,
     to_local_path,
 )
-
-ONLY = ""  # whose weights a single file has, before that is known
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,12 @@ class ResolvedDenoiser:
     weights: Path
 
     def build_skeleton(self, dtype: torch.dtype) -> nn.Module:
-        """The module with parameters that have shapes and no values; buffers that no checkpoint holds are there.
+        """Return the module with parameters that have shapes and no values (meta tensors).
+
+        Buffers that no checkpoint holds have their values.
+
+        Args:
+            dtype: of the parameters, but those that diffusers keeps in float32.
 
         Raises:
             FileError: when the class does not take the config.
@@ -59,24 +67,26 @@ class ResolvedDenoiser:
         except (TypeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise FileError(
-                f"the config of {self.component} does not fit {self.class_name}: {reason}; take the one of its checkpoint"
+                f"the config of {self.component} does not fit {self.class_name}: {reason}; "
+                "take the one of its checkpoint"
             ) from error
-        keep = getattr(cls, "_keep_in_fp32_modules", None) or ()  # diffusers' loader does the same
-        words = {keep} if isinstance(keep, str) else set(keep)
+        # diffusers' loader does the same
+        in_float32 = getattr(cls, "_keep_in_fp32_modules", None) or ()
+        in_float32 = {in_float32} if isinstance(in_float32, str) else set(in_float32)
         for name, parameter in model.named_parameters():
-            if not words & set(name.split(".")):
+            if not in_float32 & set(name.split(".")):
                 parameter.data = parameter.data.to(dtype)
         return model.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model's parts.
+    """Where a model's parts are.
 
     Args:
-        folder: diffusers folder; of what `denoisers` lie elsewhere it has only the config.
-        denoisers: in the order in which a pipeline uses them.
-        single: whether the denoisers' weights are files of their own.
+        folder: diffusers folder; of denoisers whose weights are elsewhere it has only the config.
+        denoisers: in the order in which the pipeline uses them.
+        has_single_files: whether the denoisers' weights are files of their own, outside the folder.
     """
 
     folder: Path
@@ -85,128 +95,163 @@ class ResolvedModel:
 
 
 def resolve_model(source: ModelSource) -> ResolvedModel:
-    """Find every part, fetching from the hub what is named by its id there. No weight is read.
+    """Find every part of a model, downloading what is named by its id on the hub. No weight is read.
 
     Raises:
         ConfigError: for a single file without `model.base`, or a format that is not read.
-        FileError: when something is missing or cannot be had.
+        FileError: when something is missing or cannot be downloaded.
     """
     location = source.location
-    files = (
-        {str(name): str(file) for name, file in location.items()}
-        if isinstance(location, Mapping)
-        else {ONLY: str(location)}
-    )
-    if (
-        not isinstance(location, Mapping)
-        and not names_file(str(location))
-        and not is_denoiser_folder(to_local_path(str(location)))
-    ):
-        folder = resolve_pipeline_folder(str(location), source.revision)
-        index = read_model_index(folder, str(location))
-        names = list_denoisers(index, str(folder))
-        return ResolvedModel(
-            folder, tuple(read_denoiser(folder, name, index, folder / name) for name in names), False
-        )
-    for name in files.values():
-        check_format(name)
+    if isinstance(location, Mapping):
+        files = {str(component): str(file) for component, file in location.items()}
+        return resolve_single_files(source, files)
+    if names_weights(str(location)):
+        return resolve_single_files(source, str(location))
+    return resolve_pipeline(source)
+
+
+def resolve_pipeline(source: ModelSource) -> ResolvedModel:
+    """Find a model whose location is a diffusers folder, or the hub id of one."""
+    location = str(source.location)
+    folder = resolve_pipeline_folder(location, source.revision)
+    index = read_model_index(folder, location)
+    denoisers = [
+        read_denoiser(folder, component, index, folder / component)
+        for component in list_denoisers(index, str(folder))
+    ]
+    return ResolvedModel(folder, tuple(denoisers), has_single_files=False)
+
+
+def resolve_single_files(source: ModelSource, files: str | Mapping[str, str]) -> ResolvedModel:
+    """Find a model whose denoisers are files of their own, and everything else is in `model.base`.
+
+    Args:
+        source: the model.
+        files: the file of the only denoiser, or one for each component.
+    """
+    for file in [files] if isinstance(files, str) else files.values():
+        check_format(file)
     if source.base is None:
         raise ConfigError(
-            f"model.location={location} holds a denoiser alone; set model.base=<hub id or diffusers folder> that the text encoders, "
-            "the VAE, the scheduler and the denoiser's config come from"
+            f"model.location={source.location} holds a denoiser alone; set model.base=<hub id or diffusers "
+            "folder> that the text encoders, the VAE, the scheduler and the denoiser's config come from"
         )
     folder = resolve_pipeline_folder(source.base, None, without=DENOISER_COMPONENTS, setting="model.base")
     index = read_model_index(folder, source.base)
-    names = list_denoisers(index, str(folder))
-    if ONLY in files:
-        files = {names[0]: files[ONLY]}
-    unknown = [name for name in files if name not in names]
-    if unknown:
-        raise ConfigError(
-            f"model.location names {unknown[0]}; {suggest_similar(unknown[0], names)}{source.base} has {', '.join(names)}"
-        )
-    missing = [name for name in names if name not in files]
-    if missing:
-        pair = ", ".join(f"{name}: <file>" for name in names)
-        raise ConfigError(
-            f"{source.base} has {len(names)} denoisers ({', '.join(names)}); set 'model.location={{{pair}}}'"
-        )
-    found = [
-        read_denoiser(folder, name, index, resolve_weight_file(files[name], source.revision))
-        for name in names
-    ]
-    return ResolvedModel(folder, tuple(found), True)
+    components = list_denoisers(index, str(folder))
+    by_component = {components[0]: files} if isinstance(files, str) else files
+    check_components(by_component, components, source.base)
+    denoisers = []
+    for component in components:
+        weights = resolve_weight_file(by_component[component], source.revision)
+        denoisers.append(read_denoiser(folder, component, index, weights))
+    return ResolvedModel(folder, tuple(denoisers), has_single_files=True)
 
 
-def names_file(location: str) -> bool:
-    """Whether a location names a file, here or on the hub."""
-    return (
-        Path(location).suffix.lower() in (SAFETENSORS, *UNSUPPORTED_FORMATS)
-        or to_local_path(location).is_file()
-    )
+def check_components(files: Mapping[str, str], components: list[str], base: str) -> None:
+    """Check that there is one file for each denoiser of a pipeline.
+
+    Args:
+        files: by component.
+        components: the pipeline's denoisers.
+        base: the pipeline's location, for messages.
+
+    Raises:
+        ConfigError: when one is missing, or is for a component that the pipeline does not have.
+    """
+    for name in files:
+        if name not in components:
+            raise ConfigError(
+                f"model.location names {name}; {suggest_similar(name, components)}"
+                f"{base} has {', '.join(components)}"
+            )
+    if len(files) < len(components):
+        pairs = ", ".join(f"{name}: <file>" for name in components)
+        raise ConfigError(
+            f"{base} has {len(components)} denoisers ({', '.join(components)}); "
+            f"set 'model.location={{{pairs}}}'"
+        )
+
+
+def names_weights(location: str) -> bool:
+    """Return whether a location names the weights of a denoiser alone.
+
+    These are a file, here or on the hub, or a folder of files.
+    """
+    path = to_local_path(location)
+    has_known_suffix = Path(location).suffix.lower() in (SAFETENSORS, *UNSUPPORTED_FORMATS)
+    return has_known_suffix or path.is_file() or is_denoiser_folder(path)
 
 
 def is_denoiser_folder(path: Path) -> bool:
-    """Whether a folder holds weights and no pipeline."""
+    """Return whether a folder holds weights and no pipeline."""
     return path.is_dir() and not (path / MODEL_INDEX_NAME).is_file() and any(path.glob(f"*{SAFETENSORS}"))
 
 
 def resolve_pipeline_folder(
     location: str, revision: str | None, without: tuple[str, ...] = (), setting: str = "model.location"
 ) -> Path:
-    """The diffusers folder behind a path or a hub id, which is fetched.
+    """Return the diffusers folder that a path or a hub id names; what is on the hub is downloaded.
 
     Args:
-        without: components whose weights are not wanted.
-        setting: what it was given as.
+        location: a path or a hub id.
+        revision: on the hub.
+        without: components whose weights are not needed; their configs are.
+        setting: what the location was given as, for messages.
 
     Raises:
-        FileError: when it is not there or cannot be fetched.
+        FileError: when it is not there or cannot be downloaded.
     """
     path = to_local_path(location)
-    if location.startswith(("shipped:", ".", "/", "~")) or path.is_dir():
+    if is_local(location) or path.is_dir():
         if not (path / MODEL_INDEX_NAME).is_file():
             raise FileError(f"{path.absolute()} is not a diffusers folder: it has no {MODEL_INDEX_NAME}")
         return path
+    left_out = dict.fromkeys(without)
     try:
-        folder = Path(
-            DiffusionPipeline.download(
-                location, revision=revision, use_safetensors=True, **dict.fromkeys(without)
-            )  # nothing pickled
-        )
-        index = read_model_index(folder, location)
-        for name in list_denoisers(index, str(folder)) if without else ():
-            hf_hub_download(location, CONFIG_NAME, subfolder=name, revision=revision)
+        # use_safetensors: nothing pickled is downloaded
+        downloaded = DiffusionPipeline.download(location, revision=revision, use_safetensors=True, **left_out)
+        folder = Path(downloaded)
+        if without:
+            index = read_model_index(folder, location)
+            for component in list_denoisers(index, str(folder)):
+                hf_hub_download(location, CONFIG_NAME, subfolder=component, revision=revision)
+    # diffusers reads a damaged index as it comes: each fault raises its own type
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise make_download_error(location, setting, error) from error
     return folder
 
 
 def resolve_weight_file(location: str, revision: str | None) -> Path:
-    """The file or folder of a denoiser's weights; `org/repo/file.safetensors` is fetched from the hub.
+    """Return the file or folder of a denoiser's weights; `org/repo/file.safetensors` is downloaded.
 
     Raises:
-        FileError: when it is not there.
+        FileError: when it is not there, or cannot be downloaded.
     """
     path = to_local_path(location)
     if path.exists():
         return path
-    parts = location.split("/")
-    if location.startswith((".", "/", "~")) or len(parts) < 3:
+    path_on_hub = location.split("/")
+    if is_local(location) or len(path_on_hub) < 3:
         raise FileError(
             f"{path.absolute()}: no such file; on the hub a file is org/repository/name{SAFETENSORS}"
         )
+    repository, file = "/".join(path_on_hub[:2]), "/".join(path_on_hub[2:])
     try:
-        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=revision))
+        return Path(hf_hub_download(repository, file, revision=revision))
     except (OSError, ValueError) as error:
         raise make_download_error(location, "model.location", error) from error
 
 
 def resolve_part_folder(name: str, location: str) -> Path:
-    """The folder of one component that lies elsewhere; what a hub id names is fetched, without what is pickled.
+    """Return the folder of a component outside the pipeline's; nothing pickled is downloaded.
+
+    Args:
+        name: of the component.
+        location: a path or a hub id.
 
     Raises:
-        FileError: when it cannot be had.
+        FileError: when it cannot be downloaded.
     """
     path = to_local_path(location)
     if path.is_dir():
@@ -218,30 +263,31 @@ def resolve_part_folder(name: str, location: str) -> Path:
 
 
 def make_download_error(location: str, setting: str, error: Exception) -> FileError:
-    """The error for what neither this machine nor the hub gave."""
+    """Return the error for a location that is not here and that the hub did not give."""
     reason = " ".join(str(error).split()).split(". ")[0][:160]
     return FileError(
-        f"{setting}={location} is not on this machine and could not be fetched ({type(error).__name__}: {reason}); set {setting} to a "
-        "folder that you have, or log in where the model is gated: hf auth login"
+        f"{setting}={location} is not on this machine and could not be downloaded "
+        f"({type(error).__name__}: {reason}); set {setting} to a folder that you have, "
+        "or log in where the model is gated: hf auth login"
     )
 
 
 def make_load_error(location: str, error: Exception) -> FileError:
-    """The error for a model that diffusers could not read."""
-    reason = (
-        f"{type(error).__name__}: " * isinstance(error, KeyError | TypeError)
-        + " ".join(str(error).split())[:300]
-    )
+    """Return the error for a model that diffusers could not read."""
+    reason = " ".join(str(error).split())[:300]
+    # the text of these is a key or an argument, which alone says little
+    if isinstance(error, KeyError | TypeError):
+        reason = f"{type(error).__name__}: {reason}"
     return FileError(
         f"model {location!r} could not be loaded: {reason}; set model.location to a folder that has it"
     )
 
 
 def read_model_index(folder: Path, location: str) -> Mapping[str, Any]:
-    """What a pipeline is made of.
+    """Return the `model_index.json` of a pipeline's folder.
 
     Raises:
-        FileError: when the folder does not say.
+        FileError: when it cannot be read.
     """
     try:
         return read_json(folder / MODEL_INDEX_NAME)
@@ -250,25 +296,37 @@ def read_model_index(folder: Path, location: str) -> Mapping[str, Any]:
 
 
 def read_denoiser(folder: Path, component: str, index: Mapping[str, Any], weights: Path) -> ResolvedDenoiser:
-    """What a diffusers folder says about one denoiser.
+    """Return what a diffusers folder says about one denoiser.
+
+    Args:
+        folder: of the pipeline.
+        component: the denoiser's name in it.
+        index: the pipeline's `model_index.json`.
+        weights: the file or folder of the denoiser's weights.
 
     Raises:
         FileError: for a class that diffusers does not have.
     """
-    library, class_name = index[component] if len(index[component]) == 2 else (None, index[component])
-    if library != "diffusers" or not isinstance(getattr(diffusers, str(class_name), None), type):
-        known = f"{library}.{class_name} is not in diffusers {diffusers.__version__}"
-        raise make_load_error(
-            str(folder), ValueError(f"the {component} is of a class that is not here: {known}")
-        )
-    return ResolvedDenoiser(component, str(class_name), read_config(folder / component), weights)
+    entry = index[component]
+    library, class_name = entry if len(entry) == 2 else (None, entry)
+    is_known = library == "diffusers" and isinstance(getattr(diffusers, str(class_name), None), type)
+    if not is_known:
+        unknown = f"{library}.{class_name} is not in diffusers {diffusers.__version__}"
+        reason = FileError(f"the {component} is of a class that is not here: {unknown}")
+        raise make_load_error(str(folder), reason)
+    return ResolvedDenoiser(
+        component=component,
+        class_name=str(class_name),
+        config=read_config(folder / component),
+        weights=weights,
+    )
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
-    """The config of a component.
+    """Return the `config.json` of a component.
 
     Raises:
-        FileError: when it has none that can be read.
+        FileError: when it cannot be read.
     """
     try:
         return read_json(folder / CONFIG_NAME)

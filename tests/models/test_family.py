@@ -11,13 +11,13 @@ from int8run.errors import ConfigError
 from int8run.models.family import (
     AutoFamily,
     DeferredGelu,
-    Fingerprint,
     IgnoreRule,
     ModelFamily,
     ModelSource,
     build_conservative_family,
     load_families,
 )
+from int8run.models.fingerprint import Fingerprint
 from int8run.models.loader import list_block_prefixes
 from int8run.models.sampling import Sampling
 

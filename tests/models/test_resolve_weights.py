@@ -57,7 +57,7 @@ def test_a_pipeline_with_two_denoisers(tmp_path):
     assert resolve_weights(str(folder), component="transformer_2").path == folder / "transformer_2"
     with pytest.raises(
         ConfigError,
-        match=r"^task\.component=transformer_3 is no denoiser of .*; did you mean 'transformer_\d'\? it has ",
+        match=r"^task\.component=transformer_3 is not a denoiser of .*; did you mean 'transformer_\d'\? it has ",
     ):
         resolve_weights(str(folder), component="transformer_3")
 
@@ -93,7 +93,7 @@ def test_a_denoisers_own_folder_and_a_file(tmp_path):
 def test_a_config_that_is_none(tmp_path, text):
     folder = pipeline(tmp_path / "p", "transformer")
     (folder / "transformer" / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(FileError, match=r"config\.json (is no JSON object|cannot be read: )"):
+    with pytest.raises(FileError, match=r"config\.json (is not a JSON object|cannot be read: )"):
         resolve_weights(str(folder))
 
 
@@ -168,7 +168,7 @@ def test_a_file_of_the_hub(hub):
 
 @pytest.mark.parametrize("location", ["org/other", "org/model/y.safetensors"])
 def test_what_the_hub_does_not_have(hub, location):
-    words = rf"^model\.location={location} could not be fetched: .*404: .* is not there look at the page.*; name a file or"
+    words = rf"^model\.location={location} could not be downloaded: .*404: .* is not there look at the page.*; name a file or"
     with pytest.raises(FileError, match=words):
         resolve_weights(location)
 

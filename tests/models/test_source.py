@@ -209,7 +209,7 @@ def test_a_model_that_the_hub_does_not_give_is_one_line(error: Exception, hub: d
     hub["folder"] = error
     with pytest.raises(
         FileError,
-        match=r"^model\.location=org/name is not on this machine and could not be fetched \(\w+: .+\); set model\.location to a",
+        match=r"^model\.location=org/name is not on this machine and could not be downloaded \(\w+: .+\); set model\.location to a",
     ) as raised:
         resolve_model(model("org/name"))
     assert "\n" not in str(raised.value)
@@ -222,7 +222,7 @@ def test_a_file_that_the_hub_does_not_give_is_one_line(
     hub["file"] = error
     with pytest.raises(
         FileError,
-        match=r"^model\.location=org/name/m\.safetensors is not on this machine and could not be fetched",
+        match=r"^model\.location=org/name/m\.safetensors is not on this machine and could not be downloaded",
     ):
         resolve_model(model("org/name/m.safetensors", base=str(pipeline())))
 
@@ -305,7 +305,7 @@ def test_a_folder_that_is_not_there(place: str, tmp_path: Path, monkeypatch: pyt
 
 BROKEN = {
     "no json": ("{", r"model_index\.json "),
-    "a list": ("[]", r"model_index\.json is no JSON object"),
+    "a list": ("[]", r"model_index\.json is not a JSON object"),
     "unknown class": (
         ONE | {"transformer": ["diffusers", "NoSuchModel"]},
         r"the transformer is of a class .*diffusers\.NoSuchModel is not in",
@@ -340,7 +340,7 @@ def test_a_component_of_another_form_is_one_line(entry: list[str], pipeline: Cal
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"), [("{", r"config\.json "), ("[]", r"config\.json is no JSON object")]
+    ("config", "reason"), [("{", r"config\.json "), ("[]", r"config\.json is not a JSON object")]
 )
 def test_a_broken_config_is_one_line(config: str, reason: str, pipeline: Callable[..., Path]) -> None:
     with pytest.raises(FileError, match=rf"could not be loaded: .*{reason}"):

@@ -328,7 +328,9 @@ def test_rules_after_a_change_of_shape_keep_it(monkeypatch):
 def test_turned_matrices_and_rows_of_several_parameters(monkeypatch):
     turned = KeyMapping("projection", ("projection.weight",), whole_key=True, transposed=True)
     rows = KeyMapping("*.in_proj_weight", ("*.q.weight", "*.k.weight"), whole_key=True)
-    monkeypatch.setattr(state_dict_adapter, "load_mappings", lambda name: KeyMappingSet(parameters=(turned, rows)))
+    monkeypatch.setattr(
+        state_dict_adapter, "load_mappings", lambda name: KeyMappingSet(parameters=(turned, rows))
+    )
     shapes = {"projection.weight": (2, 3), "0.q.weight": (4, 5), "0.k.weight": (2, 5)}
     file = {
         "projection": (TensorPart("projection.weight", transposed=True),),
