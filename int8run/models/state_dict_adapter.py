@@ -283,15 +283,39 @@ def to_original(parameters: Mapping[str, Shape], class_name: str) -> dict[str, t
         for mapping in (*mappings.parameters, *mappings.names)
         if not (mapping.without and any(match_pattern(mapping.without, module) for module in modules))
     ]
-    last_blocks = find_last_blocks(mappings, parameters)
+    renamed = rename_parameters(parameters, usable, find_last_blocks(mappings, parameters), class_name)
+    order = {name: i for i, name in enumerate(parameters)}
+    in_order = sorted(renamed.items(), key=lambda item: order[item[1][0].key])
+    return {mappings.prefix + original: parts for original, parts in in_order}
 
-    # names to which a mapping may still apply; those that led to each have been used
+
+def rename_parameters(
+    parameters: Iterable[str],
+    mappings: Sequence[KeyMapping],
+    last_blocks: Mapping[KeyMapping, int],
+    class_name: str,
+) -> dict[str, tuple[TensorPart, ...]]:
+    """Apply key mappings to a model's parameters until none applies, each once on the way to a name.
+
+    Args:
+        parameters: names of the model's parameters.
+        mappings: in the order in which they are tried.
+        last_blocks: as `find_last_blocks` gives them.
+        class_name: the model's class, for messages.
+
+    Returns:
+        For each of the authors' names the parameters whose values it holds.
+
+    Raises:
+        ConfigError: when two parameters get one name, or some of those that are one tensor are missing.
+    """
+    # names to which a mapping may still apply, and the mappings that led to each
     pending: dict[str, tuple[TensorPart, ...]] = {name: (TensorPart(name),) for name in parameters}
     used: dict[str, frozenset[KeyMapping]] = dict.fromkeys(pending, frozenset())
     finished: dict[str, tuple[TensorPart, ...]] = {}
     while pending:
         key = next(iter(pending))
-        unused = [mapping for mapping in usable if mapping not in used[key]]
+        unused = [mapping for mapping in mappings if mapping not in used[key]]
         step = find_renaming_step(key, unused, pending, class_name)
         if step is None:
             finished[key] = pending.pop(key)
@@ -306,10 +330,7 @@ def to_original(parameters: Mapping[str, Shape], class_name: str) -> dict[str, t
         swap = has_swapped_halves(step.mapping, step.number, last_blocks)
         pending[step.original] = tuple(apply_mapping(part, step.mapping, swap) for part in parts)
         used[step.original] = used[key] | {step.mapping}
-
-    order = {name: i for i, name in enumerate(parameters)}
-    in_order = sorted(finished.items(), key=lambda item: order[item[1][0].key])
-    return {mappings.prefix + original: parts for original, parts in in_order}
+    return finished
 
 
 def check_architecture(mappings: KeyMappingSet, modules: Container[str], class_name: str) -> None:
