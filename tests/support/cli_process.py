@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from int8run import cli
-from int8run.utils.disk_cache import Store
+from int8run.utils.disk_cache import DiskCache
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ def command_in(
         folder.parent / f"{folder.name}-cache"
     )  # where commands keep things for each other, in place of the user's own
     monkeypatch.setattr(
-        Store, "path", property(lambda self: cache if self.folder is None else Path(self.folder).expanduser())
+        DiskCache,
+        "path",
+        property(lambda self: cache if self.folder is None else Path(self.folder).expanduser()),
     )
     for name in ("INT8RUN_DEBUG", "HYDRA_FULL_ERROR", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)

@@ -12,34 +12,21 @@ from torch import Tensor, nn
 from int8run.backends.base import Backend
 from int8run.backends.onednn import OneDnn
 from int8run.backends.reference import Reference
-from int8run.layers.fusion import assemble
+from int8run.layers.fusion import assemble_int8_model
 from int8run.layers.plan import Int8Settings, LayerPlan, plan_layers
-from int8run.lora.adapters.change import Change
+from int8run.lora.adapters.change import LoraChange
 from int8run.lora.key_parsing import DENOISER
 from int8run.lora.load import LoraFile
 from int8run.lora.stack import HOLDER, Entry, LoraStack
 from int8run.models.family import ModelFamily
 from int8run.outlier.base import LayerStatistics, OutlierMethod
 from int8run.outlier.none import NoOutlier
-from int8run.ptq.quantize import check_backend, check_outlier, int8_layers, quantized_layers
+from int8run.ptq.quantize import build_int8_layers, check_backend, check_outlier_method, quantize_layers
 from int8run.quant.rounding import AbsMax, Rounding
 
 CONF = Path(__file__).parents[2] / "conf"
 CPU = torch.device("cpu")
 NEVER_FLOAT = Int8Settings(small_batch_fallback="never")
-
-
-def assert_close(name: str, actual: Tensor, reference: Tensor, max_rel_err: float) -> None:
-    """Compare the RMS of the difference with the RMS of the reference."""
-    assert actual.shape == reference.shape, (
-        f"{name}: shape {list(actual.shape)}, the reference has {list(reference.shape)}"
-    )
-    rms = lambda t: t.pow(2).mean().sqrt().item()  # noqa: E731
-    difference, size = rms(actual.double() - reference.double()), rms(reference.double())
-    # written so that NaN fails
-    assert difference <= max_rel_err * size, (
-        f"{name}: RMS of the difference {difference:.4g}, RMS of the reference {size:.4g}, allowed ratio {max_rel_err:g}"
-    )
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -64,12 +51,12 @@ def shipped(group: str) -> dict[str, Any]:
 
 def usable(backend: Backend, device: torch.device) -> bool:
     """Whether the backend's limits allow this device."""
-    return not backend.limits.refuse(device)
+    return not backend.limits.unsupported_reasons(device)
 
 
 def without_vnni() -> bool:
     """Whether this CPU has none of the int8 instructions that the fast CPU backends need."""
-    return bool(OneDnn.limits.refuse(CPU))
+    return bool(OneDnn.limits.unsupported_reasons(CPU))
 
 
 class TinyModel(nn.Module):
@@ -105,18 +92,18 @@ def to_int8(
 ) -> tuple[nn.Module, list[LayerPlan]]:
     """An INT8 copy of a model and its plan, by the same steps as a run whose calls have 8 rows."""
     plans = plan_layers(model, lambda name: "kept by the test" if name in keep_float else None)
-    chosen = [p for p in plans if p.keep_float is None]
+    chosen = [p for p in plans if p.skip_reason is None]
     check_backend(backend or Reference(), CPU, chosen)
     method = outlier or NoOutlier()
-    check_outlier(method, chosen)
-    methods = {p.name: method for p in chosen if not p.outlier_why_not}
-    layers = quantized_layers(model, chosen, methods, rounding or AbsMax(), statistics or {})
-    made = int8_layers(model, layers, backend or Reference(), settings, {p.name: 8 for p in chosen})
-    return assemble(model, made, ModelFamily("test")), plans
+    check_outlier_method(method, chosen)
+    methods = {p.name: method for p in chosen if not p.outlier_skip_reason}
+    layers = quantize_layers(model, chosen, methods, rounding or AbsMax(), statistics or {})
+    made = build_int8_layers(model, layers, backend or Reference(), settings, {p.name: 8 for p in chosen})
+    return assemble_int8_model(model, made, ModelFamily("test")), plans
 
 
 def lora_file(
-    changes: Mapping[str, Change], name: str = "style", unknown: Sequence[tuple[str, str]] = ()
+    changes: Mapping[str, LoraChange], name: str = "style", unknown: Sequence[tuple[str, str]] = ()
 ) -> LoraFile:
     """A LoRA file that lies nowhere, with these changes of the denoiser."""
     file = LoraFile(Path("/loras") / f"{name}.safetensors", {DENOISER: dict(changes)}, tuple(unknown), {})
@@ -127,7 +114,7 @@ def lora_file(
 def on_int8(
     model: nn.Module,
     int8: nn.Module,
-    stack: Sequence[Mapping[str, Change]],
+    stack: Sequence[Mapping[str, LoraChange]],
     mode: str = "dynamic",
     **options: Any,
 ) -> LoraStack:
@@ -137,6 +124,6 @@ def on_int8(
     )  # tests put one stack after another on a model, each at strength 0 by then
     loras = LoraStack(model, mode=mode)
     entries = [Entry(f"lora{i}", lora_file(changes, f"lora{i}")) for i, changes in enumerate(stack)]
-    loras.put(entries, loras.matched(entries))
+    loras.install(entries, loras.match_entries(entries))
     loras.attach(int8, **{"float_weights": True, **options})
     return loras

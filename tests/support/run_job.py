@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 from safetensors.torch import save_file
 from torch import nn
 
-from int8run.config.compose import own_options, plain_config, to_spec
+from int8run.config.compose import create_run_spec, get_plain_config, int8run_options
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.tasks.run import RunResult, run
@@ -26,18 +26,18 @@ def uncached(overrides: list[str]) -> list[str]:
 
 def make_spec(overrides: list[str]) -> RunSpec:
     """The RunSpec of these overrides."""
-    with own_options(), initialize_config_module("int8run.conf", version_base="1.3"):
-        return to_spec(compose("config", uncached(overrides)))
+    with int8run_options(), initialize_config_module("int8run.conf", version_base="1.3"):
+        return create_run_spec(compose("config", uncached(overrides)))
 
 
 def run_job(overrides: list[str], out: Path) -> RunResult:
     """Run one job into `out`."""
-    with own_options(), initialize_config_module("int8run.conf", version_base="1.3"):
+    with int8run_options(), initialize_config_module("int8run.conf", version_base="1.3"):
         config = compose("config", uncached(overrides))
     out.mkdir(parents=True, exist_ok=True)
-    about = Job(plain_config(config), choices={"model": "tiny"}, overrides=overrides, output_dir=out)
+    about = Job(get_plain_config(config), choices={"model": "tiny"}, overrides=overrides, output_dir=out)
     with contextlib.redirect_stdout(io.StringIO()):
-        return run(to_spec(config), about)
+        return run(create_run_spec(config), about)
 
 
 def save_lora(

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from int8run.kernels.int8_linear import kernel as linear
-from int8run.kernels.int8_linear.tile import BUCKETS, FEW, MANY, SHARED_MEMORY, Tile, default_tile
+from int8run.kernels.int8_linear.tile import BUCKETS, FEW_ROWS, MANY_ROWS, SHARED_MEMORY, Tile, choose_tile
 from int8run.kernels.quantize_rowwise import kernel as rowwise
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -71,12 +71,12 @@ class Counts:
 
 def linear_build(architecture: int, tile: Tile, rank: int = 0, group: int = 0, even: bool = True) -> Build:
     """The INT8 linear kernel with a bias, bfloat16 out."""
-    block_k = linear.group_depth(tile.block_k, group)
+    block_k = linear.limit_block_k(tile.block_k, group)
     constants = {
         "GROUP": group,
         "SCALE_ROWS": 1,
         "HAS_BIAS": True,
-        "BLOCK_R": linear.rank_block(rank),
+        "BLOCK_R": linear.choose_block_r(rank),
         "EVEN_N": even,
         "EVEN_K": even,
         "BLOCK_M": tile.block_m,
@@ -89,7 +89,12 @@ def linear_build(architecture: int, tile: Tile, rank: int = 0, group: int = 0, e
         f"{f' rank {rank}' if rank else ''}{f' group {group}' if group else ''}{'' if even else ' tails'}"
     )
     return Build(
-        architecture, f"linear {size}{options}", linear._int8_linear, constants, tile.warps, tile.stages
+        architecture,
+        f"linear {size}{options}",
+        linear._int8_linear_kernel,
+        constants,
+        tile.warps,
+        tile.stages,
     )
 
 
@@ -102,7 +107,7 @@ def rowwise_build(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Build:
     """The walking quantize kernel. `before`: with GELU and factor."""
-    block_r = rowwise.rank_block(rank)
+    block_r = rowwise.choose_block_r(rank)
     constants = {
         "HAS_FACTOR": before,
         "GELU": before,
@@ -114,9 +119,15 @@ def rowwise_build(
     }
     kind = "sylvester" if sylvester else "rotation"
     name = f"quantize {kind} {rotation} rank {rank}{' gelu factor' if before else ''}{' float32' if dtype == torch.float32 else ''}"
-    warps = rowwise.walking_warps(rotation, block_r)
+    warps = rowwise.choose_row_block_warps(rotation, block_r)
     return Build(
-        architecture, name, rowwise._walking, constants, warps, 1, FLOAT32 if dtype == torch.float32 else {}
+        architecture,
+        name,
+        rowwise._quantize_row_block_kernel,
+        constants,
+        warps,
+        1,
+        FLOAT32 if dtype == torch.float32 else {},
     )
 
 
@@ -126,9 +137,9 @@ def resident_build(architecture: int, block_k: int) -> Build:
     return Build(
         architecture,
         f"quantize row of {block_k}",
-        rowwise._resident,
+        rowwise._quantize_one_row_kernel,
         constants,
-        rowwise.resident_warps(block_k),
+        rowwise.choose_one_row_warps(block_k),
         3,
     )
 
@@ -137,9 +148,9 @@ def linear_builds(architecture: int) -> Iterator[Build]:
     """Each default tile; the smallest and the largest with every option."""
     capability = divmod(architecture, 10)
     for rows in BUCKETS:
-        tile, grouped = default_tile(capability, rows), default_tile(capability, rows, grouped=True)
+        tile, grouped = choose_tile(capability, rows), choose_tile(capability, rows, grouped=True)
         yield linear_build(architecture, tile)
-        if rows in (FEW, MANY):
+        if rows in (FEW_ROWS, MANY_ROWS):
             yield linear_build(architecture, tile, rank=64)
             yield linear_build(architecture, grouped, group=128)
             yield linear_build(architecture, tile, even=False)
@@ -214,7 +225,7 @@ def integer_loops(lines: list[str]) -> list[str]:
 def failures(build: Build, counts: Counts) -> list[str]:
     """What is wrong with it; empty when nothing is."""
     wrong = []
-    is_linear = build.function is linear._int8_linear
+    is_linear = build.function is linear._int8_linear_kernel
     if is_linear and not counts.integer_mma:
         wrong.append("no integer tensor-core instruction")
     if counts.local_loads or counts.local_stores:
