@@ -1,0 +1,16 @@
+"""LoRA files: read, matched to a model, applied to its float and INT8 layers.
+
+From a file to a layer:
+
+    find.py          a name or hub id -> the path of a file
+    key_parsing.py   a key of the file -> component, module name, part of the adapter
+    parse.py         the tensors of one module -> its adapter (adapters/)
+    load.py          the two together: a file -> LoraFile
+    module_names.py  module names as trainers write them -> modules of the model
+    match.py         a stack of files -> which module gets which change
+    apply.py         the changes of one module -> its weight or a branch beside it
+    stack.py         LoraStack, which does all of this for a model
+
+Around it: config.py holds the settings, header_info.py what a header tells before anything is loaded
+(base_model.py, few_step.py, metadata.py).
+"""

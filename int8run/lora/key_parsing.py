@@ -1,38 +1,40 @@
-"""Names of tensors in LoRA files: which part of which change they are, of which component, under which module name.
+"""LoRA keys are parsed here: a key -> component, module name, part of the adapter.
 
-Read the suffix first, then the prefix; what is left is the module's name in the file's own dialect. Names that a tool wrote with
-underscores for dots (`lora_unet_...`, `lora_te_...`, `lycoris_...`) stay so: only a list of real modules can tell the dots.
+This is the place where a new spelling of LoRA keys is added: a suffix to `PART_BY_SUFFIX`, a prefix to
+`FLAT_PREFIXES` or `DENOISER_PREFIXES`. `int8run.lora.load` and `task=inspect` call `parse_key`.
+
+The suffix is read first, then the prefix; what is left is the module's name as the file has it. Names that a
+trainer wrote with underscores for dots (`lora_unet_...`, `lora_te_...`, `lycoris_...`) stay so: which
+underscores were dots, only a list of real modules can tell (`int8run.lora.module_names`).
 """
 
 import re
 from typing import NamedTuple
 
-DENOISER, TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3 = (
-    "denoiser",
-    "text_encoder",
-    "text_encoder_2",
-    "text_encoder_3",
-)
+DENOISER = "denoiser"
+TEXT_ENCODER = "text_encoder"
+TEXT_ENCODER_2 = "text_encoder_2"
+TEXT_ENCODER_3 = "text_encoder_3"
 
 # PEFT puts the adapter's name into the key, unless a file was saved without it
 PEFT_ADAPTER_NAMES = ("", ".default", ".default_0")
+LOHA_PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+LOKR_PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+OTHER_LYCORIS_PARTS = ("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "on_input")
 
-# suffix -> part of a change; the first that ends a key wins
+# suffix -> part of an adapter; the first that ends a key counts
 PART_BY_SUFFIX = {
     # a low-rank pair: PEFT, diffusers
     **{f".lora_A{adapter}.weight": "down" for adapter in PEFT_ADAPTER_NAMES},
     **{f".lora_B{adapter}.weight": "up" for adapter in PEFT_ADAPTER_NAMES},
     **{f".lora_B{adapter}.bias": "up_bias" for adapter in PEFT_ADAPTER_NAMES},
-    **{
-        f".lora_magnitude_vector{adapter}{rest}": "magnitude"
-        for adapter in PEFT_ADAPTER_NAMES
-        for rest in (".weight", "")
-    },
+    **{f".lora_magnitude_vector{adapter}.weight": "magnitude" for adapter in PEFT_ADAPTER_NAMES},
+    **{f".lora_magnitude_vector{adapter}": "magnitude" for adapter in PEFT_ADAPTER_NAMES},
     # kohya, ComfyUI, OneTrainer, LyCORIS
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
     ".lora_mid.weight": "mid",
-    # numbers that the integers of a quantized file are multiplied by
+    # scales of an int8 file
     ".lora_down.scale_weight": "down_scale",
     ".lora_up.scale_weight": "up_scale",
     ".lora_A.scale_weight": "down_scale",
@@ -47,21 +49,10 @@ PART_BY_SUFFIX = {
     # Mochi
     ".lora_A": "down",
     ".lora_B": "up",
-    # LyCORIS
-    **{
-        f".{part}": part
-        for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
-    },
-    **{
-        f".{part}": part
-        for part in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-    },
-    **{
-        f".{part}": part for part in ("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "on_input")
-    },
+    **{f".{part}": part for part in (*LOHA_PARTS, *LOKR_PARTS, *OTHER_LYCORIS_PARTS)},
 }
 
-# suffix -> a kind that is not applied, with all its module's parts
+# suffix -> an adapter type that is not applied, together with everything else of its module
 UNSUPPORTED_SUFFIXES = {
     **{f".{part}.weight": "GLoRA" for part in ("a1", "a2", "b1", "b2", "bm")},
     ".oft_blocks": "OFT or BOFT",
@@ -81,12 +72,14 @@ UNSUPPORTED_SUFFIXES = {
     ".lokr_t1": "LoKr with lokr_t1",
     ".scalar": "LyCORIS change with its scalar left outside",
 }
+# beginnings of the keys of textual inversions, which some files bring along
 EMBEDDING_PREFIXES = ("bundle_emb.", "emb_params", "string_to_param", "string_to_token")
 
-# xlabs' attention processors bring q, k and v in one pair; their own names stay, because the model has no such modules
+# attention processors of xlabs have q, k and v in one pair; their names stay, because no model has such
+# modules
 XLABS_KEY = re.compile(r"(.+)\.processor\.((?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
 
-# prefix -> component of names with underscores for dots; nothing is stripped after them
+# prefix -> component, of names with underscores for dots; nothing else is taken off behind them
 FLAT_PREFIXES = {
     "lora_unet__": DENOISER,
     "lora_unet_": DENOISER,
@@ -99,9 +92,10 @@ FLAT_PREFIXES = {
     "lora_te3_": TEXT_ENCODER_3,  # T5; a pipeline with two text encoders has it as its second
     "lora_te_": TEXT_ENCODER,
 }
-# ComfyUI's words for text encoders, after `text_encoders.`; any other encoder is a model's only one
+# ComfyUI's names of text encoders, after `text_encoders.`; any other one is the only text encoder of its
+# model
 COMFY_TEXT_ENCODERS = {"clip_l": TEXT_ENCODER, "clip_g": TEXT_ENCODER_2, "t5xxl": TEXT_ENCODER_3}
-# wrappers around dotted names, in any nesting
+# wrappers around names with dots, nested in any way
 DENOISER_PREFIXES = (
     "base_model.model.model.",
     "base_model.model.",
@@ -110,18 +104,19 @@ DENOISER_PREFIXES = (
     "transformer.",
     "unet.",
 )
-# a language model's own names may begin with `model.`, so that less is taken off
-TEXT_PREFIXES = ("base_model.model.",)
+# the modules of a language model may begin with `model.` themselves, so less is taken off
+TEXT_ENCODER_PREFIXES = ("base_model.model.",)
 
 
 class ParsedKey(NamedTuple):
-    """A tensor's name taken apart.
+    """The key of a tensor, taken apart.
 
     Args:
         component: `denoiser`, `text_encoder`, `text_encoder_2` or `text_encoder_3`.
-        name: module name in the file's dialect, without prefixes.
-        part: what of the change it is, a value of `PARTS` or `weight`; None: nothing that can be applied.
-        reason: where `part` is None, why.
+        name: the module's name as the file has it, without prefixes.
+        part: which tensor of an adapter it is, a value of `PART_BY_SUFFIX` or `weight`; None: it is not
+            applied.
+        reason: why it is not applied, where `part` is None.
     """
 
     component: str
@@ -131,47 +126,53 @@ class ParsedKey(NamedTuple):
 
 
 def parse_key(key: str) -> ParsedKey:
-    """`transformer.a.b.lora_A.weight` -> Key("denoiser", "a.b", "down")."""
+    """`transformer.a.b.lora_A.weight` -> ParsedKey("denoiser", "a.b", "down")."""
     if key.startswith(EMBEDDING_PREFIXES):
         return ParsedKey(DENOISER, key, None, "textual inversion, not a LoRA")
-    if found := XLABS_KEY.fullmatch(key):
-        block, name, half = found.groups()
-        return ParsedKey(*split_component(f"{block}.{name}"), half)
-    for suffix, kind in UNSUPPORTED_SUFFIXES.items():
+
+    xlabs = XLABS_KEY.fullmatch(key)
+    if xlabs:
+        block, processor, half = xlabs.groups()
+        return ParsedKey(*split_component(f"{block}.{processor}"), half)
+
+    for suffix, adapter_type in UNSUPPORTED_SUFFIXES.items():
         if key.endswith(suffix):
-            return ParsedKey(*split_component(key.removesuffix(suffix)), None, f"unsupported kind: {kind}")
+            module = split_component(key.removesuffix(suffix))
+            return ParsedKey(*module, None, f"unsupported adapter type: {adapter_type}")
+
     for suffix, part in PART_BY_SUFFIX.items():
         if key.endswith(suffix):
             return ParsedKey(*split_component(key.removesuffix(suffix)), part)
+
     if key.endswith(".weight"):  # of an IA3, when its module also has `on_input`
         return ParsedKey(*split_component(key.removesuffix(".weight")), "weight")
     return ParsedKey(*split_component(key), None, "unknown suffix")
 
 
 def split_component(name: str) -> tuple[str, str]:
-    """Component of a module name, and the name without prefixes and without `.processor`."""
-    component, inner = match_component(
-        strip_prefixes(name, DENOISER_PREFIXES)
-    )  # a wrapper may hold a flattened name
+    """The component of a module, and its name without prefixes and without `.processor`."""
+    unwrapped = strip_prefixes(name, DENOISER_PREFIXES)  # a wrapper may hold a name with underscores
+    component, inner = match_component(unwrapped)
     return component or DENOISER, inner.replace(".processor.", ".").removesuffix(".processor")
 
 
 def match_component(name: str) -> tuple[str | None, str]:
-    """The component that a name's beginning says, and the name after it; None where it says none."""
+    """The component that the beginning of a name stands for, and the rest of it; None: it stands for none."""
     for prefix, component in FLAT_PREFIXES.items():
         if name.startswith(prefix):
             return component, name.removeprefix(prefix)
+
     first, _, rest = name.partition(".")
     if first == "text_encoders" and rest:
         encoder, _, inner = rest.partition(".")
         return COMFY_TEXT_ENCODERS.get(encoder, TEXT_ENCODER), strip_prefixes(inner, ("transformer.",))
     if first in (TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3) and rest:
-        return first, strip_prefixes(rest, TEXT_PREFIXES)
+        return first, strip_prefixes(rest, TEXT_ENCODER_PREFIXES)
     return None, name
 
 
 def strip_prefixes(name: str, prefixes: tuple[str, ...]) -> str:
-    """Without the prefixes, which may nest."""
+    """A name without any of the prefixes, which may nest."""
     for prefix in prefixes:
         if name.startswith(prefix):
             return strip_prefixes(name.removeprefix(prefix), prefixes)

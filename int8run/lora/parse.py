@@ -1,12 +1,19 @@
-"""From the tensors of one module in a LoRA file to its adapter."""
+"""From the tensors of one module in a LoRA file to its adapter.
+
+`int8run.lora.key_parsing` has told which part of an adapter each tensor is (`down`, `up`, `alpha`, `lokr_w1`,
+...). Here the parts are brought to dtypes that PyTorch computes in, checked, and built into one of the
+`adapters`. The errors are sentences without a subject ("has no lora_B (up); ..."): `int8run.lora.load` puts
+file and module in front.
+"""
 
 import math
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from int8run.errors import LoraError
-from int8run.lora.adapters.base import LoraDelta, LowRankPair
+from int8run.lora.adapters.base import LoraDelta
 from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.diff import Diff
 from int8run.lora.adapters.dora import DoRA
@@ -14,19 +21,96 @@ from int8run.lora.adapters.ia3 import IA3
 from int8run.lora.adapters.loha import LoHa
 from int8run.lora.adapters.lokr import LoKr
 from int8run.lora.adapters.lora import LoRA
+from int8run.lora.adapters.low_rank import LowRankPair
+from int8run.lora.key_parsing import LOHA_PARTS, LOKR_PARTS
 
-# beyond these a file is told of: a scale that is often a mistake, a value that no training ends at
-USUAL_SCALES = (0.05, 4.0)
-
-
-USUAL_VALUE = 1e3
-
+# part -> tensor, of one module
+AdapterTensors = Mapping[str, Tensor]
+# rank -> alpha / rank
+GetScale = Callable[[int], float]
 
 # how messages name the parts of a low-rank pair
 PART_NAMES = {"down": "lora_A (down)", "up": "lora_B (up)"}
+# parts that belong to a change without being one
+AUXILIARY_PARTS = {"alpha", "dora_scale", "magnitude", "down_scale", "up_scale", "on_input"}
 
 
-AdapterTensors = Mapping[str, Tensor]
+# -- tensors as the file has them ----------------------------------------------------------------------------
+
+
+def to_computable_dtype(part: str, tensor: Tensor) -> Tensor:
+    """The tensor in a dtype that PyTorch computes in: 8-bit floats become bfloat16, without loss.
+
+    Raises:
+        LoraError: for an empty tensor or complex numbers.
+    """
+    if tensor.numel() == 0:
+        raise LoraError(f"has an empty {get_part_name(part)}; the file is broken")
+    if tensor.is_complex():
+        raise LoraError(f"has a {get_part_name(part)} of {format_dtype(tensor)}; the file is broken")
+    is_float8 = tensor.is_floating_point() and tensor.element_size() == 1
+    return tensor.to(torch.bfloat16) if is_float8 else tensor
+
+
+def dequantize_factors(tensors: AdapterTensors) -> dict[str, Tensor]:
+    """The tensors with int8 factors of a low-rank pair multiplied by their scales (`scale_weight`).
+
+    Raises:
+        LoraError: for integers without scales, or packed ones.
+    """
+    floats = dict(tensors)
+    for part in ("down", "up"):
+        scale = floats.pop(f"{part}_scale", None)
+        if scale is not None:
+            (factor,) = require_parts(tensors, part)
+            floats[part] = dequantize(part, factor, scale)
+
+    for part, tensor in floats.items():
+        if part not in AUXILIARY_PARTS and not tensor.is_floating_point():
+            raise LoraError(
+                f"has a {get_part_name(part)} of {format_dtype(tensor)} without a scale (scale_weight); "
+                "the file was quantized and its scales are gone: take the unquantized one"
+            )
+    return floats
+
+
+def dequantize(part: str, factor: Tensor, scale: Tensor) -> Tensor:
+    """`scale * factor` in float32, the scale being one number or one for each row.
+
+    Raises:
+        LoraError: for packed integers, or a scale of another length.
+    """
+    name = get_part_name(part)
+    if factor.dtype != torch.int8 and not factor.is_floating_point():
+        raise LoraError(
+            f"has a {name} of {format_dtype(factor)}; only int8 and floats are multiplied by a scale"
+        )
+    num_rows = factor.shape[0]
+    if scale.numel() not in (1, num_rows):
+        raise LoraError(
+            f"has {scale.numel()} scales for the {num_rows} rows of its {name}; the file is broken"
+        )
+    return factor.float() * scale.float().reshape(-1, *[1] * (factor.dim() - 1))
+
+
+def compute_peaks(tensors: AdapterTensors) -> dict[str, float]:
+    """The largest magnitude of each tensor.
+
+    Raises:
+        LoraError: for NaN or infinity.
+    """
+    peaks = {part: tensor.abs().max().item() for part, tensor in tensors.items() if part != "on_input"}
+    for part, peak in peaks.items():
+        if not math.isfinite(peak):
+            raise LoraError(
+                f"has values that are not finite numbers in its {get_part_name(part)}; the file is broken"
+            )
+    return peaks
+
+
+def get_part_name(part: str) -> str:
+    """The name of a part for messages."""
+    return PART_NAMES.get(part, part)
 
 
 def format_dtype(tensor: Tensor) -> str:
@@ -34,174 +118,207 @@ def format_dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def build_change(parts: AdapterTensors, scale_of: Callable[[int], float]) -> LoraChange:
-    """The change that a module's parts make together. `scale_of`: rank -> alpha / rank.
+# -- the change of a module ----------------------------------------------------------------------------------
+
+
+def build_change(tensors: AdapterTensors, get_scale: GetScale) -> LoraChange:
+    """The change that the tensors of a module make together.
+
+    Args:
+        tensors: floats, see `dequantize_factors`.
+        get_scale: rank -> alpha / rank.
 
     Raises:
-        LoraError: parts missing, of several kinds, or that do not fit each other.
+        LoraError: when parts are missing, belong to several adapter types, or do not fit each other.
     """
-    kinds = [recipe for marks, recipe in ADAPTER_BUILDERS if marks & parts.keys()]
-    if len(kinds) > 1:
-        raise LoraError(
-            f"has parts of several kinds: {', '.join(sorted(parts.keys() - AUXILIARY_PARTS))}; one kind a module can be applied"
-        )
-    core = kinds[0](parts, scale_of) if kinds else None
-    biases = [parts[part].float().flatten() for part in ("diff_b", "b_norm") if part in parts]
-    if core is not None and "up_bias" in parts:
-        biases.append(core.scale * parts["up_bias"].float().flatten())
-    norms = [parts[part] for part in ("dora_scale", "magnitude") if part in parts]
+    adapter = build_adapter(tensors, get_scale)
+    biases = [tensors[part].float().flatten() for part in ("diff_b", "b_norm") if part in tensors]
+    if adapter is not None and "up_bias" in tensors:
+        biases.append(adapter.scale * tensors["up_bias"].float().flatten())
+
+    norms = [tensors[part] for part in ("dora_scale", "magnitude") if part in tensors]
     if norms:
-        core = wrap_in_dora(core, norms[0], per_row="magnitude" in parts)
-        if "up_bias" in parts:
+        adapter = wrap_in_dora(adapter, norms[0], is_per_row="magnitude" in tensors)
+        if "up_bias" in tensors:
             raise LoraError(
                 "has DoRA norms and a bias of lora_B; PEFT trains no such LoRA, and no rule says what it does"
             )
+
     if len({bias.shape for bias in biases}) > 1:
         raise LoraError("has biases of several lengths; the file is broken")
-    return LoraChange(core, sum(biases[1:], biases[0]) if biases else None)
+    return LoraChange(adapter, sum(biases[1:], biases[0]) if biases else None)
+
+
+def build_adapter(tensors: AdapterTensors, get_scale: GetScale) -> LoraDelta | None:
+    """The adapter that the tensors belong to, without DoRA's norms; None: only a bias is changed.
+
+    Raises:
+        LoraError: when they belong to several adapter types, are incomplete, or do not fit each other.
+    """
+    builders = [builder for own_parts, builder in ADAPTER_BUILDERS if own_parts & tensors.keys()]
+    if len(builders) > 1:
+        parts = ", ".join(sorted(tensors.keys() - AUXILIARY_PARTS))
+        raise LoraError(f"has parts of several adapter types: {parts}; a module can have one")
+    return builders[0](tensors, get_scale) if builders else None
+
+
+def require_parts(tensors: AdapterTensors, *parts: str) -> list[Tensor]:
+    """The tensors of these parts.
+
+    Raises:
+        LoraError: for the first that is missing.
+    """
+    for part in parts:
+        if part not in tensors:
+            raise missing_part_error(part)
+    return [tensors[part] for part in parts]
 
 
 def missing_part_error(part: str) -> LoraError:
-    """The error for a part that is not there."""
-    return LoraError(f"has no {PART_NAMES.get(part, part)}; the file is incomplete")
+    """The error for a part that is missing."""
+    return LoraError(f"has no {get_part_name(part)}; the file is incomplete")
 
 
-def require_tensors(parts: AdapterTensors, *names: str) -> list[Tensor]:
-    """The named parts.
-
-    Raises:
-        LoraError: for the first that is not there.
-    """
-    for name in names:
-        if name not in parts:
-            raise missing_part_error(name)
-    return [parts[name] for name in names]
+# -- one builder for each adapter type -----------------------------------------------------------------------
 
 
-def build_lora(parts: AdapterTensors, scale_of: Callable[[int], float]) -> LoRA:
-    """A low-rank pair."""
-    down, up = require_tensors(parts, "down", "up")
-    return LoRA(
-        down,
-        up,
-        scale_of(check_pair_rank(("lora_A", down), ("lora_B", up), parts.get("mid"))),
-        parts.get("mid"),
-    )
+def build_lora(tensors: AdapterTensors, get_scale: GetScale) -> LoRA:
+    """A low-rank pair; with convolution kernels or a core it is a LoCon."""
+    down, up = require_parts(tensors, "down", "up")
+    mid = tensors.get("mid")
+    rank = check_pair_rank(up=up, down=down, mid=mid, up_name="lora_B", down_name="lora_A")
+    return LoRA(lora_A=down, lora_B=up, scale=get_scale(rank), mid=mid)
 
 
-def check_pair_rank(down: tuple[str, Tensor], up: tuple[str, Tensor], mid: Tensor | None) -> int:
-    """The rank of a pair `up @ down`, with a Tucker core between them where there is one.
-
-    Raises:
-        LoraError: when they are no pair.
-    """
-    (down_name, a), (up_name, b) = down, up
-    fits = a.dim() >= 2 and b.dim() >= 2 and math.prod(b.shape[2:]) == 1
-    if fits and mid is None and a.shape[0] == b.shape[1]:
-        return a.shape[0]
-    if (
-        fits
-        and mid is not None
-        and mid.dim() >= 2
-        and mid.shape[:2] == (b.shape[1], a.shape[0])
-        and math.prod(a.shape[2:]) == 1
-    ):
-        return a.shape[0]
-    middle = "" if mid is None else f", core {list(mid.shape)}"
-    ranks = f"rank {a.shape[0]} and rank {b.shape[1]}: " if fits and a.shape[0] != b.shape[1] else ""
-    raise LoraError(
-        f"has {down_name} {list(a.shape)}, {up_name} {list(b.shape)}{middle}; "
-        f"{ranks}a pair is [rank, in] and [out, rank], and the file is broken"
-    )
-
-
-def build_pair(parts: AdapterTensors, up: str, down: str, mid: str) -> LowRankPair:
-    """A low-rank factor of LyCORIS. Beside a core its first half is stored the other way round, [rank, out]."""
-    core = parts.get(mid)
-    a, b = require_tensors(parts, up, down)
-    a = a.T if core is not None and a.dim() == 2 else a
-    check_pair_rank((down, b), (up, a), core)
-    return LowRankPair(a, b, core)
-
-
-def build_loha(parts: AdapterTensors, scale_of: Callable[[int], float]) -> LoHa:
+def build_loha(tensors: AdapterTensors, get_scale: GetScale) -> LoHa:
     """Two low-rank factors, multiplied elementwise."""
-    first, second = (
-        build_pair(parts, "hada_w1_a", "hada_w1_b", "hada_t1"),
-        build_pair(parts, "hada_w2_a", "hada_w2_b", "hada_t2"),
-    )
+    first = build_pair(tensors, up="hada_w1_a", down="hada_w1_b", mid="hada_t1")
+    second = build_pair(tensors, up="hada_w2_a", down="hada_w2_b", mid="hada_t2")
     if first.shape != second.shape:
         raise LoraError(
-            f"has LoHa factors of {list(first.shape)} and {list(second.shape)}; they must be equal, the file is broken"
+            f"has LoHa factors of {list(first.shape)} and {list(second.shape)}; "
+            "they must be equal, the file is broken"
         )
-    return LoHa(first, second, scale_of(first.down.shape[0]))
+    return LoHa(first, second, scale=get_scale(first.down.shape[0]))
 
 
-def build_lokr(parts: AdapterTensors, scale_of: Callable[[int], float]) -> LoKr:
+def build_lokr(tensors: AdapterTensors, get_scale: GetScale) -> LoKr:
     """Two factors of a Kronecker product. Two full ones have scale 1, whatever the file's alpha says."""
-    factors: list[Tensor | LowRankPair] = []
-    for name in ("lokr_w1", "lokr_w2"):
-        halves = {f"{name}_a", f"{name}_b"} & parts.keys()
-        if name in parts and halves:
-            raise LoraError(
-                f"has {name} both whole and as {' and '.join(sorted(halves))}; the file is broken"
-            )
-        if not halves and parts.get(name) is None:
-            raise missing_part_error(name)
-        factors.append(
-            build_pair(parts, f"{name}_a", f"{name}_b", name.replace("w", "t")) if halves else parts[name]
-        )
-    w1, w2 = factors
+    w1 = build_kronecker_factor(tensors, "lokr_w1", mid="lokr_t1")
+    w2 = build_kronecker_factor(tensors, "lokr_w2", mid="lokr_t2")
     if len(w1.shape) != 2 or len(w2.shape) < 2:
         raise LoraError(
-            f"has LoKr factors of {list(w1.shape)} and {list(w2.shape)}; two matrices are needed, the file is broken"
+            f"has LoKr factors of {list(w1.shape)} and {list(w2.shape)}; "
+            "two matrices are needed, the file is broken"
         )
-    made = LoKr(w1, w2)
-    return made if made.rank is None else LoKr(w1, w2, scale_of(made.rank))
+    rank = LoKr(w1, w2).rank
+    return LoKr(w1, w2) if rank is None else LoKr(w1, w2, scale=get_scale(rank))
 
 
-def build_diff(parts: AdapterTensors, scale_of: Callable[[int], float]) -> Diff:
+def build_kronecker_factor(tensors: AdapterTensors, name: str, mid: str) -> Tensor | LowRankPair:
+    """One factor of a LoKr: whole (`lokr_w1`), or a low-rank pair (`lokr_w1_a`, `lokr_w1_b`)."""
+    halves = {f"{name}_a", f"{name}_b"} & tensors.keys()
+    if halves and name in tensors:
+        raise LoraError(f"has {name} both whole and as {' and '.join(sorted(halves))}; the file is broken")
+    if halves:
+        return build_pair(tensors, up=f"{name}_a", down=f"{name}_b", mid=mid)
+    if name not in tensors:
+        raise missing_part_error(name)
+    return tensors[name]
+
+
+def build_diff(tensors: AdapterTensors, get_scale: GetScale) -> Diff:
     """The change itself."""
-    return Diff(parts["diff"])
+    return Diff(tensors["diff"])
 
 
-def build_norm_diff(parts: AdapterTensors, scale_of: Callable[[int], float]) -> Diff:
+def build_norm_diff(tensors: AdapterTensors, get_scale: GetScale) -> Diff:
     """The change of a norm's weight."""
-    return Diff(parts["w_norm"], "norm")
+    return Diff(tensors["w_norm"], adapter_type="norm")
 
 
-def build_ia3(parts: AdapterTensors, scale_of: Callable[[int], float]) -> IA3:
-    """A factor per row or column; convolutions store it with dimensions of 1."""
-    weight, on_input = require_tensors(parts, "weight", "on_input")
-    return IA3(weight.flatten(), bool(on_input.flatten()[0]))
+def build_ia3(tensors: AdapterTensors, get_scale: GetScale) -> IA3:
+    """A factor for each row or column; convolutions store it with dimensions of 1."""
+    weight, on_input = require_parts(tensors, "weight", "on_input")
+    return IA3(factor=weight.flatten(), on_input=bool(on_input.flatten()[0]))
 
 
-# parts that only one kind has -> its recipe
-ADAPTER_BUILDERS: tuple[
-    tuple[set[str], Callable[[AdapterTensors, Callable[[int], float]], LoraDelta]], ...
-] = (
+# parts that only one adapter type has -> its builder
+ADAPTER_BUILDERS: tuple[tuple[set[str], Callable[[AdapterTensors, GetScale], LoraDelta]], ...] = (
     ({"down", "up", "mid", "up_bias"}, build_lora),
-    ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}, build_loha),
-    ({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}, build_lokr),
+    (set(LOHA_PARTS), build_loha),
+    (set(LOKR_PARTS), build_lokr),
     ({"diff"}, build_diff),
     ({"w_norm"}, build_norm_diff),
     ({"weight", "on_input"}, build_ia3),
 )
 
 
-def wrap_in_dora(core: LoraDelta | None, norms: Tensor, per_row: bool) -> DoRA:
-    """DoRA around a low-rank kind. Row norms are [out, 1, ...], column norms [1, in, ...]; PEFT's (`per_row`) are always of rows."""
-    if not isinstance(core, LoRA | LoHa | LoKr):
+def wrap_in_dora(adapter: LoraDelta | None, norms: Tensor, is_per_row: bool) -> DoRA:
+    """DoRA around a low-rank adapter.
+
+    Args:
+        adapter: the one whose norms these are.
+        norms: [out, 1, ...] for rows, [1, in, ...] for columns.
+        is_per_row: they are norms of rows whatever their shape, as PEFT's always are.
+
+    Raises:
+        LoraError: when there is no such adapter, or the norms do not fit it.
+    """
+    if not isinstance(adapter, LoRA | LoHa | LoKr):
         raise LoraError("has DoRA norms without a low-rank change; the file is incomplete")
-    on_input = not per_row and norms.dim() > 1 and norms.shape[0] == 1 and norms.numel() > 1
+    on_input = not is_per_row and norms.dim() > 1 and norms.shape[0] == 1 and norms.numel() > 1
     if max(norms.shape, default=0) != norms.numel():
         raise LoraError(
             f"has DoRA norms of shape {list(norms.shape)}; they are [out, 1] or [1, in], the file is broken"
         )
-    if not on_input and norms.numel() != core.out_features:
-        raise LoraError(f"has {norms.numel()} DoRA norms for {core.out_features} rows; the file is broken")
-    return DoRA(core, norms.flatten(), on_input)
+    if not on_input and norms.numel() != adapter.out_features:
+        raise LoraError(f"has {norms.numel()} DoRA norms for {adapter.out_features} rows; the file is broken")
+    return DoRA(adapter, magnitude=norms.flatten(), on_input=on_input)
 
 
-# parts that say how a change is meant and are none themselves
-AUXILIARY_PARTS = {"alpha", "dora_scale", "magnitude", "down_scale", "up_scale", "on_input"}
+# -- low-rank pairs ------------------------------------------------------------------------------------------
+
+
+def build_pair(tensors: AdapterTensors, *, up: str, down: str, mid: str) -> LowRankPair:
+    """A low-rank factor of LyCORIS, from the names of its parts."""
+    up_tensor, down_tensor = require_parts(tensors, up, down)
+    core = tensors.get(mid)
+    if core is not None and up_tensor.dim() == 2:
+        up_tensor = up_tensor.T  # beside a core LyCORIS stores it the other way round, [rank, out]
+    check_pair_rank(up=up_tensor, down=down_tensor, mid=core, up_name=up, down_name=down)
+    return LowRankPair(up=up_tensor, down=down_tensor, mid=core)
+
+
+def check_pair_rank(*, up: Tensor, down: Tensor, mid: Tensor | None, up_name: str, down_name: str) -> int:
+    """The rank of a pair `up @ down`, with a Tucker core between the two where there is one.
+
+    Args:
+        up: [out, rank], or [out, rank, 1, 1].
+        down: [rank, in, *kernel].
+        mid: [rank, rank, *kernel].
+        up_name, down_name: for the message.
+
+    Raises:
+        LoraError: when they do not fit each other.
+    """
+    are_matrices = down.dim() >= 2 and up.dim() >= 2 and math.prod(up.shape[2:]) == 1
+    if are_matrices and connects(up, down, mid):
+        return down.shape[0]
+
+    core = "" if mid is None else f", core {list(mid.shape)}"
+    ranks = ""
+    if are_matrices and down.shape[0] != up.shape[1]:
+        ranks = f"rank {down.shape[0]} and rank {up.shape[1]}: "
+    raise LoraError(
+        f"has {down_name} {list(down.shape)}, {up_name} {list(up.shape)}{core}; "
+        f"{ranks}a pair is [rank, in] and [out, rank], and the file is broken"
+    )
+
+
+def connects(up: Tensor, down: Tensor, mid: Tensor | None) -> bool:
+    """Whether the inner sizes of `up @ down` or `up @ mid @ down` agree."""
+    if mid is None:
+        return down.shape[0] == up.shape[1]
+    is_core = mid.dim() >= 2 and mid.shape[:2] == (up.shape[1], down.shape[0])
+    return is_core and math.prod(down.shape[2:]) == 1

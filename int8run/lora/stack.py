@@ -24,8 +24,9 @@ from int8run.lora.apply import (
     sum_ranks,
 )
 from int8run.lora.config import MODES, STRENGTH_LIMIT
+from int8run.lora.find import find_lora
 from int8run.lora.key_parsing import DENOISER
-from int8run.lora.load import LoraFile, find_lora, read_lora
+from int8run.lora.load import LoraFile, read_lora
 from int8run.lora.match import Matches, MatchRequest, match_loras
 from int8run.quant.rounding import AbsMax, Rounding
 

@@ -8,16 +8,16 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from int8run.checkpoints.comfy_int8 import PROVENANCE_KEY, read_provenance
+from int8run.checkpoints.provenance import PROVENANCE_KEY, read_provenance
 from int8run.checkpoints.detect import get_logical_shapes, read_layers
 from int8run.checkpoints.header import read_header
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
 from int8run.lora import few_step
-from int8run.lora.base_model import base_of
-from int8run.lora.key_parsing import split_key
-from int8run.lora.metadata import all_triggers, describe
+from int8run.lora.base_model import detect_lora_base
+from int8run.lora.key_parsing import parse_key
+from int8run.lora.metadata import iter_trigger_words, describe_header
 from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import load_families
 from int8run.models.state_dict_adapter import find_denoiser_keys, find_prefix
@@ -36,7 +36,12 @@ def inspect_cache(store: DiskCache) -> Table:
         table.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
     for entry in reversed(kept):
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        table.add_row(entry.path.parent.name, escape(describe_cache_entry(entry.path)), f"{entry.bytes / 1e6:.1f} MB", used)
+        table.add_row(
+            entry.path.parent.name,
+            escape(describe_cache_entry(entry.path)),
+            f"{entry.bytes / 1e6:.1f} MB",
+            used,
+        )
     return table
 
 
@@ -142,7 +147,11 @@ def find_text_encoder(files: TensorFiles) -> DetectedEncoder | None:
     """The text encoder that a file without a denoiser holds."""
     shapes = {key: info.shape for key, info in files.items()}
     try:
-        return None if detect_denoiser(find_denoiser_keys(shapes), load_families().values()) else detect_encoder(shapes)
+        return (
+            None
+            if detect_denoiser(find_denoiser_keys(shapes), load_families().values())
+            else detect_encoder(shapes)
+        )
     except (ConfigError, FileError):  # none, or one that the rows below tell more about
         return None
 
@@ -151,7 +160,7 @@ def describe_family(
     files: TensorFiles, prefix: str, layers: Mapping[str, CheckpointLayer]
 ) -> Iterator[tuple[str, str]]:
     """The denoiser that a file holds."""
-    beside = {key for layer in layers.values() for key in layer.side_keys}
+    beside = {key for layer in layers.values() for key in layer.sibling_keys}
     known = get_logical_shapes(files, layers)
     shapes = {
         key.removeprefix(prefix): shape
@@ -176,7 +185,7 @@ def describe_lora(path: Path, header: dict[str, dict], metadata: dict[str, str])
     Raises:
         FileError: for a shape that no LoRA has.
     """
-    keys = {key: split_key(key) for key in header}
+    keys = {key: parse_key(key) for key in header}
     ranks: Counter[int] = Counter()
     for key, (_, _, part, _) in keys.items():
         if part == "down":
@@ -194,28 +203,28 @@ def describe_lora(path: Path, header: dict[str, dict], metadata: dict[str, str])
     if unknown:
         yield "cannot be applied", "; ".join(f"{n} keys: {reason}" for reason, n in unknown.items())
     yield "first module", next(k.name for k in keys.values())
-    base = base_of(header, metadata)
+    base = detect_lora_base(header, metadata)
     yield (
         "base model",
         str(base)
         if base
         else metadata.get("modelspec.architecture", "not told by names, shapes or tags")[:200],
     )
-    triggers = list(all_triggers(path, metadata))
+    triggers = list(iter_trigger_words(path, metadata))
     for found in triggers[:3]:
         yield (
             "trigger words",
-            f"{', '.join(found.words)} ({found.source}{', from its training data' if found.guessed else ''})",
+            f"{', '.join(found.words)} ({found.source}{', from its training data' if found.is_guessed else ''})",
         )
     if not triggers:
         yield "trigger words", "not named"
-    preset = few_step.detect(path, metadata, base.name if base else None)
-    other = few_step.detect(path, metadata)
+    preset = few_step.detect_preset(path, metadata, base.name if base else None)
+    other = few_step.detect_preset(path, metadata)
     if preset is not None:
         yield "few steps", f"looks like preset {preset}: set few_step: {preset} at its adapter"
     elif other is not None:
         yield "few steps", f"its words are those of preset {other}, which is not made for this base model"
-    yield from describe(path, metadata, header).items()
+    yield from describe_header(path, metadata, header).items()
 
 
 # the part that stands for each kind of change
@@ -239,7 +248,8 @@ QUANTIZED_DTYPES = {"I8", "F8_E4M3", "F8_E5M2", "U8"}  # dtypes of weights
 def classify_file(header: dict[str, dict]) -> str:
     """LoRA, quantized checkpoint or plain weights, by key suffixes and dtypes."""
     if any(
-        split_key(key).part in ADAPTER_TYPES or split_key(key).reason.startswith("unsupported kind") for key in header
+        parse_key(key).part in ADAPTER_TYPES or parse_key(key).reason.startswith("unsupported adapter type")
+        for key in header
     ):
         return "LoRA"
     dtypes = {entry["dtype"] for key, entry in header.items() if key.endswith(".weight")} & QUANTIZED_DTYPES

@@ -1002,7 +1002,7 @@ MISTAKES = {
         "kohya",
         lambda t: t.update({f"lora_unet_{QKV}.diff": torch.ones(48, 16)}),
         "reading",
-        "has parts of several kinds: diff, down, up",
+        "has parts of several adapter types: diff, down, up",
     ),
     "LoHa with a factor missing": Mistake(
         "loha",
@@ -1083,7 +1083,7 @@ MISTAKES = {
         "peft",
         lambda t: t.update({"transformer.x_embedder.reshape_weight": torch.tensor([16, 8])}),
         "matching",
-        r"unsupported kind: whole replacement \(reshape_weight\)",
+        r"unsupported adapter type: whole replacement \(reshape_weight\)",
     ),
     "a foreign key": Mistake(
         "peft", lambda t: t.update({"something.else": torch.ones(1)}), "matching", "unknown suffix"

@@ -19,7 +19,7 @@ from int8run.lora.base_model import (
     read_tag,
     resolve_size,
 )
-from int8run.lora.load import SHIPPED_LORAS
+from int8run.lora.find import SHIPPED_LORAS
 from int8run.models.key_mapping import load_mappings
 from int8run.models.state_dict_adapter import to_original
 

@@ -89,7 +89,7 @@ def command(
     def never(*_: object) -> None:
         raise AssertionError("a model is loaded for a LoRA that cannot be used")
 
-    monkeypatch.setattr(build, "load", never)
+    monkeypatch.setattr(build, "load_model", never)
     with command_in(tmp_path / "work", monkeypatch, capsys) as run:
         yield run
 

@@ -124,14 +124,18 @@ def test_key(key, component, name, part):
 @pytest.mark.parametrize(
     ("key", "name", "reason"),
     [
-        ("transformer.x.a1.weight", "x", "unsupported kind: GLoRA"),
-        ("lora_unet_x.b2.weight", "x", "unsupported kind: GLoRA"),
-        ("lora_unet_x.oft_blocks", "x", "unsupported kind: OFT or BOFT"),
-        ("lora_unet_x.rescale", "x", "unsupported kind: OFT or BOFT"),
-        ("diffusion_model.x.set_weight", "x", "unsupported kind: whole replacement (set_weight)"),
-        ("diffusion_model.x.reshape_weight", "x", "unsupported kind: whole replacement (reshape_weight)"),
-        ("lora_unet_x.bias_indices", "x", "unsupported kind: sparse bias"),
-        ("text.x.lora_embedding_A", "text.x", "unsupported kind: LoRA of an embedding"),
+        ("transformer.x.a1.weight", "x", "unsupported adapter type: GLoRA"),
+        ("lora_unet_x.b2.weight", "x", "unsupported adapter type: GLoRA"),
+        ("lora_unet_x.oft_blocks", "x", "unsupported adapter type: OFT or BOFT"),
+        ("lora_unet_x.rescale", "x", "unsupported adapter type: OFT or BOFT"),
+        ("diffusion_model.x.set_weight", "x", "unsupported adapter type: whole replacement (set_weight)"),
+        (
+            "diffusion_model.x.reshape_weight",
+            "x",
+            "unsupported adapter type: whole replacement (reshape_weight)",
+        ),
+        ("lora_unet_x.bias_indices", "x", "unsupported adapter type: sparse bias"),
+        ("text.x.lora_embedding_A", "text.x", "unsupported adapter type: LoRA of an embedding"),
         ("transformer.x.lora_A.something", "x.lora_A.something", "unknown suffix"),
         ("transformer.x.bias", "x.bias", "unknown suffix"),
         ("iteration", "iteration", "unknown suffix"),
@@ -158,5 +162,5 @@ def test_every_suffix_is_reached(suffix):
 @pytest.mark.parametrize("suffix", UNSUPPORTED_SUFFIXES)
 def test_every_unsupported_suffix_is_reached(suffix):
     assert parse_key(f"transformer.x{suffix}") == ParsedKey(
-        "denoiser", "x", None, f"unsupported kind: {UNSUPPORTED_SUFFIXES[suffix]}"
+        "denoiser", "x", None, f"unsupported adapter type: {UNSUPPORTED_SUFFIXES[suffix]}"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lora import lora_files
 from lora.lora_files import LAYOUTS, MISTAKES
-from support.helpers import assert_close
+from support.compare import assert_close
 
 from int8run.errors import LoraError
 from int8run.lora.load import read_lora

@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.helpers import assert_close, randn
+from support.compare import assert_close
+from support.helpers import randn
 from torch import nn
 
 from int8run.errors import LoraError
-from int8run.lora import load
-from int8run.lora.adapters.base import LowRankPair
+from int8run.lora import find
 from int8run.lora.adapters.dora import DoRA
 from int8run.lora.adapters.lokr import LoKr
 from int8run.lora.adapters.lora import LoRA
-from int8run.lora.load import find_lora, read_lora
+from int8run.lora.adapters.low_rank import LowRankPair
+from int8run.lora.find import find_lora
+from int8run.lora.load import read_lora
 
 RANK, IN, OUT = 4, 6, 5
 A, B = randn(RANK, IN), randn(OUT, RANK, seed=1)
@@ -274,7 +276,7 @@ def test_a_module_with_a_part_that_is_not_applied_is_left_out_whole(write, suffi
     )
     assert list(file.changes["denoiser"]) == ["y"]
     assert {key for key, _ in file.skipped_keys} == {*PEFT, f"transformer.x.{suffix}"}
-    assert {reason.partition(":")[0] for _, reason in file.skipped_keys} == {"unsupported kind"}
+    assert {reason.partition(":")[0] for _, reason in file.skipped_keys} == {"unsupported adapter type"}
 
 
 def test_components_are_kept_apart(write):
@@ -488,7 +490,7 @@ REFUSED = {
     ),
     "LoRA and diff": (
         PEFT | {"x.diff": torch.ones(5, 6)},
-        "x has parts of several kinds: diff, down, up; one kind a module can be applied",
+        "x has parts of several adapter types: diff, down, up; a module can have one",
     ),
     "LoHa of two shapes": (
         {"x.hada_w1_a": B, "x.hada_w1_b": A, "x.hada_w2_a": B[:4], "x.hada_w2_b": A.clone()},
@@ -608,7 +610,7 @@ class TestNotes:
         assert bool(notes) == told
         if told:
             assert notes[0].startswith(
-                f"alpha / rank is {alpha / RANK:g} in m1 (and so unusual in 1 of 2 modules); usual is 0.05 to 4"
+                f"alpha / rank is {alpha / RANK:g} in m1 (unusual in 1 of 2 modules); usual is 0.05 to 4"
             )
 
     def test_large_values(self, write):
@@ -633,15 +635,15 @@ def test_identity_is_of_the_tensors_alone(write):
     [
         (
             {"lora_alpha": "sixteen"},
-            "x cannot be scaled: the file's lora_alpha is 'sixteen', which is no number",
+            "x cannot be scaled: the file's lora_alpha is 'sixteen', which is not a number",
         ),
-        ({"lora_alpha": True}, "lora_alpha is True, which is no number"),
-        ({"lora_alpha": [8]}, r"lora_alpha is \[8\], which is no number"),
-        ({"lora_alpha": float("inf")}, "lora_alpha is inf, which is no number"),
-        ({"lora_alpha": 8, "alpha_pattern": {"x": "y"}}, "lora_alpha is 'y', which is no number"),
+        ({"lora_alpha": True}, "lora_alpha is True, which is not a number"),
+        ({"lora_alpha": [8]}, r"lora_alpha is \[8\], which is not a number"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf, which is not a number"),
+        ({"lora_alpha": 8, "alpha_pattern": {"x": "y"}}, "lora_alpha is 'y', which is not a number"),
         (
             {"lora_alpha": 8, "alpha_pattern": {"(": 2}},
-            "x cannot be scaled: the file's alpha_pattern is no regular expression: missing",
+            "x cannot be scaled: the file's alpha_pattern is not a regular expression: missing",
         ),
     ],
     ids=json.dumps,
@@ -735,7 +737,7 @@ def test_a_folder_is_no_file(name):
 
 def test_shipped_names(write, monkeypatch, tmp_path):
     path = write(PEFT, name="ink.safetensors")
-    monkeypatch.setattr(load, "SHIPPED_LORAS", tmp_path)
+    monkeypatch.setattr(find, "SHIPPED_LORAS", tmp_path)
     assert find_lora("ink", None) == path
     with pytest.raises(
         LoraError,
@@ -752,7 +754,7 @@ class TestFolder:
         (tmp_path / "mine" / "sub").mkdir(parents=True)
         (tmp_path / "cwd").mkdir()
         monkeypatch.chdir(tmp_path / "cwd")
-        monkeypatch.setattr(load, "SHIPPED_LORAS", tmp_path / "shipped")
+        monkeypatch.setattr(find, "SHIPPED_LORAS", tmp_path / "shipped")
         for name in ("ink", "style.v1.5", "sub/deep"):
             write(PEFT, name=f"mine/{name}.safetensors")
         return tmp_path / "mine"
@@ -833,7 +835,8 @@ class TestHub:
     def test_not_to_be_had(self, download, error):
         download(error)
         with pytest.raises(
-            LoraError, match=r"LoRA 'style\.safetensors' of 'user/style' could not be had from the hub: "
+            LoraError,
+            match=r"LoRA 'style\.safetensors' of 'user/style' could not be downloaded from the hub: ",
         ) as caught:
             find_lora("user/style", "style.safetensors")
         assert "\n" not in str(caught.value)
@@ -842,12 +845,12 @@ class TestHub:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         download(LocalEntryNotFoundError("not in the cache, and outgoing traffic is off"))
-        with pytest.raises(LoraError, match="could not be had from the hub: not in the cache"):
+        with pytest.raises(LoraError, match="could not be downloaded from the hub: not in the cache"):
             find_lora("user/style", "style.safetensors")
 
     def test_a_name_that_is_no_hub_id(self):
         # huggingface_hub refuses it before it asks the network
-        with pytest.raises(LoraError, match="'not a hub id' could not be had from the hub"):
+        with pytest.raises(LoraError, match="'not a hub id' could not be downloaded from the hub"):
             find_lora("not a hub id", "style.safetensors")
 
     def test_pickled_files_are_refused_before_the_download(self, download):

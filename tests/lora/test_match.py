@@ -144,13 +144,15 @@ def test_parts_that_are_not_wanted_are_not_missed(parts: dict[str, nn.Module]) -
 
 
 def test_keys_of_parts_that_are_not_wanted_are_not_missed_either(parts: dict[str, nn.Module]) -> None:
-    keys = (("lora_te1_text_model_encoder_layers_0_mlp_fc1.oft_blocks", "unsupported kind: OFT or BOFT"),)
+    keys = (
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.oft_blocks", "unsupported adapter type: OFT or BOFT"),
+    )
     wanted = file({"denoiser": {TO_Q: change(32, 32)}}, keys).file
     assert not match_loras(parts, [MatchRequest(wanted, ["denoiser"])], strict=True).unmatched
     for components in (None, ["denoiser", "text_encoder"]):
         with pytest.raises(
             LoraError,
-            match=r"1 of 2 modules and keys have no place in the model: 1 × unsupported kind: OFT or BOFT",
+            match=r"1 of 2 modules and keys have no place in the model: 1 × unsupported adapter type: OFT or BOFT",
         ):
             match_loras(parts, [MatchRequest(wanted, components)], strict=True)
 
@@ -174,7 +176,7 @@ def test_parts_that_a_file_does_not_have_are_told(
 # -- what has no place ---------------------------------------------------------------------------------------------------------------
 
 LOST = (
-    ("a.oft_blocks", "unsupported kind: OFT or BOFT"),
+    ("a.oft_blocks", "unsupported adapter type: OFT or BOFT"),
     ("b.x", "unknown suffix"),
     ("c.x", "unknown suffix"),
 )
@@ -187,7 +189,7 @@ def test_strict_refuses_and_counts_the_reasons(parts: dict[str, nn.Module]) -> N
     with pytest.raises(LoraError) as error:
         match_loras(parts, [wanted], strict=True)
     assert str(error.value) == (
-        "style.safetensors: 4 of 5 modules and keys have no place in the model: 1 × unsupported kind: OFT or BOFT; 2 × unknown suffix; "
+        "style.safetensors: 4 of 5 modules and keys have no place in the model: 1 × unsupported adapter type: OFT or BOFT; 2 × unknown suffix; "
         "1 × no such module (first: a.oft_blocks); lora.strict=false applies the rest"
     )
 
@@ -202,12 +204,12 @@ def test_not_strict_applies_the_rest_and_says_what_is_left_out(
     found = match_loras(parts, [good, late], strict=False)
     assert found.n_matched == 2
     assert found.unmatched == [
-        (1, "a.oft_blocks", "unsupported kind: OFT or BOFT"),
+        (1, "a.oft_blocks", "unsupported adapter type: OFT or BOFT"),
         (1, "x", "no such module"),
     ]
     (said,) = caplog.records
     assert said.levelno == logging.WARNING and said.getMessage() == (
-        "style.safetensors: 2 of 3 modules and keys have no place in the model and are left out: 1 × unsupported kind: OFT or BOFT; "
+        "style.safetensors: 2 of 3 modules and keys have no place in the model and are left out: 1 × unsupported adapter type: OFT or BOFT; "
         "1 × no such module (first: a.oft_blocks)"
     )
 

@@ -556,6 +556,7 @@ def test_shipped_classes_exist():
     ],
 )
 def test_patterns(pattern, name, found):
-    assert match_pattern(pattern, name) == found
-    if found:
-        assert fill_pattern(pattern, found) == name
+    match = match_pattern(pattern, name)
+    assert match == found
+    if match:
+        assert fill_pattern(pattern, match) == name

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.helpers import CPU, TinyModel, assert_close, lora_file, on_int8, randn, shipped, to_int8, usable
+from support.compare import assert_close
+from support.helpers import CPU, TinyModel, lora_file, on_int8, randn, shipped, to_int8, usable
 from torch import nn
 
 from int8run.errors import ConfigError, LoraError
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import Int8Settings
-from int8run.lora.adapters.base import LoraDelta, LowRankPair
+from int8run.lora.adapters.base import LoraDelta
 from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.diff import Diff
 from int8run.lora.adapters.dora import DoRA
@@ -19,6 +20,7 @@ from int8run.lora.adapters.ia3 import IA3
 from int8run.lora.adapters.loha import LoHa
 from int8run.lora.adapters.lokr import LoKr
 from int8run.lora.adapters.lora import LoRA
+from int8run.lora.adapters.low_rank import LowRankPair
 from int8run.lora.apply import balance_factors
 from int8run.lora.stack import Entry, LoraStack
 from int8run.outlier.base import OutlierMethod

@@ -1,8 +1,7 @@
-"""Kinds of LoRA: what each does to one weight. Dense, as a low-rank pair beside the layer, and cut to rows of a fused matrix.
+"""What a file does to one module: an adapter of its weight, a change of its bias, or both.
 
-A change is linear in its strength t: `W' = W + t * delta(W0)`, with W0 the weight without any LoRA, so that the order of a stack
-says nothing. All sums are float32, whatever the file holds: products of float16 factors can overflow in their own dtype.
-The formulas are those of LyCORIS (`lycoris/modules`) and PEFT (`peft/tuners/lora`).
+`int8run.lora.load` makes one `LoraChange` for each module of a file; `int8run.lora.match` cuts it to the rows
+of the model's own modules, which may be fused or split where the file's are not.
 """
 
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from int8run.errors import LoraError
-from int8run.lora.adapters.base import LoraDelta, format_shape, select_rows
+from int8run.lora.adapters.base import LoraDelta, format_shape
+from int8run.lora.adapters.row_selection import select_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +19,8 @@ class LoraChange:
     """What a file does to one module: to its weight, its bias, or both.
 
     Args:
-        core: the change of the weight.
-        bias: the change of the bias at strength 1, [N]; alpha / r is in it where it belongs there.
+        weight_delta: the change of the weight.
+        bias_delta: the change of the bias at strength 1, [N], with alpha / r multiplied in where it applies.
     """
 
     weight_delta: LoraDelta | None
@@ -28,73 +28,82 @@ class LoraChange:
 
     @property
     def adapter_type(self) -> str:
-        """The core's kind; `bias` without one."""
+        """That of the weight's change; `bias` without one."""
         return "bias" if self.weight_delta is None else self.weight_delta.adapter_type
 
     @property
     def out_features(self) -> int | None:
         """Output rows of the module; None: any number."""
-        rows = None if self.weight_delta is None else self.weight_delta.out_features
-        return rows if rows is not None or self.bias_delta is None else self.bias_delta.shape[0]
+        if self.weight_delta is not None and self.weight_delta.out_features is not None:
+            return self.weight_delta.out_features
+        return None if self.bias_delta is None else self.bias_delta.shape[0]
 
     def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
         """Why it does not fit a module whose weight has this shape; None: it fits."""
-        if self.weight_delta is not None and (misfit := self.weight_delta.shape_mismatch(shape)):
-            return misfit
+        if self.weight_delta is not None:
+            weight_mismatch = self.weight_delta.shape_mismatch(shape)
+            if weight_mismatch is not None:
+                return weight_mismatch
         if self.bias_delta is not None and self.bias_delta.shape != shape[:1]:
-            return (
-                f"changes a bias of {self.bias_delta.shape[0]}, the model's weight is {format_shape(shape)}"
-            )
+            num_biases = self.bias_delta.shape[0]
+            return f"changes a bias of {num_biases}, the model's weight is {format_shape(shape)}"
         return None
 
-    def select_rows(self, rows: Tensor) -> "LoraChange":
-        """Row i is this change's row `rows[i]`, or 0 where that is -1. rows: int64 [N]."""
+    def select_rows(self, index: Tensor) -> "LoraChange":
+        """The change with these rows of this one, see `LoraDelta.select_rows`."""
+        weight_delta, bias_delta = self.weight_delta, self.bias_delta
         return LoraChange(
-            None if self.weight_delta is None else self.weight_delta.select_rows(rows),
-            None if self.bias_delta is None else select_rows(self.bias_delta, rows),
+            weight_delta=None if weight_delta is None else weight_delta.select_rows(index),
+            bias_delta=None if bias_delta is None else select_rows(bias_delta, index),
         )
 
     def take_rows(self, rows: slice) -> "LoraChange":
         """The part that changes these output rows of a fused matrix.
 
         Raises:
-            LoraError: rows that are not there, or a kind that cannot be cut.
+            LoraError: when it does not have these rows, or its adapter type cannot be cut.
         """
-        if self.out_features is not None and not 0 <= rows.start < rows.stop <= self.out_features:
+        num_rows = self.out_features
+        if num_rows is not None and not 0 <= rows.start < rows.stop <= num_rows:
             raise LoraError(
-                f"has {self.out_features} rows, the model's layers take rows {rows.start} to {rows.stop} of them"
+                f"has {num_rows} rows, the model's layers take rows {rows.start} to {rows.stop} of them"
             )
         return self.select_rows(torch.arange(rows.start, rows.stop))
 
     def place_rows(self, start: int, total: int) -> "LoraChange":
-        """The same change as rows `start`... of a taller fused matrix with `total` rows, and 0 elsewhere.
+        """The same change as rows of a taller fused matrix, which it leaves alone elsewhere.
+
+        Args:
+            start: the first row of the fused matrix that it changes.
+            total: rows of the fused matrix.
 
         Raises:
-            LoraError: rows that do not fit in, or a kind that cannot be placed.
+            LoraError: when the rows do not fit in, or the adapter type cannot be placed.
         """
-        if self.out_features is None:
+        num_rows = self.out_features
+        if num_rows is None:
             raise LoraError(
-                "is an IA3 on inputs, which does not say how many rows of the model's joined matrix are its own; "
-                "load the model without fused projections"
+                "is an IA3 on inputs, which does not say how many rows of the model's fused matrix it "
+                "changes; load the model without fused projections"
             )
-        if start < 0 or start + self.out_features > total:
+        if start < 0 or start + num_rows > total:
             raise LoraError(
-                f"has {self.out_features} rows, which do not fit from row {start} on into the model's matrix of {total}"
+                f"has {num_rows} rows, which do not fit from row {start} on "
+                f"into the model's matrix of {total}"
             )
-        rows = torch.full((total,), -1)
-        rows[start : start + self.out_features] = torch.arange(self.out_features)
-        return self.select_rows(rows)
+        index = torch.full((total,), -1)
+        index[start : start + num_rows] = torch.arange(num_rows)
+        return self.select_rows(index)
 
     def swap_halves(self) -> "LoraChange":
         """The first half of the output rows exchanged with the second.
 
         Raises:
-            LoraError: an odd number of rows, or a kind that cannot be cut.
+            LoraError: for an odd number of rows, or an adapter type that cannot be cut.
         """
-        if self.out_features is None:
+        num_rows = self.out_features
+        if num_rows is None:
             return self
-        if self.out_features % 2:
-            raise LoraError(
-                f"has {self.out_features} rows, the model exchanges their halves: the number must be even"
-            )
-        return self.select_rows(torch.arange(self.out_features).roll(self.out_features // 2))
+        if num_rows % 2:
+            raise LoraError(f"has {num_rows} rows, the model exchanges their halves: the number must be even")
+        return self.select_rows(torch.arange(num_rows).roll(num_rows // 2))

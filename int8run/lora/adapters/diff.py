@@ -1,18 +1,21 @@
-"""Diff: the change of a weight, bias or norm as it is."""
+"""Diff: the change of a weight, bias or norm as it is (LyCORIS `modules/full.py`, ComfyUI's `.diff` keys)."""
 
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from int8run.lora.adapters.base import (
-    describe_shape_mismatch,
-    select_rows,
-)
+from int8run.lora.adapters.base import describe_shape_mismatch
+from int8run.lora.adapters.row_selection import select_rows
 
 
 @dataclass(frozen=True, eq=False)
 class Diff:
-    """The change itself, in the weight's own shape: of a Linear or convolution (`diff`), or of a norm's weight (`norm`)."""
+    """`delta W = value`, in the weight's own shape.
+
+    Args:
+        value: of a Linear [N, K], of a convolution [N, K, kh, kw], or of a norm [N].
+        adapter_type: `diff`, or `norm` for the weight of a norm.
+    """
 
     value: Tensor
     adapter_type: str = "diff"
@@ -35,5 +38,5 @@ class Diff:
     def make_branch(self, weight: Tensor | None) -> None:
         return None
 
-    def select_rows(self, rows: Tensor) -> "Diff":
-        return replace(self, value=select_rows(self.value, rows))
+    def select_rows(self, index: Tensor) -> "Diff":
+        return replace(self, value=select_rows(self.value, index))

@@ -1,4 +1,4 @@
-"""DoRA: another change of the weight, whose rows or columns get learned norms (arXiv 2402.09353)."""
+"""DoRA: another adapter's weight, whose rows or columns get learned norms (PEFT `tuners/lora/dora.py`)."""
 
 from dataclasses import dataclass, replace
 
@@ -6,39 +6,37 @@ import torch
 from torch import Tensor
 
 from int8run.errors import LoraError
-from int8run.lora.adapters.base import (
-    LoraDelta,
-    RuntimeBranch,
-    SelectedRows,
-    broadcast_to_dim,
-    compute_row_norms,
-    format_shape,
-    select_rows,
-)
+from int8run.lora.adapters.base import LoraDelta, RuntimeBranch, broadcast_to_dim, format_shape
+from int8run.lora.adapters.row_selection import SelectedRows, WrappedDelta, select_rows
+
+# rows of a weight that are converted to float32 at a time when their norms are computed
+NORM_CHUNK_ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class DoRA:
-    """Another kind with trained norms: `delta = g * (W + c) - W`, c the other kind's change, `g = magnitude / ||W + c||`.
+class DoRA(WrappedDelta):
+    """`delta W = g * (W + dW) - W` with `g = magnitude / ||W + dW||` and dW the inner adapter's change.
 
-    The norm is that of each row, or with `on_input` of each input column over all rows, as LyCORIS and PEFT divide. At other
-    strengths than 1 the rule is `W + t (W_dora - W)`.
+    From Liu et al. 2024, arXiv 2402.09353. The norm is that of each row, or with `on_input` that of each
+    input column over all rows; LyCORIS writes either, PEFT rows only. At a strength t other than 1 the rule
+    is `W + t * delta W`.
+
+    Args:
+        inner: a low-rank adapter.
+        magnitude: [N], or [K] with `on_input`.
+        on_input: the norms belong to input columns.
     """
 
-    inner: LoraDelta
-    magnitude: Tensor  # [N], or with on_input [K]
+    magnitude: Tensor
     on_input: bool = False
 
     adapter_type = "DoRA"
     needs_weight = True
 
     @property
-    def rank(self) -> int | None:
-        return self.inner.rank
-
-    @property
-    def scale(self) -> float:
-        return self.inner.scale
+    def dim(self) -> int:
+        """The dimension of the weight that has a norm for each index."""
+        return 1 if self.on_input else 0
 
     @property
     def out_features(self) -> int | None:
@@ -49,41 +47,78 @@ class DoRA:
         return self.inner.has_branch and not self.on_input
 
     def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
-        axis, word = (1, "columns") if self.on_input else (0, "rows")
-        misfit = self.inner.shape_mismatch(shape)
-        if misfit is None and self.magnitude.shape[0] != shape[axis]:
-            misfit = f"has DoRA norms for {self.magnitude.shape[0]} {word}, the model's weight is {format_shape(shape)}"
-        return misfit
+        inner_mismatch = self.inner.shape_mismatch(shape)
+        if inner_mismatch is not None:
+            return inner_mismatch
+        num_norms = self.magnitude.shape[0]
+        if num_norms == shape[self.dim]:
+            return None
+        normed = "columns" if self.on_input else "rows"
+        return f"has DoRA norms for {num_norms} {normed}, the model's weight is {format_shape(shape)}"
 
     def compute_delta(self, weight: Tensor) -> Tensor:
         original = weight.float()
         changed = original + self.inner.compute_delta(weight)
-        axis = 1 if self.on_input else 0
-        norm = changed.transpose(0, axis).flatten(1).norm(dim=1)
-        return changed * broadcast_to_dim(self.ratio(norm), axis, weight.dim()) - original
+        norms = changed.transpose(0, self.dim).flatten(1).norm(dim=1)  # [N] or [K]
+        ratio = self.compute_ratio(norms)
+        return changed * broadcast_to_dim(ratio, self.dim, weight.dim()) - original
 
     def make_branch(self, weight: Tensor | None) -> RuntimeBranch | None:
         """Row by row: `g * (W + BA) - W = (g B) A + (g - 1) W`."""
-        form = self.inner.make_branch(weight) if self.has_branch else None
-        if form is None:
+        branch = self.inner.make_branch(weight) if self.has_branch else None
+        if branch is None:
             return None
-        if weight is None or form.lora_A is None or form.lora_B is None:
+        if weight is None or branch.lora_A is None or branch.lora_B is None:
             raise TypeError(
-                "DoRA divides by the norms of the weight: it has no form without a weight and a low-rank pair"
+                "DoRA divides by the norms of the weight: a branch needs the weight and a low-rank pair"
             )
-        ratio = self.ratio(compute_row_norms(weight, form.lora_A, form.lora_B))
-        return RuntimeBranch(form.lora_A, ratio[:, None].to(form.lora_B.device) * form.lora_B, ratio - 1)
+        ratio = self.compute_ratio(compute_row_norms(weight, branch.lora_A, branch.lora_B))  # [N]
+        return RuntimeBranch(
+            lora_A=branch.lora_A,
+            lora_B=ratio[:, None].to(branch.lora_B.device) * branch.lora_B,
+            row_factor=ratio - 1,
+        )
 
-    def ratio(self, norm: Tensor) -> Tensor:
-        """g, of the norms that are there; a row of zeros stays one."""
-        return self.magnitude.float().to(norm.device) / norm.clamp_min(torch.finfo(torch.float32).tiny)
+    def compute_ratio(self, norms: Tensor) -> Tensor:
+        """g for the norms of `W + dW`; a row of zeros stays zero."""
+        smallest = torch.finfo(torch.float32).tiny
+        return self.magnitude.float().to(norms.device) / norms.clamp_min(smallest)
 
-    def select_rows(self, rows: Tensor) -> LoraDelta:
+    def select_rows(self, index: Tensor) -> LoraDelta:
         if self.on_input:
             raise LoraError(
-                "its DoRA norms (dora_scale [1, in]) run over all rows of a matrix that the model splits or joins, and cannot be cut; "
-                "use a file with row norms (dora_scale [out, 1]), or one made for this model's own layers"
+                "its DoRA norms (dora_scale [1, in]) run over all rows of a matrix that the model splits or "
+                "joins, and cannot be cut; use a file with row norms (dora_scale [out, 1]), or one made for "
+                "this model's own layers"
             )
-        if (rows < 0).any():  # rows of zeros have no magnitude
-            return SelectedRows(self, rows)
-        return replace(self, inner=self.inner.select_rows(rows), magnitude=select_rows(self.magnitude, rows))
+        if (index < 0).any():  # rows of zeros have no magnitude
+            return SelectedRows(self, index)
+        return replace(
+            self, inner=self.inner.select_rows(index), magnitude=select_rows(self.magnitude, index)
+        )
+
+
+def compute_row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """`||W + lora_B lora_A||` of each row, without a second matrix of the weight's size.
+
+    The square is `||W||² + 2 B · (W Aᵀ) + (B A Aᵀ) · B`, summed per row.
+
+    Args:
+        weight: [N, K] or [N, K, 1, 1].
+        lora_A: [r, K], float32.
+        lora_B: [N, r], float32.
+
+    Returns:
+        [N], float32.
+    """
+    lora_A, lora_B = lora_A.to(weight.device), lora_B.to(weight.device)
+    gram = lora_A @ lora_A.T  # [r, r]
+    chunks = zip(
+        weight.flatten(1).split(NORM_CHUNK_ROWS), lora_B.split(NORM_CHUNK_ROWS), strict=True
+    )  # [n, K], [n, r]
+    norms = []
+    for w, b in chunks:
+        w = w.float()
+        square = w.pow(2).sum(1) + (b * (2 * (w @ lora_A.T) + b @ gram)).sum(1)
+        norms.append(square.clamp_min(0).sqrt())
+    return torch.cat(norms)

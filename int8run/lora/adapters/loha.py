@@ -1,21 +1,25 @@
-"""LoHa: the elementwise product of two low-rank matrices (arXiv 2108.06098; LyCORIS)."""
+"""LoHa: the change is the Hadamard product of two low-rank matrices (LyCORIS `modules/loha.py`)."""
 
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from int8run.lora.adapters.base import (
-    LowRankPair,
-    RuntimeBranch,
-    describe_shape_mismatch,
-    is_matrix,
-)
+from int8run.lora.adapters.base import RuntimeBranch, describe_shape_mismatch, is_matrix
+from int8run.lora.adapters.low_rank import LowRankPair
 
 
 @dataclass(frozen=True, eq=False)
 class LoHa:
-    """Hadamard product of two low-rank matrices: `scale * first * second`, elementwise."""
+    """`delta W = (alpha / r) * (w1_a @ w1_b) ⊙ (w2_a @ w2_b)`, ⊙ elementwise.
+
+    From FedPara (Hyeon-Woo et al. 2021, arXiv 2108.06098); for diffusion models in LyCORIS (arXiv
+    2309.14859).
+
+    Args:
+        first, second: the two low-rank matrices or kernels, of one shape.
+        scale: alpha / r.
+    """
 
     first: LowRankPair
     second: LowRankPair
@@ -34,25 +38,25 @@ class LoHa:
 
     @property
     def has_branch(self) -> bool:
-        rank = self.first.up.shape[1] * self.second.up.shape[1]
-        return is_matrix(self.first.shape) and rank < min(self.first.shape[:2])
+        branch_rank = self.first.up_rank * self.second.up_rank
+        return is_matrix(self.first.shape) and branch_rank < min(self.first.shape[:2])
 
     def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
         return describe_shape_mismatch(self.first.shape, shape)
 
     def compute_delta(self, weight: Tensor) -> Tensor:
-        return (
-            self.scale * self.first.to_dense(weight.device) * self.second.to_dense(weight.device)
-        ).reshape(weight.shape)
+        first, second = self.first.to_dense(weight.device), self.second.to_dense(weight.device)
+        return (self.scale * first * second).reshape(weight.shape)
 
     def make_branch(self, weight: Tensor | None) -> RuntimeBranch | None:
-        """All products of a column of one factor with a column of the other: rank r²."""
+        """All products of a column of one factor with a column of the other, so that the ranks multiply."""
         if not self.has_branch:
             return None
-        (up_1, down_1), (up_2, down_2) = self.first.compute_factors(), self.second.compute_factors()
-        lora_B = torch.einsum("ni,nj->nij", up_1, up_2).flatten(1)
-        lora_A = torch.einsum("ik,jk->ijk", down_1, down_2).flatten(0, 1)
-        return RuntimeBranch(lora_A, self.scale * lora_B)
+        up_1, down_1 = self.first.compute_factors()  # [N, r1], [r1, K]
+        up_2, down_2 = self.second.compute_factors()  # [N, r2], [r2, K]
+        lora_B = torch.einsum("ni,nj->nij", up_1, up_2).flatten(1)  # [N, r1 * r2]
+        lora_A = torch.einsum("ik,jk->ijk", down_1, down_2).flatten(0, 1)  # [r1 * r2, K]
+        return RuntimeBranch(lora_A=lora_A, lora_B=self.scale * lora_B)
 
-    def select_rows(self, rows: Tensor) -> "LoHa":
-        return replace(self, first=self.first.select_rows(rows), second=self.second.select_rows(rows))
+    def select_rows(self, index: Tensor) -> "LoHa":
+        return replace(self, first=self.first.select_rows(index), second=self.second.select_rows(index))

@@ -1,26 +1,32 @@
-"""LoRA and LoCon: a product of two thin matrices (arXiv 2106.09685)."""
+"""LoRA and LoCon: the change is a product of two thin matrices (PEFT `tuners/lora`, LyCORIS `locon`)."""
 
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from int8run.lora.adapters.base import (
-    LowRankPair,
-    RuntimeBranch,
-    describe_shape_mismatch,
-    is_matrix,
-    select_rows,
-)
+from int8run.lora.adapters.base import RuntimeBranch, describe_shape_mismatch, is_matrix
+from int8run.lora.adapters.low_rank import LowRankPair
+from int8run.lora.adapters.row_selection import select_rows
 
 
 @dataclass(frozen=True, eq=False)
 class LoRA:
-    """`scale * lora_B @ lora_A`; with convolution kernels, and with a core between them, LyCORIS' LoCon."""
+    """`delta W = (alpha / r) * lora_B @ lora_A` (Hu et al. 2021, arXiv 2106.09685).
 
-    lora_A: Tensor  # [r, K], or a kernel [r, K, kh, kw]
-    lora_B: Tensor  # [N, r], or [N, r, 1, 1]
-    scale: float = 1.0  # alpha / r
-    mid: Tensor | None = None  # [r, r, kh, kw]
+    With convolution kernels, or with a Tucker core between the factors, it is the LoCon of LyCORIS (arXiv
+    2309.14859).
+
+    Args:
+        lora_A: [r, K], or a kernel [r, K, kh, kw].
+        lora_B: [N, r], or [N, r, 1, 1].
+        scale: alpha / r.
+        mid: the Tucker core [r, r, kh, kw].
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: float = 1.0
+    mid: Tensor | None = None
 
     needs_weight = False
 
@@ -39,7 +45,7 @@ class LoRA:
     @property
     def pair(self) -> LowRankPair:
         """The two factors and the core."""
-        return LowRankPair(self.lora_B, self.lora_A, self.mid)
+        return LowRankPair(up=self.lora_B, down=self.lora_A, mid=self.mid)
 
     @property
     def has_branch(self) -> bool:
@@ -55,7 +61,7 @@ class LoRA:
         if not self.has_branch:
             return None
         up, down = self.pair.compute_factors()
-        return RuntimeBranch(down, self.scale * up)
+        return RuntimeBranch(lora_A=down, lora_B=self.scale * up)
 
-    def select_rows(self, rows: Tensor) -> "LoRA":
-        return replace(self, lora_B=select_rows(self.lora_B, rows))
+    def select_rows(self, index: Tensor) -> "LoRA":
+        return replace(self, lora_B=select_rows(self.lora_B, index))

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support.helpers import assert_close, randn
+from support.compare import assert_close
+from support.helpers import randn
 from torch import Tensor, nn
 
 from int8run.errors import LoraError
-from int8run.lora.adapters.base import LoraDelta, LowRankPair
+from int8run.lora.adapters.base import LoraDelta
 from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.diff import Diff
 from int8run.lora.adapters.dora import DoRA
@@ -17,6 +18,7 @@ from int8run.lora.adapters.ia3 import IA3
 from int8run.lora.adapters.loha import LoHa
 from int8run.lora.adapters.lokr import LoKr
 from int8run.lora.adapters.lora import LoRA
+from int8run.lora.adapters.low_rank import LowRankPair
 
 N, K, R = 12, 10, 2
 A, B = randn(R, K, seed=1), randn(N, R, seed=2)
@@ -486,7 +488,7 @@ def test_float16_products_do_not_overflow():
 
 
 def test_row_norms_are_exact_over_several_blocks(monkeypatch):
-    monkeypatch.setattr("int8run.lora.adapters.base.NORM_CHUNK_ROWS", 5)
+    monkeypatch.setattr("int8run.lora.adapters.dora.NORM_CHUNK_ROWS", 5)
     case = CASES["DoRA"]
     w = randn(*case.shape, seed=99).bfloat16()
     form = case.weight_delta.make_branch(w)

@@ -1,0 +1,99 @@
+"""Find the file of a LoRA: a path, a name in a folder, a LoRA that ships with int8run, or a file on the hub.
+
+`header_info` asks for the files of a stack, `LoraStack.add` for a single one. Nothing is opened here.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from int8run.errors import LoraError
+
+SHIPPED_LORAS = Path(__file__).parents[1] / "assets" / "lora"
+SUFFIX = ".safetensors"
+PICKLE_SUFFIXES = (".pt", ".bin", ".ckpt", ".pth")
+
+
+def find_lora(source: str, weight_name: str | None, folder: Path | None = None) -> Path:
+    """Find the file of a source. Names in a folder may leave `.safetensors` out.
+
+    Args:
+        source: a path, a name in `folder`, the name of a shipped LoRA, or with `weight_name` a hub id.
+        weight_name: the name of a file in a hub repository.
+        folder: where names are looked up, before the shipped LoRAs.
+
+    Raises:
+        LoraError: when it is not found; the message has the path tried, the folders searched and the nearest
+            names in them.
+    """
+    name = Path(weight_name or source)
+    if name.suffix.lower() in PICKLE_SUFFIXES:
+        raise LoraError(
+            f"{name} is a pickled file, which can run code when opened; convert it to .safetensors first"
+        )
+    if weight_name is not None:
+        return download_lora(source, weight_name)
+
+    path = Path(source).expanduser()
+    file_name = path if has_suffix(path) else Path(f"{path}{SUFFIX}")
+    files_in_folders = [home.expanduser() / file_name for home in list_home_folders(path, folder)]
+    for candidate in (path, *files_in_folders):
+        if candidate.is_file():
+            return candidate
+    raise LoraError(describe_failed_search(path, [file.parent for file in files_in_folders], folder))
+
+
+def download_lora(repository: str, weight_name: str) -> Path:
+    """Download a file from the hub, or find it in the hub's cache.
+
+    Raises:
+        LoraError: with the first line of the hub's own message.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, weight_name))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LoraError(
+            f"LoRA {weight_name!r} of {repository!r} could not be downloaded from the hub: {reason}"
+        ) from error
+
+
+def has_suffix(path: Path) -> bool:
+    """Whether a path ends in `.safetensors`."""
+    return path.suffix.lower() == SUFFIX
+
+
+def is_bare_name(path: Path) -> bool:
+    """Whether a path is a name without a folder, as that of a shipped LoRA."""
+    return path.parent == Path()
+
+
+def list_home_folders(path: Path, folder: Path | None) -> list[Path]:
+    """The folders that a relative path may be meant for, besides the working folder."""
+    if path.is_absolute():
+        return []
+    homes = [] if folder is None else [folder]
+    if is_bare_name(path):
+        homes.append(SHIPPED_LORAS)
+    return homes
+
+
+def describe_failed_search(path: Path, searched_homes: Sequence[Path], folder: Path | None) -> str:
+    """The message for a file that was not found: what was searched, what is similar, what may be meant."""
+    is_path = has_suffix(path) or not is_bare_name(path)
+    searched = [path.parent, *searched_homes] if is_path else list(searched_homes)
+    present = {file for place in searched if place.is_dir() for file in place.glob(f"*{SUFFIX}")}
+    names = sorted({file.name if has_suffix(path) else file.stem for file in present})
+    nearest = difflib.get_close_matches(path.name, names, n=3, cutoff=0.0)
+
+    message = f"LoRA file not found: {path}; searched {', '.join(str(place.resolve()) for place in searched)}"
+    message += f"; nearest there: {', '.join(nearest)}" if nearest else "; no .safetensors file there"
+    if is_bare_name(path) and folder is None:
+        message += "; lora_dir=FOLDER adds a folder of yours"
+    looks_like_hub_id = not has_suffix(path) and not path.is_absolute() and len(path.parts) == 2
+    if looks_like_hub_id:
+        message += "; a repository on the hub needs weight_name as well"
+    return message
