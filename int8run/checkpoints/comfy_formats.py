@@ -1,7 +1,8 @@
 """Weights in any of the formats of `quant/formats.py` as tensors of a safetensors file, by ComfyUI's names.
 
-Beside `weight` lie `weight_scale`, of nvfp4 `weight_scale_2` too, a `comfy_quant` marker, and `pre_quant_scale` where inputs are
-multiplied. A plain fp8 cast is its `weight` alone.
+Beside `weight` stand `weight_scale`, of nvfp4 `weight_scale_2` too, a `comfy_quant` marker, and
+`pre_quant_scale` where inputs are multiplied. A plain fp8 cast is its `weight` alone. The task that quantizes
+text encoders writes by this module; `detect.py` reads the result back.
 """
 
 import json
@@ -11,96 +12,122 @@ import torch
 from torch import Tensor
 
 from int8run.checkpoints import comfy_int8
-from int8run.checkpoints.comfy_int8 import FACTOR, MARKER, SCALE, sibling_key
+from int8run.checkpoints.comfy_int8 import FACTOR, SCALE, sibling_key
 from int8run.checkpoints.header import DTYPES
+from int8run.checkpoints.quant_metadata import MARKER
 from int8run.checkpoints.writer import TensorEntry
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.formats import BLOCK, ROW, WeightFormat
 from int8run.quant.packed_weight import PackedWeight
 
 GLOBAL_SCALE = "weight_scale_2"
-TORCH_DTYPES = {
-    word: getattr(torch, name) for word, (_, name) in DTYPES.items() if name
-}  # safetensors' word -> torch's dtype
-SAFETENSORS_DTYPES = {dtype: word for word, dtype in TORCH_DTYPES.items()}
+# safetensors' name of a dtype -> torch's dtype, and back
+TORCH_DTYPES = {name: getattr(torch, dtype.torch_name) for name, dtype in DTYPES.items() if dtype.torch_name}
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def build_marker(
-    form: WeightFormat, shape: tuple[int, int], transform: OutlierTransform
+    weight_format: WeightFormat, shape: tuple[int, int], transform: OutlierTransform
 ) -> dict[str, object]:
-    """What a reader must know of one layer besides its tensors; of a plain cast, nothing.
+    """What a reader must know about one layer besides its tensors; nothing for a plain cast.
 
     Args:
+        weight_format: that the weight is written in.
         shape: N and K of the weight.
+        transform: what was done to the weight before it was rounded.
 
     Raises:
-        ValueError: for a format that is never written, or a rotation or centering that no marker of the format can tell.
+        ValueError: for a format that is never written, or a rotation or centering that its marker cannot
+            describe.
     """
-    if form.qdata_dtype == torch.int8 and form.granularity == ROW:
+    if weight_format.qdata_dtype == torch.int8 and weight_format.granularity == ROW:
         return comfy_int8.build_marker(transform)
-    if form.is_read_only:
-        raise ValueError(f"{form.name} is read and never written")
+    if weight_format.is_read_only:
+        raise ValueError(f"{weight_format.name} is read and never written")
     if transform.group_size or transform.centered:
         raise ValueError(
-            f"no marker of {form.name} can tell of {transform.label}; int8 with a scale for each row can have it"
+            f"the marker of {weight_format.name} cannot describe {transform.label}; "
+            "int8 with a scale for each row can have it"
         )
-    found: dict[str, object] = {"format": form.marker_format} if form.marker_format else {}
-    if form.block_size and form.granularity != BLOCK:
-        found["group_size"] = form.block_size
-    if form.padded_shape(*shape) != shape:
-        found["orig_shape"] = list(shape)
-    return found
+    marker: dict[str, object] = {}
+    if weight_format.marker_format:
+        marker["format"] = weight_format.marker_format
+    if weight_format.block_size and weight_format.granularity != BLOCK:
+        marker["group_size"] = weight_format.block_size
+    if weight_format.get_padded_shape(*shape) != shape:
+        marker["orig_shape"] = list(shape)
+    return marker
 
 
-def encode_marker(form: WeightFormat, shape: tuple[int, int], transform: OutlierTransform) -> bytes:
-    """A marker as it stands in the file; empty where there is none."""
-    found = build_marker(form, shape, transform)
-    return json.dumps(found).encode() if found else b""
+def encode_marker(weight_format: WeightFormat, shape: tuple[int, int], transform: OutlierTransform) -> bytes:
+    """The marker as the file holds it: JSON, as a row of bytes; empty where there is none."""
+    marker = build_marker(weight_format, shape, transform)
+    return json.dumps(marker).encode() if marker else b""
 
 
 def plan_packed_entries(
-    key: str, form: WeightFormat, shape: tuple[int, int], transform: OutlierTransform
+    key: str, weight_format: WeightFormat, shape: tuple[int, int], transform: OutlierTransform
 ) -> list[TensorEntry]:
-    """What a weight adds to a file, before any of its numbers is known.
+    """List the tensors that a weight adds to a file, before any of its numbers is known.
 
     Args:
         key: of the weight, `L.weight`.
+        weight_format: that the weight is written in.
         shape: N and K of the weight.
+        transform: what was done to the weight before it was rounded.
 
     Raises:
-        ValueError: as `marker`.
+        ValueError: as `build_marker`.
     """
-    scale, said = form.scale_shape(*shape), encode_marker(form, shape, transform)
-    found: list[TensorEntry] = [(key, SAFETENSORS_DTYPES[form.qdata_dtype], form.qdata_shape(*shape))]
-    if scale is not None:
-        found.append((sibling_key(key, SCALE), get_scale_dtype(form), scale))
-    if form.qdata_dtype == torch.uint8:
-        found.append((sibling_key(key, GLOBAL_SCALE), "F32", ()))
-    if said:
-        found.append((sibling_key(key, MARKER), "U8", (len(said),)))
+    qdata_shape, scale_shape = weight_format.get_qdata_shape(*shape), weight_format.get_scale_shape(*shape)
+    marker = encode_marker(weight_format, shape, transform)
+    entries = [TensorEntry(key, SAFETENSORS_DTYPES[weight_format.qdata_dtype], qdata_shape)]
+    if scale_shape is not None:
+        entries.append(TensorEntry(sibling_key(key, SCALE), get_scale_dtype(weight_format), scale_shape))
+    if has_global_scale(weight_format):
+        entries.append(TensorEntry(sibling_key(key, GLOBAL_SCALE), "F32", ()))
+    if marker:
+        entries.append(TensorEntry(sibling_key(key, MARKER), "U8", (len(marker),)))
     if transform.factor is not None:
-        found.append((sibling_key(key, FACTOR), "F32", (shape[1],)))
-    return found
+        entries.append(TensorEntry(sibling_key(key, FACTOR), "F32", (shape[1],)))
+    return entries
 
 
-def get_scale_dtype(form: WeightFormat) -> str:
-    """The dtype of the scales. mxfp8's exponents are bytes: older readers do not know the dtype that is theirs."""
-    if form.granularity != BLOCK:
+def get_scale_dtype(weight_format: WeightFormat) -> str:
+    """The dtype of the scales, by safetensors' name.
+
+    mxfp8's exponents are written as bytes: older readers do not know the dtype that was made for them.
+    """
+    if weight_format.granularity != BLOCK:
         return "F32"
-    return "F8_E4M3" if form.qdata_dtype == torch.uint8 else "U8"
+    return "F8_E4M3" if has_global_scale(weight_format) else "U8"
+
+
+def has_global_scale(weight_format: WeightFormat) -> bool:
+    """Whether the format is nvfp4, whose block scales are multiplied by one scale for the whole weight."""
+    return weight_format.qdata_dtype == torch.uint8
 
 
 def collect_tensors(
-    key: str, weight: PackedWeight, form: WeightFormat, transform: OutlierTransform
+    key: str, weight: PackedWeight, weight_format: WeightFormat, transform: OutlierTransform
 ) -> dict[str, Tensor | bytes]:
-    """The same with the numbers, under the same keys, for `StreamWriter.write`. Scales out of files get the format's dtype and shape.
+    """Collect the numbers of the entries of `plan_packed_entries`, for `StreamWriter.write`.
+
+    Scales that come from another file get the dtype and the shape of the format.
+
+    Args:
+        key: of the weight, `L.weight`.
+        weight: N and K as in the plan.
+        weight_format: that the weight is in already.
+        transform: what was done to the weight before it was rounded.
 
     Raises:
-        ValueError: as `marker`, or for a weight that is not in this format.
+        ValueError: as `build_marker`, or for a weight that is not in this format.
     """
-    if not is_stored_as(form, weight):
+    if not is_stored_as(weight_format, weight):
         raise ValueError(
-            f"{key} cannot be written as {form.name}: its codes, {weight.storage_dtype} {list(weight.qdata.shape)}, are in another format"
+            f"{key} cannot be written as {weight_format.name}: its qdata, {weight.storage_dtype} "
+            f"{list(weight.qdata.shape)}, is in another format"
         )
     numbers = {
         key: weight.qdata,
@@ -108,28 +135,30 @@ def collect_tensors(
         sibling_key(key, GLOBAL_SCALE): weight.global_scale,
         sibling_key(key, FACTOR): transform.factor,
     }
-    found: dict[str, Tensor | bytes] = {}
-    for name, word, shape in plan_packed_entries(key, form, weight.shape, transform):
-        tensor = numbers.get(name)
+    tensors: dict[str, Tensor | bytes] = {}
+    for entry in plan_packed_entries(key, weight_format, weight.shape, transform):
+        tensor = numbers.get(entry.key)
         if tensor is None:
-            found[name] = encode_marker(form, weight.shape, transform)
+            tensors[entry.key] = encode_marker(weight_format, weight.shape, transform)
+        elif entry.dtype == "F32":
+            tensors[entry.key] = tensor.float().reshape(entry.shape)
         else:
-            found[name] = (tensor.float() if word == "F32" else tensor.view(TORCH_DTYPES[word])).reshape(
-                shape
-            )
-    return found
+            tensors[entry.key] = tensor.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+    return tensors
 
 
-def is_stored_as(form: WeightFormat, weight: PackedWeight) -> bool:
+def is_stored_as(weight_format: WeightFormat, weight: PackedWeight) -> bool:
     """Whether a weight is in a format, or needs no more than another shape or dtype of its scales to be."""
-    codes = (weight.storage_dtype, weight.qdata.dtype, tuple(weight.qdata.shape))
-    scale = form.scale_shape(*weight.shape)
-    return (
-        codes == (form.storage_dtype, form.qdata_dtype, form.qdata_shape(*weight.shape))
-        and (None if weight.scale is None else weight.scale.numel())
-        == (None if scale is None else prod(scale))
-        and (form.granularity != BLOCK or weight.is_swizzled)
-        and (
-            form.qdata_dtype != torch.uint8 or (weight.high_nibble_first and weight.global_scale is not None)
-        )
-    )
+    if weight.storage_dtype != weight_format.storage_dtype or weight.qdata.dtype != weight_format.qdata_dtype:
+        return False
+    if tuple(weight.qdata.shape) != weight_format.get_qdata_shape(*weight.shape):
+        return False
+    scale_shape = weight_format.get_scale_shape(*weight.shape)
+    n_scales = None if scale_shape is None else prod(scale_shape)
+    if (None if weight.scale is None else weight.scale.numel()) != n_scales:
+        return False
+    if weight_format.granularity == BLOCK and not weight.is_swizzled:
+        return False
+    if has_global_scale(weight_format):
+        return weight.high_nibble_first and weight.global_scale is not None
+    return True

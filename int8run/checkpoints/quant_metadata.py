@@ -134,7 +134,7 @@ def read_markers(files: TensorFiles, prefix: str) -> dict[str, Marker]:
 def read_metadata_markers(files: TensorFiles) -> dict[str, Marker]:
     """What the headers say, by layer name."""
     found: dict[str, Marker] = {}
-    for file, metadata in files.metadata_of.items():
+    for file, metadata in files.metadata_by_file.items():
         if METADATA_KEY not in metadata:
             continue
         where = f"{file}: {METADATA_KEY} in its header"

@@ -79,7 +79,7 @@ def check_supported(files: TensorFiles, prefix: str) -> None:
             suffix == PACKED_COPY and f"{layer}.weight" in files and files[f"{layer}.weight"].dtype == "I8"
         ):
             raise make_unsupported_error(files, name, f"it has {key}")
-    for file, metadata in files.metadata_of.items():
+    for file, metadata in files.metadata_by_file.items():
         if "tensor_names" in metadata and any("_weight_qdata" in key for key in keys):
             raise make_unsupported_error(files, "torchao", f"the header of {file.name} lists tensor_names")
         if "svdquant" in metadata.get("quantization_config", ""):

@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 from int8run.checkpoints.comfy_int8 import (
     FACTOR,
-    MARKER,
-    NOTE,
     SCALE,
     WEIGHT,
-    beside,
-    int8_entries,
-    marker_bytes,
+    encode_marker,
+    plan_int8_entries,
+    sibling_key,
 )
-from int8run.checkpoints.writer import Entry, StreamWriter
+from int8run.checkpoints.provenance import PROVENANCE_KEY
+from int8run.checkpoints.quant_metadata import MARKER
+from int8run.checkpoints.writer import StreamWriter, TensorEntry
 from int8run.errors import ConfigError
 from int8run.layers.int8_linear import Int8Linear
-from int8run.models.resolve_weights import CONFIG, FILE
-from int8run.models.state_dict_adapter import Part, joined_shape, to_native
+from int8run.models.resolve_weights import CONFIG_NAME, WEIGHTS_NAME
+from int8run.models.state_dict_adapter import TensorPart, join_shapes, to_original
 
-WORDS = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -36,12 +36,12 @@ WORDS = {
     torch.bool: "BOOL",
     torch.int8: "I8",
 }
-Names = Mapping[str, tuple[Part, ...]]
+KeyParts = Mapping[str, tuple[TensorPart, ...]]
 
 
-def own_names(parameters: Iterable[str]) -> Names:
+def keep_own_names(parameters: Iterable[str]) -> KeyParts:
     """Every parameter under its own name."""
-    return {name: (Part(name),) for name in parameters}
+    return {name: (TensorPart(name),) for name in parameters}
 
 
 def save_denoiser(
@@ -76,16 +76,18 @@ def save_denoiser(
     shapes = {name: tuple(t.shape) for name, t in state.items()}
     shapes |= {name + WEIGHT: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     if path.suffix == ".safetensors":
-        write_tensors(path, to_native(shapes, type(model).__name__), layers, state, note)
+        write_tensors(path, to_original(shapes, type(model).__name__), layers, state, note)
         return path
-    write_tensors(path / FILE, own_names(shapes), layers, state, note)
-    (path / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
-    return path / FILE
+    write_tensors(path / WEIGHTS_NAME, keep_own_names(shapes), layers, state, note)
+    (path / CONFIG_NAME).write_text(json.dumps(dict(config), indent=2) + "\n")
+    return path / WEIGHTS_NAME
 
 
-def fused_layers(model: nn.Module) -> list[list[str]]:
+def find_fused_layers(model: nn.Module) -> list[list[str]]:
     """Modules that are one layer in a file with the authors' names."""
-    names = to_native({name: tuple(t.shape) for name, t in model.state_dict().items()}, type(model).__name__)
+    names = to_original(
+        {name: tuple(t.shape) for name, t in model.state_dict().items()}, type(model).__name__
+    )
     return [
         [part.key.removesuffix(WEIGHT) for part in parts]
         for key, parts in names.items()
@@ -95,7 +97,7 @@ def fused_layers(model: nn.Module) -> list[list[str]]:
 
 def write_tensors(
     path: Path,
-    names: Names,
+    names: KeyParts,
     layers: Mapping[str, Int8Linear],
     state: Mapping[str, Tensor],
     note: Mapping[str, object],
@@ -108,42 +110,48 @@ def write_tensors(
     Raises:
         ConfigError: when parameters under one key cannot be one tensor.
     """
-    entries: list[Entry] = []
+    entries: list[TensorEntry] = []
     shapes = {name: tuple(t.shape) for name, t in state.items()}
     for key, parts in names.items():
-        made = int8_parts(key, parts, layers)
+        made = get_int8_parts(key, parts, layers)
         if made:
             rows, columns = sum(layer.out_features for layer in made), made[0].in_features
-            entries += int8_entries(key, (rows, columns), made[0].transform)
+            entries += plan_int8_entries(key, (rows, columns), made[0].transform)
         else:
-            entries.append((key, WORDS[joined_dtype(parts, state)], joined_shape(parts, shapes) or ()))
-    with StreamWriter(path, entries, {"format": "pt", NOTE: json.dumps(note)}) as writer:
+            entries.append(
+                TensorEntry(
+                    key, DTYPE_NAMES[get_joined_dtype(parts, state)], join_shapes(parts, shapes) or ()
+                )
+            )
+    with StreamWriter(path, entries, {"format": "pt", PROVENANCE_KEY: json.dumps(note)}) as writer:
         for key, parts in names.items():
-            for name, data in pieces(key, parts, layers, state):
+            for name, data in iterate_pieces(key, parts, layers, state):
                 writer.write(name, data)
         writer.finish()
 
 
-def pieces(
-    key: str, parts: tuple[Part, ...], layers: Mapping[str, Int8Linear], state: Mapping[str, Tensor]
+def iterate_pieces(
+    key: str, parts: tuple[TensorPart, ...], layers: Mapping[str, Int8Linear], state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Any]]:
     """The data of one key and of what stands beside it, in pieces."""
-    made = int8_parts(key, parts, layers)
+    made = get_int8_parts(key, parts, layers)
     if not made:
         for part in parts:
             tensor = state[part.key]
-            yield key, part.cut(tensor.detach().to("cpu", joined_dtype(parts, state))).contiguous()
+            yield key, part.extract(tensor.detach().to("cpu", get_joined_dtype(parts, state))).contiguous()
         return
     for part, layer in zip(parts, made, strict=True):
-        weight = layer.quantized_weight()
-        yield key, part.cut(weight.qdata.cpu()).contiguous()
-        yield beside(key, SCALE), part.cut(weight.scale.float().cpu()).contiguous()
-    yield beside(key, MARKER), marker_bytes(made[0].transform)
+        weight = layer.read_quantized_weight()
+        yield key, part.extract(weight.qdata.cpu()).contiguous()
+        yield sibling_key(key, SCALE), part.extract(weight.scale.float().cpu()).contiguous()
+    yield sibling_key(key, MARKER), encode_marker(made[0].transform)
     if made[0].transform.factor is not None:
-        yield beside(key, FACTOR), made[0].transform.factor.float().cpu().contiguous()
+        yield sibling_key(key, FACTOR), made[0].transform.factor.float().cpu().contiguous()
 
 
-def int8_parts(key: str, parts: tuple[Part, ...], layers: Mapping[str, Int8Linear]) -> list[Int8Linear]:
+def get_int8_parts(
+    key: str, parts: tuple[TensorPart, ...], layers: Mapping[str, Int8Linear]
+) -> list[Int8Linear]:
     """The INT8 layers whose rows a key holds; empty when it holds float numbers.
 
     Raises:
@@ -161,7 +169,7 @@ def int8_parts(key: str, parts: tuple[Part, ...], layers: Mapping[str, Int8Linea
             f"{key} is one layer in the file, and {lone} of it is float where the rest is INT8; {advice}"
         )
     for layer in found[1:]:
-        if not layer.transform.same_input_as(found[0].transform):
+        if not layer.transform.has_same_input_transform(found[0].transform):
             labels = ", ".join(dict.fromkeys(layer.transform.label for layer in found))
             raise ConfigError(
                 f"{key} is one layer in the file, and its parts were treated differently ({labels}); {advice}"
@@ -169,6 +177,6 @@ def int8_parts(key: str, parts: tuple[Part, ...], layers: Mapping[str, Int8Linea
     return found
 
 
-def joined_dtype(parts: tuple[Part, ...], state: Mapping[str, Tensor]) -> torch.dtype:
+def get_joined_dtype(parts: tuple[TensorPart, ...], state: Mapping[str, Tensor]) -> torch.dtype:
     """The dtype of one tensor that holds several."""
     return functools.reduce(torch.promote_types, [state[part.key].dtype for part in parts])

@@ -13,30 +13,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from int8run.checkpoints.comfy_int8 import FACTOR, MARKER, SCALE, WEIGHT, beside, int8_entries, marker_bytes
-from int8run.checkpoints.detect import is_file_marker, real_shapes
+from int8run.checkpoints.comfy_int8 import (
+    FACTOR,
+    SCALE,
+    WEIGHT,
+    encode_marker,
+    plan_int8_entries,
+    sibling_key,
+)
+from int8run.checkpoints.detect import get_logical_shapes, is_scaled_fp8_marker
 from int8run.checkpoints.header import DTYPES
-from int8run.checkpoints.layer import FLOAT, StoredLayer
+from int8run.checkpoints.layer import FLOAT, CheckpointLayer
+from int8run.checkpoints.quant_metadata import MARKER
 from int8run.checkpoints.reader import TensorFiles
-from int8run.checkpoints.writer import Entry, StreamWriter
+from int8run.checkpoints.writer import StreamWriter, TensorEntry
 from int8run.errors import ConfigError, FileError
 from int8run.kernels.cpu import rows as kernel
 from int8run.kernels.cpu.rows import RowSums, quantize_weight_rows
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX
 from int8run.layers.plan import LayerPlan
-from int8run.models.state_dict_adapter import Part, joined_shape
+from int8run.models.state_dict_adapter import TensorPart, join_shapes
 from int8run.outlier.base import OutlierMethod, OutlierTransform
 from int8run.ptq.quantize import check_weight
 from int8run.quant.rounding import AbsMax, Rounding
 
 BLOCK_BYTES = 4 * 2**20  # of a weight that are read at a time
 BUFFERS = 3  # one that is read into, one that is quantized, one that is written
-WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-Names = Mapping[str, tuple[Part, ...]]
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+KeyParts = Mapping[str, tuple[TensorPart, ...]]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class QuantizationRecipe:
     """How layers become INT8.
 
     Args:
@@ -61,7 +69,7 @@ class Target:
     """
 
     key: str
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
     shape: tuple[int, ...]
     dtype: str
     plan: LayerPlan | None = None
@@ -71,29 +79,29 @@ class Target:
     @property
     def int8(self) -> bool:
         """Whether it is written as INT8."""
-        return self.plan is not None and self.plan.keep_float is None
+        return self.plan is not None and self.plan.skip_reason is None
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TensorEntry]:
         """What it adds to the new file."""
         return (
-            int8_entries(self.key, self.shape, self.transform)
+            plan_int8_entries(self.key, self.shape, self.transform)
             if self.int8
-            else [(self.key, self.dtype, self.shape)]
+            else [TensorEntry(self.key, self.dtype, self.shape)]
         )
 
 
-def own_names(files: TensorFiles, stored: Mapping[str, StoredLayer]) -> Names:
+def keep_own_names(files: TensorFiles, stored: Mapping[str, CheckpointLayer]) -> KeyParts:
     """Every tensor under its own name, without what stands beside quantized weights."""
-    beside = {key for layer in stored.values() for key in layer.side_keys}
-    return {key: (Part(key),) for key in files if key not in beside and not is_file_marker(key)}
+    beside = {key for layer in stored.values() for key in layer.sibling_keys}
+    return {key: (TensorPart(key),) for key in files if key not in beside and not is_scaled_fp8_marker(key)}
 
 
 def plan_targets(
     files: TensorFiles,
-    stored: Mapping[str, StoredLayer],
-    names: Names,
-    why_float: Callable[[str, tuple[Part, ...]], str | None],
-    recipe: Recipe,
+    stored: Mapping[str, CheckpointLayer],
+    names: KeyParts,
+    why_float: Callable[[str, tuple[TensorPart, ...]], str | None],
+    recipe: QuantizationRecipe,
 ) -> list[Target]:
     """What the new file will hold, in the order in which the source is read best.
 
@@ -105,11 +113,11 @@ def plan_targets(
     Raises:
         FileError: when tensors that are to be one do not go together.
     """
-    shapes = real_shapes(files, stored)
+    shapes = get_logical_shapes(files, stored)
     transforms: dict[int, OutlierTransform] = {}  # by width: what a method does to any weight of it
     targets = []
     for key, parts in names.items():
-        shape = joined_shape(parts, shapes)
+        shape = join_shapes(parts, shapes)
         if shape is None:
             listed = ", ".join(f"{part.key} {list(shapes[part.key])}" for part in parts)
             raise FileError(
@@ -119,7 +127,10 @@ def plan_targets(
             stored.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None for part in parts
         ]
         target = Target(
-            key, parts, shape, kept_dtype([files[part.key].dtype for part in parts], layers, recipe.dtype)
+            key,
+            parts,
+            shape,
+            choose_float_dtype([files[part.key].dtype for part in parts], layers, recipe.dtype),
         )
         matrices = [layer for layer in layers if layer is not None and len(layer.shape) == 2]
         if matrices and len(matrices) == len(parts):
@@ -131,42 +142,44 @@ def plan_targets(
 
 def plan_layer(
     target: Target,
-    layers: Sequence[StoredLayer],
+    layers: Sequence[CheckpointLayer],
     files: TensorFiles,
     why: str | None,
-    recipe: Recipe,
+    recipe: QuantizationRecipe,
     transforms: dict[int, OutlierTransform],
 ) -> None:
     """Decide what becomes of a weight with two dimensions."""
     rows, columns = sum(layer.rows for layer in layers), layers[0].columns
     target.plan = plan = LayerPlan(target.key.removesuffix(WEIGHT), columns, rows, why)
     if target.shape != (rows, columns) or not target.key.endswith(WEIGHT):
-        plan.keep_float = why or "no matrix in this naming"
+        plan.skip_reason = why or "no matrix in this naming"
         return
     if not rows * columns:
-        plan.keep_float = why or "empty"
+        plan.skip_reason = why or "empty"
         return
-    if all(layer.exact for layer in layers):
-        found = [layer.transform(files) for layer in layers]
-        if all(transform.same_input_as(found[0]) for transform in found):
+    if all(layer.is_exact for layer in layers):
+        found = [layer.read_transform(files) for layer in layers]
+        if all(transform.has_same_input_transform(found[0]) for transform in found):
             target.transform, target.copied = found[0], True
-            plan.keep_float, plan.outlier, plan.rounding = None, found[0].label, "as in the source"
+            plan.skip_reason, plan.outlier, plan.rounding = None, found[0].label, "as in the source"
             return
     if why is not None:
         return
     plan.rounding = recipe.rounding.name
-    plan.outlier_why_not = recipe.outlier.refuse(columns) or ""
-    if not plan.outlier_why_not:
+    plan.outlier_skip_reason = recipe.outlier.unsupported_reason(columns) or ""
+    if not plan.outlier_skip_reason:
         if columns not in transforms:
             transforms[columns] = recipe.outlier.fit(torch.ones(1, columns), None)
         target.transform = transforms[columns]
     plan.outlier = target.transform.label
 
 
-def kept_dtype(words: Sequence[str], layers: Sequence[StoredLayer | None], dtype: torch.dtype) -> str:
+def choose_float_dtype(
+    words: Sequence[str], layers: Sequence[CheckpointLayer | None], dtype: torch.dtype
+) -> str:
     """The dtype of a tensor that stays float: its own, unless it has a scale, which is multiplied in."""
     scaled = [layer is not None and layer.granularity != "" for layer in layers]
-    found = {WORDS[dtype] if s else word for word, s in zip(words, scaled, strict=True)}
+    found = {DTYPE_NAMES[dtype] if s else word for word, s in zip(words, scaled, strict=True)}
     return found.pop() if len(found) == 1 else "F32"
 
 
@@ -180,7 +193,7 @@ class Block:
     last: bool
 
 
-def check_float(path: Path, key: str, data: Tensor) -> None:
+def check_finite_values(path: Path, key: str, data: Tensor) -> None:
     """Refuse NaN and infinity, which would be passed on.
 
     Raises:
@@ -188,22 +201,24 @@ def check_float(path: Path, key: str, data: Tensor) -> None:
     """
     # a sum is quicker than a look at each number, and finite if they all are, but for overflow
     if (
-        data.dtype in WORDS
+        data.dtype in DTYPE_NAMES
         and not math.isfinite(data.sum(dtype=torch.float32).item())
         and not data.isfinite().all()
     ):
         raise FileError(f"{path}: {key} holds NaN or infinity; the file is damaged")
 
 
-def blocks_of(target: Target, files: TensorFiles, stored: Mapping[str, StoredLayer]) -> Iterator[Block]:
+def iterate_blocks(
+    target: Target, files: TensorFiles, stored: Mapping[str, CheckpointLayer]
+) -> Iterator[Block]:
     """The blocks of a target, in the order in which they are written."""
-    spans = [span for part in target.parts for span in spans_of(part, files, stored)]
+    spans = [span for part in target.parts for span in iterate_row_spans(part, files, stored)]
     for i, (key, rows) in enumerate(spans):
         yield Block(target, key, rows, i == len(spans) - 1)
 
 
-def spans_of(
-    part: Part, files: TensorFiles, stored: Mapping[str, StoredLayer]
+def iterate_row_spans(
+    part: TensorPart, files: TensorFiles, stored: Mapping[str, CheckpointLayer]
 ) -> Iterator[tuple[str, slice | None]]:
     """The rows of one part in pieces; halves that change places come the other way round."""
     layer = stored.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None
@@ -215,9 +230,13 @@ def spans_of(
     half = end - (end - first) // 2
     row_bytes = math.prod(shape[1:]) * max(1, DTYPES[files[part.key].dtype][0] // 8)
     step = max(1, BLOCK_BYTES // max(1, row_bytes))
-    if layer is not None and layer.kind != FLOAT:
+    if layer is not None and layer.storage_dtype != FLOAT:
         # its numbers become float32 on the way; some kinds are undone as a whole
-        step = max(1, step // 4) if layer.granularity != "transposed" and layer.method != "quip" else shape[0]
+        step = (
+            max(1, step // 4)
+            if layer.granularity != "transposed" and layer.outlier_method != "quip"
+            else shape[0]
+        )
     for start, stop in ((half, end), (first, half)) if part.swap_halves else ((first, end),):
         for row in range(start, stop, step):
             yield part.key, slice(row, min(row + step, stop))
@@ -234,9 +253,9 @@ class Streamer:
     def __init__(
         self,
         files: TensorFiles,
-        stored: Mapping[str, StoredLayer],
+        stored: Mapping[str, CheckpointLayer],
         writer: StreamWriter,
-        recipe: Recipe,
+        recipe: QuantizationRecipe,
         on_bytes: Callable[[int], None],
     ):
         self.files, self.stored, self.writer, self.recipe, self.on_bytes = (
@@ -261,7 +280,7 @@ class Streamer:
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as self.writing:
             waiting: deque[tuple[Block, Tensor, Future[Tensor]]] = deque()
             for target in targets:
-                for block in blocks_of(target, self.files, self.stored):
+                for block in iterate_blocks(target, self.files, self.stored):
                     buffer = self.free(self.sources)
                     waiting.append((block, buffer, reader.submit(self.read, block, buffer)))
                     if len(waiting) == BUFFERS - 1:
@@ -292,12 +311,12 @@ class Streamer:
         """The numbers of a block: of float weights as they lie in the file, of quantized ones as float32; of copied ones the integers."""
         layer = self.stored.get(block.key.removesuffix(WEIGHT)) if block.key.endswith(WEIGHT) else None
         if layer is not None and layer.granularity and not block.target.copied:
-            found = layer.weight(self.files, block.rows).contiguous()
-        elif self.files.span(block.key, block.rows)[1] <= buffer.numel():
+            found = layer.read_weight(self.files, block.rows).contiguous()
+        elif self.files.get_byte_range(block.key, block.rows)[1] <= buffer.numel():
             found = self.files.read_into(block.key, block.rows, buffer)
         else:
             found = self.files.read(block.key, block.rows)
-        self.files.drop(block.key, self.held(block))
+        self.files.drop_from_page_cache(block.key, self.held(block))
         return found
 
     def held(self, block: Block) -> slice | None:
@@ -310,29 +329,31 @@ class Streamer:
         data, target = reading.result(), block.target
         if target.copied:
             self.write(target.key, data, self.sources, buffer)
-            self.write(beside(target.key, SCALE), self.copied_scales(block), self.sources)
+            self.write(sibling_key(target.key, SCALE), self.copied_scales(block), self.sources)
         elif target.int8:
             self.quantize(block, data)
             self.sources.append(buffer)
         else:
-            check_float(self.files.path, block.key, data)
+            check_finite_values(self.files.path, block.key, data)
             dtype = getattr(
                 torch, DTYPES[target.dtype][1] or "uint8", torch.uint8
             )  # bytes of what torch does not know stay bytes
             self.write(target.key, data.to(dtype), self.sources, buffer)
         if block.last and target.int8:
-            self.write(beside(target.key, MARKER), marker_bytes(target.transform), self.sources)
+            self.write(sibling_key(target.key, MARKER), encode_marker(target.transform), self.sources)
             if target.transform.factor is not None:
-                self.write(beside(target.key, FACTOR), target.transform.factor, self.sources)
+                self.write(sibling_key(target.key, FACTOR), target.transform.factor, self.sources)
             self.judge(target)
-        self.on_bytes(self.files.span(block.key, self.held(block))[1])
+        self.on_bytes(self.files.get_byte_range(block.key, self.held(block))[1])
 
     def copied_scales(self, block: Block) -> Tensor:
         """One scale for each row of a weight whose integers are taken as they are. Returns float32 [rows, 1]."""
         rows = block.rows
         assert rows is not None
         return (
-            self.stored[block.key.removesuffix(WEIGHT)].scales(self.files, rows.start, rows.stop).contiguous()
+            self.stored[block.key.removesuffix(WEIGHT)]
+            .read_scales(self.files, rows.start, rows.stop)
+            .contiguous()
         )
 
     def quantize(self, block: Block, data: Tensor) -> None:
@@ -355,14 +376,14 @@ class Streamer:
             )
         self.sums.append(sums)
         self.write(target.key, q, self.results, buffer if buffer.numel() == BLOCK_BYTES // 2 else None)
-        self.write(beside(target.key, SCALE), scale, self.results)
+        self.write(sibling_key(target.key, SCALE), scale, self.results)
 
     def round(self, data: Tensor, q: Tensor, scale: Tensor, transform: OutlierTransform) -> RowSums:
         """Transform and round rows into `q` and `scale`."""
         if isinstance(self.recipe.rounding, AbsMax):
             return quantize_weight_rows(data, q, scale, transform.factor, transform.rotation)
-        x = kernel.transform(data.float(), transform.factor, transform.rotation)
-        rounded = self.recipe.rounding.round(x, None)
+        x = kernel.transform_rows(data.float(), transform.factor, transform.rotation)
+        rounded = self.recipe.rounding.round_weight(x, None)
         q.copy_(rounded.qdata)
         scale.copy_(rounded.scale)
         noise = x - rounded.dequantize()
@@ -380,7 +401,7 @@ class Streamer:
             return
         largest = torch.zeros(target.shape[1])
         buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
-        for block in blocks_of(target, self.files, self.stored):
+        for block in iterate_blocks(target, self.files, self.stored):
             largest = torch.maximum(largest, self.read(block, buffer).float().abs().amax(0))
         target.transform = self.recipe.outlier.fit(largest[None], None)
 
@@ -398,13 +419,13 @@ class Streamer:
         self.sums = []
 
 
-def stream(
+def write_targets(
     files: TensorFiles,
-    stored: Mapping[str, StoredLayer],
+    stored: Mapping[str, CheckpointLayer],
     targets: Sequence[Target],
     path: Path,
     metadata: Mapping[str, str],
-    recipe: Recipe,
+    recipe: QuantizationRecipe,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> int:
     """Write the targets to a file. Returns its size."""

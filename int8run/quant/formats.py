@@ -79,7 +79,7 @@ class WeightFormat:
             return "nvfp4" if self.qdata_dtype == torch.uint8 else "mxfp8"
         return "int8" if self.qdata_dtype == torch.int8 else "fp8"
 
-    def rotation_group_size(self, columns: int) -> int:
+    def get_rotation_group_size(self, columns: int) -> int:
         """How many columns are rotated together: the largest group that divides them; 0: none."""
         return next((group for group in ROTATION_GROUP_SIZES if self.is_rotated and columns % group == 0), 0)
 
@@ -87,7 +87,7 @@ class WeightFormat:
         """Why it cannot take a weight of this shape; None when it can."""
         if self.is_read_only:
             return f"{self.name} is read and never written"
-        if self.is_rotated and not self.rotation_group_size(columns):
+        if self.is_rotated and not self.get_rotation_group_size(columns):
             return f"{self.name} rotates groups of {', '.join(map(str, ROTATION_GROUP_SIZES))} columns; none of them divides {columns}"
         if self.granularity == GRID and (rows % self.block_size or columns % self.block_size):
             return f"{self.name} has blocks of {self.block_size} x {self.block_size}; they do not divide {rows} x {columns}"
@@ -95,18 +95,18 @@ class WeightFormat:
             return f"{self.name} has blocks of {self.block_size} columns; they do not divide {columns}"
         return None
 
-    def padded_shape(self, rows: int, columns: int) -> tuple[int, int]:
+    def get_padded_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """N and K of the numbers that are stored."""
         if self.granularity != BLOCK:
             return rows, columns
         return round_up(rows, self.block_size), round_up(columns, self.block_size)
 
-    def qdata_shape(self, rows: int, columns: int) -> tuple[int, int]:
+    def get_qdata_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Of the tensor that holds the codes."""
-        rows, columns = self.padded_shape(rows, columns)
+        rows, columns = self.get_padded_shape(rows, columns)
         return (rows, columns // 2) if self.qdata_dtype == torch.uint8 else (rows, columns)
 
-    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...] | None:
+    def get_scale_shape(self, rows: int, columns: int) -> tuple[int, ...] | None:
         """Of the tensor that holds the scales; None: there is none."""
         if self.granularity == ROW:
             # int8 products and look-ups broadcast [N, 1]; readers of fp8 expect [N]
@@ -116,7 +116,7 @@ class WeightFormat:
         if self.granularity == BLOCK3D:
             return rows, columns // self.block_size, 1
         if self.granularity == BLOCK:
-            rows, columns = self.padded_shape(rows, columns)
+            rows, columns = self.get_padded_shape(rows, columns)
             return round_up(rows, SCALE_TILE[0]), round_up(columns // self.block_size, SCALE_TILE[1])
         return () if self.granularity == TENSOR else None
 
@@ -133,7 +133,7 @@ class WeightFormat:
         reason = self.unsupported_reason(*shape) or (None if weight.numel() else "it is empty")
         if reason:
             raise ValueError(f"a weight [{shape[0]}, {shape[1]}] cannot be quantized: {reason}")
-        padded = self.padded_shape(*shape)
+        padded = self.get_padded_shape(*shape)
         weight = weight.detach()
         if padded != shape:
             weight = F.pad(weight, (0, padded[1] - shape[1], 0, padded[0] - shape[0]))
@@ -203,7 +203,7 @@ def choose_format(name: str, rows: int, columns: int) -> WeightFormat:
 
 def quantize_scaled(form: WeightFormat, weight: Tensor, shape: tuple[int, int]) -> PackedWeight:
     """int8 and fp8: `scale = absmax / largest code` for each set of numbers that share one; a plain cast has none."""
-    codes, stored = QDATA_RANGES[form.qdata_dtype], form.scale_shape(*shape)
+    codes, stored = QDATA_RANGES[form.qdata_dtype], form.get_scale_shape(*shape)
     height = form.block_size if form.granularity == GRID else 1
     absmax = compute_block_absmax(weight, height, form.block_size or shape[1])  # [N / height, K / width]
     if form.granularity == TENSOR:

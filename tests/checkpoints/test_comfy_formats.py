@@ -14,7 +14,7 @@ from int8run.checkpoints.comfy_formats import build_marker, collect_tensors, pla
 from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.header import DTYPES
 from int8run.checkpoints.reader import TensorFiles
-from int8run.checkpoints.writer import StreamWriter, view_as_bytes
+from int8run.checkpoints.writer import StreamWriter, TensorEntry, view_as_bytes
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
 from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
@@ -38,7 +38,7 @@ def transforms(form: WeightFormat, columns: int) -> dict[str, OutlierTransform]:
         found["quarot"] = OutlierTransform("quarot", {"group_size": 32}, rotation=rotation)
         found["hadanorm"] = OutlierTransform("hadanorm", {}, factor(columns).factor, rotation, centered=True)
     if form.is_rotated:
-        found = {"convrot": ConvRot(form.rotation_group_size(columns)).fit(torch.empty(1, columns))}
+        found = {"convrot": ConvRot(form.get_rotation_group_size(columns)).fit(torch.empty(1, columns))}
     return found
 
 
@@ -54,7 +54,7 @@ CASES = [
 def write(path: Path, form: WeightFormat, weight: PackedWeight, transform: OutlierTransform) -> Path:
     """A file as a stream of pieces, laid out before the numbers are known."""
     entries = plan_packed_entries(KEY, form, weight.shape, transform)
-    with StreamWriter(path, [*entries, ("text.layer.bias", "F32", (weight.shape[0],))], {}) as writer:
+    with StreamWriter(path, [*entries, TensorEntry("text.layer.bias", "F32", (weight.shape[0],))], {}) as writer:
         writer.write("text.layer.bias", torch.zeros(weight.shape[0]))
         for key, data in collect_tensors(KEY, weight, form, transform).items():
             writer.write(key, data)
@@ -203,7 +203,7 @@ def test_the_real_shape_is_said_where_it_is_padded(name: str, shape: tuple[int, 
 
 def test_a_rotated_layer_is_rotated_by_the_regular_matrix(tmp_path: Path) -> None:
     form, w = FORMATS["int8_convrot"], randn(8, 48)
-    transform = ConvRot(form.rotation_group_size(48)).fit(w)
+    transform = ConvRot(form.get_rotation_group_size(48)).fit(w)
     weight = form.quantize(transform.transform_weight(w))
     rotated = w.double().numpy().reshape(8, 3, 16) @ regular(16).T
     assert abs(weight.dequantize().double().numpy() - rotated.reshape(8, 48)).max() < 0.02
@@ -232,7 +232,7 @@ def test_a_factor_lies_beside_the_weight() -> None:
     ids=lambda t: t.method,
 )
 def test_a_rotation_that_no_marker_can_tell_is_refused(name: str, transform: OutlierTransform) -> None:
-    message = f"no marker of {name} can tell of {transform.label}; int8 with a scale for each row can have it"
+    message = f"the marker of {name} cannot describe {transform.label}; int8 with a scale for each row can have it"
     for call in (build_marker, lambda *given: plan_packed_entries(KEY, *given)):
         with pytest.raises(ValueError, match=message):
             call(FORMATS[name], (256, 256), transform)
@@ -272,7 +272,7 @@ WRONG: dict[str, tuple[str, Callable[[], PackedWeight]]] = {
 def test_a_weight_in_another_format_is_refused(name: str, make: Callable[[], PackedWeight]) -> None:
     with pytest.raises(
         ValueError,
-        match=rf"^text.layer.weight cannot be written as {name}: its codes, .*, are in another format$",
+        match=rf"^text.layer.weight cannot be written as {name}: its qdata, .*, is in another format$",
     ):
         collect_tensors(KEY, make(), FORMATS[name], PLAIN)
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from support.helpers import randn, shipped
 
-from int8run.checkpoints.comfy_int8 import build_marker, prepare_output_path, read_provenance
+from int8run.checkpoints.comfy_int8 import build_marker
+from int8run.checkpoints.provenance import read_provenance
+from int8run.checkpoints.output_path import prepare_output_path
 from int8run.errors import FileError
 from int8run.outlier.base import LayerStatistics, OutlierMethod, OutlierTransform
 from int8run.outlier.convrot import ConvRot
@@ -69,17 +71,17 @@ def test_a_note_is_read_and_its_absence_is_an_empty_one() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "no JSON"),
-        ("[" * 100_000, "no JSON"),
-        ("", "no JSON"),
-        ("[1]", "no JSON object"),
-        ("3", "no JSON object"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ("3", "not a JSON object"),
     ],
 )
 def test_a_note_that_is_none_is_refused(text: str, reason: str) -> None:
     with pytest.raises(
         FileError,
-        match=rf"^m\.safetensors: the note in the header is {reason}: {re.escape(repr(text[:80]))}$",
+        match=rf"^m\.safetensors: the provenance in the header is {reason}: {re.escape(repr(text[:80]))}$",
     ):
         read_provenance(Path("m.safetensors"), {"int8run": text})
 

@@ -13,7 +13,8 @@ import torch
 from checkpoints import checkpoint_files as made
 from checkpoints.checkpoint_files import KINDS, LAYER, MISTAKES, Draft, K, N
 from safetensors.torch import save_file
-from support.helpers import assert_close, randn, shipped
+from support.compare import assert_close
+from support.helpers import randn, shipped
 from torch import Tensor
 
 from int8run.backends.reference import Reference

@@ -13,7 +13,7 @@ import torch
 from checkpoints import checkpoint_files as made
 from checkpoints.checkpoint_files import KINDS, LAYER, Draft, K, N
 from checkpoints.test_detect import opened, read, real, shape_for
-from support.helpers import assert_close
+from support.compare import assert_close
 from torch import nn
 
 from int8run.checkpoints.detect import get_logical_shapes, read_layers

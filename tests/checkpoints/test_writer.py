@@ -20,7 +20,7 @@ from support.helpers import randn
 
 from int8run.checkpoints import writer as module
 from int8run.checkpoints.header import read_header
-from int8run.checkpoints.writer import PART_NAME, StreamWriter
+from int8run.checkpoints.writer import PART_NAME, StreamWriter, TensorEntry
 from int8run.errors import FileError
 
 DTYPES = {
@@ -37,7 +37,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-TWO = [("a", "F32", (2, 3)), ("b", "I8", (5,))]
+TWO = [TensorEntry("a", "F32", (2, 3)), TensorEntry("b", "I8", (5,))]
 
 
 def parts(folder):
@@ -58,7 +58,7 @@ def test_every_dtype_and_shape_comes_back(tmp_path):
         for word, dtype in DTYPES.items()
         for i, shape in enumerate(shapes)
     }
-    entries = [(key, key.split(".")[0], tuple(t.shape)) for key, t in tensors.items()]
+    entries = [TensorEntry(key, key.split(".")[0], tuple(t.shape)) for key, t in tensors.items()]
     metadata = {"format": "pt", "note": 'quotes " and ümlauts'}
     with StreamWriter(tmp_path / "new" / "folder" / "x.safetensors", entries, metadata) as writer:
         for key, t in tensors.items():
@@ -77,11 +77,11 @@ def test_every_dtype_and_shape_comes_back(tmp_path):
 
 def test_numbers_start_at_multiples_of_their_size(tmp_path):
     entries = [
-        ("marker", "U8", (7,)),
-        ("scale", "F32", (3, 1)),
-        ("half", "BF16", (3,)),
-        ("weight", "I8", (3, 1)),
-        ("big", "F64", (1,)),
+        TensorEntry("marker", "U8", (7,)),
+        TensorEntry("scale", "F32", (3, 1)),
+        TensorEntry("half", "BF16", (3,)),
+        TensorEntry("weight", "I8", (3, 1)),
+        TensorEntry("big", "F64", (1,)),
     ]
     with StreamWriter(tmp_path / "x.safetensors", entries, {"k": "v"}) as writer:
         for key, dtype, _ in entries:
@@ -97,7 +97,11 @@ def test_numbers_start_at_multiples_of_their_size(tmp_path):
 def test_pieces_of_any_cut_in_any_order(tmp_path):
     data = {"a": randn(7, 9), "b": torch.arange(100, dtype=torch.uint8), "c": randn(5).bfloat16()}
     raw = {key: bytes(t.view(torch.uint8).flatten().tolist()) for key, t in data.items()}
-    entries = [("a", "F32", (7, 9)), ("b", "U8", (100,)), ("c", "BF16", (5,))]
+    entries = [
+        TensorEntry("a", "F32", (7, 9)),
+        TensorEntry("b", "U8", (100,)),
+        TensorEntry("c", "BF16", (5,)),
+    ]
     generator = torch.Generator().manual_seed(0)
     left = {key: memoryview(text) for key, text in raw.items()}
     with StreamWriter(tmp_path / "x.safetensors", entries, {}) as writer:
@@ -112,7 +116,7 @@ def test_pieces_of_any_cut_in_any_order(tmp_path):
 
 def test_a_tensor_that_is_not_contiguous(tmp_path):
     t = randn(4, 6).T
-    with StreamWriter(tmp_path / "x.safetensors", [("t", "F32", (6, 4))], {}) as writer:
+    with StreamWriter(tmp_path / "x.safetensors", [TensorEntry("t", "F32", (6, 4))], {}) as writer:
         writer.write("t", t[:2])
         writer.write("t", t[2:])
         assert torch.equal(load_file(writer.finish())["t"], t)
@@ -122,7 +126,7 @@ def test_the_system_is_told_to_write_on_the_way(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "FLUSH_BYTES", 100)
     monkeypatch.setattr(os, "posix_fadvise", lambda *a: calls.append(a), raising=False)
-    with StreamWriter(tmp_path / "x.safetensors", [("t", "U8", (1000,))], {}) as writer:
+    with StreamWriter(tmp_path / "x.safetensors", [TensorEntry("t", "U8", (1000,))], {}) as writer:
         for _ in range(20):
             writer.write("t", bytes(50))
         assert 9 <= len(calls) <= 11
@@ -160,12 +164,12 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
 def test_what_a_caller_may_get_wrong(tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(ValueError, match="a is given twice"):
-        StreamWriter(path, [("a", "F32", (1,)), ("a", "F32", (1,))], {})
+        StreamWriter(path, [TensorEntry("a", "F32", (1,)), TensorEntry("a", "F32", (1,))], {})
     with StreamWriter(path, TWO, {}) as writer:
         writer.write("b", bytes(3))
         with pytest.raises(ValueError, match=r"^b has 5 bytes; 3 were written and 3 more came$"):
             writer.write("b", bytes(3))
-        with pytest.raises(ValueError, match=r"^2 tensors are not whole \(first: a\)$"):
+        with pytest.raises(ValueError, match=r"^2 tensors are not complete \(first: a\)$"):
             writer.finish()
     assert list(tmp_path.iterdir()) == []
 
@@ -203,8 +207,11 @@ def test_places_that_cannot_be(tmp_path):
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
-    entries = [("t", "BF16", (10**9, 12))]
-    words = r"x\.safetensors needs 240000\d{5} bytes \(24\.00 GB\), .* has 1000000000 free \(1\.00 GB\); make room or choose another folder$"
+    entries = [TensorEntry("t", "BF16", (10**9, 12))]
+    words = (
+        r"x\.safetensors needs 240000\d{5} bytes \(24\.00 GB\), .* has 1000000000 free \(1\.00 GB\); "
+        r"make room or choose another folder$"
+    )
     with pytest.raises(FileError, match=words):
         StreamWriter(tmp_path / "x.safetensors", entries, {})
     assert list(tmp_path.iterdir()) == []
@@ -215,7 +222,10 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, call):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    words = rf"^{re.escape(str(tmp_path))}/x\.safetensors cannot be written: No space left on device; make room, or choose a folder"
+    words = (
+        rf"^{re.escape(str(tmp_path))}/x\.safetensors cannot be written: No space left on device; "
+        r"make room, or choose a folder"
+    )
     with pytest.raises(FileError, match=words), StreamWriter(tmp_path / "x.safetensors", TWO, {}) as writer:
         writer.write("a", bytes(24))
         writer.write("b", bytes(1))
@@ -238,8 +248,8 @@ def test_a_disk_that_is_full_at_the_header(tmp_path, monkeypatch):
 HALF = """
 import sys, time
 from pathlib import Path
-from int8run.checkpoints.writer import StreamWriter
-writer = StreamWriter(Path(sys.argv[1]), [("t", "U8", (10**6,))], {})
+from int8run.checkpoints.writer import StreamWriter, TensorEntry
+writer = StreamWriter(Path(sys.argv[1]), [TensorEntry("t", "U8", (10**6,))], {})
 writer.write("t", bytes(10**5))
 print("half", flush=True)
 time.sleep(60)

@@ -122,11 +122,11 @@ def check(form: WeightFormat, weight: Tensor) -> PackedWeight:
         and made.qdata.dtype == form.qdata_dtype
         and made.storage_dtype == form.storage_dtype
     )
-    assert tuple(made.qdata.shape) == codes.shape == form.qdata_shape(*weight.shape)
+    assert tuple(made.qdata.shape) == codes.shape == form.get_qdata_shape(*weight.shape)
     np.testing.assert_array_equal(made.qdata.view(torch.uint8).numpy(), codes)
-    assert (made.scale is None) == (scale is None) == (form.scale_shape(*weight.shape) is None)
+    assert (made.scale is None) == (scale is None) == (form.get_scale_shape(*weight.shape) is None)
     if made.scale is not None:
-        assert tuple(made.scale.shape) == scale.shape == form.scale_shape(*weight.shape)
+        assert tuple(made.scale.shape) == scale.shape == form.get_scale_shape(*weight.shape)
         held = made.scale.view(torch.uint8) if form.storage_dtype in ("mxfp8", "nvfp4") else made.scale
         assert held.dtype == (torch.uint8 if form.storage_dtype in ("mxfp8", "nvfp4") else torch.float32)
         np.testing.assert_array_equal(held.numpy(), scale)
@@ -465,8 +465,8 @@ def test_who_takes_a_shape(name: str, shape: tuple[int, int], taken: str, reason
     ("columns", "group"), [(4096, 256), (2560, 256), (320, 64), (48, 16), (40, 0), (4, 0)]
 )
 def test_the_group_that_is_rotated(columns: int, group: int) -> None:
-    assert FORMATS["int8_convrot"].rotation_group_size(columns) == group
-    assert FORMATS["int8_rowwise"].rotation_group_size(columns) == 0
+    assert FORMATS["int8_convrot"].get_rotation_group_size(columns) == group
+    assert FORMATS["int8_rowwise"].get_rotation_group_size(columns) == 0
 
 
 def test_an_unknown_format_is_refused_with_the_choices() -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.helpers import assert_close, full_range, randn, shipped
+from support.compare import assert_close
+from support.helpers import full_range, randn, shipped
 
 from int8run.errors import ConfigError
 from int8run.quant.rounding import REFINEMENTS, AbsMax, Gptq, Mse
