@@ -1,4 +1,4 @@
-"""What becomes of a model's text encoders: the settings behind `clip=`."""
+"""Settings of a model's text encoders: what `clip=` may say, and the components that it is about."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from int8run.errors import ConfigError, check_choice
 from int8run.quant.formats import FORMATS
 
 KEEP, AUTO = "keep", "auto"
-# kernels besides the INT8 backends: float products with weights that are read from their codes at every call; fp8 products
+# kernels besides the INT8 backends: float products with weights that are dequantized at every call; fp8
+# products
 DEQUANTIZE, SCALED_MM = "dequantize", "scaled_mm"
 
 
@@ -20,12 +21,17 @@ class TextEncoders:
     """Which text encoders are quantized, and how their layers run.
 
     Args:
-        format: `keep`: the model's own, as they are; `auto`: what `path` holds; else one of FORMATS. Without a path the model's own
-            encoders are quantized to it; with one it is the format that the file must have.
-        path: a quantized encoder: a file or a folder; of several a mapping from their components (`text_encoder_2`) to one each. The
-            others stay as they are.
-        kernel_backend: `auto`, an INT8 backend, `dequantize` (float products for every format) or `scaled_mm` (fp8 products).
+        format: `keep`: the model's own encoders, as they are; `auto`: what `path` holds; else one of FORMATS.
+            Without a path the model's own encoders are quantized to it; with one it is the format that the
+            file must have.
+        path: a quantized encoder: a file or a folder; for several a mapping from their components
+            (`text_encoder_2`) to one each. The others stay as they are.
+        kernel_backend: `auto`, an INT8 backend, `dequantize` (float products for every format) or `scaled_mm`
+            (fp8 products).
         components: the encoders to quantize; None: all.
+
+    Raises:
+        ConfigError: for settings that contradict each other.
     """
 
     format: str = KEEP
@@ -39,28 +45,48 @@ class TextEncoders:
         check_choice("clip.kernel_backend", self.kernel_backend, list_kernel_backends())
         if self.format == KEEP and self.path is not None:
             raise ConfigError(
-                f"clip=keep leaves the text encoders as they are, and clip.path={self.path} names another; set clip=auto"
+                f"clip=keep leaves the text encoders as they are, and clip.path={self.path} names another; "
+                "set clip=auto"
             )
+        self.check_components()
+        self.check_path()
+        self.check_writable()
+
+    def check_components(self) -> None:
+        """Raise ConfigError unless `components`, where it is given, is a list with at least one."""
         if self.components is not None and (isinstance(self.components, str) or not self.components):
             raise ConfigError(
-                f"clip.components is {self.components!r}; it takes a list, such as [text_encoder_2]; null: all"
+                f"clip.components is {self.components!r}; "
+                "it takes a list, such as [text_encoder_2]; null: all"
             )
-        if self.path is not None and not isinstance(self.path, str | Mapping):
+
+    def check_path(self) -> None:
+        """Raise ConfigError unless `path`, where it is given, is a file or a mapping, and stands alone."""
+        if self.path is None:
+            return
+        if not isinstance(self.path, str | Mapping):
             raise ConfigError(
-                f"clip.path is {self.path!r}; of several files it takes {{text_encoder: FILE, text_encoder_2: FILE}}"
+                f"clip.path is {self.path!r}; "
+                "of several files it takes {text_encoder: FILE, text_encoder_2: FILE}"
             )
         if isinstance(self.path, Mapping) and not self.path:
             raise ConfigError(
                 "clip.path is {}; it takes a file, or a mapping from components to one each; null: none"
             )
-        if self.path is not None and self.components is not None:
+        if self.components is not None:
             raise ConfigError(
-                "clip.components says which of the model's own encoders are quantized, and clip.path names files; set one"
+                "clip.components says which of the model's own encoders are quantized, "
+                "and clip.path names files; set one"
             )
-        if self.path is None and self.format in FORMATS and FORMATS[self.format].is_read_only:
-            written = ", ".join(name for name, form in FORMATS.items() if not form.is_read_only)
+
+    def check_writable(self) -> None:
+        """Raise ConfigError when encoders are to be quantized to a format that is only read."""
+        is_written = self.path is None and self.format in FORMATS
+        if is_written and FORMATS[self.format].is_read_only:
+            writable = ", ".join(name for name, form in FORMATS.items() if not form.is_read_only)
             raise ConfigError(
-                f"clip={self.format} is a format that is read and not written; choose from {written}, or set clip.path"
+                f"clip={self.format} is a format that is read and not written; choose from {writable}, "
+                "or set clip.path"
             )
 
     @property
@@ -70,10 +96,14 @@ class TextEncoders:
 
 
 def list_kernel_backends() -> tuple[str, ...]:
-    """What `clip.kernel_backend` may be."""
+    """Return what `clip.kernel_backend` may be."""
     return (*sorted(list_backend_names()), DEQUANTIZE, SCALED_MM)
 
 
 def find_text_encoders(components: Mapping[str, object]) -> dict[str, nn.Module]:
-    """A pipeline's text encoders by component name."""
-    return {n: m for n, m in components.items() if n.startswith("text_encoder") and isinstance(m, nn.Module)}
+    """Return a pipeline's text encoders by component name."""
+    return {
+        name: component
+        for name, component in components.items()
+        if name.startswith("text_encoder") and isinstance(component, nn.Module)
+    }

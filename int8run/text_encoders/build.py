@@ -36,8 +36,9 @@ from int8run.quant.formats import FORMATS, WeightFormat, choose_format
 from int8run.quant.packed_weight import PackedWeight
 from int8run.quant.weight import sqnr_db
 from int8run.text_encoders.base import DEQUANTIZE, SCALED_MM
-from int8run.text_encoders.model_config import remove_optional_modules
-from int8run.text_encoders.registry import EncoderFamily, build_encoder_layout
+from int8run.text_encoders.registry import EncoderFamily
+from int8run.text_encoders.skeleton import remove_optional_modules
+from int8run.text_encoders.state_dict_adapter import build_encoder_layout
 from int8run.text_encoders.weights import EncoderWeights, check_finite, name_file_in_errors
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ log = logging.getLogger(__name__)
 NO_FALLBACK = Int8Settings(small_batch_fallback="never")
 ROWWISE = "int8_rowwise"
 EMBED_SCALE = "embed_scale"  # what Gemma's embeddings multiply to their rows
-# a layer's name and its weight, to be read if it is wanted -> the weight with what is added to it; None: nothing is
+# a layer's name and its weight, to be read if it is wanted -> the weight with what is added to it; None:
+# nothing is
 WeightChange = Callable[[str, Callable[[], Tensor]], Tensor | None]
 
 
@@ -85,7 +87,8 @@ class BuiltEncoder:
 
     Args:
         module: what a pipeline calls.
-        skeleton: the float module; it shares what is float with `module`, and has no weights where that is quantized.
+        skeleton: the float module; it shares what is float with `module`, and has no weights where that is
+            quantized.
         plans: what became of each Linear and embedding; `rounding` is the format.
     """
 
@@ -119,7 +122,8 @@ def build_encoder(
         skeleton: without weights, its buffers are there.
         weights: what to fill it with. Layers that are quantized there stay so.
         to: what other layers become, as far as the encoder's family allows; None: float.
-        adopt: called with the skeleton when its float parts are there; gives what is added to weights that are read (LoRAs).
+        adopt: called with the skeleton when its float parts are there; gives what is added to weights that
+            are read (LoRAs).
 
     Raises:
         FileError: when the weights are of another model, are incomplete, or hold NaN.
@@ -277,7 +281,9 @@ def plan_quantization(
         return
     form = choose_format(to.name, plan.out_features, plan.in_features)
     plan.rounding = form.name
-    plan.outlier_skip_reason = (to.unsupported_reason(plan.out_features, plan.in_features) or "") if form is not to else ""
+    plan.outlier_skip_reason = (
+        (to.unsupported_reason(plan.out_features, plan.in_features) or "") if form is not to else ""
+    )
 
 
 def fill_skeleton(
@@ -380,7 +386,7 @@ def is_linear_layer(built: BuiltEncoder, plan: LayerPlan) -> bool:
 
 def is_int8_rowwise(weight: PackedWeight) -> bool:
     """Whether a weight is what `Int8Linear` takes: int8 with one scale, or one per row."""
-    return weight.kind == "int8" and is_rowwise(weight)
+    return weight.storage_dtype == "int8" and is_rowwise(weight)
 
 
 def build_packed_layer(built: BuiltEncoder, plan: LayerPlan) -> PackedLayer:
@@ -437,7 +443,7 @@ def build_module(built: BuiltEncoder, plan: LayerPlan, layer: PackedLayer) -> nn
         )
     dtype = module.weight.dtype
     backend = kernels.backend
-    if backend is not None and layer.weight.kind == "int8":
+    if backend is not None and layer.weight.storage_dtype == "int8":
         if isinstance(backend, AutoBackend):
             backend = backend.make_chooser(kernels.device, dtype).choose_backend(
                 kernels.rows, get_block_size(layer.weight), plan.out_features
@@ -522,7 +528,7 @@ def list_packed_weights(built: BuiltEncoder) -> list[PackedWeight]:
 def get_block_size(weight: PackedWeight) -> int:
     """Columns that share scales, of a weight with several scales in a row."""
     assert weight.scale is not None
-    return infer_block_shape(weight.qdata.shape, weight.scale.shape, weight.block or None)[1]
+    return infer_block_shape(weight.qdata.shape, weight.scale.shape, weight.block_size or None)[1]
 
 
 def format_counts(counts: Mapping[str, int]) -> str:

@@ -18,8 +18,10 @@ from int8run.errors import check_choice
 from int8run.models.resolve_weights import CONFIG_NAME, read_json
 from int8run.text_encoders.base import list_kernel_backends
 from int8run.text_encoders.build import Kernels, build_encoder, check_complete, fit_weights
-from int8run.text_encoders.model_config import build_config, build_skeleton
-from int8run.text_encoders.registry import get_encoder, list_supported_encoders, map_canonical_names
+from int8run.text_encoders.model_config import build_config
+from int8run.text_encoders.registry import get_encoder, list_supported_encoders
+from int8run.text_encoders.skeleton import build_skeleton
+from int8run.text_encoders.state_dict_adapter import map_canonical_names
 from int8run.text_encoders.weights import (
     EncoderFile,
     EncoderState,
@@ -35,20 +37,22 @@ def load_text_encoder(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A text encoder as it lies in its file: ComfyUI's single file, a full checkpoint, or a folder of transformers.
 
-    What the file is and how each layer is stored is told by its header, and nothing is guessed. Layers stay quantized.
+    What the file is and how each layer is stored is told by its header, and nothing is guessed. Layers stay
+    quantized.
 
     Args:
         path: a `.safetensors` file, its index, or a folder.
-        quant_format: `auto`, or the format that the layers must have; it also settles what a file leaves open, such as the order of
-            nibbles in nvfp4.
+        quant_format: `auto`, or the format that the layers must have; it also settles what a file leaves
+            open, such as the order of nibbles in nvfp4.
         kernel_backend: how the layers are to run, for `build_text_encoder`.
         which: of a checkpoint with several encoders the one that is meant, such as `clip_l`.
 
     Returns:
-        The tensors by the names of ComfyUI's stand-alone files: `L.weight` (codes, or floats), `L.weight_scale`, `L.weight_scale_2`,
-        biases, norms, tables. And what is known of them: `encoder`, `classes` and `config` of transformers (a folder's own, else told by
-        the shapes), `prefix`, `quant_format`
-        (asked, found), `formats` (how many layers each), `layers` (how each quantized one is read), `dropped`, `tokenizer`, `files`.
+        The tensors by the names of ComfyUI's stand-alone files: `L.weight` (codes, or floats),
+        `L.weight_scale`, `L.weight_scale_2`, biases, norms, tables. And what is known of them: `encoder`,
+        `classes` and `config` of transformers (a folder's own, else told by the shapes), `prefix`,
+        `quant_format` (asked, found), `formats` (how many layers each), `layers` (how each quantized one is
+        read), `dropped`, `tokenizer`, `files`.
 
     Raises:
         ConfigError: for a format or backend that is none, or a format that contradicts the file.

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from int8run.checkpoints.comfy_formats import GLOBAL_SCALE
-from int8run.checkpoints.comfy_int8 import FACTOR, SCALE, WEIGHT, read_provenance
+from int8run.checkpoints.comfy_int8 import FACTOR, SCALE, WEIGHT
 from int8run.checkpoints.detect import is_scaled_fp8_marker, read_layers
 from int8run.checkpoints.layer import FLOAT, CheckpointLayer, get_hadamard
+from int8run.checkpoints.provenance import read_provenance
 from int8run.checkpoints.quant_metadata import METADATA_KEY
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError, check_choice
@@ -73,9 +74,11 @@ class EncoderFile:
 
     Args:
         path: a file, its index, or a folder.
-        quant_format: `auto`, or the format that the layers must have; it also settles what a file leaves open.
+        quant_format: `auto`, or the format that the layers must have; it also settles what a file leaves
+            open.
         which: of a checkpoint with several encoders the one that is meant.
-        class_name: of transformers, where a folder's config names it; empty: the encoder is told by names and shapes.
+        class_name: of transformers, where a folder's config names it; empty: the encoder is told by names and
+            shapes.
 
     Raises:
         ConfigError: for a format that is none, or that contradicts the file.
@@ -89,7 +92,7 @@ class EncoderFile:
         self.encoder, self.prefix = detect_file_encoder(self.files, class_name, which)
         layers = read_layers(self.files, self.prefix, None if quant_format == AUTO else quant_format)
         self.layers = {name.removeprefix(self.prefix): layer for name, layer in layers.items()}
-        beside = {key for layer in layers.values() for key in layer.side_keys}
+        beside = {key for layer in layers.values() for key in layer.sibling_keys}
         keys = [
             key
             for key in self.files
@@ -115,7 +118,7 @@ class EncoderFile:
     @property
     def quantized(self) -> dict[str, CheckpointLayer]:
         """The layers that are not float, by name."""
-        return {name: layer for name, layer in self.layers.items() if layer.kind != FLOAT}
+        return {name: layer for name, layer in self.layers.items() if layer.storage_dtype != FLOAT}
 
     @property
     def counts(self) -> Counter[str]:
@@ -139,8 +142,10 @@ class EncoderFile:
             FileError: with the format that it had.
         """
         made = FORMATS.get(str(read_provenance(self.files.path, self.files.metadata).get("format")))
-        told = METADATA_KEY in self.files.metadata or any("marker" in layer.keys for layer in self.layers.values())
-        if made is not None and made.marker and self.counts and not told:
+        told = METADATA_KEY in self.files.metadata or any(
+            "marker" in layer.part_keys for layer in self.layers.values()
+        )
+        if made is not None and made.marker_format and self.counts and not told:
             raise FileError(
                 f"{self.where} was made as {made.name}, and the comfy_quant markers of its layers are not there, so nobody knows how to "
                 "read them; make it again"
@@ -170,10 +175,10 @@ class EncoderFile:
 
     def get_format(self, name: str) -> str:
         layer = self.layers.get(name)
-        return "" if layer is None or layer.kind == FLOAT else layer.format or layer.label
+        return "" if layer is None or layer.storage_dtype == FLOAT else layer.format_name or layer.label
 
     def resolve_padded_shapes(self, model: nn.Module) -> None:
-        padded = {name: layer for name, layer in self.layers.items() if layer.padded}
+        padded = {name: layer for name, layer in self.layers.items() if layer.is_padded}
         if not padded:
             return
         wanted = {
@@ -182,17 +187,17 @@ class EncoderFile:
         }
         for name, layer in padded.items():
             shape = wanted.get(self.encoder.to_canonical(name + WEIGHT)[0].key)
-            if shape is not None and layer.fits(shape):
+            if shape is not None and layer.fits_shape(shape):
                 self.shapes[name + WEIGHT] = shape
 
     def is_packable(self, name: str) -> bool:
-        return name in self.layers and self.layers[name].codable
+        return name in self.layers and self.layers[name].is_packable
 
     def read_packed(self, name: str) -> PackedLayer | None:
         if not self.is_packable(name):
             return None
         layer = self.layers[name]
-        weight, transform = layer.coded(self.files, self.shape_of(layer, name))
+        weight, transform = layer.read_packed_weight(self.files, self.shape_of(layer, name))
         if is_fp8(weight.qdata) and bool(
             (weight.qdata.view(torch.uint8) & 0x7F >= NOT_FINITE[weight.qdata.dtype]).any()
         ):
@@ -202,8 +207,8 @@ class EncoderFile:
     def read_tensor(self, key: str) -> Tensor:
         name, info = key.removesuffix(WEIGHT), self.files[self.prefix + key]
         layer = self.layers.get(name) if key.endswith(WEIGHT) else None
-        if layer is not None and layer.kind != FLOAT:
-            return layer.weight(self.files, shape=self.shape_of(layer, name))
+        if layer is not None and layer.storage_dtype != FLOAT:
+            return layer.read_weight(self.files, shape=self.shape_of(layer, name))
         if info.dtype not in FLOATS:
             raise FileError(
                 f"{self.where}: {info.key} is {info.dtype} where numbers are {', '.join(FLOATS)}; the file is damaged"
@@ -212,7 +217,7 @@ class EncoderFile:
 
     def shape_of(self, layer: CheckpointLayer, name: str) -> tuple[int, int] | None:
         """N and K of a padded weight; None for others, which have their own."""
-        if not layer.padded:
+        if not layer.is_padded:
             return None
         rows, columns = self.shapes[name + WEIGHT]
         return rows, columns
@@ -294,11 +299,11 @@ def describe_layer(layer: PackedLayer, word: str) -> dict[str, Any]:
     weight, transform = layer.weight, layer.transform
     return {
         "format": word,
-        "kind": weight.kind,
+        "kind": weight.storage_dtype,
         "shape": list(weight.shape),
-        "block": weight.block,
-        "swizzled": weight.swizzled,
-        "high_first": weight.high_first,
+        "block": weight.block_size,
+        "swizzled": weight.is_swizzled,
+        "high_first": weight.high_nibble_first,
         "outlier": transform.method,
         "settings": transform.settings,
         "group_size": transform.group_size,

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from int8run.errors import ConfigError, FileError
 from int8run.lora.config import Adapter
-from int8run.pipeline.build import Built
+from int8run.pipeline.build import BuiltModel
 from int8run.pipeline.checkpoint_weights import FileWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,7 +188,7 @@ def of_another_program(
     return found
 
 
-def check_contents(named: Case, built: Built, expected: Mapping[str, Foreign]) -> None:
+def check_contents(named: Case, built: BuiltModel, expected: Mapping[str, Foreign]) -> None:
     """Integers that can be taken are, all else is what the file stands for, rounded where the family has INT8."""
     held, layers, floats = contents(built), int8_layers(built), float_weights(named)
     family = FAMILIES[named.name]

@@ -34,7 +34,7 @@ from int8run.layers.plan import Int8Settings
 from int8run.lora.config import Adapter
 from int8run.metrics.quality import compute_relative_error
 from int8run.pipeline.checkpoint_weights import FileWeights
-from int8run.pipeline.load import load
+from int8run.pipeline.load import load_model
 from int8run.report.console import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,7 +48,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_nothing_of_a_denoiser_is_read_before_it_is_needed(case: Case) -> None:
     spec = replace(case.spec, model=case.source())
-    skeleton = load(spec, Progress(False), whole=False).denoiser
+    skeleton = load_model(spec, Progress(False), whole=False).denoiser
     assert {name for name, value in skeleton.named_parameters() if not value.is_meta} == set()
 
 
@@ -121,7 +121,7 @@ def write_native(case: Case, kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["bare", "prefixed", "index", "shards"])
 def test_a_float_file_of_the_authors_is_the_model(case: Case, kind: str) -> None:
     spec = replace(case.spec, model=case.source(write_native(case, kind)), int8=Int8Settings(enable=False))
-    loaded = load(spec, Progress(False))
+    loaded = load_model(spec, Progress(False))
     assert loaded.family.name == case.instance.family
     assert_same(loaded.denoiser.state_dict(), float_weights(case))
 
@@ -243,23 +243,23 @@ def test_a_denoiser_without_a_pipeline(family: str, number: int, tmp_path: Path)
     state = {name: value.detach() for name, value in model.state_dict().items()}
     source = write(native_state(model) | BESIDE.get(family, {}), tmp_path / "float.safetensors")
     weights = FileWeights(source, model)
-    assert_same({name: weights.tensor(name) for name in state}, state)
+    assert_same({name: weights.read_tensor(name) for name in state}, state)
     about = quantize_alone(source, tmp_path / "int8.safetensors", tmp_path)
     assert (about["family"], about["denoiser"]) == (family, type(model).__name__)
     again = FileWeights(tmp_path / "int8.safetensors", model)
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     assert (
-        set(again.int8_layers())
+        set(again.find_int8_layers())
         == {name for name in linears if FAMILIES[family].find_skip_reason(name) is None}
         != set()
     )
     for name, value in state.items():
         layer = name.removesuffix(".weight")
-        if layer in again.int8_layers():
+        if layer in again.find_int8_layers():
             q, scale = rounded(value)
-            made = again.int8(layer).weight
+            made = again.read_int8_layer(layer).weight
             assert torch.equal(made.qdata, q) and torch.equal(made.scale, scale)
         else:
-            assert torch.equal(again.tensor(name), value)
+            assert torch.equal(again.read_tensor(name), value)
     file = stored(tmp_path / "int8.safetensors")
     assert_same({key: file[key] for key in BESIDE.get(family, {})}, BESIDE.get(family, {}))

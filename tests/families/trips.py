@@ -29,7 +29,7 @@ from int8run.models.state_dict_adapter import TensorPart, to_original
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.pipeline import load
-from int8run.pipeline.build import Built, build
+from int8run.pipeline.build import BuiltModel, build_model
 from int8run.report.console import Progress
 from int8run.tasks.quantize_checkpoint import quantize_file
 
@@ -62,7 +62,7 @@ class Trip:
         location: of the INT8 denoiser; of two a mapping.
     """
 
-    built: Built
+    built: BuiltModel
     held: Tensors
     drawn: Tensor
     location: Any
@@ -136,11 +136,11 @@ class Case:
         loras: Sequence[Adapter] = (),
         mode: str = "dynamic",
         **changes: Any,
-    ) -> Built:
+    ) -> BuiltModel:
         """A build of these weights; streamed, if no change of the spec asks for the float model."""
         stack = LoraSettings(mode=mode, adapters=loras)
         spec = replace(self.spec, model=self.source(location, base), lora=stack, **changes)
-        built = build(spec, self.samples, read_lora_headers(spec.lora, "none"), Progress(False))
+        built = build_model(spec, self.samples, read_lora_headers(spec.lora, "none"), Progress(False))
         built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
         return built
 
@@ -155,7 +155,7 @@ class Case:
         """The one picture that is drawn."""
         return [Sample(self.instance.prompt, 7, "0")]
 
-    def latents(self, built: Built) -> Tensor:
+    def latents(self, built: BuiltModel) -> Tensor:
         """Of two steps. [steps, ...]"""
         (name,) = built.denoisers
         made = generate(built.pipe, built.component, built.denoisers, self.samples, self.instance.sampling)[
@@ -216,12 +216,12 @@ def quantize_alone(location: Path, save: Path, out: Path) -> dict[str, Any]:
     )
 
 
-def int8_layers(built: Built) -> dict[str, Int8Linear]:
+def int8_layers(built: BuiltModel) -> dict[str, Int8Linear]:
     """Every INT8 layer by its name."""
     return {name: m for name, m in built.denoisers["int8"].named_modules() if isinstance(m, Int8Linear)}
 
 
-def contents(built: Built) -> Tensors:
+def contents(built: BuiltModel) -> Tensors:
     """All that an INT8 denoiser holds: integers, scales, what was done to the outliers, and every float tensor."""
     found: Tensors = {}
     layers = int8_layers(built)

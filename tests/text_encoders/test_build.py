@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from support.clip_files import answer
-from support.helpers import assert_close, without_vnni
+from support.compare import assert_close
+from support.helpers import without_vnni
 from text_encoders.files import ENCODERS, encoder
 from text_encoders.files import FORMATS as FILES
 from torch import nn
@@ -19,7 +20,8 @@ from int8run.metrics.layers import count_module_bytes
 from int8run.quant.formats import FORMATS
 from int8run.text_encoders.build import Kernels, build_encoder, plan_encoder
 from int8run.text_encoders.load import build_text_encoder, load_text_encoder
-from int8run.text_encoders.model_config import build_config, build_skeleton
+from int8run.text_encoders.model_config import build_config
+from int8run.text_encoders.skeleton import build_skeleton
 from int8run.text_encoders.weights import EncoderFile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -258,7 +260,7 @@ def test_other_formats_become_the_wanted_one_and_the_same_stays_as_it_is(tmp_pat
         assert stored is not None
         codes = made.module.get_submodule(plan.name).qdata
         assert (
-            stored.weight.kind == "mxfp8" and torch.equal(bits(codes), bits(stored.weight.qdata))
+            stored.weight.storage_dtype == "mxfp8" and torch.equal(bits(codes), bits(stored.weight.qdata))
         ) or plan.measured
 
 

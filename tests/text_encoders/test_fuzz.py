@@ -79,7 +79,7 @@ def agree(name: str, found: np.ndarray, expected: Reading) -> None:
 
 def logical(layer: CheckpointLayer) -> tuple[int, int] | None:
     """The shape to ask for, of a weight that the file pads."""
-    return (layer.rows, layer.columns) if layer.padded else None
+    return (layer.rows, layer.columns) if layer.is_padded else None
 
 
 def read_by_int8run(path: Path) -> dict[str, tuple[np.ndarray, str]]:
@@ -87,15 +87,15 @@ def read_by_int8run(path: Path) -> dict[str, tuple[np.ndarray, str]]:
     with TensorFiles.open(path) as files:
         found = {}
         for name, layer in read_layers(files).items():
-            weight = layer.weight(files, shape=logical(layer)).numpy()
-            found[name] = weight, layer.format
-            if layer.codable:
-                coded, transform = layer.coded(files)
+            weight = layer.read_weight(files, shape=logical(layer)).numpy()
+            found[name] = weight, layer.format_name
+            if layer.is_packable:
+                coded, transform = layer.read_packed_weight(files)
                 again = transform.restore_weight(coded.dequantize()).numpy()
                 assert same(again, weight), f"{name}: the codes give other numbers"
             if len(layer.shape) == 2 and len(weight) > 2:
                 assert same(
-                    layer.weight(files, slice(1, -1 + len(weight)), logical(layer)).numpy(), weight[1:-1]
+                    layer.read_weight(files, slice(1, -1 + len(weight)), logical(layer)).numpy(), weight[1:-1]
                 ), f"{name}: some rows"
         return found
 

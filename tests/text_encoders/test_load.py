@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.clip_files import answer, changed, file_of
-from support.helpers import assert_close
+from support.compare import assert_close
 from support.tiny_pipeline import random_pipeline
 from text_encoders.files import File, encoder
 
@@ -152,7 +152,7 @@ def test_one_encoder_of_a_full_checkpoint(tmp_path: Path) -> None:
     path = written(file, tmp_path)
     with pytest.raises(
         FileError,
-        match=r"several text encoders: .*clip \(text_encoders\.clip_l\.transformer\.\).*say which it is to be: t5 or clip",
+        match=r"several text encoders: .*clip \(text_encoders\.clip_l\.transformer\.\).*choose one: t5 or clip",
     ):
         load_text_encoder(path)
     for which, prefix, word in (

@@ -22,21 +22,10 @@ from int8run.models.name_pattern import match_pattern
 from int8run.models.state_dict_adapter import TensorPart
 from int8run.quant.formats import FORMATS
 from int8run.text_encoders.detect import detect_encoder, find_encoder_of_class, find_prefixes, match_encoders
-from int8run.text_encoders.model_config import (
-    build_config,
-    build_skeleton,
-    load_tokenizer,
-    remove_optional_modules,
-)
-from int8run.text_encoders.registry import (
-    EncoderFamily,
-    EncoderFingerprint,
-    build_encoder_layout,
-    get_encoder,
-    list_supported_encoders,
-    load_encoders,
-    map_canonical_names,
-)
+from int8run.text_encoders.model_config import build_config, load_tokenizer
+from int8run.text_encoders.skeleton import build_skeleton, remove_optional_modules
+from int8run.text_encoders.registry import EncoderFamily, EncoderFingerprint, get_encoder, list_supported_encoders, load_encoders
+from int8run.text_encoders.state_dict_adapter import build_encoder_layout, map_canonical_names
 
 SEES = r"^(model\.)?(visual|vision_model|vision_tower|multi_modal_projector)\."
 
@@ -178,12 +167,12 @@ def test_a_file_without_the_part_that_sees(name, caplog):
     with caplog.at_level(logging.INFO):
         built = filled(encoder, tiny.cls, tiny.config, file)
     assert same(model, built)
-    assert "is not in the file: the file holds no part that sees; give it text alone" in caplog.text
+    assert "is not in the file: the file has no vision tower; use text prompts only" in caplog.text
     inner = getattr(built, "model", built)
     tower = inner.visual if hasattr(inner, "visual") else inner.vision_tower
     with pytest.raises(
         FileError,
-        match=r"(visual|vision_tower|vision_model) is needed and was not in the text encoder's file: the file holds no part",
+        match=r"(visual|vision_tower|vision_model) is needed and was not in the text encoder's file: the file has no vision",
     ):
         tower(torch.zeros(1))
 
@@ -310,7 +299,7 @@ def test_several_and_none_named():
     shapes = whole_checkpoint()
     with pytest.raises(
         FileError,
-        match=f"the file holds several text encoders: {held}; say which it is to be: t5 or clip_g or clip_l",
+        match=f"the file holds several text encoders: {held}; choose one: t5 or clip_g or clip_l",
     ):
         detect_encoder(shapes)
     with pytest.raises(FileError, match=f"the file holds no text encoder called 'umt5'; it holds {held}"):
@@ -977,7 +966,7 @@ ATTENTION = "encoder.block.0.layer.0.SelfAttention"
         (
             "clip",
             {"text_model.final_layer_norm.weight": (96,)},
-            "weight has 96 rows, no multiple of 64: the num_attention_heads of this clip",
+            "weight has 96 rows, not a multiple of 64: the num_attention_heads of this clip",
         ),
         (
             "clip",
@@ -992,7 +981,7 @@ ATTENTION = "encoder.block.0.layer.0.SelfAttention"
         (
             "t5",
             {f"{ATTENTION}.q.weight": (63, 8)},
-            "q.weight has 63 rows, no multiple of 2: the d_kv of this t5 cannot be told from the file",
+            "q.weight has 63 rows, not a multiple of 2: the d_kv of this t5 cannot be derived from the file",
         ),
         (
             "clip",
@@ -1031,13 +1020,13 @@ def test_sizes_that_cannot_be_told(name, change, message):
         ("t5", "encoder.embed_tokens", "looked up"),
         ("umt5", "blocks.3.pos_embedding.embedding", "added to attention"),
         ("qwen3", "layers.0.mlp.up_proj", None),
-        ("qwen3", "lm_head", "next word"),
-        ("qwen2_5_vl", "model.visual.blocks.0.attn.qkv", "pictures"),
-        ("qwen3_vl", "visual.blocks.0.attn.qkv", "pictures"),
+        ("qwen3", "lm_head", "next token"),
+        ("qwen2_5_vl", "model.visual.blocks.0.attn.qkv", "vision tower"),
+        ("qwen3_vl", "visual.blocks.0.attn.qkv", "vision tower"),
         ("qwen3_vl", "language_model.embed_tokens", "looked up"),
-        ("gemma3", "model.vision_tower.encoder.layers.0.mlp.fc1", "pictures"),
+        ("gemma3", "model.vision_tower.encoder.layers.0.mlp.fc1", "vision tower"),
         ("mistral3", "language_model.model.layers.0.mlp.up_proj", None),
-        ("mistral3", "model.multi_modal_projector.linear_1", "pictures"),
+        ("mistral3", "model.multi_modal_projector.linear_1", "vision tower"),
     ],
 )
 def test_what_stays_float(name, layer, why):
@@ -1146,17 +1135,17 @@ def test_a_malformed_row_is_refused():
 def test_marks():
     shapes = {"a.0": (4, 2), "b": ()}
     assert (
-        EncoderFingerprint(["a.*"]).fits(shapes)
-        and not EncoderFingerprint(["c"]).fits(shapes)
-        and not EncoderFingerprint(["b"], ["a.?"]).fits(shapes)
+        EncoderFingerprint(["a.*"]).matches(shapes)
+        and not EncoderFingerprint(["c"]).matches(shapes)
+        and not EncoderFingerprint(["b"], ["a.?"]).matches(shapes)
     )
-    assert EncoderFingerprint(["b"], rows={"a.0": [3, 4]}).fits(shapes) and not EncoderFingerprint(
+    assert EncoderFingerprint(["b"], rows={"a.0": [3, 4]}).matches(shapes) and not EncoderFingerprint(
         ["b"], rows={"a.0": 3}
-    ).fits(shapes)
-    assert not EncoderFingerprint(["b"], rows={"c": 4}).fits(shapes) and not EncoderFingerprint(
+    ).matches(shapes)
+    assert not EncoderFingerprint(["b"], rows={"c": 4}).matches(shapes) and not EncoderFingerprint(
         ["b"], not_rows={"a.0": 4}
-    ).fits(shapes)
-    assert EncoderFingerprint(["b"], not_rows={"a.0": 3, "c": 4}).fits(shapes)
+    ).matches(shapes)
+    assert EncoderFingerprint(["b"], not_rows={"a.0": 3, "c": 4}).matches(shapes)
 
 
 @pytest.mark.parametrize(
@@ -1220,7 +1209,7 @@ def test_tokenizers(monkeypatch):
         raise OSError("We couldn't connect\nto the hub")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fetch)
-    message = r"the tokenizer Qwen/Qwen-Image \(tokenizer\) is not on this machine and could not be fetched: We couldn't connect to the hub; take"
+    message = r"the tokenizer Qwen/Qwen-Image \(tokenizer\) is not on this machine and could not be downloaded: We couldn't connect to the hub; take"
     with pytest.raises(FileError, match=message):
         load_tokenizer(get_encoder("qwen2_5_vl").tokenizer)
     with pytest.raises(FileError, match="the tokenizer google/t5-v1_1-xxl is not on"):

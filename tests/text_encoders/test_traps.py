@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.helpers import TinyModel, assert_close, randn
+from support.compare import assert_close
+from support.helpers import TinyModel, randn
 from text_encoders import oracle
 from text_encoders.files import ENCODERS, FORMATS, File, Stored, encoder, int8_convrot, legacy
 from text_encoders.oracle import DTYPES
@@ -21,10 +22,11 @@ from int8run.errors import ConfigError, FileError
 from int8run.lora.apply import FloatMerge
 from int8run.lora.load import read_lora
 from int8run.lora.stack import Entry, LoraStack
-from int8run.pipeline.text_encoders import adding
+from int8run.pipeline.text_encoders import make_merge_reader
 from int8run.text_encoders.build import Kernels, WeightChange, build_encoder
 from int8run.text_encoders.load import build_text_encoder, load_text_encoder
-from int8run.text_encoders.model_config import build_config, build_skeleton, remove_optional_modules
+from int8run.text_encoders.model_config import build_config
+from int8run.text_encoders.skeleton import build_skeleton, remove_optional_modules
 from int8run.text_encoders.weights import EncoderFile
 
 CLIP, T5 = "text_model.encoder.layers.0.", "encoder.block.0.layer."
@@ -661,7 +663,7 @@ def test_a_lora_without_alpha_is_as_strong_as_it_was_trained(
 
     def adopt(model: nn.Module) -> WeightChange:
         merges.append(FloatMerge(model, changes))
-        return adding(merges[0])
+        return make_merge_reader(merges[0])
 
     built = build_encoder(model, source, None, Kernels("dequantize", torch.device("cpu"), 77), adopt)
     (name,) = changes
