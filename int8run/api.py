@@ -18,8 +18,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from int8run.config.compose import own_options, to_spec
-from int8run.config.error_messages import explain
+from int8run.config.compose import create_run_spec, int8run_options
+from int8run.config.error_messages import explain_error
 from int8run.config.renamed import rename_overrides, report_once
 from int8run.errors import ConfigError, check_range
 from int8run.layers.fusion import assemble_int8_model
@@ -60,7 +60,7 @@ def quantize_(
     """
     check_range("rows", rows, 1, 2**31, whole=True)
     words = {"outlier": outlier, "backend": backend, "rounding": rounding, "model_type": model_type}
-    spec = composed([f"{group}={option}" for group, option in words.items()] + list(overrides))
+    spec = compose_spec([f"{group}={option}" for group, option in words.items()] + list(overrides))
     if (
         spec.save
         or spec.int8.checkpoint
@@ -103,15 +103,15 @@ def quantize_(
     return plans
 
 
-def composed(overrides: list[str]) -> Any:
+def compose_spec(overrides: list[str]) -> Any:
     """The RunSpec of a command line; a hydra application of the caller's own is left as it is."""
     held, base = GlobalHydra.instance().hydra, version.VersionBase.instance().getbase()
     GlobalHydra.instance().clear()
     try:
-        with own_options(), initialize_config_module("int8run.conf", version_base="1.3"):
-            return to_spec(compose("config", rename_overrides(overrides, report_once())))
+        with int8run_options(), initialize_config_module("int8run.conf", version_base="1.3"):
+            return create_run_spec(compose("config", rename_overrides(overrides, report_once())))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error)[0]) from error
+        raise ConfigError(explain_error(error)[0]) from error
     finally:
         GlobalHydra.instance().hydra = held
         version.VersionBase.instance().version_base = base

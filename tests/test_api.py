@@ -6,7 +6,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir, version
 from hydra.core.global_hydra import GlobalHydra
-from support.helpers import assert_close
+from support.compare import assert_close
 from support.run_job import make_spec, save_lora
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from int8run.generate.prompts import build_samples
 from int8run.layers.int8_linear import Int8Linear
 from int8run.lora.stack import LoraStack as TheStack
 from int8run.models.sampling import Sampling
-from int8run.pipeline.build import Built, build
+from int8run.pipeline.build import BuiltModel, build_model
 from int8run.report.console import Progress
 
 KEEP_ALL = "model_type.ignore=[{pattern: '*', reason: asked}]"
@@ -33,10 +33,10 @@ def location(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"model.location={save_random_pipeline(tmp_path_factory.mktemp('model'))}"
 
 
-def built_by_the_command(location: str, *words: str) -> Built:
+def built_by_the_command(location: str, *words: str) -> BuiltModel:
     """What `int8run` makes of a model with these words."""
     size = ["sampler.height=16", "sampler.width=16", "sampler.steps=2", "backend=reference"]
-    return build(make_spec([location, *size, *words]), PROBE, [], Progress(False))
+    return build_model(make_spec([location, *size, *words]), PROBE, [], Progress(False))
 
 
 def drawn(model: nn.Module, call: dict[str, object]) -> Tensor:

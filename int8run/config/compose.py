@@ -59,12 +59,13 @@ LOG_CLASSES = (
     "logging.NullHandler",
     "logging.Formatter",
     "rich.logging.RichHandler",
+    "int8run.report.console.ConsoleHandler",
 )
 LOG_FILE = re.compile(r"\$\{hydra\.runtime\.output_dir\}/(\$\{hydra\.job\.name\}|[\w-]+)\.log")
 LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
-def check_all(
+def check_command(
     config_dir: str | None, config_name: str, overrides: list[str], multirun: bool, announce: Announce
 ) -> None:
     """Compose, target-check and range-check a single job; of a sweep, what its jobs share: they are checked when the sweep composes them.
@@ -76,10 +77,10 @@ def check_all(
         ConfigError: for settings that cannot work.
     """
     several = next((group for group in GROUPS if any(o.startswith(f"{group}=[") for o in overrides)), None)
-    with composing(config_dir, overrides) as extra:
-        sweep = sweep_of(overrides, extra, config_name, multirun)
+    with hydra_composition(config_dir, overrides) as extra:
+        sweep = read_sweep(overrides, extra, config_name, multirun)
         shared = sweep[0] if sweep else compose(config_name, [*overrides, *extra], return_hydra_config=True)
-        refuse_foreign_targets(shared)
+        check_targets(shared)
     if several is not None:  # hydra merges them, and the last one wins
         raise ConfigError(
             f"{several}=[…] names several options, and a run has one; for a job each: -m {several}=a,b"
@@ -92,7 +93,7 @@ def check_all(
             raise ConfigError(
                 "resume=true goes on with a sweep, and this is a single run; add -m, or leave resume out"
             )
-        to_spec(shared)
+        create_run_spec(shared)
 
 
 def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> list[Any]:
@@ -111,9 +112,9 @@ def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> 
     specs: list[Any] = []
     problems: list[tuple[int, Int8RunError]] = []
     for number, config in enumerate(configs):
-        refuse_foreign_targets(config)
+        check_targets(config)
         try:
-            specs.append(to_spec(config))
+            specs.append(create_run_spec(config))
         except Int8RunError as error:
             problems.append((number, error))
     if problems and len(jobs) == 1:
@@ -128,21 +129,21 @@ def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> 
     return specs
 
 
-def compose_all(
+def compose_jobs(
     config_dir: str | None, config_name: str, overrides: list[str], multirun: bool
 ) -> tuple[list[list[str]], list[DictConfig]]:
     """The overrides and the composed config of every job, each walked for what could run code."""
-    with composing(config_dir, overrides) as extra:
-        sweep = sweep_of(overrides, extra, config_name, multirun)
+    with hydra_composition(config_dir, overrides) as extra:
+        sweep = read_sweep(overrides, extra, config_name, multirun)
         jobs = sweep[1] if sweep else [overrides]
         configs = [compose(config_name, [*job, *extra], return_hydra_config=True) for job in jobs]
     for config in configs:
-        refuse_foreign_targets(config)
+        check_targets(config)
     return jobs, configs
 
 
 @contextmanager
-def composing(config_dir: str | None, overrides: Sequence[str]) -> Iterator[list[str]]:
+def hydra_composition(config_dir: str | None, overrides: Sequence[str]) -> Iterator[list[str]]:
     """Hydra ready to compose our config.
 
     Returns:
@@ -160,13 +161,13 @@ def composing(config_dir: str | None, overrides: Sequence[str]) -> Iterator[list
         for o in overrides
         if o.endswith("=null") and o.removesuffix("=null") in GROUPS
     ):
-        raise ConfigError(no_option(group, None))
-    with own_options(), initialize_config_module("int8run.conf", version_base="1.3", job_name="int8run"):
+        raise ConfigError(describe_missing_option(group, None))
+    with int8run_options(), initialize_config_module("int8run.conf", version_base="1.3", job_name="int8run"):
         yield [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
 
 
 @contextmanager
-def own_options() -> Iterator[None]:
+def int8run_options() -> Iterator[None]:
     """Let `hydra/launcher=` and `hydra/sweeper=` choose between the files in conf/; hydra and its plugins have some of these names, too.
 
     Afterwards theirs are back: the program around us may be another one that uses hydra.
@@ -186,7 +187,7 @@ def own_options() -> Iterator[None]:
             groups[group][name] = node
 
 
-def sweep_of(
+def read_sweep(
     overrides: list[str], extra: list[str], config_name: str, multirun: bool
 ) -> tuple[DictConfig, list[list[str]]] | None:
     """What the jobs of a sweep share, and the overrides of each, a sweep written in a file included; None for a single run."""
@@ -201,36 +202,38 @@ def sweep_of(
         not multirun and (shared.hydra.mode is None or shared.hydra.mode.name != "MULTIRUN")
     ):
         return None
-    refuse_foreign_targets(shared)
+    check_targets(shared)
     written = [f"{key}={value}" for key, value in (shared.hydra.sweeper.get("params") or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*written, *overrides])
     return shared, [list(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
 
 
-def to_spec(config: DictConfig) -> Any:
+def create_run_spec(config: DictConfig) -> Any:
     """The RunSpec of a composed config; checks of ours come out as they were raised."""
-    own = without_hydra(config)
-    require_classes(own)
+    own = drop_hydra_settings(config)
+    check_groups(own)
     try:
         return instantiate(own, _convert_="all")
     except InstantiationException as error:
         ours = find_int8run_error(error)
         if ours is not None:
             raise ours from None
-        raise ConfigError(call_problem(error, own)) from error
+        raise ConfigError(describe_call_error(error, own)) from error
 
 
-def require_classes(config: DictConfig) -> None:
+def check_groups(config: DictConfig) -> None:
     """Refuse a group that was left out, set to a bare value, or whose option names no class."""
     for group in (*GROUPS, "int8", "calibration"):
         node = config.get(group)
         if not isinstance(node, DictConfig) or "_target_" not in node:
             raise ConfigError(
-                no_option(group, OmegaConf.to_container(node) if OmegaConf.is_config(node) else node)
+                describe_missing_option(
+                    group, OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+                )
             )
 
 
-def no_option(group: str, value: object) -> str:
+def describe_missing_option(group: str, value: object) -> str:
     """The message for a group without an option."""
     there = sorted((Path(str(files("int8run.conf"))) / group).glob("*.yaml"))
     classes = sorted({target for p in there for target in TARGET.findall(p.read_text())[:1]})
@@ -243,7 +246,7 @@ def no_option(group: str, value: object) -> str:
     return f"{group} is {value!r}, which names no class in _target_{choices}{own}"
 
 
-def call_problem(error: InstantiationException, config: DictConfig) -> str:
+def describe_call_error(error: InstantiationException, config: DictConfig) -> str:
     """One line for a class of ours that could not be made: the key, and what was wrong with its settings."""
     text = str(error)
     where = text.rpartition("full_key: ")[2].strip() if "full_key: " in text else ""
@@ -257,19 +260,19 @@ def call_problem(error: InstantiationException, config: DictConfig) -> str:
     return f"{where or 'the config'}: {reason}"
 
 
-def plain_config(config: DictConfig) -> dict[str, Any]:
+def get_plain_config(config: DictConfig) -> dict[str, Any]:
     """The resolved config as plain containers, without hydra's own part."""
-    resolved = OmegaConf.to_container(without_hydra(config), resolve=True)
+    resolved = OmegaConf.to_container(drop_hydra_settings(config), resolve=True)
     assert isinstance(resolved, dict)
     return {str(k): v for k, v in resolved.items()}
 
 
-def without_hydra(config: DictConfig) -> DictConfig:
+def drop_hydra_settings(config: DictConfig) -> DictConfig:
     """The part of the config that is ours."""
     return OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
 
 
-def refuse_foreign_targets(config: DictConfig) -> None:
+def check_targets(config: DictConfig) -> None:
     """Refuse every `_target_` that is not one of ours, and every log handler that is not a plain one.
 
     Raises:
@@ -277,7 +280,7 @@ def refuse_foreign_targets(config: DictConfig) -> None:
     """
     tree = OmegaConf.to_container(config, resolve=False)
     own = find_own_targets()
-    for path, key, value in leaves(tree, ""):
+    for path, key, value in iterate_leaves(tree, ""):
         where = f"{path}{key}"
         # the dot makes `hydra.job_logging` itself, set to a reference, a part of it
         in_logging = f"{where}.".startswith(("hydra.job_logging.", "hydra.hydra_logging."))
@@ -330,11 +333,11 @@ def find_own_targets() -> frozenset[str]:
     )
 
 
-def leaves(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
+def iterate_leaves(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
     """(path with a dot at its end, key, value) of every leaf of a tree of dicts and lists."""
     items = node.items() if isinstance(node, dict) else enumerate(node)
     for key, value in items:
         if isinstance(value, dict | list):
-            yield from leaves(value, f"{path}{key}.")
+            yield from iterate_leaves(value, f"{path}{key}.")
         else:
             yield path, str(key), value

@@ -5,7 +5,7 @@ import re
 from int8run.errors import as_disk_full_error, as_not_writable_error, find_int8run_error, suggest_similar
 
 
-def explain(error: BaseException) -> tuple[str | None, int]:
+def explain_error(error: BaseException) -> tuple[str | None, int]:
     """One line and an exit code for an error; None when it is not one that a user can meet, so that it is shown whole."""
     from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
     from omegaconf import ListConfig
@@ -38,12 +38,12 @@ def explain(error: BaseException) -> tuple[str | None, int]:
             if hasattr(parent, "keys")
             else []
         )
-        from int8run.config.help import options_with
+        from int8run.config.help import find_options_with
 
-        owners = options_with(key)
+        owners = find_options_with(key)
         if owners:
             return f"no setting called {key!r} in this config; {' and '.join(owners)} has it", 2
-        if re.fullmatch(r"lora\.adapters\[\d+\]\.\w+", key) and (left_out := adapter_field(key)):
+        if re.fullmatch(r"lora\.adapters\[\d+\]\.\w+", key) and (left_out := find_adapter_field(key)):
             return (
                 f"{left_out} is a setting that this stack leaves out; give it with a plus: +{key.replace('[', '.').replace(']', '')}=…",
                 2,
@@ -70,7 +70,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     return None, 1
 
 
-def adapter_field(key: str) -> str | None:
+def find_adapter_field(key: str) -> str | None:
     """The last word of a key, if an entry of a LoRA stack has such a setting."""
     from dataclasses import fields
 

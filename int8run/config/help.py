@@ -29,7 +29,7 @@ Flags
 """
 
 
-def help_page() -> str:
+def render_help() -> str:
     """The whole page."""
     conf = files("int8run.conf")
     root = conf.joinpath("config.yaml").read_text()
@@ -43,55 +43,55 @@ def help_page() -> str:
         )
         width = max(14, *(len(name) for name, _ in options))
         for name, file in sorted(options, key=lambda o: o[0] != default):
-            lines.append(f"  {group if name == default else '':<14} {name:<{width}} {first_comment(file)}")
+            lines.append(f"  {group if name == default else '':<14} {name:<{width}} {read_description(file)}")
     lines += ["", "Keys (in brackets the option that has them, where it is not the default)"]
-    lines += [key_line(*found, "") for found in key_lines(root, "")]
+    lines += [format_key_line(*found, "") for found in parse_key_comments(root, "")]
     for group, default in groups:
-        found = option_keys(group, default)
+        found = read_option_keys(group, default)
         own = found.pop(default)
-        lines += [key_line(*key, "") for key in own]
+        lines += [format_key_line(*key, "") for key in own]
         plain = {key for key, _, _ in own}
         others: dict[tuple[str, str, str], list[str]] = {}
         for name, keys in found.items():  # others add what is their own
             for key in keys:
                 if key[0] not in plain:
                     others.setdefault(key, []).append(name)
-        lines += [key_line(*key, f" [{group}={','.join(names)}]") for key, names in others.items()]
+        lines += [format_key_line(*key, f" [{group}={','.join(names)}]") for key, names in others.items()]
     return USAGE + "\n".join(lines) + "\n\n" + FLAGS
 
 
-def key_line(key: str, value: str, comment: str, owner: str) -> str:
+def format_key_line(key: str, value: str, comment: str, owner: str) -> str:
     """One line of the list of keys."""
     return f"  {f'{key}={value}':<46} {comment}{owner}"
 
 
-def option_keys(group: str, default: str = "") -> dict[str, list[tuple[str, str, str]]]:
+def read_option_keys(group: str, default: str = "") -> dict[str, list[tuple[str, str, str]]]:
     """The keys of each shipped option of a group, the default option first; empty for an unknown group."""
     folder = files("int8run.conf").joinpath(group)
     options = [f for f in folder.iterdir() if f.name.endswith(".yaml")] if folder.is_dir() else []
     found = {}
     for file in sorted(options, key=lambda f: (f.name != f"{default}.yaml", f.name)):
         text = file.read_text()
-        found[file.name.removesuffix(".yaml")] = key_lines(
+        found[file.name.removesuffix(".yaml")] = parse_key_comments(
             text, "" if "@package _global_" in text else f"{group.replace('/', '.')}."
         )
     return found
 
 
-def options_with(key: str) -> list[str]:
+def find_options_with(key: str) -> list[str]:
     """Options, as one types them, that have a key which the composed config lacks: `backend.tile` -> `backend=triton`."""
     group = LAUNCHER[0] if key.startswith("hydra.launcher.") else key.partition(".")[0]
     has = lambda keys: any(k == key or k.startswith(f"{key}.") for k, _, _ in keys)  # noqa: E731
-    return [f"{group}={name}" for name, keys in option_keys(group).items() if has(keys)]
+    return [f"{group}={name}" for name, keys in read_option_keys(group).items() if has(keys)]
 
 
-def first_comment(file: Traversable) -> str:
+def read_description(file: Traversable) -> str:
     """The description of an option: the first comment line that is not a directive."""
     comments = [line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#")]
     return next((c for c in comments if not c.startswith("@")), "")
 
 
-def key_lines(text: str, prefix: str) -> list[tuple[str, str, str]]:
+def parse_key_comments(text: str, prefix: str) -> list[tuple[str, str, str]]:
     """(key with its path, default, comment) for every commented key of a YAML text."""
     lines: list[tuple[str, str, str]] = []
     path: list[str] = []

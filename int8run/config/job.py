@@ -21,10 +21,10 @@ class Job:
     varying: Sequence[str] = ()  # keys that the sweep varies
     jobs_at_once: int = 1  # jobs of the sweep that share this machine
 
-    def params(self) -> dict[str, str]:
+    def get_params(self) -> dict[str, str]:
         """The settings that one compares between runs, flat: options by group, values by their key on the command line."""
         flat = dict(self.choices)
-        flatten(
+        flatten_settings(
             "", {key: value for key, value in self.settings.items() if key not in UNHASHED_SETTINGS}, flat
         )
         return flat
@@ -36,14 +36,14 @@ class Job:
         return " ".join(differing or self.overrides) or "defaults"
 
 
-def flatten(prefix: str, value: object, into: dict[str, str]) -> None:
+def flatten_settings(prefix: str, value: object, into: dict[str, str]) -> None:
     """`{a: {b: 1}}` -> `a.b: 1`; targets, rules and long texts stay in config.yaml."""
     name = prefix.rstrip(".")
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            flatten(f"{prefix}{key}.", inner, into)
+            flatten_settings(f"{prefix}{key}.", inner, into)
     elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
         for index, inner in enumerate(value):
-            flatten(f"{prefix}{index}.", inner, into)
+            flatten_settings(f"{prefix}{index}.", inner, into)
     elif not name.endswith("_target_") and ".ignore." not in prefix and len(str(value)) <= 250:
         into.setdefault(name, str(value))

@@ -21,7 +21,7 @@ from int8run.text_encoders.base import TextEncoders
 from int8run.tracking.base import Tracker
 from int8run.utils.disk_cache import DiskCache
 
-SAFE = ".safetensors"
+SAFETENSORS = ".safetensors"
 
 
 class Task(Protocol):
@@ -85,12 +85,12 @@ class RunSpec:
                 "int8.enable=false makes no INT8 layer; quality_db, save and int8.checkpoint need some"
             )
         if self.save is not None and (
-            not isinstance(self.save, str) or Path(self.save).suffix not in ("", SAFE)
+            not isinstance(self.save, str) or Path(self.save).suffix not in ("", SAFETENSORS)
         ):
             raise ConfigError(
-                f"save={self.save} is neither a {SAFE} file nor a folder (a name without a suffix); nothing else is written"
+                f"save={self.save} is neither a {SAFETENSORS} file nor a folder (a name without a suffix); nothing else is written"
             )
-        if self.offload != "none" and self.metrics.baseline == "run" and self.differs:
+        if self.offload != "none" and self.metrics.baseline == "run" and self.has_comparison:
             raise ConfigError(
                 f"offload={self.offload} moves one model, and metrics.baseline=run holds two; set metrics.baseline=cached (float first, "
                 "then INT8) or none"
@@ -124,7 +124,7 @@ class RunSpec:
         return "int8" if self.int8.enable else "clip" if self.clip.is_quantized else "float"
 
     @property
-    def differs(self) -> bool:
+    def has_comparison(self) -> bool:
         """Whether there is anything to compare with the float model."""
         return self.candidate != "float"
 

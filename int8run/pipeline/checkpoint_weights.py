@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int8run.checkpoints.comfy_int8 import WEIGHT, read_note
-from int8run.checkpoints.detect import is_file_marker, stored_layers
-from int8run.checkpoints.layer import FLOAT, StoredLayer
+from int8run.checkpoints.comfy_int8 import WEIGHT
+from int8run.checkpoints.detect import is_scaled_fp8_marker, read_layers
+from int8run.checkpoints.layer import FLOAT, CheckpointLayer
+from int8run.checkpoints.provenance import read_provenance
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
 from int8run.layers.int8_linear import QuantizedLayer
-from int8run.models.detect_family import denoiser_of
-from int8run.models.family import shipped_families
-from int8run.models.state_dict_adapter import Part, Shape, strip_prefix, targets, to_model
+from int8run.models.detect_family import detect_denoiser
+from int8run.models.family import load_families
+from int8run.models.state_dict_adapter import Shape, TensorPart, find_prefix, find_targets, to_model
 from int8run.quant.weight import QuantizedWeight
 
 log = logging.getLogger(__name__)
@@ -38,37 +39,37 @@ class FileWeights:
 
     def __init__(self, path: Path, model: nn.Module, partial: bool = False):
         self.files = TensorFiles.open(path)
-        prefix = strip_prefix(self.files)
-        self.stored = {
-            name.removeprefix(prefix): layer for name, layer in stored_layers(self.files, prefix).items()
+        prefix = find_prefix(self.files)
+        self.layers = {
+            name.removeprefix(prefix): layer for name, layer in read_layers(self.files, prefix).items()
         }
-        beside = {key for layer in self.stored.values() for key in layer.side_keys}
+        beside = {key for layer in self.layers.values() for key in layer.sibling_keys}
         plain = {
             key: info.shape
             for key, info in self.files.items()
-            if key not in beside and not is_file_marker(key)
+            if key not in beside and not is_scaled_fp8_marker(key)
         }
         shapes = {key.removeprefix(prefix): shape for key, shape in plain.items() if key.startswith(prefix)}
         self.prefix, held = prefix, {name: tuple(t.shape) for name, t in model.state_dict().items()}
-        for name, layer in self.stored.items():
+        for name, layer in self.layers.items():
             if len(layer.shape) == 2:
-                meant = targets([name + WEIGHT], type(model).__name__)[name + WEIGHT]
+                meant = find_targets([name + WEIGHT], type(model).__name__)[name + WEIGHT]
                 known = held.get(meant[0]) if len(meant) == 1 else None
                 shapes[name + WEIGHT] = (
-                    known if known is not None and layer.fits(known) else (layer.rows, layer.columns)
+                    known if known is not None and layer.fits_shape(known) else (layer.rows, layer.columns)
                 )
         self.shapes = shapes
         self.class_name = type(model).__name__
         try:
             self.layout = to_model(shapes, held, self.class_name)
         except FileError as error:
-            raise FileError(f"{path}: {error}{self.told()}") from error
-        self.tell([key for key in plain if not key.startswith(prefix)], held, partial)
+            raise FileError(f"{path}: {error}{self.describe_other_model()}") from error
+        self.report_unused([key for key in plain if not key.startswith(prefix)], held, partial)
 
-    def told(self) -> str:
+    def describe_other_model(self) -> str:
         """What the names in the file say that it is, where that is another model."""
         try:
-            found = denoiser_of(self.shapes, shipped_families().values(), self.shapes)
+            found = detect_denoiser(self.shapes, load_families().values(), self.shapes)
         except ConfigError:
             return ""
         if found is None or found[1] == self.class_name:
@@ -78,7 +79,7 @@ class FileWeights:
         )
         return f"; {named}: set model.base to what belongs to the file"
 
-    def tell(self, others: Sequence[str], held: Mapping[str, Shape], partial: bool) -> None:
+    def report_unused(self, others: Sequence[str], held: Mapping[str, Shape], partial: bool) -> None:
         """Say what of the file is not used, and what is not used as it is.
 
         Args:
@@ -91,10 +92,12 @@ class FileWeights:
         if missing := [] if partial else self.layout.missing:
             raise FileError(
                 f"{self.path} does not hold {len(missing)} of the {len(held)} tensors of {self.class_name} (first: {missing[0]}); "
-                f"it is for another model, or incomplete{self.told()}"
+                f"it is for another model, or incomplete{self.describe_other_model()}"
             )
         again = Counter(
-            layer.label for layer in self.stored.values() if layer.kind != FLOAT and not layer.exact
+            layer.label
+            for layer in self.layers.values()
+            if layer.storage_dtype != FLOAT and not layer.is_exact
         )
         if again:
             listed = ", ".join(f"{n} × {label}" for label, n in again.most_common())
@@ -115,54 +118,54 @@ class FileWeights:
         """Where it lies."""
         return self.files.path
 
-    def tensor(self, name: str) -> Tensor:
+    def read_tensor(self, name: str) -> Tensor:
         """A parameter, on the CPU, in the file's own float dtype; a quantized weight as the float32 numbers that it stands for."""
-        tensors = [self.part(part) for part in self.layout.parts[name]]
+        tensors = [self.read_part(part) for part in self.layout.parts[name]]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
-    def part(self, part: Part) -> Tensor:
+    def read_part(self, part: TensorPart) -> Tensor:
         """The rows of one tensor in the file."""
-        layer = self.stored.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None
+        layer = self.layers.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None
         whole = replace(part, rows=None)
-        if layer is None or layer.kind == FLOAT:
-            return whole.cut(self.files.read(self.prefix + part.key, part.rows))
-        rows, columns = self.shapes[part.key] if layer.padded else (layer.rows, layer.columns)
-        return whole.cut(layer.weight(self.files, part.rows, (rows, columns)))
+        if layer is None or layer.storage_dtype == FLOAT:
+            return whole.extract(self.files.read(self.prefix + part.key, part.rows))
+        rows, columns = self.shapes[part.key] if layer.is_padded else (layer.rows, layer.columns)
+        return whole.extract(layer.read_weight(self.files, part.rows, (rows, columns)))
 
-    def int8_layers(self) -> dict[str, StoredLayer]:
+    def find_int8_layers(self) -> dict[str, CheckpointLayer]:
         """Linears whose integers can be taken as they are, by module name, and what the file says of each (of its first part)."""
         found = {}
         for name, parts in self.layout.parts.items():
             layers = (
-                [self.stored.get(part.key.removesuffix(WEIGHT)) for part in parts]
+                [self.layers.get(part.key.removesuffix(WEIGHT)) for part in parts]
                 if name.endswith(WEIGHT)
                 else []
             )
             if (
                 layers
                 and layers[0] is not None
-                and all(layer is not None and layer.exact for layer in layers)
+                and all(layer is not None and layer.is_exact for layer in layers)
             ):
                 found[name.removesuffix(WEIGHT)] = layers[0]
         return found
 
-    def rounded_layers(self) -> set[str]:
+    def find_inexact_layers(self) -> set[str]:
         """Linears whose numbers are quantized in a way that cannot be taken as it is."""
-        taken, found = self.int8_layers(), set()
+        taken, found = self.find_int8_layers(), set()
         for name, parts in self.layout.parts.items():
             layers = (
-                [self.stored.get(part.key.removesuffix(WEIGHT)) for part in parts]
+                [self.layers.get(part.key.removesuffix(WEIGHT)) for part in parts]
                 if name.endswith(WEIGHT)
                 else []
             )
             if (
-                any(layer is not None and layer.kind != FLOAT for layer in layers)
+                any(layer is not None and layer.storage_dtype != FLOAT for layer in layers)
                 and name.removesuffix(WEIGHT) not in taken
             ):
                 found.add(name.removesuffix(WEIGHT))
         return found
 
-    def int8(self, name: str) -> QuantizedLayer:
+    def read_int8_layer(self, name: str) -> QuantizedLayer:
         """One of `int8_layers`, without its bias.
 
         Raises:
@@ -170,11 +173,11 @@ class FileWeights:
         """
         layers: list[QuantizedLayer] = []
         for part in self.layout.parts[name + WEIGHT]:
-            layer = self.stored[part.key.removesuffix(WEIGHT)].int8(self.files, part.rows)
+            layer = self.layers[part.key.removesuffix(WEIGHT)].read_int8_layer(self.files, part.rows)
             whole = replace(part, rows=None)
             layers.append(
                 QuantizedLayer(
-                    QuantizedWeight(whole.cut(layer.weight.qdata), whole.cut(layer.weight.scale)),
+                    QuantizedWeight(whole.extract(layer.weight.qdata), whole.extract(layer.weight.scale)),
                     layer.transform,
                     None,
                 )
@@ -182,7 +185,7 @@ class FileWeights:
         if len(layers) == 1:
             return layers[0]
         first = layers[0].transform
-        if not all(layer.transform.same_input_as(first) for layer in layers[1:]):
+        if not all(layer.transform.has_same_input_transform(first) for layer in layers[1:]):
             raise FileError(
                 f"{self.path}: the parts of {name} were treated differently ({', '.join(layer.transform.label for layer in layers)})"
             )
@@ -193,7 +196,7 @@ class FileWeights:
 
 
 class DenoiserWeights:
-    """The weights of all denoisers of a pipeline, by the names that a layer has in `Experts`.
+    """The weights of all denoisers of a pipeline, by the names that a layer has in `DualDenoiser`.
 
     Args:
         parts: a checkpoint for each prefix of layer names; `""` for a single denoiser.
@@ -202,55 +205,55 @@ class DenoiserWeights:
     def __init__(self, parts: Mapping[str, FileWeights]):
         self.parts = dict(parts)
 
-    def find(self, name: str) -> tuple[FileWeights, str]:
+    def locate(self, name: str) -> tuple[FileWeights, str]:
         """The checkpoint that a name belongs to, and the name there."""
         if "" in self.parts:
             return self.parts[""], name
         expert, _, inner = name.partition(".")
         return self.parts[f"{expert}."], inner
 
-    def tensor(self, name: str) -> Tensor:
+    def read_tensor(self, name: str) -> Tensor:
         """See `FileWeights`."""
-        file, inner = self.find(name)
-        return file.tensor(inner)
+        file, inner = self.locate(name)
+        return file.read_tensor(inner)
 
-    def int8(self, name: str) -> QuantizedLayer:
+    def read_int8_layer(self, name: str) -> QuantizedLayer:
         """See `FileWeights`."""
-        file, inner = self.find(name)
-        return file.int8(inner)
+        file, inner = self.locate(name)
+        return file.read_int8_layer(inner)
 
-    def int8_layers(self) -> dict[str, StoredLayer]:
+    def find_int8_layers(self) -> dict[str, CheckpointLayer]:
         """See `FileWeights`."""
         return {
             prefix + name: layer
             for prefix, file in self.parts.items()
-            for name, layer in file.int8_layers().items()
+            for name, layer in file.find_int8_layers().items()
         }
 
-    def rounded_layers(self) -> set[str]:
+    def find_inexact_layers(self) -> set[str]:
         """See `FileWeights`."""
-        return {prefix + name for prefix, file in self.parts.items() for name in file.rounded_layers()}
+        return {prefix + name for prefix, file in self.parts.items() for name in file.find_inexact_layers()}
 
     @property
     def paths(self) -> list[Path]:
         """Every file."""
         return [path for file in self.parts.values() for path in file.files.files]
 
-    def note(self) -> dict[str, Any]:
+    def read_provenance(self) -> dict[str, Any]:
         """How int8run made the (first) file; empty when another program did."""
         file = next(iter(self.parts.values()))
-        return read_note(file.path, file.files.metadata)
+        return read_provenance(file.path, file.files.metadata)
 
-    def fill(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    def fill_parameters(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
         """Put parameters of the files into the model, in the model's dtype."""
         for name in names:
             parent, _, child = name.rpartition(".")
             module = model.get_submodule(parent)
             old = getattr(module, child)
-            value = self.tensor(name)
+            value = self.read_tensor(name)
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise FileError(
-                    f"{self.find(name)[0].path}: {name} holds NaN or infinity; the file is damaged"
+                    f"{self.locate(name)[0].path}: {name} holds NaN or infinity; the file is damaged"
                 )
             value = value.to(device, old.dtype if old.is_floating_point() else value.dtype)
             if child in module._parameters:

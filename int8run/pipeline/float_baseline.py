@@ -12,10 +12,10 @@ from int8run.errors import FileError
 from int8run.generate.generate import Generation
 from int8run.generate.prompts import Sample
 from int8run.generate.serialization import load_generation, save_generation
-from int8run.lora.header_info import Head
-from int8run.models.loader import read_library_versions, pick_device
+from int8run.lora.header_info import LoraHeader
+from int8run.models.loader import pick_device, read_library_versions
 from int8run.models.source import resolve_model
-from int8run.pipeline.load import file_hashes
+from int8run.pipeline.load import hash_model_files
 from int8run.text_encoders.base import TextEncoders
 from int8run.utils.disk_cache import hash_parts
 from int8run.utils.hardware import get_device_name
@@ -23,8 +23,11 @@ from int8run.utils.hardware import get_device_name
 log = logging.getLogger(__name__)
 
 
-def cached_baseline(
-    spec: RunSpec, heads: Sequence[Head], wanted: Sequence[Sample], draw: Callable[[RunSpec], Generation]
+def get_float_baseline(
+    spec: RunSpec,
+    heads: Sequence[LoraHeader],
+    wanted: Sequence[Sample],
+    draw: Callable[[RunSpec], Generation],
 ) -> tuple[Generation, bool]:
     """What the float model draws for these samples, out of the cache or drawn now; and whether it was now.
 
@@ -32,7 +35,7 @@ def cached_baseline(
         draw: builds the float model that a spec asks for and lets it draw. The model is dropped afterwards.
     """
     source = resolve_model(spec.model)
-    hashes = file_hashes(source, spec.cache) if spec.cache.limit_gb else []
+    hashes = hash_model_files(source, spec.cache) if spec.cache.limit_gb else []
     versions = {
         name: version
         for name, version in read_library_versions().items()
@@ -53,7 +56,7 @@ def cached_baseline(
             return found, False
         except FileError as error:
             spec.cache.remove(path, error)
-    made = draw(float_spec(spec))
+    made = draw(make_float_spec(spec))
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -62,11 +65,11 @@ def cached_baseline(
         "drawings": len(made.frames),
         "loras": [[head.name] for head in heads],
     }
-    spec.cache.put("float", key, made.bytes, lambda path: save_generation(made, path, note))
+    spec.cache.put("float", key, made.nbytes, lambda path: save_generation(made, path, note))
     return made, True
 
 
-def float_spec(spec: RunSpec) -> RunSpec:
+def make_float_spec(spec: RunSpec) -> RunSpec:
     """The same job with the float model alone."""
     return replace(
         spec,

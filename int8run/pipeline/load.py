@@ -12,28 +12,29 @@ from torch import Tensor, nn
 
 from int8run.config.run_spec import RunSpec
 from int8run.errors import BackendError, ConfigError
-from int8run.generate.generate import unknown_arguments
-from int8run.layers.fusion import share_copy
-from int8run.layers.int8_linear import linear_at
+from int8run.generate.generate import find_unknown_arguments
+from int8run.layers.fusion import copy_sharing_tensors
+from int8run.layers.int8_linear import get_linear
 from int8run.layers.plan import LayerPlan, plan_layers
-from int8run.models.dual_denoisers import Experts, denoiser_parts
+from int8run.models.dual_denoisers import DualDenoiser, split_denoiser
 from int8run.models.family import ModelFamily
-from int8run.models.loader import load_parts, load_pipeline, pick_device, repeated_blocks, use_scheduler
+from int8run.models.loader import list_block_prefixes, load_parts, load_pipeline, pick_device
 from int8run.models.sampling import Sampling
-from int8run.models.source import Source, find_source
+from int8run.models.schedulers import set_scheduler
+from int8run.models.source import ResolvedModel, resolve_model
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
-from int8run.pipeline.text_encoders import Opened, open_encoders
+from int8run.pipeline.text_encoders import OpenedEncoder, open_encoders
 from int8run.ptq.quantize import check_backend
 from int8run.report.console import Progress
-from int8run.utils.disk_cache import Store
+from int8run.utils.disk_cache import DiskCache
 
 log = logging.getLogger(__name__)
 # files of a diffusers folder that say what a model computes
-DECIDING = (".safetensors", ".json", ".model", ".txt")
+HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
 
 
 @dataclass
-class Loaded:
+class LoadedModel:
     """A model as it comes, and what is known about it.
 
     Args:
@@ -51,41 +52,42 @@ class Loaded:
     family: ModelFamily
     sampling: Sampling
     device: torch.device
-    source: Source
+    source: ResolvedModel
     files: DenoiserWeights | None
-    encoders: Mapping[str, Opened]
+    encoders: Mapping[str, OpenedEncoder]
     seconds: float
 
     @property
-    def left_encoders(self) -> tuple[str, ...]:
+    def skeleton_encoders(self) -> tuple[str, ...]:
         """Text encoders of the pipeline that are skeletons, to be replaced by quantized ones."""
         return tuple(
             name for name, opened in self.encoders.items() if getattr(self.pipe, name) is opened.skeleton
         )
 
-    def plans(self) -> list[LayerPlan]:
+    def plan_layers(self) -> list[LayerPlan]:
         """What the family says of every Linear."""
-        single = "" in denoiser_parts(self.denoiser)
+        single = "" in split_denoiser(self.denoiser)
         return plan_layers(
-            self.denoiser, lambda name: self.family.why_float(name if single else name.partition(".")[2])
+            self.denoiser,
+            lambda name: self.family.find_skip_reason(name if single else name.partition(".")[2]),
         )
 
-    def weight(self, name: str) -> Tensor:
+    def read_weight(self, name: str) -> Tensor:
         """The float weight of a Linear, on the device; read from the file where the model has none."""
-        weight = linear_at(self.denoiser, name).weight.detach()
+        weight = get_linear(self.denoiser, name).weight.detach()
         if not weight.is_meta:
             return weight.to(self.device)  # with offload= the float model waits in memory
         assert self.files is not None
-        return self.files.tensor(f"{name}.weight").to(self.device, weight.dtype)
+        return self.files.read_tensor(f"{name}.weight").to(self.device, weight.dtype)
 
-    def fill(self, but: Iterable[str] = ()) -> None:
+    def fill_weights(self, but: Iterable[str] = ()) -> None:
         """Read what the skeleton lacks, except the weights of these Linears."""
         left = {f"{name}.weight" for name in but}
         empty = [
             name for name, tensor in self.denoiser.state_dict().items() if tensor.is_meta and name not in left
         ]
         if self.files is not None:
-            self.files.fill(self.denoiser, empty, self.device)
+            self.files.fill_parameters(self.denoiser, empty, self.device)
         for module in self.denoiser.modules():  # buffers that no checkpoint holds
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -99,7 +101,7 @@ class Loaded:
         )
 
 
-def load(spec: RunSpec, progress: Progress, whole: bool = True) -> Loaded:
+def load_model(spec: RunSpec, progress: Progress, whole: bool = True) -> LoadedModel:
     """Load the pipeline and recognise its family.
 
     Args:
@@ -114,12 +116,12 @@ def load(spec: RunSpec, progress: Progress, whole: bool = True) -> Loaded:
         )
     started = time.perf_counter()
     dtype = getattr(torch, spec.model.dtype)
-    with progress.step("load"):
-        source = find_source(spec.model)
+    with progress.track_step("load"):
+        source = resolve_model(spec.model)
         skeletons: dict[str, nn.Module] = {}
         files = None
-        if source.single or not whole:
-            skeletons = {d.component: d.skeleton(dtype) for d in source.denoisers}
+        if source.has_single_files or not whole:
+            skeletons = {d.component: d.build_skeleton(dtype) for d in source.denoisers}
             single = len(skeletons) == 1
             weights = {d.component: FileWeights(d.weights, skeletons[d.component]) for d in source.denoisers}
             files = DenoiserWeights({"" if single else f"{name}.": part for name, part in weights.items()})
@@ -139,40 +141,42 @@ def load(spec: RunSpec, progress: Progress, whole: bool = True) -> Loaded:
         component, denoiser = next(iter(modules.items()))
         first = denoiser
         if len(modules) > 1:
-            denoiser = Experts(modules)
+            denoiser = DualDenoiser(modules)
         for module in modules.values():
             set_attention(module, spec.attention)
         sampling = spec.sampling
         check_sampling(pipe, sampling)
         scheduler = pipe.scheduler
-        use_scheduler(pipe, scheduler, sampling)
+        set_scheduler(pipe, scheduler, sampling)
         linears = {name: m.in_features for name, m in first.named_modules() if isinstance(m, nn.Linear)}
-        family = spec.model_type.for_denoiser(type(first).__name__, repeated_blocks(first), linears)
-        loaded = Loaded(
+        family = spec.model_type.resolve_family(type(first).__name__, list_block_prefixes(first), linears)
+        loaded = LoadedModel(
             pipe, component, denoiser, scheduler, family, sampling, device, source, files, encoders, 0.0
         )
         if whole and files is not None:
-            loaded.fill()
+            loaded.fill_weights()
     loaded.seconds = time.perf_counter() - started
     return loaded
 
 
-def file_hashes(source: Source, cache: Store) -> list[tuple[str, str]]:
+def hash_model_files(source: ResolvedModel, cache: DiskCache) -> list[tuple[str, str]]:
     """Name and SHA-256 of every file that decides what a model draws."""
     folder = source.folder
     files = {
-        path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.suffix in DECIDING
+        path.relative_to(folder).as_posix(): path
+        for path in folder.rglob("*")
+        if path.suffix in HASHED_SUFFIXES
     }
-    for denoiser in source.denoisers if source.single else ():
+    for denoiser in source.denoisers if source.has_single_files else ():
         weights = denoiser.weights
         files |= {
             f"{denoiser.component}: {p.name}": p
             for p in (sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights])
         }
-    return [(name, cache.content_hash(path)) for name, path in sorted(files.items())]
+    return [(name, cache.hash_file(path)) for name, path in sorted(files.items())]
 
 
-class Blank(nn.Module):
+class SkeletonLinear(nn.Module):
     """In the place of a Linear whose weight is not there: zeros of the right shape, so that the rest of a model shows its shapes."""
 
     def __init__(self, in_features: int, out_features: int):
@@ -184,15 +188,15 @@ class Blank(nn.Module):
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
-def with_blanks(denoiser: nn.Module) -> nn.Module:
+def replace_missing_linears(denoiser: nn.Module) -> nn.Module:
     """A copy of the module tree in which every Linear without a weight is a Blank; the same module where there is none."""
     empty = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear) and m.weight.is_meta}
     if not empty:
         return denoiser
-    target = share_copy(denoiser)
+    target = copy_sharing_tensors(denoiser)
     for name, linear in empty.items():
         parent, _, child = name.rpartition(".")
-        setattr(target.get_submodule(parent), child, Blank(linear.in_features, linear.out_features))
+        setattr(target.get_submodule(parent), child, SkeletonLinear(linear.in_features, linear.out_features))
     return target
 
 
@@ -224,7 +228,7 @@ def set_attention(denoiser: Any, name: str) -> None:
 
 def check_sampling(pipe: DiffusionPipeline, sampling: Sampling) -> None:
     """Refuse sampler settings that the pipeline does not have."""
-    unknown = unknown_arguments(pipe, sampling)
+    unknown = find_unknown_arguments(pipe, sampling)
     if unknown:
         raise ConfigError(
             f"sampler.extra.{unknown[0]} is no argument of {type(pipe).__name__}; see the pipeline's documentation"

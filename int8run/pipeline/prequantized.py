@@ -8,28 +8,28 @@ from typing import Any
 
 from torch import Tensor
 
-from int8run.checkpoints.layer import StoredLayer
+from int8run.checkpoints.layer import CheckpointLayer
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, FileError
-from int8run.layers.int8_linear import QuantizedLayer, linear_at
+from int8run.layers.int8_linear import QuantizedLayer, get_linear
 from int8run.layers.plan import LayerPlan
-from int8run.models.dual_denoisers import denoiser_parts
+from int8run.models.dual_denoisers import split_denoiser
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import NONE
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
-from int8run.pipeline.load import Loaded
+from int8run.pipeline.load import LoadedModel
 from int8run.ptq.quantize import check_weight
 from int8run.quant.weight import QuantizedWeight, quantize_weight, sqnr_db
 
 log = logging.getLogger(__name__)
 # an INT8 weight has 30 dB and more; another model's weight 0
-LEAST_SQNR_DB = 15.0
+MIN_SQNR_DB = 15.0
 # a rounding that looks at the layer's output may be so much worse than the nearest integers
-MOST_LOST_DB = 6.0
+MAX_ROUNDING_LOSS_DB = 6.0
 
 
 @dataclass(frozen=True)
-class Taken:
+class PrequantizedLayers:
     """INT8 layers that are there already.
 
     Args:
@@ -39,24 +39,28 @@ class Taken:
     """
 
     weights: DenoiserWeights
-    layers: Mapping[str, StoredLayer]
-    note: Mapping[str, Any]
-    cached: bool = False
+    layers: Mapping[str, CheckpointLayer]
+    provenance: Mapping[str, Any]
+    is_cached: bool = False
 
     @property
-    def where(self) -> str:
+    def source(self) -> str:
         """The files, for people."""
         return ", ".join(str(file.path) for file in self.weights.parts.values())
 
     @property
     def rounding(self) -> str:
         """How the weights were rounded, as far as the file says."""
-        return str(self.note.get("rounding", "unknown"))
+        return str(self.provenance.get("rounding", "unknown"))
 
 
-def find_taken(
-    loaded: Loaded, plans: Sequence[LayerPlan], spec: RunSpec, key: str | None, changed: Collection[str] = ()
-) -> Taken | None:
+def find_prequantized(
+    loaded: LoadedModel,
+    plans: Sequence[LayerPlan],
+    spec: RunSpec,
+    key: str | None,
+    changed: Collection[str] = (),
+) -> PrequantizedLayers | None:
     """The INT8 layers that need not be made, and the plans as that file has them: of `int8.checkpoint`, of the model's own file, or of
     an earlier run with the same settings.
 
@@ -72,52 +76,52 @@ def find_taken(
         return None
     location, names = spec.int8.checkpoint, [d.component for d in loaded.source.denoisers]
     if location is not None:
-        taken = open_taken(loaded, checkpoint_paths(location, names))
+        taken = open_checkpoint(loaded, resolve_checkpoint_paths(location, names))
         if not taken.layers:
             raise FileError(
                 f"{location} holds no INT8 layer that can be taken as it is; set model.location to it, or quantize anew"
             )
-    elif loaded.files is not None and (own := loaded.files.int8_layers()):
-        taken = Taken(loaded.files, own, loaded.files.note())
+    elif loaded.files is not None and (own := loaded.files.find_int8_layers()):
+        taken = PrequantizedLayers(loaded.files, own, loaded.files.read_provenance())
         if spec.metrics.baseline != "none":
             log.warning(
                 "the float model is what the INT8 numbers of %s stand for: what they lost when they were made is not measured",
-                taken.where,
+                taken.source,
             )
-        if taken.note.get("loras"):
-            log.info("baked in there: %s", told(taken.note["loras"]))
-        if baked_loras(spec) and (lost := set(changed) & set(taken.layers)):
+        if taken.provenance.get("loras"):
+            log.info("baked in there: %s", describe_loras(taken.provenance["loras"]))
+        if list_baked_loras(spec) and (lost := set(changed) & set(taken.layers)):
             raise ConfigError(
-                f"lora.mode=bake adds LoRAs to float weights, and {len(lost)} of the layers that they change are INT8 in {taken.where}; "
+                f"lora.mode=bake adds LoRAs to float weights, and {len(lost)} of the layers that they change are INT8 in {taken.source}; "
                 "set lora.mode=dynamic or stochastic"
             )
     else:
-        path = None if key is None else spec.cache.find("int8", key)
+        path = None if key is None else spec.cache.get("int8", key)
         if path is None:
             return None
         try:
-            taken = open_cached(loaded, path)
+            taken = open_cached_layers(loaded, path)
         except FileError as error:
-            spec.cache.drop(path, error)
+            spec.cache.remove(path, error)
             return None
-    follow(taken, plans, spec)
-    held = taken.note.get("loras", [])
-    baked = baked_loras(spec)
-    if location is not None and taken.note and held != baked:
+    apply_to_plans(taken, plans, spec)
+    held = taken.provenance.get("loras", [])
+    baked = list_baked_loras(spec)
+    if location is not None and taken.provenance and held != baked:
         raise FileError(
-            f"{taken.where} was made with {told(held)} baked in, this run bakes {told(baked)}; for LoRAs on top of it set "
+            f"{taken.source} was made with {describe_loras(held)} baked in, this run bakes {describe_loras(baked)}; for LoRAs on top of it set "
             "lora.mode=dynamic or stochastic, to take all from it model.location in place of int8.checkpoint"
         )
     said = (
         "%d INT8 layers from %s, kept by an earlier run"
-        if taken.cached
+        if taken.is_cached
         else "%d INT8 layers from %s; rounding= has no say"
     )
-    log.info(said, len(taken.layers), taken.where)
+    log.info(said, len(taken.layers), taken.source)
     return taken
 
 
-def checkpoint_paths(location: str | Mapping[str, str], components: Sequence[str]) -> dict[str, Path]:
+def resolve_checkpoint_paths(location: str | Mapping[str, str], components: Sequence[str]) -> dict[str, Path]:
     """The file or folder of each denoiser's INT8 layers.
 
     Raises:
@@ -140,73 +144,73 @@ def checkpoint_paths(location: str | Mapping[str, str], components: Sequence[str
     return {components[0]: path}
 
 
-def open_taken(loaded: Loaded, paths: Mapping[str, Path]) -> Taken:
+def open_checkpoint(loaded: LoadedModel, paths: Mapping[str, Path]) -> PrequantizedLayers:
     """Open files of INT8 layers; what else is in them is not looked at."""
-    parts = denoiser_parts(loaded.denoiser)
+    parts = split_denoiser(loaded.denoiser)
     files = {
         p: FileWeights(paths[p.removesuffix(".") or next(iter(paths))], model, partial=True)
         for p, model in parts.items()
     }
     weights = DenoiserWeights(files)
-    return Taken(weights, weights.int8_layers(), weights.note())
+    return PrequantizedLayers(weights, weights.find_int8_layers(), weights.read_provenance())
 
 
-def open_cached(loaded: Loaded, path: Path) -> Taken:
+def open_cached_layers(loaded: LoadedModel, path: Path) -> PrequantizedLayers:
     """Open a file of the cache, which has the layers of all denoisers under the names that they have here.
 
     Raises:
         FileError: when it is damaged, or not all layers are there that it says it has.
     """
     weights = DenoiserWeights({"": FileWeights(path, loaded.denoiser, partial=True)})
-    taken = Taken(weights, weights.int8_layers(), weights.note(), cached=True)
-    if not taken.layers or set(taken.layers) != set(facts_by_layer(taken.note, "layers")):
+    taken = PrequantizedLayers(weights, weights.find_int8_layers(), weights.read_provenance(), is_cached=True)
+    if not taken.layers or set(taken.layers) != set(get_layer_facts(taken.provenance, "layers")):
         raise FileError(f"{path} does not have the layers that its note says it has")
     return taken
 
 
-def follow(taken: Taken, plans: Sequence[LayerPlan], spec: RunSpec) -> None:
+def apply_to_plans(taken: PrequantizedLayers, plans: Sequence[LayerPlan], spec: RunSpec) -> None:
     """Plan what the file has: its INT8 layers, treated as they are there, and everything else float.
 
     Raises:
         FileError: when a layer was treated otherwise than by the method that `outlier=` names; `none` and `auto` name none.
     """
-    kept = facts_by_layer(taken.note, "kept_float")
+    kept = get_layer_facts(taken.provenance, "kept_float")
     again = (
-        taken.weights.rounded_layers()
+        taken.weights.find_inexact_layers()
     )  # what the file has in another way is quantized as if it were float
     for plan in plans:
         if plan.name in again:
             continue
-        plan.keep_float = (
+        plan.skip_reason = (
             None
             if plan.name in taken.layers
-            else str(kept.get(plan.name, "")) or plan.keep_float or "float in the file"
+            else str(kept.get(plan.name, "")) or plan.skip_reason or "float in the file"
         )
-    if taken.cached or isinstance(spec.outlier, AutoOutlier) or spec.outlier.name == NONE:
+    if taken.is_cached or isinstance(spec.outlier, AutoOutlier) or spec.outlier.name == NONE:
         return
     wrong = []
     for plan in plans:
         if plan.name in taken.layers:
-            plan.outlier_why_not = spec.outlier.refuse(plan.in_features) or ""
+            plan.outlier_skip_reason = spec.outlier.unsupported_reason(plan.in_features) or ""
             plain: tuple[str, Mapping[str, float]] = (NONE, {})
             wanted = (
                 plain
-                if plan.outlier_why_not
-                else (spec.outlier.name, spec.outlier.settings_for(plan.in_features))
+                if plan.outlier_skip_reason
+                else (spec.outlier.name, spec.outlier.get_settings(plan.in_features))
             )
             layer = taken.layers[plan.name]
-            if (layer.method, layer.settings) != wanted:
+            if (layer.outlier_method, layer.outlier_settings) != wanted:
                 wrong.append(
                     f"{plan.name} is {layer.label!r} there, {' '.join(map(str, [wanted[0], *wanted[1].values()]))!r} was asked for"
                 )
     if wrong:
         raise FileError(
-            f"{taken.where} contradicts outlier={spec.outlier.name} in {len(wrong)} of {len(taken.layers)} layers ({wrong[0]}); set "
+            f"{taken.source} contradicts outlier={spec.outlier.name} in {len(wrong)} of {len(taken.layers)} layers ({wrong[0]}); set "
             "outlier=auto to take what the file has, or quantize again"
         )
 
 
-def told(loras: object) -> str:
+def describe_loras(loras: object) -> str:
     """LoRAs of a note for people: `ink 0.8, gloss 0.4`; a note that somebody changed may hold anything."""
     named = (
         [lora for lora in loras if isinstance(lora, list) and len(lora) == 2]
@@ -216,8 +220,8 @@ def told(loras: object) -> str:
     return ", ".join(f"{name} {strength}" for name, strength in named) or "no LoRA"
 
 
-def taken_layers(
-    loaded: Loaded, plans: Sequence[LayerPlan], taken: Taken, read: Callable[[str], Tensor]
+def read_prequantized_layers(
+    loaded: LoadedModel, plans: Sequence[LayerPlan], taken: PrequantizedLayers, read: Callable[[str], Tensor]
 ) -> Iterator[tuple[LayerPlan, QuantizedLayer]]:
     """The layers of a file, each compared with the float weight that it stands for, where that comes from elsewhere.
 
@@ -227,29 +231,31 @@ def taken_layers(
     Raises:
         FileError: when a layer was made from another weight.
     """
-    measured = facts_by_layer(taken.note, "layers")
+    measured = get_layer_facts(taken.provenance, "layers")
     for plan in plans:
-        layer = taken.weights.int8(plan.name)
+        layer = taken.weights.read_int8_layer(plan.name)
         layer.transform.to(loaded.device)
         weight = QuantizedWeight(layer.weight.qdata.to(loaded.device), layer.weight.scale.to(loaded.device))
-        layer = QuantizedLayer(weight, layer.transform, linear_at(loaded.denoiser, plan.name).bias)
+        layer = QuantizedLayer(weight, layer.transform, get_linear(loaded.denoiser, plan.name).bias)
         plan.outlier, plan.rounding = layer.transform.label, taken.rounding
         if isinstance(known := measured.get(plan.name), Mapping):
-            plan.outlier_why_not = str(known.get("outlier_why_not", ""))
+            plan.outlier_skip_reason = str(known.get("outlier_why_not", ""))
             plan.measured |= {name: v for name, v in known.items() if isinstance(v, float)}
-        if not taken.cached and taken.weights is not loaded.files:
-            compare(plan, layer, read(plan.name), taken)
+        if not taken.is_cached and taken.weights is not loaded.files:
+            check_against_float(plan, layer, read(plan.name), taken)
         plan.measured.setdefault("saturated_share", weight.saturated_share)
         yield plan, layer
 
 
-def facts_by_layer(note: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def get_layer_facts(note: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """What a note says of layers, by name; a note that somebody changed may say nothing."""
     found = note.get(key)
     return found if isinstance(found, Mapping) else {}
 
 
-def compare(plan: LayerPlan, layer: QuantizedLayer, original: Tensor, taken: Taken) -> None:
+def check_against_float(
+    plan: LayerPlan, layer: QuantizedLayer, original: Tensor, taken: PrequantizedLayers
+) -> None:
     """Note how near a layer of a file is to the model's own float weight.
 
     Raises:
@@ -260,16 +266,18 @@ def compare(plan: LayerPlan, layer: QuantizedLayer, original: Tensor, taken: Tak
     transformed = layer.transform.transform_weight(original.float())
     sqnr = sqnr_db(transformed, layer.weight.dequantize())
     # in a wide layer one huge weight per row leaves so few integers to the others that no rounding has more
-    least = min(LEAST_SQNR_DB, sqnr_db(transformed, quantize_weight(transformed).dequantize()) - MOST_LOST_DB)
+    least = min(
+        MIN_SQNR_DB, sqnr_db(transformed, quantize_weight(transformed).dequantize()) - MAX_ROUNDING_LOSS_DB
+    )
     if not sqnr >= least:
         raise FileError(
-            f"{taken.where}: {plan.name} does not hold this model's weight (SQNR {sqnr:.1f} dB, at least {least:.0f} "
+            f"{taken.source}: {plan.name} does not hold this model's weight (SQNR {sqnr:.1f} dB, at least {least:.0f} "
             "expected); it was made from another checkpoint, or with LoRAs baked in"
         )
     plan.measured.setdefault("weight_sqnr_db", sqnr)  # the note's own was summed in another order
 
 
-def baked_loras(spec: RunSpec) -> list[list[Any]]:
+def list_baked_loras(spec: RunSpec) -> list[list[Any]]:
     """Name and strength of each LoRA that is added to the float weights."""
     pairs = zip(spec.lora.adapters, spec.lora.strengths, strict=True)
-    return [[a.name, strength] for a, strength in pairs if strength] if spec.lora.bakes else []
+    return [[a.name, strength] for a, strength in pairs if strength] if spec.lora.is_baked else []

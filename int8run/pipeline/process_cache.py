@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 # what may be remembered of drawn pictures, in bytes; the oldest go first
-MOST_BYTES = 2**30
+MAX_BYTES = 2**30
 _last: dict[str, Any] = {}
 _drawn: dict[str, tuple[Any, int]] = {}
 
 
-def reuse(key: str, make: Callable[[], Any]) -> tuple[Any, bool]:
+def get_or_build(key: str, make: Callable[[], Any]) -> tuple[Any, bool]:
     """The last built value if its key is equal, else a new one; and whether it was reused. The old one is dropped first."""
     if key in _last:
         return _last[key], True
@@ -22,25 +22,25 @@ def reuse(key: str, make: Callable[[], Any]) -> tuple[Any, bool]:
     return value, False
 
 
-def forget_build() -> None:
+def clear_build() -> None:
     """Drop the last built value."""
     _last.clear()
 
 
-def recall(key: str) -> Any | None:
+def get(key: str) -> Any | None:
     """What was remembered under an equal key, or None."""
     return _drawn[key][0] if key in _drawn else None
 
 
-def remember(key: str, value: Any, size: int) -> None:
+def put(key: str, value: Any, size: int) -> None:
     """Keep what a model drew, and no more than MOST_BYTES of it."""
     _drawn.pop(key, None)
     _drawn[key] = (value, size)
-    while sum(s for _, s in _drawn.values()) > MOST_BYTES:
+    while sum(s for _, s in _drawn.values()) > MAX_BYTES:
         del _drawn[next(iter(_drawn))]
 
 
-def forget() -> None:
+def clear() -> None:
     """Drop everything."""
-    forget_build()
+    clear_build()
     _drawn.clear()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError
-from int8run.export.save_denoiser import fused_layers, own_names, save_denoiser, write_tensors
+from int8run.export.save_denoiser import find_fused_layers, keep_own_names, save_denoiser, write_tensors
 from int8run.generate.capture import capture_layers, check_finite
 from int8run.layers.fusion import assemble_int8_model, group_by_shared_input
 from int8run.layers.int8_linear import Int8Linear
@@ -24,24 +24,24 @@ from int8run.lora.stack import Entry, LoraStack
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import LayerStatistics, OutlierMethod
-from int8run.pipeline.load import Blank, Loaded, file_hashes
-from int8run.pipeline.prequantized import Taken, baked_loras, taken_layers
+from int8run.pipeline.load import LoadedModel, SkeletonLinear, hash_model_files
+from int8run.pipeline.prequantized import PrequantizedLayers, list_baked_loras, read_prequantized_layers
 from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics
 from int8run.ptq.layer_costs import TransformCosts
 from int8run.ptq.mixed_precision import MixedPrecisionResult, meet_budget
-from int8run.ptq.quantize import check_backend, check_outlier_method, build_int8_layers, quantize_layers
+from int8run.ptq.quantize import build_int8_layers, check_backend, check_outlier_method, quantize_layers
 from int8run.report.console import Progress
 from int8run.utils.disk_cache import hash_parts
 
 log = logging.getLogger(__name__)
 
 
-def to_int8(
-    loaded: Loaded,
+def quantize_denoiser(
+    loaded: LoadedModel,
     plans: Sequence[LayerPlan],
     rows: Mapping[str, int],
     spec: RunSpec,
-    taken: Taken | None,
+    taken: PrequantizedLayers | None,
     loras: LoraStack,
     key: str | None,
     progress: Progress,
@@ -79,7 +79,7 @@ def to_int8(
     automatic = (
         family.mixed_precision == "auto"
         and spec.quality_db is not None
-        and not (taken is not None and taken.cached)
+        and not (taken is not None and taken.is_cached)
     )
     fitted = bool(new) and (spec.outlier.needs_calibration or spec.rounding.needs_calibration)
     if automatic or fitted:
@@ -89,10 +89,10 @@ def to_int8(
     if fitted:
         seen = collect_layer_statistics(denoiser, new, groups, pictures, spec.calibration)
 
-    read = lambda name: loras.merge_weight(name, loaded.weight(name))  # noqa: E731
-    layers = iter(taken_layers(loaded, old, taken, read) if taken else ())
+    read = lambda name: loras.merge_weight(name, loaded.read_weight(name))  # noqa: E731
+    layers = iter(read_prequantized_layers(loaded, old, taken, read) if taken else ())
     if new:
-        methods = outlier_methods(loaded, new, spec, rows, groups, seen, progress)
+        methods = choose_outlier_methods(loaded, new, spec, rows, groups, seen, progress)
         layers = chain(layers, quantize_layers(denoiser, new, methods, spec.rounding, seen, read))
     with progress.track_loop("take INT8 layers" if taken else "quantize", len(chosen)) as advance:
         made = build_int8_layers(
@@ -118,27 +118,29 @@ def to_int8(
                 plan.skip(f"quality budget: alone it makes {budget.kept[plan.name]:.1%} of all layers' error")
     else:
         target = assemble_int8_model(denoiser, made, family)
-        if taken is not None and taken.cached and taken.note.get("budget"):
-            budget = MixedPrecisionResult(**taken.note["budget"])
+        if taken is not None and taken.is_cached and taken.provenance.get("budget"):
+            budget = MixedPrecisionResult(**taken.provenance["budget"])
     written = {p.name: made[p.name] for p in chosen if p.skip_reason is None}
     if taken is None and key is not None:
         size = sum(p.in_features * p.out_features + 4 * p.out_features + 512 for p in chosen)
-        note = note_of(spec, loaded, plans, taken) | {"budget": None if budget is None else asdict(budget)}
+        note = build_provenance(spec, loaded, plans, taken) | {
+            "budget": None if budget is None else asdict(budget)
+        }
         spec.cache.put(
             "int8",
             key,
             size,
             lambda path: write_tensors(
-                path, own_names(f"{name}.weight" for name in written), written, {}, note
+                path, keep_own_names(f"{name}.weight" for name in written), written, {}, note
             ),
         )
     if spec.save is not None:  # after the cache: what was fitted is not lost where it cannot be written
-        save_int8(spec, loaded, written, plans, taken)
+        save_int8_denoisers(spec, loaded, written, plans, taken)
     return target, budget
 
 
-def outlier_methods(
-    loaded: Loaded,
+def choose_outlier_methods(
+    loaded: LoadedModel,
     plans: Sequence[LayerPlan],
     spec: RunSpec,
     rows: Mapping[str, int],
@@ -157,7 +159,7 @@ def outlier_methods(
         for plan in plans:
             shape = (rows[plan.name], plan.in_features, plan.out_features)
             if plan.name in seen:
-                weight = loaded.weight(plan.name)
+                weight = loaded.read_weight(plan.name)
                 scores[plan.name] = auto.score_candidates(
                     weight, seen[plan.name], partial(costs.get_ratio, shape=shape, sharing=sharing[plan.name])
                 )
@@ -168,7 +170,7 @@ def outlier_methods(
         fused = [
             [prefix + n for n in names]
             for prefix, part in split_denoiser(loaded.denoiser).items()
-            for names in fused_layers(part)
+            for names in find_fused_layers(part)
         ]
         joined = [names for group in fused if (names := [name for name in group if name in scores])]
     chosen = auto.choose_methods(scores, [group for group in compared if group], joined)
@@ -183,18 +185,18 @@ def outlier_methods(
     return {name: auto.candidates[candidate] for name, candidate in chosen.items() if candidate is not None}
 
 
-def save_int8(
+def save_int8_denoisers(
     spec: RunSpec,
-    loaded: Loaded,
+    loaded: LoadedModel,
     layers: Mapping[str, Int8Linear],
     plans: Sequence[LayerPlan],
-    taken: Taken | None,
+    taken: PrequantizedLayers | None,
 ) -> None:
     """Write every denoiser with its INT8 layers to `save`, and how it was made."""
-    note, parts = note_of(spec, loaded, plans, taken), split_denoiser(loaded.denoiser)
+    note, parts = build_provenance(spec, loaded, plans, taken), split_denoiser(loaded.denoiser)
     for denoiser in loaded.source.denoisers:
         prefix = "" if "" in parts else f"{denoiser.component}."
-        place = place_of(str(spec.save), "" if "" in parts else denoiser.component)
+        place = get_save_location(str(spec.save), "" if "" in parts else denoiser.component)
         own = {name.removeprefix(prefix): layer for name, layer in layers.items() if name.startswith(prefix)}
         path = save_denoiser(place, parts[prefix], own, note, denoiser.config)
         log.info(
@@ -206,7 +208,7 @@ def save_int8(
         )
 
 
-def place_of(save: str, component: str) -> str:
+def get_save_location(save: str, component: str) -> str:
     """Where one denoiser is written; of two each has its own file (`x_transformer_2.safetensors`) or folder (`x/transformer_2`)."""
     path = Path(save)
     if not component:
@@ -214,42 +216,45 @@ def place_of(save: str, component: str) -> str:
     return str(path.with_name(f"{path.stem}_{component}{path.suffix}") if path.suffix else path / component)
 
 
-def note_of(spec: RunSpec, loaded: Loaded, plans: Sequence[LayerPlan], taken: Taken | None) -> dict[str, Any]:
+def build_provenance(
+    spec: RunSpec, loaded: LoadedModel, plans: Sequence[LayerPlan], taken: PrequantizedLayers | None
+) -> dict[str, Any]:
     """How the INT8 layers were made, for the header of a file."""
-    if taken is not None and taken.cached:
-        return {**taken.note, "int8run": importlib.metadata.version("int8run")}
+    if taken is not None and taken.is_cached:
+        return {**taken.provenance, "int8run": importlib.metadata.version("int8run")}
     choices: dict[str, Any] = {"outlier": spec.outlier, "rounding": spec.rounding}
     int8 = [p for p in plans if p.skip_reason is None]
     return {
         "int8run": importlib.metadata.version("int8run"),
         "model": str(spec.model.location),
         "revision": spec.model.revision,
-        "source_sha256": {path.name: spec.cache.hash_file(path) for path in weight_files(loaded)},
+        "source_sha256": {path.name: spec.cache.hash_file(path) for path in list_weight_files(loaded)},
         "family": loaded.family.name,
         "denoiser": loaded.source.denoisers[0].class_name,
         "outlier": spec.outlier.name,
         "rounding": int8[0].rounding if int8 else None,
-        "checkpoint": None if taken is None else taken.where,
+        "checkpoint": None if taken is None else taken.source,
         "settings": {} if taken else {name: asdict(choice) for name, choice in choices.items()},
         "calibration": asdict(spec.calibration) if spec.needs_calibration else None,
         "quality_db": spec.quality_db,
         "seed": spec.seed,
-        "loras": baked_loras(spec),
+        "loras": list_baked_loras(spec),
         "kept_float": {p.name: p.skip_reason for p in plans if p.skip_reason is not None},
         "layers": {
-            p.name: {**p.measured, "outlier": p.outlier, "outlier_why_not": p.outlier_skip_reason} for p in int8
+            p.name: {**p.measured, "outlier": p.outlier, "outlier_why_not": p.outlier_skip_reason}
+            for p in int8
         },
     }
 
 
-def weight_files(loaded: Loaded) -> list[Path]:
+def list_weight_files(loaded: LoadedModel) -> list[Path]:
     """The files that the denoisers' float weights come from."""
     if loaded.files is not None:
         return loaded.files.paths
     return [file for d in loaded.source.denoisers for file in sorted(d.weights.glob("*.safetensors"))]
 
 
-def cache_key(spec: RunSpec, loaded: Loaded, entries: Sequence[Entry]) -> str | None:
+def build_cache_key(spec: RunSpec, loaded: LoadedModel, entries: Sequence[Entry]) -> str | None:
     """What the INT8 layers of a build depend on, as the key of the cache; None where nothing is kept."""
     if not spec.cache.limit_gb or spec.int8.checkpoint is not None:
         return None
@@ -259,8 +264,8 @@ def cache_key(spec: RunSpec, loaded: Loaded, entries: Sequence[Entry]) -> str | 
         else []
     )
     # what a calibration draws depends on all of the pipeline
-    drawn = file_hashes(loaded.source, spec.cache) if spec.needs_calibration else []
-    sources = drawn or [("", spec.cache.hash_file(path)) for path in weight_files(loaded)]
+    drawn = hash_model_files(loaded.source, spec.cache) if spec.needs_calibration else []
+    sources = drawn or [("", spec.cache.hash_file(path)) for path in list_weight_files(loaded)]
     configs = [
         (d.class_name, sorted(d.config.items(), key=lambda item: item[0])) for d in loaded.source.denoisers
     ]
@@ -285,7 +290,7 @@ def cache_key(spec: RunSpec, loaded: Loaded, entries: Sequence[Entry]) -> str | 
     )
 
 
-def layer_rows(
+def count_layer_rows(
     denoiser: nn.Module, plans: Sequence[LayerPlan], calls: Sequence[Mapping[str, Any]]
 ) -> dict[str, int]:
     """How many rows each planned layer sees in these calls, in the last that reaches it; 1 where none does.
@@ -294,7 +299,7 @@ def layer_rows(
         ConfigError: when a layer is given NaN or infinity.
     """
     rows = {p.name: 1 for p in plans}
-    real = not any(isinstance(module, Blank) for module in denoiser.modules())
+    real = not any(isinstance(module, SkeletonLinear) for module in denoiser.modules())
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
         rows[name] = x.numel() // x.shape[-1]

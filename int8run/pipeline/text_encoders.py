@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from int8run.checkpoints.reader import TensorFiles
-from int8run.errors import ConfigError, FileError, suggest
+from int8run.errors import ConfigError, FileError, suggest_similar
 from int8run.layers.plan import LayerPlan
 from int8run.lora.apply import FloatMerge
 from int8run.lora.match import Matches
-from int8run.models.resolve_weights import local
+from int8run.models.resolve_weights import to_local_path
 from int8run.models.sampling import Sampling
-from int8run.models.source import part_folder, read_config, read_index
-from int8run.quant.formats import FORMATS, Format
+from int8run.models.source import read_config, read_model_index, resolve_part_folder
+from int8run.quant.formats import FORMATS, WeightFormat
 from int8run.report.console import Progress
 from int8run.text_encoders.base import KEEP, TextEncoders
-from int8run.text_encoders.build import BuiltEncoder, Kernels, Merged, build_encoder, fitted
-from int8run.text_encoders.detect import encoders_in
-from int8run.text_encoders.model_config import skeleton
+from int8run.text_encoders.build import BuiltEncoder, Kernels, WeightChange, build_encoder, fit_weights
+from int8run.text_encoders.detect import find_encoders
+from int8run.text_encoders.skeleton import build_skeleton
 from int8run.text_encoders.weights import EncoderFile
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ PREFIX = "text_encoder"
 
 
 @dataclass(frozen=True)
-class Slot:
+class EncoderSlot:
     """One text encoder of a pipeline: its class of transformers, and the folder with its config and weights."""
 
     component: str
@@ -39,11 +39,11 @@ class Slot:
 
     def skeleton(self, dtype: torch.dtype) -> nn.Module:
         """The module without weights."""
-        return skeleton(self.class_name, dict(read_config(self.folder)), dtype)
+        return build_skeleton(self.class_name, dict(read_config(self.folder)), dtype)
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedEncoder:
     """A text encoder that is to be quantized, before anything of it is read.
 
     Args:
@@ -54,7 +54,7 @@ class Opened:
     component: str
     skeleton: nn.Module
     weights: EncoderFile
-    to: Format | None
+    to: WeightFormat | None
 
 
 @dataclass
@@ -82,17 +82,17 @@ class QuantizedEncoders:
         """Bring the encoders to these LoRA strengths: layers that change are quantized anew, from the untouched weight."""
         for component, merge in self.merges.items():
             merge.set_strengths(strengths)
-            self.built[component].refresh({*merge.unread, *merge.biases})
+            self.built[component].refresh({*merge.deferred, *merge.biases})
 
 
-def slots(folder: Path, parts: Mapping[str, Sequence[str]]) -> dict[str, Slot]:
+def find_encoder_slots(folder: Path, parts: Mapping[str, Sequence[str]]) -> dict[str, EncoderSlot]:
     """The text encoders of a pipeline's folder, and those that come from elsewhere.
 
     Args:
         parts: by component, the class of transformers and its hub id or folder.
     """
     found = {}
-    for name, value in read_index(folder, str(folder)).items():
+    for name, value in read_model_index(folder, str(folder)).items():
         if (
             name.startswith(PREFIX)
             and isinstance(value, list)
@@ -100,27 +100,27 @@ def slots(folder: Path, parts: Mapping[str, Sequence[str]]) -> dict[str, Slot]:
             and len(value) == 2
             and (folder / name).is_dir()
         ):
-            found[name] = Slot(name, str(value[1]), folder / name)
+            found[name] = EncoderSlot(name, str(value[1]), folder / name)
     for name, (class_name, location) in parts.items():
         if name.startswith(PREFIX) and name not in found:
-            found[name] = Slot(name, class_name, part_folder(name, location))
+            found[name] = EncoderSlot(name, class_name, resolve_part_folder(name, location))
     return found
 
 
 def open_encoders(
     clip: TextEncoders, folder: Path, parts: Mapping[str, Sequence[str]], dtype: torch.dtype
-) -> dict[str, Opened]:
+) -> dict[str, OpenedEncoder]:
     """The text encoders that `clip=` changes, by component; only headers are read.
 
     Raises:
         ConfigError: for a component that the pipeline does not have, a file that fits none, or a format that contradicts a file.
         FileError: when a file cannot be read.
     """
-    if not clip.quantizes:
+    if not clip.is_quantized:
         if clip.format != KEEP:
             log.info("clip=%s without clip.path leaves the text encoders as they are", clip.format)
         return {}
-    there = slots(folder, parts)
+    there = find_encoder_slots(folder, parts)
     if not there:
         raise ConfigError(f"clip={clip.format}: the pipeline in {folder} has no text encoder; set clip=keep")
     if clip.path is None:
@@ -128,20 +128,21 @@ def open_encoders(
         check_components("clip.components", chosen, there)
         form = FORMATS[clip.format]
         own = {c: EncoderFile(there[c].folder, class_name=there[c].class_name) for c in chosen}
-        return {c: Opened(c, there[c].skeleton(dtype), weights, form) for c, weights in own.items()}
+        return {c: OpenedEncoder(c, there[c].skeleton(dtype), weights, form) for c, weights in own.items()}
     if isinstance(clip.path, Mapping):
         check_components("clip.path", [str(component) for component in clip.path], there)
         named = {str(component): str(path) for component, path in clip.path.items()}
         return {
-            c: fitting(open_files(path, clip.format), {c: there[c]}, dtype)[c] for c, path in named.items()
+            c: match_files_to_slots(open_encoder_files(path, clip.format), {c: there[c]}, dtype)[c]
+            for c, path in named.items()
         }
-    opened = fitting(open_files(str(clip.path), clip.format), there, dtype)
+    opened = match_files_to_slots(open_encoder_files(str(clip.path), clip.format), there, dtype)
     others = [component for component in there if component not in opened]
     log.info(
         "clip.path is %s%s", " and ".join(opened), f"; not changed: {', '.join(others)}" if others else ""
     )
     for component, one in opened.items():
-        if not one.weights.counts:
+        if not one.weights.format_counts:
             log.warning(
                 "clip.path=%s: no layer of %s is quantized; it is a float encoder",
                 one.weights.where,
@@ -150,17 +151,17 @@ def open_encoders(
     return opened
 
 
-def open_files(location: str, quant_format: str) -> list[EncoderFile]:
+def open_encoder_files(location: str, quant_format: str) -> list[EncoderFile]:
     """The text encoders in a file or folder: one, or those of a whole checkpoint."""
-    path = local(location)
+    path = to_local_path(location)
     with TensorFiles.open(path) as files:
-        prefixes = list(encoders_in({key: info.shape for key, info in files.items()}))
+        prefixes = list(find_encoders({key: info.shape for key, info in files.items()}))
     if len(prefixes) < 2:
         return [EncoderFile(path, quant_format)]
     return [EncoderFile(path, quant_format, which=prefix) for prefix in prefixes]
 
 
-def check_components(setting: str, named: Sequence[str], there: Mapping[str, Slot]) -> None:
+def check_components(setting: str, named: Sequence[str], there: Mapping[str, EncoderSlot]) -> None:
     """Refuse components that the pipeline does not have.
 
     Raises:
@@ -169,27 +170,29 @@ def check_components(setting: str, named: Sequence[str], there: Mapping[str, Slo
     for component in named:
         if component not in there:
             raise ConfigError(
-                f"{setting} names {component}; {suggest(component, list(there))}the pipeline has {', '.join(there)}"
+                f"{setting} names {component}; {suggest_similar(component, list(there))}the pipeline has {', '.join(there)}"
             )
 
 
-def fitting(files: Sequence[EncoderFile], there: Mapping[str, Slot], dtype: torch.dtype) -> dict[str, Opened]:
+def match_files_to_slots(
+    files: Sequence[EncoderFile], there: Mapping[str, EncoderSlot], dtype: torch.dtype
+) -> dict[str, OpenedEncoder]:
     """The places of the encoders of one file among those of a pipeline; each that has none is left out.
 
     Raises:
         ConfigError: when none fits, or one fits more than one place.
     """
-    found: dict[str, Opened] = {}
+    found: dict[str, OpenedEncoder] = {}
     whys = []
     for weights in files:
         places = []
         for component, slot in there.items():
             model = slot.skeleton(dtype)
-            why = misfit(weights, slot, model)
+            why = find_mismatch(weights, slot, model)
             if why:
                 whys.append(f"{component} {why}")
             else:
-                places.append(Opened(component, model, weights, None))
+                places.append(OpenedEncoder(component, model, weights, None))
         if len(places) > 1:
             raise ConfigError(
                 f"clip.path={weights.where} fits {', '.join(opened.component for opened in places)}; say which: "
@@ -207,19 +210,19 @@ def fitting(files: Sequence[EncoderFile], there: Mapping[str, Slot], dtype: torc
     return found
 
 
-def misfit(weights: EncoderFile, slot: Slot, model: nn.Module) -> str:
+def find_mismatch(weights: EncoderFile, slot: EncoderSlot, model: nn.Module) -> str:
     """Why a file cannot be a pipeline's encoder; empty where it can."""
     if slot.class_name not in weights.encoder.classes:
         return f"is a {slot.class_name}"
     try:
-        layout = fitted(weights, model)
+        layout = fit_weights(weights, model)
     except FileError as error:
         return f"has another size ({error})"
     return f"needs {layout.missing[0]}" if layout.missing else ""
 
 
-def fill_encoders(
-    opened: Mapping[str, Opened],
+def build_encoders(
+    opened: Mapping[str, OpenedEncoder],
     clip: TextEncoders,
     device: torch.device,
     sampling: Sampling,
@@ -234,25 +237,32 @@ def fill_encoders(
     made = QuantizedEncoders()
     for component, one in opened.items():
         encoder = one.weights.encoder
-        tokens = min(int(sampling.extra.get("max_sequence_length") or encoder.tokens), encoder.tokens)
+        tokens = min(int(sampling.extra.get("max_sequence_length") or encoder.num_tokens), encoder.num_tokens)
         kernels = Kernels(clip.kernel_backend, device, tokens * sampling.batch)
         changes = matches.by_component.get(component, {})
 
-        def adopt(model: nn.Module, component: str = component, changes: Any = changes) -> Merged:
+        def adopt(model: nn.Module, component: str = component, changes: Any = changes) -> WeightChange:
             if not changes:
                 return lambda name, read: None
             made.merges[component] = FloatMerge(model, changes)
-            return adding(made.merges[component])
+            return make_merge_reader(made.merges[component])
 
-        with progress.step(f"{'load' if one.to is None else 'quantize'} {component}"), one.weights.files:
+        with (
+            progress.track_step(f"{'load' if one.to is None else 'quantize'} {component}"),
+            one.weights.files,
+        ):
             made.built[component] = build_encoder(one.skeleton, one.weights, one.to, kernels, adopt)
     return made
 
 
-def adding(merge: FloatMerge) -> Callable[[str, Callable[[], Tensor]], Tensor | None]:
+def make_merge_reader(merge: FloatMerge) -> Callable[[str, Callable[[], Tensor]], Tensor | None]:
     """What LoRAs add to weights that are read: nothing at strength 0."""
 
     def merged(name: str, read: Callable[[], Tensor]) -> Tensor | None:
-        return merge.merged(name, read()) if name in merge.unread and any(merge.strengths or ()) else None
+        return (
+            merge.merge_weight(name, read())
+            if name in merge.deferred and any(merge.strengths or ())
+            else None
+        )
 
     return merged

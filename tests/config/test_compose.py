@@ -8,8 +8,8 @@ import yaml
 from hydra import compose, initialize_config_module
 from support.helpers import CONF
 
-from int8run.config.compose import compose_all, own_options, to_spec
-from int8run.config.help import first_comment, help_page, key_lines
+from int8run.config.compose import compose_jobs, create_run_spec, int8run_options
+from int8run.config.help import parse_key_comments, read_description, render_help
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError
 from int8run.models.family import AutoFamily, load_families
@@ -33,7 +33,7 @@ NEEDS = {
 
 
 def composed(*overrides):
-    with own_options(), initialize_config_module("int8run.conf", version_base="1.3"):
+    with int8run_options(), initialize_config_module("int8run.conf", version_base="1.3"):
         return compose("config", ["device=cpu", *overrides], return_hydra_config=True)
 
 
@@ -44,7 +44,7 @@ def as_id(option):
 @functools.cache
 def spec_of(option):
     """The RunSpec with an option and what it needs."""
-    return to_spec(composed(as_id(option), *NEEDS.get(as_id(option), [])))
+    return create_run_spec(composed(as_id(option), *NEEDS.get(as_id(option), [])))
 
 
 def test_the_walk_finds_the_options():
@@ -85,15 +85,13 @@ def test_an_option_and_its_class_use_the_same_word(option):
 def test_the_options_that_need_a_value_need_it(option):
     message = r"(prompts|lora\.adapters\.0)\.path=<|has no source for base model 'tiny'; it has one for flux|, or set clip\.path$"
     with pytest.raises(ConfigError, match=message):
-        to_spec(composed(option))
+        create_run_spec(composed(option))
 
 
 def test_auto_family_knows_every_family():
     families = {name for group, name in OPTIONS if group == "model_type"} - {"auto", "none"}
-    assert to_spec(composed("model_type=auto")).model_type == AutoFamily()
-    assert {key: family.name for key, family in load_families().items()} == {
-        name: name for name in families
-    }
+    assert create_run_spec(composed("model_type=auto")).model_type == AutoFamily()
+    assert {key: family.name for key, family in load_families().items()} == {name: name for name in families}
 
 
 def test_a_family_of_the_users_own_is_chosen_by_its_name(tmp_path):
@@ -102,14 +100,14 @@ def test_a_family_of_the_users_own_is_chosen_by_its_name(tmp_path):
     (tmp_path / "model_type" / "mine.yaml").write_text(
         f"_target_: int8run.models.family.ModelFamily\nname: mine\n{rows}"
     )
-    _, (config,) = compose_all(str(tmp_path), "config", ["device=cpu", "model_type=mine"], False)
-    family = to_spec(config).model_type
+    _, (config,) = compose_jobs(str(tmp_path), "config", ["device=cpu", "model_type=mine"], False)
+    family = create_run_spec(config).model_type
     assert family.find_skip_reason("head") == "final projection" and family.inputs == {"blocks.*.to_k": 64}
 
 
 def test_auto_backend_tries_every_backend():
     backends = {name for group, name in OPTIONS if group == "backend"} - {"auto"}
-    auto = to_spec(composed("backend=auto")).backend
+    auto = create_run_spec(composed("backend=auto")).backend
     assert {key: backend.name for key, backend in auto.candidates.items()} == {
         name: name for name in backends - {"reference"}
     }
@@ -122,7 +120,7 @@ def test_every_format_of_text_encoders_is_an_option():
 
 def test_auto_outlier_tries_every_method_and_the_plainest_first():
     methods = {name for group, name in OPTIONS if group == "outlier"} - {"auto"}
-    candidates = to_spec(composed("outlier=auto")).outlier.candidates
+    candidates = create_run_spec(composed("outlier=auto")).outlier.candidates
     assert {method.name for method in candidates.values()} == methods and next(iter(candidates)) == "none"
     assert len({repr(method) for method in candidates.values()}) == len(candidates), (
         "the same candidate twice"
@@ -133,7 +131,7 @@ def test_auto_outlier_tries_every_method_and_the_plainest_first():
 def test_every_file_begins_with_what_it_is(file):
     lines = [line for line in file.read_text().splitlines() if not line.startswith("# @")]
     assert re.match(r"# \S+ \S+", lines[0]), f"{file} does not begin with a description"
-    assert first_comment(file) == lines[0].removeprefix("# ")
+    assert read_description(file) == lines[0].removeprefix("# ")
     assert not lines[1].startswith("#"), f"{file}: the help page shows one line, the description has more"
 
 
@@ -184,13 +182,13 @@ def test_uncommented_keys_are_found():
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_help_names_every_option_with_its_description(group):
-    section = re.search(rf"^  {group} .*\n(?:   .*\n)*", help_page(), flags=re.MULTILINE)
+    section = re.search(rf"^  {group} .*\n(?:   .*\n)*", render_help(), flags=re.MULTILINE)
     assert section is not None, f"{group} is not on the help page"
     rows = {line[13:].split()[0]: line for line in section[0].splitlines()}
     assert set(rows) == {name for g, name in OPTIONS if g == group}
     for name, row in rows.items():
-        assert row.endswith(f" {first_comment(CONF / group / f'{name}.yaml')}")
-    starts = {row.index(f" {first_comment(CONF / group / f'{name}.yaml')}") for name, row in rows.items()}
+        assert row.endswith(f" {read_description(CONF / group / f'{name}.yaml')}")
+    starts = {row.index(f" {read_description(CONF / group / f'{name}.yaml')}") for name, row in rows.items()}
     assert len(starts) == 1, "all descriptions begin in one column"
     default = next(d[group] for d in ROOT["defaults"] if group in d)
     assert section[0].split()[1] == default, "the default comes first"
@@ -220,10 +218,10 @@ def test_help_names_every_top_level_key_with_its_default(key):
         else value
     )
     shown = f"[{', '.join(value)}]" if isinstance(value, list) else shown
-    (line,) = (line for line in help_page().splitlines() if line.startswith(f"  {key}={shown} "))
+    (line,) = (line for line in render_help().splitlines() if line.startswith(f"  {key}={shown} "))
     assert line.removeprefix(f"  {key}={shown} ").strip(), "no description"
 
 
 def test_help_shows_nested_keys_with_their_path():
     text = "# a thing\nouter:\n  inner: 1 # how many\nbare: 2\nhydra:\n  x: 3 # no\n"
-    assert key_lines(text, "g.") == [("g.outer.inner", "1", "how many")]
+    assert parse_key_comments(text, "g.") == [("g.outer.inner", "1", "how many")]

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from support.cli_process import command_in
 
-from int8run.config.compose import refuse_foreign_targets
+from int8run.config.compose import check_targets
 from int8run.errors import ConfigError
 
 # what hydra would call: creates the file `pwned` in the working folder
@@ -299,7 +299,7 @@ ALLOWED = {
 
 @pytest.mark.parametrize("config", ALLOWED.values(), ids=ALLOWED)
 def test_what_a_config_needs_passes(config):
-    refuse_foreign_targets(
+    check_targets(
         OmegaConf.create({"hydra": {"runtime": {"output_dir": "o"}, "job": {"name": "n"}}} | config)
     )
 
@@ -309,7 +309,7 @@ def test_a_launcher_is_no_part_of_the_rest():
     with pytest.raises(
         ConfigError, match=r"task\._target_ is 'hydra_plugins\..*may only name classes of int8run"
     ):
-        refuse_foreign_targets(config)
+        check_targets(config)
 
 
 def test_a_users_option_with_our_class_and_references_runs(attack):

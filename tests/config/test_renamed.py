@@ -7,7 +7,13 @@ import pytest
 from hydra import compose, initialize_config_module
 from support.cli_process import command_in
 
-from int8run.config.compose import check_all, compose_all, find_own_targets, own_options, to_spec
+from int8run.config.compose import (
+    check_command,
+    compose_jobs,
+    create_run_spec,
+    find_own_targets,
+    int8run_options,
+)
 from int8run.config.renamed import RENAMED_KEYS, RENAMED_TARGETS, rename_override, report_once
 from int8run.errors import ConfigError
 
@@ -179,9 +185,9 @@ float_layers:
 def test_an_option_of_the_user_with_old_keys_and_items(tmp_path, caplog):
     write(tmp_path, "model_type/mine.yaml", OLD_FAMILY)
 
-    _, (config,) = compose_all(str(tmp_path), "config", ["device=cpu", "model_type=mine"], False)
+    _, (config,) = compose_jobs(str(tmp_path), "config", ["device=cpu", "model_type=mine"], False)
 
-    family = to_spec(config).model_type
+    family = create_run_spec(config).model_type
     assert (family.mixed_precision, [(rule.pattern, rule.reason) for rule in family.ignore]) == (
         "none",
         [("head", "final projection"), ("*.gate", "a gate")],
@@ -196,9 +202,9 @@ def test_an_option_of_the_user_with_old_keys_and_items(tmp_path, caplog):
 def test_an_option_of_the_user_with_an_old_class(tmp_path, caplog):
     write(tmp_path, "sampler/mine.yaml", "_target_: int8run.models.family.Sampling\nsteps: 3\n")
 
-    _, (config,) = compose_all(str(tmp_path), "config", ["device=cpu", "sampler=mine"], False)
+    _, (config,) = compose_jobs(str(tmp_path), "config", ["device=cpu", "sampler=mine"], False)
 
-    assert to_spec(config).sampler.steps == 3
+    assert create_run_spec(config).sampler.steps == 3
     (warning,) = warnings_of(caplog)
     assert warning.startswith("int8run.models.family.Sampling is now int8run.models.sampling.Sampling; ")
 
@@ -206,9 +212,9 @@ def test_an_option_of_the_user_with_an_old_class(tmp_path, caplog):
 def test_settings_of_a_file_for_the_whole_config(tmp_path):
     write(tmp_path, "extra/mine.yaml", "# @package _global_\ncalibration:\n  moments: 3\n  rows: 9\n")
 
-    _, (config,) = compose_all(str(tmp_path), "config", ["device=cpu", "+extra=mine"], False)
+    _, (config,) = compose_jobs(str(tmp_path), "config", ["device=cpu", "+extra=mine"], False)
 
-    calibration = to_spec(config).calibration
+    calibration = create_run_spec(config).calibration
     assert (calibration.num_timesteps, calibration.max_tokens_per_layer) == (3, 9)
 
 
@@ -216,20 +222,20 @@ def test_a_sweep_that_is_written_in_a_file(tmp_path):
     sweep = "hydra: {mode: MULTIRUN, sweeper: {params: {calibration.moments: '1,2', seed: 1}}}\n"
     write(tmp_path, "sweep/mine.yaml", "# @package _global_\n" + sweep)
 
-    jobs, configs = compose_all(str(tmp_path), "config", ["device=cpu", "+sweep=mine"], False)
+    jobs, configs = compose_jobs(str(tmp_path), "config", ["device=cpu", "+sweep=mine"], False)
 
     assert [job[:2] for job in jobs] == [
         ["calibration.num_timesteps=1", "seed=1"],
         ["calibration.num_timesteps=2", "seed=1"],
     ]
-    assert [to_spec(config).calibration.num_timesteps for config in configs] == [1, 2]
+    assert [create_run_spec(config).calibration.num_timesteps for config in configs] == [1, 2]
 
 
 def test_both_names_in_one_file_are_refused(tmp_path):
     write(tmp_path, "model_type/mine.yaml", OLD_FAMILY + "ignore: []\n")
 
     with pytest.raises(ConfigError, match=r"^model_type\.float_layers and model_type\.ignore are the same"):
-        compose_all(str(tmp_path), "config", ["device=cpu", "model_type=mine"], False)
+        compose_jobs(str(tmp_path), "config", ["device=cpu", "model_type=mine"], False)
 
 
 @pytest.mark.parametrize(
@@ -246,12 +252,12 @@ def test_the_check_of_classes_is_as_strict_as_before(tmp_path, target):
     write(tmp_path, "outlier/mine.yaml", f"_target_: {target}\n")
 
     with pytest.raises(ConfigError, match=r"^outlier\._target_ is .*; a config may only name classes of"):
-        check_all(str(tmp_path), "config", ["device=cpu", "outlier=mine"], False, lambda *_: None)
+        check_command(str(tmp_path), "config", ["device=cpu", "outlier=mine"], False, lambda *_: None)
 
 
 def test_files_of_other_programs_are_read_as_they_are(tmp_path):
     write(tmp_path, "model_type/mine.yaml", "keep_float: listed\n")
-    with own_options():
+    with int8run_options():
         pass
 
     with initialize_config_module("int8run.conf", version_base="1.3"):

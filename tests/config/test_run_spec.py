@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.run_job import make_spec
 
-from int8run.config.job import Job, flatten
+from int8run.config.job import Job, flatten_settings
 from int8run.errors import ConfigError
 
 STACK = ["lora=stack_a"]
@@ -170,7 +170,7 @@ def test_parameters_are_the_words_of_the_command_line():
         "sync": "z",
         "progress": False,  # say nothing of a result
     }
-    assert Job(settings, {"model": "tiny", "outlier": "none"}, [], Path()).params() == {
+    assert Job(settings, {"model": "tiny", "outlier": "none"}, [], Path()).get_params() == {
         "model": "tiny",
         "outlier": "none",
         "seed": "3",
@@ -185,7 +185,7 @@ def test_parameters_are_the_words_of_the_command_line():
 
 def test_an_option_is_not_overwritten_by_a_value_of_the_same_name():
     flat = {"compile": "chosen"}
-    flatten("", {"compile": "none"}, flat)
+    flatten_settings("", {"compile": "none"}, flat)
     assert flat == {"compile": "chosen"}
 
 
@@ -327,4 +327,4 @@ def test_float_text_encoders_are_held_where_somebody_reads_with_them(overrides, 
 )
 def test_what_is_compared_with_the_float_model(overrides, candidate):
     spec = make_spec(overrides)
-    assert spec.candidate == candidate and spec.differs == (candidate != "float")
+    assert spec.candidate == candidate and spec.has_comparison == (candidate != "float")

@@ -14,9 +14,9 @@ from support.tiny_pipeline import random_pipeline
 from torch import nn
 
 from int8run.errors import ConfigError, FileError
-from int8run.export.save_denoiser import own_names, save_denoiser, write_tensors
+from int8run.export.save_denoiser import keep_own_names, save_denoiser, write_tensors
 from int8run.layers.int8_linear import Int8Linear
-from int8run.models.state_dict_adapter import Part
+from int8run.models.state_dict_adapter import TensorPart
 from int8run.outlier.base import LayerStatistics, OutlierMethod
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
@@ -28,7 +28,7 @@ FLUX = shipped("model_type")["flux"]
 KEPT = tuple(
     n
     for n, m in random_pipeline().transformer.named_modules()
-    if isinstance(m, nn.Linear) and FLUX.why_float(n)
+    if isinstance(m, nn.Linear) and FLUX.find_skip_reason(n)
 )
 
 
@@ -215,7 +215,7 @@ def test_tensors_of_any_layout_and_dtype_are_written_as_they_are(tmp_path: Path)
         "wide": randn(2).double(),
         "byte": torch.tensor([1, 2], dtype=torch.uint8),
     }
-    write_tensors(tmp_path / "m.safetensors", own_names(state), {}, state, {})
+    write_tensors(tmp_path / "m.safetensors", keep_own_names(state), {}, state, {})
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         assert set(file.keys()) == set(state)
         for key, tensor in state.items():
@@ -227,7 +227,7 @@ def test_tensors_of_any_layout_and_dtype_are_written_as_they_are(tmp_path: Path)
 def test_parts_of_several_dtypes_take_the_widest(order: tuple[int, ...], tmp_path: Path) -> None:
     tensors = [randn(2, 3), randn(1, 3, seed=1).bfloat16(), randn(3, 3, seed=2).bfloat16()]
     state = {name: tensors[n] for name, n in zip("abc", order, strict=True)}
-    write_tensors(tmp_path / "m.safetensors", {"abc.weight": tuple(map(Part, "abc"))}, {}, state, {})
+    write_tensors(tmp_path / "m.safetensors", {"abc.weight": tuple(map(TensorPart, "abc"))}, {}, state, {})
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("abc.weight"), torch.cat([t.float() for t in state.values()]))
 
@@ -235,10 +235,10 @@ def test_parts_of_several_dtypes_take_the_widest(order: tuple[int, ...], tmp_pat
 def test_swapped_halves_are_written_swapped_with_their_scales(tmp_path: Path) -> None:
     _, layers = made()
     layer = layers["transformer_blocks.0.attn.to_q"]
-    names = {"x.weight": (Part("transformer_blocks.0.attn.to_q.weight", swap_halves=True),)}
+    names = {"x.weight": (TensorPart("transformer_blocks.0.attn.to_q.weight", swap_halves=True),)}
     write_tensors(tmp_path / "m.safetensors", names, layers, {}, {})
     tensors, _ = read(tmp_path / "m.safetensors")
-    expected = layer.quantized_weight().dequantize().double().numpy()
+    expected = layer.read_quantized_weight().dequantize().double().numpy()
     np.testing.assert_allclose(tensors["x.weight"], np.concatenate([expected[16:], expected[:16]]), rtol=1e-6)
 
 

@@ -16,13 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.helpers import randn, shipped
 
-from int8run.checkpoints.comfy_int8 import marker
-from int8run.checkpoints.detect import stored_layers
+from int8run.checkpoints.comfy_int8 import build_marker
+from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
 from int8run.export import stream_quantizer as module
-from int8run.export.stream_quantizer import Recipe, own_names, plan_targets, stream
-from int8run.models.state_dict_adapter import Part
+from int8run.export.stream_quantizer import QuantizationRecipe, keep_own_names, plan_targets, write_targets
+from int8run.models.state_dict_adapter import TensorPart
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.hadanorm import HadaNorm
 from int8run.outlier.none import NoOutlier
@@ -31,18 +31,18 @@ from int8run.quant.rounding import AbsMax, Mse
 from int8run.quant.weight import quantize_weight, sqnr_db
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PLAIN = Recipe(NoOutlier(), AbsMax())
+PLAIN = QuantizationRecipe(NoOutlier(), AbsMax())
 
 
 def run(source, target, recipe=PLAIN, names=None, keep=(), on_bytes=lambda count: None):
     """Stream a file; layers whose key is in `keep` stay float. Returns the plans by name and the new file's tensors."""
     with TensorFiles.open(source) as files:
-        stored = stored_layers(files)
-        names = names or own_names(files, stored)
+        stored = read_layers(files)
+        names = names or keep_own_names(files, stored)
         planned = plan_targets(
             files, stored, names, lambda key, parts: "kept" if key in keep else None, recipe
         )
-        stream(files, stored, planned, target, {}, recipe, on_bytes)
+        write_targets(files, stored, planned, target, {}, recipe, on_bytes)
     return {t.plan.name: t.plan for t in planned if t.plan is not None}, load_file(target)
 
 
@@ -86,13 +86,13 @@ METHODS = [NoOutlier(), ConvRot(), ConvRot(16), QuaRot(), QuaRot(8), HadaNorm(64
 @pytest.mark.parametrize("rounding", [AbsMax(), Mse(candidates=8)], ids=lambda r: r.name)
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name} {getattr(m, 'group_size', '')}")
 def test_the_integers_are_those_of_a_build_in_memory(source, weights, tmp_path, blocks, method, rounding):
-    plans, found = run(source, tmp_path / "x.safetensors", Recipe(method, rounding))
+    plans, found = run(source, tmp_path / "x.safetensors", QuantizationRecipe(method, rounding))
     for name in LAYERS:
         weight = weights[f"{name}.weight"]
-        refused = method.refuse(weight.shape[1])
+        refused = method.unsupported_reason(weight.shape[1])
         transform = (NoOutlier() if refused else method).fit(weight)
         transformed = transform.transform_weight(weight.float())
-        wanted = rounding.round(transformed, None)
+        wanted = rounding.round_weight(transformed, None)
         q, scale = found[f"{name}.weight"], found[f"{name}.weight_scale"]
         assert q.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (weight.shape[0], 1)
         if transform.matrix is None:
@@ -105,9 +105,9 @@ def test_the_integers_are_those_of_a_build_in_memory(source, weights, tmp_path, 
             assert torch.equal(found[f"{name}.pre_quant_scale"], transform.factor)
         else:
             assert f"{name}.pre_quant_scale" not in found
-        assert json.loads(bytes(found[f"{name}.comfy_quant"].tolist())) == marker(transform)
+        assert json.loads(bytes(found[f"{name}.comfy_quant"].tolist())) == build_marker(transform)
         plan = plans[name]
-        assert (plan.outlier, plan.rounding, plan.outlier_why_not) == (
+        assert (plan.outlier, plan.rounding, plan.outlier_skip_reason) == (
             transform.label,
             rounding.name,
             refused or "",
@@ -124,7 +124,7 @@ def test_what_is_no_layer_or_stays_float_is_copied(source, weights, tmp_path, bl
         if key.removesuffix(".weight") in ("wide", "four"):
             continue
         assert found[key].dtype == t.dtype and torch.equal(found[key], t), key
-    assert {name: plan.keep_float for name, plan in plans.items()} == {
+    assert {name: plan.skip_reason for name, plan in plans.items()} == {
         "narrow": "kept",
         "odd": "kept",
         "wide": None,
@@ -139,7 +139,7 @@ def test_blocks_of_any_size_give_the_same_file(source, tmp_path, monkeypatch):
     files = []
     for size in (1, 700, 4096, 2**20):
         monkeypatch.setattr(module, "BLOCK_BYTES", size)
-        run(source, tmp_path / f"{size}.safetensors", Recipe(HadaNorm(4), AbsMax()))
+        run(source, tmp_path / f"{size}.safetensors", QuantizationRecipe(HadaNorm(4), AbsMax()))
         files.append((tmp_path / f"{size}.safetensors").read_bytes())
     assert files.count(files[0]) == 4
 
@@ -167,12 +167,15 @@ def test_parts_become_one_tensor(tmp_path, blocks):
         tmp_path / "s.safetensors",
     )
     names = {
-        "qkv.weight": (Part("q.weight"), Part("k.weight"), Part("v.weight")),
-        "qk.bias": (Part("q.bias"), Part("k.bias")),
+        "qkv.weight": (TensorPart("q.weight"), TensorPart("k.weight"), TensorPart("v.weight")),
+        "qk.bias": (TensorPart("q.bias"), TensorPart("k.bias")),
     }
     for method in (NoOutlier(), HadaNorm(16)):
         plans, found = run(
-            tmp_path / "s.safetensors", tmp_path / "x.safetensors", Recipe(method, AbsMax()), names
+            tmp_path / "s.safetensors",
+            tmp_path / "x.safetensors",
+            QuantizationRecipe(method, AbsMax()),
+            names,
         )
         whole = torch.cat([q, k, v])
         transform = method.fit(whole)  # of the whole layer: its columns' maxima are those of all parts
@@ -190,11 +193,11 @@ def test_parts_become_one_tensor(tmp_path, blocks):
 def test_halves_change_places(tmp_path, blocks, rows):
     weight, bias = randn(rows, 6), randn(rows)
     save_file({"a.weight": weight, "a.bias": bias}, tmp_path / "s.safetensors")
-    names = {key: (Part(key, swap_halves=True),) for key in ("a.weight", "a.bias")}
+    names = {key: (TensorPart(key, swap_halves=True),) for key in ("a.weight", "a.bias")}
     for keep in ((), ("a.weight",)):
         _, found = run(tmp_path / "s.safetensors", tmp_path / "x.safetensors", names=names, keep=keep)
-        swapped = Part("a.weight", swap_halves=True).cut(weight)
-        assert torch.equal(found["a.bias"], Part("a.bias", swap_halves=True).cut(bias))
+        swapped = TensorPart("a.weight", swap_halves=True).extract(weight)
+        assert torch.equal(found["a.bias"], TensorPart("a.bias", swap_halves=True).extract(bias))
         if keep:
             assert torch.equal(found["a.weight"], swapped)
         else:
@@ -207,13 +210,13 @@ def test_a_matrix_that_is_none_in_the_new_names_stays_float(tmp_path):
         {"a.weight": randn(4, 6), "b.weight": randn(0, 6), "c": randn(4, 6)}, tmp_path / "s.safetensors"
     )
     names = {
-        "a.weight": (Part("a.weight", shape=(4, 6, 1, 1)),),
-        "b.weight": (Part("b.weight"),),
-        "c": (Part("c", shape=(24,)),),
-        "d": (Part("a.weight"),),
+        "a.weight": (TensorPart("a.weight", shape=(4, 6, 1, 1)),),
+        "b.weight": (TensorPart("b.weight"),),
+        "c": (TensorPart("c", shape=(24,)),),
+        "d": (TensorPart("a.weight"),),
     }
     plans, found = run(tmp_path / "s.safetensors", tmp_path / "x.safetensors", names=names)
-    assert {name: plan.keep_float for name, plan in plans.items()} == {
+    assert {name: plan.skip_reason for name, plan in plans.items()} == {
         "a": "no matrix in this naming",
         "b": "empty",
         "d": "no matrix in this naming",
@@ -223,7 +226,7 @@ def test_a_matrix_that_is_none_in_the_new_names_stays_float(tmp_path):
 
 def test_parts_that_do_not_go_together(tmp_path):
     save_file({"a.weight": randn(4, 6), "b.weight": randn(4, 5)}, tmp_path / "s.safetensors")
-    names = {"ab.weight": (Part("a.weight"), Part("b.weight"))}
+    names = {"ab.weight": (TensorPart("a.weight"), TensorPart("b.weight"))}
     words = r"a\.weight \[4, 6\], b\.weight \[4, 5\] are to be one tensor, ab\.weight, and their shapes do not go together; the file is da"
     with pytest.raises(FileError, match=words):
         run(tmp_path / "s.safetensors", tmp_path / "x.safetensors", names=names)
@@ -241,7 +244,7 @@ def test_int8_layers_are_taken_as_they_are(tmp_path, blocks):
     run(
         save(tmp_path, "f", {"r.weight": weight, "h.weight": weight}),
         tmp_path / "s.safetensors",
-        Recipe(HadaNorm(16), AbsMax()),
+        QuantizationRecipe(HadaNorm(16), AbsMax()),
     )
     made = load_file(tmp_path / "s.safetensors")
     made |= {
@@ -255,7 +258,10 @@ def test_int8_layers_are_taken_as_they_are(tmp_path, blocks):
         "n.comfy_quant": native_marker(convrot=True, convrot_groupsize=4),
     }
     plans, found = run(
-        save(tmp_path, "t", made), tmp_path / "x.safetensors", Recipe(ConvRot(), AbsMax()), keep=("t.weight",)
+        save(tmp_path, "t", made),
+        tmp_path / "x.safetensors",
+        QuantizationRecipe(ConvRot(), AbsMax()),
+        keep=("t.weight",),
     )
     for name in ("r", "h"):
         for part in ("weight", "weight_scale", "pre_quant_scale", "comfy_quant"):
@@ -270,7 +276,7 @@ def test_int8_layers_are_taken_as_they_are(tmp_path, blocks):
         "convrot_groupsize": 4,
         "per_row": True,
     }
-    assert plans["n"].outlier == "convrot group_size=4" and plans["t"].keep_float is None
+    assert plans["n"].outlier == "convrot group_size=4" and plans["t"].skip_reason is None
     assert {plan.rounding for plan in plans.values()} == {"as in the source"} and not any(
         plan.measured for plan in plans.values()
     )
@@ -297,7 +303,7 @@ def int8_parts(group, seed):
 
 def test_int8_parts_of_one_layer(tmp_path):
     """Copied where they were treated alike; else read as float and quantized again."""
-    names = {"ab.weight": (Part("a.weight"), Part("b.weight"))}
+    names = {"ab.weight": (TensorPart("a.weight"), TensorPart("b.weight"))}
     for groups, copied in (((16, 16), True), ((16, 4), False), ((0, 16), False)):
         (wa, a), (wb, b) = int8_parts(groups[0], 1), int8_parts(groups[1], 2)
         tensors = {f"{layer}.{part}": t for layer, parts in (("a", a), ("b", b)) for part, t in parts.items()}
@@ -374,7 +380,7 @@ def test_fp8_weights_are_quantized_with_their_scales_applied(tmp_path, blocks, d
             found[key].view(torch.uint8), tensors[key].view(torch.uint8)
         ), "no scale: as it is"
     assert not {"a.input_scale", "scaled_fp8", "kept.weight_scale", "conv.weight_scale"} & set(found)
-    assert plans["kept"].keep_float == "kept"
+    assert plans["kept"].skip_reason == "kept"
 
 
 # --- what can go wrong
@@ -401,9 +407,9 @@ def test_a_sum_that_is_too_large(tmp_path):
         ConfigError,
         match=r"^layer: the weight holds numbers too large for float32 arithmetic; check the checkpoint$",
     ):
-        run(path, tmp_path / "x.safetensors", Recipe(QuaRot(16), AbsMax()))
+        run(path, tmp_path / "x.safetensors", QuantizationRecipe(QuaRot(16), AbsMax()))
     with pytest.raises(ConfigError, match=r"^layer: the weight holds numbers too large"):
-        run(path, tmp_path / "x.safetensors", Recipe(QuaRot(16), Mse()))
+        run(path, tmp_path / "x.safetensors", QuantizationRecipe(QuaRot(16), Mse()))
 
 
 def test_a_source_that_is_cut_off_meanwhile(tmp_path, monkeypatch):
@@ -457,16 +463,16 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from int8run.export import stream_quantizer as module
-from int8run.checkpoints.detect import stored_layers
+from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.outlier.none import NoOutlier
 from int8run.quant.rounding import AbsMax
 
 module.BLOCK_BYTES = 4096
-recipe = module.Recipe(NoOutlier(), AbsMax())
+recipe = module.QuantizationRecipe(NoOutlier(), AbsMax())
 files = TensorFiles.open(Path(sys.argv[1]))
-stored = stored_layers(files)
-targets = module.plan_targets(files, stored, module.own_names(files, stored), lambda key, parts: None, recipe)
+stored = read_layers(files)
+targets = module.plan_targets(files, stored, module.keep_own_names(files, stored), lambda key, parts: None, recipe)
 done = []
 
 def slow(count):
@@ -475,7 +481,7 @@ def slow(count):
         print("half", flush=True)
         time.sleep(60)
 
-module.stream(files, stored, targets, Path(sys.argv[2]), {}, recipe, slow)
+module.write_targets(files, stored, targets, Path(sys.argv[2]), {}, recipe, slow)
 """
 
 
@@ -501,20 +507,20 @@ import sys
 from pathlib import Path
 import torch
 from int8run.export import stream_quantizer as module
-from int8run.checkpoints.detect import stored_layers
+from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.outlier.convrot import ConvRot
 from int8run.quant.rounding import AbsMax
 
 torch.set_num_threads(1)
 peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
-recipe = module.Recipe(ConvRot(), AbsMax())
+recipe = module.QuantizationRecipe(ConvRot(), AbsMax())
 
 def convert(source, target):
     files = TensorFiles.open(Path(source))
-    stored = stored_layers(files)
-    targets = module.plan_targets(files, stored, module.own_names(files, stored), lambda key, parts: None, recipe)
-    module.stream(files, stored, targets, Path(target), {}, recipe)
+    stored = read_layers(files)
+    targets = module.plan_targets(files, stored, module.keep_own_names(files, stored), lambda key, parts: None, recipe)
+    module.write_targets(files, stored, targets, Path(target), {}, recipe)
 
 convert(sys.argv[1], sys.argv[3])
 before = peak()
@@ -584,7 +590,7 @@ def read_independently(path):
 
 @pytest.mark.parametrize("group", [0, 4, 64, 256])
 def test_files_say_what_they_hold(source, weights, tmp_path, group):
-    recipe = Recipe(ConvRot(group), AbsMax()) if group else PLAIN
+    recipe = QuantizationRecipe(ConvRot(group), AbsMax()) if group else PLAIN
     run(source, tmp_path / "x.safetensors", recipe)
     found, steps = read_independently(tmp_path / "x.safetensors")
     assert set(found) == set(weights) and set(steps) == {f"{name}.weight" for name in LAYERS}
@@ -607,7 +613,7 @@ def test_the_vectors_of_the_format(tmp_path):
         found["a.weight"].tolist() == [[64, -127, 32, 0]]
         and found["a.weight_scale"].item() == torch.tensor(2 / 127).item()
     )
-    _, found = run(path, tmp_path / "x.safetensors", Recipe(ConvRot(4), AbsMax()))
+    _, found = run(path, tmp_path / "x.safetensors", QuantizationRecipe(ConvRot(4), AbsMax()))
     assert found["b.weight"].tolist() == [[127, 127, 127, -127], [32, 64, 95, 127]]
     assert torch.equal(found["b.weight_scale"], torch.tensor([[0.5 / 127], [4 / 127]]))
     assert (
@@ -621,7 +627,7 @@ def test_methods_without_a_calibration_look_at_the_largest_number_of_each_column
     """What the streamer relies on when it fits a method without the whole weight in memory."""
     method, weight = shipped("outlier")[name], randn(40, 256)
     by_weight, by_columns = method.fit(weight), method.fit(weight.abs().amax(0)[None])
-    assert by_weight.same_input_as(by_columns) and by_weight.label == by_columns.label
+    assert by_weight.has_same_input_transform(by_columns) and by_weight.label == by_columns.label
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -65,16 +65,16 @@ def test_every_parameter_is_found_under_the_authors_names(
     assert QKV + ".weight" in {key.removeprefix(prefix) for key in file.files}
     assert file.path == tmp_path / "m.safetensors" and file.prefix == prefix
     for name, tensor in model.state_dict().items():
-        assert torch.equal(file.tensor(name), tensor), name
-    assert file.int8_layers() == {}
+        assert torch.equal(file.read_tensor(name), tensor), name
+    assert file.find_int8_layers() == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_numbers_come_in_the_files_own_dtype(dtype: torch.dtype, model: nn.Module, tmp_path: Path) -> None:
     file = opened({k: t.to(dtype) for k, t in native(model).items()}, tmp_path / "m.safetensors", model)
     assert (
-        file.tensor("proj_out.weight").dtype == dtype
-        and file.tensor(ATTENTION + "to_k.weight").dtype == dtype
+        file.read_tensor("proj_out.weight").dtype == dtype
+        and file.read_tensor(ATTENTION + "to_k.weight").dtype == dtype
     )
 
 
@@ -84,17 +84,17 @@ def test_a_fused_int8_layer_is_split_with_its_scales(per: str, model: nn.Module,
     meant = to_int8(tensors, QKV, PLAIN if per == "row" else {"format": "int8_tensorwise"}, per)
     file = opened(tensors, tmp_path / "m.safetensors", model)
     names = [ATTENTION + name for name in ("to_q", "to_k", "to_v")]
-    assert set(file.int8_layers()) == set(names)
+    assert set(file.find_int8_layers()) == set(names)
     for name, expected in zip(names, meant.split(32), strict=True):
-        layer = file.int8(name)
+        layer = file.read_int8_layer(name)
         assert (
             layer.bias is None
             and layer.weight.scale.shape == (32, 1)
             and layer.weight.qdata.dtype == torch.int8
         )
         torch.testing.assert_close(layer.weight.dequantize(), expected, rtol=1e-6, atol=0)
-        torch.testing.assert_close(file.tensor(f"{name}.weight"), expected, rtol=1e-6, atol=0)
-        assert torch.equal(file.tensor(f"{name}.bias"), model.get_submodule(name).bias)
+        torch.testing.assert_close(file.read_tensor(f"{name}.weight"), expected, rtol=1e-6, atol=0)
+        assert torch.equal(file.read_tensor(f"{name}.bias"), model.get_submodule(name).bias)
 
 
 def test_swapped_halves_take_their_scales_along(model: nn.Module, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_swapped_halves_take_their_scales_along(model: nn.Module, tmp_path: Path
     meant = to_int8(
         tensors, "final_layer.adaLN_modulation.1"
     )  # shift and scale, which diffusers has the other way round
-    layer = opened(tensors, tmp_path / "m.safetensors", model).int8("norm_out.linear")
+    layer = opened(tensors, tmp_path / "m.safetensors", model).read_int8_layer("norm_out.linear")
     half = len(meant) // 2
     torch.testing.assert_close(
         layer.weight.dequantize(), torch.cat([meant[half:], meant[:half]]), rtol=1e-6, atol=0
@@ -127,15 +127,21 @@ def test_parts_that_were_treated_differently_are_no_layer(tmp_path: Path) -> Non
 
     from int8run.models.state_dict_adapter import TensorPart
 
-    file.layout = replace(file.layout, parts={"both.weight": (TensorPart("a.weight"), TensorPart("b.weight"))})
-    assert set(file.int8_layers()) == {"both"}
+    file.layout = replace(
+        file.layout, parts={"both.weight": (TensorPart("a.weight"), TensorPart("b.weight"))}
+    )
+    assert set(file.find_int8_layers()) == {"both"}
     with pytest.raises(
         FileError,
         match=r"m\.safetensors: the parts of both were treated differently \(none, convrot group_size=16\)$",
     ):
-        file.int8("both")
-    file.layout = replace(file.layout, parts={"both.weight": (TensorPart("a.weight"), TensorPart("a.weight"))})
-    assert file.int8("both").weight.qdata.shape == (8, 16) and file.tensor("both.weight").shape == (8, 16)
+        file.read_int8_layer("both")
+    file.layout = replace(
+        file.layout, parts={"both.weight": (TensorPart("a.weight"), TensorPart("a.weight"))}
+    )
+    assert file.read_int8_layer("both").weight.qdata.shape == (8, 16) and file.read_tensor(
+        "both.weight"
+    ).shape == (8, 16)
 
 
 def test_a_file_for_another_model_is_refused(model: nn.Module, tmp_path: Path) -> None:
@@ -182,15 +188,21 @@ def test_each_expert_has_its_own_file(model: nn.Module, tmp_path: Path) -> None:
         "transformer_2.": opened(two, tmp_path / "2.safetensors", other),
     }
     both = DenoiserWeights(files)
-    assert torch.equal(both.tensor("transformer.proj_out.weight"), model.proj_out.weight)
-    assert torch.equal(both.tensor("transformer_2.proj_out.weight"), other.proj_out.weight)
-    assert set(both.int8_layers()) == {
+    assert torch.equal(both.read_tensor("transformer.proj_out.weight"), model.proj_out.weight)
+    assert torch.equal(both.read_tensor("transformer_2.proj_out.weight"), other.proj_out.weight)
+    assert set(both.find_int8_layers()) == {
         f"transformer_2.{ATTENTION}{name}" for name in ("to_q", "to_k", "to_v")
     }
     torch.testing.assert_close(
-        both.int8(f"transformer_2.{ATTENTION}to_k").weight.dequantize(), meant[32:64], rtol=1e-6, atol=0
+        both.read_int8_layer(f"transformer_2.{ATTENTION}to_k").weight.dequantize(),
+        meant[32:64],
+        rtol=1e-6,
+        atol=0,
     )
-    assert both.paths == [tmp_path / "1.safetensors", tmp_path / "2.safetensors"] and both.note() == {}
+    assert (
+        both.paths == [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+        and both.read_provenance() == {}
+    )
     empty = DualDenoiser(
         {
             "transformer": random_pipeline().transformer.to("meta"),
@@ -203,7 +215,7 @@ def test_each_expert_has_its_own_file(model: nn.Module, tmp_path: Path) -> None:
         for name in model.state_dict()
         if QKV not in name
     ]
-    both.fill(empty, names, CPU)
+    both.fill_parameters(empty, names, CPU)
     assert not any(p.is_meta or p.requires_grad for p in empty.parameters())
     assert torch.equal(empty.transformer_2.proj_out.weight, other.proj_out.weight)
 
@@ -218,7 +230,7 @@ def test_filling_takes_the_models_dtype(tmp_path: Path) -> None:
 
     held = {"a.weight": randn(3, 2), "a.bias": randn(3), "count": torch.tensor(7), "table": randn(2)}
     made = Small()
-    DenoiserWeights({"": opened(held, tmp_path / "m.safetensors", made)}).fill(made, held, CPU)
+    DenoiserWeights({"": opened(held, tmp_path / "m.safetensors", made)}).fill_parameters(made, held, CPU)
     for name, tensor in made.state_dict().items():
         wanted = {"count": torch.int64, "table": torch.float16}.get(name, torch.bfloat16)
         assert tensor.dtype == wanted and torch.equal(tensor, held[name].to(wanted))
@@ -234,4 +246,4 @@ def test_a_float_tensor_that_is_not_finite_is_named(tmp_path):
     with pytest.raises(
         FileError, match=r"m\.safetensors: x_embedder\.weight holds NaN or infinity; the file is damaged"
     ):
-        weights.fill(model, ["x_embedder.bias", "x_embedder.weight"], torch.device("cpu"))
+        weights.fill_parameters(model, ["x_embedder.bias", "x_embedder.weight"], torch.device("cpu"))

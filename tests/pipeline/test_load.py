@@ -19,9 +19,16 @@ from int8run.generate.prompts import build_samples
 from int8run.layers.int8_linear import Int8Linear
 from int8run.models.source import ResolvedDenoiser, resolve_model
 from int8run.pipeline import load as module
-from int8run.pipeline.build import Built, build
+from int8run.pipeline.build import BuiltModel, build_model
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
-from int8run.pipeline.load import Blank, Loaded, file_hashes, load, set_offload, with_blanks
+from int8run.pipeline.load import (
+    LoadedModel,
+    SkeletonLinear,
+    hash_model_files,
+    load_model,
+    replace_missing_linears,
+    set_offload,
+)
 from int8run.report.console import Progress
 from int8run.utils.disk_cache import DiskCache
 
@@ -46,12 +53,12 @@ def words(folder: Path | str, *more: str) -> list[str]:
     return [f"model.location={folder}", *SMALL, *more]
 
 
-def loaded(folder: Path | str, *more: str, whole: bool = False) -> Loaded:
-    return load(make_spec(words(folder, *more)), QUIET, whole)
+def loaded(folder: Path | str, *more: str, whole: bool = False) -> LoadedModel:
+    return load_model(make_spec(words(folder, *more)), QUIET, whole)
 
 
-def built(folder: Path | str, *more: str) -> Built:
-    return build(make_spec(words(folder, *more)), PROBE, [], QUIET)
+def built(folder: Path | str, *more: str) -> BuiltModel:
+    return build_model(make_spec(words(folder, *more)), PROBE, [], QUIET)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -74,7 +81,7 @@ def assert_same(one: nn.Module, two: nn.Module) -> None:
 def test_a_filled_skeleton_is_what_diffusers_loads(folder: Path, dtype: str) -> None:
     found = loaded(folder, f"model.dtype={dtype}")
     assert all(p.is_meta for p in found.denoiser.parameters()) and found.files is not None
-    found.fill()
+    found.fill_weights()
     whole = loaded(folder, f"model.dtype={dtype}", whole=True)
     assert whole.files is None
     assert_same(found.denoiser, whole.denoiser)
@@ -92,8 +99,8 @@ def test_a_streamed_build_is_a_resident_one_bit_for_bit(folder: Path, location: 
     assert_same(streamed.denoisers["int8"], resident.denoisers["int8"])
     assert (
         streamed.float_bytes == resident.float_bytes
-        and streamed.params == resident.params
-        and streamed.work == resident.work
+        and streamed.num_params == resident.num_params
+        and streamed.macs == resident.macs
     )
     assert [(p.name, p.skip_reason, p.outlier) for p in streamed.plans] == [
         (p.name, p.skip_reason, p.outlier) for p in resident.plans
@@ -104,9 +111,9 @@ def test_a_single_file_is_the_same_model(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
     save_file(load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors"), file)
     single = words(file, f"++model.base={folder}")
-    streamed = build(make_spec(single), PROBE, [], QUIET)
+    streamed = build_model(make_spec(single), PROBE, [], QUIET)
     assert_same(streamed.denoisers["int8"], built(folder).denoisers["int8"])
-    whole = load(make_spec(single), QUIET, whole=True)
+    whole = load_model(make_spec(single), QUIET, whole=True)
     assert whole.files is not None
     assert_same(whole.denoiser, loaded(folder, whole=True).denoiser)
 
@@ -133,7 +140,7 @@ def test_modules_that_diffusers_keeps_in_float32_are_kept(dtype: torch.dtype, tm
     stand_in: Any = SimpleNamespace(denoiser=made, files=None, device=CPU)
     files = DenoiserWeights({"": FileWeights(tmp_path, made)})
     stand_in.files = files
-    Loaded.fill(stand_in)
+    LoadedModel.fill_weights(stand_in)
     assert len({p.dtype for p in expected.parameters()}) == (1 if dtype == torch.float32 else 2), (
         "else this tests nothing"
     )
@@ -147,8 +154,8 @@ def test_modules_that_diffusers_keeps_in_float32_are_kept(dtype: torch.dtype, tm
 def test_no_float_weight_stays_while_others_are_read(
     folder: Path, outlier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned = {p.name for p in loaded(folder).plans() if p.skip_reason is None}
-    read, most = FileWeights.tensor, []
+    planned = {p.name for p in loaded(folder).plan_layers() if p.skip_reason is None}
+    read, most = FileWeights.read_tensor, []
     seen: list[weakref.ref[Tensor]] = []
 
     def watched(self: FileWeights, name: str) -> Tensor:
@@ -158,7 +165,7 @@ def test_no_float_weight_stays_while_others_are_read(
             most.append(sum(ref() is not None for ref in seen))
         return tensor
 
-    monkeypatch.setattr(FileWeights, "tensor", watched)
+    monkeypatch.setattr(FileWeights, "read_tensor", watched)
     streamed = built(folder, f"outlier={outlier}")
     # one that is being quantized, and the one before
     assert len(most) == len(planned) == 34 and max(most) <= 2, "float weights pile up"
@@ -169,27 +176,31 @@ def test_no_float_weight_stays_while_others_are_read(
 
 def test_planned_weights_stay_empty_and_biases_are_read(folder: Path) -> None:
     found = loaded(folder)
-    planned = [p.name for p in found.plans() if p.skip_reason is None]
-    found.fill(but=planned)
+    planned = [p.name for p in found.plan_layers() if p.skip_reason is None]
+    found.fill_weights(but=planned)
     empty = {n for n, p in found.denoiser.named_parameters() if p.is_meta}
     assert empty == {f"{name}.weight" for name in planned} and len(planned) == 34
-    weight = found.weight(planned[0])
+    weight = found.read_weight(planned[0])
     assert not weight.is_meta and found.denoiser.get_submodule(planned[0]).weight.is_meta, (
         "read, and not kept"
     )
     assert torch.equal(weight, random_pipeline().transformer.get_submodule(planned[0]).weight)
-    assert found.weight("proj_out") is not None and not found.denoiser.proj_out.weight.is_meta
+    assert found.read_weight("proj_out") is not None and not found.denoiser.proj_out.weight.is_meta
 
 
 def test_without_weights_a_model_shows_its_shapes() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5, device="meta"))
-    blank = with_blanks(model)
-    assert isinstance(blank[1], Blank) and blank[0].weight is model[0].weight and model[1].weight.is_meta
+    blank = replace_missing_linears(model)
+    assert (
+        isinstance(blank[1], SkeletonLinear)
+        and blank[0].weight is model[0].weight
+        and model[1].weight.is_meta
+    )
     x = torch.randn(2, 7, 3, dtype=torch.float32)
     assert torch.equal(blank(x), torch.zeros(2, 7, 5))
-    assert Blank(4, 5)(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert SkeletonLinear(4, 5)(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
     full = nn.Sequential(nn.Linear(3, 4))
-    assert with_blanks(full) is full
+    assert replace_missing_linears(full) is full
 
 
 # -- hashes -------------------------------------------------------------------------------------------------------------
@@ -200,7 +211,7 @@ def test_every_file_that_decides_a_drawing_is_hashed(tmp_path: Path) -> None:
     (folder / "readme.md").write_text("x")
     source = resolve_model(make_spec(words(folder)).model)
     store = DiskCache(str(tmp_path / "cache"))
-    before = dict(file_hashes(source, store))
+    before = dict(hash_model_files(source, store))
     assert {
         "model_index.json",
         "transformer/config.json",
@@ -208,7 +219,7 @@ def test_every_file_that_decides_a_drawing_is_hashed(tmp_path: Path) -> None:
     } <= set(before)
     assert any(name.startswith("tokenizer") for name in before) and "readme.md" not in before
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")
-    after = dict(file_hashes(source, store))
+    after = dict(hash_model_files(source, store))
     assert {n for n in before if before[n] != after[n]} == {"scheduler/scheduler_config.json"}
 
 
@@ -218,7 +229,7 @@ def test_a_single_files_hash_counts(folder: Path, tmp_path: Path) -> None:
     for value in (0.0, 1.0):
         save_file({"a": torch.full((1,), value)}, file)
         source = resolve_model(make_spec(words(file, f"++model.base={folder}")).model)
-        hashes.append(file_hashes(source, store))
+        hashes.append(hash_model_files(source, store))
     assert "transformer: m.safetensors" in dict(hashes[0]) and hashes[0] != hashes[1]
 
 
@@ -229,7 +240,7 @@ def test_a_single_files_hash_counts(folder: Path, tmp_path: Path) -> None:
 def test_offloading_without_a_gpu_is_refused_before_anything_is_loaded(
     folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "find_source", lambda *_: pytest.fail("looked for the model"))
+    monkeypatch.setattr(module, "resolve_model", lambda *_: pytest.fail("looked for the model"))
     message = rf"^offload={mode} moves parts of the model between memory and a GPU; on cpu there is nothing to move: offload=none$"
     with pytest.raises(BackendError, match=message):
         loaded(folder, f"offload={mode}", "device=cpu")

@@ -15,9 +15,9 @@ class Model:
 @pytest.fixture(autouse=True)
 def empty():
     """A real model that another test left there would be kept alive for the whole session."""
-    process_cache.forget()
+    process_cache.clear()
     yield
-    process_cache.forget()
+    process_cache.clear()
 
 
 def never():
@@ -25,86 +25,86 @@ def never():
 
 
 def test_an_equal_key_gives_the_same_object_and_says_so():
-    built, reused = process_cache.reuse("a", Model)
+    built, reused = process_cache.get_or_build("a", Model)
     assert isinstance(built, Model) and reused is False
     # another string object with the same text: value counts, not identity
-    assert process_cache.reuse("".join(["a"]), never) == (built, True)
+    assert process_cache.get_or_build("".join(["a"]), never) == (built, True)
 
 
 def test_another_key_gives_a_new_object():
-    first, _ = process_cache.reuse("a", Model)
-    second, reused = process_cache.reuse("b", Model)
+    first, _ = process_cache.get_or_build("a", Model)
+    second, reused = process_cache.get_or_build("b", Model)
     assert second is not first and reused is False
-    assert process_cache.reuse("a", Model)[1] is False, "only the last one is kept"
+    assert process_cache.get_or_build("a", Model)[1] is False, "only the last one is kept"
 
 
 def test_the_old_one_is_gone_before_the_new_one_is_made():
-    old = weakref.ref(process_cache.reuse("a", Model)[0])
+    old = weakref.ref(process_cache.get_or_build("a", Model)[0])
 
     def make():
         gc.collect()
         assert old() is None, "two models would be in memory at once"
         return Model()
 
-    process_cache.reuse("b", make)
+    process_cache.get_or_build("b", make)
 
 
 def test_a_build_that_fails_leaves_nothing_behind():
-    process_cache.reuse("a", Model)
+    process_cache.get_or_build("a", Model)
     with pytest.raises(ZeroDivisionError):
-        process_cache.reuse("b", lambda: 1 / 0)
+        process_cache.get_or_build("b", lambda: 1 / 0)
     assert process_cache._last == {}
-    assert process_cache.reuse("b", Model)[1] is False
+    assert process_cache.get_or_build("b", Model)[1] is False
 
 
 def test_a_built_none_is_remembered_too():
-    process_cache.reuse("a", lambda: None)
-    assert process_cache.reuse("a", never) == (None, True)
+    process_cache.get_or_build("a", lambda: None)
+    assert process_cache.get_or_build("a", never) == (None, True)
 
 
 # -- what the float model drew -----------------------------------------------------------------------------------------------------
 
 
 def test_what_was_drawn_is_recalled_by_value():
-    process_cache.remember("a", "pictures", 1)
-    assert process_cache.recall("".join(["a"])) == "pictures" and process_cache.recall("b") is None
-    process_cache.reuse("model", Model)
-    assert process_cache.recall("a") == "pictures", "another build leaves them"
-    process_cache.forget()
-    assert process_cache.recall("a") is None and process_cache._last == {}
+    process_cache.put("a", "pictures", 1)
+    assert process_cache.get("".join(["a"])) == "pictures" and process_cache.get("b") is None
+    process_cache.get_or_build("model", Model)
+    assert process_cache.get("a") == "pictures", "another build leaves them"
+    process_cache.clear()
+    assert process_cache.get("a") is None and process_cache._last == {}
 
 
 def test_the_oldest_go_first(monkeypatch):
-    monkeypatch.setattr(process_cache, "MOST_BYTES", 10)
+    monkeypatch.setattr(process_cache, "MAX_BYTES", 10)
     for key, size in (("a", 4), ("b", 4), ("c", 2)):
-        process_cache.remember(key, key, size)
-    assert [process_cache.recall(key) for key in "abc"] == ["a", "b", "c"], "exactly the limit"
-    process_cache.remember("d", "d", 1)
-    assert [process_cache.recall(key) for key in "abcd"] == [None, "b", "c", "d"]
-    process_cache.remember("b", "new", 4)  # drawn again: the youngest now
-    process_cache.remember("e", "e", 5)
-    assert [process_cache.recall(key) for key in "bcde"] == ["new", None, "d", "e"]
+        process_cache.put(key, key, size)
+    assert [process_cache.get(key) for key in "abc"] == ["a", "b", "c"], "exactly the limit"
+    process_cache.put("d", "d", 1)
+    assert [process_cache.get(key) for key in "abcd"] == [None, "b", "c", "d"]
+    process_cache.put("b", "new", 4)  # drawn again: the youngest now
+    process_cache.put("e", "e", 5)
+    assert [process_cache.get(key) for key in "bcde"] == ["new", None, "d", "e"]
 
 
 def test_an_equal_key_is_counted_once(monkeypatch):
-    monkeypatch.setattr(process_cache, "MOST_BYTES", 10)
+    monkeypatch.setattr(process_cache, "MAX_BYTES", 10)
     for _ in range(3):
-        process_cache.remember("a", "pictures", 6)
-    assert process_cache.recall("a") == "pictures"
+        process_cache.put("a", "pictures", 6)
+    assert process_cache.get("a") == "pictures"
 
 
 def test_what_is_too_large_is_not_kept(monkeypatch):
-    monkeypatch.setattr(process_cache, "MOST_BYTES", 10)
-    process_cache.remember("a", "pictures", 11)
-    assert process_cache.recall("a") is None and process_cache._drawn == {}
+    monkeypatch.setattr(process_cache, "MAX_BYTES", 10)
+    process_cache.put("a", "pictures", 11)
+    assert process_cache.get("a") is None and process_cache._drawn == {}
 
 
 def test_the_old_pictures_are_gone(monkeypatch):
-    monkeypatch.setattr(process_cache, "MOST_BYTES", 10)
+    monkeypatch.setattr(process_cache, "MAX_BYTES", 10)
     value = Model()
     seen = weakref.ref(value)
-    process_cache.remember("a", value, 8)
+    process_cache.put("a", value, 8)
     del value
-    process_cache.remember("b", "b", 8)
+    process_cache.put("b", "b", 8)
     gc.collect()
     assert seen() is None

@@ -19,7 +19,7 @@ from int8run.backends.auto import AutoBackend
 from int8run.backends.base import Limits
 from int8run.backends.reference import Reference
 from int8run.errors import ConfigError, FileError
-from int8run.export.save_denoiser import own_names, write_tensors
+from int8run.export.save_denoiser import keep_own_names, write_tensors
 from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.generate import Generation, generate
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
@@ -35,15 +35,15 @@ from int8run.outlier.none import NoOutlier
 from int8run.outlier.smoothquant import SmoothQuant
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.prequantized import (
-    Taken,
-    baked_loras,
-    checkpoint_paths,
-    facts_by_layer,
-    find_taken,
-    follow,
-    taken_layers,
+    PrequantizedLayers,
+    apply_to_plans,
+    find_prequantized,
+    get_layer_facts,
+    list_baked_loras,
+    read_prequantized_layers,
+    resolve_checkpoint_paths,
 )
-from int8run.pipeline.quantize_denoiser import outlier_methods
+from int8run.pipeline.quantize_denoiser import choose_outlier_methods
 from int8run.ptq import layer_costs as costs_module
 from int8run.ptq import mixed_precision as budgets
 from int8run.ptq.calibration import capture_calibration_calls
@@ -65,10 +65,10 @@ def planned(model: nn.Module, keep_float: Sequence[str] = ()) -> list[LayerPlan]
     return plan_layers(model, lambda name: "kept by the test" if name in keep_float else None)
 
 
-def opened(path: Path, model: nn.Module) -> Taken:
+def opened(path: Path, model: nn.Module) -> PrequantizedLayers:
     """A file of INT8 layers for this model."""
     weights = DenoiserWeights({"": FileWeights(path, model, partial=True)})
-    return Taken(weights, weights.int8_layers(), weights.note())
+    return PrequantizedLayers(weights, weights.find_int8_layers(), weights.read_provenance())
 
 
 def saved(
@@ -77,7 +77,7 @@ def saved(
     path: Path,
     keep_float: Sequence[str] = (),
     note: dict[str, object] | None = None,
-) -> tuple[Taken, list[LayerPlan]]:
+) -> tuple[PrequantizedLayers, list[LayerPlan]]:
     """INT8 layers of the model in a file, opened, and the plan that they were made by."""
     plans = planned(model, keep_float)
     chosen = [p for p in plans if p.skip_reason is None]
@@ -94,17 +94,21 @@ def saved(
 def write_layers(path: Path, layers: Any, note: dict[str, object]) -> None:
     """A file of these layers alone."""
     made = {plan.name: Int8Linear(layer, Reference(), torch.float32) for plan, layer in layers}
-    write_tensors(path, own_names(f"{name}.weight" for name in made), made, {}, note)
+    write_tensors(path, keep_own_names(f"{name}.weight" for name in made), made, {}, note)
 
 
-def follow_by(taken: Taken, plans: list[LayerPlan], outlier: OutlierMethod | AutoOutlier) -> None:
-    follow(taken, plans, SimpleNamespace(outlier=outlier))  # type: ignore[arg-type]
+def follow_by(
+    taken: PrequantizedLayers, plans: list[LayerPlan], outlier: OutlierMethod | AutoOutlier
+) -> None:
+    apply_to_plans(taken, plans, SimpleNamespace(outlier=outlier))  # type: ignore[arg-type]
 
 
-def layers_of(model: nn.Module, plans: list[LayerPlan], taken: Taken) -> list[tuple[LayerPlan, Any]]:
+def layers_of(
+    model: nn.Module, plans: list[LayerPlan], taken: PrequantizedLayers
+) -> list[tuple[LayerPlan, Any]]:
     """What is taken for this model, compared with its weights."""
     loaded: Any = SimpleNamespace(denoiser=model, device=CPU, files=None)
-    return list(taken_layers(loaded, plans, taken, lambda name: model.get_submodule(name).weight))
+    return list(read_prequantized_layers(loaded, plans, taken, lambda name: model.get_submodule(name).weight))
 
 
 def statistics(width: int, seed: int) -> LayerStatistics:
@@ -174,23 +178,23 @@ def test_the_file_itself_says_best_why_a_layer_is_float(tmp_path: Path) -> None:
     )
     plans = planned(TinyModel())
     follow_by(taken, plans, NoOutlier())
-    assert plans[5].skip_reason == "float in the file" and facts_by_layer(taken.note, "layers") == {}
+    assert plans[5].skip_reason == "float in the file" and get_layer_facts(taken.provenance, "layers") == {}
     layers_of(TinyModel(), plans[:5], taken)
 
 
 def test_a_file_of_int8run_itself_is_not_compared_and_may_contradict(tmp_path: Path) -> None:
     taken, _ = saved(TinyModel(), ConvRot(16), tmp_path / "m.safetensors")
-    cached, plans = replace(taken, cached=True), planned(TinyModel())
+    cached, plans = replace(taken, is_cached=True), planned(TinyModel())
     follow_by(cached, plans, SmoothQuant(0.5))
     loaded: Any = SimpleNamespace(denoiser=TinyModel(), device=CPU, files=None)
-    list(taken_layers(loaded, plans, cached, lambda name: pytest.fail("a float weight was read")))
+    list(read_prequantized_layers(loaded, plans, cached, lambda name: pytest.fail("a float weight was read")))
 
 
 def test_the_models_own_integers_are_not_compared_with_themselves(tmp_path: Path) -> None:
     taken, _ = saved(TinyModel(), ConvRot(16), tmp_path / "m.safetensors")
     plans = planned(TinyModel())
     loaded: Any = SimpleNamespace(denoiser=TinyModel(), device=CPU, files=taken.weights)
-    list(taken_layers(loaded, plans, taken, lambda name: pytest.fail("a float weight was read")))
+    list(read_prequantized_layers(loaded, plans, taken, lambda name: pytest.fail("a float weight was read")))
 
 
 # -- where the layers come from -----------------------------------------------------------------------------------------
@@ -198,7 +202,7 @@ def test_the_models_own_integers_are_not_compared_with_themselves(tmp_path: Path
 
 def found(
     spec: Any, files: Any = None, key: str | None = None, names: Sequence[str] = ("transformer",)
-) -> Taken | None:
+) -> PrequantizedLayers | None:
     """What is found for the small model."""
     loaded: Any = SimpleNamespace(
         denoiser=TinyModel(),
@@ -206,7 +210,7 @@ def found(
         files=files,
         source=SimpleNamespace(denoisers=[SimpleNamespace(component=n) for n in names]),
     )
-    return find_taken(loaded, planned(TinyModel()), spec, key)
+    return find_prequantized(loaded, planned(TinyModel()), spec, key)
 
 
 def settings(
@@ -217,7 +221,7 @@ def settings(
         metrics=SimpleNamespace(baseline="run"),
         outlier=NoOutlier(),
         cache=cache or DiskCache(None, 0),
-        lora=SimpleNamespace(adapters=adapters, strengths=[a.strength for a in adapters], bakes=True),
+        lora=SimpleNamespace(adapters=adapters, strengths=[a.strength for a in adapters], is_baked=True),
     )
 
 
@@ -228,12 +232,14 @@ def test_a_checkpoint_goes_before_the_models_own_file_and_that_before_the_cache(
     cache = DiskCache(str(tmp_path / "cache"))
     cache.put("int8", "k", 1, lambda path: path.write_bytes((tmp_path / "one.safetensors").read_bytes()))
     given = found(settings(str(tmp_path / "two.safetensors"), cache), one.weights, "k")
-    assert given is not None and given.where == str(tmp_path / "two.safetensors") and not given.cached
+    assert given is not None and given.source == str(tmp_path / "two.safetensors") and not given.is_cached
     own = found(settings(cache=cache), two.weights, "k")
-    assert own is not None and own.weights is two.weights and not own.cached
+    assert own is not None and own.weights is two.weights and not own.is_cached
     kept = found(settings(cache=cache), None, "k")
     assert (
-        kept is not None and kept.cached and kept.where == str(tmp_path / "cache" / "int8" / "k.safetensors")
+        kept is not None
+        and kept.is_cached
+        and kept.source == str(tmp_path / "cache" / "int8" / "k.safetensors")
     )
     assert (
         found(settings(cache=cache), None, "other") is None
@@ -244,7 +250,11 @@ def test_a_checkpoint_goes_before_the_models_own_file_and_that_before_the_cache(
 
 def test_a_file_of_floats_alone_holds_nothing_to_take(tmp_path: Path) -> None:
     write_tensors(
-        tmp_path / "m.safetensors", own_names(["proj_in.weight"]), {}, {"proj_in.weight": randn(64, 7)}, {}
+        tmp_path / "m.safetensors",
+        keep_own_names(["proj_in.weight"]),
+        {},
+        {"proj_in.weight": randn(64, 7)},
+        {},
     )
     with pytest.raises(
         FileError,
@@ -255,22 +265,22 @@ def test_a_file_of_floats_alone_holds_nothing_to_take(tmp_path: Path) -> None:
 
 def test_a_file_for_each_denoiser_or_a_folder_of_both(tmp_path: Path) -> None:
     two = ["transformer", "transformer_2"]
-    assert checkpoint_paths({"transformer_2": "~/b", "transformer": "a"}, two) == {
+    assert resolve_checkpoint_paths({"transformer_2": "~/b", "transformer": "a"}, two) == {
         "transformer_2": Path("~/b").expanduser(),
         "transformer": Path("a"),
     }
     with pytest.raises(
         ConfigError, match=r"^int8\.checkpoint names transformer; the model has transformer, transformer_2$"
     ):
-        checkpoint_paths({"transformer": "a"}, two)
+        resolve_checkpoint_paths({"transformer": "a"}, two)
     message = r"x is one file, the model has 2 denoisers; set 'int8\.checkpoint=\{transformer: <file>, transformer_2: <file>\}'$"
     with pytest.raises(ConfigError, match=message):
-        checkpoint_paths("x", two)
+        resolve_checkpoint_paths("x", two)
     for name in two:
         (tmp_path / name).mkdir()
-    assert checkpoint_paths(str(tmp_path), two) == {name: tmp_path / name for name in two}
-    assert checkpoint_paths(str(tmp_path), two[:1]) == {"transformer": tmp_path / "transformer"}
-    assert checkpoint_paths("x", two[:1]) == {"transformer": Path("x")}
+    assert resolve_checkpoint_paths(str(tmp_path), two) == {name: tmp_path / name for name in two}
+    assert resolve_checkpoint_paths(str(tmp_path), two[:1]) == {"transformer": tmp_path / "transformer"}
+    assert resolve_checkpoint_paths("x", two[:1]) == {"transformer": Path("x")}
 
 
 @pytest.mark.parametrize("name", shipped("outlier"))
@@ -365,8 +375,8 @@ def test_other_loras_in_the_weights_are_a_contradiction(tmp_path: Path) -> None:
 def test_only_baked_loras_with_a_strength_count() -> None:
     adapters, strengths = [SimpleNamespace(name="ink"), SimpleNamespace(name="gloss")], [0.0, 0.5]
     for bakes, expected in ((True, [["gloss", 0.5]]), (False, [])):
-        lora = SimpleNamespace(adapters=adapters, strengths=strengths, bakes=bakes)
-        assert baked_loras(SimpleNamespace(lora=lora)) == expected
+        lora = SimpleNamespace(adapters=adapters, strengths=strengths, is_baked=bakes)
+        assert list_baked_loras(SimpleNamespace(lora=lora)) == expected
 
 
 # -- which method a layer gets ------------------------------------------------------------------------------------------
@@ -386,10 +396,10 @@ def chosen_for(
         save=None, outlier=outlier, backend=backend, model=SimpleNamespace(dtype="float32")
     )
     loaded: Any = SimpleNamespace(
-        denoiser=model, device=CPU, weight=lambda name: model.get_submodule(name).weight
+        denoiser=model, device=CPU, read_weight=lambda name: model.get_submodule(name).weight
     )
     alone = [[name] for name in LINEARS]
-    return outlier_methods(
+    return choose_outlier_methods(
         loaded, plans, spec, dict.fromkeys(LINEARS, 4), groups or alone, seen, QUIET
     ), plans
 
@@ -474,7 +484,9 @@ class Attention(nn.Module):
 def made_of(model: nn.Module, rows: int = 4) -> dict[str, Int8Linear]:
     plans = planned(model)
     layers = quantize_layers(model, plans, {}, AbsMax(), {})
-    return build_int8_layers(model, layers, FusesGelu(), NEVER_FLOAT, dict.fromkeys([p.name for p in plans], rows))
+    return build_int8_layers(
+        model, layers, FusesGelu(), NEVER_FLOAT, dict.fromkeys([p.name for p in plans], rows)
+    )
 
 
 def test_two_models_of_the_same_layers_do_not_see_each_other() -> None:
@@ -495,7 +507,7 @@ def test_two_models_of_the_same_layers_do_not_see_each_other() -> None:
         0,
     )
     assert isinstance(at(whole, "0.act"), nn.Identity) and isinstance(at(part, "0.act"), nn.GELU)
-    assert {(m.shared, m.gelu_from, m.adapter) for m in made.values()} == {(None, -1, None)}
+    assert {(m.shared, m.gelu_from, m.adapter) for m in made.values()} == {(None, None, None)}
     branch = LowRankBranch([(randn(2, 8), randn(8, 2))], torch.float32, CPU)
     branch.set_strengths([5.0])
     at(part, "1.q").adapter = branch
@@ -568,7 +580,7 @@ def test_the_error_of_a_layer_is_that_of_the_model_where_it_alone_is_int8() -> N
 
 def test_no_hook_is_left_when_a_layer_fails() -> None:
     class Broken(Reference):
-        def quantize(self, *_: Any) -> Any:
+        def quantize(self, x: Any, **_: Any) -> Any:
             raise RuntimeError("broken")
 
     model = TinyModel()
@@ -586,7 +598,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budgets, "generate", lambda pipe, component, denoisers, pictures, sampling: denoisers)
     monkeypatch.setattr(budgets, "measure_latents_db", lambda made, exact: 10.0 * floats(made))
     monkeypatch.setattr(
-        budgets, "medians", lambda calls, device, rounds: [2.0 + floats(call.func) for call in calls]
+        budgets, "time_medians", lambda calls, device, rounds: [2.0 + floats(call.func) for call in calls]
     )
 
 
@@ -715,7 +727,9 @@ def test_the_layers_that_int8_hurts_are_kept_and_what_is_reached_is_measured() -
 
 def test_a_low_budget_keeps_nothing_and_looks_at_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        budgets, "measure_layer_sensitivities", lambda *_: pytest.fail("a budget that is met needs no order of the layers")
+        budgets,
+        "measure_layer_sensitivities",
+        lambda *_: pytest.fail("a budget that is met needs no order of the layers"),
     )
     run, target, budget = real_budget(0.0)
     assert not budget.kept and budget.reached_db == budget.without_db == pytest.approx(
@@ -759,7 +773,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             assert call.args[0].shape[::2] == (1, call.func.in_features)
         return [[1.0 if call.func.transform.label == "none" else 1.5] * rounds for call in calls]
 
-    monkeypatch.setattr(costs_module, "in_turns", in_turns)
+    monkeypatch.setattr(costs_module, "time_in_turns", in_turns)
     return seen
 
 
@@ -771,7 +785,10 @@ def test_a_cost_is_measured_once_and_remembered_in_the_table(
     backend: AutoBackend, timed: list[str], tmp_path: Path
 ) -> None:
     costs = TransformCosts(backend, CPU, torch.float32)
-    assert [costs.get_ratio(ROTATED, SHAPE), costs.get_ratio(ConvRot(64).fit(torch.ones(8, 16)), SHAPE)] == [1.5, 1.5]
+    assert [costs.get_ratio(ROTATED, SHAPE), costs.get_ratio(ConvRot(64).fit(torch.ones(8, 16)), SHAPE)] == [
+        1.5,
+        1.5,
+    ]
     assert timed == ["none", "convrot group_size=16"]
     known = json.loads((tmp_path / "table.json").read_text())
     (key,) = [key for key in known if "cost of" in key]
@@ -806,7 +823,10 @@ def test_one_transform_serves_all_layers_that_share_it_but_not_with_factors_of_t
 
 
 def test_nothing_costs_nothing(backend: AutoBackend, timed: list[str]) -> None:
-    assert TransformCosts(backend, CPU, torch.float32).get_ratio(OutlierTransform(), SHAPE) == 1.0 and timed == []
+    assert (
+        TransformCosts(backend, CPU, torch.float32).get_ratio(OutlierTransform(), SHAPE) == 1.0
+        and timed == []
+    )
 
 
 FACTOR = torch.full((16,), 2.0)
@@ -848,7 +868,7 @@ def test_a_shape_is_part_of_the_question(backend: AutoBackend, monkeypatch: pyte
         shapes.extend((call.args[0].shape[1], *call.func.packed.shape[::-1]) for call in calls)
         return [[1.0] * rounds for _ in calls]
 
-    monkeypatch.setattr(costs_module, "in_turns", in_turns)
+    monkeypatch.setattr(costs_module, "time_in_turns", in_turns)
     costs = TransformCosts(backend, CPU, torch.float32)
     for shape in ((3, 16, 8), (4, 16, 8), (3, 32, 8), (3, 16, 9)):
         shapes.clear()
@@ -860,7 +880,7 @@ def test_times_that_scatter_are_used_once_and_not_remembered(
     backend: AutoBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     times = [1.0] * 3 + [9.0] * 12
-    monkeypatch.setattr(costs_module, "in_turns", lambda calls, device, rounds: [times, times])
+    monkeypatch.setattr(costs_module, "time_in_turns", lambda calls, device, rounds: [times, times])
     costs = TransformCosts(backend, CPU, torch.float32)
     assert costs.get_ratio(ROTATED, SHAPE) == costs.get_ratio(ROTATED, SHAPE) == 1.0
     assert caplog.text.count("times scatter by more than twice") == 1
