@@ -21,6 +21,9 @@ from int8run.jobs.base import Outcome, WorkerDied
 from int8run.jobs.launchers import slurm_launcher
 from int8run.jobs.launchers.slurm_launcher import SLURM_PROGRAMS, Slurm
 
+# for what happens in a second on a quiet machine; a job of LONG_S is one that does not end by itself
+WAIT_S = 300
+LONG_S = 3600
 STAND_IN = """#!{python} -SE
 import os, re, shlex, signal, subprocess, sys
 from pathlib import Path
@@ -104,8 +107,8 @@ def outcomes(seconds=0.0):
     return call
 
 
-def until(condition, seconds=20):
-    end = time.monotonic() + seconds
+def until(condition):
+    end = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -117,10 +120,10 @@ def test_answers_and_errors_come_back_as_they_were(pool):
 
     workers = [pool.start(), pool.start()]
     answers = [workers[0].submit(outcomes()), workers[1].submit(bad)]
-    assert answers[0].result(30) == [Outcome(n, "FINISHED", value=("1", "3")) for n in range(2)]
+    assert answers[0].result(WAIT_S) == [Outcome(n, "FINISHED", value=("1", "3")) for n in range(2)]
     with pytest.raises(ConfigError, match="steps is 0"):
-        answers[1].result(30)
-    assert workers[0].submit(outcomes()).result(30)[0].value == ("3", "3")  # a job of its own
+        answers[1].result(WAIT_S)
+    assert workers[0].submit(outcomes()).result(WAIT_S)[0].value == ("3", "3")  # a job of its own
 
 
 def test_deaths_are_told_in_slurms_words(pool, cluster, monkeypatch):
@@ -128,57 +131,57 @@ def test_deaths_are_told_in_slurms_words(pool, cluster, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     workers = [pool.start() for _ in range(3)]
-    monkeypatch.setattr(slurm_launcher, "RESULT_GRACE_S", 60)  # there is nothing to wait for
-    answers = [workers[0].submit(dies), *(worker.submit(outcomes(60)) for worker in workers[1:])]
+    monkeypatch.setattr(slurm_launcher, "RESULT_GRACE_S", LONG_S)  # there is nothing to wait for
+    answers = [workers[0].submit(dies), *(worker.submit(outcomes(LONG_S)) for worker in workers[1:])]
     (cluster / "2.state").write_text("TIMEOUT")
     (cluster / "3.state").write_text("CANCELLED")
     with pytest.raises(
         WorkerDied,
         match=r"^Slurm job 1 ended without a result: FAILED: its process was killed by signal 9 \(SIGKILL\); .*_log.err$",
     ):
-        answers[0].result(30)
+        answers[0].result(WAIT_S)
     with pytest.raises(
         WorkerDied,
         match=r"Slurm job 2 ended without a result: TIMEOUT; hydra.launcher.time_min allows more; its log",
     ):
-        answers[1].result(30)
+        answers[1].result(WAIT_S)
     with pytest.raises(WorkerDied, match="Slurm job 3 ended without a result: CANCELLED; its log"):
-        answers[2].result(30)
+        answers[2].result(WAIT_S)
 
 
 def test_a_controller_that_does_not_answer_is_no_death(pool, cluster):
     answer = pool.start().submit(outcomes(1.5))
     (cluster / "down").touch()
-    assert len(answer.result(30)) == 2
+    assert len(answer.result(WAIT_S)) == 2
 
 
 def test_a_result_that_is_seen_late_is_no_death(pool, cluster, monkeypatch):
-    monkeypatch.setattr(slurm_launcher, "RESULT_GRACE_S", 30)
+    monkeypatch.setattr(slurm_launcher, "RESULT_GRACE_S", LONG_S)
     answer = pool.start().submit(outcomes(2.0))
     (cluster / "1.state").write_text("COMPLETED")  # gone from the queue, its file not there yet
-    assert len(answer.result(30)) == 2
+    assert len(answer.result(WAIT_S)) == 2
 
 
 def test_a_job_that_completes_without_a_result_is_dead_after_a_while(pool, cluster):
-    answer = pool.start().submit(outcomes(60))
+    answer = pool.start().submit(outcomes(LONG_S))
     (cluster / "1.state").write_text("COMPLETED")
     with pytest.raises(WorkerDied, match="Slurm job 1 ended without a result: COMPLETED; its log"):
-        answer.result(30)
+        answer.result(WAIT_S)
 
 
 def test_closing_a_worker_cancels_its_job(pool, cluster, tmp_path):
     def call():
         (tmp_path / "begun").write_text(str(os.getpid()))
-        time.sleep(60)
+        time.sleep(LONG_S)
 
     worker, other = pool.start(), pool.start()
-    answer, left = worker.submit(call), other.submit(outcomes(60))
+    answer, left = worker.submit(call), other.submit(outcomes(LONG_S))
     until((tmp_path / "begun").exists)
     worker.close()
     # submitit alone would wait for the second, stronger signal
     until(lambda: not psutil.pid_exists(int((tmp_path / "begun").read_text())))
     with pytest.raises(WorkerDied, match="its Slurm job was ended by int8run"):
-        answer.result(1)
+        answer.result(WAIT_S)
     assert (cluster / "1.state").read_text() == "CANCELLED" and not left.done()
     worker.close()
     pool.close()
@@ -187,12 +190,24 @@ def test_closing_a_worker_cancels_its_job(pool, cluster, tmp_path):
 
 def test_why_a_job_waits_is_said_once(pool, cluster, caplog):
     (cluster / "busy").touch()
+
+    def call():
+        while (cluster / "busy").exists():
+            time.sleep(0.05)
+        return []
+
+    def messages():
+        return [r.getMessage() for r in caplog.records if r.name == slurm_launcher.log.name]
+
     with caplog.at_level(logging.INFO):
-        pool.start().submit(outcomes(2.5)).result(30)
-    told = [record.getMessage() for record in caplog.records if record.name == slurm_launcher.log.name]
-    assert told[0].startswith("Slurm job 1 submitted; its log: ") and told[1:] == [
-        "Slurm job 1 waits: Resources"
-    ]
+        answer = pool.start().submit(call)
+        until(lambda: len(messages()) == 2)
+        time.sleep(1)  # the queue is looked at several times
+        (cluster / "busy").unlink()
+        answer.result(WAIT_S)
+
+    assert messages()[0].startswith("Slurm job 1 submitted; its log: ")
+    assert messages()[1:] == ["Slurm job 1 waits: Resources"]
 
 
 def test_a_job_that_slurm_does_not_take(pool, cluster):
@@ -204,12 +219,12 @@ def test_a_job_that_slurm_does_not_take(pool, cluster):
     ):
         worker.submit(outcomes())
     (cluster / "refuse").unlink()
-    worker.submit(outcomes()).result(30)
+    worker.submit(outcomes()).result(WAIT_S)
     (cluster / "refuse").write_text("Job violates accounting/QOS policy")  # the others of the sweep go on
     with pytest.raises(
         WorkerDied, match="Slurm did not take the job: sbatch: error: Job violates accounting/QOS policy"
     ):
-        worker.submit(outcomes()).result(1)
+        worker.submit(outcomes()).result(WAIT_S)
 
 
 def test_a_machine_without_our_code_is_named_in_the_error(pool, monkeypatch):
@@ -220,13 +235,13 @@ def test_a_machine_without_our_code_is_named_in_the_error(pool, monkeypatch):
         WorkerDied,
         match=r"Slurm job 1 could not begin: ModuleNotFoundError: No module named 'only_here'; its log: .*err",
     ):
-        pool.start().submit(module.call).result(30)
+        pool.start().submit(module.call).result(WAIT_S)
 
 
 def test_a_broken_watch_leaves_nobody_waiting(pool, monkeypatch):
     monkeypatch.setattr(slurm_launcher, "read_queue", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        pool.start().submit(outcomes(60)).result(30)
+        pool.start().submit(outcomes(LONG_S)).result(WAIT_S)
 
 
 def test_accounting_is_asked_when_the_controller_has_forgotten(cluster, monkeypatch):
