@@ -150,7 +150,7 @@ class BackendChooser:
         x = torch.ones(8, in_features, device=self.device)
         run = lambda b: run_plain_layer(
             b, x, b.pack_weight(weight), weight.scale[:, 0].contiguous(), None
-        ).float()  # noqa: E731
+        ).float()
         try:
             found = run(backend)
         except BackendError as error:

@@ -1,4 +1,9 @@
-"""What a backend is, and what it may refuse."""
+"""What a backend is: the program that quantizes a layer's input and multiplies int8 matrices.
+
+An `Int8Linear` holds one backend and calls its `quantize` and `linear` at every forward. The backends beside
+this module implement the `Backend` protocol and state their `Limits` as data; none of them knows models,
+LoRAs or configs.
+"""
 
 import importlib.util
 import shutil
@@ -14,48 +19,66 @@ from int8run.kernels.hadamard.reference import Rotation
 from int8run.quant.weight import QuantizedWeight
 from int8run.utils.hardware import get_cpu_capabilities
 
-# 32-bit sums hold this many products of the largest codes: signed by signed, and unsigned activations by signed weights
-MAX_SIGNED_PRODUCTS, MAX_UNSIGNED_PRODUCTS = 2**31 // (128 * 127), 2**31 // (255 * 127)
+# a 32-bit sum holds this many products of the largest integers: signed inputs, or unsigned ones, by signed
+# weights
+MAX_SIGNED_PRODUCTS = 2**31 // (128 * 127)
+MAX_UNSIGNED_PRODUCTS = 2**31 // (255 * 127)
+
+# what the kernels take as `gelu_from` where there is no GELU: their operators have no optional integers
+NO_GELU = -1
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a backend needs, as data: the same table drives the check, the message and the tests."""
+    """What a backend needs, as data: the same values drive the check, the error message and the tests.
+
+    Args:
+        devices: device types that it runs on.
+        cpu_features: instruction sets by torch's names, of which one is enough; empty: any CPU.
+        needs_compiler: whether a C++ compiler must be on the PATH.
+        python_packages: packages that must be installed.
+        cuda_capability: the least compute capability of a GPU.
+        max_in_features: the widest layer whose 32-bit sums cannot overflow; None: any width.
+        fuses_gelu: whether `quantize` computes a GELU on the way, at next to no cost.
+        is_optional: whether `backend=auto` says nothing where this backend is missing, because few have it.
+    """
 
     devices: tuple[str, ...] = ("cpu", "cuda")
-    cpu_features: tuple[str, ...] = ()  # one of these is enough; empty: any CPU
-    needs_compiler: bool = False  # a C++ compiler on the PATH
-    python_packages: tuple[str, ...] = ()  # Python packages
-    cuda_capability: tuple[int, int] = (0, 0)  # at least
-    max_in_features: int | None = None  # beyond, 32-bit sums overflow
-    fuses_gelu: bool = False  # a GELU before the layer costs next to nothing inside its quantization
-    is_optional: bool = False  # for those who ask for it: backend=auto says nothing when it is missing
+    cpu_features: tuple[str, ...] = ()
+    needs_compiler: bool = False
+    python_packages: tuple[str, ...] = ()
+    cuda_capability: tuple[int, int] = (0, 0)
+    max_in_features: int | None = None
+    fuses_gelu: bool = False
+    is_optional: bool = False
 
     def unsupported_reasons(self, device: torch.device) -> list[str]:
-        """Every reason why this device cannot run it; empty when it can."""
+        """Every reason why the backend cannot run on this device; empty when it can."""
         if device.type not in self.devices:
             return [f"runs on {' and '.join(self.devices)}, not on {device.type}"]
-        reasons = []
-        if device.type == "cpu" and self.cpu_features and not has_cpu_feature(self.cpu_features):
-            reasons.append(
-                f"needs a CPU with {' or '.join(self.cpu_features)}: without, int8 products saturate"
-            )
-        elif (
-            device.type == "cuda"
-            and self.cuda_capability > (0, 0)
-            and (have := torch.cuda.get_device_capability(device)) < self.cuda_capability
-        ):
-            reasons.append(
-                f"needs compute capability {format_version(self.cuda_capability)}, this GPU has {format_version(have)}"
-            )
+        processor_reason = self._unsupported_processor_reason(device)
+        reasons = [] if processor_reason is None else [processor_reason]
         if self.needs_compiler and not any(map(shutil.which, COMPILERS)):
             reasons.append(f"needs a C++ compiler on the PATH ({', '.join(COMPILERS)})")
-        missing = [m for m in self.python_packages if importlib.util.find_spec(m) is None]
-        reasons += [f"needs the Python package {m} (pip install {m.replace('_', '-')})" for m in missing]
+        for package in self.python_packages:
+            if importlib.util.find_spec(package) is None:
+                pip_name = package.replace("_", "-")
+                reasons.append(f"needs the Python package {package} (pip install {pip_name})")
         return reasons
 
+    def _unsupported_processor_reason(self, device: torch.device) -> str | None:
+        if device.type == "cpu" and self.cpu_features and not has_cpu_feature(self.cpu_features):
+            return f"needs a CPU with {' or '.join(self.cpu_features)}: without, int8 products saturate"
+        # a GPU is asked for its capability only where one is required: asking starts CUDA
+        if device.type == "cuda" and self.cuda_capability > (0, 0):
+            capability = torch.cuda.get_device_capability(device)
+            if capability < self.cuda_capability:
+                required, found = format_version(self.cuda_capability), format_version(capability)
+                return f"needs compute capability {required}, this GPU has {found}"
+        return None
+
     def unsupported_layer_reasons(self, in_features: int, out_features: int) -> list[str]:
-        """Every reason why it cannot take a layer of this shape."""
+        """Every reason why the backend cannot take a layer of this shape; empty when it can."""
         if self.max_in_features is None or in_features <= self.max_in_features:
             return []
         return [f"in_features={in_features} overflows its 32-bit sums, which hold {self.max_in_features}"]
@@ -67,34 +90,50 @@ def format_version(numbers: tuple[int, int]) -> str:
 
 
 def has_cpu_feature(features: Sequence[str]) -> bool:
-    """Whether this CPU has one of the named instruction sets, by torch's own names (`avx512_vnni`, `avx_vnni`, …)."""
+    """Whether this CPU has one of these instruction sets, named as torch does (`avx512_vnni`, ...)."""
     capabilities = get_cpu_capabilities()
     return any(capabilities.get(feature, False) for feature in features)
 
 
 class QuantizedInput(NamedTuple):
-    """Rows after quantization: what layers that read the same tensor can share."""
+    """Rows after quantization: what layers that read the same tensor can share.
 
-    q: Tensor  # [M, K], int8 or uint8, K possibly padded
-    scale: Tensor  # float32, one per row
-    down_product: Tensor | None = (
-        None  # float32 [M, r]: the branch's down-projection, where the backend computes it from x in passing
-    )
-    rotation: int = 0  # group still to be rotated, by a backend that quantizes inside its product
+    Args:
+        q: int8 or uint8 [M, K]; a backend may pad M and K.
+        scale: float32, one per row.
+        down_product: float32 [M, r], the branch's down-projection of x, where the backend computes it in the
+            same pass.
+        rotation: size of the groups that `linear` has still to rotate, for a backend that quantizes inside
+            its product.
+    """
+
+    q: Tensor
+    scale: Tensor
+    down_product: Tensor | None = None
+    rotation: int = 0
 
 
 class FusedBranch(NamedTuple):
-    """A low-rank branch in a backend's own layout."""
+    """A low-rank branch in a backend's own layout.
+
+    Args:
+        down: the factor that reads the input, lora_A.
+        up: the factor that writes the output, lora_B.
+        down_scale: scales of `down`, where it is quantized.
+        up_scale: scales of `up`, where it is quantized.
+        needs_input: whether `quantize` takes `down` and multiplies it with the transformed input; otherwise
+            `linear` does.
+    """
 
     down: Tensor
     up: Tensor
     down_scale: Tensor | None = None
     up_scale: Tensor | None = None
-    needs_input: bool = False  # `down` is wanted by `quantize`, not by `linear`
+    needs_input: bool = False
 
     @property
     def down_with_input(self) -> Tensor | None:
-        """What `quantize` needs of it."""
+        """What to give to `quantize` as `down`."""
         return self.down if self.needs_input else None
 
 
@@ -105,19 +144,27 @@ class Backend(Protocol):
     limits: ClassVar[Limits]
 
     def pack_weight(self, weight: QuantizedWeight) -> Tensor:
-        """The weight in the layout that `linear` wants; computed once per layer."""
+        """The integers of a weight in the layout that `linear` takes; computed once per layer."""
         ...
 
     def quantize(
-        self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
+        self,
+        x: Tensor,
+        *,
+        factor: Tensor | None = None,
+        rotation: Rotation | None = None,
+        gelu_from: int | None = None,
+        down: Tensor | None = None,
     ) -> QuantizedInput:
-        """Quantize each row: GELU on the columns from `gelu_from` (-1: none), times `factor`, groups rotated, rounded.
+        """Quantize each row after a GELU, a factor per column and a rotation, in this order.
 
         Args:
             x: float [M, K].
-            factor: float32 [K] or None.
-            rotation: of groups of g columns, where g divides K; or None.
-            down: the fused branch's down-projection, where it wants the input.
+            factor: float32 [K], multiplied to the columns.
+            rotation: of groups of g columns, where g divides K.
+            gelu_from: the first column that goes through a GELU (tanh); None: no column does.
+            down: the down-projection of a fused branch that needs the input, see
+                `FusedBranch.down_with_input`.
         """
         ...
 
@@ -126,29 +173,46 @@ class Backend(Protocol):
         x: QuantizedInput,
         packed: Tensor,
         w_scale: Tensor,
-        bias: Tensor | None,
+        *,
         dtype: torch.dtype,
-        branch: FusedBranch | None,
-        strengths: Tensor | None,
+        bias: Tensor | None = None,
+        branch: FusedBranch | None = None,
+        strengths: Tensor | None = None,
     ) -> Tensor:
-        """Multiply, scale, add the bias and the branch. w_scale: float32 [N], bias: float32 [N] -> [M, N] of the dtype."""
+        """Multiply, apply the scales, and add the bias and the branch.
+
+        Args:
+            x: from `quantize`: M rows of K columns.
+            packed: from `pack_weight`.
+            w_scale: float32 [N].
+            dtype: of the result.
+            bias: float32 [N].
+            branch: from `FusesBranch.fuse_branch`.
+            strengths: float32 [r], one per rank of the branch.
+
+        Returns:
+            dtype [M, N].
+        """
         ...
 
 
 @runtime_checkable
 class FusesBranch(Protocol):
-    """What a backend may offer besides: the low-rank branch inside its own product."""
+    """A backend that can compute a low-rank branch inside its own product."""
 
     def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch | None:
         """The branch in the backend's own layout; None where its rank is too large for that.
 
-        lora_A: float32 [r, K], for the transformed input; lora_B: float32 [N, r]; dtype of the float model.
+        Args:
+            lora_A: float32 [r, K], in the basis of the transformed input.
+            lora_B: float32 [N, r].
+            dtype: of the float model.
         """
         ...
 
 
 class Timer(Protocol):
-    """What a tunable backend is timed by."""
+    """Times backends on one device; `Tunable` backends are given one."""
 
     @property
     def device(self) -> torch.device:
@@ -158,23 +222,32 @@ class Timer(Protocol):
     def measure_seconds(
         self, backends: Iterable[Backend], rows: int, in_features: int, out_features: int
     ) -> dict[str, float]:
-        """Seconds of each backend."""
+        """Seconds that each backend takes for a layer of this shape, by the backend's name."""
         ...
 
 
 @runtime_checkable
 class Tunable(Protocol):
-    """What a backend may offer besides: settings of its own that `task=bench` chooses per shape."""
+    """A backend with settings that `task=bench` chooses for each shape."""
 
     def tune(self, timer: Timer, rows: int, in_features: int, out_features: int) -> None:
-        """Time its settings for a shape and keep the best."""
+        """Time the settings for a shape and keep the best."""
         ...
 
 
 def run_plain_layer(
     backend: Backend, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """A whole layer without transform and branch: quantize x, multiply. x: float [M, K] -> [M, N], x's dtype."""
-    return backend.linear(
-        backend.quantize(x, None, None, -1, None), packed, w_scale, bias, x.dtype, None, None
-    )
+    """A whole layer without transform and branch: quantize x and multiply.
+
+    Args:
+        backend: runs the layer.
+        x: float [M, K].
+        packed: from `pack_weight`.
+        w_scale: float32 [N].
+        bias: float32 [N] or None.
+
+    Returns:
+        [M, N] in x's dtype.
+    """
+    return backend.linear(backend.quantize(x), packed, w_scale, dtype=x.dtype, bias=bias)

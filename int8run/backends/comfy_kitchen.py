@@ -33,7 +33,13 @@ class ComfyKitchen:
         return weight.qdata.contiguous()
 
     def quantize(
-        self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
+        self,
+        x: Tensor,
+        *,
+        factor: Tensor | None = None,
+        rotation: Rotation | None = None,
+        gelu_from: int | None = None,
+        down: Tensor | None = None,
     ) -> QuantizedInput:
         """x: [M, K], not quantized yet; a regular rotation is left to the product, which knows no other."""
         inside = rotation if rotation and not rotation.sylvester else None
@@ -45,10 +51,11 @@ class ComfyKitchen:
         x: QuantizedInput,
         packed: Tensor,
         w_scale: Tensor,
-        bias: Tensor | None,
+        *,
         dtype: torch.dtype,
-        branch: FusedBranch | None,
-        strengths: Tensor | None,
+        bias: Tensor | None = None,
+        branch: FusedBranch | None = None,
+        strengths: Tensor | None = None,
     ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         # an optional package, imported where it runs

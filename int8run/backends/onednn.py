@@ -55,7 +55,13 @@ class OneDnn:
         return torch.ops.onednn.qlinear_prepack(weight.qdata, None)
 
     def quantize(
-        self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
+        self,
+        x: Tensor,
+        *,
+        factor: Tensor | None = None,
+        rotation: Rotation | None = None,
+        gelu_from: int | None = None,
+        down: Tensor | None = None,
     ) -> QuantizedInput:
         """x: [M, K] -> uint8 [M, K] and scales [M, 1]."""
         return QuantizedInput(*quantize_rowwise(transform_rows(x, factor, rotation, gelu_from), ZERO_POINT))
@@ -65,10 +71,11 @@ class OneDnn:
         x: QuantizedInput,
         packed: Tensor,
         w_scale: Tensor,
-        bias: Tensor | None,
+        *,
         dtype: torch.dtype,
-        branch: FusedBranch | None,
-        strengths: Tensor | None,
+        bias: Tensor | None = None,
+        branch: FusedBranch | None = None,
+        strengths: Tensor | None = None,
     ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         return onednn_linear(x.q, x.scale, packed, w_scale, bias, dtype)

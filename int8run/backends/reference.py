@@ -25,7 +25,13 @@ class Reference:
         return weight.qdata
 
     def quantize(
-        self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
+        self,
+        x: Tensor,
+        *,
+        factor: Tensor | None = None,
+        rotation: Rotation | None = None,
+        gelu_from: int | None = None,
+        down: Tensor | None = None,
     ) -> QuantizedInput:
         """x: [M, K] -> int8 [M, K] and scales [M, 1]."""
         return QuantizedInput(*quantize_rowwise(transform_rows(x, factor, rotation, gelu_from)))
@@ -35,10 +41,11 @@ class Reference:
         x: QuantizedInput,
         packed: Tensor,
         w_scale: Tensor,
-        bias: Tensor | None,
+        *,
         dtype: torch.dtype,
-        branch: FusedBranch | None,
-        strengths: Tensor | None,
+        bias: Tensor | None = None,
+        branch: FusedBranch | None = None,
+        strengths: Tensor | None = None,
     ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         return int8_linear(x.q, x.scale, packed, w_scale, bias).to(dtype)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from int8run.backends.autotune_cache import AutotuneCache
-from int8run.backends.base import MAX_SIGNED_PRODUCTS, FusedBranch, Limits, QuantizedInput, Timer
+from int8run.backends.base import MAX_SIGNED_PRODUCTS, NO_GELU, FusedBranch, Limits, QuantizedInput, Timer
 from int8run.errors import ConfigError
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.int8_linear.tile import BUCKETS, Tile, choose_tile, find_bucket, list_candidates
@@ -50,7 +50,13 @@ class Triton:
         return weight.qdata.contiguous()
 
     def quantize(
-        self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
+        self,
+        x: Tensor,
+        *,
+        factor: Tensor | None = None,
+        rotation: Rotation | None = None,
+        gelu_from: int | None = None,
+        down: Tensor | None = None,
     ) -> QuantizedInput:
         """x: [M, K] -> int8 [M, K], scales [M, 1] and, with `down`, its product with the transformed x."""
         # imported where it runs: a CPU has no use for Triton
@@ -64,37 +70,52 @@ class Triton:
         if down is not None and down.dtype != x.dtype:  # an input that is not in the model's dtype
             down = down.to(x.dtype)
         q, scale, h = quantize_rowwise(
-            x, factor, *((rotation.group, rotation.sylvester) if rotation else (0, False)), gelu_from, down
+            x,
+            factor=factor,
+            rotation=0 if rotation is None else rotation.group,
+            sylvester=rotation is not None and rotation.sylvester,
+            gelu_from=NO_GELU if gelu_from is None else gelu_from,
+            down=down,
         )
-        return QuantizedInput(q, scale, None if down is None else h)
+        return QuantizedInput(q, scale, down_product=None if down is None else h)
 
     def linear(
         self,
         x: QuantizedInput,
         packed: Tensor,
         w_scale: Tensor,
-        bias: Tensor | None,
+        *,
         dtype: torch.dtype,
-        branch: FusedBranch | None,
-        strengths: Tensor | None,
+        bias: Tensor | None = None,
+        branch: FusedBranch | None = None,
+        strengths: Tensor | None = None,
     ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         from int8run.kernels.int8_linear.kernel import int8_linear
 
         if x.q.shape[0] == 0:
             return x.q.new_empty((0, packed.shape[0]), dtype=dtype)
-        up = None if branch is None or x.down_product is None else branch.up
-        if strengths is not None and up is not None:
-            strengths = (
-                F.pad(strengths, (0, up.shape[1] - strengths.shape[0]))
-                if up.shape[1] != strengths.shape[0]
-                else strengths
-            )
-        n, k = packed.shape
-        tile = self.tile or self.tiles[k, n][BUCKETS.index(find_bucket(x.q.shape[0]))]
-        h = None if up is None else x.down_product
+        rows, (n, k) = x.q.shape[0], packed.shape
+        tile = self.tile or self.tiles[k, n][BUCKETS.index(find_bucket(rows))]
+        if branch is None or x.down_product is None:
+            h = up = strengths = None
+        else:
+            h, up = x.down_product, branch.up  # float32 [M, r], [N, r]
+            padding = 0 if strengths is None else up.shape[1] - strengths.shape[0]
+            if strengths is not None and padding:
+                strengths = F.pad(strengths, (0, padding))
         return int8_linear(
-            x.q, x.scale, packed, w_scale, 0, bias, h, up, dtype, tile, None if up is None else strengths
+            x.q,
+            x.scale,
+            packed,
+            w_scale,
+            group=0,
+            bias=bias,
+            h=h,
+            up=up,
+            out_dtype=dtype,
+            tile=tile,
+            strengths=strengths,
         )
 
     def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch | None:

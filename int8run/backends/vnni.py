@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from int8run.backends.base import MAX_SIGNED_PRODUCTS, FusedBranch, Limits, QuantizedInput
+from int8run.backends.base import MAX_SIGNED_PRODUCTS, NO_GELU, FusedBranch, Limits, QuantizedInput
 from int8run.errors import BackendError, check_bool
 from int8run.kernels.cpu import vnni
 from int8run.kernels.cpu.library import BuildError, load_vnni_library
@@ -49,31 +49,49 @@ class Vnni:
         return vnni.pack_weight(weight.qdata)
 
     def quantize(
-        self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
+        self,
+        x: Tensor,
+        *,
+        factor: Tensor | None = None,
+        rotation: Rotation | None = None,
+        gelu_from: int | None = None,
+        down: Tensor | None = None,
     ) -> QuantizedInput:
         """x: [M, K] -> uint8 [M, K] and scales [M]."""
-        return QuantizedInput(
-            *vnni.quantize_rows(
-                x, factor, rotation.group if rotation else 0, bool(rotation and rotation.sylvester), gelu_from
-            )
+        q, scale = vnni.quantize_rows(
+            x,
+            factor=factor,
+            rotation=0 if rotation is None else rotation.group,
+            sylvester=rotation is not None and rotation.sylvester,
+            gelu_from=NO_GELU if gelu_from is None else gelu_from,
         )
+        return QuantizedInput(q, scale)
 
     def linear(
         self,
         x: QuantizedInput,
         packed: Tensor,
         w_scale: Tensor,
-        bias: Tensor | None,
+        *,
         dtype: torch.dtype,
-        branch: FusedBranch | None,
-        strengths: Tensor | None,
+        bias: Tensor | None = None,
+        branch: FusedBranch | None = None,
+        strengths: Tensor | None = None,
     ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         if branch is None or branch.down_scale is None or strengths is None:
             return vnni.int8_linear(x.q, x.scale, packed, w_scale, bias, dtype)
-        down_scale = branch.down_scale * strengths
         return vnni.int8_linear(
-            x.q, x.scale, packed, w_scale, bias, dtype, branch.down, down_scale, branch.up, branch.up_scale
+            x.q,
+            x.scale,
+            packed,
+            w_scale,
+            bias,
+            dtype,
+            down=branch.down,
+            down_scale=branch.down_scale * strengths,  # float32 [r]
+            up=branch.up,
+            up_scale=branch.up_scale,
         )
 
     def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch | None:
@@ -82,8 +100,8 @@ class Vnni:
             return None
         down, up = quantize_weight(lora_A), quantize_weight(lora_B)
         return FusedBranch(
-            vnni.pack_weight(down.qdata),
-            vnni.pack_weight(up.qdata),
-            down.scale[:, 0].contiguous(),
-            up.scale[:, 0].contiguous(),
+            down=vnni.pack_weight(down.qdata),
+            up=vnni.pack_weight(up.qdata),
+            down_scale=down.scale[:, 0].contiguous(),
+            up_scale=up.scale[:, 0].contiguous(),
         )

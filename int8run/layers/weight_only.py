@@ -236,8 +236,8 @@ class BlockInt8Linear(KeepsDtypes):
             else self.bias.repeat(len(rows), 1)
         )
         for block, packed, scale in zip(rows.split(self.block, dim=1), self.packed, self.scale, strict=True):
-            quantized = self.backend.quantize(block.contiguous(), None, None, -1, None)
-            y += self.backend.linear(quantized, packed, scale, None, torch.float32, None, None)
+            quantized = self.backend.quantize(block.contiguous())
+            y += self.backend.linear(quantized, packed, scale, dtype=torch.float32)
         y = y.to(x.dtype)
         return y.unflatten(0, x.shape[:-1]) if x.dim() > 1 else y.squeeze(0)
 
@@ -246,10 +246,8 @@ class BlockInt8Linear(KeepsDtypes):
         """The weight's numbers, without the transform: the blocks' integers are their products with the unit vectors. float32 [N, K]."""
         blocks = []
         for packed, scale, width in zip(self.packed, self.scale, self.widths, strict=True):
-            unit = self.backend.quantize(torch.eye(width, device=scale.device), None, None, -1, None)
-            integers = self.backend.linear(
-                unit, packed, torch.ones_like(scale), None, torch.float32, None, None
-            ).round()
+            unit = self.backend.quantize(torch.eye(width, device=scale.device))
+            integers = self.backend.linear(unit, packed, torch.ones_like(scale), dtype=torch.float32).round()
             blocks.append((integers * scale).T)
         return self.transform.restore_weight(torch.cat(blocks, dim=1))
 

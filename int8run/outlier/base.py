@@ -67,18 +67,16 @@ class OutlierTransform(nn.Module):
     def transform_weight(self, weight: Tensor) -> Tensor:
         """Offline, once, in float32. weight: [N, K] -> [N, K]."""
         # the matrix is symmetric and its own inverse
-        return transform_rows(
-            weight if self.factor is None else weight / self.factor, None, self.rotation, -1
-        )
+        return transform_rows(weight if self.factor is None else weight / self.factor, rotation=self.rotation)
 
     def restore_weight(self, weight: Tensor) -> Tensor:
         """The inverse of `transform_weight`."""
-        plain = transform_rows(weight, None, self.rotation, -1)
+        plain = transform_rows(weight, rotation=self.rotation)
         return plain if self.factor is None else plain * self.factor
 
     def transform_input(self, x: Tensor) -> Tensor:
         """Online, at every call; the definition of what backends do on the way. x: [..., K] -> [..., K]."""
-        return transform_rows(x, self.factor, self.rotation, -1)
+        return transform_rows(x, self.factor, self.rotation)
 
     def round_input(self, x: Tensor) -> Tensor:
         """The transformed input as the integers give it back, in float32: what an INT8 layer really multiplies.

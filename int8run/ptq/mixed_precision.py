@@ -145,7 +145,7 @@ def measure_layer_sensitivities(
     errors = {}
     for name, layer in layers.items():
         # the float model's activation has run already
-        hook = lambda _, args, out, layer=layer: layer.compute(args[0], gelu_from=-1, shared=None)  # noqa: E731
+        hook = lambda _, args, out, layer=layer: layer.forward_isolated(args[0])  # noqa: E731
         with ExitStack() as stack:
             stack.callback(denoiser.get_submodule(name).register_forward_hook(hook).remove)
             squares = [

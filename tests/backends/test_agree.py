@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.helpers import assert_close, full_range, randn, shipped, usable
+from support.compare import assert_close
+from support.helpers import full_range, randn, shipped, usable
 
 from int8run.backends.base import run_plain_layer
 from int8run.backends.reference import Reference
@@ -111,10 +112,13 @@ def run_rotated(backend, device, x, weight, rotation, factor, gelu_from):
     weight = QuantizedWeight(weight.qdata.to(device), weight.scale.to(device))
     rotation = rotation._replace(matrix=rotation.matrix.to(device))
     quantized = backend.quantize(
-        x.to(device), None if factor is None else factor.to(device), rotation, gelu_from, None
+        x.to(device),
+        factor=None if factor is None else factor.to(device),
+        rotation=rotation,
+        gelu_from=gelu_from,
     )
     return backend.linear(
-        quantized, backend.pack_weight(weight), weight.scale[:, 0].contiguous(), None, x.dtype, None, None
+        quantized, backend.pack_weight(weight), weight.scale[:, 0].contiguous(), dtype=x.dtype
     ).cpu()
 
 
@@ -128,7 +132,7 @@ def test_rotations(backend, device, rotation, before, dtype):
         quantize_weight(randn(20, 384, seed=1)),
         randn(384, seed=2).abs() + 0.5,
     )
-    steps = (weight, ROTATIONS[rotation], factor if before else None, 100 if before else -1)
+    steps = (weight, ROTATIONS[rotation], factor if before else None, 100 if before else None)
     y, expected = (
         run_rotated(backend, device, x.to(dtype), *steps),
         run_rotated(Reference(), "cpu", x.to(dtype).float(), *steps),

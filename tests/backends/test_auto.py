@@ -29,7 +29,7 @@ class Saturating(Reference):
 
     name: ClassVar[str] = "saturating"
 
-    def linear(self, x, packed, w_scale, bias, dtype, branch, strengths):
+    def linear(self, x, packed, w_scale, *, dtype, bias=None, branch=None, strengths=None):
         y = (x.q.double() @ packed.double().T).clamp(-(2**15), 2**15 - 1).float() * w_scale * x.scale
         return (y if bias is None else y + bias).to(dtype)
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.helpers import CPU, assert_close, randn, usable
+from support.compare import assert_close
+from support.helpers import CPU, randn, usable
 
 from int8run.backends.base import run_plain_layer
 from int8run.backends.comfy_kitchen import ComfyKitchen
@@ -48,7 +49,10 @@ def test_close_to_the_definition():
 def test_the_product_is_left_a_regular_rotation_and_no_other():
     x, factor = randn(5, 256), randn(256, seed=1)
     regular, sylvester = Rotation(regular_hadamard(64)), Rotation(sylvester_hadamard(128), sylvester=True)
-    left, done = (ComfyKitchen().quantize(x, factor, rotation, 0, None) for rotation in (regular, sylvester))
+    left, done = (
+        ComfyKitchen().quantize(x, factor=factor, rotation=rotation, gelu_from=0)
+        for rotation in (regular, sylvester)
+    )
     assert left.rotation == 64 and torch.equal(left.q, transform_rows(x, factor, None, 0))
     assert done.rotation == 0 and torch.equal(done.q, transform_rows(x, factor, sylvester, 0))
 

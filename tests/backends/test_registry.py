@@ -10,7 +10,7 @@ from int8run.backends.registry import (
     make_backend,
     read_backend_option,
 )
-from int8run.config.compose import to_spec
+from int8run.config.compose import create_run_spec
 
 NAMES = sorted(file.stem for file in (CONF / "backend").glob("*.yaml"))
 
@@ -22,7 +22,7 @@ def test_the_names_are_the_options() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_word_makes_what_the_command_line_makes(name: str) -> None:
     with initialize_config_module("int8run.conf", version_base="1.3"):
-        expected = to_spec(compose("config", [f"backend={name}"])).backend
+        expected = create_run_spec(compose("config", [f"backend={name}"])).backend
     made = make_backend(name)
     assert type(made) is type(expected) and made.name == expected.name == name
     assert repr(made) == repr(expected) and made == expected

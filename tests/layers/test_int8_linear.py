@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.helpers import CPU, assert_close, randn, shipped, usable
+from support.compare import assert_close
+from support.helpers import CPU, randn, shipped, usable
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 

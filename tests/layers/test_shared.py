@@ -38,9 +38,9 @@ class Counting(Reference):
     def __init__(self):
         self.calls = 0
 
-    def quantize(self, *args):
+    def quantize(self, x, **steps):
         self.calls += 1
-        return super().quantize(*args)
+        return super().quantize(x, **steps)
 
 
 class WithInput(Counting):
@@ -49,12 +49,12 @@ class WithInput(Counting):
     def fuse_branch(self, lora_A, lora_B, dtype):
         return FusedBranch(lora_A, lora_B, needs_input=True)
 
-    def quantize(self, x, factor, matrix, gelu_from, down):
-        found = super().quantize(x, factor, matrix, gelu_from, down)
+    def quantize(self, x, *, down=None, **steps):
+        found = super().quantize(x, **steps)
         return found if down is None else found._replace(down_product=x @ down.T)
 
-    def linear(self, x, packed, w_scale, bias, dtype, branch, strengths):
-        y = super().linear(x, packed, w_scale, bias, dtype, None, None)
+    def linear(self, x, packed, w_scale, *, dtype, bias=None, branch=None, strengths=None):
+        y = super().linear(x, packed, w_scale, dtype=dtype, bias=bias)
         return y if branch is None else y + (x.down_product * strengths) @ branch.up.T
 
 

@@ -7,7 +7,8 @@ from math import ceil
 import pytest
 import torch
 import torch.nn.functional as F
-from support.helpers import CPU, assert_close, randn, shipped, usable
+from support.compare import assert_close
+from support.helpers import CPU, randn, shipped, usable
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from support.helpers import CPU, assert_close, full_range, randn, shipped, usable
+from support.compare import assert_close
+from support.helpers import CPU, full_range, randn, shipped, usable
 
 from int8run.backends.reference import Reference
 from int8run.errors import ConfigError
@@ -143,7 +144,7 @@ def test_centering_is_exact_before_rounding(shape, dtype):
     assert rows.dtype == torch.float32 and rows.shape == (math.prod(shape[:-1]) + pictures, 16)
     # in float64, since `with_mean` takes the products in any float dtype
     products = transform.transform_input(rows.double()) @ transform.transform_weight(weight).double().T
-    y = int8(weight, transform, bias=bias).with_mean(products, x.shape)
+    y = int8(weight, transform, bias=bias).add_mean_product(products, x.shape)
     assert_close(f"{shape}", y.reshape(*shape[:-1], 6), x.double() @ weight.double().T + bias, 1e-6)
 
 
@@ -163,9 +164,9 @@ class Rows(Reference):
     def __init__(self):
         self.seen = []
 
-    def quantize(self, x, *args):
+    def quantize(self, x, **steps):
         self.seen.append(len(x))
-        return super().quantize(x, *args)
+        return super().quantize(x, **steps)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def test_a_backend_rounds_what_the_transform_defines(backend, name, width):
     x[5] *= 1e-4
     x[6] *= 1e4
     transform = fitted(METHODS[name], randn(5, width, seed=1))
-    quantized = BACKENDS[backend].quantize(x, transform.factor, transform.rotation, -1, None)
+    quantized = BACKENDS[backend].quantize(x, factor=transform.factor, rotation=transform.rotation)
     exact = transform.transform_input(x)
     scale = quantized.scale.reshape(-1, 1)
     torch.testing.assert_close(

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.helpers import TinyModel, assert_close, randn
+from support.compare import assert_close
+from support.helpers import TinyModel, randn
 from support.run_job import make_spec
 from support.tiny_pipeline import random_pipeline
 from torch import nn

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from support.helpers import NEVER_FLOAT, TinyModel, assert_close, randn, to_int8
+from support.compare import assert_close
+from support.helpers import NEVER_FLOAT, TinyModel, randn, to_int8
 from torch import nn
 
 from int8run.backends.auto import AutoBackend
@@ -35,8 +36,8 @@ class Doubling(Reference):
 
     name: ClassVar[str] = "doubling"
 
-    def linear(self, *args):
-        return 2 * super().linear(*args)
+    def linear(self, *args, **options):
+        return 2 * super().linear(*args, **options)
 
 
 def found_in(model):
