@@ -19,8 +19,8 @@ from int8run.errors import ConfigError
 from int8run.generate.capture import capture_step
 from int8run.generate.prompts import build_samples
 from int8run.kernels.hadamard.reference import Rotation
-from int8run.pipeline.load import load
-from int8run.pipeline.quantize_denoiser import layer_rows
+from int8run.pipeline.load import load_model
+from int8run.pipeline.quantize_denoiser import count_layer_rows
 from int8run.ptq.quantize import check_backend
 from int8run.quant.weight import QuantizedWeight
 from int8run.report.console import Progress, print_lines
@@ -46,7 +46,13 @@ class FloatBackend:
         return weight.dequantize(self.dtype)
 
     def quantize(
-        self, x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int, down: Tensor | None
+        self,
+        x: Tensor,
+        *,
+        factor: Tensor | None = None,
+        rotation: Rotation | None = None,
+        gelu_from: int | None = None,
+        down: Tensor | None = None,
     ) -> QuantizedInput:
         """x as it is."""
         return QuantizedInput(x, x)
@@ -56,10 +62,11 @@ class FloatBackend:
         x: QuantizedInput,
         packed: Tensor,
         w_scale: Tensor,
-        bias: Tensor | None,
+        *,
         dtype: torch.dtype,
-        branch: FusedBranch | None,
-        strengths: Tensor | None,
+        bias: Tensor | None = None,
+        branch: FusedBranch | None = None,
+        strengths: Tensor | None = None,
     ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         return F.linear(x.q, packed, None if bias is None else bias.to(dtype))
@@ -72,17 +79,17 @@ def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
         ConfigError: when the model has no layer to quantize.
     """
     progress = Progress(spec.progress)
-    loaded = load(spec, progress)
+    loaded = load_model(spec, progress)
     wanted = build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)[
         : spec.sampler.batch
     ]
     calls = capture_step(loaded.pipe, loaded.component, loaded.denoiser, wanted, loaded.sampling)
-    plans = [p for p in loaded.plans() if p.skip_reason is None]
+    plans = [p for p in loaded.plan_layers() if p.skip_reason is None]
     if not plans:
         raise ConfigError(
             f"{type(loaded.denoiser).__name__}: no Linear would become INT8; choose another model_type="
         )
-    rows = layer_rows(loaded.denoiser, plans, calls)
+    rows = count_layer_rows(loaded.denoiser, plans, calls)
     shapes = Counter((rows[p.name], p.in_features, p.out_features) for p in plans)
 
     device, dtype = loaded.device, getattr(torch, spec.model.dtype)
@@ -97,10 +104,10 @@ def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
     float_layer = FloatBackend(dtype)
     times: dict[Shape, dict[str, float]] = {}
     unsteady = 0
-    with progress.count("bench", len(shapes)) as advance:
+    with progress.track_loop("bench", len(shapes)) as advance:
         for shape in sorted(shapes):
             times[shape] = measure_shape(chooser, float_layer, shape)
-            unsteady += not chooser.steady
+            unsteady += not chooser.is_steady
             advance(1)
     fallback = {
         (k, n): measure_fallback(chooser, float_layer, k, n)
@@ -127,7 +134,7 @@ def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
     few = ", ".join(f"{k}x{n}: {limit}" for (k, n), limit in fallback.items())
     print_lines(f"float is faster up to this many rows (int8.small_batch_fallback): {few}")
     record = {
-        "device": chooser.table.where,
+        "device": chooser.cache.environment,
         "milliseconds": {
             "x".join(map(str, shape)): {n: 1000 * t for n, t in found.items()}
             for shape, found in times.items()
@@ -136,20 +143,20 @@ def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
         "float_rows": {f"{k}x{n}": limit for (k, n), limit in fallback.items()},
     }
     write_json(record, job.output_dir / "bench.json")
-    print_lines(f"numbers: {job.output_dir / 'bench.json'}", f"choices: {chooser.table.path}")
+    print_lines(f"numbers: {job.output_dir / 'bench.json'}", f"choices: {chooser.cache.path}")
 
 
 def measure_shape(chooser: BackendChooser, float_layer: Backend, shape: Shape) -> dict[str, float]:
     """Seconds of the float layer and of every backend that can take this shape; the best backend is kept."""
     rows, k, n = shape
-    able = chooser.takers(k, n)
+    able = chooser.supported_backends(k, n)
     for backend in able:
         if isinstance(backend, Tunable):
             backend.tune(chooser, rows, k, n)
-    correct = chooser.correct(able, k)
-    seconds = chooser.measure([float_layer, *correct], rows, k, n)
+    correct = chooser.select_correct(able, k)
+    seconds = chooser.measure_seconds([float_layer, *correct], rows, k, n)
     best = min((b.name for b in correct), key=seconds.__getitem__, default=None)
-    if best is not None and chooser.steady:
+    if best is not None and chooser.is_steady:
         chooser.save_choice((b.name for b in able), shape, best)
     return seconds
 
@@ -157,15 +164,15 @@ def measure_shape(chooser: BackendChooser, float_layer: Backend, shape: Shape) -
 def measure_fallback(chooser: BackendChooser, float_layer: Backend, k: int, n: int) -> int:
     """The largest of FEW_ROWS up to which float is faster than every backend at each count; 0 when it never is."""
     limit, steady = 0, True
-    correct = chooser.correct(chooser.takers(k, n), k)
+    correct = chooser.select_correct(chooser.supported_backends(k, n), k)
     for rows in SMALL_ROW_COUNTS:
-        seconds = chooser.measure([float_layer, *correct], rows, k, n)
-        steady &= chooser.steady
+        seconds = chooser.measure_seconds([float_layer, *correct], rows, k, n)
+        steady &= chooser.is_steady
         if min(seconds, key=seconds.__getitem__) != float_layer.name:
             break
         limit = rows
     if steady:
-        chooser.table.put(f"float_rows | {k}x{n}", str(limit))
+        chooser.cache.put(f"float_rows | {k}x{n}", str(limit))
     return limit
 
 

@@ -14,20 +14,30 @@ from typing import Any
 
 import torch
 
-from int8run.checkpoints.comfy_int8 import PROVENANCE_KEY, WEIGHT, prepare_output_path
+from int8run.checkpoints.comfy_int8 import WEIGHT
+from int8run.checkpoints.provenance import PROVENANCE_KEY
+from int8run.checkpoints.output_path import prepare_output_path
 from int8run.checkpoints.detect import get_logical_shapes, read_layers
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
-from int8run.checkpoints.writer import unwritable
+from int8run.checkpoints.writer import make_write_error
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError
-from int8run.export.stream_quantizer import Names, Recipe, Target, own_names, plan_targets, stream
+from int8run.export.stream_quantizer import (
+    KeyParts,
+    QuantizationRecipe,
+    Target,
+    keep_own_names,
+    plan_targets,
+    write_targets,
+)
 from int8run.layers.plan import LayerPlan
 from int8run.metrics.memory import read_peak_bytes
 from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import AutoFamily, ModelFamily, load_families
-from int8run.models.key_mapping import load_mappings, match_pattern
+from int8run.models.key_mapping import load_mappings
+from int8run.models.name_pattern import match_pattern
 from int8run.models.resolve_weights import CONFIG_NAME, WEIGHTS_NAME, ResolvedWeights, resolve_weights
 from int8run.models.state_dict_adapter import (
     TensorPart,
@@ -39,7 +49,8 @@ from int8run.models.state_dict_adapter import (
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
 from int8run.ptq.quantize import check_outlier_method
-from int8run.report.console import Progress, format_megabytes, format_pairs, print_lines
+from int8run.report.console import Progress, print_lines
+from int8run.report.formatting import format_megabytes, format_pairs
 from int8run.report.run_files import write_json, write_layers_csv
 
 log = logging.getLogger(__name__)
@@ -95,7 +106,7 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
     prepare_output_path(str(spec.save))  # before the work whose result it is to hold
     location, component = choose_location(spec.model.location, component)
     located = resolve_weights(location, spec.model.revision, component)
-    recipe = Recipe(outlier, spec.rounding, getattr(torch, spec.model.dtype))
+    recipe = QuantizationRecipe(outlier, spec.rounding, getattr(torch, spec.model.dtype))
     started = time.perf_counter()
     with TensorFiles.open(located.path) as files:
         prefix = find_prefix(files)
@@ -136,8 +147,8 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
         )
         if path.exists():
             log.warning("save=%s replaces a file that is there", spec.save)
-        with Progress(spec.progress).count("quantize, MB", max(1, read // 10**6)) as advance:
-            written = stream(files, stored, planned, path, metadata, recipe, MegabyteProgress(advance))
+        with Progress(spec.progress).track_loop("quantize, MB", max(1, read // 10**6)) as advance:
+            written = write_targets(files, stored, planned, path, metadata, recipe, MegabyteProgress(advance))
         if to_folder:
             write_config(located.config, path.with_name(CONFIG_NAME))
     metrics = collect_metrics(plans, read, written, time.perf_counter() - started)
@@ -213,7 +224,7 @@ def recognize_checkpoint(
     asked: ModelFamily | AutoFamily,
 ) -> DenoiserCheckpoint:
     """The family and the class of a checkpoint: told by its config, else by its names."""
-    keys = [key.removeprefix(prefix) for key in own_names(files, stored) if key.startswith(prefix)]
+    keys = [key.removeprefix(prefix) for key in keep_own_names(files, stored) if key.startswith(prefix)]
     automatic = isinstance(asked, AutoFamily)
     families = [asked] if isinstance(asked, ModelFamily) else [*(asked.families or load_families()).values()]
     known = get_logical_shapes(files, stored)
@@ -317,14 +328,14 @@ def write_config(config: Mapping[str, Any] | None, path: Path) -> None:
     try:
         path.write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise make_write_error(path, error) from error
 
 
 def plan_names(
     files: TensorFiles, stored: Mapping[str, CheckpointLayer], known: DenoiserCheckpoint, to_folder: bool
-) -> Names:
+) -> KeyParts:
     """What the tensors are called in the new file: as in the source, or for one of diffusers saved to a file, as by its authors."""
-    own = own_names(files, stored)
+    own = keep_own_names(files, stored)
     if known.native or (not known.class_name and not to_folder):
         return own
     shapes = get_logical_shapes(files, stored)
@@ -395,7 +406,11 @@ def build_metadata(
         "loras": [],
         "kept_float": {plan.name: plan.skip_reason for plan in plans if plan.skip_reason is not None},
     }
-    kept = {key: text for key, text in files.metadata.items() if key not in (PROVENANCE_KEY, "_quantization_metadata")}
+    kept = {
+        key: text
+        for key, text in files.metadata.items()
+        if key not in (PROVENANCE_KEY, "_quantization_metadata")
+    }
     return {"format": "pt", **kept, PROVENANCE_KEY: json.dumps(note)}
 
 
@@ -405,7 +420,7 @@ def hash_checkpoint(files: TensorFiles) -> str:
     for key, info in files.items():
         digest.update(json.dumps([key, info.dtype, info.shape]).encode())
         part = buffer[: min(HASHED_BYTES, info.nbytes)]
-        files.fill(info.file, info.start, part)
+        files.read_bytes(info.file, info.start, part)
         digest.update(part.numpy().data)
     return digest.hexdigest()
 

@@ -15,8 +15,10 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from int8run.checkpoints.comfy_formats import TORCH_DTYPES, plan_packed_entries, collect_tensors
-from int8run.checkpoints.comfy_int8 import PROVENANCE_KEY, WEIGHT, prepare_output_path
-from int8run.checkpoints.writer import Entry, StreamWriter
+from int8run.checkpoints.comfy_int8 import WEIGHT
+from int8run.checkpoints.provenance import PROVENANCE_KEY
+from int8run.checkpoints.output_path import prepare_output_path
+from int8run.checkpoints.writer import TensorEntry, StreamWriter
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, suggest_similar
@@ -26,9 +28,10 @@ from int8run.models.source import make_download_error, read_config
 from int8run.models.state_dict_adapter import TensorPart, join_shapes
 from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
-from int8run.pipeline.text_encoders import Slot, slots
-from int8run.quant.formats import FORMATS, Format
-from int8run.report.console import Progress, format_megabytes, format_pairs, print_lines
+from int8run.pipeline.text_encoders import EncoderSlot, find_encoder_slots
+from int8run.quant.formats import FORMATS, WeightFormat
+from int8run.report.console import Progress, print_lines
+from int8run.report.formatting import format_megabytes, format_pairs
 from int8run.report.run_files import write_json, write_layers_csv
 from int8run.tasks.quantize_checkpoint import (
     MegabyteProgress,
@@ -38,15 +41,12 @@ from int8run.tasks.quantize_checkpoint import (
     hash_checkpoint,
     resolve_new_file,
 )
-from int8run.text_encoders.build import (
-    find_source_layer,
-    fit_weights,
-    format_counts,
-    plan_quantization,
-    quantize_weight,
-)
-from int8run.text_encoders.model_config import build_config, build_skeleton
-from int8run.text_encoders.registry import map_canonical_names
+from int8run.text_encoders.build import fit_weights
+from int8run.text_encoders.quantized_layers import quantize_weight
+from int8run.text_encoders.plan_layers import find_source_layer, format_counts, plan_quantization
+from int8run.text_encoders.model_config import build_config
+from int8run.text_encoders.skeleton import build_skeleton
+from int8run.text_encoders.state_dict_adapter import map_canonical_names
 from int8run.text_encoders.weights import EncoderFile, check_finite
 
 log = logging.getLogger(__name__)
@@ -71,15 +71,15 @@ class EncoderTarget:
     parts: tuple[TensorPart, ...]
     shape: tuple[int, ...]
     dtype: str
-    form: Format | None = None
+    form: WeightFormat | None = None
     plan: LayerPlan | None = None
     copied: str | None = None
     transform: OutlierTransform = field(default_factory=OutlierTransform)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TensorEntry]:
         """What it adds to the new file."""
         if self.form is None:
-            return [(self.key, self.dtype, self.shape)]
+            return [TensorEntry(self.key, self.dtype, self.shape)]
         return plan_packed_entries(self.key, self.form, (self.shape[0], self.shape[1]), self.transform)
 
 
@@ -131,7 +131,7 @@ def quantize_text_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, 
         entries = [entry for target in targets for entry in target.entries()]
         with (
             StreamWriter(path, entries, build_metadata(weights, spec, plans)) as writer,
-            Progress(spec.progress).count("quantize, MB", max(1, read // 10**6)) as advance,
+            Progress(spec.progress).track_loop("quantize, MB", max(1, read // 10**6)) as advance,
         ):
             steps = MegabyteProgress(advance)
             for target in targets:
@@ -158,7 +158,7 @@ def quantize_text_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, 
     return metrics
 
 
-def choose_format(spec: RunSpec, component: str) -> Format:
+def choose_format(spec: RunSpec, component: str) -> WeightFormat:
     """The format to write.
 
     Raises:
@@ -167,8 +167,8 @@ def choose_format(spec: RunSpec, component: str) -> Format:
     if spec.save is None:
         raise ConfigError("task=quantize writes a checkpoint; set save=<file.safetensors> or save=<folder>")
     form = FORMATS.get(spec.clip.format)
-    if form is None or form.read_only:
-        words = ", ".join(name for name, known in FORMATS.items() if not known.read_only)
+    if form is None or form.is_read_only:
+        words = ", ".join(name for name, known in FORMATS.items() if not known.is_read_only)
         raise ConfigError(
             f"task.component={component} is written in the format of clip=; choose one: {words}"
         )
@@ -177,7 +177,7 @@ def choose_format(spec: RunSpec, component: str) -> Format:
     return form
 
 
-def find_slot(spec: RunSpec, component: str) -> Slot:
+def find_slot(spec: RunSpec, component: str) -> EncoderSlot:
     """The source: a component of a pipeline, or a file or folder that is an encoder itself.
 
     Raises:
@@ -189,14 +189,16 @@ def find_slot(spec: RunSpec, component: str) -> Slot:
     if path.is_file() or (path.is_dir() and not (path / MODEL_INDEX_NAME).is_file()):
         own = path.is_dir() and (path / CONFIG_NAME).is_file()
         named = read_config(path).get("architectures") if own else None
-        return Slot(component, str(named[0]) if named else "", path)
+        return EncoderSlot(component, str(named[0]) if named else "", path)
     if not path.is_dir():
         wanted = [MODEL_INDEX_NAME, f"{component}/*.json", f"{component}/*{SAFETENSORS}"]
         try:
             path = Path(snapshot_download(location, revision=spec.model.revision, allow_patterns=wanted))
         except (OSError, ValueError) as error:
             raise make_download_error(location, "model.location", error) from error
-    there = slots(path, {name: part for name, part in spec.model.parts.items() if name == component})
+    there = find_encoder_slots(
+        path, {name: part for name, part in spec.model.parts.items() if name == component}
+    )
     if component not in there:
         names = ", ".join(there) or "none"
         raise ConfigError(
@@ -206,7 +208,7 @@ def find_slot(spec: RunSpec, component: str) -> Slot:
 
 
 def plan_targets(
-    weights: EncoderFile, class_name: str, config: Mapping[str, Any], form: Format, to_folder: bool
+    weights: EncoderFile, class_name: str, config: Mapping[str, Any], form: WeightFormat, to_folder: bool
 ) -> list[EncoderTarget]:
     """What the new file will hold: in a single file by ComfyUI's names, in a folder by those of the source."""
     model = build_skeleton(class_name, dict(config), torch.float32)
@@ -244,27 +246,27 @@ def choose_dtype(weights: EncoderFile, parts: tuple[TensorPart, ...]) -> str:
 
 
 def plan_layer(
-    target: EncoderTarget, weights: EncoderFile, source: str, module: nn.Module, form: Format
+    target: EncoderTarget, weights: EncoderFile, source: str, module: nn.Module, form: WeightFormat
 ) -> None:
     """Decide what becomes of a Linear or an embedding."""
     rows, columns = target.shape
     target.plan = plan = LayerPlan(target.key.removesuffix(WEIGHT), columns, rows, None)
-    plan_quantization(plan, module, weights.encoder, source, form)
+    plan_quantization(plan, module, weights.encoder, source_layer=source, target=form)
     word = weights.get_format(source)
     if word and word == (plan.rounding or form.name):  # in this format already, embeddings included
         target.copied, target.form, target.transform = (
             source,
             form,
-            weights.layers[source].transform(weights.files),
+            weights.layers[source].read_transform(weights.files),
         )
         plan.skip_reason, plan.rounding = None, f"{word}, as in the source"
     elif plan.skip_reason is None:
         target.form = FORMATS[plan.rounding]
-        if target.form.rotated:
+        if target.form.is_rotated:
             target.transform = ConvRot().fit(torch.ones(1, columns), None)
 
 
-def check_plans(weights: EncoderFile, targets: Sequence[EncoderTarget], form: Format) -> None:
+def check_plans(weights: EncoderFile, targets: Sequence[EncoderTarget], form: WeightFormat) -> None:
     """Say what is other than one might think.
 
     Raises:

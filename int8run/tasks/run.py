@@ -1,4 +1,4 @@
-"""One run on one screen: build, generate with both models in turn, measure, log."""
+"""`task=run`: one run on one screen. Build, generate with both models in turn, measure, write."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,24 @@ from int8run.errors import FileError
 from int8run.generate.capture import capture_step
 from int8run.generate.generate import Generation, PromptCache, generate
 from int8run.generate.prompts import Sample, build_samples
-from int8run.lora.header_info import Head, few_step_advice, read_heads, with_triggers
+from int8run.lora.header_info import (
+    LoraHeader,
+    add_trigger_words,
+    list_few_step_warnings,
+    read_lora_headers,
+)
 from int8run.metrics.memory import reset_peak_memory
 from int8run.metrics.quality import average_quality, compare_generations, compute_trajectory_error
-from int8run.models.loader import set_scheduler
 from int8run.models.sampling import SCHEDULE_ARGUMENTS
+from int8run.models.schedulers import set_scheduler
 from int8run.pipeline import process_cache
-from int8run.pipeline.build import Built, build
-from int8run.pipeline.float_baseline import cached_baseline
-from int8run.report.console import Progress, build_result_table, format_pairs, print_lines
-from int8run.tasks.run_metrics import has_scattered_times, measure_run
-from int8run.tasks.run_outputs import candidate_label, describe_build, write_outputs
+from int8run.pipeline.build import BuiltModel, build_model
+from int8run.pipeline.float_baseline import get_float_baseline
+from int8run.report.console import Progress, print_lines
+from int8run.report.formatting import format_pairs
+from int8run.report.result_tables import build_result_table
+from int8run.tasks.run_metrics import Comparison, has_scattered_times, measure_run
+from int8run.tasks.run_outputs import describe_build, name_candidate, write_outputs
 from int8run.utils.hardware import get_device_name
 
 log = logging.getLogger(__name__)
@@ -34,7 +41,14 @@ WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run measured and made."""
+    """What a run measured and generated.
+
+    Args:
+        metrics: by their public names.
+        candidate: what the model that the run is about generated.
+        baseline: what the float model generated; None when it did not run.
+        output_dir: folder with the files of the run.
+    """
 
     metrics: Mapping[str, float]
     candidate: Generation
@@ -43,138 +57,230 @@ class RunResult:
 
 
 def run(spec: RunSpec, job: Job) -> RunResult:
-    """Everything that one job does, in order. It leaves files, which a tracker copies afterwards: a lost tracker loses nothing."""
-    out = job.output_dir
-    progress = Progress(spec.progress, passing=job.sweep is not None)
-    heads = read_heads(
-        spec.lora, spec.model.lora_base, None if spec.lora_dir is None else Path(spec.lora_dir).expanduser()
+    """Do everything that one job does, in order.
+
+    It leaves files, which a tracker copies afterwards: a tracker that is lost loses nothing.
+
+    Args:
+        spec: the settings.
+        job: where they came from, and where to write.
+    """
+    progress = Progress(spec.progress, transient=job.sweep is not None)
+    headers = read_headers(spec)
+    samples = build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
+    samples = add_trigger_words(samples, headers, spec.lora)
+    first_batch = samples[: spec.sampler.batch]
+
+    cached_baseline, is_fresh = get_cached_baseline(spec, headers, samples, progress)
+    built, is_reused = process_cache.get_or_build(
+        spec.build_key, lambda: build_model(spec, first_batch, headers, progress)
     )
-    wanted = with_triggers(
-        build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed), heads, spec.lora
-    )
-    first = wanted[: spec.sampler.batch]
-    kept, fresh = None, True
-    if spec.metrics.baseline == "cached" and spec.differs:
-        process_cache.forget_build()  # a model of an earlier job would stand beside the float one
-        kept, fresh = cached_baseline(
-            spec, heads, wanted, partial(generate_float, heads=heads, wanted=wanted, progress=progress)
-        )
-    built, reused = process_cache.reuse(spec.build_key, lambda: build(spec, first, heads, progress))
     set_scheduler(built.pipe, built.scheduler, spec.sampling)
-    for line in [*spec.lora.unusual(), *find_few_step_warnings(spec, built, heads)]:
-        log.warning("%s", line)
-    change_s = built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
+    log_lora_warnings(spec, built, headers)
+    change_seconds = built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
     if job.sweep is None:
-        print_lines(
-            format_pairs(describe_build(spec, built, reused)), *([str(built.budget)] if built.budget else [])
-        )
+        print_build(spec, built, is_reused=is_reused)
 
     reset_peak_memory(built.device)
-    made = generate_all(spec, built, spec.candidate, wanted, progress)
-    candidate, baseline = made[spec.candidate], kept or made.get("float")
-    check_images(candidate, candidate_label(spec))
-    denoiser = built.denoisers.get("float", built.denoisers[spec.candidate])
-    calls = capture_step(built.pipe, built.component, denoiser, first, spec.sampling)
-    errors = compute_trajectory_error(candidate, baseline) if baseline else []
-    metrics = measure_run(spec, built, calls, candidate, baseline, errors, reused, fresh)
-    if spec.lora.adapters:
-        metrics["lora/change_ms"] = 1000 * change_s
-    # after the peak of the memory was read: perceptual metrics load networks of their own
-    quality = (
-        compare_generations(candidate, baseline, [s.prompt for s in wanted], spec.metrics.perceptual)
-        if baseline
-        else []
-    )
-    metrics |= average_quality(quality) if quality else {}
+    generations = generate_all(spec, built, spec.candidate, samples, progress)
+    candidate = generations[spec.candidate]
+    baseline = cached_baseline or generations.get("float")
+    check_images(candidate, name_candidate(spec))
 
-    write_outputs(spec, built, candidate, baseline, wanted, metrics, quality, errors, out)
+    denoiser = built.denoisers.get("float", built.denoisers[spec.candidate])
+    calls = capture_step(built.pipe, built.component, denoiser, first_batch, spec.sampling)
+    comparison = Comparison(
+        samples=samples,
+        candidate=candidate,
+        baseline=baseline,
+        is_baseline_fresh=is_fresh,
+        latent_errors=compute_trajectory_error(candidate, baseline) if baseline else [],
+    )
+    metrics = measure_run(spec, built, comparison, calls, is_reused=is_reused)
+    if spec.lora.adapters:
+        metrics["lora/change_ms"] = 1000 * change_seconds
+    # after the peak of the memory was read: perceptual metrics load networks of their own
+    if baseline is not None:
+        prompts = [sample.prompt for sample in samples]
+        quality = compare_generations(candidate, baseline, prompts, spec.metrics.perceptual)
+        comparison = replace(comparison, quality=quality)
+        metrics |= average_quality(quality)
+
+    write_outputs(spec, built, comparison, metrics, job.output_dir)
     if has_scattered_times(metrics):
         log.warning("step times scatter by more than twice: other work runs here, and the speeds say little")
     if job.sweep is None:
-        title = f"{job.choices.get('model', 'model')} on {get_device_name(built.device)}; float is {spec.model.dtype}"
-        print_lines("", build_result_table(title, metrics, candidate_label(spec)))
-        tables = {
-            "layers": out / "layers.csv",
-            **({"encoders": out / "text_encoders.csv"} if spec.clip.is_quantized else {}),
-        }
-        places = {"pictures": out / "grid.png", **tables, "numbers": out / "metrics.json"}
-        print_lines(*(escape(f"{name + ':':<10}{place}") for name, place in places.items()))
-    return RunResult(metrics, candidate, baseline, out)
+        print_result(spec, job, built, metrics)
+    return RunResult(metrics, candidate, baseline, job.output_dir)
 
 
-def generate_all(
-    spec: RunSpec, built: Built, candidate: str, wanted: Sequence[Sample], progress: Progress
-) -> dict[str, Generation]:
-    """Float and INT8 in turn, batch by batch, after a short warm-up that is not timed."""
-    sampling, stack = spec.sampling, spec.lora
-    names = ["float", candidate] if spec.metrics.baseline == "run" else [candidate]
-    key = repr((spec.float_key, wanted))
-    known = process_cache.recall(key) if "float" in names and candidate != "float" else None
-    if known is not None:
-        log.info(
-            "the float pictures are those of an earlier job with the same settings; the speed ratio compares two moments"
-        )
-        names = [candidate]
-    use = {name: built.denoisers[name] for name in names}
-    PromptCache.of(built.pipe).asked.clear()  # of earlier jobs
-    warm_up = replace(
-        sampling,
-        steps=WARM_UP_STEPS,
-        extra={k: v for k, v in sampling.extra.items() if k not in SCHEDULE_ARGUMENTS},
-    )
-    generate(
-        built.pipe, built.component, use, wanted[: sampling.batch], warm_up, text_encoders=built.text_encoders
-    )
-
-    def on_fraction(fraction: float) -> None:
-        if stack.scheduled:
-            built.set_strengths(stack.strengths_at(fraction), stack.text_strengths)
-
-    with progress.count("generate", len(wanted) * len(use)) as advance:
-        made = generate(
-            built.pipe,
-            built.component,
-            use,
-            wanted,
-            sampling,
-            lambda name, batch, made: advance(len(batch)),
-            on_fraction,
-            built.text_encoders,
-        )
-    built.set_strengths(stack.strengths, stack.text_strengths)
-    if known is not None:
-        return {"float": known, **made}
-    if "float" in made:
-        process_cache.remember(key, made["float"], made["float"].bytes)
-    return made
+def read_headers(spec: RunSpec) -> list[LoraHeader]:
+    """Read the headers of the LoRA files, in the order of the stack."""
+    lora_dir = None if spec.lora_dir is None else Path(spec.lora_dir).expanduser()
+    return read_lora_headers(spec.lora, spec.model.lora_base, lora_dir)
 
 
-def check_images(made: Generation, who: str) -> None:
-    """Refuse pictures that are none.
+def get_cached_baseline(
+    spec: RunSpec, headers: Sequence[LoraHeader], samples: Sequence[Sample], progress: Progress
+) -> tuple[Generation | None, bool]:
+    """With `metrics.baseline=cached`, get what the float model generates before any other model is built.
 
-    Raises:
-        FileError: when a model computed NaN or infinity.
+    Args:
+        spec: the settings.
+        headers: of the LoRA files.
+        samples: to generate.
+        progress: shows the steps.
+
+    Returns:
+        What the float model generated, and whether it did so in this run; (None, True) with another
+        `metrics.baseline`, for which the float model runs beside the candidate.
     """
-    broken = sum(not bool(torch.isfinite(latents).all()) for latents in made.trajectories)
-    if broken:
-        raise FileError(
-            f"the latents of {broken} of {len(made.trajectories)} drawings of the {who} model are NaN or infinite; its weights are "
-            "damaged, or model.dtype=float16 is too narrow for them"
-        )
+    if spec.metrics.baseline != "cached" or not spec.has_comparison:
+        return None, True
+    # else a model of an earlier job would be in memory beside the float one
+    process_cache.clear_build()
+    generate_baseline = partial(generate_float, headers=headers, samples=samples, progress=progress)
+    return get_float_baseline(spec, headers, samples, generate_baseline)
 
 
 def generate_float(
-    spec: RunSpec, heads: Sequence[Head], wanted: Sequence[Sample], progress: Progress
+    spec: RunSpec, headers: Sequence[LoraHeader], samples: Sequence[Sample], progress: Progress
 ) -> Generation:
-    """What the float model draws, built for it alone."""
-    built = build(spec, wanted[: spec.sampler.batch], heads, progress)
+    """Build the float model alone and let it generate.
+
+    Args:
+        spec: of the float model.
+        headers: of the LoRA files.
+        samples: to generate.
+        progress: shows the steps.
+    """
+    built = build_model(spec, samples[: spec.sampler.batch], headers, progress)
     set_scheduler(built.pipe, built.scheduler, spec.sampling)
     built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
-    return generate_all(spec, built, "float", wanted, progress)["float"]
+    return generate_all(spec, built, "float", samples, progress)["float"]
 
 
-def find_few_step_warnings(spec: RunSpec, built: Built, heads: Sequence[Head]) -> list[str]:
-    """What of this run speaks against its few-step LoRAs."""
-    return few_step_advice(
-        heads, spec.lora, spec.model.lora_base, str(spec.model.location), spec.sampling, built.pipe.scheduler
+def generate_all(
+    spec: RunSpec, built: BuiltModel, candidate: str, samples: Sequence[Sample], progress: Progress
+) -> dict[str, Generation]:
+    """Generate with the float model and the candidate in turn, after a short warm-up that is not timed.
+
+    Args:
+        spec: the settings.
+        built: the model, at the strengths of the LoRAs.
+        candidate: `int8`, `clip`, or `float` for the float model alone.
+        samples: to generate.
+        progress: shows the images.
+
+    Returns:
+        Generations by the same names, `float` included with `metrics.baseline=run`.
+    """
+    needs_float = spec.metrics.baseline == "run" and candidate != "float"
+    float_key = repr((spec.float_key, samples))
+    known_float = process_cache.get(float_key) if needs_float else None
+    if known_float is not None:
+        log.info(
+            "the float images are those of an earlier job with the same settings; "
+            "the speed ratio compares two moments"
+        )
+    names = ["float", candidate] if needs_float and known_float is None else [candidate]
+    denoisers = {name: built.denoisers[name] for name in names}
+    run_warm_up(spec, built, denoisers, samples[: spec.sampling.batch])
+
+    def set_scheduled_strengths(fraction: float) -> None:
+        if spec.lora.is_scheduled:
+            built.set_strengths(spec.lora.get_strengths_at(fraction), spec.lora.text_strengths)
+
+    with progress.track_loop("Generating", len(samples) * len(denoisers)) as advance:
+        generations = generate(
+            built.pipe,
+            built.component,
+            denoisers,
+            samples,
+            spec.sampling,
+            on_batch=lambda name, batch, generation: advance(len(batch)),
+            on_fraction=set_scheduled_strengths,
+            text_encoders=built.text_encoders,
+        )
+    built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
+    if known_float is not None:
+        return {"float": known_float, **generations}
+    if "float" in generations:
+        process_cache.put(float_key, generations["float"], generations["float"].nbytes)
+    return generations
+
+
+def run_warm_up(
+    spec: RunSpec, built: BuiltModel, denoisers: Mapping[str, torch.nn.Module], batch: Sequence[Sample]
+) -> None:
+    """Generate one batch with a few steps, which compiles kernels and fills caches before anything is timed.
+
+    Args:
+        spec: the settings.
+        built: the model.
+        denoisers: that are timed later.
+        batch: samples of one batch.
+    """
+    PromptCache.for_pipeline(built.pipe).requested.clear()  # of earlier jobs
+    extra = {name: value for name, value in spec.sampling.extra.items() if name not in SCHEDULE_ARGUMENTS}
+    generate(
+        built.pipe,
+        built.component,
+        denoisers,
+        batch,
+        replace(spec.sampling, steps=WARM_UP_STEPS, extra=extra),
+        text_encoders=built.text_encoders,
     )
+
+
+def check_images(generation: Generation, name: str) -> None:
+    """Check that a model computed numbers.
+
+    Args:
+        generation: of the model.
+        name: of the model, for the message.
+
+    Raises:
+        FileError: when latents are NaN or infinite.
+    """
+    is_finite = [bool(torch.isfinite(latents).all()) for latents in generation.trajectories]
+    broken = is_finite.count(False)
+    if broken:
+        raise FileError(
+            f"the latents of {broken} of {len(is_finite)} samples of the {name} model are NaN or infinite; "
+            "its weights are damaged, or model.dtype=float16 is too narrow for them"
+        )
+
+
+def log_lora_warnings(spec: RunSpec, built: BuiltModel, headers: Sequence[LoraHeader]) -> None:
+    """Log unusual strengths, and settings that a few-step LoRA was not made for."""
+    few_step_warnings = list_few_step_warnings(
+        headers,
+        spec.lora,
+        spec.model.lora_base,
+        str(spec.model.location),
+        spec.sampling,
+        built.pipe.scheduler,
+    )
+    for line in [*spec.lora.list_unusual_strengths(), *few_step_warnings]:
+        log.warning("%s", line)
+
+
+def print_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> None:
+    """Print what was built, and what a mixed precision search found."""
+    print_lines(format_pairs(describe_build(spec, built, is_reused=is_reused)))
+    if built.budget is not None:
+        print_lines(str(built.budget))
+
+
+def print_result(spec: RunSpec, job: Job, built: BuiltModel, metrics: Mapping[str, float]) -> None:
+    """Print the table of results and where the files are."""
+    model = job.choices.get("model", "model")
+    title = f"{model} on {get_device_name(built.device)}; float is {spec.model.dtype}"
+    print_lines("", build_result_table(title, metrics, name_candidate(spec)))
+    files = {"images": "grid.png", "layers": "layers.csv"}
+    if spec.clip.is_quantized:
+        files["encoders"] = "text_encoders.csv"
+    files["numbers"] = "metrics.json"
+    for name, file in files.items():
+        print_lines(escape(f"{name + ':':<10}{job.output_dir / file}"))

@@ -1,13 +1,18 @@
-"""The numbers of a run, named as in metrics.json."""
+"""The numbers of a run, under the names that metrics.json has.
+
+Called by `tasks.run`, which knows what was generated. Quality is measured by `metrics.quality`, after these.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from int8run.config.run_spec import RunSpec
 from int8run.generate.generate import Generation, PromptCache, use_text_encoders
+from int8run.generate.prompts import Sample
 from int8run.metrics.embeddings import compute_encoder_metrics
 from int8run.metrics.layers import (
     compute_int8_shares,
@@ -22,107 +27,171 @@ from int8run.pipeline.build import BuiltModel, measure_lora_overhead
 from int8run.text_encoders.base import find_text_encoders
 
 log = logging.getLogger(__name__)
-
 MAX_EMBEDDING_ERROR = 0.4  # twice that of nvfp4, the coarsest format
+MAX_STEP_TIME_SPREAD = 2.0  # of the 90th percentile over the median
+# the denoiser's keyword arguments in one step, as `generate.capture` records them
+DenoiserCalls = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a run generated: the candidate's images or videos, and the float model's beside them.
+
+    Args:
+        samples: prompts and seeds, one per image or video.
+        candidate: what the model that the run is about generated.
+        baseline: what the float model generated; None when it did not run.
+        is_baseline_fresh: whether it did so in this run: speeds of another day are not compared.
+        latent_errors: relative error of the latents after each step; empty without a baseline.
+        quality: one per sample; empty without a baseline, and until it is measured.
+    """
+
+    samples: Sequence[Sample]
+    candidate: Generation
+    baseline: Generation | None
+    is_baseline_fresh: bool
+    latent_errors: Sequence[float]
+    quality: Sequence[SampleQuality] = ()
 
 
 def measure_run(
-    spec: RunSpec,
-    built: BuiltModel,
-    calls: Sequence[Mapping[str, Any]],
-    candidate: Generation,
-    baseline: Generation | None,
-    errors: Sequence[float],
-    reused: bool,
-    fresh: bool,
+    spec: RunSpec, built: BuiltModel, comparison: Comparison, calls: DenoiserCalls, *, is_reused: bool
 ) -> dict[str, float]:
-    """All metrics but quality, under their public names.
+    """Measure all but quality.
 
     Args:
-        errors: relative error of the latents after each step.
-        fresh: the float model drew in this run; speeds of another day are not compared.
+        spec: the settings.
+        built: the model that ran.
+        comparison: what it generated.
+        calls: of the denoiser in one step.
+        is_reused: whether an earlier job built the model.
+
+    Returns:
+        Metrics by their public names.
     """
-    metrics = compute_speed(candidate, baseline if fresh else None)
+    comparable = comparison.baseline if comparison.is_baseline_fresh else None
+    metrics = compute_speed(comparison.candidate, comparable)
     metrics["memory/peak_bytes"] = read_peak_bytes(built.device)
-    encoders = find_text_encoders(built.pipe.components) | built.text_encoders.get(spec.candidate, {})
-    metrics["memory/text_encoder_bytes"] = sum(map(count_module_bytes, encoders.values()))
-    metrics["float/text_encoder_bytes"] = built.float_text_encoder_bytes
-    if spec.clip.is_quantized:
-        metrics |= compute_encoder_metrics(built.encoders.plans, list(pair_embeddings(built, spec.candidate)))
-        if "clip/rel_err" not in metrics:
-            log.info(
-                "metrics.baseline=%s has no float text encoders in memory; embeddings are not compared",
-                spec.metrics.baseline,
-            )
-        elif metrics["clip/rel_err"] > MAX_EMBEDDING_ERROR:
-            log.warning(
-                "the embeddings are %.0f %% from the float encoders', more than any format costs: the file is of another model, or is read "
-                "otherwise than it was written",
-                100 * metrics["clip/rel_err"],
-            )
-        metrics["memory/text_encoder_ratio"] = built.float_text_encoder_bytes / metrics["memory/text_encoder_bytes"]
-    int8 = built.denoisers.get("int8")
-    metrics["memory/denoiser_bytes"] = count_module_bytes(int8) if int8 else built.float_bytes
-    metrics["memory/denoiser_ratio"] = built.float_bytes / metrics["memory/denoiser_bytes"]
+    metrics |= measure_text_encoders(spec, built)
+    metrics |= measure_denoiser_size(built)
     # a reused model cost this run nothing
-    metrics["build/load_s"] = 0.0 if reused else built.seconds["load"]
-    metrics["build/quantize_s"] = 0.0 if reused else built.seconds["quantize"]
+    metrics["build/load_s"] = 0.0 if is_reused else built.seconds["load"]
+    metrics["build/quantize_s"] = 0.0 if is_reused else built.seconds["quantize"]
     metrics["float/denoiser_bytes"] = built.float_bytes
-    if baseline is not None:
-        base = compute_speed(baseline, None) if fresh else {}
-        metrics |= {name.replace("speed/", "float/"): value for name, value in base.items()}
-        if int8 is not None:
-            metrics["quality/half_error_step"] = find_half_error_step(errors)
-    for plan in built.plans:  # a reused model still has what an earlier job measured
-        plan.measured.pop("output_sqnr_db", None)
-    if int8 is not None:
-        if spec.metrics.layers and "float" in built.denoisers:
-            measure_layer_outputs(built.denoisers["float"], int8, calls, built.plans)
-        metrics |= compute_layer_metrics(built.plans) | compute_int8_shares(
-            built.plans, built.macs, built.num_params
-        )
+    if comparable is not None:
+        for name, value in compute_speed(comparable, None).items():
+            metrics[name.replace("speed/", "float/")] = value
+    if comparison.baseline is not None and "int8" in built.denoisers:
+        metrics["quality/half_error_step"] = find_half_error_step(comparison.latent_errors)
+    metrics |= measure_layers(spec, built, calls)
     if built.budget is not None:
         metrics |= built.budget.metrics
     if spec.lora.adapters:
-        loras = built.loras
-        metrics["lora/modules_matched"] = loras.matches.n_matched
-        metrics["lora/modules_unmatched"] = len(loras.matches.unmatched)
-        metrics["lora/clipped_share"] = loras.clipped_share
-        metrics |= {f"lora/layers_{mode}": count for mode, count in loras.layers_by_mode.items()}
-        if loras.dynamic_layers and any(spec.lora.strengths):
-            if built.lora_overhead is None:
-                built.lora_overhead = measure_lora_overhead(built, calls)
-            metrics["lora/overhead_ratio"] = built.lora_overhead
+        metrics |= measure_loras(spec, built, calls)
+    return metrics
+
+
+def measure_text_encoders(spec: RunSpec, built: BuiltModel) -> dict[str, float]:
+    """Measure the memory of the text encoders, and the error of their embeddings if they are quantized."""
+    encoders = find_text_encoders(built.pipe.components) | built.text_encoders.get(spec.candidate, {})
+    nbytes = sum(count_module_bytes(encoder) for encoder in encoders.values())
+    metrics: dict[str, float] = {
+        "memory/text_encoder_bytes": nbytes,
+        "float/text_encoder_bytes": built.float_text_encoder_bytes,
+    }
+    if not spec.clip.is_quantized:
+        return metrics
+    pairs = list(pair_embeddings(built, spec.candidate))
+    metrics |= compute_encoder_metrics(built.encoders.plans, pairs)
+    error = metrics.get("clip/rel_err")
+    if error is None:
+        log.info(
+            "metrics.baseline=%s has no float text encoders in memory; embeddings are not compared",
+            spec.metrics.baseline,
+        )
+    elif error > MAX_EMBEDDING_ERROR:
+        log.warning(
+            "the embeddings are %.0f %% from the float encoders', more than any format costs: "
+            "the file is of another model, or is read otherwise than it was written",
+            100 * error,
+        )
+    metrics["memory/text_encoder_ratio"] = built.float_text_encoder_bytes / nbytes
     return metrics
 
 
 @torch.no_grad()
 def pair_embeddings(built: BuiltModel, candidate: str) -> Iterator[tuple[Any, Any]]:
-    """What the float text encoders, where they are, make of the prompts that were drawn, and what the quantized ones made of them."""
-    if built.text_encoders.get("float"):
-        use_text_encoders(built.pipe, "float", built.text_encoders["float"])
-        yield from PromptCache.for_pipeline(built.pipe).iter_pairs(candidate)
-        use_text_encoders(built.pipe, candidate, built.text_encoders[candidate])
+    """Encode the prompts of the run with the float text encoders, where they are in memory.
+
+    Args:
+        built: the model that ran.
+        candidate: name of its text encoders, as in `BuiltModel.text_encoders`.
+
+    Yields:
+        What `encode_prompt` returns with the float encoders, and what it returned with the candidate's.
+    """
+    float_encoders = built.text_encoders.get("float")
+    if not float_encoders:
+        return
+    use_text_encoders(built.pipe, "float", float_encoders)
+    yield from PromptCache.for_pipeline(built.pipe).iter_pairs(candidate)
+    use_text_encoders(built.pipe, candidate, built.text_encoders[candidate])
 
 
-def collect_series(
-    candidate: Generation,
-    baseline: Generation | None,
-    quality: Sequence[SampleQuality],
-    errors: Sequence[float],
-) -> dict[str, list[float]]:
-    """One value per step or frame, where there is one."""
-    series: dict[str, Sequence[float]] = {"series/step_ms": list_step_times(candidate)}
-    if baseline is not None:
-        series |= {"series/float_step_ms": list_step_times(baseline), "series/latent_rel_err": errors}
-        if candidate.is_video:
-            series["series/frame_psnr_db"] = average_frames(quality, "psnr_db")
-    return {name: list(values) for name, values in series.items()}
+def measure_denoiser_size(built: BuiltModel) -> dict[str, float]:
+    """Measure the memory of the denoiser, and how many times smaller than the float one it is."""
+    int8 = built.denoisers.get("int8")
+    nbytes = count_module_bytes(int8) if int8 is not None else built.float_bytes
+    return {"memory/denoiser_bytes": nbytes, "memory/denoiser_ratio": built.float_bytes / nbytes}
+
+
+def measure_layers(spec: RunSpec, built: BuiltModel, calls: DenoiserCalls) -> dict[str, float]:
+    """Measure the INT8 layers, their outputs only where the float layers are in memory; updates the plans."""
+    for plan in built.plans:  # a reused model still has what an earlier job measured
+        plan.measured.pop("output_sqnr_db", None)
+    int8 = built.denoisers.get("int8")
+    if int8 is None:
+        return {}
+    if spec.metrics.layers and "float" in built.denoisers:
+        measure_layer_outputs(built.denoisers["float"], int8, calls, built.plans)
+    shares = compute_int8_shares(built.plans, built.macs, built.num_params)
+    return compute_layer_metrics(built.plans) | shares
+
+
+def measure_loras(spec: RunSpec, built: BuiltModel, calls: DenoiserCalls) -> dict[str, float]:
+    """Count what the LoRAs changed, and measure the time that their branches take, once per built model."""
+    loras = built.loras
+    metrics: dict[str, float] = {
+        "lora/modules_matched": loras.matches.n_matched,
+        "lora/modules_unmatched": len(loras.matches.unmatched),
+        "lora/clipped_share": loras.clipped_share,
+    }
+    for mode, count in loras.layers_by_mode.items():
+        metrics[f"lora/layers_{mode}"] = count
+    if loras.dynamic_layers and any(spec.lora.strengths):
+        if built.lora_overhead is None:
+            built.lora_overhead = measure_lora_overhead(built, calls)
+        metrics["lora/overhead_ratio"] = built.lora_overhead
+    return metrics
+
+
+def collect_series(comparison: Comparison) -> dict[str, list[float]]:
+    """Collect what has one value per step or frame."""
+    candidate, baseline = comparison.candidate, comparison.baseline
+    series = {"series/step_ms": list_step_times(candidate)}
+    if baseline is None:
+        return series
+    series["series/float_step_ms"] = list_step_times(baseline)
+    series["series/latent_rel_err"] = list(comparison.latent_errors)
+    if candidate.is_video:
+        series["series/frame_psnr_db"] = average_frames(comparison.quality, "psnr_db")
+    return series
 
 
 def has_scattered_times(metrics: Mapping[str, float]) -> bool:
-    """Whether one step in ten took more than twice the median: a busy machine."""
-    return any(
-        metrics.get(f"{who}/step_ms_p90", 0) > 2 * metrics.get(f"{who}/step_ms_p50", 0)
-        for who in ("speed", "float")
-    )
+    """Whether one step in ten took more than twice the median, as on a busy machine."""
+    for model in ("speed", "float"):
+        median = metrics.get(f"{model}/step_ms_p50", 0)
+        if metrics.get(f"{model}/step_ms_p90", 0) > MAX_STEP_TIME_SPREAD * median:
+            return True
+    return False

@@ -1,20 +1,24 @@
-"""What a run writes into its output folder."""
+"""What a run writes into its output folder, and how it describes the model that it built.
+
+Called by `tasks.run`. A tracker copies the folder afterwards.
+"""
 
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL.Image import Image
 
 from int8run.config.run_spec import RunSpec
-from int8run.generate.generate import Generation, get_frame_rate
+from int8run.generate.generate import get_frame_rate
 from int8run.generate.prompts import Sample
+from int8run.lora.stack import LoraStack
 from int8run.metrics.layers import compute_int8_shares
 from int8run.metrics.quality import SampleQuality, select_key_frames
 from int8run.models.loader import read_library_versions
-from int8run.pipeline.build import Built
+from int8run.pipeline.build import BuiltModel
 from int8run.report.run_files import (
     DIFFERENCE_GAIN,
     collect_environment,
@@ -24,139 +28,229 @@ from int8run.report.run_files import (
     write_json,
     write_layers_csv,
 )
-from int8run.tasks.run_metrics import collect_series
+from int8run.tasks.run_metrics import Comparison, collect_series
 
 log = logging.getLogger(__name__)
+IMAGES = "images"
+# a caption, and the images below it
+GridRow = tuple[str, list[Image]]
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image or video in metrics.json.
+
+    Args:
+        sample: its prompt and seed.
+        file: path below the output folder.
+        stills: of a video, paths of some of its frames.
+        float_file: the same of the float model; None without a baseline.
+        float_stills: the same of the float model.
+        quality: beside the float model; None without a baseline.
+    """
+
+    sample: Sample
+    file: str
+    stills: Sequence[str]
+    float_file: str | None
+    float_stills: Sequence[str]
+    quality: SampleQuality | None
+
+    def to_json(self) -> dict[str, object]:
+        """Return the entry of metrics.json; what does not apply has no key."""
+        entry: dict[str, object] = {
+            "key": self.sample.key,
+            "prompt": self.sample.prompt,
+            "seed": self.sample.seed,
+            "file": self.file,
+        }
+        if self.quality is not None:
+            entry |= self.quality.values
+        if self.float_file is not None:
+            entry["float"] = self.float_file
+        if self.stills:
+            entry["stills"] = self.stills
+            entry["float_stills"] = self.float_stills
+            if self.quality is not None:
+                entry["frames"] = self.quality.frames
+        return entry
 
 
 def write_outputs(
     spec: RunSpec,
-    built: Built,
-    candidate: Generation,
-    baseline: Generation | None,
-    wanted: Sequence[Sample],
+    built: BuiltModel,
+    comparison: Comparison,
     metrics: Mapping[str, float],
-    quality: Sequence[SampleQuality],
-    errors: Sequence[float],
-    out: Path,
+    output_dir: Path,
 ) -> None:
-    """Pictures or videos, grid, tables and facts into the output folder."""
-    folder = out / "images"
-    folder.mkdir(parents=True, exist_ok=True)
-    rate = get_frame_rate(built.pipe, spec.sampling)
-    rows: list[tuple[str, list[Image]]] = []
-    per_sample: list[dict[str, object]] = []
-    for i, sample in enumerate(wanted):
-        ours, floats = candidate.frames[i], baseline.frames[i] if baseline else []
-        shown = select_key_frames(len(ours))
-        file, *stills = (f"images/{name}" for name in save_sample(ours, shown, folder, sample.key, rate))
-        float_file, *float_stills = (
-            (f"images/{name}" for name in save_sample(floats, shown, folder, f"{sample.key}_float", rate))
-            if floats
-            else [None]
-        )
-        caption = f"{sample.prompt} · seed {sample.seed}"
-        if stills:
-            rows.append((caption, []))
-        for number in shown.values():
-            a, b = ours[number], floats[number : number + 1]
-            rows.append(
-                (
-                    f"frame {number + 1} of {len(ours)}" if stills else caption,
-                    [*b, a, *(make_difference_image(a, f) for f in b)],
-                )
-            )
-        about = {
-            "key": sample.key,
-            "prompt": sample.prompt,
-            "seed": sample.seed,
-            "file": file,
-            **(quality[i].values if quality else {}),
-        }
-        if float_file:
-            about["float"] = float_file
-        if stills:
-            about |= {
-                "stills": stills,
-                "float_stills": float_stills,
-                **({"frames": quality[i].frames} if quality else {}),
-            }
-        per_sample.append(about)
-    columns = (
-        ["float", candidate_label(spec), f"difference x {DIFFERENCE_GAIN}"]
-        if baseline
-        else [candidate_label(spec)]
-    )
-    make_image_grid(rows, columns).save(out / "grid.png")
-    if candidate.sound:
-        log.info("%s makes sound with its videos; it is neither compared nor kept", type(built.pipe).__name__)
-    write_layers_csv(built.plans, out / "layers.csv")
+    """Write images or videos, the grid, tables and metrics.json.
+
+    Args:
+        spec: the settings.
+        built: the model that ran.
+        comparison: what it generated.
+        metrics: by their public names.
+        output_dir: the folder.
+    """
+    frame_rate = get_frame_rate(built.pipe, spec.sampling)
+    (output_dir / IMAGES).mkdir(parents=True, exist_ok=True)
+    records = []
+    rows: list[GridRow] = []
+    for index in range(len(comparison.samples)):
+        records.append(save_images(comparison, index, output_dir, frame_rate))
+        rows += make_grid_rows(comparison, index)
+    columns = [name_candidate(spec)]
+    if comparison.baseline is not None:
+        columns = ["float", name_candidate(spec), f"difference x {DIFFERENCE_GAIN}"]
+    make_image_grid(rows, columns).save(output_dir / "grid.png")
+    if comparison.candidate.has_sound:
+        pipeline = type(built.pipe).__name__
+        log.info("%s makes sound with its videos; it is neither compared nor kept", pipeline)
+
+    write_layers_csv(built.plans, output_dir / "layers.csv")
     if spec.clip.is_quantized:
-        write_layers_csv(built.encoders.plans, out / "text_encoders.csv")
-    write_json(describe_environment(built), out / "environment.json")
-    series = collect_series(candidate, baseline, quality, errors)
-    # the last file: what has it is whole
+        write_layers_csv(built.encoders.plans, output_dir / "text_encoders.csv")
+    environment = collect_environment(built.device, read_library_versions())
+    write_json(environment, output_dir / "environment.json")
+    # the last file, so that a folder that has it is complete
     write_json(
-        {"metrics": metrics, "series": series, "sampling": asdict(spec.sampling), "images": per_sample},
-        out / "metrics.json",
+        {
+            "metrics": metrics,
+            "series": collect_series(comparison),
+            "sampling": asdict(spec.sampling),
+            "images": [record.to_json() for record in records],
+        },
+        output_dir / "metrics.json",
     )
 
 
-def describe_build(spec: RunSpec, built: Built, reused: bool) -> list[tuple[str, object]]:
-    """What was built, for the line before the bars."""
-    used = sorted({p.backend_used for p in built.plans if p.backend_used})
-    share = compute_int8_shares(built.plans, built.work, built.params)["quant/macs_int8_share"]
-    int8 = [p for p in built.plans if p.skip_reason is None]
-    counts = f"{len(int8)} of {len(built.plans)} Linears INT8, {share:.1%} of the multiply-adds"
-    said = [
-        ("family", built.family.name),
-        ("device", built.device),
-        ("layers", counts if used else "all float"),
-    ]
-    if used:
-        said += [
-            ("outlier", format_counts(p.outlier.partition(" ")[0] for p in int8)),
-            ("rounding", format_counts(p.rounding for p in int8)),
-        ]
-        said.append(("backend", "+".join(used)))
+def save_images(comparison: Comparison, index: int, output_dir: Path, frame_rate: float) -> ImageRecord:
+    """Save what was generated for one sample.
+
+    Args:
+        comparison: of all samples.
+        index: of the sample.
+        output_dir: has a folder for images.
+        frame_rate: of videos, in frames per second.
+    """
+    sample = comparison.samples[index]
+    file, *stills = save_frames(comparison.candidate.frames[index], sample.key, output_dir, frame_rate)
+    float_file, float_stills = None, []
+    if comparison.baseline is not None:
+        float_file, *float_stills = save_frames(
+            comparison.baseline.frames[index], f"{sample.key}_float", output_dir, frame_rate
+        )
+    return ImageRecord(
+        sample=sample,
+        file=file,
+        stills=stills,
+        float_file=float_file,
+        float_stills=float_stills,
+        quality=comparison.quality[index] if comparison.quality else None,
+    )
+
+
+def save_frames(frames: Sequence[Image], name: str, output_dir: Path, frame_rate: float) -> list[str]:
+    """Save an image, or a video and its key frames; return the paths below the output folder."""
+    files = save_sample(frames, select_key_frames(len(frames)), output_dir / IMAGES, name, frame_rate)
+    return [f"{IMAGES}/{file}" for file in files]
+
+
+def make_grid_rows(comparison: Comparison, index: int) -> list[GridRow]:
+    """Make the row of a sample in the grid; for a video one row for each key frame, below a caption."""
+    sample = comparison.samples[index]
+    frames = comparison.candidate.frames[index]
+    float_frames = comparison.baseline.frames[index] if comparison.baseline is not None else None
+    caption = f"{sample.prompt} · seed {sample.seed}"
+    is_video = len(frames) > 1
+    rows: list[GridRow] = [(caption, [])] if is_video else []
+    for number in select_key_frames(len(frames)).values():
+        images = [frames[number]]
+        if float_frames is not None:
+            difference = make_difference_image(frames[number], float_frames[number])
+            images = [float_frames[number], frames[number], difference]
+        rows.append((f"frame {number + 1} of {len(frames)}" if is_video else caption, images))
+    return rows
+
+
+def describe_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> list[tuple[str, object]]:
+    """Describe what was built, as names and values for the line before the bars.
+
+    Args:
+        spec: the settings.
+        built: the model.
+        is_reused: whether an earlier job built it.
+    """
+    facts: list[tuple[str, object]] = [("family", built.family.name), ("device", built.device)]
+    facts += describe_layers(built)
     if spec.lora.adapters:
-        stack = spec.lora
-        strengths = ", ".join(
-            f"{a.name} {'→'.join(f'{s * stack.strength:g}' for _, s in a.schedule)}" for a in stack.adapters
-        )
-        modes = built.loras.modes
-        how = "baked" if spec.lora.bakes else format_counts(Counter(modes).elements()) if modes else "merged"
-        said.append(("lora", f"{strengths} ({how})"))
+        facts.append(("lora", describe_loras(spec, built.loras)))
     for component, encoder in built.encoders.built.items():
-        words = [plan.rounding if plan.skip_reason is None else "float" for plan in encoder.plans]
-        said.append((component, ", ".join(f"{word} {n}" for word, n in Counter(words).most_common())))
-    preset = spec.lora.preset_for(spec.model.lora_base, spec.sampler.steps)
+        formats = ["float" if plan.skip_reason is not None else plan.rounding for plan in encoder.plans]
+        facts.append((component, list_counts(formats)))
+    preset = spec.lora.find_preset(spec.model.lora_base, spec.sampler.steps)
     if preset is not None:
-        said.append(
-            (
-                "few steps",
-                f"{preset.name}: {spec.sampling.steps} steps, {type(built.pipe.scheduler).__name__}",
-            )
-        )
+        scheduler = type(built.pipe.scheduler).__name__
+        facts.append(("few steps", f"{preset.name}: {spec.sampling.steps} steps, {scheduler}"))
     if spec.compile != "none":
-        said.append(("compile", spec.compile))
-    if reused:
-        said.append(("model", "reused"))
-    return said
+        facts.append(("compile", spec.compile))
+    if is_reused:
+        facts.append(("model", "reused"))
+    return facts
 
 
-def format_counts(words: Iterable[str]) -> str:
-    """One word for all, or each with its count: `convrot 20, none 12`."""
-    counts = Counter(words).most_common()
-    return counts[0][0] if len(counts) == 1 else ", ".join(f"{word} {n}" for word, n in counts)
+def describe_layers(built: BuiltModel) -> list[tuple[str, object]]:
+    """Describe how much of the denoiser is INT8, and by which methods."""
+    backends = sorted({plan.backend_used for plan in built.plans if plan.backend_used})
+    if not backends:
+        return [("layers", "all float")]
+    int8 = [plan for plan in built.plans if plan.skip_reason is None]
+    shares = compute_int8_shares(built.plans, built.macs, built.num_params)
+    return [
+        (
+            "layers",
+            f"{len(int8)} of {len(built.plans)} Linears INT8, "
+            f"{shares['quant/macs_int8_share']:.1%} of the multiply-adds",
+        ),
+        # the method alone, without its parameters
+        ("outlier", format_counts(plan.outlier.partition(" ")[0] for plan in int8)),
+        ("rounding", format_counts(plan.rounding for plan in int8)),
+        ("backend", "+".join(backends)),
+    ]
 
 
-def describe_environment(built: Built) -> dict[str, object]:
-    """Facts about the machine and the libraries."""
-    return collect_environment(built.device, read_library_versions())
+def describe_loras(spec: RunSpec, loras: LoraStack) -> str:
+    """Describe the LoRAs by their strengths, in order where one changes, and how they are applied."""
+    strengths = []
+    for adapter in spec.lora.adapters:
+        scheduled = [f"{strength * spec.lora.strength:g}" for _, strength in adapter.schedule]
+        strengths.append(f"{adapter.name} {'→'.join(scheduled)}")
+    if spec.lora.is_baked:
+        how = "baked"
+    elif loras.layers_by_mode:
+        how = format_counts(Counter(loras.layers_by_mode).elements())
+    else:
+        how = "merged"
+    return f"{', '.join(strengths)} ({how})"
 
 
-def candidate_label(spec: RunSpec) -> str:
-    """What stands beside the float model; with INT8 disabled and nothing else changed it is the float model itself."""
+def format_counts(names: Iterable[str]) -> str:
+    """Return the one name, or each name with its count: `convrot 20, none 12`."""
+    counts = Counter(names)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return list_counts(counts.elements())
+
+
+def list_counts(names: Iterable[str]) -> str:
+    """Return each name with its count, the most frequent first: `nvfp4 96, float 3`."""
+    return ", ".join(f"{name} {count}" for name, count in Counter(names).most_common())
+
+
+def name_candidate(spec: RunSpec) -> str:
+    """Return what the candidate is called beside the float model.
+
+    With INT8 disabled and nothing else changed it is the float model itself.
+    """
     names = {"int8": "INT8", "clip": f"clip={spec.clip.format}", "float": "float (int8.enable=false)"}
     return names[spec.candidate]

@@ -24,7 +24,7 @@ from int8run.generate.prompts import build_samples
 from int8run.layers.int8_linear import Int8Linear
 from int8run.models.source import denoiser_names
 from int8run.pipeline import process_cache
-from int8run.pipeline.build import build
+from int8run.pipeline.build import build_model
 from int8run.report.console import Progress
 from int8run.tasks.run import check_images
 from int8run.tasks.run_metrics import has_scattered_times
@@ -63,7 +63,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def small(model: str) -> list[str]:
-    process_cache.forget()
+    process_cache.clear()
     return [
         f"model.location={model}",
         "sampler.height=16",
@@ -118,7 +118,7 @@ def test_layers_csv_names_every_linear_once(small: list[str], tmp_path: Path) ->
 
 def test_the_second_identical_run_gives_the_same_bits(small: list[str], tmp_path: Path) -> None:
     run_job(small, tmp_path / "a")
-    process_cache.forget()
+    process_cache.clear()
     run_job(small, tmp_path / "b")
     assert image_bytes(tmp_path / "a") == image_bytes(tmp_path / "b")
 
@@ -126,7 +126,7 @@ def test_the_second_identical_run_gives_the_same_bits(small: list[str], tmp_path
 @pytest.mark.skipif(without_vnni(), reason="needs a CPU with VNNI")
 def test_two_backends_in_one_process_do_not_see_each_other(small: list[str]) -> None:
     first, second = (
-        build(make_spec([*small, f"backend={name}"]), build_samples(["a"], 1, 0), [], Progress(False))
+        build_model(make_spec([*small, f"backend={name}"]), build_samples(["a"], 1, 0), [], Progress(False))
         for name in ("reference", "torch_int_mm")
     )
     for built, name in ((first, "reference"), (second, "torch_int_mm")):
@@ -169,7 +169,7 @@ def test_without_a_baseline_only_int8_runs(small: list[str], tmp_path: Path) -> 
 
 def test_a_batch_does_not_change_whose_noise_a_picture_gets(small: list[str], tmp_path: Path) -> None:
     run_job([*small, "int8.enable=false"], tmp_path / "a")
-    process_cache.forget()
+    process_cache.clear()
     run_job([*small, "int8.enable=false", "sampler.batch=2"], tmp_path / "b")
     pairs = zip(image_bytes(tmp_path / "a").values(), image_bytes(tmp_path / "b").values(), strict=True)
     # a larger batch may round differently by one step of 255
@@ -440,7 +440,7 @@ def test_a_saved_model_draws_the_same_pictures(
 def rotated(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model with outlier=convrot, as a file."""
     folder = tmp_path_factory.mktemp("rotated")
-    process_cache.forget()
+    process_cache.clear()
     small = [
         f"model.location={model}",
         "sampler.height=16",
@@ -691,6 +691,6 @@ def test_drawings_that_are_no_numbers_are_refused() -> None:
     check_images(Generation(trajectories=[good]), "INT8")
     with pytest.raises(
         FileError,
-        match=r"^the latents of 1 of 2 drawings of the INT8 model are NaN or infinite; its weights are damaged",
+        match=r"^the latents of 1 of 2 samples of the INT8 model are NaN or infinite; its weights are damaged",
     ):
         check_images(Generation(trajectories=[good, bad]), "INT8")

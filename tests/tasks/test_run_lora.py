@@ -21,11 +21,11 @@ from int8run.errors import ConfigError
 from int8run.generate.prompts import PromptSet
 from int8run.lora import few_step
 from int8run.lora.config import Adapter, LoraSettings
-from int8run.models.loader import use_scheduler
+from int8run.models.schedulers import set_scheduler
 from int8run.models.sampling import Sampling
 from int8run.outlier.convrot import ConvRot
 from int8run.pipeline import process_cache
-from int8run.pipeline.build import Built
+from int8run.pipeline.build import BuiltModel
 from int8run.ptq import layer_costs as costs
 from int8run.tasks import run as run_module
 from int8run.tasks.run import RunResult, run
@@ -65,9 +65,9 @@ def plain(small: list[str]) -> RunSpec:
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Neither between tests nor in the user's table of measured times."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    process_cache.forget()
+    process_cache.clear()
     yield
-    process_cache.forget()
+    process_cache.clear()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def same(one: RunResult, two: RunResult) -> bool:
     )
 
 
-def built() -> Built:
+def built() -> BuiltModel:
     """What the last run was made with."""
     (found,) = process_cache._last.values()
     return found
@@ -144,7 +144,7 @@ def test_both_models_follow_a_schedule(
                 assert not torch.equal(picture[step], with_lora[step]) and not torch.equal(
                     picture[step], without[step]
                 ), (name, step)
-    branches = [layer.branch.strengths for layer in built().loras.dynamic]
+    branches = [layer.branch.strengths for layer in built().loras.dynamic_layers]
     assert len(branches) == 16 and all(s.eq(1).all() for s in branches), (
         "what is measured after it, and the next job, have the first strength"
     )
@@ -160,7 +160,7 @@ def test_schedules_that_change_nothing_are_plain_strengths(
         fixed = draw(plain, lora=stack(files["style"], strength))
         for schedule in schedules:
             assert same(draw(plain, lora=stack(files["style"], schedule)), fixed), schedule
-    assert built().loras.modes == {"dynamic": 16}
+    assert built().loras.layers_by_mode == {"dynamic": 16}
 
 
 def test_a_schedule_comes_from_the_command_line(
@@ -197,14 +197,14 @@ def test_all_modes_draw_the_pictures_of_the_merged_float_model(
         asked.add((rank, rows))
         return 2.1 if layer.in_features == layer.out_features else 1.9
 
-    monkeypatch.setattr(costs.BranchCosts, "of", of)
+    monkeypatch.setattr(costs.BranchCosts, "get_ratio", of)
     without = draw(plain)
     found = {
         mode: draw(plain, lora=stack(files["every"], 1.0, mode))
         for mode in ("dynamic", "bake", "stochastic", "auto")
     }
     for mode, result in found.items():
-        process_cache.forget()
+        process_cache.clear()
         (float_latents,), (plain_latents,) = latents(result)["float"], latents(without)["float"]
         assert (float_latents[-1] - plain_latents[-1]).norm() > 0.3 * plain_latents[-1].norm()
         assert result.metrics["quality/latent_rel_err"] < 0.04, mode
@@ -346,7 +346,7 @@ def test_float_pictures_are_drawn_once_for_equal_settings(
         with caplog.at_level(logging.INFO):
             second = draw(spec, **others)
         assert drew == [["int8"]] * 2 and second.baseline is first.baseline, others
-        assert "the float pictures are those of an earlier job with the same settings" in caplog.text
+        assert "the float images are those of an earlier job with the same settings" in caplog.text
         assert (
             second.metrics["speed/images_per_s"] > 0
             and second.metrics["float/images_per_s"] == first.metrics["float/images_per_s"]
@@ -443,8 +443,11 @@ def preset(monkeypatch: pytest.MonkeyPatch) -> str:
         "strength": 0.75,
         "source": "community",
     }
-    table = {**few_step.table(), "presets": {"made_up": {"words": [["made_up"]], "bases": {"tiny": row}}}}
-    monkeypatch.setattr(few_step, "table", lambda: table)
+    table = {
+        **few_step.load_table(),
+        "presets": {"made_up": {"words": [["made_up"]], "bases": {"tiny": row}}},
+    }
+    monkeypatch.setattr(few_step, "load_table", lambda: table)
     return "made_up"
 
 
@@ -493,7 +496,7 @@ def test_a_scheduler_does_not_stay_for_the_next_job(plain: RunSpec, draw: Callab
     [
         (
             Sampling(scheduler="FlowMatchEulerDiscretScheduler"),
-            r"^sampler\.scheduler=FlowMatchEulerDiscretScheduler is no .*; did you mean 'FlowMatchEulerDiscreteScheduler'\? choose from ",
+            r"^sampler\.scheduler=FlowMatchEulerDiscretScheduler is not .*; did you mean 'FlowMatchEulerDiscreteScheduler'\? choose from ",
         ),
         (
             Sampling(scheduler="FluxPipeline"),
@@ -505,11 +508,11 @@ def test_a_scheduler_does_not_stay_for_the_next_job(plain: RunSpec, draw: Callab
         ),
         (
             Sampling(scheduler="LCMScheduler", scheduler_settings={"shiftt": 3}),
-            r"^sampler\.scheduler_settings\.shiftt is no setting of LCMScheduler; choose from .*timestep_scaling",
+            r"^sampler\.scheduler_settings\.shiftt is not a setting of LCMScheduler; choose from .*timestep_scaling",
         ),
         (
             Sampling(scheduler_settings={"bhift": 3}),
-            r"^sampler\.scheduler_settings\.bhift is no setting of FlowMatchEulerDiscreteScheduler; choose from .*shift",
+            r"^sampler\.scheduler_settings\.bhift is not a setting of FlowMatchEulerDiscreteScheduler; choose from .*shift",
         ),
         (
             Sampling(scheduler_settings={"shift": "much"}),
@@ -522,7 +525,7 @@ def test_schedulers_that_cannot_be(sampling: Sampling, message: str) -> None:
     pipe = random_pipeline()
     original = pipe.scheduler
     with pytest.raises(ConfigError, match=message):
-        use_scheduler(pipe, original, sampling)
+        set_scheduler(pipe, original, sampling)
     assert pipe.scheduler is original
 
 
@@ -530,11 +533,11 @@ def test_what_is_offered_can_be_had_or_says_why_not() -> None:
     pipe = random_pipeline()
     original = pipe.scheduler
     with pytest.raises(ConfigError) as error:
-        use_scheduler(pipe, original, Sampling(scheduler="x"))
+        set_scheduler(pipe, original, Sampling(scheduler="x"))
     made, refused = [], []
     for name in str(error.value).partition("choose from ")[2].split(", "):
         try:
-            use_scheduler(pipe, original, Sampling(scheduler=name))
+            set_scheduler(pipe, original, Sampling(scheduler=name))
             made.append(type(pipe.scheduler).__name__)
         except ConfigError as why:
             refused.append(name)
@@ -563,14 +566,14 @@ def test_noise_levels_of_a_preset_are_for_its_own_number_of_steps(plain: RunSpec
 
 
 def test_lora_lcm_is_made_for_the_shipped_model() -> None:
-    spec, best = make_spec(["lora=lcm"]), few_step.preset("lcm", "tiny")
+    spec, best = make_spec(["lora=lcm"]), few_step.get_preset("lcm", "tiny")
     assert (spec.sampling.steps, spec.sampling.guidance, spec.sampling.scheduler) == (
         best.steps,
         best.guidance,
         best.scheduler,
     )
     assert spec.sampling.height == 64 and spec.lora.strengths == [best.strength] and spec.sampling.steps <= 4
-    assert spec.lora.adapters[0].source("tiny") == ("few_step", None)
+    assert spec.lora.adapters[0].get_source("tiny") == ("few_step", None)
     asked = make_spec(["lora=lcm", "sampler.steps=28", "lora.adapters.0.strength=0.9"])
     assert (
         asked.sampling.steps == 28
