@@ -1,0 +1,177 @@
+"""Write the two generated pages: `python docs/generate.py`.
+
+`settings.md` comes from the comments of `conf/`, `python_api.md` from the docstrings of the public API. A test
+compares both with what this script makes, so run it after a change of either.
+"""
+
+import inspect
+import re
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import int8run
+from int8run.config.help import LAUNCHER, parse_key_comments, read_description, read_option_keys
+
+DOCS = Path(__file__).parent
+GENERATED = "<!-- Written by docs/generate.py. Change the {source} instead of this page. -->"
+# classes have further methods, which the run uses; these are for programs of users
+METHODS = {"LoraStack": ("add", "set_strength", "clear")}
+SHORT_TYPES = {
+    "torch.nn.modules.module.Module": "nn.Module",
+    "collections.abc.": "",
+    "pathlib.": "",
+    "torch.Tensor": "Tensor",
+}
+SECTION = re.compile(r"^(Args|Returns|Raises|Yields):$")
+ITEM = re.compile(r"^(?P<names>[\w, `]+?): (?P<text>.*)$")
+
+SETTINGS_INTRO = """\
+A group picks an option (`backend=onednn`), a dotted key sets a value (`sampler.steps=8`). `int8run --help`
+prints the same from the command line, and `int8run --cfg job` the composed settings of a command.
+[First run](first_run.md) shows how to add options of your own."""
+
+API_INTRO = """\
+Settings have the words of the command line. Errors are those of `int8run.errors`, all of them `Int8RunError`.
+[Coming from diffusers](coming_from.md#from-diffusers) has a whole program."""
+
+
+def render_settings() -> str:
+    """The page of all groups, options and keys, from the YAML files in `conf/`."""
+    root = files("int8run.conf").joinpath("config.yaml").read_text()
+    defaults = re.findall(r"^  - ([a-z_]+): (\w+)$", root, flags=re.MULTILINE)
+    blocks = [
+        "# Settings",
+        GENERATED.format(source="comments in conf/"),
+        SETTINGS_INTRO,
+        "## Keys without a group",
+        render_key_table(parse_key_comments(root, prefix="")),
+    ]
+    for group, default in [*defaults, LAUNCHER]:
+        blocks += render_group(group, default)
+    return "\n\n".join(blocks) + "\n"
+
+
+def render_group(group: str, default: str) -> list[str]:
+    """One group: its options with their descriptions, and the keys that they have.
+
+    Args:
+        group: name of the folder in `conf/`, such as `backend`.
+        default: option that is used where none is named.
+    """
+    folder = files("int8run.conf").joinpath(group)
+    option_keys = read_option_keys(group, default)
+    names = [default, *sorted(name for name in option_keys if name != default)]
+    rows = ["| option | |", "|---|---|"]
+    for name in names:
+        description = read_description(folder.joinpath(f"{name}.yaml"))
+        suffix = " (default)" if name == default else ""
+        rows.append(f"| `{name}`{suffix} | {escape_cell(description)} |")
+    blocks = [f"## `{group}=`", "\n".join(rows)]
+    own_keys = option_keys[default]
+    if own_keys:
+        blocks.append(render_key_table(own_keys))
+    known = {key for key, _, _ in own_keys}
+    for name in names[1:]:
+        further = [row for row in option_keys[name] if row[0] not in known]
+        # models and families repeat each other's keys: those of the first one that has a key stand for all
+        if not further:
+            continue
+        known |= {key for key, _, _ in further}
+        blocks += [f"With `{group}={name}` and others that have them:", render_key_table(further)]
+    return blocks
+
+
+def render_key_table(rows: list[tuple[str, str, str]]) -> str:
+    """A table of keys.
+
+    Args:
+        rows: key with its path, default value, comment.
+    """
+    lines = ["| key | default | |", "|---|---|---|"]
+    for key, value, comment in rows:
+        shown = f"`{escape_cell(value)}`" if value else ""
+        lines.append(f"| `{key}` | {shown} | {escape_cell(comment)} |")
+    return "\n".join(lines)
+
+
+def escape_cell(text: str) -> str:
+    """Text for a cell of a table."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def render_api() -> str:
+    """The page of the public API, from signatures and docstrings."""
+    blocks = ["# Python API", GENERATED.format(source="docstrings"), API_INTRO]
+    for name in sorted(n for n in int8run.__all__ if not n.startswith("_")):
+        thing = getattr(int8run, name)
+        blocks += (
+            render_class(thing) if inspect.isclass(thing) else render_function(thing, f"int8run.{name}", "##")
+        )
+    return "\n\n".join(blocks) + "\n"
+
+
+def render_class(thing: type) -> list[str]:
+    """A class: its docstring and the methods for users with theirs."""
+    blocks = render_function(thing, f"int8run.{thing.__name__}", "##")
+    for name in METHODS[thing.__name__]:
+        blocks += render_function(getattr(thing, name), f"{thing.__name__}.{name}", "###")
+    return blocks
+
+
+def render_function(thing: Callable[..., object], name: str, heading: str) -> list[str]:
+    """Heading, signature and docstring of a function or class."""
+    signature = str(inspect.signature(thing)).replace("(self, ", "(").replace("(self)", "()")
+    signature = signature.removesuffix(" -> None")
+    signature = signature.replace("'LoraStack'", "LoraStack")
+    for long, short in SHORT_TYPES.items():
+        signature = signature.replace(long, short)
+    return [
+        f"{heading} `{name}`",
+        f"```python\n{name.rpartition('.')[2]}{wrap_signature(signature)}\n```",
+        render_docstring(inspect.getdoc(thing) or ""),
+    ]
+
+
+def wrap_signature(signature: str) -> str:
+    """A long signature with one parameter per line."""
+    if len(signature) < 80:
+        return signature
+    inner, _, result = signature.removeprefix("(").rpartition(")")
+    parameters = re.split(r", (?=\*?\*?\w+(?::|=|,|$)|\*,)", inner)
+    return "(\n" + "".join(f"    {parameter},\n" for parameter in parameters) + ")" + result
+
+
+def render_docstring(text: str) -> str:
+    """Google's sections as lists, everything else as it is."""
+    lines: list[str] = []
+    current = ""  # name of the section that the line is in
+    for line in text.splitlines():
+        section = SECTION.match(line)
+        item = ITEM.match(line.strip())
+        is_item = line.startswith("    ") and not line.startswith("     ")
+        if section:
+            current = section[1]
+            lines += [f"**{current}**", ""]
+        elif current == "Returns":
+            lines.append(line.strip())
+        elif current and is_item and item:
+            lines.append(f"- `{item['names']}`: {item['text']}")
+        elif current and line.strip():
+            lines.append(f"  {line.strip()}")
+        else:
+            lines.append(line)
+    return "\n".join(lines).strip()
+
+
+PAGES = {"settings.md": render_settings, "python_api.md": render_api}
+
+
+def main() -> None:
+    """Write both pages."""
+    for name, render in PAGES.items():
+        (DOCS / name).write_text(render())
+
+
+if __name__ == "__main__":
+    main()
