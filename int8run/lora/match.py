@@ -1,9 +1,13 @@
-"""Where the changes of LoRA files land in a model: every name looked up, every shape checked, nothing changed yet."""
+"""Which module of a model each change of a stack of LoRA files belongs to.
+
+Every name is looked up and every shape checked; the model is not changed yet. `LoraStack.match_entries` calls
+`match_loras`, `int8run.lora.apply` then applies what was matched.
+"""
 
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -11,20 +15,31 @@ from int8run.errors import LoraError
 from int8run.lora.adapters.change import LoraChange
 from int8run.lora.key_parsing import DENOISER, parse_key
 from int8run.lora.load import LoraFile
-from int8run.lora.module_names import ModuleTarget, NameTable, count_source_rows, get_weight_shape
+from int8run.lora.module_names import (
+    ModuleTarget,
+    ModuleTargets,
+    NameTable,
+    count_source_rows,
+    get_weight_shape,
+)
 from int8run.models.dual_denoisers import split_denoiser
 
 log = logging.getLogger(__name__)
-# components that are one of two denoisers
+# components that are one of two denoisers, as in Wan 2.2
 EXPERTS = ("transformer", "transformer_2")
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Per component and module, which LoRA of the stack brings which change; and what found no place."""
+    """What a stack changes in a model.
+
+    Args:
+        by_component: component -> module -> (index of the LoRA in the stack, its change).
+        unmatched: (index of the LoRA, key or module name, reason) of everything that is not applied.
+    """
 
     by_component: Mapping[str, Mapping[str, Sequence[tuple[int, LoraChange]]]]
-    unmatched: Sequence[tuple[int, str, str]]  # LoRA, key or module name, reason
+    unmatched: Sequence[tuple[int, str, str]]
 
     @property
     def denoiser(self) -> Mapping[str, Sequence[tuple[int, LoraChange]]]:
@@ -34,222 +49,313 @@ class Matches:
     @property
     def n_matched(self) -> int:
         """Pairs of a LoRA and a module that it changes."""
-        return sum(len(entries) for modules in self.by_component.values() for entries in modules.values())
+        return sum(len(changes) for modules in self.by_component.values() for changes in modules.values())
 
 
 @dataclass(frozen=True)
 class MatchRequest:
-    """One LoRA of a stack, as far as matching asks."""
+    """One LoRA of a stack, as far as matching needs it.
+
+    Args:
+        file: what it holds.
+        components: the parts of it that are applied; None: all.
+    """
 
     file: LoraFile
-    components: Sequence[str] | None = None  # None: all that the file has
+    components: Sequence[str] | None = None
 
     def includes(self, component: str) -> bool:
         """Whether a part of the file is to be applied."""
-        return (
-            self.components is None
-            or component in self.components
-            or (component == DENOISER and bool(self.experts))
-        )
+        if self.components is None or component in self.components:
+            return True
+        return component == DENOISER and bool(self.experts)
 
     @property
     def experts(self) -> list[str]:
         """Of two denoisers, those that it is for; none named: both."""
-        return [c for c in self.components or () if c in EXPERTS]
+        return [component for component in self.components or () if component in EXPERTS]
 
 
-class ComponentNames:
-    """The names of a part's modules in files; the denoisers of one pipeline have the same names, and a name means all of them."""
+@dataclass
+class FileMatch:
+    """What one file changes in a model.
 
-    def __init__(self, part: nn.Module):
-        self.by_prefix = {
-            prefix: NameTable.from_model(module) for prefix, module in split_denoiser(part).items()
+    Args:
+        changes: (component, module, change).
+        unmatched: (key or module name, reason).
+        n_matched: modules of the file that are in the model.
+    """
+
+    changes: list[tuple[str, str, LoraChange]] = field(default_factory=list)
+    unmatched: list[tuple[str, str]] = field(default_factory=list)
+    n_matched: int = 0
+
+
+@dataclass(frozen=True)
+class Location:
+    """The modules of one component that a module of a file stands for."""
+
+    component: str
+    targets: ModuleTargets
+
+
+class ModelComponent:
+    """A denoiser or text encoder, and the names of its modules in files.
+
+    The two denoisers of one pipeline have the same names, and a name stands for modules of both.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.name_tables = {
+            prefix: NameTable.from_model(denoiser) for prefix, denoiser in split_denoiser(model).items()
         }
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the two denoisers; empty for a single one."""
+        return [prefix.removesuffix(".") for prefix in self.name_tables if prefix]
 
     def find_all_targets(
         self, names: Iterable[str], experts: Sequence[str] = ()
-    ) -> dict[str, tuple[ModuleTarget, ...] | None]:
-        """The places of several names, see `NameTable.find`.
+    ) -> dict[str, ModuleTargets | None]:
+        """The targets of several names, see `NameTable.find_targets`.
 
         Args:
+            names: without prefixes.
             experts: of two denoisers, those that are meant; empty: both.
         """
         names = list(names)
-        found: dict[str, tuple[ModuleTarget, ...] | None] = dict.fromkeys(names)
-        for prefix, table in self.by_prefix.items():
-            if not prefix or not experts or prefix.removesuffix(".") in experts:
-                for name, places in table.find_all_targets(names).items():
-                    if places:
-                        found[name] = (
-                            *(found[name] or ()),
-                            *(replace(place, module=prefix + place.module) for place in places),
-                        )
+        found: dict[str, ModuleTargets | None] = dict.fromkeys(names)
+        for prefix, name_table in self.name_tables.items():
+            if prefix and experts and prefix.removesuffix(".") not in experts:
+                continue
+            for name, targets in name_table.find_all_targets(names).items():
+                if targets:
+                    prefixed = [replace(target, module=prefix + target.module) for target in targets]
+                    found[name] = (*(found[name] or ()), *prefixed)
         return found
+
+    def get_weight_shape(self, target: ModuleTarget) -> tuple[int, ...]:
+        """Shape of the weight of a target."""
+        return get_weight_shape(self.model.get_submodule(target.module))
 
 
 def match_loras(parts: Mapping[str, nn.Module], stack: Sequence[MatchRequest], strict: bool) -> Matches:
     """Find the module of every change and check the shapes.
 
     Args:
-        parts: `denoiser`, and text encoders by their component's name.
+        parts: `denoiser`, and text encoders by the name of their component.
+        stack: the LoRAs, in order.
+        strict: anything that does not match is an error, and not a warning.
 
     Raises:
-        LoraError: no match at all, a wrong shape, or, when strict, any key without a place.
+        LoraError: when nothing of a file matches, a shape is wrong, or, when strict, anything does not match.
     """
-    tables = {component: ComponentNames(module) for component, module in parts.items()}
-    found: dict[str, dict[str, list[tuple[int, LoraChange]]]] = {component: {} for component in parts}
+    components = {name: ModelComponent(model) for name, model in parts.items()}
+    found: dict[str, dict[str, list[tuple[int, LoraChange]]]] = {name: {} for name in parts}
     unmatched: list[tuple[int, str, str]] = []
-    for index, wanted in enumerate(stack):
-        file = wanted.file
-        for expert in wanted.experts:
-            known = [prefix.removesuffix(".") for prefix in tables[DENOISER].by_prefix if prefix]
-            if expert not in known:
-                there = f"has {', '.join(known)}" if known else "has one denoiser: components=[denoiser]"
-                raise LoraError(
-                    f"{file.path.name}: components={list(wanted.components or ())} names {expert}, this model {there}"
-                )
-        has = set(file.changes) | {parse_key(key).component for key, _ in file.skipped_keys}
-        if wanted.components is not None and not any(map(wanted.includes, has)):
-            raise LoraError(
-                f"{file.path.name}: components={list(wanted.components)} leaves nothing of it; it has {', '.join(sorted(has)) or 'none'}"
-            )
-        lost = [(key, why) for key, why in file.skipped_keys if wanted.includes(parse_key(key).component)]
-        landed = 0
-        for component, changes in file.changes.items():
-            if not wanted.includes(component):
-                continue
-            places, missing = locate_changes(component, changes, parts, tables, wanted.experts)
-            lost += missing
-            for name, (target, spots) in places.items():
-                landed += 1
-                check_row_count(file, name, changes[name], spots)
-                for spot in spots:
-                    change = fit_to_target(file, changes[name], spot, parts[target])
-                    found[target].setdefault(spot.module, []).append((index, change))
-        report_unmatched(file, landed, lost, strict)
-        unmatched += [(index, key, why) for key, why in lost]
+    known_experts = components[DENOISER].experts if DENOISER in components else []
+    for index, request in enumerate(stack):
+        check_requested_components(request, known_experts)
+        file_match = match_file(request, components)
+        report_unmatched(request.file, file_match, strict)
+        for component, module, change in file_match.changes:
+            found[component].setdefault(module, []).append((index, change))
+        unmatched += [(index, name, reason) for name, reason in file_match.unmatched]
     return Matches(found, unmatched)
+
+
+def check_requested_components(request: MatchRequest, known_experts: Sequence[str]) -> None:
+    """Check that the model and the file have what `components` names.
+
+    Raises:
+        LoraError: for a denoiser that the model does not have, or when nothing of the file is left.
+    """
+    file = request.file
+    known = ", ".join(known_experts) or "one denoiser: components=[denoiser]"
+    for expert in request.experts:
+        if expert not in known_experts:
+            given = list(request.components or ())
+            raise LoraError(f"{file.path.name}: components={given} names {expert}, this model has {known}")
+
+    in_file = set(file.changes) | {parse_key(key).component for key, _ in file.skipped_keys}
+    if not any(request.includes(component) for component in in_file) and request.components is not None:
+        raise LoraError(
+            f"{file.path.name}: components={list(request.components)} leaves nothing of it; "
+            f"it has {', '.join(sorted(in_file)) or 'none'}"
+        )
+
+
+def match_file(request: MatchRequest, components: Mapping[str, ModelComponent]) -> FileMatch:
+    """Find the modules of one file's changes.
+
+    Raises:
+        LoraError: when a change does not have the shape of its module.
+    """
+    file, match = request.file, FileMatch()
+    for key, reason in file.skipped_keys:
+        if request.includes(parse_key(key).component):
+            match.unmatched.append((key, reason))
+
+    for component, changes in file.changes.items():
+        if not request.includes(component):
+            continue
+        locations = locate_changes(component, changes, components, request.experts)
+        for name, location in locations.items():
+            change, model_component = changes[name], components[location.component]
+            check_row_count(file, name, change, location.targets)
+            for target in location.targets:
+                fitted = fit_to_target(file, change, target, model_component)
+                match.changes.append((location.component, target.module, fitted))
+
+        match.n_matched += len(locations)
+        reason = describe_missing_module(component, components)
+        for name in changes:
+            if name not in locations:
+                full_name = name if component == DENOISER else f"{component}: {name}"
+                match.unmatched.append((full_name, reason))
+    return match
 
 
 def locate_changes(
     component: str,
     changes: Mapping[str, LoraChange],
-    parts: Mapping[str, nn.Module],
-    tables: Mapping[str, ComponentNames],
+    components: Mapping[str, ModelComponent],
     experts: Sequence[str],
-) -> tuple[dict[str, tuple[str, tuple[ModuleTarget, ...]]], list[tuple[str, str]]]:
-    """The places of one component's changes: in the part of that name, for text encoders else in another one that has such modules.
+) -> dict[str, Location]:
+    """Find the modules of one component of a file.
 
-    A file's `te2` is CLIP-G for some trainers and T5 for others; the names inside tell.
+    A file's `te2` is CLIP-G for some trainers and T5 for others, which the names inside tell. So changes of a
+    text encoder are looked for in the one of that name, then in the others.
+
+    Args:
+        component: the one that the file names.
+        changes: its changes, by module name.
+        components: those of the model.
+        experts: of two denoisers, those that are meant; empty: both.
+
+    Returns:
+        Module name -> location; names that the model does not have are missing.
     """
-    candidates = (
-        [component]
-        if component == DENOISER
-        else [component, *(p for p in parts if p not in (component, DENOISER))]
-    )
-    places: dict[str, tuple[str, tuple[ModuleTarget, ...]]] = {}
+    candidates = [component]
+    if component != DENOISER:
+        candidates += [name for name in components if name not in (component, DENOISER)]
+
+    locations: dict[str, Location] = {}
     for candidate in candidates:
-        if candidate in tables:
-            spots = tables[candidate].find_all_targets(
-                [name for name in changes if name not in places], experts
-            )
-            places |= {
-                name: (candidate, found)
-                for name, found in spots.items()
-                if found
-                and (candidate == component or has_matching_shapes(changes[name], found, parts[candidate]))
-            }
-    reason = (
-        "no such module"
-        if component in parts or (component != DENOISER and len(parts) > 1)
-        else f"the model has no {component}"
-    )
-    return places, [
-        (f"{component}: {name}" if component != DENOISER else name, reason)
-        for name in changes
-        if name not in places
-    ]
+        if candidate not in components:
+            continue
+        model_component = components[candidate]
+        open_names = [name for name in changes if name not in locations]
+        for name, targets in model_component.find_all_targets(open_names, experts).items():
+            if not targets:
+                continue
+            if candidate == component or has_matching_shapes(changes[name], targets, model_component):
+                locations[name] = Location(candidate, targets)
+    return locations
 
 
-def has_matching_shapes(change: LoraChange, spots: Sequence[ModuleTarget], part: nn.Module) -> bool:
-    """Whether a change has the shapes of the modules at its places."""
-    if not has_matching_row_count(change, spots):
+def describe_missing_module(component: str, components: Mapping[str, ModelComponent]) -> str:
+    """Why a module of a file's component is not in the model."""
+    has_other_text_encoder = component != DENOISER and len(components) > 1
+    if component in components or has_other_text_encoder:
+        return "no such module"
+    return f"the model has no {component}"
+
+
+# -- shapes of one change ----------------------------------------------------------------------------------
+
+
+def has_matching_shapes(
+    change: LoraChange, targets: Sequence[ModuleTarget], component: ModelComponent
+) -> bool:
+    """Whether a change has the shapes of the modules that its name stands for."""
+    if not has_matching_row_count(change, targets):
         return False
     try:
         return all(
-            slice_for_target(change, spot).shape_mismatch(get_weight_shape(part.get_submodule(spot.module)))
-            is None
-            for spot in spots
+            slice_for_target(change, target).shape_mismatch(component.get_weight_shape(target)) is None
+            for target in targets
         )
     except LoraError:  # its rows cannot be cut that way
         return False
 
 
-def has_matching_row_count(change: LoraChange, spots: Sequence[ModuleTarget]) -> bool:
+def has_matching_row_count(change: LoraChange, targets: Sequence[ModuleTarget]) -> bool:
     """Whether a matrix that is cut into parts has as many rows as the parts together."""
-    wanted = count_source_rows(spots)
-    return wanted is None or change.out_features is None or change.out_features == wanted
+    needed_rows = count_source_rows(targets)
+    return needed_rows is None or change.out_features is None or change.out_features == needed_rows
 
 
-def check_row_count(file: LoraFile, name: str, change: LoraChange, spots: Sequence[ModuleTarget]) -> None:
-    """Refuse a matrix that would lose rows when it is cut.
+def check_row_count(file: LoraFile, name: str, change: LoraChange, targets: Sequence[ModuleTarget]) -> None:
+    """Check that a matrix does not lose rows when it is cut.
 
     Raises:
         LoraError: with both numbers.
     """
-    if not has_matching_row_count(change, spots):
-        modules = ", ".join(spot.module for spot in spots)
+    if not has_matching_row_count(change, targets):
+        modules = ", ".join(target.module for target in targets)
         raise LoraError(
-            f"{file.path.name}: {name} has {change.out_features} rows, the model's {modules} have {count_source_rows(spots)} together; "
-            "the LoRA was made for another base model"
+            f"{file.path.name}: {name} has {change.out_features} rows, the model's {modules} have "
+            f"{count_source_rows(targets)} together; the LoRA was made for another base model"
         )
 
 
-def fit_to_target(file: LoraFile, change: LoraChange, spot: ModuleTarget, part: nn.Module) -> LoraChange:
-    """The part of a change that belongs to a place, its shape checked.
+def fit_to_target(
+    file: LoraFile, change: LoraChange, target: ModuleTarget, component: ModelComponent
+) -> LoraChange:
+    """The part of a change that belongs to a target, with its shape checked.
 
     Raises:
         LoraError: when it does not fit, with both shapes.
     """
+    where = f"{file.path.name}: {target.module}"
     try:
-        change = slice_for_target(change, spot)
+        change = slice_for_target(change, target)
     except LoraError as error:
-        raise LoraError(f"{file.path.name}: {spot.module} {error}") from error
-    if why := change.shape_mismatch(get_weight_shape(part.get_submodule(spot.module))):
-        raise LoraError(f"{file.path.name}: {spot.module} {why}; the LoRA was made for another base model")
+        raise LoraError(f"{where} {error}") from error
+    mismatch = change.shape_mismatch(component.get_weight_shape(target))
+    if mismatch is not None:
+        raise LoraError(f"{where} {mismatch}; the LoRA was made for another base model")
     return change
 
 
-def slice_for_target(change: LoraChange, spot: ModuleTarget) -> LoraChange:
-    """The part of a change that belongs to a place."""
-    if spot.source_rows is not None:
-        change = change.take_rows(spot.source_rows)
-    if spot.swap_halves:
-        change = change.swap_halves()
-    if spot.start is not None and spot.total is not None:
-        change = change.place_rows(spot.start, spot.total)
-    return change
-
-
-def report_unmatched(file: LoraFile, landed: int, lost: Sequence[tuple[str, str]], strict: bool) -> None:
-    """Say what of a file found no place.
+def slice_for_target(change: LoraChange, target: ModuleTarget) -> LoraChange:
+    """The part of a change that belongs to a target.
 
     Raises:
-        LoraError: when nothing did, or, when strict, anything did not.
+        LoraError: when its rows cannot be cut that way.
     """
-    total = landed + len(lost)
-    reasons = "; ".join(f"{n} × {why}" for why, n in Counter(why for _, why in lost).items())
-    first = f" (first: {lost[0][0]})" if lost else ""
-    if not landed:
+    if target.source_rows is not None:
+        change = change.take_rows(target.source_rows)
+    if target.swap_halves:
+        change = change.swap_halves()
+    if target.start is not None and target.total is not None:
+        change = change.place_rows(target.start, target.total)
+    return change
+
+
+def report_unmatched(file: LoraFile, match: FileMatch, strict: bool) -> None:
+    """Warn about what of a file does not match the model.
+
+    Raises:
+        LoraError: when nothing matches, or, when strict, anything does not.
+    """
+    n_unmatched = len(match.unmatched)
+    total = match.n_matched + n_unmatched
+    counts = Counter(reason for _, reason in match.unmatched)
+    reasons = "; ".join(f"{n} × {reason}" for reason, n in counts.items())
+    first = f" (first: {match.unmatched[0][0]})" if match.unmatched else ""
+    if not match.n_matched:
+        details = f"{first}: {reasons}" if reasons else first
         raise LoraError(
-            f"{file.path.name}: none of its {total} modules and keys is in the model{first}{f': {reasons}' if reasons else ''}; "
-            "the LoRA was made for another architecture, or its kind is not supported"
+            f"{file.path.name}: none of its {total} modules and keys is in the model{details}; "
+            "the LoRA was made for another architecture, or its adapter type is not supported"
         )
-    if lost and strict:
-        raise LoraError(
-            f"{file.path.name}: {len(lost)} of {total} modules and keys have no place in the model: {reasons}{first}; "
-            "lora.strict=false applies the rest"
-        )
-    if lost:
-        left_out = f"{len(lost)} of {total} modules and keys have no place in the model and are left out: {reasons}{first}"
-        log.warning("%s: %s", file.path.name, left_out)
+    if not n_unmatched:
+        return
+    share = f"{n_unmatched} of {total} modules and keys do not match the model"
+    if strict:
+        raise LoraError(f"{file.path.name}: {share}: {reasons}{first}; lora.strict=false applies the rest")
+    log.warning("%s: %s and are left out: %s", file.path.name, share, f"{reasons}{first}")

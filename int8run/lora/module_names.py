@@ -1,8 +1,11 @@
 """Names of modules in LoRA files, looked up in the real modules of a model.
 
-Trainers name a module as diffusers does, or as the model's authors do (`key_mappings/*.yaml`), with dots or with every dot
-written as `_`. So all names that a model's modules can have are listed once, and a name from a file is a look-up: nothing is
-guessed from its spelling. Matrices that one side fuses (q, k and v in one) are cut by the row counts of the model's own modules.
+Trainers name a module as diffusers does, or as the model's authors do (`models/key_mappings/*.yaml`), with
+dots or with every dot written as `_`. So all names that the modules of a model can have are listed once, and
+a name from a file is a look-up: nothing is guessed from its spelling. Matrices that one side fuses (q, k and
+v in one) are cut by the row counts of the model's own modules.
+
+`int8run.lora.match` asks for the targets of a file's modules; nothing here knows files or adapters.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +20,11 @@ from int8run.models.name_pattern import fill_pattern, find_greatest_number, matc
 
 @dataclass(frozen=True)
 class ModuleTarget:
-    """Where the rows of a file's matrix belong. Halves are swapped after the rows are taken.
+    """A module that rows of a file's matrix belong to; halves are swapped after the rows are taken.
 
     Args:
         module: the module's name in the model.
-        take: rows of the file's matrix; None: all.
+        source_rows: rows of the file's matrix; None: all.
         start: the first row that they change in the module's weight; None: they are the whole weight.
         total: rows of the module's weight, where `start` is given.
         swap_halves: the two halves of the rows change places.
@@ -36,18 +39,36 @@ class ModuleTarget:
 
 @dataclass(frozen=True)
 class RowSlice:
-    """Consecutive rows of a module's weight."""
+    """Consecutive rows of a module's weight.
+
+    Args:
+        module: the module's name in the model.
+        start: the first of the rows.
+        count: how many.
+        total: rows of the whole weight.
+        is_swapped: the file has their halves the other way round.
+    """
 
     module: str
     start: int
     count: int
     total: int
-    swapped: bool = False
+    is_swapped: bool = False
 
     @property
     def end(self) -> int:
         """The row after the last one."""
         return self.start + self.count
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all rows of the weight."""
+        return self.count == self.total
+
+
+# what one name in a file stands for: the matrix of that name holds these rows, one slice after the other
+RowSlices = tuple[RowSlice, ...]
+ModuleTargets = tuple[ModuleTarget, ...]
 
 
 class NameTable:
@@ -55,46 +76,54 @@ class NameTable:
 
     Args:
         modules: the model's modules by name; those without a weight are passed over.
-        rules: naming rules of the model's class.
+        mappings: of the names that the model's authors use.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], rules: Iterable[KeyMapping]):
+    def __init__(self, modules: Mapping[str, nn.Module], mappings: Iterable[KeyMapping]):
         shapes = {name: get_weight_shape(module) for name, module in modules.items()}
-        rules = tuple(rules)
-        known = expand_names(
-            map_modules_to_rows({name: shape[0] for name, shape in shapes.items() if shape}, rules), rules
-        )
-        self.targets_by_name: Mapping[str, list[tuple[ModuleTarget, ...]]] = {
-            name: [to_targets(r) for r in all_rows] for name, all_rows in known.items()
+        row_counts = {name: shape[0] for name, shape in shapes.items() if shape}
+        mappings = tuple(mappings)
+        slices_by_name = expand_names(map_modules_to_rows(row_counts, mappings), mappings)
+
+        # more than one entry for a name: it has several meanings
+        self.targets_by_name: Mapping[str, list[ModuleTargets]] = {
+            name: [to_targets(slices) for slices in meanings] for name, meanings in slices_by_name.items()
         }
-        self.targets_by_flat_name: dict[str, list[tuple[ModuleTarget, ...]]] = {}
+        self.targets_by_flat_name: dict[str, list[ModuleTargets]] = {}
         for name, meanings in self.targets_by_name.items():
-            there = self.targets_by_flat_name.setdefault(flatten_name(name), [])
-            there += [m for m in meanings if m not in there]
+            known = self.targets_by_flat_name.setdefault(flatten_name(name), [])
+            known += [targets for targets in meanings if targets not in known]
 
     @classmethod
     def from_model(cls, model: nn.Module) -> "NameTable":
-        """The table of a model, with the rules of its class; a class without rules has its own names only."""
+        """The table of a model, with the mappings of its class; without any it has its own names only."""
         return cls(dict(model.named_modules()), load_lora_mappings(type(model).__name__))
 
-    def find_targets(self, name: str) -> tuple[ModuleTarget, ...] | None:
-        """The places of a name, without its component's prefix: as in diffusers or native, dotted or flattened.
+    def find_targets(self, name: str) -> ModuleTargets | None:
+        """The modules that a name in a file stands for.
 
-        Returns None for a name that no module has, containers included, and for a part of a fused module of unknown row counts.
+        Args:
+            name: without the prefix of its component; as in diffusers or as the authors' own, dotted or
+                flattened.
+
+        Returns:
+            None for a name that no module has, containers included, and for a part of a fused module whose
+            row counts are not known.
 
         Raises:
             LoraError: when two modules have this name.
         """
-        found = self.targets_by_flat_name.get(flatten_name(name), [])
-        if len(found) > 1:
-            modules = " or ".join(sorted({meaning[0].module for meaning in found}))
+        meanings = self.targets_by_flat_name.get(flatten_name(name), [])
+        if len(meanings) > 1:
+            modules = " or ".join(sorted({targets[0].module for targets in meanings}))
             raise LoraError(
-                f"the name {name} can mean {modules} of this model; rename the key in the LoRA file to the one that is meant"
+                f"the name {name} can mean {modules} of this model; "
+                "rename the key in the LoRA file to the one that is meant"
             )
-        return found[0] if found else None
+        return meanings[0] if meanings else None
 
-    def find_all_targets(self, names: Iterable[str]) -> dict[str, tuple[ModuleTarget, ...] | None]:
-        """The places of several names, see `find`."""
+    def find_all_targets(self, names: Iterable[str]) -> dict[str, ModuleTargets | None]:
+        """The targets of several names, see `find_targets`."""
         return {name: self.find_targets(name) for name in names}
 
 
@@ -107,10 +136,10 @@ def get_weight_shape(module: nn.Module) -> tuple[int, ...]:
     return tuple(weight.shape) if isinstance(weight, Tensor) else ()
 
 
-def count_source_rows(places: Sequence[ModuleTarget]) -> int | None:
-    """How many rows a file's matrix must have that is cut into these places; None where it goes to one place uncut."""
-    cut = places[-1].source_rows
-    return None if cut is None else cut.stop
+def count_source_rows(targets: Sequence[ModuleTarget]) -> int | None:
+    """How many rows a file's matrix must have to be cut for these targets; None: it is not cut."""
+    last_rows = targets[-1].source_rows
+    return None if last_rows is None else last_rows.stop
 
 
 def flatten_name(name: str) -> str:
@@ -119,94 +148,143 @@ def flatten_name(name: str) -> str:
 
 
 def map_modules_to_rows(
-    counts: Mapping[str, int], rules: Iterable[KeyMapping]
-) -> dict[str, tuple[RowSlice, ...]]:
-    """The rows behind each module name. Where the model itself has a fused module, its parts are rows of that one.
+    row_counts: Mapping[str, int], mappings: Iterable[KeyMapping]
+) -> dict[str, RowSlices]:
+    """The rows behind each module name; parts of a module that the model has fused are rows of that one.
 
-    After diffusers' `fuse_qkv_projections()` the separate `to_q`, `to_k`, `to_v` are still there but no longer used: a change of
-    them would do nothing. They tell how many rows each part has. Without them, or when they do not add up to the fused rows,
-    the parts have no known place and so no name.
+    After diffusers' `fuse_qkv_projections()` the separate `to_q`, `to_k`, `to_v` are still there but no
+    longer used: a change of them would do nothing. They tell how many rows each part has. Without them, or
+        when they do not add
+    up to the fused rows, it is unknown which rows are theirs, and they get no name.
+
+    Args:
+        row_counts: module -> rows of its weight.
+        mappings: those with several targets say which modules can be fused.
     """
-    known: dict[str, tuple[RowSlice, ...]] = {
-        name: (RowSlice(name, 0, count, count),) for name, count in counts.items()
+    known: dict[str, RowSlices] = {
+        name: (RowSlice(name, start=0, count=n, total=n),) for name, n in row_counts.items()
     }
-    fusions = [rule for rule in rules if len(rule.targets) > 1]
-    for name, total in counts.items():
-        for rule in fusions:
-            values = match_pattern(rule.original, name)
+    fusions = [mapping for mapping in mappings if len(mapping.targets) > 1]
+    for fused, total in row_counts.items():
+        for fusion in fusions:
+            values = match_pattern(fusion.original, fused)
             if values is None:
                 continue
-            parts = [fill_pattern(target, values) for target in rule.targets]
-            if not all(part in counts for part in parts) or sum(counts[part] for part in parts) != total:
+            parts = [fill_pattern(target, values) for target in fusion.targets]
+            if not add_up_to(total, parts, row_counts):
                 for part in parts:
                     known.pop(part, None)
                 continue
             start = 0
             for part in parts:
-                known[part] = (RowSlice(name, start, counts[part], total),)
-                start += counts[part]
+                known[part] = (RowSlice(fused, start=start, count=row_counts[part], total=total),)
+                start += row_counts[part]
     return known
 
 
-def expand_names(
-    modules: Mapping[str, tuple[RowSlice, ...]], rules: Sequence[KeyMapping]
-) -> dict[str, list[tuple[RowSlice, ...]]]:
-    """All names: the modules' own, and what the rules, read from right to left, make of names that are there.
+def add_up_to(total: int, parts: Sequence[str], row_counts: Mapping[str, int]) -> bool:
+    """Whether all parts of a fused module are known, and have as many rows as it has."""
+    if not all(part in row_counts for part in parts):
+        return False
+    return sum(row_counts[part] for part in parts) == total
 
-    A rule counts once on the way to a name, so that a rule that adds a level ends. A rule with several targets needs all of them.
-    Returns the rows of each name; more than one entry: the name has several meanings.
+
+def expand_names(
+    modules: Mapping[str, RowSlices], mappings: Sequence[KeyMapping]
+) -> dict[str, list[RowSlices]]:
+    """All names: the modules' own, and what the mappings, read from right to left, make of known names.
+
+    A mapping counts once on the way to a name, so that one that adds a level ends. One with several targets
+    needs all of them.
+
+    Returns:
+        The rows behind each name; more than one entry: the name has several meanings.
     """
-    known = {name: [rows] for name, rows in modules.items()}
-    used: dict[str, frozenset[int]] = dict.fromkeys(known, frozenset())
-    last = {
-        rule: find_greatest_number(rule.targets[0], modules) for rule in rules if rule.swap_halves == "last"
+    known = {name: [slices] for name, slices in modules.items()}
+    used: dict[str, frozenset[int]] = dict.fromkeys(known, frozenset())  # name -> mappings on the way to it
+    last_indices = {
+        mapping: find_greatest_number(mapping.targets[0], modules)
+        for mapping in mappings
+        if mapping.swap_halves == "last"
     }
     newest = list(known)
     while newest:
         found: dict[str, frozenset[int]] = {}
         for name in newest:
-            for i, rule in enumerate(rules):
-                values = None if i in used[name] else match_pattern(rule.targets[0], name)
-                if values is None:
+            for i, mapping in enumerate(mappings):
+                if i in used[name]:
                     continue
-                parts = [fill_pattern(target, values) for target in rule.targets]
-                if not all(part in known for part in parts):
+                result = map_to_original(name, mapping, known, last_indices.get(mapping))
+                if result is None:
                     continue
-                rows = merge_neighbors(r for part in parts for r in known[part][0])
-                if rule.swap_halves is True or (
-                    rule.swap_halves == "last" and int(values[0][0]) == last[rule]
-                ):
-                    rows = tuple(replace(r, swapped=not r.swapped) for r in rows)
-                native = fill_pattern(rule.original, values)
-                if native not in known:
-                    found[native] = used[name] | {i}
-                if rows not in known.setdefault(native, []):
-                    known[native].append(rows)
+                original, slices = result
+                if original not in known:
+                    found[original] = used[name] | {i}
+                meanings = known.setdefault(original, [])
+                if slices not in meanings:
+                    meanings.append(slices)
         used |= found
         newest = list(found)
     return known
 
 
-def merge_neighbors(rows: Iterable[RowSlice]) -> tuple[RowSlice, ...]:
-    """The same rows, neighbours in one module made one."""
-    joined: list[RowSlice] = []
-    for r in rows:
-        before = joined[-1] if joined else None
-        if before and (before.module, before.end, before.swapped) == (r.module, r.start, r.swapped):
-            joined[-1] = replace(before, count=before.count + r.count)
+def map_to_original(
+    name: str, mapping: KeyMapping, known: Mapping[str, Sequence[RowSlices]], last_index: int | None
+) -> tuple[str, RowSlices] | None:
+    """The authors' name that a mapping makes of a known one, and the rows behind it.
+
+    Args:
+        name: the first of the mapping's targets, if it matches.
+        mapping: the one to read from right to left.
+        known: the rows behind each name so far.
+        last_index: the greatest index of such modules, for `swap_halves: last`.
+
+    Returns:
+        None when the name does not match, or another target is missing.
+    """
+    values = match_pattern(mapping.targets[0], name)
+    if values is None:
+        return None
+    parts = [fill_pattern(target, values) for target in mapping.targets]
+    if not all(part in known for part in parts):
+        return None
+
+    slices = merge_neighbors(part_slice for part in parts for part_slice in known[part][0])
+    is_last = mapping.swap_halves == "last" and int(values[0][0]) == last_index
+    if mapping.swap_halves is True or is_last:
+        slices = tuple(replace(rows, is_swapped=not rows.is_swapped) for rows in slices)
+    return fill_pattern(mapping.original, values), slices
+
+
+def merge_neighbors(slices: Iterable[RowSlice]) -> RowSlices:
+    """The same rows, with neighbors in one module merged."""
+    merged: list[RowSlice] = []
+    for rows in slices:
+        before = merged[-1] if merged else None
+        if before is not None and are_neighbors(before, rows):
+            merged[-1] = replace(before, count=before.count + rows.count)
         else:
-            joined.append(r)
-    return tuple(joined)
+            merged.append(rows)
+    return tuple(merged)
 
 
-def to_targets(rows: Sequence[RowSlice]) -> tuple[ModuleTarget, ...]:
-    """The places of a matrix that holds these rows one after the other."""
-    found, first = [], 0
-    for r in rows:
-        whole = r.count == r.total
-        take = None if len(rows) == 1 else slice(first, first + r.count)
-        found.append(
-            ModuleTarget(r.module, take, None if whole else r.start, None if whole else r.total, r.swapped)
+def are_neighbors(first: RowSlice, second: RowSlice) -> bool:
+    """Whether the second slice goes on where the first ends."""
+    end = first.module, first.end, first.is_swapped
+    return end == (second.module, second.start, second.is_swapped)
+
+
+def to_targets(slices: Sequence[RowSlice]) -> ModuleTargets:
+    """The targets of a matrix that holds these rows one after the other."""
+    targets, first = [], 0
+    for rows in slices:
+        target = ModuleTarget(
+            module=rows.module,
+            source_rows=None if len(slices) == 1 else slice(first, first + rows.count),
+            start=None if rows.is_whole else rows.start,
+            total=None if rows.is_whole else rows.total,
+            swap_halves=rows.is_swapped,
         )
-        first += r.count
-    return tuple(found)
+        targets.append(target)
+        first += rows.count
+    return tuple(targets)

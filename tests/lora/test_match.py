@@ -152,7 +152,7 @@ def test_keys_of_parts_that_are_not_wanted_are_not_missed_either(parts: dict[str
     for components in (None, ["denoiser", "text_encoder"]):
         with pytest.raises(
             LoraError,
-            match=r"1 of 2 modules and keys have no place in the model: 1 × unsupported adapter type: OFT or BOFT",
+            match=r"1 of 2 modules and keys do not match the model: 1 × unsupported adapter type: OFT or BOFT",
         ):
             match_loras(parts, [MatchRequest(wanted, components)], strict=True)
 
@@ -189,7 +189,7 @@ def test_strict_refuses_and_counts_the_reasons(parts: dict[str, nn.Module]) -> N
     with pytest.raises(LoraError) as error:
         match_loras(parts, [wanted], strict=True)
     assert str(error.value) == (
-        "style.safetensors: 4 of 5 modules and keys have no place in the model: 1 × unsupported adapter type: OFT or BOFT; 2 × unknown suffix; "
+        "style.safetensors: 4 of 5 modules and keys do not match the model: 1 × unsupported adapter type: OFT or BOFT; 2 × unknown suffix; "
         "1 × no such module (first: a.oft_blocks); lora.strict=false applies the rest"
     )
 
@@ -209,7 +209,7 @@ def test_not_strict_applies_the_rest_and_says_what_is_left_out(
     ]
     (said,) = caplog.records
     assert said.levelno == logging.WARNING and said.getMessage() == (
-        "style.safetensors: 2 of 3 modules and keys have no place in the model and are left out: 1 × unsupported adapter type: OFT or BOFT; "
+        "style.safetensors: 2 of 3 modules and keys do not match the model and are left out: 1 × unsupported adapter type: OFT or BOFT; "
         "1 × no such module (first: a.oft_blocks)"
     )
 
@@ -222,7 +222,7 @@ def test_a_file_of_which_nothing_lands_is_an_error_always(parts: dict[str, nn.Mo
         )
     assert str(error.value) == (
         "style.safetensors: none of its 2 modules and keys is in the model (first: elsewhere.a): 2 × no such module; the LoRA was "
-        "made for another architecture, or its kind is not supported"
+        "made for another architecture, or its adapter type is not supported"
     )
 
 
