@@ -1,4 +1,8 @@
-"""What was measured on this machine, kept in a small file, so that the same config gives the same result the next time."""
+"""What was measured on this machine, kept in a small JSON file.
+
+The next run with the same config finds the same choices in it. `backend=auto`, the Triton backend's tiles and
+the costs of outlier methods and LoRA branches share one file; each brings keys of its own.
+"""
 
 import importlib.metadata
 import json
@@ -21,44 +25,39 @@ def default_cache_path() -> Path:
 
 
 class AutotuneCache:
-    """Choices for one device, each under what was asked: which backend, which tile, up to how many rows float is faster.
+    """Measured choices for one device: which backend, which tile, up to how many rows float is faster.
+
+    Entries of other devices, drivers and versions stay in the file and are not read.
 
     Args:
-        dtype: of the float model, where the answer depends on it.
-
-    Entries of other devices, drivers and versions stay in the file and are not seen.
+        path: the file; None: the one in the user's cache.
+        device: what was measured.
+        dtype: of the float model, where the choice depends on it.
     """
 
     def __init__(self, path: Path | None, device: torch.device, dtype: torch.dtype | None = None):
         self.path = path or default_cache_path()
-        self.environment = " | ".join(
-            [
-                get_device_name(device),
-                *library_versions(device),
-                *([str(dtype).removeprefix("torch.")] if dtype else []),
-            ]
-        )
+        self.environment = describe_environment(device, dtype)
         self.entries = read_entries(self.path)
         self.is_writable = True
 
-    def get(self, question: str) -> str | None:
-        """The answer found before, or None."""
-        return self.entries.get(f"{self.environment} | {question}")
+    def get(self, key: str) -> str | None:
+        """The value found before, or None."""
+        return self.entries.get(f"{self.environment} | {key}")
 
-    def put(self, question: str, answer: str) -> None:
-        """Keep an answer, here and in the file. Written whole to a new name and moved, so that a reader never sees half a file."""
-        key = f"{self.environment} | {question}"
-        self.entries[key] = answer
-        fresh = self.path.with_suffix(f".{time.time_ns()}")
+    def put(self, key: str, value: str) -> None:
+        """Keep a value, here and in the file; a file that cannot be written is reported once."""
+        entry = {f"{self.environment} | {key}": value}
+        self.entries |= entry
+        # written whole under another name and moved, so that a reader never sees half a file
+        unfinished = self.path.with_suffix(f".{time.time_ns()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(
-                f"{self.path}.lock"
-            ):  # jobs of one sweep in several processes keep each other's answers
-                fresh.write_text(
-                    json.dumps({**read_entries(self.path), key: answer}, indent=1, sort_keys=True)
-                )
-                fresh.replace(self.path)
+            # several jobs of a sweep may write at once: each keeps the entries of the others
+            with FileLock(f"{self.path}.lock"):
+                entries = read_entries(self.path) | entry
+                unfinished.write_text(json.dumps(entries, indent=1, sort_keys=True))
+                unfinished.replace(self.path)
         except OSError as error:
             if self.is_writable:
                 log.warning(
@@ -69,19 +68,29 @@ class AutotuneCache:
             self.is_writable = False
 
 
+def describe_environment(device: torch.device, dtype: torch.dtype | None) -> str:
+    """What a measured choice depends on, as the first part of its key: device, versions and dtype."""
+    parts = [get_device_name(device), *library_versions(device)]
+    if dtype is not None:
+        parts.append(str(dtype).removeprefix("torch."))
+    return " | ".join(parts)
+
+
 def library_versions(device: torch.device) -> list[str]:
-    """Versions that a measured choice depends on: int8run, torch and, on a GPU, CUDA and its driver."""
-    stamp = [f"int8run {importlib.metadata.version('int8run')}", f"torch {torch.__version__}"]
+    """The versions of int8run, torch and, on a GPU, CUDA and its driver."""
+    versions = [f"int8run {importlib.metadata.version('int8run')}", f"torch {torch.__version__}"]
     if device.type == "cuda":
         runtime: Any = torch._C  # typed by builds with CUDA only
-        stamp.append(f"CUDA {torch.version.cuda}, driver {runtime._cuda_getDriverVersion()}")
-    return stamp
+        versions.append(f"CUDA {torch.version.cuda}, driver {runtime._cuda_getDriverVersion()}")
+    return versions
 
 
 def read_entries(path: Path) -> dict[str, str]:
-    """Choices made before; an unreadable table counts as empty and is written anew."""
+    """The entries of a file; one that cannot be read counts as empty and is written anew."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, str)}

@@ -1,4 +1,7 @@
-"""comfy-kitchen's INT8 linear layer, what ComfyUI runs: for comparison, and for those who have it tuned."""
+"""comfy-kitchen's INT8 linear layer, the one that ComfyUI runs: to compare with.
+
+It follows `comfy_kitchen.int8_linear` (Comfy-Org/comfy-kitchen), an optional package.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +17,7 @@ from int8run.quant.weight import QuantizedWeight
 
 @dataclass(frozen=True)
 class ComfyKitchen:
-    """Quantizes inside its product, so that layers with the same input share nothing but GELU and factors.
+    """Quantizes inside its product, so that layers with the same input share only GELU and factors.
 
     On CPUs it runs its portable path over `torch._int_mm`, with the same need for VNNI.
     """
@@ -41,10 +44,11 @@ class ComfyKitchen:
         gelu_from: int | None = None,
         down: Tensor | None = None,
     ) -> QuantizedInput:
-        """x: [M, K], not quantized yet; a regular rotation is left to the product, which knows no other."""
-        inside = rotation if rotation and not rotation.sylvester else None
-        before = transform_rows(x, factor, None if inside else rotation, gelu_from)
-        return QuantizedInput(before, x, rotation=inside.group if inside else 0)
+        """x: [M, K], not quantized yet. A regular rotation is left to the product, which has no other."""
+        is_left_to_product = rotation is not None and not rotation.sylvester
+        transformed = transform_rows(x, factor, None if is_left_to_product else rotation, gelu_from)
+        left = rotation.group if rotation is not None and is_left_to_product else 0
+        return QuantizedInput(transformed, scale=x, rotation=left)  # the product computes the scales
 
     def linear(
         self,
@@ -62,5 +66,7 @@ class ComfyKitchen:
         from comfy_kitchen import int8_linear
 
         bias = None if bias is None else bias.to(dtype)
-        rotation = {"convrot": True, "convrot_groupsize": x.rotation} if x.rotation else {}
+        rotation = {}
+        if x.rotation:
+            rotation = {"convrot": True, "convrot_groupsize": x.rotation}
         return int8_linear(x.q.contiguous(), packed, w_scale, bias, out_dtype=dtype, **rotation)

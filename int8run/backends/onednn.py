@@ -1,4 +1,7 @@
-"""oneDNN through torch's own operators: weights packed once, activations as unsigned bytes."""
+"""oneDNN through torch's own operators: weights packed once, activations as unsigned bytes.
+
+`backend=auto` times it on CPUs. It fuses neither a GELU nor a LoRA branch.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +15,8 @@ from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
 from int8run.kernels.quantize_rowwise.reference import transform_rows
 from int8run.quant.weight import QuantizedWeight
 
-# signed activations fall to oneDNN's reference path, 800 times slower on AVX512-VNNI; q + 128 with zero point 128 does not
+# signed activations fall to oneDNN's reference path, 800 times slower on AVX512-VNNI; q + 128 with a zero
+# point of 128 does not
 ZERO_POINT = 128
 
 
@@ -20,9 +24,21 @@ ZERO_POINT = 128
 def onednn_linear(
     q: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The product as one operator: Inductor wants a packed weight to be a constant of its graph, which this hides.
+    """The product with scales and bias, as one operator.
 
-    q: uint8 [M, K], x_scale: float32 [M, 1], packed: oneDNN's layout of [N, K], w_scale: float32 [N] -> [M, N] of the dtype.
+    Inductor requires a packed weight to be a constant of its graph; inside an operator of its own it does not
+    see the weight.
+
+    Args:
+        q: uint8 [M, K].
+        x_scale: float32 [M, 1].
+        packed: oneDNN's layout of an int8 [N, K].
+        w_scale: float32 [N].
+        bias: float32 [N] or None.
+        dtype: of the result.
+
+    Returns:
+        dtype [M, N].
     """
     no_zero_points = torch.zeros(w_scale.shape[0], dtype=torch.int32)
     y = torch.ops.onednn.qlinear_pointwise(
@@ -41,7 +57,7 @@ def _(
 
 @dataclass(frozen=True)
 class OneDnn:
-    """Prepacked u8 x s8 with the weight scales inside oneDNN and the token scales and bias in one pass after it."""
+    """Prepacked u8 x s8: weight scales inside oneDNN, token scales and bias in one pass after it."""
 
     name: ClassVar[str] = "onednn"
     limits: ClassVar[Limits] = Limits(
@@ -64,7 +80,9 @@ class OneDnn:
         down: Tensor | None = None,
     ) -> QuantizedInput:
         """x: [M, K] -> uint8 [M, K] and scales [M, 1]."""
-        return QuantizedInput(*quantize_rowwise(transform_rows(x, factor, rotation, gelu_from), ZERO_POINT))
+        transformed = transform_rows(x, factor, rotation, gelu_from)
+        q, scale = quantize_rowwise(transformed, ZERO_POINT)
+        return QuantizedInput(q, scale)
 
     def linear(
         self,

@@ -1,4 +1,7 @@
-"""The definition itself as a backend: exact, slow, runs everywhere."""
+"""The definition as a backend: exact, slow, runs everywhere.
+
+Tests compare every other backend with it, and `backend=auto` falls back to it.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -34,7 +37,8 @@ class Reference:
         down: Tensor | None = None,
     ) -> QuantizedInput:
         """x: [M, K] -> int8 [M, K] and scales [M, 1]."""
-        return QuantizedInput(*quantize_rowwise(transform_rows(x, factor, rotation, gelu_from)))
+        q, scale = quantize_rowwise(transform_rows(x, factor, rotation, gelu_from))
+        return QuantizedInput(q, scale)
 
     def linear(
         self,

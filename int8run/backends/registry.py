@@ -1,4 +1,8 @@
-"""The backends that ship, read from their YAML: for those who name one by a word, and for messages that recommend one."""
+"""The backends that int8run ships, by name. Each is one YAML file in `conf/backend/`.
+
+Text encoders and measurements name a backend without composing a config, and error messages recommend those
+that run here. A new backend needs no entry here: its YAML file is enough.
+"""
 
 import importlib
 from collections.abc import Iterator, Mapping
@@ -10,6 +14,7 @@ import yaml
 
 from int8run.backends.base import Backend
 
+# Hydra's key for the class that a mapping stands for, and its list of options that are part of this one
 TARGET, DEFAULTS = "_target_", "defaults"
 
 
@@ -21,42 +26,47 @@ def list_backend_names() -> Iterator[str]:
 
 
 def make_backend(name: str) -> Backend:
-    """A backend with the settings of its YAML, as `backend=<name>` would make it."""
+    """A backend with the settings of its YAML file, as `backend=<name>` would make it."""
     settings = dict(read_backend_option(name))
-    for place in settings.pop(DEFAULTS, ()):  # `vnni@candidates.vnni`: that option, in that place
-        option, _, path = place.partition("@")
+    for entry in settings.pop(DEFAULTS, ()):
+        # `vnni@candidates.vnni`: the option vnni becomes the field candidates["vnni"]
+        option, _, path = entry.partition("@")
         field, _, key = path.partition(".")
-        made = make_backend(option)
+        part = make_backend(option)
         if key:
-            settings.setdefault(field, {})[key] = made
+            settings.setdefault(field, {})[key] = part
         else:
-            settings[field] = made
+            settings[field] = part
     return instantiate(settings)
 
 
 def instantiate(value: Any) -> Any:
-    """What a mapping with a target stands for, inner ones first; other values as they are."""
+    """The object that a mapping with a `_target_` stands for, inner ones first; other values as they are."""
     if not isinstance(value, Mapping):
         return value
     settings = {key: instantiate(inner) for key, inner in value.items()}
-    return import_object(settings.pop(TARGET))(**settings) if TARGET in settings else settings
+    if TARGET not in settings:
+        return settings
+    create = import_object(settings.pop(TARGET))
+    return create(**settings)
 
 
 def list_usable_backends(device: torch.device) -> list[str]:
     """Names of the backends that can run on this device, as the command line knows them."""
-    return [
-        name
-        for name in sorted(list_backend_names())
-        if not import_object(read_backend_option(name)[TARGET]).limits.unsupported_reasons(device)
-    ]
+    usable = []
+    for name in sorted(list_backend_names()):
+        backend_class = import_object(read_backend_option(name)[TARGET])
+        if not backend_class.limits.unsupported_reasons(device):
+            usable.append(name)
+    return usable
 
 
 def read_backend_option(name: str) -> Mapping[str, Any]:
-    """The YAML of one option."""
+    """The YAML file of one option."""
     return yaml.safe_load(files("int8run.conf").joinpath("backend", f"{name}.yaml").read_text())
 
 
-def import_object(target: str) -> Any:
-    """The class or function of that name."""
-    module, _, name = target.rpartition(".")
+def import_object(path: str) -> Any:
+    """The class or function of a dotted path."""
+    module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)

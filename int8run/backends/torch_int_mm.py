@@ -1,4 +1,7 @@
-"""`torch._int_mm`: torch's own int8 product, with the scales applied after it."""
+"""`torch._int_mm`: torch's own int8 product, with the scales applied after it.
+
+It needs nothing but torch, so it is the candidate of `backend=auto` that most machines can run.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +16,7 @@ from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
 from int8run.kernels.quantize_rowwise.reference import transform_rows
 from int8run.quant.weight import QuantizedWeight
 
-# cuBLASLt's int8 product wants more than 16 rows, and K and N in multiples of 8 (pytorch PR 178469)
+# cuBLASLt's int8 product takes more than 16 rows, and K and N in multiples of 8 (pytorch PR 178469)
 CUDA_MIN_ROWS, CUDA_MULTIPLE = 17, 8
 
 
@@ -43,7 +46,7 @@ class TorchIntMM:
         gelu_from: int | None = None,
         down: Tensor | None = None,
     ) -> QuantizedInput:
-        """x: [M, K] -> int8 and scales [M, 1]; padded as `_int_mm` wants it, so M and K may be larger."""
+        """x: [M, K] -> int8 and scales [M, 1]; padded for `_int_mm`, so M and K may be larger."""
         q, scale = quantize_rowwise(transform_rows(x, factor, rotation, gelu_from))
         rows, k = q.shape
         if q.is_cuda:
@@ -64,7 +67,8 @@ class TorchIntMM:
         strengths: Tensor | None = None,
     ) -> Tensor:
         """x: [M, K] -> [M, N]."""
-        accumulated = torch._int_mm(x.q, packed.T)[: x.scale.shape[0], : w_scale.shape[0]]
+        rows, columns = x.scale.shape[0], w_scale.shape[0]
+        accumulated = torch._int_mm(x.q, packed.T)[:rows, :columns]  # int32 [M, N], without the padding
         y = accumulated.float().mul_(w_scale)
         y = y.mul_(x.scale) if bias is None else torch.addcmul(bias, y, x.scale)
         return y.to(dtype)

@@ -1,4 +1,8 @@
-"""The Triton kernels: two per layer, without torch.compile: one walk over the input, one product with everything else in it."""
+"""int8run's own GPU kernels, in Triton. A layer takes two of them, without torch.compile.
+
+The first passes over the input: GELU, factor, rotation, rounding and the first half of a LoRA branch. The
+second is the product, with scales, bias and the second half of the branch.
+"""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +20,7 @@ from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.int8_linear.tile import BUCKETS, Tile, choose_tile, find_bucket, list_candidates
 from int8run.quant.weight import QuantizedWeight
 
-# the tensor-core product of the branch takes whole 16s; zeros fill up
+# the tensor cores take ranks in multiples of 16, so ranks are padded with zeros; the registers hold up to 256
 RANK_MULTIPLE, MAX_RANK = 16, 256
 
 
@@ -25,7 +29,8 @@ class Triton:
     """INT8 tensor cores; scales, bias and the low-rank branch in the product's registers.
 
     Args:
-        tile: one tile for all shapes; None: what `task=bench` found for the shape on this GPU, else a default for its generation.
+        tile: one tile for all shapes; None: what `task=bench` found for the shape on this GPU, else a default
+            for its generation.
         table: file of measured tiles; None: the one that `backend=auto` uses.
     """
 
@@ -41,11 +46,10 @@ class Triton:
     )
 
     def pack_weight(self, weight: QuantizedWeight) -> Tensor:
-        """The integers as they are, [N, K]: one copy, K contiguous as the tensor cores want it."""
+        """The integers as they are, [N, K]: one copy, K contiguous for the tensor cores."""
         n, k = weight.qdata.shape
-        if (
-            self.tile is None and (k, n) not in self.tiles
-        ):  # here, because a compiled graph cannot read a file
+        # tiles are read here and not in `linear`, because a compiled graph cannot read a file
+        if self.tile is None and (k, n) not in self.tiles:
             self.tiles[k, n] = self.load_tiles(weight.qdata.device, k, n)
         return weight.qdata.contiguous()
 
@@ -59,14 +63,14 @@ class Triton:
         down: Tensor | None = None,
     ) -> QuantizedInput:
         """x: [M, K] -> int8 [M, K], scales [M, 1] and, with `down`, its product with the transformed x."""
-        # imported where it runs: a CPU has no use for Triton
+        # imported here, because machines without a GPU need not have Triton
         from int8run.kernels.quantize_rowwise.kernel import quantize_rowwise
 
         if x.shape[0] == 0:  # an empty grid cannot be launched
-            return QuantizedInput(
-                x.new_empty(x.shape, dtype=torch.int8), x.new_empty((0, 1), dtype=torch.float32)
-            )
-        x = x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
+            q, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty((0, 1), dtype=torch.float32)
+            return QuantizedInput(q, scale)
+        if x.shape[1] != 1 and x.stride(1) != 1:
+            x = x.contiguous()
         if down is not None and down.dtype != x.dtype:  # an input that is not in the model's dtype
             down = down.to(x.dtype)
         q, scale, h = quantize_rowwise(
@@ -119,16 +123,20 @@ class Triton:
         )
 
     def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch | None:
-        """Both factors in the model's dtype, ranks filled up with zeros; None beyond the rank that the kernel's registers hold."""
+        """Both factors in the model's dtype, ranks padded with zeros.
+
+        None beyond the rank that the kernel's registers hold.
+        """
         if lora_A.shape[0] > MAX_RANK:
             return None
         missing = -lora_A.shape[0] % RANK_MULTIPLE
-        down, up = F.pad(lora_A, (0, 0, 0, missing)), F.pad(lora_B, (0, missing))
-        return FusedBranch(down.to(dtype).contiguous(), up.to(dtype).contiguous(), needs_input=True)
+        down = F.pad(lora_A, (0, 0, 0, missing))  # [r, K] -> [r padded, K]
+        up = F.pad(lora_B, (0, missing))  # [N, r] -> [N, r padded]
+        return FusedBranch(down=down.to(dtype).contiguous(), up=up.to(dtype).contiguous(), needs_input=True)
 
     @cached_property
     def tiles(self) -> dict[tuple[int, int], tuple[Tile, ...]]:
-        """For each (K, N) packed so far, a tile per bucket of rows. One backend serves one kind of device."""
+        """For each (K, N) packed so far, a tile per bucket of rows. A backend serves GPUs of one kind."""
         return {}
 
     def open_autotune_cache(self, device: torch.device) -> AutotuneCache:
@@ -136,32 +144,33 @@ class Triton:
         return AutotuneCache(Path(self.table) if self.table else None, device)
 
     def load_tiles(self, device: torch.device, k: int, n: int) -> tuple[Tile, ...]:
-        """A tile for each bucket of rows."""
-        table, capability = self.open_autotune_cache(device), torch.cuda.get_device_capability(device)
-        found = [table.get(tile_key(rows, k, n)) for rows in BUCKETS]
-        return tuple(
-            Tile(*map(int, f.split(","))) if f else choose_tile(capability, rows)
-            for f, rows in zip(found, BUCKETS, strict=True)
-        )
+        """A tile for each bucket of rows: the measured one, else the default of this GPU."""
+        cache = self.open_autotune_cache(device)
+        capability = torch.cuda.get_device_capability(device)
+        tiles = []
+        for rows in BUCKETS:
+            measured = cache.get(tile_key(rows, k, n))  # the fields of a tile, separated by commas
+            tile = Tile(*map(int, measured.split(","))) if measured else choose_tile(capability, rows)
+            tiles.append(tile)
+        return tuple(tiles)
 
     def tune(self, timer: Timer, rows: int, in_features: int, out_features: int) -> None:
-        """Time every candidate tile and keep the fastest. A tile asked for by name is left alone."""
+        """Time every candidate tile and keep the fastest. Does nothing where the config names a tile."""
         if self.tile is not None:
             return
         tiles = list_candidates(torch.cuda.get_device_capability(timer.device), rows)
-        seconds = [
-            timer.measure_seconds([replace(self, tile=t)], rows, in_features, out_features)[self.name]
-            for t in tiles
-        ]
+        seconds = []
+        for tile in tiles:
+            backend = replace(self, tile=tile)
+            seconds.append(timer.measure_seconds([backend], rows, in_features, out_features)[self.name])
         best = tiles[seconds.index(min(seconds))]
-        self.open_autotune_cache(timer.device).put(
-            tile_key(rows, in_features, out_features), ",".join(map(str, best.as_list()))
-        )
+        fields = ",".join(map(str, best.as_list()))
+        self.open_autotune_cache(timer.device).put(tile_key(rows, in_features, out_features), fields)
         self.tiles.pop((in_features, out_features), None)
 
 
 def tile_key(rows: int, k: int, n: int) -> str:
-    """What the table of choices is asked."""
+    """The key of a measured tile in the autotune cache."""
     return f"triton tile | up to {find_bucket(rows)} rows | {k}x{n}"
 
 
@@ -173,7 +182,9 @@ def parse_tile(
     warps: int | None,
     stages: int | None,
 ) -> Tile | None:
-    """The tile that a config names; None when it names none.
+    """The tile that a config names; None when it names none. `conf/backend/triton.yaml` calls it.
+
+    The arguments are the fields of `Tile`, all of them or none.
 
     Raises:
         ConfigError: when it names some fields and not others, or a value that the kernel does not take.

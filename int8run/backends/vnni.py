@@ -1,4 +1,7 @@
-"""int8run's own CPU kernels: one walk over the input, one product with everything else in its registers."""
+"""int8run's own CPU kernels: one pass over the input, one product with everything else in its registers.
+
+The kernels are C++ (`kernels/cpu`), compiled on first use.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,7 +19,10 @@ from int8run.quant.weight import QuantizedWeight, quantize_weight
 
 @dataclass(frozen=True)
 class Vnni:
-    """AVX512-VNNI: quantization with GELU and rotation in one pass; scales, bias and an int8 low-rank branch in registers.
+    """AVX512-VNNI kernels.
+
+    `quantize` computes GELU, factor and rotation in one pass; `linear` keeps the scales, the bias and an int8
+    low-rank branch in registers.
 
     Args:
         int8_branch: compute LoRA branches in int8 inside the product; false: as two float products beside it.
@@ -24,7 +30,7 @@ class Vnni:
 
     int8_branch: bool = True
     name: ClassVar[str] = "vnni"
-    # unsigned activations may wrap the sums around; taking 128 times the weights' sum away wraps them back
+    # unsigned activations may wrap the sums around; subtracting 128 times the weights' sum wraps them back
     limits: ClassVar[Limits] = Limits(
         devices=("cpu",),
         cpu_features=("avx512_vnni",),
@@ -37,7 +43,9 @@ class Vnni:
         check_bool("backend.int8_branch", self.int8_branch)
 
     def pack_weight(self, weight: QuantizedWeight) -> Tensor:
-        """Panels of 64 output columns, with their compensations; may be saved. int8 [ceil(N / 64), 1 + ceil(K / 4), 256].
+        """Panels of 64 output columns, with their compensations; may be saved.
+
+        int8 [ceil(N / 64), 1 + ceil(K / 4), 256].
 
         Raises:
             BackendError: when the kernels cannot be built.
@@ -95,7 +103,11 @@ class Vnni:
         )
 
     def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch | None:
-        """Both factors int8 with a scale per row, so that the branch uses the quantized x and the same instructions."""
+        """Both factors in int8 with a scale per row: the branch uses the quantized x and the same
+        instructions.
+
+        None with `int8_branch=false`.
+        """
         if not self.int8_branch:
             return None
         down, up = quantize_weight(lora_A), quantize_weight(lora_B)
