@@ -1,8 +1,12 @@
-"""`task=bench`: time every backend on the layer shapes of a model, and keep the answers where `backend=auto` looks for them."""
+"""`task=bench`: time every backend on the layer shapes of a model.
+
+The fastest backend of each shape is kept where `backend=auto` looks for it. Also finds the number of rows
+up to which float layers are faster, for `int8.small_batch_fallback`.
+"""
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +23,8 @@ from int8run.errors import ConfigError
 from int8run.generate.capture import capture_step
 from int8run.generate.prompts import build_samples
 from int8run.kernels.hadamard.reference import Rotation
-from int8run.pipeline.load import load_model
+from int8run.layers.plan import LayerPlan
+from int8run.pipeline.load import LoadedModel, load_model
 from int8run.pipeline.quantize_denoiser import count_layer_rows
 from int8run.ptq.quantize import check_backend
 from int8run.quant.weight import QuantizedWeight
@@ -30,7 +35,9 @@ from int8run.utils.hardware import get_device_name
 log = logging.getLogger(__name__)
 # row counts at which float and INT8 are compared for int8.small_batch_fallback
 SMALL_ROW_COUNTS = (1, 2, 4, 8, 16, 32)
+MILLISECONDS = 1000
 Shape = tuple[int, int, int]  # rows, in_features, out_features
+LayerSize = tuple[int, int]  # in_features, out_features
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class FloatBackend:
     limits: ClassVar[Limits] = Limits()
 
     def pack_weight(self, weight: QuantizedWeight) -> Tensor:
-        """The dequantized weight, [N, K]."""
+        """Return the dequantized weight, [N, K]."""
         return weight.dequantize(self.dtype)
 
     def quantize(
@@ -54,7 +61,7 @@ class FloatBackend:
         gelu_from: int | None = None,
         down: Tensor | None = None,
     ) -> QuantizedInput:
-        """x as it is."""
+        """Return x as it is."""
         return QuantizedInput(x, x)
 
     def linear(
@@ -68,141 +75,214 @@ class FloatBackend:
         branch: FusedBranch | None = None,
         strengths: Tensor | None = None,
     ) -> Tensor:
-        """x: [M, K] -> [M, N]."""
+        """[M, K] -> [M, N]."""
         return F.linear(x.q, packed, None if bias is None else bias.to(dtype))
 
 
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """What was measured.
+
+    Args:
+        seconds: of one call, by shape and backend, `float` included.
+        layers: number of layers of each shape.
+        float_rows: the largest number of rows at which the float layer is faster, by layer size.
+        num_unsteady: shapes whose times scatter too much to be kept.
+    """
+
+    seconds: Mapping[Shape, Mapping[str, float]]
+    layers: Mapping[Shape, int]
+    float_rows: Mapping[LayerSize, int]
+    num_unsteady: int
+
+
 def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
-    """Measure, show a table, write `bench.json`, fill the table of choices.
+    """Measure, print a table, write `bench.json`, keep the choices for `backend=auto`.
+
+    Args:
+        spec: the settings.
+        job: where they came from, and where to write.
+        rounds: timings of each backend, interleaved; the median counts.
 
     Raises:
         ConfigError: when the model has no layer to quantize.
     """
     progress = Progress(spec.progress)
     loaded = load_model(spec, progress)
-    wanted = build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)[
-        : spec.sampler.batch
-    ]
-    calls = capture_step(loaded.pipe, loaded.component, loaded.denoiser, wanted, loaded.sampling)
-    plans = [p for p in loaded.plan_layers() if p.skip_reason is None]
+    plans = [plan for plan in loaded.plan_layers() if plan.skip_reason is None]
     if not plans:
         raise ConfigError(
             f"{type(loaded.denoiser).__name__}: no Linear would become INT8; choose another model_type="
         )
-    rows = count_layer_rows(loaded.denoiser, plans, calls)
-    shapes = Counter((rows[p.name], p.in_features, p.out_features) for p in plans)
-
-    device, dtype = loaded.device, getattr(torch, spec.model.dtype)
-    check_backend(spec.backend, device, plans)
-    auto = (
-        spec.backend
-        if isinstance(spec.backend, AutoBackend)
-        else AutoBackend({spec.backend.name: spec.backend})
-    )
-    chooser = auto.make_chooser(device, dtype)
+    layers = count_layer_shapes(spec, loaded, plans)
+    check_backend(spec.backend, loaded.device, plans)
+    auto = AutoBackend({spec.backend.name: spec.backend})
+    if isinstance(spec.backend, AutoBackend):
+        auto = spec.backend
+    dtype = getattr(torch, spec.model.dtype)
+    chooser = auto.make_chooser(loaded.device, dtype)
     chooser.rounds = rounds
-    float_layer = FloatBackend(dtype)
-    times: dict[Shape, dict[str, float]] = {}
-    unsteady = 0
-    with progress.track_loop("bench", len(shapes)) as advance:
-        for shape in sorted(shapes):
-            times[shape] = measure_shape(chooser, float_layer, shape)
-            unsteady += not chooser.is_steady
-            advance(1)
-    fallback = {
-        (k, n): measure_fallback(chooser, float_layer, k, n)
-        for k, n in sorted({shape[1:] for shape in shapes})
-    }
 
-    print_lines(
-        "",
-        build_result_table(
-            f"{job.choices.get('model', 'model')} on {get_device_name(device)}; float is {spec.model.dtype}",
-            shapes,
-            times,
-        ),
-    )
-    for b in auto.candidates.values():
-        if reasons := b.limits.unsupported_reasons(device):
-            print_lines(f"not here: {b.name} {'; '.join(reasons)}")
-    if unsteady:
+    result = measure_layers(chooser, FloatBackend(dtype), layers, progress)
+
+    model = job.choices.get("model", "model")
+    title = f"{model} on {get_device_name(loaded.device)}; float is {spec.model.dtype}"
+    print_lines("", build_result_table(title, result))
+    for candidate in auto.candidates.values():
+        reasons = candidate.limits.unsupported_reasons(loaded.device)
+        if reasons:
+            print_lines(f"not here: {candidate.name} {'; '.join(reasons)}")
+    if result.num_unsteady:
         log.warning(
             "%d of %d shapes scatter by more than twice: other work runs here; their choices are not kept",
-            unsteady,
-            len(shapes),
+            result.num_unsteady,
+            len(layers),
         )
-    few = ", ".join(f"{k}x{n}: {limit}" for (k, n), limit in fallback.items())
-    print_lines(f"float is faster up to this many rows (int8.small_batch_fallback): {few}")
-    record = {
-        "device": chooser.cache.environment,
-        "milliseconds": {
-            "x".join(map(str, shape)): {n: 1000 * t for n, t in found.items()}
-            for shape, found in times.items()
-        },
-        "layers": {"x".join(map(str, shape)): count for shape, count in shapes.items()},
-        "float_rows": {f"{k}x{n}": limit for (k, n), limit in fallback.items()},
-    }
-    write_json(record, job.output_dir / "bench.json")
-    print_lines(f"numbers: {job.output_dir / 'bench.json'}", f"choices: {chooser.cache.path}")
+    float_rows = ", ".join(f"{format_shape(size)}: {rows}" for size, rows in result.float_rows.items())
+    print_lines(f"float is faster up to this many rows (int8.small_batch_fallback): {float_rows}")
+    file = job.output_dir / "bench.json"
+    write_json(make_record(result, chooser.cache.environment), file)
+    print_lines(f"numbers:  {file}", f"choices:  {chooser.cache.path}")
 
 
-def measure_shape(chooser: BackendChooser, float_layer: Backend, shape: Shape) -> dict[str, float]:
-    """Seconds of the float layer and of every backend that can take this shape; the best backend is kept."""
-    rows, k, n = shape
-    able = chooser.supported_backends(k, n)
-    for backend in able:
+def count_layer_shapes(spec: RunSpec, loaded: LoadedModel, plans: list[LayerPlan]) -> dict[Shape, int]:
+    """Count the layers of each shape in one step of the denoiser.
+
+    Args:
+        spec: the settings, which decide the number of rows.
+        loaded: the float model.
+        plans: of the layers that become INT8.
+    """
+    samples = build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
+    batch = samples[: spec.sampler.batch]
+    calls = capture_step(loaded.pipe, loaded.component, loaded.denoiser, batch, loaded.sampling)
+    rows = count_layer_rows(loaded.denoiser, plans, calls)
+    return Counter((rows[plan.name], plan.in_features, plan.out_features) for plan in plans)
+
+
+def measure_layers(
+    chooser: BackendChooser, float_backend: Backend, layers: Mapping[Shape, int], progress: Progress
+) -> BenchmarkResult:
+    """Time all backends on all shapes.
+
+    Args:
+        chooser: measures, and keeps the choices.
+        float_backend: timed beside the others.
+        layers: number of layers of each shape.
+        progress: shows the shapes.
+    """
+    seconds = {}
+    num_unsteady = 0
+    with progress.track_loop("Timing layer shapes", len(layers)) as advance:
+        for shape in sorted(layers):
+            seconds[shape] = measure_shape(chooser, float_backend, shape)
+            if not chooser.is_steady:
+                num_unsteady += 1
+            advance(1)
+    float_rows = {}
+    for in_features, out_features in sorted({shape[1:] for shape in layers}):
+        rows = measure_float_rows(chooser, float_backend, in_features, out_features)
+        float_rows[in_features, out_features] = rows
+    return BenchmarkResult(seconds, layers, float_rows, num_unsteady)
+
+
+def measure_shape(chooser: BackendChooser, float_backend: Backend, shape: Shape) -> dict[str, float]:
+    """Time the float layer and every backend that supports a shape; keep the choice of the fastest.
+
+    Returns:
+        Seconds by backend; one whose results are wrong on this machine is left out.
+    """
+    rows, in_features, out_features = shape
+    supported = chooser.supported_backends(in_features, out_features)
+    for backend in supported:
         if isinstance(backend, Tunable):
-            backend.tune(chooser, rows, k, n)
-    correct = chooser.select_correct(able, k)
-    seconds = chooser.measure_seconds([float_layer, *correct], rows, k, n)
-    best = min((b.name for b in correct), key=seconds.__getitem__, default=None)
-    if best is not None and chooser.is_steady:
-        chooser.save_choice((b.name for b in able), shape, best)
+            backend.tune(chooser, rows, in_features, out_features)
+    correct = chooser.select_correct(supported, in_features)
+    seconds = chooser.measure_seconds([float_backend, *correct], rows, in_features, out_features)
+    if correct and chooser.is_steady:
+        best = min((backend.name for backend in correct), key=seconds.__getitem__)
+        chooser.save_choice((backend.name for backend in supported), shape, best)
     return seconds
 
 
-def measure_fallback(chooser: BackendChooser, float_layer: Backend, k: int, n: int) -> int:
-    """The largest of FEW_ROWS up to which float is faster than every backend at each count; 0 when it never is."""
-    limit, steady = 0, True
-    correct = chooser.select_correct(chooser.supported_backends(k, n), k)
+def measure_float_rows(
+    chooser: BackendChooser, float_backend: Backend, in_features: int, out_features: int
+) -> int:
+    """Find the number of rows up to which the float layer is faster than every backend.
+
+    Returns:
+        The largest of SMALL_ROW_COUNTS for which this is so, and for all smaller ones; 0 when it never is.
+    """
+    supported = chooser.supported_backends(in_features, out_features)
+    correct = chooser.select_correct(supported, in_features)
+    largest = 0
+    is_steady = True
     for rows in SMALL_ROW_COUNTS:
-        seconds = chooser.measure_seconds([float_layer, *correct], rows, k, n)
-        steady &= chooser.is_steady
-        if min(seconds, key=seconds.__getitem__) != float_layer.name:
+        seconds = chooser.measure_seconds([float_backend, *correct], rows, in_features, out_features)
+        is_steady = is_steady and chooser.is_steady
+        fastest = min(seconds, key=seconds.__getitem__)
+        if fastest != float_backend.name:
             break
-        limit = rows
-    if steady:
-        chooser.cache.put(f"float_rows | {k}x{n}", str(limit))
-    return limit
+        largest = rows
+    if is_steady:
+        chooser.cache.put(f"float_rows | {in_features}x{out_features}", str(largest))
+    return largest
 
 
-def build_result_table(
-    title: str, shapes: Mapping[Shape, int], times: Mapping[Shape, Mapping[str, float]]
-) -> Table:
-    """A row per shape: milliseconds of each backend, and how much faster the best is than float; all layers in the last row."""
-    names = list(dict.fromkeys(name for found in times.values() for name in found))
+def build_result_table(title: str, result: BenchmarkResult) -> Table:
+    """Build a table with a row for each shape and one for all layers.
+
+    A row has the milliseconds of each backend, and how many times faster than float the best one is.
+    """
+    names = list(dict.fromkeys(name for seconds in result.seconds.values() for name in seconds))
     table = Table(title=title, title_justify="left")
-    for column in ("rows × in → out", "layers", *(f"{name}, ms" for name in names), "best"):
-        table.add_column(column, justify="left" if column.startswith("rows") else "right")
-    total: Counter[str] = Counter()
-    for shape, found in times.items():
-        rows, k, n = shape
-        int8 = {name: t for name, t in found.items() if name != "float"}
-        best = min(int8, key=int8.__getitem__, default="float")
+    table.add_column("rows × in → out")
+    for column in ("layers", *(f"{name}, ms" for name in names), "best"):
+        table.add_column(column, justify="right")
+    float_total = best_total = 0.0
+    for shape, seconds in result.seconds.items():
+        rows, in_features, out_features = shape
+        count = result.layers[shape]
+        int8 = {name: time for name, time in seconds.items() if name != FloatBackend.name}
+        best = min(int8, key=int8.__getitem__, default=FloatBackend.name)
+        times = [f"{MILLISECONDS * seconds[name]:.3f}" if name in seconds else "–" for name in names]
         table.add_row(
-            f"{rows} × {k} → {n}",
-            str(shapes[shape]),
-            *(f"{1000 * found[name]:.3f}" if name in found else "–" for name in names),
-            f"{best} {found['float'] / found[best]:.2f}×",
+            f"{rows} × {in_features} → {out_features}",
+            str(count),
+            *times,
+            f"{best} {seconds['float'] / seconds[best]:.2f}×",
         )
-        total.update({"float": found["float"] * shapes[shape], "best": found[best] * shapes[shape]})
+        float_total += count * seconds["float"]
+        best_total += count * seconds[best]
     table.add_section()
-    empty: Sequence[str] = [""] * (len(names) - 1)
     table.add_row(
         "all layers",
-        str(sum(shapes.values())),
-        f"{1000 * total['float']:.2f}",
-        *empty,
-        f"{total['float'] / total['best']:.2f}×",
+        str(sum(result.layers.values())),
+        f"{MILLISECONDS * float_total:.2f}",
+        *[""] * (len(names) - 1),
+        f"{float_total / best_total:.2f}×",
     )
     return table
+
+
+def make_record(result: BenchmarkResult, environment: object) -> dict[str, object]:
+    """Make the content of `bench.json`.
+
+    Args:
+        result: what was measured.
+        environment: what the choices hold for: machine, versions, dtype.
+    """
+    milliseconds = {}
+    for shape, seconds in result.seconds.items():
+        milliseconds[format_shape(shape)] = {name: MILLISECONDS * time for name, time in seconds.items()}
+    return {
+        "device": environment,
+        "milliseconds": milliseconds,
+        "layers": {format_shape(shape): count for shape, count in result.layers.items()},
+        "float_rows": {format_shape(size): rows for size, rows in result.float_rows.items()},
+    }
+
+
+def format_shape(numbers: tuple[int, ...]) -> str:
+    """`4096x3072x9216`: rows, in_features and out_features, or the last two."""
+    return "x".join(str(number) for number in numbers)

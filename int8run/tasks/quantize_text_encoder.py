@@ -14,11 +14,11 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from int8run.checkpoints.comfy_formats import TORCH_DTYPES, plan_packed_entries, collect_tensors
+from int8run.checkpoints.comfy_formats import TORCH_DTYPES, collect_tensors, plan_packed_entries
 from int8run.checkpoints.comfy_int8 import WEIGHT
-from int8run.checkpoints.provenance import PROVENANCE_KEY
 from int8run.checkpoints.output_path import prepare_output_path
-from int8run.checkpoints.writer import TensorEntry, StreamWriter
+from int8run.checkpoints.provenance import PROVENANCE_KEY
+from int8run.checkpoints.writer import StreamWriter, TensorEntry
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, suggest_similar
@@ -42,9 +42,9 @@ from int8run.tasks.quantize_checkpoint import (
     resolve_new_file,
 )
 from int8run.text_encoders.build import fit_weights
-from int8run.text_encoders.quantized_layers import quantize_weight
-from int8run.text_encoders.plan_layers import find_source_layer, format_counts, plan_quantization
 from int8run.text_encoders.model_config import build_config
+from int8run.text_encoders.plan_layers import find_source_layer, format_counts, plan_quantization
+from int8run.text_encoders.quantized_layers import quantize_weight
 from int8run.text_encoders.skeleton import build_skeleton
 from int8run.text_encoders.state_dict_adapter import map_canonical_names
 from int8run.text_encoders.weights import EncoderFile, check_finite

@@ -19,15 +19,8 @@ from int8run.metrics.layers import compute_int8_shares
 from int8run.metrics.quality import SampleQuality, select_key_frames
 from int8run.models.loader import read_library_versions
 from int8run.pipeline.build import BuiltModel
-from int8run.report.run_files import (
-    DIFFERENCE_GAIN,
-    collect_environment,
-    make_difference_image,
-    make_image_grid,
-    save_sample,
-    write_json,
-    write_layers_csv,
-)
+from int8run.report.image_files import DIFFERENCE_GAIN, make_difference_image, make_image_grid, save_sample
+from int8run.report.run_files import collect_environment, write_json, write_layers_csv
 from int8run.tasks.run_metrics import Comparison, collect_series
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from support.cli_process import Command, command_in
 from text_encoders.files import File, encoder
 
 from int8run.backends.reference import Reference
-from int8run.export.save_denoiser import own_names, write_tensors
+from int8run.export.save_denoiser import keep_own_names, write_tensors
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.quarot import QuaRot
@@ -67,7 +67,7 @@ def test_a_lora_whose_header_says_nothing(command: Command) -> None:
     save_file(pair, command.folder / "a.safetensors")
     shown = inspect(command, "a.safetensors")
     assert (shown["LoRA"], shown["first module"]) == ("denoiser 1 modules, rank 4", "x")
-    assert (shown["base model"], shown["trigger words"]) == ("not told by names, shapes or tags", "not named")
+    assert (shown["base model"], shown["trigger words"]) == ("unknown from names, shapes and tags", "not named")
 
 
 def test_a_loras_older_header_names(command: Command) -> None:
@@ -138,7 +138,7 @@ def test_a_file_that_save_wrote(command: Command) -> None:
         )
         for name, method in (("a", NoOutlier()), ("b", QuaRot(8)))
     }
-    names = own_names(["a.weight", "b.weight", "norm.weight"])
+    names = keep_own_names(["a.weight", "b.weight", "norm.weight"])
     write_tensors(
         command.folder / "m.safetensors",
         names,
@@ -196,19 +196,19 @@ DAMAGED = {
         container(ENTRY, b"\x00" * 8, length=10_000),
         "its first 8 bytes give no possible header length",
     ),
-    "not json": (container(b"{not json}"), "its header is no JSON"),
-    "brackets without an end": (container(b"[" * 100_000), "its header is no JSON"),
-    "a number without an end": (container(b"1" * 10_000), "its header is no JSON"),
+    "not json": (container(b"{not json}"), "its header is not JSON"),
+    "brackets without an end": (container(b"[" * 100_000), "its header is not JSON"),
+    "a number without an end": (container(b"1" * 10_000), "its header is not JSON"),
     "truncated": (container(ENTRY, b"\x00" * 5), "is damaged: the header describes"),
     "longer than told": (container(ENTRY, b"\x00" * 9), "is damaged: the header describes"),
-    "a list": (container(b"[1, 2]"), "its header is no JSON object of tensors"),
+    "a list": (container(b"[1, 2]"), "its header is not a JSON object of tensors"),
     "an entry without offsets": (
         container(b'{"a": {"dtype": "F32"}}'),
-        "its header is no JSON object of tensors",
+        "its header is not a JSON object of tensors",
     ),
     "metadata that is no text": (
         container(b'{"__metadata__": {"steps": 3}}'),
-        "its header is no JSON object of tensors",
+        "its header is not a JSON object of tensors",
     ),
     "a lora half without a shape": (
         container(b'{"a.lora_A.weight": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}', b"\x00" * 4),
