@@ -1,53 +1,35 @@
-"""Layers that share work: one quantization for Linears with the same input, a GELU inside the next layer's quantization."""
+"""Work that INT8 layers save by knowing each other, as the model family allows.
 
-import copy
-import logging
+Layers that read the same tensor quantize it once, and a GELU before an INT8 layer is computed inside that
+layer's quantization. `assemble` applies both to a copy of the model; nothing here changes a weight.
+"""
+
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from int8run.layers.int8_linear import Int8Linear, KeepsDtypes, SharedInput
-from int8run.models.family import ModelFamily
-
-log = logging.getLogger(__name__)
+from int8run.layers.int8_linear import Int8Linear, SharedInput
+from int8run.models.family import DeferredGelu
 
 
 def group_by_shared_input(names: Iterable[str], groups: Iterable[Sequence[str]]) -> list[list[str]]:
-    """Layers that read the same tensor, by full name; a layer that shares its input with none is a group of its own.
+    """Group layers that read the same tensor; a layer that shares its input with none is a group of its own.
 
     Args:
-        groups: names relative to a block.
+        names: full names of the layers.
+        groups: names relative to a block, such as ["to_q", "to_k", "to_v"].
     """
-    left = dict.fromkeys(names)
+    ungrouped = dict.fromkeys(names)  # in their order
     found = []
     for group in groups:
-        for block in sorted({block for name in group for block in find_block_prefixes(left, name)}):
-            members = [block + name for name in group if block + name in left]
+        prefixes = {prefix for name in group for prefix in find_block_prefixes(ungrouped, name)}
+        for prefix in sorted(prefixes):
+            members = [prefix + name for name in group if prefix + name in ungrouped]
             found.append(members)
-            for name in members:
-                del left[name]
-    return found + [[name] for name in left]
-
-
-def assemble_int8_model(model: nn.Module, layers: Mapping[str, Int8Linear], family: ModelFamily) -> nn.Module:
-    """An INT8 model: a copy of the module tree with these layers in it, sharing every tensor with both.
-
-    Layers that read the same tensor share its quantization, and GELUs between INT8 layers move into the second one's, as the family
-    says.
-    """
-    target = copy_sharing_tensors(model)
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(target.get_submodule(parent), child, copy_sharing_tensors(layer))
-    saved = share_inputs(target, family.same_input)
-    moved = sum(defer_gelu(target, g.activation, g.source, g.into) for g in family.deferred_gelu)
-    log.debug(
-        "layers with the same input share a quantization: %d fewer per step; %d GELUs moved into one",
-        saved,
-        moved,
-    )
-    return target
+            for member in members:
+                del ungrouped[member]
+    return found + [[name] for name in ungrouped]
 
 
 def find_block_prefixes(names: Iterable[str], relative: str) -> Iterator[str]:
@@ -56,66 +38,80 @@ def find_block_prefixes(names: Iterable[str], relative: str) -> Iterator[str]:
 
 
 def share_inputs(model: nn.Module, groups: Iterable[Sequence[str]]) -> int:
-    """Let INT8 layers of one block that read the same tensor quantize it once; layers that treat it differently do not share.
+    """Let INT8 layers of one block that read the same tensor quantize it once.
+
+    Layers that treat the tensor differently do not share.
 
     Args:
+        model: changed in place.
         groups: names relative to a block.
 
     Returns:
         The number of quantizations saved per call of the model.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Int8Linear)}
-    saved = 0
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    n_saved = 0
     for group in group_by_shared_input(layers, groups):
-        members = [layers[name] for name in group]
-        while members:
-            first = members[0]
-            alike = [m for m in members if (m.backend, m.float_rows) == (first.backend, first.float_rows)]
-            alike = [m for m in alike if m.transform.has_same_input_transform(first.transform)]
-            members = [m for m in members if m not in alike]
-            if len(alike) > 1:
-                shared = SharedInput(len(alike))
-                for member in alike:
-                    member.shared = shared
-                saved += len(alike) - 1
-    return saved
+        waiting = [layers[name] for name in group]
+        while waiting:
+            first = waiting[0]
+            alike = [layer for layer in waiting if can_share_input(layer, first)]
+            waiting = [layer for layer in waiting if layer not in alike]
+            if len(alike) == 1:
+                continue
+            shared = SharedInput(len(alike))
+            for layer in alike:
+                layer.shared = shared
+            n_saved += len(alike) - 1
+    return n_saved
 
 
-def defer_gelu(model: nn.Module, activation: str, source: str, into: str) -> int:
-    """In every block, take out a GELU (tanh) whose result an INT8 layer quantizes, and let that quantization compute it.
+def can_share_input(layer: Int8Linear, other: Int8Linear) -> bool:
+    """Whether both layers quantize the same tensor to the same integers."""
+    if layer.backend != other.backend or layer.float_rows != other.float_rows:
+        return False
+    return layer.transform.has_same_input_transform(other.transform)
+
+
+def defer_gelu(model: nn.Module, gelu: DeferredGelu) -> int:
+    """In every block, take out a GELU (tanh) before an INT8 layer, and let that layer's quantization compute
+    it.
+
+    Args:
+        model: changed in place.
+        gelu: names of the modules, relative to a block.
 
     Returns:
         The number of activations moved.
     """
     modules = dict(model.named_modules())
-    moved = 0
-    for block in list(find_block_prefixes(modules, activation)):
-        found, layer = modules[block + activation], modules.get(block + into)
-        width = getattr(modules.get(block + source), "out_features", None)
-        if (
-            not isinstance(layer, Int8Linear)
-            or width is None
-            or getattr(found, "approximate", None) != "tanh"
-        ):
+    n_moved = 0
+    for block in list(find_block_prefixes(modules, gelu.activation)):
+        activation = modules[block + gelu.activation]
+        source = modules.get(block + gelu.source)
+        layer = modules.get(block + gelu.into)
+        width = getattr(source, "out_features", None)
+        if source is None or width is None or getattr(activation, "approximate", None) != "tanh":
             continue
-        if (
-            not layer.backend.limits.fuses_gelu or layer.transform.centered
-        ):  # the mean is that of what the GELU gives
+        if not isinstance(layer, Int8Linear) or not can_compute_gelu(layer):
             continue
-        # a module that holds its projection as well keeps that, under its old name
-        held = source.removeprefix(f"{activation}.")
-        rest = (
-            nn.Identity() if held == source else nn.Sequential(OrderedDict({held: modules[block + source]}))
-        )
-        parent, _, child = (block + activation).rpartition(".")
-        setattr(model.get_submodule(parent), child, rest)
+        parent, _, child = (block + gelu.activation).rpartition(".")
+        setattr(model.get_submodule(parent), child, replace_activation(gelu, source))
+        # the activation is the last of the layer's input columns
         layer.gelu_from = layer.in_features - width
-        moved += 1
-    return moved
+        n_moved += 1
+    return n_moved
 
 
-def copy_sharing_tensors(model: nn.Module) -> nn.Module:
-    """A copy of the module tree whose tensors and backends are the same: no memory until layers are replaced."""
-    backends = [m.backend for m in model.modules() if isinstance(m, KeepsDtypes) and hasattr(m, "backend")]
-    same = [*model.parameters(), *model.buffers(), *backends]
-    return copy.deepcopy(model, memo={id(s): s for s in same})
+def can_compute_gelu(layer: Int8Linear) -> bool:
+    """Whether the layer's quantization computes a GELU at next to no cost."""
+    # a centered transform subtracts the mean of what the GELU returns, so the GELU must come first
+    return layer.backend.limits.fuses_gelu and not layer.transform.centered
+
+
+def replace_activation(gelu: DeferredGelu, source: nn.Module) -> nn.Module:
+    """What takes the place of a GELU that moved: nothing, or the projection that its module holds."""
+    inner_name = gelu.source.removeprefix(f"{gelu.activation}.")
+    if inner_name == gelu.source:
+        return nn.Identity()
+    return nn.Sequential(OrderedDict({inner_name: source}))  # under its old name

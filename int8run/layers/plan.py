@@ -1,4 +1,8 @@
-"""What is decided for each Linear before it becomes INT8: one LayerPlan is one row of layers.csv."""
+"""What is decided for each Linear before and while it becomes INT8.
+
+One `LayerPlan` is one row of `layers.csv`. `plan_layers` makes the list, `int8run.ptq.quantize` and
+`int8run.pipeline` fill it in, metrics and reports read it. `Int8Settings` is the config group `int8`.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,9 +14,10 @@ from int8run.errors import check_bool, check_choice, check_range
 # what `layers.csv` names as the backend of a layer that small_batch_fallback sends to a float product
 FLOAT_FALLBACK = "float_fallback"
 
-
 # a call with at most this many rows may be faster in float; what task=bench measured takes its place
 DEFAULT_FLOAT_ROWS = 8
+
+SMALL_BATCH_FALLBACKS = ("only_small_layers", "always", "never")
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,12 @@ class Int8Settings:
 
     Args:
         enable: false runs the float model through the same path.
-        small_batch_fallback: which layers compute with the dequantized weight when a call has at most `max_rows` rows:
-            `only_small_layers` (at most `small_layer_params` weights), `always`, `never`.
-        max_rows: None: what `task=bench` measured for the layer, where it has, else DEFAULT_ROWS.
-        checkpoint: file or folder of INT8 layers, by component where there are two denoisers; they are taken as they are. None: quantize.
+        small_batch_fallback: which layers compute with the dequantized weight when a call has at most
+            `max_rows` rows: `only_small_layers` (at most `small_layer_params` weights), `always`, `never`.
+        max_rows: None: what `task=bench` measured for the layer, where it has, else DEFAULT_FLOAT_ROWS.
+        small_layer_params: the most weights of a small layer.
+        checkpoint: file or folder of INT8 layers, by component where there are two denoisers; the layers are
+            used as they are. None: quantize.
     """
 
     enable: bool = True
@@ -34,9 +41,7 @@ class Int8Settings:
     checkpoint: str | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        check_choice(
-            "int8.small_batch_fallback", self.small_batch_fallback, ("only_small_layers", "always", "never")
-        )
+        check_choice("int8.small_batch_fallback", self.small_batch_fallback, SMALL_BATCH_FALLBACKS)
         check_bool("int8.enable", self.enable)
         if self.max_rows is not None:
             check_range("int8.max_rows", self.max_rows, 0, 4096, whole=True)
@@ -48,46 +53,72 @@ class Int8Settings:
         Args:
             params: weights of the layer.
             rows: rows that it sees in this run.
-            measured: up to how many rows float was faster for this layer on this machine, where that is known.
+            measured: up to how many rows float was faster for this layer on this machine, where known.
         """
-        small = self.small_batch_fallback == "only_small_layers" and params <= self.small_layer_params
-        default = DEFAULT_FLOAT_ROWS if measured is None else measured
-        limit = default if self.max_rows is None else self.max_rows
-        return limit if (small or self.small_batch_fallback == "always") and rows <= limit else 0
+        limit = self.max_rows
+        if limit is None:
+            limit = DEFAULT_FLOAT_ROWS if measured is None else measured
+        if self.small_batch_fallback == "only_small_layers":
+            falls_back = params <= self.small_layer_params
+        else:
+            falls_back = self.small_batch_fallback == "always"
+        return limit if falls_back and rows <= limit else 0
 
 
 @dataclass
 class LayerPlan:
-    """What happens to one Linear; a row of `layers.csv`."""
+    """What happens to one Linear; a row of `layers.csv`.
+
+    Args:
+        name: of the Linear in the model.
+        in_features: K.
+        out_features: N.
+        skip_reason: why the layer stays float; None when it is quantized.
+        outlier: outlier method and settings.
+        outlier_skip_reason: why the layer has not the method that was asked for; empty when it has.
+        rounding: the rounding of the weight.
+        backend_asked: the backend of the config.
+        backend_used: the backend that runs the layer, or FLOAT_FALLBACK.
+        measured: errors of the layer by name of the metric, such as weight_sqnr_db.
+    """
 
     name: str
     in_features: int
     out_features: int
-    skip_reason: str | None  # the reason, or None when it becomes INT8
-    outlier: str = ""  # method and settings
-    outlier_skip_reason: str = ""  # the reason why the method that was asked for is not the one
+    skip_reason: str | None
+    outlier: str = ""
+    outlier_skip_reason: str = ""
     rounding: str = ""
     backend_asked: str = ""
     backend_used: str = ""
     measured: dict[str, float] = field(default_factory=dict)
 
-    def skip(self, why: str) -> None:
-        """The layer stays float after all."""
-        (
-            self.skip_reason,
-            self.outlier,
-            self.outlier_skip_reason,
-            self.rounding,
-            self.backend_asked,
-            self.backend_used,
-        ) = why, "", "", "", "", ""
+    def skip(self, reason: str) -> None:
+        """Keep the layer float after all, and forget what was decided and measured for INT8."""
+        self.skip_reason = reason
+        self.outlier = ""
+        self.outlier_skip_reason = ""
+        self.rounding = ""
+        self.backend_asked = ""
+        self.backend_used = ""
         self.measured.clear()
 
 
-def plan_layers(model: nn.Module, why_float: Callable[[str], str | None]) -> list[LayerPlan]:
-    """Every Linear of the model, each exactly once; `why_float(name)` is the reason to keep one float, or None."""
-    return [
-        LayerPlan(name, module.in_features, module.out_features, why_float(name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
+def plan_layers(model: nn.Module, find_skip_reason: Callable[[str], str | None]) -> list[LayerPlan]:
+    """A plan for every Linear of the model, each exactly once, in the model's order.
+
+    Args:
+        model: the float model.
+        find_skip_reason: gives the reason to keep the Linear of that name float, or None.
+    """
+    plans = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            plan = LayerPlan(
+                name=name,
+                in_features=module.in_features,
+                out_features=module.out_features,
+                skip_reason=find_skip_reason(name),
+            )
+            plans.append(plan)
+    return plans

@@ -1,4 +1,9 @@
-"""Layers whose weight stays in memory as a checkpoint has it: in codes, which a product or a look-up turns into numbers."""
+"""Layers whose weight stays in memory in the few bits of its checkpoint: int8, fp8, mxfp8 or nvfp4.
+
+Only the weight is quantized: a product or a look-up turns some rows at a time into floats. Text encoders use
+these layers (`int8run.text_encoders.build`). The exception is `scaled_mm`, torch's fp8 product, which rounds
+the input as well. Which kernel a layer gets is decided by the caller.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8run.backends.base import Backend, format_version
+from int8run.backends.base import format_version
 from int8run.kernels.dequantize import eager, reference
 from int8run.kernels.dequantize.reference import infer_block_shape
 from int8run.kernels.quantize_rowwise.reference import TINY
@@ -18,28 +23,40 @@ from int8run.outlier.base import OutlierTransform
 from int8run.quant.packed_weight import PackedWeight, round_up
 from int8run.quant.weight import QuantizedWeight
 
-# numbers of a weight that are floats at a time: on a CPU what its cache holds, elsewhere what keeps launches few
+# how many numbers of a weight are floats at a time: on a CPU as many as its cache holds, on a GPU enough for
+# few launches
 MAX_FLOAT_NUMBERS = {"cpu": 2**20, "cuda": 2**24}
-# torch's fp8 product: the GPUs that have it, what cuBLAS wants N and K to be multiples of, and what the input is rounded to
+
+# torch's fp8 product: its name among the kernels, the GPUs that have it, and the multiple that cuBLAS takes
+# for N and K
 SCALED_MM, SCALED_MM_CAPABILITY, SCALED_MM_MULTIPLE = "scaled_mm", (8, 9), 16
 E4M3, E4M3_MAX = torch.float8_e4m3fn, torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """One layer as it is stored, before it is bound to a kernel."""
+    """One layer as its checkpoint has it, before it is bound to a kernel.
 
-    weight: PackedWeight  # in the transform's basis
+    Args:
+        weight: [N, K], in the transform's basis.
+        transform: the outlier transform of its input.
+        bias: [N] or None.
+    """
+
+    weight: PackedWeight
     transform: OutlierTransform
     bias: Tensor | None
 
 
 class WeightOnlyLayer(KeepsDtypes):
-    """A coded weight in buffers, and the transform in whose basis it is.
+    """A packed weight in buffers, and the transform in whose basis it is.
 
     Args:
+        weight: [N, K].
+        transform: the outlier transform.
         dtype: in which the layer computes.
-        kernels: what makes numbers of the codes: `eager` (torch), `reference` (its definition, slower) or `triton`.
+        kernels: what makes floats of the weight: `eager` (torch), `reference` (its definition, slower) or
+            `triton`.
     """
 
     qdata: Tensor
@@ -50,118 +67,123 @@ class WeightOnlyLayer(KeepsDtypes):
         super().__init__()
         weight = weight.unswizzle_scales()  # so that some rows can be read without the others
         self.transform, self.dtype, self.kernels = transform, dtype, kernels
-        self.shape, self.block, self.high_first = weight.shape, weight.block_size, weight.high_nibble_first
+        self.shape = weight.shape
+        self.block_size = weight.block_size
+        self.high_nibble_first = weight.high_nibble_first
+        scale = None if weight.scale is None else weight.scale.detach().contiguous()
         self.register_buffer("qdata", weight.qdata.detach().contiguous(), persistent=False)
-        self.register_buffer(
-            "scale", None if weight.scale is None else weight.scale.detach().contiguous(), persistent=False
-        )
+        self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("global_scale", weight.global_scale, persistent=False)
 
     @property
     def packed_weight(self) -> PackedWeight:
         """The weight, in the transform's basis; block scales lie in rows."""
         return PackedWeight(
-            self.qdata,
-            self.scale,
-            self.shape,
-            self.global_scale,
-            self.block,
+            qdata=self.qdata,
+            scale=self.scale,
+            shape=self.shape,
+            global_scale=self.global_scale,
+            block_size=self.block_size,
             is_swizzled=False,
-            high_nibble_first=self.high_first,
+            high_nibble_first=self.high_nibble_first,
         )
 
     def iter_float_rows(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The weight's numbers, some rows after others: at most `FLOAT_NUMBERS`, and at least as many rows as share a scale."""
-        weight, operators = self.packed_weight, get_operators(self.kernels)
-        if (
-            weight.scale is None
-        ):  # a plain cast, by the same operators: torch's own conversion is slow on CPUs
+        """The weight as floats, some neighbouring rows at a time, in the transform's basis.
+
+        At most MAX_FLOAT_NUMBERS of them, and at least the rows that share a scale.
+        """
+        weight = self.packed_weight
+        if weight.scale is None:
+            # a plain cast, by the same operators: torch's own conversion is slow on CPUs
             weight = replace(weight, scale=torch.ones((), device=self.qdata.device))
+        operators = get_operators(self.kernels)
+        n_rows, n_columns = self.shape
         height = rows_per_scale(weight)
-        numbers = MAX_FLOAT_NUMBERS.get(self.qdata.device.type, MAX_FLOAT_NUMBERS["cuda"])
-        rows = max(numbers // self.shape[1] // height, 1) * height
-        for start in range(0, self.shape[0], rows):
-            yield slice_rows(weight, start, min(start + rows, self.shape[0]), height).dequantize(
-                dtype, operators
-            )
+        max_numbers = MAX_FLOAT_NUMBERS.get(self.qdata.device.type, MAX_FLOAT_NUMBERS["cuda"])
+        step = max(max_numbers // n_columns // height, 1) * height
+        for start in range(0, n_rows, step):
+            rows = slice_rows(weight, start, min(start + step, n_rows), height)
+            yield rows.dequantize(dtype, operators)
 
     @torch.no_grad()
     def dequantize_weight(self) -> Tensor:
-        """The weight's numbers, without the transform. Returns float32 [N, K]."""
-        return torch.cat(
-            [self.transform.restore_weight(rows) for rows in self.iter_float_rows(torch.float32)]
-        )
+        """The weight as floats, without the transform. Returns float32 [N, K]."""
+        parts = [self.transform.restore_weight(rows) for rows in self.iter_float_rows(torch.float32)]
+        return torch.cat(parts)
 
 
 class WeightOnlyLinear(WeightOnlyLayer):
-    """`nn.Linear` with a weight in codes. Each call makes numbers of some rows, multiplies them, and goes on to the next.
+    """`nn.Linear` with a packed weight. Each call dequantizes some rows, multiplies them, and goes on to the
+    next.
 
     Args:
-        layer: coded weight, outlier transform and bias.
+        layer: packed weight, outlier transform and bias.
         dtype: dtype of the float model.
-        kernels: see `Coded`; or `scaled_mm`, torch's fp8 product, for weights that `scaled_mm_refuses` lets pass. It rounds the
-            input to e4m3: each row for itself where the weight has a scale per row, else all of it with one scale.
+        kernels: see `WeightOnlyLayer`; or `scaled_mm`, torch's fp8 product, for weights without a
+            `scaled_mm_unsupported_reason`. It rounds the input to e4m3: with a scale per row where the weight
+            has one per row, else with a single scale.
     """
 
     bias: Tensor | None
 
     def __init__(self, layer: PackedLayer, dtype: torch.dtype, kernels: str = "eager"):
-        super().__init__(
-            pad_for_scaled_mm(layer.weight) if kernels == SCALED_MM else layer.weight,
-            layer.transform,
-            dtype,
-            kernels,
-        )
+        weight = pad_for_scaled_mm(layer.weight) if kernels == SCALED_MM else layer.weight
+        super().__init__(weight, layer.transform, dtype, kernels)
         self.out_features, self.in_features = layer.weight.shape
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., K] -> [..., N], in x's dtype."""
-        rows = self.transform.transform_input(x.reshape(-1, self.in_features)).to(self.dtype)
-        y = (self.scaled_mm(rows) if self.kernels == SCALED_MM else self.product(rows)).to(x.dtype)
+        rows = x.reshape(-1, self.in_features)  # [..., K] -> [M, K]
+        rows = self.transform.transform_input(rows).to(self.dtype)
+        y = self._scaled_mm_product(rows) if self.kernels == SCALED_MM else self._float_product(rows)
+        y = y.to(x.dtype)
         return y.unflatten(0, x.shape[:-1]) if x.dim() > 1 else y.squeeze(0)
 
-    def product(self, x: Tensor) -> Tensor:
+    def _float_product(self, x: Tensor) -> Tensor:
         """In floats. x: [M, K] -> [M, N], in the layer's dtype."""
         bias = None if self.bias is None else self.bias.to(self.dtype)
         parts, start = [], 0
         for weight in self.iter_float_rows(self.dtype):
-            parts.append(F.linear(x, weight, None if bias is None else bias[start : start + len(weight)]))
-            start += len(weight)
+            stop = start + len(weight)
+            parts.append(F.linear(x, weight, None if bias is None else bias[start:stop]))
+            start = stop
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def scaled_mm(self, x: Tensor) -> Tensor:
+    def _scaled_mm_product(self, x: Tensor) -> Tensor:
         """In fp8. x: [M, K] -> float32 [M, N].
 
-        All scales follow the product, because torch's own scaling per row takes weights in e4m3 alone and gives bfloat16 alone on
-        most GPUs, and some have none.
+        All scales follow the product: torch's own scaling per row takes only weights in e4m3 and gives only
+        bfloat16 on most GPUs, and some GPUs have none.
         """
-        q, scale = quantize_fp8(x, self.scale is not None and self.scale.numel() > 1)
-        q = F.pad(q.view(torch.uint8), (0, self.qdata.shape[1] - self.in_features)).view(
-            E4M3
-        )  # torch pads no fp8
+        q, scale = quantize_fp8(x, per_row=self.scale is not None and self.scale.numel() > 1)
+        padding = (0, self.qdata.shape[1] - self.in_features)
+        q = F.pad(q.view(torch.uint8), padding).view(E4M3)  # as bytes, because torch does not pad fp8
         one = torch.ones((), device=x.device)
         y = torch._scaled_mm(q, self.qdata.T, one, one, out_dtype=torch.float32).mul_(scale)
-        y = (
-            y[:, : self.out_features]
-            if self.scale is None
-            else y.mul_(self.scale.flatten())[:, : self.out_features]
-        )
+        if self.scale is not None:
+            y = y.mul_(self.scale.flatten())
+        y = y[:, : self.out_features]  # [M, N padded] -> [M, N]
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.packed_weight.storage_dtype}, kernels={self.kernels}"
+        dtype = self.packed_weight.storage_dtype
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {dtype}, kernels={self.kernels}"
 
 
 class WeightOnlyEmbedding(WeightOnlyLayer):
-    """`nn.Embedding` with a table in codes. Only the rows that are looked up become numbers.
+    """`nn.Embedding` with a packed table. Only the rows that are looked up become floats.
 
-    It has no `weight`: a table that its model reads in another way (CLIP's positions, T5's relative bias) must stay `nn.Embedding`.
+    It has no `weight`: a table that its model reads in another way (CLIP's positions, T5's relative bias)
+    must stay `nn.Embedding`.
 
     Args:
         weight: the table, a row for each token.
+        transform: the outlier transform in whose basis the table is.
         dtype: dtype of the float model.
-        padding_idx: kept for those who ask; it says something about gradients only.
+        padding_idx: kept for code that reads it; it affects gradients only.
         embed_scale: multiplied to each row in the model's dtype, as Gemma 3's embedding does.
     """
 
@@ -173,15 +195,14 @@ class WeightOnlyEmbedding(WeightOnlyLayer):
         padding_idx: int | None = None,
         embed_scale: float = 1.0,
     ):
-        super().__init__(weight, transform, dtype, "eager")
+        super().__init__(weight, transform, dtype, kernels="eager")
         self.num_embeddings, self.embedding_dim = weight.shape
         self.padding_idx, self.embed_scale = padding_idx, embed_scale
 
     def forward(self, index: Tensor) -> Tensor:
         """index: integers [...] -> [..., embedding_dim]."""
-        rows = self.packed_weight.select_rows(index.flatten()).dequantize(
-            operators=get_operators(self.kernels)
-        )
+        selected = self.packed_weight.select_rows(index.flatten())
+        rows = selected.dequantize(operators=get_operators(self.kernels))  # float32
         rows = self.transform.restore_weight(rows).to(self.dtype)
         if self.embed_scale != 1:
             rows = rows * torch.tensor(self.embed_scale, dtype=self.dtype, device=rows.device)
@@ -191,79 +212,10 @@ class WeightOnlyEmbedding(WeightOnlyLayer):
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_weight.storage_dtype}"
 
 
-class BlockInt8Linear(KeepsDtypes):
-    """`nn.Linear` in W8A8 with a scale per block of input features: on one backend a product for each block, summed in float32.
-
-    The input is quantized per row and block, as QuantOps does for int8_blockwise. Blocks of all rows, of some, or of one.
-
-    Args:
-        layer: an int8 weight with any scales, outlier transform and bias.
-        backend: runs the products.
-    """
-
-    scale: Tensor
-    bias: Tensor | None
-
-    def __init__(self, layer: PackedLayer, backend: Backend):
-        super().__init__()
-        qdata, scale = layer.weight.qdata, layer.weight.scale
-        assert layer.weight.storage_dtype == "int8" and scale is not None, (
-            "BlockInt8Linear takes int8 weights"
-        )
-        rows, columns = qdata.shape
-        self.out_features, self.in_features = rows, columns
-        self.backend, self.transform = backend, layer.transform
-        height, self.block = infer_block_shape(qdata.shape, scale.shape, layer.weight.block_size or None)
-        grid = scale.detach().float().reshape(ceil(rows / height), ceil(columns / self.block))
-        scale = grid.repeat_interleave(height, dim=0)[:rows].T.contiguous()  # [blocks, N]
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
-        for i, (codes, row_scale) in enumerate(zip(qdata.split(self.block, dim=1), scale, strict=True)):
-            packed = backend.pack_weight(QuantizedWeight(codes.contiguous(), row_scale[:, None]))
-            self.register_buffer(f"packed_{i}", packed, persistent=False)
-
-    @property
-    def packed(self) -> Iterator[Tensor]:
-        """Each block of columns in the backend's layout."""
-        return (getattr(self, f"packed_{i}") for i in range(len(self.scale)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., K] -> [..., N], in x's dtype."""
-        rows = self.transform.transform_input(x.reshape(-1, self.in_features))
-        y = (
-            rows.new_zeros((len(rows), self.out_features), dtype=torch.float32)
-            if self.bias is None
-            else self.bias.repeat(len(rows), 1)
-        )
-        for block, packed, scale in zip(rows.split(self.block, dim=1), self.packed, self.scale, strict=True):
-            quantized = self.backend.quantize(block.contiguous())
-            y += self.backend.linear(quantized, packed, scale, dtype=torch.float32)
-        y = y.to(x.dtype)
-        return y.unflatten(0, x.shape[:-1]) if x.dim() > 1 else y.squeeze(0)
-
-    @torch.no_grad()
-    def dequantize_weight(self) -> Tensor:
-        """The weight's numbers, without the transform: the blocks' integers are their products with the unit vectors. float32 [N, K]."""
-        blocks = []
-        for packed, scale, width in zip(self.packed, self.scale, self.widths, strict=True):
-            unit = self.backend.quantize(torch.eye(width, device=scale.device))
-            integers = self.backend.linear(unit, packed, torch.ones_like(scale), dtype=torch.float32).round()
-            blocks.append((integers * scale).T)
-        return self.transform.restore_weight(torch.cat(blocks, dim=1))
-
-    @property
-    def widths(self) -> Iterator[int]:
-        """Columns of each block; the last may have fewer."""
-        return (min(self.block, self.in_features - start) for start in range(0, self.in_features, self.block))
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, block={self.block}, backend={self.backend.name}"
-
-
 def get_operators(kernels: str) -> ModuleType:
-    """The module of `kernels/dequantize` that is meant."""
+    """The module of `kernels/dequantize` that a layer's `kernels` names."""
     if kernels == "triton":
-        # imported where it runs: a CPU has no use for Triton
+        # imported here, because machines without a GPU need not have Triton
         from int8run.kernels.dequantize import kernel
 
         return kernel
@@ -271,19 +223,21 @@ def get_operators(kernels: str) -> ModuleType:
 
 
 def rows_per_scale(weight: PackedWeight) -> int:
-    """How many neighbouring rows share a scale; 1 as well where all of them do, because that scale serves any rows."""
+    """How many neighbouring rows share a scale; 1 also where all rows do, as that scale serves any."""
     if weight.scale is None or weight.scale.numel() == 1 or weight.storage_dtype in ("mxfp8", "nvfp4"):
         return 1
-    return infer_block_shape(weight.qdata.shape, weight.scale.shape, weight.block_size or None)[0]
+    height, _ = infer_block_shape(weight.qdata.shape, weight.scale.shape, weight.block_size or None)
+    return height
 
 
 def slice_rows(weight: PackedWeight, start: int, stop: int, height: int) -> PackedWeight:
-    """Neighbouring rows without a copy.
+    """Neighbouring rows of a weight, without a copy.
 
     Args:
-        weight: block scales lie in rows.
-        start: a multiple of the height.
-        height: `shared_rows(weight)`.
+        weight: its block scales lie in rows.
+        start: first row, a multiple of the height.
+        stop: the row after the last.
+        height: `rows_per_scale(weight)`.
     """
     scale = weight.scale
     if scale is not None and scale.numel() > 1:
@@ -292,7 +246,10 @@ def slice_rows(weight: PackedWeight, start: int, stop: int, height: int) -> Pack
 
 
 def is_rowwise(weight: PackedWeight) -> bool:
-    """Whether an int8 or fp8 weight has one scale, one for each output row, or none, so that a product can apply it to its sums."""
+    """Whether an int8 or fp8 weight has no scale, one, or one per output row.
+
+    Such scales can be applied to the sums of a product.
+    """
     if weight.storage_dtype not in ("int8", "fp8"):
         return False
     if weight.scale is None or weight.scale.numel() == 1:
@@ -302,7 +259,7 @@ def is_rowwise(weight: PackedWeight) -> bool:
 
 
 def to_quantized_weight(weight: PackedWeight) -> QuantizedWeight:
-    """An int8 weight with one scale, or one for each output row, as `Int8Linear` takes it.
+    """An int8 weight with one scale, or one per output row, as `Int8Linear` takes it.
 
     Raises:
         ValueError: for any other.
@@ -310,47 +267,57 @@ def to_quantized_weight(weight: PackedWeight) -> QuantizedWeight:
     if weight.storage_dtype != "int8" or weight.scale is None or not is_rowwise(weight):
         scales = None if weight.scale is None else list(weight.scale.shape)
         raise ValueError(
-            f"the weight is {weight.storage_dtype} with scales {scales}; an INT8 layer takes int8 with one scale or one per row"
+            f"the weight is {weight.storage_dtype} with scales {scales}; "
+            "an INT8 layer takes int8 with one scale or one per row"
         )
-    scale = weight.scale.detach().float().reshape(-1, 1).expand(len(weight.qdata), 1)
+    scale = weight.scale.detach().float().reshape(-1, 1).expand(len(weight.qdata), 1)  # [N, 1]
     return QuantizedWeight(weight.qdata.contiguous(), scale.contiguous())
 
 
 def scaled_mm_unsupported_reason(weight: PackedWeight, device: torch.device) -> str | None:
     """Why torch's fp8 product cannot take a weight on a device; None when it can."""
-    if weight.storage_dtype != "fp8" or not is_rowwise(weight):
-        what = weight.storage_dtype if weight.storage_dtype != "fp8" else "fp8 with scales per block"
-        return f"scaled_mm takes fp8 weights with one scale or one per output row, this one is {what}"
+    dtype = weight.storage_dtype
+    if dtype != "fp8" or not is_rowwise(weight):
+        found = "fp8 with scales per block" if dtype == "fp8" else dtype
+        return f"scaled_mm takes fp8 weights with one scale or one per output row, this one is {found}"
     if device.type not in ("cpu", "cuda"):
         return f"scaled_mm runs on cpu and cuda, not on {device.type}"
-    if device.type == "cuda" and (have := torch.cuda.get_device_capability(device)) < SCALED_MM_CAPABILITY:
-        return f"scaled_mm needs compute capability {format_version(SCALED_MM_CAPABILITY)}, this GPU has {format_version(have)}"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < SCALED_MM_CAPABILITY:
+            required, found = format_version(SCALED_MM_CAPABILITY), format_version(capability)
+            return f"scaled_mm needs compute capability {required}, this GPU has {found}"
     return None
 
 
 def pad_for_scaled_mm(weight: PackedWeight) -> PackedWeight:
-    """The same fp8 weight, N and K filled up with zeros to what cuBLAS wants, and its scales in float32."""
+    """The same fp8 weight, N and K zero-padded to multiples that cuBLAS takes, its scales in float32."""
     rows, columns = weight.qdata.shape
-    more = round_up(rows, SCALED_MM_MULTIPLE) - rows
-    padding = (0, round_up(columns, SCALED_MM_MULTIPLE) - columns, 0, more)
-    qdata = F.pad(weight.qdata.view(torch.uint8), padding).view(weight.qdata.dtype)  # torch pads no fp8
-    scale = None if weight.scale is None else weight.scale.float().flatten()
-    scale = scale if scale is None or scale.numel() == 1 else F.pad(scale, (0, more), value=1.0)
+    more_rows = round_up(rows, SCALED_MM_MULTIPLE) - rows
+    more_columns = round_up(columns, SCALED_MM_MULTIPLE) - columns
+    as_bytes = weight.qdata.view(torch.uint8)  # torch does not pad fp8
+    qdata = F.pad(as_bytes, (0, more_columns, 0, more_rows)).view(weight.qdata.dtype)
+    scale = weight.scale
+    if scale is not None:
+        scale = scale.float().flatten()
+        if scale.numel() > 1:
+            scale = F.pad(scale, (0, more_rows), value=1.0)
     return replace(weight, qdata=qdata, scale=scale)
 
 
 def quantize_fp8(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
-    """Round to e4m3 with a scale for each row, or with one: `scale = absmax / 448`, ties to even.
+    """Round to e4m3: `scale = absmax / 448`, ties to even.
 
     Args:
         x: [M, K], any float dtype; the arithmetic is float32.
+        per_row: whether each row has its own scale; otherwise all share one.
 
     Returns:
         q: float8_e4m3fn [M, K], and scale: float32 [M, 1] or [1, 1], so that `x ~ q * scale`.
     """
     x = x.float()
-    absmax = x.abs().amax(dim=1, keepdim=True)
+    absmax = x.abs().amax(dim=1, keepdim=True)  # [M, 1]
     if not per_row and len(x):
-        absmax = absmax.amax(dim=0, keepdim=True)
+        absmax = absmax.amax(dim=0, keepdim=True)  # [1, 1]
     scale = (absmax / E4M3_MAX).clamp(min=TINY)
     return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from int8run.backends.reference import Reference
 from int8run.kernels.dequantize.reference import E2M1, compute_swizzled_offsets
 from int8run.layers import weight_only
-from int8run.layers.fusion import copy_sharing_tensors
+from int8run.layers.assemble import copy_sharing_tensors
+from int8run.layers.block_int8_linear import BlockInt8Linear
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.layers.weight_only import (
-    BlockInt8Linear,
     PackedLayer,
     WeightOnlyEmbedding,
     WeightOnlyLinear,

@@ -14,7 +14,8 @@ from int8run.backends.onednn import OneDnn
 from int8run.backends.reference import Reference
 from int8run.backends.torch_int_mm import TorchIntMM
 from int8run.errors import BackendError, ConfigError
-from int8run.layers.fusion import assemble_int8_model, copy_sharing_tensors, group_by_shared_input
+from int8run.layers.assemble import assemble_int8_model, copy_sharing_tensors
+from int8run.layers.fusion import group_by_shared_input
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import Int8Settings, LayerPlan, plan_layers
 from int8run.models.family import ModelFamily

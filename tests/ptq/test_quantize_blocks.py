@@ -20,6 +20,7 @@ from int8run.layers.plan import Int8Settings, plan_layers
 from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.lora import LoRA
 from int8run.metrics.layers import measure_layer_outputs
+from int8run.models.family import DeferredGelu
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.hadanorm import HadaNorm
 from int8run.ptq.quantize import check_backend
@@ -30,7 +31,8 @@ ABLE = [
 ]
 ALWAYS_FLOAT = Int8Settings(small_batch_fallback="always", max_rows=4096)
 DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
-# where the GELU's result goes, and the column that it starts at: a single block's proj_out reads the attention's 32 first
+# where the GELU's result goes, and the column that it starts at: a single block's proj_out reads the
+# attention's 32 first
 DEFERRED = {f"{DOUBLE}.ff.net.2": 0, f"{DOUBLE}.ff_context.net.2": 0, f"{SINGLE}.proj_out": 32}
 
 
@@ -78,7 +80,7 @@ def int8(
     if deferred:
         share_inputs(copy, FLUX.same_input)
         for gelu in FLUX.deferred_gelu:
-            defer_gelu(copy, gelu.activation, gelu.source, gelu.into)
+            defer_gelu(copy, gelu)
     return copy, plans
 
 
@@ -108,10 +110,10 @@ def test_counts_in_a_flux_transformer(flux):
         [f"{DOUBLE}.attn.add_k_proj", f"{DOUBLE}.attn.add_q_proj", f"{DOUBLE}.attn.add_v_proj"],
         [f"{DOUBLE}.attn.to_k", f"{DOUBLE}.attn.to_q", f"{DOUBLE}.attn.to_v"],
     ]
-    assert [defer_gelu(model, g.activation, g.source, g.into) for g in FLUX.deferred_gelu] == [1, 1, 1]
+    assert [defer_gelu(model, gelu) for gelu in FLUX.deferred_gelu] == [1, 1, 1]
     assert gelu_from(model) == DEFERRED
     # a second time there is nothing left to move
-    assert [defer_gelu(model, g.activation, g.source, g.into) for g in FLUX.deferred_gelu] == [0, 0, 0]
+    assert [defer_gelu(model, gelu) for gelu in FLUX.deferred_gelu] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("outlier", [None, ConvRot(), HadaNorm(16)], ids=["none", "convrot", "hadanorm"])
@@ -121,7 +123,8 @@ def test_the_model_computes_what_it_did(flux, backend, outlier):
     before, _ = int8(model, backend, False, outlier)
     after, _ = int8(model, backend, True, outlier)
     wanted = run(before, call)
-    # a polynomial for the GELU and a rotation in another order move an integer at a tie now and then: 1e-3 of the output
+    # a polynomial for the GELU and a rotation in another order move an integer at a tie now and then: 1e-3 of
+    # the output
     assert_close(backend.name, run(after, call), wanted, 1e-3 if backend.name == "vnni" else 1e-5)
     assert_close("float model", wanted, run(model, call), 0.05)
 
@@ -161,6 +164,9 @@ def test_a_gelu_after_a_float_layer_moves_all_the_same(flux, source):
     assert_close("source", run(after, call), run(int8(model, deferred=False, why_float=why)[0], call), 1e-5)
 
 
+FEED_FORWARD = DeferredGelu(activation="ff.act", source="ff.up", into="ff.down")
+
+
 class FeedForward(nn.Module):
     """Two Linears around an activation, in a block."""
 
@@ -178,10 +184,7 @@ def test_only_a_tanh_gelu_moves(activation):
     model, _ = to_int8(nn.Sequential(FeedForward(activation)), Fusing())
     x = randn(5, 8)
     before = model(x)
-    assert (
-        defer_gelu(model, "ff.act", "ff.up", "ff.down") == 0
-        and model[0].ff["act"].__class__ is activation.__class__
-    )
+    assert defer_gelu(model, FEED_FORWARD) == 0 and model[0].ff["act"].__class__ is activation.__class__
     assert torch.equal(model(x), before)
 
 
@@ -192,9 +195,7 @@ def test_a_tanh_gelu_moves():
     )
     x = randn(5, 8)
     before = model(x)
-    assert defer_gelu(model, "ff.act", "ff.up", "ff.down") == 2 and isinstance(
-        model[1].ff["act"], nn.Identity
-    )
+    assert defer_gelu(model, FEED_FORWARD) == 2 and isinstance(model[1].ff["act"], nn.Identity)
     assert torch.equal(model(x), before)
 
 
@@ -202,13 +203,13 @@ def test_a_gelu_stays_before_a_layer_that_takes_the_mean_of_its_result():
     model, _ = to_int8(nn.Sequential(FeedForward(nn.GELU(approximate="tanh"))), Fusing(), HadaNorm(8))
     x = randn(2, 5, 8)
     before = model(x)
-    assert defer_gelu(model, "ff.act", "ff.up", "ff.down") == 0 and isinstance(model[0].ff["act"], nn.GELU)
+    assert defer_gelu(model, FEED_FORWARD) == 0 and isinstance(model[0].ff["act"], nn.GELU)
     assert torch.equal(model(x), before)
 
 
 def test_a_gelu_stays_where_the_backend_would_pay_for_it():
     model, _ = to_int8(nn.Sequential(FeedForward(nn.GELU(approximate="tanh"))), Reference())
-    assert defer_gelu(model, "ff.act", "ff.up", "ff.down") == 0
+    assert defer_gelu(model, FEED_FORWARD) == 0
 
 
 def test_names_that_a_block_does_not_have_move_nothing():
@@ -218,7 +219,7 @@ def test_names_that_a_block_does_not_have_move_nothing():
         ("ff.act", "ff.gone", "ff.down"),
         ("ff.act", "ff.up", "ff.gone"),
     ):
-        assert defer_gelu(model, *names) == 0
+        assert defer_gelu(model, DeferredGelu(*names)) == 0
 
 
 def flux_lora(model, rank=3):

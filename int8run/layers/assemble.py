@@ -1,0 +1,50 @@
+"""Put INT8 layers into a model: a copy of its module tree, which shares every tensor with the float model.
+
+Called with the layers that `int8run.ptq.quantize` made, once for a run and once for each trial of the mixed
+precision search. The float model stays as it was.
+"""
+
+import copy
+import logging
+from collections.abc import Mapping
+
+from torch import nn
+
+from int8run.layers.fusion import defer_gelu, share_inputs
+from int8run.layers.int8_linear import Int8Linear, KeepsDtypes
+from int8run.models.family import ModelFamily
+
+log = logging.getLogger(__name__)
+
+
+def assemble_int8_model(model: nn.Module, layers: Mapping[str, Int8Linear], family: ModelFamily) -> nn.Module:
+    """An INT8 model: a copy of the module tree with these layers in it, sharing every tensor with both.
+
+    As the family allows, layers that read the same tensor share its quantization, and a GELU before an INT8
+    layer moves into that layer's quantization.
+
+    Args:
+        model: the float model.
+        layers: by the name of the Linear whose place they take.
+        family: says which layers share an input and which GELUs can move.
+    """
+    target = copy_sharing_tensors(model)
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(target.get_submodule(parent), child, copy_sharing_tensors(layer))
+    n_saved = share_inputs(target, family.same_input)
+    n_moved = sum(defer_gelu(target, gelu) for gelu in family.deferred_gelu)
+    log.debug(
+        "layers with the same input share a quantization: %d fewer per step; %d GELUs moved into one",
+        n_saved,
+        n_moved,
+    )
+    return target
+
+
+def copy_sharing_tensors(model: nn.Module) -> nn.Module:
+    """A copy of the module tree with the same tensors and backends: no memory until layers are replaced."""
+    backends = [m.backend for m in model.modules() if isinstance(m, KeepsDtypes) and hasattr(m, "backend")]
+    shared = [*model.parameters(), *model.buffers(), *backends]
+    # deepcopy takes what its memo holds as copied already
+    return copy.deepcopy(model, memo={id(item): item for item in shared})
