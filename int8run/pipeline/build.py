@@ -19,7 +19,8 @@ from int8run.generate.prompts import Sample
 from int8run.layers.plan import LayerPlan
 from int8run.lora.header_info import LoraHeader
 from int8run.lora.load import read_lora
-from int8run.lora.stack import Entry, LoraStack, Overhead
+from int8run.lora.modes import Overhead
+from int8run.lora.stack import Entry, LoraStack
 from int8run.metrics.layers import count_macs, count_module_bytes
 from int8run.models.dual_denoisers import set_denoiser, split_denoiser
 from int8run.models.family import ModelFamily
@@ -98,7 +99,7 @@ def build_model(
                 "save= holds the denoiser; task=quantize task.component=text_encoder writes a text encoder"
             )
         prepare_output_path(spec.save)  # before the work whose result it is to hold
-    loaded = load_model(spec, progress, whole=spec.needs_float)
+    loaded = load_model(spec, progress, whole=spec.needs_float_denoiser)
     pipe, component, denoiser, family = loaded.pipe, loaded.component, loaded.denoiser, loaded.family
     text_encoders = find_text_encoders(pipe.components)
     loras = LoraStack(denoiser, text_encoders, spec.lora.mode, spec.lora.strict, spec.seed)
@@ -132,7 +133,7 @@ def build_model(
         set_denoiser(pipe, blank, component)
         set_offload(pipe, spec.offload, loaded.device)
         calls = capture_step(pipe, component, blank, probe, loaded.sampling)
-    denoisers = {"float": denoiser} if spec.needs_float else {}
+    denoisers = {"float": denoiser} if spec.needs_float_denoiser else {}
     if spec.candidate == "clip":
         denoisers["clip"] = denoiser
     in_turn = (

@@ -236,12 +236,12 @@ def test_dynamic_refuses_what_has_no_low_rank_form(kind: str) -> None:
     model = TinyModel()
     int8, _ = to_int8(model)
     word = kind.partition(" ")[0]
-    message = rf"^blocks\.0\.1: lora\.mode=dynamic cannot be: a {word} that has no low-rank form; set lora\.mode=auto and one strength"
+    message = rf"^blocks\.0\.1: lora\.mode=dynamic is not possible: a {word} that has no low-rank form; set lora\.mode=auto and one strength"
     with pytest.raises(LoraError, match=message):
         on_int8(model, int8, [{"blocks.0.1": kinds(96, 64)[kind]}], "dynamic")
     with pytest.raises(
         LoraError,
-        match=r"^blocks\.0\.1: a schedule of strengths needs lora\.mode=dynamic, which cannot be: a",
+        match=r"^blocks\.0\.1: a schedule of strengths needs lora\.mode=dynamic, which is not possible: a",
     ):
         on_int8(model, int8, [{"blocks.0.1": kinds(96, 64)[kind]}], "auto", scheduled=True)
 
@@ -294,7 +294,7 @@ def test_a_rounding_that_needs_a_calibration_gives_way_and_says_so(caplog: pytes
     for rounding, said in ((Mse(), False), (Gptq(), True)):
         caplog.clear()
         on_int8(model, to_int8(model)[0], [changes], "auto", rounding=rounding).set_strengths([1.0])
-        line = "LoRAs on 1 layers by lora.mode=bake: rounded by absmax, for gptq needs what only a build sees"
+        line = "LoRAs on 1 layers by lora.mode=bake: rounded by absmax, because gptq needs calibration"
         assert (line in caplog.messages) == said
 
 
@@ -492,7 +492,7 @@ def test_names_and_strengths_are_checked(files: list[Path]) -> None:
     stack = LoraStack(TinyModel()).add(files[0])
     with pytest.raises(
         ConfigError,
-        match=r"^the stack has a LoRA called 'style' already; set_strength\('style', …\) moves it, or give",
+        match=r"^the stack has a LoRA called 'style' already; set_strength\('style', …\) changes its strength, or give",
     ):
         stack.add(files[0])
     with pytest.raises(ConfigError, match=r"^the stack has no LoRA called 'ink'; it has style$"):
