@@ -1,8 +1,12 @@
-"""`outlier=auto`: for each layer the method that loses least on its own activations, within a cost that is measured too."""
+"""`outlier=auto`: for each layer the method that loses least on its own activations, within a measured cost.
+
+`int8run.pipeline.quantize_denoiser` scores every layer after the calibration and then chooses for groups of
+layers. What a method costs is measured elsewhere (`int8run.ptq.layer_costs`) and given as a function.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,17 +16,30 @@ from int8run.outlier.base import LayerStatistics, OutlierMethod, OutlierTransfor
 from int8run.quant.weight import quantize_weight, sqnr_db
 
 
+class Fold(NamedTuple):
+    """One part of a layer's calibration inputs to fit a method to, and another to judge it by.
+
+    Args:
+        statistics: what the method is fitted to.
+        sample: [S, T, K], what its error is measured on.
+    """
+
+    statistics: LayerStatistics
+    sample: Tensor
+
+
 @dataclass(frozen=True)
 class AutoOutlier:
-    """The candidate with the least error of the layer's output on calibration activations, if it costs little enough.
+    """The candidate with the least output error on calibration activations, if it costs little enough.
 
-    Candidates within `tolerance_db` of the best count as equal: then the first in the list is taken, and one that all layers with
-    the same input can share goes before one of their own.
+    Candidates within `tolerance_db` of the best count as equal: then the first in the list is taken, and one
+    that all layers with the same input can share goes before one that a single layer prefers.
 
     Args:
         candidates: methods with their settings, the plainest first.
-        max_cost: a method may make a layer slower by at most this share; None: by any. Costs are measured once for each layer shape
-            on this machine and remembered.
+        max_cost: a method may make a layer slower by at most this share; None: by any. Costs are measured
+            once for each layer shape on this machine and remembered.
+        tolerance_db: how far below the best a candidate may be and count as equal.
     """
 
     candidates: Mapping[str, OutlierMethod]
@@ -41,21 +58,22 @@ class AutoOutlier:
     def score_candidates(
         self, weight: Tensor, statistics: LayerStatistics, cost: Callable[[OutlierTransform], float]
     ) -> dict[str, float]:
-        """Output SQNR in dB of every candidate that can take the layer at the price.
+        """Output SQNR in dB of every candidate that can take the layer and is not too slow.
 
         Args:
             weight: [N, K].
+            statistics: what the calibration saw of the layer.
             cost: time of the layer with a transform over its time without.
         """
         folds = split_samples(statistics)
-        able = {
-            name: m for name, m in self.candidates.items() if m.unsupported_reason(weight.shape[1]) is None
-        }
-        return {
-            name: measure_output_sqnr_db(weight, method, folds)
-            for name, method in able.items()
-            if self.max_cost is None or cost(method.fit(weight, statistics)) <= 1 + self.max_cost
-        }
+        scores = {}
+        for name, method in self.candidates.items():
+            if method.unsupported_reason(weight.shape[1]) is not None:
+                continue
+            if self.max_cost is not None and cost(method.fit(weight, statistics)) > 1 + self.max_cost:
+                continue
+            scores[name] = measure_output_sqnr_db(weight, method, folds)
+        return scores
 
     def choose_methods(
         self,
@@ -63,54 +81,64 @@ class AutoOutlier:
         groups: Iterable[Sequence[str]],
         joined: Iterable[Sequence[str]] = (),
     ) -> dict[str, str | None]:
-        """The candidate of each layer, by name; None where no candidate could take it.
+        """The candidate of each layer, by name; None where no candidate can take the layer.
 
         Args:
-            scores: of each layer.
+            scores: SQNR of each candidate, by layer.
             groups: layers that read the same tensor; each layer stands in one group.
-            joined: layers that must have the same, because they are one in the file to be: the best in the mean.
+            joined: layers that must have the same candidate, because the file to write holds them as one.
+                They get the one that is best in the mean.
         """
         chosen: dict[str, str | None] = {}
         for group in groups:
-            good = {layer: self.list_near_best(scores[layer]) for layer in group}
-            shared = [name for name in self.candidates if all(name in names for names in good.values())]
-            chosen |= {layer: next(iter(shared or good[layer]), None) for layer in group}
+            near_best = {layer: self.list_near_best(scores[layer]) for layer in group}
+            shared = [name for name in self.candidates if all(name in good for good in near_best.values())]
+            for layer, good in near_best.items():
+                chosen[layer] = next(iter(shared or good), None)
         for layers in joined:
             if len({chosen[layer] for layer in layers}) > 1:
-                able = [name for name in self.candidates if all(name in scores[layer] for layer in layers)]
-                best = max(able, key=lambda name: sum(scores[layer][name] for layer in layers), default=None)
-                chosen |= dict.fromkeys(layers, best)
+                chosen |= dict.fromkeys(layers, self._find_best_in_mean(scores, layers))
         return chosen
 
+    def _find_best_in_mean(
+        self, scores: Mapping[str, Mapping[str, float]], layers: Sequence[str]
+    ) -> str | None:
+        totals = {}
+        for name in self.candidates:
+            if all(name in scores[layer] for layer in layers):
+                totals[name] = sum(scores[layer][name] for layer in layers)
+        return max(totals, key=totals.__getitem__, default=None)
+
     def list_near_best(self, scores: Mapping[str, float]) -> list[str]:
-        """The candidates within `tolerance_db` of the best, in their order."""
-        best = max(scores.values(), default=0.0)
-        return [
-            name for name in self.candidates if name in scores and scores[name] >= best - self.tolerance_db
-        ]
+        """The candidates within `tolerance_db` of the best, in the order of the candidates."""
+        least = max(scores.values(), default=0.0) - self.tolerance_db
+        return [name for name in self.candidates if name in scores and scores[name] >= least]
 
 
-def split_samples(statistics: LayerStatistics) -> list[tuple[LayerStatistics, Tensor]]:
-    """What to fit to, and what to judge by: each half of the inputs once, because a method that was fitted to its judge looks too good."""
-    parts = [part for part in statistics.sample.tensor_split(2) if len(part)]
-    if len(parts) == 1:
-        return [(statistics, parts[0])]
-    return [
-        (replace(statistics, sample=a, input_absmax=a.abs().amax((0, 1)).float()), b)
-        for a, b in (parts, parts[::-1])
-    ]
+def split_samples(statistics: LayerStatistics) -> list[Fold]:
+    """Each half of the inputs once to fit to, with the other half to judge by.
+
+    A method that is judged on what it was fitted to looks too good. A single input is used for both.
+    """
+    halves = [half for half in statistics.sample.tensor_split(2) if len(half)]
+    if len(halves) == 1:
+        return [Fold(statistics, halves[0])]
+    folds = []
+    for fitted, judged in (halves, halves[::-1]):
+        absmax = fitted.abs().amax((0, 1)).float()  # [S, T, K] -> [K]
+        folds.append(Fold(replace(statistics, sample=fitted, input_absmax=absmax), judged))
+    return folds
 
 
-def measure_output_sqnr_db(
-    weight: Tensor, method: OutlierMethod, folds: Sequence[tuple[LayerStatistics, Tensor]]
-) -> float:
+def measure_output_sqnr_db(weight: Tensor, method: OutlierMethod, folds: Sequence[Fold]) -> float:
     """Output SQNR of a method over all folds, in dB. weight: [N, K]."""
-    exact, made = [], []
-    for fit, sample in folds:
-        products = compute_output_products(weight, method.fit(weight, fit).to(weight.device), sample)
-        exact.append(products[0])
-        made.append(products[1])
-    return sqnr_db(torch.cat(exact), torch.cat(made))
+    exact, rounded = [], []
+    for fold in folds:
+        transform = method.fit(weight, fold.statistics).to(weight.device)
+        exact_output, rounded_output = compute_output_products(weight, transform, fold.sample)
+        exact.append(exact_output)
+        rounded.append(rounded_output)
+    return sqnr_db(torch.cat(exact), torch.cat(rounded))
 
 
 def compute_output_products(
@@ -119,7 +147,12 @@ def compute_output_products(
     """`x @ W.T`, and the same with both sides transformed and rounded; arithmetic in float32.
 
     Args:
-        weight: [N, K]; sample: [S, T, K].
+        weight: [N, K].
+        transform: of both sides.
+        sample: [S, T, K], the x.
+
+    Returns:
+        Two float32 [S, T, N].
     """
     weight, sample = weight.detach().float(), sample.to(weight.device).float()
     rounded = quantize_weight(transform.transform_weight(weight)).dequantize()

@@ -1,6 +1,8 @@
 """What an outlier method is: something done to the weight once and to the input at every call.
 
-Before rounding, `transform_input(x) @ transform_weight(W).T` equals `x @ W.T` (`tests/outlier/test_exact.py`).
+A method makes an `OutlierTransform` for each layer. Before rounding, `transform_input(x) @
+transform_weight(W).T` equals `x @ W.T` (`tests/outlier/test_exact.py`). Backends compute the input's side
+inside their quantization; they know the factor and the rotation of a transform, not its method.
 """
 
 from collections.abc import Mapping
@@ -13,24 +15,32 @@ from torch import Tensor, nn
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise, transform_rows
 
-NONE = "none"  # the method of a layer that is rounded as it is
+# the method of a layer that is rounded as it is
+NONE = "none"
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What a calibration saw of one Linear."""
+    """What a calibration saw of one Linear.
 
-    sample: Tensor  # [S, T, K]: T tokens of each of S inputs
-    input_absmax: Tensor  # float32 [K], over every row that was seen
-    weight_absmax: (
-        Tensor  # float32 [K], over all Linears that read the same tensor, so that they can treat it alike
-    )
+    Args:
+        sample: [S, T, K], T tokens of each of S inputs.
+        input_absmax: float32 [K], over every row that was seen.
+        weight_absmax: float32 [K], over all Linears that read the same tensor, so that they can treat it
+            alike.
+    """
+
+    sample: Tensor
+    input_absmax: Tensor
+    weight_absmax: Tensor
 
 
 class OutlierTransform(nn.Module):
-    """The two sides of one layer's transform; this one changes nothing. Buffers move with the layer.
+    """The two sides of one layer's transform; without arguments it changes nothing. Buffers move with the
+    layer.
 
-    The input's side is data, so that a backend can compute it inside its quantization: a factor per column, then a rotation.
+    The input's side is data, so that a backend can compute it inside its quantization: a factor per column,
+    then a rotation.
 
     Args:
         method: name of the method that made it.
@@ -52,12 +62,13 @@ class OutlierTransform(nn.Module):
         centered: bool = False,
     ):
         super().__init__()
-        self.method, self.settings, self.centered = method, dict(settings or {}), centered
+        self.method = method
+        self.settings = dict(settings or {})
+        self.centered = centered
         self.sylvester = rotation is not None and rotation.sylvester
         self.register_buffer("factor", factor)
-        self.register_buffer(
-            "matrix", None if rotation is None else rotation.matrix, persistent=False
-        )  # rebuilt from its size
+        # not in the state dict, because it can be rebuilt from its size
+        self.register_buffer("matrix", None if rotation is None else rotation.matrix, persistent=False)
 
     @property
     def rotation(self) -> Rotation | None:
@@ -66,37 +77,40 @@ class OutlierTransform(nn.Module):
 
     def transform_weight(self, weight: Tensor) -> Tensor:
         """Offline, once, in float32. weight: [N, K] -> [N, K]."""
-        # the matrix is symmetric and its own inverse
-        return transform_rows(weight if self.factor is None else weight / self.factor, rotation=self.rotation)
+        if self.factor is not None:
+            weight = weight / self.factor
+        # the matrix is symmetric and its own inverse, so both sides are rotated alike
+        return transform_rows(weight, rotation=self.rotation)
 
     def restore_weight(self, weight: Tensor) -> Tensor:
-        """The inverse of `transform_weight`."""
-        plain = transform_rows(weight, rotation=self.rotation)
-        return plain if self.factor is None else plain * self.factor
+        """The inverse of `transform_weight`. weight: [N, K] -> [N, K]."""
+        weight = transform_rows(weight, rotation=self.rotation)
+        return weight if self.factor is None else weight * self.factor
 
     def transform_input(self, x: Tensor) -> Tensor:
-        """Online, at every call; the definition of what backends do on the way. x: [..., K] -> [..., K]."""
+        """Online, at every call: the definition of what backends compute. x: [..., K] -> [..., K]."""
         return transform_rows(x, self.factor, self.rotation)
 
     def round_input(self, x: Tensor) -> Tensor:
-        """The transformed input as the integers give it back, in float32: what an INT8 layer really multiplies.
+        """The transformed input after rounding to int8 and back, in float32: what an INT8 layer multiplies.
 
         x: [..., T, K] -> [..., T, K].
         """
         x = x.float()
         if not self.centered:
             return round_rows(self.transform_input(x))
-        mean = x.mean(-2, keepdim=True)
+        mean = x.mean(-2, keepdim=True)  # [..., 1, K]
         return round_rows(self.transform_input(x - mean)) + round_rows(self.transform_input(mean))
 
     def has_same_input_transform(self, other: "OutlierTransform") -> bool:
         """Whether both do the same to their input, so that one quantization can serve both layers."""
-        return (
-            (self.factor is None) == (other.factor is None)
-            and (self.factor is None or other.factor is None or torch.equal(self.factor, other.factor))
-            and self.group_size == other.group_size
-            and (self.sylvester, self.centered) == (other.sylvester, other.centered)
-        )
+        if self.centered != other.centered:
+            return False
+        if (self.group_size, self.sylvester) != (other.group_size, other.sylvester):
+            return False
+        if self.factor is None or other.factor is None:
+            return self.factor is other.factor
+        return torch.equal(self.factor, other.factor)
 
     @property
     def group_size(self) -> int:
@@ -105,8 +119,9 @@ class OutlierTransform(nn.Module):
 
     @property
     def label(self) -> str:
-        """Method and settings for people: `convrot group_size=256`."""
-        return " ".join([self.method, *(f"{name}={value:g}" for name, value in self.settings.items())])
+        """Method and settings in one line: `convrot group_size=256`."""
+        settings = [f"{name}={value:g}" for name, value in self.settings.items()]
+        return " ".join([self.method, *settings])
 
     def extra_repr(self) -> str:
         return self.label
@@ -119,7 +134,12 @@ def round_rows(x: Tensor) -> Tensor:
 
 
 class OutlierMethod(Protocol):
-    """A frozen dataclass with the method's settings."""
+    """A frozen dataclass with the method's settings, which makes the transform of each layer.
+
+    Args:
+        name: of the method; settings may differ between two methods of one name.
+        needs_calibration: whether `fit` needs statistics.
+    """
 
     name: ClassVar[str]
     needs_calibration: ClassVar[bool]
@@ -133,10 +153,10 @@ class OutlierMethod(Protocol):
         ...
 
     def fit(self, weight: Tensor, statistics: LayerStatistics | None) -> OutlierTransform:
-        """The transform for one layer that it does not refuse.
+        """The transform for one layer without an `unsupported_reason`.
 
         Args:
             weight: [N, K].
-            statistics: what calibration saw of the layer; a method that needs it is given it.
+            statistics: what the calibration saw of the layer; never None for a method that needs it.
         """
         ...

@@ -1,4 +1,11 @@
-"""ConvRot: rotate groups of input features by a regular Hadamard matrix, so that no single feature sets the scale."""
+"""ConvRot: rotate groups of input features by a regular Hadamard matrix.
+
+An outlier is spread over its group, so that no single feature sets the scale of a row. In a regular Hadamard
+matrix all rows have the same sum, so that the mean of a group is not gathered in one number.
+
+Source: Huang et al. 2025, "ConvRot: Rotation-Based Plug-and-Play 4-bit Quantization for Diffusion
+Transformers", arXiv:2512.03673. Comfy-Org/comfy-kitchen has the same rotation.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +21,11 @@ GROUP_SIZES = (4, 16, 64, 256, 1024)
 
 @dataclass(frozen=True)
 class ConvRot:
-    """Groups of `group_size`, or the largest power of 4 that divides the layer's input features."""
+    """Rotates groups of `group_size`, or of the largest power of 4 below it that divides the layer's width.
+
+    Args:
+        group_size: columns of a group; a power of 4.
+    """
 
     group_size: int = 256
     name: ClassVar[str] = "convrot"
@@ -28,11 +39,11 @@ class ConvRot:
             )
 
     def unsupported_reason(self, in_features: int) -> str | None:
-        """It takes multiples of 4."""
+        """It takes widths that are multiples of 4."""
         return f"in_features={in_features} is not a multiple of 4" if in_features % 4 else None
 
     def get_settings(self, in_features: int) -> dict[str, int]:
-        """The group that divides the width."""
+        """The group size that divides the width."""
         group = self.group_size
         while in_features % group:
             group //= 4
@@ -41,6 +52,5 @@ class ConvRot:
     def fit(self, weight: Tensor, statistics: LayerStatistics | None = None) -> OutlierTransform:
         """A rotation for this width. weight: [N, K]."""
         settings = self.get_settings(weight.shape[1])
-        return OutlierTransform(
-            self.name, settings, rotation=Rotation(regular_hadamard(settings["group_size"]).to(weight.device))
-        )
+        matrix = regular_hadamard(settings["group_size"]).to(weight.device)
+        return OutlierTransform(self.name, settings, rotation=Rotation(matrix))
