@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md: their files are put into a copy of the repository, and their commands run there."""
+"""The examples of docs/extending.md: files are put into a copy of the repository, commands run there."""
 
 import os
 import re
