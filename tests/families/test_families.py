@@ -21,7 +21,8 @@ from int8run.backends.base import Limits
 from int8run.backends.reference import Reference
 from int8run.generate.generate import generate
 from int8run.generate.prompts import Sample
-from int8run.layers.fusion import assemble_int8_model, group_by_shared_input
+from int8run.layers.assemble import assemble_int8_model
+from int8run.layers.fusion import group_by_shared_input
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import plan_layers
 from int8run.models.family import AutoFamily, ModelFamily, load_families

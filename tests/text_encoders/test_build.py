@@ -14,13 +14,16 @@ from text_encoders.files import FORMATS as FILES
 from torch import nn
 
 from int8run.errors import BackendError
+from int8run.layers.block_int8_linear import BlockInt8Linear
 from int8run.layers.int8_linear import Int8Linear
-from int8run.layers.weight_only import BlockInt8Linear, WeightOnlyEmbedding, WeightOnlyLinear
+from int8run.layers.weight_only import WeightOnlyEmbedding, WeightOnlyLinear
 from int8run.metrics.layers import count_module_bytes
 from int8run.quant.formats import FORMATS
-from int8run.text_encoders.build import Kernels, build_encoder, plan_encoder
+from int8run.text_encoders.build import build_encoder
+from int8run.text_encoders.kernels import Kernels
 from int8run.text_encoders.load import build_text_encoder, load_text_encoder
 from int8run.text_encoders.model_config import build_config
+from int8run.text_encoders.plan_layers import plan_encoder
 from int8run.text_encoders.skeleton import build_skeleton
 from int8run.text_encoders.weights import EncoderFile
 
@@ -212,7 +215,7 @@ def test_kernels_for_nothing(tmp_path: Path) -> None:
 )
 def test_what_reads_codes(word: str, device: str, reader: str) -> None:
     kernels = Kernels(word, torch.device(device), 8)
-    assert kernels.reader == reader
+    assert kernels.dequantizer == reader
     assert (kernels.backend is None) == (word in ("dequantize", "scaled_mm")) and (
         kernels.backend is None or kernels.backend.name == word
     )
@@ -274,7 +277,7 @@ def test_a_quantized_table_that_is_looked_at_in_other_ways_is_float_in_memory(
     model = built(file.write(tmp_path / "x.safetensors"), dtype=torch.float32)
     assert torch.allclose(model.get_submodule(table).weight.double(), torch.from_numpy(file.real[table]))
     assert (
-        "1 quantized layers are floats in memory: 1 × int8_rowwise, read as float: the model asks for the table itself"
+        "1 quantized layers are floats in memory: 1 × int8_rowwise, read as float: the model reads the table itself"
         in caplog.text
     )
 

@@ -23,8 +23,14 @@ from int8run.models.state_dict_adapter import TensorPart
 from int8run.quant.formats import FORMATS
 from int8run.text_encoders.detect import detect_encoder, find_encoder_of_class, find_prefixes, match_encoders
 from int8run.text_encoders.model_config import build_config, load_tokenizer
+from int8run.text_encoders.registry import (
+    EncoderFamily,
+    EncoderFingerprint,
+    get_encoder,
+    list_supported_encoders,
+    load_encoders,
+)
 from int8run.text_encoders.skeleton import build_skeleton, remove_optional_modules
-from int8run.text_encoders.registry import EncoderFamily, EncoderFingerprint, get_encoder, list_supported_encoders, load_encoders
 from int8run.text_encoders.state_dict_adapter import build_encoder_layout, map_canonical_names
 
 SEES = r"^(model\.)?(visual|vision_model|vision_tower|multi_modal_projector)\."

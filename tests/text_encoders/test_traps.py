@@ -23,9 +23,11 @@ from int8run.lora.apply import FloatMerge
 from int8run.lora.load import read_lora
 from int8run.lora.stack import Entry, LoraStack
 from int8run.pipeline.text_encoders import make_merge_reader
-from int8run.text_encoders.build import Kernels, WeightChange, build_encoder
+from int8run.text_encoders.build import build_encoder
+from int8run.text_encoders.kernels import Kernels
 from int8run.text_encoders.load import build_text_encoder, load_text_encoder
 from int8run.text_encoders.model_config import build_config
+from int8run.text_encoders.quantized_layers import WeightChange
 from int8run.text_encoders.skeleton import build_skeleton, remove_optional_modules
 from int8run.text_encoders.weights import EncoderFile
 
@@ -115,7 +117,7 @@ def test_markers_of_one_byte(byte: int, word: str, tmp_path: Path) -> None:
     for layer in file.words:
         file.text(f"{layer}.comfy_quant", bytes([byte]))
     check(file, tmp_path)
-    refused(with_marker(file, bytes([4])), tmp_path, "comfy_quant is no JSON")
+    refused(with_marker(file, bytes([4])), tmp_path, "comfy_quant is not JSON")
 
 
 def test_json_after_a_line_break_is_json_and_no_code(tmp_path: Path) -> None:

@@ -1,0 +1,135 @@
+"""A text encoder in memory: the tensors and metadata that `load_text_encoder` returns.
+
+`build_text_encoder` takes them. How a quantized layer is described is fixed: programs may keep the two on
+disk and build from them later.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from int8run.checkpoints.comfy_formats import GLOBAL_SCALE
+from int8run.checkpoints.comfy_int8 import FACTOR, SCALE, WEIGHT
+from int8run.checkpoints.layer import get_hadamard
+from int8run.errors import ConfigError
+from int8run.kernels.hadamard.reference import Rotation
+from int8run.layers.weight_only import PackedLayer
+from int8run.outlier.base import OutlierTransform
+from int8run.quant.packed_weight import PackedWeight
+from int8run.text_encoders.registry import EncoderFamily
+
+
+class EncoderState:
+    """Weights in memory; an `EncoderWeights` of what `load_text_encoder` returned.
+
+    Args:
+        encoder: that they are of.
+        state_dict: tensors by canonical names.
+        metadata: of `load_text_encoder`.
+
+    Raises:
+        ConfigError: when the two do not belong together.
+    """
+
+    def __init__(self, encoder: EncoderFamily, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]):
+        self.encoder, self.state, self.layers = encoder, state_dict, metadata["layers"]
+        self.where = ", ".join(map(str, metadata["files"]))
+        for name in self.layers:
+            if name + WEIGHT not in state_dict:
+                raise ConfigError(
+                    f"the metadata describes {name}, and the state_dict has no weight of it; "
+                    "pass what was loaded together"
+                )
+        sibling_keys = {f"{name}.{part}" for name in self.layers for part in (SCALE, GLOBAL_SCALE, FACTOR)}
+        self.shapes = {
+            key: tuple(tensor.shape) for key, tensor in state_dict.items() if key not in sibling_keys
+        }
+        for name, description in self.layers.items():
+            self.shapes[name + WEIGHT] = tuple(description["shape"])
+
+    def resolve_padded_shapes(self, model: nn.Module) -> None:
+        """Do nothing: the metadata has the shapes without padding."""
+
+    def get_format(self, name: str) -> str:
+        """Return the format of a layer's weight, for messages; empty for a float one."""
+        return self.layers[name]["format"] if name in self.layers else ""
+
+    def is_packable(self, name: str) -> bool:
+        """Return whether a layer is quantized: such layers stay as they are."""
+        return name in self.layers
+
+    def read_packed(self, name: str) -> PackedLayer | None:
+        """Return a quantized layer, without its bias; None for a float one."""
+        if name not in self.layers:
+            return None
+        return restore_layer(self.state, name, self.layers[name])
+
+    def read_tensor(self, key: str) -> Tensor:
+        """Return a tensor; a quantized weight dequantized, in float32."""
+        layer = self.read_packed(key.removesuffix(WEIGHT)) if key.endswith(WEIGHT) else None
+        if layer is None:
+            return self.state[key]
+        return layer.transform.restore_weight(layer.weight.dequantize())
+
+
+def describe_layer(layer: PackedLayer, format_name: str) -> dict[str, Any]:
+    """Return what must be known of a layer besides its tensors, in plain values; `restore_layer` reads it.
+
+    Args:
+        layer: quantized.
+        format_name: for messages.
+    """
+    weight, transform = layer.weight, layer.transform
+    return {
+        "format": format_name,
+        "kind": weight.storage_dtype,
+        "shape": list(weight.shape),
+        "block": weight.block_size,
+        "swizzled": weight.is_swizzled,
+        "high_first": weight.high_nibble_first,
+        "outlier": transform.method,
+        "settings": transform.settings,
+        "group_size": transform.group_size,
+        "sylvester": transform.sylvester,
+        "centered": transform.centered,
+    }
+
+
+def name_layer_tensors(name: str, layer: PackedLayer) -> dict[str, Tensor]:
+    """Return a layer's tensors by the names that ComfyUI gives them."""
+    tensors = {
+        name + WEIGHT: layer.weight.qdata,
+        f"{name}.{SCALE}": layer.weight.scale,
+        f"{name}.{GLOBAL_SCALE}": layer.weight.global_scale,
+        f"{name}.{FACTOR}": layer.transform.factor,
+    }
+    return {key: tensor for key, tensor in tensors.items() if tensor is not None}
+
+
+def restore_layer(state_dict: Mapping[str, Tensor], name: str, description: Mapping[str, Any]) -> PackedLayer:
+    """Return the layer of which `name_layer_tensors` and `describe_layer` gave the parts, without its bias.
+
+    Args:
+        state_dict: has its tensors.
+        name: of the layer.
+        description: of `describe_layer`.
+    """
+    weight = PackedWeight(
+        qdata=state_dict[name + WEIGHT],
+        scale=state_dict.get(f"{name}.{SCALE}"),
+        shape=tuple(description["shape"]),
+        global_scale=state_dict.get(f"{name}.{GLOBAL_SCALE}"),
+        block_size=description["block"],
+        is_swizzled=description["swizzled"],
+        high_nibble_first=description["high_first"],
+    )
+    group_size, sylvester = description["group_size"], description["sylvester"]
+    transform = OutlierTransform(
+        method=description["outlier"],
+        settings=description["settings"],
+        factor=state_dict.get(f"{name}.{FACTOR}"),
+        rotation=Rotation(get_hadamard(group_size, sylvester), sylvester) if group_size else None,
+        centered=description["centered"],
+    )
+    return PackedLayer(weight, transform, None)
