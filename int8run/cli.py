@@ -142,9 +142,8 @@ def print_banner(jobs: int, choices: dict[str, str]) -> None:
         jobs: number of jobs.
         choices: group -> option; of a sweep the values given with commas.
     """
-    from rich import get_console
-
     from int8run import __version__
+    from int8run.report.console import print_lines
 
     task = choices.get("task", "run")
     line = f"[bold]int8run {__version__}[/bold] {task}"
@@ -155,7 +154,7 @@ def print_banner(jobs: int, choices: dict[str, str]) -> None:
         if choices.get("clip") != "keep":
             groups.append("clip")
         line += ": " + " ".join(f"{group}={choices[group]}" for group in groups if group in choices)
-    get_console().print(line, highlight=False, soft_wrap=True)
+    print_lines(line)
 
 
 def run_job(config: Any) -> float | None:
@@ -191,8 +190,10 @@ def quiet_console() -> None:
     """
     from rich.logging import RichHandler
 
+    from int8run.report.console import ConsoleHandler
+
     for handler in logging.getLogger().handlers:
-        if isinstance(handler, RichHandler):
+        if isinstance(handler, ConsoleHandler | RichHandler):
             handler.setLevel(logging.CRITICAL)
 
 

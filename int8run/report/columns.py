@@ -1,16 +1,20 @@
-"""The columns of the report's table."""
+"""The metrics that a report compares runs by: how each is headed, explained and written as a number.
+
+Used by the table of runs, the recommendation, the plots and the gallery. Knows nothing of runs.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-STEP_MS, SPEED_RATIO, PSNR_DB = "speed/step_ms_p50", "speed/ratio_vs_float", "quality/psnr_db"
-
-
-DENOISER_BYTES, DENOISER_RATIO = "memory/denoiser_bytes", "memory/denoiser_ratio"
-
+STEP_MS = "speed/step_ms_p50"
+SPEED_RATIO = "speed/ratio_vs_float"
+PSNR_DB = "quality/psnr_db"
+DENOISER_BYTES = "memory/denoiser_bytes"
+DENOISER_RATIO = "memory/denoiser_ratio"
 
 MISSING = "–"
+MAX_DECIMALS = 6
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,13 @@ class MetricColumn:
     """How a metric is shown.
 
     Args:
-        better: 1 where more is better, -1 where less is, 0 where neither.
-        decimals: None gives the smallest value of the column three digits.
+        metric: its name in metrics.json.
+        heading: the head of its column; a line break stays one on the page.
+        description: what it measures, shown when the pointer rests on the heading.
+        direction: 1 where more is better, -1 where less is better, 0 where neither is.
+        decimals: digits after the point; None: three significant digits for the column's smallest value.
+        scale: the shown number is the metric times this.
+        suffix: follows the number.
         ceiling: a value below it is never rounded up to it.
     """
 
@@ -33,102 +42,149 @@ class MetricColumn:
     ceiling: float = math.inf
 
     def choose_decimals(self, values: Sequence[float]) -> int:
-        """Decimals for a column of these values."""
+        """How many decimals a column with these values needs."""
         if self.decimals is not None:
             return self.decimals
-        least = min((abs(v * self.scale) for v in values if v and math.isfinite(v)), default=1.0)
-        return min(6, max(0, 2 - math.floor(math.log10(least))))
 
-    def format(self, value: float | None, digits: int) -> str:
-        """A number for a person."""
+        sizes = [abs(value * self.scale) for value in values if value and math.isfinite(value)]
+        smallest = min(sizes, default=1.0)
+        decimals = 2 - math.floor(math.log10(smallest))
+        return min(MAX_DECIMALS, max(0, decimals))
+
+    def format(self, value: float | None, decimals: int) -> str:
+        """The value as text: `54.10`, `<0.01`, `>0.9999`, `equal`, or a dash where it is missing."""
         if value is None:
             return MISSING
-        if math.isinf(value):  # a ratio to a difference that is nothing
+        if math.isinf(value):
+            # The ratio to a difference of zero.
             return "equal" if value > 0 else "−∞"
-        shown, least = value * self.scale, 10.0**-digits
-        if 0 < shown < least / 2:
-            return f"<{least:.{digits}f}{self.suffix}"
-        if shown < self.ceiling <= round(shown, digits):
-            return f">{self.ceiling - least:.{digits}f}{self.suffix}"
-        return f"{shown:.{digits}f}{self.suffix}"
+
+        shown = value * self.scale
+        smallest_step = 10.0**-decimals
+        if 0 < shown < smallest_step / 2:
+            return f"<{smallest_step:.{decimals}f}{self.suffix}"
+        if shown < self.ceiling <= round(shown, decimals):
+            return f">{self.ceiling - smallest_step:.{decimals}f}{self.suffix}"
+        return f"{shown:.{decimals}f}{self.suffix}"
 
 
-# a line break in a heading is one on the page
 METRIC_COLUMNS = (
-    MetricColumn(STEP_MS, "step\nms", "median time of a denoising step", -1),
+    MetricColumn(STEP_MS, "step\nms", "median time of a denoising step", direction=-1),
     MetricColumn(
-        SPEED_RATIO, "speed\n× float", "the float model's step time divided by this one", 1, 2, suffix="×"
+        SPEED_RATIO,
+        "speed\n× float",
+        "the float model's step time divided by this one",
+        direction=1,
+        decimals=2,
+        suffix="×",
     ),
     MetricColumn(
-        "speed/images_per_s", "images\nper s", "pictures or videos per second, everything included", 1
+        "speed/images_per_s",
+        "images\nper s",
+        "images or videos per second, text encoding and decoding included",
+        direction=1,
     ),
-    MetricColumn("speed/frames_per_s", "frames\nper s", "video frames per second, everything included", 1),
     MetricColumn(
-        DENOISER_BYTES, "denoiser\nMB", "memory of the denoiser's weights, in 10⁶ bytes", -1, scale=1e-6
+        "speed/frames_per_s",
+        "frames\nper s",
+        "video frames per second, text encoding and decoding included",
+        direction=1,
+    ),
+    MetricColumn(
+        DENOISER_BYTES,
+        "denoiser\nMB",
+        "memory of the denoiser's weights, in 10⁶ bytes",
+        direction=-1,
+        scale=1e-6,
     ),
     MetricColumn(
         DENOISER_RATIO,
         "denoiser\nsmaller",
         "the float denoiser's memory divided by this one",
-        1,
-        2,
+        direction=1,
+        decimals=2,
         suffix="×",
     ),
     MetricColumn(
         "memory/text_encoder_ratio",
         "encoders\nsmaller",
         "the float text encoders' memory divided by these",
-        1,
-        2,
+        direction=1,
+        decimals=2,
         suffix="×",
     ),
     MetricColumn(
-        PSNR_DB, "PSNR\ndB", "closeness to the float model's pictures; equal pictures have no noise", 1, 1
+        PSNR_DB,
+        "PSNR\ndB",
+        "peak signal-to-noise ratio to the float model's images; identical images have no noise",
+        direction=1,
+        decimals=1,
     ),
     MetricColumn(
         "quality/ssim",
         "SSIM",
-        "structural similarity to the float model's pictures, 1 at most",
-        1,
-        4,
+        "structural similarity to the float model's images, 1 at most",
+        direction=1,
+        decimals=4,
         ceiling=1.0,
     ),
     MetricColumn(
-        "quality/ms_ssim", "MS-SSIM", "structural similarity at several scales, 1 at most", 1, 4, ceiling=1.0
+        "quality/ms_ssim",
+        "MS-SSIM",
+        "structural similarity at several scales, 1 at most",
+        direction=1,
+        decimals=4,
+        ceiling=1.0,
     ),
-    MetricColumn("quality/lpips", "LPIPS", "perceptual distance to the float model's pictures", -1, 4),
+    MetricColumn(
+        "quality/lpips",
+        "LPIPS",
+        "perceptual distance to the float model's images",
+        direction=-1,
+        decimals=4,
+    ),
     MetricColumn(
         "quality/effnet_distance",
         "EffNet\ndistance",
-        "distance of EfficientNet features to those of the float pictures",
-        -1,
-        5,
+        "distance of EfficientNet features to those of the float model's images",
+        direction=-1,
+        decimals=5,
     ),
-    MetricColumn("quality/clip_score", "CLIP\nscore", "how well pictures fit their prompts", 1, 2),
+    MetricColumn(
+        "quality/clip_score",
+        "CLIP\nscore",
+        "how well images match their prompts",
+        direction=1,
+        decimals=2,
+    ),
     MetricColumn(
         "quality/latent_rel_err",
         "latent\nerror, %",
-        "distance of the last latents from the float model's",
-        -1,
-        2,
-        100,
+        "relative error of the final latents to the float model's",
+        direction=-1,
+        decimals=2,
+        scale=100,
     ),
     MetricColumn(
         "clip/cosine_mean",
         "embedding\ncosine",
-        "likeness of the prompts' embeddings to the float text encoders'",
-        1,
-        5,
+        "cosine similarity of the prompt embeddings to the float text encoders'",
+        direction=1,
+        decimals=5,
         ceiling=1.0,
     ),
     MetricColumn(
         "quant/output_sqnr_db_min",
         "layer SQNR\nmin, dB",
-        "signal-to-noise ratio of the worst INT8 layer's output",
-        1,
-        1,
+        "signal-to-quantization-noise ratio of the worst INT8 layer's output",
+        direction=1,
+        decimals=1,
     ),
 )
 
+PSNR_WITH_UNIT = MetricColumn(PSNR_DB, "PSNR", "", direction=1, decimals=1, suffix=" dB")
 
-PSNR_COLUMN = MetricColumn(PSNR_DB, "PSNR", "", 1, 1, suffix=" dB")
+
+def format_psnr(value: float | None) -> str:
+    """A PSNR with its unit: `41.5 dB`, `equal` for identical images, empty where it is missing."""
+    return "" if value is None else PSNR_WITH_UNIT.format(value, decimals=1)

@@ -1,4 +1,7 @@
-"""The heat-map of layers: a row per layer, a column per run, the signal-to-noise ratio as a number and a color."""
+"""The heatmap of layers: a row per layer, a column per run, signal-to-noise ratios as numbers and colors.
+
+Read from each run's layers.csv. The page turns it into a table; this module knows nothing of HTML.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +11,7 @@ from int8run.report.columns import MISSING
 from int8run.report.runs import Run, parse_number
 
 OUTPUT_SQNR, WEIGHT_SQNR = "output_sqnr_db", "weight_sqnr_db"
-NUM_COLORS = 10  # colors from the worst layer to the best
+NUM_COLORS = 10  # from the worst layer to the best
 MAX_CELLS = 30_000  # more make a browser slow
 
 
@@ -17,24 +20,27 @@ class HeatmapCell:
     """One layer of one run.
 
     Args:
-        value: decibels; None for a layer that is float or was not measured.
-        level: the color, 0 (worst) to LEVELS - 1; None without a value.
-        about: what the layer is, or why it is float.
+        text: as shown.
+        description: what the layer is, or why it is float.
+        value: in dB; None for a layer that is float or was not measured.
+        color: 0 (worst) to NUM_COLORS - 1 (best); None without a value.
     """
 
     text: str
-    value: float | None
-    color: int | None
     description: str
+    value: float | None = None
+    color: int | None = None
 
 
 @dataclass(frozen=True)
 class HeatmapRow:
-    """One row.
+    """One layer in all runs.
 
     Args:
-        worst: the least value of all runs; infinite when it is float everywhere.
-        why: why runs kept it float.
+        name: of the layer.
+        cells: one per run.
+        worst_sqnr: the smallest value of all runs, in dB; infinite when no run has a value.
+        float_reasons: why runs kept the layer float.
     """
 
     name: str
@@ -42,73 +48,130 @@ class HeatmapRow:
     worst_sqnr: float
     float_reasons: str
 
+    @property
+    def is_float(self) -> bool:
+        """Whether the layer is float in all runs, as far as is known."""
+        return math.isinf(self.worst_sqnr) and bool(self.float_reasons)
+
 
 @dataclass(frozen=True)
 class Heatmap:
-    """The map, the metric of each column, and the values that the colors span."""
+    """The layers of all runs that have some.
+
+    Args:
+        runs: one column each.
+        metrics: OUTPUT_SQNR or WEIGHT_SQNR for each run.
+        rows: in the order of the model.
+        min_sqnr, max_sqnr: the values in dB that the colors span.
+        num_left_out: layers that are not shown because there would be too many cells.
+    """
 
     runs: list[Run]
     metrics: list[str]
     rows: list[HeatmapRow]
     min_sqnr: float
     max_sqnr: float
-    left_out: int
+    num_left_out: int
 
 
-def build_heatmap(runs: Sequence[Run], most_cells: int = MAX_CELLS) -> Heatmap | None:
-    """None where no run has layers."""
-    shown = [run for run in runs if run.record.layers]
-    if not shown:
+def build_heatmap(runs: Sequence[Run], max_cells: int = MAX_CELLS) -> Heatmap | None:
+    """The heatmap of the runs; None where no run has layers.
+
+    Args:
+        runs: all runs of the report.
+        max_cells: where there are more, the layers with the worst values are kept.
+    """
+    with_layers = [run for run in runs if run.record.layers]
+    if not with_layers:
         return None
-    found = [{row["name"]: row for row in run.record.layers} for run in shown]
-    metrics = [
-        OUTPUT_SQNR if any(read_sqnr(row, OUTPUT_SQNR) is not None for row in rows.values()) else WEIGHT_SQNR
-        for rows in found
-    ]
+
+    layers_by_name = [{layer["name"]: layer for layer in run.record.layers} for run in with_layers]
+    metrics = [choose_metric(run.record.layers) for run in with_layers]
+    low, high = find_range(with_layers, metrics)
+
+    rows = []
+    for name in dict.fromkeys(name for layers in layers_by_name for name in layers):
+        layers = [by_name.get(name) for by_name in layers_by_name]
+        cells = [
+            build_cell(layer, metric, low=low, high=high)
+            for layer, metric in zip(layers, metrics, strict=True)
+        ]
+        rows.append(build_row(name, cells, layers))
+
+    kept = keep_worst_rows(rows, max(1, max_cells // len(with_layers)))
+    return Heatmap(
+        runs=with_layers,
+        metrics=metrics,
+        rows=kept,
+        min_sqnr=low,
+        max_sqnr=high,
+        num_left_out=len(rows) - len(kept),
+    )
+
+
+def choose_metric(layers: Sequence[Mapping[str, str]]) -> str:
+    """The ratio of the layers' outputs where it was measured, else that of their weights."""
+    has_outputs = any(read_sqnr(layer, OUTPUT_SQNR) is not None for layer in layers)
+    return OUTPUT_SQNR if has_outputs else WEIGHT_SQNR
+
+
+def find_range(runs: Sequence[Run], metrics: Sequence[str]) -> tuple[float, float]:
+    """The smallest and the largest finite value of all runs, in dB."""
     values = [
-        v
-        for rows, metric in zip(found, metrics, strict=True)
-        for row in rows.values()
-        if (v := read_sqnr(row, metric)) is not None
+        read_sqnr(layer, metric)
+        for run, metric in zip(runs, metrics, strict=True)
+        for layer in run.record.layers
     ]
-    finite = [v for v in values if math.isfinite(v)] or [0.0]
-    low, high = min(finite), max(finite)
-    layers = []
-    for name in dict.fromkeys(name for rows in found for name in rows):
-        rows = [by_name.get(name) for by_name in found]
-        tiles = [build_cell(row, metric, low, high) for row, metric in zip(rows, metrics, strict=True)]
-        whys = dict.fromkeys(row["why_not"] for row in rows if row and row.get("why_not"))
-        worst = min((t.value for t in tiles if t.value is not None), default=math.inf)
-        layers.append(HeatmapRow(name, tiles, worst, "; ".join(whys)))
-    most = max(1, most_cells // len(shown))
-    if len(layers) > most:
-        worst_names = {layer.name for layer in sorted(layers, key=lambda layer: layer.worst_sqnr)[:most]}
-        kept = [layer for layer in layers if layer.name in worst_names]
-        return Heatmap(shown, metrics, kept, low, high, len(layers) - len(kept))
-    return Heatmap(shown, metrics, layers, low, high, 0)
+    finite = [value for value in values if value is not None and math.isfinite(value)] or [0.0]
+    return min(finite), max(finite)
 
 
-def read_sqnr(row: Mapping[str, str], metric: str) -> float | None:
-    """A number of layers.csv: None where it is empty or NaN."""
-    text = row.get(metric) or ""
+def keep_worst_rows(rows: Sequence[HeatmapRow], max_rows: int) -> list[HeatmapRow]:
+    """At most `max_rows` rows: those with the worst values, in their order."""
+    worst = sorted(rows, key=lambda row: row.worst_sqnr)[:max_rows]
+    names = {row.name for row in worst}
+    return [row for row in rows if row.name in names]
+
+
+def read_sqnr(layer: Mapping[str, str], metric: str) -> float | None:
+    """A ratio in a row of layers.csv; None where it is empty or NaN."""
+    text = layer.get(metric) or ""
     return math.inf if text == "inf" else parse_number(text)
 
 
-def build_cell(row: Mapping[str, str] | None, metric: str, low: float, high: float) -> HeatmapCell:
-    """One layer of one run, colored by where it stands between the worst and the best."""
-    if row is None:
-        return HeatmapCell(MISSING, None, None, "this run has no such layer")
-    if row.get("quantized") == "false":
-        return HeatmapCell("float", None, None, f"kept float: {row.get('why_not') or 'no reason given'}")
-    words = [row.get("outlier"), row.get("rounding"), row.get("backend_used")]
-    about = ", ".join(word for word in words if word)
-    value = read_sqnr(row, metric)
+def build_row(name: str, cells: list[HeatmapCell], layers: Sequence[Mapping[str, str] | None]) -> HeatmapRow:
+    """A layer's cells with what is worst among them and why it is float."""
+    worst_sqnr = min((cell.value for cell in cells if cell.value is not None), default=math.inf)
+    reasons = dict.fromkeys(layer["why_not"] for layer in layers if layer and layer.get("why_not"))
+    return HeatmapRow(name=name, cells=cells, worst_sqnr=worst_sqnr, float_reasons="; ".join(reasons))
+
+
+def build_cell(layer: Mapping[str, str] | None, metric: str, *, low: float, high: float) -> HeatmapCell:
+    """One layer of one run, colored by where its value lies between the worst and the best.
+
+    Args:
+        layer: its row in layers.csv; None where the run has no such layer.
+        metric: which ratio to show.
+        low, high: the values in dB that the colors span.
+    """
+    if layer is None:
+        return HeatmapCell(MISSING, "this run has no such layer")
+    if layer.get("quantized") == "false":
+        return HeatmapCell("float", f"kept float: {layer.get('why_not') or 'no reason given'}")
+
+    methods = [layer.get(column) for column in ("outlier", "rounding", "backend_used")]
+    description = ", ".join(method for method in methods if method)
+    value = read_sqnr(layer, metric)
     if value is None:
-        return HeatmapCell(MISSING, None, None, f"not measured; {about}")
-    share = 1.0 if value >= high or high == low else (value - low) / (high - low)
-    return HeatmapCell(
-        "equal" if math.isinf(value) else f"{value:.1f}",
-        value,
-        min(NUM_COLORS - 1, max(0, int(share * NUM_COLORS))),
-        about,
-    )
+        return HeatmapCell(MISSING, f"not measured; {description}")
+
+    text = "equal" if math.isinf(value) else f"{value:.1f}"
+    return HeatmapCell(text, description, value, choose_color(value, low=low, high=high))
+
+
+def choose_color(value: float, *, low: float, high: float) -> int:
+    """The color of a value: 0 at `low`, NUM_COLORS - 1 at `high` and above."""
+    if value >= high or high == low:
+        return NUM_COLORS - 1
+    share = (value - low) / (high - low)
+    return min(NUM_COLORS - 1, max(0, int(share * NUM_COLORS)))

@@ -1,80 +1,71 @@
-"""The image wall: which picture stands where, and every different picture once as a data URI."""
+"""The image gallery: which image stands in which cell, and every different image once as a data URI.
+
+Reads the images of the runs' output folders. The page lays the cells out; this module knows nothing of HTML.
+"""
 
 import base64
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from PIL import Image
 
-from int8run.report.run_files import make_difference_image
+from int8run.report.image_files import make_difference_image
 from int8run.report.runs import Run, pluralize
 
-MAX_SIDE = 512  # px; a picture with a longer side is embedded as a thumbnail
+MAX_SIDE = 512  # px; an image with a longer side is embedded as a thumbnail
 THUMBNAIL_QUALITY = 90  # of WebP
-MAX_BYTES = 30_000_000  # of pictures on one page, as base64
+MAX_BYTES = 30_000_000  # of images on one page, as base64
 MAX_CELLS = 2000  # more make a browser slow
 
 
-@dataclass
-class EmbeddedImages:
-    """Data URIs by id; equal pictures are one."""
+class SampleKey(NamedTuple):
+    """What the images of one row have in common.
 
-    uris: dict[str, str] = field(default_factory=dict)
-    thumbnails: bool = False
-    _ids: dict[bytes, str] = field(default_factory=dict)
+    Args:
+        prompt, seed: of the sample.
+        repeat: 1 for the first sample with this prompt and seed, 2 for the second.
+        frame: which still of a video; empty for an image.
+    """
 
-    @property
-    def bytes(self) -> int:
-        """Length of all data URIs."""
-        return sum(map(len, self.uris.values()))
-
-    def add(self, image: Image.Image) -> str:
-        """The id of a picture."""
-        image = image.convert("RGB")
-        content = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
-        if content not in self._ids:
-            self._ids[content] = f"p{len(self._ids)}"
-            self.uris[self._ids[content]] = self.encode(image)
-        return self._ids[content]
-
-    def encode(self, image: Image.Image) -> str:
-        """Exact where it is small, else a thumbnail."""
-        buffer = io.BytesIO()
-        if max(image.size) <= MAX_SIDE:
-            image.save(buffer, "PNG", optimize=True)
-            return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        self.thumbnails = True
-        image = image.copy()
-        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-        image.save(buffer, "WEBP", quality=THUMBNAIL_QUALITY, method=2)
-        return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    prompt: str
+    seed: int
+    repeat: int
+    frame: str
 
 
 @dataclass(frozen=True)
 class SampleFiles:
-    """The files of one cell."""
+    """The files of one cell.
+
+    Args:
+        image: of the INT8 model.
+        float_image: of the float model; None where it generated none.
+        psnr: of the sample, in dB.
+    """
 
     image: Path
-    float_image: Path | None  # the float model's
-    metrics: dict[str, Any]  # the sample's quality
+    float_image: Path | None
+    psnr: float | None
 
 
 @dataclass(frozen=True)
 class GalleryCell:
-    """One place of the wall.
+    """One cell: an INT8 image, the float image of the same sample, and their difference, each by its id.
 
     Args:
-        ours: id of the INT8 picture; None where there is none.
-        base: id of the float model's.
-        difference: id of their difference.
-        same: tag of an earlier run in the row with the very same INT8 picture.
-        first: whether no earlier cell of the page shows this INT8 picture.
-        note: why there is no picture.
+        run: the column.
+        image: the INT8 image; None where there is none.
+        float_image: the float model's image; None where there is none.
+        difference_image: how the two differ; None without a float image.
+        psnr: of the sample, in dB; None where it was not measured.
+        same_as: tag of an earlier run in the row with the very same INT8 image; empty where there is none.
+        is_first: whether no earlier cell of the page shows this INT8 image.
+        missing_reason: why there is no image.
     """
 
     run: Run
@@ -88,127 +79,244 @@ class GalleryCell:
 
 
 @dataclass(frozen=True)
+class GalleryRow:
+    """The images of one sample; a cell for each run."""
+
+    caption: str
+    cells: list[GalleryCell]
+
+
+@dataclass(frozen=True)
 class Gallery:
-    """Rows of one caption and a cell per run; what was left out is said in words."""
+    """The gallery of a page.
+
+    Args:
+        runs: the columns: runs that have images.
+        rows: one per prompt, seed and frame.
+        uris: every image as a data URI, by its id.
+        notes: what is left out or shown otherwise, in words.
+    """
 
     runs: list[Run]
-    rows: list[tuple[str, list[GalleryCell]]]
+    rows: list[GalleryRow]
     uris: dict[str, str]
     notes: list[str]
 
     @property
     def has_float_images(self) -> bool:
-        """Whether a float picture is there."""
-        return any(cell.float_image for _, cells in self.rows for cell in cells)
+        """Whether any cell has a float image."""
+        return any(cell.float_image for row in self.rows for cell in row.cells)
 
 
-def find_sample_files(run: Run) -> dict[tuple[str, int, int, str], SampleFiles]:
-    """Pictures of a run by prompt, seed, which of several with that prompt and seed, and frame (empty for pictures)."""
-    found: dict[tuple[str, int, int, str], SampleFiles] = {}
-    seen: Counter[tuple[str, int]] = Counter()
-    for image in run.record.images:
-        prompt, seed = str(image.get("prompt", "")), int(image.get("seed", 0))
-        seen[prompt, seed] += 1
-        ours = image.get("stills") or [image["file"]]
-        floats = image.get("float_stills") or [image.get("float")]
-        floats += [None] * (len(ours) - len(floats))
-        stem = Path(image["file"]).stem
-        for file, base in zip(ours, floats, strict=False):
-            frame = Path(file).stem.removeprefix(f"{stem}_") if image.get("stills") else ""
-            folder = run.record.folder
-            found[prompt, seed, seen[prompt, seed], frame] = SampleFiles(
-                folder / file, folder / base if base else None, image
+@dataclass
+class EmbeddedImages:
+    """Data URIs by id; equal images share one id."""
+
+    uris: dict[str, str] = field(default_factory=dict)
+    has_thumbnails: bool = False
+    _ids: dict[bytes, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Length of all data URIs."""
+        return sum(map(len, self.uris.values()))
+
+    def add(self, image: Image.Image) -> str:
+        """Embed an image where it is new.
+
+        Returns:
+            its id.
+        """
+        image = image.convert("RGB")
+        digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+        if digest not in self._ids:
+            self._ids[digest] = f"p{len(self._ids)}"
+            self.uris[self._ids[digest]] = self.encode(image)
+        return self._ids[digest]
+
+    def encode(self, image: Image.Image) -> str:
+        """The data URI of an image: exact where it is small, else of a thumbnail."""
+        buffer = io.BytesIO()
+        if max(image.size) <= MAX_SIDE:
+            image.save(buffer, "PNG", optimize=True)
+            return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+        self.has_thumbnails = True
+        thumbnail = image.copy()
+        thumbnail.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+        thumbnail.save(buffer, "WEBP", quality=THUMBNAIL_QUALITY, method=2)
+        return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def build_gallery(runs: Sequence[Run], *, max_bytes: int = MAX_BYTES, max_cells: int = MAX_CELLS) -> Gallery:
+    """Arrange the images: a row per prompt, seed and frame, a column per run that has images.
+
+    Args:
+        runs: all runs of the report.
+        max_bytes: of embedded images; the first row is shown in any case.
+        max_cells: the same for cells.
+    """
+    files_by_tag = {run.tag: find_sample_files(run) for run in runs}
+    columns = [run for run in runs if files_by_tag[run.tag]]
+    keys = list(dict.fromkeys(key for run in columns for key in files_by_tag[run.tag]))
+
+    images = EmbeddedImages()
+    rows: list[GalleryRow] = []
+    for key in keys:
+        is_full = images.nbytes >= max_bytes or (len(rows) + 1) * len(columns) > max_cells
+        if rows and is_full:
+            break
+        uris_before = dict(images.uris)
+        files = [files_by_tag[run.tag].get(key) for run in columns]
+        row = GalleryRow(format_caption(key), build_row(columns, files, images, max_bytes))
+        if rows and images.nbytes > max_bytes:
+            images.uris = uris_before
+            break
+        rows.append(row)
+
+    rows = mark_first_images(rows)
+    left_out_keys = keys[len(rows) :]
+    num_left_out = sum(key in files_by_tag[run.tag] for key in left_out_keys for run in columns)
+    notes = []
+    if num_left_out:
+        notes.append(
+            f"{pluralize(num_left_out, 'image')} left out: a page holds at most {max_bytes / 1e6:g} MB of "
+            f"images and {max_cells} cells. The runs' images/ folders have them all."
+        )
+    notes += list_notes(rows, has_videos=any(key.frame for key in keys), has_thumbnails=images.has_thumbnails)
+    return Gallery(columns, rows, images.uris, notes)
+
+
+def find_sample_files(run: Run) -> dict[SampleKey, SampleFiles]:
+    """The files of each image of a run; of a video those of its stills."""
+    folder = run.record.folder
+    num_seen: Counter[tuple[str, int]] = Counter()
+    found = {}
+    for sample in run.record.images:
+        prompt, seed = str(sample.get("prompt", "")), int(sample.get("seed", 0))
+        num_seen[prompt, seed] += 1
+        names = sample.get("stills") or [sample["file"]]
+        float_names = sample.get("float_stills") or [sample.get("float")]
+        float_names = [*float_names, *[None] * (len(names) - len(float_names))]
+        for name, float_name in zip(names, float_names, strict=False):
+            key = SampleKey(prompt, seed, num_seen[prompt, seed], name_frame(sample, name))
+            found[key] = SampleFiles(
+                image=folder / name,
+                float_image=folder / float_name if float_name else None,
+                psnr=sample.get("psnr_db"),
             )
     return found
 
 
-def build_gallery(runs: Sequence[Run], most_bytes: int = MAX_BYTES, most_cells: int = MAX_CELLS) -> Gallery:
-    """A row per prompt, seed and frame, a column per run that has pictures."""
-    found = {run.tag: find_sample_files(run) for run in runs}
-    shown = [run for run in runs if found[run.tag]]
-    keys = list(dict.fromkeys(key for run in shown for key in found[run.tag]))
-    pictures = EmbeddedImages()
-    rows: list[tuple[str, list[GalleryCell]]] = []
-    notes: list[str] = []
-    used: set[str] = set()
-    for number, key in enumerate(keys):
-        kept, before = dict(pictures.uris), pictures.bytes
-        cells = build_row(shown, [found[run.tag].get(key) for run in shown], pictures, used, most_bytes)
-        if rows and (
-            pictures.bytes > most_bytes or (len(rows) + 1) * len(shown) > most_cells or before >= most_bytes
-        ):
-            pictures.uris = kept
-            left = sum(key in found[run.tag] for key in keys[number:] for run in shown)
-            limit = f"{most_bytes / 1e6:g} MB of pictures and {most_cells} places"
-            notes.append(
-                f"{pluralize(left, 'picture')} left out: a page holds at most {limit}. The runs' images/ folders have them."
-            )
-            break
-        rows.append((format_caption(*key), cells))
-    missing = sum(bool(cell.missing_reason) for _, cells in rows for cell in cells)
-    if missing:
-        notes.append(
-            f"{pluralize(missing, 'place')} without a picture: not drawn, no file that can be read, or the page was full."
-        )
-    if any(key[3] for key in keys):
-        notes.append("Of a video its stills are shown; the PSNR is that of all its frames.")
-    if pictures.thumbnails:
-        notes.append(
-            f"Pictures with a side longer than {MAX_SIDE} pixels are shown as thumbnails of that size (lossy WebP); "
-            "differences and PSNR are of the full pictures."
-        )
-    return Gallery(shown, rows, pictures.uris, notes)
+def name_frame(sample: Mapping[str, object], still: str) -> str:
+    """Which frame a still shows, from its name: `000_fox_s0_first.png` -> `first`; empty for an image."""
+    if not sample.get("stills"):
+        return ""
+    return Path(still).stem.removeprefix(f"{Path(str(sample['file'])).stem}_")
 
 
 def build_row(
-    runs: Sequence[Run],
-    files: Sequence[SampleFiles | None],
-    pictures: EmbeddedImages,
-    used: set[str],
-    most_bytes: int,
+    runs: Sequence[Run], files: Sequence[SampleFiles | None], images: EmbeddedImages, max_bytes: int
 ) -> list[GalleryCell]:
-    """The cells of one row; `used` are ids of INT8 pictures that stand on the page already."""
+    """The cells of one row.
+
+    Args:
+        runs: the columns.
+        files: of each run; None where it did not generate this sample.
+        images: where the images go.
+        max_bytes: of embedded images, after which cells stay empty.
+    """
     cells = []
-    first_with: dict[str, str] = {}
-    for run, source in zip(runs, files, strict=True):
-        if source is None:
-            cells.append(GalleryCell(run, missing_reason="not drawn"))
-            continue
-        ours = open_image(source.image, run.record.folder)
-        if ours is None or pictures.bytes >= most_bytes:
-            cells.append(GalleryCell(run, missing_reason="no readable file" if ours is None else "left out"))
-            continue
-        base = open_image(source.float_image, run.record.folder) if source.float_image else None
-        ours_id = pictures.add(ours)
-        psnr = source.metrics.get("psnr_db")
-        cells.append(
-            GalleryCell(
-                run,
-                ours_id,
-                pictures.add(base) if base else None,
-                pictures.add(make_difference_image(base, ours)) if base else None,
-                psnr,
-                first_with.get(ours_id, ""),
-                ours_id not in used,
-            )
-        )
-        used.add(ours_id)
-        first_with.setdefault(ours_id, run.tag)
+    tag_of_image: dict[str | None, str] = {}
+    for run, sample in zip(runs, files, strict=True):
+        cell = build_cell(run, sample, images, max_bytes)
+        if cell.image is not None:
+            cell = replace(cell, same_as=tag_of_image.get(cell.image, ""))
+            tag_of_image.setdefault(cell.image, run.tag)
+        cells.append(cell)
     return cells
 
 
+def build_cell(run: Run, files: SampleFiles | None, images: EmbeddedImages, max_bytes: int) -> GalleryCell:
+    """One cell; see `build_row`."""
+    if files is None:
+        return GalleryCell(run, missing_reason="not generated")
+    folder = run.record.folder
+    image = open_image(files.image, folder)
+    if image is None:
+        return GalleryCell(run, missing_reason="no readable file")
+    if images.nbytes >= max_bytes:
+        return GalleryCell(run, missing_reason="left out")
+
+    cell = GalleryCell(run, image=images.add(image), psnr=files.psnr)
+    float_image = open_image(files.float_image, folder) if files.float_image else None
+    if float_image is None:
+        return cell
+    return replace(
+        cell,
+        float_image=images.add(float_image),
+        difference_image=images.add(make_difference_image(float_image, image)),
+    )
+
+
+def mark_first_images(rows: Sequence[GalleryRow]) -> list[GalleryRow]:
+    """The rows with `is_first` set in the first cell that shows an INT8 image: the page embeds it there."""
+    shown: set[str] = set()
+    marked = []
+    for row in rows:
+        cells = []
+        for cell in row.cells:
+            is_first = cell.image is not None and cell.image not in shown
+            cells.append(replace(cell, is_first=is_first))
+            if cell.image is not None:
+                shown.add(cell.image)
+        marked.append(GalleryRow(row.caption, cells))
+    return marked
+
+
+def list_notes(rows: Sequence[GalleryRow], *, has_videos: bool, has_thumbnails: bool) -> list[str]:
+    """What a reader has to know about these images."""
+    notes = []
+    num_missing = sum(bool(cell.missing_reason) for row in rows for cell in row.cells)
+    if num_missing:
+        notes.append(
+            f"{pluralize(num_missing, 'cell')} without an image: it was not generated, its file cannot be "
+            "read, or the page is full."
+        )
+    if has_videos:
+        notes.append("Videos are shown as stills; their PSNR is the mean over all frames.")
+    if has_thumbnails:
+        notes.append(
+            f"Images with a side longer than {MAX_SIDE} pixels are shown as thumbnails (lossy WebP); "
+            "differences and PSNR are those of the full images."
+        )
+    return notes
+
+
 def open_image(path: Path, folder: Path) -> Image.Image | None:
-    """A picture of the folder; None when it is not there, lies outside or cannot be read."""
+    """Read an image of a run.
+
+    Args:
+        path: of the file.
+        folder: of the run.
+
+    Returns:
+        None when the file is missing, lies outside the folder or cannot be read.
+    """
     if not path.resolve().is_relative_to(folder.resolve()):
         return None
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError):  # SyntaxError is Pillow's word for a broken PNG
+    except (OSError, SyntaxError):  # Pillow raises SyntaxError for a broken PNG
         return None
 
 
-def format_caption(prompt: str, seed: int, nth: int, frame: str) -> str:
-    """What stands over a row."""
-    again = f" · drawing {nth}" if nth > 1 else ""
-    return f"{prompt} · seed {seed}{again}" + (f" · {frame} frame" if frame else "")
+def format_caption(key: SampleKey) -> str:
+    """The text above a row: `fox · seed 0`."""
+    parts = [key.prompt, f"seed {key.seed}"]
+    if key.repeat > 1:
+        parts.append(f"sample {key.repeat}")
+    if key.frame:
+        parts.append(f"{key.frame} frame")
+    return " · ".join(parts)

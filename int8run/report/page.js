@@ -1,198 +1,301 @@
 "use strict";
+// The script of a report page. Without it the page shows all text, tables and plots, and each INT8 image once.
+
 const root = document.documentElement;
 root.classList.add("scripted");
-const all = (selector, within = document) => [...within.querySelectorAll(selector)];
-const one = (selector) => document.querySelector(selector);
+const selectAll = (selector, within = document) => [...within.querySelectorAll(selector)];
+const select = (selector) => document.querySelector(selector);
 
-// -- light and dark: the system's choice until the button is pressed; a frame without storage forgets it
-const theme = one("#theme");
-const remembered = (value) => {
+// -- light and dark: the system's choice until the button is pressed ---------------------------------------------------
+
+const themeButton = select("#theme");
+const THEME_KEY = "int8run-theme";
+
+// A page in a frame without storage forgets the choice.
+const readTheme = () => {
   try {
-    if (value === undefined) return localStorage.getItem("int8run-theme");
-    localStorage.setItem("int8run-theme", value);
+    return localStorage.getItem(THEME_KEY);
   } catch {
     return null;
   }
 };
-const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
-const nameTheme = () => { theme.textContent = isDark() ? "Light" : "Dark"; };
-if (["light", "dark"].includes(remembered())) root.dataset.theme = remembered();
-theme.hidden = false;
-theme.addEventListener("click", () => {
-  root.dataset.theme = isDark() ? "light" : "dark";
-  remembered(root.dataset.theme);
-  nameTheme();
-});
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", nameTheme);
-nameTheme();
-
-// -- tables that sort; what is missing stays last
-const compare = (a, b) => {
-  const [x, y] = [Number(a), Number(b)];
-  return Number.isNaN(x) || Number.isNaN(y) ? a.localeCompare(b, undefined, { numeric: true }) : x - y;
+const saveTheme = (theme) => {
+  try {
+    localStorage.setItem(THEME_KEY, theme);
+  } catch {
+    // see readTheme
+  }
 };
-const valueOf = (row, column) => (row.cells[column]?.dataset.value ?? "").replace(/^(-?)inf$/, "$1Infinity");
-all("table.sortable").forEach((table) => {
-  const heads = all("thead th", table);
-  heads.forEach((head, column) => head.firstElementChild.addEventListener("click", () => {
-    const down = head.ariaSort === "ascending";
-    heads.forEach((other) => { other.ariaSort = "none"; });
-    head.ariaSort = down ? "descending" : "ascending";
-    const rows = all("tbody tr:not(.why)", table);
-    rows.sort((a, b) => {
-      const [x, y] = [valueOf(a, column), valueOf(b, column)];
-      if (x === "" || y === "") return (x === "") - (y === "");
-      return (down ? -1 : 1) * compare(x, y);
-    });
-    rows.forEach((row) => {
-      const why = row.nextElementSibling?.classList.contains("why") ? row.nextElementSibling : null;
-      row.parentElement.append(row, ...(why ? [why] : []));
-    });
+const isDark = () => {
+  if (root.dataset.theme) return root.dataset.theme === "dark";
+  return matchMedia("(prefers-color-scheme: dark)").matches;
+};
+const labelThemeButton = () => { themeButton.textContent = isDark() ? "Light" : "Dark"; };
+
+const savedTheme = readTheme();
+if (["light", "dark"].includes(savedTheme)) root.dataset.theme = savedTheme;
+themeButton.hidden = false;
+themeButton.addEventListener("click", () => {
+  root.dataset.theme = isDark() ? "light" : "dark";
+  saveTheme(root.dataset.theme);
+  labelThemeButton();
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", labelThemeButton);
+labelThemeButton();
+
+// -- tables that sort; missing values stay last ------------------------------------------------------------------------
+
+const compareValues = (a, b) => {
+  const [x, y] = [Number(a), Number(b)];
+  const areNumbers = !Number.isNaN(x) && !Number.isNaN(y);
+  return areNumbers ? x - y : a.localeCompare(b, undefined, { numeric: true });
+};
+const readValue = (row, column) => {
+  const text = row.cells[column]?.dataset.value ?? "";
+  return text.replace(/^(-?)inf$/, "$1Infinity");
+};
+const sortRows = (table, column, isDescending) => {
+  const rows = selectAll("tbody tr:not(.error-row)", table);
+  rows.sort((a, b) => {
+    const [x, y] = [readValue(a, column), readValue(b, column)];
+    if (x === "" || y === "") return (x === "") - (y === "");
+    return (isDescending ? -1 : 1) * compareValues(x, y);
+  });
+  rows.forEach((row) => {
+    // a run's error follows its row
+    const next = row.nextElementSibling;
+    const errorRow = next?.classList.contains("error-row") ? [next] : [];
+    row.parentElement.append(row, ...errorRow);
+  });
+};
+selectAll("table.sortable").forEach((table) => {
+  const headings = selectAll("thead th", table);
+  headings.forEach((heading, column) => heading.firstElementChild.addEventListener("click", () => {
+    const isDescending = heading.ariaSort === "ascending";
+    headings.forEach((other) => { other.ariaSort = "none"; });
+    heading.ariaSort = isDescending ? "descending" : "ascending";
+    sortRows(table, column, isDescending);
   }));
 });
 
-// -- the wall
-const wall = one("#wall");
-if (wall) {
-  const pictures = JSON.parse(one("#later-pictures").textContent);
-  all("img[data-holds]", wall).forEach((img) => { pictures[img.dataset.holds] = img.src; });
-  const cut = one("#cut"), side = one("#side"), large = one("#large"), largeShot = one("#large-shot");
-  const shots = all(".shot", wall);
-  let mode = "ours", ticking = null, open = -1;
+// -- the image gallery -------------------------------------------------------------------------------------------------
 
-  // a mode is what lies below and what lies above it
-  const layersOf = { ours: ["ours"], base: ["base"], slider: ["base", "ours"], flicker: ["base", "ours"], difference: ["difference"] };
-  const put = (shot, place, id) => {
-    let img = shot.querySelector(`.${place}`);
-    if (!id) { img?.remove(); return; }
+// The images of a mode, the lower one first.
+const LAYERS_OF_MODE = {
+  int8: ["int8"],
+  float: ["float"],
+  slider: ["float", "int8"],
+  flicker: ["float", "int8"],
+  difference: ["difference"],
+};
+// 1.7 changes a second: fast enough to see a difference move, slow enough to be safe.
+const FLICKER_MS = 600;
+const PIXELATED_PX = 256; // images up to this size are enlarged without smoothing: one sees what was generated
+const DRAG_PX = 4; // a shorter move is a click
+
+const gallery = select("#gallery");
+if (gallery) {
+  const uris = JSON.parse(select("#deferred-images").textContent);
+  selectAll("img[data-image-id]", gallery).forEach((img) => { uris[img.dataset.imageId] = img.src; });
+
+  const divider = select("#divider");
+  const imageSize = select("#image-size");
+  const lightbox = select("#lightbox");
+  const lightboxTile = select("#lightbox-tile");
+  const tiles = selectAll(".tile", gallery);
+  let mode = "int8";
+  let flickerTimer = null;
+  let openIndex = -1; // of the tile in the lightbox
+
+  const markPixelated = (img) => {
+    const isEnlarged = img.naturalWidth < img.clientWidth && img.naturalWidth <= PIXELATED_PX;
+    img.classList.toggle("pixels", isEnlarged);
+  };
+  const showLayer = (tile, layer, id) => {
+    let img = tile.querySelector(`.${layer}`);
+    if (!id) {
+      img?.remove();
+      return;
+    }
     if (!img) {
       img = document.createElement("img");
-      img.className = place;
+      img.className = layer;
       img.alt = "";
       img.draggable = false;
-      shot.append(img);
+      tile.append(img);
     }
-    // small pictures are enlarged without smoothing: one sees what was drawn
-    img.onload = () => img.classList.toggle("pixels", img.naturalWidth < img.clientWidth && img.naturalWidth <= 256);
-    if (img.src !== pictures[id]) img.src = pictures[id];
+    img.onload = () => markPixelated(img);
+    if (img.src !== uris[id]) img.src = uris[id];
     else if (img.complete) img.onload();
   };
-  const draw = (shot) => {
-    const wanted = layersOf[mode].map((name) => shot.dataset[name]);
-    const absent = wanted.some((id) => !id);
-    shot.classList.toggle("absent", absent);
-    put(shot, "under", absent ? shot.dataset.ours : wanted[0]);
-    put(shot, "over", absent ? undefined : wanted[1]);
+  const showTile = (tile) => {
+    const ids = LAYERS_OF_MODE[mode].map((name) => tile.dataset[name]);
+    const isMissing = ids.some((id) => !id);
+    tile.classList.toggle("no-float", isMissing);
+    showLayer(tile, "under", isMissing ? tile.dataset.int8 : ids[0]);
+    showLayer(tile, "over", isMissing ? undefined : ids[1]);
   };
-  const show = () => {
-    [wall, large].forEach((part) => { part.dataset.mode = mode; part.classList.remove("second"); });
-    if (cut) one("#cut-label").hidden = mode !== "slider";
-    shots.forEach(draw);
-    if (open >= 0) enlarge(open);
-    clearInterval(ticking);
-    // 1.7 changes a second: fast enough to see a difference move, slow enough to be safe
-    if (mode === "flicker") ticking = setInterval(() => [wall, large].forEach((part) => part.classList.toggle("second")), 600);
+  const showMode = () => {
+    [gallery, lightbox].forEach((part) => {
+      part.dataset.mode = mode;
+      part.classList.remove("second");
+    });
+    if (divider) select("#divider-label").hidden = mode !== "slider";
+    tiles.forEach(showTile);
+    if (openIndex >= 0) enlarge(openIndex);
+    clearInterval(flickerTimer);
+    if (mode === "flicker") {
+      flickerTimer = setInterval(() => [gallery, lightbox].forEach((part) => part.classList.toggle("second")), FLICKER_MS);
+    }
   };
-  all("input[name=mode]").forEach((input) => {
+  selectAll("input[name=mode]").forEach((input) => {
     if (input.checked) mode = input.value; // browsers keep the choice over a reload
-    input.addEventListener("change", () => { mode = input.value; show(); });
+    input.addEventListener("change", () => {
+      mode = input.value;
+      showMode();
+    });
   });
-  const setCut = (percent) => {
-    cut.value = percent;
-    root.style.setProperty("--cut", `${cut.value}%`);
-  };
-  cut?.addEventListener("input", () => setCut(cut.value));
-  if (cut) setCut(cut.value);
-  if (matchMedia("(max-width: 640px)").matches) side.value = 132;
-  const setSide = () => {
-    root.style.setProperty("--side", `${side.value}px`);
-    all("img", wall).forEach((img) => img.onload?.());
-  };
-  side.addEventListener("input", setSide);
-  setSide();
 
-  // a drag over any picture moves all dividers; a press without a move enlarges
-  let moved = false;
+  // the divider and the size of the images
+  const setDivider = (percent) => {
+    divider.value = percent;
+    root.style.setProperty("--divider", `${divider.value}%`);
+  };
+  divider?.addEventListener("input", () => setDivider(divider.value));
+  if (divider) setDivider(divider.value);
+  if (matchMedia("(max-width: 640px)").matches) imageSize.value = 132;
+  const setImageSize = () => {
+    root.style.setProperty("--image-size", `${imageSize.value}px`);
+    selectAll("img", gallery).forEach((img) => img.onload?.());
+  };
+  imageSize.addEventListener("input", setImageSize);
+  setImageSize();
+
+  // a drag over any image moves all dividers; a press without a move enlarges
+  let wasDragged = false;
   const drag = (event) => {
-    const shot = event.target.closest?.(".shot");
-    if (mode !== "slider" || !shot || event.buttons === 0) return;
-    if (event.type === "pointerdown") { moved = false; shot.setPointerCapture(event.pointerId); shot.dataset.from = event.clientX; return; }
-    if (!moved && Math.abs(event.clientX - shot.dataset.from) < 4) return;
-    moved = true;
-    const box = shot.getBoundingClientRect();
-    setCut((100 * (event.clientX - box.left)) / box.width);
+    const tile = event.target.closest?.(".tile");
+    if (mode !== "slider" || !tile || event.buttons === 0) return;
+    if (event.type === "pointerdown") {
+      wasDragged = false;
+      tile.setPointerCapture(event.pointerId);
+      tile.dataset.pressedAt = event.clientX;
+      return;
+    }
+    if (!wasDragged && Math.abs(event.clientX - tile.dataset.pressedAt) < DRAG_PX) return;
+    wasDragged = true;
+    const box = tile.getBoundingClientRect();
+    setDivider((100 * (event.clientX - box.left)) / box.width);
   };
-  ["pointerdown", "pointermove"].forEach((type) => [wall, large].forEach((part) => part.addEventListener(type, drag)));
-  wall.addEventListener("dragstart", (event) => event.preventDefault());
-
-  const enlarge = (place) => {
-    open = place;
-    const shot = shots[place], img = shot.querySelector("img");
-    ["ours", "base", "difference"].forEach((name) => {
-      if (shot.dataset[name]) largeShot.dataset[name] = shot.dataset[name];
-      else delete largeShot.dataset[name];
-    });
-    one("#large-words").textContent = `${shot.dataset.run} · ${shot.dataset.caption} · ${shot.parentElement.querySelector(".under-words").textContent.trim().replace(/^#\d+\s*/, "")}`;
-    const [w, h] = [img.naturalWidth || 64, img.naturalHeight || 64];
-    const room = Math.min((innerWidth - 48) / w, (innerHeight - 190) / h);
-    const factor = room >= 1 ? (w <= 256 ? Math.floor(room) : Math.min(room, 2)) : room;
-    largeShot.style.width = `${Math.round(w * factor)}px`;
-    if (!large.open) large.showModal();
-    draw(largeShot);
-  };
-  shots.forEach((shot, place) => shot.addEventListener("click", (event) => {
-    if (moved && event.detail > 0) { moved = false; return; }
-    enlarge(place);
-  }));
-  large.addEventListener("close", () => { shots[open]?.focus(); open = -1; });
-  large.addEventListener("click", (event) => { if (event.target === large) large.close(); });
-  const neighbour = (dx, dy) => {
-    const cell = shots[open].closest("td");
-    const rows = all("tr.shots", wall);
-    let row = rows.indexOf(cell.parentElement), column = cell.cellIndex;
-    do { row += dy; column += dx; } while (rows[row]?.cells[column] && !rows[row].cells[column].querySelector(".shot"));
-    const shot = rows[row]?.cells[column]?.querySelector(".shot");
-    if (shot) enlarge(shots.indexOf(shot));
-  };
-  const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-  large.addEventListener("keydown", (event) => {
-    if (!steps[event.key]) return;
-    event.preventDefault();
-    neighbour(...steps[event.key]);
+  ["pointerdown", "pointermove"].forEach((type) => {
+    [gallery, lightbox].forEach((part) => part.addEventListener(type, drag));
   });
-  all("[data-step]", large).forEach((button) => button.addEventListener("click", () => neighbour(Number(button.dataset.step), 0)));
-  show();
-}
+  gallery.addEventListener("dragstart", (event) => event.preventDefault());
 
-// -- the heat-map
-const heat = one("#heat");
-if (heat) {
-  const body = heat.tBodies[0], rows = [...body.rows];
-  const worst = one("#worst"), hide = one("#hide-float"), filter = one("#filter"), said = one("#shown-layers");
-  const worstOf = (row) => (row.dataset.worst === "inf" ? Infinity : Number(row.dataset.worst));
-  const show = () => {
-    const order = worst.checked ? rows.toSorted((a, b) => (worstOf(a) < worstOf(b) ? -1 : worstOf(a) > worstOf(b) ? 1 : 0)) : rows;
-    const word = filter.value.trim().toLowerCase();
-    rows.forEach((row) => {
-      row.hidden = !row.cells[0].textContent.toLowerCase().includes(word) || (hide.checked && row.classList.contains("all-float"));
-    });
-    body.append(...order);
-    const shown = rows.filter((row) => !row.hidden).length;
-    said.textContent = shown < rows.length ? `${shown} of ${rows.length} layers` : `${rows.length} layers`;
+  // one image enlarged
+  const fitIntoWindow = (width, height) => {
+    const room = Math.min((innerWidth - 48) / width, (innerHeight - 190) / height);
+    if (room < 1) return room;
+    return width <= PIXELATED_PX ? Math.floor(room) : Math.min(room, 2);
   };
-  [worst, hide, filter].forEach((input) => input.addEventListener("input", show));
-  show();
+  const enlarge = (index) => {
+    openIndex = index;
+    const tile = tiles[index];
+    const img = tile.querySelector("img");
+    ["int8", "float", "difference"].forEach((name) => {
+      if (tile.dataset[name]) lightboxTile.dataset[name] = tile.dataset[name];
+      else delete lightboxTile.dataset[name];
+    });
+    const below = tile.parentElement.querySelector(".below-image").textContent.trim().replace(/^#\d+\s*/, "");
+    select("#lightbox-caption").textContent = `${tile.dataset.run} · ${tile.dataset.caption} · ${below}`;
+    const [width, height] = [img.naturalWidth || 64, img.naturalHeight || 64];
+    lightboxTile.style.width = `${Math.round(width * fitIntoWindow(width, height))}px`;
+    if (!lightbox.open) lightbox.showModal();
+    showTile(lightboxTile);
+  };
+  tiles.forEach((tile, index) => tile.addEventListener("click", (event) => {
+    if (wasDragged && event.detail > 0) {
+      wasDragged = false;
+      return;
+    }
+    enlarge(index);
+  }));
+  lightbox.addEventListener("close", () => {
+    tiles[openIndex]?.focus();
+    openIndex = -1;
+  });
+  lightbox.addEventListener("click", (event) => { if (event.target === lightbox) lightbox.close(); });
+
+  // the next image in a direction, past cells without one
+  const moveTo = (dx, dy) => {
+    const cell = tiles[openIndex].closest("td");
+    const rows = selectAll("tr.image-row", gallery);
+    let row = rows.indexOf(cell.parentElement);
+    let column = cell.cellIndex;
+    do {
+      row += dy;
+      column += dx;
+    } while (rows[row]?.cells[column] && !rows[row].cells[column].querySelector(".tile"));
+    const tile = rows[row]?.cells[column]?.querySelector(".tile");
+    if (tile) enlarge(tiles.indexOf(tile));
+  };
+  const STEP_OF_KEY = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  lightbox.addEventListener("keydown", (event) => {
+    if (!STEP_OF_KEY[event.key]) return;
+    event.preventDefault();
+    moveTo(...STEP_OF_KEY[event.key]);
+  });
+  selectAll("[data-step]", lightbox).forEach((button) => {
+    button.addEventListener("click", () => moveTo(Number(button.dataset.step), 0));
+  });
+  showMode();
 }
 
-// -- commands
-all(".copy").forEach((button) => {
-  if (!navigator.clipboard) { button.remove(); return; }
+// -- the heatmap of layers ---------------------------------------------------------------------------------------------
+
+const heatmap = select("#heatmap");
+if (heatmap) {
+  const body = heatmap.tBodies[0];
+  const rows = [...body.rows];
+  const worstFirst = select("#worst-first");
+  const hideFloat = select("#hide-float");
+  const filter = select("#filter");
+
+  const readWorst = (row) => (row.dataset.worst === "inf" ? Infinity : Number(row.dataset.worst));
+  const compareWorst = (a, b) => {
+    const [x, y] = [readWorst(a), readWorst(b)];
+    if (x === y) return 0; // also where both are infinite, whose difference is not a number
+    return x < y ? -1 : 1;
+  };
+  const showRows = () => {
+    const text = filter.value.trim().toLowerCase();
+    rows.forEach((row) => {
+      const isFiltered = !row.cells[0].textContent.toLowerCase().includes(text);
+      row.hidden = isFiltered || (hideFloat.checked && row.classList.contains("all-float"));
+    });
+    body.append(...(worstFirst.checked ? rows.toSorted(compareWorst) : rows));
+    const numShown = rows.filter((row) => !row.hidden).length;
+    const numLayers = `${rows.length} layers`;
+    select("#num-layers").textContent = numShown < rows.length ? `${numShown} of ${numLayers}` : numLayers;
+  };
+  [worstFirst, hideFloat, filter].forEach((input) => input.addEventListener("input", showRows));
+  showRows();
+}
+
+// -- commands ----------------------------------------------------------------------------------------------------------
+
+selectAll(".copy").forEach((button) => {
+  if (!navigator.clipboard) {
+    button.remove();
+    return;
+  }
   button.addEventListener("click", async () => {
+    const command = button.previousElementSibling;
     try {
-      await navigator.clipboard.writeText(button.previousElementSibling.textContent);
+      await navigator.clipboard.writeText(command.textContent);
       button.textContent = "Copied";
     } catch {
-      getSelection().selectAllChildren(button.previousElementSibling);
+      getSelection().selectAllChildren(command);
       button.textContent = "Selected";
     }
     setTimeout(() => { button.textContent = "Copy"; }, 1500);

@@ -1,4 +1,7 @@
-"""Plots as SVG that stands inside the page: text stays text, and every color is one of the page's, so light and dark need one drawing."""
+"""Plots as SVG inside the page: text stays text, and every color is one of the page's variables.
+
+So one drawing serves light and dark pages. Draws what it is given; knows nothing of runs.
+"""
 
 import io
 import math
@@ -16,17 +19,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# colors that stand for the page's until the drawing is done
+# Colors that stand for the page's variables until the SVG is written.
 INK, MUTED, LINE = "#010101", "#020202", "#030303"
 SERIES = tuple(f"#05{i:02x}05" for i in range(8))
 PAGE_COLORS = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
     LINE: "var(--line)",
-    **{c: f"var(--series-{i})" for i, c in enumerate(SERIES)},
+    **{color: f"var(--series-{i})" for i, color in enumerate(SERIES)},
 }
 DASHES: tuple[tuple[int, ...], ...] = ((), (7, 3), (2, 2), (9, 2, 2, 2))
+
 WIDE, NARROW = 760, 350  # px; one for a screen, one for a phone
+SCATTER_HEIGHT, CURVES_HEIGHT = 380, 260  # px
+LABEL_FONT_SIZE = 11
+LABEL_DISTANCES = (9, 16, 26, 38, 52, 70, 90)  # px between a point and its label
+LABEL_DIRECTIONS = ((1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
+DOT_RADIUS = 6  # px that labels keep clear
+LEADER_DISTANCE = 14  # px; a label that is further from its point is joined to it by a line
+
 STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -52,88 +63,145 @@ STYLE: Any = {
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
 }
+
 Box = tuple[float, float, float, float]  # left, bottom, right, top
+Position = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Point:
-    """A run in the plane of speed and quality."""
+    """A run in the plane of speed and quality.
+
+    Args:
+        x: speed.
+        y: PSNR in dB; infinite for identical images.
+        label: stands beside the point.
+        description: shown when the pointer rests on the point.
+        is_on_front: whether it is on the Pareto front.
+    """
 
     x: float
-    y: float  # dB; infinite where pictures are equal
+    y: float
     label: str
     description: str
-    is_on_front: bool  # on the front
+    is_on_front: bool
 
 
 def draw_speed_quality(
-    points: Sequence[Point], x_label: str, faster_is_less: bool, name: str, width: int
+    points: Sequence[Point], x_label: str, *, faster_is_less: bool, name: str, width: int
 ) -> str:
-    """PSNR against speed with the front as a step line; up and right is better whatever the speed is measured in."""
+    """PSNR against speed, with the Pareto front as a step line. Up and right is better.
+
+    Args:
+        points: one per run.
+        x_label: what the speed is.
+        faster_is_less: whether x is a time, so that the axis is turned round.
+        name: begins the ids of the SVG's parts.
+        width: in CSS pixels.
+
+    Returns:
+        an SVG element.
+    """
     with rc_context(STYLE | {"svg.hashsalt": name}):
-        figure, axes = create_figure(width, 380)
-        top = place_infinite([p.y for p in points])
-        heights = [min(p.y, top) for p in points]
+        figure, axes = create_figure(width, SCATTER_HEIGHT)
+        level_of_equal = choose_level_of_equal([point.y for point in points])
+        heights = [min(point.y, level_of_equal) for point in points]
+
         axes.set_xlabel(x_label)
         axes.set_ylabel("PSNR to float, dB")
-        axes.set_xlim(*pad_limits([p.x for p in points], 0.16))
-        axes.set_ylim(*pad_limits([*heights], 0.14))
+        axes.set_xlim(*pad_limits([point.x for point in points], 0.16))
+        axes.set_ylim(*pad_limits(heights, 0.14))
         if faster_is_less:
             axes.invert_xaxis()
-        steps = sorted(
-            ((p.x, y) for p, y in zip(points, heights, strict=True) if p.is_on_front),
-            key=lambda point: (point[0], -point[1]),
-        )
-        steps = steps[::-1] if faster_is_less else steps
-        # from the left edge at the level of the closest run, down under the fastest
-        left, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
-        corners = [(left, max(heights)), *steps, (steps[-1][0], bottom)]
+
+        corners = find_front_corners(axes, points, heights, faster_is_less=faster_is_less)
         axes.step(
-            *zip(*corners, strict=True), where="pre", color=SERIES[0], linewidth=1.6, dashes=(5, 3), zorder=2
+            [x for x, _ in corners],
+            [y for _, y in corners],
+            where="pre",
+            color=SERIES[0],
+            linewidth=1.6,
+            dashes=(5, 3),
+            zorder=2,
         )
-        for i, (point, y) in enumerate(zip(points, heights, strict=True)):
-            edge, face = (SERIES[0], SERIES[0]) if point.is_on_front else (MUTED, "none")
-            (dot,) = axes.plot(
-                point.x, y, "o", markersize=8, markeredgecolor=edge, markerfacecolor=face, zorder=3
-            )
-            dot.set_gid(f"about-{i}")
+        draw_dots(axes, points, heights)
         axes.xaxis.set_major_locator(MaxNLocator(4 if width < 500 else 7))
-        set_y_ticks(axes, top, any(math.isinf(p.y) for p in points))
+        set_y_ticks(axes, level_of_equal, has_equal=any(math.isinf(point.y) for point in points))
         label_points(figure, axes, points, heights, corners)
-        return to_svg(
-            figure,
-            name,
-            f"PSNR to float against {x_label}",
-            {f"about-{i}": p.description for i, p in enumerate(points)},
+
+        titles = {f"about-{i}": point.description for i, point in enumerate(points)}
+        return to_svg(figure, name, f"PSNR to float against {x_label}", titles)
+
+
+def find_front_corners(
+    axes: Axes, points: Sequence[Point], heights: Sequence[float], *, faster_is_less: bool
+) -> list[Position]:
+    """The corners of the front's step line.
+
+    It begins at the left edge at the level of the run that is closest to float, and ends below the fastest
+    run.
+    """
+    front = [(point.x, y) for point, y in zip(points, heights, strict=True) if point.is_on_front]
+    front.sort(key=lambda position: (position[0], -position[1]))
+    if faster_is_less:
+        front.reverse()
+    left_edge, bottom_edge = axes.get_xlim()[0], axes.get_ylim()[0]
+    return [(left_edge, max(heights)), *front, (front[-1][0], bottom_edge)]
+
+
+def draw_dots(axes: Axes, points: Sequence[Point], heights: Sequence[float]) -> None:
+    """A dot per run, filled where it is on the front; its id lets `to_svg` add a title."""
+    for i, (point, y) in enumerate(zip(points, heights, strict=True)):
+        (dot,) = axes.plot(
+            point.x,
+            y,
+            "o",
+            markersize=8,
+            markeredgecolor=SERIES[0] if point.is_on_front else MUTED,
+            markerfacecolor=SERIES[0] if point.is_on_front else "none",
+            zorder=3,
         )
+        dot.set_gid(f"about-{i}")
 
 
 def draw_curves(
-    lines: Sequence[Sequence[tuple[float, float]]], x_label: str, y_label: str, name: str, width: int
+    lines: Sequence[Sequence[Position]], *, x_label: str, y_label: str, name: str, width: int
 ) -> str:
-    """A metric against a strength; the line i has the color and the dashes of number i."""
+    """A metric against a LoRA strength.
+
+    Args:
+        lines: points of each line; line i has color and dashes number i.
+        x_label: the strength's name.
+        y_label: what the metric is.
+        name: begins the ids of the SVG's parts.
+        width: in CSS pixels.
+
+    Returns:
+        an SVG element.
+    """
     with rc_context(STYLE | {"svg.hashsalt": name}):
-        figure, axes = create_figure(width, 260)
+        figure, axes = create_figure(width, CURVES_HEIGHT)
         values = [y for line in lines for _, y in line]
-        top = place_infinite(values)
+        level_of_equal = choose_level_of_equal(values)
         for i, line in enumerate(lines):
-            dashes = (0, DASHES[i % len(DASHES)] or None)
-            heights = [min(y, top) for _, y in line]
             axes.plot(
                 [x for x, _ in line],
-                heights,
+                [min(y, level_of_equal) for _, y in line],
                 "o",
                 color=SERIES[i % len(SERIES)],
-                linestyle=dashes,
+                linestyle=(0, DASHES[i % len(DASHES)] or None),
                 linewidth=1.8,
                 markersize=5,
             )
         axes.set_xlabel(x_label)
         axes.set_title(y_label, loc="left", color=INK)
-        axes.set_ylim(*pad_limits([min(v, top) for v in values], 0.1))
-        set_y_ticks(axes, top, any(map(math.isinf, values)))
+        axes.set_ylim(*pad_limits([min(value, level_of_equal) for value in values], 0.1))
+        set_y_ticks(axes, level_of_equal, has_equal=any(map(math.isinf, values)))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         return to_svg(figure, name, f"{y_label} against {x_label}", {})
+
+
+# -- axes ----------------------------------------------------------------------------------------------------
 
 
 def create_figure(width: int, height: int) -> tuple[Figure, Axes]:
@@ -143,35 +211,44 @@ def create_figure(width: int, height: int) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def place_infinite(values: Sequence[float]) -> float:
-    """Where infinite values are drawn: a tenth of the range above the finite ones."""
-    finite = [v for v in values if math.isfinite(v)]
+def choose_level_of_equal(values: Sequence[float]) -> float:
+    """Where infinite values are drawn: above the finite ones, by a quarter of their range and at least 1."""
+    finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return 1.0
-    return (
-        max(finite) + max(1.0, 0.25 * (max(finite) - min(finite)))
-        if len(finite) < len(values)
-        else max(finite)
-    )
+    highest = max(finite)
+    if len(finite) == len(values):
+        return highest
+    return highest + max(1.0, 0.25 * (highest - min(finite)))
 
 
-def pad_limits(values: Sequence[float], share: float) -> tuple[float, float]:
-    """Limits with room on both sides, and some where all values are one."""
+def pad_limits(values: Sequence[float], share: float) -> Position:
+    """Limits of an axis with room on both sides, and some where all values are the same.
+
+    Args:
+        values: at least one.
+        share: of their range, left free on each side.
+    """
     low, high = min(values), max(values)
-    # less than a percent is noise, which an axis must not blow up to its full height
+    # Less than a percent is noise, which an axis must not blow up to its full height.
     room = max(share * (high - low), 0.01 * abs(high), 1e-9)
     return low - room, high + room
 
 
-def set_y_ticks(axes: Axes, top: float, has_equal: bool) -> None:
-    """Few ticks; `equal` where infinite values stand."""
+def set_y_ticks(axes: Axes, level_of_equal: float, *, has_equal: bool) -> None:
+    """A few ticks, with `equal` at the level of the infinite values where there are some."""
     low, high = axes.get_ylim()
-    ticks = [t for t in MaxNLocator(6).tick_values(low, high) if low <= t <= high]
+    ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
     if has_equal:
-        between = (high - low) / 12
-        ticks = [t for t in ticks if t < top - between] + [top]
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: "equal" if v == top else f"{v:g}"))
+        room = (high - low) / 12
+        ticks = [tick for tick in ticks if tick < level_of_equal - room] + [level_of_equal]
+        axes.yaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: "equal" if value == level_of_equal else f"{value:g}")
+        )
     axes.set_yticks(ticks)
+
+
+# -- labels --------------------------------------------------------------------------------------------------
 
 
 def label_points(
@@ -179,97 +256,159 @@ def label_points(
     axes: Axes,
     points: Sequence[Point],
     heights: Sequence[float],
-    corners: Sequence[tuple[float, float]],
+    corners: Sequence[Position],
 ) -> None:
-    """Words beside the points, none over another or over the line through `corners` where there is room."""
+    """Write the labels beside the points, clear of each other and of the step line where there is room.
+
+    Args:
+        figure: measures the labels.
+        axes: of the points.
+        points: with their labels.
+        heights: y of each point as drawn.
+        corners: of the step line.
+    """
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    frame = axes.get_window_extent(renderer)
-    spots = [tuple(axes.transData.transform((p.x, y))) for p, y in zip(points, heights, strict=True)]
-    sizes = []
-    for p in points:
-        text = figure.text(0, 0, p.label, fontsize=11)
-        with warnings.catch_warnings():  # a glyph that this font lacks is drawn by the browser's
-            warnings.filterwarnings("ignore", message="Glyph")
-            box = text.get_window_extent(renderer)
-        sizes.append((box.width, box.height))
-        text.remove()
-    turns = [tuple(axes.transData.transform(corner)) for corner in corners]
-    across = [(min(a[0], b[0]), b[1] - 2, max(a[0], b[0]), b[1] + 2) for a, b in pairwise(turns)]
-    down = [(a[0] - 2, min(a[1], b[1]), a[0] + 2, max(a[1], b[1])) for a, b in pairwise(turns)]
-    boxes = place_labels(spots, sizes, (frame.x0, frame.y0, frame.x1 + 8, frame.y1 + 8), [*across, *down])
-    for point, (x, y), (left, bottom, right, top) in zip(points, spots, boxes, strict=True):
-        near_x, near_y = min(max(x, left), right), min(max(y, bottom), top)
-        if math.hypot(near_x - x, near_y - y) > 14:
-            ends = axes.transData.inverted().transform([(x, y), (near_x, near_y)])
-            axes.plot(ends[:, 0], ends[:, 1], color=MUTED, linewidth=0.7, zorder=1)
-        where = axes.transData.inverted().transform((left, bottom))
-        axes.text(
-            where[0],
-            where[1],
-            point.label,
-            fontsize=11,
-            va="bottom",
-            color=INK if point.is_on_front else MUTED,
-            zorder=4,
-        )
+    window = axes.get_window_extent(renderer)
+    frame = (window.x0, window.y0, window.x1 + 8, window.y1 + 8)
+
+    to_pixels = axes.transData.transform
+    spots = [tuple(to_pixels((point.x, y))) for point, y in zip(points, heights, strict=True)]
+    sizes = [measure_label(figure, point.label, renderer) for point in points]
+    line_boxes = surround_step_line([tuple(to_pixels(corner)) for corner in corners])
+    boxes = place_labels(spots, sizes, frame, line_boxes)
+    for point, spot, box in zip(points, spots, boxes, strict=True):
+        draw_label(axes, point, spot, box)
+
+
+def measure_label(figure: Figure, label: str, renderer: Any) -> Position:
+    """Width and height of a label in pixels."""
+    text = figure.text(0, 0, label, fontsize=LABEL_FONT_SIZE)
+    with warnings.catch_warnings():
+        # A glyph that this font lacks is drawn in the browser's.
+        warnings.filterwarnings("ignore", message="Glyph")
+        box = text.get_window_extent(renderer)
+    text.remove()
+    return box.width, box.height
+
+
+def surround_step_line(corners: Sequence[Position]) -> list[Box]:
+    """Narrow boxes around the parts of a step line: across, then down."""
+    across = [(min(a[0], b[0]), b[1] - 2, max(a[0], b[0]), b[1] + 2) for a, b in pairwise(corners)]
+    down = [(a[0] - 2, min(a[1], b[1]), a[0] + 2, max(a[1], b[1])) for a, b in pairwise(corners)]
+    return [*across, *down]
+
+
+def draw_label(axes: Axes, point: Point, spot: Position, box: Box) -> None:
+    """Write a label into its box, joined to its point by a line where the two are far apart.
+
+    Args:
+        axes: of the point.
+        point: with its label.
+        spot: of the point, in pixels.
+        box: of the label, in pixels.
+    """
+    x, y = spot
+    left, bottom, right, top = box
+    to_data = axes.transData.inverted().transform
+    nearest = min(max(x, left), right), min(max(y, bottom), top)
+    if math.dist(nearest, spot) > LEADER_DISTANCE:
+        ends = to_data([spot, nearest])
+        axes.plot(ends[:, 0], ends[:, 1], color=MUTED, linewidth=0.7, zorder=1)
+    text_x, text_y = to_data((left, bottom))
+    axes.text(
+        text_x,
+        text_y,
+        point.label,
+        fontsize=LABEL_FONT_SIZE,
+        va="bottom",
+        color=INK if point.is_on_front else MUTED,
+        zorder=4,
+    )
 
 
 def place_labels(
-    spots: Sequence[tuple[float, float]],
-    sizes: Sequence[tuple[float, float]],
-    frame: Box,
-    taken: Sequence[Box] = (),
+    spots: Sequence[Position], sizes: Sequence[Position], frame: Box, taken: Sequence[Box] = ()
 ) -> list[Box]:
-    """A box for each label: inside the frame, near its point, clear of what is taken, of points and of other labels, as far as can be had.
-
+    """A box for each label: inside the frame, near its point, clear of points and other labels if possible.
     Lengths are in pixels; y points up. The first labels choose first.
+
+    Args:
+        spots: of the points.
+        sizes: width and height of each label.
+        frame: where labels may be.
+        taken: further boxes to keep clear of.
     """
-    dots = [(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
+    dots = [(x - DOT_RADIUS, y - DOT_RADIUS, x + DOT_RADIUS, y + DOT_RADIUS) for x, y in spots]
     placed: list[Box] = []
-    for (x, y), (w, h) in zip(spots, sizes, strict=True):
-        w = min(w, frame[2] - frame[0])
-        options: list[tuple[float, int, Box]] = []
-        for distance in (9, 16, 26, 38, 52, 70, 90):
-            for dx, dy in ((1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)):
-                left = x + dx * distance - (w if dx < 0 else w / 2 if dx == 0 else 0)
-                bottom = y + dy * distance - (h if dy < 0 else h / 2 if dy == 0 else 0)
-                left = min(max(left, frame[0]), frame[2] - w)
-                bottom = min(max(bottom, frame[1]), frame[3] - h)
-                box = (left, bottom, left + w, bottom + h)
-                options.append(
-                    (
-                        sum(compute_overlap(box, other) for other in [*placed, *dots, *taken]),
-                        len(options),
-                        box,
-                    )
-                )
-        placed.append(min(options)[2])
+    for spot, size in zip(spots, sizes, strict=True):
+        obstacles = [*placed, *dots, *taken]
+        options = list_label_boxes(spot, size, frame)
+        # `min` takes the first of the clearest: options come in the order of preference.
+        placed.append(min(options, key=lambda box: sum(compute_overlap(box, other) for other in obstacles)))
     return placed
+
+
+def list_label_boxes(spot: Position, size: Position, frame: Box) -> list[Box]:
+    """Where a label may go: around its point, the nearest places first, each moved into the frame."""
+    x, y = spot
+    width, height = min(size[0], frame[2] - frame[0]), size[1]
+    boxes = []
+    for distance in LABEL_DISTANCES:
+        for dx, dy in LABEL_DIRECTIONS:
+            left = x + dx * distance + align(dx, width)
+            bottom = y + dy * distance + align(dy, height)
+            left = min(max(left, frame[0]), frame[2] - width)
+            bottom = min(max(bottom, frame[1]), frame[3] - height)
+            boxes.append((left, bottom, left + width, bottom + height))
+    return boxes
+
+
+def align(direction: int, length: float) -> float:
+    """Offset of a label's lower edge on one axis, so that it begins, is centered or ends beside its point."""
+    if direction < 0:
+        return -length
+    return 0.0 if direction > 0 else -length / 2
 
 
 def compute_overlap(a: Box, b: Box) -> float:
     """The area that two boxes share."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return max(0.0, width) * max(0.0, height)
 
 
-def to_svg(figure: Figure, name: str, about: str, titles: Mapping[str, str]) -> str:
-    """The figure as an SVG element; `titles` are shown when the pointer rests on the parts of that id."""
+# -- SVG -----------------------------------------------------------------------------------------------------
+
+
+def to_svg(figure: Figure, name: str, description: str, titles: Mapping[str, str]) -> str:
+    """The figure as an SVG element for the page.
+
+    Args:
+        figure: to write.
+        name: begins every id, so that several plots can stand on one page.
+        description: for screen readers.
+        titles: by id, shown when the pointer rests on that part.
+    """
     buffer = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(buffer, format="svg")
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
-    text = re.sub(r" font-family: [^;]*;", "", text)  # the page's
-    text = re.sub("|".join(PAGE_COLORS), lambda m: PAGE_COLORS[m.group()], text)
-    # several plots stand on one page, where every id is there once
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r" font-family: [^;]*;", "", svg)  # the page's font is used
+    svg = re.sub("|".join(PAGE_COLORS), lambda match: PAGE_COLORS[match.group()], svg)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     for key, title in titles.items():
-        text = text.replace(f'<g id="{name}-{key}">', f'<g id="{name}-{key}"><title>{escape(title)}</title>')
+        group = f'<g id="{name}-{key}">'
+        svg = svg.replace(group, f"{group}<title>{escape(title)}</title>")
+
     width, height = (72 * inches for inches in figure.get_size_inches())
-    box, most = f"0 0 {width:g} {height:g}", f"max-width:{width:g}px"
-    head = f'<svg class="plot" role="img" aria-label="{escape(about)}" viewBox="{box}" style="{most}">'
-    return re.sub(r"\s*\n\s*", "\n", head + text[text.index(">") + 1 :])
+    opening = (
+        f'<svg class="plot" role="img" aria-label="{escape(description)}" '
+        f'viewBox="0 0 {width:g} {height:g}" style="max-width:{width:g}px">'
+    )
+    after_opening = svg[svg.index(">") + 1 :]
+    return re.sub(r"\s*\n\s*", "\n", opening + after_opening)

@@ -1,4 +1,7 @@
-"""The runs that a report compares: their names, and the settings in which they differ."""
+"""The runs that a report compares: a short name for each, and the settings in which they differ.
+
+The rest of the report works on these runs. Knows nothing of columns, plots or HTML.
+"""
 
 import math
 import re
@@ -6,20 +9,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from int8run.report.columns import MISSING, PSNR_DB, STEP_MS
-from int8run.tracking.run_record import FINISHED, Record
+from int8run.tracking.run_record import FINISHED, Record, find_varying_keys, split_override
 
-# settings that change neither what is drawn nor how fast
+# Settings that change neither the images nor the speed.
 IRRELEVANT_SETTINGS = re.compile(r"(resume|progress|tracker|cache|save)([.]|$)")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A record as the page names it.
+    """A record with the name that the report gives it.
 
     Args:
-        tag: `#3`.
-        varied: its value of every setting that differs between the runs, by the setting's name on the command line.
-        label: these values in a few words.
+        record: what the job left in its output folder.
+        tag: its number, such as `#3`.
+        varied_settings: the settings that tell the runs apart, by their names on the command line, with the
+            values of this run. All runs of a report have the same keys.
+        label: these values in a few words, such as `strength=0.5 outlier=convrot`.
     """
 
     record: Record
@@ -29,124 +34,142 @@ class Run:
 
     @property
     def name(self) -> str:
-        """`#3 outlier=convrot`."""
+        """Tag and label: `#3 outlier=convrot`."""
         return f"{self.tag} {self.label}".strip()
 
     def get_metric(self, name: str) -> float | None:
-        """A number that was measured by a run that finished; NaN is none."""
-        value = self.record.metrics.get(name) if self.record.state == FINISHED else None
-        return None if value is None or math.isnan(value) else value
+        """A metric of a finished run; None where it is missing or NaN."""
+        if self.record.state != FINISHED:
+            return None
+        value = self.record.metrics.get(name)
+        if value is None or math.isnan(value):
+            return None
+        return value
 
 
 def name_runs(records: Sequence[Record]) -> list[Run]:
-    """Each record with a short name: its number, where numbers differ, else its place here; and what sets it apart."""
-    numbers = [r.number for r in records]
+    """Give each record a tag and a label that sets it apart from the others.
+
+    The tag is the job's number in its sweep. Where two records have the same number, for example from two
+    sweeps, all are numbered by their position instead.
+    """
+    settings = [collect_settings(record) for record in records]
+    keys = find_distinguishing_keys(records, settings)
+    label_keys = choose_label_keys(records, settings, keys)
+    short_keys = shorten_keys(label_keys)
+
+    numbers = [record.number for record in records]
     if len(set(numbers)) < len(numbers):
         numbers = list(range(len(records)))
-    found = [collect_settings(r) for r in records]
-    keys = find_distinguishing_keys(records, found)
-    # a task of another kind in the folder must not add `task=run` to every name
-    measured = [settings for record, settings in zip(records, found, strict=True) if record.metrics]
-    in_label = [key for key in keys if len({settings.get(key) for settings in measured}) > 1] or keys
-    short = shorten_keys(in_label)
+
     runs = []
-    for place, record, settings in zip(numbers, records, found, strict=True):
-        varied = {key: settings.get(key, MISSING) for key in keys}
-        runs.append(
-            Run(record, f"#{place}", varied, " ".join(f"{short[key]}={varied[key]}" for key in in_label))
-        )
+    for number, record, values in zip(numbers, records, settings, strict=True):
+        varied_settings = {key: values.get(key, MISSING) for key in keys}
+        label = " ".join(f"{short_keys[key]}={varied_settings[key]}" for key in label_keys)
+        runs.append(Run(record=record, tag=f"#{number}", varied_settings=varied_settings, label=label))
     return runs
 
 
-def find_varying_settings(runs: Sequence[Run]) -> list[str]:
-    """Those of the settings that tell runs apart which differ between these."""
-    return [
-        key
-        for key in (runs[0].varied_settings if runs else ())
-        if len({run.varied_settings[key] for run in runs}) > 1
-    ]
+def choose_label_keys(
+    records: Sequence[Record], settings: Sequence[Mapping[str, str]], keys: Sequence[str]
+) -> list[str]:
+    """The keys that differ between runs with metrics.
+
+    A run of another task in the same folder must not add `task=run` to every label.
+    """
+    with_metrics = [values for record, values in zip(records, settings, strict=True) if record.metrics]
+    varying = find_varying_keys(with_metrics)
+    return [key for key in keys if key in varying] or list(keys)
 
 
 def collect_settings(record: Record) -> dict[str, str]:
-    """Settings by their names on the command line; a list of LoRAs stands there as it was said."""
-    said = (word.lstrip("+~").partition("=") for word in record.overrides)
-    return {key: value for key, _, value in said} | record.params
+    """The settings of a run by their names on the command line.
 
-
-def differing(found: Sequence[Mapping[str, str]]) -> list[str]:
-    """Keys that not all have with the same value, in the order of their first appearance."""
-    keys = dict.fromkeys(key for settings in found for key in settings)
-    return [key for key in keys if len({settings.get(key) for settings in found}) > 1]
-
-
-def find_distinguishing_keys(records: Sequence[Record], found: Sequence[Mapping[str, str]]) -> list[str]:
-    """Settings that tell the runs apart: those that the user named and that differ; if none do, all that differ.
-
-    `outlier=none,convrot` changes the settings of the method, too, which would only repeat it.
+    Overrides are included because params hold only what has a value of its own: a list of LoRAs, for example,
+    is known only as the user wrote it.
     """
-    differ = [key for key in differing(found) if not IRRELEVANT_SETTINGS.match(key)]
-    said = dict.fromkeys(
-        word.lstrip("+~").partition("=")[0] for record in records for word in record.overrides
-    )
-    return [key for key in said if key in differ] or differ
+    return dict(map(split_override, record.overrides)) | record.params
+
+
+def find_distinguishing_keys(records: Sequence[Record], settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """The settings that tell the runs apart: those on the command line that differ, else all that differ.
+
+    `outlier=none,convrot` also changes the settings of the method; they would only repeat the difference.
+    """
+    varying = [key for key in find_varying_keys(settings) if not IRRELEVANT_SETTINGS.match(key)]
+    overrides = [override for record in records for override in record.overrides]
+    overridden = dict.fromkeys(key for key, _ in map(split_override, overrides))
+    return [key for key in overridden if key in varying] or varying
+
+
+def find_varying_settings(runs: Sequence[Run]) -> list[str]:
+    """The distinguishing settings that differ between these runs, a part of the report's runs."""
+    return find_varying_keys([run.varied_settings for run in runs])
 
 
 def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
-    """The shortest end of each dotted key that no other key ends with."""
-    short = {}
-    for key in keys:
-        parts = key.split(".")
-        ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        short[key] = next(
-            (
-                end
-                for end in ends
-                if not any(f".{other}".endswith(f".{end}") for other in keys if other != key)
-            ),
-            key,
-        )
-    return short
+    """The shortest end of each dotted key that no other key ends with: `lora.strength` -> `strength`."""
+    return {key: shorten_key(key, keys) for key in keys}
+
+
+def shorten_key(key: str, keys: Sequence[str]) -> str:
+    """The shortest end of `key` that none of the other `keys` ends with."""
+    others = [f".{other}" for other in keys if other != key]
+    parts = key.split(".")
+    for length in range(1, len(parts)):
+        end = ".".join(parts[-length:])
+        if not any(other.endswith(f".{end}") for other in others):
+            return end
+    return key
 
 
 def select_measured(runs: Sequence[Run]) -> list[Run]:
-    """Runs that finished with a speed or a quality."""
+    """The runs that finished and measured a speed or a quality."""
     return [run for run in runs if run.get_metric(STEP_MS) is not None or run.get_metric(PSNR_DB) is not None]
 
 
 def describe_machine(record: Record) -> str:
-    """The hardware in words; empty when the run did not get so far."""
+    """The hardware of a run: `NVIDIA H200` or `AMD EPYC, 8 threads`; empty where the run ended too early."""
     facts = record.environment
-    if not facts or facts.get("gpu"):
-        return str(facts.get("gpu", ""))
+    if not facts:
+        return ""
+    if facts.get("gpu"):
+        return str(facts["gpu"])
     return f"{facts.get('cpu', 'CPU')}, {pluralize(facts.get('threads', 1), 'thread')}"
 
 
 def group_tags_by_value(runs: Sequence[Run], values: Sequence[str]) -> dict[str, list[str]]:
-    """Tags of the runs by a value of theirs."""
-    found: dict[str, list[str]] = {}
+    """The tags of the runs that share a value, by value.
+
+    Args:
+        runs: the runs.
+        values: one value for each of them.
+    """
+    tags: dict[str, list[str]] = {}
     for run, value in zip(runs, values, strict=True):
-        found.setdefault(value, []).append(run.tag)
-    return found
+        tags.setdefault(value, []).append(run.tag)
+    return tags
 
 
 def format_tags(tags: Sequence[str]) -> str:
-    """`#0–#3, #7`."""
-    parts: list[list[str]] = []
+    """Tags as a list in which three or more in a row become a range: `#0–#3, #7`."""
+    ranges: list[list[str]] = []
     for tag in tags:
-        if parts and int(tag[1:]) == int(parts[-1][-1][1:]) + 1:
-            parts[-1].append(tag)
+        follows_last = bool(ranges) and int(tag[1:]) == int(ranges[-1][-1][1:]) + 1
+        if follows_last:
+            ranges[-1].append(tag)
         else:
-            parts.append([tag])
-    return ", ".join(f"{p[0]}–{p[-1]}" if len(p) > 2 else ", ".join(p) for p in parts)
+            ranges.append([tag])
+    return ", ".join(f"{r[0]}–{r[-1]}" if len(r) > 2 else ", ".join(r) for r in ranges)
 
 
-def pluralize(number: int, what: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """`1 run`, `2 runs`."""
-    return f"{number} {what}{'s' * (number != 1)}"
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def parse_number(text: str) -> float | None:
-    """A setting as a finite number; None for anything else."""
+    """The value of a setting as a finite number; None for anything else."""
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,7 @@
-"""The recommendation at the top of a report."""
+"""The recommendation at the top of a report: which setting to use, why, and what limits the advice.
+
+`recommend` compares the runs once and hands the result to one function per paragraph. Knows nothing of HTML.
+"""
 
 import math
 import re
@@ -21,7 +24,6 @@ from int8run.report.ranking import (
     format_names,
     group_candidates,
     list_speed_quality,
-    orient_speed,
 )
 from int8run.report.runs import (
     Run,
@@ -33,43 +35,29 @@ from int8run.report.runs import (
     select_measured,
 )
 
-IMAGE_SETTINGS = re.compile(
-    r"(model|sampler|prompts|seed)\b"
-)  # settings that decide what the float model draws, LoRAs aside
+# Settings that decide which images the float model generates, LoRAs aside.
+IMAGE_SETTINGS = re.compile(r"(model|sampler|prompts|seed)\b")
 
+# Smaller differences than these would not show again in a second measurement.
+SPEED_NOISE = 0.03
+QUALITY_NOISE_DB = 0.5
 
-CHOSEN = "which one chooses for the picture: at each INT8 is compared with float"
+MAX_BETWEEN = 3  # further candidates of the Pareto front that the recommendation names
 
-
-# differences that a second measurement would not repeat
-SPEED_NOISE, QUALITY_NOISE_DB = 0.03, 0.5
-
-
-MAX_BETWEEN = 3  # further members of the front that the answer names
-
-
-def explain_incomparable_speeds(runs: Sequence[Run]) -> list[str]:
-    """Why the speeds of these runs cannot be compared; empty when they can."""
-    timed = [run for run in runs if run.get_metric(STEP_MS) is not None]
-    reasons = []
-    shared = max((run.record.jobs_at_once for run in timed), default=1)
-    if shared > 1:
-        reasons.append(
-            f"Speeds are not comparable: up to {shared} jobs shared a machine while they were measured."
-        )
-    machines = group_tags_by_value(timed, [describe_machine(run.record) for run in timed])
-    if len(machines) > 1:
-        said = "; ".join(f"{name or 'unknown'}: {format_tags(tags)}" for name, tags in machines.items())
-        reasons.append(f"Speeds are not comparable: the runs come from different machines ({said}).")
-    return reasons
-
-
-def explain_incomparable_quality(runs: Sequence[Run]) -> str | None:
-    """Why the quality of these runs cannot be compared; None when it can."""
-    keys = [key for key in find_varying_settings(select_measured(runs)) if IMAGE_SETTINGS.match(key)]
-    if not keys:
-        return None
-    return f"Quality is not comparable: {', '.join(keys)} differ, so that each run was compared with other pictures of the float model."
+SSIM, LATENT_ERROR = "quality/ssim", "quality/latent_rel_err"
+SPEED_METRICS = (STEP_MS, SPEED_RATIO)
+QUALITY_METRICS = (PSNR_DB, SSIM, LATENT_ERROR)
+MEMORY_METRICS = (DENOISER_BYTES, DENOISER_RATIO)
+PHRASES = {
+    STEP_MS: "{} a step",
+    SPEED_RATIO: "{} the float model's speed",
+    PSNR_DB: "PSNR {}",
+    SSIM: "SSIM {}",
+    LATENT_ERROR: "latent error {}",
+    DENOISER_BYTES: "{}",
+    DENOISER_RATIO: "{} smaller than float",
+}
+UNITS = {STEP_MS: " ms", DENOISER_BYTES: " MB", LATENT_ERROR: " %", PSNR_DB: " dB"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +65,7 @@ class Recommendation:
     """Which setting to use.
 
     Args:
-        verdict: the answer, in one or two sentences.
+        verdict: the recommendation, in one or two sentences.
         facts: what it rests on, as term and text.
         warnings: why it may be wrong.
     """
@@ -87,189 +75,315 @@ class Recommendation:
     warnings: list[str]
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What the recommendation is written from.
+
+    Args:
+        runs: all runs of the report.
+        candidates: what one may choose between.
+        content_keys: the settings over which the candidates' metrics are medians.
+        speed_metric: what speeds are compared by; None where no run was timed.
+        fastest, closest, smallest: the candidates that share the best speed, PSNR and denoiser memory.
+        speed_problems: why speeds cannot be compared.
+        scattered_tags: runs whose step times vary too much.
+    """
+
+    runs: Sequence[Run]
+    candidates: list[Candidate]
+    content_keys: list[str]
+    speed_metric: str | None
+    fastest: list[Candidate]
+    closest: list[Candidate]
+    smallest: list[Candidate]
+    speed_problems: list[str]
+    scattered_tags: list[str]
+
+    @property
+    def has_comparable_speeds(self) -> bool:
+        """Whether one may say which candidate is the fastest: not where half of the timed runs scatter."""
+        num_timed = sum(run.get_metric(STEP_MS) is not None for run in self.runs)
+        mostly_scattered = num_timed > 0 and 2 * len(self.scattered_tags) >= num_timed
+        return not self.speed_problems and not mostly_scattered
+
+
 def recommend(runs: Sequence[Run]) -> Recommendation:
-    """The answer that these runs give, as far as they give one."""
-    choices, over = group_candidates(runs)
-    warnings = explain_incomparable_speeds(runs)
-    if not choices:
+    """The recommendation that these runs support, as far as they support one."""
+    comparison = compare_runs(runs)
+    if not comparison.candidates:
         return Recommendation("No run finished with a measurement, so there is nothing to compare.", [], [])
-    unsure = [run.tag for run in runs if has_scattered_steps(run)]
-    if unsure:
-        warnings.append(
-            f"Step times of {format_tags(unsure)} scatter by more than twice: other work ran there, and their speeds say little."
-        )
-    metric = choose_speed_metric([run for c in choices for run in c.runs])
-    fastest = find_best(choices, metric, -1 if metric == STEP_MS else 1) if metric else []
-    closest, smallest = find_best(choices, PSNR_DB, 1), find_best(choices, DENOISER_BYTES, -1)
-    if not fastest:
-        warnings.append("No run measured its speed.")
-    if not closest:
-        warnings.append(
-            "No run was compared with the float model's pictures (metrics.baseline=none), so nothing is said about quality."
-        )
-    speed_words = (STEP_MS, "{} a step"), (SPEED_RATIO, "{} the float model's speed")
-    quality_words = (
-        (PSNR_DB, "PSNR {}"),
-        ("quality/ssim", "SSIM {}"),
-        ("quality/latent_rel_err", "latent error {}"),
-    )
-    memory_words = (DENOISER_BYTES, "{}"), (DENOISER_RATIO, "{} smaller than float")
-    unlike = None if over else explain_incomparable_quality(runs)
-    if unlike:
+
+    warnings = list_warnings(comparison)
+    # Where metrics are medians over contents, every candidate generated the same images.
+    different_images = None if comparison.content_keys else explain_incomparable_quality(runs)
+    if different_images:
         return Recommendation(
-            "These runs drew different pictures; they do not say which setting to use.",
+            "These runs generated different images, so they do not show which setting to use.",
             [],
-            [unlike, *warnings],
+            [different_images, *warnings],
         )
-    if len(choices) == 1:
-        parts = (
-            ("Speed", fastest, speed_words),
-            ("Quality", closest, quality_words),
-            ("Denoiser", smallest, memory_words),
-        )
-        facts = [(term, describe_measurements(who[0], *said)) for term, who, said in parts if who]
-        if over:
-            facts.append(
-                ("Medians over", f"{', '.join(over)} ({pluralize(len(choices[0].runs), 'run')}), {CHOSEN}")
-            )
-        return Recommendation(write_single_verdict(choices[0], 1 if over else len(runs)), facts, warnings)
-    # noise of half of the runs or more is no speed
-    unfair = (
-        bool(explain_incomparable_speeds(runs))
-        or 2 * len(unsure) >= sum(run.get_metric(STEP_MS) is not None for run in runs) > 0
+    if len(comparison.candidates) == 1:
+        return Recommendation(write_single_verdict(comparison), list_single_facts(comparison), warnings)
+    return Recommendation(write_verdict(comparison), list_facts(comparison), warnings)
+
+
+def compare_runs(runs: Sequence[Run]) -> Comparison:
+    """Group the runs into candidates and find the best of them."""
+    groups = group_candidates(runs)
+    candidates = groups.candidates
+    speed_metric = choose_speed_metric([run for candidate in candidates for run in candidate.runs])
+    fastest = []
+    if speed_metric is not None:
+        fastest = find_best(candidates, speed_metric, direction=-1 if speed_metric == STEP_MS else 1)
+    return Comparison(
+        runs=runs,
+        candidates=candidates,
+        content_keys=groups.content_keys,
+        speed_metric=speed_metric,
+        fastest=fastest,
+        closest=find_best(candidates, PSNR_DB, direction=1),
+        smallest=find_best(candidates, DENOISER_BYTES, direction=-1),
+        speed_problems=explain_incomparable_speeds(runs),
+        scattered_tags=[run.tag for run in runs if has_scattered_steps(run)],
     )
-    facts = (
-        [
-            (
-                "Fastest as measured" if unfair else "Fastest",
-                describe_candidates(fastest, choices, *speed_words),
-            )
-        ]
-        if fastest
-        else []
+
+
+# -- warnings ------------------------------------------------------------------------------------------------
+
+
+def list_warnings(comparison: Comparison) -> list[str]:
+    """What limits the recommendation."""
+    warnings = list(comparison.speed_problems)
+    if comparison.scattered_tags:
+        tags = format_tags(comparison.scattered_tags)
+        warnings.append(
+            f"Step times of {tags} vary by more than a factor of two: other programs used the machine, and "
+            "these speeds are unreliable."
+        )
+    if not comparison.fastest:
+        warnings.append("No run measured its speed.")
+    if not comparison.closest:
+        warnings.append(
+            "No run was compared with the float model's images (metrics.baseline=none), so nothing is known "
+            "about quality."
+        )
+    return warnings
+
+
+def explain_incomparable_speeds(runs: Sequence[Run]) -> list[str]:
+    """Why the speeds of these runs cannot be compared; empty when they can."""
+    timed = [run for run in runs if run.get_metric(STEP_MS) is not None]
+    reasons = []
+    jobs_at_once = max((run.record.jobs_at_once for run in timed), default=1)
+    if jobs_at_once > 1:
+        reasons.append(
+            f"Speeds are not comparable: up to {jobs_at_once} jobs shared a machine while they were measured."
+        )
+    tags_by_machine = group_tags_by_value(timed, [describe_machine(run.record) for run in timed])
+    if len(tags_by_machine) > 1:
+        machines = "; ".join(
+            f"{machine or 'unknown'}: {format_tags(tags)}" for machine, tags in tags_by_machine.items()
+        )
+        reasons.append(f"Speeds are not comparable: the runs come from different machines ({machines}).")
+    return reasons
+
+
+def explain_incomparable_quality(runs: Sequence[Run]) -> str | None:
+    """Why the quality of these runs cannot be compared; None when it can."""
+    keys = [key for key in find_varying_settings(select_measured(runs)) if IMAGE_SETTINGS.match(key)]
+    if not keys:
+        return None
+    return (
+        f"Quality is not comparable: the runs differ in {', '.join(keys)}, so each was compared with "
+        "different images of the float model."
     )
-    facts += [("Closest to float", describe_candidates(closest, choices, *quality_words))] if closest else []
-    between = [
-        choices[i]
-        for i in find_pareto_front(list_speed_quality(choices))
-        if choices[i] not in [*fastest, *closest]
-    ]
-    if between and not unfair:
-        facts.append(
-            (
-                "Between them",
-                "; ".join(
-                    describe_candidates([c], choices, *speed_words, quality_words[0])
-                    for c in between[:MAX_BETWEEN]
-                ),
-            )
-        )
-    facts += [("Smallest", describe_candidates(smallest, choices, *memory_words))] if smallest else []
-    if over:
-        facts.append(
-            ("Medians over", f"{', '.join(over)} ({pluralize(len(choices[0].runs), 'run')} each), {CHOSEN}")
-        )
-    ahead = find_pareto_front(list_speed_quality(runs))
-    if ahead:
-        facts.append(
-            (
-                "Pareto front",
-                f"{format_tags([runs[i].tag for i in ahead])}: no other run is faster without being further from float",
-            )
-        )
-    return Recommendation(write_verdict(choices, fastest, closest, metric, unfair), facts, warnings)
-
-
-def write_verdict(
-    choices: Sequence[Candidate],
-    fastest: Sequence[Candidate],
-    closest: Sequence[Candidate],
-    metric: str | None,
-    unfair: bool,
-) -> str:
-    """What to use of several, in one or two sentences."""
-    if not closest:
-        return (
-            f"{format_names(fastest)} is the fastest."
-            if fastest and not unfair
-            else "These runs do not say which setting to use."
-        )
-    if not fastest or metric is None or unfair:
-        return (
-            f"{format_names(closest)} is the closest to float. Which is the fastest, these runs cannot say."
-        )
-    quick, close = fastest[0], closest[0]
-    speeds = [abs(orient_speed(metric, c.get_metric(metric) or math.nan)) for c in (quick, close)]
-    lost = 1 - min(speeds) / max(speeds)
-    of_close, of_quick = close.get_metric(PSNR_DB) or 0.0, quick.get_metric(PSNR_DB)
-    gained = math.inf if of_quick is None else 0.0 if of_close == of_quick else of_close - of_quick
-    both = [c for c in fastest if c in closest]
-    if both:
-        text = f"Use {format_names(both)}: both the fastest and the closest to float."
-    elif lost <= SPEED_NOISE:
-        text = f"Use {format_names(closest)}: the closest to float, and within {100 * SPEED_NOISE:.0f} % of the fastest."
-    elif gained <= QUALITY_NOISE_DB:
-        text = f"Use {format_names(fastest)}: the fastest, and within {QUALITY_NOISE_DB} dB of the closest to float."
-    else:
-        more = (
-            "the closest to float"
-            if of_quick is None
-            else "equal to float"
-            if math.isinf(gained)
-            else f"{gained:.1f} dB closer to float"
-        )
-        text = f"Choose: {format_names(fastest)} is the fastest; {format_names(closest)} is {more} at {100 * lost:.0f} % less speed."
-    ratio = quick.get_metric(SPEED_RATIO)
-    return text + (" INT8 is slower than float here." if ratio is not None and ratio < 1 else "")
-
-
-def write_single_verdict(only: Candidate, runs: int) -> str:
-    """What one run says, of as many as there are."""
-    ratio, psnr, smaller = (
-        only.get_metric(SPEED_RATIO),
-        only.get_metric(PSNR_DB),
-        only.get_metric(DENOISER_RATIO),
-    )
-    parts = []
-    if ratio is not None:
-        parts.append(f"{'' if ratio >= 1 else 'only '}{ratio:.2f} times the float model's speed")
-    if smaller is not None:
-        parts.append(f"a denoiser {smaller:.2f} times smaller")
-    if psnr is not None:
-        parts.append(
-            "pictures equal to float's"
-            if math.isinf(psnr)
-            else f"pictures at {psnr:.1f} dB PSNR from float's"
-        )
-    text = ", ".join(parts) or "no comparison with float"
-    return f"Only {only.name} was measured: {text}." if runs > 1 else f"{text[0].upper()}{text[1:]}."
-
-
-def describe_candidates(
-    who: Sequence[Candidate], choices: Sequence[Candidate], *metrics: tuple[str, str]
-) -> str:
-    """`outlier=none: 5.2 ms a step, 2.54× the float model's speed`."""
-    return f"{'all' if len(who) == len(choices) else format_names(who)}: {describe_measurements(who[0], *metrics)}"
-
-
-def describe_measurements(who: Candidate, *metrics: tuple[str, str]) -> str:
-    """Numbers in words; those that are missing are left out."""
-    units = {STEP_MS: " ms", DENOISER_BYTES: " MB", "quality/latent_rel_err": " %", PSNR_DB: " dB"}
-    said = []
-    for metric, words in metrics:
-        value = who.get_metric(metric)
-        if value is not None:
-            column = next(c for c in METRIC_COLUMNS if c.metric == metric)
-            said.append(
-                words.format(
-                    column.format(value, column.choose_decimals([value]))
-                    + units.get(metric, "") * math.isfinite(value)
-                )
-            )
-    return ", ".join(said)
 
 
 def has_scattered_steps(run: Run) -> bool:
     """Whether one step in ten took more than twice the median."""
     p50, p90 = run.get_metric(STEP_MS), run.get_metric("speed/step_ms_p90")
     return p50 is not None and p90 is not None and p90 > 2 * p50
+
+
+# -- one candidate -------------------------------------------------------------------------------------------
+
+
+def write_single_verdict(comparison: Comparison) -> str:
+    """What the only candidate measured."""
+    only = comparison.candidates[0]
+    parts = []
+
+    speed_ratio = only.get_metric(SPEED_RATIO)
+    if speed_ratio is not None:
+        parts.append(f"{'' if speed_ratio >= 1 else 'only '}{speed_ratio:.2f} times the float model's speed")
+
+    memory_ratio = only.get_metric(DENOISER_RATIO)
+    if memory_ratio is not None:
+        parts.append(f"a denoiser {memory_ratio:.2f} times smaller")
+
+    psnr = only.get_metric(PSNR_DB)
+    if psnr is not None and math.isinf(psnr):
+        parts.append("images identical to the float model's")
+    elif psnr is not None:
+        parts.append(f"images at {psnr:.1f} dB PSNR to the float model's")
+
+    text = ", ".join(parts) or "no comparison with float"
+    is_one_of_several = len(comparison.runs) > 1 and not comparison.content_keys
+    if is_one_of_several:
+        return f"Only {only.name} was measured: {text}."
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def list_single_facts(comparison: Comparison) -> list[tuple[str, str]]:
+    """Speed, quality and memory of the only candidate, each where it was measured."""
+    only = comparison.candidates[0]
+    facts = []
+    if comparison.fastest:
+        facts.append(("Speed", describe_metrics(only, SPEED_METRICS)))
+    if comparison.closest:
+        facts.append(("Quality", describe_metrics(only, QUALITY_METRICS)))
+    if comparison.smallest:
+        facts.append(("Denoiser", describe_metrics(only, MEMORY_METRICS)))
+    if comparison.content_keys:
+        facts.append(("Medians over", describe_medians(comparison, pluralize(len(only.runs), "run"))))
+    return facts
+
+
+# -- several candidates --------------------------------------------------------------------------------------
+
+
+def write_verdict(comparison: Comparison) -> str:
+    """Which of several candidates to use, in one or two sentences."""
+    fastest, closest = comparison.fastest, comparison.closest
+    can_compare_speeds = bool(fastest) and comparison.has_comparable_speeds
+    if not closest:
+        if not can_compare_speeds:
+            return "These runs do not show which setting to use."
+        return f"{format_names(fastest)} is the fastest."
+    if not can_compare_speeds:
+        return (
+            f"{format_names(closest)} is the closest to float. These runs cannot tell which is the fastest."
+        )
+
+    text = weigh_speed_and_quality(comparison)
+    speed_ratio = fastest[0].get_metric(SPEED_RATIO)
+    if speed_ratio is not None and speed_ratio < 1:
+        text += " INT8 is slower than float here."
+    return text
+
+
+def weigh_speed_and_quality(comparison: Comparison) -> str:
+    """The sentence that chooses between the fastest and the closest, or leaves the choice to the reader."""
+    fastest, closest = comparison.fastest, comparison.closest
+    both = [candidate for candidate in fastest if candidate in closest]
+    if both:
+        return f"Use {format_names(both)}: both the fastest and the closest to float."
+
+    speed_loss = compute_speed_loss(comparison)
+    if speed_loss <= SPEED_NOISE:
+        within = f"{100 * SPEED_NOISE:.0f} %"
+        return f"Use {format_names(closest)}: the closest to float, and within {within} of the fastest."
+
+    psnr_gain = compute_psnr_gain(comparison)
+    if psnr_gain is not None and psnr_gain <= QUALITY_NOISE_DB:
+        within = f"{QUALITY_NOISE_DB} dB"
+        return f"Use {format_names(fastest)}: the fastest, and within {within} of the closest to float."
+
+    if psnr_gain is None:
+        advantage = "the closest to float"
+    elif math.isinf(psnr_gain):
+        advantage = "equal to float"
+    else:
+        advantage = f"{psnr_gain:.1f} dB closer to float"
+    return (
+        f"Choose: {format_names(fastest)} is the fastest; {format_names(closest)} is {advantage} "
+        f"at {100 * speed_loss:.0f} % less speed."
+    )
+
+
+def compute_speed_loss(comparison: Comparison) -> float:
+    """How much slower the closest candidate is than the fastest, as a share of the fastest one's speed."""
+    if comparison.speed_metric is None:
+        return math.nan
+    speeds = [
+        candidate.get_metric(comparison.speed_metric) or math.nan
+        for candidate in (comparison.fastest[0], comparison.closest[0])
+    ]
+    # The same for step times and for ratios to float.
+    return 1 - min(speeds) / max(speeds)
+
+
+def compute_psnr_gain(comparison: Comparison) -> float | None:
+    """How many dB the closest candidate is ahead of the fastest; None where the fastest has no PSNR."""
+    psnr_of_fastest = comparison.fastest[0].get_metric(PSNR_DB)
+    psnr_of_closest = comparison.closest[0].get_metric(PSNR_DB) or 0.0
+    if psnr_of_fastest is None:
+        return None
+    if psnr_of_closest == psnr_of_fastest:
+        return 0.0  # where both are infinite, too
+    return psnr_of_closest - psnr_of_fastest
+
+
+def list_facts(comparison: Comparison) -> list[tuple[str, str]]:
+    """The best candidates with their numbers, those between them, and the Pareto front of the runs."""
+    facts = []
+    if comparison.fastest:
+        term = "Fastest" if comparison.has_comparable_speeds else "Fastest as measured"
+        facts.append((term, describe_best(comparison.fastest, comparison, SPEED_METRICS)))
+    if comparison.closest:
+        facts.append(("Closest to float", describe_best(comparison.closest, comparison, QUALITY_METRICS)))
+
+    between = list_between(comparison)
+    if between and comparison.has_comparable_speeds:
+        metrics = (*SPEED_METRICS, PSNR_DB)
+        texts = [describe_best([candidate], comparison, metrics) for candidate in between[:MAX_BETWEEN]]
+        facts.append(("Between them", "; ".join(texts)))
+
+    if comparison.smallest:
+        facts.append(("Smallest", describe_best(comparison.smallest, comparison, MEMORY_METRICS)))
+    if comparison.content_keys:
+        num_runs = pluralize(len(comparison.candidates[0].runs), "run")
+        facts.append(("Medians over", describe_medians(comparison, f"{num_runs} each")))
+
+    front = find_pareto_front(list_speed_quality(comparison.runs))
+    if front:
+        tags = format_tags([comparison.runs[index].tag for index in front])
+        facts.append(("Pareto front", f"{tags}: no other run is faster without being further from float"))
+    return facts
+
+
+def list_between(comparison: Comparison) -> list[Candidate]:
+    """The candidates of the Pareto front that are neither the fastest nor the closest."""
+    front = find_pareto_front(list_speed_quality(comparison.candidates))
+    extremes = [*comparison.fastest, *comparison.closest]
+    return [comparison.candidates[index] for index in front if comparison.candidates[index] not in extremes]
+
+
+# -- phrases -------------------------------------------------------------------------------------------------
+
+
+def describe_best(best: Sequence[Candidate], comparison: Comparison, metrics: Sequence[str]) -> str:
+    """Names and metrics: `outlier=none: 5.2 ms a step, 2.54× the float model's speed`."""
+    name = "all" if len(best) == len(comparison.candidates) else format_names(best)
+    return f"{name}: {describe_metrics(best[0], metrics)}"
+
+
+def describe_metrics(candidate: Candidate, metrics: Sequence[str]) -> str:
+    """Metrics of a candidate in words; those that are missing are left out."""
+    columns = {column.metric: column for column in METRIC_COLUMNS}
+    phrases = []
+    for metric in metrics:
+        value = candidate.get_metric(metric)
+        if value is None:
+            continue
+        column = columns[metric]
+        number = column.format(value, column.choose_decimals([value]))
+        unit = UNITS.get(metric, "") if math.isfinite(value) else ""
+        phrases.append(PHRASES[metric].format(number + unit))
+    return ", ".join(phrases)
+
+
+def describe_medians(comparison: Comparison, num_runs: str) -> str:
+    """Over what the candidates' metrics are medians, and why."""
+    keys = ", ".join(comparison.content_keys)
+    return f"{keys} ({num_runs}): chosen for the image, so INT8 is compared with float at each value"

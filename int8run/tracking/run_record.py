@@ -246,6 +246,18 @@ def split_override(word: str) -> tuple[str, str]:
     return key, value
 
 
+def find_varying_keys(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """The keys that do not have the same value in all mappings, in the order of their first appearance.
+
+    A key that only some of them have varies. A sweep's table, the report and the dashboard all ask this.
+
+    Args:
+        settings: of each run, by key.
+    """
+    keys = dict.fromkeys(key for values in settings for key in values)
+    return [key for key in keys if len({values.get(key) for values in settings}) > 1]
+
+
 def remove_login(text: str) -> str:
     """An address, or a text with some, without user and password."""
     return LOGIN.sub("://", text)

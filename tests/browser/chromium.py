@@ -95,7 +95,7 @@ def watch(page: Page, home: str, known: tuple[str, ...] = ()) -> Watch:
 
 
 @contextmanager
-def mlflow_server(store: str, log: Path, timeout_s: float = 120) -> Iterator[str]:
+def mlflow_server(store: str, log: Path, timeout_s: float = 300) -> Iterator[str]:
     """MLflow's server for a store: its address. It ends with all its processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -138,7 +138,7 @@ def mlflow_server(store: str, log: Path, timeout_s: float = 120) -> Iterator[str
 def answers(url: str) -> bool:
     """Whether something answers there."""
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with urllib.request.urlopen(url, timeout=60) as response:
             return response.status == 200
     except (URLError, OSError):
         return False

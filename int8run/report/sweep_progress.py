@@ -1,0 +1,133 @@
+"""What a sweep shows while it runs: a line for every job that ends, the time left and the best so far."""
+
+import logging
+import math
+import textwrap
+import time
+
+from rich.markup import escape
+
+from int8run.report.console import is_interactive, print_lines
+from int8run.report.formatting import format_decibels, format_duration
+from int8run.tracking.run_record import FINISHED, Record
+
+log = logging.getLogger(__name__)
+
+MAX_ERROR_LENGTH = 100  # of a job's error while the sweep continues; the end of the sweep shows it whole
+SMALLER_IS_BETTER = (
+    "_err",
+    "_ms",
+    "_s",
+    "_ms_p50",
+    "_ms_p90",
+    "_bytes",
+    "lpips",
+    "_distance",
+    "_share",
+    "overhead_ratio",
+    "fallback_layers",
+)
+OUTCOME_PHRASES = {
+    "quality/psnr_db": lambda value: f"PSNR {format_decibels(value)}",
+    "speed/ratio_vs_float": lambda value: f"{value:.2f}× float's speed",
+    "speed/step_ms_p50": lambda value: f"{value:.1f} ms per step",
+}
+
+
+class SweepProgress:
+    """Reports the jobs of a sweep, in the process that started it.
+
+    Args:
+        total: number of jobs of the sweep.
+        finished: how many of them are finished already.
+        objective: the metric that the best job is chosen by.
+        enabled: whether to show anything.
+    """
+
+    def __init__(self, total: int, finished: int, objective: str, enabled: bool):
+        self.total = total
+        self.num_ended = finished
+        self.num_ran = 0  # in this process and its workers
+        self.objective = objective
+        self.enabled = enabled
+        self.started_at = time.monotonic()
+        self.best: Record | None = None
+
+    def report_start(self, number: int, name: str) -> None:
+        """Name a job above its own bars; elsewhere than on a terminal it has none."""
+        if self.enabled and is_interactive():
+            print_lines(f"[bold]Job {number}[/bold] {escape(name)} …")
+
+    def report_end(self, record: Record) -> None:
+        """Tell how a job ended, how much is left, and which job is the best so far."""
+        self.num_ran += 1
+        self.num_ended += 1
+        self.best = choose_better(self.best, record, self.objective)
+        if not self.enabled:
+            return
+
+        line = " · ".join(
+            [
+                f"Job {record.number} ({record.name}): {describe_outcome(record)}",
+                self.describe_remaining(),
+                *self.describe_best(),
+            ]
+        )
+        if is_interactive():
+            print_lines(escape(line))
+        else:
+            log.log(logging.INFO if record.state == FINISHED else logging.ERROR, "%s", line)
+
+    def describe_remaining(self) -> str:
+        """`2 of 4 done, 1:00 elapsed, about 2:00 left`."""
+        elapsed = time.monotonic() - self.started_at
+        text = f"{self.num_ended} of {self.total} done, {format_duration(elapsed)} elapsed"
+        if self.num_ended < self.total:
+            left = elapsed / self.num_ran * (self.total - self.num_ended)
+            text += f", about {format_duration(left)} left"
+        return text
+
+    def describe_best(self) -> list[str]:
+        """The best job so far, once there are two to choose from."""
+        if self.best is None or self.num_ended < 2:
+            return []
+        return [f"best {self.objective} so far {format_metric(self.best, self.objective)}: {self.best.label}"]
+
+
+def describe_outcome(record: Record) -> str:
+    """How a job ended: its main metrics, or its error."""
+    if record.state != FINISHED:
+        return textwrap.shorten(f"{record.state}: {record.error}", MAX_ERROR_LENGTH, placeholder=" …")
+    phrases = [
+        phrase(record.metrics[name]) for name, phrase in OUTCOME_PHRASES.items() if name in record.metrics
+    ]
+    return ", ".join(phrases) or "finished"
+
+
+def format_metric(record: Record, name: str) -> str:
+    """One metric of a job as text."""
+    value = record.metrics[name]
+    return format_decibels(value) if name.endswith("_db") else f"{value:.4g}"
+
+
+def choose_better(best: Record | None, record: Record, objective: str) -> Record | None:
+    """The better of two jobs.
+
+    Args:
+        best: the best job so far; None where there is none.
+        record: the job that ended.
+        objective: the metric to compare by.
+    """
+    value = record.metrics.get(objective) if record.state == FINISHED else None
+    if value is None or math.isnan(value):
+        return best
+    if best is None:
+        return record
+    best_value = best.metrics[objective]
+    is_better = value < best_value if is_smaller_better(objective) else value > best_value
+    return record if is_better else best
+
+
+def is_smaller_better(metric: str) -> bool:
+    """Whether less of a metric is better: errors, times, sizes and distances."""
+    return metric.endswith(SMALLER_IS_BETTER)

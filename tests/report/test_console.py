@@ -1,0 +1,207 @@
+"""The terminal: how log lines and printed lines look, where they are wrapped, and where there are bars."""
+
+import io
+import logging
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from int8run.report import console
+from int8run.report.console import ConsoleHandler, Progress, print_lines
+from int8run.report.formatting import format_duration, format_pairs
+
+LOGGING_CONFIGS = Path(__file__).parents[2] / "conf" / "hydra"
+LONG_LINE = "Job 0 (lora.strength=0 outlier=none): PSNR 55.2 dB, 2.79× float's speed, 25.9 ms per step"
+
+
+class TerminalFile(io.StringIO):
+    """What a console writes to a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def use_console(monkeypatch):
+    """A function that makes the program write to a console of some width, and returns what was written."""
+    monkeypatch.delenv("CI", raising=False)
+
+    def make(file, width=40):
+        made = Console(file=file, width=width, color_system=None)
+        monkeypatch.setattr(console, "get_console", lambda: made)
+        return lambda: file.getvalue()
+
+    return make
+
+
+@pytest.fixture
+def logger():
+    """A logger that writes through the handler alone."""
+    made = logging.Logger("test")
+    made.addHandler(ConsoleHandler())
+    return made
+
+
+# -- lines ---------------------------------------------------------------------------------------------------
+
+
+def test_a_piped_log_line_stays_one_line(use_console, logger):
+    read = use_console(io.StringIO())
+
+    logger.info("%s", LONG_LINE)
+
+    assert read() == f"{LONG_LINE}\n"
+
+
+def test_a_log_line_on_a_terminal_is_wrapped_between_words_at_its_width(use_console, logger):
+    read = use_console(TerminalFile(), width=40)
+
+    logger.info("%s", LONG_LINE)
+
+    lines = read().splitlines()
+    assert len(lines) > 1 and max(map(len, lines)) <= 40
+    assert " ".join(line.rstrip() for line in lines) == LONG_LINE
+
+
+def test_a_long_path_on_a_terminal_is_not_broken(use_console, logger):
+    read = use_console(TerminalFile(), width=40)
+    path = "/a/folder/with/a/very/long/path/that/is/wider/than/forty/columns/report.html"
+
+    logger.info("report: %s", path)
+
+    assert path in read()
+
+
+def test_a_log_line_in_ci_stays_one_line_even_on_a_terminal(use_console, logger, monkeypatch):
+    monkeypatch.setenv("CI", "true")
+    read = use_console(TerminalFile(), width=40)
+
+    logger.info("%s", LONG_LINE)
+
+    assert read() == f"{LONG_LINE}\n"
+
+
+def test_a_pipe_that_shall_have_colors_is_not_wrapped(use_console, logger, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    read = use_console(io.StringIO(), width=40)
+
+    logger.info("%s", LONG_LINE)
+
+    assert read() == f"{LONG_LINE}\n"
+
+
+@pytest.mark.parametrize("file", [io.StringIO, TerminalFile], ids=["pipe", "terminal"])
+def test_a_printed_line_looks_like_a_log_line(use_console, logger, file):
+    read_logged = use_console(file())
+    logger.info("%s", LONG_LINE)
+
+    read_printed = use_console(file())
+    print_lines(LONG_LINE)
+
+    assert read_printed() == read_logged()
+
+
+def test_warnings_and_errors_begin_with_that_word(use_console, logger):
+    read = use_console(io.StringIO(), width=200)
+
+    logger.info("loading")
+    logger.warning("an option is ignored")
+    logger.error("job 3 failed")
+
+    assert read().splitlines() == ["loading", "Warning: an option is ignored", "Error: job 3 failed"]
+
+
+def test_brackets_in_a_log_line_are_text_and_in_a_printed_line_markup(use_console, logger):
+    read = use_console(io.StringIO(), width=200)
+
+    logger.info("outlier=[none] [bold]")
+    print_lines("[bold]outlier[/bold]")
+
+    assert read().splitlines() == ["outlier=[none] [bold]", "outlier"]
+
+
+def test_a_message_that_does_not_fit_its_arguments_does_not_end_the_program(use_console, logger, monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    read = use_console(io.StringIO())
+
+    logger.info("%d layers", "many")
+    logger.info("next")
+
+    assert read() == "next\n"
+
+
+def test_tables_are_printed_between_lines(use_console):
+    read = use_console(io.StringIO(), width=80)
+    table = Table("name")
+    table.add_row("value")
+
+    print_lines("before", table, "after")
+
+    lines = read().splitlines()
+    assert lines[0] == "before" and lines[-1] == "after"
+    assert any("value" in line for line in lines)
+
+
+@pytest.mark.parametrize("group", ["job_logging", "hydra_logging"])
+def test_the_logging_configs_name_the_handler(group):
+    config = yaml.safe_load((LOGGING_CONFIGS / group / "int8run.yaml").read_text())
+
+    assert config["handlers"]["console"]["class"] == f"{ConsoleHandler.__module__}.ConsoleHandler"
+
+
+def test_pairs_are_one_line_with_bold_values():
+    pairs = [("device", "cpu"), ("layers", 3)]
+
+    assert format_pairs(pairs) == "device [bold]cpu[/bold] · layers [bold]3[/bold]"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")]
+)
+def test_durations_have_hours_only_where_needed(seconds, text):
+    assert format_duration(seconds) == text
+
+
+# -- progress ------------------------------------------------------------------------------------------------
+
+
+def run_steps(progress):
+    """A loop of three items and a step."""
+    with progress.track_loop("Quantizing", 3) as advance:
+        for _ in range(3):
+            advance(1)
+    with progress.track_step("Loading"):
+        pass
+
+
+def test_steps_elsewhere_than_on_a_terminal_are_log_lines(use_console, caplog):
+    read = use_console(io.StringIO())
+
+    with caplog.at_level(logging.INFO, "int8run"):
+        run_steps(Progress(enabled=True))
+
+    assert caplog.messages == ["Quantizing (3)", "Loading"]
+    assert read() == ""
+
+
+def test_steps_on_a_terminal_are_bars(use_console, caplog):
+    read = use_console(TerminalFile(), width=120)
+
+    with caplog.at_level(logging.INFO, "int8run"):
+        run_steps(Progress(enabled=True))
+
+    assert "Quantizing" in read() and "3/3" in read() and "Loading" in read()
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("file", [io.StringIO, TerminalFile], ids=["pipe", "terminal"])
+def test_progress_that_is_off_shows_nothing(use_console, caplog, file):
+    read = use_console(file(), width=120)
+
+    with caplog.at_level(logging.INFO, "int8run"):
+        run_steps(Progress(enabled=False))
+
+    assert read() == "" and caplog.messages == []

@@ -1,0 +1,89 @@
+"""The Pareto front, what speeds are compared by, and how runs are grouped into candidates."""
+
+import math
+
+import numpy as np
+import pytest
+from report.run_folders import make_metrics, write_runs, write_strengths_by_outlier
+
+from int8run.report.columns import PSNR_DB, SPEED_RATIO, STEP_MS
+from int8run.report.ranking import choose_speed_metric, find_pareto_front, group_candidates
+
+
+@pytest.mark.parametrize(
+    ("points", "front"),
+    [
+        ([], []),
+        ([None], []),
+        ([(1, 1)], [0]),
+        ([(1, 5), (2, 4), (3, 1), (2, 3)], [0, 1, 2]),
+        ([(2, 2), (1, 1)], [0]),
+        ([(2, 2), (2, 1)], [0]),  # as fast and worse
+        ([(2, 2), (1, 2)], [0]),  # as close and slower
+        ([(2, 2), (2, 2)], [0, 1]),  # neither beats the other
+        ([(1, math.inf), (2, 60), (0.5, math.inf)], [0, 1]),
+        ([None, (-5, 3), (-4, 2)], [1, 2]),  # step times
+    ],
+)
+def test_the_front_has_the_points_that_no_other_beats(points, front):
+    assert find_pareto_front(points) == front
+
+
+def test_the_front_of_many_points_matches_its_definition():
+    points = [tuple(point) for point in np.random.default_rng(0).integers(0, 8, (60, 2)).tolist()]
+    expected = [p for p in points if all(q == p or q[0] < p[0] or q[1] < p[1] for q in points)]
+
+    assert [points[index] for index in find_pareto_front(points)] == expected
+
+
+def test_speeds_are_compared_by_ratio_where_all_runs_have_one(tmp_path):
+    all_ratios = write_runs(tmp_path / "a", [make_metrics(), make_metrics()])
+    one_ratio = write_runs(tmp_path / "b", [make_metrics(), make_metrics(ratio=None)])
+    nothing = write_runs(tmp_path / "c", [{}, {}])
+
+    assert choose_speed_metric(all_ratios) == SPEED_RATIO
+    assert choose_speed_metric(one_ratio) == STEP_MS
+    assert choose_speed_metric(nothing) is None
+
+
+def test_candidates_are_medians_over_strengths(tmp_path):
+    runs = write_strengths_by_outlier(
+        tmp_path, lambda strength, outlier: 60 - 10 * strength + 2 * (outlier == "convrot")
+    )
+
+    found = group_candidates(runs)
+
+    assert found.content_keys == ["lora.strength"]
+    assert [(c.name, len(c.runs), c.get_metric(PSNR_DB)) for c in found.candidates] == [
+        ("outlier=none", 3, 55),
+        ("outlier=convrot", 3, 57),
+    ]
+
+
+def test_candidates_are_compared_on_contents_that_all_have(tmp_path):
+    # convrot has no run with strength 0
+    runs = write_strengths_by_outlier(tmp_path, lambda strength, outlier: 60 - 10 * strength, left_out=[1])
+
+    found = group_candidates(runs)
+
+    strengths = [[run.varied_settings["lora.strength"] for run in c.runs] for c in found.candidates]
+    assert strengths == [["0.5", "1"], ["0.5", "1"]]
+
+
+def test_runs_that_differ_in_strength_alone_are_one_candidate(tmp_path):
+    metrics = [make_metrics(psnr=58.0), make_metrics(psnr=44.0)]
+    runs = write_runs(tmp_path, metrics, ("0", "1"), key="lora.strength")
+
+    found = group_candidates(runs)
+
+    (only,) = found.candidates
+    assert (only.name, only.get_metric(PSNR_DB)) == ("INT8", 51.0)
+    assert found.content_keys == ["lora.strength"]
+
+
+def test_the_median_with_identical_images_is_a_number(tmp_path):
+    runs = write_strengths_by_outlier(
+        tmp_path, lambda strength, outlier: math.inf if strength == 0 else 50.0, left_out=[4, 5]
+    )
+
+    assert [c.get_metric(PSNR_DB) for c in group_candidates(runs).candidates] == [50.0, 50.0]

@@ -1,0 +1,130 @@
+"""The tables that end a command: the result of a run, and the jobs of a sweep."""
+
+import io
+import json
+import math
+
+import pytest
+from report.sweep_jobs import JOB_METRICS, write_job
+from rich.console import Console
+
+from int8run.report import result_tables
+from int8run.report.result_tables import build_result_table, build_sweep_table, count_warnings
+
+# -- one run -------------------------------------------------------------------------------------------------
+
+METRICS = {
+    "speed/step_ms_p50": 20.0,
+    "float/step_ms_p50": 50.0,
+    "speed/step_ms_p90": 25.0,
+    "float/step_ms_p90": 50.0,
+    "speed/images_per_s": 3.0,
+    "float/images_per_s": 2.0,
+    "memory/denoiser_bytes": 10_000_000,
+    "float/denoiser_bytes": 38_000_000,
+    "quality/psnr_db": 31.25,
+    "quality/ssim": 0.98765,
+    "quality/latent_rel_err": 0.0312,
+    "quant/layers_int8": 32,
+    "quant/layers_float": 14,
+    "quant/fallback_layers": 2,
+    "quant/output_sqnr_db_mean": 33.3,
+    "quant/output_sqnr_db_min": 21.1,
+    "lora/modules_matched": 8,
+    "lora/overhead_ratio": 1.07,
+}
+
+
+def read_result_rows(metrics):
+    """The rows of a result table: first cell -> other cells."""
+    table = build_result_table("tiny", metrics, "INT8")
+    assert [column.header for column in table.columns] == ["", "float", "INT8", "ratio"]
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    return {label: cells for label, *cells in rows}
+
+
+def test_the_result_table_has_a_row_for_every_measurement():
+    assert read_result_rows(METRICS) == {
+        "step, median": ["50.0 ms", "20.0 ms", "2.50×"],
+        "step, 90 %": ["50.0 ms", "25.0 ms", "2.00×"],
+        "images per second": ["2.00", "3.00", "1.50×"],
+        "denoiser memory": ["38.0 MB", "10.0 MB", "3.80×"],
+        "PSNR to float": ["", "31.2 dB", ""],
+        "SSIM to float": ["", "0.9877", ""],
+        "latent error": ["", "3.12 %", ""],
+        "Linear layers, float / INT8": ["", "14 / 32", ""],
+        "small-batch fallback": ["", "2", ""],
+        "layer SQNR, mean / min": ["", "33.3 / 21.1 dB", ""],
+        "LoRA modules matched": ["", "8", ""],
+        "step time with LoRA branch": ["", "1.07×", ""],
+    }
+
+
+def test_what_was_not_measured_has_no_row():
+    rows = read_result_rows(
+        {"speed/step_ms_p50": 20.0, "memory/denoiser_bytes": 10_000_000, "float/denoiser_bytes": 38_000_000}
+    )
+
+    assert set(rows) == {"step, median", "denoiser memory"}
+    assert rows["step, median"] == ["–", "20.0 ms", ""]
+
+
+def test_the_psnr_of_identical_images_is_equal():
+    rows = read_result_rows(METRICS | {"quality/psnr_db": math.inf})
+
+    assert rows["PSNR to float"] == ["", "equal", ""]
+
+
+# -- a sweep -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def print_sweep_table(monkeypatch):
+    """A function that prints the table on a terminal of some width, and returns the words of each line."""
+
+    def print_table(width, records, varying):
+        terminal = Console(width=width, file=io.StringIO())
+        monkeypatch.setattr(result_tables, "get_console", lambda: terminal)
+        terminal.print(build_sweep_table(records, varying))
+        lines = terminal.file.getvalue().splitlines()
+        return [line.split() for line in lines if line.strip() and "─" not in line]
+
+    return print_table
+
+
+def test_a_wide_terminal_shows_all_metrics_of_a_job(tmp_path, print_sweep_table):
+    lines = print_sweep_table(100, [write_job(tmp_path, 3, "outlier=none", **JOB_METRICS)], ["outlier"])
+
+    assert lines == [
+        ["job", "outlier", "PSNR", "dB", "×", "float", "step", "ms", "MB", "latent", "err", "%"],
+        ["3", "none", "55.1", "2.40", "7.1", "28.0", "0.93"],
+    ]
+
+
+def test_on_a_narrow_terminal_metrics_make_room_for_settings(tmp_path, print_sweep_table):
+    overrides = "lora.mode=stochastic outlier=hadanorm backend=torch_int_mm"
+    job = write_job(tmp_path, 0, overrides, **JOB_METRICS)
+
+    lines = print_sweep_table(60, [job], ["lora.mode", "outlier", "backend"])
+
+    assert lines[1] == ["0", "stochastic", "hadanorm", "torch_int_mm", "55.1"]
+
+
+def test_a_job_that_did_not_finish_shows_its_state(tmp_path, print_sweep_table):
+    finished = write_job(tmp_path, 0, "seed=0", **JOB_METRICS)
+    killed = write_job(tmp_path, 1, "seed=1", "KILLED")
+
+    lines = print_sweep_table(100, [finished, killed], ["seed"])
+
+    assert lines[2] == ["1", "1", "–", "–", "–", "–", "–", "KILLED"]
+    assert "FINISHED" not in json.dumps(lines)
+
+
+def test_each_warning_is_listed_once_with_its_count(tmp_path):
+    records = [
+        write_job(tmp_path, 0, "a=1", warnings=("odd", "odd")),
+        write_job(tmp_path, 1, "a=2", warnings=("odd", "rare")),
+    ]
+
+    assert count_warnings(records) == ["odd (2 of 2 jobs)", "rare (1 of 2 jobs)"]
+    assert count_warnings(records[1:]) == ["odd", "rare"]

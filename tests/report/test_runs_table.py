@@ -1,0 +1,57 @@
+"""The table of runs: how numbers are written, which columns there are, and what is marked."""
+
+import math
+
+import pytest
+from report.run_folders import SSIM, make_metrics, write_run, write_runs
+
+from int8run.report.columns import DENOISER_BYTES, METRIC_COLUMNS, PSNR_DB, SPEED_RATIO, STEP_MS
+from int8run.report.runs import name_runs
+from int8run.report.runs_table import build_runs_table
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "shown"),
+    [
+        (PSNR_DB, [math.inf, 57.84, None], ["equal", "57.8", "–"]),
+        (SSIM, [1.0, 0.99997, 0.99994, 0.5], ["1.0000", ">0.9999", "0.9999", "0.5000"]),
+        (STEP_MS, [4.567, 812.3], ["4.57", "812.30"]),
+        (STEP_MS, [412.34, 812.3], ["412", "812"]),
+        (DENOISER_BYTES, [28.7e6], ["28.7"]),
+        (DENOISER_BYTES, [12.1e9], ["12100"]),
+        (SPEED_RATIO, [2.544, 0.5], ["2.54×", "0.50×"]),
+        ("quality/latent_rel_err", [0.0, 0.00001, 0.0054], ["0.00", "<0.01", "0.54"]),
+    ],
+)
+def test_rounding_never_hides_a_difference(metric, values, shown):
+    column = next(column for column in METRIC_COLUMNS if column.metric == metric)
+
+    decimals = column.choose_decimals([value for value in values if value is not None])
+
+    assert [column.format(value, decimals) for value in values] == shown
+
+
+def test_the_best_of_a_column_and_the_pareto_front_are_marked(tmp_path):
+    metrics = [make_metrics(10, 2.0, 40), make_metrics(11, 1.8, 45), make_metrics(12, 1.7, 44)]
+
+    table = build_runs_table(write_runs(tmp_path, metrics, ("a", "b", "c")))
+
+    is_best = {
+        column.metric: [row.cells[index].is_best for row in table.rows]
+        for index, column in enumerate(table.columns)
+    }
+    assert is_best[STEP_MS] == [True, False, False]
+    assert is_best[PSNR_DB] == [False, True, False]
+    assert is_best[DENOISER_BYTES] == [False] * 3, "all are equal"
+    assert [row.is_on_front for row in table.rows] == [True, True, False]
+    assert "quality/lpips" not in is_best, "no run has it"
+
+
+def test_the_objective_has_a_column_of_its_own(tmp_path):
+    metrics = make_metrics() | {"lora/overhead_ratio": 1.25}
+    record = write_run(tmp_path, metrics=metrics, objective="lora/overhead_ratio")
+
+    table = build_runs_table(name_runs([record]))
+
+    assert table.columns[-1].heading == "lora/overhead_ratio"
+    assert table.rows[0].cells[-1].text == "1.25"

@@ -1,0 +1,66 @@
+"""What a sweep shows while it runs: how each job ended, and which is the best so far."""
+
+import io
+import math
+
+import pytest
+from report.sweep_jobs import JOB_METRICS, write_job
+from rich.console import Console
+
+from int8run.report import console, sweep_progress
+from int8run.report.sweep_progress import SweepProgress, choose_better
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [
+        ("quality/psnr_db", [50, 55, 52], 1),
+        ("quality/latent_rel_err", [0.02, 0.01, 0.03], 1),
+        ("speed/step_ms_p50", [3, 2, 1], 2),
+        ("speed/ratio_vs_float", [1, 3, 2], 1),
+        ("memory/denoiser_bytes", [5, 6, 7], 0),
+        ("quality/psnr_db", [math.nan, 1, 0.5], 1),
+    ],
+)
+def test_the_best_job_has_the_smallest_error_or_the_largest_quality(tmp_path, metric, values, best):
+    best_so_far = None
+
+    for number, value in enumerate(values):
+        job = write_job(tmp_path, number, f"a={number}", **{metric: "nan" if math.isnan(value) else value})
+        best_so_far = choose_better(best_so_far, job, metric)
+
+    assert best_so_far is not None and best_so_far.number == best
+
+
+def test_a_failed_job_is_not_the_best(tmp_path):
+    failed = write_job(tmp_path, 0, "a=1", "FAILED", **JOB_METRICS)
+
+    assert choose_better(None, failed, "quality/psnr_db") is None
+
+
+class TerminalFile(io.StringIO):
+    """What a console writes to a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_a_line_for_every_job(tmp_path, monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
+    terminal = Console(width=200, file=TerminalFile(), color_system=None)
+    monkeypatch.setattr(console, "get_console", lambda: terminal)
+    times = iter([0.0, 60.0, 90.0])
+    monkeypatch.setattr(sweep_progress.time, "monotonic", lambda: next(times))
+
+    progress = SweepProgress(4, 1, "quality/psnr_db", enabled=True)
+    progress.report_start(1, "outlier=[none]")
+    progress.report_end(write_job(tmp_path, 1, "outlier=none", **JOB_METRICS))
+    progress.report_end(write_job(tmp_path, 2, "outlier=quarot", "FAILED"))
+
+    assert [line.rstrip() for line in terminal.file.getvalue().splitlines()] == [
+        "Job 1 outlier=[none] …",
+        "Job 1 (outlier=none): PSNR 55.1 dB, 2.40× float's speed, 7.1 ms per step"
+        " · 2 of 4 done, 1:00 elapsed, about 2:00 left · best quality/psnr_db so far 55.1 dB: outlier=none",
+        "Job 2 (outlier=quarot): FAILED: broken on purpose"
+        " · 3 of 4 done, 1:30 elapsed, about 0:45 left · best quality/psnr_db so far 55.1 dB: outlier=none",
+    ]

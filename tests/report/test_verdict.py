@@ -1,0 +1,208 @@
+"""The recommendation: what it says, what it rests on, and when it warns or declines."""
+
+import math
+
+import pytest
+from report.run_folders import (
+    MACHINE,
+    make_metrics,
+    write_run,
+    write_runs,
+    write_strengths_by_outlier,
+)
+
+from int8run.report.runs import name_runs
+from int8run.report.verdict import recommend
+from int8run.tracking.run_record import find_records
+
+
+@pytest.mark.parametrize(
+    ("metrics", "verdict"),
+    [
+        (
+            [make_metrics(10, 2.0, 40), make_metrics(9, 2.2, 50)],
+            "Use #1 outlier=convrot: both the fastest and the closest to float.",
+        ),
+        (
+            [make_metrics(10, 2.0, 40), make_metrics(10.1, 1.98, 50)],
+            "Use #1 outlier=convrot: the closest to float, and within 3 % of the fastest.",
+        ),
+        (
+            [make_metrics(10, 2.0, 49.6), make_metrics(20, 1.0, 50)],
+            "Use #0 outlier=none: the fastest, and within 0.5 dB of the closest to float.",
+        ),
+        (
+            [make_metrics(10, 2.0, 40), make_metrics(20, 1.0, 50)],
+            "Choose: #0 outlier=none is the fastest; "
+            "#1 outlier=convrot is 10.0 dB closer to float at 50 % less speed.",
+        ),
+        (
+            [make_metrics(10, None, 40), make_metrics(20, None, math.inf)],
+            "Choose: #0 outlier=none is the fastest; "
+            "#1 outlier=convrot is equal to float at 50 % less speed.",
+        ),
+        (
+            [make_metrics(10, 0.9, 50), make_metrics(20, 0.5, 40)],
+            "Use #0 outlier=none: both the fastest and the closest to float. INT8 is slower than float here.",
+        ),
+        (
+            [make_metrics(10, 2.0, math.inf), make_metrics(20, 1.0, math.inf)],
+            "Use #0 outlier=none: both the fastest and the closest to float.",
+        ),
+        ([make_metrics(10, None, None), make_metrics(20, None, None)], "#0 outlier=none is the fastest."),
+        (
+            [make_metrics(None, None, 40), make_metrics(None, None, 50)],
+            "#1 outlier=convrot is the closest to float. These runs cannot tell which is the fastest.",
+        ),
+        (
+            [make_metrics(10, 2.0, None), make_metrics(20, 1.0, 50)],
+            "Choose: #0 outlier=none is the fastest; "
+            "#1 outlier=convrot is the closest to float at 50 % less speed.",
+        ),
+    ],
+)
+def test_the_verdict_weighs_speed_against_quality(tmp_path, metrics, verdict):
+    assert recommend(write_runs(tmp_path, metrics)).verdict == verdict
+
+
+def test_the_facts_name_the_best_and_those_between_them(tmp_path):
+    metrics = [
+        make_metrics(10, 2, 40),
+        make_metrics(20, 1, 50),
+        make_metrics(15, 1.5, 45),
+        make_metrics(16, 1.4, 44),
+    ]
+
+    found = recommend(write_runs(tmp_path, metrics, "abcd"))
+
+    assert dict(found.facts) == {
+        "Fastest": "#0 outlier=a: 10.0 ms a step, 2.00× the float model's speed",
+        "Closest to float": "#1 outlier=b: PSNR 50.0 dB, SSIM 0.9900",
+        "Between them": "#2 outlier=c: 15.0 ms a step, 1.50× the float model's speed, PSNR 45.0 dB",
+        "Smallest": "all: 30.0 MB, 2.00× smaller than float",
+        "Pareto front": "#0–#2: no other run is faster without being further from float",
+    }
+
+
+def test_a_missing_baseline_is_a_warning(tmp_path):
+    found = recommend(write_runs(tmp_path, [make_metrics(psnr=None)] * 2))
+
+    assert "metrics.baseline=none" in found.warnings[0]
+
+
+def test_missing_speeds_are_a_warning(tmp_path):
+    found = recommend(write_runs(tmp_path, [make_metrics(step=None, ratio=None)] * 2))
+
+    assert found.warnings == ["No run measured its speed."]
+
+
+def test_complete_measurements_give_no_warning(tmp_path):
+    assert recommend(write_runs(tmp_path, [make_metrics()] * 2)).warnings == []
+
+
+def test_the_only_run_that_finished_is_named(tmp_path):
+    write_run(tmp_path, 0, ["outlier=none"], metrics=make_metrics())
+    write_run(tmp_path, 1, ["outlier=auto"], state="FAILED", error="no")
+
+    found = recommend(name_runs(find_records(tmp_path)))
+
+    assert found.verdict.startswith("Only #0 outlier=none was measured: 2.00 times")
+
+
+CANNOT_TELL = "#1 outlier=1 is the closest to float. These runs cannot tell which is the fastest."
+
+
+def test_speeds_from_a_shared_machine_are_not_compared(tmp_path):
+    for n in range(2):
+        metrics = make_metrics(10 + n, 2, 50 + n)
+        write_run(tmp_path, n, [f"outlier={n}"], metrics=metrics, jobs_at_once=4)
+
+    found = recommend(name_runs(find_records(tmp_path)))
+
+    assert found.warnings == [
+        "Speeds are not comparable: up to 4 jobs shared a machine while they were measured."
+    ]
+    assert found.facts[0][0] == "Fastest as measured"
+    assert found.verdict == CANNOT_TELL
+
+
+def test_speeds_from_different_machines_are_not_compared(tmp_path):
+    for n in range(2):
+        machine = MACHINE | ({"gpu": "H200"} if n else {})
+        metrics = make_metrics(10 + n, 2, 50 + n)
+        write_run(tmp_path, n, [f"outlier={n}"], metrics=metrics, environment=machine, host=f"h{n}")
+
+    found = recommend(name_runs(find_records(tmp_path)))
+
+    assert found.warnings == [
+        "Speeds are not comparable: the runs come from different machines (EPYC, 2 threads: #0; H200: #1)."
+    ]
+    assert found.verdict == CANNOT_TELL
+
+
+def test_speeds_from_two_hosts_with_equal_hardware_are_compared(tmp_path):
+    for n in range(2):
+        metrics = make_metrics(10 + n, 2, 50 + n)
+        write_run(tmp_path, n, [f"outlier={n}"], metrics=metrics, host=f"h{n}")
+
+    found = recommend(name_runs(find_records(tmp_path)))
+
+    assert found.warnings == [] and found.facts[0][0] == "Fastest"
+    assert found.verdict.startswith("Use #1")
+
+
+def test_scattered_step_times_are_a_warning(tmp_path):
+    scattered = make_metrics(10, 2, 50, **{"speed/step_ms_p90": 21})
+
+    found = recommend(write_runs(tmp_path, [scattered, make_metrics(10, 2, 50)]))
+
+    assert found.warnings == [
+        "Step times of #0 vary by more than a factor of two: other programs used the machine, "
+        "and these speeds are unreliable."
+    ]
+
+
+def test_a_strength_is_not_recommended_for_its_quality(tmp_path):
+    # Strength 0 is closest to float with every method, and nobody would choose it for that.
+    runs = write_strengths_by_outlier(
+        tmp_path, lambda strength, outlier: 60 - 10 * strength + 2 * (outlier == "convrot")
+    )
+
+    found = recommend(runs)
+
+    assert found.verdict.startswith(
+        "Choose: outlier=none is the fastest; outlier=convrot is 2.0 dB closer to float at 50 % less speed."
+    )
+    assert dict(found.facts)["Medians over"].startswith("lora.strength (3 runs each): chosen for the image")
+
+
+def test_runs_that_differ_in_strength_alone_are_summarized(tmp_path):
+    metrics = [make_metrics(psnr=58.0), make_metrics(psnr=44.0)]
+
+    found = recommend(write_runs(tmp_path, metrics, ("0", "1"), key="lora.strength"))
+
+    assert "51.0 dB PSNR" in found.verdict
+    assert "Use" not in found.verdict and "strength=0" not in found.verdict
+    assert (
+        "Medians over",
+        "lora.strength (2 runs): chosen for the image, so INT8 is compared with float at each value",
+    ) in found.facts
+
+
+@pytest.mark.parametrize("key", ["sampler.steps", "model.location"])
+def test_runs_that_generated_different_images_are_not_compared(tmp_path, key):
+    metrics = [make_metrics(psnr=58.0), make_metrics(psnr=44.0)]
+
+    found = recommend(write_runs(tmp_path, metrics, ("a", "b"), key=key))
+
+    assert found.verdict == "These runs generated different images, so they do not show which setting to use."
+    assert found.warnings[0].startswith(f"Quality is not comparable: the runs differ in {key}, so")
+
+
+def test_runs_with_different_prompts_are_summarized(tmp_path):
+    # Each INT8 image is compared with its own float image.
+    metrics = [make_metrics(psnr=58.0), make_metrics(psnr=44.0)]
+
+    found = recommend(write_runs(tmp_path, metrics, ("a", "b"), key="prompts"))
+
+    assert "51.0 dB" in found.verdict
