@@ -255,7 +255,7 @@ class MergedLayer(ABC):
         self.clipped_share = 0.0
 
     def set_strengths(self, strengths: Sequence[float]) -> None:
-        """Write the weight for these strengths, unless the layer has it; at 0 the original comes back exactly."""
+        """Write the weight for these strengths, unless the layer has it; at 0 it is the original exactly."""
         own_strengths = [strengths[index] for index, _ in self.deltas]
         if own_strengths != self.written_strengths:
             weight = self.compute_weight(strengths) if any(own_strengths) else self.original

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from int8run.errors import ConfigError, LoraError, check_choice, check_range
+from int8run.errors import ConfigError, LoraError, check_choice
 from int8run.layers.int8_linear import Int8Linear
 from int8run.lora.apply import (
     BakedLayer,
@@ -23,7 +23,7 @@ from int8run.lora.apply import (
     StochasticLayer,
 )
 from int8run.lora.change_size import ChangeSize, compute_median_steps, format_sizes, measure_change
-from int8run.lora.config import MODES, STRENGTH_LIMIT
+from int8run.lora.config import MODES, check_strength
 from int8run.lora.find import find_lora
 from int8run.lora.key_parsing import DENOISER
 from int8run.lora.load import LoraFile, read_lora
@@ -128,7 +128,7 @@ class LoraStack:
                 f"the stack has a LoRA called {name!r} already; "
                 f"set_strength({name!r}, …) changes its strength, or give another name="
             )
-        check_strength(name, strength, text_strength)
+        check_strengths(name, strength, text_strength)
         entry = Entry(
             name,
             read_lora(path),
@@ -172,7 +172,7 @@ class LoraStack:
             raise ConfigError(
                 f"the stack has no LoRA called {name!r}; it has {', '.join(self.names) or 'none'}"
             )
-        check_strength(name, strength, text_strength)
+        check_strengths(name, strength, text_strength)
         entry = self.entries[self.names.index(name)]
         entry.strength = strength
         entry.text_strength = strength if text_strength is None else text_strength
@@ -424,11 +424,11 @@ def format_contents(file: LoraFile) -> str:
     return ", ".join(parts)
 
 
-def check_strength(name: str, strength: float, text_strength: float | None) -> None:
-    """Check that both strengths are in range."""
-    check_range(f"strength of LoRA {name!r}", strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
+def check_strengths(name: str, strength: float, text_strength: float | None) -> None:
+    """Check that both strengths of a LoRA are in range."""
+    check_strength(f"strength of LoRA {name!r}", strength)
     if text_strength is not None:
-        check_range(f"text_strength of LoRA {name!r}", text_strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
+        check_strength(f"text_strength of LoRA {name!r}", text_strength)
 
 
 def warn_duplicates(entries: Sequence[Entry]) -> None:

@@ -275,7 +275,7 @@ def test_unusual_strengths_are_told_once_for_each_lora():
         Adapter("late", "a", [[0, 1], [0.3, 3], [0.6, 4]]),
         Adapter("words", "a", 0.5, text_strength=5),
     ]
-    tell = "usual are -1 to 2, beyond them pictures often break"
+    tell = "-1 to 2 are usual, beyond them images often break"
     values = {"strong": "2.5", "backwards": "-1.5", "late": "3", "words": "5"}
     assert LoraSettings(adapters).list_unusual_strengths() == [
         f"LoRA {name!r} has strength {value}; {tell}" for name, value in values.items()
