@@ -1,12 +1,17 @@
-"""mxfp8 and nvfp4: weights whose blocks of a row share a small scale. Where those scales lie, and what the weight's real shape is.
+"""mxfp8 and nvfp4: weights whose blocks of a row share a small scale.
 
-ComfyUI keeps the scales in cuBLAS's tiles, and of nvfp4 the even columns in the high half of a byte; ModelOpt keeps the scales in rows
-and the even columns in the low half. Where N is a multiple of 128 and the blocks of a row are one of 4, no shape tells which it is.
+Two questions are answered here that a file does not always answer itself: in which order the block scales
+stand, and what the weight's shape is without padding. ComfyUI keeps the scales in cuBLAS's tiles
+("swizzled"), and of nvfp4 the even columns in the high half of a byte; ModelOpt keeps the scales in rows and
+the even columns in the low half. Where N is a multiple of 128 and the blocks of a row are one of 4, no shape
+shows which it is.
+
+`detect.py` checks layers and finds their format with this module, `layer.py` reads their numbers.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,15 +31,18 @@ TILE_ROWS, TILE_COLUMNS = SCALE_TILE
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """What all weights of a kind have in common.
+    """What all weights in mxfp8, or all in nvfp4, have in common.
 
     Args:
-        dtype: of the codes in the file, of which a byte holds `packed`.
-        scales: dtypes of the scales.
-        first_wrong: the first byte that is no scale: from there on they are NaN or negative.
-        block: numbers of a row that share one.
-        multiple: what N and K are padded to.
-        tiles, rows: the words for a layer whose scales lie so.
+        qdata_dtype: of the weight in the file, by safetensors' name.
+        values_per_byte: numbers of the weight in one byte.
+        scale_dtypes: that the block scales may have.
+        first_invalid_byte: from this byte on, scales are NaN or negative.
+        block_size: numbers of a row that share a scale.
+        padding_multiple: what N and K are padded to.
+        swizzled_name: format name of a layer whose scales lie in tiles, as ComfyUI writes them.
+        row_major_name: format name of a layer whose scales lie in rows.
+        required_parts: what for -> name of the tensor, of those that must stand beside the weight.
     """
 
     qdata_dtype: str
@@ -45,30 +53,56 @@ class BlockFormat:
     padding_multiple: int
     swizzled_name: str
     row_major_name: str
+    required_parts: Mapping[str, str]
 
     def count_columns(self, info: TensorInfo) -> int:
-        """K of a weight, with its padding."""
+        """K of a weight in the file, with its padding."""
         return info.shape[1] * self.values_per_byte
 
 
 BLOCK_FORMATS = {
-    NVFP4: BlockFormat("U8", 2, ("F8_E4M3", "U8"), 0x7F, NVFP4_BLOCK, 16, "nvfp4", "nvfp4_modelopt"),
-    MXFP8: BlockFormat("F8_E4M3", 1, ("U8", "F8_E8M0"), 0xFF, MXFP8_BLOCK, 32, "mxfp8", "mxfp8_rows"),
+    NVFP4: BlockFormat(
+        qdata_dtype="U8",
+        values_per_byte=2,
+        scale_dtypes=("F8_E4M3", "U8"),
+        first_invalid_byte=0x7F,
+        block_size=NVFP4_BLOCK,
+        padding_multiple=16,
+        swizzled_name="nvfp4",
+        row_major_name="nvfp4_modelopt",
+        required_parts={"scale": "weight_scale", "global": "weight_scale_2"},
+    ),
+    MXFP8: BlockFormat(
+        qdata_dtype="F8_E4M3",
+        values_per_byte=1,
+        scale_dtypes=("U8", "F8_E8M0"),
+        first_invalid_byte=0xFF,
+        block_size=MXFP8_BLOCK,
+        padding_multiple=32,
+        swizzled_name="mxfp8",
+        row_major_name="mxfp8_rows",
+        required_parts={"scale": "weight_scale"},
+    ),
 }
 MINUS_ZERO = 0x80  # in e4m3
+SWIZZLED_NAMES = {block_format.swizzled_name for block_format in BLOCK_FORMATS.values()}
 FORMATS_BY_NAME = {
-    word: kind for kind in BLOCK_FORMATS.values() for word in (kind.swizzled_name, kind.row_major_name)
-}
-SWIZZLED_FORMATS = {kind.swizzled_name for kind in BLOCK_FORMATS.values()}
-# what a file must have beside the codes
-REQUIRED_PARTS = {
-    NVFP4: {"scale": "weight_scale", "global": "weight_scale_2"},
-    MXFP8: {"scale": "weight_scale"},
+    name: block_format
+    for block_format in BLOCK_FORMATS.values()
+    for name in (block_format.swizzled_name, block_format.row_major_name)
 }
 
 
-class LogicalShape(NamedTuple):
-    """N and K, and which of them the file tells; of the other the model's may be smaller, by the padding."""
+@dataclass(frozen=True)
+class LogicalShape:
+    """The shape of a weight without padding.
+
+    Args:
+        rows: N.
+        columns: K.
+        declared: whether the file says what N, and K, are. Where it does not, the size here is the padded
+            one, and the model's may be smaller.
+    """
 
     rows: int
     columns: int
@@ -76,7 +110,7 @@ class LogicalShape(NamedTuple):
 
 
 class BlockScaledLayer(Protocol):
-    """What is asked of a layer, see `CheckpointLayer`."""
+    """What this module uses of a `CheckpointLayer`, which is defined above it."""
 
     @property
     def key(self) -> str: ...
@@ -85,227 +119,316 @@ class BlockScaledLayer(Protocol):
 
 
 def check_block_scaled(
-    files: TensorFiles, info: TensorInfo, name: str, kind: str, keys: Mapping[str, str], marker: Marker | None
+    files: TensorFiles,
+    info: TensorInfo,
+    *,
+    name: str,
+    storage_dtype: str,
+    keys: Mapping[str, str],
+    marker: Marker | None,
 ) -> LogicalShape:
-    """Refuse what no writer makes; the block scales' numbers are left to `check_scales`.
+    """Check a weight and what stands beside it, except for the numbers of the block scales.
+
+    These are left to `check_block_scales`, when the order in which they stand is known.
+
+    Args:
+        files: the checkpoint.
+        info: of the weight.
+        name: of the layer.
+        storage_dtype: mxfp8 or nvfp4.
+        keys: what for -> key, of the tensors beside the weight.
+        marker: of the layer, if it has one.
 
     Returns:
         The weight's shape.
 
     Raises:
-        FileError: dtypes or shapes that do not go together, a tensor that is missing, or a marker, a bias or a factor for another weight.
+        FileError: dtypes or shapes that do not go together, a tensor that is missing, or a marker, a bias or
+            a factor for another weight.
     """
-    of = BLOCK_FORMATS[kind]
-    for part, suffix in REQUIRED_PARTS[kind].items():
+    block_format = BLOCK_FORMATS[storage_dtype]
+    for part, suffix in block_format.required_parts.items():
         if part not in keys:
             raise FileError(
-                f"{info.file}: {info.key} is {info.dtype} and has no {name}.{suffix}; int8run reads such weights of {kind}, where it says "
-                "what the numbers mean"
+                f"{info.file}: {info.key} is {info.dtype} and has no {name}.{suffix}; int8run reads such "
+                "weights of "
+                f"{storage_dtype}, which needs it"
             )
-    if (
-        info.dtype != of.qdata_dtype
-        or len(info.shape) != 2
-        or 0 in info.shape
-        or of.count_columns(info) % of.block_size
-    ):
-        shape = "[N, K / 2]" if of.values_per_byte == 2 else "[N, K]"
-        raise FileError(
-            f"{info.file}: {info.key} is {info.dtype} {list(info.shape)}; weights in {kind} are {of.qdata_dtype} {shape}, K a multiple of "
-            f"{of.block_size}"
-        )
-    if marker is not None and marker.rotation_group_size():
-        raise FileError(
-            f"{marker.location} says that a weight in {kind} is rotated; int8run knows no such format"
-        )
-    if marker is not None and marker.block_size not in (None, of.block_size):
-        raise FileError(
-            f"{marker.location} names blocks of {marker.block_size}; {kind} has blocks of {of.block_size}"
-        )
+    check_weight(info, storage_dtype)
+    if marker is not None:
+        check_marker(marker, storage_dtype)
+
     scale = files[keys["scale"]]
-    if scale.dtype not in of.scale_dtypes:
+    if scale.dtype not in block_format.scale_dtypes:
+        allowed = " or ".join(block_format.scale_dtypes)
         raise FileError(
-            f"{scale.file}: {scale.key} is {scale.dtype}; the scales of {kind} are {' or '.join(of.scale_dtypes)}"
+            f"{scale.file}: {scale.key} is {scale.dtype}; the scales of {storage_dtype} are {allowed}"
         )
-    find_layouts(files, info, kind, scale)
+    find_layouts(info, scale, storage_dtype)
     if "global" in keys:
-        one = files[keys["global"]]
-        if one.shape not in ((), (1,), (1, 1)):
+        global_scale = files[keys["global"]]
+        if global_scale.shape not in ((), (1,), (1, 1)):
             raise FileError(
-                f"{one.file}: {one.key} has the shape {list(one.shape)}; it is one number for the whole weight"
+                f"{global_scale.file}: {global_scale.key} has the shape {list(global_scale.shape)}; "
+                "it is one number for the whole weight"
             )
-        check_positive(files, one.key)
-    return infer_logical_shape(files, info, name, of, keys, marker)
+        check_positive(files, global_scale.key)
+    return infer_logical_shape(files, info, name=name, storage_dtype=storage_dtype, keys=keys, marker=marker)
 
 
-def find_layouts(files: TensorFiles, info: TensorInfo, kind: str, scale: TensorInfo) -> list[bool]:
-    """Whether block scales can lie in tiles, by the shapes: [True], [False], or both.
+def check_weight(info: TensorInfo, storage_dtype: str) -> None:
+    """Raise FileError for a weight of another dtype or shape than the format has."""
+    block_format = BLOCK_FORMATS[storage_dtype]
+    is_matrix = len(info.shape) == 2 and 0 not in info.shape
+    has_whole_blocks = is_matrix and block_format.count_columns(info) % block_format.block_size == 0
+    if info.dtype == block_format.qdata_dtype and has_whole_blocks:
+        return
+    shape = "[N, K / 2]" if block_format.values_per_byte == 2 else "[N, K]"
+    raise FileError(
+        f"{info.file}: {info.key} is {info.dtype} {list(info.shape)}; weights in {storage_dtype} are "
+        f"{block_format.qdata_dtype} {shape}, K a multiple of {block_format.block_size}"
+    )
+
+
+def check_marker(marker: Marker, storage_dtype: str) -> None:
+    """Raise FileError for a marker that says what a weight in this format cannot be."""
+    block_size = BLOCK_FORMATS[storage_dtype].block_size
+    if marker.rotation_group_size():
+        raise FileError(
+            f"{marker.location} says that a weight in {storage_dtype} is rotated; int8run does not know "
+            "such a format"
+        )
+    if marker.block_size not in (None, block_size):
+        raise FileError(
+            f"{marker.location} names blocks of {marker.block_size}; {storage_dtype} has blocks of "
+            f"{block_size}"
+        )
+
+
+def find_layouts(info: TensorInfo, scale: TensorInfo, storage_dtype: str) -> list[bool]:
+    """Whether block scales can lie in tiles, by the shapes.
+
+    Args:
+        info: of the weight.
+        scale: of its block scales.
+        storage_dtype: mxfp8 or nvfp4.
+
+    Returns:
+        [True], [False], or both where the two layouts have the same shape.
 
     Raises:
         FileError: they fit neither way.
     """
-    of = BLOCK_FORMATS[kind]
-    rows = info.shape[0], of.count_columns(info) // of.block_size
-    tiles = round_up(rows[0], TILE_ROWS), round_up(rows[1], TILE_COLUMNS)
-    found = [way for way, shape in ((True, tiles), (False, rows)) if scale.shape == shape]
-    if not found:
+    block_format = BLOCK_FORMATS[storage_dtype]
+    in_rows = info.shape[0], block_format.count_columns(info) // block_format.block_size
+    in_tiles = round_up(in_rows[0], TILE_ROWS), round_up(in_rows[1], TILE_COLUMNS)
+    layouts = []
+    if scale.shape == in_tiles:
+        layouts.append(True)
+    if scale.shape == in_rows:
+        layouts.append(False)
+    if not layouts:
         raise FileError(
-            f"{scale.file}: {scale.key} has the shape {list(scale.shape)}; of {info.key} {list(info.shape)} in {kind} it is "
-            f"{list(tiles)} in tiles, {list(rows)} in rows"
+            f"{scale.file}: {scale.key} has the shape {list(scale.shape)}; of {info.key} {list(info.shape)} "
+            "in "
+            f"{storage_dtype} it is {list(in_tiles)} in tiles, {list(in_rows)} in rows"
         )
-    return found
+    return layouts
 
 
 def infer_logical_shape(
     files: TensorFiles,
     info: TensorInfo,
+    *,
     name: str,
-    of: BlockFormat,
+    storage_dtype: str,
     keys: Mapping[str, str],
     marker: Marker | None,
 ) -> LogicalShape:
-    """What the marker says, else of N what the bias and of K what the factor says, else the padded shape.
+    """Find N and K without padding.
+
+    The marker says them, else the bias has N numbers and the factor K, else they are the padded sizes.
+    Arguments as of `check_block_scaled`.
 
     Raises:
-        FileError: where the codes are not padded from what is said.
+        FileError: where the weight is not padded from what is said.
     """
-    padded = info.shape[0], of.count_columns(info)
-    said = None if marker is None else marker.fields.get("orig_shape")
-    if marker is not None and said is not None:
-        whole = isinstance(said, list) and len(said) == 2 and all(type(size) is int for size in said)
-        if not whole or not is_padded_from((said[0], said[1]), padded, of.padding_multiple):
+    block_format = BLOCK_FORMATS[storage_dtype]
+    padded = info.shape[0], block_format.count_columns(info)
+    multiple = block_format.padding_multiple
+    original = None if marker is None else marker.fields.get("orig_shape")
+    if marker is not None and original is not None:
+        is_pair = isinstance(original, list) and [type(size) for size in original] == [int, int]
+        if not is_pair or not is_padded_from((original[0], original[1]), padded, multiple):
             raise FileError(
-                f"{marker.location} names the shape {str(said)[:80]}, and {info.key} has {list(padded)}, which is not padded from it"
+                f"{marker.location} names the shape {str(original)[:80]}, and {info.key} has {list(padded)}, "
+                "which is not padded from it"
             )
-        return LogicalShape(said[0], said[1], (True, True))
+        return LogicalShape(original[0], original[1], declared=(True, True))
+
     sizes = list(padded)
     for axis, key in enumerate((f"{name}.bias", keys.get("factor", ""))):
-        if key in files:
-            count = files[key].shape
-            if len(count) != 1 or not is_padded_from(count, (padded[axis],), of.padding_multiple):
-                raise FileError(
-                    f"{files[key].file}: {key} has the shape {list(count)}, and {info.key} has {list(padded)}, which is not padded from it"
-                )
-            sizes[axis] = count[0]
-    return LogicalShape(sizes[0], sizes[1], (f"{name}.bias" in files, "factor" in keys))
+        if key not in files:
+            continue
+        shape = files[key].shape
+        if len(shape) != 1 or not is_padded_from(shape, (padded[axis],), multiple):
+            raise FileError(
+                f"{files[key].file}: {key} has the shape {list(shape)}, and {info.key} has {list(padded)}, "
+                "which is not padded from it"
+            )
+        sizes[axis] = shape[0]
+    return LogicalShape(sizes[0], sizes[1], declared=(f"{name}.bias" in files, "factor" in keys))
 
 
 def is_padded_from(shape: tuple[int, ...], padded: tuple[int, ...], multiple: int) -> bool:
     """Whether sizes are padded to others, or are the same."""
     return all(
-        size <= whole and whole in (size, round_up(size, multiple))
-        for size, whole in zip(shape, padded, strict=True)
+        size <= padded_size and padded_size in (size, round_up(size, multiple))
+        for size, padded_size in zip(shape, padded, strict=True)
     )
 
 
 def resolve_format_name(
     files: TensorFiles,
-    kind: str,
+    storage_dtype: str,
     layers: Mapping[str, BlockScaledLayer],
-    marked: Mapping[str, Marker],
-    asked: str | None,
+    markers: Mapping[str, Marker],
+    requested: str | None,
 ) -> str:
-    """The word of all layers of a kind: as markers or shapes say, else as is asked, else by the folder's config.
+    """The format name of all layers in mxfp8, or in nvfp4, of a file: a file has one maker.
+
+    Markers and shapes decide; else the name that is requested; else the config in the folder.
 
     Args:
-        marked: layers that have a marker or an entry in the header, as ComfyUI's have and no others.
-        asked: the word of a format, perhaps of another kind.
+        files: the checkpoint.
+        storage_dtype: mxfp8 or nvfp4.
+        layers: all that have it.
+        markers: of the layers that have one, or an entry in the header, as ComfyUI's have and no others.
+        requested: a format name, perhaps of another storage dtype.
 
     Raises:
-        FileError: for layers that contradict each other, or that nobody can tell.
+        FileError: for layers that contradict each other, or where nothing decides.
     """
-    of = BLOCK_FORMATS[kind]
-    shown: dict[bool, str] = {}  # whether scales lie in tiles -> a layer that says so
+    block_format = BLOCK_FORMATS[storage_dtype]
+    swizzled, row_major = block_format.swizzled_name, block_format.row_major_name
+    evidence: dict[bool, str] = {}  # whether scales lie in tiles -> the first layer that shows it
     for name, layer in layers.items():
-        found = find_layouts(files, files[layer.key], kind, files[layer.part_keys["scale"]])
-        if name in marked and True not in found:
+        scale_key = layer.part_keys["scale"]
+        layouts = find_layouts(files[layer.key], files[scale_key], storage_dtype)
+        if name in markers and True not in layouts:
             raise FileError(
-                f"{marked[name].location} says {marked[name].format_name!r}, whose scales lie in tiles, and {layer.part_keys['scale']} has the shape of "
-                "scales in rows; they contradict each other, nobody knows which is true"
+                f"{markers[name].location} says {markers[name].format_name!r}, whose scales lie in tiles, "
+                "and "
+                f"{scale_key} has the shape of scales in rows; they contradict each other, so the weight "
+                "cannot be read"
             )
-        if name in marked or len(found) == 1:
-            shown.setdefault(found[0], name)
-    if len(shown) == 2:
+        if name in markers or len(layouts) == 1:
+            evidence.setdefault(layouts[0], name)
+    if len(evidence) == 2:
         raise FileError(
-            f"{files.path}: the scales of {shown[True]} lie in tiles as ComfyUI has them, those of {shown[False]} in rows as ModelOpt has "
-            "them; a file has one maker, nobody knows how to read it"
+            f"{files.path}: the scales of {evidence[True]} lie in tiles as ComfyUI has them, those of "
+            f"{evidence[False]} "
+            "in rows as ModelOpt has them; a file has one maker, so this one cannot be read"
         )
-    if shown:
-        return of.swizzled_name if True in shown else of.row_major_name
-    if asked in (of.swizzled_name, of.row_major_name):
-        return asked
+    if evidence:
+        return swizzled if True in evidence else row_major
+    if requested in (swizzled, row_major):
+        return requested
     if is_modelopt(files):
-        return of.row_major_name
+        return row_major
     raise FileError(
-        f"{files.path}: {len(layers)} weights are {kind} (first: {next(iter(layers))}) by ComfyUI or by ModelOpt, and neither shapes nor "
-        f"markers tell which; for a text encoder set clip={of.swizzled_name} or clip={of.row_major_name} (quant_format in a program), else take a file "
-        "with comfy_quant markers"
+        f"{files.path}: {len(layers)} weights are {storage_dtype} (first: {next(iter(layers))}) by ComfyUI "
+        "or by "
+        f"ModelOpt, and neither shapes nor markers show which; for a text encoder set clip={swizzled} or "
+        f"clip={row_major} (quant_format in a program), else take a file with comfy_quant markers"
     )
 
 
-def check_block_scales(files: TensorFiles, info: TensorInfo, word: str, key: str) -> None:
-    """Refuse block scales that are NaN or negative. Zero is one, and what fills up tiles is no matter.
+def check_block_scales(files: TensorFiles, info: TensorInfo, format_name: str, scale_key: str) -> None:
+    """Raise FileError for block scales that are NaN or negative.
 
-    Raises:
-        FileError
+    Zero is allowed, and so is any number that only fills up a tile.
+
+    Args:
+        files: the checkpoint.
+        info: of the weight.
+        format_name: of the layer.
+        scale_key: of the block scales.
     """
-    of, scale = FORMATS_BY_NAME[word], files.read(key).view(torch.uint8)
-    if int(scale.max()) < of.first_invalid_byte:
+    block_format = FORMATS_BY_NAME[format_name]
+    scale = files.read(scale_key).view(torch.uint8)
+    if int(scale.max()) < block_format.first_invalid_byte:
         return
-    if word in SWIZZLED_FORMATS:
-        scale = scale.flatten()[
-            compute_swizzled_offsets(info.shape[0], of.count_columns(info) // of.block_size)
-        ]
-    wrong = int(((scale >= of.first_invalid_byte) & (scale != MINUS_ZERO)).sum())
-    if wrong:
+    if format_name in SWIZZLED_NAMES:
+        blocks_per_row = block_format.count_columns(info) // block_format.block_size
+        scale = scale.flatten()[compute_swizzled_offsets(info.shape[0], blocks_per_row)]
+    is_invalid = (scale >= block_format.first_invalid_byte) & (scale != MINUS_ZERO)
+    n_invalid = int(is_invalid.sum())
+    if n_invalid:
         raise FileError(
-            f"{info.file}: {wrong} of {scale.numel()} numbers of {key} are NaN or negative; the file is damaged"
+            f"{info.file}: {n_invalid} of {scale.numel()} numbers of {scale_key} are NaN or negative; "
+            "the file is damaged"
         )
 
 
 def read_packed_weight(
-    files: TensorFiles, key: str, word: str, keys: Mapping[str, str], shape: tuple[int, int]
+    files: TensorFiles, key: str, format_name: str, keys: Mapping[str, str], shape: tuple[int, int]
 ) -> PackedWeight:
-    """A weight as it lies in the file.
+    """Read a weight as it lies in the file.
 
     Args:
-        key: of the codes.
-        word: of the layer.
-        keys: of what stands beside them.
+        files: the checkpoint.
+        key: of the weight.
+        format_name: of the layer.
+        keys: what for -> key, of the tensors beside the weight.
         shape: N and K without padding.
     """
-    tiles = word in SWIZZLED_FORMATS
+    is_comfy = format_name in SWIZZLED_NAMES
     return PackedWeight(
-        files.read(key),
-        files.read(keys["scale"]),
-        shape,
-        read_global_scale(files, keys),
-        is_swizzled=tiles,
-        high_nibble_first=tiles,
+        qdata=files.read(key),
+        scale=files.read(keys["scale"]),
+        shape=shape,
+        global_scale=read_global_scale(files, keys),
+        is_swizzled=is_comfy,
+        high_nibble_first=is_comfy,
     )
 
 
 def read_packed_rows(
-    files: TensorFiles, key: str, word: str, keys: Mapping[str, str], start: int, stop: int
+    files: TensorFiles, key: str, format_name: str, keys: Mapping[str, str], rows: tuple[int, int]
 ) -> PackedWeight:
-    """Some rows of a weight with all columns of the file, the scales in rows. Of scales in tiles the tiles of these rows are read."""
-    of, tiles = FORMATS_BY_NAME[word], word in SWIZZLED_FORMATS
-    codes = files.read(key, slice(start, stop))
-    columns = of.count_columns(files[key])
-    first, last = (start // TILE_ROWS * TILE_ROWS, round_up(stop, TILE_ROWS)) if tiles else (start, stop)
-    scale = files.read(keys["scale"], slice(first, last))
-    if tiles:
-        offsets = compute_swizzled_offsets(stop - first, columns // of.block_size)[start - first :]
-        scale = scale.view(torch.uint8).flatten()[offsets].view(scale.dtype)
+    """Read some rows of a weight with all columns of the file; the scales come in rows.
+
+    Of scales in tiles, only the tiles that hold these rows are read.
+
+    Args:
+        files: the checkpoint.
+        key: of the weight.
+        format_name: of the layer.
+        keys: what for -> key, of the tensors beside the weight.
+        rows: the first, and the one after the last.
+    """
+    block_format, is_comfy = FORMATS_BY_NAME[format_name], format_name in SWIZZLED_NAMES
+    start, stop = rows
+    columns = block_format.count_columns(files[key])
+    if is_comfy:
+        tile_start = start // TILE_ROWS * TILE_ROWS
+        scale = files.read(keys["scale"], slice(tile_start, round_up(stop, TILE_ROWS)))
+        offsets = compute_swizzled_offsets(stop - tile_start, columns // block_format.block_size)
+        wanted = offsets[start - tile_start :]  # [rows, blocks of a row]
+        scale = scale.view(torch.uint8).flatten()[wanted].view(scale.dtype)
+    else:
+        scale = files.read(keys["scale"], slice(start, stop))
     return PackedWeight(
-        codes,
-        scale,
-        (stop - start, columns),
-        read_global_scale(files, keys),
+        qdata=files.read(key, slice(start, stop)),
+        scale=scale,
+        shape=(stop - start, columns),
+        global_scale=read_global_scale(files, keys),
         is_swizzled=False,
-        high_nibble_first=tiles,
+        high_nibble_first=is_comfy,
     )
 
 
 def read_global_scale(files: TensorFiles, keys: Mapping[str, str]) -> Tensor | None:
-    """The scale of a whole weight, of kinds that have one."""
+    """The scale of the whole weight, float32 []; None in formats without one."""
     return files.read(keys["global"]).float().reshape(()) if "global" in keys else None

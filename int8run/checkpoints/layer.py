@@ -1,4 +1,10 @@
-"""One quantized layer of a file: what it is, and how its numbers are read."""
+"""One weight of a checkpoint as the file holds it, and how its numbers are read.
+
+`detect.py` finds out what each weight of a file is and makes a `CheckpointLayer` of it. Whoever loads weights
+(`pipeline`, `text_encoders`, `export`) then reads it in one of three ways: as floats (`read_weight`), as int8
+with a scale for each row (`read_int8_layer`), or packed as it is (`read_packed_weight`). Nothing here knows a
+model.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +15,7 @@ import torch
 from torch import Tensor
 
 from int8run.checkpoints import block_scaled, quip
-from int8run.checkpoints.block_scaled import BLOCK_FORMATS, NVFP4
+from int8run.checkpoints.block_scaled import BLOCK_FORMATS
 from int8run.checkpoints.reader import TensorFiles, resolve_rows
 from int8run.errors import FileError
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
@@ -18,63 +24,51 @@ from int8run.outlier.base import NONE, OutlierTransform
 from int8run.quant.packed_weight import PackedWeight
 from int8run.quant.weight import QuantizedWeight
 
+# storage dtypes besides those of block_scaled.py
 FLOAT, INT8, FP8 = "float", "int8", "fp8"
+MAX_EXACT_GROUP_SIZE = 1024  # the kernels rotate no larger groups
 
 
-STORAGE_DTYPES = {
-    "F64": FLOAT,
-    "F32": FLOAT,
-    "F16": FLOAT,
-    "BF16": FLOAT,
-    "I8": INT8,
-    "F8_E4M3": FP8,
-    "F8_E5M2": FP8,
-    "U8": NVFP4,
-}
-
-
-MAX_EXACT_GROUP_SIZE = 1024  # the kernels rotate no larger ones
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointLayer:
     """One weight of a file, and how to read it.
 
     Args:
         name: the weight's key without `.weight`.
-        kind: float, int8, fp8, mxfp8 or nvfp4.
-        granularity: which numbers share a scale: tensor, row, group (of a row), grid (square blocks), block3d (groups with a scale of
-            3 dimensions), transposed (rows of a weight that is stored as [K, N]) or block (of mxfp8 and nvfp4); empty: no scale.
-        rows, columns: N and K of the weight; of a padded one (see `padded`) as far as the file tells.
-        label: for people.
-        method, settings: the outlier method that the numbers were made by, as far as the file tells.
-        side_keys: all other keys of the file that belong to this weight; not its bias.
-        shape: of the weight in the file. fp8 weights of convolutions and norms have another number of dimensions than 2; their
-            columns are the product of all but the first.
-        block: numbers that share a scale, of granularities with blocks.
-        keys: what for -> key, of the tensors beside the weight.
-        group, sylvester: of the rotation; group 0: none.
-        format: the word for how it is stored; empty: float, or stored in a way that has no word.
-        told: whether the file tells N, and K, of a weight in mxfp8 or nvfp4, which may be padded.
+        storage_dtype: float, int8, fp8, mxfp8 or nvfp4.
+        shape: of the tensor in the file. fp8 weights of convolutions and norms may have another number of
+            dimensions than 2; their columns are the product of all but the first.
+        rows: N of the weight; of a padded one (see `is_padded`) as far as the file says.
+        columns: K of the weight, likewise.
+        label: short description for messages and lists.
+        granularity: which numbers share a scale, see `Granularity.name`; empty: no scale.
+        block_size: columns that share a scale, of granularities with blocks.
+        format_name: of `clip=`; empty: float, or stored in a way that has no name.
+        part_keys: what for -> key, of the tensors beside the weight; not its bias.
+        declared: whether the file says what N, and K, of a weight in mxfp8 or nvfp4 are, which may be padded.
+        outlier_method: that the weight was transformed by, as far as the file says.
+        outlier_settings: of the method.
+        rotation_group_size: columns that were rotated together; 0: none.
+        is_sylvester: whether by Sylvester's matrix, not by the regular one.
+        is_centered: whether tokens are centered before the product.
     """
 
     name: str
     storage_dtype: str
-    granularity: str
+    shape: tuple[int, ...]
     rows: int
     columns: int
     label: str
-    shape: tuple[int, ...]
+    granularity: str = ""
+    block_size: int = 0
+    format_name: str = ""
+    part_keys: Mapping[str, str] = field(default_factory=dict)
+    declared: tuple[bool, bool] = (True, True)
     outlier_method: str = NONE
     outlier_settings: Mapping[str, float] = field(default_factory=dict)
-    block_size: int = 0
-    part_keys: Mapping[str, str] = field(default_factory=dict)
     rotation_group_size: int = 0
     is_sylvester: bool = False
     is_centered: bool = False
-    sibling_keys: tuple[str, ...] = ()
-    format_name: str = ""
-    declared: tuple[bool, bool] = (True, True)
 
     @property
     def key(self) -> str:
@@ -82,26 +76,30 @@ class CheckpointLayer:
         return f"{self.name}.weight"
 
     @property
+    def sibling_keys(self) -> tuple[str, ...]:
+        """All other keys of the file that belong to this weight; not its bias."""
+        return tuple(self.part_keys.values())
+
+    @property
     def is_exact(self) -> bool:
-        """Whether the integers can be taken as they are, so that nothing is rounded again."""
-        return (
-            self.storage_dtype == INT8
-            and self.granularity in ("tensor", "row")
-            and not quip.is_transformed(self.part_keys)
-            and self.rotation_group_size <= MAX_EXACT_GROUP_SIZE
-        )
+        """Whether `read_int8_layer` can take the integers as they are, so that nothing is rounded again."""
+        has_row_scales = self.storage_dtype == INT8 and self.granularity in ("tensor", "row")
+        return has_row_scales and not self._is_beyond_kernels
 
     @property
     def is_packable(self) -> bool:
-        """Whether the stored numbers can stay as they are, so that the layer is as small in memory as in the file."""
-        transformed = quip.is_transformed(self.part_keys) or self.rotation_group_size > MAX_EXACT_GROUP_SIZE
-        return (
-            self.storage_dtype != FLOAT and len(self.shape) == 2 and not transformed and 0 not in self.shape
-        )
+        """Whether `read_packed_weight` can take the numbers as they are, as small as in the file."""
+        is_quantized_matrix = self.storage_dtype != FLOAT and len(self.shape) == 2 and 0 not in self.shape
+        return is_quantized_matrix and not self._is_beyond_kernels
+
+    @property
+    def _is_beyond_kernels(self) -> bool:
+        """Whether the weight was transformed in a way that no kernel can apply to the input of a layer."""
+        return quip.is_transformed(self.part_keys) or self.rotation_group_size > MAX_EXACT_GROUP_SIZE
 
     @property
     def is_padded(self) -> bool:
-        """Whether the weight may be smaller than rows and columns, which only the model's shape tells."""
+        """Whether the weight may be smaller than rows and columns; only the model knows by how much."""
         return quip.HADAMARD_FLAG in self.part_keys or not all(self.declared)
 
     def fits_shape(self, shape: tuple[int, ...]) -> bool:
@@ -111,32 +109,25 @@ class CheckpointLayer:
             return shape == own
         if quip.HADAMARD_FLAG in self.part_keys:
             return quip.is_padded_from((shape[0], shape[1]), own)
-        sizes = zip(shape, own, self.declared, strict=True)
-        return all(
-            n == size
-            or (
-                not told
-                and block_scaled.is_padded_from(
-                    (n,), (size,), BLOCK_FORMATS[self.storage_dtype].padding_multiple
-                )
-            )
-            for n, size, told in sizes
-        )
+        multiple = BLOCK_FORMATS[self.storage_dtype].padding_multiple
+        for size, own_size, is_declared in zip(shape, own, self.declared, strict=True):
+            may_be_padded = not is_declared and block_scaled.is_padded_from((size,), (own_size,), multiple)
+            if size != own_size and not may_be_padded:
+                return False
+        return True
 
     def read_transform(self, files: TensorFiles) -> OutlierTransform:
-        """What was done to the weight, for an INT8 layer that takes the integers as they are."""
+        """Read what was done to the weight, so that a layer can do its part to the input."""
         factor = None
         if "factor" in self.part_keys:
             factor = files.read(self.part_keys["factor"]).float()
         if "sigma" in self.part_keys:
-            factor = (
-                1 / files.read(self.part_keys["sigma"]).float()
-            )  # columns were multiplied by sigma; the factor divides the weight
-        rotation = (
-            Rotation(get_hadamard(self.rotation_group_size, self.is_sylvester), self.is_sylvester)
-            if self.rotation_group_size
-            else None
-        )
+            # columns were multiplied by sigma; our factor divides the weight
+            factor = 1 / files.read(self.part_keys["sigma"]).float()
+        rotation = None
+        if self.rotation_group_size:
+            matrix = get_hadamard(self.rotation_group_size, self.is_sylvester)
+            rotation = Rotation(matrix, self.is_sylvester)
         return OutlierTransform(
             self.outlier_method, self.outlier_settings, factor, rotation, self.is_centered
         )
@@ -144,11 +135,13 @@ class CheckpointLayer:
     def read_weight(
         self, files: TensorFiles, rows: slice | None = None, shape: tuple[int, int] | None = None
     ) -> Tensor:
-        """The real weight: scales applied, rotation and factors undone.
+        """Read the weight as floats: scales applied, rotation and factors undone.
 
         Args:
+            files: the checkpoint.
             rows: of the weight; None: all. Of a transposed or a QuIP weight everything is read for any row.
-            shape: [N, K] of the model's layer, for padded weights; of mxfp8 and nvfp4 the file's is taken without it.
+            shape: [N, K] of the model's layer, for padded weights; mxfp8 and nvfp4 have the file's without
+                it.
 
         Returns:
             float32 [rows, K]; of a weight with another number of dimensions [rows, ...].
@@ -159,105 +152,117 @@ class CheckpointLayer:
         n, k = self.resolve_shape(files, shape)
         start, stop = resolve_rows(self.key, n, rows)
         if self.granularity == "transposed":
-            read = (files.read(self.key).float() * files.read(self.part_keys["scale"]).float()).T[start:stop]
+            scaled = files.read(self.key).float() * files.read(self.part_keys["scale"]).float()  # [K, N]
+            weight = scaled.T[start:stop]
         elif quip.is_transformed(self.part_keys):
-            read = quip.restore_weight(files, self.part_keys, self.read_scaled_rows(files, 0, self.rows))[
-                start:stop, :k
-            ]
+            scaled = self.read_scaled_rows(files, 0, self.rows)
+            weight = quip.restore_weight(files, self.part_keys, scaled)[start:stop, :k]
         else:
-            read = self.read_scaled_rows(files, start, stop)[:, :k]
+            weight = self.read_scaled_rows(files, start, stop)[:, :k]
         if self.rotation_group_size or "factor" in self.part_keys or "sigma" in self.part_keys:
-            read = self.read_transform(files).restore_weight(read)
-        return read.reshape(stop - start, *self.shape[1:]) if len(self.shape) != 2 else read
+            weight = self.read_transform(files).restore_weight(weight)
+        if len(self.shape) != 2:
+            return weight.reshape(stop - start, *self.shape[1:])
+        return weight
 
     def resolve_shape(self, files: TensorFiles, shape: tuple[int, int] | None) -> tuple[int, int]:
-        """N and K without padding, given the model's if it is known.
+        """N and K without padding: the model's where it is known, else the file's.
 
         Raises:
-            FileError: nobody knows them, or the model's cannot be this weight's.
+            FileError: neither is known, or the model's cannot be this weight's.
         """
-        if shape is None and quip.HADAMARD_FLAG in self.part_keys:
+        if shape is None:
+            if quip.HADAMARD_FLAG in self.part_keys:
+                raise FileError(
+                    f"{files.path}: {self.name} is padded to [{self.rows}, {self.columns}] and does not say "
+                    "to what "
+                    "shape it is cut; the model that it is for must be known"
+                )
+            return self.rows, self.columns
+        if not self.fits_shape(shape):
             raise FileError(
-                f"{files.path}: {self.name} is padded to [{self.rows}, {self.columns}] and does not say to what shape it is cut; "
-                "the model that it is for must be known"
+                f"{files.path}: {self.name} has the shape [{self.rows}, {self.columns}], the model's is "
+                f"{list(shape)}; the file is for another model"
             )
-        n, k = shape or (self.rows, self.columns)
-        if shape is not None and not self.fits_shape(shape):
-            raise FileError(
-                f"{files.path}: {self.name} has the shape [{self.rows}, {self.columns}], the model's [{n}, {k}]; it is for another"
-            )
-        return n, k
+        return shape
 
     def read_scaled_rows(self, files: TensorFiles, start: int, stop: int) -> Tensor:
-        """Stored numbers times scales. Returns float32 [stop - start, columns of the file]."""
+        """Read stored numbers times scales. Returns float32 [stop - start, columns of the file]."""
         count = stop - start
         if self.storage_dtype in BLOCK_FORMATS:
-            rows = block_scaled.read_packed_rows(
-                files, self.key, self.format_name, self.part_keys, start, stop
+            packed = block_scaled.read_packed_rows(
+                files, self.key, self.format_name, self.part_keys, (start, stop)
             )
-            return rows.dequantize() if count else torch.empty(rows.shape)
-        codes = files.read(self.key, slice(start, stop)).float().reshape(count, prod(self.shape[1:]))
-        if "scale" not in self.part_keys:
-            return codes
-        scale = self.read_scales(files, start, stop)  # [rows, blocks of a row]
-        groups = codes.view(count, scale.shape[1], codes.shape[1] // scale.shape[1])
-        return groups.mul_(scale[..., None]).view(codes.shape)
+            return packed.dequantize() if count else torch.empty(packed.shape)
+        qdata = files.read(self.key, slice(start, stop)).float().reshape(count, prod(self.shape[1:]))
+        if not self.granularity:
+            return qdata
+        scales = self.read_scales(files, start, stop)  # [rows, blocks of a row]
+        n_blocks = scales.shape[1]
+        blocks = qdata.view(count, n_blocks, qdata.shape[1] // n_blocks)
+        return blocks.mul_(scales[..., None]).view(qdata.shape)
 
     def read_scales(self, files: TensorFiles, start: int, stop: int) -> Tensor:
-        """The scales of some rows. Returns float32 [rows, blocks of a row]."""
+        """Read the scales of some rows. Returns float32 [stop - start, blocks of a row]."""
         key = self.part_keys["scale"]
+        count = stop - start
         if self.granularity == "tensor":
-            return files.read(key).float().reshape(1, 1).expand(stop - start, 1)
+            return files.read(key).float().reshape(1, 1).expand(count, 1)
         if self.granularity == "grid":
             return files.read(key).float()[torch.arange(start, stop) // self.block_size]
-        return files.read(key, slice(start, stop)).float().reshape(stop - start, prod(files[key].shape[1:]))
+        return files.read(key, slice(start, stop)).float().reshape(count, prod(files[key].shape[1:]))
 
     def read_int8_layer(self, files: TensorFiles, rows: slice | None = None) -> QuantizedLayer:
-        """The integers, one scale a row and the transform, without a bias; only of an exact layer.
+        """Read the integers, a scale for each row and the transform, without a bias; only of an exact layer.
 
         Raises:
-            ValueError: for another.
+            ValueError: for another layer.
         """
         if not self.is_exact:
             raise ValueError(
-                f"{files.path}: the numbers of {self.name} ({self.label}) cannot be taken as they are; read `weight`"
+                f"{files.path}: the numbers of {self.name} ({self.label}) cannot be used as they are; use "
+                "`read_weight`"
             )
         start, stop = resolve_rows(self.key, self.rows, rows)
         weight = QuantizedWeight(
-            files.read(self.key, slice(start, stop)), self.read_scales(files, start, stop).contiguous()
+            qdata=files.read(self.key, slice(start, stop)),
+            scale=self.read_scales(files, start, stop).contiguous(),
         )
-        return QuantizedLayer(weight, self.read_transform(files), None)
+        return QuantizedLayer(weight, self.read_transform(files), bias=None)
 
     def read_packed_weight(
         self, files: TensorFiles, shape: tuple[int, int] | None = None
     ) -> tuple[PackedWeight, OutlierTransform]:
-        """The stored numbers with their scales, and what was done to the weight before; only of a codable layer.
+        """Read the stored numbers, their scales, and what was done to the weight; only of a packable layer.
 
         Args:
+            files: the checkpoint.
             shape: [N, K] of the model's layer, for padded weights.
 
         Raises:
-            ValueError: for another.
+            ValueError: for another layer.
             FileError: another shape than the file's, or a damaged file.
         """
         if not self.is_packable:
             raise ValueError(
-                f"{files.path}: the numbers of {self.name} ({self.label}) cannot stay as they are; read `weight`"
+                f"{files.path}: the numbers of {self.name} ({self.label}) cannot stay as they are; use "
+                "`read_weight`"
             )
-        real = self.resolve_shape(files, shape)
+        logical_shape = self.resolve_shape(files, shape)
         if self.storage_dtype in BLOCK_FORMATS:
-            return block_scaled.read_packed_weight(
-                files, self.key, self.format_name, self.part_keys, real
-            ), self.read_transform(files)
-        codes = files.read(self.key)
-        scale = files.read(self.part_keys["scale"]) if "scale" in self.part_keys else None
+            packed = block_scaled.read_packed_weight(
+                files, self.key, self.format_name, self.part_keys, logical_shape
+            )
+            return packed, self.read_transform(files)
+        qdata = files.read(self.key)
+        scale = files.read(self.part_keys["scale"]) if self.granularity else None
         if self.granularity == "transposed":
             assert scale is not None
-            codes, scale = codes.T.contiguous(), scale.T.contiguous()
-        return PackedWeight(codes, scale, real), self.read_transform(files)
+            qdata, scale = qdata.T.contiguous(), scale.T.contiguous()
+        return PackedWeight(qdata, scale, logical_shape), self.read_transform(files)
 
 
 @cache
-def get_hadamard(group: int, sylvester: bool) -> Tensor:
-    """One matrix for all layers with groups of this size."""
-    return sylvester_hadamard(group) if sylvester else regular_hadamard(group)
+def get_hadamard(group_size: int, is_sylvester: bool) -> Tensor:
+    """The Hadamard matrix of a group size, one for all layers. Returns float32 [group_size, group_size]."""
+    return sylvester_hadamard(group_size) if is_sylvester else regular_hadamard(group_size)

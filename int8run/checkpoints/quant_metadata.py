@@ -1,7 +1,9 @@
-"""What a file says of its quantized layers in words: `comfy_quant` marker tensors and `_quantization_metadata` in the header.
+"""What a file says about its quantized layers, in marker tensors and in the metadata of its header.
 
-Both carry one JSON object a layer. ComfyUI defined them, other programs wrote variants: without a format, with fields nested in
-`params`, with doubled braces, padded with NUL bytes. ComfyUI takes the header's object where both are there.
+`comfy_quant` tensors and `_quantization_metadata` both hold one JSON object for a layer. ComfyUI defined
+them, other programs wrote variants: without a format, with fields nested in `params`, with doubled braces,
+padded with NUL bytes. Where both are there ComfyUI takes the header's object. `detect.py` calls
+`read_markers`; whether a marker agrees with the tensors is checked there, not here.
 """
 
 import json
@@ -14,15 +16,17 @@ from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
 
 log = logging.getLogger(__name__)
-MARKER, METADATA_KEY = "comfy_quant", "_quantization_metadata"
-INT8RUN_FORMAT = "int8run_transformed"
+MARKER = "comfy_quant"  # last word of a marker's key
+METADATA_KEY = "_quantization_metadata"  # of the header's metadata
+INT8RUN_FORMAT = "int8run_transformed"  # of layers whose transform ComfyUI does not know
 MAX_MARKER_BYTES = 65536  # the longest that is known has 150
-# a flag and its size: what is rotated. Pre-native files of INT8-Fast say `quarot` and mean the same
+# a flag that says the weight is rotated -> the field with the size of the groups. Files of INT8-Fast from
+# before ComfyUI's own format say `quarot` and mean the same
 ROTATION_FLAGS = {"convrot": "convrot_groupsize", "quarot": "quarot_groupsize"}
 DEFAULT_GROUP_SIZE, MAX_GROUP_SIZE = 256, 4096
 # one of these makes an object without `format` a marker of INT8-Fast or comfy-quants
 LEGACY_FIELDS = {*ROTATION_FLAGS, "per_row", "group_size"}
-# QuantOps' first markers were no JSON: their first byte is the format
+# QuantOps' first markers were not JSON: their first byte is the format
 QUANTOPS_FORMATS = {
     0: "float8_e4m3fn",
     1: "float8_e4m3fn_rowwise",
@@ -34,10 +38,10 @@ QUANTOPS_FORMATS = {
 
 @dataclass(frozen=True)
 class Marker:
-    """What is said of one layer.
+    """What is said about one layer.
 
     Args:
-        where: for people, with the file.
+        location: file and place in it, for messages.
         fields: of the JSON object; those in `params` stand beside the others.
     """
 
@@ -46,12 +50,12 @@ class Marker:
 
     @property
     def format_name(self) -> str:
-        """The format's name; empty in pre-native files."""
+        """The format's name; empty in legacy files."""
         return self.fields.get("format", "")
 
     @property
     def block_size(self) -> int | None:
-        """Numbers that share a scale along a row, where it says so."""
+        """Columns that share a scale, where the marker says so."""
         return self.fields.get("group_size")
 
     def rotation_group_size(self) -> int:
@@ -61,41 +65,45 @@ class Marker:
             FileError: for a size that no Hadamard matrix of a layer has.
         """
         if self.format_name == INT8RUN_FORMAT:
-            if self.fields.get("rotation") is None:
-                return 0
-            size = self.check_group(self.fields["group_size"])
-            if not self.is_sylvester() and not is_power_of_4(size):
-                raise FileError(
-                    f"{self.location} names groups of {size}; a regular matrix needs a power of 4"
-                )
-            return size
+            return self._int8run_group_size()
         if not any(self.fields.get(flag) for flag in ROTATION_FLAGS):
             return 0
-        sizes = {
-            json.dumps(self.fields[key]): self.fields[key]
-            for key in ROTATION_FLAGS.values()
-            if key in self.fields
-        }
-        if len(sizes) > 1:
+        sizes = [self.fields[key] for key in ROTATION_FLAGS.values() if key in self.fields]
+        names = dict.fromkeys(json.dumps(size) for size in sizes)
+        if len(names) > 1:
             raise FileError(
-                f"{self.location} names two sizes of rotated groups, {' and '.join(sizes)}; nobody knows which is true"
+                f"{self.location} names two sizes of rotated groups, {' and '.join(names)}; "
+                "they contradict each other, so the weight cannot be read"
             )
-        return self.check_group(next(iter(sizes.values()), DEFAULT_GROUP_SIZE))
+        return self.check_group_size(sizes[-1] if sizes else DEFAULT_GROUP_SIZE)
 
-    def check_group(self, size: Any) -> int:
-        """A group size out of a file."""
-        if type(size) is not int or not 2 <= size <= MAX_GROUP_SIZE or size & (size - 1):
+    def _int8run_group_size(self) -> int:
+        if self.fields.get("rotation") is None:
+            return 0
+        size = self.check_group_size(self.fields["group_size"])
+        if not self.is_sylvester() and not is_power_of_4(size):
+            raise FileError(f"{self.location} names groups of {size}; a regular matrix needs a power of 4")
+        return size
+
+    def check_group_size(self, size: Any) -> int:
+        """Return a group size out of a file; raise FileError where a Hadamard matrix cannot have it."""
+        is_power_of_2 = type(size) is int and size > 0 and size & (size - 1) == 0
+        if not is_power_of_2 or not 2 <= size <= MAX_GROUP_SIZE:
             raise FileError(
-                f"{self.location} names groups of {size!r}; rotated are groups of a power of 2 from 2 to {MAX_GROUP_SIZE}"
+                f"{self.location} names groups of {size!r}; rotated are groups of a power of 2 from 2 to "
+                f"{MAX_GROUP_SIZE}"
             )
         return size
 
     def is_sylvester(self) -> bool:
-        """Whether the rotation is Sylvester's. ComfyUI rotates by powers of 4 only; convert_to_quant gives other sizes Sylvester's."""
+        """Whether the rotation is Sylvester's, not the regular one.
+
+        ComfyUI rotates by powers of 4 only; convert_to_quant gives other sizes Sylvester's matrix.
+        """
         if self.format_name == INT8RUN_FORMAT:
             return self.fields.get("rotation") == "sylvester"
-        group = self.rotation_group_size()
-        return group > 0 and not is_power_of_4(group)
+        group_size = self.rotation_group_size()
+        return group_size > 0 and not is_power_of_4(group_size)
 
 
 def is_power_of_4(power_of_2: int) -> bool:
@@ -104,70 +112,90 @@ def is_power_of_4(power_of_2: int) -> bool:
 
 
 def read_markers(files: TensorFiles, prefix: str) -> dict[str, Marker]:
-    """What is said of the layers below a prefix, by layer name; only markers are read.
+    """Read what is said about the layers below a prefix; of the tensors only markers are read.
+
+    Returns:
+        Layer name -> its marker, from the tensor, the header, or both.
 
     Raises:
-        FileError: something that is no marker, the header and a marker that contradict each other, or a header that names layers the
-            file does not have.
+        FileError: something that is not a marker, a header and a marker that contradict each other, or a
+            header that names layers the file does not have.
     """
-    header = read_metadata_markers(files)
-    tensors = {
-        key.removesuffix(f".{MARKER}"): key
-        for key in files
-        if key.endswith(f".{MARKER}") and key.startswith(prefix)
-    }
-    found = {name: read_marker_tensor(files, key) for name, key in tensors.items()}
-    both = {name: merge_markers(header[name], found[name]) for name in found if name in header}
-    lost = [
-        name for name in both if both[name].rotation_group_size() and not header[name].rotation_group_size()
-    ]
-    if lost:
+    in_header = read_metadata_markers(files)
+    markers: dict[str, Marker] = {}
+    lost_rotation = []
+    for key in files:
+        if not key.startswith(prefix) or not key.endswith(f".{MARKER}"):
+            continue
+        name = key.removesuffix(f".{MARKER}")
+        marker = read_marker_tensor(files, key)
+        if name in in_header:
+            marker = merge_markers(in_header[name], marker)
+            if marker.rotation_group_size() and not in_header[name].rotation_group_size():
+                lost_rotation.append(name)
+        markers[name] = marker
+    if lost_rotation:
         log.warning(
-            "%s: its header lost the rotation of %d layers (first: %s); their markers are believed",
+            "%s: the header does not mention the rotation of %d layers (first: %s), their markers do; "
+            "the markers are followed",
             files.path,
-            len(lost),
-            lost[0],
+            len(lost_rotation),
+            lost_rotation[0],
         )
-    return found | {name: marker for name, marker in header.items() if name.startswith(prefix)} | both
+    for name, marker in in_header.items():
+        if name.startswith(prefix):
+            markers.setdefault(name, marker)
+    return markers
 
 
 def read_metadata_markers(files: TensorFiles) -> dict[str, Marker]:
-    """What the headers say, by layer name."""
-    found: dict[str, Marker] = {}
+    """Read what the headers say, by layer name.
+
+    Raises:
+        FileError: the entry is not a JSON object of layers, or names a layer that the file does not have.
+    """
+    markers: dict[str, Marker] = {}
     for file, metadata in files.metadata_by_file.items():
         if METADATA_KEY not in metadata:
             continue
-        where = f"{file}: {METADATA_KEY} in its header"
-        layers = parse_json_object(where, metadata[METADATA_KEY].encode()).get("layers", {})
+        location = f"{file}: {METADATA_KEY} in its header"
+        layers = parse_json_object(location, metadata[METADATA_KEY].encode()).get("layers", {})
         if not isinstance(layers, dict) or not all(isinstance(fields, dict) for fields in layers.values()):
-            raise FileError(f"{where} has no `layers` with an object each; ask who made the file")
+            raise FileError(f"{location} has no `layers` with an object each; ask who made the file")
         for name, fields in layers.items():
-            if f"{name}.weight" not in files:
-                fuller = [key for key in files if key.endswith(f".{name}.weight")]
-                hint = f"; the file has {fuller[0]}, so the prefix was lost" if fuller else ""
-                raise FileError(
-                    f"{where} describes {name}, which the file does not have{hint}; it was written for another file"
-                )
-            found[name] = Marker(f"{where}, layer {name},", check_fields(f"{where}, layer {name},", fields))
-    return found
+            check_layer_exists(files, location, name)
+            layer_location = f"{location}, layer {name},"
+            markers[name] = Marker(layer_location, check_fields(layer_location, fields))
+    return markers
+
+
+def check_layer_exists(files: TensorFiles, location: str, name: str) -> None:
+    """Raise FileError when a layer that a header describes is not in the file."""
+    if f"{name}.weight" in files:
+        return
+    prefixed = next((key for key in files if key.endswith(f".{name}.weight")), None)
+    hint = "" if prefixed is None else f"; the file has {prefixed}, so the prefix was lost"
+    raise FileError(
+        f"{location} describes {name}, which the file does not have{hint}; it was written for another file"
+    )
 
 
 def read_marker_tensor(files: TensorFiles, key: str) -> Marker:
-    """One marker out of its tensor."""
+    """Read one marker out of its tensor, a row of bytes."""
     info = files[key]
-    where = f"{info.file}: the marker {key}"
+    location = f"{info.file}: the marker {key}"
     if info.dtype != "U8" or len(info.shape) != 1 or info.nbytes > MAX_MARKER_BYTES:
         raise FileError(
             f"{info.file}: {key} is {info.dtype} {list(info.shape)}; a marker is a short row of bytes, U8"
         )
     text = bytes(files.read(key).tolist())
     if text and text[0] in QUANTOPS_FORMATS and b"{" not in text:
-        return Marker(where, {"format": QUANTOPS_FORMATS[text[0]]})
-    return Marker(where, check_fields(where, parse_json_object(where, text)))
+        return Marker(location, {"format": QUANTOPS_FORMATS[text[0]]})
+    return Marker(location, check_fields(location, parse_json_object(location, text)))
 
 
 def merge_markers(header: Marker, tensor: Marker) -> Marker:
-    """The header's word, and the marker's of what the header does not mention: a rotation above all.
+    """Merge what the header says with what the marker says about the rest, a rotation above all.
 
     convert_to_quant's metadata editor writes headers from markers and leaves the rotation out.
 
@@ -175,72 +203,89 @@ def merge_markers(header: Marker, tensor: Marker) -> Marker:
         FileError: when they contradict each other in something that decides what the numbers mean.
     """
     for key in (*ROTATION_FLAGS, *ROTATION_FLAGS.values()):
-        if key in header.fields and key in tensor.fields and header.fields[key] != tensor.fields[key]:
+        in_both = key in header.fields and key in tensor.fields
+        if in_both and header.fields[key] != tensor.fields[key]:
             raise FileError(
-                f"{header.location} has {key}={header.fields[key]!r}, the layer's marker {tensor.fields[key]!r}; they contradict each other, "
-                "take the file as its maker published it"
+                f"{header.location} has {key}={header.fields[key]!r}, the layer's marker "
+                f"{tensor.fields[key]!r}; "
+                "they contradict each other, take the file as its maker published it"
             )
-    if header.format_name != tensor.format_name and INT8RUN_FORMAT in (
-        header.format_name,
-        tensor.format_name,
-    ):
+    formats = header.format_name, tensor.format_name
+    if formats[0] != formats[1] and INT8RUN_FORMAT in formats:
         raise FileError(
-            f"{header.location} says {header.format_name!r}, the layer's marker {tensor.format_name!r}; they contradict each other"
+            f"{header.location} says {formats[0]!r}, the layer's marker {formats[1]!r}; they contradict "
+            "each other"
         )
     return Marker(header.location, {**tensor.fields, **header.fields})
 
 
-def parse_json_object(where: str, text: bytes) -> dict[str, Any]:
-    """A JSON object out of a file, with NUL bytes at its end or braces around it twice if need be."""
+def parse_json_object(location: str, text: bytes) -> dict[str, Any]:
+    """Parse a JSON object out of a file; it may be padded with NUL bytes, or have its outer braces twice."""
     text = text.strip(b"\0 \t\r\n")
     if text.startswith(b"{{") and text.endswith(b"}}"):
         text = text[1:-1]
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{where} is no JSON: {text[:80]!r}") from error
+        raise FileError(f"{location} is not JSON: {text[:80]!r}") from error
     if not isinstance(found, dict):
-        raise FileError(f"{where} is no JSON object: {text[:80]!r}")
+        raise FileError(f"{location} is not a JSON object: {text[:80]!r}")
     return found
 
 
-def check_fields(where: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a layer's object, those in `params` among them, of the kinds that they must have.
+def check_fields(location: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the fields of a layer's object.
+
+    Args:
+        location: file and place in it, for the error.
+        found: the JSON object.
+
+    Returns:
+        The fields, those in `params` among them.
 
     Raises:
-        FileError: for a field of another kind, or an object that says nothing.
+        FileError: for a field of another type, or an object without a format.
     """
     params = found.get("params", {})
-    fields = {
-        **(params if isinstance(params, dict) else {}),
-        **{key: value for key, value in found.items() if key != "params"},
-    }
-    wrong = [key for key in (*ROTATION_FLAGS, "per_row") if not isinstance(fields.get(key, False), bool)]
-    size = fields.get("group_size")
-    if size is not None and (type(size) is not int or size < 1):
-        wrong.append("group_size")
-    if not isinstance(fields.get("format", ""), str):
-        wrong.append("format")
+    fields = dict(params) if isinstance(params, dict) else {}
+    fields |= {key: value for key, value in found.items() if key != "params"}
+
     shown = json.dumps(found)[:200]
-    if wrong:
-        raise FileError(f"{where} has a strange {wrong[0]}: {shown}")
+    invalid = find_invalid_field(fields)
+    if invalid is not None:
+        raise FileError(f"{location} has an invalid {invalid}: {shown}")
     if "format" not in fields and not LEGACY_FIELDS & set(fields):
-        raise FileError(f"{where} names no format: {shown}")
+        raise FileError(f"{location} names no format: {shown}")
     if fields.get("format") == INT8RUN_FORMAT and not is_int8run_marker(fields):
         raise FileError(
-            f"{where} says {INT8RUN_FORMAT} and makes no sense: {shown}; save= writes such markers, make the file again"
+            f"{location} says {INT8RUN_FORMAT} and lacks what such a marker holds: {shown}; "
+            "save= writes such markers, make the file again"
         )
     return fields
 
 
+def find_invalid_field(fields: Mapping[str, Any]) -> str | None:
+    """The first field that does not have the type that it must have."""
+    for key in (*ROTATION_FLAGS, "per_row"):
+        if not isinstance(fields.get(key, False), bool):
+            return key
+    size = fields.get("group_size")
+    if size is not None and (type(size) is not int or size < 1):
+        return "group_size"
+    if not isinstance(fields.get("format", ""), str):
+        return "format"
+    return None
+
+
 def is_int8run_marker(fields: Mapping[str, Any]) -> bool:
-    """Whether an object holds what `native.marker` writes under our own format name."""
+    """Whether an object holds what `comfy_int8.build_marker` writes under int8run's own format name."""
     settings = fields.get("settings")
-    return (
-        isinstance(fields.get("outlier"), str)
-        and isinstance(settings, dict)
-        and all(type(value) in (int, float) and -1e9 < value < 1e9 for value in settings.values())
-        and fields.get("rotation") in (None, "regular", "sylvester")
-        and ("rotation" in fields) == ("group_size" in fields)
-        and all(isinstance(fields.get(key), bool) for key in ("centered", "factor"))
-    )
+    if not isinstance(fields.get("outlier"), str) or not isinstance(settings, dict):
+        return False
+    if not all(type(value) in (int, float) and -1e9 < value < 1e9 for value in settings.values()):
+        return False
+    if fields.get("rotation") not in (None, "regular", "sylvester"):
+        return False
+    if ("rotation" in fields) != ("group_size" in fields):
+        return False
+    return all(isinstance(fields.get(key), bool) for key in ("centered", "factor"))

@@ -1,4 +1,8 @@
-"""Quantized files that are recognised and refused, each by its name and with the program that reads it."""
+"""Quantized files that are recognized and refused, each by its name and with the program that reads it.
+
+`detect.py` calls `check_supported` before it reads a file. A file is recognized by the names of its tensors,
+by the metadata of its header, or by the config beside it.
+"""
 
 import json
 from typing import Any
@@ -49,7 +53,7 @@ FORMAT_BY_SUFFIX = {
     "_scale": "modelopt",
     "_double_scale": "modelopt",  # of its quantizers, which diffusers keeps
 }
-# `quant_method` in a config.json beside the file; `fp8` and `bfl` are told by their tensors and read
+# `quant_method` in a config.json beside the file -> whose it is; `fp8` and `bfl` are read, by their tensors
 FORMAT_BY_METHOD = {
     "sdnq": "SDNQ",
     "sdnq_training": "SDNQ",
@@ -64,7 +68,7 @@ FORMAT_BY_METHOD = {
     "gguf": "gguf",
 }
 MODELOPT = "modelopt"
-MODELOPT_CONFIG = "hf_quant_config.json"  # what it leaves beside the weights of transformers' models
+MODELOPT_CONFIG = "hf_quant_config.json"  # stands beside the weights of transformers' models
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 PACKED_COPY = "weight_packed"  # beside an int8 weight: the INT8-Toolkit's transposed copy of it
 
@@ -72,53 +76,75 @@ PACKED_COPY = "weight_packed"  # beside an int8 weight: the INT8-Toolkit's trans
 def check_supported(files: TensorFiles, prefix: str) -> None:
     """Raise FileError for a file of a program whose numbers are not read here."""
     keys = [key for key in files if key.startswith(prefix)]
+    check_keys(files, keys)
+    check_metadata(files, keys)
+    check_config(files, keys)
+
+
+def check_keys(files: TensorFiles, keys: list[str]) -> None:
+    """Raise FileError for a tensor whose name only another program uses."""
     for key in keys:
         layer, _, suffix = key.rpartition(".")
-        name = FORMAT_BY_SUFFIX.get(suffix)
-        if name is not None and not (
+        if suffix not in FORMAT_BY_SUFFIX:
+            continue
+        is_toolkit_copy = (
             suffix == PACKED_COPY and f"{layer}.weight" in files and files[f"{layer}.weight"].dtype == "I8"
-        ):
-            raise make_unsupported_error(files, name, f"it has {key}")
+        )
+        if not is_toolkit_copy:
+            raise make_unsupported_error(files, FORMAT_BY_SUFFIX[suffix], f"it has {key}")
+
+
+def check_metadata(files: TensorFiles, keys: list[str]) -> None:
+    """Raise FileError for a header whose metadata another program writes."""
+    has_torchao_names = any("_weight_qdata" in key for key in keys)
     for file, metadata in files.metadata_by_file.items():
-        if "tensor_names" in metadata and any("_weight_qdata" in key for key in keys):
+        if "tensor_names" in metadata and has_torchao_names:
             raise make_unsupported_error(files, "torchao", f"the header of {file.name} lists tensor_names")
         if "svdquant" in metadata.get("quantization_config", ""):
             raise make_unsupported_error(
                 files, "nunchaku", f"the header of {file.name} has its quantization_config"
             )
-    # a config beside a float file describes another
-    if any(key.endswith(".weight") and files[key].dtype not in FLOAT_DTYPES for key in keys):
-        method = read_quant_method(files)
-        if method in FORMAT_BY_METHOD and not (
-            FORMAT_BY_METHOD[method] == MODELOPT and is_readable_modelopt(files, keys)
-        ):
-            raise make_unsupported_error(
-                files, FORMAT_BY_METHOD[method], f"the config beside it says quant_method {method}"
-            )
+
+
+def check_config(files: TensorFiles, keys: list[str]) -> None:
+    """Raise FileError when the config beside a quantized file names another program's method."""
+    is_quantized = any(key.endswith(".weight") and files[key].dtype not in FLOAT_DTYPES for key in keys)
+    if not is_quantized:  # a config beside a float file describes another file
+        return
+    method = read_quant_method(files)
+    if method not in FORMAT_BY_METHOD:
+        return
+    name = FORMAT_BY_METHOD[method]
+    if name == MODELOPT and is_readable_modelopt(files, keys):
+        return
+    raise make_unsupported_error(files, name, f"the config beside it says quant_method {method}")
 
 
 def is_readable_modelopt(files: TensorFiles, keys: list[str]) -> bool:
     """Whether ModelOpt's weights are all float, nvfp4 or fp8 with scales."""
-    scale_of = {"U8": "weight_scale_2", "F8_E4M3": "weight_scale"}
-    weights = [key for key in keys if key.endswith(".weight") and files[key].dtype not in FLOAT_DTYPES]
-    return all(
-        f"{key.removesuffix('weight')}{scale_of.get(files[key].dtype, '?')}" in files for key in weights
-    )
+    scale_names = {"U8": "weight_scale_2", "F8_E4M3": "weight_scale"}
+    for key in keys:
+        dtype = files[key].dtype
+        if not key.endswith(".weight") or dtype in FLOAT_DTYPES:
+            continue
+        if dtype not in scale_names or f"{key.removesuffix('weight')}{scale_names[dtype]}" not in files:
+            return False
+    return True
 
 
 def is_modelopt(files: TensorFiles) -> bool:
     """Whether the folder of the file says that ModelOpt made it."""
+    if read_quant_method(files) == MODELOPT:
+        return True
     producer = read_sibling_json(files, MODELOPT_CONFIG).get("producer")
-    return read_quant_method(files) == MODELOPT or (
-        isinstance(producer, dict) and producer.get("name") == MODELOPT
-    )
+    return isinstance(producer, dict) and producer.get("name") == MODELOPT
 
 
 def read_quant_method(files: TensorFiles) -> str:
-    """What the config.json in the folder of the file says; empty without one."""
+    """The `quant_method` in the config of the file's folder; empty without one."""
     for name in ("config.json", "quantization_config.json"):
-        found = read_sibling_json(files, name)
-        settings = found.get("quantization_config", found)
+        config = read_sibling_json(files, name)
+        settings = config.get("quantization_config", config)
         method = settings.get("quant_method") if isinstance(settings, dict) else None
         if isinstance(method, str):
             return method
@@ -126,7 +152,7 @@ def read_quant_method(files: TensorFiles) -> str:
 
 
 def read_sibling_json(files: TensorFiles, name: str) -> dict[str, Any]:
-    """A JSON object in the folder of the file; empty where there is none, or something else: then the tensors have to tell."""
+    """A JSON object in the folder of the file; empty where there is none: then the tensors decide alone."""
     try:
         found = json.loads(files.files[0].with_name(name).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -135,8 +161,14 @@ def read_sibling_json(files: TensorFiles, name: str) -> dict[str, Any]:
 
 
 def make_unsupported_error(files: TensorFiles, name: str, evidence: str) -> FileError:
-    """The error for a format that is known and not read."""
+    """The error for a format that is known and not read.
+
+    Args:
+        files: the checkpoint.
+        name: of the format, one of READERS.
+        evidence: what it was recognized by.
+    """
     return FileError(
-        f"{files.path} is a {name} file ({evidence}), which {READERS[name]} can read and int8run cannot; take the float checkpoint, "
-        "an INT8 or an fp8 one"
+        f"{files.path} is a {name} file ({evidence}), which {READERS[name]} can read and int8run cannot; "
+        "take the float checkpoint, an INT8 or an fp8 one"
     )

@@ -797,39 +797,39 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
     ),
     "one scale too few": (
         lambda: but(row(), lambda d: d.scale(f"{LAYER}.weight_scale", N - 1, 1)),
-        r"weight_scale has the shape \[11, 1\], which no weight \[12, 64\] has; scales are one number, \[N\]",
+        r"weight_scale has the shape \[11, 1\], which does not fit a weight \[12, 64\]; scales are one number, \[N\]",
     ),
     "a scale for each column": (
         lambda: but(row(), lambda d: d.scale(f"{LAYER}.weight_scale", K)),
-        r"has the shape \[64\], which no weight \[12, 64\] has",
+        r"has the shape \[64\], which does not fit a weight \[12, 64\]",
     ),
     "a scale for each number": (
         lambda: but(row(), lambda d: d.scale(f"{LAYER}.weight_scale", N, K)),
-        r"has the shape \[12, 64\], which no weight",
+        r"has the shape \[12, 64\], which does not fit a weight",
     ),
     "blocks that do not divide": (
         lambda: but(row(), lambda d: d.scale(f"{LAYER}.weight_scale", N, 7)),
-        r"has the shape \[12, 7\], which no weight",
+        r"has the shape \[12, 7\], which does not fit a weight",
     ),
     "blocks that are not square": (
         lambda: but(row(), lambda d: d.scale(f"{LAYER}.weight_scale", 3, 8)),
-        r"has the shape \[3, 8\], which no weight",
+        r"has the shape \[3, 8\], which does not fit a weight",
     ),
     "3-D blocks that do not divide": (
         lambda: but(row(), lambda d: d.scale(f"{LAYER}.weight_scale", N, 5, 1)),
-        r"has the shape \[12, 5, 1\], which no",
+        r"has the shape \[12, 5, 1\], which does not fit",
     ),
     "3-D blocks of two": (
         lambda: but(row(), lambda d: d.scale(f"{LAYER}.weight_scale", N, 4, 2)),
-        r"has the shape \[12, 4, 2\], which no",
+        r"has the shape \[12, 4, 2\], which does not fit",
     ),
     "transposed fp8": (
         lambda: but(fp8((), "tensor"), lambda d: d.scale(f"{LAYER}.weight_scale", 1, K)),
-        r"has the shape \[1, 64\], which no weight \[12, 64\] has",
+        r"has the shape \[1, 64\], which does not fit a weight \[12, 64\]",
     ),
     "no scales at all": (
         lambda: but(row(), lambda d: d.scale(f"{LAYER}.weight_scale", 0)),
-        r"has the shape \[0\], which no weight",
+        r"has the shape \[0\], which does not fit a weight",
     ),
     "fp8 scale": (
         lambda: raw(row(), f"{LAYER}.weight_scale", "F8_E4M3", N, 1),
@@ -861,7 +861,7 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
     ),
     "a scale for a float": (
         lambda: but(bare(), lambda d: d.scale(f"{LAYER}.weight_scale", 1)),
-        "weight is F32 and has blocks.0.q.weight_scale, which is not 1; nobody knows whether",
+        "weight is F32 and has blocks.0.q.weight_scale, which is not 1; it is unclear whether",
     ),
     "an infinite scale for a float": (
         lambda: but(bare(), lambda d: d.put(f"{LAYER}.weight_scale", "F32", float("inf"))),
@@ -889,7 +889,10 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         r"weight is I8 \[12\]; int8run reads int8 weights \[N, K\]",
     ),
     "int8 of no rows": (lambda: raw(row(), f"{LAYER}.weight", "I8", 0, K), r"weight is I8 \[0, 64\]"),
-    "int8 that is no weight": (lambda: raw(bare(), "table", "I8", 3, 4), "table is I8 and no layer's weight"),
+    "int8 that is no weight": (
+        lambda: raw(bare(), "table", "I8", 3, 4),
+        "table is I8 and not the weight of a layer",
+    ),
     "whole weight": (
         lambda: but(bare(), lambda d: d.put(f"{LAYER}.weight", "I64", np.ones((2, 2)))),
         "blocks.0.q.weight is I64; int8run reads weights of F64, F32",
@@ -911,20 +914,23 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: raw(row(), f"{LAYER}.comfy_quant", "U8", 70000),
         r"comfy_quant is U8 \[70000\]; a marker is a short row",
     ),
-    "empty marker": (lambda: said(""), r"the marker blocks.0.q.comfy_quant is no JSON: b''"),
-    "no json": (lambda: said("{format"), r"the marker blocks.0.q.comfy_quant is no JSON: b'\{format'"),
-    "a list": (lambda: said([1]), r"the marker blocks.0.q.comfy_quant is no JSON object"),
-    "a deep list": (lambda: said("[" * 60000), r"the marker blocks.0.q.comfy_quant is no JSON"),
+    "empty marker": (lambda: said(""), r"the marker blocks.0.q.comfy_quant is not JSON: b''"),
+    "no json": (lambda: said("{format"), r"the marker blocks.0.q.comfy_quant is not JSON: b'\{format'"),
+    "a list": (lambda: said([1]), r"the marker blocks.0.q.comfy_quant is not a JSON object"),
+    "a deep list": (lambda: said("[" * 60000), r"the marker blocks.0.q.comfy_quant is not JSON"),
     "says nothing": (lambda: said({}), r"the marker blocks.0.q.comfy_quant names no format: \{\}"),
     "format of no one": (
         lambda: said({"format": "int9"}),
         r"names the format 'int9'; int8run reads int8_tensorwise, int8_axiswise",
     ),
-    "format that is no text": (lambda: said({"format": 8}), r"has a strange format: "),
-    "flag that is no flag": (lambda: said({**TENSOR, "convrot": "yes"}), r"has a strange convrot: "),
-    "per_row that is no flag": (lambda: said({**TENSOR, "per_row": 1}), r"has a strange per_row: "),
-    "block that is no number": (lambda: said({**TENSOR, "group_size": "128"}), r"has a strange group_size: "),
-    "block of nothing": (lambda: said({**TENSOR, "group_size": 0}), r"has a strange group_size: "),
+    "format that is no text": (lambda: said({"format": 8}), r"has an invalid format: "),
+    "flag that is no flag": (lambda: said({**TENSOR, "convrot": "yes"}), r"has an invalid convrot: "),
+    "per_row that is no flag": (lambda: said({**TENSOR, "per_row": 1}), r"has an invalid per_row: "),
+    "block that is no number": (
+        lambda: said({**TENSOR, "group_size": "128"}),
+        r"has an invalid group_size: ",
+    ),
+    "block of nothing": (lambda: said({**TENSOR, "group_size": 0}), r"has an invalid group_size: "),
     "fp8 label on int8": (
         lambda: said({"format": "float8_e4m3fn"}),
         r"names the format 'float8_e4m3fn', and blocks.0.q.weight is I8 with a scale in F32; they contradict each other",
@@ -983,8 +989,8 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         "says that an fp8 weight is rotated",
     ),
     # the header
-    "header of no json": (lambda: headed("{"), "_quantization_metadata in its header is no JSON"),
-    "header of a list": (lambda: headed("[]"), "_quantization_metadata in its header is no JSON object"),
+    "header of no json": (lambda: headed("{"), "_quantization_metadata in its header is not JSON"),
+    "header of a list": (lambda: headed("[]"), "_quantization_metadata in its header is not a JSON object"),
     "header of lists": (
         lambda: headed([LAYER]),
         "_quantization_metadata in its header has no `layers` with an object each",
@@ -1016,27 +1022,30 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
     # our own format
     "ours without settings": (
         lambda: said(ours(settings=None)),
-        "says int8run_transformed and makes no sense",
+        "says int8run_transformed and lacks what such a marker holds",
     ),
     "ours with a setting of text": (
         lambda: said(ours(settings={"alpha": "x"})),
-        "says int8run_transformed and makes no sense",
+        "says int8run_transformed and lacks what such a marker holds",
     ),
-    "ours with a setting that is true": (lambda: said(ours(settings={"alpha": True})), "makes no sense"),
+    "ours with a setting that is true": (
+        lambda: said(ours(settings={"alpha": True})),
+        "lacks what such a marker holds",
+    ),
     "ours with a setting that is infinite": (
         lambda: said(ours(settings={"alpha": float("inf")})),
-        "makes no sense",
+        "lacks what such a marker holds",
     ),
-    "ours without a method": (lambda: said(ours(outlier=None)), "makes no sense"),
-    "ours with a random rotation": (lambda: said(ours(rotation="random")), "makes no sense"),
+    "ours without a method": (lambda: said(ours(outlier=None)), "lacks what such a marker holds"),
+    "ours with a random rotation": (lambda: said(ours(rotation="random")), "lacks what such a marker holds"),
     "ours with half a rotation": (
         lambda: said({k: v for k, v in ours().items() if k != "group_size"}),
-        "makes no sense",
+        "lacks what such a marker holds",
     ),
-    "ours with a factor that is no flag": (lambda: said(ours(factor=1)), "makes no sense"),
+    "ours with a factor that is no flag": (lambda: said(ours(factor=1)), "lacks what such a marker holds"),
     "ours with a size of none": (
         lambda: said(ours(group_size=None)),
-        "has a strange group_size|names groups of None",
+        "has an invalid group_size|names groups of None",
     ),
     "ours regular of 32": (
         lambda: said(ours(rotation="regular", group_size=32)),
@@ -1057,7 +1066,7 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
     # factors
     "factor of another width": (
         lambda: but(row(), lambda d: d.put(f"{LAYER}.pre_quant_scale", "F32", np.ones(N))),
-        r"pre_quant_scale has the shape \[12\], its weight wants \[64\]",
+        r"pre_quant_scale has the shape \[12\], its weight needs \[64\]",
     ),
     "factor of zero": (
         lambda: but(row(), lambda d: d.put(f"{LAYER}.pre_quant_scale", "F32", np.zeros(K))),
@@ -1065,7 +1074,7 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
     ),
     "factor of whole numbers": (
         lambda: beside("pre_quant_scale", "I32"),
-        "pre_quant_scale is I32; it takes F32",
+        "pre_quant_scale is I32; allowed are F32",
     ),
     "factor of another width of fp8": (
         lambda: but(fp8((), "tensor"), lambda d: d.put(f"{LAYER}.pre_quant_scale", "F32", np.ones(N))),
@@ -1082,15 +1091,15 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
     # INT8-Toolkit
     "matrix of another kind": (
         lambda: but(toolkit(False), lambda d: d.put(f"{LAYER}.quarot_hadamard", "F32", np.eye(128))),
-        r"quarot_hadamard F32 \[128, 128\] is no Hadamard matrix",
+        r"quarot_hadamard F32 \[128, 128\] is not a Hadamard matrix",
     ),
     "matrix that is none": (
         lambda: but(toolkit(False), lambda d: d.put(f"{LAYER}.quarot_hadamard", "F32", np.ones(128))),
-        r"quarot_hadamard F32 \[128\] is no Hadamard matrix",
+        r"quarot_hadamard F32 \[128\] is not a Hadamard matrix",
     ),
     "matrix of 48": (
         lambda: but(toolkit(False), lambda d: d.put(f"{LAYER}.quarot_hadamard", "F32", np.ones((48, 48)))),
-        r"\[48, 48\] is no Hadamard matrix",
+        r"\[48, 48\] is not a Hadamard matrix",
     ),
     "matrix and convrot": (
         lambda: said({**GROUP, "convrot_groupsize": 64}, toolkit(False)),
@@ -1102,7 +1111,7 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
     ),
     "sigma of another width": (
         lambda: but(toolkit(True), lambda d: d.put(f"{LAYER}.hadanorm_sigma", "F32", np.ones(4))),
-        r"hadanorm_sigma has the shape \[4\], its weight wants \[256\]",
+        r"hadanorm_sigma has the shape \[4\], its weight needs \[256\]",
     ),
     "sigma of zero": (
         lambda: but(toolkit(True), lambda d: d.put(f"{LAYER}.hadanorm_sigma", "F32", np.zeros(256))),
@@ -1131,7 +1140,7 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
     ),
     "older quip of another size": (
         lambda: but(older_quip(False), lambda d: d.put(f"{LAYER}.quip_s_u", "F32", np.ones(5))),
-        r"quip_s_u is F32 \[5\]; its weight \[12, 64\] wants F32 \[12\]",
+        r"quip_s_u is F32 \[5\]; its weight \[12, 64\] needs F32 \[12\]",
     ),
     "older quip that is nan": (
         lambda: but(older_quip(False), lambda d: d.put(f"{LAYER}.quip_s_u", "F32", np.full(N, np.nan))),
@@ -1224,7 +1233,7 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
     ),
     "nvfp4 with a whole second scale": (
         lambda: but(blocks("nvfp4"), lambda d: d.put(f"{LAYER}.weight_scale_2", "I32", 1)),
-        "weight_scale_2 is I32; it takes F32",
+        "weight_scale_2 is I32; allowed are F32",
     ),
     "nvfp4 with float scales": (
         lambda: but(blocks("nvfp4"), lambda d: d.scale(f"{LAYER}.weight_scale", 128, 4)),
@@ -1268,7 +1277,7 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
     ),
     "nvfp4 of nobody": (
         lambda: unsure("nvfp4"),
-        "1 weights are nvfp4 .first: blocks.0.q. by ComfyUI or by ModelOpt, and neither shapes nor markers tell which; for a text encoder "
+        "1 weights are nvfp4 .first: blocks.0.q. by ComfyUI or by ModelOpt, and neither shapes nor markers show which; for a text encoder "
         "set clip=nvfp4 or clip=nvfp4_modelopt .quant_format in a program., else take a file with comfy_quant markers",
     ),
     "mxfp8 of nobody": (lambda: unsure("mxfp8"), "clip=mxfp8 or clip=mxfp8_rows"),
@@ -1332,7 +1341,7 @@ MISTAKES: dict[str, tuple[Callable[[], Draft], str]] = {
         lambda: beside(
             "pre_quant_scale", draft=said({"format": "mxfp8", "orig_shape": [12, 40]}, blocks("mxfp8"))
         ),
-        r"pre_quant_scale has the shape \[64\], its weight wants \[40\]",
+        r"pre_quant_scale has the shape \[64\], its weight needs \[40\]",
     ),
     "sigma for nvfp4": (
         lambda: beside("hadanorm_sigma", draft=blocks("nvfp4")),

@@ -54,7 +54,9 @@ CASES = [
 def write(path: Path, form: WeightFormat, weight: PackedWeight, transform: OutlierTransform) -> Path:
     """A file as a stream of pieces, laid out before the numbers are known."""
     entries = plan_packed_entries(KEY, form, weight.shape, transform)
-    with StreamWriter(path, [*entries, TensorEntry("text.layer.bias", "F32", (weight.shape[0],))], {}) as writer:
+    with StreamWriter(
+        path, [*entries, TensorEntry("text.layer.bias", "F32", (weight.shape[0],))], {}
+    ) as writer:
         writer.write("text.layer.bias", torch.zeros(weight.shape[0]))
         for key, data in collect_tensors(KEY, weight, form, transform).items():
             writer.write(key, data)
@@ -232,7 +234,9 @@ def test_a_factor_lies_beside_the_weight() -> None:
     ids=lambda t: t.method,
 )
 def test_a_rotation_that_no_marker_can_tell_is_refused(name: str, transform: OutlierTransform) -> None:
-    message = f"the marker of {name} cannot describe {transform.label}; int8 with a scale for each row can have it"
+    message = (
+        f"the marker of {name} cannot describe {transform.label}; int8 with a scale for each row can have it"
+    )
     for call in (build_marker, lambda *given: plan_packed_entries(KEY, *given)):
         with pytest.raises(ValueError, match=message):
             call(FORMATS[name], (256, 256), transform)

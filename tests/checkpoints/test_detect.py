@@ -82,7 +82,7 @@ def test_integers_are_taken_where_they_mean_the_weight(make: Any, tmp_path: Path
     layer = layers[LAYER]
     if not layer.is_exact:
         with pytest.raises(
-            ValueError, match=rf"the numbers of {LAYER} .* cannot be taken as they are; read `weight`"
+            ValueError, match=rf"the numbers of {LAYER} .* cannot be used as they are; use `read_weight`"
         ):
             layer.read_int8_layer(files)
         return
@@ -385,7 +385,7 @@ def test_a_padded_weight_needs_the_models_shape(tmp_path: Path) -> None:
     for wrong in ((8, 24), (12, 16), (17, 24), (12, 0)):
         with pytest.raises(
             FileError,
-            match=rf"{LAYER} has the shape \[16, 32\], the model's \[{wrong[0]}, {wrong[1]}\]; it is for another",
+            match=rf"{LAYER} has the shape \[16, 32\], the model's is \[{wrong[0]}, {wrong[1]}\]; the file is for another model",
         ):
             layers[LAYER].read_weight(files, shape=wrong)
 
@@ -393,7 +393,8 @@ def test_a_padded_weight_needs_the_models_shape(tmp_path: Path) -> None:
 def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
     files, layers = read(made.row(), tmp_path)
     with pytest.raises(
-        FileError, match=rf"{LAYER} has the shape \[12, 64\], the model's \[12, 32\]; it is for another"
+        FileError,
+        match=rf"{LAYER} has the shape \[12, 64\], the model's is \[12, 32\]; the file is for another model",
     ):
         layers[LAYER].read_weight(files, shape=(12, 32))
     assert layers[LAYER].read_weight(files, shape=(N, K)).shape == (N, K)
@@ -454,27 +455,27 @@ BLOCKWISE, FP8_BLOCKWISE = "int8_blockwise", "float8_e4m3fn_blockwise"
 WARNED = {
     "blocks, but rows": (
         lambda: made.said({"format": BLOCKWISE, "group_size": 1}),
-        "1 layers are labelled int8_blockwise and have scales by row",
+        "1 layers are labeled int8_blockwise and have scales by row",
     ),
     "one scale, but blocks": (
         lambda: made.int8((3, 16), "grid", made.TENSOR, block=(4, 4), label="int8_tensorwise"),
-        "1 layers are labelled int8_tensorwise and have scales by grid",
+        "1 layers are labeled int8_tensorwise and have scales by grid",
     ),
     "per_row, but one": (
         lambda: made.int8((), "tensor", made.ROW),
-        "1 layers are labelled per_row=True and have scales by tensor",
+        "1 layers are labeled per_row=True and have scales by tensor",
     ),
     "not per_row, but rows": (
         lambda: made.said({**made.TENSOR, "per_row": False}),
-        "labelled per_row=False and have scales by row",
+        "labeled per_row=False and have scales by row",
     ),
     "fp8 blocks, but rows": (
         lambda: made.fp8((N,), "row", marker={"format": FP8_BLOCKWISE, "group_size": 64}),
-        "labelled float8_e4m3fn_blockwise and have scales by row",
+        "labeled float8_e4m3fn_blockwise and have scales by row",
     ),
     "rotation lost": (
         KINDS["convrot lost in the header"],
-        rf"lost the rotation of 1 layers \(first: {LAYER}\); their markers are believed",
+        rf"does not mention the rotation of 1 layers \(first: {LAYER}\), their markers do",
     ),
 }
 

@@ -23,8 +23,7 @@ from int8run.config.run_spec import AutoFamily
 from int8run.errors import FileError
 from int8run.models.resolve_weights import ResolvedWeights
 from int8run.pipeline.checkpoint_weights import FileWeights
-from int8run.tasks import inspect_file
-from int8run.tasks import quantize_checkpoint as quantize_file
+from int8run.tasks import denoiser_checkpoint, inspect_file
 
 NVFP4, MXFP8 = {"format": "nvfp4"}, {"format": "mxfp8"}
 
@@ -161,7 +160,7 @@ def test_numbers_stay_as_they_are(word: str, name: str, tmp_path: Path) -> None:
     assert (layer.format_name, layer.is_packable) == (word, name not in NOT_CODABLE)
     if not layer.is_packable:
         with pytest.raises(
-            ValueError, match=rf"the numbers of {LAYER} .* cannot stay as they are; read `weight`"
+            ValueError, match=rf"the numbers of {LAYER} .* cannot stay as they are; use `read_weight`"
         ):
             layer.read_packed_weight(files)
         return
@@ -363,7 +362,7 @@ def test_a_hybrid_says_once_what_is_not_used(tmp_path: Path, caplog: pytest.LogC
         read(made.two_layers(KINDS["hybrid mxfp8"](), KINDS["hybrid mxfp8"]()), tmp_path)
     (record,) = caplog.records
     assert (
-        "2 mxfp8 layers have one scale more for the whole weight; those of their blocks are used"
+        "2 mxfp8 layers have one more scale for the whole weight; the scales of their blocks are used"
         in record.getMessage()
     )
 
@@ -410,7 +409,7 @@ def test_a_weight_is_cut_to_the_models_shape_or_refused(name: str, tmp_path: Pat
     for wrong in DOES_NOT_FIT[name]:
         assert not layer.fits_shape(wrong)
         if len(wrong) == 2:
-            words = rf"{LAYER} has the shape \[{layer.rows}, {layer.columns}\], the model's \[{wrong[0]}, {wrong[1]}\]; it is for another"
+            words = rf"{LAYER} has the shape \[{layer.rows}, {layer.columns}\], the model's is \[{wrong[0]}, {wrong[1]}\]; the file is for another model"
             with pytest.raises(FileError, match=words):
                 layer.read_weight(files, shape=(wrong[0], wrong[1]))
             if layer.is_packable:
@@ -439,8 +438,8 @@ def silent(kind: str, tiles: bool) -> Draft:
     return made.blocks(kind, 128, 128, tiles=tiles, bias=False)
 
 
-def check(files: TensorFiles, draft: Draft, word: str, asked: str | None = None) -> None:
-    layer = read_layers(files, asked=asked)[LAYER]
+def check(files: TensorFiles, draft: Draft, word: str, requested: str | None = None) -> None:
+    layer = read_layers(files, requested=requested)[LAYER]
     assert (layer.format_name, layer.label) == (word, word)
     assert_close(word, layer.read_weight(files), real(draft), 1e-6)
     assert_close(word, layer.read_weight(files, slice(100, 110)), real(draft)[100:110], 1e-6)
@@ -453,7 +452,7 @@ def test_what_is_asked_settles_what_no_one_says(kind: str, tiles: bool, tmp_path
     draft, word = silent(kind, tiles), BOTH[kind][not tiles]
     files = opened(draft, tmp_path)
     check(files, draft, word, word)
-    for asked in (
+    for requested in (
         None,
         "int8_convrot",
         *BOTH["mxfp8" if kind == "nvfp4" else "nvfp4"],
@@ -461,7 +460,7 @@ def test_what_is_asked_settles_what_no_one_says(kind: str, tiles: bool, tmp_path
         with pytest.raises(
             FileError, match=rf"1 weights are {kind} .*clip={BOTH[kind][0]} or clip={BOTH[kind][1]}"
         ):
-            read_layers(files, asked=asked)
+            read_layers(files, requested=requested)
 
 
 @pytest.mark.parametrize("tiles", [True, False])
@@ -470,8 +469,8 @@ def test_another_layer_settles_it_whatever_is_asked(kind: str, tiles: bool, tmp_
     draft = silent(kind, tiles)
     made.two_layers(draft, made.blocks(kind, 32, 64, tiles=tiles))
     files = opened(draft, tmp_path)
-    for asked in (None, *BOTH[kind]):
-        check(files, draft, BOTH[kind][not tiles], asked)
+    for requested in (None, *BOTH[kind]):
+        check(files, draft, BOTH[kind][not tiles], requested)
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -480,8 +479,8 @@ def test_a_marker_is_comfys_whatever_is_asked(kind: str, tmp_path: Path) -> None
     draft.text(f"{LAYER}.comfy_quant", {"format": kind})
     files = opened(draft, tmp_path)
     (tmp_path / "config.json").write_text('{"quant_method": "modelopt"}')
-    for asked in (None, *BOTH[kind]):
-        check(files, draft, kind, asked)
+    for requested in (None, *BOTH[kind]):
+        check(files, draft, kind, requested)
 
 
 NOTES = {
@@ -555,11 +554,11 @@ def test_of_modelopt_the_rest_is_refused(name: str, tmp_path: Path) -> None:
 def test_rows_without_a_word_are_rotated_if_asked(width: int, group: int, tmp_path: Path) -> None:
     plain = made.int8((N, 1), "row", weight=(N, width), label="int8")
     files = opened(plain, tmp_path)
-    for asked in (None, "int8_rowwise", "nvfp4"):
-        layer = read_layers(files, asked=asked)[LAYER]
+    for requested in (None, "int8_rowwise", "nvfp4"):
+        layer = read_layers(files, requested=requested)[LAYER]
         assert (layer.format_name, layer.rotation_group_size) == ("int8_rowwise", 0)
         assert_close("plain", layer.read_weight(files), real(plain), 1e-6)
-    layer = read_layers(files, asked="int8_convrot")[LAYER]
+    layer = read_layers(files, requested="int8_convrot")[LAYER]
     assert (layer.rotation_group_size, layer.is_sylvester, layer.format_name) == (
         group,
         False,
@@ -595,14 +594,14 @@ SAYS_ITSELF = [
 def test_what_says_how_it_is_stays_as_it_is(name: str, tmp_path: Path) -> None:
     draft = KINDS[name]()
     files = opened(draft, tmp_path)
-    plain, asked = read_layers(files)[LAYER], read_layers(files, asked="int8_convrot")[LAYER]
-    assert plain == asked
-    assert_close(name, asked.read_weight(files), real(draft), 1e-6)
+    plain, rotated = read_layers(files)[LAYER], read_layers(files, requested="int8_convrot")[LAYER]
+    assert plain == rotated
+    assert_close(name, rotated.read_weight(files), real(draft), 1e-6)
 
 
 def test_markers_of_fp8_layers_say_nothing_of_int8_ones(tmp_path: Path) -> None:
     files = opened(made.two_layers(KINDS["lightx2v bf16"](), KINDS["fp8"]()), tmp_path)
-    assert read_layers(files, asked="int8_convrot")[LAYER].format_name == "int8_convrot"
+    assert read_layers(files, requested="int8_convrot")[LAYER].format_name == "int8_convrot"
 
 
 # -- markers that are no JSON -------------------------------------------------------------------------------------------
@@ -632,8 +631,8 @@ def test_the_first_markers_were_one_byte(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("\x04", "is no JSON"),
-        ("\x0b", "is no JSON"),
+        ("\x04", "is not JSON"),
+        ("\x0b", "is not JSON"),
         ("\x00", r"names the format 'float8_e4m3fn', and blocks.0.q.weight is I8"),
     ],
 )
@@ -688,8 +687,8 @@ def test_a_models_parameter_is_the_weight_without_its_padding(name: str, tmp_pat
     draft = KINDS[name]()
     draft.tensors = {key.removeprefix("blocks.0."): value for key, value in draft.tensors.items()}
     file = FileWeights(draft.write(tmp_path / "m.safetensors"), Small(), partial=True)
-    assert_close("weight", file.tensor("q.weight"), real(draft), 1e-6)
-    assert file.int8_layers() == {} and file.rounded_layers() == {"q"}
+    assert_close("weight", file.read_tensor("q.weight"), real(draft), 1e-6)
+    assert file.find_int8_layers() == {} and file.find_inexact_layers() == {"q"}
     with pytest.raises(FileError, match=r"q\.weight of the file has the shape \[12, "):
         FileWeights(tmp_path / "m.safetensors", nn.ModuleDict({"q": nn.Linear(20, N)}))
 
@@ -720,9 +719,13 @@ def shapes_seen_by(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[
 
 def test_a_family_is_told_by_real_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, files = flux(tmp_path)
-    seen = shapes_seen_by(quantize_file, monkeypatch)
-    quantize_file.recognize_checkpoint(
-        files, read_layers(files), "", ResolvedWeights(tmp_path / "m.safetensors"), AutoFamily()
+    seen = shapes_seen_by(denoiser_checkpoint, monkeypatch)
+    denoiser_checkpoint.recognize_checkpoint(
+        files,
+        read_layers(files),
+        prefix="",
+        source=ResolvedWeights(tmp_path / "m.safetensors"),
+        model_type=AutoFamily(),
     )
     assert seen["double_blocks.0.img_attn.qkv.weight"] == (96, 32)
 

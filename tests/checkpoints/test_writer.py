@@ -252,7 +252,7 @@ from int8run.checkpoints.writer import StreamWriter, TensorEntry
 writer = StreamWriter(Path(sys.argv[1]), [TensorEntry("t", "U8", (10**6,))], {})
 writer.write("t", bytes(10**5))
 print("half", flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
 
 

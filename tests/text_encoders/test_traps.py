@@ -87,9 +87,13 @@ def test_one_scale_in_three_shapes(word: str, shape: tuple[int, ...], tmp_path: 
     file = encoder("clip_l", word)
     for layer in file.words:
         rescaled(file, layer, shape)
+
     check(file, tmp_path)
+
     _, metadata = load_text_encoder(tmp_path / "x.safetensors")
-    assert metadata["quant_format"]["found"] == word and metadata["formats"] == {word: 6}
+
+    assert metadata["quant_format"]["found"] == word
+    assert metadata["formats"] == {word: 6}
 
 
 def test_one_scale_is_of_the_tensor_even_if_the_label_says_rows(
@@ -97,8 +101,11 @@ def test_one_scale_is_of_the_tensor_even_if_the_label_says_rows(
 ) -> None:
     file = rescaled(encoder("t5", "float8_e4m3fn"), f"{T5}0.SelfAttention.q", (1,))
     file.text(f"{T5}0.SelfAttention.q.comfy_quant", {"format": "float8_e4m3fn_rowwise"})
+
     check(file, tmp_path)
+
     _, metadata = load_text_encoder(tmp_path / "x.safetensors")
+
     assert metadata["layers"][f"{T5}0.SelfAttention.q"]["format"] == "float8_e4m3fn"
 
 
@@ -116,6 +123,7 @@ def test_markers_of_one_byte(byte: int, word: str, tmp_path: Path) -> None:
     file = encoder("clip_l", word)
     for layer in file.words:
         file.text(f"{layer}.comfy_quant", bytes([byte]))
+
     check(file, tmp_path)
     refused(with_marker(file, bytes([4])), tmp_path, "comfy_quant is not JSON")
 
@@ -124,6 +132,7 @@ def test_json_after_a_line_break_is_json_and_no_code(tmp_path: Path) -> None:
     file = encoder("clip_l", "int8_convrot")
     for layer in file.words:
         file.text(f"{layer}.comfy_quant", b"\n" + file.tensors[f"{layer}.comfy_quant"].data + b"\0\0")
+
     check(file, tmp_path)
 
 
@@ -136,8 +145,11 @@ def test_a_rotation_without_a_size_has_groups_of_256(tmp_path: Path) -> None:
     file = encoder("clip_l", "int8_convrot")
     for layer in file.words:
         file.text(f"{layer}.comfy_quant", {"format": "int8_tensorwise", "convrot": True})
+
     refused(file, tmp_path, "rotated in groups of 256, which do not divide its 64 inputs")
+
     two = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16, "quarot_groupsize": 64}
+
     refused(with_marker(encoder("clip_l", "int8_convrot"), two), tmp_path, "two sizes of rotated groups")
 
 
@@ -148,14 +160,18 @@ def test_groups_of_a_power_of_4_are_regular_and_others_are_sylvesters(size: int,
         file.text(
             f"{layer}.comfy_quant", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
         )
+
     check(file, tmp_path)
 
 
 def test_doubled_braces(tmp_path: Path) -> None:
     file = encoder("clip_l", "int8_convrot", carrier="header")
     file.metadata["_quantization_metadata"] = "{" + file.metadata["_quantization_metadata"] + "}"
+
     check(file, tmp_path)
+
     file = encoder("clip_l", "int8_convrot")
+
     check(with_marker(file, "{" + file.tensors[f"{Q}.comfy_quant"].data.decode() + "}"), tmp_path)
 
 
@@ -174,6 +190,7 @@ def test_rotations_in_markers_without_a_format_or_in_params(
     file = encoder("clip_l", "int8_convrot")
     for layer in file.words:
         file.text(f"{layer}.comfy_quant", fields)
+
     check(file, tmp_path, backend)
 
 
@@ -195,9 +212,12 @@ def test_a_label_that_the_shape_contradicts(
     file = encoder(name, word)
     for layer in file.words:
         file.text(f"{layer}.comfy_quant", {"format": label})
+
     with caplog.at_level(logging.WARNING):
         check(file, tmp_path)
+
     said = [record for record in caplog.records if "the shape of the scales counts" in record.getMessage()]
+
     # block3d under the plain name is usual, and the difference of e4m3 and e5m2 is told by the dtype
     assert len(said) == (0 if label == "float8_e4m3fn" else 1)
     assert load_text_encoder(tmp_path / "x.safetensors")[1]["quant_format"]["found"] == found
@@ -215,6 +235,7 @@ def test_fp8_that_lost_its_scales_is_no_cast(label: str, tmp_path: Path) -> None
 def test_fp8_scale_in_an_int8_file(dtype: str, tmp_path: Path) -> None:
     file = encoder("clip_l", "int8_rowwise")
     file.tensors[f"{Q}.weight_scale"] = Stored(dtype, (64, 1), bytes([0x38]) * 64)
+
     refused(file, tmp_path, f"{Q}.weight_scale is {dtype}")
 
 
@@ -229,14 +250,18 @@ def test_files_of_2024(elements: int, dtype: str, prefix: str, tmp_path: Path) -
     word = "float8_e5m2" if dtype == "F8_E5M2" else "float8_e4m3fn"
     file = legacy(encoder("t5", word, quantized=["shared.weight"]), elements, dtype).prefixed(prefix)
     path = file.write(tmp_path / "x.safetensors")
+
     state, metadata = load_text_encoder(path)
-    assert metadata["prefix"] == prefix and metadata["quant_format"]["found"] == word
-    assert {"scaled_fp8"}.isdisjoint(state) and state[
-        f"{T5}0.SelfAttention.q.weight_scale"
-    ].dtype == torch.float32
+
+    assert metadata["prefix"] == prefix
+    assert metadata["quant_format"]["found"] == word
+    assert {"scaled_fp8"}.isdisjoint(state)
+    assert state[f"{T5}0.SelfAttention.q.weight_scale"].dtype == torch.float32
+
     found = asked_all(
         build_text_encoder(state, {**metadata, "kernel_backend": "dequantize"}, dtype=torch.float32)
     )
+
     for name, reading in oracle.read(path).items():
         assert np.allclose(found[bare(name.removeprefix(prefix))], reading.weight, rtol=1e-5, atol=1e-6)
 
@@ -274,6 +299,7 @@ def test_codes_of_minus_128(word: str, backend: str, tmp_path: Path) -> None:
     for layer in file.words:
         stored = file.tensors[f"{layer}.weight"]
         file.tensors[f"{layer}.weight"] = stored._replace(data=stored.data.replace(b"\x81", b"\x80"))
+
     assert b"\x80" in file.tensors[f"{Q}.weight"].data
     check(file, tmp_path, backend)
 
@@ -282,6 +308,7 @@ def test_a_header_that_lost_the_rotation(tmp_path: Path) -> None:
     file = encoder("clip_l", "int8_convrot", carrier="both")
     layers = {layer: {"format": "int8_tensorwise"} for layer in file.words}
     file.metadata["_quantization_metadata"] = json.dumps({"layers": layers})
+
     check(file, tmp_path)
 
 
@@ -308,6 +335,7 @@ def test_stale_headers(
     file = encoder("clip_l", "int8_convrot", carrier="both")
     layers = json.loads(file.metadata["_quantization_metadata"])["layers"]
     file.metadata["_quantization_metadata"] = json.dumps({"layers": change(layers)})
+
     refused(file, tmp_path, words)
 
 
@@ -326,7 +354,9 @@ def test_a_rotation_that_only_the_user_can_tell(tmp_path: Path) -> None:
         if layer in file.words:
             file.real[layer], _ = int8_convrot(file, layer, real, 64)
     path = file.write(tmp_path / "x.safetensors")
+
     found = weights_of(path, quant_format="int8_convrot")
+
     assert all(
         np.allclose(found[bare(layer)], file.real[layer], rtol=1e-5, atol=1e-6) for layer in file.words
     )
@@ -346,9 +376,13 @@ def test_a_rotation_that_only_the_user_can_tell(tmp_path: Path) -> None:
 def test_embedded_tokenizers(key: str, tmp_path: Path) -> None:
     file = encoder("umt5" if key == "spiece_model" else "llama", "float8_e4m3fn")
     file.text(key, b"\x0a\x0e\x0a" * 50)
+
     check(file, tmp_path)
+
     state, metadata = load_text_encoder(tmp_path / "x.safetensors")
-    assert key not in state and key in str(metadata["dropped"])
+
+    assert key not in state
+    assert key in str(metadata["dropped"])
 
 
 @pytest.mark.parametrize(
@@ -368,6 +402,7 @@ def test_a_format_that_the_file_does_not_have(word: str, asked: str, tmp_path: P
 def test_words_that_are_none(tmp_path: Path) -> None:
     file = encoder("clip_l", "int8_rowwise")
     words = "did you mean 'int8_rowwise'. choose from auto, float8_e4m3fn, .*nvfp4"
+
     refused(
         file, tmp_path, f"quant_format is 'int8_rowise'; {words}", ConfigError, quant_format="int8_rowise"
     )
@@ -387,9 +422,12 @@ def test_nibbles_that_only_the_user_can_tell(word: str, tmp_path: Path) -> None:
     for layer in [layer for layer in file.words if not layer.endswith(("wi_0", "wi_1"))]:
         file.drop(f"{layer}.weight_scale", f"{layer}.weight_scale_2")
         file.tensors[f"{layer}.weight"] = encoder("t5").tensors[f"{layer}.weight"]
+
     refused(file, tmp_path, "clip=nvfp4 or clip=nvfp4_modelopt")
+
     path = file.write(tmp_path / "x.safetensors")
     found = weights_of(path, quant_format=word)
+
     for layer in (f"{T5}1.DenseReluDense.wi_{x}" for x in (0, 1)):
         assert np.allclose(found[layer], file.real[layer], rtol=1e-6)
 
@@ -398,6 +436,7 @@ def test_a_marker_of_comfyui_and_scales_in_rows(tmp_path: Path) -> None:
     file = encoder("t5", "nvfp4_modelopt")
     for layer in file.words:
         file.text(f"{layer}.comfy_quant", {"format": "nvfp4"})
+
     refused(file, tmp_path, "lie in tiles, and .* in rows; they contradict each other")
 
 
@@ -409,6 +448,7 @@ def test_a_weight_that_is_stored_turned(tmp_path: Path) -> None:
         )
         file.put(f"{layer}.weight", "I8", codes.T)
         rescaled(file, layer, (1, len(codes)))
+
     check(file, tmp_path)
     check(file, tmp_path, "reference")
     assert np.allclose(
@@ -420,6 +460,7 @@ def test_a_weight_that_is_stored_turned(tmp_path: Path) -> None:
 def test_factors_of_the_inputs(word: str, tmp_path: Path) -> None:
     file = encoder("clip_l", word)
     file.put(f"{Q}.pre_quant_scale", "F32", np.linspace(0.5, 2, 64))
+
     check(file, tmp_path)
 
 
@@ -429,25 +470,32 @@ def test_two_flavours_in_one_file(tmp_path: Path) -> None:
 
 def test_formats_mixed_layer_by_layer(tmp_path: Path) -> None:
     words = ("int8_convrot", "float8_e4m3fn", "nvfp4", "mxfp8", "int8_blockwise", "float8_e5m2_cast")
+
     for name in ("clip_g", "qwen3"):
         for carrier in ("tensor", "header"):
             check(encoder(name, words=words, carrier=carrier), tmp_path)
             check(encoder(name, words=words, carrier=carrier), tmp_path, "reference")
+
     _, metadata = load_text_encoder(tmp_path / "x.safetensors")
-    assert metadata["quant_format"]["found"] == "mixed" and set(words) <= set(metadata["formats"])
+
+    assert metadata["quant_format"]["found"] == "mixed"
+    assert set(words) <= set(metadata["formats"])
 
 
 @pytest.mark.parametrize("word", ["mxfp8", "nvfp4"])
 def test_padding_is_cut(word: str, tmp_path: Path) -> None:
     file = encoder("clip_l", word, inner=100)
+
     check(file, tmp_path)
     assert weights_of(tmp_path / "x.safetensors")["encoder.layers.0.mlp.fc1"].shape == (100, 64)
+
     file = encoder("t5", word, inner=100)
     for layer in file.words:
         shape = {"wi_0": [100, 64], "wi_1": [100, 64], "wo": [64, 100]}.get(
             layer.rpartition(".")[2], [64, 64]
         )
         file.text(f"{layer}.comfy_quant", {"format": word, "orig_shape": shape})
+
     check(file, tmp_path)
     assert weights_of(tmp_path / "x.safetensors")[f"{T5}1.DenseReluDense.wo"].shape == (64, 100)
 
@@ -475,6 +523,7 @@ def test_padding_is_cut(word: str, tmp_path: Path) -> None:
 )
 def test_quantized_embeddings(name: str, table: str, word: str, tmp_path: Path) -> None:
     file = encoder(name, word, quantized=[f"{table}.weight"])
+
     assert table in file.words
     check(file, tmp_path, "reference" if word.startswith("int8") else "dequantize")
 
@@ -525,8 +574,11 @@ def wan_name(key: str) -> str:
 def test_companions_follow_a_renamed_weight(word: str, carrier: str, tmp_path: Path) -> None:
     file = encoder("umt5", word, carrier=carrier)
     real = file.real
+
     found = weights_of(file.rename(wan_name).write(tmp_path / "x.safetensors"), "reference")
-    assert "blocks.1.ffn.fc2.weight_scale" in file.tensors and len(real) == 17
+
+    assert "blocks.1.ffn.fc2.weight_scale" in file.tensors
+    assert len(real) == 17
     for layer, weight in real.items():
         assert np.allclose(found[layer], weight, rtol=1e-5, atol=1e-6), layer
 
@@ -535,9 +587,13 @@ def test_quantized_decoders_and_heads_are_left_out(tmp_path: Path) -> None:
     file = encoder("t5", "int8_rowwise")
     for key in [key for key in file.tensors if key.startswith("encoder.block.0.layer.1")]:
         file.tensors[key.replace("encoder.", "decoder.", 1)] = file.tensors[key]
+
     state, metadata = load_text_encoder(file.write(tmp_path / "x.safetensors"), kernel_backend="reference")
+
     assert not [key for key in state if "decoder" in key]
+
     found = asked_all(build_text_encoder(state, metadata, dtype=torch.float32))
+
     assert all(np.allclose(found[layer], weight, rtol=1e-5, atol=1e-6) for layer, weight in file.real.items())
 
 
@@ -546,9 +602,12 @@ def test_only_the_encoder_that_is_meant_must_be_sound(tmp_path: Path) -> None:
     file.put(f"text_encoders.t5xxl.transformer.{T5}0.SelfAttention.q.weight_scale_2", "F32", np.nan)
     clip = encoder("clip_l", "int8_convrot")
     file.tensors |= clip.copy().prefixed("text_encoders.clip_l.transformer.").tensors
+
     refused(file, tmp_path, "several text encoders: t5 .*clip")
     refused(file, tmp_path, "weight_scale_2 are not finite", which="t5xxl")
+
     found = weights_of(tmp_path / "x.safetensors", which="clip_l")
+
     assert all(
         np.allclose(found[bare(layer)], weight, rtol=1e-5, atol=1e-6) for layer, weight in clip.real.items()
     )
@@ -561,18 +620,23 @@ def test_norms_in_fp8(word: str, tmp_path: Path) -> None:
     if word == "float8_e4m3fn":
         file.put("text_model.final_layer_norm.weight_scale", "F32", 3.0)
     state, metadata = load_text_encoder(file.write(tmp_path / "x.safetensors"))
+
     norm = next(
         p
         for name, p in build_text_encoder(state, metadata).named_parameters()
         if name.endswith("final_layer_norm.weight")
     )
-    assert norm[:1].item() == (3 if word == "float8_e4m3fn" else 1) and norm[63] == 2 * norm[0]
+
+    assert norm[:1].item() == (3 if word == "float8_e4m3fn" else 1)
+    assert norm[63] == 2 * norm[0]
 
 
 def test_a_quantized_projection(tmp_path: Path) -> None:
     file = encoder("clip_g", "int8_rowwise", quantized=["text_projection.weight"])
     state, metadata = load_text_encoder(file.write(tmp_path / "x.safetensors"), kernel_backend="reference")
+
     found = asked_all(build_text_encoder(state, metadata, "CLIPTextModelWithProjection", dtype=torch.float32))
+
     assert np.allclose(found["text_projection"], file.real["text_projection"], rtol=1e-5, atol=1e-6)
 
 
@@ -581,7 +645,9 @@ def test_biases_are_the_files(tmp_path: Path) -> None:
     bias = file.put(f"{Q}.bias", "F32", np.arange(64) * 7.0)
     state, metadata = load_text_encoder(file.write(tmp_path / "x.safetensors"), kernel_backend="reference")
     model = build_text_encoder(state, metadata, dtype=torch.float32)
+
     module = next(module for name, module in model.named_modules() if bare(name) == bare(Q))
+
     assert np.allclose(module(torch.zeros(1, 64)).detach().numpy(), bias[None])
 
 
@@ -599,6 +665,7 @@ def test_fp8_codes_that_are_nan(word: str, tmp_path: Path) -> None:
     file = encoder("clip_l", word)
     stored = file.tensors[f"{Q}.weight"]
     file.tensors[f"{Q}.weight"] = stored._replace(data=stored.data[:50] + b"\x7f" + stored.data[51:])
+
     refused(file, tmp_path, "NaN|not finite")
 
 
@@ -606,6 +673,7 @@ def test_fp8_codes_that_are_nan(word: str, tmp_path: Path) -> None:
 def test_biases_of_whole_numbers_are_no_floats(dtype: str, tmp_path: Path) -> None:
     file = encoder("clip_l", "int8_rowwise")
     file.tensors[f"{Q}.bias"] = Stored(dtype, (64,), bytes(n % 2 for n in range(8 * DTYPES[dtype][0])))
+
     refused(file, tmp_path, f"{Q}.bias is {dtype}")
 
 
@@ -671,6 +739,7 @@ def test_a_lora_without_alpha_is_as_strong_as_it_was_trained(
     (name,) = changes
     before = asked_all(built.module)
     change = (up @ down).numpy()
+
     for strength in (1.0, -0.5, 0.0):
         merges[0].set_strengths([strength])
         built.refresh([name])
@@ -679,4 +748,5 @@ def test_a_lora_without_alpha_is_as_strong_as_it_was_trained(
         assert (moved * change).sum() / (change**2).sum() == pytest.approx(
             strength * (alpha / rank if alpha else 1), abs=0.05
         )
+
     source.files.close()
