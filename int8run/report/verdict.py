@@ -49,7 +49,7 @@ SPEED_METRICS = (STEP_MS, SPEED_RATIO)
 QUALITY_METRICS = (PSNR_DB, SSIM, LATENT_ERROR)
 MEMORY_METRICS = (DENOISER_BYTES, DENOISER_RATIO)
 PHRASES = {
-    STEP_MS: "{} a step",
+    STEP_MS: "{} per step",
     SPEED_RATIO: "{} the float model's speed",
     PSNR_DB: "PSNR {}",
     SSIM: "SSIM {}",
@@ -363,7 +363,7 @@ def list_between(comparison: Comparison) -> list[Candidate]:
 
 
 def describe_best(best: Sequence[Candidate], comparison: Comparison, metrics: Sequence[str]) -> str:
-    """Names and metrics: `outlier=none: 5.2 ms a step, 2.54× the float model's speed`."""
+    """Names and metrics: `outlier=none: 5.2 ms per step, 2.54× the float model's speed`."""
     name = "all" if len(best) == len(comparison.candidates) else format_names(best)
     return f"{name}: {describe_metrics(best[0], metrics)}"
 

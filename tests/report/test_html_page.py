@@ -150,7 +150,7 @@ def test_one_run_is_summarized(tmp_path):
         "images at 57.9 dB PSNR to the float model's."
     )
     facts = [element["text"] for element in page.find_all("dd")]
-    assert "5.20 ms a step, 2.54× the float model's speed" in facts
+    assert "5.20 ms per step, 2.54× the float model's speed" in facts
     assert "28.7 MB, 2.00× smaller than float" in facts
     assert not page.find_all("section", id="speed-quality") and not page.find_all("section", id="strength")
     assert page.unbalanced == []

@@ -76,9 +76,9 @@ def test_the_facts_name_the_best_and_those_between_them(tmp_path):
     found = recommend(write_runs(tmp_path, metrics, "abcd"))
 
     assert dict(found.facts) == {
-        "Fastest": "#0 outlier=a: 10.0 ms a step, 2.00× the float model's speed",
+        "Fastest": "#0 outlier=a: 10.0 ms per step, 2.00× the float model's speed",
         "Closest to float": "#1 outlier=b: PSNR 50.0 dB, SSIM 0.9900",
-        "Between them": "#2 outlier=c: 15.0 ms a step, 1.50× the float model's speed, PSNR 45.0 dB",
+        "Between them": "#2 outlier=c: 15.0 ms per step, 1.50× the float model's speed, PSNR 45.0 dB",
         "Smallest": "all: 30.0 MB, 2.00× smaller than float",
         "Pareto front": "#0–#2: no other run is faster without being further from float",
     }
