@@ -1,4 +1,10 @@
-"""What `task=` chooses between. Each imports its work when it runs, so that composing a config stays cheap."""
+"""What `task=` chooses between: the classes that conf/task names.
+
+`jobs.execute` calls `execute`. Each class imports its work when it runs, so that composing a config stays
+cheap.
+
+`recorded` is whether a task leaves a record in the output folder, `tracked` whether the tracker copies it.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,26 +16,34 @@ from int8run.errors import ConfigError, check_range
 
 @dataclass(frozen=True)
 class Run:
-    """Build, generate, measure, log."""
+    """Build a model, generate with it, measure."""
 
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = True
 
     def execute(self, spec: RunSpec, job: Job) -> float | None:
-        """Returns the metric named by `metrics.objective`, for sweepers."""
+        """Return the metric named by `metrics.objective`, for sweepers.
+
+        Raises:
+            ConfigError: when it was not measured, although there is a baseline.
+        """
         from int8run.tasks.run import run
 
         metrics = run(spec, job).metrics
-        if spec.metrics.baseline != "none" and spec.metrics.objective not in metrics:
-            raise ConfigError(
-                f"metrics.objective={spec.metrics.objective} was not measured; choose from {', '.join(sorted(metrics))}"
-            )
-        return metrics.get(spec.metrics.objective)
+        objective = spec.metrics.objective
+        if spec.metrics.baseline != "none" and objective not in metrics:
+            choices = ", ".join(sorted(metrics))
+            raise ConfigError(f"metrics.objective={objective} was not measured; choose from {choices}")
+        return metrics.get(objective)
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a `.safetensors` file or a folder of them is, from the headers; without a path, what the cache holds."""
+    """Describe a `.safetensors` file or a folder of them, from the headers.
+
+    Args:
+        path: None: list what the cache holds.
+    """
 
     recorded: ClassVar[bool] = False
     tracked: ClassVar[bool] = False
@@ -48,7 +62,11 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Bench:
-    """Time every backend on the model's own layer shapes and keep the answers for `backend=auto`."""
+    """Time every backend on the model's own layer shapes, and keep the fastest ones for `backend=auto`.
+
+    Args:
+        rounds: timings of each backend, interleaved; the median counts.
+    """
 
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = False
@@ -69,7 +87,8 @@ class Quantize:
     """Write a quantized checkpoint without running it or holding it in memory.
 
     Args:
-        component: of a pipeline with several denoisers the one that is meant; or a text encoder, which is written as `clip=` says.
+        component: which denoiser, of a pipeline with several; or a text encoder, which is written in the
+            format of `clip=`.
     """
 
     recorded: ClassVar[bool] = True
@@ -89,11 +108,11 @@ class Quantize:
 
 @dataclass(frozen=True)
 class Report:
-    """One page that compares logged runs, out of their output folders.
+    """Compare runs on one page, from their output folders.
 
     Args:
         path: a folder with runs in it, at any depth; None: `sync`, else the newest sweep below `multirun`.
-        sweep: identity of a sweep in the tracker; its runs are fetched into `path` first.
+        sweep: tag of a sweep in the tracker; its runs are downloaded into `path` first.
     """
 
     recorded: ClassVar[bool] = False

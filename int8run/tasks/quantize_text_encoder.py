@@ -1,4 +1,8 @@
-"""`task=quantize task.component=text_encoder`: a text encoder from file to file, one tensor at a time."""
+"""`task=quantize task.component=text_encoder`: a text encoder from file to file, one tensor at a time.
+
+Plans everything from the header and an encoder without weights (a skeleton), then reads, quantizes and
+writes tensor by tensor.
+"""
 
 import importlib.metadata
 import json
@@ -17,7 +21,6 @@ from torch import nn
 from int8run.checkpoints.comfy_formats import TORCH_DTYPES, collect_tensors, plan_packed_entries
 from int8run.checkpoints.comfy_int8 import WEIGHT
 from int8run.checkpoints.output_path import prepare_output_path
-from int8run.checkpoints.provenance import PROVENANCE_KEY
 from int8run.checkpoints.writer import StreamWriter, TensorEntry
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
@@ -32,13 +35,15 @@ from int8run.pipeline.text_encoders import EncoderSlot, find_encoder_slots
 from int8run.quant.formats import FORMATS, WeightFormat
 from int8run.report.console import Progress, print_lines
 from int8run.report.formatting import format_megabytes, format_pairs
-from int8run.report.run_files import write_json, write_layers_csv
-from int8run.tasks.quantize_checkpoint import (
+from int8run.tasks.quantize_common import (
     MegabyteProgress,
     collect_metrics,
+    count_bytes,
+    count_megabytes,
     count_skip_reasons,
-    format_summary,
     hash_checkpoint,
+    merge_metadata,
+    report_result,
     resolve_new_file,
 )
 from int8run.text_encoders.build import fit_weights
@@ -50,8 +55,8 @@ from int8run.text_encoders.state_dict_adapter import map_canonical_names
 from int8run.text_encoders.weights import EncoderFile, check_finite
 
 log = logging.getLogger(__name__)
-BYTES = "U8"
-FILE = f"model{SAFETENSORS}"  # in a folder, as transformers has it
+BYTES = "U8"  # the dtype of tokenizers and other data that is no number of the model
+FILE_IN_FOLDER = f"model{SAFETENSORS}"  # as transformers has it
 
 
 @dataclass
@@ -59,269 +64,382 @@ class EncoderTarget:
     """One tensor of the new file.
 
     Args:
-        parts: of the source's tensors.
-        dtype: safetensors' word, of what stays float.
-        form: of a weight that is quantized.
+        key: in the new file.
+        parts: tensors of the source that it is made of, one after the other.
+        shape: of the whole.
+        dtype: safetensors' name, of what stays float.
+        weight_format: of a weight that is quantized; None: it stays float.
         plan: of a Linear or an embedding.
-        copied: the layer of the source whose codes are taken as they are.
-        transform: what is done to the weight; known before its numbers are.
+        copied_layer: the layer of the source whose quantized weight is copied as it is.
+        transform: what is done to the weight before it is rounded; of a copied layer read from the file.
     """
 
     key: str
     parts: tuple[TensorPart, ...]
     shape: tuple[int, ...]
     dtype: str
-    form: WeightFormat | None = None
+    weight_format: WeightFormat | None = None
     plan: LayerPlan | None = None
-    copied: str | None = None
+    copied_layer: str | None = None
     transform: OutlierTransform = field(default_factory=OutlierTransform)
 
-    def entries(self) -> list[TensorEntry]:
-        """What it adds to the new file."""
-        if self.form is None:
+    def list_entries(self) -> list[TensorEntry]:
+        """List the tensors that it adds to the new file."""
+        if self.weight_format is None:
             return [TensorEntry(self.key, self.dtype, self.shape)]
-        return plan_packed_entries(self.key, self.form, (self.shape[0], self.shape[1]), self.transform)
+        rows, columns = self.shape
+        return plan_packed_entries(self.key, self.weight_format, (rows, columns), self.transform)
 
 
 def quantize_text_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, float]:
-    """Quantize a text encoder of `model.location` into `save`, to the format of `clip=`; layers.csv and metrics.json say what became of it.
+    """Quantize a text encoder of `model.location` into `save`, to the format of `clip=`.
+
+    Leaves layers.csv and metrics.json in the output folder.
+
+    Args:
+        spec: the settings.
+        job: where they came from, and where to write.
+        component: of the pipeline, such as `text_encoder_2`.
 
     Returns:
-        The metrics.
+        Metrics by their public names.
 
     Raises:
-        ConfigError: for settings that say nothing about text encoders, or when no layer is quantized.
-        FileError: when the source cannot be read or the result not be written.
+        ConfigError: for settings that do not apply to text encoders, or when no layer is quantized.
+        FileError: when the source cannot be read, or the result cannot be written.
     """
-    form = choose_format(spec, component)
-    prepare_output_path(str(spec.save))  # before the work whose result it is to hold
+    weight_format = choose_format(spec, component)
+    save = str(spec.save)
+    prepare_output_path(save)  # before the work whose result goes there
     slot = find_slot(spec, component)
     started = time.perf_counter()
     weights = EncoderFile(slot.folder, class_name=slot.class_name)
     with weights.files:
-        to_folder = Path(str(spec.save)).suffix != SAFETENSORS
-        config = (
-            dict(read_config(slot.folder))
-            if slot.class_name
-            else build_config(weights.encoder, weights.shapes)
-        )
-        path = resolve_new_file(
-            str(Path(str(spec.save)) / FILE) if to_folder else str(spec.save), weights.files
-        )
-        targets = plan_targets(
-            weights, slot.class_name or weights.encoder.classes[0], config, form, to_folder
-        )
+        to_folder = Path(save).suffix != SAFETENSORS
+        path = resolve_new_file(str(Path(save) / FILE_IN_FOLDER) if to_folder else save, weights.files)
+        if slot.class_name:
+            config = dict(read_config(slot.folder))
+        else:
+            config = build_config(weights.encoder, weights.shapes)
+        class_name = slot.class_name or weights.encoder.classes[0]
+        targets = plan_targets(weights, class_name, config, weight_format, to_folder=to_folder)
         plans = [target.plan for target in targets if target.plan is not None]
-        check_plans(weights, targets, form)
-        read = sum(info.nbytes for info in weights.files.values())
-        print_lines(
-            format_pairs(
-                [("read", weights.where), ("encoder", weights.encoder.name), ("size", format_megabytes(read))]
-            ),
-            format_pairs(
-                [
-                    ("write", path),
-                    ("layers", sum(target.form is not None for target in targets)),
-                    ("format", form.name),
-                ]
-            ),
-        )
-        if path.exists():
-            log.warning("save=%s replaces a file that is there", spec.save)
-        entries = [entry for target in targets for entry in target.entries()]
-        with (
-            StreamWriter(path, entries, build_metadata(weights, spec, plans)) as writer,
-            Progress(spec.progress).track_loop("quantize, MB", max(1, read // 10**6)) as advance,
-        ):
-            steps = MegabyteProgress(advance)
-            for target in targets:
-                write_target(writer, weights, target)
-                steps(
-                    sum(
-                        weights.files[weights.prefix + part.key].nbytes
-                        for part in target.parts
-                        if part.rows is None
-                    )
-                )
-            writer.finish()
-            written = writer.nbytes
+        check_targets(weights, targets, weight_format)
+        print_header(spec, weights, path, targets, weight_format)
+        bytes_written = write_targets(spec, weights, path, targets, plans)
         if to_folder:
             (path.parent / CONFIG_NAME).write_text(json.dumps(config, indent=2, default=str) + "\n")
-    metrics = collect_metrics(plans, read, written, time.perf_counter() - started, "clip", "quantized")
-    write_layers_csv(plans, job.output_dir / "layers.csv")
-    about = {"source": weights.where, "save": str(path), "encoder": weights.encoder.name, "format": form.name}
-    write_json({"metrics": metrics, **about}, job.output_dir / "metrics.json")
-    print_lines(
-        *format_summary(plans, metrics, form.name),
-        f"files: {path}, {job.output_dir / 'layers.csv'}, {job.output_dir / 'metrics.json'}",
+        bytes_read = count_bytes(weights.files)
+    metrics = collect_metrics(
+        plans,
+        bytes_read=bytes_read,
+        bytes_written=bytes_written,
+        seconds=time.perf_counter() - started,
+        group="clip",
+        quantized="quantized",
     )
+    facts = {
+        "source": weights.where,
+        "save": str(path),
+        "encoder": weights.encoder.name,
+        "format": weight_format.name,
+    }
+    report_result(job, path, plans, metrics, facts, quantized=weight_format.name)
     return metrics
 
 
 def choose_format(spec: RunSpec, component: str) -> WeightFormat:
-    """The format to write.
+    """Return the format to write.
 
     Raises:
         ConfigError: when there is none, or no place to write to.
     """
     if spec.save is None:
         raise ConfigError("task=quantize writes a checkpoint; set save=<file.safetensors> or save=<folder>")
-    form = FORMATS.get(spec.clip.format)
-    if form is None or form.is_read_only:
-        words = ", ".join(name for name, known in FORMATS.items() if not known.is_read_only)
+    weight_format = FORMATS.get(spec.clip.format)
+    if weight_format is None or weight_format.is_read_only:
+        choices = ", ".join(name for name, choice in FORMATS.items() if not choice.is_read_only)
         raise ConfigError(
-            f"task.component={component} is written in the format of clip=; choose one: {words}"
+            f"task.component={component} is written in the format of clip=; choose one: {choices}"
         )
     if spec.clip.path is not None:
         raise ConfigError("task=quantize reads model.location; set it to the file, and clip.path=null")
-    return form
+    return weight_format
 
 
 def find_slot(spec: RunSpec, component: str) -> EncoderSlot:
-    """The source: a component of a pipeline, or a file or folder that is an encoder itself.
+    """Find the source: a component of a pipeline, or a file or folder that is an encoder itself.
 
     Raises:
         ConfigError: when the pipeline has no such component.
-        FileError: when it cannot be had.
+        FileError: when it could not be downloaded.
     """
     location = str(spec.model.location)
     path = to_local_path(location)
-    if path.is_file() or (path.is_dir() and not (path / MODEL_INDEX_NAME).is_file()):
-        own = path.is_dir() and (path / CONFIG_NAME).is_file()
-        named = read_config(path).get("architectures") if own else None
-        return EncoderSlot(component, str(named[0]) if named else "", path)
-    if not path.is_dir():
-        wanted = [MODEL_INDEX_NAME, f"{component}/*.json", f"{component}/*{SAFETENSORS}"]
+    is_pipeline = path.is_dir() and (path / MODEL_INDEX_NAME).is_file()
+    if path.exists() and not is_pipeline:
+        return EncoderSlot(component, read_class_name(path), path)
+    if not is_pipeline:
+        patterns = [MODEL_INDEX_NAME, f"{component}/*.json", f"{component}/*{SAFETENSORS}"]
         try:
-            path = Path(snapshot_download(location, revision=spec.model.revision, allow_patterns=wanted))
+            path = Path(snapshot_download(location, revision=spec.model.revision, allow_patterns=patterns))
         except (OSError, ValueError) as error:
             raise make_download_error(location, "model.location", error) from error
-    there = find_encoder_slots(
-        path, {name: part for name, part in spec.model.parts.items() if name == component}
-    )
-    if component not in there:
-        names = ", ".join(there) or "none"
+    parts = {name: part for name, part in spec.model.parts.items() if name == component}
+    slots = find_encoder_slots(path, parts)
+    if component not in slots:
+        names = ", ".join(slots) or "none"
         raise ConfigError(
-            f"task.component={component} is no text encoder of {location}; {suggest_similar(component, list(there))}it has {names}"
+            f"task.component={component} is not a text encoder of {location}; "
+            f"{suggest_similar(component, list(slots))}it has {names}"
         )
-    return there[component]
+    return slots[component]
+
+
+def read_class_name(path: Path) -> str:
+    """Read the class of transformers from the config in an encoder's folder; empty where there is none."""
+    if not path.is_dir() or not (path / CONFIG_NAME).is_file():
+        return ""
+    architectures = read_config(path).get("architectures")
+    return str(architectures[0]) if architectures else ""
 
 
 def plan_targets(
-    weights: EncoderFile, class_name: str, config: Mapping[str, Any], form: WeightFormat, to_folder: bool
+    weights: EncoderFile,
+    class_name: str,
+    config: Mapping[str, Any],
+    weight_format: WeightFormat,
+    *,
+    to_folder: bool,
 ) -> list[EncoderTarget]:
-    """What the new file will hold: in a single file by ComfyUI's names, in a folder by those of the source."""
-    model = build_skeleton(class_name, dict(config), torch.float32)
-    layout = fit_weights(weights, model)
-    names, dropped = map_canonical_names(weights.encoder, weights.shapes)
-    blobs = {
-        key: (TensorPart(key),) for key in dropped if weights.files[weights.prefix + key].dtype == BYTES
-    }  # tokenizers
+    """Plan what the new file will hold.
+
+    Args:
+        weights: the source.
+        class_name: of transformers.
+        config: of that class.
+        weight_format: for the layers that are quantized.
+        to_folder: whether the new file is in a folder, where tensors keep their names; in a single file
+            they get those that ComfyUI reads.
+    """
+    modules = find_modules(weights, class_name, config)
+    canonical_names, dropped = map_canonical_names(weights.encoder, weights.shapes)
+    names = dict(canonical_names)
     if to_folder and not weights.prefix:
         names = {key: (TensorPart(key),) for key in weights.shapes if key not in dropped}
-    modules = {
-        source: (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding)
-        and name + WEIGHT in layout.parts
-        and (source := find_source_layer(layout.parts[name + WEIGHT])) is not None
-    }
+    for key in dropped:
+        if weights.files[weights.prefix + key].dtype == BYTES:  # a tokenizer
+            names[key] = (TensorPart(key),)
     targets = []
-    for key, parts in {**names, **blobs}.items():
+    for key, parts in names.items():
         shape = join_shapes(parts, weights.shapes) or ()
         target = EncoderTarget(key, parts, shape, choose_dtype(weights, parts))
-        source = find_source_layer(parts)
-        if source in modules and len(shape) == 2:
-            plan_layer(target, weights, source, modules[source][1], form)
+        layer = find_source_layer(parts)
+        if layer in modules and len(shape) == 2:
+            plan_layer(target, weights, layer, modules[layer], weight_format)
         targets.append(target)
     return targets
 
 
+def find_modules(
+    weights: EncoderFile, class_name: str, config: Mapping[str, Any]
+) -> dict[str, nn.Linear | nn.Embedding]:
+    """Find the Linears and embeddings of an encoder, on the meta device.
+
+    Args:
+        weights: the source.
+        class_name: of transformers.
+        config: of that class.
+
+    Returns:
+        Modules by the name of their layer in the source.
+    """
+    model = build_skeleton(class_name, dict(config), torch.float32)
+    parts = fit_weights(weights, model).parts
+    modules = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Embedding) or name + WEIGHT not in parts:
+            continue
+        layer = find_source_layer(parts[name + WEIGHT])
+        if layer is not None:
+            modules[layer] = module
+    return modules
+
+
 def choose_dtype(weights: EncoderFile, parts: tuple[TensorPart, ...]) -> str:
-    """The dtype of what stays float: its own, of quantized weights bfloat16."""
-    words = {weights.files[weights.prefix + part.key].dtype for part in parts}
+    """Choose the dtype of what stays float: its own; bfloat16 for weights that the source has quantized."""
     if any(weights.get_format(part.key.removesuffix(WEIGHT)) for part in parts):
         return "BF16"
-    return words.pop() if len(words) == 1 else "F32"
+    dtypes = {weights.files[weights.prefix + part.key].dtype for part in parts}
+    return dtypes.pop() if len(dtypes) == 1 else "F32"
 
 
 def plan_layer(
-    target: EncoderTarget, weights: EncoderFile, source: str, module: nn.Module, form: WeightFormat
+    target: EncoderTarget,
+    weights: EncoderFile,
+    layer: str,
+    module: nn.Module,
+    weight_format: WeightFormat,
 ) -> None:
-    """Decide what becomes of a Linear or an embedding."""
+    """Decide what becomes of a Linear or an embedding; sets plan, format and transform of its target.
+
+    Args:
+        target: its weight in the new file.
+        weights: the source.
+        layer: its name in the source.
+        module: the layer, on the meta device.
+        weight_format: for the layers that are quantized.
+    """
     rows, columns = target.shape
-    target.plan = plan = LayerPlan(target.key.removesuffix(WEIGHT), columns, rows, None)
-    plan_quantization(plan, module, weights.encoder, source_layer=source, target=form)
-    word = weights.get_format(source)
-    if word and word == (plan.rounding or form.name):  # in this format already, embeddings included
-        target.copied, target.form, target.transform = (
-            source,
-            form,
-            weights.layers[source].read_transform(weights.files),
-        )
-        plan.skip_reason, plan.rounding = None, f"{word}, as in the source"
+    plan = LayerPlan(target.key.removesuffix(WEIGHT), columns, rows, None)
+    plan_quantization(plan, module, weights.encoder, source_layer=layer, target=weight_format)
+    target.plan = plan
+    source_format = weights.get_format(layer)
+    if source_format and source_format == (plan.rounding or weight_format.name):
+        # also an embedding, which is not quantized otherwise
+        target.copied_layer = layer
+        target.weight_format = weight_format
+        target.transform = weights.layers[layer].read_transform(weights.files)
+        plan.skip_reason = None
+        plan.rounding = f"{source_format}, as in the source"
     elif plan.skip_reason is None:
-        target.form = FORMATS[plan.rounding]
-        if target.form.is_rotated:
+        target.weight_format = FORMATS[plan.rounding]
+        if target.weight_format.is_rotated:
             target.transform = ConvRot().fit(torch.ones(1, columns), None)
 
 
-def check_plans(weights: EncoderFile, targets: Sequence[EncoderTarget], form: WeightFormat) -> None:
-    """Say what is other than one might think.
+def check_targets(
+    weights: EncoderFile, targets: Sequence[EncoderTarget], weight_format: WeightFormat
+) -> None:
+    """Warn of layers that are rounded twice, and of layers that get another format.
+
+    Args:
+        weights: the source.
+        targets: tensors of the new file.
+        weight_format: that the user chose.
 
     Raises:
         ConfigError: when no layer is quantized.
     """
     plans = [target.plan for target in targets if target.plan is not None]
-    if not any(target.form is not None for target in targets):
-        raise ConfigError(
-            f"{weights.where}: no layer becomes {form.name} ({format_counts(count_skip_reasons(plans))})"
-        )
-    again = Counter(
-        weights.get_format(part.key.removesuffix(WEIGHT))
-        for t in targets
-        if t.plan is not None and t.copied is None
-        for part in t.parts
-    )
-    again.pop("", None)
-    if again:
+    if all(target.weight_format is None for target in targets):
+        reasons = format_counts(count_skip_reasons(plans))
+        raise ConfigError(f"{weights.where}: no layer becomes {weight_format.name} ({reasons})")
+    rounded_again: Counter[str] = Counter()
+    for target in targets:
+        if target.plan is None or target.copied_layer is not None:
+            continue
+        for part in target.parts:
+            source_format = weights.get_format(part.key.removesuffix(WEIGHT))
+            if source_format:
+                rounded_again[source_format] += 1
+    if rounded_again:
         log.warning(
-            "%s: layers that are quantized already are rounded once more, from what they stand for: %s",
+            "%s: layers that are quantized already are dequantized and rounded once more: %s",
             weights.where,
-            format_counts(again),
+            format_counts(rounded_again),
         )
-    others = Counter(
+    unsupported = Counter(
         plan.outlier_skip_reason for plan in plans if plan.skip_reason is None and plan.outlier_skip_reason
     )
-    if others:
+    if unsupported:
         log.warning(
-            "%s: %d layers cannot be %s: %s", weights.where, others.total(), form.name, format_counts(others)
+            "%s: %d layers cannot be %s: %s",
+            weights.where,
+            unsupported.total(),
+            weight_format.name,
+            format_counts(unsupported),
         )
+
+
+def print_header(
+    spec: RunSpec,
+    weights: EncoderFile,
+    path: Path,
+    targets: Sequence[EncoderTarget],
+    weight_format: WeightFormat,
+) -> None:
+    """Print what is read and what is written."""
+    num_quantized = sum(target.weight_format is not None for target in targets)
+    read_facts: list[tuple[str, object]] = [
+        ("read", weights.where),
+        ("encoder", weights.encoder.name),
+        ("size", format_megabytes(count_bytes(weights.files))),
+    ]
+    write_facts: list[tuple[str, object]] = [
+        ("write", path),
+        ("layers", num_quantized),
+        ("format", weight_format.name),
+    ]
+    print_lines(format_pairs(read_facts), format_pairs(write_facts))
+    if path.exists():
+        log.warning("save=%s replaces an existing file", spec.save)
+
+
+def write_targets(
+    spec: RunSpec,
+    weights: EncoderFile,
+    path: Path,
+    targets: Sequence[EncoderTarget],
+    plans: Sequence[LayerPlan],
+) -> int:
+    """Write the new file.
+
+    Args:
+        spec: the settings.
+        weights: the source.
+        path: of the new file.
+        targets: its tensors.
+        plans: of all layers.
+
+    Returns:
+        Its size in bytes.
+    """
+    entries = [entry for target in targets for entry in target.list_entries()]
+    metadata = build_metadata(weights, spec, plans)
+    with (
+        StreamWriter(path, entries, metadata) as writer,
+        Progress(spec.progress).track_loop("Quantizing, MB", count_megabytes(weights.files)) as advance,
+    ):
+        on_bytes = MegabyteProgress(advance)
+        for target in targets:
+            write_target(writer, weights, target)
+            whole_parts = [part for part in target.parts if part.rows is None]
+            on_bytes(sum(weights.files[weights.prefix + part.key].nbytes for part in whole_parts))
+        writer.finish()
+        return writer.nbytes
 
 
 def write_target(writer: StreamWriter, weights: EncoderFile, target: EncoderTarget) -> None:
     """Read, quantize and write one tensor."""
-    if target.form is None:
+    if target.weight_format is None:
         for part in target.parts:
-            blob = target.dtype == "U8"
-            tensor = (
-                weights.files.read(weights.prefix + part.key)
-                if blob
-                else check_finite(weights.where, part.key, weights.read_tensor(part.key))
-            )
-            writer.write(target.key, part.extract(tensor).to(TORCH_DTYPES[target.dtype]).contiguous())
+            if target.dtype == BYTES:
+                tensor = weights.files.read(weights.prefix + part.key)
+            else:
+                tensor = check_finite(weights.where, part.key, weights.read_tensor(part.key))
+            rows = part.extract(tensor).to(TORCH_DTYPES[target.dtype])
+            writer.write(target.key, rows.contiguous())
         return
-    layer = None if target.copied is None else weights.read_packed(target.copied)
+    layer = None if target.copied_layer is None else weights.read_packed(target.copied_layer)
     if layer is None:
         assert target.plan is not None
-        layer = quantize_weight(target.plan, weights.read_tensor(target.parts[0].key), target.form)
-    for key, data in collect_tensors(target.key, layer.weight, target.form, layer.transform).items():
+        weight = weights.read_tensor(target.parts[0].key)
+        layer = quantize_weight(target.plan, weight, target.weight_format)
+    tensors = collect_tensors(target.key, layer.weight, target.weight_format, layer.transform)
+    for key, data in tensors.items():
         writer.write(key, data)
 
 
 def build_metadata(weights: EncoderFile, spec: RunSpec, plans: Sequence[LayerPlan]) -> dict[str, str]:
-    """What the source's header says, without a description of layers that is none any more, and how the file was made."""
-    note = {
+    """Build the metadata of the new file: that of the source, and how the file was made.
+
+    Args:
+        weights: the source.
+        spec: the settings.
+        plans: of all layers.
+    """
+    provenance = {
         "int8run": importlib.metadata.version("int8run"),
         "model": str(spec.model.location),
         "revision": spec.model.revision,
@@ -334,9 +452,4 @@ def build_metadata(weights: EncoderFile, spec: RunSpec, plans: Sequence[LayerPla
         "seed": spec.seed,
         "kept_float": {plan.name: plan.skip_reason for plan in plans if plan.skip_reason is not None},
     }
-    kept = {
-        key: text
-        for key, text in weights.files.metadata.items()
-        if key not in (PROVENANCE_KEY, "_quantization_metadata")
-    }
-    return {"format": "pt", **kept, PROVENANCE_KEY: json.dumps(note)}
+    return merge_metadata(weights.files.metadata, provenance)

@@ -1,6 +1,7 @@
-"""`task=report`: one page for runs that are there, in folders or in the tracker; and the upload of those that the tracker missed."""
+"""`task=report`: compare runs in folders or in the tracker, and upload those that the tracker missed."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,11 +21,12 @@ SWEEPS_FOLDER = "multirun"  # hydra.sweep.dir begins with it
 
 
 def report_runs(tracker: Tracker, path: str | None, sweep: str | None, sync: str | None) -> None:
-    """Upload, fetch and compare.
+    """Upload, download and compare.
 
     Args:
+        tracker: uploads to, and downloads from, its store.
         path: folder of the runs; None: `sync`, or a folder named after `sweep`, or the newest sweep.
-        sweep: its runs are fetched from the tracker.
+        sweep: tag of a sweep; its runs are downloaded from the tracker.
         sync: runs in this folder that the tracker lacks are uploaded.
 
     Raises:
@@ -35,7 +37,7 @@ def report_runs(tracker: Tracker, path: str | None, sweep: str | None, sync: str
         sync_runs(tracker, Path(sync).expanduser())
     folder = Path(path or sync or sweep or find_newest_sweep()).expanduser()
     if sweep is not None:
-        fetch_runs(tracker, sweep, folder)
+        download_sweep(tracker, sweep, folder)
     records = find_runs(folder)
     page = folder / "report.html"
     title = format_title(records, folder)
@@ -44,14 +46,15 @@ def report_runs(tracker: Tracker, path: str | None, sweep: str | None, sync: str
 
 
 def find_runs(folder: Path) -> list[Record]:
-    """The runs in a folder.
+    """Find the runs in a folder, at any depth.
 
     Raises:
         FileError: when there is none.
     """
     if not folder.is_dir():
         raise FileError(
-            f"{folder} is no folder (looked for {folder.absolute()}); task.path= and sync= name one that runs were written to"
+            f"{folder} is not a folder (looked for {folder.absolute()}); "
+            "task.path= and sync= name one that runs were written to"
         )
     records = find_records(folder)
     if not records:
@@ -60,12 +63,13 @@ def find_runs(folder: Path) -> list[Record]:
 
 
 def find_newest_sweep() -> str:
-    """The folder of the sweep that began last and came to a run.
+    """Find the folder of the sweep that began last and has a run.
 
     Raises:
-        ConfigError: when there is none here.
+        ConfigError: when there is none in the working folder.
     """
-    for folder, _ in sorted(find_sweeps(Path(SWEEPS_FOLDER)), key=lambda pair: pair[1].created, reverse=True):
+    sweeps = sorted(find_sweeps(Path(SWEEPS_FOLDER)), key=lambda pair: pair[1].created, reverse=True)
+    for folder, _ in sweeps:
         if find_records(folder):
             return str(folder)
     raise ConfigError(
@@ -74,76 +78,83 @@ def find_newest_sweep() -> str:
 
 
 def sync_runs(tracker: Tracker, folder: Path) -> None:
-    """Upload every run that has ended and that the tracker lacks.
+    """Upload every run in a folder that has ended and that the tracker lacks.
 
     Raises:
         TrackingError: when a run could not be uploaded.
     """
     tracker.prepare()
-    records = sorted((r for r in find_runs(folder) if r.status["task"] == "run"), key=lambda r: r.started)
-    missing = [r for r in records if r.state != RUNNING and not is_in_tracker(tracker, r)]
+    records = [record for record in find_runs(folder) if record.status["task"] == "run"]
+    records.sort(key=lambda record: record.started)
+    missing = [record for record in records if record.state != RUNNING and not is_in_tracker(tracker, record)]
     warn_other_stores(tracker, missing)
-    uploaded = [upload_record(tracker, record) for record in missing]
-    for sweep in dict.fromkeys(r.sweep for r in uploaded if r.sweep and r.uploaded):
-        link = tracker.share_sweep(sweep, [r for r in records if r.sweep == sweep])
-        print_lines(*(escape(f"runs:     {line}") for line in (link,) if line))
-    failed = [r for r in uploaded if not r.uploaded]
-    print_lines(
-        f"{len(uploaded) - len(failed)} of {len(records)} runs uploaded, {len(records) - len(missing)} were there already"
-    )
+    results = [upload_record(tracker, record) for record in missing]
+    uploaded = [record for record in results if record.uploaded]
+    for sweep in dict.fromkeys(record.sweep for record in uploaded if record.sweep):
+        view_hint = tracker.share_sweep(sweep, [record for record in records if record.sweep == sweep])
+        if view_hint:
+            print_lines(escape(f"runs:     {view_hint}"))
+    present = len(records) - len(missing)
+    print_lines(f"{len(uploaded)} of {len(records)} runs uploaded, {present} were there already")
+    failed = len(missing) - len(uploaded)
     if failed:
         raise TrackingError(
-            f"{len(failed)} of {len(missing)} runs could not be uploaded; the same command tries again"
+            f"{failed} of {len(missing)} runs could not be uploaded; the same command tries again"
         )
 
 
 def warn_other_stores(tracker: Tracker, records: Sequence[Record]) -> None:
-    """Say which runs were meant for another store: whoever leaves out `tracker.uri=` may not want them here."""
-    here = tracker.get_location()
-    for store in dict.fromkeys(
-        r.tracking["store"] for r in records if r.tracking and r.tracking["store"] != here.get("store")
-    ):
-        count = sum(r.tracking.get("store") == store for r in records)
-        log.warning(
-            "%d runs were meant for %s and go to %s; tracker.uri= chooses", count, store, here.get("store")
-        )
+    """Warn of runs that were meant for another store, where `tracker.uri=` was left out by mistake."""
+    store = tracker.get_location().get("store")
+    others = Counter(record.tracking["store"] for record in records if record.tracking)
+    for other, count in others.items():
+        if other != store:
+            log.warning("%d runs were meant for %s and go to %s; tracker.uri= chooses", count, other, store)
 
 
 def is_in_tracker(tracker: Tracker, record: Record) -> bool:
-    """Whether this tracker, and not another one, has everything."""
-    return record.uploaded and {**record.tracking, **tracker.get_location()} == dict(record.tracking)
+    """Whether this tracker, and not another one, has all of a run."""
+    if not record.uploaded:
+        return False
+    return all(record.tracking.get(key) == value for key, value in tracker.get_location().items())
 
 
-def fetch_runs(tracker: Tracker, sweep: str, folder: Path) -> None:
-    """Bring the runs of a sweep back, each into a folder of its own.
+def download_sweep(tracker: Tracker, sweep: str, folder: Path) -> None:
+    """Download the runs of a sweep, each into a folder of its own.
+
+    Args:
+        tracker: to download from.
+        sweep: its tag.
+        folder: gets a folder for each run.
 
     Raises:
         ConfigError: when the tracker knows no such sweep.
     """
-    runs = tracker.find_sweep_runs(sweep)
-    if not runs:
-        place = tracker.get_view_hint()
-        known = (
-            f"the tracker has no run with this tag; its page shows the tags, {place}"
-            if place
-            else "tracker=none keeps no runs"
-        )
-        raise ConfigError(f"task.sweep={sweep}: {known}")
-    for run_id in runs:
+    run_ids = tracker.find_sweep_runs(sweep)
+    if not run_ids:
+        view_hint = tracker.get_view_hint()
+        reason = "tracker=none keeps no runs"
+        if view_hint:
+            reason = f"the tracker has no run with this tag; its page shows the tags, {view_hint}"
+        raise ConfigError(f"task.sweep={sweep}: {reason}")
+    for run_id in run_ids:
         tracker.download_run(run_id, folder / run_id)
 
 
 def format_title(records: Sequence[Record], folder: Path) -> str:
-    """The sweep that all runs belong to, else the folder; and how many of its jobs are there."""
+    """Name the sweep that all runs belong to, else the folder; and how many runs or jobs there are."""
     sweeps = {record.sweep for record in records}
-    known = read_manifest(folder)
-    if known is not None and sweeps == {known.id}:
-        done = sum(record.state == FINISHED for record in records)
-        rest = (
-            f", {done} of {known.jobs} jobs; its command with resume=true runs the rest"
-            if done < known.jobs
-            else ""
+    manifest = read_manifest(folder)
+    if manifest is not None and sweeps == {manifest.id}:
+        finished = sum(record.state == FINISHED for record in records)
+        if finished >= manifest.jobs:
+            return f"sweep {manifest.id}"
+        return (
+            f"sweep {manifest.id}, {finished} of {manifest.jobs} jobs; "
+            "its command with resume=true runs the rest"
         )
-        return f"sweep {known.id}{rest}"
-    name = next(iter(sweeps))
-    return f"{f'sweep {name}' if len(sweeps) == 1 and name else folder.name or 'runs'}, {len(records)} runs"
+    sweep = next(iter(sweeps))
+    name = folder.name or "runs"
+    if len(sweeps) == 1 and sweep:
+        name = f"sweep {sweep}"
+    return f"{name}, {len(records)} runs"

@@ -257,10 +257,10 @@ def log_lora_warnings(spec: RunSpec, built: BuiltModel, headers: Sequence[LoraHe
     few_step_warnings = list_few_step_warnings(
         headers,
         spec.lora,
-        spec.model.lora_base,
-        str(spec.model.location),
-        spec.sampling,
-        built.pipe.scheduler,
+        lora_base=spec.model.lora_base,
+        location=str(spec.model.location),
+        sampling=spec.sampling,
+        scheduler=built.pipe.scheduler,
     )
     for line in [*spec.lora.list_unusual_strengths(), *few_step_warnings]:
         log.warning("%s", line)

@@ -19,18 +19,23 @@ from torch import nn
 
 from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
-from int8run.config.compose import plain_config, to_spec
+from int8run.config.compose import get_plain_config, create_run_spec
 from int8run.config.job import Job
 from int8run.errors import ConfigError, FileError
-from int8run.export.stream_quantizer import Recipe, plan_targets
+from int8run.export.stream_quantizer import QuantizationRecipe, plan_targets
 from int8run.models.family import load_families
 from int8run.models.resolve_weights import ASSETS_FOLDER, ResolvedWeights
 from int8run.models.state_dict_adapter import join_shapes, find_prefix, to_original
 from int8run.outlier.none import NoOutlier
 from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import quantize_weight
-from int8run.tasks import quantize_checkpoint as module
-from int8run.tasks.quantize_checkpoint import has_original_names, plan_names, quantize_file, recognize_checkpoint
+from int8run.tasks.denoiser_checkpoint import (
+    find_repeated_blocks,
+    has_original_names,
+    recognize_checkpoint,
+)
+from int8run.tasks.quantize_checkpoint import plan_names, quantize_file
+from int8run.tasks.quantize_common import count_skip_reasons, hash_checkpoint
 
 TINY = ASSETS_FOLDER / "tiny" / "transformer"
 NO_TRACKER = "tracker=none"
@@ -42,8 +47,8 @@ def run(folder, *overrides, component=None):
         config = compose("config", ["task=quantize", "model=tiny", NO_TRACKER, "progress=false", *overrides])
     out = folder / "out"
     out.mkdir(exist_ok=True)
-    job = Job(plain_config(config), choices={}, overrides=list(overrides), output_dir=out)
-    return quantize_file(to_spec(config), job, component)
+    job = Job(get_plain_config(config), choices={}, overrides=list(overrides), output_dir=out)
+    return quantize_file(create_run_spec(config), job, component)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +168,9 @@ def native_file(tmp_path, tiny):
         for key, parts in to_original(
             {key: info.shape for key, info in files.items()}, "FluxTransformer2DModel"
         ).items():
-            original[f"model.diffusion_model.{key}"] = torch.cat([part.extract(tiny[part.key]) for part in parts])
+            original[f"model.diffusion_model.{key}"] = torch.cat(
+                [part.extract(tiny[part.key]) for part in parts]
+            )
     assert {k.removeprefix("model.diffusion_model.") for k in original} == {
         k for k in names if not k.endswith(("_scale", "_quant"))
     }
@@ -216,10 +223,11 @@ def test_an_int8_file_is_renamed_without_a_change(tmp_path, tiny, caplog):
     run(tmp_path, f"save={tmp_path}/b.safetensors", "outlier=convrot")
     one, two = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
     assert set(one) == set(two) and all(torch.equal(one[key], two[key]) for key in one)
-    said = [r.getMessage() for r in caplog.records if "taken as they are" in r.getMessage()]
-    assert said == [
-        "16 layers are INT8 in the source and are taken as they are (14 × convrot group_size=64, 2 × convrot group_size=256); outlier= and "
-        "rounding= have no say there"
+    messages = [r.getMessage() for r in caplog.records if "copied as they are" in r.getMessage()]
+    assert messages == [
+        "16 layers are INT8 in the source and are copied as they are "
+        "(14 × convrot group_size=64, 2 × convrot group_size=256); "
+        "outlier= and rounding= do not change them"
     ]
 
 
@@ -238,7 +246,7 @@ def test_a_layer_with_a_part_that_stays_float_stays_float(tmp_path, tiny):
         rows["single_blocks.3.linear1"]["why_not"]
         == "wide (single_transformer_blocks.3.proj_mlp is a part of it)"
     )
-    assert module.count_skip_reasons([]) == {} and rows["single_blocks.3.linear2"]["quantized"] == "true"
+    assert count_skip_reasons([]) == {} and rows["single_blocks.3.linear2"]["quantized"] == "true"
 
 
 def test_a_file_that_nobody_knows_gets_the_cautious_rule(tmp_path, caplog):
@@ -268,7 +276,7 @@ def test_a_file_that_is_there_is_replaced_with_a_word(tmp_path, caplog):
     for _ in range(2):
         run(tmp_path, f"save={tmp_path}/x.safetensors")
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
-        f"save={tmp_path}/x.safetensors replaces a file that is there"
+        f"save={tmp_path}/x.safetensors replaces an existing file"
     ]
 
 
@@ -299,7 +307,7 @@ def test_what_is_no_layer_of_the_denoiser_is_copied(tmp_path):
     assert metrics["quant/layers_int8"] == 9 and metrics["quant/layers_float"] == 2
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "out" / "layers.csv").open())}
     words = (
-        "no layer of CosmosTransformer3DModel: Anima's text conditioner, another component of the pipeline"
+        "not a layer of CosmosTransformer3DModel: Anima's text conditioner, another component of the pipeline"
     )
     assert rows["net.llm_adapter.embed"]["why_not"] == words
 
@@ -310,16 +318,16 @@ def test_another_checkpoint_of_the_same_shapes_has_another_hash(tmp_path):
         tensors = {"a.weight": randn(64, 64), "b": randn(3, seed=seed)}
         save_file(tensors, tmp_path / "s.safetensors")
         with TensorFiles.open(tmp_path / "s.safetensors") as files:
-            hashes.append(module.hash_checkpoint(files))
+            hashes.append(hash_checkpoint(files))
     assert hashes[0] == hashes[1] != hashes[2]
 
 
 REFUSED = {
     "save=null": r"^task=quantize writes a checkpoint; set save=<file\.safetensors> or save=<folder>$",
-    "outlier=smoothquant": r"^outlier=smoothquant needs calibration pictures, .*; set task=run save=.*x\.safetensors, which draws them$",
-    "outlier=auto": r"^outlier=auto needs calibration pictures",
-    "rounding=gptq": r"^rounding=gptq needs calibration pictures, .* task=run save=",
-    "model_type.mixed_precision=auto quality_db=40": r"^model_type\.mixed_precision=auto needs calibration pictures, .* task=run save=",
+    "outlier=smoothquant": r"^outlier=smoothquant needs calibration images, .*; set task=run save=.*x\.safetensors, which draws them$",
+    "outlier=auto": r"^outlier=auto needs calibration images",
+    "rounding=gptq": r"^rounding=gptq needs calibration images, .* task=run save=",
+    "model_type.mixed_precision=auto quality_db=40": r"^model_type\.mixed_precision=auto needs calibration images, .* task=run save=",
     "lora=stack_a": r"^task=quantize leaves LoRAs out; set lora=none, or task=run lora\.mode=bake save=.*x\.safetensors$",
     "int8.checkpoint=y.safetensors": r"^task=quantize reads model\.location; set it to the file, and int8\.checkpoint=null$",
     "outlier=quarot outlier.group_size=1024": r"^outlier=quarot can take none of the 16 layers \(10 × in_features=384 is",
@@ -393,7 +401,7 @@ def test_errors_on_the_command_line_are_one_line(command, tmp_path):
     done = command("task=quantize", "task.component=unet", "save=x.safetensors", NO_TRACKER)
     assert (
         done.code == 2
-        and "task.component=unet is no denoiser of shipped:tiny; it has transformer" in done.message
+        and "task.component=unet is not a denoiser of shipped:tiny; it has transformer" in done.message
     )
 
 
@@ -410,7 +418,7 @@ def test_repeated_blocks_are_told_by_their_numbers():
         "single.0.x.3.y",
         "single.1.x.3.y",
     ]
-    assert module.find_repeated_blocks(names) == ["blocks.0.", "blocks.1.", "single.0.", "single.1."]
+    assert find_repeated_blocks(names) == ["blocks.0.", "blocks.1.", "single.0.", "single.1."]
 
 
 def test_a_few_names_of_the_other_side_decide_nothing():
@@ -418,7 +426,9 @@ def test_a_few_names_of_the_other_side_decide_nothing():
     few = ["time_embed.timestep_embedder.linear_1.weight", "time_embed.timestep_embedder.linear_2.weight"]
     diffusers = [f"transformer_blocks.{i}.attn1.to_{x}.weight" for i in range(2) for x in "qkv"]
     assert not has_original_names([*few, *diffusers], "SanaTransformer2DModel")
-    assert has_original_names(["x_embedder.proj.weight", "blocks.0.attn.qkv.weight"], "SanaTransformer2DModel")
+    assert has_original_names(
+        ["x_embedder.proj.weight", "blocks.0.attn.qkv.weight"], "SanaTransformer2DModel"
+    )
     assert not has_original_names(["transformer_blocks.0.attn.to_q.weight"], "QwenImageTransformer2DModel")
     assert not has_original_names(["anything.weight"], "")
 
@@ -473,12 +483,18 @@ def plan(path, config, facts):
     with TensorFiles.open(path) as files:
         prefix = find_prefix(files)
         stored = read_layers(files, prefix)
-        known = recognize_checkpoint(files, stored, prefix, ResolvedWeights(path, config), replace(facts, inputs={}))
+        known = recognize_checkpoint(
+            files,
+            stored,
+            prefix=prefix,
+            source=ResolvedWeights(path, config),
+            model_type=replace(facts, inputs={}),
+        )
         targets = plan_targets(
             files,
             stored,
-            plan_names(files, stored, known, False),
+            plan_names(files, stored, known, to_folder=False),
             known.find_skip_reason,
-            Recipe(NoOutlier(), AbsMax()),
+            QuantizationRecipe(NoOutlier(), AbsMax()),
         )
-    return known.native, {target.key for target in targets if target.int8}
+    return known.is_original, {target.key for target in targets if target.int8}

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support.cli_process import command_in
 from support.clip_files import answer, changed, file_of
-from support.helpers import CPU, assert_close
+from support.compare import assert_close
+from support.helpers import CPU
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 from text_encoders import oracle
 from text_encoders.files import File, encoder
@@ -24,12 +25,12 @@ from torch import nn
 
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.writer import StreamWriter
-from int8run.config.compose import plain_config, to_spec
+from int8run.config.compose import create_run_spec, get_plain_config
 from int8run.config.job import Job
 from int8run.errors import ConfigError, FileError
 from int8run.lora.match import Matches
 from int8run.models.sampling import Sampling
-from int8run.pipeline.text_encoders import fill_encoders, open_encoders
+from int8run.pipeline.text_encoders import build_encoders, open_encoders
 from int8run.quant.formats import FORMATS
 from int8run.report.console import Progress
 from int8run.tasks import quantize_text_encoder as module
@@ -39,7 +40,7 @@ from int8run.text_encoders.load import build_text_encoder, load_text_encoder
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WO_FLOAT = {"int8_tensorwise", "int8_rowwise", "int8_blockwise", "int8_block3d"}  # where T5's `wo` suffers
-WRITTEN = [name for name, form in FORMATS.items() if not form.read_only]
+WRITTEN = [name for name, form in FORMATS.items() if not form.is_read_only]
 Quantize = Callable[..., dict[str, float]]
 
 
@@ -74,8 +75,8 @@ def quantize(tmp_path: Path) -> Quantize:
         with initialize_config_module("int8run.conf", version_base="1.3"):
             config = compose("config", overrides)
         (tmp_path / "out").mkdir(exist_ok=True)
-        job = Job(plain_config(config), choices={}, overrides=overrides, output_dir=tmp_path / "out")
-        return module.quantize_encoder(to_spec(config), job, component)
+        job = Job(get_plain_config(config), choices={}, overrides=overrides, output_dir=tmp_path / "out")
+        return module.quantize_text_encoder(create_run_spec(config), job, component)
 
     return run
 
@@ -84,7 +85,7 @@ def on_the_fly(model: Path, component: str, word: str) -> nn.Module:
     """The encoder of a run with `clip=<word>`."""
     clip = TextEncoders(format=word, kernel_backend="dequantize", components=[component])
     opened = open_encoders(clip, model, {}, torch.float32)
-    return fill_encoders(opened, clip, CPU, Sampling(1, 16, 16), Matches({}, []), Progress(False)).modules[
+    return build_encoders(opened, clip, CPU, Sampling(1, 16, 16), Matches({}, []), Progress(False)).modules[
         component
     ]
 
@@ -256,7 +257,9 @@ def test_another_format_is_rounded_once_more(
 ) -> None:
     file = encoder("clip_l", words=["int8_rowwise", "nvfp4"])
     quantize(file.write(tmp_path / "source.safetensors"), "float8_e4m3fn_rowwise", tmp_path / "x.safetensors")
-    message = "layers that are quantized already are rounded once more, from what they stand for: 3 × int8_rowwise, 3 × nvfp4"
+    message = (
+        "layers that are quantized already are dequantized and rounded once more: 3 × int8_rowwise, 3 × nvfp4"
+    )
     assert f"{tmp_path / 'source.safetensors'}: {message}" in caplog.text
     for name, reading in oracle.read(tmp_path / "x.safetensors").items():
         if name in file.words:
@@ -366,7 +369,7 @@ def test_a_place_is_needed(model: Path, quantize: Quantize, tmp_path: Path) -> N
         quantize(model, "nvfp4", None)
     with pytest.raises(
         ConfigError,
-        match=r"task\.component=text_encoder_3 is no text encoder of .*; did you mean 'text_encoder_2'\? it has text_encoder,",
+        match=r"task\.component=text_encoder_3 is not a text encoder of .*; did you mean 'text_encoder_2'\? it has text_encoder,",
     ):
         quantize(model, "nvfp4", tmp_path / "x.safetensors", component="text_encoder_3")
     (tmp_path / "file").write_text("")
@@ -390,7 +393,7 @@ def test_the_source_is_not_overwritten(
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"old")
     quantize(source, "nvfp4", other)
-    assert f"save={other} replaces a file that is there" in caplog.text and len(other.read_bytes()) > 1000
+    assert f"save={other} replaces an existing file" in caplog.text and len(other.read_bytes()) > 1000
 
 
 def test_sources_that_are_none(model: Path, quantize: Quantize, tmp_path: Path) -> None:

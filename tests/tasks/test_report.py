@@ -9,7 +9,7 @@ import pytest
 from support.cli_process import Command, command_in
 from support.tiny_pipeline import save_random_pipeline
 
-from int8run.jobs.manifest import Sweep, write_sweep
+from int8run.jobs.manifest import SweepManifest, write_manifest
 from int8run.tracking import retry as answers
 from int8run.tracking.run_record import end_record, find_records, start_record
 
@@ -84,7 +84,7 @@ def test_runs_that_no_tracker_has_are_uploaded_once_and_fetched_again(int8run: C
 def test_a_tracker_that_is_away_is_an_error_for_who_asks_for_it(
     int8run: Command, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "KNOCKS_S", (0.0, 0.01))
+    monkeypatch.setattr(answers, "PING_PAUSES_S", (0.0, 0.01))
     assert int8run(model, *SMALL, "tracker=none").code == 0
     outcome = int8run(
         "task=report", "sync=outputs", "tracker.uri=http://127.0.0.1:9"
@@ -97,7 +97,7 @@ def test_a_tracker_that_is_away_is_an_error_for_who_asks_for_it(
 def test_runs_that_were_meant_for_another_tracker_are_said(
     int8run: Command, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "KNOCKS_S", (0.0, 0.01))
+    monkeypatch.setattr(answers, "PING_PAUSES_S", (0.0, 0.01))
     away = int8run(model, *SMALL, "tracker.uri=http://me:secret@127.0.0.1:9")
     words = " ".join(away.out.split())
     assert (
@@ -113,7 +113,7 @@ def test_runs_that_were_meant_for_another_tracker_are_said(
 
 
 def test_a_sweep_that_lacks_jobs_says_so(int8run: Command) -> None:
-    write_sweep(int8run.folder / "multirun" / "a", Sweep("a-1234", created=1.0, jobs=3))
+    write_manifest(int8run.folder / "multirun" / "a", SweepManifest("a-1234", created=1.0, jobs=3))
     end_record(
         start_record(int8run.folder / "multirun" / "a" / "0", {**IDENTITY, "sweep": "a-1234"}), "FINISHED"
     )
@@ -128,7 +128,7 @@ def test_a_sweep_that_lacks_jobs_says_so(int8run: Command) -> None:
 
 def test_the_newest_sweep_that_ran_is_reported(int8run: Command) -> None:
     for name, created, jobs in (("old", 1.0, 1), ("new", 2.0, 1), ("empty", 3.0, 0)):
-        write_sweep(int8run.folder / "multirun" / name, Sweep(name, created=created))
+        write_manifest(int8run.folder / "multirun" / name, SweepManifest(name, created=created))
         if jobs:
             start_record(int8run.folder / "multirun" / name / "0", {**IDENTITY, "sweep": name})
     outcome = int8run("task=report")
@@ -143,9 +143,9 @@ def test_the_newest_sweep_that_ran_is_reported(int8run: Command) -> None:
         (
             ["task.path=nowhere"],
             3,
-            r"nowhere is no folder \(looked for .*/nowhere\); task\.path= and sync= name one that runs were written to",
+            r"nowhere is not a folder \(looked for .*/nowhere\); task\.path= and sync= name one that runs were written to",
         ),
-        (["sync=nowhere"], 3, r"nowhere is no folder"),
+        (["sync=nowhere"], 3, r"nowhere is not a folder"),
         (["task.path=."], 3, r".* holds no run of int8run: none of its folders has a status\.json"),
         (
             ["task.sweep=unknown"],

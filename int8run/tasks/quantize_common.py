@@ -1,0 +1,193 @@
+"""What both tasks that quantize from file to file share: paths, progress, metadata, metrics, summary.
+
+Called by `tasks.quantize_checkpoint` and `tasks.quantize_text_encoder`.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from int8run.checkpoints.provenance import PROVENANCE_KEY
+from int8run.checkpoints.quant_metadata import METADATA_KEY
+from int8run.checkpoints.reader import TensorFiles
+from int8run.config.job import Job
+from int8run.errors import ConfigError
+from int8run.layers.plan import LayerPlan
+from int8run.metrics.memory import read_peak_bytes
+from int8run.report.console import print_lines
+from int8run.report.formatting import format_megabytes, format_pairs
+from int8run.report.run_files import write_json, write_layers_csv
+
+MEGABYTE = 10**6
+HASHED_BYTES = 4096  # of each tensor: they tell checkpoints of the same shapes apart
+
+
+def resolve_new_file(save: str, files: TensorFiles) -> Path:
+    """Return the absolute path of the file to write.
+
+    Args:
+        save: as the user gave it.
+        files: the source.
+
+    Raises:
+        ConfigError: when it would replace a file of the source.
+    """
+    path = Path(save).expanduser().absolute()
+    for file in files.files:
+        is_source = path == file.absolute() or (path.exists() and path.samefile(file))
+        if is_source:
+            raise ConfigError(f"save={save} is the source itself; choose another name")
+    return path
+
+
+class MegabyteProgress:
+    """Counts bytes and advances a bar that counts megabytes.
+
+    Args:
+        advance: advances the bar by a number of megabytes.
+    """
+
+    def __init__(self, advance: Callable[[int], None]):
+        self.advance = advance
+        self.remainder = 0  # bytes that are not in the bar yet
+
+    def __call__(self, count: int) -> None:
+        megabytes, self.remainder = divmod(self.remainder + count, MEGABYTE)
+        self.advance(megabytes)
+
+
+def count_megabytes(files: TensorFiles) -> int:
+    """Return the length of the bar for reading a source, at least 1."""
+    return max(1, count_bytes(files) // MEGABYTE)
+
+
+def count_bytes(files: TensorFiles) -> int:
+    """Return the bytes of all tensors of a source."""
+    return sum(info.nbytes for info in files.values())
+
+
+def hash_checkpoint(files: TensorFiles) -> str:
+    """Return a hash that tells checkpoints apart without reading all of them."""
+    digest = hashlib.sha256()
+    buffer = torch.empty(HASHED_BYTES, dtype=torch.uint8)
+    for key, info in files.items():
+        digest.update(json.dumps([key, info.dtype, info.shape]).encode())
+        beginning = buffer[: min(HASHED_BYTES, info.nbytes)]
+        files.read_bytes(info.file, info.start, beginning)
+        digest.update(beginning.numpy().data)
+    return digest.hexdigest()
+
+
+def merge_metadata(source: Mapping[str, str], provenance: Mapping[str, object]) -> dict[str, str]:
+    """Return the metadata of the new file: that of the source, and how the file was made.
+
+    What the source says of its own quantized layers and of how it was made is left out, because it no
+    longer holds.
+    """
+    kept = {key: text for key, text in source.items() if key not in (PROVENANCE_KEY, METADATA_KEY)}
+    return {"format": "pt", **kept, PROVENANCE_KEY: json.dumps(provenance)}
+
+
+def count_skip_reasons(plans: Sequence[LayerPlan]) -> Counter[str]:
+    """Count the reasons why layers stay float.
+
+    The name of a part, in parentheses, is left out: it differs from layer to layer.
+    """
+    return Counter(plan.skip_reason.split(" (")[0] for plan in plans if plan.skip_reason is not None)
+
+
+def collect_metrics(
+    plans: Sequence[LayerPlan],
+    *,
+    bytes_read: int,
+    bytes_written: int,
+    seconds: float,
+    group: str = "quant",
+    quantized: str = "int8",
+) -> dict[str, float]:
+    """Collect the numbers of the job.
+
+    Args:
+        plans: of all layers.
+        bytes_read: size of the source.
+        bytes_written: size of the new file.
+        seconds: that the job took.
+        group: first part of the names of layer metrics, as in `quant/layers_int8`.
+        quantized: last part of the name of the number of quantized layers.
+
+    Returns:
+        Metrics by their public names.
+    """
+    num_quantized = sum(plan.skip_reason is None for plan in plans)
+    metrics: dict[str, float] = {
+        f"{group}/layers_{quantized}": num_quantized,
+        f"{group}/layers_float": len(plans) - num_quantized,
+    }
+    sqnr = [plan.measured["weight_sqnr_db"] for plan in plans if "weight_sqnr_db" in plan.measured]
+    if sqnr:
+        metrics[f"{group}/weight_sqnr_db_mean"] = sum(sqnr) / len(sqnr)
+        metrics[f"{group}/weight_sqnr_db_min"] = min(sqnr)
+    metrics["build/quantize_s"] = seconds
+    metrics["build/read_bytes"] = bytes_read
+    metrics["build/written_bytes"] = bytes_written
+    metrics["build/read_bytes_per_s"] = bytes_read / seconds
+    metrics["memory/peak_bytes"] = read_peak_bytes(torch.device("cpu"))
+    return metrics
+
+
+def report_result(
+    job: Job,
+    path: Path,
+    plans: Sequence[LayerPlan],
+    metrics: Mapping[str, float],
+    facts: Mapping[str, object],
+    *,
+    quantized: str = "INT8",
+) -> None:
+    """Write layers.csv and metrics.json, and print what was done.
+
+    Args:
+        job: has the output folder.
+        path: of the file that was written.
+        plans: of all layers.
+        metrics: by their public names.
+        facts: about the source and the file, for metrics.json.
+        quantized: what quantized layers are called.
+    """
+    layers_file = job.output_dir / "layers.csv"
+    metrics_file = job.output_dir / "metrics.json"
+    write_layers_csv(plans, layers_file)
+    write_json({"metrics": metrics, **facts}, metrics_file)
+    print_lines(*format_summary(plans, metrics, quantized))
+    print_lines(f"files:    {path}, {layers_file}, {metrics_file}")
+
+
+def format_summary(
+    plans: Sequence[LayerPlan], metrics: Mapping[str, float], quantized: str = "INT8"
+) -> list[str]:
+    """Say what was done, in two lines; see `report_result` for the arguments."""
+    num_quantized = sum(plan.skip_reason is None for plan in plans)
+    num_float = len(plans) - num_quantized
+    reasons = "; ".join(f"{count} × {reason}" for reason, count in count_skip_reasons(plans).items())
+    layers: list[tuple[str, object]] = [
+        (quantized, f"{num_quantized} layers"),
+        ("float", f"{num_float} ({reasons})" if reasons else num_float),
+    ]
+    sqnr = {name.rpartition("_")[2]: value for name, value in metrics.items() if "weight_sqnr_db" in name}
+    if sqnr:
+        layers.append(("SQNR, mean / min", f"{sqnr['mean']:.1f} / {sqnr['min']:.1f} dB"))
+    read, written = metrics["build/read_bytes"], metrics["build/written_bytes"]
+    size = format_megabytes(written)
+    if read:
+        size = f"{format_megabytes(read)} → {size}, {written / read:.2f}×"
+    speed = f"{format_megabytes(metrics['build/read_bytes_per_s'])}/s"
+    resources: list[tuple[str, object]] = [
+        ("size", size),
+        ("time", f"{metrics['build/quantize_s']:.1f} s, {speed} read"),
+        ("peak memory", format_megabytes(metrics["memory/peak_bytes"])),
+    ]
+    return [format_pairs(layers), format_pairs(resources)]
