@@ -70,8 +70,10 @@ class Counting(Reference):
 def to_int8(model, family, backend):
     """All layers that the family leaves to INT8, as a run makes them."""
     chosen = [plan for plan in plan_layers(model, family.find_skip_reason) if plan.skip_reason is None]
-    layers = quantize_layers(model, chosen, {}, AbsMax(), {})
-    made = build_int8_layers(model, layers, backend, NEVER_FLOAT, {plan.name: 8 for plan in chosen})
+    layers = quantize_layers(model, chosen, methods={}, rounding=AbsMax(), statistics={})
+    made = build_int8_layers(
+        model, layers, backend=backend, settings=NEVER_FLOAT, rows={plan.name: 8 for plan in chosen}
+    )
     return assemble_int8_model(model, made, family)
 
 
@@ -93,15 +95,18 @@ def test_every_family_has_an_instance():
 def test_a_denoiser_is_recognised_as_its_family_and_no_other(name, caplog):
     model = built(name)[2]
     linears = linears_of(model)
+
     assert AutoFamily().resolve_family(type(model).__name__, [], linears).name == INSTANCES[name].family
     assert not [
         record for record in caplog.records if record.name.startswith("int8run")
     ]  # diffusers may say something of its own
+
     fitting = [
         f.name
         for f in FAMILIES.values()
         if type(model).__name__ in f.denoisers and f.find_input_mismatch(linears) is None
     ]
+
     assert fitting == [INSTANCES[name].family]
 
 
@@ -117,8 +122,12 @@ def exported_models():
 def test_every_other_class_of_diffusers_is_unknown():
     exported = exported_models()
     known = {cls for family in FAMILIES.values() for cls in family.denoisers}
-    assert known <= set(exported) and len(exported) > 150
+
+    assert known <= set(exported)
+    assert len(exported) > 150
+
     found = {cls: AutoFamily().resolve_family(cls, [], {"a": 1}).name for cls in set(exported) - known}
+
     assert set(found.values()) == {"unknown"}, found
 
 
@@ -143,6 +152,7 @@ def test_no_rule_is_dead_and_every_rule_has_a_reason(family):
     names = [
         name.removesuffix(".weight") for name, p in parameters if p.dim() == 2 and name.endswith(".weight")
     ]
+
     for rule in FAMILIES[family].ignore:
         alone = ModelFamily("alone", ignore=[rule])
         assert any(alone.find_skip_reason(name) for name in names), (
@@ -186,6 +196,7 @@ INT8_LAYERS = {
 def test_which_layers_become_int8(family):
     names = {name for model in denoisers_of(family) for name in linears_of(model)}
     int8 = {name for name in names if FAMILIES[family].find_skip_reason(name) is None}
+
     assert int8 == {name for name in names if re.fullmatch(INT8_LAYERS[family], name)}
 
 
@@ -199,7 +210,10 @@ def test_the_block_lists_exist(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_named_beside_the_rules(family):
     facts = FAMILIES[family]
-    assert facts.hardware and facts.lora_prefixes and facts.fingerprints
+
+    assert facts.hardware
+    assert facts.lora_prefixes
+    assert facts.fingerprints
     for model in denoisers_of(family):
         if facts.denoisers:
             assert facts.find_input_mismatch(linears_of(model)) is None
@@ -252,9 +266,9 @@ def test_the_facts_change_no_bit(name):
 def test_layers_with_the_same_input_are_served_by_one_quantization(name):
     (int8, _, shared, calls), (_, _, alone, _) = with_and_without_facts(name)
     groups = group_by_shared_input(calls, FAMILIES[INSTANCES[name].family].same_input)
-    assert alone == calls.total() and set(calls) == {
-        n for n, m in int8.named_modules() if isinstance(m, Int8Linear)
-    }
+
+    assert alone == calls.total()
+    assert set(calls) == {n for n, m in int8.named_modules() if isinstance(m, Int8Linear)}
     # a group whose layers read different tensors, or the same one at other times, would be quantized more often
     assert shared == sum(max(calls[layer] for layer in group) for group in groups)
 
@@ -277,7 +291,9 @@ def test_every_tanh_gelu_before_an_int8_layer_is_deferred(name):
         (built(name)[2], with_and_without_facts(name)[0][0]),
     )
     moved = [n for n, m in int8.named_modules() if isinstance(m, Int8Linear) and m.gelu_from is not None]
-    assert tanh_gelus(int8, family) == [] and len(moved) == len(tanh_gelus(float_model, family))
+
+    assert tanh_gelus(int8, family) == []
+    assert len(moved) == len(tanh_gelus(float_model, family))
 
 
 @pytest.mark.parametrize("name", INSTANCES)
@@ -285,9 +301,14 @@ def test_int8_comes_close_to_float_in_two_steps(name):
     plain = sampled(name, {"float": built(name)[2]})["float"]
     int8 = with_and_without_facts(name)[0][1]
     (reference,), (latents,) = plain.trajectories, int8.trajectories
-    assert reference.shape == latents.shape and len(latents) == INSTANCES[name].sampling.steps
-    assert torch.isfinite(latents).all() and latents[-1].std() > 0.01
+
+    assert reference.shape == latents.shape
+    assert len(latents) == INSTANCES[name].sampling.steps
+    assert torch.isfinite(latents).all()
+    assert latents[-1].std() > 0.01
+
     error = (latents[-1] - reference[-1]).norm() / reference[-1].norm()
+
     assert 0 < error < 0.03  # 0.0001 to 0.012 here
 
 
@@ -392,6 +413,7 @@ def test_no_file_of_another_class_is_taken_for_a_family(monkeypatch):
             cls, "reset_parameters", lambda self: None
         )  # the names count, and there are thousands of layers
     owners = {cls: family.name for family in FAMILIES.values() for cls in family.denoisers}
+
     for cls in exported_models():
         assert (recognised(cls) or set()) <= {SAME_NAMES.get(cls), owners.get(cls)} | (
             {"sd15", "sdxl"} if "UNet2DCondition" in cls else set()
@@ -413,6 +435,7 @@ def instance_of(model):
 @pytest.mark.parametrize("model", MODELS)
 def test_a_checkpoint_asks_its_pipeline_for_nothing_that_it_does_not_know(model):
     name = instance_of(model)
+
     assert name != "", f"model={model}: name the instance with its pipeline in CALLED"
     if name is not None:
         sampling = MODELS[model]["sampling"]
@@ -424,6 +447,7 @@ def test_a_checkpoint_asks_its_pipeline_for_nothing_that_it_does_not_know(model)
 @pytest.mark.parametrize("model", MODELS)
 def test_a_single_file_says_where_the_rest_is(model):
     location, base = MODELS[model]["location"], MODELS[model]["base"]
+
     # a folder's own place, so that a file can be put in its stead
     assert (base == location) is not location.endswith(".safetensors")
     assert (base is None) == (instance_of(model) is None)
@@ -431,4 +455,6 @@ def test_a_single_file_says_where_the_rest_is(model):
 
 def test_every_family_has_two_checkpoints():
     counted = Counter(INSTANCES[name].family if (name := instance_of(model)) else "anima" for model in MODELS)
-    assert set(counted) == set(FAMILIES) and {f: n for f, n in counted.items() if n < 2} == {}
+
+    assert set(counted) == set(FAMILIES)
+    assert {f: n for f, n in counted.items() if n < 2} == {}

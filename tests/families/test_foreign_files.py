@@ -194,19 +194,20 @@ def check_contents(named: Case, built: BuiltModel, expected: Mapping[str, Foreig
     family = FAMILIES[named.name]
     for name, foreign in expected.items():
         if foreign.codes is not None and foreign.scale is not None:
-            assert torch.equal(held[f"{name}.q"], foreign.codes) and torch.equal(
-                held[f"{name}.scale"], foreign.scale
-            )
+            assert torch.equal(held[f"{name}.q"], foreign.codes)
+            assert torch.equal(held[f"{name}.scale"], foreign.scale)
             layer = layers[name]
             torch.testing.assert_close(
                 layer.transform.restore_weight(layer.read_quantized_weight().dequantize()), foreign.real
             )
         elif family.find_skip_reason(name) is None:
             q, scale = rounded(foreign.real)
-            assert torch.equal(held[f"{name}.q"], q) and torch.equal(held[f"{name}.scale"], scale)
+            assert torch.equal(held[f"{name}.q"], q)
+            assert torch.equal(held[f"{name}.scale"], scale)
         else:
             assert torch.equal(held[f"{name}.weight"], foreign.real)
-    assert len(expected) > 15 and set(layers) == {
+    assert len(expected) > 15
+    assert set(layers) == {
         n for n, f in expected.items() if f.codes is not None or family.find_skip_reason(n) is None
     }
     same = [name for name in floats if name.removesuffix(".weight") not in expected]
@@ -220,8 +221,10 @@ def test_a_file_of_another_program_is_the_model(
     how, prefix, others, said = PROGRAMS[kind]
     path = named.home / f"{kind}.safetensors"
     expected = of_another_program(named, how, prefix, others, path)
+
     with caplog.at_level("INFO"):
         built = named.build(path)
+
     check_contents(named, built, expected)
     assert named.latents(built).isfinite().all()
     if said:
@@ -233,8 +236,10 @@ def test_a_file_of_another_program_is_the_model(
         assert f"{len(layers - {'model.diffusion_model.scaled_fp8'})} × {said}" in caplog.text
     else:
         assert f"{len(expected)} INT8 layers from {path}" in caplog.text
+
     # from file to file it becomes the same
     named.quantize(path, named.home / "new.safetensors")
+
     assert_same(contents(named.build(named.home / "new.safetensors")), contents(built))
 
 
@@ -251,6 +256,7 @@ def test_a_file_of_two_kinds(named: Case) -> None:
 
     expected = of_another_program(named, either, BARE, {}, path)
     built = named.build(path)
+
     check_contents(named, built, expected)
     assert {name for name, layer in int8_layers(built).items() if layer.transform.method == "none"} == {
         name
@@ -262,9 +268,12 @@ def test_a_file_of_two_kinds(named: Case) -> None:
 def test_a_lora_cannot_be_baked_into_integers(named: Case) -> None:
     lora = made_lora(named.denoiser, named.name).in_authors_words(named.home / "lora.safetensors")
     trip = named.saved("file")
+
     with pytest.raises(ConfigError, match=r"dynamic.*stochastic"):
         named.build(trip.location, loras=[Adapter("a", str(lora))], mode="bake")
+
     beside = named.build(trip.location, loras=[Adapter("a", str(lora))])
+
     assert beside.loras.layers_by_mode == {"dynamic": len(int8_layers(beside))}
     assert not torch.equal(named.latents(beside), trip.drawn)
 
@@ -277,7 +286,9 @@ def test_a_lora_is_baked_into_what_is_rounded_anew(named: Case) -> None:
         loras=[Adapter("a", str(changes.in_authors_words(named.home / "lora.safetensors")))],
         mode="bake",
     )
+
     held = contents(built)
+
     for name in int8_layers(built):
         weight = expected[name].real + changes.change(name)
         error = (held[f"{name}.q"] * held[f"{name}.scale"] - weight).abs()

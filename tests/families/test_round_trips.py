@@ -49,12 +49,16 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_nothing_of_a_denoiser_is_read_before_it_is_needed(case: Case) -> None:
     spec = replace(case.spec, model=case.source())
     skeleton = load_model(spec, Progress(False), whole=False).denoiser
+
     assert {name for name, value in skeleton.named_parameters() if not value.is_meta} == set()
 
 
 def test_a_folder_is_streamed_and_drawn(case: Case) -> None:
     trip, floats = case.saved("folder"), float_weights(case)
-    assert trip.built.family.name == case.instance.family and list(trip.built.denoisers) == ["int8"]
+
+    assert trip.built.family.name == case.instance.family
+    assert list(trip.built.denoisers) == ["int8"]
+
     linears = {
         name
         for part in case.denoisers.values()
@@ -62,20 +66,29 @@ def test_a_folder_is_streamed_and_drawn(case: Case) -> None:
         if isinstance(m, nn.Linear)
     }
     wanted = {name for name in linears if FAMILIES[case.instance.family].find_skip_reason(name) is None}
+
     layers = int8_layers(trip.built)
-    assert wanted and len(layers) == len(wanted) * len(case.denoisers)
+
+    assert wanted
+    assert len(layers) == len(wanted) * len(case.denoisers)
+
     for name in layers:
         q, scale = rounded(floats[f"{name}.weight"])
-        assert torch.equal(trip.held[f"{name}.q"], q) and torch.equal(trip.held[f"{name}.scale"], scale)
+        assert torch.equal(trip.held[f"{name}.q"], q)
+        assert torch.equal(trip.held[f"{name}.scale"], scale)
         floats.pop(f"{name}.weight")
+
     assert_same({name: trip.held[name] for name in floats}, floats)
-    assert len(trip.drawn) == 2 and trip.drawn.isfinite().all() and trip.drawn[-1].std() > 0.01
+    assert len(trip.drawn) == 2
+    assert trip.drawn.isfinite().all()
+    assert trip.drawn[-1].std() > 0.01
 
 
 @pytest.mark.parametrize("kind", SAVED)
 def test_what_was_saved_comes_back_as_the_model(case: Case, kind: str) -> None:
     trip = case.saved(kind)
     again = case.build(trip.location)
+
     assert again.family.name == case.instance.family
     assert_same(contents(again), trip.held)
     assert torch.equal(case.latents(again), trip.drawn)
@@ -85,13 +98,16 @@ def test_what_was_saved_comes_back_as_the_model(case: Case, kind: str) -> None:
 def test_what_was_saved_comes_back_as_layers_of_the_model(case: Case, kind: str) -> None:
     trip, single = case.saved(kind), len(case.denoisers) == 1
     where = str(trip.location) if single else {name: str(path) for name, path in trip.location.items()}
+
     again = case.build(int8=replace(case.spec.int8, checkpoint=where))
+
     assert_same(contents(again), trip.held)
     assert torch.equal(case.latents(again), trip.drawn)
 
 
 def test_layers_are_rotated_where_their_width_allows(case: Case) -> None:
     layers = int8_layers(case.saved("rotated file").built)
+
     assert {layer.transform.method for layer in layers.values() if layer.in_features % 4 == 0} == {"convrot"}
     assert {layer.transform.method for layer in layers.values() if layer.in_features % 4} <= {"none"}
     assert not torch.equal(case.saved("rotated file").drawn, case.saved("file").drawn)
@@ -122,6 +138,7 @@ def write_native(case: Case, kind: str) -> Any:
 def test_a_float_file_of_the_authors_is_the_model(case: Case, kind: str) -> None:
     spec = replace(case.spec, model=case.source(write_native(case, kind)), int8=Int8Settings(enable=False))
     loaded = load_model(spec, Progress(False))
+
     assert loaded.family.name == case.instance.family
     assert_same(loaded.denoiser.state_dict(), float_weights(case))
 
@@ -169,9 +186,12 @@ def test_a_lora_is_streamed_beside_the_layers_under_both_spellings(case: Case) -
         ]
     )
     authors = case.build(loras=[Adapter("a", str(lora.in_authors_words(case.home / "b.safetensors")))])
+
     held, drawn, layers = contents(own), case.latents(own), int8_layers(own)
+
     assert_same(contents(authors), held)
-    assert torch.equal(drawn, case.latents(authors)) and drawn.isfinite().all()
+    assert torch.equal(drawn, case.latents(authors))
+    assert drawn.isfinite().all()
     assert own.loras.layers_by_mode == {"dynamic": len(layers)}
     assert_same(
         {f"{name}.q": held[f"{name}.q"] for name in layers},
@@ -181,9 +201,11 @@ def test_a_lora_is_streamed_beside_the_layers_under_both_spellings(case: Case) -
         torch.testing.assert_close(
             held[name], floats[name] + lora.change(inner(case, name).removesuffix(".weight"))
         )
+
     # what it does is what it does to the float weights
     baked = case.build(loras=[Adapter("a", str(case.home / "a.safetensors"))], mode="bake")
     held = contents(baked)
+
     for name in layers:
         weight = floats[f"{name}.weight"] + lora.change(inner(case, name))
         error = (held[f"{name}.q"] * held[f"{name}.scale"] - weight).abs()
@@ -211,16 +233,21 @@ def test_a_lora_for_one_of_two_denoisers(experts: Case, expert: str, mode: str) 
     held, layers = contents(built), {name for name in int8_layers(built) if name.startswith(f"{expert}.")}
     changed = {name for name in held if not torch.equal(held[name], plain.held[name])}
     integers = {f"{name}.q" for name in layers}
-    assert changed and all(name.startswith(f"{expert}.") for name in changed)
+
+    assert changed
+    assert all(name.startswith(f"{expert}.") for name in changed)
     assert changed & integers == (integers if mode == "bake" else set())
     assert built.loras.layers_by_mode == ({"dynamic": len(layers)} if mode == "dynamic" else {})
+
     # the first step is the first one's, the second the other's
     first, second = (torch.equal(a, b) for a, b in zip(experts.latents(built), plain.drawn, strict=True))
+
     assert (first, second) == ((False, False) if expert == "transformer" else (True, False))
 
 
 def test_two_denoisers_need_two_files(experts: Case) -> None:
     file = write(native_state(experts.denoiser), experts.home / "one.safetensors")
+
     with pytest.raises(ConfigError, match=r"2 denoisers.*transformer: <file>, transformer_2: <file>"):
         experts.build(file)
     with pytest.raises(ConfigError, match=r"2 denoisers.*transformer: <file>, transformer_2: <file>"):
@@ -242,12 +269,18 @@ def test_a_denoiser_without_a_pipeline(family: str, number: int, tmp_path: Path)
     model = OTHERS[family][number]().eval()
     state = {name: value.detach() for name, value in model.state_dict().items()}
     source = write(native_state(model) | BESIDE.get(family, {}), tmp_path / "float.safetensors")
+
     weights = FileWeights(source, model)
+
     assert_same({name: weights.read_tensor(name) for name in state}, state)
+
     about = quantize_alone(source, tmp_path / "int8.safetensors", tmp_path)
+
     assert (about["family"], about["denoiser"]) == (family, type(model).__name__)
+
     again = FileWeights(tmp_path / "int8.safetensors", model)
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+
     assert (
         set(again.find_int8_layers())
         == {name for name in linears if FAMILIES[family].find_skip_reason(name) is None}
@@ -258,8 +291,11 @@ def test_a_denoiser_without_a_pipeline(family: str, number: int, tmp_path: Path)
         if layer in again.find_int8_layers():
             q, scale = rounded(value)
             made = again.read_int8_layer(layer).weight
-            assert torch.equal(made.qdata, q) and torch.equal(made.scale, scale)
+            assert torch.equal(made.qdata, q)
+            assert torch.equal(made.scale, scale)
         else:
             assert torch.equal(again.read_tensor(name), value)
+
     file = stored(tmp_path / "int8.safetensors")
+
     assert_same({key: file[key] for key in BESIDE.get(family, {})}, BESIDE.get(family, {}))

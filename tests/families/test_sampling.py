@@ -46,25 +46,24 @@ def drawn(name, samples=BATCH, **changes):
 def test_two_steps_of_two_samples(name):
     pipe, component, denoiser, sampling = built(name)
     heard = []
+
     made = generate(
         pipe, component, {"a": denoiser, "b": denoiser}, BATCH, sampling, on_fraction=heard.append
     )
+
     assert heard == [0.0, 0.5, 1.0] * 2
     for one in made.values():
-        assert [len(frames) for frames in one.frames] == [FRAMES.get(name, 1)] * 2 and len(
-            one.step_seconds[0]
-        ) == 2
+        assert [len(frames) for frames in one.frames] == [FRAMES.get(name, 1)] * 2
+        assert len(one.step_seconds[0]) == 2
         assert {frame.size for frames in one.frames for frame in frames} == {
             (sampling.width, sampling.height)
         }
         assert one.has_sound == (name == "ltx2")
         for steps in one.trajectories:
-            assert (
-                steps.dtype == torch.float32
-                and len(steps) == 2
-                and steps.isfinite().all()
-                and not torch.equal(*steps)
-            )
+            assert steps.dtype == torch.float32
+            assert len(steps) == 2
+            assert steps.isfinite().all()
+            assert not torch.equal(*steps)
     # the second denoiser is given texts that are remembered, and draws the same
     assert all(map(torch.equal, made["a"].trajectories, made["b"].trajectories))
 
@@ -74,6 +73,7 @@ def test_a_sample_does_not_depend_on_its_batch(name):
     # Qwen-Image 2.1 pads the texts of a batch, and rounds otherwise
     bound = 2e-3 if name == "qwen_image_21" else 1e-5
     both, alone = drawn(name), drawn(name, BATCH[1:], batch=1)
+
     assert compute_relative_error(alone.trajectories[0][-1], both.trajectories[1][-1]) < bound
     assert compute_relative_error(both.trajectories[0][-1], both.trajectories[1][-1]) > 0.1, (
         "samples with seeds of their own"
@@ -83,7 +83,9 @@ def test_a_sample_does_not_depend_on_its_batch(name):
 @pytest.mark.parametrize("name", INSTANCES)
 def test_latents_alone_are_the_same_and_no_picture_is_decoded(name):
     alone = drawn(name, extra={**built(name)[3].extra, "output_type": "latent"})
-    assert alone.frames == [] and all(map(torch.equal, alone.trajectories, drawn(name).trajectories))
+
+    assert alone.frames == []
+    assert all(map(torch.equal, alone.trajectories, drawn(name).trajectories))
 
 
 @pytest.mark.parametrize("name", INSTANCES)
@@ -101,20 +103,26 @@ def test_the_denoisers_arguments_are_all_named_and_can_be_used_again(name):
     hook = denoiser.register_forward_pre_hook(lambda _, args: by_position.append(len(args) > 0))
     calls = capture_calls(pipe, component, denoiser, BATCH, sampling)
     hook.remove()
-    assert all(by_position) == any(by_position) == (name in BY_POSITION) and len(calls) >= 1
+
+    assert all(by_position) == any(by_position) == (name in BY_POSITION)
+    assert len(calls) >= 1
+
     known = inspect.signature(denoiser.forward).parameters
+
     assert all(set(made) <= set(known) for made in calls)
+
     with torch.no_grad():
         returned = denoiser(**calls[-1])[0]
     tensors = returned if isinstance(returned, list) else [returned]  # Z-Image returns a list
-    assert all(isinstance(t, Tensor) and t.isfinite().all() for t in tensors) and isinstance(
-        returned, list
-    ) == (name == "z_image")
+
+    assert all(isinstance(t, Tensor) and t.isfinite().all() for t in tensors)
+    assert isinstance(returned, list) == (name == "z_image")
 
 
 @pytest.mark.parametrize("name", INSTANCES)
 def test_how_a_pipeline_tells_of_its_steps(name):
     pipe = built(name)[0]
+
     assert list(build_step_callback(pipe, print)) == [
         "callback" if name in OLD_CALLBACK else "callback_on_step_end"
     ]
@@ -129,7 +137,9 @@ def test_sana_sprint_takes_more_than_two_steps_when_its_own_timestep_is_taken_aw
     sprint = SanaSprintPipeline(**parts, transformer=transformer, scheduler=SCMScheduler())
     sprint.set_progress_bar_config(disable=True)
     more = replace(sampling, steps=3, extra={**sampling.extra, "intermediate_timesteps": None})
+
     made = generate(sprint, "transformer", {"a": transformer, "b": transformer}, BATCH, more)
+
     assert [len(steps) for steps in made["a"].trajectories] == [3, 3], "a value of null reaches the pipeline"
     assert all(map(torch.equal, made["a"].trajectories, made["b"].trajectories)), (
         "its scheduler's noise is the same for both"

@@ -27,7 +27,7 @@ def shapes_of(key: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in tiny(FAMILIES[key]).state_dict().items()}
 
 
-def authors_keys(key: str) -> list[str]:
+def list_original_keys(key: str) -> list[str]:
     """What a file of the model's authors holds, with prefix."""
     family = FAMILIES[key]
     more = ["llm_adapter.blocks.0.mlp.0.weight"] if key == "anima" else []
@@ -37,43 +37,48 @@ def authors_keys(key: str) -> list[str]:
     ]
 
 
-def found(keys, shapes=None):
+def detect_names(keys, shapes=None):
     """Names of the family and the class."""
     result = detect_denoiser(keys, load_families().values(), shapes)
     return result and (result[0].name, result[1])
 
 
 @pytest.mark.parametrize("key", [key for key in FAMILIES if key not in TWINS])
-def test_files_of_authors_and_of_diffusers(key):
+def test_denoiser_is_detected_by_original_and_by_diffusers_names(key):
     family = FAMILY.get(key, key)
     expected = family and (family, FAMILIES[key].cls)
-    assert found(find_denoiser_keys(authors_keys(key))) == expected
+
+    assert detect_names(find_denoiser_keys(list_original_keys(key))) == expected
     # Anima's denoiser is one of Cosmos; only its authors' files have the part that is its own
-    assert found(shapes_of(key)) == (None if key == "anima" else expected)
+    assert detect_names(shapes_of(key)) == (None if key == "anima" else expected)
 
 
 @pytest.mark.parametrize("key", TWINS)
-def test_twins_of_wan_are_indistinguishable(key):
+def test_models_built_like_wan_are_detected_as_wan(key):
     assert set(shapes_of(key)) <= set(shapes_of("wan"))
-    assert found(shapes_of(key)) == found(authors_keys(key)) == ("wan", "WanTransformer3DModel")
-
-
-def test_a_cosmos_that_is_not_anima_is_unknown():
     assert (
-        found(
+        detect_names(shapes_of(key))
+        == detect_names(list_original_keys(key))
+        == ("wan", "WanTransformer3DModel")
+    )
+
+
+def test_cosmos_that_is_not_anima_is_not_detected():
+    assert (
+        detect_names(
             name.removeprefix("net.") for name in to_original(shapes_of("anima"), "CosmosTransformer3DModel")
         )
         is None
     )
 
 
-def test_every_family_has_a_file_here():
+def test_every_family_is_covered_by_a_file():
     assert {FAMILY.get(key, key) for key in FAMILIES if key not in TWINS} - {None} == set(load_families())
 
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("width, family", [(768, "sd15"), (1024, None)])
-def test_stable_diffusion_2_is_told_from_1_by_its_widths(native, width, family):
+def test_stable_diffusion_1_and_2_are_told_apart_by_input_widths(native, width, family):
     shapes = {
         name: (*s[:1], width) if name.endswith("attn2.to_k.weight") else s
         for name, s in shapes_of("sd15").items()
@@ -81,16 +86,18 @@ def test_stable_diffusion_2_is_told_from_1_by_its_widths(native, width, family):
     if native:
         parts = to_original(shapes, "UNet2DConditionModel")
         shapes = {name.removeprefix("model.diffusion_model."): shapes[parts[name][0].key] for name in parts}
-    assert found(shapes, shapes) == (family and (family, "UNet2DConditionModel"))
-    assert found(shapes) == ("sd15", "UNet2DConditionModel")
+
+    assert detect_names(shapes, shapes) == (family and (family, "UNet2DConditionModel"))
+    assert detect_names(shapes) == ("sd15", "UNet2DConditionModel")
 
 
-def one(name: str, *fingerprints: Fingerprint, **fields) -> ModelFamily:
+def make_family(name: str, *fingerprints: Fingerprint, **fields) -> ModelFamily:
     return ModelFamily(name, fingerprints=fingerprints, **fields)
 
 
-def test_all_patterns_and_none_of_the_others():
-    family = one("a", Fingerprint("A", ["x.*.weight", "y"], ["z?", "w"]))
+def test_fingerprint_needs_all_its_patterns_and_none_of_the_forbidden():
+    family = make_family("a", Fingerprint("A", ["x.*.weight", "y"], ["z?", "w"]))
+
     assert detect_denoiser(["x.1.weight", "y"], [family]) == (family, "A")
     assert detect_denoiser((key for key in ["y", "x.1.weight", "z", "ww"]), [family]) == (family, "A")
     for keys in (
@@ -104,9 +111,11 @@ def test_all_patterns_and_none_of_the_others():
         assert detect_denoiser(keys, [family]) is None
 
 
-def test_several_fingerprints_of_one_denoiser():
-    family = one("a", Fingerprint("A", ["x"]), Fingerprint("A", ["y"]), Fingerprint("B", ["z"]))
-    assert detect_denoiser(["x", "y"], [family]) == (family, "A") and detect_denoiser(["z"], [family]) == (
+def test_one_of_several_fingerprints_is_enough():
+    family = make_family("a", Fingerprint("A", ["x"]), Fingerprint("A", ["y"]), Fingerprint("B", ["z"]))
+
+    assert detect_denoiser(["x", "y"], [family]) == (family, "A")
+    assert detect_denoiser(["z"], [family]) == (
         family,
         "B",
     )
@@ -116,24 +125,29 @@ def test_several_fingerprints_of_one_denoiser():
     "families, message",
     [
         (
-            (one("a", Fingerprint("A", ["x"])), one("b", Fingerprint("B", ["*"]))),
+            (make_family("a", Fingerprint("A", ["x"])), make_family("b", Fingerprint("B", ["*"]))),
             r"those of a \(A\) or b \(B\); say .* model_type=a or model_type=b",
         ),
         (
-            (one("a", Fingerprint("A", ["x"]), Fingerprint("B", ["x"])),),
+            (make_family("a", Fingerprint("A", ["x"]), Fingerprint("B", ["x"])),),
             r"those of a \(A\) or a \(B\); say which it is with model_type=a$",
         ),
     ],
 )
-def test_two_that_match_are_named(families, message):
+def test_ambiguous_names_are_an_error_that_lists_the_choices(families, message):
     with pytest.raises(ConfigError, match=message):
         detect_denoiser(["x"], families)
 
 
-def test_widths_choose_between_two():
-    wide = one("wide", Fingerprint("FluxTransformer2DModel", ["img_in.weight"]), inputs={"x_embedder": 8})
-    slim = one("slim", Fingerprint("FluxTransformer2DModel", ["img_in.weight"]), inputs={"x_embedder": 4})
+def test_input_widths_choose_between_families():
+    wide = make_family(
+        "wide", Fingerprint("FluxTransformer2DModel", ["img_in.weight"]), inputs={"x_embedder": 8}
+    )
+    slim = make_family(
+        "slim", Fingerprint("FluxTransformer2DModel", ["img_in.weight"]), inputs={"x_embedder": 4}
+    )
     shapes = {"img_in.weight": (2, 4), "img_in.bias": (8,)}
+
     assert detect_denoiser(shapes, [wide, slim], shapes) == (slim, "FluxTransformer2DModel")
     # a convolution is no Linear
     assert detect_denoiser(shapes, [wide, slim], {"img_in.weight": (2, 4, 1, 1)}) is None

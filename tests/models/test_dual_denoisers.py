@@ -20,7 +20,7 @@ class Part(nn.Module):
         return (x + self.number) * (2 if double else 1)
 
 
-def pipeline(**modules: nn.Module) -> Any:
+def make_pipeline(**modules: nn.Module) -> Any:
     """Remembers what it was given."""
     pipe = SimpleNamespace(given=[], **modules)
 
@@ -35,38 +35,46 @@ def pipeline(**modules: nn.Module) -> Any:
 HIGH, LOW = Part(1.0), Part(10.0)
 
 
-def test_each_expert_is_called_by_its_name() -> None:
+def test_forward_calls_the_named_expert() -> None:
     both = DualDenoiser({"transformer": HIGH, "transformer_2": LOW})
     x = torch.zeros(2)
-    assert both(expert="transformer", x=x).tolist() == [1, 1] and both(
-        expert="transformer_2", x=x, double=True
-    ).tolist() == [20, 20]
+
+    assert both(expert="transformer", x=x).tolist() == [1, 1]
+    assert both(expert="transformer_2", x=x, double=True).tolist() == [20, 20]
     assert [name for name, _ in both.named_parameters()] == ["transformer.number", "transformer_2.number"]
 
 
-def test_parts_are_known_by_the_beginning_of_their_layers_names() -> None:
+def test_parts_are_keyed_by_the_prefix_of_their_layers() -> None:
     both = DualDenoiser({"transformer": HIGH, "transformer_2": LOW})
-    assert split_denoiser(both) == {"transformer.": HIGH, "transformer_2.": LOW} and split_denoiser(HIGH) == {
-        "": HIGH
-    }
+
+    assert split_denoiser(both) == {"transformer.": HIGH, "transformer_2.": LOW}
+    assert split_denoiser(HIGH) == {"": HIGH}
     assert split_denoiser(nn.Sequential(HIGH, LOW)).keys() == {""}, "children alone make no experts"
 
 
-def test_a_pipeline_gets_each_part_at_its_own_place() -> None:
-    pipe = pipeline(transformer=Part(0.0), transformer_2=Part(0.0))
+def test_set_denoiser_registers_each_part_under_its_component() -> None:
+    pipe = make_pipeline(transformer=Part(0.0), transformer_2=Part(0.0))
     set_denoiser(pipe, DualDenoiser({"transformer": HIGH, "transformer_2": LOW}), "transformer")
-    assert (pipe.transformer, pipe.transformer_2) == (HIGH, LOW) and pipe.given == [
+
+    assert (pipe.transformer, pipe.transformer_2) == (HIGH, LOW)
+    assert pipe.given == [
         "transformer",
         "transformer_2",
     ]
-    pipe = pipeline(unet=Part(0.0))
+
+    pipe = make_pipeline(unet=Part(0.0))
     set_denoiser(pipe, HIGH, "unet")
-    assert pipe.unet is HIGH and pipe.given == ["unet"]
+
+    assert pipe.unet is HIGH
+    assert pipe.given == ["unet"]
 
 
-def test_one_that_is_there_is_left_alone() -> None:
-    pipe = pipeline(transformer=HIGH, transformer_2=LOW)
+def test_set_denoiser_leaves_a_registered_part_alone() -> None:
+    pipe = make_pipeline(transformer=HIGH, transformer_2=LOW)
     set_denoiser(pipe, DualDenoiser({"transformer": HIGH, "transformer_2": LOW}), "transformer")
+
     assert pipe.given == [], "its hooks for offloading would be asked for anew"
+
     set_denoiser(pipe, DualDenoiser({"transformer": HIGH, "transformer_2": Part(3.0)}), "transformer")
+
     assert pipe.given == ["transformer_2"]

@@ -51,49 +51,56 @@ FLUX_INT8 = [
 
 
 @pytest.mark.parametrize(("layer", "why"), FLUX_FLOAT.items())
-def test_flux_layers_that_stay_float(layer, why):
+def test_flux_layers_outside_the_blocks_stay_float(layer, why):
     assert FLUX.find_skip_reason(layer) == why
 
 
 @pytest.mark.parametrize("layer", FLUX_INT8)
-def test_flux_layers_that_become_int8(layer):
+def test_flux_layers_of_the_blocks_become_int8(layer):
     assert FLUX.find_skip_reason(layer) is None
 
 
-def test_every_flux_rule_and_name_is_real():
+def test_every_flux_rule_matches_a_layer_of_the_model():
     from diffusers import FluxTransformer2DModel
 
     with torch.device("meta"):
         denoiser = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
     linears = [name for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)]
+
     for rule in FLUX.ignore:
         assert any(ModelFamily("one", ignore=[rule]).find_skip_reason(name) for name in linears), rule.pattern
+
     first = {name.replace(".18.", ".0.").replace(".37.", ".0.") for name in (*FLUX_FLOAT, *FLUX_INT8)}
+
     assert first <= set(linears)
     assert {n for n in linears if FLUX.find_skip_reason(n) is None} <= {
         n for n in linears if "transformer_blocks." in n
     }
 
 
-def test_the_first_matching_rule_gives_the_reason():
+def test_first_matching_rule_gives_the_reason():
     family = ModelFamily("x", ignore=[IgnoreRule("a.*", "first"), IgnoreRule("*", "second")])
     assert (family.find_skip_reason("a.b"), family.find_skip_reason("b")) == ("first", "second")
 
 
-def test_none_keeps_nothing_float(caplog):
+def test_family_none_keeps_nothing_float(caplog):
     none = FAMILIES["none"].resolve_family("SomethingElse", [], {"x_embedder": 64})
-    assert none.find_skip_reason("x_embedder") is None and not caplog.records
+
+    assert none.find_skip_reason("x_embedder") is None
+    assert not caplog.records
 
 
-def test_auto_picks_by_class(caplog):
-    assert AUTO.resolve_family("FluxTransformer2DModel", [], {}).name == "flux" and not caplog.records
+def test_auto_chooses_the_family_by_class(caplog):
+    assert AUTO.resolve_family("FluxTransformer2DModel", [], {}).name == "flux"
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("denoiser", ["FluxTransformer2DModel", "Unknown"])
 @pytest.mark.parametrize("mixed_precision", ["none", "auto"])
-def test_auto_passes_on_how_layers_are_kept(denoiser, mixed_precision):
+def test_auto_passes_mixed_precision_to_the_chosen_family(denoiser, mixed_precision):
     auto = AutoFamily(mixed_precision)
     found = auto.resolve_family(denoiser, ["a.0.", "a.1.", "a.2."], {"a.0.q": 8, "a.1.q": 8})
+
     assert found.mixed_precision == mixed_precision
     # the layers that are listed stay float besides
     assert found.find_skip_reason({"FluxTransformer2DModel": "x_embedder", "Unknown": "a.0.q"}[denoiser])
@@ -103,21 +110,24 @@ def test_auto_passes_on_how_layers_are_kept(denoiser, mixed_precision):
     "family", [lambda value: ModelFamily("x", mixed_precision=value), lambda value: AutoFamily(value)]
 )
 @pytest.mark.parametrize("value", ["automatic", [], [IgnoreRule("a", "b")], None, True])
-def test_mixed_precision_is_a_word(family, value):
+def test_mixed_precision_takes_none_or_auto(family, value):
     with pytest.raises(ConfigError, match=r"^model_type\.mixed_precision is .*choose from auto, none$"):
         family(value)
 
 
-def test_auto_knows_every_shipped_family_as_its_own_file_makes_it():
+def test_auto_knows_every_shipped_family_as_its_file_defines_it():
     assert load_families() == {
         name: family for name, family in FAMILIES.items() if family.denoisers or family.fingerprints
     }
 
 
-def test_the_rows_of_a_table_may_be_mappings():
+def test_items_of_lists_may_be_mappings():
     given = {"pattern": "a", "reason": "b"}
+
     assert ModelFamily("x", ignore=[given]) == ModelFamily("x", ignore=[IgnoreRule("a", "b")])
+
     printed = Fingerprint("C", ["a.weight"], ["b.*"])
+
     assert ModelFamily(
         "x", fingerprints=[{"denoiser": "C", "all": ["a.weight"], "none": ["b.*"]}]
     ).fingerprints == (printed,)
@@ -144,7 +154,7 @@ def test_the_rows_of_a_table_may_be_mappings():
         ),
     ],
 )
-def test_a_row_that_is_none(table, row, message):
+def test_malformed_item_is_an_error(table, row, message):
     good = {
         "ignore": IgnoreRule("a", "b"),
         "deferred_gelu": DeferredGelu("a", "b", "c"),
@@ -154,7 +164,7 @@ def test_a_row_that_is_none(table, row, message):
         ModelFamily("x", **{table: [good[table], row]})
 
 
-def test_a_named_family_is_taken_at_its_word_but_a_mismatch_is_said(caplog):
+def test_named_family_is_used_for_another_class_with_a_warning(caplog):
     assert FLUX.resolve_family("UNet2DConditionModel", [], {}) is FLUX
     assert (
         "model_type=flux is for FluxTransformer2DModel, the denoiser is a UNet2DConditionModel" in caplog.text
@@ -179,26 +189,30 @@ WIDE = ModelFamily(
         ({}, "unknown"),
     ],
 )
-def test_families_of_one_class_are_told_apart_by_their_inputs(linears, name):
+def test_families_of_one_class_are_told_apart_by_input_widths(linears, name):
     assert (
         AutoFamily(families={"narrow": NARROW, "wide": WIDE}).resolve_family("Shared", [], linears).name
         == name
     )
 
 
-def test_a_named_family_with_other_inputs_is_said(caplog):
+def test_named_family_is_used_for_other_widths_with_a_warning(caplog):
     assert WIDE.resolve_family("Shared", [], {"a.to_k": 768, "b.to_k": 2048, "add.in": 16}) is WIDE
     assert (
         "model_type=wide does not fit this Shared: *.to_k takes 2048 inputs, the denoiser has 768/2048"
         in caplog.text
     )
+
     NARROW.resolve_family("Shared", [], {"a": 768})
+
     assert (
         "model_type=narrow does not fit this Shared: *.to_k takes 768 inputs, the denoiser has none"
         in caplog.text
     )
+
     caplog.clear()
     NARROW.resolve_family("Shared", [], {"a.to_k": 768})
+
     assert not caplog.records
 
 
@@ -213,46 +227,53 @@ class Unknown(nn.Module):
         self.head = nn.ModuleList([nn.Linear(2, 2)])
 
 
-def test_an_unknown_denoiser_gets_the_conservative_rule_with_a_warning(caplog):
+def test_unknown_denoiser_gets_the_conservative_family_with_a_warning(caplog):
     model = Unknown()
     linears = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     family = AUTO.resolve_family("Unknown", list_block_prefixes(model), linears)
+
     int8 = [name for name in linears if family.find_skip_reason(name) is None]
+
     assert int8 == [f"blocks.{i}.to_q" for i in range(1, 11)]
     assert {family.find_skip_reason(n) for n in linears.keys() - set(int8)} == {
         "unknown architecture: outside the middle blocks"
     }
     assert family.name == "unknown"
-    assert (
-        "model_type=auto does not know Unknown;" in caplog.text
-        and "Name one with model_type= (" in caplog.text
-    )
+    assert "model_type=auto does not know Unknown;" in caplog.text
+    assert "Name one with model_type= (" in caplog.text
 
 
-def test_block_1_does_not_stand_for_block_10():
+def test_prefix_of_block_1_does_not_match_block_10():
     linears = [f"blocks.{i}.to_q" for i in range(12)]
     family = build_conservative_family(["blocks.0.", "blocks.1.", "blocks.2."], linears)
+
     assert [n for n in linears if family.find_skip_reason(n) is None] == ["blocks.1.to_q"]
 
 
-def test_two_lists_keep_the_very_first_and_the_very_last_block():
+def test_conservative_family_keeps_the_first_and_the_last_block_of_all_lists():
     blocks = [f"{kind}.{i}." for kind in ("double", "single") for i in range(3)]
     family = build_conservative_family(blocks, [f"{b}q" for b in blocks])
-    assert family.find_skip_reason("double.0.q") and family.find_skip_reason("single.2.q")
-    assert family.find_skip_reason("double.1.q") is None and family.find_skip_reason("single.1.q") is None
+
+    assert family.find_skip_reason("double.0.q")
+    assert family.find_skip_reason("single.2.q")
+    assert family.find_skip_reason("double.1.q") is None
+    assert family.find_skip_reason("single.1.q") is None
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_without_a_middle_block_everything_stays_float(count):
+def test_conservative_family_without_a_middle_block_keeps_everything(count):
     blocks = [f"blocks.{i}." for i in range(count)]
     linears = [*(f"{b}to_q" for b in blocks), "embed"]
+
     family = build_conservative_family(blocks, linears)
+
     assert all(family.find_skip_reason(n) for n in linears)
 
 
-def test_sampling_over_takes_the_default_where_none():
+def test_with_defaults_fills_fields_that_are_none():
     model = Sampling(28, 3.5, 1024, 768, extra={"shift": 3.0, "max_sequence_length": 512})
     asked = Sampling(steps=4, guidance=0.0, batch=2, extra={"max_sequence_length": 64})
+
     assert asked.with_defaults(model) == Sampling(
         4, 0.0, 1024, 768, 2, {"shift": 3.0, "max_sequence_length": 64}
     )
@@ -273,7 +294,7 @@ def test_sampling_over_takes_the_default_where_none():
         ("batch", True, 1, 1024),
     ],
 )
-def test_sampling_ranges(setting, value, low, high):
+def test_sampling_number_outside_its_range_is_an_error(setting, value, low, high):
     with pytest.raises(
         ConfigError,
         match=rf"sampler\.{setting} is {value!r}; allowed is a (whole )?number from {low} to {high}$",
@@ -284,24 +305,25 @@ def test_sampling_ranges(setting, value, low, high):
 @pytest.mark.parametrize(
     ("setting", "value"), [("steps", 2.5), ("height", 64.5), ("width", 64.5), ("batch", 1.5)]
 )
-def test_counts_are_whole_numbers(setting, value):
+def test_sampling_count_must_be_a_whole_number(setting, value):
     with pytest.raises(ConfigError, match=rf"sampler\.{setting} is {value}; .*whole number"):
         Sampling(**{setting: value})
 
 
-def test_the_ends_of_the_ranges_are_allowed():
-    assert Sampling(1, 0, 8, 16384, 1024).steps == 1 and Sampling(1000, 100.0, 16384, 8, 1).guidance == 100.0
+def test_sampling_range_includes_its_ends():
+    assert Sampling(1, 0, 8, 16384, 1024).steps == 1
+    assert Sampling(1000, 100.0, 16384, 8, 1).guidance == 100.0
 
 
 @pytest.mark.parametrize("location", [None, ""])
-def test_a_model_without_a_location(location):
+def test_model_without_a_location_is_an_error(location):
     with pytest.raises(
         ConfigError, match=r"model has no location; set model\.location=<hub id or diffusers folder>"
     ):
         ModelSource(location, "flux", Sampling())
 
 
-def test_a_model_in_an_unknown_dtype():
+def test_model_with_an_unknown_dtype_is_an_error():
     with pytest.raises(
         ConfigError,
         match=r"model\.dtype is 'bfloat'; did you mean 'bfloat16'\? choose from bfloat16, float16, float32",

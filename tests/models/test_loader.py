@@ -27,12 +27,12 @@ INDEX = {
 }
 
 
-def load(location, **denoisers):
+def load_on_cpu(location, **denoisers):
     return load_pipeline(location, denoisers, torch.float32, CPU)
 
 
 @pytest.fixture
-def folder(tmp_path):
+def write_index(tmp_path):
     def write(index):
         (tmp_path / "model_index.json").write_text(index if isinstance(index, str) else json.dumps(index))
         return tmp_path
@@ -52,75 +52,82 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("index", BROKEN.values(), ids=BROKEN)
-def test_a_broken_folder_is_one_line(folder, index):
-    place = folder(index)
+def test_broken_folder_is_a_one_line_error(write_index, index):
+    place = write_index(index)
     with pytest.raises(
         FileError,
         match=rf"^model '{place}' could not be loaded: .+; set model\.location to a folder that has it$",
     ):
-        load(place)
+        load_on_cpu(place)
 
 
-def test_a_model_may_not_bring_its_own_code(folder):
-    place = folder(INDEX | {"_class_name": ["pipeline", "Mine"]})
+def test_code_inside_a_model_is_not_run(write_index):
+    place = write_index(INDEX | {"_class_name": ["pipeline", "Mine"]})
     (place / "pipeline.py").write_text(
         "from pathlib import Path\nPath(__file__).with_name('pwned').touch()\nclass Mine: pass\n"
     )
+
     with pytest.raises(FileError, match=r"could not be loaded: .*(trust_remote_code|custom code)"):
-        load(place)
+        load_on_cpu(place)
     assert not (place / "pwned").exists()
 
 
-def test_pickled_weights_are_not_opened(folder):
-    place = folder(INDEX)
+def test_pickled_weights_are_not_read(write_index):
+    place = write_index(INDEX)
     (place / "transformer").mkdir()
     (place / "transformer" / "config.json").write_text(
         json.dumps({"_class_name": "FluxTransformer2DModel", "num_layers": 0})
     )
     torch.save({"x": torch.zeros(1)}, place / "transformer" / "diffusion_pytorch_model.bin")
+
     with pytest.raises(FileError, match=r"could not be loaded: .*safetensors"):
-        load(place)
+        load_on_cpu(place)
 
 
-def test_denoisers_that_are_there_are_taken_as_they_are(tmp_path):
+def test_given_denoisers_are_used_as_they_are(tmp_path):
     save_random_pipeline(tmp_path)
     for file in (tmp_path / "transformer").glob("*.safetensors"):
         file.unlink()  # nobody reads them
     mine = random_pipeline().transformer.to("meta")
-    pipe = load(tmp_path, transformer=mine)
-    assert pipe.transformer is mine and all(p.is_meta for p in mine.parameters())
-    assert not any(p.is_meta for p in pipe.vae.parameters()) and pipe.device.type == "cpu"
+
+    pipe = load_on_cpu(tmp_path, transformer=mine)
+
+    assert pipe.transformer is mine
+    assert all(p.is_meta for p in mine.parameters())
+    assert not any(p.is_meta for p in pipe.vae.parameters())
+    assert pipe.device.type == "cpu"
     with pytest.raises(FileError, match=rf"^model '{tmp_path}' could not be loaded: "):
-        load(tmp_path)
+        load_on_cpu(tmp_path)
 
 
-def test_every_module_has_the_dtype_that_is_asked_for(tmp_path):
+def test_every_module_is_loaded_in_the_given_dtype(tmp_path):
     save_random_pipeline(tmp_path)
     pipe = load_pipeline(tmp_path, {}, torch.bfloat16, CPU)
+
     for module in (pipe.transformer, pipe.vae, pipe.text_encoder):
         assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
 
 
-def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
+def test_device_auto_is_the_gpu_where_there_is_one(monkeypatch):
     for there, kind in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert pick_device("auto").type == kind
 
 
 @pytest.mark.parametrize("asked", ["banana", "cuda:x", ""])
-def test_an_unknown_device_word(asked):
+def test_unknown_device_is_an_error(asked):
     with pytest.raises(ConfigError, match=rf"device is '{asked}'; choose from auto, cpu, cuda, cuda:N"):
         pick_device(asked)
 
 
 @pytest.mark.parametrize("asked", ["mps", "xpu", "meta"])
-def test_a_device_that_nothing_here_runs_on(asked):
+def test_unsupported_device_is_an_error(asked):
     with pytest.raises((ConfigError, BackendError), match=rf"device.*{asked}"):
         pick_device(asked)
 
 
 @pytest.mark.parametrize("asked", ["cuda", "cuda:0"])
-def test_a_gpu_that_is_not_there(monkeypatch, asked):
+def test_missing_gpu_is_an_error(monkeypatch, asked):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
         BackendError, match=rf"device={asked} asks for a GPU, but torch .* sees none; device=cpu works here"
@@ -128,52 +135,61 @@ def test_a_gpu_that_is_not_there(monkeypatch, asked):
         pick_device(asked)
 
 
-def test_a_gpu_number_that_is_not_there(monkeypatch):
+def test_gpu_index_out_of_range_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
     assert pick_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(BackendError, match=r"device=cuda:2.*\b2\b"):
         pick_device("cuda:2")
 
 
-def test_repeated_blocks_are_those_of_lists_with_more_than_one():
+def test_block_prefixes_come_from_lists_with_more_than_one_module():
     model = nn.Module()
     model.first, model.head = nn.ModuleList(nn.Linear(1, 1) for _ in range(2)), nn.Linear(1, 1)
     model.alone, model.last = (
         nn.ModuleList([nn.Linear(1, 1)]),
         nn.ModuleList(nn.Linear(1, 1) for _ in range(2)),
     )
+
     assert list_block_prefixes(model) == ["first.0.", "first.1.", "last.0.", "last.1."]
 
 
-def test_the_versions_that_decide_a_result_are_known():
+def test_library_versions_are_the_installed_ones():
     versions = read_library_versions()
+
     assert {"int8run", "torch", "diffusers", "transformers", "numpy"} <= set(versions)
     # the build tag, +cpu or +cu130, is not always part of the installed version
     assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
-def test_a_component_that_a_repository_lacks_comes_from_elsewhere(tmp_path):
+def test_missing_component_is_loaded_from_model_parts(tmp_path):
     pipe = random_pipeline()
     pipe.text_encoder_2.save_pretrained(tmp_path / "t5")
     elsewhere = {"text_encoder_2": ["T5EncoderModel", str(tmp_path / "t5")]}
     folder = tmp_path / "pipe"
     pipe.save_pretrained(folder)
+
     assert load_parts(folder, elsewhere, torch.float32) == {}, "the folder has its own"
+
     shutil.rmtree(folder / "text_encoder_2")
+
     with pytest.raises(FileError, match="could not be loaded"):
         load_pipeline(folder, {}, torch.float32, CPU)
+
     parts = load_parts(folder, elsewhere, torch.float32)
     made = load_pipeline(folder, {}, torch.float32, CPU, parts)
+
     assert made.text_encoder_2 is parts["text_encoder_2"]
     for name, tensor in pipe.text_encoder_2.state_dict().items():
         assert torch.equal(made.text_encoder_2.state_dict()[name], tensor), name
 
 
-def test_a_part_that_cannot_be_had_says_what_to_set(tmp_path):
+def test_part_that_cannot_be_loaded_is_an_error_with_the_setting(tmp_path):
     folder = save_random_pipeline(tmp_path / "pipe")
     shutil.rmtree(folder / "tokenizer")
     words = rf"^tokenizer could not be loaded from {tmp_path}/no: .*; set 'model\.parts\.tokenizer=\[CLIPTokenizer, FOLDER\]' to one that"
+
     with pytest.raises(FileError, match=words):
         load_parts(folder, {"tokenizer": ["CLIPTokenizer", f"{tmp_path}/no"]}, torch.float32)
     with pytest.raises(

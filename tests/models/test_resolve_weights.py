@@ -13,7 +13,7 @@ from int8run.models.resolve_weights import ASSETS_FOLDER, resolve_weights
 CONFIG = {"_class_name": "FluxTransformer2DModel", "num_layers": 1}
 
 
-def pipeline(folder, *components):
+def write_pipeline(folder, *components):
     """A diffusers folder with these denoisers; another component, and one that is left out."""
     index = {
         "_class_name": "SomePipeline",
@@ -31,15 +31,15 @@ def pipeline(folder, *components):
     return folder
 
 
-def test_the_shipped_model():
+def test_shipped_model_is_found_inside_the_package():
     found = resolve_weights("shipped:tiny")
-    assert (
-        found.path == ASSETS_FOLDER / "tiny" / "transformer" and found.class_name == "FluxTransformer2DModel"
-    )
+
+    assert found.path == ASSETS_FOLDER / "tiny" / "transformer"
+    assert found.class_name == "FluxTransformer2DModel"
 
 
-def test_a_pipeline_with_one_denoiser(tmp_path):
-    folder = pipeline(tmp_path / "p", "transformer")
+def test_only_denoiser_of_a_pipeline_is_chosen(tmp_path):
+    folder = write_pipeline(tmp_path / "p", "transformer")
     for component in (None, "transformer"):
         found = resolve_weights(str(folder), component=component)
         assert (found.path, found.class_name, found.config) == (
@@ -49,9 +49,10 @@ def test_a_pipeline_with_one_denoiser(tmp_path):
         )
 
 
-def test_a_pipeline_with_two_denoisers(tmp_path):
-    folder = pipeline(tmp_path / "p", "transformer", "transformer_2")
+def test_pipeline_with_two_denoisers_needs_a_component(tmp_path):
+    folder = write_pipeline(tmp_path / "p", "transformer", "transformer_2")
     words = r"p has 2 denoisers; choose one: task\.component=transformer or task\.component=transformer_2$"
+
     with pytest.raises(ConfigError, match=words):
         resolve_weights(str(folder))
     assert resolve_weights(str(folder), component="transformer_2").path == folder / "transformer_2"
@@ -62,43 +63,53 @@ def test_a_pipeline_with_two_denoisers(tmp_path):
         resolve_weights(str(folder), component="transformer_3")
 
 
-def test_a_pipeline_without_a_denoiser(tmp_path):
-    folder = pipeline(tmp_path / "p")
+def test_pipeline_without_a_denoiser_is_an_error(tmp_path):
+    folder = write_pipeline(tmp_path / "p")
     words = r"p has no denoiser: its components are unet, vae; .* in diffusers named transformer or transformer_2 or unet$"
+
     with pytest.raises(ConfigError, match=words):
         resolve_weights(str(folder))
     with pytest.raises(ConfigError, match=words):
         resolve_weights(str(folder), component="vae")
 
 
-def test_a_denoisers_own_folder_and_a_file(tmp_path):
-    folder = pipeline(tmp_path / "p", "transformer") / "transformer"
+def test_denoiser_folder_and_file_are_resolved_with_the_config_beside(tmp_path):
+    folder = write_pipeline(tmp_path / "p", "transformer") / "transformer"
     file = folder / "diffusion_pytorch_model.safetensors"
-    assert resolve_weights(str(folder)).path == folder and resolve_weights(str(folder)).config == CONFIG
-    assert resolve_weights(str(file)).path == file and resolve_weights(str(file)).config == CONFIG
+
+    assert resolve_weights(str(folder)).path == folder
+    assert resolve_weights(str(folder)).config == CONFIG
+    assert resolve_weights(str(file)).path == file
+    assert resolve_weights(str(file)).config == CONFIG
     with pytest.raises(
         ConfigError,
         match=r"^task\.component=transformer names a part of a pipeline, and .* is a single denoiser; ",
     ):
         resolve_weights(str(folder), component="transformer")
+
     (folder / "config.json").write_text('{"model_type": "not a class"}')
-    assert resolve_weights(str(file)).config is None and resolve_weights(str(file)).class_name is None
+
+    assert resolve_weights(str(file)).config is None
+    assert resolve_weights(str(file)).class_name is None
+
     (folder / "config.json").unlink()
+
     assert resolve_weights(str(file)).config is None
 
 
 @pytest.mark.parametrize(
     "text", ["[1]", "{", "\ud800".encode("utf-8", "surrogatepass")], ids=["a list", "cut off", "no text"]
 )
-def test_a_config_that_is_none(tmp_path, text):
-    folder = pipeline(tmp_path / "p", "transformer")
+def test_malformed_config_is_an_error(tmp_path, text):
+    folder = write_pipeline(tmp_path / "p", "transformer")
     (folder / "transformer" / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+
     with pytest.raises(FileError, match=r"config\.json (is not a JSON object|cannot be read: )"):
         resolve_weights(str(folder))
 
 
 @pytest.mark.parametrize("name", ["x.gguf", "x.ckpt", "x.pt", "x.pth", "X.BIN"])
-def test_formats_that_are_not_read(name):
+def test_unsupported_file_format_is_an_error(name):
     words = (
         "a GGUF file; ComfyUI-GGUF"
         if name == "x.gguf"
@@ -111,7 +122,7 @@ def test_formats_that_are_not_read(name):
 @pytest.mark.parametrize(
     "location", ["./missing", "/missing/x.safetensors", "~/missing", "shipped:missing", "missing.safetensors"]
 )
-def test_nothing_there(location):
+def test_missing_path_is_an_error(location):
     with pytest.raises(
         FileError,
         match=r"missing(/x\.safetensors|\.safetensors)?: no such file or folder; set model\.location to a",
@@ -122,7 +133,7 @@ def test_nothing_there(location):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub with the repository `org/model`: a pipeline and a file. Records what is asked for."""
-    repository, asked = pipeline(tmp_path / "hub", "transformer", "transformer_2"), []
+    repository, asked = write_pipeline(tmp_path / "hub", "transformer", "transformer_2"), []
     (repository / "split_files").mkdir()
     (repository / "split_files" / "x.safetensors").write_bytes(b"")
 
@@ -143,22 +154,26 @@ def hub(tmp_path, monkeypatch):
     return repository, asked
 
 
-def test_one_denoiser_of_the_hub_is_fetched_alone(hub):
+def test_only_the_chosen_component_is_downloaded(hub):
     repository, asked = hub
     found = resolve_weights("org/model", "main", "transformer_2")
+
     assert (found.path, found.config) == (repository / "transformer_2", CONFIG)
+
     wanted = (
         "transformer_2/config.json",
         "transformer_2/*.safetensors",
         "transformer_2/*.safetensors.index.json",
     )
+
     assert asked == [("org/model", "model_index.json", "main"), ("org/model", wanted, "main")]
     with pytest.raises(ConfigError, match=r"^org/model has 2 denoisers"):
         resolve_weights("org/model")
 
 
-def test_a_file_of_the_hub(hub):
+def test_single_file_is_downloaded_from_the_hub(hub):
     repository, asked = hub
+
     assert (
         resolve_weights("org/model/split_files/x.safetensors").path
         == repository / "split_files" / "x.safetensors"
@@ -167,12 +182,14 @@ def test_a_file_of_the_hub(hub):
 
 
 @pytest.mark.parametrize("location", ["org/other", "org/model/y.safetensors"])
-def test_what_the_hub_does_not_have(hub, location):
+def test_failed_download_is_an_error(hub, location):
     words = rf"^model\.location={location} could not be downloaded: .*404: .* is not there look at the page.*; name a file or"
     with pytest.raises(FileError, match=words):
         resolve_weights(location)
 
 
-def test_diffusers_is_not_needed():
+def test_module_does_not_import_diffusers():
     text = Path(sys.modules["int8run.models.resolve_weights"].__file__).read_text()
-    assert "import diffusers" not in text and "from diffusers" not in text
+
+    assert "import diffusers" not in text
+    assert "from diffusers" not in text

@@ -41,12 +41,12 @@ TWO = {
 }
 
 
-def model(location: Any, **more: Any) -> ModelSource:
+def make_source(location: Any, **more: Any) -> ModelSource:
     return ModelSource(str(location) if isinstance(location, Path) else location, "x", Sampling(), **more)
 
 
 @pytest.fixture
-def pipeline(tmp_path: Path) -> Callable[..., Path]:
+def write_pipeline(tmp_path: Path) -> Callable[..., Path]:
     """Writes a diffusers folder with configs alone."""
 
     def write(
@@ -73,7 +73,7 @@ def pipeline(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def weights(path: Path) -> Path:
+def write_weights(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"a": torch.zeros(1)}, path)
     return path
@@ -99,65 +99,78 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[Any, ...]]]:
 # -- what is found ------------------------------------------------------------------------------------------------------
 
 
-def test_a_diffusers_folder_has_all(pipeline: Callable[..., Path]) -> None:
-    folder = pipeline()
-    assert resolve_model(model(folder)) == ResolvedModel(
+def test_diffusers_folder_holds_every_part(write_pipeline: Callable[..., Path]) -> None:
+    folder = write_pipeline()
+    assert resolve_model(make_source(folder)) == ResolvedModel(
         folder,
         (ResolvedDenoiser("transformer", "FluxTransformer2DModel", FLUX, folder / "transformer"),),
         False,
     )
 
 
-def test_two_experts_come_in_the_order_of_their_use(pipeline: Callable[..., Path]) -> None:
-    found = resolve_model(model(pipeline(TWO)))
+def test_two_denoisers_are_listed_in_the_order_of_their_use(write_pipeline: Callable[..., Path]) -> None:
+    found = resolve_model(make_source(write_pipeline(TWO)))
+
     assert [d.component for d in found.denoisers] == [
         "transformer",
         "transformer_2",
-    ] and not found.has_single_files
-    left_out = pipeline(TWO | {"transformer_2": [None, None]}, "wan21", components=("transformer",))
-    assert [d.component for d in resolve_model(model(left_out)).denoisers] == ["transformer"]
+    ]
+    assert not found.has_single_files
+
+    left_out = write_pipeline(TWO | {"transformer_2": [None, None]}, "wan21", components=("transformer",))
+
+    assert [d.component for d in resolve_model(make_source(left_out)).denoisers] == ["transformer"]
 
 
-def test_the_shipped_model_is_found() -> None:
-    found = resolve_model(model("shipped:tiny"))
-    assert found.folder == ASSETS_FOLDER / "tiny" and len(found.denoisers) == 1
+def test_shipped_model_is_found() -> None:
+    found = resolve_model(make_source("shipped:tiny"))
+
+    assert found.folder == ASSETS_FOLDER / "tiny"
+    assert len(found.denoisers) == 1
 
 
-def test_a_single_file_takes_the_rest_from_its_base(pipeline: Callable[..., Path], tmp_path: Path) -> None:
-    folder, file = pipeline(), weights(tmp_path / "m.safetensors")
-    found = resolve_model(model(file, base=str(folder)))
+def test_single_file_takes_the_rest_from_its_base(
+    write_pipeline: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, file = write_pipeline(), write_weights(tmp_path / "m.safetensors")
+    found = resolve_model(make_source(file, base=str(folder)))
+
     assert found == ResolvedModel(
         folder, (ResolvedDenoiser("transformer", "FluxTransformer2DModel", FLUX, file),), True
     )
 
 
-def test_a_folder_of_weights_without_a_pipeline_is_a_denoiser(
-    pipeline: Callable[..., Path], tmp_path: Path
+def test_folder_of_weights_without_an_index_is_a_denoiser(
+    write_pipeline: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = weights(tmp_path / "mine" / "diffusion_pytorch_model.safetensors").parent
-    found = resolve_model(model(folder, base=str(pipeline())))
-    assert found.has_single_files and found.denoisers[0].weights == folder
+    folder = write_weights(tmp_path / "mine" / "diffusion_pytorch_model.safetensors").parent
+    found = resolve_model(make_source(folder, base=str(write_pipeline())))
+
+    assert found.has_single_files
+    assert found.denoisers[0].weights == folder
 
 
-def test_a_file_for_each_expert(pipeline: Callable[..., Path], tmp_path: Path) -> None:
-    low, high = weights(tmp_path / "low.safetensors"), weights(tmp_path / "high.safetensors")
+def test_mapping_gives_each_denoiser_its_file(write_pipeline: Callable[..., Path], tmp_path: Path) -> None:
+    low, high = write_weights(tmp_path / "low.safetensors"), write_weights(tmp_path / "high.safetensors")
     found = resolve_model(
-        model({"transformer_2": str(low), "transformer": str(high)}, base=str(pipeline(TWO)))
+        make_source({"transformer_2": str(low), "transformer": str(high)}, base=str(write_pipeline(TWO)))
     )
+
     assert [(d.component, d.weights) for d in found.denoisers] == [
         ("transformer", high),
         ("transformer_2", low),
     ]
 
 
-def test_a_path_may_begin_with_the_home_folder(
-    pipeline: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_path_may_begin_with_the_home_folder(
+    write_pipeline: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    weights(tmp_path / "m.safetensors")
-    pipeline()
+    write_weights(tmp_path / "m.safetensors")
+    write_pipeline()
+
     assert (
-        resolve_model(model("~/m.safetensors", base="~/pipe")).denoisers[0].weights
+        resolve_model(make_source("~/m.safetensors", base="~/pipe")).denoisers[0].weights
         == tmp_path / "m.safetensors"
     )
 
@@ -165,35 +178,44 @@ def test_a_path_may_begin_with_the_home_folder(
 # -- the hub ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_hub_id_is_fetched_without_pickles(pipeline: Callable[..., Path], hub: dict[str, Any]) -> None:
-    hub["folder"] = folder = pipeline()
-    found = resolve_model(model("org/name", revision="v2"))
-    assert (
-        found.folder == folder
-        and hub["pipelines"] == [("org/name", {"revision": "v2", "use_safetensors": True})]
-        and not hub["files"]
+def test_hub_id_is_downloaded_without_pickled_files(
+    write_pipeline: Callable[..., Path], hub: dict[str, Any]
+) -> None:
+    hub["folder"] = folder = write_pipeline()
+    found = resolve_model(make_source("org/name", revision="v2"))
+
+    assert found.folder == folder
+    assert hub["pipelines"] == [("org/name", {"revision": "v2", "use_safetensors": True})]
+    assert not hub["files"]
+
+
+def test_denoiser_weights_of_a_base_are_not_downloaded(
+    write_pipeline: Callable[..., Path], hub: dict[str, Any], tmp_path: Path
+) -> None:
+    hub["folder"] = folder = write_pipeline()
+    found = resolve_model(
+        make_source(write_weights(tmp_path / "m.safetensors"), base="org/name", revision="of the file")
     )
 
+    assert found.folder == folder
+    assert found.has_single_files
 
-def test_of_a_base_on_the_hub_the_denoisers_weights_are_not_fetched(
-    pipeline: Callable[..., Path], hub: dict[str, Any], tmp_path: Path
-) -> None:
-    hub["folder"] = folder = pipeline()
-    found = resolve_model(model(weights(tmp_path / "m.safetensors"), base="org/name", revision="of the file"))
-    assert found.folder == folder and found.has_single_files
     nothing = dict.fromkeys(module.DENOISER_COMPONENTS)
+
     assert hub["pipelines"] == [("org/name", {"revision": None, "use_safetensors": True, **nothing})]
     assert hub["files"] == [(("org/name", "config.json"), {"subfolder": "transformer", "revision": None})]
 
 
-def test_a_file_on_the_hub_is_fetched(
-    pipeline: Callable[..., Path], hub: dict[str, Any], tmp_path: Path
+def test_single_file_is_downloaded_from_the_hub(
+    write_pipeline: Callable[..., Path], hub: dict[str, Any], tmp_path: Path
 ) -> None:
-    hub["file"] = file = weights(tmp_path / "fetched.safetensors")
-    found = resolve_model(model("org/name/split/m.safetensors", base=str(pipeline()), revision="v2"))
-    assert found.denoisers[0].weights == file and hub["files"] == [
-        (("org/name", "split/m.safetensors"), {"revision": "v2"})
-    ]
+    hub["file"] = file = write_weights(tmp_path / "fetched.safetensors")
+    found = resolve_model(
+        make_source("org/name/split/m.safetensors", base=str(write_pipeline()), revision="v2")
+    )
+
+    assert found.denoisers[0].weights == file
+    assert hub["files"] == [(("org/name", "split/m.safetensors"), {"revision": "v2"})]
 
 
 FAILURES = [
@@ -205,74 +227,83 @@ FAILURES = [
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda e: type(e).__name__)
-def test_a_model_that_the_hub_does_not_give_is_one_line(error: Exception, hub: dict[str, Any]) -> None:
+def test_failed_pipeline_download_is_a_one_line_error(error: Exception, hub: dict[str, Any]) -> None:
     hub["folder"] = error
+
     with pytest.raises(
         FileError,
         match=r"^model\.location=org/name is not on this machine and could not be downloaded \(\w+: .+\); set model\.location to a",
     ) as raised:
-        resolve_model(model("org/name"))
+        resolve_model(make_source("org/name"))
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("error", FAILURES[:2], ids=lambda e: type(e).__name__)
-def test_a_file_that_the_hub_does_not_give_is_one_line(
-    error: Exception, pipeline: Callable[..., Path], hub: dict[str, Any]
+def test_failed_file_download_is_a_one_line_error(
+    error: Exception, write_pipeline: Callable[..., Path], hub: dict[str, Any]
 ) -> None:
     hub["file"] = error
     with pytest.raises(
         FileError,
         match=r"^model\.location=org/name/m\.safetensors is not on this machine and could not be downloaded",
     ):
-        resolve_model(model("org/name/m.safetensors", base=str(pipeline())))
+        resolve_model(make_source("org/name/m.safetensors", base=str(write_pipeline())))
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["m.ckpt", "m.pt", "m.pth", "m.bin", "M.PT", "org/name/m.bin"])
-def test_pickled_files_are_refused(name: str, hub: dict[str, Any]) -> None:
+def test_pickled_file_is_an_error(name: str, hub: dict[str, Any]) -> None:
     with pytest.raises(
         ConfigError,
         match=rf"^model\.location={name} is a pickled file, which can run code .*convert it to \.safetensors",
     ):
-        resolve_model(model(name, base="org/base"))
-    assert not hub["pipelines"] and not hub["files"]
+        resolve_model(make_source(name, base="org/base"))
+    assert not hub["pipelines"]
+    assert not hub["files"]
 
 
-def test_other_formats_are_refused_with_who_reads_them() -> None:
+def test_unsupported_format_error_names_what_reads_it() -> None:
     with pytest.raises(
         ConfigError,
         match=r"^model\.location=m\.gguf is a GGUF file; ComfyUI-GGUF and diffusers' GGUFQuantizationConfig",
     ):
-        resolve_model(model("m.gguf"))
+        resolve_model(make_source("m.gguf"))
     with pytest.raises(ConfigError, match=r"^model\.location=b\.gguf is a GGUF file"):
-        resolve_model(model({"transformer": "a.safetensors", "transformer_2": "b.gguf"}))
+        resolve_model(make_source({"transformer": "a.safetensors", "transformer_2": "b.gguf"}))
 
 
 @pytest.mark.parametrize(
     "location", ["m.safetensors", {"transformer": "m.safetensors"}], ids=["file", "mapping"]
 )
-def test_a_single_file_needs_a_base(location: Any) -> None:
+def test_single_file_without_a_base_is_an_error(location: Any) -> None:
     with pytest.raises(
         ConfigError,
         match=r"holds a denoiser alone; set model\.base=<hub id or diffusers folder> that the text encoders",
     ):
-        resolve_model(model(location))
+        resolve_model(make_source(location))
 
 
-def test_files_for_two_denoisers_are_all_named(pipeline: Callable[..., Path], tmp_path: Path) -> None:
-    base, file = str(pipeline(TWO)), str(weights(tmp_path / "m.safetensors"))
+def test_one_file_for_two_denoisers_is_an_error(write_pipeline: Callable[..., Path], tmp_path: Path) -> None:
+    base, file = str(write_pipeline(TWO)), str(write_weights(tmp_path / "m.safetensors"))
     message = r"has 2 denoisers \(transformer, transformer_2\); set 'model\.location=\{transformer: <file>, transformer_2: <file>\}'$"
+
     for location in (file, {"transformer_2": file}):
         with pytest.raises(ConfigError, match=message):
-            resolve_model(model(location, base=base))
+            resolve_model(make_source(location, base=base))
 
 
-def test_a_file_for_a_denoiser_that_is_not_there(pipeline: Callable[..., Path], tmp_path: Path) -> None:
+def test_file_for_an_unknown_component_is_an_error(
+    write_pipeline: Callable[..., Path], tmp_path: Path
+) -> None:
     message = r"^model\.location names transfomer; did you mean 'transformer'\? .*pipe has transformer$"
     with pytest.raises(ConfigError, match=message):
-        resolve_model(model({"transfomer": str(weights(tmp_path / "m.safetensors"))}, base=str(pipeline())))
+        resolve_model(
+            make_source(
+                {"transfomer": str(write_weights(tmp_path / "m.safetensors"))}, base=str(write_pipeline())
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -285,22 +316,24 @@ def test_a_file_for_a_denoiser_that_is_not_there(pipeline: Callable[..., Path], 
         "a/b.safetensors",
     ],
 )
-def test_a_file_that_is_not_there(place: str, pipeline: Callable[..., Path], hub: dict[str, Any]) -> None:
+def test_missing_file_is_an_error(
+    place: str, write_pipeline: Callable[..., Path], hub: dict[str, Any]
+) -> None:
     with pytest.raises(
         FileError,
         match=r"^/.*safetensors: no such file; on the hub a file is org/repository/name\.safetensors$",
     ):
-        resolve_model(model(place, base=str(pipeline())))
+        resolve_model(make_source(place, base=str(write_pipeline())))
     assert not hub["files"]
 
 
 @pytest.mark.parametrize("place", ["./absent", "/absent", "~/absent", "shipped:absent"])
-def test_a_folder_that_is_not_there(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_folder_is_an_error(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(
         FileError, match=r"^/.*absent is not a diffusers folder: it has no model_index\.json$"
     ):
-        resolve_model(model(place))
+        resolve_model(make_source(place))
 
 
 BROKEN = {
@@ -322,38 +355,42 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("index", "reason"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_index_is_one_line(index: object, reason: str, pipeline: Callable[..., Path]) -> None:
-    folder = pipeline(index)
+def test_broken_index_is_a_one_line_error(
+    index: object, reason: str, write_pipeline: Callable[..., Path]
+) -> None:
+    folder = write_pipeline(index)
     with pytest.raises(
         FileError,
         match=rf"^model '{folder}' could not be loaded: .*{reason}.*; set model\.location to a folder that has it$",
     ):
-        resolve_model(model(folder))
+        resolve_model(make_source(folder))
 
 
 @pytest.mark.parametrize(
     "entry", [["diffusers"], [], ["diffusers", "FluxTransformer2DModel", "more"]], ids=str
 )
-def test_a_component_of_another_form_is_one_line(entry: list[str], pipeline: Callable[..., Path]) -> None:
+def test_malformed_component_entry_is_an_error(entry: list[str], write_pipeline: Callable[..., Path]) -> None:
     with pytest.raises((FileError, ConfigError)):
-        resolve_model(model(pipeline(ONE | {"transformer": entry})))
+        resolve_model(make_source(write_pipeline(ONE | {"transformer": entry})))
 
 
 @pytest.mark.parametrize(
     ("config", "reason"), [("{", r"config\.json "), ("[]", r"config\.json is not a JSON object")]
 )
-def test_a_broken_config_is_one_line(config: str, reason: str, pipeline: Callable[..., Path]) -> None:
+def test_broken_config_is_a_one_line_error(
+    config: str, reason: str, write_pipeline: Callable[..., Path]
+) -> None:
     with pytest.raises(FileError, match=rf"could not be loaded: .*{reason}"):
-        resolve_model(model(pipeline(config=config)))
+        resolve_model(make_source(write_pipeline(config=config)))
 
 
-def test_a_config_that_is_not_there(pipeline: Callable[..., Path]) -> None:
+def test_missing_config_is_an_error(write_pipeline: Callable[..., Path]) -> None:
     with pytest.raises(FileError, match=r"could not be loaded: .*config\.json cannot be read: No such file"):
-        resolve_model(model(pipeline(components=())))
+        resolve_model(make_source(write_pipeline(components=())))
 
 
-def test_a_pipeline_without_a_denoiser(pipeline: Callable[..., Path]) -> None:
-    folder = pipeline(
+def test_pipeline_without_a_denoiser_is_an_error(write_pipeline: Callable[..., Path]) -> None:
+    folder = write_pipeline(
         {
             "_class_name": "X",
             "vae": ["diffusers", "AutoencoderKL"],
@@ -364,30 +401,29 @@ def test_a_pipeline_without_a_denoiser(pipeline: Callable[..., Path]) -> None:
         ConfigError,
         match=rf"^X in {folder} has no denoiser: its components are prior, vae; .* transformer or transformer_2 or unet$",
     ):
-        resolve_model(model(folder))
+        resolve_model(make_source(folder))
 
 
 # -- the skeleton -------------------------------------------------------------------------------------------------------
 
 
-def denoiser(config: dict[str, Any], kind: type = FluxTransformer2DModel) -> ResolvedDenoiser:
+def make_denoiser(config: dict[str, Any], kind: type = FluxTransformer2DModel) -> ResolvedDenoiser:
     return ResolvedDenoiser("transformer", kind.__name__, config, Path())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_skeleton_has_shapes_and_no_values(dtype: torch.dtype) -> None:
-    made = denoiser(FLUX).build_skeleton(dtype)
+def test_skeleton_has_shapes_and_no_values(dtype: torch.dtype) -> None:
+    made = make_denoiser(FLUX).build_skeleton(dtype)
     real = FluxTransformer2DModel.from_config(FLUX)
+
     assert {n: tuple(p.shape) for n, p in made.named_parameters()} == {
         n: tuple(p.shape) for n, p in real.named_parameters()
     }
-    assert (
-        all(p.is_meta and p.dtype == dtype and not p.requires_grad for p in made.parameters())
-        and not made.training
-    )
+    assert all(p.is_meta and p.dtype == dtype and not p.requires_grad for p in made.parameters())
+    assert not made.training
 
 
-def test_buffers_that_no_file_holds_are_there() -> None:
+def test_skeleton_has_the_buffers_that_no_file_holds() -> None:
     config = {
         "num_attention_heads": 2,
         "attention_head_dim": 12,
@@ -400,19 +436,20 @@ def test_buffers_that_no_file_holds_are_there() -> None:
         "rope_max_seq_len": 32,
     }
     made, real = (
-        denoiser(config, WanTransformer3DModel).build_skeleton(torch.bfloat16),
+        make_denoiser(config, WanTransformer3DModel).build_skeleton(torch.bfloat16),
         WanTransformer3DModel.from_config(config),
     )
+
     buffers = dict(made.named_buffers())
-    assert buffers and all(
-        torch.equal(buffers[n], b) and buffers[n].dtype == b.dtype for n, b in real.named_buffers()
-    )
+
+    assert buffers
+    assert all(torch.equal(buffers[n], b) and buffers[n].dtype == b.dtype for n, b in real.named_buffers())
 
 
 @pytest.mark.parametrize("config", [{"num_layers": "x"}, {"attention_head_dim": None}], ids=str)
-def test_a_config_that_the_class_does_not_take(config: dict[str, Any]) -> None:
+def test_config_that_does_not_fit_the_class_is_an_error(config: dict[str, Any]) -> None:
     with pytest.raises(
         FileError,
         match=r"^the config of transformer does not fit FluxTransformer2DModel: .+; take the one of its checkpoint$",
     ):
-        denoiser(FLUX | config).build_skeleton(torch.float32)
+        make_denoiser(FLUX | config).build_skeleton(torch.float32)

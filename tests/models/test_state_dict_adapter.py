@@ -28,7 +28,7 @@ QKV = [f"transformer_blocks.0.attn.to_{x}.weight" for x in "qkv"]
 
 
 @cache
-def values_of(key: str) -> dict[str, Tensor]:
+def random_state_dict(key: str) -> dict[str, Tensor]:
     """A family's `state_dict()` with another number in every place. Very wide matrices have one column: converters move rows."""
     numbers, first = {}, 0
     for name, value in tiny(FAMILIES[key]).state_dict().items():
@@ -42,7 +42,7 @@ def shapes_of(values: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in values.items()}
 
 
-def authors_file(family: Family, values: dict[str, Tensor]) -> dict[str, Tensor]:
+def make_original_file(family: Family, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a file for other programs holds, without what the model has no place for."""
     native = to_original(shapes_of(values), family.cls)
     return {
@@ -50,49 +50,57 @@ def authors_file(family: Family, values: dict[str, Tensor]) -> dict[str, Tensor]
     }
 
 
-def same(values: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+def assert_same_tensors(values: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
     return values.keys() == others.keys() and all(torch.equal(values[name], others[name]) for name in values)
 
 
 @pytest.mark.parametrize("key", FAMILIES)
-def test_a_file_of_ours_becomes_the_model_in_diffusers_own_converter(key):
-    family, values = FAMILIES[key], values_of(key)
-    file = authors_file(family, values)
+def test_diffusers_converter_reads_written_files(key):
+    family, values = FAMILIES[key], random_state_dict(key)
+    file = make_original_file(family, values)
     file |= {family.prefix + name: torch.zeros(2) for name in family.dropped}
+
     arguments = {"config": dict(tiny(family).config)} if key in ("sd15", "sdxl") else {}
-    assert same(values, family.convert(file, **arguments))
+
+    assert assert_same_tensors(values, family.convert(file, **arguments))
 
 
 @pytest.mark.parametrize("key", FAMILIES)
-def test_a_file_of_the_authors_becomes_the_model(key):
-    family, values = FAMILIES[key], values_of(key)
-    file = {name.removeprefix(family.prefix): value for name, value in authors_file(family, values).items()}
+def test_original_file_becomes_the_model(key):
+    family, values = FAMILIES[key], random_state_dict(key)
+    file = {
+        name.removeprefix(family.prefix): value for name, value in make_original_file(family, values).items()
+    }
     file |= {name: torch.zeros(2) for name in family.dropped}
     file["an.unknown.weight"] = torch.zeros(2)
+
     found = to_model(shapes_of(file), shapes_of(values), family.cls)
-    assert (
-        found.unused == ("an.unknown.weight",)
-        and found.missing == ()
-        and tuple(found.dropped) == family.dropped
-    )
+
+    assert found.unused == ("an.unknown.weight",)
+    assert found.missing == ()
+    assert tuple(found.dropped) == family.dropped
+
     made = {
         name: torch.cat([part.extract(file[part.key]) for part in parts])
         for name, parts in found.parts.items()
     }
-    assert same({name: made[name] for name in values}, values) and made.keys() == values.keys()
+
+    assert assert_same_tensors({name: made[name] for name in values}, values)
+    assert made.keys() == values.keys()
 
 
 @pytest.mark.parametrize("key", FAMILIES)
-def test_a_file_of_diffusers_is_taken_as_it_is(key):
-    family, shapes = FAMILIES[key], shapes_of(values_of(key))
+def test_diffusers_names_are_kept(key):
+    family, shapes = FAMILIES[key], shapes_of(random_state_dict(key))
     found = to_model(shapes, shapes, family.cls)
+
     assert found.parts == {name: (TensorPart(name),) for name in shapes}
     assert (found.unused, found.missing, found.dropped) == ((), (), {})
 
 
 @pytest.mark.parametrize("key", FAMILIES)
-def test_targets_by_names_alone(key):
-    family, shapes = FAMILIES[key], shapes_of(values_of(key))
+def test_targets_are_found_by_names_alone(key):
+    family, shapes = FAMILIES[key], shapes_of(random_state_dict(key))
     native = {
         name.removeprefix(family.prefix): parts for name, parts in to_original(shapes, family.cls).items()
     }
@@ -105,6 +113,7 @@ def test_targets_by_names_alone(key):
         own = {
             name: tuple(t.replace("emb.timestep", "timestep") for t in parts) for name, parts in own.items()
         }
+
     assert found == {
         name: tuple(part.key for part in parts) for name, parts in native.items()
     } | dict.fromkeys(family.dropped, ())
@@ -112,9 +121,9 @@ def test_targets_by_names_alone(key):
 
 
 @pytest.mark.parametrize("key", FAMILIES)
-def test_names_that_stay(key):
+def test_key_of_no_rule_stands_for_itself(key):
     # a loose converter passes a name that it does not know; so which are the same in both worlds is said
-    family, shapes = FAMILIES[key], shapes_of(values_of(key))
+    family, shapes = FAMILIES[key], shapes_of(random_state_dict(key))
     native = to_original(shapes, family.cls)
     stayed = {name for name in shapes if family.prefix + name in native}
     modules = {name: name.rpartition(".") for name in shapes}
@@ -126,6 +135,7 @@ def test_names_that_stay(key):
     of_modules -= {
         name for name in of_modules if "distilled_guidance_layer.norms" in name
     }  # there the parameter is called scale
+
     assert stayed == of_modules | {name for name in shapes if re.fullmatch(family.same, name)}
     assert all(name.startswith(family.prefix) for name in native)
 
@@ -133,32 +143,38 @@ def test_names_that_stay(key):
 @pytest.mark.parametrize(
     "key, name", [("sd15", "output_blocks.2.1.conv"), ("sdxl", "output_blocks.2.2.conv")]
 )
-def test_an_upsampler_stands_after_the_attention_if_there_is_one(key, name):
-    native = to_original(shapes_of(values_of(key)), "UNet2DConditionModel")
+def test_upsampler_comes_after_the_attention(key, name):
+    native = to_original(shapes_of(random_state_dict(key)), "UNet2DConditionModel")
     found = [name for name, parts in native.items() if parts[0].key == "up_blocks.0.upsamplers.0.conv.weight"]
+
     assert found == [f"model.diffusion_model.{name}.weight"]
 
 
 @pytest.mark.parametrize("key", [key for key, family in FAMILIES.items() if family.words])
-def test_words_of_the_authors(key):
-    native = to_original(shapes_of(values_of(key)), FAMILIES[key].cls)
+def test_written_names_are_the_original_ones(key):
+    native = to_original(shapes_of(random_state_dict(key)), FAMILIES[key].cls)
     words = {word for name in native for word in name.split(".") if not word.isdigit()}
+
     assert words == set(FAMILIES[key].words.split())
 
 
-def test_the_part_of_anima_that_is_no_denoiser_is_left_out():
+def test_text_conditioner_of_anima_is_dropped():
     key = "llm_adapter.blocks.0.cross_attn.q_proj.weight"
     found = to_model({key: (8, 8)}, {"proj_out.weight": (4, 8)}, "CosmosTransformer3DModel")
-    assert list(found.dropped) == [key] and "text conditioner" in found.dropped[key] and found.unused == ()
+
+    assert list(found.dropped) == [key]
+    assert "text conditioner" in found.dropped[key]
+    assert found.unused == ()
 
 
 @pytest.mark.parametrize("key", FAMILIES)
-def test_written_keys_stand_in_the_order_of_the_model(key):
-    names = list(values_of(key))
+def test_written_keys_are_in_the_order_of_the_model(key):
+    names = list(random_state_dict(key))
     firsts = [
         names.index(parts[0].key)
-        for parts in to_original(shapes_of(values_of(key)), FAMILIES[key].cls).values()
+        for parts in to_original(shapes_of(random_state_dict(key)), FAMILIES[key].cls).values()
     ]
+
     assert firsts == sorted(firsts)
 
 
@@ -171,30 +187,33 @@ def test_written_keys_stand_in_the_order_of_the_model(key):
         ("double_blocks.0.img_attn.norm.query_norm.scale", (128,)),
     ],
 )
-def test_shapes_of_written_tensors(key, shape):
+def test_joined_tensors_have_the_original_shapes(key, shape):
     shapes = {name: tuple(value.shape) for name, value in tiny(FAMILIES["flux"]).state_dict().items()}
     assert join_shapes(to_original(shapes, FLUX)[key], shapes) == shape
 
 
-def test_shapes_of_reshaped_tensors():
+def test_reshaped_tensors_have_the_original_shapes():
     for key, native, shape in (
         ("krea2", "blocks.1.mod.lin", (96,)),
         ("wan_animate", "motion_encoder.enc.net_app.convs.3.conv2.2.bias", (1, 4, 1, 1)),
         ("sd3", "pos_embed", (1, 16, 8)),
     ):
-        shapes = shapes_of(values_of(key))
+        shapes = shapes_of(random_state_dict(key))
         assert join_shapes(to_original(shapes, FAMILIES[key].cls)[native], shapes) == shape
 
 
-def test_parts_cut_weights_biases_and_scales_alike():
+def test_extract_takes_the_rows_of_weights_biases_and_scales():
     weight = torch.arange(24.0).reshape(12, 2)
     part = TensorPart("a", slice(4, 8), swap_halves=True)
+
     order = torch.tensor([6, 7, 4, 5])
+
     assert torch.equal(part.extract(weight), weight[order])
-    assert torch.equal(part.extract(weight[:, 0]), weight[order, 0]) and torch.equal(
-        part.extract(weight[:, :1]), weight[order, :1]
-    )
+    assert torch.equal(part.extract(weight[:, 0]), weight[order, 0])
+    assert torch.equal(part.extract(weight[:, :1]), weight[order, :1])
+
     one = torch.tensor([[3.0]])
+
     assert all(part.extract(scale) is scale for scale in (one, one[0], one[0, 0]))
     assert TensorPart("a").extract(weight) is weight
     assert TensorPart("a", shape=(1, -1, 1, 1)).extract(weight[:, 0]).shape == (1, 12, 1, 1)
@@ -202,9 +221,10 @@ def test_parts_cut_weights_biases_and_scales_alike():
     assert torch.equal(TensorPart("a", slice(0, 2), shape=(4,)).extract(weight), torch.arange(4.0))
 
 
-def test_norms_called_weight_are_read_as_well():
+def test_norm_called_weight_is_read_as_well():
     shapes = {"transformer_blocks.0.attn.norm_q.weight": (8,)}
     found = to_model({"double_blocks.0.img_attn.norm.query_norm.weight": (8,)}, shapes, FLUX)
+
     assert found.parts == {
         "transformer_blocks.0.attn.norm_q.weight": (
             TensorPart("double_blocks.0.img_attn.norm.query_norm.weight"),
@@ -212,11 +232,12 @@ def test_norms_called_weight_are_read_as_well():
     }
 
 
-def test_fewer_heads_for_keys_are_cut_by_the_models_own_rows():
+def test_fused_qkv_is_split_by_the_rows_of_the_model():
     rows = {"q": 24, "k": 8, "v": 8}
     shapes = {f"layers.0.attn.to_{x}.weight": (n, 24) for x, n in rows.items()}
     found = to_model({"layers.0.attention.qkv.weight": (40, 24)}, shapes, "Lumina2Transformer2DModel")
     cuts = {"q": slice(0, 24), "k": slice(24, 32), "v": slice(32, 40)}
+
     assert found.parts == {
         f"layers.0.attn.to_{x}.weight": (TensorPart("layers.0.attention.qkv.weight", cut),)
         for x, cut in cuts.items()
@@ -227,23 +248,28 @@ def test_only_the_last_text_norm_of_sd3_is_swapped():
     shapes = {f"transformer_blocks.{i}.norm1_context.linear.weight": (4, 2) for i in (9, 10, 11)}
     native = to_original(shapes, "SD3Transformer2DModel")
     swapped = [f"joint_blocks.{i}.context_block.adaLN_modulation.1.weight" for i in (9, 10, 11)]
+
     assert {key: parts[0].swap_halves for key, parts in native.items()} == dict(
         zip(swapped, (False, False, True), strict=True)
     )
+
     found = to_model(dict.fromkeys(swapped, (4, 2)), shapes, "SD3Transformer2DModel")
+
     assert [parts[0].swap_halves for parts in found.parts.values()] == [False, False, True]
 
 
-def test_names_of_lora_files_only_are_never_written_or_read():
-    shapes = shapes_of(values_of("flux"))
+def test_lora_names_are_not_used_for_checkpoints():
+    shapes = shapes_of(random_state_dict("flux"))
+
     assert not any("lora" in key for key in to_original(shapes, FLUX))
     assert to_model({"double_blocks.0.proj_lora1.weight": (3072, 1)}, shapes, FLUX).unused == (
         "double_blocks.0.proj_lora1.weight",
     )
 
 
-def test_a_class_without_rules_keeps_its_names():
+def test_class_without_mappings_keeps_its_names():
     shapes = {"a.weight": (2, 3), "b": ()}
+
     assert to_original(shapes, "Unknown") == {name: (TensorPart(name),) for name in shapes}
     assert to_model(shapes, shapes, "Unknown").parts == {name: (TensorPart(name),) for name in shapes}
     assert find_targets(shapes, "Unknown") == {name: (name,) for name in shapes}
@@ -284,7 +310,7 @@ def test_a_class_without_rules_keeps_its_names():
         ({"single_blocks.0.linear1.weight": (24, 8)}, r"need rows that do not go together"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused(file, message):
+def test_file_that_does_not_fit_is_an_error(file, message):
     shapes = {
         **dict.fromkeys(QKV, (8, 8)),
         "x_embedder.weight": (8, 6),
@@ -292,12 +318,13 @@ def test_a_file_that_does_not_fit_is_refused(file, message):
     }
     shapes |= {f"single_transformer_blocks.0.attn.to_{x}.weight": (8, 8) for x in "qkv"}
     shapes["single_transformer_blocks.0.proj_mlp.weight"] = (32, 9)
+
     with pytest.raises(FileError, match=message):
         to_model(file, shapes, FLUX)
 
 
 @pytest.mark.parametrize("shape", [(95,), (6, 16), (1, 96)])
-def test_reshaped_values_need_their_shape(shape):
+def test_reshaped_tensor_of_another_shape_is_an_error(shape):
     model = {"transformer_blocks.0.scale_shift_table": (6, 16)}
     with pytest.raises(
         FileError,
@@ -306,12 +333,14 @@ def test_reshaped_values_need_their_shape(shape):
         to_model({"blocks.0.mod.lin": shape}, model, "Krea2Transformer2DModel")
 
 
-def test_shapes_that_no_number_completes():
+def test_shape_that_no_number_completes_is_none():
     parts = (TensorPart("a", shape=(2, -1)),)
-    assert join_shapes(parts, {"a": (2, 3)}) == (2, 3) and join_shapes(parts, {"a": (7,)}) is None
+
+    assert join_shapes(parts, {"a": (2, 3)}) == (2, 3)
+    assert join_shapes(parts, {"a": (7,)}) is None
 
 
-def test_rules_after_a_change_of_shape_keep_it(monkeypatch):
+def test_later_mappings_keep_a_change_of_shape(monkeypatch):
     flat = KeyMapping("inner.x.flat", ("inner.x.table",), shape=(-1,), whole_key=True)
     monkeypatch.setattr(
         state_dict_adapter,
@@ -319,13 +348,14 @@ def test_rules_after_a_change_of_shape_keep_it(monkeypatch):
         lambda name: KeyMappingSet((KeyMapping("outer.**", ("inner.**",)),), parameters=(flat,)),
     )
     shapes = {"inner.x.table": (2, 3)}
+
     assert to_original(shapes, "Any") == {"outer.x.flat": (TensorPart("inner.x.table", shape=(-1,)),)}
     assert to_model({"outer.x.flat": (6,)}, shapes, "Any").parts == {
         "inner.x.table": (TensorPart("outer.x.flat", shape=(2, 3)),)
     }
 
 
-def test_turned_matrices_and_rows_of_several_parameters(monkeypatch):
+def test_transposed_and_joined_parameters_round_trip(monkeypatch):
     turned = KeyMapping("projection", ("projection.weight",), whole_key=True, transposed=True)
     rows = KeyMapping("*.in_proj_weight", ("*.q.weight", "*.k.weight"), whole_key=True)
     monkeypatch.setattr(
@@ -336,19 +366,24 @@ def test_turned_matrices_and_rows_of_several_parameters(monkeypatch):
         "projection": (TensorPart("projection.weight", transposed=True),),
         "0.in_proj_weight": (TensorPart("0.q.weight"), TensorPart("0.k.weight")),
     }
+
     assert to_original(shapes, "Any") == file
     assert {key: join_shapes(parts, shapes) for key, parts in file.items()} == {
         "projection": (3, 2),
         "0.in_proj_weight": (6, 5),
     }
+
     found = to_model({"projection": (3, 2), "0.in_proj_weight": (6, 5)}, shapes, "Any")
     key = "0.in_proj_weight"
+
     assert found.parts == {
         "projection.weight": (TensorPart("projection", transposed=True),),
         "0.q.weight": (TensorPart(key, slice(0, 4)),),
         "0.k.weight": (TensorPart(key, slice(4, 6)),),
     }
+
     tensor = torch.arange(6).reshape(3, 2)
+
     assert torch.equal(TensorPart("projection", transposed=True).extract(tensor), tensor.T)
     assert find_targets(file, "Any") == {
         "projection": ("projection.weight",),
@@ -361,37 +396,41 @@ def test_turned_matrices_and_rows_of_several_parameters(monkeypatch):
         to_model({"projection": (2, 3)}, shapes, "Any")
 
 
-def test_a_matrix_that_is_turned_twice_is_as_it_was(monkeypatch):
+def test_transposing_twice_changes_nothing(monkeypatch):
     rules = tuple(KeyMapping(a, (b,), whole_key=True, transposed=True) for a, b in (("a", "b"), ("b", "c")))
     monkeypatch.setattr(state_dict_adapter, "load_mappings", lambda name: KeyMappingSet(parameters=rules))
-    assert to_original({"c": (2, 3)}, "Any") == {"a": (TensorPart("c"),)} and to_model(
-        {"a": (2, 3)}, {"c": (2, 3)}, "Any"
-    ).parts == {"c": (TensorPart("a"),)}
+
+    assert to_original({"c": (2, 3)}, "Any") == {"a": (TensorPart("c"),)}
+    assert to_model({"a": (2, 3)}, {"c": (2, 3)}, "Any").parts == {"c": (TensorPart("a"),)}
 
 
-def test_rules_that_undo_each_other_end():
+def test_mappings_that_undo_each_other_terminate():
     name = "encoder.layers.0.self_attn.q_proj.weight"
-    assert to_original({name: (2, 2)}, "CLIPTextModel") and find_targets([name], "CLIPTextModel")
+
+    assert to_original({name: (2, 2)}, "CLIPTextModel")
+    assert find_targets([name], "CLIPTextModel")
 
 
-def test_norms_of_flux2_are_called_scale():
-    native = to_original(shapes_of(values_of("flux2")), "Flux2Transformer2DModel")
+def test_norms_of_flux2_are_written_as_scale():
+    native = to_original(shapes_of(random_state_dict("flux2")), "Flux2Transformer2DModel")
     assert {name.rpartition(".")[2] for name in native if "_norm." in name} == {"scale"}
 
 
 def test_missing_parameters_are_listed():
     found = to_model({"img_in.weight": (8, 6)}, {"x_embedder.weight": (8, 6), "x_embedder.bias": (8,)}, FLUX)
-    assert found.missing == ("x_embedder.bias",) and found.unused == ()
+
+    assert found.missing == ("x_embedder.bias",)
+    assert found.unused == ()
 
 
-def test_a_parameter_that_files_have_and_the_model_too_is_not_dropped():
+def test_key_that_the_model_has_is_not_dropped():
     shapes = {"pos_embed": (1, 4)}
     assert to_model(shapes, shapes, "SanaTransformer2DModel").parts == {
         "pos_embed": (TensorPart("pos_embed"),)
     }
 
 
-def test_two_parameters_never_get_one_name():
+def test_two_parameters_with_one_original_name_are_an_error():
     shapes = {"blocks.0.norm3.weight": (4,), "blocks.0.norm2.weight": (4,)}
     for order in (shapes, dict(reversed(shapes.items()))):
         with pytest.raises(
@@ -402,9 +441,10 @@ def test_two_parameters_never_get_one_name():
 
 
 @pytest.mark.parametrize("missing", range(3))
-def test_parts_of_one_tensor_are_all_there(missing):
+def test_missing_part_of_a_fused_tensor_is_an_error(missing):
     there = [name for name in QKV if name != QKV[missing]]
     message = f"this FluxTransformer2DModel has {there[0]}, but no {QKV[missing]} to be one tensor with it: it is built unlike"
+
     with pytest.raises(ConfigError, match=message):
         to_original(dict.fromkeys(there, (8, 8)), FLUX)
 
@@ -416,9 +456,10 @@ def test_parts_of_one_tensor_are_all_there(missing):
         (3, "has down_blocks.0.resnets.2.conv1: "),
     ],
 )
-def test_a_unet_with_other_levels_has_no_key_mapping(layers, message):
+def test_unet_with_other_levels_has_no_original_names(layers, message):
     family = FAMILIES["sdxl"]
     model = tiny(replace(family, config={**family.config, "layers_per_block": layers}))
+
     with pytest.raises(ConfigError, match=f"this UNet2DConditionModel {message}"):
         to_original(shapes_of(model.state_dict()), "UNet2DConditionModel")
 
@@ -428,23 +469,23 @@ def test_a_unet_with_other_levels_has_no_key_mapping(layers, message):
     [(p, p) for p in ("model.diffusion_model.", "model.model.", "net.", "diffusion_model.", "model.", "")]
     + [("other.", "")],
 )
-def test_prefixes(prefix, found):
+def test_prefix_is_found(prefix, found):
     names = [f"blocks.{i}.weight" for i in range(6)]
     keys = [prefix + name for name in names]
+
     assert find_prefix(keys) == found
     assert find_denoiser_keys(keys) == dict(zip(names if found else keys, keys, strict=True))
 
 
-def test_prefix_in_a_whole_checkpoint():
+def test_prefix_is_found_in_a_whole_checkpoint():
     ours = [f"model.diffusion_model.input_blocks.{i}.0.weight" for i in range(9)]
     others = [f"first_stage_model.encoder.{i}.weight" for i in range(20)] + [
         f"net.{i}.weight" for i in range(6)
     ]
+
     assert find_prefix([*others, *ours]) == "model.diffusion_model."
     assert list(find_denoiser_keys([*others, *ours]).values()) == ours
-    assert (
-        find_prefix([*others, *ours[:5]]) == "net."
-        and find_prefix([*others[:-1], *ours[:5]]) == ""
-        and find_prefix([]) == ""
-    )
+    assert find_prefix([*others, *ours[:5]]) == "net."
+    assert find_prefix([*others[:-1], *ours[:5]]) == ""
+    assert find_prefix([]) == ""
     assert find_prefix(["model.a", "model.b", "other"]) == ""

@@ -10,13 +10,12 @@ from int8run.quant.formats import FORMATS
 from int8run.text_encoders.base import TextEncoders, find_text_encoders, list_kernel_backends
 
 
-def test_what_quantizes() -> None:
-    assert not TextEncoders().is_quantized and TextEncoders() == TextEncoders("keep", None, "auto", None)
-    assert (
-        not TextEncoders("auto").is_quantized
-        and TextEncoders("auto", path="x").is_quantized
-        and TextEncoders("auto", path={"a": "x"}).is_quantized
-    )
+def test_is_quantized_unless_encoders_stay_as_they_are() -> None:
+    assert not TextEncoders().is_quantized
+    assert TextEncoders() == TextEncoders("keep", None, "auto", None)
+    assert not TextEncoders("auto").is_quantized
+    assert TextEncoders("auto", path="x").is_quantized
+    assert TextEncoders("auto", path={"a": "x"}).is_quantized
     assert all(TextEncoders(name).is_quantized for name, form in FORMATS.items() if not form.is_read_only)
     assert all(TextEncoders(name, path="x").is_quantized for name in FORMATS)
 
@@ -50,25 +49,26 @@ def test_what_quantizes() -> None:
         ({"format": "auto", "path": {}}, r"^clip\.path is \{\}; it takes a file, or a mapping"),
     ],
 )
-def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+def test_contradictory_settings_are_an_error(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TextEncoders(**settings)
 
 
-def test_read_only_formats_are_no_advice() -> None:
+def test_error_does_not_suggest_read_only_formats() -> None:
     with pytest.raises(ConfigError) as found:
         TextEncoders("nvfp4_modelopt")
-    assert "mxfp8_rows" not in str(found.value) and str(found.value).count("nvfp4_modelopt") == 1
+    assert "mxfp8_rows" not in str(found.value)
+    assert str(found.value).count("nvfp4_modelopt") == 1
 
 
-def test_kernels() -> None:
+def test_kernel_backends_are_the_int8_ones_and_two_more() -> None:
     assert {"auto", "reference", "triton", "vnni", "dequantize", "scaled_mm"} <= set(list_kernel_backends())
     assert all(
         TextEncoders("nvfp4", kernel_backend=name).kernel_backend == name for name in list_kernel_backends()
     )
 
 
-def test_text_encoders_of_a_pipeline() -> None:
+def test_text_encoders_are_modules_with_that_name() -> None:
     a, b = nn.Linear(1, 1), nn.Linear(1, 1)
     parts = {
         "vae": a,
@@ -78,4 +78,5 @@ def test_text_encoders_of_a_pipeline() -> None:
         "tokenizer": object(),
         "transformer": b,
     }
+
     assert find_text_encoders(parts) == {"text_encoder": a, "text_encoder_3": b}

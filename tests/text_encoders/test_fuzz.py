@@ -31,7 +31,7 @@ CLIP_PART = ("q_proj.", "fc1.", "fc2.", "layer_norm1")
 CHANGES = st.lists(st.tuples(st.sampled_from(MUTATIONS), st.integers(0, 2**16)), min_size=1, max_size=3)
 
 
-def part(word: str, carrier: str = "tensor", name: str = "t5", **options: Any) -> Callable[[], File]:
+def choose_part(word: str, carrier: str = "tensor", name: str = "t5", **options: Any) -> Callable[[], File]:
     """A few layers of an encoder."""
     return partial(
         encoder, name, word, carrier=carrier, only=CLIP_PART if name == "clip_l" else T5_PART, **options
@@ -39,22 +39,33 @@ def part(word: str, carrier: str = "tensor", name: str = "t5", **options: Any) -
 
 
 BASES: dict[str, Callable[[], File]] = {
-    **{f"{word}, {carrier}": part(word, carrier) for word in FORMATS for carrier in ("tensor", "header")},
-    **{f"{word}, both": part(word, "both") for word in ("int8_convrot", "int8_rowwise", "nvfp4", "mxfp8")},
-    # a rotation without a marker is invisible: such a file is one with unrotated rows
-    **{f"{word}, none": part(word, "none", "clip_l") for word in FORMATS if word != "int8_convrot"},
     **{
-        f"legacy {x}": partial(lambda x: legacy(part(x)(), 2), x)
+        f"{word}, {carrier}": choose_part(word, carrier)
+        for word in FORMATS
+        for carrier in ("tensor", "header")
+    },
+    **{
+        f"{word}, both": choose_part(word, "both")
+        for word in ("int8_convrot", "int8_rowwise", "nvfp4", "mxfp8")
+    },
+    # a rotation without a marker is invisible: such a file is one with unrotated rows
+    **{f"{word}, none": choose_part(word, "none", "clip_l") for word in FORMATS if word != "int8_convrot"},
+    **{
+        f"legacy {x}": partial(lambda x: legacy(choose_part(x)(), 2), x)
         for x in ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
     },
-    "mixed": part("", words=("int8_rowwise", "float8_e4m3fn", "nvfp4", "mxfp8", "int8_convrot")),
-    "mixed, header": part("", "header", words=("int8_convrot", "float8_e4m3fn_cast", "int8_blockwise")),
-    "floats": part(""),
+    "mixed": choose_part("", words=("int8_rowwise", "float8_e4m3fn", "nvfp4", "mxfp8", "int8_convrot")),
+    "mixed, header": choose_part(
+        "", "header", words=("int8_convrot", "float8_e4m3fn_cast", "int8_blockwise")
+    ),
+    "floats": choose_part(""),
 }
 base = cache(lambda name: BASES[name]())
 
 
-def mutated(file: File, changes: list[tuple[Callable[[Draft, Random], None], int]], path: Path) -> Path:
+def make_mutated_file(
+    file: File, changes: list[tuple[Callable[[Draft, Random], None], int]], path: Path
+) -> Path:
     """A file with some things done to it."""
     draft = Draft(file.copy())
     for change, seed in changes:
@@ -62,7 +73,7 @@ def mutated(file: File, changes: list[tuple[Callable[[Draft, Random], None], int
     return draft.write(path)
 
 
-def agree(name: str, found: np.ndarray, expected: Reading) -> None:
+def assert_same_outcome(name: str, found: np.ndarray, expected: Reading) -> None:
     """Compare a weight, to the last bit where only one product is rounded; what the file pads may be cut."""
     wanted = expected.weight[tuple(slice(size) for size in found.shape)]
     assert found.shape == wanted.shape, f"{name}: {found.shape} of {expected.weight.shape}"
@@ -77,7 +88,7 @@ def agree(name: str, found: np.ndarray, expected: Reading) -> None:
             assert np.allclose(found, single, rtol=0, atol=np.maximum(allowed, 1e-44), equal_nan=True), name
 
 
-def logical(layer: CheckpointLayer) -> tuple[int, int] | None:
+def to_logical(layer: CheckpointLayer) -> tuple[int, int] | None:
     """The shape to ask for, of a weight that the file pads."""
     return (layer.rows, layer.columns) if layer.is_padded else None
 
@@ -87,20 +98,21 @@ def read_by_int8run(path: Path) -> dict[str, tuple[np.ndarray, str]]:
     with TensorFiles.open(path) as files:
         found = {}
         for name, layer in read_layers(files).items():
-            weight = layer.read_weight(files, shape=logical(layer)).numpy()
+            weight = layer.read_weight(files, shape=to_logical(layer)).numpy()
             found[name] = weight, layer.format_name
             if layer.is_packable:
                 coded, transform = layer.read_packed_weight(files)
                 again = transform.restore_weight(coded.dequantize()).numpy()
-                assert same(again, weight), f"{name}: the codes give other numbers"
+                assert is_same_tensor(again, weight), f"{name}: the codes give other numbers"
             if len(layer.shape) == 2 and len(weight) > 2:
-                assert same(
-                    layer.read_weight(files, slice(1, -1 + len(weight)), logical(layer)).numpy(), weight[1:-1]
+                assert is_same_tensor(
+                    layer.read_weight(files, slice(1, -1 + len(weight)), to_logical(layer)).numpy(),
+                    weight[1:-1],
                 ), f"{name}: some rows"
         return found
 
 
-def same(found: np.ndarray, wanted: np.ndarray, allowed: float = 2e-6) -> bool:
+def is_same_tensor(found: np.ndarray, wanted: np.ndarray, allowed: float = 2e-6) -> bool:
     """Whether two weights are the same but for the order of sums; where one is NaN the other is too."""
     largest = np.nanmax(abs(wanted), initial=0)
     if found.shape != wanted.shape or largest > 1e36:  # sums of larger ones overflow
@@ -110,7 +122,7 @@ def same(found: np.ndarray, wanted: np.ndarray, allowed: float = 2e-6) -> bool:
     return bool((near | np.isnan(found) & np.isnan(wanted)).all())
 
 
-def compare(path: Path) -> str:
+def compare_file(path: Path) -> str:
     """Read a file both ways. Returns what came of it."""
     try:
         expected = oracle.read(path)
@@ -127,7 +139,7 @@ def compare(path: Path) -> str:
     assert expected is not None, f"loaded, and there is no reading: {why}"
     assert set(found) == set(expected)
     for name, (weight, word) in found.items():
-        agree(name, weight, expected[name])
+        assert_same_outcome(name, weight, expected[name])
         assert word == expected[name].word, name
     return "read"
 
@@ -154,7 +166,9 @@ def compare_encoder(path: Path) -> str:
     found.pop("lm_head", None)  # the table of tokens, or not there
     assert found.keys() <= expected.keys(), found.keys() - expected.keys()
     for name, weight in found.items():
-        assert same(weight, expected[name].weight[tuple(slice(size) for size in weight.shape)], 1e-5), name
+        assert is_same_tensor(
+            weight, expected[name].weight[tuple(slice(size) for size in weight.shape)], 1e-5
+        ), name
     stored = {bare(key.removeprefix(prefix)): tensor for key, tensor in oracle.tensors_of(path)[0].items()}
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norms and biases
@@ -167,24 +181,28 @@ def compare_encoder(path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_files_that_nothing_happened_to(name: str, tmp_path: Path) -> None:
+def test_unchanged_files_are_read_right(name: str, tmp_path: Path) -> None:
     path = base(name).write(tmp_path / "x.safetensors")
-    assert compare(path) == "read"
+
+    assert compare_file(path) == "read"
+
     found = read_by_int8run(path)
+
     assert {layer: found[layer][1] for layer in base(name).words} == base(name).words
     for layer, weight in base(name).real.items():
         assert np.allclose(found[layer][0], weight, rtol=1e-5, atol=1e-6)
 
 
-def test_2000_files_are_read_right_or_refused(tmp_path: Path) -> None:
+def test_mutated_files_are_read_right_or_are_an_error(tmp_path: Path) -> None:
     path, counts = tmp_path / "x.safetensors", Counter[str]()
 
     @settings(REPEATABLE, max_examples=2000)
     @given(st.sampled_from([*BASES]), CHANGES)
     def run(name: str, changes: list[tuple[Callable[[Draft, Random], None], int]]) -> None:
-        counts[compare(mutated(base(name), changes, path))] += 1
+        counts[compare_file(make_mutated_file(base(name), changes, path))] += 1
 
     run()
+
     # no use if all of them are broken beyond recognition
     assert counts["read"] > 400 and counts["refused, rightly"] > 400, counts
 
@@ -213,13 +231,14 @@ WHOLE: dict[str, Callable[[], File]] = {
 whole = cache(lambda name: WHOLE[name]())
 
 
-def test_whole_encoders_are_built_right_or_refused(tmp_path: Path) -> None:
+def test_mutated_encoders_are_built_right_or_are_an_error(tmp_path: Path) -> None:
     path, counts = tmp_path / "x.safetensors", Counter[str]()
 
     @settings(REPEATABLE, max_examples=200)
     @given(st.sampled_from([*WHOLE]), CHANGES)
     def run(name: str, changes: list[tuple[Callable[[Draft, Random], None], int]]) -> None:
-        counts[compare_encoder(mutated(whole(name), changes, path))] += 1
+        counts[compare_encoder(make_mutated_file(whole(name), changes, path))] += 1
 
     run()
+
     assert counts["read"] > 40 and counts["refused"] > 40, counts

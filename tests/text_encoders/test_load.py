@@ -23,75 +23,88 @@ WORDS = ("int8_convrot", "float8_e4m3fn", "nvfp4", "mxfp8", "int8_block3d", "flo
 T5 = "encoder.block.0.layer.0.SelfAttention"
 
 
-def written(file: File, folder: Path) -> Path:
+def write_file(file: File, folder: Path) -> Path:
     return file.write(folder / "x.safetensors")
 
 
-def test_the_package_gives_both() -> None:
-    assert int8run.load_text_encoder is load_text_encoder and int8run.build_text_encoder is build_text_encoder
+def test_package_exports_load_and_build() -> None:
+    assert int8run.load_text_encoder is load_text_encoder
+    assert int8run.build_text_encoder is build_text_encoder
     assert {"load_text_encoder", "build_text_encoder"} <= set(int8run.__all__)
 
 
-def test_tensors_are_the_files(tmp_path: Path) -> None:
-    path = written(encoder("t5", words=WORDS), tmp_path)
+def test_loaded_tensors_are_those_of_the_file(tmp_path: Path) -> None:
+    path = write_file(encoder("t5", words=WORDS), tmp_path)
     state, _ = load_text_encoder(path)
     held = load_file(path)
+
     markers = {key for key in held if key.endswith(".comfy_quant")}
+
     assert state.keys() == held.keys() - markers
     for key, tensor in state.items():
         assert tensor.dtype == held[key].dtype and tensor.is_contiguous(), key
         assert tensor.shape == held[key].shape and tensor.flatten().view(torch.uint8).equal(
             held[key].flatten().view(torch.uint8)
         ), key
-    assert type(state) is dict and f"{T5}.q.weight_scale" in state and f"{T5}.v.weight_scale_2" in state
+    assert type(state) is dict
+    assert f"{T5}.q.weight_scale" in state
+    assert f"{T5}.v.weight_scale_2" in state
     assert f"{'encoder.block.0.layer.1.DenseReluDense.wi_1'}.weight_scale" not in state, (
         "a plain cast has none"
     )
 
 
-def test_metadata_say_how_to_read_them(tmp_path: Path) -> None:
+def test_metadata_describes_every_quantized_layer(tmp_path: Path) -> None:
     file = encoder("t5", words=WORDS)
     file.text("spiece_model", {"a": 1})
-    path = written(file, tmp_path)
+    path = write_file(file, tmp_path)
+
     _, metadata = load_text_encoder(path, kernel_backend="reference")
+
     assert json.loads(json.dumps(metadata)) == metadata, "plain values"
     assert (metadata["encoder"], metadata["classes"], metadata["prefix"]) == ("t5", ["T5EncoderModel"], "")
-    assert (
-        metadata["quant_format"] == {"asked": "auto", "found": "mixed"}
-        and metadata["kernel_backend"] == "reference"
-    )
+    assert metadata["quant_format"] == {"asked": "auto", "found": "mixed"}
+    assert metadata["kernel_backend"] == "reference"
     assert {name: layer["format"] for name, layer in metadata["layers"].items()} == file.words
-    assert (
-        metadata["formats"] == {word: list(file.words.values()).count(word) for word in WORDS}
-        and metadata["read_as_float"] == {}
-    )
+    assert metadata["formats"] == {word: list(file.words.values()).count(word) for word in WORDS}
+    assert metadata["read_as_float"] == {}
+
     rotated = metadata["layers"][f"{T5}.q"]
+
     assert (rotated["kind"], rotated["shape"], rotated["group_size"], rotated["outlier"]) == (
         "int8",
         [64, 64],
         16,
         "convrot",
     )
-    assert metadata["layers"][f"{T5}.v"]["swizzled"] and metadata["layers"][f"{T5}.v"]["high_first"]
-    assert metadata["config"]["d_model"] == 64 and metadata["config"]["d_ff"] == 128
-    assert list(metadata["dropped"]) == ["spiece_model"] and all(metadata["dropped"].values())
-    assert set(metadata["tokenizer"]) == {"location", "subfolder"} and metadata["files"] == [str(path)]
+    assert metadata["layers"][f"{T5}.v"]["swizzled"]
+    assert metadata["layers"][f"{T5}.v"]["high_first"]
+    assert metadata["config"]["d_model"] == 64
+    assert metadata["config"]["d_ff"] == 128
+    assert list(metadata["dropped"]) == ["spiece_model"]
+    assert all(metadata["dropped"].values())
+    assert set(metadata["tokenizer"]) == {"location", "subfolder"}
+    assert metadata["files"] == [str(path)]
 
 
 @pytest.mark.parametrize("word", ["", "nvfp4"])
-def test_what_the_file_is(word: str, tmp_path: Path) -> None:
-    _, metadata = load_text_encoder(str(written(encoder("qwen3", word), tmp_path)), word or "auto")
-    assert metadata["quant_format"] == {"asked": word or "auto", "found": word or "none"} and len(
-        metadata["layers"]
-    ) == 7 * bool(word)
+def test_metadata_names_encoder_and_format(word: str, tmp_path: Path) -> None:
+    _, metadata = load_text_encoder(str(write_file(encoder("qwen3", word), tmp_path)), word or "auto")
+
+    assert metadata["quant_format"] == {"asked": word or "auto", "found": word or "none"}
+    assert len(metadata["layers"]) == 7 * bool(word)
 
 
-def test_casts_beside_scales_are_of_one_format(tmp_path: Path) -> None:
+def test_casts_beside_scaled_layers_are_one_format(tmp_path: Path) -> None:
     _, metadata = load_text_encoder(
-        written(encoder("t5", words=["float8_e4m3fn", "float8_e4m3fn_cast"]), tmp_path), "float8_e4m3fn"
+        write_file(encoder("t5", words=["float8_e4m3fn", "float8_e4m3fn_cast"]), tmp_path), "float8_e4m3fn"
     )
-    assert metadata["quant_format"]["found"] == "float8_e4m3fn" and len(metadata["formats"]) == 2
-    _, metadata = load_text_encoder(written(encoder("t5", "float8_e4m3fn_cast"), tmp_path))
+
+    assert metadata["quant_format"]["found"] == "float8_e4m3fn"
+    assert len(metadata["formats"]) == 2
+
+    _, metadata = load_text_encoder(write_file(encoder("t5", "float8_e4m3fn_cast"), tmp_path))
+
     assert metadata["quant_format"]["found"] == "float8_e4m3fn_cast"
 
 
@@ -106,10 +119,12 @@ def test_casts_beside_scales_are_of_one_format(tmp_path: Path) -> None:
         (["float8_e4m3fn_block3d", "float8_e4m3fn_rowwise"], "float8_e4m3fn_block3d"),
     ],
 )
-def test_words_that_hold_for_others_too(words: list[str], asked: str, tmp_path: Path) -> None:
+def test_broader_format_accepts_narrower_ones(words: list[str], asked: str, tmp_path: Path) -> None:
     """ComfyUI's word for all of int8; casts; and what a layer becomes that the format cannot take."""
-    _, metadata = load_text_encoder(written(encoder("t5", words=words), tmp_path), asked)
-    assert metadata["quant_format"]["asked"] == asked and set(metadata["formats"]) == set(words)
+    _, metadata = load_text_encoder(write_file(encoder("t5", words=words), tmp_path), asked)
+
+    assert metadata["quant_format"]["asked"] == asked
+    assert set(metadata["formats"]) == set(words)
 
 
 @pytest.mark.parametrize(
@@ -121,19 +136,20 @@ def test_words_that_hold_for_others_too(words: list[str], asked: str, tmp_path: 
         ("int8_rowwise", "int8_blockwise"),
     ],
 )
-def test_and_not_the_other_way_round(word: str, asked: str, tmp_path: Path) -> None:
+def test_another_format_than_requested_is_an_error(word: str, asked: str, tmp_path: Path) -> None:
     held = f"7 layers {word}" if word else "no quantized layer"
     advice = (
         "clip=auto"
         if word
         else f"`int8run task=quantize task.component=text_encoder clip={asked} model.location=FILE save=NEW`"
     )
+
     with pytest.raises(ConfigError, match=f"x.safetensors holds {held}, and {asked} was asked for; {advice}"):
-        load_text_encoder(written(encoder("t5", word), tmp_path), asked)
+        load_text_encoder(write_file(encoder("t5", word), tmp_path), asked)
 
 
-def test_one_of_two_formats(tmp_path: Path) -> None:
-    path = written(encoder("t5", words=["int8_rowwise", "nvfp4"]), tmp_path)
+def test_mixed_file_is_neither_of_its_formats(tmp_path: Path) -> None:
+    path = write_file(encoder("t5", words=["int8_rowwise", "nvfp4"]), tmp_path)
     for asked in ("int8_rowwise", "nvfp4"):
         with pytest.raises(
             ConfigError, match=f"holds 4 layers int8_rowwise, 3 layers nvfp4, and {asked} was asked for"
@@ -141,7 +157,7 @@ def test_one_of_two_formats(tmp_path: Path) -> None:
             load_text_encoder(path, asked)
 
 
-def test_one_encoder_of_a_full_checkpoint(tmp_path: Path) -> None:
+def test_one_encoder_of_a_full_checkpoint_is_loaded(tmp_path: Path) -> None:
     parts = {
         "text_encoders.clip_l.transformer.": encoder("clip_l", "int8_rowwise"),
         "text_encoders.t5xxl.transformer.": encoder("t5", "nvfp4"),
@@ -149,7 +165,9 @@ def test_one_encoder_of_a_full_checkpoint(tmp_path: Path) -> None:
     file = File()
     for prefix, part in parts.items():
         file.tensors |= part.prefixed(prefix).tensors
-    path = written(file, tmp_path)
+
+    path = write_file(file, tmp_path)
+
     with pytest.raises(
         FileError,
         match=r"several text encoders: .*clip \(text_encoders\.clip_l\.transformer\.\).*choose one: t5 or clip",
@@ -161,60 +179,69 @@ def test_one_encoder_of_a_full_checkpoint(tmp_path: Path) -> None:
         ("t5xxl", "t5xxl", "nvfp4"),
     ):
         state, metadata = load_text_encoder(path, which=which)
-        assert metadata["prefix"] == f"text_encoders.{prefix}.transformer." and set(metadata["formats"]) == {
-            word
-        }
+        assert metadata["prefix"] == f"text_encoders.{prefix}.transformer."
+        assert set(metadata["formats"]) == {word}
         alone, _ = load_text_encoder(
             encoder("clip_l" if word[0] == "i" else "t5", word).write(tmp_path / "alone.safetensors")
         )
-        assert state.keys() == alone.keys() and all(
+        assert state.keys() == alone.keys()
+        assert all(
             torch.equal(state[k].view(torch.uint8), alone[k].view(torch.uint8))
             for k in state
             if state[k].dim()
         )
 
 
-def test_words_that_are_none(tmp_path: Path) -> None:
-    path = written(encoder("t5", "nvfp4"), tmp_path)
+def test_unknown_setting_is_an_error(tmp_path: Path) -> None:
+    path = write_file(encoder("t5", "nvfp4"), tmp_path)
+
     with pytest.raises(
         ConfigError, match=r"kernel_backend is 'cuda'; choose from auto, .*dequantize, .*vnni"
     ):
         load_text_encoder(path, kernel_backend="cuda")
     with pytest.raises(ConfigError, match=r"quant_format is 'int4'; choose from auto, .*nvfp4"):
         load_text_encoder(path, "int4")
+
     state, metadata = load_text_encoder(path)
+
     with pytest.raises(ConfigError, match="class_name is 'CLIPTextModel'; choose from T5EncoderModel"):
         build_text_encoder(state, metadata, class_name="CLIPTextModel")
 
 
-def test_a_class_of_several(tmp_path: Path) -> None:
-    state, metadata = load_text_encoder(written(encoder("clip_g", "float8_e4m3fn"), tmp_path))
+def test_class_must_hold_the_encoder(tmp_path: Path) -> None:
+    state, metadata = load_text_encoder(write_file(encoder("clip_g", "float8_e4m3fn"), tmp_path))
     names = {
         type(build_text_encoder(state, metadata, name)).__name__ for name in (None, *metadata["classes"])
     }
-    assert names == set(metadata["classes"]) and len(names) == 2
+
+    assert names == set(metadata["classes"])
+    assert len(names) == 2
 
 
-def test_a_folder_says_its_own_configuration(tmp_path: Path) -> None:
+def test_config_of_a_folder_is_used(tmp_path: Path) -> None:
     """Two heads of 64 by the shapes, four by the folder."""
     model = random_pipeline(text=128).text_encoder.eval()
     model.config.num_attention_heads = 4
     four = type(model)(model.config).eval()
     four.load_state_dict(model.state_dict())
     four.save_pretrained(tmp_path / "folder")
+
     state, metadata = load_text_encoder(tmp_path / "folder")
+
     assert metadata["config"]["num_attention_heads"] == 4
     assert_close(
         "heads", answer(build_text_encoder(state, metadata, dtype=torch.float32)), answer(four), 1e-6
     )
 
 
-def test_a_configuration_of_ones_own(tmp_path: Path) -> None:
+def test_given_config_is_used(tmp_path: Path) -> None:
     model = random_pipeline(text=128).text_encoder.eval()
     file = file_of(model, "int8_rowwise")
-    state, metadata = load_text_encoder(written(file, tmp_path), kernel_backend="dequantize")
+    state, metadata = load_text_encoder(write_file(file, tmp_path), kernel_backend="dequantize")
     config = model.config.to_dict()
+
     made = build_text_encoder(state, metadata, class_name="CLIPTextModel", config=config, dtype=torch.float32)
+
     assert_close("own", answer(made), answer(changed(model, file.real)), 1e-5)
     with pytest.raises(FileError, match=r"x\.safetensors.*(shape|parameters)"):
         build_text_encoder(
@@ -232,15 +259,18 @@ def test_a_configuration_of_ones_own(tmp_path: Path) -> None:
         )
 
 
-def test_pairs_that_do_not_belong_together(tmp_path: Path) -> None:
-    state, metadata = load_text_encoder(written(encoder("t5", "int8_rowwise"), tmp_path))
+def test_metadata_of_another_file_is_an_error(tmp_path: Path) -> None:
+    state, metadata = load_text_encoder(write_file(encoder("t5", "int8_rowwise"), tmp_path))
     other, _ = load_text_encoder(encoder("clip_l").write(tmp_path / "y.safetensors"))
+
     with pytest.raises(
         ConfigError,
         match=r"the metadata describes .*, and the state_dict has no weight of it; pass what was loaded together",
     ):
         build_text_encoder(other, metadata)
+
     lacking = {key: tensor for key, tensor in state.items() if key != "encoder.final_layer_norm.weight"}
+
     with pytest.raises(
         FileError,
         match=r"1 parameters of the t5 encoder are not there \(first: encoder\.final_layer_norm\.weight\)",
@@ -250,39 +280,47 @@ def test_pairs_that_do_not_belong_together(tmp_path: Path) -> None:
         build_text_encoder(state, metadata | {"encoder": "t6"})
 
 
-def test_tensors_without_a_place(tmp_path: Path) -> None:
+def test_tensor_without_a_place_is_an_error(tmp_path: Path) -> None:
     """Sizes are read from the file: what they leave out is no part of another encoder that is silently made smaller."""
     file = encoder("t5", "int8_rowwise")
+
     with pytest.raises(FileError, match=r"encoder\.final_layer_norm\.weight"):
-        load_text_encoder(written(encoder("t5", "int8_rowwise").drop("final_layer_norm.weight"), tmp_path))
+        load_text_encoder(write_file(encoder("t5", "int8_rowwise").drop("final_layer_norm.weight"), tmp_path))
+
     file.put("encoder.block.0.layer.0.SelfAttention.bonus.weight", "F32", np.ones((64, 64)))
+
     with pytest.raises(
         FileError,
         match=r"1 tensors have no place in the t5 encoder .*first: encoder\.block\.0\..*bonus\.weight",
     ):
-        load_text_encoder(written(file, tmp_path))
+        load_text_encoder(write_file(file, tmp_path))
 
 
-def test_a_file_of_ours_without_its_markers(tmp_path: Path) -> None:
+def test_file_that_lost_its_markers_is_an_error(tmp_path: Path) -> None:
     """The shapes of a rotated layer are those of any other; the header still tells what it was."""
     file = encoder("t5", "int8_convrot", carrier="none")
-    assert load_text_encoder(written(file, tmp_path))[1]["formats"] == {"int8_rowwise": 7}
+
+    assert load_text_encoder(write_file(file, tmp_path))[1]["formats"] == {"int8_rowwise": 7}
+
     file.metadata["int8run"] = json.dumps({"format": "int8_convrot"})
+
     with pytest.raises(
         FileError, match="was made as int8_convrot, and the comfy_quant markers of its layers are not there"
     ):
-        load_text_encoder(written(file, tmp_path))
+        load_text_encoder(write_file(file, tmp_path))
 
 
-def test_what_is_loaded_can_be_saved_as_it_is(tmp_path: Path) -> None:
+def test_loaded_tensors_can_be_saved_and_loaded_again(tmp_path: Path) -> None:
     """A program may keep the pair in files of its own."""
     state, metadata = load_text_encoder(
-        written(encoder("t5", words=WORDS), tmp_path), kernel_backend="dequantize"
+        write_file(encoder("t5", words=WORDS), tmp_path), kernel_backend="dequantize"
     )
     torch.save(state, tmp_path / "state.pt")
     (tmp_path / "metadata.json").write_text(json.dumps(metadata))
     found: Any = torch.load(tmp_path / "state.pt", weights_only=True)
+
     again = build_text_encoder(
         found, json.loads((tmp_path / "metadata.json").read_text()), dtype=torch.float32
     )
+
     assert torch.equal(answer(again), answer(build_text_encoder(state, metadata, dtype=torch.float32)))
