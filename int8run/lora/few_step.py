@@ -1,4 +1,9 @@
-"""LoRAs that make a model draw in few steps: what each wants, and what of a run speaks against it."""
+"""LoRAs that make a model generate in few steps: how each is meant to be run, and what contradicts that.
+
+A preset is a row of `few_step.yaml`. It is named at an adapter (`few_step: lcm`), or recognized by the words
+in a file's name and header. `lora/config.py` takes settings from it, `lora/header_info.py` warns where a run
+differs.
+"""
 
 import functools
 import math
@@ -15,28 +20,34 @@ from int8run.models.sampling import Sampling
 
 TABLE_FILE = Path(__file__).with_name("few_step.yaml")
 SOURCES = ("model card", "community", "measured")
+# texts of a header that may name the kind of LoRA
 TITLE_KEYS = ("modelspec.title", "modelspec.usage_hint", "ss_output_name")
-MAX_TEXT = 500
+MAX_TEXT_CHARS = 500
+# in a list of words: the word that follows must not be there
 WITHOUT_MARK = "without "
+# `8steps`, `4-step`
 STEPS_PATTERN = re.compile(r"(?<![a-z0-9])(\d{1,2})[-_ ]?steps?(?![a-z0-9])")
+# relative difference of strengths that is not worth a warning
 STRENGTH_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class FewStepPreset:
-    """How a few-step LoRA wants to be run on one base model; a row of `few_step.yaml`.
+    """How a few-step LoRA is meant to be run on one base model; a row of `few_step.yaml`.
 
     Args:
         name: of the preset.
         base: of the model, as in `bases.yaml`.
-        steps, steps_range: recommended number of steps, and the lowest and highest that work; None: no other.
-        guidance, guidance_range: the same for `guidance_scale`; None: the pipeline has none.
+        steps: recommended number of steps.
         scheduler: class in diffusers.
+        source: `model card`, `community` or `measured`.
+        guidance: recommended `guidance_scale`; None: the pipeline has none.
+        strength: of this LoRA.
+        steps_range: the lowest and highest number of steps that work; None: only `steps`.
+        guidance_range: the lowest and highest guidance that work; None: only `guidance`.
         scheduler_settings: what differs from the base model's own scheduler.
         extra: further arguments of the pipeline.
-        strength: of this LoRA.
-        companions: highest advised strength of other LoRAs beside it; None: nobody says.
-        source: `model card`, or `community`.
+        companions: highest advised strength of other LoRAs beside it; None: not known.
         note: what else must be known.
     """
 
@@ -55,34 +66,29 @@ class FewStepPreset:
     note: str | None = None
 
     def __post_init__(self) -> None:
-        what = f"few-step preset {self.name!r} for {self.base!r}"
-        check_range(f"steps of {what}", self.steps, 1, 1000, whole=True)
-        check_range(f"strength of {what}", self.strength, -20, 20)
-        check_choice(f"source of {what}", self.source, SOURCES)
+        preset = f"few-step preset {self.name!r} for {self.base!r}"
+        check_range(f"steps of {preset}", self.steps, 1, 1000, whole=True)
+        check_range(f"strength of {preset}", self.strength, -20, 20)
+        check_choice(f"source of {preset}", self.source, SOURCES)
         if self.guidance is None and self.guidance_range is not None:
-            raise ConfigError(f"{what} has a guidance_range and no guidance; give both or none")
+            raise ConfigError(f"{preset} has a guidance_range and no guidance; give both or none")
         if self.steps_range is None:
             object.__setattr__(self, "steps_range", (self.steps, self.steps))
         if self.guidance_range is None and self.guidance is not None:
             object.__setattr__(self, "guidance_range", (self.guidance, self.guidance))
-        for name, value, limits in (
-            ("steps", self.steps, self.steps_range),
-            ("guidance", self.guidance, self.guidance_range),
-        ):
-            if limits is not None and (len(limits) != 2 or not limits[0] <= value <= limits[1]):  # type: ignore[operator]
-                raise ConfigError(
-                    f"{what} has {name}_range {list(limits)} and {name} {value}; a range is [lowest, highest] around it"
-                )
+        check_limits(preset, "steps", self.steps, self.steps_range)
+        check_limits(preset, "guidance", self.guidance, self.guidance_range)
         if not self.scheduler.endswith("Scheduler"):
             raise ConfigError(
-                f"{what} has scheduler {self.scheduler!r}; give a class of diffusers, such as LCMScheduler"
+                f"{preset} has scheduler {self.scheduler!r}; give a class of diffusers, such as LCMScheduler"
             )
         if self.companions is not None:
-            check_range(f"companions of {what}", self.companions, 0, 20)
+            check_range(f"companions of {preset}", self.companions, 0, 20)
         for name in ("sigmas", "timesteps"):
             if name in self.extra and len(self.extra[name]) != self.steps:
+                count = len(self.extra[name])
                 raise ConfigError(
-                    f"{what} has {len(self.extra[name])} {name} for {self.steps} steps; give one for each step"
+                    f"{preset} has {count} {name} for {self.steps} steps; give one for each step"
                 )
 
     @property
@@ -97,90 +103,166 @@ class FewStepPreset:
         )
 
 
+def check_limits(preset: str, name: str, value: float | None, limits: Sequence[float] | None) -> None:
+    """Check that the range of a setting is a range, with the recommended value in it.
+
+    Raises:
+        ConfigError: naming the preset and the setting.
+    """
+    if limits is None or value is None:
+        return
+    if len(limits) != 2 or not limits[0] <= value <= limits[1]:
+        raise ConfigError(
+            f"{preset} has {name}_range {list(limits)} and {name} {value}; "
+            "a range is [lowest, highest] around it"
+        )
+
+
+# -- the table of presets ------------------------------------------------------------------------------------
+
+
 @functools.cache
 def load_table() -> Mapping[str, Any]:
-    """What `few_step.yaml` says."""
+    """The content of `few_step.yaml`."""
     return yaml.safe_load(TABLE_FILE.read_text(encoding="utf-8"))
 
 
-def list_presets() -> list[str]:
-    """Names of all presets."""
-    return list(load_table()["presets"])
+def list_presets(base: str | None = None) -> list[str]:
+    """Names of all presets, or of those for one base model."""
+    presets = load_table()["presets"]
+    return [name for name, entry in presets.items() if base is None or base in entry["bases"]]
+
+
+def has_preset(name: str, base: str) -> bool:
+    """Whether a preset is made for a base model."""
+    return name in list_presets(base)
 
 
 def get_preset(name: str, base: str, steps: int | None = None) -> FewStepPreset:
     """The settings of a preset for a base model.
 
     Args:
+        name: of the preset.
         base: a model's `lora_base`.
-        steps: the number of steps that the file was made for, where it is known (`steps_in_name`); None, or one that the preset
-            cannot have: the preset's own.
+        steps: the number of steps that the file was made for, where it is known (`parse_steps_in_name`).
+            None, or a number that the preset does not allow: that of the preset.
 
     Raises:
-        ConfigError: an unknown preset, or a base that it is not made for; the message lists what there is.
+        ConfigError: for an unknown preset, or a base that it is not made for; the message lists what there
+            is.
     """
     check_choice("few_step", name, list_presets())
     bases = load_table()["presets"][name]["bases"]
     if base not in bases:
         raise ConfigError(
             f"few_step preset {name!r} is not made for {base!r}; it is for {', '.join(sorted(bases))}. "
-            f"Presets for {base!r}: {', '.join(p for p in list_presets() if base in load_table()['presets'][p]['bases']) or 'none'}"
+            f"Presets for {base!r}: {', '.join(list_presets(base)) or 'none'}"
         )
     row = dict(bases[base])
     by_steps = row.pop("by_steps", {})
-    found = FewStepPreset(name=name, base=base, **row)
-    low, high = found.steps_range or (found.steps, found.steps)
+    preset = FewStepPreset(name=name, base=base, **row)
+    low, high = preset.steps_range or (preset.steps, preset.steps)
     if steps is None or not low <= steps <= high:
-        return found
-    changed = by_steps.get(steps, {})
-    if "guidance" in changed and "guidance_range" not in changed:
-        changed = {**changed, "guidance_range": None}
-    return replace(found, steps=steps, steps_range=(steps, steps), **changed)
+        return preset
+    changes = dict(by_steps.get(steps, {}))
+    if "guidance" in changes:
+        changes.setdefault("guidance_range", None)  # that of the row is for its own guidance
+    return replace(preset, steps=steps, steps_range=(steps, steps), **changes)
+
+
+# -- what a file says of itself ------------------------------------------------------------------------------
 
 
 def detect_preset(path: Path, metadata: Mapping[str, str], base: str | None = None) -> str | None:
-    """The preset that a file gives away by words in its name, its hub repository, its title or its usage hint; None: no such words.
+    """The preset that a file is for, by words in its name, its hub repository, its title or its usage hint.
 
-    Only whole words count: `hyperrealistic` is no `hyper`, `turbopants` no `turbo`.
+    Only whole words count: `hyperrealistic` does not contain `hyper`, nor `turbopants` `turbo`.
 
     Args:
+        path: of the file.
+        metadata: of its header.
         base: only presets that are made for this base model; None: any.
+
+    Returns:
+        None when no preset has such words.
     """
-    for name, entry in load_table()["presets"].items():
-        if (base is None or base in entry["bases"]) and matches_any_words(entry["words"], path, metadata):
+    for name in list_presets(base):
+        if matches_any_words(load_table()["presets"][name]["words"], path, metadata):
             return name
     return None
 
 
 def parse_steps_in_name(path: Path) -> int | None:
-    """The number of steps that a file's name says (`Hyper-SDXL-8steps-lora`), or None."""
+    """The number of steps in a file's name (`Hyper-SDXL-8steps-lora`), or None."""
     match = STEPS_PATTERN.search(path.stem.lower())
     return int(match[1]) if match else None
 
 
 def is_for_training_only(path: Path, metadata: Mapping[str, str]) -> bool:
-    """Whether a file's words say that it serves training and spoils pictures."""
+    """Whether the words of a file say that it is a help in training, which spoils images."""
     return matches_any_words(load_table()["training_only"], path, metadata)
 
 
 def warn_about_distilled_model(name: str, model: str) -> str | None:
-    """A warning when the model draws in few steps by itself, by the words of its location; None when it does not.
+    """A warning when the model generates in few steps by itself, as its location tells; else None.
 
     Args:
         name: of the preset.
         model: hub id or folder of the model.
     """
-    text = extract_words(Path(model).name)
-    if not any(has_words(words, text) for words in load_table()["distilled_models"]):
+    words = extract_words(Path(model).name)
+    if not any(has_words(needed, words) for needed in load_table()["distilled_models"]):
         return None
-    return (
-        f"{model} is made for few steps already; a few-step LoRA ({name}) on top of it overcooks the picture"
-    )
+    return f"{model} is made for few steps already; a few-step LoRA ({name}) on top of it overcooks the image"
+
+
+def matches_any_words(choices: Iterable[Iterable[str]], path: Path, metadata: Mapping[str, str]) -> bool:
+    """Whether any of the lists of words stands in the file's name, or in one text of its header.
+
+    Args:
+        choices: lists of words, each of them enough.
+        path: of the file.
+        metadata: of its header.
+    """
+    # with the repository where the file lies in a hub cache: many are called `pytorch_lora_weights`
+    repositories = [part for part in path.parts if part.startswith("models--")]
+    texts = [" ".join([*repositories, path.stem])]
+    texts += [metadata.get(key, "") for key in TITLE_KEYS]
+    words_of_texts = [extract_words(text) for text in texts]
+    return any(has_words(needed, words) for needed in choices for words in words_of_texts)
+
+
+def extract_words(text: str) -> set[str]:
+    """The words of a text in small letters, with and without digits.
+
+    `wan22-8steps` -> wan22, wan, 8steps, steps, 8step, Nstep.
+    """
+    text = text[:MAX_TEXT_CHARS].lower()
+    words = set(re.findall(r"[a-z0-9]+", text))
+    without_digits = {word.strip("0123456789") for word in words}
+    # only `8steps`: `step0001000` is how far a training was
+    steps = {f"{int(number)}step" for number in STEPS_PATTERN.findall(text)}
+    return words | without_digits | steps | ({"Nstep"} if steps else set())
+
+
+def has_words(needed: Iterable[str], words: Collection[str]) -> bool:
+    """Whether all of the needed words are there, and none that is marked with `without`."""
+    for word in needed:
+        if word.startswith(WITHOUT_MARK):
+            if word.removeprefix(WITHOUT_MARK) in words:
+                return False
+        elif word not in words:
+            return False
+    return True
+
+
+# -- what of a run contradicts a preset ----------------------------------------------------------------------
 
 
 def list_differences(
     preset: FewStepPreset,
     sampling: Sampling,
+    *,
     scheduler: str | None = None,
     strength: float | None = None,
     companions: Mapping[str, float] | None = None,
@@ -189,11 +271,14 @@ def list_differences(
     """One line for each setting of a run that contradicts a preset; none when all agree.
 
     Args:
-        sampling: of the run; steps and guidance that are None are not judged.
-        scheduler: class name of the scheduler that the run uses; None: that of `sampling`, not judged when it names none either.
-        strength: of the few-step LoRA; None: not judged.
+        preset: what the LoRA was made for.
+        sampling: of the run; steps and guidance that are None are not compared.
+        scheduler: class name of the scheduler that the run uses; None: that of `sampling`, not compared when
+            it names none either.
+        strength: of the few-step LoRA; None: not compared.
         companions: strengths of the other LoRAs, by name.
-        scheduler_config: that the scheduler ends up with; None: the settings of `sampling`, judged as far as they stand there.
+        scheduler_config: of the scheduler in use; None: the settings of `sampling`, compared as far as they
+            go.
     """
     made_for = f"{preset.name} on {preset.base} is made for"
     lines = []
@@ -202,65 +287,48 @@ def list_differences(
         ("guidance", sampling.guidance, preset.guidance, preset.guidance_range),
     ):
         if value is not None and limits is not None and not limits[0] <= value <= limits[1]:
-            span = f"{best:g}" if limits[0] == limits[1] else f"{best:g} ({limits[0]:g} to {limits[1]:g})"
-            lines.append(f"sampler.{name} is {value:g}; {made_for} {span}")
+            lines.append(f"sampler.{name} is {value:g}; {made_for} {format_best(best, limits)}")
+
     scheduler = scheduler or sampling.scheduler
     settings = sampling.scheduler_settings if scheduler_config is None else scheduler_config
     if scheduler is not None and scheduler != preset.scheduler:
-        lines.append(
-            f"the scheduler is {scheduler}; {made_for} {preset.scheduler}{format_settings(preset.scheduler_settings)}"
-        )
+        best_scheduler = f"{preset.scheduler}{format_settings(preset.scheduler_settings)}"
+        lines.append(f"the scheduler is {scheduler}; {made_for} {best_scheduler}")
     else:
-        wrong = {
-            name: settings[name]
-            for name, value in preset.scheduler_settings.items()
-            if name in settings and settings[name] != value
-        }
-        lines += [
-            f"the scheduler's {name} is {value}; {made_for} {preset.scheduler_settings[name]}"
-            for name, value in wrong.items()
-        ]
+        for name, value in preset.scheduler_settings.items():
+            if name in settings and settings[name] != value:
+                lines.append(f"the scheduler's {name} is {settings[name]}; {made_for} {value}")
+
     for name, value in preset.extra.items():
         given = sampling.extra.get(name)
         if given != value:
-            lines.append(
-                f"sampler.extra.{name} is {'not set' if given is None else given}; {made_for} {value}"
-            )
+            shown = "not set" if given is None else given
+            lines.append(f"sampler.extra.{name} is {shown}; {made_for} {value}")
+
     if strength is not None and not math.isclose(strength, preset.strength, rel_tol=STRENGTH_TOLERANCE):
         lines.append(f"its strength is {strength:g}; {made_for} {preset.strength:g}")
-    for other, value in (companions or {}).items():
-        if preset.companions is not None and abs(value) > preset.companions:
-            lines.append(
-                f"LoRA {other!r} has strength {value:g}; beside {preset.name} at most {preset.companions:g} is advised"
-            )
-    return lines
+    return lines + list_strong_companions(preset, companions or {})
+
+
+def list_strong_companions(preset: FewStepPreset, companions: Mapping[str, float]) -> list[str]:
+    """One line for each other LoRA that is stronger than advised beside a preset's."""
+    if preset.companions is None:
+        return []
+    limit = f"beside {preset.name} at most {preset.companions:g} is advised"
+    return [
+        f"LoRA {name!r} has strength {strength:g}; {limit}"
+        for name, strength in companions.items()
+        if abs(strength) > preset.companions
+    ]
+
+
+def format_best(best: float | None, limits: Sequence[float]) -> str:
+    """`4 (2 to 8)`, or `4` where no other value works."""
+    if limits[0] == limits[1]:
+        return f"{best:g}"
+    return f"{best:g} ({limits[0]:g} to {limits[1]:g})"
 
 
 def format_settings(settings: Mapping[str, Any]) -> str:
     """` with a=1, b=2`, or nothing."""
     return f" with {', '.join(f'{name}={value}' for name, value in settings.items())}" if settings else ""
-
-
-def matches_any_words(choices: Iterable[Iterable[str]], path: Path, metadata: Mapping[str, str]) -> bool:
-    """Whether any of the lists of words stands in the file's name, or in one text of its header."""
-    # with the repository where the file lies in a hub cache: many are called `pytorch_lora_weights`
-    name = " ".join([*(part for part in path.parts if part.startswith("models--")), path.stem])
-    texts = [extract_words(text) for text in (name, *(metadata.get(key, "") for key in TITLE_KEYS))]
-    return any(has_words(words, text) for words in choices for text in texts)
-
-
-def extract_words(text: str) -> set[str]:
-    """The words of a text in small letters, with and without their digits: `wan22-8steps` -> wan22, wan, 8step, Nstep, …"""
-    text = text[:MAX_TEXT].lower()
-    words = set(re.findall(r"[a-z0-9]+", text))
-    # `step0001000` is how far a training was
-    found = {word for steps in STEPS_PATTERN.findall(text) for word in (f"{int(steps)}step", "Nstep")}
-    return words | {word.strip("0123456789") for word in words} | found
-
-
-def has_words(words: Iterable[str], text: Collection[str]) -> bool:
-    """Whether a text has all of these words, and none that is marked `without`."""
-    return all(
-        (word.removeprefix(WITHOUT_MARK) not in text) if word.startswith(WITHOUT_MARK) else word in text
-        for word in words
-    )

@@ -289,7 +289,7 @@ def test_adapters_for_training():
 )
 def test_distilled_models(model):
     assert warn_about_distilled_model("turbo_alpha", model) == (
-        f"{model} is made for few steps already; a few-step LoRA (turbo_alpha) on top of it overcooks the picture"
+        f"{model} is made for few steps already; a few-step LoRA (turbo_alpha) on top of it overcooks the image"
     )
 
 
@@ -307,7 +307,12 @@ def test_models_that_are_not_distilled(model):
 def test_nothing_to_say():
     for name, base in ROWS:
         row = get_preset(name, base)
-        assert list_differences(row, row.sampling, row.scheduler, row.strength, {"style": 0.4}) == []
+        assert (
+            list_differences(
+                row, row.sampling, scheduler=row.scheduler, strength=row.strength, companions={"style": 0.4}
+            )
+            == []
+        )
     assert list_differences(get_preset("lcm", "sdxl"), Sampling()) == [], "what is not known is not judged"
 
 
@@ -337,16 +342,16 @@ def test_ends_of_a_range_are_fine(change):
 
 
 def test_the_scheduler_that_a_run_ends_up_with_counts():
-    assert list_differences(LCM, Sampling(), "DDIMScheduler") == [
+    assert list_differences(LCM, Sampling(), scheduler="DDIMScheduler") == [
         "the scheduler is DDIMScheduler; lcm on sdxl is made for LCMScheduler"
     ]
     hyper = get_preset("hyper_sd", "sdxl")
-    assert list_differences(hyper, Sampling(), "LCMScheduler") == [
+    assert list_differences(hyper, Sampling(), scheduler="LCMScheduler") == [
         "the scheduler is LCMScheduler; hyper_sd on sdxl is made for DDIMScheduler with timestep_spacing=trailing"
     ]
     leading = {"timestep_spacing": "leading"}
     line = "the scheduler's timestep_spacing is leading; hyper_sd on sdxl is made for trailing"
-    assert list_differences(hyper, Sampling(), "DDIMScheduler", scheduler_config=leading) == [line]
+    assert list_differences(hyper, Sampling(), scheduler="DDIMScheduler", scheduler_config=leading) == [line]
     assert list_differences(hyper, Sampling(scheduler="DDIMScheduler", scheduler_settings=leading)) == [line]
 
 

@@ -52,7 +52,7 @@ def test_heads_say_what_the_headers_do(tmp_path: Path) -> None:
         "tiny",
         ("ghibsky style",),
     )
-    assert first.metadata == {"modelspec.trigger_phrase": "ghibsky style"} and len(first.header) == 2
+    assert first.metadata == {"modelspec.trigger_phrase": "ghibsky style"} and len(first.tensors) == 2
     assert (second.name, second.base.name, second.triggers) == ("plain", "tiny", None)
     assert read_lora_headers(LoraSettings(), "tiny") == []
 
@@ -190,7 +190,12 @@ def advice(
 ) -> list[str]:
     """Lines about a stack on a model of this base, whatever the shapes in its files."""
     return list_few_step_warnings(
-        read_lora_headers(stack, "tiny"), stack, base, location, sampling, getattr(diffusers, scheduler)()
+        read_lora_headers(stack, "tiny"),
+        stack,
+        lora_base=base,
+        location=location,
+        sampling=sampling,
+        scheduler=getattr(diffusers, scheduler)(),
     )
 
 
@@ -257,12 +262,12 @@ def test_a_file_that_serves_training_is_said(tmp_path: Path) -> None:
         [Adapter("a", str(save(tmp_path / "zimage_turbo_training_adapter_v1.safetensors")), 1.0)]
     )
     (line,) = advice(stack, FOUR, "LCMScheduler")
-    assert line == "LoRA 'a' says that it serves training; pictures drawn with it are usually worse"
+    assert line == "LoRA 'a' says that it is for training; images generated with it are usually worse"
 
 
 def test_a_base_model_that_nothing_is_known_of_is_said(tmp_path: Path) -> None:
     stack = lcm(save(tmp_path / "my_lcm_lora.safetensors"), 1.0, preset=None)
-    line = "LoRA 'fast' looks like a few-step LoRA (lcm), and nothing is known of it on flux; "
+    line = "LoRA 'fast' looks like a few-step LoRA (lcm), and nothing is known about it on flux; "
     line += "set sampler.steps, sampler.guidance and sampler.scheduler as its author says"
     assert advice(stack, Sampling(steps=28), "DDIMScheduler", base="flux") == [line]
 
@@ -272,7 +277,7 @@ def test_a_model_that_is_fast_by_itself_is_said(tmp_path: Path) -> None:
     (line,) = advice(stack, FOUR, "LCMScheduler", location="someone/sd-turbo")
     assert (
         line
-        == "LoRA 'fast': someone/sd-turbo is made for few steps already; a few-step LoRA (lcm) on top of it overcooks the picture"
+        == "LoRA 'fast': someone/sd-turbo is made for few steps already; a few-step LoRA (lcm) on top of it overcooks the image"
     )
 
 
