@@ -1,4 +1,7 @@
-"""Tiny random instances of the families of FLUX, Qwen-Image, Z-Image, ERNIE-Image and Krea: diffusers' real classes, no download."""
+"""Tiny random pipelines of FLUX, Qwen-Image, Z-Image, ERNIE-Image and Krea.
+
+Of diffusers' real classes, without a download.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,7 +81,7 @@ class Instance:
 
 
 def seeded(build: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
-    """The same weights at every call, and none that is all zero: a gate of zero would hide what a block computes."""
+    """Set the same weights at every call, none all zero: a gate of zero would hide what a block computes."""
 
     def again() -> DiffusionPipeline:
         with torch.random.fork_rng(devices=[]):
@@ -157,7 +160,8 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{{ part.get('text', '') }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% else %}{% for part in message['content'] %}{{ part.get('text', '') }}{% endfor %}{% endif "
+    "%}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 WORDS = 272  # of `qwen_tokenizer`, and a few to spare

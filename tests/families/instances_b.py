@@ -1,4 +1,7 @@
-"""Tiny random instances of the families of Stable Diffusion, Wan, LTX, PixArt, Sana, Lumina 2 and HiDream: real classes, no download."""
+"""Tiny random pipelines of Stable Diffusion, Wan, LTX, PixArt, Sana, Lumina 2 and HiDream.
+
+Of diffusers' real classes, without a download.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -133,7 +136,11 @@ def image_vae(levels: int = 2) -> AutoencoderKL:
 
 
 def sd15() -> StableDiffusionPipeline:
-    """Four levels as the real one, so that each has a native name; the text is as wide as the real one's, which tells the family."""
+    """A UNet of Stable Diffusion 1.
+
+    It has four levels as the real one, so that each has an original name; the text is as wide as the real
+    one's, by which the family is detected.
+    """
     unet = UNet2DConditionModel(
         block_out_channels=(32, 32, 64, 64),
         cross_attention_dim=768,
@@ -154,7 +161,11 @@ def sd15() -> StableDiffusionPipeline:
 
 
 def sdxl() -> StableDiffusionXLPipeline:
-    """The added conditions are as wide as the real ones, which tells the family: 1280 of pooled text, six sizes of 256."""
+    """A UNet of SDXL.
+
+    The added conditions are as wide as the real ones, by which the family is detected: 1280 of pooled text,
+    six sizes of 256.
+    """
     unet = UNet2DConditionModel(
         block_out_channels=(32, 32, 64),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -276,7 +287,10 @@ def ltx() -> LTXPipeline:
 
 
 def ltx2() -> LTX2Pipeline:
-    """Picture and sound, with all that LTX-2.0 or 2.3 has: caption projections; gates, modulated texts and skipped attentions."""
+    """Video and sound, with all that LTX-2.0 or 2.3 has.
+
+    That is caption projections of the one; gates, modulated texts and skipped attentions of the other.
+    """
     text = {
         "vocab_size": 8,
         "hidden_size": 32,
@@ -459,7 +473,7 @@ def lumina2() -> Lumina2Pipeline:
 
 
 def hidream() -> HiDreamImagePipeline:
-    """The pipeline brings every picture to latents of 128 x 128; patches of 8 x 8 leave 256 tokens of them."""
+    """The pipeline brings every image to latents of 128 x 128; patches of 8 x 8 leave 256 tokens."""
     llama = LlamaConfig(
         vocab_size=8,
         hidden_size=32,
@@ -507,7 +521,10 @@ def hidream() -> HiDreamImagePipeline:
 def instance(
     family: str, build: Callable[[], DiffusionPipeline], size: int, guidance: float, extra: dict[str, Any]
 ) -> Instance:
-    """Two steps, square; the same weights at every call, and none that is all zero: a gate of zero would hide what a block computes."""
+    """Two steps, square; the same weights at every call, none all zero.
+
+    A gate of zero would hide what a block computes.
+    """
 
     def seeded() -> DiffusionPipeline:
         with torch.random.fork_rng(devices=[]):

@@ -175,7 +175,10 @@ def test_only_layers_of_the_repeated_blocks_become_int8(family):
 
 
 # the layers that become INT8, all of them and no others
-DOUBLE = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|{ff}{net}|{context}{net})"
+DOUBLE = (
+    r"transformer_blocks\.\d+\."
+    r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|{ff}{net}|{context}{net})"
+)
 FLUX_DOUBLE = DOUBLE.format(ff="ff", context="ff_context", net=r"\.net\.(0\.proj|2)")
 FLUX_SINGLE = r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)"
 INT8_LAYERS = {
@@ -269,7 +272,8 @@ def test_layers_with_the_same_input_are_served_by_one_quantization(name):
 
     assert alone == calls.total()
     assert set(calls) == {n for n, m in int8.named_modules() if isinstance(m, Int8Linear)}
-    # a group whose layers read different tensors, or the same one at other times, would be quantized more often
+    # a group whose layers read different tensors, or the same one at other times, would be quantized more
+    # often
     assert shared == sum(max(calls[layer] for layer in group) for group in groups)
 
 
@@ -374,7 +378,8 @@ def test_a_file_of_another_model_is_not(name, keys):
     assert fingerprint_of(keys) == set()
 
 
-# they have the very names of another family's class; their own class, where a pipeline has one, is unknown all the same
+# they have the very names of another family's class; their own class, where a pipeline has one, is unknown
+# all the same
 SAME_NAMES = {
     "AudioLDM2UNet2DConditionModel": "sd15",
     "ChronoEditTransformer3DModel": "wan",

@@ -1,4 +1,4 @@
-"""Files of other programs as the model: every kind of numbers, mixtures, LoRAs onto them; and files of other models."""
+"""Files of other programs as the model: every number format, mixtures, LoRAs; and files of other models."""
 
 import itertools
 import json
@@ -189,7 +189,7 @@ def of_another_program(
 
 
 def check_contents(named: Case, built: BuiltModel, expected: Mapping[str, Foreign]) -> None:
-    """Integers that can be taken are, all else is what the file stands for, rounded where the family has INT8."""
+    """Check that integers are kept where possible, all else is rounded where it is INT8."""
     held, layers, floats = contents(built), int8_layers(built), float_weights(named)
     family = FAMILIES[named.name]
     for name, foreign in expected.items():
@@ -295,7 +295,7 @@ def test_a_lora_is_baked_into_what_is_rounded_anew(named: Case) -> None:
         assert (error <= 0.5001 * weight.abs().amax(1, keepdim=True) / 127).all()
 
 
-# -- the wrong file -----------------------------------------------------------------------------------------------------
+# the wrong file
 
 STRANGERS = ["flux", "chroma", "z_image", "lumina2", "wan", "ltx", "sd3", "sd15", "sdxl"]
 

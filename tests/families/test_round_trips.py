@@ -1,4 +1,4 @@
-"""Every family's tiny pipeline there and back: streamed, quantized, saved under both namings, read again, quantized from file to file."""
+"""Every family's tiny pipeline: streamed, quantized, saved in both namings, read, quantized to a file."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -113,7 +113,7 @@ def test_layers_are_rotated_where_their_width_allows(case: Case) -> None:
     assert not torch.equal(case.saved("rotated file").drawn, case.saved("file").drawn)
 
 
-# -- float files of the authors -----------------------------------------------------------------------------------------
+# float files of the authors
 
 
 def write_native(case: Case, kind: str) -> Any:
@@ -143,7 +143,7 @@ def test_a_float_file_of_the_authors_is_the_model(case: Case, kind: str) -> None
     assert_same(loaded.denoiser.state_dict(), float_weights(case))
 
 
-# -- from file to file --------------------------------------------------------------------------------------------------
+# from file to file
 
 
 def test_task_quantize_writes_what_a_run_writes(case: Case) -> None:
@@ -164,7 +164,7 @@ def test_task_quantize_writes_what_a_run_writes(case: Case) -> None:
         assert_same(stored(case.home / "again.safetensors"), stored(file))
 
 
-# -- LoRAs --------------------------------------------------------------------------------------------------------------
+# LoRAs
 
 
 def inner(case: Case, name: str) -> str:
@@ -215,7 +215,7 @@ def test_a_lora_is_streamed_beside_the_layers_under_both_spellings(case: Case) -
     )
 
 
-# -- two denoisers ------------------------------------------------------------------------------------------------------
+# two denoisers
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +256,7 @@ def test_two_denoisers_need_two_files(experts: Case) -> None:
         experts.quantize(experts.folder, experts.home / "x.safetensors")
 
 
-# -- denoisers without a pipeline ---------------------------------------------------------------------------------------
+# denoisers without a pipeline
 
 # what tells the family's files from others of the same class, and diffusers keeps in another model
 BESIDE = {"anima": {"net.llm_adapter.out_proj.weight": torch.ones(32, 32)}}

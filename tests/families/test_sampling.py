@@ -1,4 +1,4 @@
-"""Every family's pipeline as `generate` calls it: steps, latents, frames, texts, and the denoiser's arguments."""
+"""Every family's pipeline as `generate` calls it: steps, latents, frames, texts, arguments."""
 
 import functools
 import inspect

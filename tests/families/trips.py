@@ -1,4 +1,4 @@
-"""What the round trips share: a family's tiny pipeline on disk, builds of it without a run around them, and what a denoiser holds."""
+"""What the tests of families share: tiny pipelines on disk, builds without a run, what a denoiser holds."""
 
 import json
 import shutil
@@ -222,7 +222,7 @@ def int8_layers(built: BuiltModel) -> dict[str, Int8Linear]:
 
 
 def contents(built: BuiltModel) -> Tensors:
-    """All that an INT8 denoiser holds: integers, scales, what was done to the outliers, and every float tensor."""
+    """All that an INT8 denoiser holds: integers, scales, outlier transforms, and every float tensor."""
     found: Tensors = {}
     layers = int8_layers(built)
     for name, layer in layers.items():
@@ -304,7 +304,7 @@ def stored(path: Path) -> Tensors:
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes and one scale a row: absmax / 127, the nearest integer, ties to even. weight: [N, K] float32."""
+    """int8 and one scale a row: absmax / 127, the nearest integer, ties to even. weight: [N, K] float32."""
     scale = weight.abs().amax(1, keepdim=True) / 127
     return (weight / scale).round().to(torch.int8), scale
 
@@ -337,7 +337,7 @@ def native_linears(model: nn.Module) -> dict[str, tuple[TensorPart, ...]]:
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank changes of every Linear. Layers that are one to the authors read the input through the same matrix."""
+    """Low-rank changes of every Linear; layers that are one to the authors share the matrix of the input."""
 
     down: Tensors
     up: Tensors
@@ -364,7 +364,10 @@ class Lora:
 
 
 def made_lora(model: nn.Module, family: str) -> Lora:
-    """Rank 4, on every Linear that has an authors' name; those that stay float change less, so that they do not hide the others."""
+    """Rank 4, on every Linear that has an original name.
+
+    Those that stay float change less, so that they do not hide the others.
+    """
     generator, native = torch.Generator().manual_seed(3), native_linears(model)
     down, up = {}, {}
     for parts in native.values():

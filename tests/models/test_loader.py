@@ -188,7 +188,10 @@ def test_missing_component_is_loaded_from_model_parts(tmp_path):
 def test_part_that_cannot_be_loaded_is_an_error_with_the_setting(tmp_path):
     folder = save_random_pipeline(tmp_path / "pipe")
     shutil.rmtree(folder / "tokenizer")
-    words = rf"^tokenizer could not be loaded from {tmp_path}/no: .*; set 'model\.parts\.tokenizer=\[CLIPTokenizer, FOLDER\]' to one that"
+    words = (
+        rf"^tokenizer could not be loaded from {tmp_path}/no: .*; set "
+        rf"'model\.parts\.tokenizer=\[CLIPTokenizer, FOLDER\]' to one that"
+    )
 
     with pytest.raises(FileError, match=words):
         load_parts(folder, {"tokenizer": ["CLIPTokenizer", f"{tmp_path}/no"]}, torch.float32)

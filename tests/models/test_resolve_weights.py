@@ -58,14 +58,18 @@ def test_pipeline_with_two_denoisers_needs_a_component(tmp_path):
     assert resolve_weights(str(folder), component="transformer_2").path == folder / "transformer_2"
     with pytest.raises(
         ConfigError,
-        match=r"^task\.component=transformer_3 is not a denoiser of .*; did you mean 'transformer_\d'\? it has ",
+        match=r"^task\.component=transformer_3 is not a denoiser of .*; did you mean 'transformer_\d'\? "
+        r"it has ",
     ):
         resolve_weights(str(folder), component="transformer_3")
 
 
 def test_pipeline_without_a_denoiser_is_an_error(tmp_path):
     folder = write_pipeline(tmp_path / "p")
-    words = r"p has no denoiser: its components are unet, vae; .* in diffusers named transformer or transformer_2 or unet$"
+    words = (
+        r"p has no denoiser: its components are unet, vae; .* in diffusers named transformer or "
+        r"transformer_2 or unet$"
+    )
 
     with pytest.raises(ConfigError, match=words):
         resolve_weights(str(folder))
@@ -183,7 +187,10 @@ def test_single_file_is_downloaded_from_the_hub(hub):
 
 @pytest.mark.parametrize("location", ["org/other", "org/model/y.safetensors"])
 def test_failed_download_is_an_error(hub, location):
-    words = rf"^model\.location={location} could not be downloaded: .*404: .* is not there look at the page.*; name a file or"
+    words = (
+        rf"^model\.location={location} could not be downloaded: .*404: .* is not there look at the "
+        rf"page.*; name a file or"
+    )
     with pytest.raises(FileError, match=words):
         resolve_weights(location)
 

@@ -96,7 +96,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[Any, ...]]]:
     return asked
 
 
-# -- what is found ------------------------------------------------------------------------------------------------------
+# what is found
 
 
 def test_diffusers_folder_holds_every_part(write_pipeline: Callable[..., Path]) -> None:
@@ -175,7 +175,7 @@ def test_path_may_begin_with_the_home_folder(
     )
 
 
-# -- the hub ------------------------------------------------------------------------------------------------------------
+# the hub
 
 
 def test_hub_id_is_downloaded_without_pickled_files(
@@ -232,7 +232,8 @@ def test_failed_pipeline_download_is_a_one_line_error(error: Exception, hub: dic
 
     with pytest.raises(
         FileError,
-        match=r"^model\.location=org/name is not on this machine and could not be downloaded \(\w+: .+\); set model\.location to a",
+        match=r"^model\.location=org/name is not on this machine and could not be downloaded \(\w+: .+\); "
+        r"set model\.location to a",
     ) as raised:
         resolve_model(make_source("org/name"))
     assert "\n" not in str(raised.value)
@@ -250,7 +251,7 @@ def test_failed_file_download_is_a_one_line_error(
         resolve_model(make_source("org/name/m.safetensors", base=str(write_pipeline())))
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------
+# refusals
 
 
 @pytest.mark.parametrize("name", ["m.ckpt", "m.pt", "m.pth", "m.bin", "M.PT", "org/name/m.bin"])
@@ -287,7 +288,10 @@ def test_single_file_without_a_base_is_an_error(location: Any) -> None:
 
 def test_one_file_for_two_denoisers_is_an_error(write_pipeline: Callable[..., Path], tmp_path: Path) -> None:
     base, file = str(write_pipeline(TWO)), str(write_weights(tmp_path / "m.safetensors"))
-    message = r"has 2 denoisers \(transformer, transformer_2\); set 'model\.location=\{transformer: <file>, transformer_2: <file>\}'$"
+    message = (
+        r"has 2 denoisers \(transformer, transformer_2\); set 'model\.location=\{transformer: "
+        r"<file>, transformer_2: <file>\}'$"
+    )
 
     for location in (file, {"transformer_2": file}):
         with pytest.raises(ConfigError, match=message):
@@ -361,7 +365,8 @@ def test_broken_index_is_a_one_line_error(
     folder = write_pipeline(index)
     with pytest.raises(
         FileError,
-        match=rf"^model '{folder}' could not be loaded: .*{reason}.*; set model\.location to a folder that has it$",
+        match=rf"^model '{folder}' could not be loaded: .*{reason}.*; set model\.location to a folder "
+        rf"that has it$",
     ):
         resolve_model(make_source(folder))
 
@@ -399,12 +404,13 @@ def test_pipeline_without_a_denoiser_is_an_error(write_pipeline: Callable[..., P
     )
     with pytest.raises(
         ConfigError,
-        match=rf"^X in {folder} has no denoiser: its components are prior, vae; .* transformer or transformer_2 or unet$",
+        match=rf"^X in {folder} has no denoiser: its components are prior, vae; .* transformer or "
+        rf"transformer_2 or unet$",
     ):
         resolve_model(make_source(folder))
 
 
-# -- the skeleton -------------------------------------------------------------------------------------------------------
+# the skeleton
 
 
 def make_denoiser(config: dict[str, Any], kind: type = FluxTransformer2DModel) -> ResolvedDenoiser:
@@ -450,6 +456,7 @@ def test_skeleton_has_the_buffers_that_no_file_holds() -> None:
 def test_config_that_does_not_fit_the_class_is_an_error(config: dict[str, Any]) -> None:
     with pytest.raises(
         FileError,
-        match=r"^the config of transformer does not fit FluxTransformer2DModel: .+; take the one of its checkpoint$",
+        match=r"^the config of transformer does not fit FluxTransformer2DModel: .+; take the one of its "
+        r"checkpoint$",
     ):
         make_denoiser(FLUX | config).build_skeleton(torch.float32)

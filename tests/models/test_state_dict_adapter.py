@@ -29,7 +29,10 @@ QKV = [f"transformer_blocks.0.attn.to_{x}.weight" for x in "qkv"]
 
 @cache
 def random_state_dict(key: str) -> dict[str, Tensor]:
-    """A family's `state_dict()` with another number in every place. Very wide matrices have one column: converters move rows."""
+    """A family's `state_dict()` with another number in every place.
+
+    Very wide matrices have one column: converters move rows.
+    """
     numbers, first = {}, 0
     for name, value in tiny(FAMILIES[key]).state_dict().items():
         shape = (len(value), 1) if value.dim() == 2 and value.shape[1] > 512 else tuple(value.shape)
@@ -280,9 +283,12 @@ def test_class_without_mappings_keeps_its_names():
     [
         (
             {"double_blocks.0.img_attn.qkv.weight": (12, 8)},
-            r"double_blocks.0.img_attn.qkv.weight of the file has the shape \[12, 8\], but transformer_blocks.0.attn.to_q.weight \[8, 8\] "
-            r"\+ .*to_k.weight \[8, 8\] \+ .*to_v.weight \[8, 8\] of the FluxTransformer2DModel need \[24, 8\]: "
-            "the file is of another architecture, or of another size of it; take the configuration that belongs to the file",
+            r"double_blocks.0.img_attn.qkv.weight of the file has the shape \[12, 8\], but "
+            r"transformer_blocks.0.attn.to_q.weight \[8, 8\] "
+            r"\+ .*to_k.weight \[8, 8\] \+ .*to_v.weight \[8, 8\] of the FluxTransformer2DModel need "
+            r"\[24, 8\]: "
+            "the file is of another architecture, or of another size of it; take the configuration that "
+            "belongs to the file",
         ),
         (
             {"double_blocks.0.img_attn.qkv.weight": (24, 16)},
@@ -290,7 +296,8 @@ def test_class_without_mappings_keeps_its_names():
         ),
         (
             {"img_in.weight": (8, 4)},
-            r"img_in.weight of the file has the shape \[8, 4\], but x_embedder.weight \[8, 6\] .* need \[8, 6\]",
+            r"img_in.weight of the file has the shape \[8, 4\], but x_embedder.weight \[8, 6\] .* need "
+            r"\[8, 6\]",
         ),
         ({"img_in.weight": (8, 6, 1)}, r"img_in.weight of the file has the shape \[8, 6, 1\]"),
         (
@@ -300,12 +307,14 @@ def test_class_without_mappings_keeps_its_names():
         (
             {"double_blocks.0.txt_attn.qkv.weight": (24, 8)},
             "txt_attn.qkv.weight of the file holds several parameters, but the FluxTransformer2DModel has "
-            "transformer_blocks.0.attn.add_q_proj.weight, has no transformer_blocks.0.attn.add_k_proj.weight, has no .*add_v_proj.weight: "
+            "transformer_blocks.0.attn.add_q_proj.weight, has no "
+            "transformer_blocks.0.attn.add_k_proj.weight, has no .*add_v_proj.weight: "
             "the file is of another architecture",
         ),
         (
             {"img_in.weight": (8, 6), "x_embedder.weight": (8, 6)},
-            "the file holds x_embedder.weight of the FluxTransformer2DModel twice: as img_in.weight and as x_embedder.weight; remove one",
+            "the file holds x_embedder.weight of the FluxTransformer2DModel twice: as img_in.weight and "
+            "as x_embedder.weight; remove one",
         ),
         ({"single_blocks.0.linear1.weight": (24, 8)}, r"need rows that do not go together"),
     ],
@@ -391,7 +400,8 @@ def test_transposed_and_joined_parameters_round_trip(monkeypatch):
     }
     with pytest.raises(
         FileError,
-        match=r"projection of the file has the shape \[2, 3\], but projection.weight \[2, 3\] of the Any need \[3, 2\]",
+        match=r"projection of the file has the shape \[2, 3\], but projection.weight \[2, 3\] of the Any "
+        r"need \[3, 2\]",
     ):
         to_model({"projection": (2, 3)}, shapes, "Any")
 
@@ -435,7 +445,8 @@ def test_two_parameters_with_one_original_name_are_an_error():
     for order in (shapes, dict(reversed(shapes.items()))):
         with pytest.raises(
             ConfigError,
-            match=r"blocks.0.norm[23].weight and .* WanTr.* would both be called blocks.0.norm3.weight: it is ",
+            match=r"blocks.0.norm[23].weight and .* WanTr.* would both be called blocks.0.norm3.weight: "
+            r"it is ",
         ):
             to_original(order, "WanTransformer3DModel")
 
@@ -443,7 +454,10 @@ def test_two_parameters_with_one_original_name_are_an_error():
 @pytest.mark.parametrize("missing", range(3))
 def test_missing_part_of_a_fused_tensor_is_an_error(missing):
     there = [name for name in QKV if name != QKV[missing]]
-    message = f"this FluxTransformer2DModel has {there[0]}, but no {QKV[missing]} to be one tensor with it: it is built unlike"
+    message = (
+        f"this FluxTransformer2DModel has {there[0]}, but no {QKV[missing]} to be one tensor with "
+        f"it: it is built unlike"
+    )
 
     with pytest.raises(ConfigError, match=message):
         to_original(dict.fromkeys(there, (8, 8)), FLUX)

@@ -1,7 +1,7 @@
-"""Small text encoders' files of every kind, written from the published formats in numpy; nothing of int8run is used here.
+"""Small files of text encoders of every kind, written from the published formats in numpy, without int8run.
 
-`encoder(name, word)` is a file as its maker would write it: real random weights, rounded to a format. What the codes stand for is
-worked out beside them, with other formulas than the oracle's.
+`encoder(name, word)` is a file as its maker would write it: real random weights, rounded to a format. What
+the codes stand for is worked out beside them, with other formulas than the oracle's.
 """
 
 import json
@@ -123,7 +123,7 @@ class File:
         return path
 
 
-# -- codes --------------------------------------------------------------------------------------------------------------
+# codes
 
 
 def fp8_value(byte: int, exponent_bits: int) -> float:
@@ -164,7 +164,10 @@ def regular(size: int) -> Array:
 
 
 def in_tiles(scales: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Block scales in cuBLAS's order, by the formula for each. scales: [R, C] -> [R padded to 128, C padded to 4]."""
+    """Block scales in cuBLAS's order, by the formula for each.
+
+    scales: [R, C] -> [R padded to 128, C padded to 4]
+    """
     rows, columns = scales.shape
     high, wide = -(-rows // 128) * 128, -(-columns // 4) * 4
     flat = np.zeros(high * wide, dtype=np.int64)
@@ -181,7 +184,7 @@ def padded(weight: Array, multiple: int) -> Array:
     return np.pad(weight, [(0, -size % multiple) for size in weight.shape])
 
 
-# -- formats ------------------------------------------------------------------------------------------------------------
+# formats
 
 TENSOR = {"format": "int8_tensorwise"}
 BLOCK, FP8_BLOCK, GROUP = 32, 16, 16
@@ -316,7 +319,7 @@ def allowed_error(word: str) -> float:
     return next(error for start, error in ERRORS.items() if word.startswith(start))
 
 
-# -- encoders -----------------------------------------------------------------------------------------------------------
+# encoders
 
 WIDE, INNER, VOCAB = 64, 128, 40
 

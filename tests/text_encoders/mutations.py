@@ -1,4 +1,7 @@
-"""Ways to damage a safetensors file, or to turn it into another. Each takes a source of chance and changes a draft."""
+"""Ways to damage a safetensors file, or to turn it into another.
+
+Each takes a random generator and changes a draft.
+"""
 
 import json
 import math

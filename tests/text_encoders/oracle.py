@@ -1,7 +1,10 @@
-"""What a safetensors file of quantized weights stands for, read a second time: in numpy and float64, from the published formats alone.
+"""A second reader of quantized weights in safetensors files, in numpy and float64.
 
-Nothing of int8run is used here, and no tensor library. A file has one reading or none: where the formats leave two open, or the file
-contradicts itself, `Unreadable` is raised, and a reader that returns numbers for such a file returns noise.
+Written from the published formats alone.
+
+Nothing of int8run is used here, and no tensor library. A file has one reading or none: where the formats
+leave two open, or the file contradicts itself, `Unreadable` is raised, and a reader that returns numbers for
+such a file returns noise.
 """
 
 import json
@@ -121,7 +124,8 @@ class Reading:
     Args:
         weight: float64 [N, K] with the file's padding.
         word: of the format, as settings call it; empty where they have none.
-        products: factors of each number that are rounded one after the other in float32; 1: a reader is exact to the last bit.
+        products: factors of each number that are rounded one after the other in float32; 1: a reader is exact
+            to the last bit.
     """
 
     weight: Array
@@ -129,7 +133,7 @@ class Reading:
     products: int = 1
 
 
-# -- the container ------------------------------------------------------------------------------------------------------
+# the container
 
 
 def tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -178,11 +182,14 @@ def need(true: object, what: str) -> None:
         raise Unreadable(what)
 
 
-# -- numbers ------------------------------------------------------------------------------------------------------------
+# numbers
 
 
 def fp8_table(exponent_bits: int, finite: bool) -> Array:
-    """The values of all bytes: sign, exponent, mantissa. finite: e4m3fn, whose only NaN is all ones; else with infinities."""
+    """The values of all bytes: sign, exponent, mantissa.
+
+    finite: e4m3fn, whose only NaN is all ones; else with infinities.
+    """
     mantissa_bits = 7 - exponent_bits
     bias, top = 2 ** (exponent_bits - 1) - 1, 2**exponent_bits - 1
     values = np.zeros(256)
@@ -247,7 +254,7 @@ def rows_of(buffer: NDArray[np.uint8], rows: int, columns: int) -> NDArray[np.ui
     return tiles.transpose(0, 3, 2, 1, 4).reshape(128 * high, 4 * wide)[:rows, :columns]
 
 
-# -- what the file says -------------------------------------------------------------------------------------------------
+# what the file says
 
 
 def json_object(text: bytes) -> dict[str, Any]:
@@ -336,11 +343,11 @@ def group_of(fields: Mapping[str, Any]) -> int:
     return size
 
 
-# -- layers -------------------------------------------------------------------------------------------------------------
+# layers
 
 
 def read(path: Path, prefix: str = "") -> dict[str, Reading]:
-    """Every matrix of a file, and every fp8 weight, by layer; of an encoder in a larger file those below its prefix.
+    """Every matrix of a file, and every fp8 weight, by layer; in a larger file those below a prefix.
 
     Raises:
         Unreadable
@@ -401,7 +408,7 @@ def has_blocks(tensors: Mapping[str, Tensor], name: str) -> bool:
 def told_layout(
     tensors: Mapping[str, Tensor], fields: Mapping[str, Any], names: list[str], dtype: str
 ) -> set[bool]:
-    """Whether the block scales lie in tiles, as far as markers and shapes tell: of all layers of a kind together."""
+    """Whether the block scales lie in tiles, as far as markers and shapes of all layers of a kind say."""
     found = set()
     for name in names:
         weight, scale = tensors[f"{name}.weight"], scale_of(tensors, name)

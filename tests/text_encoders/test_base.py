@@ -30,7 +30,8 @@ def test_is_quantized_unless_encoders_stay_as_they_are() -> None:
         ),
         (
             {"path": "x"},
-            r"^clip=keep leaves the text encoders as they are, and clip\.path=x names another; set clip=auto$",
+            r"^clip=keep leaves the text encoders as they are, and clip\.path=x names another; set "
+            r"clip=auto$",
         ),
         (
             {"format": "auto", "path": "x", "components": ["text_encoder"]},

@@ -1,4 +1,4 @@
-"""Built encoders: which modules take the place of Linears and embeddings, dtypes, memory, devices and kernels."""
+"""Built encoders: the modules in the place of Linears and embeddings, dtypes, memory, devices, kernels."""
 
 import copy
 from pathlib import Path
@@ -201,12 +201,14 @@ def test_kernels_without_a_layer_are_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(
         BackendError,
-        match=rf"scaled_mm can run none of the layers of {path}: 7 × scaled_mm takes fp8 weights .* this one is nvfp4",
+        match=rf"scaled_mm can run none of the layers of {path}: 7 × scaled_mm takes fp8 weights .* this "
+        rf"one is nvfp4",
     ):
         build(path, "scaled_mm")
     with pytest.raises(
         BackendError,
-        match=r"clip.kernel_backend=triton: backend 'triton' cannot run here: runs on cuda, not on cpu; .*; dequantize runs everywhere",
+        match=r"clip.kernel_backend=triton: backend 'triton' cannot run here: runs on cuda, not on cpu; "
+        r".*; dequantize runs everywhere",
     ):
         build(path, "triton")
     if not without_vnni():
@@ -239,7 +241,7 @@ def test_dequantizer_depends_on_backend_and_device(word: str, device: str, reade
     assert kernels.backend is kernels.backend, "made once"
 
 
-# -- what becomes of each layer ----------------------------------------------------------------------------------------------------
+# what becomes of each layer
 
 
 def open_encoder(name: str, word: str, folder: Path, **options: object) -> tuple[EncoderFile, nn.Module]:
@@ -300,8 +302,8 @@ def test_quantized_table_that_the_model_reads_itself_is_float_in_memory(
 
     assert torch.allclose(model.get_submodule(table).weight.double(), torch.from_numpy(file.real[table]))
     assert (
-        "1 quantized layers are floats in memory: 1 × int8_rowwise, read as float: the model reads the table itself"
-        in caplog.text
+        "1 quantized layers are floats in memory: 1 × int8_rowwise, read as float: the model reads the "
+        "table itself" in caplog.text
     )
 
 

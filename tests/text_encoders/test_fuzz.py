@@ -1,4 +1,7 @@
-"""Files that are damaged in every way: each is refused in words of ours, or every weight of it is what the oracle reads."""
+"""Files that are damaged in every way.
+
+Each is an error of int8run's, or every weight of it is what the oracle reads.
+"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -145,7 +148,7 @@ def compare_file(path: Path) -> str:
 
 
 def compare_encoder(path: Path) -> str:
-    """Load a file as a text encoder, build it, and ask every layer and every parameter of it. Returns what came of it."""
+    """Load a file as a text encoder, build it, and read every layer and parameter; return the outcome."""
     started = process_time()
     try:
         state, metadata = load_text_encoder(path, kernel_backend="dequantize")

@@ -170,7 +170,8 @@ def test_one_encoder_of_a_full_checkpoint_is_loaded(tmp_path: Path) -> None:
 
     with pytest.raises(
         FileError,
-        match=r"several text encoders: .*clip \(text_encoders\.clip_l\.transformer\.\).*choose one: t5 or clip",
+        match=r"several text encoders: .*clip \(text_encoders\.clip_l\.transformer\.\).*choose one: t5 or "
+        r"clip",
     ):
         load_text_encoder(path)
     for which, prefix, word in (
@@ -252,7 +253,8 @@ def test_given_config_is_used(tmp_path: Path) -> None:
         )
     with pytest.raises(
         FileError,
-        match=r"\d+ parameters of the clip encoder are not there \(first: .*layers\.1\..*the file is incomplete",
+        match=r"\d+ parameters of the clip encoder are not there \(first: .*layers\.1\..*the file is "
+        r"incomplete",
     ):
         build_text_encoder(
             state, metadata, class_name="CLIPTextModel", config=config | {"num_hidden_layers": 2}
@@ -265,7 +267,8 @@ def test_metadata_of_another_file_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(
         ConfigError,
-        match=r"the metadata describes .*, and the state_dict has no weight of it; pass what was loaded together",
+        match=r"the metadata describes .*, and the state_dict has no weight of it; pass what was loaded "
+        r"together",
     ):
         build_text_encoder(other, metadata)
 
@@ -281,7 +284,7 @@ def test_metadata_of_another_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_tensor_without_a_place_is_an_error(tmp_path: Path) -> None:
-    """Sizes are read from the file: what they leave out is no part of another encoder that is silently made smaller."""
+    """Sizes are read from the file: a tensor that they leave out must not make a smaller encoder of it."""
     file = encoder("t5", "int8_rowwise")
 
     with pytest.raises(FileError, match=r"encoder\.final_layer_norm\.weight"):

@@ -1,4 +1,4 @@
-"""The tests' second reader and the files they make: by numbers that were worked out by hand, and each by the other."""
+"""The tests' own reader and writer: by numbers that were worked out by hand, and each by the other."""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Which encoder a file holds, where its tensors go, and its configuration: tiny models of every class, and full sizes as shapes alone."""
+"""Which encoder a file holds, where its tensors go, and its configuration.
+
+With tiny models of every class, and full sizes as shapes alone.
+"""
 
 import copy
 import logging
@@ -182,7 +185,8 @@ def test_vision_tower_that_a_file_lacks_is_removed(name, caplog):
 
     with pytest.raises(
         FileError,
-        match=r"(visual|vision_tower|vision_model) is needed and was not in the text encoder's file: the file has no vision",
+        match=r"(visual|vision_tower|vision_model) is needed and was not in the text encoder's file: the "
+        r"file has no vision",
     ):
         tower(torch.zeros(1))
 
@@ -315,7 +319,10 @@ def test_one_of_several_encoders_is_chosen(which, name):
 
 
 def test_several_encoders_without_a_choice_are_an_error():
-    held = r"t5 \(text_encoders.t5xxl.transformer.\), clip_g \(text_encoders.clip_g.transformer.\), clip_l \(.*\)"
+    held = (
+        r"t5 \(text_encoders.t5xxl.transformer.\), clip_g \(text_encoders.clip_g.transformer.\), "
+        r"clip_l \(.*\)"
+    )
     shapes = make_checkpoint_shapes()
 
     with pytest.raises(
@@ -352,7 +359,8 @@ DENOISER = [key.replace("*", "0") for key in load_families()["flux"].fingerprint
         ({}, "0 tensors, such as none; known are"),
         (
             {"encoder.block.0.layer.0.SelfAttention.k.weight": (64, 64)},
-            "such as encoder.block.0.*; t5 would have encoder.block.0.layer.1.DenseReluDense.wi_1.weight; t5_old would have .*wi.w",
+            "such as encoder.block.0.*; t5 would have encoder.block.0.layer.1.DenseReluDense.wi_1.weight; "
+            "t5_old would have .*wi.w",
         ),
     ],
 )
@@ -1013,7 +1021,10 @@ def test_file_that_does_not_fit_is_an_error(change, message):
 
 
 def test_tensor_under_two_names_is_an_error():
-    message = r"the file holds (text_model.final_layer_norm.bias) of clip twice: as \1 and as ln_final.bias; remove one"
+    message = (
+        r"the file holds (text_model.final_layer_norm.bias) of clip twice: as \1 and as "
+        r"ln_final.bias; remove one"
+    )
     with pytest.raises(FileError, match=message):
         map_canonical_names(get_encoder("clip"), make_clip_shapes(64, 1) | {"ln_final.bias": (64,)})
 
@@ -1282,7 +1293,10 @@ def test_tokenizer_that_cannot_be_downloaded_is_an_error(monkeypatch):
         raise OSError("We couldn't connect\nto the hub")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fetch)
-    message = r"the tokenizer Qwen/Qwen-Image \(tokenizer\) is not on this machine and could not be downloaded: We couldn't connect to the hub; take"
+    message = (
+        r"the tokenizer Qwen/Qwen-Image \(tokenizer\) is not on this machine and could not be "
+        r"downloaded: We couldn't connect to the hub; take"
+    )
 
     with pytest.raises(FileError, match=message):
         load_tokenizer(get_encoder("qwen2_5_vl").tokenizer)

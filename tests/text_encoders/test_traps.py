@@ -1,4 +1,7 @@
-"""What other loaders of quantized text encoders get wrong, each by a small file that looks right and gives noise if it is read so."""
+"""What other loaders of quantized text encoders get wrong.
+
+Each by a small file that looks right, and gives noise if it is read so.
+"""
 
 import json
 import logging
