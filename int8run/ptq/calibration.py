@@ -1,4 +1,8 @@
-"""Calibration: the float model draws a few prompts, and every layer's input is looked at on the way."""
+"""Calibration: the float model generates a few images, and every layer's input is sampled on the way.
+
+`int8run.pipeline.quantize_denoiser` calls it when the outlier method, the rounding or the mixed precision
+search needs activations. The calibration prompts are other ones than those a result is judged by.
+"""
 
 import logging
 import zlib
@@ -21,124 +25,160 @@ from int8run.report.console import Progress
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class InputRecord:
-    """What was seen of one layer so far."""
-
-    absmax: Tensor | None = None
-    pieces: list[Tensor] = field(default_factory=list)  # [B, T, K] each
-
-
 def capture_calibration_calls(
     pipe: DiffusionPipeline,
     component: str,
     denoiser: nn.Module,
+    *,
     calibration: CalibrationSettings,
     sampling: Sampling,
     progress: Progress,
 ) -> list[Mapping[str, Any]]:
-    """The denoiser's arguments at some moments of each calibration picture."""
-    calls = []
-    batches = [
-        calibration.samples[i : i + sampling.batch]
-        for i in range(0, len(calibration.prompts), sampling.batch)
-    ]
+    """The denoiser's arguments at some timesteps of each calibration image.
+
+    Args:
+        pipe: generates the images.
+        component: the denoiser's name in the pipe.
+        denoiser: the float model.
+        calibration: prompts, seed and the number of timesteps.
+        sampling: steps and size of the images.
+        progress: shows one count per batch.
+    """
+    samples = calibration.samples
+    batches = [samples[i : i + sampling.batch] for i in range(0, len(samples), sampling.batch)]
+    chosen = []
     with progress.track_loop("calibrate", len(batches)) as advance:
         for batch in batches:
-            made = capture_calls(pipe, component, denoiser, batch, sampling)
-            moments = (
-                torch.linspace(0, len(made) - 1, min(calibration.num_timesteps, len(made)))
-                .round()
-                .int()
-                .tolist()
-            )
-            calls += [made[i] for i in moments]
+            calls = capture_calls(pipe, component, denoiser, batch, sampling)
+            chosen += [calls[i] for i in spread_evenly(len(calls), calibration.num_timesteps)]
             advance(1)
-    return calls
+    return chosen
+
+
+def spread_evenly(count: int, most: int) -> list[int]:
+    """At most `most` indices below `count`, the first and the last among them."""
+    return torch.linspace(0, count - 1, min(most, count)).round().int().tolist()
+
+
+@dataclass
+class InputRecord:
+    """What was seen of one layer's input so far.
+
+    Args:
+        generator: picks the tokens that are kept.
+        absmax: float32 [K], the maxima over every row; None before the first call.
+        pieces: [B, T, K] of each call, the tokens that are kept.
+    """
+
+    generator: torch.Generator
+    absmax: Tensor | None = None
+    pieces: list[Tensor] = field(default_factory=list)
+
+    def add(self, x: Tensor, max_tokens: int) -> None:
+        """Take note of one call's input. x: [..., K]; of its tokens at most `max_tokens` are kept."""
+        rows = x.reshape(-1, x.shape[-1])
+        absmax = rows.abs().amax(0).float()
+        self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
+        # [B, T, K]; without a token axis each row is an input of one token
+        tokens = x.flatten(0, -3) if x.dim() > 2 else rows[:, None]
+        # some inputs are picked as well: there may be one per pixel, where the tokens are the frames of a
+        # video
+        inputs = self._pick(tokens.shape[0], max_tokens)
+        kept = self._pick(tokens.shape[1], max_tokens // len(inputs))
+        self.pieces.append(tokens[inputs[:, None].to(x.device), kept.to(x.device)].cpu())
+
+    def _pick(self, count: int, most: int) -> Tensor:
+        picked = torch.randperm(count, generator=self.generator)[: max(1, most)]
+        return picked.sort().values
 
 
 def collect_layer_statistics(
     denoiser: nn.Module,
     plans: Sequence[LayerPlan],
+    *,
     groups: Sequence[Sequence[str]],
     calls: Sequence[Mapping[str, Any]],
     calibration: CalibrationSettings,
 ) -> dict[str, LayerStatistics]:
-    """What each planned layer is given in those calls; a layer that no call reaches is left out.
+    """Statistics of each planned layer's input in those calls; a layer that no call reaches is left out.
 
     Args:
+        denoiser: the float model.
+        plans: the layers to watch.
         groups: layers that read the same tensor; each planned layer stands in one group.
+        calls: arguments of the denoiser, from `capture_calibration_calls`.
+        calibration: seed, and how many tokens are kept of each layer.
 
     Raises:
-        ConfigError: when a layer is given NaN or infinity.
+        ConfigError: when a layer's input has NaN or infinity.
     """
-    seen = {plan.name: InputRecord() for plan in plans}
-    generators = {
-        name: torch.Generator().manual_seed(zlib.crc32(f"{calibration.seed} {name} calibration".encode()))
-        for name in seen
-    }
+    records = {plan.name: InputRecord(make_generator(calibration.seed, plan.name)) for plan in plans}
 
-    def some(name: str, count: int, most: int) -> Tensor:
-        return torch.randperm(count, generator=generators[name])[: max(1, most)].sort().values
-
-    def see(name: str, x: Tensor, y: Tensor) -> None:
-        if not x.numel():
-            return
-        check_finite(name, x, "a calibration step")
-        layer, rows = seen[name], x.reshape(-1, x.shape[-1])
-        absmax = rows.abs().amax(0).float()
-        layer.absmax = absmax if layer.absmax is None else torch.maximum(layer.absmax, absmax)
-        tokens = (
-            x.flatten(0, -3) if x.dim() > 2 else rows[:, None]
-        )  # without a token axis each row stands alone
-        room = calibration.max_tokens_per_layer // len(calls)
-        inputs = some(
-            name, tokens.shape[0], room
-        )  # there may be as many as there are pixels, where the tokens are frames
-        kept = some(name, tokens.shape[1], room // len(inputs))
-        layer.pieces.append(tokens[inputs[:, None].to(x.device), kept.to(x.device)].cpu())
+    def record_input(name: str, x: Tensor, y: Tensor) -> None:
+        if x.numel():
+            check_finite(name, x, "a calibration step")
+            records[name].add(x, max_tokens=calibration.max_tokens_per_layer // len(calls))
 
     for call in calls:
-        capture_layers(denoiser, call, list(seen), see)
+        capture_layers(denoiser, call, list(records), record_input)
 
-    weight_absmax = {name: get_linear(denoiser, name).weight.detach().abs().amax(0).float() for name in seen}
     statistics = {}
     for group in groups:
-        together = torch.stack([weight_absmax[name] for name in group]).amax(0).cpu()
+        maxima = [get_linear(denoiser, name).weight.detach().abs().amax(0).float() for name in group]
+        weight_absmax = torch.stack(maxima).amax(0).cpu()  # [layers, K] -> [K]
         for name in group:
-            if (absmax := seen[name].absmax) is not None:
+            record = records[name]
+            if record.absmax is not None:
                 statistics[name] = LayerStatistics(
-                    interleave_by_image(seen[name].pieces), absmax.cpu(), together
+                    sample=interleave_by_image(record.pieces),
+                    input_absmax=record.absmax.cpu(),
+                    weight_absmax=weight_absmax,
                 )
     warn_constant_channels(statistics)
     return statistics
 
 
-def interleave_by_image(pieces: Sequence[Tensor]) -> Tensor:
-    """One sample of all calls, the inputs of a picture side by side, so that either half holds other pictures than the other.
+def make_generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers of one layer, the same for every order of the layers."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} calibration".encode()))
 
-    pieces: [B, T, K] of each call, whose T may differ -> [S, T, K] with the least T.
+
+def interleave_by_image(pieces: Sequence[Tensor]) -> Tensor:
+    """One sample of all calls with the inputs of an image side by side.
+
+    Either half of the sample then holds other images than the other half.
+
+    Args:
+        pieces: [B, T, K] of each call; T may differ.
+
+    Returns:
+        [S, T, K] with the least T, S the sum of all B.
     """
-    length = min(piece.shape[1] for piece in pieces)
-    most = max(len(piece) for piece in pieces)
-    return torch.cat([piece[i : i + 1, :length] for i in range(most) for piece in pieces])
+    n_tokens = min(piece.shape[1] for piece in pieces)
+    n_images = max(len(piece) for piece in pieces)
+    parts = []
+    for image in range(n_images):
+        parts += [piece[image : image + 1, :n_tokens] for piece in pieces]
+    return torch.cat(parts)
 
 
 def warn_constant_channels(statistics: Mapping[str, LayerStatistics]) -> None:
-    """Say which layers have input channels of zero variance: their range is a guess."""
-    constant = {
-        name: int((s.sample == s.sample[:1, :1]).all(0).all(0).sum())
-        for name, s in statistics.items()
-        if s.sample.shape[:2].numel() > 1
-    }
-    found = {name: count for name, count in constant.items() if count}
-    if found:
-        worst = max(found, key=found.__getitem__)
-        log.warning(
-            "calibration: %d layers have input channels that never change (%s: %d of %d); what is fitted to them is a guess, "
-            "more calibration.prompts or calibration.num_timesteps may show them at work",
-            len(found),
-            worst,
-            found[worst],
-            statistics[worst].sample.shape[-1],
-        )
+    """Warn about layers with input channels of zero variance: their range is a guess."""
+    counts = {}
+    for name, layer in statistics.items():
+        sample = layer.sample  # [S, T, K]
+        if sample.shape[:2].numel() > 1:
+            is_constant = (sample == sample[:1, :1]).all(0).all(0)  # [K]
+            counts[name] = int(is_constant.sum())
+    found = {name: count for name, count in counts.items() if count}
+    if not found:
+        return
+    worst = max(found, key=found.__getitem__)
+    log.warning(
+        "calibration: %d layers have input channels that never change (%s: %d of %d); what is fitted to them "
+        "is a guess; more calibration.prompts or a larger calibration.num_timesteps may show them changing",
+        len(found),
+        worst,
+        found[worst],
+        statistics[worst].sample.shape[-1],
+    )

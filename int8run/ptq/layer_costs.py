@@ -1,4 +1,8 @@
-"""What a transform or a LoRA branch costs a layer, measured on this machine and remembered."""
+"""What a transform or a LoRA branch costs a layer in time, measured on this machine and remembered.
+
+`outlier=auto` asks for the cost of each candidate method, and `lora.mode=auto` for that of runtime branches.
+A cost is a ratio: the time of the changed layer over that of the plain one.
+"""
 
 import logging
 import math
@@ -17,92 +21,112 @@ from int8run.quant.weight import quantize_weight
 from int8run.utils.timing import is_steady, time_in_turns
 
 log = logging.getLogger(__name__)
+
+# how often each layer is timed
 ROUNDS = 15
 
 
 class LayerCosts:
-    """Times of a changed layer over those of the plain one, each question measured once."""
+    """Times of a changed layer over those of the plain one, each measured once.
+
+    Args:
+        backend: of the config.
+        device: where the layers run.
+        dtype: of the float model.
+    """
 
     def __init__(self, backend: Backend, device: torch.device, dtype: torch.dtype):
-        path = getattr(backend, "table", None)
-        self.cache = AutotuneCache(Path(path) if path else None, device, dtype)
+        table = getattr(backend, "table", None)  # the file of backends that keep what they measure
+        self.cache = AutotuneCache(Path(table) if table else None, device, dtype)
         self.backend, self.device, self.dtype = backend, device, dtype
         self.measured: dict[str, float] = {}
 
-    def look_up(self, question: str) -> float | None:
-        """The answer of this process or of one before."""
-        return self.measured.get(question) or parse_ratio(self.cache.get(question))
+    def look_up(self, key: str) -> float | None:
+        """A ratio that was measured in this process or in one before."""
+        return self.measured.get(key) or parse_ratio(self.cache.get(key))
 
     def random_tensor(self, *shape: int) -> Tensor:
-        """Normal numbers, the same ones for every question."""
+        """Normal numbers, the same ones at each call."""
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
     @torch.no_grad()
-    def measure_ratio(self, question: str, plain: Int8Linear, changed: Int8Linear, rows: int) -> float:
-        """The ratio of the shortest times, of calls that take turns; kept for later runs where the machine was quiet.
+    def measure_ratio(self, key: str, plain: Int8Linear, changed: Int8Linear, rows: int) -> float:
+        """The ratio of the shortest times, of calls that take turns.
 
-        What other work adds to a time is not the layer's: a ratio of medians doubles on a busy machine.
+        Not the ratio of medians: other work on the machine adds to the medians and would double the ratio.
+        A measurement that scatters is used in this process and not kept for later runs.
+
+        Args:
+            key: of the ratio in the cache.
+            plain: the layer without the change.
+            changed: the layer with it.
+            rows: of the input.
         """
         x = self.random_tensor(1, rows, plain.in_features).to(self.dtype)
         seconds = time_in_turns([partial(plain, x), partial(changed, x)], self.device, ROUNDS)
-        without, with_change = map(min, seconds)
-        self.measured[question] = round(with_change / without, 3)
+        plain_seconds, changed_seconds = map(min, seconds)
+        ratio = round(changed_seconds / plain_seconds, 3)
+        self.measured[key] = ratio
         if all(map(is_steady, seconds)):
-            self.cache.put(question, str(self.measured[question]))
+            self.cache.put(key, str(ratio))
         else:
             log.warning(
-                "%s: times scatter by more than twice: other work runs here; measured anew next time",
-                question,
+                "%s: times scatter by more than twice: other work runs here; measured anew next time", key
             )
-        return self.measured[question]
+        return ratio
 
 
 class TransformCosts(LayerCosts):
-    """Time of an INT8 layer with an outlier transform over its time without, by the backend that runs the layer."""
+    """Time of an INT8 layer with an outlier transform over its time without, on the layer's backend."""
 
     @cached_property
     def chooser(self) -> BackendChooser | None:
-        """What names the backend of a shape, where `backend=auto` does."""
-        return (
-            self.backend.make_chooser(self.device, self.dtype)
-            if isinstance(self.backend, AutoBackend)
-            else None
-        )
+        """What chooses the backend of a shape; None where the config names one backend."""
+        if not isinstance(self.backend, AutoBackend):
+            return None
+        return self.backend.make_chooser(self.device, self.dtype)
 
     def get_ratio(self, transform: OutlierTransform, shape: tuple[int, int, int], sharing: int = 1) -> float:
-        """The ratio for a layer; it depends on what the transform does, not on its numbers.
+        """The ratio for a layer; it depends on the steps of the transform, not on its numbers.
 
         Args:
-            shape: rows, in and out features.
-            sharing: layers that read the same tensor. One transform serves them all, except centering with the weight's own factors.
+            transform: of the layer.
+            shape: rows, in_features and out_features.
+            sharing: how many layers read the same tensor. One transform serves them all, unless it centers
+                with factors of a single weight.
         """
-        return 1 + (self.get_ratio_alone(transform, shape) - 1) / (1 if transform.centered else sharing)
+        extra = self.get_ratio_alone(transform, shape) - 1
+        return 1 + extra / (1 if transform.centered else sharing)
 
     def get_ratio_alone(self, transform: OutlierTransform, shape: tuple[int, int, int]) -> float:
-        """The ratio for a layer that shares its input with none."""
+        """The ratio for a layer that shares its input with no other."""
         steps = describe_transform(transform)
         if not steps:
             return 1.0
         rows, in_features, out_features = shape
-        backend = (
-            self.chooser.choose_backend(rows, in_features, out_features) if self.chooser else self.backend
-        )
-        question = f"cost of {steps} | {backend.name} | {rows}x{in_features}x{out_features}"
-        if (known := self.look_up(question)) is not None:
+        backend = self.backend
+        if self.chooser is not None:
+            backend = self.chooser.choose_backend(rows, in_features, out_features)
+        key = f"cost of {steps} | {backend.name} | {rows}x{in_features}x{out_features}"
+        known = self.look_up(key)
+        if known is not None:
             return known
         weight = quantize_weight(self.random_tensor(out_features, in_features))
-        plain, changed = (
-            Int8Linear(QuantizedLayer(weight, t, None), backend, self.dtype)
-            for t in (OutlierTransform(), transform.to(self.device))
+        plain = QuantizedLayer(weight, OutlierTransform(), bias=None)
+        changed = QuantizedLayer(weight, transform.to(self.device), bias=None)
+        return self.measure_ratio(
+            key,
+            Int8Linear(plain, backend, self.dtype),
+            Int8Linear(changed, backend, self.dtype),
+            rows=rows,
         )
-        return self.measure_ratio(question, plain, changed, rows)
 
 
 class BranchCosts(LayerCosts):
     """Time of an INT8 layer with a low-rank branch over its time without."""
 
     def get_ratio(self, layer: Int8Linear, rank: int, rows: int) -> float:
-        """The ratio for a layer of this shape and backend; the branch's numbers have no say.
+        """The ratio for a layer of this shape and backend; it does not depend on the branch's numbers.
 
         Args:
             layer: any of that shape, on the backend that runs it.
@@ -110,28 +134,29 @@ class BranchCosts(LayerCosts):
             rows: that it sees in one call.
         """
         shape = f"{rows}x{layer.in_features}x{layer.out_features}"
-        # settings of a backend change what a branch costs it
-        question = f"cost of a branch of rank {rank} | {layer.backend!r} | {shape}"
-        if (known := self.look_up(question)) is not None:
+        # the backend with its settings, because these change what a branch costs
+        key = f"cost of a branch of rank {rank} | {layer.backend!r} | {shape}"
+        known = self.look_up(key)
+        if known is not None:
             return known
         weight = quantize_weight(self.random_tensor(layer.out_features, layer.in_features))
-        plain, changed = (
-            Int8Linear(QuantizedLayer(weight, OutlierTransform(), None), layer.backend, self.dtype)
-            for _ in range(2)
-        )
-        branch = LowRankBranch(
-            [(self.random_tensor(rank, layer.in_features), self.random_tensor(layer.out_features, rank))],
-            self.dtype,
-            self.device,
-        )
-        branch.fuse_into_backend(layer.backend, changed.transform)
+        quantized = QuantizedLayer(weight, OutlierTransform(), bias=None)
+        plain = Int8Linear(quantized, layer.backend, self.dtype)
+        changed = Int8Linear(quantized, layer.backend, self.dtype)
+        changed.adapter = self._make_branch(layer, rank)
+        return self.measure_ratio(key, plain, changed, rows=rows)
+
+    def _make_branch(self, layer: Int8Linear, rank: int) -> LowRankBranch:
+        lora_A = self.random_tensor(rank, layer.in_features)
+        lora_B = self.random_tensor(layer.out_features, rank)
+        branch = LowRankBranch([(lora_A, lora_B)], self.dtype, self.device)
+        branch.fuse_into_backend(layer.backend, OutlierTransform())
         branch.set_strengths([1.0])
-        changed.adapter = branch
-        return self.measure_ratio(question, plain, changed, rows)
+        return branch
 
 
 def parse_ratio(text: str | None) -> float | None:
-    """A ratio out of the table; a file that somebody edited may hold anything."""
+    """A ratio out of the cache; a file that somebody edited may hold anything."""
     try:
         ratio = float(text or "")
     except ValueError:
@@ -140,14 +165,13 @@ def parse_ratio(text: str | None) -> float | None:
 
 
 def describe_transform(transform: OutlierTransform) -> str:
-    """What a transform does to the input, as far as its time depends on it."""
+    """The steps of a transform on the input, as far as its time depends on them; empty when there are none."""
     steps = []
     if transform.centered:
         steps.append("centering")
     if transform.factor is not None:
         steps.append("factor")
     if transform.group_size:
-        steps.append(
-            f"{'Sylvester' if transform.sylvester else 'regular'} rotation of {transform.group_size}"
-        )
+        kind = "Sylvester" if transform.sylvester else "regular"
+        steps.append(f"{kind} rotation of {transform.group_size}")
     return ", ".join(steps)

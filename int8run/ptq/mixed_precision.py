@@ -1,10 +1,13 @@
-"""`model_type.mixed_precision=auto`: the layers that hurt most stay float, until the measured quality is what was asked for."""
+"""`model_type.mixed_precision=auto`: the most sensitive layers stay float until a quality target is met.
+
+`int8run.pipeline.quantize_denoiser` runs the search after the layers are quantized. It generates the
+calibration images with trial denoisers, so every quality it reports is measured.
+"""
 
 import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,18 +27,31 @@ from int8run.report.console import Progress
 from int8run.utils.timing import time_medians
 
 log = logging.getLogger(__name__)
+
+# how often a step of each denoiser is timed to compare them
 ROUNDS = 11
 
 
 @dataclass(frozen=True)
 class MixedPrecisionResult:
-    """What a quality budget asked for, what it got and what it paid."""
+    """What a quality target asked for, what was reached and what it costs.
+
+    The fields are keys in the metadata of INT8 files, and most of them metrics.
+
+    Args:
+        asked_db: the target, `quality_db`.
+        reached_db: signal-to-error ratio of the last latents.
+        without_db: the same with every layer in INT8.
+        kept: the layers that stay float, each with its share of the sum of all sensitivities.
+        step_ratio: time of a step over its time with every layer in INT8.
+        memory_ratio: memory of the denoiser over its memory with every layer in INT8.
+    """
 
     asked_db: float
     reached_db: float
-    without_db: float  # with no layer kept for it
-    kept: Mapping[str, float]  # layer -> its share of the error that all INT8 layers make, each on its own
-    step_ratio: float  # time of a step over its time without the budget
+    without_db: float
+    kept: Mapping[str, float]
+    step_ratio: float
     memory_ratio: float
 
     @property
@@ -51,86 +67,147 @@ class MixedPrecisionResult:
         }
 
     def __str__(self) -> str:
-        price = (
-            f"a step takes {self.step_ratio:.2f}× the time, the denoiser {self.memory_ratio:.2f}× the memory"
-        )
+        start = f"quality budget {self.asked_db:g} dB"
         if not self.kept:
-            return f"quality budget {self.asked_db:g} dB: met at {self.reached_db:.1f} dB with no layer kept for it"
-        kept = f"{self.reached_db:.1f} dB with {len(self.kept)} layers kept float, {self.without_db:.1f} dB without"
-        return f"quality budget {self.asked_db:g} dB: {kept}; {price}"
+            return f"{start}: met at {self.reached_db:.1f} dB with no layer kept for it"
+        reached = f"{self.reached_db:.1f} dB with {len(self.kept)} layers kept float"
+        price = f"{self.step_ratio:.2f}× the time, the denoiser {self.memory_ratio:.2f}× the memory"
+        return f"{start}: {reached}, {self.without_db:.1f} dB without; a step takes {price}"
 
 
-def meet_budget(
-    float_denoiser: nn.Module,
-    layers: Mapping[str, Int8Linear],
-    work: Mapping[str, int],
-    assemble: Callable[[Sequence[str]], nn.Module],
-    pipe: DiffusionPipeline,
-    component: str,
-    pictures: Sequence[Sample],
-    sampling: Sampling,
-    calls: Sequence[Mapping[str, Any]],
-    asked_db: float,
-    progress: Progress,
-) -> tuple[nn.Module, MixedPrecisionResult]:
-    """Keep as few layers float as the budget needs, the most error per multiplication first.
+@dataclass(frozen=True)
+class MixedPrecisionSearch:
+    """Keeps as few layers float as a quality target needs, the most error per multiply-add first.
 
-    How many is found by bisection, each step measured: the calibration pictures are generated and their last latents compared.
+    How many layers that takes is found by bisection; each trial generates the calibration images and compares
+    their last latents with those of the float model.
 
     Args:
+        float_denoiser: the float model.
         layers: the INT8 layers, by name.
-        work: multiplications of each layer in one call of the denoiser.
-        assemble: the INT8 denoiser of the layers that are named.
-        pictures: calibration pictures.
-        calls: arguments of the denoiser at some of their steps.
-        asked_db: least signal-to-error ratio of the last latents.
-
-    Raises:
-        ConfigError: when only the float model meets it.
+        macs: multiply-adds of each layer in one call of the denoiser.
+        assemble: gives the denoiser in which the named layers are INT8 and the others float.
+        pipe: generates the images.
+        component: the denoiser's name in the pipe.
+        samples: prompts and seeds of the calibration images.
+        sampling: steps and size of the images.
+        calls: arguments of the denoiser at some of their timesteps.
+        target_db: the least signal-to-error ratio of the last latents.
+        progress: counts layers and trials.
     """
-    sampling = replace(sampling, extra={**sampling.extra, "output_type": "latent"})
-    run = lambda denoiser: generate(pipe, component, {"": denoiser}, pictures, sampling)[""]  # noqa: E731
-    whole = assemble(list(layers))
-    bisections = math.ceil(math.log2(len(layers))) + 1
-    with progress.track_loop("quality budget", len(layers) + bisections) as advance:
-        exact = run(float_denoiser)
-        reached = {0: measure_latents_db(run(whole), exact)}
-        advance(1)
-        if reached[0] >= asked_db:
-            return whole, MixedPrecisionResult(asked_db, reached[0], reached[0], {}, 1.0, 1.0)
-        errors = measure_layer_sensitivities(float_denoiser, layers, calls, lambda: advance(1))
-        order = sorted(layers, key=lambda name: errors[name] / work[name], reverse=True)
+
+    float_denoiser: nn.Module
+    layers: Mapping[str, Int8Linear]
+    macs: Mapping[str, int]
+    assemble: Callable[[Sequence[str]], nn.Module]
+    pipe: DiffusionPipeline
+    component: str
+    samples: Sequence[Sample]
+    sampling: Sampling
+    calls: Sequence[Mapping[str, Any]]
+    target_db: float
+    progress: Progress
+
+    def run(self) -> tuple[nn.Module, MixedPrecisionResult]:
+        """Search.
+
+        Returns:
+            The denoiser, and what the search found.
+
+        Raises:
+            ConfigError: when only the float model meets the target.
+        """
+        n_trials = math.ceil(math.log2(len(self.layers))) + 1
+        with self.progress.track_loop("quality budget", len(self.layers) + n_trials) as advance:
+            exact = self._generate(self.float_denoiser)
+            all_int8 = self.assemble(list(self.layers))
+            reached_db = {0: measure_latents_db(self._generate(all_int8), exact)}  # by number of float layers
+            advance(1)
+            if reached_db[0] >= self.target_db:
+                return all_int8, self._summarize_met_without(reached_db[0])
+            sensitivities = measure_layer_sensitivities(
+                self.float_denoiser, self.layers, self.calls, on_layer=lambda: advance(1)
+            )
+            order = sorted(self.layers, key=lambda name: sensitivities[name] / self.macs[name], reverse=True)
+            n_float = self._bisect(order, exact, reached_db, on_trial=lambda: advance(1))
+        self._check_reachable(n_float, reached_db)
+        denoiser = self.assemble(order[n_float:])
+        total = sum(sensitivities.values()) or 1.0
+        result = MixedPrecisionResult(
+            asked_db=self.target_db,
+            reached_db=reached_db[n_float],
+            without_db=reached_db[0],
+            kept={name: sensitivities[name] / total for name in order[:n_float]},
+            step_ratio=self._compare_step_times(denoiser, all_int8),
+            memory_ratio=count_module_bytes(denoiser) / count_module_bytes(all_int8),
+        )
+        return denoiser, result
+
+    def _generate(self, denoiser: nn.Module) -> Generation:
+        # latents are compared, so that nothing has to be decoded
+        sampling = replace(self.sampling, extra={**self.sampling.extra, "output_type": "latent"})
+        return generate(self.pipe, self.component, {"": denoiser}, self.samples, sampling)[""]
+
+    def _summarize_met_without(self, reached_db: float) -> MixedPrecisionResult:
+        return MixedPrecisionResult(
+            asked_db=self.target_db,
+            reached_db=reached_db,
+            without_db=reached_db,
+            kept={},
+            step_ratio=1.0,
+            memory_ratio=1.0,
+        )
+
+    def _bisect(
+        self,
+        order: Sequence[str],
+        exact: Generation,
+        reached_db: dict[int, float],
+        on_trial: Callable[[], None],
+    ) -> int:
+        """The least number of float layers, the first of the order, that meets the target; measured on the
+        way.
+
+        All layers, the float model itself, always meet it.
+        """
         too_few, enough = 0, len(order)
         while enough - too_few > 1:
-            middle = (too_few + enough) // 2
-            reached[middle] = measure_latents_db(run(assemble(order[middle:])), exact)
-            log.debug("%d layers float: %.1f dB", middle, reached[middle])
-            too_few, enough = (too_few, middle) if reached[middle] >= asked_db else (middle, enough)
-            advance(1)
-    if enough == len(order):
-        best = max(reached, key=reached.__getitem__)
+            n_float = (too_few + enough) // 2
+            trial = self.assemble(order[n_float:])
+            reached_db[n_float] = measure_latents_db(self._generate(trial), exact)
+            log.debug("%d layers float: %.1f dB", n_float, reached_db[n_float])
+            if reached_db[n_float] >= self.target_db:
+                enough = n_float
+            else:
+                too_few = n_float
+            on_trial()
+        return enough
+
+    def _check_reachable(self, n_float: int, reached_db: Mapping[int, float]) -> None:
+        n_layers = len(self.layers)
+        if n_float < n_layers:
+            return
+        best = max(reached_db, key=reached_db.__getitem__)
         raise ConfigError(
-            f"quality_db={asked_db:g} is met by the float model alone: {reached[best]:.1f} dB is the most that was measured, "
-            f"with {best} of {len(order)} layers float; ask for less, or try outlier=auto or rounding=gptq"
+            f"quality_db={self.target_db:g} is met by the float model alone: {reached_db[best]:.1f} dB is "
+            f"the most that was measured, with {best} of {n_layers} layers float; "
+            "ask for less, or try outlier=auto or rounding=gptq"
         )
-    total = sum(errors.values()) or 1.0
-    denoiser = assemble(order[enough:])
-    with torch.no_grad():
-        with_budget, without = time_medians(
-            [partial(d, **calls[0]) for d in (denoiser, whole)], pipe.device, ROUNDS
-        )
-    kept = {name: errors[name] / total for name in order[:enough]}
-    memory_ratio = count_module_bytes(denoiser) / count_module_bytes(whole)
-    return denoiser, MixedPrecisionResult(
-        asked_db, reached[enough], reached[0], kept, with_budget / without, memory_ratio
-    )
+
+    @torch.no_grad()
+    def _compare_step_times(self, denoiser: nn.Module, other: nn.Module) -> float:
+        calls = [partial(denoiser, **self.calls[0]), partial(other, **self.calls[0])]
+        seconds, other_seconds = time_medians(calls, self.pipe.device, ROUNDS)
+        return seconds / other_seconds
 
 
 def measure_latents_db(made: Generation, exact: Generation) -> float:
-    """Signal-to-error ratio of the last latents in dB, from the mean relative error of the pictures."""
-    pairs = list(zip(made.trajectories, exact.trajectories, strict=True))
-    error = sum(compute_relative_error(a[-1], b[-1]) for a, b in pairs) / len(pairs)
-    return math.inf if error == 0 else -20 * math.log10(error)
+    """Signal-to-error ratio of the last latents in dB, from the mean relative error of the images."""
+    errors = []
+    for trajectory, exact_trajectory in zip(made.trajectories, exact.trajectories, strict=True):
+        errors.append(compute_relative_error(trajectory[-1], exact_trajectory[-1]))
+    mean = sum(errors) / len(errors)
+    return math.inf if mean == 0 else -20 * math.log10(mean)
 
 
 @torch.no_grad()
@@ -138,28 +215,43 @@ def measure_layer_sensitivities(
     denoiser: nn.Module,
     layers: Mapping[str, Int8Linear],
     calls: Sequence[Mapping[str, Any]],
+    *,
     on_layer: Callable[[], None],
 ) -> dict[str, float]:
-    """Squared relative error of the denoiser's output when one layer alone is INT8, mean over the calls."""
+    """Squared relative error of the denoiser's output when a single layer is INT8, mean over the calls.
+
+    Args:
+        denoiser: the float model.
+        layers: the INT8 layers, by name.
+        calls: arguments of the denoiser.
+        on_layer: called after each layer, for progress.
+    """
     exact = [get_output_tensor(denoiser(**call)) for call in calls]
-    errors = {}
+    sensitivities = {}
     for name, layer in layers.items():
-        # the float model's activation has run already
-        hook = lambda _, args, out, layer=layer: layer.forward_isolated(args[0])  # noqa: E731
-        with ExitStack() as stack:
-            stack.callback(denoiser.get_submodule(name).register_forward_hook(hook).remove)
-            squares = [
-                compute_relative_error(get_output_tensor(denoiser(**call)), y) ** 2
-                for call, y in zip(calls, exact, strict=True)
-            ]
-        errors[name] = statistics.mean(squares)
+        squares = []
+        with denoiser.get_submodule(name).register_forward_hook(make_replacement_hook(layer)):
+            for call, exact_output in zip(calls, exact, strict=True):
+                output = get_output_tensor(denoiser(**call))
+                squares.append(compute_relative_error(output, exact_output) ** 2)
+        sensitivities[name] = statistics.mean(squares)
         on_layer()
-    return errors
+    return sensitivities
+
+
+def make_replacement_hook(layer: Int8Linear) -> Callable[..., Tensor]:
+    """A forward hook of a Linear that returns the INT8 layer's output instead of the Linear's."""
+
+    def replace_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        # the float model has its own activation before the layer
+        return layer.forward_isolated(args[0])
+
+    return replace_output
 
 
 def get_output_tensor(returned: Any) -> Tensor:
-    """What a denoiser computed, out of the tuple or the object that diffusers returns."""
+    """What a denoiser computed, out of the tuple or the object that diffusers returns. float32 [...]."""
     first = returned[0]
-    if isinstance(first, list):  # Z-Image's gives a tensor for each picture
+    if isinstance(first, list):  # Z-Image's denoiser gives a tensor for each image
         return torch.cat([t.float().flatten() for t in first])
     return first.float()

@@ -1,4 +1,9 @@
-"""The loops over a model's Linears: which ones, to what, and put in place."""
+"""The loops over a model's Linears: quantize each one, and bind each result to a backend.
+
+`int8run.pipeline`, `int8run.text_encoders` and the Python API call these with a list of `LayerPlan`, and
+write what was decided and measured into the plans. Nothing here knows where weights or calibration data come
+from.
+"""
 
 import logging
 import math
@@ -23,108 +28,65 @@ log = logging.getLogger(__name__)
 
 
 def check_outlier_method(outlier: OutlierMethod, plans: Sequence[LayerPlan]) -> None:
-    """Note in the plan which layers the method cannot take; they are quantized without it.
+    """Note in the plans which layers the method cannot take; they are quantized without it.
 
     Raises:
         ConfigError: when it can take none.
     """
     for plan in plans:
         plan.outlier_skip_reason = outlier.unsupported_reason(plan.in_features) or ""
-    refused = [plan for plan in plans if plan.outlier_skip_reason]
-    reasons = "; ".join(
-        f"{n} × {why}" for why, n in Counter(plan.outlier_skip_reason for plan in refused).items()
-    )
-    if len(refused) == len(plans):
+    counts = Counter(plan.outlier_skip_reason for plan in plans if plan.outlier_skip_reason)
+    reasons = "; ".join(f"{count} × {reason}" for reason, count in counts.items())
+    n_skipped = counts.total()
+    if n_skipped == len(plans):
         raise ConfigError(
-            f"outlier={outlier.name} can take none of the {len(plans)} layers ({reasons}); choose another outlier="
+            f"outlier={outlier.name} can take none of the {len(plans)} layers ({reasons}); "
+            "choose another outlier="
         )
-    if refused:
+    if n_skipped:
         log.warning(
             "outlier=%s cannot take %d of %d layers (%s); these are plain INT8",
             outlier.name,
-            len(refused),
+            n_skipped,
             len(plans),
             reasons,
         )
 
 
-def quantize_layers(
-    model: nn.Module,
-    plans: Iterable[LayerPlan],
-    methods: Mapping[str, OutlierMethod],
-    rounding: Rounding,
-    statistics: Mapping[str, LayerStatistics],
-    read: Callable[[str], Tensor] | None = None,
-) -> Iterator[tuple[LayerPlan, QuantizedLayer]]:
-    """Quantize each planned Linear, one at a time, so that a consumer decides what stays in memory.
-
-    Args:
-        read: gives the float weight of a Linear by its name; None: the model has them all.
-        methods: outlier method of each layer; one without is quantized as it is.
-        statistics: of the layers that a calibration reached, where a method or the rounding needs one.
-    """
-    for plan in plans:
-        linear = get_linear(model, plan.name)
-        original = linear.weight.detach() if read is None else read(plan.name)
-        if not original.numel():
-            check_weight(plan, original)
-        seen = statistics.get(plan.name)
-        method = methods.get(plan.name)
-        if seen is None and (rounding.needs_calibration or (method is not None and method.needs_calibration)):
-            raise ConfigError(
-                f"{plan.name}: the calibration never reached it; keep the layer float, or take other calibration.prompts"
-            )
-        transform = OutlierTransform() if method is None else method.fit(original, seen)
-        transform.to(original.device)
-        if (
-            type(rounding) is AbsMax and original.device.type == "cpu"
-        ):  # by kernels of our own, many times as fast
-            weight = round_weight_rows(plan, original, transform)
-            plan.outlier, plan.rounding = transform.label, rounding.name
-            yield plan, QuantizedLayer(weight, transform, linear.bias)
-            continue
-        check_weight(plan, original)
-        transformed = transform.transform_weight(original.float())
-        inputs = None
-        if rounding.needs_calibration and seen is not None:
-            inputs = transform.round_input(seen.sample.to(original.device)).flatten(0, -2)
-        weight = rounding.round_weight(transformed, inputs)
-        plan.outlier, plan.rounding = transform.label, rounding.name
-        plan.measured["weight_sqnr_db"] = sqnr_db(transformed, weight.dequantize())
-        plan.measured["saturated_share"] = weight.saturated_share
-        yield plan, QuantizedLayer(weight, transform, linear.bias)
-
-
-def round_weight_rows(plan: LayerPlan, original: Tensor, transform: OutlierTransform) -> QuantizedWeight:
-    """A weight in the transform's basis, rounded by `absmax`, and in the plan what that cost.
+def check_backend(backend: Backend, device: torch.device, plans: Iterable[LayerPlan]) -> None:
+    """Check that a backend can run here and can take every layer, before anything is quantized.
 
     Raises:
-        ConfigError: for a weight that is not finite.
+        BackendError: with every reason, and every layer that it cannot take.
     """
-    q = torch.empty(original.shape, dtype=torch.int8)
-    scale = torch.empty(len(original), 1)
-    sums = quantize_weight_rows(original.contiguous(), q, scale, transform.factor, transform.rotation)
-    if not sums.finite:
-        check_weight(plan, original)
-        raise ConfigError(
-            f"{plan.name}: the weight overflows under {transform.label}; keep the layer float, or set outlier=none"
+    reasons = backend.limits.unsupported_reasons(device)
+    if reasons:
+        usable = ", ".join(list_usable_backends(device))
+        raise BackendError(
+            f"backend {backend.name!r} cannot run here: {'; '.join(reasons)}; these can: {usable}"
         )
-    plan.measured["weight_sqnr_db"] = (
-        10 * math.log10(sums.signal / sums.noise) if sums.signal and sums.noise else math.inf
-    )
-    plan.measured["saturated_share"] = sums.saturated / q.numel()
-    return QuantizedWeight(q, scale)
+    unsupported = []
+    for plan in plans:
+        reasons = backend.limits.unsupported_layer_reasons(plan.in_features, plan.out_features)
+        if reasons:
+            unsupported.append(f"{plan.name}: {', '.join(reasons)}")
+    if unsupported:
+        raise BackendError(
+            f"backend {backend.name!r} cannot take {len(unsupported)} layers: {'; '.join(unsupported)}; "
+            "backend=auto gives them to another"
+        )
 
 
 def check_weight(plan: LayerPlan, weight: Tensor) -> None:
-    """Refuse a weight that cannot be quantized.
+    """Check that a weight can be quantized.
 
     Raises:
         ConfigError: naming the layer.
     """
     if not weight.numel():
         raise ConfigError(
-            f"{plan.name}: the weight is {plan.out_features} x {plan.in_features}, nothing to quantize; keep the layer float"
+            f"{plan.name}: the weight is {plan.out_features} x {plan.in_features}, nothing to quantize; "
+            "keep the layer float"
         )
     if not torch.isfinite(weight).all():
         raise ConfigError(
@@ -132,66 +94,176 @@ def check_weight(plan: LayerPlan, weight: Tensor) -> None:
         )
 
 
-def check_backend(backend: Backend, device: torch.device, plans: Iterable[LayerPlan]) -> None:
-    """Refuse a backend that cannot run here, or cannot take a layer, before anything is quantized.
+def quantize_layers(
+    model: nn.Module,
+    plans: Iterable[LayerPlan],
+    *,
+    methods: Mapping[str, OutlierMethod],
+    rounding: Rounding,
+    statistics: Mapping[str, LayerStatistics],
+    read: Callable[[str], Tensor] | None = None,
+) -> Iterator[tuple[LayerPlan, QuantizedLayer]]:
+    """Quantize each planned Linear, one at a time, so that the caller decides what stays in memory.
+
+    Args:
+        model: the float model.
+        plans: of the Linears to quantize.
+        methods: outlier method of each layer, by name; a layer without one is quantized as it is.
+        rounding: makes the integers.
+        statistics: of the layers that a calibration reached, where a method or the rounding needs one.
+        read: gives the float weight of a Linear by its name; None: the model has them all.
 
     Raises:
-        BackendError: with every reason, and every layer that it cannot take.
+        ConfigError: for a weight that cannot be quantized, or a layer that the calibration did not reach.
     """
-    reasons = backend.limits.unsupported_reasons(device)
-    if reasons:
-        able = ", ".join(list_usable_backends(device))
-        raise BackendError(
-            f"backend {backend.name!r} cannot run here: {'; '.join(reasons)}; these can: {able}"
+    for plan in plans:
+        linear = get_linear(model, plan.name)
+        weight = linear.weight.detach() if read is None else read(plan.name)  # [N, K]
+        if not weight.numel():
+            check_weight(plan, weight)
+        method, seen = methods.get(plan.name), statistics.get(plan.name)
+        needs_calibration = rounding.needs_calibration or (method is not None and method.needs_calibration)
+        if needs_calibration and seen is None:
+            raise ConfigError(
+                f"{plan.name}: the calibration never reached it; keep the layer float, or take other "
+                "calibration.prompts"
+            )
+        transform = OutlierTransform() if method is None else method.fit(weight, seen)
+        transform.to(weight.device)
+        if type(rounding) is AbsMax and weight.device.type == "cpu":
+            quantized = round_weight_rows(plan, weight, transform)
+        else:
+            quantized = round_weight(plan, weight, transform, rounding, seen)
+        plan.outlier, plan.rounding = transform.label, rounding.name
+        yield plan, QuantizedLayer(quantized, transform, linear.bias)
+
+
+def round_weight(
+    plan: LayerPlan,
+    weight: Tensor,
+    transform: OutlierTransform,
+    rounding: Rounding,
+    statistics: LayerStatistics | None,
+) -> QuantizedWeight:
+    """A weight in the transform's basis, rounded; its error goes into the plan.
+
+    Args:
+        plan: of the layer.
+        weight: [N, K].
+        transform: of the layer.
+        rounding: makes the integers.
+        statistics: of the layer's input, for a rounding that needs them.
+
+    Raises:
+        ConfigError: for a weight that is not finite.
+    """
+    check_weight(plan, weight)
+    transformed = transform.transform_weight(weight.float())
+    inputs = None
+    if rounding.needs_calibration and statistics is not None:
+        sample = statistics.sample.to(weight.device)
+        inputs = transform.round_input(sample).flatten(0, -2)  # [S, T, K] -> [S T, K]
+    quantized = rounding.round_weight(transformed, inputs)
+    plan.measured["weight_sqnr_db"] = sqnr_db(transformed, quantized.dequantize())
+    plan.measured["saturated_share"] = quantized.saturated_share
+    return quantized
+
+
+def round_weight_rows(plan: LayerPlan, weight: Tensor, transform: OutlierTransform) -> QuantizedWeight:
+    """The same for the rounding `absmax` on a CPU, by int8run's own kernels, which are many times as fast.
+
+    Args:
+        plan: of the layer; the error of the weight goes into it.
+        weight: [N, K].
+        transform: of the layer.
+
+    Raises:
+        ConfigError: for a weight that is not finite.
+    """
+    q = torch.empty(weight.shape, dtype=torch.int8)
+    scale = torch.empty(len(weight), 1)
+    sums = quantize_weight_rows(weight.contiguous(), q, scale, transform.factor, transform.rotation)
+    if not sums.finite:
+        check_weight(plan, weight)
+        raise ConfigError(
+            f"{plan.name}: the weight overflows under {transform.label}; "
+            "keep the layer float, or set outlier=none"
         )
-    refused = {
-        p.name: why
-        for p in plans
-        if (why := backend.limits.unsupported_layer_reasons(p.in_features, p.out_features))
-    }
-    if refused:
-        listed = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused.items())
-        raise BackendError(
-            f"backend {backend.name!r} cannot take {len(refused)} layers: {listed}; backend=auto gives them to another"
-        )
+    has_error = sums.signal and sums.noise
+    plan.measured["weight_sqnr_db"] = 10 * math.log10(sums.signal / sums.noise) if has_error else math.inf
+    plan.measured["saturated_share"] = sums.saturated / q.numel()
+    return QuantizedWeight(q, scale)
+
+
+class LayerBackends:
+    """The backend of each layer: the one of the config, or what `backend=auto` chooses for the layer's shape.
+
+    Args:
+        backend: of the config.
+        device: where the layers run.
+    """
+
+    def __init__(self, backend: Backend, device: torch.device):
+        self.backend, self.device = backend, device
+        self.choosers: dict[torch.dtype, BackendChooser] = {}  # each reads the file of measured choices
+
+    def choose(self, plan: LayerPlan, rows: int, dtype: torch.dtype) -> tuple[Backend, int | None]:
+        """The backend of one layer, and up to how many rows float was measured to be faster, where known.
+
+        Args:
+            plan: of the layer.
+            rows: that the layer sees in one call.
+            dtype: of the float model.
+        """
+        if not isinstance(self.backend, AutoBackend):
+            return self.backend, None
+        if dtype not in self.choosers:
+            self.choosers[dtype] = self.backend.make_chooser(self.device, dtype)
+        chooser = self.choosers[dtype]
+        chosen = chooser.choose_backend(rows, plan.in_features, plan.out_features)
+        return chosen, chooser.measured_float_rows(plan.in_features, plan.out_features)
 
 
 def build_int8_layers(
     model: nn.Module,
     layers: Iterable[tuple[LayerPlan, QuantizedLayer]],
+    *,
     backend: Backend,
     settings: Int8Settings,
     rows: Mapping[str, int],
-    on_layer: Callable[[LayerPlan], None] = lambda plan: None,
+    on_layer: Callable[[LayerPlan], None] | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Int8Linear]:
-    """The `Int8Linear` of each quantized layer, bound to a backend, by the name of the Linear whose place it can take.
+    """Bind each quantized layer to a backend.
 
     Args:
         model: the float model.
+        layers: from `quantize_layers`, or read from a file.
+        backend: of the config.
+        settings: which layers compute in float when a call has few rows.
         rows: rows that each layer sees in this run, by name; `backend=auto` measures with them.
         on_layer: called after each layer, for progress.
         device: where the layers will run; None: where the model is.
+
+    Returns:
+        The layers by the name of the Linear whose place they can take.
     """
-    device = next(p.device for p in model.parameters() if not p.is_meta) if device is None else device
-    choosers: dict[torch.dtype, BackendChooser] = {}
-    matrices: dict[tuple[int, bool], Tensor | None] = {}  # one of each kind serves all layers
+    if device is None:
+        device = next(p.device for p in model.parameters() if not p.is_meta)
+    backends = LayerBackends(backend, device)
+    matrices: dict[tuple[int, bool], Tensor | None] = {}  # layers with the same rotation share its matrix
     made = {}
     for plan, layer in layers:
-        layer.transform.matrix = matrices.setdefault(
-            (layer.transform.group_size, layer.transform.sylvester), layer.transform.matrix
-        )
+        transform = layer.transform
+        rotation_key = (transform.group_size, transform.sylvester)
+        transform.matrix = matrices.setdefault(rotation_key, transform.matrix)
         dtype = get_linear(model, plan.name).weight.dtype
-        chosen, measured = backend, None
-        if isinstance(backend, AutoBackend):
-            if dtype not in choosers:  # each reads the table of measured choices
-                choosers[dtype] = backend.make_chooser(device, dtype)
-            chosen = choosers[dtype].choose_backend(rows[plan.name], plan.in_features, plan.out_features)
-            measured = choosers[dtype].measured_float_rows(plan.in_features, plan.out_features)
-        float_rows = settings.choose_float_rows(
-            plan.in_features * plan.out_features, rows[plan.name], measured
-        )
-        plan.backend_asked, plan.backend_used = backend.name, FLOAT_FALLBACK if float_rows else chosen.name
+        chosen, measured = backends.choose(plan, rows[plan.name], dtype)
+        params = plan.in_features * plan.out_features
+        float_rows = settings.choose_float_rows(params, rows[plan.name], measured)
+        plan.backend_asked = backend.name
+        plan.backend_used = FLOAT_FALLBACK if float_rows else chosen.name
         made[plan.name] = Int8Linear(layer, chosen, dtype, float_rows)
-        on_layer(plan)
+        if on_layer is not None:
+            on_layer(plan)
     return made

@@ -120,7 +120,12 @@ def recorded(calibration, steps, batch=1):
     """The pipeline, and of each call its time step and the seeds of its pictures."""
     pipe, denoiser = Pipe(), Step()
     calls = capture_calibration_calls(
-        pipe, "denoiser", denoiser, calibration, Sampling(steps=steps, batch=batch), Progress(False)
+        pipe,
+        "denoiser",
+        denoiser,
+        calibration=calibration,
+        sampling=Sampling(steps=steps, batch=batch),
+        progress=Progress(False),
     )
     for call in calls:
         # the state of that step, and not of the last one
@@ -166,8 +171,16 @@ def test_pictures_come_in_the_batches_of_the_run(batch, seeds):
 
 def test_no_hook_stays_behind():
     denoiser = Step()
-    capture_calibration_calls(Pipe(), "denoiser", denoiser, TWO, Sampling(steps=2), Progress(False))
-    collect_layer_statistics(denoiser, plan_layers(denoiser, lambda name: None), [["linear"]], [call()], TWO)
+    capture_calibration_calls(
+        Pipe(), "denoiser", denoiser, calibration=TWO, sampling=Sampling(steps=2), progress=Progress(False)
+    )
+    collect_layer_statistics(
+        denoiser,
+        plan_layers(denoiser, lambda name: None),
+        groups=[["linear"]],
+        calls=[call()],
+        calibration=TWO,
+    )
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in denoiser.modules())
 
 
@@ -183,16 +196,18 @@ def of_one_layer(calls, **settings):
     denoiser = Step()
     plans = plan_layers(denoiser, lambda name: None)
     calls = [c if isinstance(c, dict) else {"hidden_states": c, "timestep": torch.tensor(0)} for c in calls]
-    return collect_layer_statistics(denoiser, plans, [["linear"]], calls, replace(TWO, **settings)).get(
-        "linear"
-    )
+    return collect_layer_statistics(
+        denoiser, plans, groups=[["linear"]], calls=calls, calibration=replace(TWO, **settings)
+    ).get("linear")
 
 
 def tiny_statistics(calls, model=None, calibration=TWO, together=()):
     model = model or TinyModel()
     plans = plan_layers(model, lambda name: None)
     groups = [*together, *([name] for name in LINEARS if not any(name in group for group in together))]
-    return collect_layer_statistics(model, plans, groups, [{"x": x} for x in calls], calibration)
+    return collect_layer_statistics(
+        model, plans, groups=groups, calls=[{"x": x} for x in calls], calibration=calibration
+    )
 
 
 def is_rows_of(sample, x):
@@ -338,8 +353,8 @@ def test_channels_that_never_change_are_counted_in_one_line(caplog):
     model.blocks[1][1].weight[:5], model.blocks[1][1].bias[:5] = 0, -100
     tiny_statistics([x], model)
     assert caplog.messages == [
-        "calibration: 2 layers have input channels that never change (blocks.1.3: 5 of 96); what is fitted to them is a guess, "
-        "more calibration.prompts or calibration.num_timesteps may show them at work"
+        "calibration: 2 layers have input channels that never change (blocks.1.3: 5 of 96); what is fitted to them is "
+        "a guess; more calibration.prompts or a larger calibration.num_timesteps may show them changing"
     ]
 
 
@@ -373,9 +388,12 @@ def test_a_layer_that_no_call_reaches_is_left_out_and_refused_where_it_is_needed
     words = r"^blocks\.1\.1: the calibration never reached it; keep the layer float, or take other calibration\.prompts$"
     for methods, rounding in ((everywhere, AbsMax()), ({}, Gptq())):
         with pytest.raises(ConfigError, match=words):
-            list(quantize_layers(model, plans, methods, rounding, statistics))
+            list(quantize_layers(model, plans, methods=methods, rounding=rounding, statistics=statistics))
     reached = [p for p in plans if p.name in statistics]
-    assert len(list(quantize_layers(model, reached, everywhere, Gptq(), statistics))) == 4
+    assert (
+        len(list(quantize_layers(model, reached, methods=everywhere, rounding=Gptq(), statistics=statistics)))
+        == 4
+    )
 
 
 # --- a real pipeline
@@ -392,7 +410,14 @@ def flux():
     sampling = Sampling(steps=3, guidance=1.0, height=32, width=32, batch=2)
     return (
         denoiser,
-        capture_calibration_calls(pipe, "transformer", denoiser, calibration, sampling, Progress(False)),
+        capture_calibration_calls(
+            pipe,
+            "transformer",
+            denoiser,
+            calibration=calibration,
+            sampling=sampling,
+            progress=Progress(False),
+        ),
         calibration,
     )
 
@@ -403,7 +428,9 @@ def test_a_real_denoiser_is_seen_whole(flux):
     plans = plan_layers(denoiser, lambda name: None)
     names = ("to_q", "to_k", "to_v")
     groups = group_by_shared_input([p.name for p in plans], [[f"attn.{name}" for name in names]])
-    statistics = collect_layer_statistics(denoiser, plans, groups, calls, calibration)
+    statistics = collect_layer_statistics(
+        denoiser, plans, groups=groups, calls=calls, calibration=calibration
+    )
     assert statistics.keys() == {p.name for p in plans}
     for plan in plans:
         seen = statistics[plan.name]
@@ -422,9 +449,15 @@ def test_a_real_denoiser_is_seen_whole(flux):
 def test_gptq_and_smoothquant_work_on_what_a_calibration_found(flux):
     denoiser, calls, calibration = flux
     plans = [p for p in plan_layers(denoiser, lambda name: None) if p.name.endswith("ff.net.2")]
-    statistics = collect_layer_statistics(denoiser, plans, [[p.name] for p in plans], calls, calibration)
+    statistics = collect_layer_statistics(
+        denoiser, plans, groups=[[p.name] for p in plans], calls=calls, calibration=calibration
+    )
     for plan, layer in quantize_layers(
-        denoiser, plans, {p.name: SmoothQuant() for p in plans}, Gptq(), statistics
+        denoiser,
+        plans,
+        methods={p.name: SmoothQuant() for p in plans},
+        rounding=Gptq(),
+        statistics=statistics,
     ):
         sample, weight = statistics[plan.name].sample, denoiser.get_submodule(plan.name).weight
         ours = layer.transform.round_input(sample) @ layer.weight.dequantize().T

@@ -47,7 +47,7 @@ def found_in(model):
 
 def plain_layers(model, plans):
     """Each layer quantized as it is, when it is asked for."""
-    return quantize_layers(model, plans, {}, AbsMax(), {})
+    return quantize_layers(model, plans, methods={}, rounding=AbsMax(), statistics={})
 
 
 def test_the_plan_names_each_linear_once_with_its_reason():
@@ -188,7 +188,9 @@ def test_each_layer_may_have_a_method_of_its_own():
     model = TinyModel()
     plans = plan_layers(model, lambda name: None)
     methods = {"blocks.0.1": ConvRot(16), "blocks.1.1": QuaRot(64), "proj_out": SmoothQuant(0.75)}
-    layers = quantize_layers(model, plans, methods, AbsMax(), statistics_of(model, ["proj_out"]))
+    layers = quantize_layers(
+        model, plans, methods=methods, rounding=AbsMax(), statistics=statistics_of(model, ["proj_out"])
+    )
     assert [layer.transform.method for _, layer in layers] == [
         "none",
         "convrot",
@@ -219,8 +221,10 @@ def test_one_matrix_serves_all_layers_of_a_kind():
             plans, [ConvRot(16), QuaRot(16), ConvRot(4), QuaRot(16), ConvRot(16)], strict=True
         )
     }
-    layers = quantize_layers(model, plans, mixed, AbsMax(), {})
-    made = build_int8_layers(model, layers, Reference(), NEVER_FLOAT, dict.fromkeys(mixed, 8))
+    layers = quantize_layers(model, plans, methods=mixed, rounding=AbsMax(), statistics={})
+    made = build_int8_layers(
+        model, layers, backend=Reference(), settings=NEVER_FLOAT, rows=dict.fromkeys(mixed, 8)
+    )
     a, b, c, d, e = (layer.transform.matrix for layer in made.values())
     assert a is e and b is d and len({id(m) for m in (a, b, c)}) == 3
     # of the same size, but another matrix
@@ -273,7 +277,12 @@ def test_each_layer_is_reported_when_it_is_made():
     plans = plan_layers(model, lambda name: None)
     layers = plain_layers(model, plans)
     made = build_int8_layers(
-        model, layers, Reference(), NEVER_FLOAT, dict.fromkeys(LINEARS, 8), lambda p: seen.append(p.name)
+        model,
+        layers,
+        backend=Reference(),
+        settings=NEVER_FLOAT,
+        rows=dict.fromkeys(LINEARS, 8),
+        on_layer=lambda p: seen.append(p.name),
     )
     assert seen == list(made) == LINEARS
 
@@ -284,7 +293,11 @@ def test_auto_measures_with_the_rows_of_the_run(tmp_path):
     table = tmp_path / "table.json"
     backend = AutoBackend({"reference": Reference(), "torch_int_mm": TorchIntMM()}, 1, str(table))
     made = build_int8_layers(
-        model, plain_layers(model, plans), backend, NEVER_FLOAT, dict.fromkeys(LINEARS, 5)
+        model,
+        plain_layers(model, plans),
+        backend=backend,
+        settings=NEVER_FLOAT,
+        rows=dict.fromkeys(LINEARS, 5),
     )
     assert all(
         p.backend_asked == "auto" and p.backend_used == made[p.name].backend.name != "auto" for p in plans
@@ -326,7 +339,11 @@ def test_the_same_layers_can_be_assembled_more_than_once():
     model, x = TinyModel(), randn(9, 7)
     plans = plan_layers(model, lambda name: None)
     made = build_int8_layers(
-        model, plain_layers(model, plans), Reference(), NEVER_FLOAT, dict.fromkeys(LINEARS, 8)
+        model,
+        plain_layers(model, plans),
+        backend=Reference(),
+        settings=NEVER_FLOAT,
+        rows=dict.fromkeys(LINEARS, 8),
     )
     every, few = (
         assemble_int8_model(model, made, FAMILY),
@@ -346,7 +363,11 @@ def test_the_family_says_who_shares_an_input():
     model = TinyModel()
     plans = plan_layers(model, lambda name: None)
     made = build_int8_layers(
-        model, plain_layers(model, plans), Reference(), NEVER_FLOAT, dict.fromkeys(LINEARS, 8)
+        model,
+        plain_layers(model, plans),
+        backend=Reference(),
+        settings=NEVER_FLOAT,
+        rows=dict.fromkeys(LINEARS, 8),
     )
     shared = assemble_int8_model(model, made, replace(FAMILY, same_input=[["1", "3"]]))
     assert shared.blocks[0][1].shared is shared.blocks[0][3].shared is not None
