@@ -37,21 +37,21 @@ NO_PIPELINE = {"anima"}
 
 
 @functools.cache
-def built(name):
+def build_instance(name):
     """The pipeline, the name of its denoiser, and the denoiser in float."""
     pipe = INSTANCES[name].build()
     component = next(c for c in COMPONENTS if isinstance(pipe.components.get(c), nn.Module))
     return pipe, component, getattr(pipe, component).eval().requires_grad_(False)
 
 
-def linears_of(model):
+def list_linears(model):
     return {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 @functools.cache
-def denoisers_of(family):
+def list_denoisers(family):
     """Every denoiser that stands for a family here."""
-    parts = [built(name)[2] for name, instance in INSTANCES.items() if instance.family == family]
+    parts = [build_instance(name)[2] for name, instance in INSTANCES.items() if instance.family == family]
     return [*parts, *(make() for make in OTHERS.get(family, ()))]
 
 
@@ -67,7 +67,7 @@ class Counting(Reference):
         return super().quantize(x, **steps)
 
 
-def to_int8(model, family, backend):
+def quantize_model(model, family, backend):
     """All layers that the family leaves to INT8, as a run makes them."""
     chosen = [plan for plan in plan_layers(model, family.find_skip_reason) if plan.skip_reason is None]
     layers = quantize_layers(model, chosen, methods={}, rounding=AbsMax(), statistics={})
@@ -77,8 +77,8 @@ def to_int8(model, family, backend):
     return assemble_int8_model(model, made, family)
 
 
-def sampled(name, denoisers):
-    pipe, component, _ = built(name)
+def generate_latents(name, denoisers):
+    pipe, component, _ = build_instance(name)
     return generate(
         pipe, component, denoisers, [Sample(INSTANCES[name].prompt, 7, "0")], INSTANCES[name].sampling
     )
@@ -87,14 +87,14 @@ def sampled(name, denoisers):
 def test_every_family_has_an_instance():
     assert {instance.family for instance in INSTANCES.values()} | NO_PIPELINE == set(FAMILIES)
     assert {cls for family in FAMILIES.values() for cls in family.denoisers} == {
-        type(model).__name__ for family in set(FAMILIES) - NO_PIPELINE for model in denoisers_of(family)
+        type(model).__name__ for family in set(FAMILIES) - NO_PIPELINE for model in list_denoisers(family)
     }
 
 
 @pytest.mark.parametrize("name", INSTANCES)
-def test_a_denoiser_is_recognised_as_its_family_and_no_other(name, caplog):
-    model = built(name)[2]
-    linears = linears_of(model)
+def test_denoiser_fits_its_family_and_no_other(name, caplog):
+    model = build_instance(name)[2]
+    linears = list_linears(model)
 
     assert AutoFamily().resolve_family(type(model).__name__, [], linears).name == INSTANCES[name].family
     assert not [
@@ -110,7 +110,7 @@ def test_a_denoiser_is_recognised_as_its_family_and_no_other(name, caplog):
     assert fitting == [INSTANCES[name].family]
 
 
-def exported_models():
+def list_model_classes():
     """Every model class of diffusers that is usable here."""
     return [
         n
@@ -119,8 +119,8 @@ def exported_models():
     ]
 
 
-def test_every_other_class_of_diffusers_is_unknown():
-    exported = exported_models()
+def test_every_other_diffusers_class_is_unknown():
+    exported = list_model_classes()
     known = {cls for family in FAMILIES.values() for cls in family.denoisers}
 
     assert known <= set(exported)
@@ -131,7 +131,7 @@ def test_every_other_class_of_diffusers_is_unknown():
     assert set(found.values()) == {"unknown"}, found
 
 
-def test_a_denoiser_of_a_shared_class_with_other_inputs_is_unknown():
+def test_shared_class_with_other_input_widths_is_unknown():
     shared = Counter(cls for family in FAMILIES.values() for cls in family.denoisers)
     for family in FAMILIES.values():
         for cls in family.denoisers:
@@ -140,15 +140,15 @@ def test_a_denoiser_of_a_shared_class_with_other_inputs_is_unknown():
                 assert AutoFamily().resolve_family(cls, [], {"a": 1}).name == "unknown"
 
 
-def test_cosmos_is_no_anima():
-    (cosmos,) = denoisers_of("anima")
-    assert AutoFamily().resolve_family(type(cosmos).__name__, [], linears_of(cosmos)).name == "unknown"
+def test_cosmos_is_not_detected_as_anima():
+    (cosmos,) = list_denoisers("anima")
+    assert AutoFamily().resolve_family(type(cosmos).__name__, [], list_linears(cosmos)).name == "unknown"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_rule_is_dead_and_every_rule_has_a_reason(family):
+def test_every_ignore_rule_matches_and_has_a_reason(family):
     # a file does not say which weight is a Linear's: rules for others of two dimensions count as well
-    parameters = [item for model in denoisers_of(family) for item in model.named_parameters()]
+    parameters = [item for model in list_denoisers(family) for item in model.named_parameters()]
     names = [
         name.removesuffix(".weight") for name, p in parameters if p.dim() == 2 and name.endswith(".weight")
     ]
@@ -167,9 +167,9 @@ def test_no_rule_is_dead_and_every_rule_has_a_reason(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_layers_of_the_repeated_blocks_become_int8(family):
-    for model in denoisers_of(family):
+    for model in list_denoisers(family):
         blocks = [f"{name}." for name in FAMILIES[family].blocks]
-        int8 = [name for name in linears_of(model) if FAMILIES[family].find_skip_reason(name) is None]
+        int8 = [name for name in list_linears(model) if FAMILIES[family].find_skip_reason(name) is None]
         assert int8
         assert [name for name in int8 if not name.startswith(tuple(blocks))] == []
 
@@ -196,78 +196,80 @@ INT8_LAYERS = {
 
 
 @pytest.mark.parametrize("family", INT8_LAYERS)
-def test_which_layers_become_int8(family):
-    names = {name for model in denoisers_of(family) for name in linears_of(model)}
+def test_expected_layers_become_int8(family):
+    names = {name for model in list_denoisers(family) for name in list_linears(model)}
     int8 = {name for name in names if FAMILIES[family].find_skip_reason(name) is None}
 
     assert int8 == {name for name in names if re.fullmatch(INT8_LAYERS[family], name)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_block_lists_exist(family):
+def test_block_lists_exist_in_the_model(family):
     for name in FAMILIES[family].blocks:
-        found = [m for model in denoisers_of(family) for n, m in model.named_modules() if n == name]
+        found = [m for model in list_denoisers(family) for n, m in model.named_modules() if n == name]
         assert found and all(isinstance(m, nn.ModuleList) for m in found), f"{family}: no list {name}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_named_beside_the_rules(family):
+def test_layers_named_beside_the_rules_exist(family):
     facts = FAMILIES[family]
 
     assert facts.hardware
     assert facts.lora_prefixes
     assert facts.fingerprints
-    for model in denoisers_of(family):
+    for model in list_denoisers(family):
         if facts.denoisers:
-            assert facts.find_input_mismatch(linears_of(model)) is None
+            assert facts.find_input_mismatch(list_linears(model)) is None
 
 
-def relative_names(family):
+def list_relative_names(family):
     """Every name that a fact gives, relative to a block."""
     facts = FAMILIES[family]
     return {name for group in facts.same_input for name in group} | {g.into for g in facts.deferred_gelu}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_name_in_a_fact_is_an_int8_layer(family):
+def test_every_name_in_same_input_and_deferred_gelu_is_an_int8_layer(family):
     int8 = [
         name
-        for model in denoisers_of(family)
-        for name in linears_of(model)
+        for model in list_denoisers(family)
+        for name in list_linears(model)
         if FAMILIES[family].find_skip_reason(name) is None
     ]
-    assert {n for n in relative_names(family) if not any(name.endswith(f".{n}") for name in int8)} == set()
+    assert {
+        n for n in list_relative_names(family) if not any(name.endswith(f".{n}") for name in int8)
+    } == set()
 
 
-def count(calls, layer, *_):
+def count_quantizations(calls, layer, *_):
     calls[layer] += 1
 
 
 @functools.cache
-def with_and_without_facts(name):
+def quantize_with_and_without_facts(name):
     """(denoiser, generation, quantized inputs) with what the family says about its blocks, and without."""
     family = FAMILIES[INSTANCES[name].family]
     found = []
     for facts in (family, replace(family, same_input=(), deferred_gelu=())):
         backend = Counting()
-        int8 = to_int8(built(name)[2], facts, backend)
+        int8 = quantize_model(build_instance(name)[2], facts, backend)
         calls = Counter()
         for layer, module in int8.named_modules():
             if isinstance(module, Int8Linear):
-                module.register_forward_hook(functools.partial(count, calls, layer))
-        found.append((int8, sampled(name, {"int8": int8})["int8"], backend.counted["inputs"], calls))
+                module.register_forward_hook(functools.partial(count_quantizations, calls, layer))
+        found.append((int8, generate_latents(name, {"int8": int8})["int8"], backend.counted["inputs"], calls))
     return found
 
 
 @pytest.mark.parametrize("name", INSTANCES)
-def test_the_facts_change_no_bit(name):
-    (_, fast, *_), (_, plain, *_) = with_and_without_facts(name)
+def test_shared_inputs_and_deferred_gelus_change_no_bit(name):
+    (_, fast, *_), (_, plain, *_) = quantize_with_and_without_facts(name)
     assert torch.equal(fast.trajectories[0], plain.trajectories[0])
 
 
 @pytest.mark.parametrize("name", INSTANCES)
-def test_layers_with_the_same_input_are_served_by_one_quantization(name):
-    (int8, _, shared, calls), (_, _, alone, _) = with_and_without_facts(name)
+def test_layers_with_the_same_input_share_one_quantization(name):
+    (int8, _, shared, calls), (_, _, alone, _) = quantize_with_and_without_facts(name)
     groups = group_by_shared_input(calls, FAMILIES[INSTANCES[name].family].same_input)
 
     assert alone == calls.total()
@@ -277,7 +279,7 @@ def test_layers_with_the_same_input_are_served_by_one_quantization(name):
     assert shared == sum(max(calls[layer] for layer in group) for group in groups)
 
 
-def tanh_gelus(model, family):
+def list_tanh_gelus(model, family):
     """Modules in the repeated blocks that compute a GELU (tanh) before an INT8 layer."""
     blocks = tuple(f"{block}." for block in family.blocks)
     found = [
@@ -292,18 +294,18 @@ def tanh_gelus(model, family):
 def test_every_tanh_gelu_before_an_int8_layer_is_deferred(name):
     family, (float_model, int8) = (
         FAMILIES[INSTANCES[name].family],
-        (built(name)[2], with_and_without_facts(name)[0][0]),
+        (build_instance(name)[2], quantize_with_and_without_facts(name)[0][0]),
     )
     moved = [n for n, m in int8.named_modules() if isinstance(m, Int8Linear) and m.gelu_from is not None]
 
-    assert tanh_gelus(int8, family) == []
-    assert len(moved) == len(tanh_gelus(float_model, family))
+    assert list_tanh_gelus(int8, family) == []
+    assert len(moved) == len(list_tanh_gelus(float_model, family))
 
 
 @pytest.mark.parametrize("name", INSTANCES)
-def test_int8_comes_close_to_float_in_two_steps(name):
-    plain = sampled(name, {"float": built(name)[2]})["float"]
-    int8 = with_and_without_facts(name)[0][1]
+def test_int8_latents_are_close_to_float(name):
+    plain = generate_latents(name, {"float": build_instance(name)[2]})["float"]
+    int8 = quantize_with_and_without_facts(name)[0][1]
     (reference,), (latents,) = plain.trajectories, int8.trajectories
 
     assert reference.shape == latents.shape
@@ -316,7 +318,7 @@ def test_int8_comes_close_to_float_in_two_steps(name):
     assert 0 < error < 0.03  # 0.0001 to 0.012 here
 
 
-def fingerprint_of(keys):
+def find_fingerprint(keys):
     """(family, class) of every fingerprint that the names of a file fit."""
     matches = lambda pattern: bool(fnmatch.filter(keys, pattern))  # noqa: E731
     return {
@@ -328,9 +330,9 @@ def fingerprint_of(keys):
 
 
 @pytest.mark.parametrize("name", INSTANCES)
-def test_a_file_with_the_names_of_diffusers_is_recognised(name):
-    model = built(name)[2]
-    assert fingerprint_of(list(model.state_dict())) == {(INSTANCES[name].family, type(model).__name__)}
+def test_file_with_diffusers_names_is_detected(name):
+    model = build_instance(name)[2]
+    assert find_fingerprint(list(model.state_dict())) == {(INSTANCES[name].family, type(model).__name__)}
 
 
 # names of the authors' own files that others do not have, as ComfyUI and diffusers look for them
@@ -369,13 +371,13 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize(("family", "keys"), AUTHORS.items())
-def test_a_file_with_the_authors_names_is_recognised(family, keys):
-    assert [name for name, _ in fingerprint_of(keys)] == [family]
+def test_file_with_original_names_is_detected(family, keys):
+    assert [name for name, _ in find_fingerprint(keys)] == [family]
 
 
 @pytest.mark.parametrize(("name", "keys"), FOREIGN.items())
-def test_a_file_of_another_model_is_not(name, keys):
-    assert fingerprint_of(keys) == set()
+def test_file_of_another_model_is_not_detected(name, keys):
+    assert find_fingerprint(keys) == set()
 
 
 # they have the very names of another family's class; their own class, where a pipeline has one, is unknown
@@ -388,14 +390,14 @@ SAME_NAMES = {
 }
 
 
-def recognised(cls):
+def detect_names(cls):
     """What a file of a class with its default sizes is taken for; None where it has no such sizes."""
     try:
         with torch.device("meta"):
             model = getattr(diffusers, cls)()
     except (TypeError, ValueError, AssertionError):
         return None
-    return {family for family, _ in fingerprint_of(list(model.state_dict()))}
+    return {family for family, _ in find_fingerprint(list(model.state_dict()))}
 
 
 @pytest.mark.parametrize(
@@ -407,20 +409,20 @@ def recognised(cls):
         "QwenImageControlNetModel",
     ],
 )
-def test_a_model_that_is_built_alike_is_not_taken_for_a_family(cls):
-    assert recognised(cls) == set()
+def test_similar_model_is_not_detected_as_a_family(cls):
+    assert detect_names(cls) == set()
 
 
 @pytest.mark.slow
-def test_no_file_of_another_class_is_taken_for_a_family(monkeypatch):
+def test_file_of_another_class_is_not_detected_as_a_family(monkeypatch):
     for cls in (nn.Linear, nn.modules.conv._ConvNd):
         monkeypatch.setattr(
             cls, "reset_parameters", lambda self: None
         )  # the names count, and there are thousands of layers
     owners = {cls: family.name for family in FAMILIES.values() for cls in family.denoisers}
 
-    for cls in exported_models():
-        assert (recognised(cls) or set()) <= {SAME_NAMES.get(cls), owners.get(cls)} | (
+    for cls in list_model_classes():
+        assert (detect_names(cls) or set()) <= {SAME_NAMES.get(cls), owners.get(cls)} | (
             {"sd15", "sdxl"} if "UNet2DCondition" in cls else set()
         )
 
@@ -430,7 +432,7 @@ MODELS = {file.stem: yaml.safe_load(file.read_text()) for file in sorted((CONF /
 CALLED = {"tiny": "flux", "anima": None, "anima_preview": None}
 
 
-def instance_of(model):
+def make_instance(model):
     """The instance with the pipeline of a checkpoint: by name, the longest that fits."""
     if model in CALLED:
         return CALLED[model]
@@ -438,28 +440,30 @@ def instance_of(model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_checkpoint_asks_its_pipeline_for_nothing_that_it_does_not_know(model):
-    name = instance_of(model)
+def test_checkpoint_settings_are_known_to_the_pipeline(model):
+    name = make_instance(model)
 
     assert name != "", f"model={model}: name the instance with its pipeline in CALLED"
     if name is not None:
         sampling = MODELS[model]["sampling"]
-        known = inspect.signature(type(built(name)[0]).__call__).parameters
+        known = inspect.signature(type(build_instance(name)[0]).__call__).parameters
         asked = {"num_inference_steps", "height", "width", *sampling.get("extra", {})}
         assert asked | ({"guidance_scale"} if "guidance" in sampling else set()) <= set(known)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_single_file_says_where_the_rest_is(model):
+def test_single_file_checkpoint_has_a_base(model):
     location, base = MODELS[model]["location"], MODELS[model]["base"]
 
     # a folder's own place, so that a file can be put in its stead
     assert (base == location) is not location.endswith(".safetensors")
-    assert (base is None) == (instance_of(model) is None)
+    assert (base is None) == (make_instance(model) is None)
 
 
 def test_every_family_has_two_checkpoints():
-    counted = Counter(INSTANCES[name].family if (name := instance_of(model)) else "anima" for model in MODELS)
+    counted = Counter(
+        INSTANCES[name].family if (name := make_instance(model)) else "anima" for model in MODELS
+    )
 
     assert set(counted) == set(FAMILIES)
     assert {f: n for f, n in counted.items() if n < 2} == {}

@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from families.trips import (
+from families.cases import (
     DENOISERS,
     FAMILIES,
     INSTANCES,
     Case,
     Tensors,
-    assert_same,
-    contents,
-    float_weights,
-    int8_layers,
-    made,
-    made_lora,
-    native_linears,
-    native_state,
-    rounded,
-    stored,
-    write,
+    assert_same_tensors,
+    collect_contents,
+    collect_float_weights,
+    find_int8_layers,
+    make_case,
+    make_lora,
+    make_original_state,
+    map_original_linears,
+    read_file,
+    round_rows,
+    write_file,
 )
 from torch import Tensor, nn
 
@@ -53,7 +53,7 @@ class Foreign:
     scale: Tensor | None = None
 
 
-def text(**fields: object) -> Tensor:
+def encode_text(**fields: object) -> Tensor:
     """A marker."""
     return torch.frombuffer(bytearray(json.dumps(fields).encode()), dtype=torch.uint8)
 
@@ -62,7 +62,7 @@ def fp8_native(weight: Tensor) -> Foreign:
     scale = weight.abs().max() / 448
     codes = (weight / scale).to(torch.float8_e4m3fn)
     return Foreign(
-        {"weight": codes, "weight_scale": scale, "comfy_quant": text(format="float8_e4m3fn")},
+        {"weight": codes, "weight_scale": scale, "comfy_quant": encode_text(format="float8_e4m3fn")},
         codes.float() * scale,
     )
 
@@ -91,7 +91,7 @@ def int8_grid(weight: Tensor, block: int = 16) -> Foreign:
     scale = weight.view(n // block, block, k // block, block).abs().amax((1, 3)) / 127
     wide = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)
     codes = (weight / wide).round().to(torch.int8)
-    marker = text(format="int8_blockwise", group_size=block)
+    marker = encode_text(format="int8_blockwise", group_size=block)
     return Foreign({"weight": codes, "weight_scale": scale, "comfy_quant": marker}, codes.float() * wide)
 
 
@@ -117,24 +117,24 @@ def lightx2v_comfy(weight: Tensor) -> Foreign:
     )
 
 
-def rotated(weight: Tensor, **marker: object) -> Foreign:
+def rotate_and_round(weight: Tensor, **marker: object) -> Foreign:
     """In groups of 16; H4 has its minus signs on the other diagonal."""
     base = 1 - 2 * torch.eye(4).flip(0)
     matrix = torch.kron(base, base) / 4
     turned = (weight.view(len(weight), -1, 16) @ matrix.T).view_as(weight)
-    codes, scale = rounded(turned)
+    codes, scale = round_rows(turned)
     real = ((codes * scale).view(len(weight), -1, 16) @ matrix).view_as(weight)
     return Foreign(
-        {"weight": codes, "weight_scale": scale, "comfy_quant": text(**marker)}, real, codes, scale
+        {"weight": codes, "weight_scale": scale, "comfy_quant": encode_text(**marker)}, real, codes, scale
     )
 
 
 def pre_native(weight: Tensor) -> Foreign:
-    return rotated(weight, convrot=True, convrot_groupsize=16, per_row=True)
+    return rotate_and_round(weight, convrot=True, convrot_groupsize=16, per_row=True)
 
 
 def first_node(weight: Tensor) -> Foreign:
-    return rotated(weight, quarot=True, quarot_groupsize=16)
+    return rotate_and_round(weight, quarot=True, quarot_groupsize=16)
 
 
 MARK = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
@@ -155,13 +155,13 @@ PROGRAMS = {
 
 
 @pytest.fixture(scope="module", params=["flux", "wan"])
-def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+def named_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """A family whose authors keep q, k and v in one layer, and one whose authors do not."""
     with pytest.MonkeyPatch.context() as patch:
-        yield made(request.param, tmp_path_factory.mktemp(request.param), patch)
+        yield make_case(request.param, tmp_path_factory.mktemp(request.param), patch)
 
 
-def of_another_program(
+def write_foreign_file(
     case: Case, how: Callable[[Tensor], Foreign], prefix: str, others: Tensors, path: Path
 ) -> dict[str, Foreign]:
     """Write the denoiser so, with every layer of its blocks and the last modulation quantized.
@@ -169,8 +169,8 @@ def of_another_program(
     Returns:
         What each Linear of the model has to become.
     """
-    file, found = native_state(case.denoiser, ""), {}
-    for name, parts in native_linears(case.denoiser).items():
+    file, found = make_original_state(case.denoiser, ""), {}
+    for name, parts in map_original_linears(case.denoiser).items():
         weight = file[f"{name}.weight"]
         if not re.search(r"blocks|final_layer\.adaLN", name) or weight.shape[0] % 16:
             continue
@@ -184,14 +184,14 @@ def of_another_program(
             rows = [t if t is None else t[first:last].roll(turn, 0) for t in (written.codes, written.scale)]
             found[part.key] = Foreign({}, written.real[first:last].roll(turn, 0), *rows)
             first = last
-    write({prefix + key: value.contiguous() for key, value in (file | others).items()}, path)
+    write_file({prefix + key: value.contiguous() for key, value in (file | others).items()}, path)
     return found
 
 
-def check_contents(named: Case, built: BuiltModel, expected: Mapping[str, Foreign]) -> None:
+def check_contents(case: Case, built: BuiltModel, expected: Mapping[str, Foreign]) -> None:
     """Check that integers are kept where possible, all else is rounded where it is INT8."""
-    held, layers, floats = contents(built), int8_layers(built), float_weights(named)
-    family = FAMILIES[named.name]
+    held, layers, floats = collect_contents(built), find_int8_layers(built), collect_float_weights(case)
+    family = FAMILIES[case.name]
     for name, foreign in expected.items():
         if foreign.codes is not None and foreign.scale is not None:
             assert torch.equal(held[f"{name}.q"], foreign.codes)
@@ -201,7 +201,7 @@ def check_contents(named: Case, built: BuiltModel, expected: Mapping[str, Foreig
                 layer.transform.restore_weight(layer.read_quantized_weight().dequantize()), foreign.real
             )
         elif family.find_skip_reason(name) is None:
-            q, scale = rounded(foreign.real)
+            q, scale = round_rows(foreign.real)
             assert torch.equal(held[f"{name}.q"], q)
             assert torch.equal(held[f"{name}.scale"], scale)
         else:
@@ -211,26 +211,26 @@ def check_contents(named: Case, built: BuiltModel, expected: Mapping[str, Foreig
         n for n, f in expected.items() if f.codes is not None or family.find_skip_reason(n) is None
     }
     same = [name for name in floats if name.removesuffix(".weight") not in expected]
-    assert_same({name: held[name] for name in same}, {name: floats[name] for name in same})
+    assert_same_tensors({name: held[name] for name in same}, {name: floats[name] for name in same})
 
 
 @pytest.mark.parametrize("kind", PROGRAMS)
-def test_a_file_of_another_program_is_the_model(
-    named: Case, kind: str, caplog: pytest.LogCaptureFixture
+def test_file_of_another_program_becomes_the_model(
+    named_case: Case, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     how, prefix, others, said = PROGRAMS[kind]
-    path = named.home / f"{kind}.safetensors"
-    expected = of_another_program(named, how, prefix, others, path)
+    path = named_case.home / f"{kind}.safetensors"
+    expected = write_foreign_file(named_case, how, prefix, others, path)
 
     with caplog.at_level("INFO"):
-        built = named.build(path)
+        built = named_case.build(path)
 
-    check_contents(named, built, expected)
-    assert named.latents(built).isfinite().all()
+    check_contents(named_case, built, expected)
+    assert named_case.generate_latents(built).isfinite().all()
     if said:
         layers = {
             key
-            for key, value in stored(path).items()
+            for key, value in read_file(path).items()
             if value.dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
         }
         assert f"{len(layers - {'model.diffusion_model.scaled_fp8'})} × {said}" in caplog.text
@@ -238,58 +238,62 @@ def test_a_file_of_another_program_is_the_model(
         assert f"{len(expected)} INT8 layers from {path}" in caplog.text
 
     # from file to file it becomes the same
-    named.quantize(path, named.home / "new.safetensors")
+    named_case.quantize(path, named_case.home / "new.safetensors")
 
-    assert_same(contents(named.build(named.home / "new.safetensors")), contents(built))
+    assert_same_tensors(
+        collect_contents(named_case.build(named_case.home / "new.safetensors")), collect_contents(built)
+    )
 
 
-def test_a_file_of_two_kinds(named: Case) -> None:
+def test_file_of_mixed_formats_becomes_the_model(named_case: Case) -> None:
     """Every second layer can be taken as it is."""
-    path, turns = named.home / "mixed.safetensors", itertools.count()
+    path, turns = named_case.home / "mixed.safetensors", itertools.count()
 
     def either(weight: Tensor) -> Foreign:
         return (
             fp8_native(weight)
             if next(turns) % 2
-            else rotated(weight, format="int8_tensorwise", convrot=True, convrot_groupsize=16)
+            else rotate_and_round(weight, format="int8_tensorwise", convrot=True, convrot_groupsize=16)
         )
 
-    expected = of_another_program(named, either, BARE, {}, path)
-    built = named.build(path)
+    expected = write_foreign_file(named_case, either, BARE, {}, path)
+    built = named_case.build(path)
 
-    check_contents(named, built, expected)
-    assert {name for name, layer in int8_layers(built).items() if layer.transform.method == "none"} == {
+    check_contents(named_case, built, expected)
+    assert {name for name, layer in find_int8_layers(built).items() if layer.transform.method == "none"} == {
         name
         for name, foreign in expected.items()
-        if foreign.codes is None and FAMILIES[named.name].find_skip_reason(name) is None
+        if foreign.codes is None and FAMILIES[named_case.name].find_skip_reason(name) is None
     }
 
 
-def test_a_lora_cannot_be_baked_into_integers(named: Case) -> None:
-    lora = made_lora(named.denoiser, named.name).in_authors_words(named.home / "lora.safetensors")
-    trip = named.saved("file")
+def test_baking_a_lora_into_integers_is_an_error(named_case: Case) -> None:
+    lora = make_lora(named_case.denoiser, named_case.name).save_with_original_names(
+        named_case.home / "lora.safetensors"
+    )
+    saved = named_case.get_saved("file")
 
     with pytest.raises(ConfigError, match=r"dynamic.*stochastic"):
-        named.build(trip.location, loras=[Adapter("a", str(lora))], mode="bake")
+        named_case.build(saved.location, loras=[Adapter("a", str(lora))], mode="bake")
 
-    beside = named.build(trip.location, loras=[Adapter("a", str(lora))])
+    beside = named_case.build(saved.location, loras=[Adapter("a", str(lora))])
 
-    assert beside.loras.layers_by_mode == {"dynamic": len(int8_layers(beside))}
-    assert not torch.equal(named.latents(beside), trip.drawn)
+    assert beside.loras.layers_by_mode == {"dynamic": len(find_int8_layers(beside))}
+    assert not torch.equal(named_case.generate_latents(beside), saved.latents)
 
 
-def test_a_lora_is_baked_into_what_is_rounded_anew(named: Case) -> None:
-    path, changes = named.home / "fp8.safetensors", made_lora(named.denoiser, named.name)
-    expected = of_another_program(named, fp8_native, BARE, {}, path)
-    built = named.build(
+def test_lora_is_baked_into_dequantized_layers(named_case: Case) -> None:
+    path, changes = named_case.home / "fp8.safetensors", make_lora(named_case.denoiser, named_case.name)
+    expected = write_foreign_file(named_case, fp8_native, BARE, {}, path)
+    built = named_case.build(
         path,
-        loras=[Adapter("a", str(changes.in_authors_words(named.home / "lora.safetensors")))],
+        loras=[Adapter("a", str(changes.save_with_original_names(named_case.home / "lora.safetensors")))],
         mode="bake",
     )
 
-    held = contents(built)
+    held = collect_contents(built)
 
-    for name in int8_layers(built):
+    for name in find_int8_layers(built):
         weight = expected[name].real + changes.change(name)
         error = (held[f"{name}.q"] * held[f"{name}.scale"] - weight).abs()
         assert (error <= 0.5001 * weight.abs().amax(1, keepdim=True) / 127).all()
@@ -301,28 +305,33 @@ STRANGERS = ["flux", "chroma", "z_image", "lumina2", "wan", "ltx", "sd3", "sd15"
 
 
 @pytest.fixture(scope="module")
-def strangers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Module, Path]]:
+def stranger_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Module, Path]]:
     """Denoisers, and files with their float weights that are all called the same."""
     found = {}
     for name in STRANGERS:
         pipe = INSTANCES[name].build()
         model = next(pipe.components[c] for c in DENOISERS if isinstance(pipe.components.get(c), nn.Module))
-        found[name] = model, write(native_state(model), tmp_path_factory.mktemp("stranger") / "x.safetensors")
+        found[name] = (
+            model,
+            write_file(make_original_state(model), tmp_path_factory.mktemp("stranger") / "x.safetensors"),
+        )
     return found
 
 
 @pytest.mark.parametrize("name", STRANGERS)
-def test_a_file_of_another_family_is_refused_by_name(
-    strangers: dict[str, tuple[nn.Module, Path]], name: str
+def test_file_of_another_family_is_an_error_that_names_it(
+    stranger_files: dict[str, tuple[nn.Module, Path]], name: str
 ) -> None:
     for other in STRANGERS:
         if other != name:
             with pytest.raises(FileError) as refused:
-                FileWeights(strangers[other][1], strangers[name][0])
+                FileWeights(stranger_files[other][1], stranger_files[name][0])
             words, wanted = (
-                str(refused.value).replace(str(strangers[other][1]), ""),
-                type(strangers[name][0]).__name__,
+                str(refused.value).replace(str(stranger_files[other][1]), ""),
+                type(stranger_files[name][0]).__name__,
             )
             assert wanted in words
-            if type(strangers[other][0]).__name__ != wanted:  # of one class only the sizes differ
-                assert re.search(rf"are those of a {type(strangers[other][0]).__name__} \({other}\)", words)
+            if type(stranger_files[other][0]).__name__ != wanted:  # of one class only the sizes differ
+                assert re.search(
+                    rf"are those of a {type(stranger_files[other][0]).__name__} \({other}\)", words
+                )

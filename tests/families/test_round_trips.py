@@ -7,26 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from families.instances import OTHERS
-from families.trips import (
+from families.cases import (
     FAMILIES,
     FILE,
     INSTANCES,
-    SAVED,
+    SAVE_KINDS,
     Case,
-    assert_same,
-    contents,
-    float_weights,
-    int8_layers,
-    made,
-    made_lora,
-    native_state,
+    assert_same_tensors,
+    collect_contents,
+    collect_float_weights,
+    find_int8_layers,
+    make_case,
+    make_lora,
+    make_original_state,
     quantize_alone,
-    rounded,
-    stored,
-    write,
+    read_file,
+    round_rows,
+    write_file,
     write_shards,
 )
+from families.instances import OTHERS
 from torch import nn
 
 from int8run.errors import ConfigError
@@ -43,21 +43,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module", params=INSTANCES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     with pytest.MonkeyPatch.context() as patch:
-        yield made(request.param, tmp_path_factory.mktemp(request.param), patch)
+        yield make_case(request.param, tmp_path_factory.mktemp(request.param), patch)
 
 
-def test_nothing_of_a_denoiser_is_read_before_it_is_needed(case: Case) -> None:
-    spec = replace(case.spec, model=case.source())
+def test_denoiser_weights_are_not_read_before_they_are_needed(case: Case) -> None:
+    spec = replace(case.spec, model=case.make_source())
     skeleton = load_model(spec, Progress(False), whole=False).denoiser
 
     assert {name for name, value in skeleton.named_parameters() if not value.is_meta} == set()
 
 
-def test_a_folder_is_streamed_and_drawn(case: Case) -> None:
-    trip, floats = case.saved("folder"), float_weights(case)
+def test_folder_is_streamed_to_int8_layers_that_generate(case: Case) -> None:
+    saved, floats = case.get_saved("folder"), collect_float_weights(case)
 
-    assert trip.built.family.name == case.instance.family
-    assert list(trip.built.denoisers) == ["int8"]
+    assert saved.built.family.name == case.instance.family
+    assert list(saved.built.denoisers) == ["int8"]
 
     linears = {
         name
@@ -67,151 +67,160 @@ def test_a_folder_is_streamed_and_drawn(case: Case) -> None:
     }
     wanted = {name for name in linears if FAMILIES[case.instance.family].find_skip_reason(name) is None}
 
-    layers = int8_layers(trip.built)
+    layers = find_int8_layers(saved.built)
 
     assert wanted
     assert len(layers) == len(wanted) * len(case.denoisers)
 
     for name in layers:
-        q, scale = rounded(floats[f"{name}.weight"])
-        assert torch.equal(trip.held[f"{name}.q"], q)
-        assert torch.equal(trip.held[f"{name}.scale"], scale)
+        q, scale = round_rows(floats[f"{name}.weight"])
+        assert torch.equal(saved.contents[f"{name}.q"], q)
+        assert torch.equal(saved.contents[f"{name}.scale"], scale)
         floats.pop(f"{name}.weight")
 
-    assert_same({name: trip.held[name] for name in floats}, floats)
-    assert len(trip.drawn) == 2
-    assert trip.drawn.isfinite().all()
-    assert trip.drawn[-1].std() > 0.01
+    assert_same_tensors({name: saved.contents[name] for name in floats}, floats)
+    assert len(saved.latents) == 2
+    assert saved.latents.isfinite().all()
+    assert saved.latents[-1].std() > 0.01
 
 
-@pytest.mark.parametrize("kind", SAVED)
-def test_what_was_saved_comes_back_as_the_model(case: Case, kind: str) -> None:
-    trip = case.saved(kind)
-    again = case.build(trip.location)
+@pytest.mark.parametrize("kind", SAVE_KINDS)
+def test_saved_denoiser_is_loaded_as_the_model(case: Case, kind: str) -> None:
+    saved = case.get_saved(kind)
+    again = case.build(saved.location)
 
     assert again.family.name == case.instance.family
-    assert_same(contents(again), trip.held)
-    assert torch.equal(case.latents(again), trip.drawn)
+    assert_same_tensors(collect_contents(again), saved.contents)
+    assert torch.equal(case.generate_latents(again), saved.latents)
 
 
-@pytest.mark.parametrize("kind", SAVED)
-def test_what_was_saved_comes_back_as_layers_of_the_model(case: Case, kind: str) -> None:
-    trip, single = case.saved(kind), len(case.denoisers) == 1
-    where = str(trip.location) if single else {name: str(path) for name, path in trip.location.items()}
+@pytest.mark.parametrize("kind", SAVE_KINDS)
+def test_saved_denoiser_is_loaded_as_int8_checkpoint(case: Case, kind: str) -> None:
+    saved, single = case.get_saved(kind), len(case.denoisers) == 1
+    where = str(saved.location) if single else {name: str(path) for name, path in saved.location.items()}
 
     again = case.build(int8=replace(case.spec.int8, checkpoint=where))
 
-    assert_same(contents(again), trip.held)
-    assert torch.equal(case.latents(again), trip.drawn)
+    assert_same_tensors(collect_contents(again), saved.contents)
+    assert torch.equal(case.generate_latents(again), saved.latents)
 
 
 def test_layers_are_rotated_where_their_width_allows(case: Case) -> None:
-    layers = int8_layers(case.saved("rotated file").built)
+    layers = find_int8_layers(case.get_saved("rotated file").built)
 
     assert {layer.transform.method for layer in layers.values() if layer.in_features % 4 == 0} == {"convrot"}
     assert {layer.transform.method for layer in layers.values() if layer.in_features % 4} <= {"none"}
-    assert not torch.equal(case.saved("rotated file").drawn, case.saved("file").drawn)
+    assert not torch.equal(case.get_saved("rotated file").latents, case.get_saved("file").latents)
 
 
 # float files of the authors
 
 
-def write_native(case: Case, kind: str) -> Any:
+def write_original_files(case: Case, kind: str) -> Any:
     """The float weights under their authors' names; the location of them."""
     places = {}
     for name, part in case.denoisers.items():
         folder = case.home / f"{kind} {name}"
         match kind:
             case "bare":
-                places[name] = write(native_state(part, ""), folder / "x.safetensors")
+                places[name] = write_file(make_original_state(part, ""), folder / "x.safetensors")
             case "prefixed":
-                places[name] = write(native_state(part, "model.diffusion_model."), folder / "x.safetensors")
+                places[name] = write_file(
+                    make_original_state(part, "model.diffusion_model."), folder / "x.safetensors"
+                )
             case "index":
-                places[name] = write_shards(native_state(part), folder)
+                places[name] = write_shards(make_original_state(part), folder)
             case "shards":
-                places[name] = write_shards(native_state(part), folder).parent
+                places[name] = write_shards(make_original_state(part), folder).parent
     return places if len(places) > 1 else next(iter(places.values()))
 
 
 # every family's own spelling is one of the first two
 @pytest.mark.parametrize("kind", ["bare", "prefixed", "index", "shards"])
-def test_a_float_file_of_the_authors_is_the_model(case: Case, kind: str) -> None:
-    spec = replace(case.spec, model=case.source(write_native(case, kind)), int8=Int8Settings(enable=False))
+def test_float_file_with_original_names_is_the_model(case: Case, kind: str) -> None:
+    spec = replace(
+        case.spec, model=case.make_source(write_original_files(case, kind)), int8=Int8Settings(enable=False)
+    )
     loaded = load_model(spec, Progress(False))
 
     assert loaded.family.name == case.instance.family
-    assert_same(loaded.denoiser.state_dict(), float_weights(case))
+    assert_same_tensors(loaded.denoiser.state_dict(), collect_float_weights(case))
 
 
 # from file to file
 
 
-def test_task_quantize_writes_what_a_run_writes(case: Case) -> None:
-    single, in_folder = len(case.denoisers) == 1, case.saved("folder").location
+def test_quantize_task_writes_what_a_run_saves(case: Case) -> None:
+    single, in_folder = len(case.denoisers) == 1, case.get_saved("folder").location
     for component, part in case.denoisers.items():
         named = None if single else component
         folder, file = case.home / f"quantized {component}", case.home / f"quantized {component}.safetensors"
         about = case.quantize(case.folder, folder, named)
         assert (about["family"], about["denoiser"]) == (case.instance.family, type(part).__name__)
-        assert_same(stored(folder / FILE), stored((in_folder if single else in_folder[component]) / FILE))
+        assert_same_tensors(
+            read_file(folder / FILE), read_file((in_folder if single else in_folder[component]) / FILE)
+        )
         case.quantize(case.folder, file, named)
-        in_file = case.saved("file").location
-        assert_same(stored(file), stored(in_file if single else in_file[component]))
+        in_file = case.get_saved("file").location
+        assert_same_tensors(read_file(file), read_file(in_file if single else in_file[component]))
         # a file says what it is by its names alone
-        source = write(native_state(part), case.home / f"float {component}.safetensors")
+        source = write_file(make_original_state(part), case.home / f"float {component}.safetensors")
         about = case.quantize(source, case.home / "again.safetensors")
         assert (about["family"], about["denoiser"]) == (case.instance.family, type(part).__name__)
-        assert_same(stored(case.home / "again.safetensors"), stored(file))
+        assert_same_tensors(read_file(case.home / "again.safetensors"), read_file(file))
 
 
 # LoRAs
 
 
-def inner(case: Case, name: str) -> str:
+def strip_component(case: Case, name: str) -> str:
     """The name of a layer in its own denoiser."""
     return name if len(case.denoisers) == 1 else name.partition(".")[2]
 
 
-def test_a_lora_is_streamed_beside_the_layers_under_both_spellings(case: Case) -> None:
+def test_lora_has_the_same_effect_under_both_namings(case: Case) -> None:
     plain, lora, floats = (
-        case.saved("folder"),
-        made_lora(case.denoiser, case.instance.family),
-        float_weights(case),
+        case.get_saved("folder"),
+        make_lora(case.denoiser, case.instance.family),
+        collect_float_weights(case),
     )
     own = case.build(
         loras=[
             Adapter(
-                "a", str(lora.in_diffusers_words(case.home / "a.safetensors", next(iter(case.denoisers))))
+                "a",
+                str(lora.save_with_diffusers_names(case.home / "a.safetensors", next(iter(case.denoisers)))),
             )
         ]
     )
-    authors = case.build(loras=[Adapter("a", str(lora.in_authors_words(case.home / "b.safetensors")))])
+    authors = case.build(
+        loras=[Adapter("a", str(lora.save_with_original_names(case.home / "b.safetensors")))]
+    )
 
-    held, drawn, layers = contents(own), case.latents(own), int8_layers(own)
+    held, drawn, layers = collect_contents(own), case.generate_latents(own), find_int8_layers(own)
 
-    assert_same(contents(authors), held)
-    assert torch.equal(drawn, case.latents(authors))
+    assert_same_tensors(collect_contents(authors), held)
+    assert torch.equal(drawn, case.generate_latents(authors))
     assert drawn.isfinite().all()
     assert own.loras.layers_by_mode == {"dynamic": len(layers)}
-    assert_same(
+    assert_same_tensors(
         {f"{name}.q": held[f"{name}.q"] for name in layers},
-        {f"{name}.q": plain.held[f"{name}.q"] for name in layers},
+        {f"{name}.q": plain.contents[f"{name}.q"] for name in layers},
     )
-    for name in [name for name in held if inner(case, name).removesuffix(".weight") in lora.up]:
+    for name in [name for name in held if strip_component(case, name).removesuffix(".weight") in lora.up]:
         torch.testing.assert_close(
-            held[name], floats[name] + lora.change(inner(case, name).removesuffix(".weight"))
+            held[name], floats[name] + lora.change(strip_component(case, name).removesuffix(".weight"))
         )
 
     # what it does is what it does to the float weights
     baked = case.build(loras=[Adapter("a", str(case.home / "a.safetensors"))], mode="bake")
-    held = contents(baked)
+    held = collect_contents(baked)
 
     for name in layers:
-        weight = floats[f"{name}.weight"] + lora.change(inner(case, name))
+        weight = floats[f"{name}.weight"] + lora.change(strip_component(case, name))
         error = (held[f"{name}.q"] * held[f"{name}.scale"] - weight).abs()
         assert (error <= 0.5001 * weight.abs().amax(1, keepdim=True) / 127).all()
-    assert compute_relative_error(case.latents(baked)[-1], drawn[-1]) < 0.5 * compute_relative_error(
-        plain.drawn[-1], drawn[-1]
+    assert compute_relative_error(case.generate_latents(baked)[-1], drawn[-1]) < 0.5 * compute_relative_error(
+        plain.latents[-1], drawn[-1]
     )
 
 
@@ -219,19 +228,22 @@ def test_a_lora_is_streamed_beside_the_layers_under_both_spellings(case: Case) -
 
 
 @pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+def dual_case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     with pytest.MonkeyPatch.context() as patch:
-        yield made("wan22", tmp_path_factory.mktemp("experts"), patch)
+        yield make_case("wan22", tmp_path_factory.mktemp("experts"), patch)
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "bake"])
 @pytest.mark.parametrize("expert", ["transformer", "transformer_2"])
-def test_a_lora_for_one_of_two_denoisers(experts: Case, expert: str, mode: str) -> None:
-    lora, plain = made_lora(experts.denoiser, "wan"), experts.saved("folder")
-    path = lora.in_authors_words(experts.home / "lora.safetensors")
-    built = experts.build(loras=[Adapter("a", str(path), components=[expert])], mode=mode)
-    held, layers = contents(built), {name for name in int8_layers(built) if name.startswith(f"{expert}.")}
-    changed = {name for name in held if not torch.equal(held[name], plain.held[name])}
+def test_lora_for_one_of_two_denoisers_changes_only_that_one(dual_case: Case, expert: str, mode: str) -> None:
+    lora, plain = make_lora(dual_case.denoiser, "wan"), dual_case.get_saved("folder")
+    path = lora.save_with_original_names(dual_case.home / "lora.safetensors")
+    built = dual_case.build(loras=[Adapter("a", str(path), components=[expert])], mode=mode)
+    held, layers = (
+        collect_contents(built),
+        {name for name in find_int8_layers(built) if name.startswith(f"{expert}.")},
+    )
+    changed = {name for name in held if not torch.equal(held[name], plain.contents[name])}
     integers = {f"{name}.q" for name in layers}
 
     assert changed
@@ -240,20 +252,22 @@ def test_a_lora_for_one_of_two_denoisers(experts: Case, expert: str, mode: str) 
     assert built.loras.layers_by_mode == ({"dynamic": len(layers)} if mode == "dynamic" else {})
 
     # the first step is the first one's, the second the other's
-    first, second = (torch.equal(a, b) for a, b in zip(experts.latents(built), plain.drawn, strict=True))
+    first, second = (
+        torch.equal(a, b) for a, b in zip(dual_case.generate_latents(built), plain.latents, strict=True)
+    )
 
     assert (first, second) == ((False, False) if expert == "transformer" else (True, False))
 
 
-def test_two_denoisers_need_two_files(experts: Case) -> None:
-    file = write(native_state(experts.denoiser), experts.home / "one.safetensors")
+def test_one_file_for_two_denoisers_is_an_error(dual_case: Case) -> None:
+    file = write_file(make_original_state(dual_case.denoiser), dual_case.home / "one.safetensors")
 
     with pytest.raises(ConfigError, match=r"2 denoisers.*transformer: <file>, transformer_2: <file>"):
-        experts.build(file)
+        dual_case.build(file)
     with pytest.raises(ConfigError, match=r"2 denoisers.*transformer: <file>, transformer_2: <file>"):
-        experts.build(int8=replace(experts.spec.int8, checkpoint=str(file)))
+        dual_case.build(int8=replace(dual_case.spec.int8, checkpoint=str(file)))
     with pytest.raises(ConfigError, match=r"task\.component=transformer or task\.component=transformer_2"):
-        experts.quantize(experts.folder, experts.home / "x.safetensors")
+        dual_case.quantize(dual_case.folder, dual_case.home / "x.safetensors")
 
 
 # denoisers without a pipeline
@@ -265,14 +279,14 @@ BESIDE = {"anima": {"net.llm_adapter.out_proj.weight": torch.ones(32, 32)}}
 @pytest.mark.parametrize(
     ("family", "number"), [(family, i) for family, makers in OTHERS.items() for i in range(len(makers))]
 )
-def test_a_denoiser_without_a_pipeline(family: str, number: int, tmp_path: Path) -> None:
+def test_denoiser_without_a_pipeline_is_quantized(family: str, number: int, tmp_path: Path) -> None:
     model = OTHERS[family][number]().eval()
     state = {name: value.detach() for name, value in model.state_dict().items()}
-    source = write(native_state(model) | BESIDE.get(family, {}), tmp_path / "float.safetensors")
+    source = write_file(make_original_state(model) | BESIDE.get(family, {}), tmp_path / "float.safetensors")
 
     weights = FileWeights(source, model)
 
-    assert_same({name: weights.read_tensor(name) for name in state}, state)
+    assert_same_tensors({name: weights.read_tensor(name) for name in state}, state)
 
     about = quantize_alone(source, tmp_path / "int8.safetensors", tmp_path)
 
@@ -289,13 +303,13 @@ def test_a_denoiser_without_a_pipeline(family: str, number: int, tmp_path: Path)
     for name, value in state.items():
         layer = name.removesuffix(".weight")
         if layer in again.find_int8_layers():
-            q, scale = rounded(value)
+            q, scale = round_rows(value)
             made = again.read_int8_layer(layer).weight
             assert torch.equal(made.qdata, q)
             assert torch.equal(made.scale, scale)
         else:
             assert torch.equal(again.read_tensor(name), value)
 
-    file = stored(tmp_path / "int8.safetensors")
+    file = read_file(tmp_path / "int8.safetensors")
 
-    assert_same({key: file[key] for key in BESIDE.get(family, {})}, BESIDE.get(family, {}))
+    assert_same_tensors({key: file[key] for key in BESIDE.get(family, {})}, BESIDE.get(family, {}))

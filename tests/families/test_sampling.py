@@ -26,7 +26,7 @@ OLD_CALLBACK = {"pixart"}  # no `callback_on_step_end`
 
 
 @functools.cache
-def built(name):
+def build_pipeline(name):
     """The pipeline, the name of its denoiser, the denoiser, and settings for a batch of two."""
     pipe = INSTANCES[name].build()
     pipe.set_progress_bar_config(disable=True)
@@ -37,14 +37,14 @@ def built(name):
     return pipe, component, getattr(pipe, component), replace(INSTANCES[name].sampling, batch=2)
 
 
-def drawn(name, samples=BATCH, **changes):
-    pipe, component, denoiser, sampling = built(name)
+def generate_images(name, samples=BATCH, **changes):
+    pipe, component, denoiser, sampling = build_pipeline(name)
     return generate(pipe, component, {"": denoiser}, samples, replace(sampling, **changes))[""]
 
 
 @pytest.mark.parametrize("name", INSTANCES)
-def test_two_steps_of_two_samples(name):
-    pipe, component, denoiser, sampling = built(name)
+def test_two_steps_give_two_samples(name):
+    pipe, component, denoiser, sampling = build_pipeline(name)
     heard = []
 
     made = generate(
@@ -69,10 +69,10 @@ def test_two_steps_of_two_samples(name):
 
 
 @pytest.mark.parametrize("name", INSTANCES)
-def test_a_sample_does_not_depend_on_its_batch(name):
+def test_sample_does_not_depend_on_its_batch(name):
     # Qwen-Image 2.1 pads the texts of a batch, and rounds otherwise
     bound = 2e-3 if name == "qwen_image_21" else 1e-5
-    both, alone = drawn(name), drawn(name, BATCH[1:], batch=1)
+    both, alone = generate_images(name), generate_images(name, BATCH[1:], batch=1)
 
     assert compute_relative_error(alone.trajectories[0][-1], both.trajectories[1][-1]) < bound
     assert compute_relative_error(both.trajectories[0][-1], both.trajectories[1][-1]) > 0.1, (
@@ -81,24 +81,24 @@ def test_a_sample_does_not_depend_on_its_batch(name):
 
 
 @pytest.mark.parametrize("name", INSTANCES)
-def test_latents_alone_are_the_same_and_no_picture_is_decoded(name):
-    alone = drawn(name, extra={**built(name)[3].extra, "output_type": "latent"})
+def test_latents_alone_are_the_same_and_no_image_is_decoded(name):
+    alone = generate_images(name, extra={**build_pipeline(name)[3].extra, "output_type": "latent"})
 
     assert alone.frames == []
-    assert all(map(torch.equal, alone.trajectories, drawn(name).trajectories))
+    assert all(map(torch.equal, alone.trajectories, generate_images(name).trajectories))
 
 
 @pytest.mark.parametrize("name", INSTANCES)
-def test_a_negative_prompt_may_be_one_text_for_the_batch(name):
-    pipe, _, _, sampling = built(name)
+def test_one_negative_prompt_serves_the_batch(name):
+    pipe, _, _, sampling = build_pipeline(name)
     if "negative_prompt" not in inspect.signature(type(pipe).__call__).parameters:
         pytest.skip("it has none")
-    drawn(name, extra={**sampling.extra, "negative_prompt": "b b"})
+    generate_images(name, extra={**sampling.extra, "negative_prompt": "b b"})
 
 
 @pytest.mark.parametrize("name", INSTANCES)
-def test_the_denoisers_arguments_are_all_named_and_can_be_used_again(name):
-    pipe, component, denoiser, sampling = built(name)
+def test_denoiser_arguments_are_named_and_reusable(name):
+    pipe, component, denoiser, sampling = build_pipeline(name)
     by_position = []
     hook = denoiser.register_forward_pre_hook(lambda _, args: by_position.append(len(args) > 0))
     calls = capture_calls(pipe, component, denoiser, BATCH, sampling)
@@ -120,8 +120,8 @@ def test_the_denoisers_arguments_are_all_named_and_can_be_used_again(name):
 
 
 @pytest.mark.parametrize("name", INSTANCES)
-def test_how_a_pipeline_tells_of_its_steps(name):
-    pipe = built(name)[0]
+def test_every_pipeline_reports_its_steps(name):
+    pipe = build_pipeline(name)[0]
 
     assert list(build_step_callback(pipe, print)) == [
         "callback" if name in OLD_CALLBACK else "callback_on_step_end"
@@ -129,8 +129,8 @@ def test_how_a_pipeline_tells_of_its_steps(name):
     assert hasattr(pipe, "num_timesteps") == (name not in UNCOUNTED)
 
 
-def test_sana_sprint_takes_more_than_two_steps_when_its_own_timestep_is_taken_away():
-    pipe, _, _, sampling = built("sana")
+def test_sana_sprint_takes_more_steps_without_its_own_timestep():
+    pipe, _, _, sampling = build_pipeline("sana")
     config = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
     transformer = SanaTransformer2DModel(**{**config, "guidance_embeds": True}).eval()
     parts = {name: part for name, part in pipe.components.items() if name not in ("transformer", "scheduler")}

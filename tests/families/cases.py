@@ -51,11 +51,15 @@ Tensors = dict[str, Tensor]
 
 
 # what is saved: whether the authors' names are used, and how outliers are treated
-SAVED = {"folder": (False, NoOutlier()), "file": (True, NoOutlier()), "rotated file": (True, ConvRot(16))}
+SAVE_KINDS = {
+    "folder": (False, NoOutlier()),
+    "file": (True, NoOutlier()),
+    "rotated file": (True, ConvRot(16)),
+}
 
 
 @dataclass(frozen=True)
-class Trip:
+class SavedBuild:
     """A denoiser that was streamed, drawn with and saved.
 
     Args:
@@ -63,8 +67,8 @@ class Trip:
     """
 
     built: BuiltModel
-    held: Tensors
-    drawn: Tensor
+    contents: Tensors
+    latents: Tensor
     location: Any
 
 
@@ -114,7 +118,7 @@ class Case:
         """The first."""
         return next(iter(self.denoisers.values()))
 
-    def source(self, location: object = None, base: object = None) -> ModelSource:
+    def make_source(self, location: object = None, base: object = None) -> ModelSource:
         """The diffusers folder, or weights elsewhere."""
         place: Any = (
             {k: str(v) for k, v in location.items()}
@@ -139,15 +143,15 @@ class Case:
     ) -> BuiltModel:
         """A build of these weights; streamed, if no change of the spec asks for the float model."""
         stack = LoraSettings(mode=mode, adapters=loras)
-        spec = replace(self.spec, model=self.source(location, base), lora=stack, **changes)
+        spec = replace(self.spec, model=self.make_source(location, base), lora=stack, **changes)
         built = build_model(spec, self.samples, read_lora_headers(spec.lora, "none"), Progress(False))
         built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
         return built
 
     def quantize(self, location: object, save: Path, component: str | None = None) -> dict[str, Any]:
         """`task=quantize` of these weights; what its metrics.json says."""
-        return quantized(
-            replace(self.spec, model=self.source(location), save=str(save)), component, self.home
+        return run_quantize_task(
+            replace(self.spec, model=self.make_source(location), save=str(save)), component, self.home
         )
 
     @property
@@ -155,7 +159,7 @@ class Case:
         """The one picture that is drawn."""
         return [Sample(self.instance.prompt, 7, "0")]
 
-    def latents(self, built: BuiltModel) -> Tensor:
+    def generate_latents(self, built: BuiltModel) -> Tensor:
         """Of two steps. [steps, ...]"""
         (name,) = built.denoisers
         made = generate(built.pipe, built.component, built.denoisers, self.samples, self.instance.sampling)[
@@ -164,13 +168,13 @@ class Case:
         return made.trajectories[0]
 
     @cached_property
-    def trips(self) -> dict[str, Trip]:
+    def saved_builds(self) -> dict[str, SavedBuild]:
         return {}
 
-    def saved(self, kind: str) -> Trip:
+    def get_saved(self, kind: str) -> SavedBuild:
         """One of SAVED."""
-        if kind not in self.trips:
-            native, outlier = SAVED[kind]
+        if kind not in self.saved_builds:
+            native, outlier = SAVE_KINDS[kind]
             save = (self.home / kind).with_suffix(".safetensors" if native else "")
             location: Any = save
             if len(self.denoisers) > 1:
@@ -179,11 +183,13 @@ class Case:
                     for name in self.denoisers
                 }
             built = self.build(save=str(save), outlier=outlier)
-            self.trips[kind] = Trip(built, contents(built), self.latents(built), location)
-        return self.trips[kind]
+            self.saved_builds[kind] = SavedBuild(
+                built, collect_contents(built), self.generate_latents(built), location
+            )
+        return self.saved_builds[kind]
 
 
-def made(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+def make_case(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     """Build an instance and write it to a folder."""
     pipe, folder = INSTANCES[name].build(), home / "pipeline"
     # classes of the tests, which transformers cannot read again: in the folder stands what they are made from
@@ -203,7 +209,7 @@ def made(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     return Case(name, pipe, home, make_spec(SETTINGS))
 
 
-def quantized(spec: RunSpec, component: str | None, out: Path) -> dict[str, Any]:
+def run_quantize_task(spec: RunSpec, component: str | None, out: Path) -> dict[str, Any]:
     """`task=quantize`; what its metrics.json says."""
     quantize_file(spec, Job({}, {}, [], out), component)
     return json.loads((out / "metrics.json").read_text())
@@ -211,20 +217,20 @@ def quantized(spec: RunSpec, component: str | None, out: Path) -> dict[str, Any]
 
 def quantize_alone(location: Path, save: Path, out: Path) -> dict[str, Any]:
     """`task=quantize` of weights without a pipeline."""
-    return quantized(
+    return run_quantize_task(
         make_spec([*SETTINGS, f"model.location={location}", "model.dtype=float32", f"save={save}"]), None, out
     )
 
 
-def int8_layers(built: BuiltModel) -> dict[str, Int8Linear]:
+def find_int8_layers(built: BuiltModel) -> dict[str, Int8Linear]:
     """Every INT8 layer by its name."""
     return {name: m for name, m in built.denoisers["int8"].named_modules() if isinstance(m, Int8Linear)}
 
 
-def contents(built: BuiltModel) -> Tensors:
+def collect_contents(built: BuiltModel) -> Tensors:
     """All that an INT8 denoiser holds: integers, scales, outlier transforms, and every float tensor."""
     found: Tensors = {}
-    layers = int8_layers(built)
+    layers = find_int8_layers(built)
     for name, layer in layers.items():
         weight, transform = layer.read_quantized_weight(), layer.transform
         found |= {f"{name}.q": weight.qdata, f"{name}.scale": weight.scale}
@@ -242,7 +248,7 @@ def contents(built: BuiltModel) -> Tensors:
     }
 
 
-def assert_same(ours: Tensors, others: Tensors) -> None:
+def assert_same_tensors(ours: Tensors, others: Tensors) -> None:
     """Bit for bit, dtypes included."""
     assert ours.keys() == others.keys()
     assert [
@@ -252,7 +258,7 @@ def assert_same(ours: Tensors, others: Tensors) -> None:
     ] == []
 
 
-def native_state(model: nn.Module, prefix: str | None = None) -> Tensors:
+def make_original_state(model: nn.Module, prefix: str | None = None) -> Tensors:
     """The float weights under the names of the model's authors.
 
     Args:
@@ -275,7 +281,7 @@ def native_state(model: nn.Module, prefix: str | None = None) -> Tensors:
     }
 
 
-def write(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> Path:
+def write_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> Path:
     """A file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), path, metadata=dict(metadata or {}))
@@ -288,7 +294,7 @@ def write_shards(tensors: Tensors, folder: Path, count: int = 3) -> Path:
     for i in range(count):
         shards[f"model-{i + 1:05}-of-{count:05}.safetensors"] = names[i::count]
     for file, held in shards.items():
-        write({name: tensors[name] for name in held}, folder / file)
+        write_file({name: tensors[name] for name in held}, folder / file)
     index = folder / "model.safetensors.index.json"
     index.write_text(
         json.dumps(
@@ -298,18 +304,18 @@ def write_shards(tensors: Tensors, folder: Path, count: int = 3) -> Path:
     return index
 
 
-def stored(path: Path) -> Tensors:
+def read_file(path: Path) -> Tensors:
     """A file's tensors as the safetensors library reads them."""
     return load_file(path)
 
 
-def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 and one scale a row: absmax / 127, the nearest integer, ties to even. weight: [N, K] float32."""
     scale = weight.abs().amax(1, keepdim=True) / 127
     return (weight / scale).round().to(torch.int8), scale
 
 
-def float_weights(case: Case) -> Tensors:
+def collect_float_weights(case: Case) -> Tensors:
     """Every parameter and buffer of the float denoisers, by the names that they have in a build."""
     single = len(case.denoisers) == 1
     return {
@@ -319,7 +325,7 @@ def float_weights(case: Case) -> Tensors:
     }
 
 
-def native_linears(model: nn.Module) -> dict[str, tuple[TensorPart, ...]]:
+def map_original_linears(model: nn.Module) -> dict[str, tuple[TensorPart, ...]]:
     """Authors' name of a layer -> the Linears that it is made of."""
     state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     linears = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -347,28 +353,28 @@ class Lora:
         """What is added to a weight."""
         return self.up[name] @ self.down[name]
 
-    def in_diffusers_words(self, path: Path, component: str = "transformer") -> Path:
+    def save_with_diffusers_names(self, path: Path, component: str = "transformer") -> Path:
         tensors = {f"{component}.{name}.lora_A.weight": value for name, value in self.down.items()}
-        return write(
+        return write_file(
             tensors | {f"{component}.{name}.lora_B.weight": value for name, value in self.up.items()}, path
         )
 
-    def in_authors_words(self, path: Path) -> Path:
+    def save_with_original_names(self, path: Path) -> Path:
         tensors = {}
         for name, parts in self.original.items():
             tensors[f"diffusion_model.{name}.lora_A.weight"] = self.down[parts[0].key].clone()
             tensors[f"diffusion_model.{name}.lora_B.weight"] = torch.cat(
                 [part.extract(self.up[part.key]) for part in parts]
             )
-        return write(tensors, path)
+        return write_file(tensors, path)
 
 
-def made_lora(model: nn.Module, family: str) -> Lora:
+def make_lora(model: nn.Module, family: str) -> Lora:
     """Rank 4, on every Linear that has an original name.
 
     Those that stay float change less, so that they do not hide the others.
     """
-    generator, native = torch.Generator().manual_seed(3), native_linears(model)
+    generator, native = torch.Generator().manual_seed(3), map_original_linears(model)
     down, up = {}, {}
     for parts in native.values():
         width = get_linear(model, parts[0].key).in_features
