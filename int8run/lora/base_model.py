@@ -1,11 +1,17 @@
-"""For which base model a LoRA was made, told from its header: names and shapes of its tensors first, then what its tags say."""
+"""For which base model a LoRA was made, told from its header before anything is loaded.
+
+Names and shapes of the tensors count first: they are compared with `bases.yaml`, which lists architectures
+and the models that have them. Then come the tags of the metadata, which are often wrong.
+`lora/header_info.py` rejects files of other base models with it, `task=inspect` shows what it finds.
+"""
 
 import functools
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -14,10 +20,19 @@ from int8run.lora.key_parsing import DENOISER, parse_key
 
 TABLE_FILE = Path(__file__).with_name("bases.yaml")
 TAG_KEYS = ("ss_base_model_version", "modelspec.architecture")
-MAX_TAG = 100
-BLOCK = re.compile(r"([a-z_]+?)_(\d{1,4})_.*")
+MAX_TAG_CHARS = 100
+# a module in a list of blocks: name of the list, index
+BLOCK_PATTERN = re.compile(r"([a-z_]+?)_(\d{1,4})_.*")
 
-LayerSize = tuple[int | None, int | None]  # inputs, outputs; None: not told
+# sizes of a layer in `bases.yaml`, inputs and outputs: numbers, multiples of a letter (`3h`), or None for any
+ExpectedSize = Sequence[str | int | None]
+
+
+class LayerSize(NamedTuple):
+    """The size of a layer as far as a file tells; None: not known."""
+
+    in_features: int | None
+    out_features: int | None
 
 
 @dataclass(frozen=True)
@@ -26,9 +41,9 @@ class LoraBase:
 
     Args:
         name: a key of `bases.yaml`; models use the same words as their `lora_base`.
-        by: `shapes`, which are sure, or `tag`, which is often wrong.
+        evidence: `shapes`, which are sure, or `tag`, which is often wrong.
         detail: the size that shows it, such as `hidden 6144`; empty where none does.
-        others: bases that a file like this could be for as well.
+        alternatives: bases that a file like this could be for as well.
         tag: what the header says, where it contradicts the shapes.
     """
 
@@ -38,61 +53,90 @@ class LoraBase:
     alternatives: tuple[str, ...] = ()
     tag: str | None = None
 
+    @property
+    def possible_names(self) -> tuple[str, ...]:
+        """All bases that the file could be for, the likeliest first."""
+        return self.name, *self.alternatives
+
     def __str__(self) -> str:
-        titles = " or ".join(get_title(name) for name in (self.name, *self.alternatives))
-        return f"{titles} ({', '.join(filter(None, (self.detail, f'by its {self.evidence}', self.tag and f'its tag says {self.tag}')))})"
+        reasons = [self.detail] if self.detail else []
+        reasons.append(f"by its {self.evidence}")
+        if self.tag:
+            reasons.append(f"its tag says {self.tag}")
+        return f"{format_titles(self.possible_names)} ({', '.join(reasons)})"
 
 
 @functools.cache
 def load_table() -> Mapping[str, Any]:
-    """What `bases.yaml` says."""
+    """The content of `bases.yaml`."""
     return yaml.safe_load(TABLE_FILE.read_text(encoding="utf-8"))
 
 
 def detect_lora_base(header: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, str]) -> LoraBase | None:
-    """The base model of a LoRA file, or None when neither names and shapes nor tags tell.
+    """The base model of a LoRA file.
 
     Args:
-        header: tensor name -> entry with its `shape`, as `read_header` gives it.
+        header: tensor name -> entry with its `shape`, as `read_header` returns it.
+        metadata: of the header, untrusted.
+
+    Returns:
+        None when neither names and shapes nor tags tell.
     """
     possible = find_possible_bases(read_layer_sizes(header))
-    tag, named = read_tag(metadata)
+    tag, tagged = read_tag(metadata)
     if not possible:
-        return LoraBase(named[0], "tag", "", tuple(named[1:])) if named else None
-    # a tag may choose between bases of the same shapes, and no other
-    likely = sorted(possible, key=lambda name: name not in named)
-    shown = describe_main_size(likely[0]) if len({describe_main_size(name) for name in likely}) == 1 else ""
+        return LoraBase(tagged[0], "tag", alternatives=tuple(tagged[1:])) if tagged else None
+
+    # a tag may choose between bases of the same shapes, and cannot add one
+    likely = sorted(possible, key=lambda name: name not in tagged)
+    details = {describe_main_size(name) for name in likely}
+    is_contradicted = bool(tagged) and likely[0] not in tagged
     return LoraBase(
-        likely[0], "shapes", shown, tuple(likely[1:]), tag if named and likely[0] not in named else None
+        name=likely[0],
+        evidence="shapes",
+        detail=details.pop() if len(details) == 1 else "",
+        alternatives=tuple(likely[1:]),
+        tag=tag if is_contradicted else None,
     )
 
 
-def check_lora_base(path: Path, found: LoraBase | None, wanted: str) -> str | None:
-    """A warning where a file may not suit the model's base, or None.
+def check_lora_base(path: Path, found: LoraBase | None, model_base: str) -> str | None:
+    """Check that a file can be for the base of a model.
 
     Args:
-        found: what `base_of` says of the file.
-        wanted: the model's `lora_base`; one that `bases.yaml` does not know is never refused.
+        path: of the file, for messages.
+        found: what `detect_lora_base` found for it.
+        model_base: the model's `lora_base`; one that is not in `bases.yaml` is never rejected.
+
+    Returns:
+        A warning where the file may not suit the model, or None.
 
     Raises:
         LoraError: when its shapes surely are those of another base.
     """
-    if found is None or wanted not in load_table()["bases"]:
+    if found is None or model_base not in load_table()["bases"]:
         return None
-    possible = (found.name, *found.alternatives)
-    if wanted in possible:
+    model_title = get_title(model_base)
+    if model_base in found.possible_names:
         if found.tag is None:
             return None
-        return f"{path.name}: its header says {found.tag!r}, its shapes are those of {get_title(found.name)}; the shapes count"
-    for name in possible:
-        if (partly := load_table()["partly_fits"].get(name, {}).get(wanted)) is not None:
-            return f"{path.name} was made for {get_title(name)}, the model is {get_title(wanted)}: {partly}"
-    names = " or ".join(get_title(name) for name in possible)
+        return (
+            f"{path.name}: its header says {found.tag!r}, its shapes are those of {get_title(found.name)}; "
+            "the shapes count"
+        )
+
+    for name in found.possible_names:
+        consequence = load_table()["partly_fits"].get(name, {}).get(model_base)
+        if consequence is not None:
+            return f"{path.name} was made for {get_title(name)}, the model is {model_title}: {consequence}"
+
+    titles = format_titles(found.possible_names)
     if found.evidence == "tag":
-        return f"{path.name}: its header says that it was made for {names}, the model is {get_title(wanted)}"
+        return f"{path.name}: its header says that it was made for {titles}, the model is {model_title}"
     raise LoraError(
-        f"{path.name} was made for {names} ({found.detail or 'by the names in it'}), the model is {get_title(wanted)} ({describe_main_size(wanted)}); "
-        f"choose a LoRA made for {get_title(wanted)}, or the model that this one was made for"
+        f"{path.name} was made for {titles} ({found.detail or 'by the names in it'}), "
+        f"the model is {model_title} ({describe_main_size(model_base)}); "
+        f"choose a LoRA made for {model_title}, or the model that this one was made for"
     )
 
 
@@ -101,124 +145,186 @@ def get_title(name: str) -> str:
     return load_table()["bases"][name]["title"]
 
 
+def format_titles(names: Sequence[str]) -> str:
+    """Names of several bases for messages."""
+    return " or ".join(get_title(name) for name in names)
+
+
 def describe_main_size(name: str) -> str:
-    """The size that tells a base from its neighbours."""
-    known = load_table()["bases"][name]["sizes"]
-    return f"hidden {known['h']}" if "h" in known else f"text width {known['t']}"
+    """The size that distinguishes a base from similar ones."""
+    sizes = load_table()["bases"][name]["sizes"]
+    return f"hidden {sizes['h']}" if "h" in sizes else f"text width {sizes['t']}"
 
 
-# -- names and shapes --------------------------------------------------------------------------------------------------
+# -- sizes of the layers in a file ---------------------------------------------------------------------------
 
 
 def read_layer_sizes(header: Mapping[str, Mapping[str, Any]]) -> dict[str, LayerSize]:
-    """Inputs and outputs of the denoiser's modules in a file, by name with every `.` as `_`."""
-    modules: dict[str, dict[str, Sequence]] = {}
+    """Sizes of the denoiser's layers in a file, by module name with every `.` as `_`."""
+    shapes: dict[str, dict[str, Sequence[Any]]] = {}
     for key, entry in header.items():
         component, name, part, _ = parse_key(key)
         if component == DENOISER:
-            modules.setdefault(name.replace(".", "_"), {})[part or ""] = entry["shape"]
-    return {name: infer_layer_size(parts) for name, parts in modules.items()}
+            shapes.setdefault(name.replace(".", "_"), {})[part or ""] = entry["shape"]
+    return {name: infer_layer_size(shapes_by_part) for name, shapes_by_part in shapes.items()}
 
 
-def infer_layer_size(parts: Mapping[str, Sequence]) -> LayerSize:
-    """Inputs and outputs of the layer that these parts of a change belong to."""
+def infer_layer_size(shapes: Mapping[str, Sequence[Any]]) -> LayerSize:
+    """The size of the layer that an adapter belongs to.
 
-    def axis(part: str, index: int) -> int | None:
-        shape = parts.get(part, ())
-        return shape[index] if len(shape) > 1 and type(shape[index]) is int else None
-
-    def product(*factors: int | None) -> int | None:
-        return None if None in factors else functools.reduce(int.__mul__, factors)  # type: ignore[arg-type]
-
-    if "down" in parts or "up" in parts:
-        return axis("down", 1), axis("up", 0)
-    if "hada_w1_a" in parts and "hada_t1" not in parts:
-        return axis("hada_w1_b", 1), axis("hada_w1_a", 0)
-    if any(part.startswith("lokr_") for part in parts) and "lokr_t2" not in parts:
-        inputs = [axis(w, 1) or axis(f"{w}_b", 1) for w in ("lokr_w1", "lokr_w2")]
-        outputs = [axis(w, 0) or axis(f"{w}_a", 0) for w in ("lokr_w1", "lokr_w2")]
-        return product(*inputs), product(*outputs)
-    whole = "diff" if "diff" in parts else "weight"
-    return axis(whole, 1), axis(whole, 0)
+    Args:
+        shapes: part of the adapter -> its shape, as the header says.
+    """
+    if "down" in shapes or "up" in shapes:
+        return LayerSize(get_dim(shapes, "down", 1), get_dim(shapes, "up", 0))
+    if "hada_w1_a" in shapes and "hada_t1" not in shapes:
+        return LayerSize(get_dim(shapes, "hada_w1_b", 1), get_dim(shapes, "hada_w1_a", 0))
+    is_lokr = any(part.startswith("lokr_") for part in shapes)
+    if is_lokr and "lokr_t2" not in shapes:
+        return infer_lokr_size(shapes)
+    dense = "diff" if "diff" in shapes else "weight"
+    return LayerSize(get_dim(shapes, dense, 1), get_dim(shapes, dense, 0))
 
 
-def find_possible_bases(modules: Mapping[str, LayerSize]) -> list[str]:
-    """Bases that a file with these modules can be for, the likeliest first."""
-    last: dict[str, int] = {}
-    kinds: dict[tuple[str, LayerSize], str] = {}  # one module for all blocks that are alike
-    for name, size in modules.items():
-        if block := BLOCK.fullmatch(name):
-            last[block[1]] = max(last.get(block[1], 0), int(block[2]))
-        kinds.setdefault((BLOCK.sub(lambda m: m[0].replace(m[2], "#", 1), name), size), name)
-    claims = [(size, claimed) for (_, size), name in kinds.items() if (claimed := find_architectures(name))]
-    found = {}
+def infer_lokr_size(shapes: Mapping[str, Sequence[Any]]) -> LayerSize:
+    """The size of the layer that a LoKr belongs to: the product of its factors' sizes, whole or low-rank."""
+    inputs, outputs = [], []
+    for factor in ("lokr_w1", "lokr_w2"):
+        inputs.append(get_dim(shapes, factor, 1) or get_dim(shapes, f"{factor}_b", 1))
+        outputs.append(get_dim(shapes, factor, 0) or get_dim(shapes, f"{factor}_a", 0))
+    return LayerSize(multiply_if_known(inputs), multiply_if_known(outputs))
+
+
+def get_dim(shapes: Mapping[str, Sequence[Any]], part: str, dim: int) -> int | None:
+    """One dimension of a part; None where the file has no such part, or its shape is not one of a matrix."""
+    shape = shapes.get(part, ())
+    return shape[dim] if len(shape) > 1 and type(shape[dim]) is int else None
+
+
+def multiply_if_known(factors: Sequence[int | None]) -> int | None:
+    """The product; None where a factor is not known."""
+    known = [factor for factor in factors if factor is not None]
+    return math.prod(known) if len(known) == len(factors) else None
+
+
+# -- comparison with the table -------------------------------------------------------------------------------
+
+
+def find_possible_bases(layer_sizes: Mapping[str, LayerSize]) -> list[str]:
+    """Bases that a file with these layers can be for, the likeliest first.
+
+    Each layer that any architecture knows must be one of the base's own, with its size, and no block may be
+    beyond the last one of the base. The likeliest base is the one whose last blocks are in the file.
+
+    Args:
+        layer_sizes: of the modules in the file, by name with every `.` as `_`.
+    """
+    last_blocks = find_last_blocks(layer_sizes)
+    # layers that an architecture knows: size in the file, and architecture -> sizes there
+    known_layers = []
+    for name, size in drop_similar_blocks(layer_sizes).items():
+        architectures = find_architectures(name)
+        if architectures:
+            known_layers.append((size, architectures))
+    if not known_layers:
+        return []
+
+    num_complete_lists: dict[str, int] = {}
     for name, base in load_table()["bases"].items():
-        mine = [(size, claimed.get(base["architecture"])) for size, claimed in claims]
-        blocks = {prefix: count for prefix, count in base.get("blocks", {}).items() if prefix in last}
-        if (
-            mine
-            and all(has_expected_size(size, wishes, base["sizes"]) for size, wishes in mine)
-            and all(last[p] < n for p, n in blocks.items())
-        ):
-            found[name] = sum(last[prefix] == count - 1 for prefix, count in blocks.items())
-    return sorted(found, key=lambda name: -found[name])
+        has_expected_sizes = all(
+            has_expected_size(size, architectures.get(base["architecture"], ()), base["sizes"])
+            for size, architectures in known_layers
+        )
+        counts = {prefix: n for prefix, n in base.get("blocks", {}).items() if prefix in last_blocks}
+        if has_expected_sizes and all(last_blocks[prefix] < n for prefix, n in counts.items()):
+            num_complete_lists[name] = sum(last_blocks[prefix] == n - 1 for prefix, n in counts.items())
+    return sorted(num_complete_lists, key=lambda name: -num_complete_lists[name])
 
 
-def find_architectures(module: str) -> dict[str, list[Sequence]]:
+def find_last_blocks(names: Iterable[str]) -> dict[str, int]:
+    """The greatest index in each list of blocks."""
+    last_blocks: dict[str, int] = {}
+    for name in names:
+        block = BLOCK_PATTERN.fullmatch(name)
+        if block:
+            blocks, index = block[1], int(block[2])
+            last_blocks[blocks] = max(last_blocks.get(blocks, 0), index)
+    return last_blocks
+
+
+def drop_similar_blocks(layer_sizes: Mapping[str, LayerSize]) -> dict[str, LayerSize]:
+    """One layer for all those that differ only in the index of their block: matching names is slow."""
+    representatives: dict[tuple[str, LayerSize], str] = {}
+    for name, size in layer_sizes.items():
+        without_index = BLOCK_PATTERN.sub(lambda block: block[0].replace(block[2], "#", 1), name)
+        representatives.setdefault((without_index, size), name)
+    return {name: size for (_, size), name in representatives.items()}
+
+
+def find_architectures(module: str) -> dict[str, list[ExpectedSize]]:
     """The architectures that have a module of this name, each with the sizes that it has there."""
-    claims: dict[str, list[Sequence]] = {}
-    for architecture, pattern, wish in load_module_patterns():
+    architectures: dict[str, list[ExpectedSize]] = {}
+    for architecture, pattern, size in load_module_patterns():
         if pattern.fullmatch(module):
-            claims.setdefault(architecture, []).append(wish)
-    return claims
+            architectures.setdefault(architecture, []).append(size)
+    return architectures
 
 
 @functools.cache
-def load_module_patterns() -> list[tuple[str, re.Pattern, Sequence]]:
-    """Every row of the architectures: its name, the pattern and the sizes."""
-    return list(iter_module_patterns())
-
-
-def iter_module_patterns() -> Iterator[tuple[str, re.Pattern, Sequence]]:
-    """The rows, one after the other."""
-    for architecture, entry in load_table()["architectures"].items():
-        for pattern, wish in entry["modules"].items():
-            yield architecture, re.compile(pattern.replace("#", r"\d+")), wish
-
-
-def has_expected_size(size: LayerSize, wishes: Sequence[Sequence] | None, letters: Mapping[str, int]) -> bool:
-    """Whether a module has the sizes that an architecture gives it; None: it has no such module."""
-    if wishes is None:
-        return False
-    wanted = [
-        (measured, resolve_size(wish, letters))
-        for row in wishes
-        for measured, wish in zip(size, row, strict=True)
+def load_module_patterns() -> list[tuple[str, re.Pattern[str], ExpectedSize]]:
+    """Every row of the architectures: architecture, pattern of module names, size."""
+    return [
+        (architecture, re.compile(pattern.replace("#", r"\d+")), size)
+        for architecture, entry in load_table()["architectures"].items()
+        for pattern, size in entry["modules"].items()
     ]
-    return all(measured is None or wish is None or measured == wish for measured, wish in wanted)
 
 
-def resolve_size(wish: str | int | None, letters: Mapping[str, int]) -> int | None:
-    """`3h` with h = 3072 -> 9216."""
-    if not isinstance(wish, str):
-        return wish
-    return int(wish[:-1] or 1) * letters[wish[-1]] if wish[-1] in letters else None
+def has_expected_size(
+    size: LayerSize, expected_sizes: Sequence[ExpectedSize], letters: Mapping[str, int]
+) -> bool:
+    """Whether a layer has every size that an architecture gives it, as far as both are known.
+
+    Args:
+        size: in the file.
+        expected_sizes: in the architecture; empty: it has no such layer.
+        letters: the base's value of each letter.
+    """
+    if not expected_sizes:
+        return False
+    for expected_size in expected_sizes:
+        for measured, expression in zip(size, expected_size, strict=True):
+            expected = resolve_size(expression, letters)
+            if measured is not None and expected is not None and measured != expected:
+                return False
+    return True
 
 
-# -- tags --------------------------------------------------------------------------------------------------------------
+def resolve_size(expression: str | int | None, letters: Mapping[str, int]) -> int | None:
+    """`3h` with h = 3072 -> 9216; None where the base does not have the letter."""
+    if not isinstance(expression, str):
+        return expression
+    factor, letter = expression[:-1], expression[-1]
+    return int(factor or 1) * letters[letter] if letter in letters else None
+
+
+# -- tags ----------------------------------------------------------------------------------------------------
 
 
 def read_tag(metadata: Mapping[str, str]) -> tuple[str | None, list[str]]:
-    """The header's tag as it stands there, and the bases that it means."""
+    """The first tag in the metadata that is known, as it stands there, and the bases that it means.
+
+    Of several tags in `bases.yaml` that it begins with, the longest counts.
+    """
     for key in TAG_KEYS:
-        raw = metadata.get(key, "")[:MAX_TAG]
+        raw = metadata.get(key, "")[:MAX_TAG_CHARS]
         words = re.sub(r"[^a-z0-9]+", "-", raw.lower()).strip("-") + "-"
-        fitting = {
+        matched_chars = {
             name: max((len(tag) for tag in base["tags"] if words.startswith(f"{tag}-")), default=0)
             for name, base in load_table()["bases"].items()
         }
-        if longest := max(fitting.values()):
-            return " ".join(re.sub(r"[^ -~]", " ", raw).split()), [
-                name for name, length in fitting.items() if length == longest
-            ]
+        longest = max(matched_chars.values())
+        if longest:
+            printable = " ".join(re.sub(r"[^ -~]", " ", raw).split())
+            return printable, [name for name, count in matched_chars.items() if count == longest]
     return None, []

@@ -606,7 +606,7 @@ def test_what_fits_or_is_not_known_is_let_through():
 def test_what_fits_in_part_is_a_warning():
     assert check_lora_base(STYLE, detect_lora_base(peft(NATIVE["flux"]), {}), "chroma") == (
         "style.safetensors was made for FLUX.1, the model is Chroma: Chroma has no modulation layers, so that part of the LoRA "
-        "has no place, and what it learned may look different"
+        "is left out, and what it learned may look different"
     )
     assert "Chroma, the model is FLUX.1: FLUX.1 has no distilled" in check_lora_base(
         STYLE, detect_lora_base(peft(NATIVE["chroma"]), {}), "flux"
