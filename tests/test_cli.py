@@ -171,15 +171,15 @@ REFUSED = {
     ),
     "save without int8": (
         ["int8.enable=false", "save=m.safetensors"],
-        r"int8.enable=false makes no INT8 layer; quality_db, save and",
+        r"int8.enable=false makes no INT8 layers; quality_db, save and",
     ),
     "checkpoint without int8": (
         ["int8.enable=false", "int8.checkpoint=m.safetensors"],
-        r"int8.enable=false makes no INT8 layer; ",
+        r"int8.enable=false makes no INT8 layers; ",
     ),
     "budget without int8": (
         ["int8.enable=false", "model_type.mixed_precision=auto", "quality_db=40"],
-        r"int8.enable=false makes no INT8 layer; quality_db, save and",
+        r"int8.enable=false makes no INT8 layers; quality_db, save and",
     ),
     "save to another kind": (
         ["save=m.pt"],

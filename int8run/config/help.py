@@ -81,7 +81,7 @@ def read_option_keys(group: str, default: str = "") -> dict[str, list[tuple[str,
 def find_options_with(key: str) -> list[str]:
     """Options, as one types them, that have a key which the composed config lacks: `backend.tile` -> `backend=triton`."""
     group = LAUNCHER[0] if key.startswith("hydra.launcher.") else key.partition(".")[0]
-    has = lambda keys: any(k == key or k.startswith(f"{key}.") for k, _, _ in keys)  # noqa: E731
+    has = lambda keys: any(k == key or k.startswith(f"{key}.") for k, _, _ in keys)
     return [f"{group}={name}" for name, keys in read_option_keys(group).items() if has(keys)]
 
 

@@ -97,7 +97,7 @@ def report_once() -> Report:
     return report
 
 
-# -- names ---------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 
 def find_rule(path: Path) -> RenamedKey | None:
@@ -138,7 +138,7 @@ def split(key: str) -> Path:
     return tuple(key.split("."))
 
 
-# -- trees ---------------------------------------------------------------------------------------------------
+# -- trees -----------------------------------------------------------------------------------------
 
 
 def rename_tree(node: Any, path: Path, report: Report) -> Any:
@@ -205,7 +205,7 @@ def rename_sweep_params(params: Mapping[Any, Any], report: Report) -> dict[str, 
     return renamed
 
 
-# -- overrides -----------------------------------------------------------------------------------------------
+# -- overrides -------------------------------------------------------------------------------------
 
 
 def rename_overrides(arguments: Sequence[str], report: Report) -> list[str]:
@@ -247,7 +247,7 @@ def as_text(parsed: Override, value: Any) -> str:
     return text if value.simple_form else f"choice({text})"
 
 
-# -- files ---------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -1,10 +1,15 @@
-"""What one run is: every setting, checked, as one frozen object."""
+"""What one run is: every setting, checked, as one frozen object.
+
+compose.py makes a RunSpec from the composed YAML. Only jobs/, tasks/, pipeline/build.py and api.py see it
+whole; what they call takes the few settings that it uses.
+"""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from int8run.backends.base import Backend
+from int8run.config.effects import BUILD, BUILD_AND_FLOAT, NOTHING, affects, make_settings_key
 from int8run.config.job import Job
 from int8run.errors import ConfigError, check_bool, check_choice, check_range
 from int8run.generate.calibration_settings import CalibrationSettings
@@ -25,46 +30,108 @@ SAFETENSORS = ".safetensors"
 
 
 class Task(Protocol):
-    """What a command does with its settings. A recorded one leaves status.json in its output folder, a tracked one is logged, too."""
+    """What the command does with its settings: run, quantize, inspect, bench or report.
+
+    A recorded task leaves status.json in its output folder; a tracked one is also logged by the tracker.
+    """
 
     recorded: ClassVar[bool]
     tracked: ClassVar[bool]
 
     def execute(self, spec: "RunSpec", job: Job) -> float | None:
-        """Do it; a number is handed to sweepers."""
+        """Do it. A number is handed to sweepers."""
         ...
+
+
+# -- what of a setting counts where not all of it does ---------------------------------------------
+
+
+def select_calibration_for_build(spec: "RunSpec") -> object:
+    """The calibration, where something is fitted to it."""
+    return spec.calibration if spec.needs_calibration else None
+
+
+def select_sampling_for_build(spec: "RunSpec") -> object:
+    """The size of a step, which `backend=auto` measures with; with a calibration all of the sampling."""
+    sampling = spec.sampling
+    if spec.needs_calibration:
+        return sampling
+    return (sampling.height, sampling.width, sampling.batch)
+
+
+def select_metrics_for_build(spec: "RunSpec") -> object:
+    """Which float models a baseline holds in memory."""
+    return (spec.needs_float_denoiser, spec.needs_float_encoders)
+
+
+def select_lora_for_build(spec: "RunSpec") -> object:
+    """The files and how they are applied. Strengths are set afterwards, unless they are baked in."""
+    stack, lora_base = spec.lora, spec.model.lora_base
+    adapters = [(a.name, a.get_source(lora_base), a.components) for a in stack.adapters]
+    strengths = stack.strengths if stack.is_baked else stack.is_scheduled
+    return (stack.mode, strengths, stack.strict, stack.max_overhead, adapters)
+
+
+def select_lora_for_float(spec: "RunSpec") -> object:
+    """The files and every strength: the float model generates with them."""
+    stack, lora_base = spec.lora, spec.model.lora_base
+    adapters = [(a.get_source(lora_base), a.components, a.schedule) for a in stack.adapters]
+    return (stack.strength, stack.text_strengths, stack.strict, adapters)
+
+
+def select_seed_for_build(spec: "RunSpec") -> object:
+    """The seed of LoRAs that are rounded at random: with `auto` only where layers have no float weight."""
+    is_random = spec.lora.mode == "stochastic"
+    if spec.lora.mode == "auto":
+        is_random = spec.int8.checkpoint is not None or not spec.needs_float_denoiser
+    return spec.seed if spec.lora.adapters and is_random else None
+
+
+def select_sampling(spec: "RunSpec") -> object:
+    """The sampling with all defaults filled in."""
+    return spec.sampling
+
+
+# -- all settings ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One job. The fields are the groups and keys of the command line, in the words of `conf/`."""
+    """One job. The fields are the groups and keys of the command line, in the words of `conf/`.
 
-    task: Task
-    model: ModelSource
-    model_type: ModelFamily | AutoFamily
-    int8: Int8Settings
-    outlier: OutlierMethod | AutoOutlier
-    rounding: Rounding
-    calibration: CalibrationSettings
-    backend: Backend
-    lora: LoraSettings
-    clip: TextEncoders
-    sampler: Sampling
-    prompts: PromptSet
-    metrics: MetricsSettings
-    tracker: Tracker
-    cache: DiskCache = field(default_factory=DiskCache)
-    quality_db: float | None = None
-    save: str | None = None
-    lora_dir: str | None = None
-    compile: str = "none"
-    attention: str = "native"
-    offload: str = "none"
-    seed: int = 0
-    device: str = "auto"
-    progress: bool = True
-    resume: bool = False
-    sync: str | None = None
+    Each field declares what it has an effect on; see effects.py.
+    """
+
+    task: Task = field(metadata=NOTHING)
+    model: ModelSource = field(metadata=BUILD_AND_FLOAT)
+    model_type: ModelFamily | AutoFamily = field(metadata=BUILD)
+    int8: Int8Settings = field(metadata=BUILD)
+    outlier: OutlierMethod | AutoOutlier = field(metadata=BUILD)
+    rounding: Rounding = field(metadata=BUILD)
+    calibration: CalibrationSettings = field(metadata=affects(build=select_calibration_for_build))
+    backend: Backend = field(metadata=BUILD)
+    lora: LoraSettings = field(
+        metadata=affects(build=select_lora_for_build, float_baseline=select_lora_for_float)
+    )
+    clip: TextEncoders = field(metadata=BUILD)
+    sampler: Sampling = field(
+        metadata=affects(build=select_sampling_for_build, float_baseline=select_sampling)
+    )
+    prompts: PromptSet = field(metadata=NOTHING)
+    metrics: MetricsSettings = field(metadata=affects(build=select_metrics_for_build))
+    tracker: Tracker = field(metadata=NOTHING)
+    cache: DiskCache = field(default_factory=DiskCache, metadata=NOTHING)
+    quality_db: float | None = field(default=None, metadata=BUILD)
+    save: str | None = field(default=None, metadata=BUILD)
+    lora_dir: str | None = field(default=None, metadata=BUILD_AND_FLOAT)
+    compile: str = field(default="none", metadata=BUILD_AND_FLOAT)
+    attention: str = field(default="native", metadata=BUILD_AND_FLOAT)
+    offload: str = field(default="none", metadata=BUILD)
+    seed: int = field(default=0, metadata=affects(build=select_seed_for_build))
+    device: str = field(default="auto", metadata=BUILD_AND_FLOAT)
+    progress: bool = field(default=True, metadata=NOTHING)
+    resume: bool = field(default=False, metadata=NOTHING)
+    sync: str | None = field(default=None, metadata=NOTHING)
 
     def __post_init__(self) -> None:
         check_choice("compile", self.compile, ("none", "blocks", "full"))
@@ -72,56 +139,80 @@ class RunSpec:
         check_range("seed", self.seed, 0, 2**63 - 1, whole=True)
         check_bool("progress", self.progress)
         check_bool("resume", self.resume)
-        automatic = self.model_type.mixed_precision == "auto"
+        self.check_quality_target()
+        self.check_int8_is_enabled()
+        self.check_save()
+        self.check_offload()
+        resolved = self.lora.resolve_for_base(self.model.lora_base, self.sampler.steps)
+        object.__setattr__(self, "lora", resolved)  # the class is frozen
+        self.lora.find_preset(self.model.lora_base)  # raises where two LoRAs bring one
+
+    # -- settings that do not go together ----------------------------------------------------------
+
+    def check_quality_target(self) -> None:
+        """Raise ConfigError unless mixed precision and the quality to reach are set together."""
         if self.quality_db is not None:
             check_range("quality_db", self.quality_db, 0, 200)
-        if automatic != (self.quality_db is not None):
+        if self.has_mixed_precision != (self.quality_db is not None):
             raise ConfigError(
                 "model_type.mixed_precision=auto keeps layers float until quality_db is met; set both, such as "
                 "model_type.mixed_precision=auto quality_db=40, or neither"
             )
-        if not self.int8.enable and (automatic or self.save is not None or self.int8.checkpoint is not None):
+
+    def check_int8_is_enabled(self) -> None:
+        """Raise ConfigError where a setting needs INT8 layers and there are none."""
+        needs_layers = self.has_mixed_precision or self.save is not None or self.int8.checkpoint is not None
+        if needs_layers and not self.int8.enable:
             raise ConfigError(
-                "int8.enable=false makes no INT8 layer; quality_db, save and int8.checkpoint need some"
+                "int8.enable=false makes no INT8 layers; quality_db, save and int8.checkpoint need some"
             )
-        if self.save is not None and (
-            not isinstance(self.save, str) or Path(self.save).suffix not in ("", SAFETENSORS)
-        ):
+
+    def check_save(self) -> None:
+        """Raise ConfigError unless `save` names a file or folder that can be written."""
+        if self.save is None:
+            return
+        if not isinstance(self.save, str) or Path(self.save).suffix not in ("", SAFETENSORS):
             raise ConfigError(
-                f"save={self.save} is neither a {SAFETENSORS} file nor a folder (a name without a suffix); nothing else is written"
+                f"save={self.save} is neither a {SAFETENSORS} file nor a folder (a name without a suffix); "
+                "nothing else can be written"
             )
+
+    def check_offload(self) -> None:
+        """Raise ConfigError where offloading would have two models to move."""
         if self.offload != "none" and self.metrics.baseline == "run" and self.has_comparison:
             raise ConfigError(
-                f"offload={self.offload} moves one model, and metrics.baseline=run holds two; set metrics.baseline=cached (float first, "
-                "then INT8) or none"
+                f"offload={self.offload} moves one model, and metrics.baseline=run holds two; set "
+                "metrics.baseline=cached (float first, then INT8) or none"
             )
-        object.__setattr__(self, "lora", self.lora.resolve_for_base(self.model.lora_base, self.sampler.steps))
-        self.lora.find_preset(self.model.lora_base)  # at most one
+
+    # -- what follows from the settings ------------------------------------------------------------
 
     @property
     def sampling(self) -> Sampling:
-        """What was asked for, else what a few-step LoRA was made for, else the checkpoint's own."""
-        made_for = self.lora.find_preset(self.model.lora_base, self.sampler.steps)
+        """The sampler's settings, else those a few-step LoRA was made for, else the checkpoint's own."""
         default = self.model.sampling
-        if made_for is not None:
-            wanted = made_for.sampling
-            if self.sampler.steps not in (
-                None,
-                wanted.steps,
-            ):  # a list of noise levels is one of so many steps
-                wanted = replace(
-                    wanted,
-                    extra={
-                        name: value for name, value in wanted.extra.items() if name not in SCHEDULE_ARGUMENTS
-                    },
-                )
-            default = wanted.with_defaults(default)
+        preset = self.lora.find_preset(self.model.lora_base, self.sampler.steps)
+        if preset is not None:
+            default = self.adapt_preset(preset.sampling).with_defaults(default)
         return self.sampler.with_defaults(default)
+
+    def adapt_preset(self, preset: Sampling) -> Sampling:
+        """The sampling of a few-step preset, without what holds for its own number of steps alone."""
+        if self.sampler.steps in (None, preset.steps):
+            return preset
+        # a list of noise levels has one entry per step
+        extra = {name: value for name, value in preset.extra.items() if name not in SCHEDULE_ARGUMENTS}
+        return replace(preset, extra=extra)
 
     @property
     def candidate(self) -> str:
-        """What is compared with the float model: `int8`, or with a float denoiser `clip`; `float` is the float model alone."""
-        return "int8" if self.int8.enable else "clip" if self.clip.is_quantized else "float"
+        """What is compared with the float model: `int8`, or `clip` with quantized text encoders alone.
+
+        `float` where there is nothing but the float model.
+        """
+        if self.int8.enable:
+            return "int8"
+        return "clip" if self.clip.is_quantized else "float"
 
     @property
     def has_comparison(self) -> bool:
@@ -129,75 +220,47 @@ class RunSpec:
         return self.candidate != "float"
 
     @property
-    def needs_float_encoders(self) -> bool:
-        """Whether the float text encoders are in memory: where no others are, for the float pictures, and for the calibration's."""
-        return not self.clip.is_quantized or self.metrics.baseline == "run" or self.needs_calibration
+    def has_mixed_precision(self) -> bool:
+        """Whether sensitive layers stay float until `quality_db` is met."""
+        return self.model_type.mixed_precision == "auto"
 
     @property
-    def needs_float(self) -> bool:
+    def needs_calibration(self) -> bool:
+        """Whether the float model generates the calibration images."""
+        if not self.int8.enable:
+            return False
+        is_fitted = self.outlier.needs_calibration or self.rounding.needs_calibration
+        return self.has_mixed_precision or (is_fitted and self.int8.checkpoint is None)
+
+    @property
+    def needs_float_denoiser(self) -> bool:
         """Whether the whole float denoiser is in memory."""
         return not self.int8.enable or self.metrics.baseline == "run" or self.needs_calibration
 
     @property
-    def needs_calibration(self) -> bool:
-        """Whether the float model draws the calibration pictures."""
-        fitted = self.int8.checkpoint is None and (
-            self.outlier.needs_calibration or self.rounding.needs_calibration
-        )
-        return self.int8.enable and (fitted or self.model_type.mixed_precision == "auto")
+    def needs_float_encoders(self) -> bool:
+        """Whether the float text encoders are in memory: for the float images, or for the calibration."""
+        return not self.clip.is_quantized or self.metrics.baseline == "run" or self.needs_calibration
 
     @property
-    def float_key(self) -> str:
-        """The part of the config that decides what the float model draws, as text, without the prompts."""
-        stack = self.lora
-        loras = [(a.get_source(self.model.lora_base), a.components, a.schedule) for a in stack.adapters]
-        strengths = (stack.strength, stack.text_strengths, stack.strict, self.lora_dir)
-        return repr((self.model, self.sampling, loras, strengths, self.compile, self.attention, self.device))
+    def float_only(self) -> "RunSpec":
+        """The same job with the float model alone."""
+        return replace(
+            self,
+            int8=replace(self.int8, enable=False, checkpoint=None),
+            clip=TextEncoders(),
+            save=None,
+            quality_db=None,
+            model_type=replace(self.model_type, mixed_precision="none"),
+            metrics=replace(self.metrics, baseline="none", perceptual=()),
+        )
 
     @property
     def build_key(self) -> str:
-        """The part of the config that decides the built model, as text: equal keys, equal model."""
-        stack = self.lora
-        adapters = [(a.name, a.get_source(self.model.lora_base), a.components) for a in stack.adapters]
-        # of the strengths, only baked ones and whether they change on the way decide what is built
-        strengths = stack.strengths if stack.is_baked else stack.is_scheduled
-        # only weights that are rounded at random have a seed: they all, or with auto those whose float weight is not there
-        integers = self.int8.checkpoint is not None or not self.needs_float
-        rounds = stack.adapters and (stack.mode == "stochastic" or (stack.mode == "auto" and integers))
-        lora = (
-            stack.mode,
-            strengths,
-            stack.strict,
-            self.lora_dir,
-            stack.max_overhead,
-            self.seed if rounds else None,
-            adapters,
-        )
-        sampling = self.sampling
-        shape = (
-            sampling.height,
-            sampling.width,
-            sampling.batch,
-        )  # backend=auto measures with the rows that they give
-        # calibration pictures are drawn with all of the sampler
-        calibration = (self.calibration, sampling, self.quality_db) if self.needs_calibration else None
-        parts = (
-            self.needs_float,
-            self.needs_float_encoders,
-            self.model,
-            self.model_type,
-            self.int8,
-            self.outlier,
-            self.rounding,
-            calibration,
-            self.save,
-            self.backend,
-            lora,
-            self.clip,
-            self.compile,
-            self.attention,
-            self.offload,
-            self.device,
-            shape,
-        )
-        return repr(parts)
+        """The settings that decide which model is built, as text: equal keys, equal model."""
+        return make_settings_key(self, "build")
+
+    @property
+    def float_key(self) -> str:
+        """The settings that decide what the float model generates, as text, without the prompts."""
+        return make_settings_key(self, "float_baseline")

@@ -271,7 +271,7 @@ def test_one_bad_job_of_a_sweep_is_refused_before_the_first(command):
     assert outcome.code == 2 and "task._target_ is 'os.system'" in outcome.message and command.made() == []
 
 
-# -- what stays allowed -------------------------------------------------------------------------------------------------
+# -- what stays allowed ----------------------------------------------------------------------------
 
 ALLOWED = {
     "classes of ours": {

@@ -67,7 +67,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
-# -- the tables ----------------------------------------------------------------------------------------------
+# -- the tables ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", RELEASED_TARGETS)
@@ -86,7 +86,7 @@ def test_a_rule_renames_the_last_part_of_a_path():
         assert rule.old.rpartition(".")[0] == rule.new.rpartition(".")[0] and rule.old != rule.new
 
 
-# -- overrides -----------------------------------------------------------------------------------------------
+# -- overrides -------------------------------------------------------------------------------------
 
 OVERRIDES = {
     "model_type.keep_float=auto": "model_type.mixed_precision=auto",
@@ -163,7 +163,7 @@ def test_an_old_name_is_reported_once_with_the_new_one(caplog):
     ]
 
 
-# -- files ---------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def write(folder: Path, name: str, text: str) -> None:
@@ -266,7 +266,7 @@ def test_files_of_other_programs_are_read_as_they_are(tmp_path):
     assert found.model_type.keep_float == "listed"
 
 
-# -- the command ---------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

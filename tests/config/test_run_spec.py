@@ -189,7 +189,7 @@ def test_an_option_is_not_overwritten_by_a_value_of_the_same_name():
     assert flat == {"compile": "chosen"}
 
 
-# -- settings that cannot be together ------------------------------------------------------------------------------------------------
+# -- settings that cannot be together --------------------------------------------------------------
 
 REFUSED = {
     "two models to move": (
@@ -208,7 +208,7 @@ REFUSED = {
     ),
     "no INT8 to save": (
         ["save=m.safetensors", "int8.enable=false"],
-        r"^int8\.enable=false makes no INT8 layer; quality_db, save and",
+        r"^int8\.enable=false makes no INT8 layers; quality_db, save and",
     ),
     "a checkpoint of nothing": (
         ["int8.checkpoint=m.safetensors", "int8.enable=false"],
@@ -259,12 +259,12 @@ STREAMED = {
 
 @pytest.mark.parametrize("overrides", NEEDS_FLOAT.values(), ids=NEEDS_FLOAT)
 def test_the_float_model_is_held_where_it_draws(overrides):
-    assert make_spec(overrides).needs_float
+    assert make_spec(overrides).needs_float_denoiser
 
 
 @pytest.mark.parametrize("overrides", STREAMED.values(), ids=STREAMED)
 def test_the_float_model_is_not_held_otherwise(overrides):
-    assert not make_spec(overrides).needs_float
+    assert not make_spec(overrides).needs_float_denoiser
 
 
 @pytest.mark.parametrize(
