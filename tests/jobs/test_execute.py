@@ -1,4 +1,4 @@
-"""A job from start to end: what stands in its folder and in the tracker, however it ends."""
+"""A job from start to end: what is in its folder and in the tracker, however it ends."""
 
 import errno
 import logging
@@ -18,38 +18,38 @@ from int8run.tracking.run_record import FAILED, FINISHED, KILLED, RUNNING, Recor
 
 
 @dataclass(frozen=True)
-class Does:
-    """A task that does what a test says."""
+class FunctionTask:
+    """A task that calls a function of the test."""
 
-    what: Callable[[Job], float | None]
+    function: Callable[[Job], float | None]
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = True
 
     def execute(self, spec: RunSpec, job: Job) -> float | None:
-        return self.what(job)
+        return self.function(job)
 
 
 @dataclass(frozen=True)
-class Remembers:
-    """A tracker that notes what it is asked, and does not answer at the times that a test says."""
+class FakeTracker:
+    """Notes its calls and the state of the record; the calls named in `unanswered` raise."""
 
-    away: Sequence[str] = ()
+    unanswered: Sequence[str] = ()
     calls: list[tuple[str, str]] = field(default_factory=list, compare=False)
 
-    def note(self, what: str, state: str) -> None:
-        self.calls.append((what, state))
-        if what in self.away:
+    def note_call(self, name: str, state: str) -> None:
+        self.calls.append((name, state))
+        if name in self.unanswered:
             raise TrackingError("tracker.uri=http://x does not answer")
 
     def prepare(self) -> None:
-        self.note("prepare", "")
+        self.note_call("prepare", "")
 
     def start_run(self, record: Record) -> str | None:
-        self.note("begin", record.state)
+        self.note_call("start", record.state)
         return "r1"
 
     def upload_record(self, record: Record) -> str | None:
-        self.note("upload", record.state)
+        self.note_call("upload", record.state)
         return record.run_id or "r2"
 
     def get_location(self) -> dict[str, str]:
@@ -62,44 +62,61 @@ class Remembers:
         return "http://x"
 
 
+def make_job(folder: Path, sweep: str | None = None) -> Job:
+    return Job(
+        settings={"seed": 1},
+        choices={"model": "tiny"},
+        overrides=["seed=1", "a.b=2"],
+        output_dir=folder,
+        sweep=sweep,
+        number=3,
+        varying=["a.b"],
+    )
+
+
+def execute_function(
+    spec: RunSpec, job: Job, function: Callable[[Job], float | None], tracker: FakeTracker
+) -> float | None:
+    return execute_job(replace(spec, task=FunctionTask(function), tracker=tracker), job)
+
+
+def do_nothing(job: Job) -> None: ...
+
+
 @pytest.fixture(scope="module")
 def spec() -> RunSpec:
     return make_spec([])
 
 
-def ran(
-    spec: RunSpec,
-    folder: Path,
-    what: Callable[[Job], float | None],
-    sweep: str | None = None,
-    **tracker: Sequence[str],
-) -> tuple[Remembers, float | None]:
-    memory = Remembers(**tracker)
-    job = Job(
-        {"seed": 1}, {"model": "tiny"}, ["seed=1", "a.b=2"], folder, sweep=sweep, number=3, varying=["a.b"]
-    )
-    return memory, execute_job(replace(spec, task=Does(what), tracker=memory), job)
+def test_a_job_that_finishes_is_recorded_and_tracked(spec: RunSpec, tmp_path: Path) -> None:
+    def check_running(job: Job) -> float:
+        assert read_record(job.output_dir).state == RUNNING
+        return 5.0
 
+    tracker = FakeTracker()
+    value = execute_function(spec, make_job(tmp_path), check_running, tracker)
 
-def test_a_job_that_finishes(spec: RunSpec, tmp_path: Path) -> None:
-    memory, value = ran(
-        spec, tmp_path, lambda job: 5.0 if read_record(job.output_dir).state == RUNNING else None
-    )
-    assert value == 5.0 and memory.calls == [("prepare", ""), ("begin", RUNNING), ("upload", FINISHED)]
+    assert value == 5.0
+    assert tracker.calls == [("prepare", ""), ("start", RUNNING), ("upload", FINISHED)]
     record = read_record(tmp_path)
     assert (record.state, record.error, record.warnings) == (FINISHED, None, [])
     assert record.tracking == {"store": "http://x", "experiment": "e", "run_id": "r1", "uploaded": True}
     assert (record.name, record.number, record.overrides) == ("a.b=2", 3, ["seed=1", "a.b=2"])
-    assert record.config == {"seed": 1} and record.params == {"model": "tiny", "seed": "1"}
+    assert record.config == {"seed": 1}
+    assert record.params == {"model": "tiny", "seed": "1"}
 
 
 def test_the_parent_of_a_sweep_has_prepared_the_store(spec: RunSpec, tmp_path: Path) -> None:
-    memory, _ = ran(spec, tmp_path, lambda job: None, sweep="s1")
-    assert memory.calls == [("begin", RUNNING), ("upload", FINISHED)] and read_record(tmp_path).sweep == "s1"
+    tracker = FakeTracker()
+
+    execute_function(spec, make_job(tmp_path, sweep="s1"), do_nothing, tracker)
+
+    assert tracker.calls == [("start", RUNNING), ("upload", FINISHED)]
+    assert read_record(tmp_path).sweep == "s1"
 
 
 @pytest.mark.parametrize(
-    ("error", "state", "words"),
+    ("error", "state", "message"),
     [
         (ConfigError("wrong\nlines"), FAILED, "wrong lines"),
         (ValueError(), FAILED, "ValueError"),
@@ -107,50 +124,59 @@ def test_the_parent_of_a_sweep_has_prepared_the_store(spec: RunSpec, tmp_path: P
         (SystemExit(143), KILLED, "143"),
     ],
 )
-def test_a_job_that_does_not(
-    spec: RunSpec, tmp_path: Path, error: BaseException, state: str, words: str
+def test_an_error_and_the_warnings_before_it_are_recorded(
+    spec: RunSpec, tmp_path: Path, error: BaseException, state: str, message: str
 ) -> None:
-    def fail(job: Job) -> None:
+    def warn_and_fail(job: Job) -> None:
         logging.getLogger("x").warning("odd %s", "thing")
         logging.getLogger("x").info("not this")
         raise error
 
-    memory = Remembers()
-    job = Job({}, {}, [], tmp_path)
+    tracker = FakeTracker()
     with pytest.raises(type(error)):
-        execute_job(replace(spec, task=Does(fail), tracker=memory), job)
+        execute_function(spec, make_job(tmp_path), warn_and_fail, tracker)
+
     record = read_record(tmp_path)
-    assert (record.state, record.error, record.warnings) == (state, words, ["odd thing"])
-    assert memory.calls[-1] == ("upload", state) and record.uploaded
-    assert not any(type(handler).__name__ == "WarningCollector" for handler in logging.getLogger().handlers)
+    assert (record.state, record.error, record.warnings) == (state, message, ["odd thing"])
+    assert tracker.calls[-1] == ("upload", state)
+    assert record.uploaded
+    handlers = {type(handler).__name__ for handler in logging.getLogger().handlers}
+    assert "WarningCollector" not in handlers
 
 
 def test_a_tracker_that_is_away_at_the_start_gets_the_job_at_its_end(
     spec: RunSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ran(spec, tmp_path, lambda job: None, away=("prepare", "begin"))
+    tracker = FakeTracker(unanswered=("prepare", "start"))
+
+    execute_function(spec, make_job(tmp_path), do_nothing, tracker)
+
     record = read_record(tmp_path)
-    assert record.run_id == "r2" and record.uploaded
-    assert (
-        "tracker.uri=http://x does not answer; what is measured is kept in the output folder" in caplog.text
-    )
+    assert record.run_id == "r2"
+    assert record.uploaded
+    message = "tracker.uri=http://x does not answer; what is measured is kept in the output folder"
+    assert message in caplog.text
 
 
-@pytest.mark.parametrize("away", [("upload",), ("prepare", "begin", "upload")])
+@pytest.mark.parametrize("unanswered", [("upload",), ("prepare", "start", "upload")])
 def test_a_tracker_that_is_away_at_the_end_stops_nothing(
-    spec: RunSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture, away: Sequence[str]
+    spec: RunSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture, unanswered: Sequence[str]
 ) -> None:
-    _, value = ran(spec, tmp_path, lambda job: 1.0, away=away)
+    tracker = FakeTracker(unanswered=unanswered)
+
+    value = execute_function(spec, make_job(tmp_path), lambda job: 1.0, tracker)
+
     record = read_record(tmp_path)
-    assert value == 1.0 and record.state == FINISHED and not record.uploaded
-    assert record.run_id == (None if "begin" in away else "r1"), (
-        "a run that was opened is completed later, not made twice"
-    )
+    assert value == 1.0
+    assert record.state == FINISHED
+    assert not record.uploaded
+    known_run_id = None if "start" in unanswered else "r1"
+    assert record.run_id == known_run_id, "a run that was opened is completed later, not made twice"
     assert f"everything is in {tmp_path}; upload it later: int8run task=report sync={tmp_path}" in caplog.text
 
 
 class RustError(Exception):
-    """safetensors writes from Rust and has no errno."""
+    """As of safetensors, which writes from Rust: it has no errno."""
 
 
 @pytest.mark.parametrize(
@@ -160,45 +186,57 @@ class RustError(Exception):
         RustError("I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_a_full_disk_is_said_in_words(spec: RunSpec, tmp_path: Path, error: Exception) -> None:
-    def full(job: Job) -> None:
+def test_a_full_disk_is_an_error_with_a_hint(spec: RunSpec, tmp_path: Path, error: Exception) -> None:
+    def fail(job: Job) -> None:
         raise error
 
-    with pytest.raises(
-        FileError,
-        match=r"^the disk is full, and .* could not be written; free some room, or write elsewhere: hydra\.run\.dir=FOLDER",
-    ):
-        ran(spec, tmp_path, full)
-    assert read_record(tmp_path).state == FAILED and "the disk is full" in str(read_record(tmp_path).error)
+    message = (
+        r"^the disk is full, and .* could not be written; "
+        r"free some room, or write elsewhere: hydra\.run\.dir=FOLDER"
+    )
+    with pytest.raises(FileError, match=message):
+        execute_function(spec, make_job(tmp_path), fail, FakeTracker())
+
+    record = read_record(tmp_path)
+    assert record.state == FAILED
+    assert "the disk is full" in str(record.error)
 
 
-def test_another_error_of_the_system_is_none_of_a_full_disk(spec: RunSpec, tmp_path: Path) -> None:
+def test_another_error_of_the_system_passes_through(spec: RunSpec, tmp_path: Path) -> None:
     def fail(job: Job) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with pytest.raises(PermissionError):
-        ran(spec, tmp_path, fail)
+        execute_function(spec, make_job(tmp_path), fail, FakeTracker())
 
 
-def test_a_task_that_looks_leaves_nothing(spec: RunSpec, tmp_path: Path) -> None:
+def test_a_task_that_is_not_recorded_leaves_nothing(spec: RunSpec, tmp_path: Path) -> None:
     @dataclass(frozen=True)
-    class Looks(Does):
+    class UnrecordedTask(FunctionTask):
         recorded: ClassVar[bool] = False
 
-    memory = Remembers()
-    assert (
-        execute_job(replace(spec, task=Looks(lambda job: 2.0), tracker=memory), Job({}, {}, [], tmp_path))
-        == 2.0
-    )
-    assert list(tmp_path.iterdir()) == [] and memory.calls == []
+    tracker = FakeTracker()
+    task = UnrecordedTask(lambda job: 2.0)
+
+    value = execute_job(replace(spec, task=task, tracker=tracker), make_job(tmp_path))
+
+    assert value == 2.0
+    assert list(tmp_path.iterdir()) == []
+    assert tracker.calls == []
 
 
-def test_passwords_of_addresses_are_kept_nowhere(spec: RunSpec, tmp_path: Path) -> None:
+def test_passwords_in_addresses_are_kept_nowhere(spec: RunSpec, tmp_path: Path) -> None:
     uri = "https://me:s3cret@host:5000/path"
-    job = Job({"tracker": {"uri": uri}, "list": [uri]}, {}, [f"tracker.uri={uri}", "a@b=c"], tmp_path)
-    execute_job(replace(spec, task=Does(lambda job: None), tracker=Remembers()), job)
+    job = Job(
+        settings={"tracker": {"uri": uri}, "list": [uri]},
+        choices={},
+        overrides=[f"tracker.uri={uri}", "a@b=c"],
+        output_dir=tmp_path,
+    )
+
+    execute_function(spec, job, do_nothing, FakeTracker())
+
     assert all("s3cret" not in path.read_text() for path in tmp_path.iterdir())
     record = read_record(tmp_path)
-    assert record.overrides == ["tracker.uri=https://host:5000/path", "a@b=c"] and record.config["list"] == [
-        "https://host:5000/path"
-    ]
+    assert record.overrides == ["tracker.uri=https://host:5000/path", "a@b=c"]
+    assert record.config["list"] == ["https://host:5000/path"]

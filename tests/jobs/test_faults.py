@@ -1,4 +1,7 @@
-"""Sweeps in which something goes wrong that is nobody's setting. `experiments/faults/run.py` does the same to real processes."""
+"""Sweeps in which something goes wrong that no setting is to blame for.
+
+`experiments/faults/run.py` does the same to real processes.
+"""
 
 import os
 import subprocess
@@ -38,49 +41,67 @@ def int8run_command(
         yield command
 
 
-def in_seed(seed: int, error: BaseException) -> Callable[..., object]:
-    """A run that ends with an error for one seed."""
-    real = int8run.tasks.run.run
+def make_run_that_fails(seed: int, error: BaseException) -> Callable[..., object]:
+    """Make a stand-in for `tasks.run.run` that raises an error for one seed."""
+    real_run = int8run.tasks.run.run
 
     def run(spec: int8run.tasks.run.RunSpec, job: int8run.tasks.run.Job) -> object:
         if spec.seed == seed:
             raise error
-        return real(spec, job)
+        return real_run(spec, job)
 
     return run
 
 
-def states(command: Command) -> dict[int, str]:
+def read_states(command: Command) -> dict[int, str]:
     return {record.number: record.state for record in find_records(command.folder / "sweep")}
+
+
+def read_tracked_states(command: Command) -> list[tuple[str, str]]:
+    """The seed and the state of each run in MLflow."""
+    client = mlflow.MlflowClient(f"sqlite:///{command.folder / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("int8run").experiment_id])
+    return sorted((run.data.params["seed"], run.info.status) for run in runs)
 
 
 def test_ctrl_c_ends_the_sweep_which_goes_on_later(
     int8run_command: Command, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["-m", "seed=0,1,2", "sampler.height=16", model, *SMALL]
+    arguments = ["-m", "seed=0,1,2", "sampler.height=16", model, *SMALL]
     with monkeypatch.context() as patch:
-        patch.setattr(int8run.tasks.run, "run", in_seed(1, KeyboardInterrupt()))
-        outcome = int8run_command(*words)
-    assert (outcome.code, outcome.message) == (130, "interrupted; the same command with resume=true goes on")
-    assert states(int8run_command) == {0: FINISHED, 1: KILLED}
-    assert int8run_command(*words, "resume=true").code == 0
-    assert states(int8run_command) == dict.fromkeys(range(3), FINISHED)
-    client = mlflow.MlflowClient(f"sqlite:///{int8run_command.folder / 'mlflow.db'}")
-    runs = client.search_runs([client.get_experiment_by_name("int8run").experiment_id])
-    found = sorted((run.data.params["seed"], run.info.status) for run in runs)
-    assert found == [("0", FINISHED), ("1", FINISHED), ("1", KILLED), ("2", FINISHED)]
+        patch.setattr(int8run.tasks.run, "run", make_run_that_fails(1, KeyboardInterrupt()))
+        outcome = int8run_command(*arguments)
+    assert outcome.code == 130
+    assert outcome.message == "interrupted; the same command with resume=true goes on"
+    assert read_states(int8run_command) == {0: FINISHED, 1: KILLED}
+
+    resumed = int8run_command(*arguments, "resume=true")
+
+    assert resumed.code == 0
+    assert read_states(int8run_command) == dict.fromkeys(range(3), FINISHED)
+    assert read_tracked_states(int8run_command) == [
+        ("0", FINISHED),
+        ("1", FINISHED),
+        ("1", KILLED),
+        ("2", FINISHED),
+    ]
 
 
-def test_a_bug_in_one_job_is_told_whole_in_its_log(
+def test_a_bug_in_one_job_leaves_a_traceback_in_its_log(
     int8run_command: Command, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8run.tasks.run, "run", in_seed(0, ZeroDivisionError("a bug")))
+    monkeypatch.setattr(int8run.tasks.run, "run", make_run_that_fails(0, ZeroDivisionError("a bug")))
+
     outcome = int8run_command("-m", "seed=0,1", "sampler.height=16", model, "tracker=none", *SMALL)
-    assert outcome.code == 1 and "Traceback" not in outcome.out
+
+    assert outcome.code == 1
+    assert "Traceback" not in outcome.out
     assert outcome.message.splitlines()[1:] == ["  job 0 (seed=0) FAILED: ZeroDivisionError: a bug"]
-    assert states(int8run_command) == {0: FAILED, 1: FINISHED}
+    assert read_states(int8run_command) == {0: FAILED, 1: FINISHED}
     log = (int8run_command.folder / "sweep" / "0" / "int8run.log").read_text()
-    assert "Traceback" in log and "in_seed" not in outcome.err and "raise error" in log
+    assert "Traceback" in log
+    assert "raise error" in log
+    assert "make_run_that_fails" not in outcome.err
 
 
 @pytest.fixture
@@ -88,26 +109,23 @@ def small_disk(int8run_command: Command) -> Iterator[Path]:
     """A disk of 256 KB as the sweep's folder."""
     folder = int8run_command.folder / "sweep"
     folder.mkdir()
-    if (
-        os.getuid()
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True
-        ).returncode
-    ):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder]
+    is_root = os.getuid() == 0
+    if not is_root or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("nobody but root can mount a disk")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_is_one_jobs_failure(int8run_command: Command, model: str, small_disk: Path) -> None:
-    """The picture of the second job does not fit and is not left half; the third job has the room."""
+def test_a_full_disk_fails_one_job_alone(int8run_command: Command, model: str, small_disk: Path) -> None:
+    """The image of the second job does not fit and leaves no file; there is room for the third job."""
     outcome = int8run_command("-m", "sampler.height=16,4096,32", model, "tracker=none", *SMALL)
-    assert outcome.code == 3 and "Traceback" not in outcome.out + outcome.err
-    head, line = outcome.message.splitlines()
-    assert head.startswith("1 of 3 jobs did not finish") and line.startswith(
-        "  job 1 (sampler.height=4096) FAILED: the disk is full, and "
-    )
-    assert states(int8run_command) == {0: FINISHED, 1: FAILED, 2: FINISHED}
-    assert "the disk is full" in (small_disk / "report.html").read_text() and not list(
-        (small_disk / "1" / "images").iterdir()
-    )
+
+    assert outcome.code == 3
+    assert "Traceback" not in outcome.out + outcome.err
+    summary, line = outcome.message.splitlines()
+    assert summary.startswith("1 of 3 jobs did not finish")
+    assert line.startswith("  job 1 (sampler.height=4096) FAILED: the disk is full, and ")
+    assert read_states(int8run_command) == {0: FINISHED, 1: FAILED, 2: FINISHED}
+    assert "the disk is full" in (small_disk / "report.html").read_text()
+    assert list((small_disk / "1" / "images").iterdir()) == []

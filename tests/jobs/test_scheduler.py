@@ -144,7 +144,7 @@ def test_one_worker_runs_the_jobs_of_one_model_after_another() -> None:
 
 
 def test_two_workers_share_no_model_while_there_are_enough() -> None:
-    gate = threading.Barrier(2, timeout=10)
+    gate = threading.Barrier(2, timeout=300)
 
     def run_in_step(job: SweepJob) -> Outcome:
         gate.wait()  # so that no worker is without jobs early

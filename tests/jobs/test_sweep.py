@@ -2,11 +2,12 @@
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
-from support.cli_process import command_in
+from support.cli_process import Command, command_in
 from support.helpers import without_vnni
 from support.run_job import save_lora
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
@@ -21,89 +22,97 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"model.location={save_random_pipeline(tmp_path_factory.mktemp('model'))}"
 
 
-def runs_in(folder: Path) -> list[mlflow.entities.Run]:
+@pytest.fixture
+def int8run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
+    with command_in(tmp_path, monkeypatch, capsys) as command:
+        yield command
+
+
+def read_tracked_runs(folder: Path) -> list[mlflow.entities.Run]:
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    return client.search_runs(
-        [client.get_experiment_by_name("int8run").experiment_id], order_by=["attributes.start_time"]
+    experiment = client.get_experiment_by_name("int8run")
+    return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The metrics of each job, in order."""
+    paths = sorted((folder / "multirun").rglob("metrics.json"))
+    return [json.loads(path.read_text())["metrics"] for path in paths]
+
+
+def read_layer_values(folder: Path, column: str) -> list[set[str]]:
+    """The first words in a column of `layers.csv` of each job, in order; empty cells are left out."""
+    values = []
+    for path in sorted((folder / "multirun").rglob("layers.csv")):
+        rows = csv.DictReader(path.read_text().splitlines())
+        values.append({row[column].split()[0] for row in rows if row[column]})
+    return values
+
+
+def test_strengths_of_the_shipped_stack_build_once(int8run: Command) -> None:
+    process_cache.clear()
+
+    outcome = int8run(
+        "-m",
+        "lora=stack_a",
+        "lora.adapters.0.strength=0,0.5,1,2",
+        "sampler.steps=2",
+        "prompts.prompts=[fox]",
     )
 
-
-def layers_in(folder: Path) -> list[list[dict[str, str]]]:
-    """`layers.csv` of each job, in order."""
-    return [
-        list(csv.DictReader(path.read_text().splitlines()))
-        for path in sorted((folder / "multirun").rglob("layers.csv"))
-    ]
-
-
-def test_strengths_of_the_shipped_stack_build_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    process_cache.clear()
-    with command_in(tmp_path, monkeypatch, capsys) as int8run:
-        outcome = int8run(
-            "-m",
-            "lora=stack_a",
-            "lora.adapters.0.strength=0,0.5,1,2",
-            "sampler.steps=2",
-            "prompts.prompts=[fox]",
-        )
     assert outcome.code == 0, outcome.err
-    logged = runs_in(tmp_path)
-    assert [r.data.params["lora.adapters.0.strength"] for r in logged] == ["0", "0.5", "1", "2"]
-    assert [r.data.metrics["build/load_s"] > 0 for r in logged] == [True, False, False, False]
-    assert len({r.data.tags["sweep"] for r in logged}) == 1
-    assert len(list((tmp_path / "multirun").rglob("grid.png"))) == 4
+    runs = read_tracked_runs(int8run.folder)
+    assert [run.data.params["lora.adapters.0.strength"] for run in runs] == ["0", "0.5", "1", "2"]
+    assert [run.data.metrics["build/load_s"] > 0 for run in runs] == [True, False, False, False]
+    assert len({run.data.tags["sweep"] for run in runs}) == 1
+    assert len(list((int8run.folder / "multirun").rglob("grid.png"))) == 4
 
 
 def test_a_sweep_builds_once_for_each_way_to_quantize_and_not_for_a_strength(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    int8run: Command, model: str
 ) -> None:
     process_cache.clear()
-    file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer)
-    lora = f"lora.adapters=[{{_target_: int8run.lora.config.Adapter, name: style, path: {file}}}]"
-    with command_in(tmp_path, monkeypatch, capsys) as int8run:
-        outcome = int8run(
-            "-m",
-            "outlier=none,convrot",
-            "lora.strength=0,1",
-            "backend=reference",
-            model,
-            *SMALL,
-            "tracker=none",
-            lora,
-        )
+    file = save_lora(int8run.folder / "style.safetensors", random_pipeline().transformer)
+    adapter = f"{{_target_: int8run.lora.config.Adapter, name: style, path: {file}}}"
+
+    outcome = int8run(
+        "-m",
+        "outlier=none,convrot",
+        "lora.strength=0,1",
+        "backend=reference",
+        model,
+        *SMALL,
+        "tracker=none",
+        f"lora.adapters=[{adapter}]",
+    )
+
     assert outcome.code == 0, outcome.err
-    measured = [
-        json.loads(path.read_text())["metrics"]
-        for path in sorted((tmp_path / "multirun").rglob("metrics.json"))
-    ]
-    assert [m["build/load_s"] > 0 for m in measured] == [True, False, True, False]
-    methods = [{row["outlier"].split()[0] for row in rows if row["outlier"]} for rows in layers_in(tmp_path)]
+    is_built = [metrics["build/load_s"] > 0 for metrics in read_metrics(int8run.folder)]
+    assert is_built == [True, False, True, False]
+    methods = read_layer_values(int8run.folder, "outlier")
     assert methods == [{"none"}, {"none"}, {"convrot"}, {"convrot"}]
 
 
 @pytest.mark.skipif(without_vnni(), reason="needs a CPU with VNNI")
-def test_backends_in_one_sweep_keep_to_their_own(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with command_in(tmp_path, monkeypatch, capsys) as int8run:
-        outcome = int8run("-m", "backend=reference,onednn,torch_int_mm", model, *SMALL, "tracker=none")
+def test_each_job_of_a_sweep_uses_the_backend_that_it_asks_for(int8run: Command, model: str) -> None:
+    outcome = int8run("-m", "backend=reference,onednn,torch_int_mm", model, *SMALL, "tracker=none")
+
     assert outcome.code == 0, outcome.err
-    used = [{row["backend_used"] for row in rows} - {""} for rows in layers_in(tmp_path)]
-    asked = [{row["backend_asked"] for row in rows} - {""} for rows in layers_in(tmp_path)]
+    used = read_layer_values(int8run.folder, "backend_used")
+    asked = read_layer_values(int8run.folder, "backend_asked")
     assert used == asked == [{"reference"}, {"onednn"}, {"torch_int_mm"}]
 
 
-def test_one_failing_job_does_not_stop_the_others(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with command_in(tmp_path, monkeypatch, capsys) as int8run:
-        outcome = int8run(
-            "-m", f"model.location={tmp_path / 'missing'},{model.removeprefix('model.location=')}", *SMALL
-        )
-    assert outcome.code == 3 and "is not a diffusers folder" in outcome.err
-    assert len(list((tmp_path / "multirun").rglob("grid.png"))) == 1
-    logged = runs_in(tmp_path)
-    assert [r.info.status for r in logged] == ["FAILED", "FINISHED"]
-    assert "is not a diffusers folder" in logged[0].data.tags["error"]
+def test_one_failing_job_does_not_stop_the_others(int8run: Command, model: str) -> None:
+    location = model.removeprefix("model.location=")
+
+    outcome = int8run("-m", f"model.location={int8run.folder / 'missing'},{location}", *SMALL)
+
+    assert outcome.code == 3
+    assert "is not a diffusers folder" in outcome.err
+    assert len(list((int8run.folder / "multirun").rglob("grid.png"))) == 1
+    failed, finished = read_tracked_runs(int8run.folder)
+    assert (failed.info.status, finished.info.status) == ("FAILED", "FINISHED")
+    assert "is not a diffusers folder" in failed.data.tags["error"]

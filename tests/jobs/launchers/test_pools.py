@@ -1,4 +1,4 @@
-"""Processes of one machine: `hydra/launcher=joblib`."""
+"""Processes of one machine (`hydra/launcher=joblib`), and what all launchers have in common."""
 
 import atexit
 import contextlib
@@ -39,31 +39,31 @@ def functions_by_value():
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-def answer(value=None, number=0):
-    return [Outcome(number, "FINISHED", value=value)]
+def make_outcomes(value=None):
+    return [Outcome(0, "FINISHED", value=value)]
 
 
-def pid_after(seconds):
+def make_pid_call(seconds=0.0):
     def call():
         time.sleep(seconds)
-        return answer(os.getpid())
+        return make_outcomes(os.getpid())
 
     return call
 
 
-def dies(how=signal.SIGKILL):
+def make_dying_call(signal_number=signal.SIGKILL):
     def call():
-        os.kill(os.getpid(), how)
+        os.kill(os.getpid(), signal_number)
         time.sleep(LONG_S)
 
     return call
 
 
-def value(future):
+def get_value(future):
     return future.result(WAIT_S)[0].value
 
 
-def gone(pid, timeout=WAIT_S):
+def is_gone(pid, timeout=WAIT_S):
     try:
         psutil.Process(pid).wait(timeout)
     except psutil.NoSuchProcess:
@@ -90,91 +90,77 @@ def workers(pool):
 
 
 def test_each_worker_is_a_process_that_stays(workers):
-    first, second = (value(w.submit(pid_after(0))) for w in workers)
+    first, second = (get_value(worker.submit(make_pid_call())) for worker in workers)
+
     assert len({first, second, os.getpid()}) == 3
-    assert value(workers[0].submit(pid_after(0))) == first
+    assert get_value(workers[0].submit(make_pid_call())) == first
 
 
 def test_a_death_takes_no_other_worker_and_a_new_one_takes_its_place(pool, workers):
-    other = workers[1].submit(pid_after(1.0))
-    with pytest.raises(
-        WorkerDied, match=r"killed by signal 9 \(SIGKILL\); the kernel does that when memory runs out"
-    ):
-        workers[0].submit(dies()).result(WAIT_S)
-    with pytest.raises(WorkerDied, match="signal 9"):  # a dead one says so again
-        workers[0].submit(pid_after(0)).result(WAIT_S)
+    running = workers[1].submit(make_pid_call(seconds=1.0))
+
+    message = r"killed by signal 9 \(SIGKILL\); the kernel does that when memory runs out"
+    with pytest.raises(WorkerDied, match=message):
+        workers[0].submit(make_dying_call()).result(WAIT_S)
+    with pytest.raises(WorkerDied, match="signal 9"):  # a later call says the same
+        workers[0].submit(make_pid_call()).result(WAIT_S)
     workers[0].close()
     workers[0] = pool.start()
-    assert value(workers[0].submit(pid_after(0))) != value(other)
+
+    assert get_value(workers[0].submit(make_pid_call())) != get_value(running)
 
 
-def test_how_a_process_ended(workers):
+def test_the_message_says_how_a_process_ended(workers):
     with pytest.raises(WorkerDied, match=r"killed by signal 11 \(SIGSEGV\)$"):
-        workers[0].submit(dies(signal.SIGSEGV)).result(WAIT_S)
+        workers[0].submit(make_dying_call(signal.SIGSEGV)).result(WAIT_S)
     with pytest.raises(WorkerDied, match="ended by itself with exit code 3"):
         workers[1].submit(lambda: os._exit(3)).result(WAIT_S)
-    assert "(unknown)" in str(describe_exit_code(-99))
+    assert "(unknown)" in describe_exit_code(-99)
 
 
 def test_an_error_of_the_call_comes_out_as_it_is_and_the_process_stays(workers):
-    pid = value(workers[0].submit(pid_after(0)))
+    pid = get_value(workers[0].submit(make_pid_call()))
 
-    def bad():
+    def raise_config_error():
         raise ConfigError("steps is 0")
 
     with pytest.raises(ConfigError, match="steps is 0"):
-        workers[0].submit(bad).result(WAIT_S)
-    assert value(workers[0].submit(pid_after(0))) == pid
+        workers[0].submit(raise_config_error).result(WAIT_S)
+    assert get_value(workers[0].submit(make_pid_call())) == pid
 
 
 def test_closing_ends_a_worker_in_the_middle_of_a_job(workers):
-    pid = value(workers[0].submit(pid_after(0)))
-    running = workers[0].submit(pid_after(LONG_S))
+    pid = get_value(workers[0].submit(make_pid_call()))
+    running = workers[0].submit(make_pid_call(seconds=LONG_S))
     time.sleep(0.2)
 
     workers[0].close()
 
-    assert gone(pid)
+    assert is_gone(pid)
     with pytest.raises(WorkerDied, match="ended by int8run"):
         running.result(WAIT_S)
 
 
-def test_closing_a_worker_twice_does_not_free_its_successors_place(pool, workers):
+def test_closing_a_worker_twice_does_not_free_its_successors_slot(pool, workers):
     workers[0].close()
-    new = pool.start()
+    successor = pool.start()
     workers[0].close()
-    assert pool.workers == {0: new, 1: workers[1]}
-    pid = value(new.submit(pid_after(0)))
-    pool.close()  # ends those too that nobody holds
-    assert gone(pid)
+
+    assert pool.workers == {0: successor, 1: workers[1]}
 
 
-def test_a_sweep_that_is_over_leaves_no_complaint():
-    """Python counts the semaphores that its processes did not remove, and says so when it ends."""
-    done = subprocess.run([sys.executable, "-c", SEMAPHORE], capture_output=True, text=True, timeout=WAIT_S)
-    assert (done.returncode, done.stderr) == (0, "") and gone(int(done.stdout), 0)
-
-
-def test_an_idle_process_that_does_not_leave_is_killed(pool, workers, monkeypatch):
-    monkeypatch.setattr(joblib_launcher, "EXIT_TIMEOUT_S", 0.5)
-    pid = value(workers[0].submit(lambda: answer(atexit.register(time.sleep, LONG_S) and os.getpid())))
+def test_closing_the_pool_ends_workers_that_nobody_closed(pool):
+    pid = get_value(pool.start().submit(make_pid_call()))
 
     pool.close()
 
-    assert gone(pid, 0)
+    assert is_gone(pid)
 
 
-def test_ctrl_c_does_not_reach_the_jobs(workers):
-    pid = value(workers[0].submit(pid_after(0)))
-    running = workers[0].submit(pid_after(0.5))
-    time.sleep(0.2)
-    os.kill(pid, signal.SIGINT)
-    assert value(running) == pid
-
-
-PARENT = """
+PARENT_SCRIPT = """
 import os, signal, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts the tests in the background has it ignored
+# a shell that starts the tests in the background lets them ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from int8run.jobs.launchers.joblib_launcher import Processes
 
 def call():
@@ -191,8 +177,7 @@ finally:
     pool.close()
 """
 
-
-SEMAPHORE = """
+SEMAPHORE_SCRIPT = """
 import multiprocessing, os, sys
 from int8run.jobs.launchers.joblib_launcher import Processes
 
@@ -209,11 +194,45 @@ pool.close()
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_no_worker_outlives_its_parent(how):
-    # in a session of its own, and the signal goes to all of it, as a terminal's Ctrl-C does
+def test_a_sweep_that_is_over_leaves_no_complaint():
+    """Python counts the semaphores that its processes did not remove, and says so when it ends."""
+    command = [sys.executable, "-c", SEMAPHORE_SCRIPT]
+
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert is_gone(int(ended.stdout), timeout=0)
+
+
+def test_an_idle_process_that_does_not_leave_is_killed(pool, workers, monkeypatch):
+    monkeypatch.setattr(joblib_launcher, "EXIT_TIMEOUT_S", 0.5)
+
+    def delay_exit():
+        atexit.register(time.sleep, LONG_S)
+        return make_outcomes(os.getpid())
+
+    pid = get_value(workers[0].submit(delay_exit))
+
+    pool.close()
+
+    assert is_gone(pid, timeout=0)
+
+
+def test_ctrl_c_does_not_reach_the_jobs(workers):
+    pid = get_value(workers[0].submit(make_pid_call()))
+    running = workers[0].submit(make_pid_call(seconds=0.5))
+    time.sleep(0.2)
+
+    os.kill(pid, signal.SIGINT)
+
+    assert get_value(running) == pid
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_its_parent(signal_number):
+    # in a session of its own: SIGINT goes to all of it, as a terminal's Ctrl-C does
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT],
+        [sys.executable, "-c", PARENT_SCRIPT],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -221,9 +240,15 @@ def test_no_worker_outlives_its_parent(how):
     )
     pid = int(parent.stdout.readline())
     try:
-        os.killpg(parent.pid, how) if how == signal.SIGINT else parent.kill()
-        assert gone(pid) and gone(parent.pid)
-        assert parent.stderr.read().strip().endswith("KeyboardInterrupt" if how == signal.SIGINT else "")
+        if signal_number == signal.SIGINT:
+            os.killpg(parent.pid, signal.SIGINT)
+        else:
+            parent.kill()
+
+        assert is_gone(pid)
+        assert is_gone(parent.pid)
+        last_words = "KeyboardInterrupt" if signal_number == signal.SIGINT else ""
+        assert parent.stderr.read().strip().endswith(last_words)
     finally:
         for process in (pid, parent.pid):
             with contextlib.suppress(ProcessLookupError):
@@ -235,22 +260,24 @@ def test_a_worker_gets_its_threads_and_its_gpu_before_torch_is_imported():
     pool = Processes(gpus=[3, "GPU-8f2a"], threads=3)
     assert (pool.jobs_at_once, pool.open(9)) == (2, 2)
 
-    def look():
-        already = "torch" in sys.modules
+    def read_environment():
+        is_imported = "torch" in sys.modules
         import torch
 
         names = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "OMP_NUM_THREADS")
-        return answer([already, torch.get_num_threads(), *(os.environ[name] for name in names)])
+        return make_outcomes([is_imported, torch.get_num_threads(), *(os.environ[name] for name in names)])
 
     first, second = pool.start(), pool.start()
     try:
-        answers = [first.submit(look), second.submit(look)]
-        wait(answers)
-        assert value(answers[0]) == [False, 3, "3", "PCI_BUS_ID", "3"]
-        assert value(answers[1])[2] == "GPU-8f2a"
+        futures = [first.submit(read_environment), second.submit(read_environment)]
+        wait(futures)
+        assert get_value(futures[0]) == [False, 3, "3", "PCI_BUS_ID", "3"]
+        assert get_value(futures[1])[2] == "GPU-8f2a"
+
         first.close()  # its GPU is free for the next
         first = pool.start()
-        assert value(first.submit(lambda: answer(os.environ["CUDA_VISIBLE_DEVICES"]))) == "3"
+        gpu = first.submit(lambda: make_outcomes(os.environ["CUDA_VISIBLE_DEVICES"]))
+        assert get_value(gpu) == "3"
     finally:
         first.close()
         second.close()
@@ -263,29 +290,31 @@ def test_a_process_that_grows_is_kept():
     def grow():
         sys.kept = b"x" * (400 << 20)
         time.sleep(1.1)  # loky looks once a second
-        return answer(os.getpid())
+        return make_outcomes(os.getpid())
 
     try:
-        assert (
-            value(worker.submit(pid_after(0)))
-            == value(worker.submit(grow))
-            == value(worker.submit(pid_after(0)))
-        )
-        assert value(worker.submit(lambda: answer(len(sys.kept) >> 20))) == 400
+        pids = [get_value(worker.submit(call)) for call in (make_pid_call(), grow, make_pid_call())]
+        kept_mb = get_value(worker.submit(lambda: make_outcomes(len(sys.kept) >> 20)))
     finally:
         worker.close()
 
+    assert len(set(pids)) == 1
+    assert kept_mb == 400
 
-def test_defaults(monkeypatch):
+
+def test_by_default_there_are_two_workers_that_share_the_cores(monkeypatch):
     import joblib
 
     monkeypatch.setattr(joblib, "cpu_count", lambda only_physical_cores: 8)
-    assert Processes().open(10) == Processes().jobs_at_once == 2
+
+    assert Processes().jobs_at_once == 2
+    assert Processes().open(10) == 2
     assert Processes().open(1) == 1
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    assert [Processes().make_environment(0)[name] for name in names] == ["4", "4", "4"]
-    assert Processes(n_jobs=16).make_environment(0)["OMP_NUM_THREADS"] == "1"
     assert Processes(gpus=[0, 1, 2]).open(10) == 3
+    environment = Processes().make_environment(0)
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    assert [environment[name] for name in names] == ["4", "4", "4"]
+    assert Processes(n_jobs=16).make_environment(0)["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.parametrize(
@@ -309,7 +338,7 @@ def test_settings_that_cannot_work(settings, message):
 
 
 @pytest.mark.parametrize(
-    "option, pool, overrides",
+    "option, pool_class, settings",
     [
         ("joblib", Processes, {"n_jobs": 2, "gpus": [0, 1], "threads": 4}),
         (
@@ -341,29 +370,43 @@ def test_settings_that_cannot_work(settings, message):
         ),
     ],
 )
-def test_every_setting_stands_in_the_yaml_with_its_meaning_and_needs_no_plus(option, pool, overrides):
-    names = [f.name for f in fields(pool) if f.init]
+def test_every_setting_is_in_the_yaml_with_its_meaning_and_needs_no_plus(option, pool_class, settings):
+    names = [field.name for field in fields(pool_class) if field.init]
     path = Path(__file__).parents[3] / "conf" / "hydra" / "launcher" / f"{option}.yaml"
-    lines = path.read_text().splitlines()
-    assert lines[0].startswith("# ") and [line.partition(":")[0] for line in lines[2:]] == names == list(
-        overrides
-    )
-    assert all(" # " in line for line in lines[2:])
-    words = [f"hydra.launcher.{name}={str(value).replace(chr(39), '')}" for name, value in overrides.items()]
+
+    title, target, *lines = path.read_text().splitlines()
+
+    assert title.startswith("# ")
+    assert target == f"_target_: hydra_plugins.int8run.{pool_class.__name__}"
+    assert [line.partition(":")[0] for line in lines] == names == list(settings)
+    assert all(" # " in line for line in lines)
+    overrides = []
+    for name, value in settings.items():
+        overrides.append(f"hydra.launcher.{name}={value}".replace("'", ""))
+    composed = compose_launcher(option, *overrides)
+    assert composed.pop("_target_") == f"hydra_plugins.int8run.{pool_class.__name__}"
+    assert composed == settings
+    pool_class(**composed)
+
+
+@pytest.mark.parametrize(
+    "option, pool_class", [("joblib", Processes), ("ray_cluster", RayCluster), ("slurm", Slurm)]
+)
+def test_a_program_that_makes_a_pool_gets_what_the_command_line_gets(option, pool_class):
+    composed = compose_launcher(option)
+
+    for field in fields(pool_class):
+        if field.init and field.name != "folder":
+            assert composed[field.name] == field.default, field.name
+
+
+def compose_launcher(option, *overrides):
     with int8run_options(), initialize_config_module("int8run.conf", version_base="1.3"):
-        plain = compose("config", [f"hydra/launcher={option}"], return_hydra_config=True).hydra.launcher
-        config = compose(
-            "config", [f"hydra/launcher={option}", *words], return_hydra_config=True
-        ).hydra.launcher
-    given = OmegaConf.to_container(config)
-    assert given.pop("_target_") == f"hydra_plugins.int8run.{pool.__name__}" and given == overrides
-    pool(**given)
-    defaults = {f.name: f.default for f in fields(pool) if f.init and f.name != "folder"}
-    assert {name: plain[name] for name in defaults} == defaults, (
-        "a program that makes a pool gets what the command line gets"
-    )
+        config = compose("config", [f"hydra/launcher={option}", *overrides], return_hydra_config=True)
+    return OmegaConf.to_container(config.hydra.launcher)
 
 
-def test_pools_are_what_the_dispatcher_takes():
+def test_only_the_pool_of_a_batch_system_takes_whole_groups():
     pools: list[Pool] = [Processes(), RayCluster(), Slurm()]
-    assert [p.whole_groups for p in pools] == [False, False, True]
+
+    assert [pool.whole_groups for pool in pools] == [False, False, True]
