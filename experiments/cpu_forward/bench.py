@@ -17,20 +17,20 @@ import torch
 from hydra import compose, initialize_config_module
 from torch import nn
 
-from int8run.config.compose import to_spec
+from int8run.config.compose import create_run_spec
 from int8run.errors import BackendError
-from int8run.generate.capture import record_step
-from int8run.generate.prompts import samples
-from int8run.metrics.layers import measure_outputs
-from int8run.models.loader import library_versions
-from int8run.pipeline.build import Built, build
+from int8run.generate.capture import capture_step
+from int8run.generate.prompts import build_samples
+from int8run.metrics.layers import measure_layer_outputs
+from int8run.models.loader import read_library_versions
+from int8run.pipeline.build import BuiltModel, build_model
 from int8run.report.console import Progress
-from int8run.report.run_files import environment
+from int8run.report.run_files import collect_environment
 
 BACKENDS = ("auto", "vnni", "onednn", "torch_int_mm", "reference")
 
 
-def build_with(backend: str, outlier: str, batch: int) -> tuple[Built, Mapping[str, Any]]:
+def build_with(backend: str, outlier: str, batch: int) -> tuple[BuiltModel, Mapping[str, Any]]:
     """The tiny model with one backend, and a real call of its denoiser."""
     overrides = [
         f"backend={backend}",
@@ -40,10 +40,12 @@ def build_with(backend: str, outlier: str, batch: int) -> tuple[Built, Mapping[s
         "progress=false",
     ]
     with initialize_config_module("int8run.conf", version_base="1.3"):
-        spec = to_spec(compose("config", overrides))
-    wanted = samples(["red apple"] * batch, 1, 0)
-    built = build(spec, wanted, [], Progress(False))
-    return built, record_step(built.pipe, built.component, built.denoisers["float"], wanted, spec.sampling)[0]
+        spec = create_run_spec(compose("config", overrides))
+    wanted = build_samples(["red apple"] * batch, 1, 0)
+    built = build_model(spec, wanted, [], Progress(False))
+    return built, capture_step(built.pipe, built.component, built.denoisers["float"], wanted, spec.sampling)[
+        0
+    ]
 
 
 @torch.no_grad()
@@ -54,7 +56,7 @@ def seconds(denoiser: nn.Module, call: Mapping[str, Any]) -> float:
 
 
 def bench(rounds: int, batches: list[int]) -> None:
-    facts = environment(torch.device("cpu"), library_versions())
+    facts = collect_environment(torch.device("cpu"), read_library_versions())
     print(
         f"{facts['cpu']}, {facts['threads']} threads, torch {facts['versions']['torch']}, float32, {rounds} rounds\n"
     )
@@ -77,8 +79,8 @@ def bench(rounds: int, batches: list[int]) -> None:
             for key, (one, _) in built.items():
                 times[key].append(seconds(one.denoisers["int8"], call))
         for (backend, outlier), (one, _) in built.items():
-            measure_outputs(one.denoisers["float"], one.denoisers["int8"], call, one.plans)
-            sqnr = statistics.mean(p.measured["output_sqnr_db"] for p in one.plans if p.keep_float is None)
+            measure_layer_outputs(one.denoisers["float"], one.denoisers["int8"], call, one.plans)
+            sqnr = statistics.mean(p.measured["output_sqnr_db"] for p in one.plans if p.skip_reason is None)
             pairs = list(zip(times["float"], times[backend, outlier], strict=True))[2:]
             low, middle, high = statistics.quantiles([f / i for f, i in pairs], n=4)
             used = "+".join(sorted({p.backend_used for p in one.plans if p.backend_used}))

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from playwright.sync_api import Browser, Page
 
-from int8run.tracking.mlflow_dashboard import view_link
+from int8run.tracking.mlflow_dashboard import build_view_link
 from int8run.tracking.run_record import Record, find_records
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
@@ -77,7 +77,9 @@ def mlflow_pictures(
 ) -> list[Watch]:
     """The view of the sweep: table, charts, grid."""
     sweep, drawn = records[0].sweep or "", [r for r in records if r.images]
-    charts, table = (view_link(address, experiment_id, sweep, charts=wanted) for wanted in (True, False))
+    charts, table = (
+        build_view_link(address, experiment_id, sweep, charts=wanted) for wanted in (True, False)
+    )
 
     def wait_for_runs(page: Page) -> None:
         page.locator('[role="gridcell"] a[href*="/runs/"]').nth(len(records) - 1).wait_for(state="attached")

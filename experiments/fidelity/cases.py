@@ -8,14 +8,14 @@ import torch
 from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 
-from int8run.config.compose import to_spec
+from int8run.config.compose import create_run_spec
 from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.capture import capture_layers
 from int8run.generate.prompts import build_samples
 from int8run.layers.fusion import group_by_shared_input
 from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.outlier.base import LayerStatistics
-from int8run.pipeline.load import load
+from int8run.pipeline.load import load_model
 from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics
 from int8run.ptq.quantize import linear_at
 from int8run.report.console import Progress
@@ -64,13 +64,18 @@ def planted(name: str, size: Tensor, shift: float) -> Case:
 def tiny(batch: int = 1) -> Iterator[Case]:
     """(c) Every layer of the shipped tiny model that becomes INT8; fitted on the calibration prompts, judged on the default prompts."""
     with initialize_config_module("int8run.conf", version_base="1.3"):
-        spec = to_spec(compose("config", ["tracker=none", "device=cpu", f"sampler.batch={batch}"]))
+        spec = create_run_spec(compose("config", ["tracker=none", "device=cpu", f"sampler.batch={batch}"]))
     quiet = Progress(False)
-    loaded = load(spec, quiet)
+    loaded = load_model(spec, quiet)
     model, family = loaded.denoiser, loaded.family
     plans = [p for p in plan_layers(model, family.find_skip_reason) if p.skip_reason is None]
     record = lambda calibration: capture_calibration_calls(
-        loaded.pipe, loaded.component, model, calibration, loaded.sampling, quiet
+        loaded.pipe,
+        loaded.component,
+        model,
+        calibration=calibration,
+        sampling=loaded.sampling,
+        progress=quiet,
     )
     judged = CalibrationSettings([s.prompt for s in build_samples(spec.prompts.read(), 1, 0)], seed=0)
     yield from measured(
@@ -128,7 +133,7 @@ def measured(
 ) -> Iterator[Case]:
     """The planned layers of a model, from recorded calls of it."""
     together = group_by_shared_input([p.name for p in plans], groups)
-    seen = collect_layer_statistics(model, plans, together, fit, calibration)
+    seen = collect_layer_statistics(model, plans, groups=together, calls=fit, calibration=calibration)
     inputs: dict[str, list[Tensor]] = {p.name: [] for p in plans}
     for call in test:
         capture_layers(model, call, list(inputs), lambda name, x, y: inputs[name].append(x))

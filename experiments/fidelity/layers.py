@@ -16,7 +16,7 @@ import torch
 from cases import SOURCES, Case
 from hydra import compose, initialize_config_module
 
-from int8run.config.compose import to_spec
+from int8run.config.compose import create_run_spec
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod, OutlierTransform
 from int8run.quant.rounding import Rounding
@@ -30,7 +30,7 @@ ROUNDINGS = ("absmax", "mse", "gptq")
 def option(group: str, name: str, *more: str) -> object:
     """The object that an option of the command line makes."""
     with initialize_config_module("int8run.conf", version_base="1.3"):
-        return getattr(to_spec(compose("config", [f"{group}={name}", "tracker=none", *more])), group)
+        return getattr(create_run_spec(compose("config", [f"{group}={name}", "tracker=none", *more])), group)
 
 
 def fitted(case: Case, method: OutlierMethod) -> OutlierTransform:
@@ -43,15 +43,15 @@ def fitted(case: Case, method: OutlierMethod) -> OutlierTransform:
 def measure(case: Case, transform: OutlierTransform, rounding: Rounding) -> float:
     """SQNR of the layer's output on the test inputs, in dB."""
     inputs = (
-        transform.rounded_input(case.statistics.sample).flatten(0, -2) if rounding.needs_calibration else None
+        transform.round_input(case.statistics.sample).flatten(0, -2) if rounding.needs_calibration else None
     )
-    weight = rounding.round(transform.transform_weight(case.weight.float()), inputs).dequantize()
-    return sqnr_db(case.test @ case.weight.T, transform.rounded_input(case.test) @ weight.T)
+    weight = rounding.round_weight(transform.transform_weight(case.weight.float()), inputs).dequantize()
+    return sqnr_db(case.test @ case.weight.T, transform.round_input(case.test) @ weight.T)
 
 
 def choices(cases: list[Case], auto: AutoOutlier) -> dict[str, str]:
     """What `outlier=auto` takes for each layer."""
-    scores = {c.name: auto.score(c.weight, c.statistics, lambda transform: 1.0) for c in cases}
+    scores = {c.name: auto.score_candidates(c.weight, c.statistics, lambda transform: 1.0) for c in cases}
     chosen = auto.choose_methods(scores, dict.fromkeys(c.group for c in cases))
     return {name: candidate or "none" for name, candidate in chosen.items()}
 

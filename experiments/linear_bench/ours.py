@@ -17,7 +17,7 @@ from int8run.layers.int8_linear import LowRankBranch
 from int8run.layers.plan import Int8Settings, plan_layers
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
-from int8run.ptq.quantize import check_backend, int8_layers, quantized_layers
+from int8run.ptq.quantize import check_backend, build_int8_layers, quantize_layers
 from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import quantize_weight
 
@@ -47,15 +47,17 @@ def int8_layer(case: Case, chosen: Backend, outlier: str = "none") -> nn.Module:
     model = case.linear()
     plans = plan_layers(model, lambda name: None)
     check_backend(chosen, case.x.device, plans)
-    layers = quantized_layers(model, plans, {"0": OUTLIERS[outlier]}, AbsMax(), {})
-    return int8_layers(model, layers, chosen, Int8Settings(), {"0": case.x.shape[0]})["0"]
+    layers = quantize_layers(model, plans, methods={"0": OUTLIERS[outlier]}, rounding=AbsMax(), statistics={})
+    return build_int8_layers(
+        model, layers, backend=chosen, settings=Int8Settings(), rows={"0": case.x.shape[0]}
+    )["0"]
 
 
 def with_branch(case: Case, layer: Any) -> nn.Module:
     """The layer with the case's LoRA beside it, attached as the runner attaches a stack."""
     assert case.lora_A is not None and case.lora_B is not None
     branch = LowRankBranch([(case.lora_A, case.lora_B)], case.x.dtype, case.x.device)
-    branch.fuse(layer.backend, layer.transform)
+    branch.fuse_into_backend(layer.backend, layer.transform)
     branch.set_strengths([1.0])
     layer.adapter = branch
     return layer
@@ -80,9 +82,9 @@ def triton_backend(tile: Any = None) -> Backend:
 
 def triton_tiles(case: Case) -> list[Any]:
     """What a tuner should try for this case."""
-    from int8run.kernels.int8_linear.tile import candidates
+    from int8run.kernels.int8_linear.tile import list_candidates
 
-    return list(candidates(torch.cuda.get_device_capability(case.x.device), case.x.shape[0]))
+    return list(list_candidates(torch.cuda.get_device_capability(case.x.device), case.x.shape[0]))
 
 
 def triton_product(case: Case) -> Callable[[Any], Tensor]:

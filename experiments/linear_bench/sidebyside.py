@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from int8run.report.run_files import environment
+from int8run.report.run_files import collect_environment
 
 REPOSITORY = Path(__file__).parents[2]
 PEERS = ("torch", "diffusers", "torchao", "sdnq", "onnxruntime", "openvino", "triton", "comfy-kitchen")
@@ -194,7 +194,7 @@ def facts(device: torch.device) -> Reply:
             installed[package] = version(package)
         except PackageNotFoundError:
             installed[package] = "not installed"
-    return {"date": date.today().isoformat(), **environment(device, installed)}
+    return {"date": date.today().isoformat(), **collect_environment(device, installed)}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

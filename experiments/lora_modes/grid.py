@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from int8run.report.run_files import grid
+from int8run.report.image_files import make_image_grid
 
 
 def strengths(job: Path) -> tuple[float, float]:
@@ -30,4 +30,4 @@ if __name__ == "__main__":
     }
     across, down = (sorted({key[axis] for key in pictures}) for axis in (0, 1))
     rows = [(f"gloss {b:g}", [pictures[a, b] for a in across]) for b in down]
-    grid(rows, [f"ink {a:g}" for a in across]).save(asked.out)
+    make_image_grid(rows, [f"ink {a:g}" for a in across]).save(asked.out)

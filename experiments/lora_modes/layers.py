@@ -26,16 +26,16 @@ from int8run.backends.torch_int_mm import TorchIntMM
 from int8run.backends.triton import Triton
 from int8run.backends.vnni import Vnni
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
-from int8run.lora.adapters.change import Change
+from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.lora import LoRA
-from int8run.lora.apply import DynamicLayer, Int8Mode
+from int8run.lora.apply import DynamicLayer, Int8LoraLayer
 from int8run.lora.load import LoraFile
 from int8run.lora.stack import Entry, LoraStack
 from int8run.outlier.base import OutlierMethod
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.quant.weight import quantize_weight
-from int8run.utils.timing import in_turns
+from int8run.utils.timing import time_in_turns
 
 RESULTS = Path(__file__).parent / "results"
 ERROR_SHAPE = (512, 3072, 3072)
@@ -59,7 +59,7 @@ def inputs(rows: int, width: int) -> Tensor:
 def planted(n: int, k: int, rank: int, share: float, weight: Tensor, seed: int = 3) -> LoRA:
     """A low-rank change whose norm is `share` of the weight's."""
     lora = LoRA(draw(rank, k, seed=seed) / k**0.5, draw(n, rank, seed=seed + 1))
-    return LoRA(lora.lora_A, lora.lora_B * (share * weight.norm() / lora.delta(weight).norm()))
+    return LoRA(lora.lora_A, lora.lora_B * (share * weight.norm() / lora.compute_delta(weight).norm()))
 
 
 def int8_layer(weight: Tensor, outlier: OutlierMethod, backend: Backend, dtype: torch.dtype) -> Int8Linear:
@@ -74,11 +74,11 @@ def put_on(layer: Int8Linear, weight: Tensor, lora: LoRA, mode: str) -> LoraStac
     """The LoRA on the layer by this mode, at strength 0."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    file = LoraFile(Path("planted.safetensors"), {"denoiser": {"0": Change(lora)}}, (), {})
+    file = LoraFile(Path("planted.safetensors"), {"denoiser": {"0": LoraChange(lora)}}, (), {})
     file.__dict__["identity"] = "planted"
     stack = LoraStack(nn.Sequential(linear), mode=mode)
     entries = [Entry("planted", file)]
-    stack.put(entries, stack.matched(entries))
+    stack.install(entries, stack.match_entries(entries))
     stack.attach(nn.Sequential(layer), float_weights=True)
     return stack
 
@@ -98,7 +98,7 @@ def errors() -> Iterator[dict[str, Any]]:
     for outlier in (NoOutlier(), ConvRot()):
         for share in SHARES:
             lora = planted(n, k, 16, share, weight)
-            delta = lora.delta(weight)
+            delta = lora.compute_delta(weight)
             wanted, merged = x @ delta.T, x @ (weight + delta).T
             for name, (mode, backend) in MODES.items():
                 layer = int8_layer(weight, outlier, backend, torch.float32)
@@ -110,7 +110,7 @@ def errors() -> Iterator[dict[str, Any]]:
                 yield {
                     "outlier": outlier.name,
                     "lora_share": share,
-                    "rms_steps": round(stack.median_steps(0) or 0, 3),
+                    "rms_steps": round(stack.compute_median_steps(0) or 0, 3),
                     "mode": name,
                     "effect_error": relative(effect - wanted, wanted),
                     "gain": ((effect * wanted).sum() / wanted.square().sum()).item(),
@@ -127,7 +127,7 @@ def relative(difference: Tensor, reference: Tensor) -> float:
     return (difference.norm() / reference.norm()).item()
 
 
-def extra_bytes(layer: Int8Mode) -> int:
+def extra_bytes(layer: Int8LoraLayer) -> int:
     """Memory that a mode keeps beside the layer."""
     if isinstance(layer, DynamicLayer):
         return 0 if layer.branch is None else sum(t.nbytes for t in layer.branch.buffers())
@@ -158,10 +158,10 @@ def times(device: torch.device) -> Iterator[dict[str, Any]]:
                 stacks.append(put_on(layer, weight, planted(n, k, rank, 0.03, weight.cpu()), "dynamic"))
                 stacks[-1].set_strengths([1.0])
                 calls.append(partial(layer, x))
-            seconds = in_turns(calls, device, ROUNDS)
+            seconds = time_in_turns(calls, device, ROUNDS)
             for rank, stack, taken in zip(RANKS, stacks, seconds[1:], strict=True):
                 ratios = sorted(a / b for a, b in zip(taken, seconds[0], strict=True))
-                moved = in_turns(
+                moved = time_in_turns(
                     [partial(stack.layers["0"].set_strengths, [s]) for s in (0.5, 1.0)], device, ROUNDS
                 )
                 yield {

@@ -11,15 +11,15 @@ from diffusers import FluxTransformer2DModel
 from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 
-from int8run.config.compose import to_spec
+from int8run.config.compose import create_run_spec
 from int8run.config.run_spec import RunSpec
 from int8run.layers.plan import plan_layers
 from int8run.lora.stack import LoraStack
 from int8run.models.family import IgnoreRule, ModelFamily
 from int8run.models.sampling import Sampling
 from int8run.models.source import ResolvedModel
-from int8run.pipeline.load import Loaded
-from int8run.pipeline.quantize_denoiser import layer_rows, to_int8
+from int8run.pipeline.load import LoadedModel
+from int8run.pipeline.quantize_denoiser import count_layer_rows, quantize_denoiser
 from int8run.report.console import Progress
 
 
@@ -100,7 +100,7 @@ def spec(backend: str = "auto", outlier: str = "none", *more: str) -> RunSpec:
         *more,
     ]
     with initialize_config_module("int8run.conf", version_base="1.3"):
-        return to_spec(compose("config", overrides))
+        return create_run_spec(compose("config", overrides))
 
 
 def family(model: nn.Module, layers: str) -> ModelFamily:
@@ -116,7 +116,9 @@ def family(model: nn.Module, layers: str) -> ModelFamily:
 
 def chosen(model: nn.Module, layers: str) -> list[str]:
     """Names of the Linears that become INT8, the same for every variant."""
-    return [p.name for p in plan_layers(model, family(model, layers).find_skip_reason) if p.skip_reason is None]
+    return [
+        p.name for p in plan_layers(model, family(model, layers).find_skip_reason) if p.skip_reason is None
+    ]
 
 
 def int8run(
@@ -133,9 +135,11 @@ def int8run(
     plans = plan_layers(model, rules.find_skip_reason)
     # a pipeline draws the pictures of a calibration; none is asked for here
     device = next(model.parameters()).device
-    loaded = Loaded(None, "", model, None, rules, Sampling(), device, ResolvedModel(Path(), (), False), None, 0.0)
-    rows = layer_rows(model, [p for p in plans if p.skip_reason is None], [call])
-    return to_int8(
+    loaded = LoadedModel(
+        None, "", model, None, rules, Sampling(), device, ResolvedModel(Path(), (), False), None, 0.0
+    )
+    rows = count_layer_rows(model, [p for p in plans if p.skip_reason is None], [call])
+    return quantize_denoiser(
         loaded, plans, rows, spec(backend, outlier, *more), None, LoraStack(model), None, Progress(False)
     )[0]
 

@@ -24,8 +24,8 @@ import flux
 from sidebyside import Reply, facts, gate, quartiles, table
 
 from int8run.errors import BackendError
-from int8run.layers.fusion import share_copy
-from int8run.metrics.layers import module_bytes
+from int8run.layers.assemble import copy_sharing_tensors
+from int8run.metrics.layers import count_module_bytes
 
 Build = Callable[[nn.Module, Mapping[str, Any], str], nn.Module]
 BASE = "bf16"
@@ -36,11 +36,11 @@ GIB = 2**30
 
 def torchao(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
     """torchao's W8A8 on a copy that shares the float tensors."""
-    return variants.torchao(share_copy(model), call, layers)
+    return variants.torchao(copy_sharing_tensors(model), call, layers)
 
 
 BUILDS: dict[str, Build] = {
-    BASE: lambda model, call, layers: share_copy(model),
+    BASE: lambda model, call, layers: copy_sharing_tensors(model),
     "torchao": torchao,
     "int8run triton": partial(variants.ours, backend="triton"),
     "int8run triton, convrot": partial(variants.ours, backend="triton", outlier="convrot"),
@@ -100,7 +100,7 @@ def set_up(
             made = BUILDS[name](model, call, layers)
             said[name] = {
                 "error": flux.relative_error(made(**call)[0], reference),
-                "weights_gib": module_bytes(made) / GIB,
+                "weights_gib": count_module_bytes(made) / GIB,
             }
         except Exception as error:  # noqa: BLE001  whatever a peer raises is its result here
             said[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
@@ -109,7 +109,7 @@ def set_up(
             said[name]["refused"] = f"output error {said[name]['error']:.4f}, the limit is {LIMIT:g}"
             continue
         for mode, compiled in COMPILE.items():
-            variant = live[f"{name} {mode}"] = share_copy(made)
+            variant = live[f"{name} {mode}"] = copy_sharing_tensors(made)
             if compiled:
                 variant.compile_repeated_blocks(fullgraph=True)
     return live, call, said

@@ -18,8 +18,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from measure import watch
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from int8run.models.resolve_weights import SHIPPED
-from int8run.utils.hardware import device_name
+from int8run.models.resolve_weights import ASSETS_FOLDER
+from int8run.utils.hardware import get_device_name
 
 COMPONENTS = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -37,7 +37,8 @@ def surround(checkpoint: Path, folder: Path) -> None:
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizers = {
-        name: AutoTokenizer.from_pretrained(SHIPPED / "tiny" / name) for name in ("tokenizer", "tokenizer_2")
+        name: AutoTokenizer.from_pretrained(ASSETS_FOLDER / "tiny" / name)
+        for name in ("tokenizer", "tokenizer_2")
     }
     for name, tokenizer in tokenizers.items():
         tokenizer.save_pretrained(folder / name)
@@ -120,7 +121,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "device": device_name(torch.device(arguments.device)),
+                "device": get_device_name(torch.device(arguments.device)),
                 "torch": torch.__version__,
                 "checkpoint_bytes": size,
                 **watched,

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import FluxTransformer2DModel
 
-from int8run.checkpoints.writer import Entry, StreamWriter, number_of_bytes
+from int8run.checkpoints.writer import TensorEntry, StreamWriter, count_bytes
 
 CONFIG = {
     "patch_size": 1,
@@ -32,12 +32,12 @@ SHARD_BYTES = 10 * 10**9  # as diffusers cuts them
 NUMBERS = 2**24
 
 
-def shards(entries: list[Entry]) -> list[list[Entry]]:
+def shards(entries: list[TensorEntry]) -> list[list[TensorEntry]]:
     """Entries in the order of the model, cut where a shard is full."""
-    found: list[list[Entry]] = [[]]
+    found: list[list[TensorEntry]] = [[]]
     size = 0
     for entry in entries:
-        count = number_of_bytes(*entry[1:])
+        count = count_bytes(*entry[1:])
         if size + count > SHARD_BYTES:
             found.append([])
             size = 0
@@ -60,7 +60,7 @@ def make(folder: Path, doubles: int, singles: int) -> int:
     config = {**CONFIG, "num_layers": doubles, "num_single_layers": singles}
     with torch.device("meta"):
         model = FluxTransformer2DModel(**config)
-    entries: list[Entry] = [(name, "BF16", tuple(t.shape)) for name, t in model.state_dict().items()]
+    entries: list[TensorEntry] = [TensorEntry(name, "BF16", tuple(t.shape)) for name, t in model.state_dict().items()]
     block = (torch.randn(NUMBERS, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     groups, places, total, start = shards(entries), {}, 0, 0
     for i, group in enumerate(groups):

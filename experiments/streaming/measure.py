@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
-from int8run.utils.hardware import device_name
+from int8run.utils.hardware import get_device_name
 
 METHODS = ("none", "convrot")
 COPY = "copy"
@@ -176,7 +176,7 @@ def main() -> None:
     if arguments.out.exists():
         sys.exit(f"{arguments.out} exists; name a folder that does not")
     found = measure(arguments.source, arguments.out, arguments.rounds)
-    print(f"{device_name(torch.device('cpu'))}, torch {torch.__version__}")
+    print(f"{get_device_name(torch.device('cpu'))}, torch {torch.__version__}")
     print("\n".join(table(found)))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -20,23 +20,23 @@ WORDS = ["lora=stack_a", "lora.strength=0,0.25,0.5,0.75,1", "outlier=none,convro
 
 def alone(words: list[str]) -> None:
     """Build each model once and let it draw what the jobs of the sweep draw."""
-    from int8run.config.compose import compose_all, to_spec
+    from int8run.config.compose import compose_jobs, create_run_spec
     from int8run.generate.prompts import build_samples
-    from int8run.lora.header_info import read_heads
-    from int8run.models.loader import set_scheduler
-    from int8run.pipeline.build import build
-    from int8run.pipeline.process_cache import reuse
+    from int8run.lora.header_info import read_lora_headers
+    from int8run.models.schedulers import set_scheduler
+    from int8run.pipeline.build import build_model
+    from int8run.pipeline.process_cache import get_or_build
     from int8run.report.console import Progress
     from int8run.tasks.run import generate_all
 
-    _, configs = compose_all(None, "config", words, multirun=True)
-    specs = sorted((to_spec(config) for config in configs), key=lambda spec: spec.build_key)
+    _, configs = compose_jobs(None, "config", words, multirun=True)
+    specs = sorted((create_run_spec(config) for config in configs), key=lambda spec: spec.build_key)
     for spec in specs:
-        heads = read_heads(spec.lora, spec.model.lora_base, None)
+        heads = read_lora_headers(spec.lora, spec.model.lora_base, None)
         wanted = build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
-        built, _ = reuse(
+        built, _ = get_or_build(
             spec.build_key,
-            lambda s=spec, h=heads, w=wanted: build(s, w[: s.sampler.batch], h, Progress(False)),
+            lambda s=spec, h=heads, w=wanted: build_model(s, w[: s.sampler.batch], h, Progress(False)),
         )
         set_scheduler(built.pipe, built.scheduler, spec.sampling)
         built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)

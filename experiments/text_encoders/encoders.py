@@ -36,7 +36,9 @@ MINILM = EncoderFamily(
     name="minilm",
     classes=["BertModel"],
     fingerprints=[
-        EncoderFingerprint(all=["encoder.layer.0.attention.self.query.weight", "embeddings.word_embeddings.weight"])
+        EncoderFingerprint(
+            all=["encoder.layer.0.attention.self.query.weight", "embeddings.word_embeddings.weight"]
+        )
     ],
     ignore=[
         EncoderIgnoreRule("embeddings.*", "a table that is looked up, not multiplied"),

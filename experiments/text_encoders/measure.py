@@ -29,26 +29,28 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, Qwen2_5_VLConfig, Qwen3Config, T5Config
 
 from int8run import build_text_encoder, load_text_encoder
-from int8run.config.compose import to_spec
+from int8run.config.compose import create_run_spec
 from int8run.config.job import Job
 from int8run.errors import BackendError
+from int8run.layers.block_int8_linear import BlockInt8Linear
 from int8run.layers.int8_linear import Int8Linear
-from int8run.layers.weight_only import BlockInt8Linear, WeightOnlyLinear
+from int8run.layers.weight_only import WeightOnlyLinear
 from int8run.metrics.embeddings import compute_embedding_cosine, compute_relative_error
 from int8run.metrics.layers import count_module_bytes
 from int8run.models.loader import read_library_versions
-from int8run.quant.formats import BLOCK, FORMATS, ROW, TENSOR, Format, format_for
+from int8run.quant.formats import BLOCK, FORMATS, ROW, TENSOR, WeightFormat, choose_format
 from int8run.report.console import get_console
 from int8run.report.run_files import collect_environment
 from int8run.tasks.quantize_text_encoder import quantize_text_encoder
 from int8run.text_encoders import detect, registry
-from int8run.text_encoders.build import Kernels, build_encoder
-from int8run.text_encoders.model_config import build_skeleton
+from int8run.text_encoders.build import build_encoder
+from int8run.text_encoders.kernels import Kernels
+from int8run.text_encoders.skeleton import build_skeleton
 from int8run.text_encoders.weights import EncoderFile
 from int8run.utils.timing import is_steady, time_in_turns, time_medians
 
 PARTS = ("quality", "time", "sizes", "wo")
-WRITTEN = tuple(name for name, form in FORMATS.items() if not form.read_only)
+WRITTEN = tuple(name for name, form in FORMATS.items() if not form.is_read_only)
 QUICK = ("int8_rowwise", "int8_convrot", "int8_blockwise", "float8_e4m3fn", "nvfp4")
 KEYS = ("device", "case", "format", "kernels", "dtype", "wo")  # what tells rows apart
 ROUNDS, QUICK_ROUNDS, LOADS = (5, 51), (3, 3), 3
@@ -57,9 +59,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Row = dict[str, Any]
 
 
-def kernels_of(form: Format) -> tuple[str, ...]:
+def kernels_of(form: WeightFormat) -> tuple[str, ...]:
     """Of `clip.kernel_backend` what differs: for all but int8, `auto` dequantizes."""
-    if form.kind == "int8":
+    if form.storage_dtype == "int8":
         return "auto", "dequantize"
     return ("auto", "scaled_mm") if form.granularity in (TENSOR, ROW, "") else ("auto",)
 
@@ -70,7 +72,10 @@ def known(case: Case) -> Iterator[None]:
     shipped = registry.load_encoders()
     own = {} if case.own is None else {case.own.name: case.own}
     with_own = lambda: {**own, **shipped}  # noqa: E731
-    with mock.patch.object(registry, "load_encoders", with_own), mock.patch.object(detect, "load_encoders", with_own):
+    with (
+        mock.patch.object(registry, "load_encoders", with_own),
+        mock.patch.object(detect, "load_encoders", with_own),
+    ):
         yield
 
 
@@ -85,7 +90,7 @@ def write(case: Case, name: str, work: Path) -> Path:
         f"clip={name}",
     ]
     with initialize_config_module("int8run.conf", version_base="1.3"):
-        spec = to_spec(compose("config", [*words, "tracker=none", "progress=false"]))
+        spec = create_run_spec(compose("config", [*words, "tracker=none", "progress=false"]))
     with get_console().capture():
         quantize_text_encoder(spec, Job({}, {}, [], work), "text_encoder")
     return path
@@ -317,7 +322,7 @@ def sizes() -> Iterator[Row]:
         whole = sum(2 * p.numel() for p in model.parameters())
         for name in WRITTEN:
             shapes = [shape for n, shape in linears.items() if encoder.find_skip_reason(n, name) is None]
-            ours = sum(weight_bytes(format_for(name, *shape), *shape) for shape in shapes)
+            ours = sum(weight_bytes(choose_format(name, *shape), *shape) for shape in shapes)
             as_bf16 = sum(2 * prod(shape) for shape in shapes)
             yield {
                 "device": "",
@@ -349,11 +354,11 @@ def with_wo(work: Path, formats: Sequence[str], device: torch.device) -> Iterato
             yield {"device": device.type, "format": name, "wo": word, **row}
 
 
-def weight_bytes(form: Format, rows: int, columns: int) -> int:
+def weight_bytes(form: WeightFormat, rows: int, columns: int) -> int:
     """Of codes and scales."""
-    scales = form.scale_shape(rows, columns)
+    scales = form.get_scale_shape(rows, columns)
     each = 1 if form.granularity == BLOCK else 4
-    return prod(form.codes_shape(rows, columns)) + (0 if scales is None else each * prod(scales))
+    return prod(form.get_qdata_shape(rows, columns)) + (0 if scales is None else each * prod(scales))
 
 
 def measure(asked: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from int8run.report.run_files import DIFFERENCE_GAIN, make_difference_image, make_image_grid
+from int8run.report.image_files import DIFFERENCE_GAIN, make_difference_image, make_image_grid
 
 sys.path.append(str(Path(__file__).parents[1] / "fidelity"))
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_module
 
-from int8run.config.compose import plain_config, to_spec
+from int8run.config.compose import create_run_spec, get_plain_config
 from int8run.config.job import Job
-from int8run.report.run_files import grid
+from int8run.report.image_files import make_image_grid
 from int8run.tasks.run import run
 
 PROMPTS = ["strawberry", "fox", "octopus", "birthday cake"]
@@ -31,7 +31,7 @@ def pictures(style: str, strength: float) -> list:
         config = compose("config", [*overrides, "metrics.baseline=none"])
     with tempfile.TemporaryDirectory() as folder:
         return run(
-            to_spec(config), Job(plain_config(config), {"model": "tiny"}, overrides, Path(folder))
+            create_run_spec(config), Job(get_plain_config(config), {"model": "tiny"}, overrides, Path(folder))
         ).candidate.images
 
 
@@ -45,4 +45,4 @@ if __name__ == "__main__":
         for strength in STRENGTHS
     }
     rows = [(prompt, [images[i] for images in columns.values()]) for i, prompt in enumerate(PROMPTS)]
-    grid(rows, list(columns)).save(out)
+    make_image_grid(rows, list(columns)).save(out)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from train import Trainer, learning_rate
 from train_lora import TARGETS
 
-from int8run.report.run_files import grid
+from int8run.report.image_files import make_image_grid
 
 RANK = 4
 # steps of the sampler that a batch is trained through, and how often
@@ -231,7 +231,7 @@ def strip(work: Path, loras: Path, few_step: Path, out: Path) -> None:
                 Image.fromarray(generate(pipe, [prompt], 0, steps)[0].permute(1, 2, 0).contiguous().numpy())
             )
     rows = [(prompt, [made[i] for made in columns.values()]) for i, (prompt, _) in enumerate(ROWS)]
-    grid(rows, list(columns)).save(out)
+    make_image_grid(rows, list(columns)).save(out)
 
 
 def use_weights(layers: dict[str, nn.Module], weights: dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from int8run.errors import FileError
-from int8run.tracking.run_record import split_override
+from int8run.tracking.run_record import find_varying_keys, split_override
 
 MANIFEST_FILE = "sweep.json"
 # hydra's default, `multirun/2026-11-21/22-30-00`
@@ -73,7 +73,7 @@ def is_dated_folder(folder: Path) -> bool:
     return DATED_FOLDER.fullmatch(f"{folder.parent.name}/{folder.name}") is not None
 
 
-def find_varying_keys(jobs: Sequence[Sequence[str]]) -> tuple[str, ...]:
+def find_varying_overrides(jobs: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """Find the keys whose values differ between jobs.
 
     Args:
@@ -82,13 +82,4 @@ def find_varying_keys(jobs: Sequence[Sequence[str]]) -> tuple[str, ...]:
     Returns:
         The keys, in the order of the command line.
     """
-    settings_of_jobs = [dict(map(split_override, overrides)) for overrides in jobs]
-    keys: dict[str, None] = {}  # a set that keeps the order
-    for settings in settings_of_jobs:
-        keys |= dict.fromkeys(settings)
-    varying = []
-    for key in keys:
-        values = {settings.get(key) for settings in settings_of_jobs}
-        if len(values) > 1:
-            varying.append(key)
-    return tuple(varying)
+    return tuple(find_varying_keys([dict(map(split_override, overrides)) for overrides in jobs]))

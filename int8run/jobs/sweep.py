@@ -24,7 +24,7 @@ from int8run.jobs.execute import build_status, prepare_tracker, upload_record
 from int8run.jobs.finalize import finalize_sweep
 from int8run.jobs.manifest import (
     SweepManifest,
-    find_varying_keys,
+    find_varying_overrides,
     make_sweep_id,
     read_manifest,
     write_manifest,
@@ -32,7 +32,7 @@ from int8run.jobs.manifest import (
 from int8run.jobs.plan import PlannedJob, find_finished_jobs, plan_jobs
 from int8run.jobs.scheduler import Scheduler
 from int8run.jobs.worker import ParentProcess, run_jobs
-from int8run.report.console import SweepProgress
+from int8run.report.sweep_progress import SweepProgress
 from int8run.tracking.run_record import (
     FINISHED,
     KILLED,
@@ -111,7 +111,7 @@ def prepare_manifest(folder: Path, configs: Sequence[DictConfig], resume: bool) 
     earlier = read_manifest(folder) if resume else None
     manifest = SweepManifest(
         id=earlier.id if earlier else make_sweep_id(folder),
-        varying=find_varying_keys([list(config.hydra.overrides.task) for config in configs]),
+        varying=find_varying_overrides([list(config.hydra.overrides.task) for config in configs]),
         jobs=len(configs),
         created=earlier.created if earlier else time.time(),
     )

@@ -21,7 +21,8 @@ from int8run.errors import ConfigError, FileError
 from int8run.lora import few_step
 from int8run.lora.base_model import detect_lora_base
 from int8run.lora.key_parsing import parse_key
-from int8run.lora.metadata import describe_header, iter_trigger_words
+from int8run.lora.metadata import describe_header
+from int8run.lora.trigger_words import iter_trigger_words
 from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import load_families
 from int8run.models.state_dict_adapter import find_denoiser_keys, find_prefix

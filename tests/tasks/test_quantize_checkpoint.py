@@ -324,7 +324,7 @@ def test_another_checkpoint_of_the_same_shapes_has_another_hash(tmp_path):
 
 REFUSED = {
     "save=null": r"^task=quantize writes a checkpoint; set save=<file\.safetensors> or save=<folder>$",
-    "outlier=smoothquant": r"^outlier=smoothquant needs calibration images, .*; set task=run save=.*x\.safetensors, which draws them$",
+    "outlier=smoothquant": r"^outlier=smoothquant needs calibration images, .*; set task=run save=.*x\.safetensors, which generates them$",
     "outlier=auto": r"^outlier=auto needs calibration images",
     "rounding=gptq": r"^rounding=gptq needs calibration images, .* task=run save=",
     "model_type.mixed_precision=auto quality_db=40": r"^model_type\.mixed_precision=auto needs calibration images, .* task=run save=",
