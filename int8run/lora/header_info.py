@@ -17,7 +17,12 @@ from int8run.lora import few_step
 from int8run.lora.base_model import LoraBase, check_lora_base, detect_lora_base
 from int8run.lora.config import Adapter, LoraSettings
 from int8run.lora.find import find_lora
-from int8run.lora.metadata import TriggerWords, append_triggers, find_missing_triggers, find_trigger_words
+from int8run.lora.trigger_words import (
+    TriggerWords,
+    append_triggers,
+    find_missing_triggers,
+    find_trigger_words,
+)
 from int8run.models.sampling import Sampling
 
 log = logging.getLogger(__name__)

@@ -6,20 +6,17 @@ import string
 
 import pytest
 
-from int8run.lora.metadata import (
-    MAX_JSON_CHARS,
-    MAX_SIDECAR_BYTES,
+from int8run.lora.metadata import describe_header, detect_trainer
+from int8run.lora.trigger_words import (
     MAX_WORD_CHARS,
     MAX_WORDS,
     TriggerWords,
     append_triggers,
-    describe_header,
-    detect_trainer,
     find_missing_triggers,
     find_trigger_words,
     iter_trigger_words,
-    sanitize_text,
 )
+from int8run.lora.untrusted_text import MAX_JSON_CHARS, MAX_SIDECAR_BYTES, sanitize_text
 
 
 @pytest.fixture
