@@ -165,7 +165,7 @@ def parse_ratio(text: str | None) -> float | None:
 
 
 def describe_transform(transform: OutlierTransform) -> str:
-    """The steps of a transform on the input, as far as its time depends on them; empty when there are none."""
+    """The steps of a transform on the input, as far as its time depends on them; empty without any."""
     steps = []
     if transform.centered:
         steps.append("centering")

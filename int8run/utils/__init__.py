@@ -1,0 +1,1 @@
+"""Small tools that know nothing of models: a cache on disk, the machine, and timing."""

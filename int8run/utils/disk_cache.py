@@ -1,4 +1,8 @@
-"""What is kept on disk for the next run: INT8 layers and float pictures, under the hash of all that made them."""
+"""What is kept on disk for the next run: INT8 layers and float images, under a hash of all that made them.
+
+`int8run.pipeline` reads and writes it, the config group `cache` sets its folder and limit, and `task=inspect`
+lists it. The cache knows files and sizes, not what is in them.
+"""
 
 import hashlib
 import json
@@ -14,24 +18,34 @@ from typing import NamedTuple
 from int8run.errors import FileError, check_range
 
 log = logging.getLogger(__name__)
+
 GB = 10**9
-HASHES_FILE = "hashes.json"
 SUFFIX = ".safetensors"
-UNFINISHED_PREFIX = ".unfinished-"  # how the name of a file begins that is being written
-ABANDONED_AFTER_SECONDS = 86400  # a process that began to write so long ago was killed
+# hashes of model files, which take minutes to compute for large ones
+HASHES_FILE = "hashes.json"
+# how the name of a file begins while it is being written
+UNFINISHED_PREFIX = ".unfinished-"
+# a process that began to write a file so long ago was killed
+ABANDONED_AFTER_SECONDS = 86400
 
 
 class CachedFile(NamedTuple):
-    """One file of the store."""
+    """One file of the cache.
+
+    Args:
+        path: of the file.
+        bytes: its size.
+        used: time of its last use, in seconds since 1970.
+    """
 
     path: Path
     bytes: int
-    used: float  # time of the last use
+    used: float
 
 
 @dataclass(frozen=True)
 class DiskCache:
-    """A folder with a limit; the files that were not used for the longest time go first.
+    """A folder with a size limit; the files that were not used for the longest time go first.
 
     Args:
         folder: None: `~/.cache/int8run`.
@@ -46,11 +60,18 @@ class DiskCache:
 
     @property
     def path(self) -> Path:
-        """Where it is."""
-        return Path.home() / ".cache" / "int8run" if self.folder is None else Path(self.folder).expanduser()
+        """The folder."""
+        if self.folder is None:
+            return Path.home() / ".cache" / "int8run"
+        return Path(self.folder).expanduser()
 
     def get(self, kind: str, key: str) -> Path | None:
-        """The file of a key, which counts as a use."""
+        """The file of a key, or None; counts as a use of the file.
+
+        Args:
+            kind: the folder inside the cache: `int8`, `float`.
+            key: from `hash_parts`.
+        """
         path = self.path / kind / f"{key}{SUFFIX}"
         if not self.limit_gb or not path.is_file():
             return None
@@ -58,11 +79,16 @@ class DiskCache:
         return path
 
     def put(self, kind: str, key: str, size: int, write: Callable[[Path], object]) -> Path | None:
-        """Keep a file of about `size` bytes, and drop old ones for it. Returns None where it has no room.
+        """Keep a file, and remove old ones to make room for it.
 
         Args:
-            kind: the folder: `int8`, `float`.
+            kind: the folder inside the cache: `int8`, `float`.
+            key: from `hash_parts`.
+            size: about how many bytes the file will have.
             write: writes the file at the path that it is given.
+
+        Returns:
+            The file, or None where it is larger than the cache or cannot be written.
         """
         limit = self.limit_gb * GB
         if size > limit:
@@ -74,72 +100,65 @@ class DiskCache:
                 )
             return None
         path = self.path / kind / f"{key}{SUFFIX}"
-        fresh = path.with_name(
-            f"{UNFINISHED_PREFIX}{os.getpid()}-{path.name}"
-        )  # two processes may make the same
+        # two processes may write the same file at once, each under a name of its own
+        unfinished = path.with_name(f"{UNFINISHED_PREFIX}{os.getpid()}-{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.make_room(limit - size)
-            write(fresh)
-            fresh.replace(path)
+            write(unfinished)
+            unfinished.replace(path)
         except (OSError, FileError) as error:
-            log.warning(
-                "%s cannot be written (%s); not kept for the next run",
-                path,
-                getattr(error, "strerror", None) or error,
-            )
+            reason = getattr(error, "strerror", None) or error
+            log.warning("%s cannot be written (%s); not kept for the next run", path, reason)
             return None
         finally:
             with suppress(OSError):
-                fresh.unlink(missing_ok=True)
+                unfinished.unlink(missing_ok=True)
         log.info("kept for the next run: %s (%.1f MB)", path, path.stat().st_size / 1e6)
         return path
 
-    def remove(self, path: Path, why: object) -> None:
-        """Forget a file that cannot be used."""
-        log.warning("%s is not used and removed from the cache: %s", path, why)
+    def remove(self, path: Path, reason: object) -> None:
+        """Remove a file that cannot be used."""
+        log.warning("%s is not used and removed from the cache: %s", path, reason)
         with suppress(OSError):
             path.unlink(missing_ok=True)
 
     def list_files(self) -> list[CachedFile]:
-        """Every file, the longest unused first."""
-        found = []
+        """Every file, the longest unused first. Removes what killed processes left unfinished."""
+        files = []
         for path in self.path.glob(f"*/*{SUFFIX}"):
             with suppress(FileNotFoundError):  # another process may clear up at the same time
-                facts = path.stat()
+                stat = path.stat()
                 if not path.name.startswith(UNFINISHED_PREFIX):
-                    found.append(CachedFile(path, facts.st_size, facts.st_mtime))
-                elif facts.st_mtime < time.time() - ABANDONED_AFTER_SECONDS:
+                    files.append(CachedFile(path=path, bytes=stat.st_size, used=stat.st_mtime))
+                elif stat.st_mtime < time.time() - ABANDONED_AFTER_SECONDS:
                     path.unlink()
-        return sorted(found, key=lambda kept: kept.used)
+        return sorted(files, key=lambda file: file.used)
 
     def make_room(self, limit: float) -> None:
-        """Remove the longest unused files until the others are within the limit."""
-        kept = self.list_files()
-        total = sum(k.bytes for k in kept)
-        for path, size, used in kept:
+        """Remove the longest unused files until the others have at most `limit` bytes."""
+        files = self.list_files()
+        total = sum(file.bytes for file in files)
+        for file in files:
             if total <= limit:
                 return
-            log.info(
-                "cache: %s (%.1f MB, last used %s) makes room",
-                path,
-                size / 1e6,
-                time.strftime("%Y-%m-%d", time.localtime(used)),
-            )
-            path.unlink(missing_ok=True)
-            total -= size
+            last_used = time.strftime("%Y-%m-%d", time.localtime(file.used))
+            size_mb = file.bytes / 1e6
+            log.info("cache: %s (%.1f MB, last used %s) makes room", file.path, size_mb, last_used)
+            file.path.unlink(missing_ok=True)
+            total -= file.bytes
 
     def hash_file(self, path: Path) -> str:
-        """SHA-256 of a file. One that did not change since is not read again: size and times say so."""
+        """SHA-256 of a file. One whose size and times did not change since is not read again."""
         real = path.resolve()
         if real.parent.name == "blobs" and len(real.name) == 64:
-            return real.name  # the hub's cache names large files by their SHA-256
-        facts = real.stat()
+            return real.name  # the cache of huggingface_hub names large files by their SHA-256
+        stat = real.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         known = read_hashes(self.path / HASHES_FILE)
-        stamp = [facts.st_size, facts.st_mtime_ns, facts.st_ino]
-        found = known.get(str(real))
-        if found is not None and found[:3] == stamp:
-            return str(found[3])
+        entry = known.get(str(real))  # stamp and hash
+        if entry is not None and entry[:3] == stamp:
+            return str(entry[3])
         with real.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if self.limit_gb:
@@ -148,29 +167,30 @@ class DiskCache:
 
 
 def hash_parts(parts: Iterable[object]) -> str:
-    """One name for everything that decides a result."""
+    """A key for everything that decides a result: the start of the SHA-256 of all their reprs."""
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
 
 
 def read_hashes(path: Path) -> dict[str, list[object]]:
-    """Hashes known so far; a file that cannot be read holds none."""
+    """The hashes known so far, by path: size, two stamps and the hash.
+
+    A file that cannot be read holds none.
+    """
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return (
-        {k: v for k, v in found.items() if isinstance(v, list) and len(v) == 4}
-        if isinstance(found, dict)
-        else {}
-    )
+    if not isinstance(found, dict):
+        return {}
+    return {name: entry for name, entry in found.items() if isinstance(entry, list) and len(entry) == 4}
 
 
 def write_hashes(path: Path, known: dict[str, list[object]]) -> None:
-    """Keep them, where that can be."""
-    fresh = path.with_name(f".{os.getpid()}.{path.name}")
+    """Keep the hashes, where the file can be written."""
+    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps(known))
-        fresh.replace(path)
+        unfinished.write_text(json.dumps(known))
+        unfinished.replace(path)
     except OSError as error:
         log.debug("%s cannot be written: %s", path, error)

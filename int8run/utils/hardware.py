@@ -1,4 +1,4 @@
-"""The machine that a number belongs to."""
+"""The machine that a number was measured on: its name for reports and caches, and what its CPU can do."""
 
 import platform
 from typing import Any
@@ -14,7 +14,7 @@ def get_cpu_capabilities() -> dict[str, Any]:
 
 
 def get_cpu_name() -> str:
-    """The CPU's name as far as it can be had."""
+    """The CPU's name, or its architecture where nothing says the name."""
     return get_cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
 
 

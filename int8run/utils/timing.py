@@ -1,4 +1,4 @@
-"""Times of calls that take turns, so that all of them meet the same machine."""
+"""Times of calls that take turns, so that other work on the machine slows all of them alike."""
 
 import statistics
 import time
@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-# median over the shortest time, beyond which a measurement says more about the machine's other work than about the call
+# median over the shortest time; beyond it a measurement says more about other work on the machine than about
+# the call
 MAX_SCATTER = 2.0
 
 
 def read_clock(device: torch.device) -> float:
-    """A device-synchronised clock, in seconds."""
+    """A clock that waits for the device, in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -20,7 +21,16 @@ def read_clock(device: torch.device) -> float:
 def time_in_turns(
     calls: Sequence[Callable[[], object]], device: torch.device, rounds: int
 ) -> list[list[float]]:
-    """Seconds of each call in each round; one more round before them warms up."""
+    """Time each call once per round, after one more round that warms up.
+
+    Args:
+        calls: what to time.
+        device: where they run.
+        rounds: how often each is timed.
+
+    Returns:
+        For each call the seconds of every round.
+    """
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds + 1):
         for call, times in zip(calls, seconds, strict=True):
@@ -31,10 +41,10 @@ def time_in_turns(
 
 
 def time_medians(calls: Sequence[Callable[[], object]], device: torch.device, rounds: int) -> list[float]:
-    """The median of each call's times."""
+    """The median of each call's times; arguments as for `time_in_turns`."""
     return [statistics.median(times) for times in time_in_turns(calls, device, rounds)]
 
 
 def is_steady(times: Sequence[float]) -> bool:
-    """Whether a machine that repeats itself measured these; where others use it, some calls take several times as long."""
+    """Whether the times repeat well enough; on a busy machine some calls take several times as long."""
     return statistics.median(times) <= MAX_SCATTER * min(times)
