@@ -1,9 +1,11 @@
-"""INT8 against float32: one forward of the tiny model's denoiser, batch 1 and 8, every backend, interleaved in one run.
+"""INT8 against float32.
+
+One forward of the tiny model's denoiser, batch 1 and 8, every backend, interleaved in one run.
 
     python experiments/cpu_forward/bench.py --rounds 15
 
-Each round calls the float model and every INT8 model once, in turn; the ratio is taken per round, and its median and quartiles
-are printed as a table. Run it on a quiet machine.
+Each round calls the float model and every INT8 model once, in turn; the ratio is taken per round, and its
+median and quartiles are printed as a table. Run it on a quiet machine.
 """
 
 import argparse
@@ -58,10 +60,12 @@ def seconds(denoiser: nn.Module, call: Mapping[str, Any]) -> float:
 def bench(rounds: int, batches: list[int]) -> None:
     facts = collect_environment(torch.device("cpu"), read_library_versions())
     print(
-        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['versions']['torch']}, float32, {rounds} rounds\n"
+        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['versions']['torch']}, float32, {rounds} "
+        "rounds\n"
     )
     print(
-        "| batch | backend | outlier | float ms | INT8 ms | float / INT8, median [quartiles] | layer SQNR, mean dB |"
+        "| batch | backend | outlier | float ms | INT8 ms | float / INT8, median [quartiles] | layer SQNR, "
+        "mean dB |"
     )
     print("|---|---|---|---|---|---|---|")
     for batch in batches:

@@ -1,9 +1,13 @@
-"""Pictures of a sweep's dashboards, taken by a real browser: MLflow's table, charts and picture grid, and the report.
+"""Pictures of a sweep's dashboards, taken by a real browser.
 
-    python experiments/dashboards/shoot.py --out experiments/dashboards                      # runs the sweep first
+MLflow's table, charts and picture grid, and the report.
+
+    # runs the sweep first
+    python experiments/dashboards/shoot.py --out experiments/dashboards
     python experiments/dashboards/shoot.py --out experiments/dashboards --sweep multirun/<date>/<time>
 
-Needs chromium and playwright (int8run[dev]). Ends with 1 when a page complained in its console or asked for anything outside this machine.
+Needs chromium and playwright (int8run[dev]). Ends with 1 when a page complained in its console or asked for
+anything outside this machine.
 """
 
 import argparse
@@ -91,8 +95,9 @@ def mlflow_pictures(
 
     def look_at_charts(page: Page) -> bytes:
         wait_for_runs(page)
+        # 70 pixels: below the search box
         page.get_by_text("Settings, memory, speed, quality").evaluate(
-            "heading => { heading.style.scrollMarginTop = '70px'; heading.scrollIntoView() }"  # below the search box
+            "heading => { heading.style.scrollMarginTop = '70px'; heading.scrollIntoView() }"
         )
         page.locator(".parcoords svg .dimension").first.wait_for()
         page.locator(f"{CARD} .scatterlayer .point").nth(2 * len(drawn) - 1).wait_for(state="attached")
@@ -186,7 +191,8 @@ def main() -> int:
         tracked = records[0].tracking if records else {}
         if not tracked or not report.is_file():
             parser.error(
-                f"{sweep} is no finished sweep with tracker=mlflow: it needs runs that were logged, and report.html"
+                f"{sweep} is no finished sweep with tracker=mlflow: it needs runs that were logged, and "
+                "report.html"
             )
         experiment = MlflowClient(tracked["store"]).get_experiment_by_name(tracked["experiment"])
         with mlflow_server(tracked["store"], Path(work, "server.log")) as address, chromium() as browser:

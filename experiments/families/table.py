@@ -1,4 +1,7 @@
-"""What INT8 reaches in each family's denoiser at full size: one forward on torch's meta device, where nothing is computed or stored."""
+"""What INT8 reaches in each family's denoiser at full size.
+
+One forward on torch's meta device, where nothing is computed or stored.
+"""
 
 import argparse
 import math
@@ -59,7 +62,7 @@ def argument(value: Any) -> Any:
 
 
 def even_experts(moe: nn.Module, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """In place of HiDream's choice by value, which a meta tensor does not have: every expert gets as many tokens."""
+    """Replace HiDream's choice by value, which a meta tensor does not have: experts get as many tokens."""
     tokens = len(indices) // len(moe.experts)
     for expert in moe.experts:
         expert(x[:tokens])
@@ -70,9 +73,10 @@ def lumina_positions(rope: nn.Module, hidden_states: Tensor, attention_mask: Ten
     """In place of Lumina 2's positions, which it finds by the values of the mask: every text token counts."""
     batch, channels, height, width = hidden_states.shape
     text, image = attention_mask.shape[1], height * width // rope.patch_size**2
-    angles = lambda tokens: torch.empty(
-        batch, tokens, sum(rope.axes_dim) // 2, dtype=torch.complex64, device="meta"
-    )  # noqa: E731
+
+    def angles(tokens: int) -> Tensor:
+        return torch.empty(batch, tokens, sum(rope.axes_dim) // 2, dtype=torch.complex64, device="meta")
+
     patches = hidden_states.reshape(batch, image, channels * rope.patch_size**2)
     return patches, angles(text), angles(image), angles(text + image), [text] * batch, [text + image] * batch
 

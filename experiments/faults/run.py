@@ -2,8 +2,8 @@
 
     python experiments/faults/run.py [--only NAME ...] [--keep FOLDER]
 
-Prints a line for every fault and ends with 1 when one of them lost, doubled or hid anything. The full disk is a tmpfs, which only root can
-mount.
+Prints a line for every fault and ends with 1 when one of them lost, doubled or hid anything. The full disk
+is a tmpfs, which only root can mount.
 """
 
 import argparse
@@ -239,7 +239,7 @@ def killed_in_the_fourth_job(place: Place) -> None:
     check_tracked(place, database(place), killed=1)
     dead = MlflowClient(database(place)).get_run(open_run.info.run_id)
     check(
-        dead.info.status == KILLED and "without a word" in dead.data.tags["error"],
+        dead.info.status == KILLED and "without an error message" in dead.data.tags["error"],
         f"the dead run is {dead.info.status}",
     )
     place.said.insert(0, f"3 finished before, job {victim.number} killed, 7 after")
@@ -280,7 +280,8 @@ def server_away(place: Place, server: MlflowServer, stop: Callable[[], None]) ->
     check_tracked(place, server.address)
     logs = "".join((r.folder / "int8run.log").read_text() for r in find_records(place.sweep))
     place.said.append(
-        f"{meanwhile - 3} jobs ended meanwhile, {logs.count('upload it later')} of the uploads failed at first"
+        f"{meanwhile - 3} jobs ended meanwhile, {logs.count('upload it later')} of the uploads failed at "
+        "first"
     )
     check("viewStateShareKey" in text, "no link to the dashboard at the end")
 

@@ -2,7 +2,8 @@
 
     python experiments/faults/writers.py [--processes 8] [--runs 20] [--pictures 6] [--uri URI]
 
-Prints how long a run takes to log (begin and upload), and fails unless all runs are there, each once, with everything.
+Prints how long a run takes to log (begin and upload), and fails unless all runs are there, each once, with
+everything.
 """
 
 import argparse

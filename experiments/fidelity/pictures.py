@@ -4,7 +4,8 @@
         prompts=file prompts.path=experiments/fidelity/names.txt sampler.batch=10
     python experiments/fidelity/pictures.py --sweep multirun/<date>/<time>
 
-Retrieval: the share of pictures whose nearest of all 374 training drawings, by pixel MSE, is the one that the prompt names.
+Retrieval: the share of pictures whose nearest of all 374 training drawings, by pixel MSE, is the one that
+the prompt names.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from sweeps import drawings, jobs, top1
 def table(sweeps: list[Path]) -> None:
     names, known = drawings()
     print(
-        "| outlier | rounding | PSNR, dB | worst picture, dB | SSIM | latent error, % | layer SQNR, dB | top-1, INT8 | top-1, float |"
+        "| outlier | rounding | PSNR, dB | worst picture, dB | SSIM | latent error, % | layer SQNR, dB | "
+        "top-1, INT8 | top-1, float |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for job in [job for sweep in sweeps for job in jobs(sweep)]:
@@ -28,9 +30,10 @@ def table(sweeps: list[Path]) -> None:
         rounding = str(job["config"]["rounding"]["_target_"]).rsplit(".", 1)[1].lower()
         worst = min(float(image["psnr_db"]) for image in images)
         print(
-            f"| {method_of(job['config'])} | {rounding} | {metrics['quality/psnr_db']:.2f} | {worst:.1f} | {metrics['quality/ssim']:.4f} "
-            f"| {100 * metrics['quality/latent_rel_err']:.3f} | {metrics['quant/output_sqnr_db_mean']:.2f} "
-            f"| {top1(files, prompts, names, known):.2f} | {top1(floats, prompts, names, known):.2f} |"
+            f"| {method_of(job['config'])} | {rounding} | {metrics['quality/psnr_db']:.2f} | {worst:.1f} | "
+            f"{metrics['quality/ssim']:.4f} | {100 * metrics['quality/latent_rel_err']:.3f} | "
+            f"{metrics['quant/output_sqnr_db_mean']:.2f} | {top1(files, prompts, names, known):.2f} | "
+            f"{top1(floats, prompts, names, known):.2f} |"
         )
 
 

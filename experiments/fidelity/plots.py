@@ -1,8 +1,10 @@
-"""The pictures of the README.
+r"""The pictures of the README.
 
-python experiments/fidelity/plots.py layers --results experiments/fidelity/results
-python experiments/fidelity/plots.py pareto --sweep multirun/<date>/<time> --out experiments/fidelity/pareto.png
-python experiments/fidelity/plots.py drift --sweep multirun/<date>/<time> --out experiments/fidelity/drift.png
+    python experiments/fidelity/plots.py layers --results experiments/fidelity/results
+    python experiments/fidelity/plots.py pareto --sweep multirun/<date>/<time> --out \
+      experiments/fidelity/pareto.png
+    python experiments/fidelity/plots.py drift --sweep multirun/<date>/<time> --out \
+      experiments/fidelity/drift.png
 """
 
 import argparse

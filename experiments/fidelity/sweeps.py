@@ -1,4 +1,7 @@
-"""What is read of a sweep over the tiny model: its jobs, and how many of the pictures show what was asked for."""
+"""What is read of a sweep over the tiny model.
+
+Its jobs, and how many of the pictures show what was asked for.
+"""
 
 import json
 from pathlib import Path

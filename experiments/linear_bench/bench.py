@@ -133,7 +133,8 @@ def main() -> None:
     report = facts(torch.device("cpu"))
     how = "process CPU time" if args.threads == 1 else "wall time"
     print(
-        f"{report['cpu']}, {args.threads} thread(s), {how}, torch {report['versions']['torch']}, {report['date']}",
+        f"{report['cpu']}, {args.threads} thread(s), {how}, torch {report['versions']['torch']}, "
+        f"{report['date']}",
         flush=True,
     )
     pairs = [(n, base) for n in names for base in (BASE, METHODS[n].against) if n != BASE and base]

@@ -1,4 +1,6 @@
-"""INT8 linear layers on a CUDA GPU, bfloat16 in and out: the Linears of one step of three models, every method interleaved.
+"""INT8 linear layers on a CUDA GPU, bfloat16 in and out.
+
+The Linears of one step of three models, every method interleaved.
 
     python experiments/linear_bench/gpu.py                   # all models, all methods
     python experiments/linear_bench/gpu.py --models flux --rounds 50
@@ -315,7 +317,10 @@ def show_size(shapes: Sequence[LayerShape], report: Reply) -> str:
 def show_steps(
     models: Mapping[str, Sequence[LayerShape]], sizes: Mapping[tuple[int, int, int], Reply]
 ) -> str:
-    """Milliseconds of all Linears with more than one row in one step; a method that misses one layer has no sum."""
+    """Milliseconds of all Linears with more than one row in one step.
+
+    A method that misses one layer has no sum.
+    """
     names = list(dict.fromkeys(name for report in sizes.values() for name in report["methods"]))
     rows = []
     for name in names:
@@ -346,11 +351,12 @@ def main() -> None:
     clock = Clock(device)
     top = ceilings(clock, device)
     print(
-        f"{report['gpu']}, torch {report['versions']['torch']}, triton {report['versions']['triton']}, {report['date']}"
+        f"{report['gpu']}, torch {report['versions']['torch']}, triton {report['versions']['triton']}, "
+        f"{report['date']}"
     )
     print(
-        f"measured ceilings: bf16 {top.bf16_ops / 1e12:.0f} TFLOPS, int8 {top.int8_ops / 1e12:.0f} TOPS ({top.int8_from}), "
-        f"copy {top.bytes / 1e12:.2f} TB/s\n"
+        f"measured ceilings: bf16 {top.bf16_ops / 1e12:.0f} TFLOPS, int8 {top.int8_ops / 1e12:.0f} TOPS "
+        f"({top.int8_from}), copy {top.bytes / 1e12:.2f} TB/s\n"
     )
     models = {name: MODELS[name]() for name in args.models}
     by_size: dict[tuple[int, int, int], list[LayerShape]] = {}

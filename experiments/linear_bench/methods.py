@@ -65,7 +65,10 @@ def torchao_freezing(case: Case) -> Forward:
 
 
 def sdnq(case: Case, hadamard: int = 0) -> nn.Module:
-    """sdnq's INT8 matmul; whether it compiles its functions and uses OpenVINO is set by environment variables."""
+    """sdnq's INT8 matmul.
+
+    Environment variables decide whether it compiles its functions and uses OpenVINO.
+    """
     from sdnq import sdnq_post_load_quant
 
     rotation = dict(use_hadamard=True, hadamard_group_size=hadamard) if hadamard else {}

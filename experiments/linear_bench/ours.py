@@ -1,4 +1,7 @@
-"""Our layers, built as the runner builds them. What the benchmarks know about int8run's own interfaces is in this file."""
+"""Our layers, built as the runner builds them.
+
+What the benchmarks know about int8run's own interfaces is in this file.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -17,7 +20,7 @@ from int8run.layers.int8_linear import LowRankBranch
 from int8run.layers.plan import Int8Settings, plan_layers
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
-from int8run.ptq.quantize import check_backend, build_int8_layers, quantize_layers
+from int8run.ptq.quantize import build_int8_layers, check_backend, quantize_layers
 from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import quantize_weight
 

@@ -63,7 +63,9 @@ def flux() -> list[LayerShape]:
 
 
 def z_image() -> list[LayerShape]:
-    """Z-Image: hidden 3840, gated feed-forward of 8/3 x 3840 = 10240, 30 layers over image and text tokens together.
+    """Z-Image: hidden 3840, gated feed-forward of 8/3 x 3840 = 10240.
+
+    30 layers over image and text tokens together.
 
     Two refiner layers per stream come before them. Its Linears have no bias, here they have one.
     """
@@ -85,7 +87,10 @@ def z_image() -> list[LayerShape]:
 
 
 def qwen_image() -> list[LayerShape]:
-    """Qwen-Image: 60 double-stream layers, hidden 24 x 128 = 3072, feed-forward 4 x 3072, modulation 6 x 3072 per stream."""
+    """Qwen-Image: 60 double-stream layers, hidden 24 x 128 = 3072.
+
+    Feed-forward 4 x 3072, modulation 6 x 3072 per stream.
+    """
     c = defaults("QwenImageTransformer2DModel")
     d, layers = c["num_attention_heads"] * c["attention_head_dim"], c["num_layers"]
     found = [LayerShape("Qwen-Image", "modulation", 1, d, 6 * d, 2 * layers)]

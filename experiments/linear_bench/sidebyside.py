@@ -1,7 +1,8 @@
 """Measure variants side by side: one process each, every slot of a variant between two slots of its base.
 
-Interference from other work only adds time, so a slot is its best call; a ratio compares a slot with the two base slots around
-it, so that a drifting clock cancels. `linear_bench` and `model_bench` both measure with this file.
+Interference from other work only adds time, so a slot is its best call; a ratio compares a slot with the
+two base slots around it, so that a drifting clock cancels. `linear_bench` and `model_bench` both measure
+with this file.
 """
 
 import json
@@ -124,7 +125,10 @@ def serve(
 
 
 def best_call(call: Callable[[], object], clock: Callable[[], float], seconds: float) -> float:
-    """Call until `seconds` of the clock are over; the fastest call, the first left out unless it is the only one."""
+    """Call until `seconds` of the clock are over.
+
+    The fastest call, the first left out unless it is the only one.
+    """
     times: list[float] = []
     while not times or sum(times) < seconds:
         started = clock()
@@ -135,7 +139,10 @@ def best_call(call: Callable[[], object], clock: Callable[[], float], seconds: f
 
 @dataclass
 class Measured:
-    """What the cycles gave: best seconds per variant, ratios base / variant per pair, and why a variant stopped on the way."""
+    """What the cycles gave.
+
+    Best seconds per variant, ratios base / variant per pair, and why a variant stopped on the way.
+    """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     ratios: dict[tuple[str, str], list[float]] = field(default_factory=dict)
@@ -145,7 +152,10 @@ class Measured:
 def measure(
     live: Mapping[str, Process], pairs: Sequence[tuple[str, str]], slot: float, budget: float, cycles: range
 ) -> Measured:
-    """Run cycles over all (variant, base) pairs until the budget is used, at least `cycles.start`, at most `cycles.stop`."""
+    """Run cycles over all (variant, base) pairs until the budget is used.
+
+    At least `cycles.start`, and at most `cycles.stop`.
+    """
     pairs = [(name, base) for name, base in pairs if name in live and base in live]
     bases = list(dict.fromkeys(base for _, base in pairs))
     measured = Measured()

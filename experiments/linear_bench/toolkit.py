@@ -1,9 +1,11 @@
-"""ComfyUI-INT8-Toolkit 1.4 `runtime_backend=torch_int_mm`, restated from its formulas: every step is its own torch operator.
+"""ComfyUI-INT8-Toolkit 1.4 `runtime_backend=torch_int_mm`, restated from its formulas.
+
+Every step is its own torch operator.
 
     s_x = max(|x_row|) / 127, q = clamp(round(x * (1 / s_x)), -128, 127), y = (q @ Qᵀ) * s_x * s_w + b
 
-One difference, in its favour: for float32 inputs the original rounds the result to bfloat16, which costs a pass and precision;
-here it keeps the dtype of x, as the original does for bfloat16 and float16.
+One difference, in its favour: for float32 inputs the original rounds the result to bfloat16, which costs a
+pass and precision; here it keeps the dtype of x, as the original does for bfloat16 and float16.
 """
 
 import torch

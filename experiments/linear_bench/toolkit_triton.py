@@ -1,7 +1,8 @@
 """ComfyUI-INT8-Toolkit 1.4 `runtime_backend=triton`, restated: its data flow, tile and launch, not its code.
 
-Two kernels. One row per program quantizes x in a block of next_power_of_2(K); then a product of 128x128x64 tiles, 8 row blocks
-to a group, 4 warps, 4 stages, reads the weight [N, K] through pointers of a [K, N] view and ends with both scales and the bias.
+Two kernels. One row per program quantizes x in a block of next_power_of_2(K); then a product of 128x128x64
+tiles, 8 row blocks to a group, 4 warps, 4 stages, reads the weight [N, K] through pointers of a [K, N] view
+and ends with both scales and the bias.
 """
 
 import torch

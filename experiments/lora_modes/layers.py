@@ -1,11 +1,13 @@
 """What each LoRA mode costs one FLUX-shaped layer, and how much of the LoRA arrives.
 
     python experiments/lora_modes/layers.py errors                 # errors, gain, clipping, memory
-    python experiments/lora_modes/layers.py times --threads 1      # step time by total rank, time of a strength change
+    # step time by total rank, time of a strength change
+    python experiments/lora_modes/layers.py times --threads 1
     python experiments/lora_modes/layers.py times --device cuda    # the same on a GPU
 
-Weights are normal numbers, a LoRA's factors too, scaled so that its change is a given share of the weight's norm. Inputs have columns of
-different sizes, as in a transformer. Timings take turns in one process; run them on a quiet machine.
+Weights are normal numbers, a LoRA's factors too, scaled so that its change is a given share of the weight's
+norm. Inputs have columns of different sizes, as in a transformer. Timings take turns in one process; run
+them on a quiet machine.
 """
 
 import argparse
@@ -135,7 +137,10 @@ def extra_bytes(layer: Int8LoraLayer) -> int:
 
 
 def times(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Time of a layer with a branch over its time without, and of a strength change, by backend and total rank."""
+    """Time of a layer with a branch over its time without, and time of a strength change.
+
+    By backend and total rank.
+    """
     if device.type == "cuda":
         backends: dict[str, Backend] = {"triton": Triton(), "torch_int_mm": TorchIntMM()}
         shapes, dtype = GPU_SHAPES, torch.bfloat16
@@ -205,7 +210,8 @@ if __name__ == "__main__":
     torch.set_num_threads(asked.threads)
     torch.set_grad_enabled(False)
     print(
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {asked.threads} threads, {asked.device}"
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {asked.threads} threads, "
+        f"{asked.device}"
     )
     if asked.what == "errors":
         write("errors.csv", errors())

@@ -1,4 +1,6 @@
-"""The tiny model's LoRAs in every mode: how far INT8 is from the float model with the same LoRAs, and what that costs.
+"""The tiny model's LoRAs in every mode.
+
+How far INT8 is from the float model with the same LoRAs, and what that costs.
 
     python experiments/lora_modes/pictures.py --work work
 

@@ -4,7 +4,8 @@
     python experiments/model_bench/bench.py --size big --threads 2
     python experiments/model_bench/bench.py --profile --only "int8run vnni"
 
-The tests of kernels and backends run first. A variant whose output is too far from float32 is refused and not timed.
+The tests of kernels and backends run first. A variant whose output is too far from float32 is refused and
+not timed.
 """
 
 import argparse
@@ -70,7 +71,10 @@ def rows(said: dict[str, Reply]) -> list[list[str]]:
 def run_batch(
     names: Sequence[str], request: Reply, threads: int, budget: float, profiled: bool
 ) -> dict[str, Reply]:
-    """Set up the base and some variants, measure them interleaved, and end their processes: all at once would not fit in memory."""
+    """Set up the base and some variants, measure them interleaved, and end their processes.
+
+    All at once would not fit in memory.
+    """
     processes = {n: Process(Path(__file__).with_name("worker.py"), threads, VARIANTS[n].env) for n in names}
     live: dict[str, Process] = {}
     said: dict[str, Reply] = {}
@@ -106,7 +110,8 @@ def main() -> None:
     report = facts(torch.device("cpu"))
     how = "process CPU time" if args.threads == 1 else "wall time"
     print(
-        f"{report['cpu']}, {args.threads} thread(s), {how}, torch {report['versions']['torch']}, {report['date']}",
+        f"{report['cpu']}, {args.threads} thread(s), {how}, torch {report['versions']['torch']}, "
+        f"{report['date']}",
         flush=True,
     )
     names = [n for n in VARIANTS if n != BASE and (not args.only or any(word in n for word in args.only))]
@@ -118,9 +123,8 @@ def main() -> None:
             said |= run_batch(
                 [BASE, *batch], request, args.threads, args.seconds / len(batches), args.profile
             )
-    print(
-        f"\n{table(['variant', 'ms', 'fp32 eager time / time [quartiles]', 'output error', 'set-up s'], rows(said))}\n"
-    )
+    columns = ["variant", "ms", "fp32 eager time / time [quartiles]", "output error", "set-up s"]
+    print(f"\n{table(columns, rows(said))}\n")
     for kind, title in (("refused", "refused, not timed"), ("failed", "cannot run")):
         for name, record in said.items():
             if kind in record:

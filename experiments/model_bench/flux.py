@@ -104,7 +104,10 @@ def spec(backend: str = "auto", outlier: str = "none", *more: str) -> RunSpec:
 
 
 def family(model: nn.Module, layers: str) -> ModelFamily:
-    """`family`: int8run's own rules for FLUX; `blocks`: every Linear inside the blocks, the modulation layers too."""
+    """`family`: int8run's own rules for FLUX.
+
+    `blocks`: every Linear inside the blocks, the modulation layers too.
+    """
     own = spec().model_type
     if layers == "family":
         return own
@@ -130,7 +133,10 @@ def int8run(
     *more: str,
     without: Sequence[str] = (),
 ) -> nn.Module:
-    """The INT8 copy as the runner makes it; it shares the float tensors. `without`: facts of the family that are left out."""
+    """The INT8 copy as the runner makes it; it shares the float tensors.
+
+    `without`: facts of the family that are left out.
+    """
     rules = replace(family(model, layers), **dict.fromkeys(without, ()))
     plans = plan_layers(model, rules.find_skip_reason)
     # a pipeline draws the pictures of a calibration; none is asked for here

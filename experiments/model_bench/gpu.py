@@ -1,9 +1,13 @@
-"""A whole FLUX.1-dev transformer with random weights on a CUDA GPU: one step in bfloat16 against INT8, eager and compiled.
+"""A whole FLUX.1-dev transformer with random weights on a CUDA GPU.
 
-    python experiments/model_bench/gpu.py                    # 19 + 38 blocks, 4096 + 512 tokens; about 60 GB of GPU memory
+One step in bfloat16 against INT8, eager and compiled.
+
+    # 19 + 38 blocks, 4096 + 512 tokens; about 60 GB of GPU memory
+    python experiments/model_bench/gpu.py
     python experiments/model_bench/gpu.py --size big         # a small one
 
-The tests of kernels and backends run first. A variant whose output is too far from bfloat16 is refused and not timed.
+The tests of kernels and backends run first. A variant whose output is too far from bfloat16 is refused and
+not timed.
 """
 
 import argparse
@@ -128,7 +132,8 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64  # one block class, several kinds of Linear in it
     report = facts(torch.device("cuda"))
     print(
-        f"{report['gpu']}, torch {report['versions']['torch']}, triton {report['versions']['triton']}, {report['date']}",
+        f"{report['gpu']}, torch {report['versions']['torch']}, triton {report['versions']['triton']}, "
+        f"{report['date']}",
         flush=True,
     )
     names = [n for n in BUILDS if n == BASE or not args.only or any(word in n for word in args.only)]

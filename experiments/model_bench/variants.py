@@ -1,4 +1,7 @@
-"""Every variant of the CPU table: one small function each, from a model and its call to the model that is timed."""
+"""Every variant of the CPU table.
+
+One small function each, from a model and its call to the model that is timed.
+"""
 
 import sys
 import tempfile
@@ -21,7 +24,10 @@ BACKENDS = ("reference", "torch_int_mm", "onednn", "vnni", "auto")
 
 @dataclass(frozen=True)
 class Variant:
-    """How a model is made; `compile` puts the whole of it through Inductor, `env` is its process's environment."""
+    """How a model is made.
+
+    `compile` puts the whole of it through Inductor, `env` is its process's environment.
+    """
 
     build: Callable[[nn.Module, Mapping[str, Any], str], nn.Module]
     compile: bool = False
@@ -92,7 +98,8 @@ for backend in BACKENDS:
         label = f"int8run {backend}{'' if outlier == 'none' else ', convrot'}"
         VARIANTS[f"{label} eager"] = Variant(partial(ours, backend=backend, outlier=outlier))
         VARIANTS[f"{label} compiled"] = Variant(partial(ours, backend=backend, outlier=outlier), compile=True)
-# what the family's facts are worth: each input quantized by every layer that reads it, GELUs left where they are
+# what the family's facts are worth: each input quantized by every layer that reads it, GELUs left where
+# they are
 for name, without in {"no sharing": ["same_input"], "no moved GELU": ["deferred_gelu"]}.items():
     VARIANTS[f"int8run vnni, {name} eager"] = Variant(partial(ours, backend="vnni", without=without))
     VARIANTS[f"int8run vnni, {name} compiled"] = Variant(

@@ -3,9 +3,10 @@
     python experiments/streaming/make_flux.py CHECKPOINT
     python experiments/streaming/build.py CHECKPOINT WORK [--device cuda] [--size 256] [int8run's words ...]
 
-Puts random text encoders of one layer and a VAE of a few kilobytes around the checkpoint, so that the denoiser is all there is to
-measure, and runs `int8run metrics.baseline=none` on it: one step, one picture. Resident memory is sampled every 20 ms; on a GPU the run's
-own `memory/peak_bytes` counts what torch allocated there.
+Puts random text encoders of one layer and a VAE of a few kilobytes around the checkpoint, so that the
+denoiser is all there is to measure, and runs `int8run metrics.baseline=none` on it: one step, one picture.
+Resident memory is sampled every 20 ms; on a GPU the run's own `memory/peak_bytes` counts what torch
+allocated there.
 """
 
 import argparse

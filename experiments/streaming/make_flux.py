@@ -1,9 +1,11 @@
-"""A checkpoint with the shapes of FLUX.1-dev's transformer and random bfloat16 weights, in shards, as a diffusers folder (24 GB).
+"""A checkpoint with the shapes of FLUX.1-dev's transformer and random bfloat16 weights (24 GB).
+
+In shards, as a diffusers folder.
 
     python experiments/streaming/make_flux.py FOLDER [--doubles 19 --singles 38]
 
-The numbers are normal with a deviation of 0.02, from one drawn block of 16 M that each tensor enters at another place: as good as
-fresh ones for speed and for memory.
+The numbers are normal with a deviation of 0.02, from one drawn block of 16 M that each tensor enters at
+another place: as good as fresh ones for speed and for memory.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import FluxTransformer2DModel
 
-from int8run.checkpoints.writer import TensorEntry, StreamWriter, count_bytes
+from int8run.checkpoints.writer import StreamWriter, TensorEntry, count_bytes
 
 CONFIG = {
     "patch_size": 1,
@@ -60,7 +62,9 @@ def make(folder: Path, doubles: int, singles: int) -> int:
     config = {**CONFIG, "num_layers": doubles, "num_single_layers": singles}
     with torch.device("meta"):
         model = FluxTransformer2DModel(**config)
-    entries: list[TensorEntry] = [TensorEntry(name, "BF16", tuple(t.shape)) for name, t in model.state_dict().items()]
+    entries: list[TensorEntry] = [
+        TensorEntry(name, "BF16", tuple(t.shape)) for name, t in model.state_dict().items()
+    ]
     block = (torch.randn(NUMBERS, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     groups, places, total, start = shards(entries), {}, 0, 0
     for i, group in enumerate(groups):

@@ -3,10 +3,11 @@
     python experiments/streaming/make_flux.py CHECKPOINT
     python experiments/streaming/measure.py CHECKPOINT OUT [--rounds 3]
 
-Each round copies the files (16 MB at a time, then fsync) and quantizes them with each method, in an order that turns from round to
-round. Before each, the source is taken out of the system's page cache. `int8run` is a process of its own: its resident memory is
-sampled every 20 ms, everything included: Python, torch, the program. Times are of the whole process, imports included. What was
-written is checked against the definition on some rows of every INT8 layer and removed.
+Each round copies the files (16 MB at a time, then fsync) and quantizes them with each method, in an order
+that turns from round to round. Before each, the source is taken out of the system's page cache. `int8run`
+is a process of its own: its resident memory is sampled every 20 ms, everything included: Python, torch, the
+program. Times are of the whole process, imports included. What was written is checked against the
+definition on some rows of every INT8 layer and removed.
 """
 
 import argparse
@@ -108,7 +109,10 @@ def quantize(source: Path, out: Path, method: str) -> dict[str, float]:
 
 
 def check(source: Path, target: Path) -> int:
-    """Compare some rows of the attention outputs with the definition; the number of layers that were compared."""
+    """Compare some rows of the attention outputs with the definition.
+
+    The number of layers that were compared.
+    """
     index = json.loads((source / "diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]
     compared = 0
     with safe_open(target, "pt") as made:
@@ -158,8 +162,9 @@ def table(found: dict[str, list[dict[str, float]]]) -> list[str]:
         rss = f"{max(result['peak_rss'] for result in results) / 1e6:.0f}" if name != COPY else "–"
         sqnr = f"{results[0]['sqnr_mean']:.1f} / {results[0]['sqnr_min']:.1f}" if name != COPY else "–"
         lines.append(
-            f"| {name} | {statistics.median(seconds):.1f} | {results[0]['read'] / statistics.median(seconds) / 1e6:.0f} | "
-            f"{statistics.median(ratios):.2f}× [{min(ratios):.2f}–{max(ratios):.2f}] | {rss} | {results[0]['written'] / 1e9:.2f} | {sqnr} |"
+            f"| {name} | {statistics.median(seconds):.1f} | "
+            f"{results[0]['read'] / statistics.median(seconds) / 1e6:.0f} | {statistics.median(ratios):.2f}× "
+            f"[{min(ratios):.2f}–{max(ratios):.2f}] | {rss} | {results[0]['written'] / 1e9:.2f} | {sqnr} |"
         )
     return lines
 

@@ -1,9 +1,11 @@
-"""What a sweep costs beside what it must do: its wall time over that of building each model once and generating, measured alone.
+"""What a sweep costs beside what it must do.
+
+Its wall time over that of building each model once and generating, measured alone.
 
     python experiments/sweeps/overhead.py [--rounds 3] [--only NAME ...]
 
-Runs, in turn, `int8run -m WORDS` and one process that builds the same models and draws the same pictures and does nothing else: no
-metrics, no files, no MLflow, no report. Prints both medians and their ratio.
+Runs, in turn, `int8run -m WORDS` and one process that builds the same models and draws the same pictures
+and does nothing else: no metrics, no files, no MLflow, no report. Prints both medians and their ratio.
 """
 
 import argparse
@@ -84,7 +86,8 @@ def main() -> None:
     for name, times in seconds.items():
         shown = ", ".join(f"{t:.1f}" for t in times)
         print(
-            f"{name:<20} {statistics.median(times):6.1f} s  {statistics.median(times) / base:.2f} x  ({shown})"
+            f"{name:<20} {statistics.median(times):6.1f} s  {statistics.median(times) / base:.2f} x  "
+            f"({shown})"
         )
 
 

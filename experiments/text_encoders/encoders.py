@@ -1,8 +1,9 @@
 """The text encoders of the experiment: a folder of transformers each, and what they are asked.
 
-(a) the shipped tiny model's two, with prompts that it was trained on, padded as its pipeline pads them;
-(b) MiniLM-L6, a pretrained sentence encoder that a package ships, with the sentences of this repository's README;
-(c) CLIP-L at full size and one layer of T5-XXL at full width, with random weights and random tokens.
+(a) the shipped tiny model's two, with prompts that it was trained on, padded as its pipeline pads them; (b)
+MiniLM-L6, a pretrained sentence encoder that a package ships, with the sentences of this repository's
+README; (c) CLIP-L at full size and one layer of T5-XXL at full width, with random weights and random
+tokens.
 """
 
 import re
@@ -22,7 +23,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from int8run.text_encoders.registry import EncoderFamily, EncoderIgnoreRule, EncoderFingerprint
+from int8run.text_encoders.registry import EncoderFamily, EncoderFingerprint, EncoderIgnoreRule
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "int8run" / "assets" / "tiny"
@@ -70,7 +71,8 @@ class Case:
         folder: of transformers, with the float weights.
         prompts: calls whose embeddings are compared.
         usual: the call that is timed.
-        pooled: the one embedding of a text, from the embeddings of its tokens and what the class pools itself; None: it has none.
+        pooled: the one embedding of a text, from the embeddings of its tokens and what the class pools
+            itself; None: it has none.
         own: an encoder that int8run does not know.
     """
 
@@ -163,7 +165,10 @@ def clip_l(work: Path, quick: bool) -> Case:
 
 
 def t5_xxl(work: Path, quick: bool) -> Case:
-    """(c) One layer of T5-XXL at full width, with 4,096 of 32,128 tokens; with --quick an eighth of its width. Two random texts."""
+    """(c) One layer of T5-XXL at full width, with 4,096 of 32,128 tokens.
+
+    With --quick an eighth of its width. Two random texts.
+    """
     part = 8 if quick else 1
     config = T5Config(
         vocab_size=4096,
@@ -189,9 +194,12 @@ def t5_xxl(work: Path, quick: bool) -> Case:
 
 
 def random_model(cls: type[PreTrainedModel], config: object, folder: Path) -> Path:
-    """Write a model in bfloat16: transformers' own initialisation, with rows and columns of different sizes. Returns the folder.
+    """Write a model in bfloat16.
 
-    Without that all rows of a random matrix are alike, and a scale for each row would be as good as one for all.
+    Transformers' own initialisation, with rows and columns of different sizes. Returns the folder.
+
+    Without that all rows of a random matrix are alike, and a scale for each row would be as good as one for
+    all.
     """
     torch.manual_seed(0)
     model = cls(config)

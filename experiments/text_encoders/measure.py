@@ -1,12 +1,15 @@
-"""Every written format of every encoder: bytes, embeddings against the float encoder's, seconds to load, time of a call.
+"""Every written format of every encoder.
+
+Bytes, embeddings against the float encoder's, seconds to load, time of a call.
 
     python experiments/text_encoders/measure.py --work WORK --out experiments/text_encoders/results
-    python experiments/text_encoders/measure.py --work WORK --out OUT --quick          # small sizes, few formats, some minutes
+    # small sizes, few formats, some minutes
+    python experiments/text_encoders/measure.py --work WORK --out OUT --quick
     python experiments/text_encoders/measure.py --work WORK --out OUT --device cuda
 
-Each format is written with `task=quantize task.component=text_encoder`, the file is loaded by `load_text_encoder` and
-`build_text_encoder`, and removed. Only time.csv depends on how busy the machine is. A part, case or
-format that is not measured again keeps its rows.
+Each format is written with `task=quantize task.component=text_encoder`, the file is loaded by
+`load_text_encoder` and `build_text_encoder`, and removed. Only time.csv depends on how busy the machine is.
+A part, case or format that is not measured again keeps its rows.
 """
 
 import argparse
@@ -129,7 +132,10 @@ def embeddings(case: Case, model: nn.Module, device: torch.device) -> list[tuple
 def compared(
     floats: Sequence[tuple[Tensor, Tensor | None]], ours: Sequence[tuple[Tensor, Tensor | None]]
 ) -> Row:
-    """Cosine: of each prompt the mean over its tokens; then the mean and the least over prompts. Error: over all at once."""
+    """Cosine: of each prompt the mean over its tokens; then the mean and the least over prompts.
+
+    Error: over all at once.
+    """
     row: Row = {}
     for i, name in enumerate(("", "pooled_")):
         pairs = [(a[i], b[i]) for a, b in zip(floats, ours, strict=True) if a[i] is not None]
@@ -147,7 +153,10 @@ def compared(
 
 
 def held(model: nn.Module) -> Row:
-    """Bytes of a bfloat16 model with quantized layers: of these alone, and of everything; and the same in bfloat16."""
+    """Bytes of a bfloat16 model with quantized layers: of these alone, and of everything.
+
+    And the same in bfloat16.
+    """
     layers = [m for m in model.modules() if isinstance(m, Int8Linear | WeightOnlyLinear | BlockInt8Linear)]
     as_bf16 = sum(
         2 * (m.in_features * m.out_features + (m.out_features if m.bias is not None else 0)) for m in layers
@@ -312,7 +321,10 @@ FULL: Mapping[str, tuple[str, str, Any]] = {
 
 
 def sizes() -> Iterator[Row]:
-    """Rows of sizes.csv: what each format takes of full-size encoders, by shapes alone; all other parameters in bfloat16."""
+    """Rows of sizes.csv: what each format takes of full-size encoders, by shapes alone.
+
+    All other parameters in bfloat16.
+    """
     for title, (encoder_name, class_name, config) in FULL.items():
         encoder = registry.get_encoder(encoder_name)
         model = build_skeleton(class_name, config().to_dict(), torch.bfloat16)
@@ -337,7 +349,10 @@ def sizes() -> Iterator[Row]:
 
 
 def with_wo(work: Path, formats: Sequence[str], device: torch.device) -> Iterator[Row]:
-    """Rows of wo.csv: the tiny T5 with its `wo` in float, and quantized like the rest; the family's rule says which for each format."""
+    """Rows of wo.csv: the tiny T5 with its `wo` in float, and quantized like the rest.
+
+    The family's rule says which for each format.
+    """
     case = CASES["tiny_t5"](work, False)
     exact = embeddings(case, float_model(case, torch.float32, device), device)
     config = json.loads((case.folder / "config.json").read_text())

@@ -1,10 +1,12 @@
-"""The effect of each format on the tiny model's pictures: a table of a sweep, and a strip to look at.
+r"""The effect of each format on the tiny model's pictures: a table of a sweep, and a strip to look at.
 
-    int8run -m clip=keep,int8_tensorwise,... int8.enable=false,true prompts=file prompts.path=experiments/fidelity/names.txt \
-        sampler.batch=10 metrics.layers=false tracker=none
-    python experiments/text_encoders/pictures.py --sweep multirun/<date>/<time> --out experiments/text_encoders
+    int8run -m clip=keep,int8_tensorwise,... int8.enable=false,true prompts=file \
+      prompts.path=experiments/fidelity/names.txt sampler.batch=10 metrics.layers=false tracker=none
+    python experiments/text_encoders/pictures.py --sweep multirun/<date>/<time> --out \
+      experiments/text_encoders
 
-Retrieval is that of experiments/fidelity: the share of pictures whose nearest drawing of all 374 is the one that was asked for.
+Retrieval is that of experiments/fidelity: the share of pictures whose nearest drawing of all 374 is the one
+that was asked for.
 """
 
 import argparse
@@ -63,7 +65,10 @@ def row(job: dict[str, Any], names: list[str], known: Any) -> dict[str, object]:
 
 
 def strip(found: list[dict[str, Any]], out: Path) -> None:
-    """A row for each prompt: float, then each format with the float denoiser; below each picture its difference to float's."""
+    """A row for each prompt: float, then each format with the float denoiser.
+
+    Below each picture its difference to float's.
+    """
     by_format = {format_of(job): job for job in found if not is_int8(job)}
     shown = [name for name in STRIP if name in by_format]
     index = {image["prompt"]: image["file"] for image in by_format[shown[0]]["images"]}

@@ -12,7 +12,8 @@ from torch import Tensor
 
 SIZE = 64
 STYLES = ("flat", "ink", "gloss")
-# what the shipped model was trained on where there was no GPU; "all" takes every drawing that exists in the three styles
+# what the shipped model was trained on where there was no GPU; "all" takes every drawing that exists in the
+# three styles
 CATEGORIES = ("Animals & Nature", "Food & Drink", "Activities")
 
 

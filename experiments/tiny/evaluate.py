@@ -1,16 +1,20 @@
-"""Measure the tiny model by top-1 retrieval, and draw a sheet of samples to look at.
+r"""Measure the tiny model by top-1 retrieval, and draw a sheet of samples to look at.
 
-    python experiments/tiny/evaluate.py --work work --model int8run/assets/tiny --sheet experiments/tiny/samples.png
+    python experiments/tiny/evaluate.py --work work --model int8run/assets/tiny --sheet \
+      experiments/tiny/samples.png
 
-For evenly spread trained names, one seed each: generate, and find the nearest of *all* trained drawings by pixel MSE. The
-score is the share whose nearest drawing is the right one. With --lora the drawings of that style are the candidates.
+For evenly spread trained names, one seed each: generate, and find the nearest of *all* trained drawings by
+pixel MSE. The score is the share whose nearest drawing is the right one. With --lora the drawings of that
+style are the candidates.
 
-    python experiments/tiny/evaluate.py --work work --model int8run/assets/tiny --count 374 --seeds 3 --steps 4 2 1 --reference \
-        --few-step int8run/assets/lora/few_step.safetensors
+    python experiments/tiny/evaluate.py --work work --model int8run/assets/tiny --count 374 --seeds 3 \
+      --steps 4 2 1 --reference \
+      --few-step int8run/assets/lora/few_step.safetensors
 
-With --reference the pictures are also compared, name by name and seed by seed, with those of 16 Euler steps without the few-step
-LoRA. With --untrained the names are such that neither the model nor the few-step LoRA has seen; they have no drawings that the
-model could know, and the candidates are their own pictures of 16 steps.
+With --reference the pictures are also compared, name by name and seed by seed, with those of 16 Euler steps
+without the few-step LoRA. With --untrained the names are such that neither the model nor the few-step LoRA
+has seen; they have no drawings that the model could know, and the candidates are their own pictures of 16
+steps.
 """
 
 import argparse
@@ -47,7 +51,10 @@ def generate(pipe: FluxPipeline, prompts: list[str], seed: int, steps: int = STE
 
 
 def nearest(pictures: torch.Tensor, drawings: torch.Tensor) -> torch.Tensor:
-    """Index of the drawing with the least pixel MSE to each picture. uint8 [N, 3, H, W] and [D, 3, H, W] -> [N]."""
+    """Index of the drawing with the least pixel MSE to each picture.
+
+    Uint8 [N, 3, H, W] and [D, 3, H, W] -> [N].
+    """
     return torch.cdist(pictures.flatten(1).float(), drawings.flatten(1).float()).argmin(dim=1)
 
 
@@ -63,7 +70,10 @@ def sheet(pictures: torch.Tensor, drawings: torch.Tensor, columns: int = 10) -> 
 
 
 def untrained(names: list[str], trained: list[str]) -> list[str]:
-    """The names that the model was not trained on, in order. The few-step LoRA learns from the even ones of them."""
+    """The names that the model was not trained on, in order.
+
+    The few-step LoRA learns from the even ones of them.
+    """
     seen = set(trained)
     return [n for n in names if n not in seen]
 

@@ -57,7 +57,10 @@ def t5_tokenizer(captions: list[str]) -> T5Tokenizer:
 
 
 def tokenizers(captions: list[str], work: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
-    """Both tokenizers, learned once and kept in `<work>/tokenizers`: ties are broken differently at every learning."""
+    """Both tokenizers, learned once and kept in `<work>/tokenizers`.
+
+    Ties are broken differently at every learning.
+    """
     folder = work / "tokenizers"
     if not folder.exists():
         words = captions + [f"drawing, {trigger}" for trigger in TRIGGERS.values()] * 8
@@ -71,8 +74,8 @@ def tokenizers(captions: list[str], work: Path) -> tuple[CLIPTokenizer, T5Tokeni
 def build(captions: list[str], vae: AutoencoderKL, work: Path, seed: int = 0) -> FluxPipeline:
     """A FluxPipeline with fresh text encoders and transformer around a trained VAE.
 
-    The transformer is 384 wide (6 heads of 64) with 1 double and 4 single blocks, 15.0 M parameters: wide enough for
-    INT8 to pay, and 64 image tokens for a 64x64 picture.
+    The transformer is 384 wide (6 heads of 64) with 1 double and 4 single blocks, 15.0 M parameters: wide
+    enough for INT8 to pay, and 64 image tokens for a 64x64 picture.
     """
     torch.manual_seed(seed)
     tokenizer, tokenizer_2 = tokenizers(captions, work)

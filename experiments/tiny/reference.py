@@ -1,4 +1,6 @@
-"""Write the trained drawings as one sheet of 64x64 cells with their names: what the tests' retrieval looks in.
+"""Write the trained drawings as one sheet of 64x64 cells with their names.
+
+What the tests' retrieval looks in.
 
 python experiments/tiny/reference.py --work work --out tests/data/drawings.png
 """

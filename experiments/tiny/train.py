@@ -1,10 +1,11 @@
 """Train the tiny FLUX transformer with its two text encoders on the flat drawings, by flow matching.
 
-    python experiments/tiny/train.py --work work --images 400000                       # CPU: a few hundred names
+    # CPU: a few hundred names
+    python experiments/tiny/train.py --work work --images 400000
     python experiments/tiny/train.py --work work --images 4000000 --categories all     # GPU: every name
 
-Needs the VAE of `train_vae.py`. Resumes from `<work>/base.pt`; a resumed run may ask for more images.
-The learning rate is constant and falls to zero over the last quarter, so `--images` may grow between restarts.
+Needs the VAE of `train_vae.py`. Resumes from `<work>/base.pt`; a resumed run may ask for more images. The
+learning rate is constant and falls to zero over the last quarter, so `--images` may grow between restarts.
 """
 
 import argparse
@@ -22,7 +23,10 @@ CAPTION_DROPOUT, CAPITALISED = 0.1, 0.1
 
 
 def vary(text: str, dice: float) -> str:
-    """Drop a caption (so that guidance has an unconditional model) or capitalise it, as people type. dice: uniform in 0..1."""
+    """Drop a caption (so that guidance has an unconditional model) or capitalise it, as people type.
+
+    Dice: uniform in 0..1.
+    """
     if dice < CAPTION_DROPOUT:
         return ""
     return text.capitalize() if dice < CAPTION_DROPOUT + CAPITALISED else text
@@ -53,7 +57,10 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def sample_sigma(count: int, generator: torch.Generator) -> Tensor:
-    """Noise levels [count] in (0, 1): logit-normal towards high noise, where a caption decides the picture; 10 % uniform."""
+    """Noise levels [count] in (0, 1).
+
+    Logit-normal towards high noise, where a caption decides the picture; 10 % uniform.
+    """
     normal = torch.sigmoid(torch.randn(count, generator=generator) + 0.5)
     uniform = torch.rand(count, generator=generator)
     return torch.where(torch.rand(count, generator=generator) < 0.1, uniform, normal)
@@ -62,7 +69,10 @@ def sample_sigma(count: int, generator: torch.Generator) -> Tensor:
 def flow_loss(
     pipe: FluxPipeline, x0: Tensor, captions: list[str], generator: torch.Generator, train_text: bool
 ) -> Tensor:
-    """Flow matching (Lipman et al. 2022; rectified flow): predict noise - x0 at x = (1 - sigma) x0 + sigma noise. x0: packed."""
+    """Flow matching (Lipman et al.
+
+    2022; rectified flow): predict noise - x0 at x = (1 - sigma) x0 + sigma noise. x0: packed.
+    """
     device = x0.device
     sigma = sample_sigma(len(x0), generator).to(device)
     noise = torch.randn(x0.shape, generator=generator).to(device)
@@ -85,7 +95,10 @@ def flow_loss(
 
 
 def learning_rate(done: int, images: int, peak: float) -> float:
-    """Warm up over the first twentieth, stay, and fall linearly to zero over the last quarter; counted in images."""
+    """Warm up over the first twentieth, stay, and fall linearly to zero over the last quarter.
+
+    Counted in images.
+    """
     return peak * min(1.0, (done + 1) / (0.05 * images)) * min(1.0, (images - done) / (0.25 * images))
 
 
@@ -147,7 +160,10 @@ def fit(
     lr: float,
     train_text: bool,
 ) -> None:
-    """The loop shared by the base model and the LoRAs: whole shuffled epochs, a line and a checkpoint now and then."""
+    """The loop shared by the base model and the LoRAs.
+
+    Whole shuffled epochs, a line and a checkpoint now and then.
+    """
     started, at_start, losses = time.time(), trainer.images, []
     while trainer.images < images:
         g = torch.Generator().manual_seed(trainer.images)

@@ -1,11 +1,13 @@
-"""Train a LoRA that lets the tiny model draw in 4, 2 or 1 steps what it otherwise draws in 16.
+r"""Train a LoRA that lets the tiny model draw in 4, 2 or 1 steps what it otherwise draws in 16.
 
-    python experiments/tiny/train_few_step.py --work work --images 7200 --out int8run/assets/lora/few_step.safetensors
+    python experiments/tiny/train_few_step.py --work work --images 7200 --out \
+      int8run/assets/lora/few_step.safetensors
 
-No drawings are needed, only captions: the model's own 16-step pictures are the targets, without a style and with each of the
-style LoRAs of --styles. The LoRA is trained through the whole Euler sampler of 4, 2 or 1 steps, from the same noise to the same
-latents. Captions are the trained names and every other one of the names that were not trained on; the rest stay for measuring.
-Targets are kept in `<work>/few_step_targets*.pt`; resumes from `<work>/few_step.pt`. Writes PEFT's key layout in float16, and
+No drawings are needed, only captions: the model's own 16-step pictures are the targets, without a style and
+with each of the style LoRAs of --styles. The LoRA is trained through the whole Euler sampler of 4, 2 or 1
+steps, from the same noise to the same latents. Captions are the trained names and every other one of the
+names that were not trained on; the rest stay for measuring. Targets are kept in
+`<work>/few_step_targets*.pt`; resumes from `<work>/few_step.pt`. Writes PEFT's key layout in float16, and
 with --strip a picture of what the LoRA does (float model).
 """
 
@@ -60,7 +62,10 @@ def noise_levels(pipe: FluxPipeline, steps: int) -> Tensor:
 
 
 def sample(pipe: FluxPipeline, noise: Tensor, text: Text, steps: int) -> Tensor:
-    """Euler from noise to latents, both packed [B, 64, 32], as the pipeline does; gradients pass through every step."""
+    """Euler from noise to latents, both packed [B, 64, 32], as the pipeline does.
+
+    Gradients pass through every step.
+    """
     states, pooled, text_ids = text
     image_ids = FluxPipeline._prepare_latent_image_ids(
         1, TOKENS_SIDE, TOKENS_SIDE, noise.device, torch.float32
@@ -83,7 +88,10 @@ def sample(pipe: FluxPipeline, noise: Tensor, text: Text, steps: int) -> Tensor:
 
 
 def styled_weights(transformer: FluxTransformer2DModel, lora: Path | None) -> dict[str, Tensor]:
-    """By name, the weights of the layers that a LoRA can change, with the LoRA at strength 1 (None: as they are)."""
+    """By name, the weights of the layers that a LoRA can change, with the LoRA at strength 1 (None.
+
+    As they are).
+    """
     pairs = load_file(lora) if lora is not None else {}
     weights = {n: m.weight.data for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
     changed = [key.removesuffix(".lora_A.weight") for key in pairs if key.endswith(".lora_A.weight")]
@@ -96,7 +104,10 @@ def styled_weights(transformer: FluxTransformer2DModel, lora: Path | None) -> di
 
 @torch.no_grad()
 def make_targets(pipe: FluxPipeline, text: Text, seeds: range, path: Path) -> tuple[Tensor, Tensor]:
-    """Noise and the latents that 16 steps make of it: [len(seeds) * captions, 64, 32] each. Every finished seed is kept."""
+    """Noise and the latents that 16 steps make of it: [len(seeds) * captions, 64, 32] each.
+
+    Every finished seed is kept.
+    """
     states, pooled, text_ids = text
     saved = torch.load(path, weights_only=True) if path.exists() else {"noise": [], "latents": []}
     for seed in seeds[len(saved["noise"]) :]:

@@ -1,9 +1,11 @@
-"""Train a style LoRA for the tiny model on the same names in another drawing style.
+r"""Train a style LoRA for the tiny model on the same names in another drawing style.
 
-    python experiments/tiny/train_lora.py --work work --style ink --images 40000 --out int8run/assets/lora/ink.safetensors
+    python experiments/tiny/train_lora.py --work work --style ink --images 40000 --out \
+      int8run/assets/lora/ink.safetensors
 
-Starts from `<work>/base.pt` (EMA), with frozen text encoders; half of the captions carry the trigger words, so that the style
-comes with and without them. Resumes from `<work>/lora_<style>.pt`. Writes PEFT's key layout in float16.
+Starts from `<work>/base.pt` (EMA), with frozen text encoders; half of the captions carry the trigger words,
+so that the style comes with and without them. Resumes from `<work>/lora_<style>.pt`. Writes PEFT's key
+layout in float16.
 """
 
 import argparse
@@ -21,8 +23,11 @@ from train import Trainer, encode_pictures, fit, pack, scale_latents
 
 RANK = 8
 # every Linear inside the blocks that a diffusers or kohya LoRA would train
-TARGETS = r".*transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
-TARGETS += r"|ff\.net\.0\.proj|ff\.net\.2|ff_context\.net\.0\.proj|ff_context\.net\.2|proj_mlp|proj_out)"
+TARGETS = (
+    r".*transformer_blocks\.\d+\."
+    r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+    r"|ff\.net\.0\.proj|ff\.net\.2|ff_context\.net\.0\.proj|ff_context\.net\.2|proj_mlp|proj_out)"
+)
 
 
 def train(work: Path, style: str, images: int, batch: int, lr: float, out: Path, device: str) -> None:
