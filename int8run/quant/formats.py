@@ -1,14 +1,14 @@
-"""The formats that weights of text encoders are written in, by the names of `clip=`: from float numbers to codes and scales.
+"""The formats of `clip=`, in which weights of text encoders are written: from floats to few bits and scales.
 
-The definitions are those of ComfyUI's comfy-kitchen and comfy-quants, and of convert_to_quant where these have none. Everything is
-computed in float32 and rounded to the nearest, ties to even. `kernels/dequantize` is the way back.
+The definitions are those of ComfyUI's comfy-kitchen and comfy-quants, and of convert_to_quant where these
+have none. Everything is computed in float32 and rounded to the nearest, ties to even. `kernels/dequantize` is
+the way back, `checkpoints/comfy_formats.py` writes the result into a file.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +20,22 @@ from int8run.kernels.quantize_rowwise.reference import INT8_MAX, TINY
 from int8run.quant.packed_weight import PackedWeight, round_up
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-# which numbers share a scale; "" has none, BLOCK is mxfp8's and nvfp4's, whose scales have few bits themselves
+# which numbers share a scale; "" has no scale, BLOCK is mxfp8's and nvfp4's, whose scales have few bits
+# themselves
 TENSOR, ROW, GRID, BLOCK3D, BLOCK = "tensor", "row", "grid", "block3d", "block"
 ROTATION_GROUP_SIZES = (256, 64, 16)
 SCALE_TILE = (128, 4)  # rows and columns of scales in one of cuBLAS's tiles
-CHUNK_ELEMENTS = 2**20  # weights that are worked on at a time
+CHUNK_ELEMENTS = 2**20  # weights that are quantized at a time, few enough for the cache
 
 
-class QdataRange(NamedTuple):
-    """What codes of one dtype take.
+@dataclass(frozen=True)
+class QdataRange:
+    """What a dtype of qdata can hold.
 
     Args:
-        largest: number.
-        smallest_scale: so that no scale is 0.
-        scale_of_zeros: the scale where all numbers are 0.
+        max_value: the largest number.
+        min_scale: the smallest scale, so that none is 0.
+        zero_scale: the scale where all numbers are 0.
     """
 
     max_value: float
@@ -42,25 +44,25 @@ class QdataRange(NamedTuple):
 
 
 QDATA_RANGES = {
-    torch.int8: QdataRange(INT8_MAX, TINY, TINY),
-    E4M3: QdataRange(448, 1e-12, 1),
-    E5M2: QdataRange(57344, 1e-12, 1),
+    torch.int8: QdataRange(max_value=INT8_MAX, min_scale=TINY, zero_scale=TINY),
+    E4M3: QdataRange(max_value=448, min_scale=1e-12, zero_scale=1),
+    E5M2: QdataRange(max_value=57344, min_scale=1e-12, zero_scale=1),
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WeightFormat:
     """One way to write a weight in few bits.
 
     Args:
         name: of `clip=`.
-        codes: dtype of the codes; of nvfp4, two to a byte, uint8.
+        qdata_dtype: of the stored numbers; of nvfp4, two in a byte, uint8.
         granularity: which numbers share a scale.
-        block: numbers of a row that do, in granularities with blocks.
-        marker: the word for it in a `comfy_quant` marker; a plain cast has none.
-        rotated: whether groups of columns are rotated before, by whoever calls `quantize`.
-        otherwise: name of the format that takes the shapes that this one refuses.
-        read_only: files have it, nothing is written in it.
+        block_size: columns that share a scale, in granularities with blocks.
+        marker_format: the format name in a `comfy_quant` marker; a plain cast has none.
+        is_rotated: whether groups of columns are rotated first, by whoever calls `quantize`.
+        fallback: name of the format for the shapes that this one cannot hold.
+        is_read_only: files have it, nothing is written in it.
     """
 
     name: str
@@ -81,16 +83,22 @@ class WeightFormat:
 
     def get_rotation_group_size(self, columns: int) -> int:
         """How many columns are rotated together: the largest group that divides them; 0: none."""
-        return next((group for group in ROTATION_GROUP_SIZES if self.is_rotated and columns % group == 0), 0)
+        if not self.is_rotated:
+            return 0
+        return next((size for size in ROTATION_GROUP_SIZES if columns % size == 0), 0)
 
     def unsupported_reason(self, rows: int, columns: int) -> str | None:
-        """Why it cannot take a weight of this shape; None when it can."""
+        """Why the format cannot hold a weight of this shape; None when it can."""
         if self.is_read_only:
             return f"{self.name} is read and never written"
         if self.is_rotated and not self.get_rotation_group_size(columns):
-            return f"{self.name} rotates groups of {', '.join(map(str, ROTATION_GROUP_SIZES))} columns; none of them divides {columns}"
+            sizes = ", ".join(map(str, ROTATION_GROUP_SIZES))
+            return f"{self.name} rotates groups of {sizes} columns; none of them divides {columns}"
         if self.granularity == GRID and (rows % self.block_size or columns % self.block_size):
-            return f"{self.name} has blocks of {self.block_size} x {self.block_size}; they do not divide {rows} x {columns}"
+            return (
+                f"{self.name} has blocks of {self.block_size} x {self.block_size}; "
+                f"they do not divide {rows} x {columns}"
+            )
         if self.granularity == BLOCK3D and columns % self.block_size:
             return f"{self.name} has blocks of {self.block_size} columns; they do not divide {columns}"
         return None
@@ -102,12 +110,14 @@ class WeightFormat:
         return round_up(rows, self.block_size), round_up(columns, self.block_size)
 
     def get_qdata_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """Of the tensor that holds the codes."""
+        """The shape of the tensor that holds the numbers."""
         rows, columns = self.get_padded_shape(rows, columns)
         return (rows, columns // 2) if self.qdata_dtype == torch.uint8 else (rows, columns)
 
     def get_scale_shape(self, rows: int, columns: int) -> tuple[int, ...] | None:
-        """Of the tensor that holds the scales; None: there is none."""
+        """The shape of the tensor that holds the scales; None: there is none."""
+        if self.granularity == TENSOR:
+            return ()
         if self.granularity == ROW:
             # int8 products and look-ups broadcast [N, 1]; readers of fp8 expect [N]
             return (rows, 1) if self.qdata_dtype == torch.int8 else (rows,)
@@ -117,180 +127,271 @@ class WeightFormat:
             return rows, columns // self.block_size, 1
         if self.granularity == BLOCK:
             rows, columns = self.get_padded_shape(rows, columns)
-            return round_up(rows, SCALE_TILE[0]), round_up(columns // self.block_size, SCALE_TILE[1])
-        return () if self.granularity == TENSOR else None
+            tile_rows, tile_columns = SCALE_TILE
+            return round_up(rows, tile_rows), round_up(columns // self.block_size, tile_columns)
+        return None
 
     def quantize(self, weight: Tensor) -> PackedWeight:
-        """Codes and scales of a weight. Every scale of int8 and fp8, and nvfp4's global one, is finite and above 0.
+        """Quantize a weight. Every scale of int8 and fp8, and nvfp4's global one, is finite and above 0.
 
         Args:
             weight: finite numbers [N, K] of any float dtype, rotated already where the format rotates.
 
         Raises:
-            ValueError: for a shape that it refuses, an empty weight, or NaN or infinity in it.
+            ValueError: for a shape that the format cannot hold, an empty weight, or NaN or infinity in it.
         """
-        shape = (weight.shape[0], weight.shape[1])
-        reason = self.unsupported_reason(*shape) or (None if weight.numel() else "it is empty")
-        if reason:
-            raise ValueError(f"a weight [{shape[0]}, {shape[1]}] cannot be quantized: {reason}")
-        padded = self.get_padded_shape(*shape)
+        rows, columns = weight.shape
+        reason = self.unsupported_reason(rows, columns)
+        if reason is None and not weight.numel():
+            reason = "it is empty"
+        if reason is not None:
+            raise ValueError(f"a weight [{rows}, {columns}] cannot be quantized: {reason}")
+
         weight = weight.detach()
-        if padded != shape:
-            weight = F.pad(weight, (0, padded[1] - shape[1], 0, padded[0] - shape[0]))
-        return {"mxfp8": quantize_mxfp8, "nvfp4": quantize_nvfp4}.get(self.storage_dtype, quantize_scaled)(
-            self, weight, shape
-        )
+        padded_rows, padded_columns = self.get_padded_shape(rows, columns)
+        if (padded_rows, padded_columns) != (rows, columns):
+            weight = F.pad(weight, (0, padded_columns - columns, 0, padded_rows - rows))
+        if self.storage_dtype == "mxfp8":
+            return quantize_mxfp8(self, weight, (rows, columns))
+        if self.storage_dtype == "nvfp4":
+            return quantize_nvfp4(self, weight, (rows, columns))
+        return quantize_scaled(self, weight, (rows, columns))
 
 
-FORMATS: Mapping[str, WeightFormat] = {
-    form.name: form
-    for form in (
-        WeightFormat("int8_tensorwise", torch.int8, TENSOR, marker_format="int8_tensorwise"),
-        WeightFormat("int8_rowwise", torch.int8, ROW, marker_format="int8_tensorwise"),
-        WeightFormat(
-            "int8_convrot",
-            torch.int8,
-            ROW,
-            marker_format="int8_tensorwise",
-            is_rotated=True,
-            fallback="int8_rowwise",
-        ),
-        WeightFormat("int8_blockwise", torch.int8, GRID, 128, "int8_blockwise", fallback="int8_rowwise"),
-        WeightFormat("int8_block3d", torch.int8, BLOCK3D, 128, "int8_blockwise", fallback="int8_rowwise"),
-        WeightFormat("float8_e4m3fn", E4M3, TENSOR, marker_format="float8_e4m3fn"),
-        WeightFormat("float8_e5m2", E5M2, TENSOR, marker_format="float8_e5m2"),
-        WeightFormat("float8_e4m3fn_cast", E4M3, ""),
-        WeightFormat("float8_e5m2_cast", E5M2, ""),
-        WeightFormat("float8_e4m3fn_rowwise", E4M3, ROW, marker_format="float8_e4m3fn_rowwise"),
-        WeightFormat(
-            "float8_e4m3fn_blockwise",
-            E4M3,
-            GRID,
-            64,
-            "float8_e4m3fn_blockwise",
-            fallback="float8_e4m3fn_rowwise",
-        ),
-        WeightFormat(
-            "float8_e4m3fn_block3d",
-            E4M3,
-            BLOCK3D,
-            64,
-            "float8_e4m3fn_block3d",
-            fallback="float8_e4m3fn_rowwise",
-        ),
-        WeightFormat("mxfp8", E4M3, BLOCK, MXFP8_BLOCK, "mxfp8"),
-        WeightFormat("nvfp4", torch.uint8, BLOCK, NVFP4_BLOCK, "nvfp4"),
-        WeightFormat("mxfp8_rows", E4M3, BLOCK, MXFP8_BLOCK, fallback="mxfp8", is_read_only=True),
-        WeightFormat("nvfp4_modelopt", torch.uint8, BLOCK, NVFP4_BLOCK, fallback="nvfp4", is_read_only=True),
-    )
-}
+ALL_FORMATS = (
+    WeightFormat(
+        name="int8_tensorwise", qdata_dtype=torch.int8, granularity=TENSOR, marker_format="int8_tensorwise"
+    ),
+    WeightFormat(
+        name="int8_rowwise", qdata_dtype=torch.int8, granularity=ROW, marker_format="int8_tensorwise"
+    ),
+    WeightFormat(
+        name="int8_convrot",
+        qdata_dtype=torch.int8,
+        granularity=ROW,
+        marker_format="int8_tensorwise",
+        is_rotated=True,
+        fallback="int8_rowwise",
+    ),
+    WeightFormat(
+        name="int8_blockwise",
+        qdata_dtype=torch.int8,
+        granularity=GRID,
+        block_size=128,
+        marker_format="int8_blockwise",
+        fallback="int8_rowwise",
+    ),
+    WeightFormat(
+        name="int8_block3d",
+        qdata_dtype=torch.int8,
+        granularity=BLOCK3D,
+        block_size=128,
+        marker_format="int8_blockwise",
+        fallback="int8_rowwise",
+    ),
+    WeightFormat(name="float8_e4m3fn", qdata_dtype=E4M3, granularity=TENSOR, marker_format="float8_e4m3fn"),
+    WeightFormat(name="float8_e5m2", qdata_dtype=E5M2, granularity=TENSOR, marker_format="float8_e5m2"),
+    WeightFormat(name="float8_e4m3fn_cast", qdata_dtype=E4M3, granularity=""),
+    WeightFormat(name="float8_e5m2_cast", qdata_dtype=E5M2, granularity=""),
+    WeightFormat(
+        name="float8_e4m3fn_rowwise",
+        qdata_dtype=E4M3,
+        granularity=ROW,
+        marker_format="float8_e4m3fn_rowwise",
+    ),
+    WeightFormat(
+        name="float8_e4m3fn_blockwise",
+        qdata_dtype=E4M3,
+        granularity=GRID,
+        block_size=64,
+        marker_format="float8_e4m3fn_blockwise",
+        fallback="float8_e4m3fn_rowwise",
+    ),
+    WeightFormat(
+        name="float8_e4m3fn_block3d",
+        qdata_dtype=E4M3,
+        granularity=BLOCK3D,
+        block_size=64,
+        marker_format="float8_e4m3fn_block3d",
+        fallback="float8_e4m3fn_rowwise",
+    ),
+    WeightFormat(
+        name="mxfp8", qdata_dtype=E4M3, granularity=BLOCK, block_size=MXFP8_BLOCK, marker_format="mxfp8"
+    ),
+    WeightFormat(
+        name="nvfp4",
+        qdata_dtype=torch.uint8,
+        granularity=BLOCK,
+        block_size=NVFP4_BLOCK,
+        marker_format="nvfp4",
+    ),
+    WeightFormat(
+        name="mxfp8_rows",
+        qdata_dtype=E4M3,
+        granularity=BLOCK,
+        block_size=MXFP8_BLOCK,
+        fallback="mxfp8",
+        is_read_only=True,
+    ),
+    WeightFormat(
+        name="nvfp4_modelopt",
+        qdata_dtype=torch.uint8,
+        granularity=BLOCK,
+        block_size=NVFP4_BLOCK,
+        fallback="nvfp4",
+        is_read_only=True,
+    ),
+)
+FORMATS: Mapping[str, WeightFormat] = {weight_format.name: weight_format for weight_format in ALL_FORMATS}
 
 
 def choose_format(name: str, rows: int, columns: int) -> WeightFormat:
-    """The format of that name, or the one that takes its place for a weight of this shape; `Format.refuse` tells why.
+    """The format of that name, or its fallback where it cannot hold a weight of this shape.
 
     Raises:
-        ConfigError: for a name that is none of FORMATS.
+        ConfigError: for a name that is not one of FORMATS.
     """
     check_choice("format", name, FORMATS)
-    form = FORMATS[name]
-    return (
-        FORMATS[form.fallback]
-        if form.fallback is not None and form.unsupported_reason(rows, columns)
-        else form
-    )
+    chosen = FORMATS[name]
+    if chosen.fallback is not None and chosen.unsupported_reason(rows, columns):
+        return FORMATS[chosen.fallback]
+    return chosen
 
 
-def quantize_scaled(form: WeightFormat, weight: Tensor, shape: tuple[int, int]) -> PackedWeight:
-    """int8 and fp8: `scale = absmax / largest code` for each set of numbers that share one; a plain cast has none."""
-    codes, stored = QDATA_RANGES[form.qdata_dtype], form.get_scale_shape(*shape)
-    height = form.block_size if form.granularity == GRID else 1
-    absmax = compute_block_absmax(weight, height, form.block_size or shape[1])  # [N / height, K / width]
-    if form.granularity == TENSOR:
+def quantize_scaled(weight_format: WeightFormat, weight: Tensor, shape: tuple[int, int]) -> PackedWeight:
+    """Quantize to int8 or fp8: `scale = absmax / largest number` for each set of numbers that share one.
+
+    A plain cast has no scale: its numbers are only clamped and rounded.
+
+    Args:
+        weight_format: int8 or fp8.
+        weight: float [N, K].
+        shape: N and K.
+    """
+    limits, scale_shape = QDATA_RANGES[weight_format.qdata_dtype], weight_format.get_scale_shape(*shape)
+    height = weight_format.block_size if weight_format.granularity == GRID else 1
+    width = weight_format.block_size or shape[1]
+    absmax = compute_block_absmax(weight, height, width)  # [N / height, K / width]
+    if weight_format.granularity == TENSOR:
         absmax = absmax.amax().expand_as(absmax)
-    scale = (absmax / codes.max_value).clamp(min=codes.min_scale).masked_fill(absmax == 0, codes.zero_scale)
-    if stored is None:
-        return PackedWeight(
-            encode_blocks(weight, torch.ones_like(scale), 1, partial(round_to_dtype, dtype=form.qdata_dtype)),
-            None,
-            shape,
-        )
-    qdata = encode_blocks(weight, scale, height, partial(round_to_dtype, dtype=form.qdata_dtype))
+    scale = (absmax / limits.max_value).clamp(min=limits.min_scale)
+    scale = scale.masked_fill(absmax == 0, limits.zero_scale)
+
+    encode = partial(round_to_dtype, dtype=weight_format.qdata_dtype)
+    if scale_shape is None:
+        return PackedWeight(encode_blocks(weight, torch.ones_like(scale), 1, encode), None, shape)
     return PackedWeight(
-        qdata, scale.flatten()[: prod(stored)].reshape(stored).clone(), shape, block_size=form.block_size
+        qdata=encode_blocks(weight, scale, height, encode),
+        # one scale for the whole weight was expanded above
+        scale=scale.flatten()[: prod(scale_shape)].reshape(scale_shape).clone(),
+        shape=shape,
+        block_size=weight_format.block_size,
     )
 
 
-def quantize_mxfp8(form: WeightFormat, weight: Tensor, shape: tuple[int, int]) -> PackedWeight:
-    """mxfp8: scales are powers of 2, as large as the largest number of a block needs."""
-    absmax = compute_block_absmax(weight, 1, form.block_size)
-    # torch's float32 logarithm on purpose: just above a power of 2 it is rounded down to it, and so do comfy-kitchen's kernels
-    exponent = (absmax / QDATA_RANGES[form.qdata_dtype].max_value).log2().ceil() + 127
+def quantize_mxfp8(weight_format: WeightFormat, weight: Tensor, shape: tuple[int, int]) -> PackedWeight:
+    """Quantize to mxfp8: scales are powers of 2, as large as the largest number of a block needs.
+
+    Args:
+        weight_format: mxfp8.
+        weight: float, padded to multiples of 32.
+        shape: N and K without padding.
+    """
+    absmax = compute_block_absmax(weight, 1, weight_format.block_size)  # [N, K / 32]
+    # torch's float32 logarithm on purpose: just above a power of 2 it is rounded down to it, and so do
+    # comfy-kitchen's kernels
+    exponent = (absmax / QDATA_RANGES[weight_format.qdata_dtype].max_value).log2().ceil() + 127
     exponent = exponent.clamp(min=0).to(torch.uint8)  # 2**-127 is the smallest scale
     scale = exponent.view(torch.float8_e8m0fnu).float().masked_fill(absmax == 0, 0)
-    qdata = encode_blocks(weight, scale, 1, partial(round_to_dtype, dtype=form.qdata_dtype))
+    qdata = encode_blocks(weight, scale, 1, partial(round_to_dtype, dtype=weight_format.qdata_dtype))
     return PackedWeight(qdata, swizzle_scales(exponent), shape)
 
 
-def quantize_nvfp4(form: WeightFormat, weight: Tensor, shape: tuple[int, int]) -> PackedWeight:
-    """nvfp4: the scale of a block is an e4m3 number times one global scale, at which the largest block has 448."""
+def quantize_nvfp4(weight_format: WeightFormat, weight: Tensor, shape: tuple[int, int]) -> PackedWeight:
+    """Quantize to nvfp4: the scale of a block is an e4m3 number times one global scale.
+
+    The global scale is chosen so that the block with the largest numbers has the largest e4m3 scale, 448.
+
+    Args:
+        weight_format: nvfp4.
+        weight: float, padded to multiples of 16.
+        shape: N and K without padding.
+    """
     largest = max(E2M1)
-    absmax = compute_block_absmax(weight, 1, form.block_size)
+    absmax = compute_block_absmax(weight, 1, weight_format.block_size)  # [N, K / 16]
     global_scale = (absmax.amax() / (largest * QDATA_RANGES[E4M3].max_value)).clamp(min=TINY)
     scale = (absmax / largest / global_scale).to(E4M3)
-    qdata = encode_blocks(weight, global_scale * scale.float(), 1, pack_e2m1_pairs)
-    return PackedWeight(qdata, swizzle_scales(scale.view(torch.uint8)).view(E4M3), shape, global_scale)
+    qdata = encode_blocks(weight, global_scale * scale.float(), 1, pack_e2m1_pairs)  # [N, K / 2]
+    swizzled = swizzle_scales(scale.view(torch.uint8)).view(E4M3)
+    return PackedWeight(qdata, swizzled, shape, global_scale)
 
 
 def compute_block_absmax(weight: Tensor, height: int, width: int) -> Tensor:
-    """The largest magnitude in each block of a weight [N, K]. Returns float32 [N / height, K / width].
+    """The largest magnitude in each block of a weight.
+
+    Args:
+        weight: float [N, K].
+        height: rows of a block, which divide N.
+        width: columns of a block, which divide K.
+
+    Returns:
+        float32 [N / height, K / width].
 
     Raises:
         ValueError: where a number is NaN or infinite.
     """
-    blocks = (height, weight.shape[1] // width, width)
-    # in the weight's own dtype, which is exact
-    parts = [
-        part.reshape(-1, *blocks).abs().amax((1, 3)).float() for part in split_into_chunks(weight, height)
-    ]
-    absmax = torch.cat(parts)
+    chunks = []
+    for chunk in split_into_chunks(weight, height):
+        blocks = chunk.reshape(-1, height, weight.shape[1] // width, width)
+        chunks.append(blocks.abs().amax((1, 3)).float())  # in the weight's own dtype, which is exact
+    absmax = torch.cat(chunks)
     if not absmax.isfinite().all():
         raise ValueError(f"a weight {list(weight.shape)} with NaN or infinity cannot be quantized")
     return absmax
 
 
 def encode_blocks(weight: Tensor, scale: Tensor, height: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
-    """Every number divided by its scale, and what `encode` makes of that. Numbers whose scale is 0 become 0.
+    """Divide every number by its scale and encode the result. Numbers whose scale is 0 become 0.
 
     Args:
         weight: [N, K].
         scale: float32 [N / height, K / width].
-        encode: from float32 [n, height, K / width, width], which it may overwrite, to codes of the same shape or of narrower blocks.
+        height: rows of a block.
+        encode: from float32 [n, height, K / width, width], which it may overwrite, to qdata of the same shape
+            or of narrower blocks.
+
+    Returns:
+        qdata [N, K], or narrower.
     """
-    parts = []
-    at = 0
-    for part in split_into_chunks(weight, height):
-        s = scale[at : at + len(part) // height, None, :, None]
-        at += len(s)
-        divided = part.float().reshape(len(s), height, scale.shape[1], -1) / s
-        parts.append(encode(divided.masked_fill_(s == 0, 0)).reshape(len(part), -1))
-    return torch.cat(parts)
+    chunks = []
+    start = 0  # first row of blocks in the chunk
+    for chunk in split_into_chunks(weight, height):
+        block_rows = len(chunk) // height
+        chunk_scale = scale[start : start + block_rows, None, :, None]  # [n, 1, K / width, 1]
+        start += block_rows
+        divided = chunk.float().reshape(block_rows, height, scale.shape[1], -1) / chunk_scale
+        divided.masked_fill_(chunk_scale == 0, 0)
+        chunks.append(encode(divided).reshape(len(chunk), -1))
+    return torch.cat(chunks)
 
 
 def split_into_chunks(weight: Tensor, height: int) -> tuple[Tensor, ...]:
-    """Whole rows of blocks that stay in the cache. Temporaries are as large as a piece."""
+    """Split a weight into whole rows of blocks that fit the cache; temporaries are as large as a chunk."""
     return weight.split(height * max(1, CHUNK_ELEMENTS // (height * weight.shape[1])))
 
 
 def round_to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest codes; what is larger than the largest becomes that. x: float32, overwritten."""
-    largest = QDATA_RANGES[dtype].max_value
-    x = x.round_() if dtype == torch.int8 else x
-    return x.clamp_(-largest, largest).to(dtype)
+    """Round to the nearest number of a dtype, clamped to its range. x: float32, overwritten."""
+    max_value = QDATA_RANGES[dtype].max_value
+    if dtype == torch.int8:
+        x = x.round_()
+    return x.clamp_(-max_value, max_value).to(dtype)
 
 
 def pack_e2m1_pairs(x: Tensor) -> Tensor:
-    """Numbers as sign, two bits of exponent and one of mantissa; even columns in the high half of a byte.
+    """Round to e2m1 and pack pairs, even columns in the high half of a byte.
+
+    A number has a sign, two bits of exponent and one of mantissa.
 
     Args:
         x: float32 [..., C].
@@ -299,15 +400,19 @@ def pack_e2m1_pairs(x: Tensor) -> Tensor:
         uint8 [..., C / 2].
     """
     magnitude = x.abs().clamp_(max=max(E2M1))
-    # codes count the numbers of E2M1: up to 2 they are 0.5 apart, up to 4 they are 1 apart, then 2
-    fine, middle, coarse = (2 * magnitude).round_(), magnitude.round() + 2, (magnitude / 2).round_() + 4
+    # the code of a magnitude is its place in E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6. Steps are 0.5 up to 2, 1 up to
+    # 4, then 2
+    fine = (2 * magnitude).round_()
+    middle = magnitude.round() + 2
+    coarse = (magnitude / 2).round_() + 4
     codes = torch.where(magnitude < 2, fine, torch.where(magnitude < 4, middle, coarse))
-    codes = codes.to(torch.uint8) | x.signbit().to(torch.uint8) << 3
+    sign = x.signbit().to(torch.uint8) << 3
+    codes = codes.to(torch.uint8) | sign
     return codes[..., ::2] << 4 | codes[..., 1::2]
 
 
 def swizzle_scales(scale: Tensor) -> Tensor:
-    """Scales in cuBLAS's tiles, as `swizzled_offsets` says; what is padded is 0.
+    """Lay scales out in cuBLAS's tiles, as `compute_swizzled_offsets` describes; what is padded is 0.
 
     Args:
         scale: uint8 [rows, columns].
@@ -315,7 +420,10 @@ def swizzle_scales(scale: Tensor) -> Tensor:
     Returns:
         uint8 [rows up to a multiple of 128, columns up to a multiple of 4].
     """
-    rows, columns = (round_up(size, tile) for size, tile in zip(scale.shape, SCALE_TILE, strict=True))
+    rows, columns = (
+        round_up(size, tile_size) for size, tile_size in zip(scale.shape, SCALE_TILE, strict=True)
+    )
     padded = F.pad(scale, (0, columns - scale.shape[1], 0, rows - scale.shape[0]))
-    # the four quarters of a tile's rows lie side by side
-    return padded.view(rows // 128, 4, 32, columns // 4, 4).permute(0, 3, 2, 1, 4).reshape(rows, columns)
+    # the four quarters of a tile's 128 rows lie side by side
+    tiles = padded.view(rows // 128, 4, 32, columns // 4, 4)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns)

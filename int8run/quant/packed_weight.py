@@ -1,4 +1,8 @@
-"""The weight of a layer in few bits as checkpoints have it: int8, fp8, mxfp8 or nvfp4, with what is needed to read it."""
+"""A weight in few bits as checkpoints have it (int8, fp8, mxfp8 or nvfp4), with what is needed to read it.
+
+`checkpoints/layer.py` reads such weights out of files and `formats.py` makes them; `layers/weight_only.py`
+computes with them. The arithmetic of each format stands in `kernels/dequantize`.
+"""
 
 from dataclasses import dataclass, replace
 from math import ceil
@@ -20,17 +24,17 @@ from int8run.kernels.dequantize.reference import (
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """Codes and scales of one weight [N, K].
+    """Stored numbers and scales of one weight [N, K].
 
     Args:
-        qdata: int8 or fp8 [N, K]; nvfp4 uint8 [N, K / 2], two codes a byte. N and K may be padded.
-        scale: of int8 and fp8 any float in a shape that `scale_blocks` knows, of fp8 also None: a plain cast; of mxfp8 e8m0, as bytes
-            or as float8_e8m0fnu; of nvfp4 float8_e4m3fn or its bytes.
+        qdata: int8 or fp8 [N, K]; nvfp4 uint8 [N, K / 2], two numbers in a byte. N and K may be padded.
+        scale: of int8 and fp8 any float in a shape that `infer_block_shape` knows, of fp8 also None: a plain
+            cast; of mxfp8 e8m0, as bytes or as float8_e8m0fnu; of nvfp4 float8_e4m3fn or its bytes.
         shape: N and K of the weight, to which padding is cut.
         global_scale: of nvfp4, one number.
-        block: numbers of a row that share a scale, where N or K is no multiple of it; 0: told by the shapes.
-        swizzled: mxfp8 and nvfp4: whether the scales lie in cuBLAS's tiles.
-        high_first: nvfp4: whether even columns are in the high half of a byte.
+        block_size: columns that share a scale, where N or K is not a multiple of it; 0: the shapes show it.
+        is_swizzled: mxfp8 and nvfp4: whether the scales lie in cuBLAS's tiles.
+        high_nibble_first: nvfp4: whether even columns are in the high half of a byte.
     """
 
     qdata: Tensor
@@ -48,33 +52,37 @@ class PackedWeight:
             return "int8"
         if self.qdata.dtype == torch.uint8:
             return "nvfp4"
-        return (
-            "mxfp8"
-            if self.scale is not None and self.scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
-            else "fp8"
-        )
+        # mxfp8 and fp8 differ by their scales alone
+        if self.scale is not None and self.scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
+            return "mxfp8"
+        return "fp8"
+
+    @property
+    def has_block_scales(self) -> bool:
+        """Whether blocks of a row share a scale of few bits, as in mxfp8 and nvfp4."""
+        return self.storage_dtype in ("mxfp8", "nvfp4")
 
     @property
     def nbytes(self) -> int:
-        """Of codes and scales."""
-        return sum(t.nbytes for t in (self.qdata, self.scale, self.global_scale) if t is not None)
+        """Memory of stored numbers and scales."""
+        return sum(tensor.nbytes for tensor in self._get_tensors().values())
+
+    def _get_tensors(self) -> dict[str, Tensor]:
+        tensors = {"qdata": self.qdata, "scale": self.scale, "global_scale": self.global_scale}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def to(self, device: torch.device) -> "PackedWeight":
         """The same on a device."""
-        return replace(
-            self,
-            **{
-                n: t.to(device)
-                for n in ("qdata", "scale", "global_scale")
-                if (t := getattr(self, n)) is not None
-            },
-        )
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._get_tensors().items()}
+        return replace(self, **moved)
 
     def dequantize(self, dtype: torch.dtype = torch.float32, operators: ModuleType = reference) -> Tensor:
         """The weight's numbers.
 
         Args:
-            operators: the module of `kernels/dequantize` that computes them, `reference` or `kernel` (Triton).
+            dtype: of the result.
+            operators: the module of `kernels/dequantize` that computes them: `reference`, `eager` or `kernel`
+                (Triton).
 
         Returns:
             dtype [N, K].
@@ -103,38 +111,46 @@ class PackedWeight:
         )
 
     def unswizzle_scales(self) -> "PackedWeight":
-        """The same with block scales that lie in rows, so that `rows` can pick some."""
-        if self.storage_dtype not in ("mxfp8", "nvfp4") or not self.is_swizzled:
+        """The same with block scales that lie in rows, so that `select_rows` can pick some."""
+        if not self.has_block_scales or not self.is_swizzled:
             return self
         assert self.scale is not None
-        rows, columns = (
-            self.qdata.shape[0],
-            self.qdata.shape[1] // (MXFP8_BLOCK if self.storage_dtype == "mxfp8" else NVFP4_BLOCK // 2),
-        )
-        scale = self.scale.view(torch.uint8).flatten()[
-            compute_swizzled_offsets(rows, columns).to(self.scale.device)
-        ]
-        return replace(self, scale=scale.view(self.scale.dtype), is_swizzled=False)
+        rows, stored_columns = self.qdata.shape
+        # of nvfp4 a byte of qdata is two columns
+        block_columns = MXFP8_BLOCK if self.storage_dtype == "mxfp8" else NVFP4_BLOCK // 2
+        offsets = compute_swizzled_offsets(rows, stored_columns // block_columns).to(self.scale.device)
+        # by bytes: not every torch can index 8-bit floats
+        scale = self.scale.view(torch.uint8).flatten()[offsets].view(self.scale.dtype)
+        return replace(self, scale=scale, is_swizzled=False)
 
     def select_rows(self, index: Tensor) -> "PackedWeight":
-        """Some rows in any order, for look-ups. index: int64 [R] -> a weight [R, K]; block scales must lie in rows."""
-        in_blocks = self.storage_dtype in ("mxfp8", "nvfp4")
-        assert not (in_blocks and self.is_swizzled), "in_rows() first"
-        scale = self.scale
-        if scale is not None and (in_blocks or scale.numel() > 1):
-            height = (
-                1
-                if in_blocks
-                else infer_block_shape(self.qdata.shape, scale.shape, self.block_size or None)[0]
-            )
-            scale = (
-                scale.view(torch.uint8)[index // height].view(scale.dtype)
-                if scale.dtype.itemsize == 1
-                else scale[index // height]
-            )
+        """Some rows in any order, for look-ups.
+
+        Args:
+            index: int64 [R].
+
+        Returns:
+            A weight [R, K]. Block scales must lie in rows, see `unswizzle_scales`.
+        """
+        assert not (self.has_block_scales and self.is_swizzled), "unswizzle_scales() first"
         # by bytes, which any dtype has; an index below 0 is an error, as in an embedding
         qdata = self.qdata.view(torch.uint8).index_select(0, index).view(self.qdata.dtype)
+        scale = self._select_scales(index)
         return replace(self, qdata=qdata, scale=scale, shape=(len(index), self.shape[1]))
+
+    def _select_scales(self, index: Tensor) -> Tensor | None:
+        scale = self.scale
+        if scale is None:
+            return None
+        if self.has_block_scales:
+            height = 1
+        elif scale.numel() == 1:
+            return scale  # one for all rows
+        else:
+            height, _ = infer_block_shape(self.qdata.shape, scale.shape, self.block_size or None)
+        if scale.dtype.itemsize == 1:
+            return scale.view(torch.uint8)[index // height].view(scale.dtype)
+        return scale[index // height]
 
 
 def is_fp8(tensor: Tensor) -> bool:

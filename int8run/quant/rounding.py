@@ -1,4 +1,7 @@
-"""How a weight becomes integers: which scale each row gets, and which way each number is rounded."""
+"""How a weight becomes integers (`rounding=`): the scale of each row, and which way each number is rounded.
+
+`ptq/quantize.py` calls a `Rounding` for each layer, after the outlier method has transformed the weight.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -21,11 +24,12 @@ class Rounding(Protocol):
     needs_calibration: ClassVar[bool]
 
     def round_weight(self, weight: Tensor, inputs: Tensor | None) -> QuantizedWeight:
-        """Integers and a scale per row.
+        """Integers and a scale for each row.
 
         Args:
             weight: float32 [N, K], transformed already.
-            inputs: float32 [M, K], what the layer multiplied in the calibration, transformed and rounded; given where it is needed.
+            inputs: float32 [M, K], what the layer multiplied in the calibration, transformed and rounded;
+                given where the rounding needs calibration.
         """
         ...
 
@@ -44,10 +48,15 @@ class AbsMax:
 
 @dataclass(frozen=True)
 class Mse:
-    """The scale of each row with the least squared error: clipping a few large weights may pay for a finer grid.
+    """The scale of each row with the least squared error: clipping a few weights may pay for a finer grid.
 
-    Scales from absmax / 127 down to `smallest` of it are tried; the best is refined by turns of the least-squares scale of its
-    integers, `<w, q> / <q, q>`, and the nearest integers at that scale. Each turn lowers the error, so that no row gets worse.
+    Scales from absmax / 127 down to `smallest` of it are tried; the best is refined by turns of the
+    least-squares scale of its integers, `<w, q> / <q, q>`, and the nearest integers at that scale. Each turn
+    lowers the error, so that no row gets worse.
+
+    Args:
+        candidates: scales that are tried.
+        smallest: share of absmax / 127 that the smallest of them is.
     """
 
     candidates: int = 32
@@ -62,38 +71,44 @@ class Mse:
     def round_weight(self, weight: Tensor, inputs: Tensor | None = None) -> QuantizedWeight:
         """The best of the tried scales, row by row."""
         # a few rows at a time stay in the cache through all trials
-        blocks = [self.round_rows(rows) for rows in weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))]
-        return QuantizedWeight(torch.cat([b.qdata for b in blocks]), torch.cat([b.scale for b in blocks]))
+        n_rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
+        chunks = [self.round_rows(rows) for rows in weight.split(n_rows)]
+        return QuantizedWeight(
+            qdata=torch.cat([chunk.qdata for chunk in chunks]),
+            scale=torch.cat([chunk.scale for chunk in chunks]),
+        )
 
     def round_rows(self, weight: Tensor) -> QuantizedWeight:
         """The same for some of the rows."""
         absmax = quantize_weight(weight)
-        best = absmax
-        error = compute_squared_error(weight, absmax)
+        best, error = absmax, compute_squared_error(weight, absmax)
         for share in torch.linspace(1, self.smallest, self.candidates).tolist()[1:]:
-            best, error = keep_better_rows(
-                weight, best, error, round_with_scale(weight, absmax.scale * share)
-            )
+            candidate = round_with_scale(weight, absmax.scale * share)
+            best, error = keep_better_rows(weight, best, error, candidate)
         for _ in range(REFINEMENTS):
             q = best.qdata.float()
             fitted = (weight * q).sum(1, keepdim=True) / q.square().sum(1, keepdim=True).clamp(min=1)
             # a row of zeros has no scale to fit
-            best, error = keep_better_rows(
-                weight, best, error, round_with_scale(weight, torch.where(fitted > 0, fitted, best.scale))
-            )
+            scale = torch.where(fitted > 0, fitted, best.scale)
+            best, error = keep_better_rows(weight, best, error, round_with_scale(weight, scale))
         return best
 
 
 @dataclass(frozen=True)
 class Gptq:
-    """GPTQ (Frantar et al. 2023): columns are rounded one after another, and each one's error is moved into those that follow.
+    """GPTQ: the error of each rounded column is moved into those that follow.
 
-    What counts is the error of the layer's output on calibration inputs, by its Hessian `H = XᵀX`, not that of the weight. Columns
-    go in the order of falling `H_jj` ("act order"). Scales are absmax / 127 of the unchanged weight.
+    Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"
+    (arXiv 2210.17323).
+
+    What counts is the error of the layer's output on calibration inputs, by its Hessian `H = XᵀX`, not that
+    of the weight. Columns go in the order of falling `H_jj` ("act order"). Scales are absmax / 127 of the
+    unchanged weight.
 
     Args:
-        damping: share of H's mean diagonal added to it. Little of it fits the calibration inputs and not others (experiments/fidelity).
-        block: columns between two updates of the whole rest; affects speed alone.
+        damping: share of H's mean diagonal added to it. Little of it fits the calibration inputs and not
+            others (experiments/fidelity).
+        block: columns between two updates of all later columns; affects speed alone.
     """
 
     damping: float = 0.3
@@ -109,18 +124,9 @@ class Gptq:
         """Integers whose errors make up for each other. Costs K³ / 3 + N K² multiplications."""
         assert inputs is not None, "gptq needs calibration inputs"
         scale = quantize_weight(weight).scale
-        # in float32, a few large columns that resemble each other would make it indefinite
-        hessian = inputs.T.double() @ inputs.double()
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-        hessian = hessian[order][:, order]
-        # a column that was always 0 has no say; damping gives it one
-        hessian.diagonal().add_(self.damping * hessian.diagonal().mean().clamp(min=1e-30))
-        # the upper factor of the inverse holds, row by row, how an error in one column is best spread over the later ones
-        spread = torch.linalg.cholesky(
-            torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True
-        ).float()
+        order, spread = self.factor_hessian(inputs)
 
-        rest = weight[:, order].clone()
+        rest = weight[:, order].clone()  # [N, K], columns not rounded yet carry the errors of those before
         q = torch.empty_like(rest)
         for start in range(0, rest.shape[1], self.block):
             end = min(start + self.block, rest.shape[1])
@@ -131,8 +137,29 @@ class Gptq:
                 error = (column - q[:, j : j + 1] * scale) / spread[j, j]
                 rest[:, j:end] -= error * spread[j, j:end]
                 errors[:, j - start : j - start + 1] = error
+            # the columns after the block get its errors in one product, which is faster than one by one
             rest[:, end:] -= errors @ spread[start:end, end:]
         return QuantizedWeight(q[:, order.argsort()].to(torch.int8), scale)
+
+    def factor_hessian(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Order the columns, and find how the error of each is best spread over the later ones.
+
+        Args:
+            inputs: float32 [M, K].
+
+        Returns:
+            order: int64 [K], columns by falling diagonal of the Hessian.
+            spread: float32 [K, K], the upper Cholesky factor of the Hessian's inverse, in that order.
+        """
+        # in float32, a few large columns that resemble each other would make it indefinite
+        hessian = inputs.T.double() @ inputs.double()
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        hessian = hessian[order][:, order]
+        # a column that was always 0 would have no weight at all
+        damping = self.damping * hessian.diagonal().mean().clamp(min=1e-30)
+        hessian.diagonal().add_(damping)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        return order, torch.linalg.cholesky(inverse, upper=True).float()
 
 
 def round_with_scale(weight: Tensor, scale: Tensor) -> QuantizedWeight:
@@ -141,17 +168,28 @@ def round_with_scale(weight: Tensor, scale: Tensor) -> QuantizedWeight:
 
 
 def keep_better_rows(
-    weight: Tensor, best: QuantizedWeight, error: Tensor, tried: QuantizedWeight
+    weight: Tensor, best: QuantizedWeight, error: Tensor, candidate: QuantizedWeight
 ) -> tuple[QuantizedWeight, Tensor]:
-    """Of each row the version with the smaller error, and that error."""
-    tried_error = compute_squared_error(weight, tried)
-    wins = tried_error < error
-    chosen = QuantizedWeight(
-        torch.where(wins, tried.qdata, best.qdata), torch.where(wins, tried.scale, best.scale)
+    """Keep of each row the version with the smaller error.
+
+    Args:
+        weight: float32 [N, K].
+        best: the best so far.
+        error: squared error of its rows, [N, 1].
+        candidate: to compare with.
+
+    Returns:
+        The better rows, and their errors.
+    """
+    candidate_error = compute_squared_error(weight, candidate)
+    is_better = candidate_error < error
+    better = QuantizedWeight(
+        qdata=torch.where(is_better, candidate.qdata, best.qdata),
+        scale=torch.where(is_better, candidate.scale, best.scale),
     )
-    return chosen, torch.where(wins, tried_error, error)
+    return better, torch.where(is_better, candidate_error, error)
 
 
 def compute_squared_error(weight: Tensor, rounded: QuantizedWeight) -> Tensor:
-    """Of each row. Returns [N, 1]."""
+    """The squared error of each row. Returns [N, 1]."""
     return (weight - rounded.dequantize()).square().sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""An int8 weight and how it is made."""
+"""An int8 weight and how it is made: what rounding methods return, and layers and backends compute with."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,19 @@ from int8run.kernels.quantize_rowwise.reference import INT8_MAX, quantize_rowwis
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A symmetric int8 weight with one scale per output row: `weight ~ qdata * scale`."""
+    """A symmetric int8 weight with one scale for each output row: `weight ~ qdata * scale`."""
 
     qdata: Tensor  # int8 [N, K]
     scale: Tensor  # float32 [N, 1]
 
     @property
     def saturated_share(self) -> float:
-        """Share of codes at -127 or 127 (or -128, which other programs write). Every row has at least one, so 1/K is the floor."""
-        return ((self.qdata >= INT8_MAX) | (self.qdata <= -INT8_MAX)).float().mean().item()
+        """Share of numbers at -127 or 127 (or -128, which other programs write).
+
+        Every row has at least one, so 1/K is the least.
+        """
+        is_saturated = (self.qdata >= INT8_MAX) | (self.qdata <= -INT8_MAX)
+        return is_saturated.float().mean().item()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the integers stand for. Returns [N, K]."""
@@ -26,12 +30,15 @@ class QuantizedWeight:
 
 
 def quantize_weight(weight: Tensor) -> QuantizedWeight:
-    """Quantize per output row: `scale = absmax / 127`, ties to even. weight: [N, K], any float dtype."""
+    """Quantize each output row: `scale = absmax / 127`, ties to even. weight: [N, K], any float dtype."""
     qdata, scale = quantize_rowwise(weight.detach())
     return QuantizedWeight(qdata, scale)
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantization noise, 10 log10(sum r^2 / sum (r - a)^2), in dB; infinity when equal."""
-    signal, noise = reference.double().pow(2).sum(), (reference - approximation).double().pow(2).sum()
-    return float("inf") if noise == 0 else 10 * torch.log10(signal / noise).item()
+    signal = reference.double().pow(2).sum()
+    noise = (reference - approximation).double().pow(2).sum()
+    if noise == 0:
+        return float("inf")
+    return 10 * torch.log10(signal / noise).item()

@@ -81,7 +81,7 @@ def test_scales_in_rows_are_a_quarter_tile_no_more(name: str) -> None:
         and plain.scale.dtype == weight.scale.dtype
     )
     assert torch.equal(plain.dequantize(), weight.dequantize()) and plain.unswizzle_scales() is plain
-    with pytest.raises(AssertionError, match="in_rows"):
+    with pytest.raises(AssertionError, match="unswizzle_scales"):
         weight.select_rows(torch.tensor([0]))
 
 
