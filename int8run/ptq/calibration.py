@@ -74,7 +74,7 @@ class InputRecord:
     absmax: Tensor | None = None
     pieces: list[Tensor] = field(default_factory=list)
 
-    def add(self, x: Tensor, max_tokens: int) -> None:
+    def add_input(self, x: Tensor, max_tokens: int) -> None:
         """Take note of one call's input. x: [..., K]; of its tokens at most `max_tokens` are kept."""
         rows = x.reshape(-1, x.shape[-1])
         absmax = rows.abs().amax(0).float()
@@ -83,11 +83,11 @@ class InputRecord:
         tokens = x.flatten(0, -3) if x.dim() > 2 else rows[:, None]
         # some inputs are picked as well: there may be one per pixel, where the tokens are the frames of a
         # video
-        inputs = self._pick(tokens.shape[0], max_tokens)
-        kept = self._pick(tokens.shape[1], max_tokens // len(inputs))
+        inputs = self._pick_indices(tokens.shape[0], max_tokens)
+        kept = self._pick_indices(tokens.shape[1], max_tokens // len(inputs))
         self.pieces.append(tokens[inputs[:, None].to(x.device), kept.to(x.device)].cpu())
 
-    def _pick(self, count: int, most: int) -> Tensor:
+    def _pick_indices(self, count: int, most: int) -> Tensor:
         picked = torch.randperm(count, generator=self.generator)[: max(1, most)]
         return picked.sort().values
 
@@ -117,11 +117,19 @@ def collect_layer_statistics(
     def record_input(name: str, x: Tensor, y: Tensor) -> None:
         if x.numel():
             check_finite(name, x, "a calibration step")
-            records[name].add(x, max_tokens=calibration.max_tokens_per_layer // len(calls))
+            records[name].add_input(x, max_tokens=calibration.max_tokens_per_layer // len(calls))
 
     for call in calls:
         capture_layers(denoiser, call, list(records), record_input)
+    statistics = summarize_records(denoiser, groups, records)
+    warn_constant_channels(statistics)
+    return statistics
 
+
+def summarize_records(
+    denoiser: nn.Module, groups: Sequence[Sequence[str]], records: Mapping[str, InputRecord]
+) -> dict[str, LayerStatistics]:
+    """Statistics of each layer that a call reached; layers of a group share the maxima of their weights."""
     statistics = {}
     for group in groups:
         maxima = [get_linear(denoiser, name).weight.detach().abs().amax(0).float() for name in group]
@@ -134,7 +142,6 @@ def collect_layer_statistics(
                     input_absmax=record.absmax.cpu(),
                     weight_absmax=weight_absmax,
                 )
-    warn_constant_channels(statistics)
     return statistics
 
 

@@ -119,9 +119,11 @@ class MixedPrecisionSearch:
         """
         n_trials = math.ceil(math.log2(len(self.layers))) + 1
         with self.progress.track_loop("quality budget", len(self.layers) + n_trials) as advance:
-            exact = self._generate(self.float_denoiser)
+            exact = self._generate_images(self.float_denoiser)
             all_int8 = self.assemble(list(self.layers))
-            reached_db = {0: measure_latents_db(self._generate(all_int8), exact)}  # by number of float layers
+            reached_db = {
+                0: measure_latents_db(self._generate_images(all_int8), exact)
+            }  # by number of float layers
             advance(1)
             if reached_db[0] >= self.target_db:
                 return all_int8, self._summarize_met_without(reached_db[0])
@@ -129,7 +131,7 @@ class MixedPrecisionSearch:
                 self.float_denoiser, self.layers, self.calls, on_layer=lambda: advance(1)
             )
             order = sorted(self.layers, key=lambda name: sensitivities[name] / self.macs[name], reverse=True)
-            n_float = self._bisect(order, exact, reached_db, on_trial=lambda: advance(1))
+            n_float = self._bisect_float_layers(order, exact, reached_db, on_trial=lambda: advance(1))
         self._check_reachable(n_float, reached_db)
         denoiser = self.assemble(order[n_float:])
         total = sum(sensitivities.values()) or 1.0
@@ -143,7 +145,7 @@ class MixedPrecisionSearch:
         )
         return denoiser, result
 
-    def _generate(self, denoiser: nn.Module) -> Generation:
+    def _generate_images(self, denoiser: nn.Module) -> Generation:
         # latents are compared, so that nothing has to be decoded
         sampling = replace(self.sampling, extra={**self.sampling.extra, "output_type": "latent"})
         return generate(self.pipe, self.component, {"": denoiser}, self.samples, sampling)[""]
@@ -158,7 +160,7 @@ class MixedPrecisionSearch:
             memory_ratio=1.0,
         )
 
-    def _bisect(
+    def _bisect_float_layers(
         self,
         order: Sequence[str],
         exact: Generation,
@@ -174,7 +176,7 @@ class MixedPrecisionSearch:
         while enough - too_few > 1:
             n_float = (too_few + enough) // 2
             trial = self.assemble(order[n_float:])
-            reached_db[n_float] = measure_latents_db(self._generate(trial), exact)
+            reached_db[n_float] = measure_latents_db(self._generate_images(trial), exact)
             log.debug("%d layers float: %.1f dB", n_float, reached_db[n_float])
             if reached_db[n_float] >= self.target_db:
                 enough = n_float

@@ -122,8 +122,7 @@ def quantize_layers(
         if not weight.numel():
             check_weight(plan, weight)
         method, seen = methods.get(plan.name), statistics.get(plan.name)
-        needs_calibration = rounding.needs_calibration or (method is not None and method.needs_calibration)
-        if needs_calibration and seen is None:
+        if seen is None and (rounding.needs_calibration or (method is not None and method.needs_calibration)):
             raise ConfigError(
                 f"{plan.name}: the calibration never reached it; keep the layer float, or take other "
                 "calibration.prompts"
@@ -207,7 +206,7 @@ class LayerBackends:
         self.backend, self.device = backend, device
         self.choosers: dict[torch.dtype, BackendChooser] = {}  # each reads the file of measured choices
 
-    def choose(self, plan: LayerPlan, rows: int, dtype: torch.dtype) -> tuple[Backend, int | None]:
+    def choose_backend(self, plan: LayerPlan, rows: int, dtype: torch.dtype) -> tuple[Backend, int | None]:
         """The backend of one layer, and up to how many rows float was measured to be faster, where known.
 
         Args:
@@ -251,14 +250,12 @@ def build_int8_layers(
     if device is None:
         device = next(p.device for p in model.parameters() if not p.is_meta)
     backends = LayerBackends(backend, device)
-    matrices: dict[tuple[int, bool], Tensor | None] = {}  # layers with the same rotation share its matrix
+    matrices: dict[tuple[int, bool], Tensor | None] = {}
     made = {}
     for plan, layer in layers:
-        transform = layer.transform
-        rotation_key = (transform.group_size, transform.sylvester)
-        transform.matrix = matrices.setdefault(rotation_key, transform.matrix)
+        share_matrix(layer.transform, matrices)
         dtype = get_linear(model, plan.name).weight.dtype
-        chosen, measured = backends.choose(plan, rows[plan.name], dtype)
+        chosen, measured = backends.choose_backend(plan, rows[plan.name], dtype)
         params = plan.in_features * plan.out_features
         float_rows = settings.choose_float_rows(params, rows[plan.name], measured)
         plan.backend_asked = backend.name
@@ -267,3 +264,14 @@ def build_int8_layers(
         if on_layer is not None:
             on_layer(plan)
     return made
+
+
+def share_matrix(transform: OutlierTransform, matrices: dict[tuple[int, bool], Tensor | None]) -> None:
+    """Let transforms with the same rotation hold one matrix.
+
+    Args:
+        transform: changed in place.
+        matrices: those seen so far, by size and construction.
+    """
+    rotation = (transform.group_size, transform.sylvester)
+    transform.matrix = matrices.setdefault(rotation, transform.matrix)
