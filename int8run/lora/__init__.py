@@ -11,7 +11,7 @@ From a file to a layer:
     apply.py         the changes of one module -> its weight or a branch beside it
     stack.py         LoraStack, which does all of this for a model
 
-Around it: config.py holds the settings, modes.py chooses how an INT8 layer gets its LoRAs, and header_info.py uses
-what a header tells before anything is loaded, with base_model.py (for which model), few_step.py (for how many
-steps) and trigger_words.py.
+Around it: config.py holds the settings, modes.py chooses how an INT8 layer gets its LoRAs, and header_info.py
+uses what a header tells before anything is loaded, with base_model.py (for which model), few_step.py (for how
+many steps) and trigger_words.py.
 """

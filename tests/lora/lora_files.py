@@ -1,7 +1,8 @@
 """Small LoRA files in every layout and of every kind, and what each does to each module, worked out here with plain formulas.
 
-Nothing of int8run is imported: names and numbers are written down a second time. The models are tiny ones of diffusers' and
-transformers' own classes. `python tests/lora/lora_files.py FOLDER` writes all files into a folder and lists them.
+Nothing of int8run is imported: names and numbers are written down a second time. The models are tiny ones of
+diffusers' and transformers' own classes. `python tests/lora/lora_files.py FOLDER` writes all files into a
+folder and lists them.
 """
 
 import json
@@ -899,7 +900,8 @@ class Mistake:
     Args:
         layout: the file that it starts from.
         spoil: changes the tensors in place.
-        when: `reading`: refused by the reader; `matching`: only the model shows it; `note`: told, not refused.
+        when: `reading`: refused by the reader; `matching`: only the model shows it; `note`: told, not
+            refused.
         words: regular expression for the message.
     """
 

@@ -64,7 +64,8 @@ HIDREAM = dict(
 ERNIE_IMAGE = dict(
     hidden_size=4096, num_attention_heads=32, num_layers=36, ffn_hidden_size=12288, text_in_dim=3072
 )
-# base -> class in diffusers and what differs from its own defaults; the sizes are those of the released checkpoints
+# base -> class in diffusers and what differs from its own defaults; the sizes are those of the released
+# checkpoints
 MODELS = {
     "flux": ("FluxTransformer2DModel", dict(guidance_embeds=True)),
     "chroma": ("ChromaTransformer2DModel", {}),
@@ -104,8 +105,8 @@ MODELS = {
     "ernie_image": ("ErnieImageTransformer2DModel", ERNIE_IMAGE),
     "krea2": ("Krea2Transformer2DModel", {}),
 }
-# a LoRA on all layers of the first could be one of the second as well: SD3.5 medium has all layers of SD3 medium and more of them,
-# Sana 4.8B those of Sana 1.6B
+# a LoRA on all layers of the first could be one of the second as well: SD3.5 medium has all layers of SD3
+# medium and more of them, Sana 4.8B those of Sana 1.6B
 PARTS_OF = {"sd3": ("sd35_medium",), "sana": ("sana_4_8b",)}
 
 
@@ -162,7 +163,7 @@ def native(modules, base):
     }
 
 
-# -- every base --------------------------------------------------------------------------------------------------------
+# -- every base ----------------------------------------------------------------------------------------------
 
 
 def test_every_base_is_tested():
@@ -346,7 +347,7 @@ def test_what_shapes_cannot_tell_apart(layers):
     assert found({"adaln_single.linear": (12288, 2048)}) == ("ltx", "ltx_13b", "ltx2")
 
 
-# -- kinds of changes --------------------------------------------------------------------------------------------------
+# -- kinds of changes ----------------------------------------------------------------------------------------
 
 NAME = "lora_unet_double_blocks_18_img_mod_lin"  # 18432 x 3072, in FLUX.1 only
 
@@ -454,7 +455,7 @@ def test_one_deep_layer_is_enough():
     )
 
 
-# -- tags --------------------------------------------------------------------------------------------------------------
+# -- tags ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -564,7 +565,7 @@ def test_shapes_win_over_tags():
     )
 
 
-# -- refusing ----------------------------------------------------------------------------------------------------------
+# -- refusing ------------------------------------------------------------------------------------------------
 
 
 def test_another_base_is_refused():
@@ -630,7 +631,7 @@ def test_a_tag_against_the_shapes_is_told():
     )
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+# -- the table -----------------------------------------------------------------------------------------------
 
 
 def test_the_table_is_whole():

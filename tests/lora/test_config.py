@@ -107,7 +107,7 @@ def test_an_adapter_without_a_path_is_named():
         Adapter("file", None)
 
 
-# -- schedules ---------------------------------------------------------------------------------------------------------------------
+# -- schedules -----------------------------------------------------------------------------------------------
 
 FORM = r"a schedule is \[\[fraction of the steps, strength\], …\] with rising fractions from 0 on, such as \[\[0,1\],\[0\.5,0\]\]$"
 
@@ -206,7 +206,7 @@ def test_a_schedule_times_the_stacks_own_strength():
         LoraSettings([Adapter("a", "a", [[0, 1], [0.5, 12]])], strength=2)
 
 
-# -- text encoders, parts, switches ------------------------------------------------------------------------------------------------
+# -- text encoders, parts, switches --------------------------------------------------------------------------
 
 
 def test_the_text_part_has_a_strength_of_its_own_or_that_of_the_first_step():
@@ -287,7 +287,7 @@ def test_unusual_strengths_are_told_once_for_each_lora():
     ]
 
 
-# -- for one base model ------------------------------------------------------------------------------------------------------------
+# -- for one base model --------------------------------------------------------------------------------------
 
 
 def test_adapters_that_are_off_are_left_out():

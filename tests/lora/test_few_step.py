@@ -36,7 +36,7 @@ PIPELINES = {
 MADE_UP = dict(name="fast", base="tiny", steps=4, scheduler="LCMScheduler", source="community")
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+# -- the table -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "base"), ROWS)
@@ -121,7 +121,7 @@ def test_a_file_for_a_number_of_steps():
     assert get_preset("pcm_normalcfg", "sdxl", 4).guidance_range == [2.5, 3.5]
 
 
-# -- errors ------------------------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_preset():
@@ -170,7 +170,7 @@ def test_a_row_without_ranges():
     assert FewStepPreset(**MADE_UP).guidance_range is None
 
 
-# -- recognizing -------------------------------------------------------------------------------------------------------
+# -- recognizing ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_models_that_are_not_distilled(model):
     assert warn_about_distilled_model("turbo_alpha", model) is None
 
 
-# -- advice ------------------------------------------------------------------------------------------------------------
+# -- advice --------------------------------------------------------------------------------------------------
 
 
 def test_nothing_to_say():

@@ -39,7 +39,7 @@ def stack_of(files: Sequence[Path], strengths: Sequence[float] = (), **options: 
     return LoraSettings(adapters, **options).resolve_for_base("tiny")
 
 
-# -- base models -------------------------------------------------------------------------------------------------------------------
+# -- base models ---------------------------------------------------------------------------------------------
 
 
 def test_heads_say_what_the_headers_do(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_lora_that_is_not_there_is_told_before_anything_is_loaded(command: Com
     )
 
 
-# -- trigger words -----------------------------------------------------------------------------------------------------------------
+# -- trigger words -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_a_folder_that_is_not_there_is_said() -> None:
         read_lora_headers(LoraSettings([Adapter("a", "ink")]), "tiny", Path("nowhere"))
 
 
-# -- few-step LoRAs ----------------------------------------------------------------------------------------------------------------
+# -- few-step LoRAs ------------------------------------------------------------------------------------------
 
 FOUR = Sampling(steps=4, guidance=1.0, scheduler="LCMScheduler")
 

@@ -62,7 +62,7 @@ def landed(found: Matches) -> dict[str, list[str]]:
     return {component: sorted(modules) for component, modules in found.by_component.items() if modules}
 
 
-# -- parts -----------------------------------------------------------------------------------------------------------------------
+# -- parts ---------------------------------------------------------------------------------------------------
 
 
 def test_every_part_of_a_file_goes_to_its_own_part_of_the_model(parts: dict[str, nn.Module]) -> None:
@@ -173,7 +173,7 @@ def test_parts_that_a_file_does_not_have_are_told(
     )
 
 
-# -- what has no place ---------------------------------------------------------------------------------------------------------------
+# -- what has no place ---------------------------------------------------------------------------------------
 
 LOST = (
     ("a.oft_blocks", "unsupported adapter type: OFT or BOFT"),
@@ -269,7 +269,7 @@ def test_a_wrong_shape_is_an_error_always_and_names_both(
     assert str(error.value).startswith("style.safetensors: ") and reason in str(error.value)
 
 
-# -- matrices that are cut -----------------------------------------------------------------------------------------------------------
+# -- matrices that are cut -----------------------------------------------------------------------------------
 
 FUSED = "single_blocks.0.linear1"  # q, k, v and the MLP, one after the other
 PARTS_OF_FUSED = [

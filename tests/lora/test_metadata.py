@@ -26,7 +26,7 @@ def lora(tmp_path):
     return path
 
 
-# -- where trigger words stand -----------------------------------------------------------------------------------------
+# -- where trigger words stand -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_an_empty_place_is_passed_over(lora, value):
     assert found == TriggerWords(("ink",), "trigger_words")
 
 
-# -- what strangers write ----------------------------------------------------------------------------------------------
+# -- what strangers write ------------------------------------------------------------------------------------
 
 
 def test_control_characters_and_lengths(lora):
@@ -347,7 +347,7 @@ def test_a_folder_in_the_place_of_a_sidecar(lora):
     assert find_trigger_words(lora, {}) is None
 
 
-# -- in a prompt -------------------------------------------------------------------------------------------------------
+# -- in a prompt ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_insertion():
     assert append_triggers("a fox, ", ()) == "a fox, " and append_triggers("a fox", (" ", "")) == "a fox"
 
 
-# -- other facts -------------------------------------------------------------------------------------------------------
+# -- other facts ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

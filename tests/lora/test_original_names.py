@@ -87,7 +87,8 @@ def authors_checkpoint(
     return checkpoint
 
 
-# the other converters want parameters of no module as well: tests/models/test_state_dict_adapter.py checks them with all there is
+# the other converters want parameters of no module as well: tests/models/test_state_dict_adapter.py checks
+# them with all there is
 @pytest.mark.parametrize("key", [key for key in FAMILIES if key not in NEEDS_ALL])
 def test_names_are_those_of_diffusers_own_converter(key):
     family = FAMILIES[key]

@@ -53,7 +53,7 @@ def merged(model: nn.Module, *stack: dict[str, LoraChange]) -> LoraStack:
     return loras
 
 
-# -- in float ----------------------------------------------------------------------------------------------------------------------
+# -- in float ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -108,7 +108,7 @@ def test_norms_get_their_changes() -> None:
     assert torch.equal(norm.weight, torch.full((64,), 2.0)) and torch.equal(norm.bias, torch.full((64,), 0.5))
 
 
-# -- beside and in INT8 layers -----------------------------------------------------------------------------------------------------
+# -- beside and in INT8 layers -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "bake", "stochastic"])
@@ -399,7 +399,7 @@ def test_a_new_strength_compiles_nothing_anew(mode: str) -> None:
             assert_close(f"strength {strength}", compiled(X), int8(X), 1e-5)
 
 
-# -- in a program of one's own -----------------------------------------------------------------------------------------------------
+# -- in a program of one's own -------------------------------------------------------------------------------
 
 
 @pytest.fixture
