@@ -1,4 +1,8 @@
-"""What a tracker is, and the one that keeps nothing. A job is logged from its output folder: a store that is away loses nothing."""
+"""What a tracker is, and the one that keeps nothing.
+
+A job is logged from its output folder, so a store that is away loses nothing: the same folder can be uploaded
+later.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,10 +13,15 @@ from int8run.tracking.run_record import Record
 
 
 class Tracker(Protocol):
-    """A frozen dataclass with the tracker's settings. All but `place` and `where` may raise TrackingError: the store does not answer."""
+    """A frozen dataclass with the tracker's settings.
+
+    All methods but `get_location` and `get_view_hint` may raise TrackingError: the store does not answer.
+    """
 
     def prepare(self) -> None:
-        """Make what is missing in the store, and close the runs of this machine whose process is gone. Once per command, before any job.
+        """Create what is missing in the store, and close the runs of this machine whose process is gone.
+
+        Called once per command, before any job.
 
         Raises:
             ConfigError: a store that these settings cannot use.
@@ -23,24 +32,33 @@ class Tracker(Protocol):
         """Open a run for a job that starts.
 
         Returns:
-            the run's id.
+            Its id.
         """
         ...
 
     def upload_record(self, record: Record) -> str | None:
-        """Log everything that the record's folder holds; the run ends as the record did. What is there already is not logged again.
+        """Log everything that the record's folder holds; the run ends as the record did.
+
+        What was logged already is not logged again.
 
         Returns:
-            the run's id: the record's own, or that of a new run.
+            The run's id: the record's own, or that of a new run.
         """
         ...
 
     def find_finished(self, hashes: Iterable[str]) -> dict[str, str]:
-        """Which jobs are done: hash of the config -> id of the newest run of it that finished."""
+        """Find out which jobs are done.
+
+        Args:
+            hashes: of the configs of the jobs.
+
+        Returns:
+            By hash the id of the newest run with that config that finished.
+        """
         ...
 
     def find_running(self, sweep: str) -> dict[str, int]:
-        """Open runs of a sweep: id -> number of the job."""
+        """The open runs of a sweep: number of the job by id of the run."""
         ...
 
     def end_run(self, run_id: str, state: str, error: str) -> None:
@@ -56,10 +74,10 @@ class Tracker(Protocol):
         ...
 
     def share_sweep(self, sweep: str, records: Sequence[Record]) -> str | None:
-        """Keep a view of a sweep.
+        """Keep a dashboard of a sweep.
 
         Returns:
-            its link.
+            Its link.
         """
         ...
 
@@ -78,7 +96,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class NoTracker:
-    """`tracker=none`: the output folder is all there is."""
+    """`tracker=none`: the output folder is all that is kept."""
 
     def prepare(self) -> None: ...
 
@@ -107,7 +125,7 @@ class NoTracker:
     def download_run(self, run_id: str, folder: Path) -> None: ...
 
     def share_sweep(self, sweep: str, records: Sequence[Record]) -> str | None:
-        """No view."""
+        """No dashboard."""
         return None
 
     def attach_file(self, run_id: str, path: Path) -> None: ...

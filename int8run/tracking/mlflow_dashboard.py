@@ -1,8 +1,9 @@
-"""The view of a sweep in MLflow's page: which runs, columns and charts its link opens with.
+"""The dashboard of a sweep in MLflow's page: which runs, columns and charts its link opens with.
 
-MLflow's page is blank until somebody builds charts by hand. What was built can be shared under a name, kept in a tag of the experiment:
-this module writes such a tag. Named views exist since MLflow 3.15, and what is inside is no documented contract, so it is written here
-only, and tests/browser opens it. A page that does not understand it says so, and `plain_link` works.
+MLflow's page is blank until somebody builds charts by hand. What was built can be shared under a name, which
+is kept in a tag of the experiment: this module writes such a tag. Named views exist since MLflow 3.15. Their
+content is not a documented contract, so it is written here only, and tests/browser opens it. A page that does
+not understand it says so, and `build_experiment_link` works anyway. Called by `MlflowTracker.share_sweep`.
 """
 
 import base64
@@ -11,15 +12,21 @@ import re
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
+
+from int8run.tracking.run_record import find_varying_keys
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 VIEW_TAG_PREFIX = "mlflow.sharedViewState."
-MAX_TAG_LENGTH = 5000  # characters; this MLflow takes 20,000, older servers no more
+MAX_TAG_LENGTH = 5000  # characters; this MLflow takes 20,000, older servers no more than this
+
 QUALITY, SPEED, MEMORY = "quality/psnr_db", "speed/step_ms_p50", "memory/denoiser_bytes"
+MAIN_METRICS = (QUALITY, SPEED, MEMORY)
+SERIES_PREFIX = "series/"
 TABLE_METRICS = (
     QUALITY,
     SPEED,
@@ -35,35 +42,87 @@ TABLE_METRICS = (
     "quant/output_sqnr_db_mean",
     "lora/clipped_share",
 )
-SERIES_PREFIX = "series/"
 RUN_NAME_COLUMN = "attributes.`Run Name`"
-NUMBER_PATTERN = re.compile(r"[-+]?(\d+[.]?\d*|[.]\d+)(e[-+]?\d+)?", re.IGNORECASE)
+RUN_NAME_PX = 260
+
 MAX_PARAMS = 6  # with three metrics the most axes whose names stay readable
 MAX_RUNS = 100
-GRID_PX, SMALLEST_PX, GRID_FRAME_PX, TALLEST_PX = 850, 150, 150, 900  # of the grid of pictures
+NUMBER_PATTERN = re.compile(r"[-+]?(\d+[.]?\d*|[.]\d+)(e[-+]?\d+)?", re.IGNORECASE)
+
+# of the image grid, in pixels
+GRID_WIDTH, GRID_FRAME, MAX_GRID_HEIGHT = 850, 150, 900
+MIN_IMAGE_SIDE = 150
+
+Chart = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with charts below it.
+
+    Args:
+        name: the heading.
+        charts: as MLflow keeps them, without their section.
+        columns: how many charts stand beside each other.
+        height: of each chart, in pixels.
+        is_open: False for sections that MLflow fills with the charts it adds by itself.
+    """
+
+    name: str
+    charts: Sequence[Chart]
+    columns: int = 1
+    height: int = 360
+    is_open: bool = True
+
+    def build_layout(self, uuid: str) -> dict[str, Any]:
+        """The section as MLflow keeps it, without its charts."""
+        return {
+            "uuid": uuid,
+            "name": self.name,
+            "display": self.is_open,
+            "columns": self.columns,
+            "cardHeight": self.height,
+            "isReordered": self.is_open,
+            "deleted": False,
+            "isGenerated": not self.is_open,
+        }
 
 
 def find_varying_params(params: Iterable[Mapping[str, str]]) -> dict[str, list[str | None]]:
-    """Settings that are not the same in all runs, each with its values; None: a run has no such setting.
+    """The settings that are not the same in all runs, each with its values; None: a run has no such setting.
 
-    A setting of an option (`outlier.block`) that the option (`outlier`) decides is left out.
+    A setting of an option (`outlier.block`) is left out where the option (`outlier`) decides its value.
+
+    Args:
+        params: the settings of each run.
     """
     runs = list(params)
     found: dict[str, list[str | None]] = {}
-    for name in dict.fromkeys(name for run in runs for name in run):
+    for name in find_varying_keys(runs):
         values = [run.get(name) for run in runs]
-        owners = [owner for owner in found if name.startswith(f"{owner}.")]
-        decided = any(
-            len(set(zip(found[owner], values, strict=True))) == len(set(found[owner])) for owner in owners
-        )
-        if len(set(values)) > 1 and not decided:
+        options = [option for option in found if name.startswith(f"{option}.")]
+        if not any(is_decided_by(values, found[option]) for option in options):
             found[name] = values
     return found
 
 
-def is_plottable(values: Iterable[str | None]) -> bool:
-    """Whether MLflow draws every run on an axis of these values: it drops those without one, and words among numbers."""
-    return None not in values and len({bool(NUMBER_PATTERN.fullmatch(value or "")) for value in values}) == 1
+def is_decided_by(values: Sequence[str | None], option: Sequence[str | None]) -> bool:
+    """Whether all runs with the same option have the same value."""
+    return len(set(zip(option, values, strict=True))) == len(set(option))
+
+
+def is_plottable(values: Sequence[str | None]) -> bool:
+    """Whether MLflow draws every run on an axis of these values.
+
+    It drops runs without a value, and words among numbers.
+    """
+    if None in values:
+        return False
+    are_numbers = {bool(NUMBER_PATTERN.fullmatch(value or "")) for value in values}
+    return len(are_numbers) == 1
+
+
+# -- the view ------------------------------------------------------------------------------------------------
 
 
 def build_view_state(
@@ -75,64 +134,35 @@ def build_view_state(
     """What the page shows.
 
     Args:
-        params: the settings that vary (`varying`); the first six become columns and axes.
+        params: the settings that vary (`find_varying_params`); the first six become columns and axes.
         metrics: names of the metrics that the runs have; charts of others are left out.
-        image_keys: keys of the pictures, as logged.
+        image_keys: keys of the images, as logged.
         sweep: show runs with this tag only; None: all runs of the experiment.
     """
-    metrics, image_keys, names = sorted(set(metrics)), list(image_keys), list(params)[:MAX_PARAMS]
-    runs = max(map(len, params.values()), default=1)
-    main = [name for name in (QUALITY, SPEED, MEMORY) if name in metrics]
-    axes = [name for name in names if is_plottable(params[name])]
-    sections = [
-        build_section(
-            "Pictures: prompts x runs",
-            [build_image_grid(image_keys)] if image_keys else [],
-            height=compute_grid_height(len(image_keys), runs),
-        ),
-        build_section(
-            "Settings, memory, speed, quality",
-            [build_parallel_chart(axes, main[::-1])] if axes and main else [],
-            height=420,
-        ),
-        build_section(
-            "Quality against speed and memory",
-            [build_scatter_chart(name, QUALITY) for name in main[1:]] if QUALITY in main else [],
-            columns=2,
-        ),
-        build_section("Speed, quality, memory", [build_bar_chart(name) for name in main], columns=3),
-        build_section(
-            "Step by step",
-            [build_line_chart(name) for name in metrics if name.startswith(SERIES_PREFIX)],
-            columns=2,
-        ),
+    metrics = sorted(set(metrics))
+    param_names = list(params)[:MAX_PARAMS]
+    sections = build_sections(params, param_names, metrics, image_keys)
+    layouts = [section.build_layout(f"section{n}") for n, section in enumerate(sections)]
+    charts = [
+        {"metricSectionId": f"section{n}", **chart}
+        for n, section in enumerate(sections)
+        for chart in section.charts
     ]
-    sections = [part for part in sections if part["charts"]]
-    # the page adds a chart for every other metric and each picture alone: into these, one by prefix, closed
-    drawn = {card.get("metricKey") for part in sections for card in part["charts"]}
-    others = dict.fromkeys(name.rpartition("/")[0] for name in [*image_keys, *metrics] if name not in drawn)
-    sections += [build_section(prefix, [], open=False) for prefix in others if prefix]
-    columns = {f"params.`{name}`": name for name in names} | {
-        f"metrics.`{name}`": name for name in TABLE_METRICS if name in metrics
-    }
-    layouts = [{"uuid": f"section{n}", **part["layout"]} for n, part in enumerate(sections)]
-    cards = [
-        {"metricSectionId": f"section{n}", **card}
-        for n, part in enumerate(sections)
-        for card in part["charts"]
-    ]
+    # the name of each column by its key
+    columns = {f"params.`{name}`": name for name in param_names}
+    columns |= {f"metrics.`{name}`": name for name in TABLE_METRICS if name in metrics}
+    column_widths = {column: max(90, 30 + 7 * len(name)) for column, name in columns.items()}
     return {
         "searchFilter": f"tags.sweep = '{sweep}'" if sweep else "",
         "orderByKey": "attributes.start_time",
-        "orderByAsc": False,  # the grid of pictures turns the table's order round
+        "orderByAsc": False,  # the image grid reverses the table's order
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": list(columns),
         "columnOrder": [RUN_NAME_COLUMN, *columns],
-        "columnWidths": {RUN_NAME_COLUMN: 260}
-        | {column: max(90, 30 + 7 * len(name)) for column, name in columns.items()},
+        "columnWidths": {RUN_NAME_COLUMN: RUN_NAME_PX, **column_widths},
         "runsExpanded": {},
         "runsPinned": [],
         "runsHidden": [],
@@ -148,89 +178,163 @@ def build_view_state(
         "autoRefreshEnabled": True,
         "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
         "compareRunSections": layouts,
-        "compareRunCharts": [{"uuid": f"chart{n}", **card} for n, card in enumerate(cards)],
+        "compareRunCharts": [{"uuid": f"chart{n}", **chart} for n, chart in enumerate(charts)],
     }
 
 
-def build_section(
-    name: str, charts: Sequence[Mapping[str, Any]], columns: int = 1, height: int = 360, open: bool = True
-) -> dict[str, Any]:
-    """A heading with charts below it, each `height` pixels high."""
-    layout = {"name": name, "display": open, "columns": columns, "cardHeight": height}
+def build_sections(
+    params: Mapping[str, Sequence[str | None]],
+    param_names: Sequence[str],
+    metrics: Sequence[str],
+    image_keys: Sequence[str],
+) -> list[Section]:
+    """The sections that have charts, and closed ones for the charts that MLflow adds by itself.
+
+    Args:
+        params: the settings that vary.
+        param_names: those of them that may become axes.
+        metrics: names of the metrics that the runs have.
+        image_keys: keys of the images.
+    """
+    num_runs = max(map(len, params.values()), default=1)
+    main = [name for name in MAIN_METRICS if name in metrics]
+    axes = [name for name in param_names if is_plottable(params[name])]
+    sections = [
+        Section(
+            "Images: prompts x runs",
+            [build_image_grid(image_keys)] if image_keys else [],
+            height=compute_grid_height(len(image_keys), num_runs),
+        ),
+        Section(
+            "Settings, memory, speed, quality",
+            [build_parallel_chart(axes, main[::-1])] if axes and main else [],
+            height=420,
+        ),
+        Section(
+            "Quality against speed and memory",
+            [build_scatter_chart(name, QUALITY) for name in main[1:]] if QUALITY in main else [],
+            columns=2,
+        ),
+        Section("Speed, quality, memory", [build_bar_chart(name) for name in main], columns=3),
+        Section(
+            "Step by step",
+            [build_line_chart(name) for name in metrics if name.startswith(SERIES_PREFIX)],
+            columns=2,
+        ),
+    ]
+    sections = [section for section in sections if section.charts]
+
+    # The page adds a chart for every other metric and every single image: into these sections, one by prefix.
+    charted = {chart.get("metricKey") for section in sections for chart in section.charts}
+    others = [name for name in [*image_keys, *metrics] if name not in charted]
+    prefixes = dict.fromkeys(name.rpartition("/")[0] for name in others)
+    return sections + [Section(prefix, [], is_open=False) for prefix in prefixes if prefix]
+
+
+def build_chart(chart_type: str, **settings: Any) -> Chart:
+    """What every chart has, and the settings of this one."""
     return {
-        "layout": {**layout, "isReordered": open, "deleted": False, "isGenerated": not open},
-        "charts": charts,
+        "type": chart_type,
+        "runsCountToCompare": MAX_RUNS,
+        "deleted": False,
+        "isGenerated": False,
+        **settings,
     }
 
 
-def build_chart(kind: str, **settings: Any) -> dict[str, Any]:
-    """What every chart has."""
-    return {"type": kind, "runsCountToCompare": MAX_RUNS, "deleted": False, "isGenerated": False, **settings}
+def build_image_grid(keys: Sequence[str]) -> Chart:
+    """A row for each key and a column for each run, ten runs at most (MLflow's limit).
 
-
-def build_image_grid(keys: Sequence[str]) -> dict[str, Any]:
-    """A row for each key and a column for each run, ten runs at most (MLflow's limit). With a single key the runs stand side by side."""
+    With a single key the runs stand beside each other.
+    """
     return build_chart("IMAGE", imageKeys=list(keys), step=0, showRunParams=False)
 
 
 def compute_grid_height(rows: int, runs: int) -> int:
-    """Pixels that show all rows on a screen of usual width, up to its height. Pictures are as wide as the runs leave them room."""
-    return min(GRID_FRAME_PX + rows * max(GRID_PX // runs, SMALLEST_PX), TALLEST_PX)
+    """Height of an image grid in pixels: all rows on a screen of usual width, up to its height.
+
+    Images are as wide as the runs leave them room.
+    """
+    image_side = max(GRID_WIDTH // runs, MIN_IMAGE_SIDE)
+    return min(GRID_FRAME + rows * image_side, MAX_GRID_HEIGHT)
 
 
-def build_parallel_chart(params: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+def build_parallel_chart(params: Sequence[str], metrics: Sequence[str]) -> Chart:
     """A line for each run, across one axis for each setting and metric."""
     return build_chart(
         "PARALLEL", selectedParams=list(params), selectedMetrics=list(metrics), showAllRuns=True
     )
 
 
-def build_scatter_chart(x: str, y: str) -> dict[str, Any]:
+def build_scatter_chart(x: str, y: str) -> Chart:
     """A point for each run."""
     return build_chart("SCATTER", xaxis={"key": x, "type": "METRIC"}, yaxis={"key": y, "type": "METRIC"})
 
 
-def build_bar_chart(metric: str) -> dict[str, Any]:
+def build_bar_chart(metric: str) -> Chart:
     """A bar for each run."""
     return build_chart("BAR", metricKey=metric)
 
 
-def build_line_chart(metric: str) -> dict[str, Any]:
-    """A line for each run, by step, as measured: without these words MLflow smooths it."""
+def build_line_chart(metric: str) -> Chart:
+    """A line for each run, by step, as measured: without these settings MLflow smooths it."""
     return build_chart(
         "LINE", metricKey=metric, selectedMetricKeys=[metric], lineSmoothness=0, useGlobalLineSmoothing=True
     )
 
 
-def encode_view(state: Mapping[str, Any], name: str) -> tuple[str, int]:
-    """The tag's value.
+# -- the tag -------------------------------------------------------------------------------------------------
+
+
+def write_view(client: "MlflowClient", experiment_id: str, key: str, state: Mapping[str, Any]) -> int:
+    """Keep a view in an experiment, in place of one with the same key.
+
+    Args:
+        client: of the store.
+        experiment_id: whose tag it becomes.
+        key: the view's name, also in its link: a sweep's id.
+        state: what the page shows.
 
     Returns:
-        at most LONGEST_TAG characters, and how many picture keys were left out, from the end, to get there.
+        How many image keys were left out because the view would have been too long.
+    """
+    value, num_left_out = encode_view(state, key)
+    client.set_experiment_tag(experiment_id, VIEW_TAG_PREFIX + key, value)
+    return num_left_out
+
+
+def encode_view(state: Mapping[str, Any], name: str) -> tuple[str, int]:
+    """The value of a view's tag.
+
+    Returns:
+        At most MAX_TAG_LENGTH characters, and how many image keys were left out, from the end, to get there.
     """
     now = int(time.time() * 1000)
-    keys = count_grid_images(state)
-    for kept in range(keys, -1, -1):
-        text = json.dumps(limit_images(state, kept), separators=(",", ":"))
+    num_images = count_grid_images(state)
+    for num_kept in range(num_images, -1, -1):
+        text = json.dumps(limit_images(state, num_kept), separators=(",", ":"))
         packed = "deflate;" + base64.b64encode(zlib.compress(text.encode(), 9)).decode()
         value = json.dumps({"name": name, "createdAt": now, "updatedAt": now, "state": packed})
         if len(value) <= MAX_TAG_LENGTH:
             break
-    return value, keys - kept
+    return value, num_images - num_kept
 
 
 def count_grid_images(state: Mapping[str, Any]) -> int:
-    """Rows of the picture grid."""
-    return max((len(c["imageKeys"]) for c in state["compareRunCharts"] if c["type"] == "IMAGE"), default=0)
+    """Rows of the image grid."""
+    grids = [chart for chart in state["compareRunCharts"] if chart["type"] == "IMAGE"]
+    return max((len(grid["imageKeys"]) for grid in grids), default=0)
 
 
-def limit_images(state: Mapping[str, Any], kept: int) -> dict[str, Any]:
-    """The state with the first `kept` picture keys."""
-    cards = [
-        {**c, "imageKeys": c["imageKeys"][:kept]} if c["type"] == "IMAGE" else c
-        for c in state["compareRunCharts"]
-    ]
-    return {**state, "compareRunCharts": [c for c in cards if c.get("imageKeys") != []]}
+def limit_images(state: Mapping[str, Any], num_images: int) -> dict[str, Any]:
+    """The state with the first image keys alone, and without an image grid where none is left."""
+    charts = []
+    for chart in state["compareRunCharts"]:
+        if chart["type"] != "IMAGE":
+            charts.append(chart)
+        elif chart["imageKeys"][:num_images]:
+            charts.append({**chart, "imageKeys": chart["imageKeys"][:num_images]})
+    return {**state, "compareRunCharts": charts}
 
 
 def decode_view(value: str) -> dict[str, Any]:
@@ -239,24 +343,21 @@ def decode_view(value: str) -> dict[str, Any]:
     return json.loads(zlib.decompress(base64.b64decode(packed)))
 
 
-def write_view(client: "MlflowClient", experiment_id: str, key: str, state: Mapping[str, Any]) -> int:
-    """Keep a view in an experiment, in place of one with the same key.
-
-    Args:
-        key: the view's name, also in its link: a sweep's identity.
-
-    Returns:
-        how many picture keys were left out because the view would have been too long.
-    """
-    value, left_out = encode_view(state, key)
-    client.set_experiment_tag(experiment_id, VIEW_TAG_PREFIX + key, value)
-    return left_out
+# -- links ---------------------------------------------------------------------------------------------------
 
 
 def build_view_link(address: str, experiment_id: str, key: str, charts: bool = True) -> str:
-    """The page that opens with a view: its charts, or its table."""
+    """The page that opens with a view.
+
+    Args:
+        address: of the MLflow server.
+        experiment_id: that has the view.
+        key: of the view.
+        charts: whether to open its charts, rather than its table.
+    """
+    experiment_link = build_experiment_link(address, experiment_id)
     mode = "CHART" if charts else "TABLE"
-    return f"{build_experiment_link(address, experiment_id)}&viewStateShareKey={quote(key, safe='')}&compareRunsMode={mode}"
+    return f"{experiment_link}&viewStateShareKey={quote(key, safe='')}&compareRunsMode={mode}"
 
 
 def build_experiment_link(address: str, experiment_id: str) -> str:
@@ -264,6 +365,7 @@ def build_experiment_link(address: str, experiment_id: str) -> str:
 
     Args:
         address: of the MLflow server.
+        experiment_id: to show.
     """
-    # without the type of workflow the page may open on its side for language models, which has no metrics
+    # Without the type of workflow the page may open on its side for language models, which has no metrics.
     return f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"

@@ -1,8 +1,9 @@
-"""MLflow: SQLite in the working folder, or the server that the user names. This folder is the only place that imports mlflow.
+"""MLflow: an SQLite database in the working folder, or the server that the user names.
 
-Everything goes through a client. The fluent functions would be shorter, but they keep the address in the process and export it to the
-environment, where the next job of a sweep would find it. mlflow takes two seconds and 125 MB to import, so it is imported by a run and not
-by its settings: task=quantize has no use for it.
+The modules `mlflow_*` and `retry` are the only ones that import mlflow. Everything goes through a client: the
+fluent functions would be shorter, but they keep the address in the process and export it to the environment,
+where the next job of a sweep would find it. mlflow takes two seconds and 125 MB to import, so it is imported
+by a run and not by its settings: task=quantize has no use for it.
 """
 
 import logging
@@ -40,12 +41,13 @@ from int8run.tracking.run_record import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 log = logging.getLogger(__name__)
+
 SQLITE_PREFIX = "sqlite:///"
 LOCAL_SERVER = "http://127.0.0.1:5000"  # of `mlflow server`
-LOCK_TIMEOUT_S = 120  # how long another command may take to make the same database
+LOCK_TIMEOUT_S = 120  # how long another command may take to create the same database
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,15 @@ class MlflowTracker:
     experiment: str = "int8run"
     folder: str = "."
 
+    # -- the store -------------------------------------------------------------------------------------------
+
     @property
     def address(self) -> str:
         """The tracking URI; that of a file is absolute."""
         uri = self.uri or f"{SQLITE_PREFIX}{Path(self.folder) / 'mlflow.db'}"
-        return (
-            f"{SQLITE_PREFIX}{Path(uri.removeprefix(SQLITE_PREFIX)).absolute()}"
-            if uri.startswith(SQLITE_PREFIX)
-            else uri
-        )
+        if not uri.startswith(SQLITE_PREFIX):
+            return uri
+        return f"{SQLITE_PREFIX}{Path(uri.removeprefix(SQLITE_PREFIX)).absolute()}"
 
     @property
     def store(self) -> str:
@@ -79,160 +81,175 @@ class MlflowTracker:
 
     @property
     def database(self) -> Path | None:
-        """The SQLite file, when there is one."""
-        return (
-            Path(self.address.removeprefix(SQLITE_PREFIX).partition("?")[0])
-            if self.address.startswith(SQLITE_PREFIX)
-            else None
-        )
+        """The SQLite file; None for other stores."""
+        if not self.address.startswith(SQLITE_PREFIX):
+            return None
+        return Path(self.address.removeprefix(SQLITE_PREFIX).partition("?")[0])
 
     @property
     def is_server(self) -> bool:
-        """Whether a server is asked over HTTP."""
+        """Whether the store is a server that is reached over HTTP."""
         return self.address.startswith(("http://", "https://"))
+
+    @property
+    def artifact_location(self) -> str | None:
+        """Where the files of runs go: beside a database; None: the server decides."""
+        if self.is_server:
+            return None
+        folder = self.database.parent if self.database else Path(self.folder).absolute()
+        return (folder / "mlartifacts" / re.sub(r"[^\w. -]", "_", self.experiment)).as_uri()
 
     def get_location(self) -> dict[str, str]:
         """Store and experiment."""
         return {"store": self.store, "experiment": self.experiment}
 
-    def prepare(self) -> None:
-        """Create database and experiment where they are missing; runs of this machine whose process is gone become KILLED.
+    def get_view_hint(self) -> str | None:
+        """The server's address, or the command that serves the database."""
+        if self.is_server:
+            return self.store
+        return f"mlflow server --backend-store-uri {shlex.quote(self.store)}"
 
+    # -- what a tracker does ---------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Create database and experiment where they are missing; close runs of this machine that have died.
         Raises:
             ConfigError: the experiment was deleted, or the address can never work.
             TrackingError: no answer.
         """
-        with self.opened(user=True) as (client, experiment_id):
-            host = describe_process()["host"]
-            for run in search_runs(
-                client, experiment_id, f"attributes.status = 'RUNNING' and tags.host = '{host}'"
-            ):
+        host = describe_process()["host"]
+        condition = f"attributes.status = 'RUNNING' and tags.host = '{host}'"
+        with self.open_client(user=True) as (client, experiment_id):
+            for run in search_runs(client, experiment_id, condition):
                 pid, started = (run.data.tags.get(name) for name in ("pid", "process_started"))
                 if pid and started and is_process_gone(host, int(pid), float(started)):
                     close_run(client, run, KILLED, KILLED_MESSAGE)
 
     def start_run(self, record: Record) -> str:
         """A new run with the settings of a job."""
-        with self.opened() as (client, experiment_id):
+        with self.open_client() as (client, experiment_id):
             return mlflow_upload.create_run(client, experiment_id, record)
 
     def upload_record(self, record: Record) -> str:
-        """Params, metrics, pictures, tables, prompts and files of the record; then the run ends."""
-        known = record.run_id if {**record.tracking, **self.get_location()} == dict(record.tracking) else None
-        with self.opened() as (client, experiment_id):
-            run = mlflow_upload.find_or_create_run(client, experiment_id, record, known)
+        """Params, metrics, images, tables, prompts and files of the record; then the run ends."""
+        is_ours = self.get_location().items() <= dict(record.tracking).items()
+        known_id = record.run_id if is_ours else None
+        with self.open_client() as (client, experiment_id):
+            run = mlflow_upload.find_or_create_run(client, experiment_id, record, known_id)
             mlflow_upload.upload_record(client, run, record)
             return run.info.run_id
 
     def find_finished(self, hashes: Iterable[str]) -> dict[str, str]:
-        """The newest run of each config that has one."""
-        with self.opened() as (client, experiment_id):
-            runs = {
-                digest: search_runs(
-                    client, experiment_id, f"attributes.status = 'FINISHED' and tags.config_hash = '{digest}'"
-                )
-                for digest in hashes
-            }
-        return {digest: known[-1].info.run_id for digest, known in runs.items() if known}
+        """The newest finished run of each config that has one."""
+        newest = {}
+        with self.open_client() as (client, experiment_id):
+            for config_hash in hashes:
+                condition = f"attributes.status = 'FINISHED' and tags.config_hash = '{config_hash}'"
+                runs = search_runs(client, experiment_id, condition)
+                if runs:
+                    newest[config_hash] = runs[-1].info.run_id
+        return newest
 
     def find_running(self, sweep: str) -> dict[str, int]:
-        """Open runs."""
-        with self.opened() as (client, experiment_id):
-            runs = search_runs(
-                client, experiment_id, f"attributes.status = 'RUNNING' and tags.sweep = '{sweep}'"
-            )
+        """Open runs of a sweep."""
+        condition = f"attributes.status = 'RUNNING' and tags.sweep = '{sweep}'"
+        with self.open_client() as (client, experiment_id):
+            runs = search_runs(client, experiment_id, condition)
         return {run.info.run_id: int(run.data.tags.get("number", 0)) for run in runs}
 
     def end_run(self, run_id: str, state: str, error: str) -> None:
         """End a run that is still open."""
-        with self.opened() as (client, _):
+        with self.open_client() as (client, _):
             run = client.get_run(run_id)
             if run.info.status == RUNNING:
                 close_run(client, run, state, error)
 
     def find_sweep_runs(self, sweep: str) -> list[str]:
-        """The oldest first."""
-        with self.opened() as (client, experiment_id):
-            return [run.info.run_id for run in search_runs(client, experiment_id, f"tags.sweep = '{sweep}'")]
+        """All runs of a sweep, the oldest first."""
+        with self.open_client() as (client, experiment_id):
+            runs = search_runs(client, experiment_id, f"tags.sweep = '{sweep}'")
+        return [run.info.run_id for run in runs]
 
     def download_run(self, run_id: str, folder: Path) -> None:
         """The files, and a record that knows its run."""
-        with self.opened() as (client, _):
+        with self.open_client() as (client, _):
             mlflow_upload.download_files(client, run_id, folder)
-        update_record(
-            read_record(folder), tracking={**self.get_location(), "run_id": run_id, "uploaded": True}
-        )
+        tracking = {**self.get_location(), "run_id": run_id, "uploaded": True}
+        update_record(read_record(folder), tracking=tracking)
 
     def share_sweep(self, sweep: str, records: Sequence[Record]) -> str | None:
-        """Write the sweep's view into the experiment."""
-        keys = dict.fromkeys(key for record in records for key in mlflow_payload.find_image_files(record))
-        names = dict.fromkeys(name for record in records for name in [*record.metrics, *record.series])
-        state = build_view_state(
-            find_varying_params(record.params for record in records), names, list(keys), sweep
+        """Write the sweep's dashboard into the experiment."""
+        image_keys = dict.fromkeys(
+            key for record in records for key in mlflow_payload.find_image_files(record)
         )
-        with self.opened() as (client, experiment_id):
-            left_out = with_retries(write_view, client, experiment_id, sweep, state)
-        if left_out:
+        metrics = dict.fromkeys(name for record in records for name in [*record.metrics, *record.series])
+        params = find_varying_params(record.params for record in records)
+        state = build_view_state(params, metrics, list(image_keys), sweep)
+        with self.open_client() as (client, experiment_id):
+            num_left_out = with_retries(write_view, client, experiment_id, sweep, state)
+        if num_left_out:
             log.info(
-                "the dashboard's grid has room for %d of %d pictures of each run",
-                len(keys) - left_out,
-                len(keys),
+                "The dashboard's image grid has room for %d of %d images of each run",
+                len(image_keys) - num_left_out,
+                len(image_keys),
             )
-        link = build_view_link(self.store if self.is_server else LOCAL_SERVER, experiment_id, sweep)
-        return link if self.is_server else f"{self.get_view_hint()}\n          then open {link}"
+        if self.is_server:
+            return build_view_link(self.store, experiment_id, sweep)
+        link = build_view_link(LOCAL_SERVER, experiment_id, sweep)
+        return f"{self.get_view_hint()}\n          then open {link}"
 
     def attach_file(self, run_id: str, path: Path) -> None:
-        """An artifact."""
-        with self.opened() as (client, _):
+        """Keep a file as an artifact."""
+        with self.open_client() as (client, _):
             with_retries(client.log_artifact, run_id, str(path))
 
-    def get_view_hint(self) -> str | None:
-        """The server's address, or the command that serves the database."""
-        return (
-            self.store if self.is_server else f"mlflow server --backend-store-uri {shlex.quote(self.store)}"
-        )
+    # -- the connection --------------------------------------------------------------------------------------
 
     @contextmanager
-    def opened(self, user: bool = False) -> Iterator[tuple["MlflowClient", str]]:
-        """A client and the experiment's id, both made where they are missing. The block's errors become ours.
+    def open_client(self, user: bool = False) -> Iterator[tuple["MlflowClient", str]]:
+        """A client and the id of the experiment, which is created where it is missing.
 
         Args:
-            user: see `answering`.
+            user: see `translate_errors`.
+
+        Raises:
+            ConfigError, TrackingError: in place of the errors of the `with` block.
         """
         with translate_errors(self.store, user):
-            self.check()
+            self.check_address()
             if self.is_server:
                 ping(self.address)
-            with self.alone():
+            with self.lock_database():
                 client, experiment_id = self.connect()
             yield client, experiment_id
 
-    def check(self) -> None:
+    def check_address(self) -> None:
         """Refuse addresses that keep nothing.
 
         Raises:
-            ConfigError: naming what is wrong with it.
+            ConfigError: with the address and what to use instead.
         """
-        if self.address.startswith("file:") or (
-            "://" not in self.address and not self.address.startswith("databricks")
-        ):
+        is_uri = "://" in self.address or self.address.startswith("databricks")
+        if self.address.startswith("file:") or not is_uri:
             raise ConfigError(
-                f"tracker.uri={self.store} is a folder, in which MLflow keeps no runs any more; choose {SQLITE_PREFIX}/absolute/path/mlflow.db, "
-                "http://HOST:PORT, or null: mlflow.db in tracker.folder"
+                f"tracker.uri={self.store} is a folder, and MLflow no longer keeps runs in folders; use "
+                f"{SQLITE_PREFIX}/absolute/path/mlflow.db, http://HOST:PORT, or null for mlflow.db in "
+                "tracker.folder"
             )
         if self.address in ("sqlite://", SQLITE_PREFIX) or ":memory:" in self.address:
             raise ConfigError(
-                f"tracker.uri={self.store} keeps its runs in memory, and they end with the command; choose sqlite:////path/mlflow.db"
+                f"tracker.uri={self.store} keeps its runs in memory, where they end with the command; use "
+                "sqlite:////path/mlflow.db"
             )
         if self.uri is None and set("%?") & set(self.address):
             raise ConfigError(
-                f"{self.database} has % or ? in its path, which MLflow takes for signs of its own; run in another folder, or set "
-                "tracker.folder=FOLDER"
+                f"{self.database} has % or ? in its path, which are special in MLflow's addresses; run in "
+                "another folder, or set tracker.folder=FOLDER"
             )
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep other processes out while a database is opened: two that make its tables at once destroy it."""
+    def lock_database(self) -> Iterator[None]:
+        """Keep other processes out while a database is opened: two that create its tables damage it."""
         from filelock import FileLock
 
         if self.database is None:
@@ -240,48 +257,58 @@ class MlflowTracker:
             return
         self.database.parent.mkdir(parents=True, exist_ok=True)
         lock = Path(f"{self.database}.lock")
-        lock.touch()  # where nothing can be written FileLock would wait for nobody
+        lock.touch()  # in a folder that cannot be written to, FileLock would wait for nobody
         with FileLock(lock, timeout=LOCK_TIMEOUT_S, poll_interval=0.01):
             yield
 
     def connect(self) -> tuple["MlflowClient", str]:
-        """See `opened`."""
+        """See `open_client`."""
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
 
-        new = self.database is not None and not self.database.exists()
+        is_new = self.database is not None and not self.database.exists()
         client = MlflowClient(self.address)
         experiment = client.get_experiment_by_name(self.experiment)
-        if new:
-            # readers and writers at once: without it a second writer waits seconds; the mode stays in the file
-            with closing(sqlite3.connect(str(self.database))) as connection:
-                connection.execute("pragma journal_mode=WAL")
+        if is_new:
+            self.allow_concurrent_writers()
         if experiment is None:
-            try:
-                # without the tag the page opens on its view for language models, where no metric column exists
-                tags = {"mlflow.experimentKind": "custom_model_development"}
-                return client, client.create_experiment(self.experiment, self.artifacts, tags)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                experiment = client.get_experiment_by_name(self.experiment)  # another command was faster
+            experiment = self.create_experiment(client)
         if experiment.lifecycle_stage == "deleted":
             raise ConfigError(
-                f"the MLflow experiment {self.experiment!r} is deleted; restore it or set tracker.experiment=<new name>"
+                f"the MLflow experiment {self.experiment!r} is deleted; restore it or set "
+                "tracker.experiment=<new name>"
             )
         return client, experiment.experiment_id
 
-    @property
-    def artifacts(self) -> str | None:
-        """Where files go: beside a database, else where the server says."""
-        if self.is_server:
-            return None
-        beside = self.database.parent if self.database else Path(self.folder).absolute()
-        return (beside / "mlartifacts" / re.sub(r"[^\w. -]", "_", self.experiment)).as_uri()
+    def allow_concurrent_writers(self) -> None:
+        """Let the database be read and written at once. Without it, a second writer waits seconds.
+
+        The mode stays in the file.
+        """
+        with closing(sqlite3.connect(str(self.database))) as connection:
+            connection.execute("pragma journal_mode=WAL")
+
+    def create_experiment(self, client: "MlflowClient") -> "Experiment":
+        """Create the experiment, or take the one that another command created at the same time."""
+        from mlflow.exceptions import MlflowException
+
+        # Without the tag the page opens on its view for language models, which has no metric columns.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        try:
+            client.create_experiment(self.experiment, self.artifact_location, tags)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        return client.get_experiment_by_name(self.experiment)
 
 
 def search_runs(client: "MlflowClient", experiment_id: str, condition: str) -> list["Run"]:
-    """Runs of an experiment, the oldest first."""
+    """Runs of an experiment, the oldest first.
+
+    Args:
+        client: of the store.
+        experiment_id: to search.
+        condition: in MLflow's filter language.
+    """
     runs: list[Run] = []
     token: str | None = None
     while True:
@@ -295,6 +322,13 @@ def search_runs(client: "MlflowClient", experiment_id: str, condition: str) -> l
 
 
 def close_run(client: "MlflowClient", run: "Run", state: str, error: str) -> None:
-    """End a run in place of its process."""
+    """End a run in place of its process.
+
+    Args:
+        client: of the store.
+        run: to end.
+        state: that it ends in.
+        error: why.
+    """
     with_retries(client.set_tag, run.info.run_id, "error", truncate(error, MAX_ERROR_LENGTH))
     with_retries(client.set_terminated, run.info.run_id, state, to_milliseconds(time.time()))

@@ -1,4 +1,8 @@
-"""Bring a record into an MLflow run. Each step may be repeated, and so may all of them after an interruption."""
+"""Send a record to an MLflow run, and bring its files back.
+
+Each step may be repeated, and so may all of them after an interruption: nothing is logged twice. Called by
+`MlflowTracker`; `mlflow_payload` decides what is sent.
+"""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,16 +21,23 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 T = TypeVar("T")
+
 SMALL_COPY_PX = 256  # longest side of MLflow's small copies
-METRICS_PER_CALL, ITEMS_PER_CALL = 1000, 100  # MLflow's limits of one call
+METRICS_PER_CALL, ITEMS_PER_CALL = 1000, 100  # MLflow's limits
+
+
+# -- runs ----------------------------------------------------------------------------------------------------
 
 
 def create_run(client: "MlflowClient", experiment_id: str, record: Record) -> str:
-    """A new run of a job that starts."""
+    """Open a run for a job that starts.
+
+    Returns:
+        Its id.
+    """
+    start = to_milliseconds(record.started)
     tags = mlflow_payload.build_start_tags(record)
-    run = with_retries(
-        lambda: client.create_run(experiment_id, to_milliseconds(record.started), tags, record.label)
-    )
+    run = with_retries(client.create_run, experiment_id, start, tags, record.label)
     log_params(client, run, record)
     return run.info.run_id
 
@@ -34,147 +45,189 @@ def create_run(client: "MlflowClient", experiment_id: str, record: Record) -> st
 def find_or_create_run(
     client: "MlflowClient", experiment_id: str, record: Record, run_id: str | None
 ) -> "Run":
-    """The run of a record: the one that it names, else one that an interrupted upload left, else a new one."""
-    from mlflow.exceptions import MlflowException
+    """The run of a record: the one that it names, else one that an interrupted upload left, else a new one.
 
-    if run_id is not None:
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-        else:
-            if run.info.lifecycle_stage == "active" and run.info.experiment_id == experiment_id:
-                return run
-    known = client.search_runs([experiment_id], f"tags.record = '{mlflow_payload.identify_record(record)}'")
+    Args:
+        client: of the store.
+        experiment_id: that the run belongs to.
+        record: of the job.
+        run_id: the run that the record names in this store.
+    """
+    named = find_run(client, experiment_id, run_id) if run_id is not None else None
+    if named is not None:
+        return named
+    condition = f"tags.record = '{mlflow_payload.identify_record(record)}'"
+    known = client.search_runs([experiment_id], condition)
     return known[0] if known else client.get_run(create_run(client, experiment_id, record))
 
 
+def find_run(client: "MlflowClient", experiment_id: str, run_id: str) -> "Run | None":
+    """An active run of the experiment; None when it is unknown, deleted or belongs to another one."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    is_ours = run.info.lifecycle_stage == "active" and run.info.experiment_id == experiment_id
+    return run if is_ours else None
+
+
 def upload_record(client: "MlflowClient", run: "Run", record: Record) -> None:
-    """Everything that the folder holds, and the end of the run last: a finished run is whole."""
-    steps = (log_params, log_metrics, log_files, log_images, log_tables, log_prompts, log_tags, end_run)
+    """Log everything that the folder holds.
+
+    The run ends last, so that a finished run is complete.
+    """
+    steps = (
+        log_params,
+        log_metrics,
+        log_files,
+        log_images,
+        log_tables,
+        log_prompts,
+        log_tags,
+        end_run,
+    )
     for step in steps:
         with_retries(step, client, run, record)
 
 
+def end_run(client: "MlflowClient", run: "Run", record: Record) -> None:
+    """End the run as the record ended, at that time."""
+    if record.state == RUNNING:
+        return
+    ended = record.ended or get_last_write_time(record.folder)
+    client.set_terminated(run.info.run_id, record.state, to_milliseconds(ended))
+
+
+def get_last_write_time(folder: Path) -> float:
+    """When a job that was killed last wrote a file, as Unix time in seconds."""
+    return max(path.stat().st_mtime for path in folder.iterdir())
+
+
+# -- what a run holds ----------------------------------------------------------------------------------------
+
+
 def log_params(client: "MlflowClient", run: "Run", record: Record) -> None:
-    """Those that the run does not have."""
+    """Log the params that the run does not have: MLflow refuses to change one."""
     from mlflow.entities import Param
 
-    missing = [
-        Param(name, value)
-        for name, value in mlflow_payload.build_params(record).items()
-        if name not in run.data.params
-    ]
-    for some in split_batches(missing, ITEMS_PER_CALL):
-        client.log_batch(run.info.run_id, params=some)
+    params = mlflow_payload.build_params(record)
+    missing = [Param(name, value) for name, value in params.items() if name not in run.data.params]
+    for batch in split_batches(missing, ITEMS_PER_CALL):
+        client.log_batch(run.info.run_id, params=batch)
 
 
 def log_metrics(client: "MlflowClient", run: "Run", record: Record) -> None:
-    """All of them: the store knows those that it has by their times."""
-    for some in split_batches(mlflow_payload.build_metrics(record), METRICS_PER_CALL):
-        client.log_batch(run.info.run_id, metrics=some)
+    """Log all metrics: the store recognizes those that it has by their times."""
+    for batch in split_batches(mlflow_payload.build_metrics(record), METRICS_PER_CALL):
+        client.log_batch(run.info.run_id, metrics=batch)
 
 
 def log_files(client: "MlflowClient", run: "Run", record: Record) -> None:
-    """Files as they are, over those of the same name."""
+    """Log files as they are, in place of those of the same name."""
     for path, folder in mlflow_payload.list_artifacts(record):
         client.log_artifact(run.info.run_id, str(path), folder)
 
 
 def log_images(client: "MlflowClient", run: "Run", record: Record) -> None:
-    """Pictures for the image grid, at step 0, where its cards begin; not those that it has: MLflow would keep both."""
-    wanted = mlflow_payload.find_image_files(record)
-    there = (
-        mlflow_payload.find_logged_images(
-            file.path for file in client.list_artifacts(run.info.run_id, "images")
-        )
-        if wanted
-        else {}
-    )
-    for key, path in wanted.items():
-        large = there.get(key, "")
-        picture = mlflow_payload.open_image(path) if large is not None else None
-        if picture is None:
+    """Log the images for the image grid, at step 0, where its charts begin.
+
+    Those that the run has are skipped: MLflow would keep both.
+    """
+    files = mlflow_payload.find_image_files(record)
+    if not files:
+        return
+    logged_files = client.list_artifacts(run.info.run_id, "images")
+    logged = mlflow_payload.find_logged_images(file.path for file in logged_files)
+    for key, path in files.items():
+        if key in logged and logged[key] is None:
+            continue  # complete
+        image = mlflow_payload.open_image(path)
+        if image is None:
             continue
-        if large:
-            log_small_copy(client, run, picture, large)
+        large_copy = logged.get(key)
+        if large_copy:
+            log_small_copy(client, run, image, large_copy)
         else:
-            client.log_image(
-                run.info.run_id, picture, key=key, step=0, timestamp=mlflow_payload.get_timestamp(record)
-            )
+            timestamp = mlflow_payload.get_timestamp(record)
+            client.log_image(run.info.run_id, image, key=key, step=0, timestamp=timestamp)
 
 
-def log_small_copy(client: "MlflowClient", run: "Run", picture: Image, large: str) -> None:
-    """The second half of `log_image`, which was cut off after the first."""
-    picture.thumbnail((SMALL_COPY_PX, SMALL_COPY_PX))
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place, large + mlflow_payload.SMALL_COPY_SUFFIX)
-        picture.save(path)
+def log_small_copy(client: "MlflowClient", run: "Run", image: Image, large_copy: str) -> None:
+    """Complete a `log_image` that was interrupted after its first half.
+
+    Args:
+        client: of the store.
+        run: that has the large copy.
+        image: to shrink.
+        large_copy: name of the file that is there, without its ending.
+    """
+    image.thumbnail((SMALL_COPY_PX, SMALL_COPY_PX))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, large_copy + mlflow_payload.SMALL_COPY_SUFFIX)
+        image.save(path)
         client.log_artifact(run.info.run_id, str(path), "images")
 
 
 def log_tables(client: "MlflowClient", run: "Run", record: Record) -> None:
-    """Layers of the denoiser and of the text encoders."""
-    tables = mlflow_payload.build_tables(record)
-    for name, table in tables.items():
+    """Log the layers of the denoiser and of the text encoders."""
+    for name, table in mlflow_payload.build_tables(record).items():
         client.log_dict(run.info.run_id, table, name)
 
 
 def log_prompts(client: "MlflowClient", run: "Run", record: Record) -> None:
-    """The prompts as the run's dataset; the store knows one that it has."""
+    """Log the prompts as the run's dataset; the store recognizes one that it has."""
     dataset = mlflow_payload.build_dataset(record)
     if dataset is not None:
         client.log_inputs(run.info.run_id, [dataset])
 
 
 def log_tags(client: "MlflowClient", run: "Run", record: Record) -> None:
-    """What is known when a job has ended. An error that another process thought of, which saw this one silent, is taken back."""
+    """Log what is known when a job has ended.
+
+    Another process may have taken this job for killed and written an error: it is removed.
+    """
     from mlflow.entities import RunTag
 
-    tags = mlflow_payload.build_end_tags(record) | mlflow_payload.build_table_tag(
-        mlflow_payload.build_tables(record)
-    )
-    new = {name: value for name, value in tags.items() if run.data.tags.get(name) != value}
+    tables = mlflow_payload.build_tables(record)
+    tags = mlflow_payload.build_end_tags(record) | mlflow_payload.build_table_tag(tables)
+    new = [RunTag(name, value) for name, value in tags.items() if run.data.tags.get(name) != value]
     if new:
-        client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in new.items()])
+        client.log_batch(run.info.run_id, tags=new)
     if "error" in run.data.tags and not mlflow_payload.has_failed(record):
         client.delete_tag(run.info.run_id, "error")
 
 
-def end_run(client: "MlflowClient", run: "Run", record: Record) -> None:
-    """The run ends as the record did, at that time."""
-    if record.state != RUNNING:
-        client.set_terminated(
-            run.info.run_id, record.state, to_milliseconds(record.ended or get_last_write_time(record.folder))
-        )
-
-
-def get_last_write_time(folder: Path) -> float:
-    """When a job that was killed last wrote a file."""
-    return max(path.stat().st_mtime for path in folder.iterdir())
+# -- the way back --------------------------------------------------------------------------------------------
 
 
 def download_files(client: "MlflowClient", run_id: str, folder: Path) -> None:
-    """The files of `log_files`, where they were in the output folder."""
+    """Download the files of `log_files` to where they were in the output folder.
+
+    Args:
+        client: of the store.
+        run_id: of the run.
+        folder: made where it is missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        for file in client.list_artifacts(run_id):
-            name = Path(file.path).name
-            if (
-                not file.is_dir
-                and Path(name).suffix in mlflow_payload.KEPT_SUFFIXES
-                and name not in mlflow_payload.TABLE_FILES
-            ):
-                Path(client.download_artifacts(run_id, file.path, place)).replace(folder / name)
-        if any(file.is_dir and file.path == "samples" for file in client.list_artifacts(run_id)):
-            pictures = Path(client.download_artifacts(run_id, "samples", place))
+    artifacts = client.list_artifacts(run_id)
+    names = [Path(artifact.path).name for artifact in artifacts if not artifact.is_dir]
+    has_samples = any(artifact.is_dir and artifact.path == mlflow_payload.SAMPLES for artifact in artifacts)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        for name in names:
+            if Path(name).suffix in mlflow_payload.KEPT_SUFFIXES and name not in mlflow_payload.TABLE_FILES:
+                Path(client.download_artifacts(run_id, name, temporary)).replace(folder / name)
+        if has_samples:
+            samples = Path(client.download_artifacts(run_id, mlflow_payload.SAMPLES, temporary))
             (folder / "images").mkdir(exist_ok=True)
-            for path in pictures.iterdir():
+            for path in samples.iterdir():
                 path.replace(folder / "images" / path.name)
 
 
-def split_batches(things: Sequence[T], size: int) -> Iterator[list[T]]:
+def split_batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
     """A sequence in lists of at most `size`."""
-    for start in range(0, len(things), size):
-        yield list(things[start : start + size])
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])

@@ -1,4 +1,8 @@
-"""What a job leaves in its output folder, written first and read by everything else: tracker, resume, report, the table of a sweep."""
+"""The record of a job: what it leaves in its output folder.
+
+Written first, and read by everything else: trackers, resume, the report, the table of a sweep. Knows none of
+them.
+"""
 
 import csv
 import errno
@@ -21,18 +25,24 @@ import yaml
 from int8run.errors import FileError
 
 log = logging.getLogger(__name__)
+
 STATUS = "status.json"
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
-KILLED_MESSAGE = "the process ended without a word: killed, out of memory, or the machine went down"
+KILLED_MESSAGE = "the process ended without an error message: killed, out of memory, or the machine went down"
 LOGIN = re.compile(r"://[^/@\s]*@")
-TEXT_KEYS = ("prompt", "key")  # of metrics.json: a prompt may be the word that stands for a number
-# settings that say where and how a job is kept, and change nothing about its result
+TEXT_KEYS = ("prompt", "key")  # of metrics.json: a prompt may be `nan` and is not a number
+# Settings that only decide how a job is shown and kept, and do not change its result.
 UNHASHED_SETTINGS = ("resume", "sync", "progress", "tracker", "cache")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One job as its output folder tells it. `status` is status.json; the other files are read when they are asked for."""
+    """One job as its output folder describes it.
+
+    Args:
+        folder: of the job.
+        status: the content of status.json. The other files are read when they are first used.
+    """
 
     folder: Path
     status: Mapping[str, Any]
@@ -49,34 +59,40 @@ class Record:
 
     @property
     def name(self) -> str:
-        """What differs from the defaults, in the words of the command line."""
+        """The overrides that differ from the defaults, as on the command line."""
         return self.status["name"]
 
     @property
     def label(self) -> str:
-        """The name of a sweep's job in as few letters as may be: `strength=0.5 convrot`. An option says what it is without its group."""
+        """A short name for a job of a sweep: `strength=0.5 convrot`.
+
+        The values of options stand alone, without their group.
+        """
         if self.sweep is None:
             return self.name
-        words = [word.lstrip("+").partition("=") for word in self.name.split(" ")]
-        short = [
-            f"{key.rpartition('.')[2]}={value}" if "." in key or not value or len(words) == 1 else value
-            for key, _, value in words
-        ]
-        return " ".join(short) if all(separator for _, separator, _ in words) else self.name
+        overrides = [override.lstrip("+").partition("=") for override in self.name.split(" ")]
+        if not all(separator for _, separator, _ in overrides):
+            return self.name  # a value has a space in it
+        is_only_one = len(overrides) == 1
+        words = []
+        for key, _, value in overrides:
+            is_option = "." not in key and value and not is_only_one
+            words.append(value if is_option else f"{key.rpartition('.')[2]}={value}")
+        return " ".join(words)
 
     @property
     def overrides(self) -> list[str]:
-        """The command line's words."""
+        """The overrides of the command line."""
         return list(self.status["overrides"])
 
     @property
     def params(self) -> dict[str, str]:
-        """Settings, flat: options by group, values by their key."""
+        """All settings, flat: options by their group, values by their dotted key."""
         return dict(self.status["params"])
 
     @property
     def sweep(self) -> str | None:
-        """Identity of the sweep."""
+        """The id of the sweep; None outside one."""
         return self.status.get("sweep")
 
     @property
@@ -86,17 +102,17 @@ class Record:
 
     @property
     def config_hash(self) -> str:
-        """Equal where the settings that decide a result are equal."""
+        """Equal for jobs whose results must be equal; see `hash_config`."""
         return self.status["config_hash"]
 
     @property
     def build_key(self) -> str:
-        """Equal where the built model is."""
+        """Equal for jobs that use the same built model."""
         return self.status["build_key"]
 
     @property
     def objective(self) -> str:
-        """The metric that judges the job."""
+        """The metric that the best job is chosen by."""
         return self.status["objective"]
 
     @property
@@ -116,31 +132,34 @@ class Record:
 
     @property
     def tracking(self) -> Mapping[str, Any]:
-        """Where the tracker has it: store, experiment, run_id, uploaded; empty when nowhere."""
+        """Where the tracker keeps it: store, experiment, run_id, uploaded; empty without a tracker."""
         return self.status.get("tracking") or {}
 
     @property
     def run_id(self) -> str | None:
-        """The tracker's name of it."""
+        """The tracker's id of the run."""
         return self.tracking.get("run_id")
 
     @property
     def uploaded(self) -> bool:
-        """Whether the tracker has everything."""
+        """Whether the tracker has everything that the folder holds."""
         return bool(self.tracking.get("uploaded"))
 
     @property
     def warnings(self) -> list[str]:
-        """What the job warned of."""
+        """The warnings that the job gave."""
         return list(self.status.get("warnings") or [])
 
     @cached_property
     def _measured(self) -> dict[str, Any]:
+        """The content of metrics.json; empty when it is missing or damaged."""
         path = self.folder / "metrics.json"
+        if not path.is_file():
+            return {}
         try:
-            return restore_numbers(json.loads(path.read_text())) if path.is_file() else {}
+            return restore_numbers(json.loads(path.read_text()))
         except ValueError as error:
-            log.warning("%s is damaged and left out: %s", path, error)
+            log.warning("%s is damaged and is ignored: %s", path, error)
             return {}
 
     @property
@@ -155,7 +174,7 @@ class Record:
 
     @property
     def images(self) -> list[dict[str, Any]]:
-        """Prompt, seed, files and quality of every drawing."""
+        """Prompt, seed, files and quality of every generated image or video."""
         return self._measured.get("images", [])
 
     @cached_property
@@ -166,7 +185,7 @@ class Record:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """Machine and versions."""
+        """Facts about the machine and the versions of libraries."""
         path = self.folder / "environment.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -178,71 +197,72 @@ class Record:
 
 
 def restore_numbers(value: Any) -> Any:
-    """JSON with its words for non-finite numbers turned back into numbers."""
+    """JSON with the strings for non-finite numbers turned back into numbers."""
     if isinstance(value, dict):
-        return {k: v if k in TEXT_KEYS else restore_numbers(v) for k, v in value.items()}
+        return {key: item if key in TEXT_KEYS else restore_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [restore_numbers(v) for v in value]
+        return [restore_numbers(item) for item in value]
     return float(value) if value in ("inf", "-inf", "nan") else value
 
 
 def read_record(folder: Path) -> Record:
-    """The record in a folder; a job that says it runs, and whose process on this machine is gone, was killed.
+    """Read the record in a folder.
+
+    A job that is marked as running, and whose process on this machine is gone, was killed.
 
     Raises:
-        FileError: when there is none, or it is damaged.
+        FileError: when there is no record, or it is damaged.
     """
     path = folder / STATUS
     try:
         status = json.loads(path.read_text())
-        if status["state"] == RUNNING and is_process_gone(
+        is_dead = status["state"] == RUNNING and is_process_gone(
             status["host"], status["pid"], status["process_started"]
-        ):
-            status |= {"state": KILLED, "error": KILLED_MESSAGE}
-        return Record(folder, status)
+        )
     except FileNotFoundError:
         raise FileError(f"{folder} holds no {STATUS}: no job of int8run wrote it") from None
     except (ValueError, KeyError, TypeError) as error:
         raise FileError(f"{path} is damaged: {error!r}") from error
+    if is_dead:
+        status |= {"state": KILLED, "error": KILLED_MESSAGE}
+    return Record(folder, status)
 
 
 def find_records(folder: Path) -> list[Record]:
-    """Every record in a folder and below it, by number and start. The copies in MLflow's own folders are none: `<run>/artifacts/`.
+    """Every record in a folder and below it, by number and start.
 
-    One that is damaged is left out, with a warning: it is no reason to lose the others.
+    Copies in MLflow's own folders, `<run>/artifacts/`, do not count. A damaged record is skipped with a
+    warning, so that the others can be used.
     """
-    found = []
-    for path in folder.rglob(STATUS):
-        record = try_read_record(path.parent) if path.parent.name != "artifacts" else None
-        if record is not None:
-            found.append(record)
-    return sorted(found, key=lambda r: (r.number, r.started))
+    folders = [path.parent for path in folder.rglob(STATUS) if path.parent.name != "artifacts"]
+    found = [record for record in map(try_read_record, folders) if record is not None]
+    return sorted(found, key=lambda record: (record.number, record.started))
 
 
 def try_read_record(folder: Path) -> Record | None:
-    """The record in a folder, if there is one that can be read."""
+    """The record in a folder; None, with a warning, when it is damaged, and None when there is none."""
     if not (folder / STATUS).is_file():
         return None
     try:
         return read_record(folder)
     except FileError as error:
-        log.warning("%s; it is left out", error)
+        log.warning("%s; it is ignored", error)
         return None
 
 
 def hash_config(settings: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that are equal where the settings that decide a result are.
+    """16 hexadecimal digits that are equal for equal settings, apart from UNHASHED_SETTINGS.
 
     Args:
         settings: the resolved config.
     """
-    deciding = {key: value for key, value in settings.items() if key not in UNHASHED_SETTINGS}
-    return hash_text(json.dumps(deciding, sort_keys=True, default=str))
+    hashed = {key: value for key, value in settings.items() if key not in UNHASHED_SETTINGS}
+    return hash_text(json.dumps(hashed, sort_keys=True, default=str))
 
 
-def split_override(word: str) -> tuple[str, str]:
-    """`+a.b=1` -> (`a.b`, `1`): a word of the command line."""
-    key, _, value = word.lstrip("+~").partition("=")
+def split_override(override: str) -> tuple[str, str]:
+    """An override of the command line as key and value: `+a.b=1` -> (`a.b`, `1`)."""
+    key, _, value = override.lstrip("+~").partition("=")
     return key, value
 
 
@@ -259,7 +279,7 @@ def find_varying_keys(settings: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def remove_login(text: str) -> str:
-    """An address, or a text with some, without user and password."""
+    """An address, or a text with addresses, without users and passwords."""
     return LOGIN.sub("://", text)
 
 
@@ -268,8 +288,11 @@ def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+# -- processes -----------------------------------------------------------------------------------------------
+
+
 def describe_process() -> dict[str, Any]:
-    """Who writes a record, so that others can tell whether it is still there."""
+    """This process, so that others can tell whether it is still running."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -278,51 +301,76 @@ def describe_process() -> dict[str, Any]:
 
 
 def is_process_gone(host: str, pid: int, started: float) -> bool:
-    """Whether a process of this machine has ended; of another machine nothing is known, and the answer is no."""
+    """Whether a process has ended; False for one of another machine, about which nothing is known.
+
+    Args:
+        host: its machine.
+        pid: its number.
+        started: when it started, as Unix time in seconds: the number may belong to another process by now.
+    """
     if host != socket.gethostname():
         return False
     try:
-        return (
-            abs(psutil.Process(pid).create_time() - started) > 1
-        )  # the number may belong to another one by now
+        return abs(psutil.Process(pid).create_time() - started) > 1
     except psutil.NoSuchProcess:
         return True
 
 
+# -- writing -------------------------------------------------------------------------------------------------
+
+
 def start_record(folder: Path, identity: Mapping[str, Any]) -> Record:
-    """Write that a job runs, in this process, from now on. What an earlier try of it left in status.json is replaced."""
+    """Write that a job runs from now on, in this process. An earlier status.json of the folder is replaced.
+
+    Args:
+        folder: of the job; made where it is missing.
+        identity: what status.json says about the job itself.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     return write_status(create_record(folder, identity))
 
 
 def create_record(folder: Path, identity: Mapping[str, Any], **changes: Any) -> Record:
-    """A record of a job that starts in this process; nothing is written."""
-    ends = {"state": RUNNING, "error": None, "started": time.time(), "ended": None, "tracking": None}
-    return Record(folder, {**identity, **describe_process(), **ends, **changes})
+    """A record of a job that starts in this process. Nothing is written.
+
+    Args:
+        folder: of the job.
+        identity: what status.json says about the job itself.
+        changes: fields with other values than those of a job that starts.
+    """
+    progress = {"state": RUNNING, "error": None, "started": time.time(), "ended": None, "tracking": None}
+    return Record(folder, {**identity, **describe_process(), **progress, **changes})
 
 
 def end_record(record: Record, state: str, error: str | None = None, warnings: Sequence[str] = ()) -> Record:
-    """Write how a job ended."""
+    """Write how a job ended.
+
+    Args:
+        record: of the job.
+        state: FINISHED, FAILED or KILLED.
+        error: why it failed, in one line.
+        warnings: that it gave.
+    """
     return update_record(record, state=state, error=error, warnings=list(warnings), ended=time.time())
 
 
 def update_record(record: Record, **changes: Any) -> Record:
-    """Write a record with some changes."""
+    """Write a record with some changed fields."""
     return write_status(Record(record.folder, {**record.status, **changes}))
 
 
 def write_status(record: Record) -> Record:
-    """Write status.json whole or not at all; on a full disk into the old one's place, which has room."""
+    """Write status.json whole or not at all; on a full disk in place of the old one, whose space it takes."""
     path = record.folder / STATUS
     text = json.dumps(record.status, indent=2) + "\n"
-    new = path.with_suffix(f".{os.getpid()}.new")
+    unfinished = path.with_suffix(f".{os.getpid()}.new")
     try:
-        new.write_text(text)
-        os.replace(new, path)
+        unfinished.write_text(text)
+        os.replace(unfinished, path)
     except OSError as error:
         if error.errno != errno.ENOSPC or not path.exists():
             raise
-        new.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         with path.open("r+") as file:
             file.write(text)
             file.truncate()

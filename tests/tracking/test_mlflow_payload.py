@@ -89,7 +89,7 @@ def test_half_a_picture_is_left_out_and_named(tmp_path: Path, caplog: pytest.Log
     Image.effect_noise((64, 64), 50).save(whole)
     half.write_bytes(whole.read_bytes()[:2000])
     assert mlflow_payload.open_image(whole) is not None and mlflow_payload.open_image(half) is None
-    assert "half.png is no picture and is not uploaded" in caplog.text
+    assert "half.png is not an image and is not uploaded" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -450,7 +450,7 @@ def test_a_deleted_experiment_is_named_and_costs_no_run(tracker: MlflowTracker, 
     {
         "folder": (
             "./mlruns",
-            r"tracker\.uri=\./mlruns is a folder, in which MLflow keeps no runs any more; choose sqlite:///",
+            r"tracker\.uri=\./mlruns is a folder, and MLflow no longer keeps runs in folders; use sqlite:///",
         ),
         "file store": ("file:./mlruns", r"tracker\.uri=file:\./mlruns is a folder"),
         "unknown": (
@@ -467,10 +467,10 @@ def test_a_deleted_experiment_is_named_and_costs_no_run(tracker: MlflowTracker, 
         ),
         "in memory": (
             "sqlite://",
-            r"tracker\.uri=sqlite:// keeps its runs in memory, .*choose sqlite:////path/mlflow\.db",
+            r"tracker\.uri=sqlite:// keeps its runs in memory, .*use sqlite:////path/mlflow\.db",
         ),
         "a secret": ("postgres://me:secret@h/x", r"^((?!secret).)*$"),
-        "no slashes": ("http//127.0.0.1:5000", r"tracker\.uri=http//127\.0\.0\.1:5000 is a folder, in which"),
+        "no slashes": ("http//127.0.0.1:5000", r"tracker\.uri=http//127\.0\.0\.1:5000 is a folder, and"),
         "no folder": ("sqlite:////proc/nobody/mlflow.db", r"cannot be used: .*'/proc/nobody'; tracker=none"),
         "no place": ("sqlite:////proc/mlflow.db", r"cannot be used: .*'/proc/mlflow.db.lock'; tracker=none"),
     }.values(),
@@ -563,7 +563,7 @@ def test_several_processes_make_one_store_and_lose_nothing(tmp_path: Path) -> No
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(120)
+        worker.join(300)
     assert [worker.exitcode for worker in workers] == [0] * 4
     tracker = MlflowTracker(folder=str(tmp_path / "new"))
     runs = runs_of(tracker)

@@ -95,7 +95,7 @@ def test_a_job_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     assert read_record(tmp_path).state == RUNNING
     update_record(record, pid=free_pid())
     dead = read_record(tmp_path)
-    assert dead.state == KILLED and "without a word" in str(dead.error)
+    assert dead.state == KILLED and "without an error message" in str(dead.error)
     update_record(record, host="elsewhere", pid=free_pid())
     assert read_record(tmp_path).state == RUNNING, "of other machines nothing is known"
 
@@ -192,7 +192,7 @@ def test_damaged_numbers_are_said_and_left_out(tmp_path: Path, caplog: pytest.Lo
     assert (
         record.metrics == {}
         and record.images == []
-        and f"{tmp_path / 'metrics.json'} is damaged and left out" in caplog.text
+        and f"{tmp_path / 'metrics.json'} is damaged and is ignored" in caplog.text
     )
 
 
@@ -219,4 +219,4 @@ def test_a_damaged_record_does_not_hide_the_others(tmp_path: Path, caplog: pytes
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "status.json").write_text('{"sta')
     assert [r.folder.name for r in find_records(tmp_path)] == ["a"]
-    assert f"{tmp_path / 'b' / 'status.json'} is damaged" in caplog.text and "it is left out" in caplog.text
+    assert f"{tmp_path / 'b' / 'status.json'} is damaged" in caplog.text and "it is ignored" in caplog.text
