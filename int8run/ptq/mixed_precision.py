@@ -121,9 +121,8 @@ class MixedPrecisionSearch:
         with self.progress.track_loop("quality budget", len(self.layers) + n_trials) as advance:
             exact = self._generate_images(self.float_denoiser)
             all_int8 = self.assemble(list(self.layers))
-            reached_db = {
-                0: measure_latents_db(self._generate_images(all_int8), exact)
-            }  # by number of float layers
+            # dB by the number of float layers
+            reached_db = {0: measure_latents_db(self._generate_images(all_int8), exact)}
             advance(1)
             if reached_db[0] >= self.target_db:
                 return all_int8, self._summarize_met_without(reached_db[0])

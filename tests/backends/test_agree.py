@@ -20,7 +20,8 @@ ABLE = [
     for device in DEVICES
     if usable(backend, device) and name != "comfy_kitchen"  # it rounds otherwise: test_comfy_kitchen.py
 ]
-# K = 1 is on its own: the transposed weight then has two strides of 1, and torch 2.13's _int_mm writes nothing
+# K = 1 is on its own: the transposed weight then has two strides of 1, and torch 2.13's _int_mm writes
+# nothing
 SHAPES = [
     (1, 1, 1),
     (2, 8, 1),
@@ -32,7 +33,8 @@ SHAPES = [
     (31, 64, 20),
     (80, 384, 1536),
 ]
-# float32: the order of scales and bias; bfloat16: one more rounding of the output, which may fall to either side
+# float32: the order of scales and bias; bfloat16: one more rounding of the output, which may fall to either
+# side
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-3}
 
 
@@ -137,14 +139,16 @@ def test_rotations(backend, device, rotation, before, dtype):
         run_rotated(backend, device, x.to(dtype), *steps),
         run_rotated(Reference(), "cpu", x.to(dtype).float(), *steps),
     )
-    # a sum in another order moves an integer at a tie now and then; the eager backends round to bfloat16 between the steps
+    # a sum in another order moves an integer at a tie now and then; the eager backends round to bfloat16
+    # between the steps
     assert_close(backend.name, y, expected, {torch.float32: 1e-3, torch.bfloat16: 2e-2}[dtype])
 
 
 STRIDED = {
     "transposed": lambda: randn(24, 6).T,
     "every second column": lambda: randn(6, 48)[:, ::2],
-    # the stride of a size-1 dimension is free; torch._int_mm took it for the row length (pytorch issue 195066)
+    # the stride of a size-1 dimension is free; torch._int_mm took it for the row length (pytorch issue
+    # 195066)
     "one row, stride 0": lambda: randn(1, 24).as_strided((1, 24), (0, 1)),
     "one row, stride 1": lambda: randn(1, 24).as_strided((1, 24), (1, 1)),
     "one expanded row": lambda: randn(1, 24).expand(6, 24),

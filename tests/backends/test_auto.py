@@ -1,4 +1,7 @@
-"""`backend=auto`: which candidates take part, which one wins, what is remembered. Times are faked, so nothing depends on them."""
+"""`backend=auto`: which candidates take part, which one wins, what is remembered.
+
+Times are faked, so nothing depends on the machine.
+"""
 
 import itertools
 import json

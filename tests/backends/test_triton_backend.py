@@ -1,4 +1,4 @@
-"""`backend=triton`: layers interpreted on the CPU and compiled on a GPU, its tiles, and what a config may say about them."""
+"""`backend=triton`: layers interpreted on the CPU and compiled on a GPU, its tiles, and their config."""
 
 import re
 from pathlib import Path

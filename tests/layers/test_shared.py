@@ -1,4 +1,4 @@
-"""One quantization for layers that read the same tensor: it is taken once, and the result never depends on it."""
+"""One quantization for layers that read the same tensor: made once, and the result does not depend on it."""
 
 import copy
 import random

@@ -1,4 +1,4 @@
-"""`outlier=auto`: the best candidate for each layer, the plainest of equals, within the cost that is allowed."""
+"""`outlier=auto`: the best candidate for each layer, the plainest of equals, within the allowed cost."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def statistics_of(x, weight):
 
 
 def planted(channels, factor, seed=0, width=256, draw=0):
-    """Inputs and a weight with so many outlier channels, so many times as large; the weight is small there, as trained ones are."""
+    """Inputs with `channels` outlier channels, `factor` times as large, and a weight that is small there."""
     x, weight = randn(4, 24, width, seed=seed + 1000 * draw), randn(48, width, seed=seed + 1)
     where = torch.randperm(width, generator=torch.Generator().manual_seed(seed))[:channels]
     x[..., where] *= factor

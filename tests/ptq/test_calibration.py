@@ -34,7 +34,10 @@ LINEARS = ["proj_in", "blocks.0.1", "blocks.0.3", "blocks.1.1", "blocks.1.3", "p
 def test_prompts_are_a_list_of_texts(prompts):
     with pytest.raises(
         ConfigError,
-        match=r"^calibration\.prompts is .*; it takes a list with at least one prompt: calibration\.prompts=\[a fox",
+        match=(
+            r"^calibration\.prompts is .*; it takes a list with at least one prompt: "
+            r"calibration\.prompts=\[a fox"
+        ),
     ):
         CalibrationSettings(prompts)
 
@@ -95,7 +98,7 @@ class Step(nn.Module):
 
 
 class Pipe:
-    """As much of a pipeline as a calibration uses; what a picture starts from is its prompt's length and its seed."""
+    """As much of a pipeline as a calibration uses; an image starts from its prompt's length and its seed."""
 
     device = torch.device("cpu")
 
@@ -331,7 +334,10 @@ def test_layers_with_the_same_input_know_the_weights_of_all():
 def test_an_input_that_is_not_finite_is_refused_by_name(value):
     calls = [randn(2, 9, 7), randn(2, 9, 7, seed=1)]
     calls[1][0, 3, 2] = value
-    words = r"^proj_in: 1 of 126 inputs are NaN or infinite in a calibration step of the float model; check the checkpoint, or try model"
+    words = (
+        r"^proj_in: 1 of 126 inputs are NaN or infinite in a calibration step of the float model; "
+        r"check the checkpoint, or try model"
+    )
     with pytest.raises(ConfigError, match=words):
         tiny_statistics(calls)
 
@@ -353,7 +359,8 @@ def test_channels_that_never_change_are_counted_in_one_line(caplog):
     model.blocks[1][1].weight[:5], model.blocks[1][1].bias[:5] = 0, -100
     tiny_statistics([x], model)
     assert caplog.messages == [
-        "calibration: 2 layers have input channels that never change (blocks.1.3: 5 of 96); what is fitted to them is "
+        "calibration: 2 layers have input channels that never change (blocks.1.3: 5 of 96); "
+        "what is fitted to them is "
         "a guess; more calibration.prompts or a larger calibration.num_timesteps may show them changing"
     ]
 
@@ -385,7 +392,10 @@ def test_a_layer_that_no_call_reaches_is_left_out_and_refused_where_it_is_needed
     assert list(statistics) == ["proj_in", "blocks.0.1", "blocks.0.3", "proj_out"]
     plans = plan_layers(model, lambda name: None)
     everywhere = {p.name: SmoothQuant() for p in plans}
-    words = r"^blocks\.1\.1: the calibration never reached it; keep the layer float, or take other calibration\.prompts$"
+    words = (
+        r"^blocks\.1\.1: the calibration never reached it; "
+        r"keep the layer float, or take other calibration\.prompts$"
+    )
     for methods, rounding in ((everywhere, AbsMax()), ({}, Gptq())):
         with pytest.raises(ConfigError, match=words):
             list(quantize_layers(model, plans, methods=methods, rounding=rounding, statistics=statistics))

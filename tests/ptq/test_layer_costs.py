@@ -1,4 +1,4 @@
-"""What a LoRA branch costs an INT8 layer: measured once, remembered, asked anew where it may differ. Transforms are in test_convert.py."""
+"""What a LoRA branch costs an INT8 layer: measured once, remembered, measured anew where it may differ."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def backend(tmp_path: Path) -> AutoBackend:
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """What was timed: rank, rows, in and out features. A plain layer takes two seconds, one with a branch three."""
+    """What was timed: rank, rows, in and out features. A plain layer takes 2 s, one with a branch 3 s."""
     seen: list[tuple[int, ...]] = []
 
     def in_turns(
@@ -124,7 +124,8 @@ def test_a_busy_machine_is_asked_again_by_the_next_run(
     with caplog.at_level(logging.WARNING):
         assert [costs.get_ratio(layer(), 4, 5), costs.get_ratio(layer(), 4, 5)] == [2.0, 2.0]
     assert caplog.messages == [
-        "cost of a branch of rank 4 | Reference() | 5x8x12: times scatter by more than twice: other work runs here; measured anew next time"
+        "cost of a branch of rank 4 | Reference() | 5x8x12: times scatter by more than twice: "
+        "other work runs here; measured anew next time"
     ]
     assert not (tmp_path / "table.json").exists()
 

@@ -96,7 +96,8 @@ def test_a_method_that_cannot_take_a_layer_leaves_it_to_none(caplog):
     assert [p.outlier for p in plans] == ["none", by_64, by_16, by_64, by_16, by_64]
     assert [p.outlier_skip_reason for p in plans] == ["in_features=7 is not a multiple of 4", *[""] * 5]
     assert caplog.messages == [
-        "outlier=convrot cannot take 1 of 6 layers (1 × in_features=7 is not a multiple of 4); these are plain INT8"
+        "outlier=convrot cannot take 1 of 6 layers (1 × in_features=7 is not a multiple of 4); "
+        "these are plain INT8"
     ]
     assert_close("INT8 model", int8(x), model(x), 0.03)
 
@@ -121,7 +122,8 @@ def test_nothing_is_said_where_a_method_takes_every_layer(caplog):
 
 def test_a_method_that_can_take_no_layer_is_refused():
     words = (
-        r"^outlier=quarot can take none of the 6 layers \(1 × in_features=7 is not a multiple of 128; 3 × in_features=64 .*; "
+        r"^outlier=quarot can take none of the 6 layers \(1 × in_features=7 is not a multiple of 128; "
+        r"3 × in_features=64 .*; "
         r"2 × in_features=96 is not a multiple of 128\); choose another outlier=$"
     )
     with pytest.raises(ConfigError, match=words):
@@ -172,7 +174,10 @@ def test_the_rounding_makes_the_integers_from_what_the_layer_multiplies(outlier)
 def test_a_layer_that_the_calibration_never_reached_is_refused_where_one_is_needed(outlier, rounding):
     model = TinyModel()
     statistics = statistics_of(model, [name for name in LINEARS if name != "blocks.1.3"])
-    words = r"^blocks\.1\.3: the calibration never reached it; keep the layer float, or take other calibration\.prompts$"
+    words = (
+        r"^blocks\.1\.3: the calibration never reached it; "
+        r"keep the layer float, or take other calibration\.prompts$"
+    )
     with pytest.raises(ConfigError, match=words):
         to_int8(model, outlier=outlier, rounding=rounding, statistics=statistics)
     # the layer kept float, nothing is missing

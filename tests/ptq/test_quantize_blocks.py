@@ -1,4 +1,4 @@
-"""What INT8 does inside a block: shared inputs, GELUs moved into a quantization, refusals that name every layer, strengths that change."""
+"""What INT8 does inside a block: shared inputs, moved GELUs, errors by layer, strengths that change."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -74,7 +74,7 @@ def flux():
 def int8(
     model, backend=None, deferred=True, outlier=None, settings=NEVER_FLOAT, why_float=FLUX.find_skip_reason
 ):
-    """The INT8 model as a run builds it, and its plan; without the two steps inside the blocks where not `deferred`."""
+    """The INT8 model as a run builds it, and its plan; without sharing and moved GELUs where not `deferred`."""
     keep = tuple(p.name for p in plan_layers(model, why_float) if p.skip_reason is not None)
     copy, plans = to_int8(model, backend or Fusing(), outlier, settings, keep)
     if deferred:
@@ -271,7 +271,10 @@ class Narrow(Reference):
 
 def test_every_layer_that_a_backend_refuses_is_named_at_once():
     why = "in_features=96 overflows its 32-bit sums, which hold 64"
-    words = rf"^backend 'narrow' cannot take 2 layers: blocks\.0\.3: {why}; blocks\.1\.3: {why}; backend=auto gives them to another$"
+    words = (
+        rf"^backend 'narrow' cannot take 2 layers: blocks\.0\.3: {why}; blocks\.1\.3: {why}; "
+        r"backend=auto gives them to another$"
+    )
     plans = plan_layers(TinyModel(), lambda name: None)
     with pytest.raises(BackendError, match=words):
         check_backend(Narrow(), CPU, plans)
@@ -285,7 +288,10 @@ def test_a_device_is_refused_with_all_reasons_and_what_can_run_there():
             cpu_features=("no_such_feature",), python_packages=("no_such_package",)
         )
 
-    words = r"^backend 'elsewhere' cannot run here: needs a CPU with no_such_feature.*; needs the Python package no_such.*\breference\b"
+    words = (
+        r"^backend 'elsewhere' cannot run here: needs a CPU with no_such_feature.*; "
+        r"needs the Python package no_such.*\breference\b"
+    )
     with pytest.raises(BackendError, match=words):
         check_backend(Elsewhere(), CPU, [])
 
@@ -305,7 +311,10 @@ def test_inputs_that_are_not_finite_are_counted(value):
     x = randn(3, 4)
     check_finite("blocks.0.ff", x, "the first step")
     x[0, 1] = x[2, 3] = value
-    words = r"^blocks\.0\.ff: 2 of 12 inputs are NaN or infinite in the first step of the float model; check the checkpoint, or try model\."
+    words = (
+        r"^blocks\.0\.ff: 2 of 12 inputs are NaN or infinite in the first step of the float model; "
+        r"check the checkpoint, or try model\."
+    )
     with pytest.raises(ConfigError, match=words):
         check_finite("blocks.0.ff", x, "the first step")
 

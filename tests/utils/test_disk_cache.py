@@ -1,4 +1,4 @@
-"""The store of what the next run needs: a limit, the longest unused go first, and a hash that follows the file."""
+"""The disk cache: a size limit, the longest unused go first, and hashes that follow a changed file."""
 
 import hashlib
 import json
@@ -183,7 +183,7 @@ def test_a_file_that_cannot_be_used_is_dropped_with_the_reason(
     kept.remove(path, "gone already")
 
 
-# -- hashes ------------------------------------------------------------------------------------------------------------------------
+# -- hashes ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ def test_a_key_says_all_that_is_in_it() -> None:
     assert len({hash_parts(p) for p in [parts, *others]}) == 6
 
 
-# -- tests themselves --------------------------------------------------------------------------------------------------------------
+# -- the tests themselves --------------------------------------------------------------------------
 
 
 def test_no_test_writes_into_the_users_cache(
