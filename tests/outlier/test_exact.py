@@ -341,7 +341,7 @@ def test_convrot_of_the_first_unit_vector_of_16():
 
 
 def sylvester(size):
-    """By bits, not Kronecker products: an entry's sign is the parity of the ones that row and column share."""
+    """By bits, not Kronecker products: an entry's sign is the parity of the ones row and column share."""
     signs = [[(-1) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
     return torch.tensor(signs, dtype=torch.float64) / math.sqrt(size)
 
@@ -419,7 +419,7 @@ def rounded(x):
 
 
 def toolkit_hadanorm(x, weight, bias, alpha, group):
-    """The whole layer: weight times sigma, input over sigma, both rotated; the mean over tokens is separate."""
+    """The whole layer: weight times sigma, input over sigma, both rotated; the mean is separate."""
     sigma, matrix = sigma_of(weight, alpha), sylvester(group)
     q_weight = rounded(by_group(weight.double() * sigma, matrix.T))
     moved = by_group(x.double() / sigma, matrix)

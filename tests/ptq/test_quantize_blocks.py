@@ -74,7 +74,7 @@ def flux():
 def int8(
     model, backend=None, deferred=True, outlier=None, settings=NEVER_FLOAT, why_float=FLUX.find_skip_reason
 ):
-    """The INT8 model as a run builds it, and its plan; without sharing and moved GELUs where not `deferred`."""
+    """The INT8 model as a run builds it, and its plan; `deferred`: with sharing and moved GELUs."""
     keep = tuple(p.name for p in plan_layers(model, why_float) if p.skip_reason is not None)
     copy, plans = to_int8(model, backend or Fusing(), outlier, settings, keep)
     if deferred:
