@@ -3,9 +3,9 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from support.source_files import FILES, ROOT
+
 HEAVY = "torch", "diffusers", "transformers", "mlflow"
 
 EVERY_MODULE = """
@@ -18,7 +18,8 @@ torch.cuda._lazy_init = refuse
 threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
 for name in sys.argv[1:]:
     importlib.import_module(name)
-assert (torch.get_num_threads(), torch.is_grad_enabled()) == (threads, grad), "an import changed torch's settings"
+settings = (torch.get_num_threads(), torch.is_grad_enabled())
+assert settings == (threads, grad), "an import changed torch's settings"
 assert not torch.cuda.is_initialized()
 assert "mlflow" not in sys.modules, "only the MLflow tracker may import mlflow"
 assert os.listdir() == [], f"an import wrote {os.listdir()}"
@@ -58,12 +59,7 @@ def python(code, folder, *arguments):
 
 def modules():
     """Every module, by its file; the links int8run/conf and int8run/kernels are followed by hand."""
-    files = [
-        *(ROOT / "int8run").rglob("*.py"),
-        *(ROOT / "conf").rglob("*.py"),
-        *(ROOT / "kernels").rglob("*.py"),
-    ]
-    dotted = [".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for f in files]
+    dotted = [".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for f in FILES]
     return sorted(name if name.startswith("int8run") else f"int8run.{name}" for name in dotted)
 
 

@@ -1,6 +1,6 @@
-"""What ships: the package list, the wheel, the sdist, and the command after an installation into an empty environment."""
+"""What ships: the package list, the wheel, the sdist, and the command as an empty environment installs it."""
 
-import ast
+import os
 import re
 import subprocess
 import sys
@@ -12,8 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from support.source_files import FILES, ROOT, find_libraries
 
 
 def test_the_package_list_equals_the_folders() -> None:
@@ -44,7 +43,8 @@ IMPORTED_AS = {
 }
 # not imported by us: diffusers and transformers need them to load the models that conf/ names
 FOR_OTHERS = {"sentencepiece", "protobuf"}
-# used where they are there: torchvision must match the torch build that the user chose, and pip would take any; pynvml is for GPUs alone
+# used where they are installed: torchvision must match the user's build of torch, and pip would take any;
+# pynvml is for GPUs alone
 UNDECLARED = {"torchvision", "pynvml"}
 
 
@@ -61,13 +61,7 @@ def test_the_dependencies_are_what_the_package_imports() -> None:
         + extras["slurm"]
     )
     names = {re.match(r"[\w-]+", text)[0].lower() for text in declared}
-    imported = set()
-    for file in [*(ROOT / "int8run").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                imported.add(node.module.split(".")[0])
+    imported = {library for file in FILES for library in find_libraries(file)}
     assert imported - set(sys.stdlib_module_names) - {"int8run"} - UNDECLARED == {
         IMPORTED_AS.get(n, n) for n in names - FOR_OTHERS
     }
@@ -148,42 +142,52 @@ def test_the_sdist_holds_what_a_wheel_needs(built: tuple[Path, Path]) -> None:
     } <= names
 
 
-@pytest.mark.slow
-def test_an_installed_wheel_runs_from_another_folder(built: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.fixture
+def installed_python(built: tuple[Path, Path], tmp_path: Path) -> Path:
+    """The Python of an environment into which the wheel is installed; its dependencies are those of this one."""
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(built[0])],
-        check=True,
-        capture_output=True,
-    )
-    # the dependencies are those of this environment; its own int8run, an editable one, comes after the installed one
-    site = Path(
-        subprocess.run(
-            [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True
-        ).stdout.strip()
-    )
-    (site / "zz_dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    elsewhere = tmp_path / "elsewhere"
-    for decoy in ("conf", "kernels"):
-        (elsewhere / decoy).mkdir(parents=True)
-        (elsewhere / decoy / "__init__.py").write_text("raise RuntimeError('a decoy was imported')")
-    (elsewhere / "conf" / "config.yaml").write_text("decoy: true\n")
+    options = ["--quiet", "--no-deps", "--no-index"]
+    subprocess.run([python, "-m", "pip", "install", *options, built[0]], check=True, capture_output=True)
+    # this environment has an int8run, too, an editable one, which comes after the installed one
+    (find_site_packages(python) / "zz_dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return python
 
-    def run(*command: str) -> str:
-        done = subprocess.run([str(c) for c in command], cwd=elsewhere, capture_output=True, text=True)
+
+def find_site_packages(python: Path) -> Path:
+    command = [python, "-c", "import site; print(site.getsitepackages()[0])"]
+    return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+
+
+@pytest.fixture
+def decoys(tmp_path: Path) -> Path:
+    """A folder whose `conf` and `kernels` are not ours."""
+    folder = tmp_path / "elsewhere"
+    for name in ("conf", "kernels"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text("raise RuntimeError('a decoy was imported')")
+    (folder / "conf" / "config.yaml").write_text("decoy: true\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_runs_from_another_folder(installed_python: Path, decoys: Path) -> None:
+    int8run = installed_python.with_name("int8run")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: str | Path) -> str:
+        done = subprocess.run(command, cwd=decoys, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = run(
-        python,
-        "-c",
-        "import int8run, int8run.kernels.hadamard.reference as k; print(int8run.__file__, k.__file__)",
-    )
-    assert all(Path(p).is_relative_to(site) for p in where.split()), where
-    int8run = tmp_path / "env" / "bin" / "int8run"
+    modules = "int8run, int8run.kernels.hadamard.reference as k"
+    where = run(installed_python, "-c", f"import {modules}; print(int8run.__file__, k.__file__)").split()
+    assert all(Path(file).is_relative_to(find_site_packages(installed_python)) for file in where), where
+
     # -m puts the folder with the decoys at the front of sys.path
-    assert run(python, "-m", "int8run.cli", "--cfg", "job") == run(int8run, "--cfg", "job")
-    assert "decoy" not in run(int8run, "--cfg", "job") and "flux_schnell" in run(int8run, "--help")
+    config = run(int8run, "--cfg", "job")
+    assert run(installed_python, "-m", "int8run.cli", "--cfg", "job") == config and "decoy" not in config
+    assert "flux_schnell" in run(int8run, "--help")
+
     shown = run(int8run, "prompts.prompts=[fox]", "sampler.steps=2", "tracker=none")
-    assert "PSNR to float" in shown and len(list((elsewhere / "outputs").rglob("grid.png"))) == 1
+    assert "PSNR to float" in shown and len(list((decoys / "outputs").rglob("grid.png"))) == 1
