@@ -1,0 +1,195 @@
+"""Shapes of the files of text encoders, and models that are filled from files; shared by the tests."""
+
+from collections.abc import Mapping
+
+import torch
+from text_encoders.tiny_encoders import answers
+from torch import Tensor, nn
+
+from int8run.text_encoders.registry import (
+    EncoderFamily,
+)
+from int8run.text_encoders.skeleton import build_skeleton, remove_optional_modules
+from int8run.text_encoders.state_dict_adapter import build_encoder_layout
+
+
+def shapes_of(file: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in file.items()}
+
+
+def fill_model(encoder: EncoderFamily, cls: str, config: Mapping, file: Mapping[str, Tensor]) -> nn.Module:
+    """A model with the values of a file, by the layout; nothing is missing, and nothing without a place."""
+    model = build_skeleton(cls, config, torch.float32)
+    shapes = shapes_of(file)
+    remove_optional_modules(encoder, shapes, model)
+    layout = build_encoder_layout(encoder, shapes, model)
+    assert layout.unused == ()
+    assert layout.missing == ()
+    for name, parts in layout.parts.items():
+        place, _, word = name.rpartition(".")
+        tensor = torch.cat([part.extract(file[part.key]) for part in parts])
+        module = model.get_submodule(place)
+        (module._parameters if word in module._parameters else module._buffers)[word] = nn.Parameter(
+            tensor, requires_grad=False
+        )
+    return model
+
+
+def has_same_output(model: nn.Module, other: nn.Module) -> bool:
+    pairs = list(zip(answers(model), answers(other), strict=True))
+    return len(pairs) >= 3 and all(torch.equal(a, b) for a, b in pairs)
+
+
+def make_clip_shapes(
+    wide: int, layers: int, positions: int = 77, projection: int | None = None, words: int = 49408
+) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {
+        "text_model.embeddings.token_embedding.weight": (words, wide),
+        "text_model.embeddings.position_embedding.weight": (positions, wide),
+        "text_model.final_layer_norm.weight": (wide,),
+        "text_model.final_layer_norm.bias": (wide,),
+    }
+    for i in range(layers):
+        inner = {f"self_attn.{x}_proj": (wide, wide) for x in ("q", "k", "v", "out")}
+        inner |= {
+            "mlp.fc1": (4 * wide, wide),
+            "mlp.fc2": (wide, 4 * wide),
+            "layer_norm1": (wide,),
+            "layer_norm2": (wide,),
+        }
+        found |= {f"text_model.encoder.layers.{i}.{name}.weight": shape for name, shape in inner.items()}
+        found |= {f"text_model.encoder.layers.{i}.{name}.bias": shape[:1] for name, shape in inner.items()}
+    return found if projection is None else found | {"text_projection.weight": (projection, wide)}
+
+
+def make_t5_shapes(
+    words: int, layers: int, wide: int, heads: int, feed: int = 128, tables: int = 1
+) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {
+        "shared.weight": (words, wide),
+        "encoder.final_layer_norm.weight": (wide,),
+    }
+    for i in range(layers):
+        block = f"encoder.block.{i}.layer"
+        found |= {f"{block}.0.SelfAttention.{x}.weight": (heads * 64, wide) for x in "qkv"}
+        found |= {
+            f"{block}.0.SelfAttention.o.weight": (wide, heads * 64),
+            f"{block}.1.DenseReluDense.wo.weight": (wide, feed),
+        }
+        found |= {f"{block}.1.DenseReluDense.wi_{x}.weight": (feed, wide) for x in (0, 1)}
+        found |= {f"{block}.{x}.layer_norm.weight": (wide,) for x in (0, 1)}
+        found |= (
+            {f"{block}.0.SelfAttention.relative_attention_bias.weight": (32, heads)} if i < tables else {}
+        )
+    return found
+
+
+def make_llm_shapes(
+    words: int,
+    wide: int,
+    feed: int,
+    layers: int,
+    heads: int,
+    groups: int,
+    head: int = 128,
+    root: str = "model",
+    norms: bool = False,
+    bias: bool = False,
+    gemma: bool = False,
+) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {
+        f"{root}.embed_tokens.weight": (words, wide),
+        f"{root}.norm.weight": (wide,),
+    }
+    more = ("pre_feedforward_layernorm", "post_feedforward_layernorm") if gemma else ()
+    for i in range(layers):
+        inner = dict.fromkeys(("input_layernorm", "post_attention_layernorm", *more), (wide,))
+        inner |= {
+            f"self_attn.{x}_proj": (n * head, wide) for x, n in (("q", heads), ("k", groups), ("v", groups))
+        }
+        inner |= {f"self_attn.{x}_norm": (head,) for x in "qk"} if norms else {}
+        inner |= {
+            "self_attn.o_proj": (wide, heads * head),
+            "mlp.gate_proj": (feed, wide),
+            "mlp.up_proj": (feed, wide),
+        }
+        inner |= {"mlp.down_proj": (wide, feed)}
+        found |= {f"{root}.layers.{i}.{name}.weight": shape for name, shape in inner.items()}
+        found |= {
+            f"{root}.layers.{i}.self_attn.{x}_proj.bias": (n * head,)
+            for x, n in (("q", heads), ("k", groups), ("v", groups))
+            if bias
+        }
+    return found
+
+
+QWEN3_VL = "model.language_model"
+
+
+SMALL = {
+    "clip_l": make_clip_shapes(768, 1, words=40),
+    "clip_g": make_clip_shapes(1280, 1, projection=1280, words=40),
+    "clip_h": make_clip_shapes(1024, 1, projection=1024, words=40),
+    "clip": make_clip_shapes(64, 2, words=40),
+    "t5": make_t5_shapes(40, 2, 64, 2),
+    "umt5": make_t5_shapes(40, 2, 64, 2, tables=2),
+    "qwen2_5_vl": make_llm_shapes(40, 256, 32, 2, 2, 1, bias=True),
+    "t5_old": {
+        key.replace("wi_0", "wi"): shape
+        for key, shape in make_t5_shapes(40, 2, 64, 2).items()
+        if "wi_1" not in key
+    },
+    "qwen2_5": make_llm_shapes(40, 256, 32, 2, 2, 1, bias=True),
+    "qwen3": make_llm_shapes(40, 64, 32, 2, 2, 1, norms=True),
+    "qwen3_vl": make_llm_shapes(40, 64, 32, 2, 2, 1, 128, QWEN3_VL, True),
+    "gemma2": make_llm_shapes(40, 64, 32, 2, 2, 1, 256, gemma=True),
+    "gemma3": make_llm_shapes(40, 64, 32, 2, 2, 1, 256, norms=True, gemma=True),
+    "mistral3": make_llm_shapes(40, 64, 32, 2, 2, 1),
+    "mistral3_pruned": make_llm_shapes(40, 64, 32, 2, 2, 1),
+    "ministral3": make_llm_shapes(40, 64, 32, 2, 2, 1),
+    "llama": make_llm_shapes(40, 64, 32, 2, 2, 1),
+}
+
+
+def make_openclip_file(wide: int = 64, layers: int = 2) -> dict[str, Tensor]:
+    """Random weights by OpenCLIP's names."""
+    inner = {
+        "ln_1.weight": (wide,),
+        "ln_1.bias": (wide,),
+        "ln_2.weight": (wide,),
+        "ln_2.bias": (wide,),
+        "attn.in_proj_weight": (3 * wide, wide),
+        "attn.in_proj_bias": (3 * wide,),
+        "attn.out_proj.weight": (wide, wide),
+        "attn.out_proj.bias": (wide,),
+        "mlp.c_fc.weight": (48, wide),
+        "mlp.c_fc.bias": (48,),
+        "mlp.c_proj.weight": (wide, 48),
+        "mlp.c_proj.bias": (wide,),
+    }
+    shapes = {
+        "token_embedding.weight": (40, wide),
+        "positional_embedding": (16, wide),
+        "ln_final.weight": (wide,),
+        "ln_final.bias": (wide,),
+    }
+    shapes |= {
+        f"transformer.resblocks.{i}.{name}": shape for i in range(layers) for name, shape in inner.items()
+    }
+    return {name: torch.randn(shape) for name, shape in shapes.items()} | {
+        "text_projection": torch.randn(wide, wide)
+    }
+
+
+WAN = {
+    r"^shared\.": "token_embedding.",
+    r"^encoder\.final_layer_norm\.": "norm.",
+    r"^encoder\.block\.(\d+)\.layer\.": r"blocks.\1.",
+    r"\.0\.SelfAttention\.relative_attention_bias\.": ".pos_embedding.embedding.",
+    r"\.0\.SelfAttention\.": ".attn.",
+    r"\.0\.layer_norm": ".norm1",
+    r"\.1\.layer_norm": ".norm2",
+    r"\.1\.DenseReluDense\.wi_0": ".ffn.gate.0",
+    r"\.1\.DenseReluDense\.wi_1": ".ffn.fc1",
+    r"\.1\.DenseReluDense\.wo": ".ffn.fc2",
+}
