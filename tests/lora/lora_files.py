@@ -105,7 +105,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CLIP_LAYERS = ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
 
-def tiny_models() -> dict[str, dict[str, nn.Module]]:
+def make_tiny_models() -> dict[str, dict[str, nn.Module]]:
     """Base -> component -> model, with weights of the same numbers every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -226,7 +226,7 @@ class Sample:
         return self.randn(rank, columns), self.randn(out, rank)
 
 
-def header(**settings: object) -> dict[str, str]:
+def make_peft_settings(**settings: object) -> dict[str, str]:
     """Metadata as diffusers writes it."""
     return {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
 
@@ -248,7 +248,7 @@ def layout(base: str) -> Callable[[Layout], Layout]:
 # -- low-rank pairs, Flux, authors' names
 
 
-def flux_native(s: Sample, key: Callable[[str], str], down: str, up: str, alpha: bool) -> None:
+def add_flux_pairs(s: Sample, key: Callable[[str], str], down: str, up: str, alpha: bool) -> None:
     """Every native matrix of Flux as a low-rank pair."""
     for native in FLUX:
         a, b = s.pair(*s.native_shape(native))
@@ -256,7 +256,7 @@ def flux_native(s: Sample, key: Callable[[str], str], down: str, up: str, alpha:
         s.expect_native(native, (SCALE if alpha else 1.0) * b @ a)
 
 
-def clip_text(s: Sample, prefix: str, component: str, level: str) -> None:
+def add_clip_pairs(s: Sample, prefix: str, component: str, level: str) -> None:
     """kohya's names for a CLIP text encoder; `level`: where the model has its layers."""
     for name in CLIP_LAYERS:
         module = f"{level}encoder.layers.1.{name}"
@@ -272,20 +272,24 @@ def clip_text(s: Sample, prefix: str, component: str, level: str) -> None:
 
 @layout("flux")
 def kohya(s: Sample) -> None:
-    flux_native(s, lambda n: f"lora_unet_{n.replace('.', '_')}", "lora_down__weight", "lora_up__weight", True)
+    add_flux_pairs(
+        s, lambda n: f"lora_unet_{n.replace('.', '_')}", "lora_down__weight", "lora_up__weight", True
+    )
 
 
 @layout("flux")
 def kohya_without_alpha(s: Sample) -> None:
-    flux_native(
+    add_flux_pairs(
         s, lambda n: f"lora_unet_{n.replace('.', '_')}", "lora_down__weight", "lora_up__weight", False
     )
 
 
 @layout("flux")
 def kohya_with_text_encoder(s: Sample) -> None:
-    flux_native(s, lambda n: f"lora_unet_{n.replace('.', '_')}", "lora_down__weight", "lora_up__weight", True)
-    clip_text(s, "lora_te1_", "text_encoder", "")
+    add_flux_pairs(
+        s, lambda n: f"lora_unet_{n.replace('.', '_')}", "lora_down__weight", "lora_up__weight", True
+    )
+    add_clip_pairs(s, "lora_te1_", "text_encoder", "")
 
 
 @layout("flux")
@@ -321,29 +325,29 @@ def kohya_split_qkv(s: Sample) -> None:
 
 @layout("flux")
 def diffsynth_double_underscore(s: Sample) -> None:
-    flux_native(
+    add_flux_pairs(
         s, lambda n: f"lora_unet__{n.replace('.', '_')}", "lora_down__weight", "lora_up__weight", True
     )
 
 
 @layout("flux")
 def bfl_native(s: Sample) -> None:
-    flux_native(s, lambda n: n, "lora_A__weight", "lora_B__weight", False)
+    add_flux_pairs(s, lambda n: n, "lora_A__weight", "lora_B__weight", False)
 
 
 @layout("flux")
 def ai_toolkit(s: Sample) -> None:
-    flux_native(s, lambda n: f"diffusion_model.{n}", "lora_A__weight", "lora_B__weight", False)
+    add_flux_pairs(s, lambda n: f"diffusion_model.{n}", "lora_A__weight", "lora_B__weight", False)
 
 
 @layout("flux")
 def comfyui(s: Sample) -> None:
-    flux_native(s, lambda n: f"diffusion_model.{n}", "lora_down__weight", "lora_up__weight", True)
+    add_flux_pairs(s, lambda n: f"diffusion_model.{n}", "lora_down__weight", "lora_up__weight", True)
 
 
 @layout("flux")
 def comfyui_model_prefix_and_text_encoder(s: Sample) -> None:
-    flux_native(s, lambda n: f"model.diffusion_model.{n}", "lora_down__weight", "lora_up__weight", True)
+    add_flux_pairs(s, lambda n: f"model.diffusion_model.{n}", "lora_down__weight", "lora_up__weight", True)
     for name in CLIP_LAYERS:
         module = f"encoder.layers.0.{name}"
         a, b = s.pair(*s.weight(module, "text_encoder").shape)
@@ -353,7 +357,7 @@ def comfyui_model_prefix_and_text_encoder(s: Sample) -> None:
 
 @layout("flux")
 def peft_wrapped_native(s: Sample) -> None:
-    flux_native(
+    add_flux_pairs(
         s, lambda n: f"base_model.model.{n}", "lora_A__default__weight", "lora_B__default__weight", False
     )
 
@@ -373,7 +377,7 @@ def xlabs(s: Sample) -> None:
 # -- low-rank pairs, Flux, diffusers' names
 
 
-def flux_diffusers(
+def add_flux_diffusers_pairs(
     s: Sample, key: Callable[[str], str], down: str, up: str, scale: Callable[[str], float] = lambda m: 1.0
 ) -> None:
     """Every module of Flux as a low-rank pair."""
@@ -385,33 +389,39 @@ def flux_diffusers(
 
 @layout("flux")
 def peft(s: Sample) -> None:
-    flux_diffusers(s, lambda m: f"transformer.{m}", "lora_A__weight", "lora_B__weight")
+    add_flux_diffusers_pairs(s, lambda m: f"transformer.{m}", "lora_A__weight", "lora_B__weight")
 
 
 @layout("flux")
 def peft_adapter_name(s: Sample) -> None:
-    flux_diffusers(s, lambda m: f"transformer.{m}", "lora_A__default__weight", "lora_B__default__weight")
+    add_flux_diffusers_pairs(
+        s, lambda m: f"transformer.{m}", "lora_A__default__weight", "lora_B__default__weight"
+    )
 
 
 @layout("flux")
 def peft_nested_prefixes(s: Sample) -> None:
-    flux_diffusers(s, lambda m: f"transformer.base_model.model.{m}", "lora_A__weight", "lora_B__weight")
+    add_flux_diffusers_pairs(
+        s, lambda m: f"transformer.base_model.model.{m}", "lora_A__weight", "lora_B__weight"
+    )
 
 
 @layout("flux")
 def peft_folder(s: Sample) -> None:
-    flux_diffusers(s, lambda m: f"base_model.model.transformer.{m}", "lora_A__weight", "lora_B__weight")
+    add_flux_diffusers_pairs(
+        s, lambda m: f"base_model.model.transformer.{m}", "lora_A__weight", "lora_B__weight"
+    )
 
 
 @layout("flux")
 def mochi_style(s: Sample) -> None:
-    flux_diffusers(s, lambda m: m, "lora_A", "lora_B")
+    add_flux_diffusers_pairs(s, lambda m: m, "lora_A", "lora_B")
 
 
 @layout("flux")
 def alpha_in_the_header(s: Sample) -> None:
     patterns = {"attn.to_q": 5, "transformer_blocks.0.ff.net.2": 1}
-    s.metadata = header(
+    s.metadata = make_peft_settings(
         **{
             "transformer.lora_alpha": ALPHA,
             "transformer.alpha_pattern": patterns,
@@ -419,22 +429,22 @@ def alpha_in_the_header(s: Sample) -> None:
         }
     )
     special = lambda m: 5 if m.endswith("attn.to_q") else 1 if m == "transformer_blocks.0.ff.net.2" else ALPHA  # noqa: E731
-    flux_diffusers(
+    add_flux_diffusers_pairs(
         s, lambda m: f"transformer.{m}", "lora_A__weight", "lora_B__weight", lambda m: special(m) / RANK
     )
 
 
 @layout("flux")
 def rs_lora(s: Sample) -> None:
-    s.metadata = header(**{"transformer.lora_alpha": ALPHA, "transformer.use_rslora": True})
-    flux_diffusers(
+    s.metadata = make_peft_settings(**{"transformer.lora_alpha": ALPHA, "transformer.use_rslora": True})
+    add_flux_diffusers_pairs(
         s, lambda m: f"transformer.{m}", "lora_A__weight", "lora_B__weight", lambda m: ALPHA / math.sqrt(RANK)
     )
 
 
 @layout("flux")
 def rank_pattern(s: Sample) -> None:
-    s.metadata = header(
+    s.metadata = make_peft_settings(
         **{
             "transformer.lora_alpha": ALPHA,
             "transformer.r": RANK,
@@ -450,7 +460,7 @@ def rank_pattern(s: Sample) -> None:
 
 @layout("flux")
 def peft_with_bias(s: Sample) -> None:
-    s.metadata = header(**{"transformer.lora_alpha": ALPHA})
+    s.metadata = make_peft_settings(**{"transformer.lora_alpha": ALPHA})
     for module in ("x_embedder", "transformer_blocks.1.attn.to_k"):
         a, b = s.pair(*s.weight(module).shape)
         bias = s.randn(len(b))
@@ -469,12 +479,12 @@ def onetrainer(s: Sample) -> None:
             alpha=torch.tensor(ALPHA),
         )
         s.expect(module, SCALE * b @ a)
-    clip_text(s, "lora_te1_", "text_encoder", "")
+    add_clip_pairs(s, "lora_te1_", "text_encoder", "")
 
 
 @layout("flux")
 def half_precision(s: Sample) -> None:
-    flux_diffusers(s, lambda m: f"transformer.{m}", "lora_A__weight", "lora_B__weight")
+    add_flux_diffusers_pairs(s, lambda m: f"transformer.{m}", "lora_A__weight", "lora_B__weight")
     for i, module in enumerate(FLUX_MODULES):
         dtype = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)[i % 3]
         a, b = (s.tensors[f"transformer.{module}.lora_{half}.weight"].to(dtype) for half in "AB")
@@ -529,7 +539,7 @@ def norm_differences(s: Sample) -> None:
         s.expect(module, weight)
 
 
-def hadamard(s: Sample, prefix: str, out: int, columns: int) -> Tensor:
+def add_hadamard_pairs(s: Sample, prefix: str, out: int, columns: int) -> Tensor:
     """A LoHa's parts, and its dense change."""
     w1_b, w1_a = s.pair(out, columns)
     w2_b, w2_a = s.pair(out, columns)
@@ -540,16 +550,20 @@ def hadamard(s: Sample, prefix: str, out: int, columns: int) -> Tensor:
 @layout("flux")
 def loha(s: Sample) -> None:
     for module in ("transformer_blocks.0.attn.to_q", "proj_out", "transformer_blocks.1.ff.net.2"):
-        s.expect(module, hadamard(s, f"lycoris_{module.replace('.', '_')}", *s.weight(module).shape))
+        s.expect(
+            module, add_hadamard_pairs(s, f"lycoris_{module.replace('.', '_')}", *s.weight(module).shape)
+        )
 
 
 @layout("flux")
 def loha_native(s: Sample) -> None:
     for native in ("double_blocks.1.txt_attn.qkv", "single_blocks.0.linear1", SWAPPED):
-        s.expect_native(native, hadamard(s, f"lora_unet_{native.replace('.', '_')}", *s.native_shape(native)))
+        s.expect_native(
+            native, add_hadamard_pairs(s, f"lora_unet_{native.replace('.', '_')}", *s.native_shape(native))
+        )
 
 
-def kronecker(w1: Tensor, w2: Tensor) -> Tensor:
+def kron_by_blocks(w1: Tensor, w2: Tensor) -> Tensor:
     """[a, c] and [b, d] -> [a b, c d]."""
     return torch.einsum("ac,bd->abcd", w1, w2).reshape(len(w1) * len(w2), -1)
 
@@ -561,7 +575,7 @@ def lokr_full(s: Sample) -> None:
         out, columns = s.weight(module).shape
         w1, w2 = s.randn(4, 2), s.randn(out // 4, columns // 2)
         s.add(f"lycoris_{module.replace('.', '_')}", lokr_w1=w1, lokr_w2=w2, alpha=torch.tensor(ALPHA))
-        s.expect(module, kronecker(w1, w2))
+        s.expect(module, kron_by_blocks(w1, w2))
 
 
 @layout("flux")
@@ -578,7 +592,7 @@ def lokr_one_low_rank(s: Sample) -> None:
         s.add(
             f"diffusion_model.{native}", lokr_w1=w1, lokr_w2_a=w2_a, lokr_w2_b=w2_b, alpha=torch.tensor(ALPHA)
         )
-        s.expect_native(native, SCALE * kronecker(w1, w2_a @ w2_b))
+        s.expect_native(native, SCALE * kron_by_blocks(w1, w2_a @ w2_b))
 
 
 @layout("flux")
@@ -594,7 +608,7 @@ def lokr_both_low_rank(s: Sample) -> None:
             lokr_w2_b=w2_b,
             alpha=torch.tensor(ALPHA),
         )
-        s.expect(module, SCALE * kronecker(w1_a @ w1_b, w2_a @ w2_b))
+        s.expect(module, SCALE * kron_by_blocks(w1_a @ w1_b, w2_a @ w2_b))
 
 
 @layout("flux")
@@ -618,7 +632,7 @@ def ia3_native(s: Sample) -> None:
     s.expect_native(native, torch.cat([s.weight(t) for t in FLUX[native]]) * factor[:, None])
 
 
-def decomposed(w: Tensor, change: Tensor, magnitude: Tensor, dims: tuple[int, ...]) -> Tensor:
+def apply_dora(w: Tensor, change: Tensor, magnitude: Tensor, dims: tuple[int, ...]) -> Tensor:
     """DoRA: `m (W + c) / ||W + c|| - W`, norms over `dims`."""
     return magnitude * (w + change) / (w + change).pow(2).sum(dims, keepdim=True).sqrt() - w
 
@@ -638,7 +652,7 @@ def dora_rows(s: Sample) -> None:
         w = torch.cat([s.weight(t) for t in FLUX[native]])
         if native == SWAPPED:  # the model's rows as the file has them
             w = torch.cat([w[len(w) // 2 :], w[: len(w) // 2]])
-        s.expect_native(native, decomposed(w, SCALE * b @ a, magnitude, (1,)))
+        s.expect_native(native, apply_dora(w, SCALE * b @ a, magnitude, (1,)))
 
 
 @layout("flux")
@@ -654,19 +668,19 @@ def dora_columns(s: Sample) -> None:
             alpha=torch.tensor(ALPHA),
         )
         s.add(f"lora_transformer_{module.replace('.', '_')}", dora_scale=magnitude)
-        s.expect(module, decomposed(w, SCALE * b @ a, magnitude, (0,)))
+        s.expect(module, apply_dora(w, SCALE * b @ a, magnitude, (0,)))
 
 
 @layout("flux")
 def dora_peft(s: Sample) -> None:
-    s.metadata = header(**{"transformer.lora_alpha": ALPHA, "transformer.use_dora": True})
+    s.metadata = make_peft_settings(**{"transformer.lora_alpha": ALPHA, "transformer.use_dora": True})
     for module, suffix in (("transformer_blocks.0.attn.to_q", ".weight"), ("x_embedder", "")):
         w = s.weight(module)
         a, b = s.pair(*w.shape)
         magnitude = s.randn(len(w)).abs() + 0.5
         s.add(f"transformer.{module}", lora_A__weight=a, lora_B__weight=b)
         s.tensors[f"transformer.{module}.lora_magnitude_vector{suffix}"] = magnitude
-        s.expect(module, decomposed(w, SCALE * b @ a, magnitude[:, None], (1,)))
+        s.expect(module, apply_dora(w, SCALE * b @ a, magnitude[:, None], (1,)))
 
 
 @layout("flux")
@@ -677,13 +691,13 @@ def dora_of_lokr(s: Sample) -> None:
     magnitude = s.randn(out, 1).abs() + 0.5
     s.add(f"diffusion_model.{native}", lokr_w1=w1, lokr_w2=w2, dora_scale=magnitude)
     w = torch.cat([s.weight(t) for t in FLUX[native]])
-    s.expect_native(native, decomposed(w, kronecker(w1, w2), magnitude, (1,)))
+    s.expect_native(native, apply_dora(w, kron_by_blocks(w1, w2), magnitude, (1,)))
 
 
 # -- SDXL
 
 
-def sdxl_pairs(
+def add_sdxl_pairs(
     s: Sample, key: Callable[[str, str], str], down: str, up: str, alpha: bool, convolutions: bool = True
 ) -> None:
     """Low-rank pairs of linear layers and convolutions."""
@@ -697,28 +711,28 @@ def sdxl_pairs(
 
 @layout("sdxl")
 def sdxl_kohya(s: Sample) -> None:
-    sdxl_pairs(
+    add_sdxl_pairs(
         s, lambda n, m: f"lora_unet_{n.replace('.', '_')}", "lora_down__weight", "lora_up__weight", True
     )
-    clip_text(s, "lora_te1_", "text_encoder", "")
-    clip_text(s, "lora_te2_", "text_encoder_2", "text_model.")
+    add_clip_pairs(s, "lora_te1_", "text_encoder", "")
+    add_clip_pairs(s, "lora_te2_", "text_encoder_2", "text_model.")
 
 
 @layout("sdxl")
 def sdxl_kohya_diffusers_names(s: Sample) -> None:
-    sdxl_pairs(
+    add_sdxl_pairs(
         s, lambda n, m: f"lora_unet_{m.replace('.', '_')}", "lora_down__weight", "lora_up__weight", True
     )
 
 
 @layout("sdxl")
 def sdxl_comfyui(s: Sample) -> None:
-    sdxl_pairs(s, lambda n, m: f"diffusion_model.{n}", "lora_down__weight", "lora_up__weight", True)
+    add_sdxl_pairs(s, lambda n, m: f"diffusion_model.{n}", "lora_down__weight", "lora_up__weight", True)
 
 
 @layout("sdxl")
 def sdxl_peft(s: Sample) -> None:
-    sdxl_pairs(s, lambda n, m: f"unet.{m}", "lora_A__weight", "lora_B__weight", False)
+    add_sdxl_pairs(s, lambda n, m: f"unet.{m}", "lora_A__weight", "lora_B__weight", False)
     for component, level in (("text_encoder", ""), ("text_encoder_2", "text_model.")):
         for name in CLIP_LAYERS:
             module = f"{level}encoder.layers.0.{name}"
@@ -729,7 +743,7 @@ def sdxl_peft(s: Sample) -> None:
 
 @layout("sdxl")
 def sdxl_peft_wrapped(s: Sample) -> None:
-    sdxl_pairs(s, lambda n, m: f"unet.base_model.model.{m}", "lora_A__weight", "lora_B__weight", False)
+    add_sdxl_pairs(s, lambda n, m: f"unet.base_model.model.{m}", "lora_A__weight", "lora_B__weight", False)
 
 
 @layout("sdxl")
@@ -753,10 +767,10 @@ def diffusers_old_processors(s: Sample) -> None:
 
 @layout("sdxl")
 def diffusers_old_layers(s: Sample) -> None:
-    sdxl_pairs(s, lambda n, m: f"unet.{m}", "lora__down__weight", "lora__up__weight", False)
+    add_sdxl_pairs(s, lambda n, m: f"unet.{m}", "lora__down__weight", "lora__up__weight", False)
 
 
-def tucker(mid: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def multiply_tucker(mid: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """[r, r, kh, kw], [out, r], [r, in] -> [out, in, kh, kw]."""
     return torch.einsum("mnhw,om,ni->oihw", mid, up, down)
 
@@ -778,7 +792,7 @@ def locon_with_core(s: Sample) -> None:
             lora_mid__weight=mid,
             alpha=torch.tensor(ALPHA),
         )
-        s.expect(module, SCALE * tucker(mid, up.flatten(1), down.flatten(1)))
+        s.expect(module, SCALE * multiply_tucker(mid, up.flatten(1), down.flatten(1)))
 
 
 @layout("sdxl")
@@ -788,7 +802,7 @@ def loha_kernels(s: Sample) -> None:
         w = s.weight(module)
         prefix = f"lora_unet_{native.replace('.', '_')}"
         if i % 2:
-            s.expect(module, hadamard(s, prefix, len(w), w.shape[1:].numel()).reshape(w.shape))
+            s.expect(module, add_hadamard_pairs(s, prefix, len(w), w.shape[1:].numel()).reshape(w.shape))
             continue
         a1, a2, b1, b2 = (
             s.randn(RANK, len(w)),
@@ -807,7 +821,7 @@ def loha_kernels(s: Sample) -> None:
             hada_t2=t2,
             alpha=torch.tensor(ALPHA),
         )
-        s.expect(module, SCALE * tucker(t1, a1.T, b1) * tucker(t2, a2.T, b2))
+        s.expect(module, SCALE * multiply_tucker(t1, a1.T, b1) * multiply_tucker(t2, a2.T, b2))
 
 
 @layout("sdxl")
@@ -821,7 +835,11 @@ def lokr_kernels(s: Sample) -> None:
         w1, alpha = s.randn(4, 2), torch.tensor(ALPHA)
         if i == 0:
             a, b, core = s.randn(RANK, out), s.randn(RANK, columns), s.randn(RANK, RANK, *kernel)
-            parts, w2, scale = {"lokr_t2": core, "lokr_w2_a": a, "lokr_w2_b": b}, tucker(core, a.T, b), SCALE
+            parts, w2, scale = (
+                {"lokr_t2": core, "lokr_w2_a": a, "lokr_w2_b": b},
+                multiply_tucker(core, a.T, b),
+                SCALE,
+            )
         elif i == 1:
             b, a = s.pair(out, columns * kernel.numel())
             parts, w2, scale = {"lokr_w2_a": a, "lokr_w2_b": b}, (a @ b).reshape(out, columns, *kernel), SCALE
@@ -859,9 +877,9 @@ def dora_kernels(s: Sample) -> None:
                 dora_scale=shaped,
             )
         if i == 1:
-            s.expect(module, decomposed(w, change, magnitude.reshape(1, -1, 1, 1), (0, 2, 3)))
+            s.expect(module, apply_dora(w, change, magnitude.reshape(1, -1, 1, 1), (0, 2, 3)))
         else:
-            s.expect(module, decomposed(w, change, magnitude.reshape(-1, 1, 1, 1), (1, 2, 3)))
+            s.expect(module, apply_dora(w, change, magnitude.reshape(-1, 1, 1, 1), (1, 2, 3)))
 
 
 @layout("sdxl")
@@ -911,16 +929,16 @@ class Mistake:
     words: str
 
 
-def key_with(tensors: Mapping[str, Tensor], *words: str) -> str:
+def find_key(tensors: Mapping[str, Tensor], *words: str) -> str:
     """The first key with all of the words in it."""
     return next(k for k in tensors if all(w in k for w in words))
 
 
-def put(*words: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
+def replace_tensor(*words: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
     """A mistake in one tensor."""
 
     def spoil(tensors: dict[str, Tensor]) -> None:
-        key = key_with(tensors, *words)
+        key = find_key(tensors, *words)
         tensors[key] = change(tensors[key]).contiguous()
 
     return spoil
@@ -942,13 +960,13 @@ QKV = "double_blocks_0_img_attn_qkv"
 MISTAKES = {
     "half a pair": Mistake(
         "kohya",
-        lambda t: t.pop(key_with(t, QKV, "lora_up")),
+        lambda t: t.pop(find_key(t, QKV, "lora_up")),
         "reading",
         rf"{QKV} has no lora_B \(up\); the file is incomplete",
     ),
     "ranks differ": Mistake(
         "kohya",
-        put(QKV, "lora_up", change=lambda t: torch.cat([t, t], 1)),
+        replace_tensor(QKV, "lora_up", change=lambda t: torch.cat([t, t], 1)),
         "reading",
         rf"{QKV} has lora_A \[2, 16\], lora_B \[48, 4\]; rank 2 and rank 4: a pair is \[rank, in\] and \[out, rank\]",
     ),
@@ -962,8 +980,8 @@ MISTAKES = {
         "kohya",
         lambda t: t.update(
             {
-                key_with(t, QKV, "lora_down"): t[key_with(t, QKV, "lora_up")],
-                key_with(t, QKV, "lora_up"): t[key_with(t, QKV, "lora_down")],
+                find_key(t, QKV, "lora_down"): t[find_key(t, QKV, "lora_up")],
+                find_key(t, QKV, "lora_up"): t[find_key(t, QKV, "lora_down")],
             }
         ),
         "reading",
@@ -971,19 +989,19 @@ MISTAKES = {
     ),
     "a NaN": Mistake(
         "kohya",
-        put(QKV, "lora_down", change=with_value(float("nan"))),
+        replace_tensor(QKV, "lora_down", change=with_value(float("nan"))),
         "reading",
         rf"{QKV} has values that are not finite numbers in its lora_A \(down\)",
     ),
     "an infinity": Mistake(
         "peft",
-        put("to_out", "lora_B", change=with_value(float("-inf"))),
+        replace_tensor("to_out", "lora_B", change=with_value(float("-inf"))),
         "reading",
         r"transformer_blocks\.0\.attn\.to_out\.0 has values that are not finite numbers in its lora_B \(up\)",
     ),
     "an alpha that is NaN": Mistake(
         "kohya",
-        put(QKV, "alpha", change=lambda t: torch.tensor(float("nan"))),
+        replace_tensor(QKV, "alpha", change=lambda t: torch.tensor(float("nan"))),
         "reading",
         "not finite numbers in its alpha",
     ),
@@ -996,7 +1014,7 @@ MISTAKES = {
     ),
     "integers without a scale": Mistake(
         "quantized",
-        lambda t: t.pop(key_with(t, "lora_up.scale_weight")),
+        lambda t: t.pop(find_key(t, "lora_up.scale_weight")),
         "reading",
         r"has a lora_B \(up\) of int8 without a scale",
     ),
@@ -1008,25 +1026,25 @@ MISTAKES = {
     ),
     "LoHa with a factor missing": Mistake(
         "loha",
-        lambda t: t.pop(key_with(t, "hada_w2_b")),
+        lambda t: t.pop(find_key(t, "hada_w2_b")),
         "reading",
         "has no hada_w2_b; the file is incomplete",
     ),
     "LoKr with a factor missing": Mistake(
         "lokr_full",
-        lambda t: t.pop(key_with(t, "lokr_w1")),
+        lambda t: t.pop(find_key(t, "lokr_w1")),
         "reading",
         "has no lokr_w1; the file is incomplete",
     ),
     "DoRA norms alone": Mistake(
         "dora_rows",
-        lambda t: [t.pop(key_with(t, QKV, half)) for half in ("lora_up", "lora_down", "alpha")],
+        lambda t: [t.pop(find_key(t, QKV, half)) for half in ("lora_up", "lora_down", "alpha")],
         "reading",
         "has DoRA norms without a low-rank change",
     ),
     "DoRA norms of another length": Mistake(
         "dora_rows",
-        put(QKV, "dora_scale", change=lambda t: t[:40]),
+        replace_tensor(QKV, "dora_scale", change=lambda t: t[:40]),
         "reading",
         "has 40 DoRA norms for 48 rows",
     ),
@@ -1043,7 +1061,10 @@ MISTAKES = {
         r"alpha / rank is 0\.0005 in .* usual is 0\.05 to 4",
     ),
     "large values": Mistake(
-        "kohya", put(QKV, "lora_down", change=with_value(2e6)), "note", r"values up to 2e\+06 in .*damaged"
+        "kohya",
+        replace_tensor(QKV, "lora_down", change=with_value(2e6)),
+        "note",
+        r"values up to 2e\+06 in .*damaged",
     ),
     "a module that no model has": Mistake(
         "kohya",
@@ -1059,25 +1080,25 @@ MISTAKES = {
     ),
     "a matrix too narrow": Mistake(
         "peft",
-        put("x_embedder", "lora_A", change=lambda t: t[:, :3]),
+        replace_tensor("x_embedder", "lora_A", change=lambda t: t[:, :3]),
         "matching",
         r"x_embedder changes a 16x3 weight, the model's is 16x4; the LoRA was made for another base model",
     ),
     "a matrix too tall": Mistake(
         "peft",
-        put("x_embedder", "lora_B", change=lambda t: torch.cat([t, t])),
+        replace_tensor("x_embedder", "lora_B", change=lambda t: torch.cat([t, t])),
         "matching",
         r"x_embedder changes a 32x4 weight, the model's is 16x4; the LoRA was made for another base model",
     ),
     "a fused matrix too short": Mistake(
         "kohya",
-        put(QKV, "lora_up", change=lambda t: t[:40]),
+        replace_tensor(QKV, "lora_up", change=lambda t: t[:40]),
         "matching",
         "40 rows",
     ),
     "a fused matrix too tall": Mistake(
         "kohya",
-        put(QKV, "lora_up", change=lambda t: torch.cat([t, t])),
+        replace_tensor(QKV, "lora_up", change=lambda t: torch.cat([t, t])),
         "matching",
         "96 rows",
     ),
@@ -1098,14 +1119,14 @@ MISTAKES = {
     ),
     "column norms of a fused matrix": Mistake(
         "dora_rows",
-        put(QKV, "dora_scale", change=lambda t: torch.ones(1, 16)),
+        replace_tensor(QKV, "dora_scale", change=lambda t: torch.ones(1, 16)),
         "matching",
         "DoRA norms .* run over all rows",
     ),
 }
 
 
-def make(name: str, models: Mapping[str, Mapping[str, nn.Module]]) -> Sample:
+def make_sample(name: str, models: Mapping[str, Mapping[str, nn.Module]]) -> Sample:
     """One file, not yet written."""
     base, fill = LAYOUTS[name]
     sample = Sample(name, base, models[base])
@@ -1113,7 +1134,7 @@ def make(name: str, models: Mapping[str, Mapping[str, nn.Module]]) -> Sample:
     return sample
 
 
-def write(sample: Sample, folder: Path) -> Sample:
+def write_sample(sample: Sample, folder: Path) -> Sample:
     """The sample with its file in a folder."""
     sample.path = folder / f"{sample.name}.safetensors"
     save_file(sample.tensors, sample.path, sample.metadata)
@@ -1123,17 +1144,17 @@ def write(sample: Sample, folder: Path) -> Sample:
 def main(folder: Path) -> None:
     """Write every file, good and bad, and list them."""
     folder.mkdir(parents=True, exist_ok=True)
-    models = tiny_models()
+    models = make_tiny_models()
     for name in LAYOUTS:
-        sample = write(make(name, models), folder)
+        sample = write_sample(make_sample(name, models), folder)
         print(
             f"{sample.path.name}: {sample.base}, {len(sample.tensors)} tensors, {sum(map(len, sample.expected.values()))} modules"
         )  # noqa: T201
     for name, mistake in MISTAKES.items():
-        sample = make(mistake.layout, models)
+        sample = make_sample(mistake.layout, models)
         mistake.spoil(sample.tensors)
         sample.name = f"bad_{name.replace(' ', '_')}"
-        print(f"{write(sample, folder).path.name}: {mistake.when}: {mistake.words}")  # noqa: T201
+        print(f"{write_sample(sample, folder).path.name}: {mistake.when}: {mistake.words}")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -128,17 +128,17 @@ def layers():
     return layers
 
 
-def entries(**shapes):
+def make_entries(**shapes):
     return {key: {"shape": shape} for key, shape in shapes.items()}
 
 
-def peft(modules, prefix="transformer."):
+def make_peft_header(modules, prefix="transformer."):
     """A header as diffusers writes it."""
     down = {f"{prefix}{n}.lora_A.weight": {"shape": [RANK, s[1]]} for n, s in modules.items()}
     return down | {f"{prefix}{n}.lora_B.weight": {"shape": [s[0], RANK]} for n, s in modules.items()}
 
 
-def kohya(modules, prefix="lora_unet_"):
+def make_kohya_header(modules, prefix="lora_unet_"):
     """A header as kohya's scripts write it."""
     flat = {prefix + n.replace(".", "_"): s for n, s in modules.items()}
     down = {f"{n}.lora_down.weight": {"shape": [RANK, s[1]]} for n, s in flat.items()}
@@ -149,7 +149,7 @@ def kohya(modules, prefix="lora_unet_"):
     )
 
 
-def native(modules, base):
+def rename_to_original(modules, base):
     """The matrices under the names of the model's authors, those that are one there with their rows together."""
     shapes = {f"{name}.weight": tuple(shape) for name, shape in modules.items()}
     kind = MODELS[base][0]
@@ -171,31 +171,32 @@ def test_every_base_is_tested():
 
 
 @pytest.mark.parametrize("base", MODELS)
-@pytest.mark.parametrize("layout", [peft, kohya])
-def test_a_lora_on_all_layers(layers, base, layout):
+@pytest.mark.parametrize("layout", [make_peft_header, make_kohya_header])
+def test_base_is_detected_from_a_lora_on_all_layers(layers, base, layout):
     found = detect_lora_base(layout(layers(base)), {})
     assert found.name == base and found.evidence == "shapes" and found.tag is None
     assert found.alternatives == PARTS_OF.get(base, ())
 
 
 @pytest.mark.parametrize("base", [base for base in MODELS if MODELS[base][0] != "UNet2DConditionModel"])
-@pytest.mark.parametrize("layout", [peft, kohya])
-def test_a_lora_on_all_layers_under_the_authors_names(layers, base, layout):
-    found = detect_lora_base(layout(native(layers(base), base)), {})
+@pytest.mark.parametrize("layout", [make_peft_header, make_kohya_header])
+def test_base_is_detected_under_the_authors_names(layers, base, layout):
+    found = detect_lora_base(layout(rename_to_original(layers(base), base)), {})
     assert (found.name, found.evidence, found.alternatives) == (base, "shapes", PARTS_OF.get(base, ()))
 
 
 @pytest.mark.parametrize("base", MODELS)
-def test_the_number_of_a_sequential_may_be_left_out(layers, base):
+def test_index_of_a_sequential_may_be_missing(layers, base):
     found = detect_lora_base(
-        peft({name.replace("to_out.0", "to_out"): shape for name, shape in layers(base).items()}), {}
+        make_peft_header({name.replace("to_out.0", "to_out"): shape for name, shape in layers(base).items()}),
+        {},
     )
     assert (found.name, found.evidence, found.alternatives) == (base, "shapes", PARTS_OF.get(base, ()))
 
 
 @pytest.mark.parametrize("base", MODELS)
-def test_a_lora_on_all_layers_is_refused_by_every_other_base(layers, base):
-    found = detect_lora_base(peft(layers(base)), {})
+def test_lora_on_all_layers_is_rejected_by_every_other_base(layers, base):
+    found = detect_lora_base(make_peft_header(layers(base)), {})
     for other in set(load_table()["bases"]) - {base, *PARTS_OF.get(base, ())}:
         if other in load_table()["partly_fits"].get(base, {}):
             assert check_lora_base(STYLE, found, other).startswith("style.safetensors was made for ")
@@ -205,10 +206,10 @@ def test_a_lora_on_all_layers_is_refused_by_every_other_base(layers, base):
 
 
 @pytest.mark.parametrize("base", MODELS)
-def test_a_lora_on_attention_only_is_never_called_another_base(layers, base):
+def test_lora_on_attention_only_is_never_detected_as_another_base(layers, base):
     modules = {n: s for n, s in layers(base).items() if "attn" in n or "attention" in n}
     for part in (modules, dict(list(modules.items())[:4]), dict(list(modules.items())[-4:])):
-        found = detect_lora_base(peft(part), {})
+        found = detect_lora_base(make_peft_header(part), {})
         assert base in (found.name, *found.alternatives)
         assert check_lora_base(Path("x"), found, base) is None
 
@@ -216,7 +217,7 @@ def test_a_lora_on_attention_only_is_never_called_another_base(layers, base):
 @pytest.mark.parametrize("base", MODELS)
 def test_each_single_layer_fits_its_base(layers, base):
     for name, shape in layers(base).items():
-        found = detect_lora_base(peft({name: shape}), {})
+        found = detect_lora_base(make_peft_header({name: shape}), {})
         assert found is None or base in (found.name, *found.alternatives), name
 
 
@@ -233,13 +234,13 @@ NATIVE_CONVOLUTIONS = {
 @pytest.mark.parametrize("base", ["pixart", "sana", "hidream", "ernie_image", "krea2"])
 def test_each_layer_of_a_block_is_enough(layers, base):
     convolutions = CONVOLUTIONS | NATIVE_CONVOLUTIONS if base == "sana" else {}
-    for name, shape in (layers(base) | native(layers(base), base) | convolutions).items():
+    for name, shape in (layers(base) | rename_to_original(layers(base), base) | convolutions).items():
         if re.search(r"(blocks|layers|caption_projection)\.\d+\.|^p_embedder", name):
-            found = detect_lora_base(peft({name: shape}), {})
+            found = detect_lora_base(make_peft_header({name: shape}), {})
             assert found is not None and base in (found.name, *found.alternatives), name
 
 
-def test_the_shipped_loras():
+def test_shipped_loras_are_for_the_tiny_model():
     for path in SHIPPED_LORAS.glob("*.safetensors"):
         found = detect_lora_base(*read_header(path))
         assert (
@@ -295,31 +296,32 @@ NATIVE = {
 @pytest.mark.parametrize(
     "prefix", ["", "diffusion_model.", "model.diffusion_model.", "base_model.model.diffusion_model."]
 )
-def test_names_of_the_authors(base, prefix):
-    found = detect_lora_base(peft(NATIVE[base], prefix), {})
+def test_base_is_detected_from_authors_names_with_any_prefix(base, prefix):
+    found = detect_lora_base(make_peft_header(NATIVE[base], prefix), {})
     assert found.name == base and found.evidence == "shapes"
     assert (
-        detect_lora_base(kohya(NATIVE[base]), {})
-        == detect_lora_base(kohya(NATIVE[base], "lycoris_"), {})
+        detect_lora_base(make_kohya_header(NATIVE[base]), {})
+        == detect_lora_base(make_kohya_header(NATIVE[base], "lycoris_"), {})
         == found
     )
 
 
-def test_xlabs():
+def test_xlabs_layout_is_flux():
     shapes = {
         "double_blocks.0.processor.qkv_lora1.down.weight": [16, 3072],
         "double_blocks.0.processor.qkv_lora1.up.weight": [9216, 16],
     }
-    assert detect_lora_base(entries(**shapes), {}).name == "flux"
+    assert detect_lora_base(make_entries(**shapes), {}).name == "flux"
     assert (
         detect_lora_base(
-            entries(**{key: [s if s != 3072 else 3584 for s in shape] for key, shape in shapes.items()}), {}
+            make_entries(**{key: [s if s != 3072 else 3584 for s in shape] for key, shape in shapes.items()}),
+            {},
         )
         is None
     )
 
 
-def test_what_shapes_cannot_tell_apart(layers):
+def test_bases_of_equal_shapes_are_alternatives(layers):
     def attention(base, last="attn"):
         return {
             name: shape
@@ -328,7 +330,7 @@ def test_what_shapes_cannot_tell_apart(layers):
         }
 
     def found(modules, **metadata):
-        base = detect_lora_base(peft(modules), metadata)
+        base = detect_lora_base(make_peft_header(modules), metadata)
         return (base.name, *base.alternatives)
 
     # alike but for the feed-forward and the width of the text
@@ -337,7 +339,7 @@ def test_what_shapes_cannot_tell_apart(layers):
     with pytest.raises(
         LoraError, match=r"made for PixArt or Sana 0\.6B \(hidden 1152\), the model is LTX-Video 2B"
     ):
-        check_lora_base(STYLE, detect_lora_base(peft(attention("pixart")), {}), "ltx")
+        check_lora_base(STYLE, detect_lora_base(make_peft_header(attention("pixart")), {}), "ltx")
     # one in the first 20 blocks
     assert found(attention("sana")) == found(attention("sana_4_8b")) == ("sana", "sana_4_8b")
     # queries of the same width; keys and values are narrower in Krea 2
@@ -365,8 +367,8 @@ NAME = "lora_unet_double_blocks_18_img_mod_lin"  # 18432 x 3072, in FLUX.1 only
         {"alpha": []},
     ],
 )
-def test_kinds(parts):
-    header = entries(**{f"{NAME}.{part}": shape for part, shape in parts.items()})
+def test_size_is_read_from_every_adapter_type(parts):
+    header = make_entries(**{f"{NAME}.{part}": shape for part, shape in parts.items()})
     assert detect_lora_base(header, {}).name == "flux"
     wrong = {
         key: {"shape": [n * 3 if n > 300 else n for n in entry["shape"]]} for key, entry in header.items()
@@ -382,10 +384,10 @@ def test_kinds(parts):
         dict(lokr_w1=[8, 8], lokr_w2_a=[4, 16], lokr_t2=[4, 4]),
     ],
 )
-def test_a_core_tensor_hides_the_size(parts):
+def test_size_is_unknown_with_a_core_tensor(parts):
     assert (
         detect_lora_base(
-            entries(
+            make_entries(
                 **{f"{NAME}.{part}": shape for part, shape in parts.items()} | {f"{NAME}.lokr_w2_b": [4, 8]}
             ),
             {},
@@ -395,30 +397,33 @@ def test_a_core_tensor_hides_the_size(parts):
 
 
 @pytest.mark.parametrize("shape", [[], [4], ["x", "y"], [[4], [4]], [None, None], [4, True], [4, 10**30]])
-def test_shapes_that_are_none(shape):
+def test_malformed_shapes_are_ignored(shape):
     for part in ("lora_down.weight", "hada_w1_a", "lokr_w1", "diff", "weight"):
-        detect_lora_base(entries(**{f"{NAME}.{part}": shape}), {})
+        detect_lora_base(make_entries(**{f"{NAME}.{part}": shape}), {})
 
 
-def test_nothing_known():
+def test_unknown_modules_give_no_base():
     assert detect_lora_base({}, {}) is None
-    assert detect_lora_base(peft({"some.layer": (8, 8)}), {}) is None
+    assert detect_lora_base(make_peft_header({"some.layer": (8, 8)}), {}) is None
     assert (
         detect_lora_base(
-            peft({"text_model.encoder.layers.0.self_attn.q_proj": (768, 768)}, "text_encoder."), {}
+            make_peft_header({"text_model.encoder.layers.0.self_attn.q_proj": (768, 768)}, "text_encoder."),
+            {},
         )
         is None
     )
-    assert detect_lora_base(peft(NATIVE["flux"], "text_encoder."), {}) is None, "only the denoiser counts"
-    assert detect_lora_base(peft({"transformer_blocks.0.attn.to_q": (64, 64)}), {}) is None, (
+    assert detect_lora_base(make_peft_header(NATIVE["flux"], "text_encoder."), {}) is None, (
+        "only the denoiser counts"
+    )
+    assert detect_lora_base(make_peft_header({"transformer_blocks.0.attn.to_q": (64, 64)}), {}) is None, (
         "a base of another size"
     )
 
 
-def test_layers_of_two_bases():
+def test_layers_of_two_bases_give_no_base():
     assert (
         detect_lora_base(
-            peft(
+            make_peft_header(
                 {"transformer_blocks.0.attn.to_q": (3072, 3072), "transformer_blocks.1.attn.to_q": (384, 384)}
             ),
             {},
@@ -427,30 +432,35 @@ def test_layers_of_two_bases():
     )
 
 
-def test_unknown_layers_do_not_matter():
+def test_unknown_layers_are_ignored():
     modules = {"double_blocks.0.img_mod.lin": (18432, 3072), "something.new": (5, 5), "img_in": (3072, 128)}
-    assert detect_lora_base(peft(modules), {}).name == "flux"
+    assert detect_lora_base(make_peft_header(modules), {}).name == "flux"
 
 
 @pytest.mark.parametrize(("blocks", "base"), [(1, "flux"), (5, "flux2_klein_4b"), (6, "flux"), (19, "flux")])
-def test_the_base_whose_last_block_is_there_is_the_likeliest(blocks, base):
+def test_base_whose_last_block_is_in_the_file_is_likeliest(blocks, base):
     found = detect_lora_base(
-        peft({f"double_blocks.{n}.img_attn.qkv": (9216, 3072) for n in range(blocks)}), {}
+        make_peft_header({f"double_blocks.{n}.img_attn.qkv": (9216, 3072) for n in range(blocks)}), {}
     )
     assert found.name == base and {"flux", "chroma", "hunyuan_video"} <= {found.name, *found.alternatives}
 
 
-def test_blocks_beyond_the_last():
-    assert detect_lora_base(peft({"double_blocks.18.img_attn.qkv": (9216, 3072)}), {}).name == "flux"
-    assert detect_lora_base(peft({"double_blocks.19.img_attn.qkv": (9216, 3072)}), {}).name == "hunyuan_video"
-    assert detect_lora_base(peft({"double_blocks.20.img_attn.qkv": (9216, 3072)}), {}) is None
+def test_base_with_fewer_blocks_is_excluded():
+    assert (
+        detect_lora_base(make_peft_header({"double_blocks.18.img_attn.qkv": (9216, 3072)}), {}).name == "flux"
+    )
+    assert (
+        detect_lora_base(make_peft_header({"double_blocks.19.img_attn.qkv": (9216, 3072)}), {}).name
+        == "hunyuan_video"
+    )
+    assert detect_lora_base(make_peft_header({"double_blocks.20.img_attn.qkv": (9216, 3072)}), {}) is None
     falling = {f"double_blocks.{n}.img_attn.qkv": (9216, 3072) for n in (19, 0)}
-    assert detect_lora_base(peft(falling), {}).name == "hunyuan_video"
+    assert detect_lora_base(make_peft_header(falling), {}).name == "hunyuan_video"
 
 
-def test_one_deep_layer_is_enough():
+def test_one_deep_layer_makes_it_sdxl():
     name = "down_blocks.1.attentions.0.transformer_blocks.{}.attn1.to_q"
-    assert detect_lora_base(peft({name.format(n): (640, 640) for n in range(2)}), {}) == LoraBase(
+    assert detect_lora_base(make_peft_header({name.format(n): (640, 640) for n in range(2)}), {}) == LoraBase(
         "sdxl", "shapes", "text width 2048"
     )
 
@@ -504,7 +514,7 @@ def test_one_deep_layer_is_enough():
         ("Krea-2/lora", "krea2"),
     ],
 )
-def test_tags(tag, base):
+def test_tag_gives_the_base(tag, base):
     assert (
         detect_lora_base({}, {"ss_base_model_version": tag})
         == detect_lora_base({}, {"modelspec.architecture": tag})
@@ -512,7 +522,7 @@ def test_tags(tag, base):
     )
 
 
-def test_tags_of_several_bases():
+def test_tag_of_several_bases_gives_alternatives():
     assert detect_lora_base({}, {"ss_base_model_version": "wan2.1"}) == LoraBase(
         "wan_14b", "tag", "", ("wan_1_3b",)
     )
@@ -528,18 +538,18 @@ def test_tags_of_several_bases():
 @pytest.mark.parametrize(
     "tag", ["", "None", "animatediff", "flux3", "sd_v", "x" * 10_000, "\x1b[31m", "{}", "狐"]
 )
-def test_unknown_tags(tag):
+def test_unknown_tag_gives_no_base(tag):
     assert (
         read_tag({"ss_base_model_version": tag}) == (None, [])
         and detect_lora_base({}, {"ss_base_model_version": tag}) is None
     )
 
 
-def test_a_long_tag_is_cut():
+def test_long_tag_is_cut():
     assert len(read_tag({"ss_base_model_version": "flux1 " + "x" * 1000})[0]) == 100
 
 
-def test_the_second_tag_counts_where_the_first_is_unknown():
+def test_second_tag_counts_where_the_first_is_unknown():
     assert (
         detect_lora_base(
             {}, {"ss_base_model_version": "custom", "modelspec.architecture": "flux-1-dev/lora"}
@@ -548,15 +558,15 @@ def test_the_second_tag_counts_where_the_first_is_unknown():
     )
 
 
-def test_a_tag_chooses_between_bases_of_the_same_shapes():
-    header = peft({"double_blocks.0.img_attn.qkv": (9216, 3072)})
+def test_tag_chooses_between_bases_of_the_same_shapes():
+    header = make_peft_header({"double_blocks.0.img_attn.qkv": (9216, 3072)})
     assert detect_lora_base(header, {}).name == "flux"
     chosen = detect_lora_base(header, {"ss_base_model_version": "chroma"})
     assert chosen.name == "chroma" and "flux" in chosen.alternatives and chosen.tag is None
 
 
 def test_shapes_win_over_tags():
-    header = peft(NATIVE["flux2_dev"])
+    header = make_peft_header(NATIVE["flux2_dev"])
     found = detect_lora_base(header, {"ss_base_model_version": "sdxl\x1b_base"})
     assert found == LoraBase("flux2_dev", "shapes", "hidden 6144", (), "sdxl _base")
     assert str(found) == "FLUX.2-dev (hidden 6144, by its shapes, its tag says sdxl _base)"
@@ -568,29 +578,31 @@ def test_shapes_win_over_tags():
 # -- refusing ------------------------------------------------------------------------------------------------
 
 
-def test_another_base_is_refused():
+def test_another_base_is_rejected_with_both_sizes():
     words = (
         r"^style\.safetensors was made for FLUX\.2-dev \(hidden 6144\), the model is FLUX\.1 \(hidden 3072\); "
         r"choose a LoRA made for FLUX\.1, or the model that this one was made for$"
     )
     with pytest.raises(LoraError, match=words):
-        check_lora_base(STYLE, detect_lora_base(peft(NATIVE["flux2_dev"]), {}), "flux")
+        check_lora_base(STYLE, detect_lora_base(make_peft_header(NATIVE["flux2_dev"]), {}), "flux")
     with pytest.raises(
         LoraError,
         match=r"for SDXL \(text width 2048\), the model is the tiny model of int8run \(hidden 384\)",
     ):
-        check_lora_base(STYLE, detect_lora_base(peft(NATIVE["sdxl"]), {}), "tiny")
+        check_lora_base(STYLE, detect_lora_base(make_peft_header(NATIVE["sdxl"]), {}), "tiny")
     with pytest.raises(
         LoraError, match=r"for FLUX\.1 or Chroma .*or Qwen-Image.*\(hidden 3072\), the model is SDXL"
     ):
         check_lora_base(
-            STYLE, detect_lora_base(peft({"transformer_blocks.0.attn.to_q": (3072, 3072)}), {}), "sdxl"
+            STYLE,
+            detect_lora_base(make_peft_header({"transformer_blocks.0.attn.to_q": (3072, 3072)}), {}),
+            "sdxl",
         )
 
 
-def test_a_base_shown_by_names_alone_is_refused():
+def test_base_known_by_names_alone_is_rejected():
     found = detect_lora_base(
-        entries(**{"lora_unet_txt_in_individual_token_refiner_blocks_0_x.alpha": []}), {}
+        make_entries(**{"lora_unet_txt_in_individual_token_refiner_blocks_0_x.alpha": []}), {}
     )
     with pytest.raises(
         LoraError, match=r"HunyuanVideo or HunyuanImage 2\.1 \(by the names in it\), the model is FLUX\.1"
@@ -598,23 +610,23 @@ def test_a_base_shown_by_names_alone_is_refused():
         check_lora_base(STYLE, found, "flux")
 
 
-def test_what_fits_or_is_not_known_is_let_through():
-    flux = detect_lora_base(peft(NATIVE["flux"]), {})
+def test_matching_and_unknown_bases_are_accepted():
+    flux = detect_lora_base(make_peft_header(NATIVE["flux"]), {})
     assert check_lora_base(STYLE, flux, "flux") is None
     assert check_lora_base(STYLE, flux, "my_model") is None and check_lora_base(STYLE, None, "flux") is None
 
 
-def test_what_fits_in_part_is_a_warning():
-    assert check_lora_base(STYLE, detect_lora_base(peft(NATIVE["flux"]), {}), "chroma") == (
+def test_partly_fitting_base_is_a_warning():
+    assert check_lora_base(STYLE, detect_lora_base(make_peft_header(NATIVE["flux"]), {}), "chroma") == (
         "style.safetensors was made for FLUX.1, the model is Chroma: Chroma has no modulation layers, so that part of the LoRA "
         "is left out, and what it learned may look different"
     )
     assert "Chroma, the model is FLUX.1: FLUX.1 has no distilled" in check_lora_base(
-        STYLE, detect_lora_base(peft(NATIVE["chroma"]), {}), "flux"
+        STYLE, detect_lora_base(make_peft_header(NATIVE["chroma"]), {}), "flux"
     )
 
 
-def test_a_tag_alone_refuses_nothing():
+def test_tag_alone_only_warns():
     found = detect_lora_base({}, {"ss_base_model_version": "sdxl_base_v1-0"})
     assert (
         check_lora_base(STYLE, found, "flux")
@@ -623,8 +635,8 @@ def test_a_tag_alone_refuses_nothing():
     assert check_lora_base(STYLE, found, "sdxl") is None
 
 
-def test_a_tag_against_the_shapes_is_told():
-    found = detect_lora_base(peft(NATIVE["flux"]), {"ss_base_model_version": "sdxl_base_v1-0"})
+def test_tag_that_contradicts_the_shapes_is_a_warning():
+    found = detect_lora_base(make_peft_header(NATIVE["flux"]), {"ss_base_model_version": "sdxl_base_v1-0"})
     assert (
         check_lora_base(STYLE, found, "flux")
         == "style.safetensors: its header says 'sdxl_base_v1-0', its shapes are those of FLUX.1; the shapes count"
@@ -634,7 +646,7 @@ def test_a_tag_against_the_shapes_is_told():
 # -- the table -----------------------------------------------------------------------------------------------
 
 
-def test_the_table_is_whole():
+def test_table_is_complete():
     for name, base in load_table()["bases"].items():
         wishes = [
             w for row in load_table()["architectures"][base["architecture"]]["modules"].values() for w in row
@@ -653,7 +665,7 @@ def test_the_table_is_whole():
         assert {name, *others} <= set(load_table()["bases"])
 
 
-def test_models_and_bases_use_the_same_words():
+def test_models_name_bases_of_the_table():
     models = Path(__file__).parents[2] / "conf" / "model"
     assert {yaml.safe_load(path.read_text())["lora_base"] for path in models.glob("*.yaml")} <= set(
         load_table()["bases"]

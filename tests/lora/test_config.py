@@ -11,7 +11,7 @@ HUB = {"repo": "user/style", "weight_name": "style.safetensors"}
 
 
 @pytest.mark.parametrize("strength", [-20.01, 21, float("nan"), True, "1.0"], ids=repr)
-def test_strength_of_an_adapter(strength):
+def test_adapter_strength_out_of_range_is_rejected(strength):
     with pytest.raises(
         ConfigError, match=r"strength of LoRA 'ink' is .*; allowed is a number from -20 to 20"
     ):
@@ -19,12 +19,12 @@ def test_strength_of_an_adapter(strength):
 
 
 @pytest.mark.parametrize("strength", [-20.01, 21, float("inf"), False], ids=repr)
-def test_strength_of_the_stack(strength):
+def test_stack_strength_out_of_range_is_rejected(strength):
     with pytest.raises(ConfigError, match=r"lora\.strength is .*; allowed is a number from -20 to 20"):
         LoraSettings([Adapter("ink", "ink")], strength=strength)
 
 
-def test_strengths_times_the_stacks_own():
+def test_product_of_both_strengths_is_checked():
     with pytest.raises(
         ConfigError,
         match=r"strength of LoRA 'gloss' times lora\.strength is -25\.0; allowed is a number from -20 to 20",
@@ -35,11 +35,11 @@ def test_strengths_times_the_stacks_own():
     ).strengths == [0.25, -10.0]
 
 
-def test_the_ends_of_the_range_are_allowed():
+def test_ends_of_the_range_are_allowed():
     assert LoraSettings([Adapter("ink", "ink", -20), Adapter("gloss", "gloss", 20)]).strengths == [-20, 20]
 
 
-def test_names_are_given_once():
+def test_repeated_name_is_rejected():
     with pytest.raises(
         ConfigError, match=r"lora\.adapters has the name 'ink' twice; give each adapter its own name"
     ):
@@ -47,7 +47,7 @@ def test_names_are_given_once():
 
 
 @pytest.mark.parametrize(("mode", "hint"), [("dynamik", r"did you mean 'dynamic'\? "), ("zzz", "")])
-def test_unknown_mode(mode, hint):
+def test_unknown_mode_is_rejected_with_a_hint(mode, hint):
     with pytest.raises(
         ConfigError, match=rf"lora\.mode is '{mode}'; {hint}choose from .*auto, bake, dynamic"
     ):
@@ -69,11 +69,11 @@ def test_only_bake_makes_strengths_part_of_the_build(mode, bakes):
     ],
     ids=["path", "hub", "mapping to hub", "mapping to path"],
 )
-def test_source(path, weight_name, source):
+def test_source_is_path_and_weight_name(path, weight_name, source):
     assert Adapter("ink", path, weight_name=weight_name).get_source("flux") == source
 
 
-def test_a_base_model_without_a_source_is_told_which_have_one():
+def test_missing_source_lists_the_bases_that_have_one():
     with pytest.raises(
         ConfigError,
         match=r"LoRA 'ink' has no source for base model 'sdxl'; it has one for flux, tiny; add an entry under",
@@ -82,7 +82,7 @@ def test_a_base_model_without_a_source_is_told_which_have_one():
 
 
 @pytest.mark.parametrize("missing", ["repo", "weight_name"])
-def test_a_hub_source_needs_both_words(missing):
+def test_hub_source_needs_repo_and_weight_name(missing):
     entry = {key: value for key, value in HUB.items() if key != missing}
     with pytest.raises(ConfigError, match=rf"LoRA 'ink'.*{missing}"):
         Adapter("ink", {"flux": entry}).get_source("flux")
@@ -96,13 +96,13 @@ def test_adapters_may_be_plain_mappings():
 @pytest.mark.parametrize(
     "entry", ["a.safetensors", {"name": "a"}, {"name": "a", "path": "b", "strenght": 1}], ids=repr
 )
-def test_an_adapter_of_another_form_is_named(entry):
+def test_malformed_adapter_is_rejected(entry):
     words = "it takes name and path, and may have strength, text_strength, components, weight_name, enabled, few_step$"
     with pytest.raises(ConfigError, match=rf"an entry of lora\.adapters is .*; {words}"):
         LoraSettings(adapters=[entry])
 
 
-def test_an_adapter_without_a_path_is_named():
+def test_adapter_without_a_path_is_rejected():
     with pytest.raises(ConfigError, match=r"LoRA 'file' has no path; set lora\.adapters\.0\.path="):
         Adapter("file", None)
 
@@ -128,7 +128,7 @@ FORM = r"a schedule is \[\[fraction of the steps, strength\], …\] with rising 
     ],
     ids=repr,
 )
-def test_what_is_no_schedule_is_told_the_form(entries):
+def test_malformed_schedule_is_rejected_with_the_form(entries):
     with pytest.raises(ConfigError, match=rf"^strength of LoRA 'ink' is \[.*; {FORM}"):
         Adapter("ink", "ink", entries)
 
@@ -148,7 +148,7 @@ def test_what_is_no_schedule_is_told_the_form(entries):
     ],
     ids=repr,
 )
-def test_numbers_in_a_schedule(entries, message):
+def test_numbers_of_a_schedule_are_checked(entries, message):
     with pytest.raises(ConfigError, match=message):
         Adapter("ink", "ink", entries)
 
@@ -174,7 +174,7 @@ def test_strengths_follow_the_schedule(fraction, strengths):
     assert SWITCHED.get_strengths_at(fraction) == strengths
 
 
-def test_a_stack_knows_when_its_strengths_change():
+def test_change_points_are_those_of_all_adapters():
     assert (
         SWITCHED.change_points == [0, 0.5, 0.75]
         and SWITCHED.is_scheduled
@@ -190,7 +190,7 @@ def test_a_stack_knows_when_its_strengths_change():
 
 
 @pytest.mark.parametrize("mode", ["bake", "stochastic"])
-def test_written_weights_cannot_follow_a_schedule(mode):
+def test_merging_modes_reject_a_schedule(mode):
     message = rf"^LoRA 'b' has a schedule of strengths, which lora\.mode={mode} cannot follow; set lora\.mode=dynamic$"
     with pytest.raises(ConfigError, match=message):
         LoraSettings([Adapter("a", "a"), Adapter("b", "b", [[0, 1], [0.5, 0]])], mode=mode)
@@ -198,7 +198,7 @@ def test_written_weights_cannot_follow_a_schedule(mode):
     LoraSettings([Adapter("b", "b", [[0, 1], [0.5, 0]], enabled=False)], mode=mode)
 
 
-def test_a_schedule_times_the_stacks_own_strength():
+def test_schedule_is_scaled_by_the_stack():
     with pytest.raises(
         ConfigError,
         match=r"^strength of LoRA 'a' times lora\.strength is 24; allowed is a number from -20 to 20$",
@@ -209,7 +209,7 @@ def test_a_schedule_times_the_stacks_own_strength():
 # -- text encoders, parts, switches --------------------------------------------------------------------------
 
 
-def test_the_text_part_has_a_strength_of_its_own_or_that_of_the_first_step():
+def test_text_strength_defaults_to_that_of_the_first_step():
     adapters = [
         Adapter("a", "a", 0.5),
         Adapter("b", "b", 0.5, text_strength=0.2),
@@ -220,21 +220,21 @@ def test_the_text_part_has_a_strength_of_its_own_or_that_of_the_first_step():
 
 
 @pytest.mark.parametrize("strength", [-20.5, 21, True, "1", [[0, 1]]], ids=repr)
-def test_text_strength_is_a_number(strength):
+def test_text_strength_out_of_range_is_rejected(strength):
     with pytest.raises(
         ConfigError, match=r"^text_strength of LoRA 'ink' is .*; allowed is a number from -20 to 20$"
     ):
         Adapter("ink", "ink", text_strength=strength)
 
 
-def test_text_strength_times_the_stacks_own():
+def test_text_strength_is_scaled_by_the_stack():
     with pytest.raises(
         ConfigError, match=r"^strength of LoRA 'ink' times lora\.strength is -22\.0; allowed is"
     ):
         LoraSettings([Adapter("ink", "ink", 0.1, text_strength=-11.0)], strength=2.0)
 
 
-def test_parts_are_named_as_in_the_pipeline():
+def test_components_have_the_names_of_the_pipeline():
     choices = "denoiser, text_encoder, text_encoder_2, text_encoder_3, transformer, transformer_2"
     with pytest.raises(ConfigError, match=rf"^a component of LoRA 'ink' is 'unet'; .*choose from {choices}$"):
         Adapter("ink", "ink", components=["denoiser", "unet"])
@@ -255,18 +255,18 @@ def test_parts_are_named_as_in_the_pipeline():
         (lambda: LoraSettings(insert_triggers="yes"), "lora.insert_triggers is 'yes'"),
     ],
 )
-def test_switches(make, name):
+def test_switches_take_booleans_only(make, name):
     with pytest.raises(ConfigError, match=rf"^{name}; choose true or false$"):
         make()
 
 
 @pytest.mark.parametrize("share", [-0.1, 101, "a", None, True], ids=repr)
-def test_max_overhead(share):
+def test_max_overhead_out_of_range_is_rejected(share):
     with pytest.raises(ConfigError, match=r"^lora\.max_overhead is .*; allowed is a number from 0 to 100$"):
         LoraSettings(max_overhead=share)
 
 
-def test_unusual_strengths_are_told_once_for_each_lora():
+def test_unusual_strengths_are_listed_once_for_each_lora():
     adapters = [
         Adapter("usual", "a", 2),
         Adapter("low", "a", -1),
@@ -290,7 +290,7 @@ def test_unusual_strengths_are_told_once_for_each_lora():
 # -- for one base model --------------------------------------------------------------------------------------
 
 
-def test_adapters_that_are_off_are_left_out():
+def test_disabled_adapters_are_left_out():
     off = Adapter("off", {"flux": "other"}, 5, enabled=False, few_step="lcm")
     found = LoraSettings([Adapter("ink", "ink"), off, Adapter("gloss", "b", 0.3)]).resolve_for_base("tiny")
     # neither a source nor a preset for this base is asked of what is off
@@ -298,14 +298,14 @@ def test_adapters_that_are_off_are_left_out():
     assert found.resolve_for_base("tiny") == found
 
 
-def test_a_strength_that_nobody_set_is_the_presets():
+def test_strength_defaults_to_that_of_the_preset():
     fast = Adapter("fast", "lcm", few_step="z_image_distill")
     assert LoraSettings([fast, Adapter("ink", "a")]).resolve_for_base("z_image").strengths == [0.8, 1]
     given = LoraSettings([replace(fast, strength=0.5)], strength=2).resolve_for_base("z_image")
     assert given.strengths == [1] and given.find_preset("z_image").strength == 0.8
 
 
-def test_the_file_name_may_say_the_steps():
+def test_steps_in_the_file_name_win():
     stack = LoraSettings([Adapter("fast", "somewhere/lcm-6steps.safetensors", few_step="lcm")])
     assert stack.find_preset("sd15").steps == 6
     hub = LoraSettings(
@@ -320,7 +320,7 @@ def test_the_file_name_may_say_the_steps():
     assert hub.find_preset("sd15").steps == 3
 
 
-def test_two_presets_at_once_are_refused():
+def test_two_presets_at_once_are_rejected():
     first, second = Adapter("a", "a", few_step="lcm"), Adapter("b", "b", few_step="lcm")
     with pytest.raises(
         ConfigError, match=r"^LoRAs 'a' and 'b' both bring few-step settings; leave one of them out$"
@@ -342,7 +342,7 @@ PRESETS = [("lcmm", r"few_step is 'lcmm'; did you mean 'lcm'\?"), ("turbo_alpha"
 
 
 @pytest.mark.parametrize(("name", "message"), PRESETS)
-def test_a_preset_that_is_not_there(name, message):
+def test_unknown_preset_is_rejected(name, message):
     with pytest.raises(ConfigError, match=message):
         LoraSettings([Adapter("a", "a", few_step=name)]).resolve_for_base("tiny")
 
@@ -358,12 +358,12 @@ def test_a_preset_that_is_not_there(name, message):
     ],
     ids=lambda v: repr(v.strength) if isinstance(v, Adapter) else None,
 )
-def test_whether_a_lora_is_in_use(adapter, used):
+def test_adapter_is_used_unless_every_strength_is_zero(adapter, used):
     assert LoraSettings([Adapter("other", "b"), adapter]).is_used == [True, used]
     assert LoraSettings([Adapter("other", "b"), adapter], strength=0).is_used == [False, False]
 
 
-def test_components_are_a_list():
+def test_components_must_be_a_list():
     with pytest.raises(
         ConfigError, match=r"^components of LoRA 'a' is 'denoiser'; it takes a list: \[denoiser\]$"
     ):

@@ -40,7 +40,7 @@ MADE_UP = dict(name="fast", base="tiny", steps=4, scheduler="LCMScheduler", sour
 
 
 @pytest.mark.parametrize(("name", "base"), ROWS)
-def test_every_row_works_in_diffusers(name, base):
+def test_every_row_runs_in_diffusers(name, base):
     row = get_preset(name, base)
     scheduler = getattr(diffusers, row.scheduler)
     known = inspect.signature(scheduler.__init__).parameters
@@ -60,19 +60,19 @@ def test_every_row_works_in_diffusers(name, base):
 
 
 @pytest.mark.parametrize(("name", "base"), ROWS)
-def test_every_number_of_steps_of_a_row_works(name, base):
+def test_every_number_of_steps_of_a_row_is_accepted(name, base):
     low, high = get_preset(name, base).steps_range
     for steps in range(low, high + 1):
         assert get_preset(name, base, steps).steps == steps
 
 
-def test_every_base_is_known():
+def test_every_base_is_in_the_base_table():
     assert {base for _, base in ROWS} - set(base_table()["bases"]) == {
         "flux_depth"
     }  # FLUX.1 with a depth picture at its input
 
 
-def test_a_field_of_the_table_is_a_field_of_a_row():
+def test_table_has_only_known_fields():
     fields = set(inspect.signature(FewStepPreset).parameters) - {"name", "base"}
     for name, base in ROWS:
         row = load_table()["presets"][name]["bases"][base]
@@ -81,7 +81,7 @@ def test_a_field_of_the_table_is_a_field_of_a_row():
         )
 
 
-def test_what_model_cards_say():
+def test_presets_match_their_model_cards():
     lcm = get_preset("lcm", "sdxl")
     assert (lcm.steps, lcm.guidance, lcm.scheduler, lcm.strength, lcm.companions) == (
         4,
@@ -105,7 +105,7 @@ def test_what_model_cards_say():
     )
 
 
-def test_a_file_for_a_number_of_steps():
+def test_steps_of_the_file_replace_those_of_the_preset():
     hyper = get_preset("hyper_sd_cfg", "sd3", 16)
     assert (hyper.steps, hyper.steps_range, hyper.guidance, hyper.guidance_range) == (
         16,
@@ -124,14 +124,14 @@ def test_a_file_for_a_number_of_steps():
 # -- errors --------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_preset():
+def test_unknown_preset_is_rejected():
     with pytest.raises(
         ConfigError, match=r"few_step is 'lcn'; did you mean 'lcm'\? choose from .*hyper_flux.*turbo_alpha"
     ):
         get_preset("lcn", "sdxl")
 
 
-def test_a_base_that_a_preset_is_not_made_for():
+def test_base_without_the_preset_is_rejected():
     with pytest.raises(
         ConfigError,
         match=r"'dmd2' is not made for 'flux'; it is for sdxl\. Presets for 'flux': hyper_flux, turbo_alpha",
@@ -159,12 +159,12 @@ def test_a_base_that_a_preset_is_not_made_for():
         (dict(extra={"timesteps": [999]}), "has 1 timesteps for 4 steps"),
     ],
 )
-def test_a_row_checks_itself(wrong, words):
+def test_malformed_row_is_rejected(wrong, words):
     with pytest.raises(ConfigError, match=words):
         FewStepPreset(**MADE_UP | wrong)
 
 
-def test_a_row_without_ranges():
+def test_ranges_default_to_the_recommended_value():
     row = FewStepPreset(**MADE_UP, guidance=1.5)
     assert row.steps_range == (4, 4) and row.guidance_range == (1.5, 1.5)
     assert FewStepPreset(**MADE_UP).guidance_range is None
@@ -207,7 +207,7 @@ def test_a_row_without_ranges():
         ("ltx-2-19b-distilled-lora-384.safetensors", "ltx2_distilled"),
     ],
 )
-def test_files_that_give_themselves_away(file, name):
+def test_preset_is_detected_from_the_file_name(file, name):
     assert detect_preset(Path("/loras") / file, {}) == name
 
 
@@ -230,11 +230,11 @@ def test_files_that_give_themselves_away(file, name):
         "my_style.safetensors",
     ],
 )
-def test_names_that_only_look_so(file):
+def test_similar_names_are_not_detected(file):
     assert detect_preset(Path("/loras/turbo alpha lcm") / file, {}) is None, "nor does a folder count"
 
 
-def test_titles_give_away():
+def test_preset_is_detected_from_title_and_hint():
     assert detect_preset(Path("x.safetensors"), {"modelspec.title": "LCM for SDXL"}) == "lcm"
     assert detect_preset(Path("x.safetensors"), {"modelspec.usage_hint": "use as TCD, eta 0.3"}) == "tcd"
     assert detect_preset(Path("x.safetensors"), {"ss_output_name": "Hyper-FLUX.1-dev-8steps"}) == "hyper_flux"
@@ -246,7 +246,7 @@ def test_titles_give_away():
     )
 
 
-def test_only_presets_for_a_base():
+def test_detection_may_be_limited_to_a_base():
     path = Path("pcm_sd15_lightning_4step.safetensors")
     assert (
         detect_preset(path, {}) == "lightning"
@@ -269,11 +269,11 @@ def test_only_presets_for_a_base():
         ("style", None),
     ],
 )
-def test_steps_in_a_name(name, steps):
+def test_steps_are_parsed_from_the_name(name, steps):
     assert parse_steps_in_name(Path(f"{name}.safetensors")) == steps
 
 
-def test_adapters_for_training():
+def test_training_adapters_are_detected():
     assert is_for_training_only(Path("zimage_turbo_training_adapter_v2.safetensors"), {})
     assert not is_for_training_only(Path("training_day.safetensors"), {})
 
@@ -287,7 +287,7 @@ def test_adapters_for_training():
         "black-forest-labs/FLUX.2-klein-4B",
     ],
 )
-def test_distilled_models(model):
+def test_distilled_model_is_a_warning(model):
     assert warn_about_distilled_model("turbo_alpha", model) == (
         f"{model} is made for few steps already; a few-step LoRA (turbo_alpha) on top of it overcooks the image"
     )
@@ -297,14 +297,14 @@ def test_distilled_models(model):
     "model",
     ["black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-base-4B", "shipped:tiny", "/turbo/mine"],
 )
-def test_models_that_are_not_distilled(model):
+def test_other_models_are_no_warning(model):
     assert warn_about_distilled_model("turbo_alpha", model) is None
 
 
 # -- advice --------------------------------------------------------------------------------------------------
 
 
-def test_nothing_to_say():
+def test_matching_settings_have_no_differences():
     for name, base in ROWS:
         row = get_preset(name, base)
         assert (
@@ -332,16 +332,16 @@ GOOD = LCM.sampling
         ),
     ],
 )
-def test_settings_that_contradict(change, line):
+def test_contradicting_setting_is_listed(change, line):
     assert list_differences(LCM, replace(GOOD, **change)) == [line]
 
 
 @pytest.mark.parametrize("change", [dict(steps=2), dict(steps=8), dict(guidance=0.0), dict(guidance=2.0)])
-def test_ends_of_a_range_are_fine(change):
+def test_ends_of_a_range_are_accepted(change):
     assert list_differences(LCM, replace(GOOD, **change)) == []
 
 
-def test_the_scheduler_that_a_run_ends_up_with_counts():
+def test_scheduler_in_use_is_compared():
     assert list_differences(LCM, Sampling(), scheduler="DDIMScheduler") == [
         "the scheduler is DDIMScheduler; lcm on sdxl is made for LCMScheduler"
     ]
@@ -355,7 +355,7 @@ def test_the_scheduler_that_a_run_ends_up_with_counts():
     assert list_differences(hyper, Sampling(scheduler="DDIMScheduler", scheduler_settings=leading)) == [line]
 
 
-def test_strengths_that_contradict():
+def test_contradicting_strength_is_listed():
     assert list_differences(LCM, GOOD, strength=0.5) == ["its strength is 0.5; lcm on sdxl is made for 1"]
     assert list_differences(get_preset("hyper_flux", "flux"), Sampling(), strength=1.0) == [
         "its strength is 1; hyper_flux on flux is made for 0.125"
@@ -363,7 +363,7 @@ def test_strengths_that_contradict():
     assert list_differences(get_preset("hyper_flux", "flux"), Sampling(), strength=0.13) == []
 
 
-def test_companions_that_are_too_strong():
+def test_strong_companions_are_listed():
     assert list_differences(LCM, GOOD, companions={"ink": 0.8, "gloss": 0.45, "less": -0.6}) == [
         "LoRA 'ink' has strength 0.8; beside lcm at most 0.45 is advised",
         "LoRA 'less' has strength -0.6; beside lcm at most 0.45 is advised",
@@ -376,7 +376,7 @@ def test_companions_that_are_too_strong():
     )
 
 
-def test_further_arguments():
+def test_extra_arguments_are_compared():
     dmd2 = get_preset("dmd2", "sdxl")
     assert list_differences(dmd2, replace(dmd2.sampling, extra={"timesteps": [1, 2, 3, 4]})) == [
         "sampler.extra.timesteps is [1, 2, 3, 4]; dmd2 on sdxl is made for [999, 749, 499, 249]"

@@ -117,7 +117,7 @@ from int8run.lora.key_parsing import PART_BY_SUFFIX, UNSUPPORTED_SUFFIXES, Parse
         ("text_encoders.transformer.model.layers.0.lora_up.weight", "text_encoder", "model.layers.0", "up"),
     ],
 )
-def test_key(key, component, name, part):
+def test_key_is_parsed_into_component_name_and_part(key, component, name, part):
     assert parse_key(key) == ParsedKey(component, name, part)
 
 
@@ -148,19 +148,19 @@ def test_key(key, component, name, part):
         ("emb_params", "emb_params", "textual inversion, not a LoRA"),
     ],
 )
-def test_keys_that_nothing_is_done_with(key, name, reason):
+def test_unsupported_key_has_a_reason(key, name, reason):
     assert parse_key(key) == ParsedKey("denoiser", name, None, reason)
 
 
 @pytest.mark.parametrize("suffix", PART_BY_SUFFIX)
-def test_every_suffix_is_reached(suffix):
+def test_every_suffix_is_recognized(suffix):
     # a suffix that ends with an earlier one would never be
     name = "x" if suffix.startswith(".") else "x_y"
     assert parse_key(f"transformer.{name}{suffix}") == ParsedKey("denoiser", name, PART_BY_SUFFIX[suffix])
 
 
 @pytest.mark.parametrize("suffix", UNSUPPORTED_SUFFIXES)
-def test_every_unsupported_suffix_is_reached(suffix):
+def test_every_unsupported_suffix_is_recognized(suffix):
     assert parse_key(f"transformer.x{suffix}") == ParsedKey(
         "denoiser", "x", None, f"unsupported adapter type: {UNSUPPORTED_SUFFIXES[suffix]}"
     )

@@ -15,10 +15,10 @@ from int8run.lora.match import MatchRequest, match_loras
 
 @pytest.fixture(scope="module")
 def models():
-    return lora_files.tiny_models()
+    return lora_files.make_tiny_models()
 
 
-def deltas(sample, models):
+def read_deltas(sample, models):
     """Component -> module -> changes of weight and bias, of a file as int8run reads it."""
     parts = models[sample.base]
     found = match_loras(parts, [MatchRequest(read_lora(sample.path))], strict=True)
@@ -33,9 +33,9 @@ def deltas(sample, models):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_file_does_what_its_formulas_say(name, models, tmp_path):
-    sample = lora_files.write(lora_files.make(name, models), tmp_path)
-    made = deltas(sample, models)
+def test_file_changes_each_module_by_its_formula(name, models, tmp_path):
+    sample = lora_files.write_sample(lora_files.make_sample(name, models), tmp_path)
+    made = read_deltas(sample, models)
     expected = {
         (component, module): e
         for component, modules in sample.expected.items()
@@ -53,10 +53,10 @@ def test_the_file_does_what_its_formulas_say(name, models, tmp_path):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_file_with_a_mistake_is_told_of(mistake, models, tmp_path):
-    sample = lora_files.make(mistake.layout, models)
+def test_mistake_in_a_file_is_reported(mistake, models, tmp_path):
+    sample = lora_files.make_sample(mistake.layout, models)
     mistake.spoil(sample.tensors)
-    lora_files.write(sample, tmp_path)
+    lora_files.write_sample(sample, tmp_path)
     before = {c: {k: v.clone() for k, v in m.state_dict().items()} for c, m in models[sample.base].items()}
     if mistake.when == "note":
         assert any(re.search(mistake.words, note) for note in read_lora(sample.path).notes)
@@ -77,8 +77,8 @@ def test_a_file_with_a_mistake_is_told_of(mistake, models, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name, (base, _) in LAYOUTS.items() if base == "flux"])
-def test_the_file_is_refused_by_a_model_of_another_family(name, models, tmp_path):
-    sample = lora_files.write(lora_files.make(name, models), tmp_path)
+def test_file_is_rejected_by_a_model_of_another_family(name, models, tmp_path):
+    sample = lora_files.write_sample(lora_files.make_sample(name, models), tmp_path)
     unet = {"denoiser": models["sdxl"]["denoiser"]}
     with pytest.raises(
         LoraError,
@@ -87,11 +87,11 @@ def test_the_file_is_refused_by_a_model_of_another_family(name, models, tmp_path
         match_loras(unet, [MatchRequest(read_lora(sample.path))], strict=True)
 
 
-def test_the_list_covers_every_family_and_kind(models, tmp_path):
+def test_layouts_cover_every_family_and_adapter_type(models, tmp_path):
     kinds = set()
     for name in LAYOUTS:
         kinds |= read_lora(
-            lora_files.write(lora_files.make(name, models), tmp_path).path
+            lora_files.write_sample(lora_files.make_sample(name, models), tmp_path).path
         ).adapter_types.keys()
     assert (
         kinds == {"LoRA", "LoCon", "LoHa", "LoKr", "diff", "norm", "IA3", "DoRA", "bias"}

@@ -1,4 +1,4 @@
-"""Finding and reading LoRA files: parts, scales, and what is refused with which words. Layouts are in test_layouts.py."""
+"""Finding and reading LoRA files: parts, scales, and what is refused with which words. Layouts are in test_pair_is_read_in_every_layout.py."""
 
 import json
 from pathlib import Path
@@ -33,13 +33,13 @@ def write(tmp_path):
     return write
 
 
-def only(file):
+def get_only_change(file):
     """The one change of a file."""
     (change,) = file.all_changes
     return change
 
 
-def header(**settings):
+def make_peft_metadata(**settings):
     """Metadata as diffusers writes it."""
     return {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
 
@@ -56,7 +56,7 @@ def header(**settings):
         ("x.lora_down.weight", "x.lora_up.weight"),
     ],
 )
-def test_layouts(write, down, up):
+def test_pair_is_read_in_every_layout(write, down, up):
     file = read_lora(write({down: A, up: B}))
     assert (
         list(file.changes) == ["denoiser"]
@@ -64,17 +64,17 @@ def test_layouts(write, down, up):
         and file.ranks == {RANK: 1}
         and file.scales == {1.0: 1}
     )
-    core = only(file).weight_delta
+    core = get_only_change(file).weight_delta
     assert (
         isinstance(core, LoRA)
         and torch.equal(core.lora_A, A)
         and torch.equal(core.lora_B, B)
         and core.scale == 1.0
     )
-    assert file.notes == () and file.adapter_types == {"LoRA": 1} and only(file).bias_delta is None
+    assert file.notes == () and file.adapter_types == {"LoRA": 1} and get_only_change(file).bias_delta is None
 
 
-def test_a_prefix_is_only_removed_at_the_front(write):
+def test_prefix_is_only_removed_at_the_front(write):
     name = "blocks.0.transformer.proj"
     file = read_lora(write({f"transformer.{name}.lora_A.weight": A, f"transformer.{name}.lora_B.weight": B}))
     assert list(file.changes["denoiser"]) == [name]
@@ -85,7 +85,7 @@ def test_a_prefix_is_only_removed_at_the_front(write):
     [torch.tensor(8.0), torch.tensor([8.0]), torch.tensor(8), torch.tensor(8.0, dtype=torch.bfloat16)],
     ids=str,
 )
-def test_alpha_tensor(write, alpha):
+def test_alpha_tensor_gives_the_scale(write, alpha):
     file = read_lora(write({"x.lora_down.weight": A, "x.lora_up.weight": B, "x.alpha": alpha}))
     assert file.changes["denoiser"]["x"].weight_delta.scale == 8 / RANK and file.skipped_keys == ()
 
@@ -133,7 +133,10 @@ def test_alpha_0_means_rank(write):
     ids=lambda v: json.dumps(v) if isinstance(v, dict) else None,
 )
 def test_scale_from_the_header(write, settings, scale):
-    assert read_lora(write(PEFT, header(**settings))).changes["denoiser"]["x"].weight_delta.scale == scale
+    assert (
+        read_lora(write(PEFT, make_peft_metadata(**settings))).changes["denoiser"]["x"].weight_delta.scale
+        == scale
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,8 +147,11 @@ def test_scale_from_the_header(write, settings, scale):
     ],
     ids=["text encoder last", "text encoder first"],
 )
-def test_the_text_encoders_alpha_is_not_the_denoisers(write, settings):
-    assert read_lora(write(PEFT, header(**settings))).changes["denoiser"]["x"].weight_delta.scale == 2.0
+def test_alpha_of_the_text_encoder_is_not_that_of_the_denoiser(write, settings):
+    assert (
+        read_lora(write(PEFT, make_peft_metadata(**settings))).changes["denoiser"]["x"].weight_delta.scale
+        == 2.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,14 +169,14 @@ def test_alpha_pattern_matches_the_end_of_a_name_as_in_peft(write, pattern, matc
     name = "blocks.0.attn.to_q"
     tensors = {f"transformer.{name}.lora_A.weight": A, f"transformer.{name}.lora_B.weight": B}
     settings = {"transformer.lora_alpha": 4, "transformer.alpha_pattern": {pattern: 12}}
-    assert read_lora(write(tensors, header(**settings))).changes["denoiser"][name].weight_delta.scale == (
-        3.0 if matches else 1.0
-    )
+    assert read_lora(write(tensors, make_peft_metadata(**settings))).changes["denoiser"][
+        name
+    ].weight_delta.scale == (3.0 if matches else 1.0)
 
 
-def test_an_alpha_tensor_wins_over_the_header(write):
+def test_alpha_tensor_wins_over_the_header(write):
     assert (
-        read_lora(write(PEFT | {"transformer.x.alpha": torch.tensor(2.0)}, header(lora_alpha=8)))
+        read_lora(write(PEFT | {"transformer.x.alpha": torch.tensor(2.0)}, make_peft_metadata(lora_alpha=8)))
         .changes["denoiser"]["x"]
         .weight_delta.scale
         == 0.5
@@ -182,7 +188,7 @@ def test_an_alpha_tensor_wins_over_the_header(write):
     ["{not json", "[1, 2]", '"words"', "null", "[" * 100_000, '{"alpha_pattern": ["x"]}'],
     ids=lambda t: t[:20],
 )
-def test_a_header_that_says_nothing_is_no_alpha(write, text):
+def test_useless_header_gives_scale_1(write, text):
     assert (
         read_lora(write(PEFT, {"lora_adapter_metadata": text})).changes["denoiser"]["x"].weight_delta.scale
         == 1.0
@@ -199,7 +205,7 @@ def test_a_header_that_says_nothing_is_no_alpha(write, text):
     ],
     ids=["defaults", "alpha", "rslora", "patterns"],
 )
-def test_deltas_are_those_of_peft(write, settings):
+def test_deltas_match_peft(write, settings):
     peft = pytest.importorskip("peft")
     blocks = nn.ModuleList(
         nn.ModuleDict({"to_q": nn.Linear(IN, OUT), "to_k": nn.Linear(IN, OUT)}) for _ in range(2)
@@ -214,7 +220,7 @@ def test_deltas_are_those_of_peft(write, settings):
     }
     # sets are not JSON; diffusers turns them into lists as well
     plain = {f"transformer.{k}": list(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    file = read_lora(write({f"transformer.{k}": v for k, v in tensors.items()}, header(**plain)))
+    file = read_lora(write({f"transformer.{k}": v for k, v in tensors.items()}, make_peft_metadata(**plain)))
     layers = {name: m for name, m in model.base_model.model.named_modules() if hasattr(m, "get_delta_weight")}
     assert file.changes["denoiser"].keys() == layers.keys() and len(layers) == 4
     for name, layer in layers.items():
@@ -222,7 +228,7 @@ def test_deltas_are_those_of_peft(write, settings):
         assert_close(name, delta, layer.get_delta_weight("default").detach(), 1e-6)
 
 
-def test_keys_of_no_known_kind_are_listed(write):
+def test_unknown_keys_are_listed_with_reasons(write):
     file = read_lora(
         write(
             PEFT
@@ -241,7 +247,7 @@ def test_keys_of_no_known_kind_are_listed(write):
     assert list(file.changes["denoiser"]) == ["x"]
 
 
-def test_plain_weights_are_no_lora(write):
+def test_plain_weights_are_skipped(write):
     file = read_lora(write({"x.weight": A, "x.bias": torch.ones(4)}))
     assert set(file.skipped_keys) == {
         ("x.weight", "a weight of a model, not a change of one"),
@@ -262,7 +268,7 @@ def test_plain_weights_are_no_lora(write):
         "vera_lambda_b",
     ],
 )
-def test_a_module_with_a_part_that_is_not_applied_is_left_out_whole(write, suffix):
+def test_module_with_an_unsupported_part_is_skipped_whole(write, suffix):
     # the rest alone would be another LoRA
     file = read_lora(
         write(
@@ -292,18 +298,18 @@ def test_components_are_kept_apart(write):
 
 
 class TestParts:
-    """What a module's tensors make together; the numbers themselves are in test_layouts.py."""
+    """What a module's tensors make together; the numbers themselves are in test_pair_is_read_in_every_layout.py."""
 
-    def test_a_bias_of_the_pair_has_the_scale_in_it(self, write):
+    def test_bias_of_the_pair_is_scaled(self, write):
         bias = torch.ones(OUT)
         file = read_lora(
             write(PEFT | {"transformer.x.lora_B.bias": bias, "transformer.x.alpha": torch.tensor(8.0)})
         )
-        assert torch.equal(only(file).bias_delta, 2 * bias)
+        assert torch.equal(get_only_change(file).bias_delta, 2 * bias)
 
-    def test_a_difference_of_the_bias_has_not(self, write):
+    def test_bias_difference_is_not_scaled(self, write):
         bias = torch.ones(OUT, dtype=torch.bfloat16)
-        change = only(
+        change = get_only_change(
             read_lora(write(PEFT | {"transformer.x.diff_b": bias, "transformer.x.alpha": torch.tensor(8.0)}))
         )
         assert (
@@ -315,26 +321,28 @@ class TestParts:
     def test_biases_add_up(self, write):
         both = {"transformer.x.lora_B.bias": torch.ones(OUT), "transformer.x.diff_b": torch.full((OUT,), 3.0)}
         assert torch.equal(
-            only(read_lora(write(PEFT | both | {"transformer.x.alpha": torch.tensor(8.0)}))).bias_delta,
+            get_only_change(
+                read_lora(write(PEFT | both | {"transformer.x.alpha": torch.tensor(8.0)}))
+            ).bias_delta,
             torch.full((OUT,), 5.0),
         )
 
-    def test_a_bias_alone(self, write):
+    def test_bias_alone_is_a_change(self, write):
         file = read_lora(write({"x.diff_b": torch.ones(OUT)}))
         assert (
-            only(file).weight_delta is None
+            get_only_change(file).weight_delta is None
             and file.adapter_types == {"bias": 1}
             and file.ranks == {}
             and file.scales == {}
         )
 
     def test_tensors_keep_their_dtype(self, write):
-        core = only(read_lora(write({k: t.bfloat16() for k, t in PEFT.items()}))).weight_delta
+        core = get_only_change(read_lora(write({k: t.bfloat16() for k, t in PEFT.items()}))).weight_delta
         assert core.lora_A.dtype == core.lora_B.dtype == torch.bfloat16
 
-    def test_8_bit_floats_keep_their_values(self, write):
+    def test_float8_keeps_its_values(self, write):
         eight = {k: t.to(torch.float8_e5m2) for k, t in PEFT.items()}
-        core = only(read_lora(write(eight))).weight_delta
+        core = get_only_change(read_lora(write(eight))).weight_delta
         assert core.lora_A.dtype == torch.bfloat16 and torch.equal(
             core.lora_A.float(), eight["transformer.x.lora_A.weight"].float()
         )
@@ -345,9 +353,9 @@ class TestParts:
         ids=str,
     )
     @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-    def test_quantized_halves(self, write, scale, dtype):
+    def test_int8_factors_are_dequantized(self, write, scale, dtype):
         up = torch.arange(-10, 10).reshape(OUT, RANK).to(dtype)
-        core = only(
+        core = get_only_change(
             read_lora(
                 write({"x.lora_down.weight": A, "x.lora_up.weight": up, "x.lora_up.scale_weight": scale})
             )
@@ -357,30 +365,34 @@ class TestParts:
     @pytest.mark.parametrize(
         ("shape", "on_input"), [((OUT, 1), False), ((OUT,), False), ((1, IN), True), ((1, 1), None)], ids=str
     )
-    def test_dora_norms_say_their_axis_by_their_shape(self, write, shape, on_input):
+    def test_axis_of_dora_norms_follows_from_their_shape(self, write, shape, on_input):
         tensors = (
             PEFT
             if on_input is not None
             else {"transformer.x.lora_A.weight": A, "transformer.x.lora_B.weight": B[:1].clone()}
         )
-        core = only(read_lora(write(tensors | {"transformer.x.dora_scale": torch.ones(shape)}))).weight_delta
+        core = get_only_change(
+            read_lora(write(tensors | {"transformer.x.dora_scale": torch.ones(shape)}))
+        ).weight_delta
         assert (
             isinstance(core, DoRA)
             and core.on_input == bool(on_input)
             and core.magnitude.shape == (max(shape),)
         )
 
-    def test_dora_norms_of_a_square_matrix(self, write):
+    def test_axis_of_dora_norms_of_a_square_matrix(self, write):
         square = {"x.lora_A.weight": A, "x.lora_B.weight": randn(IN, RANK)}
         for shape, on_input in (((IN, 1), False), ((1, IN), True)):
             assert (
-                only(read_lora(write(square | {"x.dora_scale": torch.ones(shape)}))).weight_delta.on_input
+                get_only_change(
+                    read_lora(write(square | {"x.dora_scale": torch.ones(shape)}))
+                ).weight_delta.on_input
                 == on_input
             )
 
-    def test_the_norms_of_peft_are_always_of_rows(self, write):
+    def test_norms_of_peft_are_always_of_rows(self, write):
         norms = torch.ones(1, OUT, 1, 1)  # of a convolution
-        core = only(
+        core = get_only_change(
             read_lora(write(PEFT | {"transformer.x.lora_magnitude_vector.weight": norms}))
         ).weight_delta
         assert not core.on_input and core.magnitude.shape == (OUT,)
@@ -395,11 +407,11 @@ class TestParts:
         ],
         ids=str,
     )
-    def test_lokr_has_an_alpha_only_with_a_low_rank_factor(self, write, names, rank, scale):
+    def test_lokr_is_scaled_only_with_a_low_rank_factor(self, write, names, rank, scale):
         shapes = {"w1": (3, 4), "w2": (5, 6), "w1_a": (3, 2), "w1_b": (2, 4), "w2_a": (5, 2), "w2_b": (2, 6)}
         tensors = {f"x.lokr_{n}": randn(*shapes[n]) for n in names} | {"x.alpha": torch.tensor(8.0)}
         file = read_lora(write(tensors))
-        core = only(file).weight_delta
+        core = get_only_change(file).weight_delta
         assert isinstance(core, LoKr) and core.rank == rank and core.scale == scale and core.shape == (15, 24)
         assert isinstance(core.w1, LowRankPair) == ("w1_a" in names) and file.ranks == (
             {rank: 1} if rank else {}
@@ -553,7 +565,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("tensors", "words"), REFUSED.values(), ids=REFUSED.keys())
-def test_refused(write, tensors, words):
+def test_broken_module_is_rejected(write, tensors, words):
     path = write({k: t.clone() for k, t in tensors.items()})
     with pytest.raises(
         LoraError,
@@ -575,13 +587,13 @@ class TestNotes:
             for k, t in ({"lora_A__weight": A, "lora_B__weight": up} | parts).items()
         }
 
-    def test_no_effect(self, write):
+    def test_untrained_file_is_noted(self, write):
         file = read_lora(write(self.modules(3, torch.zeros_like(B))))
         assert file.notes == (
             "the LoRA has no effect (B = 0 in 3/3 modules): untrained or zero-initialised file",
         )
 
-    def test_no_effect_in_some_modules(self, write):
+    def test_untrained_modules_are_noted(self, write):
         file = read_lora(write(self.modules(3) | {"m2.lora_B.weight": torch.zeros_like(B)}))
         assert file.notes == ("1 of 3 modules have no effect (B = 0; first: m2)",)
 
@@ -596,16 +608,16 @@ class TestNotes:
         ],
         ids=lambda t: " ".join(t),
     )
-    def test_no_effect_of_other_kinds(self, write, tensors):
+    def test_untrained_adapters_of_other_types_are_noted(self, write, tensors):
         (note,) = read_lora(write(tensors)).notes
         assert note.startswith("the LoRA has no effect")
 
     @pytest.mark.parametrize("part", ["dora_scale", "diff_b"])
-    def test_norms_and_biases_act_without_a_pair(self, write, part):
+    def test_norms_and_biases_have_an_effect_without_a_pair(self, write, part):
         assert read_lora(write(self.modules(1, torch.zeros_like(B), **{part: torch.ones(OUT)}))).notes == ()
 
     @pytest.mark.parametrize(("alpha", "told"), [(0.1, True), (0.2, False), (16.0, False), (17.0, True)])
-    def test_unusual_alpha(self, write, alpha, told):
+    def test_unusual_scale_is_noted(self, write, alpha, told):
         notes = read_lora(write(self.modules(2) | {"m1.alpha": torch.tensor(alpha)})).notes
         assert bool(notes) == told
         if told:
@@ -613,16 +625,19 @@ class TestNotes:
                 f"alpha / rank is {alpha / RANK:g} in m1 (unusual in 1 of 2 modules); usual is 0.05 to 4"
             )
 
-    def test_large_values(self, write):
+    def test_large_values_are_noted(self, write):
         notes = read_lora(write(self.modules(2) | {"m1.lora_B.weight": B * 5000})).notes
         assert len(notes) == 1 and notes[0].startswith(
             f"values up to {(B * 5000).abs().max():.3g} in m1 (1 modules above 1000)"
         )
 
 
-def test_identity_is_of_the_tensors_alone(write):
+def test_identity_depends_on_the_tensors_alone(write):
     plain = read_lora(write(PEFT))
-    assert read_lora(write(PEFT, header(lora_alpha=3), "other.safetensors")).identity == plain.identity
+    assert (
+        read_lora(write(PEFT, make_peft_metadata(lora_alpha=3), "other.safetensors")).identity
+        == plain.identity
+    )
     assert (
         read_lora(write(PEFT | {"transformer.x.lora_A.weight": A + 1}, name="changed.safetensors")).identity
         != plain.identity
@@ -648,13 +663,13 @@ def test_identity_is_of_the_tensors_alone(write):
     ],
     ids=json.dumps,
 )
-def test_a_header_with_a_useless_alpha(write, settings, words):
+def test_malformed_alpha_in_the_header_is_rejected(write, settings, words):
     with pytest.raises(LoraError, match=words):
-        read_lora(write(PEFT, header(**settings)))
+        read_lora(write(PEFT, make_peft_metadata(**settings)))
 
 
-def test_settings_of_a_component_come_before_those_of_none(write):
-    settings = header(**{"lora_alpha": 4, "text_encoder.lora_alpha": 8})
+def test_settings_of_a_component_win_over_general_ones(write):
+    settings = make_peft_metadata(**{"lora_alpha": 4, "text_encoder.lora_alpha": 8})
     tensors = {
         f"{c}.x.{half}.weight": t.clone()
         for c in ("transformer", "text_encoder")
@@ -670,14 +685,14 @@ def test_settings_of_a_component_come_before_those_of_none(write):
 @pytest.mark.parametrize(
     "keep", [0, 4, 40, -1], ids=["nothing left", "in the length", "in the header", "in the last tensor"]
 )
-def test_truncated_file(write, keep):
+def test_truncated_file_is_rejected(write, keep):
     path = write(PEFT)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(LoraError, match=r"style\.safetensors is not a readable safetensors file: ."):
         read_lora(path)
 
 
-def test_a_file_of_another_kind(tmp_path):
+def test_other_file_is_rejected(tmp_path):
     path = tmp_path / "style.safetensors"
     path.write_text("<html>not found</html>")
     with pytest.raises(LoraError, match="is not a readable safetensors file"):

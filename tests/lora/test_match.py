@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora.lora_files import tiny_models
+from lora.lora_files import make_tiny_models
 from support.helpers import randn
 from support.tiny_pipeline import random_pipeline
 from torch import nn
@@ -45,19 +45,19 @@ def nothing_changes(parts: dict[str, nn.Module]) -> Iterator[None]:
     assert before.keys() == after.keys() and all(torch.equal(t, after[key]) for key, t in before.items())
 
 
-def change(n: int, k: int, seed: int = 1) -> LoraChange:
+def make_change(n: int, k: int, seed: int = 1) -> LoraChange:
     """A LoRA of rank 2 for an [n, k] weight."""
     return LoraChange(LoRA(randn(2, k, seed=seed), randn(n, 2, seed=seed + 1)))
 
 
-def file(
+def make_request(
     changes: Mapping[str, Mapping[str, LoraChange]], unknown: tuple[tuple[str, str], ...] = ()
 ) -> MatchRequest:
     """A LoRA file that lies nowhere."""
     return MatchRequest(LoraFile(Path("/loras/style.safetensors"), changes, unknown, {}))
 
 
-def landed(found: Matches) -> dict[str, list[str]]:
+def list_changed_modules(found: Matches) -> dict[str, list[str]]:
     """Modules by component, of the components that have some."""
     return {component: sorted(modules) for component, modules in found.by_component.items() if modules}
 
@@ -65,41 +65,47 @@ def landed(found: Matches) -> dict[str, list[str]]:
 # -- parts ---------------------------------------------------------------------------------------------------
 
 
-def test_every_part_of_a_file_goes_to_its_own_part_of_the_model(parts: dict[str, nn.Module]) -> None:
-    wanted = file(
+def test_each_component_of_a_file_changes_that_of_the_model(parts: dict[str, nn.Module]) -> None:
+    wanted = make_request(
         {
-            "denoiser": {TO_Q: change(32, 32)},
-            "text_encoder": {CLIP_Q: change(16, 16)},
-            "text_encoder_2": {T5_Q: change(16, 16)},
+            "denoiser": {TO_Q: make_change(32, 32)},
+            "text_encoder": {CLIP_Q: make_change(16, 16)},
+            "text_encoder_2": {T5_Q: make_change(16, 16)},
         }
     )
     found = match_loras(parts, [wanted], strict=True)
     clip = CLIP_Q.removeprefix("text_model.")  # as this transformers has it
-    assert landed(found) == {"denoiser": [TO_Q], "text_encoder": [clip], "text_encoder_2": [T5_Q]}
+    assert list_changed_modules(found) == {
+        "denoiser": [TO_Q],
+        "text_encoder": [clip],
+        "text_encoder_2": [T5_Q],
+    }
     assert list(found.denoiser) == [TO_Q] and found.n_matched == 3 and not found.unmatched
 
 
-def test_changes_of_a_stack_carry_the_number_of_their_lora(parts: dict[str, nn.Module]) -> None:
-    first, second = change(32, 32), change(32, 32, seed=5)
+def test_changes_have_the_index_of_their_lora(parts: dict[str, nn.Module]) -> None:
+    first, second = make_change(32, 32), make_change(32, 32, seed=5)
     found = match_loras(
-        parts, [file({"denoiser": {TO_Q: first}}), file({"denoiser": {TO_Q: second}})], strict=True
+        parts,
+        [make_request({"denoiser": {TO_Q: first}}), make_request({"denoiser": {TO_Q: second}})],
+        strict=True,
     )
     assert found.denoiser[TO_Q] == [(0, first), (1, second)] and found.n_matched == 2
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2", "text_encoder_3"])
-def test_a_text_encoders_number_in_the_file_is_only_a_hint(
-    parts: dict[str, nn.Module], component: str
-) -> None:
+def test_text_encoder_number_in_the_file_is_only_a_hint(parts: dict[str, nn.Module], component: str) -> None:
     # T5 is the third for some trainers and the second for others; its names tell
     clip = CLIP_Q.removeprefix("text_model.")
     both = match_loras(
-        parts, [file({component: {T5_Q: change(16, 16), CLIP_Q: change(16, 16)}})], strict=True
+        parts,
+        [make_request({component: {T5_Q: make_change(16, 16), CLIP_Q: make_change(16, 16)}})],
+        strict=True,
     )
-    assert landed(both) == {"text_encoder": [clip], "text_encoder_2": [T5_Q]}
+    assert list_changed_modules(both) == {"text_encoder": [clip], "text_encoder_2": [T5_Q]}
 
 
-def test_a_text_encoder_of_another_number_is_found_by_its_shapes() -> None:
+def test_text_encoder_is_found_by_its_shapes() -> None:
     # two CLIPs with the same names: only the second has 24 columns
     def clip(width: int) -> nn.Module:
         sizes = {
@@ -112,42 +118,44 @@ def test_a_text_encoder_of_another_number_is_found_by_its_shapes() -> None:
 
     encoders = {"text_encoder": clip(16), "text_encoder_2": clip(24)}
     for width, target in ((16, "text_encoder"), (24, "text_encoder_2")):
-        found = match_loras(encoders, [file({"text_encoder_3": {CLIP_Q: change(width, width)}})], strict=True)
-        assert list(landed(found)) == [target]
+        found = match_loras(
+            encoders, [make_request({"text_encoder_3": {CLIP_Q: make_change(width, width)}})], strict=True
+        )
+        assert list(list_changed_modules(found)) == [target]
     with pytest.raises(LoraError, match=r"none of its 1 modules and keys is in the model"):
-        match_loras(encoders, [file({"text_encoder_3": {CLIP_Q: change(20, 20)}})], strict=True)
+        match_loras(encoders, [make_request({"text_encoder_3": {CLIP_Q: make_change(20, 20)}})], strict=True)
     # under the number that the file gives, a wrong shape is a wrong shape
     with pytest.raises(LoraError, match=r"changes a 20x20 weight, the model's is 16x16"):
-        match_loras(encoders, [file({"text_encoder": {CLIP_Q: change(20, 20)}})], strict=True)
+        match_loras(encoders, [make_request({"text_encoder": {CLIP_Q: make_change(20, 20)}})], strict=True)
 
 
-def test_no_text_part_goes_to_the_denoiser_nor_the_denoisers_to_an_encoder(
+def test_denoiser_and_text_encoders_are_never_mixed(
     parts: dict[str, nn.Module],
 ) -> None:
     for component, name in (("text_encoder_3", TO_Q), ("denoiser", T5_Q)):
         size = 32 if name == TO_Q else 16
         with pytest.raises(LoraError, match="none of its 1 modules and keys is in the model"):
-            match_loras(parts, [file({component: {name: change(size, size)}})], strict=True)
+            match_loras(parts, [make_request({component: {name: make_change(size, size)}})], strict=True)
 
 
-def test_parts_that_are_not_wanted_are_not_missed(parts: dict[str, nn.Module]) -> None:
-    wanted = file(
+def test_components_that_are_not_requested_are_not_missed(parts: dict[str, nn.Module]) -> None:
+    wanted = make_request(
         {
-            "denoiser": {TO_Q: change(32, 32)},
-            "text_encoder": {CLIP_Q: change(16, 16), "nowhere": change(3, 3)},
+            "denoiser": {TO_Q: make_change(32, 32)},
+            "text_encoder": {CLIP_Q: make_change(16, 16), "nowhere": make_change(3, 3)},
         }
     )
     found = match_loras(parts, [MatchRequest(wanted.file, ["denoiser"])], strict=True)
-    assert landed(found) == {"denoiser": [TO_Q]} and not found.unmatched
+    assert list_changed_modules(found) == {"denoiser": [TO_Q]} and not found.unmatched
     found = match_loras(parts, [MatchRequest(wanted.file, ["denoiser", "text_encoder"])], strict=False)
     assert found.n_matched == 2 and found.unmatched == [(0, "text_encoder: nowhere", "no such module")]
 
 
-def test_keys_of_parts_that_are_not_wanted_are_not_missed_either(parts: dict[str, nn.Module]) -> None:
+def test_skipped_keys_of_other_components_are_not_missed(parts: dict[str, nn.Module]) -> None:
     keys = (
         ("lora_te1_text_model_encoder_layers_0_mlp_fc1.oft_blocks", "unsupported adapter type: OFT or BOFT"),
     )
-    wanted = file({"denoiser": {TO_Q: change(32, 32)}}, keys).file
+    wanted = make_request({"denoiser": {TO_Q: make_change(32, 32)}}, keys).file
     assert not match_loras(parts, [MatchRequest(wanted, ["denoiser"])], strict=True).unmatched
     for components in (None, ["denoiser", "text_encoder"]):
         with pytest.raises(
@@ -161,10 +169,12 @@ def test_keys_of_parts_that_are_not_wanted_are_not_missed_either(parts: dict[str
     "components", [["text_encoder_2"], ["text_encoder_2", "text_encoder_3"], []], ids=repr
 )
 @pytest.mark.parametrize("strict", [True, False])
-def test_parts_that_a_file_does_not_have_are_told(
+def test_components_that_a_file_lacks_are_rejected(
     parts: dict[str, nn.Module], components: list[str], strict: bool
 ) -> None:
-    wanted = file({"denoiser": {TO_Q: change(32, 32)}, "text_encoder": {CLIP_Q: change(16, 16)}}).file
+    wanted = make_request(
+        {"denoiser": {TO_Q: make_change(32, 32)}, "text_encoder": {CLIP_Q: make_change(16, 16)}}
+    ).file
     with pytest.raises(LoraError) as error:
         match_loras(parts, [MatchRequest(wanted, components)], strict)
     assert (
@@ -175,16 +185,17 @@ def test_parts_that_a_file_does_not_have_are_told(
 
 # -- what has no place ---------------------------------------------------------------------------------------
 
-LOST = (
+SKIPPED_KEYS = (
     ("a.oft_blocks", "unsupported adapter type: OFT or BOFT"),
     ("b.x", "unknown suffix"),
     ("c.x", "unknown suffix"),
 )
 
 
-def test_strict_refuses_and_counts_the_reasons(parts: dict[str, nn.Module]) -> None:
-    wanted = file(
-        {"denoiser": {TO_Q: change(32, 32), "transformer_blocks.9.attn.to_q": change(32, 32)}}, LOST
+def test_strict_rejects_and_counts_the_reasons(parts: dict[str, nn.Module]) -> None:
+    wanted = make_request(
+        {"denoiser": {TO_Q: make_change(32, 32), "transformer_blocks.9.attn.to_q": make_change(32, 32)}},
+        SKIPPED_KEYS,
     )
     with pytest.raises(LoraError) as error:
         match_loras(parts, [wanted], strict=True)
@@ -194,12 +205,12 @@ def test_strict_refuses_and_counts_the_reasons(parts: dict[str, nn.Module]) -> N
     )
 
 
-def test_not_strict_applies_the_rest_and_says_what_is_left_out(
+def test_not_strict_applies_the_rest_and_warns(
     parts: dict[str, nn.Module], caplog: pytest.LogCaptureFixture
 ) -> None:
     good, late = (
-        file({"denoiser": {TO_Q: change(32, 32)}}),
-        file({"denoiser": {TO_Q: change(32, 32), "x": change(2, 2)}}, LOST[:1]),
+        make_request({"denoiser": {TO_Q: make_change(32, 32)}}),
+        make_request({"denoiser": {TO_Q: make_change(32, 32), "x": make_change(2, 2)}}, SKIPPED_KEYS[:1]),
     )
     found = match_loras(parts, [good, late], strict=False)
     assert found.n_matched == 2
@@ -215,10 +226,16 @@ def test_not_strict_applies_the_rest_and_says_what_is_left_out(
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_file_of_which_nothing_lands_is_an_error_always(parts: dict[str, nn.Module], strict: bool) -> None:
+def test_file_without_a_match_is_always_rejected(parts: dict[str, nn.Module], strict: bool) -> None:
     with pytest.raises(LoraError) as error:
         match_loras(
-            parts, [file({"denoiser": {"elsewhere.a": change(2, 2), "elsewhere.b": change(2, 2)}})], strict
+            parts,
+            [
+                make_request(
+                    {"denoiser": {"elsewhere.a": make_change(2, 2), "elsewhere.b": make_change(2, 2)}}
+                )
+            ],
+            strict,
         )
     assert str(error.value) == (
         "style.safetensors: none of its 2 modules and keys is in the model (first: elsewhere.a): 2 × no such module; the LoRA was "
@@ -226,17 +243,22 @@ def test_a_file_of_which_nothing_lands_is_an_error_always(parts: dict[str, nn.Mo
     )
 
 
-def test_one_lora_without_a_place_spoils_the_stack(parts: dict[str, nn.Module]) -> None:
+def test_one_lora_without_a_match_fails_the_stack(parts: dict[str, nn.Module]) -> None:
     with pytest.raises(LoraError, match="none of its 1 modules and keys"):
         match_loras(
             parts,
-            [file({"denoiser": {TO_Q: change(32, 32)}}), file({"denoiser": {"x": change(2, 2)}})],
+            [
+                make_request({"denoiser": {TO_Q: make_change(32, 32)}}),
+                make_request({"denoiser": {"x": make_change(2, 2)}}),
+            ],
             strict=False,
         )
 
 
-def test_a_text_part_without_a_text_encoder_is_named(parts: dict[str, nn.Module]) -> None:
-    wanted = file({"denoiser": {TO_Q: change(32, 32)}, "text_encoder": {CLIP_Q: change(16, 16)}})
+def test_missing_text_encoder_is_named(parts: dict[str, nn.Module]) -> None:
+    wanted = make_request(
+        {"denoiser": {TO_Q: make_change(32, 32)}, "text_encoder": {CLIP_Q: make_change(16, 16)}}
+    )
     found = match_loras({"denoiser": parts["denoiser"]}, [wanted], strict=False)
     assert found.unmatched == [(0, f"text_encoder: {CLIP_Q}", "the model has no text_encoder")]
 
@@ -246,11 +268,11 @@ def test_a_text_part_without_a_text_encoder_is_named(parts: dict[str, nn.Module]
     ("changed", "reason"),
     [
         (
-            change(32, 24),
+            make_change(32, 24),
             f"{TO_Q} changes a 32x24 weight, the model's is 32x32; the LoRA was made for another base model",
         ),
         (
-            change(40, 32),
+            make_change(40, 32),
             f"{TO_Q} changes a 40x32 weight, the model's is 32x32; the LoRA was made for another base model",
         ),
         (
@@ -261,11 +283,13 @@ def test_a_text_part_without_a_text_encoder_is_named(parts: dict[str, nn.Module]
     ],
     ids=["narrow", "tall", "a vector", "a bias"],
 )
-def test_a_wrong_shape_is_an_error_always_and_names_both(
+def test_wrong_shape_is_always_rejected_with_both_shapes(
     parts: dict[str, nn.Module], changed: LoraChange, reason: str, strict: bool
 ) -> None:
     with pytest.raises(LoraError) as error:
-        match_loras(parts, [file({"denoiser": {PROJ_OUT: change(32, 160), TO_Q: changed}})], strict)
+        match_loras(
+            parts, [make_request({"denoiser": {PROJ_OUT: make_change(32, 160), TO_Q: changed}})], strict
+        )
     assert str(error.value).startswith("style.safetensors: ") and reason in str(error.value)
 
 
@@ -277,19 +301,19 @@ PARTS_OF_FUSED = [
 ]
 
 
-def delta(model: nn.Module, name: str, matches: Matches) -> torch.Tensor:
+def compute_delta(model: nn.Module, name: str, matches: Matches) -> torch.Tensor:
     """What a module's weight changes by."""
     ((_, changed),) = matches.denoiser[name]
     return changed.weight_delta.compute_delta(model.get_submodule(name).weight)
 
 
-def test_a_fused_matrix_is_cut_by_the_models_own_rows(parts: dict[str, nn.Module]) -> None:
-    model, whole = parts["denoiser"], change(3 * 32 + 128, 32)
+def test_fused_matrix_is_cut_by_the_models_own_rows(parts: dict[str, nn.Module]) -> None:
+    model, whole = parts["denoiser"], make_change(3 * 32 + 128, 32)
     whole = LoraChange(whole.weight_delta, randn(3 * 32 + 128, seed=9))
-    found = match_loras(parts, [file({"denoiser": {FUSED: whole}})], strict=True)
+    found = match_loras(parts, [make_request({"denoiser": {FUSED: whole}})], strict=True)
     assert sorted(found.denoiser) == sorted(PARTS_OF_FUSED) and found.n_matched == 4
     assert torch.equal(
-        torch.cat([delta(model, name, found) for name in PARTS_OF_FUSED]),
+        torch.cat([compute_delta(model, name, found) for name in PARTS_OF_FUSED]),
         whole.weight_delta.compute_delta(torch.zeros(224, 32)),
     )
     assert torch.equal(
@@ -298,43 +322,46 @@ def test_a_fused_matrix_is_cut_by_the_models_own_rows(parts: dict[str, nn.Module
 
 
 @pytest.mark.parametrize("rows", [200, 256])
-def test_a_fused_matrix_of_other_rows_is_refused(parts: dict[str, nn.Module], rows: int) -> None:
+def test_fused_matrix_with_other_rows_is_rejected(parts: dict[str, nn.Module], rows: int) -> None:
     message = rf"^style\.safetensors: single_blocks\.0\.linear1 has {rows} rows, .*proj_mlp have 224 together; the LoRA was made"
     with pytest.raises(LoraError, match=message):
-        match_loras(parts, [file({"denoiser": {FUSED: change(rows, 32)}})], strict=True)
+        match_loras(parts, [make_request({"denoiser": {FUSED: make_change(rows, 32)}})], strict=True)
 
 
-def test_what_cannot_be_cut_says_why(parts: dict[str, nn.Module]) -> None:
-    dora = LoraChange(DoRA(change(224, 32).weight_delta, torch.ones(32), on_input=True))
+def test_adapter_that_cannot_be_cut_is_rejected(parts: dict[str, nn.Module]) -> None:
+    dora = LoraChange(DoRA(make_change(224, 32).weight_delta, torch.ones(32), on_input=True))
     with pytest.raises(
         LoraError,
         match=r"^style\.safetensors: single_transformer_blocks\.0\.attn\.to_q its DoRA norms .* cannot be cut",
     ):
-        match_loras(parts, [file({"denoiser": {FUSED: dora}})], strict=True)
+        match_loras(parts, [make_request({"denoiser": {FUSED: dora}})], strict=True)
 
 
-def test_halves_that_stand_the_other_way_round_are_swapped() -> None:
-    models = tiny_models()["flux"]
-    whole = change(32, 16)
+def test_swapped_halves_are_exchanged() -> None:
+    models = make_tiny_models()["flux"]
+    whole = make_change(32, 16)
     for name, swapped in (("final_layer.adaLN_modulation.1", True), ("norm_out.linear", False)):
-        found = match_loras(models, [file({"denoiser": {name: whole}})], strict=True)
+        found = match_loras(models, [make_request({"denoiser": {name: whole}})], strict=True)
         expected = whole.weight_delta.compute_delta(torch.zeros(32, 16))
         assert torch.equal(
-            delta(models["denoiser"], "norm_out.linear", found), expected.roll(16, 0) if swapped else expected
+            compute_delta(models["denoiser"], "norm_out.linear", found),
+            expected.roll(16, 0) if swapped else expected,
         )
 
 
-def test_a_part_of_a_module_that_the_model_fuses_changes_its_rows_only() -> None:
-    models = tiny_models()["flux"]
+def test_part_of_a_fused_module_changes_its_rows_only() -> None:
+    models = make_tiny_models()["flux"]
     models["denoiser"].fuse_qkv_projections()
     found = match_loras(
-        models, [file({"denoiser": {"transformer_blocks.0.attn.to_k": change(16, 16)}})], strict=True
+        models,
+        [make_request({"denoiser": {"transformer_blocks.0.attn.to_k": make_change(16, 16)}})],
+        strict=True,
     )
     fused = "transformer_blocks.0.attn.to_qkv"
     assert list(found.denoiser) == [fused], "to_k is still there, and nobody calls it"
-    made = delta(models["denoiser"], fused, found)
+    made = compute_delta(models["denoiser"], fused, found)
     assert (
-        torch.equal(made[16:32], change(16, 16).weight_delta.compute_delta(torch.zeros(16, 16)))
+        torch.equal(made[16:32], make_change(16, 16).weight_delta.compute_delta(torch.zeros(16, 16)))
         and not made[:16].any()
         and not made[32:].any()
     )

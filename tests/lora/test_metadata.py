@@ -40,11 +40,11 @@ def lora(tmp_path):
         "activation_text",
     ],
 )
-def test_header_keys(lora, key):
+def test_trigger_words_are_found_under_every_header_key(lora, key):
     assert find_trigger_words(lora, {key: "stlz style, TOK"}) == TriggerWords(("stlz style", "TOK"), key)
 
 
-def test_a_list_in_a_header(lora):
+def test_list_in_the_header_is_split(lora):
     assert find_trigger_words(lora, {"trigger_words": '["ink style", "a fox, drawn", 3, null]'}).words == (
         "ink style",
         "a fox",
@@ -62,7 +62,7 @@ def test_a_list_in_a_header(lora):
         "Activate by 'example'",
     ],
 )
-def test_words_in_quotes_in_a_hint(lora, hint):
+def test_quoted_words_in_a_hint_are_found(lora, hint):
     assert find_trigger_words(lora, {"modelspec.usage_hint": hint}) == TriggerWords(
         ("example",), "modelspec.usage_hint"
     )
@@ -74,7 +74,7 @@ def test_words_in_quotes_in_a_hint(lora, hint):
 @pytest.mark.parametrize(
     "hint", ["Works 'best' at 0.8", "It's a trigger for many artists' work", "use strength 0.8"]
 )
-def test_a_hint_without_trigger_words(lora, hint):
+def test_hint_without_trigger_words_gives_none(lora, hint):
     assert find_trigger_words(lora, {"modelspec.usage_hint": hint}) is None
 
 
@@ -87,7 +87,7 @@ def test_a_hint_without_trigger_words(lora, hint):
         (".metadata.json", {"civitai": {"trainedWords": ["ink style"]}}),
     ],
 )
-def test_sidecar_files(lora, suffix, content):
+def test_trigger_words_are_found_in_sidecar_files(lora, suffix, content):
     lora.with_name(f"style.v2{suffix}").write_text(json.dumps(content))
     assert find_trigger_words(lora, {}) == TriggerWords(("ink style",), f"style.v2{suffix}")
 
@@ -100,12 +100,12 @@ def test_sidecar_files(lora, suffix, content):
         'license: mit\ninstance_prompt:   "ink style"  ',
     ],
 )
-def test_front_matter_of_a_readme(lora, line):
+def test_trigger_words_are_found_in_the_readme(lora, line):
     lora.with_name("README.md").write_text(f"---\ntags:\n- lora\n{line}\n---\n# instance_prompt: not this\n")
     assert find_trigger_words(lora, {}) == TriggerWords(("ink style",), "README.md")
 
 
-def test_a_readme_that_says_nothing(lora):
+def test_readme_without_front_matter_gives_none(lora):
     readme = lora.with_name("README.md")
     for text in (
         "---\ninstance_prompt: null\n---\n",
@@ -120,7 +120,7 @@ def test_a_readme_that_says_nothing(lora):
     assert find_trigger_words(lora, {}) is None, "which of the two is meant?"
 
 
-def test_kohyas_data_sets(lora):
+def test_class_tokens_of_data_sets_are_guesses(lora):
     subsets = [
         {"class_tokens": "sks dog", "is_reg": False, "caption_prefix": "photo of"},
         {"class_tokens": "dog", "is_reg": True},
@@ -133,7 +133,7 @@ def test_kohyas_data_sets(lora):
     )
 
 
-def test_folder_names(lora):
+def test_class_tokens_in_folder_names_are_guesses(lora):
     value = json.dumps({"10_sks dog": {"n_repeats": 10, "img_count": 5}, "images": {}, "5_ink_style": 1})
     assert find_trigger_words(lora, {"ss_dataset_dirs": value}) == TriggerWords(
         ("sks dog", "ink_style"), "ss_dataset_dirs", is_guessed=True
@@ -153,12 +153,12 @@ def test_folder_names(lora):
         ([], None),
     ],
 )
-def test_tags_of_almost_every_caption(lora, counts, words):
+def test_tags_of_almost_every_caption_are_guesses(lora, counts, words):
     found = find_trigger_words(lora, {"ss_tag_frequency": json.dumps({"10_x": counts})})
     assert found == (words and TriggerWords(words, "ss_tag_frequency", is_guessed=True))
 
 
-def test_the_number_of_pictures_says_what_almost_every_means(lora):
+def test_frequent_is_measured_by_the_number_of_images(lora):
     metadata = {
         "ss_tag_frequency": json.dumps({"x": {"fox": 8, "ink": 20}}),
         "ss_dataset_dirs": json.dumps({"x": {"img_count": 30}}),
@@ -168,7 +168,7 @@ def test_the_number_of_pictures_says_what_almost_every_means(lora):
     assert find_trigger_words(lora, metadata).words == ("ink",)
 
 
-def test_the_first_place_counts_and_all_are_told(lora):
+def test_first_source_wins_and_all_are_listed(lora):
     lora.with_name("style.v2.json").write_text('{"activation text": "from sidecar"}')
     metadata = {
         "ss_tag_frequency": '{"1_x": {"tag": 1}}',
@@ -184,7 +184,7 @@ def test_the_first_place_counts_and_all_are_told(lora):
 
 
 @pytest.mark.parametrize("value", ["", " ", "None", "null", ",,", "\n", "\x00", "False", "[]"])
-def test_an_empty_place_is_passed_over(lora, value):
+def test_empty_source_is_skipped(lora, value):
     found = find_trigger_words(lora, {"modelspec.trigger_phrase": value, "trigger_words": "ink"})
     assert found == TriggerWords(("ink",), "trigger_words")
 
@@ -192,7 +192,7 @@ def test_an_empty_place_is_passed_over(lora, value):
 # -- what strangers write ------------------------------------------------------------------------------------
 
 
-def test_control_characters_and_lengths(lora):
+def test_text_is_sanitized_and_cut(lora):
     bad = "ink\x1b[31m\u202estyle\u2028now\ud800\r" + "x" * 1000
     (word,) = find_trigger_words(lora, {"trigger_words": bad}).words
     assert word.startswith("ink [31m style now xxx") and len(word) == MAX_WORD_CHARS and word.isprintable()
@@ -258,7 +258,7 @@ EVIL = [
 ]
 
 
-def check(lora, metadata):
+def check_shown_texts(lora, metadata):
     found = list(iter_trigger_words(lora, metadata))
     for triggers in found:
         assert 0 < len(triggers.words) <= MAX_WORDS
@@ -272,32 +272,32 @@ def check(lora, metadata):
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_evil_values(lora, key):
+def test_hostile_values_are_harmless(lora, key):
     for value in EVIL:
-        check(lora, {key: value})
+        check_shown_texts(lora, {key: value})
 
 
 @pytest.mark.parametrize("suffix", [".json", ".civitai.info", ".metadata.json"])
-def test_evil_sidecar_files(lora, suffix):
+def test_hostile_sidecar_files_are_harmless(lora, suffix):
     for value in EVIL:
         lora.with_name(f"style.v2{suffix}").write_bytes(value.encode("utf-8", "surrogatepass"))
-        check(lora, {})
+        check_shown_texts(lora, {})
     lora.with_name(f"style.v2{suffix}").write_bytes(random.Random(0).randbytes(1000))
-    check(lora, {})
+    check_shown_texts(lora, {})
     for key in ("activation text", "trainedWords", "civitai", "preferred weight"):
         for value in EVIL:
             lora.with_name(f"style.v2{suffix}").write_text(json.dumps({key: value}))
-            check(lora, {})
+            check_shown_texts(lora, {})
 
 
-def test_evil_readmes(lora):
+def test_hostile_readmes_are_harmless(lora):
     for value in EVIL:
         for text in (f"---\n{value}", f"---\ninstance_prompt: {value}\n---", f"---\nlicense: {value}\n"):
             lora.with_name("README.md").write_bytes(text.encode("utf-8", "surrogatepass"))
-            check(lora, {})
+            check_shown_texts(lora, {})
 
 
-def test_random_headers(lora):
+def test_random_headers_are_harmless(lora):
     chance = random.Random(1)
     alphabet = string.printable + '{}[]",:' * 20 + "\u202e\x00é狐\ud800"
 
@@ -327,13 +327,13 @@ def test_random_headers(lora):
 
     for _ in range(1500):
         raw = "".join(chance.choices(alphabet, k=chance.randrange(200)))
-        check(
+        check_shown_texts(
             lora,
             {key: json.dumps(value()) if chance.random() < 0.8 else raw for key in chance.sample(KEYS, 4)},
         )
 
 
-def test_what_is_too_large_is_not_read(lora):
+def test_oversized_files_are_not_read(lora):
     words = json.dumps({"1_ink": {"ink": 1}})
     assert find_trigger_words(lora, {"ss_tag_frequency": words + " " * MAX_JSON_CHARS}) is None
     lora.with_name("style.v2.json").write_text(
@@ -342,7 +342,7 @@ def test_what_is_too_large_is_not_read(lora):
     assert find_trigger_words(lora, {}) is None
 
 
-def test_a_folder_in_the_place_of_a_sidecar(lora):
+def test_folder_named_like_a_sidecar_is_ignored(lora):
     lora.with_name("style.v2.json").mkdir()
     assert find_trigger_words(lora, {}) is None
 
@@ -364,7 +364,7 @@ def test_a_folder_in_the_place_of_a_sidecar(lora):
         ("Écran", "écran"),
     ],
 )
-def test_words_that_are_there(prompt, word):
+def test_present_word_is_not_missing(prompt, word):
     assert find_missing_triggers(prompt, [word]) == () and append_triggers(prompt, [word]) == prompt
 
 
@@ -379,11 +379,11 @@ def test_words_that_are_there(prompt, word):
         ("", "sks"),
     ],
 )
-def test_words_that_are_not_there(prompt, word):
+def test_absent_word_is_missing(prompt, word):
     assert find_missing_triggers(prompt, [word]) == (word,)
 
 
-def test_insertion():
+def test_missing_words_are_appended():
     assert append_triggers("a fox", ("ink style", "FOX", "TOK")) == "a fox, ink style, TOK"
     assert append_triggers("a fox, ", ("ink",)) == "a fox, ink"
     assert append_triggers("", ("ink", "TOK")) == "ink, TOK"
@@ -414,11 +414,11 @@ def test_insertion():
         ({}, ["x.weight"], None),
     ],
 )
-def test_trainers(metadata, keys, name):
+def test_trainer_is_detected(metadata, keys, name):
     assert detect_trainer(metadata, iter(keys)) == name
 
 
-def test_facts(lora):
+def test_header_is_described(lora):
     lora.with_name("style.v2.json").write_text('{"preferred weight": 0.80}')
     facts = describe_header(
         lora,
@@ -447,7 +447,7 @@ def test_facts(lora):
     assert describe_header(lora.with_name("bare.safetensors"), {}, []) == {}
 
 
-def test_facts_from_other_places(lora):
+def test_description_uses_sidecars_and_peft_settings(lora):
     lora.with_name("README.md").write_text("---\nlicense: apache-2.0\n---\n")
     peft = json.dumps({"transformer.r": 32, "transformer.lora_alpha": 16, "transformer.use_rslora": False})
     facts = describe_header(lora, {"lora_adapter_metadata": peft, "ss_resolution": "(512, 512)"}, [])

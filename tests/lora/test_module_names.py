@@ -24,7 +24,7 @@ from int8run.lora.module_names import (
 from int8run.models.key_mapping import KeyMapping
 
 
-def tiny_flux() -> FluxTransformer2DModel:
+def make_tiny_flux() -> FluxTransformer2DModel:
     """Width 8; on the CPU, as fusing copies weights."""
     return FluxTransformer2DModel(
         in_channels=4,
@@ -41,10 +41,10 @@ def tiny_flux() -> FluxTransformer2DModel:
 
 @pytest.fixture(scope="module")
 def flux() -> NameTable:
-    return NameTable.from_model(tiny_flux())
+    return NameTable.from_model(make_tiny_flux())
 
 
-def part(module: str, first: int, end: int) -> ModuleTarget:
+def make_target(module: str, first: int, end: int) -> ModuleTarget:
     """Rows of the file for a whole module."""
     return ModuleTarget(module, slice(first, end))
 
@@ -57,24 +57,30 @@ ONE = "single_transformer_blocks.0"
     "name, places",
     [
         (Q, (ModuleTarget(Q),)),
-        ("double_blocks.1.img_attn.qkv", (part(Q, 0, 8), part(K, 8, 16), part(V, 16, 24))),
-        ("double_blocks.1.qkv_lora1", (part(Q, 0, 8), part(K, 8, 16), part(V, 16, 24))),
-        ("transformer_blocks.1.attn.to_qkv", (part(Q, 0, 8), part(K, 8, 16), part(V, 16, 24))),
+        (
+            "double_blocks.1.img_attn.qkv",
+            (make_target(Q, 0, 8), make_target(K, 8, 16), make_target(V, 16, 24)),
+        ),
+        ("double_blocks.1.qkv_lora1", (make_target(Q, 0, 8), make_target(K, 8, 16), make_target(V, 16, 24))),
+        (
+            "transformer_blocks.1.attn.to_qkv",
+            (make_target(Q, 0, 8), make_target(K, 8, 16), make_target(V, 16, 24)),
+        ),
         (
             "single_blocks.0.linear1",
             (
-                part(f"{ONE}.attn.to_q", 0, 8),
-                part(f"{ONE}.attn.to_k", 8, 16),
-                part(f"{ONE}.attn.to_v", 16, 24),
-                part(f"{ONE}.proj_mlp", 24, 56),
+                make_target(f"{ONE}.attn.to_q", 0, 8),
+                make_target(f"{ONE}.attn.to_k", 8, 16),
+                make_target(f"{ONE}.attn.to_v", 16, 24),
+                make_target(f"{ONE}.proj_mlp", 24, 56),
             ),
         ),
         (
             "single_blocks.0.qkv_lora",
             (
-                part(f"{ONE}.attn.to_q", 0, 8),
-                part(f"{ONE}.attn.to_k", 8, 16),
-                part(f"{ONE}.attn.to_v", 16, 24),
+                make_target(f"{ONE}.attn.to_q", 0, 8),
+                make_target(f"{ONE}.attn.to_k", 8, 16),
+                make_target(f"{ONE}.attn.to_v", 16, 24),
             ),
         ),
         ("single_blocks.0.proj_lora", (ModuleTarget(f"{ONE}.proj_out"),)),
@@ -88,7 +94,7 @@ ONE = "single_transformer_blocks.0"
         ("guidance_in.out_layer", (ModuleTarget("time_text_embed.guidance_embedder.linear_2"),)),
     ],
 )
-def test_names_of_flux(flux, name, places):
+def test_flux_names_have_their_targets(flux, name, places):
     assert flux.find_targets(name) == places
     assert flux.find_targets(flatten_name(name)) == places
     assert flux.find_all_targets([name, "nothing"]) == {name: places, "nothing": None}
@@ -117,16 +123,16 @@ def test_names_of_flux(flux, name, places):
         "TRANSFORMER_BLOCKS.0.attn.to_q",
     ],
 )
-def test_unknown_names_containers_and_modules_without_a_weight_have_no_place(flux, name):
+def test_names_without_a_weight_have_no_target(flux, name):
     assert flux.find_targets(name) is None and flux.find_targets(flatten_name(name)) is None
 
 
-def test_rows_that_a_file_must_have(flux):
+def test_source_rows_are_counted(flux):
     assert count_source_rows(flux.find_targets("single_blocks.0.linear1")) == 56
     assert count_source_rows(flux.find_targets("single_blocks.0.linear2")) is None
 
 
-def test_unequal_parts_are_cut_by_the_modules_own_rows():
+def test_unequal_parts_are_cut_by_the_models_own_rows():
     with torch.device("meta"):
         model = Lumina2Transformer2DModel(
             in_channels=4,
@@ -140,9 +146,9 @@ def test_unequal_parts_are_cut_by_the_modules_own_rows():
         )
     to = "layers.0.attn.to_"
     assert NameTable.from_model(model).find_targets("layers.0.attention.qkv") == (
-        part(f"{to}q", 0, 24),
-        part(f"{to}k", 24, 32),
-        part(f"{to}v", 32, 40),
+        make_target(f"{to}q", 0, 24),
+        make_target(f"{to}k", 24, 32),
+        make_target(f"{to}v", 32, 40),
     )
 
 
@@ -168,8 +174,8 @@ def test_only_the_last_text_norm_of_sd3_is_swapped():
     )
 
 
-def test_a_fused_model_takes_fused_and_split_names():
-    model = tiny_flux()
+def test_fused_model_has_fused_and_split_names():
+    model = make_tiny_flux()
     model.fuse_qkv_projections()
     table = NameTable.from_model(model)
     fused, added = "transformer_blocks.1.attn.to_qkv", "transformer_blocks.1.attn.to_added_qkv"
@@ -184,8 +190,8 @@ def test_a_fused_model_takes_fused_and_split_names():
             ModuleTarget(added, start=8 * i, total=24),
         )
     assert table.find_targets("single_blocks.0.linear1") == (
-        part(f"{ONE}.attn.to_qkv", 0, 24),
-        part(f"{ONE}.proj_mlp", 24, 56),
+        make_target(f"{ONE}.attn.to_qkv", 0, 24),
+        make_target(f"{ONE}.proj_mlp", 24, 56),
     )
     hit = {place.module for meanings in table.targets_by_name.values() for place in meanings[0]}
     assert not {
@@ -199,8 +205,8 @@ def test_a_fused_model_takes_fused_and_split_names():
     }
 
 
-def test_fusing_and_unfusing_gives_the_old_names():
-    model = tiny_flux()
+def test_fusing_and_unfusing_restores_the_names():
+    model = make_tiny_flux()
     before = NameTable.from_model(model).targets_by_name
     model.fuse_qkv_projections()
     model.unfuse_qkv_projections()
@@ -224,7 +230,7 @@ def test_cross_attention_of_a_fused_unet_keeps_its_own_q():
     assert table.find_targets(f"{attention}.to_kv") == (ModuleTarget(f"{attention}.to_kv"),)
 
 
-def test_added_keys_and_values_of_a_fused_wan():
+def test_added_keys_and_values_of_fused_wan_are_rows():
     model = WanTransformer3DModel(
         in_channels=4,
         out_channels=4,
@@ -251,7 +257,7 @@ def test_added_keys_and_values_of_a_fused_wan():
     assert table.find_targets("blocks.0.cross_attn.q") == (ModuleTarget(f"{attention}.to_q"),)
 
 
-def test_a_number_after_to_out_that_the_model_does_not_have():
+def test_index_after_to_out_may_be_missing():
     with torch.device("meta"):
         model = Flux2Transformer2DModel(
             in_channels=4,
@@ -270,7 +276,7 @@ def test_a_number_after_to_out_that_the_model_does_not_have():
     )
 
 
-def test_norms_of_wan_change_their_number():
+def test_norms_of_wan_change_their_index():
     with torch.device("meta"):
         model = WanTransformer3DModel(
             in_channels=4, num_layers=1, attention_head_dim=12, num_attention_heads=1
@@ -286,7 +292,7 @@ def test_norms_of_wan_change_their_number():
 
 
 @pytest.mark.parametrize("change", ["no parts", "one part missing", "rows do not add up"])
-def test_the_rows_of_a_part_are_never_guessed(change):
+def test_rows_of_a_part_are_never_guessed(change):
     attention = nn.Module()
     attention.to_qkv = nn.Linear(4, 12)
     if change != "no parts":
@@ -316,14 +322,14 @@ def test_rows_of_a_fused_module_in_another_order_stay_apart():
     )
 
 
-def test_fused_name_needs_all_of_its_parts():
+def test_fused_name_needs_all_parts():
     model = nn.Module()
     model.attn = nn.Module()
     model.attn.to_q, model.attn.to_k = nn.Linear(4, 4), nn.Linear(4, 4)
     assert NameTable.from_model(model).find_targets("attn.to_qkv") is None
 
 
-def test_an_unknown_class_has_its_own_names():
+def test_unknown_class_has_its_own_names_only():
     table = NameTable.from_model(TinyModel())
     assert (
         table.find_targets("blocks.1.3") == table.find_targets("blocks_1_3") == (ModuleTarget("blocks.1.3"),)
@@ -343,13 +349,13 @@ def test_int8_layers_are_found_and_cut_alike():
     assert get_weight_shape(modules["blocks.0.1"]) == (96, 64) and get_weight_shape(modules["blocks.0"]) == ()
     assert get_weight_shape(modules["blocks.0.0"]) == (64,)
     assert NameTable(modules, rules).find_targets("both_0") == (
-        part("blocks.0.1", 0, 96),
-        part("blocks.0.3", 96, 160),
+        make_target("blocks.0.1", 0, 96),
+        make_target("blocks.0.3", 96, 160),
     )
     assert get_weight_shape(nn.Conv2d(3, 5, 2)) == (5, 3, 2, 2)
 
 
-def test_rules_of_blocks_and_of_what_is_inside_make_names_together():
+def test_mappings_of_blocks_and_modules_combine():
     model = nn.ModuleDict({"down": nn.ModuleDict({"conv": nn.Linear(2, 2), "norm": nn.LayerNorm(2)})})
     rules = (
         KeyMapping("in.**", ("down.**",)),
@@ -363,7 +369,7 @@ def test_rules_of_blocks_and_of_what_is_inside_make_names_together():
     assert table.find_targets("all.norm") == (ModuleTarget("down.norm"),)
 
 
-def test_a_swap_twice_is_none():
+def test_two_swaps_cancel():
     rules = (KeyMapping("b", ("a",), True), KeyMapping("c", ("b",), True))
     table = NameTable({"a": nn.Linear(2, 2)}, rules)
     assert table.find_targets("b") == (ModuleTarget("a", swap_halves=True),) and table.find_targets("c") == (
@@ -371,7 +377,7 @@ def test_a_swap_twice_is_none():
     )
 
 
-def test_a_rule_that_adds_a_level_ends():
+def test_mapping_that_adds_a_level_ends():
     table = NameTable({"a": nn.Linear(2, 2)}, (KeyMapping("x.**", ("**",)), KeyMapping("**", ("x.**",))))
     assert set(table.targets_by_name) == {"a", "x.a"}
 
@@ -386,7 +392,7 @@ def test_a_rule_that_adds_a_level_ends():
         (("a", "b"), (KeyMapping("n_m", ("a",)), KeyMapping("n.m", ("b",))), "n.m"),
     ],
 )
-def test_a_name_with_two_meanings_is_refused_and_only_that(names, rules, asked):
+def test_ambiguous_name_alone_is_rejected(names, rules, asked):
     table = NameTable({"other": nn.Linear(2, 2), **{name: nn.Linear(2, 2) for name in names}}, rules)
     with pytest.raises(
         LoraError, match=rf"the name {asked} can mean {names[0]} or {names[1]} of this model; rename the key"
@@ -395,7 +401,7 @@ def test_a_name_with_two_meanings_is_refused_and_only_that(names, rules, asked):
     assert table.find_targets("other") == (ModuleTarget("other"),)
 
 
-def test_two_ways_to_one_meaning_are_fine():
+def test_two_ways_to_one_meaning_are_accepted():
     table = NameTable(
         {"a": nn.Linear(2, 2)}, (KeyMapping("n", ("a",)), KeyMapping("m", ("a",)), KeyMapping("n", ("m",)))
     )
@@ -404,7 +410,7 @@ def test_two_ways_to_one_meaning_are_fine():
     assert table.find_targets("n.m") == (ModuleTarget("a"),)
 
 
-def test_table_of_a_large_model_is_built_in_a_moment():
+def test_table_of_a_large_model_is_built_quickly():
     with torch.device("meta"):
         model = FluxTransformer2DModel(num_layers=19, num_single_layers=38, guidance_embeds=True)
     table = NameTable.from_model(model)

@@ -29,12 +29,12 @@ from int8run.text_encoders.registry import list_supported_encoders, load_encoder
 NEEDS_ALL = {"krea2", "pixart", "sana", "sana_sprint", "wan_first_last"}
 
 
-def weighted(model: nn.Module) -> dict[str, nn.Module]:
+def get_modules_with_weight(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that have a weight of their own."""
     return {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
 
 
-def row_numbers(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+def number_rows(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     """For every parameter of these modules numbers for its rows, none of them twice. [rows] each."""
     numbers, first = {}, 0
     for name, module in modules.items():
@@ -44,12 +44,12 @@ def row_numbers(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     return numbers
 
 
-def authors_rules(family: Family) -> tuple[KeyMapping, ...]:
+def load_authors_mappings(family: Family) -> tuple[KeyMapping, ...]:
     """The rules of a family without the names that only LoRA files use, such as XLabs' for FLUX."""
     return load_mappings(family.cls).names
 
 
-def authors_names(table: NameTable, rules: tuple[KeyMapping, ...]) -> list[str]:
+def list_authors_names(table: NameTable, rules: tuple[KeyMapping, ...]) -> list[str]:
     """The names that no rule takes further: those of the model's authors."""
     targets = [(target, rule.original) for rule in rules for target in rule.targets]
     return [
@@ -62,12 +62,12 @@ def authors_names(table: NameTable, rules: tuple[KeyMapping, ...]) -> list[str]:
     ]
 
 
-def authors_checkpoint(
+def build_authors_checkpoint(
     table: NameTable, rules: tuple[KeyMapping, ...], numbers: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """What the authors' file would hold if the table is right: the row numbers, put together by its places."""
     checkpoint = {}
-    for name in authors_names(table, rules):
+    for name in list_authors_names(table, rules):
         for parameter in ("weight", "bias"):
             places = table.find_targets(name)
             parts = [numbers.get(f"{place.module}.{parameter}") for place in places]
@@ -90,17 +90,17 @@ def authors_checkpoint(
 # the other converters want parameters of no module as well: tests/models/test_state_dict_adapter.py checks
 # them with all there is
 @pytest.mark.parametrize("key", [key for key in FAMILIES if key not in NEEDS_ALL])
-def test_names_are_those_of_diffusers_own_converter(key):
+def test_names_match_the_converter_of_diffusers(key):
     family = FAMILIES[key]
     model = tiny(family)
-    rules = authors_rules(family)
-    modules = weighted(model)
-    numbers = row_numbers(modules)
+    rules = load_authors_mappings(family)
+    modules = get_modules_with_weight(model)
+    numbers = number_rows(modules)
     table = NameTable(modules, rules)
-    assert {n for n in authors_names(table, rules) if n in modules} == {
+    assert {n for n in list_authors_names(table, rules) if n in modules} == {
         n for n in modules if re.fullmatch(family.unchanged, n)
     }
-    checkpoint = authors_checkpoint(table, rules, numbers)
+    checkpoint = build_authors_checkpoint(table, rules, numbers)
     checkpoint |= dict.fromkeys(family.besides, torch.zeros(1))
     arguments = {"config": dict(model.config)} if family.prefix else {}
     converted = family.convert(
@@ -116,7 +116,7 @@ def test_names_are_those_of_diffusers_own_converter(key):
 
 
 @pytest.mark.parametrize("key", FAMILIES)
-def test_names_are_those_of_files(key):
+def test_names_match_files_of_the_authors(key):
     family = FAMILIES[key]
     model = tiny(family)
     table = NameTable.from_model(model)
@@ -133,13 +133,15 @@ def test_names_are_those_of_files(key):
 
 
 @pytest.mark.parametrize("key", FAMILIES)
-def test_every_dialect_covers_every_row_of_every_module_once(key):
+def test_every_naming_covers_each_row_once(key):
     family = FAMILIES[key]
     model = tiny(family)
     rules = load_lora_mappings(family.cls)
     table = NameTable.from_model(model)
-    modules = weighted(model)
-    of_authors = authors_names(NameTable(modules, authors_rules(family)), authors_rules(family))
+    modules = get_modules_with_weight(model)
+    of_authors = list_authors_names(
+        NameTable(modules, load_authors_mappings(family)), load_authors_mappings(family)
+    )
     for dialect in (list(modules), of_authors):
         for spelled in (str, flatten_name):
             covered = set()
@@ -158,7 +160,7 @@ def test_every_dialect_covers_every_row_of_every_module_once(key):
     assert rules and all(len(meanings) == 1 for meanings in table.targets_by_flat_name.values())
 
 
-def test_names_of_xlabs_are_those_of_diffusers_own_converter():
+def test_xlabs_names_match_the_converter_of_diffusers():
     family = FAMILIES["flux"]
     model = tiny(family)
     table = NameTable.from_model(model)
@@ -184,15 +186,17 @@ def test_names_of_xlabs_are_those_of_diffusers_own_converter():
     )
 
 
-def test_names_of_ltx2_with_prompt_modulation_are_those_of_diffusers_own_lora_converter():
+def test_ltx2_names_match_the_lora_converter_of_diffusers():
     family = FAMILIES["ltx2"]
     model = tiny(
         replace(family, config={**family.config, "cross_attn_mod": True, "audio_cross_attn_mod": True})
     )
-    table = NameTable(weighted(model), authors_rules(family))
+    table = NameTable(get_modules_with_weight(model), load_authors_mappings(family))
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     names = [
-        n for n in authors_names(table, authors_rules(family)) if table.find_targets(n)[0].module in linears
+        n
+        for n in list_authors_names(table, load_authors_mappings(family))
+        if table.find_targets(n)[0].module in linears
     ]
     assert (
         len(names) == len(linears)
@@ -233,13 +237,13 @@ def test_names_of_ltx2_with_prompt_modulation_are_those_of_diffusers_own_lora_co
         ),
     ],
 )
-def test_names_that_the_converter_reads_loosely(key, names):
+def test_loose_names_are_found(key, names):
     table = NameTable.from_model(tiny(FAMILIES[key]))
     assert {name: [place.module for place in table.find_targets(name)] for name in names} == names
 
 
-def test_no_rule_is_idle():
-    models = [tiny(family) for family in FAMILIES.values()] + list(text_encoders().values())
+def test_every_mapping_is_used():
+    models = [tiny(family) for family in FAMILIES.values()] + list(make_text_encoders().values())
     ltx2 = FAMILIES["ltx2"]
     models.append(tiny(replace(ltx2, config={**ltx2.config, "cross_attn_mod": True})))
     used = {
@@ -255,7 +259,7 @@ def test_no_rule_is_idle():
     assert not {rule for rules in of_classes for rule in rules.names + rules.lora_names} - used
 
 
-def text_encoders() -> dict[str, nn.Module]:
+def make_text_encoders() -> dict[str, nn.Module]:
     """A small one of each class, on the meta device."""
     sizes = {
         "hidden_size": 8,
@@ -332,8 +336,8 @@ def text_encoders() -> dict[str, nn.Module]:
         ),
     ],
 )
-def test_text_encoders_whatever_their_outer_levels(cls, names):
-    model = text_encoders()[cls]
+def test_text_encoder_names_may_lack_outer_levels(cls, names):
+    model = make_text_encoders()[cls]
     table = NameTable.from_model(model)
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     own = [name for name in names if name in linears]
@@ -348,7 +352,7 @@ def test_text_encoders_whatever_their_outer_levels(cls, names):
 
 
 @pytest.mark.parametrize("key", ["sd15", "sdxl"])
-def test_names_inside_resnets_of_ldm(key):
+def test_ldm_resnet_names_are_found(key):
     model = tiny(FAMILIES[key])
     table, own = NameTable.from_model(model), dict(model.named_modules())
     inner = {
@@ -376,16 +380,16 @@ def test_names_inside_resnets_of_ldm(key):
 
 
 @pytest.mark.parametrize("key, names", [("sd15", ["2.1", "5.2", "8.2"]), ("sdxl", ["2.2", "5.2"])])
-def test_upsamplers_of_ldm_stand_after_the_attention_if_there_is_one(key, names):
+def test_ldm_upsamplers_follow_the_attention(key, names):
     table = NameTable.from_model(tiny(FAMILIES[key]))
     assert [table.find_targets(f"output_blocks.{n}.conv") for n in names] == [
         (ModuleTarget(f"up_blocks.{i}.upsamplers.0.conv"),) for i in range(len(names))
     ]
 
 
-def test_every_linear_of_clip_has_kohyas_name():
+def test_every_linear_of_clip_has_a_kohya_name():
     for cls in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-        model = text_encoders()[cls]
+        model = make_text_encoders()[cls]
         table = NameTable.from_model(model)
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "text_projection"]
         assert len(linears) == 12
@@ -498,13 +502,13 @@ GOOD = "classes: [Model]\nnames: {a.*: b.*}\n"
         ("classes: [Model]\nnames: {a.q*: b.q*}", "both sides need the same number"),
     ],
 )
-def test_a_malformed_file_of_rules_is_refused(tmp_path, text, message):
+def test_malformed_mapping_file_is_rejected(tmp_path, text, message):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_mapping_file(tmp_path / "x.yaml")
 
 
-def test_rules_of_a_class(tmp_path):
+def test_mappings_of_a_class_are_loaded(tmp_path):
     text = "classes: [One, Two]\nnames: {a.*: b.*, c: [d, e], f: {to: g, swap_halves: true}}\nlora_names: {j: {to: k, without: l.**}}\n"
     text += (
         "parameters: {m.*: {to: n.*, shape: [1, -1]}}\nprefix: p.\ndrop: {q.**: r}\nneeds: [s]\nlacks: [t]"
@@ -522,7 +526,7 @@ def test_rules_of_a_class(tmp_path):
     assert load_lora_mappings("Three", tmp_path) == (KeyMapping("h", ("i",)),)
 
 
-def test_a_class_belongs_to_one_file(tmp_path):
+def test_class_in_two_files_is_rejected(tmp_path):
     for name in ("x", "y"):
         (tmp_path / f"{name}.yaml").write_text(GOOD)
     with pytest.raises(
@@ -556,7 +560,7 @@ def test_shipped_classes_exist():
         ("a.2-1.**", "a.2-1.b", ((), "b")),
     ],
 )
-def test_patterns(pattern, name, found):
+def test_pattern_matches_and_captures(pattern, name, found):
     match = match_pattern(pattern, name)
     assert match == found
     if match:

@@ -34,7 +34,7 @@ LINEARS = ["proj_in", "blocks.0.1", "blocks.0.3", "blocks.1.1", "blocks.1.3", "p
 X = randn(9, 7)
 
 
-def lora(model: nn.Module, names: list[str], seed: int = 10, rank: int = 3) -> dict[str, LoraChange]:
+def make_lora(model: nn.Module, names: list[str], seed: int = 10, rank: int = 3) -> dict[str, LoraChange]:
     """A LoRA for these layers, strong enough to be seen over INT8's rounding."""
     changes = {}
     for i, name in enumerate(names):
@@ -45,7 +45,7 @@ def lora(model: nn.Module, names: list[str], seed: int = 10, rank: int = 3) -> d
     return changes
 
 
-def merged(model: nn.Module, *stack: dict[str, LoraChange]) -> LoraStack:
+def merge_into(model: nn.Module, *stack: dict[str, LoraChange]) -> LoraStack:
     """LoRAs on a float model."""
     loras = LoraStack(model)
     entries = [Entry(f"lora{i}", lora_file(changes, f"lora{i}")) for i, changes in enumerate(stack)]
@@ -60,8 +60,8 @@ def merged(model: nn.Module, *stack: dict[str, LoraChange]) -> LoraStack:
 def test_merge_adds_up_in_float32_and_rounds_once(dtype: torch.dtype) -> None:
     model = TinyModel(dtype=dtype)
     before = {name: model.get_submodule(name).weight.clone() for name in LINEARS}
-    first, second = lora(model, LINEARS[:3]), lora(model, LINEARS[2:5], seed=30)
-    merged(model, first, second).set_strengths([0.8, -0.5])
+    first, second = make_lora(model, LINEARS[:3]), make_lora(model, LINEARS[2:5], seed=30)
+    merge_into(model, first, second).set_strengths([0.8, -0.5])
     for name in LINEARS:
         wanted = before[name].float()
         for changes, strength in ((first, 0.8), (second, -0.5)):
@@ -75,7 +75,7 @@ def test_merge_adds_up_in_float32_and_rounds_once(dtype: torch.dtype) -> None:
 def test_merge_is_undone_exactly_and_does_not_drift(dtype: torch.dtype) -> None:
     model = TinyModel(dtype=dtype)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    loras = merged(model, lora(model, LINEARS))
+    loras = merge_into(model, make_lora(model, LINEARS))
     loras.set_strengths([0.7])
     once = {name: weight.clone() for name, weight in model.named_parameters()}
     for strength in (20.0, -0.3, 0.7):
@@ -85,10 +85,10 @@ def test_merge_is_undone_exactly_and_does_not_drift(dtype: torch.dtype) -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
-def test_a_bias_is_made_where_there_is_none() -> None:
+def test_missing_bias_is_created() -> None:
     model = TinyModel()
     plain = model(X)
-    loras = merged(
+    loras = merge_into(
         model,
         {"proj_out": LoraChange(None, torch.ones(12)), "proj_in": LoraChange(None, torch.full((64,), 0.0))},
     )
@@ -99,10 +99,10 @@ def test_a_bias_is_made_where_there_is_none() -> None:
     assert torch.equal(model(X), plain)
 
 
-def test_norms_get_their_changes() -> None:
+def test_norms_are_changed() -> None:
     model = TinyModel()
     norm = model.blocks[0][0]
-    merged(
+    merge_into(
         model, {"blocks.0.0": LoraChange(Diff(torch.full((64,), 0.5), "norm"), torch.full((64,), 0.25))}
     ).set_strengths([2.0])
     assert torch.equal(norm.weight, torch.full((64,), 2.0)) and torch.equal(norm.bias, torch.full((64,), 0.5))
@@ -118,7 +118,7 @@ def test_every_mode_agrees_with_the_merged_float_model(
     outlier: OutlierMethod, strengths: list[float], mode: str
 ) -> None:
     model = TinyModel()
-    stack = [lora(model, LINEARS), lora(model, LINEARS[1:4], seed=30)]
+    stack = [make_lora(model, LINEARS), make_lora(model, LINEARS[1:4], seed=30)]
     int8, _ = to_int8(model, outlier=outlier)
     plain = model(X)
     loras = on_int8(model, int8, stack, mode)
@@ -130,11 +130,11 @@ def test_every_mode_agrees_with_the_merged_float_model(
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "bake", "stochastic"])
-def test_strengths_move_without_a_rebuild_and_back(mode: str) -> None:
+def test_strengths_change_without_a_rebuild_and_back(mode: str) -> None:
     model = TinyModel()
     int8, _ = to_int8(model, outlier=ConvRot())
     plain, layers = int8(X), dict(int8.named_modules())
-    loras = on_int8(model, int8, [lora(model, LINEARS)], mode)
+    loras = on_int8(model, int8, [make_lora(model, LINEARS)], mode)
     assert torch.equal(int8(X), plain)
     loras.set_strengths([1.0])
     strong = int8(X)
@@ -148,12 +148,12 @@ def test_strengths_move_without_a_rebuild_and_back(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["bake", "stochastic"])
-def test_the_order_of_a_stack_has_no_say_in_written_weights(mode: str) -> None:
+def test_merged_weights_do_not_depend_on_the_order(mode: str) -> None:
     results = []
     for order in ((0, 1), (1, 0)):
         model = TinyModel()
         int8, _ = to_int8(model)
-        stack, strengths = [lora(model, LINEARS), lora(model, LINEARS, seed=30)], [0.8, -0.4]
+        stack, strengths = [make_lora(model, LINEARS), make_lora(model, LINEARS, seed=30)], [0.8, -0.4]
         loras = on_int8(model, int8, [stack[i] for i in order], mode)
         loras.set_strengths([strengths[i] for i in order])
         results.append([m.read_qdata() for m in int8.modules() if isinstance(m, Int8Linear)])
@@ -162,10 +162,10 @@ def test_the_order_of_a_stack_has_no_say_in_written_weights(mode: str) -> None:
     assert max(differing) < 0.002, differing
 
 
-def test_the_same_lora_twice_is_one_with_both_strengths(caplog: pytest.LogCaptureFixture) -> None:
+def test_same_lora_twice_acts_with_both_strengths(caplog: pytest.LogCaptureFixture) -> None:
     model = TinyModel()
     once, twice = to_int8(model)[0], to_int8(model)[0]
-    changes = lora(model, LINEARS)
+    changes = make_lora(model, LINEARS)
     on_int8(model, once, [changes]).set_strengths([0.75])
     loras = LoraStack(TinyModel(), mode="dynamic")
     entries = [Entry("a", lora_file(changes)), Entry("b", lora_file(changes))]
@@ -179,10 +179,10 @@ def test_the_same_lora_twice_is_one_with_both_strengths(caplog: pytest.LogCaptur
     )
 
 
-def test_layers_that_stay_float_carry_the_merge() -> None:
+def test_float_layers_are_merged() -> None:
     model = TinyModel()
     int8, _ = to_int8(model, keep_float=("proj_in", "proj_out"))
-    loras = on_int8(model, int8, [lora(model, LINEARS)])
+    loras = on_int8(model, int8, [make_lora(model, LINEARS)])
     assert loras.layers_by_mode == {"dynamic": 4}
     for strength in (1.0, -0.5):
         # the copy shares the float weights, so the merge reaches them; the INT8 ones were made before it
@@ -190,7 +190,7 @@ def test_layers_that_stay_float_carry_the_merge() -> None:
         assert_close(f"strength {strength}", int8(X), model(X), 0.04)
 
 
-def kinds(n: int, k: int) -> dict[str, LoraChange]:
+def make_adapters(n: int, k: int) -> dict[str, LoraChange]:
     """One change of each kind for an [n, k] weight."""
     pair = lambda rank, seed: LowRankPair(randn(n, rank, seed=seed), randn(rank, k, seed=seed + 1) * 0.05)  # noqa: E731
     plain = LoRA(randn(3, k, seed=1), randn(n, 3, seed=2), 0.02)
@@ -211,12 +211,13 @@ def kinds(n: int, k: int) -> dict[str, LoraChange]:
 
 
 @pytest.mark.parametrize("strength", [1.0, -0.5])
-@pytest.mark.parametrize("kind", kinds(8, 8))
+@pytest.mark.parametrize("kind", make_adapters(8, 8))
 @pytest.mark.parametrize("mode", ["auto", "bake", "stochastic"])
-def test_every_kind_arrives_at_int8_layers(mode: str, kind: str, strength: float) -> None:
+def test_every_adapter_type_changes_int8_layers(mode: str, kind: str, strength: float) -> None:
     model = TinyModel()
     changes = {
-        name: kinds(*model.get_submodule(name).weight.shape)[kind] for name in ("blocks.0.1", "blocks.1.3")
+        name: make_adapters(*model.get_submodule(name).weight.shape)[kind]
+        for name in ("blocks.0.1", "blocks.1.3")
     }
     int8, _ = to_int8(model, outlier=ConvRot())
     plain_int8, plain = int8(X), model(X)
@@ -232,23 +233,26 @@ def test_every_kind_arrives_at_int8_layers(mode: str, kind: str, strength: float
 
 
 @pytest.mark.parametrize("kind", ["diff", "IA3 on inputs", "DoRA by columns"])
-def test_dynamic_refuses_what_has_no_low_rank_form(kind: str) -> None:
+def test_dynamic_rejects_adapters_without_a_low_rank_form(kind: str) -> None:
     model = TinyModel()
     int8, _ = to_int8(model)
     word = kind.partition(" ")[0]
     message = rf"^blocks\.0\.1: lora\.mode=dynamic is not possible: a {word} that has no low-rank form; set lora\.mode=auto and one strength"
     with pytest.raises(LoraError, match=message):
-        on_int8(model, int8, [{"blocks.0.1": kinds(96, 64)[kind]}], "dynamic")
+        on_int8(model, int8, [{"blocks.0.1": make_adapters(96, 64)[kind]}], "dynamic")
     with pytest.raises(
         LoraError,
         match=r"^blocks\.0\.1: a schedule of strengths needs lora\.mode=dynamic, which is not possible: a",
     ):
-        on_int8(model, int8, [{"blocks.0.1": kinds(96, 64)[kind]}], "auto", scheduled=True)
+        on_int8(model, int8, [{"blocks.0.1": make_adapters(96, 64)[kind]}], "auto", scheduled=True)
 
 
-def test_without_float_weights_auto_rounds_at_random_and_bake_is_refused() -> None:
+def test_without_float_weights_auto_is_stochastic_and_bake_is_rejected() -> None:
     model = TinyModel()
-    changes = {"blocks.0.1": kinds(96, 64)["diff"], "blocks.1.1": lora(model, ["blocks.1.1"])["blocks.1.1"]}
+    changes = {
+        "blocks.0.1": make_adapters(96, 64)["diff"],
+        "blocks.1.1": make_lora(model, ["blocks.1.1"])["blocks.1.1"],
+    }
     int8, _ = to_int8(model)
     assert on_int8(model, int8, [changes], "auto", float_weights=False).layers_by_mode == {
         "stochastic": 1,
@@ -261,7 +265,7 @@ def test_without_float_weights_auto_rounds_at_random_and_bake_is_refused() -> No
         on_int8(model, to_int8(model)[0], [changes], "bake", float_weights=False)
 
 
-def test_auto_asks_what_a_branch_costs() -> None:
+def test_auto_compares_the_cost_of_a_branch() -> None:
     model = TinyModel()
     int8, _ = to_int8(model)
     asked = []
@@ -270,7 +274,7 @@ def test_auto_asks_what_a_branch_costs() -> None:
         asked.append((name, rank))
         return 1.6 if name == "blocks.0.1" else 1.5
 
-    stack = [lora(model, LINEARS[1:3]), lora(model, LINEARS[1:3], seed=40, rank=5)]
+    stack = [make_lora(model, LINEARS[1:3]), make_lora(model, LINEARS[1:3], seed=40, rank=5)]
     loras = on_int8(model, int8, stack, "auto", overhead=overhead, max_overhead=0.5)
     assert loras.layers_by_mode == {"bake": 1, "dynamic": 1} and asked == [
         ("blocks.0.1", 8),
@@ -278,19 +282,21 @@ def test_auto_asks_what_a_branch_costs() -> None:
     ]
 
 
-def test_a_branch_wider_than_its_layer_is_none() -> None:
+def test_auto_avoids_branches_wider_than_the_layer() -> None:
     model = TinyModel()
     int8, _ = to_int8(model)
-    assert on_int8(model, int8, [lora(model, ["blocks.0.1"], rank=64)], "auto").layers_by_mode == {"bake": 1}
+    assert on_int8(model, int8, [make_lora(model, ["blocks.0.1"], rank=64)], "auto").layers_by_mode == {
+        "bake": 1
+    }
     assert on_int8(
-        model, to_int8(model)[0], [lora(model, ["blocks.0.1"], rank=64)], "dynamic"
+        model, to_int8(model)[0], [make_lora(model, ["blocks.0.1"], rank=64)], "dynamic"
     ).layers_by_mode == {"dynamic": 1}
 
 
-def test_a_rounding_that_needs_a_calibration_gives_way_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_rounding_that_needs_calibration_is_replaced_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "int8run")
     model = TinyModel()
-    changes = {"blocks.0.1": kinds(96, 64)["diff"]}
+    changes = {"blocks.0.1": make_adapters(96, 64)["diff"]}
     for rounding, said in ((Mse(), False), (Gptq(), True)):
         caplog.clear()
         on_int8(model, to_int8(model)[0], [changes], "auto", rounding=rounding).set_strengths([1.0])
@@ -298,13 +304,13 @@ def test_a_rounding_that_needs_a_calibration_gives_way_and_says_so(caplog: pytes
         assert (line in caplog.messages) == said
 
 
-def test_a_schedule_makes_any_cost_worth_it() -> None:
+def test_schedule_is_dynamic_at_any_cost() -> None:
     model = TinyModel()
     int8, _ = to_int8(model)
     loras = on_int8(
         model,
         int8,
-        [lora(model, LINEARS)],
+        [make_lora(model, LINEARS)],
         "auto",
         scheduled=True,
         overhead=lambda *_: 99.0,
@@ -325,7 +331,7 @@ def test_clipped_weights_are_counted_and_scales_grow() -> None:
     assert loras.clipped_share == 0.0
 
 
-def test_random_rounding_has_a_seed_for_each_layer_lora_and_run() -> None:
+def test_stochastic_rounding_has_a_seed_for_each_layer_lora_and_run() -> None:
     def integers(seed: int, names: list[str]) -> list[torch.Tensor]:
         model = TinyModel()
         int8, _ = to_int8(model)
@@ -356,7 +362,7 @@ def test_random_rounding_has_a_seed_for_each_layer_lora_and_run() -> None:
     )
 
 
-def test_sizes_are_told_in_steps_of_the_grid() -> None:
+def test_sizes_are_measured_in_steps_of_the_grid() -> None:
     model = TinyModel()
     int8, _ = to_int8(model)
     layer = int8.get_submodule("blocks.0.1")
@@ -366,7 +372,7 @@ def test_sizes_are_told_in_steps_of_the_grid() -> None:
     assert loras.compute_median_steps(0) == pytest.approx(0.3) and loras.compute_median_steps(1) is None
 
 
-def test_balanced_factors_make_the_same_product_from_equal_parts() -> None:
+def test_balanced_factors_have_the_same_product() -> None:
     lora_A, lora_B = randn(8, 64) * torch.logspace(0, 3, 8)[:, None], randn(48, 8, seed=1)
     a, b = balance_factors(lora_A, lora_B)
     assert a.shape == (8, 64) and b.shape == (48, 8)
@@ -375,7 +381,7 @@ def test_balanced_factors_make_the_same_product_from_equal_parts() -> None:
     assert norms.max() < 50 * norms.min() and lora_A.norm(dim=1).max() > 500 * lora_A.norm(dim=1).min()
 
 
-def test_integers_come_back_out_of_every_backend() -> None:
+def test_integers_can_be_read_from_every_backend() -> None:
     model = TinyModel()
     expected, _ = to_int8(model)
     for backend in [b for b in shipped("backend").values() if usable(b, CPU)]:
@@ -386,11 +392,11 @@ def test_integers_come_back_out_of_every_backend() -> None:
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "bake", "stochastic"])
-def test_a_new_strength_compiles_nothing_anew(mode: str) -> None:
+def test_new_strength_does_not_recompile(mode: str) -> None:
     torch._dynamo.reset()
     model = TinyModel()
     int8, _ = to_int8(model, outlier=ConvRot())
-    loras = on_int8(model, int8, [lora(model, LINEARS)], mode)
+    loras = on_int8(model, int8, [make_lora(model, LINEARS)], mode)
     compiled = torch.compile(int8, fullgraph=True, backend="aot_eager")
     compiled(X)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -408,7 +414,7 @@ def files(tmp_path: Path) -> list[Path]:
     paths = []
     for seed, name in ((10, "style"), (30, "other")):
         tensors = {}
-        for key, change in lora(TinyModel(), LINEARS, seed=seed).items():
+        for key, change in make_lora(TinyModel(), LINEARS, seed=seed).items():
             tensors |= {
                 f"{key}.lora_A.weight": change.weight_delta.lora_A,
                 f"{key}.lora_B.weight": 0.02 * change.weight_delta.lora_B,
@@ -419,12 +425,12 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "INT8"])
-def test_a_stack_on_a_model_that_is_there(files: list[Path], quantized: bool) -> None:
+def test_stack_works_on_an_existing_model(files: list[Path], quantized: bool) -> None:
     model = TinyModel()
     target = to_int8(model, outlier=ConvRot())[0] if quantized else TinyModel()
     plain = target(X)
     stack = LoraStack(target).add(files[0], 0.8).add(files[1], -0.5, name="second")
-    reference = merged(model, lora(model, LINEARS), lora(model, LINEARS, seed=30))
+    reference = merge_into(model, make_lora(model, LINEARS), make_lora(model, LINEARS, seed=30))
     reference.set_strengths([0.8, -0.5])
     assert stack.names == ["style", "second"]
     assert_close("both", target(X), model(X), 0.05 if quantized else 1e-5)
@@ -435,7 +441,7 @@ def test_a_stack_on_a_model_that_is_there(files: list[Path], quantized: bool) ->
     assert torch.equal(target(X), plain)
 
 
-def test_a_lora_that_does_not_fit_leaves_the_stack_as_it_was(files: list[Path], tmp_path: Path) -> None:
+def test_lora_that_does_not_fit_leaves_the_stack_as_it_was(files: list[Path], tmp_path: Path) -> None:
     model = TinyModel()
     stack = LoraStack(model).add(files[0], 0.8)
     before = model(X)
@@ -453,7 +459,7 @@ def test_a_lora_that_does_not_fit_leaves_the_stack_as_it_was(files: list[Path], 
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "INT8"])
-def test_a_model_has_one_stack_until_it_is_cleared(files: list[Path], quantized: bool) -> None:
+def test_model_has_one_stack_until_it_is_cleared(files: list[Path], quantized: bool) -> None:
     target = to_int8(TinyModel())[0] if quantized else TinyModel()
     plain = target(X)
     first, second = LoraStack(target).add(files[0]), LoraStack(target)
@@ -467,12 +473,12 @@ def test_a_model_has_one_stack_until_it_is_cleared(files: list[Path], quantized:
     assert not torch.equal(target(X), plain) and not torch.equal(target(X), with_first)
 
 
-def test_a_layer_gets_its_float_fallback_back() -> None:
+def test_layer_gets_its_float_fallback_back() -> None:
     model = TinyModel()
     int8, _ = to_int8(model, settings=Int8Settings(max_rows=16, small_batch_fallback="always"))
     plain, layer = int8(X), int8.get_submodule("blocks.0.1")
     assert layer.float_weight is not None
-    loras = on_int8(model, int8, [{"blocks.0.1": kinds(96, 64)["IA3"]}])
+    loras = on_int8(model, int8, [{"blocks.0.1": make_adapters(96, 64)["IA3"]}])
     loras.set_strengths([1.0])
     assert layer.float_weight is None, "it would not follow the strength"
     assert_close("INT8", int8(X), model(X), 0.04)
@@ -480,7 +486,7 @@ def test_a_layer_gets_its_float_fallback_back() -> None:
     assert layer.float_weight is not None and torch.equal(int8(X), plain)
 
 
-def test_a_pipeline_is_no_denoiser() -> None:
+def test_pipeline_is_rejected_as_denoiser() -> None:
     with pytest.raises(
         ConfigError,
         match=r"^a LoraStack is put on a denoiser, such as pipe\.transformer or pipe\.unet, not on a dict$",

@@ -35,20 +35,20 @@ class Case:
     shape: tuple[int, ...]
     expected: Callable[[Tensor], Tensor]
     rank: int | None = R
-    dynamic: bool = True
+    has_branch: bool = True
 
 
-def kron(w1: Tensor, w2: Tensor) -> Tensor:
+def kron_by_blocks(w1: Tensor, w2: Tensor) -> Tensor:
     """Block (a, c) of the result is w1[a, c] * w2."""
     return torch.cat([torch.cat([x * w2 for x in row], dim=1) for row in w1])
 
 
-def tucker(mid: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def multiply_tucker(mid: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """As LyCORIS: up [N, r], down [r, K], mid [r, r, kh, kw]."""
     return torch.einsum("mnhw,im,nj->ijhw", mid, up, down)
 
 
-def dora(weight: Tensor, change: Tensor, magnitude: Tensor, axis: int) -> Tensor:
+def apply_dora(weight: Tensor, change: Tensor, magnitude: Tensor, axis: int) -> Tensor:
     """`magnitude * (W + c) / ||W + c|| - W`, one norm for every index of `axis`."""
     changed = (weight + change).double()
     norm = changed.pow(2).sum([i for i in range(weight.dim()) if i != axis], keepdim=True).sqrt()
@@ -78,7 +78,7 @@ CASES = {
         LoRA(CONV_A, CONV_B, 2.0),
         KERNEL,
         lambda w: 2 * torch.einsum("or,rihw->oihw", CONV_B[..., 0, 0], CONV_A),
-        dynamic=False,
+        has_branch=False,
     ),
     "LoCon written flat": Case(
         LoRA(CONV_A.flatten(1), CONV_B.flatten(1), 2.0),
@@ -88,8 +88,8 @@ CASES = {
     "LoCon with a core": Case(
         LoRA(DOWN5[..., None, None], CONV_B, 0.25, MID),
         KERNEL,
-        lambda w: tucker(MID, CONV_B[..., 0, 0], DOWN5) / 4,
-        dynamic=False,
+        lambda w: multiply_tucker(MID, CONV_B[..., 0, 0], DOWN5) / 4,
+        has_branch=False,
     ),
     "LoHa": Case(
         LoHa(LowRankPair(B, A), LowRankPair(B2, A2), 0.5), (N, K), lambda w: 0.5 * (B @ A) * (B2 @ A2)
@@ -101,51 +101,57 @@ CASES = {
         (N, K),
         lambda w: (randn(N, 4) @ randn(4, K)) * (randn(N, 4, seed=1) @ randn(4, K, seed=1)),
         rank=4,
-        dynamic=False,
+        has_branch=False,
     ),
     "LoHa with cores": Case(
         LoHa(LowRankPair(B, DOWN5, HADA_T1), LowRankPair(B2, DOWN5_2, HADA_T2), 0.5),
         KERNEL,
-        lambda w: 0.5 * tucker(HADA_T1, B, DOWN5) * tucker(HADA_T2, B2, DOWN5_2),
-        dynamic=False,
+        lambda w: 0.5 * multiply_tucker(HADA_T1, B, DOWN5) * multiply_tucker(HADA_T2, B2, DOWN5_2),
+        has_branch=False,
     ),
-    "LoKr, both full": Case(LoKr(W1, W2), (N, K), lambda w: kron(W1, W2), rank=None),
+    "LoKr, both full": Case(LoKr(W1, W2), (N, K), lambda w: kron_by_blocks(W1, W2), rank=None),
     "LoKr, both full and narrow": Case(
-        LoKr(W1[:, :1], randn(4, K)), (N, K), lambda w: kron(W1[:, :1], randn(4, K)), rank=None
+        LoKr(W1[:, :1], randn(4, K)), (N, K), lambda w: kron_by_blocks(W1[:, :1], randn(4, K)), rank=None
     ),
     "LoKr with a factor that is low-rank in name": Case(
         LoKr(W1[:, :1], LowRankPair(randn(4, 30), randn(30, K)), 0.1),
         (N, K),
-        lambda w: 0.1 * kron(W1[:, :1], randn(4, 30) @ randn(30, K)),
+        lambda w: 0.1 * kron_by_blocks(W1[:, :1], randn(4, 30) @ randn(30, K)),
         rank=30,
     ),
     "LoKr as wide as the weight": Case(
-        LoKr(randn(N, K), torch.ones(1, 1)), (N, K), lambda w: randn(N, K), rank=None, dynamic=False
+        LoKr(randn(N, K), torch.ones(1, 1)), (N, K), lambda w: randn(N, K), rank=None, has_branch=False
     ),
     "LoKr low-rank in name": Case(
         LoKr(W1[:1, :1], LowRankPair(randn(N, 30), randn(30, K))),
         (N, K),
         lambda w: W1[0, 0] * randn(N, 30) @ randn(30, K),
         rank=30,
-        dynamic=False,
+        has_branch=False,
     ),
     "LoKr, second low-rank": Case(
-        LoKr(W1, LowRankPair(W2_A, W2_B), 0.5), (N, K), lambda w: 0.5 * kron(W1, W2_A @ W2_B), rank=1
+        LoKr(W1, LowRankPair(W2_A, W2_B), 0.5),
+        (N, K),
+        lambda w: 0.5 * kron_by_blocks(W1, W2_A @ W2_B),
+        rank=1,
     ),
     "LoKr, first low-rank": Case(
-        LoKr(LowRankPair(W1_A, W1_B), W2, 4.0), (N, K), lambda w: 4 * kron(W1_A @ W1_B, W2), rank=1
+        LoKr(LowRankPair(W1_A, W1_B), W2, 4.0), (N, K), lambda w: 4 * kron_by_blocks(W1_A @ W1_B, W2), rank=1
     ),
     "LoKr, both low-rank": Case(
         LoKr(LowRankPair(W1_A, W1_B), LowRankPair(W2_A, W2_B), 3.0),
         (N, K),
-        lambda w: 3 * kron(W1_A @ W1_B, W2_A @ W2_B),
+        lambda w: 3 * kron_by_blocks(W1_A @ W1_B, W2_A @ W2_B),
         rank=1,
     ),
     "LoKr on a kernel, flat": Case(
         LoKr(randn(3, 1, seed=21), LowRankPair(randn(4, R, seed=22), randn(R, 45, seed=23)), 0.5),
         KERNEL,
         lambda w: (
-            0.5 * kron(randn(3, 1, seed=21), randn(4, R, seed=22) @ randn(R, 45, seed=23)).reshape(KERNEL)
+            0.5
+            * kron_by_blocks(randn(3, 1, seed=21), randn(4, R, seed=22) @ randn(R, 45, seed=23)).reshape(
+                KERNEL
+            )
         ),
     ),
     "LoKr on a kernel, full": Case(
@@ -154,26 +160,32 @@ CASES = {
         lambda w: torch.stack(
             [
                 torch.stack(
-                    [kron(randn(3, 5, seed=21), randn(4, 1, 3, 3, seed=22)[:, :, i, j]) for j in range(3)], -1
+                    [
+                        kron_by_blocks(randn(3, 5, seed=21), randn(4, 1, 3, 3, seed=22)[:, :, i, j])
+                        for j in range(3)
+                    ],
+                    -1,
                 )
                 for i in range(3)
             ],
             -2,
         ),
         rank=None,
-        dynamic=False,
+        has_branch=False,
     ),
     "LoKr on a kernel with a core": Case(
         LoKr(randn(3, 1, seed=21), LowRankPair(W2_UP, W2_DOWN, T2), 0.5),
         KERNEL,
-        lambda w: 0.5 * torch.cat([x * tucker(T2, W2_UP, W2_DOWN) for x in randn(3, 1, seed=21).flatten()]),
-        dynamic=False,
+        lambda w: (
+            0.5 * torch.cat([x * multiply_tucker(T2, W2_UP, W2_DOWN) for x in randn(3, 1, seed=21).flatten()])
+        ),
+        has_branch=False,
     ),
     "diff": Case(
-        Diff(randn(N, K, seed=24)), (N, K), lambda w: randn(N, K, seed=24), rank=None, dynamic=False
+        Diff(randn(N, K, seed=24)), (N, K), lambda w: randn(N, K, seed=24), rank=None, has_branch=False
     ),
     "norm": Case(
-        Diff(randn(N, seed=24), "norm"), (N,), lambda w: randn(N, seed=24), rank=None, dynamic=False
+        Diff(randn(N, seed=24), "norm"), (N,), lambda w: randn(N, seed=24), rank=None, has_branch=False
     ),
     "IA3": Case(IA3(randn(N, seed=25)), (N, K), lambda w: torch.diag(randn(N, seed=25)) @ w, rank=None),
     "IA3 on inputs": Case(
@@ -181,43 +193,47 @@ CASES = {
         (N, K),
         lambda w: w @ torch.diag(randn(K, seed=25)),
         rank=None,
-        dynamic=False,
+        has_branch=False,
     ),
     "IA3 on a kernel": Case(
         IA3(randn(5, seed=25), True),
         KERNEL,
         lambda w: torch.einsum("oihw,i->oihw", w, randn(5, seed=25)),
         rank=None,
-        dynamic=False,
+        has_branch=False,
     ),
-    "DoRA": Case(DoRA(LoRA(A, B, 0.5), MAGNITUDE), (N, K), lambda w: dora(w, 0.5 * B @ A, MAGNITUDE, 0)),
+    "DoRA": Case(
+        DoRA(LoRA(A, B, 0.5), MAGNITUDE), (N, K), lambda w: apply_dora(w, 0.5 * B @ A, MAGNITUDE, 0)
+    ),
     "DoRA by columns": Case(
         DoRA(LoRA(A, B, 0.5), MAGNITUDE[:K], True),
         (N, K),
-        lambda w: dora(w, 0.5 * B @ A, MAGNITUDE[:K], 1),
-        dynamic=False,
+        lambda w: apply_dora(w, 0.5 * B @ A, MAGNITUDE[:K], 1),
+        has_branch=False,
     ),
     "DoRA of a kernel": Case(
         DoRA(LoRA(CONV_A, CONV_B, 2.0), MAGNITUDE),
         KERNEL,
-        lambda w: dora(w, 2 * torch.einsum("or,rihw->oihw", CONV_B[..., 0, 0], CONV_A), MAGNITUDE, 0),
-        dynamic=False,
+        lambda w: apply_dora(w, 2 * torch.einsum("or,rihw->oihw", CONV_B[..., 0, 0], CONV_A), MAGNITUDE, 0),
+        has_branch=False,
     ),
     "DoRA of a kernel by columns": Case(
         DoRA(LoRA(CONV_A, CONV_B, 2.0), MAGNITUDE[:5], True),
         KERNEL,
-        lambda w: dora(w, 2 * torch.einsum("or,rihw->oihw", CONV_B[..., 0, 0], CONV_A), MAGNITUDE[:5], 1),
-        dynamic=False,
+        lambda w: apply_dora(
+            w, 2 * torch.einsum("or,rihw->oihw", CONV_B[..., 0, 0], CONV_A), MAGNITUDE[:5], 1
+        ),
+        has_branch=False,
     ),
     "DoRA of LoHa": Case(
         DoRA(LoHa(LowRankPair(B, A), LowRankPair(B2, A2), 0.5), MAGNITUDE),
         (N, K),
-        lambda w: dora(w, 0.5 * (B @ A) * (B2 @ A2), MAGNITUDE, 0),
+        lambda w: apply_dora(w, 0.5 * (B @ A) * (B2 @ A2), MAGNITUDE, 0),
     ),
     "DoRA of LoKr": Case(
         DoRA(LoKr(W1, LowRankPair(W2_A, W2_B), 0.5), MAGNITUDE),
         (N, K),
-        lambda w: dora(w, 0.5 * kron(W1, W2_A @ W2_B), MAGNITUDE, 0),
+        lambda w: apply_dora(w, 0.5 * kron_by_blocks(W1, W2_A @ W2_B), MAGNITUDE, 0),
         rank=1,
     ),
 }
@@ -229,7 +245,7 @@ CUTTABLE = {
 }
 
 
-def over(cases: dict[str, Case]) -> pytest.MarkDecorator:
+def parametrize_cases(cases: dict[str, Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
 
 
@@ -238,7 +254,7 @@ def weight():
     return lambda case: randn(*case.shape, seed=99)
 
 
-@over(CASES)
+@parametrize_cases(CASES)
 def test_delta_is_the_dense_formula(case, weight):
     w = weight(case)
     delta = case.weight_delta.compute_delta(w)
@@ -247,17 +263,17 @@ def test_delta_is_the_dense_formula(case, weight):
     assert case.weight_delta.shape_mismatch(case.shape) is None and case.weight_delta.rank == case.rank
 
 
-@over(CASES)
-def test_half_precision_weights_and_factors_are_computed_in_float32(case, weight):
+@parametrize_cases(CASES)
+def test_half_precision_is_computed_in_float32(case, weight):
     w = weight(case).bfloat16()
     assert case.weight_delta.compute_delta(w).dtype == torch.float32
     assert_close("delta", case.weight_delta.compute_delta(w), case.expected(w.float()), 1e-5)
 
 
-@over(CASES)
-def test_beside_the_layer_it_is_the_same_change(case, weight):
+@parametrize_cases(CASES)
+def test_branch_is_the_same_change(case, weight):
     w = weight(case)
-    assert case.weight_delta.has_branch == case.dynamic
+    assert case.weight_delta.has_branch == case.has_branch
     form = case.weight_delta.make_branch(w if case.weight_delta.needs_weight else None)
     assert (form is None) == (not case.weight_delta.has_branch)
     if form is not None:
@@ -271,9 +287,9 @@ def test_beside_the_layer_it_is_the_same_change(case, weight):
         assert_close("dynamic", made, case.expected(w).flatten(1), 1e-5)
 
 
-@over(CUTTABLE)
+@parametrize_cases(CUTTABLE)
 @pytest.mark.parametrize("rows", [slice(0, 4), slice(4, 12), slice(3, 8)], ids=str)
-def test_rows_of_a_fused_matrix(case, weight, rows):
+def test_taken_rows_are_those_of_the_whole_change(case, weight, rows):
     w = weight(case)
     part = LoraChange(case.weight_delta).take_rows(rows).weight_delta
     assert part.shape_mismatch((rows.stop - rows.start, *case.shape[1:])) is None
@@ -285,9 +301,11 @@ def test_rows_of_a_fused_matrix(case, weight, rows):
     assert_close("rows", part.compute_delta(w[rows]), case.expected(w)[rows], 2e-6)
 
 
-@over({name: case for name, case in CUTTABLE.items() if case.weight_delta.out_features is not None})
+@parametrize_cases(
+    {name: case for name, case in CUTTABLE.items() if case.weight_delta.out_features is not None}
+)
 @pytest.mark.parametrize("start", [0, 5, 9])
-def test_placed_in_a_taller_matrix(case, weight, start):
+def test_placed_rows_are_zero_elsewhere(case, weight, start):
     tall = randn(N + 9, *case.shape[1:], seed=98)
     placed = LoraChange(case.weight_delta).place_rows(start, N + 9).weight_delta
     assert placed.shape_mismatch(tuple(tall.shape)) is None
@@ -302,16 +320,16 @@ def test_placed_in_a_taller_matrix(case, weight, start):
         assert_close("placed beside", made, expected.flatten(1), 1e-5)
 
 
-@over(CUTTABLE)
-def test_halves_exchanged(case, weight):
+@parametrize_cases(CUTTABLE)
+def test_swapped_halves_are_exchanged(case, weight):
     w = weight(case)
     swap = lambda t: torch.cat([t[N // 2 :], t[: N // 2]])  # noqa: E731
     swapped = LoraChange(case.weight_delta).swap_halves().weight_delta
     assert_close("swapped", swapped.compute_delta(swap(w)), swap(case.expected(w)), 2e-6)
 
 
-@over({name: CASES[name] for name in ("LoRA", "LoKr, second low-rank", "DoRA")})
-def test_cuts_follow_one_another(case, weight):
+@parametrize_cases({name: CASES[name] for name in ("LoRA", "LoKr, second low-rank", "DoRA")})
+def test_row_operations_combine(case, weight):
     tall = randn(20, *case.shape[1:], seed=98)
     part = (
         LoraChange(case.weight_delta)
@@ -329,7 +347,7 @@ def test_cuts_follow_one_another(case, weight):
     assert_close("cut", part.compute_delta(tall[:15]), expected, 2e-6)
 
 
-def test_the_bias_is_cut_as_well():
+def test_bias_is_cut_as_well():
     change = LoraChange(LoRA(A, B), torch.arange(12.0))
     assert change.take_rows(slice(2, 5)).bias_delta.tolist() == [2, 3, 4]
     assert change.swap_halves().bias_delta.tolist() == [6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5]
@@ -343,7 +361,7 @@ def test_the_bias_is_cut_as_well():
     assert alone.place_rows(0, 6).weight_delta is None
 
 
-def test_a_bias_says_how_many_rows_a_factor_of_inputs_has():
+def test_bias_tells_the_rows_of_an_input_factor():
     change = LoraChange(IA3(randn(K, seed=25), True), torch.ones(4)).place_rows(3, 9)
     tall = randn(9, K, seed=98)
     expected = torch.zeros(9, K)
@@ -355,7 +373,7 @@ def test_a_bias_says_how_many_rows_a_factor_of_inputs_has():
     )
 
 
-def test_a_cut_leaves_the_change_as_it_was():
+def test_cut_does_not_modify_the_change():
     before = B.clone()
     LoraChange(LoRA(A, B)).place_rows(3, 20)
     assert torch.equal(B, before)
@@ -367,14 +385,14 @@ class TestRefused:
     @pytest.mark.parametrize(
         "cut", [lambda c: c.take_rows(slice(0, 4)), lambda c: c.place_rows(0, 24), lambda c: c.swap_halves()]
     )
-    def test_column_norms(self, cut):
+    def test_column_norms_cannot_be_cut(self, cut):
         with pytest.raises(
             LoraError,
             match=r"its DoRA norms \(dora_scale \[1, in\]\) run over all rows .* use a file with row norms",
         ):
             cut(LoraChange(CASES["DoRA by columns"].weight_delta))
 
-    def test_factors_of_inputs_placed(self):
+    def test_input_factors_cannot_be_placed(self):
         change = LoraChange(CASES["IA3 on inputs"].weight_delta)
         with pytest.raises(
             LoraError, match=r"is an IA3 on inputs, .*load the model without fused projections"
@@ -383,21 +401,21 @@ class TestRefused:
         assert change.swap_halves() is change and change.out_features is None
 
     @pytest.mark.parametrize("rows", [slice(8, 13), slice(-1, 3), slice(3, 3)], ids=str)
-    def test_rows_that_are_not_there(self, rows):
+    def test_missing_rows_are_rejected(self, rows):
         with pytest.raises(
             LoraError, match=f"has 12 rows, the model's layers take rows {rows.start} to {rows.stop} of them"
         ):
             LoraChange(LoRA(A, B)).take_rows(rows)
 
     @pytest.mark.parametrize("start", [-1, 9])
-    def test_a_place_that_is_too_small(self, start):
+    def test_matrix_that_is_too_small_is_rejected(self, start):
         with pytest.raises(
             LoraError,
             match=f"has 12 rows, which do not fit from row {start} on into the model's matrix of 20",
         ):
             LoraChange(LoRA(A, B)).place_rows(start, 20)
 
-    def test_odd_halves(self):
+    def test_odd_number_of_rows_cannot_be_swapped(self):
         with pytest.raises(
             LoraError, match="has 3 rows, the model exchanges their halves: the number must be even"
         ):
@@ -467,7 +485,7 @@ class TestRefused:
         ),
     ],
 )
-def test_misfits_name_both_shapes(change, shape, words):
+def test_shape_mismatch_has_both_shapes(change, shape, words):
     assert change.shape_mismatch(shape) == words
 
 
@@ -487,7 +505,7 @@ def test_float16_products_do_not_overflow():
     assert form.lora_B.isfinite().all() and form.lora_B.dtype == torch.float32
 
 
-def test_row_norms_are_exact_over_several_blocks(monkeypatch):
+def test_row_norms_are_exact_over_several_chunks(monkeypatch):
     monkeypatch.setattr("int8run.lora.adapters.dora.NORM_CHUNK_ROWS", 5)
     case = CASES["DoRA"]
     w = randn(*case.shape, seed=99).bfloat16()
@@ -500,14 +518,14 @@ def test_row_norms_are_exact_over_several_blocks(monkeypatch):
     )
 
 
-def test_a_row_of_zeros_stays_one():
+def test_row_of_zeros_stays_zero():
     # W + BA = 0 has no norm to divide by
     core = DoRA(LoRA(torch.zeros(1, K), torch.zeros(N, 1)), MAGNITUDE)
     assert core.compute_delta(torch.zeros(N, K)).abs().max() == 0
 
 
 @pytest.mark.parametrize("conv", [False, True], ids=["Linear", "Conv2d"])
-def test_dora_is_that_of_peft(conv):
+def test_dora_matches_peft(conv):
     peft = pytest.importorskip("peft")
     with torch.random.fork_rng():
         torch.manual_seed(0)
