@@ -174,6 +174,7 @@ def test_every_base_is_tested():
 @pytest.mark.parametrize("layout", [make_peft_header, make_kohya_header])
 def test_base_is_detected_from_a_lora_on_all_layers(layers, base, layout):
     found = detect_lora_base(layout(layers(base)), {})
+
     assert found.name == base and found.evidence == "shapes" and found.tag is None
     assert found.alternatives == PARTS_OF.get(base, ())
 
@@ -182,6 +183,7 @@ def test_base_is_detected_from_a_lora_on_all_layers(layers, base, layout):
 @pytest.mark.parametrize("layout", [make_peft_header, make_kohya_header])
 def test_base_is_detected_under_the_authors_names(layers, base, layout):
     found = detect_lora_base(layout(rename_to_original(layers(base), base)), {})
+
     assert (found.name, found.evidence, found.alternatives) == (base, "shapes", PARTS_OF.get(base, ()))
 
 
@@ -191,12 +193,14 @@ def test_index_of_a_sequential_may_be_missing(layers, base):
         make_peft_header({name.replace("to_out.0", "to_out"): shape for name, shape in layers(base).items()}),
         {},
     )
+
     assert (found.name, found.evidence, found.alternatives) == (base, "shapes", PARTS_OF.get(base, ()))
 
 
 @pytest.mark.parametrize("base", MODELS)
 def test_lora_on_all_layers_is_rejected_by_every_other_base(layers, base):
     found = detect_lora_base(make_peft_header(layers(base)), {})
+
     for other in set(load_table()["bases"]) - {base, *PARTS_OF.get(base, ())}:
         if other in load_table()["partly_fits"].get(base, {}):
             assert check_lora_base(STYLE, found, other).startswith("style.safetensors was made for ")
@@ -298,6 +302,7 @@ NATIVE = {
 )
 def test_base_is_detected_from_authors_names_with_any_prefix(base, prefix):
     found = detect_lora_base(make_peft_header(NATIVE[base], prefix), {})
+
     assert found.name == base and found.evidence == "shapes"
     assert (
         detect_lora_base(make_kohya_header(NATIVE[base]), {})
@@ -311,6 +316,7 @@ def test_xlabs_layout_is_flux():
         "double_blocks.0.processor.qkv_lora1.down.weight": [16, 3072],
         "double_blocks.0.processor.qkv_lora1.up.weight": [9216, 16],
     }
+
     assert detect_lora_base(make_entries(**shapes), {}).name == "flux"
     assert (
         detect_lora_base(
@@ -369,10 +375,13 @@ NAME = "lora_unet_double_blocks_18_img_mod_lin"  # 18432 x 3072, in FLUX.1 only
 )
 def test_size_is_read_from_every_adapter_type(parts):
     header = make_entries(**{f"{NAME}.{part}": shape for part, shape in parts.items()})
+
     assert detect_lora_base(header, {}).name == "flux"
+
     wrong = {
         key: {"shape": [n * 3 if n > 300 else n for n in entry["shape"]]} for key, entry in header.items()
     }
+
     if any(n > 300 for entry in header.values() for n in entry["shape"]):
         assert detect_lora_base(wrong, {}) is None
 
@@ -434,6 +443,7 @@ def test_layers_of_two_bases_give_no_base():
 
 def test_unknown_layers_are_ignored():
     modules = {"double_blocks.0.img_mod.lin": (18432, 3072), "something.new": (5, 5), "img_in": (3072, 128)}
+
     assert detect_lora_base(make_peft_header(modules), {}).name == "flux"
 
 
@@ -442,6 +452,7 @@ def test_base_whose_last_block_is_in_the_file_is_likeliest(blocks, base):
     found = detect_lora_base(
         make_peft_header({f"double_blocks.{n}.img_attn.qkv": (9216, 3072) for n in range(blocks)}), {}
     )
+
     assert found.name == base and {"flux", "chroma", "hunyuan_video"} <= {found.name, *found.alternatives}
 
 
@@ -454,12 +465,15 @@ def test_base_with_fewer_blocks_is_excluded():
         == "hunyuan_video"
     )
     assert detect_lora_base(make_peft_header({"double_blocks.20.img_attn.qkv": (9216, 3072)}), {}) is None
+
     falling = {f"double_blocks.{n}.img_attn.qkv": (9216, 3072) for n in (19, 0)}
+
     assert detect_lora_base(make_peft_header(falling), {}).name == "hunyuan_video"
 
 
 def test_one_deep_layer_makes_it_sdxl():
     name = "down_blocks.1.attentions.0.transformer_blocks.{}.attn1.to_q"
+
     assert detect_lora_base(make_peft_header({name.format(n): (640, 640) for n in range(2)}), {}) == LoraBase(
         "sdxl", "shapes", "text width 2048"
     )
@@ -560,14 +574,18 @@ def test_second_tag_counts_where_the_first_is_unknown():
 
 def test_tag_chooses_between_bases_of_the_same_shapes():
     header = make_peft_header({"double_blocks.0.img_attn.qkv": (9216, 3072)})
+
     assert detect_lora_base(header, {}).name == "flux"
+
     chosen = detect_lora_base(header, {"ss_base_model_version": "chroma"})
+
     assert chosen.name == "chroma" and "flux" in chosen.alternatives and chosen.tag is None
 
 
 def test_shapes_win_over_tags():
     header = make_peft_header(NATIVE["flux2_dev"])
     found = detect_lora_base(header, {"ss_base_model_version": "sdxl\x1b_base"})
+
     assert found == LoraBase("flux2_dev", "shapes", "hidden 6144", (), "sdxl _base")
     assert str(found) == "FLUX.2-dev (hidden 6144, by its shapes, its tag says sdxl _base)"
     assert (
@@ -583,6 +601,7 @@ def test_another_base_is_rejected_with_both_sizes():
         r"^style\.safetensors was made for FLUX\.2-dev \(hidden 6144\), the model is FLUX\.1 \(hidden 3072\); "
         r"choose a LoRA made for FLUX\.1, or the model that this one was made for$"
     )
+
     with pytest.raises(LoraError, match=words):
         check_lora_base(STYLE, detect_lora_base(make_peft_header(NATIVE["flux2_dev"]), {}), "flux")
     with pytest.raises(
@@ -604,6 +623,7 @@ def test_base_known_by_names_alone_is_rejected():
     found = detect_lora_base(
         make_entries(**{"lora_unet_txt_in_individual_token_refiner_blocks_0_x.alpha": []}), {}
     )
+
     with pytest.raises(
         LoraError, match=r"HunyuanVideo or HunyuanImage 2\.1 \(by the names in it\), the model is FLUX\.1"
     ):
@@ -612,6 +632,7 @@ def test_base_known_by_names_alone_is_rejected():
 
 def test_matching_and_unknown_bases_are_accepted():
     flux = detect_lora_base(make_peft_header(NATIVE["flux"]), {})
+
     assert check_lora_base(STYLE, flux, "flux") is None
     assert check_lora_base(STYLE, flux, "my_model") is None and check_lora_base(STYLE, None, "flux") is None
 
@@ -628,6 +649,7 @@ def test_partly_fitting_base_is_a_warning():
 
 def test_tag_alone_only_warns():
     found = detect_lora_base({}, {"ss_base_model_version": "sdxl_base_v1-0"})
+
     assert (
         check_lora_base(STYLE, found, "flux")
         == "style.safetensors: its header says that it was made for SDXL, the model is FLUX.1"
@@ -637,6 +659,7 @@ def test_tag_alone_only_warns():
 
 def test_tag_that_contradicts_the_shapes_is_a_warning():
     found = detect_lora_base(make_peft_header(NATIVE["flux"]), {"ss_base_model_version": "sdxl_base_v1-0"})
+
     assert (
         check_lora_base(STYLE, found, "flux")
         == "style.safetensors: its header says 'sdxl_base_v1-0', its shapes are those of FLUX.1; the shapes count"
@@ -661,12 +684,14 @@ def test_table_is_complete():
             and base["tags"]
             and all(tag == tag.lower() and "_" not in tag for tag in base["tags"])
         )
+
     for name, others in load_table()["partly_fits"].items():
         assert {name, *others} <= set(load_table()["bases"])
 
 
 def test_models_name_bases_of_the_table():
     models = Path(__file__).parents[2] / "conf" / "model"
+
     assert {yaml.safe_load(path.read_text())["lora_base"] for path in models.glob("*.yaml")} <= set(
         load_table()["bases"]
     )

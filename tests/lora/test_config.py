@@ -84,12 +84,14 @@ def test_missing_source_lists_the_bases_that_have_one():
 @pytest.mark.parametrize("missing", ["repo", "weight_name"])
 def test_hub_source_needs_repo_and_weight_name(missing):
     entry = {key: value for key, value in HUB.items() if key != missing}
+
     with pytest.raises(ConfigError, match=rf"LoRA 'ink'.*{missing}"):
         Adapter("ink", {"flux": entry}).get_source("flux")
 
 
 def test_adapters_may_be_plain_mappings():
     stack = LoraSettings(adapters=[{"name": "a", "path": "a.safetensors", "strength": 0.5}])
+
     assert stack.adapters == (Adapter("a", "a.safetensors", 0.5),)
 
 
@@ -98,6 +100,7 @@ def test_adapters_may_be_plain_mappings():
 )
 def test_malformed_adapter_is_rejected(entry):
     words = "it takes name and path, and may have strength, text_strength, components, weight_name, enabled, few_step$"
+
     with pytest.raises(ConfigError, match=rf"an entry of lora\.adapters is .*; {words}"):
         LoraSettings(adapters=[entry])
 
@@ -192,8 +195,10 @@ def test_change_points_are_those_of_all_adapters():
 @pytest.mark.parametrize("mode", ["bake", "stochastic"])
 def test_merging_modes_reject_a_schedule(mode):
     message = rf"^LoRA 'b' has a schedule of strengths, which lora\.mode={mode} cannot follow; set lora\.mode=dynamic$"
+
     with pytest.raises(ConfigError, match=message):
         LoraSettings([Adapter("a", "a"), Adapter("b", "b", [[0, 1], [0.5, 0]])], mode=mode)
+
     LoraSettings([Adapter("b", "b", [[0, 1]])], mode=mode)  # one entry is a strength like any other
     LoraSettings([Adapter("b", "b", [[0, 1], [0.5, 0]], enabled=False)], mode=mode)
 
@@ -216,6 +221,7 @@ def test_text_strength_defaults_to_that_of_the_first_step():
         Adapter("c", "c", 0.5, text_strength=0),
     ]
     switched = Adapter("d", "d", [[0, 0.3], [0.5, 1]])
+
     assert LoraSettings([*adapters, switched], strength=2).text_strengths == [1, 0.4, 0, 0.6]
 
 
@@ -236,6 +242,7 @@ def test_text_strength_is_scaled_by_the_stack():
 
 def test_components_have_the_names_of_the_pipeline():
     choices = "denoiser, text_encoder, text_encoder_2, text_encoder_3, transformer, transformer_2"
+
     with pytest.raises(ConfigError, match=rf"^a component of LoRA 'ink' is 'unet'; .*choose from {choices}$"):
         Adapter("ink", "ink", components=["denoiser", "unet"])
     assert Adapter("ink", "ink", components=["denoiser", "text_encoder_3"]).components == [
@@ -276,7 +283,9 @@ def test_unusual_strengths_are_listed_once_for_each_lora():
         Adapter("words", "a", 0.5, text_strength=5),
     ]
     tell = "-1 to 2 are usual, beyond them images often break"
+
     values = {"strong": "2.5", "backwards": "-1.5", "late": "3", "words": "5"}
+
     assert LoraSettings(adapters).list_unusual_strengths() == [
         f"LoRA {name!r} has strength {value}; {tell}" for name, value in values.items()
     ]
@@ -293,6 +302,7 @@ def test_unusual_strengths_are_listed_once_for_each_lora():
 def test_disabled_adapters_are_left_out():
     off = Adapter("off", {"flux": "other"}, 5, enabled=False, few_step="lcm")
     found = LoraSettings([Adapter("ink", "ink"), off, Adapter("gloss", "b", 0.3)]).resolve_for_base("tiny")
+
     # neither a source nor a preset for this base is asked of what is off
     assert [(a.name, a.strength) for a in found.adapters] == [("ink", 1), ("gloss", 0.3)]
     assert found.resolve_for_base("tiny") == found
@@ -300,14 +310,19 @@ def test_disabled_adapters_are_left_out():
 
 def test_strength_defaults_to_that_of_the_preset():
     fast = Adapter("fast", "lcm", few_step="z_image_distill")
+
     assert LoraSettings([fast, Adapter("ink", "a")]).resolve_for_base("z_image").strengths == [0.8, 1]
+
     given = LoraSettings([replace(fast, strength=0.5)], strength=2).resolve_for_base("z_image")
+
     assert given.strengths == [1] and given.find_preset("z_image").strength == 0.8
 
 
 def test_steps_in_the_file_name_win():
     stack = LoraSettings([Adapter("fast", "somewhere/lcm-6steps.safetensors", few_step="lcm")])
+
     assert stack.find_preset("sd15").steps == 6
+
     hub = LoraSettings(
         [
             Adapter(
@@ -317,11 +332,13 @@ def test_steps_in_the_file_name_win():
             )
         ]
     )
+
     assert hub.find_preset("sd15").steps == 3
 
 
 def test_two_presets_at_once_are_rejected():
     first, second = Adapter("a", "a", few_step="lcm"), Adapter("b", "b", few_step="lcm")
+
     with pytest.raises(
         ConfigError, match=r"^LoRAs 'a' and 'b' both bring few-step settings; leave one of them out$"
     ):

@@ -43,9 +43,13 @@ MADE_UP = dict(name="fast", base="tiny", steps=4, scheduler="LCMScheduler", sour
 def test_every_row_runs_in_diffusers(name, base):
     row = get_preset(name, base)
     scheduler = getattr(diffusers, row.scheduler)
+
     known = inspect.signature(scheduler.__init__).parameters
+
     assert set(row.scheduler_settings) <= set(known)
+
     scheduler(**row.scheduler_settings)
+
     if row.extra:
         assert set(row.extra) <= set(
             inspect.signature(getattr(diffusers, PIPELINES[base]).__call__).parameters
@@ -62,6 +66,7 @@ def test_every_row_runs_in_diffusers(name, base):
 @pytest.mark.parametrize(("name", "base"), ROWS)
 def test_every_number_of_steps_of_a_row_is_accepted(name, base):
     low, high = get_preset(name, base).steps_range
+
     for steps in range(low, high + 1):
         assert get_preset(name, base, steps).steps == steps
 
@@ -83,6 +88,7 @@ def test_table_has_only_known_fields():
 
 def test_presets_match_their_model_cards():
     lcm = get_preset("lcm", "sdxl")
+
     assert (lcm.steps, lcm.guidance, lcm.scheduler, lcm.strength, lcm.companions) == (
         4,
         1.0,
@@ -90,7 +96,9 @@ def test_presets_match_their_model_cards():
         1.0,
         0.45,
     )
+
     hyper = get_preset("hyper_flux", "flux")
+
     assert (hyper.strength, hyper.guidance, hyper.scheduler) == (
         0.125,
         3.5,
@@ -107,6 +115,7 @@ def test_presets_match_their_model_cards():
 
 def test_steps_of_the_file_replace_those_of_the_preset():
     hyper = get_preset("hyper_sd_cfg", "sd3", 16)
+
     assert (hyper.steps, hyper.steps_range, hyper.guidance, hyper.guidance_range) == (
         16,
         (16, 16),
@@ -166,6 +175,7 @@ def test_malformed_row_is_rejected(wrong, words):
 
 def test_ranges_default_to_the_recommended_value():
     row = FewStepPreset(**MADE_UP, guidance=1.5)
+
     assert row.steps_range == (4, 4) and row.guidance_range == (1.5, 1.5)
     assert FewStepPreset(**MADE_UP).guidance_range is None
 
@@ -248,6 +258,7 @@ def test_preset_is_detected_from_title_and_hint():
 
 def test_detection_may_be_limited_to_a_base():
     path = Path("pcm_sd15_lightning_4step.safetensors")
+
     assert (
         detect_preset(path, {}) == "lightning"
         and detect_preset(path, {}, "sd15") == "pcm"
@@ -313,6 +324,7 @@ def test_matching_settings_have_no_differences():
             )
             == []
         )
+
     assert list_differences(get_preset("lcm", "sdxl"), Sampling()) == [], "what is not known is not judged"
 
 
@@ -345,12 +357,16 @@ def test_scheduler_in_use_is_compared():
     assert list_differences(LCM, Sampling(), scheduler="DDIMScheduler") == [
         "the scheduler is DDIMScheduler; lcm on sdxl is made for LCMScheduler"
     ]
+
     hyper = get_preset("hyper_sd", "sdxl")
+
     assert list_differences(hyper, Sampling(), scheduler="LCMScheduler") == [
         "the scheduler is LCMScheduler; hyper_sd on sdxl is made for DDIMScheduler with timestep_spacing=trailing"
     ]
+
     leading = {"timestep_spacing": "leading"}
     line = "the scheduler's timestep_spacing is leading; hyper_sd on sdxl is made for trailing"
+
     assert list_differences(hyper, Sampling(), scheduler="DDIMScheduler", scheduler_config=leading) == [line]
     assert list_differences(hyper, Sampling(scheduler="DDIMScheduler", scheduler_settings=leading)) == [line]
 
@@ -378,6 +394,7 @@ def test_strong_companions_are_listed():
 
 def test_extra_arguments_are_compared():
     dmd2 = get_preset("dmd2", "sdxl")
+
     assert list_differences(dmd2, replace(dmd2.sampling, extra={"timesteps": [1, 2, 3, 4]})) == [
         "sampler.extra.timesteps is [1, 2, 3, 4]; dmd2 on sdxl is made for [999, 749, 499, 249]"
     ]

@@ -45,7 +45,9 @@ def make_stack(files: Sequence[Path], strengths: Sequence[float] = (), **options
 def test_headers_are_read_in_order(tmp_path: Path) -> None:
     named = save_lora(tmp_path / "named.safetensors", {"modelspec.trigger_phrase": "ghibsky style"})
     plain = save_lora(tmp_path / "plain.safetensors")
+
     first, second = read_lora_headers(make_stack([named, plain]), "tiny")
+
     assert (first.name, first.path, first.base.name, first.triggers.words) == (
         "named",
         named,
@@ -60,7 +62,9 @@ def test_headers_are_read_in_order(tmp_path: Path) -> None:
 def test_files_are_found_in_lora_dir(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     save_lora(tmp_path / "mine" / "style.safetensors")
+
     stack = LoraSettings([Adapter("a", "style")])
+
     assert (
         read_lora_headers(stack, "tiny", tmp_path / "mine")[0].path == tmp_path / "mine" / "style.safetensors"
     )
@@ -76,6 +80,7 @@ def test_contradicting_tag_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptur
         "tiny",
     )
     (said,) = caplog.messages
+
     assert said == (
         "odd.safetensors: its header says 'sdxl_base_v1-0', its shapes are those of the tiny model of int8run; the shapes count"
     )
@@ -98,6 +103,7 @@ def command(
 def test_lora_of_another_base_is_rejected_before_loading(tmp_path: Path, command: Command) -> None:
     file = save_lora(tmp_path / "big.safetensors", hidden=3072)
     outcome = command("lora=file", f"lora.adapters.0.path={file}", "tracker=none")
+
     assert outcome.code == 3
     assert re.fullmatch(
         r"big\.safetensors was made for FLUX\.1 or .* \(.*\), the model is the tiny model of int8run \(hidden 384\); choose a LoRA made "
@@ -108,6 +114,7 @@ def test_lora_of_another_base_is_rejected_before_loading(tmp_path: Path, command
 
 def test_missing_lora_is_reported_before_loading(command: Command) -> None:
     outcome = command("lora=file", "lora.adapters.0.path=absent.safetensors", "tracker=none")
+
     assert outcome.code == 3 and outcome.message.startswith(
         "LoRA file not found: absent.safetensors; searched "
     )
@@ -153,6 +160,7 @@ def test_trigger_words_are_inserted_where_they_are_missing(
     styles: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     found = add_words(styles, caplog, [1.0, -0.5, 1.0], True)
+
     assert [s.prompt for s in found] == [
         "a fox, Ink  drawing, gl0ss, shiny",
         "an owl, ink drawing, gl0ss, shiny",
@@ -166,6 +174,7 @@ def test_unused_lora_has_no_trigger_words(
     styles: list[Path], caplog: pytest.LogCaptureFixture, insert: bool
 ) -> None:
     found = add_words(styles[:2], caplog, [1.0, 0.0], insert)
+
     assert [s.prompt for s in found] == [SAMPLES[0].prompt, "an owl, ink drawing" if insert else "an owl"]
     assert [m.partition(" has ")[0] for m in caplog.messages] == ([] if insert else ["LoRA 'ink'"])
 
@@ -218,7 +227,9 @@ def test_each_contradicting_setting_is_one_line(tmp_path: Path) -> None:
     other = Adapter("style", str(save_lora(tmp_path / "b.safetensors")), 0.9)
     off = Adapter("off", str(save_lora(tmp_path / "c.safetensors")), 3.0, enabled=False)
     stack = make_few_step_stack(save_lora(tmp_path / "a.safetensors"), 0.5, others=[other, off])
+
     made_for = "lcm on sd15 is made for"
+
     assert list_warnings(stack, Sampling(steps=28), "DDIMScheduler") == [
         f"LoRA 'fast': sampler.steps is 28; {made_for} 4 (2 to 8)",
         f"LoRA 'fast': the scheduler is DDIMScheduler; {made_for} LCMScheduler",
@@ -231,6 +242,7 @@ def test_strength_of_the_stack_counts(tmp_path: Path) -> None:
     stack = LoraSettings(
         [Adapter("fast", str(save_lora(tmp_path / "a.safetensors")), 1.0, few_step="lcm")], strength=0.5
     )
+
     assert list_warnings(stack, FOUR_STEPS, "LCMScheduler") == [
         "LoRA 'fast': its strength is 0.5; lcm on sd15 is made for 1"
     ]
@@ -239,6 +251,7 @@ def test_strength_of_the_stack_counts(tmp_path: Path) -> None:
 def test_few_step_lora_is_recognized_without_a_preset(tmp_path: Path) -> None:
     stack = make_few_step_stack(save_lora(tmp_path / "my_lcm_lora.safetensors"), 1.0, preset=None)
     wish = "; few_step: lcm at the adapter sets steps, scheduler and guidance"
+
     assert list_warnings(stack, Sampling(steps=28), "LCMScheduler") == [
         f"LoRA 'fast': sampler.steps is 28; lcm on sd15 is made for 4 (2 to 8){wish}"
     ]
@@ -247,6 +260,7 @@ def test_few_step_lora_is_recognized_without_a_preset(tmp_path: Path) -> None:
 
 def test_settings_of_the_scheduler_in_use_are_compared(tmp_path: Path) -> None:
     stack = make_few_step_stack(save_lora(tmp_path / "a.safetensors"), preset="pcm")
+
     assert list_warnings(stack, FOUR_STEPS, "DDIMScheduler")[0] == (
         "LoRA 'fast': the scheduler's timestep_spacing is leading; pcm on sd15 is made for trailing"
     )
@@ -254,6 +268,7 @@ def test_settings_of_the_scheduler_in_use_are_compared(tmp_path: Path) -> None:
 
 def test_steps_in_the_file_name_count(tmp_path: Path) -> None:
     stack = make_few_step_stack(save_lora(tmp_path / "lcm-2steps.safetensors"))
+
     assert list_warnings(stack, FOUR_STEPS, "LCMScheduler") == [
         "LoRA 'fast': sampler.steps is 4; lcm on sd15 is made for 2"
     ]
@@ -264,19 +279,23 @@ def test_training_adapter_is_a_warning(tmp_path: Path) -> None:
         [Adapter("a", str(save_lora(tmp_path / "zimage_turbo_training_adapter_v1.safetensors")), 1.0)]
     )
     (line,) = list_warnings(stack, FOUR_STEPS, "LCMScheduler")
+
     assert line == "LoRA 'a' says that it is for training; images generated with it are usually worse"
 
 
 def test_base_without_a_preset_is_a_warning(tmp_path: Path) -> None:
     stack = make_few_step_stack(save_lora(tmp_path / "my_lcm_lora.safetensors"), 1.0, preset=None)
     line = "LoRA 'fast' looks like a few-step LoRA (lcm), and nothing is known about it on flux; "
+
     line += "set sampler.steps, sampler.guidance and sampler.scheduler as its author says"
+
     assert list_warnings(stack, Sampling(steps=28), "DDIMScheduler", base="flux") == [line]
 
 
 def test_distilled_model_is_a_warning(tmp_path: Path) -> None:
     stack = make_few_step_stack(save_lora(tmp_path / "a.safetensors"))
     (line,) = list_warnings(stack, FOUR_STEPS, "LCMScheduler", location="someone/sd-turbo")
+
     assert (
         line
         == "LoRA 'fast': someone/sd-turbo is made for few steps already; a few-step LoRA (lcm) on top of it overcooks the image"
@@ -289,4 +308,5 @@ def test_unused_few_step_lora_has_no_warning(tmp_path: Path, out: dict[str, obje
     stack = LoraSettings(
         [Adapter("fast", str(file), few_step="lcm", **{"strength": 1.0, **out})]
     ).resolve_for_base("sd15")
+
     assert list_warnings(stack, Sampling(steps=28), "DDIMScheduler") == []

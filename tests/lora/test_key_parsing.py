@@ -156,6 +156,7 @@ def test_unsupported_key_has_a_reason(key, name, reason):
 def test_every_suffix_is_recognized(suffix):
     # a suffix that ends with an earlier one would never be
     name = "x" if suffix.startswith(".") else "x_y"
+
     assert parse_key(f"transformer.{name}{suffix}") == ParsedKey("denoiser", name, PART_BY_SUFFIX[suffix])
 
 

@@ -36,11 +36,13 @@ def read_deltas(sample, models):
 def test_file_changes_each_module_by_its_formula(name, models, tmp_path):
     sample = lora_files.write_sample(lora_files.make_sample(name, models), tmp_path)
     made = read_deltas(sample, models)
+
     expected = {
         (component, module): e
         for component, modules in sample.expected.items()
         for module, e in modules.items()
     }
+
     assert made.keys() == expected.keys()
     for place, (weight, bias) in made.items():
         for what, actual, wanted in (
@@ -57,7 +59,9 @@ def test_mistake_in_a_file_is_reported(mistake, models, tmp_path):
     sample = lora_files.make_sample(mistake.layout, models)
     mistake.spoil(sample.tensors)
     lora_files.write_sample(sample, tmp_path)
+
     before = {c: {k: v.clone() for k, v in m.state_dict().items()} for c, m in models[sample.base].items()}
+
     if mistake.when == "note":
         assert any(re.search(mistake.words, note) for note in read_lora(sample.path).notes)
     elif mistake.when == "reading":
@@ -80,6 +84,7 @@ def test_mistake_in_a_file_is_reported(mistake, models, tmp_path):
 def test_file_is_rejected_by_a_model_of_another_family(name, models, tmp_path):
     sample = lora_files.write_sample(lora_files.make_sample(name, models), tmp_path)
     unet = {"denoiser": models["sdxl"]["denoiser"]}
+
     with pytest.raises(
         LoraError,
         match=r"none of its \d+ modules is in the model|is for|changes a|no such module",
@@ -93,6 +98,7 @@ def test_layouts_cover_every_family_and_adapter_type(models, tmp_path):
         kinds |= read_lora(
             lora_files.write_sample(lora_files.make_sample(name, models), tmp_path).path
         ).adapter_types.keys()
+
     assert (
         kinds == {"LoRA", "LoCon", "LoHa", "LoKr", "diff", "norm", "IA3", "DoRA", "bias"}
         and len(LAYOUTS) >= 20

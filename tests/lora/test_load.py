@@ -58,13 +58,16 @@ def make_peft_metadata(**settings):
 )
 def test_pair_is_read_in_every_layout(write, down, up):
     file = read_lora(write({down: A, up: B}))
+
     assert (
         list(file.changes) == ["denoiser"]
         and file.skipped_keys == ()
         and file.ranks == {RANK: 1}
         and file.scales == {1.0: 1}
     )
+
     core = get_only_change(file).weight_delta
+
     assert (
         isinstance(core, LoRA)
         and torch.equal(core.lora_A, A)
@@ -77,6 +80,7 @@ def test_pair_is_read_in_every_layout(write, down, up):
 def test_prefix_is_only_removed_at_the_front(write):
     name = "blocks.0.transformer.proj"
     file = read_lora(write({f"transformer.{name}.lora_A.weight": A, f"transformer.{name}.lora_B.weight": B}))
+
     assert list(file.changes["denoiser"]) == [name]
 
 
@@ -87,6 +91,7 @@ def test_prefix_is_only_removed_at_the_front(write):
 )
 def test_alpha_tensor_gives_the_scale(write, alpha):
     file = read_lora(write({"x.lora_down.weight": A, "x.lora_up.weight": B, "x.alpha": alpha}))
+
     assert file.changes["denoiser"]["x"].weight_delta.scale == 8 / RANK and file.skipped_keys == ()
 
 
@@ -96,7 +101,9 @@ def test_each_module_has_its_own_alpha_and_rank(write):
         f"{n}.{half}.weight": t.clone() for n in "xyz" for half, t in (("lora_down", A), ("lora_up", B))
     }
     tensors |= {"y.lora_down.weight": A[:2].clone(), "y.lora_up.weight": B[:, :2].clone()}
+
     file = read_lora(write(tensors | {"x.alpha": torch.tensor(2.0), "y.alpha": torch.tensor(2.0)}))
+
     assert {name: change.weight_delta.scale for name, change in file.changes["denoiser"].items()} == {
         "x": 0.5,
         "y": 1.0,
@@ -168,7 +175,9 @@ def test_alpha_of_the_text_encoder_is_not_that_of_the_denoiser(write, settings):
 def test_alpha_pattern_matches_the_end_of_a_name_as_in_peft(write, pattern, matches):
     name = "blocks.0.attn.to_q"
     tensors = {f"transformer.{name}.lora_A.weight": A, f"transformer.{name}.lora_B.weight": B}
+
     settings = {"transformer.lora_alpha": 4, "transformer.alpha_pattern": {pattern: 12}}
+
     assert read_lora(write(tensors, make_peft_metadata(**settings))).changes["denoiser"][
         name
     ].weight_delta.scale == (3.0 if matches else 1.0)
@@ -221,8 +230,11 @@ def test_deltas_match_peft(write, settings):
     # sets are not JSON; diffusers turns them into lists as well
     plain = {f"transformer.{k}": list(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     file = read_lora(write({f"transformer.{k}": v for k, v in tensors.items()}, make_peft_metadata(**plain)))
+
     layers = {name: m for name, m in model.base_model.model.named_modules() if hasattr(m, "get_delta_weight")}
+
     assert file.changes["denoiser"].keys() == layers.keys() and len(layers) == 4
+
     for name, layer in layers.items():
         delta = file.changes["denoiser"][name].weight_delta.compute_delta(layer.base_layer.weight)
         assert_close(name, delta, layer.get_delta_weight("default").detach(), 1e-6)
@@ -239,6 +251,7 @@ def test_unknown_keys_are_listed_with_reasons(write):
             }
         )
     )
+
     assert set(file.skipped_keys) == {
         ("transformer.x.something", "unknown suffix"),
         ("bundle_emb.a", "textual inversion, not a LoRA"),
@@ -249,6 +262,7 @@ def test_unknown_keys_are_listed_with_reasons(write):
 
 def test_plain_weights_are_skipped(write):
     file = read_lora(write({"x.weight": A, "x.bias": torch.ones(4)}))
+
     assert set(file.skipped_keys) == {
         ("x.weight", "a weight of a model, not a change of one"),
         ("x.bias", "unknown suffix"),
@@ -280,6 +294,7 @@ def test_module_with_an_unsupported_part_is_skipped_whole(write, suffix):
             }
         )
     )
+
     assert list(file.changes["denoiser"]) == ["y"]
     assert {key for key, _ in file.skipped_keys} == {*PEFT, f"transformer.x.{suffix}"}
     assert {reason.partition(":")[0] for _, reason in file.skipped_keys} == {"unsupported adapter type"}
@@ -292,7 +307,9 @@ def test_components_are_kept_apart(write):
         for half, t in (("lora_down", A), ("lora_up", B))
     }
     file = read_lora(write(tensors))
+
     components = ("denoiser", "text_encoder", "text_encoder_2", "text_encoder_3")
+
     assert {c: list(m) for c, m in file.changes.items()} == {c: ["x"] for c in components}
     assert file.ranks == {RANK: 4} and len(file.all_changes) == 4
 
@@ -305,6 +322,7 @@ class TestParts:
         file = read_lora(
             write(PEFT | {"transformer.x.lora_B.bias": bias, "transformer.x.alpha": torch.tensor(8.0)})
         )
+
         assert torch.equal(get_only_change(file).bias_delta, 2 * bias)
 
     def test_bias_difference_is_not_scaled(self, write):
@@ -312,6 +330,7 @@ class TestParts:
         change = get_only_change(
             read_lora(write(PEFT | {"transformer.x.diff_b": bias, "transformer.x.alpha": torch.tensor(8.0)}))
         )
+
         assert (
             torch.equal(change.bias_delta, torch.ones(OUT))
             and change.bias_delta.dtype == torch.float32
@@ -320,6 +339,7 @@ class TestParts:
 
     def test_biases_add_up(self, write):
         both = {"transformer.x.lora_B.bias": torch.ones(OUT), "transformer.x.diff_b": torch.full((OUT,), 3.0)}
+
         assert torch.equal(
             get_only_change(
                 read_lora(write(PEFT | both | {"transformer.x.alpha": torch.tensor(8.0)}))
@@ -329,6 +349,7 @@ class TestParts:
 
     def test_bias_alone_is_a_change(self, write):
         file = read_lora(write({"x.diff_b": torch.ones(OUT)}))
+
         assert (
             get_only_change(file).weight_delta is None
             and file.adapter_types == {"bias": 1}
@@ -338,11 +359,13 @@ class TestParts:
 
     def test_tensors_keep_their_dtype(self, write):
         core = get_only_change(read_lora(write({k: t.bfloat16() for k, t in PEFT.items()}))).weight_delta
+
         assert core.lora_A.dtype == core.lora_B.dtype == torch.bfloat16
 
     def test_float8_keeps_its_values(self, write):
         eight = {k: t.to(torch.float8_e5m2) for k, t in PEFT.items()}
         core = get_only_change(read_lora(write(eight))).weight_delta
+
         assert core.lora_A.dtype == torch.bfloat16 and torch.equal(
             core.lora_A.float(), eight["transformer.x.lora_A.weight"].float()
         )
@@ -360,6 +383,7 @@ class TestParts:
                 write({"x.lora_down.weight": A, "x.lora_up.weight": up, "x.lora_up.scale_weight": scale})
             )
         ).weight_delta
+
         assert torch.equal(core.lora_B, up.float() / 2) and torch.equal(core.lora_A, A)
 
     @pytest.mark.parametrize(
@@ -374,6 +398,7 @@ class TestParts:
         core = get_only_change(
             read_lora(write(tensors | {"transformer.x.dora_scale": torch.ones(shape)}))
         ).weight_delta
+
         assert (
             isinstance(core, DoRA)
             and core.on_input == bool(on_input)
@@ -382,6 +407,7 @@ class TestParts:
 
     def test_axis_of_dora_norms_of_a_square_matrix(self, write):
         square = {"x.lora_A.weight": A, "x.lora_B.weight": randn(IN, RANK)}
+
         for shape, on_input in (((IN, 1), False), ((1, IN), True)):
             assert (
                 get_only_change(
@@ -395,6 +421,7 @@ class TestParts:
         core = get_only_change(
             read_lora(write(PEFT | {"transformer.x.lora_magnitude_vector.weight": norms}))
         ).weight_delta
+
         assert not core.on_input and core.magnitude.shape == (OUT,)
 
     @pytest.mark.parametrize(
@@ -411,7 +438,9 @@ class TestParts:
         shapes = {"w1": (3, 4), "w2": (5, 6), "w1_a": (3, 2), "w1_b": (2, 4), "w2_a": (5, 2), "w2_b": (2, 6)}
         tensors = {f"x.lokr_{n}": randn(*shapes[n]) for n in names} | {"x.alpha": torch.tensor(8.0)}
         file = read_lora(write(tensors))
+
         core = get_only_change(file).weight_delta
+
         assert isinstance(core, LoKr) and core.rank == rank and core.scale == scale and core.shape == (15, 24)
         assert isinstance(core.w1, LowRankPair) == ("w1_a" in names) and file.ranks == (
             {rank: 1} if rank else {}
@@ -567,6 +596,7 @@ REFUSED = {
 @pytest.mark.parametrize(("tensors", "words"), REFUSED.values(), ids=REFUSED.keys())
 def test_broken_module_is_rejected(write, tensors, words):
     path = write({k: t.clone() for k, t in tensors.items()})
+
     with pytest.raises(
         LoraError,
         match=rf"style\.safetensors: .*{words}"
@@ -589,12 +619,14 @@ class TestNotes:
 
     def test_untrained_file_is_noted(self, write):
         file = read_lora(write(self.modules(3, torch.zeros_like(B))))
+
         assert file.notes == (
             "the LoRA has no effect (B = 0 in 3/3 modules): untrained or zero-initialised file",
         )
 
     def test_untrained_modules_are_noted(self, write):
         file = read_lora(write(self.modules(3) | {"m2.lora_B.weight": torch.zeros_like(B)}))
+
         assert file.notes == ("1 of 3 modules have no effect (B = 0; first: m2)",)
 
     @pytest.mark.parametrize(
@@ -610,6 +642,7 @@ class TestNotes:
     )
     def test_untrained_adapters_of_other_types_are_noted(self, write, tensors):
         (note,) = read_lora(write(tensors)).notes
+
         assert note.startswith("the LoRA has no effect")
 
     @pytest.mark.parametrize("part", ["dora_scale", "diff_b"])
@@ -619,6 +652,7 @@ class TestNotes:
     @pytest.mark.parametrize(("alpha", "told"), [(0.1, True), (0.2, False), (16.0, False), (17.0, True)])
     def test_unusual_scale_is_noted(self, write, alpha, told):
         notes = read_lora(write(self.modules(2) | {"m1.alpha": torch.tensor(alpha)})).notes
+
         assert bool(notes) == told
         if told:
             assert notes[0].startswith(
@@ -627,6 +661,7 @@ class TestNotes:
 
     def test_large_values_are_noted(self, write):
         notes = read_lora(write(self.modules(2) | {"m1.lora_B.weight": B * 5000})).notes
+
         assert len(notes) == 1 and notes[0].startswith(
             f"values up to {(B * 5000).abs().max():.3g} in m1 (1 modules above 1000)"
         )
@@ -634,6 +669,7 @@ class TestNotes:
 
 def test_identity_depends_on_the_tensors_alone(write):
     plain = read_lora(write(PEFT))
+
     assert (
         read_lora(write(PEFT, make_peft_metadata(lora_alpha=3), "other.safetensors")).identity
         == plain.identity
@@ -675,7 +711,9 @@ def test_settings_of_a_component_win_over_general_ones(write):
         for c in ("transformer", "text_encoder")
         for half, t in (("lora_A", A), ("lora_B", B))
     }
+
     file = read_lora(write(tensors, settings))
+
     assert {c: m["x"].weight_delta.scale for c, m in file.changes.items()} == {
         "denoiser": 1.0,
         "text_encoder": 2.0,
@@ -688,6 +726,7 @@ def test_settings_of_a_component_win_over_general_ones(write):
 def test_truncated_file_is_rejected(write, keep):
     path = write(PEFT)
     path.write_bytes(path.read_bytes()[:keep])
+
     with pytest.raises(LoraError, match=r"style\.safetensors is not a readable safetensors file: ."):
         read_lora(path)
 
@@ -695,6 +734,7 @@ def test_truncated_file_is_rejected(write, keep):
 def test_other_file_is_rejected(tmp_path):
     path = tmp_path / "style.safetensors"
     path.write_text("<html>not found</html>")
+
     with pytest.raises(LoraError, match="is not a readable safetensors file"):
         read_lora(path)
 
@@ -703,6 +743,7 @@ def test_other_file_is_rejected(tmp_path):
 def test_pickled_files_are_refused_unopened(tmp_path, suffix):
     path = tmp_path / f"style{suffix}"
     path.write_bytes(b"x")
+
     with pytest.raises(
         LoraError,
         match=rf"style{suffix} is a pickled file, which can run code when opened; convert it to \.safetensors",
@@ -712,8 +753,11 @@ def test_pickled_files_are_refused_unopened(tmp_path, suffix):
 
 def test_a_path_is_found_as_it_is(write, monkeypatch, tmp_path):
     path = write(PEFT)
+
     assert find_lora(str(path), None) == path
+
     monkeypatch.setenv("HOME", str(tmp_path))
+
     assert find_lora("~/style.safetensors", None) == path
 
 
@@ -721,9 +765,12 @@ def test_not_found_names_the_path_the_folder_and_the_nearest(write, tmp_path):
     for name in ("ink_v1", "ink_v2", "ink_v3", "something_else"):
         write(PEFT, name=f"{name}.safetensors")
     asked = tmp_path / "ink_v9.safetensors"
+
     with pytest.raises(LoraError, match="LoRA file not found") as caught:
         find_lora(str(asked), None)
+
     message, _, nearest = str(caught.value).partition("; nearest there: ")
+
     assert message == f"LoRA file not found: {asked}; searched {tmp_path}"
     assert sorted(nearest.split(", ")) == [f"ink_v{i}.safetensors" for i in (1, 2, 3)]
 
@@ -737,7 +784,9 @@ def test_not_found_where_nothing_is(tmp_path, folder):
 def test_a_path_without_a_suffix_is_looked_for_in_its_own_folder(write, tmp_path, monkeypatch):
     (tmp_path / "loras").mkdir()
     write(PEFT, name="loras/ink.safetensors")
+
     monkeypatch.chdir(tmp_path)
+
     with pytest.raises(
         LoraError, match=rf"LoRA file not found: loras/inc; searched {tmp_path}/loras; nearest there: ink"
     ):
@@ -753,6 +802,7 @@ def test_a_folder_is_no_file(name):
 def test_shipped_names(write, monkeypatch, tmp_path):
     path = write(PEFT, name="ink.safetensors")
     monkeypatch.setattr(find, "SHIPPED_LORAS", tmp_path)
+
     assert find_lora("ink", None) == path
     with pytest.raises(
         LoraError,
@@ -777,16 +827,19 @@ class TestFolder:
     @pytest.mark.parametrize("name", ["ink", "style.v1.5", "sub/deep"])
     def test_names_are_looked_up_there(self, folder, name):
         path = folder / f"{name}.safetensors"
+
         assert find_lora(name, None, folder) == find_lora(f"{name}.safetensors", None, folder) == path
 
     def test_a_path_comes_first(self, folder, write):
         there = write(PEFT, name="cwd/ink.safetensors")
+
         assert find_lora("ink.safetensors", None, folder).resolve() == there
         assert find_lora("ink", None, folder) == folder / "ink.safetensors"
 
     def test_it_comes_before_what_is_shipped(self, folder, write, tmp_path):
         (tmp_path / "shipped").mkdir()
         write(PEFT, name="shipped/ink.safetensors")
+
         assert find_lora("ink", None, folder) == folder / "ink.safetensors"
         assert (
             find_lora("ink", None)
@@ -796,6 +849,7 @@ class TestFolder:
 
     def test_a_home_folder(self, folder, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))
+
         assert find_lora("ink", None, Path("~/mine")) == folder / "ink.safetensors"
 
     @pytest.mark.parametrize(
@@ -808,6 +862,7 @@ class TestFolder:
     )
     def test_the_message_lists_every_place(self, folder, tmp_path, name, places, nearest):
         places = places.format(**{p: tmp_path / p for p in ("mine", "shipped", "cwd")})
+
         with pytest.raises(LoraError) as caught:
             find_lora(name, None, folder)
         assert str(caught.value).startswith(
@@ -820,6 +875,7 @@ class TestFolder:
 
     def test_pickled_files_are_refused_there(self, folder):
         (folder / "old.pt").write_bytes(b"x")
+
         with pytest.raises(LoraError, match=r"old\.pt is a pickled file"):
             find_lora("old.pt", None, folder)
 
@@ -842,6 +898,7 @@ class TestHub:
 
     def test_found(self, download):
         download("/cache/style.safetensors")
+
         assert find_lora("user/style", "style.safetensors") == Path("/cache/style.safetensors")
 
     @pytest.mark.parametrize(
@@ -849,6 +906,7 @@ class TestHub:
     )
     def test_not_to_be_had(self, download, error):
         download(error)
+
         with pytest.raises(
             LoraError,
             match=r"LoRA 'style\.safetensors' of 'user/style' could not be downloaded from the hub: ",
@@ -860,6 +918,7 @@ class TestHub:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         download(LocalEntryNotFoundError("not in the cache, and outgoing traffic is off"))
+
         with pytest.raises(LoraError, match="could not be downloaded from the hub: not in the cache"):
             find_lora("user/style", "style.safetensors")
 
@@ -870,5 +929,6 @@ class TestHub:
 
     def test_pickled_files_are_refused_before_the_download(self, download):
         download(AssertionError("downloaded"))
+
         with pytest.raises(LoraError, match=r"weights\.bin is a pickled file"):
             find_lora("user/style", "weights.bin")

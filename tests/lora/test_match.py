@@ -74,7 +74,9 @@ def test_each_component_of_a_file_changes_that_of_the_model(parts: dict[str, nn.
         }
     )
     found = match_loras(parts, [wanted], strict=True)
+
     clip = CLIP_Q.removeprefix("text_model.")  # as this transformers has it
+
     assert list_changed_modules(found) == {
         "denoiser": [TO_Q],
         "text_encoder": [clip],
@@ -90,6 +92,7 @@ def test_changes_have_the_index_of_their_lora(parts: dict[str, nn.Module]) -> No
         [make_request({"denoiser": {TO_Q: first}}), make_request({"denoiser": {TO_Q: second}})],
         strict=True,
     )
+
     assert found.denoiser[TO_Q] == [(0, first), (1, second)] and found.n_matched == 2
 
 
@@ -102,6 +105,7 @@ def test_text_encoder_number_in_the_file_is_only_a_hint(parts: dict[str, nn.Modu
         [make_request({component: {T5_Q: make_change(16, 16), CLIP_Q: make_change(16, 16)}})],
         strict=True,
     )
+
     assert list_changed_modules(both) == {"text_encoder": [clip], "text_encoder_2": [T5_Q]}
 
 
@@ -122,6 +126,7 @@ def test_text_encoder_is_found_by_its_shapes() -> None:
             encoders, [make_request({"text_encoder_3": {CLIP_Q: make_change(width, width)}})], strict=True
         )
         assert list(list_changed_modules(found)) == [target]
+
     with pytest.raises(LoraError, match=r"none of its 1 modules and keys is in the model"):
         match_loras(encoders, [make_request({"text_encoder_3": {CLIP_Q: make_change(20, 20)}})], strict=True)
     # under the number that the file gives, a wrong shape is a wrong shape
@@ -146,8 +151,11 @@ def test_components_that_are_not_requested_are_not_missed(parts: dict[str, nn.Mo
         }
     )
     found = match_loras(parts, [MatchRequest(wanted.file, ["denoiser"])], strict=True)
+
     assert list_changed_modules(found) == {"denoiser": [TO_Q]} and not found.unmatched
+
     found = match_loras(parts, [MatchRequest(wanted.file, ["denoiser", "text_encoder"])], strict=False)
+
     assert found.n_matched == 2 and found.unmatched == [(0, "text_encoder: nowhere", "no such module")]
 
 
@@ -156,6 +164,7 @@ def test_skipped_keys_of_other_components_are_not_missed(parts: dict[str, nn.Mod
         ("lora_te1_text_model_encoder_layers_0_mlp_fc1.oft_blocks", "unsupported adapter type: OFT or BOFT"),
     )
     wanted = make_request({"denoiser": {TO_Q: make_change(32, 32)}}, keys).file
+
     assert not match_loras(parts, [MatchRequest(wanted, ["denoiser"])], strict=True).unmatched
     for components in (None, ["denoiser", "text_encoder"]):
         with pytest.raises(
@@ -175,6 +184,7 @@ def test_components_that_a_file_lacks_are_rejected(
     wanted = make_request(
         {"denoiser": {TO_Q: make_change(32, 32)}, "text_encoder": {CLIP_Q: make_change(16, 16)}}
     ).file
+
     with pytest.raises(LoraError) as error:
         match_loras(parts, [MatchRequest(wanted, components)], strict)
     assert (
@@ -197,6 +207,7 @@ def test_strict_rejects_and_counts_the_reasons(parts: dict[str, nn.Module]) -> N
         {"denoiser": {TO_Q: make_change(32, 32), "transformer_blocks.9.attn.to_q": make_change(32, 32)}},
         SKIPPED_KEYS,
     )
+
     with pytest.raises(LoraError) as error:
         match_loras(parts, [wanted], strict=True)
     assert str(error.value) == (
@@ -213,12 +224,15 @@ def test_not_strict_applies_the_rest_and_warns(
         make_request({"denoiser": {TO_Q: make_change(32, 32), "x": make_change(2, 2)}}, SKIPPED_KEYS[:1]),
     )
     found = match_loras(parts, [good, late], strict=False)
+
     assert found.n_matched == 2
     assert found.unmatched == [
         (1, "a.oft_blocks", "unsupported adapter type: OFT or BOFT"),
         (1, "x", "no such module"),
     ]
+
     (said,) = caplog.records
+
     assert said.levelno == logging.WARNING and said.getMessage() == (
         "style.safetensors: 2 of 3 modules and keys do not match the model and are left out: 1 × unsupported adapter type: OFT or BOFT; "
         "1 × no such module (first: a.oft_blocks)"
@@ -260,6 +274,7 @@ def test_missing_text_encoder_is_named(parts: dict[str, nn.Module]) -> None:
         {"denoiser": {TO_Q: make_change(32, 32)}, "text_encoder": {CLIP_Q: make_change(16, 16)}}
     )
     found = match_loras({"denoiser": parts["denoiser"]}, [wanted], strict=False)
+
     assert found.unmatched == [(0, f"text_encoder: {CLIP_Q}", "the model has no text_encoder")]
 
 
@@ -310,7 +325,9 @@ def compute_delta(model: nn.Module, name: str, matches: Matches) -> torch.Tensor
 def test_fused_matrix_is_cut_by_the_models_own_rows(parts: dict[str, nn.Module]) -> None:
     model, whole = parts["denoiser"], make_change(3 * 32 + 128, 32)
     whole = LoraChange(whole.weight_delta, randn(3 * 32 + 128, seed=9))
+
     found = match_loras(parts, [make_request({"denoiser": {FUSED: whole}})], strict=True)
+
     assert sorted(found.denoiser) == sorted(PARTS_OF_FUSED) and found.n_matched == 4
     assert torch.equal(
         torch.cat([compute_delta(model, name, found) for name in PARTS_OF_FUSED]),
@@ -324,12 +341,14 @@ def test_fused_matrix_is_cut_by_the_models_own_rows(parts: dict[str, nn.Module])
 @pytest.mark.parametrize("rows", [200, 256])
 def test_fused_matrix_with_other_rows_is_rejected(parts: dict[str, nn.Module], rows: int) -> None:
     message = rf"^style\.safetensors: single_blocks\.0\.linear1 has {rows} rows, .*proj_mlp have 224 together; the LoRA was made"
+
     with pytest.raises(LoraError, match=message):
         match_loras(parts, [make_request({"denoiser": {FUSED: make_change(rows, 32)}})], strict=True)
 
 
 def test_adapter_that_cannot_be_cut_is_rejected(parts: dict[str, nn.Module]) -> None:
     dora = LoraChange(DoRA(make_change(224, 32).weight_delta, torch.ones(32), on_input=True))
+
     with pytest.raises(
         LoraError,
         match=r"^style\.safetensors: single_transformer_blocks\.0\.attn\.to_q its DoRA norms .* cannot be cut",
@@ -357,9 +376,13 @@ def test_part_of_a_fused_module_changes_its_rows_only() -> None:
         [make_request({"denoiser": {"transformer_blocks.0.attn.to_k": make_change(16, 16)}})],
         strict=True,
     )
+
     fused = "transformer_blocks.0.attn.to_qkv"
+
     assert list(found.denoiser) == [fused], "to_k is still there, and nobody calls it"
+
     made = compute_delta(models["denoiser"], fused, found)
+
     assert (
         torch.equal(made[16:32], make_change(16, 16).weight_delta.compute_delta(torch.zeros(16, 16)))
         and not made[:16].any()

@@ -89,6 +89,7 @@ def test_hint_without_trigger_words_gives_none(lora, hint):
 )
 def test_trigger_words_are_found_in_sidecar_files(lora, suffix, content):
     lora.with_name(f"style.v2{suffix}").write_text(json.dumps(content))
+
     assert find_trigger_words(lora, {}) == TriggerWords(("ink style",), f"style.v2{suffix}")
 
 
@@ -102,6 +103,7 @@ def test_trigger_words_are_found_in_sidecar_files(lora, suffix, content):
 )
 def test_trigger_words_are_found_in_the_readme(lora, line):
     lora.with_name("README.md").write_text(f"---\ntags:\n- lora\n{line}\n---\n# instance_prompt: not this\n")
+
     assert find_trigger_words(lora, {}) == TriggerWords(("ink style",), "README.md")
 
 
@@ -116,7 +118,9 @@ def test_readme_without_front_matter_gives_none(lora):
         readme.write_text(text)
         assert find_trigger_words(lora, {}) is None
     readme.write_text("---\ninstance_prompt: ink\n---\n")
+
     lora.with_name("other.safetensors").write_bytes(b"")
+
     assert find_trigger_words(lora, {}) is None, "which of the two is meant?"
 
 
@@ -128,6 +132,7 @@ def test_class_tokens_of_data_sets_are_guesses(lora):
         "no subset",
     ]
     value = json.dumps([{"subsets": subsets}, {"subsets": None}, 5])
+
     assert find_trigger_words(lora, {"ss_datasets": value}) == TriggerWords(
         ("sks dog", "photo of"), "ss_datasets", is_guessed=True
     )
@@ -135,6 +140,7 @@ def test_class_tokens_of_data_sets_are_guesses(lora):
 
 def test_class_tokens_in_folder_names_are_guesses(lora):
     value = json.dumps({"10_sks dog": {"n_repeats": 10, "img_count": 5}, "images": {}, "5_ink_style": 1})
+
     assert find_trigger_words(lora, {"ss_dataset_dirs": value}) == TriggerWords(
         ("sks dog", "ink_style"), "ss_dataset_dirs", is_guessed=True
     )
@@ -155,6 +161,7 @@ def test_class_tokens_in_folder_names_are_guesses(lora):
 )
 def test_tags_of_almost_every_caption_are_guesses(lora, counts, words):
     found = find_trigger_words(lora, {"ss_tag_frequency": json.dumps({"10_x": counts})})
+
     assert found == (words and TriggerWords(words, "ss_tag_frequency", is_guessed=True))
 
 
@@ -163,8 +170,11 @@ def test_frequent_is_measured_by_the_number_of_images(lora):
         "ss_tag_frequency": json.dumps({"x": {"fox": 8, "ink": 20}}),
         "ss_dataset_dirs": json.dumps({"x": {"img_count": 30}}),
     }
+
     assert find_trigger_words(lora, metadata) is None
+
     metadata["ss_dataset_dirs"] = json.dumps({"x": {"img_count": 21}})
+
     assert find_trigger_words(lora, metadata).words == ("ink",)
 
 
@@ -178,7 +188,9 @@ def test_first_source_wins_and_all_are_listed(lora):
         "modelspec.usage_hint": "trigger 'hint'",
         "modelspec.trigger_phrase": "phrase",
     }
+
     words = [found.words[0] for found in iter_trigger_words(lora, metadata)]
+
     assert words == ["phrase", "hint", "instance", "from sidecar", "class", "folder", "tag"]
     assert find_trigger_words(lora, metadata).words == ("phrase",)
 
@@ -186,6 +198,7 @@ def test_first_source_wins_and_all_are_listed(lora):
 @pytest.mark.parametrize("value", ["", " ", "None", "null", ",,", "\n", "\x00", "False", "[]"])
 def test_empty_source_is_skipped(lora, value):
     found = find_trigger_words(lora, {"modelspec.trigger_phrase": value, "trigger_words": "ink"})
+
     assert found == TriggerWords(("ink",), "trigger_words")
 
 
@@ -195,8 +208,11 @@ def test_empty_source_is_skipped(lora, value):
 def test_text_is_sanitized_and_cut(lora):
     bad = "ink\x1b[31m\u202estyle\u2028now\ud800\r" + "x" * 1000
     (word,) = find_trigger_words(lora, {"trigger_words": bad}).words
+
     assert word.startswith("ink [31m style now xxx") and len(word) == MAX_WORD_CHARS and word.isprintable()
+
     many = find_trigger_words(lora, {"trigger_words": ",".join(f"w{i}" for i in range(1000))})
+
     assert len(many.words) == MAX_WORDS
     assert find_trigger_words(lora, {"trigger_words": "a, b, a"}).words == ("a", "b")
     assert sanitize_text(True, 10) == "" and sanitize_text(10**5000, 10) == "" and sanitize_text(3, 10) == "3"
@@ -283,7 +299,9 @@ def test_hostile_sidecar_files_are_harmless(lora, suffix):
         lora.with_name(f"style.v2{suffix}").write_bytes(value.encode("utf-8", "surrogatepass"))
         check_shown_texts(lora, {})
     lora.with_name(f"style.v2{suffix}").write_bytes(random.Random(0).randbytes(1000))
+
     check_shown_texts(lora, {})
+
     for key in ("activation text", "trainedWords", "civitai", "preferred weight"):
         for value in EVIL:
             lora.with_name(f"style.v2{suffix}").write_text(json.dumps({key: value}))
@@ -335,15 +353,19 @@ def test_random_headers_are_harmless(lora):
 
 def test_oversized_files_are_not_read(lora):
     words = json.dumps({"1_ink": {"ink": 1}})
+
     assert find_trigger_words(lora, {"ss_tag_frequency": words + " " * MAX_JSON_CHARS}) is None
+
     lora.with_name("style.v2.json").write_text(
         json.dumps({"activation text": "ink"}) + " " * MAX_SIDECAR_BYTES
     )
+
     assert find_trigger_words(lora, {}) is None
 
 
 def test_folder_named_like_a_sidecar_is_ignored(lora):
     lora.with_name("style.v2.json").mkdir()
+
     assert find_trigger_words(lora, {}) is None
 
 
@@ -434,6 +456,7 @@ def test_header_is_described(lora):
         },
         ["lora_unet_x.alpha"],
     )
+
     assert facts == {
         "title": "Ink style",
         "author": "me",
@@ -450,7 +473,9 @@ def test_header_is_described(lora):
 def test_description_uses_sidecars_and_peft_settings(lora):
     lora.with_name("README.md").write_text("---\nlicense: apache-2.0\n---\n")
     peft = json.dumps({"transformer.r": 32, "transformer.lora_alpha": 16, "transformer.use_rslora": False})
+
     facts = describe_header(lora, {"lora_adapter_metadata": peft, "ss_resolution": "(512, 512)"}, [])
+
     assert facts == {
         "trainer": "diffusers / PEFT",
         "rank and alpha": "rank 32, alpha 16",

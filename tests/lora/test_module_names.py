@@ -145,6 +145,7 @@ def test_unequal_parts_are_cut_by_the_models_own_rows():
             axes_dim_rope=(4, 2, 2),
         )
     to = "layers.0.attn.to_"
+
     assert NameTable.from_model(model).find_targets("layers.0.attention.qkv") == (
         make_target(f"{to}q", 0, 24),
         make_target(f"{to}k", 24, 32),
@@ -167,7 +168,9 @@ def test_only_the_last_text_norm_of_sd3_is_swapped():
             pos_embed_max_size=4,
         )
     table = NameTable.from_model(model)
+
     swapped = {name for name, meanings in table.targets_by_name.items() if meanings[0][0].swap_halves}
+
     assert swapped == {"joint_blocks.11.context_block.adaLN_modulation.1", "final_layer.adaLN_modulation.1"}
     assert table.find_targets("joint_blocks_9_context_block_adaLN_modulation_1") == (
         ModuleTarget("transformer_blocks.9.norm1_context.linear"),
@@ -178,7 +181,9 @@ def test_fused_model_has_fused_and_split_names():
     model = make_tiny_flux()
     model.fuse_qkv_projections()
     table = NameTable.from_model(model)
+
     fused, added = "transformer_blocks.1.attn.to_qkv", "transformer_blocks.1.attn.to_added_qkv"
+
     assert hasattr(model.transformer_blocks[1].attn, "to_q")  # still there, but no longer used
     for name in ("double_blocks.1.img_attn.qkv", fused, "double_blocks_1_qkv_lora1"):
         assert table.find_targets(name) == (ModuleTarget(fused),)
@@ -193,7 +198,9 @@ def test_fused_model_has_fused_and_split_names():
         make_target(f"{ONE}.attn.to_qkv", 0, 24),
         make_target(f"{ONE}.proj_mlp", 24, 56),
     )
+
     hit = {place.module for meanings in table.targets_by_name.values() for place in meanings[0]}
+
     assert not {
         n for n in hit if n.endswith(("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"))
     }
@@ -209,7 +216,9 @@ def test_fusing_and_unfusing_restores_the_names():
     model = make_tiny_flux()
     before = NameTable.from_model(model).targets_by_name
     model.fuse_qkv_projections()
+
     model.unfuse_qkv_projections()
+
     assert NameTable.from_model(model).targets_by_name == before
 
 
@@ -224,7 +233,9 @@ def test_cross_attention_of_a_fused_unet_keeps_its_own_q():
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
     model.fuse_qkv_projections()
+
     table, attention = NameTable.from_model(model), "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+
     assert table.find_targets(f"{attention}.to_q") == (ModuleTarget(f"{attention}.to_q"),)
     assert table.find_targets(f"{attention}.to_v") == (ModuleTarget(f"{attention}.to_kv", start=4, total=8),)
     assert table.find_targets(f"{attention}.to_kv") == (ModuleTarget(f"{attention}.to_kv"),)
@@ -244,7 +255,9 @@ def test_added_keys_and_values_of_fused_wan_are_rows():
         added_kv_proj_dim=12,
     )
     model.blocks[0].attn2.fuse_projections()
+
     table, attention = NameTable.from_model(model), "blocks.0.attn2"
+
     assert table.find_targets("blocks.0.cross_attn.k_img") == (
         ModuleTarget(f"{attention}.to_added_kv", start=0, total=24),
     )
@@ -269,6 +282,7 @@ def test_index_after_to_out_may_be_missing():
             axes_dims_rope=(1, 1, 1, 1),
         )
     table = NameTable.from_model(model)
+
     assert (
         table.find_targets(f"{ONE}.attn.to_out.0")
         == table.find_targets("single_blocks_0_linear2")
@@ -282,6 +296,7 @@ def test_norms_of_wan_change_their_index():
             in_channels=4, num_layers=1, attention_head_dim=12, num_attention_heads=1
         )
     table = NameTable.from_model(model)
+
     assert (
         table.find_targets("blocks.0.norm2")
         == table.find_targets("blocks.0.norm3")
@@ -301,7 +316,9 @@ def test_rows_of_a_part_are_never_guessed(change):
         attention.to_v = nn.Linear(4, 5)
     model = nn.Module()
     model.attn = attention
+
     table = NameTable.from_model(model)
+
     assert table.find_targets("attn.to_qkv") == (ModuleTarget("attn.to_qkv"),)
     assert [table.find_targets(f"attn.to_{x}") for x in "qkv"] == [None, None, None]
 
@@ -315,7 +332,9 @@ def test_rows_of_a_fused_module_in_another_order_stay_apart():
         nn.Linear(4, 4),
     )
     fused, odd = KeyMapping("to_qkv", ("to_q", "to_k", "to_v")), KeyMapping("odd", ("to_k", "to_v", "to_q"))
+
     table = NameTable(dict(model.named_modules()), (fused, odd))
+
     assert table.find_targets("odd") == (
         ModuleTarget("to_qkv", slice(0, 7), 2, 9),
         ModuleTarget("to_qkv", slice(7, 9), 0, 9),
@@ -325,12 +344,15 @@ def test_rows_of_a_fused_module_in_another_order_stay_apart():
 def test_fused_name_needs_all_parts():
     model = nn.Module()
     model.attn = nn.Module()
+
     model.attn.to_q, model.attn.to_k = nn.Linear(4, 4), nn.Linear(4, 4)
+
     assert NameTable.from_model(model).find_targets("attn.to_qkv") is None
 
 
 def test_unknown_class_has_its_own_names_only():
     table = NameTable.from_model(TinyModel())
+
     assert (
         table.find_targets("blocks.1.3") == table.find_targets("blocks_1_3") == (ModuleTarget("blocks.1.3"),)
     )
@@ -345,7 +367,9 @@ def test_unknown_class_has_its_own_names_only():
 def test_int8_layers_are_found_and_cut_alike():
     model, _ = to_int8(TinyModel())
     rules = (KeyMapping("both.*", ("blocks.*.1", "blocks.*.3")),)
+
     modules = dict(model.named_modules())
+
     assert get_weight_shape(modules["blocks.0.1"]) == (96, 64) and get_weight_shape(modules["blocks.0"]) == ()
     assert get_weight_shape(modules["blocks.0.0"]) == (64,)
     assert NameTable(modules, rules).find_targets("both_0") == (
@@ -362,7 +386,9 @@ def test_mappings_of_blocks_and_modules_combine():
         KeyMapping("in.0", ("in.conv",)),
         KeyMapping("all.**", ("in.**",)),
     )
+
     table = NameTable(dict(model.named_modules()), rules)
+
     assert [table.find_targets(n) for n in ("in.conv", "in.0", "all.0", "all.conv")] == 4 * [
         (ModuleTarget("down.conv"),)
     ]
@@ -372,6 +398,7 @@ def test_mappings_of_blocks_and_modules_combine():
 def test_two_swaps_cancel():
     rules = (KeyMapping("b", ("a",), True), KeyMapping("c", ("b",), True))
     table = NameTable({"a": nn.Linear(2, 2)}, rules)
+
     assert table.find_targets("b") == (ModuleTarget("a", swap_halves=True),) and table.find_targets("c") == (
         ModuleTarget("a"),
     )
@@ -379,6 +406,7 @@ def test_two_swaps_cancel():
 
 def test_mapping_that_adds_a_level_ends():
     table = NameTable({"a": nn.Linear(2, 2)}, (KeyMapping("x.**", ("**",)), KeyMapping("**", ("x.**",))))
+
     assert set(table.targets_by_name) == {"a", "x.a"}
 
 
@@ -394,6 +422,7 @@ def test_mapping_that_adds_a_level_ends():
 )
 def test_ambiguous_name_alone_is_rejected(names, rules, asked):
     table = NameTable({"other": nn.Linear(2, 2), **{name: nn.Linear(2, 2) for name in names}}, rules)
+
     with pytest.raises(
         LoraError, match=rf"the name {asked} can mean {names[0]} or {names[1]} of this model; rename the key"
     ):
@@ -405,8 +434,11 @@ def test_two_ways_to_one_meaning_are_accepted():
     table = NameTable(
         {"a": nn.Linear(2, 2)}, (KeyMapping("n", ("a",)), KeyMapping("m", ("a",)), KeyMapping("n", ("m",)))
     )
+
     assert table.find_targets("n") == (ModuleTarget("a"),)
+
     table = NameTable({"a": nn.Linear(2, 2)}, (KeyMapping("n.m", ("a",)), KeyMapping("n_m", ("a",))))
+
     assert table.find_targets("n.m") == (ModuleTarget("a"),)
 
 
@@ -414,7 +446,9 @@ def test_table_of_a_large_model_is_built_quickly():
     with torch.device("meta"):
         model = FluxTransformer2DModel(num_layers=19, num_single_layers=38, guidance_embeds=True)
     table = NameTable.from_model(model)
+
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+
     assert len(linears) == 504 and all(table.find_targets(n) == (ModuleTarget(n),) for n in linears)
     assert (
         count_source_rows(table.find_targets("lora_unet_single_blocks_37_linear1".removeprefix("lora_unet_")))

@@ -96,20 +96,26 @@ def test_names_match_the_converter_of_diffusers(key):
     rules = load_authors_mappings(family)
     modules = get_modules_with_weight(model)
     numbers = number_rows(modules)
+
     table = NameTable(modules, rules)
+
     assert {n for n in list_authors_names(table, rules) if n in modules} == {
         n for n in modules if re.fullmatch(family.unchanged, n)
     }
+
     checkpoint = build_authors_checkpoint(table, rules, numbers)
     checkpoint |= dict.fromkeys(family.besides, torch.zeros(1))
     arguments = {"config": dict(model.config)} if family.prefix else {}
     converted = family.convert(
         {family.prefix + name: value for name, value in checkpoint.items()}, **arguments
     )
+
     assert set(numbers) <= set(converted), (
         f"the converter finds no {sorted(set(numbers) - set(converted))[:5]}"
     )
+
     wrong = [name for name, rows in numbers.items() if not torch.equal(converted[name], rows)]
+
     assert not wrong, f"other rows in {wrong[:5]}"
     # nothing else came out, but for names that the converter passed through unread
     assert set(converted) - set(numbers) <= {"pos_embed.pos_embed"} | set(checkpoint)
@@ -142,6 +148,7 @@ def test_every_naming_covers_each_row_once(key):
     of_authors = list_authors_names(
         NameTable(modules, load_authors_mappings(family)), load_authors_mappings(family)
     )
+
     for dialect in (list(modules), of_authors):
         for spelled in (str, flatten_name):
             covered = set()
@@ -157,6 +164,7 @@ def test_every_naming_covers_each_row_once(key):
                     covered.add(place.module)
                 assert count_source_rows(places) == (None if len(places) == 1 else first)
             assert covered == set(modules)
+
     assert rules and all(len(meanings) == 1 for meanings in table.targets_by_flat_name.values())
 
 
@@ -180,7 +188,9 @@ def test_xlabs_names_match_the_converter_of_diffusers():
         for place in table.find_targets(name):
             expected[f"transformer.{place.module}.lora_A.weight"] = down
             expected[f"transformer.{place.module}.lora_B.weight"] = up[place.source_rows or slice(None)]
+
     converted = lora_converters._convert_xlabs_flux_lora_to_diffusers(file)
+
     assert set(converted) == set(expected) and all(
         torch.equal(converted[key], expected[key]) for key in expected
     )
@@ -193,18 +203,22 @@ def test_ltx2_names_match_the_lora_converter_of_diffusers():
     )
     table = NameTable(get_modules_with_weight(model), load_authors_mappings(family))
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+
     names = [
         n
         for n in list_authors_names(table, load_authors_mappings(family))
         if table.find_targets(n)[0].module in linears
     ]
+
     assert (
         len(names) == len(linears)
         and "prompt_adaln_single.linear" in names
         and "audio_prompt_adaln_single.linear" in names
     )
+
     file = {f"diffusion_model.{n}.lora_A.weight": n for n in names}
     converted = lora_converters._convert_non_diffusers_ltx2_lora_to_diffusers(file)
+
     assert converted == {f"transformer.{table.find_targets(n)[0].module}.lora_A.weight": n for n in names}
     assert not any(place.swap_halves for n in names for place in table.find_targets(n))
 
@@ -239,6 +253,7 @@ def test_ltx2_names_match_the_lora_converter_of_diffusers():
 )
 def test_loose_names_are_found(key, names):
     table = NameTable.from_model(tiny(FAMILIES[key]))
+
     assert {name: [place.module for place in table.find_targets(name)] for name in names} == names
 
 
@@ -253,9 +268,11 @@ def test_every_mapping_is_used():
         for rule in load_lora_mappings(type(model).__name__)
         if any(match_pattern(rule.targets[0], name) for name in names)
     }
+
     of_classes = [
         rules for name, rules in read_mapping_folder(MAPPING_FOLDER).items() if name not in load_encoders()
     ]
+
     assert not {rule for rules in of_classes for rule in rules.names + rules.lora_names} - used
 
 
@@ -340,7 +357,9 @@ def test_text_encoder_names_may_lack_outer_levels(cls, names):
     model = make_text_encoders()[cls]
     table = NameTable.from_model(model)
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+
     own = [name for name in names if name in linears]
+
     assert len(own) == 1
     assert {
         place
@@ -382,6 +401,7 @@ def test_ldm_resnet_names_are_found(key):
 @pytest.mark.parametrize("key, names", [("sd15", ["2.1", "5.2", "8.2"]), ("sdxl", ["2.2", "5.2"])])
 def test_ldm_upsamplers_follow_the_attention(key, names):
     table = NameTable.from_model(tiny(FAMILIES[key]))
+
     assert [table.find_targets(f"output_blocks.{n}.conv") for n in names] == [
         (ModuleTarget(f"up_blocks.{i}.upsamplers.0.conv"),) for i in range(len(names))
     ]
@@ -504,6 +524,7 @@ GOOD = "classes: [Model]\nnames: {a.*: b.*}\n"
 )
 def test_malformed_mapping_file_is_rejected(tmp_path, text, message):
     (tmp_path / "x.yaml").write_text(text)
+
     with pytest.raises(ConfigError, match=message):
         read_mapping_file(tmp_path / "x.yaml")
 
@@ -516,9 +537,13 @@ def test_mappings_of_a_class_are_loaded(tmp_path):
     (tmp_path / "x.yaml").write_text(text)
     (tmp_path / "y.yaml").write_text("classes: ['*']\nnames: {h: i}")
     own = (KeyMapping("a.*", ("b.*",)), KeyMapping("c", ("d", "e")), KeyMapping("f", ("g",), True))
+
     lora = KeyMapping("j", ("k",), without="l.**")
+
     assert load_lora_mappings("Two", tmp_path) == (*own, lora, KeyMapping("h", ("i",)))
+
     parameters = (KeyMapping("m.*", ("n.*",), shape=(1, -1), whole_key=True),)
+
     assert load_mappings("Two", tmp_path) == KeyMappingSet(
         own, (lora,), parameters, {"q.**": "r"}, "p.", ("s",), ("t",)
     )
@@ -529,6 +554,7 @@ def test_mappings_of_a_class_are_loaded(tmp_path):
 def test_class_in_two_files_is_rejected(tmp_path):
     for name in ("x", "y"):
         (tmp_path / f"{name}.yaml").write_text(GOOD)
+
     with pytest.raises(
         ConfigError, match=r"y\.yaml: class Model has rules in another file as well; name it in one file only"
     ):
@@ -537,6 +563,7 @@ def test_class_in_two_files_is_rejected(tmp_path):
 
 def test_shipped_classes_exist():
     known = set(read_mapping_folder(MAPPING_FOLDER)) - {"*"}
+
     assert all(
         hasattr(diffusers, name) or hasattr(transformers, name) for name in known - set(load_encoders())
     )
@@ -562,6 +589,7 @@ def test_shipped_classes_exist():
 )
 def test_pattern_matches_and_captures(pattern, name, found):
     match = match_pattern(pattern, name)
+
     assert match == found
     if match:
         assert fill_pattern(pattern, match) == name

@@ -78,33 +78,45 @@ def test_merge_is_undone_exactly_and_does_not_drift(dtype: torch.dtype) -> None:
     loras = merge_into(model, make_lora(model, LINEARS))
     loras.set_strengths([0.7])
     once = {name: weight.clone() for name, weight in model.named_parameters()}
+
     for strength in (20.0, -0.3, 0.7):
         loras.set_strengths([strength])
+
     assert all(torch.equal(weight, once[name]) for name, weight in model.named_parameters())
+
     loras.set_strengths([0])
+
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
 def test_missing_bias_is_created() -> None:
     model = TinyModel()
     plain = model(X)
+
     loras = merge_into(
         model,
         {"proj_out": LoraChange(None, torch.ones(12)), "proj_in": LoraChange(None, torch.full((64,), 0.0))},
     )
+
     assert torch.equal(model(X), plain), "a bias of zeros changes nothing"
+
     loras.set_strengths([0.5])
+
     assert_close("bias", model(X), plain + 0.5, 1e-6)
+
     loras.set_strengths([0])
+
     assert torch.equal(model(X), plain)
 
 
 def test_norms_are_changed() -> None:
     model = TinyModel()
     norm = model.blocks[0][0]
+
     merge_into(
         model, {"blocks.0.0": LoraChange(Diff(torch.full((64,), 0.5), "norm"), torch.full((64,), 0.25))}
     ).set_strengths([2.0])
+
     assert torch.equal(norm.weight, torch.full((64,), 2.0)) and torch.equal(norm.bias, torch.full((64,), 0.5))
 
 
@@ -122,7 +134,9 @@ def test_every_mode_agrees_with_the_merged_float_model(
     int8, _ = to_int8(model, outlier=outlier)
     plain = model(X)
     loras = on_int8(model, int8, stack, mode)
+
     loras.set_strengths(strengths)
+
     assert loras.layers_by_mode == {mode: 6}
     # the LoRA is far outside the tolerance
     assert (model(X) - plain).norm() > 0.3 * plain.norm()
@@ -134,15 +148,23 @@ def test_strengths_change_without_a_rebuild_and_back(mode: str) -> None:
     model = TinyModel()
     int8, _ = to_int8(model, outlier=ConvRot())
     plain, layers = int8(X), dict(int8.named_modules())
+
     loras = on_int8(model, int8, [make_lora(model, LINEARS)], mode)
+
     assert torch.equal(int8(X), plain)
+
     loras.set_strengths([1.0])
     strong = int8(X)
+
     assert not torch.equal(strong, plain)
+
     loras.set_strengths([0.0])
+
     assert torch.equal(int8(X), plain), "undone to the bit"
+
     loras.set_strengths([-2.0])
     loras.set_strengths([1.0])
+
     assert torch.equal(int8(X), strong), "the way there has no say"
     assert all(int8.get_submodule(name) is module for name, module in layers.items())
 
@@ -157,7 +179,9 @@ def test_merged_weights_do_not_depend_on_the_order(mode: str) -> None:
         loras = on_int8(model, int8, [stack[i] for i in order], mode)
         loras.set_strengths([strengths[i] for i in order])
         results.append([m.read_qdata() for m in int8.modules() if isinstance(m, Int8Linear)])
+
     differing = [(a != b).float().mean().item() for a, b in zip(*results, strict=True)]
+
     # sums in another order move a number over the edge of a step now and then
     assert max(differing) < 0.002, differing
 
@@ -171,7 +195,9 @@ def test_same_lora_twice_acts_with_both_strengths(caplog: pytest.LogCaptureFixtu
     entries = [Entry("a", lora_file(changes)), Entry("b", lora_file(changes))]
     loras.install(entries, loras.match_entries(entries))
     loras.attach(twice)
+
     loras.set_strengths([0.5, 0.25])
+
     assert_close("twice", twice(X), once(X), 1e-5)
     assert (
         "LoRA 'b' holds the same weights as 'a'; together they act like one with both strengths added"
@@ -182,8 +208,11 @@ def test_same_lora_twice_acts_with_both_strengths(caplog: pytest.LogCaptureFixtu
 def test_float_layers_are_merged() -> None:
     model = TinyModel()
     int8, _ = to_int8(model, keep_float=("proj_in", "proj_out"))
+
     loras = on_int8(model, int8, [make_lora(model, LINEARS)])
+
     assert loras.layers_by_mode == {"dynamic": 4}
+
     for strength in (1.0, -0.5):
         # the copy shares the float weights, so the merge reaches them; the INT8 ones were made before it
         loras.set_strengths([strength])
@@ -223,12 +252,18 @@ def test_every_adapter_type_changes_int8_layers(mode: str, kind: str, strength: 
     plain_int8, plain = int8(X), model(X)
     loras = on_int8(model, int8, [changes], mode)
     loras.set_strengths([strength])
+
     effect = (model(X) - plain).norm() / plain.norm()
+
     assert effect > 0.05
     assert_close(kind, int8(X), model(X), max(0.04, 0.1 * effect))
+
     loras.set_strengths([0.0])
+
     assert torch.equal(int8(X), plain_int8)
+
     full = kind in ("diff", "IA3 on inputs", "DoRA by columns")
+
     assert loras.layers_by_mode == ({mode: 2} if mode != "auto" else {"bake": 2} if full else {"dynamic": 2})
 
 
@@ -237,7 +272,9 @@ def test_dynamic_rejects_adapters_without_a_low_rank_form(kind: str) -> None:
     model = TinyModel()
     int8, _ = to_int8(model)
     word = kind.partition(" ")[0]
+
     message = rf"^blocks\.0\.1: lora\.mode=dynamic is not possible: a {word} that has no low-rank form; set lora\.mode=auto and one strength"
+
     with pytest.raises(LoraError, match=message):
         on_int8(model, int8, [{"blocks.0.1": make_adapters(96, 64)[kind]}], "dynamic")
     with pytest.raises(
@@ -253,7 +290,9 @@ def test_without_float_weights_auto_is_stochastic_and_bake_is_rejected() -> None
         "blocks.0.1": make_adapters(96, 64)["diff"],
         "blocks.1.1": make_lora(model, ["blocks.1.1"])["blocks.1.1"],
     }
+
     int8, _ = to_int8(model)
+
     assert on_int8(model, int8, [changes], "auto", float_weights=False).layers_by_mode == {
         "stochastic": 1,
         "dynamic": 1,
@@ -276,6 +315,7 @@ def test_auto_compares_the_cost_of_a_branch() -> None:
 
     stack = [make_lora(model, LINEARS[1:3]), make_lora(model, LINEARS[1:3], seed=40, rank=5)]
     loras = on_int8(model, int8, stack, "auto", overhead=overhead, max_overhead=0.5)
+
     assert loras.layers_by_mode == {"bake": 1, "dynamic": 1} and asked == [
         ("blocks.0.1", 8),
         ("blocks.0.3", 8),
@@ -285,6 +325,7 @@ def test_auto_compares_the_cost_of_a_branch() -> None:
 def test_auto_avoids_branches_wider_than_the_layer() -> None:
     model = TinyModel()
     int8, _ = to_int8(model)
+
     assert on_int8(model, int8, [make_lora(model, ["blocks.0.1"], rank=64)], "auto").layers_by_mode == {
         "bake": 1
     }
@@ -307,6 +348,7 @@ def test_rounding_that_needs_calibration_is_replaced_and_logged(caplog: pytest.L
 def test_schedule_is_dynamic_at_any_cost() -> None:
     model = TinyModel()
     int8, _ = to_int8(model)
+
     loras = on_int8(
         model,
         int8,
@@ -316,6 +358,7 @@ def test_schedule_is_dynamic_at_any_cost() -> None:
         overhead=lambda *_: 99.0,
         max_overhead=0.0,
     )
+
     assert loras.layers_by_mode == {"dynamic": 6}
 
 
@@ -324,10 +367,14 @@ def test_clipped_weights_are_counted_and_scales_grow() -> None:
     int8, _ = to_int8(model)
     weight = model.blocks[0][1].weight
     loras = on_int8(model, int8, [{"blocks.0.1": LoraChange(Diff(weight.clone()))}], "stochastic")
+
     loras.set_strengths([1.0])
+
     assert 0.05 < loras.clipped_share < 0.8
     assert_close("doubled", int8.blocks[0][1](randn(5, 64)), model.blocks[0][1](randn(5, 64)), 0.03)
+
     loras.set_strengths([0.0])
+
     assert loras.clipped_share == 0.0
 
 
@@ -355,6 +402,7 @@ def test_stochastic_rounding_has_a_seed_for_each_layer_lora_and_run() -> None:
         integers(0, ["blocks.0.1", "blocks.1.1"]),
         integers(1, ["blocks.0.1"]),
     )
+
     assert (
         all(map(torch.equal, first, again))
         and not torch.equal(first[0], first[1])
@@ -366,18 +414,23 @@ def test_sizes_are_measured_in_steps_of_the_grid() -> None:
     model = TinyModel()
     int8, _ = to_int8(model)
     layer = int8.get_submodule("blocks.0.1")
+
     loras = on_int8(
         model, int8, [{"blocks.0.1": LoraChange(Diff(0.3 * layer.scale.mean() * torch.ones(96, 64)))}], "bake"
     )
+
     assert loras.compute_median_steps(0) == pytest.approx(0.3) and loras.compute_median_steps(1) is None
 
 
 def test_balanced_factors_have_the_same_product() -> None:
     lora_A, lora_B = randn(8, 64) * torch.logspace(0, 3, 8)[:, None], randn(48, 8, seed=1)
     a, b = balance_factors(lora_A, lora_B)
+
     assert a.shape == (8, 64) and b.shape == (48, 8)
     assert_close("product", b @ a, lora_B @ lora_A, 1e-5)
+
     norms = a.norm(dim=1)
+
     assert norms.max() < 50 * norms.min() and lora_A.norm(dim=1).max() > 500 * lora_A.norm(dim=1).min()
 
 
@@ -431,13 +484,19 @@ def test_stack_works_on_an_existing_model(files: list[Path], quantized: bool) ->
     plain = target(X)
     stack = LoraStack(target).add(files[0], 0.8).add(files[1], -0.5, name="second")
     reference = merge_into(model, make_lora(model, LINEARS), make_lora(model, LINEARS, seed=30))
+
     reference.set_strengths([0.8, -0.5])
+
     assert stack.names == ["style", "second"]
     assert_close("both", target(X), model(X), 0.05 if quantized else 1e-5)
+
     stack.set_strength("style", 0.0)
     reference.set_strengths([0.0, -0.5])
+
     assert_close("one", target(X), model(X), 0.05 if quantized else 1e-5)
+
     stack.set_strength("second", 0.0)
+
     assert torch.equal(target(X), plain)
 
 
@@ -445,16 +504,20 @@ def test_lora_that_does_not_fit_leaves_the_stack_as_it_was(files: list[Path], tm
     model = TinyModel()
     stack = LoraStack(model).add(files[0], 0.8)
     before = model(X)
+
     save_file(
         {"proj_in.lora_A.weight": randn(2, 9), "proj_in.lora_B.weight": randn(64, 2)},
         tmp_path / "wrong.safetensors",
     )
+
     with pytest.raises(
         LoraError, match=r"wrong\.safetensors: proj_in changes a 64x9 weight, the model's is 64x7"
     ):
         stack.add(tmp_path / "wrong.safetensors")
     assert stack.names == ["style"] and torch.equal(model(X), before)
+
     stack.set_strength("style", 0.0)
+
     assert torch.equal(model(X), TinyModel()(X))
 
 
@@ -463,26 +526,38 @@ def test_model_has_one_stack_until_it_is_cleared(files: list[Path], quantized: b
     target = to_int8(TinyModel())[0] if quantized else TinyModel()
     plain = target(X)
     first, second = LoraStack(target).add(files[0]), LoraStack(target)
+
     with_first = target(X)
+
     with pytest.raises(ConfigError, match=r"^this model has a LoraStack already; add the LoRA to that one$"):
         second.add(files[1])
     assert second.names == [] and torch.equal(target(X), with_first)
+
     first.clear()
+
     assert first.names == [] and torch.equal(target(X), plain)
+
     second.add(files[1])
+
     assert not torch.equal(target(X), plain) and not torch.equal(target(X), with_first)
 
 
 def test_layer_gets_its_float_fallback_back() -> None:
     model = TinyModel()
     int8, _ = to_int8(model, settings=Int8Settings(max_rows=16, small_batch_fallback="always"))
+
     plain, layer = int8(X), int8.get_submodule("blocks.0.1")
+
     assert layer.float_weight is not None
+
     loras = on_int8(model, int8, [{"blocks.0.1": make_adapters(96, 64)["IA3"]}])
     loras.set_strengths([1.0])
+
     assert layer.float_weight is None, "it would not follow the strength"
     assert_close("INT8", int8(X), model(X), 0.04)
+
     loras.clear()
+
     assert layer.float_weight is not None and torch.equal(int8(X), plain)
 
 
@@ -496,6 +571,7 @@ def test_pipeline_is_rejected_as_denoiser() -> None:
 
 def test_names_and_strengths_are_checked(files: list[Path]) -> None:
     stack = LoraStack(TinyModel()).add(files[0])
+
     with pytest.raises(
         ConfigError,
         match=r"^the stack has a LoRA called 'style' already; set_strength\('style', …\) changes its strength, or give",

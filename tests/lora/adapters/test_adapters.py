@@ -258,6 +258,7 @@ def weight():
 def test_delta_is_the_dense_formula(case, weight):
     w = weight(case)
     delta = case.weight_delta.compute_delta(w)
+
     assert delta.dtype == torch.float32
     assert_close("delta", delta, case.expected(w), 2e-6)
     assert case.weight_delta.shape_mismatch(case.shape) is None and case.weight_delta.rank == case.rank
@@ -266,6 +267,7 @@ def test_delta_is_the_dense_formula(case, weight):
 @parametrize_cases(CASES)
 def test_half_precision_is_computed_in_float32(case, weight):
     w = weight(case).bfloat16()
+
     assert case.weight_delta.compute_delta(w).dtype == torch.float32
     assert_close("delta", case.weight_delta.compute_delta(w), case.expected(w.float()), 1e-5)
 
@@ -273,9 +275,13 @@ def test_half_precision_is_computed_in_float32(case, weight):
 @parametrize_cases(CASES)
 def test_branch_is_the_same_change(case, weight):
     w = weight(case)
+
     assert case.weight_delta.has_branch == case.has_branch
+
     form = case.weight_delta.make_branch(w if case.weight_delta.needs_weight else None)
+
     assert (form is None) == (not case.weight_delta.has_branch)
+
     if form is not None:
         made = torch.zeros(w.flatten(1).shape)
         if form.lora_A is not None:
@@ -292,6 +298,7 @@ def test_branch_is_the_same_change(case, weight):
 def test_taken_rows_are_those_of_the_whole_change(case, weight, rows):
     w = weight(case)
     part = LoraChange(case.weight_delta).take_rows(rows).weight_delta
+
     assert part.shape_mismatch((rows.stop - rows.start, *case.shape[1:])) is None
     assert (
         part.adapter_type == case.weight_delta.adapter_type
@@ -308,12 +315,18 @@ def test_taken_rows_are_those_of_the_whole_change(case, weight, rows):
 def test_placed_rows_are_zero_elsewhere(case, weight, start):
     tall = randn(N + 9, *case.shape[1:], seed=98)
     placed = LoraChange(case.weight_delta).place_rows(start, N + 9).weight_delta
+
     assert placed.shape_mismatch(tuple(tall.shape)) is None
+
     expected = torch.zeros(tall.shape)
     expected[start : start + N] = case.expected(tall[start : start + N])
+
     assert_close("placed", placed.compute_delta(tall), expected, 2e-6)
+
     form = placed.make_branch(tall if placed.needs_weight else None)
+
     assert (form is None) == (not placed.has_branch) == (not case.weight_delta.has_branch)
+
     if form is not None:
         made = torch.zeros(tall.flatten(1).shape) if form.lora_A is None else form.lora_B @ form.lora_A
         made = made if form.row_factor is None else made + form.row_factor[:, None] * tall.flatten(1)
@@ -324,7 +337,9 @@ def test_placed_rows_are_zero_elsewhere(case, weight, start):
 def test_swapped_halves_are_exchanged(case, weight):
     w = weight(case)
     swap = lambda t: torch.cat([t[N // 2 :], t[: N // 2]])  # noqa: E731
+
     swapped = LoraChange(case.weight_delta).swap_halves().weight_delta
+
     assert_close("swapped", swapped.compute_delta(swap(w)), swap(case.expected(w)), 2e-6)
 
 
@@ -343,16 +358,21 @@ def test_row_operations_combine(case, weight):
     source = torch.tensor([6, 7, 8, 9, 2, 3, 4, 5])
     whole = torch.zeros(case.shape)
     whole[source] = tall[1:9]
+
     expected[1:9] = case.expected(whole)[source]
+
     assert_close("cut", part.compute_delta(tall[:15]), expected, 2e-6)
 
 
 def test_bias_is_cut_as_well():
     change = LoraChange(LoRA(A, B), torch.arange(12.0))
+
     assert change.take_rows(slice(2, 5)).bias_delta.tolist() == [2, 3, 4]
     assert change.swap_halves().bias_delta.tolist() == [6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5]
     assert change.place_rows(1, 14).bias_delta.tolist() == [0, *range(12), 0]
+
     alone = LoraChange(None, torch.arange(4.0))
+
     assert (
         alone.adapter_type == "bias"
         and alone.out_features == 4
@@ -365,7 +385,9 @@ def test_bias_tells_the_rows_of_an_input_factor():
     change = LoraChange(IA3(randn(K, seed=25), True), torch.ones(4)).place_rows(3, 9)
     tall = randn(9, K, seed=98)
     expected = torch.zeros(9, K)
+
     expected[3:7] = tall[3:7] * randn(K, seed=25)
+
     assert_close("placed", change.weight_delta.compute_delta(tall), expected, 2e-6)
     assert (
         change.shape_mismatch((9, K)) is None
@@ -376,6 +398,7 @@ def test_bias_tells_the_rows_of_an_input_factor():
 def test_cut_does_not_modify_the_change():
     before = B.clone()
     LoraChange(LoRA(A, B)).place_rows(3, 20)
+
     assert torch.equal(B, before)
 
 
@@ -394,6 +417,7 @@ class TestRefused:
 
     def test_input_factors_cannot_be_placed(self):
         change = LoraChange(CASES["IA3 on inputs"].weight_delta)
+
         with pytest.raises(
             LoraError, match=r"is an IA3 on inputs, .*load the model without fused projections"
         ):
@@ -495,13 +519,16 @@ def test_float16_products_do_not_overflow():
         torch.full((N, 64), 200.0, dtype=torch.float16),
     )
     w = torch.zeros(N, K, dtype=torch.float16)
+
     for core in (
         LoRA(big_A, big_B, 0.5),
         LoKr(W1.half(), LowRankPair(big_B[:4], big_A[:, :2]), 0.5),
         LoHa(LowRankPair(big_B, big_A), LowRankPair(big_B, big_A), 0.5),
     ):
         assert core.compute_delta(w).isfinite().all()
+
     form = LoRA(big_A, big_B * 256, 16.0).make_branch(None)
+
     assert form.lora_B.isfinite().all() and form.lora_B.dtype == torch.float32
 
 
@@ -509,7 +536,9 @@ def test_row_norms_are_exact_over_several_chunks(monkeypatch):
     monkeypatch.setattr("int8run.lora.adapters.dora.NORM_CHUNK_ROWS", 5)
     case = CASES["DoRA"]
     w = randn(*case.shape, seed=99).bfloat16()
+
     form = case.weight_delta.make_branch(w)
+
     assert_close(
         "blocks",
         form.lora_B @ form.lora_A + form.row_factor[:, None] * w.float(),
@@ -521,6 +550,7 @@ def test_row_norms_are_exact_over_several_chunks(monkeypatch):
 def test_row_of_zeros_stays_zero():
     # W + BA = 0 has no norm to divide by
     core = DoRA(LoRA(torch.zeros(1, K), torch.zeros(N, 1)), MAGNITUDE)
+
     assert core.compute_delta(torch.zeros(N, K)).abs().max() == 0
 
 
@@ -544,8 +574,10 @@ def test_dora_matches_peft(conv):
         LoRA(state["lora_A.weight"], state["lora_B.weight"], 1.5), state["lora_magnitude_vector"].flatten()
     )
     x = randn(2, 5, 6, 6) if conv else randn(3, K)
+
     with torch.no_grad():
         expected = tuned(x)
         tuned.base_layer.weight.copy_(original + core.compute_delta(original))
         actual = tuned.base_layer(x)
+
     assert_close("DoRA", actual, expected, 1e-5)
