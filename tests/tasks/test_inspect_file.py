@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.cli_process import Command, command_in
-from text_encoders.files import File, encoder
+from text_encoders.files import File, make_encoder_file
 
 from int8run.backends.reference import Reference
 from int8run.export.save_denoiser import keep_own_names, write_tensors
@@ -47,14 +47,12 @@ def test_a_lora(command: Command) -> None:
     }
     save_file(tensors, command.folder / "style.safetensors", metadata=header)
     shown = inspect(command, "style.safetensors")
-    assert (
-        shown["kind"] == "LoRA"
-        and shown["LoRA"] == "denoiser 2 modules, rank 2, 4"
-        and shown["dtypes"] == "4 × F32"
-    )
-    assert (
-        shown["trigger words"].startswith("oil [bold]paint") and shown["base model"] == "FLUX.1 (by its tag)"
-    )
+
+    assert shown["kind"] == "LoRA"
+    assert shown["LoRA"] == "denoiser 2 modules, rank 2, 4"
+    assert shown["dtypes"] == "4 × F32"
+    assert shown["trigger words"].startswith("oil [bold]paint")
+    assert shown["base model"] == "FLUX.1 (by its tag)"
     assert command.made() == ["style.safetensors"], "looking leaves nothing behind"
 
 
@@ -66,8 +64,12 @@ def test_a_lora_whose_header_says_nothing(command: Command) -> None:
     }
     save_file(pair, command.folder / "a.safetensors")
     shown = inspect(command, "a.safetensors")
+
     assert (shown["LoRA"], shown["first module"]) == ("denoiser 1 modules, rank 4", "x")
-    assert (shown["base model"], shown["trigger words"]) == ("unknown from names, shapes and tags", "not named")
+    assert (shown["base model"], shown["trigger words"]) == (
+        "unknown from names, shapes and tags",
+        "not named",
+    )
 
 
 def test_a_loras_older_header_names(command: Command) -> None:
@@ -78,6 +80,7 @@ def test_a_loras_older_header_names(command: Command) -> None:
         metadata=header,
     )
     shown = inspect(command, "a.safetensors")
+
     assert (shown["base model"], shown["trigger words"]) == ("SDXL (by its tag)", "ohwx (ss_trigger_words)")
 
 
@@ -87,6 +90,7 @@ def test_a_long_header_value_is_cut_and_counted(tmp_path: Path) -> None:
     )
     table = inspect_file(str(tmp_path / "a.safetensors"))
     cells = dict(zip(*(column.cells for column in table.columns), strict=True))
+
     assert (cells["header: short"], cells["header: long"]) == ("s" * 200, "x" * 200 + "… (500 characters)")
 
 
@@ -94,12 +98,15 @@ def test_the_files_own_name_is_shown_as_it_is(command: Command) -> None:
     # square brackets are markup to the terminal
     save_file({"a": torch.zeros(1)}, command.folder / "style[bold].safetensors")
     outcome = command("task=inspect", "task.path='style[bold].safetensors'")
-    assert outcome.code == 0 and "style[bold].safetensors" in outcome.out
+
+    assert outcome.code == 0
+    assert "style[bold].safetensors" in outcome.out
 
 
 def test_a_path_may_begin_with_the_home_folder(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(command.folder))
     save_file({"a": torch.zeros(1)}, command.folder / "a.safetensors")
+
     assert inspect(command, "'~/a.safetensors'")["kind"] == "plain weights"
 
 
@@ -127,6 +134,7 @@ def test_a_path_may_begin_with_the_home_folder(command: Command, monkeypatch: py
 )
 def test_kinds(command: Command, tensors: dict[str, torch.Tensor], kind: str) -> None:
     save_file(tensors, command.folder / "m.safetensors")
+
     assert inspect(command, "m.safetensors")["kind"] == kind
 
 
@@ -147,6 +155,7 @@ def test_a_file_that_save_wrote(command: Command) -> None:
         {"model": "shipped:tiny", "seed": 3},
     )
     shown = inspect(command, "m.safetensors")
+
     assert shown["kind"] == "quantized checkpoint with ComfyUI markers"
     assert shown["dtypes"] in ("3 × F32, 2 × I8, 2 × U8", "3 × F32, 2 × U8, 2 × I8")
     assert any("shipped:tiny" in value for value in shown.values())
@@ -154,7 +163,7 @@ def test_a_file_that_save_wrote(command: Command) -> None:
 
 def test_text_encoders(command: Command) -> None:
     path = (
-        encoder("t5", words=["int8_convrot", "nvfp4"])
+        make_encoder_file("t5", words=["int8_convrot", "nvfp4"])
         .prefixed("text_encoders.t5xxl.transformer.")
         .write(command.folder / "t5.safetensors")
     )
@@ -165,22 +174,30 @@ def test_text_encoders(command: Command) -> None:
         if line.startswith("│")
     ]
     rows = dict(cells)
-    assert (
-        rows["text encoder"] == "t5 (T5EncoderModel)" and rows["prefix"] == "text_encoders.t5xxl.transformer."
-    )
-    assert rows["to use it"].startswith("clip=auto") and "clip.path=" in shown and "family" not in rows
+
+    assert rows["text encoder"] == "t5 (T5EncoderModel)"
+    assert rows["prefix"] == "text_encoders.t5xxl.transformer."
+    assert rows["to use it"].startswith("clip=auto")
+    assert "clip.path=" in shown
+    assert "family" not in rows
     assert rows["kind"] == "quantized checkpoint with ComfyUI markers"
+
     layers = " ".join(text for name, text in cells if name in ("layers", ""))
-    assert "4 × int8_tensorwise, row, convrot 16" in layers and "3 × nvfp4" in layers
+
+    assert "4 × int8_tensorwise, row, convrot 16" in layers
+    assert "3 × nvfp4" in layers
 
 
 def test_a_checkpoint_with_two_text_encoders_and_a_file_with_none(command: Command) -> None:
     file = File()
     for prefix, name in (("clip_l", "clip_l"), ("t5xxl", "t5")):
-        file.tensors |= encoder(name).prefixed(f"text_encoders.{prefix}.transformer.").tensors
+        file.tensors |= make_encoder_file(name).prefixed(f"text_encoders.{prefix}.transformer.").tensors
     file.write(command.folder / "m.safetensors")
+
     assert command("task=inspect", "task.path=m.safetensors").code == 0
+
     save_file({"a.weight": torch.zeros(2, 2)}, command.folder / "n.safetensors")
+
     assert "text encoder" not in inspect(command, "n.safetensors")
 
 
@@ -222,7 +239,9 @@ DAMAGED = {
 def test_damaged_files_are_named(command: Command, data: bytes, message: str) -> None:
     (command.folder / "m.safetensors").write_bytes(data)
     outcome = command("task=inspect", "task.path=m.safetensors")
-    assert outcome.code == 3 and message in outcome.message
+
+    assert outcome.code == 3
+    assert message in outcome.message
 
 
 @pytest.mark.parametrize(
@@ -235,4 +254,6 @@ def test_damaged_files_are_named(command: Command, data: bytes, message: str) ->
 )
 def test_files_that_are_not_opened(command: Command, name: str, message: str) -> None:
     outcome = command("task=inspect", f"task.path={name}")
-    assert outcome.code == 3 and message in outcome.message
+
+    assert outcome.code == 3
+    assert message in outcome.message

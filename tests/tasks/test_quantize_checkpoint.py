@@ -73,14 +73,20 @@ def dequantized(tensors, layer):
 
 def test_from_the_command_line(command, tiny):
     done = command("task=quantize", "model=tiny", "save=x.safetensors", NO_TRACKER)
+
     assert done.code == 0, done.err
+
     (folder,) = (command.folder / "outputs").glob("*/*")
     names = sorted(p.name for p in folder.iterdir() if p.is_file())
+
     assert names == ["config.yaml", "int8run.log", "layers.csv", "metrics.json", "status.json"]
+
     words = " ".join(done.out.split())
+
     assert re.search(r"read .*tiny/transformer · files 3 · size 30\.2 MB · family flux", words)
     assert re.search(r"write .*x\.safetensors · INT8 layers 16 · outlier none · rounding absmax", words)
-    assert "INT8 16 layers · float 14 (" in words and "7 × modulation output of a norm" in words
+    assert "INT8 16 layers · float 14 (" in words
+    assert "7 × modulation output of a norm" in words
     assert re.search(
         r"SQNR, mean / min 4\d\.\d / 4\d\.\d dB size 30\.2 MB → 19\.\d MB, 0\.65× · time [\d.]+ s, [\d.]+ MB/s read",
         words,
@@ -94,24 +100,28 @@ def test_from_the_command_line(command, tiny):
     ]
     weight = torch.cat(parts)
     steps = found["single_blocks.0.linear1.weight_scale"]
+
     assert ((dequantized(found, "single_blocks.0.linear1") - weight).abs() <= 0.5001 * steps).all()
+
     bias = torch.cat(
         [tiny[f"{block}{name}.bias"] for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
     )
+
     assert torch.equal(found["single_blocks.0.linear1.bias"], bias)
+
     shift, scale = tiny["norm_out.linear.weight"].chunk(2)
+
     assert torch.equal(found["final_layer.adaLN_modulation.1.weight"], torch.cat([scale, shift]))
     assert torch.equal(
         found["double_blocks.0.img_attn.norm.query_norm.scale"],
         tiny["transformer_blocks.0.attn.norm_q.weight"],
     )
-    assert (
-        torch.equal(found["img_in.weight"], tiny["x_embedder.weight"])
-        and found["img_in.weight"].dtype == torch.float16
-    )
+    assert torch.equal(found["img_in.weight"], tiny["x_embedder.weight"])
+    assert found["img_in.weight"].dtype == torch.float16
 
     with safe_open(command.folder / "x.safetensors", "pt") as file:
         note = json.loads(file.metadata()["int8run"])
+
     assert (note["family"], note["denoiser"], note["outlier"], note["rounding"]) == (
         "flux",
         "FluxTransformer2DModel",
@@ -119,42 +129,51 @@ def test_from_the_command_line(command, tiny):
         "absmax",
     )
     assert (note["model"], note["seed"], note["loras"]) == ("shipped:tiny", 0, [])
-    assert note["kept_float"]["img_in"] == "input embedder" and len(note["kept_float"]) == 14
-    assert len(note["source"]["files"]) == 3 and re.fullmatch("[0-9a-f]{64}", note["source"]["sha256"])
+    assert note["kept_float"]["img_in"] == "input embedder"
+    assert len(note["kept_float"]) == 14
+    assert len(note["source"]["files"]) == 3
+    assert re.fullmatch("[0-9a-f]{64}", note["source"]["sha256"])
 
     rows = {row["name"]: row for row in csv.DictReader((folder / "layers.csv").open())}
-    assert (
-        len(rows) == 30
-        and rows["img_in"]["why_not"] == "input embedder"
-        and rows["img_in"]["quantized"] == "false"
-    )
+
+    assert len(rows) == 30
+    assert rows["img_in"]["why_not"] == "input embedder"
+    assert rows["img_in"]["quantized"] == "false"
+
     linear1 = rows["single_blocks.0.linear1"]
+
     assert (linear1["quantized"], linear1["outlier"], linear1["rounding"]) == ("true", "none", "absmax")
-    assert 40 < float(linear1["weight_sqnr_db"]) < 50 and float(linear1["saturated_share"]) > 0
+    assert 40 < float(linear1["weight_sqnr_db"]) < 50
+    assert float(linear1["saturated_share"]) > 0
+
     metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
-    assert (
-        metrics["quant/layers_int8"] == 16
-        and metrics["build/written_bytes"] == (command.folder / "x.safetensors").stat().st_size
-    )
+
+    assert metrics["quant/layers_int8"] == 16
+    assert metrics["build/written_bytes"] == (command.folder / "x.safetensors").stat().st_size
     assert metrics["build/read_bytes"] == sum(t.numel() * t.element_size() for t in tiny.values())
-    assert metrics["memory/peak_bytes"] > 1e8 and metrics["build/quantize_s"] > 0
+    assert metrics["memory/peak_bytes"] > 1e8
+    assert metrics["build/quantize_s"] > 0
 
 
 def test_a_folder_keeps_the_names_of_diffusers(tmp_path, tiny):
     metrics = run(tmp_path, f"save={tmp_path}/made/here")
     made = tmp_path / "made" / "here"
+
     assert sorted(p.name for p in made.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert json.loads((made / "config.json").read_text()) == json.loads((TINY / "config.json").read_text())
+
     found = load_file(made / "diffusion_pytorch_model.safetensors")
+
     assert {key for key in found if not key.endswith((".weight_scale", ".comfy_quant"))} == set(tiny)
+
     for key, t in tiny.items():
         if found[key].dtype == torch.int8:
             wanted = quantize_weight(t)
-            assert torch.equal(found[key], wanted.qdata) and torch.equal(
-                found[key.replace(".weight", ".weight_scale")], wanted.scale
-            )
+            assert torch.equal(found[key], wanted.qdata)
+            assert torch.equal(found[key.replace(".weight", ".weight_scale")], wanted.scale)
         else:
             assert torch.equal(found[key], t)
+
     assert metrics["quant/layers_int8"] == sum(t.dtype == torch.int8 for t in found.values()) == 32
 
 
@@ -184,18 +203,27 @@ def test_a_single_file_keeps_its_own_names(tmp_path, native_file):
     path, original = native_file
     metrics = run(tmp_path, f"model.location={path}", f"save={tmp_path}/x.safetensors", "outlier=convrot")
     found = load_file(tmp_path / "x.safetensors")
+
     assert {key for key in found if not key.endswith((".weight_scale", ".comfy_quant"))} == set(original)
     assert metrics["quant/layers_int8"] == 16
+
     layer = "model.diffusion_model.single_blocks.0.linear1"
-    assert found[f"{layer}.weight"].dtype == torch.int8 and f"{layer}.weight_scale" in found
+
+    assert found[f"{layer}.weight"].dtype == torch.int8
+    assert f"{layer}.weight_scale" in found
     assert json.loads(bytes(found[f"{layer}.comfy_quant"].tolist()))["convrot_groupsize"] == 64
     for key, t in original.items():
         assert found[key].dtype == torch.int8 or torch.equal(found[key], t)
     assert torch.equal(found["vae.decoder.weight"], original["vae.decoder.weight"])
+
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert metadata["config"] == "kept" and set(metadata) == {"format", "config", "int8run"}
+
+    assert metadata["config"] == "kept"
+    assert set(metadata) == {"format", "config", "int8run"}
+
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "out" / "layers.csv").open())}
+
     assert (
         rows["model.diffusion_model.final_layer.adaLN_modulation.1"]["why_not"]
         == "modulation output of a norm"
@@ -205,6 +233,7 @@ def test_a_single_file_keeps_its_own_names(tmp_path, native_file):
 
 def test_a_file_is_a_file_whatever_its_name(tmp_path):
     run(tmp_path, f"save={tmp_path}/a/diffusion_pytorch_model.safetensors")
+
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["diffusion_pytorch_model.safetensors"]
 
 
@@ -213,7 +242,9 @@ def test_a_file_of_diffusers_names_gets_its_authors(tmp_path, tiny):
     run(tmp_path, f"model.location={tmp_path}/plain.safetensors", f"save={tmp_path}/a.safetensors")
     run(tmp_path, f"save={tmp_path}/b.safetensors")
     one, two = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
-    assert set(one) == set(two) and all(torch.equal(one[key], two[key]) for key in one)
+
+    assert set(one) == set(two)
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_an_int8_file_is_renamed_without_a_change(tmp_path, tiny, caplog):
@@ -222,8 +253,12 @@ def test_an_int8_file_is_renamed_without_a_change(tmp_path, tiny, caplog):
         run(tmp_path, f"model.location={tmp_path}/folder", f"save={tmp_path}/a.safetensors")
     run(tmp_path, f"save={tmp_path}/b.safetensors", "outlier=convrot")
     one, two = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
-    assert set(one) == set(two) and all(torch.equal(one[key], two[key]) for key in one)
+
+    assert set(one) == set(two)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
     messages = [r.getMessage() for r in caplog.records if "copied as they are" in r.getMessage()]
+
     assert messages == [
         "16 layers are INT8 in the source and are copied as they are "
         "(14 × convrot group_size=64, 2 × convrot group_size=256); "
@@ -240,13 +275,17 @@ def test_a_layer_with_a_part_that_stays_float_stays_float(tmp_path, tiny):
         tiny[f"single_transformer_blocks.3.{name}.weight"]
         for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
     ]
+
     assert torch.equal(found["single_blocks.3.linear1.weight"], torch.cat(weight))
+
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "out" / "layers.csv").open())}
+
     assert (
         rows["single_blocks.3.linear1"]["why_not"]
         == "wide (single_transformer_blocks.3.proj_mlp is a part of it)"
     )
-    assert count_skip_reasons([]) == {} and rows["single_blocks.3.linear2"]["quantized"] == "true"
+    assert count_skip_reasons([]) == {}
+    assert rows["single_blocks.3.linear2"]["quantized"] == "true"
 
 
 def test_a_file_that_nobody_knows_gets_the_cautious_rule(tmp_path, caplog):
@@ -254,27 +293,33 @@ def test_a_file_that_nobody_knows_gets_the_cautious_rule(tmp_path, caplog):
     save_file(tensors, tmp_path / "s.safetensors")
     with caplog.at_level("WARNING"):
         metrics = run(tmp_path, f"model.location={tmp_path}/s.safetensors", f"save={tmp_path}/x.safetensors")
+
     assert metrics["quant/layers_int8"] == 2
     assert any(
         "model_type=auto does not know what s.safetensors holds" in r.getMessage() for r in caplog.records
     )
+
     found = load_file(tmp_path / "x.safetensors")
+
     assert [key for key, t in sorted(found.items()) if t.dtype == torch.int8] == [
         "layers.1.lin.weight",
         "layers.2.lin.weight",
     ]
+
     metrics = run(
         tmp_path,
         f"model.location={tmp_path}/s.safetensors",
         f"save={tmp_path}/x.safetensors",
         "model_type=none",
     )
+
     assert metrics["quant/layers_int8"] == 5
 
 
 def test_a_file_that_is_there_is_replaced_with_a_word(tmp_path, caplog):
     for _ in range(2):
         run(tmp_path, f"save={tmp_path}/x.safetensors")
+
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
         f"save={tmp_path}/x.safetensors replaces an existing file"
     ]
@@ -284,8 +329,11 @@ def test_one_of_two_files_that_are_named_one_by_one(tmp_path, tiny):
     save_file(tiny, tmp_path / "high.safetensors")
     location = f"model.location={{transformer: {tmp_path}/missing.safetensors, transformer_2: {tmp_path}/high.safetensors}}"
     run(tmp_path, location, f"save={tmp_path}/x.safetensors", component="transformer_2")
+
     assert (tmp_path / "x.safetensors").exists()
+
     words = r"^model\.location names 2 denoisers; choose one: task\.component=transformer or task\.component=transformer_2$"
+
     with pytest.raises(ConfigError, match=words):
         run(tmp_path, location, f"save={tmp_path}/x.safetensors")
 
@@ -303,12 +351,16 @@ def test_what_is_no_layer_of_the_denoiser_is_copied(tmp_path):
         "model_type=anima",
     )
     found = load_file(tmp_path / "x.safetensors")
+
     assert torch.equal(found["net.llm_adapter.embed.weight"], tensors["llm_adapter.embed.weight"])
-    assert metrics["quant/layers_int8"] == 9 and metrics["quant/layers_float"] == 2
+    assert metrics["quant/layers_int8"] == 9
+    assert metrics["quant/layers_float"] == 2
+
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "out" / "layers.csv").open())}
     words = (
         "not a layer of CosmosTransformer3DModel: Anima's text conditioner, another component of the pipeline"
     )
+
     assert rows["net.llm_adapter.embed"]["why_not"] == words
 
 
@@ -319,6 +371,7 @@ def test_another_checkpoint_of_the_same_shapes_has_another_hash(tmp_path):
         save_file(tensors, tmp_path / "s.safetensors")
         with TensorFiles.open(tmp_path / "s.safetensors") as files:
             hashes.append(hash_checkpoint(files))
+
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -344,6 +397,7 @@ def test_settings_that_cannot_work(tmp_path, settings):
 def test_places_that_cannot_be_written_to(tmp_path, native_file, tiny):
     path, _ = native_file
     location = f"model.location={path}"
+
     with pytest.raises(ConfigError, match=r"native\.safetensors is the source itself; choose another name$"):
         run(tmp_path, location, f"save={path}")
     with pytest.raises(
@@ -351,7 +405,9 @@ def test_places_that_cannot_be_written_to(tmp_path, native_file, tiny):
         match=r"is a folder, and .*native\.safetensors has its authors' names, not those of diffusers; save to a",
     ):
         run(tmp_path, location, f"save={tmp_path}/folder")
+
     save_file(tiny, tmp_path / "alone" / "x.safetensors") if (tmp_path / "alone").mkdir() is None else None
+
     with pytest.raises(
         ConfigError,
         match=r"is a folder, and there is no config\.json beside .*alone to go with it; save to a \.safetensors file$",
@@ -361,26 +417,35 @@ def test_places_that_cannot_be_written_to(tmp_path, native_file, tiny):
         ConfigError, match=r"save=.*alone holds x\.safetensors, another checkpoint; choose another folder$"
     ):
         run(tmp_path, f"save={tmp_path}/alone")
+
     run(tmp_path, f"save={tmp_path}/folder")
+
     with pytest.raises(ConfigError, match=r"folder holds the source itself; choose another folder$"):
         run(tmp_path, f"model.location={tmp_path}/folder", f"save={tmp_path}/folder")
+
     (tmp_path / "taken" / "config.json").mkdir(parents=True)
+
     with pytest.raises(FileError, match=r"taken/config\.json cannot be written: Is a directory"):
         run(tmp_path, f"save={tmp_path}/taken")
+
     (tmp_path / "file").write_text("")
+
     with pytest.raises(FileError, match=r"file/x\.safetensors cannot be written: "):
         run(tmp_path, f"save={tmp_path}/file/x.safetensors")
 
 
 def test_nothing_becomes_int8(tmp_path):
     save_file({"a.bias": randn(4)}, tmp_path / "s.safetensors")
+
     with pytest.raises(
         ConfigError,
         match=r"^no layer becomes INT8 \(it has no weight with two dimensions\); choose another model_type=$",
     ):
         run(tmp_path, f"model.location={tmp_path}/s.safetensors", f"save={tmp_path}/x.safetensors")
+
     save_file({"img_in.weight": randn(4, 4), "txt_in.weight": randn(4, 4)}, tmp_path / "s.safetensors")
     words = r"^no layer becomes INT8 \(1 × input embedder; 1 × text embedder\); choose another model_type=$"
+
     with pytest.raises(ConfigError, match=words):
         run(
             tmp_path,
@@ -392,17 +457,22 @@ def test_nothing_becomes_int8(tmp_path):
 
 def test_errors_on_the_command_line_are_one_line(command, tmp_path):
     done = command("task=quantize", "model=tiny", NO_TRACKER)
-    assert done.code == 2 and done.message.startswith("task=quantize writes a checkpoint; set save=")
+
+    assert done.code == 2
+    assert done.message.startswith("task=quantize writes a checkpoint; set save=")
+
     (tmp_path / "broken.safetensors").write_bytes(b"\x05\x00\x00\x00\x00\x00\x00\x00{}")
     done = command(
         "task=quantize", f"model.location={tmp_path}/broken.safetensors", "save=x.safetensors", NO_TRACKER
     )
-    assert done.code == 3 and "broken.safetensors" in done.message
+
+    assert done.code == 3
+    assert "broken.safetensors" in done.message
+
     done = command("task=quantize", "task.component=unet", "save=x.safetensors", NO_TRACKER)
-    assert (
-        done.code == 2
-        and "task.component=unet is not a denoiser of shipped:tiny; it has transformer" in done.message
-    )
+
+    assert done.code == 2
+    assert "task.component=unet is not a denoiser of shipped:tiny; it has transformer" in done.message
 
 
 # --- what the names alone decide, beside the real classes of diffusers
@@ -418,6 +488,7 @@ def test_repeated_blocks_are_told_by_their_numbers():
         "single.0.x.3.y",
         "single.1.x.3.y",
     ]
+
     assert find_repeated_blocks(names) == ["blocks.0.", "blocks.1.", "single.0.", "single.1."]
 
 
@@ -425,6 +496,7 @@ def test_a_few_names_of_the_other_side_decide_nothing():
     """SANA-Sprint's class has layers of its own whose names are native ones of the other SANAs."""
     few = ["time_embed.timestep_embedder.linear_1.weight", "time_embed.timestep_embedder.linear_2.weight"]
     diffusers = [f"transformer_blocks.{i}.attn1.to_{x}.weight" for i in range(2) for x in "qkv"]
+
     assert not has_original_names([*few, *diffusers], "SanaTransformer2DModel")
     assert has_original_names(
         ["x_embedder.proj.weight", "blocks.0.attn.qkv.weight"], "SanaTransformer2DModel"
@@ -467,11 +539,14 @@ def test_what_becomes_int8_are_the_linears_that_the_family_gives(tmp_path, name)
         if {p.key for p in parts} <= linears and all(p.shape is None or len(p.shape) == 2 for p in parts)
     }
     header_only(tmp_path / "own.safetensors", shapes)
+
     assert plan(tmp_path / "own.safetensors", {"_class_name": family.cls}, facts) == (False, wanted)
+
     header_only(
         tmp_path / "native.safetensors", {key: join_shapes(parts, shapes) for key, parts in native.items()}
     )
     is_identity = all([part.key for part in parts] == [key] for key, parts in native.items())
+
     assert plan(tmp_path / "native.safetensors", None, replace(facts, denoisers=(family.cls,))) == (
         not is_identity,
         wanted,

@@ -19,8 +19,8 @@ from support.compare import assert_close
 from support.helpers import CPU
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 from text_encoders import oracle
-from text_encoders.files import File, encoder
-from text_encoders.probes import asked_all, bare
+from text_encoders.files import File, make_encoder_file
+from text_encoders.probes import probe_weights, strip_root
 from torch import nn
 
 from int8run.checkpoints.reader import TensorFiles
@@ -104,15 +104,19 @@ def test_a_file_is_read_back_as_the_run_has_it(
         metrics = quantize(model, word, path, component=component)
         state, metadata = load_text_encoder(path, word, "dequantize")
         count = 6 - (number == 1 and word in WO_FLOAT)
-        assert metadata["formats"] == {word: count} and metadata["quant_format"]["found"] == word
+
+        assert metadata["formats"] == {word: count}
+        assert metadata["quant_format"]["found"] == word
         assert metrics["clip/layers_quantized"] == count and metrics["clip/layers_float"] == 8 - count, (
             "two tables, and what else"
         )
+
         config = json.loads((model / component / "config.json").read_text())
         found = build_text_encoder(state, metadata, config["architectures"][0], config, torch.float32)
         expected = on_the_fly(model, component, word)
-        read = asked_all(found)
-        for name, weight in asked_all(expected).items():
+        read = probe_weights(found)
+
+        for name, weight in probe_weights(expected).items():
             assert np.array_equal(read[name], weight), name
         assert torch.equal(answer(found), answer(expected))
 
@@ -122,40 +126,50 @@ def test_another_reader_reads_the_same(
     word: str, model: Path, quantize: Quantize, floats: dict[str, nn.Module], tmp_path: Path
 ) -> None:
     quantize(model, word, tmp_path / "x.safetensors")
-    real = {bare(name): reading.weight for name, reading in oracle.read(tmp_path / "x.safetensors").items()}
-    found = asked_all(on_the_fly(model, "text_encoder", word))
+    real = {strip_root(name): reading.weight for name, reading in oracle.read(tmp_path / "x.safetensors").items()}
+    found = probe_weights(on_the_fly(model, "text_encoder", word))
+
     for name, weight in found.items():
         assert np.allclose(weight, real[name], rtol=1e-4, atol=2e-5 * abs(weight).max()), name
 
 
 def test_what_is_written_beside(model: Path, quantize: Quantize, tmp_path: Path) -> None:
     quantize(model, "nvfp4", tmp_path / "folder", component="text_encoder_2")
+
     assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["config.json", "model.safetensors"]
+
     own = json.loads((model / "text_encoder_2" / "config.json").read_text())
+
     assert json.loads((tmp_path / "folder" / "config.json").read_text()) == own
+
     with safe_open(tmp_path / "folder" / "model.safetensors", "pt") as file:
         header = file.metadata()
     note = json.loads(header["int8run"])
-    assert (
-        header["format"] == "pt"
-        and (note["encoder"], note["format"]) == ("t5_old", "nvfp4")
-        and len(note["source"]["sha256"]) == 64
-    )
+
+    assert header["format"] == "pt"
+    assert (note["encoder"], note["format"]) == ("t5_old", "nvfp4")
+    assert len(note["source"]["sha256"]) == 64
     assert set(note["kept_float"]) == {
         "shared",
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
     }
+
     rows = list(csv.DictReader((tmp_path / "out" / "layers.csv").read_text().splitlines()))
+
     assert {
         row["name"]: row["rounding"] for row in rows if row["quantized"] == "true"
     }.keys() == load_text_encoder(tmp_path / "folder")[1]["layers"].keys()
+
     saved = json.loads((tmp_path / "out" / "metrics.json").read_text())
+
     assert (saved["format"], saved["encoder"], saved["save"]) == (
         "nvfp4",
         "t5_old",
         str(tmp_path / "folder" / "model.safetensors"),
     )
+
     sizes = saved["metrics"]["build/read_bytes"], saved["metrics"]["build/written_bytes"]
+
     assert sizes[1] == (tmp_path / "folder" / "model.safetensors").stat().st_size < 0.5 * sizes[0]
     assert saved["metrics"]["clip/weight_sqnr_db_mean"] > 15
 
@@ -165,11 +179,13 @@ def test_a_single_file_has_comfyuis_names(model: Path, quantize: Quantize, tmp_p
     held = load_file(tmp_path / "x.safetensors")
     own = load_file(model / "text_encoder" / "model.safetensors")
     layer = "text_model.encoder.layers.0.mlp.fc1"
+
     assert {f"{layer}.{part}" for part in ("weight", "weight_scale", "comfy_quant", "bias")} <= held.keys()
     assert json.loads(bytes(held[f"{layer}.comfy_quant"].tolist())) == {
         "format": "int8_tensorwise",
         "per_row": True,
     }
+
     floats = {
         key: tensor
         for key, tensor in held.items()
@@ -178,6 +194,7 @@ def test_a_single_file_has_comfyuis_names(model: Path, quantize: Quantize, tmp_p
     for key, tensor in floats.items():
         source = own.get(key, own.get(key.removeprefix("text_model.")))
         assert source is not None and torch.equal(tensor, source) and tensor.dtype == source.dtype, key
+
     assert len(floats) + 6 == len(own)
 
 
@@ -193,13 +210,15 @@ def test_the_command_writes_a_file_that_a_run_takes(
             "save=t5.safetensors",
             *small,
         )
+
         assert done.code == 0, done.err
+
         words = " ".join(done.out.split())
-        assert (
-            "encoder t5_old" in words
-            and "layers 5 · format int8_blockwise" in words
-            and "int8_blockwise 5 layers · float 3 (" in words
-        )
+
+        assert "encoder t5_old" in words
+        assert "layers 5 · format int8_blockwise" in words
+        assert "int8_blockwise 5 layers · float 3 (" in words
+
         size = [
             "sampler.height=16",
             "sampler.width=16",
@@ -209,8 +228,11 @@ def test_the_command_writes_a_file_that_a_run_takes(
             "int8.enable=false",
         ]
         done = command("clip=auto", "clip.path=t5.safetensors", *small, *size)
+
         assert done.code == 0, done.err
+
         words = " ".join(done.out.split())
+
         assert (
             "clip.path is text_encoder_2; not changed: text_encoder" in words
             and "text_encoder_2 int8_blockwise 5, float 4" in words
@@ -221,12 +243,14 @@ def test_the_command_writes_a_file_that_a_run_takes(
 
 
 def test_tokenizers_in_a_file_are_kept(quantize: Quantize, tmp_path: Path) -> None:
-    file = encoder("t5")
+    file = make_encoder_file("t5")
     file.text("spiece_model", b"\x00\x01words\xff")
     file.metadata["author"] = "x"
     source = file.write(tmp_path / "t5.safetensors")
     quantize(source, "nvfp4", tmp_path / "x.safetensors")
+
     assert bytes(load_file(tmp_path / "x.safetensors")["spiece_model"].tolist()) == b"\x00\x01words\xff"
+
     with safe_open(tmp_path / "x.safetensors", "pt") as held:
         assert held.metadata()["author"] == "x"
 
@@ -235,32 +259,39 @@ def test_the_same_format_is_copied(
     quantize: Quantize, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for word in ("int8_rowwise", "nvfp4", "float8_e4m3fn", "mxfp8", "float8_e4m3fn_cast"):
-        file = encoder("t5", word, quantized=["shared.weight"])
+        file = make_encoder_file("t5", word, quantized=["shared.weight"])
         source = file.write(tmp_path / "source.safetensors")
         metrics = quantize(source, word, tmp_path / f"{word}.safetensors")
         held, made = load_file(source), load_file(tmp_path / f"{word}.safetensors")
+
         assert held.keys() == made.keys()
         for key in held.keys() - {key for key in held if key.endswith("comfy_quant")}:
             assert torch.equal(
                 held[key].flatten().view(torch.uint8), made[key].flatten().view(torch.uint8)
             ), (word, key)
-        assert "clip/weight_sqnr_db_mean" not in metrics and metrics["clip/layers_quantized"] == 8
+        assert "clip/weight_sqnr_db_mean" not in metrics
+        assert metrics["clip/layers_quantized"] == 8
+
         rows = list(csv.DictReader((tmp_path / "out" / "layers.csv").read_text().splitlines()))
+
         assert {row["rounding"] for row in rows if row["quantized"] == "true"} == {
             f"{word}, as in the source"
         }
+
     assert not caplog.records
 
 
 def test_another_format_is_rounded_once_more(
     quantize: Quantize, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = encoder("clip_l", words=["int8_rowwise", "nvfp4"])
+    file = make_encoder_file("clip_l", words=["int8_rowwise", "nvfp4"])
     quantize(file.write(tmp_path / "source.safetensors"), "float8_e4m3fn_rowwise", tmp_path / "x.safetensors")
     message = (
         "layers that are quantized already are dequantized and rounded once more: 3 × int8_rowwise, 3 × nvfp4"
     )
+
     assert f"{tmp_path / 'source.safetensors'}: {message}" in caplog.text
+
     for name, reading in oracle.read(tmp_path / "x.safetensors").items():
         if name in file.words:
             expected = (
@@ -274,18 +305,20 @@ def test_another_format_is_rounded_once_more(
 
 
 def test_a_table_that_was_quantized_is_bfloat16(quantize: Quantize, tmp_path: Path) -> None:
-    file = encoder("t5", "int8_rowwise", quantized=["shared.weight"], dtype="F32")
+    file = make_encoder_file("t5", "int8_rowwise", quantized=["shared.weight"], dtype="F32")
     quantize(file.write(tmp_path / "source.safetensors"), "nvfp4", tmp_path / "x.safetensors")
     held = load_file(tmp_path / "x.safetensors")
+
     assert torch.equal(held["shared.weight"], torch.from_numpy(file.real["shared"]).float().bfloat16())
     assert held["encoder.final_layer_norm.weight"].dtype == torch.float32, "what was float stays what it was"
 
 
 def test_a_stale_description_is_left_out(quantize: Quantize, tmp_path: Path) -> None:
-    file = encoder("clip_l", "int8_convrot", carrier="both")
+    file = make_encoder_file("clip_l", "int8_convrot", carrier="both")
     quantize(file.write(tmp_path / "source.safetensors"), "mxfp8", tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", "pt") as held:
         assert "_quantization_metadata" not in held.metadata()
+
     assert load_text_encoder(tmp_path / "x.safetensors")[1]["formats"] == {"mxfp8": 6}
 
 
@@ -293,11 +326,12 @@ def test_one_of_a_checkpoints_encoders_is_written_without_its_prefix(
     quantize: Quantize, tmp_path: Path
 ) -> None:
     source = (
-        encoder("clip_l", dtype="F32")
+        make_encoder_file("clip_l", dtype="F32")
         .prefixed("text_encoders.clip_l.transformer.")
         .write(tmp_path / "source.safetensors")
     )
     quantize(source, "int8_rowwise", tmp_path / "x.safetensors")
+
     assert all(key.startswith("text_model.") for key in load_file(tmp_path / "x.safetensors"))
 
 
@@ -307,12 +341,17 @@ def test_a_folder_of_an_encoder_alone(
     quantize(model / "text_encoder", "int8_rowwise", tmp_path / "alone.safetensors")
     quantize(model, "int8_rowwise", tmp_path / "part.safetensors")
     alone, part = (load_file(tmp_path / f"{name}.safetensors") for name in ("alone", "part"))
-    assert alone.keys() == part.keys() and all(torch.equal(alone[key], part[key]) for key in alone)
+
+    assert alone.keys() == part.keys()
+    assert all(torch.equal(alone[key], part[key]) for key in alone)
+
     # and what was written to a folder is a source again
     quantize(model, "int8_rowwise", tmp_path / "folder")
     quantize(tmp_path / "folder", "int8_rowwise", tmp_path / "again.safetensors")
     again = load_file(tmp_path / "again.safetensors")
-    assert alone.keys() == again.keys() and all(torch.equal(alone[key], again[key]) for key in alone)
+
+    assert alone.keys() == again.keys()
+    assert all(torch.equal(alone[key], again[key]) for key in alone)
 
 
 def test_one_tensor_at_a_time(
@@ -334,9 +373,11 @@ def test_one_tensor_at_a_time(
     monkeypatch.setattr(StreamWriter, "write", writing)
     quantize(model, "int8_convrot", tmp_path / "x.safetensors", component="text_encoder_2")
     reads = [i for i, (what, _) in enumerate(events) if what == "read"]
+
     assert len(reads) == 11, "each tensor once, tied ones as well"
     for i in reads:
-        assert events[i + 1][0] == "write" and events[i + 1][1] == events[i][1]
+        assert events[i + 1][0] == "write"
+        assert events[i + 1][1] == events[i][1]
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------------------------
@@ -357,7 +398,8 @@ def test_a_format_is_needed(clip: str, message: str, model: Path, quantize: Quan
         quantize(model, clip, tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match="written in the format of clip=") as found:
         quantize(model, "nvfp4_modelopt", tmp_path / "x.safetensors", f"clip.path={model}")
-    assert "nvfp4_modelopt" not in str(found.value) and not (tmp_path / "x.safetensors").exists()
+    assert "nvfp4_modelopt" not in str(found.value)
+    assert not (tmp_path / "x.safetensors").exists()
     with pytest.raises(
         ConfigError, match=r"task=quantize reads model\.location; set it to the file, and clip\.path=null"
     ):
@@ -372,7 +414,9 @@ def test_a_place_is_needed(model: Path, quantize: Quantize, tmp_path: Path) -> N
         match=r"task\.component=text_encoder_3 is not a text encoder of .*; did you mean 'text_encoder_2'\? it has text_encoder,",
     ):
         quantize(model, "nvfp4", tmp_path / "x.safetensors", component="text_encoder_3")
+
     (tmp_path / "file").write_text("")
+
     with pytest.raises((ConfigError, FileError), match="file"):
         quantize(model, "nvfp4", tmp_path / "file" / "x.safetensors")
 
@@ -380,29 +424,38 @@ def test_a_place_is_needed(model: Path, quantize: Quantize, tmp_path: Path) -> N
 def test_the_source_is_not_overwritten(
     model: Path, quantize: Quantize, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = encoder("clip_l").write(tmp_path / "clip.safetensors")
+    source = make_encoder_file("clip_l").write(tmp_path / "clip.safetensors")
     before = source.read_bytes()
+
     with pytest.raises(
         ConfigError, match=r"save=.*clip\.safetensors is the source itself; choose another name"
     ):
         quantize(source, "nvfp4", source)
     assert source.read_bytes() == before
+
     folder = shutil.copytree(model / "text_encoder", tmp_path / "folder")
+
     with pytest.raises(ConfigError, match="is the source itself"):
         quantize(folder, "nvfp4", folder)
+
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"old")
     quantize(source, "nvfp4", other)
-    assert f"save={other} replaces an existing file" in caplog.text and len(other.read_bytes()) > 1000
+
+    assert f"save={other} replaces an existing file" in caplog.text
+    assert len(other.read_bytes()) > 1000
 
 
 def test_sources_that_are_none(model: Path, quantize: Quantize, tmp_path: Path) -> None:
     save = tmp_path / "x.safetensors"
+
     with pytest.raises(FileError, match="holds no text encoder that is known: it holds a VAE"):
         quantize(model / "vae", "nvfp4", save)
     with pytest.raises(FileError, match="nowhere"):
         quantize(tmp_path / "nowhere.safetensors", "nvfp4", save)
-    only_tables = encoder("t5", only=["shared", "relative", "layer_norm"])
+
+    only_tables = make_encoder_file("t5", only=["shared", "relative", "layer_norm"])
+
     with pytest.raises(FileError):
         quantize(only_tables.write(tmp_path / "tables.safetensors"), "nvfp4", save)
     assert not save.exists()
@@ -410,8 +463,9 @@ def test_sources_that_are_none(model: Path, quantize: Quantize, tmp_path: Path) 
 
 def test_numbers_that_are_none_stop_it(quantize: Quantize, tmp_path: Path) -> None:
     for key in ("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight"):
-        file: File = encoder("t5")
+        file: File = make_encoder_file("t5")
         file.put(key, "F32", np.full(file.tensors[key].shape, np.nan))
+
         with pytest.raises((ConfigError, FileError), match="NaN or infinity"):
             quantize(file.write(tmp_path / "t5.safetensors"), "nvfp4", tmp_path / "x.safetensors")
         assert not (tmp_path / "x.safetensors").exists(), "no half of a file is left"
@@ -420,9 +474,10 @@ def test_numbers_that_are_none_stop_it(quantize: Quantize, tmp_path: Path) -> No
 def test_layers_that_cannot_have_the_format(
     quantize: Quantize, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = encoder("t5", inner=100).write(tmp_path / "t5.safetensors")
+    source = make_encoder_file("t5", inner=100).write(tmp_path / "t5.safetensors")
     quantize(source, "float8_e4m3fn_blockwise", tmp_path / "x.safetensors")
     _, metadata = load_text_encoder(tmp_path / "x.safetensors", "float8_e4m3fn_blockwise")
+
     assert metadata["formats"] == {"float8_e4m3fn_blockwise": 4, "float8_e4m3fn_rowwise": 3}
     assert "3 layers cannot be float8_e4m3fn_blockwise: " in caplog.text
 
@@ -436,4 +491,5 @@ def test_biases_and_norms_of_a_checkpoint_stay_what_they_are(
     config = floats["text_encoder"].config.to_dict()
     found = answer(build_text_encoder(state, metadata, "CLIPTextModel", config, torch.float32))
     real = {name: reading.weight for name, reading in oracle.read(tmp_path / "x.safetensors").items()}
+
     assert_close("clip", found, answer(changed(floats["text_encoder"], real)), 1e-5)

@@ -54,26 +54,31 @@ def uploaded(int8run: Command) -> list[mlflow.entities.Run]:
 
 def test_runs_that_no_tracker_has_are_uploaded_once_and_fetched_again(int8run: Command, model: str) -> None:
     assert int8run("-m", "seed=0,1", model, *SMALL, "tracker=none").code == 0
+
     first = int8run("task=report", "sync=multirun")
-    assert (
-        first.code == 0
-        and "2 of 2 runs uploaded, 0 were there already" in first.out
-        and "runs: " in first.out
-    )
+
+    assert first.code == 0
+    assert "2 of 2 runs uploaded, 0 were there already" in first.out
+    assert "runs: " in first.out
+
     again = int8run("task=report", "sync=multirun")
-    assert again.code == 0 and "0 of 2 runs uploaded, 2 were there already" in again.out
+
+    assert again.code == 0
+    assert "0 of 2 runs uploaded, 2 were there already" in again.out
+
     runs = uploaded(int8run)
-    assert sorted(run.data.params["seed"] for run in runs) == ["0", "1"] and {
-        run.info.status for run in runs
-    } == {"FINISHED"}
+
+    assert sorted(run.data.params["seed"] for run in runs) == ["0", "1"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
     assert "sweep" in (int8run.folder / "multirun" / "report.html").read_text()
+
     sweep = runs[0].data.tags["sweep"]
     fetched = int8run("task=report", f"task.sweep={sweep}", "task.path=here")
-    assert (
-        fetched.code == 0
-        and f"sweep {sweep}, 2 runs" in fetched.out
-        and (int8run.folder / "here" / "report.html").is_file()
-    )
+
+    assert fetched.code == 0
+    assert f"sweep {sweep}, 2 runs" in fetched.out
+    assert (int8run.folder / "here" / "report.html").is_file()
+
     theirs = {r.config_hash: r for r in find_records(int8run.folder / "multirun")}
     for record in find_records(int8run.folder / "here"):
         assert record.metrics == theirs[record.config_hash].metrics
@@ -85,12 +90,18 @@ def test_a_tracker_that_is_away_is_an_error_for_who_asks_for_it(
     int8run: Command, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answers, "PING_PAUSES_S", (0.0, 0.01))
+
     assert int8run(model, *SMALL, "tracker=none").code == 0
+
     outcome = int8run(
         "task=report", "sync=outputs", "tracker.uri=http://127.0.0.1:9"
     )  # the discard port: nothing listens there
-    assert outcome.code == 1 and outcome.message.startswith("tracker.uri=http://127.0.0.1:9 does not answer")
+
+    assert outcome.code == 1
+    assert outcome.message.startswith("tracker.uri=http://127.0.0.1:9 does not answer")
+
     (record,) = find_records(int8run.folder / "outputs")
+
     assert not record.uploaded
 
 
@@ -100,15 +111,15 @@ def test_runs_that_were_meant_for_another_tracker_are_said(
     monkeypatch.setattr(answers, "PING_PAUSES_S", (0.0, 0.01))
     away = int8run(model, *SMALL, "tracker.uri=http://me:secret@127.0.0.1:9")
     words = " ".join(away.out.split())
-    assert (
-        away.code == 0
-        and "upload it later: int8run task=report sync=" in words
-        and "tracker.uri=http://127.0.0.1:9" in words
-    )
+
+    assert away.code == 0
+    assert "upload it later: int8run task=report sync=" in words
+    assert "tracker.uri=http://127.0.0.1:9" in words
+
     here = int8run("task=report", "sync=outputs")
-    assert here.code == 0 and "1 runs were meant for http://127.0.0.1:9 and go to sqlite:///" in " ".join(
-        here.out.split()
-    )
+
+    assert here.code == 0
+    assert "1 runs were meant for http://127.0.0.1:9 and go to sqlite:///" in " ".join(here.out.split())
     assert len(uploaded(int8run)) == 1
 
 
@@ -119,11 +130,10 @@ def test_a_sweep_that_lacks_jobs_says_so(int8run: Command) -> None:
     )
     outcome = int8run("task=report")
     said = "sweep a-1234, 1 of 3 jobs; its command with resume=true runs the rest"
-    assert (
-        outcome.code == 0
-        and said in outcome.out
-        and said in (int8run.folder / "multirun" / "a" / "report.html").read_text()
-    )
+
+    assert outcome.code == 0
+    assert said in outcome.out
+    assert said in (int8run.folder / "multirun" / "a" / "report.html").read_text()
 
 
 def test_the_newest_sweep_that_ran_is_reported(int8run: Command) -> None:
@@ -132,7 +142,9 @@ def test_the_newest_sweep_that_ran_is_reported(int8run: Command) -> None:
         if jobs:
             start_record(int8run.folder / "multirun" / name / "0", {**IDENTITY, "sweep": name})
     outcome = int8run("task=report")
-    assert outcome.code == 0 and (int8run.folder / "multirun" / "new" / "report.html").is_file()
+
+    assert outcome.code == 0
+    assert (int8run.folder / "multirun" / "new" / "report.html").is_file()
     assert not (int8run.folder / "multirun" / "old" / "report.html").exists()
 
 
@@ -157,5 +169,6 @@ def test_the_newest_sweep_that_ran_is_reported(int8run: Command) -> None:
 )
 def test_what_cannot_be_reported_is_named(int8run: Command, words: list[str], code: int, said: str) -> None:
     outcome = int8run("task=report", *words)
+
     assert outcome.code == code and re.match(said, outcome.message), outcome.message
     assert [name for name in int8run.made() if not name.startswith("ml")] == []

@@ -22,7 +22,7 @@ from int8run.errors import BackendError, ConfigError, FileError, LoraError
 from int8run.generate.generate import Generation
 from int8run.generate.prompts import build_samples
 from int8run.layers.int8_linear import Int8Linear
-from int8run.models.source import denoiser_names
+from int8run.models.resolve_weights import list_denoisers
 from int8run.pipeline import process_cache
 from int8run.pipeline.build import build_model
 from int8run.report.console import Progress
@@ -85,6 +85,7 @@ def image_bytes(out: Path) -> dict[str, bytes]:
 
 def test_a_run_leaves_everything(small: list[str], tmp_path: Path) -> None:
     metrics = run_job(small, tmp_path).metrics
+
     assert set(metrics) >= CONTRACT
     assert {p.name for p in tmp_path.iterdir()} == {
         "environment.json",
@@ -94,8 +95,11 @@ def test_a_run_leaves_everything(small: list[str], tmp_path: Path) -> None:
         "metrics.json",
     }
     assert len(list((tmp_path / "images").iterdir())) == 4  # two prompts, float and INT8
+
     saved = json.loads((tmp_path / "metrics.json").read_text())
-    assert saved["metrics"]["quality/psnr_db"] == metrics["quality/psnr_db"] and len(saved["images"]) == 2
+
+    assert saved["metrics"]["quality/psnr_db"] == metrics["quality/psnr_db"]
+    assert len(saved["images"]) == 2
     # of two drawings the times of three steps but the first, and the error after each step
     assert [len(values) for values in saved["series"].values()] == [4, 4, 3]
     assert [(i["key"], i["file"], i["float"]) for i in saved["images"]] == [
@@ -109,7 +113,9 @@ def test_layers_csv_names_every_linear_once(small: list[str], tmp_path: Path) ->
     run_job(small, tmp_path)
     rows = read_layers(tmp_path)
     linears = [n for n, m in random_pipeline().transformer.named_modules() if type(m).__name__ == "Linear"]
+
     assert sorted(r["name"] for r in rows) == sorted(linears)
+
     for row in rows:
         quantized = row["quantized"] == "true"
         assert bool(row["why_not"]) != quantized
@@ -120,6 +126,7 @@ def test_the_second_identical_run_gives_the_same_bits(small: list[str], tmp_path
     run_job(small, tmp_path / "a")
     process_cache.clear()
     run_job(small, tmp_path / "b")
+
     assert image_bytes(tmp_path / "a") == image_bytes(tmp_path / "b")
 
 
@@ -138,32 +145,37 @@ def test_two_backends_in_one_process_do_not_see_each_other(small: list[str]) -> 
 def test_runs_with_different_backends_are_built_anew(small: list[str], tmp_path: Path) -> None:
     run_job([*small, "backend=reference"], tmp_path / "a")
     second = run_job([*small, "backend=onednn"], tmp_path / "b")
+
     assert second.metrics["build/load_s"] > 0
+
     used = {r["backend_used"] for r in read_layers(tmp_path / "b")} - {""}
+
     assert used == {"onednn"}
 
 
 def test_a_run_with_the_same_build_reuses_the_model(small: list[str], tmp_path: Path) -> None:
     run_job(small, tmp_path / "a")
     again = run_job([*small, "seed=7"], tmp_path / "b")
+
     assert again.metrics["build/load_s"] == 0
     assert image_bytes(tmp_path / "a").values() != image_bytes(tmp_path / "b").values()
 
 
 def test_int8_disabled_is_the_float_model(small: list[str], tmp_path: Path) -> None:
     metrics = run_job([*small, "int8.enable=false"], tmp_path).metrics
-    assert metrics["quality/psnr_db"] == float("inf") and metrics["memory/denoiser_ratio"] == 1
+
+    assert metrics["quality/psnr_db"] == float("inf")
+    assert metrics["memory/denoiser_ratio"] == 1
     assert "quant/layers_int8" not in metrics
     assert '"quality/psnr_db": "inf"' in (tmp_path / "metrics.json").read_text()
 
 
 def test_without_a_baseline_only_int8_runs(small: list[str], tmp_path: Path) -> None:
     metrics = run_job([*small, "metrics.baseline=none"], tmp_path).metrics
-    assert (
-        "quality/psnr_db" not in metrics
-        and "speed/ratio_vs_float" not in metrics
-        and metrics["speed/step_ms_p50"] > 0
-    )
+
+    assert "quality/psnr_db" not in metrics
+    assert "speed/ratio_vs_float" not in metrics
+    assert metrics["speed/step_ms_p50"] > 0
     assert len(list((tmp_path / "images").iterdir())) == 2
 
 
@@ -172,17 +184,20 @@ def test_a_batch_does_not_change_whose_noise_a_picture_gets(small: list[str], tm
     process_cache.clear()
     run_job([*small, "int8.enable=false", "sampler.batch=2"], tmp_path / "b")
     pairs = zip(image_bytes(tmp_path / "a").values(), image_bytes(tmp_path / "b").values(), strict=True)
+
     # a larger batch may round differently by one step of 255
     assert all(max(abs(x - y) for x, y in zip(a, b, strict=True)) <= 1 for a, b in pairs)
 
 
 def test_model_type_none_quantizes_everything(small: list[str], tmp_path: Path) -> None:
     run_job([*small, "model_type=none"], tmp_path)
+
     assert {r["quantized"] for r in read_layers(tmp_path)} == {"true"}
 
 
 def test_nothing_converted_is_an_error(small: list[str], tmp_path: Path) -> None:
     keep = "model_type.ignore=[{pattern: '*', reason: asked}]"
+
     with pytest.raises(
         ConfigError, match=r"no layer became INT8 \(48 × asked\).*model_type=.*int8.enable=false"
     ):
@@ -203,16 +218,16 @@ class TestLora:
         on = run_job(lora, tmp_path / "on")
         off = run_job([*lora, "lora.strength=0"], tmp_path / "off")
         again = run_job(lora, tmp_path / "again")
-        assert (
-            on.metrics["build/load_s"] > 0
-            and off.metrics["build/load_s"] == 0
-            and again.metrics["build/load_s"] == 0
-        )
+
+        assert on.metrics["build/load_s"] > 0
+        assert off.metrics["build/load_s"] == 0
+        assert again.metrics["build/load_s"] == 0
         assert image_bytes(tmp_path / "off") == image_bytes(tmp_path / "plain")
         assert (
             image_bytes(tmp_path / "again") == image_bytes(tmp_path / "on") != image_bytes(tmp_path / "off")
         )
-        assert on.metrics["lora/modules_matched"] > 0 and "lora/modules_matched" not in plain.metrics
+        assert on.metrics["lora/modules_matched"] > 0
+        assert "lora/modules_matched" not in plain.metrics
         assert on.metrics["lora/overhead_ratio"] > 0
 
     def test_bake_and_dynamic_agree(self, lora: list[str], tmp_path: Path) -> None:
@@ -222,10 +237,10 @@ class TestLora:
         floats = [
             {n: b for n, b in image_bytes(tmp_path / m).items() if "float" in n} for m in ("dynamic", "bake")
         ]
+
         assert floats[0] == floats[1]
-        assert (
-            dynamic.metrics["quality/latent_rel_err"] < 0.02 and bake.metrics["quality/latent_rel_err"] < 0.02
-        )
+        assert dynamic.metrics["quality/latent_rel_err"] < 0.02
+        assert bake.metrics["quality/latent_rel_err"] < 0.02
 
     def test_a_lora_on_a_layer_that_stayed_float_works(self, small: list[str], tmp_path: Path) -> None:
         file = save_lora(
@@ -234,7 +249,9 @@ class TestLora:
         adapter = f"{{_target_: int8run.lora.config.Adapter, name: style, path: {file}, strength: 3.0}}"
         run_job(small, tmp_path / "plain")
         result = run_job([*small, f"lora.adapters=[{adapter}]"], tmp_path / "on")
-        assert result.metrics["lora/modules_matched"] == 2 and result.metrics["quality/latent_rel_err"] < 0.02
+
+        assert result.metrics["lora/modules_matched"] == 2
+        assert result.metrics["quality/latent_rel_err"] < 0.02
         assert image_bytes(tmp_path / "on") != image_bytes(tmp_path / "plain")
 
     def test_zero_matches_are_an_error(self, small: list[str], tmp_path: Path) -> None:
@@ -242,6 +259,7 @@ class TestLora:
             tmp_path / "other.safetensors", random_pipeline().transformer, prefix="transformer.elsewhere."
         )
         adapter = f"{{_target_: int8run.lora.config.Adapter, name: other, path: {file}}}"
+
         with pytest.raises(
             LoraError, match=r"none of its .* modules and keys is in the model.*another architecture"
         ):
@@ -256,14 +274,16 @@ def test_a_pipeline_without_a_denoiser_is_named() -> None:
         "transformer": [None, None],
     }
     message = r"FluxPipeline in /m has no denoiser: its components are tokenizer, transformer, vae; .*transformer or transformer_2 or unet$"
+
     with pytest.raises(ConfigError, match=message):
-        denoiser_names(index, Path("/m"))
+        list_denoisers(index, "/m")
 
 
 def test_backend_that_cannot_run_here_says_why(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"cpu_name": "old"})
+
     with pytest.raises(BackendError, match="backend 'onednn' cannot run here: needs a CPU with avx512_vnni"):
         run_job([*small, "backend=onednn"], tmp_path)
 
@@ -274,7 +294,7 @@ def test_unknown_attention_backend(small: list[str], tmp_path: Path) -> None:
 
 
 def test_unknown_sampler_argument(small: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sampler.extra.frames is no argument of FluxPipeline"):
+    with pytest.raises(ConfigError, match=r"sampler.extra.frames is not an argument of FluxPipeline"):
         run_job([*small, "+sampler.extra.frames=3"], tmp_path)
 
 
@@ -284,6 +304,7 @@ def test_unknown_sampler_argument(small: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["vnni", "onednn", "torch_int_mm"])
 def test_compiled_blocks_give_the_same_pictures(small: list[str], tmp_path: Path, backend: str) -> None:
     result = run_job([*small, "compile=blocks", f"backend={backend}"], tmp_path)
+
     assert result.metrics["quality/latent_rel_err"] < 0.02
 
 
@@ -329,11 +350,15 @@ def test_every_outlier_method_runs_with_every_rounding(
 ) -> None:
     run_job([*least, f"outlier={outlier}", f"rounding={rounding}", "metrics.baseline=run"], tmp_path)
     rows = int8_rows(tmp_path)
+
     assert len(rows) == 34
+
     for row in rows:
-        assert row["rounding"] == rounding and float(row["output_sqnr_db"]) > 20
+        assert row["rounding"] == rounding
+        assert float(row["output_sqnr_db"]) > 20
         if outlier != "auto":
             assert row["outlier"].split()[0] == ("none" if row["outlier_why_not"] else outlier)
+
     assert any(row["outlier"].split()[0] == outlier for row in rows) or outlier == "auto"
 
 
@@ -358,6 +383,7 @@ def test_layers_csv_says_how_each_layer_is_treated_and_why_not(
     found = {
         (int(row["in_features"]), (row["outlier"], row["outlier_why_not"])) for row in read_layers(tmp_path)
     }
+
     assert found == set(TREATED[outlier].items())
 
 
@@ -369,7 +395,8 @@ def test_layers_that_stay_float_are_treated_in_no_way(least: list[str], tmp_path
     run_job([*least, "outlier=quarot"], tmp_path)
     for row in read_layers(tmp_path):
         if row["quantized"] == "false":
-            assert row["why_not"] and {
+            assert row["why_not"]
+            assert {
                 row[c] for c in ("outlier", "outlier_why_not", "rounding", "backend_used", "weight_sqnr_db")
             } == {""}
 
@@ -380,7 +407,9 @@ def test_layers_that_a_method_cannot_take_are_counted_once(
 ) -> None:
     run_job([*least, f"outlier={outlier}"], tmp_path)
     (said,) = (r for r in caplog.records if "cannot take" in r.getMessage())
-    assert said.levelname == "WARNING" and said.getMessage() == (
+
+    assert said.levelname == "WARNING"
+    assert said.getMessage() == (
         f"outlier={outlier} cannot take 30 of 34 layers (28 × in_features=32 is not a multiple of 128; 2 × in_features=160 is not a "
         "multiple of 128); these are plain INT8"
     )
@@ -388,6 +417,7 @@ def test_layers_that_a_method_cannot_take_are_counted_once(
 
 def test_a_method_that_can_take_no_layer_is_one_line_and_code_2(least: list[str], command: Command) -> None:
     outcome = command(*least, "outlier=quarot", "outlier.group_size=256")
+
     assert (outcome.code, outcome.message) == (
         2,
         "outlier=quarot can take none of the 34 layers (28 × in_features=32 is not a multiple of 256; 4 × in_features=128 is not a "
@@ -404,9 +434,9 @@ def test_costs_of_automatic_methods_are_kept_in_the_backends_table(least: list[s
     )
     known = json.loads(table.read_text())
     costs = [key for key in known if " | cost of " in key]
-    assert any("cost of factor |" in key for key in costs) and any(
-        "cost of regular rotation of 16 |" in key for key in costs
-    )
+
+    assert any("cost of factor |" in key for key in costs)
+    assert any("cost of regular rotation of 16 |" in key for key in costs)
     assert all(float(known[key]) > 0 for key in costs)
     assert not (tmp_path / "home").exists()
 
@@ -429,10 +459,13 @@ def test_a_saved_model_draws_the_same_pictures(
     saved = tmp_path / ("m" if outlier in ("auto", "smoothquant", "hadanorm") else "m.safetensors")
     run_job([*least, f"outlier={outlier}", f"rounding={rounding}", f"save={saved}"], tmp_path / "a")
     run_job([*least, f"outlier={outlier}", f"int8.checkpoint={saved}"], tmp_path / "b")
+
     assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
+
     one, two = (
         [row | {"output_sqnr_db": ""} for row in read_layers(tmp_path / out)] for out in "ab"
     )  # b has no float model
+
     assert one == two
 
 
@@ -465,18 +498,23 @@ def rotated(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_saved_file_holds_the_whole_denoiser_and_how_it_was_made(rotated: Path, model: str) -> None:
     expected, tensors = random_pipeline().transformer.state_dict(), load_file(rotated)
     int8 = {key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")}
+
     # 34 Linears of diffusers; their authors have 3 of each of the 4 attentions in one, and 4 of each of the 2 single blocks
-    assert len(int8) == 34 - 4 * 2 - 2 * 3 and all(
-        tensors[f"{name}.weight"].dtype == torch.int8 for name in int8
-    )
+    assert len(int8) == 34 - 4 * 2 - 2 * 3
+    assert all(tensors[f"{name}.weight"].dtype == torch.int8 for name in int8)
+
     beside = sum(t.numel() for key, t in tensors.items() if key.endswith(("weight_scale", "comfy_quant")))
+
     assert sum(t.numel() for t in tensors.values()) - beside == sum(t.numel() for t in expected.values())
     for own, key in (
         ("x_embedder.weight", "img_in.weight"),
         ("transformer_blocks.0.attn.to_out.0.bias", "double_blocks.0.img_attn.proj.bias"),
     ):
-        assert torch.equal(tensors[key], expected[own]) and tensors[key].dtype == expected[own].dtype
+        assert torch.equal(tensors[key], expected[own])
+        assert tensors[key].dtype == expected[own].dtype
+
     note = json.loads(read_header(rotated)[1]["int8run"])
+
     assert (note["model"], note["family"], note["outlier"], note["rounding"]) == (
         model,
         "flux",
@@ -490,7 +528,9 @@ def test_a_saved_file_holds_the_whole_denoiser_and_how_it_was_made(rotated: Path
         14,
     )
     assert note["kept_float"]["x_embedder"] == "input embedder"
+
     weights = Path(model) / "transformer" / "diffusion_pytorch_model.safetensors"
+
     assert note["source_sha256"] == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
 
 
@@ -498,13 +538,17 @@ def test_a_model_in_half_precision_is_saved_in_it(least: list[str], tmp_path: Pa
     saved, half = tmp_path / "saved", [*least, "model.dtype=bfloat16", "outlier=hadanorm"]
     run_job([*half, f"save={saved}"], tmp_path / "a")
     run_job([*half, f"int8.checkpoint={saved}"], tmp_path / "b")
+
     assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
+
     found = {
         key.rpartition(".")[2]: set() for key in load_file(saved / "diffusion_pytorch_model.safetensors")
     }
     for key, tensor in load_file(saved / "diffusion_pytorch_model.safetensors").items():
         found[key.rpartition(".")[2]].add(tensor.dtype)
-    assert found["bias"] == {torch.bfloat16} and found["weight"] == {torch.int8, torch.bfloat16}
+
+    assert found["bias"] == {torch.bfloat16}
+    assert found["weight"] == {torch.int8, torch.bfloat16}
     assert found["weight_scale"] == found["pre_quant_scale"] == {torch.float32}, (
         "what the integers need is never rounded to half"
     )
@@ -514,8 +558,12 @@ def test_a_checkpoint_can_be_saved_again(least: list[str], rotated: Path, tmp_pa
     again = tmp_path / "again.safetensors"
     run_job([*least, "outlier=auto", f"int8.checkpoint={rotated}", f"save={again}"], tmp_path)
     one, two = load_file(rotated), load_file(again)
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
     note = json.loads(read_header(again)[1]["int8run"])
+
     assert (note["rounding"], note["checkpoint"], note["settings"]) == ("absmax", str(rotated), {})
 
 
@@ -526,14 +574,18 @@ def test_a_model_may_be_saved_in_place_of_its_own_checkpoint(
     place.write_bytes(rotated.read_bytes())
     run_job([*least, "outlier=auto", f"int8.checkpoint={place}", f"save={place}"], tmp_path)
     one, two = load_file(rotated), load_file(place)
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_a_checkpoint_treated_otherwise_than_asked_is_one_line_and_code_3(
     least: list[str], rotated: Path, command: Command
 ) -> None:
     outcome = command(*least, "outlier=smoothquant", f"int8.checkpoint={rotated}")
-    assert outcome.code == 3 and outcome.message.startswith(
+
+    assert outcome.code == 3
+    assert outcome.message.startswith(
         f"{rotated} contradicts outlier=smoothquant in 34 of 34 layers (transformer_blocks"
     )
     assert outcome.message.endswith("; set outlier=auto to take what the file has, or quantize again")
@@ -541,23 +593,25 @@ def test_a_checkpoint_treated_otherwise_than_asked_is_one_line_and_code_3(
 
 def test_a_checkpoint_that_is_not_there_is_one_line_and_code_3(least: list[str], command: Command) -> None:
     outcome = command(*least, "int8.checkpoint=absent.safetensors")
-    assert outcome.code == 3 and outcome.message.startswith("absent.safetensors: no such file (looked for /")
+
+    assert outcome.code == 3
+    assert outcome.message.startswith("absent.safetensors: no such file (looked for /")
 
 
 def test_a_place_that_cannot_be_written_is_one_line_and_code_3(least: list[str], command: Command) -> None:
     (command.folder / "m.safetensors").mkdir()
     outcome = command(*least, "save=m.safetensors")
-    assert (
-        outcome.code == 3
-        and "m.safetensors cannot be written: " in outcome.message
-        and "folder" in outcome.message
-    )
+
+    assert outcome.code == 3
+    assert "m.safetensors cannot be written: " in outcome.message
+    assert "folder" in outcome.message
 
 
 def test_a_checkpoint_of_another_models_weights_is_refused(
     least: list[str], rotated: Path, tmp_path: Path
 ) -> None:
     other = save_random_pipeline(tmp_path / "other", seed=1)
+
     with pytest.raises(FileError, match=r"does not hold this model's weight \(SQNR -\d.* dB"):
         run_job(
             [*least, f"model.location={other}", "outlier=convrot", f"int8.checkpoint={rotated}"], tmp_path
@@ -568,8 +622,11 @@ def test_the_layers_of_a_checkpoint_are_int8_whatever_the_family_says(
     least: list[str], rotated: Path, tmp_path: Path
 ) -> None:
     run_job([*least, "model_type=none", "outlier=convrot", f"int8.checkpoint={rotated}"], tmp_path)
+
     assert len(int8_rows(tmp_path)) == 34
+
     note = json.loads(read_header(rotated)[1]["int8run"])
+
     assert {row["name"]: row["why_not"] for row in read_layers(tmp_path) if row["why_not"]} == note[
         "kept_float"
     ]
@@ -593,29 +650,38 @@ class TestBudget:
         self, budget: list[str], tmp_path: Path
     ) -> None:
         free = run_job([*budget, "quality_db=1"], tmp_path / "free").metrics
+
         assert (free["budget/layers_kept"], free["quant/layers_int8"]) == (0, 34)
         assert (
             free["budget/reached_db"] == free["budget/without_db"] == pytest.approx(decibels(free), abs=1e-3)
         )
+
         asked = free["budget/without_db"] + 3
         saved = tmp_path / "saved"
         met = run_job([*budget, f"quality_db={asked}", f"save={saved}"], tmp_path / "met").metrics
-        assert met["budget/without_db"] == free["budget/without_db"] and met["budget/asked_db"] == asked
+
+        assert met["budget/without_db"] == free["budget/without_db"]
+        assert met["budget/asked_db"] == asked
         # the run draws the calibration's own pictures, so that it must measure what the budget promised
         assert asked <= met["budget/reached_db"] == pytest.approx(decibels(met), abs=1e-3)
+
         kept = [
             row
             for row in read_layers(tmp_path / "met")
             if row["why_not"].startswith("quality budget: alone it makes ")
         ]
-        assert len(kept) == met["budget/layers_kept"] > 0 and met["quant/layers_int8"] == 34 - len(kept)
+
+        assert len(kept) == met["budget/layers_kept"] > 0
+        assert met["quant/layers_int8"] == 34 - len(kept)
         assert all(
             row["why_not"].endswith("% of all layers' error") and row["backend_used"] == row["outlier"] == ""
             for row in kept
         )
         assert met["budget/memory_ratio"] > 1
+
         # in the file these layers are float, too
         run_job([*budget, "model_type.mixed_precision=none", f"int8.checkpoint={saved}"], tmp_path / "read")
+
         assert files_in(tmp_path / "met") == files_in(tmp_path / "read")
         assert {row["name"] for row in int8_rows(tmp_path / "read")} == {
             row["name"] for row in int8_rows(tmp_path / "met")
@@ -627,18 +693,22 @@ class TestBudget:
         metrics = run_job(
             [*budget, "outlier=auto", f"int8.checkpoint={rotated}", "quality_db=70"], tmp_path
         ).metrics
-        assert metrics["budget/reached_db"] >= 70 and metrics["budget/layers_kept"] > 0
+
+        assert metrics["budget/reached_db"] >= 70
+        assert metrics["budget/layers_kept"] > 0
         assert {row["outlier"].split()[0] for row in int8_rows(tmp_path)} == {"convrot"}
 
     def test_what_the_budget_paid_is_said(self, budget: list[str], command: Command) -> None:
         outcome = command(*budget, "quality_db=1")
-        assert outcome.code == 0 and "\nquality budget 1 dB: met at " in outcome.out
+
+        assert outcome.code == 0
+        assert "\nquality budget 1 dB: met at " in outcome.out
 
     def test_a_budget_beyond_reach_is_one_line_and_code_2(self, budget: list[str], command: Command) -> None:
         outcome = command(*budget, "quality_db=200")
-        assert outcome.code == 2 and outcome.message.startswith(
-            "quality_db=200 is met by the float model alone: "
-        )
+
+        assert outcome.code == 2
+        assert outcome.message.startswith("quality_db=200 is met by the float model alone: ")
 
 
 def decibels(metrics: dict[str, float]) -> float:
@@ -655,6 +725,7 @@ def test_a_checkpoint_takes_dynamic_loras_and_no_other_baked_ones(
         [*least, "outlier=convrot", lora, "lora.mode=dynamic", f"int8.checkpoint={rotated}"],
         tmp_path / "read",
     )
+
     assert files_in(tmp_path / "made") == files_in(tmp_path / "read")
     # so weak a LoRA could not be told from rounding by the weights
     with pytest.raises(
@@ -665,11 +736,13 @@ def test_a_checkpoint_takes_dynamic_loras_and_no_other_baked_ones(
             [*least, "outlier=convrot", lora, "lora.mode=bake", f"int8.checkpoint={rotated}"],
             tmp_path / "bake",
         )
+
     baked = tmp_path / "baked.safetensors"
     run_job([*least, "outlier=convrot", lora, "lora.mode=bake", f"save={baked}"], tmp_path / "bake")
     run_job(
         [*least, "outlier=convrot", lora, "lora.mode=bake", f"int8.checkpoint={baked}"], tmp_path / "again"
     )
+
     assert files_in(tmp_path / "bake") == files_in(tmp_path / "again")
 
 
@@ -680,15 +753,17 @@ def test_a_busy_machine_is_named():
         "float/step_ms_p50": 10.0,
         "float/step_ms_p90": 12.0,
     }
-    assert not has_scattered_times(steady) and not has_scattered_times({})
-    assert has_scattered_times(steady | {"speed/step_ms_p90": 11.0}) and has_scattered_times(
-        steady | {"float/step_ms_p90": 21.0}
-    )
+
+    assert not has_scattered_times(steady)
+    assert not has_scattered_times({})
+    assert has_scattered_times(steady | {"speed/step_ms_p90": 11.0})
+    assert has_scattered_times(steady | {"float/step_ms_p90": 21.0})
 
 
 def test_drawings_that_are_no_numbers_are_refused() -> None:
     good, bad = torch.zeros(2, 3), torch.tensor([[0.0, 1.0], [float("nan"), 1.0]])
     check_images(Generation(trajectories=[good]), "INT8")
+
     with pytest.raises(
         FileError,
         match=r"^the latents of 1 of 2 samples of the INT8 model are NaN or infinite; its weights are damaged",

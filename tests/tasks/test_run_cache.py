@@ -35,9 +35,9 @@ def model(original: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> Iterator[None]:
-    process_cache.forget()
+    process_cache.clear()
     yield
-    process_cache.forget()
+    process_cache.clear()
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             seen.append(plan.name)
             yield plan, layer
 
-    monkeypatch.setattr(quantize_denoiser, "quantized_layers", watched)
+    monkeypatch.setattr(quantize_denoiser, "quantize_layers", watched)
     return seen
 
 
@@ -61,7 +61,7 @@ def job(tmp_path: Path) -> Callable[..., RunResult]:
     numbers = iter(range(99))
 
     def start(model: Path | str, *words: str) -> RunResult:
-        process_cache.forget()
+        process_cache.clear()
         size = [
             "sampler.height=16",
             "sampler.width=16",
@@ -110,10 +110,15 @@ def test_a_second_run_quantizes_nothing_and_draws_the_same(
     model: Path, job: Callable[..., RunResult], quantized: list[str], words: list[str], tmp_path: Path
 ) -> None:
     first = job(model, *words)
-    assert len(quantized) == 34 and len(kept(tmp_path)) == 1
+
+    assert len(quantized) == 34
+    assert len(kept(tmp_path)) == 1
+
     second = job(model, *words)
+
     assert len(quantized) == 34, "quantized again"
-    assert pictures(first) == pictures(second) and layers(first) == layers(second)
+    assert pictures(first) == pictures(second)
+    assert layers(first) == layers(second)
     assert first.metrics["quant/macs_int8_share"] == second.metrics["quant/macs_int8_share"]
 
 
@@ -122,7 +127,9 @@ def test_the_same_weights_elsewhere_are_the_same(
 ) -> None:
     first = job(model)
     moved = shutil.move(model, tmp_path / "moved")
-    assert pictures(job(moved, "metrics.baseline=run")) == pictures(first) and len(quantized) == 34
+
+    assert pictures(job(moved, "metrics.baseline=run")) == pictures(first)
+    assert len(quantized) == 34
 
 
 OTHER = {
@@ -145,6 +152,7 @@ def test_other_settings_are_quantized_anew(
     quantized.clear()
     # these have no say in the integers
     job(model, "sampler.steps=1", "seed=3", "prompts.prompts=[b]", "int8.small_batch_fallback=never")
+
     assert not quantized
 
 
@@ -158,7 +166,9 @@ def test_another_weight_is_quantized_anew(
     )
     save_file(tensors, model / WEIGHTS, {"format": "pt"})
     quantized.clear()
-    assert pictures(job(model)) != pictures(first) and len(quantized) == 34
+
+    assert pictures(job(model)) != pictures(first)
+    assert len(quantized) == 34
 
 
 def lora(path: Path, strength: float = 1.0, mode: str = "bake") -> list[str]:
@@ -174,20 +184,29 @@ def test_baked_loras_count_and_others_do_not(
     file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer)
     baked = job(model, *lora(file))
     quantized.clear()
-    assert pictures(job(model, *lora(file))) == pictures(baked) and not quantized
-    assert pictures(job(model, *lora(file, 0.5))) != pictures(baked) and quantized
+
+    assert pictures(job(model, *lora(file))) == pictures(baked)
+    assert not quantized
+    assert pictures(job(model, *lora(file, 0.5))) != pictures(baked)
+    assert quantized
+
     quantized.clear()
     tensors = load_file(file)
     save_file({key: tensor * 2 for key, tensor in tensors.items()}, file)  # another LoRA of that name
-    assert pictures(job(model, *lora(file))) != pictures(baked) and quantized
+
+    assert pictures(job(model, *lora(file))) != pictures(baked)
+    assert quantized
+
     quantized.clear()
     job(model)
+
     assert quantized, "without a LoRA"
+
     quantized.clear()
     dynamic = job(model, *lora(file, mode="dynamic"))
-    assert not quantized and pictures(dynamic) == pictures(
-        job(model, *lora(file, mode="dynamic"), "cache.limit_gb=0")
-    )
+
+    assert not quantized
+    assert pictures(dynamic) == pictures(job(model, *lora(file, mode="dynamic"), "cache.limit_gb=0"))
 
 
 def cut(path: Path) -> None:
@@ -226,10 +245,15 @@ def test_a_damaged_file_is_made_anew(
     damage(file)
     quantized.clear()
     with caplog.at_level(logging.WARNING):
-        assert pictures(job(model)) == pictures(first) and len(quantized) == 34
+        assert pictures(job(model)) == pictures(first)
+        assert len(quantized) == 34
+
     assert f"{file} is not used and removed from the cache" in caplog.text
+
     quantized.clear()
-    assert pictures(job(model)) == pictures(first) and not quantized
+
+    assert pictures(job(model)) == pictures(first)
+    assert not quantized
 
 
 def test_nothing_is_kept_where_nothing_is_allowed(
@@ -237,7 +261,9 @@ def test_nothing_is_kept_where_nothing_is_allowed(
 ) -> None:
     job(model, "cache.limit_gb=0")
     job(model, "cache.limit_gb=0")
-    assert len(quantized) == 68 and not (tmp_path / "cache").exists()
+
+    assert len(quantized) == 68
+    assert not (tmp_path / "cache").exists()
 
 
 # -- what the float model drew ------------------------------------------------------------------------------------------
@@ -266,14 +292,19 @@ def test_a_cached_baseline_says_what_a_run_says(
     run = job(model, "metrics.baseline=run")
     drawn.clear()
     first = job(model, CACHED)
+
     assert drawn == [True, False] and len(kept(tmp_path, "float")) == 1, (
         "the float model alone, then the INT8 model alone"
     )
+
     drawn.clear()
     second = job(model, CACHED)
+
     assert drawn == [False], "no float model in the second run"
     for result in (first, second):
-        assert pictures(result) == pictures(run) and result.baseline is not None and run.baseline is not None
+        assert pictures(result) == pictures(run)
+        assert result.baseline is not None
+        assert run.baseline is not None
         assert [f.tobytes() for f in result.baseline.images] == [f.tobytes() for f in run.baseline.images]
         assert {key: result.metrics[key] for key in QUALITY} == {key: run.metrics[key] for key in QUALITY}
         assert result.metrics["float/denoiser_bytes"] == run.metrics["float/denoiser_bytes"]
@@ -303,11 +334,14 @@ def test_other_drawings_are_drawn(
         assert True in drawn, words
     drawn.clear()
     job(model, CACHED, "outlier=convrot", "rounding=mse")  # which the float model knows nothing of
+
     assert True not in drawn
+
     (model / "scheduler" / "scheduler_config.json").write_text(
         (model / "scheduler" / "scheduler_config.json").read_text().replace('"shift": 1.0', '"shift": 3.0')
     )
     job(model, CACHED)
+
     assert True in drawn, "another scheduler in the folder"
 
 
@@ -320,9 +354,12 @@ def test_loras_and_schedules_of_them_are_drawings_of_their_own(
     for words in (dynamic, lora(file, 0.5, "dynamic"), scheduled):
         drawn.clear()
         made = job(model, CACHED, *words)
+
         assert True in drawn, words
+
         drawn.clear()
         again, run = job(model, CACHED, *words), job(model, "metrics.baseline=run", *words)
+
         assert drawn[0] is False
         for result in (made, again):
             assert {key: result.metrics[key] for key in QUALITY} == {key: run.metrics[key] for key in QUALITY}
@@ -340,10 +377,9 @@ def test_a_damaged_drawing_is_drawn_again(
     for damage in (cut, empty):
         damage(file)
         drawn.clear()
-        assert (
-            job(model, CACHED).metrics["quality/psnr_db"] == first.metrics["quality/psnr_db"]
-            and True in drawn
-        )
+
+        assert job(model, CACHED).metrics["quality/psnr_db"] == first.metrics["quality/psnr_db"]
+        assert True in drawn
         assert f"{file} is not used and removed from the cache" in caplog.text
 
 
@@ -353,13 +389,12 @@ def test_the_float_job_is_the_same_without_int8() -> None:
     spec = make_spec(
         ["metrics.baseline=cached", "model_type.mixed_precision=auto", "quality_db=40", "save=m.safetensors"]
     )
-    alone = baseline.float_spec(spec)
-    assert (
-        not alone.int8.enable
-        and alone.save is None
-        and alone.needs_float
-        and alone.float_key == spec.float_key
-    )
+    alone = spec.float_only
+
+    assert not alone.int8.enable
+    assert alone.save is None
+    assert alone.needs_float_denoiser
+    assert alone.float_key == spec.float_key
 
 
 # -- files of our own ---------------------------------------------------------------------------------------------------
@@ -373,11 +408,16 @@ def test_a_saved_model_is_a_checkpoint_and_a_model(
     quantized.clear()
     read = job(model, f"int8.checkpoint={tmp_path / name}", "cache.limit_gb=0")
     itself = job(tmp_path / name, f"++model.base={model}", "cache.limit_gb=0")
-    assert pictures(read) == pictures(itself) == pictures(made) and not quantized
+
+    assert pictures(read) == pictures(itself) == pictures(made)
+    assert not quantized
+
     again = tmp_path / f"again_{name}"
     job(tmp_path / name, f"++model.base={model}", f"save={again}", "cache.limit_gb=0")
     one, two = (load_file(p if p.is_file() else p / WEIGHTS.name) for p in (tmp_path / name, again))
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 @pytest.mark.parametrize("mode", ["bake", "dynamic", "stochastic"])
@@ -390,9 +430,11 @@ def test_loras_on_a_streamed_model_are_those_of_a_resident_one(
     words = [*lora(file, 0.7, mode), "cache.limit_gb=0"]
     streamed, resident = job(model, *words), job(model, *words, "metrics.baseline=run")
     without = job(model, "cache.limit_gb=0")
+
     assert pictures(streamed) != pictures(without)
     for key in ("lora/modules_matched", f"lora/layers_{mode}"):
         assert streamed.metrics.get(key) == resident.metrics.get(key)
+
     if mode != "stochastic":
         # of a resident model stochastic rounding may start from float weights, of a streamed one from integers: near, not equal
         assert pictures(streamed) == pictures(resident)
@@ -410,7 +452,9 @@ def test_baked_integers_are_the_same_streamed_and_resident(
     job(model, *words, f"save={tmp_path / 'a.safetensors'}")
     job(model, *words, f"save={tmp_path / 'b.safetensors'}", "metrics.baseline=run")
     one, two = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 # -- two experts --------------------------------------------------------------------------------------------------------
@@ -431,24 +475,35 @@ def test_two_experts_are_kept_and_found(
 ) -> None:
     first = job(experts, *WAN)
     names = {name.partition(".")[0] for name in quantized}
+
     assert names == {"transformer", "transformer_2"}
+
     quantized.clear()
     second = job(experts, *WAN)
-    assert not quantized and pictures(first) == pictures(second) and layers(first) == layers(second)
+
+    assert not quantized
+    assert pictures(first) == pictures(second)
+    assert layers(first) == layers(second)
 
 
 def test_two_experts_go_into_a_folder_and_come_back(
     experts: Path, job: Callable[..., RunResult], quantized: list[str], tmp_path: Path
 ) -> None:
     made = job(experts, *WAN, f"save={tmp_path / 'saved'}", "cache.limit_gb=0")
+
     assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["transformer", "transformer_2"]
+
     quantized.clear()
     read = job(experts, *WAN, f"int8.checkpoint={tmp_path / 'saved'}", "cache.limit_gb=0")
     files = {name: str(tmp_path / "saved" / name / WEIGHTS.name) for name in ("transformer", "transformer_2")}
     mapping = "{" + ", ".join(f"{name}: {path}" for name, path in files.items()) + "}"
     itself = job(mapping, f"++model.base={experts}", *WAN, "cache.limit_gb=0")
-    assert pictures(read) == pictures(itself) == pictures(made) and not quantized
+
+    assert pictures(read) == pictures(itself) == pictures(made)
+    assert not quantized
+
     job(experts, *WAN, f"save={tmp_path / 'one.safetensors'}", "cache.limit_gb=0")
+
     assert sorted(p.name for p in tmp_path.glob("one*")) == [
         "one_transformer.safetensors",
         "one_transformer_2.safetensors",

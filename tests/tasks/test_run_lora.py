@@ -135,6 +135,7 @@ def test_both_models_follow_a_schedule(
     on, off = (draw(spec, lora=stack(files["style"], strength)) for strength in (1.0, 0.0))
     switched = draw(spec, lora=stack(files["style"], SWITCH))
     first = math.ceil(steps / 2)  # steps that begin before the half
+
     for name, found in latents(switched).items():
         for picture, with_lora, without in zip(found, latents(on)[name], latents(off)[name], strict=True):
             assert torch.equal(picture[:first], with_lora[:first]) and not torch.equal(
@@ -144,12 +145,17 @@ def test_both_models_follow_a_schedule(
                 assert not torch.equal(picture[step], with_lora[step]) and not torch.equal(
                     picture[step], without[step]
                 ), (name, step)
+
     branches = [layer.branch.strengths for layer in built().loras.dynamic_layers]
+
     assert len(branches) == 16 and all(s.eq(1).all() for s in branches), (
         "what is measured after it, and the next job, have the first strength"
     )
-    assert switched.metrics["quality/latent_rel_err"] < 0.02 and switched.metrics["speed/images_per_s"] > 0
+    assert switched.metrics["quality/latent_rel_err"] < 0.02
+    assert switched.metrics["speed/images_per_s"] > 0
+
     again = draw(spec, lora=stack(files["style"], SWITCH))
+
     assert again.metrics["build/load_s"] == 0 and same(again, switched), "strengths begin again at the first"
 
 
@@ -160,6 +166,7 @@ def test_schedules_that_change_nothing_are_plain_strengths(
         fixed = draw(plain, lora=stack(files["style"], strength))
         for schedule in schedules:
             assert same(draw(plain, lora=stack(files["style"], schedule)), fixed), schedule
+
     assert built().loras.layers_by_mode == {"dynamic": 16}
 
 
@@ -172,7 +179,9 @@ def test_a_schedule_comes_from_the_command_line(
     ]
     found = run_job([*small, *words], tmp_path / "run")
     expected = draw(plain, lora=replace(stack(files["style"], SWITCH), strength=0.5))
-    assert same(found, expected) and found.metrics["lora/layers_dynamic"] == 16
+
+    assert same(found, expected)
+    assert found.metrics["lora/layers_dynamic"] == 16
 
 
 def test_a_lora_that_begins_later_starts_at_its_step(
@@ -206,16 +215,19 @@ def test_all_modes_draw_the_pictures_of_the_merged_float_model(
     for mode, result in found.items():
         process_cache.clear()
         (float_latents,), (plain_latents,) = latents(result)["float"], latents(without)["float"]
+
         assert (float_latents[-1] - plain_latents[-1]).norm() > 0.3 * plain_latents[-1].norm()
         assert result.metrics["quality/latent_rel_err"] < 0.04, mode
         assert torch.equal(float_latents, latents(found["dynamic"])["float"][0])
         # all Linears have a change: INT8 ones by the mode, the 14 float ones by the merge
         assert result.metrics["lora/modules_matched"] == 48
+
         modes = {
             name.removeprefix("lora/layers_"): n
             for name, n in result.metrics.items()
             if name.startswith("lora/layers_")
         }
+
         assert (
             modes
             == {
@@ -225,6 +237,7 @@ def test_all_modes_draw_the_pictures_of_the_merged_float_model(
                 "auto": {"bake": 22, "dynamic": 12},
             }[mode]
         )
+
     assert len({tuple(r.candidate.trajectories[0][-1].flatten().tolist()) for r in found.values()}) == 4, (
         "four ways to round"
     )
@@ -240,6 +253,7 @@ def test_strength_0_is_the_model_itself_in_every_mode(
     for mode in ("dynamic", "stochastic"):
         on, off = (draw(plain, lora=stack(files["every"], strength, mode)) for strength in (1.0, 0.0))
         assert off.metrics["build/load_s"] == 0 and same(off, without) and not same(on, without), mode
+
     assert same(draw(plain, lora=stack(files["every"], 0.0, "bake")), without)
 
 
@@ -266,20 +280,23 @@ def test_a_text_encoders_lora_moves_what_the_prompt_says_and_back(
     t5, clip = embeddings()
     on = draw(plain, lora=both(files, 3.0))
     strong_t5, strong_clip = embeddings()
-    assert not torch.equal(strong_t5, t5) and not torch.equal(strong_clip, clip)
-    assert (
-        not same(on, without)
-        and on.metrics["lora/modules_matched"] == 8
-        and "lora/layers_dynamic" not in on.metrics
-    )
+
+    assert not torch.equal(strong_t5, t5)
+    assert not torch.equal(strong_clip, clip)
+    assert not same(on, without)
+    assert on.metrics["lora/modules_matched"] == 8
+    assert "lora/layers_dynamic" not in on.metrics
+
     off = draw(plain, lora=both(files, 0.0))
-    assert (
-        off.metrics["build/load_s"] == 0
-        and all(map(torch.equal, embeddings(), (t5, clip)))
-        and same(off, without)
-    )
+
+    assert off.metrics["build/load_s"] == 0
+    assert all(map(torch.equal, embeddings(), (t5, clip)))
+    assert same(off, without)
+
     again = draw(plain, lora=both(files, 3.0))
-    assert same(again, on) and all(map(torch.equal, embeddings(), (strong_t5, strong_clip)))
+
+    assert same(again, on)
+    assert all(map(torch.equal, embeddings(), (strong_t5, strong_clip)))
 
 
 def test_text_strength_moves_the_text_part_alone(
@@ -288,8 +305,12 @@ def test_text_strength_moves_the_text_part_alone(
     without = draw(plain)
     t5, clip = embeddings()
     quiet = draw(plain, lora=both(files, 3.0, text_strength=0.0))
-    assert same(quiet, without) and all(map(torch.equal, embeddings(), (t5, clip)))
+
+    assert same(quiet, without)
+    assert all(map(torch.equal, embeddings(), (t5, clip)))
+
     loud = draw(plain, lora=both(files, 0.0, text_strength=3.0))
+
     assert not same(loud, without)
     assert same(draw(plain, lora=both(files, 3.0)), loud), "without a strength of its own it is the LoRA's"
 
@@ -307,15 +328,23 @@ def test_prompts_are_encoded_once_for_all_jobs_of_a_build(
     monkeypatch.setattr(FluxPipeline, "encode_prompt", counted)
     spec = replace(plain, prompts=PromptSet(["a", "b", "a b"]))
     first = draw(spec, lora=both(files, 0.0))
+
     # once when the model is looked at; then the warm-up and both models share one encoding
     assert encoded == ["a", "a", "b", "a b"]
+
     encoded.clear()
     other = draw(spec, lora=both(files, 0.0), seed=7)
-    assert encoded == [] and not same(other, first)
+
+    assert encoded == []
+    assert not same(other, first)
+
     draw(spec, lora=both(files, 1.0))
+
     assert encoded == ["a", "b", "a b"], "the text encoders have changed"
+
     encoded.clear()
     draw(spec, lora=both(files, 1.0), seed=7)
+
     assert encoded == []
 
 
@@ -340,21 +369,21 @@ def test_float_pictures_are_drawn_once_for_equal_settings(
     lora = stack(files["style"])
     spec = replace(plain, lora=lora, sampler=replace(plain.sampler, steps=2))
     first = draw(spec)
+
     assert drew == [["float", "int8"]] * 2  # a warm-up and the pictures
+
     for others in ({"outlier": ConvRot(16)}, {"lora": replace(lora, mode="stochastic")}, {}):
         drew.clear()
         with caplog.at_level(logging.INFO):
             second = draw(spec, **others)
+
         assert drew == [["int8"]] * 2 and second.baseline is first.baseline, others
         assert "the float images are those of an earlier job with the same settings" in caplog.text
-        assert (
-            second.metrics["speed/images_per_s"] > 0
-            and second.metrics["float/images_per_s"] == first.metrics["float/images_per_s"]
-        )
-        assert (
-            math.isfinite(second.metrics["quality/latent_rel_err"])
-            and second.metrics["speed/ratio_vs_float"] > 0
-        )
+        assert second.metrics["speed/images_per_s"] > 0
+        assert second.metrics["float/images_per_s"] == first.metrics["float/images_per_s"]
+        assert math.isfinite(second.metrics["quality/latent_rel_err"])
+        assert second.metrics["speed/ratio_vs_float"] > 0
+
         caplog.clear()
     changes: list[dict[str, Any]] = [
         {"lora": stack(files["style"], 0.5)},
@@ -365,6 +394,7 @@ def test_float_pictures_are_drawn_once_for_equal_settings(
     for change in changes:
         drew.clear()
         assert draw(spec, **change).baseline is not first.baseline and drew == [["float", "int8"]] * 2, change
+
     assert same(draw(spec), first), "what was remembered first is still there"
 
 
@@ -395,13 +425,16 @@ def test_everything_that_the_float_model_sees_is_in_its_key(plain: RunSpec) -> N
         {"device": "cpu"},
     ]
     keys = [replace(spec, **change).float_key for change in others]
+
     assert len({spec.float_key, *keys}) == len(others) + 1
+
     alike: list[dict[str, Any]] = [
         {"outlier": ConvRot(16)},
         {"seed": 3},
         {"lora": replace(spec.lora, mode="bake")},
         {"save": "a.safetensors"},
     ]
+
     assert {replace(spec, **change).float_key for change in alike} == {spec.float_key}
 
 
@@ -409,9 +442,11 @@ def test_a_build_is_another_for_other_files_modes_and_parts_but_not_for_strength
     spec = replace(plain, lora=LoraSettings([Adapter("a", "a.safetensors", 1.0)]))
     adapter = spec.lora.adapters[0]
     changed = lambda **c: replace(spec, lora=replace(spec.lora, adapters=[replace(adapter, **c)])).build_key  # noqa: E731
+
     assert {changed(strength=0.5), changed(text_strength=0.1), replace(spec, seed=4).build_key} == {
         spec.build_key
     }
+
     modes = {
         replace(spec, lora=replace(spec.lora, mode=mode)).build_key
         for mode in ("auto", "dynamic", "bake", "stochastic")
@@ -423,8 +458,11 @@ def test_a_build_is_another_for_other_files_modes_and_parts_but_not_for_strength
         changed(enabled=False),
         *modes,
     }
+
     assert len(others) == 8
+
     baked, random = (replace(spec, lora=replace(spec.lora, mode=mode)) for mode in ("bake", "stochastic"))
+
     assert replace(baked, lora=replace(baked.lora, strength=0.5)).build_key != baked.build_key
     assert replace(random, seed=4).build_key != random.build_key, "of the random rounding"
 
@@ -458,37 +496,47 @@ def test_a_preset_brings_scheduler_steps_and_strength(
         plain, sampler=replace(plain.sampler, steps=None), lora=stack(files["style"], None, few_step=preset)
     )
     result = draw(spec)
-    assert type(built().pipe.scheduler).__name__ == "FlowMatchLCMScheduler" and spec.lora.strengths == [0.75]
+
+    assert type(built().pipe.scheduler).__name__ == "FlowMatchLCMScheduler"
+    assert spec.lora.strengths == [0.75]
     assert [len(t) for t in (*result.candidate.trajectories, *result.baseline.trajectories)] == [4, 4]
     assert "made for" not in caplog.text and result.metrics["quality/latent_rel_err"] < 0.05, (
         "both met the noise that LCM adds"
     )
+
     # what is asked for wins, and is told
     longer = draw(spec, sampler=replace(spec.sampler, steps=10))
+
     assert len(longer.candidate.trajectories[0]) == 10
     assert "LoRA 'a': sampler.steps is 10; made_up on tiny is made for 4 (2 to 8)" in caplog.messages
+
     own = draw(spec, sampler=replace(spec.sampler, scheduler="FlowMatchEulerDiscreteScheduler"))
-    assert (
-        type(built().pipe.scheduler) is FlowMatchEulerDiscreteScheduler
-        and len(own.candidate.trajectories[0]) == 4
-    )
+
+    assert type(built().pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+    assert len(own.candidate.trajectories[0]) == 4
+
     message = "LoRA 'a': the scheduler is FlowMatchEulerDiscreteScheduler; made_up on tiny is made for FlowMatchLCMScheduler"
-    assert message in caplog.messages and not same(own, result)
+
+    assert message in caplog.messages
+    assert not same(own, result)
 
 
 def test_a_scheduler_does_not_stay_for_the_next_job(plain: RunSpec, draw: Callable) -> None:
     first = draw(plain)
     other = draw(plain, sampler=replace(plain.sampler, scheduler="FlowMatchLCMScheduler"))
     shifted = draw(plain, sampler=replace(plain.sampler, scheduler_settings={"shift": 3.0}))
+
     assert other.metrics["build/load_s"] == shifted.metrics["build/load_s"] == 0, "no reason to build anew"
-    assert not same(other, first) and not same(shifted, first) and built().pipe.scheduler.config.shift == 3.0
+    assert not same(other, first)
+    assert not same(shifted, first)
+    assert built().pipe.scheduler.config.shift == 3.0
+
     process_cache._drawn.clear()
     again = draw(plain)
-    assert (
-        again.metrics["build/load_s"] == 0
-        and same(again, first)
-        and type(built().pipe.scheduler) is FlowMatchEulerDiscreteScheduler
-    )
+
+    assert again.metrics["build/load_s"] == 0
+    assert same(again, first)
+    assert type(built().pipe.scheduler) is FlowMatchEulerDiscreteScheduler
 
 
 @pytest.mark.parametrize(
@@ -524,6 +572,7 @@ def test_a_scheduler_does_not_stay_for_the_next_job(plain: RunSpec, draw: Callab
 def test_schedulers_that_cannot_be(sampling: Sampling, message: str) -> None:
     pipe = random_pipeline()
     original = pipe.scheduler
+
     with pytest.raises(ConfigError, match=message):
         set_scheduler(pipe, original, sampling)
     assert pipe.scheduler is original
@@ -532,8 +581,10 @@ def test_schedulers_that_cannot_be(sampling: Sampling, message: str) -> None:
 def test_what_is_offered_can_be_had_or_says_why_not() -> None:
     pipe = random_pipeline()
     original = pipe.scheduler
+
     with pytest.raises(ConfigError) as error:
         set_scheduler(pipe, original, Sampling(scheduler="x"))
+
     made, refused = [], []
     for name in str(error.value).partition("choose from ")[2].split(", "):
         try:
@@ -542,6 +593,7 @@ def test_what_is_offered_can_be_had_or_says_why_not() -> None:
         except ConfigError as why:
             refused.append(name)
             assert str(why).startswith(f"sampler.scheduler={name} does not take these settings: ")
+
     assert made == ["FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"] and refused == [], (
         "those that FLUX can be asked for"
     )
@@ -549,6 +601,7 @@ def test_what_is_offered_can_be_had_or_says_why_not() -> None:
 
 def test_a_scheduler_that_the_pipeline_does_not_take_is_named(plain: RunSpec, draw: Callable) -> None:
     message = r"^sampler\.scheduler=LCMScheduler cannot be used with FluxPipeline: .*custom sigmas.*; choose another one$"
+
     with pytest.raises(ConfigError, match=message):
         draw(plain, sampler=replace(plain.sampler, scheduler="LCMScheduler"))
 
@@ -558,28 +611,35 @@ def test_noise_levels_of_a_preset_are_for_its_own_number_of_steps(plain: RunSpec
     spec = replace(plain, model=replace(plain.model, lora_base="sdxl"), lora=lora, sampler=Sampling())
     levels = {"timesteps": [999, 749, 499, 249]}
     own = spec.model.sampling.extra
-    assert spec.sampling.steps == 4 and spec.sampling.extra == {**own, **levels}
+
+    assert spec.sampling.steps == 4
+    assert spec.sampling.extra == {**own, **levels}
     assert replace(spec, sampler=Sampling(steps=4)).sampling.extra == {**own, **levels}
     assert replace(spec, sampler=Sampling(steps=28)).sampling.extra == own
+
     given = {"timesteps": [999, 499]}
+
     assert replace(spec, sampler=Sampling(steps=2, extra=given)).sampling.extra == {**own, **given}
 
 
 def test_lora_lcm_is_made_for_the_shipped_model() -> None:
     spec, best = make_spec(["lora=lcm"]), few_step.get_preset("lcm", "tiny")
+
     assert (spec.sampling.steps, spec.sampling.guidance, spec.sampling.scheduler) == (
         best.steps,
         best.guidance,
         best.scheduler,
     )
-    assert spec.sampling.height == 64 and spec.lora.strengths == [best.strength] and spec.sampling.steps <= 4
+    assert spec.sampling.height == 64
+    assert spec.lora.strengths == [best.strength]
+    assert spec.sampling.steps <= 4
     assert spec.lora.adapters[0].get_source("tiny") == ("few_step", None)
+
     asked = make_spec(["lora=lcm", "sampler.steps=28", "lora.adapters.0.strength=0.9"])
-    assert (
-        asked.sampling.steps == 28
-        and asked.sampling.scheduler == best.scheduler
-        and asked.lora.strengths == [0.9]
-    )
+
+    assert asked.sampling.steps == 28
+    assert asked.sampling.scheduler == best.scheduler
+    assert asked.lora.strengths == [0.9]
     assert make_spec(["lora=lcm", "lora.adapters.0.enabled=false"]).sampling.steps == 16
 
 
@@ -597,7 +657,9 @@ def test_the_shipped_few_step_lora_draws_in_few_steps(
         "progress=false",
     ]
     result = run_job([*words, "lora=lcm"], tmp_path)
-    assert len(result.candidate.trajectories[0]) <= 4 and result.metrics["lora/modules_unmatched"] == 0
+
+    assert len(result.candidate.trajectories[0]) <= 4
+    assert result.metrics["lora/modules_unmatched"] == 0
     assert "made for" not in caplog.text
 
 
@@ -605,6 +667,7 @@ def test_the_users_folder_may_be_in_the_home(plain: RunSpec, draw: Callable, tmp
     (tmp_path / "home" / "loras").mkdir(parents=True)
     save_lora(tmp_path / "home" / "loras" / "mine.safetensors", random_pipeline().transformer)
     result = draw(plain, lora=stack("mine"), lora_dir="~/loras", sampler=replace(plain.sampler, steps=1))
+
     assert result.metrics["lora/modules_matched"] == 16
 
 
@@ -619,4 +682,5 @@ def test_a_saved_model_without_its_loras_is_said_to_be_so(
 ) -> None:
     draw(plain, lora=stack(files["style"], mode=mode), save=str(tmp_path / "m.safetensors"))
     said = f"{tmp_path / 'm.safetensors'} will hold the model without its LoRAs; lora.mode=bake writes them into it"
+
     assert (said in caplog.messages) == (mode != "bake")

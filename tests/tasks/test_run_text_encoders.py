@@ -16,26 +16,29 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from support.clip_files import answer, changed, file_of, linears
-from support.helpers import CPU, assert_close, without_vnni
+from support.compare import assert_close
+from support.helpers import CPU, without_vnni
 from support.run_job import make_spec, run_job, save_lora
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 from text_encoders.files import File
-from text_encoders.probes import asked
+from text_encoders.probes import probe_weight
 from torch import Tensor, nn
 
 from int8run.config.job import Job
 from int8run.errors import BackendError, ConfigError, FileError
-from int8run.generate.generate import TextCache
+from int8run.generate.prompt_cache import PromptCache
+from int8run.layers.block_int8_linear import BlockInt8Linear
 from int8run.layers.int8_linear import Int8Linear
-from int8run.layers.weight_only import BlockInt8Linear, CodedEmbedding, CodedLinear
+from int8run.layers.weight_only import WeightOnlyEmbedding, WeightOnlyLinear
 from int8run.lora.match import Matches
 from int8run.models.sampling import Sampling
 from int8run.outlier.convrot import ConvRot
 from int8run.pipeline import process_cache
-from int8run.pipeline.build import Built
-from int8run.pipeline.text_encoders import QuantizedEncoders, fill_encoders, open_encoders
-from int8run.quant.formats import FORMATS, format_for
-from int8run.report.console import Progress, result_table
+from int8run.pipeline.build import BuiltModel
+from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders, open_encoders
+from int8run.quant.formats import FORMATS, choose_format
+from int8run.report.console import Progress
+from int8run.report.result_tables import build_result_table
 from int8run.tasks.quantize_checkpoint import quantize_file
 from int8run.tasks.run import RunResult
 from int8run.text_encoders.base import TextEncoders
@@ -45,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH = 256  # more than one block of every format in a row
 FLOAT = "int8.enable=false"
 WO_FLOAT = {"int8_tensorwise", "int8_rowwise", "int8_blockwise", "int8_block3d"}  # where T5's `wo` suffers
-WRITTEN = [name for name, form in FORMATS.items() if not form.read_only]
+WRITTEN = [name for name, form in FORMATS.items() if not form.is_read_only]
 BOTH = ("clip=int8_rowwise", "clip.kernel_backend=reference", "prompts.prompts=[a,b]")
 CONTRACT = {
     "memory/text_encoder_bytes",
@@ -66,7 +69,7 @@ class Drawn:
     """A run and what it was made with."""
 
     result: RunResult
-    built: Built
+    built: BuiltModel
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -93,7 +96,7 @@ class Drawn:
 
 def encoded(run: Drawn, which: str) -> list[tuple[Any, Any]]:
     """What the pipeline's `encode_prompt` made of each prompt, with the float encoders and with others."""
-    known = TextCache.of(run.built.pipe).known
+    known = PromptCache.for_pipeline(run.built.pipe).entries
     assert known["float"].keys() == known[which].keys()
     return [(known["float"][key].made, known[which][key].made) for key in known[which]]
 
@@ -152,11 +155,11 @@ def drawn(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
     def draw(*more: str) -> Drawn:
         if more not in known:
-            process_cache.forget()
+            process_cache.clear()
             result = run_job([*words, *more], tmp_path_factory.mktemp("out"))
             (built,) = process_cache._last.values()
             known[more] = Drawn(result, built)
-            process_cache.forget()
+            process_cache.clear()
         return known[more]
 
     return draw
@@ -169,7 +172,7 @@ def filled(model: Path) -> Callable[..., QuantizedEncoders]:
     def fill(folder: Path = model, **settings: Any) -> QuantizedEncoders:
         clip = TextEncoders(**settings)
         opened = open_encoders(clip, folder, {}, torch.float32)
-        return fill_encoders(opened, clip, CPU, Sampling(1, 16, 16), Matches({}, []), Progress(False))
+        return build_encoders(opened, clip, CPU, Sampling(1, 16, 16), Matches({}, []), Progress(False))
 
     return fill
 
@@ -181,8 +184,12 @@ def test_what_a_run_says_of_its_text_encoders(
     drawn: Callable[..., Drawn], floats: dict[str, nn.Module]
 ) -> None:
     run = drawn(*BOTH)
-    assert set(run.metrics) >= CONTRACT and run.metrics["quant/layers_int8"] > 0
+
+    assert set(run.metrics) >= CONTRACT
+    assert run.metrics["quant/layers_int8"] > 0
+
     saved = json.loads((run.result.output_dir / "metrics.json").read_text())["metrics"]
+
     assert set(saved) >= CONTRACT
 
     kinds = {
@@ -191,21 +198,28 @@ def test_what_a_run_says_of_its_text_encoders(
         for n, part in m.named_modules()
         if type(part) in (nn.Linear, nn.Embedding)
     }
+
     assert sorted(row["name"] for row in run.rows) == sorted(kinds)
+
     quantized = [row for row in run.rows if row["quantized"] == "true"]
-    assert {row["rounding"] for row in quantized} == {"int8_rowwise"} and {
-        row["backend_used"] for row in quantized
-    } != {""}
+
+    assert {row["rounding"] for row in quantized} == {"int8_rowwise"}
+    assert {row["backend_used"] for row in quantized} != {""}
     assert all(bool(row["why_not"]) != (row["quantized"] == "true") for row in run.rows)
+
     # T5's `wo` and all tables stay float
     stay = {name for name, kind in kinds.items() if kind is nn.Embedding or name.endswith(".wo")}
+
     assert {row["name"] for row in run.rows} - {row["name"] for row in quantized} == stay
     assert (run.metrics["clip/layers_quantized"], run.metrics["clip/layers_float"]) == (
         len(quantized),
         len(stay),
     )
+
     sqnr = [float(row["weight_sqnr_db"]) for row in quantized]
-    assert run.metrics["clip/weight_sqnr_db_min"] == pytest.approx(min(sqnr), abs=1e-3) and min(sqnr) > 40
+
+    assert run.metrics["clip/weight_sqnr_db_min"] == pytest.approx(min(sqnr), abs=1e-3)
+    assert min(sqnr) > 40
     assert run.metrics["clip/weight_sqnr_db_mean"] == pytest.approx(sum(sqnr) / len(sqnr), abs=1e-3)
     assert "text_encoder" not in (run.result.output_dir / "layers.csv").read_text()
 
@@ -219,6 +233,7 @@ def test_memory_is_that_of_codes_and_scales(
         3 * WIDTH * WIDTH - 4 * WIDTH for row in run.rows if row["quantized"] == "true"
     )  # a scale for each row
     extra = run.metrics["memory/text_encoder_bytes"] - (whole - saved)
+
     assert run.metrics["float/text_encoder_bytes"] - whole == extra, (
         "buffers such as position_ids are in both"
     )
@@ -227,7 +242,9 @@ def test_memory_is_that_of_codes_and_scales(
         run.metrics["memory/text_encoder_ratio"]
         == run.metrics["float/text_encoder_bytes"] / run.metrics["memory/text_encoder_bytes"]
     )
+
     alone = drawn(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]").metrics
+
     assert (
         run.metrics["memory/text_encoder_bytes"]
         < alone["memory/text_encoder_bytes"]
@@ -238,7 +255,9 @@ def test_memory_is_that_of_codes_and_scales(
 def test_embeddings_are_compared_token_by_token(drawn: Callable[..., Drawn]) -> None:
     run = drawn(*BOTH)
     pairs = encoded(run, "int8")
+
     assert len(pairs) == 2
+
     cosines, errors = [], []
     for one, other in pairs:
         for a, b in zip(
@@ -247,13 +266,11 @@ def test_embeddings_are_compared_token_by_token(drawn: Callable[..., Drawn]) -> 
             a, b = a.double().flatten(0, -2), b.double().flatten(0, -2)
             cosines.append(((a * b).sum(1) / a.norm(dim=1) / b.norm(dim=1)).mean().item())
             errors.append(((a - b).norm() / a.norm()).item())
-    assert run.metrics["clip/cosine_mean"] == pytest.approx(sum(cosines) / 4) and run.metrics[
-        "clip/cosine_min"
-    ] == pytest.approx(min(cosines))
-    assert (
-        run.metrics["clip/rel_err"] == pytest.approx(sum(errors) / 4)
-        and 0.001 < run.metrics["clip/rel_err"] < 0.05
-    )
+
+    assert run.metrics["clip/cosine_mean"] == pytest.approx(sum(cosines) / 4)
+    assert run.metrics["clip/cosine_min"] == pytest.approx(min(cosines))
+    assert run.metrics["clip/rel_err"] == pytest.approx(sum(errors) / 4)
+    assert 0.001 < run.metrics["clip/rel_err"] < 0.05
 
 
 def test_the_table_on_the_terminal(drawn: Callable[..., Drawn]) -> None:
@@ -261,28 +278,36 @@ def test_the_table_on_the_terminal(drawn: Callable[..., Drawn]) -> None:
     for name in ("int8_rowwise", "keep"):
         console = Console(file=StringIO(), width=100)
         console.print(
-            result_table("t", drawn(*(BOTH if name == "int8_rowwise" else ["clip=keep"])).metrics, "ours")
+            build_result_table(
+                "t", drawn(*(BOTH if name == "int8_rowwise" else ["clip=keep"])).metrics, "ours"
+            )
         )
         shown[name] = console.file.getvalue()  # type: ignore[attr-defined]
+
     for line in ("text encoder memory", "embedding cosine, mean / min", "embedding error"):
         assert line in shown["int8_rowwise"] and line not in shown["keep"], line
-    assert "3.2 MB" in shown["int8_rowwise"] and "1.0 MB" in shown["int8_rowwise"]
+    assert "3.2 MB" in shown["int8_rowwise"]
+    assert "1.0 MB" in shown["int8_rowwise"]
 
 
 def test_without_a_format_or_a_file_nothing_changes(drawn: Callable[..., Drawn]) -> None:
     kept, auto = drawn("clip=keep"), drawn("clip=auto")
-    assert same(kept.latents, auto.latents) and same(kept.floats, auto.floats)
-    assert set(kept.metrics) == set(auto.metrics) and not any(
-        name.startswith("clip/") for name in auto.metrics
-    )
-    assert "memory/text_encoder_ratio" not in auto.metrics and not auto.modules
+
+    assert same(kept.latents, auto.latents)
+    assert same(kept.floats, auto.floats)
+    assert set(kept.metrics) == set(auto.metrics)
+    assert not any(name.startswith("clip/") for name in auto.metrics)
+    assert "memory/text_encoder_ratio" not in auto.metrics
+    assert not auto.modules
     assert auto.metrics["memory/text_encoder_bytes"] == auto.metrics["float/text_encoder_bytes"]
     assert not (auto.result.output_dir / "text_encoders.csv").exists()
 
 
 def test_float_pictures_are_those_of_the_float_encoders(drawn: Callable[..., Drawn]) -> None:
     kept, quantized = drawn("clip=keep"), drawn("clip=nvfp4")
-    assert same(quantized.floats, kept.floats) and not same(quantized.latents, kept.latents)
+
+    assert same(quantized.floats, kept.floats)
+    assert not same(quantized.latents, kept.latents)
     assert quantized.metrics["quant/layers_int8"] == kept.metrics["quant/layers_int8"]
 
 
@@ -290,21 +315,26 @@ def test_with_a_float_denoiser_the_encoders_alone_differ(
     drawn: Callable[..., Drawn], floats: dict[str, nn.Module]
 ) -> None:
     run, kept = drawn(FLOAT, "clip=nvfp4"), drawn("clip=keep")
-    assert same(run.floats, kept.floats) and not same(run.latents, run.floats)
-    assert 30 < run.metrics["quality/psnr_db"] < float("inf") and run.metrics["memory/denoiser_ratio"] == 1
-    assert (
-        set(run.metrics) >= CONTRACT
-        and 0.9 < run.metrics["clip/cosine_mean"] < 0.999
-        and "quant/layers_int8" not in run.metrics
-    )
-    assert run.built.denoisers["clip"] is run.built.denoisers["float"] and set(run.built.denoisers) == {
+
+    assert same(run.floats, kept.floats)
+    assert not same(run.latents, run.floats)
+    assert 30 < run.metrics["quality/psnr_db"] < float("inf")
+    assert run.metrics["memory/denoiser_ratio"] == 1
+    assert set(run.metrics) >= CONTRACT
+    assert 0.9 < run.metrics["clip/cosine_mean"] < 0.999
+    assert "quant/layers_int8" not in run.metrics
+    assert run.built.denoisers["clip"] is run.built.denoisers["float"]
+    assert set(run.built.denoisers) == {
         "clip",
         "float",
     }
     for component, module in run.built.text_encoders["float"].items():
         assert torch.equal(answer(module), answer(floats[component]))
+
     ((one, other),) = encoded(run, "clip")
-    assert not torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
+
+    assert not torch.equal(one[0], other[0])
+    assert not torch.equal(one[1], other[1])
 
 
 # -- on the fly --------------------------------------------------------------------------------------------------------------------
@@ -316,26 +346,25 @@ def test_every_format_on_the_fly(
 ) -> None:
     quantized = 0
     for component, built in filled(format=word, kernel_backend="dequantize").built.items():
-        for plan in (plan for plan in built.plans if plan.keep_float is None):
+        for plan in (plan for plan in built.plans if plan.skip_reason is None):
             weight, form = floats[component].get_submodule(plan.name).weight.data, FORMATS[word]
-            rotation = ConvRot().fit(weight, None) if form.rotated else None
+            rotation = ConvRot().fit(weight, None) if form.is_rotated else None
             rounded = form.quantize(
                 weight if rotation is None else rotation.transform_weight(weight)
             ).dequantize()
             expected = rounded if rotation is None else rotation.restore_weight(rounded)
             layer = built.module.get_submodule(plan.name)
-            assert (
-                type(layer) is CodedLinear
-                and plan.rounding == word
-                and plan.backend_used == "dequantize, eager"
-            )
+            assert type(layer) is WeightOnlyLinear
+            assert plan.rounding == word
+            assert plan.backend_used == "dequantize, eager"
             assert plan.outlier == ("none" if rotation is None else rotation.label)
             assert_close(
-                plan.name, torch.from_numpy(asked(layer)), expected, 1e-6 if rotation is None else 1e-3
+                plan.name, torch.from_numpy(probe_weight(layer)), expected, 1e-6 if rotation is None else 1e-3
             )  # asked by rotated ones
             bias = floats[component].get_submodule(plan.name).bias
             assert (layer.bias is None and bias is None) or torch.equal(layer.bias, bias)
             quantized += 1
+
     assert quantized == (11 if word in WO_FLOAT else 12)
 
 
@@ -362,12 +391,14 @@ def test_int8_layers_run_on_the_backend(
             filled(format=word, kernel_backend=backend)
         return
     made = filled(format=word, kernel_backend=backend)
-    kind = KERNELS.get(word, BlockInt8Linear if word.startswith("int8") else CodedLinear)
+    kind = KERNELS.get(word, BlockInt8Linear if word.startswith("int8") else WeightOnlyLinear)
     for component, built in made.built.items():
-        chosen = [plan for plan in built.plans if plan.keep_float is None]
+        chosen = [plan for plan in built.plans if plan.skip_reason is None]
         layers = [built.module.get_submodule(plan.name) for plan in chosen]
+
         assert {type(layer) for layer in layers} == {kind}
-        if kind is not CodedLinear:
+
+        if kind is not WeightOnlyLinear:
             used = {layer.backend.name for layer in layers}
             assert used == {backend} or (backend == "auto" and "reference" not in used)
             assert {plan.backend_used.removesuffix(", in blocks") for plan in chosen} == used
@@ -375,6 +406,7 @@ def test_int8_layers_run_on_the_backend(
             assert {plan.backend_used for plan in chosen} == {
                 f"dequantize, {'reference' if backend == 'reference' else 'eager'}"
             }
+
         assert {plan.backend_asked for plan in chosen} == {backend}
         assert_close(component, answer(built.module), answer(floats[component]), 0.08)
 
@@ -395,12 +427,13 @@ def test_fp8_products(filled: Callable[..., QuantizedEncoders], caplog: pytest.L
     for word in ("float8_e4m3fn", "float8_e5m2_cast", "float8_e4m3fn_rowwise"):
         fast, slow = (filled(format=word, kernel_backend=name) for name in ("scaled_mm", "dequantize"))
         for component, built in fast.built.items():
-            chosen = [plan for plan in built.plans if plan.keep_float is None]
+            chosen = [plan for plan in built.plans if plan.skip_reason is None]
             assert {plan.backend_used for plan in chosen} == {"scaled_mm"}
             assert {built.module.get_submodule(plan.name).kernels for plan in chosen} == {"scaled_mm"}
             found, expected = answer(built.module), answer(slow.modules[component])
             assert not torch.equal(found, expected)
             assert_close(word, found, expected, 0.06)
+
     assert not caplog.records
     for word in ("int8_rowwise", "nvfp4", "float8_e4m3fn_blockwise"):
         with pytest.raises(
@@ -414,7 +447,8 @@ def test_fp8_products_of_some_layers(
     filled: Callable, files: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     made = filled(format="auto", path=str(files["t5"]), kernel_backend="scaled_mm").built["text_encoder_2"]
-    used = [plan.backend_used for plan in made.plans if plan.keep_float is None]
+    used = [plan.backend_used for plan in made.plans if plan.skip_reason is None]
+
     assert sorted(used) == ["dequantize, eager"] * 3 + ["scaled_mm"] * 3
     assert f"scaled_mm: 3 layers of {files['t5']} are dequantized: 3 × scaled_mm takes fp8" in caplog.text
 
@@ -428,6 +462,7 @@ def test_kernels_that_cannot_run_here(
 ) -> None:
     if name == "comfy_kitchen" and importlib.util.find_spec(name):
         pytest.skip("it is there")
+
     with pytest.raises(BackendError, match=f"cannot run here: {reason}.*these can: auto"):
         filled(format="int8_rowwise", kernel_backend=name)
 
@@ -437,11 +472,11 @@ def test_blocks_that_do_not_divide_a_layer(
 ) -> None:
     folder = save_random_pipeline(tmp_path / "model", text=48)
     made = filled(folder, format="int8_blockwise", kernel_backend="reference")
-    chosen = [plan for plan in made.plans if plan.keep_float is None]
-    assert {plan.rounding for plan in chosen} == {"int8_rowwise"} and {
-        format_for("int8_blockwise", 48, 48).name
-    } == {"int8_rowwise"}
-    assert all("do not divide 48 x 48" in plan.outlier_why_not for plan in chosen)
+    chosen = [plan for plan in made.plans if plan.skip_reason is None]
+
+    assert {plan.rounding for plan in chosen} == {"int8_rowwise"}
+    assert {choose_format("int8_blockwise", 48, 48).name} == {"int8_rowwise"}
+    assert all("do not divide 48 x 48" in plan.outlier_skip_reason for plan in chosen)
     for count, component in ((6, "text_encoder"), (5, "text_encoder_2")):
         assert (
             f"{folder / component}: {count} layers cannot be int8_blockwise: {count} × int8_rowwise: int8_blockwise has"
@@ -455,16 +490,16 @@ def test_blocks_that_do_not_divide_a_layer(
 
 def test_some_of_the_encoders(drawn: Callable[..., Drawn], floats: dict[str, nn.Module]) -> None:
     run = drawn(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]")
-    assert set(run.modules) == {"text_encoder_2"} and {row["name"].split(".")[0] for row in run.rows} == {
-        "text_encoder_2"
-    }
+
+    assert set(run.modules) == {"text_encoder_2"}
+    assert {row["name"].split(".")[0] for row in run.rows} == {"text_encoder_2"}
     assert torch.equal(answer(run.built.pipe.text_encoder), answer(floats["text_encoder"]))
+
     ((one, other),) = encoded(run, "clip")
+
     assert torch.equal(one[1], other[1]) and not torch.equal(one[0], other[0]), "CLIP's is float"
-    assert (
-        run.metrics["clip/layers_quantized"] == 5
-        and run.metrics["clip/cosine_mean"] > run.metrics["clip/cosine_min"]
-    )
+    assert run.metrics["clip/layers_quantized"] == 5
+    assert run.metrics["clip/cosine_mean"] > run.metrics["clip/cosine_min"]
 
 
 # -- what is in memory -------------------------------------------------------------------------------------------------------------
@@ -473,13 +508,20 @@ def test_some_of_the_encoders(drawn: Callable[..., Drawn], floats: dict[str, nn.
 @pytest.mark.parametrize("baseline", ["none", "cached"])
 def test_without_float_pictures_no_float_encoder_is_held(baseline: str, drawn: Callable[..., Drawn]) -> None:
     run, whole = drawn("clip=mxfp8", f"metrics.baseline={baseline}"), drawn("clip=mxfp8")
+
     assert same(run.latents, whole.latents), "the same pictures with less memory"
-    assert set(run.built.text_encoders) == {"int8"} and "float" not in run.built.denoisers
+    assert set(run.built.text_encoders) == {"int8"}
+    assert "float" not in run.built.denoisers
+
     for component, built in run.built.encoders.built.items():
         assert getattr(run.built.pipe, component) is built.module
+
         left = {name for name, part in built.skeleton.named_parameters() if part.is_meta}
-        assert left == {f"{plan.name}.weight" for plan in built.plans if plan.keep_float is None} and left
+
+        assert left == {f"{plan.name}.weight" for plan in built.plans if plan.skip_reason is None}
+        assert left
         assert not any(part.is_meta for part in [*built.module.parameters(), *built.module.buffers()])
+
     for name in (
         "float/text_encoder_bytes",
         "memory/text_encoder_bytes",
@@ -488,11 +530,10 @@ def test_without_float_pictures_no_float_encoder_is_held(baseline: str, drawn: C
     ):
         assert run.metrics[name] == whole.metrics[name], name
     assert "clip/cosine_mean" not in run.metrics, "nothing to compare with"
+
     if baseline == "cached":
-        assert (
-            same(run.floats, whole.floats)
-            and run.metrics["quality/psnr_db"] == whole.metrics["quality/psnr_db"]
-        )
+        assert same(run.floats, whole.floats)
+        assert run.metrics["quality/psnr_db"] == whole.metrics["quality/psnr_db"]
     else:
         assert run.result.baseline is None
 
@@ -501,6 +542,7 @@ def test_one_encoder_of_two_is_loaded_whole(
     drawn: Callable[..., Drawn], floats: dict[str, nn.Module]
 ) -> None:
     run = drawn(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]", "metrics.baseline=none")
+
     assert same(run.latents, drawn(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]").latents)
     assert torch.equal(answer(run.built.pipe.text_encoder), answer(floats["text_encoder"]))
 
@@ -508,7 +550,10 @@ def test_one_encoder_of_two_is_loaded_whole(
 def test_pictures_for_the_calibration_are_drawn_with_float_encoders(drawn: Callable[..., Drawn]) -> None:
     words = ("outlier=smoothquant", "calibration.prompts=[b]", "metrics.baseline=none")
     run, kept = drawn("clip=nvfp4", *words), drawn("clip=keep", *words)
-    assert "float" in run.built.text_encoders and run.built.pipe.text_encoder is run.modules["text_encoder"]
+
+    assert "float" in run.built.text_encoders
+    assert run.built.pipe.text_encoder is run.modules["text_encoder"]
+
     factors = [
         {
             name: part.transform.factor
@@ -517,6 +562,7 @@ def test_pictures_for_the_calibration_are_drawn_with_float_encoders(drawn: Calla
         }
         for one in (run, kept)
     ]
+
     assert any(factor is not None for factor in factors[0].values())
     assert all(one is None or torch.equal(one, factors[1][name]) for name, one in factors[0].items())
 
@@ -531,11 +577,18 @@ def test_a_file_finds_its_place(
     own, other = ("text_encoder", "text_encoder_2") if name == "clip" else ("text_encoder_2", "text_encoder")
     with caplog.at_level(logging.INFO):
         made = filled(format="auto", path=str(files[name]), kernel_backend="dequantize")
-    assert set(made.modules) == {own} and f"clip.path is {own}; not changed: {other}" in caplog.text
+
+    assert set(made.modules) == {own}
+    assert f"clip.path is {own}; not changed: {other}" in caplog.text
+
     file = files["files"][name]
+
     assert_close(name, answer(made.modules[own]), answer(changed(floats[own], file.real)), 1e-5)
-    words = [plan.rounding for plan in made.plans if plan.keep_float is None]
-    assert sorted(words) == sorted(file.words.values()) and len(words) == 6
+
+    words = [plan.rounding for plan in made.plans if plan.skip_reason is None]
+
+    assert sorted(words) == sorted(file.words.values())
+    assert len(words) == 6
     assert all("weight_sqnr_db" not in plan.measured for plan in made.plans), "nothing was rounded here"
 
 
@@ -547,6 +600,7 @@ def test_files_by_component(
         f"clip.path={{text_encoder: {files['clip']}, text_encoder_2: {files['t5']}}}",
         "clip.kernel_backend=dequantize",
     )
+
     for component, name in (("text_encoder", "clip"), ("text_encoder_2", "t5")):
         assert_close(
             name,
@@ -554,8 +608,10 @@ def test_files_by_component(
             answer(changed(floats[component], files["files"][name].real)),
             1e-5,
         )
-    assert run.metrics["clip/layers_quantized"] == 12 and "clip/weight_sqnr_db_mean" not in run.metrics
-    assert same(run.floats, drawn("clip=keep").floats) and CONTRACT - set(run.metrics) == {
+    assert run.metrics["clip/layers_quantized"] == 12
+    assert "clip/weight_sqnr_db_mean" not in run.metrics
+    assert same(run.floats, drawn("clip=keep").floats)
+    assert CONTRACT - set(run.metrics) == {
         "clip/weight_sqnr_db_mean",
         "clip/weight_sqnr_db_min",
     }
@@ -566,7 +622,9 @@ def test_a_file_from_the_command_line_without_a_baseline(
 ) -> None:
     words = (FLOAT, "clip=auto", f"clip.path={files['clip']}")
     run, whole = drawn(*words, "metrics.baseline=none"), drawn(*words)
-    assert same(run.latents, whole.latents) and set(run.modules) == {"text_encoder"}
+
+    assert same(run.latents, whole.latents)
+    assert set(run.modules) == {"text_encoder"}
     assert whole.metrics["clip/cosine_min"] < whole.metrics["clip/cosine_mean"]
 
 
@@ -577,7 +635,9 @@ def test_quantized_tables_are_looked_up(
     made = filled(
         format="auto", path=str(file.write(tmp_path / "x.safetensors")), kernel_backend="dequantize"
     ).modules["text_encoder_2"]
-    assert type(made.shared) is CodedEmbedding and type(made.encoder.embed_tokens) is CodedEmbedding
+
+    assert type(made.shared) is WeightOnlyEmbedding
+    assert type(made.encoder.embed_tokens) is WeightOnlyEmbedding
     assert made.shared.qdata.data_ptr() == made.encoder.embed_tokens.qdata.data_ptr(), "one table"
     assert_close(
         "t5",
@@ -592,10 +652,10 @@ def test_a_float_file_replaces_weights(
 ) -> None:
     other = random_pipeline(seed=5, text=WIDTH).text_encoder.eval()
     made = filled(format="auto", path=str(file_of(other, []).write(tmp_path / "x.safetensors")))
-    assert torch.equal(answer(made.modules["text_encoder"]), answer(other)) and not torch.equal(
-        answer(other), answer(floats["text_encoder"])
-    )
-    assert {plan.keep_float for plan in made.plans} == {"float in the file"}
+
+    assert torch.equal(answer(made.modules["text_encoder"]), answer(other))
+    assert not torch.equal(answer(other), answer(floats["text_encoder"]))
+    assert {plan.skip_reason for plan in made.plans} == {"float in the file"}
 
 
 @pytest.fixture(scope="module")
@@ -633,17 +693,21 @@ def test_files_that_fit_none(
         match=r"t5\.safetensors holds t5_old, which fits no place: text_encoder is a CLIPTextModel",
     ):
         filled(twins, format="auto", path=str(files["t5"]))
+
     small = file_of(random_pipeline(text=64).text_encoder, "int8_rowwise").write(
         tmp_path / "small.safetensors"
     )
+
     with pytest.raises(
         ConfigError,
         match=r"holds clip, .*text_encoder has another size .*has the shape \[.*64.*; text_encoder_2 is a T5EncoderModel",
     ):
         filled(format="auto", path=str(small))
+
     lost = file_of(random_pipeline(text=WIDTH).text_encoder, "int8_rowwise").drop(
         "mlp.fc2.weight", "mlp.fc2.comfy_quant", "mlp.fc2.weight_scale"
     )
+
     with pytest.raises(ConfigError, match=r"text_encoder needs .*fc2\.weight"):
         filled(format="auto", path=str(lost.write(tmp_path / "lost.safetensors")))
     for path in ({"text_encoder_2": str(files["clip"])}, {"text_encoder": str(files["t5"])}):
@@ -667,12 +731,14 @@ def test_a_checkpoint_with_several_encoders(
         whole.tensors |= file.copy().prefixed(f"text_encoders.{prefix}.transformer.").tensors
     path = whole.write(tmp_path / "whole.safetensors")
     both = filled(format="auto", path=str(path), kernel_backend="dequantize").modules
+
     for component, file in made.items():
         assert_close(component, answer(both[component]), answer(changed(floats[component], file.real)), 1e-5)
+
     one = filled(format="auto", path={"text_encoder_2": str(path)}, kernel_backend="dequantize").modules
-    assert set(one) == {"text_encoder_2"} and torch.equal(
-        answer(one["text_encoder_2"]), answer(both["text_encoder_2"])
-    )
+
+    assert set(one) == {"text_encoder_2"}
+    assert torch.equal(answer(one["text_encoder_2"]), answer(both["text_encoder_2"]))
 
 
 @pytest.mark.parametrize(
@@ -696,10 +762,8 @@ def test_components_that_are_not_there(
 
 
 def test_a_file_in_another_format(filled: Callable, files: dict[str, Any], tmp_path: Path) -> None:
-    assert (
-        filled(format="int8_rowwise", path=str(files["clip"])).built
-        and filled(format="int8_tensorwise", path=str(files["clip"])).built
-    )
+    assert filled(format="int8_rowwise", path=str(files["clip"])).built
+    assert filled(format="int8_tensorwise", path=str(files["clip"])).built
     with pytest.raises(
         ConfigError,
         match=r"holds 6 layers int8_rowwise, and nvfp4 was asked for; clip=auto \(quant_format in a",
@@ -715,6 +779,7 @@ def test_a_pipeline_without_a_text_encoder(filled: Callable[..., QuantizedEncode
     (tmp_path / "model_index.json").write_text(
         json.dumps({"_class_name": "X", "vae": ["diffusers", "AutoencoderKL"]})
     )
+
     with pytest.raises(
         ConfigError, match=r"clip=nvfp4: the pipeline in .* has no text encoder; set clip=keep"
     ):
@@ -745,7 +810,7 @@ def with_lora(
 def rounded(weight: Tensor, word: str) -> Tensor:
     """What a format makes of a weight."""
     weight, form = weight.float(), FORMATS[word]
-    rotation = ConvRot().fit(weight, None) if form.rotated else None
+    rotation = ConvRot().fit(weight, None) if form.is_rotated else None
     if rotation is None:
         return form.quantize(weight).dequantize()
     return rotation.restore_weight(form.quantize(rotation.transform_weight(weight)).dequantize())
@@ -756,12 +821,15 @@ def test_a_lora_is_rounded_with_the_weight(
     word: str, drawn: Callable, files: dict[str, Any], floats: dict[str, nn.Module]
 ) -> None:
     run = drawn(FLOAT, f"clip={word}", "clip.kernel_backend=dequantize", lora(files["lora"], 1.5))
+
     assert run.metrics["lora/modules_matched"] == 12
+
     for component, built in run.built.encoders.built.items():
         weights = with_lora(component, files["lora"], 1.5, {}, floats[component])
         for plan in built.plans:
-            if plan.keep_float is None:
+            if plan.skip_reason is None:
                 weights[plan.name] = rounded(weights[plan.name], word)
+
         assert_close(
             component, answer(built.module), answer(changed(floats[component], weights)), 6e-3
         )  # ties
@@ -782,13 +850,17 @@ def test_strength_0_is_the_encoder_without_the_lora(
         drawn(*words, lora(files["lora"], 0.0)),
         drawn(*words, lora(files["lora"], 1.0)),
     )
-    assert same(without.latents, off.latents) and same(without.floats, off.floats)
-    assert not same(on.latents, off.latents) and not same(on.floats, off.floats)
+
+    assert same(without.latents, off.latents)
+    assert same(without.floats, off.floats)
+    assert not same(on.latents, off.latents)
+    assert not same(on.floats, off.floats)
     for component, module in without.modules.items():
-        assert torch.equal(answer(off.modules[component]), answer(module)) and not torch.equal(
-            answer(on.modules[component]), answer(module)
-        )
+        assert torch.equal(answer(off.modules[component]), answer(module))
+        assert not torch.equal(answer(on.modules[component]), answer(module))
+
     bare = drawn(*words, lora(files["lora"], 1.0), "metrics.baseline=none")
+
     assert same(bare.latents, on.latents), "without float encoders beside them"
 
 
@@ -800,9 +872,12 @@ def test_a_lora_on_a_files_weights(
     for component, name in (("text_encoder", "clip"), ("text_encoder_2", "t5")):
         file, built = files["files"][name], run.built.encoders.built[component]
         weights = with_lora(component, files["lora"], 1.5, file.real, floats[component])
-        words = {plan.name: plan.rounding for plan in built.plans if plan.keep_float is None}
+        words = {plan.name: plan.rounding for plan in built.plans if plan.skip_reason is None}
+
         assert sorted(words.values()) == sorted(file.words.values()), "each layer in its own format again"
+
         rough = {layer: rounded(weight, words[layer]) for layer, weight in weights.items()}
+
         assert_close(name, answer(built.module), answer(changed(floats[component], rough)), 1e-3)
 
 
@@ -827,34 +902,47 @@ def test_a_lora_on_weights_in_formats_that_are_not_written(
         lora(files["t5_lora"], 1.0),
     )
     expected = answer(changed(module, with_lora("text_encoder_2", files["t5_lora"], 1.0, file.real, module)))
+
     assert_close(word, answer(run.modules["text_encoder_2"]), expected, 0.4 if "4" in word else 0.1)
+
     run.built.set_strengths([0.0], [0.0])
+
     assert_close(word, answer(run.modules["text_encoder_2"]), answer(changed(module, file.real)), 1e-5)
 
 
 def test_strengths_there_and_back(words: list[str], files: dict[str, Any], tmp_path: Path) -> None:
-    process_cache.forget()
+    process_cache.clear()
     path = f"clip.path={files['t5']}"
     for clip in (["clip=float8_e4m3fn"], ["clip=auto", path]):
         made = [
             run_job([*words, FLOAT, *clip, lora(files["lora"], s)], tmp_path / "out")
             for s in (1.0, 0.25, 0.0, 1.0)
         ]
+
         assert [result.metrics["build/load_s"] > 0 for result in made] == [True, False, False, False]
+
         first, weak, off, again = (result.candidate.trajectories for result in made)
-        assert same(first, again) and not same(first, weak) and not same(weak, off)
+
+        assert same(first, again)
+        assert not same(first, weak)
+        assert not same(weak, off)
+
         cosines = [result.metrics["clip/cosine_mean"] for result in made]
+
         assert cosines[0] == cosines[3] and len(set(cosines)) == 3, (
             "of the float encoders with the same strengths"
         )
-    process_cache.forget()
+    process_cache.clear()
 
 
 def test_text_strength_of_quantized_encoders(drawn: Callable[..., Drawn], files: dict[str, Any]) -> None:
     words = (FLOAT, "clip=int8_rowwise")
     quiet = drawn(*words, lora(files["lora"], 1.0, text_strength=0.0))
+
     assert same(quiet.latents, drawn(*words).latents)
+
     loud = drawn(*words, lora(files["lora"], 0.0, text_strength=1.0))
+
     assert same(loud.latents, drawn(*words, lora(files["lora"], 1.0)).latents)
 
 
@@ -874,8 +962,11 @@ def test_a_loras_bias(
     )
     run = drawn(*words, lora(path, 2.0))
     layer = run.modules["text_encoder"].get_submodule(name)
+
     assert_close("bias", layer.bias, module.get_submodule(name).bias + 2 * bias, 0.005)
+
     run.built.set_strengths([0.0], [0.0])
+
     assert torch.equal(
         run.modules["text_encoder"].get_submodule(name).bias,
         module.get_submodule(name).bias.bfloat16().float(),
@@ -888,7 +979,7 @@ def test_a_loras_bias(
 def test_a_sweep_builds_for_each_setting_of_clip_once(
     words: list[str], files: dict[str, Any], tmp_path: Path
 ) -> None:
-    process_cache.forget()
+    process_cache.clear()
     jobs = [
         ["clip=int8_rowwise"],
         ["clip=int8_rowwise", "seed=3"],
@@ -898,20 +989,23 @@ def test_a_sweep_builds_for_each_setting_of_clip_once(
         ["clip=auto", f"clip.path={files['clip']}"],
     ]
     made = [run_job([*words, FLOAT, *job], tmp_path / "out") for job in jobs]
-    process_cache.forget()
+    process_cache.clear()
+
     assert [result.metrics["build/load_s"] > 0 for result in made] == [True, False, True, True, True, True]
+
     drew = [result.baseline for result in made]
+
     assert drew[0] is drew[2] is drew[3] is drew[4] is drew[5] and drew[0] is not drew[1], (
         "the float pictures are the same for all"
     )
+
     cosines = [
         result.metrics["clip/cosine_mean"] for result in made
     ]  # also where the float model drew nothing
-    assert (
-        cosines[0] == cosines[1]
-        and cosines[2] == pytest.approx(cosines[3], abs=1e-6)
-        and len({round(c, 5) for c in cosines}) == 4
-    )
+
+    assert cosines[0] == cosines[1]
+    assert cosines[2] == pytest.approx(cosines[3], abs=1e-6)
+    assert len({round(c, 5) for c in cosines}) == 4
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------------------
@@ -928,6 +1022,7 @@ def test_the_denoisers_file_has_no_text_encoder(model: Path, tmp_path: Path) -> 
         ]
     )
     message = r"task=quantize writes one component, here the denoiser, and clip= is about text encoders; .*task\.component=text_encoder"
+
     with pytest.raises(ConfigError, match=message):
         quantize_file(spec, Job({}, {}, [], tmp_path), None)
     assert not (tmp_path / "x.safetensors").exists()
@@ -950,6 +1045,7 @@ def test_embeddings_that_are_plainly_wrong(
         tmp_path / "x.safetensors"
     )
     run_job([*words, "clip=auto", f"clip.path={stranger}", "int8.enable=false"], tmp_path / "out")
+
     assert re.search(
         r"the embeddings are \d+ % from the float encoders', more than any format costs", caplog.text
     )
@@ -970,4 +1066,5 @@ def test_what_a_setting_does_not_do_is_said(
 ) -> None:
     with caplog.at_level(logging.INFO):
         run_job([*words, *asked], tmp_path / "out")
+
     assert message in caplog.text

@@ -10,7 +10,7 @@ from families.instances_b import INSTANCES
 from PIL import Image
 from support.run_job import run_job
 
-from int8run.metrics.quality import key_frames
+from int8run.metrics.quality import select_key_frames
 from int8run.pipeline import process_cache
 from int8run.tasks.run import RunResult
 
@@ -25,7 +25,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
     for name in FRAMES:
         folder, instance = tmp_path_factory.mktemp(name), INSTANCES[name]
         instance.build().save_pretrained(folder / "model")
-        process_cache.forget()
+        process_cache.clear()
         sampling = instance.sampling
         extra = [f"+sampler.extra.{key}={value}".replace(" ", "") for key, value in sampling.extra.items()]
         size = [f"sampler.{key}={getattr(sampling, key)}" for key in ("steps", "height", "width", "guidance")]
@@ -46,28 +46,33 @@ def test_a_run_leaves_animations_stills_and_a_grid(runs: dict[str, RunResult], n
     keys = ["000_a-b_s0", "001_b_s0"]
     files = {p.name for p in (result.output_dir / "images").iterdir()}
     kinds = [".webp", *(f"_{which}.png" for which in ("first", "middle", "last"))]
+
     assert files == {f"{key}{who}{kind}" for key in keys for who in ("", "_float") for kind in kinds}
     for generation, who in ((result.candidate, ""), (result.baseline, "_float")):
         assert [len(frames) for frames in generation.frames] == [count] * 2
         for key, frames in zip(keys, generation.frames, strict=True):
             assert Image.open(result.output_dir / "images" / f"{key}{who}.webp").n_frames == count
-            for which, number in key_frames(count).items():
+            for which, number in select_key_frames(count).items():
                 assert (
                     Image.open(result.output_dir / "images" / f"{key}{who}_{which}.png").tobytes()
                     == frames[number].tobytes()
                 )
+
     # each sample has a caption and three rows of pictures, enlarged to 192 pixels; three columns
     sheet, side = Image.open(result.output_dir / "grid.png"), 192
+
     assert sheet.size == (12 + 3 * (side + 12), 24 + 2 * (24 + 3 * (24 + side + 12)) + 12)
+
     frames = {
         (i, number): result.candidate.frames[i][number]
         for i in range(2)
-        for number in key_frames(count).values()
+        for number in select_key_frames(count).values()
     }
     for (i, number), frame in frames.items():
         row = sorted(frames).index((i, number)) % 3
         top = 36 + i * (24 + 3 * 228) + 24 + row * 228 + 20
         cell = sheet.crop((12 + side + 12, top, 12 + 2 * side + 12, top + side))
+
         assert cell.tobytes() == frame.resize((side, side), Image.Resampling.NEAREST).tobytes(), (i, number)
 
 
@@ -82,19 +87,18 @@ def test_metrics_are_those_of_the_frames(runs: dict[str, RunResult], name: str) 
         for a, b in zip(ours, floats, strict=True):
             error = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
             decibels.append(10 * np.log10(255**2 / np.mean(error**2)) if error.any() else np.inf)
+
         # infinity is a word in JSON; frames of the tiny Wan may be equal
-        assert [float(frame["psnr_db"]) for frame in image["frames"]] == pytest.approx(
-            decibels, abs=1e-3
-        ) and len(decibels) == count
+        assert [float(frame["psnr_db"]) for frame in image["frames"]] == pytest.approx(decibels, abs=1e-3)
+        assert len(decibels) == count
         assert float(image["psnr_db"]) == pytest.approx(np.mean(decibels), abs=1e-3)
         assert image["ssim"] == pytest.approx(np.mean([frame["ssim"] for frame in image["frames"]]))
         assert 0 < image["latent_rel_err"] < 0.1
         assert (result.output_dir / image["file"]).suffix == ".webp"
-        assert (
-            all((result.output_dir / still).is_file() for still in image["stills"])
-            and len(image["stills"]) == 3
-        )
+        assert all((result.output_dir / still).is_file() for still in image["stills"])
+        assert len(image["stills"]) == 3
     metrics = saved["metrics"]
+
     assert float(metrics["quality/psnr_db"]) == pytest.approx(
         np.mean([float(image["psnr_db"]) for image in saved["images"]])
     )
@@ -108,6 +112,7 @@ def test_a_record_has_a_value_per_frame_and_names_the_stills_of_both_models(
 ) -> None:
     saved = json.loads((runs["ltx"].output_dir / "metrics.json").read_text())
     expected = [np.mean([image["frames"][i]["psnr_db"] for image in saved["images"]]) for i in range(9)]
+
     assert saved["series"]["series/frame_psnr_db"] == pytest.approx(expected)
     for image in saved["images"]:
         assert image["stills"] == [
@@ -137,11 +142,16 @@ def test_a_video_of_one_frame_is_a_picture(runs: dict[str, RunResult], tmp_path:
     ]
     size = ["sampler.steps=1", "sampler.height=48", "sampler.width=48", "+sampler.extra.num_frames=1"]
     result = run_job([*about, *size], tmp_path)
+
     assert {p.name for p in (tmp_path / "images").iterdir()} == {"000_a_s0.png", "000_a_s0_float.png"}
+
     (image,) = json.loads((tmp_path / "metrics.json").read_text())["images"]
-    assert image["file"] == "images/000_a_s0.png" and not {"frames", "stills"} & set(image)
+
+    assert image["file"] == "images/000_a_s0.png"
+    assert not {"frames", "stills"} & set(image)
     assert "speed/frames_per_s" not in result.metrics
-    assert image["float"] == "images/000_a_s0_float.png" and "float_stills" not in image
+    assert image["float"] == "images/000_a_s0_float.png"
+    assert "float_stills" not in image
     assert "series/frame_psnr_db" not in json.loads((tmp_path / "metrics.json").read_text())["series"]
 
 
@@ -165,9 +175,15 @@ def test_sound_is_left_out_with_one_line(
     ]
     with caplog.at_level(logging.INFO, "int8run"):
         result = run_job([*about, *size], tmp_path)
-    assert result.candidate.sound and not runs["ltx"].candidate.sound
+
+    assert result.candidate.has_sound
+    assert not runs["ltx"].candidate.has_sound
     assert [m for m in caplog.messages if "sound" in m] == [
         "LTX2Pipeline makes sound with its videos; it is neither compared nor kept"
     ]
+
     (first, second) = json.loads((tmp_path / "metrics.json").read_text())["images"]
-    assert first["file"] != second["file"] and "frames" not in first and len(first["stills"]) == 3
+
+    assert first["file"] != second["file"]
+    assert "frames" not in first
+    assert len(first["stills"]) == 3

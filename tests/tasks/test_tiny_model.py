@@ -50,11 +50,13 @@ def test_int8_pictures_are_the_right_ones_and_close_to_float(
     metrics = run_job(overrides, tmp_path).metrics
     pictures = sorted(p for p in (tmp_path / "images").iterdir() if "float" not in p.name)
     found = [nearest(p, drawings) for p in pictures]
+
     assert len(found) == len(names) == 15
     assert sum(f == n for f, n in zip(found, names, strict=True)) / len(names) >= 0.8, list(
         zip(names, found, strict=True)
     )
-    assert metrics["quality/psnr_db"] >= 30 and metrics["quality/ssim"] >= 0.98
+    assert metrics["quality/psnr_db"] >= 30
+    assert metrics["quality/ssim"] >= 0.98
     assert metrics["memory/denoiser_ratio"] > 1.8
 
 
@@ -63,6 +65,7 @@ def test_layers_csv_names_every_linear_of_the_shipped_model_once(tmp_path: Path)
     with (tmp_path / "layers.csv").open() as file:
         rows = list(csv.DictReader(file))
     model = FluxTransformer2DModel.from_pretrained(ASSETS / "tiny" / "transformer")
+
     assert sorted(r["name"] for r in rows) == sorted(
         n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)
     )
@@ -75,6 +78,7 @@ def test_the_second_identical_run_gives_the_same_bits(tmp_path: Path) -> None:
         process_cache.clear()
         run_job(["prompts.prompts=[octopus]", "sampler.steps=4", "tracker=none"], tmp_path / attempt)
         pixels.append([Image.open(p).tobytes() for p in sorted((tmp_path / attempt / "images").iterdir())])
+
     assert pixels[0] == pixels[1]
 
 
@@ -96,6 +100,7 @@ def test_the_calibrated_model_is_saved_and_draws_the_same_again(tmp_path: Path) 
         run_job([*shared, f"save={saved}"], tmp_path / "a"),
         run_job([*shared, f"int8.checkpoint={saved}"], tmp_path / "b"),
     )
+
     assert made.candidate.images[0].tobytes() == read.candidate.images[0].tobytes()
     assert (tmp_path / "a" / "layers.csv").read_text() == (tmp_path / "b" / "layers.csv").read_text()
     # int8 in place of the float weights, and the rest as it was
@@ -111,8 +116,11 @@ def test_shipped_loras_change_the_style_more_with_more_strength(style: str, tmp_
         out = tmp_path / str(strength)
         result = run_job([*shared, f"lora.strength={strength}"], out)
         pixels[strength] = np.asarray(result.candidate.images[0], dtype=np.float32)
-        assert result.metrics["quality/psnr_db"] >= 25 and result.metrics["lora/modules_unmatched"] == 0
+
+        assert result.metrics["quality/psnr_db"] >= 25
+        assert result.metrics["lora/modules_unmatched"] == 0
     half, full = (np.abs(pixels[s] - pixels[0]).mean() for s in (0.5, 1))
+
     assert 1 < half < full
 
 
@@ -130,15 +138,19 @@ def test_ink_is_black_on_white(tmp_path: Path) -> None:
 @pytest.mark.parametrize("style", ["ink", "gloss"])
 def test_shipped_loras_say_what_they_are(style: str) -> None:
     file = read_lora(SHIPPED_LORAS / f"{style}.safetensors")
+
     assert find_trigger_words(file.path, file.metadata).words == (f"{style} style",)
     assert file.metadata["ss_base_model_version"] == "int8run-tiny"
-    assert list(file.ranks) == [8] and not file.skipped_keys
+    assert list(file.ranks) == [8]
+    assert not file.skipped_keys
+
     with safe_open(file.path, framework="pt") as opened:
         assert all(opened.get_slice(key).get_dtype() == "F16" for key in opened.keys())  # noqa: SIM118 - not a dict
 
 
 def test_assets_are_small_and_hold_no_pickle() -> None:
     files = [p for p in ASSETS.rglob("*") if p.is_file()]
+
     assert sum(p.stat().st_size for p in files) <= 40e6
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt"}
 
@@ -154,14 +166,18 @@ def test_mlflow_holds_the_whole_run(
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("int8run")
     (logged,) = client.search_runs([experiment.experiment_id])
+
     assert logged.info.status == "FINISHED"
+
     saved = json.loads((out / "metrics.json").read_text())["metrics"]
+
     assert {k: v for k, v in logged.data.metrics.items() if not k.startswith("series/")} == pytest.approx(
         saved
     )
-    assert (
-        logged.data.params["sampler.steps"] == "3" and logged.data.params["model.location"] == "shipped:tiny"
-    )
+    assert logged.data.params["sampler.steps"] == "3"
+    assert logged.data.params["model.location"] == "shipped:tiny"
     assert len(client.get_metric_history(logged.info.run_id, "series/latent_rel_err")) == 3
+
     names = {a.path for a in client.list_artifacts(logged.info.run_id)}
+
     assert {"grid.png", "layers.csv", "metrics.json", "environment.json", "config.yaml", "images"} <= names
