@@ -58,6 +58,7 @@ def test_gelu_factor_and_sylvesters_rotation_together():
         backend.quantize(x, factor=factor, rotation=rotation, gelu_from=100)
         for backend in (BACKEND, Reference())
     )
+
     assert_close("rows", ours.q * ours.scale, theirs.q * theirs.scale, 2e-3)
 
 
@@ -65,6 +66,7 @@ def test_gelu_factor_and_sylvesters_rotation_together():
 def test_a_fused_branch_is_the_branch_beside_the_product(outlier):
     x = randn(9, K).to(DEVICE)
     ours, theirs = (branch_on(layer(b, outlier), 5, [0.8, -0.3]) for b in (BACKEND, Reference()))
+
     assert ours.adapter.fused is not None and theirs.adapter.fused is None
     assert ours.adapter.fused.down.shape == (16, K), "ranks are filled up to 16"
     assert_close("layer", ours(x), theirs(x), 2e-3)
@@ -106,5 +108,6 @@ def test_one_input_column():
 def test_an_input_in_another_dtype_than_the_model():
     x, adapted = randn(9, K).to(DEVICE), branch_on(layer(BACKEND, NoOutlier()), 5, [1.0])
     half = adapted(x.to(torch.float16))
+
     assert half.dtype == torch.float16
     assert_close("layer", half.float(), adapted(x), 5e-3)

@@ -82,7 +82,9 @@ def test_zero_rows_give_the_bias_exactly(backend, device):
     x, weight, bias = randn(4, 36), quantize_weight(randn(10, 36, seed=1)), randn(10, seed=2)
     x[[0, 2]] = 0
     y = run(backend, device, x, weight, bias)
+
     assert torch.equal(y[0], bias) and torch.equal(y[2], bias)
+
     expect_agreement(backend, device, x, weight, bias)
 
 
@@ -139,6 +141,7 @@ def test_rotations(backend, device, rotation, before, dtype):
         run_rotated(backend, device, x.to(dtype), *steps),
         run_rotated(Reference(), "cpu", x.to(dtype).float(), *steps),
     )
+
     # a sum in another order moves an integer at a tie now and then; the eager backends round to bfloat16
     # between the steps
     assert_close(backend.name, y, expected, {torch.float32: 1e-3, torch.bfloat16: 2e-2}[dtype])
@@ -173,6 +176,7 @@ def test_the_input_is_left_as_it_was(backend, device):
     x = randn(4, 20)
     before = x.clone()
     run(backend, device, x, quantize_weight(randn(3, 20, seed=1)), None)
+
     assert torch.equal(x, before)
 
 

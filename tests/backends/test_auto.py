@@ -129,10 +129,13 @@ def test_no_candidate_for_the_device(tmp_path):
 def test_a_second_chooser_reads_the_table_and_measures_nothing(tmp_path, seconds):
     seconds.update(reference=[2.0], exact=[1.0])
     first = chooser(tmp_path, Reference(), Exact())
+
     assert first.choose_backend(4, 16, 8) is first.choose_backend(4, 16, 8) and first.n_measured == 1
+
     # were it measured again, the other would win
     seconds.update(reference=[1.0], exact=[2.0])
     second = chooser(tmp_path, Reference(), Exact())
+
     assert second.choose_backend(4, 16, 8).name == "exact" and second.n_measured == 0
 
 
@@ -144,6 +147,7 @@ def test_another_shape_is_measured_on_its_own(tmp_path, seconds, rows):
     ours = chooser(tmp_path, Reference(), Exact())
     ours.choose_backend(4, 16, 8)
     ours.choose_backend(*rows)
+
     assert ours.n_measured == 2
 
 
@@ -156,6 +160,7 @@ def test_other_candidates_or_another_dtype_are_measured_anew(tmp_path, seconds):
     ):
         again.choose_backend(4, 16, 8)
         assert again.n_measured == 1
+
     assert len(json.loads((tmp_path / "choices" / "table.json").read_text())) == 3
 
 
@@ -169,6 +174,7 @@ def test_a_damaged_table_counts_as_empty_and_is_written_anew(tmp_path, seconds, 
     table = tmp_path / "choices" / "table.json"
     table.parent.mkdir()
     table.write_bytes(damage)
+
     assert chooser(tmp_path, Reference(), Exact()).choose_backend(4, 16, 8).name == "exact"
     assert list(json.loads(table.read_text()).values()) == ["exact"]
 
@@ -180,6 +186,7 @@ def test_a_damaged_choice_is_measured_again(tmp_path, seconds, choice):
     table = tmp_path / "choices" / "table.json"
     table.write_text(json.dumps(dict.fromkeys(json.loads(table.read_text()), choice)))
     again = chooser(tmp_path, Reference(), Exact())
+
     assert again.choose_backend(4, 16, 8).name == "exact" and again.n_measured == 1
 
 
@@ -192,15 +199,19 @@ def test_a_measurement_that_scatters_is_used_but_not_kept(tmp_path, seconds):
     # medians three times the shortest time: other work ran here
     seconds.update(reference=[1.0, 1.0, 3.0, 3.0], exact=[1.0, 1.0, 2.5, 2.5])
     ours = chooser(tmp_path, Reference(), Exact())
+
     assert ours.choose_backend(4, 16, 8).name == "exact" and not ours.is_steady
     assert not (tmp_path / "choices" / "table.json").exists()
+
     seconds.update(reference=[1.0], exact=[2.0])
+
     assert chooser(tmp_path, Reference(), Exact()).choose_backend(4, 16, 8).name == "reference"
 
 
 def test_a_slow_backend_may_scatter(tmp_path, seconds):
     seconds.update(reference=[5.0, 4.0, 9.0, 9.0], exact=[1.0])
     ours = chooser(tmp_path, Reference(), Exact())
+
     assert ours.choose_backend(4, 16, 8).name == "exact" and ours.is_steady
     assert (tmp_path / "choices" / "table.json").exists()
 
@@ -209,6 +220,7 @@ def test_a_table_that_cannot_be_written_is_said_once_and_costs_no_run(tmp_path, 
     seconds.update(reference=[2.0], exact=[1.0])
     (tmp_path / "choices").write_text("a file where the folder should be")
     ours = chooser(tmp_path, Reference(), Exact())
+
     assert ours.choose_backend(4, 16, 8).name == "exact" and ours.choose_backend(4, 32, 8).name == "exact"
     assert ours.choose_backend(4, 16, 8).name == "exact" and ours.n_measured == 2, "remembered for this run"
     assert caplog.text.count("measured choices cannot be kept in") == 1

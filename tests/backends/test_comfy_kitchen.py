@@ -31,6 +31,7 @@ def test_close_to_the_float_layer(outlier, dtype):
         ComfyKitchen(),
         dtype,
     )
+
     assert_close("layer", layer(x).float(), x.float() @ weight.T + bias, 0.02)
 
 
@@ -53,6 +54,7 @@ def test_the_product_is_left_a_regular_rotation_and_no_other():
         ComfyKitchen().quantize(x, factor=factor, rotation=rotation, gelu_from=0)
         for rotation in (regular, sylvester)
     )
+
     assert left.rotation == 64 and torch.equal(left.q, transform_rows(x, factor, None, 0))
     assert done.rotation == 0 and torch.equal(done.q, transform_rows(x, factor, sylvester, 0))
 

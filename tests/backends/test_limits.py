@@ -1,4 +1,4 @@
-"""What a backend refuses, and the words for it."""
+"""What the limits of a backend rule out, and the reasons that they give."""
 
 import pytest
 import torch
@@ -26,13 +26,16 @@ def test_no_backend_runs_on_meta(backend):
 
 
 @pytest.mark.parametrize("backend", shipped("backend").values(), ids=lambda b: b.name)
-def test_a_layer_too_wide_for_32_bit_sums_is_refused(backend):
+def test_a_layer_too_wide_for_32_bit_sums_is_rejected(backend):
     limit = backend.limits.max_in_features
     if backend.name == "reference":
         assert limit is None and backend.limits.unsupported_layer_reasons(2**24, 8) == []
         return
+
     assert backend.limits.unsupported_layer_reasons(limit, 8) == []
+
     (reason,) = backend.limits.unsupported_layer_reasons(limit + 1, 8)
+
     assert reason == f"in_features={limit + 1} overflows its 32-bit sums, which hold {limit}"
 
 
@@ -51,7 +54,7 @@ def test_onednn_stays_on_the_cpu():
 
 
 @pytest.mark.parametrize("backend", [OneDnn(), TorchIntMM()], ids=lambda b: b.name)
-def test_a_cpu_without_vnni_is_refused(backend, cpu_without_vnni):
+def test_a_cpu_without_vnni_is_rejected(backend, cpu_without_vnni):
     (reason,) = backend.limits.unsupported_reasons(CPU)
     assert reason == "needs a CPU with avx512_vnni or avx_vnni or amx_int8: without, int8 products saturate"
     assert not usable(backend, CPU)

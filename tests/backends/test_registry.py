@@ -1,4 +1,4 @@
-"""Backends by a word: as the command line would make them, in conf/'s own words."""
+"""Backends by name: the same as the command line makes of the files in conf/."""
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -20,10 +20,11 @@ def test_the_names_are_the_options() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_word_makes_what_the_command_line_makes(name: str) -> None:
+def test_a_name_makes_what_the_command_line_makes(name: str) -> None:
     with initialize_config_module("int8run.conf", version_base="1.3"):
         expected = create_run_spec(compose("config", [f"backend={name}"])).backend
     made = make_backend(name)
+
     assert type(made) is type(expected) and made.name == expected.name == name
     assert repr(made) == repr(expected) and made == expected
 
@@ -33,7 +34,9 @@ def test_settings_are_read_anew_each_time() -> None:
     assert read_backend_option("auto")["_target_"] and "defaults" in read_backend_option("auto"), (
         "making one leaves the option alone"
     )
+
     made = make_backend("auto")
+
     assert {key: backend.name for key, backend in made.candidates.items()} == {
         key: key for key in made.candidates
     }

@@ -39,6 +39,7 @@ def test_tiles_come_from_the_table_and_else_from_the_defaults(tmp_path, hopper):
     AutotuneCache(table, CPU).put(tile_key(4096, 48, 24), ",".join(map(str, best.as_list())))
     backend = Triton(table=str(table))
     backend.pack_weight(quantize_weight(torch.ones(24, 48)))
+
     assert backend.tiles[48, 24] == (*(choose_tile(HOPPER, rows) for rows in BUCKETS[:-1]), best)
 
 
@@ -60,6 +61,7 @@ def test_tuning_keeps_the_fastest_tile(tmp_path, hopper):
     backend.pack_weight(quantize_weight(torch.ones(24, 48)))
     backend.tune(timer, 4096, 48, 24)
     backend.pack_weight(quantize_weight(torch.ones(24, 48)))
+
     assert timer.best in timer.tried and len(timer.tried) > 5
     assert backend.tiles[48, 24][-1] == timer.best
 
@@ -73,6 +75,7 @@ def test_a_tile_that_was_asked_for_is_not_tuned(tmp_path, hopper):
 def test_a_config_names_all_fields_of_a_tile_or_none():
     assert parse_tile(None, None, None, None, None, None) is None
     assert parse_tile(128, 64, 64, 8, 4, 3) == Tile(128, 64, 64, 8, 4, 3)
+
     with pytest.raises(
         ConfigError,
         match=re.escape("backend.tile needs all of its fields or none; missing: backend.tile.block_n, "),

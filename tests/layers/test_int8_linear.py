@@ -79,6 +79,7 @@ def test_leading_dimensions_are_only_rows():
 def test_bfloat16_in_bfloat16_out():
     layer, x = linear(dtype=torch.bfloat16), randn(5, K, dtype=torch.bfloat16)
     y = int8(layer)(x)
+
     assert y.dtype == torch.bfloat16
     assert_close("bfloat16", y, layer(x), INT8_ERR)
 
@@ -90,6 +91,7 @@ def test_few_rows_use_the_dequantized_weight_exactly(outlier):
     weight = quantize_weight(transform.transform_weight(layer.weight))
     ours, x = int8(layer, outlier, float_rows=4), randn(5, K)
     few = x[:4]
+
     assert torch.equal(ours(few), F.linear(transform.transform_input(few), weight.dequantize(), layer.bias))
     # one row more goes to the backend
     assert torch.equal(
@@ -114,12 +116,14 @@ def test_a_branch_adds_its_explicit_product(shape, float_rows):
         with_branch(int8(linear(), float_rows=float_rows), part, strengths=[0.8]),
     )
     product = 0.8 * x @ part[0].T @ part[1].T
+
     assert_close("branch", adapted(x) - plain(x), product, 1e-5)
 
 
 def test_two_adapters_are_concatenated_and_add_up():
     first, second, x = low_rank(4, seed=3), low_rank(2, seed=5, scale=2.0), randn(5, K)
     adapted = with_branch(int8(linear()), first, second, strengths=[0.5, -1.5])
+
     assert adapted.adapter.ranks == (4, 2)
     assert_close(
         "sum", adapted(x) - int8(linear())(x), x @ (0.5 * delta(first) - 1.5 * delta(second)).T, 1e-5
@@ -129,8 +133,11 @@ def test_two_adapters_are_concatenated_and_add_up():
 def test_strength_0_is_no_branch_at_all():
     first, second, x = low_rank(4, seed=3), low_rank(2, seed=5), randn(5, K)
     adapted = with_branch(int8(linear()), first, second, strengths=[0, 1.0])
+
     assert_close("one of two", adapted(x), with_branch(int8(linear()), second, strengths=[1.0])(x), 1e-6)
+
     adapted.adapter.set_strengths([0, 0.0])
+
     assert adapted.adapter.is_idle and torch.equal(adapted(x), int8(linear())(x))
 
 
@@ -141,6 +148,7 @@ def test_a_new_strength_leaves_the_layer_as_it_is():
     for strength in (0.0, -2.0, 0.25):
         branch.set_strengths([strength])
         assert torch.equal(layer(x), with_branch(int8(linear()), part, strengths=[strength])(x))
+
     assert layer.packed.data_ptr() == packed and layer.adapter is branch
 
 
@@ -156,6 +164,7 @@ def test_the_branch_sees_the_untransformed_input(outlier, shape):
     part, x = low_rank(4, seed=3, scale=0.2), randn(*shape)
     layer = linear()
     adapted = with_branch(int8(layer, outlier), part, strengths=[1.0])
+
     assert_close(outlier.name, adapted(x), layer(x) + x @ delta(part).T, INT8_ERR)
 
 
@@ -166,6 +175,7 @@ def test_a_branch_inside_the_product_takes_part_in_the_transform(outlier, backen
     layer = linear()
     adapted = with_branch(int8(layer, outlier, backend=backend), part, strengths=[0.8])
     adapted.adapter.fuse_into_backend(backend, adapted.transform)
+
     assert_close(
         f"{outlier.name} on {backend.name}", adapted(x), layer(x) + 0.8 * x @ delta(part).T, INT8_ERR
     )
@@ -182,4 +192,5 @@ def test_another_batch_compiles_once_more_and_then_never_again(outlier, backend)
         for batch in (2, 3, 5, 9, 40):
             x = randn(batch, 7, K)
             assert torch.equal(compiled(x), ours(x))
+
     assert graphs.frame_count <= 2, "the first shape and, from the second on, any"

@@ -137,6 +137,7 @@ def test_one_tensor_is_quantized_once():
     x = randn(5, 64)
     attn(x)
     attn(x)
+
     assert backend.calls == 5  # each round has its own
 
 
@@ -148,6 +149,7 @@ def test_another_tensor_is_quantized_anew():
     expect_equal(
         [shared.to_q(x), shared.to_k(equal), shared.to_v(x[:])], [plain.to_q(x), plain.to_k(x), plain.to_v(x)]
     )
+
     assert backend.calls == 3 + 3
 
 
@@ -176,16 +178,21 @@ def test_tensors_of_inference_mode_have_no_version_and_are_not_shared():
     attn = share(attention(backend))
     with torch.inference_mode():
         attn(randn(5, 64))
+
     assert backend.calls == 3 and attn.to_q.shared.x is None
+
     with torch.inference_mode():
         x = randn(5, 64)
     with torch.no_grad():
         attn(x)
+
     assert backend.calls == 6
+
     # made outside, it has one, and inference mode does not stop it
     x = randn(5, 64)
     with torch.inference_mode():
         attn(x)
+
     assert backend.calls == 7
 
 
@@ -195,9 +202,12 @@ def test_memory_is_let_go_after_the_last_layer():
     seen = weakref.ref(x)
     attn.to_q(x), attn.to_k(x)
     quantized = weakref.ref(attn.to_q.shared.quantized.q)
+
     assert quantized() is not None
+
     attn.to_v(x)
     del x
+
     assert seen() is None and quantized() is None and attn.to_q.shared.quantized is None
 
 
@@ -219,11 +229,12 @@ def test_a_layer_that_stays_away_costs_a_quantization_and_nothing_else():
     backend = Counting()
     shared, plain = both(backend)
     first, second = randn(5, 64), randn(5, 64, seed=1)
-    wanted = [plain(x) for x in (first, second, first)]
+    expected = [plain(x) for x in (first, second, first)]
     backend.calls = 0
-    expect_equal([shared.to_q(first), shared.to_k(first)], wanted[0][:2])
-    expect_equal(shared(second), wanted[1])
-    expect_equal(shared(first), wanted[2])
+    expect_equal([shared.to_q(first), shared.to_k(first)], expected[0][:2])
+    expect_equal(shared(second), expected[1])
+    expect_equal(shared(first), expected[2])
+
     assert backend.calls == 3
 
 
@@ -231,8 +242,10 @@ def test_a_layer_that_computes_in_float_does_not_come_for_the_quantized():
     settings = Int8Settings(small_batch_fallback="only_small_layers", max_rows=8, small_layer_params=64 * 24)
     model, plain = attention(settings=settings), attention(settings=settings).blocks[0]["attn"]
     attn = share(model, saved=1)
+
     assert [getattr(attn, name).float_rows for name in NAMES] == [8, 0, 0]
     assert attn.to_q.shared is None
+
     for rows in (5, 9, 8, 20):
         expect_equal(attn(randn(rows, 64)), plain(randn(rows, 64)))
 
@@ -241,15 +254,18 @@ def test_a_branch_that_wants_the_input_is_not_shared():
     backend = WithInput()
     shared, plain = both(backend, branch="fused branch")
     x = randn(5, 64)
-    wanted = plain(x)
+    expected = plain(x)
     backend.calls = 0
-    expect_equal(shared(x), wanted)
+    expect_equal(shared(x), expected)
+
     assert backend.calls == 3
+
     for layer in (shared.to_q, plain.to_q):
         layer.adapter.set_strengths([0.0])
-    wanted = plain(x)
+    expected = plain(x)
     backend.calls = 0
-    expect_equal(shared(x), wanted)
+    expect_equal(shared(x), expected)
+
     assert backend.calls == 3  # the idle one is by itself, the other two still bring their branches
 
 
@@ -258,6 +274,7 @@ def test_a_copy_shares_with_itself():
     share(model)
     other = copy.deepcopy(model)
     a, b = model.blocks[0]["attn"], other.blocks[0]["attn"]
+
     assert b.to_q.shared is b.to_k.shared is b.to_v.shared is not a.to_q.shared
 
 
@@ -291,6 +308,7 @@ def test_only_layers_that_do_the_same_to_their_input_share():
         int8(copy.deepcopy(factor)),
     ]
     model = Group(*layers)
+
     assert share_inputs(model, [[f"l{i}" for i in range(10)], ["absent", "l0"]]) == 3
     assert [getattr(layer, "shared", None) is not None for layer in layers] == [1, 1, 0, 1, 0, 0, 0, 1, 1, 1]
     assert layers[0].shared is layers[7].shared is not layers[1].shared is layers[8].shared
@@ -307,6 +325,7 @@ def test_layers_that_differ_in_the_matrix_or_in_centering_do_not_share():
         int8(copy.deepcopy(sylvester)),
         int8(copy.deepcopy(centered)),
     ]
+
     assert share_inputs(Group(*layers), [[f"l{i}" for i in range(5)]]) == 2
     assert (
         layers[0].shared is None
@@ -319,10 +338,13 @@ def test_centered_layers_that_share_give_the_same_bits():
     backend = Counting()
     layers = [int8(copy.deepcopy(centered), backend) for _ in range(2)]
     x = randn(2, 5, 64)
-    wanted = [layer(x) for layer in layers]
+    expected = [layer(x) for layer in layers]
+
     assert share_inputs(Group(*layers), [["l0", "l1"]]) == 1
+
     backend.calls = 0
-    expect_equal([layer(x) for layer in layers], wanted)
+    expect_equal([layer(x) for layer in layers], expected)
+
     assert backend.calls == 1
 
 
@@ -334,6 +356,7 @@ def test_under_hadanorm_every_layer_treats_the_input_by_its_own_weight():
 def test_blocks_do_not_share_with_each_other():
     model = nn.Module()
     model.blocks = nn.ModuleList([attention().blocks[0] for _ in range(2)])
+
     assert share_inputs(model, [GROUP]) == 4
     assert model.blocks[0]["attn"].to_q.shared is not model.blocks[1]["attn"].to_q.shared
 
@@ -362,9 +385,12 @@ def test_compiled_code_quantizes_once_too(backend, branch):
     for seed in range(3):  # the second call finds nothing left over from the first
         x = randn(5, 64, seed=seed)
         expect_equal(compiled(x), plain(x))
+
     assert counts == [1] and shared.to_q.shared.x is None
+
     separate, counts = counting_roundings()
     torch.compile(plain, fullgraph=True, backend=separate)(x)
+
     assert counts == [3]
 
 

@@ -1,4 +1,4 @@
-"""Layers on coded weights, beside float64 products of the numbers that the codes stand for."""
+"""Layers with packed weights, compared with float64 products of the numbers that they stand for."""
 
 import copy
 from dataclasses import dataclass
@@ -75,12 +75,12 @@ def times_scale(values, scale, height, width):
     )
 
 
-def scaled(codes, scale_shape, height, width, block=0, dtype=torch.float32):
+def scaled(qdata, scale_shape, height, width, block=0, dtype=torch.float32):
     """An int8 or fp8 weight, its scales of some shape."""
     scale = positive(*scale_shape).to(dtype)
     return Case(
-        PackedWeight(codes, scale, tuple(codes.shape), block_size=block),
-        times_scale(codes.float(), scale, height, width),
+        PackedWeight(qdata, scale, tuple(qdata.shape), block_size=block),
+        times_scale(qdata.float(), scale, height, width),
     )
 
 
@@ -95,22 +95,22 @@ def swizzle(scale):
 def mxfp8(rows, columns, swizzled, dtype=torch.uint8):
     """N and K padded to 32, the scales exponents of a power of two."""
     n, k = ceil(rows / 32) * 32, ceil(columns / 32) * 32
-    codes, exponents = fp8_codes(n, k, E4M3), int_codes(n, k // 32, 120, 126).to(torch.uint8)
-    numbers = times_scale(codes.float(), 2.0 ** (exponents.double() - 127), 1, 32)[:rows, :columns]
+    qdata, exponents = fp8_codes(n, k, E4M3), int_codes(n, k // 32, 120, 126).to(torch.uint8)
+    numbers = times_scale(qdata.float(), 2.0 ** (exponents.double() - 127), 1, 32)[:rows, :columns]
     scale = (swizzle(exponents) if swizzled else exponents).view(dtype)
-    return Case(PackedWeight(codes, scale, (rows, columns), is_swizzled=swizzled), numbers)
+    return Case(PackedWeight(qdata, scale, (rows, columns), is_swizzled=swizzled), numbers)
 
 
 def nvfp4(rows, columns, swizzled, high_first, dtype=E4M3):
     """N and K padded to 16, two codes in a byte, scales of scales."""
     n, k = ceil(rows / 16) * 16, ceil(columns / 16) * 16
-    codes, scale, global_scale = (
+    qdata, scale, global_scale = (
         int_codes(n, k, 0, 16),
         randn(n, k // 16, seed=3).abs().to(E4M3),
         torch.tensor(0.037),
     )
-    values = torch.tensor(E2M1, dtype=torch.float64)[codes]
-    even, odd = codes[:, 0::2], codes[:, 1::2]
+    values = torch.tensor(E2M1, dtype=torch.float64)[qdata]
+    even, odd = qdata[:, 0::2], qdata[:, 1::2]
     packed = ((even << 4 | odd) if high_first else (odd << 4 | even)).to(torch.uint8)
     numbers = times_scale(values, scale.double(), 1, 16)[:rows, :columns] * global_scale.double()
     kept = (swizzle(scale) if swizzled else scale.view(torch.uint8)).view(dtype)
@@ -192,8 +192,9 @@ def test_the_product_is_that_of_the_numbers(name, bias):
     case = CASES[name]()
     layer, x = layer_of(case, bias), randn(2, 5, case.weight.shape[1])
     made = WeightOnlyLinear(layer, torch.float32)
-    wanted = x.double() @ case.numbers.T + (layer.bias.double() if bias else 0)
-    assert_close(name, made(x), wanted, 1e-6)
+    expected = x.double() @ case.numbers.T + (layer.bias.double() if bias else 0)
+
+    assert_close(name, made(x), expected, 1e-6)
     assert torch.equal(WeightOnlyLinear(layer, torch.float32, "reference")(x), made(x))
     assert (made.out_features, made.in_features) == case.weight.shape == tuple(made.dequantize_weight().shape)
 
@@ -203,10 +204,13 @@ def test_some_rows_at_a_time_give_the_same_numbers(name, monkeypatch):
     case = CASES[name]()
     whole, x = WeightOnlyLinear(layer_of(case), torch.float32), randn(3, case.weight.shape[1])
     numbers, y = whole.dequantize_weight(), whole(x)
+
     # what the file says, bit for bit: each number is rounded once
     assert torch.equal(numbers, case.numbers.float())
+
     monkeypatch.setitem(weight_only.MAX_FLOAT_NUMBERS, "cpu", 7 * K)
     pieces = [len(rows) for rows in whole.iter_float_rows(torch.float32)]
+
     assert sum(pieces) == len(numbers) and len(pieces) > 1
     assert torch.equal(whole.dequantize_weight(), numbers)
     assert_close(name, whole(x), y, 1e-6)
@@ -220,11 +224,14 @@ def test_a_call_makes_floats_of_some_rows_only(name, monkeypatch):
     with Largest() as seen:
         layer(x)
     padded_columns = 64
+
     assert seen.numbers <= max(16 * padded_columns, 512), (
         "16 rows share a scale in a grid, 512 are a table of fp8 pairs"
     )
+
     with Largest() as seen:
         layer.dequantize_weight()
+
     assert seen.numbers == case.numbers.numel()
 
 
@@ -232,6 +239,7 @@ def test_a_call_makes_floats_of_some_rows_only(name, monkeypatch):
 def test_memory_is_that_of_the_file(name):
     case = CASES[name]()
     held = case.weight.unswizzle_scales().nbytes
+
     assert (
         sum(b.nbytes for b in WeightOnlyLinear(layer_of(case, bias=False), torch.bfloat16).buffers()) == held
     )
@@ -247,6 +255,7 @@ def test_half_precision(name, dtype):
     case = CASES[name]()
     layer = layer_of(case)
     made, x = WeightOnlyLinear(layer, dtype), randn(2, 3, case.weight.shape[1], dtype=dtype)
+
     assert torch.equal(made(x), F.linear(x, case.numbers.float().to(dtype), layer.bias.to(dtype)))
     # an input in another dtype is rounded to the layer's, and the result comes back in the input's
     assert made(x.float()).dtype == torch.float32 and torch.equal(made(x.float()), made(x).float())
@@ -263,7 +272,9 @@ def test_leading_dimensions(kind, shape):
         else WeightOnlyLinear(layer, torch.float32, "scaled_mm" if kind == "scaled_mm" else "eager")
     )
     x = randn(*shape)
+
     assert made(x).shape == (*shape[:-1], N)
+
     assert_close(kind, made(x), F.linear(x, case.numbers.float(), layer.bias), 0.05) if x.numel() else None
 
 
@@ -287,17 +298,20 @@ def test_transforms(name, method):
         method
     ](case.numbers, None)
     plain = transform.restore_weight(case.numbers.float())
+
     assert not torch.allclose(plain, case.numbers.float())
+
     layer, x = layer_of(case, transform=transform), randn(3, K)
-    wanted = F.linear(x, plain, layer.bias)
+    expected = F.linear(x, plain, layer.bias)
     made = [
         WeightOnlyLinear(layer, torch.float32),
         *([BlockInt8Linear(layer, Reference())] if name.startswith("int8") else []),
     ]
     for module, limit in zip(made, (1e-5, 0.02), strict=False):
-        assert_close(method, module(x), wanted, limit)
+        assert_close(method, module(x), expected, limit)
         assert_close(method, module.dequantize_weight(), plain, 1e-6)
     embedding = WeightOnlyEmbedding(case.weight, transform, torch.float32)
+
     assert_close(method, embedding(torch.tensor([3, 0])), plain[[3, 0]], 1e-6)
 
 
@@ -330,6 +344,7 @@ def test_moved_and_never_converted(which):
         assert {n: b.dtype for n, b in layer.named_buffers()} == {n: b.dtype for n, b in before.items()}
         assert torch.equal(layer(x), y)
     moved = copy.deepcopy(layer).to(torch.device("meta"), torch.float16)
+
     assert {n: (b.device.type, b.dtype) for n, b in moved.named_buffers()} == {
         n: ("meta", b.dtype) for n, b in before.items()
     }
@@ -340,6 +355,7 @@ def test_copies(which):
     layer = modules_of_each_kind()[which]
     x = inputs_of(layer)
     shared = copy_sharing_tensors(layer)
+
     assert [b.data_ptr() for b in shared.buffers()] == [b.data_ptr() for b in layer.buffers()]
     assert torch.equal(shared(x), layer(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
 
@@ -351,7 +367,9 @@ def test_compiled_whole(which):
     counter = CompileCounter()
     with torch.inference_mode():
         assert torch.equal(torch.compile(layer, backend=counter, fullgraph=True)(x), layer(x))
+
     assert counter.frame_count == 1
+
     torch._dynamo.reset()
 
 
@@ -376,7 +394,9 @@ def test_rows_of_an_embedding(name, dtype):
     case = CASES[name]()
     table = nn.Embedding.from_pretrained(case.numbers.float().to(dtype), padding_idx=2)
     made = WeightOnlyEmbedding(case.weight, OutlierTransform(), dtype, padding_idx=2)
+
     assert (made.num_embeddings, made.embedding_dim, made.padding_idx) == (*case.weight.shape, 2)
+
     for index in (
         torch.tensor(34),
         torch.tensor([0]),
@@ -391,14 +411,16 @@ def test_an_embedding_makes_floats_of_the_rows_that_are_asked_for():
     layer = WeightOnlyEmbedding(case.weight, OutlierTransform(), torch.float32)
     with Largest() as seen:
         layer(torch.tensor([7, 7, 499]))
+
     assert seen.numbers == 3 * K
 
 
 def test_an_embedding_with_a_factor():
     case = CASES["int8 rows"]()
     made = WeightOnlyEmbedding(case.weight, OutlierTransform(), torch.bfloat16, embed_scale=K**0.5)
-    wanted = case.numbers[[4, 9]].to(torch.bfloat16) * torch.tensor(K**0.5).to(torch.bfloat16)
-    assert torch.equal(made(torch.tensor([4, 9])), wanted)
+    expected = case.numbers[[4, 9]].to(torch.bfloat16) * torch.tensor(K**0.5).to(torch.bfloat16)
+
+    assert torch.equal(made(torch.tensor([4, 9])), expected)
 
 
 def rounded_in_blocks(x, width):
@@ -418,11 +440,16 @@ def test_int8_in_blocks(name, backend, bias):
     width = INT8_WIDTHS[name]
     layer, x = layer_of(case, bias), randn(2, 5, K) * torch.linspace(0.1, 30, K)
     made = BlockInt8Linear(layer, backend)
-    wanted = rounded_in_blocks(x.flatten(0, 1), width) @ case.numbers.T + (layer.bias.double() if bias else 0)
-    assert_close(name, made(x).flatten(0, 1), wanted, 1e-5)
+    expected = rounded_in_blocks(x.flatten(0, 1), width) @ case.numbers.T + (
+        layer.bias.double() if bias else 0
+    )
+
+    assert_close(name, made(x).flatten(0, 1), expected, 1e-5)
     assert (made.block, made.in_features, made.out_features) == (width, *reversed(case.weight.shape))
     assert torch.equal(made.dequantize_weight(), case.numbers.float())
+
     y = made(x.to(torch.bfloat16))
+
     assert y.dtype == torch.bfloat16
     assert_close("bfloat16", y, made(x.to(torch.bfloat16).float()), 0.005)
 
@@ -432,6 +459,7 @@ def test_a_call_leaves_the_bias_as_it_is():
     before = layer.bias.clone()
     for x in (randn(1, K), randn(K)):
         assert torch.equal(layer(x), layer(x))
+
     assert torch.equal(layer.bias, before)
 
 
@@ -455,6 +483,7 @@ def test_the_bias_of_a_half_precision_model_is_kept_in_float32(make):
     case = CASES["int8 rows"]()
     bias = nn.Parameter(randn(N, dtype=torch.bfloat16))
     made = make(PackedLayer(case.weight, OutlierTransform(), bias))
+
     assert (
         made.bias.dtype == torch.float32
         and torch.equal(made.bias, bias.float())
@@ -466,12 +495,15 @@ def test_the_bias_of_a_half_precision_model_is_kept_in_float32(make):
 def test_int8_weights_for_the_layer_with_a_scale_per_row(name):
     case = CASES[name]()
     weight = to_quantized_weight(case.weight)
+
     assert (
         weight.scale.shape == (N, 1) and weight.scale.dtype == torch.float32 and weight.scale.is_contiguous()
     )
     assert torch.equal(weight.dequantize(), case.numbers.float())
+
     layer, x = layer_of(case), randn(3, K)
     old = Int8Linear(QuantizedLayer(weight, layer.transform, layer.bias), Reference(), torch.float32)
+
     assert_close(name, BlockInt8Linear(layer, Reference())(x), old(x), 1e-6)
 
 
@@ -498,7 +530,7 @@ def test_one_block_scale_per_row_is_not_rowwise():
         (lambda: CASES["mxfp8"]().weight, "mxfp8 with scales"),
     ],
 )
-def test_other_weights_are_refused_there(weight, found):
+def test_other_weights_are_rejected_there(weight, found):
     with pytest.raises(
         ValueError, match=f"the weight is {found}.*; an INT8 layer takes int8 with one scale or one per row"
     ):
@@ -509,15 +541,18 @@ def test_other_weights_are_refused_there(weight, found):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_scaled_mm_is_the_product_of_two_fp8_matrices(name, bias):
     case = CASES[name]()
+
     assert scaled_mm_unsupported_reason(case.weight, CPU) is None
+
     layer, x = layer_of(case, bias), randn(6, K) * torch.linspace(0.01, 5, 6)[:, None]
     made = WeightOnlyLinear(layer, torch.float32, "scaled_mm")
     absmax = x.abs().amax(1, keepdim=True) if "rows" in name else x.abs().amax()
     steps = absmax / 448
-    wanted = (x / steps).to(E4M3).double() * steps.double() @ case.numbers.T + (
+    expected = (x / steps).to(E4M3).double() * steps.double() @ case.numbers.T + (
         layer.bias.double() if bias else 0
     )
-    assert_close(name, made(x), wanted, 1e-5)
+
+    assert_close(name, made(x), expected, 1e-5)
     assert_close(name, made(x), F.linear(x, case.numbers.float(), layer.bias), 0.06)
     assert made(x.to(torch.bfloat16)).dtype == torch.bfloat16
     assert torch.equal(made.dequantize_weight(), case.numbers.float())
@@ -534,6 +569,7 @@ def test_scaled_mm_fills_up_what_is_no_multiple_of_16(rows, columns, monkeypatch
     )
     case = scaled(fp8_codes(rows, columns, E4M3), (rows, 1), 1, columns)
     y = WeightOnlyLinear(layer_of(case), torch.float32, "scaled_mm")(randn(3, columns))
+
     assert y.shape == (3, rows)
     assert seen == [(3, ceil(columns / 16) * 16), (ceil(columns / 16) * 16, ceil(rows / 16) * 16)]
 
@@ -541,11 +577,14 @@ def test_scaled_mm_fills_up_what_is_no_multiple_of_16(rows, columns, monkeypatch
 def test_rounding_to_e4m3():
     x = torch.tensor([[448.0, -17, 0.01, 0], [0, 0, 0, 0], [1e-30, 0, 0, 0], [3e38, -3e38, 1e38, 0]])
     q, scale = quantize_fp8(x, per_row=True)
+
     assert q[:2].float().tolist() == [[448, -16, 0.009765625, 0], [0, 0, 0, 0]] and scale[:2].tolist()[0] == [
         1
     ]
     assert (scale > 0).all() and q.float().isfinite().all() and (q.float() * scale).isfinite().all()
+
     q, scale = quantize_fp8(x[:2].to(torch.bfloat16), per_row=False)
+
     assert scale.shape == (1, 1) and q.float()[1].tolist() == [0] * 4
 
 
@@ -564,7 +603,7 @@ def test_rounding_to_e4m3():
         ("e4m3 rows", "cuda", "scaled_mm needs compute capability 8.9, this GPU has 8.6"),
     ],
 )
-def test_what_scaled_mm_refuses(name, device, why, monkeypatch):
+def test_what_scaled_mm_rejects(name, device, why, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert scaled_mm_unsupported_reason(CASES[name]().weight, torch.device(device)).endswith(why)
 
@@ -580,7 +619,9 @@ def test_kernels_by_name():
         "scaled_mm"
     ) is get_operators("eager")
     assert get_operators("reference").__name__.endswith("dequantize.reference")
+
     pytest.importorskip("triton")
+
     assert get_operators("triton").__name__.endswith("dequantize.kernel")
 
 

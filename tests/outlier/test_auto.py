@@ -36,9 +36,9 @@ def statistics_of(x, weight):
     return LayerStatistics(x, x.flatten(0, -2).abs().amax(0).float(), weight.abs().amax(0).float())
 
 
-def planted(channels, factor, seed=0, width=256, draw=0):
+def planted(channels, factor, seed=0, width=256, trial=0):
     """Inputs with `channels` outlier channels, `factor` times as large, and a weight that is small there."""
-    x, weight = randn(4, 24, width, seed=seed + 1000 * draw), randn(48, width, seed=seed + 1)
+    x, weight = randn(4, 24, width, seed=seed + 1000 * trial), randn(48, width, seed=seed + 1)
     where = torch.randperm(width, generator=torch.Generator().manual_seed(seed))[:channels]
     x[..., where] *= factor
     weight[:, where] /= factor
@@ -52,21 +52,21 @@ def heavy_tailed(*shape, seed):
 X, W = (4, 24, 256), (48, 256)
 # layers that different methods are best for: inputs, drawn as often as wanted, and the weight
 LAYERS = {
-    "plain": lambda draw=0: planted(0, 1, draw=draw),
-    "a width for few methods": lambda draw=0: planted(3, 30, width=90, draw=draw),
-    "one channel": lambda draw=0: planted(1, 50, seed=2, draw=draw),
-    "many channels": lambda draw=0: planted(16, 10, seed=4, draw=draw),
-    "outliers anywhere": lambda draw=0: (heavy_tailed(*X, seed=6 + 1000 * draw), randn(*W, seed=8)),
-    "a mean that tokens share": lambda draw=0: (
-        randn(*X, seed=9 + 1000 * draw) + 20 * randn(256, seed=10),
+    "plain": lambda trial=0: planted(0, 1, trial=trial),
+    "a width for few methods": lambda trial=0: planted(3, 30, width=90, trial=trial),
+    "one channel": lambda trial=0: planted(1, 50, seed=2, trial=trial),
+    "many channels": lambda trial=0: planted(16, 10, seed=4, trial=trial),
+    "outliers anywhere": lambda trial=0: (heavy_tailed(*X, seed=6 + 1000 * trial), randn(*W, seed=8)),
+    "a mean that tokens share": lambda trial=0: (
+        randn(*X, seed=9 + 1000 * trial) + 20 * randn(256, seed=10),
         randn(*W, seed=11),
     ),
-    "a weight with large columns": lambda draw=0: (
-        randn(*X, seed=12 + 1000 * draw),
+    "a weight with large columns": lambda trial=0: (
+        randn(*X, seed=12 + 1000 * trial),
         heavy_tailed(1, 256, seed=14) * randn(*W, seed=13),
     ),
-    "the same outliers in both": lambda draw=0: (
-        heavy_tailed(256, seed=16) * randn(*X, seed=15 + 1000 * draw),
+    "the same outliers in both": lambda trial=0: (
+        heavy_tailed(256, seed=16) * randn(*X, seed=15 + 1000 * trial),
         heavy_tailed(256, seed=16) * randn(*W, seed=17),
     ),
 }
@@ -126,11 +126,12 @@ def test_a_score_is_the_sqnr_of_real_layers_on_the_half_that_they_were_not_fitte
     x, weight = LAYERS[layer]()
     scores = AUTO.score_candidates(weight, statistics_of(x, weight), never)
     first, second = x[:2], x[2:]
-    wanted = {
+    expected = {
         name: of_layers(method, weight, (first, second), (second, first))
         for name, method in able(weight).items()
     }
-    assert list(scores) == list(wanted) and scores == pytest.approx(wanted, abs=0.05)
+
+    assert list(scores) == list(expected) and scores == pytest.approx(expected, abs=0.05)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -144,10 +145,13 @@ def test_the_choice_is_close_to_the_best_of_all(layer):
         name: of_layers(method, weight, (first, second), (second, first))
         for name, method in able(weight).items()
     }
+
     assert reached[chosen] >= max(reached.values()) - 0.2
+
     # on other inputs of the same kind, which nothing was fitted to or judged by
     fresh, _ = LAYERS[layer](1)
     reached = {name: of_layers(method, weight, (x, fresh)) for name, method in able(weight).items()}
+
     assert reached[chosen] >= max(reached.values()) - 0.3
 
 
@@ -158,6 +162,7 @@ def test_the_layers_of_this_test_want_different_methods():
         for layer, (x, weight) in found.items()
     }
     best = {max(score, key=score.__getitem__) for score in scores.values()}
+
     assert len(best) >= 3 and {AUTO.candidates[name].name for name in best} >= {"smoothquant", "hadanorm"}
 
 
@@ -171,7 +176,8 @@ def test_the_choice_beats_none_on_planted_outliers(channels, factor):
         ]
     ]
     # on inputs that the calibration never saw
-    fresh, _ = planted(channels, factor, draw=1)
+    fresh, _ = planted(channels, factor, trial=1)
+
     assert of_layers(chosen, weight, (x, fresh)) > of_layers(NoOutlier(), weight, (x, fresh)) + 5
 
 
@@ -181,9 +187,12 @@ def test_a_method_that_fits_one_half_only_does_not_look_good():
     x[2:, :, 5] *= 100
     statistics = statistics_of(x, weight)
     scores = AUTO.score_candidates(weight, statistics, never)
+
     assert scores["smoothquant"] < of_layers(SmoothQuant(), weight, (x, x)) - 3
-    # a single picture has no other half
+
+    # a single image has no other half
     alone = statistics_of(x[2:3], weight)
+
     assert AUTO.score_candidates(weight, alone, never) == pytest.approx(
         {name: of_layers(method, weight, (x[2:3], x[2:3])) for name, method in able(weight).items()}, abs=0.05
     )
@@ -201,6 +210,7 @@ def test_half_precision_is_scored_in_float32(dtype):
 def test_a_layer_that_nothing_goes_into_scores_the_same_with_every_method():
     weight, x = randn(8, 256), torch.zeros(2, 3, 256)
     scores = AUTO.score_candidates(weight, statistics_of(x, weight), never)
+
     assert set(scores.values()) == {float("inf")}
     assert AUTO.choose_methods({"l": scores}, [["l"]]) == {"l": "none"}
 
@@ -216,6 +226,7 @@ def test_scoring_changes_nothing():
     x, weight = planted(4, 50)
     before = x.clone(), weight.clone()
     AUTO.score_candidates(weight, statistics_of(x, weight), never)
+
     assert torch.equal(x, before[0]) and torch.equal(weight, before[1])
 
 
@@ -244,8 +255,11 @@ def test_what_costs_too_much_is_no_candidate(max_cost, names):
     scores = auto.score_candidates(
         weight, statistics_of(x, weight), lambda transform: COSTS[transform.method]
     )
+
     assert list(scores) == names
+
     every = replace(auto, max_cost=None).score_candidates(weight, statistics_of(x, weight), never)
+
     assert scores == {name: every[name] for name in names}
 
 
@@ -262,6 +276,7 @@ def test_costs_are_asked_of_the_fitted_transform_and_only_where_the_layer_can_be
     replace(AUTO, max_cost=0.1).score_candidates(weight, statistics_of(x, weight), cost)
     # 128 does not divide the width: neither quarot nor hadanorm
     rotations = [("convrot", 16, False, False), ("convrot", 64, False, False), ("convrot", 64, False, False)]
+
     assert asked == [("none", 0, False, False), *rotations, *[("smoothquant", 0, True, False)] * 2]
 
 
@@ -270,6 +285,7 @@ def test_a_layer_without_an_affordable_candidate_gets_none():
     scores = replace(AUTO, max_cost=0.1).score_candidates(
         weight, statistics_of(x, weight), lambda transform: 2.0
     )
+
     assert scores == {}
     assert AUTO.choose_methods({"l": scores, "m": {"quarot": 30.0}}, [["l"], ["m"]]) == {
         "l": None,
@@ -316,6 +332,7 @@ def test_layers_with_the_same_input_share_what_is_good_enough_for_all():
         "k": {"a": 20.0, "b": 29.0, "c": 30.0},  # c only
         "v": {"a": 30.0, "b": 30.0, "c": 30.1},  # a alone, all are good enough
     }
+
     assert THREE.choose_methods(scores, [["q"], ["k"], ["v"]]) == {"q": "b", "k": "c", "v": "a"}
     assert THREE.choose_methods(scores, [["q", "k", "v"]]) == {"q": "c", "k": "c", "v": "c"}
     assert THREE.choose_methods(scores, [["q", "v"], ["k"]]) == {"q": "b", "v": "b", "k": "c"}
@@ -376,6 +393,7 @@ def test_layers_that_are_one_in_a_file_get_the_same():
         "v": {"none": 50.0},
     }
     apart = [["q"], ["k"], ["v"]]
+
     assert auto.choose_methods(scores, apart) == {"q": "convrot", "k": "quarot", "v": "none"}
     # 90 dB together against 86
     assert auto.choose_methods(scores, apart, [["q", "k"]]) == {"q": "quarot", "k": "quarot", "v": "none"}

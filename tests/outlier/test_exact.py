@@ -60,7 +60,7 @@ def test_the_walk_finds_the_methods():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_width_is_taken_or_refused_with_its_reason(name):
+def test_a_width_is_taken_or_rejected_with_its_reason(name):
     for width in WIDTHS:
         why = METHODS[name].unsupported_reason(width)
         assert why is None or why.startswith(f"in_features={width} is not a multiple of ")
@@ -73,8 +73,11 @@ def test_a_width_is_taken_or_refused_with_its_reason(name):
 def test_the_product_does_not_change_before_rounding(name, width):
     x, weight = randn(3, width), randn(5, width, seed=1)
     transform = fitted(METHODS[name], weight)
+
     assert transform.method == METHODS[name].name and transform.settings == METHODS[name].get_settings(width)
+
     product = transform.transform_input(x).double() @ transform.transform_weight(weight).double().T
+
     assert_close(f"{name} at {width}", product, x.double() @ weight.double().T, 1e-6)
 
 
@@ -91,6 +94,7 @@ def test_the_weight_can_be_had_back(name, width):
 def test_a_method_that_is_not_none_does_something(name, width):
     x, weight = randn(3, width), randn(5, width, seed=1)
     transform = fitted(METHODS[name], weight)
+
     assert (transform.transform_input(x) - x).norm() > 0.01 * x.norm()
     assert (transform.transform_weight(weight) - weight).norm() > 0.01 * weight.norm()
 
@@ -103,8 +107,11 @@ def test_half_precision_input_keeps_its_dtype_and_loses_one_rounding_a_step(name
     x, weight = randn(4, width, dtype=dtype), randn(5, width, seed=1)
     transform = fitted(METHODS[name], weight)
     moved = transform.transform_input(x)
+
     assert moved.dtype == dtype
+
     product = moved.double() @ transform.transform_weight(weight).double().T
+
     assert_close(f"{name} in {dtype}", product, x.double() @ weight.double().T, 2 * torch.finfo(dtype).eps)
 
 
@@ -113,9 +120,12 @@ def test_half_precision_input_keeps_its_dtype_and_loses_one_rounding_a_step(name
 def test_a_half_precision_weight_is_transformed_in_float32(name, dtype):
     weight = randn(5, 256, seed=1, dtype=dtype)
     transform = fitted(METHODS[name], weight)
+
     assert transform.factor is None or transform.factor.dtype == torch.float32
+
     x = randn(3, 256)
     product = transform.transform_input(x).double() @ transform.transform_weight(weight.float()).double().T
+
     assert_close(f"{name} in {dtype}", product, x.double() @ weight.double().T, 1e-6)
 
 
@@ -124,6 +134,7 @@ def test_convrot_is_exact_on_whole_numbers(width):
     x, weight = full_range(3, width).float(), full_range(5, width, seed=1).float()
     transform = ConvRot().fit(weight)
     product = transform.transform_input(x).double() @ transform.transform_weight(weight).double().T
+
     assert torch.equal(product, x.double() @ weight.double().T)
 
 
@@ -136,22 +147,26 @@ SHAPES = [(5, 16), (2, 5, 16), (3, 2, 5, 16), (4, 1, 16), (1, 1, 16), (1, 16), (
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_centering_is_exact_before_rounding(shape, dtype):
     weight, bias = randn(6, 16, seed=1), randn(6, seed=2)
-    # pictures far from each other, so that a mean that went to another one is seen
+    # images far from each other, so that a mean that went to another one is seen
     x = (randn(*shape) + 10 * randn(*shape[:-2], 1, 16, seed=3)).to(dtype)
     transform = HadaNorm(4).fit(weight)
     rows = center_rows(x)
-    pictures = math.prod(shape[:-2])
-    assert rows.dtype == torch.float32 and rows.shape == (math.prod(shape[:-1]) + pictures, 16)
+    images = math.prod(shape[:-2])
+
+    assert rows.dtype == torch.float32 and rows.shape == (math.prod(shape[:-1]) + images, 16)
+
     # in float64, since `with_mean` takes the products in any float dtype
     products = transform.transform_input(rows.double()) @ transform.transform_weight(weight).double().T
     y = int8(weight, transform, bias=bias).add_mean_product(products, x.shape)
+
     assert_close(f"{shape}", y.reshape(*shape[:-1], 6), x.double() @ weight.double().T + bias, 1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_each_picture_is_centered_on_its_own_mean(shape):
+def test_each_image_is_centered_on_its_own_mean(shape):
     x = randn(*shape) + 10 * randn(*shape[:-2], 1, 16, seed=3)
     rows, tokens = center_rows(x), math.prod(shape[:-1])
+
     assert rows[:tokens].reshape(shape).mean(-2).abs().max() < 1e-5
     torch.testing.assert_close(rows[tokens:], x.mean(-2).reshape(-1, 16))
 
@@ -180,6 +195,7 @@ def test_without_a_token_axis_nothing_is_centered(shape, rows):
     plain = OutlierTransform(factor=transform.factor, rotation=transform.rotation)
     backend = Rows()
     y = int8(weight, transform, backend)(x)
+
     assert backend.seen == [rows]
     assert torch.equal(y, int8(weight, plain)(x)) == (len(shape) < 3 or shape[-2] == 1)
     assert_close("layer", y, x @ weight.T, 0.02)
@@ -187,15 +203,16 @@ def test_without_a_token_axis_nothing_is_centered(shape, rows):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", METHODS)
-def test_a_picture_is_the_same_alone_and_in_a_batch(name, backend):
+def test_an_image_is_the_same_alone_and_in_a_batch(name, backend):
     weight, x = randn(24, 256, seed=1), randn(3, 5, 256)
-    # one picture would drown the others if they were looked at together
+    # one image would drown the others if they were looked at together
     x[1] = 1000 * x[1] + 5000
     layer = int8(weight, fitted(METHODS[name], weight), BACKENDS[backend])
     together = layer(x)
     for i in range(3):
         # a sum in another order moves an integer at a tie now and then
-        assert_close(f"picture {i}", together[i : i + 1], layer(x[i : i + 1]), 1e-3)
+        assert_close(f"image {i}", together[i : i + 1], layer(x[i : i + 1]), 1e-3)
+
     assert_close("two batch axes", layer(x[None].expand(2, 3, 5, 256))[1], together, 1e-3)
 
 
@@ -221,15 +238,15 @@ def test_no_rows_give_no_rows(name, shape):
 def test_centering_pays_where_tokens_have_a_mean_in_common():
     weight = randn(24, 256, seed=1)
     x = randn(2, 40, 256) + 30 * randn(2, 1, 256, seed=3)
-    # what differs between the tokens of a picture is what the layer has to tell apart
-    wanted = x @ weight.T
-    wanted -= wanted.mean(1, keepdim=True)
+    # what differs between the tokens of an image is what the layer has to tell apart
+    expected = x @ weight.T
+    expected -= expected.mean(1, keepdim=True)
     transform = HadaNorm().fit(weight)
     plain = OutlierTransform(factor=transform.factor, rotation=transform.rotation)
 
     def error(transform):
         y = int8(weight, transform)(x)
-        return (y - y.mean(1, keepdim=True) - wanted).norm()
+        return (y - y.mean(1, keepdim=True) - expected).norm()
 
     assert error(transform) < 0.1 * error(plain)
 
@@ -239,8 +256,8 @@ def test_centering_pays_where_tokens_have_a_mean_in_common():
 
 def dequantized(quantized, width):
     """What the codes of a backend stand for; unsigned ones have their zero at 128, and rows may be padded."""
-    codes = quantized.q.float() - (128 if quantized.q.dtype == torch.uint8 else 0)
-    return codes[:, :width] * quantized.scale.reshape(-1, 1)
+    qdata = quantized.q.float() - (128 if quantized.q.dtype == torch.uint8 else 0)
+    return qdata[:, :width] * quantized.scale.reshape(-1, 1)
 
 
 @pytest.mark.parametrize(("name", "width"), TAKEN)
@@ -256,10 +273,13 @@ def test_a_backend_rounds_what_the_transform_defines(backend, name, width):
     quantized = BACKENDS[backend].quantize(x, factor=transform.factor, rotation=transform.rotation)
     exact = transform.transform_input(x)
     scale = quantized.scale.reshape(-1, 1)
+
     torch.testing.assert_close(
         scale, (exact.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30), rtol=1e-5, atol=0
     )
+
     off = (dequantized(quantized, width) - exact).abs() / scale
+
     assert off.max() <= 0.5 + 1e-3
 
 
@@ -276,6 +296,7 @@ def test_a_layer_is_as_close_to_float_on_every_backend(backend, name, width):
     ours, reference = (
         (int8(weight, transform, b, bias)(x) - exact).norm() for b in (BACKENDS[backend], Reference())
     )
+
     # comfy-kitchen rounds otherwise; of 360 numbers the error scatters
     assert ours <= (1.3 if backend == "comfy_kitchen" else 1.01) * reference + 1e-6 * exact.norm()
 
@@ -295,7 +316,7 @@ def test_convrot_takes_the_largest_power_of_4_that_divides(width, group):
 
 
 @pytest.mark.parametrize("width", [18, 7, 1])
-def test_convrot_refuses_a_width_that_4_does_not_divide(width):
+def test_convrot_rejects_a_width_that_4_does_not_divide(width):
     assert ConvRot().unsupported_reason(width) == f"in_features={width} is not a multiple of 4"
 
 
@@ -307,7 +328,7 @@ def test_convrot_group_size_is_the_upper_limit(asked, width, group):
 
 
 @pytest.mark.parametrize("size", [0, 8, 128, 257, 4096, 256.0, "256"])
-def test_convrot_refuses_other_group_sizes(size):
+def test_convrot_rejects_other_group_sizes(size):
     with pytest.raises(
         ConfigError, match=rf"^outlier\.group_size is {size!r}; convrot takes 4, 16, 64, 256 or 1024$"
     ):
@@ -325,6 +346,7 @@ def test_convrot_refuses_other_group_sizes(size):
 def test_convrot_of_the_vectors_that_other_tools_agree_on(row, rotated):
     row, rotated = torch.tensor([row]).float(), torch.tensor([rotated]).float()
     transform = ConvRot(4).fit(torch.zeros(2, 4))
+
     assert torch.equal(transform.transform_input(row), rotated) and torch.equal(
         transform.transform_weight(row), rotated
     )
@@ -361,8 +383,10 @@ def test_quarot_is_sylvesters_matrix(group):
 
 def test_quarot_rotates_groups_of_128():
     assert QuaRot().group_size == 128
+
     x, weight = randn(3, 384), randn(5, 384, seed=1)
     transform, matrix = QuaRot().fit(weight), sylvester(128)
+
     assert (
         transform.label == "quarot group_size=128"
         and transform.sylvester
@@ -374,7 +398,7 @@ def test_quarot_rotates_groups_of_128():
 
 
 @pytest.mark.parametrize("method", [QuaRot(), HadaNorm()], ids=lambda m: m.name)
-def test_quarot_and_hadanorm_refuse_a_width_that_their_group_does_not_divide(method):
+def test_quarot_and_hadanorm_reject_a_width_that_their_group_does_not_divide(method):
     assert [method.unsupported_reason(width) for width in (128, 3072)] == [None, None]
     assert [method.unsupported_reason(width) for width in (64, 200)] == [
         f"in_features={w} is not a multiple of 128" for w in (64, 200)
@@ -437,6 +461,7 @@ def test_hadanorm_is_the_toolkits_layer(shape, alpha):
     x = randn(*shape) + 4 * randn(*shape[:-2], 1, 256, seed=3)
     transform = HadaNorm(alpha=alpha).fit(weight)
     sigma = sigma_of(weight, alpha)
+
     torch.testing.assert_close(transform.factor.double(), 1 / sigma, rtol=1e-5, atol=0)
     assert_close(
         "weight",
@@ -444,16 +469,19 @@ def test_hadanorm_is_the_toolkits_layer(shape, alpha):
         by_group(weight.double() * sigma, sylvester(128).T),
         1e-6,
     )
-    wanted = toolkit_hadanorm(x, weight, bias, alpha, 128)
+
+    expected = toolkit_hadanorm(x, weight, bias, alpha, 128)
+
     # a number at a tie may go to the other integer
-    assert_close("layer", int8(weight, transform, bias=bias)(x).double(), wanted, 1e-3)
-    assert_close("float", wanted, x @ weight.T + bias, 0.05)
+    assert_close("layer", int8(weight, transform, bias=bias)(x).double(), expected, 1e-3)
+    assert_close("float", expected, x @ weight.T + bias, 0.05)
 
 
 def test_hadanorm_holds_on_to_a_column_of_zeros():
     weight = randn(6, 128, seed=1)
     weight[:, 9] = 0
     transform = HadaNorm().fit(weight)
+
     # (1e-6) ** -0.5
     assert 1 / transform.factor[9].item() == pytest.approx(1000, rel=1e-5)
     assert (transform.restore_weight(transform.transform_weight(weight))[:, 9].abs() < 1e-6).all()
@@ -475,10 +503,13 @@ def test_hadanorm_needs_no_calibration_and_does_not_look_at_one():
 
 def test_layers_of_other_weights_do_not_share_under_hadanorm():
     a, b = randn(6, 128, seed=1), randn(6, 128, seed=2)
+
     assert not HadaNorm().fit(a).has_same_input_transform(HadaNorm().fit(b)) and HadaNorm().fit(
         a
     ).has_same_input_transform(HadaNorm().fit(a))
+
     uncentered = OutlierTransform(factor=HadaNorm().fit(a).factor, rotation=HadaNorm().fit(a).rotation)
+
     assert not HadaNorm().fit(a).has_same_input_transform(uncentered)
 
 
@@ -498,6 +529,7 @@ def test_smoothquant_is_the_papers_formula(alpha):
         )
         s.append(x_max**alpha / w_max ** (1 - alpha))
     s = torch.tensor(s)
+
     torch.testing.assert_close(transform.transform_input(x), x / s, rtol=1e-5, atol=0)
     torch.testing.assert_close(transform.transform_weight(weight), weight * s, rtol=1e-5, atol=0)
     assert transform.label == f"smoothquant alpha={alpha:g}"
@@ -506,6 +538,7 @@ def test_smoothquant_is_the_papers_formula(alpha):
 def test_smoothquant_moves_all_of_one_range_into_the_other_at_the_ends():
     x, weight = randn(4, 5, 12), randn(5, 12, seed=1)
     whole, none = fitted(SmoothQuant(1.0), weight, x), fitted(SmoothQuant(0.0), weight, x)
+
     torch.testing.assert_close(whole.transform_input(x).flatten(0, 1).abs().amax(0), torch.ones(12))
     torch.testing.assert_close(none.transform_weight(weight).abs().amax(0), torch.ones(12))
 
@@ -514,6 +547,7 @@ def test_smoothquant_treats_layers_with_the_same_input_alike():
     x, weights = randn(4, 5, 12), [randn(5, 12, seed=1), randn(7, 12, seed=2)]
     x_max, together = x.flatten(0, 1).abs().amax(0), torch.cat(weights).abs().amax(0)
     one, two = (SmoothQuant().fit(w, LayerStatistics(x, x_max, together)) for w in weights)
+
     assert one.has_same_input_transform(two) and torch.equal(one.factor, two.factor)
     # each by its own weight, they would not
     assert not fitted(SmoothQuant(), weights[0], x).has_same_input_transform(
@@ -526,6 +560,7 @@ def test_smoothquant_leaves_a_channel_that_was_always_0_alone(alpha):
     x, weight = randn(4, 5, 12), randn(5, 12, seed=1)
     x[..., 4] = 0
     transform = fitted(SmoothQuant(alpha), weight, x)
+
     assert transform.factor[4] == 1 and (transform.factor != 1).sum() == 11
     assert torch.equal(transform.transform_weight(weight)[:, 4], weight[:, 4])
 
@@ -535,11 +570,16 @@ def test_smoothquant_stays_finite_at_any_range(alpha):
     sizes = torch.tensor([0, 1e-40, 1e-12, 1e-5, 1, 1e5, 1e12])
     x, weight = sizes.repeat_interleave(7)[None, None], sizes.repeat(7)[None]
     transform = fitted(SmoothQuant(alpha), weight, x)
+
     assert transform.factor.isfinite().all() and (transform.factor > 0).all()
+
     moved, transformed = transform.transform_input(x[0]), transform.transform_weight(weight)
+
     assert moved.isfinite().all() and transformed.isfinite().all()
-    products, wanted = (moved.double() * transformed)[0], (x[0].double() * weight)[0]
-    torch.testing.assert_close(products, wanted, rtol=1e-5, atol=1e-30)
+
+    products, expected = (moved.double() * transformed)[0], (x[0].double() * weight)[0]
+
+    torch.testing.assert_close(products, expected, rtol=1e-5, atol=1e-30)
 
 
 def test_smoothquant_asks_for_its_calibration():
@@ -573,6 +613,7 @@ def test_every_method_beats_none_on_an_outlier_channel(name, width, seed):
     x[..., 3] *= 100
     # a small column, as trained models have for such a channel; else the product is this one feature
     weight[:, 3] *= 0.01
+
     assert rounded_error(METHODS[name], x, weight) < 0.5 * rounded_error(NoOutlier(), x, weight)
 
 
@@ -581,6 +622,7 @@ def test_the_rounded_input_is_what_a_layer_multiplies(name):
     x, weight = randn(2, 9, 256) + randn(2, 1, 256, seed=4), randn(20, 256, seed=1)
     transform = fitted(METHODS[name], weight)
     product = transform.round_input(x) @ quantize_weight(transform.transform_weight(weight)).dequantize().T
+
     # `Int8Linear` centers before the transform, this does as well: the same integers, but for ties
     assert_close(name, product, int8(weight, transform)(x), 1e-3)
     assert transform.round_input(x.bfloat16()).dtype == torch.float32

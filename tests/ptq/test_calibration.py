@@ -71,7 +71,7 @@ def test_the_command_line_says_what_is_wrong_with_the_prompts(override):
         make_spec([override])
 
 
-def test_every_picture_has_a_seed_of_its_own():
+def test_every_image_has_a_seed_of_its_own():
     found = [(s.prompt, s.seed) for s in CalibrationSettings(["a fox", "an owl", "a fox"], seed=40).samples]
     assert found == [("a fox", 40), ("an owl", 41), ("a fox", 42)]
     assert len({s.key for s in CalibrationSettings(["a fox", "a fox"]).samples}) == 2
@@ -120,7 +120,7 @@ class Pipe:
 
 
 def recorded(calibration, steps, batch=1):
-    """The pipeline, and of each call its time step and the seeds of its pictures."""
+    """The pipeline, and of each call its time step and the seeds of its images."""
     pipe, denoiser = Pipe(), Step()
     calls = capture_calibration_calls(
         pipe,
@@ -162,7 +162,7 @@ def test_moments_are_spread_over_the_steps(moments, steps, looked_at):
 @pytest.mark.parametrize(
     ("batch", "seeds"), [(1, [[7], [8], [9]]), (2, [[7, 8], [9]]), (3, [[7, 8, 9]]), (8, [[7, 8, 9]])]
 )
-def test_pictures_come_in_the_batches_of_the_run(batch, seeds):
+def test_images_come_in_the_batches_of_the_run(batch, seeds):
     pipe, found = recorded(CalibrationSettings(["a", "bb", "ccc"], seed=7, num_timesteps=2), 5, batch)
     assert [s for _, s in pipe.batches] == seeds and [p for prompts, _ in pipe.batches for p in prompts] == [
         "a",
@@ -184,6 +184,7 @@ def test_no_hook_stays_behind():
         calls=[call()],
         calibration=TWO,
     )
+
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in denoiser.modules())
 
 
@@ -237,7 +238,9 @@ def test_the_largest_is_of_every_row_of_every_call():
         )
     for x in calls:
         model(x)
+
     assert list(statistics) == LINEARS
+
     for name, seen in statistics.items():
         together = torch.cat(inputs[name])
         assert seen.input_absmax.dtype == torch.float32 and torch.equal(
@@ -245,6 +248,7 @@ def test_the_largest_is_of_every_row_of_every_call():
         )
         # two rows of each call, so that most of the largest were not kept
         assert seen.sample.shape == (6, 1, together.shape[-1]) and is_rows_of(seen.sample, together)
+
     assert statistics["proj_in"].input_absmax[2] == 40 and statistics["proj_in"].input_absmax[5] == 60
 
 
@@ -255,7 +259,7 @@ def test_the_largest_is_of_every_row_of_every_call():
         ((2, 50, 4), 1000, (6, 50, 4)),
         ((2, 50, 4), 1, (3, 1, 4)),
         ((1, 50, 4), 60, (3, 20, 4)),
-        ((3, 2, 5, 4), 54, (18, 3, 4)),  # each of 6 pictures
+        ((3, 2, 5, 4), 54, (18, 3, 4)),  # each of 6 images
         ((300, 5, 4), 60, (60, 1, 4)),
         ((4, 50, 5, 4), 60, (60, 1, 4)),  # frames as tokens: not every pixel is kept
         ((7, 4), 60, (21, 1, 4)),
@@ -267,13 +271,15 @@ def test_the_largest_is_of_every_row_of_every_call():
 def test_as_many_rows_are_kept_as_asked_for(shape, rows, kept):
     calls = [randn(*shape, seed=i) for i in range(3)]
     seen = of_one_layer(calls, max_tokens_per_layer=rows)
+
     assert seen.sample.shape == kept
+
     inputs = [x if x.dim() > 2 else x.reshape(-1, 1, 4) for x in calls]
-    for i, x in enumerate(inputs):  # the calls of a picture stand side by side
+    for i, x in enumerate(inputs):  # the calls of an image stand side by side
         assert is_rows_of(seen.sample[i::3], x)
 
 
-def test_the_rows_of_all_pictures_and_calls_have_their_share():
+def test_the_rows_of_all_images_and_calls_have_their_share():
     calls = [100 * i + torch.arange(2)[:, None, None] * 10.0 + randn(2, 50, 4, seed=i) for i in range(3)]
     sample = of_one_layer(calls, max_tokens_per_layer=60).sample
     assert (sample.mean((1, 2)) / 10).round().tolist() == [0, 10, 20, 1, 11, 21]
@@ -315,6 +321,7 @@ def test_calibrating_draws_nothing_from_the_global_generator():
     torch.manual_seed(3)
     before = torch.get_rng_state()
     tiny_statistics([randn(2, 50, 7)], calibration=replace(TWO, max_tokens_per_layer=16))
+
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -322,23 +329,26 @@ def test_layers_with_the_same_input_know_the_weights_of_all():
     model = TinyModel()
     model.blocks[0][1].weight[3, 5], model.blocks[1][1].weight[7, 9] = 11, -12
     alone = tiny_statistics([randn(2, 9, 7)], model)
+
     assert alone["blocks.0.1"].weight_absmax[5] == 11 and alone["blocks.1.1"].weight_absmax[5] < 1
+
     together = tiny_statistics([randn(2, 9, 7)], model, together=[["blocks.0.1", "blocks.1.1"]])
     weights = torch.cat([model.blocks[0][1].weight, model.blocks[1][1].weight])
     for name in ("blocks.0.1", "blocks.1.1"):
         assert torch.equal(together[name].weight_absmax, weights.abs().amax(0))
+
     assert torch.equal(together["proj_out"].weight_absmax, model.proj_out.weight.abs().amax(0))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_input_that_is_not_finite_is_refused_by_name(value):
+def test_an_input_that_is_not_finite_is_rejected_by_name(value):
     calls = [randn(2, 9, 7), randn(2, 9, 7, seed=1)]
     calls[1][0, 3, 2] = value
-    words = (
+    message = (
         r"^proj_in: 1 of 126 inputs are NaN or infinite in a calibration step of the float model; "
         r"check the checkpoint, or try model"
     )
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=message):
         tiny_statistics(calls)
 
 
@@ -358,6 +368,7 @@ def test_channels_that_never_change_are_counted_in_one_line(caplog):
     # a GELU of -100 is 0, whatever comes before it
     model.blocks[1][1].weight[:5], model.blocks[1][1].bias[:5] = 0, -100
     tiny_statistics([x], model)
+
     assert caplog.messages == [
         "calibration: 2 layers have input channels that never change (blocks.1.3: 5 of 96); "
         "what is fitted to them is "
@@ -368,14 +379,21 @@ def test_channels_that_never_change_are_counted_in_one_line(caplog):
 def test_channels_that_change_between_calls_or_tokens_only_do_change(caplog):
     calls = [torch.ones(1, 1, 4) * randn(4), torch.ones(1, 1, 4) * randn(4, seed=1)]
     of_one_layer(calls)
+
     assert not caplog.messages
+
     of_one_layer(calls[:1])  # one row says nothing about change
+
     assert not caplog.messages
+
     same_start = randn(2, 6, 4)
     same_start[:, 0] = 1
     of_one_layer([same_start])
+
     assert not caplog.messages
+
     of_one_layer([calls[0], calls[0]])
+
     assert len(caplog.messages) == 1 and "(linear: 4 of 4)" in caplog.text
 
 
@@ -386,20 +404,23 @@ class Detour(TinyModel):
         return self.proj_out(self.blocks[0](self.proj_in(x)))
 
 
-def test_a_layer_that_no_call_reaches_is_left_out_and_refused_where_it_is_needed():
+def test_a_layer_that_no_call_reaches_is_left_out_and_rejected_where_it_is_needed():
     model = Detour()
     statistics = tiny_statistics([randn(2, 9, 7)], model)
+
     assert list(statistics) == ["proj_in", "blocks.0.1", "blocks.0.3", "proj_out"]
+
     plans = plan_layers(model, lambda name: None)
     everywhere = {p.name: SmoothQuant() for p in plans}
-    words = (
+    message = (
         r"^blocks\.1\.1: the calibration never reached it; "
         r"keep the layer float, or take other calibration\.prompts$"
     )
     for methods, rounding in ((everywhere, AbsMax()), ({}, Gptq())):
-        with pytest.raises(ConfigError, match=words):
+        with pytest.raises(ConfigError, match=message):
             list(quantize_layers(model, plans, methods=methods, rounding=rounding, statistics=statistics))
     reached = [p for p in plans if p.name in statistics]
+
     assert (
         len(list(quantize_layers(model, reached, methods=everywhere, rounding=Gptq(), statistics=statistics)))
         == 4
@@ -434,14 +455,18 @@ def flux():
 
 def test_a_real_denoiser_is_seen_whole(flux):
     denoiser, calls, calibration = flux
+
     assert [len(c["hidden_states"]) for c in calls] == [2, 2, 1, 1]
+
     plans = plan_layers(denoiser, lambda name: None)
     names = ("to_q", "to_k", "to_v")
     groups = group_by_shared_input([p.name for p in plans], [[f"attn.{name}" for name in names]])
     statistics = collect_layer_statistics(
         denoiser, plans, groups=groups, calls=calls, calibration=calibration
     )
+
     assert statistics.keys() == {p.name for p in plans}
+
     for plan in plans:
         seen = statistics[plan.name]
         assert seen.sample.shape[-1] == plan.in_features == len(seen.input_absmax) == len(seen.weight_absmax)
@@ -453,6 +478,7 @@ def test_a_real_denoiser_is_seen_whole(flux):
     factors = [
         SmoothQuant().fit(denoiser.get_submodule(name).weight, statistics[name]).factor for name in (q, k, v)
     ]
+
     assert torch.equal(factors[0], factors[1]) and torch.equal(factors[0], factors[2])
 
 
@@ -475,13 +501,16 @@ def test_gptq_and_smoothquant_work_on_what_a_calibration_found(flux):
         assert (plan.outlier, plan.rounding) == ("smoothquant alpha=0.5", "gptq")
 
 
-def test_a_sample_goes_by_picture_so_that_its_halves_hold_different_ones():
-    # two batches of two pictures, two moments each: the number says picture, the fraction the moment
+def test_a_sample_goes_by_image_so_that_its_halves_hold_different_ones():
+    # two batches of two images, two moments each: the number says image, the fraction the moment
     calls = [
         torch.tensor([a, b])[:, None, None].expand(2, 3 + i, 1)
         for i, (a, b) in enumerate([(0.1, 1.1), (0.2, 1.2), (2.1, 3.1), (2.2, 3.2)])
     ]
     sample = interleave_by_image(calls)
+
     assert sample.shape == (8, 3, 1)
+
     first, second = (set(half.flatten().int().tolist()) for half in sample.tensor_split(2))
+
     assert (first, second) == ({0, 2}, {1, 3})

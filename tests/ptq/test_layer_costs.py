@@ -68,11 +68,14 @@ def test_a_branch_is_measured_once_and_remembered_in_the_table(
     backend: AutoBackend, timed: list, tmp_path: Path
 ) -> None:
     costs = BranchCosts(backend, CPU, torch.float32)
+
     assert [costs.get_ratio(layer(), 4, 5), costs.get_ratio(layer(), 4, 5)] == [1.5, 1.5] and timed == [
         (4, 5, 8, 12)
     ]
+
     known = json.loads((tmp_path / "table.json").read_text())
     (key,) = [key for key in known if "cost of" in key]
+
     assert key.endswith("float32 | cost of a branch of rank 4 | Reference() | 5x8x12") and known[key] == "1.5"
     assert BranchCosts(backend, CPU, torch.float32).get_ratio(layer(), 4, 5) == 1.5 and len(timed) == 1, (
         "in another process"
@@ -99,8 +102,11 @@ def test_another_question_is_asked_anew(
     costs.get_ratio(layer(backend=Tuned(16)), 4, 5)
     costs.get_ratio(*other())
     costs.get_ratio(*other())
+
     assert len(timed) == 3
+
     BranchCosts(backend, CPU, torch.bfloat16).get_ratio(layer(), 4, 5)
+
     assert len(timed) == 4, "another dtype of the float model"
 
 
@@ -111,6 +117,7 @@ def test_a_table_that_somebody_edited_is_measured_over(
     BranchCosts(backend, CPU, torch.float32).get_ratio(layer(), 4, 5)
     table = tmp_path / "table.json"
     table.write_text(json.dumps(dict.fromkeys(json.loads(table.read_text()), text)))
+
     assert BranchCosts(backend, CPU, torch.float32).get_ratio(layer(), 4, 5) == 1.5 and len(timed) == 2
 
 
@@ -123,6 +130,7 @@ def test_a_busy_machine_is_asked_again_by_the_next_run(
     costs = BranchCosts(backend, CPU, torch.float32)
     with caplog.at_level(logging.WARNING):
         assert [costs.get_ratio(layer(), 4, 5), costs.get_ratio(layer(), 4, 5)] == [2.0, 2.0]
+
     assert caplog.messages == [
         "cost of a branch of rank 4 | Reference() | 5x8x12: times scatter by more than twice: "
         "other work runs here; measured anew next time"

@@ -52,6 +52,7 @@ def plain_layers(model, plans):
 
 def test_the_plan_names_each_linear_once_with_its_reason():
     plans = plan_layers(TinyModel(), lambda name: f"{name} is an embedder" if name == "proj_in" else None)
+
     assert [p.name for p in plans] == LINEARS
     assert [p.skip_reason for p in plans] == ["proj_in is an embedder", *[None] * 5]
     assert (plans[1].in_features, plans[1].out_features) == (64, 96)
@@ -60,8 +61,10 @@ def test_the_plan_names_each_linear_once_with_its_reason():
 def test_an_int8_model_is_close_to_its_float_model():
     model, x = TinyModel(), randn(9, 7)
     int8, plans = to_int8(model)
+
     assert list(found_in(int8)) == LINEARS
     assert_close("INT8 model", int8(x), model(x), 0.03)
+
     for plan in plans:
         assert (plan.outlier, plan.outlier_skip_reason, plan.rounding) == ("none", "", "absmax")
         assert (plan.backend_asked, plan.backend_used) == ("reference", "reference")
@@ -73,6 +76,7 @@ def test_an_int8_model_is_close_to_its_float_model():
 def test_kept_layers_stay_the_very_same_tensors():
     model = TinyModel()
     int8, _ = to_int8(model, keep_float=("proj_in", "proj_out"))
+
     assert list(found_in(int8)) == LINEARS[1:-1]
     assert (
         int8.proj_in.weight is model.proj_in.weight and int8.blocks[0][0].weight is model.blocks[0][0].weight
@@ -80,7 +84,7 @@ def test_kept_layers_stay_the_very_same_tensors():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite_is_refused(value):
+def test_a_weight_that_is_not_finite_is_rejected(value):
     model = TinyModel()
     model.blocks[1][3].weight[2, 5] = value
     with pytest.raises(
@@ -93,6 +97,7 @@ def test_a_method_that_cannot_take_a_layer_leaves_it_to_none(caplog):
     model, x = TinyModel(), randn(9, 7)
     int8, plans = to_int8(model, outlier=ConvRot())
     by_64, by_16 = "convrot group_size=64", "convrot group_size=16"
+
     assert [p.outlier for p in plans] == ["none", by_64, by_16, by_64, by_16, by_64]
     assert [p.outlier_skip_reason for p in plans] == ["in_features=7 is not a multiple of 4", *[""] * 5]
     assert caplog.messages == [
@@ -105,6 +110,7 @@ def test_a_method_that_cannot_take_a_layer_leaves_it_to_none(caplog):
 def test_layers_that_a_method_cannot_take_are_counted_in_one_line(caplog):
     plans = [LayerPlan(str(width), width, 8, None) for width in (64, 96, 128, 96, 7, 256)]
     check_outlier_method(QuaRot(64), plans)
+
     assert [bool(p.outlier_skip_reason) for p in plans] == [False, True, False, True, True, False]
     assert caplog.messages == [
         "outlier=quarot cannot take 3 of 6 layers (2 × in_features=96 is not a multiple of 64; "
@@ -117,16 +123,17 @@ def test_nothing_is_said_where_a_method_takes_every_layer(caplog):
     # what an earlier check noted is forgotten
     plans[0].outlier_skip_reason = "another method"
     check_outlier_method(SmoothQuant(), plans)
+
     assert not caplog.messages and not any(p.outlier_skip_reason for p in plans)
 
 
-def test_a_method_that_can_take_no_layer_is_refused():
-    words = (
+def test_a_method_that_can_take_no_layer_is_rejected():
+    message = (
         r"^outlier=quarot can take none of the 6 layers \(1 × in_features=7 is not a multiple of 128; "
         r"3 × in_features=64 .*; "
         r"2 × in_features=96 is not a multiple of 128\); choose another outlier=$"
     )
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=message):
         to_int8(TinyModel(), outlier=QuaRot())
 
 
@@ -165,20 +172,21 @@ def test_the_rounding_makes_the_integers_from_what_the_layer_multiplies(outlier)
         assert (layers[name].packed == 10).all() and (layers[name].scale == 1).all()
         expected = layers[name].transform.round_input(statistics[name].sample).reshape(6, -1)
         assert given.dtype == torch.float32 and torch.equal(given, expected)
+
     assert [p.rounding for p in plans] == ["", *["ten"] * 5]
 
 
 @pytest.mark.parametrize(
     ("outlier", "rounding"), [(SmoothQuant(), AbsMax()), (None, TenOfEach())], ids=["a method", "a rounding"]
 )
-def test_a_layer_that_the_calibration_never_reached_is_refused_where_one_is_needed(outlier, rounding):
+def test_a_layer_that_the_calibration_never_reached_is_rejected_where_one_is_needed(outlier, rounding):
     model = TinyModel()
     statistics = statistics_of(model, [name for name in LINEARS if name != "blocks.1.3"])
-    words = (
+    message = (
         r"^blocks\.1\.3: the calibration never reached it; "
         r"keep the layer float, or take other calibration\.prompts$"
     )
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=message):
         to_int8(model, outlier=outlier, rounding=rounding, statistics=statistics)
     # the layer kept float, nothing is missing
     to_int8(model, outlier=outlier, rounding=rounding, statistics=statistics, keep_float=("blocks.1.3",))
@@ -196,6 +204,7 @@ def test_each_layer_may_have_a_method_of_its_own():
     layers = quantize_layers(
         model, plans, methods=methods, rounding=AbsMax(), statistics=statistics_of(model, ["proj_out"])
     )
+
     assert [layer.transform.method for _, layer in layers] == [
         "none",
         "convrot",
@@ -204,6 +213,7 @@ def test_each_layer_may_have_a_method_of_its_own():
         "none",
         "smoothquant",
     ]
+
     labels = [
         "none",
         "convrot group_size=16",
@@ -212,13 +222,16 @@ def test_each_layer_may_have_a_method_of_its_own():
         "none",
         "smoothquant alpha=0.75",
     ]
+
     assert [p.outlier for p in plans] == labels
 
 
 def test_one_matrix_serves_all_layers_of_a_kind():
     model = TinyModel()
     int8, _ = to_int8(model, outlier=ConvRot(16), keep_float=("proj_in",))
+
     assert len({layer.transform.matrix.data_ptr() for layer in found_in(int8).values()}) == 1
+
     plans = plan_layers(model, lambda name: None)[1:]
     mixed = {
         p.name: method
@@ -231,6 +244,7 @@ def test_one_matrix_serves_all_layers_of_a_kind():
         model, layers, backend=Reference(), settings=NEVER_FLOAT, rows=dict.fromkeys(mixed, 8)
     )
     a, b, c, d, e = (layer.transform.matrix for layer in made.values())
+
     assert a is e and b is d and len({id(m) for m in (a, b, c)}) == 3
     # of the same size, but another matrix
     assert not torch.equal(a, b)
@@ -259,6 +273,7 @@ def test_layers_come_one_at_a_time():
     model.proj_out.weight.fill_(float("nan"))
     # the damaged last layer is met only when it is asked for
     layers = plain_layers(model, plans)
+
     assert [next(layers)[0].name for _ in range(5)] == LINEARS[:5]
 
 
@@ -271,7 +286,7 @@ def test_layers_come_one_at_a_time():
     ],
     ids=lambda v: getattr(v, "name", ""),
 )
-def test_what_the_limits_refuse_is_refused(backend, reason, monkeypatch):
+def test_what_the_limits_reject_is_rejected(backend, reason, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
     with pytest.raises(BackendError, match=reason):
         to_int8(TinyModel(), backend)
@@ -289,6 +304,7 @@ def test_each_layer_is_reported_when_it_is_made():
         rows=dict.fromkeys(LINEARS, 8),
         on_layer=lambda p: seen.append(p.name),
     )
+
     assert seen == list(made) == LINEARS
 
 
@@ -304,6 +320,7 @@ def test_auto_measures_with_the_rows_of_the_run(tmp_path):
         settings=NEVER_FLOAT,
         rows=dict.fromkeys(LINEARS, 5),
     )
+
     assert all(
         p.backend_asked == "auto" and p.backend_used == made[p.name].backend.name != "auto" for p in plans
     )
@@ -316,6 +333,7 @@ def test_layers_in_another_dtype_than_the_first_parameter():
     model.proj_in.float()
     int8, _ = to_int8(model, settings=Int8Settings(small_batch_fallback="always"), keep_float=("proj_in",))
     h = model.proj_in(x).bfloat16()
+
     assert_close("bfloat16 block", int8.blocks[0](h), model.blocks[0](h), 0.03)
 
 
@@ -325,10 +343,13 @@ def test_a_copy_shares_every_tensor_and_nothing_else():
     before = model(x)
     copy = copy_sharing_tensors(model)
     pairs = zip([*model.parameters(), *model.buffers()], [*copy.parameters(), *copy.buffers()], strict=True)
+
     assert all(a is b and a.data_ptr() == b.data_ptr() for a, b in pairs)
     assert not {id(m) for m in model.modules()} & {id(m) for m in copy.modules()}
+
     copy.blocks[0][1] = nn.Identity()
     copy.proj_out = nn.Identity()
+
     assert torch.equal(model(x), before)
 
 
@@ -336,6 +357,7 @@ def test_assembling_leaves_the_original_untouched():
     model, x = TinyModel(), randn(9, 7)
     before = model(x)
     int8, _ = to_int8(model)
+
     assert not torch.equal(int8(x), before)
     assert torch.equal(model(x), before) and not found_in(model)
 
@@ -354,6 +376,7 @@ def test_the_same_layers_can_be_assembled_more_than_once():
         assemble_int8_model(model, made, FAMILY),
         assemble_int8_model(model, {"proj_out": made["proj_out"]}, FAMILY),
     )
+
     assert list(found_in(every)) == LINEARS and list(found_in(few)) == ["proj_out"]
     # the modules are copies, since a group that shares may differ; the tensors are not
     assert (
@@ -375,6 +398,7 @@ def test_the_family_says_who_shares_an_input():
         rows=dict.fromkeys(LINEARS, 8),
     )
     shared = assemble_int8_model(model, made, replace(FAMILY, same_input=[["1", "3"]]))
+
     assert shared.blocks[0][1].shared is shared.blocks[0][3].shared is not None
     # neither the layers that were given nor another assembly know of it
     assert all(layer.shared is None for layer in made.values())
@@ -388,6 +412,7 @@ def test_two_backends_in_one_process():
     for int8, backend in built:
         assert {layer.backend for layer in found_in(int8).values()} == {backend}
     h = randn(5, 64)
+
     assert torch.equal(2 * built[0][0].proj_out(h), built[1][0].proj_out(h))
 
 

@@ -99,12 +99,15 @@ def gelu_from(model):
 
 def test_counts_in_a_flux_transformer(flux):
     model, _ = int8(flux[0], deferred=False)
-    # q, k, v of the picture, of the text, and of the single block with proj_mlp
+
+    # q, k, v of the image, of the text, and of the single block with proj_mlp
     assert share_inputs(model, FLUX.same_input) == 2 + 2 + 3
+
     groups = {}
     for name, module in model.named_modules():
         if isinstance(module, Int8Linear) and module.shared is not None:
             groups.setdefault(id(module.shared), []).append(name)
+
     assert sorted(map(sorted, groups.values())) == [
         [f"{SINGLE}.attn.to_k", f"{SINGLE}.attn.to_q", f"{SINGLE}.attn.to_v", f"{SINGLE}.proj_mlp"],
         [f"{DOUBLE}.attn.add_k_proj", f"{DOUBLE}.attn.add_q_proj", f"{DOUBLE}.attn.add_v_proj"],
@@ -122,17 +125,19 @@ def test_the_model_computes_what_it_did(flux, backend, outlier):
     model, call = flux
     before, _ = int8(model, backend, False, outlier)
     after, _ = int8(model, backend, True, outlier)
-    wanted = run(before, call)
+    expected = run(before, call)
+
     # a polynomial for the GELU and a rotation in another order move an integer at a tie now and then: 1e-3 of
     # the output
-    assert_close(backend.name, run(after, call), wanted, 1e-3 if backend.name == "vnni" else 1e-5)
-    assert_close("float model", wanted, run(model, call), 0.05)
+    assert_close(backend.name, run(after, call), expected, 1e-3 if backend.name == "vnni" else 1e-5)
+    assert_close("float model", expected, run(model, call), 0.05)
 
 
 def test_the_float_model_keeps_its_activations(flux):
     model, call = flux
     before = run(model, call)
     int8(model)
+
     assert torch.equal(run(model, call), before)
 
 
@@ -140,6 +145,7 @@ def test_float_rows_apply_the_gelu_themselves(flux):
     model, call = flux
     before, _ = int8(model, deferred=False, settings=ALWAYS_FLOAT)
     after, plans = int8(model, settings=ALWAYS_FLOAT)
+
     assert gelu_from(after) == DEFERRED and {p.backend_used for p in plans if p.skip_reason is None} == {
         "float_fallback"
     }
@@ -149,8 +155,12 @@ def test_float_rows_apply_the_gelu_themselves(flux):
 @pytest.mark.parametrize("kept", list(DEFERRED))
 def test_a_gelu_before_a_float_layer_is_left_alone(flux, kept):
     model, call = flux
-    why = lambda name: "kept by the test" if name == kept else FLUX.find_skip_reason(name)  # noqa: E731
+
+    def why(name):
+        return "kept by the test" if name == kept else FLUX.find_skip_reason(name)
+
     after, _ = int8(model, why_float=why)
+
     assert gelu_from(after) == {name: column for name, column in DEFERRED.items() if name != kept}
     assert_close("kept", run(after, call), run(int8(model, deferred=False, why_float=why)[0], call), 1e-5)
 
@@ -158,8 +168,12 @@ def test_a_gelu_before_a_float_layer_is_left_alone(flux, kept):
 @pytest.mark.parametrize("source", [f"{DOUBLE}.ff.net.0.proj", f"{SINGLE}.proj_mlp"])
 def test_a_gelu_after_a_float_layer_moves_all_the_same(flux, source):
     model, call = flux
-    why = lambda name: "kept by the test" if name == source else FLUX.find_skip_reason(name)  # noqa: E731
+
+    def why(name):
+        return "kept by the test" if name == source else FLUX.find_skip_reason(name)
+
     after, _ = int8(model, why_float=why)
+
     assert gelu_from(after) == DEFERRED
     assert_close("source", run(after, call), run(int8(model, deferred=False, why_float=why)[0], call), 1e-5)
 
@@ -184,6 +198,7 @@ def test_only_a_tanh_gelu_moves(activation):
     model, _ = to_int8(nn.Sequential(FeedForward(activation)), Fusing())
     x = randn(5, 8)
     before = model(x)
+
     assert defer_gelu(model, FEED_FORWARD) == 0 and model[0].ff["act"].__class__ is activation.__class__
     assert torch.equal(model(x), before)
 
@@ -195,6 +210,7 @@ def test_a_tanh_gelu_moves():
     )
     x = randn(5, 8)
     before = model(x)
+
     assert defer_gelu(model, FEED_FORWARD) == 2 and isinstance(model[1].ff["act"], nn.Identity)
     assert torch.equal(model(x), before)
 
@@ -203,6 +219,7 @@ def test_a_gelu_stays_before_a_layer_that_takes_the_mean_of_its_result():
     model, _ = to_int8(nn.Sequential(FeedForward(nn.GELU(approximate="tanh"))), Fusing(), HadaNorm(8))
     x = randn(2, 5, 8)
     before = model(x)
+
     assert defer_gelu(model, FEED_FORWARD) == 0 and isinstance(model[0].ff["act"], nn.GELU)
     assert torch.equal(model(x), before)
 
@@ -238,15 +255,16 @@ def test_loras_find_their_layers_under_the_old_names(flux, backend):
     results = []
     for deferred in (False, True):
         ours, plans = int8(model, backend, deferred)
-        wanted = [p.name for p in plans if p.skip_reason is None]
-        assert f"{DOUBLE}.ff.net.0.proj" in wanted
+        expected = [p.name for p in plans if p.skip_reason is None]
+        assert f"{DOUBLE}.ff.net.0.proj" in expected
         branches = on_int8(model, ours, [flux_lora(model)])
-        assert len(branches.dynamic_layers) == len(wanted)
+        assert len(branches.dynamic_layers) == len(expected)
         plain = run(ours, call)
         branches.set_strengths([1.0])
         results.append(run(ours, call))
         branches.set_strengths([0.0])  # the float model is used again
         assert (results[-1] - plain).norm() > 0.05 * plain.norm()
+
     assert_close(backend.name, results[1], results[0], 1e-3 if backend.name == "vnni" else 1e-5)
 
 
@@ -258,6 +276,7 @@ def test_measuring_a_layer_leaves_out_the_gelu_and_the_sharing(flux, backend):
         ours, plans = int8(model, backend, deferred)
         measure_layer_outputs(model, ours, [call], plans)
         measured.append({p.name: p.measured["output_sqnr_db"] for p in plans if p.skip_reason is None})
+
     assert measured[0].keys() == measured[1].keys() and min(measured[0].values()) > 25
     assert measured[1] == pytest.approx(measured[0], abs=0.2)
 
@@ -269,36 +288,36 @@ class Narrow(Reference):
     limits: ClassVar[Limits] = Limits(max_in_features=64)
 
 
-def test_every_layer_that_a_backend_refuses_is_named_at_once():
+def test_every_layer_that_a_backend_rejects_is_named_at_once():
     why = "in_features=96 overflows its 32-bit sums, which hold 64"
-    words = (
+    message = (
         rf"^backend 'narrow' cannot take 2 layers: blocks\.0\.3: {why}; blocks\.1\.3: {why}; "
         r"backend=auto gives them to another$"
     )
     plans = plan_layers(TinyModel(), lambda name: None)
-    with pytest.raises(BackendError, match=words):
+    with pytest.raises(BackendError, match=message):
         check_backend(Narrow(), CPU, plans)
     check_backend(Narrow(), CPU, [p for p in plans if p.in_features <= 64])
 
 
-def test_a_device_is_refused_with_all_reasons_and_what_can_run_there():
+def test_a_device_is_rejected_with_all_reasons_and_what_can_run_there():
     class Elsewhere(Reference):
         name: ClassVar[str] = "elsewhere"
         limits: ClassVar[Limits] = Limits(
             cpu_features=("no_such_feature",), python_packages=("no_such_package",)
         )
 
-    words = (
+    message = (
         r"^backend 'elsewhere' cannot run here: needs a CPU with no_such_feature.*; "
         r"needs the Python package no_such.*\breference\b"
     )
-    with pytest.raises(BackendError, match=words):
+    with pytest.raises(BackendError, match=message):
         check_backend(Elsewhere(), CPU, [])
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(("n", "k"), [(3, 0), (0, 3)])
-def test_an_empty_weight_is_refused(n, k):
+def test_an_empty_weight_is_rejected(n, k):
     model = nn.Sequential(nn.Linear(k, n).requires_grad_(False))
     with pytest.raises(
         ConfigError, match=rf"^0: the weight is {n} x {k}, nothing to quantize; keep the layer float$"
@@ -311,11 +330,11 @@ def test_inputs_that_are_not_finite_are_counted(value):
     x = randn(3, 4)
     check_finite("blocks.0.ff", x, "the first step")
     x[0, 1] = x[2, 3] = value
-    words = (
+    message = (
         r"^blocks\.0\.ff: 2 of 12 inputs are NaN or infinite in the first step of the float model; "
         r"check the checkpoint, or try model\."
     )
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=message):
         check_finite("blocks.0.ff", x, "the first step")
 
 

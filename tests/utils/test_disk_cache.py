@@ -35,6 +35,7 @@ def put(kept: DiskCache, key: str, count: int, used: float) -> Path:
 def test_what_is_put_is_found_by_kind_and_key(tmp_path: Path) -> None:
     kept = store(tmp_path / "deep" / "cache")
     path = kept.put("int8", "a", 3, bytes_of(3))
+
     assert path == tmp_path / "deep" / "cache" / "int8" / "a.safetensors" == kept.get("int8", "a")
     assert path.read_bytes() == b"xxx" and kept.get("float", "a") is None and kept.get("int8", "b") is None
 
@@ -50,6 +51,7 @@ def test_the_longest_unused_make_room(tmp_path: Path, caplog: pytest.LogCaptureF
     first, second, third = (
         put(kept, key, 3, used) for key, used in (("a", 300.0), ("b", 100.0), ("c", 200.0))
     )
+
     assert [k.path.stem for k in kept.list_files()] == ["b", "c", "a"] and [
         k.bytes for k in kept.list_files()
     ] == [
@@ -58,8 +60,10 @@ def test_the_longest_unused_make_room(tmp_path: Path, caplog: pytest.LogCaptureF
         3,
     ]
     assert kept.get("int8", "b") == second  # which is a use
+
     with caplog.at_level(logging.INFO):
         kept.put("float", "d", 4, bytes_of(4))
+
     assert (
         not third.exists()
         and first.exists()
@@ -67,7 +71,9 @@ def test_the_longest_unused_make_room(tmp_path: Path, caplog: pytest.LogCaptureF
         and (tmp_path / "float" / "d.safetensors").exists()
     )
     assert any("c.safetensors" in r.getMessage() and "makes room" in r.getMessage() for r in caplog.records)
+
     kept.put("float", "e", 10, bytes_of(10))  # exactly the limit
+
     assert [k.path.stem for k in kept.list_files()] == ["e"]
 
 
@@ -78,6 +84,7 @@ def test_what_is_larger_than_the_limit_is_not_kept_and_nothing_goes_for_it(
     old = put(kept, "a", 9, 1.0)
     with caplog.at_level(logging.INFO):
         assert kept.put("int8", "b", 11, lambda path: pytest.fail("written all the same")) is None
+
     assert old.exists() and "cache.limit_gb=1e-08 allows; not kept" in caplog.text
 
 
@@ -91,11 +98,12 @@ def test_a_limit_of_0_does_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert kept.get("int8", "a") is None
         assert kept.put("int8", "b", 1, lambda path: pytest.fail("written all the same")) is None
         assert kept.hash_file(tmp_path / "weights") == hashlib.sha256(b"x").hexdigest()
+
     assert sorted(tmp_path.rglob("*")) == before and not caplog.records
 
 
 @pytest.mark.parametrize("limit", [-1, "much", True, float("nan"), 10**7])
-def test_a_limit_that_is_none_is_refused(limit: object) -> None:
+def test_a_limit_that_is_none_is_rejected(limit: object) -> None:
     with pytest.raises(ConfigError, match=r"^cache\.limit_gb is .*; allowed is a number from 0 to 1e\+06$"):
         DiskCache(None, limit)  # type: ignore[arg-type]
 
@@ -105,18 +113,23 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
 ) -> None:
     (tmp_path / "file").write_text("")
     kept = store(tmp_path / "file" / "cache")
+
     assert (
         kept.put("int8", "a", 1, bytes_of(1)) is None
         and kept.get("int8", "a") is None
         and kept.list_files() == []
     )
+
     (said,) = caplog.records
+
     assert (
         said.levelname == "WARNING"
         and "cannot be written" in said.getMessage()
         and said.getMessage().endswith("not kept for the next run")
     )
+
     (tmp_path / "weights").write_text("x")
+
     assert kept.hash_file(tmp_path / "weights") == hashlib.sha256(b"x").hexdigest()
 
 
@@ -138,6 +151,7 @@ def test_a_write_that_breaks_off_leaves_what_was_there(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         kept.put("int8", "a", 3, half)
+
     assert old.read_bytes() == b"xxx" and [p.name for p in old.parent.iterdir()] == ["a.safetensors"]
 
 
@@ -169,6 +183,7 @@ def test_what_a_killed_process_left_goes_after_a_day_and_counts_for_nothing(tmp_
     for path in (new, old):
         path.write_bytes(b"x" * 99)
     os.utime(old, (1, 1))
+
     assert [k.path.stem for k in kept.list_files()] == ["a"]
     assert new.exists() and not old.exists()
 
@@ -179,7 +194,9 @@ def test_a_file_that_cannot_be_used_is_dropped_with_the_reason(
     kept = store(tmp_path)
     path = put(kept, "a", 3, 1.0)
     kept.remove(path, FileError("is cut off"))
+
     assert not path.exists() and f"{path} is not used and removed from the cache: is cut off" in caplog.text
+
     kept.remove(path, "gone already")
 
 
@@ -199,6 +216,7 @@ def test_a_hash_is_remembered_until_the_file_changes(tmp_path: Path, reads: list
     kept, file = store(tmp_path / "cache"), tmp_path / "weights"
     file.write_bytes(b"one")
     one = kept.hash_file(file)
+
     assert (
         one
         == hashlib.sha256(b"one").hexdigest()
@@ -206,13 +224,17 @@ def test_a_hash_is_remembered_until_the_file_changes(tmp_path: Path, reads: list
         == store(tmp_path / "cache").hash_file(file)
     )
     assert len(reads) == 1
+
     file.write_bytes(b"two")
     os.utime(file, ns=(1, 1))  # as large, and older
+
     assert kept.hash_file(file) == hashlib.sha256(b"two").hexdigest() and len(reads) == 2
+
     fresh = tmp_path / "fresh"  # as large and as old, but another file
     fresh.write_bytes(b"six")
     os.utime(fresh, ns=(1, 1))
     fresh.replace(file)
+
     assert kept.hash_file(file) == hashlib.sha256(b"six").hexdigest() and len(reads) == 3
 
 
@@ -220,6 +242,7 @@ def test_a_link_is_the_file_that_it_leads_to(tmp_path: Path, reads: list[int]) -
     (tmp_path / "weights").write_bytes(b"one")
     (tmp_path / "link").symlink_to(tmp_path / "weights")
     kept = store(tmp_path / "cache")
+
     assert kept.hash_file(tmp_path / "link") == kept.hash_file(tmp_path / "weights") and len(reads) == 1
 
 
@@ -230,6 +253,7 @@ def test_the_hubs_own_names_are_believed(tmp_path: Path, reads: list[int]) -> No
         (blobs / name).write_bytes(b"x")
         (tmp_path / name[:3]).symlink_to(blobs / name)
     kept = store(tmp_path / "cache")
+
     assert kept.hash_file(tmp_path / "fff") == "f" * 64 and not reads
     assert kept.hash_file(tmp_path / "aaa") == hashlib.sha256(b"x").hexdigest() and len(reads) == 1
 
@@ -239,6 +263,7 @@ def test_a_damaged_table_of_hashes_holds_none(damage: str, tmp_path: Path) -> No
     kept, file = store(tmp_path), tmp_path / "weights"
     file.write_bytes(b"one")
     (tmp_path / HASHES_FILE).write_text(damage)
+
     assert kept.hash_file(file) == hashlib.sha256(b"one").hexdigest()
     assert list(json.loads((tmp_path / HASHES_FILE).read_text())) == [str(file.resolve())]
 
@@ -257,6 +282,7 @@ def test_writers_at_the_same_time_leave_a_table_that_can_be_read(tmp_path: Path)
         thread.start()
     for thread in threads:
         thread.join()
+
     assert len(found) == 160 and all(
         digest == hashlib.sha256(f.name.encode()).hexdigest() for f, digest in found
     )
@@ -267,7 +293,9 @@ def test_writers_at_the_same_time_leave_a_table_that_can_be_read(tmp_path: Path)
 
 def test_a_key_says_all_that_is_in_it() -> None:
     parts = ["1.0", [("a", "b")], 3]
+
     assert hash_parts(parts) == hash_parts(["1.0", [("a", "b")], 3]) and len(hash_parts(parts)) == 32
+
     others = [
         ["1.1", [("a", "b")], 3],
         ["1.0", [("a", "c")], 3],
@@ -275,6 +303,7 @@ def test_a_key_says_all_that_is_in_it() -> None:
         ["1.0", [("a", "b")]],
         parts[::-1],
     ]
+
     assert len({hash_parts(p) for p in [parts, *others]}) == 6
 
 
@@ -287,9 +316,11 @@ def test_no_test_writes_into_the_users_cache(
     from support.cli_process import command_in
 
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
     assert make_spec([]).cache.limit_gb == 0 and make_spec(["cache.folder=here"]).cache == DiskCache(
         "here", 40
     )
+
     with command_in(tmp_path / "work", monkeypatch, capsys) as command:
         size = [
             "sampler.steps=1",
@@ -299,6 +330,7 @@ def test_no_test_writes_into_the_users_cache(
             "metrics.baseline=none",
         ]
         assert command(*size, "sampler.height=16", "sampler.width=16").code == 0
+
     assert (
         len(list((tmp_path / "work-cache" / "int8").iterdir())) == 1
         and not (tmp_path / "home" / ".cache" / "int8run").exists()
