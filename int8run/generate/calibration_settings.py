@@ -1,4 +1,4 @@
-"""Which pictures a calibration draws, and how much of them is kept."""
+"""Settings of the calibration: what the float model generates for it, and how many activations are kept."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,14 @@ from int8run.generate.prompts import Sample
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """What the float model draws to be looked at. Other prompts and noise than those a result is judged by.
+    """What the float model generates to observe its activations.
+
+    Prompts and noise differ from those that a result is judged by.
 
     Args:
-        prompts: one picture each.
-        seed: of the first picture.
-        num_timesteps: denoiser calls of each picture that are looked at, spread evenly over its steps.
+        prompts: one image each.
+        seed: of the first image; each following image has the next one.
+        num_timesteps: denoiser calls of each image that are observed, spread evenly over its steps.
         max_tokens_per_layer: input tokens of each layer that are kept, over all images and timesteps.
     """
 
@@ -24,10 +26,11 @@ class CalibrationSettings:
     max_tokens_per_layer: int = 2048
 
     def __post_init__(self) -> None:
-        listed = isinstance(self.prompts, Sequence) and not isinstance(self.prompts, str)
-        if not listed or not self.prompts or not all(isinstance(p, str) and p.strip() for p in self.prompts):
+        is_list = isinstance(self.prompts, Sequence) and not isinstance(self.prompts, str)
+        if not is_list or not self.prompts or not all(map(is_prompt, self.prompts)):
             raise ConfigError(
-                f"calibration.prompts is {self.prompts!r}; it takes a list with at least one prompt: calibration.prompts=[a fox,an owl]"
+                f"calibration.prompts is {self.prompts!r}; it takes a list with at least one prompt: "
+                "calibration.prompts=[a fox,an owl]"
             )
         check_range("calibration.seed", self.seed, 0, 2**63 - 1, whole=True)
         check_range("calibration.num_timesteps", self.num_timesteps, 1, 1000, whole=True)
@@ -35,5 +38,10 @@ class CalibrationSettings:
 
     @property
     def samples(self) -> list[Sample]:
-        """Prompt and seed of each picture."""
+        """Prompt and seed of each image."""
         return [Sample(prompt, self.seed + i, str(i)) for i, prompt in enumerate(self.prompts)]
+
+
+def is_prompt(value: object) -> bool:
+    """Whether a value is a text that is not blank."""
+    return isinstance(value, str) and bool(value.strip())

@@ -1,4 +1,7 @@
-"""One denoising step of the float model, looked into: what the denoiser is called with, and what each layer sees."""
+"""Capture what a denoiser and its layers receive: arguments of its calls, inputs and outputs of its layers.
+
+Calibration, mixed precision and layer metrics read real activations through these functions.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -11,97 +14,141 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError
-from int8run.generate.generate import call_pipeline
+from int8run.generate.pipeline_call import call_pipeline
 from int8run.generate.prompts import Sample
 from int8run.models.dual_denoisers import set_denoiser, split_denoiser
 from int8run.models.sampling import Sampling
 
+Call = Mapping[str, Any]  # the arguments of one call of a denoiser, by name
+
 
 def capture_step(
     pipe: DiffusionPipeline, component: str, denoiser: nn.Module, batch: Sequence[Sample], sampling: Sampling
-) -> list[Mapping[str, Any]]:
-    """The denoiser's last call in a run of two steps, and of two experts the last of each: real activations for measurements."""
-    last = {
-        made.get("expert"): made
-        for made in capture_calls(pipe, component, denoiser, batch, replace(sampling, steps=2))
-    }
-    return list(last.values())
+) -> list[Call]:
+    """Generate with two steps and capture the denoiser's last call; of two experts the last call of each.
+
+    Args:
+        pipe: the pipeline to run.
+        component: name of the pipeline's denoiser component.
+        denoiser: takes that component's place.
+        batch: what to generate.
+        sampling: how, apart from the number of steps.
+    """
+    calls = capture_calls(pipe, component, denoiser, batch, replace(sampling, steps=2))
+    last_calls = {call.get("expert"): call for call in calls}
+    return list(last_calls.values())
 
 
 @torch.no_grad()
 def capture_calls(
     pipe: DiffusionPipeline, component: str, denoiser: nn.Module, batch: Sequence[Sample], sampling: Sampling
-) -> list[Mapping[str, Any]]:
-    """Arguments of each of the denoiser's calls, all by name: some pipelines pass the first ones by position.
+) -> list[Call]:
+    """Generate and capture the arguments of every call of the denoiser.
 
-    Of two experts `expert` says which was called (see `DualDenoiser.forward`).
+    Args:
+        pipe: the pipeline to run.
+        component: name of the pipeline's denoiser component.
+        denoiser: takes that component's place.
+        batch: what to generate.
+        sampling: how.
+
+    Returns:
+        The arguments by name: some pipelines pass the first ones by position. Of two experts `expert` tells
+            which one
+        was called (see `DualDenoiser.forward`).
     """
-    calls: list[Mapping[str, Any]] = []
+    calls: list[Call] = []
     set_denoiser(pipe, denoiser, component)
     with ExitStack() as stack:
         for prefix, part in split_denoiser(denoiser).items():
-            which = {"expert": prefix.removesuffix(".")} if prefix else {}
-            names = list(inspect.signature(part.forward).parameters)
-
-            def keep(
-                module: nn.Module,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                which: dict[str, str] = which,
-                names: list[str] = names,
-            ) -> None:
-                calls.append(
-                    {
-                        **which,
-                        **{
-                            k: clone_tensors(v)
-                            for k, v in {**dict(zip(names, args, strict=False)), **kwargs}.items()
-                        },
-                    }
-                )
-
-            stack.callback(part.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        # hooks inside a compiled graph would break it
+            expert = {"expert": prefix.removesuffix(".")} if prefix else {}
+            stack.callback(add_call_hook(part, expert, calls))
+        # Hooks inside a compiled graph would break it.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         call_pipeline(pipe, batch, sampling, lambda *_: {})
     return calls
 
 
+def add_call_hook(part: nn.Module, expert: Mapping[str, str], calls: list[Call]) -> Callable[[], None]:
+    """Append the arguments of every call of a module to `calls`.
+
+    Args:
+        part: the denoiser, or one of two.
+        expert: what tells the two apart.
+        calls: receives the arguments.
+
+    Returns:
+        A function that removes the hook.
+    """
+    names = list(inspect.signature(part.forward).parameters)
+
+    def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        by_name = {**dict(zip(names, args, strict=False)), **kwargs}
+        calls.append({**expert, **{name: clone_tensors(value) for name, value in by_name.items()}})
+
+    return part.register_forward_pre_hook(capture, with_kwargs=True).remove
+
+
 def clone_tensors(value: Any) -> Any:
-    """A value that later steps cannot change; some denoisers take lists of tensors (Z-Image) or tensors by name (SDXL)."""
+    """A copy that later steps cannot change.
+
+    Some denoisers take lists of tensors (Z-Image) or tensors by name (SDXL).
+    """
     if isinstance(value, list):
-        return [clone_tensors(v) for v in value]
+        return [clone_tensors(item) for item in value]
     if isinstance(value, dict):
-        return {k: clone_tensors(v) for k, v in value.items()}
+        return {key: clone_tensors(item) for key, item in value.items()}
     return value.clone() if isinstance(value, Tensor) else value
 
 
 @torch.no_grad()
 def capture_layers(
     denoiser: nn.Module,
-    arguments: Mapping[str, Any],
+    call: Call,
     names: Sequence[str],
-    see: Callable[[str, Tensor, Tensor], None],
+    on_layer: Callable[[str, Tensor, Tensor], None],
 ) -> None:
-    """Call the denoiser once; `see(name, input, output)` is called for each named layer that runs."""
+    """Call the denoiser once and hand the input and the output of its layers to a function.
+
+    Args:
+        denoiser: to call.
+        call: its arguments.
+        names: of the layers.
+        on_layer: called with name, input and output of each of these layers that runs.
+    """
     with ExitStack() as stack:
-        # hooks inside a compiled graph would break it
+        # Hooks inside a compiled graph would break it.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name in names:
-            hook = lambda _, args, out, name=name: see(name, args[0], out)  # noqa: E731
-            stack.callback(denoiser.get_submodule(name).register_forward_hook(hook).remove)
-        denoiser(**arguments)
+            stack.callback(add_layer_hook(denoiser, name, on_layer))
+        denoiser(**call)
+
+
+def add_layer_hook(
+    denoiser: nn.Module, name: str, on_layer: Callable[[str, Tensor, Tensor], None]
+) -> Callable[[], None]:
+    """Hand every input and output of one layer to a function; returns what removes the hook."""
+
+    def capture(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        on_layer(name, args[0], output)
+
+    return denoiser.get_submodule(name).register_forward_hook(capture).remove
 
 
 def check_finite(layer: str, x: Tensor, where: str) -> None:
-    """Refuse what no INT8 layer can take.
+    """Check the input of a layer: INT8 has no NaN and no infinity.
+
+    Args:
+        layer: its name.
+        x: its input, of any shape.
+        where: what the float model was doing, such as `step 3`.
 
     Raises:
-        ConfigError: naming the layer.
+        ConfigError: with the layer and the number of bad values.
     """
-    if not torch.isfinite(x).all():
-        count = int((~torch.isfinite(x)).sum())
+    num_bad = int((~torch.isfinite(x)).sum())
+    if num_bad:
         raise ConfigError(
-            f"{layer}: {count} of {x.numel()} inputs are NaN or infinite in {where} of the float model; "
+            f"{layer}: {num_bad} of {x.numel()} inputs are NaN or infinite in {where} of the float model; "
             "check the checkpoint, or try model.dtype=bfloat16 or float32"
         )

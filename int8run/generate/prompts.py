@@ -1,10 +1,12 @@
-"""Prompt sets: prompts times seeds."""
+"""Prompt sets, and the samples that they ask for: prompts times seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from int8run.errors import ConfigError, FileError, check_range
+
+MAX_SLUG_LENGTH = 40
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,15 @@ class PromptSet:
             )
         if bool(self.prompts) == bool(self.path):
             raise ConfigError(
-                "prompts needs exactly one of prompts.prompts=[…] and prompts.path=<file, one prompt per line>"
+                "prompts needs exactly one of prompts.prompts=[…] and prompts.path=<file, one prompt per "
+                "line>"
             )
 
     def read(self) -> list[str]:
-        """The prompts.
+        """The prompts, from the config or from the file: one per line, without blank lines and `#` comments.
 
         Raises:
-            FileError: when the file is missing or holds none.
+            FileError: when the file is missing, is not text, or holds no prompt.
         """
         if not self.path:
             return list(self.prompts)
@@ -38,9 +41,10 @@ class PromptSet:
         if not path.is_file():
             raise FileError(f"prompts.path={self.path}: no such file (looked for {path.absolute()})")
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise FileError(f"prompts.path={self.path} is not UTF-8 text: {error}") from error
+        lines = [line.strip() for line in text.splitlines()]
         prompts = [line for line in lines if line and not line.startswith("#")]
         if not prompts:
             raise FileError(f"prompts.path={self.path} holds no prompt; write one per line")
@@ -49,22 +53,37 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture to make."""
+    """One image or video to generate.
+
+    Args:
+        prompt: what it shows.
+        seed: of its noise.
+        key: its file name and its name in the tracker, the same in every run with these prompts.
+    """
 
     prompt: str
     seed: int
-    key: str  # file name and tracker key, the same in every run with these prompts
+    key: str
 
 
 def build_samples(prompts: Sequence[str], seeds_per_prompt: int, seed: int) -> list[Sample]:
-    """Prompts × seeds; seed i of every prompt is `seed + i`, so that pictures of one seed share their noise."""
-    return [
-        Sample(prompt, seed + i, f"{n:03d}_{slugify(prompt)}_s{seed + i}")
-        for n, prompt in enumerate(prompts)
-        for i in range(seeds_per_prompt)
-    ]
+    """Prompts × seeds.
+
+    Args:
+        prompts: in order.
+        seeds_per_prompt: samples of each prompt.
+        seed: of the first sample of each prompt; sample i has `seed + i`, so that samples of one seed share
+            their noise.
+    """
+    samples = []
+    for number, prompt in enumerate(prompts):
+        for sample_seed in range(seed, seed + seeds_per_prompt):
+            key = f"{number:03d}_{slugify(prompt)}_s{sample_seed}"
+            samples.append(Sample(prompt, sample_seed, key))
+    return samples
 
 
 def slugify(text: str) -> str:
-    """A prompt as part of a file name."""
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower())[:40].strip("-") or "empty"
+    """A prompt as part of a file name: `Red apple!` -> `red-apple`."""
+    characters = [char if char.isascii() and char.isalnum() else "-" for char in text.lower()]
+    return "".join(characters)[:MAX_SLUG_LENGTH].strip("-") or "empty"

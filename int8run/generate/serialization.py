@@ -1,4 +1,7 @@
-"""A Generation as one file, so that the float model need not draw the same again."""
+"""A Generation as one safetensors file, so that the float model need not generate the same images again.
+
+Used by the cache of float baselines.
+"""
 
 import json
 from collections.abc import Mapping
@@ -13,20 +16,21 @@ from safetensors.torch import save_file
 from int8run.errors import FileError
 from int8run.generate.generate import Generation
 
-METADATA_KEY = "int8run_generation"  # the key of what is no tensor, in the header's metadata
+METADATA_KEY = "int8run_generation"  # of what is not a tensor, in the header's metadata
 
 
-def save_generation(made: Generation, path: Path, note: Mapping[str, object]) -> None:
+def save_generation(made: Generation, path: Path, provenance: Mapping[str, object]) -> None:
     """Write frames, latents and times.
 
     Args:
-        note: what drew it, for people who look into the file.
+        made: what to write.
+        path: of the file.
+        provenance: which model generated it and how, for people who look into the file.
     """
-    tensors = {f"latents.{i}": t.contiguous() for i, t in enumerate(made.trajectories)}
+    tensors = {f"latents.{i}": latents.contiguous() for i, latents in enumerate(made.trajectories)}
     for i, frames in enumerate(made.frames):
-        tensors[f"frames.{i}"] = torch.stack(
-            [torch.from_numpy(np.array(frame.convert("RGB"))) for frame in frames]
-        )
+        arrays = [np.array(frame.convert("RGB")) for frame in frames]
+        tensors[f"frames.{i}"] = torch.stack([torch.from_numpy(array) for array in arrays])  # [F, H, W, 3]
     facts = {
         "pictures": len(made.frames),
         "latents": len(made.trajectories),
@@ -34,7 +38,7 @@ def save_generation(made: Generation, path: Path, note: Mapping[str, object]) ->
         "image_seconds": made.image_seconds,
         "sound": made.has_sound,
     }
-    save_file(tensors, path, {METADATA_KEY: json.dumps(facts), "int8run": json.dumps(note)})
+    save_file(tensors, path, {METADATA_KEY: json.dumps(facts), "int8run": json.dumps(provenance)})
 
 
 def load_generation(path: Path) -> Generation:
@@ -46,13 +50,14 @@ def load_generation(path: Path) -> Generation:
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {})[METADATA_KEY])
-            frames = [
-                [Image.fromarray(frame.numpy()) for frame in file.get_tensor(f"frames.{i}")]
-                for i in range(facts["pictures"])
-            ]
-            latents = [file.get_tensor(f"latents.{i}") for i in range(facts["latents"])]
-            return Generation(frames, latents, facts["step_seconds"], facts["image_seconds"], facts["sound"])
+            videos = [file.get_tensor(f"frames.{i}") for i in range(facts["pictures"])]
+            return Generation(
+                frames=[[Image.fromarray(frame.numpy()) for frame in video] for video in videos],
+                trajectories=[file.get_tensor(f"latents.{i}") for i in range(facts["latents"])],
+                step_seconds=facts["step_seconds"],
+                image_seconds=facts["image_seconds"],
+                has_sound=facts["sound"],
+            )
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise FileError(
-            f"{path} is damaged: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise FileError(f"{path} is damaged: {type(error).__name__}: {reason}") from error

@@ -1,10 +1,15 @@
-"""Build what a run needs: the pipeline, its float denoiser, the INT8 denoiser beside it, and the LoRAs on both."""
+"""Build what a run needs: a pipeline, its float denoiser, the INT8 denoiser beside it, and LoRAs on both.
+
+tasks/ calls `build_model` once for equal settings. It is the last place that sees the whole RunSpec: the
+functions that it calls take the settings that they use.
+"""
 
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,19 +19,30 @@ from torch import nn
 from int8run.checkpoints.output_path import prepare_output_path
 from int8run.config.run_spec import RunSpec
 from int8run.generate.capture import capture_step
-from int8run.generate.generate import PromptCache, use_text_encoders
+from int8run.generate.generate import set_text_encoders
+from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample
+from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import LayerPlan
 from int8run.lora.header_info import LoraHeader
 from int8run.lora.load import read_lora
+from int8run.lora.match import Matches
 from int8run.lora.modes import Overhead
 from int8run.lora.stack import Entry, LoraStack
 from int8run.metrics.layers import count_macs, count_module_bytes
 from int8run.models.dual_denoisers import set_denoiser, split_denoiser
 from int8run.models.family import ModelFamily
-from int8run.pipeline.load import load_model, replace_missing_linears, set_offload
-from int8run.pipeline.prequantized import find_prequantized
-from int8run.pipeline.quantize_denoiser import build_cache_key, count_layer_rows, quantize_denoiser
+from int8run.pipeline.load import LoadedModel, LoadSettings, load_model, replace_missing_linears, set_offload
+from int8run.pipeline.prequantized import PrequantizedLayers, PrequantizedRequest, find_prequantized
+from int8run.pipeline.provenance import build_cache_key, build_provenance, list_baked_loras
+from int8run.pipeline.quantize_denoiser import (
+    QuantizationSettings,
+    QuantizedDenoiser,
+    count_layer_rows,
+    quantize_denoiser,
+    select_int8_plans,
+)
+from int8run.pipeline.store_layers import cache_layers, save_layers
 from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders
 from int8run.ptq.layer_costs import BranchCosts
 from int8run.ptq.mixed_precision import MixedPrecisionResult
@@ -35,6 +51,7 @@ from int8run.text_encoders.base import find_text_encoders
 from int8run.utils.timing import read_clock, time_medians
 
 log = logging.getLogger(__name__)
+OVERHEAD_ROUNDS = 11
 
 
 @dataclass
@@ -42,80 +59,264 @@ class BuiltModel:
     """A model ready to run.
 
     Args:
-        denoisers: by the name of who draws: `float` where the run needs it, and what is compared with it, `int8` or `clip`; the latter
-            is the float denoiser once more.
-        text_encoders: by the same names, the components that are not the same for both.
+        component: the pipeline's name for its denoiser; of two, for the first one.
+        denoisers: by what generates with them: `float` where the run needs it, and what is compared with it,
+            `int8` or `clip`; the latter is the float denoiser once more.
+        float_bytes: size of the float denoiser, whether its weights are in memory or not.
+        num_params: numbers in its parameters.
+        macs: multiply-adds of its layers in one step, by name.
+        scheduler: as the checkpoint has it; a sampling may name another.
+        plans: what happened to each Linear.
+        encoders: the quantized text encoders.
+        text_encoders: by the names of `denoisers`, the components that differ between them.
+        float_text_encoder_bytes: size of the float text encoders, whether they are in memory or not.
+        text_strengths: of the LoRAs on the text encoders now.
+        mixed_precision: what keeping layers float for `quality_db` brought, where that was asked for.
+        seconds: that loading and quantizing took.
+        lora_overhead: time of a step with LoRA branches over its time without, once it was measured; it does
+            not depend on the strengths.
     """
 
     pipe: DiffusionPipeline
     component: str
     family: ModelFamily
     denoisers: dict[str, nn.Module]
-    float_bytes: int  # of the float denoiser, whether it is there or not
-    num_params: int  # numbers in its parameters
-    macs: Mapping[str, int]  # multiply-adds of its layers in one step
-    scheduler: Any  # as the checkpoint has it; a sampling may name another
+    float_bytes: int
+    num_params: int
+    macs: Mapping[str, int]
+    scheduler: Any
     device: torch.device
     plans: list[LayerPlan]
     loras: LoraStack
     encoders: QuantizedEncoders
     text_encoders: dict[str, dict[str, nn.Module]]
-    float_text_encoder_bytes: int  # of the float text encoders, whether they are there or not
-    text_strengths: list[float]  # that the text encoders have now
-    budget: MixedPrecisionResult | None = None
+    float_text_encoder_bytes: int
+    text_strengths: list[float]
+    mixed_precision: MixedPrecisionResult | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    lora_overhead: float | None = (
-        None  # step time with branches over that without, once it was measured: no strength changes it
-    )
+    lora_overhead: float | None = None
 
     def set_strengths(self, strengths: Sequence[float], text_strengths: Sequence[float]) -> float:
-        """Bring both denoisers and the text encoders to these LoRA strengths; nothing is rebuilt. Returns the seconds it took."""
+        """Set the LoRA strengths of all denoisers and text encoders; nothing is rebuilt.
+
+        Args:
+            strengths: of each LoRA on the denoisers.
+            text_strengths: of each LoRA on the text encoders.
+
+        Returns:
+            The seconds that it took.
+        """
         started = read_clock(self.device)
-        changed = list(text_strengths) != self.text_strengths
-        self.loras.set_strengths(strengths, text_strengths if changed else None)
+        has_new_text_strengths = list(text_strengths) != self.text_strengths
+        self.loras.set_strengths(strengths, text_strengths if has_new_text_strengths else None)
         self.text_strengths = list(text_strengths)
-        if changed:
+        if has_new_text_strengths:
             self.encoders.set_strengths(text_strengths)
             PromptCache.for_pipeline(self.pipe).clear()
         return read_clock(self.device) - started
 
 
+@dataclass(frozen=True)
+class LayerSources:
+    """What is decided for the layers of a denoiser before any of them is quantized.
+
+    Args:
+        plans: of every Linear.
+        prequantized: INT8 layers that exist already.
+        cache_key: that INT8 layers made here are cached under; None: they are not.
+    """
+
+    plans: list[LayerPlan]
+    prequantized: PrequantizedLayers | None
+    cache_key: str | None
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """One denoising step.
+
+    Args:
+        denoiser: that ran it: the float model, or a copy with zeros for the layers whose weights are not
+            read.
+        calls: its arguments; of two denoisers those of each.
+    """
+
+    denoiser: nn.Module
+    calls: Sequence[Mapping[str, Any]]
+
+
 def build_model(
-    spec: RunSpec, probe: Sequence[Sample], heads: Sequence[LoraHeader], progress: Progress
+    spec: RunSpec, probe: Sequence[Sample], headers: Sequence[LoraHeader], progress: Progress
 ) -> BuiltModel:
-    """Load, match the LoRAs, quantize, install.
+    """Load a model, put the LoRAs on it, and quantize it.
 
     Args:
         probe: samples of one batch; the denoiser's call on them gives real shapes and activations.
-        heads: the LoRA files of the stack, in its order.
+        headers: the LoRA files of the stack, in its order.
     """
-    entries = [
-        Entry(h.name, read_lora(h.path), components=a.components)
-        for h, a in zip(heads, spec.lora.adapters, strict=True)
-    ]
-    if spec.save is not None:
-        if spec.clip.is_quantized:
-            log.info(
-                "save= holds the denoiser; task=quantize task.component=text_encoder writes a text encoder"
-            )
-        prepare_output_path(spec.save)  # before the work whose result it is to hold
-    loaded = load_model(spec, progress, whole=spec.needs_float_denoiser)
-    pipe, component, denoiser, family = loaded.pipe, loaded.component, loaded.denoiser, loaded.family
-    text_encoders = find_text_encoders(pipe.components)
-    loras = LoraStack(denoiser, text_encoders, spec.lora.mode, spec.lora.strict, spec.seed)
+    entries = read_entries(spec, headers)
+    prepare_save(spec)
+    loaded = load_model(select_load_settings(spec), progress)
+    text_encoders = find_text_encoders(loaded.pipe.components)
+    loras = LoraStack(loaded.denoiser, text_encoders, spec.lora.mode, spec.lora.strict, spec.seed)
     matches = loras.match_entries(entries)
+
     started = time.perf_counter()
-    plans = loaded.plan_layers()
-    key = build_cache_key(spec, loaded, entries)
-    taken = find_prequantized(loaded, plans, spec, key, set(matches.denoiser))
-    with progress.track_step("load float layers"):
-        loaded.fill_weights(but=[p.name for p in plans if p.skip_reason is None])
+    sources = find_layer_sources(spec, loaded, entries, matches)
+    with progress.track_step("Loading float layers"):
+        loaded.fill_weights(except_for=[plan.name for plan in select_int8_plans(sources.plans)])
     load_seconds = loaded.seconds + time.perf_counter() - started
+
     loras.install(entries, matches, leave=loaded.skeleton_encoders)
-    float_text_bytes = sum(map(count_module_bytes, text_encoders.values()))
+    float_text_encoder_bytes = sum(map(count_module_bytes, text_encoders.values()))
+    encoders = install_text_encoders(spec, loaded, matches, progress)
+    report_loras(spec, loras)
+    if spec.lora.is_baked:
+        loras.set_strengths(spec.lora.strengths)
+
+    step = trace_step(spec, loaded, probe, progress)
+    built = BuiltModel(
+        pipe=loaded.pipe,
+        component=loaded.component,
+        family=loaded.family,
+        denoisers=select_float_denoisers(spec, loaded.denoiser),
+        float_bytes=loaded.float_bytes,
+        num_params=sum(parameter.numel() for parameter in loaded.denoiser.parameters()),
+        macs=count_macs(step.denoiser, step.calls),
+        scheduler=loaded.scheduler,
+        device=loaded.device,
+        plans=sources.plans,
+        loras=loras,
+        encoders=encoders,
+        text_encoders=select_text_encoders(spec, text_encoders, encoders),
+        float_text_encoder_bytes=float_text_encoder_bytes,
+        text_strengths=[0.0] * len(entries),
+    )
+
+    started = time.perf_counter()
+    if spec.int8.enable:
+        rows = count_layer_rows(step.denoiser, select_int8_plans(sources.plans), step.calls)
+        quantized = quantize_and_store(spec, loaded, sources, rows=rows, loras=loras, progress=progress)
+        built.denoisers["int8"] = quantized.denoiser
+        built.mixed_precision = quantized.mixed_precision
+        if entries and not spec.lora.is_baked:
+            attach_loras(built, spec, rows)
+    set_denoiser(built.pipe, built.denoisers[spec.candidate], built.component)
+    set_text_encoders(built.pipe, spec.candidate, encoders.modules)
+    set_offload(built.pipe, spec.offload, built.device)
+    built.seconds = {"load": load_seconds, "quantize": time.perf_counter() - started}
+    compile_denoisers(built.denoisers, spec.compile)
+    return built
+
+
+# -- from the settings of a run to those of its steps ----------------------------------------------
+
+
+def select_load_settings(spec: RunSpec, *, needs_float_denoiser: bool | None = None) -> LoadSettings:
+    """What decides how the model of a run is loaded.
+
+    Args:
+        needs_float_denoiser: None: what the run needs.
+    """
+    if needs_float_denoiser is None:
+        needs_float_denoiser = spec.needs_float_denoiser
+    return LoadSettings(
+        model=spec.model,
+        model_type=spec.model_type,
+        sampling=spec.sampling,
+        clip=spec.clip,
+        device=spec.device,
+        attention=spec.attention,
+        offload=spec.offload,
+        backend=spec.backend if spec.int8.enable else None,
+        needs_float_denoiser=needs_float_denoiser,
+        needs_float_encoders=spec.needs_float_encoders,
+    )
+
+
+def select_quantization_settings(spec: RunSpec) -> QuantizationSettings:
+    """What decides how the layers of a run become INT8."""
+    return QuantizationSettings(
+        outlier=spec.outlier,
+        rounding=spec.rounding,
+        backend=spec.backend,
+        int8=spec.int8,
+        calibration=spec.calibration,
+        quality_db=spec.quality_db,
+        dtype=getattr(torch, spec.model.dtype),
+        has_fused_layers=spec.save is not None and Path(spec.save).suffix != "",
+    )
+
+
+# -- the steps -------------------------------------------------------------------------------------
+
+
+def read_entries(spec: RunSpec, headers: Sequence[LoraHeader]) -> list[Entry]:
+    """Read the LoRA files of the stack."""
+    return [
+        Entry(header.name, read_lora(header.path), components=adapter.components)
+        for header, adapter in zip(headers, spec.lora.adapters, strict=True)
+    ]
+
+
+def prepare_save(spec: RunSpec) -> None:
+    """Check that `save=` can be written, before the work whose result it is for."""
+    if spec.save is None:
+        return
+    if spec.clip.is_quantized:
+        log.info("save= writes the denoiser; task=quantize task.component=text_encoder writes a text encoder")
+    if spec.lora.adapters and not spec.lora.is_baked:
+        log.warning("%s will hold the model without its LoRAs; lora.mode=bake writes them into it", spec.save)
+    prepare_output_path(spec.save)
+
+
+def find_layer_sources(
+    spec: RunSpec, loaded: LoadedModel, entries: Sequence[Entry], matches: Matches
+) -> LayerSources:
+    """Plan every Linear, and find the INT8 layers that exist already.
+
+    Args:
+        entries: the LoRAs, which are part of the cache's key where they are baked in.
+        matches: the layers that they change.
+    """
+    plans = loaded.plan_layers()
+    if not spec.int8.enable:
+        return LayerSources(plans, prequantized=None, cache_key=None)
+    cache_key = None
+    if spec.cache.limit_gb and spec.int8.checkpoint is None:
+        cache_key = build_cache_key(
+            loaded,
+            select_quantization_settings(spec),
+            model=spec.model,
+            lora=spec.lora,
+            entries=entries,
+            needs_calibration=spec.needs_calibration,
+            cache=spec.cache,
+        )
+    request = PrequantizedRequest(
+        checkpoint=spec.int8.checkpoint,
+        outlier=spec.outlier,
+        baked_loras=list_baked_loras(spec.lora),
+        has_baseline=spec.metrics.baseline != "none",
+        cache=spec.cache,
+        cache_key=cache_key,
+    )
+    prequantized = find_prequantized(loaded, plans, request, changed_layers=set(matches.denoiser))
+    return LayerSources(plans, prequantized, cache_key)
+
+
+def install_text_encoders(
+    spec: RunSpec, loaded: LoadedModel, matches: Matches, progress: Progress
+) -> QuantizedEncoders:
+    """Build the quantized text encoders, and put them into the pipeline where it has no float ones."""
     encoders = build_encoders(loaded.encoders, spec.clip, loaded.device, loaded.sampling, matches, progress)
     if not spec.needs_float_encoders:
-        pipe.register_modules(**encoders.modules)
+        loaded.pipe.register_modules(**encoders.modules)
+    return encoders
+
+
+def report_loras(spec: RunSpec, loras: LoraStack) -> None:
+    """Log what each LoRA changes, and warn of strengths that change nothing."""
     for line in loras.report():
         log.info("%s", line)
     for index, adapter in enumerate(spec.lora.adapters):
@@ -123,80 +324,124 @@ def build_model(
             log.warning(
                 "LoRA %r has a text_strength and no part for a text encoder; it has no effect", adapter.name
             )
-    if spec.lora.is_baked:
-        loras.set_strengths(spec.lora.strengths)
-    elif entries and spec.save is not None:
-        log.warning("%s will hold the model without its LoRAs; lora.mode=bake writes them into it", spec.save)
 
-    with progress.track_step("look at one step"):
-        blank = replace_missing_linears(denoiser)
-        set_denoiser(pipe, blank, component)
-        set_offload(pipe, spec.offload, loaded.device)
-        calls = capture_step(pipe, component, blank, probe, loaded.sampling)
+
+def trace_step(spec: RunSpec, loaded: LoadedModel, probe: Sequence[Sample], progress: Progress) -> TracedStep:
+    """Run one denoising step, for the shapes in it and for activations.
+
+    Args:
+        probe: samples of one batch.
+    """
+    with progress.track_step("Tracing one denoising step"):
+        denoiser = replace_missing_linears(loaded.denoiser)
+        set_denoiser(loaded.pipe, denoiser, loaded.component)
+        set_offload(loaded.pipe, spec.offload, loaded.device)
+        calls = capture_step(loaded.pipe, loaded.component, denoiser, probe, loaded.sampling)
+    return TracedStep(denoiser, calls)
+
+
+def select_float_denoisers(spec: RunSpec, denoiser: nn.Module) -> dict[str, nn.Module]:
+    """The float denoiser, under the name of everything that generates with it."""
     denoisers = {"float": denoiser} if spec.needs_float_denoiser else {}
     if spec.candidate == "clip":
         denoisers["clip"] = denoiser
-    in_turn = (
-        {"float": {name: text_encoders[name] for name in encoders.modules}}
-        if spec.needs_float_encoders
-        else {}
+    return denoisers
+
+
+def select_text_encoders(
+    spec: RunSpec, text_encoders: Mapping[str, nn.Module], quantized: QuantizedEncoders
+) -> dict[str, dict[str, nn.Module]]:
+    """The text encoders that differ between the float model and what is compared with it, for each of them.
+
+    Args:
+        text_encoders: the pipeline's, by component.
+        quantized: those that `clip=` quantizes.
+    """
+    selected: dict[str, dict[str, nn.Module]] = {}
+    if spec.needs_float_encoders:
+        selected["float"] = {component: text_encoders[component] for component in quantized.modules}
+    selected[spec.candidate] = quantized.modules
+    return selected
+
+
+def quantize_and_store(
+    spec: RunSpec,
+    loaded: LoadedModel,
+    sources: LayerSources,
+    *,
+    rows: Mapping[str, int],
+    loras: LoraStack,
+    progress: Progress,
+) -> QuantizedDenoiser:
+    """Make the INT8 denoiser; keep its layers in the cache, and in the file of `save=`."""
+    settings = select_quantization_settings(spec)
+    quantized = quantize_denoiser(
+        loaded,
+        sources.plans,
+        settings,
+        rows=rows,
+        prequantized=sources.prequantized,
+        loras=loras,
+        progress=progress,
     )
-    off = [0.0] * len(entries)
-    built = BuiltModel(
-        pipe,
-        component,
-        family,
-        denoisers,
-        loaded.float_bytes,
-        sum(p.numel() for p in denoiser.parameters()),
-        count_macs(blank, calls),
-        loaded.scheduler,
-        loaded.device,
-        plans,
-        loras,
-        encoders,
-        in_turn | {spec.candidate: encoders.modules},
-        float_text_bytes,
-        off,
+    is_new = sources.prequantized is None and sources.cache_key is not None
+    if not is_new and spec.save is None:
+        return quantized
+    provenance = build_provenance(
+        loaded,
+        sources.plans,
+        settings,
+        model=spec.model,
+        lora=spec.lora,
+        seed=spec.seed,
+        needs_calibration=spec.needs_calibration,
+        prequantized=sources.prequantized,
+        cache=spec.cache,
     )
-    started = time.perf_counter()
-    if spec.int8.enable:
-        rows = count_layer_rows(blank, [p for p in plans if p.skip_reason is None], calls)
-        denoisers["int8"], built.budget = quantize_denoiser(
-            loaded, plans, rows, spec, taken, loras, key, progress
-        )
-        if entries and not spec.lora.is_baked:
-            attach_loras(built, spec, rows)
-    set_denoiser(pipe, denoisers[spec.candidate], component)
-    use_text_encoders(pipe, spec.candidate, encoders.modules)
-    set_offload(pipe, spec.offload, loaded.device)
-    built.seconds = {"load": load_seconds, "quantize": time.perf_counter() - started}
-    compile_denoisers(denoisers, spec.compile)
-    return built
+    if is_new and sources.cache_key is not None:
+        result = quantized.mixed_precision
+        budget = {"budget": None if result is None else asdict(result)}
+        cache_layers(spec.cache, sources.cache_key, quantized.layers, provenance | budget)
+    if spec.save is not None:  # after the cache, so that nothing is lost where it cannot be written
+        save_layers(spec.save, loaded, quantized.layers, provenance)
+    return quantized
 
 
 def attach_loras(built: BuiltModel, spec: RunSpec, rows: Mapping[str, int]) -> None:
-    """Bring the LoRAs to the INT8 layers, each by the mode that it can have."""
+    """Bring the LoRAs to the INT8 layers, each by the mode that it can have.
+
+    Args:
+        rows: that each layer sees in one step, by name.
+    """
     overhead: Overhead | None = None
     if spec.lora.mode == "auto" and not spec.lora.is_scheduled:
         costs = BranchCosts(spec.backend, built.device, getattr(torch, spec.model.dtype))
-        overhead = lambda name, layer, rank: costs.get_ratio(layer, rank, rows[name])  # noqa: E731
-    float_weights = "float" in built.denoisers and spec.int8.checkpoint is None
+
+        def measure_overhead(name: str, layer: Int8Linear, rank: int) -> float:
+            return costs.get_ratio(layer, rank, rows[name])
+
+        overhead = measure_overhead
     built.loras.attach(
         built.denoisers["int8"],
-        float_weights=float_weights,
+        float_weights="float" in built.denoisers and spec.int8.checkpoint is None,
         rounding=spec.rounding,
         scheduled=spec.lora.is_scheduled,
         overhead=overhead,
         max_overhead=spec.lora.max_overhead,
     )
     for index in range(len(built.loras.entries)):
-        if (line := built.loras.format_size(index)) is not None:
+        line = built.loras.format_size(index)
+        if line is not None:
             log.info("%s", line)
 
 
 def compile_denoisers(denoisers: Mapping[str, nn.Module], mode: str) -> None:
-    """torch.compile: `blocks` compiles the repeated blocks, `full` the whole denoiser; float and INT8 alike."""
+    """Compile all denoisers, float and INT8 alike, by torch.compile.
+
+    Args:
+        denoisers: by what generates with them.
+        mode: `none`, `blocks` (the repeated blocks) or `full`.
+    """
     parts: list[Any] = [part for whole in denoisers.values() for part in split_denoiser(whole).values()]
     for part in dict.fromkeys(parts):  # with quantized text encoders alone both denoisers are one
         if mode == "blocks":
@@ -206,16 +451,25 @@ def compile_denoisers(denoisers: Mapping[str, nn.Module], mode: str) -> None:
 
 
 @torch.no_grad()
-def measure_lora_overhead(built: BuiltModel, calls: Sequence[Mapping[str, Any]], rounds: int = 11) -> float:
-    """Time of one INT8 step (of each expert) with the LoRA branches over the time without, from interleaved calls; the median of each."""
+def measure_lora_overhead(
+    built: BuiltModel, calls: Sequence[Mapping[str, Any]], rounds: int = OVERHEAD_ROUNDS
+) -> float:
+    """Time of an INT8 step with the LoRA branches over its time without: medians of calls that take turns.
+
+    Args:
+        calls: arguments of the denoiser; of two denoisers those of each.
+        rounds: how often each is timed.
+    """
     denoiser = built.denoisers["int8"]
 
-    def step(on: bool) -> None:
+    def run_step(has_branches: bool) -> None:
+        # takes a few microseconds for each layer, both times the same
         for layer in built.loras.dynamic_layers:
-            layer.attach(on)
+            layer.attach(has_branches)
         for call in calls:
             denoiser(**call)
 
-    # putting branches on and off takes a few microseconds each, both times the same
-    without, with_branches = time_medians([partial(step, False), partial(step, True)], built.device, rounds)
+    without, with_branches = time_medians(
+        [partial(run_step, False), partial(run_step, True)], built.device, rounds
+    )
     return with_branches / without

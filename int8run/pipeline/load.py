@@ -1,23 +1,27 @@
-"""Load a model: whole and in float, or as a skeleton whose weights are read when they are quantized."""
+"""Load a model: whole and in float, or as a skeleton whose weights are read when they are quantized.
+
+build.py and task=bench call `load_model`. Nothing is quantized here, and no LoRA is known here.
+"""
 
 import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from int8run.config.run_spec import RunSpec
+from int8run.backends.base import Backend
 from int8run.errors import BackendError, ConfigError
-from int8run.generate.generate import find_unknown_arguments
-from int8run.layers.fusion import copy_sharing_tensors
+from int8run.generate.pipeline_call import find_unknown_arguments
+from int8run.layers.assemble import copy_sharing_tensors
 from int8run.layers.int8_linear import get_linear
 from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.models.dual_denoisers import DualDenoiser, split_denoiser
-from int8run.models.family import ModelFamily
+from int8run.models.family import AutoFamily, ModelFamily, ModelSource
 from int8run.models.loader import list_block_prefixes, load_parts, load_pipeline, pick_device
 from int8run.models.sampling import Sampling
 from int8run.models.schedulers import set_scheduler
@@ -26,23 +30,61 @@ from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.text_encoders import OpenedEncoder, open_encoders
 from int8run.ptq.quantize import check_backend
 from int8run.report.console import Progress
+from int8run.text_encoders.base import TextEncoders
 from int8run.utils.disk_cache import DiskCache
 
 log = logging.getLogger(__name__)
-# files of a diffusers folder that say what a model computes
+CPU = torch.device("cpu")
+# files of a diffusers folder that decide what a model computes
 HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """What decides how a model is loaded.
+
+    Args:
+        model: where it is.
+        model_type: its family, or `auto`.
+        sampling: with all defaults filled in.
+        clip: which text encoders are to be quantized.
+        device: `auto`, `cpu`, `cuda`, `cuda:N`.
+        attention: diffusers' attention backend.
+        offload: diffusers' offloading: `none`, `model`, `group`.
+        backend: of the INT8 layers; None where there will be none.
+        needs_float_denoiser: read all weights of the denoiser; else it is a skeleton, to be filled as needed.
+        needs_float_encoders: read the text encoders that `clip` changes, too.
+    """
+
+    model: ModelSource
+    model_type: ModelFamily | AutoFamily
+    sampling: Sampling
+    clip: TextEncoders
+    device: str
+    attention: str
+    offload: str
+    backend: Backend | None
+    needs_float_denoiser: bool
+    needs_float_encoders: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the float model."""
+        dtype: torch.dtype = getattr(torch, self.model.dtype)
+        return dtype
 
 
 @dataclass
 class LoadedModel:
-    """A model as it comes, and what is known about it.
+    """A model as it was loaded, and what is known about it.
 
     Args:
-        component: where the pipeline has its denoiser; of two, the first one's place.
-        denoiser: the float model, or a skeleton.
+        component: the pipeline's name for its denoiser; of two, for the first one.
+        denoiser: the float model, or a skeleton; of two denoisers a module that holds both.
         scheduler: as the checkpoint has it; a sampling may name another.
-        files: the denoiser's weights; None where diffusers has read them.
+        checkpoint: the denoiser's weights; None where diffusers has read them.
         encoders: the text encoders that `clip=` changes, opened.
+        seconds: that loading took.
     """
 
     pipe: DiffusionPipeline
@@ -53,9 +95,9 @@ class LoadedModel:
     sampling: Sampling
     device: torch.device
     source: ResolvedModel
-    files: DenoiserWeights | None
+    checkpoint: DenoiserWeights | None
     encoders: Mapping[str, OpenedEncoder]
-    seconds: float
+    seconds: float = 0.0
 
     @property
     def skeleton_encoders(self) -> tuple[str, ...]:
@@ -64,124 +106,193 @@ class LoadedModel:
             name for name, opened in self.encoders.items() if getattr(self.pipe, name) is opened.skeleton
         )
 
+    @property
+    def float_bytes(self) -> int:
+        """Size of the float denoiser in memory, whether its weights are read or not."""
+        tensors = [*self.denoiser.parameters(), *self.denoiser.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def plan_layers(self) -> list[LayerPlan]:
-        """What the family says of every Linear."""
-        single = "" in split_denoiser(self.denoiser)
-        return plan_layers(
-            self.denoiser,
-            lambda name: self.family.find_skip_reason(name if single else name.partition(".")[2]),
-        )
+        """Every Linear of the denoiser, with the family's reason where one stays float."""
+        is_single = "" in split_denoiser(self.denoiser)
+
+        def find_skip_reason(name: str) -> str | None:
+            # of two denoisers, the family describes the layers of each
+            return self.family.find_skip_reason(name if is_single else name.partition(".")[2])
+
+        return plan_layers(self.denoiser, find_skip_reason)
 
     def read_weight(self, name: str) -> Tensor:
-        """The float weight of a Linear, on the device; read from the file where the model has none."""
+        """The float weight of a Linear, on the device; read from the file where the model has none.
+
+        Args:
+            name: of the Linear.
+
+        Returns:
+            [N, K]
+        """
         weight = get_linear(self.denoiser, name).weight.detach()
         if not weight.is_meta:
             return weight.to(self.device)  # with offload= the float model waits in memory
-        assert self.files is not None
-        return self.files.read_tensor(f"{name}.weight").to(self.device, weight.dtype)
+        assert self.checkpoint is not None
+        return self.checkpoint.read_tensor(f"{name}.weight").to(self.device, weight.dtype)
 
-    def fill_weights(self, but: Iterable[str] = ()) -> None:
-        """Read what the skeleton lacks, except the weights of these Linears."""
-        left = {f"{name}.weight" for name in but}
-        empty = [
-            name for name, tensor in self.denoiser.state_dict().items() if tensor.is_meta and name not in left
-        ]
-        if self.files is not None:
-            self.files.fill_parameters(self.denoiser, empty, self.device)
+    def fill_weights(self, except_for: Iterable[str] = ()) -> None:
+        """Read what the skeleton lacks, except for the weights of some Linears.
+
+        Args:
+            except_for: names of the Linears.
+        """
+        left_out = {f"{name}.weight" for name in except_for}
+        state = self.denoiser.state_dict()
+        missing = [name for name, tensor in state.items() if tensor.is_meta and name not in left_out]
+        if self.checkpoint is not None:
+            self.checkpoint.fill_parameters(self.denoiser, missing, self.device)
         for module in self.denoiser.modules():  # buffers that no checkpoint holds
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
 
-    @property
-    def float_bytes(self) -> int:
-        """What the float denoiser takes in memory, whether it is there or not."""
-        return sum(
-            t.numel() * t.element_size() for t in [*self.denoiser.parameters(), *self.denoiser.buffers()]
-        )
 
+def load_model(settings: LoadSettings, progress: Progress) -> LoadedModel:
+    """Load the pipeline and recognize the family of its denoiser.
 
-def load_model(spec: RunSpec, progress: Progress, whole: bool = True) -> LoadedModel:
-    """Load the pipeline and recognise its family.
-
-    Args:
-        whole: with the float denoiser's weights. Without, it is a skeleton, to be filled as far as needed.
+    Raises:
+        BackendError: for a device or a backend that cannot run here; nothing is loaded then.
+        ConfigError: for settings that this model does not have.
+        FileError: when weights are missing, damaged or another model's.
     """
-    device = pick_device(spec.device)
-    if spec.int8.enable:
-        check_backend(spec.backend, device, ())  # before anything is loaded
-    if spec.offload != "none" and device.type != "cuda":
-        raise BackendError(
-            f"offload={spec.offload} moves parts of the model between memory and a GPU; on {device} there is nothing to move: offload=none"
-        )
+    device = pick_device(settings.device)
+    check_device(settings, device)
     started = time.perf_counter()
-    dtype = getattr(torch, spec.model.dtype)
-    with progress.track_step("load"):
-        source = resolve_model(spec.model)
+    with progress.track_step("Loading the model"):
+        source = resolve_model(settings.model)
         skeletons: dict[str, nn.Module] = {}
-        files = None
-        if source.has_single_files or not whole:
-            skeletons = {d.component: d.build_skeleton(dtype) for d in source.denoisers}
-            single = len(skeletons) == 1
-            weights = {d.component: FileWeights(d.weights, skeletons[d.component]) for d in source.denoisers}
-            files = DenoiserWeights({"" if single else f"{name}.": part for name, part in weights.items()})
-        # parts that are moved to the GPU when they are needed wait in memory
-        place = torch.device("cpu") if spec.offload != "none" else device
-        encoders = open_encoders(spec.clip, source.folder, spec.model.parts, dtype)
-        empty = (
-            {} if spec.needs_float_encoders else {name: opened.skeleton for name, opened in encoders.items()}
-        )
-        parts = load_parts(
-            source.folder, {n: part for n, part in spec.model.parts.items() if n not in empty}, dtype
-        )
-        pipe = load_pipeline(source.folder, skeletons | empty, dtype, place, parts)
-        modules = {
-            d.component: getattr(pipe, d.component).eval().requires_grad_(False) for d in source.denoisers
-        }
-        component, denoiser = next(iter(modules.items()))
-        first = denoiser
-        if len(modules) > 1:
-            denoiser = DualDenoiser(modules)
-        for module in modules.values():
-            set_attention(module, spec.attention)
-        sampling = spec.sampling
-        check_sampling(pipe, sampling)
+        checkpoint = None
+        if source.has_single_files or not settings.needs_float_denoiser:
+            skeletons = {d.component: d.build_skeleton(settings.dtype) for d in source.denoisers}
+            checkpoint = open_denoiser_weights(source, skeletons)
+        encoders = open_encoders(settings.clip, source.folder, settings.model.parts, settings.dtype)
+        pipe = load_float_parts(source, settings, skeletons, encoders, device)
+        denoisers = {d.component: getattr(pipe, d.component) for d in source.denoisers}
+        for denoiser in denoisers.values():
+            denoiser.eval().requires_grad_(False)
+            set_attention(denoiser, settings.attention)
+        check_sampling(pipe, settings.sampling)
         scheduler = pipe.scheduler
-        set_scheduler(pipe, scheduler, sampling)
-        linears = {name: m.in_features for name, m in first.named_modules() if isinstance(m, nn.Linear)}
-        family = spec.model_type.resolve_family(type(first).__name__, list_block_prefixes(first), linears)
+        set_scheduler(pipe, scheduler, settings.sampling)
+        component, first = next(iter(denoisers.items()))
         loaded = LoadedModel(
-            pipe, component, denoiser, scheduler, family, sampling, device, source, files, encoders, 0.0
+            pipe=pipe,
+            component=component,
+            denoiser=first if len(denoisers) == 1 else DualDenoiser(denoisers),
+            scheduler=scheduler,
+            family=resolve_family(settings.model_type, first),
+            sampling=settings.sampling,
+            device=device,
+            source=source,
+            checkpoint=checkpoint,
+            encoders=encoders,
         )
-        if whole and files is not None:
+        if settings.needs_float_denoiser and checkpoint is not None:
             loaded.fill_weights()
     loaded.seconds = time.perf_counter() - started
     return loaded
 
 
+def check_device(settings: LoadSettings, device: torch.device) -> None:
+    """Check that backend and offloading can run on a device, before anything is loaded.
+
+    Raises:
+        BackendError: when they cannot.
+    """
+    if settings.backend is not None:
+        check_backend(settings.backend, device, ())
+    if settings.offload != "none" and device.type != "cuda":
+        raise BackendError(
+            f"offload={settings.offload} moves parts of the model between memory and a GPU; on {device} "
+            "there is nothing to move; set offload=none"
+        )
+
+
+def open_denoiser_weights(source: ResolvedModel, skeletons: Mapping[str, nn.Module]) -> DenoiserWeights:
+    """Open the weights of every denoiser, by the prefix that its layers have beside those of another.
+
+    Args:
+        skeletons: of the denoisers, by component.
+    """
+    files = {d.component: FileWeights(d.weights, skeletons[d.component]) for d in source.denoisers}
+    if len(files) == 1:
+        return DenoiserWeights({"": next(iter(files.values()))})
+    return DenoiserWeights({f"{component}.": file for component, file in files.items()})
+
+
+def load_float_parts(
+    source: ResolvedModel,
+    settings: LoadSettings,
+    skeletons: Mapping[str, nn.Module],
+    encoders: Mapping[str, OpenedEncoder],
+    device: torch.device,
+) -> DiffusionPipeline:
+    """Load the pipeline with everything in float that is not a skeleton.
+
+    Args:
+        skeletons: denoisers whose weights are not read here.
+        encoders: text encoders that are quantized later.
+        device: of the model; with offloading, parts wait in memory until they are moved there.
+    """
+    empty_encoders: dict[str, nn.Module] = {}
+    if not settings.needs_float_encoders:
+        empty_encoders = {name: opened.skeleton for name, opened in encoders.items()}
+    needed_parts = {n: part for n, part in settings.model.parts.items() if n not in empty_encoders}
+    parts = load_parts(source.folder, needed_parts, settings.dtype)
+    place = device if settings.offload == "none" else CPU
+    return load_pipeline(source.folder, {**skeletons, **empty_encoders}, settings.dtype, place, parts)
+
+
+def resolve_family(model_type: ModelFamily | AutoFamily, denoiser: nn.Module) -> ModelFamily:
+    """The family of a denoiser; see `AutoFamily.resolve_family`."""
+    linears = {name: m.in_features for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
+    return model_type.resolve_family(type(denoiser).__name__, list_block_prefixes(denoiser), linears)
+
+
 def hash_model_files(source: ResolvedModel, cache: DiskCache) -> list[tuple[str, str]]:
-    """Name and SHA-256 of every file that decides what a model draws."""
-    folder = source.folder
+    """Name and SHA-256 of every file that decides what a model generates.
+
+    Args:
+        cache: remembers hashes of files that did not change.
+    """
     files = {
-        path.relative_to(folder).as_posix(): path
-        for path in folder.rglob("*")
+        path.relative_to(source.folder).as_posix(): path
+        for path in source.folder.rglob("*")
         if path.suffix in HASHED_SUFFIXES
     }
-    for denoiser in source.denoisers if source.has_single_files else ():
-        weights = denoiser.weights
-        files |= {
-            f"{denoiser.component}: {p.name}": p
-            for p in (sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights])
-        }
+    if source.has_single_files:
+        for denoiser in source.denoisers:
+            for path in list_safetensors(denoiser.weights):
+                files[f"{denoiser.component}: {path.name}"] = path
     return [(name, cache.hash_file(path)) for name, path in sorted(files.items())]
 
 
+def list_safetensors(path: Path) -> list[Path]:
+    """The `.safetensors` files of a folder, or the one file that a path names."""
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+
+
 class SkeletonLinear(nn.Module):
-    """In the place of a Linear whose weight is not there: zeros of the right shape, so that the rest of a model shows its shapes."""
+    """Takes the place of a Linear whose weight is not read: zeros of the right shape.
+
+    The denoiser runs with it, and so the other layers show how many rows they see.
+
+    Args:
+        in_features: K.
+        out_features: N.
+    """
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = in_features
+        self.out_features = out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., K] -> zeros [..., N]."""
@@ -189,32 +300,43 @@ class SkeletonLinear(nn.Module):
 
 
 def replace_missing_linears(denoiser: nn.Module) -> nn.Module:
-    """A copy of the module tree in which every Linear without a weight is a Blank; the same module where there is none."""
-    empty = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear) and m.weight.is_meta}
-    if not empty:
+    """A copy of the module tree with a SkeletonLinear for every Linear without a weight.
+
+    Returns:
+        The copy, which shares all tensors; the module itself where every Linear has a weight.
+    """
+    linears = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
+    missing = {name: linear for name, linear in linears.items() if linear.weight.is_meta}
+    if not missing:
         return denoiser
-    target = copy_sharing_tensors(denoiser)
-    for name, linear in empty.items():
+    copy = copy_sharing_tensors(denoiser)
+    for name, linear in missing.items():
         parent, _, child = name.rpartition(".")
-        setattr(target.get_submodule(parent), child, SkeletonLinear(linear.in_features, linear.out_features))
-    return target
+        setattr(copy.get_submodule(parent), child, SkeletonLinear(linear.in_features, linear.out_features))
+    return copy
 
 
 def set_offload(pipe: DiffusionPipeline, mode: str, device: torch.device) -> None:
-    """diffusers' offloading of everything that the pipeline has now."""
+    """Turn on diffusers' offloading for everything that the pipeline has now.
+
+    Args:
+        mode: `none`; `model`: one component on the GPU at a time; `group`: one block at a time.
+        device: the GPU.
+    """
     if mode == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif mode == "group":
         pipe.enable_group_offload(
-            onload_device=device,
-            offload_device=torch.device("cpu"),
-            offload_type="block_level",
-            num_blocks_per_group=1,
+            onload_device=device, offload_device=CPU, offload_type="block_level", num_blocks_per_group=1
         )
 
 
 def set_attention(denoiser: Any, name: str) -> None:
-    """diffusers' attention backend, and a check of its name."""
+    """Set diffusers' attention backend.
+
+    Raises:
+        ConfigError: when this denoiser or this machine cannot use it.
+    """
     if name == "native":
         return
     try:
@@ -227,9 +349,10 @@ def set_attention(denoiser: Any, name: str) -> None:
 
 
 def check_sampling(pipe: DiffusionPipeline, sampling: Sampling) -> None:
-    """Refuse sampler settings that the pipeline does not have."""
+    """Raise ConfigError for sampler settings that the pipeline does not take."""
     unknown = find_unknown_arguments(pipe, sampling)
     if unknown:
         raise ConfigError(
-            f"sampler.extra.{unknown[0]} is no argument of {type(pipe).__name__}; see the pipeline's documentation"
+            f"sampler.extra.{unknown[0]} is not an argument of {type(pipe).__name__}; see the pipeline's "
+            "documentation"
         )

@@ -13,7 +13,8 @@ from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import FileError
 from int8run.generate.capture import capture_step
-from int8run.generate.generate import Generation, PromptCache, generate
+from int8run.generate.generate import Generation, generate
+from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample, build_samples
 from int8run.lora.header_info import (
     LoraHeader,
@@ -139,8 +140,16 @@ def get_cached_baseline(
         return None, True
     # else a model of an earlier job would be in memory beside the float one
     process_cache.clear_build()
-    generate_baseline = partial(generate_float, headers=headers, samples=samples, progress=progress)
-    return get_float_baseline(spec, headers, samples, generate_baseline)
+    generate_baseline = partial(generate_float, spec.float_only, headers, samples, progress)
+    return get_float_baseline(
+        spec.model,
+        headers,
+        samples,
+        settings_key=spec.float_key,
+        device=spec.device,
+        cache=spec.cache,
+        generate=generate_baseline,
+    )
 
 
 def generate_float(
@@ -269,8 +278,8 @@ def log_lora_warnings(spec: RunSpec, built: BuiltModel, headers: Sequence[LoraHe
 def print_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> None:
     """Print what was built, and what a mixed precision search found."""
     print_lines(format_pairs(describe_build(spec, built, is_reused=is_reused)))
-    if built.budget is not None:
-        print_lines(str(built.budget))
+    if built.mixed_precision is not None:
+        print_lines(str(built.mixed_precision))
 
 
 def print_result(spec: RunSpec, job: Job, built: BuiltModel, metrics: Mapping[str, float]) -> None:

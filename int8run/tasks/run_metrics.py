@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from int8run.config.run_spec import RunSpec
-from int8run.generate.generate import Generation, PromptCache, use_text_encoders
+from int8run.generate.generate import Generation, set_text_encoders
+from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample
 from int8run.metrics.embeddings import compute_encoder_metrics
 from int8run.metrics.layers import (
@@ -84,8 +85,8 @@ def measure_run(
     if comparison.baseline is not None and "int8" in built.denoisers:
         metrics["quality/half_error_step"] = find_half_error_step(comparison.latent_errors)
     metrics |= measure_layers(spec, built, calls)
-    if built.budget is not None:
-        metrics |= built.budget.metrics
+    if built.mixed_precision is not None:
+        metrics |= built.mixed_precision.metrics
     if spec.lora.adapters:
         metrics |= measure_loras(spec, built, calls)
     return metrics
@@ -133,9 +134,9 @@ def pair_embeddings(built: BuiltModel, candidate: str) -> Iterator[tuple[Any, An
     float_encoders = built.text_encoders.get("float")
     if not float_encoders:
         return
-    use_text_encoders(built.pipe, "float", float_encoders)
+    set_text_encoders(built.pipe, "float", float_encoders)
     yield from PromptCache.for_pipeline(built.pipe).iter_pairs(candidate)
-    use_text_encoders(built.pipe, candidate, built.text_encoders[candidate])
+    set_text_encoders(built.pipe, candidate, built.text_encoders[candidate])
 
 
 def measure_denoiser_size(built: BuiltModel) -> dict[str, float]:

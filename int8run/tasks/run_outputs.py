@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from int8run.config.run_spec import RunSpec
-from int8run.generate.generate import get_frame_rate
+from int8run.generate.pipeline_call import get_frame_rate
 from int8run.generate.prompts import Sample
 from int8run.lora.stack import LoraStack
 from int8run.metrics.layers import compute_int8_shares

@@ -9,7 +9,8 @@ from support.helpers import CPU
 from torch import Tensor, nn
 
 from int8run.generate.capture import capture_calls, capture_step
-from int8run.generate.generate import StepClock, call_pipeline
+from int8run.generate.generate import StepClock
+from int8run.generate.pipeline_call import call_pipeline
 from int8run.generate.prompts import Sample
 from int8run.models.sampling import Sampling
 

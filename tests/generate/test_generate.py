@@ -11,17 +11,17 @@ from support.helpers import CPU
 from torch import nn
 
 from int8run.errors import ConfigError
-from int8run.generate import generate as module
-from int8run.generate.generate import (
-    PromptCache,
-    StepClock,
+from int8run.generate import generate as generate_module
+from int8run.generate import prompt_cache
+from int8run.generate.generate import StepClock, generate
+from int8run.generate.pipeline_call import (
     call_pipeline,
     extract_frames,
     find_unknown_arguments,
-    generate,
     get_execution_device,
     get_frame_rate,
 )
+from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample
 from int8run.models.sampling import Sampling
 
@@ -32,7 +32,8 @@ SAMPLES = [Sample(prompt, seed, prompt) for seed, prompt in enumerate("abc", 5)]
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Seconds that only the test moves."""
     seconds = [100.0]
-    monkeypatch.setattr(module, "read_clock", lambda device: seconds[0])
+    for module in (generate_module, prompt_cache):
+        monkeypatch.setattr(module, "read_clock", lambda device: seconds[0])
     yield seconds
 
 
@@ -188,10 +189,10 @@ def test_equal_prompts_are_encoded_once_until_the_encoders_change(clock: list[fl
     texts = PromptCache.for_pipeline(pipe)
     assert PromptCache.for_pipeline(pipe) is texts and pipe.encode_prompt is texts
     first = pipe.encode_prompt(["a"], scale=1.0)
-    assert pipe.encode_prompt(["a"], scale=1.0) is first and texts.saved == 8.0
+    assert pipe.encode_prompt(["a"], scale=1.0) is first and texts.saved_seconds == 8.0
     pipe.encode_prompt(["a"], scale=2.0)
     pipe.encode_prompt(prompt=["a"], scale=1.0)
-    assert len(pipe.encoded) == 3 and texts.saved == 8.0, "other arguments"
+    assert len(pipe.encoded) == 3 and texts.saved_seconds == 8.0, "other arguments"
     texts.clear()
     assert pipe.encode_prompt(["a"], scale=1.0) is not first and len(pipe.encoded) == 4
 
@@ -228,7 +229,7 @@ def test_tensors_and_pictures_of_the_callers_own_are_not_remembered(clock: list[
     for _ in range(2):
         pipe.encode_prompt(["a"], scale=own)
         pipe.encode_prompt(["a"], own)
-    assert len(pipe.encoded) == 4 and texts.entries == {} and texts.saved == 0
+    assert len(pipe.encoded) == 4 and texts.entries == {} and texts.saved_seconds == 0
 
 
 def test_devices_dtypes_and_lists_of_words_are_remembered(clock: list[float]) -> None:
@@ -241,7 +242,7 @@ def test_devices_dtypes_and_lists_of_words_are_remembered(clock: list[float]) ->
 
 
 def test_only_the_latest_prompts_are_kept(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_CACHED_PROMPTS", 2)
+    monkeypatch.setattr(prompt_cache, "MAX_CACHED_PROMPTS", 2)
     pipe = Pipe(clock)
     PromptCache.for_pipeline(pipe)
     for prompt in "abca":
@@ -263,7 +264,7 @@ def test_the_device_is_where_an_offloaded_pipeline_computes() -> None:
 def test_a_pipeline_that_encodes_in_its_own_way_is_left_alone() -> None:
     pipe = SimpleNamespace(device=CPU)
     PromptCache.for_pipeline(pipe).clear()
-    assert vars(pipe) == {"device": CPU} and PromptCache.for_pipeline(pipe).saved == 0
+    assert vars(pipe) == {"device": CPU} and PromptCache.for_pipeline(pipe).saved_seconds == 0
 
 
 # -- one call ----------------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from support.tiny_pipeline import random_pipeline
 
 from int8run.generate.generate import generate
 from int8run.generate.prompts import build_samples
-from int8run.models.loader import set_scheduler
 from int8run.models.sampling import Sampling
+from int8run.models.schedulers import set_scheduler
 
 NOISY = Sampling(
     steps=3, height=16, width=16, scheduler="FlowMatchLCMScheduler", extra={"max_sequence_length": 8}

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from support.helpers import randn
 
-from int8run.checkpoints.comfy_int8 import read_provenance
 from int8run.checkpoints.header import read_header
+from int8run.checkpoints.provenance import read_provenance
 from int8run.errors import FileError
 from int8run.generate.generate import Generation
 from int8run.generate.serialization import load_generation, save_generation

@@ -1,0 +1,136 @@
+"""One call of a diffusers pipeline: its arguments, its callback, its noise, and the frames that it returns.
+
+What differs between pipelines is here, so that `generate` and `capture` need not know it.
+"""
+
+import inspect
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL.Image import Image
+from torch import Tensor
+
+from int8run.errors import ConfigError, check_choice
+from int8run.generate.prompts import Sample
+from int8run.models.sampling import Sampling
+
+# What a call may be asked for: images, or latents without decoding.
+OUTPUT_TYPES = ("pil", "latent")
+# Arguments of a call that are prompts: one for each sample of a batch.
+PROMPT_ARGUMENT = re.compile(r"(negative_)?prompt(_\d+)?")
+# Frames per second of a video whose pipeline has no such argument: that of Wan.
+DEFAULT_FRAME_RATE = 16.0
+
+
+def call_pipeline(
+    pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, on_step_end: Callable[..., object]
+) -> Any:
+    """Call the pipeline once.
+
+    Each sample has its own generator, so that an image does not depend on its batch. Schedulers that add
+    noise between steps (LCM) draw it from torch's global generator; pipelines have no other way to give it to
+    them. It is seeded for the call by the first sample, so that both denoisers get the same noise, and is
+    restored afterwards.
+
+    Args:
+        pipe: the pipeline to call.
+        batch: what to generate.
+        sampling: how.
+        on_step_end: diffusers' callback.
+
+    Returns:
+        What the pipeline returns, for `extract_frames`.
+
+    Raises:
+        ConfigError: when the pipeline cannot use the scheduler, or is asked for arrays in place of images.
+    """
+    arguments = build_arguments(pipe, batch, sampling) | build_step_callback(pipe, on_step_end)
+    check_choice("sampler.extra.output_type", arguments["output_type"], OUTPUT_TYPES)
+    generators = [torch.Generator().manual_seed(sample.seed) for sample in batch]
+    device = get_execution_device(pipe)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            # Not the seed itself: it gives the noise that the image begins with.
+            torch.manual_seed(random.Random(f"noise between steps {batch[0].seed}").getrandbits(63))
+            return pipe(**arguments, generator=generators)
+    except ValueError as error:
+        if sampling.scheduler is None or "scheduler" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"sampler.scheduler={sampling.scheduler} cannot be used with {type(pipe).__name__}: {reason}; "
+            "choose another one"
+        ) from error
+
+
+def build_arguments(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling) -> dict[str, Any]:
+    """The arguments of a call. Settings that are not set are left to the pipeline."""
+    arguments: dict[str, Any] = {
+        "prompt": [sample.prompt for sample in batch],
+        "output_type": "pil",  # pipelines of videos return arrays otherwise
+    }
+    common = {
+        "num_inference_steps": sampling.steps,
+        "guidance_scale": sampling.guidance,
+        "height": sampling.height,
+        "width": sampling.width,
+    }
+    arguments |= {name: value for name, value in common.items() if value is not None}
+    for name, value in sampling.extra.items():
+        is_prompt = PROMPT_ARGUMENT.fullmatch(name) is not None and isinstance(value, str)
+        arguments[name] = [value] * len(batch) if is_prompt else value
+    return arguments
+
+
+def build_step_callback(
+    pipe: DiffusionPipeline, on_step_end: Callable[..., object]
+) -> dict[str, Callable[..., object]]:
+    """The argument by which this pipeline reports the end of each step.
+
+    PixArt's pipelines have only diffusers' older one, which calls `callback(step, timestep, latents)`.
+
+    Args:
+        pipe: to be called.
+        on_step_end: takes the arguments of diffusers' `callback_on_step_end`.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if "callback_on_step_end" in parameters or "callback" not in parameters:
+        return {"callback_on_step_end": on_step_end}
+
+    def callback(step: int, timestep: Tensor, latents: Tensor) -> object:
+        return on_step_end(pipe, step, timestep, {"latents": latents})
+
+    return {"callback": callback}
+
+
+def get_execution_device(pipe: DiffusionPipeline) -> torch.device:
+    """Where a pipeline computes.
+
+    Offloaded modules are elsewhere between their turns, and the pipeline's `device` would name that place.
+    """
+    return getattr(pipe, "_execution_device", pipe.device)
+
+
+def extract_frames(output: Any) -> list[list[Image]]:
+    """The frames of each sample in a pipeline's output; none where it was asked for latents."""
+    samples = output.frames if hasattr(output, "frames") else output.images
+    if isinstance(samples, Tensor):
+        return []
+    return [list(sample) if isinstance(sample, list) else [sample] for sample in samples]
+
+
+def get_frame_rate(pipe: DiffusionPipeline, sampling: Sampling) -> float:
+    """Frames per second of this pipeline's videos."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("frame_rate")
+    default = parameter.default if parameter else DEFAULT_FRAME_RATE
+    return float(sampling.extra.get("frame_rate") or default)
+
+
+def find_unknown_arguments(pipe: DiffusionPipeline, sampling: Sampling) -> list[str]:
+    """The names in `sampling.extra` that the pipeline's call does not have."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return [name for name in sampling.extra if name not in parameters]
