@@ -10,8 +10,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from support.cli_process import Command, command_in
-from support.tiny_pipeline import save_random_pipeline
+from support.cli_process import Command
 
 import int8run.tasks.run
 from int8run.tracking.run_record import FAILED, FINISHED, KILLED, find_records
@@ -26,19 +25,6 @@ SMALL = [
     "cache.limit_gb=0",
     "hydra.sweep.dir=sweep",
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"model.location={save_random_pipeline(tmp_path_factory.mktemp('model'))}"
-
-
-@pytest.fixture
-def int8run_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Command]:
-    with command_in(tmp_path / "work", monkeypatch, capsys) as command:
-        yield command
 
 
 def make_run_that_fails(seed: int, error: BaseException) -> Callable[..., object]:
@@ -65,21 +51,21 @@ def read_tracked_states(command: Command) -> list[tuple[str, str]]:
 
 
 def test_ctrl_c_ends_the_sweep_which_goes_on_later(
-    int8run_command: Command, model: str, monkeypatch: pytest.MonkeyPatch
+    command: Command, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["-m", "seed=0,1,2", "sampler.height=16", model, *SMALL]
     with monkeypatch.context() as patch:
         patch.setattr(int8run.tasks.run, "run", make_run_that_fails(1, KeyboardInterrupt()))
-        outcome = int8run_command(*arguments)
+        outcome = command(*arguments)
     assert outcome.code == 130
     assert outcome.message == "interrupted; the same command with resume=true goes on"
-    assert read_states(int8run_command) == {0: FINISHED, 1: KILLED}
+    assert read_states(command) == {0: FINISHED, 1: KILLED}
 
-    resumed = int8run_command(*arguments, "resume=true")
+    resumed = command(*arguments, "resume=true")
 
     assert resumed.code == 0
-    assert read_states(int8run_command) == dict.fromkeys(range(3), FINISHED)
-    assert read_tracked_states(int8run_command) == [
+    assert read_states(command) == dict.fromkeys(range(3), FINISHED)
+    assert read_tracked_states(command) == [
         ("0", FINISHED),
         ("1", FINISHED),
         ("1", KILLED),
@@ -88,26 +74,26 @@ def test_ctrl_c_ends_the_sweep_which_goes_on_later(
 
 
 def test_a_bug_in_one_job_leaves_a_traceback_in_its_log(
-    int8run_command: Command, model: str, monkeypatch: pytest.MonkeyPatch
+    command: Command, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8run.tasks.run, "run", make_run_that_fails(0, ZeroDivisionError("a bug")))
 
-    outcome = int8run_command("-m", "seed=0,1", "sampler.height=16", model, "tracker=none", *SMALL)
+    outcome = command("-m", "seed=0,1", "sampler.height=16", model, "tracker=none", *SMALL)
 
     assert outcome.code == 1
     assert "Traceback" not in outcome.out
     assert outcome.message.splitlines()[1:] == ["  job 0 (seed=0) FAILED: ZeroDivisionError: a bug"]
-    assert read_states(int8run_command) == {0: FAILED, 1: FINISHED}
-    log = (int8run_command.folder / "sweep" / "0" / "int8run.log").read_text()
+    assert read_states(command) == {0: FAILED, 1: FINISHED}
+    log = (command.folder / "sweep" / "0" / "int8run.log").read_text()
     assert "Traceback" in log
     assert "raise error" in log
     assert "make_run_that_fails" not in outcome.err
 
 
 @pytest.fixture
-def small_disk(int8run_command: Command) -> Iterator[Path]:
+def small_disk(command: Command) -> Iterator[Path]:
     """A disk of 256 KB as the sweep's folder."""
-    folder = int8run_command.folder / "sweep"
+    folder = command.folder / "sweep"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder]
     is_root = os.getuid() == 0
@@ -117,15 +103,15 @@ def small_disk(int8run_command: Command) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_fails_one_job_alone(int8run_command: Command, model: str, small_disk: Path) -> None:
+def test_a_full_disk_fails_one_job_alone(command: Command, model: str, small_disk: Path) -> None:
     """The image of the second job does not fit and leaves no file; there is room for the third job."""
-    outcome = int8run_command("-m", "sampler.height=16,4096,32", model, "tracker=none", *SMALL)
+    outcome = command("-m", "sampler.height=16,4096,32", model, "tracker=none", *SMALL)
 
     assert outcome.code == 3
     assert "Traceback" not in outcome.out + outcome.err
     summary, line = outcome.message.splitlines()
     assert summary.startswith("1 of 3 jobs did not finish")
     assert line.startswith("  job 1 (sampler.height=4096) FAILED: the disk is full, and ")
-    assert read_states(int8run_command) == {0: FINISHED, 1: FAILED, 2: FINISHED}
+    assert read_states(command) == {0: FINISHED, 1: FAILED, 2: FINISHED}
     assert "the disk is full" in (small_disk / "report.html").read_text()
     assert list((small_disk / "1" / "images").iterdir()) == []

@@ -7,14 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
 import pytest
 from filelock import FileLock
-from support.cli_process import Command, Outcome, command_in
-from support.tiny_pipeline import save_random_pipeline
+from support.cli_process import Command, Outcome
 
 from int8run.jobs.manifest import read_manifest
 from int8run.tracking.run_record import (
@@ -41,29 +40,16 @@ COMPARED = [override for override in UNTRACKED if "baseline" not in override]
 WAIT_S = 300  # for what takes a few seconds on a quiet machine
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"model.location={save_random_pipeline(tmp_path_factory.mktemp('model'))}"
+def read_records(command: Command) -> list[Record]:
+    return find_records(command.folder / "multirun")
 
 
-@pytest.fixture
-def int8run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Command]:
-    with command_in(tmp_path / "work", monkeypatch, capsys) as command:
-        yield command
+def read_start_times(command: Command) -> dict[str, float]:
+    return {record.name: record.started for record in read_records(command)}
 
 
-def read_records(int8run: Command) -> list[Record]:
-    return find_records(int8run.folder / "multirun")
-
-
-def read_start_times(int8run: Command) -> dict[str, float]:
-    return {record.name: record.started for record in read_records(int8run)}
-
-
-def find_only_sweep(int8run: Command) -> Path:
-    (folder,) = {path.parent for path in (int8run.folder / "multirun").rglob("sweep.json")}
+def find_only_sweep(command: Command) -> Path:
+    (folder,) = {path.parent for path in (command.folder / "multirun").rglob("sweep.json")}
     return folder
 
 
@@ -77,33 +63,33 @@ def join_lines(text: str) -> str:
     return " ".join(text.split())
 
 
-def test_only_what_is_missing_runs_in_the_folder_of_the_sweep(int8run: Command, model: str) -> None:
-    assert int8run("-m", "seed=0,1,2", model, *UNTRACKED).code == 0
-    started_before = read_start_times(int8run)
-    folder = find_only_sweep(int8run)
+def test_only_what_is_missing_runs_in_the_folder_of_the_sweep(command: Command, model: str) -> None:
+    assert command("-m", "seed=0,1,2", model, *UNTRACKED).code == 0
+    started_before = read_start_times(command)
+    folder = find_only_sweep(command)
     manifest = read_manifest(folder)
-    failed_folder = read_records(int8run)[1].folder
+    failed_folder = read_records(command)[1].folder
     update_record(read_record(failed_folder), state=FAILED, error="on purpose")
 
-    outcome = int8run("-m", "seed=0,1,2", model, *UNTRACKED, "resume=true")
+    outcome = command("-m", "seed=0,1,2", model, *UNTRACKED, "resume=true")
 
     assert outcome.code == 0
     assert "2 of 3 jobs are finished already" in join_lines(outcome.out)
-    started = read_start_times(int8run)
+    started = read_start_times(command)
     assert {name for name in started if started[name] != started_before[name]} == {"seed=1"}
-    assert find_only_sweep(int8run) == folder
+    assert find_only_sweep(command) == folder
     assert read_manifest(folder) == manifest
-    jobs = [(record.number, record.state, record.folder.name) for record in read_records(int8run)]
+    jobs = [(record.number, record.state, record.folder.name) for record in read_records(command)]
     assert jobs == [(n, FINISHED, str(n)) for n in range(3)]
 
 
-def test_a_wider_sweep_in_another_order_keeps_what_it_finds(int8run: Command, model: str) -> None:
-    assert int8run("-m", "seed=1,2", model, *UNTRACKED).code == 0
-    started_before = read_start_times(int8run)
+def test_a_wider_sweep_in_another_order_keeps_what_it_finds(command: Command, model: str) -> None:
+    assert command("-m", "seed=1,2", model, *UNTRACKED).code == 0
+    started_before = read_start_times(command)
 
-    assert int8run("-m", "seed=3,2,1,0", model, *UNTRACKED, "resume=true").code == 0
+    assert command("-m", "seed=3,2,1,0", model, *UNTRACKED, "resume=true").code == 0
 
-    records = {record.name: record for record in read_records(int8run)}
+    records = {record.name: record for record in read_records(command)}
     assert set(records) == {f"seed={n}" for n in range(4)}
     assert {name: records[name].started for name in started_before} == started_before
     assert (records["seed=1"].folder.name, records["seed=2"].folder.name) == ("0", "1")
@@ -113,56 +99,56 @@ def test_a_wider_sweep_in_another_order_keeps_what_it_finds(int8run: Command, mo
         assert record.folder.name == str(record.number)
 
 
-def test_another_setting_is_another_job(int8run: Command, model: str) -> None:
-    assert int8run("-m", "seed=0,1", model, *UNTRACKED).code == 0
+def test_another_setting_is_another_job(command: Command, model: str) -> None:
+    assert command("-m", "seed=0,1", model, *UNTRACKED).code == 0
 
-    outcome = int8run("-m", "seed=0,1", "sampler.guidance=2", model, *UNTRACKED, "resume=true")
+    outcome = command("-m", "seed=0,1", "sampler.guidance=2", model, *UNTRACKED, "resume=true")
 
     assert outcome.code == 0
     assert "has one of these jobs" in join_lines(outcome.out)
-    assert len(list((int8run.folder / "multirun").rglob("sweep.json"))) == 2
-    assert len(read_records(int8run)) == 4
+    assert len(list((command.folder / "multirun").rglob("sweep.json"))) == 2
+    assert len(read_records(command)) == 4
 
 
-def test_without_resume_a_sweep_is_a_new_one(int8run: Command, model: str) -> None:
+def test_without_resume_a_sweep_is_a_new_one(command: Command, model: str) -> None:
     for _ in range(2):
-        assert int8run("-m", "seed=0,1", model, *UNTRACKED, "hydra.sweep.dir=here").code == 0
+        assert command("-m", "seed=0,1", model, *UNTRACKED, "hydra.sweep.dir=here").code == 0
 
-        records = find_records(int8run.folder / "here")
+        records = find_records(command.folder / "here")
         assert len(records) == 2
-        assert {record.sweep for record in records} == {read_manifest(int8run.folder / "here").id}
+        assert {record.sweep for record in records} == {read_manifest(command.folder / "here").id}
 
 
-def test_a_job_that_still_runs_is_not_run_beside_itself(int8run: Command, model: str) -> None:
-    assert int8run("-m", "seed=0,1", model, *UNTRACKED).code == 0
-    update_record(read_records(int8run)[1], state="RUNNING", ended=None)  # this process, which is alive
+def test_a_job_that_still_runs_is_not_run_beside_itself(command: Command, model: str) -> None:
+    assert command("-m", "seed=0,1", model, *UNTRACKED).code == 0
+    update_record(read_records(command)[1], state="RUNNING", ended=None)  # this process, which is alive
 
-    outcome = int8run("-m", "seed=0,1", model, *UNTRACKED, "resume=true")
+    outcome = command("-m", "seed=0,1", model, *UNTRACKED, "resume=true")
 
     assert outcome.code == 2
     message = f"job 1 of this sweep runs in process {os.getpid()}; wait for it, or end it, then resume"
     assert outcome.message == message
 
 
-def test_a_single_run_has_nothing_to_resume(int8run: Command, model: str) -> None:
-    outcome = int8run(model, *UNTRACKED, "resume=true")
+def test_a_single_run_has_nothing_to_resume(command: Command, model: str) -> None:
+    outcome = command(model, *UNTRACKED, "resume=true")
 
     assert outcome.code == 2
     message = "resume=true goes on with a sweep, and this is a single run; add -m, or leave resume out"
     assert outcome.message == message
-    assert int8run.made() == []
+    assert command.made() == []
 
 
-def test_jobs_that_only_the_tracker_has_are_downloaded(int8run: Command, model: str) -> None:
+def test_jobs_that_only_the_tracker_has_are_downloaded(command: Command, model: str) -> None:
     """The folder is gone; MLflow knows the jobs by their hashes."""
-    assert int8run("-m", "seed=0,1", model, *SMALL).code == 0
-    (int8run.folder / "multirun").rename(int8run.folder / "elsewhere")
+    assert command("-m", "seed=0,1", model, *SMALL).code == 0
+    (command.folder / "multirun").rename(command.folder / "elsewhere")
 
-    outcome = int8run("-m", "seed=2,1,0", model, *SMALL, "resume=true")
+    outcome = command("-m", "seed=2,1,0", model, *SMALL, "resume=true")
 
     assert outcome.code == 0
     assert "2 of 3 jobs are finished already" in join_lines(outcome.out)
-    records = read_records(int8run)
+    records = read_records(command)
     assert [(record.number, record.name, record.uploaded) for record in records] == [
         (0, "seed=2", True),
         (1, "seed=1", True),
@@ -170,7 +156,7 @@ def test_jobs_that_only_the_tracker_has_are_downloaded(int8run: Command, model: 
     ]
     assert {record.name: record.state for record in records} == {f"seed={n}": FINISHED for n in range(3)}
     assert all((record.folder / record.images[0]["file"]).is_file() for record in records)
-    tracked_seeds = sorted(run.data.params["seed"] for run in read_tracked_runs(int8run.folder))
+    tracked_seeds = sorted(run.data.params["seed"] for run in read_tracked_runs(command.folder))
     assert tracked_seeds == ["0", "1", "2"], "none twice"
 
 
@@ -217,31 +203,31 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path: Path, model: str) -> None:
     finished_seeds = [run.data.params["seed"] for run in runs if run.info.status == "FINISHED"]
     assert sorted(finished_seeds) == ["0", "1", "2", "3"]
     killed = [run for run in runs if run.info.status == "KILLED"]
-    assert all("without a word" in run.data.tags["error"] for run in killed)
+    assert all("without an error message" in run.data.tags["error"] for run in killed)
     assert len({run.data.tags["sweep"] for run in runs}) == 1
 
 
-def test_a_damaged_record_is_a_job_that_is_missing(int8run: Command, model: str) -> None:
-    assert int8run("-m", "seed=0,1", model, *UNTRACKED).code == 0
-    (read_records(int8run)[1].folder / "status.json").write_text('{"sta')
-    damaged_sweep = int8run.folder / "multirun" / "other"
+def test_a_damaged_record_is_a_job_that_is_missing(command: Command, model: str) -> None:
+    assert command("-m", "seed=0,1", model, *UNTRACKED).code == 0
+    (read_records(command)[1].folder / "status.json").write_text('{"sta')
+    damaged_sweep = command.folder / "multirun" / "other"
     damaged_sweep.mkdir()
     (damaged_sweep / "sweep.json").write_text("[")
 
-    outcome = int8run("-m", "seed=0,1", model, *UNTRACKED, "resume=true")
+    outcome = command("-m", "seed=0,1", model, *UNTRACKED, "resume=true")
 
     assert outcome.code == 0
     assert "1 of 2 jobs are finished already" in join_lines(outcome.out)
-    jobs = [(record.number, record.state) for record in read_records(int8run)]
+    jobs = [(record.number, record.state) for record in read_records(command)]
     assert jobs == [(0, FINISHED), (1, FINISHED)]
 
 
-def test_a_folder_that_cannot_be_made_fails_its_job_alone(int8run: Command, model: str) -> None:
-    sweep = int8run.folder / "here"
+def test_a_folder_that_cannot_be_made_fails_its_job_alone(command: Command, model: str) -> None:
+    sweep = command.folder / "here"
     sweep.mkdir()
     (sweep / "0").write_text("in the way")
 
-    outcome = int8run("-m", "seed=0,1", model, *UNTRACKED, "hydra.sweep.dir=here")
+    outcome = command("-m", "seed=0,1", model, *UNTRACKED, "hydra.sweep.dir=here")
 
     assert outcome.code == 3
     assert "job 0 (seed=0) FAILED: " in outcome.message
@@ -250,12 +236,12 @@ def test_a_folder_that_cannot_be_made_fails_its_job_alone(int8run: Command, mode
     assert "FAILED" in (sweep / "report.html").read_text()
 
 
-def test_one_sweep_at_a_time_in_a_folder(int8run: Command, model: str) -> None:
-    folder = int8run.folder / "here"
+def test_one_sweep_at_a_time_in_a_folder(command: Command, model: str) -> None:
+    folder = command.folder / "here"
     folder.mkdir()
 
     with FileLock(folder / "sweep.lock"):
-        outcome = int8run("-m", "seed=0,1", model, *UNTRACKED, "hydra.sweep.dir=here")
+        outcome = command("-m", "seed=0,1", model, *UNTRACKED, "hydra.sweep.dir=here")
 
     assert outcome.code == 2
     assert outcome.message == (
@@ -267,10 +253,10 @@ def test_one_sweep_at_a_time_in_a_folder(int8run: Command, model: str) -> None:
 @pytest.mark.parametrize(
     "arguments", [["hydra.run.dir=file/x"], ["-m", "seed=0,1", "hydra.sweep.dir=file/x"]]
 )
-def test_a_folder_that_cannot_be_written_is_named(int8run: Command, model: str, arguments: list[str]) -> None:
-    (int8run.folder / "file").write_text("in the way")
+def test_a_folder_that_cannot_be_written_is_named(command: Command, model: str, arguments: list[str]) -> None:
+    (command.folder / "file").write_text("in the way")
 
-    outcome = int8run(*arguments, model, *UNTRACKED)
+    outcome = command(*arguments, model, *UNTRACKED)
 
     assert outcome.code == 3
     message = r"\S*file\S* cannot be opened or written: (not a directory|file exists); write elsewhere: "
@@ -278,16 +264,16 @@ def test_a_folder_that_cannot_be_written_is_named(int8run: Command, model: str, 
 
 
 @pytest.fixture
-def run_half_failing_sweep(int8run: Command, model: str) -> Callable[..., Outcome]:
+def run_half_failing_sweep(command: Command, model: str) -> Callable[..., Outcome]:
     """Four jobs; the two with model.location=missing fail."""
     location = model.removeprefix("model.location=")
-    return lambda *arguments: int8run(
+    return lambda *arguments: command(
         "-m", f"model.location=missing,{location}", "seed=0,1", *UNTRACKED, *arguments
     )
 
 
 def test_every_job_that_failed_is_named_at_the_end(
-    run_half_failing_sweep: Callable[..., Outcome], int8run: Command
+    run_half_failing_sweep: Callable[..., Outcome], command: Command
 ) -> None:
     outcome = run_half_failing_sweep()
 
@@ -297,16 +283,16 @@ def test_every_job_that_failed_is_named_at_the_end(
     jobs = [line.partition(":")[0] for line in lines]
     assert jobs == [f"  job {n} (model.location=missing seed={n}) FAILED" for n in (0, 1)]
     assert all("missing" in line.partition("FAILED: ")[2] for line in lines)
-    assert [record.state for record in read_records(int8run)] == [FAILED, FAILED, FINISHED, FINISHED]
-    sweep = find_only_sweep(int8run)
+    assert [record.state for record in read_records(command)] == [FAILED, FAILED, FINISHED, FINISHED]
+    sweep = find_only_sweep(command)
     assert (sweep / "report.html").is_file()
     log = (sweep / "0" / "int8run.log").read_text()
     assert "[ERROR]" in log
     assert "missing" in log
 
 
-def test_a_sweep_shows_how_far_it_is_and_what_is_best(int8run: Command, model: str) -> None:
-    outcome = int8run("-m", "seed=0,1", model, *COMPARED)
+def test_a_sweep_shows_how_far_it_is_and_what_is_best(command: Command, model: str) -> None:
+    outcome = command("-m", "seed=0,1", model, *COMPARED)
 
     assert outcome.code == 0
     shown = join_lines(outcome.out + outcome.err)
@@ -316,17 +302,17 @@ def test_a_sweep_shows_how_far_it_is_and_what_is_best(int8run: Command, model: s
     assert "best " in shown
 
 
-def test_a_sweep_without_progress_shows_no_lines_for_its_jobs(int8run: Command, model: str) -> None:
-    outcome = int8run("-m", "seed=0,1", model, *UNTRACKED, "progress=false")
+def test_a_sweep_without_progress_shows_no_lines_for_its_jobs(command: Command, model: str) -> None:
+    outcome = command("-m", "seed=0,1", model, *UNTRACKED, "progress=false")
 
     assert outcome.code == 0
     assert "1 of 2" not in outcome.out + outcome.err
 
 
-def test_the_table_of_a_sweep_is_in_metrics_json(int8run: Command, model: str) -> None:
-    outcome = int8run("-m", "seed=0,1", model, *COMPARED)
+def test_the_table_of_a_sweep_is_in_metrics_json(command: Command, model: str) -> None:
+    outcome = command("-m", "seed=0,1", model, *COMPARED)
 
-    for record in read_records(int8run):
+    for record in read_records(command):
         status = json.loads((record.folder / "status.json").read_text())
         assert status["state"] == FINISHED
         assert f"{record.metrics['speed/step_ms_p50']:.1f}" in outcome.out

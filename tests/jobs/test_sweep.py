@@ -2,32 +2,18 @@
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
-from support.cli_process import Command, command_in
+from support.cli_process import Command
 from support.helpers import without_vnni
 from support.run_job import save_lora
-from support.tiny_pipeline import random_pipeline, save_random_pipeline
+from support.tiny_pipeline import random_pipeline
 
 from int8run.pipeline import process_cache
 
 SMALL = ["sampler.height=16", "sampler.width=16", "sampler.steps=2", "prompts.prompts=[a]"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"model.location={save_random_pipeline(tmp_path_factory.mktemp('model'))}"
-
-
-@pytest.fixture
-def int8run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Command]:
-    with command_in(tmp_path, monkeypatch, capsys) as command:
-        yield command
 
 
 def read_tracked_runs(folder: Path) -> list[mlflow.entities.Run]:
@@ -51,10 +37,10 @@ def read_layer_values(folder: Path, column: str) -> list[set[str]]:
     return values
 
 
-def test_strengths_of_the_shipped_stack_build_once(int8run: Command) -> None:
+def test_strengths_of_the_shipped_stack_build_once(command: Command) -> None:
     process_cache.clear()
 
-    outcome = int8run(
+    outcome = command(
         "-m",
         "lora=stack_a",
         "lora.adapters.0.strength=0,0.5,1,2",
@@ -71,13 +57,13 @@ def test_strengths_of_the_shipped_stack_build_once(int8run: Command) -> None:
 
 
 def test_a_sweep_builds_once_for_each_way_to_quantize_and_not_for_a_strength(
-    int8run: Command, model: str
+    command: Command, model: str
 ) -> None:
     process_cache.clear()
     file = save_lora(int8run.folder / "style.safetensors", random_pipeline().transformer)
     adapter = f"{{_target_: int8run.lora.config.Adapter, name: style, path: {file}}}"
 
-    outcome = int8run(
+    outcome = command(
         "-m",
         "outlier=none,convrot",
         "lora.strength=0,1",
@@ -96,8 +82,8 @@ def test_a_sweep_builds_once_for_each_way_to_quantize_and_not_for_a_strength(
 
 
 @pytest.mark.skipif(without_vnni(), reason="needs a CPU with VNNI")
-def test_each_job_of_a_sweep_uses_the_backend_that_it_asks_for(int8run: Command, model: str) -> None:
-    outcome = int8run("-m", "backend=reference,onednn,torch_int_mm", model, *SMALL, "tracker=none")
+def test_each_job_of_a_sweep_uses_the_backend_that_it_asks_for(command: Command, model: str) -> None:
+    outcome = command("-m", "backend=reference,onednn,torch_int_mm", model, *SMALL, "tracker=none")
 
     assert outcome.code == 0, outcome.err
     used = read_layer_values(int8run.folder, "backend_used")
@@ -105,10 +91,10 @@ def test_each_job_of_a_sweep_uses_the_backend_that_it_asks_for(int8run: Command,
     assert used == asked == [{"reference"}, {"onednn"}, {"torch_int_mm"}]
 
 
-def test_one_failing_job_does_not_stop_the_others(int8run: Command, model: str) -> None:
+def test_one_failing_job_does_not_stop_the_others(command: Command, model: str) -> None:
     location = model.removeprefix("model.location=")
 
-    outcome = int8run("-m", f"model.location={int8run.folder / 'missing'},{location}", *SMALL)
+    outcome = command("-m", f"model.location={int8run.folder / 'missing'},{location}", *SMALL)
 
     assert outcome.code == 3
     assert "is not a diffusers folder" in outcome.err

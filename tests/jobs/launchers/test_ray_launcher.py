@@ -57,63 +57,81 @@ def pool(cluster):
     pool.close()
 
 
-def place(seconds=0.0):
+def make_call(seconds=0.0):
+    """A call that returns the node and the process that it runs on."""
+
     def call():
         import ray
 
         time.sleep(seconds)
-        return [Outcome(0, "FINISHED", value=(ray.get_runtime_context().get_node_id(), os.getpid()))]
+        node = ray.get_runtime_context().get_node_id()
+        return [Outcome(0, "FINISHED", value=(node, os.getpid()))]
 
     return call
 
 
-def value(future):
+def get_value(future):
     return future.result(WAIT_S)[0].value
 
 
 @pytest.mark.ray
-def test_two_nodes_and_a_worker_that_is_killed(pool):
+def test_each_node_runs_one_worker_which_stays(pool):
     workers = [pool.start(), pool.start()]
-    (first_node, first), (second_node, second) = (value(w.submit(place())) for w in workers)
-    assert first_node != second_node and pool.jobs_at_once == 1
-    assert value(workers[0].submit(place())) == (first_node, first)  # which keeps its model
 
-    running, other = workers[0].submit(place(LONG_S)), workers[1].submit(place(2))
+    (first_node, first_pid), (second_node, _) = (get_value(worker.submit(make_call())) for worker in workers)
+
+    assert first_node != second_node
+    assert pool.jobs_at_once == 1
+    assert get_value(workers[0].submit(make_call())) == (first_node, first_pid)
+
+
+@pytest.mark.ray
+def test_a_killed_worker_is_replaced_and_the_other_one_goes_on(pool):
+    workers = [pool.start(), pool.start()]
+    (first_node, first_pid), second = (get_value(worker.submit(make_call())) for worker in workers)
+    running = workers[0].submit(make_call(LONG_S))
+    other = workers[1].submit(make_call(2))
     time.sleep(0.3)
-    os.kill(first, signal.SIGKILL)
-    with pytest.raises(
-        WorkerDied,
-        match=r"its Ray worker ended \(ActorDiedError\): the process left no message: killed by a signal",
-    ):
+
+    os.kill(first_pid, signal.SIGKILL)
+
+    message = r"its Ray worker ended \(ActorDiedError\): the process left no message: killed by a signal"
+    with pytest.raises(WorkerDied, match=message):
         running.result(WAIT_S)
     workers[0].close()
     workers[0] = pool.start()
-    again, pid = value(workers[0].submit(place()))
-    assert again == first_node and pid != first
-    assert value(other) == (second_node, second)
+    node, pid = get_value(workers[0].submit(make_call()))
+    assert node == first_node
+    assert pid != first_pid
+    assert get_value(other) == second
 
-    def bad():
+
+@pytest.mark.ray
+def test_errors_of_a_call_and_ends_of_its_process_are_told_apart(pool):
+    def raise_config_error():
         raise ConfigError("steps is 0")
 
+    worker, other = pool.start(), pool.start()
+
     with pytest.raises(ConfigError, match=r"^steps is 0$") as raised:
-        workers[0].submit(bad).result(WAIT_S)
+        worker.submit(raise_config_error).result(WAIT_S)
     assert type(raised.value) is ConfigError
     with pytest.raises(WorkerDied, match=r"its Ray worker ended \(ActorDiedError\)"):
-        workers[1].submit(lambda: os._exit(3)).result(WAIT_S)
-    running = workers[0].submit(place(LONG_S))
-    workers[0].close()
+        other.submit(lambda: os._exit(3)).result(WAIT_S)
+    running = worker.submit(make_call(LONG_S))
+    worker.close()
     with pytest.raises(WorkerDied, match="ended by int8run"):
         running.result(WAIT_S)
 
 
 @pytest.mark.ray
-def test_a_worker_that_waits_is_said_once(pool, caplog, monkeypatch):
+def test_one_warning_for_workers_that_wait_for_resources(pool, caplog, monkeypatch):
     import ray
 
     monkeypatch.setattr(ray_launcher, "WARN_AFTER_S", LONG_S)
     working = [pool.start(), pool.start()]
     for worker in working:
-        value(worker.submit(place()))
+        get_value(worker.submit(make_call()))
     until(lambda: not ray.available_resources().get("int8_slot"), WAIT_S)
 
     monkeypatch.setattr(ray_launcher, "WARN_AFTER_S", 0.5)
@@ -121,10 +139,11 @@ def test_a_worker_that_waits_is_said_once(pool, caplog, monkeypatch):
     for worker in late:
         worker.timer.join()
 
-    waiting = [r.getMessage() for r in caplog.records if "waiting" in r.getMessage()]
-    assert waiting == [
-        "waiting for resources: a job asks for num_cpus=1, num_gpus=0, int8_slot=1 on one machine, and the whole cluster has free "
-        "num_cpus=0, num_gpus=0, int8_slot=0; hydra.launcher.workers starts fewer, num_cpus and num_gpus ask for less"
+    warnings = [r.getMessage() for r in caplog.records if "waiting" in r.getMessage()]
+    assert warnings == [
+        "waiting for resources: a job asks for num_cpus=1, num_gpus=0, int8_slot=1 on one machine, and the "
+        "whole cluster has free num_cpus=0, num_gpus=0, int8_slot=0; hydra.launcher.workers starts fewer, "
+        "num_cpus and num_gpus ask for less"
     ]
     for worker in working + late:
         worker.close()
@@ -135,7 +154,7 @@ def test_no_thread_outlives_the_connection(pool, monkeypatch):
     """One that drops a reference into Ray while Ray shuts down ends the process."""
     monkeypatch.setattr(ray_launcher, "WARN_AFTER_S", LONG_S)
     worker = pool.start()
-    value(worker.submit(place()))
+    get_value(worker.submit(make_call()))
     assert worker.timer.is_alive()
 
     pool.close()
@@ -144,43 +163,48 @@ def test_no_thread_outlives_the_connection(pool, monkeypatch):
 
 
 @pytest.mark.ray
-def test_what_no_machine_has_is_refused(cluster):
+def test_resources_that_no_machine_has_are_an_error(cluster):
     import ray
 
-    with pytest.raises(
-        ConfigError,
-        match=r"a job asks for num_cpus=1, num_gpus=1, and no machine of the cluster has that: the largest have num_cpus=1, num_gpus=0",
-    ):
+    message = (
+        "a job asks for num_cpus=1, num_gpus=1, and no machine of the cluster has that: "
+        "the largest have num_cpus=1, num_gpus=0"
+    )
+    with pytest.raises(ConfigError, match=message):
         RayCluster(address=cluster, num_cpus=1, num_gpus=1).open(3)
-    assert not ray.is_initialized(), "it lets go of the cluster"
+    assert not ray.is_initialized(), "it disconnects from the cluster"
 
 
 @pytest.mark.ray
-def test_machines_without_int8run_are_named(cluster, tmp_path, monkeypatch):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys; sys.modules['int8run'] = None"
-    )  # what `import` takes for a missing module
+def test_machines_without_int8run_are_named(cluster, tmp_path):
+    # what `import` takes for a missing module
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['int8run'] = None")
     pool = RayCluster(address=cluster, runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}})
-    with pytest.raises(
-        ConfigError,
-        match=r"the jobs need int8run [\d.]+ on every machine .* install it .*: import of int8run halted",
-    ):
+
+    message = r"the jobs need int8run [\d.]+ on every machine .* install it .*: import of int8run halted"
+    with pytest.raises(ConfigError, match=message):
         pool.open(2)
+
+
+@pytest.mark.ray
+def test_machines_with_another_int8run_are_named(cluster, monkeypatch):
     monkeypatch.setattr("int8run.__version__", "99.0")
-    with pytest.raises(
-        ConfigError, match=r"the jobs need int8run 99.0 on every machine .*: \d+\.\d+.*; .*: \d+\.\d+"
-    ):
+
+    message = r"the jobs need int8run 99.0 on every machine .*: \d+\.\d+.*; .*: \d+\.\d+"
+    with pytest.raises(ConfigError, match=message):
         RayCluster(address=cluster).open(2)
 
 
 @pytest.mark.ray
-def test_a_program_that_has_joined_already_keeps_its_cluster(cluster):
+def test_a_program_that_is_connected_already_stays_connected(cluster):
     import ray
 
     ray.init(address=cluster, log_to_driver=False)
     pool = RayCluster(workers=1)
+
     assert pool.open(5) == 1
     pool.close()
+
     assert ray.is_initialized()
     ray.shutdown()
 
@@ -190,40 +214,24 @@ def server(tmp_path):
     """The address of an MLflow server that starts in the meantime."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            address.rpartition(":")[2],
-            "--workers",
-            "1",
-        ),
-        *(
-            "--backend-store-uri",
-            f"sqlite:///{tmp_path}/server.db",
-            "--artifacts-destination",
-            str(tmp_path / "artifacts"),
-        ),
-    ]
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with open(tmp_path / "server.log", "w") as log:
         process = subprocess.Popen(
             command, env=os.environ | quiet, stdout=log, stderr=log, start_new_session=True
         )
-    yield address
+    yield f"http://127.0.0.1:{port}"
     os.killpg(process.pid, signal.SIGTERM)
     process.wait()
 
 
-def answers(address):
+def is_healthy(server):
     try:
-        return urlopen(address, timeout=5).status == 200
+        return urlopen(f"{server}/health", timeout=5).status == 200
     except OSError:
         return False
 
@@ -236,77 +244,7 @@ def until(condition, seconds):
     return found
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_sweep_on_two_nodes_with_one_server_and_a_worker_that_is_killed(server, cluster, tmp_path):
-    folder = tmp_path / "sweep"
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "int8run.cli",
-            "-m",
-            "hydra/launcher=ray_cluster",
-            f"hydra.launcher.address={cluster}",
-        ),
-        *(
-            "hydra.launcher.resources={int8_slot:1}",
-            f"hydra.sweep.dir={folder}",
-            f"tracker.uri={server}",
-            "cache.limit_gb=0",
-        ),
-        *(
-            "sampler.steps=1",
-            "prompts.prompts=[fox]",
-            "metrics.layers=false",
-            "metrics.baseline=none",
-            "outlier=none,convrot",
-            "seed=0,1,2",
-        ),
-    ]
-
-    def sweep(*more):
-        return subprocess.Popen(
-            [*command, *more], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    def records():
-        return {record.number: record for record in find_records(folder)}
-
-    def running_after_another():
-        found = records().values()
-        return any(r.state == "FINISHED" for r in found) and next(
-            (r for r in found if r.state == "RUNNING"), None
-        )
-
-    until(lambda: answers(f"{server}/health"), WAIT_S)
-    first = sweep()
-    try:
-        killed = until(running_after_another, WAIT_S)
-        os.kill(killed.status["pid"], signal.SIGKILL)
-        out, err = first.communicate(timeout=WAIT_S)
-    finally:
-        first.kill()
-    assert first.returncode == 1 and f"job {killed.number} " in err and "killed by a signal" in err, out + err
-    states = {number: record.state for number, record in records().items()}
-    assert states == {n: "KILLED" if n == killed.number else "FINISHED" for n in range(6)}
-    assert len({record.build_key for record in records().values()}) == 2
-    started = {number: record.started for number, record in records().items()}
-    runs = tracked(server)
-    assert {number: state for number, state, _ in runs} == states and len(runs) == 6
-
-    again = sweep("resume=true")
-    out, err = again.communicate(timeout=WAIT_S)
-    assert again.returncode == 0, out + err
-    assert {record.state for record in records().values()} == {"FINISHED"} and len(records()) == 6
-    assert [n for n, record in records().items() if record.started != started[n]] == [killed.number], (
-        "only that one ran again"
-    )
-    finished = [config_hash for _, state, config_hash in tracked(server) if state == "FINISHED"]
-    assert len(finished) == len(set(finished)) == 6
-
-
-def tracked(server):
+def read_tracked_runs(server):
     """Number, state and config hash of every run that the server has."""
     import mlflow
 
@@ -315,16 +253,84 @@ def tracked(server):
     return [(int(run.data.tags["number"]), run.info.status, run.data.tags["config_hash"]) for run in runs]
 
 
-def test_nothing_listens_there():
-    with pytest.raises(
-        ConfigError,
-        match=r"address is '127.0.0.1:1', and nothing answers there \(Connection refused\); `ray start --head` prints",
-    ):
+class SweepCommand:
+    """A sweep of six jobs with two models on the cluster, as a process."""
+
+    def __init__(self, cluster, server, folder):
+        self.cwd = folder
+        self.folder = folder / "sweep"
+        launcher = ["hydra/launcher=ray_cluster", f"hydra.launcher.address={cluster}"]
+        launcher += ["hydra.launcher.resources={int8_slot:1}", f"hydra.sweep.dir={self.folder}"]
+        small = ["sampler.steps=1", "prompts.prompts=[fox]", "metrics.layers=false", "metrics.baseline=none"]
+        jobs = ["outlier=none,convrot", "seed=0,1,2", f"tracker.uri={server}", "cache.limit_gb=0"]
+        self.command = [sys.executable, "-m", "int8run.cli", "-m", *launcher, *small, *jobs]
+
+    def start(self, *overrides):
+        return subprocess.Popen(
+            [*self.command, *overrides],
+            cwd=self.cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def read_records(self):
+        return {record.number: record for record in find_records(self.folder)}
+
+    def find_running_after_another(self):
+        """The record of a job that runs, once another one is finished."""
+        records = self.read_records().values()
+        running = [record for record in records if record.state == "RUNNING"]
+        is_another_finished = any(record.state == "FINISHED" for record in records)
+        return running[0] if running and is_another_finished else None
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_on_two_nodes_with_one_server_and_a_worker_that_is_killed(server, cluster, tmp_path):
+    sweep = SweepCommand(cluster, server, tmp_path)
+    until(lambda: is_healthy(server), WAIT_S)
+    process = sweep.start()
+    try:
+        killed = until(sweep.find_running_after_another, WAIT_S)
+        os.kill(killed.status["pid"], signal.SIGKILL)
+        out, err = process.communicate(timeout=WAIT_S)
+    finally:
+        process.kill()
+    assert process.returncode == 1, out + err
+    assert f"job {killed.number} " in err
+    assert "killed by a signal" in err
+    records = sweep.read_records()
+    states = {number: record.state for number, record in records.items()}
+    assert states == {n: "KILLED" if n == killed.number else "FINISHED" for n in range(6)}
+    assert len({record.build_key for record in records.values()}) == 2
+    runs = read_tracked_runs(server)
+    assert len(runs) == 6
+    assert {number: state for number, state, _ in runs} == states
+
+    process = sweep.start("resume=true")
+    out, err = process.communicate(timeout=WAIT_S)
+
+    assert process.returncode == 0, out + err
+    resumed = sweep.read_records()
+    assert [resumed[n].state for n in range(6)] == ["FINISHED"] * 6
+    assert [n for n in range(6) if resumed[n].started != records[n].started] == [killed.number]
+    finished = [config_hash for _, state, config_hash in read_tracked_runs(server) if state == "FINISHED"]
+    assert len(finished) == len(set(finished)) == 6
+
+
+def test_an_address_where_nothing_listens_is_an_error():
+    message = (
+        r"address is '127.0.0.1:1', and nothing answers there \(Connection refused\); "
+        r"`ray start --head` prints"
+    )
+    with pytest.raises(ConfigError, match=message):
         RayCluster(address="127.0.0.1:1").open(2)
 
 
-def test_without_ray(monkeypatch):
+def test_without_ray_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
+
     with pytest.raises(ConfigError, match=r"needs Ray on this machine: pip install 'int8run\[ray\]'"):
         RayCluster().open(2)
 
@@ -334,44 +340,36 @@ SMALL, BIG = {"CPU": 4.0}, {"CPU": 64.0}
 
 
 @pytest.mark.parametrize(
-    "machines, cpus, gpus, own, share, room",
+    "machines, cpus, gpus, custom, resources, room",
     [
         ([EIGHT_GPUS], None, None, {}, {"CPU": 12, "GPU": 1}, [8]),  # a GPU each, and what goes with it
         ([EIGHT_GPUS], None, 0.5, {}, {"CPU": 6, "GPU": 0.5}, [16]),
         ([EIGHT_GPUS], 1, 0.4, {}, {"CPU": 1, "GPU": 0.4}, [16]),
         ([EIGHT_GPUS], None, 0, {}, {"CPU": 96, "GPU": 0}, [1]),
         ([EIGHT_GPUS], 50, None, {}, {"CPU": 50, "GPU": 1}, [1]),
-        (
-            [SMALL, BIG, BIG],
-            None,
-            None,
-            {},
-            {"CPU": 64, "GPU": 0},
-            [0, 1, 1],
-        ),  # no job on the small head node
+        # no job on the small head node
+        ([SMALL, BIG, BIG], None, None, {}, {"CPU": 64, "GPU": 0}, [0, 1, 1]),
         ([SMALL, SMALL], 2, None, {}, {"CPU": 2, "GPU": 0}, [2, 2]),
         ([SMALL, {"CPU": 0.0}], None, None, {}, {"CPU": 4, "GPU": 0}, [1, 0]),
         ([SMALL, {**BIG, "slot": 4.0}], None, None, {"slot": 1}, {"CPU": 16, "GPU": 0, "slot": 1}, [0, 4]),
         ([SMALL], None, 1, {}, {"CPU": 1, "GPU": 1}, [0]),
     ],
 )
-def test_the_share_of_a_worker_and_the_room_there_is(machines, cpus, gpus, own, share, room):
-    assert choose_resources(machines, cpus=cpus, gpus=gpus, custom=own) == share
-    assert [count_workers(have, share) for have in machines] == room
+def test_the_resources_of_a_worker_and_the_room_for_it(machines, cpus, gpus, custom, resources, room):
+    assert choose_resources(machines, cpus=cpus, gpus=gpus, custom=custom) == resources
+    assert [count_workers(machine, resources) for machine in machines] == room
 
 
-def test_amounts_are_named_as_the_settings_are():
+def test_resources_are_named_as_the_settings_are():
     assert format_resources({"CPU": 2.0, "GPU": 0.5, "slot": 1.0}) == "num_cpus=2, num_gpus=0.5, slot=1"
 
 
-def test_the_reason_in_rays_page():
-    assert (
-        extract_death_reason("The actor died.\nThe actor is dead because its node has died. Node Id: ab")
-        == "its node has died. Node Id: ab"
-    )
-    assert extract_death_reason(
-        "Task was killed due to the node running low on memory.\nMemory on the node was 95%"
-    ).startswith("Task was killed due to")
+def test_the_reason_is_found_in_rays_page():
+    died = "The actor died.\nThe actor is dead because its node has died. Node Id: ab"
+    killed = "Task was killed due to the node running low on memory.\nMemory on the node was 95%"
+
+    assert extract_death_reason(died) == "its node has died. Node Id: ab"
+    assert extract_death_reason(killed).startswith("Task was killed due to")
 
 
 @pytest.mark.parametrize(

@@ -39,13 +39,15 @@ if name == "sbatch":
     out, err = (open(shlex.split(lines[key].replace("%j", job))[0], "a") for key in ("output", "error"))
     command = f"bash {{shlex.quote(sys.argv[1])}}; echo $? > {{here}}/{{job}}.exit"
     env = {{**os.environ, "SLURM_JOB_ID": job}}
-    process = subprocess.Popen(["bash", "-c", command], env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+    options = {{"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, "start_new_session": True}}
+    process = subprocess.Popen(["bash", "-c", command], env=env, **options)
     (here / f"{{job}}.pid").write_text(str(process.pid))
     print("Submitted batch job", job)
 elif name == "squeue":
     for pid in here.glob("*.pid"):
         if not pid.with_suffix(".exit").exists() and not pid.with_suffix(".state").exists():
-            print(f"{{pid.stem}}|PENDING|Resources" if (here / "busy").exists() else f"{{pid.stem}}|RUNNING|None")
+            state = "PENDING|Resources" if (here / "busy").exists() else "RUNNING|None"
+            print(f"{{pid.stem}}|{{state}}")
 elif name == "scancel":
     (here / f"{{sys.argv[1]}}.state").write_text("CANCELLED")
     os.killpg(int((here / f"{{sys.argv[1]}}.pid").read_text()), signal.SIGTERM)
@@ -96,13 +98,13 @@ def pool(cluster, tmp_path):
     pool.close()
 
 
-def outcomes(seconds=0.0):
+def make_call(seconds=0.0):
+    """A call with two outcomes, each with the number and the threads of the Slurm job."""
+
     def call():
         time.sleep(seconds)
-        return [
-            Outcome(n, "FINISHED", value=(os.environ["SLURM_JOB_ID"], os.environ["OMP_NUM_THREADS"]))
-            for n in range(2)
-        ]
+        value = (os.environ["SLURM_JOB_ID"], os.environ["OMP_NUM_THREADS"])
+        return [Outcome(n, "FINISHED", value=value) for n in range(2)]
 
     return call
 
@@ -114,84 +116,105 @@ def until(condition):
         time.sleep(0.05)
 
 
-def test_answers_and_errors_come_back_as_they_were(pool):
-    def bad():
+def test_results_and_errors_come_back_as_they_were(pool):
+    def raise_config_error():
         raise ConfigError("steps is 0")
 
     workers = [pool.start(), pool.start()]
-    answers = [workers[0].submit(outcomes()), workers[1].submit(bad)]
-    assert answers[0].result(WAIT_S) == [Outcome(n, "FINISHED", value=("1", "3")) for n in range(2)]
+    futures = [workers[0].submit(make_call()), workers[1].submit(raise_config_error)]
+
+    assert futures[0].result(WAIT_S) == [Outcome(n, "FINISHED", value=("1", "3")) for n in range(2)]
     with pytest.raises(ConfigError, match="steps is 0"):
-        answers[1].result(WAIT_S)
-    assert workers[0].submit(outcomes()).result(WAIT_S)[0].value == ("3", "3")  # a job of its own
+        futures[1].result(WAIT_S)
+    # the next call is a Slurm job of its own
+    assert workers[0].submit(make_call()).result(WAIT_S)[0].value == ("3", "3")
 
 
-def test_deaths_are_told_in_slurms_words(pool, cluster, monkeypatch):
-    def dies():
+def test_the_message_about_a_death_has_slurms_state(pool, cluster, monkeypatch):
+    def kill_itself():
         os.kill(os.getpid(), signal.SIGKILL)
 
     workers = [pool.start() for _ in range(3)]
     monkeypatch.setattr(slurm_launcher, "RESULT_GRACE_S", LONG_S)  # there is nothing to wait for
-    answers = [workers[0].submit(dies), *(worker.submit(outcomes(LONG_S)) for worker in workers[1:])]
+    killed = workers[0].submit(kill_itself)
+    late, cancelled = (worker.submit(make_call(LONG_S)) for worker in workers[1:])
     (cluster / "2.state").write_text("TIMEOUT")
     (cluster / "3.state").write_text("CANCELLED")
-    with pytest.raises(
-        WorkerDied,
-        match=r"^Slurm job 1 ended without a result: FAILED: its process was killed by signal 9 \(SIGKILL\); .*_log.err$",
+
+    signalled = r"its process was killed by signal 9 \(SIGKILL\)"
+    for future, message in (
+        (killed, rf"^Slurm job 1 ended without a result: FAILED: {signalled}; its log: .*_log.err$"),
+        (late, "Slurm job 2 ended without a result: TIMEOUT; hydra.launcher.time_min allows more; its log"),
+        (cancelled, "Slurm job 3 ended without a result: CANCELLED; its log"),
     ):
-        answers[0].result(WAIT_S)
-    with pytest.raises(
-        WorkerDied,
-        match=r"Slurm job 2 ended without a result: TIMEOUT; hydra.launcher.time_min allows more; its log",
-    ):
-        answers[1].result(WAIT_S)
-    with pytest.raises(WorkerDied, match="Slurm job 3 ended without a result: CANCELLED; its log"):
-        answers[2].result(WAIT_S)
+        with pytest.raises(WorkerDied, match=message):
+            future.result(WAIT_S)
 
 
-def test_a_controller_that_does_not_answer_is_no_death(pool, cluster):
-    answer = pool.start().submit(outcomes(1.5))
+def test_a_controller_that_does_not_answer_is_not_a_death(pool, cluster):
+    future = pool.start().submit(make_call(1.5))
+
     (cluster / "down").touch()
-    assert len(answer.result(WAIT_S)) == 2
+
+    assert len(future.result(WAIT_S)) == 2
 
 
-def test_a_result_that_is_seen_late_is_no_death(pool, cluster, monkeypatch):
+def test_a_result_that_is_seen_late_is_not_a_death(pool, cluster, monkeypatch):
     monkeypatch.setattr(slurm_launcher, "RESULT_GRACE_S", LONG_S)
-    answer = pool.start().submit(outcomes(2.0))
+    future = pool.start().submit(make_call(2.0))
+
     (cluster / "1.state").write_text("COMPLETED")  # gone from the queue, its file not there yet
-    assert len(answer.result(WAIT_S)) == 2
+
+    assert len(future.result(WAIT_S)) == 2
 
 
 def test_a_job_that_completes_without_a_result_is_dead_after_a_while(pool, cluster):
-    answer = pool.start().submit(outcomes(LONG_S))
+    future = pool.start().submit(make_call(LONG_S))
+
     (cluster / "1.state").write_text("COMPLETED")
+
     with pytest.raises(WorkerDied, match="Slurm job 1 ended without a result: COMPLETED; its log"):
-        answer.result(WAIT_S)
+        future.result(WAIT_S)
 
 
 def test_closing_a_worker_cancels_its_job(pool, cluster, tmp_path):
-    def call():
-        (tmp_path / "begun").write_text(str(os.getpid()))
+    pid_file = tmp_path / "begun"
+
+    def write_pid():
+        pid_file.write_text(str(os.getpid()))
         time.sleep(LONG_S)
 
     worker, other = pool.start(), pool.start()
-    answer, left = worker.submit(call), other.submit(outcomes(LONG_S))
-    until((tmp_path / "begun").exists)
+    closed_future, other_future = worker.submit(write_pid), other.submit(make_call(LONG_S))
+    until(pid_file.exists)
+
     worker.close()
+
     # submitit alone would wait for the second, stronger signal
-    until(lambda: not psutil.pid_exists(int((tmp_path / "begun").read_text())))
+    until(lambda: not psutil.pid_exists(int(pid_file.read_text())))
     with pytest.raises(WorkerDied, match="its Slurm job was ended by int8run"):
-        answer.result(WAIT_S)
-    assert (cluster / "1.state").read_text() == "CANCELLED" and not left.done()
-    worker.close()
+        closed_future.result(WAIT_S)
+    assert (cluster / "1.state").read_text() == "CANCELLED"
+    assert not other_future.done()
+
+
+def test_closing_the_pool_cancels_the_jobs_that_run(pool, cluster):
+    closed, running = pool.start(), pool.start()
+    closed_future, running_future = closed.submit(make_call(LONG_S)), running.submit(make_call(LONG_S))
+    closed.close()
+    closed.close()
+
     pool.close()
-    assert (cluster / "2.state").read_text() == "CANCELLED" and left.done()
+
+    assert (cluster / "2.state").read_text() == "CANCELLED"
+    assert closed_future.done()
+    assert running_future.done()
 
 
-def test_why_a_job_waits_is_said_once(pool, cluster, caplog):
+def test_one_warning_says_why_a_job_waits(pool, cluster, caplog):
     (cluster / "busy").touch()
 
-    def call():
+    def wait_while_busy():
         while (cluster / "busy").exists():
             time.sleep(0.05)
         return []
@@ -200,76 +223,86 @@ def test_why_a_job_waits_is_said_once(pool, cluster, caplog):
         return [r.getMessage() for r in caplog.records if r.name == slurm_launcher.log.name]
 
     with caplog.at_level(logging.INFO):
-        answer = pool.start().submit(call)
+        future = pool.start().submit(wait_while_busy)
         until(lambda: len(messages()) == 2)
         time.sleep(1)  # the queue is looked at several times
         (cluster / "busy").unlink()
-        answer.result(WAIT_S)
+        future.result(WAIT_S)
 
     assert messages()[0].startswith("Slurm job 1 submitted; its log: ")
     assert messages()[1:] == ["Slurm job 1 waits: Resources"]
 
 
-def test_a_job_that_slurm_does_not_take(pool, cluster):
-    worker = pool.start()
+def test_a_first_job_that_slurm_does_not_take_is_a_wrong_setting(pool, cluster):
     (cluster / "refuse").write_text("Invalid generic resource (gres) specification")
-    with pytest.raises(
-        ConfigError,
-        match=r"Slurm does not take the job: sbatch: error: Invalid .*; hydra.launcher.gpus=0 asks for no GPU",
-    ):
-        worker.submit(outcomes())
-    (cluster / "refuse").unlink()
-    worker.submit(outcomes()).result(WAIT_S)
-    (cluster / "refuse").write_text("Job violates accounting/QOS policy")  # the others of the sweep go on
-    with pytest.raises(
-        WorkerDied, match="Slurm did not take the job: sbatch: error: Job violates accounting/QOS policy"
-    ):
-        worker.submit(outcomes()).result(WAIT_S)
+
+    message = r"Slurm does not take the job: sbatch: error: Invalid .*; hydra.launcher.gpus=0 asks for no GPU"
+    with pytest.raises(ConfigError, match=message):
+        pool.start().submit(make_call())
+
+
+def test_a_later_job_that_slurm_does_not_take_fails_alone(pool, cluster):
+    worker = pool.start()
+    worker.submit(make_call()).result(WAIT_S)
+    (cluster / "refuse").write_text("Job violates accounting/QOS policy")
+
+    message = "Slurm did not take the job: sbatch: error: Job violates accounting/QOS policy"
+    with pytest.raises(WorkerDied, match=message):
+        worker.submit(make_call()).result(WAIT_S)
 
 
 def test_a_machine_without_our_code_is_named_in_the_error(pool, monkeypatch):
     module = types.ModuleType("only_here")
     exec("def call(): pass", module.__dict__)
     monkeypatch.setitem(sys.modules, "only_here", module)
-    with pytest.raises(
-        WorkerDied,
-        match=r"Slurm job 1 could not begin: ModuleNotFoundError: No module named 'only_here'; its log: .*err",
-    ):
+
+    message = r"Slurm job 1 could not begin: ModuleNotFoundError: No module named 'only_here'; its log: .*err"
+    with pytest.raises(WorkerDied, match=message):
         pool.start().submit(module.call).result(WAIT_S)
 
 
-def test_a_broken_watch_leaves_nobody_waiting(pool, monkeypatch):
+def test_an_error_of_the_watcher_is_raised_where_results_are_awaited(pool, monkeypatch):
     monkeypatch.setattr(slurm_launcher, "read_queue", lambda: 1 / 0)
+
     with pytest.raises(ZeroDivisionError):
-        pool.start().submit(outcomes(LONG_S)).result(WAIT_S)
+        pool.start().submit(make_call(LONG_S)).result(WAIT_S)
 
 
 def test_accounting_is_asked_when_the_controller_has_forgotten(cluster, monkeypatch):
     asked = []
 
-    def ask(program, *words):
+    def run_program(program, *arguments):
         asked.append(program)
         return {"sacct": "OUT_OF_MEMORY|0:125\n"}.get(program)
 
-    monkeypatch.setattr(slurm_launcher, "run_program", ask)
+    monkeypatch.setattr(slurm_launcher, "run_program", run_program)
+    job = types.SimpleNamespace(job_id="7", paths=types.SimpleNamespace(stderr="7_log.err"))
+
     (cluster / "sacct").symlink_to("/bin/true")
-    paths = types.SimpleNamespace(stderr="7_log.err")
-    job = types.SimpleNamespace(job_id="7", paths=paths)
-    assert slurm_launcher.describe_job_end(job) == (
-        "OUT_OF_MEMORY",
-        "Slurm job 7 ended without a result: OUT_OF_MEMORY; hydra.launcher.mem_gb asks for more; its log: 7_log.err",
+    state, message = slurm_launcher.describe_job_end(job)
+
+    assert state == "OUT_OF_MEMORY"
+    assert message == (
+        "Slurm job 7 ended without a result: OUT_OF_MEMORY; hydra.launcher.mem_gb asks for more; "
+        "its log: 7_log.err"
     )
+
     (cluster / "sacct").unlink()
-    assert slurm_launcher.describe_job_end(job) == (
-        None,
-        "Slurm job 7 ended without a result: gone from the queue; its log: 7_log.err",
-    )
+    state, message = slurm_launcher.describe_job_end(job)
+
+    assert state is None
+    assert message == "Slurm job 7 ended without a result: gone from the queue; its log: 7_log.err"
     assert asked == ["scontrol", "sacct", "scontrol"]
 
 
-def test_the_script_of_a_job(cluster, tmp_path):
+def make_script(pool, folder):
     from submitit.slurm.slurm import _make_sbatch_string
 
+    script = _make_sbatch_string(command="run", folder=folder, **pool.make_parameters())
+    return script.splitlines()
+
+
+def test_settings_become_options_of_sbatch(cluster, tmp_path):
     pool = Slurm(
         partition="gpu",
         time_min=90,
@@ -278,8 +311,10 @@ def test_the_script_of_a_job(cluster, tmp_path):
         extra={"account": "vision", "exclusive": True},
         folder=str(tmp_path),
     )
-    script = _make_sbatch_string(command="run", folder=tmp_path, **pool.make_parameters()).splitlines()
-    wanted = [
+
+    script = make_script(pool, tmp_path)
+
+    options = [
         "partition=gpu",
         "time=90",
         "gpus-per-node=2",
@@ -291,33 +326,45 @@ def test_the_script_of_a_job(cluster, tmp_path):
         "account=vision",
         "exclusive",
     ]
-    assert {f"#SBATCH --{line}" for line in wanted} <= set(script) and {
-        "export OMP_NUM_THREADS=4",
-        "run",
-    } <= set(script)
-    assert not any(
-        "gpus" in line or "mem" in line
-        for line in _make_sbatch_string("run", tmp_path, **Slurm(gpus=0).make_parameters()).splitlines()
-    )
+    assert {f"#SBATCH --{option}" for option in options} <= set(script)
+    assert {"export OMP_NUM_THREADS=4", "run"} <= set(script)
 
 
-def test_how_many_at_once(cluster, tmp_path):
-    for workers, jobs, most in ((None, 30, 30), (4, 30, 4), (4, 2, 2)):
-        pool = Slurm(workers=workers, folder=str(tmp_path))
-        assert pool.open(jobs) == most
-        pool.close()
-    assert Slurm().whole_groups and Slurm().jobs_at_once == 1
+def test_settings_that_are_left_out_are_left_to_the_cluster(cluster, tmp_path):
+    script = make_script(Slurm(gpus=0), tmp_path)
+
+    assert not any("gpus" in line or "mem" in line for line in script)
 
 
-def test_without_slurm_or_submitit(cluster, monkeypatch):
+@pytest.mark.parametrize(("workers", "jobs", "most"), [(None, 30, 30), (4, 30, 4), (4, 2, 2)])
+def test_workers_limits_the_slurm_jobs_at_once(cluster, tmp_path, workers, jobs, most):
+    pool = Slurm(workers=workers, folder=str(tmp_path))
+
+    assert pool.open(jobs) == most
+
+    pool.close()
+
+
+def test_a_slurm_job_has_a_machine_of_its_own_and_a_whole_group():
+    assert Slurm().whole_groups
+    assert Slurm().jobs_at_once == 1
+
+
+def test_without_slurm_the_error_says_where_to_start_int8run(cluster):
     (cluster / "squeue").unlink()
-    with pytest.raises(
-        ConfigError,
-        match=r"finds no squeue here; start int8run on a machine that submits .* or choose hydra/launcher=joblib",
-    ):
+
+    message = (
+        r"finds no squeue here; start int8run on a machine that submits .* or choose hydra/launcher=joblib"
+    )
+    with pytest.raises(ConfigError, match=message):
         Slurm().open(2)
+
+
+def test_without_submitit_the_error_says_what_to_install(cluster, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(ConfigError, match=r"needs submitit on this machine: pip install 'int8run\[slurm\]'"):
+
+    message = r"needs submitit on this machine: pip install 'int8run\[slurm\]'"
+    with pytest.raises(ConfigError, match=message):
         Slurm().open(2)
 
 
