@@ -33,6 +33,7 @@ from int8run.errors import ConfigError
 from int8run.layers.plan import Int8Settings
 from int8run.lora.config import Adapter
 from int8run.metrics.quality import compute_relative_error
+from int8run.pipeline.build import select_load_settings
 from int8run.pipeline.checkpoint_weights import FileWeights
 from int8run.pipeline.load import load_model
 from int8run.report.console import Progress
@@ -48,7 +49,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_denoiser_weights_are_not_read_before_they_are_needed(case: Case) -> None:
     spec = replace(case.spec, model=case.make_source())
-    skeleton = load_model(spec, Progress(False), whole=False).denoiser
+    skeleton = load_model(select_load_settings(spec, needs_float_denoiser=False), Progress(False)).denoiser
 
     assert {name for name, value in skeleton.named_parameters() if not value.is_meta} == set()
 
@@ -141,7 +142,7 @@ def test_float_file_with_original_names_is_the_model(case: Case, kind: str) -> N
     spec = replace(
         case.spec, model=case.make_source(write_original_files(case, kind)), int8=Int8Settings(enable=False)
     )
-    loaded = load_model(spec, Progress(False))
+    loaded = load_model(select_load_settings(spec, needs_float_denoiser=True), Progress(False))
 
     assert loaded.family.name == case.instance.family
     assert_same_tensors(loaded.denoiser.state_dict(), collect_float_weights(case))

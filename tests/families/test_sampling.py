@@ -11,7 +11,8 @@ from families import instances, instances_b
 from torch import Tensor, nn
 
 from int8run.generate.capture import capture_calls
-from int8run.generate.generate import build_step_callback, generate
+from int8run.generate.generate import generate
+from int8run.generate.pipeline_call import build_step_callback
 from int8run.generate.prompts import Sample
 from int8run.metrics.quality import compute_relative_error
 

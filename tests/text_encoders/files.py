@@ -143,7 +143,7 @@ POSITIVE = {
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
-def nearest(values: Array, grid: Array) -> NDArray[np.int64]:
+def find_nearest(values: Array, grid: Array) -> NDArray[np.int64]:
     """The place in a rising grid of the number that is nearest, the even one of two."""
     above = np.clip(np.searchsorted(grid, values), 1, len(grid) - 1)
     low, high = values - grid[above - 1], grid[above] - values
@@ -152,11 +152,11 @@ def nearest(values: Array, grid: Array) -> NDArray[np.int64]:
 
 def to_fp8(values: Array, dtype: str) -> tuple[NDArray[np.int64], Array]:
     """Bytes, and the numbers that they are."""
-    place = nearest(abs(values), POSITIVE[dtype])
+    place = find_nearest(abs(values), POSITIVE[dtype])
     return place | (values < 0).astype(np.int64) << 7, np.copysign(POSITIVE[dtype][place], values)
 
 
-def regular(size: int) -> Array:
+def make_regular_hadamard(size: int) -> Array:
     """Digits of row and column in base 4 that add to 3 give a minus each."""
     i, j = np.indices((size, size))
     minus = sum((i >> place & 3) + (j >> place & 3) == 3 for place in range(0, size.bit_length() - 1, 2))
@@ -179,7 +179,7 @@ def in_tiles(scales: NDArray[np.int64]) -> NDArray[np.int64]:
     return flat.reshape(high, wide)
 
 
-def padded(weight: Array, multiple: int) -> Array:
+def pad_weight(weight: Array, multiple: int) -> Array:
     """With rows and columns of zeros."""
     return np.pad(weight, [(0, -size % multiple) for size in weight.shape])
 
@@ -191,7 +191,7 @@ BLOCK, FP8_BLOCK, GROUP = 32, 16, 16
 Made = tuple[Array, dict[str, Any] | None]  # the real weight, and the marker
 
 
-def by_scale(
+def write_scaled(
     file: File, name: str, weight: Array, dtype: str, blocks: tuple[int, int], shape: Sequence[int] | None
 ) -> Array:
     """Codes and a scale for each block of rows and columns; shape: of the scales in the file."""
@@ -212,23 +212,23 @@ def by_scale(
     return codes * spread
 
 
-def int8_convrot(file: File, name: str, weight: Array, group: int = GROUP) -> Made:
+def write_int8_convrot(file: File, name: str, weight: Array, group: int = GROUP) -> Made:
     """Groups of columns rotated, then rows."""
-    matrix = np.kron(np.eye(weight.shape[1] // group), regular(group))
-    real = by_scale(file, name, weight @ matrix, "I8", (1, weight.shape[1]), None) @ matrix
+    matrix = np.kron(np.eye(weight.shape[1] // group), make_regular_hadamard(group))
+    real = write_scaled(file, name, weight @ matrix, "I8", (1, weight.shape[1]), None) @ matrix
     return real, {**TENSOR, "convrot": True, "convrot_groupsize": group, "per_row": True}
 
 
-def cast(file: File, name: str, weight: Array, dtype: str) -> Made:
+def write_cast(file: File, name: str, weight: Array, dtype: str) -> Made:
     """fp8 without a scale."""
     codes, real = to_fp8(weight, dtype)
     file.put(f"{name}.weight", dtype, codes)
     return real, None
 
 
-def mxfp8(file: File, name: str, weight: Array, tiles: bool = True, dtype: str = "U8") -> Made:
+def write_mxfp8(file: File, name: str, weight: Array, tiles: bool = True, dtype: str = "U8") -> Made:
     """A power of 2 for 32 numbers of a row."""
-    wide = padded(weight, 32)
+    wide = pad_weight(weight, 32)
     most = abs(wide).reshape(wide.shape[0], -1, 32).max(axis=2)
     exponent = np.where(
         most == 0, 0, np.clip(np.ceil(np.log2(np.maximum(most / 448, 2.0**-127))) + 127, 0, 254)
@@ -240,15 +240,15 @@ def mxfp8(file: File, name: str, weight: Array, tiles: bool = True, dtype: str =
     return values * spread, {"format": "mxfp8"}
 
 
-def nvfp4(file: File, name: str, weight: Array, tiles: bool = True, dtype: str = "F8_E4M3") -> Made:
+def write_nvfp4(file: File, name: str, weight: Array, tiles: bool = True, dtype: str = "F8_E4M3") -> Made:
     """Codes of 4 bits, two levels of scales; tiles: ComfyUI's flavour, else ModelOpt's."""
-    wide = padded(weight, 16)
+    wide = pad_weight(weight, 16)
     total = file.put(f"{name}.weight_scale_2", "F32", max(abs(wide).max() / (448 * 6), 1e-12)).item()
     most = abs(wide).reshape(wide.shape[0], -1, 16).max(axis=2)
     scale_codes, scale = to_fp8(np.minimum(most / 6 / total, 448), "F8_E4M3")
     spread = np.kron(scale * total, np.ones((1, 16)))
     ratio = np.divide(wide, spread, out=np.zeros_like(wide), where=spread > 0)
-    place = nearest(abs(ratio), FP4)
+    place = find_nearest(abs(ratio), FP4)
     codes = place + 8 * (wide < 0)
     even, odd = codes[:, ::2], codes[:, 1::2]
     file.put(f"{name}.weight", "U8", even * 16 + odd if tiles else odd * 16 + even)
@@ -256,35 +256,41 @@ def nvfp4(file: File, name: str, weight: Array, tiles: bool = True, dtype: str =
     return np.copysign(FP4[place], wide) * spread, {"format": "nvfp4"} if tiles else None
 
 
-def rows(shape: str, marker: dict[str, Any], dtype: str = "I8") -> Callable[[File, str, Array], Made]:
+def make_row_writer(
+    shape: str, marker: dict[str, Any], dtype: str = "I8"
+) -> Callable[[File, str, Array], Made]:
     """A scale for each row."""
 
     def make(file: File, name: str, weight: Array) -> Made:
         n, k = weight.shape
-        return by_scale(file, name, weight, dtype, (1, k), (n,) if shape == "[N]" else (n, 1)), marker
+        return write_scaled(file, name, weight, dtype, (1, k), (n,) if shape == "[N]" else (n, 1)), marker
 
     return make
 
 
-def whole(marker: dict[str, Any], dtype: str = "I8") -> Callable[[File, str, Array], Made]:
+def make_tensor_writer(marker: dict[str, Any], dtype: str = "I8") -> Callable[[File, str, Array], Made]:
     """One scale."""
-    return lambda file, name, weight: (by_scale(file, name, weight, dtype, weight.shape, ()), marker)  # type: ignore[arg-type]
+    return lambda file, name, weight: (write_scaled(file, name, weight, dtype, weight.shape, ()), marker)  # type: ignore[arg-type]
 
 
-def grid(size: int, marker: dict[str, Any], dtype: str = "I8") -> Callable[[File, str, Array], Made]:
+def make_grid_writer(
+    size: int, marker: dict[str, Any], dtype: str = "I8"
+) -> Callable[[File, str, Array], Made]:
     """A scale for each square block."""
     return lambda file, name, weight: (
-        by_scale(file, name, weight, dtype, (size, size), None),
+        write_scaled(file, name, weight, dtype, (size, size), None),
         {**marker, "group_size": size},
     )
 
 
-def block3d(size: int, marker: dict[str, Any], dtype: str = "I8") -> Callable[[File, str, Array], Made]:
+def make_block3d_writer(
+    size: int, marker: dict[str, Any], dtype: str = "I8"
+) -> Callable[[File, str, Array], Made]:
     """A scale for each block of a row, in three dimensions."""
 
     def make(file: File, name: str, weight: Array) -> Made:
         n, k = weight.shape
-        return by_scale(file, name, weight, dtype, (1, size), (n, k // size, 1)), {
+        return write_scaled(file, name, weight, dtype, (1, size), (n, k // size, 1)), {
             **marker,
             "group_size": size,
         }
@@ -294,21 +300,21 @@ def block3d(size: int, marker: dict[str, Any], dtype: str = "I8") -> Callable[[F
 
 E4M3, E5M2 = "F8_E4M3", "F8_E5M2"
 FORMATS: dict[str, Callable[[File, str, Array], Made]] = {
-    "int8_tensorwise": whole(TENSOR),
-    "int8_rowwise": rows("[N, 1]", {**TENSOR, "per_row": True}),
-    "int8_convrot": int8_convrot,
-    "int8_blockwise": grid(BLOCK, {"format": "int8_blockwise"}),
-    "int8_block3d": block3d(BLOCK, {"format": "int8_blockwise"}),
-    "float8_e4m3fn": whole({"format": "float8_e4m3fn"}, E4M3),
-    "float8_e5m2": whole({"format": "float8_e5m2"}, E5M2),
-    "float8_e4m3fn_cast": lambda file, name, weight: cast(file, name, weight, E4M3),
-    "float8_e5m2_cast": lambda file, name, weight: cast(file, name, weight, E5M2),
-    "float8_e4m3fn_rowwise": rows("[N]", {"format": "float8_e4m3fn_rowwise"}, E4M3),
-    "float8_e4m3fn_blockwise": grid(FP8_BLOCK, {"format": "float8_e4m3fn_blockwise"}, E4M3),
-    "float8_e4m3fn_block3d": block3d(FP8_BLOCK, {"format": "float8_e4m3fn_block3d"}, E4M3),
-    "mxfp8": mxfp8,
-    "nvfp4": nvfp4,
-    "nvfp4_modelopt": lambda file, name, weight: nvfp4(file, name, weight, tiles=False),
+    "int8_tensorwise": make_tensor_writer(TENSOR),
+    "int8_rowwise": make_row_writer("[N, 1]", {**TENSOR, "per_row": True}),
+    "int8_convrot": write_int8_convrot,
+    "int8_blockwise": make_grid_writer(BLOCK, {"format": "int8_blockwise"}),
+    "int8_block3d": make_block3d_writer(BLOCK, {"format": "int8_blockwise"}),
+    "float8_e4m3fn": make_tensor_writer({"format": "float8_e4m3fn"}, E4M3),
+    "float8_e5m2": make_tensor_writer({"format": "float8_e5m2"}, E5M2),
+    "float8_e4m3fn_cast": lambda file, name, weight: write_cast(file, name, weight, E4M3),
+    "float8_e5m2_cast": lambda file, name, weight: write_cast(file, name, weight, E5M2),
+    "float8_e4m3fn_rowwise": make_row_writer("[N]", {"format": "float8_e4m3fn_rowwise"}, E4M3),
+    "float8_e4m3fn_blockwise": make_grid_writer(FP8_BLOCK, {"format": "float8_e4m3fn_blockwise"}, E4M3),
+    "float8_e4m3fn_block3d": make_block3d_writer(FP8_BLOCK, {"format": "float8_e4m3fn_block3d"}, E4M3),
+    "mxfp8": write_mxfp8,
+    "nvfp4": write_nvfp4,
+    "nvfp4_modelopt": lambda file, name, weight: write_nvfp4(file, name, weight, tiles=False),
 }
 # how far the rounded weight may be from the real one, as a part of its size
 ERRORS = {"int8": 0.06, "float8_e4m3fn": 0.04, "float8_e5m2": 0.08, "mxfp8": 0.04, "nvfp4": 0.16}
@@ -324,14 +330,14 @@ def allowed_error(word: str) -> float:
 WIDE, INNER, VOCAB = 64, 128, 40
 
 
-def stack(
+def stack_layers(
     shapes: dict[str, tuple[int, ...]], layers: int, start: str, inner: dict[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     """Layers with a number in their name."""
     return {**shapes, **{f"{start}{i}.{key}": shape for i in range(layers) for key, shape in inner.items()}}
 
 
-def clip(projection: bool, inner_size: int) -> dict[str, tuple[int, ...]]:
+def make_clip_shapes(projection: bool, inner_size: int) -> dict[str, tuple[int, ...]]:
     norms = {f"layer_norm{i}.{x}": (WIDE,) for i in (1, 2) for x in ("weight", "bias")}
     linears = {f"self_attn.{x}_proj": (WIDE, WIDE) for x in ("q", "k", "v", "out")}
     linears |= {"mlp.fc1": (inner_size, WIDE), "mlp.fc2": (WIDE, inner_size)}
@@ -345,10 +351,10 @@ def clip(projection: bool, inner_size: int) -> dict[str, tuple[int, ...]]:
         "text_model.final_layer_norm.bias": (WIDE,),
         **({"text_projection.weight": (WIDE, WIDE)} if projection else {}),
     }
-    return stack(outer, 1, "text_model.encoder.layers.", {**norms, **inner})
+    return stack_layers(outer, 1, "text_model.encoder.layers.", {**norms, **inner})
 
 
-def t5(layers: int, bias_everywhere: bool, inner_size: int) -> dict[str, tuple[int, ...]]:
+def make_t5_shapes(layers: int, bias_everywhere: bool, inner_size: int) -> dict[str, tuple[int, ...]]:
     inner = {
         **{f"layer.0.SelfAttention.{x}.weight": (WIDE, WIDE) for x in "qkvo"},
         "layer.0.layer_norm.weight": (WIDE,),
@@ -361,10 +367,10 @@ def t5(layers: int, bias_everywhere: bool, inner_size: int) -> dict[str, tuple[i
     outer |= {
         f"encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight": (32, 1) for i in biased
     }
-    return stack(outer, layers, "encoder.block.", inner)
+    return stack_layers(outer, layers, "encoder.block.", inner)
 
 
-def llm(
+def make_llm_shapes(
     inner_size: int, head: int, norms: Sequence[str], per_head: bool = False, biases: bool = False
 ) -> dict[str, tuple[int, ...]]:
     """One layer with one head."""
@@ -377,7 +383,7 @@ def llm(
         **({f"self_attn.{x}_norm.weight": (head,) for x in "qk"} if per_head else {}),
         **({f"self_attn.{x}_proj.bias": (head,) for x in "qkv"} if biases else {}),
     }
-    return stack(
+    return stack_layers(
         {"model.embed_tokens.weight": (VOCAB, WIDE), "model.norm.weight": (WIDE,)}, 1, "model.layers.", inner
     )
 
@@ -385,14 +391,14 @@ def llm(
 BEFORE_AND_AFTER = ("input_layernorm", "post_attention_layernorm")
 FOUR_NORMS = (*BEFORE_AND_AFTER, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 ENCODERS: dict[str, Callable[[int], dict[str, tuple[int, ...]]]] = {
-    "clip_l": lambda inner: clip(False, inner),
-    "clip_g": lambda inner: clip(True, inner),
-    "t5": lambda inner: t5(1, False, inner),
-    "umt5": lambda inner: t5(2, True, inner),
-    "qwen3": lambda inner: llm(inner, 128, BEFORE_AND_AFTER, per_head=True),
-    "qwen2_5": lambda inner: llm(inner, 128, BEFORE_AND_AFTER, biases=True),
-    "llama": lambda inner: llm(inner, 128, BEFORE_AND_AFTER),
-    "gemma2": lambda inner: llm(inner, 256, FOUR_NORMS),
+    "clip_l": lambda inner: make_clip_shapes(False, inner),
+    "clip_g": lambda inner: make_clip_shapes(True, inner),
+    "t5": lambda inner: make_t5_shapes(1, False, inner),
+    "umt5": lambda inner: make_t5_shapes(2, True, inner),
+    "qwen3": lambda inner: make_llm_shapes(inner, 128, BEFORE_AND_AFTER, per_head=True),
+    "qwen2_5": lambda inner: make_llm_shapes(inner, 128, BEFORE_AND_AFTER, biases=True),
+    "llama": lambda inner: make_llm_shapes(inner, 128, BEFORE_AND_AFTER),
+    "gemma2": lambda inner: make_llm_shapes(inner, 256, FOUR_NORMS),
 }
 FLOAT = (
     "embedding.weight",
@@ -403,7 +409,7 @@ FLOAT = (
 )
 
 
-def encoder(
+def make_encoder_file(
     name: str,
     word: str = "",
     *,
@@ -456,7 +462,7 @@ def encoder(
     return file
 
 
-def legacy(file: File, elements: int = 0, dtype: str = "F8_E4M3") -> File:
+def to_legacy(file: File, elements: int = 0, dtype: str = "F8_E4M3") -> File:
     """The names of 2024: `scale_weight`, `scale_input`, and one marker for the file."""
     old = file.drop(".comfy_quant").rename(lambda key: key.replace("weight_scale", "scale_weight"))
     old.tensors["scaled_fp8"] = Stored(dtype, (elements,), bytes(elements * (4 if dtype == "F32" else 1)))

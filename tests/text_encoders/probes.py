@@ -12,17 +12,17 @@ from int8run.text_encoders.load import build_text_encoder, load_text_encoder
 OUTER = ("text_model.", "model.language_model.", "language_model.", "model.", "encoder.embed_tokens")
 
 
-def bare(name: str) -> str:
+def strip_root(name: str) -> str:
     """A layer's name without what classes and files put before it."""
     if name == "encoder.embed_tokens":
         return "shared"
     for outer in OUTER:
         if name.startswith(outer):
-            return bare(name.removeprefix(outer))
+            return strip_root(name.removeprefix(outer))
     return name
 
 
-def asked(module: nn.Module) -> np.ndarray | None:
+def probe_weight(module: nn.Module) -> np.ndarray | None:
     """The weight that a module acts by; None for one that is neither a Linear nor an embedding."""
     with torch.inference_mode():
         if hasattr(module, "in_features"):
@@ -36,13 +36,13 @@ def asked(module: nn.Module) -> np.ndarray | None:
     return None
 
 
-def weights_of(path: Path, kernel_backend: str = "dequantize", **options: Any) -> dict[str, np.ndarray]:
+def load_weights(path: Path, kernel_backend: str = "dequantize", **options: Any) -> dict[str, np.ndarray]:
     """Load a file, build its model, ask every layer. By name without outer parts."""
     state, metadata = load_text_encoder(path, kernel_backend=kernel_backend, **options)
-    return asked_all(build_text_encoder(state, metadata, dtype=torch.float32))
+    return probe_weights(build_text_encoder(state, metadata, dtype=torch.float32))
 
 
-def asked_all(model: nn.Module) -> dict[str, np.ndarray]:
+def probe_weights(model: nn.Module) -> dict[str, np.ndarray]:
     """The same of a model."""
-    found = {name: asked(module) for name, module in model.named_modules()}
-    return {bare(name): weight for name, weight in found.items() if weight is not None}
+    found = {name: probe_weight(module) for name, module in model.named_modules()}
+    return {strip_root(name): weight for name, weight in found.items() if weight is not None}

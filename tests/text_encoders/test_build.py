@@ -9,7 +9,7 @@ import torch
 from support.clip_files import answer
 from support.compare import assert_close
 from support.helpers import without_vnni
-from text_encoders.files import ENCODERS, encoder
+from text_encoders.files import ENCODERS, make_encoder_file
 from text_encoders.files import FORMATS as FILES
 from torch import nn
 
@@ -45,7 +45,7 @@ def build(path: Path, kernel_backend: str = "dequantize", **options: object) -> 
 @pytest.fixture(scope="module")
 def mixed_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A T5 in six formats, its table in another, and the rest in bfloat16."""
-    return encoder("t5", words=MIXED, quantized=["shared.weight"]).write(
+    return make_encoder_file("t5", words=MIXED, quantized=["shared.weight"]).write(
         tmp_path_factory.mktemp("mixed") / "t5.safetensors"
     )
 
@@ -90,7 +90,7 @@ def test_default_dtype_is_bfloat16(mixed_file: Path) -> None:
 def test_memory_is_that_of_the_file(tmp_path: Path) -> None:
     for name in ENCODERS:
         for word in ("int8_rowwise", "float8_e4m3fn", "nvfp4"):
-            path = encoder(name, word, inner=256).write(tmp_path / "x.safetensors")
+            path = make_encoder_file(name, word, inner=256).write(tmp_path / "x.safetensors")
             state, metadata = load_text_encoder(path, kernel_backend="reference")
             model = build_text_encoder(
                 state, metadata, config=metadata["config"] | {"tie_word_embeddings": True}
@@ -116,12 +116,12 @@ def test_memory_is_that_of_the_file(tmp_path: Path) -> None:
 
 
 def test_tied_embeddings_are_one_module(tmp_path: Path) -> None:
-    model = build(encoder("t5", "int8_rowwise").write(tmp_path / "x.safetensors"))
+    model = build(make_encoder_file("t5", "int8_rowwise").write(tmp_path / "x.safetensors"))
 
     assert model.shared.weight is model.encoder.embed_tokens.weight
 
     model = build(
-        encoder("t5", "int8_rowwise", quantized=["shared.weight"]).write(tmp_path / "x.safetensors")
+        make_encoder_file("t5", "int8_rowwise", quantized=["shared.weight"]).write(tmp_path / "x.safetensors")
     )
 
     assert model.shared.qdata.data_ptr() == model.encoder.embed_tokens.qdata.data_ptr()
@@ -197,7 +197,7 @@ def test_scaled_mm_runs_only_fp8_layers(mixed_file: Path, caplog: pytest.LogCapt
 
 
 def test_kernels_without_a_layer_are_an_error(tmp_path: Path) -> None:
-    path = encoder("t5", "nvfp4").write(tmp_path / "x.safetensors")
+    path = make_encoder_file("t5", "nvfp4").write(tmp_path / "x.safetensors")
 
     with pytest.raises(
         BackendError,
@@ -245,7 +245,7 @@ def test_dequantizer_depends_on_backend_and_device(word: str, device: str, reade
 
 
 def open_encoder(name: str, word: str, folder: Path, **options: object) -> tuple[EncoderFile, nn.Module]:
-    weights = EncoderFile(encoder(name, word, **options).write(folder / "x.safetensors"))  # type: ignore[arg-type]
+    weights = EncoderFile(make_encoder_file(name, word, **options).write(folder / "x.safetensors"))  # type: ignore[arg-type]
     return weights, build_skeleton(
         weights.encoder.classes[0], build_config(weights.encoder, weights.shapes), torch.float32
     )
@@ -294,7 +294,7 @@ def test_quantized_table_that_the_model_reads_itself_is_float_in_memory(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
-    file = encoder("t5", "int8_rowwise")
+    file = make_encoder_file("t5", "int8_rowwise")
     file.real[table], marker = FILES["int8_rowwise"](file, table, np.linspace(-1, 1, 32)[:, None])
     file.text(f"{table}.comfy_quant", marker)
 

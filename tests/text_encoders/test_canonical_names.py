@@ -20,7 +20,7 @@ from text_encoders.shapes import (
     make_t5_shapes,
     shapes_of,
 )
-from text_encoders.tiny_encoders import CLIP, TINY, answers, tiny_model
+from text_encoders.tiny_encoders import CLIP, TINY, run_model, tiny_model
 from torch import nn
 
 from int8run.errors import FileError
@@ -103,7 +103,7 @@ def test_model_of_every_class_is_built_from_shapes_alone_and_runs(name, cls):
             }
         )
 
-    assert all(x.isfinite().all() for x in answers(empty))
+    assert all(x.isfinite().all() for x in run_model(empty))
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from text_encoders import oracle
-from text_encoders.files import ENCODERS, FORMATS, File, encoder, legacy
+from text_encoders.files import ENCODERS, FORMATS, File, make_encoder_file, to_legacy
 from text_encoders.mutations import MUTATIONS, Draft
 from text_encoders.oracle import Reading, Unreadable
-from text_encoders.probes import asked_all, bare
+from text_encoders.probes import probe_weights, strip_root
 
 from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.layer import CheckpointLayer
@@ -37,7 +37,12 @@ CHANGES = st.lists(st.tuples(st.sampled_from(MUTATIONS), st.integers(0, 2**16)),
 def choose_part(word: str, carrier: str = "tensor", name: str = "t5", **options: Any) -> Callable[[], File]:
     """A few layers of an encoder."""
     return partial(
-        encoder, name, word, carrier=carrier, only=CLIP_PART if name == "clip_l" else T5_PART, **options
+        make_encoder_file,
+        name,
+        word,
+        carrier=carrier,
+        only=CLIP_PART if name == "clip_l" else T5_PART,
+        **options,
     )
 
 
@@ -54,7 +59,7 @@ BASES: dict[str, Callable[[], File]] = {
     # a rotation without a marker is invisible: such a file is one with unrotated rows
     **{f"{word}, none": choose_part(word, "none", "clip_l") for word in FORMATS if word != "int8_convrot"},
     **{
-        f"legacy {x}": partial(lambda x: legacy(choose_part(x)(), 2), x)
+        f"legacy {x}": partial(lambda x: to_legacy(choose_part(x)(), 2), x)
         for x in ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
     },
     "mixed": choose_part("", words=("int8_rowwise", "float8_e4m3fn", "nvfp4", "mxfp8", "int8_convrot")),
@@ -161,23 +166,26 @@ def compare_encoder(path: Path) -> str:
     prefix = metadata["prefix"]
     try:
         expected = {
-            bare(name.removeprefix(prefix)): reading for name, reading in oracle.read(path, prefix).items()
+            strip_root(name.removeprefix(prefix)): reading
+            for name, reading in oracle.read(path, prefix).items()
         }
     except Unreadable as error:
         raise AssertionError(f"loaded, and there is no reading: {error}") from error
-    found = asked_all(model)
+    found = probe_weights(model)
     found.pop("lm_head", None)  # the table of tokens, or not there
     assert found.keys() <= expected.keys(), found.keys() - expected.keys()
     for name, weight in found.items():
         assert is_same_tensor(
             weight, expected[name].weight[tuple(slice(size) for size in weight.shape)], 1e-5
         ), name
-    stored = {bare(key.removeprefix(prefix)): tensor for key, tensor in oracle.tensors_of(path)[0].items()}
+    stored = {
+        strip_root(key.removeprefix(prefix)): tensor for key, tensor in oracle.tensors_of(path)[0].items()
+    }
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norms and biases
-            tensor = stored[bare(name)]
+            tensor = stored[strip_root(name)]
             assert tensor.dtype in (*oracle.FLOATS, *oracle.FP8), f"{name} is {tensor.dtype}"
-            layer = expected.get(bare(name.removesuffix(".weight")))
+            layer = expected.get(strip_root(name.removesuffix(".weight")))
             wanted = oracle.numbers(tensor) if layer is None else layer.weight
             assert np.allclose(parameter.numpy(), wanted, rtol=1e-6), name
     return "read"
@@ -218,16 +226,18 @@ PREFIXED = (
 )
 WHOLE: dict[str, Callable[[], File]] = {
     **{
-        f"{name}, {word}": partial(encoder, name, word)
+        f"{name}, {word}": partial(make_encoder_file, name, word)
         for name, word in zip([*ENCODERS] * 4, [*FORMATS] * 3, strict=False)
     },
     **{
-        f"{prefix}{name}": partial(lambda p, *x: encoder(*x, carrier="both").prefixed(p), prefix, name, word)
+        f"{prefix}{name}": partial(
+            lambda p, *x: make_encoder_file(*x, carrier="both").prefixed(p), prefix, name, word
+        )
         for prefix, name, word in PREFIXED
     },
-    "tables": lambda: encoder("t5", "int8_rowwise", quantized=["shared.weight"]),
-    "legacy": lambda: legacy(encoder("t5", "float8_e4m3fn", quantized=["shared.weight"])),
-    "mixed": lambda: encoder(
+    "tables": lambda: make_encoder_file("t5", "int8_rowwise", quantized=["shared.weight"]),
+    "legacy": lambda: to_legacy(make_encoder_file("t5", "float8_e4m3fn", quantized=["shared.weight"])),
+    "mixed": lambda: make_encoder_file(
         "clip_g", words=("int8_rowwise", "float8_e4m3fn", "nvfp4", "mxfp8", "int8_convrot")
     ),
 }

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from support.clip_files import answer, changed, file_of
 from support.compare import assert_close
 from support.tiny_pipeline import random_pipeline
-from text_encoders.files import File, encoder
+from text_encoders.files import File, make_encoder_file
 
 import int8run
 from int8run.errors import ConfigError, FileError
@@ -34,7 +34,7 @@ def test_package_exports_load_and_build() -> None:
 
 
 def test_loaded_tensors_are_those_of_the_file(tmp_path: Path) -> None:
-    path = write_file(encoder("t5", words=WORDS), tmp_path)
+    path = write_file(make_encoder_file("t5", words=WORDS), tmp_path)
     state, _ = load_text_encoder(path)
     held = load_file(path)
 
@@ -55,7 +55,7 @@ def test_loaded_tensors_are_those_of_the_file(tmp_path: Path) -> None:
 
 
 def test_metadata_describes_every_quantized_layer(tmp_path: Path) -> None:
-    file = encoder("t5", words=WORDS)
+    file = make_encoder_file("t5", words=WORDS)
     file.text("spiece_model", {"a": 1})
     path = write_file(file, tmp_path)
 
@@ -89,7 +89,9 @@ def test_metadata_describes_every_quantized_layer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("word", ["", "nvfp4"])
 def test_metadata_names_encoder_and_format(word: str, tmp_path: Path) -> None:
-    _, metadata = load_text_encoder(str(write_file(encoder("qwen3", word), tmp_path)), word or "auto")
+    _, metadata = load_text_encoder(
+        str(write_file(make_encoder_file("qwen3", word), tmp_path)), word or "auto"
+    )
 
     assert metadata["quant_format"] == {"asked": word or "auto", "found": word or "none"}
     assert len(metadata["layers"]) == 7 * bool(word)
@@ -97,13 +99,14 @@ def test_metadata_names_encoder_and_format(word: str, tmp_path: Path) -> None:
 
 def test_casts_beside_scaled_layers_are_one_format(tmp_path: Path) -> None:
     _, metadata = load_text_encoder(
-        write_file(encoder("t5", words=["float8_e4m3fn", "float8_e4m3fn_cast"]), tmp_path), "float8_e4m3fn"
+        write_file(make_encoder_file("t5", words=["float8_e4m3fn", "float8_e4m3fn_cast"]), tmp_path),
+        "float8_e4m3fn",
     )
 
     assert metadata["quant_format"]["found"] == "float8_e4m3fn"
     assert len(metadata["formats"]) == 2
 
-    _, metadata = load_text_encoder(write_file(encoder("t5", "float8_e4m3fn_cast"), tmp_path))
+    _, metadata = load_text_encoder(write_file(make_encoder_file("t5", "float8_e4m3fn_cast"), tmp_path))
 
     assert metadata["quant_format"]["found"] == "float8_e4m3fn_cast"
 
@@ -121,7 +124,7 @@ def test_casts_beside_scaled_layers_are_one_format(tmp_path: Path) -> None:
 )
 def test_broader_format_accepts_narrower_ones(words: list[str], asked: str, tmp_path: Path) -> None:
     """ComfyUI's word for all of int8; casts; and what a layer becomes that the format cannot take."""
-    _, metadata = load_text_encoder(write_file(encoder("t5", words=words), tmp_path), asked)
+    _, metadata = load_text_encoder(write_file(make_encoder_file("t5", words=words), tmp_path), asked)
 
     assert metadata["quant_format"]["asked"] == asked
     assert set(metadata["formats"]) == set(words)
@@ -145,11 +148,11 @@ def test_another_format_than_requested_is_an_error(word: str, asked: str, tmp_pa
     )
 
     with pytest.raises(ConfigError, match=f"x.safetensors holds {held}, and {asked} was asked for; {advice}"):
-        load_text_encoder(write_file(encoder("t5", word), tmp_path), asked)
+        load_text_encoder(write_file(make_encoder_file("t5", word), tmp_path), asked)
 
 
 def test_mixed_file_is_neither_of_its_formats(tmp_path: Path) -> None:
-    path = write_file(encoder("t5", words=["int8_rowwise", "nvfp4"]), tmp_path)
+    path = write_file(make_encoder_file("t5", words=["int8_rowwise", "nvfp4"]), tmp_path)
     for asked in ("int8_rowwise", "nvfp4"):
         with pytest.raises(
             ConfigError, match=f"holds 4 layers int8_rowwise, 3 layers nvfp4, and {asked} was asked for"
@@ -159,8 +162,8 @@ def test_mixed_file_is_neither_of_its_formats(tmp_path: Path) -> None:
 
 def test_one_encoder_of_a_full_checkpoint_is_loaded(tmp_path: Path) -> None:
     parts = {
-        "text_encoders.clip_l.transformer.": encoder("clip_l", "int8_rowwise"),
-        "text_encoders.t5xxl.transformer.": encoder("t5", "nvfp4"),
+        "text_encoders.clip_l.transformer.": make_encoder_file("clip_l", "int8_rowwise"),
+        "text_encoders.t5xxl.transformer.": make_encoder_file("t5", "nvfp4"),
     }
     file = File()
     for prefix, part in parts.items():
@@ -183,7 +186,9 @@ def test_one_encoder_of_a_full_checkpoint_is_loaded(tmp_path: Path) -> None:
         assert metadata["prefix"] == f"text_encoders.{prefix}.transformer."
         assert set(metadata["formats"]) == {word}
         alone, _ = load_text_encoder(
-            encoder("clip_l" if word[0] == "i" else "t5", word).write(tmp_path / "alone.safetensors")
+            make_encoder_file("clip_l" if word[0] == "i" else "t5", word).write(
+                tmp_path / "alone.safetensors"
+            )
         )
         assert state.keys() == alone.keys()
         assert all(
@@ -194,7 +199,7 @@ def test_one_encoder_of_a_full_checkpoint_is_loaded(tmp_path: Path) -> None:
 
 
 def test_unknown_setting_is_an_error(tmp_path: Path) -> None:
-    path = write_file(encoder("t5", "nvfp4"), tmp_path)
+    path = write_file(make_encoder_file("t5", "nvfp4"), tmp_path)
 
     with pytest.raises(
         ConfigError, match=r"kernel_backend is 'cuda'; choose from auto, .*dequantize, .*vnni"
@@ -210,7 +215,7 @@ def test_unknown_setting_is_an_error(tmp_path: Path) -> None:
 
 
 def test_class_must_hold_the_encoder(tmp_path: Path) -> None:
-    state, metadata = load_text_encoder(write_file(encoder("clip_g", "float8_e4m3fn"), tmp_path))
+    state, metadata = load_text_encoder(write_file(make_encoder_file("clip_g", "float8_e4m3fn"), tmp_path))
     names = {
         type(build_text_encoder(state, metadata, name)).__name__ for name in (None, *metadata["classes"])
     }
@@ -262,8 +267,8 @@ def test_given_config_is_used(tmp_path: Path) -> None:
 
 
 def test_metadata_of_another_file_is_an_error(tmp_path: Path) -> None:
-    state, metadata = load_text_encoder(write_file(encoder("t5", "int8_rowwise"), tmp_path))
-    other, _ = load_text_encoder(encoder("clip_l").write(tmp_path / "y.safetensors"))
+    state, metadata = load_text_encoder(write_file(make_encoder_file("t5", "int8_rowwise"), tmp_path))
+    other, _ = load_text_encoder(make_encoder_file("clip_l").write(tmp_path / "y.safetensors"))
 
     with pytest.raises(
         ConfigError,
@@ -285,10 +290,12 @@ def test_metadata_of_another_file_is_an_error(tmp_path: Path) -> None:
 
 def test_tensor_without_a_place_is_an_error(tmp_path: Path) -> None:
     """Sizes are read from the file: a tensor that they leave out must not make a smaller encoder of it."""
-    file = encoder("t5", "int8_rowwise")
+    file = make_encoder_file("t5", "int8_rowwise")
 
     with pytest.raises(FileError, match=r"encoder\.final_layer_norm\.weight"):
-        load_text_encoder(write_file(encoder("t5", "int8_rowwise").drop("final_layer_norm.weight"), tmp_path))
+        load_text_encoder(
+            write_file(make_encoder_file("t5", "int8_rowwise").drop("final_layer_norm.weight"), tmp_path)
+        )
 
     file.put("encoder.block.0.layer.0.SelfAttention.bonus.weight", "F32", np.ones((64, 64)))
 
@@ -301,7 +308,7 @@ def test_tensor_without_a_place_is_an_error(tmp_path: Path) -> None:
 
 def test_file_that_lost_its_markers_is_an_error(tmp_path: Path) -> None:
     """The shapes of a rotated layer are those of any other; the header still tells what it was."""
-    file = encoder("t5", "int8_convrot", carrier="none")
+    file = make_encoder_file("t5", "int8_convrot", carrier="none")
 
     assert load_text_encoder(write_file(file, tmp_path))[1]["formats"] == {"int8_rowwise": 7}
 
@@ -316,7 +323,7 @@ def test_file_that_lost_its_markers_is_an_error(tmp_path: Path) -> None:
 def test_loaded_tensors_can_be_saved_and_loaded_again(tmp_path: Path) -> None:
     """A program may keep the pair in files of its own."""
     state, metadata = load_text_encoder(
-        write_file(encoder("t5", words=WORDS), tmp_path), kernel_backend="dequantize"
+        write_file(make_encoder_file("t5", words=WORDS), tmp_path), kernel_backend="dequantize"
     )
     torch.save(state, tmp_path / "state.pt")
     (tmp_path / "metadata.json").write_text(json.dumps(metadata))

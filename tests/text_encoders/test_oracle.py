@@ -11,10 +11,10 @@ from text_encoders.files import (
     File,
     Stored,
     allowed_error,
-    encoder,
+    find_nearest,
     in_tiles,
-    nearest,
-    regular,
+    make_encoder_file,
+    make_regular_hadamard,
     to_fp8,
 )
 from text_encoders.oracle import TABLES, Tensor, Unreadable
@@ -47,7 +47,7 @@ def test_oracle_decodes_fp8_bytes() -> None:
         448,
         -(2.0**-9),
     ]
-    assert nearest(np.array([0.25, 2.5, 5, 7]), np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])).tolist() == [
+    assert find_nearest(np.array([0.25, 2.5, 5, 7]), np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])).tolist() == [
         0,
         4,
         6,
@@ -56,11 +56,11 @@ def test_oracle_decodes_fp8_bytes() -> None:
 
 
 def test_oracle_hadamard_matrices_are_orthogonal() -> None:
-    for matrix in (regular, lambda size: oracle.hadamard(size, False)):
+    for matrix in (make_regular_hadamard, lambda size: oracle.hadamard(size, False)):
         assert (np.array([1, 0, 0, 0]) @ matrix(4)).tolist() == [0.5, 0.5, 0.5, -0.5]
         assert (np.array([1, 2, 3, 4]) @ matrix(4)).tolist() == [1, 2, 3, 4]
         assert "".join("-+"[int(x > 0)] for x in matrix(16)[0]) == "+++-+++-+++----+"
-    assert np.allclose(regular(256), oracle.hadamard(256, False))
+    assert np.allclose(make_regular_hadamard(256), oracle.hadamard(256, False))
     assert np.allclose(oracle.hadamard(64, False) @ oracle.hadamard(64, False), np.eye(64))
     assert (2**0.5 * oracle.hadamard(2, True)).round(9).tolist() == [[1, 1], [1, -1]]
     with pytest.raises(Unreadable):
@@ -118,7 +118,7 @@ def test_oracle_decodes_e8m0_exponents(tmp_path: Path) -> None:
 
 
 def test_oracle_reads_a_marker_of_19_bytes() -> None:
-    stored = encoder("clip_l", "nvfp4").tensors["text_model.encoder.layers.0.mlp.fc1.comfy_quant"]
+    stored = make_encoder_file("clip_l", "nvfp4").tensors["text_model.encoder.layers.0.mlp.fc1.comfy_quant"]
 
     assert stored.shape == (19,)
     assert (stored.data[0], stored.data[-1]) == (0x7B, 0x7D)
@@ -127,7 +127,7 @@ def test_oracle_reads_a_marker_of_19_bytes() -> None:
 @pytest.mark.parametrize("word", FORMATS)
 def test_oracle_reads_every_format_of_every_encoder(word: str, tmp_path: Path) -> None:
     for name in ENCODERS:
-        file, floats = encoder(name, word), encoder(name, dtype="F64")
+        file, floats = make_encoder_file(name, word), make_encoder_file(name, dtype="F64")
         found = oracle.read(file.write(tmp_path / "x.safetensors"))
         assert set(found) == set(file.real)
         assert {layer: found[layer].word for layer in file.words} == file.words
@@ -149,7 +149,7 @@ def make_real_weights(file: File, layer: str) -> np.ndarray:
 
 @pytest.mark.parametrize("word", ["mxfp8", "nvfp4"])
 def test_oracle_cuts_padding(word: str, tmp_path: Path) -> None:
-    file = encoder("clip_l", word, inner=100)
+    file = make_encoder_file("clip_l", word, inner=100)
     found = oracle.read(file.write(tmp_path / "x.safetensors"))["text_model.encoder.layers.0.mlp.fc1"].weight
 
     assert found.shape == ({"mxfp8": 128, "nvfp4": 112}[word], 64)

@@ -16,9 +16,17 @@ from safetensors.torch import save_file
 from support.compare import assert_close
 from support.helpers import TinyModel, randn
 from text_encoders import oracle
-from text_encoders.files import ENCODERS, FORMATS, File, Stored, encoder, int8_convrot, legacy
+from text_encoders.files import (
+    ENCODERS,
+    FORMATS,
+    File,
+    Stored,
+    make_encoder_file,
+    to_legacy,
+    write_int8_convrot,
+)
 from text_encoders.oracle import DTYPES
-from text_encoders.probes import asked_all, bare, weights_of
+from text_encoders.probes import load_weights, probe_weights, strip_root
 from torch import nn
 
 from int8run.errors import ConfigError, FileError
@@ -39,11 +47,13 @@ Q, FC1 = f"{CLIP}self_attn.q_proj", f"{CLIP}mlp.fc1"
 INT8_BACKENDS = ("reference", "dequantize")
 
 
-def check(file: File, tmp_path: Path, kernel_backend: str = "dequantize", **options: object) -> None:
+def assert_read_right(
+    file: File, tmp_path: Path, kernel_backend: str = "dequantize", **options: object
+) -> None:
     """Every matrix of the built model is what the oracle reads from the file."""
     path = file.write(tmp_path / "x.safetensors")
-    expected = {bare(name): reading.weight for name, reading in oracle.read(path).items()}
-    found = weights_of(path, kernel_backend, **options)
+    expected = {strip_root(name): reading.weight for name, reading in oracle.read(path).items()}
+    found = load_weights(path, kernel_backend, **options)
     assert expected.keys() <= found.keys() | {"text_projection"}, expected.keys() - found.keys()
     for name, weight in expected.items():
         if name in found:
@@ -53,7 +63,7 @@ def check(file: File, tmp_path: Path, kernel_backend: str = "dequantize", **opti
             ), name
 
 
-def refused(
+def assert_file_error(
     file: File, tmp_path: Path, words: str, error: type[Exception] = FileError, **options: object
 ) -> None:
     """The file is refused in one line that says why."""
@@ -63,35 +73,35 @@ def refused(
     assert "\n" not in str(found.value)
 
 
-def rescaled(file: File, layer: str, shape: tuple[int, ...]) -> File:
+def reshape_scale(file: File, layer: str, shape: tuple[int, ...]) -> File:
     """The scale in another shape."""
     file.tensors[f"{layer}.weight_scale"] = file.tensors[f"{layer}.weight_scale"]._replace(shape=shape)
     return file
 
 
-def test_every_encoder_and_format(tmp_path: Path) -> None:
+def test_every_format_of_every_encoder_is_read_right(tmp_path: Path) -> None:
     words = list(FORMATS)
     for turn, name in enumerate(ENCODERS):
         for word in words[turn::5]:
-            check(encoder(name, word), tmp_path)
+            assert_read_right(make_encoder_file(name, word), tmp_path)
 
 
 @pytest.mark.parametrize("backend", INT8_BACKENDS)
 @pytest.mark.parametrize("shape", [(64,), (64, 1)])
-def test_64_scales_of_a_square_weight_are_of_its_rows(
+def test_64_scales_of_a_square_weight_belong_to_its_rows(
     shape: tuple[int, ...], backend: str, tmp_path: Path
 ) -> None:
-    check(rescaled(encoder("clip_l", "int8_rowwise"), Q, shape), tmp_path, backend)
+    assert_read_right(reshape_scale(make_encoder_file("clip_l", "int8_rowwise"), Q, shape), tmp_path, backend)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 @pytest.mark.parametrize("word", ["int8_tensorwise", "float8_e4m3fn"])
-def test_one_scale_in_three_shapes(word: str, shape: tuple[int, ...], tmp_path: Path) -> None:
-    file = encoder("clip_l", word)
+def test_single_scale_may_have_three_shapes(word: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", word)
     for layer in file.words:
-        rescaled(file, layer, shape)
+        reshape_scale(file, layer, shape)
 
-    check(file, tmp_path)
+    assert_read_right(file, tmp_path)
 
     _, metadata = load_text_encoder(tmp_path / "x.safetensors")
 
@@ -99,13 +109,13 @@ def test_one_scale_in_three_shapes(word: str, shape: tuple[int, ...], tmp_path: 
     assert metadata["formats"] == {word: 6}
 
 
-def test_one_scale_is_of_the_tensor_even_if_the_label_says_rows(
+def test_single_scale_belongs_to_the_tensor_whatever_the_marker_says(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = rescaled(encoder("t5", "float8_e4m3fn"), f"{T5}0.SelfAttention.q", (1,))
+    file = reshape_scale(make_encoder_file("t5", "float8_e4m3fn"), f"{T5}0.SelfAttention.q", (1,))
     file.text(f"{T5}0.SelfAttention.q.comfy_quant", {"format": "float8_e4m3fn_rowwise"})
 
-    check(file, tmp_path)
+    assert_read_right(file, tmp_path)
 
     _, metadata = load_text_encoder(tmp_path / "x.safetensors")
 
@@ -122,60 +132,68 @@ def test_one_scale_is_of_the_tensor_even_if_the_label_says_rows(
         (10, "int8_blockwise"),
     ],
 )
-def test_markers_of_one_byte(byte: int, word: str, tmp_path: Path) -> None:
-    file = encoder("clip_l", word)
+def test_marker_of_one_byte_is_read(byte: int, word: str, tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", word)
     for layer in file.words:
         file.text(f"{layer}.comfy_quant", bytes([byte]))
 
-    check(file, tmp_path)
-    refused(with_marker(file, bytes([4])), tmp_path, "comfy_quant is not JSON")
+    assert_read_right(file, tmp_path)
+    assert_file_error(replace_marker(file, bytes([4])), tmp_path, "comfy_quant is not JSON")
 
 
-def test_json_after_a_line_break_is_json_and_no_code(tmp_path: Path) -> None:
-    file = encoder("clip_l", "int8_convrot")
+def test_marker_that_starts_with_a_line_break_is_json(tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", "int8_convrot")
     for layer in file.words:
         file.text(f"{layer}.comfy_quant", b"\n" + file.tensors[f"{layer}.comfy_quant"].data + b"\0\0")
 
-    check(file, tmp_path)
+    assert_read_right(file, tmp_path)
 
 
-def with_marker(file: File, content: object, layer: str = Q) -> File:
+def replace_marker(file: File, content: object, layer: str = Q) -> File:
     file.text(f"{layer}.comfy_quant", content)
     return file
 
 
-def test_a_rotation_without_a_size_has_groups_of_256(tmp_path: Path) -> None:
-    file = encoder("clip_l", "int8_convrot")
+def test_rotation_without_a_size_has_groups_of_256(tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", "int8_convrot")
     for layer in file.words:
         file.text(f"{layer}.comfy_quant", {"format": "int8_tensorwise", "convrot": True})
 
-    refused(file, tmp_path, "rotated in groups of 256, which do not divide its 64 inputs")
+    assert_file_error(file, tmp_path, "rotated in groups of 256, which do not divide its 64 inputs")
 
     two = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16, "quarot_groupsize": 64}
 
-    refused(with_marker(encoder("clip_l", "int8_convrot"), two), tmp_path, "two sizes of rotated groups")
+    assert_file_error(
+        replace_marker(make_encoder_file("clip_l", "int8_convrot"), two),
+        tmp_path,
+        "two sizes of rotated groups",
+    )
 
 
 @pytest.mark.parametrize("size", [4, 32, 64])
-def test_groups_of_a_power_of_4_are_regular_and_others_are_sylvesters(size: int, tmp_path: Path) -> None:
-    file = encoder("clip_l", "int8_rowwise")  # read as rotated the numbers are others, and the oracle's
+def test_hadamard_matrix_depends_on_the_group_size(size: int, tmp_path: Path) -> None:
+    file = make_encoder_file(
+        "clip_l", "int8_rowwise"
+    )  # read as rotated the numbers are others, and the oracle's
     for layer in file.words:
         file.text(
             f"{layer}.comfy_quant", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
         )
 
-    check(file, tmp_path)
+    assert_read_right(file, tmp_path)
 
 
-def test_doubled_braces(tmp_path: Path) -> None:
-    file = encoder("clip_l", "int8_convrot", carrier="header")
+def test_marker_with_doubled_braces_is_read(tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", "int8_convrot", carrier="header")
     file.metadata["_quantization_metadata"] = "{" + file.metadata["_quantization_metadata"] + "}"
 
-    check(file, tmp_path)
+    assert_read_right(file, tmp_path)
 
-    file = encoder("clip_l", "int8_convrot")
+    file = make_encoder_file("clip_l", "int8_convrot")
 
-    check(with_marker(file, "{" + file.tensors[f"{Q}.comfy_quant"].data.decode() + "}"), tmp_path)
+    assert_read_right(
+        replace_marker(file, "{" + file.tensors[f"{Q}.comfy_quant"].data.decode() + "}"), tmp_path
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,14 +205,14 @@ def test_doubled_braces(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("backend", INT8_BACKENDS)
-def test_rotations_in_markers_without_a_format_or_in_params(
+def test_rotation_is_read_from_markers_without_a_format_or_from_params(
     fields: dict[str, object], backend: str, tmp_path: Path
 ) -> None:
-    file = encoder("clip_l", "int8_convrot")
+    file = make_encoder_file("clip_l", "int8_convrot")
     for layer in file.words:
         file.text(f"{layer}.comfy_quant", fields)
 
-    check(file, tmp_path, backend)
+    assert_read_right(file, tmp_path, backend)
 
 
 @pytest.mark.parametrize("name", ["clip_l", "t5"])
@@ -209,15 +227,15 @@ def test_rotations_in_markers_without_a_format_or_in_params(
         ("float8_e4m3fn_block3d", "float8_e4m3fn", "float8_e4m3fn_block3d"),
     ],
 )
-def test_a_label_that_the_shape_contradicts(
+def test_marker_that_the_shape_contradicts_is_an_error(
     word: str, label: str, found: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = encoder(name, word)
+    file = make_encoder_file(name, word)
     for layer in file.words:
         file.text(f"{layer}.comfy_quant", {"format": label})
 
     with caplog.at_level(logging.WARNING):
-        check(file, tmp_path)
+        assert_read_right(file, tmp_path)
 
     said = [record for record in caplog.records if "the shape of the scales counts" in record.getMessage()]
 
@@ -229,29 +247,33 @@ def test_a_label_that_the_shape_contradicts(
 @pytest.mark.parametrize(
     "label", ["float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "float8_e4m3fn_block3d"]
 )
-def test_fp8_that_lost_its_scales_is_no_cast(label: str, tmp_path: Path) -> None:
-    refused(encoder("t5", label).drop(".weight_scale"), tmp_path, "scale")
-    refused(encoder("t5", label, carrier="header").drop(".weight_scale"), tmp_path, "scale")
+def test_fp8_without_the_scales_of_its_marker_is_an_error(label: str, tmp_path: Path) -> None:
+    assert_file_error(make_encoder_file("t5", label).drop(".weight_scale"), tmp_path, "scale")
+    assert_file_error(
+        make_encoder_file("t5", label, carrier="header").drop(".weight_scale"), tmp_path, "scale"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "U8", "F8_E8M0"])
-def test_fp8_scale_in_an_int8_file(dtype: str, tmp_path: Path) -> None:
-    file = encoder("clip_l", "int8_rowwise")
+def test_fp8_scale_of_an_int8_weight_is_an_error(dtype: str, tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", "int8_rowwise")
     file.tensors[f"{Q}.weight_scale"] = Stored(dtype, (64, 1), bytes([0x38]) * 64)
 
-    refused(file, tmp_path, f"{Q}.weight_scale is {dtype}")
+    assert_file_error(file, tmp_path, f"{Q}.weight_scale is {dtype}")
 
 
 @pytest.mark.parametrize("elements", [0, 2])
-def test_int8_with_the_marker_of_fp8_files(elements: int, tmp_path: Path) -> None:
-    check(legacy(encoder("clip_l", "int8_tensorwise"), elements), tmp_path)
+def test_int8_weight_beside_the_scaled_fp8_marker_is_read(elements: int, tmp_path: Path) -> None:
+    assert_read_right(to_legacy(make_encoder_file("clip_l", "int8_tensorwise"), elements), tmp_path)
 
 
 @pytest.mark.parametrize("prefix", ["", "text_encoders.t5xxl.transformer."])
 @pytest.mark.parametrize(("elements", "dtype"), [(0, "F8_E4M3"), (2, "F8_E4M3"), (0, "F8_E5M2"), (2, "F32")])
-def test_files_of_2024(elements: int, dtype: str, prefix: str, tmp_path: Path) -> None:
+def test_scaled_fp8_files_of_2024_are_read(elements: int, dtype: str, prefix: str, tmp_path: Path) -> None:
     word = "float8_e5m2" if dtype == "F8_E5M2" else "float8_e4m3fn"
-    file = legacy(encoder("t5", word, quantized=["shared.weight"]), elements, dtype).prefixed(prefix)
+    file = to_legacy(make_encoder_file("t5", word, quantized=["shared.weight"]), elements, dtype).prefixed(
+        prefix
+    )
     path = file.write(tmp_path / "x.safetensors")
 
     state, metadata = load_text_encoder(path)
@@ -261,58 +283,60 @@ def test_files_of_2024(elements: int, dtype: str, prefix: str, tmp_path: Path) -
     assert {"scaled_fp8"}.isdisjoint(state)
     assert state[f"{T5}0.SelfAttention.q.weight_scale"].dtype == torch.float32
 
-    found = asked_all(
+    found = probe_weights(
         build_text_encoder(state, {**metadata, "kernel_backend": "dequantize"}, dtype=torch.float32)
     )
 
     for name, reading in oracle.read(path).items():
-        assert np.allclose(found[bare(name.removeprefix(prefix))], reading.weight, rtol=1e-5, atol=1e-6)
+        assert np.allclose(found[strip_root(name.removeprefix(prefix))], reading.weight, rtol=1e-5, atol=1e-6)
 
 
-def test_scaled_fp8_that_lost_its_scales(tmp_path: Path) -> None:
-    refused(
-        legacy(encoder("t5", "float8_e4m3fn")).drop(".scale_weight"),
+def test_scaled_fp8_file_without_scales_is_an_error(tmp_path: Path) -> None:
+    assert_file_error(
+        to_legacy(make_encoder_file("t5", "float8_e4m3fn")).drop(".scale_weight"),
         tmp_path,
         "says that fp8 weights have scales, and none has one",
     )
 
 
-def test_a_plain_cast_beside_layers_with_scales(tmp_path: Path) -> None:
-    file = encoder("t5", "", words=["float8_e4m3fn", "float8_e4m3fn_cast"], quantized=["shared.weight"])
-    check(legacy(file), tmp_path)
+def test_plain_cast_beside_scaled_layers_is_read(tmp_path: Path) -> None:
+    file = make_encoder_file(
+        "t5", "", words=["float8_e4m3fn", "float8_e4m3fn_cast"], quantized=["shared.weight"]
+    )
+    assert_read_right(to_legacy(file), tmp_path)
 
 
-def test_scales_in_half_precision_are_multiplied_in_full(tmp_path: Path) -> None:
+def test_half_precision_scales_are_multiplied_in_float32(tmp_path: Path) -> None:
     for word in ("int8_rowwise", "float8_e4m3fn", "int8_blockwise"):
         for dtype in ("BF16", "F16"):
-            file = encoder("t5", word)
+            file = make_encoder_file("t5", word)
             for layer in file.words:
                 stored = file.tensors[f"{layer}.weight_scale"]
                 file.put(
                     f"{layer}.weight_scale", dtype, np.frombuffer(stored.data, "<f4").reshape(stored.shape)
                 )
-            check(file, tmp_path)
-            check(file, tmp_path, "reference") if word.startswith("int8") else None
+            assert_read_right(file, tmp_path)
+            assert_read_right(file, tmp_path, "reference") if word.startswith("int8") else None
 
 
 @pytest.mark.parametrize("backend", INT8_BACKENDS)
 @pytest.mark.parametrize("word", ["int8_rowwise", "int8_convrot", "int8_blockwise"])
-def test_codes_of_minus_128(word: str, backend: str, tmp_path: Path) -> None:
-    file = encoder("clip_l", word)
+def test_int8_value_minus_128_is_read(word: str, backend: str, tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", word)
     for layer in file.words:
         stored = file.tensors[f"{layer}.weight"]
         file.tensors[f"{layer}.weight"] = stored._replace(data=stored.data.replace(b"\x81", b"\x80"))
 
     assert b"\x80" in file.tensors[f"{Q}.weight"].data
-    check(file, tmp_path, backend)
+    assert_read_right(file, tmp_path, backend)
 
 
-def test_a_header_that_lost_the_rotation(tmp_path: Path) -> None:
-    file = encoder("clip_l", "int8_convrot", carrier="both")
+def test_rotation_in_the_marker_counts_when_the_header_lost_it(tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", "int8_convrot", carrier="both")
     layers = {layer: {"format": "int8_tensorwise"} for layer in file.words}
     file.metadata["_quantization_metadata"] = json.dumps({"layers": layers})
 
-    check(file, tmp_path)
+    assert_read_right(file, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -332,42 +356,48 @@ def test_a_header_that_lost_the_rotation(tmp_path: Path) -> None:
         (lambda layers: {name: {"format": "int9"} for name in layers}, "'int9'; int8run reads"),
     ],
 )
-def test_stale_headers(
+def test_header_that_contradicts_the_tensors_is_an_error(
     change: Callable[[dict[str, dict[str, object]]], object], words: str, tmp_path: Path
 ) -> None:
-    file = encoder("clip_l", "int8_convrot", carrier="both")
+    file = make_encoder_file("clip_l", "int8_convrot", carrier="both")
     layers = json.loads(file.metadata["_quantization_metadata"])["layers"]
     file.metadata["_quantization_metadata"] = json.dumps({"layers": change(layers)})
 
-    refused(file, tmp_path, words)
+    assert_file_error(file, tmp_path, words)
 
 
-def test_a_header_whose_names_lack_the_prefix(tmp_path: Path) -> None:
-    file = encoder("t5", "int8_convrot", carrier="header").prefixed("text_encoders.t5xxl.transformer.")
-    refused(file, tmp_path, "the prefix was lost")
+def test_header_without_the_prefix_is_an_error(tmp_path: Path) -> None:
+    file = make_encoder_file("t5", "int8_convrot", carrier="header").prefixed(
+        "text_encoders.t5xxl.transformer."
+    )
+    assert_file_error(file, tmp_path, "the prefix was lost")
 
 
-def test_one_marker_lost(tmp_path: Path) -> None:
-    refused(encoder("clip_l", "int8_convrot").drop(f"{Q}.comfy_quant"), tmp_path, "has no comfy_quant marker")
+def test_single_lost_marker_is_an_error(tmp_path: Path) -> None:
+    assert_file_error(
+        make_encoder_file("clip_l", "int8_convrot").drop(f"{Q}.comfy_quant"),
+        tmp_path,
+        "has no comfy_quant marker",
+    )
 
 
-def test_a_rotation_that_only_the_user_can_tell(tmp_path: Path) -> None:
-    file = encoder("clip_l", "int8_convrot", carrier="none")
+def test_rotation_without_a_marker_is_read_when_the_format_is_given(tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", "int8_convrot", carrier="none")
     for layer, real in list(file.real.items()):
         if layer in file.words:
-            file.real[layer], _ = int8_convrot(file, layer, real, 64)
+            file.real[layer], _ = write_int8_convrot(file, layer, real, 64)
     path = file.write(tmp_path / "x.safetensors")
 
-    found = weights_of(path, quant_format="int8_convrot")
+    found = load_weights(path, quant_format="int8_convrot")
 
     assert all(
-        np.allclose(found[bare(layer)], file.real[layer], rtol=1e-5, atol=1e-6) for layer in file.words
+        np.allclose(found[strip_root(layer)], file.real[layer], rtol=1e-5, atol=1e-6) for layer in file.words
     )
     # without a word rows are rows that are not rotated
-    check(file, tmp_path)
+    assert_read_right(file, tmp_path)
     # a file that says something of itself is believed
-    refused(
-        encoder("clip_l", "int8_rowwise"),
+    assert_file_error(
+        make_encoder_file("clip_l", "int8_rowwise"),
         tmp_path,
         "int8_convrot was asked for",
         ConfigError,
@@ -376,11 +406,11 @@ def test_a_rotation_that_only_the_user_can_tell(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["spiece_model", "tekken_model", "tokenizer_json"])
-def test_embedded_tokenizers(key: str, tmp_path: Path) -> None:
-    file = encoder("umt5" if key == "spiece_model" else "llama", "float8_e4m3fn")
+def test_embedded_tokenizer_is_dropped(key: str, tmp_path: Path) -> None:
+    file = make_encoder_file("umt5" if key == "spiece_model" else "llama", "float8_e4m3fn")
     file.text(key, b"\x0a\x0e\x0a" * 50)
 
-    check(file, tmp_path)
+    assert_read_right(file, tmp_path)
 
     state, metadata = load_text_encoder(tmp_path / "x.safetensors")
 
@@ -397,19 +427,19 @@ def test_embedded_tokenizers(key: str, tmp_path: Path) -> None:
         ("", "mxfp8"),
     ],
 )
-def test_a_format_that_the_file_does_not_have(word: str, asked: str, tmp_path: Path) -> None:
+def test_requested_format_that_the_file_lacks_is_an_error(word: str, asked: str, tmp_path: Path) -> None:
     words = f"holds .*{word or 'no quantized layer'}.*{asked} was asked for"
-    refused(encoder("clip_l", word), tmp_path, words, ConfigError, quant_format=asked)
+    assert_file_error(make_encoder_file("clip_l", word), tmp_path, words, ConfigError, quant_format=asked)
 
 
-def test_words_that_are_none(tmp_path: Path) -> None:
-    file = encoder("clip_l", "int8_rowwise")
+def test_unknown_format_is_an_error(tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", "int8_rowwise")
     words = "did you mean 'int8_rowwise'. choose from auto, float8_e4m3fn, .*nvfp4"
 
-    refused(
+    assert_file_error(
         file, tmp_path, f"quant_format is 'int8_rowise'; {words}", ConfigError, quant_format="int8_rowise"
     )
-    refused(
+    assert_file_error(
         file,
         tmp_path,
         "kernel_backend is 'pytorch'; .*choose from .*dequantize",
@@ -419,65 +449,67 @@ def test_words_that_are_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["nvfp4", "nvfp4_modelopt"])
-def test_nibbles_that_only_the_user_can_tell(word: str, tmp_path: Path) -> None:
+def test_nibble_order_is_that_of_the_requested_format(word: str, tmp_path: Path) -> None:
     # rows are multiples of 128 and blocks of 4
-    file = encoder("t5", word, carrier="none")
+    file = make_encoder_file("t5", word, carrier="none")
     for layer in [layer for layer in file.words if not layer.endswith(("wi_0", "wi_1"))]:
         file.drop(f"{layer}.weight_scale", f"{layer}.weight_scale_2")
-        file.tensors[f"{layer}.weight"] = encoder("t5").tensors[f"{layer}.weight"]
+        file.tensors[f"{layer}.weight"] = make_encoder_file("t5").tensors[f"{layer}.weight"]
 
-    refused(file, tmp_path, "clip=nvfp4 or clip=nvfp4_modelopt")
+    assert_file_error(file, tmp_path, "clip=nvfp4 or clip=nvfp4_modelopt")
 
     path = file.write(tmp_path / "x.safetensors")
-    found = weights_of(path, quant_format=word)
+    found = load_weights(path, quant_format=word)
 
     for layer in (f"{T5}1.DenseReluDense.wi_{x}" for x in (0, 1)):
         assert np.allclose(found[layer], file.real[layer], rtol=1e-6)
 
 
-def test_a_marker_of_comfyui_and_scales_in_rows(tmp_path: Path) -> None:
-    file = encoder("t5", "nvfp4_modelopt")
+def test_comfyui_marker_with_scales_in_rows_is_an_error(tmp_path: Path) -> None:
+    file = make_encoder_file("t5", "nvfp4_modelopt")
     for layer in file.words:
         file.text(f"{layer}.comfy_quant", {"format": "nvfp4"})
 
-    refused(file, tmp_path, "lie in tiles, and .* in rows; they contradict each other")
+    assert_file_error(file, tmp_path, "lie in tiles, and .* in rows; they contradict each other")
 
 
-def test_a_weight_that_is_stored_turned(tmp_path: Path) -> None:
-    file = encoder("clip_l", "int8_rowwise", carrier="none")
+def test_weight_without_a_marker_may_be_stored_transposed(tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", "int8_rowwise", carrier="none")
     for layer in file.words:
         codes = np.frombuffer(file.tensors[f"{layer}.weight"].data, "i1").reshape(
             file.tensors[f"{layer}.weight"].shape
         )
         file.put(f"{layer}.weight", "I8", codes.T)
-        rescaled(file, layer, (1, len(codes)))
+        reshape_scale(file, layer, (1, len(codes)))
 
-    check(file, tmp_path)
-    check(file, tmp_path, "reference")
+    assert_read_right(file, tmp_path)
+    assert_read_right(file, tmp_path, "reference")
     assert np.allclose(
-        weights_of(tmp_path / "x.safetensors")[bare(FC1)], file.real[FC1], rtol=1e-5, atol=1e-6
+        load_weights(tmp_path / "x.safetensors")[strip_root(FC1)], file.real[FC1], rtol=1e-5, atol=1e-6
     )
 
 
 @pytest.mark.parametrize("word", ["int8_rowwise", "int8_convrot", "float8_e4m3fn", "nvfp4", "mxfp8"])
-def test_factors_of_the_inputs(word: str, tmp_path: Path) -> None:
-    file = encoder("clip_l", word)
+def test_input_factors_are_applied(word: str, tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", word)
     file.put(f"{Q}.pre_quant_scale", "F32", np.linspace(0.5, 2, 64))
 
-    check(file, tmp_path)
+    assert_read_right(file, tmp_path)
 
 
-def test_two_flavours_in_one_file(tmp_path: Path) -> None:
-    refused(encoder("t5", "", words=["nvfp4", "nvfp4_modelopt"]), tmp_path, "in tiles .* in rows")
+def test_two_nvfp4_conventions_in_one_file_are_an_error(tmp_path: Path) -> None:
+    assert_file_error(
+        make_encoder_file("t5", "", words=["nvfp4", "nvfp4_modelopt"]), tmp_path, "in tiles .* in rows"
+    )
 
 
-def test_formats_mixed_layer_by_layer(tmp_path: Path) -> None:
+def test_formats_may_differ_by_layer(tmp_path: Path) -> None:
     words = ("int8_convrot", "float8_e4m3fn", "nvfp4", "mxfp8", "int8_blockwise", "float8_e5m2_cast")
 
     for name in ("clip_g", "qwen3"):
         for carrier in ("tensor", "header"):
-            check(encoder(name, words=words, carrier=carrier), tmp_path)
-            check(encoder(name, words=words, carrier=carrier), tmp_path, "reference")
+            assert_read_right(make_encoder_file(name, words=words, carrier=carrier), tmp_path)
+            assert_read_right(make_encoder_file(name, words=words, carrier=carrier), tmp_path, "reference")
 
     _, metadata = load_text_encoder(tmp_path / "x.safetensors")
 
@@ -486,21 +518,21 @@ def test_formats_mixed_layer_by_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["mxfp8", "nvfp4"])
-def test_padding_is_cut(word: str, tmp_path: Path) -> None:
-    file = encoder("clip_l", word, inner=100)
+def test_padding_is_removed(word: str, tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", word, inner=100)
 
-    check(file, tmp_path)
-    assert weights_of(tmp_path / "x.safetensors")["encoder.layers.0.mlp.fc1"].shape == (100, 64)
+    assert_read_right(file, tmp_path)
+    assert load_weights(tmp_path / "x.safetensors")["encoder.layers.0.mlp.fc1"].shape == (100, 64)
 
-    file = encoder("t5", word, inner=100)
+    file = make_encoder_file("t5", word, inner=100)
     for layer in file.words:
         shape = {"wi_0": [100, 64], "wi_1": [100, 64], "wo": [64, 100]}.get(
             layer.rpartition(".")[2], [64, 64]
         )
         file.text(f"{layer}.comfy_quant", {"format": word, "orig_shape": shape})
 
-    check(file, tmp_path)
-    assert weights_of(tmp_path / "x.safetensors")[f"{T5}1.DenseReluDense.wo"].shape == (64, 100)
+    assert_read_right(file, tmp_path)
+    assert load_weights(tmp_path / "x.safetensors")[f"{T5}1.DenseReluDense.wo"].shape == (64, 100)
 
 
 @pytest.mark.parametrize(
@@ -524,29 +556,29 @@ def test_padding_is_cut(word: str, tmp_path: Path) -> None:
         ("gemma2", "model.embed_tokens"),
     ],
 )
-def test_quantized_embeddings(name: str, table: str, word: str, tmp_path: Path) -> None:
-    file = encoder(name, word, quantized=[f"{table}.weight"])
+def test_quantized_embedding_is_read_right(name: str, table: str, word: str, tmp_path: Path) -> None:
+    file = make_encoder_file(name, word, quantized=[f"{table}.weight"])
 
     assert table in file.words
-    check(file, tmp_path, "reference" if word.startswith("int8") else "dequantize")
+    assert_read_right(file, tmp_path, "reference" if word.startswith("int8") else "dequantize")
 
 
-def test_tied_tables_under_either_name(tmp_path: Path) -> None:
+def test_tied_embedding_is_read_under_either_name(tmp_path: Path) -> None:
     for names in (("shared",), ("encoder.embed_tokens",), ("shared", "encoder.embed_tokens")):
-        file = encoder("t5", "int8_rowwise", quantized=["shared.weight"])
+        file = make_encoder_file("t5", "int8_rowwise", quantized=["shared.weight"])
         for key in [key for key in file.tensors if key.startswith("shared.")]:
             stored = file.tensors.pop(key)
             file.tensors |= {key.replace("shared", name): stored for name in names}
-        found = weights_of(file.write(tmp_path / "x.safetensors"))
+        found = load_weights(file.write(tmp_path / "x.safetensors"))
         assert np.allclose(found["shared"], file.real["shared"], rtol=1e-5, atol=1e-6)
 
 
-def test_positions_and_other_keys_that_are_no_weights(tmp_path: Path) -> None:
+def test_keys_that_are_no_weights_are_ignored(tmp_path: Path) -> None:
     for dtype in ("I64", "F32", "BF16"):
-        file = encoder("clip_l", "float8_e4m3fn")
+        file = make_encoder_file("clip_l", "float8_e4m3fn")
         file.put("text_model.embeddings.position_ids", dtype, np.arange(77)[None])
         file.put("logit_scale", "F32", 4.6)
-        check(file, tmp_path)
+        assert_read_right(file, tmp_path)
 
 
 # names of transformers -> of Wan's own file of UMT5, which lightx2v quantizes
@@ -564,7 +596,7 @@ WAN = {
 }
 
 
-def wan_name(key: str) -> str:
+def to_wan_name(key: str) -> str:
     for old, new in WAN.items():
         key = re.sub(old, new, key)
     return key
@@ -574,11 +606,11 @@ def wan_name(key: str) -> str:
     ("word", "carrier"),
     [("int8_rowwise", "none"), ("int8_convrot", "tensor"), ("nvfp4", "tensor"), ("mxfp8", "none")],
 )
-def test_companions_follow_a_renamed_weight(word: str, carrier: str, tmp_path: Path) -> None:
-    file = encoder("umt5", word, carrier=carrier)
+def test_scales_follow_a_renamed_weight(word: str, carrier: str, tmp_path: Path) -> None:
+    file = make_encoder_file("umt5", word, carrier=carrier)
     real = file.real
 
-    found = weights_of(file.rename(wan_name).write(tmp_path / "x.safetensors"), "reference")
+    found = load_weights(file.rename(to_wan_name).write(tmp_path / "x.safetensors"), "reference")
 
     assert "blocks.1.ffn.fc2.weight_scale" in file.tensors
     assert len(real) == 17
@@ -586,8 +618,8 @@ def test_companions_follow_a_renamed_weight(word: str, carrier: str, tmp_path: P
         assert np.allclose(found[layer], weight, rtol=1e-5, atol=1e-6), layer
 
 
-def test_quantized_decoders_and_heads_are_left_out(tmp_path: Path) -> None:
-    file = encoder("t5", "int8_rowwise")
+def test_quantized_decoder_and_head_are_dropped(tmp_path: Path) -> None:
+    file = make_encoder_file("t5", "int8_rowwise")
     for key in [key for key in file.tensors if key.startswith("encoder.block.0.layer.1")]:
         file.tensors[key.replace("encoder.", "decoder.", 1)] = file.tensors[key]
 
@@ -595,30 +627,31 @@ def test_quantized_decoders_and_heads_are_left_out(tmp_path: Path) -> None:
 
     assert not [key for key in state if "decoder" in key]
 
-    found = asked_all(build_text_encoder(state, metadata, dtype=torch.float32))
+    found = probe_weights(build_text_encoder(state, metadata, dtype=torch.float32))
 
     assert all(np.allclose(found[layer], weight, rtol=1e-5, atol=1e-6) for layer, weight in file.real.items())
 
 
-def test_only_the_encoder_that_is_meant_must_be_sound(tmp_path: Path) -> None:
-    file = encoder("t5", "nvfp4").prefixed("text_encoders.t5xxl.transformer.")
+def test_damage_in_another_encoder_does_not_matter(tmp_path: Path) -> None:
+    file = make_encoder_file("t5", "nvfp4").prefixed("text_encoders.t5xxl.transformer.")
     file.put(f"text_encoders.t5xxl.transformer.{T5}0.SelfAttention.q.weight_scale_2", "F32", np.nan)
-    clip = encoder("clip_l", "int8_convrot")
+    clip = make_encoder_file("clip_l", "int8_convrot")
     file.tensors |= clip.copy().prefixed("text_encoders.clip_l.transformer.").tensors
 
-    refused(file, tmp_path, "several text encoders: t5 .*clip")
-    refused(file, tmp_path, "weight_scale_2 are not finite", which="t5xxl")
+    assert_file_error(file, tmp_path, "several text encoders: t5 .*clip")
+    assert_file_error(file, tmp_path, "weight_scale_2 are not finite", which="t5xxl")
 
-    found = weights_of(tmp_path / "x.safetensors", which="clip_l")
+    found = load_weights(tmp_path / "x.safetensors", which="clip_l")
 
     assert all(
-        np.allclose(found[bare(layer)], weight, rtol=1e-5, atol=1e-6) for layer, weight in clip.real.items()
+        np.allclose(found[strip_root(layer)], weight, rtol=1e-5, atol=1e-6)
+        for layer, weight in clip.real.items()
     )
 
 
 @pytest.mark.parametrize("word", ["float8_e4m3fn", "float8_e4m3fn_cast"])
-def test_norms_in_fp8(word: str, tmp_path: Path) -> None:
-    file = encoder("clip_l", word)
+def test_fp8_norms_are_read_as_float(word: str, tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", word)
     file.tensors["text_model.final_layer_norm.weight"] = Stored("F8_E4M3", (64,), bytes([0x38] * 63 + [0x40]))
     if word == "float8_e4m3fn":
         file.put("text_model.final_layer_norm.weight_scale", "F32", 3.0)
@@ -634,66 +667,68 @@ def test_norms_in_fp8(word: str, tmp_path: Path) -> None:
     assert norm[63] == 2 * norm[0]
 
 
-def test_a_quantized_projection(tmp_path: Path) -> None:
-    file = encoder("clip_g", "int8_rowwise", quantized=["text_projection.weight"])
+def test_quantized_projection_is_read_right(tmp_path: Path) -> None:
+    file = make_encoder_file("clip_g", "int8_rowwise", quantized=["text_projection.weight"])
     state, metadata = load_text_encoder(file.write(tmp_path / "x.safetensors"), kernel_backend="reference")
 
-    found = asked_all(build_text_encoder(state, metadata, "CLIPTextModelWithProjection", dtype=torch.float32))
+    found = probe_weights(
+        build_text_encoder(state, metadata, "CLIPTextModelWithProjection", dtype=torch.float32)
+    )
 
     assert np.allclose(found["text_projection"], file.real["text_projection"], rtol=1e-5, atol=1e-6)
 
 
-def test_biases_are_the_files(tmp_path: Path) -> None:
-    file = encoder("clip_l", "int8_rowwise")
+def test_biases_are_those_of_the_file(tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", "int8_rowwise")
     bias = file.put(f"{Q}.bias", "F32", np.arange(64) * 7.0)
     state, metadata = load_text_encoder(file.write(tmp_path / "x.safetensors"), kernel_backend="reference")
     model = build_text_encoder(state, metadata, dtype=torch.float32)
 
-    module = next(module for name, module in model.named_modules() if bare(name) == bare(Q))
+    module = next(module for name, module in model.named_modules() if strip_root(name) == strip_root(Q))
 
     assert np.allclose(module(torch.zeros(1, 64)).detach().numpy(), bias[None])
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf])
-def test_numbers_that_are_none(number: float, tmp_path: Path) -> None:
+def test_nan_or_infinity_is_an_error(number: float, tmp_path: Path) -> None:
     for key in (f"{Q}.bias", f"{CLIP}layer_norm1.weight", "text_model.embeddings.token_embedding.weight"):
-        file = encoder("clip_l", "int8_rowwise")
+        file = make_encoder_file("clip_l", "int8_rowwise")
         shape = file.tensors[key].shape
         file.put(key, "F32", np.where(np.arange(np.prod(shape)).reshape(shape) == 3, number, 1.0))
-        refused(file, tmp_path, "holds NaN or infinity; the file is damaged")
+        assert_file_error(file, tmp_path, "holds NaN or infinity; the file is damaged")
 
 
 @pytest.mark.parametrize("word", ["float8_e4m3fn", "float8_e4m3fn_cast", "float8_e5m2", "mxfp8"])
-def test_fp8_codes_that_are_nan(word: str, tmp_path: Path) -> None:
-    file = encoder("clip_l", word)
+def test_fp8_nan_is_an_error(word: str, tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", word)
     stored = file.tensors[f"{Q}.weight"]
     file.tensors[f"{Q}.weight"] = stored._replace(data=stored.data[:50] + b"\x7f" + stored.data[51:])
 
-    refused(file, tmp_path, "NaN|not finite")
+    assert_file_error(file, tmp_path, "NaN|not finite")
 
 
 @pytest.mark.parametrize("dtype", ["I16", "U16", "I32", "BOOL", "U8", "F6_E2M3", "F4"])
-def test_biases_of_whole_numbers_are_no_floats(dtype: str, tmp_path: Path) -> None:
-    file = encoder("clip_l", "int8_rowwise")
+def test_integer_bias_is_an_error(dtype: str, tmp_path: Path) -> None:
+    file = make_encoder_file("clip_l", "int8_rowwise")
     file.tensors[f"{Q}.bias"] = Stored(dtype, (64,), bytes(n % 2 for n in range(8 * DTYPES[dtype][0])))
 
-    refused(file, tmp_path, f"{Q}.bias is {dtype}")
+    assert_file_error(file, tmp_path, f"{Q}.bias is {dtype}")
 
 
 @pytest.mark.parametrize("shape", [(2**40, 0), (0, 64), (0, 2**40)])
-def test_tables_without_numbers(shape: tuple[int, int], tmp_path: Path) -> None:
+def test_empty_embedding_is_an_error(shape: tuple[int, int], tmp_path: Path) -> None:
     for key in ("token", "position"):
-        file = encoder("clip_l", "int8_rowwise")
+        file = make_encoder_file("clip_l", "int8_rowwise")
         file.tensors[f"text_model.embeddings.{key}_embedding.weight"] = Stored("F32", shape, b"")
-        refused(file, tmp_path, "embedding.weight")
+        assert_file_error(file, tmp_path, "embedding.weight")
 
 
-def test_outputs_are_those_of_the_float_encoder(tmp_path: Path) -> None:
+def test_outputs_are_close_to_the_float_encoder(tmp_path: Path) -> None:
     """Every part is in its place: norms, tables and biases too."""
     tokens = torch.tensor([[3, 5, 7, 11, 13, 2]])
     for turn, name in enumerate(ENCODERS):
-        file = encoder(name, ("int8_convrot", "nvfp4")[turn % 2])
-        floats = encoder(name)  # what is not quantized is the same in both
+        file = make_encoder_file(name, ("int8_convrot", "nvfp4")[turn % 2])
+        floats = make_encoder_file(name)  # what is not quantized is the same in both
         for layer in file.words:
             floats.put(f"{layer}.weight", "F32", file.real[layer])
         models = [
@@ -712,7 +747,7 @@ def test_outputs_are_those_of_the_float_encoder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("word", ["int8_rowwise", "nvfp4"])
 @pytest.mark.parametrize("alpha", [None, 2.0])
-def test_a_lora_without_alpha_is_as_strong_as_it_was_trained(
+def test_lora_without_alpha_has_the_strength_of_its_training(
     alpha: float | None, word: str, tmp_path: Path
 ) -> None:
     rank = 4
@@ -724,7 +759,7 @@ def test_a_lora_without_alpha_is_as_strong_as_it_was_trained(
         **({f"{key}.alpha": torch.tensor(alpha)} if alpha else {}),
     }
     save_file(tensors, tmp_path / "lora.safetensors")
-    file = encoder("clip_l", word)
+    file = make_encoder_file("clip_l", word)
     source = EncoderFile(file.write(tmp_path / "x.safetensors"))
     model = build_skeleton("CLIPTextModel", build_config(source.encoder, source.shapes), torch.float32)
     remove_optional_modules(source.encoder, source.shapes, model)
@@ -740,13 +775,13 @@ def test_a_lora_without_alpha_is_as_strong_as_it_was_trained(
 
     built = build_encoder(model, source, None, Kernels("dequantize", torch.device("cpu"), 77), adopt)
     (name,) = changes
-    before = asked_all(built.module)
+    before = probe_weights(built.module)
     change = (up @ down).numpy()
 
     for strength in (1.0, -0.5, 0.0):
         merges[0].set_strengths([strength])
         built.refresh([name])
-        moved = asked_all(built.module)[bare(name)] - before[bare(name)]
+        moved = probe_weights(built.module)[strip_root(name)] - before[strip_root(name)]
         # alpha / rank, and 1 without an alpha; a part of it is lost when the sum is rounded to the format
         assert (moved * change).sum() / (change**2).sum() == pytest.approx(
             strength * (alpha / rank if alpha else 1), abs=0.05

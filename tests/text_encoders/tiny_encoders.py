@@ -239,7 +239,7 @@ def tiny_model(name: str) -> nn.Module:
     return TINY[name].model()
 
 
-def answers(model: nn.Module) -> list[Tensor]:
+def run_model(model: nn.Module) -> list[Tensor]:
     """All that a pipeline may read of what a text encoder gives for a text."""
     words = torch.tensor([[3, 9, 27, 5, 39, 2], [4, 4, 11, 38, 2, 2]])
     with torch.inference_mode():
