@@ -1,4 +1,4 @@
-"""Small LoRA files in every layout and of every kind, and what each does to each module, worked out here with plain formulas.
+"""Small LoRA files in every layout and of every adapter type, and what each does by plain formulas.
 
 Nothing of int8run is imported: names and numbers are written down a second time. The models are tiny ones of
 diffusers' and transformers' own classes. `python tests/lora/lora_files.py FOLDER` writes all files into a
@@ -81,9 +81,15 @@ XLABS = {
 SDXL_LINEAR = {
     "input_blocks.4.0.emb_layers.1": "down_blocks.1.resnets.0.time_emb_proj",
     "input_blocks.4.1.proj_in": "down_blocks.1.attentions.0.proj_in",
-    "input_blocks.5.1.transformer_blocks.0.attn2.to_k": "down_blocks.1.attentions.1.transformer_blocks.0.attn2.to_k",
-    "middle_block.1.transformer_blocks.0.attn1.to_out.0": "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0",
-    "output_blocks.2.1.transformer_blocks.0.ff.net.0.proj": "up_blocks.0.attentions.2.transformer_blocks.0.ff.net.0.proj",
+    "input_blocks.5.1.transformer_blocks.0.attn2.to_k": (
+        "down_blocks.1.attentions.1.transformer_blocks.0.attn2.to_k"
+    ),
+    "middle_block.1.transformer_blocks.0.attn1.to_out.0": (
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    ),
+    "output_blocks.2.1.transformer_blocks.0.ff.net.0.proj": (
+        "up_blocks.0.attentions.2.transformer_blocks.0.ff.net.0.proj"
+    ),
     "time_embed.0": "time_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }
@@ -106,54 +112,68 @@ CLIP_LAYERS = ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
 
 def make_tiny_models() -> dict[str, dict[str, nn.Module]]:
-    """Base -> component -> model, with weights of the same numbers every time."""
+    """Base -> component -> model, with the same weights every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        flux = FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=4,
-            num_layers=2,
-            num_single_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=12,
-            pooled_projection_dim=6,
-            guidance_embeds=True,
-            axes_dims_rope=(2, 2, 4),
-        )
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=2,
-            norm_num_groups=4,
-            cross_attention_dim=12,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=(1, 2),
-            transformer_layers_per_block=(1, 1),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=32,
-        )
-        text = CLIPTextConfig(
-            vocab_size=50,
-            hidden_size=8,
-            intermediate_size=20,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            projection_dim=6,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-        clip, clip_2 = CLIPTextModel(text), CLIPTextModelWithProjection(text)
+        flux, unet = make_tiny_flux(), make_tiny_unet()
+        clip_config = make_clip_config()
+        clip, clip_2 = CLIPTextModel(clip_config), CLIPTextModelWithProjection(clip_config)
     for model in (flux, unet, clip, clip_2):
         model.eval().requires_grad_(False)
     return {
         "flux": {"denoiser": flux, "text_encoder": clip},
         "sdxl": {"denoiser": unet, "text_encoder": clip, "text_encoder_2": clip_2},
     }
+
+
+def make_tiny_flux() -> FluxTransformer2DModel:
+    """FLUX.1 with two blocks of each kind."""
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=6,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
+    )
+
+
+def make_tiny_unet() -> UNet2DConditionModel:
+    """SDXL's UNet with two levels."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(1, 2),
+        transformer_layers_per_block=(1, 1),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=32,
+    )
+
+
+def make_clip_config() -> CLIPTextConfig:
+    """CLIP's text encoder with two layers."""
+    return CLIPTextConfig(
+        vocab_size=50,
+        hidden_size=8,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=6,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
 
 
 @dataclass
@@ -308,7 +328,7 @@ def kohya_alphas_and_ranks_differ(s: Sample) -> None:
 
 @layout("flux")
 def kohya_split_qkv(s: Sample) -> None:
-    """q, k and v trained apart and written into one pair of rank 3r: up has a block for each and 0 elsewhere."""
+    """q, k and v trained apart, in one pair of rank 3r: up has a block for each and zeros elsewhere."""
     for native in ("double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"):
         targets = FLUX[native]
         pairs = [s.pair(*s.weight(t).shape) for t in targets]
@@ -748,7 +768,7 @@ def sdxl_peft_wrapped(s: Sample) -> None:
 
 @layout("sdxl")
 def diffusers_old_processors(s: Sample) -> None:
-    """Before PEFT: attention processors, with `_lora` glued to the name; text encoders with names of their own."""
+    """Before PEFT: attention processors, with `_lora` after the name; text encoders have other names."""
     block = "mid_block.attentions.0.transformer_blocks.0.attn1"
     for name in ATTENTION:
         a, b = s.pair(*s.weight(f"{block}.{name}").shape)
@@ -968,7 +988,8 @@ MISTAKES = {
         "kohya",
         replace_tensor(QKV, "lora_up", change=lambda t: torch.cat([t, t], 1)),
         "reading",
-        rf"{QKV} has lora_A \[2, 16\], lora_B \[48, 4\]; rank 2 and rank 4: a pair is \[rank, in\] and \[out, rank\]",
+        rf"{QKV} has lora_A \[2, 16\], lora_B \[48, 4\]; "
+        rf"rank 2 and rank 4: a pair is \[rank, in\] and \[out, rank\]",
     ),
     "both halves transposed": Mistake(
         "kohya",
@@ -1009,8 +1030,10 @@ MISTAKES = {
         "peft",
         lambda t: t.update({"x_embedder.lora_down.weight": torch.ones(2, 4)}),
         "reading",
-        r"x_embedder is in the file twice, as transformer\.x_embedder\.lora_A\.weight and x_embedder\.lora_down\.weight"
-        r"|x_embedder is in the file twice, as x_embedder\.lora_down\.weight and transformer\.x_embedder\.lora_A\.weight",
+        r"x_embedder is in the file twice, as transformer\.x_embedder\.lora_A\.weight and "
+        r"x_embedder\.lora_down\.weight"
+        r"|x_embedder is in the file twice, as x_embedder\.lora_down\.weight and "
+        r"transformer\.x_embedder\.lora_A\.weight",
     ),
     "integers without a scale": Mistake(
         "quantized",
@@ -1147,9 +1170,9 @@ def main(folder: Path) -> None:
     models = make_tiny_models()
     for name in LAYOUTS:
         sample = write_sample(make_sample(name, models), folder)
-        print(
-            f"{sample.path.name}: {sample.base}, {len(sample.tensors)} tensors, {sum(map(len, sample.expected.values()))} modules"
-        )  # noqa: T201
+        num_modules = sum(map(len, sample.expected.values()))
+        line = f"{sample.path.name}: {sample.base}, {len(sample.tensors)} tensors, {num_modules} modules"
+        print(line)  # noqa: T201
     for name, mistake in MISTAKES.items():
         sample = make_sample(mistake.layout, models)
         mistake.spoil(sample.tensors)

@@ -1,4 +1,4 @@
-"""Base models told from headers: every dialect, parts of models, kinds of changes, and what is refused with which words."""
+"""Base models detected from headers: every layout, parts of models, adapter types, tags, and the errors."""
 
 import re
 from pathlib import Path
@@ -150,7 +150,7 @@ def make_kohya_header(modules, prefix="lora_unet_"):
 
 
 def rename_to_original(modules, base):
-    """The matrices under the names of the model's authors, those that are one there with their rows together."""
+    """The matrices under the names of the model's authors; those that are fused there have all rows."""
     shapes = {f"{name}.weight": tuple(shape) for name, shape in modules.items()}
     kind = MODELS[base][0]
     keys = {
@@ -598,7 +598,8 @@ def test_shapes_win_over_tags():
 
 def test_another_base_is_rejected_with_both_sizes():
     words = (
-        r"^style\.safetensors was made for FLUX\.2-dev \(hidden 6144\), the model is FLUX\.1 \(hidden 3072\); "
+        r"^style\.safetensors was made for FLUX\.2-dev \(hidden 6144\), the model is FLUX\.1 "
+        r"\(hidden 3072\); "
         r"choose a LoRA made for FLUX\.1, or the model that this one was made for$"
     )
 
@@ -639,7 +640,8 @@ def test_matching_and_unknown_bases_are_accepted():
 
 def test_partly_fitting_base_is_a_warning():
     assert check_lora_base(STYLE, detect_lora_base(make_peft_header(NATIVE["flux"]), {}), "chroma") == (
-        "style.safetensors was made for FLUX.1, the model is Chroma: Chroma has no modulation layers, so that part of the LoRA "
+        "style.safetensors was made for FLUX.1, the model is Chroma: Chroma has no modulation "
+        "layers, so that part of the LoRA "
         "is left out, and what it learned may look different"
     )
     assert "Chroma, the model is FLUX.1: FLUX.1 has no distilled" in check_lora_base(
@@ -662,7 +664,8 @@ def test_tag_that_contradicts_the_shapes_is_a_warning():
 
     assert (
         check_lora_base(STYLE, found, "flux")
-        == "style.safetensors: its header says 'sdxl_base_v1-0', its shapes are those of FLUX.1; the shapes count"
+        == "style.safetensors: its header says 'sdxl_base_v1-0', its shapes are those of FLUX.1; "
+        "the shapes count"
     )
 
 

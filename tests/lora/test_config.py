@@ -76,7 +76,8 @@ def test_source_is_path_and_weight_name(path, weight_name, source):
 def test_missing_source_lists_the_bases_that_have_one():
     with pytest.raises(
         ConfigError,
-        match=r"LoRA 'ink' has no source for base model 'sdxl'; it has one for flux, tiny; add an entry under",
+        match=r"LoRA 'ink' has no source for base model 'sdxl'; it has one for flux, tiny; "
+        r"add an entry under",
     ):
         Adapter("ink", {"tiny": "ink", "flux": HUB}).get_source("sdxl")
 
@@ -99,7 +100,10 @@ def test_adapters_may_be_plain_mappings():
     "entry", ["a.safetensors", {"name": "a"}, {"name": "a", "path": "b", "strenght": 1}], ids=repr
 )
 def test_malformed_adapter_is_rejected(entry):
-    words = "it takes name and path, and may have strength, text_strength, components, weight_name, enabled, few_step$"
+    words = (
+        "it takes name and path, and may have strength, text_strength, components, weight_name, "
+        "enabled, few_step$"
+    )
 
     with pytest.raises(ConfigError, match=rf"an entry of lora\.adapters is .*; {words}"):
         LoraSettings(adapters=[entry])
@@ -112,7 +116,10 @@ def test_adapter_without_a_path_is_rejected():
 
 # -- schedules -----------------------------------------------------------------------------------------------
 
-FORM = r"a schedule is \[\[fraction of the steps, strength\], …\] with rising fractions from 0 on, such as \[\[0,1\],\[0\.5,0\]\]$"
+FORM = (
+    r"a schedule is \[\[fraction of the steps, strength\], …\] with rising fractions from 0 on, "
+    r"such as \[\[0,1\],\[0\.5,0\]\]$"
+)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +201,10 @@ def test_change_points_are_those_of_all_adapters():
 
 @pytest.mark.parametrize("mode", ["bake", "stochastic"])
 def test_merging_modes_reject_a_schedule(mode):
-    message = rf"^LoRA 'b' has a schedule of strengths, which lora\.mode={mode} cannot follow; set lora\.mode=dynamic$"
+    message = (
+        rf"^LoRA 'b' has a schedule of strengths, which lora\.mode={mode} cannot follow; "
+        rf"set lora\.mode=dynamic$"
+    )
 
     with pytest.raises(ConfigError, match=message):
         LoraSettings([Adapter("a", "a"), Adapter("b", "b", [[0, 1], [0.5, 0]])], mode=mode)

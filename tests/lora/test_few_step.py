@@ -300,7 +300,8 @@ def test_training_adapters_are_detected():
 )
 def test_distilled_model_is_a_warning(model):
     assert warn_about_distilled_model("turbo_alpha", model) == (
-        f"{model} is made for few steps already; a few-step LoRA (turbo_alpha) on top of it overcooks the image"
+        f"{model} is made for few steps already; a few-step LoRA (turbo_alpha) on top of it "
+        f"overcooks the image"
     )
 
 
@@ -361,7 +362,8 @@ def test_scheduler_in_use_is_compared():
     hyper = get_preset("hyper_sd", "sdxl")
 
     assert list_differences(hyper, Sampling(), scheduler="LCMScheduler") == [
-        "the scheduler is LCMScheduler; hyper_sd on sdxl is made for DDIMScheduler with timestep_spacing=trailing"
+        "the scheduler is LCMScheduler; hyper_sd on sdxl is made for DDIMScheduler with "
+        "timestep_spacing=trailing"
     ]
 
     leading = {"timestep_spacing": "leading"}

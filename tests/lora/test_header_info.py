@@ -1,4 +1,4 @@
-"""What is known of a stack's LoRA files before a model is loaded: base models, trigger words, few-step LoRAs."""
+"""What the headers of a stack tell before loading: base models, trigger words, few-step LoRAs."""
 
 import logging
 import re
@@ -82,7 +82,8 @@ def test_contradicting_tag_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptur
     (said,) = caplog.messages
 
     assert said == (
-        "odd.safetensors: its header says 'sdxl_base_v1-0', its shapes are those of the tiny model of int8run; the shapes count"
+        "odd.safetensors: its header says 'sdxl_base_v1-0', its shapes are those of the tiny model "
+        "of int8run; the shapes count"
     )
 
 
@@ -106,7 +107,8 @@ def test_lora_of_another_base_is_rejected_before_loading(tmp_path: Path, command
 
     assert outcome.code == 3
     assert re.fullmatch(
-        r"big\.safetensors was made for FLUX\.1 or .* \(.*\), the model is the tiny model of int8run \(hidden 384\); choose a LoRA made "
+        r"big\.safetensors was made for FLUX\.1 or .* \(.*\), the model is the tiny model of "
+        r"int8run \(hidden 384\); choose a LoRA made "
         r"for the tiny model of int8run, or the model that this one was made for",
         outcome.message,
     )
@@ -151,8 +153,10 @@ def test_missing_trigger_words_are_one_warning_for_each_lora(
 ) -> None:
     assert add_words(styles, caplog, [1.0, -0.5, 1.0], False) == SAMPLES
     assert caplog.messages == [
-        "LoRA 'ink' has trigger words that 1 of 2 prompts lack: ink drawing; lora.insert_triggers=true adds them",
-        "LoRA 'gloss' has trigger words that 2 of 2 prompts lack: gl0ss, shiny; lora.insert_triggers=true adds them",
+        "LoRA 'ink' has trigger words that 1 of 2 prompts lack: ink drawing; "
+        "lora.insert_triggers=true adds them",
+        "LoRA 'gloss' has trigger words that 2 of 2 prompts lack: gl0ss, shiny; "
+        "lora.insert_triggers=true adds them",
     ]
 
 
@@ -297,8 +301,8 @@ def test_distilled_model_is_a_warning(tmp_path: Path) -> None:
     (line,) = list_warnings(stack, FOUR_STEPS, "LCMScheduler", location="someone/sd-turbo")
 
     assert (
-        line
-        == "LoRA 'fast': someone/sd-turbo is made for few steps already; a few-step LoRA (lcm) on top of it overcooks the image"
+        line == "LoRA 'fast': someone/sd-turbo is made for few steps already; "
+        "a few-step LoRA (lcm) on top of it overcooks the image"
     )
 
 

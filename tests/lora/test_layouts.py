@@ -1,4 +1,7 @@
-"""Every layout and kind of file, read and matched: each module of the model gets the change that `lora_files.py` works out by itself."""
+"""Every layout and adapter type, read and matched: each module gets the change that `lora_files.py` computes.
+
+`lora_files.py` computes it by plain formulas of its own.
+"""
 
 import re
 

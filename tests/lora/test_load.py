@@ -1,4 +1,4 @@
-"""Finding and reading LoRA files: parts, scales, and what is refused with which words. Layouts are in test_pair_is_read_in_every_layout.py."""
+"""Finding and reading LoRA files: parts, scales, and the errors. Layouts are in test_layouts.py."""
 
 import json
 from pathlib import Path
@@ -315,7 +315,7 @@ def test_components_are_kept_apart(write):
 
 
 class TestParts:
-    """What a module's tensors make together; the numbers themselves are in test_pair_is_read_in_every_layout.py."""
+    """What a module's tensors make together; the numbers themselves are in test_layouts.py."""
 
     def test_bias_of_the_pair_is_scaled(self, write):
         bias = torch.ones(OUT)
@@ -459,11 +459,13 @@ REFUSED = {
     "on_input alone": ({"x.on_input": torch.tensor(1)}, "x has no weight; the file is incomplete"),
     "ranks": (
         {"x.lora_A.weight": A, "x.lora_B.weight": B[:, :3]},
-        r"x has lora_A \[4, 6\], lora_B \[5, 3\]; rank 4 and rank 3: a pair is \[rank, in\] and \[out, rank\], and the file is broken",
+        r"x has lora_A \[4, 6\], lora_B \[5, 3\]; rank 4 and rank 3: a pair is \[rank, in\] and "
+        r"\[out, rank\], and the file is broken",
     ),
     "a vector": (
         {"x.lora_A.weight": A[0], "x.lora_B.weight": B},
-        r"x has lora_A \[6\], lora_B \[5, 4\]; a pair is \[rank, in\] and \[out, rank\], and the file is broken",
+        r"x has lora_A \[6\], lora_B \[5, 4\]; a pair is \[rank, in\] and \[out, rank\], and the "
+        r"file is broken",
     ),
     "a number": (
         {"x.lora_A.weight": torch.tensor(1.0), "x.lora_B.weight": B},
@@ -507,7 +509,8 @@ REFUSED = {
     ),
     "integers": (
         {"x.lora_A.weight": A, "x.lora_B.weight": torch.ones(5, 4, dtype=torch.int8)},
-        r"x has a lora_B \(up\) of int8 without a scale \(scale_weight\); the file was quantized and its scales are gone: take",
+        r"x has a lora_B \(up\) of int8 without a scale \(scale_weight\); "
+        r"the file was quantized and its scales are gone: take",
     ),
     "integer difference": (
         {"x.diff": torch.ones(5, 4, dtype=torch.int32)},
@@ -746,7 +749,8 @@ def test_pickled_files_are_refused_unopened(tmp_path, suffix):
 
     with pytest.raises(
         LoraError,
-        match=rf"style{suffix} is a pickled file, which can run code when opened; convert it to \.safetensors",
+        match=rf"style{suffix} is a pickled file, which can run code when opened; "
+        rf"convert it to \.safetensors",
     ):
         find_lora(str(path), None)
 
@@ -806,7 +810,8 @@ def test_shipped_names(write, monkeypatch, tmp_path):
     assert find_lora("ink", None) == path
     with pytest.raises(
         LoraError,
-        match=rf"LoRA file not found: inc; searched {tmp_path}; nearest there: ink; lora_dir=FOLDER adds a folder of yours$",
+        match=rf"LoRA file not found: inc; searched {tmp_path}; nearest there: ink; "
+        rf"lora_dir=FOLDER adds a folder of yours$",
     ):
         find_lora("inc", None)
 

@@ -1,4 +1,4 @@
-"""Where the changes of LoRA files land: parts, text encoders by what is inside, cut rows, and what is said of the rest."""
+"""Matching LoRA files with a model: components, text encoders by their names, cut rows, and the rest."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -169,7 +169,8 @@ def test_skipped_keys_of_other_components_are_not_missed(parts: dict[str, nn.Mod
     for components in (None, ["denoiser", "text_encoder"]):
         with pytest.raises(
             LoraError,
-            match=r"1 of 2 modules and keys do not match the model: 1 × unsupported adapter type: OFT or BOFT",
+            match=r"1 of 2 modules and keys do not match the model: 1 × unsupported adapter type: OFT or "
+            r"BOFT",
         ):
             match_loras(parts, [MatchRequest(wanted, components)], strict=True)
 
@@ -211,7 +212,8 @@ def test_strict_rejects_and_counts_the_reasons(parts: dict[str, nn.Module]) -> N
     with pytest.raises(LoraError) as error:
         match_loras(parts, [wanted], strict=True)
     assert str(error.value) == (
-        "style.safetensors: 4 of 5 modules and keys do not match the model: 1 × unsupported adapter type: OFT or BOFT; 2 × unknown suffix; "
+        "style.safetensors: 4 of 5 modules and keys do not match the model: 1 × unsupported "
+        "adapter type: OFT or BOFT; 2 × unknown suffix; "
         "1 × no such module (first: a.oft_blocks); lora.strict=false applies the rest"
     )
 
@@ -234,7 +236,8 @@ def test_not_strict_applies_the_rest_and_warns(
     (said,) = caplog.records
 
     assert said.levelno == logging.WARNING and said.getMessage() == (
-        "style.safetensors: 2 of 3 modules and keys do not match the model and are left out: 1 × unsupported adapter type: OFT or BOFT; "
+        "style.safetensors: 2 of 3 modules and keys do not match the model and are left out: 1 × "
+        "unsupported adapter type: OFT or BOFT; "
         "1 × no such module (first: a.oft_blocks)"
     )
 
@@ -252,7 +255,8 @@ def test_file_without_a_match_is_always_rejected(parts: dict[str, nn.Module], st
             strict,
         )
     assert str(error.value) == (
-        "style.safetensors: none of its 2 modules and keys is in the model (first: elsewhere.a): 2 × no such module; the LoRA was "
+        "style.safetensors: none of its 2 modules and keys is in the model (first: elsewhere.a): 2 "
+        "× no such module; the LoRA was "
         "made for another architecture, or its adapter type is not supported"
     )
 
@@ -340,7 +344,10 @@ def test_fused_matrix_is_cut_by_the_models_own_rows(parts: dict[str, nn.Module])
 
 @pytest.mark.parametrize("rows", [200, 256])
 def test_fused_matrix_with_other_rows_is_rejected(parts: dict[str, nn.Module], rows: int) -> None:
-    message = rf"^style\.safetensors: single_blocks\.0\.linear1 has {rows} rows, .*proj_mlp have 224 together; the LoRA was made"
+    message = (
+        rf"^style\.safetensors: single_blocks\.0\.linear1 has {rows} rows, .*proj_mlp have 224 "
+        rf"together; the LoRA was made"
+    )
 
     with pytest.raises(LoraError, match=message):
         match_loras(parts, [make_request({"denoiser": {FUSED: make_change(rows, 32)}})], strict=True)
@@ -351,7 +358,8 @@ def test_adapter_that_cannot_be_cut_is_rejected(parts: dict[str, nn.Module]) -> 
 
     with pytest.raises(
         LoraError,
-        match=r"^style\.safetensors: single_transformer_blocks\.0\.attn\.to_q its DoRA norms .* cannot be cut",
+        match=r"^style\.safetensors: single_transformer_blocks\.0\.attn\.to_q its DoRA norms .* cannot be "
+        r"cut",
     ):
         match_loras(parts, [make_request({"denoiser": {FUSED: dora}})], strict=True)
 

@@ -65,7 +65,7 @@ def list_authors_names(table: NameTable, rules: tuple[KeyMapping, ...]) -> list[
 def build_authors_checkpoint(
     table: NameTable, rules: tuple[KeyMapping, ...], numbers: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What the authors' file would hold if the table is right: the row numbers, put together by its places."""
+    """What the authors' file would hold if the table is right: the row numbers, put together by targets."""
     checkpoint = {}
     for name in list_authors_names(table, rules):
         for parameter in ("weight", "bias"):
@@ -427,7 +427,8 @@ GOOD = "classes: [Model]\nnames: {a.*: b.*}\n"
         ("a: [", "x.yaml is not readable YAML"),
         (
             "- a",
-            "x.yaml: a file .* is a mapping with classes and names, and may have drop, lacks, lora_names, needs, parameters, prefix$",
+            "x.yaml: a file .* is a mapping with classes and names, and may have drop, lacks, "
+            "lora_names, needs, parameters, prefix$",
         ),
         (GOOD + "more: 1", "a mapping with classes and names, and may have"),
         ("names: {a: b}", "a mapping with classes and names, and may have"),
@@ -530,7 +531,10 @@ def test_malformed_mapping_file_is_rejected(tmp_path, text, message):
 
 
 def test_mappings_of_a_class_are_loaded(tmp_path):
-    text = "classes: [One, Two]\nnames: {a.*: b.*, c: [d, e], f: {to: g, swap_halves: true}}\nlora_names: {j: {to: k, without: l.**}}\n"
+    text = (
+        "classes: [One, Two]\nnames: {a.*: b.*, c: [d, e], f: {to: g, swap_halves: "
+        "true}}\nlora_names: {j: {to: k, without: l.**}}\n"
+    )
     text += (
         "parameters: {m.*: {to: n.*, shape: [1, -1]}}\nprefix: p.\ndrop: {q.**: r}\nneeds: [s]\nlacks: [t]"
     )

@@ -1,4 +1,4 @@
-"""LoRAs on a model: merged in float, beside INT8 layers, in their integers; strengths that move and can be undone."""
+"""LoRAs on a model: merged in float, beside INT8 layers, in their integers; strengths and their undoing."""
 
 from pathlib import Path
 
@@ -273,7 +273,10 @@ def test_dynamic_rejects_adapters_without_a_low_rank_form(kind: str) -> None:
     int8, _ = to_int8(model)
     word = kind.partition(" ")[0]
 
-    message = rf"^blocks\.0\.1: lora\.mode=dynamic is not possible: a {word} that has no low-rank form; set lora\.mode=auto and one strength"
+    message = (
+        rf"^blocks\.0\.1: lora\.mode=dynamic is not possible: a {word} that has no low-rank form; "
+        rf"set lora\.mode=auto and one strength"
+    )
 
     with pytest.raises(LoraError, match=message):
         on_int8(model, int8, [{"blocks.0.1": make_adapters(96, 64)[kind]}], "dynamic")
@@ -299,7 +302,8 @@ def test_without_float_weights_auto_is_stochastic_and_bake_is_rejected() -> None
     }
     with pytest.raises(
         LoraError,
-        match=r"lora\.mode=bake needs the float weight of blocks\.0\.1.*set lora\.mode=dynamic, stochastic or auto",
+        match=r"lora\.mode=bake needs the float weight of blocks\.0\.1.*set lora\.mode=dynamic, "
+        r"stochastic or auto",
     ):
         on_int8(model, to_int8(model)[0], [changes], "bake", float_weights=False)
 
@@ -574,7 +578,8 @@ def test_names_and_strengths_are_checked(files: list[Path]) -> None:
 
     with pytest.raises(
         ConfigError,
-        match=r"^the stack has a LoRA called 'style' already; set_strength\('style', …\) changes its strength, or give",
+        match=r"^the stack has a LoRA called 'style' already; "
+        r"set_strength\('style', …\) changes its strength, or give",
     ):
         stack.add(files[0])
     with pytest.raises(ConfigError, match=r"^the stack has no LoRA called 'ink'; it has style$"):

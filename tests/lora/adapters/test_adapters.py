@@ -1,4 +1,7 @@
-"""Kinds of LoRA: each against a dense formula written out here, its form beside a layer, and its rows cut, placed and exchanged."""
+"""Adapter types: each against a dense formula written out here, its branch beside a layer, and its rows.
+
+Rows are taken, placed and swapped as a model needs that fuses or splits matrices.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
