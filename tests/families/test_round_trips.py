@@ -1,6 +1,6 @@
 """Every family's tiny pipeline: streamed, quantized, saved in both namings, read, quantized to a file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from families.cases import (
     INSTANCES,
     SAVE_KINDS,
     Case,
+    Lora,
+    Tensors,
     assert_same_tensors,
     collect_contents,
     collect_float_weights,
@@ -33,7 +35,7 @@ from int8run.errors import ConfigError
 from int8run.layers.plan import Int8Settings
 from int8run.lora.config import Adapter
 from int8run.metrics.quality import compute_relative_error
-from int8run.pipeline.build import select_load_settings
+from int8run.pipeline.build import BuiltModel, select_load_settings
 from int8run.pipeline.checkpoint_weights import FileWeights
 from int8run.pipeline.load import load_model
 from int8run.report.console import Progress
@@ -179,50 +181,49 @@ def strip_component(case: Case, name: str) -> str:
     return name if len(case.denoisers) == 1 else name.partition(".")[2]
 
 
-def test_lora_has_the_same_effect_under_both_namings(case: Case) -> None:
-    plain, lora, floats = (
-        case.get_saved("folder"),
-        make_lora(case.denoiser, case.instance.family),
-        collect_float_weights(case),
-    )
-    own = case.build(
-        loras=[
-            Adapter(
-                "a",
-                str(lora.save_with_diffusers_names(case.home / "a.safetensors", next(iter(case.denoisers)))),
-            )
-        ]
-    )
-    authors = case.build(
-        loras=[Adapter("a", str(lora.save_with_original_names(case.home / "b.safetensors")))]
-    )
+def build_with_lora(case: Case, path: Path, mode: str = "dynamic") -> BuiltModel:
+    return case.build(loras=[Adapter("a", str(path))], mode=mode)
 
-    held, drawn, layers = collect_contents(own), case.generate_latents(own), find_int8_layers(own)
+
+def assert_lora_is_baked(case: Case, lora: Lora, contents: Tensors, layers: Iterable[str]) -> None:
+    """Every INT8 layer is the float weight with the change, rounded."""
+    floats = collect_float_weights(case)
+    for name in layers:
+        weight = floats[f"{name}.weight"] + lora.change(strip_component(case, name))
+        error = (contents[f"{name}.q"] * contents[f"{name}.scale"] - weight).abs()
+        assert (error <= 0.5001 * weight.abs().amax(1, keepdim=True) / 127).all()
+
+
+def test_lora_has_the_same_effect_under_both_namings(case: Case) -> None:
+    plain, floats = case.get_saved("folder"), collect_float_weights(case)
+    lora = make_lora(case.denoiser, case.instance.family)
+    component = next(iter(case.denoisers))
+    diffusers_file = lora.save_with_diffusers_names(case.home / "a.safetensors", component)
+    original_file = lora.save_with_original_names(case.home / "b.safetensors")
+
+    own, authors = build_with_lora(case, diffusers_file), build_with_lora(case, original_file)
+    held, latents, layers = collect_contents(own), case.generate_latents(own), find_int8_layers(own)
 
     assert_same_tensors(collect_contents(authors), held)
-    assert torch.equal(drawn, case.generate_latents(authors))
-    assert drawn.isfinite().all()
+    assert torch.equal(latents, case.generate_latents(authors))
+    assert latents.isfinite().all()
     assert own.loras.layers_by_mode == {"dynamic": len(layers)}
     assert_same_tensors(
         {f"{name}.q": held[f"{name}.q"] for name in layers},
         {f"{name}.q": plain.contents[f"{name}.q"] for name in layers},
     )
-    for name in [name for name in held if strip_component(case, name).removesuffix(".weight") in lora.up]:
-        torch.testing.assert_close(
-            held[name], floats[name] + lora.change(strip_component(case, name).removesuffix(".weight"))
-        )
+    for name in held:
+        layer = strip_component(case, name).removesuffix(".weight")
+        if layer in lora.up:
+            torch.testing.assert_close(held[name], floats[name] + lora.change(layer))
 
     # what it does is what it does to the float weights
-    baked = case.build(loras=[Adapter("a", str(case.home / "a.safetensors"))], mode="bake")
-    held = collect_contents(baked)
+    baked = build_with_lora(case, diffusers_file, mode="bake")
 
-    for name in layers:
-        weight = floats[f"{name}.weight"] + lora.change(strip_component(case, name))
-        error = (held[f"{name}.q"] * held[f"{name}.scale"] - weight).abs()
-        assert (error <= 0.5001 * weight.abs().amax(1, keepdim=True) / 127).all()
-    assert compute_relative_error(case.generate_latents(baked)[-1], drawn[-1]) < 0.5 * compute_relative_error(
-        plain.latents[-1], drawn[-1]
-    )
+    assert_lora_is_baked(case, lora, collect_contents(baked), layers)
+    baked_error = compute_relative_error(case.generate_latents(baked)[-1], latents[-1])
+    plain_error = compute_relative_error(plain.latents[-1], latents[-1])
+    assert baked_error < 0.5 * plain_error
 
 
 # two denoisers

@@ -745,6 +745,16 @@ def test_outputs_are_close_to_the_float_encoder(tmp_path: Path) -> None:
         assert_close(name, found, expected, 1e-4)
 
 
+def write_lora(path: Path, down: torch.Tensor, up: torch.Tensor, alpha: float | None) -> Path:
+    """A LoRA of one layer of a CLIP, by the names of kohya's trainer."""
+    key = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+    if alpha:
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, path)
+    return path
+
+
 @pytest.mark.parametrize("word", ["int8_rowwise", "nvfp4"])
 @pytest.mark.parametrize("alpha", [None, 2.0])
 def test_lora_without_alpha_has_the_strength_of_its_training(
@@ -752,28 +762,19 @@ def test_lora_without_alpha_has_the_strength_of_its_training(
 ) -> None:
     rank = 4
     down, up = randn(rank, 64, seed=1), randn(64, rank, seed=2) * 0.05
-    key = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
-    tensors = {
-        f"{key}.lora_down.weight": down,
-        f"{key}.lora_up.weight": up,
-        **({f"{key}.alpha": torch.tensor(alpha)} if alpha else {}),
-    }
-    save_file(tensors, tmp_path / "lora.safetensors")
-    file = make_encoder_file("clip_l", word)
-    source = EncoderFile(file.write(tmp_path / "x.safetensors"))
+    lora = write_lora(tmp_path / "lora.safetensors", down, up, alpha)
+    source = EncoderFile(make_encoder_file("clip_l", word).write(tmp_path / "x.safetensors"))
     model = build_skeleton("CLIPTextModel", build_config(source.encoder, source.shapes), torch.float32)
     remove_optional_modules(source.encoder, source.shapes, model)
     stack = LoraStack(TinyModel(), {"text_encoder": model})
-    changes = stack.match_entries([Entry("a", read_lora(tmp_path / "lora.safetensors"))]).by_component[
-        "text_encoder"
-    ]
+    changes = stack.match_entries([Entry("a", read_lora(lora))]).by_component["text_encoder"]
     merges = []
 
-    def adopt(model: nn.Module) -> WeightChange:
+    def attach_loras(model: nn.Module) -> WeightChange:
         merges.append(FloatMerge(model, changes))
         return make_merge_reader(merges[0])
 
-    built = build_encoder(model, source, None, Kernels("dequantize", torch.device("cpu"), 77), adopt)
+    built = build_encoder(model, source, None, Kernels("dequantize", torch.device("cpu"), 77), attach_loras)
     (name,) = changes
     before = probe_weights(built.module)
     change = (up @ down).numpy()
