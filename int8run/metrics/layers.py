@@ -1,4 +1,4 @@
-"""Per-layer fidelity: each INT8 layer's output beside the float layer's, on real activations; and memory."""
+"""Metrics of layers: each INT8 layer's output beside the float layer's, and how much is INT8."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,74 +22,106 @@ def measure_layer_outputs(
     calls: Sequence[Mapping[str, Any]],
     plans: Sequence[LayerPlan],
 ) -> None:
-    """Add `output_sqnr_db` to the plan of every INT8 layer: the same input through both layers."""
-    by_name = {p.name: p for p in plans if p.skip_reason is None}
+    """Add `output_sqnr_db` to the plan of every INT8 layer: both layers get the same input.
 
-    def see(name: str, x: Tensor, y: Tensor) -> None:
+    Args:
+        float_denoiser: whose activations are the inputs.
+        int8_denoiser: with layers of the same names.
+        calls: arguments of the float denoiser, by name.
+        plans: of all layers; those of the INT8 layers are changed.
+
+    Raises:
+        ConfigError: an INT8 layer computes NaN or infinity where the float layer does not.
+    """
+    plans_by_name = {plan.name: plan for plan in plans if plan.skip_reason is None}
+
+    def measure(name: str, x: Tensor, float_output: Tensor) -> None:
         layer = int8_denoiser.get_submodule(name)
-        # the float model's activation has run already
-        ours = layer.compute(x, gelu_from=-1, shared=None) if isinstance(layer, Int8Linear) else layer(x)
-        if not torch.isfinite(ours).all():
+        # In isolation: the float model's activation has run already.
+        output = layer.forward_isolated(x) if isinstance(layer, Int8Linear) else layer(x)
+        if not torch.isfinite(output).all():
             raise ConfigError(
-                f"{name}: the INT8 layer computes NaN or infinity where the float layer does not, in the first step; "
-                f"choose another backend= or keep the layer float"
+                f"{name}: the INT8 layer computes NaN or infinity where the float layer does not, in the "
+                "first step; choose another backend= or keep the layer float"
             )
-        by_name[name].measured["output_sqnr_db"] = sqnr_db(y, ours)
+        plans_by_name[name].measured["output_sqnr_db"] = sqnr_db(float_output, output)
 
     for call in calls:
-        capture_layers(float_denoiser, call, list(by_name), see)
+        capture_layers(float_denoiser, call, list(plans_by_name), measure)
 
 
 def count_macs(denoiser: nn.Module, calls: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Multiply-adds of every Linear and convolution in these calls, by name. Attention's products are not counted."""
-    found: Counter[str] = Counter()
-    layers = [
-        n for n, m in denoiser.named_modules() if hasattr(m, "in_features") or isinstance(m, CONVOLUTIONS)
-    ]
+    """Multiply-adds of every Linear and convolution, by name. Attention's own products are not counted.
 
-    def see(name: str, x: Tensor, y: Tensor) -> None:
-        layer: Any = denoiser.get_submodule(name)
-        found[name] += y.numel() * (
-            layer.in_features if hasattr(layer, "in_features") else layer.weight[0].numel()
-        )
+    Args:
+        denoiser: to call.
+        calls: its arguments, by name; the results are sums over these calls.
+    """
+    macs: Counter[str] = Counter()
+    layers = [name for name, module in denoiser.named_modules() if is_linear_or_convolution(module)]
+
+    def count(name: str, x: Tensor, output: Tensor) -> None:
+        macs[name] += output.numel() * count_macs_per_output(denoiser.get_submodule(name))
 
     for call in calls:
-        capture_layers(denoiser, call, layers, see)
-    return dict(found)
+        capture_layers(denoiser, call, layers, count)
+    return dict(macs)
 
 
-def compute_int8_shares(plans: Sequence[LayerPlan], work: Mapping[str, int], params: int) -> dict[str, float]:
+def is_linear_or_convolution(module: nn.Module) -> bool:
+    """Whether a module multiplies its input by a weight; INT8 layers have `in_features`, too."""
+    return hasattr(module, "in_features") or isinstance(module, CONVOLUTIONS)
+
+
+def count_macs_per_output(layer: Any) -> int:
+    """Multiply-adds for one number of a layer's output."""
+    if hasattr(layer, "in_features"):
+        return layer.in_features
+    return layer.weight[0].numel()  # [out, in / groups, *kernel]
+
+
+def compute_int8_shares(
+    plans: Sequence[LayerPlan], macs: Mapping[str, int], num_params: int
+) -> dict[str, float]:
     """How much of the denoiser is INT8.
 
     Args:
-        work: multiply-adds by layer.
-        params: numbers in the denoiser's parameters.
+        plans: of all Linears.
+        macs: multiply-adds by layer.
+        num_params: of the denoiser.
     """
-    int8 = [p for p in plans if p.skip_reason is None]
+    int8_plans = [plan for plan in plans if plan.skip_reason is None]
+    int8_macs = sum(macs.get(plan.name, 0) for plan in int8_plans)
+    int8_params = sum(plan.in_features * plan.out_features for plan in int8_plans)
     return {
-        "quant/macs_int8_share": sum(work.get(p.name, 0) for p in int8) / max(1, sum(work.values())),
-        "quant/params_int8_share": sum(p.in_features * p.out_features for p in int8) / max(1, params),
+        "quant/macs_int8_share": int8_macs / max(1, sum(macs.values())),
+        "quant/params_int8_share": int8_params / max(1, num_params),
     }
 
 
 def compute_layer_metrics(plans: Sequence[LayerPlan]) -> dict[str, float]:
-    """Counts, and mean and minimum of the per-layer ratios."""
-    int8 = [p for p in plans if p.skip_reason is None]
-    values: dict[str, float] = {
-        "quant/layers_int8": len(int8),
-        "quant/layers_float": len(plans) - len(int8),
-        "quant/fallback_layers": sum(
-            p.backend_asked not in ("auto", p.backend_used) or p.backend_used == FLOAT_FALLBACK for p in int8
-        ),
+    """Numbers of layers, and mean and minimum of the ratios that were measured."""
+    int8_plans = [plan for plan in plans if plan.skip_reason is None]
+    metrics: dict[str, float] = {
+        "quant/layers_int8": len(int8_plans),
+        "quant/layers_float": len(plans) - len(int8_plans),
+        "quant/fallback_layers": sum(map(is_fallback, int8_plans)),
     }
     for name in ("weight_sqnr_db", "output_sqnr_db"):
-        measured = [p.measured[name] for p in int8 if name in p.measured]
-        if measured:
-            values[f"quant/{name}_mean"] = sum(measured) / len(measured)
-            values[f"quant/{name}_min"] = min(measured)
-    return values
+        values = [plan.measured[name] for plan in int8_plans if name in plan.measured]
+        if values:
+            metrics[f"quant/{name}_mean"] = sum(values) / len(values)
+            metrics[f"quant/{name}_min"] = min(values)
+    return metrics
+
+
+def is_fallback(plan: LayerPlan) -> bool:
+    """Whether a layer runs on another backend than the requested one, or in float for small batches."""
+    is_replaced = plan.backend_asked not in ("auto", plan.backend_used)
+    return is_replaced or plan.backend_used == FLOAT_FALLBACK
 
 
 def count_module_bytes(module: nn.Module) -> int:
     """Bytes of parameters and buffers, each tensor once; opaque packed weights count their logical size."""
-    return sum(t.numel() * t.element_size() for t in {*module.parameters(), *module.buffers()})
+    tensors = {*module.parameters(), *module.buffers()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -13,7 +13,11 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def read_peak_bytes(device: torch.device) -> float:
-    """Peak bytes: allocated on a GPU since `reset_peak`; on a CPU the process's largest resident size so far."""
+    """Peak memory in bytes.
+
+    On a GPU what was allocated since `reset_peak_memory`; on a CPU the process's largest resident size so
+    far.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes

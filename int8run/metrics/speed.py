@@ -1,37 +1,47 @@
-"""Speed of a generation, from step times that were taken device-synchronised."""
+"""Speed of a generation, from step times that were taken with the device synchronized."""
 
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 
 from int8run.generate.generate import Generation
 
 
-def list_step_times(made: Generation) -> list[float]:
-    """All step times in milliseconds, the first step of each batch left out where there are others: it holds text encoding."""
-    return [1000 * s for batch in made.step_seconds for s in (batch[1:] or batch)]
+def list_step_times(generation: Generation) -> list[float]:
+    """All step times in milliseconds.
+
+    The first step of each batch, which includes text encoding, is left out where there are others.
+    """
+    return [1000 * seconds for batch in generation.step_seconds for seconds in (batch[1:] or batch)]
 
 
 def compute_speed(candidate: Generation, baseline: Generation | None) -> dict[str, float]:
-    """Percentiles of the candidate's steps, its pictures or videos per second, and the median ratio to an interleaved baseline.
+    """Step times, rates, and the ratio to the float model.
 
-    `speed/frames_per_s` comes with videos.
+    Args:
+        candidate: of the INT8 model.
+        baseline: of the float model, generated in turn with the candidate; None: there is no ratio.
+
+    Returns:
+        `speed/step_ms_p50`, `speed/step_ms_p90`, `speed/images_per_s`, for videos `speed/frames_per_s`, and
+        with a baseline `speed/ratio_vs_float`, the ratio of the medians.
     """
-    ours = list_step_times(candidate)
-    values = {
-        "speed/step_ms_p50": statistics.median(ours),
-        "speed/step_ms_p90": compute_percentile(ours, 0.9),
-        "speed/images_per_s": len(candidate.image_seconds) / sum(candidate.image_seconds),
+    step_times = list_step_times(candidate)
+    seconds = sum(candidate.image_seconds)
+    metrics = {
+        "speed/step_ms_p50": statistics.median(step_times),
+        "speed/step_ms_p90": compute_percentile(step_times, 0.9),
+        "speed/images_per_s": len(candidate.image_seconds) / seconds,
     }
     if candidate.is_video:
-        values["speed/frames_per_s"] = sum(map(len, candidate.frames)) / sum(candidate.image_seconds)
+        metrics["speed/frames_per_s"] = sum(map(len, candidate.frames)) / seconds
     if baseline is not None:
-        values["speed/ratio_vs_float"] = (
-            statistics.median(list_step_times(baseline)) / values["speed/step_ms_p50"]
-        )
-    return values
+        float_median = statistics.median(list_step_times(baseline))
+        metrics["speed/ratio_vs_float"] = float_median / metrics["speed/step_ms_p50"]
+    return metrics
 
 
-def compute_percentile(values: list[float], share: float) -> float:
-    """The smallest value that at least `share` of all are not above."""
+def compute_percentile(values: Sequence[float], share: float) -> float:
+    """The smallest of the values that at least a share of all does not exceed."""
     return float(np.quantile(values, share, method="inverted_cdf"))

@@ -1,4 +1,4 @@
-"""What the machine does while a job runs: a line of a CSV file every few seconds."""
+"""The load of the machine while a job runs: a line of system.csv every few seconds."""
 
 import csv
 import logging
@@ -15,17 +15,19 @@ COLUMNS = ("time", "cpu_percent", "memory_bytes", "process_bytes", "gpu_memory_b
 
 
 class SystemSampler:
-    """Samples the machine while its `with` lasts. Nothing that goes wrong here reaches the job.
+    """Samples the machine while its `with` block lasts. Nothing that goes wrong here reaches the job.
 
     Args:
-        path: the CSV file; a job that is shorter than `seconds` leaves none.
-        seconds: between two lines; 0: none.
-        gpu: which one to look at, once this process uses it.
+        path: the CSV file; a job that is shorter than `seconds` writes none.
+        seconds: between two lines; 0: no samples.
+        gpu: index of the GPU to sample, once this process uses it.
     """
 
     def __init__(self, path: Path, seconds: float, gpu: int = 0):
-        self.path, self.seconds, self.gpu = path, seconds, gpu
-        self.over = threading.Event()
+        self.path = path
+        self.seconds = seconds
+        self.gpu = gpu
+        self.ended = threading.Event()
         self.thread = threading.Thread(target=self.sample_all, name="system metrics", daemon=True)
 
     def __enter__(self) -> "SystemSampler":
@@ -36,16 +38,16 @@ class SystemSampler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.over.set()
+        self.ended.set()
         if self.seconds:
             self.thread.join()
 
     def sample_all(self) -> None:
-        """A line every `seconds`, until it is over or the disk is full."""
+        """Write a line every `seconds`, until the block ends or the disk is full."""
         process = psutil.Process()
-        psutil.cpu_percent()  # the share since the last call; the first call knows of none
+        psutil.cpu_percent()  # the share since the previous call: the first call has none
         try:
-            while not self.over.wait(self.seconds):
+            while not self.ended.wait(self.seconds):
                 values = {
                     "time": f"{time.time():.3f}",
                     "cpu_percent": psutil.cpu_percent(),
@@ -55,10 +57,10 @@ class SystemSampler:
                 }
                 self.append(values)
         except (OSError, psutil.Error) as error:
-            log.warning("%s gets no more lines: %s", self.path.name, error)
+            log.warning("No more lines are written to %s: %s", self.path.name, error)
 
     def append(self, values: dict[str, object]) -> None:
-        """One line; the first one brings the names of the columns."""
+        """Write one line, after the names of the columns where it is the first."""
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             if file.tell() == 0:
@@ -67,21 +69,25 @@ class SystemSampler:
 
 
 def read_gpu_values(index: int) -> dict[str, object]:
-    """Memory in use on a GPU by everybody, and how busy it is; empty on a machine without, or where NVIDIA's library does not tell.
+    """Memory in use on a GPU by all processes, and its utilization.
 
-    A GPU that this process does not use yet is left alone: a look at its memory would open a context there.
+    Empty without a GPU, and for one that this process does not use yet: reading its memory would open a
+    context.
     """
     if not torch.cuda.is_initialized() or index >= torch.cuda.device_count():
         return {}
     try:
         free, total = torch.cuda.mem_get_info(index)
-    except RuntimeError:  # the GPU is lost; the job will say so
-        return {}
+    except RuntimeError:
+        return {}  # the GPU is lost; the job will report it
     return {"gpu_memory_bytes": total - free, **read_gpu_load(index)}
 
 
 def read_gpu_load(index: int) -> dict[str, object]:
-    """How busy a GPU is; empty without nvidia-ml-py, or where the driver does not tell, as for a part of a GPU."""
+    """Utilization of a GPU in percent.
+
+    Empty without nvidia-ml-py, and where the driver does not report it, as for a part of a GPU.
+    """
     try:
         from pynvml import NVMLError
     except ImportError:

