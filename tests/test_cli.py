@@ -1,4 +1,4 @@
-"""The command line: exit codes, one-line messages, did-you-mean, sweeps that are checked before they start."""
+"""The command line: exit codes, messages of one line, suggestions, sweeps that are checked first."""
 
 import os
 import re
@@ -11,7 +11,6 @@ import torch
 import yaml
 from hydra.errors import MissingConfigException
 from safetensors.torch import save_file
-from support.cli_process import command_in
 
 from int8run import __version__, cli
 from int8run.errors import ConfigError
@@ -19,11 +18,8 @@ from int8run.tasks.options import Run
 
 # the command of this interpreter's environment
 INT8RUN = Path(sys.executable).with_name("int8run")
-NOTHING_TO_DO = [
-    "tracker=none",
-    "prompts=file",
-    "prompts.path=absent.txt",
-]  # passes every check, fails without a model
+# passes every check, and fails before a model is loaded
+NOTHING_TO_DO = ["tracker=none", "prompts=file", "prompts.path=absent.txt"]
 
 
 def assert_one_line(outcome, code, pattern):
@@ -34,12 +30,6 @@ def assert_one_line(outcome, code, pattern):
     assert re.search(pattern, message), f"{message!r} does not match {pattern!r}"
     for inner in ("full_key", "__init__", "TypeError", "object_type"):
         assert inner not in message
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    with command_in(tmp_path / "work", monkeypatch, capsys) as run:
-        yield run
 
 
 REFUSED = {
@@ -151,7 +141,8 @@ REFUSED = {
     ),
     "budget alone": (
         ["quality_db=40"],
-        r"^model_type.mixed_precision=auto keeps layers float until quality_db is met; set both, .* or neither",
+        r"^model_type.mixed_precision=auto keeps layers float until quality_db is met; set both, .* or "
+        r"neither",
     ),
     "no budget": (
         ["model_type.mixed_precision=auto"],
@@ -194,7 +185,8 @@ REFUSED = {
     "lora strength nan": (["lora.strength=nan"], r"lora.strength is nan; allowed is a number from -20 to 20"),
     "adapter that is not there": (
         ["lora.adapters.0.strength=0.5"],
-        r"no setting called 'lora.adapters\[0\]': the list has 0 entries; choose a stack that has it, such as lora=stack_a",
+        r"no setting called 'lora.adapters\[0\]': the list has 0 entries; choose a stack that has it, such "
+        r"as lora=stack_a",
     ),
     "adapter strength": (
         ["lora=stack_a", "lora.adapters.0.strength=true"],
@@ -206,11 +198,13 @@ REFUSED = {
     ),
     "an adapter by its name": (
         ["lora=stack_a", "lora.adapters.ink.strength=1"],
-        r"Index 'ink' \(str\) is not an int: entries of a list are counted from 0, such as lora.adapters.0.strength=0.5",
+        r"Index 'ink' \(str\) is not an int: entries of a list are counted from 0, such as "
+        r"lora.adapters.0.strength=0.5",
     ),
     "a setting that a stack leaves out": (
         ["lora=stack_a", "lora.adapters.0.weight_name=a"],
-        r"weight_name is a setting that this stack leaves out; give it with a plus: \+lora.adapters.0.weight_name=…",
+        r"weight_name is a setting that this stack leaves out; give it with a plus: "
+        r"\+lora.adapters.0.weight_name=…",
     ),
     "adapter name twice": (
         ["lora=stack_a", "lora.adapters.1.name=ink"],
@@ -259,20 +253,23 @@ REFUSED = {
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
 def test_a_bad_setting_is_one_line_and_code_2(command, monkeypatch, arguments, message):
-    monkeypatch.setattr(
-        Run, "execute", lambda *_: None
-    )  # a setting that is not refused must not load a model here
-    assert_one_line(command("tracker=none", *arguments), 2, message)
+    # a setting that is not refused must not load a model here
+    monkeypatch.setattr(Run, "execute", lambda *_: None)
+
+    outcome = command("tracker=none", *arguments)
+
+    assert_one_line(outcome, 2, message)
     assert command.made() == [], "nothing was started, so nothing is left behind"
 
 
 def test_the_first_line_says_what_is_built(command):
-    assert command("lora=stack_a", "outlier=convrot", *NOTHING_TO_DO).out.startswith(
-        f"int8run {__version__} run: model=tiny outlier=convrot backend=auto lora=stack_a\n"
-    )
+    outcome = command("lora=stack_a", "outlier=convrot", *NOTHING_TO_DO)
+
+    line = f"int8run {__version__} run: model=tiny outlier=convrot backend=auto lora=stack_a\n"
+    assert outcome.out.startswith(line)
 
 
-# -- while a job runs ---------------------------------------------------------------------------------------------------
+# -- while a job runs ------------------------------------------------------------------------------
 
 FAILING = {
     "no prompts file": ([], 3, r"prompts.path=absent.txt: no such file \(looked for /.*/work/absent.txt\)"),
@@ -309,18 +306,22 @@ FAILING = {
 def test_a_run_that_fails_ends_with_one_line_and_its_code(command, monkeypatch, arguments, code, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (command.folder / "empty").mkdir()
-    given = NOTHING_TO_DO if not arguments else ["tracker=none", *arguments]
-    assert_one_line(command(*given), code, message)
+
+    outcome = command(*(["tracker=none", *arguments] if arguments else NOTHING_TO_DO))
+
+    assert_one_line(outcome, code, message)
 
 
 def test_a_failing_run_says_its_reason_once(command):
     outcome = command(*NOTHING_TO_DO)
+
     assert (outcome.out + outcome.err).count("no such file") == 1
     assert outcome.err.startswith("int8run: ")
 
 
 def test_a_lora_without_a_source_for_the_model_is_found_before_anything_starts(command):
     outcome = command("tracker=none", "lora=stack_a", "model.lora_base=sdxl")
+
     assert_one_line(
         outcome,
         2,
@@ -334,48 +335,60 @@ def test_a_hub_error_is_one_line(command, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     outcome = command("tracker=none", "model.location=nobody/nothing", "device=cpu")
-    words = r"model\.location=nobody/nothing is not on this machine and could not be downloaded .*; set model\.location to a folder that you have"
-    assert_one_line(outcome, 3, words)
+
+    message = (
+        r"model\.location=nobody/nothing is not on this machine and could not be downloaded .*; "
+        r"set model\.location to a folder that you have"
+    )
+    assert_one_line(outcome, 3, message)
 
 
-# -- sweeps -------------------------------------------------------------------------------------------------------------
+# -- sweeps ----------------------------------------------------------------------------------------
 
 
 def test_one_bad_job_of_a_sweep_stops_all_before_they_start(command):
     outcome = command("-m", "tracker=none", "lora.strength=0,99,1")
-    assert (outcome.code, outcome.message) == (
-        2,
-        "1 of 3 jobs cannot run; none was started\n  job 1 (lora.strength=99): lora.strength is 99; allowed is a number from -20 to 20",
+
+    assert outcome.code == 2
+    assert outcome.message == (
+        "1 of 3 jobs cannot run; none was started\n"
+        "  job 1 (lora.strength=99): lora.strength is 99; allowed is a number from -20 to 20"
     )
-    assert "3 jobs" in outcome.out and command.made() == []
+    assert "3 jobs" in outcome.out
+    assert command.made() == []
 
 
 def test_every_bad_job_of_a_sweep_is_listed(command):
-    message = command("--multirun", "tracker=none", "seed=0,-1", "compile=none,yes").message.splitlines()
-    assert message[0] == "3 of 4 jobs cannot run; none was started"
-    assert [line.split(" (")[0] for line in message[1:]] == ["  job 1", "  job 2", "  job 3"]
+    outcome = command("--multirun", "tracker=none", "seed=0,-1", "compile=none,yes")
+
+    summary, *lines = outcome.message.splitlines()
+    assert summary == "3 of 4 jobs cannot run; none was started"
+    assert [line.split(" (")[0] for line in lines] == ["  job 1", "  job 2", "  job 3"]
 
 
 def test_a_misspelt_option_in_a_sweep_is_one_line(command):
-    assert_one_line(
-        command("-m", "tracker=none", "backend=reference,refrence"),
-        2,
-        r"no backend called 'refrence'; did you mean 'reference'\?",
-    )
+    outcome = command("-m", "tracker=none", "backend=reference,refrence")
+
+    assert_one_line(outcome, 2, r"no backend called 'refrence'; did you mean 'reference'\?")
     assert command.made() == []
 
 
 def test_a_job_that_fails_does_not_stop_the_others(command):
     save_file({"w": torch.zeros(3)}, command.folder / "there.safetensors")
+
     outcome = command("-m", "tracker=none", "task=inspect", "task.path=absent.safetensors,there.safetensors")
-    assert outcome.code == 3 and "absent.safetensors: no such file" in outcome.message
+
+    assert outcome.code == 3
+    assert "absent.safetensors: no such file" in outcome.message
     assert "plain weights" in outcome.out, "the second job ran"
 
 
-def test_both_reasons_of_two_failing_jobs_are_said(command):
+def test_the_reasons_of_both_failing_jobs_are_shown(command):
     outcome = command("-m", "tracker=none", "task=inspect", "task.path=a.safetensors,b.safetensors")
-    said = " ".join((outcome.out + outcome.err).split())
-    assert "a.safetensors: no such file" in said and "b.safetensors: no such file" in said
+
+    shown = " ".join((outcome.out + outcome.err).split())
+    assert "a.safetensors: no such file" in shown
+    assert "b.safetensors: no such file" in shown
 
 
 def test_a_sweep_written_in_a_file_is_checked_as_well(command):
@@ -384,14 +397,15 @@ def test_a_sweep_written_in_a_file_is_checked_as_well(command):
     (folder / "seeds.yaml").write_text(
         "# @package _global_\n# seeds\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '0,-1'}}}\n"
     )
-    message = command("--config-dir", "mine", "+sweep=seeds", *NOTHING_TO_DO).message
-    assert re.match(
-        r"1 of 2 jobs cannot run; none was started\n  job 1 \(.*seed=-1.*\): seed is -1; ", message
-    )
+
+    outcome = command("--config-dir", "mine", "+sweep=seeds", *NOTHING_TO_DO)
+
+    message = r"1 of 2 jobs cannot run; none was started\n  job 1 \(.*seed=-1.*\): seed is -1; "
+    assert re.match(message, outcome.message)
     assert not (command.folder / "multirun").exists()
 
 
-# -- folders of the user's own ------------------------------------------------------------------------------------------
+# -- folders of the user's own ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -404,14 +418,17 @@ def mine(command):
 
 def test_a_user_folder_adds_an_option(command, mine):
     mine("# my groups\n_target_: int8run.outlier.convrot.ConvRot\ngroup_size: 64\n")
+
     shown = command("--config-dir", "mine", "outlier=mine", "--cfg", "job")
-    assert (shown.code, shown.err) == (0, "") and "group_size: 64" in shown.out
-    outcome = command("--config-dir", "mine", "outlier=mine", *NOTHING_TO_DO)
-    assert "outlier=mine" in outcome.out and "prompts.path" in outcome.message
-    outcome = command("--config-dir", "mine", "outlier=mien", *NOTHING_TO_DO)
-    assert_one_line(
-        outcome, 2, r"no outlier called 'mien'; did you mean 'mine'\? choose from auto, .*mine, .*smoothquant"
-    )
+    started = command("--config-dir", "mine", "outlier=mine", *NOTHING_TO_DO)
+    misspelt = command("--config-dir", "mine", "outlier=mien", *NOTHING_TO_DO)
+
+    assert (shown.code, shown.err) == (0, "")
+    assert "group_size: 64" in shown.out
+    assert "outlier=mine" in started.out
+    assert "prompts.path" in started.message
+    message = r"no outlier called 'mien'; did you mean 'mine'\? choose from auto, .*mine, .*smoothquant"
+    assert_one_line(misspelt, 2, message)
 
 
 BROKEN = {
@@ -439,11 +456,14 @@ BROKEN = {
 @pytest.mark.parametrize(("text", "message"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_option_of_the_user_is_one_line(command, mine, text, message):
     mine(text)
-    assert_one_line(command("--config-dir", "mine", "outlier=mine", *NOTHING_TO_DO), 2, message)
+
+    outcome = command("--config-dir", "mine", "outlier=mine", *NOTHING_TO_DO)
+
+    assert_one_line(outcome, 2, message)
     assert command.made() == ["mine", "mine/outlier", "mine/outlier/mine.yaml"]
 
 
-# -- the process --------------------------------------------------------------------------------------------------------
+# -- the process -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("before", [None, "0", "1"], ids=["unset", "0", "1"])
@@ -451,16 +471,19 @@ def test_a_broken_option_of_the_user_is_one_line(command, mine, text, message):
 def test_hydras_switch_is_put_back(command, monkeypatch, before, arguments):
     if before is not None:
         monkeypatch.setenv("HYDRA_FULL_ERROR", before)
+
     try:
         command(*arguments)
     except MissingConfigException:
         assert before  # the switch asks for the traceback
+
     assert os.environ.get("HYDRA_FULL_ERROR") == before
 
 
 @pytest.mark.parametrize("switch", ["INT8RUN_DEBUG", "HYDRA_FULL_ERROR"])
 def test_a_switch_asks_for_the_traceback(command, monkeypatch, switch):
     monkeypatch.setenv(switch, "1")
+
     with pytest.raises(MissingConfigException):
         command("model=tinny")
     with pytest.raises(ConfigError, match="seed is -1"):
@@ -470,52 +493,58 @@ def test_a_switch_asks_for_the_traceback(command, monkeypatch, switch):
 def test_a_switch_of_the_user_is_not_overwritten(command, monkeypatch):
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "debug")
     monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
+
     command("--cfg", "job")
-    assert (os.environ["TRANSFORMERS_VERBOSITY"], os.environ["MLFLOW_DISABLE_TELEMETRY"]) == ("debug", "true")
+
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "debug"
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
 def test_an_error_that_is_not_the_users_is_shown_whole(command, monkeypatch):
     monkeypatch.setattr(cli, "check_and_run", lambda: 1 / 0)
+
     with pytest.raises(ZeroDivisionError):
         command()
 
 
 def test_an_interrupt_is_one_line_and_code_130(command, monkeypatch):
-    def interrupted():
+    def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "check_and_run", interrupted)
+    monkeypatch.setattr(cli, "check_and_run", interrupt)
+
     outcome = command()
+
     assert (outcome.code, outcome.err) == (130, "int8run: interrupted\n")
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_does_not_look_at_the_rest(command, flag):
     outcome = command("model=tinny", flag)
-    assert (
-        outcome.code == 0
-        and outcome.out.startswith("int8run: build a diffusion model in INT8")
-        and command.made() == []
-    )
+
+    assert outcome.code == 0
+    assert outcome.out.startswith("int8run: build a diffusion model in INT8")
+    assert command.made() == []
 
 
 def test_cfg_prints_the_composed_config_and_starts_nothing(command):
     outcome = command("--cfg", "job", "seed=7", "outlier=convrot")
+
     shown = yaml.safe_load(outcome.out)
-    assert (shown["seed"], shown["outlier"]["group_size"], shown["_target_"]) == (
-        7,
-        256,
-        "int8run.config.run_spec.RunSpec",
-    )
+    assert shown["seed"] == 7
+    assert shown["outlier"]["group_size"] == 256
+    assert shown["_target_"] == "int8run.config.run_spec.RunSpec"
     assert (outcome.code, outcome.err, command.made()) == (0, "", [])
 
 
-def test_a_flag_that_is_none_is_refused(command):
+def test_an_unknown_flag_is_refused(command):
     outcome = command("--nonsense")
-    assert outcome.code == 2 and "unrecognized arguments: --nonsense" in outcome.err
+
+    assert outcome.code == 2
+    assert "unrecognized arguments: --nonsense" in outcome.err
 
 
-def in_a_new_process(folder, *arguments, **environment):
+def run_installed_command(folder, *arguments, **environment):
     kept = {k: v for k, v in os.environ.items() if k not in cli.DEBUG_VARIABLES}
     return subprocess.run(
         [INT8RUN, *arguments], cwd=folder, env=kept | environment, capture_output=True, text=True
@@ -523,18 +552,17 @@ def in_a_new_process(folder, *arguments, **environment):
 
 
 def test_the_installed_command_ends_with_the_code_and_the_message(tmp_path):
-    ended = in_a_new_process(tmp_path, "model=tinny")
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert re.fullmatch(
-        r"int8run: no model called 'tinny'; did you mean 'tiny'\? choose from [a-z0-9_, ]+\n", ended.stderr
-    )
+    process = run_installed_command(tmp_path, "model=tinny")
+
+    assert (process.returncode, process.stdout) == (2, "")
+    message = r"int8run: no model called 'tinny'; did you mean 'tiny'\? choose from [a-z0-9_, ]+\n"
+    assert re.fullmatch(message, process.stderr)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_installed_command_shows_a_traceback_on_request(tmp_path):
-    ended = in_a_new_process(tmp_path, "model=tinny", INT8RUN_DEBUG="1")
-    assert (
-        ended.returncode == 1
-        and "Traceback (most recent call last)" in ended.stderr
-        and "MissingConfigException" in ended.stderr
-    )
+    process = run_installed_command(tmp_path, "model=tinny", INT8RUN_DEBUG="1")
+
+    assert process.returncode == 1
+    assert "Traceback (most recent call last)" in process.stderr
+    assert "MissingConfigException" in process.stderr

@@ -16,11 +16,12 @@ from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.capture import capture_layers
 from int8run.generate.prompts import build_samples
 from int8run.layers.fusion import group_by_shared_input
+from int8run.layers.int8_linear import get_linear
 from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.outlier.base import LayerStatistics
+from int8run.pipeline.build import select_load_settings
 from int8run.pipeline.load import load_model
 from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics
-from int8run.ptq.quantize import linear_at
 from int8run.report.console import Progress
 
 WIDTH, TOKENS, SEQUENCES = 1024, 64, 32  # as many rows as a calibration keeps
@@ -75,7 +76,7 @@ def tiny(batch: int = 1) -> Iterator[Case]:
     with initialize_config_module("int8run.conf", version_base="1.3"):
         spec = create_run_spec(compose("config", ["tracker=none", "device=cpu", f"sampler.batch={batch}"]))
     quiet = Progress(False)
-    loaded = load_model(spec, quiet)
+    loaded = load_model(select_load_settings(spec, needs_float_denoiser=True), quiet)
     model, family = loaded.denoiser, loaded.family
     plans = [p for p in plan_layers(model, family.find_skip_reason) if p.skip_reason is None]
 
@@ -151,7 +152,7 @@ def measured(
         capture_layers(model, call, list(inputs), lambda name, x, y: inputs[name].append(x))
     group_of = {name: tuple(group) for group in together for name in group}
     for plan in plans:
-        weight = linear_at(model, plan.name).weight.detach()
+        weight = get_linear(model, plan.name).weight.detach()
         yield Case(
             source, plan.name, weight, seen[plan.name], torch.cat(inputs[plan.name]), group_of[plan.name]
         )
