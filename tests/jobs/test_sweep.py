@@ -49,18 +49,18 @@ def test_strengths_of_the_shipped_stack_build_once(command: Command) -> None:
     )
 
     assert outcome.code == 0, outcome.err
-    runs = read_tracked_runs(int8run.folder)
+    runs = read_tracked_runs(command.folder)
     assert [run.data.params["lora.adapters.0.strength"] for run in runs] == ["0", "0.5", "1", "2"]
     assert [run.data.metrics["build/load_s"] > 0 for run in runs] == [True, False, False, False]
     assert len({run.data.tags["sweep"] for run in runs}) == 1
-    assert len(list((int8run.folder / "multirun").rglob("grid.png"))) == 4
+    assert len(list((command.folder / "multirun").rglob("grid.png"))) == 4
 
 
 def test_a_sweep_builds_once_for_each_way_to_quantize_and_not_for_a_strength(
     command: Command, model: str
 ) -> None:
     process_cache.clear()
-    file = save_lora(int8run.folder / "style.safetensors", random_pipeline().transformer)
+    file = save_lora(command.folder / "style.safetensors", random_pipeline().transformer)
     adapter = f"{{_target_: int8run.lora.config.Adapter, name: style, path: {file}}}"
 
     outcome = command(
@@ -75,9 +75,9 @@ def test_a_sweep_builds_once_for_each_way_to_quantize_and_not_for_a_strength(
     )
 
     assert outcome.code == 0, outcome.err
-    is_built = [metrics["build/load_s"] > 0 for metrics in read_metrics(int8run.folder)]
+    is_built = [metrics["build/load_s"] > 0 for metrics in read_metrics(command.folder)]
     assert is_built == [True, False, True, False]
-    methods = read_layer_values(int8run.folder, "outlier")
+    methods = read_layer_values(command.folder, "outlier")
     assert methods == [{"none"}, {"none"}, {"convrot"}, {"convrot"}]
 
 
@@ -86,19 +86,19 @@ def test_each_job_of_a_sweep_uses_the_backend_that_it_asks_for(command: Command,
     outcome = command("-m", "backend=reference,onednn,torch_int_mm", model, *SMALL, "tracker=none")
 
     assert outcome.code == 0, outcome.err
-    used = read_layer_values(int8run.folder, "backend_used")
-    asked = read_layer_values(int8run.folder, "backend_asked")
+    used = read_layer_values(command.folder, "backend_used")
+    asked = read_layer_values(command.folder, "backend_asked")
     assert used == asked == [{"reference"}, {"onednn"}, {"torch_int_mm"}]
 
 
 def test_one_failing_job_does_not_stop_the_others(command: Command, model: str) -> None:
     location = model.removeprefix("model.location=")
 
-    outcome = command("-m", f"model.location={int8run.folder / 'missing'},{location}", *SMALL)
+    outcome = command("-m", f"model.location={command.folder / 'missing'},{location}", *SMALL)
 
     assert outcome.code == 3
     assert "is not a diffusers folder" in outcome.err
-    assert len(list((int8run.folder / "multirun").rglob("grid.png"))) == 1
-    failed, finished = read_tracked_runs(int8run.folder)
+    assert len(list((command.folder / "multirun").rglob("grid.png"))) == 1
+    failed, finished = read_tracked_runs(command.folder)
     assert (failed.info.status, finished.info.status) == ("FAILED", "FINISHED")
     assert "is not a diffusers folder" in failed.data.tags["error"]

@@ -143,7 +143,7 @@ def test_the_message_about_a_death_has_slurms_state(pool, cluster, monkeypatch):
 
     signalled = r"its process was killed by signal 9 \(SIGKILL\)"
     for future, message in (
-        (killed, rf"^Slurm job 1 ended without a result: FAILED: {signalled}; its log: .*_log.err$"),
+        (killed, rf"^Slurm job 1 ended without a result: FAILED: {signalled}; .*_log.err$"),
         (late, "Slurm job 2 ended without a result: TIMEOUT; hydra.launcher.time_min allows more; its log"),
         (cancelled, "Slurm job 3 ended without a result: CANCELLED; its log"),
     ):
