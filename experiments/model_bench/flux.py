@@ -18,6 +18,7 @@ from int8run.lora.stack import LoraStack
 from int8run.models.family import IgnoreRule, ModelFamily
 from int8run.models.sampling import Sampling
 from int8run.models.source import ResolvedModel
+from int8run.pipeline.build import select_quantization_settings
 from int8run.pipeline.load import LoadedModel
 from int8run.pipeline.quantize_denoiser import count_layer_rows, quantize_denoiser
 from int8run.report.console import Progress
@@ -139,15 +140,28 @@ def int8run(
     """
     rules = replace(family(model, layers), **dict.fromkeys(without, ()))
     plans = plan_layers(model, rules.find_skip_reason)
-    # a pipeline draws the pictures of a calibration; none is asked for here
-    device = next(model.parameters()).device
     loaded = LoadedModel(
-        None, "", model, None, rules, Sampling(), device, ResolvedModel(Path(), (), False), None, 0.0
+        pipe=None,  # generates the images of a calibration; none is asked for here
+        component="",
+        denoiser=model,
+        scheduler=None,
+        family=rules,
+        sampling=Sampling(),
+        device=next(model.parameters()).device,
+        source=ResolvedModel(Path(), (), False),
+        checkpoint=None,
+        encoders={},
     )
-    rows = count_layer_rows(model, [p for p in plans if p.skip_reason is None], [call])
+    chosen = [plan for plan in plans if plan.skip_reason is None]
     return quantize_denoiser(
-        loaded, plans, rows, spec(backend, outlier, *more), None, LoraStack(model), None, Progress(False)
-    )[0]
+        loaded,
+        plans,
+        select_quantization_settings(spec(backend, outlier, *more)),
+        rows=count_layer_rows(model, chosen, [call]),
+        prequantized=None,
+        loras=LoraStack(model),
+        progress=Progress(False),
+    ).denoiser
 
 
 def relative_error(y: Tensor, reference: Tensor) -> float:

@@ -1,8 +1,12 @@
-"""The weights of a denoiser in a file, by the names of its parameters: read one at a time, so that the float model is never in memory."""
+"""The weights of a denoiser in a file, by the names of its parameters.
+
+Tensors are read one at a time, so that the float model is never in memory as a whole. load.py opens the
+weights of a model, prequantized.py those of files with INT8 layers.
+"""
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,173 +34,202 @@ class FileWeights:
 
     Args:
         path: a `.safetensors` file or a folder of them.
-        model: the denoiser that the weights are for; only shapes and names of its parameters are looked at.
-        partial: the file need not hold every parameter, as a file of INT8 layers alone.
+        model: the denoiser that the weights are for; only shapes and names of its parameters are used.
+        is_partial: whether the file may lack parameters, as a file of INT8 layers alone.
 
     Raises:
         FileError: when the file is damaged, contradicts itself, or is for another model.
     """
 
-    def __init__(self, path: Path, model: nn.Module, partial: bool = False):
-        self.files = TensorFiles.open(path)
-        prefix = find_prefix(self.files)
-        self.layers = {
-            name.removeprefix(prefix): layer for name, layer in read_layers(self.files, prefix).items()
-        }
-        beside = {key for layer in self.layers.values() for key in layer.sibling_keys}
-        plain = {
-            key: info.shape
-            for key, info in self.files.items()
-            if key not in beside and not is_scaled_fp8_marker(key)
-        }
-        shapes = {key.removeprefix(prefix): shape for key, shape in plain.items() if key.startswith(prefix)}
-        self.prefix, held = prefix, {name: tuple(t.shape) for name, t in model.state_dict().items()}
-        for name, layer in self.layers.items():
-            if len(layer.shape) == 2:
-                meant = find_targets([name + WEIGHT], type(model).__name__)[name + WEIGHT]
-                known = held.get(meant[0]) if len(meant) == 1 else None
-                shapes[name + WEIGHT] = (
-                    known if known is not None and layer.fits_shape(known) else (layer.rows, layer.columns)
-                )
-        self.shapes = shapes
+    def __init__(self, path: Path, model: nn.Module, is_partial: bool = False):
+        self.path = path
         self.class_name = type(model).__name__
+        self.files = TensorFiles.open(path)
+        self.prefix = find_prefix(self.files)
+        layers = read_layers(self.files, self.prefix)
+        self.layers = {name.removeprefix(self.prefix): layer for name, layer in layers.items()}
+        model_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.shapes = self.read_shapes(model_shapes)
         try:
-            self.layout = to_model(shapes, held, self.class_name)
+            self.layout = to_model(self.shapes, model_shapes, self.class_name)
         except FileError as error:
             raise FileError(f"{path}: {error}{self.describe_other_model()}") from error
-        self.report_unused([key for key in plain if not key.startswith(prefix)], held, partial)
+        if not is_partial:
+            self.check_complete(len(model_shapes))
+        self.report_unused()
+
+    # -- what is in the file -----------------------------------------------------------------------
+
+    def list_plain_keys(self) -> list[str]:
+        """The keys in the file that are not siblings of a quantized weight, such as its scales."""
+        siblings = {key for layer in self.layers.values() for key in layer.sibling_keys}
+        return [key for key in self.files if key not in siblings and not is_scaled_fp8_marker(key)]
+
+    def read_shapes(self, model_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """The shape of every tensor of the denoiser, without the prefix.
+
+        Args:
+            model_shapes: of the model's parameters. A padded weight has the shape that it has there.
+        """
+        shapes: dict[str, Shape] = {}
+        for key in self.list_plain_keys():
+            if key.startswith(self.prefix):
+                shapes[key.removeprefix(self.prefix)] = self.files[key].shape
+        for name, layer in self.layers.items():
+            if len(layer.shape) != 2:
+                continue
+            key = name + WEIGHT
+            targets = find_targets([key], self.class_name)[key]
+            expected = model_shapes.get(targets[0]) if len(targets) == 1 else None
+            if expected is not None and layer.fits_shape(expected):
+                shapes[key] = expected
+            else:
+                shapes[key] = (layer.rows, layer.columns)
+        return shapes
+
+    def check_complete(self, num_parameters: int) -> None:
+        """Check that the file holds all parameters of the model.
+
+        Args:
+            num_parameters: that the model has.
+
+        Raises:
+            FileError: when it does not.
+        """
+        missing = self.layout.missing
+        if missing:
+            raise FileError(
+                f"{self.path} does not hold {len(missing)} of the {num_parameters} tensors of "
+                f"{self.class_name} (first: {missing[0]}); it is for another model, or incomplete"
+                f"{self.describe_other_model()}"
+            )
 
     def describe_other_model(self) -> str:
-        """What the names in the file say that it is, where that is another model."""
+        """What the names in the file say that it is, where that is another model; else empty."""
         try:
             found = detect_denoiser(self.shapes, load_families().values(), self.shapes)
         except ConfigError:
             return ""
-        if found is None or found[1] == self.class_name:
+        if found is None:
             return ""
-        named = (
-            f"its names are those of a {found[1]} ({found[0].name}), and model.base has a {self.class_name}"
+        family, class_name = found
+        if class_name == self.class_name:
+            return ""
+        return (
+            f"; its names are those of a {class_name} ({family.name}), and model.base has a {self.class_name}"
+            ": set model.base to what belongs to the file"
         )
-        return f"; {named}: set model.base to what belongs to the file"
 
-    def report_unused(self, others: Sequence[str], held: Mapping[str, Shape], partial: bool) -> None:
-        """Say what of the file is not used, and what is not used as it is.
-
-        Args:
-            others: keys of other components.
-            held: what the model has.
-
-        Raises:
-            FileError: when the model's parameters are not all there.
-        """
-        if missing := [] if partial else self.layout.missing:
-            raise FileError(
-                f"{self.path} does not hold {len(missing)} of the {len(held)} tensors of {self.class_name} (first: {missing[0]}); "
-                f"it is for another model, or incomplete{self.describe_other_model()}"
-            )
-        again = Counter(
+    def report_unused(self) -> None:
+        """Log which tensors of the file are not used, and which numbers are not used as they are."""
+        inexact = Counter(
             layer.label
             for layer in self.layers.values()
             if layer.storage_dtype != FLOAT and not layer.is_exact
         )
-        if again:
-            listed = ", ".join(f"{n} × {label}" for label, n in again.most_common())
-            log.info(
-                "%s: read as the numbers that they stand for, and rounded anew where they become INT8: %s",
+        if inexact:
+            counts = ", ".join(f"{count} × {label}" for label, count in inexact.most_common())
+            log.info("%s: dequantized, and quantized again where layers become INT8: %s", self.path, counts)
+        other_keys = [key for key in self.list_plain_keys() if not key.startswith(self.prefix)]
+        if other_keys:
+            log.warning(
+                "%s: %d tensors of other components are not used (first: %s); these come from model.base",
                 self.path,
-                listed,
+                len(other_keys),
+                other_keys[0],
             )
-        if others:
-            said = "%s: %d tensors of other components are not used (first: %s); these come from model.base"
-            log.warning(said, self.path, len(others), others[0])
-        if unused := self.layout.unused:
-            said = "%s: %d tensors have no place in %s and are not used (first: %s)"
-            log.warning(said, self.path, len(unused), self.class_name, unused[0])
+        unused = self.layout.unused
+        if unused:
+            log.warning(
+                "%s: %d tensors have no place in %s and are not used (first: %s)",
+                self.path,
+                len(unused),
+                self.class_name,
+                unused[0],
+            )
 
-    @property
-    def path(self) -> Path:
-        """Where it lies."""
-        return self.files.path
+    # -- reading -----------------------------------------------------------------------------------
 
     def read_tensor(self, name: str) -> Tensor:
-        """A parameter, on the CPU, in the file's own float dtype; a quantized weight as the float32 numbers that it stands for."""
+        """Read a parameter.
+
+        Returns:
+            The tensor on the CPU, in the file's own float dtype; a quantized weight dequantized, in float32.
+        """
         tensors = [self.read_part(part) for part in self.layout.parts[name]]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def read_part(self, part: TensorPart) -> Tensor:
-        """The rows of one tensor in the file."""
-        layer = self.layers.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None
-        whole = replace(part, rows=None)
+        """Read rows of one tensor in the file."""
+        layer = self.find_layer(part)
+        read_rows = replace(part, rows=None)  # the rows are selected while they are read
         if layer is None or layer.storage_dtype == FLOAT:
-            return whole.extract(self.files.read(self.prefix + part.key, part.rows))
+            return read_rows.extract(self.files.read(self.prefix + part.key, part.rows))
         rows, columns = self.shapes[part.key] if layer.is_padded else (layer.rows, layer.columns)
-        return whole.extract(layer.read_weight(self.files, part.rows, (rows, columns)))
+        return read_rows.extract(layer.read_weight(self.files, part.rows, (rows, columns)))
+
+    def find_layer(self, part: TensorPart) -> CheckpointLayer | None:
+        """The layer whose weight a part is of; None where it is a bias or the like."""
+        if not part.key.endswith(WEIGHT):
+            return None
+        return self.layers.get(part.key.removesuffix(WEIGHT))
+
+    def list_weights(self) -> dict[str, list[CheckpointLayer | None]]:
+        """What the file has of each weight, by module name: one layer, or several that are one in the model."""
+        return {
+            name.removesuffix(WEIGHT): [self.find_layer(part) for part in parts]
+            for name, parts in self.layout.parts.items()
+            if name.endswith(WEIGHT)
+        }
 
     def find_int8_layers(self) -> dict[str, CheckpointLayer]:
-        """Linears whose integers can be taken as they are, by module name, and what the file says of each (of its first part)."""
+        """Linears whose integers can be used as they are, by module name, with (the first part of) each."""
         found = {}
-        for name, parts in self.layout.parts.items():
-            layers = (
-                [self.layers.get(part.key.removesuffix(WEIGHT)) for part in parts]
-                if name.endswith(WEIGHT)
-                else []
-            )
-            if (
-                layers
-                and layers[0] is not None
-                and all(layer is not None and layer.is_exact for layer in layers)
-            ):
-                found[name.removesuffix(WEIGHT)] = layers[0]
+        for name, layers in self.list_weights().items():
+            exact = [layer for layer in layers if layer is not None and layer.is_exact]
+            if exact and len(exact) == len(layers):
+                found[name] = exact[0]
         return found
 
     def find_inexact_layers(self) -> set[str]:
-        """Linears whose numbers are quantized in a way that cannot be taken as it is."""
-        taken, found = self.find_int8_layers(), set()
-        for name, parts in self.layout.parts.items():
-            layers = (
-                [self.layers.get(part.key.removesuffix(WEIGHT)) for part in parts]
-                if name.endswith(WEIGHT)
-                else []
-            )
-            if (
-                any(layer is not None and layer.storage_dtype != FLOAT for layer in layers)
-                and name.removesuffix(WEIGHT) not in taken
-            ):
-                found.add(name.removesuffix(WEIGHT))
+        """Linears whose numbers are quantized in a way that INT8 layers cannot use as it is."""
+        exact = self.find_int8_layers()
+        found = set()
+        for name, layers in self.list_weights().items():
+            is_quantized = any(layer is not None and layer.storage_dtype != FLOAT for layer in layers)
+            if is_quantized and name not in exact:
+                found.add(name)
         return found
 
     def read_int8_layer(self, name: str) -> QuantizedLayer:
-        """One of `int8_layers`, without its bias.
+        """Read one of `find_int8_layers`, without its bias.
 
         Raises:
-            FileError: when its parts were treated differently.
+            FileError: when its parts were transformed differently.
         """
-        layers: list[QuantizedLayer] = []
-        for part in self.layout.parts[name + WEIGHT]:
-            layer = self.layers[part.key.removesuffix(WEIGHT)].read_int8_layer(self.files, part.rows)
-            whole = replace(part, rows=None)
-            layers.append(
-                QuantizedLayer(
-                    QuantizedWeight(whole.extract(layer.weight.qdata), whole.extract(layer.weight.scale)),
-                    layer.transform,
-                    None,
-                )
-            )
-        if len(layers) == 1:
-            return layers[0]
-        first = layers[0].transform
-        if not all(layer.transform.has_same_input_transform(first) for layer in layers[1:]):
-            raise FileError(
-                f"{self.path}: the parts of {name} were treated differently ({', '.join(layer.transform.label for layer in layers)})"
-            )
+        parts = [self.read_int8_part(part) for part in self.layout.parts[name + WEIGHT]]
+        if len(parts) == 1:
+            return parts[0]
+        transform = parts[0].transform
+        if not all(part.transform.has_same_input_transform(transform) for part in parts[1:]):
+            labels = ", ".join(part.transform.label for part in parts)
+            raise FileError(f"{self.path}: the parts of {name} were transformed differently ({labels})")
         weight = QuantizedWeight(
-            torch.cat([la.weight.qdata for la in layers]), torch.cat([la.weight.scale for la in layers])
+            torch.cat([part.weight.qdata for part in parts]),  # [N, K]
+            torch.cat([part.weight.scale for part in parts]),  # [N, 1]
         )
-        return QuantizedLayer(weight, first, None)
+        return QuantizedLayer(weight, transform, None)
+
+    def read_int8_part(self, part: TensorPart) -> QuantizedLayer:
+        """Read rows of one INT8 layer in the file."""
+        layer = self.layers[part.key.removesuffix(WEIGHT)].read_int8_layer(self.files, part.rows)
+        read_rows = replace(part, rows=None)
+        weight = QuantizedWeight(read_rows.extract(layer.weight.qdata), read_rows.extract(layer.weight.scale))
+        return QuantizedLayer(weight, layer.transform, None)
 
 
 class DenoiserWeights:
-    """The weights of all denoisers of a pipeline, by the names that a layer has in `DualDenoiser`.
+    """The weights of all denoisers of a pipeline, by the names that layers have in `DualDenoiser`.
 
     Args:
         parts: a checkpoint for each prefix of layer names; `""` for a single denoiser.
@@ -205,39 +238,41 @@ class DenoiserWeights:
     def __init__(self, parts: Mapping[str, FileWeights]):
         self.parts = dict(parts)
 
-    def locate(self, name: str) -> tuple[FileWeights, str]:
-        """The checkpoint that a name belongs to, and the name there."""
-        if "" in self.parts:
-            return self.parts[""], name
-        expert, _, inner = name.partition(".")
-        return self.parts[f"{expert}."], inner
-
-    def read_tensor(self, name: str) -> Tensor:
-        """See `FileWeights`."""
-        file, inner = self.locate(name)
-        return file.read_tensor(inner)
-
-    def read_int8_layer(self, name: str) -> QuantizedLayer:
-        """See `FileWeights`."""
-        file, inner = self.locate(name)
-        return file.read_int8_layer(inner)
-
-    def find_int8_layers(self) -> dict[str, CheckpointLayer]:
-        """See `FileWeights`."""
-        return {
-            prefix + name: layer
-            for prefix, file in self.parts.items()
-            for name, layer in file.find_int8_layers().items()
-        }
-
-    def find_inexact_layers(self) -> set[str]:
-        """See `FileWeights`."""
-        return {prefix + name for prefix, file in self.parts.items() for name in file.find_inexact_layers()}
-
     @property
     def paths(self) -> list[Path]:
         """Every file."""
         return [path for file in self.parts.values() for path in file.files.files]
+
+    def locate(self, name: str) -> tuple[FileWeights, str]:
+        """The checkpoint that a name belongs to, and the name there."""
+        if "" in self.parts:
+            return self.parts[""], name
+        component, _, inner_name = name.partition(".")
+        return self.parts[f"{component}."], inner_name
+
+    def read_tensor(self, name: str) -> Tensor:
+        """See `FileWeights.read_tensor`."""
+        file, inner_name = self.locate(name)
+        return file.read_tensor(inner_name)
+
+    def read_int8_layer(self, name: str) -> QuantizedLayer:
+        """See `FileWeights.read_int8_layer`."""
+        file, inner_name = self.locate(name)
+        return file.read_int8_layer(inner_name)
+
+    def find_int8_layers(self) -> dict[str, CheckpointLayer]:
+        """See `FileWeights.find_int8_layers`."""
+        found: dict[str, CheckpointLayer] = {}
+        for prefix, file in self.parts.items():
+            found |= {prefix + name: layer for name, layer in file.find_int8_layers().items()}
+        return found
+
+    def find_inexact_layers(self) -> set[str]:
+        """See `FileWeights.find_inexact_layers`."""
+        found: set[str] = set()
+        for prefix, file in self.parts.items():
+            found |= {prefix + name for name in file.find_inexact_layers()}
+        return found
 
     def read_provenance(self) -> dict[str, Any]:
         """How int8run made the (first) file; empty when another program did."""
@@ -245,17 +280,26 @@ class DenoiserWeights:
         return read_provenance(file.path, file.files.metadata)
 
     def fill_parameters(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
-        """Put parameters of the files into the model, in the model's dtype."""
+        """Read parameters and buffers into a model, in the model's dtype.
+
+        Args:
+            model: has tensors of these names, with or without values.
+            names: of parameters and buffers.
+            device: where they go.
+
+        Raises:
+            FileError: for NaN or infinity.
+        """
         for name in names:
             parent, _, child = name.rpartition(".")
             module = model.get_submodule(parent)
-            old = getattr(module, child)
+            before = getattr(module, child)
             value = self.read_tensor(name)
             if value.is_floating_point() and not torch.isfinite(value).all():
-                raise FileError(
-                    f"{self.locate(name)[0].path}: {name} holds NaN or infinity; the file is damaged"
-                )
-            value = value.to(device, old.dtype if old.is_floating_point() else value.dtype)
+                path = self.locate(name)[0].path
+                raise FileError(f"{path}: {name} holds NaN or infinity; the file is damaged")
+            dtype = before.dtype if before.is_floating_point() else value.dtype
+            value = value.to(device, dtype)
             if child in module._parameters:
                 module._parameters[child] = nn.Parameter(value, requires_grad=False)
             else:

@@ -1,82 +1,102 @@
-"""`metrics.baseline=cached`: the float model draws first and alone, once; later runs compare with what it drew."""
+"""`metrics.baseline=cached`: the float model generates first and alone; later runs compare with its images.
+
+tasks/run.py calls it, and gives it a function that builds the float model. No settings of a run are known
+here: they come as a key.
+"""
 
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
-from int8run.config.run_spec import RunSpec
 from int8run.errors import FileError
 from int8run.generate.generate import Generation
 from int8run.generate.prompts import Sample
 from int8run.generate.serialization import load_generation, save_generation
 from int8run.lora.header_info import LoraHeader
+from int8run.models.family import ModelSource
 from int8run.models.loader import pick_device, read_library_versions
 from int8run.models.source import resolve_model
 from int8run.pipeline.load import hash_model_files
-from int8run.text_encoders.base import TextEncoders
-from int8run.utils.disk_cache import hash_parts
+from int8run.utils.disk_cache import DiskCache, hash_parts
 from int8run.utils.hardware import get_device_name
 
 log = logging.getLogger(__name__)
+# libraries whose version may change what a model generates
+HASHED_LIBRARIES = ("torch", "diffusers", "transformers")
 
 
 def get_float_baseline(
-    spec: RunSpec,
-    heads: Sequence[LoraHeader],
-    wanted: Sequence[Sample],
-    draw: Callable[[RunSpec], Generation],
+    model: ModelSource,
+    headers: Sequence[LoraHeader],
+    samples: Sequence[Sample],
+    *,
+    settings_key: str,
+    device: str,
+    cache: DiskCache,
+    generate: Callable[[], Generation],
 ) -> tuple[Generation, bool]:
-    """What the float model draws for these samples, out of the cache or drawn now; and whether it was now.
+    """Get what the float model generates for these samples, out of the cache or now.
 
     Args:
-        draw: builds the float model that a spec asks for and lets it draw. The model is dropped afterwards.
+        model: where the model is.
+        headers: of the LoRA files.
+        samples: to generate.
+        settings_key: the settings that decide what is generated, as text.
+        device: `auto`, `cpu`, `cuda`, `cuda:N`.
+        cache: of earlier and later runs.
+        generate: builds the float model and lets it generate; the model is dropped afterwards.
+
+    Returns:
+        What it generated, and whether it did so now.
     """
-    source = resolve_model(spec.model)
-    hashes = hash_model_files(source, spec.cache) if spec.cache.limit_gb else []
-    versions = {
-        name: version
-        for name, version in read_library_versions().items()
-        if name in ("torch", "diffusers", "transformers")
-    }
-    loras = [spec.cache.hash_file(head.path) for head in heads]
-    key = hash_parts(
-        [hashes, versions, get_device_name(pick_device(spec.device)), spec.float_key, loras, list(wanted)]
-    )
-    path = spec.cache.get("float", key)
-    if path is not None:
-        try:
-            found = load_generation(path)
-            log.info(
-                "float pictures of an earlier run: %s; its speed then says nothing of now and is left out",
-                path,
-            )
-            return found, False
-        except FileError as error:
-            spec.cache.remove(path, error)
-    made = draw(make_float_spec(spec))
+    key = build_baseline_key(model, headers, samples, settings_key=settings_key, device=device, cache=cache)
+    cached = read_cached_baseline(cache, key)
+    if cached is not None:
+        return cached, False
+    generation = generate()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    note = {
-        "model": str(spec.model.location),
-        "drawings": len(made.frames),
-        "loras": [[head.name] for head in heads],
+    metadata = {
+        "model": str(model.location),
+        "drawings": len(generation.frames),
+        "loras": [[header.name] for header in headers],
     }
-    spec.cache.put("float", key, made.nbytes, lambda path: save_generation(made, path, note))
-    return made, True
+    cache.put("float", key, generation.nbytes, lambda path: save_generation(generation, path, metadata))
+    return generation, True
 
 
-def make_float_spec(spec: RunSpec) -> RunSpec:
-    """The same job with the float model alone."""
-    return replace(
-        spec,
-        int8=replace(spec.int8, enable=False, checkpoint=None),
-        clip=TextEncoders(),
-        save=None,
-        quality_db=None,
-        model_type=replace(spec.model_type, mixed_precision="none"),
-        metrics=replace(spec.metrics, baseline="none", perceptual=()),
-    )
+def build_baseline_key(
+    model: ModelSource,
+    headers: Sequence[LoraHeader],
+    samples: Sequence[Sample],
+    *,
+    settings_key: str,
+    device: str,
+    cache: DiskCache,
+) -> str:
+    """The key in the cache, from everything that decides what the float model generates."""
+    source = resolve_model(model)
+    file_hashes = hash_model_files(source, cache) if cache.limit_gb else []
+    versions = {
+        name: version for name, version in read_library_versions().items() if name in HASHED_LIBRARIES
+    }
+    device_name = get_device_name(pick_device(device))
+    lora_hashes = [cache.hash_file(header.path) for header in headers]
+    return hash_parts([file_hashes, versions, device_name, settings_key, lora_hashes, list(samples)])
+
+
+def read_cached_baseline(cache: DiskCache, key: str) -> Generation | None:
+    """What an earlier run generated, if it is in the cache; a damaged file is removed."""
+    path = cache.get("float", key)
+    if path is None:
+        return None
+    try:
+        generation = load_generation(path)
+    except FileError as error:
+        cache.remove(path, error)
+        return None
+    log.info("Float images of an earlier run: %s; its speed was that of another time and is left out", path)
+    return generation

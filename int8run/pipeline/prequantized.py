@@ -1,4 +1,7 @@
-"""INT8 layers that need not be made: those of a file, or of an earlier run with the same settings."""
+"""INT8 layers that need not be made: those of a file, or of an earlier run with the same settings.
+
+build.py calls `find_prequantized` before anything is quantized, and quantize_denoiser.py reads the layers.
+"""
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -9,33 +12,36 @@ from typing import Any
 from torch import Tensor
 
 from int8run.checkpoints.layer import CheckpointLayer
-from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, FileError
 from int8run.layers.int8_linear import QuantizedLayer, get_linear
 from int8run.layers.plan import LayerPlan
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.outlier.auto import AutoOutlier
-from int8run.outlier.base import NONE
+from int8run.outlier.base import NONE, OutlierMethod
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.load import LoadedModel
 from int8run.ptq.quantize import check_weight
 from int8run.quant.weight import QuantizedWeight, quantize_weight, sqnr_db
+from int8run.utils.disk_cache import DiskCache
 
 log = logging.getLogger(__name__)
 # an INT8 weight has 30 dB and more; another model's weight 0
 MIN_SQNR_DB = 15.0
-# a rounding that looks at the layer's output may be so much worse than the nearest integers
+# by how much a rounding that fits the layer's output may be worse than the nearest integers
 MAX_ROUNDING_LOSS_DB = 6.0
+# name and strength of each LoRA that is baked in, as the provenance of a file has them
+BakedLoras = list[list[Any]]
 
 
 @dataclass(frozen=True)
 class PrequantizedLayers:
-    """INT8 layers that are there already.
+    """INT8 layers that exist already.
 
     Args:
-        layers: what the file says of each, by module name.
-        note: how int8run made the file; empty when another program did.
-        cached: the file is of int8run's own cache, whose key says what is in it.
+        weights: the files.
+        layers: what a file says of each layer, by module name.
+        provenance: how int8run made the (first) file; empty when another program did.
+        is_cached: whether the file is of int8run's own cache, whose key says what is in it.
     """
 
     weights: DenoiserWeights
@@ -45,7 +51,7 @@ class PrequantizedLayers:
 
     @property
     def source(self) -> str:
-        """The files, for people."""
+        """The files, for messages."""
         return ", ".join(str(file.path) for file in self.weights.parts.values())
 
     @property
@@ -54,230 +60,330 @@ class PrequantizedLayers:
         return str(self.provenance.get("rounding", "unknown"))
 
 
+@dataclass(frozen=True)
+class PrequantizedRequest:
+    """What decides whether INT8 layers that exist can be used.
+
+    Args:
+        checkpoint: `int8.checkpoint`: file or folder, or one for each denoiser; None: none is given.
+        outlier: the outlier method that the layers should have.
+        baked_loras: that the layers should have.
+        has_baseline: whether the run compares with the float model.
+        cache: of earlier runs.
+        cache_key: of these settings; None: the cache is not used.
+    """
+
+    checkpoint: str | Mapping[str, str] | None
+    outlier: OutlierMethod | AutoOutlier
+    baked_loras: BakedLoras
+    has_baseline: bool
+    cache: DiskCache
+    cache_key: str | None
+
+
+# -- finding them ----------------------------------------------------------------------------------
+
+
 def find_prequantized(
     loaded: LoadedModel,
     plans: Sequence[LayerPlan],
-    spec: RunSpec,
-    key: str | None,
-    changed: Collection[str] = (),
+    request: PrequantizedRequest,
+    changed_layers: Collection[str] = (),
 ) -> PrequantizedLayers | None:
-    """The INT8 layers that need not be made, and the plans as that file has them: of `int8.checkpoint`, of the model's own file, or of
-    an earlier run with the same settings.
+    """Find INT8 layers in `int8.checkpoint`, in the model's own file, or of an earlier run of these settings.
 
     Args:
-        key: of the cache.
-        changed: layers that a LoRA changes.
+        plans: changed to what the file has.
+        request: what they should be.
+        changed_layers: names of the layers that a LoRA changes.
+
+    Returns:
+        None where all layers are to be quantized here.
 
     Raises:
         FileError: when the file does not fit the model, or contradicts the settings.
-        ConfigError: when LoRAs are to be baked into integers that are there already.
+        ConfigError: when LoRAs are to be baked into integers.
     """
-    if not spec.int8.enable:
-        return None
-    location, names = spec.int8.checkpoint, [d.component for d in loaded.source.denoisers]
-    if location is not None:
-        taken = open_checkpoint(loaded, resolve_checkpoint_paths(location, names))
-        if not taken.layers:
-            raise FileError(
-                f"{location} holds no INT8 layer that can be taken as it is; set model.location to it, or quantize anew"
-            )
-    elif loaded.files is not None and (own := loaded.files.find_int8_layers()):
-        taken = PrequantizedLayers(loaded.files, own, loaded.files.read_provenance())
-        if spec.metrics.baseline != "none":
-            log.warning(
-                "the float model is what the INT8 numbers of %s stand for: what they lost when they were made is not measured",
-                taken.source,
-            )
-        if taken.provenance.get("loras"):
-            log.info("baked in there: %s", describe_loras(taken.provenance["loras"]))
-        if list_baked_loras(spec) and (lost := set(changed) & set(taken.layers)):
-            raise ConfigError(
-                f"lora.mode=bake adds LoRAs to float weights, and {len(lost)} of the layers that they change are INT8 in {taken.source}; "
-                "set lora.mode=dynamic or stochastic"
-            )
+    found: PrequantizedLayers | None
+    if request.checkpoint is not None:
+        found = open_given_checkpoint(loaded, request.checkpoint)
+    elif loaded.checkpoint is not None and loaded.checkpoint.find_int8_layers():
+        found = open_own_layers(loaded.checkpoint, request, changed_layers)
     else:
-        path = None if key is None else spec.cache.get("int8", key)
-        if path is None:
-            return None
-        try:
-            taken = open_cached_layers(loaded, path)
-        except FileError as error:
-            spec.cache.remove(path, error)
-            return None
-    apply_to_plans(taken, plans, spec)
-    held = taken.provenance.get("loras", [])
-    baked = list_baked_loras(spec)
-    if location is not None and taken.provenance and held != baked:
-        raise FileError(
-            f"{taken.source} was made with {describe_loras(held)} baked in, this run bakes {describe_loras(baked)}; for LoRAs on top of it set "
-            "lora.mode=dynamic or stochastic, to take all from it model.location in place of int8.checkpoint"
-        )
-    said = (
-        "%d INT8 layers from %s, kept by an earlier run"
-        if taken.is_cached
-        else "%d INT8 layers from %s; rounding= has no say"
-    )
-    log.info(said, len(taken.layers), taken.source)
-    return taken
+        found = find_cached_layers(loaded, request)
+    if found is None:
+        return None
+    apply_to_plans(found, plans, request.outlier)
+    if request.checkpoint is not None:
+        check_baked_loras(found, request.baked_loras)
+    if found.is_cached:
+        log.info("%d INT8 layers come from %s, which an earlier run wrote", len(found.layers), found.source)
+    else:
+        log.info("%d INT8 layers come from %s; rounding= is ignored", len(found.layers), found.source)
+    return found
 
 
-def resolve_checkpoint_paths(location: str | Mapping[str, str], components: Sequence[str]) -> dict[str, Path]:
-    """The file or folder of each denoiser's INT8 layers.
+def open_given_checkpoint(loaded: LoadedModel, checkpoint: str | Mapping[str, str]) -> PrequantizedLayers:
+    """Open the layers of `int8.checkpoint`.
 
     Raises:
-        ConfigError: when it is not said which file is whose.
+        FileError: when there are none.
     """
-    if isinstance(location, Mapping):
-        if set(location) != set(components):
+    components = [denoiser.component for denoiser in loaded.source.denoisers]
+    found = open_checkpoint(loaded, resolve_checkpoint_paths(checkpoint, components))
+    if not found.layers:
+        raise FileError(
+            f"{checkpoint} holds no INT8 layer that can be used as it is; set model.location to it, or "
+            "quantize anew"
+        )
+    return found
+
+
+def resolve_checkpoint_paths(
+    checkpoint: str | Mapping[str, str], components: Sequence[str]
+) -> dict[str, Path]:
+    """The file or folder of each denoiser's INT8 layers.
+
+    Args:
+        checkpoint: a file, a folder, a folder with one for each component, or a mapping from components.
+        components: names of the pipeline's denoisers.
+
+    Raises:
+        ConfigError: when it is not clear which file belongs to which denoiser.
+    """
+    if isinstance(checkpoint, Mapping):
+        if set(checkpoint) != set(components):
             raise ConfigError(
-                f"int8.checkpoint names {', '.join(location)}; the model has {', '.join(components)}"
+                f"int8.checkpoint names {', '.join(checkpoint)}; the model has {', '.join(components)}"
             )
-        return {name: Path(path).expanduser() for name, path in location.items()}
-    path = Path(location).expanduser()
+        return {name: Path(path).expanduser() for name, path in checkpoint.items()}
+    path = Path(checkpoint).expanduser()
     if all((path / name).is_dir() for name in components):
         return {name: path / name for name in components}
     if len(components) > 1:
-        pair = ", ".join(f"{name}: <file>" for name in components)
+        example = ", ".join(f"{name}: <file>" for name in components)
         raise ConfigError(
-            f"int8.checkpoint={location} is one file, the model has {len(components)} denoisers; set 'int8.checkpoint={{{pair}}}'"
+            f"int8.checkpoint={checkpoint} is one file, the model has {len(components)} denoisers; set "
+            f"'int8.checkpoint={{{example}}}'"
         )
     return {components[0]: path}
 
 
 def open_checkpoint(loaded: LoadedModel, paths: Mapping[str, Path]) -> PrequantizedLayers:
-    """Open files of INT8 layers; what else is in them is not looked at."""
-    parts = split_denoiser(loaded.denoiser)
-    files = {
-        p: FileWeights(paths[p.removesuffix(".") or next(iter(paths))], model, partial=True)
-        for p, model in parts.items()
-    }
+    """Open files of INT8 layers; nothing else in them is used.
+
+    Args:
+        paths: by component.
+    """
+    files = {}
+    for prefix, denoiser in split_denoiser(loaded.denoiser).items():
+        component = prefix.removesuffix(".") or next(iter(paths))
+        files[prefix] = FileWeights(paths[component], denoiser, is_partial=True)
     weights = DenoiserWeights(files)
     return PrequantizedLayers(weights, weights.find_int8_layers(), weights.read_provenance())
 
 
-def open_cached_layers(loaded: LoadedModel, path: Path) -> PrequantizedLayers:
-    """Open a file of the cache, which has the layers of all denoisers under the names that they have here.
+def open_own_layers(
+    weights: DenoiserWeights, request: PrequantizedRequest, changed_layers: Collection[str]
+) -> PrequantizedLayers:
+    """The INT8 layers of the model's own file, which has no float weights for them.
 
     Raises:
-        FileError: when it is damaged, or not all layers are there that it says it has.
+        ConfigError: when LoRAs are to be baked into them.
     """
-    weights = DenoiserWeights({"": FileWeights(path, loaded.denoiser, partial=True)})
-    taken = PrequantizedLayers(weights, weights.find_int8_layers(), weights.read_provenance(), is_cached=True)
-    if not taken.layers or set(taken.layers) != set(get_layer_facts(taken.provenance, "layers")):
-        raise FileError(f"{path} does not have the layers that its note says it has")
-    return taken
-
-
-def apply_to_plans(taken: PrequantizedLayers, plans: Sequence[LayerPlan], spec: RunSpec) -> None:
-    """Plan what the file has: its INT8 layers, treated as they are there, and everything else float.
-
-    Raises:
-        FileError: when a layer was treated otherwise than by the method that `outlier=` names; `none` and `auto` name none.
-    """
-    kept = get_layer_facts(taken.provenance, "kept_float")
-    again = (
-        taken.weights.find_inexact_layers()
-    )  # what the file has in another way is quantized as if it were float
-    for plan in plans:
-        if plan.name in again:
-            continue
-        plan.skip_reason = (
-            None
-            if plan.name in taken.layers
-            else str(kept.get(plan.name, "")) or plan.skip_reason or "float in the file"
+    found = PrequantizedLayers(weights, weights.find_int8_layers(), weights.read_provenance())
+    if request.has_baseline:
+        log.warning(
+            "The float model has the dequantized INT8 weights of %s; what they lost when they were quantized "
+            "is not measured",
+            found.source,
         )
-    if taken.is_cached or isinstance(spec.outlier, AutoOutlier) or spec.outlier.name == NONE:
-        return
-    wrong = []
-    for plan in plans:
-        if plan.name in taken.layers:
-            plan.outlier_skip_reason = spec.outlier.unsupported_reason(plan.in_features) or ""
-            plain: tuple[str, Mapping[str, float]] = (NONE, {})
-            wanted = (
-                plain
-                if plan.outlier_skip_reason
-                else (spec.outlier.name, spec.outlier.get_settings(plan.in_features))
-            )
-            layer = taken.layers[plan.name]
-            if (layer.outlier_method, layer.outlier_settings) != wanted:
-                wrong.append(
-                    f"{plan.name} is {layer.label!r} there, {' '.join(map(str, [wanted[0], *wanted[1].values()]))!r} was asked for"
-                )
-    if wrong:
+    if found.provenance.get("loras"):
+        log.info("LoRAs baked into it: %s", describe_loras(found.provenance["loras"]))
+    integers = set(changed_layers) & set(found.layers)
+    if request.baked_loras and integers:
+        raise ConfigError(
+            f"lora.mode=bake adds LoRAs to float weights, and {len(integers)} of the layers that they change "
+            f"are INT8 in {found.source}; set lora.mode=dynamic or stochastic"
+        )
+    return found
+
+
+def find_cached_layers(loaded: LoadedModel, request: PrequantizedRequest) -> PrequantizedLayers | None:
+    """The layers of an earlier run with the same settings; a damaged file is removed."""
+    if request.cache_key is None:
+        return None
+    path = request.cache.get("int8", request.cache_key)
+    if path is None:
+        return None
+    try:
+        return open_cached_layers(loaded, path)
+    except FileError as error:
+        request.cache.remove(path, error)
+        return None
+
+
+def open_cached_layers(loaded: LoadedModel, path: Path) -> PrequantizedLayers:
+    """Open a file of the cache, which has the layers of all denoisers under their names in the model.
+
+    Raises:
+        FileError: when it is damaged, or lacks layers that it should have.
+    """
+    weights = DenoiserWeights({"": FileWeights(path, loaded.denoiser, is_partial=True)})
+    layers, provenance = weights.find_int8_layers(), weights.read_provenance()
+    if not layers or set(layers) != set(get_layer_facts(provenance, "layers")):
+        raise FileError(f"{path} does not have the layers that its provenance lists")
+    return PrequantizedLayers(weights, layers, provenance, is_cached=True)
+
+
+def check_baked_loras(found: PrequantizedLayers, wanted: BakedLoras) -> None:
+    """Check that a checkpoint has the LoRAs baked in that the run bakes.
+
+    Raises:
+        FileError: when it has others; a checkpoint of another program does not say.
+    """
+    held = found.provenance.get("loras", [])
+    if found.provenance and held != wanted:
         raise FileError(
-            f"{taken.source} contradicts outlier={spec.outlier.name} in {len(wrong)} of {len(taken.layers)} layers ({wrong[0]}); set "
-            "outlier=auto to take what the file has, or quantize again"
+            f"{found.source} was made with {describe_loras(held)} baked in, this run bakes "
+            f"{describe_loras(wanted)}; for LoRAs on top of it set lora.mode=dynamic or stochastic, or use "
+            "it as model.location in place of int8.checkpoint"
         )
 
 
 def describe_loras(loras: object) -> str:
-    """LoRAs of a note for people: `ink 0.8, gloss 0.4`; a note that somebody changed may hold anything."""
-    named = (
-        [lora for lora in loras if isinstance(lora, list) and len(lora) == 2]
-        if isinstance(loras, list)
-        else []
-    )
-    return ", ".join(f"{name} {strength}" for name, strength in named) or "no LoRA"
+    """LoRAs of a provenance for messages: `ink 0.8, gloss 0.4`; somebody may have put anything there."""
+    if not isinstance(loras, list):
+        return "no LoRA"
+    pairs = [lora for lora in loras if isinstance(lora, list) and len(lora) == 2]
+    return ", ".join(f"{name} {strength}" for name, strength in pairs) or "no LoRA"
+
+
+# -- planning with them ----------------------------------------------------------------------------
+
+
+def apply_to_plans(
+    found: PrequantizedLayers, plans: Sequence[LayerPlan], outlier: OutlierMethod | AutoOutlier
+) -> None:
+    """Change the plans to what the file has: its INT8 layers, and everything else float.
+
+    Args:
+        outlier: the method that the layers should have; `none` and `auto` leave it to the file.
+
+    Raises:
+        FileError: when a layer has another method.
+    """
+    skip_reasons = get_layer_facts(found.provenance, "kept_float")
+    inexact = found.weights.find_inexact_layers()  # quantized again, as if they were float
+    for plan in plans:
+        if plan.name in found.layers:
+            plan.skip_reason = None
+        elif plan.name not in inexact:
+            known_reason = str(skip_reasons.get(plan.name, ""))
+            plan.skip_reason = known_reason or plan.skip_reason or "float in the file"
+    if not found.is_cached and not isinstance(outlier, AutoOutlier) and outlier.name != NONE:
+        check_outlier_methods(found, plans, outlier)
+
+
+def check_outlier_methods(
+    found: PrequantizedLayers, plans: Sequence[LayerPlan], outlier: OutlierMethod
+) -> None:
+    """Check that the layers of a file have an outlier method, where it can take them.
+
+    Raises:
+        FileError: when some have another.
+    """
+    contradictions = []
+    for plan in plans:
+        layer = found.layers.get(plan.name)
+        if layer is None:
+            continue
+        plan.outlier_skip_reason = outlier.unsupported_reason(plan.in_features) or ""
+        method: str = NONE
+        settings: Mapping[str, float] = {}
+        if not plan.outlier_skip_reason:
+            method, settings = outlier.name, outlier.get_settings(plan.in_features)
+        if (layer.outlier_method, layer.outlier_settings) != (method, settings):
+            expected = " ".join(map(str, [method, *settings.values()]))
+            contradictions.append(f"{plan.name} has {layer.label!r}, not {expected!r}")
+    if contradictions:
+        raise FileError(
+            f"{found.source} contradicts outlier={outlier.name} in {len(contradictions)} of "
+            f"{len(found.layers)} layers ({contradictions[0]}); set outlier=auto to use what the file has, "
+            "or quantize again"
+        )
+
+
+# -- reading them ----------------------------------------------------------------------------------
 
 
 def read_prequantized_layers(
-    loaded: LoadedModel, plans: Sequence[LayerPlan], taken: PrequantizedLayers, read: Callable[[str], Tensor]
+    loaded: LoadedModel,
+    plans: Sequence[LayerPlan],
+    found: PrequantizedLayers,
+    read_weight: Callable[[str], Tensor],
 ) -> Iterator[tuple[LayerPlan, QuantizedLayer]]:
-    """The layers of a file, each compared with the float weight that it stands for, where that comes from elsewhere.
+    """Read the layers of a file, each compared with the float weight where that comes from elsewhere.
 
     Args:
-        read: gives the float weight of a Linear by its name.
+        plans: of the layers; what is known of each is put there.
+        read_weight: gives the float weight of a Linear by its name.
 
     Raises:
         FileError: when a layer was made from another weight.
     """
-    measured = get_layer_facts(taken.provenance, "layers")
+    facts_by_layer = get_layer_facts(found.provenance, "layers")
     for plan in plans:
-        layer = taken.weights.read_int8_layer(plan.name)
-        layer.transform.to(loaded.device)
-        weight = QuantizedWeight(layer.weight.qdata.to(loaded.device), layer.weight.scale.to(loaded.device))
-        layer = QuantizedLayer(weight, layer.transform, get_linear(loaded.denoiser, plan.name).bias)
-        plan.outlier, plan.rounding = layer.transform.label, taken.rounding
-        if isinstance(known := measured.get(plan.name), Mapping):
-            plan.outlier_skip_reason = str(known.get("outlier_why_not", ""))
-            plan.measured |= {name: v for name, v in known.items() if isinstance(v, float)}
-        if not taken.is_cached and taken.weights is not loaded.files:
-            check_against_float(plan, layer, read(plan.name), taken)
-        plan.measured.setdefault("saturated_share", weight.saturated_share)
+        layer = read_prequantized_layer(loaded, plan, found)
+        facts = facts_by_layer.get(plan.name)
+        if isinstance(facts, Mapping):
+            plan.outlier_skip_reason = str(facts.get("outlier_why_not", ""))
+            plan.measured |= {name: value for name, value in facts.items() if isinstance(value, float)}
+        if not found.is_cached and found.weights is not loaded.checkpoint:
+            check_against_float(plan, layer, read_weight(plan.name), found.source)
+        plan.measured.setdefault("saturated_share", layer.weight.saturated_share)
         yield plan, layer
 
 
-def get_layer_facts(note: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """What a note says of layers, by name; a note that somebody changed may say nothing."""
-    found = note.get(key)
-    return found if isinstance(found, Mapping) else {}
+def read_prequantized_layer(
+    loaded: LoadedModel, plan: LayerPlan, found: PrequantizedLayers
+) -> QuantizedLayer:
+    """Read one layer of a file, with the bias of the float model, on the device."""
+    layer = found.weights.read_int8_layer(plan.name)
+    layer.transform.to(loaded.device)
+    weight = QuantizedWeight(layer.weight.qdata.to(loaded.device), layer.weight.scale.to(loaded.device))
+    plan.outlier = layer.transform.label
+    plan.rounding = found.rounding
+    return QuantizedLayer(weight, layer.transform, get_linear(loaded.denoiser, plan.name).bias)
 
 
-def check_against_float(
-    plan: LayerPlan, layer: QuantizedLayer, original: Tensor, taken: PrequantizedLayers
-) -> None:
-    """Note how near a layer of a file is to the model's own float weight.
+def get_layer_facts(provenance: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """What a provenance says of layers, by name; nothing where somebody has put something else there."""
+    facts = provenance.get(key)
+    return facts if isinstance(facts, Mapping) else {}
+
+
+def check_against_float(plan: LayerPlan, layer: QuantizedLayer, weight: Tensor, source: str) -> None:
+    """Check that a layer of a file was made from the model's float weight; the plan gets how near it is.
+
+    Args:
+        weight: float, [N, K].
+        source: the file, for messages.
 
     Raises:
         FileError: when it was made from another weight.
     """
-    check_weight(plan, original)
-    # as when it was quantized: undone, a factor would make a good weight look bad in columns that the input hardly uses
-    transformed = layer.transform.transform_weight(original.float())
+    check_weight(plan, weight)
+    # In the basis in which it was quantized: transformed back, a factor would make a good weight look bad in
+    # columns that the input hardly uses.
+    transformed = layer.transform.transform_weight(weight.float())
     sqnr = sqnr_db(transformed, layer.weight.dequantize())
-    # in a wide layer one huge weight per row leaves so few integers to the others that no rounding has more
-    least = min(
-        MIN_SQNR_DB, sqnr_db(transformed, quantize_weight(transformed).dequantize()) - MAX_ROUNDING_LOSS_DB
-    )
-    if not sqnr >= least:
+    # In a wide layer with one huge weight per row, not even the nearest integers come near the usual SQNR.
+    nearest_sqnr = sqnr_db(transformed, quantize_weight(transformed).dequantize())
+    min_sqnr = min(MIN_SQNR_DB, nearest_sqnr - MAX_ROUNDING_LOSS_DB)
+    if not sqnr >= min_sqnr:  # also for NaN
         raise FileError(
-            f"{taken.source}: {plan.name} does not hold this model's weight (SQNR {sqnr:.1f} dB, at least {least:.0f} "
-            "expected); it was made from another checkpoint, or with LoRAs baked in"
+            f"{source}: {plan.name} does not hold this model's weight (SQNR {sqnr:.1f} dB, at least "
+            f"{min_sqnr:.0f} expected); it was made from another checkpoint, or with LoRAs baked in"
         )
-    plan.measured.setdefault("weight_sqnr_db", sqnr)  # the note's own was summed in another order
-
-
-def list_baked_loras(spec: RunSpec) -> list[list[Any]]:
-    """Name and strength of each LoRA that is added to the float weights."""
-    pairs = zip(spec.lora.adapters, spec.lora.strengths, strict=True)
-    return [[a.name, strength] for a, strength in pairs if strength] if spec.lora.is_baked else []
+    plan.measured.setdefault("weight_sqnr_db", sqnr)  # that of the file was summed in another order

@@ -20,8 +20,10 @@ from int8run.models.source import read_config, read_model_index, resolve_part_fo
 from int8run.quant.formats import FORMATS, WeightFormat
 from int8run.report.console import Progress
 from int8run.text_encoders.base import KEEP, TextEncoders
-from int8run.text_encoders.build import BuiltEncoder, Kernels, WeightChange, build_encoder, fit_weights
+from int8run.text_encoders.build import BuiltEncoder, build_encoder, fit_weights
 from int8run.text_encoders.detect import find_encoders
+from int8run.text_encoders.kernels import Kernels
+from int8run.text_encoders.quantized_layers import WeightChange
 from int8run.text_encoders.skeleton import build_skeleton
 from int8run.text_encoders.weights import EncoderFile
 
@@ -113,7 +115,8 @@ def open_encoders(
     """The text encoders that `clip=` changes, by component; only headers are read.
 
     Raises:
-        ConfigError: for a component that the pipeline does not have, a file that fits none, or a format that contradicts a file.
+        ConfigError: for a component that the pipeline does not have, a file that fits none, or a format that
+            contradicts a file.
         FileError: when a file cannot be read.
     """
     if not clip.is_quantized:
@@ -195,13 +198,14 @@ def match_files_to_slots(
                 places.append(OpenedEncoder(component, model, weights, None))
         if len(places) > 1:
             raise ConfigError(
-                f"clip.path={weights.where} fits {', '.join(opened.component for opened in places)}; say which: "
-                f"'clip.path={{{places[0].component}: FILE}}'"
+                f"clip.path={weights.where} fits {', '.join(opened.component for opened in places)}; say "
+                f"which: 'clip.path={{{places[0].component}: FILE}}'"
             )
         for opened in places:
             if opened.component in found:
                 raise ConfigError(
-                    f"clip.path={weights.where} holds two encoders that fit {opened.component}; take a file with one of them"
+                    f"clip.path={weights.where} holds two encoders that fit {opened.component}; take a file "
+                    "with one of them"
                 )
             found[opened.component] = opened
     if not found:

@@ -24,6 +24,7 @@ from int8run.generate.capture import capture_step
 from int8run.generate.prompts import build_samples
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.layers.plan import LayerPlan
+from int8run.pipeline.build import select_load_settings
 from int8run.pipeline.load import LoadedModel, load_model
 from int8run.pipeline.quantize_denoiser import count_layer_rows
 from int8run.ptq.quantize import check_backend
@@ -108,7 +109,7 @@ def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
         ConfigError: when the model has no layer to quantize.
     """
     progress = Progress(spec.progress)
-    loaded = load_model(spec, progress)
+    loaded = load_model(select_load_settings(spec, needs_float_denoiser=True), progress)
     plans = [plan for plan in loaded.plan_layers() if plan.skip_reason is None]
     if not plans:
         raise ConfigError(

@@ -686,7 +686,7 @@ class Small(nn.Module):
 def test_a_models_parameter_is_the_weight_without_its_padding(name: str, tmp_path: Path) -> None:
     draft = KINDS[name]()
     draft.tensors = {key.removeprefix("blocks.0."): value for key, value in draft.tensors.items()}
-    file = FileWeights(draft.write(tmp_path / "m.safetensors"), Small(), partial=True)
+    file = FileWeights(draft.write(tmp_path / "m.safetensors"), Small(), is_partial=True)
     assert_close("weight", file.read_tensor("q.weight"), real(draft), 1e-6)
     assert file.find_int8_layers() == {} and file.find_inexact_layers() == {"q"}
     with pytest.raises(FileError, match=r"q\.weight of the file has the shape \[12, "):

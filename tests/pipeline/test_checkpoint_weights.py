@@ -52,9 +52,9 @@ def to_int8(
     return codes * scale
 
 
-def opened(tensors: dict[str, Tensor], path: Path, model: nn.Module, partial: bool = False) -> FileWeights:
+def opened(tensors: dict[str, Tensor], path: Path, model: nn.Module, is_partial: bool = False) -> FileWeights:
     save_file(tensors, path)
-    return FileWeights(path, model, partial)
+    return FileWeights(path, model, is_partial)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -122,7 +122,7 @@ def test_parts_that_were_treated_differently_are_no_layer(tmp_path: Path) -> Non
     to_int8(
         tensors, "b", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16, "per_row": True}
     )
-    file = opened(tensors, tmp_path / "m.safetensors", Two(), partial=True)
+    file = opened(tensors, tmp_path / "m.safetensors", Two(), is_partial=True)
     from dataclasses import replace
 
     from int8run.models.state_dict_adapter import TensorPart
@@ -133,7 +133,7 @@ def test_parts_that_were_treated_differently_are_no_layer(tmp_path: Path) -> Non
     assert set(file.find_int8_layers()) == {"both"}
     with pytest.raises(
         FileError,
-        match=r"m\.safetensors: the parts of both were treated differently \(none, convrot group_size=16\)$",
+        match=r"m\.safetensors: the parts of both were transformed differently \(none, convrot group_size=16\)$",
     ):
         file.read_int8_layer("both")
     file.layout = replace(
@@ -152,7 +152,7 @@ def test_a_file_for_another_model_is_refused(model: nn.Module, tmp_path: Path) -
         opened(tensors, tmp_path / "m.safetensors", model)
     assert (
         ATTENTION + "to_q.weight"
-        in opened(tensors, tmp_path / "m.safetensors", model, partial=True).layout.missing
+        in opened(tensors, tmp_path / "m.safetensors", model, is_partial=True).layout.missing
     )
     wide = native(model) | {"img_in.weight": randn(32, 9)}
     with pytest.raises(FileError, match=r"img_in\.weight of the file has the shape \[32, 9\]"):

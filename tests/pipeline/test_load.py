@@ -19,7 +19,7 @@ from int8run.generate.prompts import build_samples
 from int8run.layers.int8_linear import Int8Linear
 from int8run.models.source import ResolvedDenoiser, resolve_model
 from int8run.pipeline import load as module
-from int8run.pipeline.build import BuiltModel, build_model
+from int8run.pipeline.build import BuiltModel, build_model, select_load_settings
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.load import (
     LoadedModel,
@@ -54,7 +54,9 @@ def words(folder: Path | str, *more: str) -> list[str]:
 
 
 def loaded(folder: Path | str, *more: str, whole: bool = False) -> LoadedModel:
-    return load_model(make_spec(words(folder, *more)), QUIET, whole)
+    return load_model(
+        select_load_settings(make_spec(words(folder, *more)), needs_float_denoiser=whole), QUIET
+    )
 
 
 def built(folder: Path | str, *more: str) -> BuiltModel:
@@ -80,10 +82,10 @@ def assert_same(one: nn.Module, two: nn.Module) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_filled_skeleton_is_what_diffusers_loads(folder: Path, dtype: str) -> None:
     found = loaded(folder, f"model.dtype={dtype}")
-    assert all(p.is_meta for p in found.denoiser.parameters()) and found.files is not None
+    assert all(p.is_meta for p in found.denoiser.parameters()) and found.checkpoint is not None
     found.fill_weights()
     whole = loaded(folder, f"model.dtype={dtype}", whole=True)
-    assert whole.files is None
+    assert whole.checkpoint is None
     assert_same(found.denoiser, whole.denoiser)
     assert not any(p.requires_grad for p in found.denoiser.parameters()) and not found.denoiser.training
     assert found.float_bytes == whole.float_bytes
@@ -113,8 +115,8 @@ def test_a_single_file_is_the_same_model(folder: Path, tmp_path: Path) -> None:
     single = words(file, f"++model.base={folder}")
     streamed = build_model(make_spec(single), PROBE, [], QUIET)
     assert_same(streamed.denoisers["int8"], built(folder).denoisers["int8"])
-    whole = load_model(make_spec(single), QUIET, whole=True)
-    assert whole.files is not None
+    whole = load_model(select_load_settings(make_spec(single), needs_float_denoiser=True), QUIET)
+    assert whole.checkpoint is not None
     assert_same(whole.denoiser, loaded(folder, whole=True).denoiser)
 
 
@@ -137,9 +139,9 @@ def test_modules_that_diffusers_keeps_in_float32_are_kept(dtype: torch.dtype, tm
     diffusers.WanTransformer3DModel(**WAN).save_pretrained(tmp_path)
     expected = diffusers.WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=dtype)
     made = ResolvedDenoiser("transformer", "WanTransformer3DModel", WAN, tmp_path).build_skeleton(dtype)
-    stand_in: Any = SimpleNamespace(denoiser=made, files=None, device=CPU)
+    stand_in: Any = SimpleNamespace(denoiser=made, checkpoint=None, device=CPU)
     files = DenoiserWeights({"": FileWeights(tmp_path, made)})
-    stand_in.files = files
+    stand_in.checkpoint = files
     LoadedModel.fill_weights(stand_in)
     assert len({p.dtype for p in expected.parameters()}) == (1 if dtype == torch.float32 else 2), (
         "else this tests nothing"
@@ -177,7 +179,7 @@ def test_no_float_weight_stays_while_others_are_read(
 def test_planned_weights_stay_empty_and_biases_are_read(folder: Path) -> None:
     found = loaded(folder)
     planned = [p.name for p in found.plan_layers() if p.skip_reason is None]
-    found.fill_weights(but=planned)
+    found.fill_weights(except_for=planned)
     empty = {n for n, p in found.denoiser.named_parameters() if p.is_meta}
     assert empty == {f"{name}.weight" for name in planned} and len(planned) == 34
     weight = found.read_weight(planned[0])
@@ -241,7 +243,7 @@ def test_offloading_without_a_gpu_is_refused_before_anything_is_loaded(
     folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "resolve_model", lambda *_: pytest.fail("looked for the model"))
-    message = rf"^offload={mode} moves parts of the model between memory and a GPU; on cpu there is nothing to move: offload=none$"
+    message = rf"^offload={mode} moves parts of the model between memory and a GPU; on cpu there is nothing to move; set offload=none$"
     with pytest.raises(BackendError, match=message):
         loaded(folder, f"offload={mode}", "device=cpu")
 

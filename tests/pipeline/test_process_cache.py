@@ -53,7 +53,7 @@ def test_a_build_that_fails_leaves_nothing_behind():
     process_cache.get_or_build("a", Model)
     with pytest.raises(ZeroDivisionError):
         process_cache.get_or_build("b", lambda: 1 / 0)
-    assert process_cache._last == {}
+    assert process_cache._last_build == {}
     assert process_cache.get_or_build("b", Model)[1] is False
 
 
@@ -71,7 +71,7 @@ def test_what_was_drawn_is_recalled_by_value():
     process_cache.get_or_build("model", Model)
     assert process_cache.get("a") == "pictures", "another build leaves them"
     process_cache.clear()
-    assert process_cache.get("a") is None and process_cache._last == {}
+    assert process_cache.get("a") is None and process_cache._last_build == {}
 
 
 def test_the_oldest_go_first(monkeypatch):
@@ -96,7 +96,7 @@ def test_an_equal_key_is_counted_once(monkeypatch):
 def test_what_is_too_large_is_not_kept(monkeypatch):
     monkeypatch.setattr(process_cache, "MAX_BYTES", 10)
     process_cache.put("a", "pictures", 11)
-    assert process_cache.get("a") is None and process_cache._drawn == {}
+    assert process_cache.get("a") is None and process_cache._generated == {}
 
 
 def test_the_old_pictures_are_gone(monkeypatch):

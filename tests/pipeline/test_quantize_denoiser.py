@@ -23,9 +23,10 @@ from int8run.export.save_denoiser import keep_own_names, write_tensors
 from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.generate import Generation, generate
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
-from int8run.layers.fusion import assemble_int8_model
+from int8run.layers.assemble import assemble_int8_model
 from int8run.layers.int8_linear import Int8Linear, LowRankBranch
 from int8run.layers.plan import LayerPlan, plan_layers
+from int8run.lora.config import Adapter, LoraSettings
 from int8run.models.family import DeferredGelu, ModelFamily
 from int8run.models.sampling import Sampling
 from int8run.outlier.auto import AutoOutlier
@@ -36,19 +37,28 @@ from int8run.outlier.smoothquant import SmoothQuant
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.prequantized import (
     PrequantizedLayers,
+    PrequantizedRequest,
     apply_to_plans,
     find_prequantized,
     get_layer_facts,
-    list_baked_loras,
     read_prequantized_layers,
     resolve_checkpoint_paths,
 )
-from int8run.pipeline.quantize_denoiser import choose_outlier_methods
+from int8run.pipeline.provenance import list_baked_loras
+from int8run.pipeline.quantize_denoiser import (
+    QuantizationSettings,
+    choose_fixed_method,
+    choose_methods_by_error,
+)
 from int8run.ptq import layer_costs as costs_module
 from int8run.ptq import mixed_precision as budgets
 from int8run.ptq.calibration import capture_calibration_calls
 from int8run.ptq.layer_costs import TransformCosts
-from int8run.ptq.mixed_precision import MixedPrecisionResult, measure_layer_sensitivities, meet_budget
+from int8run.ptq.mixed_precision import (
+    MixedPrecisionResult,
+    MixedPrecisionSearch,
+    measure_layer_sensitivities,
+)
 from int8run.ptq.quantize import build_int8_layers, quantize_layers
 from int8run.quant.rounding import AbsMax, Mse
 from int8run.report.console import Progress
@@ -67,7 +77,7 @@ def planned(model: nn.Module, keep_float: Sequence[str] = ()) -> list[LayerPlan]
 
 def opened(path: Path, model: nn.Module) -> PrequantizedLayers:
     """A file of INT8 layers for this model."""
-    weights = DenoiserWeights({"": FileWeights(path, model, partial=True)})
+    weights = DenoiserWeights({"": FileWeights(path, model, is_partial=True)})
     return PrequantizedLayers(weights, weights.find_int8_layers(), weights.read_provenance())
 
 
@@ -85,7 +95,7 @@ def saved(
     seen = {p.name: statistics(p.in_features, seed=n) for n, p in enumerate(chosen)}
     write_layers(
         path,
-        quantize_layers(model, chosen, methods, AbsMax(), seen),
+        quantize_layers(model, chosen, methods=methods, rounding=AbsMax(), statistics=seen),
         {"rounding": "absmax"} if note is None else note,
     )
     return opened(path, model), plans
@@ -100,14 +110,14 @@ def write_layers(path: Path, layers: Any, note: dict[str, object]) -> None:
 def follow_by(
     taken: PrequantizedLayers, plans: list[LayerPlan], outlier: OutlierMethod | AutoOutlier
 ) -> None:
-    apply_to_plans(taken, plans, SimpleNamespace(outlier=outlier))  # type: ignore[arg-type]
+    apply_to_plans(taken, plans, outlier)
 
 
 def layers_of(
     model: nn.Module, plans: list[LayerPlan], taken: PrequantizedLayers
 ) -> list[tuple[LayerPlan, Any]]:
     """What is taken for this model, compared with its weights."""
-    loaded: Any = SimpleNamespace(denoiser=model, device=CPU, files=None)
+    loaded: Any = SimpleNamespace(denoiser=model, device=CPU, checkpoint=None)
     return list(read_prequantized_layers(loaded, plans, taken, lambda name: model.get_submodule(name).weight))
 
 
@@ -122,14 +132,14 @@ def statistics(width: int, seed: int) -> LayerStatistics:
 def test_a_checkpoint_without_the_method_that_is_asked_for_is_refused(tmp_path: Path) -> None:
     taken, _ = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors", keep_float=["proj_out"])
     # proj_in is too narrow to be rotated: plain is what outlier=convrot would have made of it
-    message = r"m\.safetensors contradicts outlier=convrot in 4 of 5 layers \(blocks\.0\.1 is '.*' there, 'convrot 64' was asked for\); "
+    message = r"m\.safetensors contradicts outlier=convrot in 4 of 5 layers \(blocks\.0\.1 has '.*', not 'convrot 64'\); "
     with pytest.raises(FileError, match=message):
         follow_by(taken, planned(TinyModel()), ConvRot())
 
 
 def test_the_same_method_with_other_settings_is_a_contradiction(tmp_path: Path) -> None:
     taken, _ = saved(TinyModel(), ConvRot(16), tmp_path / "m.safetensors")
-    message = r"contradicts outlier=convrot in 5 of 6 layers \(blocks\.0\.1 is '.*convrot.* 16' there, 'convrot 4' was asked for\); set outlier="
+    message = r"contradicts outlier=convrot in 5 of 6 layers \(blocks\.0\.1 has '.*convrot.* 16', not 'convrot 4'\); set outlier="
     with pytest.raises(FileError, match=message):
         follow_by(taken, planned(TinyModel()), ConvRot(4))
     with pytest.raises(FileError, match=r"contradicts outlier=smoothquant in 6 of 6 layers"):
@@ -186,14 +196,14 @@ def test_a_file_of_int8run_itself_is_not_compared_and_may_contradict(tmp_path: P
     taken, _ = saved(TinyModel(), ConvRot(16), tmp_path / "m.safetensors")
     cached, plans = replace(taken, is_cached=True), planned(TinyModel())
     follow_by(cached, plans, SmoothQuant(0.5))
-    loaded: Any = SimpleNamespace(denoiser=TinyModel(), device=CPU, files=None)
+    loaded: Any = SimpleNamespace(denoiser=TinyModel(), device=CPU, checkpoint=None)
     list(read_prequantized_layers(loaded, plans, cached, lambda name: pytest.fail("a float weight was read")))
 
 
 def test_the_models_own_integers_are_not_compared_with_themselves(tmp_path: Path) -> None:
     taken, _ = saved(TinyModel(), ConvRot(16), tmp_path / "m.safetensors")
     plans = planned(TinyModel())
-    loaded: Any = SimpleNamespace(denoiser=TinyModel(), device=CPU, files=taken.weights)
+    loaded: Any = SimpleNamespace(denoiser=TinyModel(), device=CPU, checkpoint=taken.weights)
     list(read_prequantized_layers(loaded, plans, taken, lambda name: pytest.fail("a float weight was read")))
 
 
@@ -201,27 +211,31 @@ def test_the_models_own_integers_are_not_compared_with_themselves(tmp_path: Path
 
 
 def found(
-    spec: Any, files: Any = None, key: str | None = None, names: Sequence[str] = ("transformer",)
+    request: PrequantizedRequest, weights: Any = None, names: Sequence[str] = ("transformer",)
 ) -> PrequantizedLayers | None:
     """What is found for the small model."""
     loaded: Any = SimpleNamespace(
         denoiser=TinyModel(),
         device=CPU,
-        files=files,
+        checkpoint=weights,
         source=SimpleNamespace(denoisers=[SimpleNamespace(component=n) for n in names]),
     )
-    return find_prequantized(loaded, planned(TinyModel()), spec, key)
+    return find_prequantized(loaded, planned(TinyModel()), request)
 
 
-def settings(
-    checkpoint: Any = None, cache: DiskCache | None = None, enable: bool = True, adapters: Sequence[Any] = ()
-) -> Any:
-    return SimpleNamespace(
-        int8=SimpleNamespace(enable=enable, checkpoint=checkpoint),
-        metrics=SimpleNamespace(baseline="run"),
+def make_request(
+    checkpoint: Any = None,
+    cache: DiskCache | None = None,
+    key: str | None = None,
+    baked_loras: Sequence[Any] = (),
+) -> PrequantizedRequest:
+    return PrequantizedRequest(
+        checkpoint=checkpoint,
         outlier=NoOutlier(),
+        baked_loras=list(baked_loras),
+        has_baseline=True,
         cache=cache or DiskCache(None, 0),
-        lora=SimpleNamespace(adapters=adapters, strengths=[a.strength for a in adapters], is_baked=True),
+        cache_key=key,
     )
 
 
@@ -231,21 +245,18 @@ def test_a_checkpoint_goes_before_the_models_own_file_and_that_before_the_cache(
     two, _ = saved(TinyModel(), ConvRot(), tmp_path / "two.safetensors")
     cache = DiskCache(str(tmp_path / "cache"))
     cache.put("int8", "k", 1, lambda path: path.write_bytes((tmp_path / "one.safetensors").read_bytes()))
-    given = found(settings(str(tmp_path / "two.safetensors"), cache), one.weights, "k")
+    given = found(make_request(str(tmp_path / "two.safetensors"), cache, "k"), one.weights)
     assert given is not None and given.source == str(tmp_path / "two.safetensors") and not given.is_cached
-    own = found(settings(cache=cache), two.weights, "k")
+    own = found(make_request(cache=cache, key="k"), two.weights)
     assert own is not None and own.weights is two.weights and not own.is_cached
-    kept = found(settings(cache=cache), None, "k")
+    kept = found(make_request(cache=cache, key="k"))
     assert (
         kept is not None
         and kept.is_cached
         and kept.source == str(tmp_path / "cache" / "int8" / "k.safetensors")
     )
-    assert (
-        found(settings(cache=cache), None, "other") is None
-        and found(settings(cache=cache), None, None) is None
-    )
-    assert found(settings(cache=cache, enable=False), one.weights, "k") is None
+    assert found(make_request(cache=cache, key="other")) is None
+    assert found(make_request(cache=cache, key=None)) is None
 
 
 def test_a_file_of_floats_alone_holds_nothing_to_take(tmp_path: Path) -> None:
@@ -258,9 +269,9 @@ def test_a_file_of_floats_alone_holds_nothing_to_take(tmp_path: Path) -> None:
     )
     with pytest.raises(
         FileError,
-        match=r"m\.safetensors holds no INT8 layer that can be taken as it is; set model\.location to it, or",
+        match=r"m\.safetensors holds no INT8 layer that can be used as it is; set model\.location to it, or",
     ):
-        found(settings(str(tmp_path / "m.safetensors")))
+        found(make_request(str(tmp_path / "m.safetensors")))
 
 
 def test_a_file_for_each_denoiser_or_a_folder_of_both(tmp_path: Path) -> None:
@@ -330,7 +341,11 @@ def test_a_column_that_the_input_hardly_uses_does_not_make_a_weight_look_wrong(t
     model, plans = TinyModel(), planned(TinyModel(), LINEARS[1:])
     seen = LayerStatistics(randn(2, 8, 7), torch.tensor([1e-4, 1, 1, 1, 1, 1, 1.0]), torch.ones(7))
     ((_, layer),) = quantize_layers(
-        model, plans[:1], {"proj_in": SmoothQuant(1.0)}, AbsMax(), {"proj_in": seen}
+        model,
+        plans[:1],
+        methods={"proj_in": SmoothQuant(1.0)},
+        rounding=AbsMax(),
+        statistics={"proj_in": seen},
     )
     write_layers(tmp_path / "m.safetensors", [(plans[0], layer)], {})
     again = planned(model)
@@ -356,27 +371,30 @@ def test_a_wide_layer_with_a_huge_weight_in_each_row_is_recognised(tmp_path: Pat
 
 
 def test_other_loras_in_the_weights_are_a_contradiction(tmp_path: Path) -> None:
-    place, ink = tmp_path / "m.safetensors", SimpleNamespace(name="ink", strength=0.1)
+    place, ink = tmp_path / "m.safetensors", [["ink", 0.1]]
     saved(TinyModel(), NoOutlier(), place, note={"loras": [["ink", 0.1]]})
-    assert found(settings(str(place), adapters=[ink])) is not None
+    assert found(make_request(str(place), baked_loras=ink)) is not None
     message = r"m\.safetensors was made with ink 0\.1 baked in, this run bakes no LoRA; for LoRAs on top of it set lora\.mode=dynamic"
     with pytest.raises(FileError, match=message):
-        found(settings(str(place)))
+        found(make_request(str(place)))
     saved(TinyModel(), NoOutlier(), place, note={"loras": []})
     with pytest.raises(
         FileError,
         match=r"was made with no LoRA baked in, this run bakes ink 0\.1; for LoRAs on top of it set lora\.mode=dynamic or",
     ):
-        found(settings(str(place), adapters=[ink]))
+        found(make_request(str(place), baked_loras=ink))
     saved(TinyModel(), NoOutlier(), place, note={})  # of another program, which says nothing
-    assert found(settings(str(place), adapters=[ink])) is not None
+    assert found(make_request(str(place), baked_loras=ink)) is not None
 
 
 def test_only_baked_loras_with_a_strength_count() -> None:
-    adapters, strengths = [SimpleNamespace(name="ink"), SimpleNamespace(name="gloss")], [0.0, 0.5]
-    for bakes, expected in ((True, [["gloss", 0.5]]), (False, [])):
-        lora = SimpleNamespace(adapters=adapters, strengths=strengths, is_baked=bakes)
-        assert list_baked_loras(SimpleNamespace(lora=lora)) == expected
+    adapters = [
+        Adapter(name="ink", path="ink", strength=0),
+        Adapter(name="gloss", path="gloss", strength=0.5),
+    ]
+
+    assert list_baked_loras(LoraSettings(adapters, mode="bake")) == [["gloss", 0.5]]
+    assert list_baked_loras(LoraSettings(adapters, mode="dynamic")) == []
 
 
 # -- which method a layer gets ------------------------------------------------------------------------------------------
@@ -392,21 +410,38 @@ def chosen_for(
     model = TinyModel()
     plans = planned(model)
     backend = AutoBackend({"reference": Reference()}, 1, str(folder / "t.json"))
-    spec: Any = SimpleNamespace(
-        save=None, outlier=outlier, backend=backend, model=SimpleNamespace(dtype="float32")
+    settings = QuantizationSettings(
+        outlier=outlier,
+        rounding=AbsMax(),
+        backend=backend,
+        int8=NEVER_FLOAT,
+        calibration=CALIBRATION,
+        quality_db=None,
+        dtype=torch.float32,
+        has_fused_layers=False,
     )
     loaded: Any = SimpleNamespace(
         denoiser=model, device=CPU, read_weight=lambda name: model.get_submodule(name).weight
     )
-    alone = [[name] for name in LINEARS]
-    return choose_outlier_methods(
-        loaded, plans, spec, dict.fromkeys(LINEARS, 4), groups or alone, seen, QUIET
-    ), plans
+    if not isinstance(outlier, AutoOutlier):
+        return choose_fixed_method(plans, outlier), plans
+    methods = choose_methods_by_error(
+        loaded,
+        plans,
+        settings,
+        rows=dict.fromkeys(LINEARS, 4),
+        groups=groups or [[name] for name in LINEARS],
+        statistics=seen,
+        progress=QUIET,
+    )
+    return methods, plans
 
 
 def test_a_method_that_was_asked_for_goes_to_all_layers_that_take_it(tmp_path: Path) -> None:
-    methods, _ = chosen_for(ConvRot(), {}, tmp_path)
-    assert methods == dict.fromkeys(LINEARS, ConvRot())
+    methods, plans = chosen_for(ConvRot(), {}, tmp_path)
+
+    assert methods == dict.fromkeys(LINEARS[1:], ConvRot())  # proj_in is too narrow for it
+    assert [bool(plan.outlier_skip_reason) for plan in plans] == [True, *[False] * 5]
 
 
 def test_layers_for_which_no_method_is_found_say_why(tmp_path: Path, timed: list[str]) -> None:
@@ -483,9 +518,13 @@ class Attention(nn.Module):
 
 def made_of(model: nn.Module, rows: int = 4) -> dict[str, Int8Linear]:
     plans = planned(model)
-    layers = quantize_layers(model, plans, {}, AbsMax(), {})
+    layers = quantize_layers(model, plans, methods={}, rounding=AbsMax(), statistics={})
     return build_int8_layers(
-        model, layers, FusesGelu(), NEVER_FLOAT, dict.fromkeys([p.name for p in plans], rows)
+        model,
+        layers,
+        backend=FusesGelu(),
+        settings=NEVER_FLOAT,
+        rows=dict.fromkeys([p.name for p in plans], rows),
     )
 
 
@@ -554,10 +593,10 @@ def tiny_layers(model: nn.Module) -> dict[str, Int8Linear]:
     plans = planned(model)
     return build_int8_layers(
         model,
-        quantize_layers(model, plans, {}, AbsMax(), {}),
-        Reference(),
-        NEVER_FLOAT,
-        dict.fromkeys(LINEARS, 5),
+        quantize_layers(model, plans, methods={}, rounding=AbsMax(), statistics={}),
+        backend=Reference(),
+        settings=NEVER_FLOAT,
+        rows=dict.fromkeys(LINEARS, 5),
     )
 
 
@@ -568,7 +607,7 @@ def hooks(model: nn.Module) -> int:
 def test_the_error_of_a_layer_is_that_of_the_model_where_it_alone_is_int8() -> None:
     model, seen = TinyModel(), []
     made = tiny_layers(model)
-    errors = measure_layer_sensitivities(model, made, CALLS, lambda: seen.append(1))
+    errors = measure_layer_sensitivities(model, made, CALLS, on_layer=lambda: seen.append(1))
     assert list(errors) == LINEARS and len(seen) == 6
     for name, error in errors.items():
         alone = assemble_int8_model(model, {name: made[name]}, ModelFamily("test"))
@@ -587,7 +626,7 @@ def test_no_hook_is_left_when_a_layer_fails() -> None:
     made = tiny_layers(model)
     made["blocks.1.1"].backend = Broken()
     with pytest.raises(RuntimeError, match="broken"):
-        measure_layer_sensitivities(model, made, CALLS, lambda: None)
+        measure_layer_sensitivities(model, made, CALLS, on_layer=lambda: None)
     assert hooks(model) == 0
 
 
@@ -607,21 +646,21 @@ def counted_budget(
 ) -> tuple[nn.Module, MixedPrecisionResult]:
     model = TinyModel()
     made = tiny_layers(model)
-    monkeypatch.setattr(budgets, "measure_layer_sensitivities", lambda *_: errors)
+    monkeypatch.setattr(budgets, "measure_layer_sensitivities", lambda *_, **__: errors)
     family = ModelFamily("test")
-    return meet_budget(
-        model,
-        made,
-        work,
-        lambda names: assemble_int8_model(model, {n: made[n] for n in names}, family),
-        SimpleNamespace(device=CPU),
-        "",
-        [],
-        Sampling(),
-        CALLS,
-        asked,
-        QUIET,
-    )
+    return MixedPrecisionSearch(
+        float_denoiser=model,
+        layers=made,
+        macs=work,
+        assemble=lambda names: assemble_int8_model(model, {n: made[n] for n in names}, family),
+        pipe=SimpleNamespace(device=CPU),
+        component="",
+        samples=[],
+        sampling=Sampling(),
+        calls=CALLS,
+        target_db=asked,
+        progress=QUIET,
+    ).run()
 
 
 @pytest.mark.parametrize("asked", [0.0, 0.1, 10.0, 10.1, 29.0, 30.0, 40.0, 49.0, 50.0])
@@ -685,23 +724,29 @@ def real_budget(asked: float) -> tuple[Any, nn.Module, MixedPrecisionResult]:
     plans = [p for p in plan_layers(denoiser, FLUX.find_skip_reason) if p.skip_reason is None]
     rows = {p.name: 64 for p in plans}
     made = build_int8_layers(
-        denoiser, quantize_layers(denoiser, plans, {}, AbsMax(), {}), Reference(), NEVER_FLOAT, rows
-    )
-    calls = capture_calibration_calls(pipe, "transformer", denoiser, CALIBRATION, SMALL, QUIET)
-    work = {p.name: rows[p.name] * p.in_features * p.out_features for p in plans}
-    target, budget = meet_budget(
         denoiser,
-        made,
-        work,
-        lambda names: assemble_int8_model(denoiser, {n: made[n] for n in names}, FLUX),
-        pipe,
-        "transformer",
-        CALIBRATION.samples,
-        SMALL,
-        calls,
-        asked,
-        QUIET,
+        quantize_layers(denoiser, plans, methods={}, rounding=AbsMax(), statistics={}),
+        backend=Reference(),
+        settings=NEVER_FLOAT,
+        rows=rows,
     )
+    calls = capture_calibration_calls(
+        pipe, "transformer", denoiser, calibration=CALIBRATION, sampling=SMALL, progress=QUIET
+    )
+    work = {p.name: rows[p.name] * p.in_features * p.out_features for p in plans}
+    target, budget = MixedPrecisionSearch(
+        float_denoiser=denoiser,
+        layers=made,
+        macs=work,
+        assemble=lambda names: assemble_int8_model(denoiser, {n: made[n] for n in names}, FLUX),
+        pipe=pipe,
+        component="transformer",
+        samples=CALIBRATION.samples,
+        sampling=SMALL,
+        calls=calls,
+        target_db=asked,
+        progress=QUIET,
+    ).run()
     return SimpleNamespace(pipe=pipe, denoiser=denoiser, layers=len(made)), target, budget
 
 
@@ -729,7 +774,7 @@ def test_a_low_budget_keeps_nothing_and_looks_at_no_layer(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         budgets,
         "measure_layer_sensitivities",
-        lambda *_: pytest.fail("a budget that is met needs no order of the layers"),
+        lambda *_, **__: pytest.fail("a budget that is met needs no order of the layers"),
     )
     run, target, budget = real_budget(0.0)
     assert not budget.kept and budget.reached_db == budget.without_db == pytest.approx(
@@ -907,6 +952,10 @@ def test_mse_layers_are_close_enough_to_be_recognised(tmp_path: Path) -> None:
     # a rounding that clips must not be taken for another model's weight
     model = TinyModel()
     plans = planned(model)
-    write_layers(tmp_path / "m.safetensors", quantize_layers(model, plans, {}, Mse(smallest=0.1), {}), {})
+    write_layers(
+        tmp_path / "m.safetensors",
+        quantize_layers(model, plans, methods={}, rounding=Mse(smallest=0.1), statistics={}),
+        {},
+    )
     taken = opened(tmp_path / "m.safetensors", model)
     assert all(plan.measured["weight_sqnr_db"] > 30 for plan, _ in layers_of(model, planned(model), taken))

@@ -1,0 +1,86 @@
+"""Keep INT8 layers: in the cache for the next run, and in the file or folder of `save=`.
+
+build.py calls it with the layers that were made and their provenance.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from int8run.export.save_denoiser import keep_own_names, save_denoiser, write_tensors
+from int8run.layers.int8_linear import Int8Linear
+from int8run.models.dual_denoisers import split_denoiser
+from int8run.pipeline.load import LoadedModel
+from int8run.utils.disk_cache import DiskCache
+
+log = logging.getLogger(__name__)
+HEADER_BYTES_PER_LAYER = 512  # about
+
+
+def cache_layers(
+    cache: DiskCache, key: str, layers: Mapping[str, Int8Linear], provenance: Mapping[str, Any]
+) -> None:
+    """Write the INT8 layers of all denoisers to one file of the cache.
+
+    Args:
+        cache: of earlier and later runs.
+        key: of the settings that made the layers.
+        layers: by name.
+        provenance: how they were made.
+    """
+    num_bytes = 0
+    for layer in layers.values():
+        scale_bytes = 4 * layer.out_features
+        num_bytes += layer.in_features * layer.out_features + scale_bytes + HEADER_BYTES_PER_LAYER
+    names = keep_own_names(f"{name}.weight" for name in layers)
+
+    def write(path: Path) -> None:
+        write_tensors(path, names, layers, {}, provenance)
+
+    cache.put("int8", key, num_bytes, write)
+
+
+def save_layers(
+    save: str, loaded: LoadedModel, layers: Mapping[str, Int8Linear], provenance: Mapping[str, Any]
+) -> None:
+    """Write every denoiser with its INT8 layers.
+
+    Args:
+        save: a `.safetensors` file or a folder.
+        loaded: the float model.
+        layers: by name.
+        provenance: how they were made.
+    """
+    parts = split_denoiser(loaded.denoiser)
+    for denoiser in loaded.source.denoisers:
+        is_single = "" in parts
+        prefix = "" if is_single else f"{denoiser.component}."
+        own_layers = {
+            name.removeprefix(prefix): layer for name, layer in layers.items() if name.startswith(prefix)
+        }
+        path = save_denoiser(
+            get_save_location(save, "" if is_single else denoiser.component),
+            parts[prefix],
+            own_layers,
+            provenance,
+            denoiser.config,
+        )
+        megabytes = path.stat().st_size / 1e6
+        log.info("Saved %d INT8 layers to %s (%.1f MB)", len(own_layers), path, megabytes)
+
+
+def get_save_location(save: str, component: str) -> str:
+    """Where one denoiser is written.
+
+    Args:
+        save: a `.safetensors` file or a folder.
+        component: one of two denoisers, which gets a file (`x_transformer_2.safetensors`) or a folder
+            (`x/transformer_2`) for itself; empty: the only denoiser.
+    """
+    if not component:
+        return save
+    path = Path(save)
+    if path.suffix:
+        return str(path.with_name(f"{path.stem}_{component}{path.suffix}"))
+    return str(path / component)
