@@ -53,6 +53,24 @@ NUMBER_PATTERN = re.compile(r"[-+]?(\d+[.]?\d*|[.]\d+)(e[-+]?\d+)?", re.IGNORECA
 GRID_WIDTH, GRID_FRAME, MAX_GRID_HEIGHT = 850, 150, 900
 MIN_IMAGE_SIDE = 150
 
+# What the page keeps beside the choices of a view.
+PAGE_SETTINGS: Mapping[str, Any] = {
+    "runsExpanded": {},
+    "runsPinned": [],
+    "runsHidden": [],
+    "runsVisibilityMap": {},
+    "runsHiddenMode": "SHOW_ALL",
+    "viewMaximized": False,
+    "runListHidden": False,
+    "isAccordionReordered": True,
+    "useGroupedValuesInCharts": True,
+    "hideEmptyCharts": True,
+    "groupBy": None,
+    "groupsExpanded": {},
+    "autoRefreshEnabled": True,
+    "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+}
+
 Chart = dict[str, Any]
 
 
@@ -163,20 +181,7 @@ def build_view_state(
         "selectedColumns": list(columns),
         "columnOrder": [RUN_NAME_COLUMN, *columns],
         "columnWidths": {RUN_NAME_COLUMN: RUN_NAME_PX, **column_widths},
-        "runsExpanded": {},
-        "runsPinned": [],
-        "runsHidden": [],
-        "runsVisibilityMap": {},
-        "runsHiddenMode": "SHOW_ALL",
-        "viewMaximized": False,
-        "runListHidden": False,
-        "isAccordionReordered": True,
-        "useGroupedValuesInCharts": True,
-        "hideEmptyCharts": True,
-        "groupBy": None,
-        "groupsExpanded": {},
-        "autoRefreshEnabled": True,
-        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+        **PAGE_SETTINGS,
         "compareRunSections": layouts,
         "compareRunCharts": [{"uuid": f"chart{n}", **chart} for n, chart in enumerate(charts)],
     }

@@ -1,6 +1,7 @@
 """A browser and an MLflow server, for the tests here and for experiments/dashboards/shoot.py.
 
-The browser is the system's chromium, which `.ci/run` installs; playwright drives it, and its own downloads are never used.
+The browser is the system's chromium, which `.ci/run` installs; playwright drives it, and its own downloads
+are never used.
 """
 
 import os
@@ -33,8 +34,8 @@ FLAGS = [
 NO_ASSISTANT = (
     "try { localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true') } catch {}"
 )
-# what MLflow 3.17's own page complains about: a server without users has no current one, and charts that draw before they know how large
-# they are
+# what MLflow 3.17's own page complains about: a server without users has no current one, and charts that draw
+# before they know how large they are
 MLFLOW_COMPLAINTS = (
     "/mlflow/users/current",
     "<g> attribute",

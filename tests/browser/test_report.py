@@ -11,7 +11,7 @@ from int8run.report.html_page import write_report
 from int8run.tracking.run_record import find_records
 
 pytestmark = pytest.mark.browser
-WAIT_MS = 300_000  # for what happens in a second on a quiet machine
+WAIT_MS = 60_000  # for what happens in a second on a quiet machine
 
 STRENGTHS = (0, 0.5, 1)
 SAMPLES = [("fox", 0), ("a very long prompt about a grey cat on a windowsill in the evening", 1)]
@@ -110,7 +110,7 @@ def open_report(browser, report_path):
         )
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(WAIT_MS)
         watches.append(watch(page, report_path.as_uri()))
         page.goto(report_path.as_uri())
         return page

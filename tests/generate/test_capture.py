@@ -1,4 +1,4 @@
-"""What a denoiser is called with: every argument by name, whatever way the pipeline passes it, and as it was then."""
+"""What a denoiser is called with: every argument by name, and as it was at that time."""
 
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Generation with a pipeline of our own making: whose time counts, what strengths hear of, which prompts are encoded."""
+"""Generation with a pipeline made here: whose time counts, and which prompts are encoded."""
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -181,7 +181,7 @@ def test_noise_that_a_scheduler_draws_itself_is_the_same_for_both_and_the_progra
     assert drawn[6:] == drawn[:6]
 
 
-# -- text ------------------------------------------------------------------------------------------------------------------------
+# -- text ----------------------------------------------------------------------------------------------------
 
 
 def test_equal_prompts_are_encoded_once_until_the_encoders_change(clock: list[float]) -> None:
@@ -267,7 +267,7 @@ def test_a_pipeline_that_encodes_in_its_own_way_is_left_alone() -> None:
     assert vars(pipe) == {"device": CPU} and PromptCache.for_pipeline(pipe).saved_seconds == 0
 
 
-# -- one call ----------------------------------------------------------------------------------------------------------------------
+# -- one call ------------------------------------------------------------------------------------------------
 
 
 def test_settings_that_nobody_set_are_left_to_the_pipeline_and_further_ones_are_passed_as_they_are(
@@ -331,7 +331,7 @@ def test_an_older_pipeline_is_timed_and_watched_as_a_new_one(clock: list[float])
     assert all(map(torch.equal, old.trajectories, new.trajectories))
 
 
-# -- what a pipeline returns -------------------------------------------------------------------------------------------------------
+# -- what a pipeline returns ---------------------------------------------------------------------------------
 
 
 def frame(level: int, width: int = 2) -> Image.Image:
@@ -388,7 +388,10 @@ def test_a_scheduler_that_the_pipeline_cannot_use_is_named() -> None:
         def __call__(self, **_: Any) -> None:
             raise ValueError("The scheduler does\nnot support sigmas.")
 
-    message = r"^sampler\.scheduler=DDIMScheduler cannot be used with Fussy: The scheduler does not support sigmas\.; choose another one$"
+    message = (
+        r"^sampler\.scheduler=DDIMScheduler cannot be used with Fussy: "
+        r"The scheduler does not support sigmas\.; choose another one$"
+    )
     with pytest.raises(ConfigError, match=message):
         call_pipeline(Fussy(), SAMPLES, Sampling(steps=1, scheduler="DDIMScheduler"), lambda *_: {})
     with pytest.raises(

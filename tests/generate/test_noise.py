@@ -1,4 +1,4 @@
-"""Schedulers that add noise on the way: the same noise for both denoisers, and torch's own generator left as it was."""
+"""Schedulers that add noise between steps: both denoisers get the same, and torch's generator is unchanged."""
 
 import pytest
 import torch

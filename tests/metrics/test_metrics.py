@@ -57,7 +57,7 @@ def rows(candidate, baseline):
     return [row.values for row in compare_generations(candidate, baseline, ["a"] * len(candidate.frames))]
 
 
-# -- quality ------------------------------------------------------------------------------------------------------------
+# -- quality -------------------------------------------------------------------------------------------------
 
 
 def test_equal_pictures_have_no_noise():
@@ -184,7 +184,7 @@ def test_trajectory_error_is_the_mean_over_samples_at_each_step():
     assert compute_trajectory_error(made(latents=ours), made(latents=base)) == pytest.approx([0, 0.2, 0.1])
 
 
-# -- speed --------------------------------------------------------------------------------------------------------------
+# -- speed ---------------------------------------------------------------------------------------------------
 
 
 def timed(*batches, image_seconds=(1.0,)):
@@ -242,7 +242,7 @@ def test_percentile_is_the_smallest_value_that_the_share_does_not_exceed(values,
     assert compute_percentile(list(values), share) == expected
 
 
-# -- layers and memory --------------------------------------------------------------------------------------------------
+# -- layers and memory ---------------------------------------------------------------------------------------
 
 
 def plan(name, keep_float=None, asked="triton", used="triton", **measured):

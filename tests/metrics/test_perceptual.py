@@ -1,4 +1,4 @@
-"""Metrics that need larger pictures, packages or weights: their values, and what a run says when they cannot be had."""
+"""Metrics that need larger images, packages or weights: their values, and the warning when one is missing."""
 
 import io
 import json
@@ -70,7 +70,7 @@ def lines(caplog):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """No network: every address that is asked for is noted, with the seconds that it was given, and does not answer."""
+    """No network: a list of the addresses that were opened and their timeouts; none answers."""
     addresses = []
 
     def urlopen(request, timeout=None):
@@ -88,7 +88,7 @@ def no_effnet(monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
 
 
-# -- settings -----------------------------------------------------------------------------------------------------------
+# -- settings ------------------------------------------------------------------------------------------------
 
 
 def test_every_metric_has_a_loader():
@@ -110,7 +110,8 @@ def test_the_options_name_their_metrics():
     [
         (
             ["lpip"],
-            r"an entry of metrics\.perceptual is 'lpip'; did you mean 'lpips'\? choose from clip_score, .*, ms_ssim",
+            r"an entry of metrics\.perceptual is 'lpip'; did you mean 'lpips'\? choose from clip_score, "
+            r".*, ms_ssim",
         ),
         ("lpips", r"metrics\.perceptual is 'lpips'; give a list of ms_ssim, lpips, .*\[lpips\]"),
         (None, r"metrics\.perceptual is None; give a list"),
@@ -127,17 +128,20 @@ def test_what_cannot_be_a_list_of_metrics_is_refused(value, message):
 def test_without_float_pictures_there_is_nothing_to_compare_with():
     with pytest.raises(
         ConfigError,
-        match=r"metrics\.perceptual=\['lpips'\].*metrics\.baseline=none.*set metrics\.baseline=run, or metrics=basic",
+        match=(
+            r"metrics\.perceptual=\['lpips'\].*metrics\.baseline=none.*"
+            r"set metrics\.baseline=run, or metrics=basic"
+        ),
     ):
         MetricsSettings(perceptual=["lpips"], baseline="none")
     MetricsSettings(baseline="none")
 
 
-# -- MS-SSIM ------------------------------------------------------------------------------------------------------------
+# -- MS-SSIM -------------------------------------------------------------------------------------------------
 
 
 def ms_ssim(a, b):
-    """Wang, Simoncelli, Bovik 2003, in double precision: contrast and structure at five scales, luminance at the last.
+    """Wang, Simoncelli, Bovik 2003, in double precision: contrast at five scales, luminance at the last.
 
     There torchmetrics mirrors the border; at the others it leaves out where the window does not fit.
     """
@@ -196,7 +200,7 @@ def test_small_pictures_have_no_ms_ssim_and_who_asked_is_told_once(lines):
     assert "sampler.height" in line
 
 
-# -- LPIPS --------------------------------------------------------------------------------------------------------------
+# -- LPIPS ---------------------------------------------------------------------------------------------------
 
 
 class AlexNet(nn.Module):
@@ -223,7 +227,7 @@ class AlexNet(nn.Module):
 
 @pytest.fixture
 def alexnet(monkeypatch, tmp_path):
-    """A stand-in for torchvision that reads weights as torchvision does; yields the networks made and the place of the file."""
+    """A stand-in for torchvision that reads weights as it does: its networks, and the path of the weights."""
     networks = []
     weights = types.SimpleNamespace(url="https://weights.invalid/alexnet-00000000.pth")
 
@@ -257,7 +261,10 @@ def random_weights(file):
 
 
 def lpips(network, a, b):
-    """Zhang et al. 2018: squared differences of unit-length features after each ReLU, weighted by channel, mean over positions."""
+    """Zhang et al. 2018: squared differences of unit-length features after each ReLU, weighted by channel.
+
+    The mean over positions, summed over the layers.
+    """
     folder = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models"
     weights = torch.load(folder / "alex.pth", map_location="cpu", weights_only=True)
     shift, scale = (
@@ -343,7 +350,7 @@ def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
         check_reachable(f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth")
 
 
-# -- EfficientNet distance ----------------------------------------------------------------------------------------------
+# -- EfficientNet distance -----------------------------------------------------------------------------------
 
 
 def test_cosine_distance_of_known_vectors():
@@ -513,7 +520,7 @@ class TestRealEffnet:
         assert 0 < row(noisy(picture, 20), picture, "effnet_distance")["effnet_distance"] < 1
 
 
-# -- CLIPScore ----------------------------------------------------------------------------------------------------------
+# -- CLIPScore -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -637,7 +644,8 @@ def test_without_network_and_cache_clip_score_is_left_out(asked, lines, monkeypa
         "(URLError: <urlopen error no network>); "
     )
     assert line.endswith(
-        "run once with a network connection (1.7 GB), or put openai/clip-vit-large-patch14 into the hub's cache"
+        "run once with a network connection (1.7 GB), "
+        "or put openai/clip-vit-large-patch14 into the hub's cache"
     )
     assert calls == [True], "the hub's client would ask for minutes"
     ((address, seconds),) = asked
@@ -672,7 +680,7 @@ def test_a_damaged_clip_is_named(clip, lines):
     assert "could not be loaded (SafetensorError: " in line
 
 
-# -- all together -------------------------------------------------------------------------------------------------------
+# -- all together --------------------------------------------------------------------------------------------
 
 
 def test_one_line_for_each_in_the_order_asked_and_no_error_is_swallowed(lines, monkeypatch):

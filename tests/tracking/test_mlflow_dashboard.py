@@ -1,4 +1,4 @@
-"""The view of a sweep as a state and as a tag. Whether MLflow's page understands it is asked in tests/browser."""
+"""The dashboard of a sweep as a state and as a tag; tests/browser asks whether MLflow understands it."""
 
 import json
 import random

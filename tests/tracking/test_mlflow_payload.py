@@ -50,7 +50,10 @@ def test_a_user_without_a_name_has_no_tag(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_no_two_jobs_have_one_identity(tmp_path: Path) -> None:
     different = [{}, {"number": 1}, {"started": 1.0}, {"pid": 1}, {"host": "elsewhere"}]
-    made = [make_record(tmp_path / str(i), **status) for i, status in enumerate(different)]  # type: ignore[arg-type]
+    made = [
+        make_record(tmp_path / str(i), **status)  # type: ignore[arg-type]
+        for i, status in enumerate(different)
+    ]
     assert len({mlflow_payload.identify_record(record) for record in made}) == len(made)
     again = make_record(tmp_path / "moved")
     assert mlflow_payload.identify_record(again) == mlflow_payload.identify_record(made[0]), (

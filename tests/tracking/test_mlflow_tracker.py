@@ -35,7 +35,7 @@ from int8run.tracking.run_record import (
 
 @pytest.fixture(scope="module")
 def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose database the tracker made from nothing. The tables take seconds, so the other tests copy this one."""
+    """A folder whose database the tracker created. That takes seconds, so the other tests copy this one."""
     path = tmp_path_factory.mktemp("store")
     folder = path / "new, with an odd näme"
     MlflowTracker(folder=str(folder), experiment="another/one").prepare()
@@ -182,7 +182,8 @@ def test_an_upload_may_be_repeated(tracker: MlflowTracker, tmp_path: Path) -> No
     assert tracker.upload_record(record) == run_id, "without an id of its own it is known by its identity"
     assert tracker.upload_record(known(record, tracker.get_location(), run_id)) == run_id
     assert contents_of(tracker, run_id) == before and len(runs_of(tracker)) == 1
-    # MLflow takes no second value of a setting, and a version of ours that writes it otherwise must not stop an upload
+    # MLflow takes no second value of a setting, and a version of ours that writes it otherwise must not stop
+    # an upload
     assert (
         tracker.upload_record(make_record(tmp_path / "job", params={"model": "tiny.", "more": "1"})) == run_id
     )
@@ -404,7 +405,8 @@ def test_the_view_of_a_sweep_is_kept_and_named(tracker: MlflowTracker, tmp_path:
     experiment = client_of(tracker).get_experiment_by_name("int8run")
     assert "mlflow.sharedViewState.sweep-a" in experiment.tags
     assert line == (
-        f"mlflow server --backend-store-uri {tracker.store}\n          then open http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}"
+        f"mlflow server --backend-store-uri {tracker.store}\n"
+        f"          then open http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}"
         "/runs?workflowType=machine_learning&viewStateShareKey=sweep-a&compareRunsMode=CHART"
     )
 
@@ -425,7 +427,8 @@ def test_two_trackers_in_one_process_write_to_their_own_places(new_store: Path, 
 def test_a_run_leaves_no_setting_behind(
     tracker: MlflowTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # mlflow exports its address for child processes; conf/tracker/mlflow.yaml reads it, and the next job of a sweep would too
+    # mlflow exports its address for child processes; conf/tracker/mlflow.yaml reads it, and the next job of a
+    # sweep would too
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///of-the-user.db")
     tracker.upload_record(make_record(tmp_path / "job"))
     assert (

@@ -51,7 +51,8 @@ def test_a_server_that_is_away_at_the_start_gets_everything_later(door: Door, tm
     tracker.download_run(run_id, tmp_path / "back")
     assert read_record(tmp_path / "back").images == read_record(tmp_path / "job").images
     assert tracker.share_sweep("sweep-a", [running]) == (
-        f"{door.address}/#/experiments/{run.info.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey=sweep-a&compareRunsMode=CHART"
+        f"{door.address}/#/experiments/{run.info.experiment_id}/runs"
+        "?workflowType=machine_learning&viewStateShareKey=sweep-a&compareRunsMode=CHART"
     )
 
 

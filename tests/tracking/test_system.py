@@ -15,7 +15,6 @@ import torch
 from int8run.metrics import system
 from int8run.metrics.system import COLUMNS, SystemSampler, read_gpu_values
 
-
 WAIT_S = 300  # for what happens in a moment on a quiet machine
 
 
@@ -69,7 +68,8 @@ def test_a_full_disk_ends_the_samples_with_one_line(
     monkeypatch.setattr(SystemSampler, "append", full)
     with caplog.at_level(logging.WARNING), SystemSampler(tmp_path / "system.csv", 0.001) as sampler:
         sampler.thread.join(WAIT_S)
-    assert len(calls) == len(caplog.records) == 1 and "No more lines are written to system.csv: " in caplog.text
+    assert len(calls) == len(caplog.records) == 1
+    assert "No more lines are written to system.csv: " in caplog.text
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
