@@ -1,7 +1,8 @@
-"""Builds the C++ files of this folder into the user's cache on first use and loads them.
+"""Build the C++ files of this folder into the user's cache on first use, and load them.
 
-No torch headers are involved, so any g++ or clang++ does it in seconds. The libraries use the OpenMP runtime that torch has
-loaded: two of them would be two pools of threads that fight for the same cores.
+`vnni.py` and `rows.py` call the loaded libraries; `backends` asks whether there is a compiler. No torch
+headers are involved, so any g++ or clang++ builds a file in seconds. The libraries use the OpenMP runtime
+that torch has loaded: two of them would be two pools of threads that compete for the same cores.
 """
 
 import ctypes
@@ -22,10 +23,13 @@ FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-w")
 # instructions are named one by one and not -march=native: a cache may be shared by machines that differ
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 VNNI_FLAGS = (*AVX512, "-mavx512vnni")
-# what rows.cpp promises, equal bits everywhere, holds only where products and sums stay apart
+# what rows.cpp promises, equal bits everywhere, holds only where products and sums are not fused
 ROWS_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-# what torch says of the CPU -> how far loops are vectorized; other CPUs get what their compiler takes for granted
+# the CPU as torch calls it -> how far loops are vectorized; other CPUs get what their compiler takes for
+# granted
 VECTORS = {"AVX512": (*AVX512, "-mprefer-vector-width=512"), "AVX2": ("-mavx2",)}
+# types of arguments of the C functions
+POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
 class BuildError(RuntimeError):
@@ -38,16 +42,17 @@ def find_compiler() -> str | None:
 
 
 def find_openmp_runtime() -> list[str]:
-    """The GNU OpenMP library that torch brought, if it did: linked by its file name, the two share one pool of threads.
+    """The GNU OpenMP library that torch ships, if it does.
 
-    Other packages bring copies of their own, so a library that is merely loaded may be the wrong one.
+    Linked by its file name, the library and torch share one pool of threads. Other packages ship copies as
+    well, so a library that is merely loaded may be the wrong one.
     """
     return sorted(str(path) for path in Path(torch.__file__).parent.rglob("libgomp*.so*"))[:1]
 
 
 @functools.lru_cache(maxsize=1)
 def load_vnni_library(cache: Path | None = None) -> ctypes.CDLL:
-    """The loaded VNNI kernels; built if the cache has none for this source, compiler and runtime.
+    """Load the VNNI kernels; build them if the cache has none for this source, compiler and runtime.
 
     Args:
         cache: folder for the built library; None: `~/.cache/int8run`.
@@ -56,35 +61,44 @@ def load_vnni_library(cache: Path | None = None) -> ctypes.CDLL:
         BuildError: no compiler, or it failed.
     """
     lib = ctypes.CDLL(str(build_library(cache or get_default_cache(), VNNI, VNNI_FLAGS)))
-    p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    lib.int8run_quantize.argtypes = [p, i, n, n, n, p, n, i, n, p, p, i]
-    lib.int8run_linear.argtypes = [p, p, n, n, n, p, p, p, n, p, p, p, p, p, i, i]
+    # in the order of the signatures in vnni.cpp
+    lib.int8run_quantize.argtypes = [
+        *(POINTER, INT, INT64, INT64, INT64),  # x, dtype, M, K, stride
+        *(POINTER, INT64, INT, INT64),  # factor, rotation, sylvester, gelu_from
+        *(POINTER, POINTER, INT),  # q, scale, threads
+    ]
+    lib.int8run_linear.argtypes = [
+        *(POINTER, POINTER, INT64, INT64, INT64),  # q, x_scale, M, K, N
+        *(POINTER, POINTER, POINTER),  # packed, w_scale, bias
+        *(INT64, POINTER, POINTER, POINTER, POINTER),  # rank, down, down_scale, up, up_scale
+        *(POINTER, INT, INT),  # y, dtype, threads
+    ]
     lib.int8run_quantize.restype = lib.int8run_linear.restype = None
     return lib
 
 
 @functools.lru_cache(maxsize=1)
 def load_rows_library(cache: Path | None = None) -> ctypes.CDLL:
-    """The loaded `rows.cpp`, which any CPU can run; built for the vector instructions of this one.
+    """Load `rows.cpp`, which any CPU can run; built for the vector instructions of this one.
 
     Args:
-        cache: as for `library`.
+        cache: as for `load_vnni_library`.
 
     Raises:
         BuildError: no compiler, it failed, or what it built cannot be loaded.
     """
-    path = build_library(
-        cache or get_default_cache(),
-        ROWS,
-        (*ROWS_FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())),
-    )
+    vector_flags = VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
+    path = build_library(cache or get_default_cache(), ROWS, (*ROWS_FLAGS, *vector_flags))
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"{path} cannot be loaded: {error}") from error
-    p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    lib.int8run_quantize_weight_rows.argtypes = [p, i, n, n, p, n, p, n, ctypes.c_float, p, p, p, i]
-    lib.int8run_quantize_weight_rows.restype = n
+    lib.int8run_quantize_weight_rows.argtypes = [
+        *(POINTER, INT, INT64, INT64),  # x, dtype, M, K
+        *(POINTER, INT64, POINTER, INT64, FLOAT),  # factor, group, signs, radix, norm
+        *(POINTER, POINTER, POINTER, INT),  # q, scale, sums, threads
+    ]
+    lib.int8run_quantize_weight_rows.restype = INT64
     return lib
 
 
@@ -94,31 +108,49 @@ def get_default_cache() -> Path:
 
 
 def build_library(cache: Path, source: Path = VNNI, flags: tuple[str, ...] = VNNI_FLAGS) -> Path:
-    """A source's library, compiled if it is not there yet; the name holds a hash of all that it depends on."""
-    found = find_compiler()
-    if found is None:
+    """Compile a source if its library is not in the cache; the name holds a hash of all that it depends on.
+
+    Args:
+        cache: folder for the built library.
+        source: C++ file.
+        flags: of the compiler, besides FLAGS.
+
+    Returns:
+        The library.
+
+    Raises:
+        BuildError: no compiler, it failed, or the folder cannot be written to.
+    """
+    compiler = find_compiler()
+    if compiler is None:
         raise BuildError(f"no C++ compiler on the PATH ({', '.join(COMPILERS)}); install one")
-    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
-    command = [found, *FLAGS, *flags, str(source), *find_openmp_runtime(), "-Wl,--as-needed"]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    command = [compiler, *FLAGS, *flags, str(source), *find_openmp_runtime(), "-Wl,--as-needed"]
     digest = hashlib.sha256("\0".join([source.read_text(), version, *command]).encode()).hexdigest()[:16]
     target = cache / f"{source.stem}-{digest}.so"
     if target.exists():
         return target
-    fresh = (
-        cache / f"{source.stem}-{digest}.{os.getpid()}"
-    )  # renamed when whole: another process may build at the same time
+
+    # renamed when it is complete: another process may build at the same time
+    unfinished = cache / f"{source.stem}-{digest}.{os.getpid()}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        fresh.touch()
+        unfinished.touch()
     except OSError as error:
         raise BuildError(f"cannot write the built library to {cache}: {error.strerror}") from error
-    log.info("building %s with %s into %s, once", source.name, found, cache)
-    done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=False)
+    log.info("building %s with %s into %s, once", source.name, compiler, cache)
+    done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
     if done.returncode:
-        fresh.unlink(missing_ok=True)
-        # the linker says "cannot find ...", and only then that there was an error
-        telling = (line for line in done.stderr.splitlines() if "error" in line or "cannot" in line)
-        reason = next(telling, done.stderr.strip()[-300:])
-        raise BuildError(f"{found} could not build {source.name}: {reason}")
-    fresh.replace(target)
+        unfinished.unlink(missing_ok=True)
+        raise BuildError(f"{compiler} could not build {source.name}: {find_reason(done.stderr)}")
+    unfinished.replace(target)
     return target
+
+
+def find_reason(output: str) -> str:
+    """The line of a compiler's output that says what was wrong."""
+    for line in output.splitlines():
+        # the linker says "cannot find ...", and only then that there was an error
+        if "error" in line or "cannot" in line:
+            return line
+    return output.strip()[-300:]

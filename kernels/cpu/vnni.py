@@ -1,7 +1,7 @@
-"""The AVX512-VNNI kernels as torch operators: `int8run::vnni_quantize` and `int8run::vnni_linear`, and the weight's layout.
+"""The AVX512-VNNI kernels as torch operators, `int8run::vnni_quantize` and `int8run::vnni_linear`.
 
-The library is registered with `torch.library` by hand: `custom_op` adds 12 microseconds to a call, this 3, and a small layer
-takes 50.
+`backends/vnni.py` calls them. The operators are registered with `torch.library` by hand: `custom_op` adds 12
+microseconds to a call, this 3, and a small layer takes 50.
 """
 
 import torch
@@ -24,7 +24,10 @@ ops.define(
 
 
 def pack_weight(qdata: Tensor) -> Tensor:
-    """The weight in panels of 64 output columns, four weights of a column side by side; the layout is described in vnni.cpp.
+    """Lay a weight out in panels of 64 output columns, four weights of a column side by side.
+
+    vnni.cpp has a picture of the layout, and the reason for the compensation that is the first row of each
+    panel.
 
     Args:
         qdata: int8 [N, K].
@@ -34,28 +37,25 @@ def pack_weight(qdata: Tensor) -> Tensor:
     """
     n, k = qdata.shape
     panels, steps = -(-n // PANEL), -(-k // 4)
-    padded = F.pad(qdata, (0, 4 * steps - k, 0, PANEL * panels - n))
-    compensation = (128 * padded.sum(1, dtype=torch.int32)).view(panels, 1, PANEL).view(torch.int8)
+    padded = F.pad(qdata, (0, 4 * steps - k, 0, PANEL * panels - n))  # [64 panels, 4 steps]
+    compensation = 128 * padded.sum(1, dtype=torch.int32)  # [64 panels]
+    compensation = compensation.view(panels, 1, PANEL).view(torch.int8)  # [panels, 1, 256]
+    # [panels, 64, steps, 4] -> [panels, steps, 64, 4]: the columns of a step stand beside each other
     weights = padded.view(panels, PANEL, steps, 4).transpose(1, 2).reshape(panels, steps, 4 * PANEL)
     return torch.cat([compensation, weights], dim=1)
 
 
 def unpack_weight(packed: Tensor, n: int, k: int) -> Tensor:
-    """The inverse of `pack`: int8 [n, k]."""
+    """The inverse of `pack_weight`: int8 [n, k]."""
     panels, rows = packed.shape[:2]
-    return (
-        packed[:, 1:]
-        .view(panels, rows - 1, PANEL, 4)
-        .transpose(1, 2)
-        .reshape(panels * PANEL, -1)[:n, :k]
-        .contiguous()
-    )
+    weights = packed[:, 1:].view(panels, rows - 1, PANEL, 4).transpose(1, 2)  # [panels, 64, steps, 4]
+    return weights.reshape(panels * PANEL, -1)[:n, :k].contiguous()
 
 
 def quantize_rows(
     x: Tensor, factor: Tensor | None = None, rotation: int = 0, sylvester: bool = False, gelu_from: int = -1
 ) -> tuple[Tensor, Tensor]:
-    """Rows to unsigned bytes: `scale = absmax / 127`, `q = round(x / scale) + 128`, in one walk over each row.
+    """Quantize rows to unsigned bytes: `scale = absmax / 127`, `q = round(x / scale) + 128`.
 
     Args:
         x: float [M, K].
@@ -66,6 +66,9 @@ def quantize_rows(
 
     Returns:
         q: uint8 [M, K rounded up to 4], scale: float32 [M].
+
+    Raises:
+        ValueError: for a rotation or a factor that does not fit.
     """
     return torch.ops.int8run.vnni_quantize.default(x, factor, rotation, sylvester, gelu_from)
 
@@ -84,13 +87,20 @@ def int8_linear(
 ) -> Tensor:
     """`y = (q - 128) · w * w_scale * x_scale + bias`, with a low-rank branch on top of it where one is given.
 
-    The branch is int8 as well: `t = q · down * down_scale * x_scale` is quantized per row and multiplied by `up`.
+    The branch is int8 as well: `t = q · down * down_scale * x_scale` is quantized per row and multiplied by
+    `up`.
 
     Args:
-        q, x_scale: from `quantize`.
-        packed: from `pack`; w_scale: float32 [N]; bias: [N] or None.
+        q: uint8 [M, K rounded up to 4], from `quantize_rows`.
+        x_scale: float32 [M], from `quantize_rows`.
+        packed: from `pack_weight`.
+        w_scale: float32 [N].
+        bias: [N] or None.
         dtype: of the result; float32, bfloat16 or float16.
-        down, up: the branch's factors [r, K] and [N, r], quantized per row and packed; down_scale [r], up_scale [N].
+        down: first factor of the branch [R, K], quantized per row and packed.
+        down_scale: float32 [R].
+        up: second factor of the branch [N, R], quantized per row and packed.
+        up_scale: float32 [N].
 
     Returns:
         [M, N].
@@ -98,6 +108,9 @@ def int8_linear(
     return torch.ops.int8run.vnni_linear.default(
         q, x_scale, packed, w_scale, bias, down, down_scale, up, up_scale, dtype
     )
+
+
+# -- what the operators do -------------------------------------------------------------------------
 
 
 def _quantize_rows_impl(
@@ -108,26 +121,20 @@ def _quantize_rows_impl(
     if x.stride(1) != 1:
         x = x.contiguous()
     m, k = x.shape
-    base = 2 if sylvester else 4
-    if rotation and (
-        rotation < base
-        or k % rotation
-        or rotation & (rotation - 1)
-        or (base == 4 and rotation.bit_length() % 2 == 0)
-    ):
-        raise ValueError(f"rotation must be 0 or a power of {base} that divides {k} columns, not {rotation}")
+    _check_rotation(rotation, sylvester, k)
     if factor is not None and (
         factor.shape != (k,) or factor.dtype != torch.float32 or not factor.is_contiguous()
     ):
         raise ValueError(f"factor must be contiguous float32 [{k}], not {factor.dtype} {list(factor.shape)}")
-    q, scale = x.new_empty((m, -(-k // 4) * 4), dtype=torch.uint8), x.new_empty(m, dtype=torch.float32)
+    q = x.new_empty((m, -(-k // 4) * 4), dtype=torch.uint8)
+    scale = x.new_empty(m, dtype=torch.float32)
     load_vnni_library().int8run_quantize(
         x.data_ptr(),
         DTYPES[x.dtype],
         m,
         k,
         x.stride(0),
-        _pointer(factor),
+        _pointer_or_null(factor),
         rotation,
         sylvester,
         gelu_from,
@@ -136,6 +143,18 @@ def _quantize_rows_impl(
         torch.get_num_threads(),
     )
     return q, scale
+
+
+def _check_rotation(rotation: int, sylvester: bool, columns: int) -> None:
+    if rotation == 0:
+        return
+    base = 2 if sylvester else 4
+    is_power_of_2 = rotation >= base and rotation & (rotation - 1) == 0
+    is_power_of_base = is_power_of_2 and (base == 2 or rotation.bit_length() % 2 == 1)
+    if not is_power_of_base or columns % rotation:
+        raise ValueError(
+            f"rotation must be 0 or a power of {base} that divides {columns} columns, not {rotation}"
+        )
 
 
 def _int8_linear_impl(
@@ -150,7 +169,8 @@ def _int8_linear_impl(
     up_scale: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    (m, k), n, rank = q.shape, w_scale.shape[0], 0 if down_scale is None else down_scale.shape[0]
+    (m, k), n = q.shape, w_scale.shape[0]
+    rank = 0 if down_scale is None else down_scale.shape[0]
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
     y = w_scale.new_empty((m, n), dtype=dtype)
@@ -162,12 +182,12 @@ def _int8_linear_impl(
         n,
         packed.data_ptr(),
         w_scale.data_ptr(),
-        _pointer(bias),
+        _pointer_or_null(bias),
         rank,
-        _pointer(down),
-        _pointer(down_scale),
-        _pointer(up),
-        _pointer(up_scale),
+        _pointer_or_null(down),
+        _pointer_or_null(down_scale),
+        _pointer_or_null(up),
+        _pointer_or_null(up_scale),
         y.data_ptr(),
         DTYPES[dtype],
         torch.get_num_threads(),
@@ -175,8 +195,12 @@ def _int8_linear_impl(
     return y
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def _pointer_or_null(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+# -- what torch.compile must know: shapes and dtypes of the results
+# ---------------------------------------------------------
 
 
 def _quantize_rows_fake(

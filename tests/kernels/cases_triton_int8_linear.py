@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.helpers import assert_close, full_range, randn
+from support.compare import assert_close
+from support.helpers import full_range, randn
 from support.triton_process import case_device
 
 from int8run.kernels.int8_linear.kernel import int8_linear

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.helpers import assert_close, randn
+from support.compare import assert_close
+from support.helpers import randn
 from support.triton_process import case_device
 
 from int8run.kernels.hadamard.reference import regular_hadamard, rotate_groups, sylvester_hadamard

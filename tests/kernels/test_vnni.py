@@ -3,7 +3,8 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.helpers import CPU, assert_close, full_range, randn
+from support.compare import assert_close
+from support.helpers import CPU, full_range, randn
 
 from int8run.backends.vnni import Vnni
 from int8run.kernels.cpu import vnni
@@ -236,7 +237,7 @@ def test_a_bias_in_the_models_dtype():
     q, qdata, bias = full_range(3, 20), full_range(9, 20, seed=1), randn(9, seed=2, dtype=torch.bfloat16)
     run = lambda bias: vnni.int8_linear(
         unsigned(q), torch.ones(3), vnni.pack_weight(qdata), torch.ones(9), bias, torch.float32
-    )  # noqa: E731
+    )
     assert torch.equal(run(bias), run(bias.float()))
 
 
