@@ -367,7 +367,7 @@ def test_a_generation_of_videos_holds_every_frame(clock: list[float]) -> None:
         assert (
             made.nbytes == 3 * 4 * 4 + 3 * 3 * (3 * 5 * 2) and made.is_video and len(made.image_seconds) == 3
         )
-        assert made.sound == (filming.sound is not None)
+        assert made.has_sound == (filming.sound is not None)
 
 
 def test_the_frame_rate_is_asked_for_or_the_pipelines_own_or_wans() -> None:

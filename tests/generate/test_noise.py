@@ -1,4 +1,4 @@
-"""Schedulers that add noise between steps: both denoisers get the same, and torch's generator is unchanged."""
+"""Schedulers that add noise between steps: both denoisers get the same; torch's generator is unchanged."""
 
 import pytest
 import torch
