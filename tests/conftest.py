@@ -6,12 +6,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch import nn
 
 from int8run.backends.vnni import Vnni
 from int8run.kernels.cpu.library import BuildError, load_rows_library, load_vnni_library
+
+if TYPE_CHECKING:
+    from support.cli_process import Command
 
 # --import-mode=importlib leaves sys.path alone; at the end, so that no folder here hides a package
 sys.path.append(str(Path(__file__).parent))
@@ -74,3 +79,45 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random pipeline as a diffusers folder, shared by all tests: none may change it."""
+    from support.tiny_pipeline import save_random_pipeline
+
+    return save_random_pipeline(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def model(model_folder: Path) -> str:
+    """The override that chooses the random pipeline."""
+    return f"model.location={model_folder}"
+
+
+@pytest.fixture(scope="session")
+def wide_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline with text encoders of more than one block of every format in a row; none may change it."""
+    from support.tiny_pipeline import WIDE, save_random_pipeline
+
+    return save_random_pipeline(tmp_path_factory.mktemp("wide_model"), text=WIDE)
+
+
+@pytest.fixture(scope="session")
+def wide_encoders() -> dict[str, nn.Module]:
+    """The text encoders of that pipeline, by component; none may change them."""
+    from support.tiny_pipeline import WIDE, random_pipeline
+
+    pipeline = random_pipeline(text=WIDE)
+    return {name: getattr(pipeline, name).eval() for name in ("text_encoder", "text_encoder_2")}
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> "Iterator[Command]":
+    """The `int8run` command, in a folder of the test's own."""
+    from support.cli_process import command_in
+
+    with command_in(tmp_path / "work", monkeypatch, capsys) as run:
+        yield run

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from support.cli_process import command_in
 
 from int8run.config.compose import check_targets
 from int8run.errors import ConfigError
@@ -18,12 +17,6 @@ TOUCH = "{_target_: pathlib.Path.touch, _args_: [{_target_: pathlib.Path, _args_
 INNER_TOUCH = TOUCH.replace("pathlib.", "int8run.cli.")
 SAMPLING = "_target_: int8run.models.sampling.Sampling\n"
 LAZY_FILE = "logging.handlers.WatchedFileHandler, filename: pwned"  # opens its file at once
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    with command_in(tmp_path / "work", monkeypatch, capsys) as run:
-        yield run
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
-from support.cli_process import command_in
 
 from int8run.config.compose import (
     check_command,
@@ -267,12 +266,6 @@ def test_files_of_other_programs_are_read_as_they_are(tmp_path):
 
 
 # -- the command -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    with command_in(tmp_path / "work", monkeypatch, capsys) as run:
-        yield run
 
 
 def test_the_command_takes_an_old_name_and_says_the_new_one(command, caplog):

@@ -97,8 +97,12 @@ def to_int8(
     method = outlier or NoOutlier()
     check_outlier_method(method, chosen)
     methods = {p.name: method for p in chosen if not p.outlier_skip_reason}
-    layers = quantize_layers(model, chosen, methods, rounding or AbsMax(), statistics or {})
-    made = build_int8_layers(model, layers, backend or Reference(), settings, {p.name: 8 for p in chosen})
+    layers = quantize_layers(
+        model, chosen, methods=methods, rounding=rounding or AbsMax(), statistics=statistics or {}
+    )
+    made = build_int8_layers(
+        model, layers, backend=backend or Reference(), settings=settings, rows={p.name: 8 for p in chosen}
+    )
     return assemble_int8_model(model, made, ModelFamily("test")), plans
 
 

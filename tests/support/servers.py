@@ -12,7 +12,7 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
-START_S = 120
+START_S = 300
 REQUESTS = (b"GET ", b"POST ", b"PUT ", b"PATCH ", b"DELETE ", b"HEAD ")
 
 
@@ -76,7 +76,7 @@ class MlflowServer:
             assert self.process.poll() is None, (self.folder / "server.log").read_text()
             with (
                 suppress(urllib.error.URLError, OSError),
-                urllib.request.urlopen(f"{self.address}/health", timeout=5),
+                urllib.request.urlopen(f"{self.address}/health", timeout=60),
             ):
                 return
             time.sleep(0.2)

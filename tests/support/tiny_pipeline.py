@@ -6,6 +6,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+WIDE = 256  # of text encoders with more than one block of every format in a row
+
 
 def random_pipeline(seed: int = 0, text: int = 16) -> FluxPipeline:
     """Seeded; 32x32 pictures at most make sense (latents 16x16, packed 8x8). text: width of the text encoders."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.cli_process import Command, command_in
+from support.cli_process import Command
 from text_encoders.files import File, make_encoder_file
 
 from int8run.backends.reference import Reference
@@ -17,12 +17,6 @@ from int8run.outlier.none import NoOutlier
 from int8run.outlier.quarot import QuaRot
 from int8run.quant.weight import quantize_weight
 from int8run.tasks.inspect_file import inspect_file
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    with command_in(tmp_path / "work", monkeypatch, capsys) as run:
-        yield run
 
 
 def inspect(command: Command, name: str) -> dict[str, str]:

@@ -4,7 +4,6 @@ import csv
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,13 +18,13 @@ from torch import nn
 
 from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
-from int8run.config.compose import get_plain_config, create_run_spec
+from int8run.config.compose import create_run_spec, get_plain_config
 from int8run.config.job import Job
 from int8run.errors import ConfigError, FileError
 from int8run.export.stream_quantizer import QuantizationRecipe, plan_targets
 from int8run.models.family import load_families
 from int8run.models.resolve_weights import ASSETS_FOLDER, ResolvedWeights
-from int8run.models.state_dict_adapter import join_shapes, find_prefix, to_original
+from int8run.models.state_dict_adapter import find_prefix, join_shapes, to_original
 from int8run.outlier.none import NoOutlier
 from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import quantize_weight

@@ -126,7 +126,9 @@ def test_another_reader_reads_the_same(
     word: str, model: Path, quantize: Quantize, floats: dict[str, nn.Module], tmp_path: Path
 ) -> None:
     quantize(model, word, tmp_path / "x.safetensors")
-    real = {strip_root(name): reading.weight for name, reading in oracle.read(tmp_path / "x.safetensors").items()}
+    real = {
+        strip_root(name): reading.weight for name, reading in oracle.read(tmp_path / "x.safetensors").items()
+    }
     found = probe_weights(on_the_fly(model, "text_encoder", word))
 
     for name, weight in found.items():

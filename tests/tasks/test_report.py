@@ -1,13 +1,10 @@
 """`task=report`: which runs are compared, what is uploaded and fetched first, what is said when there is nothing."""
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import mlflow
 import pytest
-from support.cli_process import Command, command_in
-from support.tiny_pipeline import save_random_pipeline
+from support.cli_process import Command
 
 from int8run.jobs.manifest import SweepManifest, write_manifest
 from int8run.tracking import retry as answers
@@ -34,118 +31,105 @@ IDENTITY = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"model.location={save_random_pipeline(tmp_path_factory.mktemp('model'))}"
-
-
-@pytest.fixture
-def int8run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Command]:
-    with command_in(tmp_path / "work", monkeypatch, capsys) as command:
-        yield command
-
-
-def uploaded(int8run: Command) -> list[mlflow.entities.Run]:
-    client = mlflow.MlflowClient(f"sqlite:///{int8run.folder / 'mlflow.db'}")
+def uploaded(command: Command) -> list[mlflow.entities.Run]:
+    client = mlflow.MlflowClient(f"sqlite:///{command.folder / 'mlflow.db'}")
     return client.search_runs([client.get_experiment_by_name("int8run").experiment_id])
 
 
-def test_runs_that_no_tracker_has_are_uploaded_once_and_fetched_again(int8run: Command, model: str) -> None:
-    assert int8run("-m", "seed=0,1", model, *SMALL, "tracker=none").code == 0
+def test_runs_that_no_tracker_has_are_uploaded_once_and_fetched_again(command: Command, model: str) -> None:
+    assert command("-m", "seed=0,1", model, *SMALL, "tracker=none").code == 0
 
-    first = int8run("task=report", "sync=multirun")
+    first = command("task=report", "sync=multirun")
 
     assert first.code == 0
     assert "2 of 2 runs uploaded, 0 were there already" in first.out
     assert "runs: " in first.out
 
-    again = int8run("task=report", "sync=multirun")
+    again = command("task=report", "sync=multirun")
 
     assert again.code == 0
     assert "0 of 2 runs uploaded, 2 were there already" in again.out
 
-    runs = uploaded(int8run)
+    runs = uploaded(command)
 
     assert sorted(run.data.params["seed"] for run in runs) == ["0", "1"]
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert "sweep" in (int8run.folder / "multirun" / "report.html").read_text()
+    assert "sweep" in (command.folder / "multirun" / "report.html").read_text()
 
     sweep = runs[0].data.tags["sweep"]
-    fetched = int8run("task=report", f"task.sweep={sweep}", "task.path=here")
+    fetched = command("task=report", f"task.sweep={sweep}", "task.path=here")
 
     assert fetched.code == 0
     assert f"sweep {sweep}, 2 runs" in fetched.out
-    assert (int8run.folder / "here" / "report.html").is_file()
+    assert (command.folder / "here" / "report.html").is_file()
 
-    theirs = {r.config_hash: r for r in find_records(int8run.folder / "multirun")}
-    for record in find_records(int8run.folder / "here"):
+    theirs = {r.config_hash: r for r in find_records(command.folder / "multirun")}
+    for record in find_records(command.folder / "here"):
         assert record.metrics == theirs[record.config_hash].metrics
         ours = theirs[record.config_hash].folder / record.images[0]["float"]
         assert (record.folder / record.images[0]["float"]).read_bytes() == ours.read_bytes()
 
 
 def test_a_tracker_that_is_away_is_an_error_for_who_asks_for_it(
-    int8run: Command, model: str, monkeypatch: pytest.MonkeyPatch
+    command: Command, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answers, "PING_PAUSES_S", (0.0, 0.01))
 
-    assert int8run(model, *SMALL, "tracker=none").code == 0
+    assert command(model, *SMALL, "tracker=none").code == 0
 
-    outcome = int8run(
+    outcome = command(
         "task=report", "sync=outputs", "tracker.uri=http://127.0.0.1:9"
     )  # the discard port: nothing listens there
 
     assert outcome.code == 1
     assert outcome.message.startswith("tracker.uri=http://127.0.0.1:9 does not answer")
 
-    (record,) = find_records(int8run.folder / "outputs")
+    (record,) = find_records(command.folder / "outputs")
 
     assert not record.uploaded
 
 
 def test_runs_that_were_meant_for_another_tracker_are_said(
-    int8run: Command, model: str, monkeypatch: pytest.MonkeyPatch
+    command: Command, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answers, "PING_PAUSES_S", (0.0, 0.01))
-    away = int8run(model, *SMALL, "tracker.uri=http://me:secret@127.0.0.1:9")
+    away = command(model, *SMALL, "tracker.uri=http://me:secret@127.0.0.1:9")
     words = " ".join(away.out.split())
 
     assert away.code == 0
     assert "upload it later: int8run task=report sync=" in words
     assert "tracker.uri=http://127.0.0.1:9" in words
 
-    here = int8run("task=report", "sync=outputs")
+    here = command("task=report", "sync=outputs")
 
     assert here.code == 0
     assert "1 runs were meant for http://127.0.0.1:9 and go to sqlite:///" in " ".join(here.out.split())
-    assert len(uploaded(int8run)) == 1
+    assert len(uploaded(command)) == 1
 
 
-def test_a_sweep_that_lacks_jobs_says_so(int8run: Command) -> None:
-    write_manifest(int8run.folder / "multirun" / "a", SweepManifest("a-1234", created=1.0, jobs=3))
+def test_a_sweep_that_lacks_jobs_says_so(command: Command) -> None:
+    write_manifest(command.folder / "multirun" / "a", SweepManifest("a-1234", created=1.0, jobs=3))
     end_record(
-        start_record(int8run.folder / "multirun" / "a" / "0", {**IDENTITY, "sweep": "a-1234"}), "FINISHED"
+        start_record(command.folder / "multirun" / "a" / "0", {**IDENTITY, "sweep": "a-1234"}), "FINISHED"
     )
-    outcome = int8run("task=report")
+    outcome = command("task=report")
     said = "sweep a-1234, 1 of 3 jobs; its command with resume=true runs the rest"
 
     assert outcome.code == 0
     assert said in outcome.out
-    assert said in (int8run.folder / "multirun" / "a" / "report.html").read_text()
+    assert said in (command.folder / "multirun" / "a" / "report.html").read_text()
 
 
-def test_the_newest_sweep_that_ran_is_reported(int8run: Command) -> None:
+def test_the_newest_sweep_that_ran_is_reported(command: Command) -> None:
     for name, created, jobs in (("old", 1.0, 1), ("new", 2.0, 1), ("empty", 3.0, 0)):
-        write_manifest(int8run.folder / "multirun" / name, SweepManifest(name, created=created))
+        write_manifest(command.folder / "multirun" / name, SweepManifest(name, created=created))
         if jobs:
-            start_record(int8run.folder / "multirun" / name / "0", {**IDENTITY, "sweep": name})
-    outcome = int8run("task=report")
+            start_record(command.folder / "multirun" / name / "0", {**IDENTITY, "sweep": name})
+    outcome = command("task=report")
 
     assert outcome.code == 0
-    assert (int8run.folder / "multirun" / "new" / "report.html").is_file()
-    assert not (int8run.folder / "multirun" / "old" / "report.html").exists()
+    assert (command.folder / "multirun" / "new" / "report.html").is_file()
+    assert not (command.folder / "multirun" / "old" / "report.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -167,8 +151,8 @@ def test_the_newest_sweep_that_ran_is_reported(int8run: Command) -> None:
         (["task.sweep=x", "tracker=none"], 2, r"task\.sweep=x: tracker=none keeps no runs"),
     ],
 )
-def test_what_cannot_be_reported_is_named(int8run: Command, words: list[str], code: int, said: str) -> None:
-    outcome = int8run("task=report", *words)
+def test_what_cannot_be_reported_is_named(command: Command, words: list[str], code: int, said: str) -> None:
+    outcome = command("task=report", *words)
 
     assert outcome.code == code and re.match(said, outcome.message), outcome.message
-    assert [name for name in int8run.made() if not name.startswith("ml")] == []
+    assert [name for name in command.made() if not name.startswith("ml")] == []

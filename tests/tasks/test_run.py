@@ -5,14 +5,13 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.cli_process import Command, command_in
+from support.cli_process import Command
 from support.helpers import CONF, without_vnni
 from support.run_job import make_spec, run_job, save_lora
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
@@ -329,14 +328,6 @@ def least(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "backend=reference",
         "progress=false",
     ]
-
-
-@pytest.fixture
-def command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Command]:
-    with command_in(tmp_path / "work", monkeypatch, capsys) as run:
-        yield run
 
 
 def int8_rows(out: Path) -> list[dict[str, str]]:

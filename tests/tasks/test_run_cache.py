@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from support.run_job import run_job, save_lora
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 
-from int8run.pipeline import float_baseline as baseline
 from int8run.pipeline import process_cache, quantize_denoiser
 from int8run.tasks.run import RunResult
 

@@ -21,8 +21,8 @@ from int8run.errors import ConfigError
 from int8run.generate.prompts import PromptSet
 from int8run.lora import few_step
 from int8run.lora.config import Adapter, LoraSettings
-from int8run.models.schedulers import set_scheduler
 from int8run.models.sampling import Sampling
+from int8run.models.schedulers import set_scheduler
 from int8run.outlier.convrot import ConvRot
 from int8run.pipeline import process_cache
 from int8run.pipeline.build import BuiltModel
