@@ -232,7 +232,7 @@ class AutoFamily:
 
 
 def build_conservative_family(blocks: Sequence[str], linears: Iterable[str]) -> ModelFamily:
-    """Return a family for a denoiser that nobody described.
+    """Return a family for a denoiser that no family describes.
 
     Its repeated blocks become INT8, but the very first and the very last; everything else stays float.
     """

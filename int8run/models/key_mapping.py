@@ -207,7 +207,7 @@ def check_fields(file: str, data: Any) -> None:
     if not is_valid:
         optional = ", ".join(sorted(OPTIONAL_FIELDS))
         raise ConfigError(
-            f"{file}: a file of naming rules is a mapping with classes and names, and may have {optional}"
+            f"{file}: a file of key mappings is a mapping with classes and names, and may have {optional}"
         )
 
 
@@ -363,7 +363,7 @@ def is_target_shape(shape: Any) -> bool:
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that rejects a key given twice; YAML's own takes the last one without a word."""
+    """A safe loader that rejects a key given twice; YAML's own takes the last one silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of a node.

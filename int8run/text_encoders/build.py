@@ -216,7 +216,7 @@ def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def warn_formats(built: BuiltEncoder) -> None:
-    """Log the layers that are in another format than the one that was asked for, or were quantized before."""
+    """Log the layers that are in another format than the requested one, or were quantized before."""
     if built.target is None:
         return
     where, target = built.source.weights.where, built.target.name

@@ -126,9 +126,9 @@ def build_linears(source: LayerSource, plans: Sequence[LayerPlan]) -> dict[str, 
     int8_layers = build_int8_layers(
         source.skeleton,
         iter_rowwise_layers(),
-        backend,
-        NO_FALLBACK,
-        {plan.name: source.kernels.num_tokens for plan in plans},
+        backend=backend,
+        settings=NO_FALLBACK,
+        rows={plan.name: source.kernels.num_tokens for plan in plans},
         device=source.kernels.device,
     )
     return {**int8_layers, **others}
@@ -186,7 +186,7 @@ def build_packed_layer(source: LayerSource, plan: LayerPlan) -> PackedLayer:
     is_stored_so = changed is None and plan.rounding == weights.get_format(source_layer)
     layer = weights.read_packed(source_layer) if is_stored_so else None
     if layer is None:
-        # some ways of storing int8 are no format that is written
+        # int8 weights can be stored in ways that are not a format of `clip=`
         format_name = plan.rounding if plan.rounding in FORMATS else ROWWISE
         target = choose_format(format_name, plan.out_features, plan.in_features)
         layer = quantize_weight(plan, read_weight() if changed is None else changed, target)

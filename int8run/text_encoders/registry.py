@@ -48,7 +48,7 @@ class EncoderFingerprint:
         all: fnmatch patterns; each matches some key.
         none: fnmatch patterns; none matches any key.
         rows: tensors and how many rows they have; a list: one of these.
-        not_rows: tensors and how many rows they do not have; one that the file lacks is no obstacle.
+        not_rows: tensors and how many rows they do not have; one that the file lacks does not count.
     """
 
     all: Sequence[str]
@@ -170,7 +170,7 @@ class EncoderFamily:
     def to_canonical(self, key: str) -> tuple[TensorPart, ...]:
         """Return the canonical tensors that a key of a file holds, one after the other.
 
-        A key that is no name of this encoder stands for itself.
+        A key that is not a name of this encoder stands for itself.
         """
         return resolve_key(key, self.key_mappings)
 
