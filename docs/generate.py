@@ -1,9 +1,10 @@
-"""Write the two generated pages: `python docs/generate.py`.
+"""Write the generated pages: `python docs/generate.py`.
 
-`settings.md` comes from the comments of `conf/`, `python_api.md` from the docstrings of the public API. A test
-compares both with what this script makes, so run it after a change of either.
+`settings.md` comes from the comments of `conf/`, `python_api.md` from the docstrings of the public API, and
+`errors.md` from the messages in the code. A test compares them with what this script makes.
 """
 
+import ast
 import inspect
 import re
 from collections.abc import Callable
@@ -164,11 +165,60 @@ def render_docstring(text: str) -> str:
     return "\n".join(lines).strip()
 
 
-PAGES = {"settings.md": render_settings, "python_api.md": render_api}
+# errors that users meet, with the exit code of the command; others are mistakes in a program
+EXIT_CODES = {"ConfigError": 2, "FileError": 3, "LoraError": 3, "BackendError": 4, "TrackingError": 1}
+PACKAGE = Path(int8run.__file__).parent
+
+ERRORS_INTRO = """\
+Every error is one line that says what was wrong, what is allowed and what to do. Here are the messages, by
+the folder of the code that raises them; … stands for names and numbers of your run. `INT8RUN_DEBUG=1` shows
+where an error comes from. [Troubleshooting](troubleshooting.md) explains the common ones."""
+
+
+def render_errors() -> str:
+    """The page of all error messages, from the `raise` statements of the package."""
+    blocks = ["# Error messages", GENERATED.format(source="messages in the code"), ERRORS_INTRO]
+    messages: dict[str, list[str]] = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        folder = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for error_class, message in find_messages(file):
+            row = f"| {escape_cell(message)} | {EXIT_CODES[error_class]} |"
+            messages.setdefault(folder, []).append(row)
+    for folder, rows in messages.items():
+        unique_rows = list(dict.fromkeys(rows))
+        blocks += [f"## {folder}", "\n".join(["| message | exit code |", "|---|---|", *unique_rows])]
+    return "\n\n".join(blocks) + "\n"
+
+
+def find_messages(file: Path) -> list[tuple[str, str]]:
+    """(error class, message) of every `raise` in a file whose message stands there, in the file's order."""
+    found = []
+    raises = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Raise)]
+    for node in sorted(raises, key=lambda node: node.lineno):
+        call = node.exc
+        is_named_call = isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+        if not is_named_call or call.func.id not in EXIT_CODES or not call.args:
+            continue
+        message = format_message(call.args[0])
+        if len(message.replace("…", "").strip(" :;")) > 8:  # a message made elsewhere is only placeholders
+            found.append((call.func.id, message))
+    return found
+
+
+def format_message(node: ast.expr) -> str:
+    """The text of a message, with … for each value in it."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(format_message(part) for part in node.values)
+    return "…"
+
+
+PAGES = {"settings.md": render_settings, "python_api.md": render_api, "errors.md": render_errors}
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write all of them."""
     for name, render in PAGES.items():
         (DOCS / name).write_text(render())
 

@@ -134,7 +134,7 @@ def test_the_readme_is_short():
     assert words <= README_WORDS
 
 
-@pytest.mark.parametrize("name", ["settings.md", "python_api.md"])
+@pytest.mark.parametrize("name", ["settings.md", "python_api.md", "errors.md"])
 def test_generated_pages_are_current(name):
     spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs" / "generate.py")
     generate = importlib.util.module_from_spec(spec)
@@ -157,3 +157,18 @@ def test_every_path_and_definition_that_is_named_exists(page):
         if found["name"]:
             definition = re.compile(rf"^(?:class|def) {found['name']}\b", re.MULTILINE)
             assert definition.search(path.read_text()), f"{page.name} names {found[0]}"
+
+
+def test_quoted_messages_exist():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE)
+    messages = [(ROOT / "docs" / "errors.md").read_text()]
+    messages += [file.read_text() for file in (ROOT / "int8run").rglob("*.py")]
+    source = re.sub(r'["\']\s*f?["\']', "", "\n".join(messages))
+
+    assert len(quoted) > 15
+    for message in quoted:
+        for part in re.split(r"…|=\w+\b|'[\w.]+'", message):
+            words = part.strip(" ;:()")
+            if len(words) > 8:
+                assert words in source, f"troubleshooting.md quotes {words!r}, which no message says"
