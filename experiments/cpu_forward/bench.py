@@ -51,13 +51,13 @@ def build_with(backend: str, outlier: str, batch: int) -> tuple[BuiltModel, Mapp
 
 
 @torch.no_grad()
-def seconds(denoiser: nn.Module, call: Mapping[str, Any]) -> float:
+def time_call(denoiser: nn.Module, call: Mapping[str, Any]) -> float:
     started = time.perf_counter()
     denoiser(**call)
     return time.perf_counter() - started
 
 
-def bench(rounds: int, batches: list[int]) -> None:
+def measure_backends(rounds: int, batches: list[int]) -> None:
     facts = collect_environment(torch.device("cpu"), read_library_versions())
     print(
         f"{facts['cpu']}, {facts['threads']} threads, torch {facts['versions']['torch']}, float32, {rounds} "
@@ -79,9 +79,9 @@ def bench(rounds: int, batches: list[int]) -> None:
         base, call = next(iter(built.values()))
         times: dict[object, list[float]] = {key: [] for key in built} | {"float": []}
         for _ in range(rounds + 2):  # two rounds warm up
-            times["float"].append(seconds(base.denoisers["float"], call))
+            times["float"].append(time_call(base.denoisers["float"], call))
             for key, (one, _) in built.items():
-                times[key].append(seconds(one.denoisers["int8"], call))
+                times[key].append(time_call(one.denoisers["int8"], call))
         for (backend, outlier), (one, _) in built.items():
             measure_layer_outputs(one.denoisers["float"], one.denoisers["int8"], call, one.plans)
             sqnr = statistics.mean(p.measured["output_sqnr_db"] for p in one.plans if p.skip_reason is None)
@@ -100,4 +100,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    bench(**vars(parser.parse_args()))
+    measure_backends(**vars(parser.parse_args()))

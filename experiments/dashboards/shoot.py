@@ -47,7 +47,7 @@ def run_sweep(folder: Path) -> Path:
     return folder / "strengths-and-outliers"
 
 
-def save(shot: bytes, path: Path) -> None:
+def save_screenshot(shot: bytes, path: Path) -> None:
     """A picture with as many colours as its file has room for."""
     image = Image.open(BytesIO(shot)).convert("RGB")
     for colours in (None, 256, 128, 64, 32):
@@ -57,7 +57,7 @@ def save(shot: bytes, path: Path) -> None:
     print(f"{path}: {image.width} x {image.height}, {path.stat().st_size / 1000:.0f} kB")
 
 
-def shoot(
+def take_screenshot(
     browser: Browser, link: str, home: str, look: Callable[[Page], bytes], path: Path, **context: object
 ) -> Watch:
     """Open a page, take its picture, and say what it complained about."""
@@ -67,7 +67,7 @@ def shoot(
     page.set_default_timeout(WAIT_MS)
     seen = watch(page, home, MLFLOW_COMPLAINTS if home.startswith("http") else ())
     page.goto(link)
-    save(look(page), path)
+    save_screenshot(look(page), path)
     opened.close()
     for complaint in seen.complaints:
         print(f"  console: {complaint}")
@@ -119,7 +119,7 @@ def mlflow_pictures(
 
     size = lambda width, height: {"viewport": {"width": width, "height": height}}  # noqa: E731
     return [
-        shoot(
+        take_screenshot(
             browser,
             table,
             address,
@@ -127,8 +127,10 @@ def mlflow_pictures(
             out / "mlflow_table.png",
             **size(1900, 420 + 32 * len(records)),
         ),
-        shoot(browser, charts, address, look_at_charts, out / "mlflow_compare.png", **size(1600, 1500)),
-        shoot(
+        take_screenshot(
+            browser, charts, address, look_at_charts, out / "mlflow_compare.png", **size(1600, 1500)
+        ),
+        take_screenshot(
             browser,
             charts,
             address,
@@ -167,9 +169,9 @@ def report_pictures(browser: Browser, report: Path, out: Path) -> list[Watch]:
         "offline": True,
     }
     return [
-        shoot(browser, link, link, whole, out / "report_light.png", color_scheme="light", **screen),
-        shoot(browser, link, link, whole, out / "report_dark.png", color_scheme="dark", **screen),
-        shoot(browser, link, link, screens, out / "report_phone.png", **phone),
+        take_screenshot(browser, link, link, whole, out / "report_light.png", color_scheme="light", **screen),
+        take_screenshot(browser, link, link, whole, out / "report_dark.png", color_scheme="dark", **screen),
+        take_screenshot(browser, link, link, screens, out / "report_phone.png", **phone),
     ]
 
 

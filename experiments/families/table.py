@@ -47,12 +47,12 @@ class Shares:
     work: Counter
 
 
-def argument(value: Any) -> Any:
+def make_argument(value: Any) -> Any:
     """A forward's argument from its YAML: "1x77x768" and "1 int64" are tensors on the meta device."""
     if isinstance(value, dict):
-        return {key: argument(inner) for key, inner in value.items()}
+        return {key: make_argument(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [argument(inner) for inner in value]
+        return [make_argument(inner) for inner in value]
     if not isinstance(value, str):
         return value
     shape, _, dtype = value.partition(" ")
@@ -113,7 +113,7 @@ def macs_of(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> in
     return output.numel() * per_output
 
 
-def shares(entry: Mapping[str, Any]) -> Shares:
+def count_shares(entry: Mapping[str, Any]) -> Shares:
     """Build one model on the meta device, call it once, and count."""
     with torch.device("meta"):
         model = getattr(diffusers, entry["class"])(**entry["config"]).eval()
@@ -131,7 +131,7 @@ def shares(entry: Mapping[str, Any]) -> Shares:
             stack.enter_context(mock.patch.object(owner, name, formula, create=True))
         flops = stack.enter_context(FlopCounterMode(display=False))
         stack.enter_context(torch.no_grad())
-        model(**argument(entry["inputs"]), return_dict=False)
+        model(**make_argument(entry["inputs"]), return_dict=False)
     # attention is what torch counts besides; two operations are one multiply-add
     work["attention"] = flops.get_total_flops() // 2 - work.total()
     parameters = Counter(dict.fromkeys(("int8", "float", "convolution"), 0))
@@ -141,14 +141,14 @@ def shares(entry: Mapping[str, Any]) -> Shares:
     return Shares(Counter(kinds.values()), parameters, work)
 
 
-def percent(part: float, whole: float) -> str:
+def format_percent(part: float, whole: float) -> str:
     """A share as the table has it."""
     return f"{100 * part / whole:.1f}"
 
 
-def row(entry: Mapping[str, Any]) -> str:
+def format_row(entry: Mapping[str, Any]) -> str:
     """The model's row of the table."""
-    found = shares(entry)
+    found = count_shares(entry)
     work, matrices = found.work, found.work.total() - found.work["attention"]
     cells = [
         entry["family"],
@@ -156,13 +156,13 @@ def row(entry: Mapping[str, Any]) -> str:
         entry["size"],
         f"{found.linears['int8']} / {found.linears['float']}",
         f"{found.parameters.total() / 1e9:.2f}",
-        percent(found.parameters["int8"], found.parameters.total()),
+        format_percent(found.parameters["int8"], found.parameters.total()),
         f"{work.total() / 1e12:.2f}",
-        percent(work["int8"], matrices),
-        percent(work["float"], matrices),
-        percent(work["convolution"], matrices),
-        percent(work["attention"], work.total()),
-        percent(work["int8"], work.total()),
+        format_percent(work["int8"], matrices),
+        format_percent(work["float"], matrices),
+        format_percent(work["convolution"], matrices),
+        format_percent(work["attention"], work.total()),
+        format_percent(work["int8"], work.total()),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -182,7 +182,7 @@ def main() -> None:
     print("|" + "---|" * (HEAD.count("|") - 1))
     for entry in yaml.safe_load((HERE / "models.yaml").read_text()):
         if not asked or any(part in entry["model"] for part in asked):
-            print(row(entry), flush=True)
+            print(format_row(entry), flush=True)
 
 
 if __name__ == "__main__":

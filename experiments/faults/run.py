@@ -99,8 +99,8 @@ class Place:
         """Wait for a command; it must end with a code and without a traceback."""
         found = process.wait(PATIENCE_S)
         text = self.log()
-        check(found == code, f"exit code {found} in place of {code}: {text[-1500:]}")
-        check("Traceback" not in text, f"a traceback: {text[-3000:]}")
+        check_that(found == code, f"exit code {found} in place of {code}: {text[-1500:]}")
+        check_that("Traceback" not in text, f"a traceback: {text[-3000:]}")
         return text
 
     def log(self) -> str:
@@ -119,12 +119,12 @@ class Place:
             running = [r for r in self.records() if r.state == RUNNING and r.run_id]
             if states[FINISHED] >= finished and running:
                 return running[0]
-            check(process.poll() is None, f"the command ended before: {self.log()[-1500:]}")
+            check_that(process.poll() is None, f"the command ended before: {self.log()[-1500:]}")
             time.sleep(0.02)
         raise LostError(f"no job came up: {self.log()[-1500:]}")
 
 
-def check(fine: bool, message: str) -> None:
+def check_that(fine: bool, message: str) -> None:
     """Raise LostError unless something is as it must be."""
     if not fine:
         raise LostError(message)
@@ -134,7 +134,7 @@ def check_states(place: Place, wanted: Mapping[int, str]) -> list[Record]:
     """The folders hold these jobs, by number, and no others."""
     records = find_records(place.sweep)
     found = {r.number: r.state for r in records}
-    check(
+    check_that(
         len(records) == len(wanted) and found == dict(wanted),
         f"jobs in the folder: {[(r.number, r.state) for r in records]}",
     )
@@ -156,13 +156,13 @@ def check_tracked(place: Place, store: str, killed: int = 0) -> None:
     assert sweep is not None
     client, runs, records = MlflowClient(store), runs_in(store, sweep.id), find_records(place.sweep)
     by_id = {run.info.run_id: run for run in runs}
-    check(len({r.config_hash for r in records}) == len(records), "two folders hold the same job")
-    check(
+    check_that(len({r.config_hash for r in records}) == len(records), "two folders hold the same job")
+    check_that(
         {str(r.run_id) for r in records} <= set(by_id) and all(r.uploaded for r in records),
         "a job of the folder is not in MLflow",
     )
     others = [run.info.status for run in runs if run.info.run_id not in {r.run_id for r in records}]
-    check(others == [KILLED] * killed, f"other runs in MLflow: {others}")
+    check_that(others == [KILLED] * killed, f"other runs in MLflow: {others}")
     for record in records:
         check_whole(client, by_id[str(record.run_id)], record)
     place.said.append(
@@ -173,39 +173,41 @@ def check_tracked(place: Place, store: str, killed: int = 0) -> None:
 def check_whole(client: MlflowClient, run: Run, record: Record) -> None:
     """A run has everything that the folder has."""
     name, run_id = f"{record.name}: ", run.info.run_id
-    check(run.info.status == record.state, f"{name}{run.info.status} in MLflow, {record.state} in the folder")
-    check(
+    check_that(
+        run.info.status == record.state, f"{name}{run.info.status} in MLflow, {record.state} in the folder"
+    )
+    check_that(
         mlflow_payload.build_params(record).items() <= run.data.params.items(), f"{name}settings are missing"
     )
     lacking = {mlflow_payload.sanitize_name(key) for key in [*record.metrics, *record.series]} - set(
         run.data.metrics
     )
-    check(not lacking, f"{name}metrics are missing: {lacking}")
+    check_that(not lacking, f"{name}metrics are missing: {lacking}")
     for key, values in record.series.items():
-        check(
+        check_that(
             len(client.get_metric_history(run_id, key)) == len(values),
             f"{name}{key} has not {len(values)} values",
         )
     here = sorted(path.name for path in (record.folder / "images").glob("*"))
     there = sorted(Path(file.path).name for file in client.list_artifacts(run_id, "samples")) if here else []
-    check(here == there, f"{name}pictures here {here}, there {there}")
+    check_that(here == there, f"{name}pictures here {here}, there {there}")
     shown = len(client.list_artifacts(run_id, "images")) if record.images else 0
-    check(
+    check_that(
         shown == 2 * len(mlflow_payload.find_image_files(record)), f"{name}{shown} files in the picture grid"
     )
     tops = {Path(file.path).name for file in client.list_artifacts(run_id)}
-    check(
+    check_that(
         {path.name for path, folder in mlflow_payload.list_artifacts(record) if folder is None} <= tops,
         f"{name}files are missing: {tops}",
     )
     if record.state != FINISHED:
-        check(
+        check_that(
             record.error in run.data.tags["error"],
             f"{name}MLflow says {run.data.tags['error']!r}, the folder {record.error!r}",
         )
 
 
-def database(place: Place) -> str:
+def get_database(place: Place) -> str:
     """The SQLite store in a folder."""
     return f"sqlite:///{place.folder / 'mlflow.db'}"
 
@@ -229,16 +231,20 @@ def killed_in_the_fourth_job(place: Place) -> None:
     sweep.kill()
     sweep.wait()
     before = {r.number: r.started for r in find_records(place.sweep)}
-    check(read_record(victim.folder).state == KILLED, "the job had ended when it was killed: try again")
-    (open_run,) = (run for run in runs_in(database(place), str(victim.sweep)) if run.info.status == RUNNING)
+    check_that(read_record(victim.folder).state == KILLED, "the job had ended when it was killed: try again")
+    (open_run,) = (
+        run for run in runs_in(get_database(place), str(victim.sweep)) if run.info.status == RUNNING
+    )
     text = place.run(*TEN, "resume=true")
-    check("3 of 10 jobs are finished already" in text, f"it does not say what it leaves out: {text[-1500:]}")
+    check_that(
+        "3 of 10 jobs are finished already" in text, f"it does not say what it leaves out: {text[-1500:]}"
+    )
     records = check_states(place, dict.fromkeys(range(10), FINISHED))
     again = [r.number for r in records if r.number in before and r.started != before[r.number]]
-    check(again == [victim.number], f"these ran twice: {again}")
-    check_tracked(place, database(place), killed=1)
-    dead = MlflowClient(database(place)).get_run(open_run.info.run_id)
-    check(
+    check_that(again == [victim.number], f"these ran twice: {again}")
+    check_tracked(place, get_database(place), killed=1)
+    dead = MlflowClient(get_database(place)).get_run(open_run.info.run_id)
+    check_that(
         dead.info.status == KILLED and "without an error message" in dead.data.tags["error"],
         f"the dead run is {dead.info.status}",
     )
@@ -283,24 +289,24 @@ def server_away(place: Place, server: MlflowServer, stop: Callable[[], None]) ->
         f"{meanwhile - 3} jobs ended meanwhile, {logs.count('upload it later')} of the uploads failed at "
         "first"
     )
-    check("viewStateShareKey" in text, "no link to the dashboard at the end")
+    check_that("viewStateShareKey" in text, "no link to the dashboard at the end")
 
 
 def server_never_comes(place: Place) -> None:
     """No server at the start nor later; `task=report sync=` when there is one."""
     text = place.run(*THREE, uri=f"http://127.0.0.1:{free_port()}")
     records = check_states(place, dict.fromkeys(range(3), FINISHED))
-    check(not any(r.run_id for r in records) and (place.sweep / "report.html").is_file(), "no report")
+    check_that(not any(r.run_id for r in records) and (place.sweep / "report.html").is_file(), "no report")
     lines = [line for line in text.splitlines() if "does not answer" in line]
-    check(
+    check_that(
         1 <= len(lines) <= 1 + len(records),
         f"it says {len(lines)} times that nobody answers:\n" + "\n".join(lines),
     )
-    check("task=report sync=" in text, "it does not say how to upload later")
+    check_that("task=report sync=" in text, "it does not say how to upload later")
     with MlflowServer(place.folder) as server:
         for uploaded in (3, 0):  # the second time nothing is left to do
             text = place.run("task=report", "sync=sweep", uri=server.address)
-            check(f"{uploaded} of 3 runs uploaded" in text, text[-1500:])
+            check_that(f"{uploaded} of 3 runs uploaded" in text, text[-1500:])
         check_tracked(place, server.address)
     place.said.append(f"said {len(lines)} times in a sweep of 3")
 
@@ -308,7 +314,7 @@ def server_never_comes(place: Place) -> None:
 @contextmanager
 def small_disk(folder: Path, kilobytes: int) -> Iterator[Callable[[int], None]]:
     """A disk of its own at a folder; the yielded function makes it larger."""
-    check(os.getuid() == 0, "only root can mount a small disk; --only names the faults that go without")
+    check_that(os.getuid() == 0, "only root can mount a small disk; --only names the faults that go without")
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], check=True)
 
@@ -333,15 +339,15 @@ def picture_too_large(place: Place) -> None:
     ]
     with small_disk(place.sweep, 400) as grow:
         text = place.run(*sizes, code=3)
-        check("1 of 3 jobs did not finish" in text, text[-1500:])
-        check("job 1 (sampler.height=512) FAILED: the disk is full, and " in text, text)
+        check_that("1 of 3 jobs did not finish" in text, text[-1500:])
+        check_that("job 1 (sampler.height=512) FAILED: the disk is full, and " in text, text)
         records = check_states(place, {0: FINISHED, 1: FAILED, 2: FINISHED})
-        check("the disk is full" in str(records[1].error), str(records[1].error))
-        check(
+        check_that("the disk is full" in str(records[1].error), str(records[1].error))
+        check_that(
             "the disk is full" in (place.sweep / "report.html").read_text(),
             "the report does not name the error",
         )
-        check_tracked(place, database(place))
+        check_tracked(place, get_database(place))
         grow(8000)
         place.run(*sizes, "resume=true")
         check_states(place, dict.fromkeys(range(3), FINISHED))
@@ -353,7 +359,7 @@ def disk_full_to_the_last_byte(place: Place) -> None:
     many = ["-m", "prompts.seeds_per_prompt=1,60,2", "sampler.steps=1", "prompts.prompts=[fox]"]
     with small_disk(place.sweep, 360) as grow:
         text = place.run(*many, code=3)
-        check(
+        check_that(
             "2 of 3 jobs did not finish" in text and len(re.findall(r"FAILED: the disk is full", text)) >= 2,
             text,
         )
@@ -379,15 +385,17 @@ def stop_and_resume(place: Place, *words: str) -> None:
     place.wait_for(sweep, finished=2)
     os.killpg(sweep.pid, signal.SIGINT)
     text = place.ended(sweep, 130)
-    check("int8run: interrupted; the same command with resume=true goes on" in text, text[-1500:])
+    check_that("int8run: interrupted; the same command with resume=true goes on" in text, text[-1500:])
     time.sleep(2)
     left = processes_in(place)
-    check(not left, f"processes are left: {left}")
+    check_that(not left, f"processes are left: {left}")
     states = Counter(r.state for r in find_records(place.sweep))
-    check(states[KILLED] >= 1 and states[FINISHED] >= 2 and set(states) <= {KILLED, FINISHED}, str(states))
+    check_that(
+        states[KILLED] >= 1 and states[FINISHED] >= 2 and set(states) <= {KILLED, FINISHED}, str(states)
+    )
     place.run(*TEN, *words, "resume=true")
     check_states(place, dict.fromkeys(range(10), FINISHED))
-    check_tracked(place, database(place), killed=states[KILLED])
+    check_tracked(place, get_database(place), killed=states[KILLED])
 
 
 def worker_killed(place: Place) -> None:
@@ -396,14 +404,14 @@ def worker_killed(place: Place) -> None:
     victim = place.wait_for(sweep, finished=2)
     psutil.Process(victim.status["pid"]).kill()
     text = place.ended(sweep, 1)
-    check(
+    check_that(
         f"job {victim.number} ({victim.name}) KILLED: its process was killed by signal 9 (SIGKILL)" in text,
         text[-1500:],
     )
-    check("1 of 10 jobs did not finish" in text, text[-1500:])
+    check_that("1 of 10 jobs did not finish" in text, text[-1500:])
     check_states(place, {n: KILLED if n == victim.number else FINISHED for n in range(10)})
-    check_tracked(place, database(place))
-    check(
+    check_tracked(place, get_database(place))
+    check_that(
         is_process_gone(*(victim.status[key] for key in ("host", "pid", "process_started"))),
         "the worker lives",
     )

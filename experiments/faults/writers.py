@@ -24,7 +24,7 @@ from int8run.tracking.run_record import FINISHED, Record, describe_process, read
 METRICS, STEPS, LAYERS = 60, 30, 150
 
 
-def job(folder: Path, number: int, pictures: int) -> Record:
+def write_job(folder: Path, number: int, pictures: int) -> Record:
     """What a run of the tiny model leaves."""
     (folder / "images").mkdir(parents=True)
     images = []
@@ -68,14 +68,14 @@ def job(folder: Path, number: int, pictures: int) -> Record:
     return read_record(folder)
 
 
-def write(arguments: argparse.Namespace, folder: Path, process: int) -> None:
+def write_runs(arguments: argparse.Namespace, folder: Path, process: int) -> None:
     """One process: prepares the store as a command does, then logs its runs."""
     tracker = MlflowTracker(arguments.uri, folder=str(folder), experiment="writers")
     tracker.prepare()
     seconds = []
     for n in range(arguments.runs):
         number = process * arguments.runs + n
-        record = job(folder / "jobs" / str(number), number, arguments.pictures)
+        record = write_job(folder / "jobs" / str(number), number, arguments.pictures)
         begun = time.monotonic()
         run_id = tracker.start_run(record)
         tracker.upload_record(
@@ -85,7 +85,7 @@ def write(arguments: argparse.Namespace, folder: Path, process: int) -> None:
     (folder / f"seconds{process}.json").write_text(json.dumps(seconds))
 
 
-def problems(tracker: MlflowTracker, arguments: argparse.Namespace) -> list[str]:
+def find_problems(tracker: MlflowTracker, arguments: argparse.Namespace) -> list[str]:
     """What is missing or doubled."""
     from mlflow import MlflowClient
 
@@ -138,7 +138,8 @@ def main() -> int:
         folder = Path(place)
         context = multiprocessing.get_context("spawn")
         workers = [
-            context.Process(target=write, args=(arguments, folder, i)) for i in range(arguments.processes)
+            context.Process(target=write_runs, args=(arguments, folder, i))
+            for i in range(arguments.processes)
         ]
         begun = time.monotonic()
         for worker in workers:
@@ -152,7 +153,7 @@ def main() -> int:
         if seconds:
             print(f"to log one run: median {statistics.median(seconds):.2f} s, slowest {seconds[-1]:.2f} s")
         wrong = [f"process {i} ended with {w.exitcode}" for i, w in enumerate(workers) if w.exitcode]
-        wrong += problems(MlflowTracker(arguments.uri, folder=place, experiment="writers"), arguments)
+        wrong += find_problems(MlflowTracker(arguments.uri, folder=place, experiment="writers"), arguments)
     print("\n".join(wrong) or "all complete, each once")
     return bool(wrong)
 

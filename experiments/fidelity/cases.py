@@ -40,25 +40,25 @@ class Case:
     group: tuple[str, ...]  # layers of the source that read the same tensor
 
 
-def gaussian() -> Iterator[Case]:
+def make_gaussian() -> Iterator[Case]:
     """(a) Weights and inputs without any outlier.
 
     (a') inputs whose channels share a mean of three deviations.
     """
     for name, shift in (("gaussian", 0.0), ("common mean 3", 3.0)):
-        yield planted(name, torch.ones(WIDTH), shift)
+        yield make_layer(name, torch.ones(WIDTH), shift)
 
 
-def outliers() -> Iterator[Case]:
+def make_outliers() -> Iterator[Case]:
     """(b) The same with some input channels many times larger than the rest."""
     for channels in CHANNELS:
         for times in TIMES:
             size = torch.ones(WIDTH)
             size[torch.randperm(WIDTH, generator=torch.Generator().manual_seed(channels))[:channels]] = times
-            yield planted(f"{channels} × {times}", size, 0.0)
+            yield make_layer(f"{channels} × {times}", size, 0.0)
 
 
-def planted(name: str, size: Tensor, shift: float) -> Case:
+def make_layer(name: str, size: Tensor, shift: float) -> Case:
     """A Gaussian layer whose inputs have these standard deviations by channel and this mean."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
@@ -68,7 +68,7 @@ def planted(name: str, size: Tensor, shift: float) -> Case:
     return Case("planted" if size.max() > 1 else "gaussian", name, weight, statistics, test, (name,))
 
 
-def tiny(batch: int = 1) -> Iterator[Case]:
+def read_tiny(batch: int = 1) -> Iterator[Case]:
     """(c) Every layer of the shipped tiny model that becomes INT8.
 
     Fitted on the calibration prompts, judged on the default prompts.
@@ -91,12 +91,12 @@ def tiny(batch: int = 1) -> Iterator[Case]:
         )
 
     judged = CalibrationSettings([s.prompt for s in build_samples(spec.prompts.read(), 1, 0)], seed=0)
-    yield from measured(
+    yield from capture_cases(
         "tiny", model, plans, family.same_input, record(spec.calibration), spec.calibration, record(judged)
     )
 
 
-def minilm() -> Iterator[Case]:
+def read_minilm() -> Iterator[Case]:
     """(d) Every Linear of MiniLM-L6, a pretrained sentence encoder; fitted on one text, judged on another.
 
     The texts are the package's own model card and this repository's README, in windows of 64 tokens.
@@ -119,7 +119,7 @@ def minilm() -> Iterator[Case]:
     card, readme = (folder / "README.md").read_text(), (Path(__file__).parents[2] / "README.md").read_text()
     plans = [p for p in plan_layers(model, lambda name: None) if not name_of_pooler(p.name)]
     groups = [["attention.self.query", "attention.self.key", "attention.self.value"]]
-    yield from measured(
+    yield from capture_cases(
         "minilm",
         model,
         plans,
@@ -135,7 +135,7 @@ def name_of_pooler(name: str) -> bool:
     return name.startswith("pooler.")
 
 
-def measured(
+def capture_cases(
     source: str,
     model: nn.Module,
     plans: list[LayerPlan],
@@ -158,4 +158,4 @@ def measured(
         )
 
 
-SOURCES = {"gaussian": gaussian, "planted": outliers, "tiny": tiny, "minilm": minilm}
+SOURCES = {"gaussian": make_gaussian, "planted": make_outliers, "tiny": read_tiny, "minilm": read_minilm}

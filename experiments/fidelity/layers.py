@@ -27,20 +27,20 @@ METHODS = ("none", "convrot", "quarot", "hadanorm", "smoothquant", "auto")
 ROUNDINGS = ("absmax", "mse", "gptq")
 
 
-def option(group: str, name: str, *more: str) -> object:
+def make_option(group: str, name: str, *more: str) -> object:
     """The object that an option of the command line makes."""
     with initialize_config_module("int8run.conf", version_base="1.3"):
         return getattr(create_run_spec(compose("config", [f"{group}={name}", "tracker=none", *more])), group)
 
 
-def fitted(case: Case, method: OutlierMethod) -> OutlierTransform:
+def fit_method(case: Case, method: OutlierMethod) -> OutlierTransform:
     """The method's transform, or none where it cannot take the layer."""
     if method.unsupported_reason(case.weight.shape[1]) is not None:
         return OutlierTransform()
     return method.fit(case.weight, case.statistics)
 
 
-def measure(case: Case, transform: OutlierTransform, rounding: Rounding) -> float:
+def measure_sqnr(case: Case, transform: OutlierTransform, rounding: Rounding) -> float:
     """SQNR of the layer's output on the test inputs, in dB."""
     inputs = (
         transform.round_input(case.statistics.sample).flatten(0, -2) if rounding.needs_calibration else None
@@ -49,7 +49,7 @@ def measure(case: Case, transform: OutlierTransform, rounding: Rounding) -> floa
     return sqnr_db(case.test @ case.weight.T, transform.round_input(case.test) @ weight.T)
 
 
-def choices(cases: list[Case], auto: AutoOutlier) -> dict[str, str]:
+def find_auto_choices(cases: list[Case], auto: AutoOutlier) -> dict[str, str]:
     """What `outlier=auto` takes for each layer."""
     scores = {c.name: auto.score_candidates(c.weight, c.statistics, lambda transform: 1.0) for c in cases}
     chosen = auto.choose_methods(scores, dict.fromkeys(c.group for c in cases))
@@ -57,21 +57,21 @@ def choices(cases: list[Case], auto: AutoOutlier) -> dict[str, str]:
 
 
 @torch.no_grad()
-def run(sources: list[str], out: Path) -> list[dict[str, object]]:
-    methods = {name: option("outlier", name) for name in METHODS if name != "auto"}
-    auto = option("outlier", "auto", "outlier.max_cost=null")
-    roundings = {name: option("rounding", name) for name in ROUNDINGS}
+def run_experiment(sources: list[str], out: Path) -> list[dict[str, object]]:
+    methods = {name: make_option("outlier", name) for name in METHODS if name != "auto"}
+    auto = make_option("outlier", "auto", "outlier.max_cost=null")
+    roundings = {name: make_option("rounding", name) for name in ROUNDINGS}
     rows = []
     for source in sources:
         cases = list(SOURCES[source]())
-        chosen = choices(cases, auto)
+        chosen = find_auto_choices(cases, auto)
         for case in cases:
-            transforms = {name: fitted(case, m) for name, m in {**methods, **auto.candidates}.items()}
+            transforms = {name: fit_method(case, m) for name, m in {**methods, **auto.candidates}.items()}
             transforms["auto"] = transforms[chosen[case.name]]
             for name, transform in transforms.items():
                 for rounding_name, rounding in roundings.items():
                     if rounding_name == "absmax" or name in METHODS:
-                        db = measure(case, transform, rounding)
+                        db = measure_sqnr(case, transform, rounding)
                         rows.append(
                             {
                                 "source": source,
@@ -91,7 +91,7 @@ def run(sources: list[str], out: Path) -> list[dict[str, object]]:
     return rows
 
 
-def tables(rows: list[dict[str, object]]) -> None:
+def print_tables(rows: list[dict[str, object]]) -> None:
     """Markdown for the README."""
     db = {(r["source"], r["layer"], r["outlier"], r["rounding"]): float(r["output_sqnr_db"]) for r in rows}
     layers = defaultdict(list)
@@ -139,4 +139,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     arguments = parser.parse_args()
-    tables(run(arguments.sources, arguments.out))
+    print_tables(run_experiment(arguments.sources, arguments.out))

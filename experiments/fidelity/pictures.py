@@ -12,17 +12,17 @@ import argparse
 from pathlib import Path
 
 from plots import method_of
-from sweeps import drawings, jobs, top1
+from sweeps import compute_top1, read_drawings, read_jobs
 
 
-def table(sweeps: list[Path]) -> None:
-    names, known = drawings()
+def print_table(sweeps: list[Path]) -> None:
+    names, known = read_drawings()
     print(
         "| outlier | rounding | PSNR, dB | worst picture, dB | SSIM | latent error, % | layer SQNR, dB | "
         "top-1, INT8 | top-1, float |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for job in [job for sweep in sweeps for job in jobs(sweep)]:
+    for job in [job for sweep in sweeps for job in read_jobs(sweep)]:
         metrics, images = job["metrics"], job["images"]
         prompts = [image["prompt"] for image in images]
         files = [job["folder"] / image["file"] for image in images]
@@ -32,12 +32,12 @@ def table(sweeps: list[Path]) -> None:
         print(
             f"| {method_of(job['config'])} | {rounding} | {metrics['quality/psnr_db']:.2f} | {worst:.1f} | "
             f"{metrics['quality/ssim']:.4f} | {100 * metrics['quality/latent_rel_err']:.3f} | "
-            f"{metrics['quant/output_sqnr_db_mean']:.2f} | {top1(files, prompts, names, known):.2f} | "
-            f"{top1(floats, prompts, names, known):.2f} |"
+            f"{metrics['quant/output_sqnr_db_mean']:.2f} | {compute_top1(files, prompts, names, known):.2f} "
+            f"| {compute_top1(floats, prompts, names, known):.2f} |"
         )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweep", type=Path, nargs="+", required=True)
-    table(parser.parse_args().sweep)
+    print_table(parser.parse_args().sweep)

@@ -17,7 +17,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from sweeps import jobs
+from sweeps import read_jobs
 
 METHODS = ("none", "convrot", "quarot", "hadanorm", "smoothquant", "auto")
 COLOURS = dict(zip(METHODS, ("#7f7f7f", "#1f77b4", "#17becf", "#9467bd", "#ff7f0e", "#d62728"), strict=True))
@@ -29,7 +29,7 @@ TITLES = {
 }
 
 
-def layers(results: Path) -> None:
+def plot_layers(results: Path) -> None:
     """A panel per source: output SQNR of every layer by method, absmax rounding."""
     found: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     with (results / "layers.csv").open() as file:
@@ -50,7 +50,7 @@ def layers(results: Path) -> None:
                 markersize=5,
                 alpha=0.85,
             )
-        names = [short(name) for name in found[source]["none"]]
+        names = [shorten_name(name) for name in found[source]["none"]]
         panel.set_yticks(range(len(names)), names, fontsize=6 if len(names) > 20 else 8)
         panel.invert_yaxis()
         panel.grid(axis="x", alpha=0.3)
@@ -63,7 +63,7 @@ def layers(results: Path) -> None:
     figure.savefig(results.parent / "layers.png", dpi=110)
 
 
-def short(layer: str) -> str:
+def shorten_name(layer: str) -> str:
     """A layer's name without what all of them share."""
     for long, brief in (
         ("single_transformer_blocks.", "single."),
@@ -80,7 +80,7 @@ def method_of(config: dict[str, Any]) -> str:
     return str(config["outlier"]["_target_"]).rsplit(".", 2)[1]
 
 
-def pareto(sweep: Path, out: Path) -> None:
+def plot_pareto(sweep: Path, out: Path) -> None:
     """PSNR against speed: a line per method through its budgets, the front marked."""
     points = [
         (
@@ -90,7 +90,7 @@ def pareto(sweep: Path, out: Path) -> None:
             j["metrics"]["quality/psnr_db"],
             int(j["metrics"].get("budget/layers_kept", 0)),
         )
-        for j in jobs(sweep)
+        for j in read_jobs(sweep)
     ]
     figure, panel = plt.subplots(figsize=(9, 6))
     for method in METHODS:
@@ -137,10 +137,10 @@ def pareto(sweep: Path, out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
-def drift(sweep: Path, out: Path) -> None:
+def plot_drift(sweep: Path, out: Path) -> None:
     """Latent error after each step, a line per method."""
     figure, panel = plt.subplots(figsize=(9, 5))
-    for job in jobs(sweep):
+    for job in read_jobs(sweep):
         if str(job["config"]["rounding"]["_target_"]).endswith("AbsMax"):
             errors = [100 * step["latent_rel_err"] for step in job["steps"]]
             method = method_of(job["config"])
@@ -166,8 +166,8 @@ if __name__ == "__main__":
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("layers")
     one.add_argument("--results", type=Path, required=True)
-    one.set_defaults(draw=layers)
-    for name, draw in (("pareto", pareto), ("drift", drift)):
+    one.set_defaults(draw=plot_layers)
+    for name, draw in (("pareto", plot_pareto), ("drift", plot_drift)):
         other = commands.add_parser(name)
         other.add_argument("--sweep", type=Path, required=True)
         other.add_argument("--out", type=Path, required=True)

@@ -15,7 +15,7 @@ DRAWINGS = Path(__file__).parents[2] / "tests" / "data" / "drawings.png"
 CELL = 64
 
 
-def jobs(sweep: Path) -> list[dict[str, Any]]:
+def read_jobs(sweep: Path) -> list[dict[str, Any]]:
     """Settings and results of the jobs of a multirun."""
     read = []
     for folder in sorted(
@@ -26,7 +26,7 @@ def jobs(sweep: Path) -> list[dict[str, Any]]:
     return read
 
 
-def drawings() -> tuple[list[str], np.ndarray]:
+def read_drawings() -> tuple[list[str], np.ndarray]:
     """Names, and pixels [D, 64 * 64 * 3], of everything that the model was trained on."""
     names = DRAWINGS.with_suffix(".txt").read_text().split()
     sheet = np.asarray(Image.open(DRAWINGS).convert("RGB"), dtype=np.float32)
@@ -35,7 +35,7 @@ def drawings() -> tuple[list[str], np.ndarray]:
     return names, np.stack(cells).reshape(len(names), -1)
 
 
-def top1(files: list[Path], prompts: list[str], names: list[str], known: np.ndarray) -> float:
+def compute_top1(files: list[Path], prompts: list[str], names: list[str], known: np.ndarray) -> float:
     """Share of pictures whose nearest drawing has the prompt's name."""
     found = []
     for file in files:

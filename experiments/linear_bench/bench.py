@@ -13,7 +13,16 @@ from pathlib import Path
 
 import torch
 from methods import METHODS
-from sidebyside import Measured, Process, Reply, facts, gate, measure, quartiles, table
+from sidebyside import (
+    Measured,
+    Process,
+    Reply,
+    collect_facts,
+    compute_quartiles,
+    format_table,
+    run_cycles,
+    run_gate,
+)
 
 SHAPES = (
     "256x768x768",
@@ -28,7 +37,7 @@ SLOT_SECONDS = 0.1
 CYCLES = range(5, 41)
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="1: process CPU time; more: wall time")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="as MxKxN")
@@ -59,22 +68,22 @@ def set_up(
     return live, said
 
 
-def summary(said: dict[str, Reply], measured: Measured, shape: Sequence[int]) -> dict[str, Reply]:
+def summarize(said: dict[str, Reply], measured: Measured, shape: Sequence[int]) -> dict[str, Reply]:
     """One record per method of one shape."""
     m, k, n = shape
     for name, reason in measured.stopped.items():
         said[name]["failed"] = reason
     for name, seconds in measured.seconds.items():
-        middle = quartiles(seconds)[1]
+        middle = compute_quartiles(seconds)[1]
         said[name] |= {"ms": 1000 * middle, "gops": 2 * m * k * n / middle / 1e9}
     for (name, base), ratios in measured.ratios.items():
         said[name].setdefault("ratio", {})[base] = dict(
-            zip(("low", "median", "high"), quartiles(ratios), strict=True)
+            zip(("low", "median", "high"), compute_quartiles(ratios), strict=True)
         )
     return said
 
 
-def show(results: Mapping[str, Mapping[str, Reply]]) -> str:
+def format_tables(results: Mapping[str, Mapping[str, Reply]]) -> str:
     """The ratio table, the table of differences, and what was not timed."""
     shapes, names = list(results), list(next(iter(results.values())))
     main, extra = [], []
@@ -82,7 +91,7 @@ def show(results: Mapping[str, Mapping[str, Reply]]) -> str:
         records = [results[shape][name] for shape in shapes]
         if any("ms" in r for r in records):
             errors = [r["error"] for r in records if "error" in r]
-            cells = [speed(r, name) for r in records]
+            cells = [format_ratio(r, name) for r in records]
             main.append([name, *cells, f"{min(errors):.4f}–{max(errors):.4f}"])
         against = METHODS[name].against
         if any(against in r.get("ratio", {}) for r in records):
@@ -91,14 +100,14 @@ def show(results: Mapping[str, Mapping[str, Reply]]) -> str:
                     name,
                     against,
                     *(
-                        difference(r["ratio"][against]) if against in r.get("ratio", {}) else "–"
+                        format_difference(r["ratio"][against]) if against in r.get("ratio", {}) else "–"
                         for r in records
                     ),
                 ]
             )
-    lines = [table(["fp32 time / method time [quartiles] (GOP/s)", *shapes, "rel. error"], main)]
+    lines = [format_table(["fp32 time / method time [quartiles] (GOP/s)", *shapes, "rel. error"], main)]
     if extra:
-        lines += ["", table(["extra time", "against", *shapes], extra)]
+        lines += ["", format_table(["extra time", "against", *shapes], extra)]
     for kind, title in (("refused", "refused, not timed"), ("failed", "cannot run")):
         found = {
             name: [f"{s}: {results[s][name][kind]}" for s in shapes if kind in results[s][name]]
@@ -108,7 +117,7 @@ def show(results: Mapping[str, Mapping[str, Reply]]) -> str:
     return "\n".join(lines)
 
 
-def speed(record: Reply, name: str) -> str:
+def format_ratio(record: Reply, name: str) -> str:
     """A cell of the ratio table."""
     if "ms" not in record:
         return "refused" if "refused" in record else "–"
@@ -118,19 +127,19 @@ def speed(record: Reply, name: str) -> str:
     return f"{r['median']:.2f} [{r['low']:.2f}–{r['high']:.2f}] ({record['gops']:.0f})"
 
 
-def difference(ratio: Mapping[str, float]) -> str:
+def format_difference(ratio: Mapping[str, float]) -> str:
     """A cell of the table of differences: time over the base's time, less one."""
     low, middle, high = (f"{100 * (1 / ratio[q] - 1):+.1f}" for q in ("high", "median", "low"))
     return f"{middle} % [{low}–{high}]"
 
 
 def main() -> None:
-    args = parse()
+    args = parse_arguments()
     torch.set_num_threads(args.threads)
     if not args.no_gate:
-        gate()
+        run_gate()
     names = [n for n in METHODS if n == BASE or not args.only or any(word in n for word in args.only)]
-    report = facts(torch.device("cpu"))
+    report = collect_facts(torch.device("cpu"))
     how = "process CPU time" if args.threads == 1 else "wall time"
     print(
         f"{report['cpu']}, {args.threads} thread(s), {how}, torch {report['versions']['torch']}, "
@@ -146,15 +155,17 @@ def main() -> None:
         for text in args.shapes:
             shape = [int(side) for side in text.split("x")]
             live, said = set_up(processes, shape)
-            results[text] = summary(said, measure(live, pairs, SLOT_SECONDS, args.seconds, CYCLES), shape)
-            print(f"\n{show({text: results[text]})}", flush=True)
+            results[text] = summarize(
+                said, run_cycles(live, pairs, SLOT_SECONDS, args.seconds, CYCLES), shape
+            )
+            print(f"\n{format_tables({text: results[text]})}", flush=True)
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(report | {"clock": how, "shapes": results}, indent=1) + "\n")
     finally:
         for process in processes.values():
             process.close()
     if len(results) > 1:
-        print(f"\nall shapes\n\n{show(results)}")
+        print(f"\nall shapes\n\n{format_tables(results)}")
     print(f"\nwritten to {args.json}")
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from case import Case, make_case
 from shapes import MODELS, LayerShape
-from sidebyside import Reply, facts, gate, quartiles, table
+from sidebyside import Reply, collect_facts, compute_quartiles, format_table, run_gate
 from toolkit import ToolkitLinear
 from torch import Tensor
 
@@ -45,7 +45,7 @@ AHEAD_CYCLES = 1_000_000
 CEILING_SIDE = 8192
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=30)
@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def cublas(case: Case) -> Forward:
+def make_cublas(case: Case) -> Forward:
     """The base of all ratios."""
     return lambda x: F.linear(x, case.weight, case.bias)
 
@@ -93,15 +93,17 @@ def int8run_triton(
 
 
 METHODS: dict[str, Callable[[Case], Forward]] = {
-    BASE: cublas,
+    BASE: make_cublas,
     "torchao eager": methods.torchao_eager,
     "torchao compile": methods.torchao_compile,
-    "sdnq": methods.sdnq,
+    "sdnq": methods.make_sdnq,
     "Toolkit triton": toolkit_triton,
     "Toolkit torch_int_mm": lambda case: ToolkitLinear(case.linear()[0]),
     "comfy_kitchen": comfy_kitchen,
     "comfy_kitchen, convrot": partial(comfy_kitchen, group=256),
-    "int8run torch_int_mm": lambda case: ours.int8_layer(case, ours.backend("torch_int_mm", "TorchIntMM")),
+    "int8run torch_int_mm": lambda case: ours.int8_layer(
+        case, ours.make_backend("torch_int_mm", "TorchIntMM")
+    ),
     "int8run triton": int8run_triton,
     "int8run triton, convrot": partial(int8run_triton, outlier="convrot"),
 }
@@ -162,7 +164,7 @@ class Ceilings:
         return max(by_ops, by_bytes), "operations" if by_ops > by_bytes else "bytes"
 
 
-def ceilings(clock: Clock, device: torch.device) -> Ceilings:
+def measure_ceilings(clock: Clock, device: torch.device) -> Ceilings:
     """A bfloat16 and an int8 product of 8192 cubed, and a copy of 1 GiB."""
     side = CEILING_SIDE
     a, b = (torch.randn(side, side, device=device, dtype=DTYPE) for _ in range(2))
@@ -187,7 +189,7 @@ def ceilings(clock: Clock, device: torch.device) -> Ceilings:
     return Ceilings(bf16, best, 2 * 2**30 / middle["copy"], source_of)
 
 
-def attempt(build: Callable[[Case], Forward], case: Case) -> tuple[Forward | None, Reply]:
+def try_method(build: Callable[[Case], Forward], case: Case) -> tuple[Forward | None, Reply]:
     """A method on one case: the call, and its error or why it is not timed."""
     try:
         forward = build(case)
@@ -199,13 +201,13 @@ def attempt(build: Callable[[Case], Forward], case: Case) -> tuple[Forward | Non
     return forward, {"error": error}
 
 
-def tune(clock: Clock, case: Case) -> tuple[Any, list[Reply]]:
+def tune_tiles(clock: Clock, case: Case) -> tuple[Any, list[Reply]]:
     """Every candidate tile of our product alone; the fastest one, and what each gave."""
     product = ours.triton_product(case)
     tiles = {str(tile): tile for tile in ours.triton_tiles(case)}
     calls, records = {}, []
     for name, tile in tiles.items():
-        forward, record = attempt(lambda _, tile=tile: lambda x: product(tile), case)
+        forward, record = try_method(lambda _, tile=tile: lambda x: product(tile), case)
         records.append({"tile": name, **record})
         if forward is not None:
             calls[name] = lambda i, tile=tile: product(tile)
@@ -225,7 +227,7 @@ def lora_builders(rank: int) -> dict[str, Callable[[Case], Forward]]:
     """The branch beside our layer, in the kernels and as two products."""
     return {
         f"int8run triton, LoRA r{rank}": partial(int8run_triton, branch=ours.with_branch),
-        f"int8run triton, naive LoRA r{rank}": partial(int8run_triton, branch=methods.naive),
+        f"int8run triton, naive LoRA r{rank}": partial(int8run_triton, branch=methods.make_naive_lora),
     }
 
 
@@ -240,7 +242,7 @@ def measure_size(
     builders = {name: (build, case) for name, build in METHODS.items() if wanted(name)}
     if not args.no_tune and wanted("int8run triton, best tile"):
         try:
-            tile, report["tiles"] = tune(clock, case)
+            tile, report["tiles"] = tune_tiles(clock, case)
             builders["int8run triton, best tile"] = (partial(int8run_triton, tile=tile), case)
         except (ImportError, NotImplementedError) as error:
             print(f"no tiles to try: {error}", file=sys.stderr)
@@ -249,7 +251,7 @@ def measure_size(
         builders |= {name: (build, with_lora) for name, build in lora_builders(rank).items() if wanted(name)}
     forwards, records = {}, {}
     for name, (build, its_case) in builders.items():
-        forward, records[name] = attempt(build, its_case)
+        forward, records[name] = try_method(build, its_case)
         if forward is not None:
             forwards[name] = forward
     inputs = [case.x, *(torch.randn_like(case.x) for _ in range(INPUTS - 1))]
@@ -258,7 +260,7 @@ def measure_size(
     }
     times = clock.seconds(calls, args.rounds)
     for name, seconds in times.items():
-        low, middle, high = quartiles([b / s for b, s in zip(times[BASE], seconds, strict=True)])
+        low, middle, high = compute_quartiles([b / s for b, s in zip(times[BASE], seconds, strict=True)])
         least, by = top.limit(size, int8=name != BASE)
         records[name] |= {
             "us": 1e6 * statistics.median(seconds),
@@ -271,7 +273,9 @@ def measure_size(
     plain = "int8run triton"
     for name in times:
         if name.startswith(f"{plain}, ") and plain in times:
-            low, middle, high = quartiles([s / p - 1 for p, s in zip(times[plain], times[name], strict=True)])
+            low, middle, high = compute_quartiles(
+                [s / p - 1 for p, s in zip(times[plain], times[name], strict=True)]
+            )
             records[name]["extra"] = {"low": low, "median": middle, "high": high}
     return report | {"methods": records}
 
@@ -308,7 +312,7 @@ def show_size(shapes: Sequence[LayerShape], report: Reply) -> str:
         "rel. error",
         "over int8run triton",
     ]
-    lines = [f"## {'x'.join(map(str, shapes[0].size))}: {places}", "", table(header, rows), "", *notes]
+    lines = [f"## {'x'.join(map(str, shapes[0].size))}: {places}", "", format_table(header, rows), "", *notes]
     tiles = [r for r in report.get("tiles", []) if "us" in r]
     lines += [f"tile: {r['tile']} {r['us']:.1f} µs, {r['tops']:.0f} TOPS" for r in tiles[:5]]
     return "\n".join(lines)
@@ -333,23 +337,23 @@ def show_steps(
             else:
                 cells.append("–")
         rows.append([name, *cells])
-    return table(["ms of all Linears with more than one row, one step", *models], rows)
+    return format_table(["ms of all Linears with more than one row, one step", *models], rows)
 
 
 @torch.no_grad()
 def main() -> None:
-    args = parse()
+    args = parse_arguments()
     if not torch.cuda.is_available():
         print(
             "this benchmark needs a CUDA GPU; on a CPU run experiments/linear_bench/bench.py", file=sys.stderr
         )
         sys.exit(BackendError.exit_code)
     if not args.no_gate:
-        gate()
+        run_gate()
     device = torch.device("cuda")
-    report = facts(device)
+    report = collect_facts(device)
     clock = Clock(device)
-    top = ceilings(clock, device)
+    top = measure_ceilings(clock, device)
     print(
         f"{report['gpu']}, torch {report['versions']['torch']}, triton {report['versions']['triton']}, "
         f"{report['date']}"

@@ -37,7 +37,7 @@ class Method:
     against: str | None = None
 
 
-def fp32(case: Case) -> Forward:
+def make_fp32(case: Case) -> Forward:
     """The base of all ratios."""
     return lambda x: F.linear(x, case.weight, case.bias)
 
@@ -64,7 +64,7 @@ def torchao_freezing(case: Case) -> Forward:
     return torchao_compile(case)
 
 
-def sdnq(case: Case, hadamard: int = 0) -> nn.Module:
+def make_sdnq(case: Case, hadamard: int = 0) -> nn.Module:
     """sdnq's INT8 matmul.
 
     Environment variables decide whether it compiles its functions and uses OpenVINO.
@@ -163,60 +163,60 @@ def openvino_dynamic(case: Case) -> Forward:
     return forward
 
 
-def toolkit(case: Case, group: int = 0) -> nn.Module:
+def make_toolkit(case: Case, group: int = 0) -> nn.Module:
     """ComfyUI-INT8-Toolkit's torch_int_mm path, restated."""
     return ToolkitLinear(case.linear()[0], group)
 
 
-def int8run(
+def make_int8run(
     case: Case,
     backend: str,
     outlier: str = "none",
     branch: Callable[[Case, nn.Module], Forward] | None = None,
 ) -> Forward:
     """Ours, as the runner builds it; `branch` puts the case's LoRA beside it."""
-    layer = ours.int8_layer(case, ours.backend(backend, ours.CPU_BACKENDS[backend]), outlier)
+    layer = ours.int8_layer(case, ours.make_backend(backend, ours.CPU_BACKENDS[backend]), outlier)
     return layer if branch is None else branch(case, layer)
 
 
-def naive(case: Case, layer: nn.Module) -> Forward:
+def make_naive_lora(case: Case, layer: nn.Module) -> Forward:
     """The LoRA as two float products."""
     assert case.lora_A is not None and case.lora_B is not None
     return ours.NaiveBranch(layer, case.lora_A, case.lora_B)
 
 
-def compiled(switch: str, openvino: str = "0") -> dict[str, str]:
+def make_sdnq_environment(switch: str, openvino: str = "0") -> dict[str, str]:
     """sdnq's settings."""
     return {"SDNQ_USE_TORCH_COMPILE": switch, "SDNQ_USE_OPENVINO_MM": openvino}
 
 
 METHODS = {
-    "fp32": Method(fp32),
+    "fp32": Method(make_fp32),
     "torchao eager": Method(torchao_eager),
     "torchao compile": Method(torchao_compile),
     "torchao compile + freezing": Method(torchao_freezing),
-    "sdnq eager": Method(sdnq, compiled("0")),
-    "sdnq compile": Method(sdnq, compiled("1")),
-    "sdnq compile, OpenVINO": Method(sdnq, compiled("1", openvino="1")),
-    "sdnq compile, hadamard 256": Method(partial(sdnq, hadamard=256), compiled("1")),
+    "sdnq eager": Method(make_sdnq, make_sdnq_environment("0")),
+    "sdnq compile": Method(make_sdnq, make_sdnq_environment("1")),
+    "sdnq compile, OpenVINO": Method(make_sdnq, make_sdnq_environment("1", openvino="1")),
+    "sdnq compile, hadamard 256": Method(partial(make_sdnq, hadamard=256), make_sdnq_environment("1")),
     "quantize_dynamic x86 (per tensor)": Method(partial(quantize_dynamic, engine="x86"), limit=PER_TENSOR),
     "quantize_dynamic onednn (per tensor)": Method(
         partial(quantize_dynamic, engine="onednn"), limit=PER_TENSOR
     ),
     "onnxruntime dynamic (per tensor)": Method(onnxruntime_dynamic),
     "OpenVINO dynamic": Method(openvino_dynamic),
-    "Toolkit torch_int_mm": Method(toolkit),
+    "Toolkit torch_int_mm": Method(make_toolkit),
     "Toolkit torch_int_mm, hadamard 128": Method(
-        partial(toolkit, group=GROUP), against="Toolkit torch_int_mm"
+        partial(make_toolkit, group=GROUP), against="Toolkit torch_int_mm"
     ),
 }
 for name in ours.CPU_BACKENDS:
-    METHODS[f"int8run {name}"] = Method(partial(int8run, backend=name))
+    METHODS[f"int8run {name}"] = Method(partial(make_int8run, backend=name))
     METHODS[f"int8run {name}, convrot"] = Method(
-        partial(int8run, backend=name, outlier="convrot"), against=f"int8run {name}"
+        partial(make_int8run, backend=name, outlier="convrot"), against=f"int8run {name}"
     )
 for rank in (16, 64):
-    for kind, branch in {"LoRA": ours.with_branch, "naive LoRA": naive}.items():
+    for kind, branch in {"LoRA": ours.with_branch, "naive LoRA": make_naive_lora}.items():
         METHODS[f"int8run vnni, {kind} r{rank}"] = Method(
-            partial(int8run, backend="vnni", branch=branch), rank=rank, against="int8run vnni"
+            partial(make_int8run, backend="vnni", branch=branch), rank=rank, against="int8run vnni"
         )

@@ -28,7 +28,7 @@ CPU_BACKENDS = {"reference": "Reference", "torch_int_mm": "TorchIntMM", "onednn"
 OUTLIERS = {"none": NoOutlier(), "convrot": ConvRot(256)}
 
 
-def backend(name: str, class_name: str, **settings: Any) -> Backend:
+def make_backend(name: str, class_name: str, **settings: Any) -> Backend:
     """The backend `int8run.backends.NAME.CLASS`.
 
     Raises:
@@ -80,7 +80,7 @@ class NaiveBranch:
 
 def triton_backend(tile: Any = None) -> Backend:
     """The Triton backend, with its own choice of tile or a given one."""
-    return backend("triton", "Triton", **({} if tile is None else {"tile": tile}))
+    return make_backend("triton", "Triton", **({} if tile is None else {"tile": tile}))
 
 
 def triton_tiles(case: Case) -> list[Any]:

@@ -25,7 +25,7 @@ class LayerShape:
         return self.m, self.k, self.n
 
 
-def defaults(class_name: str) -> dict[str, Any]:
+def read_defaults(class_name: str) -> dict[str, Any]:
     """The default config of a diffusers transformer."""
     import diffusers
 
@@ -33,9 +33,9 @@ def defaults(class_name: str) -> dict[str, Any]:
     return {name: p.default for name, p in signature.parameters.items() if p.default is not p.empty}
 
 
-def flux() -> list[LayerShape]:
+def list_flux() -> list[LayerShape]:
     """FLUX.1-dev: 19 double and 38 single blocks, hidden 3072, feed-forward 4 x 3072."""
-    c = defaults("FluxTransformer2DModel")
+    c = read_defaults("FluxTransformer2DModel")
     d, double, single = (
         c["num_attention_heads"] * c["attention_head_dim"],
         c["num_layers"],
@@ -69,7 +69,7 @@ def z_image() -> list[LayerShape]:
 
     Two refiner layers per stream come before them. Its Linears have no bias, here they have one.
     """
-    c = defaults("ZImageTransformer2DModel")
+    c = read_defaults("ZImageTransformer2DModel")
     d, layers, refiners = c["dim"], c["n_layers"], c["n_refiner_layers"]
     hidden = int(d / 3 * 8)
     found = []
@@ -91,7 +91,7 @@ def qwen_image() -> list[LayerShape]:
 
     Feed-forward 4 x 3072, modulation 6 x 3072 per stream.
     """
-    c = defaults("QwenImageTransformer2DModel")
+    c = read_defaults("QwenImageTransformer2DModel")
     d, layers = c["num_attention_heads"] * c["attention_head_dim"], c["num_layers"]
     found = [LayerShape("Qwen-Image", "modulation", 1, d, 6 * d, 2 * layers)]
     for stream, m in (("image", IMAGE_TOKENS), ("text", TEXT_TOKENS)):
@@ -103,4 +103,4 @@ def qwen_image() -> list[LayerShape]:
     return found
 
 
-MODELS = {"flux": flux, "z-image": z_image, "qwen-image": qwen_image}
+MODELS = {"flux": list_flux, "z-image": z_image, "qwen-image": qwen_image}

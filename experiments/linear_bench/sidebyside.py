@@ -82,7 +82,7 @@ class Process:
         self.errors.close()
 
 
-def serve(
+def serve_requests(
     prepare: Callable[[Reply], tuple[Callable[[], object], Reply]],
     **more: Callable[[Callable[[], object]], Reply],
 ) -> None:
@@ -149,7 +149,7 @@ class Measured:
     stopped: dict[str, str] = field(default_factory=dict)
 
 
-def measure(
+def run_cycles(
     live: Mapping[str, Process], pairs: Sequence[tuple[str, str]], slot: float, budget: float, cycles: range
 ) -> Measured:
     """Run cycles over all (variant, base) pairs until the budget is used.
@@ -180,7 +180,7 @@ def measure(
     return measured
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+def compute_quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Low quartile, median, high quartile."""
     if len(values) < 2:
         return values[0], values[0], values[0]
@@ -188,7 +188,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def gate() -> None:
+def run_gate() -> None:
     """Run the kernel and backend tests; no speed is reported unless they pass."""
     print(f"tests first: pytest {' '.join(GATE)}", flush=True)
     answer = subprocess.run([sys.executable, "-m", "pytest", *GATE], cwd=REPOSITORY)
@@ -196,7 +196,7 @@ def gate() -> None:
         sys.exit("the tests of kernels and backends fail here, so no speed is reported")
 
 
-def facts(device: torch.device) -> Reply:
+def collect_facts(device: torch.device) -> Reply:
     """Machine, versions and date, to stand beside the numbers."""
     installed = {}
     for package in PEERS:
@@ -207,7 +207,7 @@ def facts(device: torch.device) -> Reply:
     return {"date": date.today().isoformat(), **collect_environment(device, installed)}
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

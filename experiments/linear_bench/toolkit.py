@@ -17,7 +17,7 @@ GROUP = 128  # of its rotation (`quarot`)
 CUDA_MIN_ROWS = 17
 
 
-def sylvester(size: int) -> Tensor:
+def make_hadamard(size: int) -> Tensor:
     """The orthonormal Sylvester Hadamard matrix of a power of two."""
     block, matrix = torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.ones(1, 1)
     while matrix.shape[0] < size:
@@ -25,7 +25,7 @@ def sylvester(size: int) -> Tensor:
     return matrix / size**0.5
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per row, by multiplication with the reciprocal. x: [R, K] -> int8 [R, K], float32 [R, 1]."""
     scale = (x.abs().amax(dim=-1, keepdim=True).float() / 127.0).clamp(min=SMALLEST_SCALE)
     return x.float().mul(1.0 / scale).round_().clamp_(-128.0, 127.0).to(torch.int8), scale
@@ -38,11 +38,11 @@ class ToolkitLinear(nn.Module):
         super().__init__()
         weight, self.group = linear.weight.float(), group
         if group and weight.shape[1] % group == 0:
-            self.register_buffer("matrix", sylvester(group).to(weight.device))
+            self.register_buffer("matrix", make_hadamard(group).to(weight.device))
             weight = (weight.unflatten(-1, (-1, group)) @ self.matrix.T).flatten(-2)
         else:
             self.matrix = None
-        self.qdata, self.scale = (nn.Buffer(t) for t in quantize(weight))
+        self.qdata, self.scale = (nn.Buffer(t) for t in quantize_rows(weight))
         self.bias = linear.bias
 
     def rows(self, x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class ToolkitLinear(nn.Module):
         return rows
 
     def forward(self, x: Tensor) -> Tensor:
-        q, scale = quantize(self.rows(x))
+        q, scale = quantize_rows(self.rows(x))
         if q.is_cuda and q.shape[0] < CUDA_MIN_ROWS:
             accumulated = torch._int_mm(F.pad(q, (0, 0, 0, CUDA_MIN_ROWS - q.shape[0])), self.qdata.T)[
                 : q.shape[0]

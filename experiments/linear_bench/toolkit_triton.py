@@ -8,7 +8,7 @@ and ends with both scales and the bias.
 import torch
 import triton
 import triton.language as tl
-from toolkit import quantize
+from toolkit import quantize_rows
 from torch import Tensor, nn
 from triton.language.extra import libdevice
 
@@ -84,7 +84,7 @@ class ToolkitTritonLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.qdata, scale = (nn.Buffer(t) for t in quantize(linear.weight.float()))
+        self.qdata, scale = (nn.Buffer(t) for t in quantize_rows(linear.weight.float()))
         self.scale, self.bias = nn.Buffer(scale.flatten()), linear.bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from case import make_case
 from methods import METHODS
 
 
-def prepare(request: sidebyside.Reply) -> tuple[Callable[[], object], sidebyside.Reply]:
+def prepare_method(request: sidebyside.Reply) -> tuple[Callable[[], object], sidebyside.Reply]:
     """Build the layer for one shape, and its error."""
     torch._dynamo.reset()
     method = METHODS[request["method"]]
@@ -20,4 +20,4 @@ def prepare(request: sidebyside.Reply) -> tuple[Callable[[], object], sidebyside
 
 
 if __name__ == "__main__":
-    sidebyside.serve(prepare)
+    sidebyside.serve_requests(prepare_method)

@@ -14,7 +14,7 @@ from PIL import Image
 from int8run.report.image_files import make_image_grid
 
 
-def strengths(job: Path) -> tuple[float, float]:
+def read_strengths(job: Path) -> tuple[float, float]:
     """Strengths of the first two adapters of a job."""
     first, second = yaml.safe_load((job / "config.yaml").read_text())["lora"]["adapters"][:2]
     return first["strength"], second["strength"]
@@ -26,7 +26,8 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     pictures = {
-        strengths(job): Image.open(next((job / "images").glob("*.png"))) for job in asked.sweep.glob("[0-9]*")
+        read_strengths(job): Image.open(next((job / "images").glob("*.png")))
+        for job in asked.sweep.glob("[0-9]*")
     }
     across, down = (sorted({key[axis] for key in pictures}) for axis in (0, 1))
     rows = [(f"gloss {b:g}", [pictures[a, b] for a in across]) for b in down]

@@ -48,19 +48,19 @@ RANKS = (16, 32, 64, 128, 256, 320)
 ROUNDS = 31
 
 
-def draw(*shape: int, seed: int) -> Tensor:
+def draw_normal(*shape: int, seed: int) -> Tensor:
     """Seeded normal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(rows: int, width: int) -> Tensor:
+def make_inputs(rows: int, width: int) -> Tensor:
     """Rows whose columns differ in size: log-normal, a few ten times the median."""
-    return draw(rows, width, seed=1) * draw(width, seed=2).mul(0.8).exp()
+    return draw_normal(rows, width, seed=1) * draw_normal(width, seed=2).mul(0.8).exp()
 
 
-def planted(n: int, k: int, rank: int, share: float, weight: Tensor, seed: int = 3) -> LoRA:
+def make_lora(n: int, k: int, rank: int, share: float, weight: Tensor, seed: int = 3) -> LoRA:
     """A low-rank change whose norm is `share` of the weight's."""
-    lora = LoRA(draw(rank, k, seed=seed) / k**0.5, draw(n, rank, seed=seed + 1))
+    lora = LoRA(draw_normal(rank, k, seed=seed) / k**0.5, draw_normal(n, rank, seed=seed + 1))
     return LoRA(lora.lora_A, lora.lora_B * (share * weight.norm() / lora.compute_delta(weight).norm()))
 
 
@@ -93,13 +93,13 @@ MODES: dict[str, tuple[str, Backend]] = {
 }
 
 
-def errors() -> Iterator[dict[str, Any]]:
+def measure_errors() -> Iterator[dict[str, Any]]:
     """How much of a LoRA arrives, by its size, the outlier method and the mode."""
     rows, k, n = ERROR_SHAPE
-    weight, x = draw(n, k, seed=0) / k**0.5, inputs(rows, k)
+    weight, x = draw_normal(n, k, seed=0) / k**0.5, make_inputs(rows, k)
     for outlier in (NoOutlier(), ConvRot()):
         for share in SHARES:
-            lora = planted(n, k, 16, share, weight)
+            lora = make_lora(n, k, 16, share, weight)
             delta = lora.compute_delta(weight)
             wanted, merged = x @ delta.T, x @ (weight + delta).T
             for name, (mode, backend) in MODES.items():
@@ -114,9 +114,9 @@ def errors() -> Iterator[dict[str, Any]]:
                     "lora_share": share,
                     "rms_steps": round(stack.compute_median_steps(0) or 0, 3),
                     "mode": name,
-                    "effect_error": relative(effect - wanted, wanted),
+                    "effect_error": compute_relative_error(effect - wanted, wanted),
                     "gain": ((effect * wanted).sum() / wanted.square().sum()).item(),
-                    "error_to_float_merge": relative(y - merged, merged),
+                    "error_to_float_merge": compute_relative_error(y - merged, merged),
                     "clipped_share": stack.clipped_share,
                     "extra_bytes": extra_bytes(stack.layers["0"]),
                 }
@@ -124,7 +124,7 @@ def errors() -> Iterator[dict[str, Any]]:
                 assert torch.equal(layer(x), before), "the undo must be exact"
 
 
-def relative(difference: Tensor, reference: Tensor) -> float:
+def compute_relative_error(difference: Tensor, reference: Tensor) -> float:
     """RMS of a difference over that of the reference."""
     return (difference.norm() / reference.norm()).item()
 
@@ -136,7 +136,7 @@ def extra_bytes(layer: Int8LoraLayer) -> int:
     return layer.original.qdata.nbytes + layer.original.scale.nbytes
 
 
-def times(device: torch.device) -> Iterator[dict[str, Any]]:
+def measure_times(device: torch.device) -> Iterator[dict[str, Any]]:
     """Time of a layer with a branch over its time without, and time of a strength change.
 
     By backend and total rank.
@@ -153,14 +153,14 @@ def times(device: torch.device) -> Iterator[dict[str, Any]]:
         }
         shapes, dtype = TIME_SHAPES, torch.float32
     for rows, k, n in shapes:
-        weight, x = (draw(n, k, seed=0) / k**0.5).to(device), inputs(rows, k).to(device, dtype)
+        weight, x = (draw_normal(n, k, seed=0) / k**0.5).to(device), make_inputs(rows, k).to(device, dtype)
         for name, backend in backends.items():
             plain = int8_layer(weight, ConvRot(), backend, dtype)
             calls: list[Callable[[], object]] = [partial(plain, x)]
             stacks = []
             for rank in RANKS:
                 layer = int8_layer(weight, ConvRot(), backend, dtype)
-                stacks.append(put_on(layer, weight, planted(n, k, rank, 0.03, weight.cpu()), "dynamic"))
+                stacks.append(put_on(layer, weight, make_lora(n, k, rank, 0.03, weight.cpu()), "dynamic"))
                 stacks[-1].set_strengths([1.0])
                 calls.append(partial(layer, x))
             seconds = time_in_turns(calls, device, ROUNDS)
@@ -183,7 +183,7 @@ def times(device: torch.device) -> Iterator[dict[str, Any]]:
                 }
 
 
-def write(name: str, rows: Iterator[dict[str, Any]]) -> None:
+def write_rows(name: str, rows: Iterator[dict[str, Any]]) -> None:
     """Rows into a table of results, and onto the terminal as they come."""
     found = []
     for row in rows:
@@ -214,7 +214,7 @@ if __name__ == "__main__":
         f"{asked.device}"
     )
     if asked.what == "errors":
-        write("errors.csv", errors())
+        write_rows("errors.csv", measure_errors())
     else:
         where = "gpu" if asked.device != "cpu" else f"cpu_{asked.threads}"
-        write(f"times_{where}.csv", times(torch.device(asked.device)))
+        write_rows(f"times_{where}.csv", measure_times(torch.device(asked.device)))

@@ -38,7 +38,7 @@ METRICS = (
 )
 
 
-def sweep(stack: str, mode: str, outlier: str, seeds: int, work: Path) -> list[dict[str, object]]:
+def run_sweep(stack: str, mode: str, outlier: str, seeds: int, work: Path) -> list[dict[str, object]]:
     """One command; a row for each strength."""
     folder = work / f"{stack} {mode} {outlier}".replace(", ", "_").replace(" ", "_")
     words = [
@@ -80,7 +80,7 @@ if __name__ == "__main__":
     for stack in STACKS:
         for mode in MODES:
             for outlier in ("none", "convrot"):
-                table += sweep(stack, mode, outlier, asked.seeds, asked.work.absolute())
+                table += run_sweep(stack, mode, outlier, asked.seeds, asked.work.absolute())
                 print(*table[-1].values(), flush=True)
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, table[0].keys())

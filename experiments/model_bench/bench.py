@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from variants import VARIANTS  # isort: skip  # first: it adds linear_bench to the path
-from sidebyside import Process, Reply, facts, gate, measure, quartiles, table
+from sidebyside import Process, Reply, collect_facts, compute_quartiles, format_table, run_cycles, run_gate
 
 BASE = "fp32 eager"
 SLOT_SECONDS = 0.5
@@ -27,7 +27,7 @@ TOGETHER = 8  # variants that are in memory at a time, beside the base
 SIZES = ("tiny", "mid", "big")
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="mid")
     parser.add_argument(
@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rows(said: dict[str, Reply]) -> list[list[str]]:
+def format_rows(said: dict[str, Reply]) -> list[list[str]]:
     """The table, one row per timed variant."""
     found = []
     for name, record in said.items():
@@ -87,13 +87,13 @@ def run_batch(
                 said[name]["refused"] = f"output error {said[name]['error']:.4f}, the limit is {LIMIT:g}"
                 process.ask("release")
             print(f"{name}: {said[name]}", flush=True)
-        measured = measure(live, [(n, BASE) for n in names if n != BASE], SLOT_SECONDS, budget, CYCLES)
+        measured = run_cycles(live, [(n, BASE) for n in names if n != BASE], SLOT_SECONDS, budget, CYCLES)
         for name, reason in measured.stopped.items():
             said[name]["failed"] = reason
         for name, seconds in measured.seconds.items():
-            said[name]["ms"] = 1000 * quartiles(seconds)[1]
+            said[name]["ms"] = 1000 * compute_quartiles(seconds)[1]
         for (name, _), ratios in measured.ratios.items():
-            said[name]["ratio"] = dict(zip(("low", "median", "high"), quartiles(ratios), strict=True))
+            said[name]["ratio"] = dict(zip(("low", "median", "high"), compute_quartiles(ratios), strict=True))
         for name in live if profiled else ():
             said[name] |= live[name].ask("profile")
     finally:
@@ -103,11 +103,11 @@ def run_batch(
 
 
 def main() -> None:
-    args = parse()
+    args = parse_arguments()
     torch.set_num_threads(args.threads)
     if not args.no_gate:
-        gate()
-    report = facts(torch.device("cpu"))
+        run_gate()
+    report = collect_facts(torch.device("cpu"))
     how = "process CPU time" if args.threads == 1 else "wall time"
     print(
         f"{report['cpu']}, {args.threads} thread(s), {how}, torch {report['versions']['torch']}, "
@@ -124,7 +124,7 @@ def main() -> None:
                 [BASE, *batch], request, args.threads, args.seconds / len(batches), args.profile
             )
     columns = ["variant", "ms", "fp32 eager time / time [quartiles]", "output error", "set-up s"]
-    print(f"\n{table(columns, rows(said))}\n")
+    print(f"\n{format_table(columns, format_rows(said))}\n")
     for kind, title in (("refused", "refused, not timed"), ("failed", "cannot run")):
         for name, record in said.items():
             if kind in record:

@@ -50,7 +50,7 @@ SIZES = {
 }
 
 
-def make(
+def make_model(
     size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model and one call of it, from fixed seeds."""
@@ -90,7 +90,7 @@ def make(
     return model.eval().requires_grad_(False), call
 
 
-def spec(backend: str = "auto", outlier: str = "none", *more: str) -> RunSpec:
+def make_spec(backend: str = "auto", outlier: str = "none", *more: str) -> RunSpec:
     """What a user gets who says `int8run model_type=flux backend=… outlier=…`."""
     overrides = [
         "model_type=flux",
@@ -104,12 +104,12 @@ def spec(backend: str = "auto", outlier: str = "none", *more: str) -> RunSpec:
         return create_run_spec(compose("config", overrides))
 
 
-def family(model: nn.Module, layers: str) -> ModelFamily:
+def make_family(model: nn.Module, layers: str) -> ModelFamily:
     """`family`: int8run's own rules for FLUX.
 
     `blocks`: every Linear inside the blocks, the modulation layers too.
     """
-    own = spec().model_type
+    own = make_spec().model_type
     if layers == "family":
         return own
     outside = [
@@ -118,14 +118,16 @@ def family(model: nn.Module, layers: str) -> ModelFamily:
     return replace(own, ignore=[IgnoreRule(n, "outside the blocks") for n in outside])
 
 
-def chosen(model: nn.Module, layers: str) -> list[str]:
+def list_int8_layers(model: nn.Module, layers: str) -> list[str]:
     """Names of the Linears that become INT8, the same for every variant."""
     return [
-        p.name for p in plan_layers(model, family(model, layers).find_skip_reason) if p.skip_reason is None
+        p.name
+        for p in plan_layers(model, make_family(model, layers).find_skip_reason)
+        if p.skip_reason is None
     ]
 
 
-def int8run(
+def quantize_with_int8run(
     model: nn.Module,
     call: Mapping[str, Any],
     layers: str,
@@ -138,7 +140,7 @@ def int8run(
 
     `without`: facts of the family that are left out.
     """
-    rules = replace(family(model, layers), **dict.fromkeys(without, ()))
+    rules = replace(make_family(model, layers), **dict.fromkeys(without, ()))
     plans = plan_layers(model, rules.find_skip_reason)
     loaded = LoadedModel(
         pipe=None,  # generates the images of a calibration; none is asked for here
@@ -156,7 +158,7 @@ def int8run(
     return quantize_denoiser(
         loaded,
         plans,
-        select_quantization_settings(spec(backend, outlier, *more)),
+        select_quantization_settings(make_spec(backend, outlier, *more)),
         rows=count_layer_rows(model, chosen, [call]),
         prequantized=None,
         loras=LoraStack(model),

@@ -25,7 +25,7 @@ from torch import nn
 
 import variants  # isort: skip  # first: it adds linear_bench to the path
 import flux
-from sidebyside import Reply, facts, gate, quartiles, table
+from sidebyside import Reply, collect_facts, compute_quartiles, format_table, run_gate
 
 from int8run.errors import BackendError
 from int8run.layers.assemble import copy_sharing_tensors
@@ -38,14 +38,14 @@ WARMUP = 3
 GIB = 2**30
 
 
-def torchao(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
+def quantize_with_torchao(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
     """torchao's W8A8 on a copy that shares the float tensors."""
-    return variants.torchao(copy_sharing_tensors(model), call, layers)
+    return variants.quantize_with_torchao(copy_sharing_tensors(model), call, layers)
 
 
 BUILDS: dict[str, Build] = {
     BASE: lambda model, call, layers: copy_sharing_tensors(model),
-    "torchao": torchao,
+    "torchao": quantize_with_torchao,
     "int8run triton": partial(variants.ours, backend="triton"),
     "int8run triton, convrot": partial(variants.ours, backend="triton", outlier="convrot"),
     "int8run torch_int_mm": partial(variants.ours, backend="torch_int_mm"),
@@ -53,7 +53,7 @@ BUILDS: dict[str, Build] = {
 COMPILE = {"eager": False, "compile=blocks": True}
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=flux.SIZES, default="full")
     parser.add_argument(
@@ -95,7 +95,7 @@ def set_up(
     names: list[str], size: flux.Size, layers: str
 ) -> tuple[dict[str, nn.Module], dict[str, Any], dict[str, Reply]]:
     """Every variant that may be timed, the call, and what each is."""
-    model, call = flux.make(size, "cuda", torch.bfloat16)
+    model, call = flux.make_model(size, "cuda", torch.bfloat16)
     reference = model(**call)[0]
     live: dict[str, nn.Module] = {}
     said: dict[str, Reply] = {}
@@ -121,16 +121,16 @@ def set_up(
 
 @torch.no_grad()
 def main() -> None:
-    args = parse()
+    args = parse_arguments()
     if not torch.cuda.is_available():
         print(
             "this benchmark needs a CUDA GPU; on a CPU run experiments/model_bench/bench.py", file=sys.stderr
         )
         sys.exit(BackendError.exit_code)
     if not args.no_gate:
-        gate()
+        run_gate()
     torch._dynamo.config.recompile_limit = 64  # one block class, several kinds of Linear in it
-    report = facts(torch.device("cuda"))
+    report = collect_facts(torch.device("cuda"))
     print(
         f"{report['gpu']}, torch {report['versions']['torch']}, triton {report['versions']['triton']}, "
         f"{report['date']}",
@@ -149,7 +149,7 @@ def main() -> None:
         kind = next(n for n in sorted(names, key=len, reverse=True) if name.startswith(f"{n} "))
         mode = name.removeprefix(f"{kind} ")
         ratios = [
-            quartiles([b / t for b, t in zip(seconds[f"{BASE} {m}"], times, strict=True)])
+            compute_quartiles([b / t for b, t in zip(seconds[f"{BASE} {m}"], times, strict=True)])
             for m in (mode, "eager")
         ]
         workspace = workspace_bytes(live[name], call) / GIB
@@ -170,7 +170,7 @@ def main() -> None:
         "weights + step GiB",
         "output error",
     ]
-    print(table(header, rows))
+    print(format_table(header, rows))
     for name, record in said.items():
         if "refused" in record:
             print(f"refused, not timed: {name} – {record['refused']}")

@@ -16,7 +16,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "linear_bench"))
 from case import Case
-from methods import compiled, sdnq
+from methods import make_sdnq, make_sdnq_environment
 from toolkit import GROUP, ToolkitLinear
 
 BACKENDS = ("reference", "torch_int_mm", "onednn", "vnni", "auto")
@@ -34,12 +34,12 @@ class Variant:
     env: Mapping[str, str] = field(default_factory=dict)
 
 
-def fp32(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
+def keep_float(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
     """The base of all ratios."""
     return model
 
 
-def swap(model: nn.Module, names: list[str], make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+def replace_linears(model: nn.Module, names: list[str], make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
     """Put `make(linear)` in the place of each named Linear."""
     for name in names:
         parent, _, child = name.rpartition(".")
@@ -47,27 +47,31 @@ def swap(model: nn.Module, names: list[str], make: Callable[[nn.Linear], nn.Modu
     return model
 
 
-def torchao(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
+def quantize_with_torchao(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
     """torchao's W8A8 on the same layers."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    names = set(flux.chosen(model, layers))
+    names = set(flux.list_int8_layers(model, layers))
     quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda module, name: name in names)
     return model
 
 
 def sdnq_layers(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
     """sdnq on the same layers, one at a time: its own name patterns also match others."""
-    return swap(
+    return replace_linears(
         model,
-        flux.chosen(model, layers),
-        lambda linear: sdnq(Case(linear.weight, linear.weight, linear.bias))[0],
+        flux.list_int8_layers(model, layers),
+        lambda linear: make_sdnq(Case(linear.weight, linear.weight, linear.bias))[0],
     )
 
 
-def toolkit(model: nn.Module, call: Mapping[str, Any], layers: str, group: int = 0) -> nn.Module:
+def quantize_with_toolkit(
+    model: nn.Module, call: Mapping[str, Any], layers: str, group: int = 0
+) -> nn.Module:
     """ComfyUI-INT8-Toolkit's torch_int_mm path, restated."""
-    return swap(model, flux.chosen(model, layers), lambda linear: ToolkitLinear(linear, group))
+    return replace_linears(
+        model, flux.list_int8_layers(model, layers), lambda linear: ToolkitLinear(linear, group)
+    )
 
 
 def ours(
@@ -80,18 +84,18 @@ def ours(
 ) -> nn.Module:
     """int8run; backend=auto measures anew instead of reading the user's table."""
     table = [f"backend.table={tempfile.mkdtemp()}/choices.json"] if backend == "auto" else []
-    return flux.int8run(model, call, layers, backend, outlier, *table, without=without)
+    return flux.quantize_with_int8run(model, call, layers, backend, outlier, *table, without=without)
 
 
 VARIANTS = {
-    "fp32 eager": Variant(fp32),
-    "fp32 compiled": Variant(fp32, compile=True),
-    "torchao eager": Variant(torchao),
-    "torchao compiled": Variant(torchao, compile=True),
-    "sdnq eager": Variant(sdnq_layers, env=compiled("0")),
-    "sdnq with its own compile": Variant(sdnq_layers, env=compiled("1")),
-    "Toolkit torch_int_mm eager": Variant(toolkit),
-    "Toolkit torch_int_mm, hadamard 128 eager": Variant(partial(toolkit, group=GROUP)),
+    "fp32 eager": Variant(keep_float),
+    "fp32 compiled": Variant(keep_float, compile=True),
+    "torchao eager": Variant(quantize_with_torchao),
+    "torchao compiled": Variant(quantize_with_torchao, compile=True),
+    "sdnq eager": Variant(sdnq_layers, env=make_sdnq_environment("0")),
+    "sdnq with its own compile": Variant(sdnq_layers, env=make_sdnq_environment("1")),
+    "Toolkit torch_int_mm eager": Variant(quantize_with_toolkit),
+    "Toolkit torch_int_mm, hadamard 128 eager": Variant(partial(quantize_with_toolkit, group=GROUP)),
 }
 for backend in BACKENDS:
     for outlier in ("none", "convrot"):

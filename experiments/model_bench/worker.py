@@ -6,16 +6,16 @@ from pathlib import Path
 import flux
 import torch
 import variants
-from sidebyside import Reply, serve
+from sidebyside import Reply, serve_requests
 from torch.profiler import ProfilerActivity, profile
 
 TOP_OPERATORS = 16
 
 
-def prepare(request: Reply) -> tuple[Callable[[], object], Reply]:
+def prepare_variant(request: Reply) -> tuple[Callable[[], object], Reply]:
     """Build the variant, and its error against the output that the first variant left in `reference`."""
     variant, reference = variants.VARIANTS[request["variant"]], Path(request["reference"])
-    model, call = flux.make(flux.SIZES[request["size"]])
+    model, call = flux.make_model(flux.SIZES[request["size"]])
     model = variant.build(model, call, request["layers"])
     if variant.compile:
         model.compile(dynamic=False)
@@ -35,4 +35,4 @@ def top_operators(call: Callable[[], object]) -> Reply:
 
 
 if __name__ == "__main__":
-    serve(prepare, profile=top_operators)
+    serve_requests(prepare_variant, profile=top_operators)

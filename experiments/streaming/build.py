@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from measure import watch
+from measure import watch_process
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from int8run.models.resolve_weights import ASSETS_FOLDER
@@ -33,7 +33,7 @@ COMPONENTS = {
 }
 
 
-def surround(checkpoint: Path, folder: Path) -> None:
+def make_pipeline_folder(checkpoint: Path, folder: Path) -> None:
     """A diffusers folder whose transformer is a link to the checkpoint."""
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", type=int, default=256, help="height and width of the picture, in pixels")
     arguments, words = parser.parse_known_args()
-    surround(arguments.checkpoint, arguments.work / "model")
+    make_pipeline_folder(arguments.checkpoint, arguments.work / "model")
     out = arguments.work / "out"
     command = [
         "int8run",
@@ -116,7 +116,7 @@ def main() -> None:
         f"hydra.run.dir={out}",
         *words,
     ]
-    watched = watch(command)
+    watched = watch_process(command)
     metrics = json.loads((out / "metrics.json").read_text())["metrics"]
     size = sum(os.path.getsize(file) for file in arguments.checkpoint.glob("*.safetensors"))
     print(

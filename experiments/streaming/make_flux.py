@@ -34,7 +34,7 @@ SHARD_BYTES = 10 * 10**9  # as diffusers cuts them
 NUMBERS = 2**24
 
 
-def shards(entries: list[TensorEntry]) -> list[list[TensorEntry]]:
+def split_shards(entries: list[TensorEntry]) -> list[list[TensorEntry]]:
     """Entries in the order of the model, cut where a shard is full."""
     found: list[list[TensorEntry]] = [[]]
     size = 0
@@ -48,7 +48,7 @@ def shards(entries: list[TensorEntry]) -> list[list[TensorEntry]]:
     return found
 
 
-def pieces(count: int, start: int, block: torch.Tensor) -> Iterator[torch.Tensor]:
+def repeat_block(count: int, start: int, block: torch.Tensor) -> Iterator[torch.Tensor]:
     """`count` numbers of the block, from `start` on and round again."""
     while count:
         start %= len(block)
@@ -57,7 +57,7 @@ def pieces(count: int, start: int, block: torch.Tensor) -> Iterator[torch.Tensor
         count, start = count - len(part), 0
 
 
-def make(folder: Path, doubles: int, singles: int) -> int:
+def write_checkpoint(folder: Path, doubles: int, singles: int) -> int:
     """Write the checkpoint. Returns its bytes."""
     config = {**CONFIG, "num_layers": doubles, "num_single_layers": singles}
     with torch.device("meta"):
@@ -66,13 +66,13 @@ def make(folder: Path, doubles: int, singles: int) -> int:
         TensorEntry(name, "BF16", tuple(t.shape)) for name, t in model.state_dict().items()
     ]
     block = (torch.randn(NUMBERS, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    groups, places, total, start = shards(entries), {}, 0, 0
+    groups, places, total, start = split_shards(entries), {}, 0, 0
     for i, group in enumerate(groups):
         name = f"diffusion_pytorch_model-{i + 1:05}-of-{len(groups):05}.safetensors"
         with StreamWriter(folder / name, group, {"format": "pt"}) as writer:
             for key, _, shape in group:
                 count = torch.Size(shape).numel()
-                for piece in pieces(count, start, block):
+                for piece in repeat_block(count, start, block):
                     writer.write(key, piece)
                 start += count + 4099  # no tensor begins where another does
                 places[key] = name
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--doubles", type=int, default=CONFIG["num_layers"])
     parser.add_argument("--singles", type=int, default=CONFIG["num_single_layers"])
     arguments = parser.parse_args()
-    total = make(arguments.folder, arguments.doubles, arguments.singles)
+    total = write_checkpoint(arguments.folder, arguments.doubles, arguments.singles)
     print(f"{arguments.folder}: {total} bytes")
 
 

@@ -32,7 +32,7 @@ BLOCK = 16 * 2**20
 CHECKED_ROWS = 4
 
 
-def evict(files: list[Path]) -> None:
+def evict_files(files: list[Path]) -> None:
     """Take files out of the page cache."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
@@ -41,7 +41,7 @@ def evict(files: list[Path]) -> None:
         os.close(descriptor)
 
 
-def copy(files: list[Path], out: Path) -> dict[str, float]:
+def time_copy(files: list[Path], out: Path) -> dict[str, float]:
     """Seconds of a plain copy that is on the disk at the end."""
     buffer = bytearray(BLOCK)
     started = time.perf_counter()
@@ -56,7 +56,7 @@ def copy(files: list[Path], out: Path) -> dict[str, float]:
     }
 
 
-def memory(pid: int) -> tuple[int, int]:
+def read_memory(pid: int) -> tuple[int, int]:
     """Resident bytes of a process, and those of them that are no file's."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -70,13 +70,13 @@ def memory(pid: int) -> tuple[int, int]:
     return facts.get("VmRSS", 0), facts.get("RssAnon", 0)
 
 
-def watch(command: list[str]) -> dict[str, float]:
+def watch_process(command: list[str]) -> dict[str, float]:
     """Seconds and peak memory of a process."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = anonymous = 0
     while process.poll() is None:
-        resident, own = memory(process.pid)
+        resident, own = read_memory(process.pid)
         peak, anonymous = max(peak, resident), max(anonymous, own)
         time.sleep(0.02)
     if process.returncode:
@@ -84,7 +84,7 @@ def watch(command: list[str]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started, "peak_rss": peak, "peak_anonymous": anonymous}
 
 
-def quantize(source: Path, out: Path, method: str) -> dict[str, float]:
+def time_quantize(source: Path, out: Path, method: str) -> dict[str, float]:
     """Seconds, peak memory and size of `int8run task=quantize`."""
     target = out / f"{method}.safetensors"
     command = [
@@ -97,7 +97,7 @@ def quantize(source: Path, out: Path, method: str) -> dict[str, float]:
         "progress=false",
         f"hydra.run.dir={out / method}",
     ]
-    watched = watch(command)
+    watched = watch_process(command)
     metrics = json.loads((out / method / "metrics.json").read_text())["metrics"]
     return {
         **watched,
@@ -108,7 +108,7 @@ def quantize(source: Path, out: Path, method: str) -> dict[str, float]:
     }
 
 
-def check(source: Path, target: Path) -> int:
+def check_outputs(source: Path, target: Path) -> int:
     """Compare some rows of the attention outputs with the definition.
 
     The number of layers that were compared.
@@ -128,7 +128,7 @@ def check(source: Path, target: Path) -> int:
     return compared
 
 
-def measure(source: Path, out: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
+def measure_methods(source: Path, out: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
     """All rounds, by method."""
     files = sorted(source.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
@@ -138,11 +138,12 @@ def measure(source: Path, out: Path, rounds: int) -> dict[str, list[dict[str, fl
         for name in order[number % 3 :] + order[: number % 3]:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
-            evict(files)
-            result = copy(files, out) if name == COPY else quantize(source, out, name)
+            evict_files(files)
+            result = time_copy(files, out) if name == COPY else time_quantize(source, out, name)
             if name == "none":
                 print(
-                    f"{check(source, out / 'none.safetensors')} layers agree with the definition", flush=True
+                    f"{check_outputs(source, out / 'none.safetensors')} layers agree with the definition",
+                    flush=True,
                 )
             found[name].append({"read": size, **result})
             print(f"round {number + 1} {name}: {json.dumps(found[name][-1])}", flush=True)
@@ -150,7 +151,7 @@ def measure(source: Path, out: Path, rounds: int) -> dict[str, list[dict[str, fl
     return found
 
 
-def table(found: dict[str, list[dict[str, float]]]) -> list[str]:
+def format_table(found: dict[str, list[dict[str, float]]]) -> list[str]:
     """Medians in Markdown."""
     lines = [
         "| | s | MB/s read | over the copy, per round | peak RSS, MB | written, GB | SQNR, mean / min dB |",
@@ -180,9 +181,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.out.exists():
         sys.exit(f"{arguments.out} exists; name a folder that does not")
-    found = measure(arguments.source, arguments.out, arguments.rounds)
+    found = measure_methods(arguments.source, arguments.out, arguments.rounds)
     print(f"{get_device_name(torch.device('cpu'))}, torch {torch.__version__}")
-    print("\n".join(table(found)))
+    print("\n".join(format_table(found)))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 WORDS = ["lora=stack_a", "lora.strength=0,0.25,0.5,0.75,1", "outlier=none,convrot"]
 
 
-def alone(words: list[str]) -> None:
+def run_alone(words: list[str]) -> None:
     """Build each model once and let it draw what the jobs of the sweep draw."""
     from int8run.config.compose import compose_jobs, create_run_spec
     from int8run.generate.prompts import build_samples
@@ -45,7 +45,7 @@ def alone(words: list[str]) -> None:
         generate_all(spec, built, spec.candidate, wanted, Progress(False))
 
 
-def timed(command: list[str], folder: Path) -> float:
+def time_command(command: list[str], folder: Path) -> float:
     """Seconds of a command, in a folder of its own."""
     folder.mkdir(parents=True)
     began = time.perf_counter()
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="of the ways to run, besides `alone`")
     args = parser.parse_args()
     if args.alone:
-        alone(WORDS)
+        run_alone(WORDS)
         return
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     with tempfile.TemporaryDirectory() as work:
@@ -79,7 +79,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in commands}
         for turn in range(args.rounds + 1):  # the first fills the caches
             for name, command in commands.items():
-                taken = timed(command, Path(work) / f"{turn}-{name}")
+                taken = time_command(command, Path(work) / f"{turn}-{name}")
                 if turn:
                     seconds[name].append(taken)
     base = statistics.median(seconds["alone"])

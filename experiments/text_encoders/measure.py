@@ -70,7 +70,7 @@ def kernels_of(form: WeightFormat) -> tuple[str, ...]:
 
 
 @contextmanager
-def known(case: Case) -> Iterator[None]:
+def register_encoder(case: Case) -> Iterator[None]:
     """int8run's encoders and the case's own."""
     shipped = registry.load_encoders()
     own = {} if case.own is None else {case.own.name: case.own}
@@ -82,7 +82,7 @@ def known(case: Case) -> Iterator[None]:
         yield
 
 
-def write(case: Case, name: str, work: Path) -> Path:
+def write_file(case: Case, name: str, work: Path) -> Path:
     """The command that writes a file, without what it prints."""
     path = work / f"{case.name}_{name}.safetensors"
     words = [
@@ -99,7 +99,7 @@ def write(case: Case, name: str, work: Path) -> Path:
     return path
 
 
-def load(case: Case, path: Path, kernels: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_encoder(case: Case, path: Path, kernels: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A file's encoder, as a program would have it."""
     state, metadata = load_text_encoder(path, kernel_backend=kernels)
     config = json.loads((case.folder / "config.json").read_text())
@@ -108,20 +108,22 @@ def load(case: Case, path: Path, kernels: str, dtype: torch.dtype, device: torch
 
 def float_model(case: Case, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The encoder without any quantization."""
-    return load(case, case.folder, "auto", dtype, device)
+    return load_encoder(case, case.folder, "auto", dtype, device)
 
 
-def ask(model: nn.Module, call: Call, device: torch.device) -> Any:
+def call_encoder(model: nn.Module, call: Call, device: torch.device) -> Any:
     """One call."""
     return model(**{name: tensor.to(device) for name, tensor in call.items()})
 
 
 @torch.inference_mode()
-def embeddings(case: Case, model: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor | None]]:
+def compute_embeddings(
+    case: Case, model: nn.Module, device: torch.device
+) -> list[tuple[Tensor, Tensor | None]]:
     """For each prompt those of its tokens [1, T, K], and of the text [1, K] where there is one."""
     found = []
     for call in case.prompts:
-        answer = ask(model, call, device)
+        answer = call_encoder(model, call, device)
         tokens = answer.last_hidden_state.float().cpu()
         pooled = getattr(answer, "pooler_output", None)
         pooled = None if pooled is None else pooled.float().cpu()
@@ -129,7 +131,7 @@ def embeddings(case: Case, model: nn.Module, device: torch.device) -> list[tuple
     return found
 
 
-def compared(
+def compare_embeddings(
     floats: Sequence[tuple[Tensor, Tensor | None]], ours: Sequence[tuple[Tensor, Tensor | None]]
 ) -> Row:
     """Cosine: of each prompt the mean over its tokens; then the mean and the least over prompts.
@@ -152,7 +154,7 @@ def compared(
     return row
 
 
-def held(model: nn.Module) -> Row:
+def count_bytes(model: nn.Module) -> Row:
     """Bytes of a bfloat16 model with quantized layers: of these alone, and of everything.
 
     And the same in bfloat16.
@@ -174,31 +176,31 @@ def held(model: nn.Module) -> Row:
     }
 
 
-def quality(case: Case, name: str, path: Path, floats: Any, device: torch.device) -> Iterator[Row]:
+def measure_quality(case: Case, name: str, path: Path, floats: Any, device: torch.device) -> Iterator[Row]:
     """Rows of quality.csv for one format."""
     source = sum(file.stat().st_size for file in case.folder.glob("*.safetensors"))
     about = {"file_bytes": path.stat().st_size, "file_vs_float": path.stat().st_size / source}
     for kernels in kernels_of(FORMATS[name]):
-        model = attempt(case, path, kernels, torch.float32, device)
+        model = try_load(case, path, kernels, torch.float32, device)
         if model is not None:
-            row = compared(floats, embeddings(case, model, device))
-            bytes_row = held(load(case, path, kernels, torch.bfloat16, device))
+            row = compare_embeddings(floats, compute_embeddings(case, model, device))
+            bytes_row = count_bytes(load_encoder(case, path, kernels, torch.bfloat16, device))
             yield {"format": name, "kernels": kernels, **row, **bytes_row, **about}
 
 
-def attempt(
+def try_load(
     case: Case, path: Path, kernels: str, dtype: torch.dtype, device: torch.device
 ) -> nn.Module | None:
     """A model, or None with the reason printed where the kernels cannot run."""
     try:
-        return load(case, path, kernels, dtype, device)
+        return load_encoder(case, path, kernels, dtype, device)
     except BackendError as error:
         print(f"  {case.name} {path.stem} {kernels}: {error}")
         return None
 
 
 @torch.inference_mode()
-def speed(
+def measure_speed(
     case: Case,
     name: str,
     path: Path,
@@ -211,17 +213,17 @@ def speed(
     runnable = [
         kernels
         for kernels in kernels_of(FORMATS[name])
-        if attempt(case, path, kernels, torch.bfloat16, device) is not None
+        if try_load(case, path, kernels, torch.bfloat16, device) is not None
     ]
     sources = {"float": (case.folder, "auto"), **{kernels: (path, kernels) for kernels in runnable}}
     loads: list[Callable[[], object]] = [
-        lambda s=s: load(case, *s, torch.bfloat16, device) for s in sources.values()
+        lambda s=s: load_encoder(case, *s, torch.bfloat16, device) for s in sources.values()
     ]
     to_load = dict(
         zip(sources, time_medians(loads, device, LOADS), strict=True)
     )  # files are in the page cache
     for dtype_name, dtype in DTYPES.items():
-        models = {kernels: load(case, path, kernels, dtype, device) for kernels in runnable}
+        models = {kernels: load_encoder(case, path, kernels, dtype, device) for kernels in runnable}
         calls: list[Callable[[], object]] = [
             lambda m=m: m(**usual) for m in (*floats.values(), *models.values())
         ]
@@ -320,7 +322,7 @@ FULL: Mapping[str, tuple[str, str, Any]] = {
 }
 
 
-def sizes() -> Iterator[Row]:
+def measure_sizes() -> Iterator[Row]:
     """Rows of sizes.csv: what each format takes of full-size encoders, by shapes alone.
 
     All other parameters in bfloat16.
@@ -354,7 +356,7 @@ def with_wo(work: Path, formats: Sequence[str], device: torch.device) -> Iterato
     The family's rule says which for each format.
     """
     case = CASES["tiny_t5"](work, False)
-    exact = embeddings(case, float_model(case, torch.float32, device), device)
+    exact = compute_embeddings(case, float_model(case, torch.float32, device), device)
     config = json.loads((case.folder / "config.json").read_text())
     encoder = registry.get_encoder("t5")
     (rule,) = (rule for rule in encoder.ignore if rule.pattern.endswith(".wo"))
@@ -365,7 +367,7 @@ def with_wo(work: Path, formats: Sequence[str], device: torch.device) -> Iterato
             weights.encoder = replace(encoder, ignore=rules)
             model = build_skeleton("T5EncoderModel", config, torch.float32)
             built = build_encoder(model, weights, FORMATS[name], Kernels("auto", device, case.rows))
-            row = compared(exact, embeddings(case, built.module.to(device), device))
+            row = compare_embeddings(exact, compute_embeddings(case, built.module.to(device), device))
             yield {"device": device.type, "format": name, "wo": word, **row}
 
 
@@ -376,44 +378,48 @@ def weight_bytes(form: WeightFormat, rows: int, columns: int) -> int:
     return prod(form.get_qdata_shape(rows, columns)) + (0 if scales is None else each * prod(scales))
 
 
-def measure(asked: argparse.Namespace) -> None:
+def measure_cases(asked: argparse.Namespace) -> None:
     device = torch.device(asked.device)
     found: dict[str, list[Row]] = {part: [] for part in asked.parts if part in ("quality", "time")}
     asked.work.mkdir(parents=True, exist_ok=True)
     for case_name in asked.cases if found else ():
         case = CASES[case_name](asked.work, asked.quick)
-        with known(case):
+        with register_encoder(case):
             print(f"{case.title}: {len(case.prompts)} prompts", flush=True)
             floats = {name: float_model(case, dtype, device) for name, dtype in DTYPES.items()}
-            exact = embeddings(case, floats["float32"], device)
+            exact = compute_embeddings(case, floats["float32"], device)
             base = {"device": device.type, "case": case.name}
             if "quality" in found:
                 found["quality"].append(
                     base
                     | {"format": "bfloat16"}
-                    | compared(exact, embeddings(case, floats["bfloat16"], device))
+                    | compare_embeddings(exact, compute_embeddings(case, floats["bfloat16"], device))
                     | {"module_bytes": count_module_bytes(floats["bfloat16"]), "module_vs_bf16": 1.0}
                 )
             for name in asked.formats:
-                path = write(case, name, asked.work)
+                path = write_file(case, name, asked.work)
                 if "quality" in found:
-                    found["quality"] += [base | row for row in quality(case, name, path, exact, device)]
+                    found["quality"] += [
+                        base | row for row in measure_quality(case, name, path, exact, device)
+                    ]
                 if "time" in found:
                     rounds = QUICK_ROUNDS if asked.quick else ROUNDS
-                    found["time"] += [base | row for row in speed(case, name, path, floats, device, rounds)]
+                    found["time"] += [
+                        base | row for row in measure_speed(case, name, path, floats, device, rounds)
+                    ]
                 path.unlink()
                 print(f"  {name}", flush=True)
         for part, rows in found.items():  # what was measured so far is not lost
-            save(asked.out / f"{part}.csv", rows)
+            save_rows(asked.out / f"{part}.csv", rows)
     if "sizes" in asked.parts:
-        save(asked.out / "sizes.csv", sizes())
+        save_rows(asked.out / "sizes.csv", measure_sizes())
     if "wo" in asked.parts:
-        save(asked.out / "wo.csv", with_wo(asked.work, asked.formats, device))
+        save_rows(asked.out / "wo.csv", with_wo(asked.work, asked.formats, device))
     facts = collect_environment(device, read_library_versions())
     (asked.out / f"environment_{device.type}.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def save(path: Path, rows: Iterable[Row]) -> None:
+def save_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a table; rows that are there and were not measured again stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
     key = lambda row: tuple(str(row.get(name, "")) for name in KEYS)  # noqa: E731
@@ -449,4 +455,4 @@ if __name__ == "__main__":
     arguments.formats = arguments.formats or (QUICK if arguments.quick else WRITTEN)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    measure(arguments)
+    measure_cases(arguments)

@@ -21,7 +21,7 @@ from int8run.report.image_files import DIFFERENCE_GAIN, make_difference_image, m
 
 sys.path.append(str(Path(__file__).parents[1] / "fidelity"))
 
-from sweeps import drawings, jobs, top1
+from sweeps import compute_top1, read_drawings, read_jobs
 
 STRIP = ("int8_rowwise", "int8_convrot", "float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4")
 GAIN = 64  # less, and most differences are black
@@ -34,7 +34,7 @@ METRICS = {
 }
 
 
-def amplified(a: Image.Image, b: Image.Image) -> Image.Image:
+def amplify_difference(a: Image.Image, b: Image.Image) -> Image.Image:
     """|a - b| times GAIN, clipped."""
     return make_difference_image(a, b).point(lambda v: min(255, v * (GAIN // DIFFERENCE_GAIN)))
 
@@ -49,7 +49,7 @@ def is_int8(job: dict[str, Any]) -> bool:
     return bool(job["config"]["int8"]["enable"])
 
 
-def row(job: dict[str, Any], names: list[str], known: Any) -> dict[str, object]:
+def make_row(job: dict[str, Any], names: list[str], known: Any) -> dict[str, object]:
     """One job in the table."""
     images = job["images"]
     files = [job["folder"] / image["file"] for image in images]
@@ -59,12 +59,12 @@ def row(job: dict[str, Any], names: list[str], known: Any) -> dict[str, object]:
         "denoiser": "int8" if is_int8(job) else "float",
         **metrics,
         "worst_psnr_db": min((float(image["psnr_db"]) for image in images if "psnr_db" in image), default=""),
-        "top1": top1(files, [image["prompt"] for image in images], names, known),
+        "top1": compute_top1(files, [image["prompt"] for image in images], names, known),
         "pictures": len(files),
     }
 
 
-def strip(found: list[dict[str, Any]], out: Path) -> None:
+def draw_strip(found: list[dict[str, Any]], out: Path) -> None:
     """A row for each prompt: float, then each format with the float denoiser.
 
     Below each picture its difference to float's.
@@ -77,7 +77,7 @@ def strip(found: list[dict[str, Any]], out: Path) -> None:
         ours = [Image.open(by_format[name]["folder"] / index[prompt]) for name in shown]
         first = by_format[shown[0]]["folder"] / index[prompt]
         exact = Image.open(first.with_name(f"{first.stem}_float.png"))
-        differences = [amplified(picture, exact) for picture in (exact, *ours)]
+        differences = [amplify_difference(picture, exact) for picture in (exact, *ours)]
         rows += [(prompt, [exact, *ours]), (f"difference x {GAIN}", differences)]
     make_image_grid(rows, ["float", *shown]).save(out)
 
@@ -96,13 +96,13 @@ if __name__ == "__main__":
     )
     asked = parser.parse_args()
     read = list(
-        {(format_of(job), is_int8(job)): job for sweep in asked.sweep for job in jobs(sweep)}.values()
+        {(format_of(job), is_int8(job)): job for sweep in asked.sweep for job in read_jobs(sweep)}.values()
     )
-    known_names, pixels = drawings()
-    table = [row(job, known_names, pixels) for job in read]
+    known_names, pixels = read_drawings()
+    table = [make_row(job, known_names, pixels) for job in read]
     (asked.out / "results").mkdir(parents=True, exist_ok=True)
     with (asked.out / "results" / "pictures.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, table[0])
         writer.writeheader()
         writer.writerows(table)
-    strip(read, asked.out / "pictures.png")
+    draw_strip(read, asked.out / "pictures.png")

@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from tables import EMBEDDINGS, read
+from tables import EMBEDDINGS, read_rows
 
 HERE = Path(__file__).parent
 COLOURS = ("#1f77b4", "#17becf", "#d62728", "#ff7f0e", "#7f7f7f", "#9467bd")
@@ -20,9 +20,9 @@ TIMED = {
 }
 
 
-def quality(device: str) -> None:
+def plot_quality(device: str) -> None:
     """Left: bytes of the quantized layers; right: error of the embeddings, a marker for each encoder."""
-    rows = read("quality", device)
+    rows = read_rows("quality", device)
     variants = list(dict.fromkeys((row["format"], row["kernels"]) for row in rows))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 8), width_ratios=[1, 3], sharey=True)
     found = {(row["format"], row["kernels"], row["case"]): row for row in rows}
@@ -52,7 +52,7 @@ def quality(device: str) -> None:
             markersize=6,
             alpha=0.85,
         )
-    labels = [label(*variant) for variant in variants]
+    labels = [make_label(*variant) for variant in variants]
     left.set_yticks(range(len(variants)), labels, fontsize=9)
     left.invert_yaxis()
     left.set_xlabel("bytes of the quantized layers\n(CLIP-L; bfloat16 = 1)")
@@ -67,12 +67,12 @@ def quality(device: str) -> None:
                 panel.axhline(y - 0.5, color="black", linewidth=0.4, alpha=0.4)
     right.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     figure.tight_layout()
-    figure.savefig(HERE / f"quality{suffix(device)}.png", dpi=100)
+    figure.savefig(HERE / f"quality{make_suffix(device)}.png", dpi=100)
 
 
-def speed(device: str) -> None:
+def plot_speed(device: str) -> None:
     """How many times as fast as the float model of the same dtype, a panel for each encoder."""
-    rows = [row for row in read("time", device) if row["case"] in TIMED]
+    rows = [row for row in read_rows("time", device) if row["case"] in TIMED]
     variants = list(dict.fromkeys((row["format"], row["kernels"]) for row in rows))
     if not variants:
         return
@@ -91,21 +91,21 @@ def speed(device: str) -> None:
                 label=f"{dtype} / the same in {dtype}",
                 alpha=0.85,
             )
-        dress(panel, title)
-    panels[0].set_yticks(range(len(variants)), [label(*variant) for variant in variants], fontsize=9)
+        style_panel(panel, title)
+    panels[0].set_yticks(range(len(variants)), [make_label(*variant) for variant in variants], fontsize=9)
     panels[0].invert_yaxis()
     panels[1].set_xlabel("time of the float model / time of the quantized one (faster to the right)")
     panels[1].legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.05), frameon=False)
     figure.tight_layout()
-    figure.savefig(HERE / f"speed{suffix(device)}.png", dpi=100)
+    figure.savefig(HERE / f"speed{make_suffix(device)}.png", dpi=100)
 
 
-def label(name: str, kernels: str) -> str:
+def make_label(name: str, kernels: str) -> str:
     """A format; below it the same with other kernels."""
     return name if kernels in ("", "auto") else f"… {kernels}"
 
 
-def dress(panel: Axes, title: str) -> None:
+def style_panel(panel: Axes, title: str) -> None:
     """Title, a line where nothing is won, and a logarithmic axis."""
     panel.axvline(1, color="black", linewidth=0.8)
     panel.set_xscale("log")
@@ -115,7 +115,7 @@ def dress(panel: Axes, title: str) -> None:
     panel.set_title(title, loc="left", fontsize=10)
 
 
-def suffix(device: str) -> str:
+def make_suffix(device: str) -> str:
     """Of files for another device than the CPU."""
     return "" if device == "cpu" else f"_{device}"
 
@@ -124,5 +124,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     chosen = parser.parse_args().device
-    quality(chosen)
-    speed(chosen)
+    plot_quality(chosen)
+    plot_speed(chosen)

@@ -25,7 +25,7 @@ CASES = {
 }
 
 
-def read(name: str, device: str | None = None) -> list[Row]:
+def read_rows(name: str, device: str | None = None) -> list[Row]:
     """Rows of a table; of one device where it has several. None where it was not measured."""
     path = RESULTS / f"{name}.csv"
     if not path.is_file():
@@ -34,7 +34,7 @@ def read(name: str, device: str | None = None) -> list[Row]:
         return [row for row in csv.DictReader(file) if device is None or row["device"] == device]
 
 
-def table(title: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+def print_table(title: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
     """One table in Markdown; nothing where it has no lines."""
     lines = list(lines)
     if lines:
@@ -51,107 +51,111 @@ def by_variant(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     return found
 
 
-def cells(rows: Mapping[str, Row], columns: Iterable[tuple[str, Callable[[Row], str]]]) -> list[str]:
+def format_cells(rows: Mapping[str, Row], columns: Iterable[tuple[str, Callable[[Row], str]]]) -> list[str]:
     """What a function of each column says of its case's row; empty where that was not measured."""
     return [say(rows[case]) if case in rows else "" for case, say in columns]
 
 
-def cosine(prefix: str) -> Callable[[Row], str]:
+def format_cosine(prefix: str) -> Callable[[Row], str]:
     """`mean (least)`, as digits after the nines."""
     return lambda row: f"{float(row[f'{prefix}cosine']):.5f} ({float(row[f'{prefix}cosine_min']):.5f})"
 
 
-def percent(name: str) -> Callable[[Row], str]:
+def format_percent(name: str) -> Callable[[Row], str]:
     """A share in %."""
     return lambda row: f"{100 * float(row[name]):.2f}"
 
 
-def ratio(name: str) -> Callable[[Row], str]:
+def format_ratio(name: str) -> Callable[[Row], str]:
     """A ratio, where there is one."""
     return lambda row: f"{float(row[name]):.3f}" if row[name] else ""
 
 
-def digits(row: Row, name: str, count: int) -> str:
+def format_digits(row: Row, name: str, count: int) -> str:
     """A number, `equal` for infinite dB, or nothing."""
     if not row.get(name):
         return ""
     return "equal" if row[name] == "inf" else f"{float(row[name]):.{count}f}"
 
 
-def quality(device: str) -> None:
+def print_quality(device: str) -> None:
     """Cosines, errors, bytes."""
-    rows = read("quality", device)
+    rows = read_rows("quality", device)
     variants = by_variant(rows)
     heads = ["format", "kernels", *(head for head, _, _ in EMBEDDINGS)]
-    cosines = [(case, cosine(prefix)) for _, case, prefix in EMBEDDINGS]
-    errors = [(case, percent(f"{prefix}rel_err")) for _, case, prefix in EMBEDDINGS]
-    table(
+    cosines = [(case, format_cosine(prefix)) for _, case, prefix in EMBEDDINGS]
+    errors = [(case, format_percent(f"{prefix}rel_err")) for _, case, prefix in EMBEDDINGS]
+    print_table(
         "Cosine to the float encoder's embeddings: mean, and of the worst prompt",
         heads,
-        [[*v, *cells(r, cosines)] for v, r in variants.items()],
+        [[*v, *format_cells(r, cosines)] for v, r in variants.items()],
     )
-    table("Relative error, %", heads, [[*v, *cells(r, errors)] for v, r in variants.items()])
+    print_table("Relative error, %", heads, [[*v, *format_cells(r, errors)] for v, r in variants.items()])
     autos = {name: r for (name, kernels), r in variants.items() if kernels == "auto"}
-    columns = [(case, ratio(name)) for name in ("layers_vs_bf16", "module_vs_bf16") for case in CASES]
+    columns = [(case, format_ratio(name)) for name in ("layers_vs_bf16", "module_vs_bf16") for case in CASES]
     heads = ["format", *(f"{title}, {what}" for what in ("layers", "whole") for title in CASES.values())]
-    table(
+    print_table(
         "Memory, of bfloat16's: quantized layers alone, and the whole encoder",
         heads,
-        [[n, *cells(r, columns)] for n, r in autos.items()],
+        [[n, *format_cells(r, columns)] for n, r in autos.items()],
     )
-    columns = [(case, ratio("file_vs_float")) for case in CASES]
-    table(
+    columns = [(case, format_ratio("file_vs_float")) for case in CASES]
+    print_table(
         "File, of the float file's bytes",
         ["format", *CASES.values()],
-        [[n, *cells(r, columns)] for n, r in autos.items()],
+        [[n, *format_cells(r, columns)] for n, r in autos.items()],
     )
 
 
-def sizes() -> None:
+def print_sizes() -> None:
     """Full-size encoders."""
     by_case: dict[str, dict[str, Row]] = {}
-    for row in read("sizes"):
+    for row in read_rows("sizes"):
         by_case.setdefault(row["case"], {})[row["format"]] = row
     named = ("int8_rowwise", "int8_convrot", "int8_block3d", "float8_e4m3fn", "mxfp8", "nvfp4")
     lines = [
         [
             case,
             f"{float(r[named[0]]['bf16_gb']):.2f}",
-            *(f"{percent('quantized_share')(r[n])} %" for n in named[:2]),
-            *(ratio("whole_vs_bf16")(r[n]) for n in named),
+            *(f"{format_percent('quantized_share')(r[n])} %" for n in named[:2]),
+            *(format_ratio("whole_vs_bf16")(r[n]) for n in named),
         ]
         for case, r in by_case.items()
     ]
     heads = ["encoder", "bfloat16, GB", "quantized as int8_rowwise", "as int8_convrot", *named]
-    table("Whole encoders at full size, of bfloat16's bytes (by shapes)", heads, lines)
+    print_table("Whole encoders at full size, of bfloat16's bytes (by shapes)", heads, lines)
 
 
-def wo(device: str) -> None:
+def print_wo(device: str) -> None:
     """T5's `wo` in float and quantized."""
     found: dict[str, dict[str, Row]] = {}
-    for row in read("wo", device):
+    for row in read_rows("wo", device):
         found.setdefault(row["format"], {})[row["wo"]] = row
-    columns = [(word, say) for say in (percent("rel_err"), cosine("")) for word in ("float", "quantized")]
+    columns = [
+        (word, say)
+        for say in (format_percent("rel_err"), format_cosine(""))
+        for word in ("float", "quantized")
+    ]
     heads = ["format", "error, %: `wo` float", "quantized", "cosine: `wo` float", "quantized"]
-    table(
+    print_table(
         "Tiny T5 with `wo` in float and quantized",
         heads,
-        [[name, *cells(r, columns)] for name, r in found.items()],
+        [[name, *format_cells(r, columns)] for name, r in found.items()],
     )
 
 
-def times(device: str) -> None:
+def print_times(device: str) -> None:
     """Calls and loading, of the cases that were timed."""
-    timed = {row["case"] for row in read("time", device)}
+    timed = {row["case"] for row in read_rows("time", device)}
     cases = {case: title for case, title in CASES.items() if case in timed}
     for dtype in ("float32", "bfloat16"):
-        variants = by_variant([row for row in read("time", device) if row["dtype"] == dtype])
+        variants = by_variant([row for row in read_rows("time", device) if row["dtype"] == dtype])
         speeds = [
             (case, lambda row: f"{float(row['vs_float32']):.2f} / {float(row['vs_bfloat16']):.2f}")
             for case in cases
         ]
-        lines = [[*v, *cells(r, speeds)] for v, r in variants.items()]
-        table(
+        lines = [[*v, *format_cells(r, speeds)] for v, r in variants.items()]
+        print_table(
             f"Times as fast as float32 / bfloat16; between the layers {dtype}",
             ["format", "kernels", *cases.values()],
             lines,
@@ -160,18 +164,18 @@ def times(device: str) -> None:
     loads = [
         (case, lambda row: f"{float(row['load_s']):.2f} ({float(row['float_load_s']):.2f})") for case in cases
     ]
-    lines = [[*v, *cells(r, loads)] for v, r in variants.items()]
-    table(
+    lines = [[*v, *format_cells(r, loads)] for v, r in variants.items()]
+    print_table(
         "Seconds from file to model (the float file at the same time)",
         ["format", "kernels", *cases.values()],
         lines,
     )
 
 
-def pictures() -> None:
+def print_images() -> None:
     """The tiny model."""
     found: dict[str, dict[str, Row]] = {}
-    for row in read("pictures"):
+    for row in read_rows("pictures"):
         found.setdefault(row["format"], {})[row["denoiser"]] = row
     lines = []
     for name, r in found.items():
@@ -179,10 +183,10 @@ def pictures() -> None:
         for which in ("float", "int8"):
             row = r.get(which, {})
             line += [
-                digits(row, "psnr_db", 2),
-                digits(row, "worst_psnr_db", 1),
-                percent("latent_rel_err")(row) if row else "",
-                digits(row, "top1", 2),
+                format_digits(row, "psnr_db", 2),
+                format_digits(row, "worst_psnr_db", 1),
+                format_percent("latent_rel_err")(row) if row else "",
+                format_digits(row, "top1", 2),
             ]
         lines.append(line)
     heads = [
@@ -196,15 +200,15 @@ def pictures() -> None:
         "latent error, %",
         "top-1",
     ]
-    table("Pictures of the tiny model", heads, lines)
+    print_table("Pictures of the tiny model", heads, lines)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     device = parser.parse_args().device
-    quality(device)
-    sizes()
-    wo(device)
-    times(device)
-    pictures()
+    print_quality(device)
+    print_sizes()
+    print_wo(device)
+    print_times(device)
+    print_images()

@@ -17,7 +17,7 @@ STYLES = ("flat", "ink", "gloss")
 CATEGORIES = ("Animals & Nature", "Food & Drink", "Activities")
 
 
-def rasterise(body: str) -> np.ndarray:
+def rasterise_svg(body: str) -> np.ndarray:
     """Draw one SVG body on white. Returns uint8 [SIZE, SIZE, 3]."""
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -39,7 +39,7 @@ def load_drawings(work: Path) -> tuple[list[str], dict[str, Tensor]]:
         bodies = {style: json.loads((work / f"{style}.json").read_text())["bodies"] for style in STYLES}
         names = sorted(set.intersection(*(set(b) for b in bodies.values())))
         pictures = {
-            style: torch.from_numpy(np.stack([rasterise(bodies[style][n]) for n in names]))
+            style: torch.from_numpy(np.stack([rasterise_svg(bodies[style][n]) for n in names]))
             .permute(0, 3, 1, 2)
             .contiguous()
             for style in STYLES
@@ -61,7 +61,7 @@ def pick_names(work: Path, names: list[str], categories: tuple[str, ...]) -> lis
     return [i for i, name in enumerate(names) if name in wanted]
 
 
-def caption(name: str) -> str:
+def make_caption(name: str) -> str:
     """The prompt of a drawing: `red-apple` -> `red apple`."""
     return name.replace("-", " ")
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from data import STYLES, caption, load_drawings
+from data import STYLES, load_drawings, make_caption
 from diffusers import FluxPipeline
 from PIL import Image
 from pipeline import TOKENS, TRIGGERS
@@ -31,7 +31,7 @@ from pipeline import TOKENS, TRIGGERS
 STEPS = 16
 
 
-def generate(pipe: FluxPipeline, prompts: list[str], seed: int, steps: int = STEPS) -> torch.Tensor:
+def generate_images(pipe: FluxPipeline, prompts: list[str], seed: int, steps: int = STEPS) -> torch.Tensor:
     """Pictures of the prompts, all from the same seed. Returns uint8 [N, 3, H, W]."""
     pictures = []
     torch.manual_seed(seed)  # a sampler that adds noise between steps takes it from here
@@ -50,7 +50,7 @@ def generate(pipe: FluxPipeline, prompts: list[str], seed: int, steps: int = STE
     return torch.cat(pictures)
 
 
-def nearest(pictures: torch.Tensor, drawings: torch.Tensor) -> torch.Tensor:
+def find_nearest(pictures: torch.Tensor, drawings: torch.Tensor) -> torch.Tensor:
     """Index of the drawing with the least pixel MSE to each picture.
 
     Uint8 [N, 3, H, W] and [D, 3, H, W] -> [N].
@@ -58,7 +58,7 @@ def nearest(pictures: torch.Tensor, drawings: torch.Tensor) -> torch.Tensor:
     return torch.cdist(pictures.flatten(1).float(), drawings.flatten(1).float()).argmin(dim=1)
 
 
-def sheet(pictures: torch.Tensor, drawings: torch.Tensor, columns: int = 10) -> Image.Image:
+def draw_sheet(pictures: torch.Tensor, drawings: torch.Tensor, columns: int = 10) -> Image.Image:
     """Each picture above the drawing it was asked for, enlarged twice."""
     pairs = torch.cat([pictures, drawings], dim=2)
     pad = torch.full_like(pairs[:1], 255).expand(-len(pairs) % columns, -1, -1, -1)
@@ -69,7 +69,7 @@ def sheet(pictures: torch.Tensor, drawings: torch.Tensor, columns: int = 10) -> 
     return image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST)
 
 
-def untrained(names: list[str], trained: list[str]) -> list[str]:
+def list_untrained(names: list[str], trained: list[str]) -> list[str]:
     """The names that the model was not trained on, in order.
 
     The few-step LoRA learns from the even ones of them.
@@ -78,7 +78,7 @@ def untrained(names: list[str], trained: list[str]) -> list[str]:
     return [n for n in names if n not in seen]
 
 
-def apply(pipe: FluxPipeline, lora: Path, strength: float) -> None:
+def apply_lora(pipe: FluxPipeline, lora: Path, strength: float) -> None:
     """Add a LoRA to the weights for good."""
     pipe.load_lora_weights(lora)
     pipe.fuse_lora(lora_scale=strength)
@@ -91,7 +91,7 @@ def psnr(pictures: torch.Tensor, others: torch.Tensor) -> float:
     return (10 * torch.log10(255**2 / mse)).mean().item()
 
 
-def evaluate(
+def evaluate_model(
     work: Path,
     model: Path,
     count: int,
@@ -112,37 +112,37 @@ def evaluate(
     names, drawings = load_drawings(work)
     asked = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["names"]
     if unseen:
-        asked = untrained(names, asked)[1::2]
+        asked = list_untrained(names, asked)[1::2]
     index = [names.index(n) for n in asked]
     pipe = FluxPipeline.from_pretrained(model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     suffix = ""
     if lora is not None:
-        apply(pipe, lora, strength)
+        apply_lora(pipe, lora, strength)
         suffix = f", {TRIGGERS[style]}"
     chosen = [int(i) for i in torch.linspace(0, len(asked) - 1, min(count, len(asked)))]
-    prompts = [caption(asked[i]) + suffix for i in chosen]
+    prompts = [make_caption(asked[i]) + suffix for i in chosen]
     all_seeds = range(seed, seed + seeds)
-    references = {s: generate(pipe, prompts, s) for s in all_seeds} if reference or unseen else {}
+    references = {s: generate_images(pipe, prompts, s) for s in all_seeds} if reference or unseen else {}
     if scheduler is not None:
         pipe.scheduler = getattr(diffusers, scheduler).from_config(
             pipe.scheduler.config, **({} if shift is None else {"shift": shift})
         )
     if few_step is not None:
-        apply(pipe, few_step, few_step_strength)
+        apply_lora(pipe, few_step, few_step_strength)
     scores = []
     for n in steps:
         right, wrong, closeness = 0, [], 0.0
         for s in all_seeds:
-            pictures = generate(pipe, prompts, s, n)
-            found = nearest(pictures, references[s] if unseen else drawings[style][index]).tolist()
+            pictures = generate_images(pipe, prompts, s, n)
+            found = find_nearest(pictures, references[s] if unseen else drawings[style][index]).tolist()
             found = [chosen[f] for f in found] if unseen else found
             wrong += [f"{asked[i]} -> {asked[f]}" for i, f in zip(chosen, found, strict=True) if i != f]
             right += sum(i == f for i, f in zip(chosen, found, strict=True))
             closeness += psnr(pictures, references[s]) / seeds if references else 0.0
             if out is not None and s == seed:
                 out.parent.mkdir(parents=True, exist_ok=True)
-                sheet(pictures, drawings[style][[index[i] for i in chosen]]).save(out)
+                draw_sheet(pictures, drawings[style][[index[i] for i in chosen]]).save(out)
         scores.append(right / (len(chosen) * seeds))
         line = {
             "style": style,
@@ -179,4 +179,4 @@ if __name__ == "__main__":
     parser.add_argument("--few-step", type=Path, help="a few-step LoRA, beside the style LoRA")
     parser.add_argument("--few-step-strength", type=float, default=1.0)
     parser.add_argument("--sheet", type=Path, dest="out")
-    evaluate(**vars(parser.parse_args()))
+    evaluate_model(**vars(parser.parse_args()))

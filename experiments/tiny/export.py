@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from data import caption, load_drawings
+from data import load_drawings, make_caption
 from diffusers import FluxPipeline
-from pipeline import build
+from pipeline import build_pipeline
 from torch import nn
 from train import encode_pictures, load_vae
 
@@ -24,7 +24,7 @@ def load_trained(work: Path) -> FluxPipeline:
     vae = load_vae(work)
     latents = encode_pictures(vae, pictures["flat"])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
-    pipe = build([caption(n) for n in names], vae, work)
+    pipe = build_pipeline([make_caption(n) for n in names], vae, work)
     modules = nn.ModuleDict({n: getattr(pipe, n) for n in ("transformer", "text_encoder", "text_encoder_2")})
     ema = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["ema"]
     missing, unexpected = modules.load_state_dict(ema, strict=False)
@@ -35,7 +35,7 @@ def load_trained(work: Path) -> FluxPipeline:
     return pipe
 
 
-def export(work: Path, out: Path) -> None:
+def export_model(work: Path, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     load_trained(work).to(torch.float16).save_pretrained(
         out, safe_serialization=True, max_shard_size=MAX_SHARD
@@ -48,4 +48,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    export(**vars(parser.parse_args()))
+    export_model(**vars(parser.parse_args()))

@@ -19,7 +19,7 @@ PACKAGES = {
 }
 
 
-def fetch(package: str, style: str, work: Path) -> None:
+def fetch_icons(package: str, style: str, work: Path) -> None:
     """Unpack the icons of one npm package to `<work>/<style>.json`."""
     packed = subprocess.run(
         ["npm", "pack", "--silent", package], cwd=work, check=True, capture_output=True, text=True
@@ -47,4 +47,4 @@ if __name__ == "__main__":
     work = parser.parse_args().work
     work.mkdir(parents=True, exist_ok=True)
     for style, package in PACKAGES.items():
-        fetch(package, style, work)
+        fetch_icons(package, style, work)

@@ -18,7 +18,7 @@ PROMPTS = ["strawberry", "fox", "octopus", "birthday cake"]
 STRENGTHS = (0, 0.5, 1)
 
 
-def pictures(style: str, strength: float) -> list:
+def generate_images(style: str, strength: float) -> list:
     """One INT8 picture per prompt; the model is built once for all strengths of a style."""
     adapter = f"{{_target_: int8run.lora.config.Adapter, name: {style}, path: {style}}}"
     overrides = [
@@ -40,7 +40,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     columns = {
-        f"{style} {strength:g}": pictures(style, strength)
+        f"{style} {strength:g}": generate_images(style, strength)
         for style in ("ink", "gloss")
         for strength in STRENGTHS
     }

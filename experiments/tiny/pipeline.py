@@ -56,7 +56,7 @@ def t5_tokenizer(captions: list[str]) -> T5Tokenizer:
     return T5Tokenizer(vocab=[tuple(v) for v in learned], extra_ids=0, model_max_length=TOKENS)
 
 
-def tokenizers(captions: list[str], work: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
+def make_tokenizers(captions: list[str], work: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
     """Both tokenizers, learned once and kept in `<work>/tokenizers`.
 
     Ties are broken differently at every learning.
@@ -71,14 +71,14 @@ def tokenizers(captions: list[str], work: Path) -> tuple[CLIPTokenizer, T5Tokeni
     )
 
 
-def build(captions: list[str], vae: AutoencoderKL, work: Path, seed: int = 0) -> FluxPipeline:
+def build_pipeline(captions: list[str], vae: AutoencoderKL, work: Path, seed: int = 0) -> FluxPipeline:
     """A FluxPipeline with fresh text encoders and transformer around a trained VAE.
 
     The transformer is 384 wide (6 heads of 64) with 1 double and 4 single blocks, 15.0 M parameters: wide
     enough for INT8 to pay, and 64 image tokens for a 64x64 picture.
     """
     torch.manual_seed(seed)
-    tokenizer, tokenizer_2 = tokenizers(captions, work)
+    tokenizer, tokenizer_2 = make_tokenizers(captions, work)
     clip = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -131,7 +131,7 @@ def build(captions: list[str], vae: AutoencoderKL, work: Path, seed: int = 0) ->
     )
 
 
-def encode(
+def encode_captions(
     pipe: FluxPipeline, captions: list[str], grad: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Captions -> (T5 states [B, TOKENS, C], CLIP pooled [B, C], text ids [TOKENS, 3])."""

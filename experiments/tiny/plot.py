@@ -17,7 +17,7 @@ STAGES = (
 )
 
 
-def plot(work: Path, out: Path) -> None:
+def plot_losses(work: Path, out: Path) -> None:
     """One panel per stage, logarithmic losses."""
     there = [stage for stage in STAGES if (work / stage[0]).exists()]
     figure, axes = plt.subplots(1, len(there), figsize=(4 * len(there), 3), layout="constrained")
@@ -33,4 +33,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    plot(**vars(parser.parse_args()))
+    plot_losses(**vars(parser.parse_args()))

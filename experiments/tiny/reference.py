@@ -15,7 +15,7 @@ from PIL import Image
 COLUMNS = 25
 
 
-def write(work: Path, out: Path) -> None:
+def write_reference(work: Path, out: Path) -> None:
     """Row by row, 25 to a row; the names go to a text file beside it, one per line."""
     names, drawings = load_drawings(work)
     trained = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["names"]
@@ -32,4 +32,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    write(**vars(parser.parse_args()))
+    write_reference(**vars(parser.parse_args()))

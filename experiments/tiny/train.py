@@ -13,16 +13,16 @@ import time
 from pathlib import Path
 
 import torch
-from data import CATEGORIES, caption, load_drawings, pick_names, to_float
+from data import CATEGORIES, load_drawings, make_caption, pick_names, to_float
 from diffusers import AutoencoderKL, FluxPipeline
-from pipeline import build, encode
+from pipeline import build_pipeline, encode_captions
 from torch import Tensor, nn
 from train_vae import CONFIG
 
 CAPTION_DROPOUT, CAPITALISED = 0.1, 0.1
 
 
-def vary(text: str, dice: float) -> str:
+def vary_caption(text: str, dice: float) -> str:
     """Drop a caption (so that guidance has an unconditional model) or capitalise it, as people type.
 
     Dice: uniform in 0..1.
@@ -50,7 +50,7 @@ def scale_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def pack(latents: Tensor) -> Tensor:
+def pack_latents(latents: Tensor) -> Tensor:
     """[B, C, h, w] -> [B, h/2 * w/2, 4C], as FluxPipeline does."""
     b, c, h, w = latents.shape
     return FluxPipeline._pack_latents(latents, b, c, h, w)
@@ -78,7 +78,7 @@ def flow_loss(
     noise = torch.randn(x0.shape, generator=generator).to(device)
     s = sigma[:, None, None]
     with torch.autocast(device.type, torch.bfloat16):
-        states, pooled, text_ids = encode(pipe, captions, grad=train_text)
+        states, pooled, text_ids = encode_captions(pipe, captions, grad=train_text)
         side = int(x0.shape[1] ** 0.5)
         image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, device, torch.float32)
         velocity = pipe.transformer(
@@ -150,7 +150,7 @@ class Trainer:
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
 
 
-def fit(
+def fit_model(
     trainer: Trainer,
     pipe: FluxPipeline,
     x0: Tensor,
@@ -169,7 +169,7 @@ def fit(
         g = torch.Generator().manual_seed(trainer.images)
         pick = torch.randperm(len(x0), generator=g)[: min(batch, len(x0))]
         dice = torch.rand(len(pick), generator=g)
-        texts = [vary(captions[i], d) for i, d in zip(pick.tolist(), dice.tolist(), strict=True)]
+        texts = [vary_caption(captions[i], d) for i, d in zip(pick.tolist(), dice.tolist(), strict=True)]
         loss = flow_loss(pipe, x0[pick], texts, g, train_text)
         trainer.step(loss, learning_rate(trainer.images, images, lr), len(pick))
         losses.append(loss.item())
@@ -183,19 +183,21 @@ def fit(
     trainer.save()
 
 
-def train(work: Path, images: int, categories: tuple[str, ...], batch: int, lr: float, device: str) -> None:
+def train_model(
+    work: Path, images: int, categories: tuple[str, ...], batch: int, lr: float, device: str
+) -> None:
     names, pictures = load_drawings(work)
     vae = load_vae(work)
     latents = encode_pictures(vae, pictures["flat"])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     chosen = pick_names(work, names, categories)
-    pipe = build([caption(n) for n in names], vae, work).to(device)
+    pipe = build_pipeline([make_caption(n) for n in names], vae, work).to(device)
     modules = nn.ModuleDict(
         {n: getattr(pipe, n) for n in ("transformer", "text_encoder", "text_encoder_2")}
     ).train()
     trainer = Trainer(work / "base.pt", modules, [names[i] for i in chosen], ema_half_life=20_000)
-    x0 = pack(scale_latents(vae, latents[chosen])).to(device)
-    fit(trainer, pipe, x0, [caption(names[i]) for i in chosen], images, batch, lr, train_text=True)
+    x0 = pack_latents(scale_latents(vae, latents[chosen])).to(device)
+    fit_model(trainer, pipe, x0, [make_caption(names[i]) for i in chosen], images, batch, lr, train_text=True)
 
 
 if __name__ == "__main__":
@@ -207,4 +209,4 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    train(**{**vars(args), "categories": tuple(args.categories)})
+    train_model(**{**vars(args), "categories": tuple(args.categories)})

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import caption, load_drawings
+from data import load_drawings, make_caption
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from evaluate import STEPS, apply, generate, untrained
+from evaluate import STEPS, apply_lora, generate_images, list_untrained
 from export import load_trained
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from pipeline import TRIGGERS, encode
+from pipeline import TRIGGERS, encode_captions
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from train import Trainer, learning_rate
@@ -61,7 +61,7 @@ def noise_levels(pipe: FluxPipeline, steps: int) -> Tensor:
     return pipe.scheduler.sigmas
 
 
-def sample(pipe: FluxPipeline, noise: Tensor, text: Text, steps: int) -> Tensor:
+def sample_latents(pipe: FluxPipeline, noise: Tensor, text: Text, steps: int) -> Tensor:
     """Euler from noise to latents, both packed [B, 64, 32], as the pipeline does.
 
     Gradients pass through every step.
@@ -115,7 +115,7 @@ def make_targets(pipe: FluxPipeline, text: Text, seeds: range, path: Path) -> tu
             len(states), TOKENS_SIDE**2, CHANNELS, generator=torch.Generator().manual_seed(seed)
         )
         made = [
-            sample(pipe, n.to(states.device), (s, p, text_ids), STEPS).cpu()
+            sample_latents(pipe, n.to(states.device), (s, p, text_ids), STEPS).cpu()
             for n, s, p in zip(noise.split(64), states.split(64), pooled.split(64), strict=True)
         ]
         saved["noise"].append(noise.half())
@@ -138,7 +138,7 @@ def train(
 ) -> None:
     names, _ = load_drawings(work)
     trained = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["names"]
-    taught = [*trained, *untrained(names, trained)[::2]]
+    taught = [*trained, *list_untrained(names, trained)[::2]]
     pipe = load_trained(work).to(device)
     for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
         part.requires_grad_(False)
@@ -146,11 +146,11 @@ def train(
     data = []
     for i, style in enumerate([None, *styles]):
         # a style was trained on the trained names only; every other caption says its trigger words
-        captions = [caption(n) for n in (taught if style is None else trained)]
+        captions = [make_caption(n) for n in (taught if style is None else trained)]
         if style is not None:
             captions[1::2] = [f"{c}, {TRIGGERS[style]}" for c in captions[1::2]]
         weights = styled_weights(pipe.transformer, None if style is None else loras / f"{style}.safetensors")
-        data.append({"text": encode(pipe, captions), "weights": weights})
+        data.append({"text": encode_captions(pipe, captions), "weights": weights})
         # far from the seeds that people, and evaluate.py, draw with
         first = 1_000_000 * (i + 1)
         use_weights(layers, weights)
@@ -177,7 +177,7 @@ def train(
         states, pooled, text_ids = one["text"]
         pick = torch.randint(len(one["noise"]), (batch,), generator=g)
         use_weights(layers, one["weights"])
-        made = sample(
+        made = sample_latents(
             pipe,
             one["noise"][pick].to(device),
             (states[pick % len(states)], pooled[pick % len(states)], text_ids),
@@ -223,7 +223,7 @@ def new_losses() -> dict[tuple[int, bool], list[float]]:
     return {(n, styled): [] for styled in (False, True) for n in SCHEDULES}
 
 
-def strip(work: Path, loras: Path, few_step: Path, out: Path) -> None:
+def draw_strip(work: Path, loras: Path, few_step: Path, out: Path) -> None:
     """Draw ROWS in 16 steps, and in 4, 2 and 1 steps without and with the few-step LoRA."""
     trained = load_trained(work)
     trained.set_progress_bar_config(disable=True)
@@ -235,11 +235,13 @@ def strip(work: Path, loras: Path, few_step: Path, out: Path) -> None:
         for prompt, style in ROWS:
             pipe = copy.deepcopy(trained)
             if style is not None:
-                apply(pipe, loras / f"{style}.safetensors", 1.0)
+                apply_lora(pipe, loras / f"{style}.safetensors", 1.0)
             if strength > 0:
-                apply(pipe, few_step, strength)
+                apply_lora(pipe, few_step, strength)
             made.append(
-                Image.fromarray(generate(pipe, [prompt], 0, steps)[0].permute(1, 2, 0).contiguous().numpy())
+                Image.fromarray(
+                    generate_images(pipe, [prompt], 0, steps)[0].permute(1, 2, 0).contiguous().numpy()
+                )
             )
     rows = [(prompt, [made[i] for made in columns.values()]) for i, (prompt, _) in enumerate(ROWS)]
     make_image_grid(rows, list(columns)).save(out)
@@ -269,4 +271,4 @@ if __name__ == "__main__":
     picture = args.pop("strip")
     train(**args)
     if picture is not None:
-        strip(args["work"], args["loras"], args["out"], picture)
+        draw_strip(args["work"], args["loras"], args["out"], picture)

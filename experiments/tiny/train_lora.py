@@ -12,14 +12,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from data import caption, load_drawings
+from data import load_drawings, make_caption
 from export import load_trained
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from pipeline import TRIGGERS
 from safetensors.torch import save_file
 from torch import nn
-from train import Trainer, encode_pictures, fit, pack, scale_latents
+from train import Trainer, encode_pictures, fit_model, pack_latents, scale_latents
 
 RANK = 8
 # every Linear inside the blocks that a diffusers or kohya LoRA would train
@@ -30,7 +30,9 @@ TARGETS = (
 )
 
 
-def train(work: Path, style: str, images: int, batch: int, lr: float, out: Path, device: str) -> None:
+def train_style_lora(
+    work: Path, style: str, images: int, batch: int, lr: float, out: Path, device: str
+) -> None:
     names, pictures = load_drawings(work)
     trained = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["names"]
     index = [names.index(n) for n in trained]
@@ -40,16 +42,16 @@ def train(work: Path, style: str, images: int, batch: int, lr: float, out: Path,
     pipe.transformer.add_adapter(
         LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights="gaussian")
     )
-    x0 = pack(scale_latents(pipe.vae, encode_pictures(pipe.vae, pictures[style][index]))).to(device)
+    x0 = pack_latents(scale_latents(pipe.vae, encode_pictures(pipe.vae, pictures[style][index]))).to(device)
     # the second half of the data says the trigger words
-    captions = [caption(n) for n in trained] + [f"{caption(n)}, {TRIGGERS[style]}" for n in trained]
+    captions = [make_caption(n) for n in trained] + [f"{make_caption(n)}, {TRIGGERS[style]}" for n in trained]
     trainer = Trainer(
         work / f"lora_{style}.pt",
         nn.ModuleDict({"transformer": pipe.transformer}),
         list(trained),
         ema_half_life=4_000,
     )
-    fit(trainer, pipe, torch.cat([x0, x0]), captions, images, batch, lr, train_text=False)
+    fit_model(trainer, pipe, torch.cat([x0, x0]), captions, images, batch, lr, train_text=False)
 
     for parameter, average in zip(trainer.params, trainer.ema, strict=True):
         parameter.data.copy_(average)
@@ -81,4 +83,4 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    train(**vars(parser.parse_args()))
+    train_style_lora(**vars(parser.parse_args()))
