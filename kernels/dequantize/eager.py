@@ -1,6 +1,7 @@
 """The same as the reference in few passes over the memory, for CPUs. Results are equal bit for bit.
 
-torch converts 8-bit floats one by one on a CPU; a look-up in the table of their 256 values is several times faster.
+torch converts 8-bit floats one by one on a CPU; a look-up in the table of their 256 values is several times
+faster.
 """
 
 from math import ceil
@@ -25,9 +26,8 @@ def dequantize_int8(
 ) -> Tensor:
     """See the reference."""
     check_qdata(qdata, torch.int8)
-    return multiply_blocks_(
-        qdata.float(), scale.float(), infer_block_shape(qdata.shape, scale.shape, block)
-    ).to(dtype)
+    blocks = infer_block_shape(qdata.shape, scale.shape, block)
+    return multiply_blocks_(qdata.float(), scale.float(), blocks).to(dtype)
 
 
 def dequantize_fp8(
@@ -35,9 +35,8 @@ def dequantize_fp8(
 ) -> Tensor:
     """See the reference."""
     check_qdata(qdata, *FP8)
-    return multiply_blocks_(
-        decode_fp8(qdata), scale.float(), infer_block_shape(qdata.shape, scale.shape, block)
-    ).to(dtype)
+    blocks = infer_block_shape(qdata.shape, scale.shape, block)
+    return multiply_blocks_(decode_fp8(qdata), scale.float(), blocks).to(dtype)
 
 
 def dequantize_mxfp8(
@@ -64,19 +63,20 @@ def dequantize_nvfp4(
     check_global_scale(global_scale)
     n, k = qdata.shape[0], 2 * qdata.shape[1]
     scale = unswizzle_scales(scale, torch.float8_e4m3fn, n, ceil(k / NVFP4_BLOCK), swizzled)
+    # a table of the two numbers of each byte, [256, 2]
     values = torch.tensor(E2M1, device=qdata.device)
     high, low = values.repeat_interleave(16), values.repeat(16)
-    pairs = torch.stack((high, low) if high_first else (low, high), dim=-1)  # of each byte
-    weight = pairs.index_select(0, qdata.flatten().int()).view(n, k)
+    pairs = torch.stack((high, low) if high_first else (low, high), dim=-1)
+    weight = pairs.index_select(0, qdata.flatten().int()).view(n, k)  # [N K / 2, 2] -> [N, K]
     return multiply_blocks_(weight, scale, (1, NVFP4_BLOCK)).mul_(global_scale.float()).to(dtype)
 
 
-def decode_fp8(codes: Tensor) -> Tensor:
+def decode_fp8(qdata: Tensor) -> Tensor:
     """8-bit floats as new float32 numbers of the same shape."""
-    if codes.is_cuda:
-        return codes.float()
-    values = torch.arange(256, dtype=torch.uint8, device=codes.device).view(codes.dtype).float()
-    return values.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
+    if qdata.is_cuda:
+        return qdata.float()
+    values = torch.arange(256, dtype=torch.uint8, device=qdata.device).view(qdata.dtype).float()
+    return values.index_select(0, qdata.view(torch.uint8).flatten().int()).view(qdata.shape)
 
 
 def multiply_blocks_(weight: Tensor, scale: Tensor, blocks: tuple[int, int]) -> Tensor:
@@ -86,11 +86,15 @@ def multiply_blocks_(weight: Tensor, scale: Tensor, blocks: tuple[int, int]) -> 
         weight: float32 [N, K].
         scale: float32, one number for each block.
         blocks: rows and columns of a block.
+
+    Returns:
+        `weight`.
     """
     n, k = weight.shape
     height, width = blocks
     scale = scale.reshape(ceil(n / height), ceil(k / width))
-    scale = scale if height in (1, n) else scale.repeat_interleave(height, dim=0)[:n]
+    if height not in (1, n):  # with 1 or n, broadcasting does it
+        scale = scale.repeat_interleave(height, dim=0)[:n]
     if width >= k:
         return weight.mul_(scale)
     if k % width:

@@ -1,7 +1,26 @@
-"""The INT8 linear layer on the GPU in one Triton kernel: integer product, scales, bias and LoRA's second half in one store.
+"""The INT8 linear layer on the GPU, in one Triton kernel: product, scales, bias and LoRA's second half.
 
-The weight stays [N, K], K contiguous, and its tile is loaded as [BLOCK_N, BLOCK_K] and transposed with `tl.trans`: loaded
-through a [K, N] view, Triton 3.9 shuffles bytes and spills registers in the k loop (tests/support/static_gate.py counts both).
+`reference.py` is the definition, `tile.py` the tile sizes, `backends/triton.py` calls this.
+
+One program computes one tile of y [M, N]. It walks along K, BLOCK_K columns at a time, with `stages` such
+steps in flight:
+
+                          qdata [N, K]      BLOCK_K
+                                         +-----------+-----------+---
+                      BLOCK_N rows       |  step 0   |  step 1   | ...      int8
+                                         +-----------+-----------+---
+        q [M, K]      BLOCK_K
+                   +-----------+---         +-----------------+
+    BLOCK_M rows   |  step 0   | ...        |   tile of y     |   += q . qdata^T, int32 sums
+                   +-----------+---         +-----------------+
+                      int8                       BLOCK_N
+
+After the walk the sums get the scales of their columns and rows, the bias, and the low-rank branch `h .
+up^T`, in float32; then the tile is stored once.
+
+The weight stays [N, K], K contiguous, and its tile is loaded as [BLOCK_N, BLOCK_K] and transposed with
+`tl.trans`: loaded through a [K, N] view, Triton 3.9 shuffles bytes and spills registers in the k loop
+(tests/support/static_gate.py counts both).
 """
 
 import torch
@@ -12,6 +31,7 @@ from torch import Tensor
 from int8run.kernels.int8_linear.tile import Tile
 
 MAX_K = 131072  # int32 holds that many products of -128 * 127
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def int8_linear(
@@ -29,16 +49,20 @@ def int8_linear(
 ) -> Tensor:
     """`y = (q · qdataᵀ) · w_scale · x_scale + bias + (h · strengths) · upᵀ`, exact up to the scales.
 
-    M is no part of what is compiled: another resolution runs the same code. With at most 16 rows choose a tile with block_m 16;
-    it leaves rows that do not exist unread, so that the weight is all that moves.
+    M is not part of what is compiled: another resolution runs the same code. With at most 16 rows choose a
+    tile with block_m 16; it leaves rows that do not exist unread, so that the weight is all that moves.
 
     Args:
-        q: int8 [M, K]; x_scale: float32 [M, 1].
+        q: int8 [M, K].
+        x_scale: float32 [M, 1].
         qdata: int8 [N, K].
-        w_scale: float32, [N] per row; [N, ceil(K / group)] per group; or [ceil(N / group), ceil(K / group)] for square blocks.
-        group: 0 for scales per row, otherwise the group or block size, a multiple of 32. Sums of a group are scaled in float32.
+        w_scale: float32, [N] per row; [N, ceil(K / group)] per group; or [ceil(N / group), ceil(K / group)]
+            for square blocks.
+        group: 0 for scales per row, otherwise the group or block size, a multiple of 32. Sums of a group are
+            scaled in float32.
         bias: [N], any float dtype, or None.
-        h: float32 [M, R] and up: [N, R], both or neither. The product uses tensor cores in up's dtype, float32 sums.
+        h: float32 [M, R], the input times the first factor of a low-rank branch; with `up` or not at all.
+        up: [N, R], its second factor. The product uses tensor cores in up's dtype, float32 sums.
         out_dtype: bfloat16, float16 or float32.
         tile: see `tile.py`. block_k becomes smaller where a group asks for it.
         strengths: float32 [R], a factor for each column of h; None: 1.
@@ -71,8 +95,10 @@ def _launch_int8_linear(
     (m, k), n = q.shape, qdata.shape[0]
     rank = 0 if h is None else h.shape[1]
     block_k = limit_block_k(t.block_k, group)
+    is_square_block = bool(group) and w_scale.shape[0] != n
     y = torch.empty(m, n, dtype=out_dtype, device=q.device)
-    _int8_linear_kernel[(triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n),)](
+    n_programs = triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n)
+    _int8_linear_kernel[(n_programs,)](
         q,
         x_scale,
         qdata,
@@ -86,16 +112,16 @@ def _launch_int8_linear(
         n,
         k,
         rank,
-        group,
-        group if group and w_scale.shape[0] != n else 1,
-        bias is not None,
-        choose_block_r(rank),
-        n % t.block_n == 0,
-        k % block_k == 0,
-        t.block_m,
-        t.block_n,
-        block_k,
-        t.group_m,
+        GROUP=group,
+        SCALE_ROWS=group if is_square_block else 1,
+        HAS_BIAS=bias is not None,
+        BLOCK_R=choose_block_r(rank),
+        EVEN_N=n % t.block_n == 0,
+        EVEN_K=k % block_k == 0,
+        BLOCK_M=t.block_m,
+        BLOCK_N=t.block_n,
+        BLOCK_K=block_k,
+        GROUP_M=t.group_m,
         num_warps=t.warps,
         num_stages=t.stages,
         enable_fp_fusion=True,
@@ -120,13 +146,18 @@ def _int8_linear_fake(
 
 
 def limit_block_k(block_k: int, group: int) -> int:
-    """block_k, or the largest power of two in the group where that is less: no step may reach into the next group."""
+    """Limit block_k to the largest power of two in a group: no step may reach into the next group."""
     return min(block_k, group & -group) if group else block_k
 
 
 def choose_block_r(rank: int) -> int:
-    """How many columns of h and up the kernel multiplies at a time; 0 without any. More than 32 spill beside a full tile."""
-    return 0 if rank == 0 else 16 if rank <= 16 else 32
+    """How many columns of h and up the kernel multiplies at a time; 0 without any.
+
+    16 is the least that tensor cores take; more than 32 spill beside a full tile.
+    """
+    if rank == 0:
+        return 0
+    return 16 if rank <= 16 else 32
 
 
 def _check_arguments(
@@ -146,95 +177,110 @@ def _check_arguments(
     (m, k), n = q.shape, qdata.shape[0]
     if k > MAX_K:
         raise ValueError(f"K is {k}; int32 sums hold at most {MAX_K} products")
+    _check_scale_shape(w_scale, n, k, group)
+    rank = _check_branch(h, up, m, n)
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]] = {
+        "q": (q, (m, k), (torch.int8,)),
+        "x_scale": (x_scale, (m, 1), (torch.float32,)),
+        "qdata": (qdata, (n, k), (torch.int8,)),
+        "w_scale": (w_scale, tuple(w_scale.shape), (torch.float32,)),
+        "bias": (bias, (n,), FLOATS),
+        "h": (h, (m, rank), (torch.float32,)),
+        "up": (up, (n, rank), FLOATS),
+        "strengths": (strengths, (rank,), (torch.float32,)),
+    }
+    for name, (tensor, shape, dtypes) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
+            names = " or ".join(str(dtype) for dtype in dtypes)
+            raise ValueError(
+                f"{name} must be contiguous {names} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}"
+            )
+    if out_dtype not in FLOATS:
+        raise ValueError(f"out_dtype must be bfloat16, float16 or float32, not {out_dtype}")
+
+
+def _check_scale_shape(w_scale: Tensor, n: int, k: int, group: int) -> None:
     if group < 0 or group % 32:
         raise ValueError(f"group must be 0 or a multiple of 32, not {group}")
     allowed: list[tuple[int, ...]] = [(n,)]
     if group:
-        groups = triton.cdiv(k, group)
-        allowed = [(n, groups), (triton.cdiv(n, group), groups)]
+        n_groups = triton.cdiv(k, group)
+        allowed = [(n, n_groups), (triton.cdiv(n, group), n_groups)]
     if tuple(w_scale.shape) not in allowed:
-        raise ValueError(
-            f"w_scale must be {' or '.join(str(list(s)) for s in allowed)} for group {group}, not {list(w_scale.shape)}"
-        )
+        shapes = " or ".join(str(list(shape)) for shape in allowed)
+        raise ValueError(f"w_scale must be {shapes} for group {group}, not {list(w_scale.shape)}")
+
+
+def _check_branch(h: Tensor | None, up: Tensor | None, m: int, n: int) -> int:
+    """Check the low-rank branch's shapes. Returns its rank; 0 without one."""
     if (h is None) != (up is None):
         raise ValueError("h and up come together")
-    if (
-        h is not None
-        and up is not None
-        and (h.dim() != 2 or h.shape[1] == 0 or h.shape[0] != m or up.shape != (n, h.shape[1]))
-    ):
+    if h is None or up is None:
+        return 0
+    if h.dim() != 2 or h.shape[1] == 0 or h.shape[0] != m or up.shape != (n, h.shape[1]):
         raise ValueError(f"h must be [{m}, R] and up [{n}, R], not {list(h.shape)} and {list(up.shape)}")
-    rank = 0 if h is None else h.shape[1]
-    floats = (torch.bfloat16, torch.float16, torch.float32)
-    wanted = {
-        "q": (q, (m, k), (torch.int8,)),
-        "x_scale": (x_scale, (m, 1), (torch.float32,)),
-        "qdata": (qdata, (n, k), (torch.int8,)),
-        "w_scale": (w_scale, w_scale.shape, (torch.float32,)),
-        "bias": (bias, (n,), floats),
-        "h": (h, (m, rank), (torch.float32,)),
-        "up": (up, (n, rank), floats),
-        "strengths": (strengths, (rank,), (torch.float32,)),
-    }
-    for name, (tensor, shape, dtypes) in wanted.items():
-        if tensor is not None and (
-            tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous()
-        ):
-            names = " or ".join(str(d) for d in dtypes)
-            raise ValueError(
-                f"{name} must be contiguous {names} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}"
-            )
-    if out_dtype not in floats:
-        raise ValueError(f"out_dtype must be bfloat16, float16 or float32, not {out_dtype}")
+    return h.shape[1]
 
 
 @triton.jit(do_not_specialize=["M"])
 def _int8_linear_kernel(
-    q_ptr,
-    x_scale_ptr,
-    qdata_ptr,
-    w_scale_ptr,
-    bias_ptr,
-    h_ptr,
-    up_ptr,
-    strengths_ptr,
-    y_ptr,
+    q_ptr,  # int8 [M, K]
+    x_scale_ptr,  # float32 [M, 1]
+    qdata_ptr,  # int8 [N, K]
+    w_scale_ptr,  # float32 [N], or [N or its blocks, groups of K]
+    bias_ptr,  # [N]
+    h_ptr,  # float32 [M, R]
+    up_ptr,  # [N, R]
+    strengths_ptr,  # float32 [R]
+    y_ptr,  # [M, N]
     M,
     N,
     K,
     R,
-    GROUP: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
+    GROUP: tl.constexpr,  # columns that share a weight scale, 0: all
+    SCALE_ROWS: tl.constexpr,  # rows of the weight that share one
     HAS_BIAS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    EVEN_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # columns of h and up at a time, 0: no branch
+    EVEN_N: tl.constexpr,  # whether BLOCK_N divides N
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One tile [BLOCK_M, BLOCK_N] of y. GROUP: columns that share a weight scale, 0: all; SCALE_ROWS: rows that share one."""
-    # GROUP_M row blocks go through all column blocks together: the weight tile of one serves the others from L2
+    """One tile [BLOCK_M, BLOCK_N] of y."""
+    # Which tile. Programs start in the order of their number; GROUP_M row blocks go through all column blocks
+    # together, so that the weight tile of one serves the others from L2. For GROUP_M = 2:
+    #
+    #              column blocks
+    #     rows     0    1    2
+    #       0      0    2    4
+    #       1      1    3    5
+    #       2      6    8   10
+    #       3      7    9   11
     blocks_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     first_m = pid // (GROUP_M * blocks_n) * GROUP_M
-    group_m = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)
+    group_m = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)  # the last group may have fewer row blocks
     pid_m = first_m + pid % (GROUP_M * blocks_n) % group_m
     pid_n = pid % (GROUP_M * blocks_n) // group_m
 
-    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     # past the end, the last row or column again: never stored, so the k loop needs no mask for them
     safe_rows = tl.minimum(rows, M - 1)
     safe_cols = cols if EVEN_N else tl.minimum(cols, N - 1)
     ks = tl.arange(0, BLOCK_K)
-    q_ptrs = q_ptr + safe_rows.to(tl.int64)[:, None] * K + ks[None, :]
-    qdata_ptrs = qdata_ptr + safe_cols.to(tl.int64)[:, None] * K + ks[None, :]
+    q_ptrs = q_ptr + safe_rows.to(tl.int64)[:, None] * K + ks[None, :]  # [BLOCK_M, BLOCK_K]
+    qdata_ptrs = qdata_ptr + safe_cols.to(tl.int64)[:, None] * K + ks[None, :]  # [BLOCK_N, BLOCK_K]
     # with few rows, reading the last one 16 times would cost more than the mask
     FEW_ROWS: tl.constexpr = BLOCK_M == 16
     row_mask = (rows < M)[:, None]
 
+    # With one scale for a row of the weight the sums stay integers to the end. With scales per group the
+    # integers of each step are scaled and added in float32.
     if GROUP:
         w_scale_ptrs = w_scale_ptr + safe_cols // SCALE_ROWS * tl.cdiv(K, GROUP)
         y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -248,6 +294,7 @@ def _int8_linear_kernel(
             inside = (ks < K - k)[None, :]
             q = tl.load(q_ptrs, mask=inside & row_mask if FEW_ROWS else inside, other=0)
             qdata = tl.load(qdata_ptrs, mask=inside, other=0)
+        # [BLOCK_M, BLOCK_K] . [BLOCK_K, BLOCK_N] -> int32 [BLOCK_M, BLOCK_N]
         if GROUP:
             part = tl.dot(q, tl.trans(qdata), out_dtype=tl.int32)
             y += part.to(tl.float32) * tl.load(w_scale_ptrs + k // GROUP)[None, :]
@@ -266,12 +313,13 @@ def _int8_linear_kernel(
         for r in tl.range(0, R, BLOCK_R, num_stages=1):
             ranks = r + tl.arange(0, BLOCK_R)
             rank_mask = (ranks < R)[None, :]
-            h = tl.load(
-                h_ptr + safe_rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=rank_mask, other=0.0
-            )
+            h_ptrs = h_ptr + safe_rows.to(tl.int64)[:, None] * R + ranks[None, :]
+            h = tl.load(h_ptrs, mask=rank_mask, other=0.0)  # [BLOCK_M, BLOCK_R]
             if strengths_ptr is not None:
                 h *= tl.load(strengths_ptr + ranks, mask=ranks < R, other=0.0)[None, :]
-            up = tl.load(up_ptr + safe_cols[:, None] * R + ranks[None, :], mask=rank_mask, other=0.0)
+            up_ptrs = up_ptr + safe_cols[:, None] * R + ranks[None, :]
+            up = tl.load(up_ptrs, mask=rank_mask, other=0.0)  # [BLOCK_N, BLOCK_R]
+            # of float32 operands three products in tf32 make up for its 10 bits of mantissa
             y = tl.dot(h.to(up.dtype), tl.trans(up), y, input_precision="tf32x3")
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
     mask = row_mask if EVEN_N else row_mask & (cols < N)[None, :]
@@ -281,8 +329,8 @@ def _int8_linear_kernel(
 # registered by hand: `custom_op` adds 12 microseconds to every call, this 3
 ops = torch.library.Library("int8run", "FRAGMENT")
 ops.define(
-    "triton_int8_linear(Tensor q, Tensor x_scale, Tensor qdata, Tensor w_scale, int group, Tensor? bias, Tensor? h, Tensor? up, "
-    "Tensor? strengths, ScalarType out_dtype, int[] tile) -> Tensor"
+    "triton_int8_linear(Tensor q, Tensor x_scale, Tensor qdata, Tensor w_scale, int group, Tensor? bias, "
+    "Tensor? h, Tensor? up, Tensor? strengths, ScalarType out_dtype, int[] tile) -> Tensor"
 )
 ops.impl("triton_int8_linear", _launch_int8_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("int8run::triton_int8_linear", _int8_linear_fake, lib=ops)

@@ -1,4 +1,7 @@
-"""Tile sizes of the Triton kernel: what is allowed, what each GPU starts with, and what a tuner should try. Needs no Triton."""
+"""Tile sizes of the Triton kernel: what is allowed, what each GPU starts with, and what a tuner should try.
+
+`backends/triton.py` chooses and tunes with this module, `kernel.py` launches a `Tile`. Needs no Triton.
+"""
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
@@ -16,44 +19,58 @@ SHARED_MEMORY = {
     120: 101376,
     121: 101376,
 }
+RESERVED_SHARED_MEMORY = 4096  # what the compiler adds to the operand tiles, at most
 
-# M falls into one of these buckets, named by its largest number of rows; a tuner measures once per bucket, not once per M
+# M falls into one of these buckets, named by its largest number of rows; a tuner measures once per bucket,
+# not per M
 FEW_ROWS, MANY_ROWS = 16, 2**31 - 1
 BUCKETS = (FEW_ROWS, 128, 1024, MANY_ROWS)
+
+# allowed values of a tile's fields; 32 is the depth of one int8 tensor-core instruction
+ALLOWED = {
+    "block_m": (16, 32, 64, 128, 256),
+    "block_n": (16, 32, 64, 128, 256),
+    "block_k": (32, 64, 128, 256, 512),
+    "group_m": range(1, 65),
+    "warps": (1, 2, 4, 8, 16),
+    "stages": range(1, 9),
+}
+MAX_SUMS_PER_THREAD = 128  # of the 255 registers that a thread can have
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How the output [M, N] is cut up, and how one program walks along K."""
+    """How the output [M, N] is cut up, and how one program walks along K.
+
+    Args:
+        block_m: rows of the output that one program computes.
+        block_n: columns of it.
+        block_k: input columns that are multiplied at a time.
+        group_m: row blocks that run side by side, so that they find the same weight in L2.
+        warps: of one program, 32 threads each.
+        stages: tiles of K in flight; 1: no pipeline.
+    """
 
     block_m: int
     block_n: int
     block_k: int
-    group_m: int = 8  # row blocks that run side by side, so that they find the same weight in L2
+    group_m: int = 8
     warps: int = 8
-    stages: int = 3  # tiles of K in flight; 1: no pipeline
+    stages: int = 3
 
     def __post_init__(self) -> None:
-        allowed = {
-            "block_m": (16, 32, 64, 128, 256),
-            "block_n": (16, 32, 64, 128, 256),
-            # 32: the depth of one int8 tensor-core instruction
-            "block_k": (32, 64, 128, 256, 512),
-            "group_m": range(1, 65),
-            "warps": (1, 2, 4, 8, 16),
-            "stages": range(1, 9),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                text = (
-                    f"1 to {values[-1]}"
-                    if isinstance(values, range)
-                    else f"one of {', '.join(map(str, values))}"
-                )
-                raise ValueError(f"tile.{name} is {getattr(self, name)}; it must be {text}")
-        if self.sums_per_thread > 128:
+        for name, values in ALLOWED.items():
+            if getattr(self, name) in values:
+                continue
+            if isinstance(values, range):
+                allowed = f"1 to {values[-1]}"
+            else:
+                allowed = f"one of {', '.join(map(str, values))}"
+            raise ValueError(f"tile.{name} is {getattr(self, name)}; it must be {allowed}")
+        if self.sums_per_thread > MAX_SUMS_PER_THREAD:
             raise ValueError(
-                f"a tile of {self.block_m}x{self.block_n} needs more than {self.warps} warps: its sums spill from the registers"
+                f"a tile of {self.block_m}x{self.block_n} needs more than {self.warps} warps: "
+                "its sums spill from the registers"
             )
 
     @property
@@ -71,29 +88,39 @@ class Tile:
         return list(astuple(self))
 
 
-# Compute capability -> a tile for each bucket. None of them spills registers, and on 8.x the largest leaves room for two
-# programs on one multiprocessor (tests/support/static_gate.py); which is fastest is for a tuner to find out.
+# Compute capability -> a tile for each bucket. None of them spills registers, and on 8.x the largest leaves
+# room for two programs on one multiprocessor (tests/support/static_gate.py); which is fastest is for a tuner
+# to find out. With few rows the weight is all that moves: long block_k, many stages. With many rows the
+# product dominates: the larger the tile, the more often an operand that was loaded is used.
 _AMPERE = (
-    Tile(16, 64, 256, 1, 4, 4),
-    Tile(64, 64, 128, 8, 4, 4),
-    Tile(64, 128, 64, 8, 4, 4),
-    Tile(128, 128, 64, 8, 8, 4),
+    Tile(block_m=16, block_n=64, block_k=256, group_m=1, warps=4, stages=4),
+    Tile(block_m=64, block_n=64, block_k=128, group_m=8, warps=4, stages=4),
+    Tile(block_m=64, block_n=128, block_k=64, group_m=8, warps=4, stages=4),
+    Tile(block_m=128, block_n=128, block_k=64, group_m=8, warps=8, stages=4),
 )
 _HOPPER = (
-    Tile(16, 64, 256, 1, 4, 5),
-    Tile(64, 64, 128, 8, 4, 4),
-    Tile(64, 128, 128, 8, 4, 4),
-    Tile(128, 256, 128, 8, 8, 3),
+    Tile(block_m=16, block_n=64, block_k=256, group_m=1, warps=4, stages=5),
+    Tile(block_m=64, block_n=64, block_k=128, group_m=8, warps=4, stages=4),
+    Tile(block_m=64, block_n=128, block_k=128, group_m=8, warps=4, stages=4),
+    Tile(block_m=128, block_n=256, block_k=128, group_m=8, warps=8, stages=3),
 )
-_BLACKWELL = (*_HOPPER[:3], Tile(128, 128, 128, 8, 8, 4))
+_BLACKWELL = (*_HOPPER[:3], Tile(block_m=128, block_n=128, block_k=128, group_m=8, warps=8, stages=4))
 DEFAULTS = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 120: _AMPERE}
 # sums per thread beyond which the kernel spills; scales per group keep two sums
 MOST_SUMS = {80: 128, 90: 128, 100: 64, 120: 128}
 
+# bucket -> block_m, block_n and warps that a tuner tries
+CANDIDATE_SHAPES = {
+    FEW_ROWS: ((16, 32, 4), (16, 64, 4), (16, 128, 4)),
+    128: ((32, 64, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4)),
+    1024: ((64, 64, 4), (64, 128, 4), (128, 128, 8), (64, 256, 8), (128, 128, 4), (128, 64, 8)),
+    MANY_ROWS: ((64, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 64, 8)),
+}
+
 
 def find_bucket(rows: int) -> int:
     """The bucket that a number of rows falls into."""
-    return next(b for b in BUCKETS if rows <= b)
+    return next(bucket for bucket in BUCKETS if rows <= bucket)
 
 
 def choose_tile(capability: tuple[int, int], rows: int, grouped: bool = False) -> Tile:
@@ -107,48 +134,43 @@ def choose_tile(capability: tuple[int, int], rows: int, grouped: bool = False) -
     Raises:
         ValueError: below compute capability 8.0.
     """
-    tiles = DEFAULTS[_newest(DEFAULTS, capability)]
+    tiles = DEFAULTS[_newest_supported(DEFAULTS, capability)]
     tile = tiles[BUCKETS.index(find_bucket(rows))]
-    return (
-        replace(tile, block_n=tile.block_n // 2)
-        if tile.sums_per_thread > _most_sums(capability, grouped)
-        else tile
-    )
+    if tile.sums_per_thread > _most_sums(capability, grouped):
+        return replace(tile, block_n=tile.block_n // 2)
+    return tile
 
 
 def list_candidates(capability: tuple[int, int], rows: int, grouped: bool = False) -> list[Tile]:
-    """What a tuner should measure for a bucket of rows, the default first. Arguments and errors as for `default_tile`."""
-    shapes = {
-        FEW_ROWS: ((16, 32, 4), (16, 64, 4), (16, 128, 4)),
-        128: ((32, 64, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4)),
-        1024: ((64, 64, 4), (64, 128, 4), (128, 128, 8), (64, 256, 8), (128, 128, 4), (128, 64, 8)),
-        MANY_ROWS: ((64, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 64, 8)),
-    }[find_bucket(rows)]
-    depths = (128, 256, 512) if rows <= FEW_ROWS else (64, 128)
+    """What a tuner should measure for a bucket of rows, the default first.
+
+    Arguments and errors as for `choose_tile`.
+    """
     first = choose_tile(capability, rows, grouped)
-    limit = SHARED_MEMORY[_newest(SHARED_MEMORY, capability)]
-    tried = [
-        Tile(m, n, k, first.group_m, warps, stages)
-        for (m, n, warps), k, stages in product(shapes, depths, (3, 4, 5))
-    ]
-    fitting = [
-        t
-        for t in tried
-        if t.shared_bytes <= limit - 4096 and t.sums_per_thread <= _most_sums(capability, grouped)
-    ]
-    return [first, *(t for t in fitting if t != first)]
+    shared_memory = SHARED_MEMORY[_newest_supported(SHARED_MEMORY, capability)] - RESERVED_SHARED_MEMORY
+    depths = (128, 256, 512) if rows <= FEW_ROWS else (64, 128)
+    candidates = [first]
+    for (block_m, block_n, warps), block_k, stages in product(
+        CANDIDATE_SHAPES[find_bucket(rows)], depths, (3, 4, 5)
+    ):
+        tile = Tile(block_m, block_n, block_k, first.group_m, warps, stages)
+        fits_memory = tile.shared_bytes <= shared_memory
+        fits_registers = tile.sums_per_thread <= _most_sums(capability, grouped)
+        if fits_memory and fits_registers and tile != first:
+            candidates.append(tile)
+    return candidates
 
 
 def _most_sums(capability: tuple[int, int], grouped: bool) -> int:
-    return MOST_SUMS[_newest(MOST_SUMS, capability)] // (2 if grouped else 1)
+    return MOST_SUMS[_newest_supported(MOST_SUMS, capability)] // (2 if grouped else 1)
 
 
-def _newest(table: Mapping[int, object], capability: tuple[int, int]) -> int:
+def _newest_supported(table: Mapping[int, object], capability: tuple[int, int]) -> int:
     """The newest entry that this GPU is not older than."""
     number = 10 * capability[0] + capability[1]
-    known = [entry for entry in table if entry <= number]
-    if not known:
+    supported = [entry for entry in table if entry <= number]
+    if not supported:
         raise ValueError(
             f"the kernel needs compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
         )
-    return max(known)
+    return max(supported)

@@ -1,7 +1,25 @@
-"""Per-row int8 quantization on the GPU, fused with what comes before it: GELU, scaling, group rotation, LoRA's first half.
+"""Per-row int8 quantization on the GPU, fused with what comes before it.
 
-Two Triton kernels. `_resident` holds a whole row in registers; `_walking` takes a block of rows, walks along them twice, and
-uses tensor cores for the rotation and the low-rank product. x comes from memory once: the second walk finds it in cache.
+That is GELU, a factor for each column, a rotation of groups, and LoRA's first half. `reference.py` is the
+definition, `backends/triton.py` calls this. There are two Triton kernels:
+
+- `_quantize_one_row_kernel` holds a whole row in registers: one program for each row. For rows up to 16,384
+  columns without rotation and low-rank product.
+- `_quantize_row_block_kernel` takes 16 rows for each program, so that tensor cores can do the rotation and
+  the low-rank product. It walks along the rows twice: once for the largest magnitude (and h), once to round,
+  when the scale is known. x comes from memory once: the second walk finds it in cache.
+
+      x [M, K]        64 columns: a part
+                   +--------+--------+--------+--------+--------+---
+      16 rows      |        |        |        |        |        | ...
+                   +--------+--------+--------+--------+--------+---
+                   |<-  PARTS parts at a step of a walk  ->|
+
+Rotation. A group of G columns is multiplied by a Hadamard matrix, a Kronecker power of a small block. Within
+a part of 64 columns that is one product with a [64, 64] matrix of signs on the tensor cores (for G < 64, G x
+G blocks along its diagonal). For G > 64 the remaining factors of the Kronecker product are sums and
+differences between whole parts; the 64 columns of a part stay where they are. The norm 1 / sqrt(G) is applied
+once, at the end.
 """
 
 import torch
@@ -15,7 +33,7 @@ ROTATIONS = (0, 4, 16, 64, 256, 1024)
 SYLVESTER_ROTATIONS = (0, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 TINY = tl.constexpr(1e-30)  # the reference's
-PART = tl.constexpr(64)  # columns that the walking kernel handles as one matrix
+PART = tl.constexpr(64)  # columns that the row-block kernel handles as one matrix
 BLOCK_M = tl.constexpr(16)  # its rows; the smallest tensor-core product, so that few rows still fill the GPU
 
 
@@ -29,15 +47,17 @@ def quantize_rowwise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Transform each row, then round it to int8 with its own scale; ties to even.
 
-    The order is GELU (tanh approximation), factor, rotation, `scale = absmax / 127`. The arithmetic is float32; what enters the
-    rotation is rounded to x's dtype, as it would be between separate operators, and so is what enters the product with `down`.
-    A row with NaN or infinity gets such a scale, so that it stays visible in the result.
+    The order is GELU (tanh approximation), factor, rotation, `scale = absmax / 127`. The arithmetic is
+    float32; what enters the rotation is rounded to x's dtype, as it would be between separate operators, and
+    so is what enters the product with `down`. A row with NaN or infinity gets such a scale, so that it stays
+    visible in the result.
 
     Args:
         x: bfloat16, float16 or float32 [M, K]; rows may lie apart, columns may not.
         factor: float32 [K] or None.
         rotation: columns of a rotated group, a divisor of K; 0: none.
-        sylvester: by Sylvester's Hadamard matrix (a power of 2), else by the regular one (a power of 4; `kernels/hadamard`).
+        sylvester: by Sylvester's Hadamard matrix (a power of 2), else by the regular one (a power of 4;
+            `kernels/hadamard`).
         gelu_from: columns from this one on pass through GELU first; -1: none.
         down: [R, K] in x's dtype or None; it takes the transformed x.
 
@@ -67,14 +87,17 @@ def _launch_quantize_rowwise(
             columns,
             x.stride(0),
             gelu_from,
-            factor is not None,
-            gelu_from >= 0,
-            block_k,
+            HAS_FACTOR=factor is not None,
+            GELU=gelu_from >= 0,
+            BLOCK_K=block_k,
             num_warps=choose_one_row_warps(block_k),
             enable_fp_fusion=True,
         )
         return q, scale, h
-    parts, block_r = max(rotation // PART.value, 4), choose_block_r(rank)
+
+    # at least a whole rotated group in a step, and at least four parts, so that loads are long
+    parts = max(rotation // PART.value, 4)
+    block_r = choose_block_r(rank)
     _quantize_row_block_kernel[(triton.cdiv(rows, BLOCK_M.value),)](
         x,
         factor,
@@ -87,13 +110,13 @@ def _launch_quantize_rowwise(
         rank,
         x.stride(0),
         gelu_from,
-        factor is not None,
-        gelu_from >= 0,
-        rotation,
-        sylvester,
-        block_r,
-        columns % (parts * PART.value) == 0,
-        parts,
+        HAS_FACTOR=factor is not None,
+        GELU=gelu_from >= 0,
+        ROTATION=rotation,
+        SYLVESTER=sylvester,
+        BLOCK_R=block_r,
+        EVEN_K=columns % (parts * PART.value) == 0,
+        PARTS=parts,
         num_warps=choose_row_block_warps(rotation, block_r),
         num_stages=1,
         enable_fp_fusion=True,
@@ -102,21 +125,25 @@ def _launch_quantize_rowwise(
 
 
 def choose_one_row_warps(block_k: int) -> int:
-    """32 values a thread."""
+    """Warps of the one-row kernel: 32 values for each thread."""
     return min(max(block_k // 1024, 1), 16)
 
 
 def choose_block_r(rank: int) -> int:
-    """Rank as the walking kernel computes it; 0 without any.
+    """Rank as the row-block kernel computes it; 0 without any.
 
-    At least twice BLOCK_M: Triton spreads both of two chained products over the warps along the rows where the second is not
-    wider than high, and 16 rows do not divide; every warp would then compute the whole rotation, with spilled registers.
+    At least twice BLOCK_M: Triton spreads both of two chained products over the warps along the rows where
+    the second is not wider than high, and 16 rows do not divide; every warp would then compute the whole
+    rotation, with spilled registers.
     """
     return max(2 * BLOCK_M.value, triton.next_power_of_2(rank)) if rank else 0
 
 
 def choose_row_block_warps(rotation: int, block_r: int) -> int:
-    """As few warps as hold the sums in registers (tests/support/static_gate.py). float32 spills beyond rank 32 or group 256."""
+    """As few warps as hold the sums in registers (tests/support/static_gate.py).
+
+    float32 spills beyond rank 32 or group 256.
+    """
     if block_r == 256:
         return 16
     return 8 if block_r or rotation == 1024 else 4
@@ -130,13 +157,11 @@ def _quantize_rowwise_fake(
 
 def _allocate_outputs(x: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = x.shape
+    rank = 0 if down is None else down.shape[0]
     q = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    return (
-        q,
-        scale,
-        torch.empty(rows, 0 if down is None else down.shape[0], dtype=torch.float32, device=x.device),
-    )
+    h = torch.empty(rows, rank, dtype=torch.float32, device=x.device)
+    return q, scale, h
 
 
 def _check_arguments(
@@ -170,6 +195,9 @@ def _check_arguments(
         )
 
 
+# -- what both kernels use -------------------------------------------------------------------------
+
+
 @triton.jit
 def _magnitude_bits(x):
     """The bits of |x|, which sort like |x| with NaN above infinity; a float maximum would drop NaN."""
@@ -178,7 +206,7 @@ def _magnitude_bits(x):
 
 @triton.jit
 def _scale_from_magnitude(magnitude):
-    """absmax / 127 and its inverse from the largest magnitude. NaN stays NaN, which `tl.maximum` would replace."""
+    """absmax / 127 and its inverse, from the largest magnitude. NaN stays, which `tl.maximum` would drop."""
     scale = tl.div_rn(magnitude.to(tl.float32, bitcast=True), 127.0)
     scale = tl.where(scale < TINY, TINY, scale)
     return scale, tl.div_rn(1.0, scale)
@@ -186,7 +214,7 @@ def _scale_from_magnitude(magnitude):
 
 @triton.jit
 def _round_to_int8(x):
-    """Round |x| <= 127 to the nearest, ties to even: adding 1.5 * 2**23 leaves the integer in float32's lowest bits."""
+    """Round |x| <= 127, ties to even: adding 1.5 * 2**23 leaves the integer in float32's lowest bits."""
     return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
@@ -196,7 +224,7 @@ def _apply_gelu_and_factor(
 ):
     """x: float32 [..., columns]; cols and mask: [columns]."""
     if GELU:
-        # x * sigmoid(2u), which is x * (1 + tanh(u)) / 2
+        # x * sigmoid(2u), which is x * (1 + tanh(u)) / 2 for u = sqrt(2/pi) (x + 0.044715 x^3)
         gelu = x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
         x = tl.where(cols >= gelu_from, gelu, x)
     if HAS_FACTOR:
@@ -204,36 +232,44 @@ def _apply_gelu_and_factor(
     return x
 
 
+# -- one row for each program ----------------------------------------------------------------------
+
+
 @triton.jit(do_not_specialize=["gelu_from"])
 def _quantize_one_row_kernel(
-    x_ptr,
-    factor_ptr,
-    q_ptr,
-    scale_ptr,
+    x_ptr,  # [M, K]
+    factor_ptr,  # float32 [K]
+    q_ptr,  # int8 [M, K]
+    scale_ptr,  # float32 [M, 1]
     K,
-    stride_xm,
+    stride_xm,  # numbers from one row of x to the next
     gelu_from,
     HAS_FACTOR: tl.constexpr,
     GELU: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # K up to a power of two
 ):
     """One row per program."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_K)
     mask = cols < K
-    x = tl.load(x_ptr + row * stride_xm + cols, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * stride_xm + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_K]
     x = _apply_gelu_and_factor(x, cols, factor_ptr, mask, gelu_from, HAS_FACTOR, GELU)
     scale, inverse = _scale_from_magnitude(tl.max(_magnitude_bits(x), axis=0))
     tl.store(scale_ptr + row, scale)
     tl.store(q_ptr + row * K + cols, _round_to_int8(x * inverse), mask=mask)
 
 
+# -- sixteen rows for each program -----------------------------------------------------------------
+
+
 @triton.jit
 def _hadamard_signs(ROTATION: tl.constexpr, SYLVESTER: tl.constexpr, dtype: tl.constexpr):
     """[64, 64]: the Hadamard matrix times 8; for a smaller group its signs in blocks along the diagonal.
 
-    The regular one's 4x4 block is -1 where the base-4 digits of row and column add up to 3, that is, where both their bits differ;
-    its Kronecker power counts such digits. Sylvester's 2x2 block is -1 where both bits are set; `minus` counts two such digits at a time.
+    The sign at (row, column) follows from the bits of both numbers. The regular matrix's 4x4 block is -1
+    where the base-4 digits of row and column add up to 3, that is, where both their bits differ; its
+    Kronecker power counts such digits. Sylvester's 2x2 block is -1 where both bits are set; `minus` counts
+    two such digits at a time. An odd count is a -1.
     """
     row, column = tl.arange(0, PART)[:, None], tl.arange(0, PART)[None, :]
     differ = row ^ column
@@ -243,12 +279,13 @@ def _hadamard_signs(ROTATION: tl.constexpr, SYLVESTER: tl.constexpr, dtype: tl.c
     else:
         minus = differ & (differ >> 1)
     odd = (minus ^ (minus >> 2) ^ (minus >> 4)) & 1
+    # row and column are of different groups where they differ in a bit above the group's
     return tl.where(differ < ROTATION, 1.0 - 2.0 * odd, 0.0).to(dtype)
 
 
 @triton.jit
 def _combine_four(a, b, c, d):
-    """The 4x4 block applied to four matrices: row i is the sum of all, with the sign of the i-th from the end turned."""
+    """The 4x4 block applied to four matrices: the sum of all, with the sign of one of them turned."""
     total = (a + b) + (c + d)
     return total - 2 * d, total - 2 * c, total - 2 * b, total - 2 * a
 
@@ -285,11 +322,12 @@ def _load_transformed(
         cols = k + i * PART + tl.arange(0, PART)
         mask = cols < K
         if EVEN_K:
-            x = tl.load(x_ptr + row_offsets + cols[None, :])
+            x = tl.load(x_ptr + row_offsets + cols[None, :])  # [BLOCK_M, 64]
         else:
             x = tl.load(x_ptr + row_offsets + cols[None, :], mask=mask[None, :], other=0.0)
         part = _apply_gelu_and_factor(x.to(tl.float32), cols, factor_ptr, mask, gelu_from, HAS_FACTOR, GELU)
         if ROTATION:
+            # of float32 operands three products in tf32 make up for its 10 bits of mantissa
             part = tl.dot(part.to(x.dtype), signs, input_precision="tf32x3")
         parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
     if SYLVESTER:
@@ -298,7 +336,8 @@ def _load_transformed(
             if PART << digit < ROTATION:
                 parts = _combine_pairs(parts, digit, PARTS)
     else:
-        # a large group is 4x4 blocks between matrices; each round works on one base-4 digit and moves it to the other end
+        # a large group is 4x4 blocks between matrices; each round works on one base-4 digit and moves it to
+        # the other end
         ROUNDS: tl.constexpr = 2 if ROTATION == 1024 else 1 if ROTATION == 256 else 0
         for _ in tl.static_range(ROUNDS):
             mixed = ()
@@ -307,43 +346,44 @@ def _load_transformed(
                     parts[i], parts[i + PARTS // 4], parts[i + PARTS // 2], parts[i + 3 * PARTS // 4]
                 )
             parts = mixed
-    # the only normalisation
+    # the only normalization
     NORM: tl.constexpr = ROTATION**-0.5 if ROTATION else 1.0
-    normalised = ()
+    normalized = ()
     for i in tl.static_range(PARTS):
-        normalised = normalised + (parts[i] * NORM,)  # type: ignore[assignment]  # noqa: RUF005
-    return normalised
+        normalized = normalized + (parts[i] * NORM,)  # type: ignore[assignment]  # noqa: RUF005
+    return normalized
 
 
 @triton.jit(do_not_specialize=["M", "gelu_from"])
 def _quantize_row_block_kernel(
-    x_ptr,
-    factor_ptr,
-    down_ptr,
-    q_ptr,
-    scale_ptr,
-    h_ptr,
+    x_ptr,  # [M, K]
+    factor_ptr,  # float32 [K]
+    down_ptr,  # [R, K]
+    q_ptr,  # int8 [M, K]
+    scale_ptr,  # float32 [M, 1]
+    h_ptr,  # float32 [M, R]
     M,
     K,
     R,
-    stride_xm,
+    stride_xm,  # numbers from one row of x to the next
     gelu_from,
     HAS_FACTOR: tl.constexpr,
     GELU: tl.constexpr,
-    ROTATION: tl.constexpr,
+    ROTATION: tl.constexpr,  # columns of a group; 0: none
     SYLVESTER: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # R up to a power of two; 0: no `down`
+    EVEN_K: tl.constexpr,  # whether 64 * PARTS divides K
+    PARTS: tl.constexpr,  # parts of 64 columns in one step of a walk
 ):
     """BLOCK_M rows per program: one walk for absmax and h, one for q."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     # past the end, the last row or rank again: never stored, so the walks need no mask for them
-    row_offsets = tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_xm
+    row_offsets = tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_xm  # [BLOCK_M, 1]
     ranks = tl.arange(0, BLOCK_R if BLOCK_R else 32)
     safe_ranks = tl.minimum(ranks, R - 1)
-    signs = _hadamard_signs(ROTATION, SYLVESTER, x_ptr.dtype.element_ty)
+    signs = _hadamard_signs(ROTATION, SYLVESTER, x_ptr.dtype.element_ty)  # [64, 64]
 
+    # First walk. The largest magnitude is kept for each of 64 places in a part and reduced once, at the end.
     magnitude = tl.zeros([BLOCK_M, PART], tl.int32)
     h = tl.zeros([BLOCK_M, BLOCK_R if BLOCK_R else 32], tl.float32)
     for k in range(0, K, PARTS * PART):
@@ -366,18 +406,20 @@ def _quantize_row_block_kernel(
             magnitude = tl.maximum(magnitude, _magnitude_bits(parts[i]))
             if BLOCK_R:
                 cols = k + i * PART + tl.arange(0, PART)
-                down_ptrs = down_ptr + safe_ranks[:, None] * K + cols[None, :]
+                down_ptrs = down_ptr + safe_ranks[:, None] * K + cols[None, :]  # [BLOCK_R, 64]
                 down = (
                     tl.load(down_ptrs) if EVEN_K else tl.load(down_ptrs, mask=(cols < K)[None, :], other=0.0)
                 )
+                # [BLOCK_M, 64] . [64, BLOCK_R]
                 h = tl.dot(parts[i].to(down.dtype), tl.trans(down), h, input_precision="tf32x3")
 
-    scale, inverse = _scale_from_magnitude(tl.max(magnitude, axis=1))
+    scale, inverse = _scale_from_magnitude(tl.max(magnitude, axis=1))  # [BLOCK_M]
     tl.store(scale_ptr + rows, scale, mask=rows < M)
     if BLOCK_R:
         h_offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
         tl.store(h_ptr + h_offsets, h, mask=(rows < M)[:, None] & (ranks < R)[None, :])
 
+    # Second walk. To transform again costs less than to keep the transformed rows in memory.
     for k in range(0, K, PARTS * PART):
         parts = _load_transformed(
             x_ptr,
@@ -404,7 +446,8 @@ def _quantize_row_block_kernel(
 # registered by hand: `custom_op` adds 12 microseconds to every call, this 3
 ops = torch.library.Library("int8run", "FRAGMENT")
 ops.define(
-    "triton_quantize_rowwise(Tensor x, Tensor? factor, int rotation, bool sylvester, int gelu_from, Tensor? down) "
+    "triton_quantize_rowwise(Tensor x, Tensor? factor, int rotation, bool sylvester, int gelu_from, Tensor? "
+    "down) "
     "-> (Tensor, Tensor, Tensor)"
 )
 ops.impl("triton_quantize_rowwise", _launch_quantize_rowwise, "CompositeExplicitAutograd")

@@ -246,19 +246,19 @@ def test_scales_that_fit_no_layout(shape, scales, block):
 
 def test_codes_of_another_type():
     with pytest.raises(
-        ValueError, match=r"codes are torch.uint8 \[2, 4\]; allowed is a matrix of torch.int8 that"
+        ValueError, match=r"qdata is torch.uint8 \[2, 4\]; allowed is a matrix of torch.int8 that"
     ):
         dequantize_int8(as_bytes(2, 4), torch.tensor(1.0))
     with pytest.raises(
         ValueError,
-        match=r"codes are torch.int8 \[2, 4\]; allowed is a matrix of torch.float8_e4m3fn or torch.float8_e5m2",
+        match=r"qdata is torch.int8 \[2, 4\]; allowed is a matrix of torch.float8_e4m3fn or torch.float8_e5m2",
     ):
         dequantize_fp8(full_range(2, 4), torch.tensor(1.0))
-    with pytest.raises(ValueError, match=r"codes are torch.int8 \[4\]; allowed is a matrix"):
+    with pytest.raises(ValueError, match=r"qdata is torch.int8 \[4\]; allowed is a matrix"):
         dequantize_int8(full_range(4), torch.tensor(1.0))
     with pytest.raises(
         ValueError,
-        match=r"codes are torch.int8 \[0, 4\]; allowed is a matrix of torch.int8 that is not empty",
+        match=r"qdata is torch.int8 \[0, 4\]; allowed is a matrix of torch.int8 that is not empty",
     ):
         dequantize_int8(full_range(0, 4), torch.tensor(1.0))
 

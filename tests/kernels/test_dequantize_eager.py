@@ -112,8 +112,8 @@ def test_nvfp4(swizzled, high_first):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: eager.dequantize_int8(all_bytes(1), torch.ones(())), "the codes are torch.uint8"),
-        (lambda: eager.dequantize_fp8(full_range(2, 2), torch.ones(())), "the codes are torch.int8"),
+        (lambda: eager.dequantize_int8(all_bytes(1), torch.ones(())), "qdata is torch.uint8"),
+        (lambda: eager.dequantize_fp8(full_range(2, 2), torch.ones(())), "qdata is torch.int8"),
         (lambda: eager.dequantize_int8(full_range(2, 4), torch.ones(3)), "fits no layout"),
         (
             lambda: eager.dequantize_mxfp8(all_bytes(1).view(FP8[0]), torch.zeros(1, 1), swizzled=False),

@@ -217,15 +217,20 @@ def test_compiles_without_spills(architecture, variant, tmp_path):
         "HIGH_FIRST": True,
     }
     constants |= {"GROUPS": kernel.BLOCK_COLUMNS // group, "GROUP": group} | dict.fromkeys(ones, 1)
-    constants |= {} if variant == "nvfp4" else {"global_scale": None}
-    signature = {"codes": codes, "scale": scale, "global_scale": "*fp32", "out": "*bf16"}
+    constants |= {} if variant == "nvfp4" else {"global_scale_ptr": None}
+    signature = {
+        "qdata_ptr": codes,
+        "scale_ptr": scale,
+        "global_scale_ptr": "*fp32",
+        "out_ptr": "*bf16",
+    }
     signature |= dict.fromkeys(("K", "columns", "height", "width"), "i32") | dict.fromkeys(
         constants, "constexpr"
     )
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(signature)
-        if name in ("codes", "scale", "out", "K")
+        if name in ("qdata_ptr", "scale_ptr", "out_ptr", "K")
     }
     source = triton.compiler.ASTSource(
         fn=kernel._dequantize_kernel, signature=signature, constexprs=constants, attrs=aligned
