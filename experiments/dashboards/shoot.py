@@ -1,6 +1,6 @@
-"""Pictures of a sweep's dashboards, taken by a real browser.
+"""Images of a sweep's dashboards, taken by a real browser.
 
-MLflow's table, charts and picture grid, and the report.
+MLflow's table, charts and image grid, and the report.
 
     # runs the sweep first
     python experiments/dashboards/shoot.py --out experiments/dashboards
@@ -30,10 +30,10 @@ sys.path.append(str(Path(__file__).parents[2] / "tests"))
 from browser.chromium import MLFLOW_COMPLAINTS, NO_ASSISTANT, Watch, chromium, mlflow_server, watch
 
 SWEEP = ["lora=stack_a", "lora.strength=0,0.25,0.5,0.75,1", "outlier=none,convrot"]
-LARGEST = 500_000  # bytes of a picture
+LARGEST = 500_000  # bytes of an image
 WAIT_MS = 60_000
-MOST_RUNS = 10  # in MLflow's picture grid
-MOST_ROWS, ROW_PX = 4, 265  # of the grid in its picture
+MOST_RUNS = 10  # in MLflow's image grid
+MOST_ROWS, ROW_PX = 4, 265  # of the grid in its image
 CARD = '[data-testid="experiment-view-compare-runs-card"]'
 PHONE = {"width": 390, "height": 844}
 PHONE_SCREENS = ("body", "#speed-quality", "#pictures")  # side by side
@@ -48,7 +48,7 @@ def run_sweep(folder: Path) -> Path:
 
 
 def save_screenshot(shot: bytes, path: Path) -> None:
-    """A picture with as many colours as its file has room for."""
+    """An image with as many colours as its file has room for."""
     image = Image.open(BytesIO(shot)).convert("RGB")
     for colours in (None, 256, 128, 64, 32):
         (image.quantize(colours, dither=Image.Dither.NONE) if colours else image).save(path, optimize=True)
@@ -60,7 +60,7 @@ def save_screenshot(shot: bytes, path: Path) -> None:
 def take_screenshot(
     browser: Browser, link: str, home: str, look: Callable[[Page], bytes], path: Path, **context: object
 ) -> Watch:
-    """Open a page, take its picture, and say what it complained about."""
+    """Open a page, take its image, and say what it complained about."""
     opened = browser.new_context(**context)
     opened.add_init_script(NO_ASSISTANT)
     page = opened.new_page()

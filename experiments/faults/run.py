@@ -328,7 +328,7 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Callable[[int], None]]:
 
 
 def picture_too_large(place: Place) -> None:
-    """Pictures of one job of three do not fit on the disk; there is room for those of the others."""
+    """Images of one job of three do not fit on the disk; there is room for those of the others."""
     sizes = [
         "-m",
         "sampler.height=16,512,32",
@@ -355,7 +355,7 @@ def picture_too_large(place: Place) -> None:
 
 
 def disk_full_to_the_last_byte(place: Place) -> None:
-    """Many small pictures fill the disk; what comes after finds no room even for its status.json."""
+    """Many small images fill the disk; what comes after finds no room even for its status.json."""
     many = ["-m", "prompts.seeds_per_prompt=1,60,2", "sampler.steps=1", "prompts.prompts=[fox]"]
     with small_disk(place.sweep, 360) as grow:
         text = place.run(*many, code=3)

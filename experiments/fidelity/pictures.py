@@ -4,7 +4,7 @@
         prompts=file prompts.path=experiments/fidelity/names.txt sampler.batch=10
     python experiments/fidelity/pictures.py --sweep multirun/<date>/<time>
 
-Retrieval: the share of pictures whose nearest of all 374 training drawings, by pixel MSE, is the one that
+Retrieval: the share of images whose nearest of all 374 training drawings, by pixel MSE, is the one that
 the prompt names.
 """
 

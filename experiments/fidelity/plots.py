@@ -1,4 +1,4 @@
-r"""The pictures of the README.
+r"""The images of the README.
 
     python experiments/fidelity/plots.py layers --results experiments/fidelity/results
     python experiments/fidelity/plots.py pareto --sweep multirun/<date>/<time> --out \

@@ -1,6 +1,6 @@
 """What is read of a sweep over the tiny model.
 
-Its jobs, and how many of the pictures show what was asked for.
+Its jobs, and how many of the images show what was asked for.
 """
 
 import json
@@ -36,7 +36,7 @@ def read_drawings() -> tuple[list[str], np.ndarray]:
 
 
 def compute_top1(files: list[Path], prompts: list[str], names: list[str], known: np.ndarray) -> float:
-    """Share of pictures whose nearest drawing has the prompt's name."""
+    """Share of images whose nearest drawing has the prompt's name."""
     found = []
     for file in files:
         pixels = np.asarray(Image.open(file).convert("RGB"), dtype=np.float32).reshape(1, -1)

@@ -1,4 +1,4 @@
-"""Put the pictures of one sweep over two strengths side by side.
+"""Put the images of one sweep over two strengths side by side.
 
     int8run -m lora=stack_a lora.adapters.0.strength=-1,0,0.5,1,1.5,2 lora.adapters.1.strength=0,0.5,1 \
         'prompts.prompts=[fox]' metrics.baseline=none tracker=none hydra.sweep.dir=work/grid

@@ -4,7 +4,7 @@ Its wall time over that of building each model once and generating, measured alo
 
     python experiments/sweeps/overhead.py [--rounds 3] [--only NAME ...]
 
-Runs, in turn, `int8run -m WORDS` and one process that builds the same models and draws the same pictures
+Runs, in turn, `int8run -m WORDS` and one process that builds the same models and draws the same images
 and does nothing else: no metrics, no files, no MLflow, no report. Prints both medians and their ratio.
 """
 

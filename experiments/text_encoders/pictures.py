@@ -1,11 +1,11 @@
-r"""The effect of each format on the tiny model's pictures: a table of a sweep, and a strip to look at.
+r"""The effect of each format on the tiny model's images: a table of a sweep, and a strip to look at.
 
     int8run -m clip=keep,int8_tensorwise,... int8.enable=false,true prompts=file \
       prompts.path=experiments/fidelity/names.txt sampler.batch=10 metrics.layers=false tracker=none
     python experiments/text_encoders/pictures.py --sweep multirun/<date>/<time> --out \
       experiments/text_encoders
 
-Retrieval is that of experiments/fidelity: the share of pictures whose nearest drawing of all 374 is the one
+Retrieval is that of experiments/fidelity: the share of images whose nearest drawing of all 374 is the one
 that was asked for.
 """
 
@@ -67,7 +67,7 @@ def make_row(job: dict[str, Any], names: list[str], known: Any) -> dict[str, obj
 def draw_strip(found: list[dict[str, Any]], out: Path) -> None:
     """A row for each prompt: float, then each format with the float denoiser.
 
-    Below each picture its difference to float's.
+    Below each image its difference to float's.
     """
     by_format = {format_of(job): job for job in found if not is_int8(job)}
     shown = [name for name in STRIP if name in by_format]

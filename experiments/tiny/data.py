@@ -1,4 +1,4 @@
-"""The drawings as tensors: names and pictures in three styles, rasterised at 64x64 on white."""
+"""The drawings as tensors: names and images in three styles, rasterised at 64x64 on white."""
 
 import io
 import json

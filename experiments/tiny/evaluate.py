@@ -11,9 +11,9 @@ style are the candidates.
       --steps 4 2 1 --reference \
       --few-step int8run/assets/lora/few_step.safetensors
 
-With --reference the pictures are also compared, name by name and seed by seed, with those of 16 Euler steps
+With --reference the images are also compared, name by name and seed by seed, with those of 16 Euler steps
 without the few-step LoRA. With --untrained the names are such that neither the model nor the few-step LoRA
-has seen; they have no drawings that the model could know, and the candidates are their own pictures of 16
+has seen; they have no drawings that the model could know, and the candidates are their own images of 16
 steps.
 """
 
@@ -32,7 +32,7 @@ STEPS = 16
 
 
 def generate_images(pipe: FluxPipeline, prompts: list[str], seed: int, steps: int = STEPS) -> torch.Tensor:
-    """Pictures of the prompts, all from the same seed. Returns uint8 [N, 3, H, W]."""
+    """Images of the prompts, all from the same seed. Returns uint8 [N, 3, H, W]."""
     pictures = []
     torch.manual_seed(seed)  # a sampler that adds noise between steps takes it from here
     for start in range(0, len(prompts), 25):
@@ -59,7 +59,7 @@ def find_nearest(pictures: torch.Tensor, drawings: torch.Tensor) -> torch.Tensor
 
 
 def draw_sheet(pictures: torch.Tensor, drawings: torch.Tensor, columns: int = 10) -> Image.Image:
-    """Each picture above the drawing it was asked for, enlarged twice."""
+    """Each image above the drawing it was asked for, enlarged twice."""
     pairs = torch.cat([pictures, drawings], dim=2)
     pad = torch.full_like(pairs[:1], 255).expand(-len(pairs) % columns, -1, -1, -1)
     grid = (
@@ -86,7 +86,7 @@ def apply_lora(pipe: FluxPipeline, lora: Path, strength: float) -> None:
 
 
 def psnr(pictures: torch.Tensor, others: torch.Tensor) -> float:
-    """Mean PSNR in dB over pairs of uint8 pictures; an error below rounding counts as rounding."""
+    """Mean PSNR in dB over pairs of uint8 images; an error below rounding counts as rounding."""
     mse = (pictures.float() - others.float()).square().flatten(1).mean(dim=1).clamp(min=1 / 12)
     return (10 * torch.log10(255**2 / mse)).mean().item()
 

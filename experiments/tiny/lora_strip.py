@@ -19,7 +19,7 @@ STRENGTHS = (0, 0.5, 1)
 
 
 def generate_images(style: str, strength: float) -> list:
-    """One INT8 picture per prompt; the model is built once for all strengths of a style."""
+    """One INT8 image per prompt; the model is built once for all strengths of a style."""
     adapter = f"{{_target_: int8run.lora.config.Adapter, name: {style}, path: {style}}}"
     overrides = [
         f"prompts.prompts=[{','.join(PROMPTS)}]",

@@ -59,7 +59,7 @@ def pack_latents(latents: Tensor) -> Tensor:
 def sample_sigma(count: int, generator: torch.Generator) -> Tensor:
     """Noise levels [count] in (0, 1).
 
-    Logit-normal towards high noise, where a caption decides the picture; 10 % uniform.
+    Logit-normal towards high noise, where a caption decides the image; 10 % uniform.
     """
     normal = torch.sigmoid(torch.randn(count, generator=generator) + 0.5)
     uniform = torch.rand(count, generator=generator)

@@ -3,12 +3,12 @@ r"""Train a LoRA that lets the tiny model draw in 4, 2 or 1 steps what it otherw
     python experiments/tiny/train_few_step.py --work work --images 7200 --out \
       int8run/assets/lora/few_step.safetensors
 
-No drawings are needed, only captions: the model's own 16-step pictures are the targets, without a style and
+No drawings are needed, only captions: the model's own 16-step images are the targets, without a style and
 with each of the style LoRAs of --styles. The LoRA is trained through the whole Euler sampler of 4, 2 or 1
 steps, from the same noise to the same latents. Captions are the trained names and every other one of the
 names that were not trained on; the rest stay for measuring. Targets are kept in
 `<work>/few_step_targets*.pt`; resumes from `<work>/few_step.pt`. Writes PEFT's key layout in float16, and
-with --strip a picture of what the LoRA does (float model).
+with --strip an image of what the LoRA does (float model).
 """
 
 import argparse
@@ -44,7 +44,7 @@ STRENGTHS = {4: 0.5, 2: 1.0, 1: 1.0}
 # for the file's header; the strengths are measured, see README.md
 HINT = "FlowMatchEulerDiscreteScheduler, 4 steps at strength 0.5, or 2 or 1 steps at strength 1; no guidance"
 TOKENS_SIDE, CHANNELS = 8, 32
-# what the picture shows: a trained name, one that neither model nor LoRA has seen, and the styles
+# what the image shows: a trained name, one that neither model nor LoRA has seen, and the styles
 ROWS = (
     ("sunflower", None),
     ("airplane arrival", None),
@@ -184,7 +184,7 @@ def train(
             steps,
         )
         mse = (made - one["latents"][pick].to(device)).square().mean(dim=(1, 2))
-        # decibels, in effect: each picture counts alike, whether it is easy or not, in many steps or few
+        # decibels, in effect: each image counts alike, whether it is easy or not, in many steps or few
         trainer.step(mse.log().mean(), learning_rate(trainer.images, images, lr), batch)
         losses[steps, styled].append(mse.detach().sqrt().mean().item())
         if sum(len(each) for each in losses.values()) == 100:

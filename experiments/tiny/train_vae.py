@@ -32,7 +32,7 @@ KL_WEIGHT = 1e-6
 
 
 def reconstruction_loss(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """L1 plus L1 of the picture's differences: flat drawings live from their edges. Both [B, 3, H, W]."""
+    """L1 plus L1 of the image's differences: flat drawings live from their edges. Both [B, 3, H, W]."""
     edges = sum(F.l1_loss(out.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
     return F.l1_loss(out, x) + F.mse_loss(out, x) + edges
 
