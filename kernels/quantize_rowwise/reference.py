@@ -26,22 +26,27 @@ def quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.int8), scale
 
 
-def apply_gelu_to_columns(x: Tensor, start: int) -> Tensor:
-    """Apply GELU (tanh) to the columns from `start` on; -1: none. x: [..., K]."""
-    if start < 0:
+def apply_gelu_to_columns(x: Tensor, start: int | None) -> Tensor:
+    """Apply GELU (tanh) to the columns from `start` on; None or -1: none. x: [..., K]."""
+    if start is None or start < 0:
         return x
     gelu = F.gelu(x[..., start:], approximate="tanh")
     return gelu if start == 0 else torch.cat([x[..., :start], gelu], dim=-1)
 
 
-def transform_rows(x: Tensor, factor: Tensor | None, rotation: Rotation | None, gelu_from: int) -> Tensor:
+def transform_rows(
+    x: Tensor,
+    factor: Tensor | None = None,
+    rotation: Rotation | None = None,
+    gelu_from: int | None = None,
+) -> Tensor:
     """Apply what may happen to rows before rounding: GELU, a factor per column, a rotation of groups.
 
     Args:
         x: [..., K].
         factor: [K] or None.
         rotation: of groups of g columns, where g divides K; or None.
-        gelu_from: first column that goes through GELU; -1: none.
+        gelu_from: first column that goes through GELU; None or -1: none.
 
     Returns:
         [..., K] in x's dtype.
