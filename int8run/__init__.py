@@ -11,7 +11,7 @@ __all__ = ["LoraStack", "__version__", "build_text_encoder", "load_text_encoder"
 
 
 def __getattr__(name: str) -> object:
-    """The library form, imported when it is asked for: the command line must start without torch."""
+    """Import a name of the library when it is asked for: the command line must start without torch."""
     if name in ("LoraStack", "quantize_"):
         from int8run import api
 
@@ -21,3 +21,8 @@ def __getattr__(name: str) -> object:
 
         return getattr(load, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, those that are not imported yet included."""
+    return sorted(__all__)

@@ -1,4 +1,4 @@
-"""int8run in a program of one's own: three lines on a model that is there already.
+"""int8run as a library: three lines on a model that a program has already.
 
 from int8run import LoraStack, quantize_
 
@@ -8,7 +8,7 @@ stack.set_strength("style", 0.4)
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,19 @@ from torch import nn
 from int8run.config.compose import create_run_spec, int8run_options
 from int8run.config.error_messages import explain_error
 from int8run.config.renamed import rename_overrides, report_once
+from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, check_range
-from int8run.layers.fusion import assemble_int8_model
+from int8run.layers.assemble import assemble_int8_model
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.lora.stack import LoraStack
-from int8run.models.loader import list_block_prefixes
-from int8run.ptq.quantize import build_int8_layers, check_backend, check_outlier_method, quantize_layers
+from int8run.pipeline.load import resolve_family
+from int8run.pipeline.quantize_denoiser import (
+    choose_fixed_method,
+    describe_skip_reasons,
+    select_int8_plans,
+)
+from int8run.ptq.quantize import build_int8_layers, check_backend, quantize_layers
 
 log = logging.getLogger(__name__)
 __all__ = ["LoraStack", "quantize_"]
@@ -43,75 +49,120 @@ def quantize_(
     rows: int = 1024,
     overrides: Sequence[str] = (),
 ) -> list[LayerPlan]:
-    """Put INT8 layers in the place of a denoiser's Linears, by the words of the command line.
+    """Replace the Linears of a denoiser by INT8 layers, with options named as on the command line.
 
     Args:
-        model: a diffusers denoiser, changed in place; its float weights are given up.
-        outlier, backend, rounding, model_type: options of `int8run`; those that need a calibration need the command.
-        rows: tokens that a layer sees in a call, which backend="auto" measures with.
-        overrides: further words of the command line, such as "int8.small_batch_fallback=never".
+        model: a diffusers denoiser. It is changed in place, and its float weights are dropped.
+        outlier: option of `outlier=`; those that need a calibration need the command.
+        backend: option of `backend=`.
+        rounding: option of `rounding=`; those that need a calibration need the command.
+        model_type: option of `model_type=`.
+        rows: tokens that a layer sees in one call, which `backend=auto` measures with.
+        overrides: further settings, such as `int8.small_batch_fallback=never`.
 
     Returns:
         What happened to each Linear.
 
     Raises:
-        ConfigError: for an option that is not there or needs a calibration, or a model of which no layer becomes INT8.
+        ConfigError: for an option that does not exist or needs a calibration, or when no layer becomes INT8.
         BackendError: for a backend that cannot run here.
     """
     check_range("rows", rows, 1, 2**31, whole=True)
-    words = {"outlier": outlier, "backend": backend, "rounding": rounding, "model_type": model_type}
-    spec = compose_spec([f"{group}={option}" for group, option in words.items()] + list(overrides))
-    if (
-        spec.save
-        or spec.int8.checkpoint
-        or not spec.int8.enable
-        or spec.quality_db is not None
-        or spec.lora.adapters
-        or spec.clip.is_quantized
-    ):
-        raise ConfigError(
-            "quantize_ takes no save, int8.checkpoint, int8.enable=false, quality_db, lora or clip; the command `int8run` does"
-        )
-    for name, choice in (("outlier", spec.outlier), ("rounding", spec.rounding)):
-        if choice.needs_calibration:
-            raise ConfigError(
-                f"{name}={words[name]} is fitted to activations, which quantize_ does not see; use the command `int8run {name}="
-                f"{words[name]} save=FILE`, or another option"
-            )
-    linears = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    family = spec.model_type.resolve_family(type(model).__name__, list_block_prefixes(model), linears)
+    options = {"outlier": outlier, "backend": backend, "rounding": rounding, "model_type": model_type}
+    spec = compose_run_spec([*(f"{group}={option}" for group, option in options.items()), *overrides])
+    check_settings(spec, options)
+    family = resolve_family(spec.model_type, model)
     plans = plan_layers(model, family.find_skip_reason)
-    chosen = [plan for plan in plans if plan.skip_reason is None]
-    if any(isinstance(m, Int8Linear) for m in model.modules()):
-        raise ConfigError(
-            f"{type(model).__name__} has INT8 layers already; load it anew to quantize it otherwise"
-        )
-    if not chosen:
-        raise ConfigError(f"{type(model).__name__}: no layer became INT8; choose another model_type")
+    chosen = select_int8_plans(plans)
+    check_model(model, plans, chosen)
+
     check_backend(spec.backend, next(model.parameters()).device, chosen)
-    check_outlier_method(spec.outlier, chosen)
-    methods = {plan.name: spec.outlier for plan in chosen if not plan.outlier_skip_reason}
-    layers = quantize_layers(model, chosen, methods, spec.rounding, {})
-    made = build_int8_layers(model, layers, spec.backend, spec.int8, {plan.name: rows for plan in chosen})
-    int8 = assemble_int8_model(model, made, family)
-    for (
-        name,
-        child,
-    ) in int8.named_children():  # the tree that was assembled, in the object that the caller holds
+    layers = build_int8_layers(
+        model,
+        quantize_layers(
+            model,
+            chosen,
+            methods=choose_fixed_method(chosen, spec.outlier),
+            rounding=spec.rounding,
+            statistics={},
+        ),
+        backend=spec.backend,
+        settings=spec.int8,
+        rows=dict.fromkeys((plan.name for plan in chosen), rows),
+    )
+    int8_model = assemble_int8_model(model, layers, family)
+    for name, child in int8_model.named_children():  # into the object that the caller holds
         setattr(model, name, child)
     log.info("%d of %d Linears are INT8", len(chosen), len(plans))
     return plans
 
 
-def compose_spec(overrides: list[str]) -> Any:
-    """The RunSpec of a command line; a hydra application of the caller's own is left as it is."""
-    held, base = GlobalHydra.instance().hydra, version.VersionBase.instance().getbase()
-    GlobalHydra.instance().clear()
+def check_settings(spec: RunSpec, options: Mapping[str, str]) -> None:
+    """Check that the settings are those of a model alone, without files, images or LoRAs.
+
+    Args:
+        spec: all settings.
+        options: by group, for the message.
+
+    Raises:
+        ConfigError: when they need the command.
+    """
+    needs_command = (
+        spec.save is not None
+        or spec.int8.checkpoint is not None
+        or not spec.int8.enable
+        or spec.quality_db is not None
+        or bool(spec.lora.adapters)
+        or spec.clip.is_quantized
+    )
+    if needs_command:
+        raise ConfigError(
+            "quantize_ takes no save, int8.checkpoint, int8.enable=false, quality_db, lora or clip; the "
+            "command `int8run` does"
+        )
+    for group, choice in (("outlier", spec.outlier), ("rounding", spec.rounding)):
+        if choice.needs_calibration:
+            option = options[group]
+            raise ConfigError(
+                f"{group}={option} is fitted to activations, which quantize_ does not see; use the command "
+                f"`int8run {group}={option} save=FILE`, or another option"
+            )
+
+
+def check_model(model: nn.Module, plans: Sequence[LayerPlan], chosen: Sequence[LayerPlan]) -> None:
+    """Check that a model has layers to quantize, and none that are quantized.
+
+    Args:
+        model: the denoiser.
+        plans: of every Linear.
+        chosen: those that become INT8.
+
+    Raises:
+        ConfigError: when it does not.
+    """
+    name = type(model).__name__
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise ConfigError(f"{name} has INT8 layers already; load it anew to quantize it otherwise")
+    if not chosen:
+        reasons = describe_skip_reasons(plans)
+        raise ConfigError(f"{name}: no layer became INT8 ({reasons}); choose another model_type")
+
+
+def compose_run_spec(overrides: Sequence[str]) -> Any:
+    """Make the RunSpec of a command line; a hydra application of the caller's is left as it is.
+
+    Raises:
+        ConfigError: for settings that do not exist or cannot work.
+    """
+    global_hydra = GlobalHydra.instance()
+    callers_hydra, callers_version = global_hydra.hydra, version.VersionBase.instance().getbase()
+    global_hydra.clear()
     try:
+        overrides = rename_overrides(overrides, report_once())
         with int8run_options(), initialize_config_module("int8run.conf", version_base="1.3"):
-            return create_run_spec(compose("config", rename_overrides(overrides, report_once())))
+            return create_run_spec(compose("config", list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain_error(error)[0]) from error
     finally:
-        GlobalHydra.instance().hydra = held
-        version.VersionBase.instance().version_base = base
+        GlobalHydra.instance().hydra = callers_hydra
+        version.VersionBase.instance().version_base = callers_version

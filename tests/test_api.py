@@ -1,4 +1,4 @@
-"""int8run in a program of one's own: quantize a model that is there, put LoRAs on it, leave the rest of the program alone."""
+"""int8run as a library: quantize a loaded model, put LoRAs on it, leave the rest of the program alone."""
 
 from pathlib import Path
 
@@ -33,18 +33,18 @@ def location(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"model.location={save_random_pipeline(tmp_path_factory.mktemp('model'))}"
 
 
-def built_by_the_command(location: str, *words: str) -> BuiltModel:
+def build_by_command(location: str, *words: str) -> BuiltModel:
     """What `int8run` makes of a model with these words."""
     size = ["sampler.height=16", "sampler.width=16", "sampler.steps=2", "backend=reference"]
     return build_model(make_spec([location, *size, *words]), PROBE, [], Progress(False))
 
 
-def drawn(model: nn.Module, call: dict[str, object]) -> Tensor:
+def predict(model: nn.Module, call: dict[str, object]) -> Tensor:
     with torch.no_grad():
         return model(**call)[0]
 
 
-def int8_layers(model: nn.Module) -> list[str]:
+def list_int8_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
 
 
@@ -61,16 +61,19 @@ def int8_layers(model: nn.Module) -> list[str]:
     ids=["defaults", "outlier and rounding", "overrides"],
 )
 def test_a_model_is_quantized_as_by_the_command(location: str, options: dict, words: list[str]) -> None:
-    built = built_by_the_command(location, *words)
+    built = build_by_command(location, *words)
     (call,) = capture_step(built.pipe, built.component, built.denoisers["float"], PROBE, SMALL)
     model = random_pipeline().transformer
     plans = quantize_(model, backend="reference", **options, rows=64)
-    assert int8_layers(model) == int8_layers(built.denoisers["int8"]) and len(int8_layers(model)) >= 34
+    assert (
+        list_int8_layers(model) == list_int8_layers(built.denoisers["int8"])
+        and len(list_int8_layers(model)) >= 34
+    )
     assert [(p.name, p.skip_reason, p.outlier, p.rounding) for p in plans] == [
         (p.name, p.skip_reason, p.outlier, p.rounding) for p in built.plans
     ]
-    assert torch.equal(drawn(model, call), drawn(built.denoisers["int8"], call))
-    assert_close("float", drawn(model, call), drawn(random_pipeline().transformer, call), 0.05)
+    assert torch.equal(predict(model, call), predict(built.denoisers["int8"], call))
+    assert_close("float", predict(model, call), predict(random_pipeline().transformer, call), 0.05)
 
 
 def test_the_callers_object_is_changed_and_gives_its_float_weights_up() -> None:
@@ -91,17 +94,17 @@ def test_a_lora_goes_onto_a_quantized_model_and_off_again(tmp_path: Path) -> Non
     file = save_lora(tmp_path / "style.safetensors", pipe.transformer)
     model = random_pipeline().transformer
     quantize_(model, outlier="convrot", backend="reference")
-    plain = drawn(model, call)
+    plain = predict(model, call)
     stack = LoraStack(model).add(file, 0.8)
     reference = LoraStack(random_pipeline().transformer).add(file, 0.8)
-    strong = drawn(reference.denoiser, call)
+    strong = predict(reference.denoiser, call)
     assert (strong - plain).norm() > 0.05 * plain.norm()
-    assert_close("with a LoRA", drawn(model, call), strong, 0.05)
+    assert_close("with a LoRA", predict(model, call), strong, 0.05)
     stack.set_strength("style", 0.4)
     reference.set_strength("style", 0.4)
-    assert_close("weaker", drawn(model, call), drawn(reference.denoiser, call), 0.05)
+    assert_close("weaker", predict(model, call), predict(reference.denoiser, call), 0.05)
     stack.set_strength("style", 0)
-    assert torch.equal(drawn(model, call), plain)
+    assert torch.equal(predict(model, call), plain)
 
 
 CALIBRATED = {"outlier": ["smoothquant", "auto"], "rounding": ["gptq"]}
@@ -115,10 +118,10 @@ def test_what_needs_a_calibration_is_refused_with_the_command_to_use(group: str,
     with pytest.raises(ConfigError) as error:
         quantize_(model, backend="reference", **{group: option})
     assert str(error.value) == (
-        f"{group}={option} is fitted to activations, which quantize_ does not see; use the command `int8run {group}={option} save=FILE`, "
-        "or another option"
+        f"{group}={option} is fitted to activations, which quantize_ does not see; use the command "
+        f"`int8run {group}={option} save=FILE`, or another option"
     )
-    assert int8_layers(model) == []
+    assert list_int8_layers(model) == []
 
 
 @pytest.mark.parametrize(
@@ -152,7 +155,7 @@ def test_what_needs_a_calibration_is_refused_with_the_command_to_use(group: str,
         (
             {"overrides": [KEEP_ALL], "model_type": "flux"},
             ConfigError,
-            "FluxTransformer2DModel: no layer became INT8; choose another",
+            r"FluxTransformer2DModel: no layer became INT8 \(48 × asked\); choose another",
         ),
     ],
     ids=[
@@ -180,7 +183,7 @@ def test_what_cannot_be_leaves_the_model_as_it_was(
         quantize_(model, **{"backend": "reference", **options})
     after = model.state_dict()
     assert (
-        int8_layers(model) == []
+        list_int8_layers(model) == []
         and before.keys() == after.keys()
         and all(torch.equal(t, after[n]) for n, t in before.items())
     )
@@ -203,8 +206,26 @@ def test_a_hydra_application_of_the_callers_own_goes_on(tmp_path: Path) -> None:
     assert not GlobalHydra.instance().is_initialized(), "none is left behind where there was none"
 
 
+def test_old_names_of_settings_work(caplog: pytest.LogCaptureFixture) -> None:
+    options = {"model_type": "flux", "overrides": ["model_type.float_layers=[{pattern: '*.to_q', why: so}]"]}
+
+    plans = quantize_(random_pipeline().transformer, backend="reference", **options)
+
+    kept = [plan.name for plan in plans if plan.skip_reason == "so"]
+    assert kept and all(name.endswith(".to_q") for name in kept)
+    assert "model_type.float_layers is now model_type.ignore; the old name works until 0.3" in caplog.messages
+
+
+NAMES = ["LoraStack", "__version__", "build_text_encoder", "load_text_encoder", "quantize_"]
+
+
 def test_the_package_has_five_names() -> None:
-    names = {"LoraStack", "__version__", "build_text_encoder", "load_text_encoder", "quantize_"}
-    assert LoraStack is TheStack and int8run.LoraStack is TheStack and set(int8run.__all__) == names
+    assert LoraStack is TheStack and int8run.LoraStack is TheStack
+    assert sorted(int8run.__all__) == NAMES
     with pytest.raises(AttributeError, match=r"^module 'int8run' has no attribute 'quantise_'$"):
         int8run.quantise_  # noqa: B018
+
+
+def test_dir_lists_the_public_names_and_all_of_them_are_there() -> None:
+    assert dir(int8run) == NAMES
+    assert all(getattr(int8run, name) is not None for name in dir(int8run))

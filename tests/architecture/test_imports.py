@@ -19,7 +19,7 @@ RULES = {
     # modules in the root
     "__init__": {"api", "text_encoders"},  # when one of its names is asked for
     "__main__": {"cli"},
-    "api": {"config", "layers", "lora", "models", "ptq"},
+    "api": {"config", "layers", "lora", "pipeline", "ptq"},
     "cli": {"__init__", "config", "jobs", "report"},
     "errors": set(),
     # beside the package
@@ -69,6 +69,7 @@ RULES = {
         "utils",
     },
     "pipeline": {
+        "backends",
         "checkpoints",
         "config",
         "export",

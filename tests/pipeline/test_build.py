@@ -42,7 +42,7 @@ def test_the_float_model_looks_for_no_int8_layers(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("override", "key"),
-    [("progress=false", "key"), ("cache.limit_gb=0", None), ("int8.checkpoint=m.safetensors", None)],
+    [("cache.limit_gb=1", "key"), ("cache.limit_gb=0", None), ("int8.checkpoint=m.safetensors", None)],
 )
 def test_layers_are_cached_unless_they_come_from_a_file(
     override: str, key: str | None, monkeypatch: pytest.MonkeyPatch
