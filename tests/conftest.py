@@ -56,6 +56,15 @@ def find_library_loaders() -> list[Callable[[], object]]:
     return loaders
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_composition() -> Iterator[None]:
+    """Compose configs in two thirds of the time."""
+    from support.hydra_files import remembered_package_files
+
+    with remembered_package_files():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def kernel_libraries() -> None:
     """Load the CPU kernels before a test sets another HOME, into whose cache they would be built."""

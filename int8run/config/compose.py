@@ -78,17 +78,16 @@ def check_command(
     """
     several = next((group for group in GROUPS if any(o.startswith(f"{group}=[") for o in overrides)), None)
     with hydra_composition(config_dir, overrides) as extra:
-        sweep = read_sweep(overrides, extra, config_name, multirun)
-        shared = sweep[0] if sweep else compose(config_name, [*overrides, *extra], return_hydra_config=True)
+        shared, jobs = compose_shared(overrides, extra, config_name, multirun)
         check_targets(shared)
     if several is not None:  # hydra merges them, and the last one wins
         raise ConfigError(
             f"{several}=[…] names several options, and a run has one; for a job each: -m {several}=a,b"
         )
-    swept = dict(word.partition("=")[::2] for word in overrides) if sweep else {}
+    swept = {} if jobs is None else dict(word.partition("=")[::2] for word in overrides)
     choices = {group: swept.get(group, option) for group, option in shared.hydra.runtime.choices.items()}
-    announce(len(sweep[1]) if sweep else 1, choices)
-    if sweep is None:
+    announce(1 if jobs is None else len(jobs), choices)
+    if jobs is None:
         if shared.get("resume"):
             raise ConfigError(
                 "resume=true goes on with a sweep, and this is a single run; add -m, or leave resume out"
@@ -134,8 +133,7 @@ def compose_jobs(
 ) -> tuple[list[list[str]], list[DictConfig]]:
     """The overrides and the composed config of every job, each walked for what could run code."""
     with hydra_composition(config_dir, overrides) as extra:
-        sweep = read_sweep(overrides, extra, config_name, multirun)
-        jobs = sweep[1] if sweep else [overrides]
+        jobs = compose_shared(overrides, extra, config_name, multirun)[1] or [overrides]
         configs = [compose(config_name, [*job, *extra], return_hydra_config=True) for job in jobs]
     for config in configs:
         check_targets(config)
@@ -187,21 +185,28 @@ def int8run_options() -> Iterator[None]:
             groups[group][name] = node
 
 
-def read_sweep(
+def compose_shared(
     overrides: list[str], extra: list[str], config_name: str, multirun: bool
-) -> tuple[DictConfig, list[list[str]]] | None:
-    """What the jobs of a sweep share, and the overrides of each, a sweep written in a file included; None for a single run."""
+) -> tuple[DictConfig, list[list[str]] | None]:
+    """Compose a single run, or what the jobs of a sweep share.
+
+    Args:
+        overrides: of the command line.
+        extra: more words for every job, from `hydra_composition`.
+        config_name: of the primary config.
+        multirun: whether the command line has -m.
+
+    Returns:
+        The config, and the overrides of each job of a sweep, one that a file describes included; None for a
+        single run.
+    """
     parsed = OverridesParser.create().parse_overrides(overrides)
     single = [text for text, o in zip(overrides, parsed, strict=True) if not o.is_sweep_override()]
-    shared = (
-        compose(config_name, [*single, *extra], return_hydra_config=True)
-        if multirun or len(single) == len(overrides)
-        else None
-    )
-    if shared is None or (
-        not multirun and (shared.hydra.mode is None or shared.hydra.mode.name != "MULTIRUN")
-    ):
-        return None
+    # without -m, hydra refuses what only a sweep may have
+    composed = single if multirun else overrides
+    shared = compose(config_name, [*composed, *extra], return_hydra_config=True)
+    if not multirun and (shared.hydra.mode is None or shared.hydra.mode.name != "MULTIRUN"):
+        return shared, None
     check_targets(shared)
     written = [f"{key}={value}" for key, value in (shared.hydra.sweeper.get("params") or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*written, *overrides])

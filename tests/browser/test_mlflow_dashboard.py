@@ -117,13 +117,22 @@ def wait_for_pictures(page, count):
     page.wait_for_function(f"{loaded} === {count}")
 
 
-def test_the_charts_of_a_sweep(opened, shared):
+def test_the_link_of_a_sweep_opens_its_images(opened, shared):
     address, experiment_id, names = shared
+
     page, seen = opened(build_view_link(address, experiment_id, "first"))
+
     assert shown_runs(page, 4) == sorted(names["first"])
     wait_for_pictures(page, 4 * len(KEYS))
     grid = page.locator(CARDS).first
     assert all(key in grid.inner_text() for key in KEYS)
+    assert seen.complaints == [] and seen.outside == []
+
+
+def test_the_link_of_a_sweep_opens_lines_across_its_settings(opened, shared):
+    address, experiment_id, _ = shared
+
+    page, seen = opened(build_view_link(address, experiment_id, "first"))
 
     parallel = page.locator(".parcoords")
     parallel.scroll_into_view_if_needed()
@@ -136,8 +145,12 @@ def test_the_charts_of_a_sweep(opened, shared):
         "quality/psnr_db",
     ]
     assert parallel.locator("canvas.foreground").evaluate(HAS_PIXELS)
+    assert seen.complaints == [] and seen.outside == []
 
-    for heading, chart, cards in (
+
+@pytest.mark.parametrize(
+    ("heading", "mark", "titles"),
+    [
         (
             "Quality against speed and memory",
             ".scatterlayer .point",
@@ -149,30 +162,35 @@ def test_the_charts_of_a_sweep(opened, shared):
             ["speed/step_ms_p50", "quality/psnr_db", "memory/denoiser_bytes"],
         ),
         ("Step by step", ".scatterlayer .js-line", ["series/step_ms"]),
-    ):
-        page.get_by_text(heading).scroll_into_view_if_needed()
-        for title in cards:
-            card = (
-                page.locator(CARDS)
-                .filter(has=page.get_by_text(title, exact=True))
-                .filter(has=page.locator(chart))
-                .last
-            )
-            card.locator(chart).nth(3).wait_for(state="attached")
-            # MLflow draws every line twice: smoothed and as measured
-            assert card.locator(chart).count() == (8 if "line" in chart else 4)
+    ],
+)
+def test_the_link_of_a_sweep_opens_its_charts(opened, shared, heading, mark, titles):
+    address, experiment_id, _ = shared
+
+    page, seen = opened(build_view_link(address, experiment_id, "first"))
+
+    page.get_by_text(heading).scroll_into_view_if_needed()
+    for title in titles:
+        has_title = page.locator(CARDS).filter(has=page.get_by_text(title, exact=True))
+        card = has_title.filter(has=page.locator(mark)).last
+        card.locator(mark).nth(3).wait_for(state="attached")
+        # MLflow draws every line twice: smoothed and as measured
+        assert card.locator(mark).count() == (8 if "line" in mark else 4)
     assert seen.complaints == [] and seen.outside == []
 
 
-def test_the_table_of_a_sweep(opened, shared):
+def test_the_link_of_a_sweep_opens_its_table(opened, shared):
     address, experiment_id, names = shared
     page, seen = opened(build_view_link(address, experiment_id, "first", charts=False))
+
     assert shown_runs(page, 4) == sorted(names["first"])
+
     page.get_by_test_id("sort-header-memory/denoiser_bytes").wait_for()
     headers = page.locator('[data-testid^="sort-header-"]').all()
     titles = [
         header.inner_text() for header in sorted(headers, key=lambda header: header.bounding_box()["x"])
     ]
+
     assert titles[:7] == [
         "Run Name",
         "Created",
@@ -185,15 +203,19 @@ def test_the_table_of_a_sweep(opened, shared):
     assert seen.complaints == [] and seen.outside == []
 
 
-def test_a_single_run_with_a_single_picture(opened, shared):
+def test_a_single_run_with_a_single_image_is_shown(opened, shared):
     address, experiment_id, names = shared
     page, seen = opened(build_view_link(address, experiment_id, "second"))
+
     assert shown_runs(page, 1) == names["second"]
+
     wait_for_pictures(page, 1)
+
     assert seen.complaints == [] and seen.outside == []
 
 
 def test_the_plain_link_shows_all_runs(opened, shared):
     address, experiment_id, names = shared
     page, _ = opened(build_experiment_link(address, experiment_id))
+
     assert shown_runs(page, 5) == sorted([*names["first"], *names["second"]])

@@ -68,13 +68,16 @@ def test_entries_say_what_the_tensors_are(form: WeightFormat, shape: tuple[int, 
     transform = transforms(form, shape[1])[name]
     entries = plan_packed_entries(KEY, form, shape, transform)
     tensors = collect_tensors(KEY, form.quantize(randn(*shape)), form, transform)
+
     assert [key for key, _, _ in entries] == list(tensors)
+
     for key, word, size in entries:
         data = tensors[key]
         if isinstance(data, bytes):
             assert (key, word, size) == ("text.layer.comfy_quant", "U8", (len(data),))
         else:
-            assert DTYPES[word][1] == str(data.dtype).removeprefix("torch.") and tuple(data.shape) == size
+            assert DTYPES[word][1] == str(data.dtype).removeprefix("torch.")
+            assert tuple(data.shape) == size
             assert len(view_as_bytes(data)) == data.nbytes
 
 
@@ -84,16 +87,18 @@ def test_what_is_written_is_read_again(
 ) -> None:
     transform = transforms(form, shape[1])[name]
     weight = form.quantize(transform.transform_weight(randn(*shape)))
+
     with TensorFiles.open(write(tmp_path / "m.safetensors", form, weight, transform)) as files:
         layer = read_layers(files)["text.layer"]
         read, back = layer.read_packed_weight(files)
         assert torch.equal(
             layer.read_weight(files, shape=shape), transform.restore_weight(weight.dequantize())
         )
-    assert torch.equal(read.dequantize(), weight.dequantize()) and read.shape == shape
-    assert read.qdata.dtype == weight.qdata.dtype and torch.equal(
-        read.qdata.view(torch.uint8), weight.qdata.view(torch.uint8)
-    )
+
+    assert torch.equal(read.dequantize(), weight.dequantize())
+    assert read.shape == shape
+    assert read.qdata.dtype == weight.qdata.dtype
+    assert torch.equal(read.qdata.view(torch.uint8), weight.qdata.view(torch.uint8))
     assert back.has_same_input_transform(transform)
     if transform.factor is None or form.name == "int8_rowwise":
         assert back.method == transform.method
@@ -153,6 +158,7 @@ def test_tensors_of_a_layer(form: WeightFormat) -> None:
         expected["text.layer.comfy_quant"] = ("U8", [len(json.dumps(said))])
     if form.name == "nvfp4":
         expected["text.layer.weight_scale_2"] = ("F32", [])
+
     assert {
         key: (word, list(size)) for key, word, size in plan_packed_entries(KEY, form, SHAPE, transform)
     } == expected
@@ -162,12 +168,11 @@ def test_tensors_of_a_layer(form: WeightFormat) -> None:
 def test_the_marker_of_nvfp4_byte_by_byte() -> None:
     form = FORMATS["nvfp4"]
     found = collect_tensors(KEY, form.quantize(randn(16, 16)), form, PLAIN)["text.layer.comfy_quant"]
-    assert (
-        isinstance(found, bytes)
-        and len(found) == 19
-        and (found[0], found[-1]) == (0x7B, 0x7D)
-        and found == b'{"format": "nvfp4"}'
-    )
+
+    assert isinstance(found, bytes)
+    assert len(found) == 19
+    assert (found[0], found[-1]) == (0x7B, 0x7D)
+    assert found == b'{"format": "nvfp4"}'
 
 
 # readers that go by the header alone know these lengths
@@ -208,14 +213,18 @@ def test_a_rotated_layer_is_rotated_by_the_regular_matrix(tmp_path: Path) -> Non
     transform = ConvRot(form.get_rotation_group_size(48)).fit(w)
     weight = form.quantize(transform.transform_weight(w))
     rotated = w.double().numpy().reshape(8, 3, 16) @ regular(16).T
+
     assert abs(weight.dequantize().double().numpy() - rotated.reshape(8, 48)).max() < 0.02
     assert build_marker(form, (8, 48), transform)["convrot_groupsize"] == 16
 
 
 def test_a_factor_lies_beside_the_weight() -> None:
     form, transform = FORMATS["nvfp4"], factor(48)
+
     assert ("text.layer.pre_quant_scale", "F32", (48,)) in plan_packed_entries(KEY, form, (16, 48), transform)
+
     found = collect_tensors(KEY, form.quantize(randn(16, 48)), form, transform)
+
     assert torch.equal(found["text.layer.pre_quant_scale"], transform.factor)
 
 
@@ -301,6 +310,10 @@ def test_scales_out_of_files_get_the_dtype_and_shape_of_the_format(name: str, ch
         if entry[0].endswith(".weight_scale")
     )
     found = collect_tensors(KEY, weight, form, PLAIN)[key]
-    assert found.shape == shape and str(found.dtype) == f"torch.{DTYPES[word][1]}"
+
+    assert found.shape == shape
+    assert str(found.dtype) == f"torch.{DTYPES[word][1]}"
+
     numbers = weight.scale.float() if word == "F32" else weight.scale.view(found.dtype)
+
     assert torch.equal(found.float().flatten(), numbers.float().flatten())

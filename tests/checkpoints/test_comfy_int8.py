@@ -33,6 +33,7 @@ def fitted(method: OutlierMethod, width: int) -> OutlierTransform:
 @pytest.mark.parametrize("width", [16, 64, 256])
 def test_the_markers_of_plain_and_rotated_layers_are_comfyuis_own(width: int) -> None:
     plain, rotated = build_marker(OutlierTransform()), build_marker(fitted(ConvRot(), width))
+
     assert plain == {"format": "int8_tensorwise", "per_row": True}
     assert rotated == {
         "format": "int8_tensorwise",
@@ -47,9 +48,13 @@ def test_the_markers_of_plain_and_rotated_layers_are_comfyuis_own(width: int) ->
 @pytest.mark.parametrize("method", [QuaRot(), SmoothQuant(), HadaNorm()], ids=lambda m: m.name)
 def test_what_comfyui_cannot_compute_has_a_format_name_that_it_refuses(method: OutlierMethod) -> None:
     found = build_marker(fitted(method, 128))
-    assert found["format"] == "int8run_transformed" and not {"convrot", "convrot_groupsize"} & set(found)
-    assert found["factor"] == (method.name != "quarot") and found["outlier"] == method.name
-    assert found["settings"] == method.get_settings(128) and found["centered"] == (method.name == "hadanorm")
+
+    assert found["format"] == "int8run_transformed"
+    assert not {"convrot", "convrot_groupsize"} & set(found)
+    assert found["factor"] == (method.name != "quarot")
+    assert found["outlier"] == method.name
+    assert found["settings"] == method.get_settings(128)
+    assert found["centered"] == (method.name == "hadanorm")
     assert ("rotation" in found) == (method.name != "smoothquant")
 
 
@@ -94,9 +99,11 @@ def test_a_missing_folder_is_made_and_nothing_is_left_in_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
     assert prepare_output_path("new/folder/m.safetensors") == tmp_path / "new" / "folder" / "m.safetensors"
     assert prepare_output_path("~/m.safetensors") == tmp_path / "home" / "m.safetensors"
-    assert list((tmp_path / "new" / "folder").iterdir()) == [] and (tmp_path / "home").is_dir()
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    assert (tmp_path / "home").is_dir()
 
 
 def in_a_file(folder: Path) -> Path:
@@ -123,6 +130,7 @@ def test_a_place_that_cannot_be_written_is_named(
 ) -> None:
     path = place(tmp_path)
     before = sorted(tmp_path.rglob("*"))
+
     with pytest.raises(
         FileError,
         match=rf"^save=.*safetensors cannot be written: ({reason}); choose a folder that you may write to$",
@@ -132,11 +140,11 @@ def test_a_place_that_cannot_be_written_is_named(
 
 
 def test_a_folder_is_made_and_a_file_in_its_place_is_named(tmp_path: Path) -> None:
-    assert (
-        prepare_output_path(str(tmp_path / "new" / "model")) == tmp_path / "new" / "model"
-        and (tmp_path / "new" / "model").is_dir()
-    )
+    assert prepare_output_path(str(tmp_path / "new" / "model")) == tmp_path / "new" / "model"
+    assert (tmp_path / "new" / "model").is_dir()
+
     (tmp_path / "file").write_text("")
+
     with pytest.raises(
         FileError, match=r"^save=.*file cannot be written: (File exists|Not a directory); choose"
     ):

@@ -56,17 +56,23 @@ def shape_for(layer: CheckpointLayer, weight: Tensor) -> tuple[int, int] | None:
 def test_a_kind_gives_its_weight(make: Any, tmp_path: Path) -> None:
     draft = make()
     files, layers = read(draft, tmp_path)
+
     assert list(layers) == [LAYER]
+
     layer, weight = layers[LAYER], real(draft)
+
     assert {name: getattr(layer, name) for name in draft.expected} == draft.expected
     assert set(layer.sibling_keys) == {key for key in draft.tensors if key.startswith(LAYER)} - {
         f"{LAYER}.weight",
         f"{LAYER}.bias",
     }
+
     shape = shape_for(layer, weight)
     whole = layer.read_weight(files, shape=shape)
+
     assert whole.dtype == torch.float32
     assert_close("weight", whole, weight, 1e-6)
+
     for rows in SOME_ROWS if len(weight) > 6 else [slice(0, 1), slice(1, 1)]:
         part = weight[rows]
         found = layer.read_weight(files, rows, shape)
@@ -80,26 +86,27 @@ def test_integers_are_taken_where_they_mean_the_weight(make: Any, tmp_path: Path
     draft = make()
     files, layers = read(draft, tmp_path)
     layer = layers[LAYER]
+
     if not layer.is_exact:
         with pytest.raises(
             ValueError, match=rf"the numbers of {LAYER} .* cannot be used as they are; use `read_weight`"
         ):
             layer.read_int8_layer(files)
         return
+
     stored = np.frombuffer(draft.tensors[f"{LAYER}.weight"][2], "i1").reshape(
         draft.tensors[f"{LAYER}.weight"][1]
     )
+
     for rows in (slice(None), slice(1, 6) if len(stored) > 6 else slice(0, 1)):
         found = layer.read_int8_layer(files, rows)
         count = len(stored[rows])
-        assert found.weight.qdata.dtype == torch.int8 and torch.equal(
-            found.weight.qdata, torch.tensor(stored[rows])
-        )
-        assert (
-            found.weight.scale.shape == (count, 1)
-            and found.weight.scale.dtype == torch.float32
-            and found.weight.scale.is_contiguous()
-        )
+
+        assert found.weight.qdata.dtype == torch.int8
+        assert torch.equal(found.weight.qdata, torch.tensor(stored[rows]))
+        assert found.weight.scale.shape == (count, 1)
+        assert found.weight.scale.dtype == torch.float32
+        assert found.weight.scale.is_contiguous()
         assert found.bias is None
         assert_close(
             "weight", found.transform.restore_weight(found.weight.dequantize()), real(draft)[rows], 1e-6
@@ -114,6 +121,7 @@ def test_an_exact_layer_computes_the_real_product(name: str, tmp_path: Path) -> 
     layer = layers[LAYER].read_int8_layer(files)
     x = randn(3, 5, layer.weight.qdata.shape[1], seed=3)
     y = Int8Linear(layer, Reference(), torch.float32)(x)
+
     assert_close("product", y, x.double() @ real(draft).T, 0.02)
 
 
@@ -158,14 +166,15 @@ def test_scaling_is_the_kernels_definition_bit_for_bit(name: str, tmp_path: Path
     layer = layers[LAYER]
     definition = dequantize_fp8 if layer.storage_dtype == "fp8" else dequantize_int8
     expected = definition(files.read(layer.key), files.read(layer.part_keys["scale"]))
-    assert torch.equal(layer.read_weight(files), expected) and torch.equal(
-        layer.read_weight(files, slice(3, 7)), expected[3:7]
-    )
+
+    assert torch.equal(layer.read_weight(files), expected)
+    assert torch.equal(layer.read_weight(files, slice(3, 7)), expected[3:7])
 
 
 def test_the_published_vectors() -> None:
     # formats.md section 10 and 3.2, on the generator's own matrices
     row = lambda *x: np.array([x], dtype=np.float64)  # noqa: E731
+
     assert made.unrotated(row(1, 0, 0, 0), made.regular(4)).tolist() == [[0.5, 0.5, 0.5, -0.5]]
     assert made.unrotated(row(1, 2, 3, 4), made.regular(4)).tolist() == [[1, 2, 3, 4]]
     assert "".join("+" if x > 0 else "-" for x in made.regular(16)[0]) == "+++-+++-+++----+"
@@ -184,6 +193,7 @@ def test_the_published_vectors_are_read(tmp_path: Path) -> None:
     draft.put("b.weight_scale", "F32", [[0.5]])
     draft.text("b.comfy_quant", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 4})
     files, layers = read(draft, tmp_path)
+
     assert_close("a", layers["a"].read_weight(files), torch.tensor([[1, -2, 0.5, 0]]), 0.01)
     assert layers["b"].read_weight(files).tolist() == [[1, 0, 0, 0]]
     assert draft.tensors["a.comfy_quant"][1] == (29,), "formats.md 1.3"
@@ -197,12 +207,13 @@ def test_the_skeleton_of_a_header_is_read(tmp_path: Path) -> None:
     draft.codes("blocks.0.ffn.0.weight", 8, 512)
     draft.scale("blocks.0.ffn.0.weight_scale", 8, 1)
     draft.put("blocks.0.ffn.0.bias", "BF16", np.ones(8))
+
     assert draft.tensors["blocks.0.ffn.0.comfy_quant"][1] == (72,)
+
     _, layers = read(draft, tmp_path)
-    assert (
-        layers["blocks.0.ffn.0"].label == "int8_tensorwise, row, convrot 256"
-        and layers["blocks.0.ffn.0"].is_exact
-    )
+
+    assert layers["blocks.0.ffn.0"].label == "int8_tensorwise, row, convrot 256"
+    assert layers["blocks.0.ffn.0"].is_exact
 
 
 # -- whole files --------------------------------------------------------------------------------------------------------
@@ -237,6 +248,7 @@ def test_a_full_checkpoint_gives_what_is_below_the_prefix(tmp_path: Path) -> Non
     draft.put("text_encoders.t5.half.weight_scale", "F32", 1)
     draft.put("text_encoders.t5.table", "I8", np.ones(3))
     files, layers = read(draft, tmp_path, "model.diffusion_model.")
+
     assert {name: layer.storage_dtype for name, layer in layers.items()} == {
         f"model.diffusion_model.{LAYER}": "int8",
         "model.diffusion_model.blocks.1.k": "fp8",
@@ -258,6 +270,7 @@ def test_fp8_of_other_shapes_is_read_with_its_scale(tmp_path: Path) -> None:
     }
     draft.fp8("norm.bias", "F8_E5M2", 5)
     files, layers = read(draft, tmp_path)
+
     assert set(layers) == set(expected)
     for name, weight in expected.items():
         assert_close(name, layers[name].read_weight(files), torch.from_numpy(weight), 1e-6)
@@ -271,7 +284,9 @@ def test_a_scale_of_1_beside_a_float_is_no_matter(tmp_path: Path) -> None:
     draft.put(f"{LAYER}.weight_scale", "F32", 1)
     draft.put(f"{LAYER}.input_scale", "F32", 1)
     _, layers = read(draft, tmp_path)
-    assert layers[LAYER].storage_dtype == "float" and layers[LAYER].sibling_keys == (
+
+    assert layers[LAYER].storage_dtype == "float"
+    assert layers[LAYER].sibling_keys == (
         f"{LAYER}.weight_scale",
         f"{LAYER}.input_scale",
     )
@@ -280,6 +295,7 @@ def test_a_scale_of_1_beside_a_float_is_no_matter(tmp_path: Path) -> None:
 def test_fp8_without_a_scale_among_scaled_ones_is_a_cast(tmp_path: Path) -> None:
     draft = made.two_layers(KINDS["fp8 legacy"](), KINDS["fp8 cast"]())
     _, layers = read(draft, tmp_path)
+
     assert [layer.label for layer in layers.values()] == [
         "float8_e4m3fn scaled, tensor",
         "float8_e4m3fn cast",
@@ -288,7 +304,8 @@ def test_fp8_without_a_scale_among_scaled_ones_is_a_cast(tmp_path: Path) -> None
 
 def test_marks_of_whole_files_are_known() -> None:
     assert all(is_scaled_fp8_marker(key) for key in ("scaled_fp8", "model.diffusion_model.scaled_fp8"))
-    assert not is_scaled_fp8_marker("blocks.scaled_fp8.weight") and not is_scaled_fp8_marker("unscaled_fp8")
+    assert not is_scaled_fp8_marker("blocks.scaled_fp8.weight")
+    assert not is_scaled_fp8_marker("unscaled_fp8")
 
 
 def test_layers_may_lie_in_several_files(tmp_path: Path) -> None:
@@ -305,6 +322,7 @@ def test_layers_may_lie_in_several_files(tmp_path: Path) -> None:
     )
     files = TensorFiles.open(tmp_path)
     layers = read_layers(files)
+
     assert [layer.outlier_method for layer in layers.values()] == ["none", "convrot"]
     assert_close("second", layers["blocks.1.q"].read_weight(files), real(second), 1e-6)
 
@@ -333,15 +351,19 @@ def test_what_int8run_writes_comes_back_bit_for_bit(
     save_file(tensors, tmp_path / "m.safetensors")
     files = TensorFiles.open(tmp_path / "m.safetensors")
     stored = read_layers(files)["q"]
-    assert stored.is_exact and (stored.outlier_method, stored.outlier_settings) == (
+
+    assert stored.is_exact
+    assert (stored.outlier_method, stored.outlier_settings) == (
         method.name,
         method.get_settings(width),
     )
+
     back = stored.read_int8_layer(files)
-    assert torch.equal(back.weight.qdata, layer.weight.qdata) and torch.equal(
-        back.weight.scale, layer.weight.scale
-    )
-    assert back.transform.has_same_input_transform(transform) and back.transform.label == transform.label
+
+    assert torch.equal(back.weight.qdata, layer.weight.qdata)
+    assert torch.equal(back.weight.scale, layer.weight.scale)
+    assert back.transform.has_same_input_transform(transform)
+    assert back.transform.label == transform.label
     assert torch.equal(stored.read_weight(files), transform.restore_weight(layer.weight.dequantize()))
 
 
@@ -359,9 +381,11 @@ def test_a_mistake_is_refused_by_name(
     monkeypatch.setattr(
         TensorFiles, "read", lambda self, key, rows=None: reads.append(key) or original(self, key, rows)
     )
+
     with pytest.raises(FileError, match=words) as raised:
         read_layers(files)
-    assert str(raised.value).startswith(str(tmp_path)) and "\n" not in str(raised.value)
+    assert str(raised.value).startswith(str(tmp_path))
+    assert "\n" not in str(raised.value)
     assert not set(reads) & set(weights), "no weight is read before everything is known to be right"
 
 
@@ -372,7 +396,9 @@ def test_no_weight_is_read_to_tell_the_kinds(tmp_path: Path, monkeypatch: pytest
         TensorFiles, "read", lambda self, key, rows=None: reads.append(key) or original(self, key, rows)
     )
     read_layers(files)
-    assert reads and not [key for key in reads if key.endswith(".weight")]
+
+    assert reads
+    assert not [key for key in reads if key.endswith(".weight")]
 
 
 def test_a_padded_weight_needs_the_models_shape(tmp_path: Path) -> None:
@@ -392,6 +418,7 @@ def test_a_padded_weight_needs_the_models_shape(tmp_path: Path) -> None:
 
 def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
     files, layers = read(made.row(), tmp_path)
+
     with pytest.raises(
         FileError,
         match=rf"{LAYER} has the shape \[12, 64\], the model's is \[12, 32\]; the file is for another model",
@@ -407,6 +434,7 @@ def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
 def test_groups_beyond_the_kernels_are_read_as_floats(tmp_path: Path) -> None:
     rotated = {**made.TENSOR, "convrot": True, "convrot_groupsize": 4096}
     files, layers = read(made.int8((1, 1), "tensor", rotated, weight=(1, 4096)), tmp_path)
+
     assert not layers[LAYER].is_exact
     assert layers[LAYER].read_weight(files).shape == (1, 4096)
 
@@ -425,11 +453,13 @@ def test_a_config_beside_the_file_names_its_program(
 ) -> None:
     (tmp_path / name).write_text(json.dumps(config))
     method = (config.get("quantization_config") or config)["quant_method"]
+
     with pytest.raises(
         FileError,
         match=rf"is a (SDNQ|bitsandbytes|torchao) file \(the config beside it says quant_method {method}\)",
     ):
         read(made.row(), tmp_path)
+
     read(made.bare(), tmp_path)  # a float file is another
 
 
@@ -486,8 +516,11 @@ def test_the_shape_counts_and_the_label_is_named(
 ) -> None:
     draft = make()
     files, layers = read(draft, tmp_path)
+
     assert_close("weight", layers[LAYER].read_weight(files), real(draft), 1e-6)
+
     (record,) = caplog.records
+
     assert record.levelno == logging.WARNING
     assert re.search(words, record.getMessage()), record.getMessage()
 
@@ -547,6 +580,7 @@ def test_any_change_of_a_file_is_read_or_refused(seed: int, tmp_path: Path) -> N
             assert "\n" not in str(error)
         else:
             count += 1
+
     assert 0 < count < 90, "changes that all fail, or none, try nothing"
 
 
@@ -574,6 +608,7 @@ def test_comfy_kitchen_reads_the_same_int8_weight(name: str, tmp_path: Path) -> 
     said = json.loads(bytes(files.read(layer.part_keys["marker"]).tolist()))
     rotation = {key: said[key] for key in ("convrot", "convrot_groupsize") if key in said}
     params = layout.Params(scale=scale, orig_dtype=torch.float32, orig_shape=tuple(codes.shape), **rotation)
+
     assert_close(name, layer.read_weight(files), layout.dequantize(codes, params), 1e-6)
 
 
@@ -585,4 +620,5 @@ def test_comfy_kitchen_reads_the_same_fp8_weight(name: str, tmp_path: Path) -> N
     theirs = kitchen.dequantize_per_tensor_fp8(
         files.read(layer.key), files.read(layer.part_keys["scale"]), torch.float32
     )
+
     assert_close(name, layer.read_weight(files), theirs, 1e-6)

@@ -157,28 +157,39 @@ def test_numbers_stay_as_they_are(word: str, name: str, tmp_path: Path) -> None:
     draft = KINDS[name]()
     files, layers = read(draft, tmp_path)
     layer = layers[LAYER]
+
     assert (layer.format_name, layer.is_packable) == (word, name not in NOT_CODABLE)
+
     if not layer.is_packable:
         with pytest.raises(
             ValueError, match=rf"the numbers of {LAYER} .* cannot stay as they are; use `read_weight`"
         ):
             layer.read_packed_weight(files)
         return
+
     weight = real(draft)
     shape = shape_for(layer, weight)
     coded, transform = layer.read_packed_weight(files, shape)
-    assert coded.storage_dtype == layer.storage_dtype and coded.shape == tuple(weight.shape)
+
+    assert coded.storage_dtype == layer.storage_dtype
+    assert coded.shape == tuple(weight.shape)
     assert_close(name, transform.restore_weight(coded.dequantize()), weight, 1e-6)
+
     stored = draft.tensors[f"{LAYER}.weight"][2]
     codes = coded.qdata.T if layer.granularity == "transposed" else coded.qdata
-    assert codes.contiguous().view(torch.uint8).numpy().tobytes() == stored and coded.qdata.is_contiguous()
+
+    assert codes.contiguous().view(torch.uint8).numpy().tobytes() == stored
+    assert coded.qdata.is_contiguous()
+
     scales = [x for x in (coded.scale, coded.global_scale) if x is not None]
+
     assert (
         coded.nbytes
         == sum(x.nbytes for x in (coded.qdata, *scales))
         <= sum(len(data) for _, _, data in draft.tensors.values())
     )
-    assert transform.method == layer.outlier_method and transform.group_size == layer.rotation_group_size
+    assert transform.method == layer.outlier_method
+    assert transform.group_size == layer.rotation_group_size
 
 
 BLOCKWISE = {"format": "int8_blockwise", "group_size": K}
@@ -215,7 +226,9 @@ def test_of_one_number_the_marker_says_what_it_is(
 ) -> None:
     draft = made.int8(scale, "tensor", marker, weight=weight)
     files, layers = read(draft, tmp_path)
-    assert layers[LAYER].format_name == (word or "int8_tensorwise") and layers[LAYER].is_exact
+
+    assert layers[LAYER].format_name == (word or "int8_tensorwise")
+    assert layers[LAYER].is_exact
     assert len(caplog.records) == (word is None)
     assert_close("weight", layers[LAYER].read_weight(files), real(draft), 1e-6)
 
@@ -236,13 +249,16 @@ def test_of_one_number_of_fp8_too(
     weight = draft.fp8("q.weight", "F8_E4M3", *shape) * draft.scale("q.weight_scale", 1, 1)
     draft.text("q.comfy_quant", {"format": word, "group_size": K})
     files, layers = read(draft, tmp_path)
-    assert layers["q"].format_name == word and not caplog.records
+
+    assert layers["q"].format_name == word
+    assert not caplog.records
     assert_close("weight", layers["q"].read_weight(files), torch.from_numpy(weight), 1e-6)
 
 
 def test_groups_beyond_the_kernels_do_not_stay(tmp_path: Path) -> None:
     rotated = {**made.TENSOR, "convrot": True, "convrot_groupsize": 4096}
     _, layers = read(made.int8((1, 1), "tensor", rotated, weight=(1, 4096)), tmp_path)
+
     assert not layers[LAYER].is_packable
 
 
@@ -251,6 +267,7 @@ def test_only_matrices_that_hold_something_stay(tmp_path: Path) -> None:
     for name, shape in (("conv", (4, 3, 2, 2)), ("norm", (5,)), ("nothing", (0, 4))):
         draft.fp8(f"{name}.weight", "F8_E4M3", *shape)
     _, layers = read(draft, tmp_path)
+
     assert {name: layer.is_packable for name, layer in layers.items()} == {
         "conv": False,
         "norm": False,
@@ -261,7 +278,8 @@ def test_only_matrices_that_hold_something_stay(tmp_path: Path) -> None:
 
 def test_fp8_in_e5m2_with_many_scales_has_no_word(tmp_path: Path) -> None:
     _, layers = read(made.fp8((N,), "row", dtype="F8_E5M2"), tmp_path)
-    assert layers[LAYER].format_name == "" and layers[LAYER].is_packable
+    assert layers[LAYER].format_name == ""
+    assert layers[LAYER].is_packable
 
 
 # -- mxfp8 and nvfp4 ----------------------------------------------------------------------------------------------------
@@ -282,6 +300,7 @@ def test_of_scales_in_tiles_only_those_of_the_rows_are_read(
         "read",
         lambda self, key, rows=None: reads.update({key: rows}) or original(self, key, rows),
     )
+
     for start, stop, first, last in (
         (0, 272, 0, 384),
         (120, 140, 0, 256),
@@ -324,15 +343,22 @@ def test_the_published_vectors(tmp_path: Path) -> None:
     for tiles, expected in ((True, [1, -6]), (False, [-6, 1])):
         files, layers = read(one("nvfp4", b"\x2f", [0x38], NVFP4 if tiles else None, tiles), tmp_path)
         assert layers[LAYER].read_weight(files)[0, :3].tolist() == [*expected, 0]
+
     draft = one("mxfp8", b"\x38\xb8", [120], MXFP8, True)
     files, layers = read(draft, tmp_path)
+
     assert layers[LAYER].read_weight(files)[0, :2].tolist() == [0.0078125, -0.0078125]
+
     draft.text("m", NVFP4)
-    assert draft.tensors["m"][1] == (19,) and (draft.tensors["m"][2][0], draft.tensors["m"][2][-1]) == (
+
+    assert draft.tensors["m"][1] == (19,)
+    assert (draft.tensors["m"][2][0], draft.tensors["m"][2][-1]) == (
         0x7B,
         0x7D,
     )
+
     where = made.in_tiles(np.arange(129 * 48, dtype=np.int64).reshape(129, 48).astype(np.uint8)).reshape(-1)
+
     for (r, c), at in {
         (0, 3): 3,
         (1, 0): 16,
@@ -361,6 +387,7 @@ def test_a_hybrid_says_once_what_is_not_used(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.INFO):
         read(made.two_layers(KINDS["hybrid mxfp8"](), KINDS["hybrid mxfp8"]()), tmp_path)
     (record,) = caplog.records
+
     assert (
         "2 mxfp8 layers have one more scale for the whole weight; the scales of their blocks are used"
         in record.getMessage()
@@ -399,13 +426,16 @@ DOES_NOT_FIT: dict[str, list[tuple[int, ...]]] = {
 def test_a_weight_is_cut_to_the_models_shape_or_refused(name: str, tmp_path: Path) -> None:
     files, layers = read(KINDS[name](), tmp_path)
     layer = layers[LAYER]
+
     for shape in FITS[name]:
         assert layer.fits_shape(shape)
         whole = layer.read_weight(files, shape=shape)
         assert whole.shape == shape
         if layer.is_packable:
             coded, transform = layer.read_packed_weight(files, shape)
-            assert torch.equal(transform.restore_weight(coded.dequantize()), whole) and coded.shape == shape
+            assert torch.equal(transform.restore_weight(coded.dequantize()), whole)
+            assert coded.shape == shape
+
     for wrong in DOES_NOT_FIT[name]:
         assert not layer.fits_shape(wrong)
         if len(wrong) == 2:
@@ -419,10 +449,11 @@ def test_a_weight_is_cut_to_the_models_shape_or_refused(name: str, tmp_path: Pat
 
 def test_without_a_model_the_shape_is_the_files(tmp_path: Path) -> None:
     files, layers = read(KINDS["nvfp4"](), tmp_path)
-    assert layers[LAYER].is_padded and layers[LAYER].read_weight(files).shape == (12, 48)
-    assert get_logical_shapes(files, layers)[f"{LAYER}.weight"] == (12, 48) and files[
-        f"{LAYER}.weight"
-    ].shape == (
+
+    assert layers[LAYER].is_padded
+    assert layers[LAYER].read_weight(files).shape == (12, 48)
+    assert get_logical_shapes(files, layers)[f"{LAYER}.weight"] == (12, 48)
+    assert files[f"{LAYER}.weight"].shape == (
         16,
         24,
     )
@@ -451,6 +482,7 @@ def check(files: TensorFiles, draft: Draft, word: str, requested: str | None = N
 def test_what_is_asked_settles_what_no_one_says(kind: str, tiles: bool, tmp_path: Path) -> None:
     draft, word = silent(kind, tiles), BOTH[kind][not tiles]
     files = opened(draft, tmp_path)
+
     check(files, draft, word, word)
     for requested in (
         None,
@@ -469,6 +501,7 @@ def test_another_layer_settles_it_whatever_is_asked(kind: str, tiles: bool, tmp_
     draft = silent(kind, tiles)
     made.two_layers(draft, made.blocks(kind, 32, 64, tiles=tiles))
     files = opened(draft, tmp_path)
+
     for requested in (None, *BOTH[kind]):
         check(files, draft, BOTH[kind][not tiles], requested)
 
@@ -479,6 +512,7 @@ def test_a_marker_is_comfys_whatever_is_asked(kind: str, tmp_path: Path) -> None
     draft.text(f"{LAYER}.comfy_quant", {"format": kind})
     files = opened(draft, tmp_path)
     (tmp_path / "config.json").write_text('{"quant_method": "modelopt"}')
+
     for requested in (None, *BOTH[kind]):
         check(files, draft, kind, requested)
 
@@ -497,8 +531,11 @@ NOTES = {
 def test_modelopts_note_in_the_folder_settles_it(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(json.dumps(NOTES[name]))
     draft = silent("nvfp4", False)
+
     check(opened(draft, tmp_path), draft, "nvfp4_modelopt")
+
     draft = silent("nvfp4", True)
+
     check(
         opened(draft, tmp_path), draft, "nvfp4", "nvfp4"
     )  # who asks knows better than a note for perhaps another file
@@ -534,6 +571,7 @@ def test_of_modelopt_fp8_and_nvfp4_are_read(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(NOTES["config.json"]))
     draft = MODELOPT_READ[name]()
     files, layers = read(draft, tmp_path)
+
     assert_close(name, layers[LAYER].read_weight(files), real(draft), 1e-6)
 
 
@@ -554,22 +592,29 @@ def test_of_modelopt_the_rest_is_refused(name: str, tmp_path: Path) -> None:
 def test_rows_without_a_word_are_rotated_if_asked(width: int, group: int, tmp_path: Path) -> None:
     plain = made.int8((N, 1), "row", weight=(N, width), label="int8")
     files = opened(plain, tmp_path)
+
     for requested in (None, "int8_rowwise", "nvfp4"):
         layer = read_layers(files, requested=requested)[LAYER]
         assert (layer.format_name, layer.rotation_group_size) == ("int8_rowwise", 0)
         assert_close("plain", layer.read_weight(files), real(plain), 1e-6)
+
     layer = read_layers(files, requested="int8_convrot")[LAYER]
+
     assert (layer.rotation_group_size, layer.is_sylvester, layer.format_name) == (
         group,
         False,
         "int8_convrot" if group else "int8_rowwise",
     )
     assert layer.outlier_method == ("convrot" if group else "none")
+
     if group:
         made.rotated(plain, made.regular(group), "convrot")
         assert (layer.outlier_settings, layer.label) == ({"group_size": group}, f"int8, row, convrot {group}")
+
     assert_close("rotated", layer.read_weight(files), real(plain), 1e-6)
+
     coded, transform = layer.read_packed_weight(files)
+
     assert_close("coded", transform.restore_weight(coded.dequantize()), real(plain), 1e-6)
 
 
@@ -595,6 +640,7 @@ def test_what_says_how_it_is_stays_as_it_is(name: str, tmp_path: Path) -> None:
     draft = KINDS[name]()
     files = opened(draft, tmp_path)
     plain, rotated = read_layers(files)[LAYER], read_layers(files, requested="int8_convrot")[LAYER]
+
     assert plain == rotated
     assert_close(name, rotated.read_weight(files), real(draft), 1e-6)
 
@@ -624,7 +670,9 @@ def test_the_first_markers_were_one_byte(
     data = bytes([code]) + rest
     draft.tensors[f"{LAYER}.comfy_quant"] = "U8", (len(data),), data
     files, layers = read(draft, tmp_path)
-    assert layers[LAYER].label == draft.expected["label"] and not caplog.records
+
+    assert layers[LAYER].label == draft.expected["label"]
+    assert not caplog.records
     assert_close("weight", layers[LAYER].read_weight(files), real(draft), 1e-6)
 
 
@@ -658,6 +706,7 @@ def test_embeddings_are_matrices_like_others(name: str, tmp_path: Path) -> None:
     layer = layers["model.embed_tokens"]
     coded, transform = layer.read_packed_weight(files)
     some = torch.tensor([3, 0, 3, 11])
+
     assert_close(
         name, transform.restore_weight(coded.select_rows(some).dequantize()), real(draft)[some], 1e-6
     )
@@ -687,8 +736,10 @@ def test_a_models_parameter_is_the_weight_without_its_padding(name: str, tmp_pat
     draft = KINDS[name]()
     draft.tensors = {key.removeprefix("blocks.0."): value for key, value in draft.tensors.items()}
     file = FileWeights(draft.write(tmp_path / "m.safetensors"), Small(), is_partial=True)
+
     assert_close("weight", file.read_tensor("q.weight"), real(draft), 1e-6)
-    assert file.find_int8_layers() == {} and file.find_inexact_layers() == {"q"}
+    assert file.find_int8_layers() == {}
+    assert file.find_inexact_layers() == {"q"}
     with pytest.raises(FileError, match=r"q\.weight of the file has the shape \[12, "):
         FileWeights(tmp_path / "m.safetensors", nn.ModuleDict({"q": nn.Linear(20, N)}))
 
@@ -727,6 +778,7 @@ def test_a_family_is_told_by_real_shapes(tmp_path: Path, monkeypatch: pytest.Mon
         source=ResolvedWeights(tmp_path / "m.safetensors"),
         model_type=AutoFamily(),
     )
+
     assert seen["double_blocks.0.img_attn.qkv.weight"] == (96, 32)
 
 
@@ -734,12 +786,16 @@ def test_inspect_tells_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     draft, _ = flux(tmp_path)
     seen = shapes_seen_by(inspect_file, monkeypatch)
     table = inspect_file.inspect_file(str(draft.write(tmp_path / "m.safetensors")))
-    assert "1 × nvfp4" in list(table.columns[1].cells) and seen["double_blocks.0.img_attn.qkv.weight"] == (
+
+    assert "1 × nvfp4" in list(table.columns[1].cells)
+    assert seen["double_blocks.0.img_attn.qkv.weight"] == (
         96,
         32,
     )
+
     del draft.tensors["double_blocks.0.img_attn.qkv.comfy_quant"]
     table = inspect_file.inspect_file(str(draft.write(tmp_path / "m.safetensors")))
+
     assert next(iter(table.columns[1].cells)) == "quantized checkpoint (U8 with scales)"
 
 
@@ -752,9 +808,13 @@ def test_comfy_kitchen_reads_the_same_nvfp4_weight(name: str, tmp_path: Path) ->
     draft = KINDS[name]()
     files, layers = read(draft, tmp_path)
     coded, _ = layers[LAYER].read_packed_weight(files)
-    assert coded.scale is not None and coded.global_scale is not None
+
+    assert coded.scale is not None
+    assert coded.global_scale is not None
+
     scale = coded.scale.view(torch.float8_e4m3fn)
     theirs = kitchen.dequantize_nvfp4(coded.qdata, coded.global_scale, scale, output_type=torch.float32)
+
     assert_close(name, coded.dequantize(), theirs[: coded.shape[0], : coded.shape[1]], 1e-6)
 
 
@@ -763,8 +823,11 @@ def test_comfy_kitchen_reads_the_same_mxfp8_weight(name: str, tmp_path: Path) ->
     kitchen = pytest.importorskip("comfy_kitchen")
     files, layers = read(KINDS[name](), tmp_path)
     coded, _ = layers[LAYER].read_packed_weight(files)
+
     assert coded.scale is not None
+
     theirs = kitchen.dequantize_mxfp8(
         coded.qdata, coded.scale.view(torch.float8_e8m0fnu), output_type=torch.float32
     )
+
     assert_close(name, coded.dequantize(), theirs[: coded.shape[0], : coded.shape[1]], 1e-6)

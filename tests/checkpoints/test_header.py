@@ -36,6 +36,7 @@ GOOD = {"a": entry(0, 3), "b": entry(3, 8)}
 def test_a_header_is_read_as_it_is(tmp_path: Path) -> None:
     path = write(tmp_path, {"__metadata__": {"format": "pt"}, **GOOD})
     found = read_full_header(path)
+
     assert (found.entries, found.metadata) == (GOOD, {"format": "pt"}) == read_header(path)
     assert found.data_start == path.stat().st_size - 8
 
@@ -168,6 +169,7 @@ def test_other_files_are_refused(make: Any, words: str, tmp_path: Path) -> None:
 def test_a_header_above_the_formats_limit_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, b"", b"", MAX_HEADER_BYTES + 1)
     os.truncate(path, MAX_HEADER_BYTES + 100)  # takes no room
+
     with pytest.raises(
         FileError,
         match=r"is not a safetensors file: its header would have 100000001 bytes, 100000000 are allowed",
@@ -181,12 +183,17 @@ def test_every_dtype_has_the_size_that_torch_and_the_library_give_it(tmp_path: P
         for name, dtype in DTYPES.items()
         if hasattr(torch, dtype.torch_name)
     }
+
     assert len(known) >= 17
+
     path = tmp_path / "m.safetensors"
+
     for word, dtype in known.items():
         assert dtype.itemsize * 8 == DTYPES[word].bits
+
     tensors = {word: torch.zeros(3, dtype=dtype) for word, dtype in known.items() if "FNUZ" not in word}
     save_file(tensors, path)
+
     assert {key: found["dtype"] for key, found in read_header(path)[0].items()} == {
         word: word for word in tensors
     }

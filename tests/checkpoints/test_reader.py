@@ -71,10 +71,17 @@ def is_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 def test_every_dtype_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.safetensors", TENSORS, {"format": "pt", "note": "ü"})
+
     assert is_same(everything(path), load_file(path))
+
     files = TensorFiles.open(path)
-    assert files.metadata == {"format": "pt", "note": "ü"} and files.files == (path,) and files.path == path
+
+    assert files.metadata == {"format": "pt", "note": "ü"}
+    assert files.files == (path,)
+    assert files.path == path
+
     info = files["a"]
+
     assert (info.key, info.file, info.dtype, info.shape, info.nbytes) == ("a", path, "BF16", (5, 6), 60)
     assert path.read_bytes()[info.start : info.start + info.nbytes] == bytes(
         TENSORS["a"].view(torch.uint8).numpy()
@@ -84,7 +91,11 @@ def test_every_dtype_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
 def test_keys_stand_in_the_order_of_their_bytes(tmp_path: Path) -> None:
     files = TensorFiles.open(saved(tmp_path / "m.safetensors", TENSORS))
     starts = [info.start for info in files.values()]
-    assert len(files) == len(TENSORS) and starts == sorted(starts) and "a" in files and "x" not in files
+
+    assert len(files) == len(TENSORS)
+    assert starts == sorted(starts)
+    assert "a" in files
+    assert "x" not in files
 
 
 @pytest.mark.parametrize(
@@ -93,10 +104,14 @@ def test_keys_stand_in_the_order_of_their_bytes(tmp_path: Path) -> None:
 def test_rows_are_read_alone(rows: slice | None, tmp_path: Path) -> None:
     files = TensorFiles.open(saved(tmp_path / "m.safetensors", TENSORS))
     expected = TENSORS["a"] if rows is None else TENSORS["a"][rows]
+
     assert same(files.read("a", rows), expected)
+
     buffer = torch.full((64,), 255, dtype=torch.uint8)
     found = files.read_into("a", rows, buffer)
-    assert same(found, expected) and (found.data_ptr() == buffer.data_ptr() or not found.numel())
+
+    assert same(found, expected)
+    assert found.data_ptr() == buffer.data_ptr() or not found.numel()
     assert (buffer[expected.numel() * 2 :] == 255).all(), "no byte more is written"
 
 
@@ -123,14 +138,15 @@ def test_numbers_smaller_than_a_byte_come_as_bytes(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(6)))
     files = TensorFiles.open(path)
-    assert files.read("a").tolist() == [[0, 1, 2], [3, 4, 5]] and files.read("a", slice(1, 2)).tolist() == [
-        [3, 4, 5]
-    ]
+
+    assert files.read("a").tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert files.read("a", slice(1, 2)).tolist() == [[3, 4, 5]]
 
 
 def test_long_reads_are_made_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "m.safetensors", TENSORS)
     monkeypatch.setattr(module, "MAX_READ_BYTES", 7)
+
     assert is_same(everything(path), load_file(path))
 
 
@@ -139,7 +155,9 @@ def test_a_system_without_preadv_reads_the_same(tmp_path: Path, monkeypatch: pyt
     monkeypatch.delattr(os, "preadv", raising=False)
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     monkeypatch.setattr(module, "MAX_READ_BYTES", 7)
+
     assert is_same(everything(path), load_file(path))
+
     TensorFiles.open(path).drop_from_page_cache("a")
 
 
@@ -150,6 +168,7 @@ def test_pages_are_dropped_behind_a_reader(tmp_path: Path, monkeypatch: pytest.M
     files = TensorFiles.open(saved(tmp_path / "m.safetensors", TENSORS))
     files.drop_from_page_cache("a", slice(1, 3))
     files.drop_from_page_cache("z")  # a length of 0 would mean the rest of the file
+
     assert calls == [(files["a"].start + 12, 24, os.POSIX_FADV_DONTNEED)]
 
 
@@ -157,6 +176,7 @@ def test_a_file_that_is_cut_off_meanwhile_is_said(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.safetensors", {"a": randn(100, 100)})
     files = TensorFiles.open(path)
     os.truncate(path, 1000)
+
     with pytest.raises(
         FileError, match=r"m.safetensors was cut off or replaced while it was read: it ends before byte"
     ):
@@ -176,19 +196,25 @@ def test_a_file_that_is_gone_or_cannot_be_read_is_said(
         patch.setattr(os, "preadv", fail, raising=False)
         with pytest.raises(FileError, match=r"m.safetensors cannot be read: Input/output error"):
             files.read("a")
+
     files.close()
     path.unlink()
+
     with pytest.raises(FileError, match=r"m.safetensors cannot be read: No such file or directory"):
         files.read("a")
 
 
 def test_files_are_opened_late_and_closed(tmp_path: Path) -> None:
     files = TensorFiles.open(saved(tmp_path / "m.safetensors", TENSORS))
+
     assert not files.open_files
+
     with files:
         files.read("a")
         (handle,) = files.open_files.values()
-    assert handle.closed and not files.open_files
+
+    assert handle.closed
+    assert not files.open_files
     assert same(files.read("a"), TENSORS["a"]), "it is opened again"
 
 
@@ -199,8 +225,11 @@ def test_files_are_opened_late_and_closed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", "m.safetensors.index.json"])
 def test_shards_are_one_checkpoint(name: str, tmp_path: Path) -> None:
     expected = sharded(tmp_path)
+
     assert is_same(everything(tmp_path / name), expected)
+
     files = TensorFiles.open(tmp_path / name)
+
     assert [file.name for file in files.files] == [
         "m-00001-of-00002.safetensors",
         "m-00002-of-00002.safetensors",
@@ -211,10 +240,13 @@ def test_shards_are_one_checkpoint(name: str, tmp_path: Path) -> None:
 
 def test_shards_without_an_index_are_one_checkpoint(tmp_path: Path) -> None:
     expected = sharded(tmp_path, index=False)
+
     assert is_same(everything(tmp_path), expected)
     with pytest.raises(FileError, match=r"is one of 2 shards; name their folder or their .index.json"):
         TensorFiles.open(tmp_path / "m-00001-of-00002.safetensors")
+
     (tmp_path / "m-00001-of-00002.safetensors").unlink()
+
     with pytest.raises(
         FileError,
         match=r"1 of 2 shards are missing \(first: m-00001-of-00002.safetensors\); download them again",
@@ -225,10 +257,13 @@ def test_shards_without_an_index_are_one_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("index", [True, False])
 def test_shards_of_a_variant_are_found(index: bool, tmp_path: Path) -> None:
     expected = sharded(tmp_path, "diffusion_pytorch_model", index, ".fp16")
+
     assert is_same(everything(tmp_path), expected)
+
     # the plain one goes before
     plain = {"x": randn(3)}
     saved(tmp_path / "diffusion_pytorch_model.safetensors", plain)
+
     assert is_same(everything(tmp_path), plain)
 
 
@@ -236,13 +271,20 @@ def test_the_usual_names_are_taken_before_others(tmp_path: Path) -> None:
     one, two = {"x": randn(3)}, {"y": randn(4)}
     saved(tmp_path / "z.safetensors", one)
     saved(tmp_path / ".1.safetensors", two)  # one that is being written
+
     assert is_same(everything(tmp_path), one)
+
     saved(tmp_path / "another.safetensors", two)
+
     with pytest.raises(FileError, match=r"holds 2 checkpoints \(another, z\); name one of the files"):
         TensorFiles.open(tmp_path)
+
     expected = sharded(tmp_path, "model")
+
     assert is_same(everything(tmp_path), expected)
+
     saved(tmp_path / "diffusion_pytorch_model.safetensors", two)
+
     assert is_same(everything(tmp_path), two)
     assert is_same(everything(tmp_path / "z.safetensors"), one)
 
@@ -254,6 +296,7 @@ def test_links_are_followed_by_the_names_they_have(tmp_path: Path) -> None:
     expected = sharded(tmp_path / "blobs")
     for number, file in enumerate(sorted((tmp_path / "blobs").iterdir())):
         (tmp_path / "snapshot" / file.name).symlink_to(file.rename(tmp_path / "blobs" / str(number)))
+
     assert is_same(everything(tmp_path / "snapshot"), expected)
 
 
@@ -298,6 +341,7 @@ WRONG_INDEX = {
 def test_an_index_that_does_not_fit_is_refused(change: Any, words: str, tmp_path: Path) -> None:
     sharded(tmp_path)
     edit(tmp_path, change)
+
     with pytest.raises(FileError, match=rf"m.safetensors.index.json.*{words}"):
         TensorFiles.open(tmp_path)
 
@@ -312,6 +356,7 @@ def test_an_index_of_something_else_is_refused(text: str, tmp_path: Path) -> Non
 def test_a_key_in_two_shards_is_refused(tmp_path: Path) -> None:
     sharded(tmp_path, index=False)
     saved(tmp_path / "m-00002-of-00002.safetensors", {"c": randn(2), "a": randn(2)})
+
     with pytest.raises(
         FileError,
         match=r"a is in m-00001-of-00002.safetensors and in m-00002-of-00002.safetensors; one is too many",
@@ -322,7 +367,9 @@ def test_a_key_in_two_shards_is_refused(tmp_path: Path) -> None:
 def test_a_place_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"holds no safetensors file; name a .safetensors file or its folder"):
         TensorFiles.open(tmp_path)
+
     (tmp_path / "model_index.json").write_text("{}")
+
     with pytest.raises(
         FileError,
         match=r"holds no safetensors file; name the folder of one component in it, such as `transformer`, "
@@ -337,4 +384,5 @@ def test_a_place_without_a_checkpoint_is_named(tmp_path: Path) -> None:
 def test_the_home_folder_may_stand_in_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     saved(tmp_path / "m.safetensors", TENSORS)
+
     assert len(TensorFiles.open(Path("~/m.safetensors"))) == len(TENSORS)

@@ -65,13 +65,16 @@ def test_every_dtype_and_shape_comes_back(tmp_path):
             writer.write(key, t)
         path = writer.finish()
     back = load_file(path)
+
     assert set(back) == set(tensors)
     for key, t in tensors.items():
-        assert back[key].dtype == t.dtype and back[key].shape == t.shape
+        assert back[key].dtype == t.dtype
+        assert back[key].shape == t.shape
         assert torch.equal(back[key].reshape(-1).view(torch.uint8), t.reshape(-1).view(torch.uint8))
     with safe_open(path, "pt") as file:
         assert file.metadata() == metadata
     assert path.stat().st_size == writer.nbytes
+
     read_header(path)  # our own reader is at least as strict
 
 
@@ -83,14 +86,17 @@ def test_numbers_start_at_multiples_of_their_size(tmp_path):
         TensorEntry("weight", "I8", (3, 1)),
         TensorEntry("big", "F64", (1,)),
     ]
+
     with StreamWriter(tmp_path / "x.safetensors", entries, {"k": "v"}) as writer:
         for key, dtype, _ in entries:
             assert writer.places[key][0] % module.count_bytes(dtype, ()) == 0
+
     header = {}
     with StreamWriter(tmp_path / "x.safetensors", entries, {"k": "v"}) as writer:
         for key, dtype, shape in entries:
             writer.write(key, torch.zeros(shape, dtype=DTYPES[dtype]))
         header, _ = read_header(writer.finish())
+
     assert list(header) == ["big", "scale", "half", "marker", "weight"]  # in the order given among equals
 
 
@@ -111,6 +117,7 @@ def test_pieces_of_any_cut_in_any_order(tmp_path):
             writer.write(key, left[key][:count])
             left[key] = left[key][count:]
         path = writer.finish()
+
     assert all(torch.equal(t, load_file(path)[key]) for key, t in data.items())
 
 
@@ -126,10 +133,13 @@ def test_the_system_is_told_to_write_on_the_way(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "FLUSH_BYTES", 100)
     monkeypatch.setattr(os, "posix_fadvise", lambda *a: calls.append(a), raising=False)
+
     with StreamWriter(tmp_path / "x.safetensors", [TensorEntry("t", "U8", (1000,))], {}) as writer:
         for _ in range(20):
             writer.write("t", bytes(50))
+
         assert 9 <= len(calls) <= 11
+
         monkeypatch.delattr(os, "posix_fadvise")  # a system without it
         writer.unsent = 10**9
         writer.write("t", b"")
@@ -140,37 +150,46 @@ def test_a_partial_write_goes_on(tmp_path, monkeypatch):
     whole = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: whole(fd, data[:3]))
     path = write_two(tmp_path / "x.safetensors")
+
     assert load_file(path)["b"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_an_error_inside_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), StreamWriter(tmp_path / "x.safetensors", TWO, {}) as writer:
         writer.write("b", bytes(5))
-        assert parts(tmp_path) and not (tmp_path / "x.safetensors").exists()
+        assert parts(tmp_path)
+        assert not (tmp_path / "x.safetensors").exists()
         _ = 1 / 0
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
     path = write_two(tmp_path / "x.safetensors", 1.0)
+
     with pytest.raises(ZeroDivisionError), StreamWriter(path, TWO, {}) as writer:
         writer.write("a", bytes(24))
         _ = 1 / 0
     assert load_file(path)["a"][0, 0] == 1
+
     write_two(path, 2.0)
-    assert load_file(path)["a"][0, 0] == 2 and parts(tmp_path) == []
+
+    assert load_file(path)["a"][0, 0] == 2
+    assert parts(tmp_path) == []
 
 
 def test_what_a_caller_may_get_wrong(tmp_path):
     path = tmp_path / "x.safetensors"
+
     with pytest.raises(ValueError, match="a is given twice"):
         StreamWriter(path, [TensorEntry("a", "F32", (1,)), TensorEntry("a", "F32", (1,))], {})
+
     with StreamWriter(path, TWO, {}) as writer:
         writer.write("b", bytes(3))
         with pytest.raises(ValueError, match=r"^b has 5 bytes; 3 were written and 3 more came$"):
             writer.write("b", bytes(3))
         with pytest.raises(ValueError, match=r"^2 tensors are not complete \(first: a\)$"):
             writer.finish()
+
     assert list(tmp_path.iterdir()) == []
 
 
@@ -191,6 +210,7 @@ def test_the_users_own_permissions(tmp_path, umask, mode):
         path = write_two(tmp_path / "x.safetensors")
     finally:
         os.umask(before)
+
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
@@ -212,6 +232,7 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
         r"x\.safetensors needs 240000\d{5} bytes \(24\.00 GB\), .* has 1000000000 free \(1\.00 GB\); "
         r"make room or choose another folder$"
     )
+
     with pytest.raises(FileError, match=words):
         StreamWriter(tmp_path / "x.safetensors", entries, {})
     assert list(tmp_path.iterdir()) == []
@@ -226,6 +247,7 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, call):
         rf"^{re.escape(str(tmp_path))}/x\.safetensors cannot be written: No space left on device; "
         r"make room, or choose a folder"
     )
+
     with pytest.raises(FileError, match=words), StreamWriter(tmp_path / "x.safetensors", TWO, {}) as writer:
         writer.write("a", bytes(24))
         writer.write("b", bytes(1))
@@ -240,6 +262,7 @@ def test_a_disk_that_is_full_at_the_header(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "write", full)
+
     with pytest.raises(FileError, match="No space left on device"):
         StreamWriter(tmp_path / "x.safetensors", TWO, {})
     assert list(tmp_path.iterdir()) == []
@@ -263,15 +286,20 @@ def test_a_killed_writer_leaves_no_file_and_the_next_one_cleans_up(tmp_path):
     try:
         assert process.stdout.readline() == "half\n"
         left = parts(tmp_path)
-        assert left[0].startswith(f".int8run-{process.pid}-") and not path.exists()
+        assert left[0].startswith(f".int8run-{process.pid}-")
+        assert not path.exists()
         write_two(tmp_path / "other.safetensors")
         assert parts(tmp_path) == left, "another live process writes it"
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert parts(tmp_path) == left and not path.exists()
+
+    assert parts(tmp_path) == left
+    assert not path.exists()
+
     (tmp_path / ".something.part").write_text("not ours")
     write_two(tmp_path / "other.safetensors")
+
     assert parts(tmp_path) == [".something.part"]
 
 
@@ -296,6 +324,7 @@ def test_a_part_that_was_removed_before_it_was_locked_is_made_again(tmp_path, mo
         return real(descriptor, wait)
 
     monkeypatch.setattr(module, "acquire_lock", slow)
+
     assert load_file(write_two(tmp_path / "x.safetensors"))["b"].tolist() == [0, 1, 2, 3, 4]
     assert len(made) == 1
 
@@ -305,6 +334,7 @@ def test_a_system_without_locks_keeps_leftovers(tmp_path, monkeypatch):
     left.write_text("may belong to somebody")
     monkeypatch.setattr(module, "fcntl", None)
     write_two(tmp_path / "x.safetensors")
+
     assert left.exists()
 
 

@@ -479,7 +479,7 @@ def slow(count):
     done.append(count)
     if len(done) == 20:
         print("half", flush=True)
-        time.sleep(60)
+        time.sleep(3600)
 
 module.write_targets(files, stored, targets, Path(sys.argv[2]), {}, recipe, slow)
 """

@@ -43,8 +43,9 @@ class Pipe:
         return SimpleNamespace(images=[])
 
 
-def test_arguments_by_position_get_their_names_and_none_changes_later() -> None:
+def test_captured_arguments_have_names_and_do_not_change_later() -> None:
     calls = capture_calls(Pipe(), "denoiser", Denoiser(), BATCH, Sampling(steps=3))
+
     assert [sorted(c) for c in calls] == [["more", "sample", "time"]] * 3
     assert [(c["sample"][0].tolist(), c["time"], c["more"]["added"].item()) for c in calls] == [
         ([i, i], i, i) for i in range(3)
@@ -53,16 +54,18 @@ def test_arguments_by_position_get_their_names_and_none_changes_later() -> None:
     assert [Denoiser()(**c)[0].tolist() for c in calls] == [[3.0 * i, 3.0 * i] for i in range(3)]
 
 
-def test_one_call_is_the_second_of_two_steps_and_its_hook_is_taken_off() -> None:
+def test_the_captured_step_is_the_second_of_two_and_the_hook_is_removed() -> None:
     denoiser = Denoiser()
+
     assert [
         made["time"] for made in capture_step(Pipe(), "denoiser", denoiser, BATCH, Sampling(steps=9))
     ] == [1]
     assert not denoiser._forward_pre_hooks
 
 
-def test_latents_that_the_pipeline_changes_in_place_are_kept_as_they_were() -> None:
+def test_latents_that_the_pipeline_changes_in_place_are_copied() -> None:
     clock, pipe = StepClock(CPU), Pipe()
     pipe.register_modules(Denoiser())
     call_pipeline(pipe, BATCH, Sampling(steps=3), clock.on_step_end)
+
     assert [x.tolist() for x in clock.latents] == [[1, 1], [2, 2], [3, 3]]

@@ -79,7 +79,7 @@ class Denoiser(nn.Module):
         self.number = number
 
 
-def run(pipe: Pipe, steps: int = 4, batch: int = 1, **options: Any) -> dict[str, Any]:
+def generate_samples(pipe: Pipe, steps: int = 4, batch: int = 1, **options: Any) -> dict[str, Any]:
     return generate(
         pipe,
         "denoiser",
@@ -90,10 +90,14 @@ def run(pipe: Pipe, steps: int = 4, batch: int = 1, **options: Any) -> dict[str,
     )
 
 
-def test_each_denoiser_draws_every_sample_and_they_take_turns(clock: list[float]) -> None:
+def test_each_denoiser_generates_every_sample_and_they_take_turns(clock: list[float]) -> None:
     order: list[tuple[str, int]] = []
-    made = run(Pipe(clock), on_batch=lambda name, batch, made: order.append((name, len(made.images))))
+    made = generate_samples(
+        Pipe(clock), on_batch=lambda name, batch, made: order.append((name, len(made.images)))
+    )
+
     assert order == [("float", 1), ("int8", 1), ("int8", 2), ("float", 2), ("float", 3), ("int8", 3)]
+
     for number, found in enumerate(made.values(), 1):
         assert len(found.images) == 3 and [t.shape for t in found.trajectories] == [(4, 1)] * 3
         noise = [torch.rand(4, generator=torch.Generator().manual_seed(s.seed))[:, None] for s in SAMPLES]
@@ -103,18 +107,21 @@ def test_each_denoiser_draws_every_sample_and_they_take_turns(clock: list[float]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_saved_encodings_count_as_if_they_had_been_done(clock: list[float], batch: int) -> None:
+def test_times_include_encodings_that_the_cache_saved(clock: list[float], batch: int) -> None:
     pipe = Pipe(clock)
-    made = run(pipe, batch=batch)
+    made = generate_samples(pipe, batch=batch)
+
     assert pipe.encoded == [["a"], ["b"], ["c"]] if batch == 1 else [["a", "b"], ["c"]], (
         "once for both denoisers"
     )
+
     for found in made.values():
         assert found.image_seconds == (
             [14.0] * 3 if batch == 1 else [7.0, 7.0, 14.0]
         )  # 8 text, 4 steps, 2 decoding
     clock[0] += 1000
-    again = run(pipe, batch=batch)
+    again = generate_samples(pipe, batch=batch)
+
     assert (
         len(pipe.encoded) == (3 if batch == 1 else 2)
         and again["int8"].image_seconds == made["int8"].image_seconds
@@ -123,16 +130,18 @@ def test_saved_encodings_count_as_if_they_had_been_done(clock: list[float], batc
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4])
-def test_strengths_hear_of_every_fraction_and_their_time_is_nobodys(clock: list[float], steps: int) -> None:
+def test_the_callback_gets_every_fraction_and_its_time_does_not_count(clock: list[float], steps: int) -> None:
     heard: list[float] = []
 
     def on_fraction(fraction: float) -> None:
         heard.append(fraction)
         clock[0] += 50
 
-    made = run(Pipe(clock), steps, on_fraction=on_fraction)
+    made = generate_samples(Pipe(clock), steps, on_fraction=on_fraction)
+
     # the one after the last step changes nothing; the next picture begins at 0 again
     assert heard == [i / steps for i in range(steps + 1)] * 6
+
     for found in made.values():
         # the first step holds the text where it was encoded
         assert all(s in ([1.0] * steps, [9.0] + [1.0] * (steps - 1)) for s in found.step_seconds)
@@ -150,6 +159,7 @@ def test_a_step_clock_alone_times_from_end_to_end(clock: list[float]) -> None:
             )
             == {}
         )
+
     assert (
         timed.seconds == [3.0, 4.0]
         and timed.paused_seconds == 0
@@ -157,7 +167,7 @@ def test_a_step_clock_alone_times_from_end_to_end(clock: list[float]) -> None:
     )
 
 
-def test_noise_that_a_scheduler_draws_itself_is_the_same_for_both_and_the_programs_own_is_left_alone(
+def test_a_schedulers_own_noise_is_the_same_for_both_and_global_random_state_is_kept(
     clock: list[float],
 ) -> None:
     drawn: list[float] = []
@@ -173,11 +183,14 @@ def test_noise_that_a_scheduler_draws_itself_is_the_same_for_both_and_the_progra
     expected = torch.randn(3)
     torch.manual_seed(1)
     own = torch.randn(1)
-    run(Noisy(clock), 1)
+    generate_samples(Noisy(clock), 1)
+
     assert torch.equal(torch.cat([own, torch.randn(2)]), expected)
     # in the order of calls: float int8, int8 float, float int8
     assert drawn[0] == drawn[1] != drawn[2] == drawn[3] != drawn[4] == drawn[5] != drawn[0]
-    run(Noisy(clock), 1)
+
+    generate_samples(Noisy(clock), 1)
+
     assert drawn[6:] == drawn[:6]
 
 
@@ -187,57 +200,72 @@ def test_noise_that_a_scheduler_draws_itself_is_the_same_for_both_and_the_progra
 def test_equal_prompts_are_encoded_once_until_the_encoders_change(clock: list[float]) -> None:
     pipe = Pipe(clock)
     texts = PromptCache.for_pipeline(pipe)
+
     assert PromptCache.for_pipeline(pipe) is texts and pipe.encode_prompt is texts
+
     first = pipe.encode_prompt(["a"], scale=1.0)
+
     assert pipe.encode_prompt(["a"], scale=1.0) is first and texts.saved_seconds == 8.0
+
     pipe.encode_prompt(["a"], scale=2.0)
     pipe.encode_prompt(prompt=["a"], scale=1.0)
+
     assert len(pipe.encoded) == 3 and texts.saved_seconds == 8.0, "other arguments"
+
     texts.clear()
+
     assert pipe.encode_prompt(["a"], scale=1.0) is not first and len(pipe.encoded) == 4
 
 
-def test_text_encoders_in_turn_have_their_own_answers(clock: list[float]) -> None:
+def test_each_set_of_text_encoders_has_its_own_cache(clock: list[float]) -> None:
     pipe = Pipe(clock)
     texts = PromptCache.for_pipeline(pipe)
     first = pipe.encode_prompt(["a"])
     texts.encoder_key = "other"
     second = pipe.encode_prompt(["a"])
+
     assert second is not first and pipe.encode_prompt(["a"]) is second and len(pipe.encoded) == 2
+
     texts.encoder_key = ""
+
     assert pipe.encode_prompt(["a"]) is first and len(pipe.encoded) == 2
+
     texts.clear()
     texts.encoder_key = "other"
     pipe.encode_prompt(["a"])
+
     assert len(pipe.encoded) == 3, "clear forgets both"
 
 
-def test_the_order_of_named_arguments_has_no_say() -> None:
+def test_the_order_of_named_arguments_does_not_matter() -> None:
     calls: list[dict] = []
     texts = PromptCache(lambda **given: calls.append(given), CPU)
     texts(prompt=["a"], scale=1)
     texts(scale=1, prompt=["a"])
+
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
     "own", [torch.ones(1), [torch.ones(1)], Image.new("RGB", (1, 1)), [[Image.new("RGB", (1, 1))]]]
 )
-def test_tensors_and_pictures_of_the_callers_own_are_not_remembered(clock: list[float], own: Any) -> None:
+def test_calls_with_tensors_or_images_are_not_cached(clock: list[float], own: Any) -> None:
     pipe = Pipe(clock)
     texts = PromptCache.for_pipeline(pipe)
     for _ in range(2):
         pipe.encode_prompt(["a"], scale=own)
         pipe.encode_prompt(["a"], own)
+
     assert len(pipe.encoded) == 4 and texts.entries == {} and texts.saved_seconds == 0
 
 
-def test_devices_dtypes_and_lists_of_words_are_remembered(clock: list[float]) -> None:
+def test_calls_with_devices_dtypes_and_lists_of_text_are_cached(clock: list[float]) -> None:
     pipe = Pipe(clock)
     PromptCache.for_pipeline(pipe)
     for scale in (CPU, torch.bfloat16, ["say", ("a", 1, None)], True):
         pipe.encode_prompt(["a"], scale)
         pipe.encode_prompt(["a"], scale)
+
     assert len(pipe.encoded) == 4
 
 
@@ -247,13 +275,17 @@ def test_only_the_latest_prompts_are_kept(clock: list[float], monkeypatch: pytes
     PromptCache.for_pipeline(pipe)
     for prompt in "abca":
         pipe.encode_prompt([prompt])
+
     assert pipe.encoded == [["a"], ["b"], ["c"], ["a"]]
+
     pipe.encode_prompt(["c"])
+
     assert len(pipe.encoded) == 4
 
 
 def test_the_device_is_where_an_offloaded_pipeline_computes() -> None:
     meta = torch.device("meta")
+
     assert (
         get_execution_device(SimpleNamespace(device=CPU)) == CPU
         and get_execution_device(SimpleNamespace(device=CPU, _execution_device=meta)) == meta
@@ -261,16 +293,17 @@ def test_the_device_is_where_an_offloaded_pipeline_computes() -> None:
     assert PromptCache.for_pipeline(SimpleNamespace(device=CPU, _execution_device=meta)).device == meta
 
 
-def test_a_pipeline_that_encodes_in_its_own_way_is_left_alone() -> None:
+def test_a_pipeline_without_encode_prompt_is_left_as_it_is() -> None:
     pipe = SimpleNamespace(device=CPU)
     PromptCache.for_pipeline(pipe).clear()
+
     assert vars(pipe) == {"device": CPU} and PromptCache.for_pipeline(pipe).saved_seconds == 0
 
 
 # -- one call ------------------------------------------------------------------------------------------------
 
 
-def test_settings_that_nobody_set_are_left_to_the_pipeline_and_further_ones_are_passed_as_they_are(
+def test_unset_settings_are_left_to_the_pipeline_and_extra_ones_are_passed(
     clock: list[float],
 ) -> None:
     pipe = Pipe(clock)
@@ -283,22 +316,24 @@ def test_settings_that_nobody_set_are_left_to_the_pipeline_and_further_ones_are_
         lambda *_: {},
     )
     given = {"output_type": "pil", "guidance_scale": 0.0, "height": 16, "eta": 0.3, "none": None}
+
     assert pipe.arguments == [{"output_type": "pil"}, given]
 
 
-def test_one_text_in_the_settings_is_for_every_sample_of_a_batch(clock: list[float]) -> None:
+def test_an_extra_prompt_is_repeated_for_every_sample_of_a_batch(clock: list[float]) -> None:
     pipe = Pipe(clock)
     pipe.register_modules(denoiser=Denoiser(1))
     texts = {"negative_prompt": "blurred", "prompt_2": "b", "negative_prompt_3": "c", "prompt_4": ["d", "e"]}
     others = {"system_prompt": "draw", "negative_prompt_scale": "x"}
     call_pipeline(pipe, SAMPLES[:2], Sampling(steps=1, extra={**texts, **others}), lambda *_: {})
     (given,) = pipe.arguments
+
     assert [given[name] for name in texts] == [["blurred"] * 2, ["b"] * 2, ["c"] * 2, ["d", "e"]]
     assert [given[name] for name in others] == ["draw", "x"]
 
 
 @pytest.mark.parametrize("kind", ["np", "pt", None])
-def test_arrays_in_place_of_pictures_are_refused(clock: list[float], kind: str | None) -> None:
+def test_a_request_for_arrays_is_an_error(clock: list[float], kind: str | None) -> None:
     with pytest.raises(
         ConfigError, match=rf"^sampler\.extra\.output_type is {kind!r}; .*choose from latent, pil$"
     ):
@@ -323,9 +358,13 @@ class OldPipe(Pipe):
         return super().__call__(callback_on_step_end=step_end, **given)
 
 
-def test_an_older_pipeline_is_timed_and_watched_as_a_new_one(clock: list[float]) -> None:
+def test_a_pipeline_with_the_older_callback_is_timed_as_well(clock: list[float]) -> None:
     heard: dict[type, list[float]] = {Pipe: [], OldPipe: []}
-    new, old = (run(kind(clock), on_fraction=fractions.append)["int8"] for kind, fractions in heard.items())
+    new, old = (
+        generate_samples(kind(clock), on_fraction=fractions.append)["int8"]
+        for kind, fractions in heard.items()
+    )
+
     assert heard[OldPipe] == heard[Pipe] and 0.25 in heard[Pipe]
     assert (old.step_seconds, old.image_seconds) == (new.step_seconds, new.image_seconds)
     assert all(map(torch.equal, old.trajectories, new.trajectories))
@@ -334,12 +373,13 @@ def test_an_older_pipeline_is_timed_and_watched_as_a_new_one(clock: list[float])
 # -- what a pipeline returns ---------------------------------------------------------------------------------
 
 
-def frame(level: int, width: int = 2) -> Image.Image:
+def make_frame(level: int, width: int = 2) -> Image.Image:
     return Image.new("L", (width, 2), level)
 
 
-def test_frames_of_pictures_videos_and_latents() -> None:
-    a, b, c, d = map(frame, range(4))
+def test_frames_are_extracted_from_images_and_videos_but_not_latents() -> None:
+    a, b, c, d = map(make_frame, range(4))
+
     assert extract_frames(SimpleNamespace(images=[a, b])) == [[a], [b]]
     assert extract_frames(SimpleNamespace(frames=[[a, b], [c, d]], audio=torch.ones(1))) == [[a, b], [c, d]]
     assert (
@@ -354,12 +394,13 @@ def test_a_generation_of_videos_holds_every_frame(clock: list[float]) -> None:
         def __call__(self, prompt: list[str], **given: Any) -> Any:
             super().__call__(prompt, **given)
             return SimpleNamespace(
-                frames=[[frame(ord(p[0]) + i, width=5) for i in range(3)] for p in prompt], audio=self.sound
+                frames=[[make_frame(ord(p[0]) + i, width=5) for i in range(3)] for p in prompt],
+                audio=self.sound,
             )
 
     filming = Filming(clock)
     for filming.sound in (None, torch.ones(2)):
-        made = run(filming, batch=2)["int8"]
+        made = generate_samples(filming, batch=2)["int8"]
         assert [[f.getpixel((0, 0)) for f in frames] for frames in made.frames] == [
             [ord(p) + i for i in range(3)] for p in "abc"
         ]
@@ -370,7 +411,7 @@ def test_a_generation_of_videos_holds_every_frame(clock: list[float]) -> None:
         assert made.has_sound == (filming.sound is not None)
 
 
-def test_the_frame_rate_is_asked_for_or_the_pipelines_own_or_wans() -> None:
+def test_the_frame_rate_is_the_requested_one_or_the_pipelines_or_wans() -> None:
     class Own:
         def __call__(self, frame_rate: int = 25) -> None: ...
 
@@ -381,7 +422,7 @@ def test_the_frame_rate_is_asked_for_or_the_pipelines_own_or_wans() -> None:
     assert get_frame_rate(Own(), Sampling(extra={"frame_rate": 12.5})) == 12.5
 
 
-def test_a_scheduler_that_the_pipeline_cannot_use_is_named() -> None:
+def test_a_scheduler_that_the_pipeline_cannot_use_is_an_error() -> None:
     class Fussy:
         device = CPU
 
@@ -392,15 +433,19 @@ def test_a_scheduler_that_the_pipeline_cannot_use_is_named() -> None:
         r"^sampler\.scheduler=DDIMScheduler cannot be used with Fussy: "
         r"The scheduler does not support sigmas\.; choose another one$"
     )
+
     with pytest.raises(ConfigError, match=message):
         call_pipeline(Fussy(), SAMPLES, Sampling(steps=1, scheduler="DDIMScheduler"), lambda *_: {})
+
     with pytest.raises(
         ValueError, match="does\nnot support"
     ):  # of the model's own scheduler nobody chose anything
         call_pipeline(Fussy(), SAMPLES, Sampling(steps=1), lambda *_: {})
 
 
-def test_arguments_that_a_pipeline_does_not_have(clock: list[float]) -> None:
+def test_arguments_that_a_pipeline_does_not_have_are_found(clock: list[float]) -> None:
     assert find_unknown_arguments(Pipe(clock), Sampling(extra={"prompt": 1, "generator": 2})) == []
+
     fussy = SimpleNamespace()
+
     assert find_unknown_arguments(fussy, Sampling(extra={"frames": 3})) == ["frames"]

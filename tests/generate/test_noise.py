@@ -15,7 +15,7 @@ NOISY = Sampling(
 
 
 @pytest.fixture(scope="module")
-def pipe():
+def make_pipe():
     made = random_pipeline()
     made.set_progress_bar_config(disable=True)
     for part in (made.text_encoder, made.text_encoder_2, made.transformer):
@@ -24,7 +24,7 @@ def pipe():
     return made
 
 
-def test_both_denoisers_meet_the_same_noise(pipe):
+def test_both_denoisers_get_the_same_noise(pipe):
     made = generate(
         pipe,
         "transformer",
@@ -32,6 +32,7 @@ def test_both_denoisers_meet_the_same_noise(pipe):
         build_samples(["a", "b"], 1, 0),
         NOISY,
     )
+
     assert all(map(torch.equal, made["a"].trajectories, made["b"].trajectories))
 
 
@@ -42,11 +43,13 @@ def test_another_seed_is_another_noise(pipe):
         ].trajectories[0]
         for seed in (0, 1)
     )
+
     # the last step is far from the first noise, and the noise on the way is new
     assert not torch.equal(first[-1], second[-1])
 
 
-def test_torchs_own_generator_is_left_as_it_was(pipe):
+def test_torchs_global_generator_is_unchanged(pipe):
     before = torch.random.get_rng_state()
     generate(pipe, "transformer", {"": pipe.transformer}, build_samples(["a"], 1, 7), NOISY)
+
     assert torch.equal(torch.random.get_rng_state(), before)

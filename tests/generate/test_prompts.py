@@ -7,7 +7,7 @@ from int8run.generate.prompts import PromptSet, Sample, build_samples, slugify
 
 
 @pytest.fixture
-def read(tmp_path):
+def read_prompts(tmp_path):
     """Write bytes to a file and read it as a prompt set."""
 
     def write_and_read(data):
@@ -35,18 +35,19 @@ def test_a_file_holds_one_prompt_per_line(read, data, prompts):
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"# only\n# comments\n"], ids=["empty", "blank", "comments"])
-def test_a_file_without_prompts_is_refused(read, data):
+def test_a_file_without_prompts_is_an_error(read, data):
     with pytest.raises(FileError, match=r"prompts\.path=/.*p\.txt holds no prompt; write one per line"):
         read(data)
 
 
-def test_a_file_that_is_no_text_is_refused(read):
+def test_a_file_that_is_not_text_is_an_error(read):
     with pytest.raises(FileError, match=r"prompts\.path=/.*p\.txt.*UTF-8"):
         read(b"\xff\xfe\x00a")
 
 
-def test_a_missing_file_names_the_place_that_was_searched(tmp_path, monkeypatch):
+def test_the_error_for_a_missing_file_has_its_absolute_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
     with pytest.raises(
         FileError, match=rf"prompts\.path=sub/p\.txt: no such file \(looked for {tmp_path}/sub/p\.txt\)"
     ):
@@ -56,6 +57,7 @@ def test_a_missing_file_names_the_place_that_was_searched(tmp_path, monkeypatch)
 def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "p.txt").write_text("a fox\n")
+
     assert PromptSet(path="~/p.txt").read() == ["a fox"]
 
 
@@ -78,7 +80,7 @@ def test_one_prompt_without_brackets_is_not_a_list_of_letters():
 
 
 @pytest.mark.parametrize("count", [0, -1, 10_001, "2", True], ids=repr)
-def test_pictures_per_prompt_have_a_range(count):
+def test_seeds_per_prompt_have_a_range(count):
     with pytest.raises(
         ConfigError,
         match=rf"prompts\.seeds_per_prompt is {count!r}; allowed is a whole number from 1 to 10000",
@@ -97,6 +99,7 @@ def test_samples_are_prompts_times_seeds():
 
 def test_keys_differ_even_where_prompts_do_not():
     keys = [s.key for s in build_samples(["x" * 50, "x" * 50, "?", "狐"], 3, seed=0)]
+
     assert len(set(keys)) == len(keys) == 12
 
 

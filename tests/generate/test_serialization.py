@@ -17,7 +17,7 @@ from int8run.generate.generate import Generation
 from int8run.generate.serialization import load_generation, save_generation
 
 
-def picture(seed: int, size: tuple[int, int] = (5, 3), mode: str = "RGB") -> Image.Image:
+def make_image(seed: int, size: tuple[int, int] = (5, 3), mode: str = "RGB") -> Image.Image:
     count = size[0] * size[1] * 3
     data = torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return Image.frombytes("RGB", size, bytes(data.tolist())).convert(mode)
@@ -25,27 +25,28 @@ def picture(seed: int, size: tuple[int, int] = (5, 3), mode: str = "RGB") -> Ima
 
 MADE = {
     "pictures": Generation(
-        [[picture(0)], [picture(1)]],
+        [[make_image(0)], [make_image(1)]],
         [randn(4, 2, 3), randn(4, 2, 3, seed=1)],
         [[0.1, 0.2], [0.3]],
         [1.5, 0.1 + 0.2],
     ),
     "videos": Generation(
-        [[picture(n) for n in range(3)], [picture(9)] * 2],
+        [[make_image(n) for n in range(3)], [make_image(9)] * 2],
         [randn(1, 2).T, randn(2, 1)],
         [[0.1]],
         [1.0, 2.0],
         True,
     ),
     "latents alone": Generation([], [randn(2, 2)], [[0.5]], [1.0]),
-    "shared latents": Generation([[picture(0)], [picture(0)]], [*randn(2, 3, 4)], [[0.5]], [1.0, 1.0]),
+    "shared latents": Generation([[make_image(0)], [make_image(0)]], [*randn(2, 3, 4)], [[0.5]], [1.0, 1.0]),
 }
 
 
 @pytest.mark.parametrize("made", MADE.values(), ids=MADE)
-def test_a_generation_comes_back(made: Generation, tmp_path: Path) -> None:
+def test_a_saved_generation_is_loaded_unchanged(made: Generation, tmp_path: Path) -> None:
     save_generation(made, tmp_path / "a.safetensors", {"model": "x"})
     back = load_generation(tmp_path / "a.safetensors")
+
     assert [[f.tobytes() for f in frames] for frames in back.frames] == [
         [f.tobytes() for f in frames] for frames in made.frames
     ]
@@ -63,15 +64,17 @@ def test_a_generation_comes_back(made: Generation, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_a_picture_with_transparency_is_kept_as_rgb(tmp_path: Path) -> None:
+def test_an_image_with_transparency_is_kept_as_rgb(tmp_path: Path) -> None:
     save_generation(
-        Generation([[picture(0, mode="RGBA")]], [randn(1)], [[1.0]], [1.0]), tmp_path / "a.safetensors", {}
+        Generation([[make_image(0, mode="RGBA")]], [randn(1)], [[1.0]], [1.0]), tmp_path / "a.safetensors", {}
     )
-    assert load_generation(tmp_path / "a.safetensors").frames[0][0].tobytes() == picture(0).tobytes()
+
+    assert load_generation(tmp_path / "a.safetensors").frames[0][0].tobytes() == make_image(0).tobytes()
 
 
-def test_who_looks_into_the_file_is_told_what_drew_it(tmp_path: Path) -> None:
+def test_the_file_says_what_generated_it(tmp_path: Path) -> None:
     save_generation(MADE["pictures"], tmp_path / "a.safetensors", {"model": "tiny", "drawings": 2})
+
     assert read_provenance(tmp_path / "a.safetensors", read_header(tmp_path / "a.safetensors")[1]) == {
         "model": "tiny",
         "drawings": 2,
@@ -100,9 +103,10 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_is_named(damage: Callable[[Path], object], tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error(damage: Callable[[Path], object], tmp_path: Path) -> None:
     save_generation(MADE["pictures"], tmp_path / "a.safetensors", {})
     damage(tmp_path / "a.safetensors")
+
     with pytest.raises(FileError, match=r"a\.safetensors is damaged: ") as raised:
         load_generation(tmp_path / "a.safetensors")
     assert "\n" not in str(raised.value)

@@ -17,17 +17,17 @@ FEW, SMALL = Tile(16, 32, 64, 1, 4, 2), Tile(32, 32, 128, 2, 4, 2)
 ROUNDING = {FULL: 1e-6, HALF: 1e-3, BRAIN: 4e-3}
 
 
-def inputs(m, n, k):
+def make_inputs(m, n, k):
     """q, x_scale, qdata and a scale per row."""
     x_scale, w_scale = randn(m, 1).abs() + 0.1, randn(n, seed=1).abs() + 0.1
     return [t.to(DEVICE) for t in (full_range(m, k), x_scale / k, full_range(n, k, seed=1), w_scale / 100)]
 
 
-def low_rank(m, n, rank, dtype):
+def make_low_rank(m, n, rank, dtype):
     return randn(m, rank, seed=3).to(DEVICE), randn(n, rank, seed=4, dtype=dtype).to(DEVICE)
 
 
-def dequantized(q, x_scale, qdata, w_scale, group):
+def compute_dequantized(q, x_scale, qdata, w_scale, group):
     """The same product in float64 with scales per group or block."""
     rows = w_scale.repeat_interleave(group, 0)[: len(qdata)] if len(w_scale) != len(qdata) else w_scale
     scales = rows.repeat_interleave(group, 1)[:, : qdata.shape[1]]
@@ -39,16 +39,17 @@ def dequantized(q, x_scale, qdata, w_scale, group):
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (17, 63, 130), (1, 40, 33), (16, 32, 64), (33, 96, 256), (70, 5, 7)], ids=str
 )
-def test_scales_and_bias_on_awkward_shapes(shape, tile, dtype):
+def test_scales_and_bias_equal_the_reference_on_awkward_shapes(shape, tile, dtype):
     m, n, k = shape
-    arguments, bias = inputs(m, n, k), randn(n, seed=2, dtype=dtype).to(DEVICE)
+    arguments, bias = make_inputs(m, n, k), randn(n, seed=2, dtype=dtype).to(DEVICE)
     y = int8_linear(*arguments, 0, bias, None, None, dtype, tile)
+
     assert y.dtype == dtype
     assert_close("y", y, reference(*arguments, bias), ROUNDING[dtype])
 
 
-def test_no_bias():
-    arguments = inputs(17, 63, 130)
+def test_no_bias_equals_a_zero_bias():
+    arguments = make_inputs(17, 63, 130)
     assert_close(
         "y", int8_linear(*arguments, 0, None, None, None, FULL, SMALL), reference(*arguments, None), 1e-6
     )
@@ -72,38 +73,42 @@ def test_sums_at_large_k_are_exact(k):
         FULL,
         Tile(16, 16, 512, 1, 1, 1),
     )
+
     assert torch.equal(y.cpu(), exact)
 
 
 @pytest.mark.parametrize("square", [False, True], ids=["rows", "square"])
 @pytest.mark.parametrize("group", [32, 64, 96, 256])
 @pytest.mark.parametrize("shape", [(17, 63, 130), (33, 130, 512)], ids=str)
-def test_scales_per_group(shape, group, square):
+def test_scales_per_group_equal_the_reference(shape, group, square):
     m, n, k = shape
-    q, x_scale, qdata, _ = inputs(m, n, k)
+    q, x_scale, qdata, _ = make_inputs(m, n, k)
     w_scale = randn(-(-n // group) if square else n, -(-k // group), seed=5).to(DEVICE) / 100
     y = int8_linear(q, x_scale, qdata, w_scale, group, None, None, None, FULL, SMALL)
-    assert_close("y", y, dequantized(q, x_scale, qdata, w_scale, group), 1e-6)
+
+    assert_close("y", y, compute_dequantized(q, x_scale, qdata, w_scale, group), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF, FULL], ids=str)
 @pytest.mark.parametrize("rank", [1, 16, 65])
 @pytest.mark.parametrize("tile", [FEW, SMALL], ids=["few", "small"])
-def test_low_rank_branch(tile, rank, dtype):
+def test_low_rank_branch_equals_the_reference(tile, rank, dtype):
     arguments, bias, (h, up) = (
-        inputs(17, 63, 130),
+        make_inputs(17, 63, 130),
         randn(63, seed=2).to(DEVICE),
-        low_rank(17, 63, rank, dtype),
+        make_low_rank(17, 63, rank, dtype),
     )
     y = int8_linear(*arguments, 0, bias, h, up, FULL, tile)
     expected = reference(*arguments, bias) + h @ up.float().T
+
     assert_close("y", y, expected, ROUNDING[dtype])
 
 
 def test_strengths_scale_each_rank():
-    arguments, (h, up) = inputs(17, 63, 130), low_rank(17, 63, 20, FULL)
+    arguments, (h, up) = make_inputs(17, 63, 130), make_low_rank(17, 63, 20, FULL)
     strengths = randn(20, seed=9).to(DEVICE)
     y = int8_linear(*arguments, 0, None, h, up, FULL, SMALL, strengths)
+
     assert_close("y", y, reference(*arguments, None) + (h * strengths) @ up.T, ROUNDING[FULL])
     # what a branch at strength 0 leaves is the layer itself
     assert torch.equal(
@@ -112,30 +117,34 @@ def test_strengths_scale_each_rank():
     )
 
 
-def test_everything_at_once():
-    q, x_scale, qdata, _ = inputs(33, 130, 256)
+def test_all_options_together_equal_the_reference():
+    q, x_scale, qdata, _ = make_inputs(33, 130, 256)
     w_scale, bias, (h, up) = (
         randn(5, 8, seed=5).to(DEVICE) / 100,
         randn(130, seed=2, dtype=HALF).to(DEVICE),
-        low_rank(33, 130, 20, BRAIN),
+        make_low_rank(33, 130, 20, BRAIN),
     )
     y = int8_linear(q, x_scale, qdata, w_scale, 32, bias, h, up, BRAIN, SMALL)
-    expected = dequantized(q, x_scale, qdata, w_scale, 32) + bias + h @ up.float().T
+    expected = compute_dequantized(q, x_scale, qdata, w_scale, 32) + bias + h @ up.float().T
+
     assert_close("y", y, expected, ROUNDING[BRAIN])
 
 
 @pytest.mark.parametrize("group_m", [1, 3, 64])
-def test_every_tile_is_visited_whatever_the_order(group_m):
-    arguments = inputs(100, 70, 32)
+def test_every_tile_is_computed_for_any_group_m(group_m):
+    arguments = make_inputs(100, 70, 32)
     y = int8_linear(*arguments, 0, None, None, None, FULL, Tile(16, 16, 32, group_m, 1, 1))
+
     assert_close("y", y, reference(*arguments, None), 1e-6)
 
 
-def test_bad_scales_stay_visible_in_their_row():
-    q, x_scale, qdata, w_scale = inputs(3, 5, 32)
+def test_nan_and_infinite_scales_stay_in_their_row():
+    q, x_scale, qdata, w_scale = make_inputs(3, 5, 32)
     x_scale[1] = float("nan")
     finite = int8_linear(q, x_scale, qdata, w_scale, 0, None, None, None, FULL, FEW).isfinite()
-    assert finite.all(dim=1).tolist() == [True, False, True] and not finite[1].any()
+
+    assert finite.all(dim=1).tolist() == [True, False, True]
+    assert not finite[1].any()
 
 
 @pytest.mark.parametrize(
@@ -161,7 +170,7 @@ def test_bad_scales_stay_visible_in_their_row():
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(changed, message):
+def test_arguments_that_do_not_fit_raise(changed, message):
     arguments = {
         "q": torch.zeros(4, 8, dtype=torch.int8),
         "x_scale": torch.zeros(4, 1),
@@ -178,9 +187,9 @@ def test_what_does_not_fit_is_refused(changed, message):
         int8_linear(**{**arguments, **changed})
 
 
-def test_the_operator_is_sound():
-    q, x_scale, qdata, w_scale = inputs(5, 6, 32)
-    rest = (0, None, *low_rank(5, 6, 3, HALF), None, HALF, FEW.as_list())
+def test_operator_passes_opcheck_and_compiles():
+    q, x_scale, qdata, w_scale = make_inputs(5, 6, 32)
+    rest = (0, None, *make_low_rank(5, 6, 3, HALF), None, HALF, FEW.as_list())
     op = torch.ops.int8run.triton_int8_linear.default
     torch.library.opcheck(
         op, (q, x_scale, qdata, w_scale, *rest), test_utils=("test_schema", "test_faketensor")
@@ -190,6 +199,7 @@ def test_the_operator_is_sound():
         return int8_linear(q, x_scale, qdata, w_scale, 0, None, None, None, FULL, FEW)
 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+
     for rows in (5, 9):
-        q, x_scale, *_ = inputs(rows, 6, 32)
+        q, x_scale, *_ = make_inputs(rows, 6, 32)
         assert torch.equal(compiled(q, x_scale), layer(q, x_scale))

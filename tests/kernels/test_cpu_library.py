@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="the fake compilers a
 
 
 @pytest.fixture
-def path(tmp_path, monkeypatch):
+def compiler_path(tmp_path, monkeypatch):
     """An empty folder that is the whole PATH; the library loaded by other tests stays theirs."""
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -35,7 +35,7 @@ def path(tmp_path, monkeypatch):
 WRITE = 'for last; do :; done; echo "whole" > "$last"'
 
 
-def compiler(path, run=WRITE, name="g++", version="g++ 12"):
+def write_fake_compiler(path, run=WRITE, name="g++", version="g++ 12"):
     """A script that answers --version, notes each call and does what it is told. Only what the shell has itself: the PATH is empty."""
     script = path / name
     calls = path.parent / f"{name}.calls"
@@ -46,8 +46,9 @@ def compiler(path, run=WRITE, name="g++", version="g++ 12"):
     return lambda: calls.read_text().splitlines() if calls.exists() else []
 
 
-def test_no_compiler(path, tmp_path):
+def test_missing_compiler_raises(path, tmp_path):
     words = r"^no C\+\+ compiler on the PATH \(g\+\+, clang\+\+, c\+\+\); install one$"
+
     with pytest.raises(BuildError, match=words):
         build_library(tmp_path / "cache")
     with pytest.raises(BuildError, match=words):
@@ -58,14 +59,16 @@ def test_no_compiler(path, tmp_path):
 
 
 @pytest.mark.parametrize("name", module.COMPILERS)
-def test_any_of_the_compilers_will_do(path, tmp_path, name):
-    calls = compiler(path, name=name)
-    assert build_library(tmp_path / "cache").read_text() == "whole\n" and len(calls()) == 1
+def test_each_known_compiler_builds_the_library(path, tmp_path, name):
+    calls = write_fake_compiler(path, name=name)
+    assert build_library(tmp_path / "cache").read_text() == "whole\n"
+    assert len(calls()) == 1
 
 
-def test_the_first_of_the_compilers_is_taken(path, tmp_path):
-    calls = {name: compiler(path, name=name) for name in module.COMPILERS}
+def test_first_known_compiler_is_used(path, tmp_path):
+    calls = {name: write_fake_compiler(path, name=name) for name in module.COMPILERS}
     build_library(tmp_path / "cache")
+
     assert {name: len(of()) for name, of in calls.items()} == {"g++": 1, "clang++": 0, "c++": 0}
 
 
@@ -84,17 +87,18 @@ def test_the_first_of_the_compilers_is_taken(path, tmp_path):
     ],
     ids=["source", "linker", "no word of an error"],
 )
-def test_a_compiler_that_fails_is_quoted(path, tmp_path, stderr, reason):
-    compiler(path, f"echo '{stderr}' >&2; exit 1")
+def test_error_quotes_a_compiler_that_fails(path, tmp_path, stderr, reason):
+    write_fake_compiler(path, f"echo '{stderr}' >&2; exit 1")
     with pytest.raises(
         BuildError, match=rf"^{re.escape(str(path))}/g\+\+ could not build vnni.cpp: {reason}"
     ):
         build_library(tmp_path / "cache")
 
 
-def test_the_backend_says_what_to_do(path):
-    compiler(path, "echo 'vnni.cpp:1: error: no such flag' >&2; exit 1")
+def test_backend_error_says_what_to_do(path):
+    write_fake_compiler(path, "echo 'vnni.cpp:1: error: no such flag' >&2; exit 1")
     weight = quantize_weight(torch.ones(2, 4))
+
     with pytest.raises(
         BackendError,
         match=r"^backend vnni: .*: vnni\.cpp:1: error: no such flag; backend=auto takes the next best$",
@@ -102,26 +106,32 @@ def test_the_backend_says_what_to_do(path):
         Vnni().pack_weight(weight)
 
 
-def test_a_failure_is_not_remembered(path, tmp_path):
-    compiler(path, "exit 1")
+def test_failed_build_is_not_cached(path, tmp_path):
+    write_fake_compiler(path, "exit 1")
+
     for _ in range(2):
         with pytest.raises(BuildError):
             load_vnni_library(tmp_path / "cache")
-    calls = compiler(path)
-    assert build_library(tmp_path / "cache").exists() and len(calls()) == 3
+
+    calls = write_fake_compiler(path)
+
+    assert build_library(tmp_path / "cache").exists()
+    assert len(calls()) == 3
 
 
-def test_the_second_time_nothing_is_built(path, tmp_path):
-    calls = compiler(path)
+def test_built_library_is_reused(path, tmp_path):
+    calls = write_fake_compiler(path)
     first = build_library(tmp_path / "cache")
-    assert build_library(tmp_path / "cache") == first and len(calls()) == 1
+
+    assert build_library(tmp_path / "cache") == first
+    assert len(calls()) == 1
     assert [f.name for f in (tmp_path / "cache").iterdir()] == [first.name]
 
 
-def test_another_compiler_source_or_runtime_is_another_library(path, tmp_path, monkeypatch):
-    calls = compiler(path)
+def test_library_name_depends_on_compiler_source_and_runtime(path, tmp_path, monkeypatch):
+    calls = write_fake_compiler(path)
     names = [build_library(tmp_path / "cache")]
-    compiler(path, version="g++ 13")
+    write_fake_compiler(path, version="g++ 13")
     names.append(build_library(tmp_path / "cache"))
     source = tmp_path / "other.cpp"
     for text in ("int a;", "int b;"):
@@ -130,18 +140,21 @@ def test_another_compiler_source_or_runtime_is_another_library(path, tmp_path, m
     names.append(build_library(tmp_path / "cache", source, ("-O1",)))
     monkeypatch.setattr(module, "find_openmp_runtime", lambda: ["/elsewhere/libgomp.so.1"])
     names.append(build_library(tmp_path / "cache", source))
+
     assert len(set(names)) == len(calls()) == 6
     assert [name.name.split("-")[0] for name in names] == ["vnni"] * 2 + ["other"] * 4
-    assert "/elsewhere/libgomp.so.1" in calls()[-1] and str(source) in calls()[-1]
+    assert "/elsewhere/libgomp.so.1" in calls()[-1]
+    assert str(source) in calls()[-1]
 
 
-def test_the_instructions_are_named_one_by_one(path, tmp_path):
+def test_instructions_are_listed_explicitly(path, tmp_path):
     # a cache may be shared by machines that differ
-    calls = compiler(path)
+    calls = write_fake_compiler(path)
     build_library(tmp_path / "cache")
-    assert (
-        "-mavx512vnni" in calls()[0] and "-march=native" not in calls()[0] and "-ffast-math" not in calls()[0]
-    )
+
+    assert "-mavx512vnni" in calls()[0]
+    assert "-march=native" not in calls()[0]
+    assert "-ffast-math" not in calls()[0]
 
 
 @pytest.mark.parametrize(
@@ -152,40 +165,43 @@ def test_the_instructions_are_named_one_by_one(path, tmp_path):
         ("DEFAULT", "-O3", "-mavx"),
     ],
 )
-def test_rows_are_vectorized_as_far_as_the_cpu_goes(
+def test_rows_library_uses_the_instructions_of_the_cpu(
     path, tmp_path, monkeypatch, capability, there, not_there
 ):
-    calls = compiler(path)
+    calls = write_fake_compiler(path)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
     with pytest.raises(
         BuildError, match=r"rows-\w+\.so cannot be loaded: "
     ):  # what the fake compiler writes is no library
         load_rows_library(tmp_path / "cache")
-    assert there in calls()[0] and not_there not in calls()[0]
-    assert (
-        "-ffp-contract=off" in calls()[0]
-        and "-ffast-math" not in calls()[0]
-        and "-march=native" not in calls()[0]
-    )
+    assert there in calls()[0]
+    assert not_there not in calls()[0]
+    assert "-ffp-contract=off" in calls()[0]
+    assert "-ffast-math" not in calls()[0]
+    assert "-march=native" not in calls()[0]
     assert [f.name[:5] for f in (tmp_path / "cache").iterdir()] == ["rows-"]
 
 
-def test_half_a_file_never_gets_the_final_name(path, tmp_path):
-    compiler(path, 'for last; do :; done; echo "half" > "$last"; echo "error: disk full" >&2; exit 1')
+def test_unfinished_build_never_has_the_final_name(path, tmp_path):
+    write_fake_compiler(path, 'for last; do :; done; echo "half" > "$last"; echo "error: disk full" >&2; exit 1')
+
     with pytest.raises(BuildError, match="disk full"):
         build_library(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
     # while it is being written it has another name, and a reader of the cache does not take it
-    compiler(path, f'for last; do :; done; echo "$last" > "{tmp_path}/written"; {WRITE}')
+    write_fake_compiler(path, f'for last; do :; done; echo "$last" > "{tmp_path}/written"; {WRITE}')
     target = build_library(tmp_path / "cache")
-    assert (tmp_path / "written").read_text().strip() == str(
-        target.with_suffix(f".{os.getpid()}")
-    ) and target.suffix == ".so"
+
+    assert (tmp_path / "written").read_text().strip() == str(target.with_suffix(f".{os.getpid()}"))
+    assert target.suffix == ".so"
 
 
-def test_a_cache_that_is_a_file(path, tmp_path):
-    calls = compiler(path)
+def test_cache_that_is_a_file_raises(path, tmp_path):
+    calls = write_fake_compiler(path)
     (tmp_path / "file").write_text("")
+
     for cache, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "below", "Not a directory")):
         with pytest.raises(
             BuildError, match=rf"^cannot write the built library to {re.escape(str(cache))}: {why}$"
@@ -195,15 +211,15 @@ def test_a_cache_that_is_a_file(path, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self is a folder that even root cannot write to")
-def test_a_cache_that_cannot_be_written_to(path):
-    calls = compiler(path)
+def test_cache_that_cannot_be_written_to_raises(path):
+    calls = write_fake_compiler(path)
     with pytest.raises(BuildError, match=r"^cannot write the built library to /proc/self: "):
         build_library(Path("/proc/self"))
     assert calls() == []
 
 
-def test_the_cache_is_in_the_users_home(path, tmp_path):
-    compiler(path)
+def test_default_cache_is_in_the_users_home(path, tmp_path):
+    write_fake_compiler(path)
     # the fake library cannot be loaded
     with pytest.raises(OSError, match="vnni-"):
         load_vnni_library()

@@ -19,18 +19,18 @@ from int8run.kernels.dequantize import kernel  # noqa: E402
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def as_bytes(*shape, seed=0):
+def make_bytes(*shape, seed=0):
     """Seeded bytes, all of 0..255."""
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
-def block_scales(n, k, block, swizzled):
+def make_block_scales(n, k, block, swizzled):
     """Seeded bytes in the shape that a weight [n, k] needs; the padding of swizzled ones is random too."""
     columns = ceil(k / block)
-    return as_bytes(*((ceil(n / 128) * 128, ceil(columns / 4) * 4) if swizzled else (n, columns)), seed=1)
+    return make_bytes(*((ceil(n / 128) * 128, ceil(columns / 4) * 4) if swizzled else (n, columns)), seed=1)
 
 
-def per_layout():
+def list_calls_per_layout():
     """Every layout of a scale, in int8 and both fp8: [N, K] of the weight, shape of the scale, `block`."""
     for shape, scales, block in [
         ((1, 1), (), None),
@@ -46,27 +46,27 @@ def per_layout():
         for fp8 in (E4M3, E5M2):
             yield (
                 "dequantize_fp8",
-                (as_bytes(*shape).view(fp8), randn(*scales, dtype=torch.float16), block),
+                (make_bytes(*shape).view(fp8), randn(*scales, dtype=torch.float16), block),
                 {},
             )
 
 
-def per_packing():
+def list_calls_per_packing():
     """mxfp8 and nvfp4, with scales in rows and swizzled; the bytes hold NaN, infinities and subnormals."""
     for n, k in [(1, 2), (3, 32), (130, 80), (2, 2118)]:
         for swizzled in (True, False):
             for fp8 in (E4M3, E5M2):
                 yield (
                     "dequantize_mxfp8",
-                    (as_bytes(n, k).view(fp8), block_scales(n, k, 32, swizzled)),
+                    (make_bytes(n, k).view(fp8), make_block_scales(n, k, 32, swizzled)),
                     {"swizzled": swizzled},
                 )
             for high_first in (True, False):
-                arguments = as_bytes(n, k // 2), block_scales(n, k, 16, swizzled).view(E4M3), randn(1)[0]
+                arguments = make_bytes(n, k // 2), make_block_scales(n, k, 16, swizzled).view(E4M3), randn(1)[0]
                 yield "dequantize_nvfp4", arguments, {"swizzled": swizzled, "high_first": high_first}
 
 
-def single():
+def list_edge_cases():
     """All 256 codes, the vectors of the format's description, memory that is not contiguous, and half-precision results."""
     all_codes = torch.arange(256).to(torch.uint8)[None]
     for fp8 in (E4M3, E5M2):
@@ -82,10 +82,10 @@ def single():
             {"swizzled": False, "high_first": high_first},
         )
     yield "dequantize_int8", (full_range(9, 4).T, randn(4, 2)[:, :1]), {}
-    yield "dequantize_fp8", (as_bytes(9, 4).view(E4M3).T, randn(3, 2).T, 3), {}
+    yield "dequantize_fp8", (make_bytes(9, 4).view(E4M3).T, randn(3, 2).T, 3), {}
     yield (
         "dequantize_nvfp4",
-        (as_bytes(8, 4).T, as_bytes(1, 8)[:, ::8].expand(4, 1), torch.tensor(0.3)),
+        (make_bytes(8, 4).T, make_bytes(1, 8)[:, ::8].expand(4, 1), torch.tensor(0.3)),
         {"swizzled": False, "high_first": True},
     )
     yield "dequantize_int8", (full_range(3, 50), randn(3, 1)), {"dtype": torch.float16}
@@ -97,7 +97,7 @@ def single():
     )
 
 
-CALLS = [*per_layout(), *per_packing(), *single()]
+CALLS = [*list_calls_per_layout(), *list_calls_per_packing(), *list_edge_cases()]
 IDS = [f"{i}-{name}-{list(arguments[0].shape)}" for i, (name, arguments, _) in enumerate(CALLS)]
 
 # Triton reads TRITON_INTERPRET when it decorates: a process of its own
@@ -122,14 +122,14 @@ print(*nodes)
 """
 
 
-def same(actual, expected):
+def assert_bit_equal(actual, expected):
     """Equal bit for bit, zeros with their signs; NaN equals NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(actual.signbit() & ~actual.isnan(), expected.signbit() & ~expected.isnan())
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory):
+def interpreted_results(tmp_path_factory):
     """The results of all calls under Triton's interpreter, and the nodes that torch.compile saw."""
     asked, answered = (tmp_path_factory.mktemp("triton") / name for name in ("calls.pt", "results.pt"))
     torch.save(CALLS, asked)
@@ -140,9 +140,9 @@ def interpreted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("i", range(len(CALLS)), ids=IDS)
-def test_equal_to_the_reference(i, interpreted):
+def test_interpreted_kernel_equals_the_reference(i, interpreted):
     name, arguments, keywords = CALLS[i]
-    same(interpreted[0][i], getattr(reference, name)(*arguments, **keywords))
+    assert_bit_equal(interpreted[0][i], getattr(reference, name)(*arguments, **keywords))
 
 
 def test_compiled_graphs_see_each_operator_whole(interpreted):
@@ -154,11 +154,11 @@ def test_compiled_graphs_see_each_operator_whole(interpreted):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_equal_to_the_reference_on_a_device(dtype):
+def test_compiled_kernel_equals_the_reference(dtype):
     for name, arguments, keywords in CALLS:
         there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
         keywords = keywords | {"dtype": dtype}
-        same(
+        assert_bit_equal(
             getattr(kernel, name)(*there, **keywords).cpu(), getattr(reference, name)(*arguments, **keywords)
         )
 
@@ -166,29 +166,30 @@ def test_equal_to_the_reference_on_a_device(dtype):
 @pytest.mark.parametrize(
     ("name", "arguments", "keywords"),
     [
-        ("dequantize_int8", (as_bytes(2, 4), randn(1)), {}),
+        ("dequantize_int8", (make_bytes(2, 4), randn(1)), {}),
         ("dequantize_int8", (full_range(2, 4), randn(4)), {}),
         ("dequantize_fp8", (full_range(2, 4), randn(1)), {}),
-        ("dequantize_fp8", (as_bytes(5, 7).view(E4M3), randn(2, 3)), {}),
-        ("dequantize_mxfp8", (as_bytes(3, 64).view(E4M3), as_bytes(3, 2)), {"swizzled": True}),
+        ("dequantize_fp8", (make_bytes(5, 7).view(E4M3), randn(2, 3)), {}),
+        ("dequantize_mxfp8", (make_bytes(3, 64).view(E4M3), make_bytes(3, 2)), {"swizzled": True}),
         (
             "dequantize_nvfp4",
-            (as_bytes(3, 32), as_bytes(128, 4), randn(1)),
+            (make_bytes(3, 32), make_bytes(128, 4), randn(1)),
             {"swizzled": False, "high_first": True},
         ),
         (
             "dequantize_nvfp4",
-            (as_bytes(3, 32), as_bytes(128, 4), randn(3)),
+            (make_bytes(3, 32), make_bytes(128, 4), randn(3)),
             {"swizzled": True, "high_first": True},
         ),
     ],
 )
-def test_errors_are_the_reference_s(name, arguments, keywords):
+def test_errors_are_those_of_the_reference(name, arguments, keywords):
     messages = []
     for module in (reference, kernel):
         with pytest.raises(ValueError) as error:
             getattr(module, name)(*arguments, **keywords)
         messages.append(str(error.value))
+
     assert messages[0] == messages[1]
 
 
@@ -239,6 +240,9 @@ def test_compiles_without_spills(architecture, variant, tmp_path):
     (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
     nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     sass = subprocess.run([nvdisasm, tmp_path / "cubin"], capture_output=True, check=True, text=True).stdout
-    assert re.search(r"\bSTG\b", sass) and not re.search(r"\b(LDL|STL)\b", sass)
+
+    assert re.search(r"\bSTG\b", sass)
+    assert not re.search(r"\b(LDL|STL)\b", sass)
     # no flush of subnormals, bfloat16 rounded to nearest: the interpreter shows neither
-    assert "cvt.rn.bf16" in compiled.asm["ptx"] and ".ftz" not in compiled.asm["ptx"]
+    assert "cvt.rn.bf16" in compiled.asm["ptx"]
+    assert ".ftz" not in compiled.asm["ptx"]

@@ -29,10 +29,11 @@ def test_default_tiles_compile_clean(architecture):
     if reason := unsupported(architecture):
         pytest.skip(reason)
     wrong = {str(build): failures(build, count(build)) for build in builds(architecture)}
+
     assert not {name: reasons for name, reasons in wrong.items() if reasons}
 
 
-def test_the_gate_sees_what_is_wrong():
+def test_gate_reports_what_is_wrong():
     build = linear_build(86, Tile(128, 128, 64))
     clean = {
         "registers": 128,
@@ -42,6 +43,7 @@ def test_the_gate_sees_what_is_wrong():
         "integer_mma": 32,
         "loop_permutes": 0,
     }
+
     assert failures(build, Counts(**clean)) == []
     for change, message in [
         ({"integer_mma": 0}, "no integer tensor-core instruction"),

@@ -25,20 +25,21 @@ from int8run.kernels.int8_linear.tile import (
         ({"block_n": 256, "warps": 4}, r"128x256 needs more than 4 warps"),
     ],
 )
-def test_impossible_tiles_are_refused(changed, message):
+def test_impossible_tile_raises(changed, message):
     with pytest.raises(ValueError, match=message):
         Tile(**{"block_m": 128, "block_n": 128, "block_k": 64, **changed})
 
 
-def test_the_operator_gets_the_fields_in_order():
+def test_as_list_returns_the_fields_in_order():
     tile = Tile(128, 64, 32, 7, 8, 5)
-    assert Tile(*tile.as_list()) == tile and tile.as_list() == [128, 64, 32, 7, 8, 5]
+    assert Tile(*tile.as_list()) == tile
+    assert tile.as_list() == [128, 64, 32, 7, 8, 5]
 
 
 @pytest.mark.parametrize(
     ("rows", "name"), [(1, 16), (16, 16), (17, 128), (128, 128), (129, 1024), (4608, 2**31 - 1)]
 )
-def test_buckets(rows, name):
+def test_rows_fall_into_buckets(rows, name):
     assert find_bucket(rows) == name
 
 
@@ -47,19 +48,22 @@ def test_buckets(rows, name):
 def test_candidates_fit_the_gpu_and_begin_with_the_default(number, grouped):
     for rows in BUCKETS:
         tiles = list_candidates(divmod(number, 10), rows, grouped)
-        assert (
-            tiles[0] == choose_tile(divmod(number, 10), rows, grouped) and len(tiles) == len(set(tiles)) > 5
-        )
+
+        assert tiles[0] == choose_tile(divmod(number, 10), rows, grouped)
+        assert len(tiles) == len(set(tiles)) > 5
         assert all(t.shared_bytes < SHARED_MEMORY[number] for t in tiles)
+
         most = MOST_SUMS[max(n for n in MOST_SUMS if n <= number)] // (2 if grouped else 1)
+
         assert all(t.sums_per_thread <= most for t in tiles)
 
 
 def test_each_default_serves_its_bucket():
     assert all(len(tiles) == len(BUCKETS) for tiles in DEFAULTS.values())
-    assert choose_tile((8, 9), 4096) == DEFAULTS[80][-1] and choose_tile((9, 0), 1) == DEFAULTS[90][0]
+    assert choose_tile((8, 9), 4096) == DEFAULTS[80][-1]
+    assert choose_tile((9, 0), 1) == DEFAULTS[90][0]
 
 
-def test_an_old_gpu_is_refused():
+def test_old_gpu_raises():
     with pytest.raises(ValueError, match=r"needs compute capability 8.0 or newer, not 7.5"):
         choose_tile((7, 5), 1)

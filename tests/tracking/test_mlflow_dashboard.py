@@ -32,27 +32,29 @@ PARAMS = {"outlier": ["none", "convrot"], "lora.strength": ["0", "0.5"]}
 KEYS = ["sample/000_fox_s0", "sample/001_cat_s0"]
 
 
-def charts(state, kind):
+def find_charts(state, kind):
     """The charts of one kind."""
     return [chart for chart in state["compareRunCharts"] if chart["type"] == kind]
 
 
-def test_settings_that_vary_have_their_values():
+def test_varying_settings_have_the_values_of_all_runs():
     runs = [
         {"model": "tiny", "outlier": "none", "lora.strength": "0"},
         {"model": "tiny", "outlier": "convrot", "lora.strength": "0"},
     ]
+
     assert find_varying_params(runs) == {"outlier": ["none", "convrot"]}
     assert find_varying_params(runs[:1]) == find_varying_params([]) == {}
     assert find_varying_params([{"a": "1"}, {}]) == {"a": ["1", None]}
 
 
-def test_what_an_option_decides_is_left_out():
+def test_settings_that_an_option_decides_are_left_out():
     runs = [
         {"outlier": o, "outlier.block": b, "lora": "x", "lora.strength": s}
         for o, b in (("none", "0"), ("convrot", "64"))
         for s in "01"
     ]
+
     assert list(find_varying_params(runs)) == ["outlier", "lora.strength"]
     # once the block varies within an option, it counts
     assert list(find_varying_params([*runs, {**runs[-1], "outlier.block": "32"}])) == [
@@ -73,18 +75,20 @@ def test_what_an_option_decides_is_left_out():
         (["4", None], False),
     ],
 )
-def test_an_axis_has_numbers_or_words(values, expected):
+def test_an_axis_takes_only_numbers_or_only_words(values, expected):
     assert is_plottable(values) is expected
 
 
-def test_a_setting_of_both_is_a_column_and_no_axis():
+def test_a_setting_with_numbers_and_words_is_a_column_but_not_an_axis():
     state = build_view_state({**PARAMS, "int8.max_rows": ["None", "4"]}, METRICS, KEYS)
+
     assert "params.`int8.max_rows`" in state["selectedColumns"]
-    assert charts(state, "PARALLEL")[0]["selectedParams"] == list(PARAMS)
+    assert find_charts(state, "PARALLEL")[0]["selectedParams"] == list(PARAMS)
 
 
 def test_only_what_exists_is_shown():
     state = build_view_state(PARAMS, METRICS, KEYS, "a-sweep")
+
     assert state["searchFilter"] == "tags.sweep = 'a-sweep'"
     assert state["selectedColumns"] == [
         "params.`outlier`",
@@ -94,37 +98,41 @@ def test_only_what_exists_is_shown():
         "metrics.`memory/denoiser_bytes`",
         "metrics.`quality/ssim`",
     ]
-    assert [chart["metricKey"] for chart in charts(state, "BAR")] == [
+    assert [chart["metricKey"] for chart in find_charts(state, "BAR")] == [
         "quality/psnr_db",
         "speed/step_ms_p50",
         "memory/denoiser_bytes",
     ]
-    assert [chart["metricKey"] for chart in charts(state, "LINE")] == ["series/step_ms"]
-    assert [chart["imageKeys"] for chart in charts(state, "IMAGE")] == [KEYS]
-    assert charts(build_view_state(PARAMS, METRICS, []), "IMAGE") == []
+    assert [chart["metricKey"] for chart in find_charts(state, "LINE")] == ["series/step_ms"]
+    assert [chart["imageKeys"] for chart in find_charts(state, "IMAGE")] == [KEYS]
+    assert find_charts(build_view_state(PARAMS, METRICS, []), "IMAGE") == []
 
 
 @pytest.mark.parametrize(
     ("params", "metrics"),
     [({}, []), ({}, METRICS), (PARAMS, []), (PARAMS, ["speed/step_ms_p50"]), ({}, ["quality/psnr_db"])],
 )
-def test_no_chart_is_empty(params, metrics):
+def test_charts_name_only_metrics_that_exist(params, metrics):
     state = build_view_state(params, metrics, [])
-    for chart in charts(state, "PARALLEL"):
+    for chart in find_charts(state, "PARALLEL"):
         assert chart["selectedParams"] and chart["selectedMetrics"]
-    named = {chart["metricKey"] for kind in ("BAR", "LINE") for chart in charts(state, kind)}
-    named |= {chart[axis]["key"] for chart in charts(state, "SCATTER") for axis in ("xaxis", "yaxis")}
+    named = {chart["metricKey"] for kind in ("BAR", "LINE") for chart in find_charts(state, kind)}
+    named |= {chart[axis]["key"] for chart in find_charts(state, "SCATTER") for axis in ("xaxis", "yaxis")}
+
     assert named <= set(metrics)
     assert state["searchFilter"] == ""
 
 
-def test_every_chart_has_a_place_of_its_own():
+def test_sections_and_charts_have_unique_ids():
     state = build_view_state(PARAMS, METRICS, KEYS)
     places = [part["uuid"] for part in state["compareRunSections"]]
+
     assert len(set(places)) == len(places)
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} <= set(places)
     assert len({chart["uuid"] for chart in state["compareRunCharts"]}) == len(state["compareRunCharts"])
+
     names = [part["name"] for part in state["compareRunSections"]]
+
     assert len(set(names)) == len(names)
 
 
@@ -133,15 +141,17 @@ def test_sections_that_mlflow_fills_are_closed():
         part["name"]: part["display"]
         for part in build_view_state(PARAMS, METRICS, KEYS)["compareRunSections"]
     }
+
     # each picture alone and quality/ssim have no chart of ours; all of speed/, memory/ and series/ has
     assert [name for name, is_open in opened.items() if not is_open] == ["sample", "quality"]
 
 
-def test_a_tag_that_would_be_too_long_loses_pictures_from_its_end():
+def test_a_tag_that_would_be_too_long_loses_images_from_its_end():
     chance = random.Random(0)
     keys = [f"sample/{n:03d}_{''.join(chance.choices(string.ascii_letters, k=40))}" for n in range(200)]
     value, left_out = encode_view(build_view_state(PARAMS, METRICS, keys), "v")
-    kept = charts(decode_view(value), "IMAGE")[0]["imageKeys"]
+    kept = find_charts(decode_view(value), "IMAGE")[0]["imageKeys"]
+
     assert 0 < left_out < 200 and kept == keys[: 200 - left_out]
     assert MAX_TAG_LENGTH - 100 < len(value) <= MAX_TAG_LENGTH
 
@@ -150,6 +160,7 @@ def test_the_longest_names_that_mlflow_takes_fit():
     chance = random.Random(0)
     names = ["".join(chance.choices(string.ascii_letters + string.digits, k=250)) for _ in range(20)]
     value, left_out = encode_view(build_view_state({name: ["0", "1"] for name in names}, METRICS, KEYS), "v")
+
     assert len(value) <= MAX_TAG_LENGTH and left_out == 0
 
 
@@ -157,22 +168,28 @@ def test_a_view_is_read_back_and_replaced(tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.create_experiment("e")
     first, second = build_view_state(PARAMS, METRICS, KEYS, "s"), build_view_state({}, METRICS, [], "s")
+
     assert write_view(client, experiment, "2026-11-21_22-30-00-a3f9", first) == 0
+
     tags = client.get_experiment(experiment).tags
     value = tags[f"{VIEW_TAG_PREFIX}2026-11-21_22-30-00-a3f9"]
+
     assert (
         decode_view(value) == json.loads(json.dumps(first))
         and json.loads(value)["name"] == "2026-11-21_22-30-00-a3f9"
     )
+
     write_view(client, experiment, "2026-11-21_22-30-00-a3f9", second)
+
     assert (
         decode_view(client.get_experiment(experiment).tags[f"{VIEW_TAG_PREFIX}2026-11-21_22-30-00-a3f9"])
         == second
     )
 
 
-def test_links():
+def test_links_are_escaped_and_name_the_view():
     plain = build_experiment_link("http://host:5000/", "7")
+
     assert plain == "http://host:5000/#/experiments/7/runs?workflowType=machine_learning"
     assert (
         build_view_link("http://host:5000", "7", "a b&c")

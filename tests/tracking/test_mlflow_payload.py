@@ -20,12 +20,13 @@ from int8run.tracking import mlflow_payload
         ("x" * 300, "x" * 250),
     ],
 )
-def test_names_have_the_letters_that_mlflow_takes(name: str, allowed: str) -> None:
+def test_names_have_only_characters_that_mlflow_takes(name: str, allowed: str) -> None:
     assert mlflow_payload.sanitize_name(name) == allowed
 
 
-def test_a_long_value_is_cut_with_a_mark(tmp_path: Path) -> None:
+def test_a_long_value_ends_with_an_ellipsis(tmp_path: Path) -> None:
     record = make_record(tmp_path, files=False, params={"prompts.path": "y" * 501, "short": "y" * 500})
+
     assert mlflow_payload.build_params(record) == {"prompts.path": "y" * 499 + "…", "short": "y" * 500}
 
 
@@ -37,6 +38,7 @@ def test_the_commit_is_taken_from_gits_description(tmp_path: Path, described: st
     record = make_record(tmp_path)
     (tmp_path / "environment.json").write_text(json.dumps({"git": described}))
     tags = mlflow_payload.build_end_tags(record)
+
     assert (tags["git"], tags["mlflow.source.git.commit"]) == (described, commit)
 
 
@@ -45,25 +47,30 @@ def test_a_user_without_a_name_has_no_tag(tmp_path: Path, monkeypatch: pytest.Mo
         raise KeyError("getpwuid(): uid not found: 1234")
 
     monkeypatch.setattr(getpass, "getuser", nobody)
+
     assert "mlflow.user" not in mlflow_payload.build_start_tags(make_record(tmp_path))
 
 
-def test_no_two_jobs_have_one_identity(tmp_path: Path) -> None:
+def test_each_job_has_its_own_identity(tmp_path: Path) -> None:
     different = [{}, {"number": 1}, {"started": 1.0}, {"pid": 1}, {"host": "elsewhere"}]
     made = [
         make_record(tmp_path / str(i), **status)  # type: ignore[arg-type]
         for i, status in enumerate(different)
     ]
+
     assert len({mlflow_payload.identify_record(record) for record in made}) == len(made)
+
     again = make_record(tmp_path / "moved")
+
     assert mlflow_payload.identify_record(again) == mlflow_payload.identify_record(made[0]), (
         "the folder may have been moved"
     )
 
 
-def test_metrics_have_times_that_stay(tmp_path: Path) -> None:
+def test_metrics_have_the_times_of_the_record(tmp_path: Path) -> None:
     record = make_record(tmp_path)
     found = {(m.key, m.step): (m.value, m.timestamp) for m in mlflow_payload.build_metrics(record)}
+
     assert found["speed/step_ms_p50", 0] == (2.5, 1790000005500)
     assert found["quality/psnr_db", 0][0] == float("inf")
     assert [found["series/latent_rel_err", i][0] for i in range(3)] == [0.0, 0.5, 0.25]
@@ -71,7 +78,7 @@ def test_metrics_have_times_that_stay(tmp_path: Path) -> None:
     assert not any(key == "system/gpu_percent" or step > 2 for key, step in found), "no GPU, and half a line"
 
 
-def test_the_pictures_of_a_video_are_its_stills(tmp_path: Path) -> None:
+def test_the_images_of_a_video_are_its_stills(tmp_path: Path) -> None:
     make_record(tmp_path)
     stills = ["images/000_fox_s0_first.png", "images/000_fox_s0_last.png"]
     for name in stills:
@@ -81,16 +88,18 @@ def test_the_pictures_of_a_video_are_its_stills(tmp_path: Path) -> None:
     ]
     (tmp_path / "metrics.json").write_text(json.dumps({"images": drawn}))
     record = make_record(tmp_path, files=False)
+
     assert list(mlflow_payload.find_image_files(record)) == [
         "sample/000_fox_s0_first",
         "sample/000_fox_s0_last",
     ]
 
 
-def test_half_a_picture_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_image_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole, half = tmp_path / "whole.png", tmp_path / "half.png"
     Image.effect_noise((64, 64), 50).save(whole)
     half.write_bytes(whole.read_bytes()[:2000])
+
     assert mlflow_payload.open_image(whole) is not None and mlflow_payload.open_image(half) is None
     assert "half.png is not an image and is not uploaded" in caplog.text
 
@@ -108,18 +117,22 @@ def test_half_a_picture_is_left_out_and_named(tmp_path: Path, caplog: pytest.Log
         ("inf", "inf"),
     ],
 )
-def test_cells_of_tables_have_types(text: str, value: object) -> None:
+def test_cells_of_tables_become_numbers_and_booleans(text: str, value: object) -> None:
     found = mlflow_payload.parse_cell(text)
+
     assert found == value and type(found) is type(value)
 
 
-def test_prompts_are_those_that_were_drawn_else_those_of_the_settings(tmp_path: Path) -> None:
+def test_prompts_are_those_of_the_images_else_those_of_the_settings(tmp_path: Path) -> None:
     drawn, asked = (
         mlflow_payload.build_dataset(make_record(tmp_path / str(n), files=n == 0)) for n in range(2)
     )
+
     assert drawn is not None and asked is not None
     assert drawn.dataset.name == "tiny" and drawn.dataset.digest == asked.dataset.digest
     assert json.loads(drawn.dataset.profile) == {"num_rows": 2, "prompts": ["fox", "red apple"]}
+
     early = make_record(tmp_path / "early", files=False)
     (tmp_path / "early" / "config.yaml").write_text("prompts:\n  path: absent.txt\n")
+
     assert mlflow_payload.build_dataset(early) is None

@@ -16,10 +16,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from PIL import Image
 from support.cli_process import command_in
-from tracking.records import client_of, contents_of, known, make_record, runs_of
+from tracking.records import list_runs, make_client, make_record, read_contents, with_run_id
 
 from int8run.errors import ConfigError, TrackingError
-from int8run.tracking import retry as answers
+from int8run.tracking import retry
 from int8run.tracking.base import NoTracker
 from int8run.tracking.mlflow_tracker import MlflowTracker
 from int8run.tracking.run_record import (
@@ -55,58 +55,83 @@ def tracker(tmp_path: Path, new_store: Path) -> MlflowTracker:
     return MlflowTracker(folder=str(tmp_path))
 
 
-def test_a_store_is_made_for_several_writers_and_keeps_files_beside_it(new_store: Path) -> None:
+def test_a_new_store_takes_several_writers_and_keeps_files_beside_it(new_store: Path) -> None:
     assert sqlite3.connect(new_store / "mlflow.db").execute("pragma journal_mode").fetchone() == ("wal",)
+
     experiment = mlflow.MlflowClient(f"sqlite:///{new_store / 'mlflow.db'}").get_experiment_by_name(
         "another/one"
     )
+
     assert experiment.artifact_location == (new_store / "mlartifacts" / "another_one").as_uri()
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
-def test_a_run_holds_what_the_folder_holds(tracker: MlflowTracker, tmp_path: Path) -> None:
-    running = make_record(tmp_path / "job", state=RUNNING, files=False, ended=None)
-    run_id = tracker.start_run(running)
-    (run,) = runs_of(tracker)
-    assert (run.info.status, run.info.run_name, run.info.start_time) == (
-        "RUNNING",
-        "strength=0",
-        1790000000250,
-    )
+def test_a_run_that_starts_has_the_settings_of_its_job(tracker: MlflowTracker, tmp_path: Path) -> None:
+    tracker.start_run(make_record(tmp_path / "job", state=RUNNING, files=False, ended=None))
+
+    (run,) = list_runs(tracker)
+    assert (run.info.status, run.info.run_name) == ("RUNNING", "strength=0")
+    assert run.info.start_time == 1790000000250
     assert run.data.params == {"model": "tiny", "prompts": "tiny", "lora.strength": "0"}
-    me = describe_process()
-    assert {
-        name: run.data.tags[name] for name in ("sweep", "number", "host", "pid", "task", "config_hash")
-    } == {
+
+
+def test_a_run_that_starts_has_the_tags_of_its_job(tracker: MlflowTracker, tmp_path: Path) -> None:
+    tracker.start_run(make_record(tmp_path / "job", state=RUNNING, files=False, ended=None))
+
+    (run,) = list_runs(tracker)
+    process = describe_process()
+    expected = {
         "sweep": "sweep-a",
         "number": "0",
-        "host": me["host"],
-        "pid": str(me["pid"]),
+        "host": process["host"],
+        "pid": str(process["pid"]),
         "task": "run",
         "config_hash": "0" * 16,
+        "mlflow.source.name": "int8run",
+        "mlflow.source.type": "LOCAL",
     }
-    assert (run.data.tags["mlflow.source.name"], run.data.tags["mlflow.source.type"]) == ("int8run", "LOCAL")
+    assert {name: run.data.tags[name] for name in expected} == expected
 
-    assert (
-        tracker.upload_record(known(make_record(tmp_path / "job"), tracker.get_location(), run_id)) == run_id
-    )
-    (run,) = runs_of(tracker)
+
+@pytest.fixture
+def uploaded_id(tracker: MlflowTracker, tmp_path: Path) -> str:
+    """A job that was started, ended and uploaded: the id of its run."""
+    run_id = tracker.start_run(make_record(tmp_path / "job", state=RUNNING, files=False, ended=None))
+    ended = with_run_id(make_record(tmp_path / "job"), tracker.get_location(), run_id)
+    assert tracker.upload_record(ended) == run_id
+    return run_id
+
+
+def test_an_upload_ends_the_run_with_its_metrics(tracker: MlflowTracker, uploaded_id: str) -> None:
+    (run,) = list_runs(tracker)
+
     assert (run.info.status, run.info.end_time) == ("FINISHED", 1790000005500)
     assert run.data.metrics["speed/step_ms_p50"] == 2.5 and run.data.metrics["quality/psnr_db"] > 1e300
     assert run.data.tags["mlflow.source.git.commit"] == "8664a31abcde" and "error" not in run.data.tags
-    client = client_of(tracker)
-    assert [m.value for m in client.get_metric_history(run_id, "series/latent_rel_err")] == [0.0, 0.5, 0.25]
-    assert [(m.value, m.timestamp) for m in client.get_metric_history(run_id, "system/cpu_percent")] == [
+
+
+def test_an_upload_has_series_and_the_load_of_the_machine(tracker: MlflowTracker, uploaded_id: str) -> None:
+    client = make_client(tracker)
+
+    errors = client.get_metric_history(uploaded_id, "series/latent_rel_err")
+    load = client.get_metric_history(uploaded_id, "system/cpu_percent")
+
+    assert [metric.value for metric in errors] == [0.0, 0.5, 0.25]
+    assert [(metric.value, metric.timestamp) for metric in load] == [
         (50.0, 1790000001500),
         (75.0, 1790000002500),
     ]
-    held = contents_of(tracker, run_id)
-    assert held["pictures"] == [
+
+
+def test_an_upload_has_the_images_files_and_prompts(tracker: MlflowTracker, uploaded_id: str) -> None:
+    contents = read_contents(tracker, uploaded_id)
+
+    assert contents["pictures"] == [
         (f"images/sample~{key}", suffix)
         for key in ("000_fox_s0", "001_red-apple_s0")
         for suffix in (".png", ".webp")
     ]
-    assert held["files"] == [
+    assert contents["files"] == [
         "config.yaml",
         "environment.json",
         "grid.png",
@@ -123,7 +148,7 @@ def test_a_run_holds_what_the_folder_holds(tracker: MlflowTracker, tmp_path: Pat
         "status.json",
         "system.csv",
     ]
-    ((name, digest, tags),) = held["inputs"]  # type: ignore[misc]
+    ((name, digest, tags),) = contents["inputs"]  # type: ignore[misc]
     assert (name, len(digest), tags) == ("tiny", 16, [("mlflow.data.context", "prompts")])
 
 
@@ -136,23 +161,26 @@ TABLE = {
 }
 
 
-def test_pictures_and_tables_are_found_as_those_of_mlflows_own_functions(
+def test_images_and_tables_look_like_those_of_mlflows_own_functions(
     tracker: MlflowTracker, tmp_path: Path
 ) -> None:
     run_id = tracker.upload_record(make_record(tmp_path / "job"))
-    client = client_of(tracker)
-    own = client.create_run(runs_of(tracker)[0].info.experiment_id).info.run_id
+    client = make_client(tracker)
+    own = client.create_run(list_runs(tracker)[0].info.experiment_id).info.run_id
     client.log_table(own, TABLE, "layers.json")
     client.log_image(own, Image.new("RGB", (4, 4)), key="sample/x", step=0)
     for tag in ("mlflow.loggedArtifacts", "mlflow.loggedImages"):
         assert client.get_run(run_id).data.tags[tag] == client.get_run(own).data.tags[tag]
+
     assert {file.path.count("+") for file in client.list_artifacts(run_id, "images")} == {
         file.path.count("+") for file in client.list_artifacts(own, "images")
     }
+
     kept, theirs = (
         json.loads(Path(client.download_artifacts(i, "layers.json", str(tmp_path))).read_text())
         for i in (run_id, own)
     )
+
     assert (
         kept
         == {"columns": list(TABLE), "data": [list(row) for row in zip(*TABLE.values(), strict=True)]}
@@ -160,41 +188,45 @@ def test_pictures_and_tables_are_found_as_those_of_mlflows_own_functions(
     )
 
 
-def test_more_settings_and_values_than_one_call_takes(tracker: MlflowTracker, tmp_path: Path) -> None:
+def test_more_params_and_values_than_one_call_takes_are_logged(
+    tracker: MlflowTracker, tmp_path: Path
+) -> None:
     make_record(tmp_path / "job")
     (tmp_path / "job" / "metrics.json").write_text(json.dumps({"series": {"series/long": list(range(2100))}}))
     record = make_record(
         tmp_path / "job", files=False, params={f"p{i}": "v" * 600 for i in range(250)} | {"odd[name]": ""}
     )
     run_id = tracker.upload_record(record)
-    run = client_of(tracker).get_run(run_id)
+    run = make_client(tracker).get_run(run_id)
+
     assert (
         len(run.data.params) == 251
-        and len(client_of(tracker).get_metric_history(run_id, "series/long")) == 2100
+        and len(make_client(tracker).get_metric_history(run_id, "series/long")) == 2100
     )
     assert run.data.params["p7"] == "v" * 499 + "…" and run.data.params["odd_name_"] == ""
 
 
-def test_an_upload_may_be_repeated(tracker: MlflowTracker, tmp_path: Path) -> None:
+def test_a_repeated_upload_changes_nothing(tracker: MlflowTracker, tmp_path: Path) -> None:
     record = make_record(tmp_path / "job")
     run_id = tracker.upload_record(record)
-    before = contents_of(tracker, run_id)
+    before = read_contents(tracker, run_id)
+
     assert tracker.upload_record(record) == run_id, "without an id of its own it is known by its identity"
-    assert tracker.upload_record(known(record, tracker.get_location(), run_id)) == run_id
-    assert contents_of(tracker, run_id) == before and len(runs_of(tracker)) == 1
+    assert tracker.upload_record(with_run_id(record, tracker.get_location(), run_id)) == run_id
+    assert read_contents(tracker, run_id) == before and len(list_runs(tracker)) == 1
     # MLflow takes no second value of a setting, and a version of ours that writes it otherwise must not stop
     # an upload
     assert (
         tracker.upload_record(make_record(tmp_path / "job", params={"model": "tiny.", "more": "1"})) == run_id
     )
-    assert client_of(tracker).get_run(run_id).data.params["model"] == "tiny"
+    assert make_client(tracker).get_run(run_id).data.params["model"] == "tiny"
 
 
 class Stopped(MlflowException):
     """The server is gone."""
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, call: int) -> list[str]:
+def interrupt_calls(monkeypatch: pytest.MonkeyPatch, call: int) -> list[str]:
     """Let the client's calls fail from number `call` on; the names of the calls."""
     calls: list[str] = []
 
@@ -224,44 +256,51 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, call: int) -> list[str]:
 
 
 @pytest.mark.parametrize("last", ["+compressed.webp", ".png"], ids=["after the large copy", "before it"])
-def test_a_picture_that_was_cut_off_is_completed(tracker: MlflowTracker, tmp_path: Path, last: str) -> None:
+def test_an_interrupted_image_is_completed(tracker: MlflowTracker, tmp_path: Path, last: str) -> None:
     record = make_record(tmp_path / "job")
     run_id = tracker.upload_record(record)
-    wanted = contents_of(tracker, run_id)
-    client = client_of(tracker)
+    wanted = read_contents(tracker, run_id)
+    client = make_client(tracker)
     folder = Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://")) / "images"
     small = {path.name for path in folder.glob("*+compressed.webp")}
     for path in folder.glob("sample~001*"):
         if path.name.endswith("+compressed.webp") or last == ".png":
             path.unlink()
     client.delete_tag(run_id, "mlflow.loggedImages")
-    assert contents_of(tracker, run_id) != wanted
+
+    assert read_contents(tracker, run_id) != wanted
+
     tracker.upload_record(record)
-    assert contents_of(tracker, run_id) == wanted
+
+    assert read_contents(tracker, run_id) == wanted
+
     if last == "+compressed.webp":
         assert {path.name for path in folder.glob("*+compressed.webp")} == small
 
 
-def test_an_upload_that_was_interrupted_anywhere_is_completed_and_nothing_is_doubled(
+def test_an_upload_interrupted_anywhere_is_completed_without_duplicates(
     tracker: MlflowTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tracker.upload_record(make_record(tmp_path / "whole"))
-    wanted = contents_of(tracker, whole)
+    wanted = read_contents(tracker, whole)
     with monkeypatch.context() as patch:
-        calls = interrupt(patch, 1000)
+        calls = interrupt_calls(patch, 1000)
         tracker.upload_record(make_record(tmp_path / "counted", started=1.0))
+
     assert {"create_run", "log_image", "log_inputs", "set_terminated"} <= set(calls)
+
     for stop in range(0, len(calls), 4):
         record = make_record(tmp_path / str(stop), started=2.0 + stop)
         with (
             monkeypatch.context() as patch,
             pytest.raises(TrackingError, match="cannot be used: Connection refused"),
         ):
-            interrupt(patch, stop)
+            interrupt_calls(patch, stop)
             tracker.upload_record(record)
         run_id = tracker.upload_record(record)
-        assert contents_of(tracker, run_id) == wanted, calls[stop]
-    assert len(runs_of(tracker)) == 2 + len(range(0, len(calls), 4))
+        assert read_contents(tracker, run_id) == wanted, calls[stop]
+
+    assert len(list_runs(tracker)) == 2 + len(range(0, len(calls), 4))
 
 
 def test_a_job_that_failed_early_has_its_settings_and_its_error(
@@ -270,10 +309,11 @@ def test_a_job_that_failed_early_has_its_settings_and_its_error(
     tracker.upload_record(
         make_record(tmp_path / "job", state=FAILED, files=False, error="broken on purpose " + "x" * 6000)
     )
-    (run,) = runs_of(tracker)
+    (run,) = list_runs(tracker)
+
     assert run.info.status == "FAILED" and run.data.params["model"] == "tiny"
     assert run.data.tags["error"].startswith("broken on purpose xx") and len(run.data.tags["error"]) == 5000
-    assert {a.path for a in client_of(tracker).list_artifacts(run.info.run_id)} == {
+    assert {a.path for a in make_client(tracker).list_artifacts(run.info.run_id)} == {
         "config.yaml",
         "status.json",
         "int8run.log",
@@ -286,26 +326,31 @@ def test_a_job_that_was_killed_ends_with_its_last_file(tracker: MlflowTracker, t
     for path in record.folder.iterdir():
         os.utime(path, (1790000003, 1790000003))
     tracker.upload_record(record)
-    (run,) = runs_of(tracker)
+    (run,) = list_runs(tracker)
+
     assert (run.info.status, run.info.end_time, run.data.tags["error"]) == ("KILLED", 1790000003000, "KILLED")
 
 
 def test_a_job_that_still_runs_stays_open(tracker: MlflowTracker, tmp_path: Path) -> None:
     tracker.upload_record(make_record(tmp_path / "job", state=RUNNING, ended=None))
-    assert [(run.info.status, run.info.end_time) for run in runs_of(tracker)] == [("RUNNING", None)]
+
+    assert [(run.info.status, run.info.end_time) for run in list_runs(tracker)] == [("RUNNING", None)]
 
 
-def test_a_record_of_another_store_gets_a_run_of_its_own(tracker: MlflowTracker, tmp_path: Path) -> None:
+def test_a_record_of_another_store_gets_a_new_run(tracker: MlflowTracker, tmp_path: Path) -> None:
     record = make_record(tmp_path / "job")
-    elsewhere = known(record, {"store": "http://elsewhere:5000", "experiment": "int8run"}, "0" * 32)
-    lost = known(record, tracker.get_location(), "0" * 32)  # the database was made anew since
+    elsewhere = with_run_id(record, {"store": "http://elsewhere:5000", "experiment": "int8run"}, "0" * 32)
+    lost = with_run_id(record, tracker.get_location(), "0" * 32)  # the database was made anew since
     first = tracker.upload_record(elsewhere)
+
     assert tracker.upload_record(lost) == first and first != "0" * 32
-    client_of(tracker).delete_run(first)
-    assert tracker.upload_record(known(record, tracker.get_location(), first)) != first
+
+    make_client(tracker).delete_run(first)
+
+    assert tracker.upload_record(with_run_id(record, tracker.get_location(), first)) != first
 
 
-def gone() -> dict[str, object]:
+def describe_dead_process() -> dict[str, object]:
     """A process of this machine that has ended."""
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
@@ -317,18 +362,19 @@ def test_runs_whose_process_is_gone_are_closed_by_the_next_command(
 ) -> None:
     me = describe_process()
     cases = {
-        "gone": gone(),
+        "gone": describe_dead_process(),
         "number of another process": {**me, "process_started": me["process_started"] - 100},
         "alive": me,
-        "elsewhere": {**gone(), "host": "another-machine"},
+        "elsewhere": {**describe_dead_process(), "host": "another-machine"},
     }
     ids = {
         name: tracker.start_run(make_record(tmp_path / name, RUNNING_NUMBER[name], RUNNING, False, **who))
         for name, who in cases.items()
     }
     tracker.prepare()
-    client = client_of(tracker)
+    client = make_client(tracker)
     runs = {name: client.get_run(run_id) for name, run_id in ids.items()}
+
     assert {name: run.info.status for name, run in runs.items()} == {
         "gone": "KILLED",
         "number of another process": "KILLED",
@@ -339,10 +385,14 @@ def test_runs_whose_process_is_gone_are_closed_by_the_next_command(
         runs["gone"].data.tags["error"] == KILLED_MESSAGE
         and runs["gone"].info.end_time > runs["gone"].info.start_time
     )
+
     # it finished, and only its upload was cut off
     record = make_record(tmp_path / "gone", RUNNING_NUMBER["gone"])
-    assert tracker.upload_record(known(record, tracker.get_location(), ids["gone"])) == ids["gone"]
+
+    assert tracker.upload_record(with_run_id(record, tracker.get_location(), ids["gone"])) == ids["gone"]
+
     run = client.get_run(ids["gone"])
+
     assert run.info.status == "FINISHED" and "error" not in run.data.tags
 
 
@@ -354,17 +404,22 @@ def test_a_sweeps_runs_are_found(tracker: MlflowTracker, tmp_path: Path) -> None
         tracker.start_run(make_record(tmp_path / str(n), n, RUNNING, sweep=sweep))
         for n, sweep in enumerate(["a", "a", "b", None])
     ]
+
     assert tracker.find_sweep_runs("a") == started[:2] and tracker.find_running("a") == {
         started[0]: 0,
         started[1]: 1,
     }
+
     tracker.end_run(started[1], KILLED, "its worker died")
+
     assert tracker.find_running("a") == {started[0]: 0}
+
     tracker.upload_record(
-        known(make_record(tmp_path / "0", 0, sweep="a"), tracker.get_location(), started[0])
+        with_run_id(make_record(tmp_path / "0", 0, sweep="a"), tracker.get_location(), started[0])
     )
     tracker.end_run(started[0], KILLED, "too late")
-    runs = {run.info.run_id: run for run in runs_of(tracker)}
+    runs = {run.info.run_id: run for run in list_runs(tracker)}
+
     assert [runs[i].info.status for i in started] == ["FINISHED", "KILLED", "RUNNING", "RUNNING"]
     assert (
         runs[started[1]].data.tags["error"] == "its worker died" and "error" not in runs[started[0]].data.tags
@@ -380,29 +435,36 @@ def test_finished_jobs_are_known_by_their_settings(tracker: MlflowTracker, tmp_p
         for n, state in states.items()
     }
     hashes = [f"{n:016x}" for n in range(5)]
+
     assert tracker.find_finished(hashes) == {hashes[0]: ids[0]}
+
     newer = tracker.upload_record(make_record(tmp_path / "newer", 0, started=1790000001.0))
+
     assert tracker.find_finished(hashes) == {hashes[0]: newer} and tracker.find_finished([]) == {}
 
 
-def test_what_was_uploaded_can_be_fetched(tracker: MlflowTracker, tmp_path: Path) -> None:
+def test_an_uploaded_run_can_be_downloaded(tracker: MlflowTracker, tmp_path: Path) -> None:
     record = make_record(tmp_path / "job")
     run_id = tracker.upload_record(record)
     tracker.attach_file(run_id, record.folder / "grid.png")
     tracker.download_run(run_id, tmp_path / "back")
     back = read_record(tmp_path / "back")
     names = lambda folder: {p.relative_to(folder).as_posix() for p in folder.rglob("*")}  # noqa: E731
+
     assert names(back.folder) == names(record.folder)
+
     for name in names(record.folder) - {"images", "status.json"}:
         assert (back.folder / name).read_bytes() == (record.folder / name).read_bytes(), name
+
     assert back.run_id == run_id and back.uploaded and back.state == FINISHED and back.images == record.images
     assert tracker.upload_record(back) == run_id
 
 
-def test_the_view_of_a_sweep_is_kept_and_named(tracker: MlflowTracker, tmp_path: Path) -> None:
+def test_a_shared_sweep_has_a_dashboard_and_a_link(tracker: MlflowTracker, tmp_path: Path) -> None:
     records = [make_record(tmp_path / str(n), n) for n in range(2)]
     line = tracker.share_sweep("sweep-a", records)
-    experiment = client_of(tracker).get_experiment_by_name("int8run")
+    experiment = make_client(tracker).get_experiment_by_name("int8run")
+
     assert "mlflow.sharedViewState.sweep-a" in experiment.tags
     assert line == (
         f"mlflow server --backend-store-uri {tracker.store}\n"
@@ -411,14 +473,17 @@ def test_the_view_of_a_sweep_is_kept_and_named(tracker: MlflowTracker, tmp_path:
     )
 
 
-def test_two_trackers_in_one_process_write_to_their_own_places(new_store: Path, tmp_path: Path) -> None:
+def test_two_trackers_in_one_process_write_to_their_own_stores(new_store: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         copy_store(new_store, tmp_path / name)
         MlflowTracker(folder=str(tmp_path / name)).upload_record(
             make_record(tmp_path / f"job {name}", name=name)
         )
-    assert [runs_of(MlflowTracker(folder=str(tmp_path / name)))[0].info.run_name for name in ("a", "b")] == [
+
+    assert [
+        list_runs(MlflowTracker(folder=str(tmp_path / name)))[0].info.run_name for name in ("a", "b")
+    ] == [
         "a",
         "b",
     ]
@@ -431,19 +496,24 @@ def test_a_run_leaves_no_setting_behind(
     # sweep would too
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///of-the-user.db")
     tracker.upload_record(make_record(tmp_path / "job"))
+
     assert (
         os.environ["MLFLOW_TRACKING_URI"] == "sqlite:///of-the-user.db"
         and not (tmp_path / "of-the-user.db").exists()
     )
 
 
-def test_a_deleted_experiment_is_named_and_costs_no_run(tracker: MlflowTracker, tmp_path: Path) -> None:
+def test_a_deleted_experiment_is_an_error_that_does_not_end_a_run(
+    tracker: MlflowTracker, tmp_path: Path
+) -> None:
     tracker.prepare()
-    client = client_of(tracker)
+    client = make_client(tracker)
     client.delete_experiment(client.get_experiment_by_name("int8run").experiment_id)
     said = r"the MLflow experiment 'int8run' is deleted; .*tracker\.experiment="
+
     with pytest.raises(ConfigError, match=said):
         tracker.prepare()
+
     with pytest.raises(TrackingError, match=said):
         tracker.start_run(make_record(tmp_path / "job"))
 
@@ -478,23 +548,24 @@ def test_a_deleted_experiment_is_named_and_costs_no_run(tracker: MlflowTracker, 
         "no place": ("sqlite:////proc/mlflow.db", r"cannot be used: .*'/proc/mlflow.db.lock'; tracker=none"),
     }.values(),
 )
-def test_an_address_that_can_never_work_is_named(tmp_path: Path, uri: str, said: str) -> None:
+def test_an_address_that_can_never_work_is_an_error(tmp_path: Path, uri: str, said: str) -> None:
     (tmp_path / "notes.txt").write_text("no database " * 100)
+
     with pytest.raises(ConfigError, match=said):
         MlflowTracker(uri=uri.replace("TMP", str(tmp_path))).prepare()
 
 
 @pytest.mark.parametrize("name", ["a%20b", "a?b"])
-def test_a_folder_that_mlflow_would_misread_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_folder_that_mlflow_would_misread_is_an_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"has % or \? in its path.*tracker\.folder=FOLDER"):
         MlflowTracker(folder=str(tmp_path / name)).prepare()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_server_that_does_not_answer_is_named_after_a_short_while(
+def test_a_server_that_does_not_answer_is_an_error_after_a_short_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(answers, "PING_PAUSES_S", (0.0, 0.01))
+    monkeypatch.setattr(retry, "PING_PAUSES_S", (0.0, 0.01))
     tracker = MlflowTracker(uri="http://me:secret@127.0.0.1:9")  # the discard port: nothing listens there
     record = make_record(tmp_path / "job")
     for call in (
@@ -507,11 +578,15 @@ def test_a_server_that_does_not_answer_is_named_after_a_short_while(
             TrackingError, match=r"^tracker\.uri=http://127\.0\.0\.1:9 does not answer: connection refused$"
         ):
             call()
-    assert sum(answers.PING_PAUSES_S) + answers.PING_TIMEOUT_S <= 10
+
+    assert sum(retry.PING_PAUSES_S) + retry.PING_TIMEOUT_S <= 10
 
 
-def test_a_server_that_takes_calls_and_says_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "PING_TIMEOUT_S", 0.1)
+def test_a_server_that_accepts_connections_and_never_answers_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retry, "PING_TIMEOUT_S", 0.1)
+
     with (
         socket.create_server(("127.0.0.1", 0)) as mute,
         pytest.raises(TrackingError, match=r"does not answer: no answer in 0\.1 s$"),
@@ -519,8 +594,8 @@ def test_a_server_that_takes_calls_and_says_nothing_is_left(monkeypatch: pytest.
         MlflowTracker(uri=f"http://127.0.0.1:{mute.getsockname()[1]}").prepare()
 
 
-def test_a_locked_database_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "RETRY_PAUSES_S", (0.0, 0.0))
+def test_a_call_to_a_locked_database_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "RETRY_PAUSES_S", (0.0, 0.0))
     left = [2]
 
     def locked() -> str:
@@ -529,13 +604,15 @@ def test_a_locked_database_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> No
             raise MlflowException("(sqlite3.OperationalError) database is locked", TEMPORARILY_UNAVAILABLE)
         return "done"
 
-    assert answers.with_retries(locked) == "done"
+    assert retry.with_retries(locked) == "done"
+
     left[0] = 3
+
     with (
         pytest.raises(TrackingError, match=r"^tracker\.uri=sqlite:///x does not answer: database is locked$"),
-        answers.translate_errors("sqlite:///x", user=True),
+        retry.translate_errors("sqlite:///x", user=True),
     ):
-        answers.with_retries(locked)
+        retry.with_retries(locked)
 
 
 @pytest.mark.parametrize(
@@ -547,33 +624,39 @@ def test_a_locked_database_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> No
         (None, f"mlflow server --backend-store-uri sqlite:///{Path('mlflow.db').absolute()}"),
     ],
 )
-def test_where_to_look(uri: str | None, line: str) -> None:
+def test_the_view_hint_is_an_address_or_a_command(uri: str | None, line: str) -> None:
     assert MlflowTracker(uri=uri).get_view_hint() == line
 
 
-def write(folder: str, first: int) -> None:
+def write_three_runs(folder: str, first: int) -> None:
     """One of several processes that start at once on a new store."""
     for n in range(first, first + 3):
         tracker = MlflowTracker(folder=folder)
         tracker.prepare()
         record = make_record(Path(folder) / f"job{n}", n)
-        tracker.upload_record(known(record, tracker.get_location(), tracker.start_run(record)))
+        tracker.upload_record(with_run_id(record, tracker.get_location(), tracker.start_run(record)))
 
 
-def test_several_processes_make_one_store_and_lose_nothing(tmp_path: Path) -> None:
+def test_several_processes_can_create_one_store(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")  # mlflow is imported already
-    workers = [context.Process(target=write, args=(str(tmp_path / "new"), 3 * i)) for i in range(4)]
+    workers = [
+        context.Process(target=write_three_runs, args=(str(tmp_path / "new"), 3 * i)) for i in range(4)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(300)
+
     assert [worker.exitcode for worker in workers] == [0] * 4
+
     tracker = MlflowTracker(folder=str(tmp_path / "new"))
-    runs = runs_of(tracker)
+    runs = list_runs(tracker)
+
     assert sorted(int(run.data.tags["number"]) for run in runs) == list(range(12))
-    first = contents_of(tracker, runs[0].info.run_id)
+
+    first = read_contents(tracker, runs[0].info.run_id)
     for run in runs:
-        found = contents_of(tracker, run.info.run_id)
+        found = read_contents(tracker, run.info.run_id)
         assert run.info.status == "FINISHED" and (found["pictures"], found["files"], found["inputs"]) == (
             first["pictures"],
             first["files"],
@@ -591,6 +674,7 @@ def test_no_tracker_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tracker.end_run("x", KILLED, "y")
     tracker.download_run("x", tmp_path / "here" / "back")
     tracker.attach_file("x", tmp_path / "absent")
+
     assert (
         tracker.start_run(record) is None
         and tracker.upload_record(record) is None
@@ -613,9 +697,11 @@ def test_failed_jobs_of_a_sweep_are_marked_in_their_own_folders(
         copy_store(new_store, tmp_path / name)
     with command_in(tmp_path, monkeypatch, capsys) as command:
         outcome = command("-m", "tracker.folder=a,b", "device=cuda", "seed=5")
+
     assert outcome.code == 4 and "device=cuda asks for a GPU" in outcome.message
+
     for name in ("a", "b"):
-        (run,) = runs_of(MlflowTracker(folder=str(tmp_path / name)))
+        (run,) = list_runs(MlflowTracker(folder=str(tmp_path / name)))
         assert run.info.status == "FAILED" and run.data.tags["error"].startswith(
             "device=cuda asks for a GPU, but torch "
         )

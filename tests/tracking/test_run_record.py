@@ -36,9 +36,11 @@ IDENTITY = {
 }
 
 
-def test_a_record_tells_what_a_job_left(tmp_path: Path) -> None:
+def test_a_record_reads_all_files_of_a_job(tmp_path: Path) -> None:
     started = start_record(tmp_path / "job", IDENTITY)
+
     assert (started.state, started.ended, started.run_id, started.uploaded) == (RUNNING, None, None, False)
+
     update_record(started, tracking={"run_id": "r", "uploaded": True})
     end_record(read_record(tmp_path / "job"), FAILED, "no disk", ["careful"])
     (tmp_path / "job" / "metrics.json").write_text(
@@ -52,6 +54,7 @@ def test_a_record_tells_what_a_job_left(tmp_path: Path) -> None:
     )
     (tmp_path / "job" / "layers.csv").write_text("name,quantized\nx,true\n")
     record = read_record(tmp_path / "job")
+
     assert (record.state, record.error, record.warnings, record.run_id, record.uploaded) == (
         FAILED,
         "no disk",
@@ -70,8 +73,9 @@ def test_a_record_tells_what_a_job_left(tmp_path: Path) -> None:
     assert record.layers == [{"name": "x", "quantized": "true"}]
 
 
-def test_what_is_not_there_is_empty(tmp_path: Path) -> None:
+def test_missing_files_are_empty(tmp_path: Path) -> None:
     record = start_record(tmp_path, IDENTITY)
+
     assert (
         record.metrics,
         record.series,
@@ -82,44 +86,52 @@ def test_what_is_not_there_is_empty(tmp_path: Path) -> None:
     ) == ({}, {}, [], [], {}, {})
 
 
-def test_a_prompt_that_says_nan_stays_a_prompt(tmp_path: Path) -> None:
+def test_the_prompt_nan_stays_a_text(tmp_path: Path) -> None:
     start_record(tmp_path, IDENTITY)
     (tmp_path / "metrics.json").write_text(
         json.dumps({"images": [{"prompt": "nan", "key": "inf", "psnr_db": "inf"}]})
     )
+
     assert read_record(tmp_path).images == [{"prompt": "nan", "key": "inf", "psnr_db": float("inf")}]
 
 
 def test_a_job_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     record = start_record(tmp_path, IDENTITY)
+
     assert read_record(tmp_path).state == RUNNING
-    update_record(record, pid=free_pid())
+
+    update_record(record, pid=find_free_pid())
     dead = read_record(tmp_path)
+
     assert dead.state == KILLED and "without an error message" in str(dead.error)
-    update_record(record, host="elsewhere", pid=free_pid())
+
+    update_record(record, host="elsewhere", pid=find_free_pid())
+
     assert read_record(tmp_path).state == RUNNING, "of other machines nothing is known"
 
 
-def test_a_process_number_that_was_given_again_is_another_process() -> None:
+def test_a_reused_process_number_is_another_process() -> None:
     mine = describe_process()
+
     assert not is_process_gone(
         **{"host": mine["host"], "pid": mine["pid"], "started": mine["process_started"]}
     )
     assert is_process_gone(mine["host"], mine["pid"], mine["process_started"] - 100)
 
 
-def free_pid() -> int:
+def find_free_pid() -> int:
     return next(pid for pid in range(400_000, 500_000) if not psutil.pid_exists(pid))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"state": "RUNNING"}'])
-def test_a_damaged_status_is_named(tmp_path: Path, text: str) -> None:
+def test_a_damaged_status_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "status.json").write_text(text)
+
     with pytest.raises(FileError, match=re.escape(f"{tmp_path / 'status.json'} is damaged")):
         read_record(tmp_path)
 
 
-def test_a_folder_without_a_status_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_status_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"holds no status\.json: no job of int8run wrote it"):
         read_record(tmp_path)
 
@@ -127,6 +139,7 @@ def test_a_folder_without_a_status_is_named(tmp_path: Path) -> None:
 def test_records_are_found_at_any_depth_by_number(tmp_path: Path) -> None:
     for place, number in (("a/b", 10), ("c", 2), ("d/e/f", 0), ("mlartifacts/int8run/1234/artifacts", 2)):
         start_record(tmp_path / place, {**IDENTITY, "number": number})
+
     assert [r.number for r in find_records(tmp_path)] == [0, 2, 10]
 
 
@@ -152,12 +165,12 @@ SETTINGS = {
         ({"new": None}, False),
     ],
 )
-def test_the_hash_is_of_what_decides_a_result(change: dict[str, object], same: bool) -> None:
+def test_the_hash_covers_the_settings_that_decide_a_result(change: dict[str, object], same: bool) -> None:
     assert (hash_config({**SETTINGS, **change}) == hash_config(SETTINGS)) is same
     assert re.fullmatch("[0-9a-f]{16}", hash_config(SETTINGS))
 
 
-def test_the_order_of_settings_is_none() -> None:
+def test_the_hash_does_not_depend_on_the_order_of_settings() -> None:
     assert hash_config(dict(reversed(SETTINGS.items()))) == hash_config(SETTINGS)
 
 
@@ -170,6 +183,7 @@ def test_a_full_disk_still_takes_the_end_of_a_job(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Path, "write_text", full)
     end_record(record, FAILED, "the disk is full")
+
     assert read_record(tmp_path).state == FAILED and read_record(tmp_path).error == "the disk is full"
     assert os.listdir(tmp_path) == ["status.json"]
 
@@ -181,14 +195,16 @@ def test_the_end_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", stop)
+
     with pytest.raises(KeyboardInterrupt):
         end_record(record, FINISHED)
     assert read_record(tmp_path).state == RUNNING
 
 
-def test_damaged_numbers_are_said_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_metrics_are_ignored_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     record = start_record(tmp_path, IDENTITY)
     (tmp_path / "metrics.json").write_text('{"metrics": {"a": 1')
+
     assert (
         record.metrics == {}
         and record.images == []
@@ -207,7 +223,7 @@ def test_damaged_numbers_are_said_and_left_out(tmp_path: Path, caplog: pytest.Lo
         ("a.b=[x, y] c=d", "a.b=[x, y] c=d"),
     ],
 )
-def test_a_label_is_short(tmp_path: Path, name: str, label: str) -> None:
+def test_the_label_of_a_sweeps_job_is_short(tmp_path: Path, name: str, label: str) -> None:
     assert start_record(tmp_path, {**IDENTITY, "name": name, "sweep": "s"}).label == label
     assert start_record(tmp_path, {**IDENTITY, "name": name}).label == name, (
         "a single run has no others to differ from"
@@ -218,5 +234,6 @@ def test_a_damaged_record_does_not_hide_the_others(tmp_path: Path, caplog: pytes
     start_record(tmp_path / "a", IDENTITY)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "status.json").write_text('{"sta')
+
     assert [r.folder.name for r in find_records(tmp_path)] == ["a"]
     assert f"{tmp_path / 'b' / 'status.json'} is damaged" in caplog.text and "it is ignored" in caplog.text

@@ -25,20 +25,25 @@ def wait_for(path: Path, lines: int) -> None:
         time.sleep(0.01)
 
 
-def test_a_line_every_few_moments(tmp_path: Path) -> None:
+def test_a_line_is_written_at_every_interval(tmp_path: Path) -> None:
     path = tmp_path / "system.csv"
     started = time.time()
     with SystemSampler(path, 0.02):
         wait_for(path, 4)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
+
     assert tuple(rows[0]) == COLUMNS and len(rows) >= 3
+
     times = [float(row["time"]) for row in rows]
+
     assert times == sorted(times) and started <= times[0] and times[-1] <= time.time()
     assert all(0 <= float(row["cpu_percent"]) <= 100 for row in rows)
     assert all(0 < int(row["process_bytes"]) < int(row["memory_bytes"]) for row in rows)
+
     wait = path.read_text()
     time.sleep(0.1)
+
     assert path.read_text() == wait, "it is over"
 
 
@@ -50,7 +55,7 @@ def test_a_short_job_leaves_no_file_and_does_not_wait(tmp_path: Path, seconds: f
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_of_the_job_passes(tmp_path: Path) -> None:
+def test_an_error_of_the_job_is_not_swallowed(tmp_path: Path) -> None:
     with pytest.raises(KeyError), SystemSampler(tmp_path / "system.csv", 0.01):
         raise KeyError("its own")
 
@@ -68,14 +73,16 @@ def test_a_full_disk_ends_the_samples_with_one_line(
     monkeypatch.setattr(SystemSampler, "append", full)
     with caplog.at_level(logging.WARNING), SystemSampler(tmp_path / "system.csv", 0.001) as sampler:
         sampler.thread.join(WAIT_S)
+
     assert len(calls) == len(caplog.records) == 1
     assert "No more lines are written to system.csv: " in caplog.text
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_really_full_disk_is_one_of_those(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_real_full_disk_ends_the_samples(caplog: pytest.LogCaptureFixture) -> None:
     with SystemSampler(Path("/dev/full"), 0.001) as sampler:
         sampler.thread.join(WAIT_S)
+
     assert not sampler.thread.is_alive() and "No space left on device" in caplog.text
 
 
@@ -97,8 +104,9 @@ class Gpu:
         monkeypatch.setattr(torch.cuda, "utilization", utilization)
 
 
-def test_a_gpu_is_looked_at_as_far_as_it_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_sampled_as_far_as_its_driver_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.cuda.is_initialized() or read_gpu_values(0) == {}, "a look would open a context"
+
     with monkeypatch.context() as patch:
         Gpu(patch)
         assert read_gpu_values(0) == {"gpu_memory_bytes": 70, "gpu_percent": 71} and read_gpu_values(1) == {}
@@ -113,8 +121,9 @@ def test_a_gpu_is_looked_at_as_far_as_it_tells(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_real_gpu(tmp_path: Path) -> None:
+def test_a_real_gpu_is_sampled(tmp_path: Path) -> None:
     held = torch.zeros(1 << 20, device="cuda")
     found = system.read_gpu_values(0)
+
     assert int(str(found["gpu_memory_bytes"])) >= held.nbytes
     assert 0 <= float(str(found.get("gpu_percent", 0))) <= 100
