@@ -1,4 +1,7 @@
-"""One line and an exit code for every error that a user can meet, those of hydra, omegaconf and YAML included."""
+"""One line and an exit code for every error that a user can meet.
+
+cli.py and api.py call it. It knows the errors of hydra, omegaconf and YAML besides those of int8run.
+"""
 
 import re
 
@@ -6,7 +9,7 @@ from int8run.errors import as_disk_full_error, as_not_writable_error, find_int8r
 
 
 def explain_error(error: BaseException) -> tuple[str | None, int]:
-    """One line and an exit code for an error; None when it is not one that a user can meet, so that it is shown whole."""
+    """One line and an exit code for an error; None for one that no user should meet, which is shown whole."""
     from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
     from omegaconf import ListConfig
     from omegaconf.errors import (
@@ -45,11 +48,13 @@ def explain_error(error: BaseException) -> tuple[str | None, int]:
             return f"no setting called {key!r} in this config; {' and '.join(owners)} has it", 2
         if re.fullmatch(r"lora\.adapters\[\d+\]\.\w+", key) and (left_out := find_adapter_field(key)):
             return (
-                f"{left_out} is a setting that this stack leaves out; give it with a plus: +{key.replace('[', '.').replace(']', '')}=…",
+                f"{left_out} is a setting that this stack leaves out; give it with a plus: "
+                f"+{key.replace('[', '.').replace(']', '')}=…",
                 2,
             )
         return (
-            f"no setting called {key!r}; {suggest_similar(key.rpartition('.')[2], known)}choose from {', '.join(sorted(known))}",
+            f"no setting called {key!r}; {suggest_similar(key.rpartition('.')[2], known)}"
+            f"choose from {', '.join(sorted(known))}",
             2,
         )
     if isinstance(cause, ConfigIndexError):

@@ -1,4 +1,4 @@
-"""`int8run --help`, printed from the YAML files themselves: groups, options with their first comment line, keys.
+"""`int8run --help`, made from the YAML files: groups, options with their first comment line, and keys.
 
 Hydra's own page composes its config once per group and takes several times as long.
 """
@@ -79,7 +79,7 @@ def read_option_keys(group: str, default: str = "") -> dict[str, list[tuple[str,
 
 
 def find_options_with(key: str) -> list[str]:
-    """Options, as one types them, that have a key which the composed config lacks: `backend.tile` -> `backend=triton`."""
+    """The options that have a key which the composed config lacks: `backend.tile` -> `backend=triton`."""
     group = LAUNCHER[0] if key.startswith("hydra.launcher.") else key.partition(".")[0]
     has = lambda keys: any(k == key or k.startswith(f"{key}.") for k, _, _ in keys)
     return [f"{group}={name}" for name, keys in read_option_keys(group).items() if has(keys)]

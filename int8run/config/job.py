@@ -22,7 +22,7 @@ class Job:
     jobs_at_once: int = 1  # jobs of the sweep that share this machine
 
     def get_params(self) -> dict[str, str]:
-        """The settings that one compares between runs, flat: options by group, values by their key on the command line."""
+        """The settings to compare between runs, flat: options by group, values by their key."""
         flat = dict(self.choices)
         flatten_settings(
             "", {key: value for key, value in self.settings.items() if key not in UNHASHED_SETTINGS}, flat
@@ -31,7 +31,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What differs from the other jobs of the sweep, else from the defaults, in the words of the command line."""
+        """The overrides that differ between the jobs of the sweep, else all overrides."""
         differing = [word for word in self.overrides if split_override(word)[0] in self.varying]
         return " ".join(differing or self.overrides) or "defaults"
 

@@ -155,8 +155,8 @@ class RunSpec:
             check_range("quality_db", self.quality_db, 0, 200)
         if self.has_mixed_precision != (self.quality_db is not None):
             raise ConfigError(
-                "model_type.mixed_precision=auto keeps layers float until quality_db is met; set both, such as "
-                "model_type.mixed_precision=auto quality_db=40, or neither"
+                "model_type.mixed_precision=auto keeps layers float until quality_db is met; set both, such "
+                "as model_type.mixed_precision=auto quality_db=40, or neither"
             )
 
     def check_int8_is_enabled(self) -> None:
@@ -168,7 +168,7 @@ class RunSpec:
             )
 
     def check_save(self) -> None:
-        """Raise ConfigError unless `save` names a file or folder that can be written."""
+        """Raise ConfigError unless `save` is a file or folder that can be written."""
         if self.save is None:
             return
         if not isinstance(self.save, str) or Path(self.save).suffix not in ("", SAFETENSORS):

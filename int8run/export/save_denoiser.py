@@ -51,8 +51,10 @@ def save_denoiser(
     note: Mapping[str, object],
     config: Mapping[str, Any],
 ) -> Path:
-    """Write one denoiser. A path that ends in `.safetensors` gets the names that the model's authors gave its layers, which ComfyUI
-    reads, anything else becomes a diffusers folder.
+    """Write one denoiser to a file or a folder.
+
+    A path that ends in `.safetensors` gets the original names of the layers, which ComfyUI reads. Anything
+    else becomes a diffusers folder.
 
     Args:
         model: float, with a value for everything that is not in `layers`.

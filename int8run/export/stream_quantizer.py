@@ -121,7 +121,8 @@ def plan_targets(
         if shape is None:
             listed = ", ".join(f"{part.key} {list(shapes[part.key])}" for part in parts)
             raise FileError(
-                f"{files.path}: {listed} are to be one tensor, {key}, and their shapes do not go together; the file is damaged"
+                f"{files.path}: {listed} are to be one tensor, {key}, and their shapes do not go together; "
+                "the file is damaged"
             )
         layers = [
             stored.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None for part in parts
@@ -185,7 +186,10 @@ def choose_float_dtype(
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of one of the source's tensors, as much as is worked on at a time; rows None: all of a tensor that has none."""
+    """Rows of one tensor of the source, as many as are processed at a time.
+
+    `rows` is None for all of a tensor without dimensions.
+    """
 
     target: Target
     key: str
@@ -243,7 +247,9 @@ def iterate_row_spans(
 
 
 class Streamer:
-    """Moves blocks: one thread reads ahead, one writes behind, the caller's quantizes in between. All errors come out of `run`.
+    """Moves blocks: one thread reads ahead, the caller's quantizes, and one writes behind.
+
+    All errors are raised by `run`.
 
     Args:
         writer: has an entry for everything that the targets add.
@@ -308,7 +314,12 @@ class Streamer:
         self.writes.append((self.writing.submit(self.writer.write, key, data), pool, buffer))
 
     def read(self, block: Block, buffer: Tensor) -> Tensor:
-        """The numbers of a block: of float weights as they lie in the file, of quantized ones as float32; of copied ones the integers."""
+        """Read the numbers of a block.
+
+        Returns:
+            Float weights as the file has them; quantized ones dequantized, in float32, or where they are
+            copied their integers.
+        """
         layer = self.stored.get(block.key.removesuffix(WEIGHT)) if block.key.endswith(WEIGHT) else None
         if layer is not None and layer.granularity and not block.target.copied:
             found = layer.read_weight(self.files, block.rows).contiguous()
@@ -347,7 +358,7 @@ class Streamer:
         self.on_bytes(self.files.get_byte_range(block.key, self.held(block))[1])
 
     def copied_scales(self, block: Block) -> Tensor:
-        """One scale for each row of a weight whose integers are taken as they are. Returns float32 [rows, 1]."""
+        """One scale for each row of a weight whose integers are copied. Returns float32 [rows, 1]."""
         rows = block.rows
         assert rows is not None
         return (
@@ -372,7 +383,8 @@ class Streamer:
             assert target.plan is not None
             check_weight(target.plan, data)
             raise ConfigError(
-                f"{target.plan.name}: the weight holds numbers too large for float32 arithmetic; check the checkpoint"
+                f"{target.plan.name}: the weight holds numbers too large for float32 arithmetic; check the "
+                "checkpoint"
             )
         self.sums.append(sums)
         self.write(target.key, q, self.results, buffer if buffer.numel() == BLOCK_BYTES // 2 else None)
@@ -396,7 +408,10 @@ class Streamer:
         )
 
     def fit(self, target: Target) -> None:
-        """Fit a transform that has factors to the weight: methods without a calibration look at the largest number of each column."""
+        """Fit a transform with factors to the weight.
+
+        Methods without a calibration need only the largest number of each column.
+        """
         if target.transform.factor is None:
             return
         largest = torch.zeros(target.shape[1])

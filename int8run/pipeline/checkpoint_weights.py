@@ -175,7 +175,7 @@ class FileWeights:
         return self.layers.get(part.key.removesuffix(WEIGHT))
 
     def list_weights(self) -> dict[str, list[CheckpointLayer | None]]:
-        """What the file has of each weight, by module name: one layer, or several that are one in the model."""
+        """The layers of the file that make up each weight of the model, by module name."""
         return {
             name.removesuffix(WEIGHT): [self.find_layer(part) for part in parts]
             for name, parts in self.layout.parts.items()

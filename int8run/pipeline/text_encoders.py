@@ -1,4 +1,7 @@
-"""The text encoders of a run that `clip=` changes: opened before the pipeline is there, filled after it, moved by LoRA strengths."""
+"""The text encoders that `clip=` quantizes: opened before the pipeline is loaded, and built after it.
+
+load.py opens them, build.py builds them. LoRA strengths change them without a new build.
+"""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +36,13 @@ PREFIX = "text_encoder"
 
 @dataclass(frozen=True)
 class EncoderSlot:
-    """One text encoder of a pipeline: its class of transformers, and the folder with its config and weights."""
+    """One text encoder of a pipeline.
+
+    Args:
+        component: its name in the pipeline.
+        class_name: of transformers.
+        folder: with its config and weights.
+    """
 
     component: str
     class_name: str
@@ -81,7 +90,7 @@ class QuantizedEncoders:
         ]
 
     def set_strengths(self, strengths: Sequence[float]) -> None:
-        """Bring the encoders to these LoRA strengths: layers that change are quantized anew, from the untouched weight."""
+        """Set the LoRA strengths. Layers that change are quantized again, from their unchanged weight."""
         for component, merge in self.merges.items():
             merge.set_strengths(strengths)
             self.built[component].refresh({*merge.deferred, *merge.biases})
@@ -173,7 +182,8 @@ def check_components(setting: str, named: Sequence[str], there: Mapping[str, Enc
     for component in named:
         if component not in there:
             raise ConfigError(
-                f"{setting} names {component}; {suggest_similar(component, list(there))}the pipeline has {', '.join(there)}"
+                f"{setting} names {component}; {suggest_similar(component, list(there))}"
+                f"the pipeline has {', '.join(there)}"
             )
 
 
