@@ -79,7 +79,9 @@ def test_sylvesters_matrix_entry_for_entry():
     [(False, 0, 130), (False, 4, 132), (False, 256, 512), (True, 2, 130), (True, 128, 384)],
 )
 def test_gelu_applies_from_a_column_on(sylvester, rotation, columns, gelu_from):
-    assert_equals_reference(3 * make_tensor(5, columns, dtype=BRAIN), rotation=rotation, sylvester=sylvester, gelu_from=gelu_from)
+    assert_equals_reference(
+        3 * make_tensor(5, columns, dtype=BRAIN), rotation=rotation, sylvester=sylvester, gelu_from=gelu_from
+    )
 
 
 @pytest.mark.parametrize(("sylvester", "rotation"), [(False, 0), (False, 16), (True, 8)])

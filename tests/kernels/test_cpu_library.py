@@ -1,4 +1,7 @@
-"""Building the CPU kernels: what happens without a compiler, with a failing one, and the second time. The compilers here are fake."""
+"""Building the CPU kernels: without a compiler, with a failing one, and the second time.
+
+The compilers here are fake.
+"""
 
 import os
 import re
@@ -36,7 +39,10 @@ WRITE = 'for last; do :; done; echo "whole" > "$last"'
 
 
 def write_fake_compiler(path, run=WRITE, name="g++", version="g++ 12"):
-    """A script that answers --version, notes each call and does what it is told. Only what the shell has itself: the PATH is empty."""
+    """Write a script that answers --version, records each call and runs `run`.
+
+    It uses only what the shell has built in: the PATH is empty.
+    """
     script = path / name
     calls = path.parent / f"{name}.calls"
     script.write_text(
@@ -46,7 +52,7 @@ def write_fake_compiler(path, run=WRITE, name="g++", version="g++ 12"):
     return lambda: calls.read_text().splitlines() if calls.exists() else []
 
 
-def test_missing_compiler_raises(path, tmp_path):
+def test_missing_compiler_raises(compiler_path, tmp_path):
     words = r"^no C\+\+ compiler on the PATH \(g\+\+, clang\+\+, c\+\+\); install one$"
 
     with pytest.raises(BuildError, match=words):
@@ -59,14 +65,14 @@ def test_missing_compiler_raises(path, tmp_path):
 
 
 @pytest.mark.parametrize("name", module.COMPILERS)
-def test_each_known_compiler_builds_the_library(path, tmp_path, name):
-    calls = write_fake_compiler(path, name=name)
+def test_each_known_compiler_builds_the_library(compiler_path, tmp_path, name):
+    calls = write_fake_compiler(compiler_path, name=name)
     assert build_library(tmp_path / "cache").read_text() == "whole\n"
     assert len(calls()) == 1
 
 
-def test_first_known_compiler_is_used(path, tmp_path):
-    calls = {name: write_fake_compiler(path, name=name) for name in module.COMPILERS}
+def test_first_known_compiler_is_used(compiler_path, tmp_path):
+    calls = {name: write_fake_compiler(compiler_path, name=name) for name in module.COMPILERS}
     build_library(tmp_path / "cache")
 
     assert {name: len(of()) for name, of in calls.items()} == {"g++": 1, "clang++": 0, "c++": 0}
@@ -87,16 +93,16 @@ def test_first_known_compiler_is_used(path, tmp_path):
     ],
     ids=["source", "linker", "no word of an error"],
 )
-def test_error_quotes_a_compiler_that_fails(path, tmp_path, stderr, reason):
-    write_fake_compiler(path, f"echo '{stderr}' >&2; exit 1")
+def test_error_quotes_a_compiler_that_fails(compiler_path, tmp_path, stderr, reason):
+    write_fake_compiler(compiler_path, f"echo '{stderr}' >&2; exit 1")
     with pytest.raises(
-        BuildError, match=rf"^{re.escape(str(path))}/g\+\+ could not build vnni.cpp: {reason}"
+        BuildError, match=rf"^{re.escape(str(compiler_path))}/g\+\+ could not build vnni.cpp: {reason}"
     ):
         build_library(tmp_path / "cache")
 
 
-def test_backend_error_says_what_to_do(path):
-    write_fake_compiler(path, "echo 'vnni.cpp:1: error: no such flag' >&2; exit 1")
+def test_backend_error_says_what_to_do(compiler_path):
+    write_fake_compiler(compiler_path, "echo 'vnni.cpp:1: error: no such flag' >&2; exit 1")
     weight = quantize_weight(torch.ones(2, 4))
 
     with pytest.raises(
@@ -106,21 +112,21 @@ def test_backend_error_says_what_to_do(path):
         Vnni().pack_weight(weight)
 
 
-def test_failed_build_is_not_cached(path, tmp_path):
-    write_fake_compiler(path, "exit 1")
+def test_failed_build_is_not_cached(compiler_path, tmp_path):
+    write_fake_compiler(compiler_path, "exit 1")
 
     for _ in range(2):
         with pytest.raises(BuildError):
             load_vnni_library(tmp_path / "cache")
 
-    calls = write_fake_compiler(path)
+    calls = write_fake_compiler(compiler_path)
 
     assert build_library(tmp_path / "cache").exists()
     assert len(calls()) == 3
 
 
-def test_built_library_is_reused(path, tmp_path):
-    calls = write_fake_compiler(path)
+def test_built_library_is_reused(compiler_path, tmp_path):
+    calls = write_fake_compiler(compiler_path)
     first = build_library(tmp_path / "cache")
 
     assert build_library(tmp_path / "cache") == first
@@ -128,10 +134,10 @@ def test_built_library_is_reused(path, tmp_path):
     assert [f.name for f in (tmp_path / "cache").iterdir()] == [first.name]
 
 
-def test_library_name_depends_on_compiler_source_and_runtime(path, tmp_path, monkeypatch):
-    calls = write_fake_compiler(path)
+def test_library_name_depends_on_compiler_source_and_runtime(compiler_path, tmp_path, monkeypatch):
+    calls = write_fake_compiler(compiler_path)
     names = [build_library(tmp_path / "cache")]
-    write_fake_compiler(path, version="g++ 13")
+    write_fake_compiler(compiler_path, version="g++ 13")
     names.append(build_library(tmp_path / "cache"))
     source = tmp_path / "other.cpp"
     for text in ("int a;", "int b;"):
@@ -147,9 +153,9 @@ def test_library_name_depends_on_compiler_source_and_runtime(path, tmp_path, mon
     assert str(source) in calls()[-1]
 
 
-def test_instructions_are_listed_explicitly(path, tmp_path):
+def test_instructions_are_listed_explicitly(compiler_path, tmp_path):
     # a cache may be shared by machines that differ
-    calls = write_fake_compiler(path)
+    calls = write_fake_compiler(compiler_path)
     build_library(tmp_path / "cache")
 
     assert "-mavx512vnni" in calls()[0]
@@ -166,9 +172,9 @@ def test_instructions_are_listed_explicitly(path, tmp_path):
     ],
 )
 def test_rows_library_uses_the_instructions_of_the_cpu(
-    path, tmp_path, monkeypatch, capability, there, not_there
+    compiler_path, tmp_path, monkeypatch, capability, there, not_there
 ):
-    calls = write_fake_compiler(path)
+    calls = write_fake_compiler(compiler_path)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
 
     with pytest.raises(
@@ -183,23 +189,25 @@ def test_rows_library_uses_the_instructions_of_the_cpu(
     assert [f.name[:5] for f in (tmp_path / "cache").iterdir()] == ["rows-"]
 
 
-def test_unfinished_build_never_has_the_final_name(path, tmp_path):
-    write_fake_compiler(path, 'for last; do :; done; echo "half" > "$last"; echo "error: disk full" >&2; exit 1')
+def test_unfinished_build_never_has_the_final_name(compiler_path, tmp_path):
+    write_fake_compiler(
+        compiler_path, 'for last; do :; done; echo "half" > "$last"; echo "error: disk full" >&2; exit 1'
+    )
 
     with pytest.raises(BuildError, match="disk full"):
         build_library(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
     # while it is being written it has another name, and a reader of the cache does not take it
-    write_fake_compiler(path, f'for last; do :; done; echo "$last" > "{tmp_path}/written"; {WRITE}')
+    write_fake_compiler(compiler_path, f'for last; do :; done; echo "$last" > "{tmp_path}/written"; {WRITE}')
     target = build_library(tmp_path / "cache")
 
     assert (tmp_path / "written").read_text().strip() == str(target.with_suffix(f".{os.getpid()}"))
     assert target.suffix == ".so"
 
 
-def test_cache_that_is_a_file_raises(path, tmp_path):
-    calls = write_fake_compiler(path)
+def test_cache_that_is_a_file_raises(compiler_path, tmp_path):
+    calls = write_fake_compiler(compiler_path)
     (tmp_path / "file").write_text("")
 
     for cache, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "below", "Not a directory")):
@@ -211,15 +219,15 @@ def test_cache_that_is_a_file_raises(path, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self is a folder that even root cannot write to")
-def test_cache_that_cannot_be_written_to_raises(path):
-    calls = write_fake_compiler(path)
+def test_cache_that_cannot_be_written_to_raises(compiler_path):
+    calls = write_fake_compiler(compiler_path)
     with pytest.raises(BuildError, match=r"^cannot write the built library to /proc/self: "):
         build_library(Path("/proc/self"))
     assert calls() == []
 
 
-def test_default_cache_is_in_the_users_home(path, tmp_path):
-    write_fake_compiler(path)
+def test_default_cache_is_in_the_users_home(compiler_path, tmp_path):
+    write_fake_compiler(compiler_path)
     # the fake library cannot be loaded
     with pytest.raises(OSError, match="vnni-"):
         load_vnni_library()

@@ -76,11 +76,11 @@ LAYOUTS = [
 def test_each_layout_scales_its_entries(shape, scales, block, which):
     n, k = torch.arange(shape[0])[:, None], torch.arange(shape[1])[None, :]
     scale = randn(*scales)
-    wanted = scale.flatten()[torch.as_tensor(which(n, k)).expand(shape)]
+    expected = scale.flatten()[torch.as_tensor(which(n, k)).expand(shape)]
     q, fp8 = full_range(*shape), make_bytes(*shape).view(FP8[0])
 
-    assert_bit_equal(dequantize_int8(q, scale, block), q.float() * wanted)
-    assert_bit_equal(dequantize_fp8(fp8, scale, block), fp8.float() * wanted)
+    assert_bit_equal(dequantize_int8(q, scale, block), q.float() * expected)
+    assert_bit_equal(dequantize_fp8(fp8, scale, block), fp8.float() * expected)
 
 
 def test_minus_128_is_dequantized():
@@ -125,19 +125,22 @@ def test_minus_128_is_dequantized():
     ],
     ids=str,
 )
-def test_every_fp8_code_has_its_value(dtype, values):
+def test_fp8_codes_have_their_values(dtype, values):
     assert_bit_equal(
-        dequantize_fp8(make_codes(*values, dtype=dtype), torch.tensor(1.0)), torch.tensor([list(values.values())])
+        dequantize_fp8(make_codes(*values, dtype=dtype), torch.tensor(1.0)),
+        torch.tensor([list(values.values())]),
     )
 
 
-def test_every_mxfp8_scale_is_a_power_of_2():
+def test_mxfp8_scales_are_powers_of_2_and_255_is_nan():
     # one block of ones under each scale; of two bytes, the second block is the last and partial
     one = torch.ones(1, 40).to(FP8[0])
     for byte, value in {120: 2**-7, 127: 1.0, 0: 2**-127, 1: 2**-126, 254: 2.0**127, 255: nan}.items():
         w = dequantize_mxfp8(one, make_codes(127, byte), swizzled=False)
         assert_bit_equal(w, torch.tensor([[1.0] * 32 + [value] * 8]))
-        assert_bit_equal(dequantize_mxfp8(one, make_codes(127, byte, dtype=torch.float8_e8m0fnu), swizzled=False), w)
+        assert_bit_equal(
+            dequantize_mxfp8(one, make_codes(127, byte, dtype=torch.float8_e8m0fnu), swizzled=False), w
+        )
 
 
 def test_every_nvfp4_code_has_its_value():
@@ -173,7 +176,7 @@ def test_nvfp4_scales_are_rounded_once():
 
 def test_swizzled_offsets_equal_the_published_formula():
     at = compute_swizzled_offsets(129, 48)
-    wanted = {
+    expected = {
         (0, 0): 0,
         (0, 3): 3,
         (1, 0): 16,
@@ -184,7 +187,7 @@ def test_swizzled_offsets_equal_the_published_formula():
         (128, 0): 6144,
     }
 
-    assert {place: at[place].item() for place in wanted} == wanted
+    assert {place: at[place].item() for place in expected} == expected
     assert torch.equal(compute_swizzled_offsets(256, 48).flatten().sort().values, torch.arange(256 * 48))
 
 
@@ -192,7 +195,10 @@ def test_swizzled_offsets_equal_the_published_formula():
 def test_swizzled_and_row_major_scales_give_the_same_weight(n, k):
     fp8, scale = make_bytes(n, k).view(FP8[1]), make_bytes(n, ceil(k / 32), seed=1)
 
-    assert_bit_equal(dequantize_mxfp8(fp8, swizzle_by_formula(scale), swizzled=True), dequantize_mxfp8(fp8, scale, swizzled=False))
+    assert_bit_equal(
+        dequantize_mxfp8(fp8, swizzle_by_formula(scale), swizzled=True),
+        dequantize_mxfp8(fp8, scale, swizzled=False),
+    )
 
     qdata, scale = make_bytes(n, k // 2), make_bytes(n, ceil(k / 16), seed=1).view(FP8[0])
     options = {"global_scale": torch.tensor([0.3]), "high_first": True}
@@ -201,7 +207,9 @@ def test_swizzled_and_row_major_scales_give_the_same_weight(n, k):
     assert_bit_equal(dequantize_nvfp4(qdata, swizzle_by_formula(scale), swizzled=True, **options), expected)
     # the bytes of the scales, and flat: the padded shape is nominal
     assert_bit_equal(
-        dequantize_nvfp4(qdata, swizzle_by_formula(scale.view(torch.uint8)).flatten(), swizzled=True, **options),
+        dequantize_nvfp4(
+            qdata, swizzle_by_formula(scale.view(torch.uint8)).flatten(), swizzled=True, **options
+        ),
         expected,
     )
 
@@ -210,7 +218,9 @@ def test_zero_scales_give_zeros():
     zero, q = torch.zeros(2, 1), full_range(2, 9)
 
     assert_bit_equal(dequantize_int8(q, zero).abs(), torch.zeros(2, 9))
-    assert_bit_equal(dequantize_fp8(make_codes(0x7F, 0x7E, dtype=FP8[0]), torch.tensor(0.0)), torch.tensor([[nan, 0]]))
+    assert_bit_equal(
+        dequantize_fp8(make_codes(0x7F, 0x7E, dtype=FP8[0]), torch.tensor(0.0)), torch.tensor([[nan, 0]])
+    )
 
     w = dequantize_nvfp4(
         make_bytes(2, 8), torch.zeros(2, 1).to(FP8[0]), torch.tensor(1.0), swizzled=False, high_first=True
@@ -257,7 +267,8 @@ def test_scale_that_fits_no_layout_raises(shape, scales, block):
 
     with pytest.raises(
         ValueError,
-        match=rf"scale of shape \[{listed}\] fits no layout of a weight .* in {blocks}; allowed are one number, ",
+        match=rf"scale of shape \[{listed}\] fits no layout of a weight .* in {blocks}; "
+        r"allowed are one number, ",
     ):
         dequantize_int8(full_range(*shape), torch.ones(scales), block)
 
@@ -269,7 +280,8 @@ def test_qdata_of_another_dtype_raises():
         dequantize_int8(make_bytes(2, 4), torch.tensor(1.0))
     with pytest.raises(
         ValueError,
-        match=r"qdata is torch.int8 \[2, 4\]; allowed is a matrix of torch.float8_e4m3fn or torch.float8_e5m2",
+        match=r"qdata is torch.int8 \[2, 4\]; allowed is a matrix of torch.float8_e4m3fn or "
+        r"torch.float8_e5m2",
     ):
         dequantize_fp8(full_range(2, 4), torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"qdata is torch.int8 \[4\]; allowed is a matrix"):
@@ -292,14 +304,17 @@ def test_block_scales_that_do_not_fit_raise():
         dequantize_mxfp8(fp8, make_bytes(128, 4), swizzled=False)
     with pytest.raises(
         ValueError,
-        match=r"torch.float32 \[3, 2\] do not fit .*; allowed are torch.float8_e8m0fnu or its bytes as torch.uint8",
+        match=r"torch.float32 \[3, 2\] do not fit .*; allowed are torch.float8_e8m0fnu or its bytes as "
+        r"torch.uint8",
     ):
         dequantize_mxfp8(fp8, randn(3, 2), swizzled=False)
     with pytest.raises(
         ValueError,
         match=r"torch.float8_e5m2 \[3, 4\] do not fit 3 x 4 blocks; allowed are torch.float8_e4m3fn or",
     ):
-        dequantize_nvfp4(fp4, make_bytes(3, 4).view(FP8[1]), torch.tensor(1.0), swizzled=False, high_first=True)
+        dequantize_nvfp4(
+            fp4, make_bytes(3, 4).view(FP8[1]), torch.tensor(1.0), swizzled=False, high_first=True
+        )
     with pytest.raises(
         ValueError, match=r"the global scale is torch.float32 \[3\]; allowed is one floating-point number"
     ):

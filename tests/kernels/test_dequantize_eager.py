@@ -49,7 +49,9 @@ def test_int8_and_fp8_equal_the_reference_in_every_layout(shape, scales, block, 
     )
     before = scale.clone(), q.clone()
 
-    assert_bit_equal(eager.dequantize_int8(q, scale, block, dtype), reference.dequantize_int8(q, scale, block, dtype))
+    assert_bit_equal(
+        eager.dequantize_int8(q, scale, block, dtype), reference.dequantize_int8(q, scale, block, dtype)
+    )
     for fp8 in FP8:
         assert_bit_equal(
             eager.dequantize_fp8(codes.view(fp8), scale, block, dtype),
@@ -76,7 +78,9 @@ def test_non_contiguous_qdata_equals_the_reference():
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_scales_of_any_dtype_equal_the_reference(scale_dtype):
     scale = randn(4, 1).to(scale_dtype)
-    assert_bit_equal(eager.dequantize_int8(full_range(4, 8), scale), reference.dequantize_int8(full_range(4, 8), scale))
+    assert_bit_equal(
+        eager.dequantize_int8(full_range(4, 8), scale), reference.dequantize_int8(full_range(4, 8), scale)
+    )
 
 
 @pytest.mark.parametrize("swizzled", [True, False], ids=["swizzled", "rows"])
@@ -108,7 +112,9 @@ def test_nvfp4_equals_the_reference(swizzled, high_first):
     for dtype in DTYPES:
         assert_bit_equal(
             eager.dequantize_nvfp4(make_all_bytes(3), scale, torch.tensor([0.37]), **options, dtype=dtype),
-            reference.dequantize_nvfp4(make_all_bytes(3), scale, torch.tensor([0.37]), **options, dtype=dtype),
+            reference.dequantize_nvfp4(
+                make_all_bytes(3), scale, torch.tensor([0.37]), **options, dtype=dtype
+            ),
         )
 
 

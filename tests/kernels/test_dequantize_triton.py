@@ -1,4 +1,4 @@
-"""The Triton version of dequantization: the reference's numbers bit for bit, one node in a graph, no spills."""
+"""The Triton version of dequantization: the reference's bits, one node in a graph, no spills."""
 
 import os
 import re
@@ -62,12 +62,16 @@ def list_calls_per_packing():
                     {"swizzled": swizzled},
                 )
             for high_first in (True, False):
-                arguments = make_bytes(n, k // 2), make_block_scales(n, k, 16, swizzled).view(E4M3), randn(1)[0]
+                arguments = (
+                    make_bytes(n, k // 2),
+                    make_block_scales(n, k, 16, swizzled).view(E4M3),
+                    randn(1)[0],
+                )
                 yield "dequantize_nvfp4", arguments, {"swizzled": swizzled, "high_first": high_first}
 
 
 def list_edge_cases():
-    """All 256 codes, the vectors of the format's description, memory that is not contiguous, and half-precision results."""
+    """All 256 codes, published vectors, memory that is not contiguous, and half-precision results."""
     all_codes = torch.arange(256).to(torch.uint8)[None]
     for fp8 in (E4M3, E5M2):
         for scale in (1.0, 0.0):
@@ -107,7 +111,8 @@ from int8run.kernels.dequantize import kernel
 
 torch.use_deterministic_algorithms(True)  # fresh memory is NaN
 calls = torch.load(sys.argv[1], weights_only=False)
-torch.save([getattr(kernel, name)(*arguments, **keywords) for name, arguments, keywords in calls], sys.argv[2])
+results = [getattr(kernel, name)(*arguments, **keywords) for name, arguments, keywords in calls]
+torch.save(results, sys.argv[2])
 
 nodes = []
 def collect(graph, inputs):
@@ -140,13 +145,13 @@ def interpreted_results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("i", range(len(CALLS)), ids=IDS)
-def test_interpreted_kernel_equals_the_reference(i, interpreted):
+def test_interpreted_kernel_equals_the_reference(i, interpreted_results):
     name, arguments, keywords = CALLS[i]
-    assert_bit_equal(interpreted[0][i], getattr(reference, name)(*arguments, **keywords))
+    assert_bit_equal(interpreted_results[0][i], getattr(reference, name)(*arguments, **keywords))
 
 
-def test_compiled_graphs_see_each_operator_whole(interpreted):
-    assert interpreted[1] == [
+def test_compiled_graphs_see_each_operator_whole(interpreted_results):
+    assert interpreted_results[1] == [
         f"int8run.triton_{name}.default" for name in dict.fromkeys(name for name, *_ in CALLS)
     ]
 
@@ -193,7 +198,8 @@ def test_errors_are_those_of_the_reference(name, arguments, keywords):
     assert messages[0] == messages[1]
 
 
-# types of codes and scale, their formats, columns of a group, the integers that are 1: Triton makes constants of them
+# types of codes and scale, their formats, columns of a group, the integers that are 1: Triton makes constants
+# of them
 COMPILED = {
     "int8 rows": ("*i8", "*fp32", "int8", "float32", kernel.BLOCK_COLUMNS, ["columns", "height"]),
     "fp8 tensor": ("*u8", "*fp32", "e5m2", "float32", kernel.BLOCK_COLUMNS, ["columns"]),

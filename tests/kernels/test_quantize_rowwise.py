@@ -61,8 +61,8 @@ def test_the_largest_entry_becomes_127_and_minus_128_never_occurs():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(dtype):
     x = randn(6, 21, dtype=dtype)
-    for got, wanted in zip(quantize_rowwise(x), quantize_rowwise(x.float()), strict=True):
-        assert torch.equal(got, wanted)
+    for got, expected in zip(quantize_rowwise(x), quantize_rowwise(x.float()), strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("peak", [65504.0, 6e-8], ids=["largest", "smallest"])

@@ -1,4 +1,4 @@
-"""Quantizing the rows of a weight as they stream by: `rows.cpp` and its version in torch beside the definition."""
+"""Quantizing the rows of a weight: `rows.cpp` and its version in torch beside the definition."""
 
 import os
 import shutil
@@ -40,9 +40,9 @@ def quantize_with(way, weight, **options):
 
 def assert_equals_definition(way, weight):
     q, scale, sums = quantize_with(way, weight)
-    wanted, wanted_scale = quantize_rowwise(weight)
-    assert torch.equal(q, wanted)
-    assert torch.equal(scale, wanted_scale)
+    expected, expected_scale = quantize_rowwise(weight)
+    assert torch.equal(q, expected)
+    assert torch.equal(scale, expected_scale)
     assert sums.finite
     return q, scale, sums
 
@@ -150,14 +150,14 @@ def test_rotated_rows_differ_from_the_matrix_product_at_ties_only(way, dtype, sy
     for k in (group, 3 * group):
         weight = randn(33, k, seed=k, dtype=dtype)
         exact = rotate_groups(weight.double(), rotation.matrix.double())
-        wanted, wanted_scale = quantize_rowwise(exact)
+        expected, expected_scale = quantize_rowwise(exact)
         q, scale, sums = quantize_with(way, weight, rotation=rotation)
 
-        torch.testing.assert_close(scale, wanted_scale, rtol=1e-6, atol=0)
+        torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
 
-        steps = exact / wanted_scale.double()
+        steps = exact / expected_scale.double()
         from_tie = ((steps - steps.floor()) - 0.5).abs()
-        differ = q.short() - wanted.short()
+        differ = q.short() - expected.short()
 
         assert ((differ == 0) | ((differ.abs() == 1) & (from_tie < 1e-3))).all()
         assert sums.signal == pytest.approx(exact.square().sum().item(), rel=1e-5)
@@ -170,28 +170,28 @@ def test_rotated_rows_equal_the_matrix_product(way, dtype, sylvester, group):
     rotation = make_rotation(sylvester, group)
     weight = (randn(256, 3072) * 0.02).to(dtype)
     q, scale, _ = quantize_with(way, weight, rotation=rotation)
-    wanted, wanted_scale = quantize_rowwise(rotate_groups(weight.float(), rotation.matrix))
+    expected, expected_scale = quantize_rowwise(rotate_groups(weight.float(), rotation.matrix))
 
-    assert (q == wanted).float().mean() >= 0.9999
-    assert (q.short() - wanted).abs().max() <= 1
-    torch.testing.assert_close(scale, wanted_scale, rtol=1e-6, atol=0)
+    assert (q == expected).float().mean() >= 0.9999
+    assert (q.short() - expected).abs().max() <= 1
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_factor_divides_columns_before_the_rotation(way):
     weight, factor = randn(17, 96), randn(96, seed=1).abs() + 0.1
     q, scale, _ = quantize_with(way, weight, factor=factor)
-    wanted, wanted_scale = quantize_rowwise(weight / factor)
+    expected, expected_scale = quantize_rowwise(weight / factor)
 
-    assert torch.equal(q, wanted)
-    assert torch.equal(scale, wanted_scale)
+    assert torch.equal(q, expected)
+    assert torch.equal(scale, expected_scale)
 
     rotation = make_rotation(True, 32)
     q, scale, _ = quantize_with(way, weight, factor=factor, rotation=rotation)
-    wanted, wanted_scale = quantize_with(way, weight / factor, rotation=rotation)[:2]
+    expected, expected_scale = quantize_with(way, weight / factor, rotation=rotation)[:2]
 
-    assert torch.equal(q, wanted)
-    assert torch.equal(scale, wanted_scale)
+    assert torch.equal(q, expected)
+    assert torch.equal(scale, expected_scale)
 
 
 @pytest.mark.skipif(not COMPILED, reason="no C++ compiler here")
@@ -215,7 +215,7 @@ def test_torch_version_gives_the_same_bits(dtype, sylvester, group, k):
         assert compiled[2].saturated == torchs[2].saturated
 
 
-def test_lane_signs_of_a_group_of_16():
+def test_regular_rotation_published_vectors():
     """formats.md: the regular matrix of 4 over 2, applied to a unit row; the first row of that of 16."""
     unit = torch.tensor([[1.0, 0, 0, 0]])
 
@@ -235,7 +235,7 @@ def test_other_float_dtypes_are_read_as_float32(way):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads_gives_the_same_bits_and_sums(threads):
     weight, rotation = randn(501, 512, dtype=torch.bfloat16), make_rotation(False, 64)
-    wanted = quantize_with(quantize_weight_rows, weight, rotation=rotation)
+    expected = quantize_with(quantize_weight_rows, weight, rotation=rotation)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -243,9 +243,9 @@ def test_any_number_of_threads_gives_the_same_bits_and_sums(threads):
     finally:
         torch.set_num_threads(before)
 
-    assert torch.equal(q, wanted[0])
-    assert torch.equal(scale, wanted[1])
-    assert sums == wanted[2]
+    assert torch.equal(q, expected[0])
+    assert torch.equal(scale, expected[1])
+    assert sums == expected[2]
 
 
 @pytest.mark.skipif(not COMPILED, reason="no C++ compiler here")
@@ -266,7 +266,7 @@ def test_every_instruction_set_gives_the_same_bits(vectors, tmp_path, monkeypatc
         {"rotation": make_rotation(False, 16)},
         {"rotation": make_rotation(True, 8), "factor": randn(1040).abs() + 1},
     ]
-    wanted = [quantize_with(quantize_weight_rows, w, **o) for w in weights for o in options]
+    expected = [quantize_with(quantize_weight_rows, w, **o) for w in weights for o in options]
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
 
     assert vectors == "plain" or vectors in VECTORS
@@ -275,7 +275,7 @@ def test_every_instruction_set_gives_the_same_bits(vectors, tmp_path, monkeypatc
     monkeypatch.setattr(module, "load_rows_library", lambda: other)
 
     for (q, scale, sums), again in zip(
-        wanted, [quantize_with(quantize_weight_rows, w, **o) for w in weights for o in options], strict=True
+        expected, [quantize_with(quantize_weight_rows, w, **o) for w in weights for o in options], strict=True
     ):
         assert torch.equal(q, again[0])
         assert torch.equal(scale, again[1])
@@ -322,7 +322,7 @@ def test_arguments_that_do_not_fit_raise():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None or os.name != "posix", reason="needs a compiler")
-def test_libraries_have_different_names(tmp_path):
+def test_rows_library_is_named_after_its_source(tmp_path):
     path = Path(load_rows_library.__wrapped__(tmp_path)._name)
     assert path.parent == tmp_path
     assert path.name.startswith("rows-")

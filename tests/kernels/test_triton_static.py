@@ -1,4 +1,4 @@
-"""What the Triton compiler makes of the kernels, without a GPU: tensor cores used, no spills, no byte permutes, memory that fits."""
+"""The compiled Triton kernels, without a GPU: tensor cores used, no spills, memory that fits."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The AVX512-VNNI kernels beside their definitions: quantization of rows, the product, the branch, the packed weight."""
+"""The AVX512-VNNI kernels beside their definitions: rows, the product, the branch, the packed weight."""
 
 import pytest
 import torch
@@ -38,12 +38,12 @@ def as_unsigned(q):
 
 def assert_same_bits(x):
     q, scale = vnni.quantize_rows(x)
-    wanted, wanted_scale = quantize_rowwise(x)
+    expected, expected_scale = quantize_rowwise(x)
     assert q.dtype == torch.uint8
     assert q.shape == (x.shape[0], -(-x.shape[1] // 4) * 4)
     assert scale.shape == x.shape[:1]
-    assert torch.equal(as_signed(q, x.shape[1]), wanted)
-    assert torch.equal(scale, wanted_scale[:, 0])
+    assert torch.equal(as_signed(q, x.shape[1]), expected)
+    assert torch.equal(scale, expected_scale[:, 0])
 
 
 def assert_differs_at_ties_only(x, factor=None, rotation=0, sylvester=False, gelu_from=-1):
@@ -54,11 +54,11 @@ def assert_differs_at_ties_only(x, factor=None, rotation=0, sylvester=False, gel
         else None
     )
     exact = transform_rows(x.double(), None if factor is None else factor.double(), by, gelu_from)
-    wanted, wanted_scale = quantize_rowwise(exact)
+    expected, expected_scale = quantize_rowwise(exact)
     q, scale = vnni.quantize_rows(x, factor, rotation, sylvester, gelu_from)
-    torch.testing.assert_close(scale, wanted_scale[:, 0], rtol=1e-6, atol=0)
-    steps = exact / wanted_scale.double()
-    differ = as_signed(q, x.shape[1]).short() - wanted.short()
+    torch.testing.assert_close(scale, expected_scale[:, 0], rtol=1e-6, atol=0)
+    steps = exact / expected_scale.double()
+    differ = as_signed(q, x.shape[1]).short() - expected.short()
     # float32 sums of up to 1024 numbers, and up to 127 steps
     from_tie = ((steps - steps.floor()) - 0.5).abs()
     assert ((differ == 0) | ((differ.abs() == 1) & (from_tie < 1e-3))).all()
@@ -153,10 +153,10 @@ def test_gelu_applies_from_a_column_on(gelu_from, dtype):
 def test_gelu_of_tiny_and_huge_numbers_equals_the_reference(size, sign):
     x = size * randn(6, 40).abs().clamp(0.1, 1) * torch.tensor(sign).repeat(40 // len(sign))
     _, scale = vnni.quantize_rows(x, gelu_from=0)
-    _, wanted = quantize_rowwise(transform_rows(x.double(), None, None, 0))
+    _, expected = quantize_rowwise(transform_rows(x.double(), None, None, 0))
 
     # float64's own tanh loses the last digits of what is left at -6; beyond -12 nothing is left
-    torch.testing.assert_close(scale, wanted[:, 0], rtol=1e-4, atol=1e-15)
+    torch.testing.assert_close(scale, expected[:, 0], rtol=1e-4, atol=1e-15)
     if sign != [-1.0]:
         assert_differs_at_ties_only(x, gelu_from=0)
 
@@ -166,9 +166,13 @@ def test_gelu_of_tiny_and_huge_numbers_equals_the_reference(size, sign):
 @pytest.mark.parametrize(("group", "k"), [(4, 20), (16, 48), (64, 192), (256, 768), (1024, 1024)])
 def test_gelu_factor_and_rotation_apply_in_this_order(group, k, sylvester, dtype):
     for gelu_from in (0, 11, k - 3):
-        assert_differs_at_ties_only(2 * randn(7, k, dtype=dtype), randn(k, seed=1), group, sylvester, gelu_from)
+        assert_differs_at_ties_only(
+            2 * randn(7, k, dtype=dtype), randn(k, seed=1), group, sylvester, gelu_from
+        )
         if sylvester:  # and the groups that are no power of 4
-            assert_differs_at_ties_only(2 * randn(7, k, dtype=dtype), randn(k, seed=1), group // 2, True, gelu_from)
+            assert_differs_at_ties_only(
+                2 * randn(7, k, dtype=dtype), randn(k, seed=1), group // 2, True, gelu_from
+            )
 
 
 # rotation, sylvester, whether there is a factor, gelu_from
@@ -190,7 +194,10 @@ def test_nan_and_infinity_stay_in_their_row(value, steps, dtype):
     rotation, sylvester, with_factor, gelu_from = STEPS[steps]
     factor = randn(80, seed=1) if with_factor else None
     x, weight = randn(5, 80, dtype=dtype), quantize_weight(randn(70, 80, seed=2))
-    run = lambda x: vnni.quantize_rows(x, factor, rotation, sylvester, gelu_from)  # noqa: E731
+
+    def run(x):
+        return vnni.quantize_rows(x, factor, rotation, sylvester, gelu_from)
+
     finite_q, finite_scale = run(x)
 
     for column in (0, 37, 79):
@@ -250,9 +257,10 @@ def test_linear_equals_the_reference_on_awkward_shapes(k, n):
 
 def test_bias_of_any_float_dtype():
     q, qdata, bias = full_range(3, 20), full_range(9, 20, seed=1), randn(9, seed=2, dtype=torch.bfloat16)
-    run = lambda bias: vnni.int8_linear(
-        as_unsigned(q), torch.ones(3), vnni.pack_weight(qdata), torch.ones(9), bias, torch.float32
-    )
+
+    def run(bias):
+        packed = vnni.pack_weight(qdata)
+        return vnni.int8_linear(as_unsigned(q), torch.ones(3), packed, torch.ones(9), bias, torch.float32)
 
     assert torch.equal(run(bias), run(bias.float()))
 
@@ -272,7 +280,7 @@ def test_largest_sums_are_exact(sign):
 
 
 def make_layer(m, k, n, rank, dtype=torch.float32):
-    """Arguments of `vnni.linear` with a branch, and the branch as it was in float."""
+    """Arguments of `vnni.int8_linear` with a branch, and the branch as it was in float."""
     x = randn(m, k, dtype=dtype)
     q, x_scale = vnni.quantize_rows(x)
     weight, down, up = quantize_weight(randn(n, k, seed=1)), randn(rank, k, seed=2), randn(n, rank, seed=3)
@@ -308,9 +316,11 @@ def test_branch_equals_two_int8_products(rank, shape, dtype):
     down, up = quantize_weight(down), quantize_weight(up)
     t_q, t_scale = quantize_rowwise(int8_linear(q, x_scale, down.qdata, down.scale[:, 0] * strengths, None))
     base = vnni.int8_linear(*plain[:-1], torch.float32)
-    wanted = base + int8_linear(t_q, t_scale, up.qdata, up.scale[:, 0], None)
+    expected = base + int8_linear(t_q, t_scale, up.qdata, up.scale[:, 0], None)
 
-    assert_close(f"rank {rank}", compute_with_branch(plain, branch, strengths), wanted.to(dtype), TOLERANCE[dtype])
+    assert_close(
+        f"rank {rank}", compute_with_branch(plain, branch, strengths), expected.to(dtype), TOLERANCE[dtype]
+    )
 
 
 @pytest.mark.parametrize("shape", [(200, 7, 5), *SHAPES[1:]], ids=str)
@@ -319,11 +329,11 @@ def test_branch_is_close_to_its_float_product(rank, shape):
     plain, branch, x, down, up = make_layer(*shape, rank)
     strengths = randn(rank, seed=5)
     added = (compute_with_branch(plain, branch, strengths) - vnni.int8_linear(*plain)).double()
-    wanted = (x.double() @ down.double().T * strengths) @ up.double().T
+    expected = (x.double() @ down.double().T * strengths) @ up.double().T
 
-    # x, down, t and up are rounded to steps of absmax / 127; a normal row's absmax is up to 4 times its RMS at these widths:
-    # 4 / 127 / sqrt(12) = 0.9 % each, and twice that together
-    assert_close(f"rank {rank}", added, wanted, 0.018)
+    # x, down, t and up are rounded to steps of absmax / 127; a normal row's absmax is up to 4 times its RMS
+    # at these widths: 4 / 127 / sqrt(12) = 0.9 % each, and twice that together
+    assert_close(f"rank {rank}", added, expected, 0.018)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -350,11 +360,11 @@ def limit_threads():
 
 
 @pytest.mark.parametrize("rank", [0, 16])
-def test_any_number_of_threads_gives_the_same_bits(threads, rank):
+def test_any_number_of_threads_gives_the_same_bits(limit_threads, rank):
     plain, branch, x, *_ = make_layer(400, 4224, 330, rank or 1, torch.bfloat16)
     results = []
     for count in (1, 2, 5):
-        threads(count)
+        limit_threads(count)
         y = compute_with_branch(plain, branch, torch.ones(rank)) if rank else vnni.int8_linear(*plain)
         rotated = [
             t

@@ -26,11 +26,11 @@ E5M2 = np.array([m * 2.0**-16 if e == 0 else (4 + m) * 2.0 ** (e - 17) for e in 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 MAGNITUDES = {torch.int8: INT8, torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 
-# -- the definitions ----------------------------------------------------------------------------------------------------
+# -- the definitions -------------------------------------------------------------------------------
 
 
 def encode_nearest(x, magnitudes):
-    """Code and sign of the nearest numbers; of two as near the one with the even code. x: float32, taken as exact."""
+    """Code and sign of the nearest numbers; of two as near, the one with the even code. x: float32."""
     size = np.minimum(np.abs(x.astype(np.float64)), magnitudes[-1])
     above = np.searchsorted(magnitudes, size)
     below = np.maximum(above - 1, 0)
@@ -65,7 +65,9 @@ def quantize_by_definition(form: WeightFormat, weight: Tensor):
     if form.storage_dtype in ("mxfp8", "nvfp4"):
         multiple = form.block_size
         w = np.pad(w, ((0, -n % multiple), (0, -k % multiple)))
-        return (quantize_mxfp8_by_definition if form.storage_dtype == "mxfp8" else quantize_nvfp4_by_definition)(w)
+        return (
+            quantize_mxfp8_by_definition if form.storage_dtype == "mxfp8" else quantize_nvfp4_by_definition
+        )(w)
     magnitudes = MAGNITUDES[form.qdata_dtype]
     largest = F32(magnitudes[-1])
     b = form.block_size
@@ -143,11 +145,11 @@ def assert_equals_definition(form: WeightFormat, weight: Tensor) -> PackedWeight
     return made
 
 
-# -- inputs -------------------------------------------------------------------------------------------------------------
+# -- inputs ----------------------------------------------------------------------------------------
 
 
 def make_awkward_weight() -> Tensor:
-    """[128, 256]: every eighth row is of another kind, so that blocks of 64 and 128 hold mixtures; the last 64 rows are calm."""
+    """[128, 256]: every eighth row is of another kind, so that blocks are mixed; the last 64 are calm."""
     w = randn(128, 256)
     kinds = [
         torch.zeros(256),
@@ -191,7 +193,7 @@ def make_ties() -> Tensor:
 
 
 def make_small_blocks() -> Tensor:
-    """[32, 64]: blocks whose scales in nvfp4 are of its smallest, which are rounded by up to a half of themselves."""
+    """[32, 64]: blocks with the smallest scales of nvfp4, which are rounded by up to a half of themselves."""
     w = randn(32, 64, seed=13).clamp(-1, 1) * torch.arange(32)[:, None] / 1000
     w[:, ::16] = torch.arange(32)[:, None] / 1000
     w[0, 0] = 2688  # the global scale is 1 then
@@ -280,7 +282,7 @@ def test_empty_weight_raises() -> None:
         FORMATS["mxfp8"].quantize(torch.empty(0, 128))
 
 
-# -- published vectors --------------------------------------------------------------------------------------------------
+# -- published vectors -----------------------------------------------------------------------------
 
 
 def test_int8_rowwise_published_vector() -> None:
@@ -328,7 +330,16 @@ def test_mxfp8_exponent_is_rounded_down_just_above_a_power_of_2() -> None:
     assert FORMATS["mxfp8"].quantize(w).scale[0, 0].item() == 121
 
 
-SWIZZLED_OFFSETS = {(0, 0): 0, (0, 3): 3, (1, 0): 16, (32, 0): 4, (64, 0): 8, (96, 0): 12, (0, 4): 512, (128, 0): 6144}
+SWIZZLED_OFFSETS = {
+    (0, 0): 0,
+    (0, 3): 3,
+    (1, 0): 16,
+    (32, 0): 4,
+    (64, 0): 8,
+    (96, 0): 12,
+    (0, 4): 512,
+    (128, 0): 6144,
+}
 
 
 @pytest.mark.parametrize(("place", "offset"), SWIZZLED_OFFSETS.items())
@@ -366,7 +377,7 @@ def test_cast_clamps_to_the_largest_number() -> None:
     ]
 
 
-# -- comfy-kitchen ------------------------------------------------------------------------------------------------------
+# -- comfy-kitchen ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +431,7 @@ def test_fp8_equals_comfy_kitchen_up_to_its_rounded_reciprocal(kitchen, name: st
     assert ((codes.float() - made.qdata.float()).abs() <= 0.26 * made.qdata.float().abs()).all()
 
 
-# -- which format for which shape ---------------------------------------------------------------------------------------
+# -- which format for which shape ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -472,7 +483,9 @@ def test_fp8_equals_comfy_kitchen_up_to_its_rounded_reciprocal(kitchen, name: st
         ("int8_tensorwise", (3, 5), "int8_tensorwise", ""),
     ],
 )
-def test_choose_format_falls_back_where_a_shape_does_not_fit(name: str, shape: tuple[int, int], taken: str, reason: str) -> None:
+def test_choose_format_falls_back_where_a_shape_does_not_fit(
+    name: str, shape: tuple[int, int], taken: str, reason: str
+) -> None:
     assert choose_format(name, *shape) is FORMATS[taken]
 
     said = FORMATS[name].unsupported_reason(*shape)
@@ -492,7 +505,8 @@ def test_rotation_group_size_is_the_largest_that_divides(columns: int, group: in
 def test_unknown_format_raises_with_the_choices() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"format is 'int8_row'; did you mean 'int8_rowwise'\? choose from float8_e4m3fn, .*nvfp4_modelopt$",
+        match=r"format is 'int8_row'; did you mean 'int8_rowwise'\? choose from float8_e4m3fn, "
+        r".*nvfp4_modelopt$",
     ):
         choose_format("int8_row", 4, 4)
 

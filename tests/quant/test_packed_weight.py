@@ -1,4 +1,4 @@
-"""Weights that stay in their codes: what kind they are, what they weigh, and the numbers of all or some of their rows."""
+"""Packed weights: their storage dtype, their size, and the numbers of all or some of their rows."""
 
 from dataclasses import replace
 
@@ -19,7 +19,8 @@ def make_random_bytes(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, 127, shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
-# what files hold and we do not write: scales in rows, the other order of halves, other dtypes and shapes of scales
+# what files hold and we do not write: scales in rows, the other order of halves, other dtypes and shapes of
+# scales
 FOREIGN_WEIGHTS = {
     "nvfp4_modelopt": lambda: PackedWeight(
         make_random_bytes(5, 24),
@@ -38,10 +39,15 @@ FOREIGN_WEIGHTS = {
         high_nibble_first=False,
     ),
     "mxfp8 in rows": lambda: PackedWeight(
-        make_random_bytes(3, 96).view(E4M3), make_random_bytes(3, 3, seed=1).view(E8M0), (3, 96), is_swizzled=False
+        make_random_bytes(3, 96).view(E4M3),
+        make_random_bytes(3, 3, seed=1).view(E8M0),
+        (3, 96),
+        is_swizzled=False,
     ),
     "mxfp8 of e5m2": lambda: PackedWeight(
-        make_random_bytes(32, 64).clamp(max=0x7B).view(E5M2), make_random_bytes(128, 4, seed=1).view(E8M0), (30, 50)
+        make_random_bytes(32, 64).clamp(max=0x7B).view(E5M2),
+        make_random_bytes(128, 4, seed=1).view(E8M0),
+        (30, 50),
     ),
     "row [N]": lambda: PackedWeight(full_range(5, 7), randn(5, dtype=torch.bfloat16), (5, 7)),
     "row [N] of a square": lambda: PackedWeight(full_range(5, 5), randn(5), (5, 5)),
@@ -52,7 +58,9 @@ FOREIGN_WEIGHTS = {
     "grid of one column of blocks": lambda: PackedWeight(full_range(8, 4), randn(2, 1), (8, 4)),
     "scales of 8 bits": lambda: PackedWeight(full_range(5, 7), make_random_bytes(5, 1).view(E4M3), (5, 7)),
 }
-WEIGHTS = FOREIGN_WEIGHTS | {form.name: lambda form=form: form.quantize(randn(256, 384)) for form in WRITABLE_FORMATS}
+WEIGHTS = FOREIGN_WEIGHTS | {
+    form.name: lambda form=form: form.quantize(randn(256, 384)) for form in WRITABLE_FORMATS
+}
 PADDED_WEIGHTS = {
     f"{name} padded": lambda name=name: FORMATS[name].quantize(randn(150, 90)) for name in ("mxfp8", "nvfp4")
 }
@@ -109,7 +117,8 @@ def test_storage_dtype_of_each_format(make, kind: str) -> None:
 def test_scale_dtype_distinguishes_mxfp8_from_fp8(dtype: torch.dtype) -> None:
     codes = make_random_bytes(1, 32).view(E4M3)
     assert (
-        PackedWeight(codes, make_random_bytes(1, 1).view(dtype), (1, 32), is_swizzled=False).storage_dtype == "mxfp8"
+        PackedWeight(codes, make_random_bytes(1, 1).view(dtype), (1, 32), is_swizzled=False).storage_dtype
+        == "mxfp8"
     )
     assert (
         PackedWeight(codes, torch.ones(1, 1), (1, 32)).storage_dtype

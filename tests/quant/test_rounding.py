@@ -1,4 +1,4 @@
-"""How weights become integers: the definition, the scale with the least error, and errors that make up for each other."""
+"""How weights become integers: absmax, the scale with the least error, and GPTQ."""
 
 import pytest
 import torch
@@ -116,7 +116,8 @@ def test_rows_are_rounded_independently(name):
 
     for i in (0, 7, 13, 18):
         alone = ROUNDINGS[name].round_weight(ROWS[i : i + 1], x)
-        # sums of another length add up in another order: a tie may fall to the other side, and with gptq what follows
+        # sums of another length add up in another order: a tie may fall to the other side, and with gptq what
+        # follows
         assert (alone.qdata[0].int() - together.qdata[i].int()).abs().max() <= 1
         torch.testing.assert_close(alone.scale[0], together.scale[i], rtol=1e-5, atol=0)
 
@@ -166,18 +167,24 @@ def test_mse_never_increases_the_error_of_a_row(settings):
     for weight in (ROWS, make_heavy_tailed(200, 48, seed=3), randn(200, 48, seed=4), randn(200, 5, seed=5)):
         rounded = Mse(**settings).round_weight(weight)
         assert_valid(rounded, weight)
-        assert (compute_row_errors(weight, rounded) <= compute_row_errors(weight, AbsMax().round_weight(weight)) * (1 + 1e-5)).all()
+        assert (
+            compute_row_errors(weight, rounded)
+            <= compute_row_errors(weight, AbsMax().round_weight(weight)) * (1 + 1e-5)
+        ).all()
 
 
 @pytest.mark.parametrize(
     ("columns", "size", "most"), [(16_384, 5.0, 0.95), (16_384, -7.0, 0.95), (40_000, 30.0, 0.85)]
 )
 def test_mse_clips_a_far_outlier_where_that_reduces_the_error(columns, size, most):
-    # a clipped weight is off by all that it is too large: at 127 steps only many others with a finer grid make up for that
+    # a clipped weight is off by all that it is too large: at 127 steps only many others with a finer grid
+    # make up for that
     weight = make_row_with_outlier(columns, size)[None]
     rounded = Mse().round_weight(weight)
 
-    assert compute_row_errors(weight, rounded) < most * compute_row_errors(weight, AbsMax().round_weight(weight))
+    assert compute_row_errors(weight, rounded) < most * compute_row_errors(
+        weight, AbsMax().round_weight(weight)
+    )
     # clipped: the largest code stands for less than the largest weight
     assert rounded.scale.item() * 127 < 0.99 * abs(size)
     assert rounded.qdata[0, columns // 2].item() == (127 if size > 0 else -127)
@@ -185,7 +192,10 @@ def test_mse_clips_a_far_outlier_where_that_reduces_the_error(columns, size, mos
 
 def test_mse_improves_ordinary_rows():
     weight = randn(64, 256, seed=8)
-    plain, ours = compute_row_errors(weight, AbsMax().round_weight(weight)), compute_row_errors(weight, Mse().round_weight(weight))
+    plain, ours = (
+        compute_row_errors(weight, AbsMax().round_weight(weight)),
+        compute_row_errors(weight, Mse().round_weight(weight)),
+    )
 
     assert ours.sum() < 0.99 * plain.sum()
     assert (ours < plain).float().mean() > 0.7
@@ -209,7 +219,9 @@ def test_mse_equals_grid_search_with_refinement():
                     at(sum(w * c for w, c in zip(row, best[2], strict=True)) / sum(c * c for c in best[2])),
                 )
 
-            assert compute_row_errors(weight, rounded)[i].item() == pytest.approx(best[0], rel=1e-3, abs=1e-12)
+            assert compute_row_errors(weight, rounded)[i].item() == pytest.approx(
+                best[0], rel=1e-3, abs=1e-12
+            )
             assert rounded.qdata[i].tolist() == best[2]
 
 
@@ -225,17 +237,23 @@ def test_mse_does_not_depend_on_chunks(monkeypatch):
 
 
 def test_mse_is_close_to_the_best_of_all_scales():
-    weight = torch.stack([make_row_with_outlier(512, 6.0), make_heavy_tailed(1, 512, seed=2)[0], randn(512, seed=3)])
+    weight = torch.stack(
+        [make_row_with_outlier(512, 6.0), make_heavy_tailed(1, 512, seed=2)[0], randn(512, seed=3)]
+    )
     largest = weight.abs().amax(1, keepdim=True) / 127
     best = torch.full((3,), float("inf"), dtype=torch.float64)
     for share in torch.linspace(0.3, 1.05, 1000):
         scale = largest * share
         best = torch.minimum(
             best,
-            compute_row_errors(weight, QuantizedWeight((weight / scale).round().clamp(-127, 127).to(torch.int8), scale)),
+            compute_row_errors(
+                weight, QuantizedWeight((weight / scale).round().clamp(-127, 127).to(torch.int8), scale)
+            ),
         )
 
-    assert (compute_row_errors(weight, Mse(candidates=100, smallest=0.3).round_weight(weight)) < 1.02 * best).all()
+    assert (
+        compute_row_errors(weight, Mse(candidates=100, smallest=0.3).round_weight(weight)) < 1.02 * best
+    ).all()
 
 
 def test_mse_ignores_inputs():
@@ -249,7 +267,7 @@ def test_mse_ignores_inputs():
 
 
 def round_by_obq(weight, x, damping):
-    """The paper's algorithm as it is derived: after each column the inverse Hessian loses that column. float64, whole matrices."""
+    """The paper's algorithm as it is derived, in float64: after each column the inverse Hessian loses it."""
     weight, x = weight.double().clone(), x.double()
     hessian = x.T @ x
     hessian += damping * hessian.diagonal().mean() * torch.eye(len(hessian))
@@ -272,7 +290,10 @@ def compute_equal_share(a, b):
 def test_gptq_equals_the_papers_algorithm(kind, damping):
     weight, x = randn(16, 24, seed=1), make_inputs(100, 24, kind)
     # float32 moves a number across a tie now and then, and what follows with it
-    assert compute_equal_share(Gptq(damping).round_weight(weight, x).qdata, round_by_obq(weight, x, damping)) > 0.97
+    assert (
+        compute_equal_share(Gptq(damping).round_weight(weight, x).qdata, round_by_obq(weight, x, damping))
+        > 0.97
+    )
 
 
 @pytest.mark.parametrize(("kind", "most"), [("independent", 0.97), ("mixed", 0.65), ("outliers", 0.3)])
@@ -291,9 +312,9 @@ def test_gptq_reduces_the_output_error_on_unseen_inputs(damping):
     weight, x = randn(32, 96, seed=1), make_inputs(800, 96, "mixed")
     seen, fresh = x[:400], x[400:]
 
-    assert compute_output_error(weight, Gptq(damping).round_weight(weight, seen), fresh) < 0.75 * compute_output_error(
-        weight, AbsMax().round_weight(weight), fresh
-    )
+    assert compute_output_error(
+        weight, Gptq(damping).round_weight(weight, seen), fresh
+    ) < 0.75 * compute_output_error(weight, AbsMax().round_weight(weight), fresh)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64])
@@ -302,7 +323,9 @@ def test_gptq_works_with_fewer_rows_than_columns(rows):
     rounded = GPTQ.round_weight(weight, x)
 
     assert_valid(rounded, weight)
-    assert compute_output_error(weight, rounded, x) < 0.6 * compute_output_error(weight, AbsMax().round_weight(weight), x)
+    assert compute_output_error(weight, rounded, x) < 0.6 * compute_output_error(
+        weight, AbsMax().round_weight(weight), x
+    )
 
 
 @pytest.mark.parametrize("size", [1e-8, 1.0, 1e8])
@@ -319,7 +342,10 @@ def test_gptq_equals_absmax_for_independent_inputs(size):
 
 def test_gptq_does_not_depend_on_the_scale_of_its_inputs():
     weight, x = randn(32, 96, seed=1), make_inputs(200, 96, "mixed")
-    assert compute_equal_share(GPTQ.round_weight(weight, x).qdata, GPTQ.round_weight(weight, 1024 * x).qdata) > 0.99
+    assert (
+        compute_equal_share(GPTQ.round_weight(weight, x).qdata, GPTQ.round_weight(weight, 1024 * x).qdata)
+        > 0.99
+    )
 
 
 def test_gptq_rounds_columns_without_input_as_absmax_does():
@@ -373,7 +399,9 @@ def test_gptq_is_stable_for_large_similar_columns(size, damping):
         rounded = Gptq(damping).round_weight(weight, x)
 
         assert_valid(rounded, weight)
-        assert compute_output_error(weight, rounded, x) < compute_output_error(weight, AbsMax().round_weight(weight), x)
+        assert compute_output_error(weight, rounded, x) < compute_output_error(
+            weight, AbsMax().round_weight(weight), x
+        )
 
 
 def test_gptq_clips_to_the_int8_range():
@@ -383,7 +411,9 @@ def test_gptq_clips_to_the_int8_range():
     rounded = Gptq(1e-6).round_weight(weight, x)
 
     assert_valid(rounded, weight)
-    assert compute_output_error(weight, rounded, x) < 0.5 * compute_output_error(weight, AbsMax().round_weight(weight), x)
+    assert compute_output_error(weight, rounded, x) < 0.5 * compute_output_error(
+        weight, AbsMax().round_weight(weight), x
+    )
 
 
 def test_gptq_requires_inputs():

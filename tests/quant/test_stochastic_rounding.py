@@ -10,9 +10,9 @@ from int8run.quant.weight import QuantizedWeight, quantize_weight
 WEIGHT = quantize_weight(randn(256, 512))
 
 
-def compute_kept_share(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def compute_kept_share(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Share of the change that arrived: 1 is all of it."""
-    return ((found * wanted).sum() / wanted.square().sum()).item()
+    return ((found * expected).sum() / expected.square().sum()).item()
 
 
 def make_change(steps: float) -> torch.Tensor:
@@ -23,23 +23,25 @@ def make_change(steps: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("steps", [0.1, 0.3, 1.0, 5.0])
 def test_change_is_kept_however_small_it_is(steps: float) -> None:
-    wanted = make_change(steps)
-    rounded = add_with_stochastic_rounding(WEIGHT, wanted, make_generator("a"))
+    expected = make_change(steps)
+    rounded = add_with_stochastic_rounding(WEIGHT, expected, make_generator("a"))
 
-    assert compute_kept_share(rounded.weight.dequantize() - WEIGHT.dequantize(), wanted) == pytest.approx(1, abs=0.02)
+    assert compute_kept_share(rounded.weight.dequantize() - WEIGHT.dequantize(), expected) == pytest.approx(
+        1, abs=0.02
+    )
 
 
 def test_nearest_rounding_loses_a_small_change() -> None:
-    wanted = make_change(0.1)
-    nearest = ((WEIGHT.qdata + wanted / WEIGHT.scale).round() - WEIGHT.qdata) * WEIGHT.scale
+    expected = make_change(0.1)
+    nearest = ((WEIGHT.qdata + expected / WEIGHT.scale).round() - WEIGHT.qdata) * WEIGHT.scale
 
-    assert compute_kept_share(nearest, wanted) < 0.1
+    assert compute_kept_share(nearest, expected) < 0.1
 
 
 def test_error_is_that_of_one_random_rounding() -> None:
-    wanted = make_change(0.3)
-    rounded = add_with_stochastic_rounding(WEIGHT, wanted, make_generator("a"))
-    error = (rounded.weight.dequantize() - WEIGHT.dequantize() - wanted) / WEIGHT.scale
+    expected = make_change(0.3)
+    rounded = add_with_stochastic_rounding(WEIGHT, expected, make_generator("a"))
+    error = (rounded.weight.dequantize() - WEIGHT.dequantize() - expected) / WEIGHT.scale
 
     assert error.square().mean().sqrt().item() < 0.41
     assert abs(error.mean().item()) < 0.005
@@ -65,9 +67,9 @@ def test_whole_steps_are_added_exactly_for_any_seed() -> None:
 
 
 def test_scale_grows_only_for_rows_beyond_the_range() -> None:
-    wanted = torch.zeros(256, 512)
-    wanted[7] = WEIGHT.dequantize()[7]  # doubles the row
-    rounded = add_with_stochastic_rounding(WEIGHT, wanted, make_generator("a"))
+    expected = torch.zeros(256, 512)
+    expected[7] = WEIGHT.dequantize()[7]  # doubles the row
+    rounded = add_with_stochastic_rounding(WEIGHT, expected, make_generator("a"))
 
     assert rounded.weight.scale[7] == pytest.approx(2 * WEIGHT.scale[7].item())
     assert rounded.largest_growth == pytest.approx(2)
@@ -75,9 +77,9 @@ def test_scale_grows_only_for_rows_beyond_the_range() -> None:
     kept = [i for i in range(256) if i != 7]
 
     assert torch.equal(rounded.weight.scale[kept], WEIGHT.scale[kept])
-    assert compute_kept_share((rounded.weight.dequantize() - WEIGHT.dequantize())[7], wanted[7]) == pytest.approx(
-        1, abs=0.01
-    )
+    assert compute_kept_share(
+        (rounded.weight.dequantize() - WEIGHT.dequantize())[7], expected[7]
+    ) == pytest.approx(1, abs=0.01)
     assert rounded.clipped_share == pytest.approx(
         (WEIGHT.qdata[7].abs() > 63).float().mean().item() / 256, rel=0.01
     )
@@ -94,18 +96,18 @@ def test_qdata_stays_in_the_symmetric_range() -> None:
 
 def test_row_of_zeros_accepts_a_change() -> None:
     zeros = quantize_weight(torch.zeros(4, 16))
-    wanted = randn(4, 16, seed=3)
-    rounded = add_with_stochastic_rounding(zeros, wanted, make_generator("a"))
+    expected = randn(4, 16, seed=3)
+    rounded = add_with_stochastic_rounding(zeros, expected, make_generator("a"))
 
     assert torch.isfinite(rounded.weight.scale).all()
-    assert compute_kept_share(rounded.weight.dequantize(), wanted) == pytest.approx(1, abs=0.05)
+    assert compute_kept_share(rounded.weight.dequantize(), expected) == pytest.approx(1, abs=0.05)
 
 
 def test_result_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = make_change(3.0)
-    whole = add_with_stochastic_rounding(WEIGHT, wanted, make_generator("a"))
+    expected = make_change(3.0)
+    whole = add_with_stochastic_rounding(WEIGHT, expected, make_generator("a"))
     monkeypatch.setattr("int8run.quant.stochastic_rounding.CHUNK_ELEMENTS", 1000)
-    split = add_with_stochastic_rounding(WEIGHT, wanted, make_generator("a"))
+    split = add_with_stochastic_rounding(WEIGHT, expected, make_generator("a"))
 
     # the generator hands out its numbers row by row
     assert torch.equal(split.weight.qdata, whole.weight.qdata)
