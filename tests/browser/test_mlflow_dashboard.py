@@ -16,7 +16,7 @@ from int8run.tracking.mlflow_dashboard import (
     write_view,
 )
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 KEYS = ["sample/000_fox_s0", "sample/001_grey cat_s1"]
 RUN_LINKS = '[role="gridcell"] a[href*="/runs/"]'
