@@ -66,7 +66,7 @@ def wrap_words(text: Text, width: int) -> Text:
         text: with its styles.
         width: of the terminal, in characters.
     """
-    lines = []
+    lines: list[Text] = []
     for line in text.split("\n", allow_blank=True):
         breaks = []
         start = 0
