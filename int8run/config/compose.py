@@ -1,6 +1,7 @@
 """Before the first job starts: compose every job, refuse foreign code in the config, check every value.
 
-A shared YAML may not run code. Hydra instantiates callbacks, launchers and log handlers from the config, so the whole
+A shared YAML may not run code. Hydra instantiates callbacks, launchers and log handlers from the config, so
+the whole
 composed tree is walked before hydra does.
 """
 
@@ -68,10 +69,12 @@ LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 def check_command(
     config_dir: str | None, config_name: str, overrides: list[str], multirun: bool, announce: Announce
 ) -> None:
-    """Compose, target-check and range-check a single job; of a sweep, what its jobs share: they are checked when the sweep composes them.
+    """Compose, target-check and range-check a single job; of a sweep, what its jobs share: they are checked
+    when the sweep composes them.
 
     Args:
-        announce: called with the number of jobs and the choices of each group, before anything heavy is imported.
+        announce: called with the number of jobs and the choices of each group, before anything heavy is
+            imported.
 
     Raises:
         ConfigError: for settings that cannot work.
@@ -166,7 +169,8 @@ def hydra_composition(config_dir: str | None, overrides: Sequence[str]) -> Itera
 
 @contextmanager
 def int8run_options() -> Iterator[None]:
-    """Let `hydra/launcher=` and `hydra/sweeper=` choose between the files in conf/; hydra and its plugins have some of these names, too.
+    """Let `hydra/launcher=` and `hydra/sweeper=` choose between the files in conf/; hydra and its plugins
+    have some of these names, too.
 
     Afterwards theirs are back: the program around us may be another one that uses hydra.
     """
@@ -260,7 +264,10 @@ def describe_call_error(error: InstantiationException, config: DictConfig) -> st
         cls = get_class(OmegaConf.select(config, where)._target_)
         known = [field.name for field in fields(cls)]
         name = f"{where}.{unknown[1]}".lstrip(".")
-        return f"no setting called {name!r}; {suggest_similar(unknown[1], known)}choose from {', '.join(sorted(known))}"
+        return (
+            f"no setting called {name!r}; {suggest_similar(unknown[1], known)}choose "
+            f"from {', '.join(sorted(known))}"
+        )
     reason = " ".join(str(error.__cause__ or error).partition("\n    full_key")[0].split())
     return f"{where or 'the config'}: {reason}"
 
@@ -307,7 +314,8 @@ def check_targets(config: DictConfig) -> None:
             raise ConfigError(f"{where} is {value!r}; log handlers are limited to {', '.join(LOG_CLASSES)}")
         if in_logging and key == "filename" and not LOG_FILE.fullmatch(str(value)):
             raise ConfigError(
-                f"{where} is {value!r}; log files are limited to the job's own folder: ${{hydra.runtime.output_dir}}/NAME.log"
+                f"{where} is {value!r}; log files are limited to the "
+                f"job's own folder: ${{hydra.runtime.output_dir}}/NAME.log"
             )
         if (
             in_logging
@@ -318,12 +326,14 @@ def check_targets(config: DictConfig) -> None:
             raise ConfigError(f"{where} is {value!r}; log streams are limited to {', '.join(LOG_STREAMS)}")
         if isinstance(value, str) and (set(RESOLVER.findall(value)) - RESOLVERS or NESTED.search(value)):
             raise ConfigError(
-                f"{where} is {value!r}; its resolver could make any object, and a config may only name classes of int8run; "
+                f"{where} is {value!r}; its resolver could make any "
+                f"object, and a config may only name classes of int8run; "
                 f"resolvers are limited to {', '.join(sorted(RESOLVERS))}"
             )
         if f"{where}.".startswith("hydra.job.env_set."):
             raise ConfigError(
-                f"{where} sets an environment variable; set it in your shell, so that a shared file cannot change programs"
+                f"{where} sets an environment variable; set it in your "
+                f"shell, so that a shared file cannot change programs"
             )
 
 

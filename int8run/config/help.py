@@ -81,8 +81,12 @@ def read_option_keys(group: str, default: str = "") -> dict[str, list[tuple[str,
 def find_options_with(key: str) -> list[str]:
     """The options that have a key which the composed config lacks: `backend.tile` -> `backend=triton`."""
     group = LAUNCHER[0] if key.startswith("hydra.launcher.") else key.partition(".")[0]
-    has = lambda keys: any(k == key or k.startswith(f"{key}.") for k, _, _ in keys)
-    return [f"{group}={name}" for name, keys in read_option_keys(group).items() if has(keys)]
+    options = []
+    for name, rows in read_option_keys(group).items():
+        keys = [row[0] for row in rows]
+        if any(own == key or own.startswith(f"{key}.") for own in keys):
+            options.append(f"{group}={name}")
+    return options
 
 
 def read_description(file: Traversable) -> str:

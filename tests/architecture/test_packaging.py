@@ -70,7 +70,9 @@ def test_the_dependencies_are_what_the_package_imports() -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A wheel made from the sdist, as `pip` and publishing do, and the sdist; from a copy without anything untracked."""
+    """A wheel made from the sdist, as `pip` and publishing do, and the sdist; from a copy without anything
+    untracked.
+    """
     folder = tmp_path_factory.mktemp("dist")
     tracked = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True
@@ -144,7 +146,7 @@ def test_the_sdist_holds_what_a_wheel_needs(built: tuple[Path, Path]) -> None:
 
 @pytest.fixture
 def installed_python(built: tuple[Path, Path], tmp_path: Path) -> Path:
-    """The Python of an environment into which the wheel is installed; its dependencies are those of this one."""
+    """The Python of an environment with the wheel installed; its dependencies are those of this one."""
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     options = ["--quiet", "--no-deps", "--no-index"]

@@ -18,6 +18,7 @@ CASES = Path(__file__).with_name("cases_triton_backend.py")
 HOPPER = (9, 0)
 
 
+@pytest.mark.slow
 def test_interpreted():
     pytest.importorskip("triton", reason="Triton is not installed")
     run_cases(CASES, interpret=True)

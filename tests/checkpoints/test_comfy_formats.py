@@ -1,4 +1,4 @@
-"""Weights in every format as tensors of a file: what ComfyUI expects, and what the reader here makes of it."""
+"""Weights in every format as tensors of a file: what ComfyUI expects, and what our reader makes of it."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints.checkpoint_files import regular
+from checkpoints.checkpoint_files import make_regular
 from support.helpers import randn
 
 from int8run.checkpoints.comfy_formats import build_marker, collect_tensors, plan_packed_entries
@@ -21,22 +21,24 @@ from int8run.outlier.convrot import ConvRot
 from int8run.quant.formats import FORMATS, WeightFormat
 from int8run.quant.packed_weight import PackedWeight
 
-WRITTEN = [form for form in FORMATS.values() if not form.is_read_only]
+WRITABLE_FORMATS = [form for form in FORMATS.values() if not form.is_read_only]
 KEY = "text.layer.weight"
 PLAIN = OutlierTransform()
 
 
-def factor(columns: int) -> OutlierTransform:
+def make_factor_transform(columns: int) -> OutlierTransform:
     return OutlierTransform("smoothquant", {"alpha": 0.5}, randn(columns, seed=9).abs() + 0.5)
 
 
-def transforms(form: WeightFormat, columns: int) -> dict[str, OutlierTransform]:
+def make_transforms(form: WeightFormat, columns: int) -> dict[str, OutlierTransform]:
     """What may have been done to a weight before."""
-    found = {"plain": PLAIN, "factor": factor(columns)}
+    found = {"plain": PLAIN, "factor": make_factor_transform(columns)}
     if form.name == "int8_rowwise":
         rotation = Rotation(sylvester_hadamard(32), sylvester=True)
         found["quarot"] = OutlierTransform("quarot", {"group_size": 32}, rotation=rotation)
-        found["hadanorm"] = OutlierTransform("hadanorm", {}, factor(columns).factor, rotation, centered=True)
+        found["hadanorm"] = OutlierTransform(
+            "hadanorm", {}, make_factor_transform(columns).factor, rotation, centered=True
+        )
     if form.is_rotated:
         found = {"convrot": ConvRot(form.get_rotation_group_size(columns)).fit(torch.empty(1, columns))}
     return found
@@ -44,14 +46,14 @@ def transforms(form: WeightFormat, columns: int) -> dict[str, OutlierTransform]:
 
 CASES = [
     pytest.param(form, shape, name, id=f"{form.name} {list(shape)} {name}")
-    for form in WRITTEN
+    for form in WRITABLE_FORMATS
     for shape in ((128, 256), (40, 96), (1, 32), (64, 64))
     if form.unsupported_reason(*shape) is None
-    for name in transforms(form, shape[1])
+    for name in make_transforms(form, shape[1])
 ]
 
 
-def write(path: Path, form: WeightFormat, weight: PackedWeight, transform: OutlierTransform) -> Path:
+def write_file(path: Path, form: WeightFormat, weight: PackedWeight, transform: OutlierTransform) -> Path:
     """A file as a stream of pieces, laid out before the numbers are known."""
     entries = plan_packed_entries(KEY, form, weight.shape, transform)
     with StreamWriter(
@@ -64,8 +66,8 @@ def write(path: Path, form: WeightFormat, weight: PackedWeight, transform: Outli
 
 
 @pytest.mark.parametrize(("form", "shape", "name"), CASES)
-def test_entries_say_what_the_tensors_are(form: WeightFormat, shape: tuple[int, int], name: str) -> None:
-    transform = transforms(form, shape[1])[name]
+def test_planned_entries_describe_the_tensors(form: WeightFormat, shape: tuple[int, int], name: str) -> None:
+    transform = make_transforms(form, shape[1])[name]
     entries = plan_packed_entries(KEY, form, shape, transform)
     tensors = collect_tensors(KEY, form.quantize(randn(*shape)), form, transform)
 
@@ -82,13 +84,13 @@ def test_entries_say_what_the_tensors_are(form: WeightFormat, shape: tuple[int, 
 
 
 @pytest.mark.parametrize(("form", "shape", "name"), CASES)
-def test_what_is_written_is_read_again(
+def test_written_weight_is_read_back(
     form: WeightFormat, shape: tuple[int, int], name: str, tmp_path: Path, caplog
 ) -> None:
-    transform = transforms(form, shape[1])[name]
+    transform = make_transforms(form, shape[1])[name]
     weight = form.quantize(transform.transform_weight(randn(*shape)))
 
-    with TensorFiles.open(write(tmp_path / "m.safetensors", form, weight, transform)) as files:
+    with TensorFiles.open(write_file(tmp_path / "m.safetensors", form, weight, transform)) as files:
         layer = read_layers(files)["text.layer"]
         read, back = layer.read_packed_weight(files)
         assert torch.equal(
@@ -109,7 +111,7 @@ def test_what_is_written_is_read_again(
         assert not caplog.records, "a label contradicts its scale"
 
 
-# -- by ComfyUI's names -------------------------------------------------------------------------------------------------
+# -- by ComfyUI's names --------------------------------------------------------------------------------------
 
 SHAPE = (256, 512)
 NAMES = {
@@ -148,10 +150,10 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
-def test_tensors_of_a_layer(form: WeightFormat) -> None:
+@pytest.mark.parametrize("form", WRITABLE_FORMATS, ids=lambda form: form.name)
+def test_entries_of_each_format(form: WeightFormat) -> None:
     word, codes, scale_word, scale, said = NAMES[form.name]
-    transform = next(iter(transforms(form, 512).values()))
+    transform = next(iter(make_transforms(form, 512).values()))
     expected = {"text.layer.weight": (word, codes)}
     if scale is not None:
         expected["text.layer.weight_scale"] = (scale_word, scale)
@@ -165,7 +167,7 @@ def test_tensors_of_a_layer(form: WeightFormat) -> None:
     assert build_marker(form, SHAPE, transform) == (said or {})
 
 
-def test_the_marker_of_nvfp4_byte_by_byte() -> None:
+def test_nvfp4_marker_byte_for_byte() -> None:
     form = FORMATS["nvfp4"]
     found = collect_tensors(KEY, form.quantize(randn(16, 16)), form, PLAIN)["text.layer.comfy_quant"]
 
@@ -188,7 +190,7 @@ def test_the_marker_of_nvfp4_byte_by_byte() -> None:
         ("float8_e4m3fn_rowwise", 35),
     ],
 )
-def test_lengths_of_markers(name: str, length: int) -> None:
+def test_marker_lengths(name: str, length: int) -> None:
     assert len(json.dumps(build_marker(FORMATS[name], SHAPE, PLAIN))) == length
 
 
@@ -202,24 +204,26 @@ def test_lengths_of_markers(name: str, length: int) -> None:
         ("nvfp4", (17, 48), True),
     ],
 )
-def test_the_real_shape_is_said_where_it_is_padded(name: str, shape: tuple[int, int], padded: bool) -> None:
+def test_marker_holds_the_original_shape_where_it_is_padded(
+    name: str, shape: tuple[int, int], padded: bool
+) -> None:
     assert build_marker(FORMATS[name], shape, PLAIN) == {"format": name} | (
         {"orig_shape": list(shape)} if padded else {}
     )
 
 
-def test_a_rotated_layer_is_rotated_by_the_regular_matrix(tmp_path: Path) -> None:
+def test_convrot_is_read_back_with_the_regular_matrix(tmp_path: Path) -> None:
     form, w = FORMATS["int8_convrot"], randn(8, 48)
     transform = ConvRot(form.get_rotation_group_size(48)).fit(w)
     weight = form.quantize(transform.transform_weight(w))
-    rotated = w.double().numpy().reshape(8, 3, 16) @ regular(16).T
+    rotated = w.double().numpy().reshape(8, 3, 16) @ make_regular(16).T
 
     assert abs(weight.dequantize().double().numpy() - rotated.reshape(8, 48)).max() < 0.02
     assert build_marker(form, (8, 48), transform)["convrot_groupsize"] == 16
 
 
-def test_a_factor_lies_beside_the_weight() -> None:
-    form, transform = FORMATS["nvfp4"], factor(48)
+def test_factor_is_written_beside_the_weight() -> None:
+    form, transform = FORMATS["nvfp4"], make_factor_transform(48)
 
     assert ("text.layer.pre_quant_scale", "F32", (48,)) in plan_packed_entries(KEY, form, (16, 48), transform)
 
@@ -228,7 +232,7 @@ def test_a_factor_lies_beside_the_weight() -> None:
     assert torch.equal(found["text.layer.pre_quant_scale"], transform.factor)
 
 
-# -- what cannot be written ---------------------------------------------------------------------------------------------
+# -- what cannot be written ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -242,7 +246,7 @@ def test_a_factor_lies_beside_the_weight() -> None:
     ],
     ids=lambda t: t.method,
 )
-def test_a_rotation_that_no_marker_can_tell_is_refused(name: str, transform: OutlierTransform) -> None:
+def test_rotation_that_no_marker_describes_raises(name: str, transform: OutlierTransform) -> None:
     message = (
         f"the marker of {name} cannot describe {transform.label}; int8 with a scale for each row can have it"
     )
@@ -252,37 +256,37 @@ def test_a_rotation_that_no_marker_can_tell_is_refused(name: str, transform: Out
 
 
 @pytest.mark.parametrize("name", ["nvfp4_modelopt", "mxfp8_rows"])
-def test_formats_that_are_only_read_are_refused(name: str) -> None:
+def test_read_only_formats_cannot_be_written(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is read and never written"):
         plan_packed_entries(KEY, FORMATS[name], (256, 256), PLAIN)
 
 
-def of(name: str) -> PackedWeight:
+def quantize_random(name: str) -> PackedWeight:
     return FORMATS[name].quantize(randn(128, 128))
 
 
 WRONG: dict[str, tuple[str, Callable[[], PackedWeight]]] = {
-    "other codes": ("float8_e5m2", lambda: of("float8_e4m3fn")),
+    "other codes": ("float8_e5m2", lambda: quantize_random("float8_e4m3fn")),
     "one exponent": (
         "float8_e4m3fn",
         lambda: PackedWeight(
             torch.ones(1, 32).to(torch.float8_e4m3fn), torch.ones(1, 1).byte(), (1, 32), is_swizzled=False
         ),
     ),
-    "other kind": ("float8_e4m3fn", lambda: of("mxfp8")),
-    "a scale for each row": ("int8_tensorwise", lambda: of("int8_rowwise")),
-    "one scale": ("int8_rowwise", lambda: of("int8_tensorwise")),
-    "no scale": ("float8_e4m3fn", lambda: of("float8_e4m3fn_cast")),
-    "a scale for a cast": ("float8_e4m3fn_cast", lambda: of("float8_e4m3fn")),
-    "scales in rows": ("mxfp8", lambda: replace(of("mxfp8"), is_swizzled=False)),
-    "the other half first": ("nvfp4", lambda: replace(of("nvfp4"), high_nibble_first=False)),
-    "no global scale": ("nvfp4", lambda: replace(of("nvfp4"), global_scale=None)),
-    "another shape": ("nvfp4", lambda: replace(of("nvfp4"), shape=(100, 128))),
+    "other kind": ("float8_e4m3fn", lambda: quantize_random("mxfp8")),
+    "a scale for each row": ("int8_tensorwise", lambda: quantize_random("int8_rowwise")),
+    "one scale": ("int8_rowwise", lambda: quantize_random("int8_tensorwise")),
+    "no scale": ("float8_e4m3fn", lambda: quantize_random("float8_e4m3fn_cast")),
+    "a scale for a cast": ("float8_e4m3fn_cast", lambda: quantize_random("float8_e4m3fn")),
+    "scales in rows": ("mxfp8", lambda: replace(quantize_random("mxfp8"), is_swizzled=False)),
+    "the other half first": ("nvfp4", lambda: replace(quantize_random("nvfp4"), high_nibble_first=False)),
+    "no global scale": ("nvfp4", lambda: replace(quantize_random("nvfp4"), global_scale=None)),
+    "another shape": ("nvfp4", lambda: replace(quantize_random("nvfp4"), shape=(100, 128))),
 }
 
 
 @pytest.mark.parametrize(("name", "make"), WRONG.values(), ids=WRONG)
-def test_a_weight_in_another_format_is_refused(name: str, make: Callable[[], PackedWeight]) -> None:
+def test_weight_in_another_format_raises(name: str, make: Callable[[], PackedWeight]) -> None:
     with pytest.raises(
         ValueError,
         match=rf"^text.layer.weight cannot be written as {name}: its qdata, .*, is in another format$",
@@ -301,8 +305,8 @@ def test_a_weight_in_another_format_is_refused(name: str, make: Callable[[], Pac
         ("nvfp4", lambda scale: scale.flatten()),
     ],
 )
-def test_scales_out_of_files_get_the_dtype_and_shape_of_the_format(name: str, change) -> None:
-    form, weight = FORMATS[name], of(name)
+def test_scales_get_the_dtype_and_shape_of_the_format(name: str, change) -> None:
+    form, weight = FORMATS[name], quantize_random(name)
     weight = replace(weight, scale=change(weight.scale))
     key, word, shape = next(
         entry

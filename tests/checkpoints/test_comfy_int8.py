@@ -9,8 +9,8 @@ import pytest
 from support.helpers import randn, shipped
 
 from int8run.checkpoints.comfy_int8 import build_marker
-from int8run.checkpoints.provenance import read_provenance
 from int8run.checkpoints.output_path import prepare_output_path
+from int8run.checkpoints.provenance import read_provenance
 from int8run.errors import FileError
 from int8run.outlier.base import LayerStatistics, OutlierMethod, OutlierTransform
 from int8run.outlier.convrot import ConvRot
@@ -21,18 +21,18 @@ from int8run.outlier.smoothquant import SmoothQuant
 METHODS: dict[str, OutlierMethod] = {name: m for name, m in shipped("outlier").items() if name != "auto"}
 
 
-def fitted(method: OutlierMethod, width: int) -> OutlierTransform:
+def fit_transform(method: OutlierMethod, width: int) -> OutlierTransform:
     """The transform of a layer."""
     weight, sample = randn(6, width, seed=width), randn(2, 6, width, seed=1)
     return method.fit(weight, LayerStatistics(sample, sample.abs().amax((0, 1)), weight.abs().amax(0)))
 
 
-# -- markers ------------------------------------------------------------------------------------------------------------
+# -- markers -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [16, 64, 256])
-def test_the_markers_of_plain_and_rotated_layers_are_comfyuis_own(width: int) -> None:
-    plain, rotated = build_marker(OutlierTransform()), build_marker(fitted(ConvRot(), width))
+def test_plain_and_rotated_layers_have_comfyuis_own_markers(width: int) -> None:
+    plain, rotated = build_marker(OutlierTransform()), build_marker(fit_transform(ConvRot(), width))
 
     assert plain == {"format": "int8_tensorwise", "per_row": True}
     assert rotated == {
@@ -46,8 +46,8 @@ def test_the_markers_of_plain_and_rotated_layers_are_comfyuis_own(width: int) ->
 
 
 @pytest.mark.parametrize("method", [QuaRot(), SmoothQuant(), HadaNorm()], ids=lambda m: m.name)
-def test_what_comfyui_cannot_compute_has_a_format_name_that_it_refuses(method: OutlierMethod) -> None:
-    found = build_marker(fitted(method, 128))
+def test_transforms_unknown_to_comfyui_have_another_format_name(method: OutlierMethod) -> None:
+    found = build_marker(fit_transform(method, 128))
 
     assert found["format"] == "int8run_transformed"
     assert not {"convrot", "convrot_groupsize"} & set(found)
@@ -59,15 +59,15 @@ def test_what_comfyui_cannot_compute_has_a_format_name_that_it_refuses(method: O
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_a_marker_is_json_that_says_the_same_when_it_is_read(method: OutlierMethod) -> None:
-    found = build_marker(fitted(method, 128))
+def test_markers_survive_json(method: OutlierMethod) -> None:
+    found = build_marker(fit_transform(method, 128))
     assert json.loads(json.dumps(found)) == found
 
 
-# -- the note -----------------------------------------------------------------------------------------------------------
+# -- the note ------------------------------------------------------------------------------------------------
 
 
-def test_a_note_is_read_and_its_absence_is_an_empty_one() -> None:
+def test_provenance_is_read_and_empty_where_missing() -> None:
     note = {"model": "shipped:tiny", "kept_float": {"proj_out": "letzte Schicht ü"}, "calibration": None}
     assert read_provenance(Path("m"), {"format": "pt", "int8run": json.dumps(note)}) == note
     assert read_provenance(Path("m"), {"format": "pt"}) == {}
@@ -83,7 +83,7 @@ def test_a_note_is_read_and_its_absence_is_an_empty_one() -> None:
         ("3", "not a JSON object"),
     ],
 )
-def test_a_note_that_is_none_is_refused(text: str, reason: str) -> None:
+def test_provenance_that_is_not_an_object_raises(text: str, reason: str) -> None:
     with pytest.raises(
         FileError,
         match=rf"^m\.safetensors: the provenance in the header is {reason}: {re.escape(repr(text[:80]))}$",
@@ -91,12 +91,10 @@ def test_a_note_that_is_none_is_refused(text: str, reason: str) -> None:
         read_provenance(Path("m.safetensors"), {"int8run": text})
 
 
-# -- the place ----------------------------------------------------------------------------------------------------------
+# -- the place -----------------------------------------------------------------------------------------------
 
 
-def test_a_missing_folder_is_made_and_nothing_is_left_in_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_folder_is_created_and_left_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
@@ -106,26 +104,26 @@ def test_a_missing_folder_is_made_and_nothing_is_left_in_it(
     assert (tmp_path / "home").is_dir()
 
 
-def in_a_file(folder: Path) -> Path:
+def make_path_below_a_file(folder: Path) -> Path:
     (folder / "file").write_text("")
     return folder / "file" / "m.safetensors"
 
 
-def a_folder(folder: Path) -> Path:
+def make_folder_of_that_name(folder: Path) -> Path:
     (folder / "m.safetensors").mkdir()
     return folder / "m.safetensors"
 
 
-UNWRITABLE = {
-    "a folder of that name": (a_folder, "it is a folder|Is a directory"),
-    "a file in the way": (in_a_file, r"(File exists|Not a directory)"),
+UNWRITABLE_PATHS = {
+    "a folder of that name": (make_folder_of_that_name, "it is a folder|Is a directory"),
+    "a file in the way": (make_path_below_a_file, r"(File exists|Not a directory)"),
     "a folder that nobody may write to": (lambda folder: Path("/proc/m.safetensors"), r".+"),
     "a name that is too long": (lambda folder: folder / ("x" * 300) / "m.safetensors", "File name too long"),
 }
 
 
-@pytest.mark.parametrize(("place", "reason"), UNWRITABLE.values(), ids=UNWRITABLE)
-def test_a_place_that_cannot_be_written_is_named(
+@pytest.mark.parametrize(("place", "reason"), UNWRITABLE_PATHS.values(), ids=UNWRITABLE_PATHS)
+def test_path_that_cannot_be_written_raises(
     place: Callable[[Path], Path], reason: str, tmp_path: Path
 ) -> None:
     path = place(tmp_path)
@@ -139,7 +137,7 @@ def test_a_place_that_cannot_be_written_is_named(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_folder_is_made_and_a_file_in_its_place_is_named(tmp_path: Path) -> None:
+def test_path_without_suffix_is_a_folder(tmp_path: Path) -> None:
     assert prepare_output_path(str(tmp_path / "new" / "model")) == tmp_path / "new" / "model"
     assert (tmp_path / "new" / "model").is_dir()
 
@@ -151,5 +149,7 @@ def test_a_folder_is_made_and_a_file_in_its_place_is_named(tmp_path: Path) -> No
         prepare_output_path(str(tmp_path / "file"))
 
 
-def test_every_method_has_a_marker_of_its_own() -> None:
-    assert len({json.dumps(build_marker(fitted(method, 128))) for method in METHODS.values()}) == len(METHODS)
+def test_every_method_has_another_marker() -> None:
+    assert len({json.dumps(build_marker(fit_transform(method, 128))) for method in METHODS.values()}) == len(
+        METHODS
+    )

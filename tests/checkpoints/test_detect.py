@@ -1,4 +1,6 @@
-"""Layers of checkpoints: every kind gives the weight that its formula gives, and what cannot be trusted is refused by name."""
+"""Layers of checkpoints: every kind gives the weight that its formula gives, and what cannot be trusted is
+refused by name.
+"""
 
 import json
 import logging
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import checkpoint_files as made
-from checkpoints.checkpoint_files import KINDS, LAYER, MISTAKES, Draft, K, N
+from checkpoints.checkpoint_files import DRAFTS, LAYER, MISTAKES, CheckpointDraft, K, N
 from safetensors.torch import save_file
 from support.compare import assert_close
 from support.helpers import randn, shipped
@@ -32,34 +34,36 @@ SOME_ROWS = [slice(0, 1), slice(1, 6), slice(5, None), slice(None, 3), slice(4, 
 METHODS: dict[str, OutlierMethod] = shipped("outlier")
 
 
-def opened(draft: Draft, folder: Path) -> TensorFiles:
+def open_draft(draft: CheckpointDraft, folder: Path) -> TensorFiles:
     return TensorFiles.open(draft.write(folder / "m.safetensors"))
 
 
-def read(draft: Draft, folder: Path, prefix: str = "") -> tuple[TensorFiles, dict[str, CheckpointLayer]]:
-    files = opened(draft, folder)
+def read_draft(
+    draft: CheckpointDraft, folder: Path, prefix: str = ""
+) -> tuple[TensorFiles, dict[str, CheckpointLayer]]:
+    files = open_draft(draft, folder)
     return files, read_layers(files, prefix)
 
 
-def real(draft: Draft, name: str = LAYER) -> Tensor:
+def get_real_weight(draft: CheckpointDraft, name: str = LAYER) -> Tensor:
     return torch.from_numpy(draft.real[name])
 
 
-def shape_for(layer: CheckpointLayer, weight: Tensor) -> tuple[int, int] | None:
+def get_model_shape(layer: CheckpointLayer, weight: Tensor) -> tuple[int, int] | None:
     return (weight.shape[0], weight.shape[1]) if layer.is_padded else None
 
 
-# -- what is read -------------------------------------------------------------------------------------------------------
+# -- what is read --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
-def test_a_kind_gives_its_weight(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", DRAFTS.values(), ids=DRAFTS)
+def test_each_draft_is_read_as_its_weight(make: Any, tmp_path: Path) -> None:
     draft = make()
-    files, layers = read(draft, tmp_path)
+    files, layers = read_draft(draft, tmp_path)
 
     assert list(layers) == [LAYER]
 
-    layer, weight = layers[LAYER], real(draft)
+    layer, weight = layers[LAYER], get_real_weight(draft)
 
     assert {name: getattr(layer, name) for name in draft.expected} == draft.expected
     assert set(layer.sibling_keys) == {key for key in draft.tensors if key.startswith(LAYER)} - {
@@ -67,7 +71,7 @@ def test_a_kind_gives_its_weight(make: Any, tmp_path: Path) -> None:
         f"{LAYER}.bias",
     }
 
-    shape = shape_for(layer, weight)
+    shape = get_model_shape(layer, weight)
     whole = layer.read_weight(files, shape=shape)
 
     assert whole.dtype == torch.float32
@@ -81,10 +85,10 @@ def test_a_kind_gives_its_weight(make: Any, tmp_path: Path) -> None:
         assert found.shape == part.shape
 
 
-@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
-def test_integers_are_taken_where_they_mean_the_weight(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", DRAFTS.values(), ids=DRAFTS)
+def test_int8_layers_are_read_exactly_or_refused(make: Any, tmp_path: Path) -> None:
     draft = make()
-    files, layers = read(draft, tmp_path)
+    files, layers = read_draft(draft, tmp_path)
     layer = layers[LAYER]
 
     if not layer.is_exact:
@@ -109,25 +113,28 @@ def test_integers_are_taken_where_they_mean_the_weight(make: Any, tmp_path: Path
         assert found.weight.scale.is_contiguous()
         assert found.bias is None
         assert_close(
-            "weight", found.transform.restore_weight(found.weight.dequantize()), real(draft)[rows], 1e-6
+            "weight",
+            found.transform.restore_weight(found.weight.dequantize()),
+            get_real_weight(draft)[rows],
+            1e-6,
         )
 
 
-@pytest.mark.parametrize("name", [name for name, make in KINDS.items() if make().expected["is_exact"]])
-def test_an_exact_layer_computes_the_real_product(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name, make in DRAFTS.items() if make().expected["is_exact"]])
+def test_exact_layer_computes_the_real_product(name: str, tmp_path: Path) -> None:
     # the transform's other side, on the input, must be the one that the file's maker means
-    draft = KINDS[name]()
-    files, layers = read(draft, tmp_path)
+    draft = DRAFTS[name]()
+    files, layers = read_draft(draft, tmp_path)
     layer = layers[LAYER].read_int8_layer(files)
     x = randn(3, 5, layer.weight.qdata.shape[1], seed=3)
     y = Int8Linear(layer, Reference(), torch.float32)(x)
 
-    assert_close("product", y, x.double() @ real(draft).T, 0.02)
+    assert_close("product", y, x.double() @ get_real_weight(draft).T, 0.02)
 
 
-def test_the_kinds_are_what_the_table_says() -> None:
+def test_drafts_cover_every_storage_dtype_and_granularity() -> None:
     # else the tests above could have lost some
-    expected = [make().expected for make in KINDS.values()]
+    expected = [make().expected for make in DRAFTS.values()]
     assert {(e["storage_dtype"], e["granularity"]) for e in expected} == {
         *(
             ("int8", granularity)
@@ -161,8 +168,8 @@ def test_the_kinds_are_what_the_table_says() -> None:
         "fp8 block3d",
     ],
 )
-def test_scaling_is_the_kernels_definition_bit_for_bit(name: str, tmp_path: Path) -> None:
-    files, layers = read(KINDS[name](), tmp_path)
+def test_read_weight_equals_the_kernels_reference(name: str, tmp_path: Path) -> None:
+    files, layers = read_draft(DRAFTS[name](), tmp_path)
     layer = layers[LAYER]
     definition = dequantize_fp8 if layer.storage_dtype == "fp8" else dequantize_int8
     expected = definition(files.read(layer.key), files.read(layer.part_keys["scale"]))
@@ -171,59 +178,59 @@ def test_scaling_is_the_kernels_definition_bit_for_bit(name: str, tmp_path: Path
     assert torch.equal(layer.read_weight(files, slice(3, 7)), expected[3:7])
 
 
-def test_the_published_vectors() -> None:
+def test_draft_of_published_vectors() -> None:
     # formats.md section 10 and 3.2, on the generator's own matrices
     row = lambda *x: np.array([x], dtype=np.float64)  # noqa: E731
 
-    assert made.unrotated(row(1, 0, 0, 0), made.regular(4)).tolist() == [[0.5, 0.5, 0.5, -0.5]]
-    assert made.unrotated(row(1, 2, 3, 4), made.regular(4)).tolist() == [[1, 2, 3, 4]]
-    assert "".join("+" if x > 0 else "-" for x in made.regular(16)[0]) == "+++-+++-+++----+"
-    assert set(np.abs(made.regular(16)[0]).tolist()) == {0.25}
-    assert [made.fp8_value(b, 4) for b in (0x7E, 0x38, 0xB8, 0x01)] == [448, 1, -1, 2.0**-9]
-    assert [made.fp8_value(b, 5) for b in (0x7B, 0x3C)] == [57344, 1]
+    assert made.rotate_groups(row(1, 0, 0, 0), made.make_regular(4)).tolist() == [[0.5, 0.5, 0.5, -0.5]]
+    assert made.rotate_groups(row(1, 2, 3, 4), made.make_regular(4)).tolist() == [[1, 2, 3, 4]]
+    assert "".join("+" if x > 0 else "-" for x in made.make_regular(16)[0]) == "+++-+++-+++----+"
+    assert set(np.abs(made.make_regular(16)[0]).tolist()) == {0.25}
+    assert [made.decode_fp8_byte(b, 4) for b in (0x7E, 0x38, 0xB8, 0x01)] == [448, 1, -1, 2.0**-9]
+    assert [made.decode_fp8_byte(b, 5) for b in (0x7B, 0x3C)] == [57344, 1]
 
 
-def test_the_published_vectors_are_read(tmp_path: Path) -> None:
-    draft = Draft()
+def test_published_vectors_are_read(tmp_path: Path) -> None:
+    draft = CheckpointDraft()
     draft.put("a.weight", "I8", [[64, -127, 32, 0]])
     draft.put("a.weight_scale", "F32", [[2 / 127]])
-    draft.text("a.comfy_quant", {"format": "int8_tensorwise"})
+    draft.put_marker("a.comfy_quant", {"format": "int8_tensorwise"})
     # 1, 0, 0, 0 rotated
     draft.put("b.weight", "I8", [[1, 1, 1, -1]])
     draft.put("b.weight_scale", "F32", [[0.5]])
-    draft.text("b.comfy_quant", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 4})
-    files, layers = read(draft, tmp_path)
+    draft.put_marker("b.comfy_quant", {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 4})
+    files, layers = read_draft(draft, tmp_path)
 
     assert_close("a", layers["a"].read_weight(files), torch.tensor([[1, -2, 0.5, 0]]), 0.01)
     assert layers["b"].read_weight(files).tolist() == [[1, 0, 0, 0]]
     assert draft.tensors["a.comfy_quant"][1] == (29,), "formats.md 1.3"
 
 
-def test_the_skeleton_of_a_header_is_read(tmp_path: Path) -> None:
+def test_published_header_is_read(tmp_path: Path) -> None:
     # formats.md section 11, smaller
     marker = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}
-    draft = Draft(metadata={"format": "pt"})
-    draft.text("blocks.0.ffn.0.comfy_quant", marker)
-    draft.codes("blocks.0.ffn.0.weight", 8, 512)
-    draft.scale("blocks.0.ffn.0.weight_scale", 8, 1)
+    draft = CheckpointDraft(metadata={"format": "pt"})
+    draft.put_marker("blocks.0.ffn.0.comfy_quant", marker)
+    draft.put_int8("blocks.0.ffn.0.weight", 8, 512)
+    draft.put_scale("blocks.0.ffn.0.weight_scale", 8, 1)
     draft.put("blocks.0.ffn.0.bias", "BF16", np.ones(8))
 
     assert draft.tensors["blocks.0.ffn.0.comfy_quant"][1] == (72,)
 
-    _, layers = read(draft, tmp_path)
+    _, layers = read_draft(draft, tmp_path)
 
     assert layers["blocks.0.ffn.0"].label == "int8_tensorwise, row, convrot 256"
     assert layers["blocks.0.ffn.0"].is_exact
 
 
-# -- whole files --------------------------------------------------------------------------------------------------------
+# -- whole files ---------------------------------------------------------------------------------------------
 
 
-def mixed() -> Draft:
+def draft_full_checkpoint() -> CheckpointDraft:
     """A full checkpoint with several kinds: a denoiser below a prefix, a text encoder and a VAE."""
-    whole = KINDS["convrot 16"]().prefixed("model.diffusion_model.")
+    whole = DRAFTS["convrot 16"]().prefixed("model.diffusion_model.")
     for name, kind in (("blocks.1.k", "fp8"), ("blocks.2.v", "bf16")):
-        other = KINDS[kind]()
+        other = DRAFTS[kind]()
         whole.tensors |= {
             f"model.diffusion_model.{name}{key.removeprefix(LAYER)}": value
             for key, value in other.tensors.items()
@@ -240,14 +247,14 @@ def mixed() -> Draft:
     return whole
 
 
-def test_a_full_checkpoint_gives_what_is_below_the_prefix(tmp_path: Path) -> None:
-    draft = mixed()
-    draft.header({f"model.diffusion_model.{LAYER}": {"format": "int8_tensorwise", "group_size": 1}})
-    draft.text("text_encoders.t5.bad.comfy_quant", "{")  # what nobody asks for may be damaged
+def test_full_checkpoint_gives_the_layers_below_the_prefix(tmp_path: Path) -> None:
+    draft = draft_full_checkpoint()
+    draft.put_header({f"model.diffusion_model.{LAYER}": {"format": "int8_tensorwise", "group_size": 1}})
+    draft.put_marker("text_encoders.t5.bad.comfy_quant", "{")  # what nobody asks for may be damaged
     draft.put("text_encoders.t5.q.SCB", "F32", 1)
     draft.put("text_encoders.t5.half.weight_scale", "F32", 1)
     draft.put("text_encoders.t5.table", "I8", np.ones(3))
-    files, layers = read(draft, tmp_path, "model.diffusion_model.")
+    files, layers = read_draft(draft, tmp_path, "model.diffusion_model.")
 
     assert {name: layer.storage_dtype for name, layer in layers.items()} == {
         f"model.diffusion_model.{LAYER}": "int8",
@@ -255,21 +262,21 @@ def test_a_full_checkpoint_gives_what_is_below_the_prefix(tmp_path: Path) -> Non
         "model.diffusion_model.blocks.2.v": "float",
     }
     for name, layer in layers.items():
-        assert_close(name, layer.read_weight(files), real(draft, name), 1e-6)
+        assert_close(name, layer.read_weight(files), get_real_weight(draft, name), 1e-6)
     with pytest.raises(FileError, match=r"is a bitsandbytes file"):
         read_layers(files)
 
 
-def test_fp8_of_other_shapes_is_read_with_its_scale(tmp_path: Path) -> None:
-    draft = Draft()
+def test_fp8_weights_of_any_shape_are_scaled(tmp_path: Path) -> None:
+    draft = CheckpointDraft()
     expected = {
-        "conv": draft.fp8("conv.weight", "F8_E4M3", 4, 3, 2, 2) * draft.scale("conv.scale_weight"),
-        "rows": draft.fp8("rows.weight", "F8_E4M3", 4, 3, 2) * draft.scale("rows.weight_scale", 4, 1, 1),
-        "norm": draft.fp8("norm.weight", "F8_E5M2", 5),
-        "scaled": draft.fp8("scaled.weight", "F8_E5M2", 5) * draft.scale("scaled.weight_scale", 5),
+        "conv": draft.put_fp8("conv.weight", "F8_E4M3", 4, 3, 2, 2) * draft.put_scale("conv.scale_weight"),
+        "rows": draft.put_fp8("rows.weight", "F8_E4M3", 4, 3, 2) * draft.put_scale("rows.weight_scale", 4, 1, 1),
+        "norm": draft.put_fp8("norm.weight", "F8_E5M2", 5),
+        "scaled": draft.put_fp8("scaled.weight", "F8_E5M2", 5) * draft.put_scale("scaled.weight_scale", 5),
     }
-    draft.fp8("norm.bias", "F8_E5M2", 5)
-    files, layers = read(draft, tmp_path)
+    draft.put_fp8("norm.bias", "F8_E5M2", 5)
+    files, layers = read_draft(draft, tmp_path)
 
     assert set(layers) == set(expected)
     for name, weight in expected.items():
@@ -278,12 +285,12 @@ def test_fp8_of_other_shapes_is_read_with_its_scale(tmp_path: Path) -> None:
     assert (layers["conv"].rows, layers["conv"].columns, layers["norm"].columns) == (4, 12, 1)
 
 
-def test_a_scale_of_1_beside_a_float_is_no_matter(tmp_path: Path) -> None:
+def test_scale_of_1_beside_a_float_is_allowed(tmp_path: Path) -> None:
     # ComfyUI's conversion of legacy files leaves such
-    draft = KINDS["bf16"]()
+    draft = DRAFTS["bf16"]()
     draft.put(f"{LAYER}.weight_scale", "F32", 1)
     draft.put(f"{LAYER}.input_scale", "F32", 1)
-    _, layers = read(draft, tmp_path)
+    _, layers = read_draft(draft, tmp_path)
 
     assert layers[LAYER].storage_dtype == "float"
     assert layers[LAYER].sibling_keys == (
@@ -292,9 +299,9 @@ def test_a_scale_of_1_beside_a_float_is_no_matter(tmp_path: Path) -> None:
     )
 
 
-def test_fp8_without_a_scale_among_scaled_ones_is_a_cast(tmp_path: Path) -> None:
-    draft = made.two_layers(KINDS["fp8 legacy"](), KINDS["fp8 cast"]())
-    _, layers = read(draft, tmp_path)
+def test_fp8_without_scale_among_scaled_ones_is_a_cast(tmp_path: Path) -> None:
+    draft = made.merge_layers(DRAFTS["fp8 legacy"](), DRAFTS["fp8 cast"]())
+    _, layers = read_draft(draft, tmp_path)
 
     assert [layer.label for layer in layers.values()] == [
         "float8_e4m3fn scaled, tensor",
@@ -302,14 +309,14 @@ def test_fp8_without_a_scale_among_scaled_ones_is_a_cast(tmp_path: Path) -> None
     ]
 
 
-def test_marks_of_whole_files_are_known() -> None:
+def test_scaled_fp8_markers_are_recognized() -> None:
     assert all(is_scaled_fp8_marker(key) for key in ("scaled_fp8", "model.diffusion_model.scaled_fp8"))
     assert not is_scaled_fp8_marker("blocks.scaled_fp8.weight")
     assert not is_scaled_fp8_marker("unscaled_fp8")
 
 
-def test_layers_may_lie_in_several_files(tmp_path: Path) -> None:
-    first, second = KINDS["row in the header"](), KINDS["convrot in the header"]()
+def test_layers_in_several_files_are_read(tmp_path: Path) -> None:
+    first, second = DRAFTS["row in the header"](), DRAFTS["convrot in the header"]()
     second.tensors = {key.replace("blocks.0", "blocks.1"): value for key, value in second.tensors.items()}
     second.metadata = {key: value.replace("blocks.0", "blocks.1") for key, value in second.metadata.items()}
     scale = second.tensors.pop("blocks.1.q.weight_scale")
@@ -324,14 +331,12 @@ def test_layers_may_lie_in_several_files(tmp_path: Path) -> None:
     layers = read_layers(files)
 
     assert [layer.outlier_method for layer in layers.values()] == ["none", "convrot"]
-    assert_close("second", layers["blocks.1.q"].read_weight(files), real(second), 1e-6)
+    assert_close("second", layers["blocks.1.q"].read_weight(files), get_real_weight(second), 1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("width", [7, 64, 256])
-def test_what_int8run_writes_comes_back_bit_for_bit(
-    method: OutlierMethod, width: int, tmp_path: Path
-) -> None:
+def test_layers_that_int8run_writes_are_read_back(method: OutlierMethod, width: int, tmp_path: Path) -> None:
     weight, sample = randn(6, width, seed=width), randn(2, 6, width, seed=1)
     plain = METHODS["none"]
     method = plain if method.unsupported_reason(width) else method
@@ -367,14 +372,14 @@ def test_what_int8run_writes_comes_back_bit_for_bit(
     assert torch.equal(stored.read_weight(files), transform.restore_weight(layer.weight.dequantize()))
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("make", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_refused_by_name(
+def test_mistake_raises_by_name(
     make: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = opened(make(), tmp_path)
+    files = open_draft(make(), tmp_path)
     weights = [key for key in files if key.endswith(".weight")]
     reads = []
     original = TensorFiles.read
@@ -389,8 +394,8 @@ def test_a_mistake_is_refused_by_name(
     assert not set(reads) & set(weights), "no weight is read before everything is known to be right"
 
 
-def test_no_weight_is_read_to_tell_the_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, reads = opened(mixed(), tmp_path), []
+def test_read_layers_reads_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, reads = open_draft(draft_full_checkpoint(), tmp_path), []
     original = TensorFiles.read
     monkeypatch.setattr(
         TensorFiles, "read", lambda self, key, rows=None: reads.append(key) or original(self, key, rows)
@@ -401,8 +406,8 @@ def test_no_weight_is_read_to_tell_the_kinds(tmp_path: Path, monkeypatch: pytest
     assert not [key for key in reads if key.endswith(".weight")]
 
 
-def test_a_padded_weight_needs_the_models_shape(tmp_path: Path) -> None:
-    files, layers = read(made.quip(12, 24), tmp_path)
+def test_padded_weight_needs_the_models_shape(tmp_path: Path) -> None:
+    files, layers = read_draft(made.draft_quip(12, 24), tmp_path)
     with pytest.raises(
         FileError,
         match=rf"{LAYER} is padded to \[16, 32\] and does not say to what shape it is cut; the model",
@@ -411,13 +416,16 @@ def test_a_padded_weight_needs_the_models_shape(tmp_path: Path) -> None:
     for wrong in ((8, 24), (12, 16), (17, 24), (12, 0)):
         with pytest.raises(
             FileError,
-            match=rf"{LAYER} has the shape \[16, 32\], the model's is \[{wrong[0]}, {wrong[1]}\]; the file is for another model",
+            match=(
+                rf"{LAYER} has the shape \[16, 32\], the model's is "
+                rf"\[{wrong[0]}, {wrong[1]}\]; the file is for another model"
+            ),
         ):
             layers[LAYER].read_weight(files, shape=wrong)
 
 
-def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
-    files, layers = read(made.row(), tmp_path)
+def test_weight_of_another_shape_raises(tmp_path: Path) -> None:
+    files, layers = read_draft(made.draft_rowwise(), tmp_path)
 
     with pytest.raises(
         FileError,
@@ -431,9 +439,9 @@ def test_a_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
                 way(files, rows)
 
 
-def test_groups_beyond_the_kernels_are_read_as_floats(tmp_path: Path) -> None:
+def test_large_rotation_groups_are_read_as_floats(tmp_path: Path) -> None:
     rotated = {**made.TENSOR, "convrot": True, "convrot_groupsize": 4096}
-    files, layers = read(made.int8((1, 1), "tensor", rotated, weight=(1, 4096)), tmp_path)
+    files, layers = read_draft(made.draft_int8((1, 1), "tensor", rotated, weight=(1, 4096)), tmp_path)
 
     assert not layers[LAYER].is_exact
     assert layers[LAYER].read_weight(files).shape == (1, 4096)
@@ -448,9 +456,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("name", ["config.json", "quantization_config.json"])
-def test_a_config_beside_the_file_names_its_program(
-    name: str, config: dict[str, Any], tmp_path: Path
-) -> None:
+def test_config_beside_the_file_names_its_program(name: str, config: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / name).write_text(json.dumps(config))
     method = (config.get("quantization_config") or config)["quant_method"]
 
@@ -458,9 +464,9 @@ def test_a_config_beside_the_file_names_its_program(
         FileError,
         match=rf"is a (SDNQ|bitsandbytes|torchao) file \(the config beside it says quant_method {method}\)",
     ):
-        read(made.row(), tmp_path)
+        read_draft(made.draft_rowwise(), tmp_path)
 
-    read(made.bare(), tmp_path)  # a float file is another
+    read_draft(made.draft_plain_float(), tmp_path)  # a float file is another
 
 
 @pytest.mark.parametrize(
@@ -474,50 +480,50 @@ def test_a_config_beside_the_file_names_its_program(
         '{"quant_method": 5}',
     ],
 )
-def test_a_config_of_something_else_is_no_matter(text: str, tmp_path: Path) -> None:
+def test_config_of_another_kind_is_ignored(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    read(made.row(), tmp_path)
+    read_draft(made.draft_rowwise(), tmp_path)
 
 
-# -- what is said -------------------------------------------------------------------------------------------------------
+# -- what is said --------------------------------------------------------------------------------------------
 
 BLOCKWISE, FP8_BLOCKWISE = "int8_blockwise", "float8_e4m3fn_blockwise"
 WARNED = {
     "blocks, but rows": (
-        lambda: made.said({"format": BLOCKWISE, "group_size": 1}),
+        lambda: made.draft_with_marker({"format": BLOCKWISE, "group_size": 1}),
         "1 layers are labeled int8_blockwise and have scales by row",
     ),
     "one scale, but blocks": (
-        lambda: made.int8((3, 16), "grid", made.TENSOR, block=(4, 4), label="int8_tensorwise"),
+        lambda: made.draft_int8((3, 16), "grid", made.TENSOR, block=(4, 4), label="int8_tensorwise"),
         "1 layers are labeled int8_tensorwise and have scales by grid",
     ),
     "per_row, but one": (
-        lambda: made.int8((), "tensor", made.ROW),
+        lambda: made.draft_int8((), "tensor", made.ROW),
         "1 layers are labeled per_row=True and have scales by tensor",
     ),
     "not per_row, but rows": (
-        lambda: made.said({**made.TENSOR, "per_row": False}),
+        lambda: made.draft_with_marker({**made.TENSOR, "per_row": False}),
         "labeled per_row=False and have scales by row",
     ),
     "fp8 blocks, but rows": (
-        lambda: made.fp8((N,), "row", marker={"format": FP8_BLOCKWISE, "group_size": 64}),
+        lambda: made.draft_fp8((N,), "row", marker={"format": FP8_BLOCKWISE, "group_size": 64}),
         "labeled float8_e4m3fn_blockwise and have scales by row",
     ),
     "rotation lost": (
-        KINDS["convrot lost in the header"],
+        DRAFTS["convrot lost in the header"],
         rf"does not mention the rotation of 1 layers \(first: {LAYER}\), their markers do",
     ),
 }
 
 
 @pytest.mark.parametrize(("make", "words"), WARNED.values(), ids=WARNED)
-def test_the_shape_counts_and_the_label_is_named(
+def test_wrong_label_warns_and_the_shape_counts(
     make: Any, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     draft = make()
-    files, layers = read(draft, tmp_path)
+    files, layers = read_draft(draft, tmp_path)
 
-    assert_close("weight", layers[LAYER].read_weight(files), real(draft), 1e-6)
+    assert_close("weight", layers[LAYER].read_weight(files), get_real_weight(draft), 1e-6)
 
     (record,) = caplog.records
 
@@ -526,22 +532,22 @@ def test_the_shape_counts_and_the_label_is_named(
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in KINDS if not name.startswith("convrot") or "lost" not in name]
+    "name", [name for name in DRAFTS if not name.startswith("convrot") or "lost" not in name]
 )
-def test_nothing_is_said_of_a_good_file(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    read(KINDS[name](), tmp_path)
+def test_valid_files_log_nothing(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read_draft(DRAFTS[name](), tmp_path)
     assert not caplog.records
 
 
-# -- chance -------------------------------------------------------------------------------------------------------------
+# -- chance --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_change_of_a_file_is_read_or_refused(seed: int, tmp_path: Path) -> None:
+def test_any_change_of_a_file_is_read_or_raises(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
-    names, count = list(KINDS), 0
+    names, count = list(DRAFTS), 0
     for _ in range(100):
-        draft = KINDS[chance.choice(names)]()
+        draft = DRAFTS[chance.choice(names)]()
         key = chance.choice(list(draft.tensors))
         dtype, shape, data = draft.tensors[key]
         way = chance.randrange(5)
@@ -570,9 +576,11 @@ def test_any_change_of_a_file_is_read_or_refused(seed: int, tmp_path: Path) -> N
         else:
             draft.tensors[key] = chance.choice(["I8", "U8", "F8_E4M3", "F8_E5M2", "BOOL"]), (len(data),), data
         try:
-            files, layers = read(draft, tmp_path)
+            files, layers = read_draft(draft, tmp_path)
             for layer in layers.values():
-                found = layer.read_weight(files, shape=shape_for(layer, torch.from_numpy(draft.real[LAYER])))
+                found = layer.read_weight(
+                    files, shape=get_model_shape(layer, torch.from_numpy(draft.real[LAYER]))
+                )
                 assert found.shape[0] in (layer.rows, draft.real[LAYER].shape[0])
                 if layer.is_exact:
                     layer.read_int8_layer(files)
@@ -584,9 +592,10 @@ def test_any_change_of_a_file_is_read_or_refused(seed: int, tmp_path: Path) -> N
     assert 0 < count < 90, "changes that all fail, or none, try nothing"
 
 
-# -- another reader -----------------------------------------------------------------------------------------------------
+# -- another reader ------------------------------------------------------------------------------------------
 
-# what ComfyUI itself computes with: its library takes the tensors and the fields of the marker as they are in the file
+# what ComfyUI itself computes with: its library takes the tensors and the fields of the marker as they are in
+# the file
 COMFY = [
     "tensor []",
     "row [N, 1]",
@@ -600,9 +609,9 @@ COMFY = [
 
 
 @pytest.mark.parametrize("name", COMFY)
-def test_comfy_kitchen_reads_the_same_int8_weight(name: str, tmp_path: Path) -> None:
+def test_int8_weight_equals_comfy_kitchens(name: str, tmp_path: Path) -> None:
     layout = pytest.importorskip("comfy_kitchen.tensor").TensorWiseINT8Layout
-    files, layers = read(KINDS[name](), tmp_path)
+    files, layers = read_draft(DRAFTS[name](), tmp_path)
     layer = layers[LAYER]
     codes, scale = files.read(layer.key), files.read(layer.part_keys["scale"]).float()
     said = json.loads(bytes(files.read(layer.part_keys["marker"]).tolist()))
@@ -613,9 +622,9 @@ def test_comfy_kitchen_reads_the_same_int8_weight(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8 e5m2", "fp8 legacy"])
-def test_comfy_kitchen_reads_the_same_fp8_weight(name: str, tmp_path: Path) -> None:
+def test_fp8_weight_equals_comfy_kitchens(name: str, tmp_path: Path) -> None:
     kitchen = pytest.importorskip("comfy_kitchen")
-    files, layers = read(KINDS[name](), tmp_path)
+    files, layers = read_draft(DRAFTS[name](), tmp_path)
     layer = layers[LAYER]
     theirs = kitchen.dequantize_per_tensor_fp8(
         files.read(layer.key), files.read(layer.part_keys["scale"]), torch.float32

@@ -1,4 +1,6 @@
-"""Quantized layers whose numbers stay as they are: their words, codes and scales; and who made mxfp8 and nvfp4 of silent files."""
+"""Quantized layers whose numbers stay as they are: their words, codes and scales; and who made mxfp8 and
+nvfp4 of silent files.
+"""
 
 import json
 import logging
@@ -11,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import checkpoint_files as made
-from checkpoints.checkpoint_files import KINDS, LAYER, Draft, K, N
-from checkpoints.test_detect import opened, read, real, shape_for
+from checkpoints.checkpoint_files import DRAFTS, LAYER, CheckpointDraft, K, N
+from checkpoints.test_detect import get_model_shape, get_real_weight, open_draft, read_draft
 from support.compare import assert_close
 from torch import nn
 
@@ -27,9 +29,9 @@ from int8run.tasks import denoiser_checkpoint, inspect_file
 
 NVFP4, MXFP8 = {"format": "nvfp4"}, {"format": "mxfp8"}
 
-# -- words --------------------------------------------------------------------------------------------------------------
+# -- words ---------------------------------------------------------------------------------------------------
 
-WORDS = {
+DRAFTS_BY_FORMAT = {
     "int8_tensorwise": ["tensor []", "tensor [1]", "tensor [1, 1]", "one row", "lightx2v comfy mode"],
     "int8_rowwise": [
         "row [N, 1]",
@@ -135,7 +137,7 @@ WORDS = {
         "f64",
     ],
 }
-NOT_CODABLE = {
+NOT_PACKABLE = {
     "quip",
     "quip, padded",
     "quip, smoothed",
@@ -148,17 +150,17 @@ NOT_CODABLE = {
 }
 
 
-def test_every_kind_has_its_word() -> None:
-    assert sorted(name for names in WORDS.values() for name in names) == sorted(KINDS)
+def test_every_draft_has_a_format_name() -> None:
+    assert sorted(name for names in DRAFTS_BY_FORMAT.values() for name in names) == sorted(DRAFTS)
 
 
-@pytest.mark.parametrize(("word", "name"), [(word, name) for word, names in WORDS.items() for name in names])
-def test_numbers_stay_as_they_are(word: str, name: str, tmp_path: Path) -> None:
-    draft = KINDS[name]()
-    files, layers = read(draft, tmp_path)
+@pytest.mark.parametrize(("word", "name"), [(word, name) for word, names in DRAFTS_BY_FORMAT.items() for name in names])
+def test_packed_weight_holds_the_stored_numbers(word: str, name: str, tmp_path: Path) -> None:
+    draft = DRAFTS[name]()
+    files, layers = read_draft(draft, tmp_path)
     layer = layers[LAYER]
 
-    assert (layer.format_name, layer.is_packable) == (word, name not in NOT_CODABLE)
+    assert (layer.format_name, layer.is_packable) == (word, name not in NOT_PACKABLE)
 
     if not layer.is_packable:
         with pytest.raises(
@@ -167,8 +169,8 @@ def test_numbers_stay_as_they_are(word: str, name: str, tmp_path: Path) -> None:
             layer.read_packed_weight(files)
         return
 
-    weight = real(draft)
-    shape = shape_for(layer, weight)
+    weight = get_real_weight(draft)
+    shape = get_model_shape(layer, weight)
     coded, transform = layer.read_packed_weight(files, shape)
 
     assert coded.storage_dtype == layer.storage_dtype
@@ -193,8 +195,9 @@ def test_numbers_stay_as_they_are(word: str, name: str, tmp_path: Path) -> None:
 
 
 BLOCKWISE = {"format": "int8_blockwise", "group_size": K}
-# marker, shape of the weight, shape of its scale of one number -> the word; None: the label is wrong, which is said
-ONE_NUMBER = [
+# marker, shape of the weight, shape of its scale of one number -> the word; None: the label is wrong, which
+# is said
+ONE_SCALE = [
     (made.ROW, (1, K), (1, 1), "int8_rowwise"),
     (made.ROW, (1, K), (), "int8_rowwise"),
     (made.TENSOR, (1, K), (1, 1), "int8_tensorwise"),
@@ -215,8 +218,8 @@ ONE_NUMBER = [
 ]
 
 
-@pytest.mark.parametrize(("marker", "weight", "scale", "word"), ONE_NUMBER)
-def test_of_one_number_the_marker_says_what_it_is(
+@pytest.mark.parametrize(("marker", "weight", "scale", "word"), ONE_SCALE)
+def test_marker_decides_the_granularity_of_one_int8_scale(
     marker: Any,
     weight: tuple[int, int],
     scale: tuple[int, ...],
@@ -224,13 +227,13 @@ def test_of_one_number_the_marker_says_what_it_is(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    draft = made.int8(scale, "tensor", marker, weight=weight)
-    files, layers = read(draft, tmp_path)
+    draft = made.draft_int8(scale, "tensor", marker, weight=weight)
+    files, layers = read_draft(draft, tmp_path)
 
     assert layers[LAYER].format_name == (word or "int8_tensorwise")
     assert layers[LAYER].is_exact
     assert len(caplog.records) == (word is None)
-    assert_close("weight", layers[LAYER].read_weight(files), real(draft), 1e-6)
+    assert_close("weight", layers[LAYER].read_weight(files), get_real_weight(draft), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -242,31 +245,31 @@ def test_of_one_number_the_marker_says_what_it_is(
         ("float8_e4m3fn_block3d", (1, K)),
     ],
 )
-def test_of_one_number_of_fp8_too(
+def test_marker_decides_the_granularity_of_one_fp8_scale(
     word: str, shape: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    draft = Draft()
-    weight = draft.fp8("q.weight", "F8_E4M3", *shape) * draft.scale("q.weight_scale", 1, 1)
-    draft.text("q.comfy_quant", {"format": word, "group_size": K})
-    files, layers = read(draft, tmp_path)
+    draft = CheckpointDraft()
+    weight = draft.put_fp8("q.weight", "F8_E4M3", *shape) * draft.put_scale("q.weight_scale", 1, 1)
+    draft.put_marker("q.comfy_quant", {"format": word, "group_size": K})
+    files, layers = read_draft(draft, tmp_path)
 
     assert layers["q"].format_name == word
     assert not caplog.records
     assert_close("weight", layers["q"].read_weight(files), torch.from_numpy(weight), 1e-6)
 
 
-def test_groups_beyond_the_kernels_do_not_stay(tmp_path: Path) -> None:
+def test_large_rotation_groups_are_not_packable(tmp_path: Path) -> None:
     rotated = {**made.TENSOR, "convrot": True, "convrot_groupsize": 4096}
-    _, layers = read(made.int8((1, 1), "tensor", rotated, weight=(1, 4096)), tmp_path)
+    _, layers = read_draft(made.draft_int8((1, 1), "tensor", rotated, weight=(1, 4096)), tmp_path)
 
     assert not layers[LAYER].is_packable
 
 
-def test_only_matrices_that_hold_something_stay(tmp_path: Path) -> None:
-    draft = Draft()
+def test_only_non_empty_matrices_are_packable(tmp_path: Path) -> None:
+    draft = CheckpointDraft()
     for name, shape in (("conv", (4, 3, 2, 2)), ("norm", (5,)), ("nothing", (0, 4))):
-        draft.fp8(f"{name}.weight", "F8_E4M3", *shape)
-    _, layers = read(draft, tmp_path)
+        draft.put_fp8(f"{name}.weight", "F8_E4M3", *shape)
+    _, layers = read_draft(draft, tmp_path)
 
     assert {name: layer.is_packable for name, layer in layers.items()} == {
         "conv": False,
@@ -276,22 +279,22 @@ def test_only_matrices_that_hold_something_stay(tmp_path: Path) -> None:
     assert layers["norm"].format_name == "float8_e4m3fn_cast"
 
 
-def test_fp8_in_e5m2_with_many_scales_has_no_word(tmp_path: Path) -> None:
-    _, layers = read(made.fp8((N,), "row", dtype="F8_E5M2"), tmp_path)
+def test_e5m2_with_row_scales_has_no_format_name(tmp_path: Path) -> None:
+    _, layers = read_draft(made.draft_fp8((N,), "row", dtype="F8_E5M2"), tmp_path)
     assert layers[LAYER].format_name == ""
     assert layers[LAYER].is_packable
 
 
-# -- mxfp8 and nvfp4 ----------------------------------------------------------------------------------------------------
+# -- mxfp8 and nvfp4 -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["nvfp4 of many tiles", "mxfp8 of many tiles"])
-def test_of_scales_in_tiles_only_those_of_the_rows_are_read(
+def test_rows_read_only_the_tiles_of_their_scales(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draft = KINDS[name]()
-    files, layers = read(draft, tmp_path)
-    layer, weight = layers[LAYER], real(draft)
+    draft = DRAFTS[name]()
+    files, layers = read_draft(draft, tmp_path)
+    layer, weight = layers[LAYER], get_real_weight(draft)
     shape = (weight.shape[0], weight.shape[1])
     reads: dict[str, slice] = {}
     original = TensorFiles.read
@@ -319,37 +322,37 @@ def test_of_scales_in_tiles_only_those_of_the_rows_are_read(
     assert layer.read_weight(files, slice(272, 272), shape).shape == (0, shape[1])
 
 
-def one(
+def draft_one_block(
     kind: str, codes: bytes, scale: list[int], marker: object, tiles: bool, global_scale: float = 1.0
-) -> Draft:
+) -> CheckpointDraft:
     """One row of one block; the other rows are 0."""
-    draft = Draft()
+    draft = CheckpointDraft()
     rows, width = (16, 8) if kind == "nvfp4" else (32, 32)
     draft.tensors[f"{LAYER}.weight"] = (
         "U8" if kind == "nvfp4" else "F8_E4M3",
         (rows, width),
         codes.ljust(rows * width, b"\0"),
     )
-    made.block_scales(draft, np.resize(np.array(scale, np.uint8), (rows, 1)), tiles, "U8")
+    made.put_block_scales(draft, np.resize(np.array(scale, np.uint8), (rows, 1)), tiles, "U8")
     if kind == "nvfp4":
         draft.put(f"{LAYER}.weight_scale_2", "F32", global_scale)
     if marker:
-        draft.text(f"{LAYER}.comfy_quant", marker)
+        draft.put_marker(f"{LAYER}.comfy_quant", marker)
     return draft
 
 
-def test_the_published_vectors(tmp_path: Path) -> None:
+def test_published_vectors_of_block_formats(tmp_path: Path) -> None:
     # formats.md section 10
     for tiles, expected in ((True, [1, -6]), (False, [-6, 1])):
-        files, layers = read(one("nvfp4", b"\x2f", [0x38], NVFP4 if tiles else None, tiles), tmp_path)
+        files, layers = read_draft(draft_one_block("nvfp4", b"\x2f", [0x38], NVFP4 if tiles else None, tiles), tmp_path)
         assert layers[LAYER].read_weight(files)[0, :3].tolist() == [*expected, 0]
 
-    draft = one("mxfp8", b"\x38\xb8", [120], MXFP8, True)
-    files, layers = read(draft, tmp_path)
+    draft = draft_one_block("mxfp8", b"\x38\xb8", [120], MXFP8, True)
+    files, layers = read_draft(draft, tmp_path)
 
     assert layers[LAYER].read_weight(files)[0, :2].tolist() == [0.0078125, -0.0078125]
 
-    draft.text("m", NVFP4)
+    draft.put_marker("m", NVFP4)
 
     assert draft.tensors["m"][1] == (19,)
     assert (draft.tensors["m"][2][0], draft.tensors["m"][2][-1]) == (
@@ -357,7 +360,7 @@ def test_the_published_vectors(tmp_path: Path) -> None:
         0x7D,
     )
 
-    where = made.in_tiles(np.arange(129 * 48, dtype=np.int64).reshape(129, 48).astype(np.uint8)).reshape(-1)
+    where = made.swizzle(np.arange(129 * 48, dtype=np.int64).reshape(129, 48).astype(np.uint8)).reshape(-1)
 
     for (r, c), at in {
         (0, 3): 3,
@@ -372,20 +375,20 @@ def test_the_published_vectors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("byte", "factor"), [(0x00, 0.0), (0x80, 0.0), (0x01, 2.0**-9), (0x7E, 448.0)])
-def test_the_ends_of_e4m3_are_scales(byte: int, factor: float, tmp_path: Path) -> None:
-    files, layers = read(one("nvfp4", b"\x2f", [byte], NVFP4, True, 0.5), tmp_path)
+def test_extreme_e4m3_scales_are_read(byte: int, factor: float, tmp_path: Path) -> None:
+    files, layers = read_draft(draft_one_block("nvfp4", b"\x2f", [byte], NVFP4, True, 0.5), tmp_path)
     assert layers[LAYER].read_weight(files)[0, :2].tolist() == [0.5 * factor, -3 * factor]
 
 
 @pytest.mark.parametrize("byte", [0, 1, 254])
-def test_the_ends_of_e8m0_are_scales(byte: int, tmp_path: Path) -> None:
-    files, layers = read(one("mxfp8", b"\x38", [byte], MXFP8, True), tmp_path)
+def test_extreme_e8m0_scales_are_read(byte: int, tmp_path: Path) -> None:
+    files, layers = read_draft(draft_one_block("mxfp8", b"\x38", [byte], MXFP8, True), tmp_path)
     assert layers[LAYER].read_weight(files)[0, 0].item() == math.ldexp(1, byte - 127)
 
 
-def test_a_hybrid_says_once_what_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_hybrid_mxfp8_logs_once_which_scales_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        read(made.two_layers(KINDS["hybrid mxfp8"](), KINDS["hybrid mxfp8"]()), tmp_path)
+        read_draft(made.merge_layers(DRAFTS["hybrid mxfp8"](), DRAFTS["hybrid mxfp8"]()), tmp_path)
     (record,) = caplog.records
 
     assert (
@@ -394,7 +397,7 @@ def test_a_hybrid_says_once_what_is_not_used(tmp_path: Path, caplog: pytest.LogC
     )
 
 
-FITS: dict[str, list[tuple[int, int]]] = {
+FITTING_SHAPES: dict[str, list[tuple[int, int]]] = {
     "nvfp4": [(12, 48), (12, 40), (12, 33)],
     "nvfp4 with its shape": [(12, 40)],
     "nvfp4 without a marker": [(16, 64), (16, 49), (1, 64)],
@@ -407,7 +410,7 @@ FITS: dict[str, list[tuple[int, int]]] = {
     "row [N, 1]": [(12, 64)],
     "quip, padded": [(12, 24), (16, 32), (9, 17)],
 }
-DOES_NOT_FIT: dict[str, list[tuple[int, ...]]] = {
+OTHER_SHAPES: dict[str, list[tuple[int, ...]]] = {
     "nvfp4": [(16, 48), (12, 32), (12, 49), (11, 48), (12, 0)],
     "nvfp4 with its shape": [(12, 48), (16, 40), (12, 39)],
     "nvfp4 without a marker": [(16, 48), (0, 64), (17, 64)],
@@ -422,12 +425,12 @@ DOES_NOT_FIT: dict[str, list[tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FITS)
-def test_a_weight_is_cut_to_the_models_shape_or_refused(name: str, tmp_path: Path) -> None:
-    files, layers = read(KINDS[name](), tmp_path)
+@pytest.mark.parametrize("name", FITTING_SHAPES)
+def test_weight_is_cut_to_the_models_shape_or_raises(name: str, tmp_path: Path) -> None:
+    files, layers = read_draft(DRAFTS[name](), tmp_path)
     layer = layers[LAYER]
 
-    for shape in FITS[name]:
+    for shape in FITTING_SHAPES[name]:
         assert layer.fits_shape(shape)
         whole = layer.read_weight(files, shape=shape)
         assert whole.shape == shape
@@ -436,10 +439,13 @@ def test_a_weight_is_cut_to_the_models_shape_or_refused(name: str, tmp_path: Pat
             assert torch.equal(transform.restore_weight(coded.dequantize()), whole)
             assert coded.shape == shape
 
-    for wrong in DOES_NOT_FIT[name]:
+    for wrong in OTHER_SHAPES[name]:
         assert not layer.fits_shape(wrong)
         if len(wrong) == 2:
-            words = rf"{LAYER} has the shape \[{layer.rows}, {layer.columns}\], the model's is \[{wrong[0]}, {wrong[1]}\]; the file is for another model"
+            words = (
+                rf"{LAYER} has the shape \[{layer.rows}, {layer.columns}\], the "
+                rf"model's is \[{wrong[0]}, {wrong[1]}\]; the file is for another model"
+            )
             with pytest.raises(FileError, match=words):
                 layer.read_weight(files, shape=(wrong[0], wrong[1]))
             if layer.is_packable:
@@ -447,8 +453,8 @@ def test_a_weight_is_cut_to_the_models_shape_or_refused(name: str, tmp_path: Pat
                     layer.read_packed_weight(files, (wrong[0], wrong[1]))
 
 
-def test_without_a_model_the_shape_is_the_files(tmp_path: Path) -> None:
-    files, layers = read(KINDS["nvfp4"](), tmp_path)
+def test_without_a_model_the_files_shape_is_used(tmp_path: Path) -> None:
+    files, layers = read_draft(DRAFTS["nvfp4"](), tmp_path)
 
     assert layers[LAYER].is_padded
     assert layers[LAYER].read_weight(files).shape == (12, 48)
@@ -459,65 +465,65 @@ def test_without_a_model_the_shape_is_the_files(tmp_path: Path) -> None:
     )
 
 
-# -- whose it is --------------------------------------------------------------------------------------------------------
+# -- whose it is ---------------------------------------------------------------------------------------------
 
-BOTH = {"nvfp4": ("nvfp4", "nvfp4_modelopt"), "mxfp8": ("mxfp8", "mxfp8_rows")}
+FORMAT_NAMES = {"nvfp4": ("nvfp4", "nvfp4_modelopt"), "mxfp8": ("mxfp8", "mxfp8_rows")}
 
 
-def silent(kind: str, tiles: bool) -> Draft:
+def draft_ambiguous(kind: str, tiles: bool) -> CheckpointDraft:
     """Of a shape that tells nothing."""
-    return made.blocks(kind, 128, 128, tiles=tiles, bias=False)
+    return made.draft_blocks(kind, 128, 128, tiles=tiles, bias=False)
 
 
-def check(files: TensorFiles, draft: Draft, word: str, requested: str | None = None) -> None:
+def assert_is_read_as(files: TensorFiles, draft: CheckpointDraft, word: str, requested: str | None = None) -> None:
     layer = read_layers(files, requested=requested)[LAYER]
     assert (layer.format_name, layer.label) == (word, word)
-    assert_close(word, layer.read_weight(files), real(draft), 1e-6)
-    assert_close(word, layer.read_weight(files, slice(100, 110)), real(draft)[100:110], 1e-6)
-    assert_close(word, layer.read_packed_weight(files)[0].dequantize(), real(draft), 1e-6)
+    assert_close(word, layer.read_weight(files), get_real_weight(draft), 1e-6)
+    assert_close(word, layer.read_weight(files, slice(100, 110)), get_real_weight(draft)[100:110], 1e-6)
+    assert_close(word, layer.read_packed_weight(files)[0].dequantize(), get_real_weight(draft), 1e-6)
 
 
 @pytest.mark.parametrize("tiles", [True, False])
-@pytest.mark.parametrize("kind", BOTH)
-def test_what_is_asked_settles_what_no_one_says(kind: str, tiles: bool, tmp_path: Path) -> None:
-    draft, word = silent(kind, tiles), BOTH[kind][not tiles]
-    files = opened(draft, tmp_path)
+@pytest.mark.parametrize("kind", FORMAT_NAMES)
+def test_requested_format_decides_where_the_file_does_not(kind: str, tiles: bool, tmp_path: Path) -> None:
+    draft, word = draft_ambiguous(kind, tiles), FORMAT_NAMES[kind][not tiles]
+    files = open_draft(draft, tmp_path)
 
-    check(files, draft, word, word)
+    assert_is_read_as(files, draft, word, word)
     for requested in (
         None,
         "int8_convrot",
-        *BOTH["mxfp8" if kind == "nvfp4" else "nvfp4"],
+        *FORMAT_NAMES["mxfp8" if kind == "nvfp4" else "nvfp4"],
     ):  # a word for another kind says nothing
         with pytest.raises(
-            FileError, match=rf"1 weights are {kind} .*clip={BOTH[kind][0]} or clip={BOTH[kind][1]}"
+            FileError, match=rf"1 weights are {kind} .*clip={FORMAT_NAMES[kind][0]} or clip={FORMAT_NAMES[kind][1]}"
         ):
             read_layers(files, requested=requested)
 
 
 @pytest.mark.parametrize("tiles", [True, False])
-@pytest.mark.parametrize("kind", BOTH)
-def test_another_layer_settles_it_whatever_is_asked(kind: str, tiles: bool, tmp_path: Path) -> None:
-    draft = silent(kind, tiles)
-    made.two_layers(draft, made.blocks(kind, 32, 64, tiles=tiles))
-    files = opened(draft, tmp_path)
+@pytest.mark.parametrize("kind", FORMAT_NAMES)
+def test_another_layer_overrides_the_requested_format(kind: str, tiles: bool, tmp_path: Path) -> None:
+    draft = draft_ambiguous(kind, tiles)
+    made.merge_layers(draft, made.draft_blocks(kind, 32, 64, tiles=tiles))
+    files = open_draft(draft, tmp_path)
 
-    for requested in (None, *BOTH[kind]):
-        check(files, draft, BOTH[kind][not tiles], requested)
+    for requested in (None, *FORMAT_NAMES[kind]):
+        assert_is_read_as(files, draft, FORMAT_NAMES[kind][not tiles], requested)
 
 
-@pytest.mark.parametrize("kind", BOTH)
-def test_a_marker_is_comfys_whatever_is_asked(kind: str, tmp_path: Path) -> None:
-    draft = silent(kind, True)
-    draft.text(f"{LAYER}.comfy_quant", {"format": kind})
-    files = opened(draft, tmp_path)
+@pytest.mark.parametrize("kind", FORMAT_NAMES)
+def test_marker_overrides_the_requested_format(kind: str, tmp_path: Path) -> None:
+    draft = draft_ambiguous(kind, True)
+    draft.put_marker(f"{LAYER}.comfy_quant", {"format": kind})
+    files = open_draft(draft, tmp_path)
     (tmp_path / "config.json").write_text('{"quant_method": "modelopt"}')
 
-    for requested in (None, *BOTH[kind]):
-        check(files, draft, kind, requested)
+    for requested in (None, *FORMAT_NAMES[kind]):
+        assert_is_read_as(files, draft, kind, requested)
 
 
-NOTES = {
+MODELOPT_CONFIGS = {
     "config.json": {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
     "quantization_config.json": {"quant_method": "modelopt"},
     "hf_quant_config.json": {
@@ -527,76 +533,76 @@ NOTES = {
 }
 
 
-@pytest.mark.parametrize("name", NOTES)
-def test_modelopts_note_in_the_folder_settles_it(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(json.dumps(NOTES[name]))
-    draft = silent("nvfp4", False)
+@pytest.mark.parametrize("name", MODELOPT_CONFIGS)
+def test_modelopt_config_in_the_folder_decides(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps(MODELOPT_CONFIGS[name]))
+    draft = draft_ambiguous("nvfp4", False)
 
-    check(opened(draft, tmp_path), draft, "nvfp4_modelopt")
+    assert_is_read_as(open_draft(draft, tmp_path), draft, "nvfp4_modelopt")
 
-    draft = silent("nvfp4", True)
+    draft = draft_ambiguous("nvfp4", True)
 
-    check(
-        opened(draft, tmp_path), draft, "nvfp4", "nvfp4"
+    assert_is_read_as(
+        open_draft(draft, tmp_path), draft, "nvfp4", "nvfp4"
     )  # who asks knows better than a note for perhaps another file
 
 
 @pytest.mark.parametrize("note", [{"producer": {"name": "other"}}, {"producer": "modelopt"}, ["modelopt"]])
-def test_another_programs_note_settles_nothing(note: Any, tmp_path: Path) -> None:
+def test_another_programs_config_decides_nothing(note: Any, tmp_path: Path) -> None:
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(note))
     with pytest.raises(FileError, match="by ComfyUI or by ModelOpt"):
-        read(silent("nvfp4", False), tmp_path)
+        read_draft(draft_ambiguous("nvfp4", False), tmp_path)
 
 
 MODELOPT_READ = {
-    "fp8": lambda: made.fp8((), "tensor"),
-    "nvfp4": lambda: made.blocks("nvfp4", 16, 64, tiles=False),
-    "both and a float": lambda: made.two_layers(made.fp8((), "tensor"), made.floats("BF16", "")),
+    "fp8": lambda: made.draft_fp8((), "tensor"),
+    "nvfp4": lambda: made.draft_blocks("nvfp4", 16, 64, tiles=False),
+    "both and a float": lambda: made.merge_layers(made.draft_fp8((), "tensor"), made.draft_float("BF16", "")),
 }
 MODELOPT_REFUSED = {
-    "int8": made.row,
-    "fp8 without a scale": lambda: made.fp8(None, ""),
-    "e5m2": lambda: made.fp8((), "tensor", dtype="F8_E5M2"),
-    "fp8 without a scale beside one that has it": lambda: made.two_layers(
-        made.fp8((), "tensor"), made.fp8(None, "")
+    "int8": made.draft_rowwise,
+    "fp8 without a scale": lambda: made.draft_fp8(None, ""),
+    "e5m2": lambda: made.draft_fp8((), "tensor", dtype="F8_E5M2"),
+    "fp8 without a scale beside one that has it": lambda: made.merge_layers(
+        made.draft_fp8((), "tensor"), made.draft_fp8(None, "")
     ),
-    "nvfp4 without its second scale": lambda: made.without(
-        made.blocks("nvfp4", 16, 64, tiles=False), "weight_scale_2"
+    "nvfp4 without its second scale": lambda: made.drop_tensors(
+        made.draft_blocks("nvfp4", 16, 64, tiles=False), "weight_scale_2"
     ),
 }
 
 
 @pytest.mark.parametrize("name", MODELOPT_READ)
-def test_of_modelopt_fp8_and_nvfp4_are_read(name: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(NOTES["config.json"]))
+def test_modelopt_fp8_and_nvfp4_are_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODELOPT_CONFIGS["config.json"]))
     draft = MODELOPT_READ[name]()
-    files, layers = read(draft, tmp_path)
+    files, layers = read_draft(draft, tmp_path)
 
-    assert_close(name, layers[LAYER].read_weight(files), real(draft), 1e-6)
+    assert_close(name, layers[LAYER].read_weight(files), get_real_weight(draft), 1e-6)
 
 
 @pytest.mark.parametrize("name", MODELOPT_REFUSED)
-def test_of_modelopt_the_rest_is_refused(name: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(NOTES["config.json"]))
+def test_other_modelopt_formats_raise(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODELOPT_CONFIGS["config.json"]))
     with pytest.raises(
         FileError,
         match=r"is a modelopt file \(the config beside it says quant_method modelopt\), which diffusers with",
     ):
-        read(MODELOPT_REFUSED[name](), tmp_path)
+        read_draft(MODELOPT_REFUSED[name](), tmp_path)
 
 
-# -- rows that may be rotated -------------------------------------------------------------------------------------------
+# -- rows that may be rotated --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("width", "group"), [(512, 256), (128, 64), (64, 64), (48, 16), (40, 0)])
-def test_rows_without_a_word_are_rotated_if_asked(width: int, group: int, tmp_path: Path) -> None:
-    plain = made.int8((N, 1), "row", weight=(N, width), label="int8")
-    files = opened(plain, tmp_path)
+def test_unmarked_rows_are_rotated_if_requested(width: int, group: int, tmp_path: Path) -> None:
+    plain = made.draft_int8((N, 1), "row", weight=(N, width), label="int8")
+    files = open_draft(plain, tmp_path)
 
     for requested in (None, "int8_rowwise", "nvfp4"):
         layer = read_layers(files, requested=requested)[LAYER]
         assert (layer.format_name, layer.rotation_group_size) == ("int8_rowwise", 0)
-        assert_close("plain", layer.read_weight(files), real(plain), 1e-6)
+        assert_close("plain", layer.read_weight(files), get_real_weight(plain), 1e-6)
 
     layer = read_layers(files, requested="int8_convrot")[LAYER]
 
@@ -608,18 +614,18 @@ def test_rows_without_a_word_are_rotated_if_asked(width: int, group: int, tmp_pa
     assert layer.outlier_method == ("convrot" if group else "none")
 
     if group:
-        made.rotated(plain, made.regular(group), "convrot")
+        made.draft_rotated(plain, made.make_regular(group), "convrot")
         assert (layer.outlier_settings, layer.label) == ({"group_size": group}, f"int8, row, convrot {group}")
 
-    assert_close("rotated", layer.read_weight(files), real(plain), 1e-6)
+    assert_close("rotated", layer.read_weight(files), get_real_weight(plain), 1e-6)
 
     coded, transform = layer.read_packed_weight(files)
 
-    assert_close("coded", transform.restore_weight(coded.dequantize()), real(plain), 1e-6)
+    assert_close("coded", transform.restore_weight(coded.dequantize()), get_real_weight(plain), 1e-6)
 
 
 # what says how it is: a marker anywhere among the INT8 layers, one scale for all, other transforms
-SAYS_ITSELF = [
+SELF_DESCRIBING = [
     "row [N, 1]",
     "row in the header",
     "quarot false",
@@ -635,45 +641,45 @@ SAYS_ITSELF = [
 ]
 
 
-@pytest.mark.parametrize("name", SAYS_ITSELF)
-def test_what_says_how_it_is_stays_as_it_is(name: str, tmp_path: Path) -> None:
-    draft = KINDS[name]()
-    files = opened(draft, tmp_path)
+@pytest.mark.parametrize("name", SELF_DESCRIBING)
+def test_requested_rotation_changes_no_self_describing_layer(name: str, tmp_path: Path) -> None:
+    draft = DRAFTS[name]()
+    files = open_draft(draft, tmp_path)
     plain, rotated = read_layers(files)[LAYER], read_layers(files, requested="int8_convrot")[LAYER]
 
     assert plain == rotated
-    assert_close(name, rotated.read_weight(files), real(draft), 1e-6)
+    assert_close(name, rotated.read_weight(files), get_real_weight(draft), 1e-6)
 
 
-def test_markers_of_fp8_layers_say_nothing_of_int8_ones(tmp_path: Path) -> None:
-    files = opened(made.two_layers(KINDS["lightx2v bf16"](), KINDS["fp8"]()), tmp_path)
+def test_markers_of_fp8_layers_do_not_describe_int8_layers(tmp_path: Path) -> None:
+    files = open_draft(made.merge_layers(DRAFTS["lightx2v bf16"](), DRAFTS["fp8"]()), tmp_path)
     assert read_layers(files, requested="int8_convrot")[LAYER].format_name == "int8_convrot"
 
 
-# -- markers that are no JSON -------------------------------------------------------------------------------------------
+# -- markers that are no JSON --------------------------------------------------------------------------------
 
-CODES = {
-    0: lambda: made.fp8((), "tensor"),
-    1: lambda: made.fp8((N,), "row"),
-    2: lambda: made.fp8((3, 16), "grid", block=(4, 4)),
-    3: lambda: made.fp8((N, 4, 1), "block3d", block=(1, 16)),
-    10: lambda: made.int8((3, 16), "grid", block=(4, 4), label="int8_blockwise"),
+DRAFTS_BY_QUANTOPS_BYTE = {
+    0: lambda: made.draft_fp8((), "tensor"),
+    1: lambda: made.draft_fp8((N,), "row"),
+    2: lambda: made.draft_fp8((3, 16), "grid", block=(4, 4)),
+    3: lambda: made.draft_fp8((N, 4, 1), "block3d", block=(1, 16)),
+    10: lambda: made.draft_int8((3, 16), "grid", block=(4, 4), label="int8_blockwise"),
 }
 
 
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("code", DRAFTS_BY_QUANTOPS_BYTE)
 @pytest.mark.parametrize("rest", [b"", b"\0\0"])
-def test_the_first_markers_were_one_byte(
+def test_quantops_markers_of_one_byte_are_read(
     code: int, rest: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    draft = CODES[code]()
+    draft = DRAFTS_BY_QUANTOPS_BYTE[code]()
     data = bytes([code]) + rest
     draft.tensors[f"{LAYER}.comfy_quant"] = "U8", (len(data),), data
-    files, layers = read(draft, tmp_path)
+    files, layers = read_draft(draft, tmp_path)
 
     assert layers[LAYER].label == draft.expected["label"]
     assert not caplog.records
-    assert_close("weight", layers[LAYER].read_weight(files), real(draft), 1e-6)
+    assert_close("weight", layers[LAYER].read_weight(files), get_real_weight(draft), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -684,31 +690,36 @@ def test_the_first_markers_were_one_byte(
         ("\x00", r"names the format 'float8_e4m3fn', and blocks.0.q.weight is I8"),
     ],
 )
-def test_other_bytes_are_no_marker(text: str, words: str, tmp_path: Path) -> None:
+def test_other_single_bytes_raise(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(FileError, match=words):
-        read(made.said(text), tmp_path)
+        read_draft(made.draft_with_marker(text), tmp_path)
 
 
-def test_json_may_begin_with_a_line(tmp_path: Path) -> None:
+def test_marker_may_begin_with_a_line_break(tmp_path: Path) -> None:
     # whose byte is a code as well
-    _, layers = read(made.said("\n" + json.dumps({**made.GROUP, "convrot_groupsize": 16})), tmp_path)
+    _, layers = read_draft(
+        made.draft_with_marker("\n" + json.dumps({**made.GROUP, "convrot_groupsize": 16})), tmp_path
+    )
     assert layers[LAYER].rotation_group_size == 16
 
 
-# -- embeddings, and others' files --------------------------------------------------------------------------------------
+# -- embeddings, and others' files ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["row [N, 1]", "tensor []", "fp8 cast", "fp8", "convrot 16"])
-def test_embeddings_are_matrices_like_others(name: str, tmp_path: Path) -> None:
-    draft = KINDS[name]()
+def test_rows_of_embeddings_are_selected(name: str, tmp_path: Path) -> None:
+    draft = DRAFTS[name]()
     draft.tensors = {key.replace(LAYER, "model.embed_tokens"): value for key, value in draft.tensors.items()}
-    files, layers = read(draft, tmp_path)
+    files, layers = read_draft(draft, tmp_path)
     layer = layers["model.embed_tokens"]
     coded, transform = layer.read_packed_weight(files)
     some = torch.tensor([3, 0, 3, 11])
 
     assert_close(
-        name, transform.restore_weight(coded.select_rows(some).dequantize()), real(draft)[some], 1e-6
+        name,
+        transform.restore_weight(coded.select_rows(some).dequantize()),
+        get_real_weight(draft)[some],
+        1e-6,
     )
 
 
@@ -716,46 +727,46 @@ def test_embeddings_are_matrices_like_others(name: str, tmp_path: Path) -> None:
     "words",
     ["bitsandbytes", "SDNQ", "torchao", "nunchaku", "compressed-tensors", "lightx2v nvfp4", "modelopt"],
 )
-def test_refusals_name_who_can_read_it(words: str) -> None:
+def test_every_refused_format_names_a_reader(words: str) -> None:
     # that each is raised: checkpoint_files.MISTAKES
     assert any(f"is a {words} file" in text for _, text in made.MISTAKES.values())
     assert READERS[words]
 
 
-# -- who uses it --------------------------------------------------------------------------------------------------------
+# -- who uses it ---------------------------------------------------------------------------------------------
 
 
-class Small(nn.Module):
+class SmallModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.q = nn.Linear(40, N)
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "nvfp4 with its shape", "mxfp8 smoothed"])
-def test_a_models_parameter_is_the_weight_without_its_padding(name: str, tmp_path: Path) -> None:
-    draft = KINDS[name]()
+def test_parameter_is_the_weight_without_padding(name: str, tmp_path: Path) -> None:
+    draft = DRAFTS[name]()
     draft.tensors = {key.removeprefix("blocks.0."): value for key, value in draft.tensors.items()}
-    file = FileWeights(draft.write(tmp_path / "m.safetensors"), Small(), is_partial=True)
+    file = FileWeights(draft.write(tmp_path / "m.safetensors"), SmallModel(), is_partial=True)
 
-    assert_close("weight", file.read_tensor("q.weight"), real(draft), 1e-6)
+    assert_close("weight", file.read_tensor("q.weight"), get_real_weight(draft), 1e-6)
     assert file.find_int8_layers() == {}
     assert file.find_inexact_layers() == {"q"}
     with pytest.raises(FileError, match=r"q\.weight of the file has the shape \[12, "):
         FileWeights(tmp_path / "m.safetensors", nn.ModuleDict({"q": nn.Linear(20, N)}))
 
 
-def flux(tmp_path: Path) -> tuple[Draft, TensorFiles]:
+def draft_flux(tmp_path: Path) -> tuple[CheckpointDraft, TensorFiles]:
     """Names of a small Flux, one of its weights with two numbers a byte."""
-    draft = made.blocks("nvfp4", 96, 32, marker=NVFP4)
+    draft = made.draft_blocks("nvfp4", 96, 32, marker=NVFP4)
     draft.tensors = {
         key.replace(LAYER, "double_blocks.0.img_attn.qkv"): value for key, value in draft.tensors.items()
     }
     draft.put("double_blocks.0.img_attn.norm.key_norm.scale", "F32", np.ones(16))
     draft.put("img_in.weight", "F32", np.ones((32, 64)))
-    return draft, opened(draft, tmp_path)
+    return draft, open_draft(draft, tmp_path)
 
 
-def shapes_seen_by(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, ...]]:
+def record_shapes(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, ...]]:
     """The shapes by which a module will look for a family."""
     seen: dict[str, tuple[int, ...]] = {}
 
@@ -768,9 +779,9 @@ def shapes_seen_by(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[
     return seen
 
 
-def test_a_family_is_told_by_real_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, files = flux(tmp_path)
-    seen = shapes_seen_by(denoiser_checkpoint, monkeypatch)
+def test_family_is_detected_by_logical_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, files = draft_flux(tmp_path)
+    seen = record_shapes(denoiser_checkpoint, monkeypatch)
     denoiser_checkpoint.recognize_checkpoint(
         files,
         read_layers(files),
@@ -782,9 +793,9 @@ def test_a_family_is_told_by_real_shapes(tmp_path: Path, monkeypatch: pytest.Mon
     assert seen["double_blocks.0.img_attn.qkv.weight"] == (96, 32)
 
 
-def test_inspect_tells_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draft, _ = flux(tmp_path)
-    seen = shapes_seen_by(inspect_file, monkeypatch)
+def test_inspect_shows_the_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft, _ = draft_flux(tmp_path)
+    seen = record_shapes(inspect_file, monkeypatch)
     table = inspect_file.inspect_file(str(draft.write(tmp_path / "m.safetensors")))
 
     assert "1 × nvfp4" in list(table.columns[1].cells)
@@ -799,14 +810,14 @@ def test_inspect_tells_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert next(iter(table.columns[1].cells)) == "quantized checkpoint (U8 with scales)"
 
 
-# -- another reader -----------------------------------------------------------------------------------------------------
+# -- another reader ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "nvfp4 of many tiles", "nvfp4 without a marker"])
-def test_comfy_kitchen_reads_the_same_nvfp4_weight(name: str, tmp_path: Path) -> None:
+def test_nvfp4_weight_equals_comfy_kitchens(name: str, tmp_path: Path) -> None:
     kitchen = pytest.importorskip("comfy_kitchen")
-    draft = KINDS[name]()
-    files, layers = read(draft, tmp_path)
+    draft = DRAFTS[name]()
+    files, layers = read_draft(draft, tmp_path)
     coded, _ = layers[LAYER].read_packed_weight(files)
 
     assert coded.scale is not None
@@ -819,9 +830,9 @@ def test_comfy_kitchen_reads_the_same_nvfp4_weight(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["mxfp8", "mxfp8 of many tiles", "hybrid mxfp8"])
-def test_comfy_kitchen_reads_the_same_mxfp8_weight(name: str, tmp_path: Path) -> None:
+def test_mxfp8_weight_equals_comfy_kitchens(name: str, tmp_path: Path) -> None:
     kitchen = pytest.importorskip("comfy_kitchen")
-    files, layers = read(KINDS[name](), tmp_path)
+    files, layers = read_draft(DRAFTS[name](), tmp_path)
     coded, _ = layers[LAYER].read_packed_weight(files)
 
     assert coded.scale is not None

@@ -15,7 +15,7 @@ from int8run.checkpoints.header import DTYPES, MAX_HEADER_BYTES, read_full_heade
 from int8run.errors import FileError
 
 
-def entry(start: int, stop: int, dtype: str = "I8", shape: list[Any] | None = None) -> dict[str, Any]:
+def make_entry(start: int, stop: int, dtype: str = "I8", shape: list[Any] | None = None) -> dict[str, Any]:
     return {
         "dtype": dtype,
         "shape": [stop - start] if shape is None else shape,
@@ -23,86 +23,107 @@ def entry(start: int, stop: int, dtype: str = "I8", shape: list[Any] | None = No
     }
 
 
-def write(folder: Path, header: Any, data: bytes = bytes(8), length: int | None = None) -> Path:
+def write_file(folder: Path, header: Any, data: bytes = bytes(8), length: int | None = None) -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path = folder / "m.safetensors"
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
     return path
 
 
-GOOD = {"a": entry(0, 3), "b": entry(3, 8)}
+VALID = {"a": make_entry(0, 3), "b": make_entry(3, 8)}
 
 
-def test_a_header_is_read_as_it_is(tmp_path: Path) -> None:
-    path = write(tmp_path, {"__metadata__": {"format": "pt"}, **GOOD})
+def test_header_is_read(tmp_path: Path) -> None:
+    path = write_file(tmp_path, {"__metadata__": {"format": "pt"}, **VALID})
     found = read_full_header(path)
 
-    assert (found.entries, found.metadata) == (GOOD, {"format": "pt"}) == read_header(path)
+    assert (found.entries, found.metadata) == (VALID, {"format": "pt"}) == read_header(path)
     assert found.data_start == path.stat().st_size - 8
 
 
 ALLOWED = {
-    "padded with spaces": json.dumps(GOOD).encode() + b"   ",
-    "in another order": {"b": entry(3, 8), "a": entry(0, 3)},
+    "padded with spaces": json.dumps(VALID).encode() + b"   ",
+    "in another order": {"b": make_entry(3, 8), "a": make_entry(0, 3)},
     "empty tensors at every place": {
-        "x": entry(0, 0),
-        "a": entry(0, 3),
-        "y": entry(3, 3),
-        "b": entry(3, 8),
-        "z": entry(8, 8, "F32", [2, 0]),
+        "x": make_entry(0, 0),
+        "a": make_entry(0, 3),
+        "y": make_entry(3, 3),
+        "b": make_entry(3, 8),
+        "z": make_entry(8, 8, "F32", [2, 0]),
     },
-    "no dimension": {"a": entry(0, 1, shape=[]), "b": entry(1, 8)},
-    "half bytes": {"a": entry(0, 3, "F4", [2, 3]), "b": entry(3, 8)},
-    "three quarters of bytes": {"a": entry(0, 3, "F6_E2M3", [4]), "b": entry(3, 8)},
+    "no dimension": {"a": make_entry(0, 1, shape=[]), "b": make_entry(1, 8)},
+    "half bytes": {"a": make_entry(0, 3, "F4", [2, 3]), "b": make_entry(3, 8)},
+    "three quarters of bytes": {"a": make_entry(0, 3, "F6_E2M3", [4]), "b": make_entry(3, 8)},
 }
 
 
 @pytest.mark.parametrize("header", ALLOWED.values(), ids=ALLOWED)
-def test_what_the_format_allows_is_read(header: Any, tmp_path: Path) -> None:
-    assert {"a", "b"} <= set(read_header(write(tmp_path, header))[0])
+def test_everything_the_format_allows_is_read(header: Any, tmp_path: Path) -> None:
+    assert {"a", "b"} <= set(read_header(write_file(tmp_path, header))[0])
 
 
 DAMAGED = {
     "overlap": (
-        {"a": entry(0, 4), "b": entry(3, 8)},
+        {"a": make_entry(0, 4), "b": make_entry(3, 8)},
         "b begins at byte 3 of the data, inside of a, which ends at 4",
     ),
-    "the same place": ({"a": entry(0, 8), "b": entry(0, 8)}, "b begins at byte 0 of the data, inside of a"),
+    "the same place": (
+        {"a": make_entry(0, 8), "b": make_entry(0, 8)},
+        "b begins at byte 0 of the data, inside of a",
+    ),
     "gap": (
-        {"a": entry(0, 3), "b": entry(4, 8)},
+        {"a": make_entry(0, 3), "b": make_entry(4, 8)},
         "bytes 3 to 4 of the data, between a and b, belong to no tensor",
     ),
     "gap at the beginning": (
-        {"a": entry(1, 8)},
+        {"a": make_entry(1, 8)},
         "bytes 0 to 1 of the data, between the header and a, belong to no tensor",
     ),
     "backwards": (
-        {"a": entry(0, 8), "b": entry(8, 3, shape=[5])},
+        {"a": make_entry(0, 8), "b": make_entry(8, 3, shape=[5])},
         "b ends at byte 3 of the data, before its beginning at 8",
     ),
-    "beyond the end": ({"a": entry(0, 3), "b": entry(3, 9)}, "the header describes .* bytes, the file has"),
-    "before the end": ({"a": entry(0, 3), "b": entry(3, 7)}, "the header describes .* bytes, the file has"),
-    "another size": ({"a": entry(0, 3), "b": entry(3, 8, shape=[4])}, r"b has 5 bytes, I8 \[4\] takes 4"),
-    "another dtype": ({"a": entry(0, 3), "b": entry(3, 8, "F32", [5])}, r"b has 5 bytes, F32 \[5\] takes 20"),
-    "part of a byte": ({"a": entry(0, 3), "b": entry(3, 8, "F4", [9])}, r"b has 5 bytes, F4 \[9\] takes 4.5"),
+    "beyond the end": (
+        {"a": make_entry(0, 3), "b": make_entry(3, 9)},
+        "the header describes .* bytes, the file has",
+    ),
+    "before the end": (
+        {"a": make_entry(0, 3), "b": make_entry(3, 7)},
+        "the header describes .* bytes, the file has",
+    ),
+    "another size": (
+        {"a": make_entry(0, 3), "b": make_entry(3, 8, shape=[4])},
+        r"b has 5 bytes, "
+        r"I8 \[4\] takes 4",
+    ),
+    "another dtype": (
+        {"a": make_entry(0, 3), "b": make_entry(3, 8, "F32", [5])},
+        r"b has 5 bytes, "
+        r"F32 \[5\] takes 20",
+    ),
+    "part of a byte": (
+        {"a": make_entry(0, 3), "b": make_entry(3, 8, "F4", [9])},
+        r"b has 5 bytes, F4 "
+        r"\[9\] takes 4.5",
+    ),
     "no such dtype": (
-        {"a": entry(0, 3), "b": entry(3, 8, "Q3")},
+        {"a": make_entry(0, 3), "b": make_entry(3, 8, "Q3")},
         "b has the dtype 'Q3'; the format has F64, F32",
     ),
     "negative shape": (
-        {"a": entry(0, 3), "b": entry(3, 8, shape=[-5, -1])},
+        {"a": make_entry(0, 3), "b": make_entry(3, 8, shape=[-5, -1])},
         r"b has the shape \[-5, -1\]; a shape is of whole",
     ),
     "fractional shape": (
-        {"a": entry(0, 3), "b": entry(3, 8, shape=[5.0])},
+        {"a": make_entry(0, 3), "b": make_entry(3, 8, shape=[5.0])},
         r"b has the shape \[5.0\]; a shape is of whole",
     ),
     "shape of true": (
-        {"a": entry(0, 7), "b": entry(7, 8, shape=[True])},
+        {"a": make_entry(0, 7), "b": make_entry(7, 8, shape=[True])},
         r"b has the shape \[True\]; a shape is of whole",
     ),
     "a key twice": (
-        b'{"a": %s, "a": %s}' % ((json.dumps(entry(0, 8)).encode(),) * 2),
+        b'{"a": %s, "a": %s}' % ((json.dumps(make_entry(0, 8)).encode(),) * 2),
         "its header has 'a' twice",
     ),
     "a field twice": (
@@ -113,61 +134,61 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize(("header", "words"), DAMAGED.values(), ids=DAMAGED)
-def test_entries_that_do_not_describe_the_file_are_refused(header: Any, words: str, tmp_path: Path) -> None:
+def test_entries_that_do_not_describe_the_file_raise(header: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(FileError, match=rf"m.safetensors is damaged: {words}") as raised:
-        read_header(write(tmp_path, header))
+        read_header(write_file(tmp_path, header))
     assert "\n" not in str(raised.value)
 
 
-STRANGE = {
+NOT_A_HEADER = {
     "a list": [],
     "no entry": {"a": 5},
     "no dtype": {"a": {"shape": [8], "data_offsets": [0, 8]}},
     "no shape": {"a": {"dtype": "I8", "data_offsets": [0, 8]}},
     "no offsets": {"a": {"dtype": "I8", "shape": [8]}},
     "one offset": {"a": {"dtype": "I8", "shape": [8], "data_offsets": [8]}},
-    "negative offsets": {"a": entry(-1, 8)},
+    "negative offsets": {"a": make_entry(-1, 8)},
     "fractional offsets": {"a": {"dtype": "I8", "shape": [8], "data_offsets": [0, 8.0]}},
-    "endless offsets": {"a": entry(0, 2**63)},
-    "metadata of numbers": {"__metadata__": {"a": 1}, **GOOD},
-    "metadata of a list": {"__metadata__": [], **GOOD},
+    "endless offsets": {"a": make_entry(0, 2**63)},
+    "metadata of numbers": {"__metadata__": {"a": 1}, **VALID},
+    "metadata of a list": {"__metadata__": [], **VALID},
 }
 
 
-@pytest.mark.parametrize("header", STRANGE.values(), ids=STRANGE)
-def test_a_header_of_something_else_is_refused(header: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("header", NOT_A_HEADER.values(), ids=NOT_A_HEADER)
+def test_json_that_is_not_a_header_raises(header: Any, tmp_path: Path) -> None:
     with pytest.raises(
         FileError,
         match=r"is not a safetensors file: its header is not a JSON object of tensors with dtype, shape and "
         r"offsets",
     ):
-        read_header(write(tmp_path, header))
+        read_header(write_file(tmp_path, header))
 
 
-FILES = {
-    "no json": (lambda folder: write(folder, b"{nothing"), "its header is not JSON"),
+OTHER_FILES = {
+    "no json": (lambda folder: write_file(folder, b"{nothing"), "its header is not JSON"),
     "longer than the file": (
-        lambda folder: write(folder, GOOD, length=10**6),
+        lambda folder: write_file(folder, VALID, length=10**6),
         "or it is cut off: its first 8 bytes give no possible",
     ),
-    "cut in its length": (lambda folder: write(folder, b"", b"", 0), "or it is cut off"),
+    "cut in its length": (lambda folder: write_file(folder, b"", b"", 0), "or it is cut off"),
     "gguf": (
-        lambda folder: write(folder, GOOD, length=int.from_bytes(b"GGUF\3", "little")),
+        lambda folder: write_file(folder, VALID, length=int.from_bytes(b"GGUF\3", "little")),
         "but a GGUF file, which ComfyUI-GGUF, or diffusers with gguf can read and int8run cannot; take the "
         ".safetensors",
     ),
 }
 
 
-@pytest.mark.parametrize(("make", "words"), FILES.values(), ids=FILES)
-def test_other_files_are_refused(make: Any, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "words"), OTHER_FILES.values(), ids=OTHER_FILES)
+def test_other_files_raise(make: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(FileError, match=rf"is not a safetensors file.*{words}"):
         read_header(make(tmp_path))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a sparse file")
-def test_a_header_above_the_formats_limit_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path, b"", b"", MAX_HEADER_BYTES + 1)
+def test_header_above_the_limit_raises(tmp_path: Path) -> None:
+    path = write_file(tmp_path, b"", b"", MAX_HEADER_BYTES + 1)
     os.truncate(path, MAX_HEADER_BYTES + 100)  # takes no room
 
     with pytest.raises(
@@ -177,7 +198,7 @@ def test_a_header_above_the_formats_limit_is_refused(tmp_path: Path) -> None:
         read_header(path)
 
 
-def test_every_dtype_has_the_size_that_torch_and_the_library_give_it(tmp_path: Path) -> None:
+def test_dtype_sizes_equal_those_of_torch_and_safetensors(tmp_path: Path) -> None:
     known = {
         name: getattr(torch, dtype.torch_name)
         for name, dtype in DTYPES.items()
@@ -200,9 +221,9 @@ def test_every_dtype_has_the_size_that_torch_and_the_library_give_it(tmp_path: P
 
 
 @pytest.mark.parametrize("header", [header for header, _ in DAMAGED.values() if isinstance(header, dict)])
-def test_the_library_refuses_the_same(header: Any, tmp_path: Path) -> None:
+def test_safetensors_refuses_the_same_files(header: Any, tmp_path: Path) -> None:
     # strictness of our own that the library does not share would refuse files that others read
-    path = write(tmp_path, header)
+    path = write_file(tmp_path, header)
     with pytest.raises((SafetensorError, OSError, ValueError)), safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118
             file.get_tensor(key)

@@ -31,23 +31,23 @@ TENSORS = {
 }
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def is_bit_equal(a: Tensor, b: Tensor) -> bool:
     """Bit for bit, of any dtype."""
     raw = lambda t: bytes(t.contiguous().flatten().view(torch.uint8).numpy())  # noqa: E731
     return a.dtype == b.dtype and a.shape == b.shape and raw(a) == raw(b)
 
 
-def saved(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
     save_file(tensors, path, metadata)
     return path
 
 
-def sharded(folder: Path, stem: str = "m", index: bool = True, variant: str = "") -> dict[str, Tensor]:
+def write_shards(folder: Path, stem: str = "m", index: bool = True, variant: str = "") -> dict[str, Tensor]:
     """Two shards, with an index or without."""
     parts = [{"a": randn(2, 3), "b": randn(4)}, {"c": randn(1, 5)}]
     names = [f"{stem}-{i:05}-of-00002{variant}.safetensors" for i in (1, 2)]
     for name, part in zip(names, parts, strict=True):
-        saved(folder / name, part, {"format": "pt", "part": name})
+        save_tensors(folder / name, part, {"format": "pt", "part": name})
     if index:
         places = {key: name for name, part in zip(names, parts, strict=True) for key in part}
         (folder / f"{stem}.safetensors.index{variant}.json").write_text(
@@ -56,23 +56,22 @@ def sharded(folder: Path, stem: str = "m", index: bool = True, variant: str = ""
     return parts[0] | parts[1]
 
 
-def everything(path: Path) -> dict[str, Tensor]:
+def read_all(path: Path) -> dict[str, Tensor]:
     with TensorFiles.open(path) as files:
         return {key: files.read(key) for key in files}
 
 
-def is_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return set(found) == set(expected) and all(same(found[key], expected[key]) for key in expected)
+def are_bit_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return set(found) == set(expected) and all(is_bit_equal(found[key], expected[key]) for key in expected)
 
 
-# -- one file
-# -----------------------------------------------------------------------------------------------------------
+# -- one file ------------------------------------------------------------------------------------------------
 
 
-def test_every_dtype_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
-    path = saved(tmp_path / "m.safetensors", TENSORS, {"format": "pt", "note": "ü"})
+def test_every_dtype_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
+    path = save_tensors(tmp_path / "m.safetensors", TENSORS, {"format": "pt", "note": "ü"})
 
-    assert is_same(everything(path), load_file(path))
+    assert are_bit_equal(read_all(path), load_file(path))
 
     files = TensorFiles.open(path)
 
@@ -88,8 +87,8 @@ def test_every_dtype_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
     )
 
 
-def test_keys_stand_in_the_order_of_their_bytes(tmp_path: Path) -> None:
-    files = TensorFiles.open(saved(tmp_path / "m.safetensors", TENSORS))
+def test_keys_are_in_the_order_of_their_bytes(tmp_path: Path) -> None:
+    files = TensorFiles.open(save_tensors(tmp_path / "m.safetensors", TENSORS))
     starts = [info.start for info in files.values()]
 
     assert len(files) == len(TENSORS)
@@ -101,23 +100,23 @@ def test_keys_stand_in_the_order_of_their_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "rows", [slice(0, 2), slice(1, 5), slice(2, None), slice(None, 3), slice(5, 5), slice(None), None]
 )
-def test_rows_are_read_alone(rows: slice | None, tmp_path: Path) -> None:
-    files = TensorFiles.open(saved(tmp_path / "m.safetensors", TENSORS))
+def test_rows_are_read_without_the_others(rows: slice | None, tmp_path: Path) -> None:
+    files = TensorFiles.open(save_tensors(tmp_path / "m.safetensors", TENSORS))
     expected = TENSORS["a"] if rows is None else TENSORS["a"][rows]
 
-    assert same(files.read("a", rows), expected)
+    assert is_bit_equal(files.read("a", rows), expected)
 
     buffer = torch.full((64,), 255, dtype=torch.uint8)
     found = files.read_into("a", rows, buffer)
 
-    assert same(found, expected)
+    assert is_bit_equal(found, expected)
     assert found.data_ptr() == buffer.data_ptr() or not found.numel()
     assert (buffer[expected.numel() * 2 :] == 255).all(), "no byte more is written"
 
 
 @pytest.mark.parametrize("rows", [slice(0, 6), slice(-1, None), slice(3, 2), slice(0, 4, 2)])
-def test_rows_that_are_not_there_are_refused(rows: slice, tmp_path: Path) -> None:
-    files = TensorFiles.open(saved(tmp_path / "m.safetensors", TENSORS))
+def test_missing_rows_raise(rows: slice, tmp_path: Path) -> None:
+    files = TensorFiles.open(save_tensors(tmp_path / "m.safetensors", TENSORS))
     with pytest.raises(ValueError, match=r"a has 5 rows; .* cannot be read"):
         files.read("a", rows)
     with pytest.raises(ValueError, match=r"b has None rows; 0:1:None cannot be read"):
@@ -127,13 +126,13 @@ def test_rows_that_are_not_there_are_refused(rows: slice, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "buffer", [torch.zeros(59, dtype=torch.uint8), torch.zeros(60), torch.zeros(10, 6, dtype=torch.uint8)]
 )
-def test_a_buffer_that_does_not_fit_is_refused(buffer: Tensor, tmp_path: Path) -> None:
-    files = TensorFiles.open(saved(tmp_path / "m.safetensors", TENSORS))
+def test_buffer_that_does_not_fit_raises(buffer: Tensor, tmp_path: Path) -> None:
+    files = TensorFiles.open(save_tensors(tmp_path / "m.safetensors", TENSORS))
     with pytest.raises(ValueError, match=r"a takes 60 bytes; the buffer is"):
         files.read_into("a", None, buffer)
 
 
-def test_numbers_smaller_than_a_byte_come_as_bytes(tmp_path: Path) -> None:
+def test_numbers_smaller_than_a_byte_are_read_as_bytes(tmp_path: Path) -> None:
     header = json.dumps({"a": {"dtype": "F4", "shape": [2, 6], "data_offsets": [0, 6]}}).encode()
     path = tmp_path / "m.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(6)))
@@ -143,37 +142,37 @@ def test_numbers_smaller_than_a_byte_come_as_bytes(tmp_path: Path) -> None:
     assert files.read("a", slice(1, 2)).tolist() == [[3, 4, 5]]
 
 
-def test_long_reads_are_made_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = saved(tmp_path / "m.safetensors", TENSORS)
+def test_long_reads_are_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_tensors(tmp_path / "m.safetensors", TENSORS)
     monkeypatch.setattr(module, "MAX_READ_BYTES", 7)
 
-    assert is_same(everything(path), load_file(path))
+    assert are_bit_equal(read_all(path), load_file(path))
 
 
 def test_a_system_without_preadv_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = saved(tmp_path / "m.safetensors", TENSORS)
+    path = save_tensors(tmp_path / "m.safetensors", TENSORS)
     monkeypatch.delattr(os, "preadv", raising=False)
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     monkeypatch.setattr(module, "MAX_READ_BYTES", 7)
 
-    assert is_same(everything(path), load_file(path))
+    assert are_bit_equal(read_all(path), load_file(path))
 
     TensorFiles.open(path).drop_from_page_cache("a")
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no posix_fadvise")
-def test_pages_are_dropped_behind_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_are_dropped_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, *rest: calls.append(rest))
-    files = TensorFiles.open(saved(tmp_path / "m.safetensors", TENSORS))
+    files = TensorFiles.open(save_tensors(tmp_path / "m.safetensors", TENSORS))
     files.drop_from_page_cache("a", slice(1, 3))
     files.drop_from_page_cache("z")  # a length of 0 would mean the rest of the file
 
     assert calls == [(files["a"].start + 12, 24, os.POSIX_FADV_DONTNEED)]
 
 
-def test_a_file_that_is_cut_off_meanwhile_is_said(tmp_path: Path) -> None:
-    path = saved(tmp_path / "m.safetensors", {"a": randn(100, 100)})
+def test_file_truncated_meanwhile_raises(tmp_path: Path) -> None:
+    path = save_tensors(tmp_path / "m.safetensors", {"a": randn(100, 100)})
     files = TensorFiles.open(path)
     os.truncate(path, 1000)
 
@@ -183,10 +182,8 @@ def test_a_file_that_is_cut_off_meanwhile_is_said(tmp_path: Path) -> None:
         files.read("a")
 
 
-def test_a_file_that_is_gone_or_cannot_be_read_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = saved(tmp_path / "m.safetensors", TENSORS)
+def test_file_that_is_gone_or_unreadable_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_tensors(tmp_path / "m.safetensors", TENSORS)
     files = TensorFiles.open(path)
 
     def fail(*_: object) -> int:
@@ -204,8 +201,8 @@ def test_a_file_that_is_gone_or_cannot_be_read_is_said(
         files.read("a")
 
 
-def test_files_are_opened_late_and_closed(tmp_path: Path) -> None:
-    files = TensorFiles.open(saved(tmp_path / "m.safetensors", TENSORS))
+def test_files_are_opened_on_first_read_and_closed(tmp_path: Path) -> None:
+    files = TensorFiles.open(save_tensors(tmp_path / "m.safetensors", TENSORS))
 
     assert not files.open_files
 
@@ -215,18 +212,17 @@ def test_files_are_opened_late_and_closed(tmp_path: Path) -> None:
 
     assert handle.closed
     assert not files.open_files
-    assert same(files.read("a"), TENSORS["a"]), "it is opened again"
+    assert is_bit_equal(files.read("a"), TENSORS["a"]), "it is opened again"
 
 
-# -- many files
-# ---------------------------------------------------------------------------------------------------------
+# -- many files ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["", "m.safetensors.index.json"])
-def test_shards_are_one_checkpoint(name: str, tmp_path: Path) -> None:
-    expected = sharded(tmp_path)
+def test_shards_with_an_index_are_one_checkpoint(name: str, tmp_path: Path) -> None:
+    expected = write_shards(tmp_path)
 
-    assert is_same(everything(tmp_path / name), expected)
+    assert are_bit_equal(read_all(tmp_path / name), expected)
 
     files = TensorFiles.open(tmp_path / name)
 
@@ -239,9 +235,9 @@ def test_shards_are_one_checkpoint(name: str, tmp_path: Path) -> None:
 
 
 def test_shards_without_an_index_are_one_checkpoint(tmp_path: Path) -> None:
-    expected = sharded(tmp_path, index=False)
+    expected = write_shards(tmp_path, index=False)
 
-    assert is_same(everything(tmp_path), expected)
+    assert are_bit_equal(read_all(tmp_path), expected)
     with pytest.raises(FileError, match=r"is one of 2 shards; name their folder or their .index.json"):
         TensorFiles.open(tmp_path / "m-00001-of-00002.safetensors")
 
@@ -256,51 +252,51 @@ def test_shards_without_an_index_are_one_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("index", [True, False])
 def test_shards_of_a_variant_are_found(index: bool, tmp_path: Path) -> None:
-    expected = sharded(tmp_path, "diffusion_pytorch_model", index, ".fp16")
+    expected = write_shards(tmp_path, "diffusion_pytorch_model", index, ".fp16")
 
-    assert is_same(everything(tmp_path), expected)
+    assert are_bit_equal(read_all(tmp_path), expected)
 
     # the plain one goes before
     plain = {"x": randn(3)}
-    saved(tmp_path / "diffusion_pytorch_model.safetensors", plain)
+    save_tensors(tmp_path / "diffusion_pytorch_model.safetensors", plain)
 
-    assert is_same(everything(tmp_path), plain)
+    assert are_bit_equal(read_all(tmp_path), plain)
 
 
-def test_the_usual_names_are_taken_before_others(tmp_path: Path) -> None:
+def test_usual_names_are_preferred(tmp_path: Path) -> None:
     one, two = {"x": randn(3)}, {"y": randn(4)}
-    saved(tmp_path / "z.safetensors", one)
-    saved(tmp_path / ".1.safetensors", two)  # one that is being written
+    save_tensors(tmp_path / "z.safetensors", one)
+    save_tensors(tmp_path / ".1.safetensors", two)  # one that is being written
 
-    assert is_same(everything(tmp_path), one)
+    assert are_bit_equal(read_all(tmp_path), one)
 
-    saved(tmp_path / "another.safetensors", two)
+    save_tensors(tmp_path / "another.safetensors", two)
 
     with pytest.raises(FileError, match=r"holds 2 checkpoints \(another, z\); name one of the files"):
         TensorFiles.open(tmp_path)
 
-    expected = sharded(tmp_path, "model")
+    expected = write_shards(tmp_path, "model")
 
-    assert is_same(everything(tmp_path), expected)
+    assert are_bit_equal(read_all(tmp_path), expected)
 
-    saved(tmp_path / "diffusion_pytorch_model.safetensors", two)
+    save_tensors(tmp_path / "diffusion_pytorch_model.safetensors", two)
 
-    assert is_same(everything(tmp_path), two)
-    assert is_same(everything(tmp_path / "z.safetensors"), one)
+    assert are_bit_equal(read_all(tmp_path), two)
+    assert are_bit_equal(read_all(tmp_path / "z.safetensors"), one)
 
 
-def test_links_are_followed_by_the_names_they_have(tmp_path: Path) -> None:
+def test_links_are_read_by_their_own_names(tmp_path: Path) -> None:
     # as the hub's cache lays them out
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
-    expected = sharded(tmp_path / "blobs")
+    expected = write_shards(tmp_path / "blobs")
     for number, file in enumerate(sorted((tmp_path / "blobs").iterdir())):
         (tmp_path / "snapshot" / file.name).symlink_to(file.rename(tmp_path / "blobs" / str(number)))
 
-    assert is_same(everything(tmp_path / "snapshot"), expected)
+    assert are_bit_equal(read_all(tmp_path / "snapshot"), expected)
 
 
-def edit(folder: Path, change: Any) -> None:
+def edit_index(folder: Path, change: Any) -> None:
     index = folder / "m.safetensors.index.json"
     found = json.loads(index.read_text())
     change(found["weight_map"])
@@ -338,24 +334,24 @@ WRONG_INDEX = {
 
 
 @pytest.mark.parametrize(("change", "words"), WRONG_INDEX.values(), ids=WRONG_INDEX)
-def test_an_index_that_does_not_fit_is_refused(change: Any, words: str, tmp_path: Path) -> None:
-    sharded(tmp_path)
-    edit(tmp_path, change)
+def test_index_that_does_not_fit_raises(change: Any, words: str, tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    edit_index(tmp_path, change)
 
     with pytest.raises(FileError, match=rf"m.safetensors.index.json.*{words}"):
         TensorFiles.open(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "5", '{"weight_map": []}', "[" * 100_000])
-def test_an_index_of_something_else_is_refused(text: str, tmp_path: Path) -> None:
+def test_file_that_is_not_an_index_raises(text: str, tmp_path: Path) -> None:
     (tmp_path / "m.safetensors.index.json").write_text(text)
     with pytest.raises(FileError, match=r"m.safetensors.index.json is not an index of shards"):
         TensorFiles.open(tmp_path)
 
 
-def test_a_key_in_two_shards_is_refused(tmp_path: Path) -> None:
-    sharded(tmp_path, index=False)
-    saved(tmp_path / "m-00002-of-00002.safetensors", {"c": randn(2), "a": randn(2)})
+def test_key_in_two_shards_raises(tmp_path: Path) -> None:
+    write_shards(tmp_path, index=False)
+    save_tensors(tmp_path / "m-00002-of-00002.safetensors", {"c": randn(2), "a": randn(2)})
 
     with pytest.raises(
         FileError,
@@ -364,7 +360,7 @@ def test_a_key_in_two_shards_is_refused(tmp_path: Path) -> None:
         TensorFiles.open(tmp_path)
 
 
-def test_a_place_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+def test_path_without_a_checkpoint_raises(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"holds no safetensors file; name a .safetensors file or its folder"):
         TensorFiles.open(tmp_path)
 
@@ -381,8 +377,8 @@ def test_a_place_without_a_checkpoint_is_named(tmp_path: Path) -> None:
             TensorFiles.open(tmp_path / name)
 
 
-def test_the_home_folder_may_stand_in_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    saved(tmp_path / "m.safetensors", TENSORS)
+    save_tensors(tmp_path / "m.safetensors", TENSORS)
 
     assert len(TensorFiles.open(Path("~/m.safetensors"))) == len(TENSORS)

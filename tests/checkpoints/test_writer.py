@@ -37,21 +37,21 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-TWO = [TensorEntry("a", "F32", (2, 3)), TensorEntry("b", "I8", (5,))]
+TWO_ENTRIES = [TensorEntry("a", "F32", (2, 3)), TensorEntry("b", "I8", (5,))]
 
 
-def parts(folder):
+def list_part_files(folder):
     return [p.name for p in folder.iterdir() if p.name.startswith(".")]
 
 
 def write_two(path, value=1.0):
-    with StreamWriter(path, TWO, {}) as writer:
+    with StreamWriter(path, TWO_ENTRIES, {}) as writer:
         writer.write("b", torch.arange(5, dtype=torch.int8))
         writer.write("a", torch.full((2, 3), value))
         return writer.finish()
 
 
-def test_every_dtype_and_shape_comes_back(tmp_path):
+def test_every_dtype_and_shape_is_read_back(tmp_path):
     shapes = [(), (1,), (0,), (3, 5), (2, 0, 3), (7,)]
     tensors = {
         f"{word}.{i}": (randn(*shape, seed=i) * 3).to(dtype)
@@ -78,7 +78,7 @@ def test_every_dtype_and_shape_comes_back(tmp_path):
     read_header(path)  # our own reader is at least as strict
 
 
-def test_numbers_start_at_multiples_of_their_size(tmp_path):
+def test_tensors_start_at_multiples_of_their_number_size(tmp_path):
     entries = [
         TensorEntry("marker", "U8", (7,)),
         TensorEntry("scale", "F32", (3, 1)),
@@ -100,7 +100,7 @@ def test_numbers_start_at_multiples_of_their_size(tmp_path):
     assert list(header) == ["big", "scale", "half", "marker", "weight"]  # in the order given among equals
 
 
-def test_pieces_of_any_cut_in_any_order(tmp_path):
+def test_pieces_may_be_written_in_any_order(tmp_path):
     data = {"a": randn(7, 9), "b": torch.arange(100, dtype=torch.uint8), "c": randn(5).bfloat16()}
     raw = {key: bytes(t.view(torch.uint8).flatten().tolist()) for key, t in data.items()}
     entries = [
@@ -121,7 +121,7 @@ def test_pieces_of_any_cut_in_any_order(tmp_path):
     assert all(torch.equal(t, load_file(path)[key]) for key, t in data.items())
 
 
-def test_a_tensor_that_is_not_contiguous(tmp_path):
+def test_non_contiguous_tensor_is_written(tmp_path):
     t = randn(4, 6).T
     with StreamWriter(tmp_path / "x.safetensors", [TensorEntry("t", "F32", (6, 4))], {}) as writer:
         writer.write("t", t[:2])
@@ -129,7 +129,7 @@ def test_a_tensor_that_is_not_contiguous(tmp_path):
         assert torch.equal(load_file(writer.finish())["t"], t)
 
 
-def test_the_system_is_told_to_write_on_the_way(tmp_path, monkeypatch):
+def test_written_pages_are_flushed_on_the_way(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "FLUSH_BYTES", 100)
     monkeypatch.setattr(os, "posix_fadvise", lambda *a: calls.append(a), raising=False)
@@ -146,7 +146,7 @@ def test_the_system_is_told_to_write_on_the_way(tmp_path, monkeypatch):
         writer.finish()
 
 
-def test_a_partial_write_goes_on(tmp_path, monkeypatch):
+def test_partial_writes_are_continued(tmp_path, monkeypatch):
     whole = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: whole(fd, data[:3]))
     path = write_two(tmp_path / "x.safetensors")
@@ -154,19 +154,22 @@ def test_a_partial_write_goes_on(tmp_path, monkeypatch):
     assert load_file(path)["b"].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_an_error_inside_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), StreamWriter(tmp_path / "x.safetensors", TWO, {}) as writer:
+def test_error_inside_the_context_leaves_no_file(tmp_path):
+    with (
+        pytest.raises(ZeroDivisionError),
+        StreamWriter(tmp_path / "x.safetensors", TWO_ENTRIES, {}) as writer,
+    ):
         writer.write("b", bytes(5))
-        assert parts(tmp_path)
+        assert list_part_files(tmp_path)
         assert not (tmp_path / "x.safetensors").exists()
         _ = 1 / 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
+def test_old_file_stays_until_the_new_one_is_complete(tmp_path):
     path = write_two(tmp_path / "x.safetensors", 1.0)
 
-    with pytest.raises(ZeroDivisionError), StreamWriter(path, TWO, {}) as writer:
+    with pytest.raises(ZeroDivisionError), StreamWriter(path, TWO_ENTRIES, {}) as writer:
         writer.write("a", bytes(24))
         _ = 1 / 0
     assert load_file(path)["a"][0, 0] == 1
@@ -174,16 +177,16 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
     write_two(path, 2.0)
 
     assert load_file(path)["a"][0, 0] == 2
-    assert parts(tmp_path) == []
+    assert list_part_files(tmp_path) == []
 
 
-def test_what_a_caller_may_get_wrong(tmp_path):
+def test_wrong_use_raises(tmp_path):
     path = tmp_path / "x.safetensors"
 
     with pytest.raises(ValueError, match="a is given twice"):
         StreamWriter(path, [TensorEntry("a", "F32", (1,)), TensorEntry("a", "F32", (1,))], {})
 
-    with StreamWriter(path, TWO, {}) as writer:
+    with StreamWriter(path, TWO_ENTRIES, {}) as writer:
         writer.write("b", bytes(3))
         with pytest.raises(ValueError, match=r"^b has 5 bytes; 3 were written and 3 more came$"):
             writer.write("b", bytes(3))
@@ -193,18 +196,18 @@ def test_what_a_caller_may_get_wrong(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_header_that_no_reader_takes(tmp_path, monkeypatch):
+def test_header_above_the_limit_raises(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_HEADER_BYTES", 200)
     with pytest.raises(
         FileError, match=r"x\.safetensors: its header would have \d+ bytes; readers take 200$"
     ):
-        StreamWriter(tmp_path / "x.safetensors", TWO, {"k": "v" * 200})
+        StreamWriter(tmp_path / "x.safetensors", TWO_ENTRIES, {"k": "v" * 200})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permission bits")
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
-def test_the_users_own_permissions(tmp_path, umask, mode):
+def test_file_has_the_users_permissions(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
         path = write_two(tmp_path / "x.safetensors")
@@ -214,7 +217,7 @@ def test_the_users_own_permissions(tmp_path, umask, mode):
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-def test_places_that_cannot_be(tmp_path):
+def test_path_that_cannot_be_written_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
         FileError,
@@ -225,7 +228,7 @@ def test_places_that_cannot_be(tmp_path):
         write_two(tmp_path)
 
 
-def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_space_raises_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     entries = [TensorEntry("t", "BF16", (10**9, 12))]
     words = (
@@ -239,7 +242,7 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
-def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, call):
+def test_disk_that_fills_up_on_the_way_raises(tmp_path, monkeypatch, call):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -248,7 +251,10 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, call):
         r"make room, or choose a folder"
     )
 
-    with pytest.raises(FileError, match=words), StreamWriter(tmp_path / "x.safetensors", TWO, {}) as writer:
+    with (
+        pytest.raises(FileError, match=words),
+        StreamWriter(tmp_path / "x.safetensors", TWO_ENTRIES, {}) as writer,
+    ):
         writer.write("a", bytes(24))
         writer.write("b", bytes(1))
         monkeypatch.setattr(os, call, full)
@@ -257,18 +263,18 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch, call):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_full_at_the_header(tmp_path, monkeypatch):
+def test_disk_that_is_full_at_the_header_raises(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "write", full)
 
     with pytest.raises(FileError, match="No space left on device"):
-        StreamWriter(tmp_path / "x.safetensors", TWO, {})
+        StreamWriter(tmp_path / "x.safetensors", TWO_ENTRIES, {})
     assert list(tmp_path.iterdir()) == []
 
 
-HALF = """
+WRITE_HALF_SCRIPT = """
 import sys, time
 from pathlib import Path
 from int8run.checkpoints.writer import StreamWriter, TensorEntry
@@ -280,32 +286,34 @@ time.sleep(3600)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL and file locks")
-def test_a_killed_writer_leaves_no_file_and_the_next_one_cleans_up(tmp_path):
+def test_next_writer_removes_what_a_killed_one_left(tmp_path):
     path = tmp_path / "x.safetensors"
-    process = subprocess.Popen([sys.executable, "-c", HALF, str(path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITE_HALF_SCRIPT, str(path)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout.readline() == "half\n"
-        left = parts(tmp_path)
+        left = list_part_files(tmp_path)
         assert left[0].startswith(f".int8run-{process.pid}-")
         assert not path.exists()
         write_two(tmp_path / "other.safetensors")
-        assert parts(tmp_path) == left, "another live process writes it"
+        assert list_part_files(tmp_path) == left, "another live process writes it"
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
 
-    assert parts(tmp_path) == left
+    assert list_part_files(tmp_path) == left
     assert not path.exists()
 
     (tmp_path / ".something.part").write_text("not ours")
     write_two(tmp_path / "other.safetensors")
 
-    assert parts(tmp_path) == [".something.part"]
+    assert list_part_files(tmp_path) == [".something.part"]
 
 
 @pytest.mark.skipif(module.fcntl is None, reason="needs file locks")
-def test_two_writers_of_one_process_leave_each_other_alone(tmp_path):
-    with StreamWriter(tmp_path / "x.safetensors", TWO, {}) as first:
+def test_two_writers_of_one_process_do_not_interfere(tmp_path):
+    with StreamWriter(tmp_path / "x.safetensors", TWO_ENTRIES, {}) as first:
         write_two(tmp_path / "y.safetensors")
         first.write("a", bytes(24))
         first.write("b", bytes(5))
@@ -314,7 +322,7 @@ def test_two_writers_of_one_process_leave_each_other_alone(tmp_path):
 
 
 @pytest.mark.skipif(module.fcntl is None, reason="needs file locks")
-def test_a_part_that_was_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+def test_part_removed_before_it_was_locked_is_created_again(tmp_path, monkeypatch):
     real, made = module.acquire_lock, []
 
     def slow(descriptor, wait=False):
@@ -329,7 +337,7 @@ def test_a_part_that_was_removed_before_it_was_locked_is_made_again(tmp_path, mo
     assert len(made) == 1
 
 
-def test_a_system_without_locks_keeps_leftovers(tmp_path, monkeypatch):
+def test_without_locks_leftovers_are_kept(tmp_path, monkeypatch):
     left = tmp_path / PART_NAME.format(f"1-{time.time_ns()}")
     left.write_text("may belong to somebody")
     monkeypatch.setattr(module, "fcntl", None)
@@ -338,6 +346,6 @@ def test_a_system_without_locks_keeps_leftovers(tmp_path, monkeypatch):
     assert left.exists()
 
 
-def test_folders_that_cannot_be_opened_are_fine(tmp_path, monkeypatch):
+def test_sync_folder_is_skipped_where_folders_cannot_be_opened(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "O_DIRECTORY", raising=False)
     assert Path(write_two(tmp_path / "x.safetensors")).exists()

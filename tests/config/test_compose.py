@@ -83,7 +83,10 @@ def test_an_option_and_its_class_use_the_same_word(option):
 
 @pytest.mark.parametrize("option", NEEDS)
 def test_the_options_that_need_a_value_need_it(option):
-    message = r"(prompts|lora\.adapters\.0)\.path=<|has no source for base model 'tiny'; it has one for flux|, or set clip\.path$"
+    message = (
+        r"(prompts|lora\.adapters\.0)\.path=<|has no source for base "
+        r"model 'tiny'; it has one for flux|, or set clip\.path$"
+    )
     with pytest.raises(ConfigError, match=message):
         create_run_spec(composed(option))
 
@@ -136,7 +139,9 @@ def test_every_file_begins_with_what_it_is(file):
 
 
 def uncommented(text):
-    """Keys with a value but without a comment beside or above them; parts that explain themselves by the key above are left out."""
+    """Keys with a value but without a comment beside or above them; parts that explain themselves by the key
+    above are left out.
+    """
     missing, above, path = [], "", []
     for line in text.splitlines():
         found = re.match(r"^(?P<indent> *)(?P<key>[a-z_]\w*):(?P<rest>.*)$", line)

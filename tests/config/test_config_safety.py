@@ -1,4 +1,5 @@
-"""A shared YAML may not run code: whatever a config could make hydra call is refused before anything is instantiated.
+"""A shared YAML may not run code: whatever a config could make hydra call is refused before anything is
+instantiated.
 
 Every attack here would create a file if it got through, with functions that hydra itself does not block.
 """
@@ -50,7 +51,10 @@ FOREIGN = {
     ),
     "in a list": (
         "lora/x.yaml",
-        f"_target_: int8run.lora.config.LoraSettings\nadapters: [{{_target_: int8run.lora.config.Adapter, name: a, path: {TOUCH}}}]\n",
+        (
+            f"_target_: int8run.lora.config.LoraSettings\nadapters: "
+            f"[{{_target_: int8run.lora.config.Adapter, name: a, path: {TOUCH}}}]\n"
+        ),
         ["lora=x"],
     ),
     "in a mapping of anything": (
@@ -122,7 +126,8 @@ FOREIGN = {
     "target in a sweep file": (
         "x/x.yaml",
         globally(
-            "hydra: {mode: MULTIRUN, sweeper: {params: {task._target_: os.system, +task.command: touch pwned}}}"
+            "hydra: {mode: MULTIRUN, sweeper: {params: "
+            "{task._target_: os.system, +task.command: touch pwned}}}"
         ),
         ["+x=x"],
     ),
@@ -175,7 +180,9 @@ def test_a_whole_logging_section_from_elsewhere_is_refused(attack, part):
 GIT = "{GIT_CONFIG_COUNT: '1', GIT_CONFIG_KEY_0: core.fsmonitor, GIT_CONFIG_VALUE_0: touch pwned}"
 ENVIRONMENT = {
     "written": f"hydra: {{job: {{env_set: {GIT}}}}}",
-    "from elsewhere": f"hydra: {{job_logging: {{unused: {GIT}}}, job: {{env_set: '${{hydra.job_logging.unused}}'}}}}",
+    "from elsewhere": (
+        f"hydra: {{job_logging: {{unused: {GIT}}}, job: {{env_set: '${{hydra.job_logging.unused}}'}}}}"
+    ),
 }
 
 
@@ -235,7 +242,8 @@ LOOKS = [
 @pytest.mark.parametrize("flags", LOOKS)
 def test_looking_at_a_config_runs_nothing(attack, flags):
     text = globally(
-        f"task: {TOUCH}\nhydra: {{callbacks: {{mine: {TOUCH}}}, hydra_logging: {{handlers: {{x: {{class: {LAZY_FILE}}}}}}}}}"
+        f"task: {TOUCH}\nhydra: "
+        f"{{callbacks: {{mine: {TOUCH}}}, hydra_logging: {{handlers: {{x: {{class: {LAZY_FILE}}}}}}}}}"
     )
     _, made = attack("x/x.yaml", text, "+x=x", *flags.split())
     assert made == []
@@ -255,7 +263,8 @@ def test_an_attack_on_the_command_line_is_refused_too(command):
     outcome = command("tracker=none", f"+sampler.extra.a={TOUCH}")
     assert (outcome.code, command.made()) == (2, [])
     assert outcome.message == (
-        "sampler.extra.a._target_ is 'pathlib.Path.touch'; a config may only name classes of int8run, so that a shared file cannot run code"
+        "sampler.extra.a._target_ is 'pathlib.Path.touch'; a config may only "
+        "name classes of int8run, so that a shared file cannot run code"
     )
 
 

@@ -70,7 +70,9 @@ OTHER_BUILD = {
 
 @functools.cache
 def composed(*overrides):
-    """The RunSpec of these overrides, which several tests look at; composing costs more than the rest of a test."""
+    """The RunSpec of these overrides, which several tests look at; composing costs more than the rest of a
+    test.
+    """
     return make_spec([*overrides])
 
 

@@ -1,4 +1,6 @@
-"""Writing a denoiser: both layouts hold what the model computes, read by nothing but safetensors and the published formulas."""
+"""Writing a denoiser: both layouts hold what the model computes, read by nothing but safetensors and the
+published formulas.
+"""
 
 import json
 from pathlib import Path
@@ -50,11 +52,13 @@ def seen(model: nn.Module) -> dict[str, LayerStatistics]:
     return found
 
 
-# -- a reader of our own ------------------------------------------------------------------------------------------------
+# -- a reader of our own -------------------------------------------------------------------------------------
 
 
 def hadamard(size: int, sylvester: bool) -> np.ndarray:
-    """The matrix of the formats' descriptions: Kronecker powers of a 4x4 block (regular) or of [[1, 1], [1, -1]]."""
+    """The matrix of the formats' descriptions: Kronecker powers of a 4x4 block (regular) or of [[1, 1], [1,
+    -1]].
+    """
     block = (
         np.array([[1, 1], [1, -1]])
         if sylvester
@@ -170,14 +174,15 @@ def test_the_home_folder_may_stand_in_the_name(tmp_path: Path, monkeypatch: pyte
     assert save_denoiser("~/deep/m.safetensors", model, layers, {}, {}) == tmp_path / "deep" / "m.safetensors"
 
 
-# -- what cannot be one tensor ------------------------------------------------------------------------------------------
+# -- what cannot be one tensor -------------------------------------------------------------------------------
 
 
 def test_parts_of_which_only_some_are_int8_are_refused_with_the_way_out(tmp_path: Path) -> None:
     model, layers = made()
     del layers["transformer_blocks.0.attn.to_k"]
     message = (
-        r"^double_blocks\.0\.img_attn\.qkv\.weight is one layer in the file, and transformer_blocks\.0\.attn\.to_k\.weight of it is float "
+        r"^double_blocks\.0\.img_attn\.qkv\.weight is one layer in the file, "
+        r"and transformer_blocks\.0\.attn\.to_k\.weight of it is float "
         r"where the rest is INT8; save to a folder, which keeps diffusers' own layers: save=my-int8/$"
     )
     with pytest.raises(ConfigError, match=message):
@@ -189,7 +194,10 @@ def test_parts_of_which_only_some_are_int8_are_refused_with_the_way_out(tmp_path
 def test_parts_that_were_treated_differently_are_refused_with_the_way_out(tmp_path: Path) -> None:
     model = random_pipeline().transformer
     model, layers = made(SmoothQuant(0.5), statistics=seen(model))
-    message = r"qkv\.weight is one layer in the file, and its parts were treated differently \(smoothquant alpha=0\.5\); save to a folder"
+    message = (
+        r"qkv\.weight is one layer in the file, and its parts were "
+        r"treated differently \(smoothquant alpha=0\.5\); save to a folder"
+    )
     with pytest.raises(ConfigError, match=message):
         save_denoiser(str(tmp_path / "m.safetensors"), model, layers, {}, {})
     _, others = made(ConvRot(16))
@@ -199,7 +207,7 @@ def test_parts_that_were_treated_differently_are_refused_with_the_way_out(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-# -- tensors ------------------------------------------------------------------------------------------------------------
+# -- tensors -------------------------------------------------------------------------------------------------
 
 
 def test_tensors_of_any_layout_and_dtype_are_written_as_they_are(tmp_path: Path) -> None:

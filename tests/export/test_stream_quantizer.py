@@ -1,4 +1,6 @@
-"""Quantizing from file to file: what is written beside what the same steps give in memory, and by a reader of its own."""
+"""Quantizing from file to file: what is written beside what the same steps give in memory, and by a reader of
+its own.
+"""
 
 import json
 import math
@@ -35,7 +37,10 @@ PLAIN = QuantizationRecipe(NoOutlier(), AbsMax())
 
 
 def run(source, target, recipe=PLAIN, names=None, keep=(), on_bytes=lambda count: None):
-    """Stream a file; layers whose key is in `keep` stay float. Returns the plans by name and the new file's tensors."""
+    """Stream a file; layers whose key is in `keep` stay float.
+
+    Returns the plans by name and the new file's tensors.
+    """
     with TensorFiles.open(source) as files:
         stored = read_layers(files)
         names = names or keep_own_names(files, stored)
@@ -48,7 +53,9 @@ def run(source, target, recipe=PLAIN, names=None, keep=(), on_bytes=lambda count
 
 @pytest.fixture
 def weights():
-    """Widths that groups of 256, of 64, of 4 and none divide; float32, bfloat16 and float16; what is no matrix."""
+    """Widths that groups of 256, of 64, of 4 and none divide; float32, bfloat16 and float16; what is no
+    matrix.
+    """
     return {
         "wide.weight": (randn(70, 512) * 0.02).bfloat16(),
         "wide.bias": randn(70).bfloat16(),
@@ -227,7 +234,10 @@ def test_a_matrix_that_is_none_in_the_new_names_stays_float(tmp_path):
 def test_parts_that_do_not_go_together(tmp_path):
     save_file({"a.weight": randn(4, 6), "b.weight": randn(4, 5)}, tmp_path / "s.safetensors")
     names = {"ab.weight": (TensorPart("a.weight"), TensorPart("b.weight"))}
-    words = r"a\.weight \[4, 6\], b\.weight \[4, 5\] are to be one tensor, ab\.weight, and their shapes do not go together; the file is da"
+    words = (
+        r"a\.weight \[4, 6\], b\.weight \[4, 5\] are to be one tensor, "
+        r"ab\.weight, and their shapes do not go together; the file is da"
+    )
     with pytest.raises(FileError, match=words):
         run(tmp_path / "s.safetensors", tmp_path / "x.safetensors", names=names)
 
@@ -472,7 +482,8 @@ module.BLOCK_BYTES = 4096
 recipe = module.QuantizationRecipe(NoOutlier(), AbsMax())
 files = TensorFiles.open(Path(sys.argv[1]))
 stored = read_layers(files)
-targets = module.plan_targets(files, stored, module.keep_own_names(files, stored), lambda key, parts: None, recipe)
+names = module.keep_own_names(files, stored)
+targets = module.plan_targets(files, stored, names, lambda key, parts: None, recipe)
 done = []
 
 def slow(count):
@@ -513,13 +524,18 @@ from int8run.outlier.convrot import ConvRot
 from int8run.quant.rounding import AbsMax
 
 torch.set_num_threads(1)
-peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+
+def peak():
+    high_water = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(high_water.split()[1]) / 1024
+
 recipe = module.QuantizationRecipe(ConvRot(), AbsMax())
 
 def convert(source, target):
     files = TensorFiles.open(Path(source))
     stored = read_layers(files)
-    targets = module.plan_targets(files, stored, module.keep_own_names(files, stored), lambda key, parts: None, recipe)
+    names = module.keep_own_names(files, stored)
+    targets = module.plan_targets(files, stored, names, lambda key, parts: None, recipe)
     module.write_targets(files, stored, targets, Path(target), {}, recipe)
 
 convert(sys.argv[1], sys.argv[3])
@@ -552,7 +568,9 @@ def test_memory_is_a_few_blocks_however_large_the_file_is(tmp_path):
 
 
 def regular(size):
-    """The matrix of ConvRot by its definition: a Kronecker power of the 4x4 block over the square root of its size."""
+    """The matrix of ConvRot by its definition: a Kronecker power of the 4x4 block over the square root of its
+    size.
+    """
     block = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
@@ -605,7 +623,9 @@ def test_files_say_what_they_hold(source, weights, tmp_path, group):
 
 
 def test_the_vectors_of_the_format(tmp_path):
-    """`[[1, -2, 0.5, 0]]` -> 2/127 and [64, -127, 32, 0]; the regular matrix of 4 on a unit row; a row that is an eigenvector."""
+    """`[[1, -2, 0.5, 0]]` -> 2/127 and [64, -127, 32, 0]; the regular matrix of 4 on a unit row; a row that
+    is an eigenvector.
+    """
     row, unit = torch.tensor([[1.0, -2.0, 0.5, 0.0]]), torch.tensor([[1.0, 0, 0, 0], [1, 2, 3, 4]])
     path = save(tmp_path, "s", {"a.weight": row, "b.weight": unit})
     _, found = run(path, tmp_path / "x.safetensors")

@@ -41,6 +41,10 @@ from int8run.pipeline.load import load_model
 from int8run.report.console import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+# one way to save is enough to see a change of a family; 20 families three times take minutes
+QUICK_AND_SLOW_KINDS = [
+    kind if kind == "file" else pytest.param(kind, marks=pytest.mark.slow) for kind in SAVE_KINDS
+]
 
 
 @pytest.fixture(scope="module", params=INSTANCES)
@@ -87,7 +91,7 @@ def test_folder_is_streamed_to_int8_layers_that_generate(case: Case) -> None:
     assert saved.latents[-1].std() > 0.01
 
 
-@pytest.mark.parametrize("kind", SAVE_KINDS)
+@pytest.mark.parametrize("kind", QUICK_AND_SLOW_KINDS)
 def test_saved_denoiser_is_loaded_as_the_model(case: Case, kind: str) -> None:
     saved = case.get_saved(kind)
     again = case.build(saved.location)
@@ -97,7 +101,7 @@ def test_saved_denoiser_is_loaded_as_the_model(case: Case, kind: str) -> None:
     assert torch.equal(case.generate_latents(again), saved.latents)
 
 
-@pytest.mark.parametrize("kind", SAVE_KINDS)
+@pytest.mark.parametrize("kind", QUICK_AND_SLOW_KINDS)
 def test_saved_denoiser_is_loaded_as_int8_checkpoint(case: Case, kind: str) -> None:
     saved, single = case.get_saved(kind), len(case.denoisers) == 1
     where = str(saved.location) if single else {name: str(path) for name, path in saved.location.items()}
@@ -108,6 +112,7 @@ def test_saved_denoiser_is_loaded_as_int8_checkpoint(case: Case, kind: str) -> N
     assert torch.equal(case.generate_latents(again), saved.latents)
 
 
+@pytest.mark.slow
 def test_layers_are_rotated_where_their_width_allows(case: Case) -> None:
     layers = find_int8_layers(case.get_saved("rotated file").built)
 
@@ -153,6 +158,7 @@ def test_float_file_with_original_names_is_the_model(case: Case, kind: str) -> N
 # from file to file
 
 
+@pytest.mark.slow
 def test_quantize_task_writes_what_a_run_saves(case: Case) -> None:
     single, in_folder = len(case.denoisers) == 1, case.get_saved("folder").location
     for component, part in case.denoisers.items():

@@ -176,6 +176,7 @@ def kill_in_third_job(command: list[str], folder: Path, environment: dict[str, s
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_on(tmp_path: Path, model: str) -> None:
     """With MLflow: four jobs finished, none twice, the killed one not running for ever."""
     command = [sys.executable, "-m", "int8run.cli", "-m", "seed=0,1,2,3", model, *SMALL]

@@ -37,6 +37,7 @@ def read_layer_values(folder: Path, column: str) -> list[set[str]]:
     return values
 
 
+@pytest.mark.slow
 def test_strengths_of_the_shipped_stack_build_once(command: Command) -> None:
     process_cache.clear()
 

@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 CASES = Path(__file__).with_name("cases_triton_int8_linear.py")
 
 
+@pytest.mark.slow
 def test_interpreted():
     run_cases(CASES, interpret=True)
 

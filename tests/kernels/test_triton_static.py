@@ -18,13 +18,8 @@ from support.static_gate import (
 
 from int8run.kernels.int8_linear.tile import Tile
 
-# the two instruction sets with most users; the others take a minute more
-QUICK = (80, 90)
 
-
-@pytest.mark.parametrize(
-    "architecture", [a if a in QUICK else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES]
-)
+@pytest.mark.parametrize("architecture", [pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES])
 def test_default_tiles_compile_clean(architecture):
     if reason := unsupported(architecture):
         pytest.skip(reason)

@@ -1,4 +1,6 @@
-"""A checkpoint by the names of a model's parameters: whatever it calls them, wherever its rows lie, however they are stored."""
+"""A checkpoint by the names of a model's parameters: whatever it calls them, wherever its rows lie, however
+they are stored.
+"""
 
 import json
 import logging
@@ -133,7 +135,10 @@ def test_parts_that_were_treated_differently_are_no_layer(tmp_path: Path) -> Non
     assert set(file.find_int8_layers()) == {"both"}
     with pytest.raises(
         FileError,
-        match=r"m\.safetensors: the parts of both were transformed differently \(none, convrot group_size=16\)$",
+        match=(
+            r"m\.safetensors: the parts of both were transformed "
+            r"differently \(none, convrot group_size=16\)$"
+        ),
     ):
         file.read_int8_layer("both")
     file.layout = replace(
@@ -147,7 +152,10 @@ def test_parts_that_were_treated_differently_are_no_layer(tmp_path: Path) -> Non
 def test_a_file_for_another_model_is_refused(model: nn.Module, tmp_path: Path) -> None:
     tensors = native(model)
     del tensors[QKV + ".weight"]
-    message = rf"m\.safetensors does not hold 3 of the \d+ tensors of FluxTransformer2DModel \(first: {ATTENTION}to_[qkv]\.weight\); it is for"
+    message = (
+        rf"m\.safetensors does not hold 3 of the \d+ tensors of "
+        rf"FluxTransformer2DModel \(first: {ATTENTION}to_[qkv]\.weight\); it is for"
+    )
     with pytest.raises(FileError, match=message):
         opened(tensors, tmp_path / "m.safetensors", model)
     assert (
@@ -176,7 +184,7 @@ def test_tensors_without_a_place_are_said_once(
     ) or (said.getMessage().endswith("(first: mine.weight)"))
 
 
-# -- several denoisers --------------------------------------------------------------------------------------------------
+# -- several denoisers ---------------------------------------------------------------------------------------
 
 
 def test_each_expert_has_its_own_file(model: nn.Module, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Loading without the float model: what is filled in is what diffusers would have loaded, and the planned weights are never there."""
+"""Loading without the float model: what is filled in is what diffusers would have loaded, and the planned
+weights are never there.
+"""
 
 import weakref
 from pathlib import Path
@@ -76,7 +78,7 @@ def assert_same(one: nn.Module, two: nn.Module) -> None:
         assert tensor.dtype == other.dtype and torch.equal(tensor, other), name
 
 
-# -- the same as a resident model ---------------------------------------------------------------------------------------
+# -- the same as a resident model ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -149,7 +151,7 @@ def test_modules_that_diffusers_keeps_in_float32_are_kept(dtype: torch.dtype, tm
     assert_same(made, expected)
 
 
-# -- what is in memory --------------------------------------------------------------------------------------------------
+# -- what is in memory ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("outlier", ["none", "hadanorm"])
@@ -205,7 +207,7 @@ def test_without_weights_a_model_shows_its_shapes() -> None:
     assert replace_missing_linears(full) is full
 
 
-# -- hashes -------------------------------------------------------------------------------------------------------------
+# -- hashes --------------------------------------------------------------------------------------------------
 
 
 def test_every_file_that_decides_a_drawing_is_hashed(tmp_path: Path) -> None:
@@ -235,7 +237,7 @@ def test_a_single_files_hash_counts(folder: Path, tmp_path: Path) -> None:
     assert "transformer: m.safetensors" in dict(hashes[0]) and hashes[0] != hashes[1]
 
 
-# -- offloading ---------------------------------------------------------------------------------------------------------
+# -- offloading ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["model", "group"])
@@ -243,7 +245,10 @@ def test_offloading_without_a_gpu_is_refused_before_anything_is_loaded(
     folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "resolve_model", lambda *_: pytest.fail("looked for the model"))
-    message = rf"^offload={mode} moves parts of the model between memory and a GPU; on cpu there is nothing to move; set offload=none$"
+    message = (
+        rf"^offload={mode} moves parts of the model between memory and "
+        rf"a GPU; on cpu there is nothing to move; set offload=none$"
+    )
     with pytest.raises(BackendError, match=message):
         loaded(folder, f"offload={mode}", "device=cpu")
 
@@ -282,7 +287,7 @@ def test_every_change_of_the_denoiser_is_told_to_the_offloading(
     assert seen == [("none", False), ("none", True)]
 
 
-# -- settings -----------------------------------------------------------------------------------------------------------
+# -- settings ------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_attention_backend_is_refused_for_a_skeleton_too(folder: Path) -> None:

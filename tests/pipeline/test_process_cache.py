@@ -1,4 +1,6 @@
-"""The process-wide memory: one built model, the old one gone before the new one is made; and drawn pictures up to a limit."""
+"""The process-wide memory: one built model, the old one gone before the new one is made; and drawn pictures
+up to a limit.
+"""
 
 import gc
 import weakref
@@ -62,7 +64,7 @@ def test_a_built_none_is_remembered_too():
     assert process_cache.get_or_build("a", never) == (None, True)
 
 
-# -- what the float model drew -----------------------------------------------------------------------------------------------------
+# -- what the float model drew -------------------------------------------------------------------------------
 
 
 def test_what_was_drawn_is_recalled_by_value():

@@ -1,4 +1,6 @@
-"""From a float denoiser to an INT8 one: what a checkpoint may contradict, the quality budget, and what a transform costs."""
+"""From a float denoiser to an INT8 one: what a checkpoint may contradict, the quality budget, and what a
+transform costs.
+"""
 
 import json
 import math
@@ -126,20 +128,26 @@ def statistics(width: int, seed: int) -> LayerStatistics:
     return LayerStatistics(sample, sample.abs().amax((0, 1)), torch.ones(width))
 
 
-# -- int8.checkpoint ----------------------------------------------------------------------------------------------------
+# -- int8.checkpoint -----------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_without_the_method_that_is_asked_for_is_refused(tmp_path: Path) -> None:
     taken, _ = saved(TinyModel(), NoOutlier(), tmp_path / "m.safetensors", keep_float=["proj_out"])
     # proj_in is too narrow to be rotated: plain is what outlier=convrot would have made of it
-    message = r"m\.safetensors contradicts outlier=convrot in 4 of 5 layers \(blocks\.0\.1 has '.*', not 'convrot 64'\); "
+    message = (
+        r"m\.safetensors contradicts outlier=convrot in 4 of 5 "
+        r"layers \(blocks\.0\.1 has '.*', not 'convrot 64'\); "
+    )
     with pytest.raises(FileError, match=message):
         follow_by(taken, planned(TinyModel()), ConvRot())
 
 
 def test_the_same_method_with_other_settings_is_a_contradiction(tmp_path: Path) -> None:
     taken, _ = saved(TinyModel(), ConvRot(16), tmp_path / "m.safetensors")
-    message = r"contradicts outlier=convrot in 5 of 6 layers \(blocks\.0\.1 has '.*convrot.* 16', not 'convrot 4'\); set outlier="
+    message = (
+        r"contradicts outlier=convrot in 5 of 6 layers \(blocks\.0\.1 "
+        r"has '.*convrot.* 16', not 'convrot 4'\); set outlier="
+    )
     with pytest.raises(FileError, match=message):
         follow_by(taken, planned(TinyModel()), ConvRot(4))
     with pytest.raises(FileError, match=r"contradicts outlier=smoothquant in 6 of 6 layers"):
@@ -207,7 +215,7 @@ def test_the_models_own_integers_are_not_compared_with_themselves(tmp_path: Path
     list(read_prequantized_layers(loaded, plans, taken, lambda name: pytest.fail("a float weight was read")))
 
 
-# -- where the layers come from -----------------------------------------------------------------------------------------
+# -- where the layers come from ------------------------------------------------------------------------------
 
 
 def found(
@@ -284,7 +292,10 @@ def test_a_file_for_each_denoiser_or_a_folder_of_both(tmp_path: Path) -> None:
         ConfigError, match=r"^int8\.checkpoint names transformer; the model has transformer, transformer_2$"
     ):
         resolve_checkpoint_paths({"transformer": "a"}, two)
-    message = r"x is one file, the model has 2 denoisers; set 'int8\.checkpoint=\{transformer: <file>, transformer_2: <file>\}'$"
+    message = (
+        r"x is one file, the model has 2 denoisers; set "
+        r"'int8\.checkpoint=\{transformer: <file>, transformer_2: <file>\}'$"
+    )
     with pytest.raises(ConfigError, match=message):
         resolve_checkpoint_paths("x", two)
     for name in two:
@@ -315,7 +326,10 @@ def test_the_bias_comes_from_the_float_model(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_models_weights_is_refused(tmp_path: Path) -> None:
     taken, plans = saved(TinyModel(), ConvRot(), tmp_path / "m.safetensors")
-    message = r"m\.safetensors: proj_in does not hold this model's weight \(SQNR -\d\.\d dB, at least 15 expected\); it was made from another"
+    message = (
+        r"m\.safetensors: proj_in does not hold this model's weight \(SQNR "
+        r"-\d\.\d dB, at least 15 expected\); it was made from another"
+    )
     with pytest.raises(FileError, match=message):
         layers_of(TinyModel(seed=1), plans, taken)
 
@@ -374,13 +388,17 @@ def test_other_loras_in_the_weights_are_a_contradiction(tmp_path: Path) -> None:
     place, ink = tmp_path / "m.safetensors", [["ink", 0.1]]
     saved(TinyModel(), NoOutlier(), place, note={"loras": [["ink", 0.1]]})
     assert found(make_request(str(place), baked_loras=ink)) is not None
-    message = r"m\.safetensors was made with ink 0\.1 baked in, this run bakes no LoRA; for LoRAs on top of it set lora\.mode=dynamic"
+    message = (
+        r"m\.safetensors was made with ink 0\.1 baked in, this run "
+        r"bakes no LoRA; for LoRAs on top of it set lora\.mode=dynamic"
+    )
     with pytest.raises(FileError, match=message):
         found(make_request(str(place)))
     saved(TinyModel(), NoOutlier(), place, note={"loras": []})
     with pytest.raises(
         FileError,
-        match=r"was made with no LoRA baked in, this run bakes ink 0\.1; for LoRAs on top of it set lora\.mode=dynamic or",
+        match=r"was made with no LoRA baked in, this run bakes ink "
+        r"0\.1; for LoRAs on top of it set lora\.mode=dynamic or",
     ):
         found(make_request(str(place), baked_loras=ink))
     saved(TinyModel(), NoOutlier(), place, note={})  # of another program, which says nothing
@@ -397,7 +415,7 @@ def test_only_baked_loras_with_a_strength_count() -> None:
     assert list_baked_loras(LoraSettings(adapters, mode="dynamic")) == []
 
 
-# -- which method a layer gets ------------------------------------------------------------------------------------------
+# -- which method a layer gets -------------------------------------------------------------------------------
 
 
 def chosen_for(
@@ -479,7 +497,7 @@ def test_layers_that_share_their_input_share_the_cost_of_its_treatment(
         assert list(methods) == expected
 
 
-# -- one set of layers, several models ----------------------------------------------------------------------------------
+# -- one set of layers, several models -----------------------------------------------------------------------
 
 
 class FusesGelu(Reference):
@@ -563,13 +581,14 @@ def test_models_of_the_same_layers_share_their_memory() -> None:
     assert not {id(m) for m in one.modules()} & {id(m) for m in two.modules()}
 
 
-# -- the quality budget -------------------------------------------------------------------------------------------------
+# -- the quality budget --------------------------------------------------------------------------------------
 
 
 def test_a_budget_says_what_it_paid() -> None:
     budget = MixedPrecisionResult(45, 46.24, 31.06, {"a": 0.6, "b": 0.1}, 1.251, 1.1)
     assert str(budget) == (
-        "quality budget 45 dB: 46.2 dB with 2 layers kept float, 31.1 dB without; a step takes 1.25× the time, the denoiser 1.10× the "
+        "quality budget 45 dB: 46.2 dB with 2 layers kept float, 31.1 dB "
+        "without; a step takes 1.25× the time, the denoiser 1.10× the "
         "memory"
     )
     assert budget.metrics == {
@@ -692,7 +711,10 @@ def test_no_more_layers_are_kept_than_needed_and_the_worst_per_multiplication_fi
 def test_a_budget_that_only_the_float_model_meets_names_the_best_that_was_measured(
     asked: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    message = rf"^quality_db={asked:g} is met by the float model alone: 50\.0 dB is the most that was measured, with 5 of 6 layers float; ask"
+    message = (
+        rf"^quality_db={asked:g} is met by the float model alone: 50\.0 dB "
+        rf"is the most that was measured, with 5 of 6 layers float; ask"
+    )
     with pytest.raises(ConfigError, match=message):
         counted_budget(asked, monkeypatch, dict.fromkeys(LINEARS, 1.0), dict.fromkeys(LINEARS, 1))
 
@@ -784,7 +806,10 @@ def test_a_low_budget_keeps_nothing_and_looks_at_no_layer(monkeypatch: pytest.Mo
 
 
 def test_a_budget_beyond_reach_is_a_setting_that_cannot_work() -> None:
-    message = r"^quality_db=200 is met by the float model alone: \d+\.\d dB is the most .*, with \d+ of 34 layers float; ask for less, or try"
+    message = (
+        r"^quality_db=200 is met by the float model alone: \d+\.\d dB is "
+        r"the most .*, with \d+ of 34 layers float; ask for less, or try"
+    )
     with pytest.raises(ConfigError, match=message):
         real_budget(200.0)
 
@@ -799,7 +824,7 @@ def test_equal_latents_have_no_error() -> None:
     assert budgets.measure_latents_db(other, latents) == pytest.approx(20.0, abs=1e-4)
 
 
-# -- what a transform costs ---------------------------------------------------------------------------------------------
+# -- what a transform costs ----------------------------------------------------------------------------------
 
 
 @pytest.fixture

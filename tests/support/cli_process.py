@@ -1,4 +1,4 @@
-"""The `int8run` command inside the test's process: no new interpreter, and no state left for the next test."""
+"""The `int8run` command inside the test's process: no new interpreter, no state left for the next test."""
 
 import logging
 import os
@@ -27,7 +27,9 @@ class Outcome:
 
     @property
     def message(self) -> str:
-        """The message after `int8run: `, to the end of the error stream. There is exactly one, and no traceback."""
+        """The message after `int8run: `, to the end of the error stream. There is exactly one, and no
+        traceback.
+        """
         assert "Traceback" not in self.out + self.err, self.err
         found = re.findall(r"(?:\A|\n)int8run: (.*)\Z", self.err, flags=re.DOTALL)
         assert len(found) == 1 and "\nint8run: " not in found[0], f"no single message in {self.err!r}"
@@ -61,7 +63,9 @@ class Command:
 def command_in(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Command]:
-    """A command whose working folder is `folder`; environment, logging and hydra's singletons are put back at the end."""
+    """A command whose working folder is `folder`; environment, logging and hydra's singletons are put back at
+    the end.
+    """
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
     cache = (

@@ -1,4 +1,6 @@
-"""Text encoders of the random pipeline as quantized files, written by the tests' own makers, and what they answer."""
+"""Text encoders of the random pipeline as quantized files, written by the tests' own makers, and what they
+answer.
+"""
 
 import copy
 from collections.abc import Mapping, Sequence

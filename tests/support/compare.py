@@ -1,7 +1,9 @@
 """Comparisons that hold on every CPU: numbers by their relative error, integers up to ties of the rounding.
 
-Two CPUs, two versions of a BLAS or two numbers of threads add the same float32 numbers in different orders, so their
-sums differ in the last bits. A sum half way between two integers is then rounded to one of them here and to the other
+Two CPUs, two versions of a BLAS or two numbers of threads add the same float32 numbers in different orders,
+so their
+sums differ in the last bits. A sum half way between two integers is then rounded to one of them here and to
+the other
 there. Nothing else may differ.
 """
 
@@ -55,7 +57,8 @@ def assert_same_integers(name: str, q: Tensor, exact: Tensor, scale: Tensor) -> 
 
 @torch.no_grad()
 def assert_runs_like_the_reference(name: str, layer: Int8Linear, x: Tensor) -> None:
-    """Assert that a layer's backend rounds its input right and multiplies what it rounded as the reference does.
+    """Assert that a layer's backend rounds its input right and multiplies what it rounded as the reference
+    does.
 
     Args:
         x: float [M, K].

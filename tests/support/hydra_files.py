@@ -1,4 +1,6 @@
-"""Hydra reads a shipped YAML file once per process and not once per composition: a third of a composition's time."""
+"""Hydra reads a shipped YAML file once per process and not once per composition: a third of a composition's
+time.
+"""
 
 import copy
 from collections.abc import Iterator

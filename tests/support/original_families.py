@@ -1,4 +1,6 @@
-"""Every architecture with names of its own: the diffusers class at a small size, and how diffusers reads its authors' files."""
+"""Every architecture with names of its own: the diffusers class at a small size, and how diffusers reads its
+authors' files.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +10,8 @@ import torch
 from diffusers.loaders import single_file_utils as converters
 from torch import Tensor, nn
 
-# the converters of these families have the width of the real model written into them: on the meta device it costs nothing
+# the converters of these families have the width of the real model written into them: on the meta device it
+# costs nothing
 HIDDEN = {"attention_head_dim": 128, "num_attention_heads": 24}
 FLUX = {**HIDDEN, "in_channels": 4, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": 8}
 WAN = {
@@ -64,7 +67,9 @@ DOWN, UP, DOWN_ATTENTION, UP_ATTENTION = (
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: the diffusers class with a small configuration, and how diffusers converts its authors' checkpoints."""
+    """One architecture: the diffusers class with a small configuration, and how diffusers converts its
+    authors' checkpoints.
+    """
 
     cls: str
     config: dict
@@ -73,12 +78,15 @@ class Family:
     besides: tuple[str, ...] = ()  # parameters that a converter demands and that belong to no module
     unchanged: str = r"$^"  # modules whose authors' names are those of diffusers
     same: str = r"$^"  # parameters of no such module whose authors' names are those of diffusers
-    words: str = ""  # all parts of the authors' names, where the converter takes a mixture of theirs and those of diffusers
+    # all parts of the authors' names, where the converter takes a mixture of theirs and those of diffusers
+    words: str = ""
     dropped: tuple[str, ...] = ()  # keys of the authors' files that the model has no place for
 
 
 def convert_pixart(file: dict[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers has no converter for PixArt, but a script (`convert_pixart_sigma_to_diffusers.py`): what it does, in short."""
+    """diffusers has no converter for PixArt, but a script (`convert_pixart_sigma_to_diffusers.py`): what it
+    does, in short.
+    """
     model = {"scale_shift_table": file["final_layer.scale_shift_table"]}
     for parameter in ("weight", "bias"):
         for here, there in {
@@ -126,7 +134,9 @@ def convert_pixart(file: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_sana_sprint(file: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As diffusers' script for Sana (`convert_sana_to_diffusers.py`) does it; its converter knows the other Sanas only."""
+    """As diffusers' script for Sana (`convert_sana_to_diffusers.py`) does it; its converter knows the other
+    Sanas only.
+    """
     model = {}
     for key in [
         key
@@ -146,7 +156,9 @@ def convert_sana_sprint(file: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_wan_first_last(file: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As diffusers' script for Wan (`convert_wan_to_diffusers.py`) does it; its converter leaves this one name."""
+    """As diffusers' script for Wan (`convert_wan_to_diffusers.py`) does it; its converter leaves this one
+    name.
+    """
     positions = {"condition_embedder.image_embedder.pos_embed": file.pop("img_emb.emb_pos")}
     return converters.convert_wan_transformer_to_diffusers(file) | positions
 
@@ -168,8 +180,10 @@ FAMILIES = {
         FLUX,
         converters.convert_flux2_transformer_checkpoint_to_diffusers,
         words="""
-            img_in txt_in time_in guidance_in in_layer out_layer double_stream_modulation_img double_stream_modulation_txt
-            single_stream_modulation lin double_blocks img_attn txt_attn qkv norm query_norm key_norm proj img_mlp txt_mlp single_blocks
+            img_in txt_in time_in guidance_in in_layer out_layer
+            double_stream_modulation_img double_stream_modulation_txt
+            single_stream_modulation lin double_blocks img_attn txt_attn qkv norm query_norm key_norm proj
+            img_mlp txt_mlp single_blocks
             linear1 linear2 final_layer linear adaLN_modulation weight scale
         """,
     ),
@@ -392,7 +406,8 @@ FAMILIES = {
         },
         converters.convert_krea2_transformer_checkpoint_to_diffusers,
         words="""
-            first tmlp tproj txtfusion layerwise_blocks refiner_blocks projector txtmlp blocks last linear norm modulation mod lin
+            first tmlp tproj txtfusion layerwise_blocks refiner_blocks projector txtmlp blocks last linear
+            norm modulation mod lin
             prenorm postnorm attn wq wk wv wo gate qknorm qnorm knorm mlp up down weight bias scale
         """,
     ),

@@ -16,7 +16,9 @@ from int8run.tasks.run import RunResult, run
 
 
 def uncached(overrides: list[str]) -> list[str]:
-    """These overrides, and nothing kept on disk unless they say where: a test neither finds what another left nor writes at home."""
+    """These overrides, and nothing kept on disk unless they say where: a test neither finds what another left
+    nor writes at home.
+    """
     return (
         overrides
         if any(word.startswith("cache.") for word in overrides)

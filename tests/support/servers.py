@@ -24,7 +24,8 @@ def free_port() -> int:
 
 
 class MlflowServer:
-    """`mlflow server` for as long as its `with` lasts: two processes, half a gigabyte, about ten seconds to start.
+    """`mlflow server` for as long as its `with` lasts: two processes, half a gigabyte, about ten seconds to
+    start.
 
     Args:
         folder: working folder of the server; by default its database and artifacts are there, too.
@@ -91,7 +92,8 @@ class MlflowServer:
 
 
 class Door:
-    """A port that leads to another one of this machine while it is open. Shut, it refuses everybody, at once, as a server that is down.
+    """A port that leads to another one of this machine while it is open. Shut, it refuses everybody, at once,
+    as a server that is down.
 
     Args:
         port: where it leads.
@@ -149,7 +151,10 @@ class Door:
             threading.Thread(target=self.carry, args=(inner, outer, False), daemon=True).start()
 
     def carry(self, source: socket.socket, target: socket.socket, counts: bool) -> None:
-        """Bytes of one direction. A request starts with its method, and the client waits for the answer before the next one."""
+        """Bytes of one direction.
+
+        A request starts with its method, and the client waits for the answer before the next one.
+        """
         with suppress(OSError):
             while data := source.recv(65536):
                 if counts and data.startswith(REQUESTS):

@@ -24,8 +24,10 @@ from int8run.kernels.quantize_rowwise import kernel as rowwise
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # mma.sync, wgmma and tcgen05 on int8
 INTEGER_MMA = r"\b(?:IMMA|IGMMA|UTCIMMA)\b"
-# Byte permutes in the k loop mean that the operands arrive in another order than the tensor cores want: on sm_80 Triton 3.9 makes
-# 168 for the default tile, and 244 registers, from a weight tile loaded through a [K, N] view. The right form has none; on
+# Byte permutes in the k loop mean that the operands arrive in another order than the tensor cores want: on
+# sm_80 Triton 3.9 makes
+# 168 for the default tile, and 244 registers, from a weight tile loaded through a [K, N] view. The right form
+# has none; on
 # sm_100 scales per group have 16.
 MOST_PERMUTES = 32
 # FLUX.1-dev's widths and ranks are multiples of 16, and torch's memory is aligned
@@ -118,7 +120,10 @@ def rowwise_build(
         "PARTS": max(rotation // 64, 4),
     }
     kind = "sylvester" if sylvester else "rotation"
-    name = f"quantize {kind} {rotation} rank {rank}{' gelu factor' if before else ''}{' float32' if dtype == torch.float32 else ''}"
+    name = (
+        f"quantize {kind} {rotation} rank "
+        f"{rank}{' gelu factor' if before else ''}{' float32' if dtype == torch.float32 else ''}"
+    )
     warps = rowwise.choose_row_block_warps(rotation, block_r)
     return Build(
         architecture,
@@ -157,7 +162,9 @@ def linear_builds(architecture: int) -> Iterator[Build]:
 
 
 def rowwise_builds(architecture: int) -> Iterator[Build]:
-    """What FLUX needs: plain rows, GELU before ff.net.2, both kinds of rotation, LoRA of small and large rank."""
+    """What FLUX needs: plain rows, GELU before ff.net.2, both kinds of rotation, LoRA of small and large
+    rank.
+    """
     yield resident_build(architecture, 4096)
     yield resident_build(architecture, 16384)
     yield rowwise_build(architecture, 256, 0, before=False)
@@ -264,7 +271,10 @@ def main() -> None:
             continue
         for build in builds(architecture):
             c = count(build)
-            row = f"{c.registers:4} {c.shared:6} {c.local_loads:4} {c.local_stores:4} {c.integer_mma:4} {c.loop_permutes:4}"
+            row = (
+                f"{c.registers:4} {c.shared:6} {c.local_loads:4} "
+                f"{c.local_stores:4} {c.integer_mma:4} {c.loop_permutes:4}"
+            )
             write(f"{build!s:62} {row}  {'; '.join(failures(build, c))}\n")
 
 

@@ -1,4 +1,6 @@
-"""A FluxPipeline with a few thousand random weights, built from diffusers' real classes: for tests of the path, not of pictures."""
+"""A FluxPipeline with a few thousand random weights, built from diffusers' real classes: for tests of the
+path, not of pictures.
+"""
 
 from pathlib import Path
 
@@ -10,7 +12,10 @@ WIDE = 256  # of text encoders with more than one block of every format in a row
 
 
 def random_pipeline(seed: int = 0, text: int = 16) -> FluxPipeline:
-    """Seeded; 32x32 pictures at most make sense (latents 16x16, packed 8x8). text: width of the text encoders."""
+    """Seeded; 32x32 pictures at most make sense (latents 16x16, packed 8x8).
+
+    Text: width of the text encoders.
+    """
     torch.manual_seed(seed)
     vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3}
     clip = CLIPTextConfig(

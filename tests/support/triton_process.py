@@ -12,7 +12,8 @@ import torch
 def run_cases(file: Path, interpret: bool) -> None:
     """Run a file of cases with pytest; it fails with their output. Without `interpret` they run on the GPU.
 
-    Triton reads TRITON_INTERPRET when it is imported, its own library functions included, so that one process cannot do both.
+    Triton reads TRITON_INTERPRET when it is imported, its own library functions included, so that one process
+    cannot do both.
     """
     env = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
@@ -31,7 +32,9 @@ def case_device() -> torch.device:
 
 
 def _repair_bfloat16() -> None:
-    """Round to nearest and multiply: the interpreter of Triton 3.6 and 3.9 truncates, and its dot multiplies the bits as integers."""
+    """Round to nearest and multiply: the interpreter of Triton 3.6 and 3.9 truncates, and its dot multiplies
+    the bits as integers.
+    """
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

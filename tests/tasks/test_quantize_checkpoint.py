@@ -87,7 +87,10 @@ def test_from_the_command_line(command, tiny):
     assert "INT8 16 layers · float 14 (" in words
     assert "7 × modulation output of a norm" in words
     assert re.search(
-        r"SQNR, mean / min 4\d\.\d / 4\d\.\d dB size 30\.2 MB → 19\.\d MB, 0\.65× · time [\d.]+ s, [\d.]+ MB/s read",
+        (
+            r"SQNR, mean / min 4\d\.\d / 4\d\.\d dB size 30\.2 MB "
+            r"→ 19\.\d MB, 0\.65× · time [\d.]+ s, [\d.]+ MB/s read"
+        ),
         words,
     )
     assert re.search(r"peak memory \d+\.\d MB", words)
@@ -326,12 +329,16 @@ def test_a_file_that_is_there_is_replaced_with_a_word(tmp_path, caplog):
 
 def test_one_of_two_files_that_are_named_one_by_one(tmp_path, tiny):
     save_file(tiny, tmp_path / "high.safetensors")
-    location = f"model.location={{transformer: {tmp_path}/missing.safetensors, transformer_2: {tmp_path}/high.safetensors}}"
+    missing, there = tmp_path / "missing.safetensors", tmp_path / "high.safetensors"
+    location = f"model.location={{transformer: {missing}, transformer_2: {there}}}"
     run(tmp_path, location, f"save={tmp_path}/x.safetensors", component="transformer_2")
 
     assert (tmp_path / "x.safetensors").exists()
 
-    words = r"^model\.location names 2 denoisers; choose one: task\.component=transformer or task\.component=transformer_2$"
+    words = (
+        r"^model\.location names 2 denoisers; choose one: "
+        r"task\.component=transformer or task\.component=transformer_2$"
+    )
 
     with pytest.raises(ConfigError, match=words):
         run(tmp_path, location, f"save={tmp_path}/x.safetensors")
@@ -376,13 +383,25 @@ def test_another_checkpoint_of_the_same_shapes_has_another_hash(tmp_path):
 
 REFUSED = {
     "save=null": r"^task=quantize writes a checkpoint; set save=<file\.safetensors> or save=<folder>$",
-    "outlier=smoothquant": r"^outlier=smoothquant needs calibration images, .*; set task=run save=.*x\.safetensors, which generates them$",
+    "outlier=smoothquant": (
+        r"^outlier=smoothquant needs calibration images, .*; set "
+        r"task=run save=.*x\.safetensors, which generates them$"
+    ),
     "outlier=auto": r"^outlier=auto needs calibration images",
     "rounding=gptq": r"^rounding=gptq needs calibration images, .* task=run save=",
-    "model_type.mixed_precision=auto quality_db=40": r"^model_type\.mixed_precision=auto needs calibration images, .* task=run save=",
-    "lora=stack_a": r"^task=quantize leaves LoRAs out; set lora=none, or task=run lora\.mode=bake save=.*x\.safetensors$",
-    "int8.checkpoint=y.safetensors": r"^task=quantize reads model\.location; set it to the file, and int8\.checkpoint=null$",
-    "outlier=quarot outlier.group_size=1024": r"^outlier=quarot can take none of the 16 layers \(10 × in_features=384 is",
+    "model_type.mixed_precision=auto quality_db=40": (
+        r"^model_type\.mixed_precision=auto needs " r"calibration images, .* task=run save="
+    ),
+    "lora=stack_a": (
+        r"^task=quantize leaves LoRAs out; set lora=none, or "
+        r"task=run lora\.mode=bake save=.*x\.safetensors$"
+    ),
+    "int8.checkpoint=y.safetensors": (
+        r"^task=quantize reads model\.location; set " r"it to the file, and int8\.checkpoint=null$"
+    ),
+    "outlier=quarot outlier.group_size=1024": (
+        r"^outlier=quarot can take none of the " r"16 layers \(10 × in_features=384 is"
+    ),
 }
 
 
@@ -401,7 +420,10 @@ def test_places_that_cannot_be_written_to(tmp_path, native_file, tiny):
         run(tmp_path, location, f"save={path}")
     with pytest.raises(
         ConfigError,
-        match=r"is a folder, and .*native\.safetensors has its authors' names, not those of diffusers; save to a",
+        match=(
+            r"is a folder, and .*native\.safetensors has its "
+            r"authors' names, not those of diffusers; save to a"
+        ),
     ):
         run(tmp_path, location, f"save={tmp_path}/folder")
 
@@ -409,7 +431,10 @@ def test_places_that_cannot_be_written_to(tmp_path, native_file, tiny):
 
     with pytest.raises(
         ConfigError,
-        match=r"is a folder, and there is no config\.json beside .*alone to go with it; save to a \.safetensors file$",
+        match=(
+            r"is a folder, and there is no config\.json beside "
+            r".*alone to go with it; save to a \.safetensors file$"
+        ),
     ):
         run(tmp_path, f"model.location={tmp_path}/alone", f"save={tmp_path}/folder")
     with pytest.raises(
@@ -518,7 +543,9 @@ def header_only(path, shapes):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_becomes_int8_are_the_linears_that_the_family_gives(tmp_path, name):
-    """From a diffusers folder and from a file of the authors' names: the plan by names agrees with the modules of the real class."""
+    """From a diffusers folder and from a file of the authors' names: the plan by names agrees with the
+    modules of the real class.
+    """
     family = FAMILIES[name]
     facts = next((f for f in load_families().values() if family.cls in f.denoisers), None)
     if facts is None:

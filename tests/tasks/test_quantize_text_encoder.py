@@ -1,4 +1,6 @@
-"""`task=quantize task.component=text_encoder`: every format is read back as a run would have it, and what is refused."""
+"""`task=quantize task.component=text_encoder`: every format is read back as a run would have it, and what is
+refused.
+"""
 
 import csv
 import json
@@ -241,7 +243,7 @@ def test_the_command_writes_a_file_that_a_run_takes(
         ), words
 
 
-# -- sources ---------------------------------------------------------------------------------------------------------------------------
+# -- sources -------------------------------------------------------------------------------------------------
 
 
 def test_tokenizers_in_a_file_are_kept(quantize: Quantize, tmp_path: Path) -> None:
@@ -382,7 +384,7 @@ def test_one_tensor_at_a_time(
         assert events[i + 1][1] == events[i][1]
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------------------------
+# -- what is refused -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -390,7 +392,10 @@ def test_one_tensor_at_a_time(
     [
         (
             "keep",
-            r"task\.component=text_encoder is written in the format of clip=; choose one: int8_tensorwise, .*nvfp4$",
+            (
+                r"task\.component=text_encoder is written in the format "
+                r"of clip=; choose one: int8_tensorwise, .*nvfp4$"
+            ),
         ),
         ("auto", r"is written in the format of clip="),
     ],
@@ -413,7 +418,10 @@ def test_a_place_is_needed(model: Path, quantize: Quantize, tmp_path: Path) -> N
         quantize(model, "nvfp4", None)
     with pytest.raises(
         ConfigError,
-        match=r"task\.component=text_encoder_3 is not a text encoder of .*; did you mean 'text_encoder_2'\? it has text_encoder,",
+        match=(
+            r"task\.component=text_encoder_3 is not a text encoder of "
+            r".*; did you mean 'text_encoder_2'\? it has text_encoder,"
+        ),
     ):
         quantize(model, "nvfp4", tmp_path / "x.safetensors", component="text_encoder_3")
 

@@ -1,4 +1,6 @@
-"""`task=report`: which runs are compared, what is uploaded and fetched first, what is said when there is nothing."""
+"""`task=report`: which runs are compared, what is uploaded and fetched first, what is said when there is
+nothing.
+"""
 
 import re
 
@@ -139,7 +141,10 @@ def test_the_newest_sweep_that_ran_is_reported(command: Command) -> None:
         (
             ["task.path=nowhere"],
             3,
-            r"nowhere is not a folder \(looked for .*/nowhere\); task\.path= and sync= name one that runs were written to",
+            (
+                r"nowhere is not a folder \(looked for .*/nowhere\); "
+                r"task\.path= and sync= name one that runs were written to"
+            ),
         ),
         (["sync=nowhere"], 3, r"nowhere is not a folder"),
         (["task.path=."], 3, r".* holds no run of int8run: none of its folders has a status\.json"),

@@ -272,7 +272,10 @@ def test_a_pipeline_without_a_denoiser_is_named() -> None:
         "tokenizer": ["x", "Y"],
         "transformer": [None, None],
     }
-    message = r"FluxPipeline in /m has no denoiser: its components are tokenizer, transformer, vae; .*transformer or transformer_2 or unet$"
+    message = (
+        r"FluxPipeline in /m has no denoiser: its components are tokenizer, "
+        r"transformer, vae; .*transformer or transformer_2 or unet$"
+    )
 
     with pytest.raises(ConfigError, match=message):
         list_denoisers(index, "/m")
@@ -307,7 +310,7 @@ def test_compiled_blocks_give_the_same_pictures(small: list[str], tmp_path: Path
     assert result.metrics["quality/latent_rel_err"] < 0.02
 
 
-# -- outlier methods and roundings --------------------------------------------------------------------------------------
+# -- outlier methods and roundings ---------------------------------------------------------------------------
 
 OUTLIERS, ROUNDINGS = (
     sorted(file.stem for file in (CONF / group).glob("*.yaml")) for group in ("outlier", "rounding")
@@ -316,7 +319,9 @@ OUTLIERS, ROUNDINGS = (
 
 @pytest.fixture
 def least(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """One picture of one step by the INT8 model alone; what is measured is remembered in the test's own folder."""
+    """One picture of one step by the INT8 model alone; what is measured is remembered in the test's own
+    folder.
+    """
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return [
         *small,
@@ -401,7 +406,8 @@ def test_layers_that_a_method_cannot_take_are_counted_once(
 
     assert said.levelname == "WARNING"
     assert said.getMessage() == (
-        f"outlier={outlier} cannot take 30 of 34 layers (28 × in_features=32 is not a multiple of 128; 2 × in_features=160 is not a "
+        f"outlier={outlier} cannot take 30 of 34 layers (28 × in_features=32 "
+        f"is not a multiple of 128; 2 × in_features=160 is not a "
         "multiple of 128); these are plain INT8"
     )
 
@@ -411,7 +417,8 @@ def test_a_method_that_can_take_no_layer_is_one_line_and_code_2(least: list[str]
 
     assert (outcome.code, outcome.message) == (
         2,
-        "outlier=quarot can take none of the 34 layers (28 × in_features=32 is not a multiple of 256; 4 × in_features=128 is not a "
+        "outlier=quarot can take none of the 34 layers (28 × in_features=32 "
+        "is not a multiple of 256; 4 × in_features=128 is not a "
         "multiple of 256; 2 × in_features=160 is not a multiple of 256); choose another outlier=",
     )
 
@@ -432,7 +439,7 @@ def test_costs_of_automatic_methods_are_kept_in_the_backends_table(least: list[s
     assert not (tmp_path / "home").exists()
 
 
-# -- save and int8.checkpoint -------------------------------------------------------------------------------------------
+# -- save and int8.checkpoint --------------------------------------------------------------------------------
 
 
 def files_in(out: Path) -> dict[str, bytes]:
@@ -490,7 +497,8 @@ def test_a_saved_file_holds_the_whole_denoiser_and_how_it_was_made(rotated: Path
     expected, tensors = random_pipeline().transformer.state_dict(), load_file(rotated)
     int8 = {key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")}
 
-    # 34 Linears of diffusers; their authors have 3 of each of the 4 attentions in one, and 4 of each of the 2 single blocks
+    # 34 Linears of diffusers; their authors have 3 of each of the 4 attentions in one, and 4 of each of the 2
+    # single blocks
     assert len(int8) == 34 - 4 * 2 - 2 * 3
     assert all(tensors[f"{name}.weight"].dtype == torch.int8 for name in int8)
 
@@ -710,7 +718,8 @@ def test_a_checkpoint_takes_dynamic_loras_and_no_other_baked_ones(
     least: list[str], rotated: Path, tmp_path: Path
 ) -> None:
     file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer)
-    lora = f"lora.adapters=[{{_target_: int8run.lora.config.Adapter, name: style, path: {file}, strength: 0.01}}]"
+    adapter = f"_target_: int8run.lora.config.Adapter, name: style, path: {file}, strength: 0.01"
+    lora = f"lora.adapters=[{{{adapter}}}]"
     run_job([*least, "outlier=convrot", lora, "lora.mode=dynamic"], tmp_path / "made")
     run_job(
         [*least, "outlier=convrot", lora, "lora.mode=dynamic", f"int8.checkpoint={rotated}"],
@@ -721,7 +730,8 @@ def test_a_checkpoint_takes_dynamic_loras_and_no_other_baked_ones(
     # so weak a LoRA could not be told from rounding by the weights
     with pytest.raises(
         FileError,
-        match=r"was made with no LoRA baked in, this run bakes style 0\.01; for LoRAs on top of it set lora\.mode=dynamic",
+        match=r"was made with no LoRA baked in, this run bakes style "
+        r"0\.01; for LoRAs on top of it set lora\.mode=dynamic",
     ):
         run_job(
             [*least, "outlier=convrot", lora, "lora.mode=bake", f"int8.checkpoint={rotated}"],
@@ -757,6 +767,7 @@ def test_drawings_that_are_no_numbers_are_refused() -> None:
 
     with pytest.raises(
         FileError,
-        match=r"^the latents of 1 of 2 samples of the INT8 model are NaN or infinite; its weights are damaged",
+        match=r"^the latents of 1 of 2 samples of the INT8 model "
+        r"are NaN or infinite; its weights are damaged",
     ):
         check_images(Generation(trajectories=[good, bad]), "INT8")

@@ -1,4 +1,6 @@
-"""What a run keeps on disk and finds again: INT8 layers, and what the float model drew. And models that come from files of our own."""
+"""What a run keeps on disk and finds again: INT8 layers, and what the float model drew. And models that come
+from files of our own.
+"""
 
 import csv
 import logging
@@ -92,7 +94,7 @@ def kept(tmp_path: Path, kind: str = "int8") -> list[Path]:
     return sorted((tmp_path / "cache" / kind).glob("*.safetensors"))
 
 
-# -- INT8 layers --------------------------------------------------------------------------------------------------------
+# -- INT8 layers ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -171,8 +173,9 @@ def test_another_weight_is_quantized_anew(
 
 
 def lora(path: Path, strength: float = 1.0, mode: str = "bake") -> list[str]:
+    adapter = f"_target_: int8run.lora.config.Adapter, name: style, path: {path}, strength: {strength}"
     return [
-        f"lora.adapters=[{{_target_: int8run.lora.config.Adapter, name: style, path: {path}, strength: {strength}}}]",
+        f"lora.adapters=[{{{adapter}}}]",
         f"lora.mode={mode}",
     ]
 
@@ -265,7 +268,7 @@ def test_nothing_is_kept_where_nothing_is_allowed(
     assert not (tmp_path / "cache").exists()
 
 
-# -- what the float model drew ------------------------------------------------------------------------------------------
+# -- what the float model drew -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -323,6 +326,7 @@ OTHER_DRAWINGS = {
 }
 
 
+@pytest.mark.slow
 def test_other_drawings_are_drawn(
     model: Path, job: Callable[..., RunResult], drawn: list[bool], tmp_path: Path
 ) -> None:
@@ -344,6 +348,7 @@ def test_other_drawings_are_drawn(
     assert True in drawn, "another scheduler in the folder"
 
 
+@pytest.mark.slow
 def test_loras_and_schedules_of_them_are_drawings_of_their_own(
     model: Path, job: Callable[..., RunResult], drawn: list[bool], tmp_path: Path
 ) -> None:
@@ -396,7 +401,7 @@ def test_the_float_job_is_the_same_without_int8() -> None:
     assert alone.float_key == spec.float_key
 
 
-# -- files of our own ---------------------------------------------------------------------------------------------------
+# -- files of our own ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "folder"])
@@ -435,7 +440,8 @@ def test_loras_on_a_streamed_model_are_those_of_a_resident_one(
         assert streamed.metrics.get(key) == resident.metrics.get(key)
 
     if mode != "stochastic":
-        # of a resident model stochastic rounding may start from float weights, of a streamed one from integers: near, not equal
+        # of a resident model stochastic rounding may start from float weights, of a streamed one from
+        # integers: near, not equal
         assert pictures(streamed) == pictures(resident)
         assert all(map(torch.equal, streamed.candidate.trajectories, resident.candidate.trajectories))
     else:
@@ -456,7 +462,7 @@ def test_baked_integers_are_the_same_streamed_and_resident(
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-# -- two experts --------------------------------------------------------------------------------------------------------
+# -- two experts ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""LoRAs from settings to pictures: schedules, modes, text encoders, few-step presets, and what is remembered between jobs."""
+"""LoRAs from settings to pictures: schedules, modes, text encoders, few-step presets, and what is remembered
+between jobs.
+"""
 
 import logging
 import math
@@ -124,7 +126,7 @@ def built() -> BuiltModel:
     return found
 
 
-# -- schedules ---------------------------------------------------------------------------------------------------------------------
+# -- schedules -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4])
@@ -194,7 +196,7 @@ def test_a_lora_that_begins_later_starts_at_its_step(
         assert torch.equal(found[:3], without[:3]) and not torch.equal(found[3], without[3]), name
 
 
-# -- modes -------------------------------------------------------------------------------------------------------------------------
+# -- modes ---------------------------------------------------------------------------------------------------
 
 
 def test_all_modes_draw_the_pictures_of_the_merged_float_model(
@@ -257,7 +259,7 @@ def test_strength_0_is_the_model_itself_in_every_mode(
     assert same(draw(plain, lora=stack(files["every"], 0.0, "bake")), without)
 
 
-# -- text encoders -----------------------------------------------------------------------------------------------------------------
+# -- text encoders -------------------------------------------------------------------------------------------
 
 
 def embeddings() -> tuple[Tensor, Tensor]:
@@ -348,7 +350,7 @@ def test_prompts_are_encoded_once_for_all_jobs_of_a_build(
     assert encoded == []
 
 
-# -- what the float model drew -----------------------------------------------------------------------------------------------------
+# -- what the float model drew -------------------------------------------------------------------------------
 
 
 def test_float_pictures_are_drawn_once_for_equal_settings(
@@ -467,7 +469,7 @@ def test_a_build_is_another_for_other_files_modes_and_parts_but_not_for_strength
     assert replace(random, seed=4).build_key != random.build_key, "of the random rounding"
 
 
-# -- few-step LoRAs and schedulers -------------------------------------------------------------------------------------------------
+# -- few-step LoRAs and schedulers ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -515,7 +517,10 @@ def test_a_preset_brings_scheduler_steps_and_strength(
     assert type(built().pipe.scheduler) is FlowMatchEulerDiscreteScheduler
     assert len(own.candidate.trajectories[0]) == 4
 
-    message = "LoRA 'a': the scheduler is FlowMatchEulerDiscreteScheduler; made_up on tiny is made for FlowMatchLCMScheduler"
+    message = (
+        "LoRA 'a': the scheduler is FlowMatchEulerDiscreteScheduler; "
+        "made_up on tiny is made for FlowMatchLCMScheduler"
+    )
 
     assert message in caplog.messages
     assert not same(own, result)
@@ -544,7 +549,10 @@ def test_a_scheduler_does_not_stay_for_the_next_job(plain: RunSpec, draw: Callab
     [
         (
             Sampling(scheduler="FlowMatchEulerDiscretScheduler"),
-            r"^sampler\.scheduler=FlowMatchEulerDiscretScheduler is not .*; did you mean 'FlowMatchEulerDiscreteScheduler'\? choose from ",
+            (
+                r"^sampler\.scheduler=FlowMatchEulerDiscretScheduler is not .*; "
+                r"did you mean 'FlowMatchEulerDiscreteScheduler'\? choose from "
+            ),
         ),
         (
             Sampling(scheduler="FluxPipeline"),
@@ -556,11 +564,17 @@ def test_a_scheduler_does_not_stay_for_the_next_job(plain: RunSpec, draw: Callab
         ),
         (
             Sampling(scheduler="LCMScheduler", scheduler_settings={"shiftt": 3}),
-            r"^sampler\.scheduler_settings\.shiftt is not a setting of LCMScheduler; choose from .*timestep_scaling",
+            (
+                r"^sampler\.scheduler_settings\.shiftt is not a setting "
+                r"of LCMScheduler; choose from .*timestep_scaling"
+            ),
         ),
         (
             Sampling(scheduler_settings={"bhift": 3}),
-            r"^sampler\.scheduler_settings\.bhift is not a setting of FlowMatchEulerDiscreteScheduler; choose from .*shift",
+            (
+                r"^sampler\.scheduler_settings\.bhift is not a setting of "
+                r"FlowMatchEulerDiscreteScheduler; choose from .*shift"
+            ),
         ),
         (
             Sampling(scheduler_settings={"shift": "much"}),
@@ -600,7 +614,10 @@ def test_what_is_offered_can_be_had_or_says_why_not() -> None:
 
 
 def test_a_scheduler_that_the_pipeline_does_not_take_is_named(plain: RunSpec, draw: Callable) -> None:
-    message = r"^sampler\.scheduler=LCMScheduler cannot be used with FluxPipeline: .*custom sigmas.*; choose another one$"
+    message = (
+        r"^sampler\.scheduler=LCMScheduler cannot be used with "
+        r"FluxPipeline: .*custom sigmas.*; choose another one$"
+    )
 
     with pytest.raises(ConfigError, match=message):
         draw(plain, sampler=replace(plain.sampler, scheduler="LCMScheduler"))
@@ -646,6 +663,7 @@ def test_lora_lcm_is_made_for_the_shipped_model() -> None:
 @pytest.mark.skipif(
     not FEW_STEP.is_file(), reason="int8run/assets/lora/few_step.safetensors is not trained yet"
 )
+@pytest.mark.slow
 def test_the_shipped_few_step_lora_draws_in_few_steps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -681,6 +699,9 @@ def test_a_saved_model_without_its_loras_is_said_to_be_so(
     mode: str,
 ) -> None:
     draw(plain, lora=stack(files["style"], mode=mode), save=str(tmp_path / "m.safetensors"))
-    said = f"{tmp_path / 'm.safetensors'} will hold the model without its LoRAs; lora.mode=bake writes them into it"
+    said = (
+        f"{tmp_path / 'm.safetensors'} will hold the model "
+        f"without its LoRAs; lora.mode=bake writes them into it"
+    )
 
     assert (said in caplog.messages) == (mode != "bake")

@@ -1,4 +1,6 @@
-"""Runs of video pipelines from settings to files: frames, animations, stills, metrics per frame, and what a tracker gets."""
+"""Runs of video pipelines from settings to files: frames, animations, stills, metrics per frame, and what a
+tracker gets.
+"""
 
 import json
 import logging

@@ -1,4 +1,6 @@
-"""The shipped model end to end, through the real command: it draws what it is asked for, and INT8 does not change that."""
+"""The shipped model end to end, through the real command: it draws what it is asked for, and INT8 does not
+change that.
+"""
 
 import csv
 import json
@@ -40,6 +42,7 @@ def nearest(picture: Path, drawings: dict[str, np.ndarray]) -> str:
     return min(drawings, key=lambda name: float(((pixels - drawings[name]) ** 2).mean()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outlier", ["none", "convrot"])
 def test_int8_pictures_are_the_right_ones_and_close_to_float(
     outlier: str, drawings: dict[str, np.ndarray], tmp_path: Path
@@ -107,6 +110,7 @@ def test_the_calibrated_model_is_saved_and_draws_the_same_again(tmp_path: Path) 
     assert saved.stat().st_size < made.metrics["float/denoiser_bytes"] / 1.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["ink", "gloss"])
 def test_shipped_loras_change_the_style_more_with_more_strength(style: str, tmp_path: Path) -> None:
     adapter = f"{{_target_: int8run.lora.config.Adapter, name: {style}, path: {style}}}"
