@@ -19,7 +19,8 @@ from support.static_gate import (
 from int8run.kernels.int8_linear.tile import Tile
 
 
-@pytest.mark.parametrize("architecture", [pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_default_tiles_compile_clean(architecture):
     if reason := unsupported(architecture):
         pytest.skip(reason)
