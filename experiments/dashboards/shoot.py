@@ -36,7 +36,7 @@ MOST_RUNS = 10  # in MLflow's image grid
 MOST_ROWS, ROW_PX = 4, 265  # of the grid in its image
 CARD = '[data-testid="experiment-view-compare-runs-card"]'
 PHONE = {"width": 390, "height": 844}
-PHONE_SCREENS = ("body", "#speed-quality", "#pictures")  # side by side
+PHONE_SCREENS = ("body", "#speed-quality", "#images")  # side by side
 
 
 def run_sweep(folder: Path) -> Path:

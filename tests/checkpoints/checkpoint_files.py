@@ -1,8 +1,8 @@
 """Small checkpoints of every kind that is read, written byte for byte by the formats' published formulas.
 
 Nothing of int8run is used here. Codes and scales are random, so that nothing is rounded; the real weight is
-computed in float64.
-`MISTAKES` are files with one thing wrong, each with the words that the refusal must contain.
+computed in float64. `MISTAKES` are files with one thing wrong, each with the words that the refusal must
+contain.
 """
 
 import json
@@ -28,7 +28,7 @@ NUMPY = {
 }
 
 
-# -- numbers -------------------------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------------------
 
 
 def decode_fp8_byte(byte: int, exponent_bits: int) -> float:
@@ -79,7 +79,7 @@ def expand_blocks(scale: Array, height: int, width: int) -> Array:
     return np.kron(scale, np.ones((height, width)))
 
 
-# -- files ---------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -162,7 +162,7 @@ class CheckpointDraft:
         return path
 
 
-# -- kinds ---------------------------------------------------------------------------------------------------
+# -- kinds -----------------------------------------------------------------------------------------
 
 N, K = 12, 64
 TENSOR, ROW = {"format": "int8_tensorwise"}, {"format": "int8_tensorwise", "per_row": True}
@@ -700,7 +700,7 @@ DRAFTS: dict[str, Callable[[], CheckpointDraft]] = {
 }
 
 
-# -- mistakes ------------------------------------------------------------------------------------------------
+# -- mistakes --------------------------------------------------------------------------------------
 
 
 def draft_rowwise() -> CheckpointDraft:

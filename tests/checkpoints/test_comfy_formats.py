@@ -111,7 +111,7 @@ def test_written_weight_is_read_back(
         assert not caplog.records, "a label contradicts its scale"
 
 
-# -- by ComfyUI's names --------------------------------------------------------------------------------------
+# -- by ComfyUI's names ----------------------------------------------------------------------------
 
 SHAPE = (256, 512)
 NAMES = {
@@ -232,7 +232,7 @@ def test_factor_is_written_beside_the_weight() -> None:
     assert torch.equal(found["text.layer.pre_quant_scale"], transform.factor)
 
 
-# -- what cannot be written ----------------------------------------------------------------------------------
+# -- what cannot be written ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def fit_transform(method: OutlierMethod, width: int) -> OutlierTransform:
     return method.fit(weight, LayerStatistics(sample, sample.abs().amax((0, 1)), weight.abs().amax(0)))
 
 
-# -- markers -------------------------------------------------------------------------------------------------
+# -- markers ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [16, 64, 256])
@@ -64,7 +64,7 @@ def test_markers_survive_json(method: OutlierMethod) -> None:
     assert json.loads(json.dumps(found)) == found
 
 
-# -- the note ------------------------------------------------------------------------------------------------
+# -- the note --------------------------------------------------------------------------------------
 
 
 def test_provenance_is_read_and_empty_where_missing() -> None:
@@ -91,7 +91,7 @@ def test_provenance_that_is_not_an_object_raises(text: str, reason: str) -> None
         read_provenance(Path("m.safetensors"), {"int8run": text})
 
 
-# -- the place -----------------------------------------------------------------------------------------------
+# -- the place -------------------------------------------------------------------------------------
 
 
 def test_missing_folder_is_created_and_left_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def get_model_shape(layer: CheckpointLayer, weight: Tensor) -> tuple[int, int] |
     return (weight.shape[0], weight.shape[1]) if layer.is_padded else None
 
 
-# -- what is read --------------------------------------------------------------------------------------------
+# -- what is read ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", DRAFTS.values(), ids=DRAFTS)
@@ -223,7 +223,7 @@ def test_published_header_is_read(tmp_path: Path) -> None:
     assert layers["blocks.0.ffn.0"].is_exact
 
 
-# -- whole files ---------------------------------------------------------------------------------------------
+# -- whole files -----------------------------------------------------------------------------------
 
 
 def draft_full_checkpoint() -> CheckpointDraft:
@@ -271,7 +271,8 @@ def test_fp8_weights_of_any_shape_are_scaled(tmp_path: Path) -> None:
     draft = CheckpointDraft()
     expected = {
         "conv": draft.put_fp8("conv.weight", "F8_E4M3", 4, 3, 2, 2) * draft.put_scale("conv.scale_weight"),
-        "rows": draft.put_fp8("rows.weight", "F8_E4M3", 4, 3, 2) * draft.put_scale("rows.weight_scale", 4, 1, 1),
+        "rows": draft.put_fp8("rows.weight", "F8_E4M3", 4, 3, 2)
+        * draft.put_scale("rows.weight_scale", 4, 1, 1),
         "norm": draft.put_fp8("norm.weight", "F8_E5M2", 5),
         "scaled": draft.put_fp8("scaled.weight", "F8_E5M2", 5) * draft.put_scale("scaled.weight_scale", 5),
     }
@@ -372,7 +373,7 @@ def test_layers_that_int8run_writes_are_read_back(method: OutlierMethod, width: 
     assert torch.equal(stored.read_weight(files), transform.restore_weight(layer.weight.dequantize()))
 
 
-# -- refusals ------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("make", "words"), MISTAKES.values(), ids=MISTAKES)
@@ -485,7 +486,7 @@ def test_config_of_another_kind_is_ignored(text: str, tmp_path: Path) -> None:
     read_draft(made.draft_rowwise(), tmp_path)
 
 
-# -- what is said --------------------------------------------------------------------------------------------
+# -- what is said ----------------------------------------------------------------------------------
 
 BLOCKWISE, FP8_BLOCKWISE = "int8_blockwise", "float8_e4m3fn_blockwise"
 WARNED = {
@@ -539,7 +540,7 @@ def test_valid_files_log_nothing(name: str, tmp_path: Path, caplog: pytest.LogCa
     assert not caplog.records
 
 
-# -- chance --------------------------------------------------------------------------------------------------
+# -- chance ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -592,7 +593,7 @@ def test_any_change_of_a_file_is_read_or_raises(seed: int, tmp_path: Path) -> No
     assert 0 < count < 90, "changes that all fail, or none, try nothing"
 
 
-# -- another reader ------------------------------------------------------------------------------------------
+# -- another reader --------------------------------------------------------------------------------
 
 # what ComfyUI itself computes with: its library takes the tensors and the fields of the marker as they are in
 # the file

@@ -29,7 +29,7 @@ from int8run.tasks import denoiser_checkpoint, inspect_file
 
 NVFP4, MXFP8 = {"format": "nvfp4"}, {"format": "mxfp8"}
 
-# -- words ---------------------------------------------------------------------------------------------------
+# -- words -----------------------------------------------------------------------------------------
 
 DRAFTS_BY_FORMAT = {
     "int8_tensorwise": ["tensor []", "tensor [1]", "tensor [1, 1]", "one row", "lightx2v comfy mode"],
@@ -154,7 +154,9 @@ def test_every_draft_has_a_format_name() -> None:
     assert sorted(name for names in DRAFTS_BY_FORMAT.values() for name in names) == sorted(DRAFTS)
 
 
-@pytest.mark.parametrize(("word", "name"), [(word, name) for word, names in DRAFTS_BY_FORMAT.items() for name in names])
+@pytest.mark.parametrize(
+    ("word", "name"), [(word, name) for word, names in DRAFTS_BY_FORMAT.items() for name in names]
+)
 def test_packed_weight_holds_the_stored_numbers(word: str, name: str, tmp_path: Path) -> None:
     draft = DRAFTS[name]()
     files, layers = read_draft(draft, tmp_path)
@@ -285,7 +287,7 @@ def test_e5m2_with_row_scales_has_no_format_name(tmp_path: Path) -> None:
     assert layers[LAYER].is_packable
 
 
-# -- mxfp8 and nvfp4 -----------------------------------------------------------------------------------------
+# -- mxfp8 and nvfp4 -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["nvfp4 of many tiles", "mxfp8 of many tiles"])
@@ -344,7 +346,9 @@ def draft_one_block(
 def test_published_vectors_of_block_formats(tmp_path: Path) -> None:
     # formats.md section 10
     for tiles, expected in ((True, [1, -6]), (False, [-6, 1])):
-        files, layers = read_draft(draft_one_block("nvfp4", b"\x2f", [0x38], NVFP4 if tiles else None, tiles), tmp_path)
+        files, layers = read_draft(
+            draft_one_block("nvfp4", b"\x2f", [0x38], NVFP4 if tiles else None, tiles), tmp_path
+        )
         assert layers[LAYER].read_weight(files)[0, :3].tolist() == [*expected, 0]
 
     draft = draft_one_block("mxfp8", b"\x38\xb8", [120], MXFP8, True)
@@ -386,7 +390,9 @@ def test_extreme_e8m0_scales_are_read(byte: int, tmp_path: Path) -> None:
     assert layers[LAYER].read_weight(files)[0, 0].item() == math.ldexp(1, byte - 127)
 
 
-def test_hybrid_mxfp8_logs_once_which_scales_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_hybrid_mxfp8_logs_once_which_scales_are_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
         read_draft(made.merge_layers(DRAFTS["hybrid mxfp8"](), DRAFTS["hybrid mxfp8"]()), tmp_path)
     (record,) = caplog.records
@@ -465,7 +471,7 @@ def test_without_a_model_the_files_shape_is_used(tmp_path: Path) -> None:
     )
 
 
-# -- whose it is ---------------------------------------------------------------------------------------------
+# -- whose it is -----------------------------------------------------------------------------------
 
 FORMAT_NAMES = {"nvfp4": ("nvfp4", "nvfp4_modelopt"), "mxfp8": ("mxfp8", "mxfp8_rows")}
 
@@ -475,7 +481,9 @@ def draft_ambiguous(kind: str, tiles: bool) -> CheckpointDraft:
     return made.draft_blocks(kind, 128, 128, tiles=tiles, bias=False)
 
 
-def assert_is_read_as(files: TensorFiles, draft: CheckpointDraft, word: str, requested: str | None = None) -> None:
+def assert_is_read_as(
+    files: TensorFiles, draft: CheckpointDraft, word: str, requested: str | None = None
+) -> None:
     layer = read_layers(files, requested=requested)[LAYER]
     assert (layer.format_name, layer.label) == (word, word)
     assert_close(word, layer.read_weight(files), get_real_weight(draft), 1e-6)
@@ -496,7 +504,8 @@ def test_requested_format_decides_where_the_file_does_not(kind: str, tiles: bool
         *FORMAT_NAMES["mxfp8" if kind == "nvfp4" else "nvfp4"],
     ):  # a word for another kind says nothing
         with pytest.raises(
-            FileError, match=rf"1 weights are {kind} .*clip={FORMAT_NAMES[kind][0]} or clip={FORMAT_NAMES[kind][1]}"
+            FileError,
+            match=rf"1 weights are {kind} .*clip={FORMAT_NAMES[kind][0]} or clip={FORMAT_NAMES[kind][1]}",
         ):
             read_layers(files, requested=requested)
 
@@ -591,7 +600,7 @@ def test_other_modelopt_formats_raise(name: str, tmp_path: Path) -> None:
         read_draft(MODELOPT_REFUSED[name](), tmp_path)
 
 
-# -- rows that may be rotated --------------------------------------------------------------------------------
+# -- rows that may be rotated ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("width", "group"), [(512, 256), (128, 64), (64, 64), (48, 16), (40, 0)])
@@ -656,7 +665,7 @@ def test_markers_of_fp8_layers_do_not_describe_int8_layers(tmp_path: Path) -> No
     assert read_layers(files, requested="int8_convrot")[LAYER].format_name == "int8_convrot"
 
 
-# -- markers that are no JSON --------------------------------------------------------------------------------
+# -- markers that are no JSON ----------------------------------------------------------------------
 
 DRAFTS_BY_QUANTOPS_BYTE = {
     0: lambda: made.draft_fp8((), "tensor"),
@@ -703,7 +712,7 @@ def test_marker_may_begin_with_a_line_break(tmp_path: Path) -> None:
     assert layers[LAYER].rotation_group_size == 16
 
 
-# -- embeddings, and others' files ---------------------------------------------------------------------------
+# -- embeddings, and others' files -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["row [N, 1]", "tensor []", "fp8 cast", "fp8", "convrot 16"])
@@ -733,7 +742,7 @@ def test_every_refused_format_names_a_reader(words: str) -> None:
     assert READERS[words]
 
 
-# -- who uses it ---------------------------------------------------------------------------------------------
+# -- who uses it -----------------------------------------------------------------------------------
 
 
 class SmallModel(nn.Module):
@@ -810,7 +819,7 @@ def test_inspect_shows_the_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert next(iter(table.columns[1].cells)) == "quantized checkpoint (U8 with scales)"
 
 
-# -- another reader ------------------------------------------------------------------------------------------
+# -- another reader --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "nvfp4 of many tiles", "nvfp4 without a marker"])

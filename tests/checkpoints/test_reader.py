@@ -65,7 +65,7 @@ def are_bit_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool
     return set(found) == set(expected) and all(is_bit_equal(found[key], expected[key]) for key in expected)
 
 
-# -- one file ------------------------------------------------------------------------------------------------
+# -- one file --------------------------------------------------------------------------------------
 
 
 def test_every_dtype_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_files_are_opened_on_first_read_and_closed(tmp_path: Path) -> None:
     assert is_bit_equal(files.read("a"), TENSORS["a"]), "it is opened again"
 
 
-# -- many files ----------------------------------------------------------------------------------------------
+# -- many files ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["", "m.safetensors.index.json"])
