@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from support.run_job import run_job, save_lora
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 
-from int8run.pipeline import process_cache, quantize_denoiser
+from int8run.pipeline import build, process_cache, quantize_denoiser
+from int8run.pipeline.load import LoadedModel, LoadSettings
+from int8run.report.console import Progress
 from int8run.tasks.run import RunResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,10 +47,10 @@ def nothing_remembered() -> Iterator[None]:
 def quantized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the layers that were quantized."""
     seen: list[str] = []
-    real = quantize_denoiser.quantized_layers
+    real = quantize_denoiser.quantize_layers
 
-    def watched(*arguments: Any) -> Iterator[Any]:
-        for plan, layer in real(*arguments):
+    def watched(*arguments: Any, **keywords: Any) -> Iterator[Any]:
+        for plan, layer in real(*arguments, **keywords):
             seen.append(plan.name)
             yield plan, layer
 
@@ -273,14 +275,15 @@ def test_nothing_is_kept_where_nothing_is_allowed(
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One entry for each load of a whole float model."""
+    """For each model that was loaded, whether its float denoiser was loaded whole."""
     seen: list[bool] = []
-    from int8run.pipeline import build
+    real = build.load_model
 
-    real = build.load
-    monkeypatch.setattr(
-        build, "load", lambda spec, progress, whole=True: (seen.append(whole), real(spec, progress, whole))[1]
-    )
+    def watched(settings: LoadSettings, progress: Progress) -> LoadedModel:
+        seen.append(settings.needs_float_denoiser)
+        return real(settings, progress)
+
+    monkeypatch.setattr(build, "load_model", watched)
     return seen
 
 

@@ -122,7 +122,7 @@ def same(one: RunResult, two: RunResult) -> bool:
 
 def built() -> BuiltModel:
     """What the last run was made with."""
-    (found,) = process_cache._last.values()
+    (found,) = process_cache._last_build.values()
     return found
 
 
@@ -536,7 +536,7 @@ def test_a_scheduler_does_not_stay_for_the_next_job(plain: RunSpec, draw: Callab
     assert not same(shifted, first)
     assert built().pipe.scheduler.config.shift == 3.0
 
-    process_cache._drawn.clear()
+    process_cache._generated.clear()
     again = draw(plain)
 
     assert again.metrics["build/load_s"] == 0

@@ -163,7 +163,7 @@ def drawn(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callabl
         if more not in known:
             process_cache.clear()
             result = run_job([*words, *more], tmp_path_factory.mktemp("out"))
-            (built,) = process_cache._last.values()
+            (built,) = process_cache._last_build.values()
             known[more] = Drawn(result, built)
             process_cache.clear()
         return known[more]
