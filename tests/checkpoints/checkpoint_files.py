@@ -1400,7 +1400,6 @@ MISTAKES: dict[str, tuple[Callable[[], CheckpointDraft], str]] = {
         (
             "1 weights are nvfp4 .first: blocks.0.q. by ComfyUI or by ModelOpt, "
             "and neither shapes nor markers show which; for a text encoder "
-        )(
             "set clip=nvfp4 or clip=nvfp4_modelopt .quant_format in "
             "a program., else take a file with comfy_quant markers"
         ),

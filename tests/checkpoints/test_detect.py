@@ -228,7 +228,7 @@ def test_published_header_is_read(tmp_path: Path) -> None:
 
 def draft_full_checkpoint() -> CheckpointDraft:
     """A full checkpoint with several kinds: a denoiser below a prefix, a text encoder and a VAE."""
-    whole = DRAFTS["convrot 16"]().prefixed("model.diffusion_model.")
+    whole = DRAFTS["convrot 16"]().add_prefix("model.diffusion_model.")
     for name, kind in (("blocks.1.k", "fp8"), ("blocks.2.v", "bf16")):
         other = DRAFTS[kind]()
         whole.tensors |= {
@@ -243,7 +243,7 @@ def draft_full_checkpoint() -> CheckpointDraft:
     whole.put("model.diffusion_model.__index_timestep_zero__", "F32", np.ones(0))
     whole.put("vae.conv.weight", "F32", np.ones((2, 2, 3, 3)))
     whole.put("text_encoders.t5.tokens.weight", "F32", np.ones((4, 4)))
-    whole.text("text_encoders.t5.spiece_model", "tokens")
+    whole.put_marker("text_encoders.t5.spiece_model", "tokens")
     return whole
 
 
