@@ -238,7 +238,7 @@ def draft_convrot(group: int, k: int = K, **marker: object) -> CheckpointDraft:
 
 def draft_rotation_lost_in_header(header: dict[str, object]) -> CheckpointDraft:
     said = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16, "per_row": True}
-    return draft_rotated(draft_int8((N, 1), "row", said, put_header=header), make_regular(16), "convrot")
+    return draft_rotated(draft_int8((N, 1), "row", said, header=header), make_regular(16), "convrot")
 
 
 def draft_smoothed(rotation: bool) -> CheckpointDraft:
@@ -499,7 +499,7 @@ DRAFTS: dict[str, Callable[[], CheckpointDraft]] = {
     "row [N, 1] of a square": lambda: draft_int8((K, 1), "row", ROW, weight=(K, K)),
     "one row": lambda: draft_int8((1, 1), "tensor", TENSOR, weight=(1, K)),
     "one column": lambda: draft_int8((N, 1), "row", TENSOR, weight=(N, 1)),
-    "row in the header": lambda: draft_int8((N, 1), "row", put_header=ROW),
+    "row in the header": lambda: draft_int8((N, 1), "row", header=ROW),
     "axiswise": lambda: draft_int8((N,), "row", {"format": "int8_axiswise"}, label="int8_axiswise"),
     "bf16 scale with a marker": lambda: draft_int8((N, 1), "row", ROW, dtype="BF16"),
     "embedding's padding": lambda: draft_int8((N, 1), "row", ROW, padding=b"\0\0\0"),
@@ -533,7 +533,7 @@ DRAFTS: dict[str, Callable[[], CheckpointDraft]] = {
         "convrot",
     ),
     "convrot in the header": lambda: draft_rotated(
-        draft_int8((N, 1), "row", put_header={**ROW, "convrot": True, "convrot_groupsize": 16}),
+        draft_int8((N, 1), "row", header={**ROW, "convrot": True, "convrot_groupsize": 16}),
         make_regular(16),
         "convrot",
     ),
@@ -630,7 +630,7 @@ DRAFTS: dict[str, Callable[[], CheckpointDraft]] = {
     "lightx2v f16": lambda: draft_int8((N, 1), "row", dtype="F16", label="int8"),
     "lightx2v comfy mode": draft_lightx2v_comfy,
     "toolkit quarot": lambda: draft_toolkit(False),
-    "toolkit quarot, one scale": lambda: draft_toolkit(False, put_scale=(1,)),
+    "toolkit quarot, one scale": lambda: draft_toolkit(False, scale=(1,)),
     "toolkit quarot in half precision": lambda: draft_toolkit(False, dtype="BF16"),
     "toolkit hadanorm": lambda: draft_toolkit(True),
     "toolkit sigma alone": lambda: draft_toolkit(True, matrix=False),
@@ -644,7 +644,7 @@ DRAFTS: dict[str, Callable[[], CheckpointDraft]] = {
     "fp8": lambda: draft_fp8(
         (), "tensor", marker={"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
     ),
-    "fp8 in the header": lambda: draft_fp8((), "tensor", put_header={"format": "float8_e4m3fn"}),
+    "fp8 in the header": lambda: draft_fp8((), "tensor", header={"format": "float8_e4m3fn"}),
     "fp8 e5m2": lambda: draft_fp8((1,), "tensor", dtype="F8_E5M2", marker={"format": "float8_e5m2"}),
     "fp8 e5m2 with the label of e4m3": lambda: draft_fp8(
         (), "tensor", dtype="F8_E5M2", marker={"format": "float8_e4m3fn"}
@@ -667,7 +667,7 @@ DRAFTS: dict[str, Callable[[], CheckpointDraft]] = {
     "fp8 cast e5m2": lambda: draft_fp8(None, "", dtype="F8_E5M2"),
     # blocks with small scales
     "nvfp4": lambda: draft_blocks("nvfp4", marker={"format": "nvfp4"}),
-    "nvfp4 in the header": lambda: draft_blocks("nvfp4", put_header={"format": "nvfp4"}, dtype="U8"),
+    "nvfp4 in the header": lambda: draft_blocks("nvfp4", header={"format": "nvfp4"}, dtype="U8"),
     "nvfp4 with its shape": lambda: draft_blocks(
         "nvfp4", marker={"format": "nvfp4", "orig_shape": [N, 40]}, bias=False, told=(True, True)
     ),
@@ -684,7 +684,7 @@ DRAFTS: dict[str, Callable[[], CheckpointDraft]] = {
         "mxfp8", marker={"format": "mxfp8", "group_size": 32, "orig_dtype": "torch.bfloat16"}
     ),
     "mxfp8 in the header": lambda: draft_blocks(
-        "mxfp8", put_header={"format": "mxfp8", "orig_shape": [N, 40]}, told=(True, True)
+        "mxfp8", header={"format": "mxfp8", "orig_shape": [N, 40]}, told=(True, True)
     ),
     "mxfp8 in e8m0": lambda: draft_blocks("mxfp8", dtype="F8_E8M0"),
     "mxfp8 with all its rows": lambda: draft_blocks("mxfp8", N, 64, marker={"format": "mxfp8"}, rows=N),
@@ -906,7 +906,7 @@ MISTAKES: dict[str, tuple[Callable[[], CheckpointDraft], str]] = {
         ),
     ),
     "block scales of fp8 lost": (
-        lambda: draft_fp8(None, "", put_header={"format": "float8_e4m3fn_block3d"}),
+        lambda: draft_fp8(None, "", header={"format": "float8_e4m3fn_block3d"}),
         "names the format 'float8_e4m3fn_block3d', and blocks.0.q has no weight_scale",
     ),
     # weights
