@@ -30,19 +30,19 @@ FILES = {
 
 
 @pytest.mark.parametrize(("data", "prompts"), FILES.values(), ids=FILES)
-def test_a_file_holds_one_prompt_per_line(read, data, prompts):
-    assert read(data) == prompts
+def test_a_file_holds_one_prompt_per_line(read_prompts, data, prompts):
+    assert read_prompts(data) == prompts
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"# only\n# comments\n"], ids=["empty", "blank", "comments"])
-def test_a_file_without_prompts_is_an_error(read, data):
+def test_a_file_without_prompts_is_an_error(read_prompts, data):
     with pytest.raises(FileError, match=r"prompts\.path=/.*p\.txt holds no prompt; write one per line"):
-        read(data)
+        read_prompts(data)
 
 
-def test_a_file_that_is_not_text_is_an_error(read):
+def test_a_file_that_is_not_text_is_an_error(read_prompts):
     with pytest.raises(FileError, match=r"prompts\.path=/.*p\.txt.*UTF-8"):
-        read(b"\xff\xfe\x00a")
+        read_prompts(b"\xff\xfe\x00a")
 
 
 def test_the_error_for_a_missing_file_has_its_absolute_path(tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def encoded(run: Drawn, which: str) -> list[tuple[Any, Any]]:
     """What the pipeline's `encode_prompt` made of each prompt, with the float encoders and with others."""
     known = PromptCache.for_pipeline(run.built.pipe).entries
     assert known["float"].keys() == known[which].keys()
-    return [(known["float"][key].made, known[which][key].made) for key in known[which]]
+    return [(known["float"][key].embeddings, known[which][key].embeddings) for key in known[which]]
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
