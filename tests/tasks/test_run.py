@@ -589,7 +589,7 @@ def test_a_checkpoint_treated_otherwise_than_asked_is_one_line_and_code_3(
     assert outcome.message.startswith(
         f"{rotated} contradicts outlier=smoothquant in 34 of 34 layers (transformer_blocks"
     )
-    assert outcome.message.endswith("; set outlier=auto to take what the file has, or quantize again")
+    assert outcome.message.endswith("; set outlier=auto to use what the file has, or quantize again")
 
 
 def test_a_checkpoint_that_is_not_there_is_one_line_and_code_3(least: list[str], command: Command) -> None:
