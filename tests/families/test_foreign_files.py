@@ -235,7 +235,7 @@ def test_file_of_another_program_becomes_the_model(
         }
         assert f"{len(layers - {'model.diffusion_model.scaled_fp8'})} × {said}" in caplog.text
     else:
-        assert f"{len(expected)} INT8 layers from {path}" in caplog.text
+        assert f"{len(expected)} INT8 layers come from {path}" in caplog.text
 
     # from file to file it becomes the same
     named_case.quantize(path, named_case.home / "new.safetensors")

@@ -453,7 +453,7 @@ class OneConvolution(Recorder):
 
 
 @pytest.fixture
-def make_one_convolution(monkeypatch, tmp_path):
+def one_convolution(monkeypatch, tmp_path):
     network = type("Network", (OneConvolution,), {})
     package, weights = (types.ModuleType(name) for name in reversed(EFFNET_PACKAGES))
     package.EfficientNet = network
