@@ -101,7 +101,8 @@ def test_saved_denoiser_is_loaded_as_the_model(case: Case, kind: str) -> None:
     assert torch.equal(case.generate_latents(again), saved.latents)
 
 
-@pytest.mark.parametrize("kind", QUICK_AND_SLOW_KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SAVE_KINDS)
 def test_saved_denoiser_is_loaded_as_int8_checkpoint(case: Case, kind: str) -> None:
     saved, single = case.get_saved(kind), len(case.denoisers) == 1
     where = str(saved.location) if single else {name: str(path) for name, path in saved.location.items()}
@@ -144,7 +145,10 @@ def write_original_files(case: Case, kind: str) -> Any:
 
 
 # every family's own spelling is one of the first two
-@pytest.mark.parametrize("kind", ["bare", "prefixed", "index", "shards"])
+@pytest.mark.parametrize(
+    "kind",
+    ["bare", "prefixed", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("index", "shards"))],
+)
 def test_float_file_with_original_names_is_the_model(case: Case, kind: str) -> None:
     spec = replace(
         case.spec, model=case.make_source(write_original_files(case, kind)), int8=Int8Settings(enable=False)
@@ -200,6 +204,7 @@ def assert_lora_is_baked(case: Case, lora: Lora, contents: Tensors, layers: Iter
         assert (error <= 0.5001 * weight.abs().amax(1, keepdim=True) / 127).all()
 
 
+@pytest.mark.slow
 def test_lora_has_the_same_effect_under_both_namings(case: Case) -> None:
     plain, floats = case.get_saved("folder"), collect_float_weights(case)
     lora = make_lora(case.denoiser, case.instance.family)

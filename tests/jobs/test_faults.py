@@ -50,6 +50,7 @@ def read_tracked_states(command: Command) -> list[tuple[str, str]]:
     return sorted((run.data.params["seed"], run.info.status) for run in runs)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_sweep_which_goes_on_later(
     command: Command, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def small_disk(command: Command) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_fails_one_job_alone(command: Command, model: str, small_disk: Path) -> None:
     """The image of the second job does not fit and leaves no file; there is room for the third job."""
     outcome = command("-m", "sampler.height=16,4096,32", model, "tracker=none", *SMALL)

@@ -144,12 +144,14 @@ def interpreted_results(tmp_path_factory):
     return torch.load(answered), done.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("i", range(len(CALLS)), ids=IDS)
 def test_interpreted_kernel_equals_the_reference(i, interpreted_results):
     name, arguments, keywords = CALLS[i]
     assert_bit_equal(interpreted_results[0][i], getattr(reference, name)(*arguments, **keywords))
 
 
+@pytest.mark.slow
 def test_compiled_graphs_see_each_operator_whole(interpreted_results):
     assert interpreted_results[1] == [
         f"int8run.triton_{name}.default" for name in dict.fromkeys(name for name, *_ in CALLS)

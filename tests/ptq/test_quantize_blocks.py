@@ -338,6 +338,7 @@ def test_inputs_that_are_not_finite_are_counted(value):
         check_finite("blocks.0.ff", x, "the first step")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ABLE)
 def test_a_new_strength_compiles_nothing_anew(flux, backend):
     model, call = flux

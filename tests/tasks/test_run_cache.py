@@ -372,6 +372,7 @@ def test_loras_and_schedules_of_them_are_drawings_of_their_own(
             assert {key: result.metrics[key] for key in QUALITY} == {key: run.metrics[key] for key in QUALITY}
 
 
+@pytest.mark.slow
 def test_a_damaged_drawing_is_drawn_again(
     model: Path,
     job: Callable[..., RunResult],
@@ -427,6 +428,7 @@ def test_a_saved_model_is_a_checkpoint_and_a_model(
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["bake", "dynamic", "stochastic"])
 def test_loras_on_a_streamed_model_are_those_of_a_resident_one(
     mode: str, model: Path, job: Callable[..., RunResult], tmp_path: Path

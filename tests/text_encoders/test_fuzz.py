@@ -204,6 +204,7 @@ def test_unchanged_files_are_read_right(name: str, tmp_path: Path) -> None:
         assert np.allclose(found[layer][0], weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_mutated_files_are_read_right_or_are_an_error(tmp_path: Path) -> None:
     path, counts = tmp_path / "x.safetensors", Counter[str]()
 

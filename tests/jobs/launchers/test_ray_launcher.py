@@ -75,6 +75,7 @@ def get_value(future):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_each_node_runs_one_worker_which_stays(pool):
     workers = [pool.start(), pool.start()]
 
@@ -86,6 +87,7 @@ def test_each_node_runs_one_worker_which_stays(pool):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_other_one_goes_on(pool):
     workers = [pool.start(), pool.start()]
     (first_node, first_pid), second = (get_value(worker.submit(make_call())) for worker in workers)
@@ -107,6 +109,7 @@ def test_a_killed_worker_is_replaced_and_the_other_one_goes_on(pool):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_errors_of_a_call_and_ends_of_its_process_are_told_apart(pool):
     def raise_config_error():
         raise ConfigError("steps is 0")
@@ -125,6 +128,7 @@ def test_errors_of_a_call_and_ends_of_its_process_are_told_apart(pool):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_one_warning_for_workers_that_wait_for_resources(pool, caplog, monkeypatch):
     import ray
 
@@ -150,6 +154,7 @@ def test_one_warning_for_workers_that_wait_for_resources(pool, caplog, monkeypat
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_no_thread_outlives_the_connection(pool, monkeypatch):
     """One that drops a reference into Ray while Ray shuts down ends the process."""
     monkeypatch.setattr(ray_launcher, "WARN_AFTER_S", LONG_S)
@@ -163,6 +168,7 @@ def test_no_thread_outlives_the_connection(pool, monkeypatch):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_resources_that_no_machine_has_are_an_error(cluster):
     import ray
 
@@ -176,6 +182,7 @@ def test_resources_that_no_machine_has_are_an_error(cluster):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_machines_without_int8run_are_named(cluster, tmp_path):
     # what `import` takes for a missing module
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['int8run'] = None")
@@ -187,6 +194,7 @@ def test_machines_without_int8run_are_named(cluster, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_machines_with_another_int8run_are_named(cluster, monkeypatch):
     monkeypatch.setattr("int8run.__version__", "99.0")
 
@@ -196,6 +204,7 @@ def test_machines_with_another_int8run_are_named(cluster, monkeypatch):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_program_that_is_connected_already_stays_connected(cluster):
     import ray
 
