@@ -15,7 +15,7 @@ NOISY = Sampling(
 
 
 @pytest.fixture(scope="module")
-def make_pipe():
+def pipe():
     made = random_pipeline()
     made.set_progress_bar_config(disable=True)
     for part in (made.text_encoder, made.text_encoder_2, made.transformer):
