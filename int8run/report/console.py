@@ -1,11 +1,11 @@
 """Everything that a command writes to the terminal: log lines, printed lines and progress bars.
+
 Log lines and printed lines look the same; warnings and errors begin with that word. On a terminal, lines are
-wrapped between words at its width. Piped to a file or another program, or in CI, a line stays one line, and
-there are no bars. `conf/hydra/job_logging` and `conf/hydra/hydra_logging` name `ConsoleHandler`.
+wrapped between words at its width. Piped to a file or another program, a line stays one line, and there are
+no bars. `conf/hydra/job_logging` and `conf/hydra/hydra_logging` name `ConsoleHandler`.
 """
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,12 +81,12 @@ def wrap_words(text: Text, width: int) -> Text:
 
 
 def is_interactive() -> bool:
-    """Whether somebody looks at a terminal, rather than a pipe, a file or the log of a CI job.
+    """Whether somebody looks at a terminal, rather than a pipe or a file.
 
     `Console.is_terminal` alone is also true for a pipe where FORCE_COLOR asks for colors.
     """
     console = get_console()
-    return console.is_terminal and console.file.isatty() and "CI" not in os.environ
+    return console.is_terminal and console.file.isatty()
 
 
 class Progress:

@@ -221,10 +221,6 @@ def test_triton_is_in_kernel_files_only():
     assert {f.name for f in FILES if "triton" in find_libraries(f)} <= {"kernel.py"}
 
 
-# whether a CI job or a terminal looks on changes how progress is shown, and nothing of a run
-CHANGES_THE_DISPLAY = {"int8run/report/console.py"}
-
-
 def environment_reads(tree):
     """`os.environ`, `os.getenv` and their kin, however they were imported."""
     names = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
@@ -242,7 +238,7 @@ def environment_reads(tree):
 @pytest.mark.parametrize("file", FILES, ids=get_name)
 def test_settings_come_from_the_config_and_text_goes_to_the_log(file):
     tree = parse_file(file)
-    if get_part(file) != "cli" and get_name(file) not in CHANGES_THE_DISPLAY:
+    if get_part(file) != "cli":
         assert list(environment_reads(tree)) == [], (
             "an environment variable that changes a run stands in no record of it"
         )

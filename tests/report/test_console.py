@@ -27,7 +27,6 @@ class TerminalFile(io.StringIO):
 @pytest.fixture
 def use_console(monkeypatch):
     """A function that makes the program write to a console of some width, and returns what was written."""
-    monkeypatch.delenv("CI", raising=False)
 
     def make(file, width=40):
         made = Console(file=file, width=width, color_system=None)
@@ -73,15 +72,6 @@ def test_a_long_path_on_a_terminal_is_not_broken(use_console, logger):
     logger.info("report: %s", path)
 
     assert path in read()
-
-
-def test_a_log_line_in_ci_stays_one_line_even_on_a_terminal(use_console, logger, monkeypatch):
-    monkeypatch.setenv("CI", "true")
-    read = use_console(TerminalFile(), width=40)
-
-    logger.info("%s", LONG_LINE)
-
-    assert read() == f"{LONG_LINE}\n"
 
 
 def test_a_pipe_that_shall_have_colors_is_not_wrapped(use_console, logger, monkeypatch):
