@@ -3,7 +3,8 @@
 `comfy_quant` tensors and `_quantization_metadata` both hold one JSON object for a layer. ComfyUI defined
 them, other programs wrote variants: without a format, with fields nested in `params`, with doubled braces,
 padded with NUL bytes. Where both are there ComfyUI takes the header's object. `detect.py` calls
-`read_markers`; whether a marker agrees with the tensors is checked there, not here.
+`read_markers`; whether a marker agrees with the tensors is checked there, not here. Markers are written by
+`comfy_int8.encode_marker` and `comfy_formats.encode_marker`.
 """
 
 import json

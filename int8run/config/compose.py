@@ -1,8 +1,7 @@
 """Before the first job starts: compose every job, refuse foreign code in the config, check every value.
 
 A shared YAML may not run code. Hydra instantiates callbacks, launchers and log handlers from the config, so
-the whole
-composed tree is walked before hydra does.
+the whole composed tree is walked before hydra does.
 """
 
 import re

@@ -54,8 +54,7 @@ def capture_calls(
 
     Returns:
         The arguments by name: some pipelines pass the first ones by position. Of two experts `expert` tells
-            which one
-        was called (see `DualDenoiser.forward`).
+        which one was called (see `DualDenoiser.forward`).
     """
     calls: list[Call] = []
     set_denoiser(pipe, denoiser, component)

@@ -124,11 +124,10 @@ class SharedInput:
     """One quantization for layers that read the same tensor, such as q, k and v of an attention.
 
     Holds the last input and its quantization until every layer of the group has taken it. An input that
-    changed in between,
-    or is another tensor, is quantized anew: sharing never depends on the order in which a model calls its
-    layers. Compiled code cannot read a tensor's version and goes by identity alone: a model that changes a
-    tensor in place between two layers that read it must not share there. None of the families in
-    `conf/model_type/` does.
+    changed in between, or is another tensor, is quantized anew: sharing never depends on the order in which a
+    model calls its layers. Compiled code cannot read a tensor's version and goes by identity alone: a model
+    that changes a tensor in place between two layers that read it must not share there. None of the families
+    in `conf/model_type/` does.
 
     Args:
         n_layers: how many layers read the tensor.
@@ -281,8 +280,7 @@ class Int8Linear(KeepsDtypes):
         return y.unflatten(0, x.shape[:-1]) if x.dim() > 1 else y.squeeze(0)
 
     def _active_branch(self) -> LowRankBranch | None:
-        # compiled code does not ask whether the branch is idle: a graph that knew it would be built again
-        # when it changes
+        # not read in compiled code: torch.compile would recompile whenever it changes
         if self.adapter is not None and not torch.compiler.is_compiling() and self.adapter.is_idle:
             return None
         return self.adapter

@@ -2,6 +2,10 @@
 
 One `LayerPlan` is one row of `layers.csv`. `plan_layers` makes the list, `int8run.ptq.quantize` and
 `int8run.pipeline` fill it in, metrics and reports read it. `Int8Settings` is the config group `int8`.
+
+Who decides that a layer stays float: the `ignore` rules of its family (`conf/model_type`, by way of
+`ModelFamily.find_skip_reason`), then a quality budget (`int8run.ptq.mixed_precision`), or the file that INT8
+layers are loaded from (`int8run.pipeline.prequantized`).
 """
 
 from collections.abc import Callable, Mapping

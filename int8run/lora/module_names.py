@@ -154,8 +154,7 @@ def map_modules_to_rows(
 
     After diffusers' `fuse_qkv_projections()` the separate `to_q`, `to_k`, `to_v` are still there but no
     longer used: a change of them would do nothing. They tell how many rows each part has. Without them, or
-        when they do not add
-    up to the fused rows, it is unknown which rows are theirs, and they get no name.
+    when they do not add up to the fused rows, it is unknown which rows are theirs, and they get no name.
 
     Args:
         row_counts: module -> rows of its weight.

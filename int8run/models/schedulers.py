@@ -1,8 +1,7 @@
 """Gives a pipeline the scheduler that the settings name.
 
 Called before images are generated: a sweep may change the scheduler of a pipeline that is loaded already.
-Which
-scheduler a few-step LoRA needs is decided elsewhere.
+Which scheduler a few-step LoRA needs is decided elsewhere.
 """
 
 import inspect

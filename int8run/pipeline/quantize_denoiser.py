@@ -47,7 +47,8 @@ class QuantizationSettings:
         backend: of the layers.
         int8: when a layer computes in float all the same.
         calibration: which images the float model generates where something is fitted to it.
-        quality_db: keep sensitive layers float until this is reached; None: only those of the family.
+        quality_db: keep sensitive layers float until this is reached; None: no search,
+            only the layers that the family excludes stay float.
         dtype: of the float model.
         has_fused_layers: whether the layers will be saved under their original names, which have some of them
             as one layer. These get one outlier method.
@@ -160,7 +161,7 @@ def quantize_denoiser(
     if prequantized is not None:
         old = [plan for plan in chosen if plan.name in existing]
         quantized = chain(read_prequantized_layers(loaded, old, prequantized, read_weight), quantized)
-    label = "Quantizing layers" if prequantized is None else "Loading INT8 layers"
+    label = "Quantizing layers" if new else "Loading INT8 layers"
     with progress.track_loop(label, len(chosen)) as advance:
         layers = build_int8_layers(
             loaded.denoiser,
@@ -253,7 +254,7 @@ def choose_methods_by_error(
     statistics: Mapping[str, LayerStatistics],
     progress: Progress,
 ) -> dict[str, OutlierMethod]:
-    """`outlier=auto`: the method of each layer that loses least on its own activations.
+    """`outlier=auto`: for each layer the method with the least error on its own activations.
 
     Args:
         plans: of the layers that are quantized here; why a layer gets no method is noted there.
@@ -360,7 +361,7 @@ def read_mixed_precision(prequantized: PrequantizedLayers) -> MixedPrecisionResu
 def count_layer_rows(
     denoiser: nn.Module, plans: Sequence[LayerPlan], calls: Sequence[Mapping[str, Any]]
 ) -> dict[str, int]:
-    """How many rows each planned layer sees in these calls: in the last that reaches it, 1 where none does.
+    """Rows that each planned layer gets in the last call that reaches it; 1 where no call does.
 
     Args:
         denoiser: the float model, or a copy with SkeletonLinears.

@@ -76,7 +76,7 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SweepComparison:
     """What the recommendation is written from.
 
     Args:
@@ -127,7 +127,7 @@ def recommend(runs: Sequence[Run]) -> Recommendation:
     return Recommendation(write_verdict(comparison), list_facts(comparison), warnings)
 
 
-def compare_runs(runs: Sequence[Run]) -> Comparison:
+def compare_runs(runs: Sequence[Run]) -> SweepComparison:
     """Group the runs into candidates and find the best of them."""
     groups = group_candidates(runs)
     candidates = groups.candidates
@@ -135,7 +135,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     fastest = []
     if speed_metric is not None:
         fastest = find_best(candidates, speed_metric, direction=-1 if speed_metric == STEP_MS else 1)
-    return Comparison(
+    return SweepComparison(
         runs=runs,
         candidates=candidates,
         content_keys=groups.content_keys,
@@ -151,7 +151,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
 # -- warnings ------------------------------------------------------------------------------------------------
 
 
-def list_warnings(comparison: Comparison) -> list[str]:
+def list_warnings(comparison: SweepComparison) -> list[str]:
     """What limits the recommendation."""
     warnings = list(comparison.speed_problems)
     if comparison.scattered_tags:
@@ -208,7 +208,7 @@ def has_scattered_steps(run: Run) -> bool:
 # -- one candidate -------------------------------------------------------------------------------------------
 
 
-def write_single_verdict(comparison: Comparison) -> str:
+def write_single_verdict(comparison: SweepComparison) -> str:
     """What the only candidate measured."""
     only = comparison.candidates[0]
     parts = []
@@ -234,7 +234,7 @@ def write_single_verdict(comparison: Comparison) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def list_single_facts(comparison: Comparison) -> list[tuple[str, str]]:
+def list_single_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
     """Speed, quality and memory of the only candidate, each where it was measured."""
     only = comparison.candidates[0]
     facts = []
@@ -252,7 +252,7 @@ def list_single_facts(comparison: Comparison) -> list[tuple[str, str]]:
 # -- several candidates --------------------------------------------------------------------------------------
 
 
-def write_verdict(comparison: Comparison) -> str:
+def write_verdict(comparison: SweepComparison) -> str:
     """Which of several candidates to use, in one or two sentences."""
     fastest, closest = comparison.fastest, comparison.closest
     can_compare_speeds = bool(fastest) and comparison.has_comparable_speeds
@@ -272,7 +272,7 @@ def write_verdict(comparison: Comparison) -> str:
     return text
 
 
-def weigh_speed_and_quality(comparison: Comparison) -> str:
+def weigh_speed_and_quality(comparison: SweepComparison) -> str:
     """The sentence that chooses between the fastest and the closest, or leaves the choice to the reader."""
     fastest, closest = comparison.fastest, comparison.closest
     both = [candidate for candidate in fastest if candidate in closest]
@@ -301,7 +301,7 @@ def weigh_speed_and_quality(comparison: Comparison) -> str:
     )
 
 
-def compute_speed_loss(comparison: Comparison) -> float:
+def compute_speed_loss(comparison: SweepComparison) -> float:
     """How much slower the closest candidate is than the fastest, as a share of the fastest one's speed."""
     if comparison.speed_metric is None:
         return math.nan
@@ -313,7 +313,7 @@ def compute_speed_loss(comparison: Comparison) -> float:
     return 1 - min(speeds) / max(speeds)
 
 
-def compute_psnr_gain(comparison: Comparison) -> float | None:
+def compute_psnr_gain(comparison: SweepComparison) -> float | None:
     """How many dB the closest candidate is ahead of the fastest; None where the fastest has no PSNR."""
     psnr_of_fastest = comparison.fastest[0].get_metric(PSNR_DB)
     psnr_of_closest = comparison.closest[0].get_metric(PSNR_DB) or 0.0
@@ -324,7 +324,7 @@ def compute_psnr_gain(comparison: Comparison) -> float | None:
     return psnr_of_closest - psnr_of_fastest
 
 
-def list_facts(comparison: Comparison) -> list[tuple[str, str]]:
+def list_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
     """The best candidates with their numbers, those between them, and the Pareto front of the runs."""
     facts = []
     if comparison.fastest:
@@ -352,7 +352,7 @@ def list_facts(comparison: Comparison) -> list[tuple[str, str]]:
     return facts
 
 
-def list_between(comparison: Comparison) -> list[Candidate]:
+def list_between(comparison: SweepComparison) -> list[Candidate]:
     """The candidates of the Pareto front that are neither the fastest nor the closest."""
     front = find_pareto_front(list_speed_quality(comparison.candidates))
     extremes = [*comparison.fastest, *comparison.closest]
@@ -362,7 +362,7 @@ def list_between(comparison: Comparison) -> list[Candidate]:
 # -- phrases -------------------------------------------------------------------------------------------------
 
 
-def describe_best(best: Sequence[Candidate], comparison: Comparison, metrics: Sequence[str]) -> str:
+def describe_best(best: Sequence[Candidate], comparison: SweepComparison, metrics: Sequence[str]) -> str:
     """Names and metrics: `outlier=none: 5.2 ms per step, 2.54× the float model's speed`."""
     name = "all" if len(best) == len(comparison.candidates) else format_names(best)
     return f"{name}: {describe_metrics(best[0], metrics)}"
@@ -383,7 +383,7 @@ def describe_metrics(candidate: Candidate, metrics: Sequence[str]) -> str:
     return ", ".join(phrases)
 
 
-def describe_medians(comparison: Comparison, num_runs: str) -> str:
+def describe_medians(comparison: SweepComparison, num_runs: str) -> str:
     """Over what the candidates' metrics are medians, and why."""
     keys = ", ".join(comparison.content_keys)
     return f"{keys} ({num_runs}): chosen for the image, so INT8 is compared with float at each value"

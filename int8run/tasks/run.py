@@ -32,7 +32,7 @@ from int8run.pipeline.float_baseline import get_float_baseline
 from int8run.report.console import Progress, print_lines
 from int8run.report.formatting import format_pairs
 from int8run.report.result_tables import build_result_table
-from int8run.tasks.run_metrics import Comparison, has_scattered_times, measure_run
+from int8run.tasks.run_metrics import RunComparison, has_scattered_times, measure_run
 from int8run.tasks.run_outputs import describe_build, name_candidate, write_outputs
 from int8run.utils.hardware import get_device_name
 
@@ -70,7 +70,7 @@ def run(spec: RunSpec, job: Job) -> RunResult:
     headers = read_headers(spec)
     samples = build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
     samples = add_trigger_words(samples, headers, spec.lora)
-    first_batch = samples[: spec.sampler.batch]
+    first_batch = samples[: spec.sampling.batch]
 
     cached_baseline, is_fresh = get_cached_baseline(spec, headers, samples, progress)
     built, is_reused = process_cache.get_or_build(
@@ -90,7 +90,7 @@ def run(spec: RunSpec, job: Job) -> RunResult:
 
     denoiser = built.denoisers.get("float", built.denoisers[spec.candidate])
     calls = capture_step(built.pipe, built.component, denoiser, first_batch, spec.sampling)
-    comparison = Comparison(
+    comparison = RunComparison(
         samples=samples,
         candidate=candidate,
         baseline=baseline,
@@ -109,7 +109,9 @@ def run(spec: RunSpec, job: Job) -> RunResult:
 
     write_outputs(spec, built, comparison, metrics, job.output_dir)
     if has_scattered_times(metrics):
-        log.warning("step times scatter by more than twice: other work runs here, and the speeds say little")
+        log.warning(
+            "step times scatter by more than twice: other work runs on this machine, so the speeds say little"
+        )
     if job.sweep is None:
         print_result(spec, job, built, metrics)
     return RunResult(metrics, candidate, baseline, job.output_dir)
@@ -163,7 +165,7 @@ def generate_float(
         samples: to generate.
         progress: shows the steps.
     """
-    built = build_model(spec, samples[: spec.sampler.batch], headers, progress)
+    built = build_model(spec, samples[: spec.sampling.batch], headers, progress)
     set_scheduler(built.pipe, built.scheduler, spec.sampling)
     built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
     return generate_all(spec, built, "float", samples, progress)["float"]

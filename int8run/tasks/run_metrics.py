@@ -35,7 +35,7 @@ DenoiserCalls = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """What a run generated: the candidate's images or videos, and the float model's beside them.
 
     Args:
@@ -56,7 +56,7 @@ class Comparison:
 
 
 def measure_run(
-    spec: RunSpec, built: BuiltModel, comparison: Comparison, calls: DenoiserCalls, *, is_reused: bool
+    spec: RunSpec, built: BuiltModel, comparison: RunComparison, calls: DenoiserCalls, *, is_reused: bool
 ) -> dict[str, float]:
     """Measure all but quality.
 
@@ -176,7 +176,7 @@ def measure_loras(spec: RunSpec, built: BuiltModel, calls: DenoiserCalls) -> dic
     return metrics
 
 
-def collect_series(comparison: Comparison) -> dict[str, list[float]]:
+def collect_series(comparison: RunComparison) -> dict[str, list[float]]:
     """Collect what has one value per step or frame."""
     candidate, baseline = comparison.candidate, comparison.baseline
     series = {"series/step_ms": list_step_times(candidate)}

@@ -21,7 +21,7 @@ from int8run.models.loader import read_library_versions
 from int8run.pipeline.build import BuiltModel
 from int8run.report.image_files import DIFFERENCE_GAIN, make_difference_image, make_image_grid, save_sample
 from int8run.report.run_files import collect_environment, write_json, write_layers_csv
-from int8run.tasks.run_metrics import Comparison, collect_series
+from int8run.tasks.run_metrics import RunComparison, collect_series
 
 log = logging.getLogger(__name__)
 IMAGES = "images"
@@ -72,7 +72,7 @@ class ImageRecord:
 def write_outputs(
     spec: RunSpec,
     built: BuiltModel,
-    comparison: Comparison,
+    comparison: RunComparison,
     metrics: Mapping[str, float],
     output_dir: Path,
 ) -> None:
@@ -117,7 +117,7 @@ def write_outputs(
     )
 
 
-def save_images(comparison: Comparison, index: int, output_dir: Path, frame_rate: float) -> ImageRecord:
+def save_images(comparison: RunComparison, index: int, output_dir: Path, frame_rate: float) -> ImageRecord:
     """Save what was generated for one sample.
 
     Args:
@@ -149,7 +149,7 @@ def save_frames(frames: Sequence[Image], name: str, output_dir: Path, frame_rate
     return [f"{IMAGES}/{file}" for file in files]
 
 
-def make_grid_rows(comparison: Comparison, index: int) -> list[GridRow]:
+def make_grid_rows(comparison: RunComparison, index: int) -> list[GridRow]:
     """Make the row of a sample in the grid; for a video one row for each key frame, below a caption."""
     sample = comparison.samples[index]
     frames = comparison.candidate.frames[index]
