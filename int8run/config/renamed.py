@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
@@ -252,31 +251,34 @@ def as_text(parsed: Override, value: Any) -> str:
 
 @contextmanager
 def old_names_in_files() -> Iterator[None]:
-    """Let hydra read YAML files on disk, such as those of `--config-dir`, in today's names."""
-    types = SourcesRegistry.instance().types
-    before = types["file"]
-    if not issubclass(before, RenamingSource):  # else we are inside another such block
-        types["file"] = type("Source", (RenamingSource,), {"report": staticmethod(report_once())})
-    try:
+    """Let hydra read YAML files on disk, such as those of `--config-dir`, in today's names.
+
+    Hydra's own reader stays registered, with another method: workers of a sweep are sent the registry, and a
+    class of ours in it would clash with the one that they register themselves.
+    """
+    # hydra loads its plugins in a way of its own: this class is not the one that an import gives
+    source_class = SourcesRegistry.instance().types["file"]
+    read_as_written = source_class.load_config
+    if getattr(read_as_written, "renames", False):  # we are inside another such block
         yield
-    finally:
-        types["file"] = before
+        return
+    report = report_once()
 
-
-class RenamingSource(FileConfigSource):
-    """Hydra's reader of YAML files on disk."""
-
-    report: Report
-
-    def load_config(self, config_path: str) -> ConfigResult:
-        """A file's settings in today's names."""
-        result = super().load_config(config_path)
+    def load_config(source: Any, config_path: str) -> ConfigResult:
+        result = read_as_written(source, config_path)
         if isinstance(result.config, DictConfig):
             tree = OmegaConf.to_container(result.config, resolve=False)
-            renamed = rename_tree(tree, find_package(config_path, result.header), self.report)
+            renamed = rename_tree(tree, find_package(config_path, result.header), report)
             if renamed != tree:
                 result.config = OmegaConf.create(renamed)
         return result
+
+    load_config.renames = True  # type: ignore[attr-defined]
+    source_class.load_config = load_config
+    try:
+        yield
+    finally:
+        source_class.load_config = read_as_written
 
 
 def find_package(config_path: str, header: Mapping[str, Any]) -> Path:
