@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from support.cli_process import command_in
 
 from int8run.config.compose import compose_jobs, create_run_spec, int8run_options
+from int8run.pipeline import process_cache
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -119,6 +120,7 @@ def test_every_command_that_needs_nothing_runs(command, tmp_path, monkeypatch, c
     if "--shell-completion" in command.line or "--config-dir" in command.line:
         pytest.skip("changes the shell, or needs a folder of the reader's")
 
+    process_cache.clear()  # a model that an earlier command built is not saved again
     with command_in(tmp_path / "here", monkeypatch, capsys) as int8run:
         if READS_TINY_INT8.search(command.line):
             assert int8run("save=tiny-int8.safetensors", "tracker=none", "sampler.steps=2").code == 0
