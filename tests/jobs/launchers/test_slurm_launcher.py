@@ -35,9 +35,12 @@ if name == "sbatch":
     if (here / "refuse").exists():
         sys.exit("sbatch: error: " + (here / "refuse").read_text())
     job = str(len(list(here.glob("*.pid"))) + 1)
-    lines = dict(re.findall(r"#SBATCH --(output|error)=(.*)", Path(sys.argv[1]).read_text()))
+    # as Slurm does: submitit moves its script right after sbatch has returned
+    script = here / f"{{job}}.sh"
+    script.write_text(Path(sys.argv[1]).read_text())
+    lines = dict(re.findall(r"#SBATCH --(output|error)=(.*)", script.read_text()))
     out, err = (open(shlex.split(lines[key].replace("%j", job))[0], "a") for key in ("output", "error"))
-    command = f"bash {{shlex.quote(sys.argv[1])}}; echo $? > {{here}}/{{job}}.exit"
+    command = f"bash {{shlex.quote(str(script))}}; echo $? > {{here}}/{{job}}.exit"
     env = {{**os.environ, "SLURM_JOB_ID": job}}
     options = {{"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, "start_new_session": True}}
     process = subprocess.Popen(["bash", "-c", command], env=env, **options)
