@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+from int8run.utils.text import find_longest, make_visible
+
 DIFFERENCE_GAIN = 8
 
 GRID_MIN_SIDE = 192  # px; smaller images are enlarged in a grid, by a whole factor and without smoothing
@@ -51,7 +53,7 @@ def make_image_grid(rows: Sequence[GridRow], columns: Sequence[str]) -> Image.Im
 
     tops = accumulate(row_heights, initial=line_height + GRID_GAP)
     for top, (caption, images) in zip(tops, rows, strict=False):
-        text = shorten_caption(caption, grid.width - 2 * GRID_GAP, font.getlength)
+        text = shorten_caption(make_visible(caption), grid.width - 2 * GRID_GAP, font.getlength)
         draw.text((GRID_GAP, top - 2), text, fill=CAPTION_COLOR, font=font)
         for left, image in zip(lefts, images, strict=False):
             resized = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
@@ -78,11 +80,12 @@ def shorten_caption(text: str, width: float, measure: Callable[[str], float]) ->
     if measure(text) <= width:
         return text
     end = text[-CAPTION_END:]
-    for length in range(len(text), 0, -1):
-        shortened = f"{text[:length].rstrip()}…{end}"
-        if measure(shortened) <= width:
-            return shortened
-    return end
+
+    def shorten(length: int) -> str:
+        return f"{text[:length].rstrip()}…{end}"
+
+    length = find_longest(len(text), lambda length: measure(shorten(length)) <= width)
+    return shorten(length) if length else end
 
 
 def save_sample(

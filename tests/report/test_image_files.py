@@ -150,6 +150,31 @@ def test_a_caption_keeps_its_beginning_and_its_seed(text, width, shortened):
     assert len(shortened) <= max(width, 10)
 
 
+@pytest.mark.parametrize("num_characters", [6_000, 100_000])
+def test_shortening_a_long_caption_measures_it_a_few_times(num_characters):
+    measured = []
+
+    def measure(text):
+        measured.append(len(text))
+        return len(text)
+
+    shortened = shorten_caption("a" * num_characters, 400, measure)
+
+    assert len(shortened) == 400
+    assert len(measured) <= 20, "halving needs one try for each doubling of the length"
+    assert sum(measured) <= 4 * num_characters, "the work grows with the length, not with its square"
+
+
+def test_a_caption_is_one_line_whatever_its_prompt_has():
+    plain = make_image_grid([("a fox", [make_flat_image(RED)])], [""])
+    prompts = "two\nlines\r\nand more", "\x1b[31mred"
+
+    for prompt in prompts:
+        grid = make_image_grid([(prompt, [make_flat_image(RED)])], [""])
+        assert grid.size == plain.size
+        assert find_color(grid, RED) == find_color(plain, RED), "the text is not drawn over the image"
+
+
 # -- saved samples -------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,62 @@
+"""Text of other people as it may be shown: prompts, names of files, values of settings, errors of libraries.
+
+A terminal obeys control characters, and a page and a terminal both obey the marks that turn the direction of
+writing. Both would let a file name change what else stands on the screen. They are shown as escapes instead.
+"""
+
+import re
+from collections.abc import Callable
+
+# Control characters (those above 127 are obeyed by some terminals, too), separators of lines and paragraphs,
+# the marks that turn the direction of writing, and halves of surrogate pairs, which no output can encode:
+# they come from file names that are not UTF-8.
+UNSAFE_CHARACTERS = "\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+UNSAFE = re.compile(f"[{UNSAFE_CHARACTERS}]")
+UNSAFE_BUT_LINES = re.compile(f"(?![\\n\\t])[{UNSAFE_CHARACTERS}]")
+
+
+def make_visible(value: object) -> str:
+    """A value as text of one line, in which nothing is obeyed: `a\\x1b[31mb`, `two\\nlines`."""
+    return UNSAFE.sub(escape_character, str(value))
+
+
+def make_lines_visible(text: str) -> str:
+    """The same for a text that may have several lines, which stay lines."""
+    return UNSAFE_BUT_LINES.sub(escape_character, text)
+
+
+def escape_character(match: re.Match[str]) -> str:
+    """A character as Python writes it: `\\n`, `\\x1b`, `\\u202e`."""
+    return match.group().encode("unicode_escape").decode()
+
+
+def find_longest(length: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `length` that fits, found by halving: a long text costs a few tries, not
+    thousands.
+
+    Args:
+        length: the largest number to try; it is known not to fit.
+        fits: whether a number fits; what is smaller than a number that fits does, too.
+
+    Returns:
+        0 where not even 1 fits.
+    """
+    fitting, too_long = 0, length
+    while too_long - fitting > 1:
+        middle = (fitting + too_long) // 2
+        if fits(middle):
+            fitting = middle
+        else:
+            too_long = middle
+    return fitting
+
+
+def shorten_text(text: str, max_length: int) -> str:
+    """A text of at most so many characters: `…` stands for what is left out of its middle, so that both the
+    key at the beginning and the value at the end can be told apart.
+    """
+    if len(text) <= max_length:
+        return text
+    kept = max_length - 1
+    end = kept // 3
+    return f"{text[: kept - end]}…{text[len(text) - end :] if end else ''}"
