@@ -6,6 +6,8 @@ Nothing heavy is imported before a job starts: `--help`, `--cfg job` and tab com
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +117,66 @@ def run_hydra(args: Any) -> None:
     if args.hydra_help:  # hydra sets up its logging from the config even for its help
         compose_jobs(args.config_dir, config_name, overrides, args.multirun)
     starts_jobs = not (args.cfg or args.info or args.shell_completion or args.hydra_help)
+    single = None
     if starts_jobs:
-        check_command(args.config_dir, config_name, overrides, args.multirun, print_banner)
-    if args.multirun or not starts_jobs:
+        single = check_command(args.config_dir, config_name, overrides, args.multirun, print_banner)
+    if single is None:
         hydra_main(**HYDRA_MAIN)(run_job)()
         return
+    with claim_output_folder(single, overrides):
+        run_single(hydra_main)
+
+
+@contextmanager
+def claim_output_folder(single: Any, overrides: list[str]) -> Iterator[None]:
+    """Take the output folder of a single run before hydra writes into it, and tell hydra its name.
+
+    Args:
+        single: the composed config and its RunSpec; a task without a record leaves no folder.
+        overrides: of the command line.
+    """
+    from int8run.jobs.folders import RUN_SETTING, claim_run_folder, resolve_run_folder
+
+    config, spec = single
+    if not spec.task.recorded:
+        yield
+        return
+    folder, setting = resolve_run_folder(config)
+    with claim_run_folder(folder, setting, print_warning) as claimed:
+        text = str(claimed).replace("\\", "\\\\").replace("'", "\\'")
+        sys.argv = insert_override(sys.argv, overrides, f"{RUN_SETTING}='{text}'")
+        yield
+
+
+def insert_override(arguments: list[str], overrides: list[str], override: str) -> list[str]:
+    """Add an override to a command line, behind those that it has; the last one of a key wins.
+
+    Args:
+        arguments: of the command.
+        overrides: those among them that are overrides.
+        override: to add.
+    """
+    position = len(arguments)
+    if overrides:
+        position -= arguments[::-1].index(overrides[-1])
+    return [*arguments[:position], override, *arguments[position:]]
+
+
+def print_warning(text: str) -> None:
+    """Print a warning before logging is set up."""
+    from rich.markup import escape
+
+    from int8run.report.console import print_lines
+
+    print_lines(f"[bold yellow]Warning:[/bold yellow] {escape(text)}")
+
+
+def run_single(hydra_main: Any) -> None:
+    """Let hydra run the one job of the command line.
+
+    Args:
+        hydra_main: hydra's decorator.
+    """
     errors: list[Int8RunError] = []
 
     def run_single_job(config: Any) -> float | None:

@@ -67,13 +67,16 @@ LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 def check_command(
     config_dir: str | None, config_name: str, overrides: list[str], multirun: bool, announce: Announce
-) -> None:
+) -> tuple[DictConfig, Any] | None:
     """Compose, target-check and range-check a single job; of a sweep, what its jobs share: they are checked
     when the sweep composes them.
 
     Args:
         announce: called with the number of jobs and the choices of each group, before anything heavy is
             imported.
+
+    Returns:
+        The config of a single job, hydra's part included, and its RunSpec; None for a sweep.
 
     Raises:
         ConfigError: for settings that cannot work.
@@ -89,12 +92,13 @@ def check_command(
     swept = {} if jobs is None else dict(word.partition("=")[::2] for word in overrides)
     choices = {group: swept.get(group, option) for group, option in shared.hydra.runtime.choices.items()}
     announce(1 if jobs is None else len(jobs), choices)
-    if jobs is None:
-        if shared.get("resume"):
-            raise ConfigError(
-                "resume=true goes on with a sweep, and this is a single run; add -m, or leave resume out"
-            )
-        create_run_spec(shared)
+    if jobs is not None:
+        return None
+    if shared.get("resume"):
+        raise ConfigError(
+            "resume=true goes on with a sweep, and this is a single run; add -m, or leave resume out"
+        )
+    return shared, create_run_spec(shared)
 
 
 def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> list[Any]:

@@ -3,6 +3,7 @@
 `cli` registers both with hydra, which makes them from `hydra/sweeper=` and `hydra/launcher=`.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -19,12 +20,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from int8run.config.compose import check_jobs
 from int8run.jobs.base import Pool
+from int8run.jobs.folders import claim_sweep_folder
 from int8run.jobs.launchers.in_process import InProcess
 from int8run.jobs.launchers.joblib_launcher import Processes
 from int8run.jobs.launchers.ray_launcher import RayCluster
 from int8run.jobs.launchers.slurm_launcher import Slurm
 from int8run.jobs.resume import find_sweep_folder
 
+log = logging.getLogger(__name__)
 # hydra takes plugins from modules below `hydra_plugins` only
 PLUGIN_MODULE = "hydra_plugins.int8run"
 POOL_CLASSES = (InProcess, Processes, RayCluster, Slurm)
@@ -64,18 +67,23 @@ class SweepLauncher(Launcher):
         # imported after the check: it imports what jobs import
         from int8run.jobs.sweep import run_sweep
 
-        folder = find_sweep_folder(configs)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
-        for config in configs:
-            config.hydra.sweep.dir = str(folder)
-        values = run_sweep(
-            configs,
-            specs,
-            pool=self.pool,
-            hydra_context=self.context,
-            task_function=self.task_function,
-        )
+        setting = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)
+        with claim_sweep_folder(
+            find_sweep_folder(configs),
+            str(setting["dir"]),  # type: ignore[index,call-overload]
+            log.warning,
+            resume=bool(configs[0].get("resume")),
+        ) as folder:
+            OmegaConf.save(self.config, folder / "multirun.yaml")
+            for config in configs:
+                config.hydra.sweep.dir = str(folder)
+            values = run_sweep(
+                configs,
+                specs,
+                pool=self.pool,
+                hydra_context=self.context,
+                task_function=self.task_function,
+            )
         return [make_job_return(config, value) for config, value in zip(configs, values, strict=True)]
 
     def compose_job(self, overrides: Sequence[str], number: int) -> DictConfig:

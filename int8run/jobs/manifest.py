@@ -16,8 +16,8 @@ from int8run.errors import FileError
 from int8run.tracking.run_record import find_varying_keys, split_override
 
 MANIFEST_FILE = "sweep.json"
-# hydra's default, `multirun/2026-11-21/22-30-00`
-DATED_FOLDER = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d")
+# hydra's default, `multirun/2026-11-21/22-30-00`; `22-30-00-2` is the second of that second
+DATED_FOLDER = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d(-\d+)?")
 
 
 @dataclass(frozen=True)

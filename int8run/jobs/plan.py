@@ -16,6 +16,7 @@ from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, TrackingError
 from int8run.jobs.base import SweepJob
 from int8run.jobs.execute import build_status
+from int8run.jobs.folders import clear_job_folder
 from int8run.jobs.job import make_job
 from int8run.jobs.manifest import SweepManifest
 from int8run.tracking.base import Tracker
@@ -97,14 +98,18 @@ def get_job_folder(config: DictConfig) -> Path:
 def choose_free_number(config: DictConfig, used_folders: Collection[Path]) -> None:
     """Count a job's number up until no other job has its folder.
 
-    A `hydra.sweep.subdir` that does not depend on the number cannot be made free this way and stays as it is.
+    Raises:
+        ConfigError: for a `hydra.sweep.subdir` that does not depend on the number.
     """
     folder = get_job_folder(config)
     while folder in used_folders:
         config.hydra.job.num += 1
         next_folder = get_job_folder(config)
         if next_folder == folder:
-            return
+            raise ConfigError(
+                f"hydra.sweep.subdir puts several jobs into {folder}, and a folder belongs to one job; "
+                "let it depend on the job's number, as its default does: ${hydra.job.num}"
+            )
         folder = next_folder
 
 
@@ -168,9 +173,11 @@ def download_finished_jobs(
     for run_id in tracker.find_running(manifest.id):
         tracker.end_run(run_id, KILLED, KILLED_MESSAGE)
     run_ids = tracker.find_finished([job.config_hash for job in jobs])
+    sweep_folder = Path(str(jobs[0].config.hydra.sweep.dir)) if jobs else Path()
     for job in jobs:
         if job.config_hash not in run_ids:
             continue
+        clear_job_folder(sweep_folder, job.folder)
         tracker.download_run(run_ids[job.config_hash], job.folder)
         # the job may have had another number in the sweep that it comes from
         yield update_record(read_record(job.folder), number=job.number)

@@ -12,16 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from hydra.core.singleton import Singleton
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig
 
 from int8run.config.run_spec import RunSpec
-from int8run.errors import ConfigError, Int8RunError
+from int8run.errors import Int8RunError
 from int8run.jobs.base import Outcome, Pool, SweepJob
 from int8run.jobs.execute import build_status, prepare_tracker, upload_record
 from int8run.jobs.finalize import finalize_sweep
+from int8run.jobs.folders import check_job_folders, clear_job_folder
 from int8run.jobs.manifest import (
     SweepManifest,
     find_varying_overrides,
@@ -29,14 +29,13 @@ from int8run.jobs.manifest import (
     read_manifest,
     write_manifest,
 )
-from int8run.jobs.plan import PlannedJob, find_finished_jobs, plan_jobs
+from int8run.jobs.plan import PlannedJob, find_finished_jobs, get_job_folder, plan_jobs
 from int8run.jobs.scheduler import Scheduler
 from int8run.jobs.worker import ParentProcess, run_jobs
 from int8run.report.sweep_progress import SweepProgress
 from int8run.tracking.run_record import (
     FINISHED,
     KILLED,
-    STATUS,
     Record,
     create_record,
     end_record,
@@ -66,7 +65,8 @@ def run_sweep(
     """Run the jobs of a sweep on a pool's workers, and make one report of what they leave.
 
     Args:
-        configs: of the jobs, composed, hydra's part included; numbered, in one sweep folder that exists.
+        configs: of the jobs, composed, hydra's part included; numbered, in one sweep folder that this
+            process has taken.
         specs: made from `configs`, in the same order.
         pool: not open yet.
         hydra_context: hydra's, needed to run a job.
@@ -76,34 +76,24 @@ def run_sweep(
         The value of each job.
 
     Raises:
-        ConfigError: when another sweep runs in the folder.
+        ConfigError: when two jobs would share a folder.
         SweepError: after all other jobs are done, when a job failed or was killed; it names each.
     """
     folder = Path(str(configs[0].hydra.sweep.dir))
-    # the system releases it when this process ends, however it ends
-    lock = FileLock(folder / "sweep.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(
-            f"another sweep runs in {folder}; wait for it, or choose another folder: hydra.sweep.dir=FOLDER"
-        ) from None
-    try:
-        resume = bool(configs[0].get("resume"))
-        manifest = prepare_manifest(folder, configs, resume)
-        planned = plan_jobs(folder, configs, specs, resume=resume)
-        trackers = {p.job.number: p.spec.tracker for p in planned if p.spec.task.tracked}
-        for tracker in set(trackers.values()):
-            prepare_tracker(tracker)
-        finished = find_finished_jobs(manifest, planned) if resume else {}
-        sweep = SweepRun(folder, manifest, planned, finished)
-        sweep.run_jobs(pool, hydra_context, task_function)
-        records = [sweep.records[p.job.number] for p in planned]
-        finalize_sweep(folder, sweep.manifest, records, trackers)
-        sweep.check_all_finished()
-        return [sweep.outcomes[p.job.number].value for p in planned]
-    finally:
-        lock.release()
+    resume = bool(configs[0].get("resume"))
+    check_job_folders(folder, [get_job_folder(config) for config in configs])
+    manifest = prepare_manifest(folder, configs, resume)
+    planned = plan_jobs(folder, configs, specs, resume=resume)
+    trackers = {p.job.number: p.spec.tracker for p in planned if p.spec.task.tracked}
+    for tracker in set(trackers.values()):
+        prepare_tracker(tracker)
+    finished = find_finished_jobs(manifest, planned) if resume else {}
+    sweep = SweepRun(folder, manifest, planned, finished)
+    sweep.run_jobs(pool, hydra_context, task_function)
+    records = [sweep.records[p.job.number] for p in planned]
+    finalize_sweep(folder, sweep.manifest, records, trackers)
+    sweep.check_all_finished()
+    return [sweep.outcomes[p.job.number].value for p in planned]
 
 
 def prepare_manifest(folder: Path, configs: Sequence[DictConfig], resume: bool) -> SweepManifest:
@@ -159,9 +149,7 @@ class SweepRun:
         if not jobs:
             return
         for job in jobs:
-            earlier_status = job.folder / STATUS
-            if earlier_status.is_file():
-                earlier_status.unlink()
+            clear_job_folder(self.folder, job.folder)
         try:
             max_workers = pool.open(len(jobs))
             # how many jobs share a machine is known of a cluster only once the pool is open

@@ -27,6 +27,7 @@ from int8run.errors import FileError
 log = logging.getLogger(__name__)
 
 STATUS = "status.json"
+EARLIER_ATTEMPTS = "earlier_attempts"  # of a sweep's jobs that ran again; a folder in that of the sweep
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 KILLED_MESSAGE = "the process ended without an error message: killed, out of memory, or the machine went down"
 LOGIN = re.compile(r"://[^/@\s]*@")
@@ -231,10 +232,14 @@ def read_record(folder: Path) -> Record:
 def find_records(folder: Path) -> list[Record]:
     """Every record in a folder and below it, by number and start.
 
-    Copies in MLflow's own folders, `<run>/artifacts/`, do not count. A damaged record is skipped with a
-    warning, so that the others can be used.
+    Copies in MLflow's own folders, `<run>/artifacts/`, do not count, nor do attempts of jobs that ran again.
+    A damaged record is skipped with a warning, so that the others can be used.
     """
-    folders = [path.parent for path in folder.rglob(STATUS) if path.parent.name != "artifacts"]
+    folders = []
+    for path in folder.rglob(STATUS):
+        is_earlier = EARLIER_ATTEMPTS in path.relative_to(folder).parts
+        if path.parent.name != "artifacts" and not is_earlier:
+            folders.append(path.parent)
     found = [record for record in map(try_read_record, folders) if record is not None]
     return sorted(found, key=lambda record: (record.number, record.started))
 

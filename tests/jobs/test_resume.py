@@ -241,12 +241,13 @@ def test_one_sweep_at_a_time_in_a_folder(command: Command, model: str) -> None:
     folder = command.folder / "here"
     folder.mkdir()
 
-    with FileLock(folder / "sweep.lock"):
+    with FileLock(folder / "int8run.lock"):
         outcome = command("-m", "seed=0,1", model, *UNTRACKED, "hydra.sweep.dir=here")
 
     assert outcome.code == 2
     assert outcome.message == (
-        f"another sweep runs in {folder}; wait for it, or choose another folder: hydra.sweep.dir=FOLDER"
+        f"another process is writing to {folder}; wait for it, or choose another folder: "
+        "hydra.sweep.dir=FOLDER"
     )
     assert find_records(folder) == []
 
