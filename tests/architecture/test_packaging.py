@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -154,6 +155,27 @@ def installed_python(built: tuple[Path, Path], tmp_path: Path) -> Path:
     # this environment has an int8run, too, an editable one, which comes after the installed one
     (find_site_packages(python) / "zz_dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return python
+
+
+@pytest.mark.slow
+def test_an_editable_installation_imports_beside_the_clone(built: tuple[Path, Path], tmp_path: Path) -> None:
+    # a folder named like the package is a namespace package for whoever stands above it
+    clone = tmp_path / "int8run"
+    shutil.copytree(built[0].parent / "source", clone, symlinks=True)
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--no-deps", "--editable", clone],
+        check=True,
+        capture_output=True,
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    modules = "int8run, int8run.conf, int8run.kernels.hadamard"
+    command = [python, "-c", f"import {modules}; print(int8run.__version__, int8run.__file__)"]
+    for folder in (tmp_path, clone, clone.parent.parent):
+        shown = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert shown.stdout.split()[1:] == [str(clone / "int8run" / "__init__.py")], shown.stderr
 
 
 def find_site_packages(python: Path) -> Path:
