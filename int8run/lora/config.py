@@ -29,8 +29,8 @@ class Adapter:
 
     Args:
         name: for the tracker and for messages.
-        path: a `.safetensors` file, a name in `lora_dir`, the name of a shipped LoRA, a hub id with
-            `weight_name`, or a mapping from a model's `lora_base` to one of these.
+        path: a `.safetensors` file, a folder that PEFT wrote, a name in `lora_dir`, the name of a shipped
+            LoRA, a hub id with `weight_name`, or a mapping from a model's `lora_base` to one of these.
         strength: from -20 to 20; 0 leaves the LoRA out; a list of [fraction of the steps, strength from there
             on] changes it during the steps. None: 1, or that of the few-step preset.
         text_strength: of its part for text encoders; None: the strength at the first step.

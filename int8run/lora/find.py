@@ -1,24 +1,29 @@
-"""Find the file of a LoRA: a path, a name in a folder, a LoRA that ships with int8run, or a file on the hub.
+"""Find the file of a LoRA: a path, a folder that PEFT wrote, a name in a folder, a shipped LoRA, or the hub.
 
 `header_info` asks for the files of a stack, `LoraStack.add` for a single one. Nothing is opened here.
 """
 
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 from int8run.errors import LoraError
+from int8run.lora.written_settings import ADAPTER_CONFIG, PEFT_FILE
 
 SHIPPED_LORAS = Path(__file__).parents[1] / "assets" / "lora"
 SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".pt", ".bin", ".ckpt", ".pth")
+# what PEFT and diffusers call the one file of a folder
+FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")
 
 
 def find_lora(source: str, weight_name: str | None, folder: Path | None = None) -> Path:
     """Find the file of a source. Names in a folder may leave `.safetensors` out.
 
     Args:
-        source: a path, a name in `folder`, the name of a shipped LoRA, or with `weight_name` a hub id.
+        source: a file, a folder with one LoRA (as PEFT and diffusers save them), a name in `folder`, the name
+            of a shipped LoRA, or with `weight_name` a hub id.
         weight_name: the name of a file in a hub repository.
         folder: where names are looked up, before the shipped LoRAs.
 
@@ -40,20 +45,71 @@ def find_lora(source: str, weight_name: str | None, folder: Path | None = None) 
     for candidate in (path, *files_in_folders):
         if candidate.is_file():
             return candidate
+    homes = [folder.expanduser()] if folder is not None and path.name and not path.is_absolute() else []
+    for place in (path, *(home / path for home in homes)):
+        found = find_in_lora_folder(place)
+        if found is not None:
+            return found
     raise LoraError(describe_failed_search(path, [file.parent for file in files_in_folders], folder))
 
 
+def find_lora_of_folder(folder: Path) -> Path | None:
+    """The LoRA in a folder that PEFT or diffusers wrote; None: it has no file of such a name."""
+    files = [folder / name for name in FOLDER_FILES if (folder / name).is_file()]
+    return files[0] if files else None
+
+
+def find_in_lora_folder(folder: Path) -> Path | None:
+    """The LoRA in a folder that holds one; None: there is no such folder, or no LoRA in it.
+
+    Raises:
+        LoraError: when it holds several, or a pickled one.
+    """
+    if not folder.is_dir():
+        return None
+    named = find_lora_of_folder(folder)
+    if named is not None:
+        return named
+    files = sorted(file.name for file in folder.glob(f"*{SUFFIX}"))
+    if not files and (folder / ADAPTER_CONFIG).is_file():
+        raise LoraError(
+            f"{folder} has {ADAPTER_CONFIG} and no {PEFT_FILE}; a pickled adapter_model.bin is not opened, "
+            "as it can run code: save it with safe_serialization=True"
+        )
+    if len(files) > 1:
+        raise LoraError(
+            f"{folder} is a folder with {len(files)} LoRAs; name one of them: {', '.join(files[:5])}"
+        )
+    return folder / files[0] if files else None
+
+
+def get_default_name(source: str, path: Path) -> str:
+    """What a LoRA is called that nobody named: like its file, or like its folder where that was given."""
+    is_folder = Path(source).name != path.name and path.name in FOLDER_FILES
+    return (Path(source).name if is_folder else "") or path.stem
+
+
 def download_lora(repository: str, weight_name: str) -> Path:
-    """Download a file from the hub, or find it in the hub's cache.
+    """Download a file from the hub, or find it in the hub's cache; with PEFT's settings beside it.
 
     Raises:
         LoraError: with the first line of the hub's own message.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+    )
 
     try:
-        return Path(hf_hub_download(repository, weight_name))
+        path = Path(hf_hub_download(repository, weight_name))
+        if path.name == PEFT_FILE:
+            # they lie side by side in the hub's cache, too
+            with suppress(RemoteEntryNotFoundError):
+                hf_hub_download(repository, str(PurePosixPath(weight_name).with_name(ADAPTER_CONFIG)))
+        return path
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LoraError(

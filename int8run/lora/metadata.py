@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from int8run.errors import LoraError
 from int8run.lora.untrusted_text import (
-    as_dict,
     get_nested,
     is_empty,
     parse_json,
@@ -12,6 +12,7 @@ from int8run.lora.untrusted_text import (
     read_optional_text,
     sanitize_text,
 )
+from int8run.lora.written_settings import describe_rank_and_alpha, read_settings
 
 MAX_TEXT_CHARS = 200
 MAX_NUMBER_CHARS = 100
@@ -49,7 +50,7 @@ def describe_header(path: Path, metadata: Mapping[str, str], keys: Iterable[str]
         "title": metadata.get("modelspec.title"),
         "author": metadata.get("modelspec.author"),
         "trainer": detect_trainer(metadata, keys),
-        "rank and alpha": format_rank_and_alpha(metadata),
+        "rank and alpha": format_rank_and_alpha(path, metadata),
         "resolution": metadata.get("modelspec.resolution") or metadata.get("ss_resolution"),
         "license": metadata.get("modelspec.license") or read_front_matter(path).get("license"),
         "usage hint": metadata.get("modelspec.usage_hint"),
@@ -88,13 +89,20 @@ def detect_trainer(metadata: Mapping[str, str], keys: Iterable[str]) -> str | No
     return None
 
 
-def format_rank_and_alpha(metadata: Mapping[str, str]) -> str | None:
-    """`rank 16, alpha 8` as the header has it; ranks of the tensors may differ."""
-    peft_settings = as_dict(parse_json(metadata.get("lora_adapter_metadata")))
-    without_prefix = {str(key).rpartition(".")[2]: value for key, value in peft_settings.items()}
+def format_rank_and_alpha(path: Path, metadata: Mapping[str, str]) -> str | None:
+    """`rank 16, alpha 8` as the header or PEFT's file beside it has them; ranks of the tensors may differ.
+
+    Args:
+        path: of the LoRA.
+        metadata: of its header, untrusted.
+    """
+    try:
+        written = describe_rank_and_alpha(read_settings(path, metadata).places)
+    except LoraError as error:
+        return f"cannot be read: {error}"
     numbers = {
-        "rank": metadata.get("ss_network_dim") or without_prefix.get("r"),
-        "alpha": metadata.get("ss_network_alpha") or without_prefix.get("lora_alpha"),
+        "rank": metadata.get("ss_network_dim") or written.get("rank"),
+        "alpha": metadata.get("ss_network_alpha") or written.get("alpha"),
     }
     parts = [
         f"{name} {value}"

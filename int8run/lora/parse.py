@@ -26,8 +26,8 @@ from int8run.lora.key_parsing import LOHA_PARTS, LOKR_PARTS
 
 # part -> tensor, of one module
 AdapterTensors = Mapping[str, Tensor]
-# rank -> alpha / rank
-GetScale = Callable[[int], float]
+# rank -> alpha / rank; None: the tensors have no rank
+GetScale = Callable[[int | None], float]
 
 # how messages name the parts of a low-rank pair
 PART_NAMES = {"down": "lora_A (down)", "up": "lora_B (up)"}
@@ -203,7 +203,7 @@ def build_loha(tensors: AdapterTensors, get_scale: GetScale) -> LoHa:
 
 
 def build_lokr(tensors: AdapterTensors, get_scale: GetScale) -> LoKr:
-    """Two factors of a Kronecker product. Two full ones have scale 1, whatever the file's alpha says."""
+    """Two factors of a Kronecker product; two whole ones have no rank."""
     w1 = build_kronecker_factor(tensors, "lokr_w1", mid="lokr_t1")
     w2 = build_kronecker_factor(tensors, "lokr_w2", mid="lokr_t2")
     if len(w1.shape) != 2 or len(w2.shape) < 2:
@@ -211,8 +211,7 @@ def build_lokr(tensors: AdapterTensors, get_scale: GetScale) -> LoKr:
             f"has LoKr factors of {list(w1.shape)} and {list(w2.shape)}; "
             "two matrices are needed, the file is broken"
         )
-    rank = LoKr(w1, w2).rank
-    return LoKr(w1, w2) if rank is None else LoKr(w1, w2, scale=get_scale(rank))
+    return LoKr(w1, w2, scale=get_scale(LoKr(w1, w2).rank))
 
 
 def build_kronecker_factor(tensors: AdapterTensors, name: str, mid: str) -> Tensor | LowRankPair:

@@ -24,7 +24,7 @@ from int8run.lora.apply import (
 )
 from int8run.lora.change_size import ChangeSize, compute_median_steps, format_sizes, measure_change
 from int8run.lora.config import MODES, check_strength
-from int8run.lora.find import find_lora
+from int8run.lora.find import find_lora, get_default_name
 from int8run.lora.key_parsing import DENOISER
 from int8run.lora.load import LoraFile, read_lora
 from int8run.lora.match import Matches, MatchRequest, match_loras
@@ -111,9 +111,10 @@ class LoraStack:
         """Apply one more LoRA to the model. Returns the stack.
 
         Args:
-            source: a `.safetensors` file, a shipped name, a name in `folder`, or a hub id with `weight_name`.
+            source: a `.safetensors` file, a folder that PEFT wrote, a shipped name, a name in `folder`, or a
+                hub id with `weight_name`.
             strength: from -20 to 20.
-            name: for `set_strength`; None: the file's name without its suffix.
+            name: for `set_strength`; None: the file's name without its suffix, or the folder's.
             text_strength: of its part for text encoders; None: `strength`.
             weight_name: the file in a hub repository.
 
@@ -122,7 +123,7 @@ class LoraStack:
             LoraError: when the file cannot be read or does not fit; the model is as it was.
         """
         path = find_lora(str(source), weight_name, self.folder)
-        name = name or path.stem
+        name = name or get_default_name(str(source), path)
         if name in self.names:
             raise ConfigError(
                 f"the stack has a LoRA called {name!r} already; "

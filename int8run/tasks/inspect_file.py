@@ -20,6 +20,7 @@ from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
 from int8run.lora import few_step
 from int8run.lora.base_model import detect_lora_base
+from int8run.lora.find import find_lora_of_folder
 from int8run.lora.key_parsing import parse_key
 from int8run.lora.metadata import describe_header
 from int8run.lora.trigger_words import iter_trigger_words
@@ -92,7 +93,8 @@ def inspect_file(location: str) -> Table:
     """Describe a safetensors file, or a checkpoint in several files.
 
     Args:
-        location: a file, or a folder with the files of one checkpoint; `~` is the home folder.
+        location: a file, a folder with the files of one checkpoint, or a folder with a LoRA as PEFT and
+            diffusers save it; `~` is the home folder.
 
     Returns:
         A table without a head, a line for each fact.
@@ -102,7 +104,10 @@ def inspect_file(location: str) -> Table:
     """
     path = Path(location).expanduser()
     if path.is_dir():
-        return inspect_folder(path)
+        lora = find_lora_of_folder(path)
+        if lora is None:
+            return inspect_folder(path)
+        path = lora
     header, metadata = read_header(path)
     kind = classify_file(header)
     dtypes = Counter(entry["dtype"] for entry in header.values())

@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.compare import assert_close
 from support.helpers import randn
-from torch import nn
 
 from int8run.errors import LoraError
 from int8run.lora import find
@@ -134,7 +132,7 @@ def test_alpha_0_means_rank(write):
         ({"transformer.lora_alpha": 8, "transformer.alpha_pattern": {"y": 2}}, 2.0),
         ({"transformer.lora_alpha": 8, "transformer.alpha_pattern": {}}, 2.0),
         ({"transformer.lora_alpha": 8, "transformer.alpha_pattern": None}, 2.0),
-        ({"transformer.r": 4}, 1.0),
+        ({"transformer.r": 4}, 2.0),  # PEFT's default alpha is 8
         ({}, 1.0),
     ],
     ids=lambda v: json.dumps(v) if isinstance(v, dict) else None,
@@ -183,15 +181,6 @@ def test_alpha_pattern_matches_the_end_of_a_name_as_in_peft(write, pattern, matc
     ].weight_delta.scale == (3.0 if matches else 1.0)
 
 
-def test_alpha_tensor_wins_over_the_header(write):
-    assert (
-        read_lora(write(PEFT | {"transformer.x.alpha": torch.tensor(2.0)}, make_peft_metadata(lora_alpha=8)))
-        .changes["denoiser"]["x"]
-        .weight_delta.scale
-        == 0.5
-    )
-
-
 @pytest.mark.parametrize(
     "text",
     ["{not json", "[1, 2]", '"words"', "null", "[" * 100_000, '{"alpha_pattern": ["x"]}'],
@@ -202,42 +191,6 @@ def test_useless_header_gives_scale_1(write, text):
         read_lora(write(PEFT, {"lora_adapter_metadata": text})).changes["denoiser"]["x"].weight_delta.scale
         == 1.0
     )
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"lora_alpha": 6},
-        {"use_rslora": True},
-        {"alpha_pattern": {"0.to_q": 1, "to_k": 2}, "rank_pattern": {"to_q": 2}},
-    ],
-    ids=["defaults", "alpha", "rslora", "patterns"],
-)
-def test_deltas_match_peft(write, settings):
-    peft = pytest.importorskip("peft")
-    blocks = nn.ModuleList(
-        nn.ModuleDict({"to_q": nn.Linear(IN, OUT), "to_k": nn.Linear(IN, OUT)}) for _ in range(2)
-    )
-    config = peft.LoraConfig(r=RANK, target_modules=["to_q", "to_k"], init_lora_weights=False, **settings)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = peft.get_peft_model(nn.ModuleDict({"blocks": blocks}), config)
-    tensors = {
-        k.removeprefix("base_model.model."): v.contiguous()
-        for k, v in peft.get_peft_model_state_dict(model).items()
-    }
-    # sets are not JSON; diffusers turns them into lists as well
-    plain = {f"transformer.{k}": list(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    file = read_lora(write({f"transformer.{k}": v for k, v in tensors.items()}, make_peft_metadata(**plain)))
-
-    layers = {name: m for name, m in model.base_model.model.named_modules() if hasattr(m, "get_delta_weight")}
-
-    assert file.changes["denoiser"].keys() == layers.keys() and len(layers) == 4
-
-    for name, layer in layers.items():
-        delta = file.changes["denoiser"][name].weight_delta.compute_delta(layer.base_layer.weight)
-        assert_close(name, delta, layer.get_delta_weight("default").detach(), 1e-6)
 
 
 def test_unknown_keys_are_listed_with_reasons(write):
@@ -489,7 +442,7 @@ REFUSED = {
     ),
     "complex": (
         {"x.lora_A.weight": A.to(torch.complex64), "x.lora_B.weight": B},
-        r"x has a lora_A \(down\) of complex64; the file is broken",
+        r"x has a lora_A \(down\) of dtype C64; it may be F64, F32, F16, BF16, F8_E4M3, ",
     ),
     "NaN": (
         {"x.lora_A.weight": A, "x.lora_B.weight": B * float("nan")},
@@ -670,41 +623,21 @@ class TestNotes:
         )
 
 
-def test_identity_depends_on_the_tensors_alone(write):
-    plain = read_lora(write(PEFT))
+def test_identity_is_that_of_the_tensors_and_their_scale(write):
+    plain = read_lora(write(PEFT)).identity
 
-    assert (
-        read_lora(write(PEFT, make_peft_metadata(lora_alpha=3), "other.safetensors")).identity
-        == plain.identity
+    same_scale = write(PEFT, make_peft_metadata(lora_alpha=RANK), "other.safetensors")
+    assert read_lora(same_scale).identity == plain and len(plain) == 64
+
+    # layers with a LoRA baked in are kept in the cache by it
+    identities = {plain}
+    for alpha in (1, 2):
+        path = write(PEFT, make_peft_metadata(lora_alpha=alpha), f"alpha{alpha}.safetensors")
+        identities.add(read_lora(path).identity)
+    identities.add(
+        read_lora(write(PEFT | {"transformer.x.lora_A.weight": A + 1}, name="new.safetensors")).identity
     )
-    assert (
-        read_lora(write(PEFT | {"transformer.x.lora_A.weight": A + 1}, name="changed.safetensors")).identity
-        != plain.identity
-    )
-    assert len(plain.identity) == 64
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (
-            {"lora_alpha": "sixteen"},
-            "x cannot be scaled: the file's lora_alpha is 'sixteen', which is not a number",
-        ),
-        ({"lora_alpha": True}, "lora_alpha is True, which is not a number"),
-        ({"lora_alpha": [8]}, r"lora_alpha is \[8\], which is not a number"),
-        ({"lora_alpha": float("inf")}, "lora_alpha is inf, which is not a number"),
-        ({"lora_alpha": 8, "alpha_pattern": {"x": "y"}}, "lora_alpha is 'y', which is not a number"),
-        (
-            {"lora_alpha": 8, "alpha_pattern": {"(": 2}},
-            "x cannot be scaled: the file's alpha_pattern is not a regular expression: missing",
-        ),
-    ],
-    ids=json.dumps,
-)
-def test_malformed_alpha_in_the_header_is_rejected(write, settings, words):
-    with pytest.raises(LoraError, match=words):
-        read_lora(write(PEFT, make_peft_metadata(**settings)))
+    assert len(identities) == 4
 
 
 def test_settings_of_a_component_win_over_general_ones(write):
@@ -795,6 +728,63 @@ def test_a_path_without_a_suffix_is_looked_for_in_its_own_folder(write, tmp_path
         LoraError, match=rf"LoRA file not found: loras/inc; searched {tmp_path}/loras; nearest there: ink"
     ):
         find_lora("loras/inc", None)
+
+
+class TestFolderOfPeft:
+    """A folder with one LoRA stands for its file."""
+
+    @pytest.mark.parametrize("name", ["adapter_model", "pytorch_lora_weights", "style"])
+    def test_the_file_in_it_is_found(self, write, tmp_path, name):
+        (tmp_path / "portrait").mkdir()
+        path = write(PEFT, name=f"portrait/{name}.safetensors")
+
+        assert find_lora(str(tmp_path / "portrait"), None) == path
+        assert find_lora("portrait", None, tmp_path) == path
+
+    def test_the_named_one_of_several(self, write, tmp_path):
+        write(PEFT, name="initial.safetensors")
+        path = write(PEFT, name="adapter_model.safetensors")
+
+        assert find_lora(str(tmp_path), None) == path
+
+    def test_a_folder_of_several_asks_for_one(self, write, tmp_path):
+        for name in ("ink", "gloss"):
+            write(PEFT, name=f"{name}.safetensors")
+
+        with pytest.raises(
+            LoraError, match=r"is a folder with 2 LoRAs; name one of them: gloss.safetensors, ink"
+        ):
+            find_lora(str(tmp_path), None)
+
+    def test_a_pickled_one_is_refused(self, tmp_path):
+        (tmp_path / "adapter_config.json").write_text("{}")
+        (tmp_path / "adapter_model.bin").write_bytes(b"x")
+
+        with pytest.raises(
+            LoraError, match=r"has adapter_config.json and no adapter_model.safetensors; a pickled"
+        ):
+            find_lora(str(tmp_path), None)
+
+    def test_a_file_of_that_name_comes_first(self, write, tmp_path):
+        (tmp_path / "ink").mkdir()
+        write(PEFT, name="ink/adapter_model.safetensors")
+        path = write(PEFT, name="ink.safetensors")
+
+        assert find_lora("ink", None, tmp_path) == path
+
+    @pytest.mark.parametrize(
+        ("source", "file", "name"),
+        [
+            ("runs/portrait", "runs/portrait/adapter_model.safetensors", "portrait"),
+            ("runs/portrait/", "runs/portrait/pytorch_lora_weights.safetensors", "portrait"),
+            ("user/repo", "snapshots/0af3/adapter_model.safetensors", "repo"),
+            (".", "adapter_model.safetensors", "adapter_model"),
+            ("adapter_model.safetensors", "adapter_model.safetensors", "adapter_model"),
+            ("ink", "loras/ink.safetensors", "ink"),
+        ],
+    )
+    def test_its_name_is_that_of_the_folder(self, source, file, name):
+        assert find.get_default_name(source, Path(file)) == name
 
 
 @pytest.mark.parametrize("name", [".", "/", ".."])
@@ -926,6 +916,20 @@ class TestHub:
 
         with pytest.raises(LoraError, match="could not be downloaded from the hub: not in the cache"):
             find_lora("user/style", "style.safetensors")
+
+    def test_the_settings_of_peft_come_with_it(self, monkeypatch):
+        asked = []
+
+        def fake(repo, name):
+            asked.append(name)
+            return f"/cache/{name}"
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", fake)
+
+        assert find_lora("user/style", "v2/adapter_model.safetensors") == Path(
+            "/cache/v2/adapter_model.safetensors"
+        )
+        assert asked == ["v2/adapter_model.safetensors", "v2/adapter_config.json"]
 
     def test_a_name_that_is_no_hub_id(self):
         # huggingface_hub refuses it before it asks the network

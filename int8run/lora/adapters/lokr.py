@@ -14,7 +14,8 @@ from int8run.lora.adapters.row_selection import SelectedRows
 class LoKr:
     """`delta W = (alpha / r) * kron(w1, w2)` (LyCORIS, Yeh et al. 2023, arXiv 2309.14859).
 
-    Each factor is full or low-rank. Alpha belongs to the low-rank ones: two full factors have scale 1.
+    Each factor is full or low-rank. Alpha belongs to the low-rank ones; two full factors have scale 1 in
+    LyCORIS, and alpha / r in PEFT.
 
     Args:
         w1: [a, c].

@@ -1,0 +1,151 @@
+"""Which PEFT settings (`LoraConfig`, `LoHaConfig`, `LoKrConfig`) a LoRA can have here, besides its scale.
+
+Most settings of a training do not matter for what the tensors mean. Some do: they make another change of the
+same names. Those are listed here, and refused or told by name, since the tensors alone would load.
+Fields as in PEFT 0.21.
+"""
+
+from collections.abc import Collection, Mapping
+
+from int8run.errors import LoraError
+from int8run.lora.untrusted_text import as_list
+from int8run.lora.written_settings import Place, Settings
+
+# types whose tensors are read; what any other type means is not known
+READ_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")
+# setting -> what the tensors are because of it
+REFUSED_SETTINGS = {
+    "use_qalora": "acts on sums of groups of inputs (QA-LoRA)",
+    "layer_replication": "was trained on a model whose layers are repeated",
+    "alora_invocation_tokens": "acts only on tokens after an invocation (aLoRA)",
+    "kasa_config": "is relative to a truncated base (KaSA)",
+    "arrow_config": "chooses between several adapters (Arrow)",
+    "monteclora_config": "samples its factors (MonteCLoRA)",
+    "use_bdlora": "has block-diagonal factors (BD-LoRA)",
+    "target_parameters": "changes parameters that belong to no layer",
+    "megatron_config": "is split over several devices (Megatron)",
+    "trainable_token_indices": "trains tokens of an embedding as well",
+}
+# settings of a training, and those that are read elsewhere
+KNOWN_SETTINGS = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("r", "rank", "alpha", "lora_alpha", "network_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *(
+        "lora_dropout",
+        "rank_dropout",
+        "rank_dropout_scale",
+        "module_dropout",
+        "dropout",
+        "use_effective_conv2d",
+    ),
+    *(
+        "decompose_both",
+        "decompose_factor",
+        "fan_in_fan_out",
+        "bias",
+        "lora_bias",
+        "modules_to_save",
+        "use_dora",
+    ),
+    *("init_lora_weights", "init_weights", "init_ia3_weights", "feedforward_modules", "loftq_config"),
+    *("eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "megatron_core"),
+    *("runtime_config", "ensure_weight_tying", "oft_block_size", "coft", "eps", "block_share"),
+    *("use_cayley_neumann", "num_cayley_neumann_terms", "boft_block_size", "boft_block_num"),
+    *("boft_n_butterfly_factor", "boft_dropout", "_custom_modules", "peft_config", "format"),
+}
+# `init_lora_weights` after which the adapter is the whole change: the base was not touched
+PLAIN_INITIALIZATIONS = ("true", "false", "gaussian", "eva", "orthogonal", "mica", "lycoris", "none")
+# those that took the initial factors out of the base weights, and their articles
+RELATIVE_INITIALIZATIONS = {
+    "pissa": "PiSSA, arXiv 2404.02948",
+    "olora": "OLoRA, arXiv 2406.01775",
+    "corda": "CorDA, arXiv 2406.05223",
+    "lora_ga": "LoRA-GA, arXiv 2407.05000",
+    "loftq": "LoftQ, arXiv 2310.08659",
+}
+# setting that is true -> the part that each module then has, as the key parser calls it
+PARTS_BY_SETTING = {"use_dora": ("magnitude", "dora_scale"), "lora_bias": ("up_bias",)}
+
+
+def check_settings(place: Place, component: str) -> list[str]:
+    """Check that the tensors of a component are what their names say.
+
+    Returns:
+        Warnings about settings that are not applied.
+
+    Raises:
+        LoraError: for a setting that makes another change of the tensors than is computed here.
+    """
+    settings = place.get_settings(component)
+    peft_type = str(settings.get("peft_type", "LORA")).rpartition(".")[2].upper()
+    if peft_type not in READ_TYPES:
+        raise LoraError(
+            f"{place.name} says peft_type {peft_type[:40]}, which is not read; read are "
+            f"{', '.join(READ_TYPES)}. Merge it into the model with PEFT, or take another file"
+        )
+    for setting, consequence in REFUSED_SETTINGS.items():
+        if settings.get(setting):
+            raise LoraError(
+                f"{place.name} has {setting}, so that the adapter {consequence}; that is not computed here. "
+                "Merge it into the model with PEFT, or take another file"
+            )
+    return list_setting_warnings(place.name, settings)
+
+
+def list_setting_warnings(place: str, settings: Settings) -> list[str]:
+    """What of the settings is seen and not applied."""
+    warnings = []
+    if settings.get("fan_in_fan_out"):
+        warnings.append(f"{place} has fan_in_fan_out, which is ignored, as PEFT ignores it for Linear layers")
+    whole_modules = [str(name) for name in as_list(settings.get("modules_to_save"))]
+    if whole_modules:
+        warnings.append(
+            f"{place} has modules_to_save: {', '.join(whole_modules)[:80]} were trained whole beside the "
+            "adapter; whole weights are not applied"
+        )
+    if settings.get("bias") not in (None, "", "none"):
+        warnings.append(
+            f"{place} has bias {str(settings['bias'])[:20]!r}: biases of the model were trained beside the "
+            "adapter; they are not applied"
+        )
+    unknown = [key for key, value in settings.items() if value and key not in KNOWN_SETTINGS]
+    unknown = [key for key in unknown if key not in REFUSED_SETTINGS]
+    if unknown:
+        names = ", ".join(key[:40] for key in unknown[:5])
+        warnings.append(f"{place} has settings that are not known and are ignored: {names}")
+    return warnings
+
+
+def check_parts(settings: Mapping[str, object], place: str, parts: Collection[str]) -> None:
+    """Check that a low-rank pair has the further parts that the settings promise.
+
+    Raises:
+        LoraError: when one is missing: the rest would be another change.
+    """
+    if "down" not in parts:
+        return
+    for setting, promised in PARTS_BY_SETTING.items():
+        if settings.get(setting) and not any(part in parts for part in promised):
+            raise LoraError(f"has no {promised[0]}, and {place} has {setting}; the file is incomplete")
+
+
+def find_relative_initialization(place: Place, component: str) -> str | None:
+    """The name of an initialization that changed the base weights; None: they are those of the model.
+
+    Raises:
+        LoraError: for an initialization that is not known.
+    """
+    settings = place.get_settings(component)
+    value = settings.get("init_lora_weights", settings.get("init_weights"))
+    name = str(value).lower()
+    for prefix, title in RELATIVE_INITIALIZATIONS.items():
+        if name.startswith(prefix):
+            return f"{str(value)[:40]} ({title})"
+    if name not in PLAIN_INITIALIZATIONS:
+        known = (*PLAIN_INITIALIZATIONS, *RELATIVE_INITIALIZATIONS)
+        raise LoraError(
+            f"{place.name} says init_lora_weights {str(value)[:40]!r}, and whether that changed the base "
+            f"weights is not known; known are {', '.join(known)}"
+        )
+    return None

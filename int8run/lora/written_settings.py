@@ -1,0 +1,243 @@
+"""What a LoRA's writer says about alpha and rank outside of the tensors, and in which place.
+
+Three places are read: `adapter_config.json` beside the file (PEFT), JSON in the file's header (diffusers
+writes `lora_adapter_metadata`), and plain keys of the header such as `network_alpha`. Everything is a
+stranger's text. What it means for a module is told by `int8run.lora.scale`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from int8run.errors import LoraError
+from int8run.lora.key_parsing import DENOISER, TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3
+from int8run.lora.untrusted_text import MAX_SIDECAR_BYTES, parse_json, read_optional_text
+
+ADAPTER_CONFIG = "adapter_config.json"
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+DIFFUSERS_KEY = "lora_adapter_metadata"
+# keys of a header whose text is JSON with the settings of PEFT
+JSON_KEYS = (DIFFUSERS_KEY, "lora_config", "peft_config", "adapter_config")
+
+# spellings of the same two numbers, in the places that are read
+ALPHA_KEYS = ("lora_alpha", "alpha", "network_alpha")
+RANK_KEYS = ("r", "rank", "lora_rank", "lora_r", "network_dim", "network_rank", "dim", "lora_dim")
+RSLORA_KEY = "use_rslora"
+# prefix of a setting -> component that it is for
+COMPONENT_PREFIXES = {
+    "transformer": DENOISER,
+    "unet": DENOISER,
+    "denoiser": DENOISER,
+    "diffusion_model": DENOISER,
+    "transformer_2": DENOISER,
+    TEXT_ENCODER: TEXT_ENCODER,
+    TEXT_ENCODER_2: TEXT_ENCODER_2,
+    TEXT_ENCODER_3: TEXT_ENCODER_3,
+}
+
+# what kohya's trainers and those after it write about a training; the alpha that counts is in the tensors
+TRAINING_ALPHA_KEY, TRAINING_RANK_KEY = "ss_network_alpha", "ss_network_dim"
+RECORD_PREFIXES = ("ss_", "modelspec.", "sshs_")
+# keys that are a factor of the change for some writer, and whose meaning is not known here
+SCALE_WORDS = ("scale", "scaling", "scaling_factor", "lora_scale", "lora_scaling")
+# in a JSON text that is not read
+QUOTED_ALPHA_WORDS = ('"lora_alpha"', '"network_alpha"', '"linear_alpha"')
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place outside of the tensors where settings stand.
+
+    Args:
+        name: for messages.
+        by_component: component -> its settings; None: for all components.
+        is_peft: the settings are those of a PEFT configuration, with PEFT's defaults.
+    """
+
+    name: str
+    by_component: Mapping[str | None, Settings]
+    is_peft: bool
+
+    def get_settings(self, component: str) -> Settings:
+        """The settings of a component: its own win over those for all."""
+        return {**self.by_component.get(None, {}), **self.by_component.get(component, {})}
+
+
+@dataclass(frozen=True)
+class WrittenSettings:
+    """Everything that a writer says outside of the tensors.
+
+    Args:
+        places: where settings stand.
+        warnings: what was seen and not understood.
+    """
+
+    places: tuple[Place, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def has_adapter_config(self) -> bool:
+        """Whether PEFT's file is beside the LoRA."""
+        return any(place.name == ADAPTER_CONFIG for place in self.places)
+
+
+def read_settings(path: Path, metadata: Mapping[str, str]) -> WrittenSettings:
+    """Read every place.
+
+    Args:
+        path: of the LoRA.
+        metadata: of its header.
+
+    Raises:
+        LoraError: when `adapter_config.json` is there and is not one.
+    """
+    places, warnings = [], []
+    config, warning = read_adapter_config(path)
+    if config is not None:
+        places.append(Place(ADAPTER_CONFIG, {None: config}, is_peft=True))
+    if warning is not None:
+        warnings.append(warning)
+
+    for key in JSON_KEYS:
+        if key not in metadata:
+            continue
+        settings = parse_json(metadata[key])
+        if isinstance(settings, dict):
+            places.append(Place(f"{key} in its header", split_by_component(settings), is_peft=True))
+        else:
+            warnings.append(f"{key} in its header is not a JSON object and is ignored; it may hold alpha")
+
+    plain, plain_warnings = read_plain_keys(metadata)
+    if plain:
+        places.append(Place("its header", plain, is_peft=False))
+    return WrittenSettings(tuple(places), (*warnings, *plain_warnings))
+
+
+# -- beside the file -----------------------------------------------------------------------------------------
+
+
+def read_adapter_config(path: Path) -> tuple[Settings | None, str | None]:
+    """PEFT's configuration beside a LoRA, and a warning where it may be that of another file.
+
+    Raises:
+        LoraError: when it cannot be read.
+    """
+    config_path = path.with_name(ADAPTER_CONFIG)
+    if not config_path.is_file():
+        return None, None
+    if path.name != PEFT_FILE:
+        neighbors = [file for file in path.parent.glob("*.safetensors") if file.name != path.name]
+        if neighbors:
+            return None, (
+                f"{ADAPTER_CONFIG} beside it is ignored, as the folder has {len(neighbors)} other LoRAs; "
+                "give each LoRA of PEFT a folder with its own"
+            )
+    settings = parse_json(read_optional_text(config_path))
+    if not isinstance(settings, dict):
+        raise LoraError(
+            f"{config_path} is not a JSON object of at most {MAX_SIDECAR_BYTES // 10**6} MB; it says how "
+            f"{path.name} is scaled: download both again"
+        )
+    return settings, None
+
+
+# -- in the header -------------------------------------------------------------------------------------------
+
+
+def split_by_component(settings: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:
+    """Settings by component: named `transformer.lora_alpha`, or a mapping under `transformer`."""
+    by_component: dict[str | None, dict[str, Any]] = {}
+    for key, value in settings.items():
+        prefix, _, setting = key.partition(".")
+        component = COMPONENT_PREFIXES.get(prefix)
+        if component is not None and setting:
+            by_component.setdefault(component, {})[setting] = value
+        elif component is not None and isinstance(value, dict):
+            by_component.setdefault(component, {}).update(value)
+        else:
+            by_component.setdefault(None, {})[key] = value
+    return by_component
+
+
+def read_plain_keys(metadata: Mapping[str, str]) -> tuple[dict[str | None, dict[str, Any]], list[str]]:
+    """The numbers that stand in the header itself, by component, and what looks like one and is not read."""
+    by_component: dict[str | None, dict[str, Any]] = {}
+    warnings = []
+    for key, text in metadata.items():
+        if key.startswith(RECORD_PREFIXES) or key in JSON_KEYS:
+            continue
+        component, setting = split_plain_key(key)
+        if setting == RSLORA_KEY:
+            by_component.setdefault(component, {})[setting] = text.strip().lower() in ("true", "1")
+            continue
+        value = parse_number(text)
+        if setting in (*ALPHA_KEYS, *RANK_KEYS) and value is not None:
+            by_component.setdefault(component, {})[setting] = value
+        elif is_unread_scale(key, text):
+            warnings.append(f"{key} in its header is {text[:40]!r}, which is not understood and is ignored")
+    with_alpha = {c: s for c, s in by_component.items() if any(key in s for key in ALPHA_KEYS)}
+    return with_alpha, warnings
+
+
+def split_plain_key(key: str) -> tuple[str | None, str]:
+    """`transformer.lora_alpha` -> denoiser, lora_alpha."""
+    prefix, _, setting = key.rpartition(".")
+    if prefix in COMPONENT_PREFIXES:
+        return COMPONENT_PREFIXES[prefix], setting
+    for name, component in COMPONENT_PREFIXES.items():
+        if key.removeprefix(f"{name}_") in (*ALPHA_KEYS, *RANK_KEYS, RSLORA_KEY):
+            return component, key.removeprefix(f"{name}_")
+    return None, key
+
+
+def is_unread_scale(key: str, text: str) -> bool:
+    """Whether a key of a header looks like a scale that is not read."""
+    words = key.lower().replace(".", "_").replace("-", "_").split("_")
+    last = key.lower().rpartition(".")[2]
+    is_scale = "alpha" in words or last in SCALE_WORDS
+    return is_scale and len(text) < 100 and text.strip().lower() not in ("", "none", "null")
+
+
+def parse_number(text: str) -> float | None:
+    """A finite number written as text, or None."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def list_unread_alphas(metadata: Mapping[str, str]) -> list[str]:
+    """Lines about an alpha that stands in a header where it does not scale the tensors, or is not read.
+
+    For files without any alpha that is read.
+    """
+    lines = []
+    alpha, rank = parse_number(metadata.get(TRAINING_ALPHA_KEY, "")), metadata.get(TRAINING_RANK_KEY, "")
+    if alpha is not None and alpha != parse_number(rank):
+        lines.append(
+            f"its header says that it was trained with alpha {alpha:g} ({TRAINING_ALPHA_KEY}) and rank "
+            f"{rank[:20] or 'unknown'}, and no tensor says so: alpha / rank is taken as 1, as converters "
+            "multiply it into the tensors; if it was lost instead, multiply the strength by alpha / rank"
+        )
+    for key, text in metadata.items():
+        if key not in JSON_KEYS and any(word in text for word in QUOTED_ALPHA_WORDS):
+            lines.append(f"{key[:40]} in its header has an alpha, which is not understood and is ignored")
+    return lines
+
+
+def describe_rank_and_alpha(places: Iterable[Place]) -> dict[str, Any]:
+    """`rank` and `alpha` as the first place with one of them says, for people."""
+    shown: dict[str, Any] = {}
+    for place in places:
+        for settings in place.by_component.values():
+            for name, keys in (("rank", RANK_KEYS), ("alpha", ALPHA_KEYS)):
+                for key in keys:
+                    if settings.get(key) is not None:
+                        shown.setdefault(name, settings[key])
+    return shown
