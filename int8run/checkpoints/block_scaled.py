@@ -338,9 +338,9 @@ def resolve_format_name(
         return row_major
     raise FileError(
         f"{files.path}: {len(layers)} weights are {storage_dtype} (first: {next(iter(layers))}) by ComfyUI "
-        "or by "
-        f"ModelOpt, and neither shapes nor markers show which; for a text encoder set clip={swizzled} or "
-        f"clip={row_major} (quant_format in a program), else take a file with comfy_quant markers"
+        f"or by ModelOpt, and neither shapes nor markers show which; set model.quant_format={swizzled} or "
+        f"model.quant_format={row_major}, for a text encoder clip={swizzled} or clip={row_major} "
+        "(quant_format in a program)"
     )
 
 

@@ -14,7 +14,6 @@ from int8run.checkpoints.format_names import (
     FORMAT_NAMES,
     MARKER_FORMATS,
     name_granularity,
-    promised_granularities,
 )
 from int8run.checkpoints.granularity import Granularity, check_positive, read_granularity
 from int8run.checkpoints.header import DTYPES
@@ -216,19 +215,15 @@ def parse_fp8_layer(
     granularity = Granularity("")
     if "scale" in keys:
         granularity = read_granularity(files, info, keys["scale"], marker)
-    elif marker is not None and "tensor" not in promised_granularities(marker):
-        # a marker for one scale may stand without it: the scale is 1
+    elif marker is not None:
         raise FileError(
-            f"{marker.location} names the format {marker.format_name!r}, and {name} has no weight_scale; "
-            "the file is incomplete, download it again"
+            f"{marker.location} names the format {marker.format_name!r}, and {name} has no weight_scale, "
+            "without which its numbers mean nothing; the file is incomplete, download it again"
         )
     if "factor" in keys:
         check_positive(files, keys["factor"], (columns,))
     dtype_name = DTYPES[info.dtype].torch_name
-    known_granularity = granularity.name
-    if not granularity.name and marker is not None:
-        known_granularity = "tensor"  # the scale that is not there is 1
-    known_granularity = name_granularity(known_granularity, rows, columns, marker)
+    known_granularity = name_granularity(granularity.name, rows, columns, marker)
     return CheckpointLayer(
         name=name,
         storage_dtype=FP8,

@@ -18,15 +18,22 @@ from int8run.checkpoints.classify import AMBIGUOUS_SUFFIXES, PART_SUFFIXES, clas
 from int8run.checkpoints.classify_int8 import is_transformed_by_tensors
 from int8run.checkpoints.format_names import CONVROT, name_granularity, promised_granularities
 from int8run.checkpoints.layer import FP8, INT8, CheckpointLayer
+from int8run.checkpoints.plain_casts import check_casts
 from int8run.checkpoints.quant_metadata import Marker, read_markers
 from int8run.checkpoints.reader import TensorFiles
-from int8run.checkpoints.unsupported import check_supported
-from int8run.errors import FileError
+from int8run.checkpoints.unsupported import check_supported, read_quant_method
+from int8run.errors import ConfigError, FileError
 
 log = logging.getLogger(__name__)
+AUTO = "auto"
+# ComfyUI's name for all INT8 layers with a scale for the layer or for each row comes first
+TENSORWISE = ("int8_tensorwise", "int8_rowwise", "int8_convrot")
 # a tensor of a whole file that says: the fp8 weights below its prefix have scales. lightx2v writes it into
 # int8 files too
 SCALED_FP8 = "scaled_fp8"
+# comfy-quants' entry in the header, and `quant_method` in a config.json, that say the same
+SCALE_METADATA = "scale_granularity"
+SCALED_FP8_METHODS = ("fp8", "fbgemm_fp8", "bfl")
 
 
 def read_layers(
@@ -34,7 +41,8 @@ def read_layers(
 ) -> dict[str, CheckpointLayer]:
     """Find out what every weight below a prefix is: all with 2 dimensions, and fp8 ones with any.
 
-    Only headers, markers and scales are read. What lies outside of the prefix (a full checkpoint's text
+    Only headers, markers and scales are read, and fp8 weights without a scale, whose numbers must be those of
+    a plain cast. What lies outside of the prefix (a full checkpoint's text
     encoders and VAE) is not looked at.
 
     Args:
@@ -42,7 +50,8 @@ def read_layers(
         prefix: of the keys that belong to the model.
         requested: a format name. It decides what the file leaves open and nothing else: `int8_convrot` that
             INT8 rows are rotated, where no INT8 layer of the file has a marker; of nvfp4 and mxfp8 whose they
-            are, where neither markers nor shapes show it.
+            are, where neither markers nor shapes show it; `float8_e4m3fn_cast` that fp8 weights without a
+            scale are casts, where their numbers deny it.
 
     Returns:
         Layer name -> the layer, in the file's order.
@@ -67,6 +76,7 @@ def read_layers(
             layers[name] = layer
     layers |= resolve_block_layers(files, layers, markers, requested)
     check_consistency(files, prefix, layers, markers)
+    layers |= check_casts(files, layers, requested)
 
     warn_wrong_labels(files, layers, markers)
     n_scalars = sum("scalar" in layer.part_keys for layer in layers.values())
@@ -78,6 +88,35 @@ def read_layers(
             n_scalars,
         )
     return layers
+
+
+def read_denoiser_layers(
+    files: TensorFiles, prefix: str, quant_format: str = AUTO
+) -> dict[str, CheckpointLayer]:
+    """Find out what every weight of a denoiser is, as `read_layers` does.
+
+    Args:
+        files: the checkpoint.
+        prefix: of the denoiser's keys.
+        quant_format: `model.quant_format`: `auto`, or the format name that decides what the file leaves open.
+
+    Raises:
+        ConfigError: when no layer has that format.
+        FileError: see `read_layers`.
+    """
+    requested = None if quant_format == AUTO else quant_format
+    layers = read_layers(files, prefix, requested)
+    if requested is None:
+        return layers
+    held = Counter(layer.format_name or layer.label for layer in layers.values())
+    accepted = TENSORWISE if requested == TENSORWISE[0] else (requested,)
+    if any(name in held for name in accepted):
+        return layers
+    formats = ", ".join(f"{count} × {name}" for name, count in held.most_common())
+    raise ConfigError(
+        f"model.quant_format={requested}, and {files.path} has no such layer: it holds "
+        f"{formats or 'no matrix'}; model.quant_format=auto takes what there is"
+    )
 
 
 def get_logical_shapes(
@@ -155,21 +194,39 @@ def check_consistency(
             )
     for key in files:
         if key.startswith(prefix) and is_scaled_fp8_marker(key):
-            check_scaled_fp8(files, key, layers)
+            check_scales_exist(files, key, key.removesuffix(SCALED_FP8), layers)
+    label = find_scale_label(files)
+    if label:
+        check_scales_exist(files, label, prefix, layers)
 
 
-def check_scaled_fp8(files: TensorFiles, marker_key: str, layers: Mapping[str, CheckpointLayer]) -> None:
-    """Raise FileError when a marker of a whole file promises scales and no fp8 layer below it has one."""
-    prefix = marker_key.removesuffix(SCALED_FP8)
+def check_scales_exist(
+    files: TensorFiles, label: str, prefix: str, layers: Mapping[str, CheckpointLayer]
+) -> None:
+    """Raise FileError when a label of a whole file promises scales and no fp8 layer below it has one.
+
+    Args:
+        files: the checkpoint.
+        label: what promises scales, for the error.
+        prefix: of the layers that it speaks of.
+        layers: all of the file.
+    """
     fp8_layers = [
         layer for layer in layers.values() if layer.storage_dtype == FP8 and layer.name.startswith(prefix)
     ]
     if fp8_layers and not any("scale" in layer.part_keys for layer in fp8_layers):
         raise FileError(
-            f"{files.path}: {marker_key} says that fp8 weights have scales, and none has one "
-            f"({fp8_layers[0].name}); "
-            "the scales were lost"
+            f"{files.path}: {label} says that fp8 weights have scales, and none has one "
+            f"({fp8_layers[0].name}); the scales were lost, download the file again"
         )
+
+
+def find_scale_label(files: TensorFiles) -> str:
+    """What says that the fp8 weights of a file have scales, besides markers; empty where nothing does."""
+    if SCALE_METADATA in files.metadata:
+        return f"{SCALE_METADATA} in the header"
+    method = read_quant_method(files)
+    return f"the config beside it (quant_method {method})" if method in SCALED_FP8_METHODS else ""
 
 
 def is_scaled_fp8_marker(key: str) -> bool:

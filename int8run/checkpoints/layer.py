@@ -51,6 +51,7 @@ class CheckpointLayer:
         rotation_group_size: columns that were rotated together; 0: none.
         is_sylvester: whether by Sylvester's matrix, not by the regular one.
         is_centered: whether tokens are centered before the product.
+        largest: magnitude in an fp8 weight without a scale, which shows that it is a plain cast; else None.
     """
 
     name: str
@@ -69,6 +70,7 @@ class CheckpointLayer:
     rotation_group_size: int = 0
     is_sylvester: bool = False
     is_centered: bool = False
+    largest: float | None = None
 
     @property
     def key(self) -> str:

@@ -21,6 +21,7 @@ from int8run.models.family import AutoFamily, ModelFamily, ModelSource
 from int8run.models.sampling import SCHEDULE_ARGUMENTS, Sampling
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
+from int8run.quant.formats import FORMATS
 from int8run.quant.rounding import Rounding
 from int8run.text_encoders.base import TextEncoders
 from int8run.tracking.base import Tracker
@@ -136,6 +137,7 @@ class RunSpec:
     def __post_init__(self) -> None:
         check_choice("compile", self.compile, ("none", "blocks", "full"))
         check_choice("offload", self.offload, ("none", "model", "group"))
+        check_choice("model.quant_format", self.model.quant_format, ("auto", *FORMATS))
         check_range("seed", self.seed, 0, 2**63 - 1, whole=True)
         check_bool("progress", self.progress)
         check_bool("resume", self.resume)

@@ -256,6 +256,8 @@ class ModelSource:
         dtype: of the float model.
         base: hub id or diffusers folder of everything but the denoiser, when the location is a single file.
         parts: components that the repository lacks: by name, the class of transformers and where it is.
+        quant_format: a format name of `clip=`, for what a file of quantized weights leaves open; `auto`: the
+            file must say everything.
     """
 
     location: str | None
@@ -265,6 +267,7 @@ class ModelSource:
     dtype: str = "bfloat16"
     base: str | None = None
     parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    quant_format: str = "auto"
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DTYPES)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from int8run.checkpoints.comfy_int8 import WEIGHT
-from int8run.checkpoints.detect import is_scaled_fp8_marker, read_layers
+from int8run.checkpoints.detect import AUTO, is_scaled_fp8_marker, read_denoiser_layers
 from int8run.checkpoints.layer import FLOAT, CheckpointLayer
 from int8run.checkpoints.provenance import read_provenance
 from int8run.checkpoints.reader import TensorFiles
@@ -36,17 +36,19 @@ class FileWeights:
         path: a `.safetensors` file or a folder of them.
         model: the denoiser that the weights are for; only shapes and names of its parameters are used.
         is_partial: whether the file may lack parameters, as a file of INT8 layers alone.
+        quant_format: what decides where the file leaves open how its layers are stored; `auto`: nothing.
 
     Raises:
+        ConfigError: when no layer has the format that is asked for.
         FileError: when the file is damaged, contradicts itself, or is for another model.
     """
 
-    def __init__(self, path: Path, model: nn.Module, is_partial: bool = False):
+    def __init__(self, path: Path, model: nn.Module, is_partial: bool = False, quant_format: str = AUTO):
         self.path = path
         self.class_name = type(model).__name__
         self.files = TensorFiles.open(path)
         self.prefix = find_prefix(self.files)
-        layers = read_layers(self.files, self.prefix)
+        layers = read_denoiser_layers(self.files, self.prefix, quant_format)
         self.layers = {name.removeprefix(self.prefix): layer for name, layer in layers.items()}
         model_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.shapes = self.read_shapes(model_shapes)

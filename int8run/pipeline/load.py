@@ -171,7 +171,7 @@ def load_model(settings: LoadSettings, progress: Progress) -> LoadedModel:
         checkpoint = None
         if source.has_single_files or not settings.needs_float_denoiser:
             skeletons = {d.component: d.build_skeleton(settings.dtype) for d in source.denoisers}
-            checkpoint = open_denoiser_weights(source, skeletons)
+            checkpoint = open_denoiser_weights(source, skeletons, settings.model.quant_format)
         encoders = open_encoders(settings.clip, source.folder, settings.model.parts, settings.dtype)
         pipe = load_float_parts(source, settings, skeletons, encoders, device)
         denoisers = {d.component: getattr(pipe, d.component) for d in source.denoisers}
@@ -215,13 +215,19 @@ def check_device(settings: LoadSettings, device: torch.device) -> None:
         )
 
 
-def open_denoiser_weights(source: ResolvedModel, skeletons: Mapping[str, nn.Module]) -> DenoiserWeights:
+def open_denoiser_weights(
+    source: ResolvedModel, skeletons: Mapping[str, nn.Module], quant_format: str
+) -> DenoiserWeights:
     """Open the weights of every denoiser, by the prefix that its layers have beside those of another.
 
     Args:
         skeletons: of the denoisers, by component.
+        quant_format: `model.quant_format`.
     """
-    files = {d.component: FileWeights(d.weights, skeletons[d.component]) for d in source.denoisers}
+    files = {}
+    for denoiser in source.denoisers:
+        skeleton = skeletons[denoiser.component]
+        files[denoiser.component] = FileWeights(denoiser.weights, skeleton, quant_format=quant_format)
     if len(files) == 1:
         return DenoiserWeights({"": next(iter(files.values()))})
     return DenoiserWeights({f"{component}.": file for component, file in files.items()})

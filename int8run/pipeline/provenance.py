@@ -83,6 +83,7 @@ def build_cache_key(
             sources,
             configs,
             model.dtype,
+            model.quant_format,
             loaded.family,
             settings.outlier,
             settings.rounding,

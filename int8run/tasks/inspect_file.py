@@ -1,6 +1,7 @@
-"""`task=inspect`: what a safetensors file is, from its header alone.
+"""`task=inspect`: what a safetensors file is, from its header.
 
-No tensor is read but the small ones that describe quantized layers. What is wrong with a file is shown in
+Tensors are read only where the header leaves the layers open: the small ones that describe them, and fp8
+weights without a scale. What is wrong with a file is shown in
 its table, if the header can be read at all.
 """
 
@@ -193,6 +194,9 @@ def describe_checkpoint(files: TensorFiles) -> Iterator[Row]:
     labels = Counter(layer.label for layer in layers.values())
     for label, count in labels.most_common():
         yield "layers", f"{count} × {label}"
+    casts = [layer.largest for layer in layers.values() if layer.largest is not None]
+    if casts:
+        yield "no scale", f"{len(casts)} fp8 weights, casts by their numbers: they reach {max(casts):g}"
     yield from describe_provenance(files)
 
 

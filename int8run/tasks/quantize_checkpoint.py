@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from int8run.checkpoints.detect import get_logical_shapes, read_layers
+from int8run.checkpoints.detect import get_logical_shapes, read_denoiser_layers
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.output_path import prepare_output_path
 from int8run.checkpoints.reader import TensorFiles
@@ -83,7 +83,7 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
     started = time.perf_counter()
     with TensorFiles.open(source.path) as files:
         prefix = find_prefix(files)
-        layers = read_layers(files, prefix)
+        layers = read_denoiser_layers(files, prefix, spec.model.quant_format)
         checkpoint = recognize_checkpoint(
             files, layers, prefix=prefix, source=source, model_type=spec.model_type
         )

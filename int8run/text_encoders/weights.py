@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from int8run.checkpoints.comfy_int8 import WEIGHT
-from int8run.checkpoints.detect import is_scaled_fp8_marker, read_layers
+from int8run.checkpoints.detect import AUTO, TENSORWISE, is_scaled_fp8_marker, read_layers
 from int8run.checkpoints.layer import FLOAT
 from int8run.checkpoints.provenance import read_provenance
 from int8run.checkpoints.quant_metadata import METADATA_KEY
@@ -26,9 +26,7 @@ from int8run.quant.packed_weight import is_fp8
 from int8run.text_encoders.detect import detect_encoder, find_encoder_of_class
 from int8run.text_encoders.registry import EncoderFamily, list_supported_encoders
 
-AUTO, NO_FORMAT, MIXED = "auto", "none", "mixed"
-# ComfyUI's name for all INT8 layers with a scale for the layer or for each row comes first
-TENSORWISE = ("int8_tensorwise", "int8_rowwise", "int8_convrot")
+NO_FORMAT, MIXED = "none", "mixed"
 # of a weight that is cast to a type without a scale
 CAST_SUFFIX = "_cast"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")

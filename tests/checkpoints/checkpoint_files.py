@@ -48,6 +48,7 @@ def decode_fp8(codes: NDArray[Any], exponent_bits: int) -> Array:
 
 FP8 = {"F8_E4M3": 4, "F8_E5M2": 5}
 LAST_FINITE_BYTE = {"F8_E4M3": 0x7E, "F8_E5M2": 0x7B}
+LAST_CAST_BYTE = 0x40  # 2, as large as weights are that nothing was divided by
 
 
 def make_sylvester(size: int) -> Array:
@@ -121,12 +122,12 @@ class CheckpointDraft:
         codes.flat[0] = -128
         return self.put(key, "I8", codes)
 
-    def put_fp8(self, key: str, dtype: str, *shape: int) -> Array:
-        """Add finite fp8 numbers."""
-        codes = (
-            self.generator.integers(0, LAST_FINITE_BYTE[dtype] + 1, shape)
-            | self.generator.integers(0, 2, shape) << 7
-        )
+    def put_fp8(self, key: str, dtype: str, *shape: int, is_cast: bool = False) -> Array:
+        """Add finite fp8 numbers: of a cast small ones, else all up to the largest, as scaled ones are."""
+        last_byte = LAST_CAST_BYTE if is_cast else LAST_FINITE_BYTE[dtype]
+        codes = self.generator.integers(0, last_byte + 1, shape) | self.generator.integers(0, 2, shape) << 7
+        if not is_cast and codes.size:
+            codes.flat[0] = last_byte
         self.tensors[key] = dtype, tuple(shape), codes.astype("u1").tobytes()
         return decode_fp8(codes, FP8[dtype])
 
@@ -347,7 +348,7 @@ def draft_fp8(
 ) -> CheckpointDraft:
     """fp8 numbers; legacy: elements of the `scaled_fp8` marker of the file."""
     draft = CheckpointDraft()
-    real = draft.put_fp8(f"{LAYER}.weight", dtype, N, K)
+    real = draft.put_fp8(f"{LAYER}.weight", dtype, N, K, is_cast=shape is None)
     word = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}[dtype]
     label = f"{word} cast"
     if shape is not None:
@@ -362,7 +363,8 @@ def draft_fp8(
         draft.put_header({LAYER: header})
     if legacy is not None:
         draft.tensors["scaled_fp8"] = dtype, (legacy,), bytes(legacy)
-        draft.put(f"{LAYER}.scale_input", "F32", 1.0)
+        if shape is not None:
+            draft.put(f"{LAYER}.scale_input", "F32", 1.0)
     return set_expected(draft, real, "fp8", granularity, label, is_exact=False, outlier_method="none")
 
 
@@ -649,7 +651,6 @@ DRAFTS: dict[str, Callable[[], CheckpointDraft]] = {
     "fp8 e5m2 with the label of e4m3": lambda: draft_fp8(
         (), "tensor", dtype="F8_E5M2", marker={"format": "float8_e4m3fn"}
     ),
-    "fp8 marked, no scale": lambda: draft_fp8(None, "", marker={"format": "float8_e4m3fn"}),
     "fp8 legacy": lambda: draft_fp8((), "tensor", name="scale_weight", legacy=2),
     "fp8 legacy, empty marker": lambda: draft_fp8((1,), "tensor", name="scale_weight", legacy=0),
     "fp8 row": lambda: draft_fp8((N,), "row", marker={"format": "float8_e4m3fn_rowwise"}),
@@ -720,6 +721,11 @@ def apply_change(draft: CheckpointDraft, change: Callable[[CheckpointDraft], obj
 def drop_tensors(draft: CheckpointDraft, *suffixes: str) -> CheckpointDraft:
     for suffix in suffixes:
         del draft.tensors[f"{LAYER}.{suffix}"]
+    return draft
+
+
+def put_ones(draft: CheckpointDraft, key: str, *shape: int) -> CheckpointDraft:
+    draft.put(key, "F32", np.ones(shape))
     return draft
 
 
@@ -901,9 +907,45 @@ MISTAKES: dict[str, tuple[Callable[[], CheckpointDraft], str]] = {
     "row scales of fp8 lost": (
         lambda: draft_fp8(None, "", marker={"format": "float8_e4m3fn_rowwise"}),
         (
-            "names the format 'float8_e4m3fn_rowwise', and blocks.0.q has "
-            "no weight_scale; the file is incomplete, download it again"
+            "names the format 'float8_e4m3fn_rowwise', and blocks.0.q has no weight_scale, "
+            "without which its numbers mean nothing; the file is incomplete, download it again"
         ),
+    ),
+    "scale of marked fp8 lost": (
+        lambda: drop_tensors(draft_fp8((), "tensor", marker={"format": "float8_e4m3fn"}), "weight_scale"),
+        "names the format 'float8_e4m3fn', and blocks.0.q has no weight_scale",
+    ),
+    "scale of marked fp8 lost, small numbers": (
+        lambda: draft_fp8(None, "", marker={"format": "float8_e4m3fn"}),
+        "names the format 'float8_e4m3fn', and blocks.0.q has no weight_scale",
+    ),
+    "scale of marked e5m2 lost": (
+        lambda: draft_fp8(None, "", dtype="F8_E5M2", header={"format": "float8_e5m2"}),
+        "names the format 'float8_e5m2', and blocks.0.q has no weight_scale",
+    ),
+    **{
+        f"scale of unmarked {dtype} lost, {granularity}": (
+            lambda dtype=dtype, shape=shape, granularity=granularity, block=block: drop_tensors(
+                draft_fp8(shape, granularity, dtype=dtype, block=block), "weight_scale"
+            ),
+            rf"1 fp8 weights have no scale and are no plain casts \(first: blocks.0.q.weight, "
+            rf"which reaches {largest}; .*their scales were lost.*model.quant_format={word}_cast",
+        )
+        for dtype, word, largest in (("F8_E4M3", "float8_e4m3fn", 448), ("F8_E5M2", "float8_e5m2", 57344))
+        for granularity, shape, block in (
+            ("tensor", (), (1, 1)),
+            ("row", (N,), (1, 1)),
+            ("grid", (3, 16), (4, 4)),
+            ("block3d", (N, 4, 1), (1, 16)),
+        )
+    },
+    "scales of fp8 lost, 1 in their place": (
+        lambda: put_ones(draft_fp8((N,), "row"), f"{LAYER}.weight_scale", N),
+        "1 fp8 weights have a scale of 1 and are no plain casts",
+    ),
+    "scales of mxfp8 lost": (
+        lambda: drop_tensors(draft_blocks("mxfp8", N, 64), "weight_scale"),
+        "1 fp8 weights have no scale and are no plain casts",
     ),
     "block scales of fp8 lost": (
         lambda: draft_fp8(None, "", header={"format": "float8_e4m3fn_block3d"}),
@@ -1399,9 +1441,9 @@ MISTAKES: dict[str, tuple[Callable[[], CheckpointDraft], str]] = {
         lambda: draft_ambiguous_blocks("nvfp4"),
         (
             "1 weights are nvfp4 .first: blocks.0.q. by ComfyUI or by ModelOpt, "
-            "and neither shapes nor markers show which; for a text encoder "
-            "set clip=nvfp4 or clip=nvfp4_modelopt .quant_format in "
-            "a program., else take a file with comfy_quant markers"
+            "and neither shapes nor markers show which; set model.quant_format=nvfp4 or "
+            "model.quant_format=nvfp4_modelopt, for a text encoder clip=nvfp4 or clip=nvfp4_modelopt "
+            ".quant_format in a program."
         ),
     ),
     "mxfp8 of nobody": (lambda: draft_ambiguous_blocks("mxfp8"), "clip=mxfp8 or clip=mxfp8_rows"),

@@ -22,7 +22,7 @@ from int8run.checkpoints.detect import get_logical_shapes, read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.unsupported import READERS
 from int8run.config.run_spec import AutoFamily
-from int8run.errors import FileError
+from int8run.errors import ConfigError, FileError
 from int8run.models.resolve_weights import ResolvedWeights
 from int8run.pipeline.checkpoint_weights import FileWeights
 from int8run.tasks import denoiser_checkpoint, inspect_file
@@ -85,7 +85,6 @@ DRAFTS_BY_FORMAT = {
     "float8_e4m3fn": [
         "fp8",
         "fp8 in the header",
-        "fp8 marked, no scale",
         "fp8 legacy",
         "fp8 legacy, empty marker",
         "fp8 smoothed",
@@ -270,7 +269,7 @@ def test_large_rotation_groups_are_not_packable(tmp_path: Path) -> None:
 def test_only_non_empty_matrices_are_packable(tmp_path: Path) -> None:
     draft = CheckpointDraft()
     for name, shape in (("conv", (4, 3, 2, 2)), ("norm", (5,)), ("nothing", (0, 4))):
-        draft.put_fp8(f"{name}.weight", "F8_E4M3", *shape)
+        draft.put_fp8(f"{name}.weight", "F8_E4M3", *shape, is_cast=True)
     _, layers = read_draft(draft, tmp_path)
 
     assert {name: layer.is_packable for name, layer in layers.items()} == {
@@ -762,6 +761,41 @@ def test_parameter_is_the_weight_without_padding(name: str, tmp_path: Path) -> N
     assert file.find_inexact_layers() == {"q"}
     with pytest.raises(FileError, match=r"q\.weight of the file has the shape \[12, "):
         FileWeights(tmp_path / "m.safetensors", nn.ModuleDict({"q": nn.Linear(20, N)}))
+
+
+class WideModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(128, 128)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("nvfp4", "nvfp4_modelopt"), ("mxfp8", "mxfp8_rows")])
+def test_a_setting_names_the_layout_of_an_unmarked_denoiser(kind: str, other: str, tmp_path: Path) -> None:
+    """Shapes fit both layouts; the draft is ComfyUI's, so read as the other its weight is another."""
+    draft = made.draft_ambiguous_blocks(kind)
+    draft.tensors = {key.removeprefix("blocks.0."): value for key, value in draft.tensors.items()}
+    path = draft.write(tmp_path / "m.safetensors")
+
+    with pytest.raises(FileError, match=f"set model.quant_format={kind} or model.quant_format={other}"):
+        FileWeights(path, WideModel(), is_partial=True)
+    as_comfyui = FileWeights(path, WideModel(), is_partial=True, quant_format=kind)
+    as_modelopt = FileWeights(path, WideModel(), is_partial=True, quant_format=other)
+
+    assert_close("weight", as_comfyui.read_tensor("q.weight"), get_real_weight(draft), 1e-6)
+    assert not torch.allclose(as_modelopt.read_tensor("q.weight").double(), get_real_weight(draft))
+
+
+def test_a_setting_that_no_layer_has_is_an_error(tmp_path: Path) -> None:
+    draft = made.draft_rowwise()
+    draft.tensors = {key.removeprefix("blocks.0."): value for key, value in draft.tensors.items()}
+    path = draft.write(tmp_path / "m.safetensors")
+    model = nn.ModuleDict({"q": nn.Linear(made.K, N)})
+
+    for accepted in ("int8_rowwise", "int8_tensorwise"):
+        FileWeights(path, model, quant_format=accepted)
+    message = r"model.quant_format=nvfp4, and .* has no such layer: it holds 1 × int8_rowwise; model"
+    with pytest.raises(ConfigError, match=message):
+        FileWeights(path, model, quant_format="nvfp4")
 
 
 def draft_flux(tmp_path: Path) -> tuple[CheckpointDraft, TensorFiles]:

@@ -132,6 +132,23 @@ def test_kinds(command: Command, tensors: dict[str, torch.Tensor], kind: str) ->
     assert inspect(command, "m.safetensors")["kind"] == kind
 
 
+def test_casts_and_lost_scales(tmp_path: Path) -> None:
+    """448 is reached only by numbers that were divided by a scale."""
+    path, cast = tmp_path / "m.safetensors", torch.full((8, 8), 0.75).to(torch.float8_e4m3fn)
+    save_file({"a.weight": cast}, path)
+    rows = read_table(path)
+    assert rows["layers"] == "1 × float8_e4m3fn cast"
+    assert rows["no scale"] == "1 fp8 weights, casts by their numbers: they reach 0.75"
+
+    save_file({"a.weight": torch.full((8, 8), 448.0).to(torch.float8_e4m3fn)}, path)
+    assert "a.weight, which reaches 448" in read_table(path)["cannot be read"]
+
+
+def read_table(path: Path) -> dict[str, str]:
+    columns = inspect_file(str(path)).columns
+    return dict(zip(*(list(column.cells) for column in columns), strict=True))
+
+
 def test_a_file_that_save_wrote(command: Command) -> None:
     weight = torch.ones(4, 8)
     layers = {

@@ -88,6 +88,7 @@ FORMATS = {
     **dict.fromkeys(("mxfp8", "hybrid_mxfp8"), ("F8_E4M3",)),
     "nvfp4": ("U8",),
 }
+TABLES = ("shared", "embed_tokens", "token_embedding", "word_embeddings", "wte")
 CODES = {
     0: "float8_e4m3fn",
     1: "float8_e4m3fn_rowwise",
@@ -475,6 +476,7 @@ def reading_of(
                 f"{name} is mxfp8 and has no such scale",
             )
             read = fp8(weight, scale, word)
+            need(is_cast(tensors, name, scale) or not read, "fp8 that fills its range has lost its scale")
     if "pre_quant_scale" not in beside or read is None:
         return read
     factor = positive(beside["pre_quant_scale"], "a factor")
@@ -586,8 +588,8 @@ def fp8(weight: Tensor, scale: Tensor | None, word: str) -> Reading | None:
     kind = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}[weight.dtype]
     codes = numbers(weight)
     if scale is None:
-        need(word in ("", "float8_e4m3fn", "float8_e5m2"), "a scale was lost")
-        return Reading(codes, kind if word else f"{kind}_cast")
+        need(not word, "a scale was lost")
+        return Reading(codes, f"{kind}_cast")
     if codes.ndim == 2:
         real, found = scaled(codes, positive(scale, "a scale"), kind)
     else:
@@ -599,6 +601,26 @@ def fp8(weight: Tensor, scale: Tensor | None, word: str) -> Reading | None:
         real = codes * (values.reshape(-1, *ones) if values.size > 1 else values.item())
         found = kind if values.size == 1 else f"{kind}_rowwise"
     return Reading(real, found if found in WORDS else "")
+
+
+def is_cast(tensors: Mapping[str, Tensor], name: str, scale: Tensor | None) -> bool:
+    """Whether fp8 numbers without a scale, or with a scale of 1, may be those of real weights.
+
+    Of a table of words in a file without scales anything may be.
+    """
+    weight = tensors[f"{name}.weight"]
+    if len(weight.shape) < 2 or (scale is not None and not (numbers(scale) == 1).all()):
+        return True
+    codes = numbers(weight)
+    if (abs(codes[np.isfinite(codes)]) <= 224).all():
+        return True
+    others = [
+        key.removesuffix(".weight")
+        for key, other in tensors.items()
+        if key.endswith(".weight") and other.dtype in FP8
+    ]
+    has_scales = any(scale_of(tensors, other) is not None for other in others)
+    return not has_scales and weight.dtype == "F8_E4M3" and name.split(".")[-1] in TABLES
 
 
 def mxfp8(weight: Tensor, scale: Tensor, swizzled: set[bool]) -> Reading:
