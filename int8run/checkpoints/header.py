@@ -5,14 +5,20 @@ A file is 8 bytes with the length of the header, the header as JSON, and the byt
 `tasks/inspect_file.py` ask it for metadata. Nothing here knows what a tensor is for.
 """
 
-import json
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from int8run.errors import FileError
+from int8run.utils.untrusted_json import RepeatedNameError, parse_untrusted_json
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# Four times what the largest known checkpoints have. A file may be made to be slow: with these limits, every
+# reader is done with the names of a file in two seconds.
+MAX_TENSORS = 20_000
+MAX_METADATA = 20_000  # entries
+MAX_NAME_CHARS = 500  # of a tensor, or an entry of the metadata; the longest known ones have 200
+MAX_DIMENSIONS = 16
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -72,13 +78,14 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
 def read_full_header(path: Path) -> Header:
     """Read the same, and where the data begins. Raises the same."""
     size, text = read_header_text(path)
-    found = parse_json(path, text)
+    found = parse_header(path, text)
     metadata = found.pop("__metadata__", {}) if isinstance(found, dict) else {}
     if not is_header(found, metadata):
         raise FileError(
             f"{path} is not a safetensors file: its header is not a JSON object of tensors with dtype, "
             "shape and offsets"
         )
+    check_limits(path, found, metadata)
 
     data_start = 8 + len(text)
     data_end = data_start + max((entry["data_offsets"][1] for entry in found.values()), default=0)
@@ -132,21 +139,49 @@ def read_header_text(path: Path) -> tuple[int, bytes]:
     return size, text
 
 
-def parse_json(path: Path, text: bytes) -> Any:
-    """Parse the header's JSON; a repeated key is an error: a reader would silently take one of the two."""
+def parse_header(path: Path, text: bytes) -> Any:
+    """Parse the header's JSON.
 
-    def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise FileError(f"{path} is damaged: its header has {key!r} twice")
-            found[key] = value
-        return found
-
+    Raises:
+        FileError: other text, a repeated key, of which a reader would silently take one, or more than any
+            checkpoint has.
+    """
+    num_tensors = text.count(b'"data_offsets"')  # with fewer, parsing is quick
+    if num_tensors > MAX_TENSORS:
+        raise make_too_many_error(path, num_tensors, "tensors", MAX_TENSORS)
     try:
-        return json.loads(text, object_pairs_hook=build_object)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path} is not a safetensors file: its header is not JSON ({error})") from error
+        return parse_untrusted_json(text)
+    except RepeatedNameError as error:
+        raise FileError(f"{path} is damaged: its header {error}") from error
+    except ValueError as error:
+        raise FileError(f"{path} is not a safetensors file: its header {error}") from error
+
+
+def check_limits(path: Path, entries: dict[str, dict[str, Any]], metadata: dict[str, str]) -> None:
+    """Raise FileError for a header that is valid and beyond what any checkpoint has."""
+    if len(entries) > MAX_TENSORS:
+        raise make_too_many_error(path, len(entries), "tensors", MAX_TENSORS)
+    if len(metadata) > MAX_METADATA:
+        raise make_too_many_error(path, len(metadata), "entries of metadata", MAX_METADATA)
+    for name in (*entries, *metadata):
+        if len(name) > MAX_NAME_CHARS:
+            raise FileError(
+                f"{path} cannot be read: its header has a name of {len(name)} characters ({name[:40]!r}...), "
+                f"{MAX_NAME_CHARS} are allowed; ask who made the file"
+            )
+    for key, entry in entries.items():
+        if len(entry["shape"]) > MAX_DIMENSIONS:
+            raise FileError(
+                f"{path} cannot be read: {key} has {len(entry['shape'])} dimensions, {MAX_DIMENSIONS} are "
+                "allowed; ask who made the file"
+            )
+
+
+def make_too_many_error(path: Path, count: int, what: str, limit: int) -> FileError:
+    """The error for more parts than any checkpoint has."""
+    return FileError(
+        f"{path} cannot be read: it has {count} {what}, {limit} are allowed; ask who made the file"
+    )
 
 
 def check_entries(path: Path, entries: dict[str, dict[str, Any]]) -> None:

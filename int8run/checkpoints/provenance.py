@@ -4,12 +4,12 @@ The tasks that write a checkpoint store it; `inspect` prints it, and whoever loa
 from it.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from int8run.errors import FileError
+from int8run.utils.untrusted_json import parse_untrusted_json
 
 PROVENANCE_KEY = "int8run"
 
@@ -26,9 +26,9 @@ def read_provenance(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """
     text = metadata.get(PROVENANCE_KEY, "{}")
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: the provenance in the header is not JSON: {text[:80]!r}") from error
+        found = parse_untrusted_json(text)
+    except ValueError as error:
+        raise FileError(f"{path}: the provenance in the header {error}: {text[:80]!r}") from error
     if not isinstance(found, dict):
         raise FileError(f"{path}: the provenance in the header is not a JSON object: {text[:80]!r}")
     return found

@@ -15,6 +15,7 @@ from typing import Any
 
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
+from int8run.utils.untrusted_json import parse_untrusted_json
 
 log = logging.getLogger(__name__)
 MARKER = "comfy_quant"  # last word of a marker's key
@@ -226,9 +227,9 @@ def parse_json_object(location: str, text: bytes) -> dict[str, Any]:
     if text.startswith(b"{{") and text.endswith(b"}}"):
         text = text[1:-1]
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{location} is not JSON: {text[:80]!r}") from error
+        found = parse_untrusted_json(text)
+    except ValueError as error:
+        raise FileError(f"{location} {error}: {text[:80]!r}") from error
     if not isinstance(found, dict):
         raise FileError(f"{location} is not a JSON object: {text[:80]!r}")
     return found

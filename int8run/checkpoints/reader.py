@@ -5,7 +5,6 @@ checkpoint may be larger than the memory. All readers of weights (`detect.py`, `
 `text_encoders`, `export`) stand on `TensorFiles`. Nothing here knows what a tensor is for.
 """
 
-import json
 import os
 import re
 from collections import defaultdict
@@ -19,8 +18,16 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from int8run.checkpoints.header import DTYPES, read_full_header
+from int8run.checkpoints.header import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    MAX_NAME_CHARS,
+    MAX_TENSORS,
+    make_too_many_error,
+    read_full_header,
+)
 from int8run.errors import FileError
+from int8run.utils.untrusted_json import parse_untrusted_json
 
 # `x.safetensors.index.json`, and with a variant `x.safetensors.index.fp16.json`
 INDEX_MARK = ".safetensors.index"
@@ -74,6 +81,8 @@ class TensorFiles(Mapping[str, TensorInfo]):
                         "one is too many"
                     )
                 self.infos[info.key] = info
+        if len(self.infos) > MAX_TENSORS:
+            raise make_too_many_error(path, len(self.infos), "tensors", MAX_TENSORS)
         self.open_files: dict[Path, FileIO] = {}
         self.lock = Lock()
 
@@ -110,6 +119,9 @@ class TensorFiles(Mapping[str, TensorInfo]):
 
     def __getitem__(self, key: str) -> TensorInfo:
         return self.infos[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.infos
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
@@ -384,11 +396,28 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not index.is_file():
         raise FileError(f"{index}: no such file (looked for {index.absolute()})")
     try:
-        found = json.loads(index.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise FileError(f"{index} is not an index of shards: {error}") from error
+        with index.open("rb") as file:
+            text = file.read(MAX_HEADER_BYTES + 1)
+    except OSError as error:
+        raise FileError(f"{index} cannot be read: {error.strerror or error}") from error
+    if len(text) > MAX_HEADER_BYTES:
+        raise FileError(
+            f"{index} is not an index of shards: it has over {MAX_HEADER_BYTES} bytes, which is the limit"
+        )
+    try:
+        found = parse_untrusted_json(text)
+    except ValueError as error:
+        raise FileError(f"{index} is not an index of shards: it {error}") from error
     weight_map = found.get("weight_map") if isinstance(found, dict) else None
     is_map = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
     if not weight_map or not is_map:
         raise FileError(f"{index} is not an index of shards: it has no `weight_map` of keys and file names")
+    if len(weight_map) > MAX_TENSORS:
+        raise make_too_many_error(index, len(weight_map), "tensors", MAX_TENSORS)
+    longest = max((*weight_map, *weight_map.values()), key=len)
+    if len(longest) > MAX_NAME_CHARS:
+        raise FileError(
+            f"{index} cannot be read: it has a name of {len(longest)} characters ({longest[:40]!r}...), "
+            f"{MAX_NAME_CHARS} are allowed; ask who made the file"
+        )
     return weight_map

@@ -4,11 +4,11 @@
 by the metadata of its header, or by the config beside it.
 """
 
-import json
 from typing import Any
 
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
+from int8run.utils.untrusted_json import parse_untrusted_json
 
 # name -> who reads it
 READERS = {
@@ -154,8 +154,8 @@ def read_quant_method(files: TensorFiles) -> str:
 def read_sibling_json(files: TensorFiles, name: str) -> dict[str, Any]:
     """A JSON object in the folder of the file; empty where there is none: then the tensors decide alone."""
     try:
-        found = json.loads(files.files[0].with_name(name).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        found = parse_untrusted_json(files.files[0].with_name(name).read_bytes())
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

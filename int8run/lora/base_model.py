@@ -256,7 +256,10 @@ def drop_similar_blocks(layer_sizes: Mapping[str, LayerSize]) -> dict[str, Layer
     """One layer for all those that differ only in the index of their block: matching names is slow."""
     representatives: dict[tuple[str, LayerSize], str] = {}
     for name, size in layer_sizes.items():
-        without_index = BLOCK_PATTERN.sub(lambda block: block[0].replace(block[2], "#", 1), name)
+        block = BLOCK_PATTERN.match(name)  # at the beginning: a search takes the square of the length
+        without_index = name
+        if block is not None:
+            without_index = name[: block.start(2)] + "#" + name[block.end(2) :]
         representatives.setdefault((without_index, size), name)
     return {name: size for (_, size), name in representatives.items()}
 

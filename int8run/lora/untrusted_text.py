@@ -4,12 +4,13 @@ Values are cut to a length before they are looked at, parsed only as JSON, and l
 before anybody sees them. Nothing that a file contains can make these functions fail.
 """
 
-import json
 import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from int8run.utils.untrusted_json import parse_untrusted_json
 
 MAX_JSON_CHARS = 10_000_000  # the tag counts of a large data set are a few million
 MAX_SIDECAR_BYTES = 4_000_000
@@ -53,8 +54,8 @@ def parse_json(text: object) -> Any:
     if not isinstance(text, str) or len(text) > MAX_JSON_CHARS:
         return None
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_untrusted_json(text, allows_repeats=True)
+    except ValueError:
         return None
 
 

@@ -59,8 +59,17 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     return re.compile(r"\.".join(parts))
 
 
+@cache
+def get_fixed_start(pattern: str) -> str:
+    """Return what every name that matches a pattern begins with: the text before its first wildcard."""
+    return pattern.partition("*")[0]
+
+
 def match_pattern(pattern: str, name: str) -> PatternMatch | None:
     """Return what the wildcards of a pattern stand for in a name; None when the name does not match."""
+    # most names of a file do not even begin like the pattern
+    if not name.startswith(get_fixed_start(pattern)):
+        return None
     match = compile_pattern(pattern).fullmatch(name)
     if match is None:
         return None

@@ -3,13 +3,13 @@
 It must work without diffusers: the tasks that only convert a checkpoint have no use for its 150 MB.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from int8run.errors import ConfigError, FileError, suggest_similar
+from int8run.utils.untrusted_json import parse_untrusted_json
 
 ASSETS_FOLDER = Path(__file__).parents[1] / "assets"
 SHIPPED_PREFIX = "shipped:"
@@ -227,9 +227,11 @@ def read_json(file: Path) -> Mapping[str, Any]:
         FileError: when it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise FileError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        content = parse_untrusted_json(file.read_bytes())
+    except OSError as error:
+        raise FileError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise FileError(f"{file} cannot be read: it {error}") from error
     if not isinstance(content, dict):
         raise FileError(f"{file} is not a JSON object")
     return content

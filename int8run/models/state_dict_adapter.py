@@ -431,8 +431,8 @@ def resolve_key(
     if key in parameters:
         return (TensorPart(key),)
     for mapping in (*mappings.parameters, *mappings.names):
-        match = None if mapping in used else match_pattern(mapping.original, mapping.extract_name(key))
-        if match is None:
+        match = match_pattern(mapping.original, mapping.extract_name(key))
+        if match is None or mapping in used:
             continue
         swap = has_swapped_halves(mapping, match.first_number, last_blocks or {})
         parts: list[TensorPart] = []

@@ -13,7 +13,7 @@ from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import load_families
 from int8run.models.fingerprint import has_match
 from int8run.models.key_mapping import KeyMappingSet
-from int8run.models.state_dict_adapter import Shape, find_denoiser_keys
+from int8run.models.state_dict_adapter import Shape, find_denoiser_keys, resolve_key
 from int8run.text_encoders.registry import EncoderFamily, list_supported_encoders, load_encoders
 
 # what full checkpoints and save nodes put before an encoder's names
@@ -29,6 +29,8 @@ VAE_KEY = re.compile(
     r"(?:^|\.)(?:first_stage_model|vae)\."
     r"|^(?:encoder|decoder)\.(?:conv_in|conv1|mid|mid_block|up_blocks|downsamples)\b"
 )
+# of text encoders in one file; the largest checkpoints have three
+MAX_PREFIXES = 32
 # how many similar encoders the message names
 SHOWN_NEAR_MISSES = 3
 
@@ -110,9 +112,19 @@ def choose_prefix(found: Mapping[str, EncoderFamily], which: str | None) -> str:
 
 
 def find_encoders(shapes: Mapping[str, Shape]) -> dict[str, EncoderFamily]:
-    """Return all text encoders of a file, by what stands before their names."""
+    """Return all text encoders of a file, by what stands before their names.
+
+    Raises:
+        FileError: for more of them than any file has: each one is looked for among all names.
+    """
     found: dict[str, EncoderFamily] = {}
-    for prefix in find_prefixes(shapes):
+    prefixes = find_prefixes(shapes)
+    if len(prefixes) > MAX_PREFIXES:
+        raise FileError(
+            f"the names in the file begin with {len(prefixes)} prefixes of text encoders (one is "
+            f"{prefixes[-1]!r}), {MAX_PREFIXES} are allowed; ask who made the file"
+        )
+    for prefix in prefixes:
         # with `text_encoders.llama.` known, `text_encoders.llama.model.` is the same encoder without its head
         if any(prefix.startswith(other) for other in found):
             continue
@@ -146,7 +158,7 @@ def match_encoders(shapes: Mapping[str, Shape], encoders: Mapping[str, EncoderFa
         mappings = encoder.key_mappings
         canonical = next((known for same, known in by_mappings if same is mappings), None)
         if canonical is None:
-            canonical = {encoder.get_canonical_name(key): shape for key, shape in shapes.items()}
+            canonical = {resolve_key(key, mappings)[0].key: shape for key, shape in shapes.items()}
             by_mappings.append((mappings, canonical))
         if any(fingerprint.matches(canonical) for fingerprint in encoder.fingerprints):
             matching.append(encoder)

@@ -27,17 +27,17 @@ RULES = {
     "kernels": set(),
     # bottom: arithmetic on weights and layers
     "utils": set(),
-    "models": set(),
+    "models": {"utils"},
     "tracking": set(),
     "quant": {"kernels"},
     "outlier": {"kernels", "quant"},
     "backends": {"kernels", "quant", "utils"},
     "layers": {"backends", "kernels", "models", "outlier", "quant"},
     # files, LoRAs, pictures and their measures
-    "checkpoints": {"kernels", "layers", "outlier", "quant"},
+    "checkpoints": {"kernels", "layers", "outlier", "quant", "utils"},
     "generate": {"models", "utils"},
     "metrics": {"generate", "layers", "quant"},
-    "lora": {"checkpoints", "generate", "layers", "models", "quant"},
+    "lora": {"checkpoints", "generate", "layers", "models", "quant", "utils"},
     "report": {"layers", "tracking", "utils"},
     # whole models
     "ptq": {

@@ -11,7 +11,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from int8run.checkpoints.header import DTYPES, MAX_HEADER_BYTES, read_full_header, read_header
+from int8run.checkpoints.header import (
+    DTYPES,
+    MAX_DIMENSIONS,
+    MAX_HEADER_BYTES,
+    MAX_METADATA,
+    MAX_NAME_CHARS,
+    MAX_TENSORS,
+    read_full_header,
+    read_header,
+)
 from int8run.errors import FileError
 
 
@@ -195,6 +204,65 @@ def test_header_above_the_limit_raises(tmp_path: Path) -> None:
         FileError,
         match=r"is not a safetensors file: its header would have 100000001 bytes, 100000000 are allowed",
     ):
+        read_header(path)
+
+
+def make_empty_tensors(names: list[str], shape: list[int] | None = None) -> dict[str, Any]:
+    return {name: make_entry(0, 0, shape=shape or [0]) for name in names}
+
+
+AT_THE_LIMIT = {
+    "tensors": make_empty_tensors([f"a{i}" for i in range(MAX_TENSORS)]),
+    "metadata": {"__metadata__": {f"a{i}": "" for i in range(MAX_METADATA)}},
+    "name": make_empty_tensors(["n" * MAX_NAME_CHARS]),
+    "name of metadata": {"__metadata__": {"n" * MAX_NAME_CHARS: ""}},
+    "dimensions": make_empty_tensors(["a"], [0] * MAX_DIMENSIONS),
+}
+BEYOND_THE_LIMIT = {
+    "tensors": (
+        make_empty_tensors([f"a{i}" for i in range(MAX_TENSORS + 1)]),
+        "it has 20001 tensors, 20000 are allowed",
+    ),
+    "tensors whose fields are spelled otherwise": (
+        json.dumps(make_empty_tensors([f"a{i}" for i in range(MAX_TENSORS + 1)]))
+        .replace('"data_off', r'"data\u005foff')
+        .encode(),
+        "it has 20001 tensors, 20000 are allowed",
+    ),
+    "metadata": (
+        {"__metadata__": {f"a{i}": "" for i in range(MAX_METADATA + 1)}},
+        "it has 20001 entries of metadata, 20000 are allowed",
+    ),
+    "name": (
+        make_empty_tensors(["n" * (MAX_NAME_CHARS + 1)]),
+        r"its header has a name of 501 characters \('n{40}'\.\.\.\), 500 are allowed",
+    ),
+    "name of metadata": (
+        {"__metadata__": {"n" * (MAX_NAME_CHARS + 1): ""}},
+        r"its header has a name of 501 characters \('n{40}'\.\.\.\), 500 are allowed",
+    ),
+    "dimensions": (
+        make_empty_tensors(["a"], [0] * (MAX_DIMENSIONS + 1)),
+        "a has 17 dimensions, 16 are allowed",
+    ),
+}
+
+
+@pytest.mark.parametrize("header", AT_THE_LIMIT.values(), ids=AT_THE_LIMIT)
+def test_header_at_its_limits_is_read(header: Any, tmp_path: Path) -> None:
+    found = read_full_header(write_file(tmp_path, header, b""))
+    assert len(found.entries) + len(found.metadata) == max(len(header), len(header.get("__metadata__", {})))
+
+
+@pytest.mark.parametrize(("header", "words"), BEYOND_THE_LIMIT.values(), ids=BEYOND_THE_LIMIT)
+def test_header_beyond_its_limits_raises(header: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=rf"m.safetensors cannot be read: {words}; ask who made the file$"):
+        read_header(write_file(tmp_path, header, b""))
+
+
+def test_header_that_is_nested_deeply_raises(tmp_path: Path) -> None:
+    path = write_file(tmp_path, b'{"a": ' + b"[" * 10_000, b"")
+    with pytest.raises(FileError, match=r"its header is nested in more than 64 levels$"):
         read_header(path)
 
 

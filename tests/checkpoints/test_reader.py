@@ -12,6 +12,7 @@ from support.helpers import randn
 from torch import Tensor
 
 from int8run.checkpoints import reader as module
+from int8run.checkpoints.header import MAX_TENSORS
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
 
@@ -339,6 +340,47 @@ def test_index_that_does_not_fit_raises(change: Any, words: str, tmp_path: Path)
     edit_index(tmp_path, change)
 
     with pytest.raises(FileError, match=rf"m.safetensors.index.json.*{words}"):
+        TensorFiles.open(tmp_path)
+
+
+INDEXES_BEYOND_THE_LIMITS = {
+    "tensors": (
+        {f"a{i}": "m.safetensors" for i in range(MAX_TENSORS + 1)},
+        "it has 20001 tensors, 20000 are",
+    ),
+    "a name": ({"n" * 501: "m.safetensors"}, "it has a name of 501 characters"),
+    "a name of a file": ({"a": "n" * 501}, "it has a name of 501 characters"),
+}
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "words"), INDEXES_BEYOND_THE_LIMITS.values(), ids=INDEXES_BEYOND_THE_LIMITS
+)
+def test_index_beyond_the_limits_of_a_header_raises(
+    weight_map: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(FileError, match=rf"m.safetensors.index.json cannot be read: {words}"):
+        TensorFiles.open(tmp_path)
+
+
+def test_shards_with_more_tensors_than_a_checkpoint_has_raise(tmp_path: Path) -> None:
+    half = MAX_TENSORS // 2 + 1
+    for number in (1, 2):
+        entries = {
+            f"a{number}.{i}": {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]} for i in range(half)
+        }
+        text = json.dumps(entries).encode()
+        shard = tmp_path / f"m-0000{number}-of-00002.safetensors"
+        shard.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(FileError, match=r"cannot be read: it has 20002 tensors, 20000 are allowed"):
+        TensorFiles.open(tmp_path)
+
+
+def test_key_that_an_index_has_twice_raises(tmp_path: Path) -> None:
+    text = '{"weight_map": {"a": "m-1.safetensors", "a": "m-2.safetensors"}}'
+    (tmp_path / "m.safetensors.index.json").write_text(text)
+    with pytest.raises(FileError, match=r"is not an index of shards: it has 'a' twice"):
         TensorFiles.open(tmp_path)
 
 

@@ -675,6 +675,14 @@ def test_other_file_is_rejected(tmp_path):
         read_lora(path)
 
 
+def test_file_is_read_through_the_parser_of_all_headers(write):
+    # the library reads such a name
+    path = write({"n" * 501 + ".lora_A.weight": torch.ones(2, 3)})
+
+    with pytest.raises(LoraError, match=r"cannot be read: its header has a name of 515 characters"):
+        read_lora(path)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt", ".pth", ".PT"])
 def test_pickled_files_are_refused_unopened(tmp_path, suffix):
     path = tmp_path / f"style{suffix}"

@@ -207,3 +207,10 @@ def test_encoder_is_found_by_class_and_shapes():
         match=r"no text encoder called 'clip_k'; did you mean 'clip_l'. choose from clip, clip_g, .*, umt5",
     ):
         get_encoder("clip_k")
+
+
+def test_more_prefixes_than_any_file_has_are_an_error():
+    # each is looked for among all names: 20,000 names with a prefix each would take minutes
+    shapes = {f"text_encoders.e{i}.transformer.weight": (1, 1) for i in range(100)}
+    with pytest.raises(FileError, match=r"begin with 201 prefixes of text encoders .* 32 are allowed"):
+        detect_encoder(shapes)
